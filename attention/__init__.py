@@ -1,0 +1,1 @@
+"""The attention engine: implementations, kernels, and an honest way of measuring them."""
