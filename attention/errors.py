@@ -1,0 +1,31 @@
+"""What can be wrong with a request, said in one line each."""
+
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """One or more mistakes in what was asked for; every one of them is told.
+
+    Attributes:
+        problems: one sentence for each mistake: what was named, what it got, what it takes.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class UnsupportedError(ValueError):
+    """An implementation was asked for something that its route says it does not take."""
+
+
+class NoBackendError(RuntimeError):
+    """MLX is not installed, or has no backend to run on."""
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the nearest known word, or an empty string."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,0 +1,194 @@
+"""What a worker tells while it runs: one JSON line for each event."""
+
+from typing import Literal
+
+import msgspec
+
+from attention.report import Environment, Peaks
+from attention.route import Route
+
+Step = Literal["trial", "first call", "accuracy", "memory", "warm up", "latency", "rounds"]
+AGAIN = "(again)"
+"""The name under which the reference's second arm, the noise floor, stands among the samples."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+    """The root of all events."""
+
+
+class RunStarted(Event, tag="run_started"):
+    """The worker is up, and says where."""
+
+    environment: Environment
+
+
+class PeaksMeasured(Event, tag="peaks_measured"):
+    """The best matmul and copy rates were measured."""
+
+    peaks: Peaks
+
+
+class CaseStarted(Event, tag="case_started"):
+    """A case begins; the implementations follow, one step after another."""
+
+    case: int
+
+
+class RouteFound(Event, tag="route_found"):
+    """The path that an implementation will take."""
+
+    case: int
+    implementation: str
+    route: Route
+
+
+class StepStarted(Event, tag="step_started"):
+    """An implementation begins a step; if the worker dies now, this is where."""
+
+    case: int
+    implementation: str
+    step: Step
+
+
+class RowEnded(Event, tag="row_ended"):
+    """An implementation is out of the case: refused, unsupported, failed."""
+
+    case: int
+    implementation: str
+    status: Literal["failed", "refused", "unsupported"]
+    reason: str
+
+
+class FirstCall(Event, tag="first_call"):
+    """The first call was timed."""
+
+    case: int
+    implementation: str
+    seconds: float
+
+
+class Checked(Event, tag="checked"):
+    """The result was compared with the float64 reference."""
+
+    case: int
+    implementation: str
+    max_error: float
+    rms_error: float
+    accurate: bool
+    detail: str
+    """Which tensor was worst, and what it was allowed."""
+
+
+class MemoryMeasured(Event, tag="memory_measured"):
+    """Peak memory above the inputs in a pass of its own."""
+
+    case: int
+    implementation: str
+    peak_bytes: int | None
+
+
+class LatencyMeasured(Event, tag="latency_measured"):
+    """Median time of one evaluated, synchronised call."""
+
+    case: int
+    implementation: str
+    seconds: float
+
+
+class ReferenceChosen(Event, tag="reference_chosen"):
+    """What the speedups of a case are relative to."""
+
+    case: int
+    implementation: str
+
+
+class RoundsDone(Event, tag="rounds_done"):
+    """New samples, in round order; the same number for every implementation that is still in."""
+
+    case: int
+    samples: dict[str, list[float]]
+    """Seconds a call; the noise floor's arm under AGAIN."""
+    active_bytes: int
+    """MLX's active memory after the last round."""
+    peak_bytes: int
+    """MLX's peak memory since the rounds began."""
+
+
+class Progress(Event, tag="progress"):
+    """How far the run is."""
+
+    done: float
+    """From 0 to 1."""
+    remaining_s: float
+    now: str
+    """What runs now, in words."""
+
+
+class CaseDone(Event, tag="case_done"):
+    """A case is complete."""
+
+    case: int
+    stopped_by: str
+
+
+class Message(Event, tag="message"):
+    """Something worth a line in the log."""
+
+    level: Literal["info", "warning", "error"]
+    text: str
+
+
+class RunDone(Event, tag="run_done"):
+    """All cases are complete; the worker ends."""
+
+
+class WorkerUnusable(Event, tag="worker_unusable"):
+    """The device is in an unknown state after a failure; a new worker must go on."""
+
+    case: int
+
+
+class RunRefused(Event, tag="run_refused"):
+    """Nothing can run here; the reason is the user's to read."""
+
+    kind: Literal["usage", "no backend"]
+    reason: str
+
+
+AnyEvent = (
+    RunStarted
+    | PeaksMeasured
+    | CaseStarted
+    | RouteFound
+    | StepStarted
+    | RowEnded
+    | FirstCall
+    | Checked
+    | MemoryMeasured
+    | LatencyMeasured
+    | ReferenceChosen
+    | RoundsDone
+    | Progress
+    | CaseDone
+    | Message
+    | RunDone
+    | WorkerUnusable
+    | RunRefused
+)
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(AnyEvent)
+
+
+def encode(event: AnyEvent) -> bytes:
+    """Writes an event as one line of JSON."""
+    return _encoder.encode(event) + b"\n"
+
+
+def decode(line: bytes) -> AnyEvent:
+    """Reads one line.
+
+    Raises:
+        msgspec.DecodeError: the line is no event.
+    """
+    return _decoder.decode(line)

@@ -1,0 +1,106 @@
+"""The implementations by name; importing this imports none of them, and no MLX."""
+
+import importlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from attention.errors import UsageError, suggestion
+from attention.implementations.protocol import Implementation
+
+
+class Entry(Struct, frozen=True):
+    """One line of the catalogue."""
+
+    name: str
+    title: str
+    summary: str
+    """One line, for the picker."""
+    location: str
+    """module:Class"""
+
+
+CATALOGUE: Final = (
+    Entry(
+        "baseline",
+        "Baseline, manual",
+        "matmul, scale, mask, softmax, matmul: five steps that build the whole score matrix",
+        "attention.implementations.baseline:Baseline",
+    ),
+    Entry(
+        "poc",
+        "PoC, custom kernel",
+        "fatui's own fused kernel where there is one for the device, MLX's SDPA where not",
+        "attention.implementations.poc:Poc",
+    ),
+    Entry(
+        "practical",
+        "Practical, bounded memory",
+        "MLX's SDPA where that is lean, blocks with an online softmax where it would build large scores",
+        "attention.implementations.practical:Practical",
+    ),
+    Entry(
+        "demo",
+        "Demo, tuned",
+        "tries the others on first use of a shape and keeps the fastest",
+        "attention.implementations.demo:Demo",
+    ),
+    Entry(
+        "mlx",
+        "MLX SDPA",
+        "mx.fast.scaled_dot_product_attention as it is",
+        "attention.implementations.mlx_sdpa:MlxSdpa",
+    ),
+    Entry(
+        "torch",
+        "torch SDPA",
+        "torch.nn.functional.scaled_dot_product_attention, if torch is installed",
+        "attention.implementations.torch_sdpa:TorchSdpa",
+    ),
+)
+NAMES: Final = tuple(entry.name for entry in CATALOGUE)
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError unless the name is in the catalogue or points at a class of the user's own."""
+    if name not in NAMES and ":" not in name:
+        raise UsageError(
+            f"implementation: got '{name}'; it takes {', '.join(NAMES)}, or FILE.py:CLASS{suggestion(name, NAMES)}"
+        )
+
+
+@cache
+def get(name: str) -> Implementation:
+    """Loads an implementation; one instance a process.
+
+    Args:
+        name: a name of the catalogue, "package.module:CLASS", or "path/to/file.py:CLASS".
+
+    Raises:
+        UsageError: there is none of that name, or what is there is no implementation.
+    """
+    check_name(name)
+    location = next((entry.location for entry in CATALOGUE if entry.name == name), name)
+    module_name, _, attribute = location.rpartition(":")
+    try:
+        module = _module_at(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+        made = getattr(module, attribute)()
+    except (ImportError, OSError, AttributeError, TypeError) as error:
+        if name in NAMES:
+            raise
+        raise UsageError(f"implementation: '{name}' cannot be loaded: {error}") from error
+    if not isinstance(made, Implementation):
+        raise UsageError(f"implementation: '{name}' needs a name, a route method and a call method")
+    return made
+
+
+def _module_at(path: Path) -> object:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"no Python file at {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,68 @@
+"""What to measure: cases, implementations, and how long."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from attention.errors import UsageError
+from attention.workload import Workload
+
+REFERENCE = "baseline"
+
+
+class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One run: every implementation on every case, and the limits it must keep."""
+
+    cases: tuple[Workload, ...]
+    """The workloads, measured one after the other."""
+    implementations: tuple[str, ...]
+    """Names from the catalogue, or "FILE.py:NAME" and "package.module:NAME" for one of the user's own."""
+    seconds: float = 6.0
+    """Time for the rounds of one case, in seconds."""
+    precision: float = 0.01
+    """Rounds stop early when every speedup's interval is narrower than this, relative (0.01 is 1 %)."""
+    memory_limit_bytes: int | None = None
+    """A case that is predicted to need more is refused; None takes what the device has free."""
+    force: bool = False
+    """Run also what is predicted not to fit."""
+    seed: int = 0
+    """Seed of the random inputs."""
+    skip: tuple[tuple[str, ...], ...] = ()
+    """For each case, the implementations that are left out: those that took an earlier worker down."""
+    first_case: int = 0
+    """The case to begin with, where an earlier worker got so far."""
+
+    def remaining(self, case: int) -> tuple[str, ...]:
+        """The implementations to run on one case, reference first, without those that are skipped."""
+        skipped = self.skip[case] if case < len(self.skip) else ()
+        names = [name for name in self.implementations if name not in skipped]
+        return tuple(sorted(names, key=lambda name: name != REFERENCE))
+
+
+def expand(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> tuple[Workload, ...]:
+    """Makes a workload for each combination of the axes' values, the last axis moving fastest.
+
+    Args:
+        base: fields that all cases share.
+        axes: for each swept field its values.
+
+    Raises:
+        UsageError: with the mistakes of all combinations, each told once.
+    """
+    cases: list[Workload] = []
+    problems: dict[str, None] = {}
+    for values in itertools.product(*axes.values()):
+        fields = {**base, **dict(zip(axes, values, strict=True))}
+        fields = {"pass_" if name == "pass" else name: value for name, value in fields.items()}
+        try:
+            workload = Workload(**fields)
+        except UsageError as error:
+            problems.update(dict.fromkeys(error.problems))
+        else:
+            if workload not in cases:
+                cases.append(workload)
+    if problems:
+        raise UsageError(*problems)
+    return tuple(cases)

@@ -1,0 +1,141 @@
+"""The rows: what the table, the history and every export are made from. Unknown figures are None."""
+
+from typing import Final, Literal
+
+from msgspec import Struct
+
+from attention.workload import Workload
+
+SCHEMA: Final = 1
+Status = Literal["ok", "failed", "refused", "unsupported", "inaccurate"]
+
+
+class Interval(Struct, frozen=True, kw_only=True):
+    """Seconds of one call: the median of the samples and a 95 % interval of it."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Ratio(Struct, frozen=True, kw_only=True):
+    """A speedup: geometric mean of paired ratios with its 95 % interval; above 1 is faster than the reference."""
+
+    value: float
+    low: float
+    high: float
+    significant: bool = False
+    """Whether the whole interval lies outside the noise floor."""
+
+
+class NoiseFloor(Struct, frozen=True, kw_only=True):
+    """The reference measured against itself in the same rounds."""
+
+    value: float
+    """Geometric mean of the ratios; 1 but for noise."""
+    low: float
+    high: float
+    floor: float
+    """The largest relative deviation from 1 that the interval allows; a speedup inside it is printed as ≈ 1."""
+
+
+class Row(Struct, frozen=True, kw_only=True):
+    """One implementation on one case."""
+
+    implementation: str
+    status: Status
+    path: str | None = None
+    fused: bool | None = None
+    reason: str | None = None
+    """Why this path was taken, or why there are no figures."""
+    tokens_per_second: float | None = None
+    call_s: Interval | None = None
+    """Seconds a call, from many calls queued and evaluated together."""
+    latency_s: float | None = None
+    """Seconds of one evaluated and synchronised call, median."""
+    first_call_s: float | None = None
+    """Seconds of the very first call, compilation included."""
+    speedup: Ratio | None = None
+    """Against the case's reference."""
+    flops_per_s: float | None = None
+    efficiency: float | None = None
+    """Achieved FLOP/s over the best rate that was measured in the same run."""
+    peak_bytes: int | None = None
+    """Memory above the inputs while one call runs, outputs included, measured in a pass of its own."""
+    predicted_bytes: int | None = None
+    """The same, as the route predicted it."""
+    max_error: float | None = None
+    """Largest absolute difference from the float64 reference."""
+    rms_error: float | None = None
+    samples: tuple[float, ...] = ()
+    """Seconds a call, one sample a round, in the order they were taken."""
+    stopped_by: str | None = None
+    """"precision", "time", or what broke in: "interrupted", "failed"."""
+    throttled: bool | None = None
+    """Whether the reference slowed by more than the noise floor between the first rounds and the last."""
+
+
+class Case(Struct, frozen=True, kw_only=True):
+    """All rows of one workload."""
+
+    workload: Workload
+    reference: str | None = None
+    """What speedups are relative to: the baseline, or the first that ran where the baseline could not."""
+    noise_floor: NoiseFloor | None = None
+    rows: tuple[Row, ...] = ()
+
+
+class Summary(Struct, frozen=True, kw_only=True):
+    """One implementation over all cases that it ran."""
+
+    implementation: str
+    cases: int
+    """Cases with a speedup; the geometric mean is over these."""
+    speedup: Ratio | None = None
+    not_ok: int = 0
+    """Cases whose status is not ok."""
+
+
+class Peaks(Struct, frozen=True, kw_only=True):
+    """The best rates that this machine reached in this run."""
+
+    matmul_flops_per_s: float | None = None
+    copy_bytes_per_s: float | None = None
+    """Bytes read plus bytes written, over time."""
+
+
+class Environment(Struct, frozen=True, kw_only=True):
+    """Where a run was made."""
+
+    fatui: str | None = None
+    mlx: str | None = None
+    backend: str | None = None
+    device: str | None = None
+    memory_bytes: int | None = None
+    blas: str | None = None
+    os: str | None = None
+    python: str | None = None
+
+
+class Run(Struct, frozen=True, kw_only=True):
+    """Which run it was."""
+
+    id: str
+    started: str
+    """Local time with its offset from UTC, ISO 8601."""
+    seconds: float
+    command: str
+    """The command that reproduces the run."""
+    preset: str | None = None
+    interrupted: bool = False
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """A whole run."""
+
+    schema: int = SCHEMA
+    run: Run
+    environment: Environment
+    peaks: Peaks
+    cases: tuple[Case, ...]
+    summary: tuple[Summary, ...]

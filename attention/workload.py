@@ -1,0 +1,202 @@
+"""One attention shape, and everything that can be counted about it without running it."""
+
+from typing import Any, Final, Literal
+
+from msgspec import Struct, structs
+
+from attention.errors import UsageError, suggestion
+
+DType = Literal["float32", "float16", "bfloat16"]
+Pass = Literal["forward", "training", "decode"]
+
+DTYPES: Final[tuple[DType, ...]] = ("float32", "float16", "bfloat16")
+PASSES: Final[tuple[Pass, ...]] = ("forward", "training", "decode")
+ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+LARGEST: Final = {
+    "batch": 65_536,
+    "seq": 16_777_216,
+    "kv_seq": 16_777_216,
+    "heads": 4_096,
+    "kv_heads": 4_096,
+    "head_dim": 4_096,
+    "value_dim": 4_096,
+}
+DEFAULT_FROM: Final = {"kv_seq": "seq", "kv_heads": "heads", "value_dim": "head_dim"}
+_DEFAULTED: Any = None  # resolved from another field, as DEFAULT_FROM says, when the workload is made
+
+
+class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forbid_unknown_fields=True):
+    """An attention call: query (batch, heads, seq, head_dim), key (batch, kv_heads, kv_seq, head_dim),
+    value (batch, kv_heads, kv_seq, value_dim), output (batch, heads, seq, value_dim).
+
+    In a decode pass one new token a sequence attends to a cache of kv_seq keys; a seq without kv_seq
+    is then the length of that cache, and `seq` becomes 1.
+
+    Raises:
+        UsageError: naming every field that is wrong, what it got and what it takes.
+    """
+
+    batch: int = 1
+    """Independent sequences."""
+    seq: int = 512
+    """Query rows of each sequence."""
+    kv_seq: int = _DEFAULTED
+    """Keys of each sequence; seq unless given."""
+    heads: int = 8
+    """Query heads."""
+    kv_heads: int = _DEFAULTED
+    """Key and value heads, a divisor of heads; heads unless given."""
+    head_dim: int = 64
+    """Width of a query and of a key."""
+    value_dim: int = _DEFAULTED
+    """Width of a value; head_dim unless given."""
+    dtype: DType = "float16"
+    """Type of inputs and outputs."""
+    mask: str = "none"
+    """"none", "causal" (lower-right aligned) or "window:N" (causal, the last N keys)."""
+    pass_: Pass = "forward"
+    """"forward", "training" (forward and backward) or "decode"."""
+
+    def __post_init__(self) -> None:
+        """Resolves the defaulted fields, then checks all of them."""
+        if self.pass_ == "decode":
+            self._become_decode()
+        for name, source in DEFAULT_FROM.items():
+            if getattr(self, name) is None:
+                structs.force_setattr(self, name, getattr(self, source))
+        problems = [*_size_problems(self), *_choice_problems(self)]
+        if problems:
+            raise UsageError(*problems)
+
+    def _become_decode(self) -> None:
+        if self.kv_seq is None:
+            structs.force_setattr(self, "kv_seq", self.seq)
+        elif self.seq not in (1, self.kv_seq):
+            raise UsageError(f"seq: got {self.seq}; a decode pass has one query a sequence: seq 1, or kv_seq alone")
+        structs.force_setattr(self, "seq", 1)
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees in a window mask, or None."""
+        return int(self.mask.removeprefix("window:")) if self.mask.startswith("window:") else None
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees no later key than its own position."""
+        return self.mask != "none"
+
+    @property
+    def label(self) -> str:
+        """The shape in a few words, as tables and logs show it."""
+        seq = str(self.seq) if self.seq == self.kv_seq else f"{self.seq}x{self.kv_seq}"
+        dim = str(self.head_dim) if self.head_dim == self.value_dim else f"{self.head_dim}/{self.value_dim}"
+        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        mask = "" if self.mask == "none" else f" {self.mask}"
+        work = "" if self.pass_ == "forward" else f" {self.pass_}"
+        return f"B={self.batch} L={seq} D={dim} H={heads} {self.dtype}{mask}{work}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one call produces: batch x seq, and the batch alone in a decode pass."""
+        return self.batch * self.seq
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of one head of one sequence that the mask lets through, exactly."""
+        return unmasked_pairs(self.seq, self.kv_seq, self.causal, self.window)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the matrix products of one call.
+
+        Forward 2 B H P (D + Dv), as FlashAttention counts them with P the exact number of unmasked pairs.
+        A backward pass recomputes the scores and makes dP, dQ, dK and dV: 2 B H P (3 D + 2 Dv).
+        """
+        width = self.head_dim + self.value_dim
+        if self.pass_ == "training":
+            width += 3 * self.head_dim + 2 * self.value_dim
+        return 2 * self.batch * self.heads * self.pairs * width
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of the query."""
+        return self.batch * self.heads * self.seq * self.head_dim * ITEM_BYTES[self.dtype]
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes of the key and the value together; shared heads count once."""
+        return self.batch * self.kv_heads * self.kv_seq * (self.head_dim + self.value_dim) * ITEM_BYTES[self.dtype]
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of one attention output."""
+        return self.batch * self.heads * self.seq * self.value_dim * ITEM_BYTES[self.dtype]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes that a call is given: query, key, value, and in training the output's gradient."""
+        gradient = self.result_bytes if self.pass_ == "training" else 0
+        return self.query_bytes + self.key_value_bytes + gradient
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes that a call returns: the output, and in training the gradients of query, key and value."""
+        gradients = self.query_bytes + self.key_value_bytes if self.pass_ == "training" else 0
+        return self.result_bytes + gradients
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that a fused kernel has to move at the least: every input read once, every output written once."""
+        return self.input_bytes + self.output_bytes
+
+    @property
+    def scores(self) -> int:
+        """Entries of the whole score matrix, batch x heads x seq x kv_seq, which an unfused path builds."""
+        return self.batch * self.heads * self.seq * self.kv_seq
+
+
+def unmasked_pairs(seq: int, kv_seq: int, causal: bool, window: int | None) -> int:
+    """Counts the (query, key) pairs that are attended to, in constant time.
+
+    Query row i stands at position i + kv_seq - seq (lower-right alignment) and sees min(window, position + 1) keys.
+    """
+    if not causal:
+        return seq * kv_seq
+    most = min(window or kv_seq, kv_seq)
+    last = kv_seq  # keys that the last row would see without a window
+    first = max(1, kv_seq - seq + 1)  # the first row that sees any key sees this many
+    ramp_end = min(last, most)
+    ramp = (first + ramp_end) * (ramp_end - first + 1) // 2 if ramp_end >= first else 0
+    return ramp + most * (last - max(ramp_end, first - 1))
+
+
+def _size_problems(workload: Workload) -> list[str]:
+    problems = []
+    for name, largest in LARGEST.items():
+        value: object = getattr(workload, name)
+        if name in DEFAULT_FROM and value is getattr(workload, DEFAULT_FROM[name]):
+            continue  # told once, under the name that was given
+        if type(value) is not int or not 1 <= value <= largest:
+            problems.append(f"{name}: got {value!r}; it takes a whole number from 1 to {largest:,}")
+    if not problems and workload.heads % workload.kv_heads:
+        problems.append(f"kv_heads: got {workload.kv_heads}; it must divide heads, which is {workload.heads}")
+    return problems
+
+
+def _choice_problems(workload: Workload) -> list[str]:
+    problems = []
+    for name, value, known in (("dtype", workload.dtype, DTYPES), ("pass", workload.pass_, PASSES)):
+        if value not in known:
+            problems.append(f"{name}: got {value!r}; it takes {', '.join(known)}{suggestion(str(value), known)}")
+    return problems + _mask_problems(workload.mask)
+
+
+def _mask_problems(mask: object) -> list[str]:
+    if mask in ("none", "causal"):
+        return []
+    if isinstance(mask, str) and mask.startswith("window:"):
+        size = mask.removeprefix("window:")
+        if size.isascii() and size.isdigit() and 1 <= int(size) <= LARGEST["kv_seq"]:
+            return []
+    hint = suggestion(str(mask), ("none", "causal", "window:N"))
+    return [f"mask: got {mask!r}; it takes none, causal, or window:N with N from 1 to {LARGEST['kv_seq']:,}{hint}"]
