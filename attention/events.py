@@ -12,7 +12,7 @@ AGAIN = "(again)"
 """The name under which the reference's second arm, the noise floor, stands among the samples."""
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+class Event(msgspec.Struct, kw_only=True, tag_field="event"):
     """The root of all events."""
 
 
@@ -177,7 +177,7 @@ AnyEvent = (
 )
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(AnyEvent)
+_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
 
 def encode(event: AnyEvent) -> bytes:

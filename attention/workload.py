@@ -1,6 +1,6 @@
 """One attention shape, and everything that can be counted about it without running it."""
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from msgspec import Struct, structs
 
@@ -69,7 +69,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
             raise UsageError(*problems)
 
     def _become_decode(self) -> None:
-        if self.kv_seq is None:
+        if cast("int | None", self.kv_seq) is None:
             structs.force_setattr(self, "kv_seq", self.seq)
         elif self.seq not in (1, self.kv_seq):
             raise UsageError(f"seq: got {self.seq}; a decode pass has one query a sequence: seq 1, or kv_seq alone")
