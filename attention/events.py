@@ -155,26 +155,9 @@ class RunRefused(Event, tag="run_refused"):
     reason: str
 
 
-AnyEvent = (
-    RunStarted
-    | PeaksMeasured
-    | CaseStarted
-    | RouteFound
-    | StepStarted
-    | RowEnded
-    | FirstCall
-    | Checked
-    | MemoryMeasured
-    | LatencyMeasured
-    | ReferenceChosen
-    | RoundsDone
-    | Progress
-    | CaseDone
-    | Message
-    | RunDone
-    | WorkerUnusable
-    | RunRefused
-)
+RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | Checked | MemoryMeasured | LatencyMeasured
+CaseEvent = CaseStarted | ReferenceChosen | RoundsDone | CaseDone | RowEvent
+AnyEvent = RunStarted | PeaksMeasured | Progress | Message | WorkerUnusable | RunRefused | RunDone | CaseEvent
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
