@@ -8,6 +8,7 @@ from attention.report import Environment, Peaks
 from attention.route import Route
 
 Step = Literal["trial", "first call", "accuracy", "memory", "warm up", "latency", "rounds"]
+Ending = Literal["failed", "refused", "unsupported"]
 AGAIN = "(again)"
 """The name under which the reference's second arm, the noise floor, stands among the samples."""
 
@@ -55,7 +56,7 @@ class RowEnded(Event, tag="row_ended"):
 
     case: int
     implementation: str
-    status: Literal["failed", "refused", "unsupported"]
+    status: Ending
     reason: str
 
 

@@ -11,6 +11,7 @@ from attention.report import Interval, NoiseFloor, Ratio
 CONFIDENCE: Final = 0.95
 RESAMPLES: Final = 2000
 FEWEST_FOR_BOOTSTRAP: Final = 8
+NO_SPREAD: Final = 1e-9
 SMALLEST_FLOOR: Final = 0.005
 """No difference under half a percent is called one: code and data alignment alone move a time by that much."""
 
@@ -57,20 +58,25 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     narrow for the few dozen samples of a run.
     """
     count = len(values)
-    if count < FEWEST_FOR_BOOTSTRAP or stdev(values) == 0:
-        return mean_interval(values)
     centre, error = fmean(values), stdev(values) / math.sqrt(count)
-    draw = random.Random(seed)
-    pivots = []
-    for _ in range(RESAMPLES):
-        again = draw.choices(values, k=count)
-        total = sum(again)
-        variance = (sum(value * value for value in again) - total * total / count) / (count - 1)
-        if variance > 0:
-            pivots.append((total / count - centre) / math.sqrt(variance / count))
-    pivots.sort()
+    if count < FEWEST_FOR_BOOTSTRAP or error < NO_SPREAD:
+        return mean_interval(values)
+    pivots = _studentised_means([value - centre for value in values], random.Random(seed))
     low, high = (pivots[int(part * (len(pivots) - 1))] for part in ((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2))
     return centre - low * error, centre - high * error
+
+
+def _studentised_means(deviations: Sequence[float], draw: random.Random) -> list[float]:
+    """Means of resamples over their own standard errors, sorted; a resample of one repeated value has none."""
+    count = len(deviations)
+    pivots = []
+    for _ in range(RESAMPLES):
+        again = draw.choices(deviations, k=count)
+        mean = sum(again) / count
+        variance = sum(value * value for value in again) / count - mean * mean
+        if variance > NO_SPREAD**2:
+            pivots.append(mean / math.sqrt(variance / (count - 1)))
+    return sorted(pivots)
 
 
 def log_ratios(reference: Sequence[float], times: Sequence[float]) -> list[float]:
