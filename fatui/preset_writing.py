@@ -89,7 +89,7 @@ def _dumps(document: Fields) -> str:
 def _short_arrays_on_one_line(text: str) -> str:
     lines: list[str] = []
     array: list[str] = []
-    for line in text.splitlines():
+    for line in text.rstrip("\n").split("\n"):  # not splitlines, which also splits inside of quoted texts
         if array:
             array.append(line.strip())
             if line == "]":
