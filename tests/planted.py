@@ -3,11 +3,13 @@
 import os
 import signal
 import time
+from collections.abc import Sequence
 
 import mlx.core as mx
 from attention.implementations.baseline import Baseline
 
 from attention.device import Device
+from attention.implementations.runner import MlxRunner
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
@@ -115,3 +117,45 @@ class Leaves(Planted):
     def before_call(self) -> None:
         os.write(2, b"planted last words\n")
         os._exit(7)
+
+
+class SlowerRunner(MlxRunner):
+    """Waits longer than the call takes, by a share of it."""
+
+    share = 0.0
+
+    def queue(self) -> list[mx.array]:
+        """Queues a call; the first of a sample starts the stopwatch."""
+        if self.started is None:
+            self.started = time.perf_counter()
+        return super().queue()
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluates, then spins for the share; sleeping is not exact enough for a thousandth."""
+        super().wait(outputs)
+        now = time.perf_counter()
+        until = now + (now - (self.started or now)) * self.share
+        self.started = None
+        while time.perf_counter() < until:
+            pass
+
+    started: float | None = None
+
+
+class Slower5Percent(Baseline):
+    """The baseline, and five percent of its time more."""
+
+    name = "planted"
+    share = 0.05
+
+    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> SlowerRunner:
+        """Binds the call to a runner that adds the share."""
+        bound = SlowerRunner(self, workload, inputs, scale)
+        bound.share = self.share
+        return bound
+
+
+class SlowerATenthOfAPercent(Slower5Percent):
+    """The baseline, and a thousandth of its time more."""
+
+    share = 0.001

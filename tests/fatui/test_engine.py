@@ -11,11 +11,12 @@ import pytest
 
 from attention import events as on
 from attention.plan import Plan
-from attention.report import Case, Row
+from attention.report import Case, Peaks, Row
 from attention.workload import Workload
 from fatui.engine import Engine
 
 PLANTED = Path(__file__).parents[1] / "planted.py"
+PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
 SMALL = Workload(seq=32, heads=2, head_dim=16, dtype="float32")
 
 
@@ -25,7 +26,7 @@ def plan(*planted: str, cases: tuple[Workload, ...] = (SMALL,), seconds: float =
 
 
 def run(plan: Plan) -> Engine:
-    engine = Engine(plan)
+    engine = Engine(plan, peaks=PEAKS)
     asyncio.run(asyncio.wait_for(engine.run(), 60))
     return engine
 
@@ -117,7 +118,7 @@ def test_every_row_carries_what_the_table_needs() -> None:
 
 
 def test_stopping_ends_the_worker_within_a_second_and_keeps_what_was_measured() -> None:
-    engine = Engine(plan("Planted", seconds=60, precision=0))
+    engine = Engine(plan("Planted", seconds=60, precision=0), peaks=PEAKS)
     took = asyncio.run(_stop_when(engine, on.RoundsDone))
     assert took < 1
     assert row(engine.record.case(0), "baseline").samples
@@ -125,14 +126,14 @@ def test_stopping_ends_the_worker_within_a_second_and_keeps_what_was_measured() 
 
 
 def test_stopping_ends_a_worker_that_is_stuck_in_a_call() -> None:
-    engine = Engine(plan("Stuck"))
+    engine = Engine(plan("Stuck"), peaks=PEAKS)
     took = asyncio.run(_stop_when(engine, on.StepStarted))
     assert took < 1
     assert engine.process_id is None
 
 
 def test_a_worker_killed_from_outside_in_mid_run_is_told_and_replaced() -> None:
-    engine = Engine(plan("Planted", seconds=1.5, precision=0))
+    engine = Engine(plan("Planted", seconds=1.5, precision=0), peaks=PEAKS)
 
     async def kill_once() -> None:
         running = asyncio.create_task(engine.run())
