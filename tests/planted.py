@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 
 import mlx.core as mx
-from attention.implementations.baseline import Baseline
 
 from attention.device import Device
+from attention.implementations.baseline import Baseline
 from attention.implementations.runner import MlxRunner
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
