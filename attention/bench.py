@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import TYPE_CHECKING, Final
 
 from attention import events as on
@@ -122,6 +123,14 @@ class Bench:
             )
         finally:
             stream.flush()
+            for arm in arms:
+                self._tell_latency(arm)
+
+    def _tell_latency(self, arm: Arm) -> None:
+        """A sample of one call is a latency too: for slow calls the only one, for others the surer one."""
+        if arm.calls == 1 and arm.samples:
+            seconds = median(arm.samples)
+            self._teller.emit(on.LatencyMeasured(case=self._teller.case, implementation=arm.name, seconds=seconds))
 
     def _fail(self, name: str, error: Exception) -> None:
         """Ends a row; raises DeviceUncertain where a failure may have broken the device for the others too."""
@@ -163,4 +172,4 @@ class SampleStream:
             active, peak = mx.get_active_memory(), mx.get_peak_memory()
             event = on.RoundsDone(case=self._teller.case, samples=fresh, active_bytes=active, peak_bytes=peak)
             self._teller.emit(event)
-            self._teller.progress(f"round {rounds} of {len(self._arms)} in turn")
+            self._teller.progress(f"round {rounds}")

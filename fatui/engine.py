@@ -15,6 +15,7 @@ import msgspec
 from attention import events as on
 from attention.plan import Assignment, Plan
 from attention.record import Record
+from attention.report import Peaks
 
 LINE_LIMIT: Final = 2**26
 PATIENCE_S: Final = 0.5
@@ -32,11 +33,13 @@ class Engine:
         process_id: the worker's, or None while there is none.
     """
 
-    def __init__(self, plan: Plan, listener: Listener = lambda event: None) -> None:
+    def __init__(self, plan: Plan, listener: Listener = lambda event: None, peaks: Peaks | None = None) -> None:
+        """Takes what to run, who listens, and the machine's rates where they were measured already."""
         self.record = Record(plan)
+        self.record.peaks = peaks or Peaks()
         self.stopped = False
         self.process_id: int | None = None
-        self._assignment = Assignment(plan=plan)
+        self._assignment = Assignment(plan=plan, peaks=peaks)
         self._listener = listener
         self._process: asyncio.subprocess.Process | None = None
         self._culprit: str | None = None

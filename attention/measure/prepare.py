@@ -42,7 +42,7 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     Raises:
         Exception: whatever the implementation raises.
     """
-    runner = runner_for(implementation, setting.workload, setting.inputs)
+    runner = runner_for(implementation, setting.workload, setting.inputs, setting.workload.scale)
     call_s = _first_call(name, runner, setting)
     _tell_route_again(name, implementation, setting)
     setting.teller.step(name, "memory")
