@@ -14,8 +14,8 @@ from fatui import figures
 from fatui.study import Study
 
 WIDTH: Final = 100
-NARROWEST_PATH: Final = 10
-LONGEST_NAME: Final = 16
+NARROWEST_PATH: Final = 8
+LONGEST_NAME: Final = 14
 DROPPED_FIRST: Final = ("TFLOP/s", "error", "eff.", "path", "per call", "memory")
 IMPLEMENTATION: Final = ""
 TEXTS: Final = (IMPLEMENTATION, "path", "verdict")

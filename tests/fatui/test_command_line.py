@@ -222,7 +222,7 @@ def test_a_full_disk_on_export_keeps_the_old_file_and_still_prints_the_table(tmp
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),  # noqa: PLW1509
     )
     out, err = process.communicate(timeout=20)
     assert process.returncode == 1, err
@@ -234,19 +234,18 @@ def test_a_full_disk_on_export_keeps_the_old_file_and_still_prints_the_table(tmp
 
 
 def test_stdout_closed_early_is_no_error():
-    process = fatui("bench", "scaling")
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    err = process.stderr.read()
-    assert process.wait(timeout=20) == 0
+    with fatui("bench", "scaling") as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0
     assert b"Traceback" not in err and b"rror" not in err
 
 
 def test_stdout_on_a_full_device_is_told():
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    with open("/dev/full", "wb") as full:
+    with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [sys.executable, str(HERE / "fake_engine.py"), "bench", "quick"],
             stdout=full,
