@@ -26,6 +26,8 @@ class Shape(Struct, frozen=True, kw_only=True):
     value_dim: int
     score_bytes: int
     """Bytes alive for each score of a block: how many score-sized arrays a tile holds, times their items' size."""
+    window: int | None = None
+    """Keys that a row sees at most, where a mask says so."""
     training: bool = False
 
 
@@ -56,16 +58,20 @@ def choose(shape: Shape, budget_bytes: int, comfort_bytes: int | None = None) ->
 
 
 def tile_bytes(shape: Shape, blocks: Blocks) -> int:
-    """Working memory of one tile: its scores, its slices of keys, values and queries in float32, and what it sums up."""
-    width = shape.head_dim + shape.value_dim
-    rows = shape.group * blocks.rows
-    scores = rows * blocks.keys * shape.score_bytes
-    if shape.training:
-        # key side: both as they are and transposed, and their gradients; query side: q, dO, dQ and their scaled copies
-        sides = 4 * width * (4 * blocks.keys + 3 * rows)
-    else:
-        sides = 4 * width * (2 * blocks.keys + 2 * rows)
-    return blocks.batches * blocks.kv_heads * (scores + sides)
+    """Working memory of one tile: its scores, its slices of the inputs in float32, and what it sums up.
+
+    How many slices are alive at once is measured: MLX allocates a few operations ahead of the one that runs.
+    """
+    width = 4 * (shape.head_dim + shape.value_dim)
+    rows, seen = shape.group * blocks.rows, seen_keys(shape, blocks)
+    # forward: K, its transpose and V; backward: those, V's transpose, and dK and dV, summed over all keys of the block
+    sides = 2 * seen + 6 * blocks.keys + 3 * rows if shape.training else 3 * seen + 2 * rows
+    return blocks.batches * blocks.kv_heads * (rows * seen * shape.score_bytes + sides * width)
+
+
+def seen_keys(shape: Shape, blocks: Blocks) -> int:
+    """The keys of a tile that its rows may see at most."""
+    return blocks.keys if shape.window is None else min(blocks.keys, blocks.rows + shape.window - 1)
 
 
 def _halved(blocks: Blocks, fits: Callable[[Blocks], bool]) -> Blocks:

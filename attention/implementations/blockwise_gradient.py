@@ -63,9 +63,9 @@ def gradients(saved: Saved, call: Call) -> list[mx.array]:
 
     def one(heads: Heads) -> list[mx.array]:
         if call.blocks.keys >= saved.k.shape[2]:
-            return _of_all_keys(saved, call, heads, range(saved.k.shape[2]), chain)
+            return _key_block(saved, call, heads, range(saved.k.shape[2]), chain)
         parts = [
-            _of_all_keys(saved, call, heads, keys, chain)[1:]
+            _key_block(saved, call, heads, keys, chain)
             for keys in blocks_of(saved.k.shape[2], call.blocks.keys)
         ]
         d_key, d_value = (join(list(column), 2) for column in zip(*parts, strict=True))
@@ -74,25 +74,26 @@ def gradients(saved: Saved, call: Call) -> list[mx.array]:
     return over_heads(saved.q, saved.k, call.blocks, one)
 
 
-def _of_all_keys(saved: Saved, call: Call, heads: Heads, keys: range, chain: list[mx.array]) -> list[mx.array]:
-    """One block of keys against all rows: its share of dQ, and all of dK and dV."""
+def _key_block(saved: Saved, call: Call, heads: Heads, keys: range, chain: list[mx.array]) -> list[mx.array]:
+    """One block of keys against all rows: dK and dV of these keys; before them dQ, if these are all keys."""
     whole = len(keys) == saved.k.shape[2]
     sums: list[mx.array] = []
     d_query = []
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         seen = _overlap(call.mask.visible_keys(rows, saved.q.shape[2], saved.k.shape[2]), keys)
         if not seen:
-            d_query.append(heads.split(mx.zeros_like(heads.rows(saved.q, rows)), len(rows)))
+            d_query += [heads.split(mx.zeros_like(heads.rows(saved.q, rows)), len(rows))] if whole else []
             continue
         row_side, key_side = _sides(saved, call, heads, rows, seen, chain)
         weights, d_scores = _tile(saved, call, heads, row_side, key_side)
         shares = (d_scores.swapaxes(-1, -2) @ row_side.query, weights.swapaxes(-1, -2) @ row_side.cotangent)
         sums = _added(sums, [_placed(share.astype(mx.float32), seen, keys) for share in shares])
-        d_query.append(_d_query(d_scores @ key_side.key, saved, call, heads, rows))
-        chain[:] = [*sums, d_query[-1]] if whole else sums  # dQ of cut keys is never asked for
+        d_query += [_d_query(d_scores @ key_side.key, saved, call, heads, rows)] if whole else []
+        chain[:] = [*sums, *d_query[-1:]]
+    made = [join(d_query, 2)] if whole else []
     if not sums:
-        return [join(d_query, 2), *(mx.zeros_like(heads.keys(x, keys)) for x in (saved.k, saved.v))]
-    return [join(d_query, 2), (sums[0] * call.scale).astype(saved.k.dtype), sums[1].astype(saved.v.dtype)]
+        return [*made, *(mx.zeros_like(heads.keys(x, keys)) for x in (saved.k, saved.v))]
+    return [*made, (sums[0] * call.scale).astype(saved.k.dtype), sums[1].astype(saved.v.dtype)]
 
 
 def _query_pass(saved: Saved, call: Call, heads: Heads, chain: list[mx.array]) -> mx.array:

@@ -8,7 +8,7 @@ from msgspec import Struct, structs
 
 from attention.device import Backend, Device
 from attention.implementations.asked import asked_for, here
-from attention.implementations.blocks import DEFAULT_BUDGET_BYTES, MIB, Blocks, Shape, choose, tile_bytes
+from attention.implementations.blocks import DEFAULT_BUDGET_BYTES, MIB, Blocks, Shape, choose, seen_keys, tile_bytes
 from attention.implementations.blockwise import Call, blocks_of, forward
 from attention.implementations.blockwise_gradient import Saved, gradients
 from attention.implementations.mlx_sdpa import MlxSdpa, fused_bytes, why_unfused
@@ -57,7 +57,7 @@ class Practical:
         if choice.way == "whole":
             needed = unfused_bytes(workload, needs)
             return Route(path="MLX SDPA, unfused", fused=False, reason=choice.reason, predicted_bytes=needed)
-        tile = f"blocks {choice.blocks.rows} x {choice.blocks.keys}"
+        tile = f"blocks {choice.blocks.rows} x {seen_keys(_shape(workload), choice.blocks)}"
         path = f"fused + {tile}"[:22] if choice.way == "fused, blocks behind" else tile
         return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=_predicted(workload, choice.blocks))
 
@@ -127,6 +127,7 @@ def _shape(workload: Workload) -> Shape:
         head_dim=workload.head_dim,
         value_dim=workload.value_dim,
         score_bytes=4 * (TRAINING_ARRAYS if training else FORWARD_ARRAYS),
+        window=workload.window,
         training=training,
     )
 
