@@ -8,6 +8,7 @@ from attention.report import Environment, Peaks
 from attention.route import Route
 
 Step = Literal["trial", "first call", "accuracy", "memory", "warm up", "latency", "rounds"]
+Ending = Literal["failed", "refused", "unsupported"]
 AGAIN = "(again)"
 """The name under which the reference's second arm, the noise floor, stands among the samples."""
 
@@ -55,7 +56,7 @@ class RowEnded(Event, tag="row_ended"):
 
     case: int
     implementation: str
-    status: Literal["failed", "refused", "unsupported"]
+    status: Ending
     reason: str
 
 
@@ -155,26 +156,9 @@ class RunRefused(Event, tag="run_refused"):
     reason: str
 
 
-AnyEvent = (
-    RunStarted
-    | PeaksMeasured
-    | CaseStarted
-    | RouteFound
-    | StepStarted
-    | RowEnded
-    | FirstCall
-    | Checked
-    | MemoryMeasured
-    | LatencyMeasured
-    | ReferenceChosen
-    | RoundsDone
-    | Progress
-    | CaseDone
-    | Message
-    | RunDone
-    | WorkerUnusable
-    | RunRefused
-)
+RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | Checked | MemoryMeasured | LatencyMeasured
+CaseEvent = CaseStarted | ReferenceChosen | RoundsDone | CaseDone | RowEvent
+AnyEvent = RunStarted | PeaksMeasured | Progress | Message | WorkerUnusable | RunRefused | RunDone | CaseEvent
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)

@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import Struct
 
 from attention.errors import UsageError
+from attention.report import Peaks
 from attention.workload import Workload
 
 REFERENCE = "baseline"
@@ -29,16 +30,27 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Run also what is predicted not to fit."""
     seed: int = 0
     """Seed of the random inputs."""
-    skip: tuple[tuple[str, ...], ...] = ()
-    """For each case, the implementations that are left out: those that took an earlier worker down."""
+
+    @property
+    def ordered(self) -> tuple[str, ...]:
+        """The implementations, the reference first."""
+        return tuple(sorted(dict.fromkeys(self.implementations), key=lambda name: name != REFERENCE))
+
+
+class Assignment(Struct, frozen=True, kw_only=True):
+    """What one worker is given: a plan, and where an earlier worker left it."""
+
+    plan: Plan
     first_case: int = 0
-    """The case to begin with, where an earlier worker got so far."""
+    """The case to begin with; those before it are complete."""
+    skip: dict[int, tuple[str, ...]] = {}
+    """For each case, the implementations that are out of it: they took an earlier worker down."""
+    peaks: Peaks | None = None
+    """The machine's rates, where an earlier worker measured them."""
 
     def remaining(self, case: int) -> tuple[str, ...]:
-        """The implementations to run on one case, reference first, without those that are skipped."""
-        skipped = self.skip[case] if case < len(self.skip) else ()
-        names = [name for name in self.implementations if name not in skipped]
-        return tuple(sorted(names, key=lambda name: name != REFERENCE))
+        """The implementations to run on one case, the reference first."""
+        return tuple(name for name in self.plan.ordered if name not in self.skip.get(case, ()))
 
 
 def expand(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> tuple[Workload, ...]:

@@ -86,6 +86,11 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         return self.mask != "none"
 
     @property
+    def scale(self) -> float:
+        """Factor of the scores: 1 / sqrt(head_dim)."""
+        return float(self.head_dim**-0.5)
+
+    @property
     def label(self) -> str:
         """The shape in a few words, as tables and logs show it."""
         seq = str(self.seq) if self.seq == self.kv_seq else f"{self.seq}x{self.kv_seq}"

@@ -1,0 +1,1 @@
+"""Measuring: the clock, the rounds, accuracy."""

@@ -1,0 +1,58 @@
+"""How long one call takes: queued calls evaluated together, and single calls evaluated by themselves."""
+
+import time
+from statistics import median
+from typing import Final
+
+from attention.implementations.protocol import Runner
+
+QUEUED_BYTES: Final = 2**28
+"""Outputs that the calls of one sample may hold together."""
+MOST_CALLS: Final = 1000
+SETTLED: Final = 0.03
+LATENCY_CALLS: Final = 30
+
+
+def take_sample(runner: Runner, calls: int) -> float:
+    """Queues some independent calls, evaluates every output, and returns the seconds that one of them took."""
+    started = time.perf_counter()
+    runner.wait([runner.queue() for _ in range(calls)])
+    return (time.perf_counter() - started) / calls
+
+
+def calls_for(call_s: float, sample_s: float, output_bytes: int) -> int:
+    """Calls that make a sample last about sample_s seconds without holding too much memory in their outputs."""
+    by_time = round(sample_s / call_s)
+    return max(1, min(by_time, QUEUED_BYTES // output_bytes, MOST_CALLS))
+
+
+def warm_up(runner: Runner, call_s: float, least_s: float, sample_s: float, output_bytes: int) -> float:
+    """Repeats calls until two samples in a row agree, for at least least_s and at most ten times as long.
+
+    Args:
+        runner: the bound call.
+        call_s: seconds that a call took so far.
+        least_s: seconds to warm up at the least.
+        sample_s: seconds of one sample.
+        output_bytes: what one call returns.
+
+    Returns:
+        Seconds a call.
+    """
+    started = time.perf_counter()
+    while True:
+        before = call_s
+        call_s = take_sample(runner, calls_for(call_s, sample_s / 2, output_bytes))
+        elapsed = time.perf_counter() - started
+        settled = abs(call_s - before) <= SETTLED * before
+        if (settled and elapsed >= least_s) or elapsed >= 10 * least_s:
+            return call_s
+
+
+def latency(runner: Runner, seconds: float) -> float:
+    """Median seconds of single calls, each evaluated and waited for before the next, within about `seconds`."""
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < LATENCY_CALLS and (len(times) < 3 or time.perf_counter() - started < seconds):
+        times.append(take_sample(runner, 1))
+    return median(times)

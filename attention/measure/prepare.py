@@ -1,0 +1,97 @@
+"""What comes before the rounds: the first call, accuracy, memory, warm-up and latency of one implementation."""
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+
+from attention import events as on
+from attention.device import Device
+from attention.implementations.protocol import Implementation, Runner
+from attention.implementations.runner import runner_for
+from attention.measure.accuracy import Judge
+from attention.measure.clock import calls_for, latency, warm_up
+from attention.measure.rounds import Arm
+from attention.teller import Teller
+from attention.workload import Workload
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+SLOW_CALL_S: Final = 0.5
+"""A call that takes this long needs no warm-up beyond the calls before it."""
+WARM_UP_S: Final = {"cpu": 0.03, "metal": 0.25, "cuda": 0.25}
+LATENCY_S: Final = 0.1
+
+
+class CaseSetting(Struct, frozen=True, kw_only=True, eq=False):
+    """What all implementations of a case share."""
+
+    workload: Workload
+    device: Device
+    inputs: "list[mx.array]"
+    judge: Judge
+    sample_s: float
+    """Seconds that one sample should last."""
+    teller: Teller
+
+
+def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> Arm:
+    """Takes an implementation through everything but the rounds, and returns its arm.
+
+    Raises:
+        Exception: whatever the implementation raises.
+    """
+    runner = runner_for(implementation, setting.workload, setting.inputs, setting.workload.scale)
+    call_s = _first_call(name, runner, setting)
+    _tell_route_again(name, implementation, setting)
+    setting.teller.step(name, "memory")
+    started = time.perf_counter()
+    peak = runner.peak_bytes()
+    call_s = min(call_s, time.perf_counter() - started)
+    setting.teller.emit(on.MemoryMeasured(case=setting.teller.case, implementation=name, peak_bytes=peak))
+    if call_s < SLOW_CALL_S:
+        call_s = _settle(name, runner, call_s, setting)
+    calls = calls_for(call_s, setting.sample_s, setting.workload.output_bytes)
+    return Arm(name=name, runner=runner, calls=calls, lead_in=setting.device.backend != "cpu")
+
+
+def _first_call(name: str, runner: Runner, setting: CaseSetting) -> float:
+    """Times the very first call, judges what it returned, and returns the seconds it took."""
+    teller = setting.teller
+    teller.step(name, "first call")
+    started = time.perf_counter()
+    results = runner.results()
+    seconds = time.perf_counter() - started
+    teller.emit(on.FirstCall(case=teller.case, implementation=name, seconds=seconds))
+    teller.step(name, "accuracy")
+    verdict = setting.judge.check(results)
+    teller.emit(
+        on.Checked(
+            case=teller.case,
+            implementation=name,
+            max_error=verdict.max_error,
+            rms_error=verdict.rms_error,
+            accurate=verdict.accurate,
+            detail=verdict.detail,
+        )
+    )
+    return seconds
+
+
+def _tell_route_again(name: str, implementation: Implementation, setting: CaseSetting) -> None:
+    """An implementation that chooses on first use knows its path only now."""
+    route = implementation.route(setting.workload, setting.device)
+    setting.teller.emit(on.RouteFound(case=setting.teller.case, implementation=name, route=route))
+
+
+def _settle(name: str, runner: Runner, call_s: float, setting: CaseSetting) -> float:
+    """Warms up, measures latency, and returns the seconds that a call takes now."""
+    teller, workload = setting.teller, setting.workload
+    teller.step(name, "warm up")
+    least_s = WARM_UP_S[setting.device.backend]
+    call_s = warm_up(runner, call_s, least_s, setting.sample_s, workload.output_bytes)
+    teller.step(name, "latency")
+    seconds = latency(runner, LATENCY_S)
+    teller.emit(on.LatencyMeasured(case=teller.case, implementation=name, seconds=seconds))
+    return call_s

@@ -1,0 +1,217 @@
+"""Events in, rows out: everything that a run has told so far, at any moment of it."""
+
+from collections import deque
+from typing import Final
+
+from msgspec import Struct, field
+
+from attention import events as on
+from attention import statistics
+from attention.plan import Plan
+from attention.report import Case, Environment, Peaks, Ratio, Report, Row, Run, Summary
+from attention.route import Route
+from attention.workload import Workload
+
+LOG_LINES: Final = 10_000
+INTERRUPTED: Final = "interrupted"
+UNITY: Final = Ratio(value=1.0, low=1.0, high=1.0)
+
+
+class Measured(Struct):
+    """What is known of one implementation on one case."""
+
+    implementation: str
+    route: Route | None = None
+    step: str | None = None
+    """The step it is in, as long as it is in one."""
+    first_call_s: float | None = None
+    latency_s: float | None = None
+    check: on.Checked | None = None
+    peak_bytes: int | None = None
+    samples: list[float] = field(default_factory=list)
+    ended: on.RowEnded | None = None
+
+    def forget_times(self) -> None:
+        """Drops what a repeated case will measure again; a row that has ended stays."""
+        if self.ended is None:
+            self.step, self.samples = None, []
+
+
+class CaseRecord(Struct):
+    """What is known of one case."""
+
+    workload: Workload
+    rows: dict[str, Measured]
+    reference: str | None = None
+    again: list[float] = field(default_factory=list)
+    stopped_by: str | None = None
+    started: bool = False
+
+
+class Record:
+    """The state of a run, changed only by events.
+
+    Attributes:
+        plan: what was asked for.
+        cases: one entry for each case of the plan.
+        environment, peaks: empty until the worker has told them.
+        progress: the last one told, or None.
+        last_rounds: the last RoundsDone told, with the memory figures of the moment.
+        log: the latest messages, at most LOG_LINES.
+        refused: why nothing could run, or None.
+        done: whether the worker said that all is complete.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.cases = [
+            CaseRecord(workload=workload, rows={name: Measured(implementation=name) for name in plan.ordered})
+            for workload in plan.cases
+        ]
+        self.environment = Environment()
+        self.peaks = Peaks()
+        self.progress: on.Progress | None = None
+        self.last_rounds: on.RoundsDone | None = None
+        self.log: deque[on.Message] = deque(maxlen=LOG_LINES)
+        self.refused: on.RunRefused | None = None
+        self.current_case: int | None = None
+        self.done = False
+
+    def apply(self, event: on.AnyEvent) -> None:
+        """Takes in one event."""
+        match event:
+            case on.RunStarted():
+                self.environment = event.environment
+            case on.PeaksMeasured():
+                self.peaks = event.peaks
+            case on.Progress():
+                self.progress = event
+            case on.Message():
+                self.log.append(event)
+            case on.RunRefused():
+                self.refused = event
+            case on.RunDone():
+                self.done = True
+            case on.WorkerUnusable():
+                pass
+            case _:
+                self._apply_to_case(event, self.cases[event.case])
+
+    def _apply_to_case(self, event: on.CaseEvent, case: CaseRecord) -> None:
+        match event:
+            case on.CaseStarted():
+                self.current_case, case.started = event.case, True
+                case.again = []
+                for measured in case.rows.values():
+                    measured.forget_times()
+            case on.ReferenceChosen():
+                case.reference = event.implementation
+            case on.RoundsDone():
+                self.last_rounds = event
+                for name, samples in event.samples.items():
+                    (case.again if name == on.AGAIN else case.rows[name].samples).extend(samples)
+            case on.CaseDone():
+                case.stopped_by = event.stopped_by
+            case _:
+                self._apply_to_row(event, case.rows[event.implementation])
+
+    def _apply_to_row(self, event: on.RowEvent, row: Measured) -> None:
+        match event:
+            case on.RouteFound():
+                row.route = event.route
+            case on.StepStarted():
+                row.step = event.step
+            case on.RowEnded():
+                row.ended, row.step = event, None
+            case on.FirstCall():
+                row.first_call_s = event.seconds
+            case on.Checked():
+                row.check = event
+            case on.MemoryMeasured():
+                row.peak_bytes = event.peak_bytes
+            case on.LatencyMeasured():
+                row.latency_s = event.seconds
+
+    def report(self, run: Run) -> Report:
+        """Makes the report of what is known so far; rows that have nothing to show yet are left out."""
+        cases = tuple(self.case(index) for index in range(len(self.cases)))
+        return Report(
+            run=run,
+            environment=self.environment,
+            peaks=self.peaks,
+            cases=tuple(case for case in cases if case.rows),
+            summary=summarise(cases, self.plan.ordered),
+        )
+
+    def case(self, index: int) -> Case:
+        """Makes the rows of one case from what is known so far."""
+        record = self.cases[index]
+        reference = record.rows[record.reference].samples if record.reference else []
+        floor = statistics.noise_floor(reference, record.again)
+        throttled = statistics.drifted(reference, floor.floor) if floor else None
+        made = [
+            _row(
+                measured,
+                record,
+                self.peaks,
+                UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor),
+                throttled,
+            )
+            for name, measured in record.rows.items()
+        ]
+        rows = tuple(row for row in made if row is not None)
+        return Case(workload=record.workload, reference=record.reference, noise_floor=floor, rows=rows)
+
+
+def _row(
+    measured: Measured, record: CaseRecord, peaks: Peaks, speedup: Ratio | None, throttled: bool | None
+) -> Row | None:
+    ended, route, check = measured.ended, measured.route, measured.check
+    if ended is None and not measured.samples:
+        return None
+    accurate = check is None or check.accurate
+    call = statistics.median_interval(measured.samples) if measured.samples else None
+    flops_per_s = record.workload.flops / call.median if call else None
+    peak_rate = peaks.matmul_flops_per_s
+    return Row(
+        implementation=measured.implementation,
+        status=ended.status if ended else ("ok" if accurate else "inaccurate"),
+        path=route.path if route else None,
+        fused=route.fused if route and route.supported else None,
+        reason=_reason(measured),
+        tokens_per_second=record.workload.tokens / call.median if call else None,
+        call_s=call,
+        latency_s=measured.latency_s,
+        first_call_s=measured.first_call_s,
+        speedup=None if ended else speedup,
+        flops_per_s=flops_per_s,
+        efficiency=flops_per_s / peak_rate if flops_per_s and peak_rate else None,
+        peak_bytes=measured.peak_bytes,
+        predicted_bytes=route.predicted_bytes if route else None,
+        max_error=check.max_error if check else None,
+        rms_error=check.rms_error if check else None,
+        samples=tuple(measured.samples),
+        stopped_by="failed" if ended else record.stopped_by or INTERRUPTED,
+        throttled=throttled,
+    )
+
+
+def _reason(measured: Measured) -> str | None:
+    if measured.ended:
+        return measured.ended.reason
+    if measured.check and not measured.check.accurate:
+        return measured.check.detail
+    return measured.route.reason if measured.route else None
+
+
+def summarise(cases: tuple[Case, ...], implementations: tuple[str, ...]) -> tuple[Summary, ...]:
+    """Makes one line for each implementation: the geometric mean of its speedups over the cases it ran accurately."""
+    lines = []
+    for name in implementations:
+        rows = [row for case in cases for row in case.rows if row.implementation == name]
+        speedups = [row.speedup for row in rows if row.speedup and row.status == "ok"]
+        not_ok = sum(row.status != "ok" for row in rows)
+        if rows:
+            mean = statistics.geometric_mean(speedups)
+            lines.append(Summary(implementation=name, cases=len(speedups), speedup=mean, not_ok=not_ok))
+    return tuple(lines)

@@ -1,0 +1,86 @@
+"""The best rates that a machine reaches: measured, never taken from a data sheet."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from attention.device import Device
+from attention.report import Peaks
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+MATMUL_SIZES: Final = {"cpu": (128, 256, 512, 1024, 2048), "metal": (1024, 2048, 4096), "cuda": (2048, 4096, 8192)}
+MATMUL_TYPES: Final = ("float32", "float16", "bfloat16")
+COPY_BYTES: Final = {"cpu": 2**26, "metal": 2**28, "cuda": 2**30}
+REPEATS: Final = 3
+
+
+def measure_peaks(device: Device, seconds: float = 0.6) -> Peaks:
+    """Measures the best matrix product over several sizes and types, and the best copy.
+
+    Args:
+        device: where MLX runs.
+        seconds: about how long it may take; sizes that would take longer are left out.
+
+    Returns:
+        FLOP/s of the fastest square matmul, and bytes read plus written a second of the fastest copy.
+    """
+    return Peaks(
+        matmul_flops_per_s=_best_matmul(device, seconds * 0.8),
+        copy_bytes_per_s=_best_copy(device),
+    )
+
+
+def _best_matmul(device: Device, seconds: float) -> float:
+    import mlx.core as mx
+
+    best = 0.0
+    for name in MATMUL_TYPES:
+        started = time.perf_counter()
+        for size in MATMUL_SIZES[device.backend]:
+            flops = 2 * size**3
+            if best and flops * (REPEATS + 1) / best > seconds / len(MATMUL_TYPES):
+                break
+            a, b = (mx.random.normal((size, size)).astype(getattr(mx, name)) for _ in range(2))
+            mx.eval(a, b)
+            best = max(best, flops / _fastest(partial(_evaluate_product, a, b)))
+            if time.perf_counter() - started > seconds / len(MATMUL_TYPES):
+                break
+    return best
+
+
+def _evaluate_product(a: "mx.array", b: "mx.array") -> None:
+    import mlx.core as mx
+
+    mx.eval(a @ b)
+
+
+def _best_copy(device: Device) -> float:
+    """The faster of MLX's copy and, where MLX computes in the CPU's memory, the C library's."""
+    import mlx.core as mx
+
+    size = COPY_BYTES[device.backend]
+    halves = mx.random.normal((2, size // 8))
+    mx.eval(halves)
+    first, second = halves[0], halves[1]
+    fastest = _fastest(lambda: mx.eval(mx.concatenate([first, second])))
+    if device.backend == "cpu":
+        source = np.array(halves)
+        target = np.empty_like(source)
+        fastest = min(fastest, _fastest(lambda: np.copyto(target, source)))
+    return 2 * size / fastest
+
+
+def _fastest(call: Callable[[], None]) -> float:
+    """Seconds of the fastest of a few calls, after one that is not timed."""
+    call()
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,167 @@
+"""Intervals for what was measured: paired and unpaired ratios, medians, and when a difference is one."""
+
+import math
+import random
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, median, stdev
+from typing import Final
+
+from attention.report import Interval, NoiseFloor, Ratio
+
+CONFIDENCE: Final = 0.95
+RESAMPLES: Final = 2000
+FEWEST_FOR_BOOTSTRAP: Final = 8
+NO_SPREAD: Final = 1e-9
+SMALLEST_FLOOR: Final = 0.005
+"""No difference under half a percent is called one: code and data alignment alone move a time by that much."""
+
+
+def student_t(probability: float, freedom: float) -> float:
+    """Quantile of Student's t distribution for a probability above 0.5.
+
+    Hill, "Algorithm 396: Student's t-quantiles", CACM 13 (1970); exact forms for one and two degrees of freedom.
+    """
+    tail = 2 * (1 - probability)
+    if freedom <= 1:
+        return 1 / math.tan(tail * math.pi / 2)
+    if freedom <= 2:
+        return math.sqrt(2 / (tail * (2 - tail)) - 2)
+    a = 1 / (freedom - 0.5)
+    b = 48 / a**2
+    c = ((20700 * a / b - 98) * a - 16) * a + 96.36
+    d = ((94.5 / (b + c) - 3) / b + 1) * math.sqrt(a * math.pi / 2) * freedom
+    y = (d * tail) ** (2 / freedom)
+    if y > 0.05 + a:
+        x = NormalDist().inv_cdf(tail / 2)
+        y = x * x
+        if freedom < 5:
+            c += 0.3 * (freedom - 4.5) * (x + 0.6)
+        c = (((0.05 * d * x - 5) * x - 7) * x - 2) * x + b + c
+        y = (((((0.4 * y + 6.3) * y + 36) * y + 94.5) / c - y - 3) / b + 1) * x
+        y = math.expm1(a * y * y)
+    else:
+        inner = 1 / (((freedom + 6) / (freedom * y) - 0.089 * d - 0.822) * (freedom + 2) * 3)
+        y = ((inner + 0.5 / (freedom + 4)) * y - 1) * (freedom + 1) / (freedom + 2) + 1 / y
+    return math.sqrt(freedom * y)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean by Student's t; for two values or more."""
+    half = student_t((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a mean by the studentised bootstrap; few values take Student's t instead.
+
+    Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), 12.5. The plain percentile bootstrap is too
+    narrow for the few dozen samples of a run.
+    """
+    count = len(values)
+    centre, error = fmean(values), stdev(values) / math.sqrt(count)
+    if count < FEWEST_FOR_BOOTSTRAP or error < NO_SPREAD:
+        return mean_interval(values)
+    pivots = _studentised_means([value - centre for value in values], random.Random(seed))
+    low, high = (pivots[int(part * (len(pivots) - 1))] for part in ((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2))
+    return centre - low * error, centre - high * error
+
+
+def _studentised_means(deviations: Sequence[float], draw: random.Random) -> list[float]:
+    """Means of resamples over their own standard errors, sorted; a resample of one repeated value has none."""
+    count = len(deviations)
+    pivots = []
+    for _ in range(RESAMPLES):
+        again = draw.choices(deviations, k=count)
+        mean = sum(again) / count
+        variance = sum(value * value for value in again) / count - mean * mean
+        if variance > NO_SPREAD**2:
+            pivots.append(mean / math.sqrt(variance / (count - 1)))
+    return sorted(pivots)
+
+
+def log_ratios(reference: Sequence[float], times: Sequence[float]) -> list[float]:
+    """Logarithms of reference time over time, round by round; above 0 is faster than the reference."""
+    return [math.log(a / b) for a, b in zip(reference, times, strict=False)]
+
+
+def noise_floor(reference: Sequence[float], again: Sequence[float]) -> NoiseFloor | None:
+    """The reference against itself, or None for fewer than two rounds."""
+    logs = log_ratios(reference, again)
+    if len(logs) < 2:
+        return None
+    low, high = bootstrap_interval(logs)
+    floor = max(math.expm1(abs(low)), math.expm1(abs(high)), SMALLEST_FLOOR)
+    return NoiseFloor(value=math.exp(fmean(logs)), low=math.exp(low), high=math.exp(high), floor=floor)
+
+
+def speedup(reference: Sequence[float], times: Sequence[float], floor: NoiseFloor | None) -> Ratio | None:
+    """Paired speedup over the reference: geometric mean and interval, or None for fewer than two rounds.
+
+    It is significant when the whole interval lies outside the noise floor; never without a floor.
+    """
+    logs = log_ratios(reference, times)
+    if len(logs) < 2:
+        return None
+    return _ratio(fmean(logs), *bootstrap_interval(logs), floor.floor if floor else math.inf)
+
+
+def unpaired_ratio(before: Sequence[float], after: Sequence[float], floor: float = SMALLEST_FLOOR) -> Ratio | None:
+    """Ratio of two runs' times, before over after, by Welch's interval on logarithms; above 1 is faster after."""
+    if len(before) < 2 or len(after) < 2:
+        return None
+    a, b = [math.log(x) for x in before], [math.log(x) for x in after]
+    va, vb = stdev(a) ** 2 / len(a), stdev(b) ** 2 / len(b)
+    middle = fmean(a) - fmean(b)
+    if va + vb == 0:
+        return _ratio(middle, middle, middle, floor)
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    half = student_t((1 + CONFIDENCE) / 2, freedom) * math.sqrt(va + vb)
+    return _ratio(middle, middle - half, middle + half, floor)
+
+
+def _ratio(middle: float, low: float, high: float, floor: float) -> Ratio:
+    edge = math.log1p(floor)
+    return Ratio(
+        value=math.exp(middle), low=math.exp(low), high=math.exp(high), significant=bool(low > edge or high < -edge)
+    )
+
+
+def median_interval(samples: Sequence[float]) -> Interval:
+    """Median with its 95 % interval from order statistics, free of any assumption on the distribution.
+
+    Conover, "Practical Nonparametric Statistics", 3.2. With five samples or fewer it is their whole range.
+    """
+    ordered = sorted(samples)
+    rank = _rank_below_median(len(ordered))
+    return Interval(median=median(ordered), low=ordered[rank], high=ordered[-1 - rank])
+
+
+def _rank_below_median(count: int) -> int:
+    """Largest r for which the r-th smallest and r-th largest of count values enclose the median 95 times in 100."""
+    if count > 200:  # the binomial is normal enough, and its terms would leave a float's range
+        return int((count - NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(count)) / 2) - 1
+    below = 0.0
+    for rank in range(count // 2):
+        below += math.comb(count, rank) * 0.5**count
+        if below > (1 - CONFIDENCE) / 2:
+            return max(rank - 1, 0)
+    return max(count // 2 - 1, 0)
+
+
+def drifted(times: Sequence[float], floor: float) -> bool:
+    """Whether the last third of the samples is slower than the first third by more than the floor, with confidence."""
+    third = len(times) // 3
+    ratio = unpaired_ratio(times[:third], times[-third:], floor) if third >= 2 else None
+    return ratio is not None and ratio.significant and ratio.value < 1
+
+
+def geometric_mean(ratios: Sequence[Ratio]) -> Ratio | None:
+    """Geometric mean of the cases' speedups; its interval takes the cases' own as independent and normal.
+
+    It is significant when the interval excludes 1 by more than the smallest floor.
+    """
+    if not ratios:
+        return None
+    middle = fmean(math.log(ratio.value) for ratio in ratios)
+    half = math.sqrt(sum((math.log(ratio.high / ratio.low) / 2) ** 2 for ratio in ratios)) / len(ratios)
+    return _ratio(middle, middle - half, middle + half, SMALLEST_FLOOR)

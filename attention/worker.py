@@ -1,0 +1,69 @@
+"""The process's entry: reads an assignment from stdin, writes events to stdout, ends when its parent does."""
+
+import argparse
+import os
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from attention import events as on
+from attention.bench import Bench, DeviceUncertain
+from attention.errors import NoBackendError, UsageError
+from attention.plan import Assignment
+
+
+def main() -> int:
+    """Runs one assignment; 0 when it is complete, 1 when this process must not go on."""
+    parser = argparse.ArgumentParser(prog="python -m attention.worker", description=__doc__)
+    parser.add_argument("--mark", type=int, help="file descriptor that holds the number of who is at work")
+    mark_file: int | None = parser.parse_args().mark
+    assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _be_the_first_to_go()
+    stream = _private_stdout()
+
+    def emit(event: on.AnyEvent) -> None:
+        stream.write(on.encode(event))
+        stream.flush()
+
+    def mark(number: int) -> None:
+        if mark_file is not None:
+            os.pwrite(mark_file, bytes([number]), 0)
+
+    try:
+        Bench(assignment, emit, mark).run()
+    except UsageError as error:
+        emit(on.RunRefused(kind="usage", reason=str(error)))
+    except NoBackendError as error:
+        emit(on.RunRefused(kind="no backend", reason=str(error)))
+    except DeviceUncertain:
+        return 1
+    return 0
+
+
+def _private_stdout() -> BinaryIO:
+    """Keeps stdout for events alone: whatever else is printed in this process goes to stderr."""
+    stream = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return stream
+
+
+def _end_with_parent() -> None:
+    """Ends this process when stdin closes, however the parent went."""
+    while os.read(0, 4096):  # not through sys.stdin, whose lock this thread would hold when the interpreter ends
+        pass
+    os._exit(1)
+
+
+def _be_the_first_to_go() -> None:
+    """When memory runs out, Linux shall end this process and not the one that holds the results."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The rounds: order, pairing, stopping, and what one implementation's failure leaves to the others."""
+
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from attention.measure import clock
+from attention.measure.rounds import Arm, Limits, run_rounds
+
+
+class Sleeper:
+    """A call that takes the time it is told, on the real clock."""
+
+    def __init__(self, seconds: float = 0.0, fails_at: int | None = None) -> None:
+        self.seconds, self.fails_at, self.calls = seconds, fails_at, 0
+
+    def queue(self) -> object:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise RuntimeError("planted")
+        return self.seconds
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        time.sleep(self.seconds * len(outputs))
+
+    def results(self) -> list[object]:
+        return []
+
+    def peak_bytes(self) -> int | None:
+        return None
+
+
+def rounds(arms: list[Arm], seconds: float = 0.2, precision: float = 0.01) -> tuple[str, list[str], list[str]]:
+    order: list[str] = []
+    failures: list[str] = []
+    stopped_by = run_rounds(
+        arms,
+        Limits(seconds=seconds, precision=precision),
+        seed=0,
+        before=lambda arm: order.append(arm.name),
+        failed=lambda arm, error: failures.append(f"{arm.name}: {error}"),
+        after=lambda arms: None,
+    )
+    return stopped_by, order, failures
+
+
+def arm(name: str, seconds: float = 0.001, fails_at: int | None = None, lead_in: bool = False) -> Arm:
+    return Arm(name=name, runner=Sleeper(seconds, fails_at), calls=1, lead_in=lead_in)
+
+
+def test_each_round_takes_every_arm_once_in_an_order_that_changes() -> None:
+    _, order, _ = rounds([arm("a"), arm("b"), arm("c")], precision=0)
+    in_rounds = [tuple(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in in_rounds)
+    assert len(set(in_rounds)) > 2
+
+
+def test_rounds_stop_when_the_interval_is_narrow_enough() -> None:
+    stopped_by, order, _ = rounds([arm("a", 0.002), arm("b", 0.002)], seconds=20, precision=0.5)
+    assert stopped_by == "precision"
+    assert len(order) < 200
+
+
+def test_rounds_stop_when_the_time_is_up_but_never_before_three() -> None:
+    stopped_by, order, _ = rounds([arm("a", 0.05), arm("b", 0.05)], seconds=0.01, precision=0)
+    assert stopped_by == "time"
+    assert len(order) == 6
+
+
+def test_an_arm_that_raises_leaves_and_the_others_stay_paired() -> None:
+    arms = [arm("a"), arm("b", fails_at=4), arm("c")]
+    left = list(arms)
+    _, _, failures = rounds(left, precision=0)
+    assert failures == ["b: planted"]
+    assert [one.name for one in left] == ["a", "c"]
+    assert len(arms[0].samples) == len(arms[2].samples) > 4
+    assert len(arms[1].samples) == 3
+
+
+def test_rounds_end_when_no_arm_is_left() -> None:
+    stopped_by, _, failures = rounds([arm("a", fails_at=2)], precision=0)
+    assert stopped_by == "failed"
+    assert len(failures) == 1
+
+
+def test_a_lead_in_is_as_long_as_the_sample_and_outside_the_clock() -> None:
+    with_lead_in = arm("a", 0.002, lead_in=True)
+    with_lead_in.sample()
+    assert with_lead_in.runner.calls == 2  # type: ignore[attr-defined]
+    assert with_lead_in.samples[0] == pytest.approx(0.002, rel=0.5)
+
+
+def test_calls_of_a_sample_fill_its_time_within_the_memory_of_their_outputs() -> None:
+    assert clock.calls_for(0.001, 0.02, output_bytes=1) == 20
+    assert clock.calls_for(3.0, 0.02, output_bytes=1) == 1
+    assert clock.calls_for(1e-6, 0.02, output_bytes=1) == clock.MOST_CALLS
+    assert clock.calls_for(1e-6, 0.02, output_bytes=2**27) == 2
+    assert clock.calls_for(1e-6, 0.02, output_bytes=2**30) == 1
+
+
+def test_warming_up_lasts_until_two_samples_agree() -> None:
+    runner = Sleeper(0.001)
+    settled = clock.warm_up(runner, call_s=0.1, least_s=0.02, sample_s=0.01, output_bytes=1)
+    assert settled == pytest.approx(0.001, rel=0.5)
+
+
+def test_latency_is_of_single_calls() -> None:
+    runner = Sleeper(0.001)
+    assert clock.latency(runner, seconds=0.02) == pytest.approx(0.001, rel=0.5)
+    assert 3 <= runner.calls <= clock.LATENCY_CALLS

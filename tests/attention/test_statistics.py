@@ -1,0 +1,137 @@
+"""Intervals hold what they promise: checked against scipy, and by simulation."""
+
+import math
+import random
+from statistics import fmean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from attention import statistics
+from attention.report import NoiseFloor, Ratio
+
+QUIET = NoiseFloor(value=1, low=0.999, high=1.001, floor=0.005)
+times = st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=50)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 30, 300])
+@pytest.mark.parametrize("probability", [0.9, 0.975, 0.995])
+def test_student_t_agrees_with_scipy(freedom: int, probability: float) -> None:
+    assert statistics.student_t(probability, freedom) == pytest.approx(stats.t.ppf(probability, freedom), rel=1e-3)
+
+
+def test_mean_interval_agrees_with_scipy() -> None:
+    draw = random.Random(1)
+    values = [draw.gauss(2, 1) for _ in range(12)]
+    expected = stats.t.interval(0.95, 11, loc=fmean(values), scale=stats.sem(values))
+    assert statistics.mean_interval(values) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [8, 20])
+def test_bootstrap_interval_covers_the_mean_95_times_in_100(count: int) -> None:
+    covered = 0
+    for seed in range(160):
+        draw = random.Random(seed)
+        low, high = statistics.bootstrap_interval([draw.gauss(0, 0.05) for _ in range(count)], seed)
+        covered += low <= 0 <= high
+    assert 0.9 <= covered / 160 <= 0.99
+
+
+def test_bootstrap_interval_agrees_with_scipys_normal_one_on_many_samples() -> None:
+    draw = random.Random(2)
+    values = [draw.gauss(0, 1) for _ in range(400)]
+    expected = stats.t.interval(0.95, 399, loc=fmean(values), scale=stats.sem(values))
+    assert statistics.bootstrap_interval(values) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("count", [6, 9, 20, 60, 201, 5000])
+def test_median_interval_is_the_widest_that_the_binomial_needs(count: int) -> None:
+    interval = statistics.median_interval([float(i) for i in range(count)])
+    rank = int(interval.low)
+    inside = 1 - 2 * stats.binom.cdf(rank, count, 0.5)
+    assert inside >= 0.94 if count > 200 else inside >= 0.94 or rank == 0
+    assert 1 - 2 * stats.binom.cdf(rank + 2, count, 0.5) < 0.95
+    assert interval.high == count - 1 - rank
+
+
+@given(times)
+def test_median_interval_holds_the_median(samples: list[float]) -> None:
+    interval = statistics.median_interval(samples)
+    assert min(samples) <= interval.low <= interval.median <= interval.high <= max(samples)
+
+
+@given(times, st.floats(1.1, 10))
+def test_speedup_of_a_constant_factor_is_that_factor(samples: list[float], factor: float) -> None:
+    ratio = statistics.speedup([sample * factor for sample in samples], samples, QUIET)
+    assert ratio is not None
+    assert ratio.value == pytest.approx(factor)
+    assert ratio.low == pytest.approx(factor)
+    assert ratio.significant
+
+
+def test_speedup_cancels_a_drift_that_all_share() -> None:
+    draw = random.Random(3)
+    drift = [1 + 0.5 * i / 30 for i in range(30)]
+    reference = [d * math.exp(draw.gauss(0, 0.004)) for d in drift]
+    faster = [d / 1.03 * math.exp(draw.gauss(0, 0.004)) for d in drift]
+    ratio = statistics.speedup(reference, faster, QUIET)
+    assert ratio is not None
+    assert ratio.low < 1.03 < ratio.high
+    assert ratio.high - ratio.low < 0.01
+
+
+def test_speedup_inside_the_floor_is_not_significant() -> None:
+    loud = NoiseFloor(value=1, low=0.9, high=1.1, floor=0.11)
+    times = [1.0 + i / 1000 for i in range(10)]
+    ratio = statistics.speedup([t * 1.05 for t in times], times, loud)
+    assert ratio is not None
+    assert not ratio.significant
+
+
+def test_nothing_is_significant_without_a_floor() -> None:
+    ratio = statistics.speedup([2.0, 2.0, 2.0], [1.0, 1.0, 1.0], None)
+    assert ratio is not None
+    assert not ratio.significant
+
+
+def test_one_round_gives_no_interval() -> None:
+    assert statistics.speedup([1.0], [1.0], QUIET) is None
+    assert statistics.noise_floor([1.0], [1.0]) is None
+
+
+def test_the_noise_floor_is_the_larger_side_of_its_interval() -> None:
+    draw = random.Random(4)
+    floor = statistics.noise_floor([draw.gauss(1, 0.05) for _ in range(20)], [draw.gauss(1, 0.05) for _ in range(20)])
+    assert floor is not None
+    assert floor.low < floor.value < floor.high
+    assert floor.floor == pytest.approx(max(1 / floor.low - 1, floor.high - 1))
+
+
+def test_an_unpaired_ratio_agrees_with_scipys_welch() -> None:
+    draw = random.Random(5)
+    before = [math.exp(draw.gauss(0.1, 0.1)) for _ in range(20)]
+    after = [math.exp(draw.gauss(0, 0.2)) for _ in range(14)]
+    ratio = statistics.unpaired_ratio(before, after)
+    welch = stats.ttest_ind([math.log(x) for x in before], [math.log(x) for x in after], equal_var=False)
+    low, high = welch.confidence_interval(0.95)
+    assert ratio is not None
+    assert (math.log(ratio.low), math.log(ratio.high)) == pytest.approx((low, high), rel=1e-3)
+
+
+def test_drift_is_told_when_the_last_rounds_are_slower_than_the_floor() -> None:
+    draw = random.Random(6)
+    steady = [draw.gauss(1, 0.01) for _ in range(30)]
+    assert not statistics.drifted(steady, 0.01)
+    assert statistics.drifted([value * (1 + i / 60) for i, value in enumerate(steady)], 0.01)
+    assert not statistics.drifted([value / (1 + i / 60) for i, value in enumerate(steady)], 0.01)
+
+
+def test_the_geometric_mean_narrows_with_the_number_of_cases() -> None:
+    one = Ratio(value=2, low=1.9, high=2.1)
+    mean = statistics.geometric_mean([one] * 4)
+    assert mean is not None
+    assert mean.value == pytest.approx(2)
+    assert mean.high / mean.low == pytest.approx(math.sqrt(2.1 / 1.9), rel=1e-3)
+    assert statistics.geometric_mean([]) is None

@@ -1,0 +1,166 @@
+"""The engine on the real worker: what one implementation does costs its own row, and nothing is left behind."""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from attention import events as on
+from attention.plan import Plan
+from attention.report import Case, Peaks, Row
+from attention.workload import Workload
+from fatui.engine import Engine
+
+PLANTED = Path(__file__).parents[1] / "planted.py"
+PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
+SMALL = Workload(seq=32, heads=2, head_dim=16, dtype="float32")
+
+
+def plan(*planted: str, cases: tuple[Workload, ...] = (SMALL,), seconds: float = 0.3, **fields: object) -> Plan:
+    names = ("baseline", *(f"{PLANTED}:{name}" for name in planted))
+    return Plan(cases=cases, implementations=names, seconds=seconds, **fields)  # type: ignore[arg-type]
+
+
+def run(plan: Plan) -> Engine:
+    engine = Engine(plan, peaks=PEAKS)
+    asyncio.run(asyncio.wait_for(engine.run(), 60))
+    return engine
+
+
+def row(case: Case, name: str) -> Row:
+    return next(row for row in case.rows if row.implementation.endswith(name))
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [
+        ("KilledAtOnce", "killed by signal 11 (SIGSEGV)"),
+        ("KilledInRounds", "killed by signal 9 (SIGKILL), as the system does when memory runs out"),
+        ("Leaves", "the engine ended with code 7: planted last words"),
+    ],
+)
+def test_a_worker_that_dies_costs_one_row_and_the_others_go_on(planted: str, reason: str) -> None:
+    engine = run(plan(planted, cases=(SMALL, Workload(seq=16, heads=2, head_dim=16, dtype="float32"))))
+    assert engine.record.done
+    for index in (0, 1):
+        case = engine.record.case(index)
+        assert row(case, planted).status == "failed"
+        assert row(case, planted).reason == reason
+        assert row(case, "baseline").status == "ok"
+        assert row(case, "baseline").stopped_by in ("precision", "time")
+    assert any("started again" in message.text for message in engine.record.log)
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [("Raises", "RuntimeError: planted failure"), ("RaisesInRounds", "RuntimeError: planted late")],
+)
+def test_an_exception_costs_one_row_without_a_new_worker(planted: str, reason: str) -> None:
+    engine = run(plan(planted))
+    case = engine.record.case(0)
+    assert (row(case, planted).status, row(case, planted).reason) == ("failed", reason)
+    assert row(case, "baseline").status == "ok"
+    assert not engine.record.log
+
+
+@pytest.mark.parametrize("planted", ["Wrong", "NotANumber"])
+def test_a_wrong_result_is_marked_whatever_its_speed(planted: str) -> None:
+    case = run(plan(planted)).record.case(0)
+    assert row(case, planted).status == "inaccurate"
+    assert row(case, planted).samples
+
+
+def test_what_does_not_fit_or_is_not_taken_never_starts() -> None:
+    case = run(plan("Hungry", "Refuses", memory_limit_bytes=2**30)).record.case(0)
+    assert row(case, "Hungry").status == "refused"
+    assert row(case, "Hungry").reason == "needs 1.02e+03 GiB of 1"
+    assert row(case, "Refuses").status == "unsupported"
+    assert row(case, "Refuses").reason == "it takes nothing"
+    assert row(case, "baseline").status == "ok"
+
+
+def test_force_runs_what_is_predicted_not_to_fit() -> None:
+    case = run(plan("Hungry", memory_limit_bytes=2**30, force=True)).record.case(0)
+    assert row(case, "Hungry").status == "ok"
+
+
+def test_what_an_implementation_prints_does_not_reach_the_events() -> None:
+    engine = run(plan("Prints"))
+    assert row(engine.record.case(0), "Prints").status == "ok"
+    assert not engine.record.log
+
+
+def test_an_unknown_implementation_is_refused_with_a_hint() -> None:
+    engine = run(Plan(cases=(SMALL,), implementations=("basline",)))
+    assert engine.record.refused is not None
+    assert "did you mean 'baseline'?" in engine.record.refused.reason
+
+
+def test_every_row_carries_what_the_table_needs() -> None:
+    case = run(plan("Planted")).record.case(0)
+    planted = row(case, "Planted")
+    assert case.reference == "baseline"
+    assert case.noise_floor is not None
+    assert planted.speedup is not None
+    assert planted.call_s is not None
+    assert planted.tokens_per_second == pytest.approx(32 / planted.call_s.median)
+    assert planted.flops_per_s == pytest.approx(SMALL.flops / planted.call_s.median)
+    assert planted.efficiency is not None
+    assert planted.latency_s is not None
+    assert planted.first_call_s is not None
+    assert planted.peak_bytes is not None
+    assert planted.max_error is not None
+    assert len(planted.samples) == len(row(case, "baseline").samples) >= 3
+
+
+def test_stopping_ends_the_worker_within_a_second_and_keeps_what_was_measured() -> None:
+    engine = Engine(plan("Planted", seconds=60, precision=0), peaks=PEAKS)
+    took = asyncio.run(_stop_when(engine, on.RoundsDone))
+    assert took < 1
+    assert row(engine.record.case(0), "baseline").samples
+    assert row(engine.record.case(0), "baseline").stopped_by == "interrupted"
+
+
+def test_stopping_ends_a_worker_that_is_stuck_in_a_call() -> None:
+    engine = Engine(plan("Stuck"), peaks=PEAKS)
+    took = asyncio.run(_stop_when(engine, on.StepStarted))
+    assert took < 1
+    assert engine.process_id is None
+
+
+def test_a_worker_killed_from_outside_in_mid_run_is_told_and_replaced() -> None:
+    engine = Engine(plan("Planted", seconds=1.5, precision=0), peaks=PEAKS)
+
+    async def kill_once() -> None:
+        running = asyncio.create_task(engine.run())
+        while engine.record.last_rounds is None:
+            await asyncio.sleep(0.01)
+        assert engine.process_id is not None
+        os.kill(engine.process_id, signal.SIGKILL)
+        await asyncio.wait_for(running, 60)
+
+    asyncio.run(kill_once())
+    statuses = sorted(row.status for row in engine.record.case(0).rows)
+    assert statuses == ["failed", "ok"]
+    assert engine.record.done
+
+
+async def _stop_when(engine: Engine, kind: type[on.Event]) -> float:
+    """Runs until the first event of a kind was told, stops, and returns the seconds that stopping took."""
+    seen = asyncio.Event()
+    engine._listener = lambda event: seen.set() if isinstance(event, kind) else None
+    running = asyncio.create_task(engine.run())
+    await asyncio.wait_for(seen.wait(), 30)
+    if kind is on.StepStarted:
+        await asyncio.sleep(0.3)
+    worker = psutil.Process(engine.process_id)
+    started = time.perf_counter()
+    engine.stop()
+    await asyncio.wait_for(running, 30)
+    took = time.perf_counter() - started
+    assert not worker.is_running()
+    return took

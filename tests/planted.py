@@ -1,0 +1,161 @@
+"""Implementations with planted behaviour, named to the engine as "tests/planted.py:NAME"."""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from attention.device import Device
+from attention.implementations.baseline import Baseline
+from attention.implementations.runner import MlxRunner
+from attention.masks import Mask
+from attention.route import PLAIN, Needs, Route
+from attention.workload import Workload
+
+
+class Planted(Baseline):
+    """The baseline under another name, with something done before each call."""
+
+    name = "planted"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        self.calls += 1
+        self.before_call()
+        return self.change(super().__call__(q, k, v, scale=scale, mask=mask, softcap=softcap))
+
+    def before_call(self) -> None:
+        """Does what was planted."""
+
+    def change(self, output: mx.array) -> mx.array:
+        """Changes the result, where that was planted."""
+        return output
+
+
+class KilledInRounds(Planted):
+    """Dies as if the system had killed it, once the rounds have begun."""
+
+    def before_call(self) -> None:
+        if self.calls == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledAtOnce(Planted):
+    """Dies of a bad memory access at its first call."""
+
+    def before_call(self) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Raises(Planted):
+    """Raises at its first call."""
+
+    def before_call(self) -> None:
+        raise RuntimeError("planted failure\nwith a second line")
+
+
+class RaisesInRounds(Planted):
+    """Raises once the rounds have begun."""
+
+    def before_call(self) -> None:
+        if self.calls == 40:
+            raise RuntimeError("planted late")
+
+
+class Wrong(Planted):
+    """Returns a result that is a little off."""
+
+    def change(self, output: mx.array) -> mx.array:
+        return output + 0.05
+
+
+class NotANumber(Planted):
+    """Returns NaN."""
+
+    def change(self, output: mx.array) -> mx.array:
+        return output * mx.nan
+
+
+class Stuck(Planted):
+    """Never returns from its first call."""
+
+    def before_call(self) -> None:
+        time.sleep(3600)
+
+
+class Prints(Planted):
+    """Prints to stdout, which belongs to the events."""
+
+    def before_call(self) -> None:
+        print("noise on stdout", flush=True)
+
+
+class Refuses(Planted):
+    """Takes no workload at all."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        return Route(path="-", fused=False, reason="it takes nothing", supported=False)
+
+
+class Hungry(Planted):
+    """Says that it needs a tebibyte."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        return Route(path="hungry", fused=False, reason="it is hungry", predicted_bytes=2**40)
+
+
+class Leaves(Planted):
+    """Ends the process with an exit code and a word on stderr."""
+
+    def before_call(self) -> None:
+        os.write(2, b"planted last words\n")
+        os._exit(7)
+
+
+class SlowerRunner(MlxRunner):
+    """Waits longer than the call takes, by a share of it."""
+
+    share = 0.0
+
+    def queue(self) -> list[mx.array]:
+        """Queues a call; the first of a sample starts the stopwatch."""
+        if self.started is None:
+            self.started = time.perf_counter()
+        return super().queue()
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluates, then spins for the share; sleeping is not exact enough for a thousandth."""
+        super().wait(outputs)
+        now = time.perf_counter()
+        until = now + (now - (self.started or now)) * self.share
+        self.started = None
+        while time.perf_counter() < until:
+            pass
+
+    started: float | None = None
+
+
+class Slower5Percent(Baseline):
+    """The baseline, and five percent of its time more."""
+
+    name = "planted"
+    share = 0.05
+
+    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> SlowerRunner:
+        """Binds the call to a runner that adds the share."""
+        bound = SlowerRunner(self, workload, inputs, scale)
+        bound.share = self.share
+        return bound
+
+
+class SlowerATenthOfAPercent(Slower5Percent):
+    """The baseline, and a thousandth of its time more."""
+
+    share = 0.001
