@@ -11,7 +11,6 @@ from msgspec import Struct
 from attention.implementations.blockwise import (
     Call,
     Heads,
-
     cut,
     join,
     after,
@@ -64,10 +63,7 @@ def gradients(saved: Saved, call: Call) -> list[mx.array]:
     def one(heads: Heads) -> list[mx.array]:
         if call.blocks.keys >= saved.k.shape[2]:
             return _key_block(saved, call, heads, range(saved.k.shape[2]), chain)
-        parts = [
-            _key_block(saved, call, heads, keys, chain)
-            for keys in blocks_of(saved.k.shape[2], call.blocks.keys)
-        ]
+        parts = [_key_block(saved, call, heads, keys, chain) for keys in blocks_of(saved.k.shape[2], call.blocks.keys)]
         d_key, d_value = (join(list(column), 2) for column in zip(*parts, strict=True))
         return [_query_pass(saved, call, heads, chain), d_key, d_value]
 

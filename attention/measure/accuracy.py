@@ -102,9 +102,7 @@ class Judge:
         rules = Rules(scale=scale, causal=self.workload.causal, window=self.workload.window)
         exact = _exact([_numpy(x) for x in arrays], rules, self.sample.rows)
         plain = _plain(arrays, scale, self._seen(), self.sample.rows)
-        return [
-            Expected(a, _largest(_numpy(b) - a), _rounding(a, b.dtype)) for a, b in zip(exact, plain, strict=True)
-        ]
+        return [Expected(a, _largest(_numpy(b) - a), _rounding(a, b.dtype)) for a, b in zip(exact, plain, strict=True)]
 
     def _cut(self, index: int, array: mx.array, group: tuple[int, int]) -> mx.array:
         """An input's part in a group: (query heads or 1, length, width)."""
