@@ -182,5 +182,6 @@ def _footer(report: Report) -> RenderableType:
     lines: list[RenderableType] = [Text(figures.finding(report), style="bold")]
     if parts:
         lines.append(Text(" · ".join(parts), style="dim"))
-    lines.append(Text(f"run {report.run.id}: {report.run.command}", style="dim", no_wrap=True, overflow="fold"))
+    state = ", interrupted" if report.run.interrupted else ""
+    lines.append(Text(f"run {report.run.id}{state}: {report.run.command}", style="dim", no_wrap=True, overflow="fold"))
     return Group(*lines)

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: with everything that is wrong with the request; nothing has run then.
     """
-    plan, preset, deliveries = _request(arguments)
+    plan, preset, deliveries = request(arguments)
     from fatui.commands.running import execute
     from fatui.reproduce import Started
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     return _exit_code(record, report, interrupted, failed=bool(failures))
 
 
-def _request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery]]":
+def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery]]":
     """Reads the whole request, and tells all its mistakes at once."""
     from msgspec import structs
 

@@ -24,7 +24,7 @@ class Narrator:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._bar = _bar() if sys.stderr.isatty() else None
-        self._task = self._bar.add_task("starting", total=1.0, left="") if self._bar else None
+        self._task = self._bar.add_task("starting", total=1.0, left="…") if self._bar else None
         self._drawn = 0.0
         self._told = ""
 
@@ -83,7 +83,7 @@ def _bar() -> "Progress":
     return Progress(
         BarColumn(BAR_WIDTH),
         TaskProgressColumn(),
-        TextColumn("{task.fields[left]}"),
+        TextColumn("· {task.fields[left]} ·"),
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=console(sys.stderr),
         auto_refresh=False,

@@ -55,6 +55,7 @@ def test_an_implementation_that_is_not_there_is_told():
     assert "nowhere.py" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_a_row_at_most():
     arguments = [*COMMAND, "quick", *SMALL, "--impl", "baseline,mlx", "--seconds", "3", "--json", "-"]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
