@@ -30,6 +30,19 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if "attention.worker" in child.cmdline()]
 
 
+def test_without_a_backend_it_says_what_to_install_and_exits_3(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").touch()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for command in (["bench", "quick"], ["explain"], ["doctor", "--no-measure"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "fatui", *command], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 3, command
+        assert "fatui[cpu]" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_small_case_gives_rows_that_say_what_ran():
     done = bench("quick", *SMALL, "--impl", "baseline,mlx", "--seconds", "0.5", "--json", "-")
     assert done.returncode == 0, done.stderr
