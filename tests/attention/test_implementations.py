@@ -9,7 +9,7 @@ from attention.implementations import NAMES, get
 from attention.implementations.blocks import Blocks
 from attention.implementations.practical import Practical
 from attention.implementations.protocol import Implementation
-from tests.attention.examples import CPU, EXAMPLES, TOLERANCE, Example, to_numpy
+from attention_examples import CPU, EXAMPLES, TOLERANCE, Example, to_numpy
 
 
 class InBlocks(Practical):
