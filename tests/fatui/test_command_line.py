@@ -260,7 +260,7 @@ def test_stdout_on_a_full_device_is_told():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_within_a_second_and_keeps_what_was_measured(number, tmp_path):
     target = tmp_path / "out.json"
-    process = fatui("bench", "scaling", "--json", str(target), FAKE_PAUSE="0.05")
+    process = fatui("bench", "scaling", "--json", str(target), FAKE_PAUSE="0.02")
     assert process.stderr is not None
     while b"case 2" not in process.stderr.readline():
         pass

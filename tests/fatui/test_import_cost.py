@@ -26,7 +26,14 @@ def test_help_takes_less_than_100_ms_beyond_bare_python():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["bench", "--help"], ["presets"], ["history"], ["bench", "quick", "--batch", "0"], ["doctor"]],
+    [
+        ["--help"],
+        ["bench", "--help"],
+        ["presets"],
+        ["history"],
+        ["bench", "quick", "--batch", "0"],
+        ["doctor", "--no-measure"],
+    ],
 )
 def test_no_command_imports_textual(arguments):
     program = f"import sys; from fatui.cli import main; main({arguments}); sys.exit('textual' in sys.modules)"
