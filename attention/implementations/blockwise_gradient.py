@@ -2,7 +2,8 @@
 
 With P the probabilities of a tile, FlashAttention 2's equations:
 
-    dV += P^T dO        dP = dO V^T        dS = P * (dP - rowsum(dO * O))        dQ += scale dS K        dK += scale dS^T Q
+    dP = dO V^T    dS = P * (dP - rowsum(dO * O))
+    dV += P^T dO    dQ += scale dS K    dK += scale dS^T Q
 """
 
 import mlx.core as mx
@@ -11,10 +12,9 @@ from msgspec import Struct
 from attention.implementations.blockwise import (
     Call,
     Heads,
-    cut,
-    join,
     after,
     blocks_of,
+    join,
     key_blocks,
     over_heads,
     tile_scores,
