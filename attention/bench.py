@@ -42,9 +42,9 @@ class Bench:
             UsageError, NoBackendError: nothing can run.
             DeviceUncertain: a row was told as failed, and this process must not go on.
         """
+        self._backend = (device := probe()).backend
         for name in self._plan.ordered:
             implementations.get(name)
-        self._backend = (device := probe()).backend
         self._teller.emit(on.RunStarted(environment=environment(device)))
         if self._assignment.peaks is None:
             self._teller.progress("what this machine can do at best")
