@@ -1,0 +1,156 @@
+"""The command line: finds the command, and turns what goes wrong into one clear line and an exit code."""
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+from attention.errors import NoBackendError, UsageError, suggestion
+from fatui import __version__
+
+DONE: Final = 0
+FAILED: Final = 1
+WRONG_USAGE: Final = 2
+NO_BACKEND: Final = 3
+INTERRUPTED: Final = 130
+
+COMMANDS: Final = {
+    "bench": "measure a preset, or the shapes that options give, and print the table",
+    "doctor": "say what this machine has, what is missing, and what to do",
+    "explain": "say which path each implementation would take, and why, without running it",
+    "presets": "list presets, show one, or check a file",
+    "history": "list past runs, show one, or remove one",
+    "compare": "compare two past runs, row by row",
+}
+EXAMPLE: Final = """examples:
+  fatui                         open the app
+  fatui quick --run             open the app and start the preset `quick`
+  fatui bench quick             measure without the app
+  fatui bench --seq 512,2048 --mask causal --impl baseline,mlx"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse, with mistakes told in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the mistake, for main to tell with all others."""
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Reads the arguments; every option that is not known is told, with the nearest that is."""
+        known, unknown = self.parse_known_args(arguments)
+        options = [option for action in self._actions for option in action.option_strings]
+        problems = [f"{word}: not known here{suggestion(word.partition('=')[0], options)}" for word in unknown]
+        if problems:
+            raise UsageError(*problems[:-1], f"{problems[-1]}; see `{self.prog} --help`")
+        return known
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit code; stdout carries results only, stderr the rest."""
+    for stream in (sys.stdout, sys.stderr):
+        # Where the terminal's encoding has no ±, it prints a question mark and goes on.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = _told(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _silenced(DONE)
+    except KeyboardInterrupt:
+        return _silenced(INTERRUPTED)
+    except OSError as error:
+        tell(f"cannot write the results: {error.strerror or error}")
+        return _silenced(FAILED)
+    return code
+
+
+def tell(problem: object) -> None:
+    """Writes one line to stderr."""
+    with contextlib.suppress(OSError):
+        print(f"fatui: {problem}", file=sys.stderr, flush=True)
+
+
+def _told(arguments: list[str]) -> int:
+    try:
+        return _dispatch(arguments)
+    except UsageError as error:
+        for problem in error.problems:
+            tell(problem)
+        return WRONG_USAGE
+    except NoBackendError as error:
+        tell(error)
+        return NO_BACKEND
+    except SystemExit as error:  # argparse, after --help and --version
+        return error.code if isinstance(error.code, int) else DONE
+
+
+def _silenced(code: int) -> int:
+    """Points stdout at nothing, so that the interpreter's last flush cannot fail."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        name = arguments[0]
+        command = importlib.import_module(f"fatui.commands.{name}")
+        parser = Parser(
+            prog=f"fatui {name}",
+            description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",
+            epilog=command.EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_arguments(parser)
+        return int(command.run(parser.parse_all(arguments[1:])))
+    return _open_app(arguments)
+
+
+def _open_app(arguments: list[str]) -> int:
+    given = _app_parser().parse_all(arguments)
+    if given.preset:
+        _check_preset(given.preset)
+    try:
+        from fatui.app import run_app  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError as error:
+        if error.name != "fatui.app":
+            raise
+        raise UsageError("the app is not there yet; `fatui bench` measures without it") from None
+    return int(run_app(given.preset, given.run, given.ascii))
+
+
+def _app_parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    parser = Parser(
+        prog="fatui",
+        usage="fatui [PRESET] [--run] [--ascii]\n       fatui COMMAND ...",
+        description=f"A terminal lab for attention kernels on MLX.\n\ncommands:\n{commands}",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="a preset's name or file, loaded when the app opens"
+    )
+    parser.add_argument("--run", action="store_true", help="start measuring at once")
+    parser.add_argument("--ascii", action="store_true", help="draw with ASCII characters only")
+    parser.add_argument("--version", action="version", version=f"fatui {__version__}")
+    return parser
+
+
+def _check_preset(name: str) -> None:
+    from fatui.presets import load
+
+    try:
+        load(name)
+    except UsageError as error:
+        command = suggestion(name, COMMANDS).replace("did you mean", "or did you mean the command")
+        raise UsageError(*(f"{problem}{command}" for problem in error.problems)) from error

@@ -1,0 +1,1 @@
+"""The commands, one file each: `EXAMPLE`, `add_arguments(parser)` and `run(arguments)`."""

@@ -1,0 +1,98 @@
+"""Where a run's exports go: checked before it starts, written as a whole when it is over."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct
+
+from attention.errors import UsageError
+from attention.report import Report
+from fatui.export import to_csv, to_json, to_markdown
+from fatui.paths import write_atomically
+
+STDOUT: Final = "-"
+FORMATS: Final = ("json", "csv", "markdown")
+
+
+class Delivery(Struct, frozen=True):
+    """One export: its format, and a file or "-" for stdout."""
+
+    format: str
+    target: str
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --json, --csv and --markdown."""
+    group = parser.add_argument_group("exports", "FILE is replaced as a whole; '-' is stdout, in place of the table")
+    for name in FORMATS:
+        group.add_argument(
+            f"--{name}", metavar="FILE", help=f"write the rows as {name.upper() if name != 'markdown' else 'Markdown'}"
+        )
+
+
+def wanted(arguments: argparse.Namespace) -> list[Delivery]:
+    """The exports that options ask for.
+
+    Raises:
+        UsageError: with one problem for each that could not be written, or goes where another goes.
+    """
+    asked = [Delivery(name, getattr(arguments, name)) for name in FORMATS if getattr(arguments, name) is not None]
+    problems = [problem for delivery in asked if (problem := _problem(delivery))]
+    targets = [item.target if item.target == STDOUT else os.path.realpath(item.target) for item in asked]
+    for number, item in enumerate(asked):
+        if targets[number] in targets[:number]:
+            first = asked[targets.index(targets[number])].format
+            problems.append(f"--{item.format}: '{item.target}' is what --{first} writes already")
+    if problems:
+        raise UsageError(*problems)
+    return asked
+
+
+def _problem(delivery: Delivery) -> str | None:
+    option, path = f"--{delivery.format}", Path(delivery.target)
+    if delivery.target == STDOUT:
+        return None
+    folder = path.resolve().parent
+    if not delivery.target or path.is_dir():
+        return f"{option}: got '{delivery.target}'; it takes a file, or '-' for stdout"
+    if not folder.is_dir():
+        return f"{option}: {path} cannot be written: there is no folder {folder}"
+    replaceable = os.access(folder, os.W_OK | os.X_OK) if _is_replaced(path) else os.access(path, os.W_OK)
+    return None if replaceable else f"{option}: {path} cannot be written: no permission"
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether a path is written by replacing its file; a device or a pipe is written into."""
+    return path.is_file() or not path.exists()
+
+
+def deliver(delivery: Delivery, report: Report, study: Mapping[str, Any] | None = None) -> str | None:
+    """Writes one export, and returns what went wrong in one line, or None.
+
+    Raises:
+        OSError: stdout could not be written.
+    """
+    text = _text(delivery.format, report, study)
+    if delivery.target == STDOUT:
+        sys.stdout.write(text)
+        return None
+    path = Path(delivery.target)
+    try:
+        if _is_replaced(path):
+            write_atomically(path, text)
+        else:
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        kept = "; the file that was there is as it was" if path.is_file() else ""
+        return f"--{delivery.format}: {path} could not be written: {error.strerror or error}{kept}"
+    return None
+
+
+def _text(name: str, report: Report, study: Mapping[str, Any] | None) -> str:
+    if name == "json":
+        return to_json(report, study)
+    return to_csv(report) if name == "csv" else to_markdown(report)

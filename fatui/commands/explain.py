@@ -1,0 +1,100 @@
+"""`fatui explain`: the path that each implementation would take, and why, without running it."""
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+from fatui import cli
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from attention.device import Device
+    from attention.route import Route
+    from attention.workload import Workload
+
+EXAMPLE: Final = """examples:
+  fatui explain --seq 8192 --head-dim 96 --mask causal
+  fatui explain llama-7b --impl practical,mlx
+  fatui explain --pass decode --kv-seq 4096 --heads 32 --kv-heads 8"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's options."""
+    from fatui.commands.options import add_workload_options
+
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="explain a preset's cases")
+    add_workload_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a block for each case.
+
+    Raises:
+        UsageError: the request is wrong.
+        NoBackendError: there is nothing to run on.
+    """
+    from attention.device import probe
+    from fatui.commands.options import given_values, implementations, overridden
+    from fatui.commands.printing import show
+    from fatui.presets import load
+
+    preset = load(arguments.preset or "quick")
+    cases = overridden(preset.cases, given_values(arguments))
+    names = implementations(arguments.impl, preset) if arguments.impl or arguments.preset else _all()
+    device = probe()
+    for case in cases:
+        show(_explained(case, names, device), "")
+    return cli.DONE
+
+
+def _all() -> tuple[str, ...]:
+    from attention.implementations import NAMES
+
+    return NAMES
+
+
+def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "RenderableType":
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from fatui import figures
+    from fatui.table import shortened
+
+    title = Text(case.label, style="bold")
+    facts = f" · {figures.flops(case.flops)} · {figures.size(case.bytes_moved)} in and out"
+    title.append(f"{facts} · {figures.size(device.available_bytes)} free", style="not bold dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    for head in ("", "path", "kernel"):
+        table.add_column(head, no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for name in names:
+        route = _route(name, case, device)
+        kernel = "n/a" if not route.supported else "fused" if route.fused else "unfused"
+        style = "" if route.supported else "dim"
+        needs = figures.size(route.predicted_bytes)
+        table.add_row(shortened(name), route.path, kernel, needs, _why(route, case, device), style=style)
+    return Group(title, table)
+
+
+def _route(name: str, case: "Workload", device: "Device") -> "Route":
+    from attention.errors import UsageError
+    from attention.implementations import get
+    from attention.route import unsupported
+
+    try:
+        return get(name).route(case, device)
+    except UsageError:
+        raise
+    except Exception as error:
+        return unsupported(f"not available: {type(error).__name__}: {error}")
+
+
+def _why(route: "Route", case: "Workload", device: "Device") -> str:
+    from fatui import figures
+
+    needed = case.input_bytes + (route.predicted_bytes or 0)
+    if route.supported and needed > device.available_bytes:
+        return f"{route.reason}; will not fit: needs {figures.size(needed)} of {figures.size(device.available_bytes)}"
+    return route.reason

@@ -1,0 +1,84 @@
+"""`fatui presets`: lists them, shows one, checks a file."""
+
+import argparse
+from typing import Final
+
+from attention.errors import UsageError
+from fatui import cli
+
+ACTIONS: Final = ("list", "show", "check")
+EXAMPLE: Final = """examples:
+  fatui presets
+  fatui presets show quick > mine.toml
+  fatui presets check mine.toml
+  fatui bench ./mine.toml"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument(
+        "action", nargs="?", default="list", metavar="list|show NAME|check FILE", help="what to do (list)"
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Does one of them.
+
+    Raises:
+        UsageError: there is no such preset, or it has mistakes.
+    """
+    from attention.errors import suggestion
+
+    if arguments.action not in ACTIONS:
+        hint = suggestion(arguments.action, ACTIONS)
+        raise UsageError(f"presets: got '{arguments.action}'; it takes list, show NAME or check FILE{hint}")
+    if arguments.action == "list":
+        return _list()
+    if arguments.name is None:
+        raise UsageError(f"presets {arguments.action}: it takes a preset's name or file")
+    return _show(arguments.name) if arguments.action == "show" else _check(arguments.name)
+
+
+def _list() -> int:
+    from rich.table import Table
+
+    from fatui.commands.printing import show
+    from fatui.presets import list_presets
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    for head in ("", "cases", "from", "what it is for"):
+        table.add_column(head, no_wrap=head != "what it is for", justify="right" if head == "cases" else "left")
+    for listed in list_presets():
+        origin = "fatui" if listed.bundled else "you"
+        if listed.preset:
+            table.add_row(
+                listed.name, str(len(listed.preset.cases)), origin, listed.preset.summary or listed.preset.title
+            )
+        else:
+            table.add_row(listed.name, "-", origin, f"has mistakes: {'; '.join(listed.problems)}", style="yellow")
+    show(table)
+    return cli.DONE
+
+
+def _show(name: str) -> int:
+    import sys
+
+    from fatui.presets import load
+
+    preset = load(name)
+    assert preset.source is not None
+    sys.stdout.write(preset.source.read_text(encoding="utf-8"))
+    return cli.DONE
+
+
+def _check(name: str) -> int:
+    from pathlib import Path
+
+    from fatui.commands.printing import show
+    from fatui.presets import load
+
+    preset = load(Path(name))
+    count = len(preset.cases)
+    show(f"{name}: in order: {count} case{'s' * (count != 1)} with {', '.join(preset.implementations)}")
+    return cli.DONE

@@ -1,0 +1,86 @@
+"""What a run does, on stderr: a bar in a terminal, a line for each case elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from attention import events as on
+from attention.plan import Plan
+from fatui import figures
+from fatui.cli import tell
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+REDRAW_S: Final = 0.25
+"""Drawing more often would take time from what is measured."""
+BAR_WIDTH: Final = 30
+
+
+class Narrator:
+    """Listens to a run's events and says on stderr how far it is."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._bar = _bar() if sys.stderr.isatty() else None
+        self._task = self._bar.add_task("starting", total=1.0, left="") if self._bar else None
+        self._drawn = 0.0
+
+    def __enter__(self) -> Self:
+        """Shows the bar."""
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Takes the bar away, so that stderr is left as if it had not been there."""
+        if self._bar:
+            self._bar.stop()
+
+    def listen(self, event: on.AnyEvent) -> None:
+        """Takes in one event."""
+        match event:
+            case on.Progress():
+                self._draw(event)
+            case on.CaseStarted() if self._bar is None:
+                label = self._plan.cases[event.case].label
+                tell(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
+            case on.Message() if event.level != "info":
+                self._say(f"{event.level}: {event.text}")
+            case on.RowEnded() if self._bar is None:
+                tell(f"{event.implementation}: {event.status}: {event.reason}")
+
+    def _draw(self, event: on.Progress) -> None:
+        now = time.monotonic()
+        if self._bar is None or self._task is None or now - self._drawn < REDRAW_S:
+            return
+        self._drawn = now
+        left = f"{figures.duration(event.remaining_s)} left"
+        self._bar.update(self._task, completed=event.done, description=event.now, left=left)
+        self._bar.refresh()
+
+    def _say(self, text: str) -> None:
+        if self._bar:
+            self._bar.console.print(f"fatui: {text}", markup=False, highlight=False)
+        else:
+            tell(text)
+
+
+def _bar() -> "Progress":
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.table import Column
+
+    from fatui.commands.printing import console
+
+    return Progress(
+        BarColumn(BAR_WIDTH),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        console=console(sys.stderr),
+        auto_refresh=False,
+        transient=True,
+    )

@@ -1,0 +1,32 @@
+"""Runs a plan headless, and stops within a second when it is told to."""
+
+import asyncio
+import contextlib
+import signal
+
+from attention.plan import Plan
+from attention.record import Record
+from fatui.commands.progress import Narrator
+from fatui.engine import Engine
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def execute(plan: Plan) -> tuple[Record, bool]:
+    """Runs a plan to its end or until a signal stops it.
+
+    Returns:
+        What was measured, and whether it was interrupted.
+    """
+    with Narrator(plan) as narrator:
+        engine = Engine(plan, narrator.listen)
+        asyncio.run(_run(engine))
+    return engine.record, engine.stopped
+
+
+async def _run(engine: Engine) -> None:
+    loop = asyncio.get_running_loop()
+    for number in STOPPING:
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            loop.add_signal_handler(number, engine.stop)
+    await engine.run()

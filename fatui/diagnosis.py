@@ -1,0 +1,175 @@
+"""What this machine has for fatui, what is missing, and what to do about it."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+from msgspec import Struct
+
+from attention import implementations
+from attention.device import Device, blas, probe
+from attention.errors import NoBackendError
+from attention.roofline import measure_peaks
+from attention.workload import Workload
+from fatui import figures, paths
+
+BACKENDS: Final = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
+COMPILERS: Final = {
+    "c++": "the CPU kernel",
+    "nvcc": "the CUDA kernel, where MLX's own compiler is not enough",
+    "xcrun": "Apple's tools; the Metal kernel compiles without them",
+}
+TYPICAL: Final = Workload(seq=1024, mask="causal")
+"""The shape whose route stands for whether an implementation is there."""
+MATMUL_SIZE: Final = 768
+PRELOAD: Final = (
+    "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0), "
+    "then put LD_PRELOAD=libopenblas.so.0 in front of the command"
+)
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """One thing that was looked at."""
+
+    topic: str
+    text: str
+    advice: str | None = None
+    """What to do, where something should be done."""
+
+
+def diagnose(measure: bool = True) -> Iterator[Finding]:
+    """Looks at one thing after another, the slow ones last.
+
+    Args:
+        measure: whether to take half a second to measure the machine's peaks.
+    """
+    try:
+        device = probe()
+    except NoBackendError as error:
+        device = None
+        yield Finding(topic="backend", text="none", advice=str(error))
+    yield from _packages()
+    if device:
+        yield from _machine(device)
+        yield from _implementations(device)
+    yield from _compilers()
+    yield from _folders()
+    if device and measure:
+        yield from _speed(device)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[Finding]:
+    builds = [name for name in (*BACKENDS, "mlx-metal") if _installed(name)]
+    core = _installed("mlx")
+    text = f"{core or 'not installed'}, " + (
+        " and ".join(f"{name} {_installed(name)}" for name in builds) or "no backend"
+    )
+    both = [name for name in builds if name in BACKENDS]
+    advice = None
+    if len(both) > 1:
+        removal = f"pip uninstall {' '.join((*both, 'mlx'))}"
+        advice = f"two backends overwrite each other's library: {removal}, then install one extra"
+    elif not core:
+        advice = "pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fatui[cuda13]' on Linux, 'fatui' on macOS"
+    yield Finding(topic="MLX", text=text, advice=advice)
+
+
+def _machine(device: Device) -> Iterator[Finding]:
+    yield Finding(topic="backend", text=device.backend)
+    cores = f", {device.cores} cores" if device.backend == "cpu" else ""
+    yield Finding(
+        topic="device", text=f"{device.name}{cores}" + (f", {device.architecture}" if device.architecture else "")
+    )
+    free = figures.size(device.available_bytes)
+    yield Finding(topic="memory", text=f"{figures.size(device.memory_bytes)}, of which {free} free")
+
+
+def _implementations(device: Device) -> Iterator[Finding]:
+    for name in implementations.NAMES:
+        text, advice = _availability(name, device)
+        yield Finding(topic=name, text=text, advice=advice)
+
+
+def _availability(name: str, device: Device) -> tuple[str, str | None]:
+    if name == "torch" and importlib.util.find_spec("torch") is None:
+        return "not available: torch is not installed", "pip install 'fatui[peers]'"
+    try:
+        route = implementations.get(name).route(TYPICAL, device)
+    except Exception as error:
+        return f"not available: {type(error).__name__}: {error}", None
+    state = f"{route.path}, {'fused' if route.fused else 'unfused'}" if route.supported else "not available"
+    return f"{state}: {route.reason}", None
+
+
+def _compilers() -> Iterator[Finding]:
+    found = [(name, where) for name in COMPILERS if (where := shutil.which(name))]
+    for name, where in found:
+        yield Finding(topic="compiler", text=f"{name}: {_first_line(where)}, for {COMPILERS[name]}")
+    if "c++" not in dict(found):
+        advice = "install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)"
+        yield Finding(topic="compiler", text=f"no C++ compiler, which {COMPILERS['c++']} needs", advice=advice)
+
+
+def _first_line(program: str) -> str:
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return "does not answer"
+    return next((line.strip() for line in done.stdout.splitlines() if line.strip()), "no version told")
+
+
+def _folders() -> Iterator[Finding]:
+    for topic, folder in (("config", paths.config_dir()), ("data", paths.data_dir()), ("cache", paths.cache_dir())):
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        yield Finding(topic=topic, text=f"{folder} ({figures.size(size) if folder.is_dir() else 'not made yet'})")
+
+
+def _speed(device: Device) -> Iterator[Finding]:
+    peaks = measure_peaks(device)
+    copy = figures.bytes_per_second(peaks.copy_bytes_per_s)
+    text = f"best matmul {figures.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}, measured now"
+    yield Finding(topic="peaks", text=text)
+    if device.backend == "cpu":
+        yield _blas()
+
+
+def _blas() -> Finding:
+    """Which BLAS MLX's matrix products go to, beside numpy's on the same product: what the slow one costs."""
+    import mlx.core as mx
+    import numpy as np
+
+    name = blas() or "unknown"
+    a = np.random.default_rng(0).standard_normal((MATMUL_SIZE, MATMUL_SIZE)).astype(np.float32)
+    b = mx.array(a)
+    ours, theirs = _rate(lambda: mx.eval(b @ b)), _rate(lambda: a @ a)
+    text = (
+        f"{name}; float32 matmul {figures.flops(ours)}/s in MLX, {figures.flops(theirs)}/s in numpy on the same cores"
+    )
+    slow = sys.platform != "darwin" and theirs > 2 * ours
+    advice = (
+        f"MLX's matrix products run at 1/{theirs / ours:.0f} of what these cores reach; {PRELOAD}" if slow else None
+    )
+    return Finding(topic="BLAS", text=text, advice=advice)
+
+
+def _rate(product: Callable[[], object]) -> float:
+    """FLOP/s of the faster of two products, after one that is not timed."""
+    product()
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - started)
+    return 2 * MATMUL_SIZE**3 / min(times)

@@ -1,0 +1,141 @@
+"""A report as JSON, CSV and Markdown, each made from the rows and from nothing else."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from attention.report import Case, Report, Row
+from fatui import figures
+from fatui.preset_format import FIELDS
+
+FORMATS: Final = ("json", "csv", "markdown")
+FIGURES: Final = (
+    *("implementation", "status", "path", "fused", "reason", "tokens_per_second"),
+    *("call_s_median", "call_s_low", "call_s_high", "latency_s", "first_call_s"),
+    *("speedup_value", "speedup_low", "speedup_high", "speedup_significant", "flops_per_s", "efficiency"),
+    *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "sample_count", "stopped_by", "throttled"),
+)
+ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device")
+COLUMNS: Final = (*ORIGIN, "case", *FIELDS, "reference", "noise_floor", *FIGURES)
+HEADS: Final = (
+    *("implementation", "path", "tokens/s", "per call", "speedup", "TFLOP/s", "efficiency"),
+    *("peak memory", "max error", "verdict"),
+)
+
+
+def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
+    """The whole report; figures that are not known are null.
+
+    Args:
+        report: what to write.
+        study: the study's own figures, put under the key `study`.
+    """
+    document: object = {**msgspec.to_builtins(report), "study": study} if study else report
+    # The encoder writes infinite numbers and those that are none as null.
+    return msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n"
+
+
+def to_csv(report: Report) -> str:
+    """One line for each row, unrounded; what is not known is empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    origin = dict(zip(ORIGIN, _origin(report), strict=True))
+    for number, case in enumerate(report.cases, start=1):
+        for row in case.rows:
+            writer.writerow({name: _cell(value) for name, value in {**origin, **_line(number, case, row)}.items()})
+    return out.getvalue()
+
+
+def _origin(report: Report) -> tuple[object, ...]:
+    where = report.environment
+    return report.run.id, report.run.started, where.fatui, where.mlx, where.backend, where.device
+
+
+def _line(number: int, case: Case, row: Row) -> dict[str, object]:
+    fields: dict[str, Any] = msgspec.to_builtins(row)
+    samples = fields.pop("samples")
+    for name in ("call_s", "speedup"):
+        parts = fields.pop(name) or {}
+        fields.update({f"{name}_{part}": value for part, value in parts.items()})
+    return {
+        "case": number,
+        **msgspec.to_builtins(case.workload),
+        "reference": case.reference,
+        "noise_floor": case.noise_floor.floor if case.noise_floor else None,
+        "sample_count": len(samples),
+        **fields,
+    }
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value - value != 0:  # infinite, or not a number
+        return ""
+    return value
+
+
+def to_markdown(report: Report) -> str:
+    """A table for each case, for people to paste where they report."""
+    return "\n\n".join([_heading(report), *(_case(case) for case in report.cases), *_summary(report)]) + "\n"
+
+
+def _heading(report: Report) -> str:
+    where, peaks = report.environment, report.peaks
+    known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
+    lines = [f"- {', '.join(part for part in known if part) or figures.UNKNOWN}"]
+    if peaks.matmul_flops_per_s:
+        copy = figures.bytes_per_second(peaks.copy_bytes_per_s)
+        lines.append(
+            f"- best matmul {figures.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}, measured in this run"
+        )
+    state = ", interrupted" if report.run.interrupted else ""
+    lines.append(f"- run {report.run.id}, {report.run.started}, {figures.duration(report.run.seconds)}{state}")
+    lines.append(f"- `{report.run.command}`")
+    return "# fatui\n\n" + "\n".join(lines)
+
+
+def _case(case: Case) -> str:
+    floor = f", noise floor {figures.percent(case.noise_floor.floor)}" if case.noise_floor else ""
+    reference = f"\n\nSpeedups are relative to {case.reference}{floor}." if case.reference else ""
+    return f"## {case.workload.label}{reference}\n\n{_table(HEADS, [_cells(row, case) for row in case.rows])}"
+
+
+def _cells(row: Row, case: Case) -> tuple[str, ...]:
+    return (
+        row.implementation,
+        row.path or figures.UNKNOWN,
+        figures.tokens_per_second(row.tokens_per_second),
+        figures.interval_text(row.call_s),
+        figures.speedup_text(row.speedup),
+        figures.teraflops(row.flops_per_s),
+        figures.percent(row.efficiency),
+        figures.size(row.peak_bytes),
+        figures.error(row.max_error),
+        figures.verdict(row, case),
+    )
+
+
+def _summary(report: Report) -> list[str]:
+    if len(report.cases) < 2:
+        return []
+    lines = [
+        (line.implementation, figures.speedup_text(line.speedup), str(line.cases), str(line.not_ok))
+        for line in report.summary
+    ]
+    table = _table(("implementation", "speedup", "cases", "not ok"), lines)
+    return [f"## Geometric mean over the cases\n\n{table}"]
+
+
+def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+    right = {"tokens/s", "per call", "speedup", "TFLOP/s", "efficiency", "peak memory", "max error", "cases", "not ok"}
+    rule = ("---:" if head in right else "---" for head in heads)
+    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in (heads, rule, *lines))
+
+
+def _escaped(cell: str) -> str:
+    return " ".join(cell.replace("|", "\\|").split())

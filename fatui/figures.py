@@ -1,0 +1,247 @@
+"""Figures as people read them, and rows in words: three figures and a unit, n/a where nothing is known."""
+
+import math
+from typing import Final
+
+from attention.report import Case, Interval, Ratio, Report, Row
+
+UNKNOWN: Final = "n/a"
+STAR: Final = "★"
+OK: Final = "ok"
+UNCLEAR: Final = 0.25
+"""An interval wider than this on either side says nothing: neither a win nor "≈ 1"."""
+DECIMAL: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"), (1.0, ""))
+BINARY: Final = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+
+
+def three(value: float) -> str:
+    """Three significant figures without an exponent: "0.0148", "1.40", "36.2", "412"."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:,.{decimals(value)}f}"
+
+
+def decimals(value: float) -> int:
+    """Decimals that show three significant figures of a value, after rounding to them."""
+    if value == 0:
+        return 2
+    exponent = int(f"{abs(value):.2e}".partition("e")[2])
+    return max(0, 2 - exponent)
+
+
+def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
+    """The factor and the name of the largest unit in which a value is at least 1, after rounding."""
+    for factor, unit in units:
+        if float(f"{abs(value) / factor:.2e}") >= 1:
+            return factor, unit
+    return units[-1]
+
+
+def rate(value: float | None) -> str:
+    """Something a second, with a prefix: "1.40 M"."""
+    if value is None:
+        return UNKNOWN
+    factor, unit = _scaled(value, DECIMAL)
+    return f"{three(value / factor)} {unit}".rstrip()
+
+
+def tokens_per_second(value: float | None) -> str:
+    """Tokens a second: "28.0 K", "1.40 M"."""
+    return rate(value)
+
+
+def flops(value: float | None) -> str:
+    """Floating-point operations: "268 MFLOP"; with "/s" appended by the caller, a rate."""
+    return UNKNOWN if value is None else _with_unit(rate(value), "FLOP")
+
+
+def bytes_per_second(value: float | None) -> str:
+    """A rate of memory traffic, in powers of ten as data sheets have it: "38.1 GB/s"."""
+    return UNKNOWN if value is None else _with_unit(rate(value), "B/s")
+
+
+def _with_unit(text: str, unit: str) -> str:
+    return f"{text}{unit}" if text[-1].isalpha() else f"{text} {unit}"
+
+
+def teraflops(value: float | None) -> str:
+    """TFLOP/s as a bare number for a column that names the unit: "0.0148"."""
+    return UNKNOWN if value is None else three(value / 1e12)
+
+
+def seconds(value: float | None) -> str:
+    """A time: "36.2 ms", "1.21 s"."""
+    if value is None:
+        return UNKNOWN
+    factor, unit = _scaled(value, TIMES)
+    return f"{three(value / factor)} {unit}"
+
+
+def duration(value: float) -> str:
+    """A time to wait, in words that do not tremble: "9 s", "2 min 05 s", "1 h 02 min"."""
+    whole = math.ceil(max(value, 0.0))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def size(value: float | None) -> str:
+    """Bytes in powers of two, a round number without decimals: "41 MiB", "1.25 GiB"."""
+    if value is None:
+        return UNKNOWN
+    factor, unit = next(((f, u) for f, u in BINARY if abs(value) >= 1000 * f / 1024), BINARY[-1])
+    text = three(value / factor)
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {unit}"
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage: "62 %", "0.8 %", "0.04 %"."""
+    if value is None:
+        return UNKNOWN
+    shown = 100 * value
+    if abs(shown) >= 9.95 or shown == 0:
+        return f"{shown:.0f} %"
+    return f"{shown:.1f} %" if abs(shown) >= 0.95 else f"{float(f'{shown:.1g}'):g} %"
+
+
+def error(value: float | None) -> str:
+    """A numerical error: "1.2e-3", and "0" where there is none."""
+    if value is None:
+        return UNKNOWN
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent and value else f"{value:g}"
+
+
+def interval_text(interval: Interval | None) -> str:
+    """A time with its interval in the same unit: "36.2 ±0.3 ms"."""
+    if interval is None:
+        return UNKNOWN
+    factor, unit = _scaled(interval.median, TIMES)
+    middle = interval.median / factor
+    half = max(interval.high - interval.median, interval.median - interval.low) / factor
+    return f"{three(middle)} ±{_outward(half, decimals(middle))} {unit}"
+
+
+def _outward(half: float, places: int) -> str:
+    """Half an interval's width, rounded up to the places that the value itself is shown with."""
+    step = 10.0**places
+    return f"{math.ceil(round(half * step, 6)) / step:,.{places}f}"
+
+
+def half_width(ratio: Ratio) -> float:
+    """The larger distance from a ratio to an end of its interval."""
+    return max(ratio.high - ratio.value, ratio.value - ratio.low)
+
+
+def is_clear(ratio: Ratio) -> bool:
+    """Whether a ratio says anything: it is significant, or its interval is narrow around 1."""
+    return ratio.significant or half_width(ratio) <= UNCLEAR * ratio.value
+
+
+def speedup_text(ratio: Ratio | None) -> str:
+    """A speedup with its interval, "≈ 1" inside the noise floor, "1" for the reference itself.
+
+    One whose interval is too wide to say either is shown with a question mark: "1.3 ±0.8x ?".
+    """
+    if ratio is None:
+        return UNKNOWN
+    if ratio.value == ratio.low == ratio.high == 1:
+        return "1"
+    if not ratio.significant and is_clear(ratio):
+        return "≈ 1"
+    places = decimals(ratio.value)
+    text = f"{three(ratio.value)} ±{_outward(half_width(ratio), places)}x"
+    return text if ratio.significant else f"{text} ?"
+
+
+def best_of(case: Case) -> tuple[str, ...]:
+    """The fastest accurate implementations: the one with the best median and all whose interval reaches it."""
+    rows = [row for row in case.rows if row.status == OK and row.call_s]
+    if not rows:
+        return ()
+    best = min(rows, key=lambda row: row.call_s.median if row.call_s else 0.0)
+    assert best.call_s is not None
+    return tuple(row.implementation for row in rows if row.call_s and row.call_s.low <= best.call_s.high)
+
+
+def word(row: Row, case: Case) -> str:
+    """The verdict in one word or two, for a narrow column."""
+    if row.status != OK:
+        return row.status
+    ratio = row.speedup
+    fastest = row.implementation in best_of(case)
+    if row.implementation == case.reference:
+        return "fastest" if fastest and _beats_another(row, case) else "reference"
+    if ratio is None or not is_clear(ratio):
+        return "unclear"
+    if not ratio.significant:
+        return "same"
+    return "slower" if ratio.value < 1 else "fastest" if fastest else "faster"
+
+
+def _beats_another(row: Row, case: Case) -> bool:
+    others = [other for other in case.rows if other.status == OK and other is not row]
+    return bool(others) and all(
+        other.speedup and other.speedup.significant and other.speedup.value < 1 for other in others
+    )
+
+
+def verdict(row: Row, case: Case) -> str:
+    """The verdict in a few words: "fastest", "1.9x faster", "same as baseline", "failed: killed by signal 9"."""
+    if row.status == "inaccurate":
+        return f"inaccurate: {error(row.max_error)}"
+    if row.status != OK:
+        return f"{row.status}: {row.reason}" if row.reason else row.status
+    text = _standing(row, case)
+    return f"{text}, throttled" if row.throttled else text
+
+
+def _standing(row: Row, case: Case) -> str:
+    short, ratio = word(row, case), row.speedup
+    if short == "same":
+        return f"same as {case.reference}"
+    if short == "unclear" or ratio is None:
+        return "too few rounds to say"
+    if short == "faster":
+        return f"{three(ratio.value)}x faster"
+    if short == "slower":
+        return f"{three(1 / ratio.value)}x slower"
+    return short
+
+
+def finding(report: Report) -> str:
+    """One line that says what a run found: "poc is 49.6 ±0.4x baseline; memory 7 MiB of 41 MiB; all accurate"."""
+    accuracy = _accuracy(report)
+    if len(report.cases) == 1:
+        return "; ".join([*_of_one(report.cases[0]), accuracy])
+    means = [line for line in report.summary if line.speedup and line.speedup.significant and line.speedup.value > 1]
+    if not means:
+        return f"nothing is faster than the reference over all cases; {accuracy}"
+    best = max(means, key=lambda line: line.speedup.value if line.speedup else 0.0)
+    mean = f"{best.implementation} is {speedup_text(best.speedup)} the reference on average"
+    return f"{mean} ({best.cases} of {len(report.cases)} cases); {accuracy}"
+
+
+def _of_one(case: Case) -> list[str]:
+    rows = {row.implementation: row for row in case.rows}
+    best = [name for name in best_of(case) if name != case.reference]
+    wins = [name for name in best if (ratio := rows[name].speedup) and ratio.significant and ratio.value > 1]
+    if not wins or case.reference is None:
+        return [f"nothing is faster than {case.reference}"] if case.reference else ["nothing was measured"]
+    row, reference = rows[wins[0]], rows[case.reference]
+    parts = [f"{row.implementation} is {speedup_text(row.speedup)} {case.reference}"]
+    if row.peak_bytes is not None and reference.peak_bytes is not None:
+        parts.append(f"memory {size(row.peak_bytes)} of {size(reference.peak_bytes)}")
+    return parts
+
+
+def _accuracy(report: Report) -> str:
+    rows = [row for case in report.cases for row in case.rows]
+    counts = [
+        f"{sum(row.status == status for row in rows)} {status}"
+        for status in ("inaccurate", "failed", "refused", "unsupported")
+        if any(row.status == status for row in rows)
+    ]
+    return ", ".join(counts) if counts else "all accurate"

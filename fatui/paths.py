@@ -1,0 +1,75 @@
+"""Where fatui's files live, and how one is replaced without ever being half written."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Final
+
+NAME: Final = "fatui"
+NEW_FILE_MODE: Final = 0o666
+
+
+def config_dir() -> Path:
+    """The folder of presets and settings: $XDG_CONFIG_HOME/fatui, or ~/.config/fatui."""
+    return _xdg("XDG_CONFIG_HOME", ".config")
+
+
+def data_dir() -> Path:
+    """The folder of the history: $XDG_DATA_HOME/fatui, or ~/.local/share/fatui."""
+    return _xdg("XDG_DATA_HOME", ".local/share")
+
+
+def cache_dir() -> Path:
+    """The folder of compiled kernels and trials: $XDG_CACHE_HOME/fatui, or ~/.cache/fatui."""
+    return _xdg("XDG_CACHE_HOME", ".cache")
+
+
+def bundled_presets() -> Path:
+    """The folder of the presets that come with fatui, in a wheel or in a checkout."""
+    here = Path(__file__).resolve().parent
+    packed = here / "_presets"
+    return packed if packed.is_dir() else here.parent / "presets"
+
+
+def own_presets() -> Path:
+    """The folder of the user's own presets."""
+    return config_dir() / "presets"
+
+
+def _xdg(variable: str, fallback: str) -> Path:
+    given = os.environ.get(variable, "")
+    # The XDG specification: a relative path is to be ignored.
+    root = Path(given) if given and Path(given).is_absolute() else Path.home() / fallback
+    return root / NAME
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's text as a whole: on any error the old file stays as it was, and nothing else is left.
+
+    Raises:
+        OSError: the text could not be written.
+    """
+    target = path.resolve()
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            os.fchmod(file.fileno(), _mode_for(target))
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _mode_for(target: Path) -> int:
+    try:
+        return target.stat().st_mode & 0o7777
+    except OSError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return NEW_FILE_MODE & ~mask

@@ -1,0 +1,101 @@
+"""A preset as TOML: what all cases share in one table, the rest as a sweep where it is one, as cases where not."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from msgspec import structs
+
+from attention.workload import DEFAULT_FROM, Workload
+from fatui.preset_format import FIELDS, SCHEMA, Preset, workloads
+from fatui.sizes import size_text
+
+Fields = dict[str, Any]
+WIDEST_ARRAY: Final = 100
+
+
+def to_toml(preset: Preset) -> str:
+    """Writes a preset so that parse reads the same cases in the same order."""
+    document: Fields = {"schema": SCHEMA}
+    document.update({key: text for key in ("title", "summary") if (text := getattr(preset, key))})
+    document["implementations"] = list(preset.implementations)
+    document["seconds"] = preset.seconds
+    if preset.precision != structs_default("precision"):
+        document["precision"] = preset.precision
+    if preset.memory_limit_bytes is not None:
+        document["memory_limit"] = size_text(preset.memory_limit_bytes)
+    if preset.seed:
+        document["seed"] = preset.seed
+    document.update(_tables(preset.cases))
+    return _dumps(document)
+
+
+def structs_default(key: str) -> Any:
+    """The value that a key of a preset has when the file does not say it."""
+    return next(field.default for field in structs.fields(Preset) if field.name == key)
+
+
+def given_fields(workload: Workload) -> Fields:
+    """The fields that say a workload completely, without those that follow from another field."""
+    fields = {name: getattr(workload, "pass_" if name == "pass" else name) for name in FIELDS}
+    if workload.pass_ == "decode":
+        del fields["seq"]
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in DEFAULT_FROM or fields.get(DEFAULT_FROM[name]) != value
+    }
+
+
+def as_product(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]] | None:
+    """Splits cases into shared fields and axes whose product they are, or None where they are no product."""
+    given = [given_fields(case) for case in cases]
+    shared = _shared(given)
+    varying = [name for name in FIELDS if any(name in fields for fields in given) and name not in shared]
+    if any(name not in fields for fields in given for name in varying):
+        return None
+    axes = {name: list(dict.fromkeys(fields[name] for fields in given)) for name in varying}
+    return (shared, axes) if workloads(shared, axes) == tuple(cases) else None
+
+
+def _shared(given: Sequence[Fields]) -> Fields:
+    first = given[0]
+    return {name: value for name, value in first.items() if all(fields.get(name) == value for fields in given)}
+
+
+def _tables(cases: Sequence[Workload]) -> Fields:
+    product = as_product(cases)
+    if product:
+        shared, axes = product
+        return {"workload": shared, **({"sweep": axes} if axes else {})}
+    given = [given_fields(case) for case in cases]
+    shared = _shared(given)
+    own = [{name: value for name, value in fields.items() if name not in shared} for fields in given]
+    return {"workload": shared, "case": own}
+
+
+def _dumps(document: Fields) -> str:
+    import tomli_w
+
+    return _short_arrays_on_one_line(tomli_w.dumps(document))
+
+
+def _short_arrays_on_one_line(text: str) -> str:
+    lines: list[str] = []
+    array: list[str] = []
+    for line in text.splitlines():
+        if array:
+            array.append(line.strip())
+            if line == "]":
+                lines.extend(_joined(array))
+                array = []
+        elif line.endswith(" = ["):
+            array = [line]
+        else:
+            lines.append(line)
+    return "\n".join([*lines, *array]) + "\n"
+
+
+def _joined(array: list[str]) -> list[str]:
+    head, *items, end = array
+    line = head + " ".join(items).removesuffix(",") + end
+    return [line] if len(line) <= WIDEST_ARRAY else [head, *(f"    {item}" for item in items), end]

@@ -1,0 +1,167 @@
+"""The presets on this machine: those that come with fatui, and the user's own."""
+
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct, structs
+
+from attention.errors import UsageError, suggestion
+from fatui import paths
+from fatui.preset_format import Preset, parse
+from fatui.preset_writing import to_toml
+
+__all__ = ["Listed", "Preset", "delete", "list_presets", "load", "parse", "rename", "restore", "save", "to_toml"]
+
+LARGEST_FILE: Final = 2**20
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+ASIDE: Final = ".deleted"
+
+
+class Listed(Struct, frozen=True, kw_only=True):
+    """A preset as the picker shows it, also one that cannot be used."""
+
+    name: str
+    source: Path
+    bundled: bool
+    preset: Preset | None = None
+    """None where the file has mistakes."""
+    problems: tuple[str, ...] = ()
+
+
+def list_presets() -> list[Listed]:
+    """All presets by name; the user's own comes before a bundled one of the same name."""
+    found = {path.stem: (path, True) for path in _files(paths.bundled_presets())}
+    found.update({path.stem: (path, False) for path in _files(paths.own_presets())})
+    return [_listed(*found[name]) for name in sorted(found)]
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.suffix == ".toml" and not path.name.startswith(".")]
+    except OSError:
+        return []
+
+
+def _listed(path: Path, bundled: bool) -> Listed:
+    try:
+        preset = _read(path, bundled)
+    except UsageError as error:
+        return Listed(name=path.stem, source=path, bundled=bundled, problems=error.problems)
+    return Listed(name=path.stem, source=path, bundled=bundled, preset=preset)
+
+
+def load(name_or_path: str | Path) -> Preset:
+    """Reads a preset by its name, or from a file where a path is given ("./mine.toml", "folder/mine.toml").
+
+    Raises:
+        UsageError: there is none, or it has mistakes.
+    """
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or "/" in text or text.endswith(".toml"):
+        return _read(Path(name_or_path).expanduser(), bundled=False)
+    for folder, bundled in ((paths.own_presets(), False), (paths.bundled_presets(), True)):
+        path = folder / f"{text}.toml"
+        if path in _files(folder):
+            return _read(path, bundled)
+    names = sorted({path.stem for folder in (paths.own_presets(), paths.bundled_presets()) for path in _files(folder)})
+    hint = suggestion(text, names) or f"; there are {', '.join(names)}"
+    raise UsageError(f"preset: there is none named '{text}'{hint}")
+
+
+def _read(path: Path, bundled: bool) -> Preset:
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise UsageError(f"{path}: not a preset: larger than {LARGEST_FILE:,} bytes")
+        return parse(content.decode(), path, bundled=bundled)
+    except UnicodeDecodeError:
+        problem = f"{path}: not TOML: it is not UTF-8 text"
+    except OSError as error:
+        problem = f"{path}: cannot be read: {error.strerror}"
+    raise UsageError(problem)
+
+
+def save(preset: Preset, name: str, overwrite: bool = False) -> Path:
+    """Writes one of the user's own presets and returns its file; a replaced file is kept aside.
+
+    Raises:
+        UsageError: the name is not one, or is taken and `overwrite` is not given.
+        OSError: the file could not be written; what was there is untouched.
+    """
+    target = _own(name)
+    if target.exists() and not overwrite:
+        raise UsageError(f"preset: there is one named '{name}' already")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.copy2(target, _aside(name))
+    paths.write_atomically(target, to_toml(preset))
+    return target
+
+
+def rename(old: str, new: str) -> Path:
+    """Gives one of the user's own presets another name, and returns its file.
+
+    Raises:
+        UsageError: there is no such preset of the user's own, or the new name is taken or is none.
+        OSError: the folder cannot be written.
+    """
+    source, target = _existing(old), _own(new)
+    if target.exists():
+        raise UsageError(f"preset: there is one named '{new}' already")
+    return source.rename(target)
+
+
+def delete(name: str) -> Path:
+    """Moves one of the user's own presets aside and returns where to; restore() brings it back.
+
+    Raises:
+        UsageError: there is no such preset of the user's own.
+        OSError: the folder cannot be written.
+    """
+    return _existing(name).rename(_aside(name))
+
+
+def restore(path: Path) -> Path:
+    """Brings a preset back that delete() moved aside, and returns its file.
+
+    Raises:
+        UsageError: another of its name was made meanwhile, or it is gone.
+        OSError: the folder cannot be written.
+    """
+    name = path.name.rsplit(".", 2)[0]
+    target = _own(name)
+    if target.exists():
+        raise UsageError(f"preset: there is one named '{name}' already")
+    if not path.is_file():
+        raise UsageError(f"preset: {path} is gone")
+    return path.rename(target)
+
+
+def renamed(preset: Preset, name: str) -> Preset:
+    """The same preset under another name, not yet saved."""
+    return structs.replace(preset, name=name, source=None, bundled=False)
+
+
+def _own(name: str) -> Path:
+    if not NAME.fullmatch(name) or name.endswith(".toml"):
+        raise UsageError(f"preset: got the name '{name}'; it takes letters, digits, '.', '_' and '-', at most 64")
+    return paths.own_presets() / f"{name}.toml"
+
+
+def _existing(name: str) -> Path:
+    path = _own(name)
+    if not path.is_file():
+        bundled = (paths.bundled_presets() / path.name).is_file()
+        why = "comes with fatui and stays as it is; save it under another name" if bundled else "is not one of your own"
+        raise UsageError(f"preset: '{name}' {why}")
+    return path
+
+
+def _aside(name: str) -> Path:
+    folder = paths.own_presets() / ASIDE
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.{time.time_ns()}.toml"

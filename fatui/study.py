@@ -1,0 +1,70 @@
+"""The figures of the study that fatui grew from, shipped as data beside this file."""
+
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from attention.report import Report
+from attention.workload import DType, Workload
+
+PRESET: Final = "seed-table"
+"""The preset whose cases are the study's rows."""
+
+
+class StudyRow(Struct, frozen=True, kw_only=True):
+    """One configuration: tokens a second and speedups over the study's baseline, as the study prints them."""
+
+    batch: int
+    seq: int
+    head_dim: int
+    baseline: float
+    practical: float | None
+    demo: float | None
+    practical_speedup: float | None
+    demo_speedup: float | None
+    cold_start: bool
+    """Whether the baseline's first call stood inside the timing."""
+
+    def tokens_per_second(self, implementation: str) -> float | None:
+        """What the study gives for an implementation, or None."""
+        known = {"baseline": self.baseline, "practical": self.practical, "demo": self.demo}
+        return known.get(implementation)
+
+    def speedup(self, implementation: str) -> float | None:
+        """What the study gives for an implementation over its baseline, or None."""
+        return {"practical": self.practical_speedup, "demo": self.demo_speedup}.get(implementation)
+
+
+class Study(Struct, frozen=True, kw_only=True):
+    """The study's table of speedups, and where it was measured."""
+
+    title: str
+    machine: str
+    note: str
+    heads: int
+    dtype: DType
+    rows: tuple[StudyRow, ...]
+
+    def row_for(self, workload: Workload) -> StudyRow | None:
+        """The study's row of a workload, or None where it has none."""
+        for row in self.rows:
+            shape = Workload(batch=row.batch, seq=row.seq, head_dim=row.head_dim, heads=self.heads, dtype=self.dtype)
+            if workload == shape:
+                return row
+        return None
+
+
+@cache
+def study() -> Study:
+    """Reads the study's figures."""
+    return msgspec.json.decode(Path(__file__).with_name("study.json").read_bytes(), type=Study)
+
+
+def beside(report: Report) -> Study | None:
+    """The study's figures where a run was made from its preset and has one of its rows, or None."""
+    if report.run.preset != PRESET:
+        return None
+    return study() if any(study().row_for(case.workload) for case in report.cases) else None

@@ -1,0 +1,184 @@
+"""A report as tables for a terminal: 100 columns hold all of it, fewer drop columns and say so."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from msgspec import Struct
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from attention.report import Case, Report, Row
+from fatui import figures
+from fatui.study import Study
+
+WIDTH: Final = 100
+NARROWEST_PATH: Final = 10
+LONGEST_NAME: Final = 16
+DROPPED_FIRST: Final = ("TFLOP/s", "error", "eff.", "path", "per call", "memory")
+IMPLEMENTATION: Final = ""
+TEXTS: Final = (IMPLEMENTATION, "path", "verdict")
+STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow", "same": "", "reference": "", "ok": ""}
+
+
+class Column(Struct):
+    """One column with its cells as text."""
+
+    head: str
+    cells: list[str]
+    width: int = 0
+    """Cells that it takes unwrapped, in this case and in those it stands under."""
+
+    def __post_init__(self) -> None:
+        """Takes the width of the widest text, if none is given."""
+        self.width = self.width or max(cell_len(text) for text in (self.head, *self.cells))
+
+
+def report_table(report: Report, study: Study | None = None, width: int = WIDTH) -> RenderableType:
+    """All cases of a report, their geometric means, the study's figures where given, and the finding."""
+    count = len(report.cases)
+    parts: list[RenderableType] = []
+    layouts = [_columns(case) for case in report.cases]
+    for aligned in zip(*layouts, strict=True):
+        widest = max(column.width for column in aligned)
+        for column in aligned:
+            column.width = widest
+    for number, (case, columns) in enumerate(zip(report.cases, layouts, strict=True), start=1):
+        parts += [_case(case, columns, number if count > 1 else None, count, width), Text()]
+    if count > 1:
+        parts += [summary_table(report), Text()]
+    if study:
+        from fatui.study_table import study_table
+
+        parts += [study_table(study, report), Text()]
+    return Group(*parts, _footer(report))
+
+
+def case_table(case: Case, width: int = WIDTH) -> RenderableType:
+    """One case: its title, its rows, and below them what did not run and why."""
+    return _case(case, _columns(case), None, 1, width)
+
+
+def _case(case: Case, columns: list[Column], number: int | None, count: int, width: int) -> RenderableType:
+    chosen, gap = _fitted(columns, width)
+    dropped = [column.head for column in columns if column.head not in {kept.head for kept in chosen}]
+    parts: list[RenderableType] = [_title(case, number, count), _grid(chosen, gap, case, width)]
+    parts += [Text(f"  {note}", style="dim") for note in _notes(case, dropped)]
+    return Group(*parts)
+
+
+def _columns(case: Case) -> list[Column]:
+    rows = case.rows
+    best = figures.best_of(case) if len(rows) > 1 else ()
+    return [
+        Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
+        Column("path", [row.path or figures.UNKNOWN for row in rows]),
+        Column("tokens/s", [_starred(row, best) for row in rows]),
+        Column("per call", [figures.interval_text(row.call_s) for row in rows]),
+        Column("speedup", [figures.speedup_text(row.speedup) for row in rows]),
+        Column("TFLOP/s", [figures.teraflops(row.flops_per_s) for row in rows]),
+        Column("eff.", [figures.percent(row.efficiency) for row in rows]),
+        Column("memory", [figures.size(row.peak_bytes) for row in rows]),
+        Column("error", [figures.error(row.max_error) for row in rows]),
+        Column("verdict", [figures.word(row, case) for row in rows]),
+    ]
+
+
+def _starred(row: Row, best: Sequence[str]) -> str:
+    mark = f"{figures.STAR} " if row.implementation in best else ""
+    return mark + figures.tokens_per_second(row.tokens_per_second)
+
+
+def shortened(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name that fits its column: of "folder/mine.py:Mine" its end, which tells it from others."""
+    short = name.rpartition("/")[2]
+    return short if len(short) <= longest else "…" + short[1 - longest :]
+
+
+def _fitted(columns: list[Column], width: int) -> tuple[list[Column], int]:
+    """The columns that fit, and the gap between them: first the gap narrows, then the path wraps, then columns go."""
+    for dropped in range(len(DROPPED_FIRST) + 1):
+        kept = [column for column in columns if column.head not in DROPPED_FIRST[:dropped]]
+        for gap in (2, 1):
+            spare = width - sum(column.width for column in kept) - gap * (len(kept) - 1)
+            path = next((column for column in kept if column.head == "path"), None)
+            least = min(path.width, NARROWEST_PATH) if path else 0
+            if spare >= 0 or (path and gap == 1 and path.width + spare >= least):
+                return kept, gap
+    return kept, 1
+
+
+def _grid(columns: list[Column], gap: int, case: Case, width: int) -> Table:
+    table = Table(
+        box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False, header_style="dim", collapse_padding=True
+    )
+    spare = width - sum(column.width for column in columns) - gap * (len(columns) - 1)
+    for column in columns:
+        room = column.width + min(spare, 0) if column.head == "path" else column.width
+        text = column.head in TEXTS
+        table.add_column(
+            column.head, justify="left" if text else "right", width=room, no_wrap=column.head != "path", overflow="fold"
+        )
+    for index, row in enumerate(case.rows):
+        style = STYLES.get(figures.word(row, case), "red" if row.status in ("failed", "inaccurate") else "dim")
+        table.add_row(*(column.cells[index] for column in columns), style=style)
+    return table
+
+
+def _title(case: Case, number: int | None, count: int) -> Text:
+    title = Text(case.workload.label, style="bold")
+    if number is not None:
+        title = Text(f"{number} of {count} · ", style="dim").append_text(title)
+    if case.reference:
+        floor = f", noise floor {figures.percent(case.noise_floor.floor)}" if case.noise_floor else ", no noise floor"
+        title.append(f" · speedup over {case.reference}{floor}", style="not bold dim")
+    return title
+
+
+def _notes(case: Case, dropped: Sequence[str]) -> list[str]:
+    """What the table has no room for: why rows have no figures, drift, names cut short, columns left out."""
+    notes = [
+        f"{row.implementation}: {figures.verdict(row, case)}"
+        for row in case.rows
+        if row.status not in ("ok", "inaccurate")
+    ]
+    notes += [f"{row.implementation}: inaccurate: {row.reason}" for row in case.rows if row.status == "inaccurate"]
+    notes += [
+        f"{shortened(row.implementation)} is {row.implementation}"
+        for row in case.rows
+        if row.status in ("ok", "inaccurate") and shortened(row.implementation) != row.implementation
+    ]
+    if any(row.throttled for row in case.rows):
+        notes.append(f"throttled: {case.reference} slowed down during the rounds by more than the noise floor")
+    if any(row.stopped_by == "interrupted" for row in case.rows):
+        notes.append("interrupted: what was measured until then")
+    if dropped:
+        notes.append(f"no room for {', '.join(dropped)}: widen the terminal, or export with --markdown")
+    return notes
+
+
+def summary_table(report: Report) -> RenderableType:
+    """The geometric mean of each implementation's speedups over all cases that it ran accurately."""
+    title = Text(f"geometric mean over {len(report.cases)} cases", style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("")
+    for head in ("speedup", "cases", "not ok"):
+        table.add_column(head, justify="right")
+    for line in report.summary:
+        name = shortened(line.implementation)
+        table.add_row(name, figures.speedup_text(line.speedup), str(line.cases), str(line.not_ok or "-"))
+    return Group(title, table)
+
+
+def _footer(report: Report) -> RenderableType:
+    where, peaks = report.environment, report.peaks
+    known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas]
+    parts = [part for part in known if part]
+    if peaks.matmul_flops_per_s:
+        parts.append(f"best matmul {figures.flops(peaks.matmul_flops_per_s)}/s = 100 %")
+    lines: list[RenderableType] = [Text(figures.finding(report), style="bold")]
+    if parts:
+        lines.append(Text(" · ".join(parts), style="dim"))
+    lines.append(Text(f"run {report.run.id}: {report.run.command}", style="dim", no_wrap=True, overflow="fold"))
+    return Group(*lines)
