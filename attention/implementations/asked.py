@@ -1,0 +1,51 @@
+"""What a call asks for, read off its arrays."""
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from attention.device import Backend
+from attention.errors import UnsupportedError
+from attention.masks import Mask
+from attention.route import Needs
+from attention.workload import DTYPES, DType, Workload
+
+
+def asked_for(
+    q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
+) -> tuple[Workload, Needs]:
+    """The workload, as a forward pass, and what goes beyond it.
+
+    Raises:
+        UnsupportedError: the type of the query is none that a workload can have.
+    """
+    for name in DTYPES:
+        if q.dtype == getattr(mx, name):
+            workload = _workload(tuple(q.shape), tuple(k.shape), v.shape[3], name, mask.causal, mask.window)
+            return workload, Needs(softcap=softcap is not None, array_mask=mask.array is not None)
+    raise UnsupportedError(f"q: got {q.dtype}; it takes {', '.join(DTYPES)}")
+
+
+def here() -> Backend:
+    """The backend that MLX computes on now."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+@lru_cache(maxsize=1024)
+def _workload(
+    q: tuple[int, ...], k: tuple[int, ...], value_dim: int, dtype: DType, causal: bool, window: int | None
+) -> Workload:
+    return Workload(
+        batch=q[0],
+        heads=q[1],
+        seq=q[2],
+        head_dim=q[3],
+        kv_heads=k[1],
+        kv_seq=k[2],
+        value_dim=value_dim,
+        dtype=dtype,
+        # a window of more than all keys is a causal mask
+        mask=f"window:{window}" if window is not None and window < k[2] else "causal" if causal or window else "none",
+    )

@@ -1,0 +1,52 @@
+"""Attention by hand: five steps that build the whole score matrix."""
+
+import mlx.core as mx
+
+from attention import masks
+from attention.device import Device
+from attention.implementations.unfused import unfused_bytes
+from attention.masks import Mask
+from attention.route import PLAIN, Needs, Route
+from attention.workload import Workload
+
+
+class Baseline:
+    """Matmul, scale, softcap, mask, softmax, matmul; the softmax computes in float32."""
+
+    name = "baseline"
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        """Always the same path, and it takes everything."""
+        return Route(
+            path="manual, unfused",
+            fused=False,
+            reason="separate steps, which build the whole score matrix",
+            predicted_bytes=unfused_bytes(workload, needs),
+        )
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        """Attends; shapes as in the protocol."""
+        batch, heads, seq, _ = q.shape
+        kv_heads, kv_seq = k.shape[1], k.shape[2]
+        # Query heads that share a key head go side by side, so that K and V are never repeated.
+        grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
+        scores = grouped @ k[:, :, None].swapaxes(-1, -2)
+        if softcap is not None:
+            scores = softcap * mx.tanh(scores / softcap)
+        scores = scores.reshape(batch, heads, seq, kv_seq)
+        allowed, seeing = _opened(mask, seq, kv_seq)
+        weights = mx.softmax(masks.apply(scores, allowed), axis=-1, precise=True)
+        out = weights.reshape(batch, kv_heads, heads // kv_heads, seq, kv_seq) @ v[:, :, None]
+        out = out.reshape(batch, heads, seq, -1)
+        return out if seeing is None else mx.where(seeing, out, mx.zeros((), out.dtype))
+
+
+def _opened(mask: Mask, seq: int, kv_seq: int) -> tuple[mx.array | None, mx.array | None]:
+    """The whole mask with blind rows opened, and which rows see; None where all do for certain."""
+    whole = mask.whole(seq, kv_seq)
+    if whole is None or (mask.array is None and not mask.blind_rows(seq, kv_seq)):
+        return whole, None
+    seeing = masks.sighted(whole)
+    return masks.open_blind(whole, seeing), seeing

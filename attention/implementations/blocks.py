@@ -1,0 +1,93 @@
+"""How large the blocks of a blockwise attention may be: pure arithmetic."""
+
+from collections.abc import Callable
+from typing import Final
+
+from msgspec import Struct, structs
+
+MIB: Final = 1 << 20
+DEFAULT_BUDGET_BYTES: Final = 256 * MIB
+ROWS: Final = 256
+"""Query rows a block has before it takes more heads: enough for a matrix product to run at its full rate."""
+SMALLEST_ROWS: Final = 32
+SMALLEST_KEYS: Final = 256
+
+
+class Shape(Struct, frozen=True, kw_only=True):
+    """One call, as far as block sizes depend on it."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    """Query heads that share a key head."""
+    seq: int
+    kv_seq: int
+    head_dim: int
+    value_dim: int
+    score_bytes: int
+    """Bytes alive for each score of a block: how many score-sized arrays a tile holds, times their items' size."""
+    window: int | None = None
+    """Keys that a row sees at most, where a mask says so."""
+    training: bool = False
+
+
+class Blocks(Struct, frozen=True, kw_only=True):
+    """The size of a tile: batches x kv_heads x (all query heads that share them) x rows x keys."""
+
+    batches: int
+    kv_heads: int
+    rows: int
+    keys: int
+
+
+def choose(shape: Shape, budget_bytes: int, comfort_bytes: int | None = None) -> Blocks:
+    """Picks a tile whose working memory fits the budget.
+
+    First one key head with all keys: then no row needs a second look. Where that is too much, rows and keys are halved,
+    rows not below what a matrix product likes while there are keys to halve. Then the tile takes in more heads,
+    more sequences and more rows while it stays within comfort, which is the budget unless given: on a CPU a tile gains
+    nothing from outgrowing the caches.
+    A tile never gets smaller than one row and one key, so a budget below `tile_bytes` of that cannot be kept.
+    """
+    comfort = budget_bytes if comfort_bytes is None else min(comfort_bytes, budget_bytes)
+    blocks = Blocks(batches=1, kv_heads=1, rows=min(shape.seq, ROWS), keys=shape.kv_seq)
+    blocks = _halved(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
+    for axis, whole in (("kv_heads", shape.kv_heads), ("batches", shape.batch), ("rows", shape.seq)):
+        blocks = _grown(blocks, axis, whole, lambda candidate: tile_bytes(shape, candidate) <= comfort)
+    return blocks
+
+
+def tile_bytes(shape: Shape, blocks: Blocks) -> int:
+    """Working memory of one tile: its scores, its slices of the inputs in float32, and what it sums up.
+
+    How many slices are alive at once is measured: MLX allocates a few operations ahead of the one that runs.
+    """
+    width = 4 * (shape.head_dim + shape.value_dim)
+    rows, seen = shape.group * blocks.rows, seen_keys(shape, blocks)
+    # forward: K, its transpose and V; backward: those, V's transpose, and dK and dV, summed over all keys of the block
+    sides = 2 * seen + 6 * blocks.keys + 3 * rows if shape.training else 3 * seen + 2 * rows
+    return blocks.batches * blocks.kv_heads * (rows * seen * shape.score_bytes + sides * width)
+
+
+def seen_keys(shape: Shape, blocks: Blocks) -> int:
+    """The keys of a tile that its rows may see at most."""
+    return blocks.keys if shape.window is None else min(blocks.keys, blocks.rows + shape.window - 1)
+
+
+def _halved(blocks: Blocks, fits: Callable[[Blocks], bool]) -> Blocks:
+    """Halves rows to what is still efficient, then keys likewise, then whichever there is more of, until it fits."""
+    while not fits(blocks) and (blocks.rows > 1 or blocks.keys > 1):
+        halve_rows = blocks.rows > SMALLEST_ROWS or (blocks.keys <= SMALLEST_KEYS and blocks.rows >= blocks.keys)
+        axis = "rows" if halve_rows or blocks.keys == 1 else "keys"
+        blocks = structs.replace(blocks, **{axis: -(-getattr(blocks, axis) // 2)})
+    return blocks
+
+
+def _grown(blocks: Blocks, axis: str, whole: int, fits: Callable[[Blocks], bool]) -> Blocks:
+    """Doubles one axis while the tile fits, up to the whole of it."""
+    while getattr(blocks, axis) < whole:
+        larger = structs.replace(blocks, **{axis: min(whole, 2 * getattr(blocks, axis))})
+        if not fits(larger):
+            break
+        blocks = larger
+    return blocks

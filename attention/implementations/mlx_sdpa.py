@@ -1,0 +1,125 @@
+"""MLX's own scaled_dot_product_attention, as it is."""
+
+import mlx.core as mx
+
+from attention import masks
+from attention.device import Backend, Device
+from attention.errors import UnsupportedError
+from attention.implementations.unfused import unfused_bytes
+from attention.masks import Mask
+from attention.route import PLAIN, Needs, Route, unsupported
+from attention.workload import Workload
+
+NO_SOFTCAP = "MLX's SDPA has no softcap"
+
+
+class MlxSdpa:
+    """mx.fast.scaled_dot_product_attention untouched; only rows that see nothing are set to 0 around it."""
+
+    name = "mlx"
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        """Asks MLX itself, on arrays that are described but never computed."""
+        if needs.softcap:
+            return unsupported(NO_SOFTCAP)
+        refusal = why_unfused(workload, device.backend, needs)
+        if refusal:
+            return Route(
+                path="MLX SDPA, unfused",
+                fused=False,
+                reason=refusal,
+                predicted_bytes=unfused_bytes(workload, needs),
+            )
+        return Route(
+            path="MLX SDPA, fused",
+            fused=True,
+            reason="MLX has a fused kernel for this shape",
+            predicted_bytes=fused_bytes(workload),
+        )
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        """Attends; shapes as in the protocol.
+
+        Raises:
+            UnsupportedError: a softcap is given.
+        """
+        if softcap is not None:
+            raise UnsupportedError(f"mlx: {NO_SOFTCAP}")
+        if mask.array is not None:
+            return _with_array(q, k, v, scale, mask)
+        seq, kv_seq = q.shape[2], k.shape[2]
+        blind = mask.blind_rows(seq, kv_seq)
+        if blind:
+            q = q[:, :, blind:]
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=_plain_mask(mask, seq - blind, kv_seq))
+        return mx.pad(out, [(0, 0), (0, 0), (blind, 0), (0, 0)]) if blind else out
+
+
+def _plain_mask(mask: Mask, seq: int, kv_seq: int) -> mx.array | str | None:
+    """What MLX takes for a mask of positions: "causal" by name, a window as a bool array."""
+    if mask.window is not None:
+        return mask.whole(seq, kv_seq)
+    return "causal" if mask.causal else None
+
+
+def _with_array(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
+    whole = mask.whole(q.shape[2], k.shape[2])
+    assert whole is not None
+    if whole.dtype != mx.bool_:
+        whole = masks.in_type(whole, q.dtype)
+    seeing = masks.sighted(whole)
+    opened = masks.open_blind(whole, seeing)
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=opened)
+    return mx.where(masks.as_4d(seeing), out, mx.zeros((), out.dtype))
+
+
+def fused_bytes(workload: Workload) -> int:
+    """Peak bytes of a fused call above its inputs: its outputs, and in training the logsumexp and float32 gradients.
+
+    The float32 gradient of the query and a row sum are what flash backward passes keep beside their outputs.
+    """
+    rows = workload.batch * workload.heads * workload.seq
+    window = workload.seq * workload.kv_seq * 2 if workload.window is not None else 0
+    scratch = rows * (8 + 4 * workload.head_dim) if workload.pass_ == "training" else 0
+    return workload.output_bytes + window + scratch
+
+
+def why_unfused(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> str | None:
+    """MLX's own reason for having no fused kernel here, or None where it has one; nothing is computed.
+
+    `force_fused` is the only way to ask. In a training pass the question is put while a gradient is traced,
+    since some backends then decide otherwise.
+    """
+    dtype = getattr(mx, workload.dtype)
+    q = mx.zeros((workload.batch, workload.heads, workload.seq, workload.head_dim), dtype)
+    k = mx.zeros((workload.batch, workload.kv_heads, workload.kv_seq, workload.head_dim), dtype)
+    v = mx.zeros((workload.batch, workload.kv_heads, workload.kv_seq, workload.value_dim), dtype)
+    mask = _asked_mask(workload, needs)
+
+    def call(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask, force_fused=True)
+
+    try:
+        if workload.pass_ == "training":
+            mx.vjp(call, [q, k, v], [mx.zeros((*q.shape[:3], workload.value_dim), dtype)])
+        else:
+            call(q, k, v)
+    except ValueError as error:
+        return _reason(str(error))
+    if workload.pass_ == "training" and backend == "cuda" and workload.seq % 128:
+        return f"the backward kernel on CUDA needs a seq that is a multiple of 128, and it is {workload.seq}"
+    return None
+
+
+def _asked_mask(workload: Workload, needs: Needs) -> mx.array | str | None:
+    if workload.window is not None or needs.array_mask:
+        return mx.zeros((workload.seq, workload.kv_seq), mx.bool_)
+    return "causal" if workload.causal else None
+
+
+def _reason(message: str) -> str:
+    """MLX's message without its prefix, as a sentence of ours: "no fused kernel is available in CPU backend"."""
+    text = message.split("] ", 1)[-1].strip().rstrip(".")
+    return text.removeprefix("force_fused=True but ")

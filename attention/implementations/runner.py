@@ -1,0 +1,88 @@
+"""A call bound to its inputs, for the clock to repeat."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import mlx.core as mx
+
+from attention.implementations.protocol import BringsRunner, Implementation, Runner
+from attention.masks import of_workload
+from attention.workload import Workload
+
+
+class MlxRunner:
+    """Repeats an MLX implementation on one set of evaluated inputs."""
+
+    def __init__(
+        self, implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float
+    ) -> None:
+        """Binds the call.
+
+        Args:
+            implementation: what to call.
+            workload: says the mask, and whether gradients are computed too.
+            inputs: q, k, v, and in training the output's gradient, evaluated.
+            scale: factor of the scores.
+        """
+        self._implementation = implementation
+        self._training = workload.pass_ == "training"
+        self._inputs = list(inputs)
+        self._scale = scale
+        self._mask = of_workload(workload)
+
+    def queue(self) -> list[mx.array]:
+        """Queues one call: the output, and in training dQ, dK and dV, unevaluated."""
+        if not self._training:
+            return [self._attend(*self._inputs[:3])]
+        outputs, gradients = mx.vjp(self._attend, self._inputs[:3], self._inputs[3:4])
+        return [*outputs, *gradients]
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluates the outputs of all calls queued, and waits for the device."""
+        mx.eval(cast("list[mx.array]", list(outputs)))
+        mx.synchronize()
+
+    def results(self) -> list[mx.array]:
+        """Runs one call and returns what it computes, evaluated."""
+        outputs = self.queue()
+        self.wait(outputs)
+        return outputs
+
+    def peak_bytes(self) -> int | None:
+        """Runs one call with an empty cache and returns MLX's peak memory above what was active before."""
+        mx.synchronize()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()  # sets the peak to 0, not to what is active
+        self.results()
+        return max(0, mx.get_peak_memory() - before)
+
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return self._implementation(q, k, v, scale=self._scale, mask=self._mask)
+
+
+def make_inputs(workload: Workload, seed: int) -> list[mx.array]:
+    """Makes normally distributed inputs, evaluated: q, k, v, and in training the output's gradient."""
+    shapes = [
+        (workload.batch, workload.heads, workload.seq, workload.head_dim),
+        (workload.batch, workload.kv_heads, workload.kv_seq, workload.head_dim),
+        (workload.batch, workload.kv_heads, workload.kv_seq, workload.value_dim),
+    ]
+    if workload.pass_ == "training":
+        shapes.append((workload.batch, workload.heads, workload.seq, workload.value_dim))
+    dtype = getattr(mx, workload.dtype)
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    inputs = []
+    for shape, key in zip(shapes, keys, strict=True):
+        inputs.append(mx.random.normal(shape, dtype=dtype, key=key))
+        mx.eval(inputs[-1])  # one by one, so that the generator's scratch is not needed four times at once
+    return inputs
+
+
+def runner_for(
+    implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float
+) -> Runner:
+    """Binds an implementation to its inputs, in its own way where it brings one."""
+    if isinstance(implementation, BringsRunner):
+        return implementation.runner(workload, inputs, scale)
+    return MlxRunner(implementation, workload, inputs, scale)

@@ -1,0 +1,31 @@
+"""What an unfused attention takes in memory, read off MLX's own peaks."""
+
+from attention.route import PLAIN, Needs
+from attention.workload import ITEM_BYTES, Workload
+
+
+def unfused_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
+    """Peak bytes above the inputs of a call that builds the whole score matrix, outputs included.
+
+    Forward the softmax reuses the scores' memory, so one matrix is alive; a backward pass holds the probabilities,
+    their gradient and the gradient of the scores. Position masks are one byte a pair for all heads, and their
+    selection keeps one value a pair in a backward pass. Beside them stands the scaled query.
+    """
+    item = ITEM_BYTES[workload.dtype]
+    training = workload.pass_ == "training"
+    matrices = (5 if needs.softcap else 3) if training else 1
+    return (
+        matrices * workload.scores * item
+        + _mask_bytes(workload, needs, item if training else 0)
+        + workload.query_bytes
+        + workload.output_bytes
+    )
+
+
+def _mask_bytes(workload: Workload, needs: Needs, kept: int) -> int:
+    arrays = 2 if workload.window is not None else int(workload.causal)
+    if workload.seq == 1 and workload.window is None:
+        arrays = 0  # one query at the end sees every key: nothing is masked
+    if needs.array_mask:
+        arrays += 2
+    return workload.seq * workload.kv_seq * (arrays + kept if arrays else 0)

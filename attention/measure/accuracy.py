@@ -1,0 +1,207 @@
+"""Whether a result may be called right: FlashAttention 3's rule against float64.
+
+A result o passes if max|o - ref| <= 2 max|o_pt - ref| + atol, where ref is exact, o_pt is plain attention in the same
+precision on the same inputs, and atol = 2 max|ref + 0.3 - 0.3 - ref| in that precision; for gradients 3 in place of the
+first 2 (hopper/test_flash_attn.py in Dao-AILab/flash-attention). NaN and infinity never pass.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import mlx.core as mx
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from attention.reference import Rules, forward, gradients
+from attention.workload import Workload
+
+FORWARD_FACTOR: Final = 2.0
+GRADIENT_FACTOR: Final = 3.0
+SCORES: Final = 4_000_000
+"""Scores that the reference computes at most; about half a second in float64."""
+HEADS: Final = 64
+"""Query heads that are compared at most."""
+NAMES: Final = ("output", "dQ", "dK", "dV")
+
+Array = NDArray[np.float64]
+
+
+class Judgement(Struct, frozen=True, kw_only=True):
+    """What came of a comparison."""
+
+    max_error: float
+    """Largest absolute difference from float64, over all tensors that were compared."""
+    rms_error: float
+    """Of the output alone in a forward pass, of all tensors in training."""
+    accurate: bool
+    detail: str
+    """The tensor that came nearest to what it was allowed, or passed it, and by how much."""
+
+
+class Sample(Struct, frozen=True):
+    """Which part of a workload is compared."""
+
+    groups: tuple[tuple[int, int], ...]
+    """(sequence, key head); all query heads that share the key head are compared."""
+    rows: NDArray[np.intp]
+    """Query rows, rising."""
+
+
+class Expected(Struct, frozen=True):
+    """One tensor of one group: the exact values, and how far a result may be from them."""
+
+    exact: Array
+    plain_error: float
+    rounding: float
+
+
+class Judge:
+    """Judges the results of any number of implementations on one case; the reference is computed once.
+
+    `inputs` are what the results must have been computed from. They are those that were given, but for a training case
+    too large to check whole: there the output's gradient is zero outside the sampled rows, which makes dK and dV of
+    a few rows the exact gradients of the whole call.
+    """
+
+    def __init__(self, workload: Workload, inputs: Sequence[mx.array], scale: float, seed: int = 0) -> None:
+        """Chooses the sample, and computes what is expected of it.
+
+        Args:
+            workload: the case.
+            inputs: q, k, v, and in training the output's gradient.
+            scale: factor of the scores.
+            seed: of the choice of rows and heads.
+        """
+        self.workload = workload
+        self.sample = choose_sample(workload, seed)
+        self.inputs = list(inputs)
+        if workload.pass_ == "training" and len(self.sample.rows) < workload.seq:
+            self.inputs[3] = _only_rows(self.inputs[3], self.sample.rows)
+        self._expected = [self._of_group(group, scale) for group in self.sample.groups]
+
+    def judge(self, results: Sequence[mx.array]) -> Judgement:
+        """Compares a result: the output, and in training dQ, dK and dV."""
+        worst, worst_share, detail, errors = 0.0, -1.0, "", []
+        for index, result in enumerate(results):
+            expected = [group[index] for group in self._expected]
+            found = [self._part(index, result, group) for group in self.sample.groups]
+            error = max(_largest(a - b.exact) for a, b in zip(found, expected, strict=True))
+            allowed = _allowed(expected, FORWARD_FACTOR if index == 0 else GRADIENT_FACTOR)
+            finite = bool(mx.isfinite(result).all())
+            share = error / allowed if finite and np.isfinite(error) else np.inf
+            if share > worst_share:
+                worst_share, detail = share, _detail(NAMES[index], error, allowed, finite)
+            worst = max(worst, error)
+            errors += [(a - b.exact).ravel() for a, b in zip(found, expected, strict=True)]
+        rms = float(np.sqrt(np.mean(np.square(np.concatenate(errors)))))
+        return Judgement(max_error=worst, rms_error=rms, accurate=worst_share <= 1.0, detail=detail)
+
+    def _of_group(self, group: tuple[int, int], scale: float) -> list[Expected]:
+        arrays = [self._cut(index, array, group) for index, array in enumerate(self.inputs)]
+        rules = Rules(scale=scale, causal=self.workload.causal, window=self.workload.window)
+        exact = _exact([_numpy(x) for x in arrays], rules, self.sample.rows)
+        plain = _plain(arrays, scale, self._seen(), self.sample.rows)
+        return [
+            Expected(a, _largest(_numpy(b) - a), _rounding(a, b.dtype)) for a, b in zip(exact, plain, strict=True)
+        ]
+
+    def _cut(self, index: int, array: mx.array, group: tuple[int, int]) -> mx.array:
+        """An input's part in a group: (query heads or 1, length, width)."""
+        share = self.workload.heads // self.workload.kv_heads if index in (0, 3) else 1
+        return array[group[0], group[1] * share : (group[1] + 1) * share]
+
+    def _part(self, index: int, result: mx.array, group: tuple[int, int]) -> Array:
+        """A result's part in a group, and of output and dQ only the sampled rows."""
+        share = self.workload.heads // self.workload.kv_heads if index < 2 else 1
+        part = result[group[0], group[1] * share : (group[1] + 1) * share]
+        return _numpy(part[:, mx.array(self.sample.rows)] if index < 2 else part)
+
+    def _seen(self) -> mx.array:
+        position = mx.array(self.sample.rows)[:, None] + (self.workload.kv_seq - self.workload.seq)
+        key = mx.arange(self.workload.kv_seq)[None]
+        seen = (key <= position) if self.workload.causal else (key >= 0) | (position < 0)
+        return seen if self.workload.window is None else seen & (key > position - self.workload.window)
+
+
+def choose_sample(workload: Workload, seed: int) -> Sample:
+    """Chooses all of a small workload; of a large one the first and the last row and others at random, of few heads."""
+    random = np.random.default_rng(seed)
+    share = workload.heads // workload.kv_heads
+    pairs = [(b, h) for b in range(min(workload.batch, HEADS)) for h in range(min(workload.kv_heads, HEADS))]
+    row_cost = share * workload.kv_seq
+    most = max(1, min(len(pairs), HEADS // share, SCORES // (row_cost * min(workload.seq, 64))))
+    picked = sorted(random.choice(len(pairs), most, replace=False))
+    rows = max(2, min(workload.seq, SCORES // (row_cost * most)))
+    if rows >= workload.seq:
+        chosen = np.arange(workload.seq)
+    else:
+        inner = random.choice(np.arange(1, workload.seq - 1), rows - 2, replace=False)
+        chosen = np.sort(np.concatenate([[0, workload.seq - 1], inner]))
+    return Sample(tuple(pairs[i] for i in picked), chosen.astype(np.intp))
+
+
+def _exact(arrays: Sequence[Array], rules: Rules, rows: NDArray[np.intp]) -> list[Array]:
+    """Output, and in training dQ, dK, dV, of the query heads of one group: (heads or 1, rows or Lk, width)."""
+    q, k, v = arrays[0], arrays[1][0], arrays[2][0]
+    output = np.stack([forward(head, k, v, rules, rows).output for head in q])
+    if len(arrays) < 4:
+        return [output]
+    made = [gradients(head, k, v, upstream, rules, rows) for head, upstream in zip(q, arrays[3], strict=True)]
+    d_q, d_k, d_v = (list(column) for column in zip(*made, strict=True))
+    return [output, np.stack(d_q), np.sum(d_k, axis=0)[None], np.sum(d_v, axis=0)[None]]
+
+
+def _plain(arrays: Sequence[mx.array], scale: float, seen: mx.array, rows: NDArray[np.intp]) -> list[mx.array]:
+    """The same by plain attention in the inputs' own precision."""
+    chosen = mx.array(rows)
+    sighted = seen.any(axis=-1, keepdims=True)
+    opened = seen | ~sighted
+
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        scores = mx.where(opened, (q * scale) @ k.swapaxes(-1, -2), mx.array(-mx.inf, q.dtype))
+        output = mx.softmax(scores, axis=-1, precise=True) @ v
+        return mx.where(sighted, output, mx.zeros((), output.dtype))
+
+    primals = [arrays[0][:, chosen], arrays[1], arrays[2]]
+    if len(arrays) < 4:
+        made = [attend(*primals)]
+    else:
+        outputs, pulled = mx.vjp(attend, primals, [arrays[3][:, chosen]])
+        made = [*outputs, *pulled]
+    mx.eval(made)
+    return made
+
+
+def _only_rows(array: mx.array, rows: NDArray[np.intp]) -> mx.array:
+    keep = np.zeros((array.shape[2], 1), dtype=np.bool_)
+    keep[rows] = True
+    kept = mx.where(mx.array(keep), array, mx.zeros((), array.dtype))
+    mx.eval(kept)
+    return kept
+
+
+def _allowed(expected: Sequence[Expected], factor: float) -> float:
+    """The rule, over all groups together as over one tensor."""
+    return factor * max(e.plain_error for e in expected) + max(e.rounding for e in expected)
+
+
+def _rounding(exact: Array, dtype: mx.Dtype) -> float:
+    """atol: 2 max|ref + 0.3 - 0.3 - ref| in the precision in question."""
+    low = mx.array(exact.astype(np.float32)).astype(dtype)
+    shifted = _numpy((low + mx.array(0.3, dtype)) - mx.array(0.3, dtype))
+    return 2.0 * _largest(shifted - _numpy(low))
+
+
+def _largest(difference: Array) -> float:
+    return float(np.max(np.abs(difference), initial=0.0))
+
+
+def _numpy(array: mx.array) -> Array:
+    return np.asarray(np.array(array.astype(mx.float32)), dtype=np.float64)
+
+
+def _detail(name: str, error: float, allowed: float, finite: bool) -> str:
+    if not finite:
+        return f"{name} holds NaN or infinity"
+    return f"{name}: {error:.2g} off, {allowed:.2g} allowed"

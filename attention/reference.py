@@ -1,0 +1,101 @@
+"""The float64 oracle: attention and its gradients, written for exactness in numpy and sharing no code with what it judges.
+
+All functions take one query head; batches and heads are the caller's loop. MLX's own float64 exp is only as exact as
+float32 on the CPU, so nothing here uses MLX.
+"""
+
+from typing import Any
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class Rules(Struct, frozen=True, kw_only=True):
+    """What shapes the scores of one head."""
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
+    mask: Any = None
+    """(Lq, Lk) numpy array, bool or additive."""
+    softcap: float | None = None
+
+
+class Result(Struct, frozen=True):
+    """What one query head gives. Rows are those that were asked for."""
+
+    output: Array
+    """(rows, Dv)"""
+    probabilities: Array
+    """(rows, Lk)"""
+    slope: Array | float
+    """Derivative of the capped score by the scaled one, (rows, Lk) or 1."""
+
+
+def forward(q: Array, k: Array, v: Array, rules: Rules, rows: NDArray[np.intp] | None = None) -> Result:
+    """Attends with one query head.
+
+    Args:
+        q: (Lq, D).
+        k: (Lk, D).
+        v: (Lk, Dv).
+        rules: scale, masks and softcap.
+        rows: the query rows to compute; all unless given.
+
+    Returns:
+        The output, zero in rows that see nothing, and what a backward pass needs.
+    """
+    rows = np.arange(len(q)) if rows is None else rows
+    scores = (q[rows] @ k.T) * rules.scale
+    slope: Array | float = 1.0
+    if rules.softcap is not None:
+        squashed = np.tanh(scores / rules.softcap)
+        scores, slope = rules.softcap * squashed, 1.0 - squashed**2
+    if rules.mask is not None:
+        chosen = rules.mask[rows]
+        scores = np.where(chosen, scores, -np.inf) if chosen.dtype == np.bool_ else scores + chosen
+    scores = np.where(_seen(rows, len(q), len(k), rules), scores, -np.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    probabilities = weights / np.where(total == 0.0, 1.0, total)
+    return Result(probabilities @ v, probabilities, slope)
+
+
+def gradients(
+    q: Array, k: Array, v: Array, cotangent: Array, rules: Rules, rows: NDArray[np.intp] | None = None
+) -> tuple[Array, Array, Array]:
+    """Differentiates sum(output * cotangent), where the cotangent is zero outside the rows that are given.
+
+    Args:
+        q: (Lq, D).
+        k: (Lk, D).
+        v: (Lk, Dv).
+        cotangent: (Lq, Dv).
+        rules: scale, masks and softcap.
+        rows: the query rows whose cotangent is not zero; all unless given.
+
+    Returns:
+        dQ (rows, D), dK (Lk, D), dV (Lk, Dv).
+    """
+    rows = np.arange(len(q)) if rows is None else rows
+    result = forward(q, k, v, rules, rows)
+    probabilities, upstream = result.probabilities, cotangent[rows]
+    d_probabilities = upstream @ v.T
+    mean = (d_probabilities * probabilities).sum(axis=-1, keepdims=True)
+    d_scores = probabilities * (d_probabilities - mean) * result.slope * rules.scale
+    return d_scores @ k, d_scores.T @ q[rows], probabilities.T @ upstream
+
+
+def _seen(rows: NDArray[np.intp], seq: int, kv_seq: int, rules: Rules) -> NDArray[np.bool_]:
+    position = rows[:, None] + (kv_seq - seq)
+    key = np.arange(kv_seq)[None, :]
+    seen = np.ones((len(rows), kv_seq), dtype=np.bool_)
+    if rules.causal or rules.window is not None:
+        seen &= key <= position
+    if rules.window is not None:
+        seen &= key > position - rules.window
+    return seen
