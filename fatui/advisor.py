@@ -1,11 +1,11 @@
 """A process that knows the device: it is asked with workloads, and answers what each implementation would do.
 
 It is apart from the app, so that importing MLX costs the screen nothing and a crash there takes nothing down.
-Run as `python -m fatui.advisor`: one JSON line in for each question, one out for each answer, the device first.
+Run as `python -m fatui.advisor`: one JSON line in for each question, one out for each answer, the device first;
+as `python -m fatui.advisor diagnose`: one JSON line for each thing that the doctor finds.
 """
 
 import sys
-from typing import Any
 
 import msgspec
 
@@ -50,9 +50,8 @@ def answer(question: Question, device: Device) -> Answer:
 def main() -> None:
     """Answers until the questions end."""
     try:
-        from attention import device as machine
+        from attention.device import probe
 
-        probe: Any = getattr(machine, "probe")  # noqa: B009
         device = probe()
     except Exception as error:
         _say(Answer(problem=str(error) or type(error).__name__))
@@ -63,10 +62,18 @@ def main() -> None:
         _say(answer(decoder.decode(line), device))
 
 
-def _say(made: Answer) -> None:
+def diagnose() -> None:
+    """Tells what the doctor finds, one JSON line each."""
+    from fatui.diagnosis import diagnose as look
+
+    for finding in look():
+        _say(finding)
+
+
+def _say(made: msgspec.Struct) -> None:
     sys.stdout.buffer.write(msgspec.json.encode(made) + b"\n")
     sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    main()
+    diagnose() if sys.argv[1:] == ["diagnose"] else main()

@@ -17,7 +17,7 @@ from textual.filter import LineFilter
 from textual.screen import Screen
 
 from attention.report import Report
-from fatui import actions, settings
+from fatui import actions, dialogs, settings
 from fatui.advice import Advice
 from fatui.draft import Draft
 from fatui.journal import Journal, Level
@@ -171,6 +171,26 @@ class FatuiApp(App[int]):
     def action_sweep(self) -> None:
         """Begins or ends a sweep."""
         self.set_draft(self.draft.toggle_sweep())
+
+    def action_open(self, name: str) -> None:
+        """Opens a further screen."""
+        dialogs.open_screen(self, name)
+
+    def action_save_as(self) -> None:
+        """Saves what is set up as a preset."""
+        dialogs.save_as(self)
+
+    def action_export(self) -> None:
+        """Writes the run to files."""
+        dialogs.export(self)
+
+    async def action_copy_table(self) -> None:
+        """Copies the table."""
+        await dialogs.copy_table(self)
+
+    def action_explain_keys(self) -> None:
+        """Opens the help."""
+        dialogs.explain_keys(self)
 
     async def action_leave(self) -> None:
         """Leaves; asks first while a run goes on."""

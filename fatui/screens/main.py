@@ -10,7 +10,7 @@ from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Static
 
-from fatui import actions, comparison_lines, estimate, offers
+from fatui import actions, comparison_lines, dialogs, estimate, offers
 from fatui.session import SILENCE_S
 from fatui.status import left_text, right_text
 from fatui.widgets.comparison_pane import ComparisonPane
@@ -222,4 +222,4 @@ class MainScreen(Screen[None]):
     @on(RowTable.Chosen, "#comparison-table")
     def _open_row(self, event: RowTable.Chosen) -> None:
         if event.key is not None:
-            self.app.open_row(*comparison_lines.split_key(event.key))
+            dialogs.open_row(self.app, *comparison_lines.split_key(event.key))
