@@ -1,1 +1,57 @@
-"""The attention engine: implementations, kernels, and an honest way of measuring them."""
+"""The attention engine: implementations, kernels, and an honest way of measuring them.
+
+Importing this imports neither MLX nor numpy; a call does.
+"""
+
+from typing import TYPE_CHECKING
+
+from attention import implementations  # a package that, called, gives the names
+from attention.errors import NoBackendError, UnsupportedError, UsageError
+from attention.workload import Workload
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from attention.implementations.protocol import Implementation
+
+__all__ = ["NoBackendError", "UnsupportedError", "UsageError", "Workload", "attention", "implementations"]
+
+
+def attention(
+    q: "mx.array",
+    k: "mx.array",
+    v: "mx.array",
+    *,
+    scale: float | None = None,
+    mask: "str | mx.array | None" = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: "str | Implementation" = "practical",
+) -> "mx.array":
+    """Attends: softmax(mask(softcap(scale q k^T))) v.
+
+    Args:
+        q: query (B, H, Lq, D), in float32, float16 or bfloat16.
+        k: key (B, Hkv, Lk, D), Hkv a divisor of H.
+        v: value (B, Hkv, Lk, Dv).
+        scale: factor of the scores; 1 / sqrt(D) unless given.
+        mask: None, "causal" (lower-right aligned), or an array that broadcasts to (B, H, Lq, Lk): bool, True where a
+            pair may be seen, or numbers to add to the scores. An array mask gets no gradient.
+        window: a query sees only the last `window` keys that end at its own position; implies causal.
+        softcap: squashes scaled scores s to softcap * tanh(s / softcap), before the mask.
+        implementation: a name from `implementations()`, "FILE.py:CLASS", or an implementation.
+
+    Returns:
+        (B, H, Lq, Dv) in the query's type; rows that may see nothing are 0.
+
+    Raises:
+        UsageError: an argument is wrong; it says which, what it got and what it takes, one line each.
+        UnsupportedError: the implementation does not take this, as its route says.
+        NoBackendError: MLX cannot be imported.
+    """
+    from attention.arguments import checked_mask, checked_numbers, checked_shapes, find
+
+    chosen = find(implementation)
+    checked_shapes(q, k, v)
+    factor, cap = checked_numbers(scale, softcap, q.shape[-1])
+    return chosen(q, k, v, scale=factor, mask=checked_mask(mask, window, q, k), softcap=cap)

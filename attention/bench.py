@@ -59,7 +59,13 @@ class Bench:
         names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, workload, device)]
         if not names:
             return "nothing to run"
-        setting = self._setting(workload, device, len(names))
+        self._teller.at_rest()
+        try:
+            setting = self._setting(workload, device, len(names))
+        except Exception as error:  # no memory for the inputs, say
+            for name in names:
+                self._fail(name, error)
+            return "failed"
         arms = [arm for name in names if (arm := self._prepare(name, setting)) is not None]
         return self._run_rounds(arms) if arms else "failed"
 

@@ -141,7 +141,9 @@ def check_array(array: "mx.array", shape: Shape) -> None:
         problems.append(f"mask: got an array of {_name(array.dtype)}; it takes bool (True is seen) or floating (added)")
     sizes = (1,) * (4 - array.ndim) + tuple(array.shape)
     if array.ndim > 4 or any(size not in (1, whole) for size, whole in zip(sizes, shape, strict=True)):
-        problems.append(f"mask: got shape {tuple(array.shape)}; it takes one that broadcasts to (B, H, Lq, Lk) = {shape}")
+        problems.append(
+            f"mask: got shape {tuple(array.shape)}; it takes one that broadcasts to (B, H, Lq, Lk) = {shape}"
+        )
     if problems:
         raise UsageError(*problems)
 

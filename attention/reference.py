@@ -1,4 +1,4 @@
-"""The float64 oracle: attention and its gradients, written for exactness in numpy and sharing no code with what it judges.
+"""The float64 oracle: attention and its gradients, in numpy, sharing no code with what it judges.
 
 All functions take one query head; batches and heads are the caller's loop. MLX's own float64 exp is only as exact as
 float32 on the CPU, so nothing here uses MLX.

@@ -37,13 +37,17 @@ class Teller:
 
     def end(self, stopped_by: str) -> None:
         """Tells that the case is complete, and learns from it how long the others will take."""
-        self._mark(0)
+        self.at_rest()
         self.emit(on.CaseDone(case=self._case, stopped_by=stopped_by))
         self._guess_s = (time.perf_counter() - self._started) / (self._case - self._first + 1)
 
     def at_work(self, name: str) -> None:
         """Marks who is at work, so that a death is laid at the right door."""
         self._mark(self._numbers[name])
+
+    def at_rest(self) -> None:
+        """Marks that nobody is at work."""
+        self._mark(0)
 
     def step(self, name: str, step: on.Step) -> None:
         """Tells that an implementation begins a step of the case."""

@@ -132,8 +132,11 @@ def _first_line(program: str) -> str:
 
 def _folders() -> Iterator[Finding]:
     for topic, folder in (("config", paths.config_dir()), ("data", paths.data_dir()), ("cache", paths.cache_dir())):
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        yield Finding(topic=topic, text=f"{folder} ({figures.size(size) if folder.is_dir() else 'not made yet'})")
+        try:
+            size = figures.size(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        except OSError as error:
+            size = str(error.strerror)
+        yield Finding(topic=topic, text=f"{folder} ({size if folder.is_dir() else 'not made yet'})")
 
 
 def _speed(device: Device) -> Iterator[Finding]:

@@ -1,10 +1,12 @@
 """A preset as TOML: what all cases share in one table, the rest as a sweep where it is one, as cases where not."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
 from msgspec import structs
 
+from attention.errors import UsageError
 from attention.workload import DEFAULT_FROM, Workload
 from fatui.preset_format import FIELDS, SCHEMA, Preset, workloads
 from fatui.sizes import size_text
@@ -54,7 +56,12 @@ def as_product(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]]
     if any(name not in fields for fields in given for name in varying):
         return None
     axes = {name: list(dict.fromkeys(fields[name] for fields in given)) for name in varying}
-    return (shared, axes) if workloads(shared, axes) == tuple(cases) else None
+    if math.prod(len(values) for values in axes.values()) != len(cases):
+        return None
+    try:
+        return (shared, axes) if workloads(shared, axes) == tuple(cases) else None
+    except UsageError:  # some combination is none, so that the cases are not all of them
+        return None
 
 
 def _shared(given: Sequence[Fields]) -> Fields:
@@ -82,7 +89,7 @@ def _dumps(document: Fields) -> str:
 def _short_arrays_on_one_line(text: str) -> str:
     lines: list[str] = []
     array: list[str] = []
-    for line in text.splitlines():
+    for line in text.rstrip("\n").split("\n"):  # not splitlines, which also splits inside of quoted texts
         if array:
             array.append(line.strip())
             if line == "]":

@@ -1,6 +1,7 @@
 """Sizes in bytes as people write them: "8 GiB", "512M", "1000000"."""
 
 import re
+from fractions import Fraction
 from typing import Final
 
 from attention.errors import UsageError
@@ -22,7 +23,7 @@ UNITS: Final = {
     "tb": 10**12,
 }
 LARGEST_BYTES: Final = 2**60
-_SIZE: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]*)")
+_SIZE: Final = re.compile(r"([0-9]{1,19}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]*)")
 
 
 def parse_size(value: object, name: str) -> int:
@@ -34,7 +35,7 @@ def parse_size(value: object, name: str) -> int:
     text = str(value) if type(value) in (int, str) else ""
     match = _SIZE.fullmatch(text.strip())
     if match and match[2].lower() in UNITS:
-        size = int(float(match[1]) * UNITS[match[2].lower()])
+        size = int(Fraction(match[1]) * UNITS[match[2].lower()])
         if 1 <= size <= LARGEST_BYTES:
             return size
     raise UsageError(f"{name}: got {value!r}; it takes a size such as '8 GiB', '512M' or a number of bytes")

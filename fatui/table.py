@@ -14,8 +14,8 @@ from fatui import figures
 from fatui.study import Study
 
 WIDTH: Final = 100
-NARROWEST_PATH: Final = 10
-LONGEST_NAME: Final = 16
+NARROWEST_PATH: Final = 8
+LONGEST_NAME: Final = 14
 DROPPED_FIRST: Final = ("TFLOP/s", "error", "eff.", "path", "per call", "memory")
 IMPLEMENTATION: Final = ""
 TEXTS: Final = (IMPLEMENTATION, "path", "verdict")
@@ -70,7 +70,9 @@ def _case(case: Case, columns: list[Column], number: int | None, count: int, wid
 
 def _columns(case: Case) -> list[Column]:
     rows = case.rows
-    best = figures.best_of(case) if len(rows) > 1 else ()
+    best = figures.best_of(case)
+    if len(best) == sum(row.status == figures.OK for row in rows):
+        best = ()  # a star on every row tells nothing
     return [
         Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
         Column("path", [row.path or figures.UNKNOWN for row in rows]),
@@ -180,5 +182,6 @@ def _footer(report: Report) -> RenderableType:
     lines: list[RenderableType] = [Text(figures.finding(report), style="bold")]
     if parts:
         lines.append(Text(" · ".join(parts), style="dim"))
-    lines.append(Text(f"run {report.run.id}: {report.run.command}", style="dim", no_wrap=True, overflow="fold"))
+    state = ", interrupted" if report.run.interrupted else ""
+    lines.append(Text(f"run {report.run.id}{state}: {report.run.command}", style="dim", no_wrap=True, overflow="fold"))
     return Group(*lines)

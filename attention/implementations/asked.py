@@ -11,9 +11,7 @@ from attention.route import Needs
 from attention.workload import DTYPES, DType, Workload
 
 
-def asked_for(
-    q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
-) -> tuple[Workload, Needs]:
+def asked_for(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> tuple[Workload, Needs]:
     """The workload, as a forward pass, and what goes beyond it.
 
     Raises:

@@ -117,9 +117,7 @@ def forward(q: mx.array, k: mx.array, v: mx.array, call: Call) -> tuple[mx.array
     return output, logsumexp
 
 
-def over_heads(
-    q: mx.array, k: mx.array, blocks: Blocks, one: Callable[[Heads], list[mx.array]]
-) -> list[mx.array]:
+def over_heads(q: mx.array, k: mx.array, blocks: Blocks, one: Callable[[Heads], list[mx.array]]) -> list[mx.array]:
     """Runs over all groups of heads and joins what each gives along heads, then along sequences."""
     group = q.shape[1] // k.shape[1]
     bands = []
@@ -188,14 +186,10 @@ def tile_scores(
     return _masked(scores, call, heads, rows, keys, lengths), capped
 
 
-def _masked(
-    scores: mx.array, call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]
-) -> mx.array:
+def _masked(scores: mx.array, call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]) -> mx.array:
     tile = call.mask.tile(rows, keys, *lengths)
     if call.mask.array is not None:
-        given = masks.part(
-            masks.as_4d(call.mask.array), cut(heads.batches), heads.heads, cut(rows), cut(keys)
-        )
+        given = masks.part(masks.as_4d(call.mask.array), cut(heads.batches), heads.heads, cut(rows), cut(keys))
         tile = masks.combine(tile, given)
     if tile is None:
         return scores

@@ -2,7 +2,8 @@
 
 With P the probabilities of a tile, FlashAttention 2's equations:
 
-    dV += P^T dO        dP = dO V^T        dS = P * (dP - rowsum(dO * O))        dQ += scale dS K        dK += scale dS^T Q
+    dP = dO V^T    dS = P * (dP - rowsum(dO * O))
+    dV += P^T dO    dQ += scale dS K    dK += scale dS^T Q
 """
 
 import mlx.core as mx
@@ -11,11 +12,9 @@ from msgspec import Struct
 from attention.implementations.blockwise import (
     Call,
     Heads,
-
-    cut,
-    join,
     after,
     blocks_of,
+    join,
     key_blocks,
     over_heads,
     tile_scores,
@@ -64,10 +63,7 @@ def gradients(saved: Saved, call: Call) -> list[mx.array]:
     def one(heads: Heads) -> list[mx.array]:
         if call.blocks.keys >= saved.k.shape[2]:
             return _key_block(saved, call, heads, range(saved.k.shape[2]), chain)
-        parts = [
-            _key_block(saved, call, heads, keys, chain)
-            for keys in blocks_of(saved.k.shape[2], call.blocks.keys)
-        ]
+        parts = [_key_block(saved, call, heads, keys, chain) for keys in blocks_of(saved.k.shape[2], call.blocks.keys)]
         d_key, d_value = (join(list(column), 2) for column in zip(*parts, strict=True))
         return [_query_pass(saved, call, heads, chain), d_key, d_value]
 

@@ -1,13 +1,12 @@
-"""fatui's own kernel, where there is one."""
+"""fatui's own kernel, where there is one for the device."""
 
 import importlib
-import importlib.util
-from typing import Any, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
 import mlx.core as mx
+from msgspec import structs
 
 from attention.device import Backend, Device
-from attention.errors import UnsupportedError
 from attention.implementations.asked import asked_for, here
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa
 from attention.implementations.practical import Practical
@@ -15,22 +14,64 @@ from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
 
+KERNELS: Final[dict[Backend, str]] = {}
+"""For each backend the module of its kernel, of the form `Kernel`; none yet."""
 BACKEND_NAMES: Final[dict[Backend, str]] = {"cpu": "the CPU", "metal": "Metal", "cuda": "CUDA"}
 
 
 class Kernel(Protocol):
     """What a backend's kernel module offers."""
 
-    def takes(self, workload: Workload, needs: Needs) -> str | None:
-        """The reason why the kernel does not take a workload, or None if it does."""
-        ...
-
     def route(self, workload: Workload, needs: Needs) -> Route:
-        """The path inside the kernel, for a workload that it takes."""
+        """The kernel's path, or a route that is not supported, with the reason."""
         ...
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
     ) -> mx.array:
         """Attends; shapes as in the implementations' protocol."""
         ...
+
+
+class Poc:
+    """The custom kernel; what it does not take goes to MLX's SDPA, and a softcap to the blocks of `practical`."""
+
+    name = "poc"
+
+    def __init__(self) -> None:
+        """Makes the implementations that it falls back to."""
+        self._sdpa = MlxSdpa()
+        self._practical = Practical()
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        """The kernel's path where it takes the workload; otherwise what it falls back to, and why."""
+        kernel = _kernel(device.backend)
+        refusal = f"no custom kernel for {BACKEND_NAMES[device.backend]} yet"
+        if kernel is not None:
+            own = kernel.route(workload, needs)
+            if own.supported:
+                return own
+            refusal = own.reason
+        if needs.softcap:
+            behind = self._practical.route(workload, device, needs)
+            path, reason = "falls back: practical", f"{refusal}, and {NO_SOFTCAP}"
+        else:
+            behind = self._sdpa.route(workload, device, needs)
+            path, reason = "falls back: MLX SDPA", f"{refusal}; {behind.reason}"
+        return structs.replace(behind, path=path, reason=reason)
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        """Attends; shapes as in the protocol."""
+        kernel = _kernel(here())
+        if kernel is not None and kernel.route(*asked_for(q, k, v, mask, softcap)).supported:
+            return kernel.attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        if softcap is not None:
+            return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        return self._sdpa(q, k, v, scale=scale, mask=mask)
+
+
+def _kernel(backend: Backend) -> Kernel | None:
+    name = KERNELS.get(backend)
+    return None if name is None else cast("Kernel", importlib.import_module(name))

@@ -1,7 +1,7 @@
 """Attention within a memory budget, forward and backward."""
 
 from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import mlx.core as mx
 from msgspec import Struct, structs
@@ -15,7 +15,7 @@ from attention.implementations.mlx_sdpa import MlxSdpa, fused_bytes, why_unfused
 from attention.implementations.unfused import unfused_bytes
 from attention.masks import Mask, of_workload
 from attention.route import PLAIN, Needs, Route
-from attention.workload import ITEM_BYTES, Workload
+from attention.workload import Workload
 
 FORWARD_ARRAYS: Final = 7
 """Score-sized float32 arrays alive at once in a forward tile, measured: MLX allocates a few operations ahead."""
@@ -158,7 +158,7 @@ def _blockwise(call: Call, backward: Call) -> Attend:
         return d_q, d_k, d_v
 
     attend.vjp(pull_back)
-    return lambda q, k, v: attend(q, k, v)[0]
+    return lambda q, k, v: cast("tuple[mx.array, mx.array]", attend(q, k, v))[0]
 
 
 def _blocks_behind(sdpa: MlxSdpa, call: Call, backward: Call) -> Attend:
@@ -174,4 +174,4 @@ def _blocks_behind(sdpa: MlxSdpa, call: Call, backward: Call) -> Attend:
         return d_q, d_k, d_v
 
     attend.vjp(pull_back)
-    return lambda q, k, v: attend(q, k, v)
+    return cast("Attend", attend)

@@ -79,9 +79,7 @@ def make_inputs(workload: Workload, seed: int) -> list[mx.array]:
     return inputs
 
 
-def runner_for(
-    implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float
-) -> Runner:
+def runner_for(implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float) -> Runner:
     """Binds an implementation to its inputs, in its own way where it brings one."""
     if isinstance(implementation, BringsRunner):
         return implementation.runner(workload, inputs, scale)

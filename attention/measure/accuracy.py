@@ -33,7 +33,7 @@ class Judgement(Struct, frozen=True, kw_only=True):
     max_error: float
     """Largest absolute difference from float64, over all tensors that were compared."""
     rms_error: float
-    """Of the output alone in a forward pass, of all tensors in training."""
+    """Over all tensors that were compared."""
     accurate: bool
     detail: str
     """The tensor that came nearest to what it was allowed, or passed it, and by how much."""
@@ -57,54 +57,74 @@ class Expected(Struct, frozen=True):
 
 
 class Judge:
-    """Judges the results of any number of implementations on one case; the reference is computed once.
+    """Judges the results of any number of implementations on one case; what is expected is computed once.
 
-    `inputs` are what the results must have been computed from. They are those that were given, but for a training case
-    too large to check whole: there the output's gradient is zero outside the sampled rows, which makes dK and dV of
-    a few rows the exact gradients of the whole call.
+    dK and dV depend on every query row. Where a case is too large to compute all rows in float64, they can only be
+    compared on inputs whose output gradient is zero outside the sampled rows: `row_inputs`, None where not needed.
     """
 
-    def __init__(self, workload: Workload, inputs: Sequence[mx.array], scale: float, seed: int = 0) -> None:
+    def __init__(
+        self, workload: Workload, inputs: Sequence[mx.array], scale: float | None = None, seed: int = 0
+    ) -> None:
         """Chooses the sample, and computes what is expected of it.
 
         Args:
             workload: the case.
             inputs: q, k, v, and in training the output's gradient.
-            scale: factor of the scores.
+            scale: factor of the scores, the workload's unless given.
             seed: of the choice of rows and heads.
         """
         self.workload = workload
         self.sample = choose_sample(workload, seed)
-        self.inputs = list(inputs)
+        self.row_inputs: list[mx.array] | None = None
         if workload.pass_ == "training" and len(self.sample.rows) < workload.seq:
-            self.inputs[3] = _only_rows(self.inputs[3], self.sample.rows)
-        self._expected = [self._of_group(group, scale) for group in self.sample.groups]
+            self.row_inputs = [*inputs[:3], _only_rows(inputs[3], self.sample.rows)]
+        scale = workload.scale if scale is None else scale
+        self._expected = [self._of_group(inputs, group, scale) for group in self.sample.groups]
 
-    def judge(self, results: Sequence[mx.array]) -> Judgement:
-        """Compares a result: the output, and in training dQ, dK and dV."""
-        worst, worst_share, detail, errors = 0.0, -1.0, "", []
-        for index, result in enumerate(results):
-            expected = [group[index] for group in self._expected]
-            found = [self._part(index, result, group) for group in self.sample.groups]
-            error = max(_largest(a - b.exact) for a, b in zip(found, expected, strict=True))
-            allowed = _allowed(expected, FORWARD_FACTOR if index == 0 else GRADIENT_FACTOR)
-            finite = bool(mx.isfinite(result).all())
-            share = error / allowed if finite and np.isfinite(error) else np.inf
-            if share > worst_share:
-                worst_share, detail = share, _detail(NAMES[index], error, allowed, finite)
-            worst = max(worst, error)
-            errors += [(a - b.exact).ravel() for a, b in zip(found, expected, strict=True)]
-        rms = float(np.sqrt(np.mean(np.square(np.concatenate(errors)))))
-        return Judgement(max_error=worst, rms_error=rms, accurate=worst_share <= 1.0, detail=detail)
+    def check(self, results: Sequence[mx.array], row_results: Sequence[mx.array] | None = None) -> Judgement:
+        """Compares what an implementation computed.
 
-    def _of_group(self, group: tuple[int, int], scale: float) -> list[Expected]:
-        arrays = [self._cut(index, array, group) for index, array in enumerate(self.inputs)]
+        Args:
+            results: the output, and in training dQ, dK and dV, from the inputs.
+            row_results: the same from `row_inputs`; without them dK and dV of a large case are only looked
+                through for NaN and infinity, and the detail says so.
+        """
+        compared = list(results)
+        unseen = ""
+        if self.row_inputs is not None:
+            compared[2:] = [] if row_results is None else row_results[2:]
+            unseen = "" if row_results is not None else "; dK and dV were not compared"
+        shares, errors, details = [], [], []
+        for index, result in enumerate(compared):
+            difference, allowed = self._compare(index, result)
+            error = _largest(difference)
+            shares.append(error / allowed if np.isfinite(error) else np.inf)
+            errors.append(difference)
+            details.append(f"{NAMES[index]}: {error:.2g} off, {allowed:.2g} allowed")
+        broken = [NAMES[i] for i, x in enumerate(results) if not bool(mx.isfinite(x).all())]
+        worst = int(np.argmax(shares))
+        every = np.concatenate(errors)
+        return Judgement(
+            max_error=_largest(every),
+            rms_error=float(np.sqrt(np.mean(np.square(every)))),
+            accurate=not broken and shares[worst] <= 1.0,
+            detail=f"{', '.join(broken)}: NaN or infinity" if broken else details[worst] + unseen,
+        )
+
+    def _compare(self, index: int, result: mx.array) -> tuple[Array, float]:
+        """All differences of one tensor's sample, and how large they may be."""
+        expected = [group[index] for group in self._expected]
+        found = [self._part(index, result, group) for group in self.sample.groups]
+        differences = [(a - b.exact).ravel() for a, b in zip(found, expected, strict=True)]
+        return np.concatenate(differences), _allowed(expected, FORWARD_FACTOR if index == 0 else GRADIENT_FACTOR)
+
+    def _of_group(self, inputs: Sequence[mx.array], group: tuple[int, int], scale: float) -> list[Expected]:
+        arrays = [self._cut(index, array, group) for index, array in enumerate(inputs)]
         rules = Rules(scale=scale, causal=self.workload.causal, window=self.workload.window)
         exact = _exact([_numpy(x) for x in arrays], rules, self.sample.rows)
         plain = _plain(arrays, scale, self._seen(), self.sample.rows)
-        return [
-            Expected(a, _largest(_numpy(b) - a), _rounding(a, b.dtype)) for a, b in zip(exact, plain, strict=True)
-        ]
+        return [Expected(a, _largest(_numpy(b) - a), _rounding(a, b.dtype)) for a, b in zip(exact, plain, strict=True)]
 
     def _cut(self, index: int, array: mx.array, group: tuple[int, int]) -> mx.array:
         """An input's part in a group: (query heads or 1, length, width)."""
@@ -194,14 +214,8 @@ def _rounding(exact: Array, dtype: mx.Dtype) -> float:
 
 
 def _largest(difference: Array) -> float:
-    return float(np.max(np.abs(difference), initial=0.0))
+    return float(np.max(np.abs(difference), initial=0.0))  # NaN if any is NaN
 
 
 def _numpy(array: mx.array) -> Array:
     return np.asarray(np.array(array.astype(mx.float32)), dtype=np.float64)
-
-
-def _detail(name: str, error: float, allowed: float, finite: bool) -> str:
-    if not finite:
-        return f"{name} holds NaN or infinity"
-    return f"{name}: {error:.2g} off, {allowed:.2g} allowed"

@@ -42,8 +42,10 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     Raises:
         Exception: whatever the implementation raises.
     """
-    runner = runner_for(implementation, setting.workload, setting.inputs, setting.workload.scale)
-    call_s = _first_call(name, runner, setting)
+    runner = _bind(implementation, setting, setting.inputs)
+    results, call_s = _first_call(name, runner, setting)
+    _check(name, implementation, results, setting)
+    del results
     _tell_route_again(name, implementation, setting)
     setting.teller.step(name, "memory")
     started = time.perf_counter()
@@ -56,27 +58,36 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     return Arm(name=name, runner=runner, calls=calls, lead_in=setting.device.backend != "cpu")
 
 
-def _first_call(name: str, runner: Runner, setting: CaseSetting) -> float:
-    """Times the very first call, judges what it returned, and returns the seconds it took."""
-    teller = setting.teller
-    teller.step(name, "first call")
+def _bind(implementation: Implementation, setting: CaseSetting, inputs: "list[mx.array]") -> Runner:
+    return runner_for(implementation, setting.workload, inputs, setting.workload.scale)
+
+
+def _first_call(name: str, runner: Runner, setting: CaseSetting) -> "tuple[list[mx.array], float]":
+    """Returns what the very first call computed, and the seconds it took."""
+    setting.teller.step(name, "first call")
     started = time.perf_counter()
     results = runner.results()
     seconds = time.perf_counter() - started
-    teller.emit(on.FirstCall(case=teller.case, implementation=name, seconds=seconds))
+    setting.teller.emit(on.FirstCall(case=setting.teller.case, implementation=name, seconds=seconds))
+    return results, seconds
+
+
+def _check(name: str, implementation: Implementation, results: "list[mx.array]", setting: CaseSetting) -> None:
+    """Compares the results with float64, and tells."""
+    teller, judge = setting.teller, setting.judge
     teller.step(name, "accuracy")
-    verdict = setting.judge.check(results)
+    of_rows = _bind(implementation, setting, judge.row_inputs).results() if judge.row_inputs else None
+    judgement = judge.check(results, of_rows)
     teller.emit(
         on.Checked(
             case=teller.case,
             implementation=name,
-            max_error=verdict.max_error,
-            rms_error=verdict.rms_error,
-            accurate=verdict.accurate,
-            detail=verdict.detail,
+            max_error=judgement.max_error,
+            rms_error=judgement.rms_error,
+            accurate=judgement.accurate,
+            detail=judgement.detail,
         )
     )
-    return seconds
 
 
 def _tell_route_again(name: str, implementation: Implementation, setting: CaseSetting) -> None:

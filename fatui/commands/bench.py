@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attention.errors import UsageError
 from fatui import cli
 
 if TYPE_CHECKING:
+    from attention.events import RunRefused
     from attention.plan import Plan
     from attention.record import Record
     from attention.report import Report
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DEFAULT_PRESET: Final = "quick"
+CANNOT_START: Final = "the engine cannot start"
+"""How the engine's refusal begins when its process ended twice without a word."""
 EXAMPLE: Final = """examples:
   fatui bench quick
   fatui bench llama-7b --impl baseline,mlx --json llama.json
@@ -44,21 +47,23 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: with everything that is wrong with the request; nothing has run then.
     """
-    plan, preset, deliveries = _request(arguments)
-    from fatui.commands.running import execute
+    plan, preset, deliveries = request(arguments)
+    from fatui.commands.running import execute, undisturbed
     from fatui.reproduce import Started
 
     started = Started(_command(arguments, preset), preset.name)
     record, interrupted = execute(plan)
     report = record.report(started.run(interrupted))
-    _keep(report)
-    failures = deliver_all(report, deliveries)
+    with undisturbed():  # a second Ctrl+C must not cost what the first one kept
+        failures = deliver_files(report, deliveries)
+        _keep(report)
+    print_results(report, deliveries)
     for failure in failures:
         cli.tell(failure)
     return _exit_code(record, report, interrupted, failed=bool(failures))
 
 
-def _request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery]]":
+def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery]]":
     """Reads the whole request, and tells all its mistakes at once."""
     from msgspec import structs
 
@@ -135,27 +140,37 @@ def _command(arguments: argparse.Namespace, preset: "Preset") -> str:
     return bench_command(arguments.preset or preset.name, given_values(arguments), further)
 
 
-def deliver_all(report: "Report", deliveries: "list[Delivery]") -> list[str]:
-    """Writes files and then prints, so that a closed stdout costs no file; returns what went wrong."""
+def deliver_files(report: "Report", deliveries: "list[Delivery]") -> list[str]:
+    """Writes the exports that go to files; returns what went wrong, in a line each."""
+    from fatui.commands.delivery import STDOUT, deliver
+
+    study = _study_as_data(report)
+    return [problem for item in deliveries if item.target != STDOUT and (problem := deliver(item, report, study))]
+
+
+def print_results(report: "Report", deliveries: "list[Delivery]") -> None:
+    """Prints the table, or the export that goes to stdout in its place."""
+    from fatui.commands.delivery import STDOUT, deliver
+
+    for item in deliveries:
+        if item.target == STDOUT:
+            deliver(item, report, _study_as_data(report))
+            return
+    if report.cases:
+        from fatui.commands.printing import results_width, show
+        from fatui.study import beside
+        from fatui.table import report_table
+
+        show(report_table(report, beside(report), results_width()))
+
+
+def _study_as_data(report: "Report") -> "dict[str, Any] | None":
     from msgspec import to_builtins
 
-    from fatui.commands.delivery import STDOUT, deliver
     from fatui.study import beside
 
     study = beside(report)
-    as_data = to_builtins(study) if study else None
-    files_first = sorted(deliveries, key=lambda item: item.target == STDOUT)
-    failures = [
-        failure for item in files_first if item.target != STDOUT and (failure := deliver(item, report, as_data))
-    ]
-    if files_first and files_first[-1].target == STDOUT:
-        deliver(files_first[-1], report, as_data)
-    elif report.cases:
-        from fatui.commands.printing import results_width, show
-        from fatui.table import report_table
-
-        show(report_table(report, study, results_width()))
-    return failures
+    return to_builtins(study) if study else None
 
 
 def _keep(report: "Report") -> None:
@@ -173,11 +188,26 @@ def _keep(report: "Report") -> None:
 
 def _exit_code(record: "Record", report: "Report", interrupted: bool, failed: bool) -> int:
     if record.refused and not interrupted:
-        for line in record.refused.reason.splitlines():
-            cli.tell(line)
-        return cli.NO_BACKEND if record.refused.kind == "no backend" else cli.WRONG_USAGE
+        return _refused(record.refused)
     if interrupted:
         cli.tell("interrupted" + ("" if report.cases else "; nothing was measured"))
         return cli.INTERRUPTED
     broken = any(row.status in ("failed", "inaccurate") for case in report.cases for row in case.rows)
     return cli.FAILED if broken or failed else cli.DONE
+
+
+def _refused(refusal: "RunRefused") -> int:
+    """Tells why nothing could run.
+
+    Raises:
+        NoBackendError: the engine could not start because there is nothing to run on.
+    """
+    from attention.device import probe
+
+    if refusal.kind != "no backend" and CANNOT_START in refusal.reason:
+        probe()
+    for line in refusal.reason.splitlines():
+        cli.tell(line)
+    if refusal.kind == "no backend":
+        return cli.NO_BACKEND
+    return cli.FAILED if CANNOT_START in refusal.reason else cli.WRONG_USAGE

@@ -81,11 +81,13 @@ def _list(history: "History") -> int:
 
 
 def _show(arguments: argparse.Namespace, history: "History") -> int:
-    from fatui.commands.bench import deliver_all
+    from fatui.commands.bench import deliver_files, print_results
     from fatui.commands.delivery import wanted
 
     deliveries = wanted(arguments)
-    failures = deliver_all(history.get(arguments.id), deliveries)
+    report = history.get(arguments.id)
+    failures = deliver_files(report, deliveries)
+    print_results(report, deliveries)
     for failure in failures:
         cli.tell(failure)
     return cli.FAILED if failures else cli.DONE

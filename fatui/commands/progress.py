@@ -24,8 +24,9 @@ class Narrator:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._bar = _bar() if sys.stderr.isatty() else None
-        self._task = self._bar.add_task("starting", total=1.0, left="") if self._bar else None
+        self._task = self._bar.add_task("starting", total=1.0, left="…") if self._bar else None
         self._drawn = 0.0
+        self._told = ""
 
     def __enter__(self) -> Self:
         """Shows the bar."""
@@ -47,11 +48,11 @@ class Narrator:
                 self._draw(event)
             case on.CaseStarted() if self._bar is None:
                 label = self._plan.cases[event.case].label
-                tell(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
+                self._say(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
+            case on.RowEnded() if self._bar is None:
+                self._say(f"{event.implementation}: {event.status}: {event.reason}")
             case on.Message() if event.level != "info":
                 self._say(f"{event.level}: {event.text}")
-            case on.RowEnded() if self._bar is None:
-                tell(f"{event.implementation}: {event.status}: {event.reason}")
 
     def _draw(self, event: on.Progress) -> None:
         now = time.monotonic()
@@ -63,6 +64,10 @@ class Narrator:
         self._bar.refresh()
 
     def _say(self, text: str) -> None:
+        """Says a line once; a restarted engine begins its case again, which is no news."""
+        if text == self._told:
+            return
+        self._told = text
         if self._bar:
             self._bar.console.print(f"fatui: {text}", markup=False, highlight=False)
         else:
@@ -78,7 +83,7 @@ def _bar() -> "Progress":
     return Progress(
         BarColumn(BAR_WIDTH),
         TaskProgressColumn(),
-        TextColumn("{task.fields[left]}"),
+        TextColumn("· {task.fields[left]} ·"),
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=console(sys.stderr),
         auto_refresh=False,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+from collections.abc import Iterator
 
 from attention.plan import Plan
 from attention.record import Record
@@ -30,3 +31,14 @@ async def _run(engine: Engine) -> None:
         with contextlib.suppress(NotImplementedError, RuntimeError):
             loop.add_signal_handler(number, engine.stop)
     await engine.run()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Lets no signal break in, for the moment that writing the results takes."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

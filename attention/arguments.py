@@ -1,0 +1,128 @@
+"""What `attention()` is given, checked: every mistake names the argument, what it got and what it takes."""
+
+import math
+from typing import TYPE_CHECKING
+
+from attention import masks
+from attention.errors import NoBackendError, UsageError, suggestion
+from attention.implementations import get
+from attention.implementations.protocol import Implementation
+from attention.masks import Mask
+from attention.workload import DTYPES, LARGEST
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+def find(implementation: object) -> Implementation:
+    """The implementation of a name, or the one that was given.
+
+    Raises:
+        UsageError: it is neither.
+        NoBackendError: MLX cannot be imported.
+    """
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        raise NoBackendError(f"MLX cannot be imported: {error}") from error
+    if isinstance(implementation, str):
+        return get(implementation)
+    if isinstance(implementation, type) or not isinstance(implementation, Implementation):
+        raise UsageError(
+            f"implementation: got {implementation!r}; it takes a name, or an object with a name, a route and a call"
+        )
+    return implementation
+
+
+def checked_shapes(q: object, k: object, v: object) -> None:
+    """Raises UsageError unless the three are 4-D, of one floating type, and their shapes go together."""
+    import mlx.core as mx
+
+    problems = []
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(array, mx.array):
+            problems.append(f"{name}: got {_kind(array)}; it takes an mlx.core.array")
+        elif array.ndim != 4 or 0 in array.shape:
+            problems.append(
+                f"{name}: got shape {tuple(array.shape)}; it takes (batch, heads, length, width), none of them 0"
+            )
+        elif _name(array.dtype) not in DTYPES:
+            problems.append(f"{name}: got {_name(array.dtype)}; it takes {', '.join(DTYPES)}")
+        elif name != "q" and isinstance(q, mx.array) and array.dtype != q.dtype:
+            problems.append(f"{name}: got {_name(array.dtype)}; it takes q's type, {_name(q.dtype)}")
+    if not problems:
+        problems = _disagreements(*(tuple(x.shape) for x in (q, k, v)))  # type: ignore[attr-defined]
+    if problems:
+        raise UsageError(*problems)
+
+
+def _disagreements(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> list[str]:
+    problems = []
+    if k[0] != q[0]:
+        problems.append(f"k: got batch {k[0]}; it takes q's batch, {q[0]}")
+    if q[1] % k[1]:
+        problems.append(f"k: got {k[1]} heads; it takes a divisor of q's {q[1]} heads")
+    if k[3] != q[3]:
+        problems.append(f"k: got width {k[3]}; it takes q's width, {q[3]}")
+    if v[:3] != k[:3]:
+        problems.append(f"v: got batch, heads and length {v[:3]}; it takes k's, {k[:3]}")
+    return problems
+
+
+def checked_numbers(scale: object, softcap: object, head_dim: int) -> tuple[float, float | None]:
+    """The scale, 1 / sqrt(head_dim) unless given, and the softcap.
+
+    Raises:
+        UsageError: the scale is no finite number, or the softcap none above 0.
+    """
+    problems = []
+    if scale is not None and not _finite(scale):
+        problems.append(f"scale: got {scale!r}; it takes a finite number, or None for 1 / sqrt(head_dim)")
+    if softcap is not None and not (_finite(softcap) and softcap > 0):  # type: ignore[operator]
+        problems.append(f"softcap: got {softcap!r}; it takes a finite number above 0, or None")
+    if problems:
+        raise UsageError(*problems)
+    factor = head_dim**-0.5 if scale is None else scale
+    return float(factor), None if softcap is None else float(softcap)  # type: ignore[arg-type]
+
+
+def checked_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> Mask:
+    """The mask of a call.
+
+    Raises:
+        UsageError: the mask is of no known kind, type or shape, or the window no whole number from 1.
+    """
+    problems = []
+    if window is not None and (type(window) is not int or not 1 <= window <= LARGEST["kv_seq"]):
+        problems.append(f"window: got {window!r}; it takes a whole number from 1 to {LARGEST['kv_seq']:,}, or None")
+    array = None if mask is None or isinstance(mask, str) else mask
+    try:
+        _check_kind(mask)
+        if array is not None:
+            masks.check_array(array, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))  # type: ignore[arg-type]
+    except UsageError as error:
+        problems += error.problems
+    if problems:
+        raise UsageError(*problems)
+    return Mask(causal=mask is not None and array is None, window=window, array=array)  # type: ignore[arg-type]
+
+
+def _check_kind(mask: object) -> None:
+    import mlx.core as mx
+
+    if isinstance(mask, str) and mask != "causal":
+        raise UsageError(f"mask: got '{mask}'; it takes None, 'causal' or an array{suggestion(mask, ['causal'])}")
+    if mask is not None and not isinstance(mask, str | mx.array):
+        raise UsageError(f"mask: got {_kind(mask)}; it takes None, 'causal' or an mlx.core.array")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+
+
+def _name(dtype: "mx.Dtype") -> str:
+    return str(dtype).removeprefix("mlx.core.")

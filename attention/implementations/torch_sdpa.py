@@ -1,0 +1,181 @@
+"""torch's scaled_dot_product_attention, on the device that MLX computes on as far as torch has it."""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, Final
+
+import mlx.core as mx
+import numpy as np
+
+from attention import masks
+from attention.device import Device
+from attention.errors import UnsupportedError
+from attention.implementations.asked import here
+from attention.masks import Mask, of_workload
+from attention.route import PLAIN, Needs, Route, unsupported
+from attention.workload import Workload
+
+NO_SOFTCAP: Final = "torch's SDPA has no softcap"
+MISSING: Final = "torch is not installed; fatui's extra 'peers' brings it"
+TORCH_DEVICES: Final = {"cpu": "cpu", "metal": "mps", "cuda": "cuda"}
+
+Tensor = Any  # torch is optional, and not imported before something runs
+
+
+class TorchSdpa:
+    """torch.nn.functional.scaled_dot_product_attention, which chooses its own kernel."""
+
+    name = "torch"
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        """Says where torch will run; it takes its fused kernels where query and value are equally wide."""
+        if importlib.util.find_spec("torch") is None:
+            return unsupported(MISSING)
+        if needs.softcap:
+            return unsupported(NO_SOFTCAP)
+        version = importlib.metadata.version("torch")
+        place = "CPU" if device.backend == "cpu" or version.endswith("+cpu") else TORCH_DEVICES[device.backend].upper()
+        # torch's CPU flash kernel takes every type and mask, but only values as wide as queries.
+        fused = place == "CPU" and workload.value_dim == workload.head_dim
+        reason = "torch chooses its own kernel" if place != "CPU" else _cpu_reason(fused)
+        return Route(
+            path=f"torch SDPA, {place}",
+            fused=fused,
+            reason=f"torch {version}; {reason}",
+            predicted_bytes=_predicted(workload, fused) if place == "CPU" else None,
+        )
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        """Attends, converting there and back; shapes as in the protocol. No gradient passes through.
+
+        Raises:
+            UnsupportedError: torch is not installed, or a softcap is given.
+        """
+        if softcap is not None:
+            raise UnsupportedError(f"torch: {NO_SOFTCAP}")
+        place = _place()
+        bound = Bound(q.shape[2], k.shape[2], mask, place, q.dtype)
+        with _torch().no_grad():
+            return to_mlx(bound.attend([to_torch(x, place) for x in (q, k, v)], scale))
+
+    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> "TorchRunner":
+        """Converts the inputs, and binds the call."""
+        return TorchRunner(workload, inputs, scale)
+
+
+class Bound:
+    """What torch needs beside q, k and v, converted once."""
+
+    def __init__(self, seq: int, kv_seq: int, mask: Mask, place: str, dtype: mx.Dtype) -> None:
+        """Builds the mask that torch takes: none, its own causal one, or an array."""
+        # torch's is_causal is upper-left aligned: the same only for square scores.
+        self.is_causal = mask.causal and mask.window is None and mask.array is None and seq == kv_seq
+        whole = None if self.is_causal else mask.whole(seq, kv_seq)
+        self.mask: Tensor = None
+        self.seeing: Tensor = None
+        if whole is None:
+            return
+        if mask.array is not None or mask.blind_rows(seq, kv_seq):
+            seeing = masks.sighted(whole)
+            whole = masks.open_blind(whole, seeing)
+            self.seeing = to_torch(masks.as_4d(seeing), place)
+        self.mask = to_torch(whole if whole.dtype == mx.bool_ else masks.in_type(whole, dtype), place)
+
+    def attend(self, primals: Sequence[Tensor], scale: float) -> Tensor:
+        """Calls torch's SDPA; rows that see nothing give 0."""
+        torch = _torch()
+        q, k, v = primals
+        grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, is_causal=self.is_causal, scale=scale, **grouped
+        )
+        return out if self.seeing is None else torch.where(self.seeing, out, torch.zeros_like(out))
+
+
+class TorchRunner:
+    """Repeats torch's SDPA on inputs that were converted beforehand."""
+
+    def __init__(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> None:
+        """Converts the inputs: q, k, v, and in training the output's gradient."""
+        self._place = _place()
+        self._inputs = [to_torch(x, self._place) for x in inputs]
+        self._scale = scale
+        self._training = workload.pass_ == "training"
+        self._bound = Bound(workload.seq, workload.kv_seq, of_workload(workload), self._place, inputs[0].dtype)
+        for x in self._inputs[:3]:
+            x.requires_grad_(self._training)
+
+    def queue(self) -> list[Tensor]:
+        """Starts one call: the output, and in training dQ, dK and dV. On the CPU torch computes at once."""
+        primals = self._inputs[:3]
+        out = self._bound.attend(primals, self._scale)
+        if not self._training:
+            return [out]
+        return [out.detach(), *_torch().autograd.grad(out, primals, self._inputs[3])]
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Waits for the device."""
+        if self._place == "cuda":
+            _torch().cuda.synchronize()
+        elif self._place == "mps":
+            _torch().mps.synchronize()
+
+    def results(self) -> list[mx.array]:
+        """Runs one call and converts what it computes."""
+        outputs = self.queue()
+        self.wait(outputs)
+        return [to_mlx(x) for x in outputs]
+
+    def peak_bytes(self) -> int | None:
+        """Runs one call and returns CUDA's peak above the inputs; torch does not count memory elsewhere."""
+        if self._place != "cuda":
+            return None
+        torch = _torch()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.wait(self.queue())
+        return int(torch.cuda.max_memory_allocated()) - int(before)
+
+
+def to_torch(array: mx.array, place: str) -> Tensor:
+    """Copies an MLX array; bfloat16, which numpy lacks, by its bits."""
+    torch = _torch()
+    if array.dtype == mx.bfloat16:
+        return torch.from_numpy(np.array(array.view(mx.int16))).view(torch.bfloat16).to(place)
+    return torch.from_numpy(np.array(array)).to(place)
+
+
+def to_mlx(tensor: Tensor) -> mx.array:
+    """Copies a torch tensor back."""
+    torch = _torch()
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return mx.array(tensor.view(torch.int16).numpy()).view(mx.bfloat16)
+    return mx.array(tensor.numpy())
+
+
+def _torch() -> Any:
+    if importlib.util.find_spec("torch") is None:
+        raise UnsupportedError(f"torch: {MISSING}")
+    return importlib.import_module("torch")
+
+
+def _place() -> str:
+    torch, wanted = _torch(), TORCH_DEVICES[here()]
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return wanted if has[wanted] else "cpu"
+
+
+def _cpu_reason(fused: bool) -> str:
+    return "its CPU flash kernel takes this" if fused else "its CPU flash kernel needs value_dim equal to head_dim"
+
+
+def _predicted(workload: Workload, fused: bool) -> int:
+    """Outputs, an explicit mask where torch has none of its own, and unfused its float32 scores and probabilities."""
+    explicit = workload.window is not None or (workload.causal and workload.seq != workload.kv_seq)
+    scores = 0 if fused else 4 * workload.scores * (4 if workload.pass_ == "training" else 2)
+    return workload.output_bytes + scores + (4 * workload.seq * workload.kv_seq if explicit else 0)

@@ -1,0 +1,139 @@
+"""Every implementation against float64: either the right answer, or a route that says no."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from attention.errors import UnsupportedError
+from attention.implementations import NAMES, get
+from attention.implementations.blocks import Blocks
+from attention.implementations.practical import Practical
+from attention.implementations.protocol import Implementation
+from attention_examples import CPU, EXAMPLES, TOLERANCE, Example, to_numpy
+
+
+class InBlocks(Practical):
+    """Practical, made to cut everything into small tiles."""
+
+    def __init__(self, keys: int) -> None:
+        super().__init__(budget_bytes=1)
+        self._tile = Blocks(batches=1, kv_heads=1, rows=8, keys=keys)
+
+    def blocks(self, workload: object, backend: str) -> Blocks:  # type: ignore[override]
+        return self._tile
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    **{name: get(name) for name in NAMES},
+    "blocks of all keys": InBlocks(1000),
+    "blocks of few keys": InBlocks(6),
+}
+DIFFERENTIABLE = [name for name in IMPLEMENTATIONS if name != "torch"]
+
+
+def labels(example: object) -> str:
+    return example.label if isinstance(example, Example) else str(example)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=labels)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_output_is_float64s_or_the_route_refuses(name: str, example: Example) -> None:
+    implementation, inputs = IMPLEMENTATIONS[name], example.inputs()
+    route = implementation.route(example.workload(), CPU, example.needs)
+
+    def call() -> mx.array:
+        q, k, v = inputs[:3]
+        return implementation(q, k, v, scale=example.scale, mask=example.mask(), softcap=example.softcap)
+
+    if not route.supported:
+        with pytest.raises(UnsupportedError):
+            call()
+        return
+    out = call()
+    assert out.dtype == inputs[0].dtype
+    assert len(route.path) <= 22
+    np.testing.assert_allclose(to_numpy(out), example.exact(inputs)[0], atol=TOLERANCE[example.dtype])
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=labels)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_are_float64s(name: str, example: Example) -> None:
+    implementation, inputs = IMPLEMENTATIONS[name], example.inputs()
+    if not implementation.route(example.workload("training"), CPU, example.needs).supported:
+        return
+    mask = example.mask()
+
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return implementation(q, k, v, scale=example.scale, mask=mask, softcap=example.softcap)
+
+    outputs, gradients = mx.vjp(attend, inputs[:3], inputs[3:])
+    assert [g.dtype for g in gradients] == [x.dtype for x in inputs[:3]]
+    for found, exact in zip([*outputs, *gradients], example.exact(inputs), strict=True):
+        np.testing.assert_allclose(to_numpy(found), exact, atol=4 * TOLERANCE[example.dtype])
+
+
+def test_rows_that_see_nothing_are_exactly_zero() -> None:
+    example = Example(causal=True, seq=41, kv_seq=20)
+    q, k, v, _ = example.inputs()
+    for implementation in IMPLEMENTATIONS.values():
+        out = implementation(q, k, v, scale=1.0, mask=example.mask())
+        assert not np.array(out[:, :, :21]).any()
+        assert np.array(out[:, :, 21:]).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("name", ["baseline", "practical", "blocks of all keys", "blocks of few keys"])
+def test_a_hugely_negative_additive_mask_hides_without_blinding(name: str) -> None:
+    example = Example(array="additive")
+    q, k, v, _ = example.inputs()
+    mask = example.mask()
+    lowest = mx.full((example.seq, example.kv_seq), float(np.finfo(np.float32).min))
+    mask = type(mask)(array=lowest)
+    out = IMPLEMENTATIONS[name](q, k, v, scale=0.01, mask=mask)
+    assert np.isfinite(np.array(out)).all()
+    assert np.array(out).any()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_works_under_grad_value_and_grad_and_compile(name: str) -> None:
+    implementation = IMPLEMENTATIONS[name]
+    example = Example(causal=True, kv_heads=2)
+    q, k, v, _ = example.inputs()
+    mask = example.mask()
+
+    def loss(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.square(implementation(q, k, v, scale=example.scale, mask=mask)).sum()
+
+    plain = mx.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    value, again = mx.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    compiled_value, compiled = mx.compile(mx.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    assert compiled_value.item() == pytest.approx(value.item(), rel=1e-5)
+    for one, two, three in zip(plain, again, compiled, strict=True):
+        assert mx.allclose(one, two, atol=1e-4)
+        assert mx.allclose(one, three, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mlx", "poc", "torch"])
+def test_a_softcap_is_taken_or_refused_as_the_route_says(name: str) -> None:
+    example = Example(softcap=2.0)
+    supported = IMPLEMENTATIONS[name].route(example.workload(), CPU, example.needs).supported
+    assert supported == (name == "poc")
+
+
+def test_every_route_says_why() -> None:
+    for implementation in IMPLEMENTATIONS.values():
+        for pass_ in ("forward", "training"):
+            route = implementation.route(Example().workload(pass_), CPU)
+            assert route.reason
+            assert route.supported
+
+
+def test_poc_says_that_it_falls_back() -> None:
+    route = get("poc").route(Example().workload(), CPU)
+    assert route.path == "falls back: MLX SDPA"
+    assert "no custom kernel for the CPU yet" in route.reason
+
+
+def test_mlx_gives_its_own_reason_for_not_fusing() -> None:
+    route = get("mlx").route(Example().workload(), CPU)
+    assert (route.path, route.fused) == ("MLX SDPA, unfused", False)
+    assert "CPU" in route.reason

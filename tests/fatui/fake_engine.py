@@ -1,0 +1,56 @@
+"""An engine that tells a scripted run; as a script, fatui's command line on top of it."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+
+from sample_runs import events_of
+
+from attention import events as on
+from attention.plan import Plan
+from attention.record import Record
+
+ENDINGS = {
+    "failed": on.RowEnded(case=0, implementation="poc", status="failed", reason="killed by signal 9 (SIGKILL)"),
+    "refused": on.RowEnded(case=0, implementation="poc", status="refused", reason="needs 41 GiB of 22"),
+    "inaccurate": on.Checked(
+        case=0, implementation="poc", max_error=0.03, rms_error=0.01, accurate=False, detail="output: 3e-2 of 1e-3"
+    ),
+    "no backend": on.RunRefused(kind="no backend", reason="MLX has no backend here; pip install 'fatui[cpu]'"),
+}
+
+
+class FakeEngine:
+    """Plays events_of; FAKE_ENDING adds an event, FAKE_PAUSE waits so many seconds between two events."""
+
+    def __init__(self, plan: Plan, listener: Callable[[on.AnyEvent], None] = lambda event: None) -> None:
+        self.record, self.stopped, self._listener = Record(plan), False, listener
+
+    async def run(self) -> None:
+        ending = ENDINGS.get(os.environ.get("FAKE_ENDING", ""))
+        if isinstance(ending, on.RunRefused):
+            self._tell(ending)
+            return
+        for event in events_of(self.record.plan):
+            if isinstance(event, on.RunDone) and ending:
+                self._tell(ending)
+            self._tell(event)
+            await asyncio.sleep(float(os.environ.get("FAKE_PAUSE", "0")))
+            if self.stopped:
+                return
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def _tell(self, event: on.AnyEvent) -> None:
+        self.record.apply(event)
+        self._listener(event)
+
+
+if __name__ == "__main__":
+    from fatui.cli import main
+    from fatui.commands import running
+
+    running.Engine = FakeEngine  # type: ignore[assignment,misc]
+    sys.exit(main())

@@ -1,0 +1,64 @@
+import pytest
+
+from attention import device
+from attention.errors import NoBackendError
+from attention.report import Peaks
+from fatui import diagnosis
+from fatui.cli import main
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """The peaks are not worth measuring here."""
+    monkeypatch.setattr(diagnosis, "measure_peaks", lambda device: Peaks(matmul_flops_per_s=1e9))
+
+
+def test_without_a_backend_it_says_what_to_install(capsys, monkeypatch):
+    def none() -> device.Device:
+        raise NoBackendError("MLX has no backend; pip install 'fatui[cpu]'")
+
+    monkeypatch.setattr(diagnosis, "probe", none)
+    assert main(["doctor"]) == 3
+    assert "fatui[cpu]" in capsys.readouterr().out
+
+
+def test_two_backends_at_once_are_warned_of(capsys, monkeypatch):
+    versions = {"mlx": "0.32.4", "mlx-cpu": "0.32.4", "mlx-cuda-12": "0.32.4"}
+    monkeypatch.setattr(diagnosis, "_installed", versions.get)
+    main(["doctor", "--no-measure"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "two backends overwrite each other's library: pip uninstall mlx-cpu mlx-cuda-12 mlx" in out
+
+
+def test_a_slow_blas_is_told_with_its_cost_and_the_way_out(monkeypatch):
+    rates = iter([3e9, 60e9])
+    monkeypatch.setattr(diagnosis, "_rate", lambda product: next(rates))
+    monkeypatch.setattr(diagnosis.sys, "platform", "linux")
+    finding = diagnosis._blas()
+    assert "3.00 GFLOP/s in MLX, 60.0 GFLOP/s in numpy" in finding.text
+    assert finding.advice and "1/20" in finding.advice and "LD_PRELOAD" in finding.advice
+
+
+def test_a_good_blas_needs_no_advice(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_rate", lambda product: 60e9)
+    assert diagnosis._blas().advice is None
+
+
+def test_it_names_every_implementation_and_folder(capsys):
+    assert main(["doctor", "--no-measure"]) in (0, 3)
+    out = capsys.readouterr().out
+    for topic in ("MLX", "device", "memory", "baseline", "torch", "compiler", "config", "data", "cache"):
+        assert f"\n{topic}" in f"\n{out}"
+
+
+def test_a_workload_is_explained_for_each_implementation(capsys):
+    assert main(["explain", "--seq", "4096", "--heads", "8", "--kv-heads", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "B=1 L=4096" in out and "GFLOP" in out
+    for name in ("baseline", "poc", "practical", "demo", "mlx", "torch"):
+        assert f"\n{name} " in out
+
+
+def test_explaining_nothing_legal_is_told(capsys):
+    assert main(["explain", "--heads", "8", "--kv-heads", "3"]) == 2
+    assert "must divide" in capsys.readouterr().err

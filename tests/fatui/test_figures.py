@@ -1,0 +1,122 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sample_runs import plan_of, record_of, report_of, run_of
+
+from attention import events as on
+from attention.errors import UsageError
+from attention.report import Interval, Ratio
+from attention.workload import Workload
+from fatui import figures
+from fatui.sizes import parse_size, size_text
+
+
+def ratio(value: float, half: float, significant: bool = True) -> Ratio:
+    return Ratio(value=value, low=value - half, high=value + half, significant=significant)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (figures.tokens_per_second(1.4e6), "1.40 M"),
+        (figures.tokens_per_second(28_000), "28.0 K"),
+        (figures.tokens_per_second(999.96), "1.00 K"),
+        (figures.tokens_per_second(None), "n/a"),
+        (figures.seconds(0.0362), "36.2 ms"),
+        (figures.seconds(0.00099999), "1.00 ms"),
+        (figures.seconds(1.21), "1.21 s"),
+        (figures.size(41 * 2**20), "41 MiB"),
+        (figures.size(1023 * 2**20), "0.999 GiB"),
+        (figures.size(0), "0 B"),
+        (figures.flops(2.68e8), "268 MFLOP"),
+        (figures.percent(0.623), "62 %"),
+        (figures.percent(0.008), "0.8 %"),
+        (figures.percent(None), "n/a"),
+        (figures.error(0.031), "3.1e-2"),
+        (figures.error(0.0), "0"),
+        (figures.duration(125), "2 min 05 s"),
+        (figures.interval_text(Interval(median=0.0362, low=0.0359, high=0.0364)), "36.2 ±0.3 ms"),
+    ],
+)
+def test_a_figure_has_three_digits_and_a_unit(text, expected):
+    assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("speedup", "expected"),
+    [
+        (ratio(49.6, 0.4), "49.6 ±0.4x"),
+        (ratio(1.09, 0.004), "1.09 ±0.01x"),
+        (ratio(0.312, 0.01), "0.312 ±0.010x"),
+        (ratio(1.002, 0.01, significant=False), "≈ 1"),
+        (ratio(1.3, 0.8, significant=False), "1.30 ±0.80x ?"),
+        (ratio(1.0, 0.0, significant=False), "1"),
+        (None, "n/a"),
+    ],
+)
+def test_a_speedup_is_told_with_its_interval_or_not_at_all(speedup, expected):
+    assert figures.speedup_text(speedup) == expected
+
+
+@given(st.floats(1e-12, 1e15))
+def test_every_figure_is_within_half_a_percent_of_what_it_says(value):
+    assert math.isclose(float(figures.three(value).replace(",", "")), value, rel_tol=0.0051)
+
+
+@given(st.integers(1, 2**60))
+def test_a_size_is_written_so_that_it_reads_back(size):
+    assert parse_size(size_text(size), "x") == size
+
+
+@pytest.mark.parametrize("text", ["", "8 parsec", "-1", "1e9", "0", "9" * 30, None, 1.5, True])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UsageError, match="it takes a size"):
+        parse_size(text, "memory_limit")
+
+
+def test_verdicts_are_words():
+    (case,) = report_of().cases
+    assert [figures.verdict(row, case) for row in case.rows] == [
+        "reference",
+        "fastest",
+        "1.11x faster",
+        "same as baseline",
+    ]
+    assert figures.best_of(case) == ("poc",)
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        (
+            on.RowEnded(case=0, implementation="poc", status="failed", reason="killed by signal 9"),
+            "failed: killed by signal 9",
+        ),
+        (
+            on.RowEnded(case=0, implementation="poc", status="refused", reason="needs 41 GiB of 22"),
+            "refused: needs 41 GiB of 22",
+        ),
+        (
+            on.Checked(case=0, implementation="poc", max_error=0.031, rms_error=0.01, accurate=False, detail="output"),
+            "inaccurate: 3.1e-2",
+        ),
+    ],
+)
+def test_what_went_wrong_is_in_the_verdict_and_never_the_best(event, expected):
+    record = record_of(plan_of())
+    record.apply(event)
+    case = record.case(0)
+    assert figures.verdict(case.rows[1], case) == expected
+    assert "poc" not in figures.best_of(case)
+
+
+def test_a_finding_says_who_won_and_what_it_takes():
+    assert figures.finding(report_of()).startswith("poc is 50")
+    assert figures.finding(report_of()).endswith("x baseline; memory 512 KiB of 512 KiB; all accurate")
+    several = report_of(plan_of([Workload(seq=64), Workload(seq=128)]))
+    assert "the reference on average (2 of 2 cases)" in figures.finding(several)
+    assert "nothing" in figures.finding(report_of(plan_of(names=["baseline", "demo"])))
+    empty = record_of(plan_of(cases=[])).report(run_of())
+    assert figures.finding(empty)

@@ -1,0 +1,61 @@
+import shlex
+
+import pytest
+from msgspec import structs
+
+from attention.errors import UsageError
+from attention.plan import Plan
+from attention.workload import Workload
+from fatui import presets
+from fatui.cli import Parser
+from fatui.commands import bench
+from fatui.reproduce import Started, bench_command, command_for
+
+NAMES = ("baseline", "poc")
+
+
+def plan_from(command: str) -> Plan:
+    """The plan that a command line asks for."""
+    words = shlex.split(command)
+    assert words[:2] == ["fatui", "bench"]
+    parser = Parser(prog="fatui bench", allow_abbrev=False)
+    bench.add_arguments(parser)
+    return bench.request(parser.parse_all(words[2:]))[0]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        (Workload(seq=64),),
+        (Workload(seq=64, kv_seq=256, heads=8, kv_heads=2, value_dim=32, mask="window:16", dtype="float32"),),
+        (Workload(seq=64, pass_="decode"),),
+        (Workload(seq=64, pass_="training"), Workload(seq=128, pass_="training")),
+        tuple(Workload(batch=batch, seq=seq) for batch in (1, 2) for seq in (64, 128)),
+    ],
+)
+def test_the_command_of_a_plan_makes_that_plan_again(cases):
+    plan = Plan(cases=cases, implementations=NAMES, seconds=2.5, memory_limit_bytes=3 * 2**30, force=True)
+    assert plan_from(command_for(plan)) == plan
+
+
+def test_a_preset_is_named_with_what_differs_from_it():
+    preset = presets.load("scaling")
+    assert command_for(preset.plan(), preset) == "fatui bench scaling"
+    plan = structs.replace(preset.plan(), implementations=NAMES, seconds=1.0)
+    assert command_for(plan, preset) == "fatui bench scaling --impl baseline,poc --seconds 1"
+    assert plan_from(command_for(plan, preset)) == plan
+
+
+def test_cases_that_are_no_sweep_need_a_preset():
+    plan = Plan(cases=(Workload(seq=64), Workload(seq=128, batch=2)), implementations=NAMES)
+    with pytest.raises(UsageError, match="save"):
+        command_for(plan)
+
+
+def test_odd_names_are_quoted():
+    command = bench_command("my preset.toml", {"seq": [1]}, {"impl": "a b.py:C", "force": False})
+    assert command == "fatui bench 'my preset.toml' --seq 1 --impl 'a b.py:C'"
+
+
+def test_two_runs_have_two_names():
+    assert Started("c", None).run().id != Started("c", None).run().id
