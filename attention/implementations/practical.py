@@ -17,9 +17,10 @@ from attention.masks import Mask, of_workload
 from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
 
-FORWARD_ARRAYS: Final = 7
-"""Score-sized float32 arrays alive at once in a forward tile, measured: MLX allocates a few operations ahead."""
-TRAINING_ARRAYS: Final = 11
+FORWARD_ARRAYS: Final = 8
+"""Score-sized float32 arrays alive at once in a forward tile, measured: MLX allocates some operations ahead."""
+TRAINING_ARRAYS: Final = 20
+"""The same in a backward tile under mx.compile, which shares less memory; without it there are about 11."""
 CPU_COMFORT_BYTES: Final = 32 * MIB
 WORTHWHILE_SKIP: Final = 0.1
 """Share of the scores that blocks must skip to be chosen where the whole score matrix would fit."""

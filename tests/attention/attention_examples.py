@@ -102,9 +102,7 @@ class Example:
             for h in range(self.heads):
                 g = h * self.kv_heads // self.heads
                 part = None if whole is None else whole[b, h]
-                rules = Rules(
-                    scale=self.scale, causal=self.causal, window=self.window, mask=part, softcap=self.softcap
-                )
+                rules = Rules(scale=self.scale, causal=self.causal, window=self.window, mask=part, softcap=self.softcap)
                 out[b, h] = forward(q[b, h], k[b, g], v[b, g], rules).output
                 d_q[b, h], dk, dv = gradients(q[b, h], k[b, g], v[b, g], up[b, h], rules)
                 d_k[b, g] += dk

@@ -3,13 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from attention_examples import CPU, EXAMPLES, TOLERANCE, Example, to_numpy
 
 from attention.errors import UnsupportedError
 from attention.implementations import NAMES, get
 from attention.implementations.blocks import Blocks
 from attention.implementations.practical import Practical
 from attention.implementations.protocol import Implementation
-from attention_examples import CPU, EXAMPLES, TOLERANCE, Example, to_numpy
 
 
 class InBlocks(Practical):

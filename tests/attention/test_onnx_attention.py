@@ -116,10 +116,12 @@ def test_all_cases_agree_in_every_output_that_attention_has(implementation: str)
             np.testing.assert_allclose(
                 got, np.asarray(expected, dtype=np.float32), rtol=case.rtol, atol=tolerance(expected), err_msg=name
             )
-    asking = [name for name, case in cases().items() if any(a.name == "softcap" for a in case.model.graph.node[0].attribute)]
+    asking = [
+        name for name, case in cases().items() if any(a.name == "softcap" for a in case.model.graph.node[0].attribute)
+    ]
     assert refused == (asking if implementation in NO_SOFTCAP else [])
 
 
 def tolerance(expected: Any) -> float:
-    """ONNX compares at rtol 1e-3 and atol 1e-7, which is below what half types resolve near a sum of cancelling terms."""
+    """ONNX's atol of 1e-7 is below what half types resolve where terms cancel; its rtol of 1e-3 is kept."""
     return {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}[expected.dtype.name]
