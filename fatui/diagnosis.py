@@ -109,8 +109,7 @@ def _availability(name: str, device: Device) -> tuple[str, str | None]:
         route = implementations.get(name).route(TYPICAL, device)
     except Exception as error:
         return f"not available: {type(error).__name__}: {error}", None
-    state = f"{route.path}, {'fused' if route.fused else 'unfused'}" if route.supported else "not available"
-    return f"{state}: {route.reason}", None
+    return f"{route.path if route.supported else 'not available'}: {route.reason}", None
 
 
 def _compilers() -> Iterator[Finding]:

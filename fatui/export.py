@@ -11,7 +11,6 @@ from attention.report import Case, Report, Row
 from fatui import figures
 from fatui.preset_format import FIELDS
 
-FORMATS: Final = ("json", "csv", "markdown")
 FIGURES: Final = (
     *("implementation", "status", "path", "fused", "reason", "tokens_per_second"),
     *("call_s_median", "call_s_low", "call_s_high", "latency_s", "first_call_s"),

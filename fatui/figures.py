@@ -65,9 +65,14 @@ def _with_unit(text: str, unit: str) -> str:
     return f"{text}{unit}" if text[-1].isalpha() else f"{text} {unit}"
 
 
+def per(value: float | None, unit: float) -> str:
+    """A value in a unit that its column names, as a bare number: "0.0148"."""
+    return UNKNOWN if value is None else three(value / unit)
+
+
 def teraflops(value: float | None) -> str:
-    """TFLOP/s as a bare number for a column that names the unit: "0.0148"."""
-    return UNKNOWN if value is None else three(value / 1e12)
+    """TFLOP/s as a bare number."""
+    return per(value, 1e12)
 
 
 def seconds(value: float | None) -> str:
@@ -143,7 +148,7 @@ def is_clear(ratio: Ratio) -> bool:
 def speedup_text(ratio: Ratio | None) -> str:
     """A speedup with its interval, "≈ 1" inside the noise floor, "1" for the reference itself.
 
-    One whose interval is too wide to say either is shown with a question mark: "1.3 ±0.8x ?".
+    One whose interval is too wide to say either is shown with a question mark: "1.3 ±0.8x?".
     """
     if ratio is None:
         return UNKNOWN
@@ -153,7 +158,7 @@ def speedup_text(ratio: Ratio | None) -> str:
         return "≈ 1"
     places = decimals(ratio.value)
     text = f"{three(ratio.value)} ±{_outward(half_width(ratio), places)}x"
-    return text if ratio.significant else f"{text} ?"
+    return text if ratio.significant else f"{text}?"
 
 
 def best_of(case: Case) -> tuple[str, ...]:
@@ -173,7 +178,7 @@ def word(row: Row, case: Case) -> str:
     ratio = row.speedup
     fastest = row.implementation in best_of(case)
     if row.implementation == case.reference:
-        return "fastest" if fastest and _beats_another(row, case) else "reference"
+        return "fastest" if fastest and _beats_another(row, case) else "base"
     if ratio is None or not is_clear(ratio):
         return "unclear"
     if not ratio.significant:
@@ -200,6 +205,8 @@ def verdict(row: Row, case: Case) -> str:
 
 def _standing(row: Row, case: Case) -> str:
     short, ratio = word(row, case), row.speedup
+    if short == "base":
+        return "reference"
     if short == "same":
         return f"same as {case.reference}"
     if short == "unclear" or ratio is None:

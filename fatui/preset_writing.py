@@ -21,7 +21,7 @@ def to_toml(preset: Preset) -> str:
     document.update({key: text for key in ("title", "summary") if (text := getattr(preset, key))})
     document["implementations"] = list(preset.implementations)
     document["seconds"] = preset.seconds
-    if preset.precision != structs_default("precision"):
+    if preset.precision != _default_of("precision"):
         document["precision"] = preset.precision
     if preset.memory_limit_bytes is not None:
         document["memory_limit"] = size_text(preset.memory_limit_bytes)
@@ -31,7 +31,7 @@ def to_toml(preset: Preset) -> str:
     return _dumps(document)
 
 
-def structs_default(key: str) -> Any:
+def _default_of(key: str) -> Any:
     """The value that a key of a preset has when the file does not say it."""
     return next(field.default for field in structs.fields(Preset) if field.name == key)
 

@@ -16,10 +16,12 @@ from fatui.study import Study
 WIDTH: Final = 100
 NARROWEST_PATH: Final = 8
 LONGEST_NAME: Final = 14
-DROPPED_FIRST: Final = ("TFLOP/s", "error", "eff.", "path", "per call", "memory")
+SMALL_RATE: Final = 1e12
+"""Below this many FLOP/s a figure in TFLOP/s would be mostly zeros."""
+DROPPED_FIRST: Final = (("TFLOP/s", "GFLOP/s"), ("error",), ("eff.",), ("path",), ("per call",), ("memory",))
 IMPLEMENTATION: Final = ""
 TEXTS: Final = (IMPLEMENTATION, "path", "verdict")
-STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow", "same": "", "reference": "", "ok": ""}
+STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow", "same": "", "base": "", "ok": ""}
 
 
 class Column(Struct):
@@ -39,7 +41,8 @@ def report_table(report: Report, study: Study | None = None, width: int = WIDTH)
     """All cases of a report, their geometric means, the study's figures where given, and the finding."""
     count = len(report.cases)
     parts: list[RenderableType] = []
-    layouts = [_columns(case) for case in report.cases]
+    unit = _rate_unit(report.cases)
+    layouts = [_columns(case, unit) for case in report.cases]
     for aligned in zip(*layouts, strict=True):
         widest = max(column.width for column in aligned)
         for column in aligned:
@@ -57,7 +60,7 @@ def report_table(report: Report, study: Study | None = None, width: int = WIDTH)
 
 def case_table(case: Case, width: int = WIDTH) -> RenderableType:
     """One case: its title, its rows, and below them what did not run and why."""
-    return _case(case, _columns(case), None, 1, width)
+    return _case(case, _columns(case, _rate_unit([case])), None, 1, width)
 
 
 def _case(case: Case, columns: list[Column], number: int | None, count: int, width: int) -> RenderableType:
@@ -68,8 +71,8 @@ def _case(case: Case, columns: list[Column], number: int | None, count: int, wid
     return Group(*parts)
 
 
-def _columns(case: Case) -> list[Column]:
-    rows = case.rows
+def _columns(case: Case, rate_unit: tuple[float, str]) -> list[Column]:
+    rows, (factor, unit) = case.rows, rate_unit
     best = figures.best_of(case)
     if len(best) == sum(row.status == figures.OK for row in rows):
         best = ()  # a star on every row tells nothing
@@ -79,12 +82,18 @@ def _columns(case: Case) -> list[Column]:
         Column("tokens/s", [_starred(row, best) for row in rows]),
         Column("per call", [figures.interval_text(row.call_s) for row in rows]),
         Column("speedup", [figures.speedup_text(row.speedup) for row in rows]),
-        Column("TFLOP/s", [figures.teraflops(row.flops_per_s) for row in rows]),
+        Column(unit, [figures.per(row.flops_per_s, factor) for row in rows]),
         Column("eff.", [figures.percent(row.efficiency) for row in rows]),
         Column("memory", [figures.size(row.peak_bytes) for row in rows]),
         Column("error", [figures.error(row.max_error) for row in rows]),
         Column("verdict", [figures.word(row, case) for row in rows]),
     ]
+
+
+def _rate_unit(cases: Sequence[Case]) -> tuple[float, str]:
+    """TFLOP/s, or GFLOP/s where all rates are small."""
+    largest = max((row.flops_per_s or 0.0 for case in cases for row in case.rows), default=0.0)
+    return (1e9, "GFLOP/s") if 0 < largest < SMALL_RATE else (1e12, "TFLOP/s")
 
 
 def _starred(row: Row, best: Sequence[str]) -> str:
@@ -101,7 +110,8 @@ def shortened(name: str, longest: int = LONGEST_NAME) -> str:
 def _fitted(columns: list[Column], width: int) -> tuple[list[Column], int]:
     """The columns that fit, and the gap between them: first the gap narrows, then the path wraps, then columns go."""
     for dropped in range(len(DROPPED_FIRST) + 1):
-        kept = [column for column in columns if column.head not in DROPPED_FIRST[:dropped]]
+        gone = [head for heads in DROPPED_FIRST[:dropped] for head in heads]
+        kept = [column for column in columns if column.head not in gone]
         for gap in (2, 1):
             spare = width - sum(column.width for column in kept) - gap * (len(kept) - 1)
             path = next((column for column in kept if column.head == "path"), None)

@@ -51,7 +51,7 @@ def test_a_figure_has_three_digits_and_a_unit(text, expected):
         (ratio(1.09, 0.004), "1.09 ±0.01x"),
         (ratio(0.312, 0.01), "0.312 ±0.010x"),
         (ratio(1.002, 0.01, significant=False), "≈ 1"),
-        (ratio(1.3, 0.8, significant=False), "1.30 ±0.80x ?"),
+        (ratio(1.3, 0.8, significant=False), "1.30 ±0.80x?"),
         (ratio(1.0, 0.0, significant=False), "1"),
         (None, "n/a"),
     ],

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from fatui.history import History
 from sample_runs import report_of, run_of
-for number in range(20):
+for number in range(12):
     History(Path(sys.argv[1])).add(report_of(run=run_of(identity=f"{sys.argv[2]}{number:02}")))
 """
 
@@ -72,7 +72,7 @@ def test_two_processes_at_once_lose_nothing(tmp_path):
     command = [sys.executable, "-c", WRITER, str(path)]
     processes = [subprocess.Popen([*command, letter], env=environment) for letter in "abc"]
     assert [process.wait(timeout=30) for process in processes] == [0, 0, 0]
-    assert len(History(path).runs()) == 60
+    assert len(History(path).runs()) == 36
 
 
 @pytest.mark.parametrize("content", [b"not a database at all, " * 100, None])

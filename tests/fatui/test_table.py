@@ -39,7 +39,7 @@ def test_everything_fits_also_with_long_names_and_large_figures(width):
     lines = printed(record.report(run_of()), width)
     text = "\n".join(lines)
     assert max(map(cell_len, lines)) <= width
-    for head in ("path", "tokens/s", "per call", "speedup", "TFLOP/s", "eff.", "memory", "error", "verdict"):
+    for head in ("path", "tokens/s", "per call", "speedup", "FLOP/s", "eff.", "memory", "error", "verdict"):
         assert head in text
     assert text.count("…") == 5  # the long name alone: in two tables, explained below each, and in the means
     assert "no room" not in text
@@ -52,7 +52,7 @@ def test_a_narrow_terminal_drops_columns_and_says_so(width):
     assert max(map(cell_len, lines)) <= width
     for head in ("tokens/s", "speedup", "verdict"):
         assert head in text
-    assert "no room for" in text and "TFLOP/s" in text
+    assert "no room for" in text and "FLOP/s" in text
 
 
 def test_the_title_names_the_reference_and_the_noise_floor():
