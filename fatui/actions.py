@@ -1,4 +1,4 @@
-"""Everything a person can do, once: the keys, the key bar, the palette, the help and the config file are made from it."""
+"""Everything a person can do, said once; keys, key bar, palette, help and config file are made from it."""
 
 from typing import Final
 

@@ -10,7 +10,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from msgspec import structs
-
 from textual.app import App, SystemCommand
 from textual.binding import BindingType
 from textual.filter import LineFilter

@@ -115,7 +115,8 @@ async def copy_table(app: "FatuiApp") -> None:
         return
     app.copy_to_clipboard(text)
     key = app.keys["export"]
-    app.tell(f"the table was sent to the terminal, which may or may not put it on the clipboard; {key} writes a file", "warning")
+    text = f"the table was sent to the terminal, which may or may not put it on the clipboard; {key} writes a file"
+    app.tell(text, "warning")
 
 
 def open_row(app: "FatuiApp", index: int, name: str) -> None:

@@ -15,6 +15,5 @@ def histogram(samples: Sequence[float], *, width: int, height: int) -> list[str]
         counts[min(int(place * width), width - 1)] += 1
     steps = height * (len(BLOCKS) - 1)
     filled = [-(-count * steps // max(counts)) for count in counts]
-    return [
-        "".join(BLOCKS[min(max(level - row * 8, 0), 8)] for level in filled).rstrip() for row in range(height - 1, -1, -1)
-    ]
+    rows = range(height - 1, -1, -1)
+    return ["".join(BLOCKS[min(max(level - row * 8, 0), 8)] for level in filled).rstrip() for row in rows]

@@ -16,7 +16,8 @@ def narrate(event: on.AnyEvent, plan: Plan) -> Said:
     match event:
         case on.RunStarted():
             where = event.environment
-            return f"engine up: {where.device or 'device n/a'}, {where.backend or 'n/a'}, MLX {where.mlx or 'n/a'}", "info"
+            parts = [where.device or "device n/a", where.backend or "backend n/a", f"MLX {where.mlx or 'n/a'}"]
+            return f"engine up: {', '.join(parts)}", "info"
         case on.PeaksMeasured():
             peaks = event.peaks
             best = figures.flops(peaks.matmul_flops_per_s)

@@ -128,7 +128,8 @@ class Runs:
         elif not self._told_silence:
             self._told_silence = True
             stop = self._app.keys["stop"]
-            self._app.tell(f"the engine has been silent for {SILENCE_S:.0f} s; {stop} stops it, what was measured stays", "warning")
+            text = f"the engine has been silent for {SILENCE_S:.0f} s; {stop} stops it, what was measured stays"
+            self._app.tell(text, "warning")
 
     async def end(self) -> None:
         """Stops the run, and waits until it is ended and kept."""

@@ -1,5 +1,6 @@
 """What a sweep says about scaling: speedups over two axes, tokens/s over one, and where one overtakes another."""
 
+from itertools import pairwise
 from typing import Final
 
 from msgspec import Struct
@@ -118,7 +119,5 @@ def _crossovers_of(first: str, second: str, lines: dict[str, list[Point]]) -> li
         elif other is not None and other.low > point.high:
             order.append((point.at, second))
     return [
-        Crossover(before, after, (start, end))
-        for (start, before), (end, after) in zip(order, order[1:], strict=False)
-        if before != after
+        Crossover(before, after, (start, end)) for (start, before), (end, after) in pairwise(order) if before != after
     ]

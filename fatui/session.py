@@ -126,9 +126,7 @@ class Session:
     def _conclude(self, broke: bool) -> None:
         record = self.record
         stopped = self.phase == "stopping"
-        self.phase = (
-            "failed" if broke else "refused" if record.refused else "done" if record.done else "stopped"
-        )
+        self.phase = "failed" if broke else "refused" if record.refused else "done" if record.done else "stopped"
         if self._final:
             from fatui.figures import finding
 

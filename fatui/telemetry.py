@@ -11,6 +11,7 @@ from msgspec import Struct
 from fatui import figures
 
 RAPL: Final = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+SENSORS: Final = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 WRAP: Final = Path("/sys/class/powercap/intel-rapl:0/max_energy_range_uj")
 
 
@@ -79,7 +80,7 @@ class Telemetry:
             return None
         with contextlib.suppress(Exception):
             found = psutil.sensors_temperatures()
-            cores = [each for name in ("coretemp", "k10temp", "zenpower", "cpu_thermal") for each in found.get(name, [])]
+            cores = [each for name in SENSORS for each in found.get(name, [])]
             if cores:
                 return max(float(each.current) for each in cores)
         self._sensors = False

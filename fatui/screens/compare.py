@@ -29,7 +29,7 @@ EMPTY = "These two runs have no workload and implementation in common."
 class Compare(Screen[None]):
     """Each row that both have, with the ratio of its times."""
 
-    CSS_PATH = ["list.tcss"]
+    CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,c", "back", "Back", tooltip="Back to the history")]
 
     def __init__(self, before: Report, after: Report) -> None:

@@ -18,12 +18,13 @@ from fatui.widgets.status_line import StatusLine
 
 TOPIC_WIDTH: Final = 16
 LINE_LIMIT: Final = 2**20
+LOOKING: Final = "Looking; the last lines take a second or two, because they are measured."
 
 
 class Doctor(Screen[None]):
     """Shows one finding after the other as they come."""
 
-    CSS_PATH = ["list.tcss"]
+    CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,d", "back", "Back", tooltip="Back to the main screen"),
         Binding("r", "again", "Look again", tooltip="Look at everything again"),
@@ -38,7 +39,7 @@ class Doctor(Screen[None]):
         yield StatusLine()
         with VerticalScroll(classes="pane half") as pane:
             pane.border_title = "Doctor"
-            yield Static("Looking; the last lines take a second or two, because they are measured.", id="findings", markup=False)
+            yield Static(LOOKING, id="findings", markup=False)
         yield KeyBar(keys=(("r", "Look again", "screen.again"), ("escape", "Back", "screen.back")))
 
     def on_mount(self) -> None:

@@ -20,7 +20,7 @@ Writers = dict[str, Callable[[], str]]
 class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
     """Asks for a folder and a name; gives back the file's stem and the endings wanted."""
 
-    CSS_PATH = ["dialog.tcss"]
+    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not export")]
 
     def __init__(self, folder: str, name: str) -> None:

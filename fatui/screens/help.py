@@ -17,7 +17,7 @@ ABOUT = "Keys are letters outside inputs; tab goes from one control to the next.
 class Help(ModalScreen[None]):
     """Lists keys with a sentence each."""
 
-    CSS_PATH = ["dialog.tcss"]
+    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter", "close", "Close")]
 
     def __init__(self, groups: list[tuple[str, list[tuple[str, str]]]], config: str) -> None:

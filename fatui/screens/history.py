@@ -45,7 +45,7 @@ EMPTY = "No runs yet; each one that is made stands here afterwards."
 class History(Screen[Report]):
     """Gives back the report to open."""
 
-    CSS_PATH = ["list.tcss"]
+    CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "mark", "Mark", tooltip="Mark the run for a comparison, two at most"),
         Binding("c", "compare", "Compare", tooltip="Compare the two marked runs, or the marked one and this"),
@@ -97,7 +97,7 @@ class History(Screen[Report]):
         self.query_one(StatusLine).show("History", f"{count} run{'' if count == 1 else 's'}")
 
     @property
-    def _id(self) -> str | None:
+    def _chosen(self) -> str | None:
         return self.query_one(RowTable).key
 
     async def _get(self, name: str) -> Report | None:
@@ -112,22 +112,24 @@ class History(Screen[Report]):
         """Opens the run on the main screen."""
         if self.app.runs.active:
             self.app.tell("a run goes on; open another when it has ended", "warning")
-        elif self._id is not None:
-            report = await self._get(self._id)
+        elif self._chosen is not None:
+            report = await self._get(self._chosen)
             if report is not None:
                 self.dismiss(report)
 
     def action_mark(self) -> None:
         """Marks the run, or takes the mark away; a third mark takes the oldest one's place."""
-        name = self._id
+        name = self._chosen
         if name is None:
             return
-        self._marked = [each for each in self._marked if each != name] if name in self._marked else [*self._marked, name][-2:]
+        self._marked = (
+            [each for each in self._marked if each != name] if name in self._marked else [*self._marked, name][-2:]
+        )
         self._show()
 
     async def action_compare(self) -> None:
         """Compares two runs, the older one first."""
-        chosen = list(dict.fromkeys([*self._marked, *([self._id] if self._id else [])]))[:2]
+        chosen = list(dict.fromkeys([*self._marked, *([self._chosen] if self._chosen else [])]))[:2]
         if len(chosen) < 2:
             self.app.tell("mark two runs with space, or one and stand on another")
             return
@@ -141,7 +143,7 @@ class History(Screen[Report]):
 
     async def action_delete(self) -> None:
         """Deletes the run under the cursor."""
-        name = self._id
+        name = self._chosen
         if name is None:
             return
         try:

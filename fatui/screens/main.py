@@ -125,7 +125,9 @@ class MainScreen(Screen[None]):
         alarm = errors > 0 or bool(app.session and app.session.silent_s >= SILENCE_S)
         self.query_one(StatusLine).show(left_text(app), right_text(app), alarm=alarm)
         session = app.session
-        names = actions.RUNNING_BAR if session and session.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
+        names = (
+            actions.RUNNING_BAR if session and session.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
+        )
         by_name = {action.name: action for action in actions.ACTIONS}
         self.query_one(KeyBar).show(tuple((app.keys[name], by_name[name].label, by_name[name].does) for name in names))
 
@@ -164,8 +166,8 @@ class MainScreen(Screen[None]):
     def action_put_away(self) -> None:
         """Puts the focused pane away; if any is away already, brings all back."""
         away = list(self.query(".-away"))
-        for pane in away:
-            pane.remove_class("-away")
+        for each in away:
+            each.remove_class("-away")
         pane = self._focused_pane()
         if not away and pane is not None:
             pane.add_class("-away")

@@ -38,7 +38,7 @@ EMPTY = "There are no presets; w on the main screen saves what is set up there a
 class Presets(Screen[str]):
     """Gives back the name of the preset to load."""
 
-    CSS_PATH = ["list.tcss"]
+    CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "rename", "Rename", tooltip="Give one of your own another name"),
         Binding("d,delete", "delete", "Delete", tooltip="Delete one of your own; u brings it back"),
@@ -79,18 +79,18 @@ class Presets(Screen[str]):
         self._preview()
 
     @property
-    def _name(self) -> str | None:
+    def _chosen(self) -> str | None:
         return self.query_one(RowTable).key
 
     @on(RowTable.Highlighted)
     def _preview(self) -> None:
-        listed = self._listed.get(self._name or "")
+        listed = self._listed.get(self._chosen or "")
         self.query_one("#preview", Static).update(_preview_text(listed) if listed else "")
 
     @on(RowTable.Chosen)
     def action_load(self) -> None:
         """Loads the preset under the cursor, if it has no mistakes."""
-        listed = self._listed.get(self._name or "")
+        listed = self._listed.get(self._chosen or "")
         if listed is not None and listed.preset is None:
             self.app.tell(f"'{listed.name}' has mistakes and cannot be loaded", "warning")
         elif listed is not None:
@@ -102,15 +102,15 @@ class Presets(Screen[str]):
 
     def action_rename(self) -> None:
         """Asks for another name below the list."""
-        if self._name is None or self.query("#rename"):
+        if self._chosen is None or self.query("#rename"):
             return
-        field = Input(self._name, id="rename", placeholder="new name; escape leaves it")
+        field = Input(self._chosen, id="rename", placeholder="new name; escape leaves it")
         self.query_one("#preset-list").parent.mount(field)  # type: ignore[union-attr]
         field.focus()
 
     @on(Input.Submitted, "#rename")
     def _rename(self, event: Input.Submitted) -> None:
-        old, new = self._name, event.value.strip()
+        old, new = self._chosen, event.value.strip()
         event.input.remove()
         self.query_one(RowTable).focus()
         if old is not None and new != old and self._try(lambda: presets.rename(old, new)):
@@ -129,7 +129,7 @@ class Presets(Screen[str]):
 
     def action_delete(self) -> None:
         """Deletes one of the person's own; undo brings it back."""
-        name = self._name
+        name = self._chosen
         if name is None:
             return
 

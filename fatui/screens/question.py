@@ -8,11 +8,13 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n[/b] {no}[/]"
+
 
 class Question(ModalScreen[bool]):
     """Asks once; enter or y is yes, escape or n is no, and the key that asked is yes as well."""
 
-    CSS_PATH = ["dialog.tcss"]
+    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y,enter,q,ctrl+c,ctrl+q", "answer(True)", "Yes"),
         Binding("n,escape", "answer(False)", "No"),
@@ -26,8 +28,7 @@ class Question(ModalScreen[bool]):
         """Yields the question and its answers."""
         with Vertical(classes="dialog"):
             yield Static(self._text, markup=False)
-            answers = f"[@click=screen.answer(True)][b]y[/b] {self._yes}[/]     [@click=screen.answer(False)][b]n[/b] {self._no}[/]"
-            yield Static(answers, classes="answers")
+            yield Static(ANSWERS.format(yes=self._yes, no=self._no), classes="answers")
 
     def action_answer(self, yes: bool) -> None:
         """Answers."""

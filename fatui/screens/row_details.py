@@ -17,7 +17,7 @@ from fatui.histogram import histogram
 class RowDetails(ModalScreen[None]):
     """Shows a row; escape closes it."""
 
-    CSS_PATH = ["dialog.tcss"]
+    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "close", "Close")]
 
     def __init__(self, case: Case, row: Row) -> None:

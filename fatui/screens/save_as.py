@@ -19,7 +19,7 @@ from fatui.preset_format import Preset
 class SaveAs(ModalScreen[Preset]):
     """Asks for a name, a title and a summary; gives back the preset that was saved."""
 
-    CSS_PATH = ["dialog.tcss"]
+    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not save")]
 
     def __init__(self, plan: Plan, origin: Preset | None) -> None:
@@ -63,7 +63,8 @@ class SaveAs(ModalScreen[Preset]):
 
     def _outcome(self) -> str:
         name = self.query_one("#name", Input).value.strip()
-        text = f"writes {own_presets() / name}.toml: {len(self._plan.cases)} case{'s' if len(self._plan.cases) > 1 else ''}"
+        count = len(self._plan.cases)
+        text = f"writes {own_presets() / name}.toml: {count} case{'s' if count > 1 else ''}"
         if name in self._taken:
             text += "; stands in for the bundled one" if self._taken[name] else "; replaces yours, which is kept aside"
         return text
@@ -73,7 +74,9 @@ class SaveAs(ModalScreen[Preset]):
         if self.problem:
             self.app.bell()
             return
-        name, title, summary = (self.query_one(f"#{field}", Input).value.strip() for field in ("name", "title", "summary"))
+        name, title, summary = (
+            self.query_one(f"#{field}", Input).value.strip() for field in ("name", "title", "summary")
+        )
         plan = self._plan
         made = Preset(
             name=name,

@@ -25,7 +25,7 @@ NO_RUN = "No run yet. A sweep that was run, or opened from the history, is drawn
 class Scaling(Screen[None]):
     """Draws the report; keys go through axes, implementations and parts."""
 
-    CSS_PATH = ["list.tcss", "scaling.tcss"]
+    CSS_PATH: ClassVar = ["list.tcss", "scaling.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("a", "turn('axis')", "Axis", tooltip="Draw over the next axis"),
         Binding("i", "turn('name')", "Implementation", tooltip="Heat map of the next implementation"),
@@ -95,7 +95,9 @@ class Scaling(Screen[None]):
         lines = scaling.curves(report, axis, part)
         self.query_one(LineChart).show(ChartData(axis.rstrip("_"), values, lines, self._logarithmic))
         scale = "logarithmic" if self._logarithmic else "from 0"
-        self.query_one("#chart-pane").border_title = f"tokens/s over {_said((axis,))}{' · ' + part if part else ''} · {scale}"
+        self.query_one(
+            "#chart-pane"
+        ).border_title = f"tokens/s over {_said((axis,))}{' · ' + part if part else ''} · {scale}"
         self.query_one("#words", Static).update("\n".join(_crossover_words(lines, axis)))
 
     def _draw_map(self, report: Report, axis: str, axes: tuple[str, ...]) -> None:

@@ -69,7 +69,9 @@ class ComparisonPane(Vertical):
             self._lines[index] = made
             return made
         there = {row.implementation for row in case.rows}
-        waiting = [(name, row.step or "") for name, row in session.record.cases[index].rows.items() if name not in there]
+        waiting = [
+            (name, row.step or "") for name, row in session.record.cases[index].rows.items() if name not in there
+        ]
         return made + lines_of.waiting_lines(index, waiting if session.active else [])
 
     def show_report(self, report: Report) -> None:
@@ -82,7 +84,9 @@ class ComparisonPane(Vertical):
                 lines.append(lines_of.block_head(index, case))
             lines += lines_of.case_lines(index, case, self.by, self.descending)
         self._draw(lines, figures.finding(report))
-        label = f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
+        label = (
+            f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
+        )
         floor = lines_of.floor_text(report.cases[0]) if len(report.cases) == 1 else ""
         self.border_title = f"Comparison · {label}{floor}"
 

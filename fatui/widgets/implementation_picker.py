@@ -39,7 +39,7 @@ class ImplementationPicker(Widget, can_focus=True):
         Binding("down", "move(1)", "Down", show=False),
         Binding("home", "move(-100)", "First", show=False),
         Binding("end", "move(100)", "Last", show=False),
-        Binding("space,enter", "toggle", "Take in or out", show=False),
+        Binding("space,enter", "take", "Take in or out", show=False),
     ]
 
     class Toggled(Message):
@@ -69,7 +69,7 @@ class ImplementationPicker(Widget, can_focus=True):
         self._cursor = min(max(target, 0), len(self.offers) - 1)
         self.refresh()
 
-    def action_toggle(self) -> None:
+    def action_take(self) -> None:
         """Takes the implementation under the cursor in or out."""
         if self.offers:
             self.post_message(self.Toggled(self.offers[self._cursor].name))
@@ -79,7 +79,7 @@ class ImplementationPicker(Widget, can_focus=True):
         if event.y < len(self.offers):
             self._cursor = event.y
             self.refresh()
-            self.action_toggle()
+            self.action_take()
 
     def _reason_lines(self) -> list[str]:
         """The reason of the one under the cursor, as much of it as there is room for."""

@@ -1,5 +1,7 @@
 """The bottom row: the keys that matter now, the first ones where not all fit."""
 
+from typing import ClassVar
+
 from rich.segment import Segment
 from textual import events
 from textual.strip import Strip
@@ -11,7 +13,7 @@ PALETTE = "^p Palette"
 class KeyBar(Widget):
     """Shows keys with their labels; a click does what the key does."""
 
-    COMPONENT_CLASSES = {"keys--key", "keys--label"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"keys--key", "keys--label"}
     DEFAULT_CSS = "KeyBar { height: 1; dock: bottom; }"
 
     def __init__(self, *, id: str = "key-bar", keys: tuple[tuple[str, str, str], ...] = ()) -> None:

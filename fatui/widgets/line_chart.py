@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import ClassVar, Final
 
 from msgspec import Struct
 from rich.segment import Segment
+from rich.style import Style
 from textual.strip import Strip
 from textual.widget import Widget
 
@@ -16,6 +18,8 @@ from fatui.widgets.heat_map import say_value
 LEFT: Final = 9
 MARKS: Final = "●■▲◆✚✖○□△◇"
 COLOURS: Final = 6
+Cells = list[list[tuple[str, int]]]
+"""Rows of glyphs, each with the number of its line, -1 for none."""
 
 
 class ChartData(Struct, frozen=True):
@@ -35,7 +39,7 @@ class LineChart(Widget):
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
         self.data: ChartData | None = None
-        self._drawn: tuple[object, list[list[tuple[str, int]]]] = (None, [])
+        self._drawn: tuple[object, Cells] = (None, [])
 
     def show(self, data: ChartData | None) -> None:
         """Sets what is drawn."""
@@ -64,7 +68,7 @@ class LineChart(Widget):
     def _column(self, index: int, count: int) -> int:
         return round((index + 0.5) / count * (self._plot[0] - 1))
 
-    def _draw(self, data: ChartData) -> list[list[tuple[str, int]]]:
+    def _draw(self, data: ChartData) -> Cells:
         key = (data, self.size)
         if self._drawn[0] == key:
             return self._drawn[1]
@@ -75,9 +79,9 @@ class LineChart(Widget):
         self._drawn = key, cells
         return cells
 
-    def _draw_line(self, cells: list[list[tuple[str, int]]], data: ChartData, number: int, points: Sequence[Point]) -> None:
+    def _draw_line(self, cells: Cells, data: ChartData, number: int, points: Sequence[Point]) -> None:
         places = [(self._column(data.values.index(point.at), len(data.values)), point) for point in points]
-        for (x0, first), (x1, second) in zip(places, places[1:], strict=False):
+        for (x0, first), (x1, second) in pairwise(places):
             for x in range(x0 + 1, x1):
                 rate = first.rate + (second.rate - first.rate) * (x - x0) / (x1 - x0)
                 self._put(cells, self._row(rate, data), x, "·", number)
@@ -87,7 +91,7 @@ class LineChart(Widget):
             cells[self._row(point.rate, data)][x] = MARKS[number % len(MARKS)], number
 
     @staticmethod
-    def _put(cells: list[list[tuple[str, int]]], y: int, x: int, glyph: str, number: int) -> None:
+    def _put(cells: Cells, y: int, x: int, glyph: str, number: int) -> None:
         if cells[y][x][0] in " ·":
             cells[y][x] = glyph, number
 
@@ -115,7 +119,7 @@ class LineChart(Widget):
         low, high = self._scale(data)
         return figures.rate(high if y == 0 else low) if y == 0 or low else "0"
 
-    def _line_style(self, number: int) -> "object":
+    def _line_style(self, number: int) -> Style:
         part = "chart--axis" if number < 0 else f"chart--line-{number % COLOURS}"
         return self.get_component_rich_style(part)
 
@@ -131,6 +135,6 @@ class LineChart(Widget):
     def _names(self, data: ChartData) -> list[Segment]:
         head = [Segment(f"{data.axis:>{LEFT}}  ", self.get_component_rich_style("chart--axis"))]
         return head + [
-            Segment(f"{MARKS[number % len(MARKS)]} {name}   ", self._line_style(number))  # type: ignore[arg-type]
+            Segment(f"{MARKS[number % len(MARKS)]} {name}   ", self._line_style(number))
             for number, name in enumerate(data.lines)
         ]

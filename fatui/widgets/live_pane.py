@@ -108,7 +108,7 @@ def ceiling(highest: float) -> float:
     """The next of 1, 1.2, 1.6, 2, 3, 4, 6, 8 times a power of ten, so that the scale seldom changes."""
     if highest <= 0:
         return 0.0
-    power = 10 ** math.floor(math.log10(highest))
+    power: float = 10 ** math.floor(math.log10(highest))
     return next(step * power for step in (1, 1.2, 1.6, 2, 3, 4, 6, 8, 10) if step * power >= highest * 0.999)
 
 

@@ -8,6 +8,8 @@ from textual.widgets import Input
 from fatui.journal import Journal
 from fatui.widgets.log_view import LEVELS, LogView
 
+HINT = "word to find; begin with warning: or error: for a level"
+
 
 class LogPane(Vertical):
     """Shows the journal; the title says what is filtered and how much is held back."""
@@ -51,7 +53,7 @@ class LogPane(Vertical):
         if self.query(Input):
             self.query_one(Input).focus()
             return
-        field = Input(self.view.needle, placeholder="word to find; begin with warning: or error: for a level", compact=True)
+        field = Input(self.view.needle, placeholder=HINT, compact=True)
         self.mount(field, before=self.view)
         field.focus()
 

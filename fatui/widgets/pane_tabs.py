@@ -1,5 +1,7 @@
 """The tabs that stand in for panes where there is room for one column only."""
 
+from typing import ClassVar
+
 from rich.segment import Segment
 from textual import events
 from textual.message import Message
@@ -12,7 +14,7 @@ TABS = (("setup", "Set up"), ("live", "Live"), ("results", "Results"), ("log", "
 class PaneTabs(Widget):
     """Shows which tab is open; a click opens another."""
 
-    COMPONENT_CLASSES = {"tabs--open", "tabs--other"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"tabs--open", "tabs--other"}
     DEFAULT_CSS = "PaneTabs { height: 1; }"
 
     class Opened(Message):

@@ -220,7 +220,9 @@ class RowTable(ScrollView, can_focus=True):
 
     def _head(self) -> str:
         arrow = "▼" if self.descending else "▲"
-        titles = {column.name: column.title + (arrow if column.name == self.sorted_by else "") for column in self.columns}
+        titles = {
+            column.name: column.title + (arrow if column.name == self.sorted_by else "") for column in self.columns
+        }
         return self._text(self.shown_columns, titles)
 
     def render_line(self, y: int) -> Strip:

@@ -206,7 +206,7 @@ class Slider(Widget, can_focus=True):
         """Where a value stands on the track; between two stops by its logarithm."""
         index = min(max(bisect_left(self.stops, value), 0), len(self.stops) - 1)
         place = float(index)
-        if 0 < index and self.stops[index] > value:
+        if index > 0 and self.stops[index] > value:
             low, high = math.log(self.stops[index - 1]), math.log(self.stops[index])
             place = index - 1 + (math.log(value) - low) / (high - low)
         return round(place / max(1, len(self.stops) - 1) * (self._track_width - 1))

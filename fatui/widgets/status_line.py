@@ -1,5 +1,7 @@
 """The top row: what is set up and where, and on the right the phase."""
 
+from typing import ClassVar
+
 from rich.segment import Segment
 from textual.strip import Strip
 from textual.widget import Widget
@@ -12,7 +14,7 @@ GAP = 2
 class StatusLine(Widget):
     """Shows two texts; where both do not fit the left one is cut."""
 
-    COMPONENT_CLASSES = {"status--name", "status--left", "status--right", "status--alarm"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"status--name", "status--left", "status--right", "status--alarm"}
     DEFAULT_CSS = "StatusLine { height: 1; dock: top; }"
 
     def __init__(self, *, id: str = "status") -> None:
@@ -33,5 +35,9 @@ class StatusLine(Widget):
         end = clip(self.right, max(0, self.size.width - 12))
         room = self.size.width - len(" fatui  ") - len(end) - GAP - 1
         middle = f"{clip(self.left, room):<{max(0, room)}}" + " " * GAP
-        parts = [Segment(" fatui ", name), Segment(f" {middle}", left), Segment(f"{end} ", alarm if self.alarm else right)]
+        parts = [
+            Segment(" fatui ", name),
+            Segment(f" {middle}", left),
+            Segment(f"{end} ", alarm if self.alarm else right),
+        ]
         return Strip(parts).adjust_cell_length(self.size.width, left)

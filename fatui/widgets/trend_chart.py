@@ -1,6 +1,7 @@
 """Trends of several values on one zero-based scale, each a row of blocks with its figures beside it."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar, Final
 
 from msgspec import Struct
@@ -40,13 +41,19 @@ def resample(points: Sequence[float], width: int) -> list[float]:
     if len(points) <= width:
         return list(points)
     edges = [round(index * len(points) / width) for index in range(width + 1)]
-    return [sum(points[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [sum(points[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
 class TrendChart(Widget):
     """Draws trends from plain data; a finite value of 0 or more each."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {"trend--head", "trend--label", "trend--line", "trend--figure", "trend--note"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        "trend--head",
+        "trend--label",
+        "trend--line",
+        "trend--figure",
+        "trend--note",
+    }
 
     def __init__(self, scale: Scale, *, id: str) -> None:
         super().__init__(id=id)
