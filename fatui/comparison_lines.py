@@ -11,13 +11,13 @@ from fatui.widgets.row_table import Column, Line
 STAR: Final = " ★"
 NO_STAR: Final = "  "
 COLUMNS: Final = (
-    Column(name="implementation", title="", right=False, widest=16, sortable=False),
-    Column(name="path", title="path", right=False, rank=6, widest=22),
-    Column(name="tokens/s", title="tokens/s", rank=1),
-    Column(name="per call", title="per call", rank=5),
-    Column(name="speedup", title="speedup", rank=2),
+    Column(name="implementation", title="", right=False, least=9, widest=16),
+    Column(name="path", title="path", right=False, rank=6, least=20, widest=22),
+    Column(name="tokens/s", title="tokens/s", rank=1, least=8),
+    Column(name="per call", title="per call", rank=5, least=7),
+    Column(name="speedup", title="speedup", rank=2, least=13),
     Column(name="efficiency", title="eff.", rank=7),
-    Column(name="verdict", title="verdict", right=False, rank=3, widest=12),
+    Column(name="verdict", title="verdict", right=False, rank=3, least=8, widest=12),
     Column(name="memory", title="memory", rank=8),
     Column(name="max error", title="max error", rank=9),
     Column(name="interval", title="per call, 95 %", rank=10),

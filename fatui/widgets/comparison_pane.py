@@ -25,6 +25,8 @@ class ComparisonPane(Vertical):
         self._summary: tuple[int, tuple[Summary, ...]] = (0, ())
         self._owner: object = None
 
+        self.border_title = "Comparison"
+
     def compose(self) -> ComposeResult:
         """Yields the table and the line below it."""
         yield RowTable(lines_of.COLUMNS, empty=EMPTY, id="comparison-table")

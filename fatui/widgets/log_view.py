@@ -49,7 +49,6 @@ class LogView(ScrollView, can_focus=True):
         self._read = self.journal.count
         if not fresh:
             return
-        self._following = self._following and self.scroll_offset.y >= self.max_scroll_y - 1
         self._lines.extend(fresh)
         surplus = len(self._lines) - len(self.journal) if len(self._lines) > len(self.journal) else 0
         del self._lines[:surplus]
@@ -65,9 +64,10 @@ class LogView(ScrollView, can_focus=True):
             self._lay_out(0)
 
     def _lay_out(self, removed: int) -> None:
-        self.virtual_size = Size(self.size.width, len(self._lines))
+        self.virtual_size = Size(self._width, len(self._lines))
         if self._following:
-            self.scroll_end(animate=False, immediate=True)
+            # The largest offset is known only after the new size is laid out.
+            self.call_after_refresh(self.scroll_end, animate=False, immediate=True)
         elif removed:
             self.scroll_to(y=max(0, self.scroll_offset.y - removed), animate=False, immediate=True)
         self.refresh()
@@ -83,12 +83,14 @@ class LogView(ScrollView, can_focus=True):
         self.scroll_end(animate=False)
 
     def watch_scroll_y(self, old: float, new: float) -> None:
-        """Follows the end again once a person has scrolled there."""
+        """Stops following where a person scrolls up, and follows again once they are back at the end."""
         super().watch_scroll_y(old, new)
-        if new < old:
-            self._following = False
-        elif new >= self.max_scroll_y:
-            self._following = True
+        if new != old:
+            self._following = new >= self.max_scroll_y
+
+    @property
+    def _width(self) -> int:
+        return self.scrollable_content_region.width
 
     def on_resize(self) -> None:
         """Stays at the end if it was there."""
@@ -96,7 +98,7 @@ class LogView(ScrollView, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         """Draws one line; its level is said in a word as well as in colour."""
-        width = self.size.width
+        width = self._width
         index = y + self.scroll_offset.y
         if index >= len(self._lines):
             return Strip.blank(width, self.rich_style)

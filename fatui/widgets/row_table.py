@@ -1,5 +1,6 @@
 """A table of many rows that draws only those in sight, and drops columns where it is narrow."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final
 
@@ -24,8 +25,9 @@ class Column(Struct, frozen=True, kw_only=True):
     """0 is always shown."""
     right: bool = True
     """Whether its text stands to the right."""
+    least: int = 0
+    """Width that it has even where its texts are shorter, so that it does not grow while figures come in."""
     widest: int = 40
-    sortable: bool = True
 
 
 class Line(Struct, frozen=True, kw_only=True):
@@ -113,13 +115,13 @@ class RowTable(ScrollView, can_focus=True):
         self._cursor = next((index for index, line in enumerate(shown) if line.key == key), 0) if key else 0
         if self._cursor == 0 and self.lines and self.lines[0].key is None:
             self._cursor = self._nearest(0, 1)
-        self.virtual_size = Size(self.size.width, len(self.lines) + 1)
+        self.virtual_size = Size(self._width, len(self.lines) + 1)
         self.refresh()
 
     def _measure(self) -> None:
         for column in self.columns:
             cells = [len(line.cells.get(column.name, "")) for line in self.lines]
-            self._widths[column.name] = min(max(len(column.title) + 1, *cells, 1), column.widest)
+            self._widths[column.name] = min(max(len(column.title) + 1, column.least, *cells, 1), column.widest)
 
     @property
     def key(self) -> str | None:
@@ -173,7 +175,7 @@ class RowTable(ScrollView, can_focus=True):
         first, rest = self.columns[0], sorted(self.columns[1:], key=lambda column: column.rank)
         groups: list[list[Column]] = [[first]]
         for column in rest:
-            if self._width_of([*groups[-1], column]) > self.size.width and len(groups[-1]) > 1:
+            if self._width_of([*groups[-1], column]) > self._width and len(groups[-1]) > 1:
                 groups.append([first])
             groups[-1].append(column)
         order = {column.name: index for index, column in enumerate(self.columns)}
@@ -191,7 +193,7 @@ class RowTable(ScrollView, can_focus=True):
     def on_resize(self) -> None:
         """Keeps the page among those there are."""
         self.page = min(self.page, len(self.pages) - 1)
-        self.virtual_size = Size(self.size.width, len(self.lines) + 1)
+        self.virtual_size = Size(self._width, len(self.lines) + 1)
 
     def on_click(self, event: events.Click) -> None:
         """Moves the cursor, or tells that a head was clicked."""
@@ -210,6 +212,10 @@ class RowTable(ScrollView, can_focus=True):
             if again:
                 self.action_choose()
 
+    @property
+    def _width(self) -> int:
+        return self.scrollable_content_region.width
+
     def _text(self, columns: Sequence[Column], cells: Mapping[str, str]) -> str:
         parts = []
         for column in columns:
@@ -227,12 +233,13 @@ class RowTable(ScrollView, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         """Draws the head, which stays, or one line."""
-        width = self.size.width
+        width = self._width
         if y == 0 and self.lines:
             return self._strip(self._head(), "head")
         index = y - 1 + self.scroll_offset.y
-        if not self.lines and y == 0:
-            return self._strip(clip(self.empty, width), "dim")
+        if not self.lines:
+            said = textwrap.wrap(self.empty, max(10, width - 2))
+            return self._strip(f" {said[y]}" if y < len(said) else "", "dim")
         if index >= len(self.lines):
             return Strip.blank(width, self.rich_style)
         line = self.lines[index]
@@ -243,4 +250,4 @@ class RowTable(ScrollView, can_focus=True):
 
     def _strip(self, text: str, part: str) -> Strip:
         style = self.get_component_rich_style(f"table--{part}")
-        return Strip([Segment(text, style)]).adjust_cell_length(self.size.width, style)
+        return Strip([Segment(text, style)]).adjust_cell_length(self._width, style)
