@@ -23,7 +23,7 @@ class Action(Struct, frozen=True):
 MAIN: Final = (
     Action("run", "r", "Run", "Run what is set up", "app.start_run"),
     Action("stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
-    Action("sweep", "s", "Sweep", "Give axes several values and run them all, or end that", "app.sweep"),
+    Action("sweep", "s", "Sweep", "Give axes several values to run, or end that", "app.sweep"),
     Action("presets", "p", "Presets", "Open, preview, rename and delete presets", "app.open('presets')"),
     Action("save_as", "w", "Save as", "Save what is set up as a preset", "app.save_as"),
     Action("export", "e", "Export", "Write the run as md, csv, json, svg and its log", "app.export"),

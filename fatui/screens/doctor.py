@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import sys
+import textwrap
 from typing import ClassVar, Final
 
 import msgspec
@@ -76,15 +77,25 @@ class Doctor(Screen[None]):
         status.show("Doctor", (f"{advised} to look at" if advised else "all well") + ended, alarm=bool(ended))
 
     def _show(self) -> None:
-        lines = []
+        lines: list[str] = []
         topic = ""
         for finding in self._findings:
             name = finding.topic if finding.topic != topic else ""
             topic = finding.topic
-            lines.append(f"{'!' if finding.advice else '✓'} {name:<{TOPIC_WIDTH}} {finding.text}")
+            mark = "!" if finding.advice else "✓"
+            lines += self._hanging(f"{mark} {name:<{TOPIC_WIDTH}} ", finding.text)
             if finding.advice:
-                lines.append(f"  {'':<{TOPIC_WIDTH}} → {finding.advice}")
+                lines += self._hanging(" " * (TOPIC_WIDTH + 3), f"→ {finding.advice}")
         self.query_one("#findings", Static).update("\n".join(lines))
+
+    def _hanging(self, head: str, text: str) -> list[str]:
+        width = max(40, self.query_one("#findings").size.width)
+        return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
+
+    def on_resize(self) -> None:
+        """Wraps anew."""
+        if self._findings:
+            self.call_after_refresh(self._show)
 
     def action_back(self) -> None:
         """Goes back."""

@@ -57,6 +57,7 @@ class ComparisonPane(Vertical):
                 self._summary = len(final), summarise(tuple(final), session.plan.ordered)
             lines = lines_of.summary_lines(self._summary[1], len(final)) + lines
         self._draw(lines, session.finding)
+        self.query_one("#finding").set_class(session.phase in ("refused", "failed"), "-bad")
         case = session.case(session.case_number) if session.case_number is not None else None
         label = f"{len(session.plan.cases)} cases" if several else session.plan.cases[0].label
         self.border_title = f"Comparison · {label}{lines_of.floor_text(case) if case and not several else ''}"
