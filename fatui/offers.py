@@ -42,9 +42,15 @@ def words(route: Route, workload: Workload, device: Device | None, draft: Draft)
     if route.predicted_bytes is not None and most is not None:
         needed = route.predicted_bytes + workload.input_bytes
         if needed > most:
-            return f"will not fit: {figures.size(needed)} of {figures.size(most)}", draft.force
+            return f"will not fit: {_of(figures.size(needed), figures.size(most))}", draft.force
     named = route.path if "fused" in route.path or not route.fused else f"fused: {route.path}"
     return named, True
+
+
+def _of(needed: str, most: str) -> str:
+    """ "41 GiB of 22": the unit once where both have the same."""
+    number, _, unit = most.partition(" ")
+    return f"{needed} of {number if needed.endswith(f' {unit}') else most}"
 
 
 def needs_text(draft: Draft, advice: Advice) -> str:

@@ -30,7 +30,7 @@ KEYS = (
     ("n", "Rename", "screen.rename"),
     ("d", "Delete", "screen.delete"),
     ("u", "Undo", "screen.undo"),
-    ("escape", "Back", "app.pop_screen"),
+    ("escape", "Back", "screen.back"),
 )
 EMPTY = "There are no presets; w on the main screen saves what is set up there as one."
 
@@ -97,8 +97,13 @@ class Presets(Screen[str]):
             self.dismiss(listed.name)
 
     def action_back(self) -> None:
-        """Goes back without loading."""
-        self.dismiss()
+        """Goes back without loading; closes the field for a name first."""
+        field = self.query("#rename")
+        if field:
+            field.remove()
+            self.query_one(RowTable).focus()
+        else:
+            self.dismiss()
 
     def action_rename(self) -> None:
         """Asks for another name below the list."""
@@ -116,16 +121,6 @@ class Presets(Screen[str]):
         if old is not None and new != old and self._try(lambda: presets.rename(old, new)):
             self._read()
             self.query_one(RowTable).go_to(new)
-
-    def key_escape(self) -> None:
-        """Closes the field for the name before the screen."""
-        if self.query("#rename"):
-            self.query_one("#rename").remove()
-            self.query_one(RowTable).focus()
-
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Leaves escape to the field for the name while it is open."""
-        return not (action == "back" and self.is_mounted and self.query("#rename"))
 
     def action_delete(self) -> None:
         """Deletes one of the person's own; undo brings it back."""

@@ -12,7 +12,7 @@ from textual.widget import Widget
 
 from fatui.widgets.row_table import clip
 
-NAME_WIDTH: Final = 10
+NAME_WIDTH: Final = 9
 
 
 class Offer(Struct, frozen=True):
