@@ -54,7 +54,7 @@ SHOWN_KEYS: Final = {
 }
 IDLE_BAR: Final = ("run", "sweep", "presets", "save_as", "history", "doctor", "help", "quit")
 RUNNING_BAR: Final = ("stop", "export", "copy", "sort", "pause", "help", "quit")
-DONE_BAR: Final = ("run", "export", "copy", "sort", "presets", "save_as", "history", "scaling", "help", "quit")
+DONE_BAR: Final = ("run", "export", "copy", "presets", "history", "scaling", "help", "quit", "sort", "save_as")
 
 
 def bindings(actions: tuple[Action, ...]) -> list[Binding]:

@@ -26,7 +26,7 @@ def in_words(plan: Plan, pace: Pace, device: str) -> str:
     if pace.device == device and device:
         return f"takes up to about {figures.duration(estimate_s(plan, pace))}, going by the last run here"
     rounds = figures.duration(plan.seconds * len(plan.cases))
-    return f"takes up to {rounds} in rounds, and set-up; the first run here will tell how long"
+    return f"takes up to {rounds} of rounds, and set-up that the first run will tell"
 
 
 def pace_of(report: Report, rounds_s: float) -> Pace:

@@ -9,6 +9,7 @@ from attention.report import Case, Interval, Report, Row
 from attention.workload import Workload
 
 AXES: Final = ("batch", "seq", "kv_seq", "heads", "kv_heads", "head_dim", "dtype", "mask", "pass_")
+MUCH: Final = 20
 Value = int | str
 
 
@@ -97,6 +98,12 @@ def curves(report: Report, axis: str, part: str) -> dict[str, list[Point]]:
 def _point(case: Case, axis: str, call: Interval) -> Point:
     tokens = case.workload.tokens
     return Point(value(case.workload, axis), tokens / call.median, tokens / call.high, tokens / call.low)
+
+
+def spans_much(lines: dict[str, list[Point]]) -> bool:
+    """Whether a scale from 0 would press the slower lines flat."""
+    rates = [point.rate for points in lines.values() for point in points]
+    return bool(rates) and max(rates) > MUCH * min(rates)
 
 
 def crossovers(lines: dict[str, list[Point]]) -> list[Crossover]:

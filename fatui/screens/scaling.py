@@ -38,7 +38,7 @@ class Scaling(Screen[None]):
     def __init__(self) -> None:
         super().__init__(classes="list-screen")
         self._turns = {"axis": 0, "name": 0, "part": 0}
-        self._logarithmic = False
+        self._logarithmic: bool | None = None
 
     def compose(self) -> ComposeResult:
         """Yields the map, the chart and the crossovers."""
@@ -66,7 +66,7 @@ class Scaling(Screen[None]):
 
     def action_logarithmic(self) -> None:
         """Changes the scale."""
-        self._logarithmic = not self._logarithmic
+        self._logarithmic = not self.query_one(LineChart).logarithmic
         self._draw()
 
     def action_back(self) -> None:
@@ -93,8 +93,9 @@ class Scaling(Screen[None]):
         part = parts[self._turns["part"] % len(parts)]
         values = tuple(each for each in scaling.values_on(report, axis) if _in_part(report, axis, part, each))
         lines = scaling.curves(report, axis, part)
-        self.query_one(LineChart).show(ChartData(axis.rstrip("_"), values, lines, self._logarithmic))
-        scale = "logarithmic" if self._logarithmic else "from 0"
+        logarithmic = scaling.spans_much(lines) if self._logarithmic is None else self._logarithmic
+        self.query_one(LineChart).show(ChartData(axis.rstrip("_"), values, lines, logarithmic))
+        scale = "logarithmic" if logarithmic else "from 0"
         self.query_one(
             "#chart-pane"
         ).border_title = f"tokens/s over {_said((axis,))}{' · ' + part if part else ''} · {scale}"

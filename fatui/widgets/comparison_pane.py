@@ -105,7 +105,13 @@ class ComparisonPane(Vertical):
         below = self.query_one("#finding", Static)
         below.display = bool(finding)
         below.update(finding)
-        self.border_subtitle = self._hint() if lines else ""
+        # How many columns fit is known only once the pane is laid out.
+        self.call_after_refresh(self._show_hint)
+
+    def _show_hint(self) -> None:
+        hint = self._hint() if self.table.lines else ""
+        if self.border_subtitle != hint:
+            self.border_subtitle = hint
 
     def _hint(self) -> str:
         table = self.table

@@ -47,6 +47,11 @@ class LineChart(Widget):
         self.refresh()
 
     @property
+    def logarithmic(self) -> bool:
+        """Whether the scale is logarithmic now."""
+        return self.data is not None and self.data.logarithmic
+
+    @property
     def _plot(self) -> tuple[int, int]:
         return max(10, self.size.width - LEFT - 2), max(3, self.size.height - 3)
 

@@ -121,7 +121,9 @@ class RowTable(ScrollView, can_focus=True):
     def _measure(self) -> None:
         for column in self.columns:
             cells = [len(line.cells.get(column.name, "")) for line in self.lines]
-            self._widths[column.name] = min(max(len(column.title) + 1, column.least, *cells, 1), column.widest)
+            self._widths[column.name] = min(
+                max(len(column.title) + (column.name == self.sorted_by), column.least, *cells, 1), column.widest
+            )
 
     @property
     def key(self) -> str | None:
@@ -182,7 +184,7 @@ class RowTable(ScrollView, can_focus=True):
         return [tuple(sorted(group, key=lambda column: order[column.name])) for group in groups]
 
     def _width_of(self, columns: Sequence[Column]) -> int:
-        return sum(self._widths.get(column.name, len(column.title) + 1) + GAP for column in columns) - GAP
+        return sum(self._widths.get(column.name, len(column.title)) + GAP for column in columns) - GAP
 
     @property
     def shown_columns(self) -> tuple[Column, ...]:
@@ -219,7 +221,7 @@ class RowTable(ScrollView, can_focus=True):
     def _text(self, columns: Sequence[Column], cells: Mapping[str, str]) -> str:
         parts = []
         for column in columns:
-            width = self._widths.get(column.name, len(column.title) + 1)
+            width = self._widths.get(column.name, len(column.title))
             text = clip(cells.get(column.name, ""), width)
             parts.append(f"{text:>{width}}" if column.right else f"{text:<{width}}")
         return (" " * GAP).join(parts)

@@ -156,7 +156,7 @@ def test_a_history_of_a_newer_version_is_told_and_the_report_stays():
 
 def test_the_last_run_teaches_how_long_the_next_takes():
     async def play(stage):
-        assert "the first run here will tell" in " ".join(stage.seen().split())
+        assert "the first run will tell" in " ".join(stage.seen().split())
         await stage.run_to_the_end()
         assert stage.app.remembered.pace.device == "Test CPU"
         stage.app.main.show_draft()

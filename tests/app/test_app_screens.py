@@ -161,8 +161,9 @@ def test_scaling_draws_a_map_a_chart_and_names_crossovers():
         seen = stage.seen()
         assert "Speedup of poc over baseline" in seen
         assert "poc overtakes baseline between seq 64 and 128" in seen
-        await stage.press("l", "i", "v")
         assert "logarithmic" in stage.seen()
+        await stage.press("l", "i", "v")
+        assert "from 0" in stage.seen()
 
     on_stage(play)
 
