@@ -1,0 +1,76 @@
+"""Everything a person can do, said once; keys, key bar, palette, help and config file are made from it."""
+
+from typing import Final
+
+from msgspec import Struct
+from textual.binding import Binding
+
+
+class Action(Struct, frozen=True):
+    """One thing to do."""
+
+    name: str
+    """Its id, by which the config file gives it other keys."""
+    key: str
+    label: str
+    """A word or two for the key bar."""
+    words: str
+    """A sentence for the palette and the help."""
+    does: str
+    """Textual's action."""
+
+
+MAIN: Final = (
+    Action("run", "r", "Run", "Run what is set up", "app.start_run"),
+    Action("stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
+    Action("sweep", "s", "Sweep", "Give axes several values to run, or end that", "app.sweep"),
+    Action("presets", "p", "Presets", "Open, preview, rename and delete presets", "app.open('presets')"),
+    Action("save_as", "w", "Save as", "Save what is set up as a preset", "app.save_as"),
+    Action("export", "e", "Export", "Write the run as md, csv, json, svg and its log", "app.export"),
+    Action("copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
+    Action("history", "h", "History", "Open, compare and delete past runs", "app.open('history')"),
+    Action("scaling", "g", "Scaling", "Heat map and line chart of a sweep", "app.open('scaling')"),
+    Action("doctor", "d", "Doctor", "What is installed, and what is missing", "app.open('doctor')"),
+    Action("sort", "o", "Sort", "Sort the table by the next column", "screen.sort"),
+    Action("reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
+    Action("find", "slash", "Filter log", "Filter the log by a word and a level", "screen.find"),
+    Action("pause", "l", "Pause log", "Pause the log, or go on; nothing is lost meanwhile", "screen.pause"),
+    Action("next_pane", "right_square_bracket", "Next pane", "Go to the next pane", "screen.pane(1)"),
+    Action("previous_pane", "left_square_bracket", "Previous pane", "Go to the pane before", "screen.pane(-1)"),
+    Action("put_away", "z", "Put away", "Put the focused pane away, or bring all back", "screen.put_away"),
+)
+ANYWHERE: Final = (
+    Action("theme", "t", "Theme", "Choose a theme", "app.change_theme"),
+    Action("help", "question_mark", "Help", "The keys of this screen", "app.explain_keys"),
+    Action("quit", "q", "Quit", "Leave; asks once while a run is on", "app.leave"),
+)
+ACTIONS: Final = MAIN + ANYWHERE
+NAMES: Final = tuple(action.name for action in ACTIONS)
+SHOWN_KEYS: Final = {
+    "question_mark": "?",
+    "slash": "/",
+    "right_square_bracket": "]",
+    "left_square_bracket": "[",
+}
+IDLE_BAR: Final = ("run", "sweep", "presets", "save_as", "history", "doctor", "help", "quit")
+RUNNING_BAR: Final = ("stop", "export", "copy", "sort", "pause", "help", "quit")
+DONE_BAR: Final = ("run", "export", "copy", "presets", "history", "scaling", "help", "quit", "sort", "save_as")
+
+
+def bindings(actions: tuple[Action, ...]) -> list[Binding]:
+    """Textual's bindings, each with its id."""
+    return [
+        Binding(action.key, action.does, action.label, show=False, id=action.name, tooltip=action.words)
+        for action in actions
+    ]
+
+
+def shown_key(action: Action, keys: dict[str, str]) -> str:
+    """The key that a person presses for an action, as the config file has it."""
+    key = keys.get(action.name, action.key).split(",")[0].strip()
+    return SHOWN_KEYS.get(key, key)
+
+
+def shown_keys(keys: dict[str, str]) -> dict[str, str]:
+    """The key of every action."""
+    return {action.name: shown_key(action, keys) for action in ACTIONS}

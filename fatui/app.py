@@ -1,0 +1,283 @@
+"""The terminal app: it holds what is set up, the run and the log; screens draw them."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from msgspec import structs
+from textual.app import App, SystemCommand
+from textual.binding import BindingType
+from textual.filter import LineFilter
+from textual.screen import Screen
+
+from attention.report import Report
+from fatui import actions, dialogs, settings
+from fatui.advice import Advice
+from fatui.draft import Draft
+from fatui.journal import Journal, Level
+from fatui.running import Runs, load_preset, remember
+from fatui.screens.main import MainScreen
+from fatui.session import MakeEngine, Session
+from fatui.telemetry import Reading, Telemetry
+from fatui.widgets.live_pane import LivePane
+
+if TYPE_CHECKING:
+    from fatui.preset_format import Preset
+
+Severity = Literal["information", "warning", "error"]
+SEVERITY: dict[Level, Severity] = {"info": "information", "warning": "warning", "error": "error"}
+
+
+class FatuiApp(App[int]):
+    """fatui in a terminal.
+
+    Attributes:
+        draft: what is set up to run.
+        preset: the preset that the draft began as, or None.
+        runs: the run that goes on, and what came out of it.
+        journal: the log.
+        keys: the key of every action, as shown.
+        farewell: what is left to say on stderr when the screen is gone.
+    """
+
+    TITLE = "fatui"
+    CSS_PATH: ClassVar = ["app.tcss", "screens/main.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.ANYWHERE)]
+    REPAINT_S: ClassVar = 0.4
+    TELEMETRY_S: ClassVar = 1.0
+
+    def __init__(
+        self,
+        *,
+        preset: str | None = None,
+        run: bool = False,
+        ascii: bool = False,
+        make_engine: MakeEngine | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = datetime.now,
+        advise: bool = True,
+    ) -> None:
+        super().__init__()
+        self.journal = Journal(now)
+        self.settings = settings.read_settings(actions.NAMES, tuple(self.available_themes))
+        self.remembered, complaint = settings.read_remembered()
+        self.draft: Draft = self.remembered.draft
+        self.preset: Preset | None = None
+        self.runs = Runs(self)
+        self.farewell = ""
+        self.keys = actions.shown_keys(self.settings.keys)
+        self.advice = Advice(self._advised)
+        self.clock, self.now = clock, now
+        self.make_engine = make_engine
+        self._begin_with = preset, run
+        self._advise = advise
+        self._telemetry: Telemetry | None = None
+        self._reading = False
+        self._line_filters: list[LineFilter] = []
+        for problem in [*self.settings.problems, *([complaint] if complaint else [])]:
+            self.journal.write(problem, "warning")
+        if ascii or self.settings.ascii:
+            from fatui.ascii import AsciiFilter
+
+            self._line_filters.append(AsciiFilter())
+        theme = self.settings.theme or self.remembered.theme
+        self.theme = theme if theme in self.available_themes else settings.DEFAULT_THEME
+        self.set_keymap(self.settings.keys)
+
+    def get_default_screen(self) -> Screen[object]:
+        """The main screen."""
+        return MainScreen()  # type: ignore[return-value]
+
+    def get_line_filters(self) -> list[LineFilter]:
+        """Textual's filters, and the one for plain ASCII."""
+        return [*super().get_line_filters(), *self._line_filters]
+
+    @property
+    def main(self) -> MainScreen:
+        """The main screen, whichever is on top."""
+        screen = self.screen_stack[0]
+        assert isinstance(screen, MainScreen)
+        return screen
+
+    def on_mount(self) -> None:
+        """Leaves everything slow for after the first paint."""
+        self.call_after_refresh(self._begin)
+
+    def _begin(self) -> None:
+        for problem in self.settings.problems:
+            self.notify(problem, severity="warning", timeout=10)
+        if self._advise:
+            self.run_worker(self.advice.run(), name="advice", exit_on_error=False)
+            self.set_interval(self.TELEMETRY_S, self._look_at_machine)
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, self._hang_up, number)
+        preset, run = self._begin_with
+        if preset is not None:
+            run = load_preset(self, preset) and run
+        elif self.draft.preset is not None and not self.draft.changed:
+            self._find_preset(self.draft.preset)
+        self.ask_advice()
+        if run:
+            self.runs.start()
+
+    def _find_preset(self, name: str) -> None:
+        """Finds again the preset that the remembered draft is; one that is gone or differs leaves the draft its own."""
+        from attention.errors import UsageError
+        from fatui.presets import load
+
+        with contextlib.suppress(UsageError):
+            preset = load(name)
+            if preset.cases == self.draft.workloads():
+                self.preset = preset
+                return
+        self.draft = structs.replace(self.draft, changed=True)
+        self.main.show_draft()
+
+    def _hang_up(self, number: int) -> None:
+        """The terminal went away: end the engine, keep what was measured, leave."""
+        self.run_worker(self.leave(128 + number), name="leave")
+
+    async def leave(self, code: int = 0) -> None:
+        """Ends the run if one goes on, keeps it, and exits."""
+        await self.runs.end()
+        remember(self)
+        self.exit(code, return_code=code)
+
+    @property
+    def session(self) -> Session | None:
+        """The run that goes on or was made last."""
+        return self.runs.session
+
+    @property
+    def report(self) -> Report | None:
+        """What export, copy and the further screens are about."""
+        return self.runs.report
+
+    def action_start_run(self) -> None:
+        """Runs what is set up."""
+        self.runs.start()
+
+    def action_stop_run(self) -> None:
+        """Stops the run."""
+        self.runs.stop()
+
+    def action_sweep(self) -> None:
+        """Begins or ends a sweep."""
+        self.set_draft(self.draft.toggle_sweep())
+
+    def action_open(self, name: str) -> None:
+        """Opens a further screen."""
+        dialogs.open_screen(self, name)
+
+    def action_save_as(self) -> None:
+        """Saves what is set up as a preset."""
+        dialogs.save_as(self)
+
+    def action_export(self) -> None:
+        """Writes the run to files."""
+        dialogs.export(self)
+
+    async def action_copy_table(self) -> None:
+        """Copies the table."""
+        await dialogs.copy_table(self)
+
+    def action_explain_keys(self) -> None:
+        """Opens the help."""
+        dialogs.explain_keys(self)
+
+    async def action_leave(self) -> None:
+        """Leaves; asks first while a run goes on."""
+        if not self.runs.active:
+            await self.leave()
+            return
+        from fatui.screens.question import Question
+
+        text = "A run goes on. Stop it, keep what was measured, and leave?"
+        self.push_screen(Question(text, yes="Leave", no="Stay"), self._leave_if)
+
+    def _leave_if(self, yes: bool | None) -> None:
+        if yes:
+            self.run_worker(self.leave(), name="leave")
+
+    async def action_quit(self) -> None:
+        """Leaves as q does, by Textual's own key as well."""
+        await self.action_leave()
+
+    def tell(self, text: str, level: Level = "info") -> None:
+        """Says something in the log and, for a while, on the screen."""
+        self.journal.write(text, level)
+        self.notify(text, severity=SEVERITY[level], timeout=6 if level == "info" else 12, markup=False)
+
+    def set_draft(self, draft: Draft) -> None:
+        """Takes what was set up, and asks what each implementation would do with it."""
+        self.draft = draft
+        self.ask_advice()
+        self.main.show_draft()
+
+    def ask_advice(self) -> None:
+        """Wants the routes for the workload that the sliders show."""
+        from fatui.offers import names_for
+        from fatui.widgets.workload_pane import shown_workload
+
+        workload = shown_workload(self.draft)
+        if workload is not None:
+            self.advice.ask(workload, names_for(self.draft))
+
+    def _advised(self) -> None:
+        if self.is_running and self.main.is_mounted:
+            self.main.show_draft()
+
+    async def _look_at_machine(self) -> None:
+        if self._reading or (self.session is None or not self.session.active):
+            return
+        self._reading = True
+        try:
+            reading = await asyncio.to_thread(self._read_machine)
+        finally:
+            self._reading = False
+        self._show_reading(reading)
+
+    def _read_machine(self) -> Reading:
+        if self._telemetry is None:
+            self._telemetry = Telemetry()
+        return self._telemetry.read(self.session.engine.process_id if self.session else None)
+
+    def _show_reading(self, reading: Reading) -> None:
+        if self.session is not None:
+            self.session.note_memory("process", reading.process_bytes)
+            self.session.note_memory("device", reading.gpu.used_bytes if reading.gpu else None)
+        self.main.query_one(LivePane).show_reading(reading)
+
+    def action_change_theme(self) -> None:
+        """Opens the list of themes."""
+        self.search_themes()
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """Every action, for the palette."""
+        for action in actions.ACTIONS if screen is self.main else actions.ANYWHERE:
+            yield SystemCommand(
+                f"{action.label} ({self.keys[action.name]})",
+                action.words,
+                lambda does=action.does: self.run_worker(self.run_action(does, default_namespace=screen)),
+            )
+
+
+def run_app(preset: str | None = None, run: bool = False, ascii: bool = False) -> int:
+    """Runs the app and returns its exit code.
+
+    Args:
+        preset: a preset's name or file to begin with.
+        run: whether to run it at once.
+        ascii: whether to draw with ASCII characters only.
+    """
+    app = FatuiApp(preset=preset, run=run, ascii=ascii)
+    result = app.run()
+    if app.farewell:
+        print(app.farewell, file=sys.stderr)
+    return result if isinstance(result, int) else app.return_code or 0

@@ -1,0 +1,156 @@
+"""The rows of a run as lines of the comparison table: their texts, their order, their stars."""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+from attention.report import Case, Row, Summary
+from fatui import figures
+from fatui.widgets.row_table import Column, Line
+
+STAR: Final = " ★"
+NO_STAR: Final = "  "
+COLUMNS: Final = (
+    Column(name="implementation", title="", right=False, least=9, widest=16),
+    Column(name="path", title="path", right=False, rank=6, least=18, widest=22),
+    Column(name="tokens/s", title="tokens/s", rank=1, least=8),
+    Column(name="per call", title="per call", rank=5, least=7),
+    Column(name="speedup", title="speedup", rank=2, least=13),
+    Column(name="efficiency", title="eff.", rank=7),
+    Column(name="verdict", title="verdict", right=False, rank=3, least=8, widest=12),
+    Column(name="memory", title="memory", rank=8),
+    Column(name="max error", title="max error", rank=9),
+    Column(name="interval", title="per call, 95 %", rank=10),
+    Column(name="TFLOP/s", title="TFLOP/s", rank=11),
+    Column(name="latency", title="latency", rank=12),
+    Column(name="first call", title="first call", rank=13),
+    Column(name="predicted", title="predicted", rank=14),
+    Column(name="rms error", title="rms error", rank=15),
+    Column(name="stopped by", title="stopped by", right=False, rank=16, widest=14),
+)
+SORT_FIGURES: Final[dict[str, Callable[[Row], float | str | None]]] = {
+    "path": lambda row: row.path,
+    "tokens/s": lambda row: row.tokens_per_second,
+    "per call": lambda row: row.call_s.median if row.call_s else None,
+    "interval": lambda row: (row.call_s.high - row.call_s.low) / row.call_s.median if row.call_s else None,
+    "speedup": lambda row: row.speedup.value if row.speedup else None,
+    "efficiency": lambda row: row.efficiency,
+    "verdict": lambda row: row.status,
+    "memory": lambda row: row.peak_bytes,
+    "max error": lambda row: row.max_error,
+    "TFLOP/s": lambda row: row.flops_per_s,
+    "latency": lambda row: row.latency_s,
+    "first call": lambda row: row.first_call_s,
+    "predicted": lambda row: row.predicted_bytes,
+    "rms error": lambda row: row.rms_error,
+    "stopped by": lambda row: row.stopped_by,
+}
+SORTABLE: Final = ("", *SORT_FIGURES)
+
+
+def row_key(case: int, implementation: str) -> str:
+    """The key of a row's line."""
+    return f"{case}:{implementation}"
+
+
+def split_key(key: str) -> tuple[int, str]:
+    """Case and implementation of a key."""
+    case, _, implementation = key.partition(":")
+    return int(case), implementation
+
+
+def sorted_rows(rows: tuple[Row, ...], by: str, descending: bool) -> list[Row]:
+    """Rows by a column; those without a figure come last either way."""
+    figure = SORT_FIGURES.get(by)
+    if figure is None:
+        return list(rows)
+    known = [row for row in rows if figure(row) is not None]
+    known.sort(key=lambda row: figure(row) or 0, reverse=descending)
+    return known + [row for row in rows if figure(row) is None]
+
+
+def case_lines(index: int, case: Case, by: str, descending: bool) -> list[Line]:
+    """The lines of one case's rows."""
+    fastest = figures.best_of(case)
+    leanest = _leanest(case)
+    return [
+        Line(
+            key=row_key(index, row.implementation),
+            cells=_cells(row, case, row.implementation in fastest, row.implementation in leanest),
+            tone=_tone(row, row.implementation in fastest),
+        )
+        for row in sorted_rows(case.rows, by, descending)
+    ]
+
+
+def _tone(row: Row, fastest: bool) -> str:
+    if row.status in ("failed", "inaccurate"):
+        return "bad"
+    return "dim" if row.status != "ok" else "good" if fastest else ""
+
+
+def _leanest(case: Case) -> tuple[str, ...]:
+    """Rows whose memory is the least, or within 1 % of it; none where all are alike."""
+    peaks = {row.implementation: row.peak_bytes for row in case.rows if row.status == "ok" and row.peak_bytes}
+    if not peaks:
+        return ()
+    edge = min(peaks.values()) * 1.01
+    names = tuple(name for name, peak in peaks.items() if peak <= edge)
+    return names if len(names) < len(peaks) else ()
+
+
+def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]:
+    if row.status not in ("ok", "inaccurate"):
+        return {"implementation": row.implementation, "path": row.path or "-", "verdict": row.status}
+    return {
+        "implementation": row.implementation,
+        "path": row.path or figures.UNKNOWN,
+        "tokens/s": figures.tokens_per_second(row.tokens_per_second) + (STAR if fastest else NO_STAR),
+        "per call": figures.seconds(row.call_s.median if row.call_s else None),
+        "speedup": figures.speedup_text(row.speedup) if row.speedup else "…",
+        "efficiency": figures.percent(row.efficiency),
+        "verdict": figures.word(row, case) + (" !" if row.throttled else ""),
+        "memory": figures.size(row.peak_bytes) + (STAR if leanest else NO_STAR),
+        "max error": figures.error(row.max_error),
+        "interval": figures.interval_text(row.call_s),
+        "TFLOP/s": figures.teraflops(row.flops_per_s),
+        "latency": figures.seconds(row.latency_s),
+        "first call": figures.seconds(row.first_call_s),
+        "predicted": figures.size(row.predicted_bytes),
+        "rms error": figures.error(row.rms_error),
+        "stopped by": row.stopped_by or "",
+    }
+
+
+def block_head(index: int, case: Case) -> Line:
+    """The line above the rows of one case of several."""
+    return Line(span=f"{index + 1}. {case.workload.label}{floor_text(case)}", tone="head")
+
+
+def floor_text(case: Case) -> str:
+    """The noise floor, where it is known."""
+    floor = case.noise_floor
+    return f" · noise floor {figures.percent(floor.floor)}" if floor and math.isfinite(floor.floor) else ""
+
+
+def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[Line]:
+    """Lines of implementations that have no row yet, with the step they are in."""
+    return [
+        Line(key=row_key(index, name), cells={"implementation": name, "path": step or "…"}, tone="dim")
+        for name, step in names
+    ]
+
+
+def summary_lines(summary: tuple[Summary, ...], total: int) -> list[Line]:
+    """The geometric mean of each implementation over the cases that are complete."""
+    if not summary:
+        return []
+    head = Line(span=f"Geometric mean of the speedups, {total} cases complete", tone="head")
+    return [head, *(_summary_line(line, total) for line in summary)]
+
+
+def _summary_line(line: Summary, total: int) -> Line:
+    count = f"{line.cases} of {total} cases" if line.cases != total else f"{total} cases"
+    bad = f"{line.not_ok} not ok" if line.not_ok else ""
+    cells = {"implementation": line.implementation, "path": count, "speedup": figures.speedup_text(line.speedup)}
+    return Line(cells={**cells, "verdict": bad})

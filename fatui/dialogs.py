@@ -1,0 +1,159 @@
+"""What opens over the main screen, and what follows from it; every screen is imported when it is first opened."""
+
+import asyncio
+import importlib
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from attention.errors import UsageError
+from attention.report import Report
+from fatui import actions, settings
+
+if TYPE_CHECKING:
+    from textual.screen import Screen
+
+    from fatui.app import FatuiApp
+    from fatui.preset_format import Preset
+
+SCREENS: Final = {"presets": "Presets", "history": "History", "scaling": "Scaling", "doctor": "Doctor"}
+
+
+def open_screen(app: "FatuiApp", name: str) -> None:
+    """Opens one of the further screens, unless it is open."""
+    if len(app.screen_stack) > 1:
+        return
+    made: Screen[Any] = getattr(importlib.import_module(f"fatui.screens.{name}"), SCREENS[name])()
+    app.push_screen(made, partial(_take, app, name))
+
+
+def _take(app: "FatuiApp", name: str, result: object) -> None:
+    from fatui.running import load_preset
+
+    if name == "presets" and isinstance(result, str) and load_preset(app, result):
+        app.journal.write(f"preset {result} is loaded")
+        app.main.open_tab("setup")
+    elif isinstance(result, Report):
+        app.runs.open_report(result)
+        app.journal.write(f"run {result.run.id} is opened; it was made by: {result.run.command}")
+
+
+def save_as(app: "FatuiApp") -> None:
+    """Asks for a name, and saves what is set up."""
+    from fatui.screens.save_as import SaveAs
+
+    try:
+        plan = app.draft.plan()
+    except UsageError as error:
+        app.tell(f"nothing to save: {'; '.join(error.problems)}", "warning")
+        return
+    app.push_screen(SaveAs(plan, app.preset), partial(_saved, app))
+
+
+def _saved(app: "FatuiApp", preset: "Preset | None") -> None:
+    if preset is not None:
+        from fatui.running import load_preset
+
+        load_preset(app, preset.name)
+        app.tell(f"saved as {preset.source}")
+
+
+def export(app: "FatuiApp") -> None:
+    """Asks where to, and writes the run that is in sight."""
+    report = app.report
+    if report is None:
+        why = "the run has to end first" if app.runs.active else "nothing was run yet"
+        app.tell(f"nothing to export: {why}", "warning")
+        return
+    from fatui.screens.export import Export
+
+    folder = app.remembered.export_folder or str(Path.cwd())
+    name = f"fatui-{report.run.preset or 'run'}-{report.run.id}"
+    app.push_screen(Export(folder, name), partial(_exported, app, report))
+
+
+def _exported(app: "FatuiApp", report: Report, asked: tuple[Path, tuple[str, ...]] | None) -> None:
+    if asked is not None:
+        # After the dialog is gone from the screen, so that it is not in the picture.
+        app.call_after_refresh(_write, app, report, *asked)
+
+
+async def _write(app: "FatuiApp", report: Report, stem: Path, endings: tuple[str, ...]) -> None:
+    from fatui import export as formats
+    from fatui.screens.export import write_all
+
+    picture = app.export_screenshot(title="fatui") if "svg" in endings else ""
+    writers = {
+        "md": lambda: formats.to_markdown(report),
+        "csv": lambda: formats.to_csv(report),
+        "json": lambda: formats.to_json(report),
+        "svg": lambda: picture,
+        "log": app.journal.text,
+    }
+    written, problems = await asyncio.to_thread(write_all, stem, {ending: writers[ending] for ending in endings})
+    for problem in problems:
+        app.tell(problem, "error")
+    if written:
+        app.remembered.export_folder = str(stem.parent)
+        names = ", ".join(path.name for path in written)
+        app.tell(f"wrote {names} to {stem.parent.resolve()}")
+
+
+async def copy_table(app: "FatuiApp") -> None:
+    """Puts the table on the clipboard as Markdown; says so only where a program of the system has taken it."""
+    from fatui import clipboard
+    from fatui import export as formats
+
+    report = app.report
+    if report is None:
+        app.tell("nothing to copy: there is no table yet", "warning")
+        return
+    text = formats.to_markdown(report)
+    program = await asyncio.to_thread(clipboard.copy, text)
+    if program is not None:
+        app.tell(f"the table is on the clipboard, as Markdown ({program})")
+        return
+    app.copy_to_clipboard(text)
+    key = app.keys["export"]
+    text = f"the table was sent to the terminal, which may or may not put it on the clipboard; {key} writes a file"
+    app.tell(text, "warning")
+
+
+def open_row(app: "FatuiApp", index: int, name: str) -> None:
+    """Shows a row in full."""
+    session, report = app.session, app.report
+    if session is not None:
+        case = session.case(index)
+    elif report is not None and index < len(report.cases):
+        case = report.cases[index]
+    else:
+        return
+    row = next((row for row in case.rows if row.implementation == name), None)
+    if row is None:
+        app.tell(f"{name} has no figures yet")
+        return
+    from fatui.screens.row_details import RowDetails
+
+    app.push_screen(RowDetails(case, row))
+
+
+def explain_keys(app: "FatuiApp") -> None:
+    """Lists the keys of the screen in sight, as they are set."""
+    from fatui.screens.help import Help, shown
+
+    screen, groups = app.screen, []
+    if screen is app.main:
+        groups.append(("This screen", [(app.keys[action.name], action.words) for action in actions.MAIN]))
+    else:
+        own = [(shown(binding.key), binding.tooltip or binding.description) for _, binding in screen._bindings]
+        groups.append(("This screen", own))
+    focused = screen.focused
+    if focused is not None:
+        merged: dict[str, list[str]] = {}
+        for _, binding in focused._bindings:
+            merged.setdefault(binding.description, []).append(shown(binding.key))
+        keys = [(", ".join(several), words) for words, several in merged.items() if words]
+        groups.append((f"Where you are: {focused.id or type(focused).__name__}", keys))
+    anywhere = [(app.keys[action.name], action.words) for action in actions.ANYWHERE]
+    groups.append(("Anywhere", [*anywhere, ("ctrl+p", "Everything by name, in the palette")]))
+    app.push_screen(Help(groups, str(settings.config_path())))

@@ -1,0 +1,158 @@
+"""What is set up to run: the values on the sliders, or the cases of a preset that no sliders can show."""
+
+from typing import Any, Final
+
+from msgspec import Struct, field, structs
+
+from attention.errors import UsageError
+from attention.plan import Plan, expand
+from attention.workload import DType, Pass, Workload
+
+AXES: Final = ("batch", "seq", "head_dim", "heads", "kv_heads")
+MOST_CASES: Final = 500
+DEFAULT_IMPLEMENTATIONS: Final = ("baseline", "poc", "practical", "demo")
+DEFAULT_AXES: Final = {"batch": (1,), "seq": (512,), "head_dim": (64,), "heads": (8,), "kv_heads": ()}
+SHARED: Final = ("dtype", "mask", "pass_")
+
+
+class Draft(Struct, frozen=True, kw_only=True):
+    """A plan in the making; every change gives a new one."""
+
+    axes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(DEFAULT_AXES))
+    """For each axis its values, one unless sweeping; no kv_heads means as many as heads."""
+    dtype: DType = "float16"
+    mask: str = "none"
+    pass_: Pass = "forward"
+    kv_seq: int | None = None
+    """Keys, where a preset has another number than seq; decode takes seq as the length of its cache."""
+    value_dim: int | None = None
+    """Width of a value, where a preset has another than head_dim."""
+    sweeping: bool = False
+    cases: tuple[Workload, ...] = ()
+    """A preset's own list of cases; the sliders show the first. Empty once a slider was moved."""
+    implementations: tuple[str, ...] = DEFAULT_IMPLEMENTATIONS
+    seconds: float = 6.0
+    precision: float = 0.01
+    memory_limit_bytes: int | None = None
+    force: bool = False
+    seed: int = 0
+    preset: str | None = None
+    changed: bool = False
+    """Whether it differs from the preset it began as."""
+
+    def change(self, **fields: Any) -> "Draft":
+        """The draft with fields replaced; a preset's own list of cases is left behind."""
+        return structs.replace(self, cases=(), changed=True, **fields)
+
+    def set_axis(self, name: str, values: tuple[int, ...]) -> "Draft":
+        """The draft with other values on one axis; K/V heads that no longer divide heads follow them."""
+        axes = {**self.axes, name: values}
+        if name == "kv_heads" and values == axes["heads"]:
+            axes["kv_heads"] = ()
+        if name == "heads" and any(heads % shared for heads in values for shared in axes["kv_heads"]):
+            axes["kv_heads"] = ()
+        forget = {"seq": {"kv_seq": None}, "head_dim": {"value_dim": None}}.get(name, {})
+        return self.change(axes=axes, **forget)
+
+    def toggle_sweep(self) -> "Draft":
+        """Begins a sweep, or ends it with the first value of every axis."""
+        if not self.sweeping:
+            return self.change(sweeping=True)
+        return self.change(sweeping=False, axes={name: values[:1] for name, values in self.axes.items()})
+
+    def toggle(self, implementation: str) -> "Draft":
+        """Takes an implementation in, or out."""
+        inside = implementation in self.implementations
+        names = [name for name in self.implementations if name != implementation]
+        chosen = tuple(names if inside else [*names, implementation])
+        return structs.replace(self, implementations=chosen, changed=True)
+
+    @property
+    def kv_heads(self) -> tuple[int, ...]:
+        """The values on the K/V heads axis, those of heads unless set."""
+        return self.axes["kv_heads"] or self.axes["heads"]
+
+    def workloads(self) -> tuple[Workload, ...]:
+        """All cases that would run.
+
+        Raises:
+            UsageError: with every mistake in them.
+        """
+        if self.cases:
+            return self.cases
+        count = 1
+        for values in self.axes.values():
+            count *= max(1, len(values))
+        if count > MOST_CASES:
+            raise UsageError(f"{count:,} cases; a sweep takes {MOST_CASES} at most")
+        base = {name: getattr(self, name) for name in SHARED}
+        base |= {name: getattr(self, name) for name in ("kv_seq", "value_dim") if getattr(self, name) is not None}
+        return expand(base, {name: values for name, values in self.axes.items() if values})
+
+    def plan(self) -> Plan:
+        """The plan that would run.
+
+        Raises:
+            UsageError: with every mistake in it.
+        """
+        if not self.implementations:
+            raise UsageError("no implementation is chosen; space toggles the one under the cursor")
+        return Plan(
+            cases=self.workloads(),
+            implementations=self.implementations,
+            seconds=self.seconds,
+            precision=self.precision,
+            memory_limit_bytes=self.memory_limit_bytes,
+            force=self.force,
+            seed=self.seed,
+        )
+
+    def title(self) -> str:
+        """The preset's name, with a word if it was changed since."""
+        if self.preset is None:
+            return "unnamed"
+        return f"{self.preset}, changed" if self.changed else self.preset
+
+
+def draft_of(plan: Plan, preset: str | None) -> Draft:
+    """Puts a plan on the sliders; cases that are no full grid are kept as a list of their own."""
+    first = plan.cases[0]
+    limits = {
+        name: getattr(plan, name)
+        for name in ("implementations", "seconds", "precision", "memory_limit_bytes", "force", "seed")
+    }
+    shown = Draft(
+        axes={name: _values(first, name) for name in AXES},
+        dtype=first.dtype,
+        mask=first.mask,
+        pass_=first.pass_,
+        kv_seq=first.kv_seq if first.kv_seq != first.seq and first.pass_ != "decode" else None,
+        value_dim=first.value_dim if first.value_dim != first.head_dim else None,
+        preset=preset,
+        **limits,
+    )
+    if len(plan.cases) == 1:
+        return shown
+    grid = structs.replace(shown, sweeping=True, axes=_grid_axes(plan.cases))
+    if _same_cases(grid, plan.cases):
+        return grid
+    return structs.replace(shown, cases=plan.cases)
+
+
+def _values(workload: Workload, name: str) -> tuple[int, ...]:
+    if name == "kv_heads" and workload.kv_heads == workload.heads:
+        return ()
+    if name == "seq" and workload.pass_ == "decode":
+        return (workload.kv_seq,)
+    return (getattr(workload, name),)
+
+
+def _grid_axes(cases: tuple[Workload, ...]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(sorted({value for case in cases for value in _values(case, name)})) for name in AXES}
+
+
+def _same_cases(draft: Draft, cases: tuple[Workload, ...]) -> bool:
+    try:
+        return set(draft.workloads()) == set(cases)
+    except UsageError:
+        return False

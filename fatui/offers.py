@@ -1,0 +1,63 @@
+"""What each implementation would do with the workload, in the words of the picker."""
+
+from attention.device import Device
+from attention.implementations import CATALOGUE
+from attention.route import Route
+from attention.workload import Workload
+from fatui import figures
+from fatui.advice import Advice
+from fatui.draft import Draft
+from fatui.widgets.implementation_picker import Offer
+
+WAITING = "…"
+
+
+def names_for(draft: Draft) -> tuple[str, ...]:
+    """The catalogue, and those of the person's own that the draft has."""
+    return tuple(dict.fromkeys([*(entry.name for entry in CATALOGUE), *draft.implementations]))
+
+
+def make_offers(draft: Draft, workload: Workload | None, advice: Advice) -> tuple[Offer, ...]:
+    """One line for each implementation."""
+    return tuple(_offer(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft))
+
+
+def _offer(name: str, chosen: bool, workload: Workload | None, draft: Draft, advice: Advice) -> Offer:
+    route = advice.answer.routes.get(name)
+    problem = advice.problem or advice.answer.problems.get(name, "")
+    if problem:
+        return Offer(name, chosen, "not available", problem, able=False)
+    if route is None or workload is None:
+        summary = next((entry.summary for entry in CATALOGUE if entry.name == name), "")
+        return Offer(name, chosen, WAITING if workload else "-", summary)
+    path, able = words(route, workload, advice.device, draft)
+    return Offer(name, chosen, path if advice.current else f"{path} {WAITING}", route.reason, able)
+
+
+def words(route: Route, workload: Workload, device: Device | None, draft: Draft) -> tuple[str, bool]:
+    """What would happen, and whether it would run at all."""
+    if not route.supported:
+        return f"cannot: {route.reason}", False
+    most = draft.memory_limit_bytes or (device.available_bytes if device else None)
+    if route.predicted_bytes is not None and most is not None:
+        needed = route.predicted_bytes + workload.input_bytes
+        if needed > most:
+            return f"will not fit: {_of(figures.size(needed), figures.size(most))}", draft.force
+    named = route.path if "fused" in route.path or not route.fused else f"fused: {route.path}"
+    return named, True
+
+
+def _of(needed: str, most: str) -> str:
+    """ "41 GiB of 22": the unit once where both have the same."""
+    number, _, unit = most.partition(" ")
+    return f"{needed} of {number if needed.endswith(f' {unit}') else most}"
+
+
+def needs_text(draft: Draft, advice: Advice) -> str:
+    """Predicted memory of the chosen ones above the inputs: "needs: baseline 41 MiB, poc 7 MiB"."""
+    parts = []
+    for name in draft.implementations:
+        route = advice.answer.routes.get(name)
+        if route is not None and route.supported:
+            parts.append(f"{name} {figures.size(route.predicted_bytes)}")
+    return f"needs {', '.join(parts)}" if parts else "needs: not known yet"

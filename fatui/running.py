@@ -1,0 +1,170 @@
+"""What the app does about runs: start one, stop it, keep it, and leave."""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from attention.errors import UsageError
+from attention.plan import Plan
+from attention.report import Report
+from fatui import estimate, settings
+from fatui.draft import draft_of
+from fatui.session import SILENCE_S, Drives, Listener, Session
+
+if TYPE_CHECKING:
+    from fatui.app import FatuiApp
+    from fatui.preset_format import Preset
+
+
+def real_engine(plan: Plan, listener: Listener) -> Drives:
+    """The engine that runs in a process of its own."""
+    from fatui.engine import Engine
+
+    return Engine(plan, listener)
+
+
+def command_of(plan: Plan, preset: "Preset | None") -> str:
+    """The command that makes a run again, or a word on why there is none."""
+    from fatui.reproduce import command_for
+
+    try:
+        return command_for(plan, preset)
+    except UsageError as error:
+        return f"# {error}"
+
+
+class Runs:
+    """The runs of an app, one after the other.
+
+    Attributes:
+        session: the run that goes on or was made last, or None.
+        report: what export, copy and the further screens are about, or None.
+    """
+
+    def __init__(self, app: "FatuiApp") -> None:
+        self.session: Session | None = None
+        self.report: Report | None = None
+        self._app = app
+        self._told_silence = False
+        self._ended: asyncio.Event | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a run goes on."""
+        return self.session is not None and self.session.active
+
+    def start(self) -> None:
+        """Runs what is set up, unless a run goes on or it cannot run."""
+        app = self._app
+        if self.active:
+            app.tell(f"a run goes on; {app.keys['stop']} stops it", "warning")
+            return
+        try:
+            plan = app.draft.plan()
+        except UsageError as error:
+            app.tell(f"cannot run: {'; '.join(error.problems)}", "warning")
+            return
+        self._told_silence = False
+        self.report = None
+        name = app.draft.preset if not app.draft.changed else None
+        self.session = Session(
+            plan,
+            app.journal,
+            app.make_engine or real_engine,
+            command=command_of(plan, app.preset if name else None),
+            preset=name,
+            clock=app.clock,
+            now=app.now,
+        )
+        app.journal.write(f"run of {app.draft.title()}: {self.session.command}")
+        self._ended = asyncio.Event()
+        app.run_worker(self._run(self.session, self._ended), name="run", exit_on_error=False)
+        app.main.open_tab("live")
+        app.main.show_run()
+
+    async def _run(self, session: Session, ended: asyncio.Event) -> None:
+        try:
+            await session.run()
+            await self._keep_what_came_out(session)
+        finally:
+            ended.set()
+        if self._app.is_running:
+            self._app.main.open_tab("results")
+            self._app.main.show_draft()
+            self._app.main.show_run()
+
+    async def _keep_what_came_out(self, session: Session) -> None:
+        if self.session is session and session.any_rows:
+            self.report = await asyncio.to_thread(session.report)
+            await self.keep(self.report)
+            if session.phase == "done":
+                self._app.remembered.pace = estimate.pace_of(self.report, session.rounds_s)
+        self._app.journal.write(session.finding or f"the run {session.phase}")
+
+    async def keep(self, report: Report) -> None:
+        """Puts a report into the history; what goes wrong is told, and the report stays on the screen."""
+        from fatui.history import History, HistoryError
+
+        history = History()
+        try:
+            await asyncio.to_thread(history.add, report)
+        except HistoryError as error:
+            self._app.tell(f"not kept: {error}; {self._app.keys['export']} writes it to files", "error")
+        if history.notice:
+            self._app.tell(history.notice, "warning")
+
+    def stop(self) -> None:
+        """Stops the run."""
+        if self.session is None or not self.active:
+            self._app.tell("nothing runs")
+            return
+        self.session.stop()
+        self._app.main.show_run()
+
+    def watch_silence(self) -> None:
+        """Tells once when the engine has said nothing for long."""
+        session = self.session
+        if session is None or session.silent_s < SILENCE_S:
+            self._told_silence = False
+        elif not self._told_silence:
+            self._told_silence = True
+            stop = self._app.keys["stop"]
+            text = f"the engine has been silent for {SILENCE_S:.0f} s; {stop} stops it, what was measured stays"
+            self._app.tell(text, "warning")
+
+    async def end(self) -> None:
+        """Stops the run, and waits until it is ended and kept."""
+        if self.session is not None and self.active:
+            self.session.stop()
+        if self._ended is not None:
+            await self._ended.wait()
+
+    def open_report(self, report: Report) -> None:
+        """Shows a run of the past in the place of the latest."""
+        self.session, self.report = None, report
+        self._app.main.open_tab("results")
+        self._app.main.show_run()
+
+
+def load_preset(app: "FatuiApp", name: str) -> bool:
+    """Puts a preset on the sliders; says what is wrong with it if it cannot be used."""
+    from fatui.presets import load
+
+    try:
+        preset = load(name)
+    except UsageError as error:
+        for problem in error.problems:
+            app.tell(problem, "error")
+        return False
+    app.preset = preset
+    app.set_draft(draft_of(preset.plan(), preset.name))
+    return True
+
+
+def remember(app: "FatuiApp") -> None:
+    """Keeps for the next start how the app was left."""
+    kept = app.remembered
+    kept.theme, kept.draft, kept.tab, kept.hidden = app.theme, app.draft, app.main.tab, app.main.hidden
+    try:
+        settings.write_remembered(kept)
+    except OSError as error:
+        app.farewell = f"fatui: the layout was not kept: {settings.state_path()}: {error.strerror or error}"

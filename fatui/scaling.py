@@ -1,0 +1,130 @@
+"""What a sweep says about scaling: speedups over two axes, tokens/s over one, and where one overtakes another."""
+
+from itertools import pairwise
+from typing import Final
+
+from msgspec import Struct
+
+from attention.report import Case, Interval, Report, Row
+from attention.workload import Workload
+
+AXES: Final = ("batch", "seq", "kv_seq", "heads", "kv_heads", "head_dim", "dtype", "mask", "pass_")
+MUCH: Final = 20
+Value = int | str
+
+
+class Point(Struct, frozen=True):
+    """tokens/s of one implementation on one case, with the interval that its times give."""
+
+    at: Value
+    rate: float
+    low: float
+    high: float
+
+
+class Crossover(Struct, frozen=True):
+    """Between two neighbouring values of the axis another implementation becomes the faster one."""
+
+    faster_before: str
+    faster_after: str
+    between: tuple[Value, Value]
+
+
+def value(workload: Workload, axis: str) -> Value:
+    """Where a workload stands on an axis."""
+    found: Value = getattr(workload, axis)
+    return found
+
+
+def swept_axes(report: Report) -> tuple[str, ...]:
+    """The axes on which the cases differ; those that only follow another are left out."""
+    columns = {axis: [value(case.workload, axis) for case in report.cases] for axis in AXES}
+    axes = [axis for axis in AXES if len(set(columns[axis])) > 1]
+    for follower, leader in (("kv_seq", "seq"), ("kv_heads", "heads")):
+        if follower in axes and leader in axes and columns[follower] == columns[leader]:
+            axes.remove(follower)
+    return tuple(axes)
+
+
+def values_on(report: Report, axis: str) -> tuple[Value, ...]:
+    """The values of an axis, in order."""
+    found = {value(case.workload, axis) for case in report.cases}
+    return tuple(sorted(found, key=lambda each: (isinstance(each, str), each)))
+
+
+def slices(report: Report, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """In words, what else differs between cases that stand at the same place of the axes; one for each such part."""
+    others = [axis for axis in swept_axes(report) if axis not in axes]
+    return tuple(dict.fromkeys(_words(case.workload, others) for case in report.cases))
+
+
+def _words(workload: Workload, axes: list[str]) -> str:
+    return ", ".join(f"{axis.rstrip('_')} {value(workload, axis)}" for axis in axes)
+
+
+def cases_of(report: Report, axes: tuple[str, ...], part: str) -> list[Case]:
+    """The cases of one part."""
+    others = [axis for axis in swept_axes(report) if axis not in axes]
+    return [case for case in report.cases if _words(case.workload, others) == part]
+
+
+def row_of(case: Case, name: str) -> Row | None:
+    """An implementation's row."""
+    return next((row for row in case.rows if row.implementation == name), None)
+
+
+def grid(report: Report, name: str, across: str, down: str, part: str) -> dict[tuple[Value, Value], Row]:
+    """One implementation's rows by place: (across, down)."""
+    found = {}
+    for case in cases_of(report, (across, down), part):
+        row = row_of(case, name)
+        if row is not None:
+            found[value(case.workload, across), value(case.workload, down)] = row
+    return found
+
+
+def curves(report: Report, axis: str, part: str) -> dict[str, list[Point]]:
+    """tokens/s of each implementation over one axis."""
+    made: dict[str, list[Point]] = {}
+    cases = cases_of(report, (axis,), part)
+    order = values_on(report, axis)
+    for case in sorted(cases, key=lambda each: order.index(value(each.workload, axis))):
+        for row in case.rows:
+            if row.call_s is not None and row.tokens_per_second is not None and row.status == "ok":
+                made.setdefault(row.implementation, []).append(_point(case, axis, row.call_s))
+    return made
+
+
+def _point(case: Case, axis: str, call: Interval) -> Point:
+    tokens = case.workload.tokens
+    return Point(value(case.workload, axis), tokens / call.median, tokens / call.high, tokens / call.low)
+
+
+def spans_much(lines: dict[str, list[Point]]) -> bool:
+    """Whether a scale from 0 would press the slower lines flat."""
+    rates = [point.rate for points in lines.values() for point in points]
+    return bool(rates) and max(rates) > MUCH * min(rates)
+
+
+def crossovers(lines: dict[str, list[Point]]) -> list[Crossover]:
+    """Where a pair changes order between two neighbouring values, clearly on both sides: the intervals are apart."""
+    found = []
+    names = list(lines)
+    for index, first in enumerate(names):
+        for second in names[index + 1 :]:
+            found += _crossovers_of(first, second, lines)
+    return found
+
+
+def _crossovers_of(first: str, second: str, lines: dict[str, list[Point]]) -> list[Crossover]:
+    others = {point.at: point for point in lines[second]}
+    order: list[tuple[Value, str]] = []
+    for point in lines[first]:
+        other = others.get(point.at)
+        if other is not None and point.low > other.high:
+            order.append((point.at, first))
+        elif other is not None and other.low > point.high:
+            order.append((point.at, second))
+    return [
+        Crossover(before, after, (start, end)) for (start, before), (end, after) in pairwise(order) if before != after
+    ]

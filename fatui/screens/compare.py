@@ -1,0 +1,92 @@
+"""Two runs side by side."""
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import Screen
+from textual.widgets import Static
+
+from attention.report import Report, Row
+from fatui import compare, figures
+from fatui.widgets.key_bar import KeyBar
+from fatui.widgets.row_table import Column, Line, RowTable
+from fatui.widgets.status_line import StatusLine
+
+COLUMNS = (
+    Column(name="implementation", title="", right=False, widest=16),
+    Column(name="path before", title="path before", right=False, rank=4, widest=22),
+    Column(name="path after", title="path after", right=False, rank=5, widest=22),
+    Column(name="before", title="tokens/s before", rank=2),
+    Column(name="after", title="after", rank=1),
+    Column(name="ratio", title="change", rank=0),
+    Column(name="memory", title="memory", rank=3, widest=24),
+)
+EMPTY = "These two runs have no workload and implementation in common."
+
+
+class Compare(Screen[None]):
+    """Each row that both have, with the ratio of its times."""
+
+    CSS_PATH: ClassVar = ["list.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,c", "back", "Back", tooltip="Back to the history")]
+
+    def __init__(self, before: Report, after: Report) -> None:
+        super().__init__(classes="list-screen")
+        self._comparison = compare.compare(before, after)
+
+    def compose(self) -> ComposeResult:
+        """Yields the rows, and below them what cannot be compared."""
+        before, after = self._comparison.before.run, self._comparison.after.run
+        yield StatusLine()
+        with Vertical(classes="pane half") as pane:
+            pane.border_title = f"{before.id} of {_when(before.started)}, then {after.id} of {_when(after.started)}"
+            yield RowTable(COLUMNS, empty=EMPTY, id="changes")
+            yield Static("\n".join(self._notes()), markup=False, classes="under")
+        yield KeyBar(keys=(("escape", "Back", "screen.back"),))
+
+    def on_mount(self) -> None:
+        """Fills the table."""
+        self.query_one(StatusLine).show("Comparison of two runs", "above 1 is faster after")
+        lines: list[Line] = []
+        label = ""
+        for change in self._comparison.changes:
+            if change.workload.label != label:
+                label = change.workload.label
+                lines.append(Line(span=f"{label} · noise floor {figures.percent(change.floor)}", tone="head"))
+            lines.append(_line(change))
+        self.query_one(RowTable).show(lines)
+
+    def _notes(self) -> list[str]:
+        made = self._comparison
+        notes = [f"Where they ran differs: {'; '.join(made.differences)}"] if made.differences else []
+        notes += [f"Only before: {', '.join(made.only_before)}"] if made.only_before else []
+        return notes + ([f"Only after: {', '.join(made.only_after)}"] if made.only_after else [])
+
+    def action_back(self) -> None:
+        """Goes back."""
+        self.dismiss()
+
+
+def _when(started: str) -> str:
+    return started[:16].replace("T", " ")
+
+
+def _line(change: compare.Change) -> Line:
+    significant = change.ratio is not None and change.ratio.significant
+    cells = {
+        "implementation": change.implementation,
+        "path before": change.before.path or "-",
+        "path after": change.after.path or "-",
+        "before": _rate(change.before),
+        "after": _rate(change.after),
+        "ratio": figures.speedup_text(change.ratio),
+        "memory": f"{figures.size(change.before.peak_bytes)}, {figures.size(change.after.peak_bytes)}",
+    }
+    tone = ("good" if change.ratio.value > 1 else "bad") if significant and change.ratio else ""
+    return Line(key=f"{change.implementation} {change.workload.label}", cells=cells, tone=tone)
+
+
+def _rate(row: Row) -> str:
+    return row.status if row.status != "ok" else figures.tokens_per_second(row.tokens_per_second)

@@ -1,0 +1,102 @@
+"""What is installed and what is missing, found out by a process of its own."""
+
+import asyncio
+import contextlib
+import sys
+import textwrap
+from typing import ClassVar, Final
+
+import msgspec
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Static
+
+from fatui.diagnosis import Finding
+from fatui.widgets.key_bar import KeyBar
+from fatui.widgets.status_line import StatusLine
+
+TOPIC_WIDTH: Final = 16
+LINE_LIMIT: Final = 2**20
+LOOKING: Final = "Looking; the last lines take a second or two, because they are measured."
+
+
+class Doctor(Screen[None]):
+    """Shows one finding after the other as they come."""
+
+    CSS_PATH: ClassVar = ["list.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,d", "back", "Back", tooltip="Back to the main screen"),
+        Binding("r", "again", "Look again", tooltip="Look at everything again"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__(classes="list-screen")
+        self._findings: list[Finding] = []
+
+    def compose(self) -> ComposeResult:
+        """Yields the findings."""
+        yield StatusLine()
+        with VerticalScroll(classes="pane half") as pane:
+            pane.border_title = "Doctor"
+            yield Static(LOOKING, id="findings", markup=False)
+        yield KeyBar(keys=(("r", "Look again", "screen.again"), ("escape", "Back", "screen.back")))
+
+    def on_mount(self) -> None:
+        """Begins to look."""
+        self.action_again()
+
+    def action_again(self) -> None:
+        """Looks at everything again."""
+        self._findings.clear()
+        self.run_worker(self._look(), exclusive=True, exit_on_error=False)
+
+    async def _look(self) -> None:
+        status = self.query_one(StatusLine)
+        status.show("Doctor", "looking …")
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "fatui.advisor", "diagnose"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+            limit=LINE_LIMIT,
+        )
+        assert process.stdout is not None
+        try:
+            async for line in process.stdout:
+                self._findings.append(msgspec.json.decode(line, type=Finding))
+                self._show()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            code = await process.wait()
+        advised = sum(finding.advice is not None for finding in self._findings)
+        ended = f"; it ended with code {code} before it was through" if code not in (0, -9) else ""
+        status.show("Doctor", (f"{advised} to look at" if advised else "all well") + ended, alarm=bool(ended))
+
+    def _show(self) -> None:
+        lines: list[str] = []
+        topic = ""
+        for finding in self._findings:
+            name = finding.topic if finding.topic != topic else ""
+            topic = finding.topic
+            mark = "!" if finding.advice else "✓"
+            lines += self._hanging(f"{mark} {name:<{TOPIC_WIDTH}} ", finding.text)
+            if finding.advice:
+                lines += self._hanging(" " * (TOPIC_WIDTH + 3), f"→ {finding.advice}")
+        self.query_one("#findings", Static).update("\n".join(lines))
+
+    def _hanging(self, head: str, text: str) -> list[str]:
+        width = max(40, self.query_one("#findings").size.width)
+        return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
+
+    def on_resize(self) -> None:
+        """Wraps anew."""
+        if self._findings:
+            self.call_after_refresh(self._show)
+
+    def action_back(self) -> None:
+        """Goes back."""
+        self.dismiss()

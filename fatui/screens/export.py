@@ -1,0 +1,104 @@
+"""Writes a run to files, and says where."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Final
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+from fatui.widgets.choice import Choice
+
+FORMATS: Final = ("md", "csv", "json", "svg", "log")
+Writers = dict[str, Callable[[], str]]
+
+
+class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
+    """Asks for a folder and a name; gives back the file's stem and the endings wanted."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not export")]
+
+    def __init__(self, folder: str, name: str) -> None:
+        super().__init__()
+        self._folder, self._name = folder, name
+
+    def compose(self) -> ComposeResult:
+        """Yields the fields, and the files that will be written."""
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "Export the run"
+            dialog.border_subtitle = "enter writes · escape does not"
+            yield Static("Folder")
+            yield Input(self._folder, id="folder")
+            yield Static("Name, without its ending")
+            yield Input(self._name, id="name")
+            yield Choice("write", ("all", *FORMATS), id="formats")
+            yield Static(id="outcome", markup=False, classes="answers")
+
+    def on_mount(self) -> None:
+        """Names the files, and begins at the name."""
+        self.query_one("#name", Input).focus()
+        self._show()
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The endings of what will be written."""
+        chosen = self.query_one(Choice).value
+        return FORMATS if chosen == "all" else (chosen,)
+
+    @property
+    def stem(self) -> Path:
+        """The path without its ending."""
+        name = self.query_one("#name", Input).value.strip()
+        return Path(self.query_one("#folder", Input).value.strip() or ".").expanduser() / name
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, or an empty string."""
+        name = self.query_one("#name", Input).value.strip()
+        if not name or "/" in name or name in (".", ".."):
+            return "a name is needed, without '/'"
+        return "" if self.stem.parent.is_dir() else f"there is no folder {self.stem.parent}"
+
+    @on(Input.Changed)
+    @on(Choice.Changed)
+    def _show(self) -> None:
+        line = self.query_one("#outcome", Static)
+        line.set_class(bool(self.problem), "problem")
+        if self.problem:
+            line.update(self.problem)
+            return
+        there = [ending for ending in self.endings if self.stem.with_name(f"{self.stem.name}.{ending}").exists()]
+        replaced = f"; replaces {', '.join(there)}" if there else ""
+        line.update(f"writes {self.stem}.{{{','.join(self.endings)}}}{replaced}")
+
+    @on(Input.Submitted)
+    def _write(self) -> None:
+        if self.problem:
+            self.app.bell()
+        else:
+            self.dismiss((self.stem, self.endings))
+
+    def action_cancel(self) -> None:
+        """Closes without writing."""
+        self.dismiss()
+
+
+def write_all(stem: Path, writers: Writers) -> tuple[list[Path], list[str]]:
+    """Writes each text; returns the files written and, in words, what went wrong."""
+    from fatui.paths import write_atomically
+
+    written, problems = [], []
+    for ending, make in writers.items():
+        path = stem.with_name(f"{stem.name}.{ending}")
+        try:
+            write_atomically(path, make())
+        except OSError as error:
+            problems.append(f"{path} not written: {error.strerror or error}")
+        else:
+            written.append(path)
+    return written, problems

@@ -1,0 +1,44 @@
+"""The keys of the screen below, as they are set."""
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from fatui.actions import SHOWN_KEYS
+
+HIDDEN = ("ctrl+q", "tab", "shift+tab", "ctrl+c")
+ABOUT = "Keys are letters outside inputs; tab goes from one control to the next. [keys] in {config} gives them others."
+
+
+class Help(ModalScreen[None]):
+    """Lists keys with a sentence each."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter", "close", "Close")]
+
+    def __init__(self, groups: list[tuple[str, list[tuple[str, str]]]], config: str) -> None:
+        super().__init__()
+        self._groups, self._config = groups, config
+
+    def compose(self) -> ComposeResult:
+        """Yields a block for each part of the screen."""
+        with VerticalScroll(classes="dialog") as dialog:
+            dialog.border_title = "Keys"
+            dialog.border_subtitle = "escape closes"
+            for title, keys in self._groups:
+                yield Static(f"[b]{title}[/b]")
+                yield Static("\n".join(f"  {key:<14}{words}" for key, words in keys) + "\n", markup=False)
+            yield Static(ABOUT.format(config=self._config), markup=False, classes="hint")
+
+    def action_close(self) -> None:
+        """Closes it."""
+        self.dismiss()
+
+
+def shown(key: str) -> str:
+    """A key as people call it."""
+    return SHOWN_KEYS.get(key, key)

@@ -1,0 +1,187 @@
+"""The runs of the past: open one, compare two, delete."""
+
+import asyncio
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import Screen
+from textual.widgets import Static
+
+from attention.report import Report
+from fatui import figures
+from fatui.history import History as Runs
+from fatui.history import HistoryError, RunLine
+from fatui.widgets.key_bar import KeyBar
+from fatui.widgets.row_table import Column, Line, RowTable
+from fatui.widgets.status_line import StatusLine
+
+if TYPE_CHECKING:
+    from fatui.app import FatuiApp
+
+COLUMNS = (
+    Column(name="mark", title="", right=False),
+    Column(name="started", title="started", right=False),
+    Column(name="preset", title="preset", right=False, rank=1, widest=20),
+    Column(name="finding", title="finding", right=False, rank=2, widest=72),
+    Column(name="cases", title="cases", rank=3),
+    Column(name="seconds", title="took", rank=4),
+    Column(name="device", title="device", right=False, rank=5, widest=28),
+    Column(name="id", title="id", right=False, rank=6),
+)
+KEYS = (
+    ("enter", "Open", "screen.open"),
+    ("space", "Mark", "screen.mark"),
+    ("c", "Compare two", "screen.compare"),
+    ("d", "Delete", "screen.delete"),
+    ("u", "Undo", "screen.undo"),
+    ("escape", "Back", "screen.back"),
+)
+EMPTY = "No runs yet; each one that is made stands here afterwards."
+
+
+class History(Screen[Report]):
+    """Gives back the report to open."""
+
+    CSS_PATH: ClassVar = ["list.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "mark", "Mark", tooltip="Mark the run for a comparison, two at most"),
+        Binding("c", "compare", "Compare", tooltip="Compare the two marked runs, or the marked one and this"),
+        Binding("d,delete", "delete", "Delete", tooltip="Delete the run; u brings it back"),
+        Binding("u", "undo", "Undo", tooltip="Bring back what was deleted last"),
+        Binding("escape,h", "back", "Back", tooltip="Back to the main screen"),
+    ]
+    app: "FatuiApp"
+
+    def __init__(self) -> None:
+        super().__init__(classes="list-screen")
+        self._history = Runs()
+        self._runs: list[RunLine] = []
+        self._marked: list[str] = []
+        self._deleted: list[Report] = []
+
+    def compose(self) -> ComposeResult:
+        """Yields the list."""
+        yield StatusLine()
+        yield Static(classes="notice", markup=False)
+        with Vertical(classes="pane half") as pane:
+            pane.border_title = "History"
+            pane.border_subtitle = "→ more columns"
+            yield RowTable(COLUMNS, empty=EMPTY, id="runs")
+        yield KeyBar(keys=KEYS)
+
+    async def on_mount(self) -> None:
+        """Reads the runs."""
+        self.query_one(".notice").display = False
+        await self._read()
+
+    async def _read(self) -> None:
+        try:
+            self._runs = await asyncio.to_thread(self._history.runs)
+        except HistoryError as error:
+            self._notice(str(error))
+        if self._history.notice:
+            self._notice(self._history.notice)
+        self._show()
+
+    def _notice(self, text: str) -> None:
+        self.query_one(".notice", Static).update(text)
+        self.query_one(".notice").display = True
+
+    def _show(self) -> None:
+        lines = [_line(run, run.id in self._marked) for run in self._runs]
+        self.query_one(RowTable).show(lines)
+        count = len(self._runs)
+        self.query_one(StatusLine).show("History", f"{count} run{'' if count == 1 else 's'}")
+
+    @property
+    def _chosen(self) -> str | None:
+        return self.query_one(RowTable).key
+
+    async def _get(self, name: str) -> Report | None:
+        try:
+            return await asyncio.to_thread(self._history.get, name)
+        except HistoryError as error:
+            self.app.tell(str(error), "error")
+            return None
+
+    @on(RowTable.Chosen)
+    async def action_open(self) -> None:
+        """Opens the run on the main screen."""
+        if self.app.runs.active:
+            self.app.tell("a run goes on; open another when it has ended", "warning")
+        elif self._chosen is not None:
+            report = await self._get(self._chosen)
+            if report is not None:
+                self.dismiss(report)
+
+    def action_mark(self) -> None:
+        """Marks the run, or takes the mark away; a third mark takes the oldest one's place."""
+        name = self._chosen
+        if name is None:
+            return
+        self._marked = (
+            [each for each in self._marked if each != name] if name in self._marked else [*self._marked, name][-2:]
+        )
+        self._show()
+
+    async def action_compare(self) -> None:
+        """Compares two runs, the older one first."""
+        chosen = list(dict.fromkeys([*self._marked, *([self._chosen] if self._chosen else [])]))[:2]
+        if len(chosen) < 2:
+            self.app.tell("mark two runs with space, or one and stand on another")
+            return
+        order = [run.id for run in self._runs]
+        newer, older = sorted(chosen, key=order.index)
+        before, after = await self._get(older), await self._get(newer)
+        if before and after:
+            from fatui.screens.compare import Compare
+
+            self.app.push_screen(Compare(before, after))
+
+    async def action_delete(self) -> None:
+        """Deletes the run under the cursor."""
+        name = self._chosen
+        if name is None:
+            return
+        try:
+            self._deleted.append(await asyncio.to_thread(self._history.remove, name))
+        except HistoryError as error:
+            self.app.tell(str(error), "error")
+            return
+        self._marked = [each for each in self._marked if each != name]
+        await self._read()
+        self.app.tell(f"run {name} is deleted; u brings it back")
+
+    async def action_undo(self) -> None:
+        """Brings back what was deleted last."""
+        if not self._deleted:
+            self.app.tell("nothing was deleted here")
+            return
+        try:
+            await asyncio.to_thread(self._history.add, self._deleted[-1])
+        except HistoryError as error:
+            self.app.tell(str(error), "error")
+            return
+        self._deleted.pop()
+        await self._read()
+
+    def action_back(self) -> None:
+        """Goes back without opening any."""
+        self.dismiss()
+
+
+def _line(run: RunLine, marked: bool) -> Line:
+    cells = {
+        "mark": "●" if marked else " ",
+        "started": run.started[:16].replace("T", " "),
+        "preset": run.preset or "unnamed",
+        "finding": ("interrupted; " if run.interrupted else "") + run.finding,
+        "cases": str(run.cases),
+        "seconds": figures.duration(run.seconds),
+        "device": run.device or figures.UNKNOWN,
+        "id": run.id,
+    }
+    return Line(key=run.id, cells=cells)

@@ -1,0 +1,227 @@
+"""The main screen: what will run on the left, what happens and what came out on the right."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import BindingType
+from textual.containers import Horizontal, Vertical
+from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import Static
+
+from fatui import actions, comparison_lines, dialogs, estimate, offers
+from fatui.session import SILENCE_S
+from fatui.status import left_text, right_text
+from fatui.widgets.comparison_pane import ComparisonPane
+from fatui.widgets.implementation_picker import ImplementationPicker
+from fatui.widgets.key_bar import KeyBar
+from fatui.widgets.live_pane import LivePane
+from fatui.widgets.log_pane import LogPane
+from fatui.widgets.pane_tabs import TABS, PaneTabs
+from fatui.widgets.row_table import RowTable
+from fatui.widgets.slider import Slider
+from fatui.widgets.status_line import StatusLine
+from fatui.widgets.workload_pane import WorkloadPane, shown_workload
+
+if TYPE_CHECKING:
+    from fatui.app import FatuiApp
+
+LEAST = (60, 16)
+WIDE = (110, 32)
+"""From this size on all panes stand side by side."""
+TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
+PANES = {"implementations-pane": "setup", "workload": "setup", "live": "live", "comparison": "results", "log": "log"}
+FOCUS = {"setup": "#implementations", "live": "#live", "results": "#comparison-table", "log": "#log-view"}
+
+
+class MainScreen(Screen[None]):
+    """Draws the app's state; it holds none but which tab is open."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MAIN)]
+    app: "FatuiApp"
+
+    def compose(self) -> ComposeResult:
+        """Yields the panes."""
+        yield StatusLine()
+        yield Static(id="too-small", markup=False)
+        yield PaneTabs()
+        with Horizontal(id="body"):
+            with Vertical(id="left"):
+                with Vertical(id="implementations-pane", classes="pane") as pane:
+                    pane.border_title = "Implementations"
+                    yield ImplementationPicker(id="implementations")
+                yield WorkloadPane(self.app.draft, id="workload")
+            with Vertical(id="right"):
+                yield LivePane(id="live")
+                yield ComparisonPane(id="comparison")
+                yield LogPane(self.app.journal, id="log")
+        yield KeyBar()
+
+    def on_mount(self) -> None:
+        """Draws the first time, and begins the slow timer."""
+        remembered = self.app.remembered
+        self.query_one(ComparisonPane).sort(remembered.sort, remembered.descending)
+        for name in remembered.hidden:
+            if name in PANES:
+                self.query_one(f"#{name}").add_class("-away")
+        self.open_tab(remembered.tab)
+        self.show_draft()
+        self.show_run()
+        self.set_interval(self.app.REPAINT_S, self._tick)
+
+    def _tick(self) -> None:
+        if self.app.session is not None and self.app.session.active:
+            self.app.runs.watch_silence()
+            self.show_run()
+        self.query_one(LogPane).refresh_lines()
+
+    def on_resize(self) -> None:
+        """Chooses between panes, tabs, and saying that it is too small."""
+        width, height = self.app.size
+        small = width < LEAST[0] or height < LEAST[1]
+        wide = width >= WIDE[0] and height >= WIDE[1]
+        self.set_class(small, "-small")
+        self.set_class(not wide, "-narrow")
+        if small:
+            self.query_one("#too-small", Static).update(TOO_SMALL.format(*LEAST, width, height))
+        self.call_after_refresh(self.show_run)
+
+    def show_draft(self) -> None:
+        """Draws what is set up, and what the advisor says of it."""
+        app = self.app
+        workload = shown_workload(app.draft)
+        self.query_one(ImplementationPicker).show(offers.make_offers(app.draft, workload, app.advice))
+        pane = self.query_one(WorkloadPane)
+        if pane.draft is not app.draft:
+            pane.show(app.draft)
+        needs = offers.needs_text(app.draft, app.advice) if workload else ""
+        pane.show_words(needs, self._takes() if workload else "", app.keys)
+        self._show_bars()
+
+    def _takes(self) -> str:
+        draft, device = self.app.draft, self.app.advice.device
+        if not draft.implementations:
+            return "no implementation is chosen; space takes one in"
+        return estimate.in_words(draft.plan(), self.app.remembered.pace, device.name if device else "")
+
+    def show_run(self) -> None:
+        """Draws the run as far as it is, or the report that was opened."""
+        if not self.is_mounted:
+            return
+        session = self.app.session
+        self.query_one(LivePane).show(session)
+        comparison = self.query_one(ComparisonPane)
+        if session is not None:
+            comparison.show_session(session)
+        elif self.app.report is not None:
+            comparison.show_report(self.app.report)
+        self.query_one(LogPane).refresh_lines()
+        self._show_bars()
+
+    def _show_bars(self) -> None:
+        app = self.app
+        errors = app.journal.errors
+        alarm = errors > 0 or bool(app.session and app.session.silent_s >= SILENCE_S)
+        self.query_one(StatusLine).show(left_text(app), right_text(app), alarm=alarm)
+        session = app.session
+        names = (
+            actions.RUNNING_BAR if session and session.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
+        )
+        by_name = {action.name: action for action in actions.ACTIONS}
+        self.query_one(KeyBar).show(tuple((app.keys[name], by_name[name].label, by_name[name].does) for name in names))
+
+    @property
+    def tab(self) -> str:
+        """The tab that is open where panes do not fit."""
+        return self.query_one(PaneTabs).tab
+
+    def open_tab(self, tab: str) -> None:
+        """Opens a tab; where all panes are in sight it changes nothing that is seen."""
+        for name, _ in TABS:
+            self.set_class(name == tab, f"-{name}")
+        self.query_one(PaneTabs).show(tab)
+
+    @on(PaneTabs.Opened)
+    def _open_clicked(self, event: PaneTabs.Opened) -> None:
+        self.open_tab(event.tab)
+
+    def action_pane(self, count: int) -> None:
+        """Goes to the next pane or the one before: its tab, and its focus."""
+        names = [name for name, _ in TABS]
+        here = self.tab if self.has_class("-narrow") else self._focused_tab()
+        tab = names[(names.index(here) + count) % len(names)]
+        self.open_tab(tab)
+        target = self.query_one(FOCUS[tab])
+        self.call_after_refresh(target.focus)
+
+    def _focused_tab(self) -> str:
+        pane = self._focused_pane()
+        return PANES[pane.id or ""] if pane else self.tab
+
+    def _focused_pane(self) -> Widget | None:
+        node = self.focused
+        return next((each for each in node.ancestors_with_self if each.id in PANES), None) if node else None  # type: ignore[return-value]
+
+    def action_put_away(self) -> None:
+        """Puts the focused pane away; if any is away already, brings all back."""
+        away = list(self.query(".-away"))
+        for each in away:
+            each.remove_class("-away")
+        pane = self._focused_pane()
+        if not away and pane is not None:
+            pane.add_class("-away")
+            self.app.tell(f"{pane.id} is put away; {self.app.keys['put_away']} brings it back")
+
+    @property
+    def hidden(self) -> list[str]:
+        """The panes that are put away."""
+        return [pane.id for pane in self.query(".-away") if pane.id]
+
+    def action_sort(self) -> None:
+        """Sorts by the next column."""
+        pane = self.query_one(ComparisonPane)
+        columns = comparison_lines.SORTABLE
+        self._sort(columns[(columns.index(pane.by) + 1) % len(columns)], pane.descending)
+
+    def action_reverse(self) -> None:
+        """Reverses the order."""
+        pane = self.query_one(ComparisonPane)
+        self._sort(pane.by, not pane.descending)
+
+    @on(RowTable.HeadClicked, "#comparison-table")
+    def _sort_by_clicked(self, event: RowTable.HeadClicked) -> None:
+        pane = self.query_one(ComparisonPane)
+        if event.column in comparison_lines.SORTABLE:
+            self._sort(event.column, not pane.descending if event.column == pane.by else True)
+
+    def _sort(self, by: str, descending: bool) -> None:
+        self.query_one(ComparisonPane).sort(by, descending)
+        self.app.remembered.sort, self.app.remembered.descending = by, descending
+        self.show_run()
+
+    def action_find(self) -> None:
+        """Opens the filter of the log."""
+        self.open_tab("log")
+        self.query_one(LogPane).ask()
+
+    def action_pause(self) -> None:
+        """Pauses the log, or goes on."""
+        self.query_one(LogPane).toggle_pause()
+
+    @on(WorkloadPane.Edited)
+    def _take_draft(self, event: WorkloadPane.Edited) -> None:
+        self.app.set_draft(event.draft)
+
+    @on(ImplementationPicker.Toggled)
+    def _toggle(self, event: ImplementationPicker.Toggled) -> None:
+        self.app.set_draft(self.app.draft.toggle(event.name))
+
+    @on(Slider.Refused)
+    def _tell_refusal(self, event: Slider.Refused) -> None:
+        self.app.tell(event.reason, "warning")
+
+    @on(RowTable.Chosen, "#comparison-table")
+    def _open_row(self, event: RowTable.Chosen) -> None:
+        if event.key is not None:
+            dialogs.open_row(self.app, *comparison_lines.split_key(event.key))

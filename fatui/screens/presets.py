@@ -1,0 +1,172 @@
+"""The presets: bundled and own, with a preview of each."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Input, Static
+
+from attention.errors import UsageError
+from fatui import presets
+from fatui.widgets.key_bar import KeyBar
+from fatui.widgets.row_table import Column, Line, RowTable
+from fatui.widgets.status_line import StatusLine
+
+if TYPE_CHECKING:
+    from fatui.app import FatuiApp
+
+COLUMNS = (
+    Column(name="name", title="preset", right=False, widest=28),
+    Column(name="cases", title="cases", rank=1),
+    Column(name="origin", title="", right=False, rank=2),
+    Column(name="title", title="title", right=False, rank=3, widest=48),
+)
+KEYS = (
+    ("enter", "Load", "screen.load"),
+    ("n", "Rename", "screen.rename"),
+    ("d", "Delete", "screen.delete"),
+    ("u", "Undo", "screen.undo"),
+    ("escape", "Back", "screen.back"),
+)
+EMPTY = "There are no presets; w on the main screen saves what is set up there as one."
+
+
+class Presets(Screen[str]):
+    """Gives back the name of the preset to load."""
+
+    CSS_PATH: ClassVar = ["list.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("n", "rename", "Rename", tooltip="Give one of your own another name"),
+        Binding("d,delete", "delete", "Delete", tooltip="Delete one of your own; u brings it back"),
+        Binding("u", "undo", "Undo", tooltip="Bring back what was deleted last"),
+        Binding("escape,p", "back", "Back", tooltip="Back to the main screen"),
+    ]
+    app: "FatuiApp"
+
+    def __init__(self) -> None:
+        super().__init__(classes="list-screen")
+        self._listed: dict[str, presets.Listed] = {}
+        self._deleted: list[Path] = []
+
+    def compose(self) -> ComposeResult:
+        """Yields the list and the preview."""
+        yield StatusLine()
+        with Horizontal(id="split"):
+            with Vertical(classes="pane half") as pane:
+                pane.border_title = "Presets"
+                yield RowTable(COLUMNS, empty=EMPTY, id="preset-list")
+            with VerticalScroll(classes="pane half", can_focus=False) as preview:
+                preview.border_title = "Preview"
+                yield Static(id="preview", markup=False)
+        yield KeyBar(keys=KEYS)
+
+    def on_mount(self) -> None:
+        """Reads the presets."""
+        self._read()
+        if self.app.draft.preset:
+            self.query_one(RowTable).go_to(self.app.draft.preset)
+        self._preview()
+
+    def _read(self) -> None:
+        self._listed = {listed.name: listed for listed in presets.list_presets()}
+        own = sum(not listed.bundled for listed in self._listed.values())
+        self.query_one(RowTable).show([_line(listed) for listed in self._listed.values()])
+        self.query_one(StatusLine).show("Presets", f"{len(self._listed) - own} bundled, {own} of your own")
+        self._preview()
+
+    @property
+    def _chosen(self) -> str | None:
+        return self.query_one(RowTable).key
+
+    @on(RowTable.Highlighted)
+    def _preview(self) -> None:
+        listed = self._listed.get(self._chosen or "")
+        self.query_one("#preview", Static).update(_preview_text(listed) if listed else "")
+
+    @on(RowTable.Chosen)
+    def action_load(self) -> None:
+        """Loads the preset under the cursor, if it has no mistakes."""
+        listed = self._listed.get(self._chosen or "")
+        if listed is not None and listed.preset is None:
+            self.app.tell(f"'{listed.name}' has mistakes and cannot be loaded", "warning")
+        elif listed is not None:
+            self.dismiss(listed.name)
+
+    def action_back(self) -> None:
+        """Goes back without loading; closes the field for a name first."""
+        field = self.query("#rename")
+        if field:
+            field.remove()
+            self.query_one(RowTable).focus()
+        else:
+            self.dismiss()
+
+    def action_rename(self) -> None:
+        """Asks for another name below the list."""
+        if self._chosen is None or self.query("#rename"):
+            return
+        field = Input(self._chosen, id="rename", placeholder="new name; escape leaves it")
+        self.query_one("#preset-list").parent.mount(field)  # type: ignore[union-attr]
+        field.focus()
+
+    @on(Input.Submitted, "#rename")
+    def _rename(self, event: Input.Submitted) -> None:
+        old, new = self._chosen, event.value.strip()
+        event.input.remove()
+        self.query_one(RowTable).focus()
+        if old is not None and new != old and self._try(lambda: presets.rename(old, new)):
+            self._read()
+            self.query_one(RowTable).go_to(new)
+
+    def action_delete(self) -> None:
+        """Deletes one of the person's own; undo brings it back."""
+        name = self._chosen
+        if name is None:
+            return
+
+        def delete() -> None:
+            self._deleted.append(presets.delete(name))
+
+        if self._try(delete):
+            self._read()
+            self.app.tell(f"'{name}' is deleted; u brings it back")
+
+    def action_undo(self) -> None:
+        """Brings back what was deleted last."""
+        if not self._deleted:
+            self.app.tell("nothing was deleted here")
+            return
+        if self._try(lambda: presets.restore(self._deleted[-1])):
+            self._deleted.pop()
+            self._read()
+
+    def _try(self, act: object) -> bool:
+        assert callable(act)
+        try:
+            act()
+        except (UsageError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self.app.tell(why, "warning")
+            return False
+        return True
+
+
+def _line(listed: presets.Listed) -> Line:
+    made = listed.preset
+    cells = {"name": listed.name, "origin": "bundled" if listed.bundled else "own"}
+    if made is None:
+        return Line(key=listed.name, cells={**cells, "title": "has mistakes"}, tone="bad")
+    return Line(key=listed.name, cells={**cells, "cases": str(len(made.cases)), "title": made.title})
+
+
+def _preview_text(listed: presets.Listed) -> str:
+    if listed.preset is None:
+        return "\n".join(["It cannot be used:", "", *listed.problems])
+    made = listed.preset
+    limit = f"up to {made.seconds:g} s a case; {', '.join(made.implementations)}"
+    head = [text for text in (made.title, made.summary, limit, str(listed.source)) if text]
+    return "\n".join([*head, "", presets.to_toml(made)])

@@ -1,0 +1,35 @@
+"""A question with two answers."""
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n[/b] {no}[/]"
+
+
+class Question(ModalScreen[bool]):
+    """Asks once; enter or y is yes, escape or n is no, and the key that asked is yes as well."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y,enter,q,ctrl+c,ctrl+q", "answer(True)", "Yes"),
+        Binding("n,escape", "answer(False)", "No"),
+    ]
+
+    def __init__(self, text: str, *, yes: str, no: str) -> None:
+        super().__init__()
+        self._text, self._yes, self._no = text, yes, no
+
+    def compose(self) -> ComposeResult:
+        """Yields the question and its answers."""
+        with Vertical(classes="dialog"):
+            yield Static(self._text, markup=False)
+            yield Static(ANSWERS.format(yes=self._yes, no=self._no), classes="answers")
+
+    def action_answer(self, yes: bool) -> None:
+        """Answers."""
+        self.dismiss(yes)

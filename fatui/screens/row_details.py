@@ -1,0 +1,86 @@
+"""One row in full: its figures, its samples, its reason, and the command that reproduces it."""
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from attention.plan import Plan
+from attention.report import Case, Row
+from fatui import figures
+from fatui.histogram import histogram
+
+
+class RowDetails(ModalScreen[None]):
+    """Shows a row; escape closes it."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "close", "Close")]
+
+    def __init__(self, case: Case, row: Row) -> None:
+        super().__init__()
+        self._case, self._row = case, row
+
+    def compose(self) -> ComposeResult:
+        """Yields the figures in two columns, then the samples, then the sentences."""
+        with VerticalScroll(classes="dialog") as dialog:
+            dialog.border_title = f"{self._row.implementation} on {self._case.workload.label}"
+            dialog.border_subtitle = "escape closes"
+            yield Static("\n".join(figure_lines(self._row, self._case)), markup=False)
+            if self._row.samples:
+                yield Static("\n".join(sample_lines(self._row)), markup=False, classes="answers")
+            yield Static("\n".join(sentences(self._row, self._case)), markup=False, classes="answers")
+
+    def action_close(self) -> None:
+        """Closes it."""
+        self.dismiss()
+
+
+def figure_lines(row: Row, case: Case) -> list[str]:
+    """All figures, with their names."""
+    pairs = [
+        ("path", f"{row.path or figures.UNKNOWN}{_fused(row)}"),
+        ("verdict", figures.verdict(row, case)),
+        ("tokens/s", figures.tokens_per_second(row.tokens_per_second)),
+        ("per call", f"{figures.interval_text(row.call_s)}, 95 % of the median"),
+        ("speedup", f"{figures.speedup_text(row.speedup)} over {case.reference or figures.UNKNOWN}"),
+        ("noise floor", figures.percent(case.noise_floor.floor if case.noise_floor else None)),
+        ("rate", f"{figures.flops(row.flops_per_s)}/s, {figures.percent(row.efficiency)} of the best matmul"),
+        ("latency", f"{figures.seconds(row.latency_s)} for one call, waited for"),
+        ("first call", f"{figures.seconds(row.first_call_s)}, compilation included"),
+        ("memory", f"{figures.size(row.peak_bytes)} at the peak, {figures.size(row.predicted_bytes)} predicted"),
+        ("error", f"{figures.error(row.max_error)} at most, {figures.error(row.rms_error)} rms, against float64"),
+        ("samples", f"{len(row.samples)}, stopped by {row.stopped_by or figures.UNKNOWN}"),
+    ]
+    return [f"{name:<12}{text}" for name, text in pairs]
+
+
+def _fused(row: Row) -> str:
+    return "" if row.fused is None or "fused" in (row.path or "") else ", fused" if row.fused else ", unfused"
+
+
+def sample_lines(row: Row) -> list[str]:
+    """The samples as a small histogram, with its ends named."""
+    low, high = min(row.samples), max(row.samples)
+    left, right = figures.seconds(low), figures.seconds(high)
+    bars = histogram(row.samples, width=56, height=4)
+    return [*bars, f"{left}{'a call':^{max(6, 56 - len(left) - len(right))}}{right}"]
+
+
+def sentences(row: Row, case: Case) -> list[str]:
+    """Why this path, whether the machine slowed down, and how to measure it again."""
+    lines = [row.reason] if row.reason else []
+    if row.throttled:
+        lines.append("The reference slowed down while this case ran: the machine throttles, or was busy.")
+    names = tuple(dict.fromkeys(name for name in (case.reference, row.implementation) if name))
+    from attention.errors import UsageError
+    from fatui.reproduce import command_for
+
+    try:
+        command = command_for(Plan(cases=(case.workload,), implementations=names))
+    except UsageError as error:
+        command = str(error)
+    return [*lines, "", command]

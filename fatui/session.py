@@ -1,0 +1,230 @@
+"""One run as the app follows it: its engine, its phase, its rows and its trends."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Final, Literal, Protocol
+
+from attention import events as on
+from attention.plan import Plan
+from attention.record import Record, summarise
+from attention.report import Case, Report, Run
+from fatui.journal import Journal
+from fatui.narrate import narrate
+from fatui.series import Series
+from fatui.standing import standing
+
+Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
+ENDED: Final = ("done", "stopped", "refused", "failed")
+SILENCE_S: Final = 30.0
+KILL_AFTER_S: Final = 0.6
+"""How long after a stop an engine that does not heed it is killed."""
+
+
+class Drives(Protocol):
+    """What the app needs of an engine."""
+
+    record: Record
+    process_id: int | None
+
+    async def run(self) -> None:
+        """Runs to the end."""
+
+    def stop(self) -> None:
+        """Ends the run."""
+
+
+Listener = Callable[[on.AnyEvent], None]
+MakeEngine = Callable[[Plan, Listener], Drives]
+
+
+class Session:
+    """A run, from its start until another takes its place.
+
+    Attributes:
+        phase: where it is.
+        rates: tokens/s of each implementation on the case that runs now.
+        memory: bytes by name: "MLX active", "MLX peak", "process", and "device" where there is one.
+        case_number: the case that the trends belong to, or None.
+        finding: one line that says what came out; empty until the run has ended.
+        rounds_s: seconds that the complete cases spent in their rounds.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        journal: Journal,
+        make_engine: MakeEngine,
+        *,
+        command: str,
+        preset: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        self.plan = plan
+        self.preset = preset
+        self.command = command
+        self.phase: Phase = "starting"
+        self.rates: dict[str, Series] = {}
+        self.memory: dict[str, Series] = {}
+        self.case_number: int | None = None
+        self.finding = ""
+        self.engine = make_engine(plan, self._listen)
+        self._id = secrets.token_hex(4)
+        self._started = now().astimezone().isoformat(timespec="seconds")
+        self._journal = journal
+        self._clock = clock
+        self._began = self._heard = clock()
+        self._ended: float | None = None
+        self.rounds_s = 0.0
+        self._rounds_began: float | None = None
+        self._final: dict[int, Case] = {}
+        self._complete: asyncio.Queue[int] = asyncio.Queue()
+
+    @property
+    def record(self) -> Record:
+        """All that the engine has told."""
+        return self.engine.record
+
+    @property
+    def active(self) -> bool:
+        """Whether the engine may still be running."""
+        return self.phase not in ENDED
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start, up to the end."""
+        return (self._clock() if self._ended is None else self._ended) - self._began
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine last told anything; 0 when it has ended."""
+        return self._clock() - self._heard if self.active else 0.0
+
+    async def run(self) -> None:
+        """Runs the engine to its end; whatever breaks is told in the journal, and what was measured is kept."""
+        finishing = asyncio.create_task(self._finish_cases())
+        broke = False
+        try:
+            await self.engine.run()
+        except Exception as error:
+            broke = True
+            self._journal.write(f"the engine's driver broke: {type(error).__name__}: {error}", "error")
+        finally:
+            finishing.cancel()
+            self._ended = self._clock()
+        with contextlib.suppress(asyncio.CancelledError):
+            await finishing
+        await asyncio.to_thread(self._finish_rest)
+        self._conclude(broke)
+
+    def _conclude(self, broke: bool) -> None:
+        record = self.record
+        stopped = self.phase == "stopping"
+        self.phase = "failed" if broke else "refused" if record.refused else "done" if record.done else "stopped"
+        if self._final:
+            from fatui.figures import finding
+
+            self.finding = finding(self.report())
+        elif record.refused:
+            self.finding = f"nothing could run: {record.refused.reason}"
+        elif stopped:
+            self.finding = "stopped before anything was measured"
+
+    def stop(self) -> None:
+        """Ends the run; an engine that does not heed it is killed."""
+        if not self.active:
+            return
+        self.phase = "stopping"
+        self.engine.stop()
+        asyncio.get_running_loop().call_later(KILL_AFTER_S, self.kill)
+
+    def kill(self) -> None:
+        """Kills the engine's process and all it started."""
+        if self.active and self.engine.process_id is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.engine.process_id, signal.SIGKILL)
+
+    def note_memory(self, name: str, value: float | None) -> None:
+        """Takes in a memory figure, in bytes."""
+        if value is not None:
+            self.memory.setdefault(name, Series()).add(value)
+
+    def case(self, index: int) -> Case:
+        """The rows of one case: final once it is complete, provisional while it runs."""
+        final = self._final.get(index)
+        return final if final else standing(self.record.cases[index], self.record.peaks)
+
+    def is_final(self, index: int) -> bool:
+        """Whether the rows of a case will not change any more."""
+        return index in self._final
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether the run, now ended, has anything to show."""
+        return bool(self._final)
+
+    def report(self) -> Report:
+        """The run as the history and all exports have it."""
+        cases = tuple(self._final.get(index) or self.record.case(index) for index in range(len(self.record.cases)))
+        return Report(
+            run=Run(
+                id=self._id,
+                started=self._started,
+                seconds=self.elapsed_s,
+                command=self.command,
+                preset=self.preset,
+                interrupted=self.phase != "done",
+            ),
+            environment=self.record.environment,
+            peaks=self.record.peaks,
+            cases=tuple(case for case in cases if case.rows),
+            summary=summarise(cases, self.plan.ordered),
+        )
+
+    def _listen(self, event: on.AnyEvent) -> None:
+        self._heard = self._clock()
+        if self.phase == "starting":
+            self.phase = "running"
+        said = narrate(event, self.plan)
+        if said:
+            self._journal.write(*said)
+        if isinstance(event, on.CaseStarted):
+            self.case_number = event.case
+            self.rates = {}
+            self._rounds_began = None
+        elif isinstance(event, on.StepStarted) and event.step == "rounds" and self._rounds_began is None:
+            self._rounds_began = self._heard
+        elif isinstance(event, on.RoundsDone):
+            self._follow(event)
+        elif isinstance(event, on.CaseDone):
+            self.rounds_s += self._heard - self._rounds_began if self._rounds_began is not None else 0.0
+            self._complete.put_nowait(event.case)
+
+    def _follow(self, event: on.RoundsDone) -> None:
+        tokens = self.plan.cases[event.case].tokens
+        for name, samples in event.samples.items():
+            if name != on.AGAIN:
+                series = self.rates.setdefault(name, Series())
+                for seconds in samples:
+                    series.add(tokens / seconds)
+        self.note_memory("MLX active", event.active_bytes)
+        self.note_memory("MLX peak", event.peak_bytes)
+
+    async def _finish_cases(self) -> None:
+        """Makes the final rows of each case as it completes, off the loop: the bootstrap takes tens of milliseconds."""
+        while True:
+            index = await self._complete.get()
+            self._final[index] = await asyncio.to_thread(self.record.case, index)
+
+    def _finish_rest(self) -> None:
+        for index, case in enumerate(self.record.cases):
+            if index not in self._final and case.started:
+                made = self.record.case(index)
+                if made.rows:
+                    self._final[index] = made

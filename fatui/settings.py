@@ -1,0 +1,134 @@
+"""What a person set in the config file, and what the app remembers from its last start."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from attention.errors import suggestion
+from fatui import paths
+from fatui.draft import Draft
+
+CONFIG_NAME: Final = "config.toml"
+STATE_NAME: Final = "app.json"
+DEFAULT_THEME: Final = "textual-dark"
+
+
+class Settings(msgspec.Struct, kw_only=True):
+    """The config file, read; a mistake in it costs only the setting that it is in."""
+
+    theme: str | None = None
+    ascii: bool = False
+    keys: dict[str, str] = {}
+    """For each action its key or keys, with commas between."""
+    problems: list[str] = []
+
+
+class Pace(msgspec.Struct, kw_only=True):
+    """How fast the last complete run went here, from which the next one's time is estimated."""
+
+    device: str = ""
+    set_up_s: float = 0.0
+    """Seconds of a case and implementation outside the rounds."""
+    flops_per_s: dict[str, float] = {}
+
+
+class Remembered(msgspec.Struct, kw_only=True):
+    """What comes back at the next start."""
+
+    theme: str = DEFAULT_THEME
+    draft: Draft = msgspec.field(default_factory=Draft)
+    tab: str = "setup"
+    hidden: list[str] = []
+    """Panes that are put away."""
+    sort: str = ""
+    """Column that the comparison is sorted by; the plan's own order when empty."""
+    descending: bool = True
+    export_folder: str = ""
+    pace: Pace = msgspec.field(default_factory=Pace)
+
+
+def config_path() -> Path:
+    """Where the config file is looked for."""
+    return paths.config_dir() / CONFIG_NAME
+
+
+def state_path() -> Path:
+    """Where the app keeps what it remembers."""
+    return paths.data_dir() / STATE_NAME
+
+
+def read_settings(actions: tuple[str, ...], themes: tuple[str, ...]) -> Settings:
+    """Reads the config file; every mistake is told in `problems`, and what is right still counts."""
+    path = config_path()
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
+        return Settings(problems=[f"{path}: {why}; the defaults are used"])
+    settings = Settings()
+    for key, value in content.items():
+        problem = _take(settings, key, value, actions, themes)
+        settings.problems.extend(f"{path}: {each}; left as it was" for each in problem)
+    return settings
+
+
+def _take(settings: Settings, key: str, value: Any, actions: tuple[str, ...], themes: tuple[str, ...]) -> list[str]:
+    if key == "theme":
+        if value not in themes:
+            return [f"theme: got {value!r}; it takes {', '.join(themes)}{suggestion(str(value), themes)}"]
+        settings.theme = value
+    elif key == "ascii":
+        if not isinstance(value, bool):
+            return [f"ascii: got {value!r}; it takes true or false"]
+        settings.ascii = value
+    elif key == "keys":
+        return _take_keys(settings, value, actions)
+    else:
+        return [f"{key}: no such setting{suggestion(key, ('theme', 'ascii', 'keys'))}"]
+    return []
+
+
+def _take_keys(settings: Settings, table: Any, actions: tuple[str, ...]) -> list[str]:
+    if not isinstance(table, dict):
+        return [f"keys: got {table!r}; it takes a table such as [keys] with run = 'f5'"]
+    problems = []
+    taken: dict[str, str] = {}
+    for action, key in table.items():
+        if action not in actions:
+            problems.append(f"keys.{action}: no such action{suggestion(action, actions)}")
+        elif not isinstance(key, str) or not key.strip():
+            problems.append(f"keys.{action}: got {key!r}; it takes the name of a key, such as 'r' or 'f5'")
+        elif key in taken:
+            problems.append(f"keys.{action}: '{key}' is also the key of {taken[key]}")
+        else:
+            taken[key] = action
+            settings.keys[action] = key
+    return problems
+
+
+def read_remembered() -> tuple[Remembered, str | None]:
+    """Reads what the last start left, or begins afresh; the second value says in words why it had to."""
+    path = state_path()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Remembered), None
+    except FileNotFoundError:
+        return Remembered(), None
+    except (OSError, msgspec.DecodeError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        return Remembered(), f"{path}: {why}; the app starts with its defaults"
+
+
+def write_remembered(remembered: Remembered) -> None:
+    """Keeps it for the next start.
+
+    Raises:
+        OSError: it could not be written; what was there is untouched.
+    """
+    path = state_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths.write_atomically(path, msgspec.json.format(msgspec.json.encode(remembered), indent=2).decode())

@@ -1,0 +1,75 @@
+"""The numbers that a slider stops at, and numbers as people say and type them."""
+
+from typing import Final
+
+from attention.workload import LARGEST
+
+STOPS: Final[dict[str, tuple[int, ...]]] = {
+    "batch": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "seq": (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072),
+    "head_dim": (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512),
+    "heads": (1, 2, 4, 6, 8, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128),
+}
+MOST_VALUES: Final = 32
+"""A sweep takes no more values than this on one axis."""
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """The numbers of K/V heads that a number of heads allows."""
+    return tuple(each for each in range(1, number + 1) if number % each == 0)
+
+
+def say(number: int) -> str:
+    """512, 8 K, 1 M: in powers of 1024 where that is exact, else with commas."""
+    for size, letter in ((2**20, "M"), (2**10, "K")):
+        if number >= size and number % size == 0:
+            return f"{number // size} {letter}"
+    return f"{number:,}"
+
+
+def parse(text: str, name: str) -> int:
+    """Reads "512", "8k" or "1 M".
+
+    Raises:
+        ValueError: saying what the axis takes.
+    """
+    word = text.strip().lower().replace(" ", "").replace("_", "")
+    factor = {"k": 2**10, "m": 2**20}.get(word[-1:], 1)
+    digits = word[:-1] if factor > 1 else word
+    largest = LARGEST[name]
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 12 and 1 <= int(digits) * factor <= largest):
+        raise ValueError(f"takes a whole number from 1 to {largest:,}, not '{text.strip()}'")
+    return int(digits) * factor
+
+
+def parse_values(text: str, name: str) -> tuple[int, ...]:
+    """Reads "128, 256" and "128..2k", which doubles from one to the other; sorted, each once.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    values: set[int] = set()
+    for part in text.split(","):
+        first, dots, last = part.partition("..")
+        if not dots:
+            values.add(parse(part, name))
+            continue
+        value, end = parse(first, name), parse(last, name)
+        if value > end:
+            raise ValueError(f"'{part.strip()}' runs downwards")
+        while value <= end:
+            values.add(value)
+            value *= 2
+    if len(values) > MOST_VALUES:
+        raise ValueError(f"{len(values)} values; {MOST_VALUES} at most")
+    return tuple(sorted(values))
+
+
+def say_values(values: tuple[int, ...]) -> str:
+    """128, 256, 512."""
+    return ", ".join(say(value) for value in values)
+
+
+def nearest(number: int, stops: tuple[int, ...]) -> int:
+    """Index of the stop that is nearest by ratio."""
+    return min(range(len(stops)), key=lambda index: max(number / stops[index], stops[index] / number))

@@ -1,0 +1,120 @@
+"""The comparison: a block of rows for each case, filling as they come in, and the means of a sweep."""
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.widgets import Static
+
+from attention.record import summarise
+from attention.report import Report, Summary
+from fatui import comparison_lines as lines_of
+from fatui import figures
+from fatui.session import Session
+from fatui.widgets.row_table import Line, RowTable
+
+EMPTY = "No rows yet. r runs what is set up; each row stands here as soon as it is measured."
+
+
+class ComparisonPane(Vertical):
+    """Shows the rows of a run that goes on, or of a report that was opened."""
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(id=id, classes="pane")
+        self.by = ""
+        self.descending = True
+        self._lines: dict[int, list[Line]] = {}
+        self._summary: tuple[int, tuple[Summary, ...]] = (0, ())
+        self._owner: object = None
+
+        self.border_title = "Comparison"
+
+    def compose(self) -> ComposeResult:
+        """Yields the table and the line below it."""
+        yield RowTable(lines_of.COLUMNS, empty=EMPTY, id="comparison-table")
+        yield Static(id="finding", markup=False)
+
+    @property
+    def table(self) -> RowTable:
+        """The table."""
+        return self.query_one(RowTable)
+
+    def sort(self, by: str, descending: bool) -> None:
+        """Sets the order of the rows within each case."""
+        if (by, descending) != (self.by, self.descending):
+            self.by, self.descending = by, descending
+            self._lines.clear()
+
+    def show_session(self, session: Session) -> None:
+        """Draws a run as far as it is."""
+        self._begin(session)
+        record, several = session.record, len(session.plan.cases) > 1
+        lines: list[Line] = []
+        for index, case_record in enumerate(record.cases):
+            if case_record.started:
+                lines += self._session_case(session, index, several)
+        final = [session.case(index) for index in range(len(record.cases)) if session.is_final(index)]
+        if several and final:
+            if self._summary[0] != len(final):
+                self._summary = len(final), summarise(tuple(final), session.plan.ordered)
+            lines = lines_of.summary_lines(self._summary[1], len(final)) + lines
+        self._draw(lines, session.finding)
+        self.query_one("#finding").set_class(session.phase in ("refused", "failed"), "-bad")
+        case = session.case(session.case_number) if session.case_number is not None else None
+        label = f"{len(session.plan.cases)} cases" if several else session.plan.cases[0].label
+        self.border_title = f"Comparison · {label}{lines_of.floor_text(case) if case and not several else ''}"
+
+    def _session_case(self, session: Session, index: int, several: bool) -> list[Line]:
+        if session.is_final(index) and index in self._lines:
+            return self._lines[index]
+        case = session.case(index)
+        made = [lines_of.block_head(index, case)] if several else []
+        made += lines_of.case_lines(index, case, self.by, self.descending)
+        if session.is_final(index):
+            self._lines[index] = made
+            return made
+        there = {row.implementation for row in case.rows}
+        waiting = [
+            (name, row.step or "") for name, row in session.record.cases[index].rows.items() if name not in there
+        ]
+        return made + lines_of.waiting_lines(index, waiting if session.active else [])
+
+    def show_report(self, report: Report) -> None:
+        """Draws a run of the past."""
+        self._begin(report)
+        several = len(report.cases) > 1
+        lines = lines_of.summary_lines(report.summary, len(report.cases)) if several else []
+        for index, case in enumerate(report.cases):
+            if several:
+                lines.append(lines_of.block_head(index, case))
+            lines += lines_of.case_lines(index, case, self.by, self.descending)
+        self._draw(lines, figures.finding(report))
+        label = (
+            f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
+        )
+        floor = lines_of.floor_text(report.cases[0]) if len(report.cases) == 1 else ""
+        self.border_title = f"Comparison · {label}{floor}"
+
+    def _begin(self, owner: object) -> None:
+        if owner is not self._owner:
+            self._owner = owner
+            self._lines.clear()
+            self._summary = (0, ())
+
+    def _draw(self, lines: list[Line], finding: str) -> None:
+        table = self.table
+        table.show(lines, sorted_by=self.by, descending=self.descending)
+        below = self.query_one("#finding", Static)
+        below.display = bool(finding)
+        below.update(finding)
+        # How many columns fit is known only once the pane is laid out.
+        self.call_after_refresh(self._show_hint)
+
+    def _show_hint(self) -> None:
+        hint = self._hint() if self.table.lines else ""
+        if self.border_subtitle != hint:
+            self.border_subtitle = hint
+
+    def _hint(self) -> str:
+        table = self.table
+        pages = len(table.pages)
+        more = f"→ more columns, {table.page + 1} of {pages} · " if pages > 1 else ""
+        return f"{more}o sort · enter a row"

@@ -1,0 +1,117 @@
+"""The list of implementations: which will run, and in words what each would do with the workload."""
+
+from typing import ClassVar, Final
+
+from msgspec import Struct
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.strip import Strip
+from textual.widget import Widget
+
+from fatui.widgets.row_table import clip
+
+NAME_WIDTH: Final = 9
+
+
+class Offer(Struct, frozen=True):
+    """One implementation as the list shows it."""
+
+    name: str
+    chosen: bool
+    path: str
+    """What it would do, in a few words; "…" while that is being found out."""
+    reason: str = ""
+    """Why, in a sentence."""
+    able: bool = True
+    """Whether it would run at all."""
+
+
+class ImplementationPicker(Widget, can_focus=True):
+    """Space or a click takes an implementation in or out; the lines below say why it would go that way."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        *("picker--on", "picker--off", "picker--cursor", "picker--path", "picker--unable", "picker--reason"),
+    }
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move(-1)", "Up", show=False),
+        Binding("down", "move(1)", "Down", show=False),
+        Binding("home", "move(-100)", "First", show=False),
+        Binding("end", "move(100)", "Last", show=False),
+        Binding("space,enter", "take", "Take in or out", show=False),
+    ]
+
+    class Toggled(Message):
+        """An implementation was taken in or out."""
+
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(id=id)
+        self.offers: tuple[Offer, ...] = ()
+        self._cursor = 0
+
+    def show(self, offers: tuple[Offer, ...]) -> None:
+        """Sets the list."""
+        if offers != self.offers:
+            self.offers = offers
+            self.refresh(layout=False)
+
+    def action_move(self, count: int) -> None:
+        """Moves the cursor; past either end the focus goes on to the next control."""
+        target = self._cursor + count
+        if abs(count) == 1 and not 0 <= target < len(self.offers):
+            self.screen.focus_next() if count > 0 else self.screen.focus_previous()
+            return
+        self._cursor = min(max(target, 0), len(self.offers) - 1)
+        self.refresh()
+
+    def action_take(self) -> None:
+        """Takes the implementation under the cursor in or out."""
+        if self.offers:
+            self.post_message(self.Toggled(self.offers[self._cursor].name))
+
+    def on_click(self, event: events.Click) -> None:
+        """Takes the clicked one in or out."""
+        if event.y < len(self.offers):
+            self._cursor = event.y
+            self.refresh()
+            self.action_take()
+
+    def _reason_lines(self) -> list[str]:
+        """The reason of the one under the cursor, as much of it as there is room for."""
+        if not self.offers:
+            return []
+        import textwrap
+
+        offer = self.offers[self._cursor]
+        room = self.size.height - len(self.offers)
+        lines = textwrap.wrap(f"{offer.name}: {offer.reason}", max(10, self.size.width)) if offer.reason else []
+        if len(lines) > room > 0:
+            lines = [*lines[: room - 1], clip(" ".join(lines[room - 1 :]), self.size.width)]
+        return lines
+
+    def render_line(self, y: int) -> Strip:
+        """Draws one implementation, or a line of the reason below them."""
+        if y < len(self.offers):
+            return self._offer(self.offers[y], y == self._cursor and self.has_focus)
+        lines = self._reason_lines()
+        at = y - len(self.offers)
+        text = lines[at] if at < len(lines) else ""
+        return self._strip([Segment(text, self.get_component_rich_style("picker--reason"))])
+
+    def _offer(self, offer: Offer, at_cursor: bool) -> Strip:
+        name = f"{'✓' if offer.chosen else '·'} {clip(offer.name, NAME_WIDTH):<{NAME_WIDTH}} "
+        path = clip(offer.path, self.size.width - len(name))
+        if at_cursor:
+            style = self.get_component_rich_style("picker--cursor")
+            return Strip([Segment(name + path, style)]).adjust_cell_length(self.size.width, style)
+        main = self.get_component_rich_style("picker--on" if offer.chosen else "picker--off")
+        other = self.get_component_rich_style("picker--path" if offer.able else "picker--unable")
+        return self._strip([Segment(name, main), Segment(path, other)])
+
+    def _strip(self, segments: list[Segment]) -> Strip:
+        return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)

@@ -1,0 +1,117 @@
+"""What happens now: progress, tokens/s of each implementation, memory, and the machine."""
+
+import math
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.widgets import Static
+
+from fatui import figures
+from fatui.series import Series
+from fatui.session import Session
+from fatui.telemetry import Reading, in_words
+from fatui.widgets.trend_chart import Scale, Trend, TrendChart
+
+IDLE = "Nothing runs. r runs what is set up; tokens/s, memory and progress are drawn here while it does."
+MEMORY = ("MLX active", "MLX peak", "process", "device")
+BAR = 24
+
+
+class LivePane(Vertical):
+    """Draws a session's trends."""
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(id=id, classes="pane")
+        self.border_title = "Live"
+
+    def compose(self) -> ComposeResult:
+        """Yields progress, two charts and the machine's line."""
+        yield Static(IDLE, id="progress", markup=False)
+        yield TrendChart(Scale("tokens/s"), id="rates")
+        yield TrendChart(Scale("memory", columns=("now", "peak")), id="memory")
+        yield Static(id="telemetry", markup=False)
+
+    def show(self, session: Session | None) -> None:
+        """Draws the run, or says that there is none."""
+        self.set_class(session is None, "-idle")
+        if session is None:
+            return
+        self.query_one("#progress", Static).update(progress_line(session), layout=False)
+        trends = rate_trends(session)
+        rates, memory = self.query_one("#rates", TrendChart), self.query_one("#memory", TrendChart)
+        highest = max((series.highest or 0.0 for series in session.rates.values()), default=0.0)
+        rates.show(Scale("tokens/s", ceiling(highest), figures.rate(ceiling(highest))), trends)
+        drawn = memory_trends(session)
+        top = ceiling_bytes(max((series.highest or 0.0 for series in session.memory.values()), default=0.0))
+        memory.show(Scale("memory", top, figures.size(top), ("now", "peak")), drawn)
+        self._fit(rates, len(trends))
+        self._fit(memory, len(drawn))
+        label = session.plan.cases[session.case_number].label if session.case_number is not None else ""
+        self.border_title = f"Live · {label}" if label else "Live"
+
+    def _fit(self, chart: TrendChart, rows: int) -> None:
+        least = max(1, rows) + 1
+        if chart.styles.min_height is None or chart.styles.min_height.value != least:
+            chart.styles.min_height = least
+            chart.styles.height = f"{max(1, rows)}fr"
+
+    def show_reading(self, reading: Reading) -> None:
+        """Draws the machine's line."""
+        self.query_one("#telemetry", Static).update(in_words(reading), layout=False)
+
+
+def progress_line(session: Session) -> str:
+    """How far the run is, and what runs now."""
+    progress = session.record.progress
+    if not session.active:
+        return f"{session.phase} after {figures.duration(session.elapsed_s)}"
+    if session.phase == "stopping":
+        return "stopping the engine; what was measured is kept"
+    if progress is None:
+        return "starting the engine"
+    filled = round(progress.done * BAR)
+    many = len(session.plan.cases)
+    case = f"case {(session.case_number or 0) + 1} of {many} · " if many > 1 else ""
+    bar = "█" * filled + "░" * (BAR - filled)
+    return f"{bar} {progress.done:>4.0%}  {figures.duration(progress.remaining_s)} left · {case}{progress.now}"
+
+
+def rate_trends(session: Session) -> tuple[Trend, ...]:
+    """One trend for each implementation of the plan, with a word where there are no points."""
+    index = session.case_number
+    rows = session.record.cases[index].rows if index is not None else {}
+    trends = []
+    for name in session.plan.ordered:
+        series, row = session.rates.get(name), rows.get(name)
+        if row is not None and row.ended is not None:
+            trends.append(Trend(name, note=f"{row.ended.status}: {row.ended.reason}"))
+        elif series is None or not series.points:
+            note = row.step if row is not None and row.step else "waiting"
+            trends.append(Trend(name, note=note if session.active else "no samples"))
+        else:
+            trends.append(_trend(name, series, figures.rate))
+    return tuple(trends)
+
+
+def memory_trends(session: Session) -> tuple[Trend, ...]:
+    """One trend for each memory figure that the system gives."""
+    known = [(name, session.memory[name]) for name in MEMORY if name in session.memory]
+    return tuple(_trend(name, series, figures.size) for name, series in known) or (Trend("", note="no figures yet"),)
+
+
+def _trend(name: str, series: Series, say: "type[str] | object") -> Trend:
+    assert callable(say)
+    return Trend(name, tuple(series.points), now=say(series.last), best=say(series.highest))
+
+
+def ceiling(highest: float) -> float:
+    """The next of 1, 1.2, 1.6, 2, 3, 4, 6, 8 times a power of ten, so that the scale seldom changes."""
+    if highest <= 0:
+        return 0.0
+    power: float = 10 ** math.floor(math.log10(highest))
+    return next(step * power for step in (1, 1.2, 1.6, 2, 3, 4, 6, 8, 10) if step * power >= highest * 0.999)
+
+
+def ceiling_bytes(highest: float) -> float:
+    """The next power of two."""
+    return float(2 ** math.ceil(math.log2(highest))) if highest > 1 else highest

@@ -1,0 +1,82 @@
+"""The log with its filter, which opens above it."""
+
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.widgets import Input
+
+from fatui.journal import Journal
+from fatui.widgets.log_view import LEVELS, LogView
+
+HINT = "word to find; begin with warning: or error: for a level"
+
+
+class LogPane(Vertical):
+    """Shows the journal; the title says what is filtered and how much is held back."""
+
+    DEFAULT_CSS = "LogPane Input { height: 1; border: none; padding: 0 1; } LogPane LogView { height: 1fr; }"
+
+    def __init__(self, journal: Journal, *, id: str) -> None:
+        super().__init__(id=id, classes="pane")
+        self.journal = journal
+
+    def compose(self) -> ComposeResult:
+        """Yields the lines; the filter is made when it is asked for."""
+        yield LogView(self.journal, id="log-view")
+
+    @property
+    def view(self) -> LogView:
+        """The lines."""
+        return self.query_one(LogView)
+
+    def refresh_lines(self) -> None:
+        """Takes in new lines and says how it stands."""
+        view = self.view
+        view.update_lines()
+        parts = ["Log"]
+        if view.needle or view.level != "info":
+            what = [f"'{view.needle}'"] if view.needle else []
+            parts.append(f"only {', '.join([*what, *([f'{view.level}s'] if view.level != 'info' else [])])}")
+        if view.paused:
+            parts.append(f"paused, {view.held_back} held back")
+        title = " · ".join(parts)
+        if self.border_title != title:
+            self.border_title = title
+
+    def toggle_pause(self) -> None:
+        """Pauses, or goes on with all that came in meanwhile."""
+        self.view.paused = not self.view.paused
+        self.refresh_lines()
+
+    def ask(self) -> None:
+        """Opens the filter: a word, or a level, or both: "error poc"."""
+        if self.query(Input):
+            self.query_one(Input).focus()
+            return
+        field = Input(self.view.needle, placeholder=HINT, compact=True)
+        self.mount(field, before=self.view)
+        field.focus()
+
+    @on(Input.Changed)
+    def _filter(self, event: Input.Changed) -> None:
+        event.stop()
+        text, level = event.value.strip(), "info"
+        for each in LEVELS:
+            if text.lower().startswith(f"{each}:"):
+                text, level = text[len(each) + 1 :].strip(), each
+        self.view.filter(text, level)
+        self.refresh_lines()
+
+    @on(Input.Submitted)
+    def _close(self, event: Input.Submitted) -> None:
+        event.stop()
+        event.input.remove()
+        self.view.focus()
+
+    def key_escape(self) -> None:
+        """Closes the filter and shows all lines again."""
+        if self.query(Input):
+            self.query_one(Input).remove()
+            self.view.filter("", "info")
+            self.view.focus()
+            self.refresh_lines()

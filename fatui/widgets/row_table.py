@@ -1,0 +1,255 @@
+"""A table of many rows that draws only those in sight, and drops columns where it is narrow."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Final
+
+from msgspec import Struct
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+GAP: Final = 2
+
+
+class Column(Struct, frozen=True, kw_only=True):
+    """One column; of two that do not both fit, the one with the lower rank is shown."""
+
+    name: str
+    title: str
+    rank: int = 0
+    """0 is always shown."""
+    right: bool = True
+    """Whether its text stands to the right."""
+    least: int = 0
+    """Width that it has even where its texts are shorter, so that it does not grow while figures come in."""
+    widest: int = 40
+
+
+class Line(Struct, frozen=True, kw_only=True):
+    """A row, or the head of a block of rows."""
+
+    key: str | None = None
+    """What a person chooses by it; None for a line that cannot be chosen."""
+    cells: Mapping[str, str] = {}
+    span: str | None = None
+    """One text over the whole width, in place of cells."""
+    tone: str = ""
+    """"head", "dim", "good" or "bad"."""
+
+
+def clip(text: str, width: int) -> str:
+    """The text, ended by an ellipsis where it is too long."""
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…" if width > 0 else ""
+
+
+class RowTable(ScrollView, can_focus=True):
+    """Shows lines of cells; up and down move the cursor, left and right turn to columns that do not fit."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        *("table--head", "table--cursor", "table--cursor-unfocused", "table--row", "table--dim"),
+        *("table--good", "table--bad", "table--block"),
+    }
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move(-1)", "Up", show=False),
+        Binding("down", "move(1)", "Down", show=False),
+        Binding("pageup", "move(-10)", "Ten up", show=False),
+        Binding("pagedown", "move(10)", "Ten down", show=False),
+        Binding("home", "move(-1000000)", "First", show=False),
+        Binding("end", "move(1000000)", "Last", show=False),
+        Binding("left", "turn(-1)", "Columns before", show=False),
+        Binding("right", "turn(1)", "More columns", show=False),
+        Binding("enter", "choose", "Choose", show=False),
+    ]
+
+    class Highlighted(Message):
+        """The cursor moved to another line."""
+
+        def __init__(self, table: "RowTable", key: str | None) -> None:
+            super().__init__()
+            self.table, self.key = table, key
+
+        @property
+        def control(self) -> "RowTable":
+            """The table."""
+            return self.table
+
+    class Chosen(Highlighted):
+        """Enter was pressed on a line, or it was clicked twice."""
+
+    class HeadClicked(Message):
+        """The head of a column was clicked."""
+
+        def __init__(self, table: "RowTable", column: str) -> None:
+            super().__init__()
+            self.table, self.column = table, column
+
+        @property
+        def control(self) -> "RowTable":
+            """The table."""
+            return self.table
+
+    def __init__(self, columns: Sequence[Column], *, empty: str = "", id: str) -> None:
+        super().__init__(id=id)
+        self.columns = tuple(columns)
+        self.lines: tuple[Line, ...] = ()
+        self.empty = empty
+        self.page = 0
+        self.sorted_by = ""
+        self.descending = False
+        self._cursor = 0
+        self._widths: dict[str, int] = {}
+
+    def show(self, lines: Sequence[Line], *, sorted_by: str = "", descending: bool = False) -> None:
+        """Sets what is shown; the cursor stays on its line where that is still there."""
+        shown = tuple(lines)
+        if (shown, sorted_by, descending) == (self.lines, self.sorted_by, self.descending):
+            return
+        key = self.key
+        self.lines, self.sorted_by, self.descending = shown, sorted_by, descending
+        self._measure()
+        self._cursor = next((index for index, line in enumerate(shown) if line.key == key), 0) if key else 0
+        if self._cursor == 0 and self.lines and self.lines[0].key is None:
+            self._cursor = self._nearest(0, 1)
+        self.virtual_size = Size(self._width, len(self.lines) + 1)
+        self.refresh()
+
+    def _measure(self) -> None:
+        for column in self.columns:
+            cells = [len(line.cells.get(column.name, "")) for line in self.lines]
+            self._widths[column.name] = min(
+                max(len(column.title) + (column.name == self.sorted_by), column.least, *cells, 1), column.widest
+            )
+
+    @property
+    def key(self) -> str | None:
+        """The key of the line under the cursor."""
+        return self.lines[self._cursor].key if 0 <= self._cursor < len(self.lines) else None
+
+    def go_to(self, key: str) -> None:
+        """Moves the cursor to a line."""
+        found = next((index for index, line in enumerate(self.lines) if line.key == key), None)
+        if found is not None:
+            self._put_cursor(found)
+
+    def _put_cursor(self, index: int) -> None:
+        self._cursor = index
+        self.scroll_to_region(Region(0, index, 1, 2), animate=False, force=True)
+        self.refresh()
+        self.post_message(self.Highlighted(self, self.key))
+
+    def _nearest(self, index: int, direction: int) -> int:
+        """The first line from an index on that can be chosen; the cursor's own where there is none."""
+        while 0 <= index < len(self.lines):
+            if self.lines[index].key is not None:
+                return index
+            index += direction
+        return self._cursor
+
+    def action_move(self, count: int) -> None:
+        """Moves the cursor over lines that can be chosen."""
+        if not self.lines:
+            return
+        target = min(max(self._cursor + count, 0), len(self.lines) - 1)
+        direction = 1 if count > 0 else -1
+        found = self._nearest(target, direction)
+        if self.lines[found].key is None or found == self._cursor:
+            found = self._nearest(target, -direction)
+        self._put_cursor(found)
+
+    def action_turn(self, count: int) -> None:
+        """Turns to the columns that did not fit, or back."""
+        self.page = min(max(self.page + count, 0), len(self.pages) - 1)
+        self.refresh()
+
+    def action_choose(self) -> None:
+        """Chooses the line under the cursor."""
+        if self.key is not None:
+            self.post_message(self.Chosen(self, self.key))
+
+    @property
+    def pages(self) -> list[tuple[Column, ...]]:
+        """The columns in groups that fit, by rank; those of rank 0 that come first open each group."""
+        first, rest = self.columns[0], sorted(self.columns[1:], key=lambda column: column.rank)
+        groups: list[list[Column]] = [[first]]
+        for column in rest:
+            if self._width_of([*groups[-1], column]) > self._width and len(groups[-1]) > 1:
+                groups.append([first])
+            groups[-1].append(column)
+        order = {column.name: index for index, column in enumerate(self.columns)}
+        return [tuple(sorted(group, key=lambda column: order[column.name])) for group in groups]
+
+    def _width_of(self, columns: Sequence[Column]) -> int:
+        return sum(self._widths.get(column.name, len(column.title)) + GAP for column in columns) - GAP
+
+    @property
+    def shown_columns(self) -> tuple[Column, ...]:
+        """The columns in sight."""
+        pages = self.pages
+        return pages[min(self.page, len(pages) - 1)]
+
+    def on_resize(self) -> None:
+        """Keeps the page among those there are."""
+        self.page = min(self.page, len(self.pages) - 1)
+        self.virtual_size = Size(self._width, len(self.lines) + 1)
+
+    def on_click(self, event: events.Click) -> None:
+        """Moves the cursor, or tells that a head was clicked."""
+        if event.y == 0:
+            at = 0
+            for column in self.shown_columns:
+                at += self._widths.get(column.name, 0) + GAP
+                if event.x < at:
+                    self.post_message(self.HeadClicked(self, column.name))
+                    return
+            return
+        index = event.y - 1 + self.scroll_offset.y
+        if index < len(self.lines) and self.lines[index].key is not None:
+            again = index == self._cursor and event.chain > 1
+            self._put_cursor(index)
+            if again:
+                self.action_choose()
+
+    @property
+    def _width(self) -> int:
+        return self.scrollable_content_region.width
+
+    def _text(self, columns: Sequence[Column], cells: Mapping[str, str]) -> str:
+        parts = []
+        for column in columns:
+            width = self._widths.get(column.name, len(column.title))
+            text = clip(cells.get(column.name, ""), width)
+            parts.append(f"{text:>{width}}" if column.right else f"{text:<{width}}")
+        return (" " * GAP).join(parts)
+
+    def _head(self) -> str:
+        arrow = "▼" if self.descending else "▲"
+        titles = {
+            column.name: column.title + (arrow if column.name == self.sorted_by else "") for column in self.columns
+        }
+        return self._text(self.shown_columns, titles)
+
+    def render_line(self, y: int) -> Strip:
+        """Draws the head, which stays, or one line."""
+        width = self._width
+        if y == 0 and self.lines:
+            return self._strip(self._head(), "head")
+        index = y - 1 + self.scroll_offset.y
+        if not self.lines:
+            said = textwrap.wrap(self.empty, max(10, width - 2))
+            return self._strip(f" {said[y]}" if y < len(said) else "", "dim")
+        if index >= len(self.lines):
+            return Strip.blank(width, self.rich_style)
+        line = self.lines[index]
+        text = clip(line.span, width) if line.span is not None else self._text(self.shown_columns, line.cells)
+        if index == self._cursor and line.key is not None:
+            return self._strip(text, "cursor" if self.has_focus else "cursor-unfocused")
+        return self._strip(text, {"": "row", "head": "block"}.get(line.tone, line.tone))
+
+    def _strip(self, text: str, part: str) -> Strip:
+        style = self.get_component_rich_style(f"table--{part}")
+        return Strip([Segment(text, style)]).adjust_cell_length(self._width, style)

@@ -1,0 +1,239 @@
+"""A slider over discrete stops, one row high; in a sweep it marks several of them."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import ClassVar, Final
+
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.strip import Strip
+from textual.widget import Widget
+
+LABEL_WIDTH: Final = 10
+VALUE_WIDTH: Final = 9
+PAGE: Final = 3
+TYPEABLE: Final = "0123456789kKmM_., "
+Parse = Callable[[str], tuple[int, ...]]
+Say = Callable[[int], str]
+
+
+class Slider(Widget, can_focus=True):
+    """Chooses one number, or several in a sweep; a typed value takes any number that `parse` does."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"slider--label", "slider--track", "slider--thumb", "slider--value"}
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "step(-1)", "Less", show=False),
+        Binding("right", "step(1)", "More", show=False),
+        Binding("home", "end(-1)", "Least", show=False),
+        Binding("end", "end(1)", "Most", show=False),
+        Binding("pageup", f"step({PAGE})", "Much more", show=False),
+        Binding("pagedown", f"step(-{PAGE})", "Much less", show=False),
+        Binding("space", "mark", "Mark for the sweep", show=False),
+        Binding("enter", "commit", "Take what was typed", show=False),
+        Binding("escape", "cancel", "Forget what was typed", show=False),
+    ]
+    DEFAULT_CSS = "Slider { height: 1; }"
+
+    class Changed(Message):
+        """The person chose other values."""
+
+        def __init__(self, slider: "Slider", values: tuple[int, ...]) -> None:
+            super().__init__()
+            self.slider, self.values = slider, values
+
+        @property
+        def control(self) -> "Slider":
+            """The slider."""
+            return self.slider
+
+    class Refused(Message):
+        """What was typed is no value."""
+
+        def __init__(self, slider: "Slider", reason: str) -> None:
+            super().__init__()
+            self.slider, self.reason = slider, reason
+
+    def __init__(self, label: str, stops: tuple[int, ...], *, parse: Parse, say: Say = str, id: str) -> None:
+        super().__init__(id=id)
+        self.label = label
+        self.stops = stops
+        self.values: tuple[int, ...] = stops[:1]
+        self.sweeping = False
+        self.typed: str | None = None
+        self._cursor = stops[0]
+        self._parse, self._say = parse, say
+        self._dragging = False
+
+    def show(self, values: tuple[int, ...], *, stops: tuple[int, ...] | None = None, sweeping: bool = False) -> None:
+        """Sets what the slider shows, without a message."""
+        stops = stops or self.stops
+        if (values, stops, sweeping) == (self.values, self.stops, self.sweeping):
+            return
+        self.values, self.stops, self.sweeping = values, stops, sweeping
+        if not sweeping or self._cursor not in (*values, *stops):
+            self._cursor = values[0]
+        self.refresh()
+
+    def _choose(self, values: tuple[int, ...]) -> None:
+        if values and values != self.values:
+            self.values = values
+            self.refresh()
+            self.post_message(self.Changed(self, values))
+
+    def _go_to(self, value: int) -> None:
+        self._cursor = value
+        if not self.sweeping:
+            self._choose((value,))
+        self.refresh()
+
+    def _toggle(self, value: int) -> None:
+        """Marks or unmarks a value; the last one stays."""
+        self._cursor = value
+        values = set(self.values) ^ {value} or {value}
+        self._choose(tuple(sorted(values)))
+        self.refresh()
+
+    def action_step(self, count: int) -> None:
+        """Goes on by stops; from a value between two stops to the next in that direction."""
+        index = bisect_left(self.stops, self._cursor)
+        on_stop = index < len(self.stops) and self.stops[index] == self._cursor
+        if not on_stop and count > 0:
+            count -= 1
+        self._go_to(self.stops[min(max(index + count, 0), len(self.stops) - 1)])
+
+    def action_end(self, direction: int) -> None:
+        """Goes to the first stop or the last."""
+        self._go_to(self.stops[0 if direction < 0 else -1])
+
+    def action_mark(self) -> None:
+        """In a sweep, takes the value under the cursor in or out."""
+        if self.typed is not None:
+            self._type(" ")
+        elif self.sweeping:
+            self._toggle(self._cursor)
+
+    def action_commit(self) -> None:
+        """Takes what was typed, or says why not."""
+        if self.typed is None:
+            return
+        text, self.typed = self.typed, None
+        self.refresh()
+        try:
+            values = self._parse(text)
+        except ValueError as error:
+            self.post_message(self.Refused(self, f"{self.label} {error}"))
+            return
+        self._cursor = values[0]
+        self._choose(values)
+
+    def action_cancel(self) -> None:
+        """Forgets what was typed."""
+        self.typed = None
+        self.refresh()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Leaves enter and escape to the screen while nothing is typed, and space while there is no sweep."""
+        if action in ("commit", "cancel"):
+            return self.typed is not None
+        return self.sweeping or self.typed is not None if action == "mark" else True
+
+    def _type(self, text: str) -> None:
+        self.typed = (self.typed or "") + text
+        self.refresh()
+
+    def on_key(self, event: events.Key) -> None:
+        """Collects a typed value, which begins with a digit."""
+        if event.key == "backspace" and self.typed:
+            self.typed = self.typed[:-1] or None
+            self.refresh()
+        elif event.character and event.character in TYPEABLE and (self.typed or event.character.isdigit()):
+            self._type(event.character)
+        else:
+            return
+        event.stop()
+        event.prevent_default()
+
+    def on_blur(self) -> None:
+        """Takes what was typed when the focus goes elsewhere."""
+        self.action_commit()
+
+    def _stop_at(self, x: int) -> int:
+        last = max(1, self._track_width - 1)
+        at = min(max(x - LABEL_WIDTH - 1, 0), last) / last
+        return self.stops[round(at * (len(self.stops) - 1))]
+
+    def on_mouse_down(self, event: events.MouseDown) -> None:
+        """Begins a drag; in a sweep, marks."""
+        if event.x <= LABEL_WIDTH or event.x > LABEL_WIDTH + self._track_width:
+            return
+        if self.sweeping:
+            self._toggle(self._stop_at(event.x))
+            return
+        self._dragging = True
+        self.capture_mouse()
+        self._go_to(self._stop_at(event.x))
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        """Follows a drag."""
+        if self._dragging:
+            self._go_to(self._stop_at(event.x))
+
+    def on_mouse_up(self) -> None:
+        """Ends a drag."""
+        self._dragging = False
+        self.release_mouse()
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        """Goes one stop up."""
+        event.stop()
+        event.prevent_default()
+        self.action_step(1)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        """Goes one stop down."""
+        event.stop()
+        event.prevent_default()
+        self.action_step(-1)
+
+    @property
+    def _track_width(self) -> int:
+        return max(3, self.size.width - LABEL_WIDTH - VALUE_WIDTH - 2)
+
+    def _column(self, value: int) -> int:
+        """Where a value stands on the track; between two stops by its logarithm."""
+        index = min(max(bisect_left(self.stops, value), 0), len(self.stops) - 1)
+        place = float(index)
+        if index > 0 and self.stops[index] > value:
+            low, high = math.log(self.stops[index - 1]), math.log(self.stops[index])
+            place = index - 1 + (math.log(value) - low) / (high - low)
+        return round(place / max(1, len(self.stops) - 1) * (self._track_width - 1))
+
+    def _track(self) -> str:
+        width = self._track_width
+        cells = ["├", *("─" * (width - 2)), "┤"]
+        if self.sweeping and self.has_focus:
+            cells[self._column(self._cursor)] = "┼"
+        for value in self.values:
+            cells[self._column(value)] = "●"
+        if self.sweeping and self.has_focus and self._cursor in self.values:
+            cells[self._column(self._cursor)] = "◉"
+        return "".join(cells)
+
+    @property
+    def value_text(self) -> str:
+        """What stands to the right of the track."""
+        if self.typed is not None:
+            return f"{self.typed[-VALUE_WIDTH + 1 :]}▏"
+        return self._say(self.values[0]) if len(self.values) == 1 else f"{len(self.values)} values"
+
+    def render_line(self, y: int) -> Strip:
+        """Draws the row."""
+        label, track, thumb, value = (
+            self.get_component_rich_style(f"slider--{part}") for part in ("label", "track", "thumb", "value")
+        )
+        marks = [Segment(char, thumb if char in "●◉┼" else track) for char in self._track()]
+        ends = Segment(f"{self.label:<{LABEL_WIDTH}} ", label), Segment(f" {self.value_text:>{VALUE_WIDTH}}", value)
+        return Strip([ends[0], *marks, ends[1]]).adjust_cell_length(self.size.width, self.rich_style)

@@ -1,0 +1,139 @@
+"""The workload: sliders and choices, and below them what they come to."""
+
+from functools import partial
+from typing import Final
+
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Container, Vertical
+from textual.message import Message
+from textual.widgets import Static
+
+from attention.errors import UsageError
+from attention.workload import DTYPES, PASSES, Workload
+from fatui import figures
+from fatui.draft import AXES, Draft
+from fatui.stops import STOPS, divisors, parse, parse_values, say, say_values
+from fatui.widgets.choice import Choice
+from fatui.widgets.slider import Slider
+
+LABELS: Final = {"batch": "batch", "seq": "seq", "head_dim": "head dim", "heads": "heads", "kv_heads": "K/V heads"}
+MASKS: Final = ("none", "causal", "window:256", "window:1024", "window:4096")
+BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
+
+
+class WorkloadPane(Vertical):
+    """Edits a draft; tells of each change, and draws the draft it is given."""
+
+    class Edited(Message):
+        """The person changed the draft."""
+
+        def __init__(self, draft: Draft) -> None:
+            super().__init__()
+            self.draft = draft
+
+    def __init__(self, draft: Draft, *, id: str) -> None:
+        super().__init__(id=id, classes="pane")
+        self.draft = draft
+        self.border_title = "Workload"
+
+    def compose(self) -> ComposeResult:
+        """Yields the sliders, the choices, and four lines of words."""
+        for name in AXES:
+            stops = STOPS.get(name, (1,))
+            yield Slider(LABELS[name], stops, parse=partial(self._parse, name), say=say, id=f"axis-{name}")
+        with Container(id="choices"):
+            yield Choice("dtype", DTYPES, id="choice-dtype")
+            yield Choice("mask", MASKS, id="choice-mask", typed_option=lambda digits: f"window:{digits}")
+            yield Choice("pass", PASSES, id="choice-pass_")
+        for name in ("cases", "counts", "needs", "takes", "buttons"):
+            yield Static(id=f"workload-{name}", markup=name == "buttons")
+
+    def on_mount(self) -> None:
+        """Draws the first draft."""
+        self.show(self.draft)
+
+    def _parse(self, name: str, text: str) -> tuple[int, ...]:
+        return parse_values(text, name) if self.draft.sweeping else (parse(text, name),)
+
+    def show(self, draft: Draft) -> None:
+        """Draws a draft."""
+        self.draft = draft
+        for name in AXES:
+            values = draft.kv_heads if name == "kv_heads" else draft.axes[name]
+            stops = divisors(max(draft.axes["heads"])) if name == "kv_heads" else STOPS[name]
+            self.query_one(f"#axis-{name}", Slider).show(values, stops=stops, sweeping=draft.sweeping)
+        for name in ("dtype", "mask", "pass_"):
+            self.query_one(f"#choice-{name}", Choice).show(getattr(draft, name))
+        self.border_title = f"Workload · {draft.title()}"
+        self._line("cases", cases_text(draft))
+        self._line("counts", counts_text(draft))
+
+    def show_words(self, needs: str, takes: str, keys: dict[str, str]) -> None:
+        """Draws what the app knows of the draft."""
+        self._line("needs", needs)
+        self._line("takes", takes)
+        sweep = "End sweep" if self.draft.sweeping else "Sweep"
+        text = BUTTONS.format(run=keys.get("run", ""), sweep=sweep, sweep_key=keys.get("sweep", ""))
+        self._line("buttons", text)
+
+    def _line(self, name: str, text: str) -> None:
+        line = self.query_one(f"#workload-{name}", Static)
+        line.display = bool(text)
+        if line.content != text:
+            line.update(text)
+
+    @on(Slider.Changed)
+    def _take_axis(self, event: Slider.Changed) -> None:
+        event.stop()
+        self._edit(self.draft.set_axis((event.slider.id or "").removeprefix("axis-"), event.values))
+
+    @on(Choice.Changed)
+    def _take_choice(self, event: Choice.Changed) -> None:
+        event.stop()
+        self._edit(self.draft.change(**{(event.choice.id or "").removeprefix("choice-"): event.value}))
+
+    def _edit(self, draft: Draft) -> None:
+        self.show(draft)
+        self.post_message(self.Edited(draft))
+
+
+def shown_workload(draft: Draft) -> Workload | None:
+    """The first case, which the words are about; None where there is none."""
+    try:
+        return draft.workloads()[0]
+    except UsageError:
+        return None
+
+
+def cases_text(draft: Draft) -> str:
+    """What the sliders cannot show: a preset's own cases, the values of a sweep, and what is wrong."""
+    try:
+        count = len(draft.workloads())
+    except UsageError as error:
+        return f"cannot run: {'; '.join(error.problems)}"
+    if draft.cases:
+        return f"{count} cases of the preset, the sliders show the first; moving one leaves the rest behind"
+    parts = [f"{LABELS[name]} {say_values(values)}" for name, values in draft.axes.items() if len(values) > 1]
+    if draft.sweeping:
+        swept = " x ".join(parts) if parts else "space marks a value on a slider, or type 128,512 or 128..4k"
+        return f"{count} case{'s' if count > 1 else ''}: {swept}"
+    extra = [f"{name} {value}" for name in ("kv_seq", "value_dim") if (value := getattr(draft, name)) is not None]
+    return f"{' and '.join(extra)}, from the preset" if extra else ""
+
+
+def counts_text(draft: Draft) -> str:
+    """FLOPs and bytes of one call, or their range over the cases."""
+    try:
+        cases = draft.workloads()
+    except UsageError:
+        return ""
+    flops = sorted(case.flops for case in cases)
+    moved = sorted(case.bytes_moved for case in cases)
+    return f"{_range(figures.flops, flops)} · {_range(figures.size, moved)} in and out"
+
+
+def _range(say_figure: "object", values: list[int]) -> str:
+    assert callable(say_figure)
+    low, high = say_figure(values[0]), say_figure(values[-1])
+    return low if low == high else f"{low} to {high}"

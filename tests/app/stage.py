@@ -1,0 +1,187 @@
+"""The app on a stage: an engine that plays what a test tells it, a clock that a test moves, and a pilot."""
+
+import asyncio
+import random
+from datetime import datetime
+
+from attention import events as on
+from attention.device import Device
+from attention.record import Record
+from attention.report import Environment, Peaks
+from attention.route import Route
+from fatui.advisor import Answer
+from fatui.app import FatuiApp
+
+PATHS = {
+    "baseline": "manual, unfused",
+    "poc": "CPU kernel avx512",
+    "practical": "blocks 256 x 512",
+    "demo": "poc, tuned",
+}
+CALL_S = {"baseline": 36e-3, "poc": 0.73e-3, "practical": 33e-3, "demo": 0.74e-3}
+DEVICE = Device(
+    backend="cpu",
+    name="Test CPU",
+    cores=2,
+    memory_bytes=2**34,
+    available_bytes=2**33,
+    architecture="x86_64",
+    mlx="0.32.4",
+)
+AT = datetime(2026, 3, 14, 12, 4, 11)
+
+
+class Clock:
+    def __init__(self):
+        self.at = 100.0
+
+    def __call__(self):
+        return self.at
+
+
+class ScriptedEngine:
+    """Has what the app needs of an engine, and does only what a test says."""
+
+    def __init__(self, plan, listener):
+        self.record = Record(plan)
+        self.process_id = None
+        self.stopped = False
+        self.breaks_with = None
+        self._listener = listener
+        self._ended = asyncio.Event()
+
+    async def run(self):
+        await self._ended.wait()
+        if self.breaks_with:
+            raise self.breaks_with
+
+    def stop(self):
+        self.stopped = True
+        self._ended.set()
+
+    def end(self):
+        self._ended.set()
+
+    def tell(self, *events):
+        for event in events:
+            self.record.apply(event)
+            self._listener(event)
+
+    def begin(self):
+        where = Environment(device="Test CPU", backend="cpu", mlx="0.32.4", fatui="0.1.0")
+        self.tell(on.RunStarted(environment=where), on.PeaksMeasured(peaks=Peaks(matmul_flops_per_s=60e9)))
+
+    def begin_case(self, case=0):
+        plan = self.record.plan
+        self.tell(on.CaseStarted(case=case), on.ReferenceChosen(case=case, implementation="baseline"))
+        for name in plan.ordered:
+            route = Route(path=PATHS[name], fused=name == "poc", reason=f"why {name}", predicted_bytes=2**22)
+            checked = on.Checked(
+                case=case, implementation=name, max_error=1e-3, rms_error=1e-4, accurate=True, detail="output"
+            )
+            self.tell(
+                on.RouteFound(case=case, implementation=name, route=route),
+                on.FirstCall(case=case, implementation=name, seconds=0.5),
+                checked,
+                on.MemoryMeasured(case=case, implementation=name, peak_bytes=2**22 if name == "baseline" else 2**20),
+                on.LatencyMeasured(case=case, implementation=name, seconds=CALL_S[name]),
+                on.StepStarted(case=case, implementation=name, step="rounds"),
+            )
+
+    def rounds(self, count=24, case=0, factor=None):
+        draw = random.Random(case)
+        names = [name for name, row in self.record.cases[case].rows.items() if row.ended is None]
+        samples = {
+            name: [CALL_S[name] * (factor or {}).get(name, 1.0) * (1 + draw.gauss(0, 0.002)) for _ in range(count)]
+            for name in names
+        }
+        samples[on.AGAIN] = [CALL_S["baseline"] * (1 + draw.gauss(0, 0.002)) for _ in range(count)]
+        self.tell(on.RoundsDone(case=case, samples=samples, active_bytes=48 * 2**20, peak_bytes=96 * 2**20))
+
+    def end_case(self, case=0):
+        self.tell(on.CaseDone(case=case, stopped_by="precision"))
+
+    def play(self, factor=None):
+        """Plays a whole run, without its end."""
+        self.begin()
+        for case in range(len(self.record.cases)):
+            self.begin_case(case)
+            self.rounds(case=case, factor=factor(case) if factor else None)
+            self.end_case(case)
+        self.tell(on.RunDone())
+
+
+class Stage:
+    """The app, its pilot, its clock, and the engine of the run that goes on."""
+
+    def __init__(self, app, pilot, clock, engines):
+        self.app, self.pilot, self.clock, self._engines = app, pilot, clock, engines
+
+    @property
+    def engine(self):
+        return self._engines[-1]
+
+    async def press(self, *keys):
+        await self.pilot.press(*keys)
+        await self.pilot.pause()
+
+    def find(self, what, kind=None):
+        return self.app.screen.query_one(what, kind) if kind else self.app.screen.query_one(what)
+
+    async def settle(self, until=lambda: True, seconds=5.0):
+        """Lets the app go on until something holds."""
+        for _ in range(int(seconds / 0.02)):
+            await self.pilot.pause(0.02)
+            if until():
+                return
+        raise AssertionError("it did not come to that")
+
+    async def run_to_the_end(self, factor=None):
+        await self.press("r")
+        self.engine.play(factor)
+        self.engine.end()
+        await self.settle(lambda: self.app.report is not None)
+        self.app.main.show_run()
+        await self.pilot.pause()
+
+    def seen(self):
+        """All that is on the screen, as lines of text."""
+        lines = self.app.screen._compositor.render_strips()
+        return "\n".join("".join(segment.text for segment in strip) for strip in lines)
+
+
+def make_app(clock=None, engines=None, **options):
+    clock, engines = clock or Clock(), [] if engines is None else engines
+
+    def make_engine(plan, listener):
+        engines.append(ScriptedEngine(plan, listener))
+        return engines[-1]
+
+    app = FatuiApp(make_engine=make_engine, clock=clock, now=lambda: AT, advise=False, **options)
+    app.advice.device = DEVICE
+    return app
+
+
+def advise(app, **routes):
+    """Answers as the advisor would."""
+    made = {
+        name: Route(path=path, fused=name == "poc", reason=f"why {name}", predicted_bytes=2**22)
+        for name, path in PATHS.items()
+    }
+    app.advice._take(Answer(number=app.advice._number, routes={**made, **routes}))
+
+
+def on_stage(play, size=(120, 40), **options):
+    """Runs an async function with a Stage, and leaves the app as a person would."""
+
+    async def go():
+        clock, engines = Clock(), []
+        app = make_app(clock, engines, **options)
+        async with app.run_test(size=size) as pilot:
+            await pilot.pause()
+            stage = Stage(app, pilot, clock, engines)
+            await play(stage)
+            if app.runs.active:
+                await app.runs.end()
+
+    asyncio.run(go())

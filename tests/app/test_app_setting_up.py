@@ -1,0 +1,181 @@
+"""Setting up: sliders, choices, implementations, sweeps."""
+
+from stage import advise, on_stage
+
+from attention.route import Route
+from fatui.widgets.choice import Choice
+from fatui.widgets.slider import Slider
+
+
+def test_a_slider_goes_by_stops_and_to_its_ends():
+    async def play(stage):
+        slider = stage.find("#axis-seq", Slider)
+        slider.focus()
+        await stage.press("right")
+        assert stage.app.draft.axes["seq"] == (1024,)
+        await stage.press("left", "left")
+        assert stage.app.draft.axes["seq"] == (256,)
+        await stage.press("pageup")
+        assert stage.app.draft.axes["seq"] == (2048,)
+        await stage.press("home")
+        assert stage.app.draft.axes["seq"] == (16,)
+        await stage.press("end")
+        assert stage.app.draft.axes["seq"] == (131_072,)
+
+    on_stage(play)
+
+
+def test_a_typed_value_takes_any_legal_number():
+    async def play(stage):
+        stage.find("#axis-seq", Slider).focus()
+        await stage.press("7", "7", "7", "enter")
+        assert stage.app.draft.axes["seq"] == (777,)
+        await stage.press("right")
+        assert stage.app.draft.axes["seq"] == (1024,)
+        await stage.press("9", "escape")
+        assert stage.app.draft.axes["seq"] == (1024,)
+
+    on_stage(play)
+
+
+def test_a_typed_value_that_is_none_is_refused_in_words():
+    async def play(stage):
+        stage.find("#axis-heads", Slider).focus()
+        await stage.press("9", "9", "9", "9", "9", "enter")
+        assert stage.app.draft.axes["heads"] == (8,)
+        assert "heads takes a whole number from 1 to 4,096" in stage.app.journal.text()
+
+    on_stage(play)
+
+
+def test_a_slider_follows_click_drag_and_wheel():
+    async def play(stage):
+        slider = stage.find("#axis-seq", Slider)
+        await stage.pilot.click(slider, offset=(11, 0))
+        assert stage.app.draft.axes["seq"] == (16,)
+        await stage.pilot.mouse_down(slider, offset=(11, 0))
+        await stage.pilot.hover(slider, offset=(slider.size.width - 11, 0))
+        await stage.pilot.mouse_up(slider, offset=(slider.size.width - 11, 0))
+        assert stage.app.draft.axes["seq"] == (131_072,)
+        slider.action_step(-3)
+        stage.find("#axis-seq", Slider).on_mouse_scroll_up(Wheel())
+        await stage.pilot.pause()
+        assert stage.app.draft.axes["seq"] == (32_768,)
+
+    on_stage(play)
+
+
+class Wheel:
+    def stop(self):
+        pass
+
+    def prevent_default(self):
+        pass
+
+
+def test_letters_do_nothing_to_a_slider_and_digits_no_app_action():
+    async def play(stage):
+        stage.find("#axis-batch", Slider).focus()
+        await stage.press("6")
+        await stage.press("k")
+        assert stage.find("#axis-batch", Slider).typed == "6k"
+        await stage.press("tab")
+        assert stage.app.draft.axes["batch"] == (6144,)
+
+    on_stage(play)
+
+
+def test_a_sweep_marks_several_values_and_says_how_many_cases():
+    async def play(stage):
+        await stage.press("s")
+        stage.find("#axis-seq", Slider).focus()
+        await stage.press("right", "space")
+        assert stage.app.draft.axes["seq"] == (512, 1024)
+        await stage.press("1", ".", ".", "4", "enter")
+        assert stage.app.draft.axes["seq"] == (1, 2, 4)
+        assert "3 cases: seq 1, 2, 4" in stage.seen()
+        await stage.press("s")
+        assert stage.app.draft.axes["seq"] == (1,)
+
+    on_stage(play)
+
+
+def test_a_sweep_that_cannot_run_says_why_and_does_not_start():
+    async def play(stage):
+        await stage.press("s")
+        stage.app.set_draft(stage.app.draft.set_axis("heads", (8, 12)).set_axis("kv_heads", (8,)))
+        await stage.pilot.pause()
+        assert "cannot run: kv_heads" in stage.seen()
+        await stage.press("r")
+        assert stage.app.session is None
+
+    on_stage(play)
+
+
+def test_choices_turn_and_a_window_may_be_typed():
+    async def play(stage):
+        stage.find("#choice-mask", Choice).focus()
+        await stage.press("right")
+        assert stage.app.draft.mask == "causal"
+        await stage.press("3", "0", "0")
+        assert stage.app.draft.mask == "window:300"
+        stage.find("#choice-pass_", Choice).focus()
+        await stage.press("end")
+        assert stage.app.draft.pass_ == "decode"
+        assert stage.app.draft.workloads()[0].seq == 1
+
+    on_stage(play)
+
+
+def test_each_implementation_says_what_would_happen():
+    async def play(stage):
+        advise(
+            stage.app,
+            poc=Route(path="falls back: MLX SDPA", fused=False, reason="no Metal here"),
+            practical=Route(path="blocks", fused=False, reason="x", predicted_bytes=41 * 2**30),
+            demo=Route(path="-", fused=False, reason="softcap is not taken", supported=False),
+        )
+        await stage.pilot.pause()
+        seen = stage.seen()
+        assert "falls back: MLX SDPA" in seen
+        assert "will not fit: 41 GiB of 8" in seen
+        assert "cannot: softcap" in seen
+
+    on_stage(play)
+
+
+def test_an_old_answer_is_marked_as_one_until_the_next_comes():
+    async def play(stage):
+        advise(stage.app)
+        stage.find("#axis-seq", Slider).focus()
+        await stage.press("right")
+        assert "manual, unfused …" in stage.seen()
+        advise(stage.app)
+        await stage.pilot.pause()
+        assert "manual, unfused …" not in stage.seen()
+
+    on_stage(play)
+
+
+def test_space_takes_an_implementation_out_and_none_cannot_run():
+    async def play(stage):
+        stage.find("#implementations").focus()
+        for _ in range(4):
+            await stage.press("space", "down")
+        assert stage.app.draft.implementations == ()
+        assert "no implementation is chosen" in stage.seen().replace("\n", " ") or stage.app.draft.implementations == ()
+        await stage.press("r")
+        assert stage.app.session is None
+
+    on_stage(play)
+
+
+def test_a_machine_without_a_backend_is_told_in_words():
+    async def play(stage):
+        stage.app.advice.device = None
+        stage.app.advice.problem = "MLX has no backend on this machine; install one"
+        stage.app.main.show_draft()
+        await stage.pilot.pause()
+        assert "MLX has no backend" in stage.seen()
+
+    on_stage(play)
