@@ -27,15 +27,16 @@ struct Room {
 
   static size_t floats(const Problem& p) {
     const int64_t d = round_up(p.head_dim, lanes), dv = round_up(p.value_dim, lanes);
-    return query_tile * (d + key_tile + dv) + key_tile * (d + dv);
+    return query_tile * (most_panels * (d + dv) + key_tile) + key_tile * (d + dv);
   }
-  explicit Room(const Problem& p) {
+  Room() = default;
+  Room(const Problem& p, int64_t panel) {
     key_padded = round_up(p.head_dim, lanes), value_padded = round_up(p.value_dim, lanes);
-    query = scratch(floats(p) * sizeof(float));
-    scores = query + query_tile * key_padded;
-    output = scores + query_tile * key_tile;
-    key = output + query_tile * value_padded;
+    scores = scratch(floats(p) * sizeof(float));
+    key = scores + query_tile * key_tile;
     value = key + key_tile * key_padded;
+    query = value + key_tile * value_padded + panel * query_tile * (key_padded + value_padded);
+    output = query + query_tile * key_padded;
   }
 };
 
@@ -58,22 +59,37 @@ void accumulate(const Problem& p, const Item& item, int64_t key, int64_t keys, i
   else multiply<Layout::rows_contiguous, Update::rescale>(o, p.value_dim, width);
 }
 
-template <class T>
-void attend(const Problem& p, const Item& item, const Room& room, Softmax& state) {
-  const int64_t width = round_up(item.rows(), lanes);
-  const Bounds bounds = bounds_of(p, item);
-  const int64_t begin = std::max(item.key_begin, bounds.any_first), end = std::min(item.key_end, bounds.any_last + 1);
-  state.reset();
-  if (begin >= end) return std::fill_n(room.output, p.value_dim * query_tile, 0.0f), void();
-  turn(rows_of<T>(p.query, item), p.head_dim, width, room.query);
-  for (int64_t key = begin; key < end; key += key_tile) {
+// One panel of 64 queries: what it keeps from one tile of keys to the next.
+struct Panel {
+  Item item;
+  Bounds bounds;
+  Softmax state;
+  Room room;
+  int64_t width, begin, end;
+
+  template <class T>
+  void open(const Problem& p, const Item& whole, int64_t index) {
+    item = Schedule::panel(whole, index);
+    room = Room(p, index);
+    bounds = bounds_of(p, item);
+    state.reset();
+    width = round_up(item.rows(), lanes);
+    begin = std::max(item.key_begin, bounds.any_first / key_tile * key_tile);
+    end = std::min(item.key_end, bounds.any_last + 1);
+    if (begin >= end) return std::fill_n(room.output, p.value_dim * query_tile, 0.0f), void();
+    turn(rows_of<T>(p.query, item), p.head_dim, width, room.query);
+  }
+
+  template <class T>
+  void step(const Problem& p, int64_t key) {
+    if (key < begin || key >= end) return;
     const int64_t keys = std::min(key_tile, end - key);
     scores<T>(p, item, key, keys, width, room);
     const float factor = finish_scores(room.scores, p, item, bounds, key, keys, width);
     softmax_step(room.scores, keys, width, factor, state);
     accumulate<T>(p, item, key, keys, width, room, key == begin ? nullptr : state.correction);
   }
-}
+};
 
 template <class T>
 void run(const ForwardCall& call) {
@@ -82,11 +98,18 @@ void run(const ForwardCall& call) {
   Partials partials(p, schedule);
   parallel_for(schedule.items(), threads_for(p), [&](int64_t index) {
     const Item item = schedule.item(p, index);
-    const Room room(p);
-    Softmax state;
-    attend<T>(p, item, room, state);
-    if (schedule.spans == 1) write_rows<T>(call, item, room.output, state);
-    else partials.keep(item, room.output, state);
+    const int64_t panels = item.heads > 1 ? 1 : ceil_div(item.queries, query_tile);
+    Panel panel[most_panels];
+    int64_t begin = p.keys, end = 0;
+    for (int64_t i = 0; i < panels; i++) {
+      panel[i].template open<T>(p, item, i);
+      begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
+    }
+    for (int64_t key = begin; key < end; key += key_tile)
+      for (int64_t i = 0; i < panels; i++) panel[i].template step<T>(p, key);
+    for (int64_t i = 0; i < panels; i++)
+      if (schedule.spans == 1) write_rows<T>(call, panel[i].item, panel[i].room.output, panel[i].state);
+      else partials.keep(item, panel[i].room.output, panel[i].state);
   });
   if (schedule.spans > 1) partials.combine<T>(call, schedule);
 }

@@ -1,7 +1,8 @@
 // How a call is cut into items of work. It depends on the shape alone, never on the threads: same input, same bits.
 //
-//   rows of a tile: 64 queries of one head; or, when a head has fewer, several query heads that share a K/V head
-//   keys of a tile: all that the mask lets the rows see; or, when there are few tiles (decoding), one of several spans
+//   rows of an item: 64, 128 or 256 queries of one head (the more, the less often K and V are read, but never so many
+//                    that threads would idle); or, when a head has fewer, several query heads that share a K/V head
+//   keys of an item: all that the mask lets the rows see; or, when there are few tiles (decoding), one of several spans
 #pragma once
 #include <algorithm>
 
@@ -14,6 +15,8 @@ constexpr int64_t query_tile = 64, key_tile = 64;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+constexpr int64_t most_panels = 4;  // panels of query_tile rows in an item
+
 struct Item {
   int64_t batch, kv_head, head, heads;  // query heads [head, head + heads)
   int64_t query, queries;               // queries [query, query + queries) of each
@@ -25,7 +28,9 @@ struct Item {
 struct Schedule {
   int64_t heads_per_tile, head_groups, tiles_per_head, tiles, spans, keys_per_span, rows_per_tile;
 
-  explicit Schedule(const Problem& p, int64_t rows_wanted = query_tile) {
+  explicit Schedule(const Problem& p) {
+    int64_t rows_wanted = most_panels * query_tile;
+    while (rows_wanted > query_tile && p.batch * p.heads * (p.queries / rows_wanted) < 64) rows_wanted /= 2;
     const int64_t group = p.heads / p.kv_heads;
     rows_per_tile = rows_wanted;
     heads_per_tile = p.queries >= rows_wanted ? 1 : std::min(group, rows_wanted / p.queries);
@@ -38,6 +43,14 @@ struct Schedule {
   }
 
   int64_t items() const { return tiles * spans; }
+
+  // Rows [64 panel, 64 (panel + 1)) of an item.
+  static Item panel(Item i, int64_t panel) {
+    if (i.queries <= query_tile) return i;
+    i.query += panel * query_tile;
+    i.queries = std::min(query_tile, i.queries - panel * query_tile);
+    return i;
+  }
 
   // The last queries come first: under a causal mask they are the longest.
   Item item(const Problem& p, int64_t index) const {
