@@ -7,6 +7,7 @@
 
 namespace fatui {
 
+constexpr int64_t key_block = 4 * key_tile;   // keys whose gradients stay close while the queries go by
 constexpr int64_t thread_budget = 3 << 20;  // bytes of scratch a thread, whatever the lengths
 
 inline int64_t padded(int64_t dim) { return round_up(dim, lanes); }
@@ -22,7 +23,7 @@ struct BackwardRoom {
   std::vector<int64_t> holds;
 
   static int64_t fixed(const Problem& p) {
-    return query_tile * (3 * key_tile + 3 * (padded(p.head_dim) + padded(p.value_dim)));
+    return query_tile * 3 * key_tile + (2 * key_block + query_tile) * (padded(p.head_dim) + padded(p.value_dim));
   }
   static int64_t a_slot(const Problem& p) { return query_tile * (padded(p.head_dim) + padded(p.value_dim)); }
   static size_t floats(const Problem& p, int64_t slots, int64_t sums) {
@@ -35,10 +36,10 @@ struct BackwardRoom {
     score_gradients = scores + query_tile * key_tile;
     slopes = score_gradients + query_tile * key_tile;
     key = slopes + query_tile * key_tile;
-    value = key + key_tile * d;
-    key_sums = value + key_tile * dv;
-    value_sums = key_sums + key_tile * d;
-    copies = value_sums + key_tile * dv;
+    value = key + key_block * d;
+    key_sums = value + key_block * dv;
+    value_sums = key_sums + key_block * d;
+    copies = value_sums + key_block * dv;
     turned = copies + query_tile * (d + dv);
     query_sums = turned + slots * a_slot(p);
   }
