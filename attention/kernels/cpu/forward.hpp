@@ -25,8 +25,11 @@ void write_rows(const ForwardCall& call, const Item& item, const float* turned, 
     const int64_t some = std::min<int64_t>(lanes, item.rows() - row);
     for (int64_t d = 0; d < dv; d += lanes) {
       Vector x[lanes];
-      for (int c = 0; c < lanes; c++)
-        x[c] = d + c < dv ? load(turned + (d + c) * query_tile + row) * inverse : Vector{};
+      if (d + lanes <= dv)
+        FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] = load(turned + (d + c) * query_tile + row) * inverse;
+      else
+        for (int c = 0; c < lanes; c++)
+          x[c] = d + c < dv ? load(turned + (d + c) * query_tile + row) * inverse : Vector{};
       transpose(x);
       for (int64_t r = 0; r < some; r++) narrow_some(static_cast<T*>(call.output) + place(row + r) * dv + d, x[r], dv - d);
     }

@@ -41,6 +41,10 @@ Rows<T> rows_of(const Tensor& t, const Item& item) {
 // A square of the tile, transposed: lane i of the result's vector c is element column + c of row `row + i`.
 template <class T>
 FATUI_INLINE void load_turned(const Rows<T>& rows, int64_t row, int64_t column, int64_t columns, Vector (&x)[lanes]) {
+  if (row + lanes <= rows.count && column + lanes <= columns && rows.stride == 1) {
+    FATUI_UNROLL for (int i = 0; i < lanes; i++) x[i] = widen(rows.row[row + i] + column);
+    return transpose(x);
+  }
   for (int i = 0; i < lanes; i++)
     x[i] = row + i < rows.count ? widen_strided(rows.row[row + i] + column * rows.stride, rows.stride, columns - column)
                                 : Vector{};
@@ -54,8 +58,11 @@ void turn(const Rows<T>& rows, int64_t columns, int64_t width, float* out) {
     for (int64_t column = 0; column < columns; column += lanes) {
       Vector x[lanes];
       load_turned(rows, row, column, columns, x);
-      const int64_t some = std::min<int64_t>(lanes, columns - column);
-      for (int64_t c = 0; c < some; c++) store(out + (column + c) * query_tile + row, x[c]);
+      float* to = out + column * query_tile + row;
+      if (column + lanes <= columns)
+        FATUI_UNROLL for (int c = 0; c < lanes; c++) store(to + c * query_tile, x[c]);
+      else
+        for (int64_t c = 0; c < columns - column; c++) store(to + c * query_tile, x[c]);
     }
 }
 

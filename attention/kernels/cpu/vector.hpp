@@ -83,9 +83,11 @@ FATUI_INLINE Vector tanh(Vector x) {
 }
 
 FATUI_INLINE float sum_of(Vector x) {
-  float total = 0;
-  FATUI_UNROLL for (int i = 0; i < lanes; i++) total += x[i];
-  return total;
+  float part[lanes];
+  store(part, x);
+  FATUI_UNROLL for (int half = lanes / 2; half > 0; half /= 2)
+    FATUI_UNROLL for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return part[0];
 }
 
 // Conversions. Bfloat16 is the upper half of a float32; float16 has instructions nearly everywhere.
