@@ -15,7 +15,7 @@ from attention.kernels.cpu.unavailable import KernelUnavailable
 
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
-KERNEL = ("forward", "backward", "pool", "measure")
+KERNEL = ("forward", "forward_bfloat16", "backward", "pool", "measure")
 BINDING = ("primitive", "operation", "module")
 
 _KERNEL_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-psabi")

@@ -120,13 +120,14 @@ void forward(const ForwardCall& call) {
   if (p.batch * p.heads * p.queries == 0) return;
   switch (p.query.element) {
     case Element::float16: return run<float16_t>(call);
-    case Element::bfloat16: return run<bfloat16_t>(call);
+    case Element::bfloat16: return forward_bfloat16(call) ? void() : run<bfloat16_t>(call);
     default: return run<float>(call);
   }
 }
 
 int64_t forward_workspace(const Problem& p) {
   const Schedule schedule(p);
+  if (p.query.element == Element::bfloat16 && bfloat16_workspace(p) > 0) return bfloat16_workspace(p);
   return int64_t(threads_for(p) * Room::floats(p) * sizeof(float)) + Partials::bytes(p, schedule);
 }
 

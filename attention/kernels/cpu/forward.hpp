@@ -7,6 +7,10 @@
 
 namespace fatui {
 
+// Bfloat16 with the processor's own dot products (AMX, or AVX-512 BF16); false where it has none.
+bool forward_bfloat16(const ForwardCall& call);
+int64_t bfloat16_workspace(const Problem& p);
+
 // A call too small to be worth waking a thread stays on its own.
 inline int threads_for(const Problem& p) {
   const double work = double(p.batch * p.heads * p.queries) * double(p.keys) * double(p.head_dim + p.value_dim);
