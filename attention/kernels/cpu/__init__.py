@@ -139,3 +139,33 @@ def flash_attention_with_logsumexp(
         q, k, v, scale, causal, window, softcap, mask
     )
     return both
+
+
+def workspace_bytes(
+    q_shape: tuple[int, int, int, int],
+    k_shape: tuple[int, int, int, int],
+    v_shape: tuple[int, int, int, int],
+    *,
+    dtype: mx.Dtype,
+    training: bool = False,
+) -> int:
+    """Bytes that a call allocates above its inputs and outputs, all threads together.
+
+    Args:
+        q_shape: (B, H, Lq, D).
+        k_shape: (B, Hkv, Lk, D).
+        v_shape: (B, Hkv, Lk, Dv).
+        dtype: of all three.
+        training: the greater of forward and backward; the logsumexp (4 B H Lq bytes) is an output, not counted.
+
+    Raises:
+        KernelUnavailable: if the kernel cannot run on this machine.
+    """
+    import mlx.core
+
+    if _module is None:
+        load()
+    element = [mlx.core.float32, mlx.core.float16, mlx.core.bfloat16].index(dtype)
+    batch, heads, queries, head_dim = q_shape
+    sizes = (batch, heads, k_shape[1], queries, k_shape[2], head_dim, v_shape[3])
+    return int(_module.workspace_bytes(*sizes, element, training))

@@ -127,7 +127,7 @@ def compile_library(tools: Toolchain, name: str) -> Path:
     """
     toolchain.check_abi(tools)
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
-        objects = list(threads.map(lambda job: _compile(*job, tools), _jobs(tools)))
+        objects = list(threads.map(lambda job: _compile(job[0], job[1], tools), _jobs(tools)))
     finished = cache.folder() / f"{name}.so"
     with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".linking-") as room:
         fresh = Path(room) / "out.so"

@@ -45,13 +45,15 @@ mx::array four_dimensional(const mx::array& mask, const mx::Shape& scores, mx::S
 }  // namespace
 
 std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
-                                       const std::optional<mx::array>& mask) {
+                                       const std::optional<mx::array>& mask, bool logsumexp) {
   check(q, k, v);
   const mx::Stream s = mx::default_stream(mx::Device::cpu);
   std::vector<mx::array> inputs{q, k, v};
   if (mask) inputs.push_back(four_dimensional(*mask, {q.shape(0), q.shape(1), q.shape(2), k.shape(2)}, s));
   auto primitive = std::make_shared<FlashForward>(s, options);
-  return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32}, primitive, inputs);
+  if (logsumexp || q.is_tracer() || k.is_tracer() || v.is_tracer())  // a gradient may be asked for
+    return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32}, primitive, inputs);
+  return {mx::array({q.shape(0), q.shape(1), q.shape(2), v.shape(3)}, q.dtype(), std::move(primitive), std::move(inputs))};
 }
 
 }  // namespace fatui

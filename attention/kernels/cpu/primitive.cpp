@@ -95,7 +95,7 @@ void FlashForward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   ForwardCall call;
   call.problem = problem_of(options_, inputs[0], inputs[1], inputs[2], inputs.size() > 3 ? &inputs[3] : nullptr);
   call.output = allocate(outputs[0]);
-  call.logsumexp = static_cast<float*>(allocate(outputs[1]));
+  if (outputs.size() > 1) call.logsumexp = static_cast<float*>(allocate(outputs[1]));
   mx::cpu::get_command_encoder(stream()).dispatch([call] { forward(call); });
 }
 

@@ -57,8 +57,8 @@ class FlashBackward : public mx::Primitive {
   Options options_;
 };
 
-// The operation: checks shapes and types (std::invalid_argument), returns {o, logsumexp}.
+// The operation: checks shapes and types (std::invalid_argument), returns {o, logsumexp}; {o} alone when that will do.
 std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
-                                       const std::optional<mx::array>& mask);
+                                       const std::optional<mx::array>& mask, bool logsumexp);
 
 }  // namespace fatui

@@ -28,7 +28,7 @@ struct Problem {
 struct ForwardCall {
   Problem problem;
   void* output = nullptr;       // contiguous, the element of the query
-  float* logsumexp = nullptr;   // contiguous, natural logarithm; -inf where a row has nothing to attend to
+  float* logsumexp = nullptr;   // contiguous, natural logarithm; -inf where a row has nothing to attend to; may be null
 };
 
 struct BackwardCall {
