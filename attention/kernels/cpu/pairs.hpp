@@ -78,9 +78,9 @@ FATUI_INLINE Vector exp2_short(Vector x) {
   const Vector shifter = broadcast(12582912.0f);
   const Vector shifted = x + shifter;
   const Vector f = x - (shifted - shifter);
-  Vector p = f * 5.517166853e-2f + 2.426111251e-1f;
-  p = p * f + 6.932609677e-1f;
-  p = p * f + 9.999280572e-1f;
+  Vector p = f * 5.500893295e-2f + 2.422109544e-1f;
+  p = p * f + 6.932829022e-1f;
+  p = p * f + 1.0f;
   const Vector result = as<Vector>(as<Integers>(p) + (as<Integers>(shifted) << 23));
   return x < broadcast(-126.0f) ? Vector{} : result;
 }
