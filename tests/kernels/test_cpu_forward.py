@@ -22,12 +22,12 @@ def qkv(b, h, hkv, lq, lk, d, dv, dtype, seed=0):
     return [normal(seed + i, *s, dtype=dtype) for i, s in enumerate(shapes)]
 
 
-def assert_right(q, k, v, options):
+def assert_right(q, k, v, options, floor=0):
     o, logsumexp = cpu.flash_attention_with_logsumexp(q, k, v, **options.keywords())
     arrays = [oracle.numbers(x) for x in (q, k, v)]
     exact, exact_logsumexp, _ = oracle.attention(*arrays, options)
     plain = oracle.plain_attention(*arrays, options, q.dtype)
-    oracle.assert_near(o, exact, plain, q.dtype, 2, "output")
+    oracle.assert_near(o, exact, plain, q.dtype, 2, "output", floor)
     assert o.dtype == q.dtype
     assert logsumexp.dtype == mx.float32
     empty = exact_logsumexp == -np.inf
@@ -51,7 +51,7 @@ def assert_right(q, k, v, options):
         ((1, 2, 2, 70, 70, 512, 512), {"causal": True}),
         ((1, 1, 1, 5, 5, 1, 1), {}),
     ],
-    ids=lambda x: "-".join(map(str, x if isinstance(x, tuple) else x)) or "full",
+    ids=lambda x: "-".join(map(str, x)) or "full",
 )
 def test_output_is_as_near_to_float64_as_flash_attention_3_asks(dtype, shape, keywords):
     options = oracle.Options(scale=shape[5] ** -0.5, **keywords)
@@ -112,7 +112,8 @@ def laid_out(x, layout):
 def test_any_shape_stride_and_mask(call, name):
     shape, options, seed, layout = call
     q, k, v = (laid_out(x, layout) for x in qkv(*shape, oracle.DTYPES[name], seed))
-    assert_right(q, k, v, options)
+    # Where few numbers are compared, plain attention may happen to be exact: allow a rounding of the values.
+    assert_right(q, k, v, options, floor=2**-22 * float(mx.max(mx.abs(v))))
 
 
 def test_no_queries_and_no_keys():
