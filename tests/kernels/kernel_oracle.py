@@ -94,7 +94,7 @@ def plain_gradients(q, k, v, do, options: Options, dtype: mx.Dtype) -> tuple[np.
 def assert_near(
     got: mx.array, exact: np.ndarray, plain: np.ndarray, dtype: mx.Dtype, factor: float, what: str, floor: float = 0
 ) -> None:
-    """FlashAttention 3's rule: at most `factor` times the error of plain attention, and a few roundings; `floor` is added."""
+    """FlashAttention 3's rule: at most `factor` times the error of plain attention, a few roundings, and `floor`."""
     assert got.shape == exact.shape
     value = numbers(got)
     assert not np.isnan(value).any(), f"{what} has NaN"

@@ -17,8 +17,8 @@ namespace {
 template <class T>
 class Gradients {
  public:
-  explicit Gradients(const BackwardCall& call, const std::vector<float>& delta, int64_t slots, int64_t sums)
-      : call_(call), p_(call.problem), delta_(delta), room_(call.problem, slots, sums) {}
+  Gradients(const BackwardCall& call, int64_t slots, int64_t sums)
+      : call_(call), p_(call.problem), room_(call.problem, slots, sums) {}
 
   // All three gradients of one K/V head.
   void head(int64_t batch, int64_t kv_head) {
@@ -113,6 +113,7 @@ class Gradients {
       room_.holds[slot] = tile;
       turn(rows_of<T>(p_.query, item), p_.head_dim, width, at_.query_turned);
       turn(rows_of<T>(call_.output_gradient, item), p_.value_dim, width, at_.gradient_turned);
+      row_statistics<T>(call_, item, at_.logsumexp, at_.delta);
     }
     q_ = rows(p_.query, item, p_.head_dim, at_.query, room_.d);
     do_ = rows(call_.output_gradient, item, p_.value_dim, at_.gradient, room_.dv);
@@ -132,7 +133,7 @@ class Gradients {
         {v, v_.stride, at_.gradient_turned, query_tile, p_.value_dim, ds, query_tile, nullptr}, keys_, width);
     if (p_.softcap > 0) cap_slopes(p, room_.slopes, keys_, width, p_.scale / p_.softcap);
     const float factor = finish_scores(p, p_, item, bounds, key_, keys_, width);
-    score_gradients(p, ds, p_.softcap > 0 ? room_.slopes : nullptr, item, width, factor);
+    score_gradients(p, ds, p_.softcap > 0 ? room_.slopes : nullptr, width, factor);
     if (key_sums) add_to_keys(item, p, ds, row);
     if (query_sums != nullptr)
       multiply<Layout::rows_contiguous, Update::add>(
@@ -148,16 +149,9 @@ class Gradients {
   }
 
   // P' from S', and dS' from dP', in place.
-  void score_gradients(float* p, float* ds, const float* slopes, const Item& item, int64_t width, float factor) const {
+  void score_gradients(float* p, float* ds, const float* slopes, int64_t width, float factor) const {
     for (int64_t i = 0; i < width; i += lanes) {
-      Vector logsumexp, delta;
-      for (int64_t n = 0; n < lanes; n++) {
-        const bool there = i + n < item.queries;
-        const int64_t row = item.query + i + n;
-        const float lse = there ? logsumexp_at(call_, item.batch, item.head, row) : 0;
-        logsumexp[n] = lse == -infinity || !there ? largest : lse * log2_e;
-        delta[n] = there ? delta_[(item.batch * p_.heads + item.head) * p_.queries + row] : 0;
-      }
+      const Vector logsumexp = load(at_.logsumexp + i), delta = load(at_.delta + i);
       for (int64_t j = 0; j < keys_; j++) {
         const int64_t at = j * query_tile + i;
         const Vector probability = exp2(load(p + at) * factor - logsumexp);
@@ -170,7 +164,6 @@ class Gradients {
 
   const BackwardCall& call_;
   const Problem& p_;
-  const std::vector<float>& delta_;
   BackwardRoom room_;
   BackwardRoom::Slot at_{};
   Floats k_{}, v_{}, q_{}, do_{};
@@ -181,21 +174,19 @@ template <class T>
 void run(const BackwardCall& call) {
   const Problem& p = call.problem;
   const BackwardPlan plan(p);
-  std::vector<float> delta(p.batch * p.heads * p.queries);
   const int threads = threads_for(p);
-  parallel_for(p.batch * p.heads, threads, [&](int64_t i) { row_deltas<T>(call, i, delta.data() + i * p.queries); });
   if (plan.fused(threads))
     return parallel_for(p.batch * p.kv_heads, threads, [&](int64_t i) {
-      Gradients<T>(call, delta, plan.slots, plan.query_tiles).head(i / p.kv_heads, i % p.kv_heads);
+      Gradients<T>(call, plan.slots, plan.query_tiles).head(i / p.kv_heads, i % p.kv_heads);
     });
   const int64_t key_blocks = ceil_div(p.keys, key_block), query_tiles = ceil_div(p.queries, query_tile);
   parallel_for(p.batch * p.kv_heads * key_blocks, threads, [&](int64_t i) {
     const int64_t head = i / key_blocks;
-    Gradients<T>(call, delta, 1, 1).keys(head / p.kv_heads, head % p.kv_heads, i % key_blocks);
+    Gradients<T>(call, 1, 1).keys(head / p.kv_heads, head % p.kv_heads, i % key_blocks);
   });
   parallel_for(p.batch * p.heads * query_tiles, threads, [&](int64_t i) {
     const int64_t head = i / query_tiles;
-    Gradients<T>(call, delta, 1, 1).queries(head / p.heads, head % p.heads, i % query_tiles);
+    Gradients<T>(call, 1, 1).queries(head / p.heads, head % p.heads, i % query_tiles);
   });
 }
 }  // namespace
@@ -215,7 +206,7 @@ int64_t backward_workspace(const Problem& p) {
   const int threads = threads_for(p);
   const bool fused = plan.fused(threads);
   const size_t room = BackwardRoom::floats(p, fused ? plan.slots : 1, fused ? plan.query_tiles : 1);
-  return int64_t(threads * room + p.batch * p.heads * p.queries) * int64_t(sizeof(float));
+  return int64_t(threads * room * sizeof(float));
 }
 
 }  // namespace fatui

@@ -16,6 +16,7 @@ inline int64_t padded(int64_t dim) { return round_up(dim, lanes); }
 struct BackwardRoom {
   struct Slot {
     float *query_turned, *gradient_turned, *query, *gradient;
+    float *logsumexp, *delta;  // of each row; the logsumexp in base 2
   };
 
   int64_t d, dv, slots;
@@ -25,7 +26,7 @@ struct BackwardRoom {
   static int64_t fixed(const Problem& p) {
     return query_tile * 3 * key_tile + (2 * key_block + query_tile) * (padded(p.head_dim) + padded(p.value_dim));
   }
-  static int64_t a_slot(const Problem& p) { return query_tile * (padded(p.head_dim) + padded(p.value_dim)); }
+  static int64_t a_slot(const Problem& p) { return query_tile * (padded(p.head_dim) + padded(p.value_dim) + 2); }
   static size_t floats(const Problem& p, int64_t slots, int64_t sums) {
     return size_t(fixed(p) + slots * a_slot(p) + sums * query_tile * padded(p.head_dim));
   }
@@ -44,8 +45,9 @@ struct BackwardRoom {
     query_sums = turned + slots * a_slot(p);
   }
   Slot slot(int64_t i) const {
-    float* t = turned + i * query_tile * (d + dv);
-    return {t, t + query_tile * d, copies, copies + query_tile * d};
+    float* t = turned + i * query_tile * (d + dv + 2);
+    float* rows = t + query_tile * (d + dv);
+    return {t, t + query_tile * d, copies, copies + query_tile * d, rows, rows + query_tile};
   }
 };
 
@@ -67,29 +69,27 @@ struct BackwardPlan {
   bool fused(int threads) const { return fits && (items % threads == 0 || items >= 3 * threads); }
 };
 
-inline float logsumexp_at(const BackwardCall& call, int64_t batch, int64_t head, int64_t row) {
-  const Tensor& t = call.logsumexp;
-  return static_cast<const float*>(t.data)[batch * t.stride[0] + head * t.stride[1] + row * t.stride[2]];
-}
-
-// delta of each row of one head: dO . O, less the logsumexp's own gradient.
+// For each row of a tile: the logsumexp in base 2 (a row that attends to nothing gets a huge one: its P is 0), and
+// delta = dO . O, less the logsumexp's own gradient.
 template <class T>
-void row_deltas(const BackwardCall& call, int64_t index, float* delta) {
-  const Problem& p = call.problem;
-  const int64_t batch = index / p.heads, head = index % p.heads;
-  const auto row_of = [&](const Tensor& t, int64_t i) {
-    return static_cast<const T*>(t.data) + batch * t.stride[0] + head * t.stride[1] + i * t.stride[2];
+void row_statistics(const BackwardCall& call, const Item& item, float* logsumexp, float* delta) {
+  const auto offset = [&](const Tensor& t, int64_t i) {
+    return item.batch * t.stride[0] + item.head * t.stride[1] + (item.query + i) * t.stride[2];
   };
-  const Tensor &o = call.output, &g = call.output_gradient, &l = call.logsumexp_gradient;
-  for (int64_t i = 0; i < p.queries; i++) {
-    const T *a = row_of(o, i), *b = row_of(g, i);
+  const Tensor &o = call.output, &g = call.output_gradient, &l = call.logsumexp, &dl = call.logsumexp_gradient;
+  const int64_t columns = call.problem.value_dim;
+  for (int64_t i = 0; i < item.queries; i++) {
+    const T *a = static_cast<const T*>(o.data) + offset(o, i), *b = static_cast<const T*>(g.data) + offset(g, i);
     Vector sum{};
-    for (int64_t d = 0; d < p.value_dim; d += lanes)
-      sum += widen_strided(a + d * o.stride[3], o.stride[3], p.value_dim - d) *
-             widen_strided(b + d * g.stride[3], g.stride[3], p.value_dim - d);
-    const int64_t at = batch * l.stride[0] + head * l.stride[1] + i * l.stride[2];
-    delta[i] = sum_of(sum) - (l.data == nullptr ? 0.0f : static_cast<const float*>(l.data)[at]);
+    for (int64_t d = 0; d < columns; d += lanes)
+      sum += widen_strided(a + d * o.stride[3], o.stride[3], columns - d) *
+             widen_strided(b + d * g.stride[3], g.stride[3], columns - d);
+    delta[i] = sum_of(sum) - (dl.data == nullptr ? 0.0f : static_cast<const float*>(dl.data)[offset(dl, i)]);
+    const float value = static_cast<const float*>(l.data)[offset(l, i)];
+    logsumexp[i] = value == -infinity ? largest : value * log2_e;
   }
+  std::fill(logsumexp + item.queries, logsumexp + query_tile, largest);
+  std::fill(delta + item.queries, delta + query_tile, 0.0f);
 }
 
 // 1 - tanh^2: the slope of the softcap.
