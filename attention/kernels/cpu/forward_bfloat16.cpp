@@ -28,6 +28,9 @@ bool use_tiles() {
 #endif
 }
 
+// Turning the values is worth sharing among more rows than float32 would take.
+constexpr int64_t items_wanted = 8;
+
 // Scratch of one thread, in 32-bit words.
 struct PairRoom {
   int64_t d, dv;  // padded: whole tiles of 32 pairs' elements, of 16 rows
@@ -141,7 +144,7 @@ void attend_with_unit(const ForwardCall& call, const Item& item, Partials* parti
 
 bool forward_bfloat16(const ForwardCall& call) {
   const Problem& p = call.problem;
-  const Schedule schedule(p);
+  const Schedule schedule(p, items_wanted);
   Partials partials(p, schedule);
   Partials* kept = schedule.spans > 1 ? &partials : nullptr;
   parallel_for(schedule.items(), threads_for(p),
@@ -151,7 +154,7 @@ bool forward_bfloat16(const ForwardCall& call) {
 }
 
 int64_t bfloat16_workspace(const Problem& p) {
-  return int64_t(threads_for(p) * PairRoom::floats(p) * sizeof(float)) + Partials::bytes(p, Schedule(p));
+  return int64_t(threads_for(p) * PairRoom::floats(p) * sizeof(float)) + Partials::bytes(p, Schedule(p, items_wanted));
 }
 #endif
 

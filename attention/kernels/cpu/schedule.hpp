@@ -28,9 +28,10 @@ struct Item {
 struct Schedule {
   int64_t heads_per_tile, head_groups, tiles_per_head, tiles, spans, keys_per_span, rows_per_tile;
 
-  explicit Schedule(const Problem& p) {
+  // Rows are doubled while that leaves at least so many items.
+  explicit Schedule(const Problem& p, int64_t items_wanted = 64) {
     int64_t rows_wanted = most_panels * query_tile;
-    while (rows_wanted > query_tile && p.batch * p.heads * (p.queries / rows_wanted) < 64) rows_wanted /= 2;
+    while (rows_wanted > query_tile && p.batch * p.heads * (p.queries / rows_wanted) < items_wanted) rows_wanted /= 2;
     const int64_t group = p.heads / p.kv_heads;
     rows_per_tile = rows_wanted;
     heads_per_tile = p.queries >= rows_wanted ? 1 : std::min(group, rows_wanted / p.queries);
