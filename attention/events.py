@@ -7,7 +7,7 @@ import msgspec
 from attention.report import Environment, Peaks
 from attention.route import Route
 
-Step = Literal["trial", "first call", "accuracy", "memory", "warm up", "latency", "rounds"]
+Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds"]
 Ending = Literal["failed", "refused", "unsupported"]
 AGAIN = "(again)"
 """The name under which the reference's second arm, the noise floor, stands among the samples."""

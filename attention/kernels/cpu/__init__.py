@@ -19,7 +19,9 @@ __all__ = [
     "availability",
     "flash_attention",
     "flash_attention_with_logsumexp",
+    "fma_peak",
     "is_compiled",
+    "is_loaded",
     "load",
     "variant",
     "workspace_bytes",
@@ -40,6 +42,22 @@ def is_compiled() -> bool:
     from attention.kernels.cpu import library
 
     return library.is_compiled()
+
+
+def is_loaded() -> bool:
+    """Whether the kernel is in this process already."""
+    return _module is not None
+
+
+def fma_peak() -> float:
+    """FLOP/s of float32 multiply-adds in registers on all threads, measured now.
+
+    Raises:
+        KernelUnavailable: if the kernel cannot run on this machine.
+    """
+    if _module is None:
+        load()
+    return float(_module.fma_peak())
 
 
 def variant() -> str:

@@ -1,5 +1,5 @@
-"""Why the kernel cannot run here."""
+"""The error that says why there is no kernel here."""
 
+from attention.errors import KernelUnavailable
 
-class KernelUnavailable(RuntimeError):
-    """The CPU kernel cannot be used; `str(error)` is the reason, in one line."""
+__all__ = ["KernelUnavailable"]
