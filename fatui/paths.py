@@ -21,8 +21,9 @@ def data_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """The folder of compiled kernels and trials: $XDG_CACHE_HOME/fatui, or ~/.cache/fatui."""
-    return _xdg("XDG_CACHE_HOME", ".cache")
+    """The folder of compiled kernels: $FATUI_CACHE_DIR, $XDG_CACHE_HOME/fatui, or ~/.cache/fatui."""
+    given = os.environ.get("FATUI_CACHE_DIR")
+    return Path(given).expanduser() if given else _xdg("XDG_CACHE_HOME", ".cache")
 
 
 def bundled_presets() -> Path:

@@ -128,9 +128,9 @@ def test_every_route_says_why() -> None:
 
 
 def test_poc_says_that_it_falls_back() -> None:
-    route = get("poc").route(Example().workload(), CPU)
-    assert route.path == "falls back: MLX SDPA"
-    assert "no custom kernel for the CPU yet" in route.reason
+    route = get("poc").route(Workload(head_dim=513), CPU)
+    assert (route.path, route.fallback) == ("falls back: MLX SDPA", True)
+    assert "takes head dims to 512, not 513" in route.reason
 
 
 def test_mlx_gives_its_own_reason_for_not_fusing() -> None:
