@@ -10,6 +10,7 @@ from attention.implementations import NAMES, get
 from attention.implementations.blocks import Blocks
 from attention.implementations.practical import Practical
 from attention.implementations.protocol import Implementation
+from attention.workload import Workload
 
 
 class InBlocks(Practical):
