@@ -5,7 +5,6 @@ Importing this imports neither MLX nor numpy; a call does.
 
 from typing import TYPE_CHECKING
 
-from attention import implementations  # a package that, called, gives the names
 from attention.errors import NoBackendError, UnsupportedError, UsageError
 from attention.workload import Workload
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
     from attention.implementations.protocol import Implementation
 
-__all__ = ["NoBackendError", "UnsupportedError", "UsageError", "Workload", "attention", "implementations"]
+__all__ = ["NoBackendError", "UnsupportedError", "UsageError", "Workload", "attention"]
 
 
 def attention(
@@ -39,7 +38,7 @@ def attention(
             pair may be seen, or numbers to add to the scores. An array mask gets no gradient.
         window: a query sees only the last `window` keys that end at its own position; implies causal.
         softcap: squashes scaled scores s to softcap * tanh(s / softcap), before the mask.
-        implementation: a name from `implementations()`, "FILE.py:CLASS", or an implementation.
+        implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.
 
     Returns:
         (B, H, Lq, Dv) in the query's type; rows that may see nothing are 0.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from attention import events as on
 from attention import implementations
 from attention.device import Device, environment, probe
+from attention.implementations.protocol import NeedsBuilding
 from attention.measure.rounds import Arm, Limits, run_rounds
 from attention.plan import Assignment
 from attention.roofline import measure_peaks
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 ROUNDS_WANTED: Final = 40
 SHORTEST_SAMPLE_S: Final = 0.005
 LONGEST_SAMPLE_S: Final = 0.1
+FIRST_LOOK_S: Final = 1.0
 
 
 class DeviceUncertain(RuntimeError):
@@ -42,17 +44,20 @@ class Bench:
             UsageError, NoBackendError: nothing can run.
             DeviceUncertain: a row was told as failed, and this process must not go on.
         """
+        self._backend = (device := probe()).backend
         for name in self._plan.ordered:
             implementations.get(name)
-        self._backend = (device := probe()).backend
         self._teller.emit(on.RunStarted(environment=environment(device)))
         if self._assignment.peaks is None:
-            self._teller.progress("what this machine can do at best")
-            self._teller.emit(on.PeaksMeasured(peaks=measure_peaks(device)))
+            self._measure_peaks(device)
         for case in range(self._assignment.first_case, len(self._plan.cases)):
             self._teller.begin(case)
             self._teller.end(self._run_case(case, self._plan.cases[case]))
         self._teller.emit(on.RunDone())
+
+    def _measure_peaks(self, device: Device) -> None:
+        self._teller.progress("what this machine can do at best")
+        self._teller.emit(on.PeaksMeasured(peaks=measure_peaks(device)))
 
     def _run_case(self, case: int, workload: Workload) -> str:
         device = probe()  # what is free now, not when the run began
@@ -60,6 +65,12 @@ class Bench:
         if not names:
             return "nothing to run"
         self._teller.at_rest()
+        slow = [name for name in names if self._needs_building(name, workload, device)]
+        if slow:
+            self._first_look([name for name in names if name not in slow], workload, device)
+            self._build(slow)
+            self._measure_peaks(device)  # what was built may know a better one
+            self._teller.begin(case)  # all are measured together, anew
         try:
             setting = self._setting(workload, device, len(names))
         except Exception as error:  # no memory for the inputs, say
@@ -67,7 +78,7 @@ class Bench:
                 self._fail(name, error)
             return "failed"
         arms = [arm for name in names if (arm := self._prepare(name, setting)) is not None]
-        return self._run_rounds(arms) if arms else "failed"
+        return self._run_rounds(arms, self._plan.seconds) if arms else "failed"
 
     def _is_to_run(self, name: str, workload: Workload, device: Device) -> bool:
         """Asks an implementation for its route; ends its row where it does not take the case, or will not fit."""
@@ -87,6 +98,33 @@ class Bench:
             self._teller.end_row(name, "refused", f"needs {needed / 2**30:.3g} GiB of {limit / 2**30:.3g}")
             return False
         return True
+
+    def _needs_building(self, name: str, workload: Workload, device: Device) -> bool:
+        implementation = implementations.get(name)
+        return isinstance(implementation, NeedsBuilding) and implementation.needs_building(workload, device)
+
+    def _first_look(self, ready: list[str], workload: Workload, device: Device) -> None:
+        """Shows what the others do while there is nothing else to see; none of it enters the result."""
+        if ready:
+            setting = self._setting(workload, device, len(ready))
+            arms = [arm for name in ready if (arm := self._prepare(name, setting)) is not None]
+            if arms:
+                self._run_rounds(arms, FIRST_LOOK_S)
+                rates = (f"{arm.name} {workload.tokens / median(arm.samples):,.0f} tokens/s" for arm in arms)
+                self._teller.say(f"a first look: {', '.join(rates)}; the others are being built")
+
+    def _build(self, names: list[str]) -> None:
+        """Lets implementations compile, outside every clock but their own."""
+        for name in names:
+            implementation = implementations.get(name)
+            assert isinstance(implementation, NeedsBuilding)
+            self._teller.step(name, "build")
+            started = time.perf_counter()
+            implementation.build(self._teller.say)
+            seconds = time.perf_counter() - started
+            if seconds > TELL_EVERY_S:
+                self._teller.say(f"{name}: ready after {seconds:.0f} s, and kept for the next time")
+        self._teller.at_rest()
 
     def _setting(self, workload: Workload, device: Device, count: int) -> "CaseSetting":
         from attention.implementations.runner import make_inputs
@@ -113,7 +151,7 @@ class Bench:
             self._fail(name, error)
             return None
 
-    def _run_rounds(self, arms: list[Arm]) -> str:
+    def _run_rounds(self, arms: list[Arm], seconds: float) -> str:
         reference = arms[0]
         again = Arm(name=on.AGAIN, runner=reference.runner, calls=reference.calls, lead_in=reference.lead_in)
         self._teller.emit(on.ReferenceChosen(case=self._teller.case, implementation=reference.name))
@@ -121,7 +159,7 @@ class Bench:
         try:
             return run_rounds(
                 [reference, again, *arms[1:]],
-                Limits(seconds=self._plan.seconds, precision=self._plan.precision),
+                Limits(seconds=seconds, precision=self._plan.precision),
                 seed=self._plan.seed,
                 before=lambda arm: self._teller.at_work(reference.name if arm is again else arm.name),
                 failed=lambda arm, error: None if arm is again else self._fail(arm.name, error),

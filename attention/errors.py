@@ -23,6 +23,10 @@ class NoBackendError(RuntimeError):
     """MLX is not installed, or has no backend to run on."""
 
 
+class KernelUnavailable(RuntimeError):
+    """A custom kernel cannot be used on this machine; the message is the reason, in one line."""
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the nearest known word, or an empty string."""
     import difflib

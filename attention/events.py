@@ -7,7 +7,7 @@ import msgspec
 from attention.report import Environment, Peaks
 from attention.route import Route
 
-Step = Literal["trial", "first call", "accuracy", "memory", "warm up", "latency", "rounds"]
+Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds"]
 Ending = Literal["failed", "refused", "unsupported"]
 AGAIN = "(again)"
 """The name under which the reference's second arm, the noise floor, stands among the samples."""
@@ -73,8 +73,9 @@ class Checked(Event, tag="checked"):
 
     case: int
     implementation: str
-    max_error: float
-    rms_error: float
+    max_error: float | None
+    """None where the result holds NaN or infinity."""
+    rms_error: float | None
     accurate: bool
     detail: str
     """Which tensor was worst, and what it was allowed."""
@@ -152,7 +153,7 @@ class WorkerUnusable(Event, tag="worker_unusable"):
 class RunRefused(Event, tag="run_refused"):
     """Nothing can run here; the reason is the user's to read."""
 
-    kind: Literal["usage", "no backend"]
+    kind: Literal["usage", "no backend", "cannot start"]
     reason: str
 
 

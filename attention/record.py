@@ -14,6 +14,8 @@ from attention.workload import Workload
 
 LOG_LINES: Final = 10_000
 INTERRUPTED: Final = "interrupted"
+HIGHEST_EFFICIENCY: Final = 1.05
+"""A little above 1 is noise; more says that the peak was none, as for a matrix unit beside float32 rates."""
 UNITY: Final = Ratio(value=1.0, low=1.0, high=1.0)
 
 
@@ -172,7 +174,7 @@ def _row(
     accurate = check is None or check.accurate
     call = statistics.median_interval(measured.samples) if measured.samples else None
     flops_per_s = record.workload.flops / call.median if call else None
-    peak_rate = peaks.matmul_flops_per_s
+    efficiency = flops_per_s / peaks.flops_per_s if flops_per_s and peaks.flops_per_s else None
     return Row(
         implementation=measured.implementation,
         status=ended.status if ended else ("ok" if accurate else "inaccurate"),
@@ -185,7 +187,7 @@ def _row(
         first_call_s=measured.first_call_s,
         speedup=None if ended else speedup,
         flops_per_s=flops_per_s,
-        efficiency=flops_per_s / peak_rate if flops_per_s and peak_rate else None,
+        efficiency=efficiency if efficiency and efficiency <= HIGHEST_EFFICIENCY else None,
         peak_bytes=measured.peak_bytes,
         predicted_bytes=route.predicted_bytes if route else None,
         max_error=check.max_error if check else None,

@@ -59,7 +59,7 @@ class Row(Struct, frozen=True, kw_only=True):
     """Against the case's reference."""
     flops_per_s: float | None = None
     efficiency: float | None = None
-    """Achieved FLOP/s over the best rate that was measured in the same run."""
+    """Achieved FLOP/s over the best rate measured in the same run; None beyond that rate, which is then no peak."""
     peak_bytes: int | None = None
     """Memory above the inputs while one call runs, outputs included, measured in a pass of its own."""
     predicted_bytes: int | None = None
@@ -100,8 +100,15 @@ class Peaks(Struct, frozen=True, kw_only=True):
     """The best rates that this machine reached in this run."""
 
     matmul_flops_per_s: float | None = None
+    fma_flops_per_s: float | None = None
+    """Float32 multiply-adds in registers, on a CPU whose kernel is compiled."""
     copy_bytes_per_s: float | None = None
     """Bytes read plus bytes written, over time."""
+
+    @property
+    def flops_per_s(self) -> float | None:
+        """The best of the measured rates: what 100 % efficiency is."""
+        return max(filter(None, (self.matmul_flops_per_s, self.fma_flops_per_s)), default=None)
 
 
 class Environment(Struct, frozen=True, kw_only=True):

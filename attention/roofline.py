@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from attention.device import Device
+from attention.errors import KernelUnavailable
+from attention.kernels import cpu
 from attention.report import Peaks
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 MATMUL_SIZES: Final = {"cpu": (128, 256, 512, 1024, 2048), "metal": (1024, 2048, 4096), "cuda": (2048, 4096, 8192)}
 MATMUL_TYPES: Final = ("float32", "float16", "bfloat16")
 COPY_BYTES: Final = {"cpu": 2**26, "metal": 2**28, "cuda": 2**30}
+NUMPY_SIZE: Final = 768
+NUMPY_REPEATS: Final = 20
 REPEATS: Final = 3
 
 
@@ -27,12 +31,13 @@ def measure_peaks(device: Device, seconds: float = 0.6) -> Peaks:
         seconds: about how long it may take; sizes that would take longer are left out.
 
     Returns:
-        FLOP/s of the fastest square matmul, and bytes read plus written a second of the fastest copy.
+        FLOP/s of the fastest square matmul of any library here, on the CPU numpy's too; and bytes read plus written
+        a second of the fastest copy.
     """
-    return Peaks(
-        matmul_flops_per_s=_best_matmul(device, seconds * 0.8),
-        copy_bytes_per_s=_best_copy(device),
-    )
+    matmul = _best_matmul(device, seconds * 0.8)
+    if device.backend == "cpu":
+        matmul = max(matmul, _numpy_matmul())  # MLX's BLAS may be far from what these cores can do
+    return Peaks(matmul_flops_per_s=matmul, fma_flops_per_s=_fma(device), copy_bytes_per_s=_best_copy(device))
 
 
 def _best_matmul(device: Device, seconds: float) -> float:
@@ -51,6 +56,23 @@ def _best_matmul(device: Device, seconds: float) -> float:
             if time.perf_counter() - started > seconds / len(MATMUL_TYPES):
                 break
     return best
+
+
+def _fma(device: Device) -> float | None:
+    """FLOP/s of multiply-adds in registers, if the CPU kernel that can measure them is compiled."""
+    if device.backend != "cpu" or not (cpu.availability()[0] and cpu.is_compiled()):
+        return None
+    try:
+        return cpu.fma_peak()
+    except KernelUnavailable:
+        return None
+
+
+def _numpy_matmul() -> float:
+    """FLOP/s of numpy's float32 product on all cores."""
+    a, b = np.random.default_rng(0).standard_normal((2, NUMPY_SIZE, NUMPY_SIZE)).astype(np.float32)
+    product = np.empty_like(a)
+    return float(2 * NUMPY_SIZE**3 / _fastest(lambda: np.matmul(a, b, out=product), NUMPY_REPEATS))
 
 
 def _evaluate_product(a: "mx.array", b: "mx.array") -> None:
@@ -75,11 +97,11 @@ def _best_copy(device: Device) -> float:
     return 2 * size / fastest
 
 
-def _fastest(call: Callable[[], None]) -> float:
+def _fastest(call: Callable[[], object], repeats: int = REPEATS) -> float:
     """Seconds of the fastest of a few calls, after one that is not timed."""
     call()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)

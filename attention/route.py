@@ -28,6 +28,8 @@ class Route(Struct, frozen=True, kw_only=True):
     """Why this path and no other, in one sentence."""
     supported: bool = True
     """Whether the implementation takes the workload at all; if not, `reason` says what it does not take."""
+    fallback: bool = False
+    """Whether this is not the implementation's own path but what it takes where that cannot run."""
     predicted_bytes: int | None = None
     """Peak memory above the inputs while one call runs, outputs included; None where it cannot be known."""
 

@@ -55,6 +55,10 @@ class Teller:
         self.emit(on.StepStarted(case=self._case, implementation=name, step=step))
         self.progress(f"{name}: {step}")
 
+    def say(self, text: str) -> None:
+        """Tells something worth a line in the log."""
+        self.emit(on.Message(level="info", text=text))
+
     def end_row(self, name: str, status: on.Ending, reason: str) -> None:
         """Tells that an implementation is out of the case."""
         self.emit(on.RowEnded(case=self._case, implementation=name, status=status, reason=reason))

@@ -21,6 +21,7 @@ LARGEST: Final = {
     "head_dim": 4_096,
     "value_dim": 4_096,
 }
+SEQ: Final = 512
 DEFAULT_FROM: Final = {"kv_seq": "seq", "kv_heads": "heads", "value_dim": "head_dim"}
 _DEFAULTED: Any = None  # resolved from another field, as DEFAULT_FROM says, when the workload is made
 
@@ -38,8 +39,8 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     batch: int = 1
     """Independent sequences."""
-    seq: int = 512
-    """Query rows of each sequence."""
+    seq: int = _DEFAULTED
+    """Query rows of each sequence; 512 unless given."""
     kv_seq: int = _DEFAULTED
     """Keys of each sequence; seq unless given."""
     heads: int = 8
@@ -61,6 +62,8 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         """Resolves the defaulted fields, then checks all of them."""
         if self.pass_ == "decode":
             self._become_decode()
+        if cast("int | None", self.seq) is None:
+            structs.force_setattr(self, "seq", SEQ)
         for name, source in DEFAULT_FROM.items():
             if getattr(self, name) is None:
                 structs.force_setattr(self, name, getattr(self, source))
@@ -69,10 +72,12 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
             raise UsageError(*problems)
 
     def _become_decode(self) -> None:
-        if cast("int | None", self.kv_seq) is None:
-            structs.force_setattr(self, "kv_seq", self.seq)
-        elif self.seq not in (1, self.kv_seq):
-            raise UsageError(f"seq: got {self.seq}; a decode pass has one query a sequence: seq 1, or kv_seq alone")
+        """Takes a seq without kv_seq as the length of the cache, and makes the query one row."""
+        seq, kv_seq = cast("int | None", self.seq), cast("int | None", self.kv_seq)
+        if kv_seq is None:
+            structs.force_setattr(self, "kv_seq", SEQ if seq is None else seq)
+        elif seq not in (None, 1, kv_seq):
+            raise UsageError(f"seq: got {seq}; a decode pass has one query a sequence: seq 1, or kv_seq alone")
         structs.force_setattr(self, "seq", 1)
 
     @property

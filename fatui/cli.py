@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
-from attention.errors import NoBackendError, UsageError, suggestion
-from fatui import __version__
+from fatui import __version__  # nothing of the engine: --help is to be there at once
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -37,16 +36,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises the mistake, for main to tell with all others."""
+        from attention.errors import UsageError
+
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Reads the arguments; every option that is not known is told, with the nearest that is."""
         known, unknown = self.parse_known_args(arguments)
+        if not unknown:
+            return known
+        from attention.errors import UsageError, suggestion
+
         options = [option for action in self._actions for option in action.option_strings]
         problems = [f"{word}: not known here{suggestion(word.partition('=')[0], options)}" for word in unknown]
-        if problems:
-            raise UsageError(*problems[:-1], f"{problems[-1]}; see `{self.prog} --help`")
-        return known
+        raise UsageError(*problems[:-1], f"{problems[-1]}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,15 +80,27 @@ def tell(problem: object) -> None:
 def _told(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
-    except UsageError as error:
+    except SystemExit as error:  # argparse, after --help and --version
+        return error.code if isinstance(error.code, int) else DONE
+    except (ValueError, RuntimeError) as error:
+        code = _code_of(error)
+        if code is None:
+            raise
+        return code
+
+
+def _code_of(error: Exception) -> int | None:
+    """Tells a mistake or a missing backend, and returns its exit code; None for what is neither."""
+    from attention.errors import NoBackendError, UsageError
+
+    if isinstance(error, UsageError):
         for problem in error.problems:
             tell(problem)
         return WRONG_USAGE
-    except NoBackendError as error:
+    if isinstance(error, NoBackendError):
         tell(error)
         return NO_BACKEND
-    except SystemExit as error:  # argparse, after --help and --version
-        return error.code if isinstance(error.code, int) else DONE
+    return None
 
 
 def _silenced(code: int) -> int:
@@ -122,6 +137,8 @@ def _open_app(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name != "fatui.app":
             raise
+        from attention.errors import UsageError
+
         raise UsageError("the app is not there yet; `fatui bench` measures without it") from None
     return int(run_app(given.preset, given.run, given.ascii))
 
@@ -147,6 +164,7 @@ def _app_parser() -> Parser:
 
 
 def _check_preset(name: str) -> None:
+    from attention.errors import UsageError, suggestion
     from fatui.presets import load
 
     try:

@@ -55,7 +55,7 @@ class Engine:
             self._go_on_after(reason)
             fruitless = fruitless + 1 if self._assignment == before else 0
             if fruitless == 2:
-                self._tell(on.RunRefused(kind="usage", reason=f"the engine cannot start: {reason}"))
+                self._tell(on.RunRefused(kind="cannot start", reason=f"the engine cannot start: {reason}"))
 
     def stop(self) -> None:
         """Ends the worker at once; what was measured stays in the record."""

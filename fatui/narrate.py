@@ -20,8 +20,8 @@ def narrate(event: on.AnyEvent, plan: Plan) -> Said:
             return f"engine up: {', '.join(parts)}", "info"
         case on.PeaksMeasured():
             peaks = event.peaks
-            best = figures.flops(peaks.matmul_flops_per_s)
-            return f"best matmul {best}/s, copy {figures.bytes_per_second(peaks.copy_bytes_per_s)}", "info"
+            best = figures.flops(peaks.flops_per_s)
+            return f"best rate {best}/s, copy {figures.bytes_per_second(peaks.copy_bytes_per_s)}", "info"
         case on.Message():
             return event.text, event.level
         case on.RunRefused():

@@ -53,7 +53,7 @@ def _row(measured: Measured, record: CaseRecord, peaks: Peaks, speedup: Ratio | 
     accurate = check is None or check.accurate
     call = median(measured.samples) if measured.samples else None
     flops = record.workload.flops / call if call else None
-    peak = peaks.matmul_flops_per_s
+    peak = peaks.flops_per_s
     return Row(
         implementation=measured.implementation,
         status=ended.status if ended else ("ok" if accurate else "inaccurate"),

@@ -187,8 +187,8 @@ def _footer(report: Report) -> RenderableType:
     where, peaks = report.environment, report.peaks
     known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas]
     parts = [part for part in known if part]
-    if peaks.matmul_flops_per_s:
-        parts.append(f"best matmul {figures.flops(peaks.matmul_flops_per_s)}/s = 100 %")
+    if peaks.flops_per_s:
+        parts.append(f"best rate measured {figures.flops(peaks.flops_per_s)}/s = 100 %")
     lines: list[RenderableType] = [Text(figures.finding(report), style="bold")]
     if parts:
         lines.append(Text(" · ".join(parts), style="dim"))

@@ -2,10 +2,8 @@
 
 import importlib
 import importlib.util
-import sys
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Final
 
 from msgspec import Struct
@@ -106,14 +104,3 @@ def _module_at(path: Path) -> object:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-class _Catalogue(ModuleType):
-    """Makes `attention.implementations()` and the package of that name one thing."""
-
-    def __call__(self) -> tuple[str, ...]:
-        """The names that `attention` takes."""
-        return NAMES
-
-
-sys.modules[__name__].__class__ = _Catalogue

@@ -13,8 +13,9 @@ from attention.device import Backend, Device, probe
 from attention.implementations.asked import asked_for, here
 from attention.implementations.baseline import Baseline
 from attention.implementations.mlx_sdpa import MlxSdpa
+from attention.implementations.poc import Poc
 from attention.implementations.practical import Practical
-from attention.implementations.protocol import Implementation
+from attention.implementations.protocol import Implementation, NeedsBuilding
 from attention.implementations.runner import MlxRunner
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
@@ -50,13 +51,14 @@ def _compiled(scale: float, causal: bool, window: int | None) -> Callable[..., m
 
 
 class Demo:
-    """Tries compiled and plain MLX SDPA, `practical` and `baseline` once for each workload, and keeps the fastest."""
+    """Tries `poc`, `practical`, MLX SDPA plain and compiled, and `baseline` once for each workload; keeps the best."""
 
     name = "demo"
 
     def __init__(self) -> None:
         """Knows the candidates, leanest first, and no workload yet."""
         self.candidates: dict[str, Implementation] = {
+            "poc": Poc(),
             "practical": Practical(),
             "mlx": MlxSdpa(),
             "mlx compiled": CompiledSdpa(),
@@ -87,6 +89,18 @@ class Demo:
             self._try(key, lambda candidate: candidate(q, k, v, scale=scale, mask=mask, softcap=softcap))
         return self.candidates[self._chosen[key]](q, k, v, scale=scale, mask=mask, softcap=softcap)
 
+    def needs_building(self, workload: Workload, device: Device) -> bool:
+        """Whether a candidate has to be compiled before a trial is fair."""
+        return any(one.needs_building(workload, device) for one in self._built())
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Compiles what a trial would call."""
+        for one in self._built():
+            one.build(tell)
+
+    def _built(self) -> list[NeedsBuilding]:
+        return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding)]
+
     def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> "DemoRunner":
         """A bound call that makes its trial, of the workload's own pass, when it is first queued."""
         return DemoRunner(self, workload, inputs, scale)
@@ -113,6 +127,8 @@ class Demo:
         names = []
         for name, candidate in self.candidates.items():
             route = candidate.route(workload, device, needs)
+            if route.fallback:
+                continue  # what it falls back to is a candidate itself
             if name == "practical" or (route.supported and (route.predicted_bytes or 0) <= device.available_bytes):
                 names.append(name)
         return names

@@ -1,12 +1,16 @@
 """fatui's own kernel, where there is one for the device."""
 
 import importlib
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from typing import Final, Protocol, cast
 
 import mlx.core as mx
 from msgspec import structs
 
 from attention.device import Backend, Device
+from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa
 from attention.implementations.practical import Practical
@@ -14,8 +18,8 @@ from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
 
-KERNELS: Final[dict[Backend, str]] = {}
-"""For each backend the module of its kernel, of the form `Kernel`; none yet."""
+KERNELS: Final[dict[Backend, str]] = {"cpu": "attention.kernels.cpu.path"}
+"""For each backend the module of its kernel, of the form `Kernel`."""
 BACKEND_NAMES: Final[dict[Backend, str]] = {"cpu": "the CPU", "metal": "Metal", "cuda": "CUDA"}
 
 
@@ -26,10 +30,18 @@ class Kernel(Protocol):
         """The kernel's path, or a route that is not supported, with the reason."""
         ...
 
+    def is_built(self) -> bool:
+        """Whether a call would not have to compile first."""
+        ...
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Compiles; raises KernelUnavailable."""
+        ...
+
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
     ) -> mx.array:
-        """Attends; shapes as in the implementations' protocol."""
+        """Attends; shapes as in the implementations' protocol. Raises KernelUnavailable."""
         ...
 
 
@@ -42,6 +54,7 @@ class Poc:
         """Makes the implementations that it falls back to."""
         self._sdpa = MlxSdpa()
         self._practical = Practical()
+        self._taken: set[tuple[Workload, Needs, Backend]] = set()
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """The kernel's path where it takes the workload; otherwise what it falls back to, and why."""
@@ -58,20 +71,48 @@ class Poc:
         else:
             behind = self._sdpa.route(workload, device, needs)
             path, reason = "falls back: MLX SDPA", f"{refusal}; {behind.reason}"
-        return structs.replace(behind, path=path, reason=reason)
+        return structs.replace(behind, path=path, reason=reason, fallback=True)
+
+    def needs_building(self, workload: Workload, device: Device) -> bool:
+        """Whether the kernel takes the workload and has not been compiled on this machine yet."""
+        kernel = _kernel(device.backend)
+        return kernel is not None and not kernel.is_built() and kernel.route(workload, PLAIN).supported
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Compiles the kernel; where that fails, calls fall back and the route says why."""
+        kernel = _kernel(here())
+        if kernel is not None:
+            with suppress(KernelUnavailable):
+                kernel.build(tell)
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Attends; shapes as in the protocol."""
-        kernel = _kernel(here())
-        if kernel is not None and kernel.route(*asked_for(q, k, v, mask, softcap)).supported:
-            return kernel.attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        kernel = self._kernel_for(q, k, v, mask, softcap)
+        if kernel is not None:
+            with suppress(KernelUnavailable):
+                return kernel.attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            self._taken.clear()
         if softcap is not None:
             return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
         return self._sdpa(q, k, v, scale=scale, mask=mask)
 
+    def _kernel_for(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> Kernel | None:
+        """The kernel, if it takes the call; asked once for each kind of call."""
+        backend = here()
+        kernel = _kernel(backend)
+        if kernel is None:
+            return None
+        key = (*asked_for(q, k, v, mask, softcap), backend)
+        if key not in self._taken:
+            if not kernel.route(*key[:2]).supported:
+                return None
+            self._taken.add(key)
+        return kernel
 
+
+@cache
 def _kernel(backend: Backend) -> Kernel | None:
     name = KERNELS.get(backend)
     return None if name is None else cast("Kernel", importlib.import_module(name))

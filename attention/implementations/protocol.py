@@ -1,6 +1,6 @@
 """What an implementation is: a name, the route it would take, and the call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from attention.device import Device
@@ -59,6 +59,19 @@ class Runner(Protocol):
 
     def peak_bytes(self) -> int | None:
         """Runs one call and returns the peak memory above the inputs, or None where it cannot be known."""
+        ...
+
+
+@runtime_checkable
+class NeedsBuilding(Protocol):
+    """An implementation that has to be made ready once on a machine, by compiling, say."""
+
+    def needs_building(self, workload: Workload, device: Device) -> bool:
+        """Whether a first call would have to build now; quick."""
+        ...
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Builds, telling in a line what takes the time; where that fails, the route says why from then on."""
         ...
 
 

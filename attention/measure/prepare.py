@@ -1,5 +1,6 @@
 """What comes before the rounds: the first call, accuracy, memory, warm-up and latency of one implementation."""
 
+import math
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -82,12 +83,17 @@ def _check(name: str, implementation: Implementation, results: "list[mx.array]",
         on.Checked(
             case=teller.case,
             implementation=name,
-            max_error=judgement.max_error,
-            rms_error=judgement.rms_error,
+            max_error=_finite(judgement.max_error),
+            rms_error=_finite(judgement.rms_error),
             accurate=judgement.accurate,
             detail=judgement.detail,
         )
     )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _tell_route_again(name: str, implementation: Implementation, setting: CaseSetting) -> None:

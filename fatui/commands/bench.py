@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DEFAULT_PRESET: Final = "quick"
-CANNOT_START: Final = "the engine cannot start"
 """How the engine's refusal begins when its process ended twice without a word."""
 EXAMPLE: Final = """examples:
   fatui bench quick
@@ -197,17 +196,6 @@ def _exit_code(record: "Record", report: "Report", interrupted: bool, failed: bo
 
 
 def _refused(refusal: "RunRefused") -> int:
-    """Tells why nothing could run.
-
-    Raises:
-        NoBackendError: the engine could not start because there is nothing to run on.
-    """
-    from attention.device import probe
-
-    if refusal.kind != "no backend" and CANNOT_START in refusal.reason:
-        probe()
     for line in refusal.reason.splitlines():
         cli.tell(line)
-    if refusal.kind == "no backend":
-        return cli.NO_BACKEND
-    return cli.FAILED if CANNOT_START in refusal.reason else cli.WRONG_USAGE
+    return {"no backend": cli.NO_BACKEND, "cannot start": cli.FAILED}.get(refusal.kind, cli.WRONG_USAGE)

@@ -51,8 +51,8 @@ class Narrator:
                 self._say(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
             case on.RowEnded() if self._bar is None:
                 self._say(f"{event.implementation}: {event.status}: {event.reason}")
-            case on.Message() if event.level != "info":
-                self._say(f"{event.level}: {event.text}")
+            case on.Message():
+                self._say(event.text if event.level == "info" else f"{event.level}: {event.text}")
 
     def _draw(self, event: on.Progress) -> None:
         now = time.monotonic()

@@ -48,7 +48,7 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("per call", f"{figures.interval_text(row.call_s)}, 95 % of the median"),
         ("speedup", f"{figures.speedup_text(row.speedup)} over {case.reference or figures.UNKNOWN}"),
         ("noise floor", figures.percent(case.noise_floor.floor if case.noise_floor else None)),
-        ("rate", f"{figures.flops(row.flops_per_s)}/s, {figures.percent(row.efficiency)} of the best matmul"),
+        ("rate", f"{figures.flops(row.flops_per_s)}/s, {figures.percent(row.efficiency)} of the best rate measured"),
         ("latency", f"{figures.seconds(row.latency_s)} for one call, waited for"),
         ("first call", f"{figures.seconds(row.first_call_s)}, compilation included"),
         ("memory", f"{figures.size(row.peak_bytes)} at the peak, {figures.size(row.predicted_bytes)} predicted"),

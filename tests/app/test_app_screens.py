@@ -259,7 +259,7 @@ def test_a_row_opens_with_its_samples_and_its_command():
         assert isinstance(stage.app.screen, RowDetails)
         seen = stage.seen()
         assert "fatui bench" in seen and "--impl baseline,poc" in seen.replace("\n", " ")
-        assert "of the best matmul" in seen and "why poc" in seen
+        assert "of the best rate measured" in seen and "why poc" in seen
         await stage.press("escape")
         assert stage.app.screen is stage.app.main
 

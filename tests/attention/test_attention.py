@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-import attention as package
 from attention import UnsupportedError, UsageError, attention
+from attention.implementations import NAMES
 from attention.implementations.baseline import Baseline
 
 Q, K, V = mx.ones((2, 4, 5, 8)), mx.ones((2, 2, 7, 8)), mx.ones((2, 2, 7, 3))
@@ -22,7 +22,7 @@ def test_importing_attention_imports_neither_mlx_nor_numpy_nor_textual() -> None
 
 
 def test_the_implementations_are_named() -> None:
-    assert package.implementations() == ("baseline", "poc", "practical", "demo", "mlx", "torch")
+    assert NAMES == ("baseline", "poc", "practical", "demo", "mlx", "torch")
 
 
 def test_the_shape_follows_query_and_value_and_the_type_the_query() -> None:

@@ -61,7 +61,7 @@ def test_blocks_are_named_with_their_size_and_the_reason() -> None:
 def test_unfused_paths_take_the_memory_that_they_predict(
     implementation: Baseline | MlxSdpa, mask: str, pass_: str
 ) -> None:
-    size = {"seq": 65536, "heads": 32, "kv_heads": 8} if pass_ == "decode" else {"seq": 640, "heads": 4}
+    size = {"seq": 16384, "heads": 32, "kv_heads": 8} if pass_ == "decode" else {"seq": 640, "heads": 4}
     workload = Workload(**size, head_dim=16, mask=mask, pass_=pass_, dtype="float16")  # type: ignore[arg-type]
     predicted = implementation.route(workload, CPU).predicted_bytes
     peak = runner_for(implementation, workload, make_inputs(workload, 0), workload.scale).peak_bytes()

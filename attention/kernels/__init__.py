@@ -1,0 +1,1 @@
+"""The custom kernels: for each backend, its text in its own language beside the Python that builds and launches it."""

@@ -1,0 +1,189 @@
+"""The fused CPU kernel: flash attention in C++, compiled at first use for the very machine, a true MLX primitive.
+
+Importing this costs nothing: MLX, nanobind and the compiler come in only when something is called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attention.kernels.cpu.unavailable import KernelUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import mlx.core as mx
+
+__all__ = [
+    "KernelUnavailable",
+    "availability",
+    "flash_attention",
+    "flash_attention_with_logsumexp",
+    "fma_peak",
+    "is_compiled",
+    "is_loaded",
+    "load",
+    "variant",
+    "workspace_bytes",
+]
+
+_module: Any = None
+
+
+def availability() -> tuple[bool, str]:
+    """Whether the kernel can be used on this machine, and why (not), in one line; milliseconds, compiles nothing."""
+    from attention.kernels.cpu import library
+
+    return library.availability()
+
+
+def is_compiled() -> bool:
+    """Whether a library compiled for this machine and this MLX lies ready, so that `load` takes milliseconds."""
+    from attention.kernels.cpu import library
+
+    return library.is_compiled()
+
+
+def is_loaded() -> bool:
+    """Whether the kernel is in this process already."""
+    return _module is not None
+
+
+def fma_peak() -> float:
+    """FLOP/s of float32 multiply-adds in registers on all threads, measured now.
+
+    Raises:
+        KernelUnavailable: if the kernel cannot run on this machine.
+    """
+    if _module is None:
+        load()
+    return float(_module.fma_peak())
+
+
+def variant() -> str:
+    """Which text this processor gets: "amx", "avx512_bf16", "avx512", "avx2", "neon" or "plain"."""
+    from attention.kernels.cpu import toolchain
+
+    return toolchain.variant()
+
+
+def load(on_message: Callable[[str], None] | None = None) -> None:
+    """Make the kernel ready: compile it if need be, check its recorded hash, load it, try it once.
+
+    Args:
+        on_message: told in one line before a compilation starts.
+
+    Raises:
+        KernelUnavailable: with the reason.
+    """
+    from attention.kernels.cpu import library
+
+    global _module  # noqa: PLW0603  one library a process
+    if _module is None:
+        _module = library.load(on_message)
+
+
+def _bounds(window: int | None, softcap: float | None) -> tuple[int, float]:
+    if window is not None and window < 1:
+        raise ValueError(f"[flash_attention] window is at least 1; got {window}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"[flash_attention] softcap is positive; got {softcap}.")
+    return window or 0, softcap or 0.0
+
+
+def flash_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    mask: mx.array | None = None,
+    softcap: float | None = None,
+) -> mx.array:
+    """softmax(softcap * tanh(q k' * scale / softcap) + mask) v, without the score matrix (Dao et al., 2022).
+
+    Args:
+        q: queries (B, H, Lq, D), D from 1 to 512, any strides; float32, float16 or bfloat16, as k and v.
+        k: keys (B, Hkv, Lk, D), H a multiple of Hkv.
+        v: values (B, Hkv, Lk, Dv), Dv from 1 to 512.
+        scale: what the dot products are multiplied by, usually D ** -0.5.
+        causal: query i sees keys up to i + Lk - Lq (lower-right aligned).
+        window: a query sees the last `window` of those keys only; implies causal.
+        mask: boolean (true = attend) or additive, broadcast to (B, H, Lq, Lk); may go with causal and window.
+        softcap: bound of the scores, applied before the mask.
+
+    Returns:
+        (B, H, Lq, Dv) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k and v.
+
+    Raises:
+        ValueError: for shapes, types or values that do not fit.
+        KernelUnavailable: if the kernel cannot run on this machine.
+    """
+    if _module is None:
+        load()
+    if window is not None or softcap is not None:
+        window, softcap = _bounds(window, softcap)
+    out: mx.array = _module.flash_attention(q, k, v, scale, causal, window or 0, softcap or 0.0, mask)
+    return out
+
+
+def flash_attention_with_logsumexp(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    mask: mx.array | None = None,
+    softcap: float | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`flash_attention`, and the natural logarithm of each row's sum of exponentials.
+
+    Returns:
+        The output (B, H, Lq, Dv), and the logsumexp (B, H, Lq) in float32, -inf for a row with nothing to attend to.
+        Gradients flow through both.
+
+    Raises:
+        ValueError: for shapes, types or values that do not fit.
+        KernelUnavailable: if the kernel cannot run on this machine.
+    """
+    if _module is None:
+        load()
+    window, softcap = _bounds(window, softcap)
+    both: tuple[mx.array, mx.array] = _module.flash_attention_with_logsumexp(
+        q, k, v, scale, causal, window, softcap, mask
+    )
+    return both
+
+
+def workspace_bytes(
+    q_shape: tuple[int, int, int, int],
+    k_shape: tuple[int, int, int, int],
+    v_shape: tuple[int, int, int, int],
+    *,
+    dtype: mx.Dtype,
+    training: bool = False,
+) -> int:
+    """Bytes that a call allocates above its inputs and outputs, all threads together.
+
+    Args:
+        q_shape: (B, H, Lq, D).
+        k_shape: (B, Hkv, Lk, D).
+        v_shape: (B, Hkv, Lk, Dv).
+        dtype: of all three.
+        training: the greater of forward and backward; the logsumexp (4 B H Lq bytes) is an output, not counted.
+
+    Raises:
+        KernelUnavailable: if the kernel cannot run on this machine.
+    """
+    import mlx.core
+
+    if _module is None:
+        load()
+    element = [mlx.core.float32, mlx.core.float16, mlx.core.bfloat16].index(dtype)
+    batch, heads, queries, head_dim = q_shape
+    sizes = (batch, heads, k_shape[1], queries, k_shape[2], head_dim, v_shape[3])
+    return int(_module.workspace_bytes(*sizes, element, training))

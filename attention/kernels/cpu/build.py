@@ -1,0 +1,137 @@
+"""Compiling the kernel for the very machine: each text once, in parallel, then one link."""
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from attention.kernels.cpu import cache, toolchain
+from attention.kernels.cpu.toolchain import Toolchain
+from attention.kernels.cpu.unavailable import KernelUnavailable
+
+SOURCES = Path(__file__).parent
+MODULE = "fatui_cpu_kernel"
+KERNEL = ("forward", "forward_bfloat16", "backward", "pool", "measure")
+BINDING = ("primitive", "operation", "module")
+
+_KERNEL_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-psabi")
+_BINDING_FLAGS = ("-O1", "-DNB_DOMAIN=mlx")
+_SHARED_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden")
+
+
+def extra_flags() -> tuple[str, ...]:
+    """`$FATUI_KERNEL_CXXFLAGS`: added to every compilation and to the link (the sanitizers' build uses it)."""
+    return tuple(shlex.split(os.environ.get("FATUI_KERNEL_CXXFLAGS", "")))
+
+
+def _machine_flags() -> tuple[str, ...]:
+    features = toolchain.cpu_features()
+    if "neon" in features:
+        return ("-mcpu=native",)
+    return ("-march=native", "-mprefer-vector-width=512") if "avx512f" in features else ("-march=native",)
+
+
+def _kernel_command(tools: Toolchain) -> tuple[str, ...]:
+    return (*tools.compiler, *_SHARED_FLAGS, *_KERNEL_FLAGS, *_machine_flags(), *extra_flags())
+
+
+def _binding_command(tools: Toolchain) -> tuple[str, ...]:
+    folders = (
+        tools.nanobind / "include",
+        tools.nanobind / "ext" / "robin_map" / "include",
+        tools.mlx / "include",
+        tools.python_include,
+    )
+    includes = [word for folder in folders for word in ("-isystem", str(folder))]
+    return (*tools.compiler, *_SHARED_FLAGS, *_BINDING_FLAGS, *includes, *extra_flags())
+
+
+def _link_command(tools: Toolchain) -> tuple[str, ...]:
+    library = tools.mlx / "lib"
+    loose = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
+    return (*tools.compiler, "-shared", *loose, *extra_flags(), f"-L{library}", f"-Wl,-rpath,{library}")
+
+
+def _texts() -> list[Path]:
+    return sorted([*SOURCES.glob("*.hpp"), *SOURCES.glob("*.cpp")])
+
+
+def _file_mark(path: Path) -> str:
+    state = path.stat()
+    return f"{path}:{state.st_size}:{state.st_mtime_ns}"
+
+
+def key(tools: Toolchain) -> str:
+    """What a compiled library depends on: source, compiler, flags, MLX, nanobind, Python and processor."""
+    sha = hashlib.sha256()
+    for path in _texts():
+        sha.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for command in (_kernel_command(tools), _binding_command(tools), _link_command(tools)):
+        sha.update("\0".join(command).encode())
+    marks = [Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h"]
+    sha.update("\0".join(_file_mark(path) for path in marks).encode())
+    sha.update(f"{sys.implementation.cache_tag} {toolchain.cpu_name()} {sorted(toolchain.cpu_features())}".encode())
+    return sha.hexdigest()[:32]
+
+
+def _run(command: tuple[str, ...]) -> None:
+    environment = {**os.environ, "TMPDIR": str(cache.folder())}
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    except OSError as error:
+        raise KernelUnavailable(f"the compiler could not be started: {error}") from error
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in (error.stderr or "").splitlines() if "error" in line.lower()]
+        what = lines[0].strip() if lines else f"exit status {error.returncode}"
+        raise KernelUnavailable(f"compiling failed: {what}") from error
+
+
+def _object_path(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
+    """Objects are kept by what they depend on, so that a changed kernel does not recompile the slow binding."""
+    sha = hashlib.sha256("\0".join((*command, str(text))).encode())
+    marks = [tools.mlx / "include" / "mlx" / "version.h", Path(tools.compiler[0]).resolve()]
+    sha.update("\0".join(_file_mark(path) for path in marks).encode())
+    sha.update(toolchain.cpu_name().encode())
+    own = text.parent == SOURCES
+    for path in [*sorted(SOURCES.glob("*.hpp")), text] if own else [text]:
+        sha.update(path.read_bytes())
+    return cache.folder() / f"{text.stem}-{sha.hexdigest()[:24]}.o"
+
+
+def _compile(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
+    finished = _object_path(command, text, tools)
+    if not finished.exists():
+        with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".building-") as room:
+            fresh = Path(room) / "out.o"
+            _run((*command, "-c", str(text), "-o", str(fresh)))
+            fresh.replace(finished)
+    return finished
+
+
+def _jobs(tools: Toolchain) -> list[tuple[tuple[str, ...], Path]]:
+    binding, kernel = _binding_command(tools), _kernel_command(tools)
+    jobs = [((*binding, "-w"), tools.nanobind / "src" / "nb_combined.cpp")]
+    jobs += [(binding, SOURCES / f"{name}.cpp") for name in BINDING]
+    return jobs + [(kernel, SOURCES / f"{name}.cpp") for name in KERNEL]
+
+
+def compile_library(tools: Toolchain, name: str) -> Path:
+    """Compile and link into the cache folder; returns the library `<name>.so`.
+
+    Raises:
+        KernelUnavailable: with the compiler's first error.
+    """
+    toolchain.check_abi(tools)
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
+        objects = list(threads.map(lambda job: _compile(job[0], job[1], tools), _jobs(tools)))
+    finished = cache.folder() / f"{name}.so"
+    with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".linking-") as room:
+        fresh = Path(room) / "out.so"
+        _run((*_link_command(tools), *map(str, objects), "-lmlx", "-o", str(fresh)))
+        toolchain.check_abi(tools, fresh)
+        fresh.replace(finished)
+    return finished

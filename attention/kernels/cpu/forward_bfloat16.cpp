@@ -1,0 +1,161 @@
+// Attention, forward, in bfloat16 with the processor's dot products: the same walk over tiles as forward.cpp, on pairs.
+//
+//   for each tile of 128 keys:   VT = V turned, once for up to four panels of 64 queries; then for each panel
+//     S = K QP          bfloat16 pairs, float32 sums
+//     finish_scores     scale, softcap, mask, bounds
+//     softmax_pairs     PP, maximum, sum
+//     O' += VT PP       corrected before, in the few steps where a maximum has outgrown its reference
+#include "forward.hpp"
+#include "matrix_tiles.hpp"
+#include "pairs.hpp"
+#include "product.hpp"
+
+namespace fatui {
+
+#if !defined(__AVX512BF16__)
+
+bool forward_bfloat16(const ForwardCall&) { return false; }
+int64_t bfloat16_workspace(const Problem&) { return 0; }
+
+#else
+namespace {
+
+bool use_tiles() {
+#if defined(FATUI_MATRIX_TILES)
+  return matrix_tiles_granted();
+#else
+  return false;
+#endif
+}
+
+// Turning the values is worth sharing among more rows than float32 would take.
+constexpr int64_t items_wanted = 8;
+
+// Scratch of one thread, in 32-bit words.
+struct PairRoom {
+  int64_t d, dv;  // padded: whole tiles of 32 pairs' elements, of 16 rows
+  float *scores, *pairs, *values, *panels;
+  bfloat16_t* keys;
+
+  static size_t floats(const Problem& p) {
+    const int64_t d = round_up(p.head_dim, 32), dv = round_up(p.value_dim, 16);
+    return query_tile * (pair_keys + pair_keys / 2) + dv * pair_keys / 2 + pair_keys * d / 2 +
+           most_panels * query_tile * (d / 2 + dv);
+  }
+  explicit PairRoom(const Problem& p) : d(round_up(p.head_dim, 32)), dv(round_up(p.value_dim, 16)) {
+    scores = scratch(floats(p) * sizeof(float));
+    pairs = scores + query_tile * pair_keys;
+    values = pairs + query_tile * pair_keys / 2;
+    float* key_words = values + dv * pair_keys / 2;
+    keys = reinterpret_cast<bfloat16_t*>(key_words);
+    panels = key_words + pair_keys * d / 2;
+  }
+  float* query(int64_t panel) const { return panels + panel * query_tile * (d / 2 + dv); }
+  float* output(int64_t panel) const { return query(panel) + query_tile * d / 2; }
+};
+
+void product(const Operands& o, int64_t rows, int64_t columns, bool add) {
+#if defined(FATUI_MATRIX_TILES)
+  if (matrix_tiles_granted())
+    return multiply_tiles({o.a, o.a_stride, o.b, o.b_stride, o.depth, o.c, o.c_stride}, round_up(rows, 16), columns, add);
+#endif
+  if (add) multiply<Layout::depth_contiguous, Update::add, Numbers::pairs>(o, rows, columns);
+  else multiply<Layout::depth_contiguous, Update::overwrite, Numbers::pairs>(o, rows, columns);
+}
+
+struct PairPanel {
+  Item item;
+  Bounds bounds;
+  Softmax state;
+  float *query, *output;
+  int64_t width, begin, end;
+
+  void open(const Problem& p, const Item& whole, int64_t index, const PairRoom& room) {
+    item = Schedule::panel(whole, index);
+    bounds = bounds_of(p, item);
+    state.reset();
+    query = room.query(index), output = room.output(index);
+    width = round_up(item.rows(), lanes);
+    begin = std::max(item.key_begin, bounds.any_first / pair_keys * pair_keys);
+    end = std::min(item.key_end, bounds.any_last + 1);
+    std::fill_n(output, room.dv * query_tile, 0.0f);
+    if (begin < end)
+      turn_pairs(rows_of<bfloat16_t>(p.query, item), p.head_dim, room.d, width, query, room.keys);
+  }
+
+  void correct(int64_t dims) {
+    for (int64_t d = 0; d < dims; d++)
+      for (int64_t i = 0; i < width; i += lanes)
+        store(output + d * query_tile + i, load(output + d * query_tile + i) * load(state.correction + i));
+  }
+
+  bool softmax(int64_t keys, int64_t padded_keys, float factor, const PairRoom& room) {
+    bool moved = false;
+    int64_t i = 0;
+    for (; i + 4 * lanes <= width; i += 4 * lanes)
+      moved |= softmax_pairs<4>(room.scores, keys, padded_keys, factor, state, i, room.pairs);
+    for (; i < width; i += lanes)
+      moved |= softmax_pairs<1>(room.scores, keys, padded_keys, factor, state, i, room.pairs);
+    return moved;
+  }
+
+  void step(const Problem& p, const Floats& k, int64_t key, const PairRoom& room) {
+    if (key < begin || key >= end) return;
+    const int64_t keys = std::min(pair_keys, end - key), padded_keys = round_up(keys, 32);
+    product({k.data, k.stride, query, query_tile, room.d / 2, room.scores, query_tile, nullptr}, keys, width, false);
+    const float factor = finish_scores(room.scores, p, item, bounds, key, keys, width);
+    if (softmax(keys, padded_keys, factor, room)) correct(p.value_dim);
+    product({room.values, pair_keys / 2, room.pairs, query_tile, padded_keys / 2, output, query_tile, nullptr},
+            p.value_dim, width, true);
+  }
+};
+
+void attend(const ForwardCall& call, const Item& item, Partials* partials) {
+  const Problem& p = call.problem;
+  const PairRoom room(p);
+  const int64_t panels = item.heads > 1 ? 1 : ceil_div(item.queries, query_tile);
+  PairPanel panel[most_panels];
+  int64_t begin = p.keys, end = 0;
+  for (int64_t i = 0; i < panels; i++) {
+    panel[i].open(p, item, i, room);
+    begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
+  }
+  for (int64_t key = begin; key < end; key += pair_keys) {
+    const int64_t keys = std::min(pair_keys, end - key);
+    const Floats k = key_pairs(p.key, item.batch, item.kv_head, key, keys, p.head_dim, room.d, room.keys);
+    turn_values(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), room.values);
+    for (int64_t i = 0; i < panels; i++) panel[i].step(p, k, key, room);
+  }
+  for (int64_t i = 0; i < panels; i++)
+    if (partials == nullptr) write_rows<bfloat16_t>(call, panel[i].item, panel[i].output, panel[i].state);
+    else partials->keep(item, panel[i].output, panel[i].state);
+}
+
+void attend_with_unit(const ForwardCall& call, const Item& item, Partials* partials) {
+#if defined(FATUI_MATRIX_TILES)
+  if (use_tiles()) {
+    const MatrixTiles tiles;
+    return attend(call, item, partials);
+  }
+#endif
+  attend(call, item, partials);
+}
+}  // namespace
+
+bool forward_bfloat16(const ForwardCall& call) {
+  const Problem& p = call.problem;
+  const Schedule schedule(p, items_wanted);
+  Partials partials(p, schedule);
+  Partials* kept = schedule.spans > 1 ? &partials : nullptr;
+  parallel_for(schedule.items(), threads_for(p),
+               [&](int64_t index) { attend_with_unit(call, schedule.item(p, index), kept); });
+  if (kept != nullptr) partials.combine<bfloat16_t>(call, schedule);
+  return true;
+}
+
+int64_t bfloat16_workspace(const Problem& p) {
+  return int64_t(threads_for(p) * PairRoom::floats(p) * sizeof(float)) + Partials::bytes(p, Schedule(p, items_wanted));
+}
+#endif
+
+}  // namespace fatui

@@ -1,0 +1,139 @@
+// Bfloat16 tiles as pairs: two depth neighbours in one 32-bit word, as dot-product instructions want them.
+//
+//   queries   QP[d / 2][query]   rows turned as 32-bit words        values   VT[d][key / 2]   turned once for all panels
+//   keys      K[key][d / 2]      as they lie                        P        PP[key / 2][query]   written by the softmax
+#pragma once
+#include "softmax.hpp"
+
+#if defined(__AVX512BF16__)
+namespace fatui {
+
+constexpr int64_t pair_keys = 128;  // keys of a tile: long enough to hide loading and storing the output
+
+FATUI_INLINE const float* words(const bfloat16_t* p) { return reinterpret_cast<const float*>(p); }
+
+// A row as it is, or with zeros behind it, `padded` (even) elements long.
+inline void copy_row(const bfloat16_t* from, int64_t stride, int64_t count, bfloat16_t* to, int64_t padded) {
+  if (stride == 1) std::memcpy(to, from, size_t(count) * 2);
+  else for (int64_t i = 0; i < count; i++) to[i] = from[i * stride];
+  std::memset(to + count, 0, size_t(padded - count) * 2);
+}
+
+// Query rows turned in words. `line` has room for one tile of padded rows.
+inline void turn_pairs(const Rows<bfloat16_t>& rows, int64_t columns, int64_t padded, int64_t width, float* out,
+                       bfloat16_t* room) {
+  Rows<float> wide;
+  wide.count = rows.count, wide.stride = 1;
+  const bool in_place = rows.stride == 1 && columns == padded;
+  for (int64_t r = 0; r < rows.count; r++) {
+    if (!in_place) copy_row(rows.row[r], rows.stride, columns, room + r * padded, padded);
+    wide.row[r] = words(in_place ? rows.row[r] : room + r * padded);
+  }
+  turn(wide, padded / 2, width, out);
+}
+
+// Rows of keys: where they lie, when whole tiles can be read there, else a padded copy.
+inline Floats key_pairs(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t columns,
+                        int64_t padded, bfloat16_t* room) {
+  const bfloat16_t* data =
+      static_cast<const bfloat16_t*>(t.data) + batch * t.stride[0] + head * t.stride[1] + key * t.stride[2];
+  if (t.stride[3] == 1 && columns == padded && t.stride[2] % 2 == 0 && keys % 16 == 0)
+    return {words(data), t.stride[2] / 2};
+  const int64_t whole = round_up(keys, 16);
+  for (int64_t j = 0; j < keys; j++) copy_row(data + j * t.stride[2], t.stride[3], columns, room + j * padded, padded);
+  std::memset(room + keys * padded, 0, size_t((whole - keys) * padded) * 2);
+  return {words(room), padded / 2};
+}
+
+FATUI_INLINE Vector interleaved(Vector even, Vector odd) {  // two vectors of 16-bit numbers, in the lower halves
+  return as<Vector>(as<Words>(even) | (as<Words>(odd) << 16));
+}
+
+FATUI_INLINE Vector bits_of(const bfloat16_t* p, int64_t stride, int64_t count) {
+  alignas(64) uint16_t whole[lanes] = {};
+  if (stride == 1 && count >= lanes) std::memcpy(whole, p, sizeof whole);
+  else for (int64_t i = 0; i < std::min<int64_t>(count, lanes); i++) whole[i] = p[i * stride].bits;
+  return as<Vector>(__builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(whole), Words));
+}
+
+// Values turned: VT[d][key / 2], rows pair_keys / 2 words long; zeros for missing keys and dims.
+inline void turn_values(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t dims,
+                        int64_t padded_keys, float* out) {
+  const bfloat16_t* data =
+      static_cast<const bfloat16_t*>(t.data) + batch * t.stride[0] + head * t.stride[1] + key * t.stride[2];
+  const auto row = [&](int64_t j, int64_t d) __attribute__((always_inline)) {
+    return j < keys ? bits_of(data + j * t.stride[2] + d * t.stride[3], t.stride[3], dims - d) : Vector{};
+  };
+  for (int64_t j = 0; j < padded_keys; j += 2 * lanes)
+    for (int64_t d = 0; d < dims; d += lanes) {
+      Vector x[lanes];
+      FATUI_UNROLL for (int i = 0; i < lanes; i++) x[i] = interleaved(row(j + 2 * i, d), row(j + 2 * i + 1, d));
+      transpose(x);
+      FATUI_UNROLL for (int i = 0; i < lanes; i++) store(out + (d + i) * (pair_keys / 2) + j / 2, x[i]);
+    }
+}
+
+// 2^x to 1e-4, a tenth of what rounding to bfloat16 takes away: x less its floor, a polynomial on [0, 1) (minimax, exact
+// at 0), and the floor added to the exponent. 2^-inf = 0.
+FATUI_INLINE Vector exp2_short(Vector x) {
+  const Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vector p = f * 7.706724107e-02f + 2.276449800e-01f;
+  p = p * f + 6.951166391e-01f;
+  p = p * f + 1.0f;
+  return (Vector)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+
+FATUI_INLINE Vector rounded_pair(Vector even, Vector odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (Vector)_mm512_permutexvar_epi16(order, (__m512i)both);
+}
+
+// The reference of the exponents moves only when some row's maximum has outgrown it by 2^8: until then the output
+// needs no correction, and a probability of up to 256 rounds no worse than one below 1. Returns whether it moved.
+template <int N>
+FATUI_INLINE bool move_reference(const Vector (&top)[N], float factor, Softmax& state, int64_t column) {
+  bool moved = false;
+  FATUI_UNROLL for (int v = 0; v < N; v++) {
+    const Integers outgrown = top[v] * factor > load(state.maximum + column + v * lanes) + 8.0f;
+    moved |= _mm512_test_epi32_mask((__m512i)outgrown, (__m512i)outgrown) != 0;
+  }
+  FATUI_UNROLL for (int v = 0; v < N; v++) {
+    float* maximum = state.maximum + column + v * lanes;
+    const Vector before = load(maximum), now = moved ? larger(top[v] * factor, before) : before;
+    store(maximum, now);
+    store(state.correction + column + v * lanes, exp2(before - larger(now, broadcast(-largest))));
+  }
+  return moved;
+}
+
+// Scores S[key][query] to pairs of probabilities PP[key / 2][query], with zeros up to padded_keys.
+template <int N>
+FATUI_INLINE bool softmax_pairs(const float* s, int64_t keys, int64_t padded_keys, float factor, Softmax& state,
+                                int64_t column, float* pairs) {
+  Vector top[N], reference[N], sum[N];
+  s += column, pairs += column;
+  largest_scores(s, keys, top);
+  const bool moved = move_reference(top, factor, state, column);
+  FATUI_UNROLL for (int v = 0; v < N; v++) {
+    reference[v] = larger(load(state.maximum + column + v * lanes), broadcast(-largest));
+    sum[v] = load(state.sum + column + v * lanes) * load(state.correction + column + v * lanes);
+  }
+  int64_t j = 0;
+  for (; j < keys; j += 2, pairs += query_tile)
+    FATUI_UNROLL for (int v = 0; v < N; v++) {
+      const float* p = s + j * query_tile + v * lanes;
+      const Vector even = exp2_short(load(p) * factor - reference[v]);
+      const Vector odd = j + 1 < keys ? exp2_short(load(p + query_tile) * factor - reference[v]) : Vector{};
+      sum[v] += even + odd;
+      store(pairs + v * lanes, rounded_pair(even, odd));
+    }
+  for (; j < padded_keys; j += 2, pairs += query_tile)
+    FATUI_UNROLL for (int v = 0; v < N; v++) store(pairs + v * lanes, Vector{});
+  FATUI_UNROLL for (int v = 0; v < N; v++) store(state.sum + column + v * lanes, sum[v]);
+  return moved;
+}
+
+}  // namespace fatui
+#endif

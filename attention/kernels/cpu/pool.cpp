@@ -1,0 +1,180 @@
+#include "pool.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace fatui {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A call opens its work to the helpers and takes items itself; when none is left it closes, and waits only for the
+// helpers that had joined. One word says it all: generation (upper half), open (one bit), helpers inside (the rest).
+class Pool {
+ public:
+  explicit Pool(int helpers) {
+    for (int i = 0; i < helpers; i++) std::thread([this] { serve(); }).detach();
+    size = helpers;
+  }
+
+  int size = 0;
+
+  void run(int64_t items, int helpers, const std::function<void(int64_t)>& work) {
+    std::lock_guard<std::mutex> one_call_at_a_time(calls_);
+    work_ = &work;
+    items_ = items;
+    allowed_ = helpers;
+    next_.store(0, std::memory_order_relaxed);
+    open(helpers);
+    take_items();
+    state_.fetch_and(~open_bit, std::memory_order_acq_rel);
+    while ((state_.load(std::memory_order_acquire) & inside_mask) != 0) pause();
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+  }
+
+ private:
+  static constexpr uint64_t open_bit = uint64_t(1) << 31, inside_mask = open_bit - 1, one_generation = open_bit << 1;
+
+  void open(int helpers) {
+    {
+      std::lock_guard<std::mutex> hold(mutex_);
+      state_.store(((state_.load(std::memory_order_relaxed) & ~inside_mask) + one_generation) | open_bit,
+                   std::memory_order_release);
+    }
+    if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
+    if (helpers < size) for (int i = 0; i < helpers; i++) wake_.notify_one();
+    else wake_.notify_all();
+  }
+
+  void take_items() {
+    try {
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(i);
+    } catch (...) {
+      std::lock_guard<std::mutex> hold(mutex_);
+      failure_ = std::current_exception();
+    }
+  }
+
+  bool join(uint64_t& state) {
+    while ((state & open_bit) != 0)
+      if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) return true;
+    return false;
+  }
+
+  // Spins for a few microseconds, so that queued calls find the helper awake, and then sleeps.
+  uint64_t await_change(uint64_t seen) {
+    const auto generation = [this] { return state_.load(std::memory_order_acquire) / one_generation; };
+    const auto sleep_at = std::chrono::steady_clock::now() + std::chrono::microseconds(30);
+    while (std::chrono::steady_clock::now() < sleep_at)
+      for (int i = 0; i < 16; i++, pause())
+        if (generation() != seen) return generation();
+    std::unique_lock<std::mutex> hold(mutex_);
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    wake_.wait(hold, [&] { return generation() != seen; });
+    sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    return generation();
+  }
+
+  void serve() {
+    for (uint64_t seen = 0;;) {
+      seen = await_change(seen);
+      uint64_t state = state_.load(std::memory_order_acquire);
+      if (!join(state)) continue;
+      if (int64_t(state & inside_mask) < allowed_) take_items();
+      state_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex calls_, mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> state_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> sleepers_{0};
+  const std::function<void(int64_t)>* work_ = nullptr;
+  int64_t items_ = 0;
+  int allowed_ = 0;
+  std::exception_ptr failure_;
+};
+
+Pool* pool = nullptr;  // never destroyed: its threads may outlive everything else
+alignas(std::mutex) unsigned char guard_memory[sizeof(std::mutex)];
+std::mutex& guard() { return *reinterpret_cast<std::mutex*>(guard_memory); }
+
+// After a fork the threads are gone: the child forgets them and starts its own.
+void forget() {
+  pool = nullptr;
+  new (guard_memory) std::mutex;
+}
+
+const bool prepared = [] {
+  forget();
+  pthread_atfork(nullptr, nullptr, forget);
+  return true;
+}();
+
+Pool& pool_with(int helpers) {
+  std::lock_guard<std::mutex> hold(guard());
+  if (pool == nullptr || pool->size < helpers) pool = new Pool(helpers);
+  return *pool;
+}
+
+int processors() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+struct Aligned {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~Aligned() { std::free(data); }
+};
+}  // namespace
+
+int thread_count() {
+  if (const char* wish = std::getenv("FATUI_THREADS"))
+    if (const int count = std::atoi(wish); count > 0) return std::min(count, 1024);
+  return processors();
+}
+
+void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work) {
+  const int helpers = int(std::min<int64_t>(items, threads)) - 1;
+  if (helpers > 0) return pool_with(helpers).run(items, helpers, work);
+  for (int64_t i = 0; i < items; i++) work(i);
+}
+
+float* scratch(size_t bytes) {
+  static thread_local Aligned memory;
+  if (memory.bytes < bytes) {
+    std::free(memory.data);
+    memory.bytes = 0;
+    memory.data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (memory.data == nullptr) throw std::bad_alloc();
+    memory.bytes = bytes;
+  }
+  return static_cast<float*>(memory.data);
+}
+
+}  // namespace fatui

@@ -1,0 +1,18 @@
+// The kernels' own threads: as many as the process may use, asleep between calls.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace fatui {
+
+// Threads that a call may use: FATUI_THREADS if set, else the processors that the process may run on.
+int thread_count();
+
+// Runs work(0) ... work(items - 1), each once, in any order, on up to `threads` threads, the caller's among them.
+void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work);
+
+// This thread's own scratch memory, 64-byte aligned, at least so many bytes; kept for the next call.
+float* scratch(size_t bytes);
+
+}  // namespace fatui

@@ -1,0 +1,64 @@
+// Attention as MLX primitives: lazy, on MLX's CPU stream, differentiable, without copies.
+#pragma once
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <mlx/array.h>
+#include <mlx/primitives.h>
+
+#include "problem.hpp"
+
+namespace fatui {
+
+namespace mx = mlx::core;
+
+struct Options {
+  float scale = 1.0f, softcap = 0.0f;
+  bool causal = false;
+  int64_t window = 0;
+  bool operator==(const Options&) const = default;
+};
+
+// Inputs q, k, v and perhaps a mask of four dimensions; outputs o and logsumexp.
+class FlashForward : public mx::Primitive {
+ public:
+  FlashForward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override;
+  const char* name() const override { return "FatuiFlashAttention"; }
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  Options options_;
+};
+
+// Inputs q, k, v, o, logsumexp, the gradients of o and of logsumexp, and perhaps the mask; outputs dq, dk, dv.
+class FlashBackward : public mx::Primitive {
+ public:
+  FlashBackward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override;
+  const char* name() const override { return "FatuiFlashAttentionGradient"; }
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  Options options_;
+};
+
+// The operation: checks shapes and types (std::invalid_argument), returns {o, logsumexp}; {o} alone when that will do.
+std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
+                                       const std::optional<mx::array>& mask, bool logsumexp);
+
+}  // namespace fatui

@@ -1,0 +1,50 @@
+// What one attention call is: plain data, shared by the kernels and the MLX primitive.
+//
+//   query (B, H, Lq, D)   key (B, Hkv, Lk, D)   value (B, Hkv, Lk, Dv)   output (B, H, Lq, Dv)   logsumexp (B, H, Lq)
+//
+// Strides count elements and may be anything, zero included: nothing is copied to call a kernel.
+#pragma once
+#include <cstdint>
+
+namespace fatui {
+
+enum class Element : int32_t { float32, float16, bfloat16, boolean };
+
+struct Tensor {
+  const void* data = nullptr;
+  Element element = Element::float32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+struct Problem {
+  Tensor query, key, value, mask;  // mask.data is null when there is none; a boolean mask says true = attend
+  int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
+  float scale = 1.0f;
+  float softcap = 0.0f;  // 0: none
+  bool causal = false;   // lower-right: query i sees keys up to i + keys - queries
+  int64_t window = 0;    // 0: none; N: only the last N of those
+};
+
+struct ForwardCall {
+  Problem problem;
+  void* output = nullptr;       // contiguous, the element of the query
+  float* logsumexp = nullptr;   // contiguous, natural logarithm; -inf where a row has nothing to attend to; may be null
+};
+
+struct BackwardCall {
+  Problem problem;
+  Tensor output, output_gradient;
+  Tensor logsumexp, logsumexp_gradient;  // three strides used; the gradient may be null
+  void* query_gradient = nullptr;        // contiguous, the element of the query
+  void* key_gradient = nullptr;
+  void* value_gradient = nullptr;
+};
+
+void forward(const ForwardCall& call);
+void backward(const BackwardCall& call);
+
+// Bytes that a call allocates above its inputs and outputs.
+int64_t forward_workspace(const Problem& problem);
+int64_t backward_workspace(const Problem& problem);
+
+}  // namespace fatui

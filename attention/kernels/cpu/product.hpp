@@ -1,0 +1,102 @@
+// The matrix product under everything: C (rows x columns) = A (rows x depth) * B (depth x columns).
+//
+//            B: Vectors registers, loaded from one row of B        The accumulators stay in registers over the
+//            +--------+--------+--------+--------+                 whole depth: 6 x 4 of them with 32 registers
+//   A: one   | b0     | b1     | b2     | b3     |                 (24, and 4 for B, and 1 for A), 6 x 2 with 16.
+//   number,  +--------+--------+--------+--------+                 Each step of the depth does Rows * Vectors
+//   spread   | Rows x Vectors accumulators:      |                 multiply-adds for Rows + Vectors loads.
+//   over a   |   c[r][v] += a[r] * b[v]          |
+//   register |                                   |                 A is read where it lies: a key or a value tile
+//            +-----------------------------------+                 needs no packing, whatever its row stride.
+#pragma once
+#include "vector.hpp"
+
+namespace fatui {
+
+// How the numbers of A lie: next to each other along the depth (keys in scores, probabilities in the gradients), or
+// next to each other along the rows (values in the output: row d, depth j).
+enum class Layout { depth_contiguous, rows_contiguous };
+
+// What happens to C: overwritten, added to, or scaled for each column (the online softmax's correction) and added to.
+enum class Update { overwrite, add, rescale };
+
+// What a number of A and B is: a float32, or two bfloat16 (neighbours along the depth), multiplied and added in one
+// instruction. Depth and strides count 32-bit words either way.
+enum class Numbers { floats, pairs };
+
+template <Numbers numbers>
+FATUI_INLINE Vector spread(const float* p) {
+  if constexpr (numbers == Numbers::floats) return broadcast(*p);
+  else {
+    int32_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return as<Vector>(Integers{} + bits);
+  }
+}
+
+template <Numbers numbers>
+FATUI_INLINE Vector multiply_add(Vector c, Vector a, Vector b) {
+#if defined(__AVX512BF16__)
+  if constexpr (numbers == Numbers::pairs) return (Vector)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
+  return c + a * b;
+}
+
+struct Operands {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  int64_t depth;
+  float* c;
+  int64_t c_stride;
+  const float* column_scale;  // for rescale only
+};
+
+template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
+FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) {
+  constexpr bool along_depth = layout == Layout::depth_contiguous;
+  Vector c[Rows][Vectors];
+  float* out = o.c + row * o.c_stride + column;
+  FATUI_UNROLL for (int r = 0; r < Rows; r++)
+    FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
+      if constexpr (update == Update::overwrite) c[r][v] = Vector{};
+      else c[r][v] = load(out + r * o.c_stride + v * lanes);
+      if constexpr (update == Update::rescale) c[r][v] *= load(o.column_scale + column + v * lanes);
+    }
+  const float* a = o.a + row * (along_depth ? o.a_stride : 1);
+  const float* b = o.b + column;
+  _Pragma("GCC unroll 4") for (int64_t k = 0; k < o.depth; k++, a += along_depth ? 1 : o.a_stride, b += o.b_stride) {
+    Vector x[Vectors];
+    FATUI_UNROLL for (int v = 0; v < Vectors; v++) x[v] = load(b + v * lanes);
+    FATUI_UNROLL for (int r = 0; r < Rows; r++) {
+      const Vector y = spread<numbers>(a + (along_depth ? r * o.a_stride : r));
+      FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] = multiply_add<numbers>(c[r][v], y, x[v]);
+    }
+  }
+  FATUI_UNROLL for (int r = 0; r < Rows; r++)
+    FATUI_UNROLL for (int v = 0; v < Vectors; v++) store(out + r * o.c_stride + v * lanes, c[r][v]);
+}
+
+// All rows of one panel of columns: as many full register tiles as fit, then smaller ones.
+template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
+[[gnu::noinline]] void panel(const Operands& o, int64_t row, int64_t rows, int64_t column) {
+  for (; row + Rows <= rows; row += Rows) register_tile<Rows, Vectors, layout, update, numbers>(o, row, column);
+  constexpr int fewer = Rows > 8 ? 8 : Rows > 4 ? 4 : Rows / 2;
+  if constexpr (fewer > 0)
+    if (row < rows) panel<fewer, Vectors, layout, update, numbers>(o, row, rows, column);
+}
+
+template <Layout layout, Update update, Numbers numbers = Numbers::floats>
+void multiply(const Operands& o, int64_t rows, int64_t columns) {
+  constexpr int narrow_rows = registers == 32 ? 12 : 6;
+  int64_t column = 0;
+  if constexpr (registers == 32)
+    for (; column + 4 * lanes <= columns; column += 4 * lanes)
+      panel<6, 4, layout, update, numbers>(o, 0, rows, column);
+  for (; column + 2 * lanes <= columns; column += 2 * lanes)
+    panel<narrow_rows, 2, layout, update, numbers>(o, 0, rows, column);
+  if (column < columns) panel<12, 1, layout, update, numbers>(o, 0, rows, column);
+}
+
+}  // namespace fatui

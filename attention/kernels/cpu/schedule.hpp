@@ -1,0 +1,88 @@
+// How a call is cut into items of work. It depends on the shape alone, never on the threads: same input, same bits.
+//
+//   rows of an item: 64, 128 or 256 queries of one head (the more, the less often K and V are read, but never so many
+//                    that threads would idle); or, when a head has fewer, several query heads that share a K/V head
+//   keys of an item: all that the mask lets the rows see; or, when there are few tiles (decoding), one of several spans
+#pragma once
+#include <algorithm>
+
+#include "problem.hpp"
+
+namespace fatui {
+
+constexpr int64_t query_tile = 64, key_tile = 64, span_tile = 128;  // spans begin at multiples of every tile
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr int64_t most_panels = 4;  // panels of query_tile rows in an item
+
+struct Item {
+  int64_t batch, kv_head, head, heads;  // query heads [head, head + heads)
+  int64_t query, queries;               // queries [query, query + queries) of each
+  int64_t key_begin, key_end;           // the span, not yet narrowed by the mask
+  int64_t tile, span;
+  int64_t rows() const { return heads * queries; }
+};
+
+struct Schedule {
+  int64_t heads_per_tile, head_groups, tiles_per_head, tiles, spans, keys_per_span, rows_per_tile;
+
+  // Rows are doubled while that leaves at least so many items.
+  explicit Schedule(const Problem& p, int64_t items_wanted = 64) {
+    int64_t rows_wanted = most_panels * query_tile;
+    while (rows_wanted > query_tile && p.batch * p.heads * (p.queries / rows_wanted) < items_wanted) rows_wanted /= 2;
+    const int64_t group = p.heads / p.kv_heads;
+    rows_per_tile = rows_wanted;
+    heads_per_tile = p.queries >= rows_wanted ? 1 : std::min(group, rows_wanted / p.queries);
+    head_groups = ceil_div(group, heads_per_tile);
+    tiles_per_head = ceil_div(p.queries, rows_wanted);
+    tiles = p.batch * p.kv_heads * head_groups * tiles_per_head;
+    spans = tiles >= 32 ? 1 : std::min(ceil_div(64, tiles), std::max<int64_t>(1, p.keys / 512));
+    keys_per_span = round_up(ceil_div(std::max<int64_t>(p.keys, 1), spans), span_tile);
+    spans = ceil_div(std::max<int64_t>(p.keys, 1), keys_per_span);
+  }
+
+  int64_t items() const { return tiles * spans; }
+
+  // Rows [64 panel, 64 (panel + 1)) of an item.
+  static Item panel(Item i, int64_t panel) {
+    if (i.queries <= query_tile) return i;
+    i.query += panel * query_tile;
+    i.queries = std::min(query_tile, i.queries - panel * query_tile);
+    return i;
+  }
+
+  // The last queries come first: under a causal mask they are the longest.
+  Item item(const Problem& p, int64_t index) const {
+    Item i;
+    i.tile = index / spans;
+    i.span = index % spans;
+    const int64_t outer = p.batch * p.kv_heads * head_groups;
+    i.query = (tiles_per_head - 1 - i.tile / outer) * rows_per_tile;
+    int64_t rest = i.tile % outer;
+    i.head = (rest % head_groups) * heads_per_tile;
+    rest /= head_groups;
+    i.kv_head = rest % p.kv_heads;
+    i.batch = rest / p.kv_heads;
+    const int64_t group = p.heads / p.kv_heads;
+    i.heads = std::min(heads_per_tile, group - i.head);
+    i.head += i.kv_head * group;
+    i.queries = std::min(rows_per_tile, p.queries - i.query);
+    i.key_begin = i.span * keys_per_span;
+    i.key_end = std::min(p.keys, i.key_begin + keys_per_span);
+    return i;
+  }
+};
+
+// Keys that query i may see: [first, last]. Lower-right: the last query sees the last key.
+struct Visible {
+  int64_t first, last;
+};
+inline Visible visible(const Problem& p, int64_t query) {
+  const int64_t own = query + p.keys - p.queries;
+  const bool bounded = p.causal || p.window > 0;
+  return {p.window > 0 ? std::max<int64_t>(0, own - p.window + 1) : 0, bounded ? own : p.keys - 1};
+}
+
+}  // namespace fatui

@@ -1,0 +1,91 @@
+// Loading tiles: query rows turned so that one lane is one query; key and value rows read in place where they can be.
+#pragma once
+#include "schedule.hpp"
+#include "vector.hpp"
+
+namespace fatui {
+
+struct boolean_t { uint8_t bits; };
+typedef uint8_t Bytes __attribute__((vector_size(lanes)));
+
+// A mask's elements as additions in base 2: true is 0, false is -inf; a finite number stays finite.
+FATUI_INLINE Vector widen(const boolean_t* p) {
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Integers) != 0 ? Vector{} : broadcast(-infinity);
+}
+FATUI_INLINE Vector to_base_2(Vector x) {
+  const Vector y = larger(smaller(x * log2_e, broadcast(largest)), broadcast(-largest));
+  return (x > broadcast(-infinity)) & (x < broadcast(infinity)) ? y : x;
+}
+
+// Row r of a tile, r < rows: its first element; elements along the row are `stride` apart.
+template <class T>
+struct Rows {
+  const T* row[4 * query_tile];
+  int64_t stride, count;
+};
+
+template <class T>
+Rows<T> rows_of(const Tensor& t, const Item& item) {
+  Rows<T> rows;
+  rows.stride = t.stride[3];
+  rows.count = item.rows();
+  const T* data = static_cast<const T*>(t.data) + item.batch * t.stride[0];
+  for (int64_t h = 0, r = 0; h < item.heads; h++)
+    for (int64_t i = 0; i < item.queries; i++, r++)
+      rows.row[r] = data + (item.head + h) * t.stride[1] + (item.query + i) * t.stride[2];
+  return rows;
+}
+
+// A square of the tile, transposed: lane i of the result's vector c is element column + c of row `row + i`.
+template <class T>
+FATUI_INLINE void load_turned(const Rows<T>& rows, int64_t row, int64_t column, int64_t columns, Vector (&x)[lanes]) {
+  if (row + lanes <= rows.count && column + lanes <= columns && rows.stride == 1) {
+    FATUI_UNROLL for (int i = 0; i < lanes; i++) x[i] = widen(rows.row[row + i] + column);
+    return transpose(x);
+  }
+  for (int i = 0; i < lanes; i++)
+    x[i] = row + i < rows.count ? widen_strided(rows.row[row + i] + column * rows.stride, rows.stride, columns - column)
+                                : Vector{};
+  transpose(x);
+}
+
+// Turned tile: out[column][row], `width` (a multiple of lanes) rows, each line query_tile floats long.
+template <class T>
+void turn(const Rows<T>& rows, int64_t columns, int64_t width, float* out) {
+  for (int64_t row = 0; row < width; row += lanes)
+    for (int64_t column = 0; column < columns; column += lanes) {
+      Vector x[lanes];
+      load_turned(rows, row, column, columns, x);
+      float* to = out + column * query_tile + row;
+      if (column + lanes <= columns)
+        FATUI_UNROLL for (int c = 0; c < lanes; c++) store(to + c * query_tile, x[c]);
+      else
+        for (int64_t c = 0; c < columns - column; c++) store(to + c * query_tile, x[c]);
+    }
+}
+
+// Rows of a tile as float32, for the products: in place when they are that already, else a copy in `room`, whose rows
+// are `padded` floats long with zeros behind.
+struct Floats {
+  const float* data;
+  int64_t stride;
+};
+
+template <class T>
+Floats floats_of(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns, float* room,
+                 int64_t padded, bool in_place = true) {
+  const T* data = static_cast<const T*>(t.data) + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
+  if constexpr (std::is_same_v<T, float>)
+    if (in_place && t.stride[3] == 1) return {data, t.stride[2]};
+  for (int64_t r = 0; r < rows; r++, data += t.stride[2])
+    for (int64_t c = 0; c < padded; c += lanes) {
+      const bool full = t.stride[3] == 1 && c + lanes <= columns;
+      store(room + r * padded + c, full ? widen(data + c) : c < columns ? widen_strided(data + c * t.stride[3],
+            t.stride[3], columns - c) : Vector{});
+    }
+  return {room, padded};
+}
+
+}  // namespace fatui

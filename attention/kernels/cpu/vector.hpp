@@ -1,0 +1,170 @@
+// One text for every CPU: the compiler's vector extensions, as wide as the machine's registers.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__AVX512BF16__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define FATUI_INLINE [[gnu::always_inline]] inline
+#define FATUI_UNROLL _Pragma("GCC unroll 16")
+
+namespace fatui {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16, registers = 32;
+#elif defined(__AVX2__)
+constexpr int lanes = 8, registers = 16;
+#elif defined(__aarch64__)
+constexpr int lanes = 4, registers = 32;
+#else
+constexpr int lanes = 4, registers = 16;
+#endif
+
+typedef float Vector __attribute__((vector_size(lanes * 4)));
+typedef float VectorAnywhere __attribute__((vector_size(lanes * 4), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(lanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(lanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(lanes * 2)));
+typedef uint16_t HalvesAnywhere __attribute__((vector_size(lanes * 2), aligned(2), may_alias));
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr float largest = std::numeric_limits<float>::max();
+constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
+
+struct float16_t { uint16_t bits; };
+struct bfloat16_t { uint16_t bits; };
+
+FATUI_INLINE Vector load(const float* p) { return *reinterpret_cast<const VectorAnywhere*>(p); }
+FATUI_INLINE void store(float* p, Vector x) { *reinterpret_cast<VectorAnywhere*>(p) = x; }
+FATUI_INLINE Vector broadcast(float x) { return x - Vector{}; }
+FATUI_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+FATUI_INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
+
+template <class To, class From>
+FATUI_INLINE To as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// 2^x for x <= 127 to about 1e-7, and exactly 0 below -126 (so 2^-inf = 0). NaN stays NaN.
+// x = n + f with n an integer; a polynomial (minimax on [-1/2, 1/2], exact at 0) gives 2^f, and n is added to its exponent.
+FATUI_INLINE Vector exp2(Vector x) {
+  const Vector shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const Vector shifted = x + shifter;
+  const Vector f = x - (shifted - shifter);
+  Vector p = f * 1.326472964e-3f + 9.671517648e-3f;
+  p = p * f + 5.550733954e-2f;
+  p = p * f + 2.402224243e-1f;
+  p = p * f + 6.931470037e-1f;
+  p = p * f + 1.0f;
+  const Integers exponent = as<Integers>(shifted) << 23;
+  const Vector result = as<Vector>(as<Integers>(p) + exponent);
+  return x < broadcast(-126.0f) ? Vector{} : result;
+}
+
+// To about 1e-7, near zero too: there a polynomial (Cephes), elsewhere by way of 2^x.
+FATUI_INLINE Vector tanh(Vector x) {
+  const Vector z = x * x;
+  Vector p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const Vector small = p * z * x + x;
+  const Vector bounded = larger(smaller(x, broadcast(9.1f)), broadcast(-9.1f));
+  const Vector large = 1.0f - 2.0f / (1.0f + exp2(bounded * (2.0f * log2_e)));
+  return z > broadcast(0.625f * 0.625f) ? large : small;
+}
+
+FATUI_INLINE float sum_of(Vector x) {
+  float part[lanes];
+  store(part, x);
+  FATUI_UNROLL for (int half = lanes / 2; half > 0; half /= 2)
+    FATUI_UNROLL for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return part[0];
+}
+
+// Conversions. Bfloat16 is the upper half of a float32; float16 has instructions nearly everywhere.
+FATUI_INLINE Vector widen(const float* p) { return load(p); }
+FATUI_INLINE Vector widen(const bfloat16_t* p) {
+  const Halves bits = *reinterpret_cast<const HalvesAnywhere*>(p);
+  return as<Vector>(__builtin_convertvector(bits, Words) << 16);
+}
+FATUI_INLINE Vector widen(const float16_t* p) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vector x;
+  for (int i = 0; i < lanes; i++) { _Float16 h; std::memcpy(&h, p + i, 2); x[i] = float(h); }
+  return x;
+#endif
+}
+
+FATUI_INLINE void narrow(float* p, Vector x) { store(p, x); }
+FATUI_INLINE Words rounded_to_bfloat16(Vector x) {  // to nearest, ties to even; the result is in the low half
+  const Words bits = as<Words>(x);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return x == x ? rounded : (bits >> 16) | 0x40u;
+}
+FATUI_INLINE void narrow(bfloat16_t* p, Vector x) {
+  *reinterpret_cast<HalvesAnywhere*>(p) = __builtin_convertvector(rounded_to_bfloat16(x), Halves);
+}
+FATUI_INLINE void narrow(float16_t* p, Vector x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < lanes; i++) { const _Float16 h = _Float16(x[i]); std::memcpy(p + i, &h, 2); }
+#endif
+}
+
+template <class T>
+FATUI_INLINE Vector widen_some(const T* p, int64_t count) {
+  if (count >= lanes) return widen(p);
+  alignas(64) T whole[lanes] = {};
+  for (int64_t i = 0; i < count; i++) whole[i] = p[i];
+  return widen(whole);
+}
+
+template <class T>
+FATUI_INLINE Vector widen_strided(const T* p, int64_t stride, int64_t count) {
+  if (stride == 1) return widen_some(p, count);
+  alignas(64) T whole[lanes] = {};
+  for (int64_t i = 0; i < count && i < lanes; i++) whole[i] = p[i * stride];
+  return widen(whole);
+}
+
+template <class T>
+FATUI_INLINE void narrow_some(T* p, Vector x, int64_t count) {
+  if (count >= lanes) return narrow(p, x);
+  alignas(64) T whole[lanes];
+  narrow(whole, x);
+  for (int64_t i = 0; i < count; i++) p[i] = whole[i];
+}
+
+template <class T, int... I>
+FATUI_INLINE void interleave(T a, T b, T& low, T& high, std::integer_sequence<int, I...>) {
+  low = __builtin_shufflevector(a, b, (I / 2 + (I % 2) * int(sizeof...(I)))...);
+  high = __builtin_shufflevector(a, b, (I / 2 + int(sizeof...(I)) / 2 + (I % 2) * int(sizeof...(I)))...);
+}
+
+// Transposes a square of lanes x lanes floats: interleaving row r with row r + lanes/2, log2(lanes) times.
+FATUI_INLINE void transpose(Vector (&x)[lanes]) {
+  FATUI_UNROLL for (int step = 1; step < lanes; step *= 2) {
+    Vector y[lanes];
+    FATUI_UNROLL for (int r = 0; r < lanes / 2; r++)
+      interleave(x[r], x[r + lanes / 2], y[2 * r], y[2 * r + 1], std::make_integer_sequence<int, lanes>{});
+    FATUI_UNROLL for (int r = 0; r < lanes; r++) x[r] = y[r];
+  }
+}
+
+}  // namespace fatui

@@ -1,0 +1,169 @@
+"""Compiling, caching and refusing: what the user sees when there is no compiler, no folder, a foreign library."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from attention.kernels import cpu
+from attention.kernels.cpu import build, cache, library, selfcheck, toolchain
+
+pytestmark = pytest.mark.usefixtures("compiled_kernel")
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """As in a process that has not loaded the kernel yet."""
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(cpu, "_module", None)
+
+
+@pytest.fixture
+def own_folder(fresh, tmp_path, monkeypatch):
+    """A cache folder with the objects compiled and nothing linked, so that a test links in a moment."""
+    shutil.copytree(cache.folder(), tmp_path / "kernels", ignore=shutil.ignore_patterns("*.json", "*.so"))
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    return tmp_path / "kernels"
+
+
+def record(folder: Path) -> Path:
+    return next(folder.glob("*.json"))
+
+
+def python(code: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_asking_whether_it_is_available_imports_no_mlx_and_takes_milliseconds():
+    code = (
+        "import sys, time; from attention.kernels import cpu; cpu.availability(); t = time.perf_counter();"
+        "answer = cpu.availability(); t = time.perf_counter() - t;"
+        "print(answer[0], 'mlx.core' in sys.modules, 'nanobind' in sys.modules, t < 0.05)"
+    )
+    assert python(code).communicate(timeout=60)[0].split() == ["True", "False", "False", "True"]
+
+
+def test_a_compiled_kernel_says_so(fresh):
+    assert cpu.is_compiled()
+    assert cpu.availability() == (True, f"compiled ({cpu.variant()})")
+
+
+def test_a_later_process_starts_it_in_milliseconds(fresh):
+    start = time.perf_counter()
+    cpu.load(pytest.fail)
+    assert time.perf_counter() - start < 0.5  # 50 ms on a quiet machine
+
+
+def test_the_first_use_says_that_it_compiles(own_folder):
+    messages = []
+    assert not cpu.is_compiled()
+    cpu.load(messages.append)
+    assert len(messages) == 1
+    assert "ompiling" in messages[0]
+    assert cpu.is_compiled()
+
+
+def test_the_folder_is_the_users_alone(own_folder):
+    own_folder.chmod(0o755)
+    cpu.load()
+    assert stat.S_IMODE(own_folder.stat().st_mode) == 0o700
+
+
+def test_a_library_that_was_changed_is_not_loaded_but_built_anew(own_folder):
+    cpu.load()
+    path = own_folder / json.loads(record(own_folder).read_text())["library"]
+    good = cache.digest(path)
+    path.unlink()
+    path.write_bytes(b"not what was recorded")
+    library._loaded = cpu._module = None
+    messages = []
+    cpu.load(messages.append)
+    assert len(messages) == 1
+    assert cache.digest(path) == json.loads(record(own_folder).read_text())["sha256"]
+    assert cache.digest(path) != "" != good
+
+
+def test_two_processes_that_compile_at_once_both_end_with_a_kernel(own_folder):
+    code = "from attention.kernels import cpu; cpu.load(); print('ready')"
+    both = [python(code, FATUI_CACHE_DIR=str(own_folder.parent)) for _ in range(2)]
+    assert [p.communicate(timeout=120)[0].strip() for p in both] == ["ready", "ready"]
+    assert len(list(own_folder.glob("*.so"))) == 1
+    assert not list(own_folder.glob(".*-*"))
+
+
+def test_without_a_compiler_it_says_so(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    usable, reason = cpu.availability()
+    assert not usable
+    assert "no C++ compiler" in reason
+    with pytest.raises(cpu.KernelUnavailable, match="no-such-compiler"):
+        cpu.load()
+
+
+def test_without_python_headers_it_says_so(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h" in cpu.availability()[1]
+
+
+def test_without_nanobind_it_says_so(fresh, monkeypatch):
+    found = toolchain._package_folder
+    monkeypatch.setattr(toolchain, "_package_folder", lambda name: None if name == "nanobind" else found(name))
+    assert "nanobind" in cpu.availability()[1]
+
+
+def test_a_folder_that_cannot_be_made_is_named(fresh, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path / "file"))
+    usable, reason = cpu.availability()
+    assert not usable
+    assert str(tmp_path) in reason
+
+
+def test_a_different_abi_is_refused_with_both_numbers(own_folder, monkeypatch):
+    monkeypatch.setattr(toolchain, "_abi_tag", lambda module: "nanobind_system_v7")
+    with pytest.raises(cpu.KernelUnavailable, match=r"ABI is v\d+, MLX was built with nanobind_system_v7"):
+        cpu.load()
+
+
+def test_a_failed_compilation_is_remembered_with_the_compilers_words(own_folder, monkeypatch):
+    monkeypatch.setenv("FATUI_KERNEL_CXXFLAGS", "-fno-such-option")
+    with pytest.raises(cpu.KernelUnavailable, match="no-such-option"):
+        cpu.load()
+    usable, reason = cpu.availability()
+    assert not usable
+    assert "no-such-option" in reason
+
+
+def test_a_kernel_that_disagrees_with_the_reference_is_not_used(own_folder, monkeypatch):
+    monkeypatch.setattr(selfcheck, "_disagreement", lambda module, dtype: float("nan"))
+    with pytest.raises(cpu.KernelUnavailable, match="disagrees"):
+        cpu.load()
+    assert "disagrees" in cpu.availability()[1]
+
+
+def test_the_key_changes_with_the_flags(monkeypatch):
+    tools = toolchain.find()
+    before = build.key(tools)
+    monkeypatch.setenv("FATUI_KERNEL_CXXFLAGS", "-DANYTHING")
+    assert build.key(tools) != before
+
+
+def test_the_processor_gets_its_own_text(monkeypatch):
+    for features, name in (
+        ({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, "amx"),
+        ({"avx2", "avx512f", "avx512_bf16"}, "avx512_bf16"),
+        ({"avx2", "avx512f"}, "avx512"),
+        ({"avx2"}, "avx2"),
+        ({"neon"}, "neon"),
+        (set(), "plain"),
+    ):
+        monkeypatch.setattr(toolchain, "cpu_features", lambda features=features: frozenset(features))
+        assert cpu.variant() == name

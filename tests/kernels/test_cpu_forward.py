@@ -1,0 +1,161 @@
+"""The CPU kernel's output and logsumexp, against float64."""
+
+import kernel_oracle as oracle
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from attention.kernels import cpu
+
+pytestmark = pytest.mark.usefixtures("kernel")
+dtypes = pytest.mark.parametrize("dtype", oracle.DTYPES.values(), ids=oracle.DTYPES)
+
+
+def normal(seed, *shape, dtype=mx.float32):
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def qkv(b, h, hkv, lq, lk, d, dv, dtype, seed=0):
+    shapes = [(b, h, lq, d), (b, hkv, lk, d), (b, hkv, lk, dv)]
+    return [normal(seed + i, *s, dtype=dtype) for i, s in enumerate(shapes)]
+
+
+def assert_right(q, k, v, options, floor=0):
+    o, logsumexp = cpu.flash_attention_with_logsumexp(q, k, v, **options.keywords())
+    arrays = [oracle.numbers(x) for x in (q, k, v)]
+    exact, exact_logsumexp, _ = oracle.attention(*arrays, options)
+    plain = oracle.plain_attention(*arrays, options, q.dtype)
+    oracle.assert_near(o, exact, plain, q.dtype, 2, "output", floor)
+    assert o.dtype == q.dtype
+    assert logsumexp.dtype == mx.float32
+    empty = exact_logsumexp == -np.inf
+    assert (np.array(logsumexp)[empty] == -np.inf).all()
+    assert (oracle.numbers(o)[empty] == 0).all()
+    tolerance = 3e-4 if q.dtype == mx.bfloat16 else 2e-5
+    np.testing.assert_allclose(np.array(logsumexp)[~empty], exact_logsumexp[~empty], atol=tolerance, rtol=1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "keywords"),
+    [
+        ((1, 2, 2, 64, 64, 32, 32), {}),
+        ((2, 8, 2, 130, 257, 64, 64), {"causal": True}),
+        ((1, 4, 1, 300, 300, 80, 48), {"causal": True, "window": 33}),
+        ((1, 3, 3, 65, 200, 128, 128), {"softcap": 5.0}),
+        ((1, 2, 1, 100, 31, 16, 7), {"causal": True}),
+        ((1, 8, 2, 1, 3000, 128, 128), {}),
+        ((2, 8, 2, 3, 1500, 64, 64), {"causal": True, "window": 700}),
+        ((1, 2, 2, 70, 70, 512, 512), {"causal": True}),
+        ((1, 1, 1, 5, 5, 1, 1), {}),
+    ],
+    ids=lambda x: "-".join(map(str, x)) or "full",
+)
+def test_output_is_as_near_to_float64_as_flash_attention_3_asks(dtype, shape, keywords):
+    options = oracle.Options(scale=shape[5] ** -0.5, **keywords)
+    assert_right(*qkv(*shape, dtype), options)
+
+
+@dtypes
+def test_large_scores_stay_exact(dtype):
+    q, k, v = qkv(1, 2, 2, 70, 400, 64, 64, dtype)
+    assert_right(8 * q, 8 * k, v, oracle.Options(scale=0.125))
+
+
+@dtypes
+@pytest.mark.parametrize("mask_shape", [(2, 4, 50, 70), (1, 1, 50, 70), (50, 70), (2, 1, 1, 70), (50, 1), (4, 1, 1)])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_masks_broadcast(dtype, mask_shape, boolean):
+    random = np.random.default_rng(5)
+    seen = random.random(mask_shape) < 0.6
+    mask = seen if boolean else np.where(seen, random.standard_normal(mask_shape), -np.inf).astype(np.float32)
+    assert_right(*qkv(2, 4, 2, 50, 70, 32, 32, dtype), oracle.Options(scale=0.2, mask=mask, causal=mask_shape[0] == 50))
+
+
+@st.composite
+def calls(draw):
+    sizes = st.sampled_from([1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 190])
+    hkv, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    dims = st.sampled_from([1, 2, 8, 15, 17, 31, 32, 33, 64, 72, 96])
+    lq, lk, d, dv = draw(sizes), draw(sizes), draw(dims), draw(dims)
+    seed = draw(st.integers(0, 2**20))
+    masks = {"none": None, "row": (1, 1, 1, lk), "column": (lq, 1), "full": (1, 1, lq, lk)}
+    mask_shape = masks[draw(st.sampled_from(sorted(masks)))]
+    mask = None if mask_shape is None else np.random.default_rng(seed).random(mask_shape) < 0.7
+    if mask is not None and draw(st.booleans()):
+        mask = np.where(mask, 0.5, -np.inf).astype(np.float32)
+    options = oracle.Options(
+        scale=draw(st.sampled_from([d**-0.5, 1.0, -0.3])),
+        causal=draw(st.booleans()),
+        window=draw(st.sampled_from([None, 1, 20, 100])),
+        softcap=draw(st.sampled_from([None, None, 1.0, 30.0])),
+        mask=mask,
+    )
+    return (draw(st.integers(1, 2)), hkv * group, hkv, lq, lk, d, dv), options, seed, draw(st.integers(0, 3))
+
+
+def laid_out(x, layout):
+    """The same array, lying differently in memory: as it is, (B, L, H, D), (B, H, D, L), or a slice of a cache."""
+    if layout == 1:
+        return mx.contiguous(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    if layout == 2:
+        return mx.contiguous(x.swapaxes(2, 3)).swapaxes(2, 3)
+    if layout == 3:
+        return mx.pad(x, [(0, 0), (0, 0), (2, 5), (1, 3)])[:, :, 2:-5, 1:-3]
+    return x
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(call=calls(), name=st.sampled_from(sorted(oracle.DTYPES)))
+def test_any_shape_stride_and_mask(call, name):
+    shape, options, seed, layout = call
+    q, k, v = (laid_out(x, layout) for x in qkv(*shape, oracle.DTYPES[name], seed))
+    # Where few numbers are compared, plain attention may happen to be exact: allow a rounding of the values.
+    assert_right(q, k, v, options, floor=2**-22 * float(mx.max(mx.abs(v))))
+
+
+def test_no_queries_and_no_keys():
+    assert cpu.flash_attention(*qkv(1, 2, 2, 0, 5, 8, 8, mx.float32), scale=1.0).shape == (1, 2, 0, 8)
+    o, logsumexp = cpu.flash_attention_with_logsumexp(*qkv(1, 2, 2, 3, 0, 8, 8, mx.float32), scale=1.0)
+    assert mx.all(o == 0)
+    assert mx.all(logsumexp == -mx.inf)
+
+
+def test_a_large_finite_mask_is_no_exclusion():
+    q, k, v = qkv(1, 1, 1, 4, 6, 8, 8, mx.float32)
+    o = cpu.flash_attention(q, k, v, scale=1.0, mask=mx.full((4, 6), float(np.finfo(np.float32).min)))
+    np.testing.assert_allclose(np.array(o), np.broadcast_to(np.array(v).mean(2, keepdims=True), o.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": (1, 3, 8, 16)}, "multiple"),
+        ({"k": (1, 2, 8, 15)}, "do not agree"),
+        ({"v": (1, 2, 9, 16)}, "do not agree"),
+        ({"q": (4, 8, 16)}, "four dimensions"),
+        ({"q": (1, 4, 8, 513), "k": (1, 2, 8, 513)}, "1 to 512"),
+    ],
+)
+def test_wrong_shapes_are_refused_with_a_reason(change, words):
+    shapes = {"q": (1, 4, 8, 16), "k": (1, 2, 8, 16), "v": (1, 2, 8, 16), **change}
+    if change.get("k", (0, 0))[1] == 3:
+        shapes["v"] = (1, 3, 8, 16)
+    with pytest.raises(ValueError, match=words):
+        cpu.flash_attention(*(mx.zeros(s) for s in shapes.values()), scale=1.0)
+
+
+def test_wrong_values_are_refused_with_a_reason():
+    q, k, v = qkv(1, 2, 2, 4, 4, 8, 8, mx.float32)
+    with pytest.raises(ValueError, match="window"):
+        cpu.flash_attention(q, k, v, scale=1.0, window=0)
+    with pytest.raises(ValueError, match="softcap"):
+        cpu.flash_attention(q, k, v, scale=1.0, softcap=-1.0)
+    with pytest.raises(ValueError, match="one type"):
+        cpu.flash_attention(q, k.astype(mx.float16), v, scale=1.0)
+    with pytest.raises(ValueError, match="broadcast"):
+        cpu.flash_attention(q, k, v, scale=1.0, mask=mx.ones((3, 4)))
+    with pytest.raises(ValueError, match="boolean"):
+        cpu.flash_attention(q, k, v, scale=1.0, mask=mx.ones((4, 4), dtype=mx.int32))

@@ -1,0 +1,134 @@
+"""The CPU kernel's gradients against float64, and MLX's transformations around it."""
+
+import kernel_oracle as oracle
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from attention.kernels import cpu
+
+pytestmark = pytest.mark.usefixtures("kernel")
+dtypes = pytest.mark.parametrize("dtype", oracle.DTYPES.values(), ids=oracle.DTYPES)
+
+
+def inputs(b, h, hkv, lq, lk, d, dv, dtype=mx.float32):
+    random = np.random.default_rng(b + h + lq + lk)
+    shapes = [(b, h, lq, d), (b, hkv, lk, d), (b, hkv, lk, dv), (b, h, lq, dv)]
+    return [mx.array(random.standard_normal(s).astype(np.float32)).astype(dtype) for s in shapes]
+
+
+def attend(q, k, v):
+    return cpu.flash_attention(q, k, v, scale=0.25, causal=True)
+
+
+def loss(q, k, v):
+    return (attend(q, k, v) ** 2).sum()
+
+
+def plain_loss(q, k, v):
+    return (mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal") ** 2).sum()
+
+
+def assert_same(ours, theirs, tolerance=1e-4):
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=tolerance, rtol=tolerance)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "keywords"),
+    [
+        ((1, 2, 2, 64, 64, 32, 32), {}),
+        ((2, 6, 2, 130, 330, 64, 48), {"causal": True}),
+        ((1, 4, 1, 200, 100, 17, 33), {"causal": True, "window": 20}),
+        ((1, 2, 2, 90, 70, 128, 128), {"softcap": 3.0}),
+        ((1, 2, 1, 1, 600, 64, 64), {}),
+        ((1, 1, 1, 66, 66, 512, 512), {"causal": True}),
+        ((1, 2, 2, 40, 50, 32, 32), {"mask": np.random.default_rng(1).random((40, 50)) < 0.5}),
+    ],
+    ids=lambda x: "-".join(map(str, x)) or "full",
+)
+def test_gradients_are_as_near_to_float64_as_flash_attention_3_asks(dtype, shape, keywords):
+    options = oracle.Options(scale=shape[5] ** -0.5, **keywords)
+    q, k, v, do = inputs(*shape, dtype)
+    _, got = mx.vjp(lambda *x: cpu.flash_attention(*x, **options.keywords()), [q, k, v], [do])
+    arrays = [oracle.numbers(x) for x in (q, k, v, do)]
+    exact = oracle.gradients(*arrays, options)
+    plain = oracle.plain_gradients(*arrays, options, dtype)
+    for name, a, b, c in zip(("dq", "dk", "dv"), got, exact, plain, strict=True):
+        assert a.dtype == dtype
+        oracle.assert_near(a, b, c, dtype, 3, name)
+
+
+def test_gradients_where_nothing_is_attended_to_are_zero():
+    q, k, v, _ = inputs(1, 2, 2, 8, 4, 16, 16)
+    dq = mx.grad(loss)(q, k, v)
+    assert mx.all(dq[:, :, :4] == 0)
+    assert mx.any(dq[:, :, 4:] != 0)
+
+
+def test_the_logsumexp_has_a_gradient():
+    q, k, v, _ = inputs(1, 2, 1, 20, 30, 16, 16)
+
+    def ours(q, k):
+        return mx.sin(cpu.flash_attention_with_logsumexp(q, k, v, scale=0.3)[1]).sum()
+
+    def theirs(q, k):
+        return mx.sin(mx.logsumexp(0.3 * q @ mx.repeat(k, 2, 1).swapaxes(-1, -2), axis=-1)).sum()
+
+    assert_same(mx.grad(ours, (0, 1))(q, k), mx.grad(theirs, (0, 1))(q, k))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, mx.compile, mx.checkpoint], ids=["eager", "compile", "checkpoint"])
+def test_value_and_grad_agree_with_mlx(transform):
+    q, k, v, _ = inputs(2, 4, 2, 70, 90, 32, 32)
+    value, got = mx.value_and_grad(transform(loss), (0, 1, 2))(q, k, v)
+    exact, expected = mx.value_and_grad(plain_loss, (0, 1, 2))(q, k, v)
+    assert_same([value, *got], [exact, *expected], 2e-4)
+
+
+def test_a_compiled_training_step_agrees_with_mlx():
+    q, k, v, _ = inputs(1, 4, 4, 33, 33, 16, 16)
+    step = mx.compile(mx.value_and_grad(loss, (0, 1, 2)))
+    for scale in (1.0, 2.0):
+        assert_same(step(scale * q, k, v)[1], mx.grad(plain_loss, (0, 1, 2))(scale * q, k, v), 5e-4)
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (1, None, 0), (0, None, None), (None, 2, None)])
+def test_vmap_agrees_with_a_loop(axes):
+    arrays = inputs(2, 4, 2, 20, 30, 16, 16)[:3]
+    mapped = [
+        mx.stack([x, 2 * x, -x], axis=axis) if axis is not None else x for x, axis in zip(arrays, axes, strict=True)
+    ]
+    each = [
+        [mx.take(x, n, axis) if axis is not None else x for x, axis in zip(mapped, axes, strict=True)] for n in range(3)
+    ]
+    assert_same([mx.vmap(attend, axes)(*mapped)], [mx.stack([attend(*x) for x in each])])
+    gradient = mx.grad(loss, (0, 1, 2))
+    expected = [mx.stack(list(g)) for g in zip(*(gradient(*x) for x in each), strict=True)]
+    assert_same(mx.vmap(gradient, axes)(*mapped), expected)
+
+
+def test_vmap_takes_a_mask_along():
+    q, k, v, _ = inputs(2, 2, 2, 10, 12, 8, 8)
+    masks = mx.random.uniform(shape=(3, 10, 12)) < 0.5
+    got = mx.vmap(lambda m: cpu.flash_attention(q, k, v, scale=1.0, mask=m))(masks)
+    assert_same([got], [mx.stack([cpu.flash_attention(q, k, v, scale=1.0, mask=m) for m in masks])])
+
+
+def test_calls_that_differ_are_not_merged_by_compile():
+    q, k, v, _ = inputs(1, 2, 2, 30, 30, 16, 16)
+
+    def both(q):
+        return attend(q, k, v), cpu.flash_attention(q, k, v, scale=0.5, causal=True)
+
+    one, other = mx.compile(both)(q)
+    assert not mx.allclose(one, other)
+
+
+def test_what_has_no_gradient_says_so():
+    q, k, v, _ = inputs(1, 1, 1, 4, 4, 8, 8)
+    with pytest.raises(ValueError, match="mask"):
+        mx.grad(lambda m: cpu.flash_attention(q, k, v, scale=1.0, mask=m).sum())(mx.zeros((4, 4)))
+    with pytest.raises(ValueError, match="second derivative"):
+        mx.grad(lambda x: mx.grad(loss)(x, k, v).sum())(q)

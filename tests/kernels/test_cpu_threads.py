@@ -1,0 +1,93 @@
+"""The CPU kernel's threads: same bits with any number of them, correct after a fork, little memory."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from attention.kernels import cpu
+
+pytestmark = pytest.mark.usefixtures("kernel")
+
+
+def call(dtype, shape):
+    b, h, hkv, lq, lk, d = shape
+    random = np.random.default_rng(3)
+    shapes = [(b, h, lq, d), (b, hkv, lk, d), (b, hkv, lk, d)]
+    q, k, v = (mx.array(random.standard_normal(s).astype(np.float32)).astype(dtype) for s in shapes)
+
+    def loss(q, k, v):
+        return (cpu.flash_attention(q, k, v, scale=0.1, causal=True) ** 2).sum()
+
+    out = cpu.flash_attention(q, k, v, scale=0.1, causal=True)
+    results = [out, *mx.grad(loss, (0, 1, 2))(q, k, v)]
+    return [np.array(x.astype(mx.float32)) for x in results]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 2, 300, 300, 64), (1, 8, 2, 1, 4000, 64), (1, 3, 1, 130, 700, 32)], ids=str)
+def test_the_bits_do_not_depend_on_the_number_of_threads(dtype, shape, monkeypatch):
+    monkeypatch.setenv("FATUI_THREADS", "1")
+    alone = call(dtype, shape)
+    for threads in (2, 3, 8):
+        monkeypatch.setenv("FATUI_THREADS", str(threads))
+        for _ in range(2):
+            for one, other in zip(alone, call(dtype, shape), strict=True):
+                assert np.array_equal(one, other)
+
+
+def test_streams_of_several_python_threads_do_not_disturb_each_other(monkeypatch):
+    monkeypatch.setenv("FATUI_THREADS", "3")
+    shape = (1, 4, 2, 200, 200, 32)
+    expected = call(mx.float32, shape)
+
+    def in_a_thread(_):
+        with mx.stream(mx.cpu):
+            return call(mx.float32, shape)
+
+    with ThreadPoolExecutor(3) as threads:
+        for results in threads.map(in_a_thread, range(6)):
+            assert all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [1024, 16384, 262144])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_extra_memory_is_under_4_mib_a_thread_whatever_the_length(length, dtype, monkeypatch):
+    for threads in (1, 2, 16):
+        monkeypatch.setenv("FATUI_THREADS", str(threads))
+        for heads, queries in ((1, length), (8, length), (32, 1)):
+            q, k = (1, heads, queries, 128), (1, max(1, heads // 4), length, 128)
+            for training in (False, True):
+                assert cpu.workspace_bytes(q, k, k, dtype=dtype, training=training) < threads * (4 << 20)
+
+
+AFTER_A_FORK = """
+import os, numpy as np, mlx.core as mx
+from attention.kernels.cpu import library
+module = library.load()
+before = module.fma_peak()
+child = os.fork()
+if child == 0:
+    ok = module.fma_peak() > 0
+    os._exit(0 if ok else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert module.fma_peak() > 0
+"""
+
+
+def test_the_pool_is_rebuilt_after_a_fork():
+    environment = {**os.environ, "FATUI_THREADS": "3"}
+    subprocess.run([sys.executable, "-c", AFTER_A_FORK], check=True, env=environment, timeout=60)
+
+
+def test_calls_from_many_threads_at_once_use_one_pool():
+    q = mx.random.normal((1, 8, 256, 32))
+    mx.eval(q)
+    before = threading.active_count()
+    mx.eval([cpu.flash_attention(q, q, q, scale=0.2) for _ in range(20)])
+    assert threading.active_count() == before
