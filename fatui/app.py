@@ -49,8 +49,8 @@ class FatuiApp(App[int]):
     TITLE = "fatui"
     CSS_PATH: ClassVar = ["app.tcss", "screens/main.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.ANYWHERE)]
-    REPAINT_S: ClassVar = 0.4
-    TELEMETRY_S: ClassVar = 1.0
+    REPAINT_S: ClassVar = 0.5
+    TELEMETRY_S: ClassVar = 2.0
 
     def __init__(
         self,
