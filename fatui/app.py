@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -48,8 +49,8 @@ class FatuiApp(App[int]):
     TITLE = "fatui"
     CSS_PATH: ClassVar = ["app.tcss", "screens/main.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.ANYWHERE)]
-    REPAINT_S: ClassVar = 0.4
-    TELEMETRY_S: ClassVar = 1.0
+    REPAINT_S: ClassVar = 0.5
+    TELEMETRY_S: ClassVar = 2.0
 
     def __init__(
         self,
@@ -140,13 +141,15 @@ class FatuiApp(App[int]):
         self.main.show_draft()
 
     def _hang_up(self, number: int) -> None:
-        """The terminal went away: end the engine, keep what was measured, leave."""
-        self.run_worker(self.leave(128 + number), name="leave")
+        """The terminal went away, or the system asks: end the engine, keep what was measured, leave."""
+        self.run_worker(self.leave(128 + number, gone=number == signal.SIGHUP), name="leave")
 
-    async def leave(self, code: int = 0) -> None:
-        """Ends the run if one goes on, keeps it, and exits."""
+    async def leave(self, code: int = 0, *, gone: bool = False) -> None:
+        """Ends the run if one goes on, keeps it, and exits; where the terminal is gone, without restoring it."""
         await self.runs.end()
         remember(self)
+        if gone:
+            os._exit(code)  # Textual would wait for a terminal that takes no more output
         self.exit(code, return_code=code)
 
     @property

@@ -158,7 +158,7 @@ def test_the_last_run_teaches_how_long_the_next_takes():
     async def play(stage):
         assert "the first run will tell" in " ".join(stage.seen().split())
         await stage.run_to_the_end()
-        assert stage.app.remembered.pace.device == "Test CPU"
+        await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
         stage.app.main.show_draft()
         assert "going by the" in stage.seen()
 
