@@ -126,7 +126,7 @@ class Engine:
     def _fail(self, case: int, name: str, reason: str) -> None:
         if self.record.cases[case].rows[name].ended is None:
             self._tell(on.RowEnded(case=case, implementation=name, status="failed", reason=reason))
-        self._tell(on.Message(level="error", text=f"{name}: {reason}; the engine is started again"))
+        self._tell(on.Message(level="info", text=f"{name} ended the engine; it is started again without it"))
 
 
 def _marked(mark: int, names: tuple[str, ...]) -> str | None:
