@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -117,6 +117,26 @@ class Leaves(Planted):
     def before_call(self) -> None:
         os.write(2, b"planted last words\n")
         os._exit(7)
+
+
+class Builds(Planted):
+    """Has to be built before its first call."""
+
+    built = False
+
+    def needs_building(self, workload: Workload, device: Device) -> bool:
+        """Whether build() was not called yet."""
+        return not self.built
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Takes its time, and says so."""
+        tell("planted building")
+        time.sleep(0.4)
+        self.built = True
+
+    def before_call(self) -> None:
+        if not self.built:
+            raise RuntimeError("called before it was built")
 
 
 class SlowerRunner(MlxRunner):

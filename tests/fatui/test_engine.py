@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from msgspec import structs
 
 from attention import events as on
 from attention.plan import Plan
@@ -92,6 +93,20 @@ def test_what_an_implementation_prints_does_not_reach_the_events() -> None:
     engine = run(plan("Prints"))
     assert row(engine.record.case(0), "Prints").status == "ok"
     assert not engine.record.log
+
+
+def test_what_has_to_be_built_is_built_once_while_the_others_give_a_first_look() -> None:
+    told: list[on.AnyEvent] = []
+    engine = Engine(plan("Builds", cases=(SMALL, structs.replace(SMALL, seq=16))), told.append)
+    asyncio.run(asyncio.wait_for(engine.run(), 60))
+    lines = [message.text for message in engine.record.log]
+    assert lines[0].startswith("a first look: baseline ")
+    assert lines[1] == "planted building"
+    assert "ready after" in lines[2]
+    assert len(lines) == 3
+    assert [event.case for event in told if isinstance(event, on.CaseStarted)] == [0, 0, 1]
+    for index in (0, 1):
+        assert [row.status for row in engine.record.case(index).rows] == ["ok", "ok"]
 
 
 def test_an_unknown_implementation_is_refused_with_a_hint() -> None:
