@@ -69,7 +69,8 @@ struct Panel {
     multiply<Layout::depth_contiguous, Update::overwrite>(to_scores, keys, width);
     const float factor = finish_scores(room.scores, p, item, bounds, key, keys, width);
     softmax_step(room.scores, keys, width, factor, state);
-    const Operands to_output{v.data, v.stride, room.scores, query_tile, keys, room.output, query_tile, state.correction};
+    const Operands to_output{v.data,      v.stride,   room.scores, query_tile, keys,
+                             room.output, query_tile, state.correction};
     if (key == begin) multiply<Layout::rows_contiguous, Update::overwrite>(to_output, p.value_dim, width);
     else multiply<Layout::rows_contiguous, Update::rescale>(to_output, p.value_dim, width);
   }
