@@ -33,7 +33,7 @@ def runtime(name: str) -> str:
         (
             "-fsanitize=thread -g1 -O1",
             "tsan",
-            {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66:report_signal_unsafe=0:ignore_noninstrumented_modules=1"},
+            {"TSAN_OPTIONS": "exitcode=66:die_after_fork=0:report_signal_unsafe=0:ignore_noninstrumented_modules=1"},
         ),
     ],
     ids=["address-undefined", "thread"],
@@ -46,7 +46,7 @@ def test_the_library_passes_under_sanitizers(flags, library, options, tmp_path):
         "FATUI_CACHE_DIR": str(tmp_path),
         "FATUI_KERNEL_CXXFLAGS": flags,
         "FATUI_THREADS": "3",
-        "LD_PRELOAD": runtime(library),
+        "LD_PRELOAD": f"{runtime(library)} {runtime('stdc++')}",  # both: the first wraps what the second throws
         "OPENBLAS_NUM_THREADS": "1",
     }
     # The compiler itself must not run under the sanitizer: build first, in a process without it.
