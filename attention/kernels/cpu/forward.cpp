@@ -76,6 +76,66 @@ struct Panel {
   }
 };
 
+// Few rows (decoding): lanes of queries would stand empty, so the lanes are keys for the scores and dims for the output,
+// and K is turned instead of Q. Only the scores, a few numbers, are turned back to where the softmax wants them.
+template <class T>
+struct FewRows {
+  static constexpr int64_t most = 8;
+  const Problem& p;
+  Panel& panel;
+  int64_t rows, dv;
+  float *query, *by_row, *output;  // [row][d], [row][key], [row][dv]
+
+  FewRows(const Problem& problem, Panel& only) : p(problem), panel(only), rows(only.item.rows()) {
+    const Room& room = panel.room;
+    const int64_t d = round_up(p.head_dim, lanes);
+    dv = round_up(p.value_dim, lanes);
+    query = room.query, by_row = room.query + query_tile * (d + dv), output = by_row + most * key_tile;
+    std::fill_n(output, rows * dv, 0.0f);
+    const Rows<T> q = rows_of<T>(p.query, panel.item);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < p.head_dim; c += lanes)
+        store(query + r * d + c, widen_strided(q.row[r] + c * q.stride, q.stride, p.head_dim - c));
+  }
+
+  void step(int64_t key, int64_t keys) {
+    const Item& item = panel.item;
+    const Room& room = panel.room;
+    turn(key_rows(key, keys), p.head_dim, round_up(keys, lanes), room.key);
+    const int64_t d = round_up(p.head_dim, lanes);
+    multiply<Layout::depth_contiguous, Update::overwrite>(
+        {query, d, room.key, query_tile, p.head_dim, by_row, key_tile, nullptr}, rows, round_up(keys, lanes));
+    turn(lines(by_row, key_tile), keys, lanes, room.scores);
+    const float factor = finish_scores(room.scores, p, item, panel.bounds, key, keys, lanes);
+    softmax_step(room.scores, keys, lanes, factor, panel.state);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < dv; c += lanes)
+        store(output + r * dv + c, load(output + r * dv + c) * panel.state.correction[r]);
+    const Floats v = floats_of<T>(p.value, item.batch, item.kv_head, key, keys, p.value_dim, room.value,
+                                  room.value_line, dv == p.value_dim);
+    multiply<Layout::rows_contiguous, Update::add>(
+        {room.scores, query_tile, v.data, v.stride, keys, output, dv, nullptr}, rows, dv);
+  }
+
+  void finish() const { turn(lines(output, dv), p.value_dim, lanes, panel.room.output); }
+
+ private:
+  Rows<float> lines(const float* data, int64_t line) const {
+    Rows<float> all;
+    all.stride = 1, all.count = rows;
+    for (int64_t r = 0; r < rows; r++) all.row[r] = data + r * line;
+    return all;
+  }
+  Rows<T> key_rows(int64_t key, int64_t keys) const {
+    const Tensor& t = p.key;
+    Rows<T> all;
+    all.stride = t.stride[3], all.count = keys;
+    const T* data = static_cast<const T*>(t.data) + panel.item.batch * t.stride[0] + panel.item.kv_head * t.stride[1];
+    for (int64_t j = 0; j < keys; j++) all.row[j] = data + (key + j) * t.stride[2];
+    return all;
+  }
+};
+
 // All panels of an item against one tile of keys. Long rows that several panels share are worth a copy: read once in
 // order, and with a stride that does not put them all into the same few sets of the cache.
 template <class T>
@@ -103,8 +163,14 @@ void run(const ForwardCall& call) {
       panel[i].template open<T>(p, item, i);
       begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
     }
-    for (int64_t key = begin; key < end; key += key_tile)
-      share_tile<T>(p, item, panel, panels, key, std::min(key_tile, end - key));
+    if (item.rows() <= FewRows<T>::most && begin < end) {
+      FewRows<T> few(p, panel[0]);
+      for (int64_t key = begin; key < end; key += key_tile) few.step(key, std::min(key_tile, end - key));
+      few.finish();
+    } else {
+      for (int64_t key = begin; key < end; key += key_tile)
+        share_tile<T>(p, item, panel, panels, key, std::min(key_tile, end - key));
+    }
     for (int64_t i = 0; i < panels; i++)
       if (schedule.spans == 1) write_rows<T>(call, panel[i].item, panel[i].room.output, panel[i].state);
       else partials.keep(item, panel[i].room.output, panel[i].state);
