@@ -35,11 +35,11 @@ void write_rows(const ForwardCall& call, const Item& item, const float* turned, 
         for (int c = 0; c < lanes; c++)
           x[c] = d + c < dv ? load(turned + (d + c) * query_tile + row) * inverse : Vector{};
       transpose(x);
-      for (int64_t r = 0; r < some; r++) narrow_some(static_cast<T*>(call.output) + place(row + r) * dv + d, x[r], dv - d);
+      for (int64_t r = 0; r < some; r++)
+        narrow_some(static_cast<T*>(call.output) + place(row + r) * dv + d, x[r], dv - d);
     }
     for (int64_t r = row; r < row + some && call.logsumexp != nullptr; r++)
-      call.logsumexp[place(r)] =
-          state.sum[r] > 0 || std::isnan(state.sum[r]) ? (state.maximum[r] + std::log2(state.sum[r])) * ln_2 : -infinity;
+      call.logsumexp[place(r)] = state.sum[r] == 0 ? -infinity : (state.maximum[r] + std::log2(state.sum[r])) * ln_2;
   }
 }
 

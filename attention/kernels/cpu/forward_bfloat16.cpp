@@ -57,7 +57,8 @@ struct PairRoom {
 void product(const Operands& o, int64_t rows, int64_t columns, bool add) {
 #if defined(FATUI_MATRIX_TILES)
   if (matrix_tiles_granted())
-    return multiply_tiles({o.a, o.a_stride, o.b, o.b_stride, o.depth, o.c, o.c_stride}, round_up(rows, 16), columns, add);
+    return multiply_tiles({o.a, o.a_stride, o.b, o.b_stride, o.depth, o.c, o.c_stride}, round_up(rows, 16), columns,
+                          add);
 #endif
   if (add) multiply<Layout::depth_contiguous, Update::add, Numbers::pairs>(o, rows, columns);
   else multiply<Layout::depth_contiguous, Update::overwrite, Numbers::pairs>(o, rows, columns);

@@ -17,8 +17,8 @@ namespace {
 
 using MaybeArray = std::optional<mx::array>;
 
-mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal, int64_t window,
-                    float softcap, const MaybeArray& mask) {
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal,
+                    int64_t window, float softcap, const MaybeArray& mask) {
   return fatui::flash_attention(q, k, v, {scale, softcap, causal, window}, mask, false)[0];
 }
 

@@ -18,14 +18,16 @@ std::string text(const mx::Shape& shape) {
 
 void check(const mx::array& q, const mx::array& k, const mx::array& v) {
   if (q.ndim() != 4 || k.ndim() != 4 || v.ndim() != 4)
-    refuse("q, k and v have four dimensions; got " + text(q.shape()) + ", " + text(k.shape()) + ", " + text(v.shape()) + ".");
+    refuse("q, k and v have four dimensions; got " + text(q.shape()) + ", " + text(k.shape()) + ", " +
+           text(v.shape()) + ".");
   const auto type = q.dtype();
   if (k.dtype() != type || v.dtype() != type) refuse("q, k and v have one type.");
   if (type != mx::float32 && type != mx::float16 && type != mx::bfloat16)
     refuse("the type is float32, float16 or bfloat16.");
   const bool agree = k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == v.shape(1) &&
                      k.shape(2) == v.shape(2) && k.shape(3) == q.shape(3);
-  if (!agree) refuse("shapes do not agree: q " + text(q.shape()) + ", k " + text(k.shape()) + ", v " + text(v.shape()) + ".");
+  if (!agree)
+    refuse("shapes do not agree: q " + text(q.shape()) + ", k " + text(k.shape()) + ", v " + text(v.shape()) + ".");
   if (k.shape(1) == 0 || q.shape(1) % k.shape(1) != 0) refuse("the heads of q are a multiple of those of k.");
   for (const int dim : {q.shape(3), v.shape(3)})
     if (dim < 1 || dim > 512) refuse("head dimensions go from 1 to 512; got " + std::to_string(dim) + ".");
@@ -53,7 +55,8 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
   auto primitive = std::make_shared<FlashForward>(s, options);
   if (logsumexp || q.is_tracer() || k.is_tracer() || v.is_tracer())  // a gradient may be asked for
     return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32}, primitive, inputs);
-  return {mx::array({q.shape(0), q.shape(1), q.shape(2), v.shape(3)}, q.dtype(), std::move(primitive), std::move(inputs))};
+  const mx::Shape shape{q.shape(0), q.shape(1), q.shape(2), v.shape(3)};
+  return {mx::array(shape, q.dtype(), std::move(primitive), std::move(inputs))};
 }
 
 }  // namespace fatui

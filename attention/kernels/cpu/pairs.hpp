@@ -1,7 +1,7 @@
 // Bfloat16 tiles as pairs: two depth neighbours in one 32-bit word, as dot-product instructions want them.
 //
-//   queries   QP[d / 2][query]   rows turned as 32-bit words        values   VT[d][key / 2]   turned once for all panels
-//   keys      K[key][d / 2]      as they lie                        P        PP[key / 2][query]   written by the softmax
+//   queries  QP[d / 2][query]  rows turned as 32-bit words     values  VT[d][key / 2]      turned once for all panels
+//   keys     K[key][d / 2]     as they lie                     P       PP[key / 2][query]  written by the softmax
 #pragma once
 #include "softmax.hpp"
 
@@ -73,8 +73,8 @@ inline void turn_values(const Tensor& t, int64_t batch, int64_t head, int64_t ke
     }
 }
 
-// 2^x to 1e-4, a tenth of what rounding to bfloat16 takes away: x less its floor, a polynomial on [0, 1) (minimax, exact
-// at 0), and the floor added to the exponent. 2^-inf = 0.
+// 2^x to 1e-4, a tenth of what rounding to bfloat16 takes away: a polynomial of x less its floor (minimax on [0, 1),
+// exact at 0), and the floor added to the exponent. 2^-inf = 0.
 FATUI_INLINE Vector exp2_short(Vector x) {
   const Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vector p = f * 7.706724107e-02f + 2.276449800e-01f;

@@ -80,7 +80,7 @@ Floats floats_of(const Tensor& t, int64_t batch, int64_t head, int64_t row, int6
   if constexpr (std::is_same_v<T, float>)
     if (in_place && t.stride[3] == 1) return {data, t.stride[2]};
   for (int64_t r = 0; r < rows; r++, data += t.stride[2])
-    for (int64_t c = 0; c < padded; c += lanes) {
+    for (int64_t c = 0; c < round_up(columns, lanes); c += lanes) {
       const bool full = t.stride[3] == 1 && c + lanes <= columns;
       store(room + r * padded + c, full ? widen(data + c) : c < columns ? widen_strided(data + c * t.stride[3],
             t.stride[3], columns - c) : Vector{});

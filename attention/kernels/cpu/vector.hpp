@@ -54,7 +54,7 @@ FATUI_INLINE To as(From x) {
 }
 
 // 2^x for x <= 127 to about 1e-7, and exactly 0 below -126 (so 2^-inf = 0). NaN stays NaN.
-// x = n + f with n an integer; a polynomial (minimax on [-1/2, 1/2], exact at 0) gives 2^f, and n is added to its exponent.
+// x = n + f with n an integer; a polynomial (minimax on [-1/2, 1/2], exact at 0) gives 2^f; n goes to its exponent.
 FATUI_INLINE Vector exp2(Vector x) {
   const Vector shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   const Vector shifted = x + shifter;
@@ -64,8 +64,8 @@ FATUI_INLINE Vector exp2(Vector x) {
   p = p * f + 2.402224243e-1f;
   p = p * f + 6.931470037e-1f;
   p = p * f + 1.0f;
-  const Integers exponent = as<Integers>(shifted) << 23;
-  const Vector result = as<Vector>(as<Integers>(p) + exponent);
+  const Words exponent = as<Words>(shifted) << 23;  // unsigned: what overflows wraps, and is not used
+  const Vector result = as<Vector>(as<Words>(p) + exponent);
   return x < broadcast(-126.0f) ? Vector{} : result;
 }
 
