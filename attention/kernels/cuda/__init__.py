@@ -1,0 +1,183 @@
+"""The fused CUDA kernels: flash attention in CUDA C++, compiled at first use with NVRTC, launched through MLX.
+
+Importing this costs nothing: MLX, NVRTC and the driver come in only when something is called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from attention.errors import KernelUnavailable
+from attention.route import PLAIN, Needs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import mlx.core as mx
+
+    from attention.kernels.cuda.attend import Repeated
+    from attention.workload import Workload
+
+__all__ = [
+    "KernelUnavailable",
+    "availability",
+    "flash_attention",
+    "flash_attention_with_logsumexp",
+    "load",
+    "supports",
+    "variant",
+    "workspace_bytes",
+]
+
+
+def availability() -> tuple[bool, str]:
+    """Whether the kernels can be used on this machine, and why (not), in one line; compiles nothing."""
+    from attention.kernels.cuda import machine
+
+    try:
+        return True, machine.look()
+    except KernelUnavailable as unavailable:
+        return False, str(unavailable)
+
+
+def variant() -> str:
+    """Which kernels this GPU gets: "hopper" (all), "ampere" (few queries only, sm_80 and later), or "none"."""
+    from attention.kernels.cuda import machine
+
+    return machine.variant()
+
+
+def load(on_message: Callable[[str], None] | None = None) -> None:
+    """Makes sure that the kernels can be compiled and launched; each specialisation is compiled at its first use.
+
+    Args:
+        on_message: told in one line that first calls will compile.
+
+    Raises:
+        KernelUnavailable: with the reason.
+    """
+    from attention.kernels.cuda import machine
+
+    found = machine.look()
+    if on_message is not None:
+        on_message(f"The CUDA kernels compile at the first call of each kind, about a second each ({found})")
+
+
+def supports(workload: Workload, needs: Needs = PLAIN) -> str | None:
+    """Why the kernels do not take a workload here, in one line, or None if they do; compiles and runs nothing."""
+    from attention.kernels.cuda import machine
+
+    return machine.refusal_here(workload, needs)
+
+
+def workspace_bytes(workload: Workload) -> int:
+    """Device memory of one forward call above inputs and output: logsumexp, and scratch of the kernel's own.
+
+    Raises:
+        KernelUnavailable: the workload is not taken here.
+    """
+    from attention.kernels.cuda import machine
+
+    return machine.workspace_bytes(workload)
+
+
+def flash_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    mask: mx.array | None = None,
+    softcap: float | None = None,
+) -> mx.array:
+    """softmax(softcap * tanh(q k' * scale / softcap) + mask) v, without the score matrix (Dao et al., 2022).
+
+    Args:
+        q: queries (B, H, Lq, D), D a multiple of 8 up to 256; float16 or bfloat16, as k and v.
+        k: keys (B, Hkv, Lk, D), H a multiple of Hkv.
+        v: values (B, Hkv, Lk, D).
+        scale: what the dot products are multiplied by, usually D ** -0.5; positive.
+        causal: query i sees keys up to i + Lk - Lq (lower-right aligned).
+        window: a query sees the last `window` of those keys only; implies causal.
+        mask: none is taken.
+        softcap: bound of the scores, applied before the mask.
+
+    Returns:
+        (B, H, Lq, D) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k and v.
+
+    Raises:
+        ValueError: for shapes, types or values that do not fit or are not taken (`supports` tells beforehand).
+        KernelUnavailable: if the kernel cannot run on this machine.
+    """
+    return _attend(q, k, v, scale, causal, window, mask, softcap, False)[0]
+
+
+def flash_attention_with_logsumexp(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    mask: mx.array | None = None,
+    softcap: float | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`flash_attention`, and the natural logarithm of each row's sum of exponentials.
+
+    Returns:
+        The output (B, H, Lq, D), and the logsumexp (B, H, Lq) in float32, -inf for a row with nothing to attend to.
+        Gradients flow through both.
+
+    Raises:
+        ValueError: for shapes, types or values that do not fit or are not taken.
+        KernelUnavailable: if the kernel cannot run on this machine.
+    """
+    output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, True)
+    return output, logsumexp
+
+
+def _attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    mask: mx.array | None,
+    softcap: float | None,
+    with_logsumexp: bool,
+) -> Sequence[mx.array]:
+    key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, scale, causal, window, softcap, with_logsumexp)
+    known = _known.get(key) if mask is None else None
+    if known is None:
+        known = _look_up(q, k, v, scale, causal, window, mask, softcap, with_logsumexp)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = known
+    return known(q, k, v)
+
+
+_known: dict[object, Repeated] = {}
+_MOST_KNOWN: Final = 256
+
+
+def _look_up(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    mask: mx.array | None,
+    softcap: float | None,
+    with_logsumexp: bool,
+) -> Repeated:
+    from attention.kernels.cuda.attend import repeated
+    from attention.kernels.cuda.call import check_arrays, normal
+
+    dtype = check_arrays(q, k, v, mask)
+    call = normal(scale, causal, window, softcap, k.shape[2])
+    return repeated(q.shape, k.shape, dtype, call, with_logsumexp)

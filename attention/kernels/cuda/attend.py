@@ -1,0 +1,121 @@
+"""From a call to its kernels: which of them, checked on first use, differentiable, cheap to repeat."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal, cast
+
+import mlx.core as mx
+
+from attention.errors import KernelUnavailable
+from attention.kernels.cuda import launch, selfcheck, trust
+from attention.kernels.cuda.call import ELEMENTS, Call, Shape
+from attention.kernels.cuda.decode import MOST_ROWS
+from attention.kernels.cuda.gpu import gpu
+from attention.kernels.cuda.gradient import gradients
+from attention.kernels.cuda.program import Program
+
+Path = Literal["decode", "forward"]
+TRACE_AFTER = 2
+"""Calls of a shape after which MLX keeps their graph; a decoding loop, with more keys each time, never gets there."""
+
+Attend = Callable[[mx.array, mx.array, mx.array], Sequence[mx.array]]
+
+
+def path_of(shape: Shape) -> Path:
+    """Which kernel a call takes.
+
+    Raises:
+        KernelUnavailable: it has more queries than this GPU has a kernel for.
+    """
+    if shape.group * shape.queries <= MOST_ROWS:
+        return "decode"
+    if gpu().architecture != "sm_90a":
+        raise KernelUnavailable(f"more than {MOST_ROWS} query rows need a Hopper GPU, and this is {gpu().name}")
+    return "forward"
+
+
+def program_of(shape: Shape, call: Call) -> Program:
+    """The program that does the most of a call."""
+    if path_of(shape) == "forward":
+        return launch.forward_kernel(shape, call).program
+    return launch.splitting(shape, call).kernel.program
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, shape: Shape, call: Call) -> tuple[mx.array, mx.array]:
+    """Queues the kernels of a call; output and logsumexp."""
+    if path_of(shape) == "forward":
+        output, logsumexp, _ = launch.forward(shape, call)(q, k, v)
+        return output, logsumexp
+    return attend_few(q, k, v, shape, call, launch.splitting(shape, call))
+
+
+def attend_few(
+    q: mx.array, k: mx.array, v: mx.array, shape: Shape, call: Call, plan: launch.Splitting
+) -> tuple[mx.array, mx.array]:
+    """The same with the kernel for few queries, its keys split in a given way."""
+    parts = launch.decode(shape, call, plan)(q, k, v)
+    output, logsumexp = launch.join(shape, plan.splits)(*parts) if plan.splits > 1 else parts
+    return output, logsumexp
+
+
+def check(shape: Shape, call: Call) -> None:
+    """Sees to it that the kernel of a call has shown on this GPU that it is right.
+
+    Raises:
+        KernelUnavailable: it cannot be compiled, or is wrong, or there is none.
+    """
+    few = path_of(shape) == "decode"
+    small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=shape.queries if few else 300, keys=523)
+    tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
+
+    def compare() -> str | None:
+        made = selfcheck.inputs(small)
+        q, k, v = made[:3]
+        if few:
+            found = attend_few(q, k, v, small, tried, launch.same_kernel(launch.splitting(shape, call), small, tried))
+        else:
+            found = attend(q, k, v, small, tried)
+        return selfcheck.disagreement(small, tried, *found, made)
+
+    trust.ensure(program_of(shape, call), compare)
+
+
+class Repeated:
+    """The calls of one shape: decided and checked once, and from the third on replayed from a graph that MLX keeps."""
+
+    def __init__(self, shape: Shape, call: Call, with_logsumexp: bool) -> None:
+        check(shape, call)
+        self._calls = 0
+        self._function = _differentiable(shape, call, with_logsumexp)
+
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> Sequence[mx.array]:
+        """Queues the call: output, and logsumexp if asked for."""
+        if self._calls <= TRACE_AFTER:
+            self._calls += 1
+            if self._calls > TRACE_AFTER:
+                self._function = cast("Attend", mx.compile(self._function))
+        return self._function(q, k, v)
+
+
+@functools.lru_cache(maxsize=256)
+def repeated(q: tuple[int, ...], k: tuple[int, ...], dtype: str, call: Call, with_logsumexp: bool) -> Repeated:
+    """The calls of a shape, given as the shapes of q and k."""
+    return Repeated(Shape(q[0], q[1], k[1], q[2], k[2], q[3], ELEMENTS[dtype]), call, with_logsumexp)
+
+
+def _differentiable(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
+    """The call with its gradient; the logsumexp is made in any case, since the backward pass needs it."""
+
+    @mx.custom_function
+    def function(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        return attend(q, k, v, shape, call)
+
+    def pull_back(
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> tuple[mx.array, ...]:
+        wanted = list(cotangents) if with_logsumexp else list(cotangents[:1])
+        return gradients(primals, wanted, outputs, shape, call)
+
+    function.vjp(pull_back)
+    return cast("Attend", function)

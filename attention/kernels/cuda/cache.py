@@ -1,0 +1,107 @@
+"""The cache folder of compiled kernels: the user's alone, written atomically, trusted only while the hashes match.
+
+For each key there are `<key>.cubin`, machine code, and `<key>.json`, its record: the code's SHA-256, and what checking
+it on a GPU came to.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from attention.errors import KernelUnavailable
+
+
+def folder() -> Path:
+    """Where compiled kernels live: `$FATUI_CACHE_DIR`, `$XDG_CACHE_HOME/fatui` or `~/.cache/fatui`, then `kernels`."""
+    own = os.environ.get("FATUI_CACHE_DIR")
+    if own:
+        return Path(own) / "kernels"
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "fatui" / "kernels"
+
+
+def ready_folder() -> Path:
+    """The folder, made if need be, open to its owner alone (0700).
+
+    Raises:
+        KernelUnavailable: if it cannot be made or written, or belongs to someone else.
+    """
+    path = folder()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = path.stat()
+        if state.st_uid != os.getuid():
+            raise KernelUnavailable(f"the cache folder {path} belongs to another user")
+        if stat.S_IMODE(state.st_mode) != 0o700:
+            path.chmod(0o700)
+    except OSError as error:
+        raise KernelUnavailable(f"the cache folder {path} cannot be used: {error.strerror or error}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise KernelUnavailable(f"the cache folder {path} cannot be written")
+    return path
+
+
+def read_record(key: str) -> dict[str, Any]:
+    """What is known of a key; empty if nothing is."""
+    try:
+        record = json.loads((folder() / f"{key}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(key: str, record: dict[str, Any]) -> None:
+    """Remembers what is known of a key."""
+    _write(ready_folder() / f"{key}.json", json.dumps(record).encode())
+
+
+def read_code(key: str) -> bytes | None:
+    """The machine code of a key, if it is still what was recorded."""
+    try:
+        code = (folder() / f"{key}.cubin").read_bytes()
+    except OSError:
+        return None
+    return code if hashlib.sha256(code).hexdigest() == read_record(key).get("sha256") else None
+
+
+def write_code(key: str, code: bytes) -> None:
+    """Keeps machine code and its hash; what was known of older code under this key is forgotten."""
+    _write(ready_folder() / f"{key}.cubin", code)
+    write_record(key, {"sha256": hashlib.sha256(code).hexdigest()})
+
+
+@contextlib.contextmanager
+def lock(key: str) -> Iterator[None]:
+    """One process at a time works on a key; the others wait here and then find its work done."""
+    with (ready_folder() / f"{key}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_locked(key: str) -> bool:
+    """Whether a process works on a key now."""
+    with (ready_folder() / f"{key}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

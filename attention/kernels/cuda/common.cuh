@@ -1,0 +1,50 @@
+// What every kernel here uses: types, addresses, arithmetic. No CUDA headers are needed.
+// Shared-memory addresses are 32-bit offsets (see shared_address).
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+#define DEVICE __device__ __forceinline__
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
+DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
+// ---- arithmetic --------------------------------------------------------------------------------------------------
+
+DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two floats to two halves of a word, `low` first in memory.
+DEVICE u32 pack(float low, float high) {
+  u32 word;
+#if BFLOAT16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#endif
+  return word;
+}
+
+// Transposes 4 x 4 words among the four lanes of a quad: lane t gives row t and gets column t.
+DEVICE void transpose_in_quad(u32 (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const u32 received = __shfl_xor_sync(~0u, upper ? words[i] : words[i | bit], bit);
+      if (upper) words[i] = received;
+      else words[i | bit] = received;
+    }
+  }
+}

@@ -1,0 +1,128 @@
+"""The backward pass: by our kernels where they take the call, through MLX's own path where not."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from attention.kernels.cuda import launch, selfcheck, trust
+from attention.kernels.cuda.backward import BLOCK_Q, LARGEST_HEAD_DIM, MAP_BYTES, Backward, finish_program, rows_program
+from attention.kernels.cuda.call import LOG2_E, Call, Shape, float_bits
+from attention.kernels.cuda.gpu import gpu
+from attention.kernels.cuda.launch import Launch, dtype_of, prepare
+from attention.kernels.cuda.plain import through_mlx
+from attention.kernels.cuda.schedule import make_schedule
+
+
+def refusal(shape: Shape, call: Call) -> str | None:
+    """Why gradients go through MLX's own path, in one line, or None if our kernels make them."""
+    if gpu().architecture != "sm_90a":
+        return "the backward kernel needs a Hopper GPU"
+    if shape.head_dim > LARGEST_HEAD_DIM:
+        return f"the backward kernel takes head dims up to {LARGEST_HEAD_DIM}, not {shape.head_dim}"
+    if call.softcap is not None:
+        return "the backward kernel has no softcap"
+    return trust.distrust(kernel_of(shape, call).program)
+
+
+@functools.cache
+def kernel_of(shape: Shape, call: Call) -> Backward:
+    """The specialisation for a call."""
+    return Backward(64 if shape.head_dim <= 64 else 128, call.causal, shape.element, call.window is not None)
+
+
+def gradients(
+    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
+) -> tuple[mx.array, ...]:
+    """The gradients of q, k and v.
+
+    Args:
+        primals: q, k, v.
+        cotangents: of the output, and of the logsumexp if that was asked for.
+        outputs: what the forward pass made: output and logsumexp.
+        shape: of the arrays.
+        call: what was computed.
+    """
+    if not _taken(shape, call):
+        return tuple(through_mlx(list(primals), list(cotangents), call))
+    return by_kernel(primals, cotangents, outputs, shape, call)
+
+
+@functools.lru_cache(maxsize=256)
+def _taken(shape: Shape, call: Call) -> bool:
+    if refusal(shape, call) is None:
+        check(shape, call)
+    return refusal(shape, call) is None
+
+
+def by_kernel(
+    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
+) -> tuple[mx.array, ...]:
+    """The same by our kernels.
+
+    The first clears dQ, in float32; the second adds to it in place, though MLX counts it among its inputs; the third,
+    which waits for dK, rounds it. Nobody else ever sees that array.
+    """
+    cotangent = cotangents[0].astype(dtype_of(shape))
+    of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
+    rows, sums = rows_launch(shape, len(cotangents) > 1)(outputs[0], cotangent, outputs[1], of_logsumexp)
+    d_k, d_v, _ = backward_launch(shape, call)(*primals, cotangent, rows, sums)
+    (d_q,) = finish_launch(shape, call.scale)(sums, d_k)
+    return d_q, d_k, d_v
+
+
+@functools.lru_cache(maxsize=128)
+def rows_launch(shape: Shape, with_logsumexp: bool) -> Launch:
+    """The launch of the first kernel: logsumexp and delta of each row, in padded tiles, and dQ cleared."""
+    program = rows_program(shape.element, with_logsumexp, gpu().architecture)
+    planes, tiles = shape.batch * shape.heads, math.ceil(shape.queries / BLOCK_Q)
+    blocks = math.ceil(planes * tiles * BLOCK_Q * 32 / program.threads)
+    sums = (shape.batch, shape.heads, shape.queries, shape.head_dim)
+    outputs = [((planes, tiles, 2, BLOCK_Q), mx.float32), (sums, mx.float32)]
+    return prepare(program, blocks, outputs, [planes, shape.queries, shape.head_dim])
+
+
+@functools.lru_cache(maxsize=128)
+def backward_launch(shape: Shape, call: Call) -> Launch:
+    """The launch for q, k, v, cotangent, rows and dQ / scale; it gives dK, dV, and scratch."""
+    kernel = kernel_of(shape, call)
+    planes, key_planes = shape.batch * shape.heads, shape.batch * shape.kv_heads
+    costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
+    blocks = min(key_planes * len(costs), gpu().multiprocessors)
+    plane_bytes = 4 * shape.queries * shape.head_dim * shape.group
+    table = mx.array(make_schedule(blocks, key_planes, costs, plane_bytes), dtype=mx.int32)
+    mx.eval(table)
+    keys = ((shape.batch, shape.kv_heads, shape.keys, shape.head_dim), dtype_of(shape))
+    problem = [planes, shape.group, shape.queries, shape.keys, shape.head_dim]
+    return prepare(
+        kernel.program,
+        blocks,
+        [keys, keys, ((blocks * MAP_BYTES,), mx.uint8)],
+        [*problem, float_bits(call.scale), float_bits(call.scale * LOG2_E), call.window or 0],
+        (table,),
+    )
+
+
+@functools.lru_cache(maxsize=128)
+def finish_launch(shape: Shape, scale: float) -> Launch:
+    """The launch of the last kernel, for dQ / scale and an output of the second; it gives dQ."""
+    program = finish_program(shape.element, gpu().architecture)
+    rows = (shape.batch, shape.heads, shape.queries, shape.head_dim)
+    quads = math.prod(rows) // 4
+    return prepare(program, -(-quads // program.threads), [(rows, dtype_of(shape))], [quads, float_bits(scale)])
+
+
+def check(shape: Shape, call: Call) -> None:
+    """Tries the kernel of a call on this GPU, once; a failure is kept, and `refusal` tells it from then on."""
+    small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=200, keys=331)
+    tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
+
+    def compare() -> str | None:
+        q, k, v, cotangent = selfcheck.inputs(small)
+        outputs = launch.forward(small, tried)(q, k, v)[:2]
+        found = by_kernel((q, k, v), (cotangent,), outputs, small, tried)
+        return selfcheck.gradient_disagreement(small, tried, found, [q, k, v, cotangent])
+
+    trust.judged(kernel_of(shape, call).program, compare)

@@ -1,0 +1,151 @@
+// The Hopper instructions that the kernels use, one short function each.
+
+// ---- mbarriers: a phase completes when all arrivals and all announced bytes have come in -------------------------
+
+DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine; a __syncthreads must follow.
+DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+DEVICE void barrier_arrive_expecting(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+DEVICE bool barrier_try_wait(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
+// Waits for the phase of this parity to complete. With SPIN_LIMIT a deadlock ends in a trap instead of a hang.
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+#ifdef SPIN_LIMIT
+  for (int spins = 0; !barrier_try_wait(barrier, parity); ++spins) {
+    if (spins == SPIN_LIMIT) __trap();
+  }
+#else
+  while (!barrier_try_wait(barrier, parity)) {
+  }
+#endif
+}
+
+// ---- named barriers among whole warps ----------------------------------------------------------------------------
+
+DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ---- copies ------------------------------------------------------------------------------------------------------
+
+// Orders this thread's ordinary accesses to shared memory before later ones by tensor cores and copy engine.
+DEVICE void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// One box of a tensor map, from device to shared memory; the bytes are counted on `barrier`.
+DEVICE void load_box(u32 destination, const void* map, int column, int row, int plane, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          destination),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(plane)
+      : "memory");
+}
+
+// So many bytes, a multiple of 16, from device to shared memory; counted on `barrier`.
+DEVICE void load_bytes(u32 destination, const void* source, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+               "l"(source), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// Adds two floats to two neighbours in device memory, in one go but in no order.
+DEVICE void add_pair(float* destination, float x, float y) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(destination), "f"(x), "f"(y) : "memory");
+}
+
+// ---- tensor maps, built on the device ----------------------------------------------------------------------------
+
+// Writes a map of a dense (planes, rows, columns) tensor of 2-byte elements at `map`, 128 zeroed bytes of shared memory.
+// A box is box_rows x 64 elements and lands with the 128-byte swizzle; what lies outside the tensor reads as zero.
+DEVICE void describe_tensor(u32 map, const void* base, int columns, int rows, int planes, int box_rows) {
+#define REPLACE_64(field, value) \
+  asm volatile("tensormap.replace.tile." field ".shared::cta.b1024.b64 [%0], " value ::"r"(map)
+#define REPLACE_32(field, value) \
+  asm volatile("tensormap.replace.tile." field ".shared::cta.b1024.b32 [%0], " value ::"r"(map)
+  const u64 row_bytes = 2ull * columns;
+  REPLACE_64("global_address", "%1;"), "l"(base) : "memory");
+  REPLACE_32("rank", "2;") : "memory");  // the rank less one
+  REPLACE_32("box_dim", "0, 64;") : "memory");
+  REPLACE_32("box_dim", "1, %1;"), "r"(box_rows) : "memory");
+  REPLACE_32("box_dim", "2, 1;") : "memory");
+  REPLACE_32("global_dim", "0, %1;"), "r"(columns) : "memory");
+  REPLACE_32("global_dim", "1, %1;"), "r"(rows) : "memory");
+  REPLACE_32("global_dim", "2, %1;"), "r"(planes) : "memory");
+  REPLACE_64("global_stride", "0, %1;"), "l"(row_bytes) : "memory");  // in bytes
+  REPLACE_64("global_stride", "1, %1;"), "l"(row_bytes * rows) : "memory");
+  REPLACE_32("element_stride", "0, 1;") : "memory");
+  REPLACE_32("element_stride", "1, 1;") : "memory");
+  REPLACE_32("element_stride", "2, 1;") : "memory");
+  REPLACE_32("elemtype", "6;") : "memory");  // a 2-byte float; copies do not care which
+  REPLACE_32("interleave_layout", "0;") : "memory");
+  REPLACE_32("swizzle_mode", "3;") : "memory");  // 128 bytes
+  REPLACE_32("fill_mode", "0;") : "memory");     // zeros
+#undef REPLACE_64
+#undef REPLACE_32
+}
+
+// A whole warp publishes a map from shared to device memory, and acquires it for its block (a __syncthreads must follow).
+DEVICE void publish_map(char* destination, u32 map) {
+  asm volatile(
+      "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" ::"l"(
+          destination),
+      "r"(map)
+      : "memory");
+  asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(destination) : "memory");
+}
+
+// ---- warpgroup matrix multiply (the multiplications themselves are generated: see wgmma.py) ----------------------
+
+// Orders this warpgroup's register accesses before the multiplications that follow.
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most PENDING groups run. Their accumulators may be read only after `settle`.
+template <int PENDING>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Keeps the compiler from moving uses of accumulators across this point.
+template <int COUNT>
+DEVICE void settle(float (&accumulators)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(accumulators[i])::"memory");
+}
+
+// Describes a tile of 128-byte-swizzled rows to wgmma. For tiles whose rows run along the contraction (Q, K)
+// `leading_bytes` is unused; for V it is the distance to the next 64 columns.
+DEVICE u64 matrix_descriptor(u32 address, u32 leading_bytes) {
+  constexpr u64 EIGHT_ROWS = 1024, SWIZZLE_128 = 1ull << 62;
+  return SWIZZLE_128 | (EIGHT_ROWS >> 4) << 32 | static_cast<u64>(leading_bytes >> 4) << 16 |
+         static_cast<u64>((address & 0x3FFFF) >> 4);
+}
+
+// The descriptor of a tile that starts so many bytes further on.
+DEVICE u64 advance(u64 descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+template <int REGISTERS>
+DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}

@@ -1,0 +1,168 @@
+"""Launching the kernels through MLX."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from attention.kernels.cuda.call import LOG2_E, Call, Shape, float_bits
+from attention.kernels.cuda.decode import BLOCKS_AT_ONCE, ROWS, Decode, join_program
+from attention.kernels.cuda.forward import MAP_BYTES, Forward, specialise
+from attention.kernels.cuda.gpu import gpu
+from attention.kernels.cuda.program import Program, machine_code
+from attention.kernels.cuda.schedule import make_schedule
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All of a launch but the input arrays, so that a repeated call decides nothing anew."""
+
+    constants: tuple[mx.array, ...]
+    """Inputs after the caller's own."""
+    keywords: dict[str, Any]
+
+    def __call__(self, *inputs: mx.array) -> list[mx.array]:
+        """Queues the kernel and returns its outputs."""
+        made: list[mx.array] = mx.fast.precompiled_cuda_kernel(inputs=[*inputs, *self.constants], **self.keywords)
+        return made
+
+
+def prepare(
+    program: Program,
+    blocks: int,
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    scalars: list[int],
+    constants: tuple[mx.array, ...] = (),
+) -> Launch:
+    """A launch of so many blocks, whose outputs have these shapes and types; compiles the program if need be."""
+    return Launch(
+        constants,
+        {
+            "name": program.entry,
+            "compiled_source": machine_code(program),
+            "output_shapes": [shape for shape, _ in outputs],
+            "output_dtypes": [dtype for _, dtype in outputs],
+            "scalars": scalars,
+            "grid": (blocks * program.threads, 1, 1),
+            "threadgroup": (program.threads, 1, 1),
+            "shared_memory": program.shared_memory,
+            "ensure_row_contiguous": True,
+        },
+    )
+
+
+def scalars_of(call: Call) -> tuple[int, int]:
+    """`scale_log2` and `into_cap` of the kernels' Problem, as bits (a softcap takes the scale's place)."""
+    if call.softcap is None:
+        return float_bits(call.scale * LOG2_E), 0
+    return float_bits(call.softcap * LOG2_E), float_bits(call.scale / call.softcap)
+
+
+def dtype_of(shape: Shape) -> mx.Dtype:
+    """MLX's type of the inputs."""
+    return mx.bfloat16 if shape.element == "bf16" else mx.float16
+
+
+def forward_kernel(shape: Shape, call: Call) -> Forward:
+    """The specialisation of the Hopper kernel for a call."""
+    window, softcap = call.window is not None, call.softcap is not None
+    return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
+
+
+@functools.lru_cache(maxsize=256)
+def forward(shape: Shape, call: Call) -> Launch:
+    """The launch for inputs q, k, v; it gives the output, the logsumexp, and scratch of no meaning."""
+    kernel = forward_kernel(shape, call)
+    planes = shape.batch * shape.heads
+    costs = kernel.tile_costs(shape.queries, shape.keys, call.window or 0)
+    blocks = min(planes * len(costs), gpu().multiprocessors)
+    plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
+    table = mx.array(make_schedule(blocks, planes, costs, plane_bytes), dtype=mx.int32)
+    mx.eval(table)
+    rows = (shape.batch, shape.heads, shape.queries)
+    problem = [planes, shape.group, shape.queries, shape.keys, shape.head_dim]
+    return prepare(
+        kernel.program,
+        blocks,
+        [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((blocks * MAP_BYTES,), mx.uint8)],
+        [*problem, *scalars_of(call), call.window or 0],
+        (table,),
+    )
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How the keys of a call of few queries are dealt out."""
+
+    kernel: Decode
+    tiles: int
+    """Tiles of rows, of all planes."""
+    first_key: int
+    splits: int
+    split_keys: int
+
+
+@functools.lru_cache(maxsize=1024)
+def splitting(shape: Shape, call: Call) -> Splitting:
+    """The specialisation for few queries, and its splits."""
+    width = 64 * -(-shape.head_dim // 64)
+    # a single query at the end sees all keys: nothing to mask but the window, which the first key sees to
+    alone = shape.queries == 1
+    window, causal = call.window is not None and not alone, call.causal and not alone
+    first_seen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
+
+    def kernel(split: bool) -> Decode:
+        return Decode(
+            width,
+            causal,
+            shape.element,
+            window,
+            call.softcap is not None,
+            split,
+            gpu().architecture,
+            gpu().shared_memory_limit,
+        )
+
+    tiles = shape.batch * shape.kv_heads * math.ceil(shape.group * shape.queries / ROWS)
+    slots = BLOCKS_AT_ONCE * gpu().multiprocessors
+    splits, keys = kernel(True).splits(tiles, shape.keys - first_seen, slots)
+    return Splitting(kernel(splits > 1), tiles, first_seen, splits, keys)
+
+
+def same_kernel(plan: Splitting, shape: Shape, call: Call) -> Splitting:
+    """The splitting of another call for the very kernel of a plan: three splits if it makes several."""
+    other = splitting(shape, call)
+    keys = shape.keys - other.first_key
+    round_keys = plan.kernel.round_keys
+    split_keys = round_keys * math.ceil(keys / (3 if plan.splits > 1 else 1) / round_keys)
+    return Splitting(plan.kernel, other.tiles, other.first_key, -(-keys // split_keys), split_keys)
+
+
+@functools.lru_cache(maxsize=256)
+def decode(shape: Shape, call: Call, plan: Splitting) -> Launch:
+    """The launch for inputs q, k, v; it gives output and logsumexp, of each split if there are several."""
+    rows = (shape.batch, shape.heads, shape.queries)
+    outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32)]
+    if plan.splits > 1:
+        outputs = [((plan.splits, *rows, shape.head_dim), mx.float32), ((plan.splits, *rows), mx.float32)]
+    problem = [shape.group, shape.queries, shape.keys, shape.head_dim]
+    keys = [plan.first_key, plan.split_keys, plan.splits]
+    return prepare(
+        plan.kernel.program,
+        plan.tiles * plan.splits,
+        outputs,
+        [*problem, *scalars_of(call), call.window or 0, *keys],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def join(shape: Shape, splits: int) -> Launch:
+    """The second pass over what `decode` gives for several splits."""
+    rows = (shape.batch, shape.heads, shape.queries)
+    count = math.prod(rows)
+    program = join_program(shape.element, gpu().architecture)
+    outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32)]
+    return prepare(program, -(-count * 32 // program.threads), outputs, [count, shape.head_dim, splits])

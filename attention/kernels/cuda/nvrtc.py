@@ -1,0 +1,86 @@
+"""Compiles CUDA C++ to machine code with NVRTC, which needs no GPU."""
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from attention.errors import KernelUnavailable
+
+OLDEST = (12, 5)
+"""The first version whose tensor maps take strides in bytes when they are made in a kernel."""
+
+
+class CompileError(KernelUnavailable):
+    """NVRTC refuses a program; the message is its log."""
+
+
+def find() -> str:
+    """The library, as MLX's CUDA build or PyTorch brings it, or as it is installed; loads nothing but that.
+
+    Raises:
+        KernelUnavailable: there is none, or it is too old.
+    """
+    _library()
+    return f"NVRTC {version()[0]}.{version()[1]}"
+
+
+@functools.cache
+def version() -> tuple[int, int]:
+    """Major and minor version of NVRTC."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_library(), _library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return major.value, minor.value
+
+
+def compile_program(source: str, options: Sequence[str]) -> bytes:
+    """Machine code of a program whose kernels are `extern "C"`.
+
+    Raises:
+        CompileError: with NVRTC's log.
+        KernelUnavailable: there is no NVRTC, or it is too old.
+    """
+    nvrtc = _library()
+    if version() < OLDEST:
+        raise KernelUnavailable(f"NVRTC {OLDEST[0]}.{OLDEST[1]} or later is needed, not {version()[0]}.{version()[1]}")
+    program = ctypes.c_void_p()
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"flash.cu", 0, None, None))
+    try:
+        words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), words):
+            raise CompileError(_text(nvrtc, "ProgramLog", program).decode(errors="replace").rstrip("\0\n"))
+        return _text(nvrtc, "CUBIN", program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    _check(nvrtc, nvrtc[f"nvrtcGet{what}Size"](program, ctypes.byref(size)))
+    text = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, nvrtc[f"nvrtcGet{what}"](program, text))
+    return text.raw
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    for name in _candidates():
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise KernelUnavailable("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
+
+
+def _candidates() -> Iterator[str]:
+    yield from ("libnvrtc.so.13", "libnvrtc.so.12")
+    spec = importlib.util.find_spec("nvidia")  # the folder that all of NVIDIA's packages share
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        yield from map(str, sorted(Path(place).glob("*/lib/libnvrtc.so.1[23]"), reverse=True))
+
+
+def _check(nvrtc: ctypes.CDLL, status: int) -> None:
+    if status:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise KernelUnavailable(f"NVRTC answers {nvrtc.nvrtcGetErrorString(status).decode()}")

@@ -1,0 +1,85 @@
+"""The CUDA kernels as a path of the engine: what they take, what they need, and the call."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+from attention.errors import KernelUnavailable
+from attention.kernels import cuda
+from attention.route import Needs, Route, unsupported
+from attention.workload import Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import mlx.core as mx
+
+    from attention.masks import Mask
+
+NAMES: Final = {"forward": "CUDA kernel, Hopper", "decode": "CUDA kernel, split K"}
+FLOAT_BYTES: Final = 4
+
+
+def route(workload: Workload, needs: Needs) -> Route:
+    """The kernels' path, or a route that is not supported, with the reason; compiles nothing."""
+    refusal = cuda.supports(workload, needs)
+    if refusal:
+        return unsupported(refusal)
+    from attention.kernels.cuda.attend import path_of
+    from attention.kernels.cuda.machine import shape_and_call
+
+    shape, _ = shape_and_call(workload, needs)
+    reason = "fatui's own flash attention in CUDA C++; a kind of call compiles at its first use, in about a second"
+    behind = backward_refusal(workload, needs)
+    if workload.pass_ == "training" and behind:
+        reason = f"{reason}; gradients go through MLX's own path: {behind}"
+    return Route(path=NAMES[path_of(shape)], fused=True, reason=reason, predicted_bytes=_predicted(workload, behind))
+
+
+def backward_refusal(workload: Workload, needs: Needs) -> str | None:
+    """Why gradients of a workload that the kernels take go through MLX's own path, or None if ours make them."""
+    from attention.kernels.cuda import gradient
+    from attention.kernels.cuda.machine import shape_and_call
+
+    return gradient.refusal(*shape_and_call(workload, needs))
+
+
+def is_built() -> bool:
+    """Whether a call would not have to compile first, as far as that takes long: a kind of call takes a second."""
+    return True
+
+
+def build(tell: Callable[[str], None]) -> None:
+    """Makes sure that the kernels can be compiled.
+
+    Raises:
+        KernelUnavailable: with the reason; routes say it from then on.
+    """
+    cuda.load(tell)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
+    """Attends; shapes as in the implementations' protocol.
+
+    Raises:
+        KernelUnavailable: it could not be compiled, does not agree with the reference, or the scale is not positive.
+    """
+    if not scale > 0:
+        raise KernelUnavailable(f"the CUDA kernels take positive scales, not {scale}")
+    return cuda.flash_attention(
+        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap
+    )
+
+
+def _predicted(workload: Workload, backward_refusal: str | None) -> int | None:
+    """Outputs and workspace; of a training pass also dQ in float32 and the rows' numbers, where our kernels make it."""
+    forward = cuda.workspace_bytes(workload)
+    if workload.pass_ != "training":
+        return workload.output_bytes + forward
+    if backward_refusal:
+        return None
+    planes = workload.batch * workload.heads
+    rows = planes * 2 * 64 * math.ceil(workload.seq / 64)
+    sums = planes * workload.seq * workload.head_dim
+    return workload.output_bytes + forward + FLOAT_BYTES * (rows + sums)

@@ -1,0 +1,102 @@
+"""Small inputs, and the answer in float64, for the check on first use."""
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from attention.kernels.cuda.call import Call, Shape
+
+Floats = NDArray[np.float64]
+TOLERANCE = {"bf16": 1.2e-2, "f16": 1.5e-3}
+"""Of the whole output, relative to its norm: four times what rounding of inputs and weights makes."""
+LOGSUMEXP_TOLERANCE = 1e-3
+
+
+def inputs(shape: Shape, seed: int = 7) -> list[mx.array]:
+    """Random q, k and v, and a gradient of the output."""
+    random = np.random.default_rng(seed)
+    rows, keys = (shape.batch, shape.heads, shape.queries), (shape.batch, shape.kv_heads, shape.keys)
+    dtype = mx.bfloat16 if shape.element == "bf16" else mx.float16
+    drawn = (random.standard_normal((*s, shape.head_dim), np.float32) for s in (rows, keys, keys, rows))
+    return [mx.array(x).astype(dtype) for x in drawn]
+
+
+def exact(array: mx.array) -> Floats:
+    """An array's values in float64."""
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def weights(q: Floats, k: Floats, call: Call) -> tuple[Floats, Floats, Floats]:
+    """The softmax's weights, the logsumexp, and the derivative of the capped scores by the scores."""
+    scores = q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(-1, -2) * call.scale
+    slope = np.ones_like(scores)
+    if call.softcap is not None:
+        squashed = np.tanh(scores / call.softcap)
+        scores, slope = call.softcap * squashed, 1 - squashed**2
+    queries, keys = scores.shape[2:]
+    position, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
+    if call.causal:
+        scores[..., key > position] = -np.inf
+    if call.window is not None:
+        scores[..., key <= position - call.window] = -np.inf
+    largest = scores.max(axis=-1, keepdims=True)
+    made = np.exp(scores - np.where(np.isinf(largest), 0, largest))
+    total = made.sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        return made / np.where(total == 0, 1, total), (largest + np.log(total))[..., 0], slope
+
+
+def reference(q: Floats, k: Floats, v: Floats, call: Call) -> tuple[Floats, Floats]:
+    """Output and logsumexp; rows that see nothing give 0 and -inf."""
+    found, logsumexp, _ = weights(q, k, call)
+    return found @ np.repeat(v, q.shape[1] // k.shape[1], axis=1), logsumexp
+
+
+def reference_gradients(q: Floats, k: Floats, v: Floats, cotangent: Floats, call: Call) -> list[Floats]:
+    """The gradients of q, k and v."""
+    batch, kv_heads = k.shape[:2]
+    group = q.shape[1] // kv_heads
+    found, _, slope = weights(q, k, call)
+    wide_k, wide_v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    by_weight = cotangent @ wide_v.swapaxes(-1, -2)
+    by_score = found * (by_weight - (found * by_weight).sum(axis=-1, keepdims=True)) * slope * call.scale
+
+    def summed(x: Floats) -> Floats:  # over the heads that share a key head
+        return np.asarray(x.reshape(batch, kv_heads, group, *x.shape[2:]).sum(axis=2))
+
+    by_key, by_value = by_score.swapaxes(-1, -2) @ q, found.swapaxes(-1, -2) @ cotangent
+    return [by_score @ wide_k, summed(by_key), summed(by_value)]
+
+
+def gradient_disagreement(shape: Shape, call: Call, found: Sequence[mx.array], made: list[mx.array]) -> str | None:
+    """What is wrong with the gradients of a call on `made`, in one line, or None."""
+    q, k, v, cotangent = (exact(x) for x in made)
+    expected = reference_gradients(q, k, v, cotangent, call)
+    for name, gradient, right in zip(("dQ", "dK", "dV"), found, expected, strict=True):
+        error = relative_error(gradient, right, floor=0.1)
+        if not error <= 2 * TOLERANCE[shape.element]:
+            return f"its {name} disagrees with the reference by {error:.2g}"
+    return None
+
+
+def relative_error(found: mx.array, expected: Floats, floor: float = 1e-30) -> float:
+    """||found - expected|| / ||expected||, elements of the latter counted as the floor at least; NaN if anything is."""
+    whole = max(float(np.linalg.norm(expected)), floor * math.sqrt(expected.size))
+    return float(np.linalg.norm(exact(found) - expected)) / whole
+
+
+def disagreement(shape: Shape, call: Call, output: mx.array, logsumexp: mx.array, made: list[mx.array]) -> str | None:
+    """What is wrong with the results of a call on `made`, in one line, or None."""
+    q, k, v = (exact(x) for x in made[:3])
+    expected, expected_logsumexp = reference(q, k, v, call)
+    error = relative_error(output, expected)
+    if not error <= TOLERANCE[shape.element]:
+        return f"its output disagrees with the reference by {error:.2g}"
+    found, unseen = exact(logsumexp), np.isneginf(expected_logsumexp)
+    gap = float(np.abs(np.where(unseen, 0, found) - np.where(unseen, 0, expected_logsumexp)).max())
+    if not gap <= LOGSUMEXP_TOLERANCE or not np.array_equal(np.isneginf(found), unseen):
+        return f"its logsumexp disagrees with the reference by {gap:.2g}"
+    return None

@@ -1,0 +1,131 @@
+// One warpgroup's share of the algorithm: 64 queries against tiles of BLOCK_N keys, everything in registers.
+//
+//   scores      S = Q K^T            64 x BLOCK_N   float32, BLOCK_N / 2 registers a thread
+//   softmax     P = exp2(c S - max)  64 x BLOCK_N   packed to 2 bytes, BLOCK_N / 4 registers
+//   output      O = O * rescale + P V  64 x HEAD_DIM  float32, HEAD_DIM / 2 registers
+
+constexpr int BLOCK_M = WARPGROUP_ROWS * CONSUMERS;
+using QueryTile = Tile<WARPGROUP_ROWS>;
+using KeyTile = Tile<BLOCK_N>;
+
+struct Problem {
+  int planes;           // batch * heads
+  int planes_per_key;   // query heads that share one key and value head
+  int queries, keys;    // lengths
+  int columns;          // the inputs' head dimension, at most HEAD_DIM: the copy engine fills up with zeros
+  float scale_log2;     // of the scores, times log2(e); with SOFTCAP the cap times log2(e)
+  float into_cap;       // with SOFTCAP: softmax scale / cap
+  int window;           // with WINDOW: the keys that a row sees at most
+
+  // Causal masks are aligned at the lower right: the last query sees every key. A row sees the keys [first, last).
+  DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row + 1 + keys - queries) : keys; }
+  DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row + 1 + keys - queries - window) : 0; }
+
+  // The tiles of keys that a tile of queries needs are [first_key_block, key_blocks).
+  DEVICE int key_blocks(int block) const {
+    const int last_row = min(queries, (block + 1) * BLOCK_M) - 1;
+    return (max(last_seen_by(last_row), 0) + BLOCK_N - 1) / BLOCK_N;
+  }
+  DEVICE int first_key_block(int block) const { return first_seen_by(block * BLOCK_M) / BLOCK_N; }
+  // Of a tile's key blocks, where those end that one warpgroup needs: never none of several, which saves a case.
+  DEVICE int key_blocks_of_warpgroup(int first_row, int first_block, int tile_blocks) const {
+    const int seen = first_row < queries ? last_seen_by(min(queries, first_row + WARPGROUP_ROWS) - 1) : 0;
+    return min(tile_blocks, max((seen + BLOCK_N - 1) / BLOCK_N, first_block + 1));
+  }
+};
+
+// What a thread remembers of its two rows. `sum` covers only the thread's own columns until `finish_rows`.
+struct Rows {
+  float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
+  float sum[2] = {0, 0};
+  float rescale[2] = {1, 1};  // what the last softmax asks the output to be multiplied by
+};
+
+using Scores = float[BLOCK_N / 2];
+using Weights = u32[BLOCK_N / 16][4];
+
+DEVICE void start_scores(Scores& scores, u32 query, u32 key) {
+  const u64 query_tile = matrix_descriptor(query, 0), key_tile = matrix_descriptor(key, 0);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+    const int chunk = step / 4, offset = step % 4 * 32;
+    wgmma_scores(scores, advance(query_tile, chunk * QueryTile::CHUNK_BYTES + offset),
+                 advance(key_tile, chunk * KeyTile::CHUNK_BYTES + offset), step > 0);
+  }
+  wgmma_commit();
+}
+
+DEVICE void start_output(Output& output, const Weights& weights, u32 value) {
+  const u64 value_tile = matrix_descriptor(value, KeyTile::CHUNK_BYTES);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < BLOCK_N / 16; ++step) {
+    wgmma_output(output, weights[step], advance(value_tile, step * 2048), true);
+  }
+  wgmma_commit();
+}
+
+// Squashes the scaled scores to cap * tanh(s / cap), the cap itself left to the softmax. The hardware's own tanh is
+// good to 11 bits only, too few for float16.
+DEVICE void cap_scores(Scores& scores, float into_cap) {
+  const float factor = 2 * 1.44269504f * into_cap;
+#pragma unroll
+  for (int i = 0; i < BLOCK_N / 2; ++i) scores[i] = 1 - 2 * reciprocal_fast(1 + exp2_fast(scores[i] * factor));
+}
+
+// Drops the scores of keys that a row may not see: it sees first[r] <= key < last[r]. `first_key` is the tile's.
+DEVICE void mask_scores(Scores& scores, const int (&first)[2], const int (&last)[2], int first_key) {
+  const int column = first_key + 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < BLOCK_N / 2; ++i) {
+    const int r = i / 2 % 2, key = 8 * (i / 4) + i % 2;
+    if (key >= last[r] - column || (WINDOW && key < first[r] - column)) scores[i] = MINUS_INFINITY;
+  }
+}
+
+// Online softmax: scores become weights against the row's maximum so far; sum and rescale follow.
+DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float largest = rows.max[r];
+#pragma unroll
+    for (int i = 2 * r; i < BLOCK_N / 2; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    const float shift = largest == MINUS_INFINITY ? 0 : largest * scale_log2;  // a row that has seen no key yet
+    rows.rescale[r] = exp2_fast(rows.max[r] * scale_log2 - shift);
+    rows.max[r] = largest;
+    float even = 0, odd = 0;
+#pragma unroll
+    for (int i = 2 * r; i < BLOCK_N / 2; i += 4) {
+      even += scores[i] = exp2_fast(scores[i] * scale_log2 - shift);
+      odd += scores[i + 1] = exp2_fast(scores[i + 1] * scale_log2 - shift);
+    }
+    rows.sum[r] = rows.sum[r] * rows.rescale[r] + (even + odd);
+  }
+}
+
+// Accumulators of S have the layout that wgmma wants of a left operand in registers, so packing is all there is to do.
+DEVICE void pack_weights(Weights& weights, const Scores& scores) {
+#pragma unroll
+  for (int i = 0; i < BLOCK_N / 4; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
+}
+
+// Divides by the row sums and writes the log-sum-exp (natural logarithm; -inf, and output 0, for rows that saw no key).
+DEVICE void finish_rows(Output& output, Rows& rows, float* logsumexp, int first_row, const Problem& problem) {
+  float inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = rows.sum[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    inverse[r] = sum > 0 ? 1 / sum : 0;
+    const int row = first_row + 8 * r;
+    constexpr float LN_2 = 0.693147180559945f;
+    if (threadIdx.x % 4 == 0 && row < problem.queries) {
+      logsumexp[row] = sum > 0 ? (rows.max[r] * problem.scale_log2 + log2f(sum)) * LN_2 : MINUS_INFINITY;
+    }
+  }
+  scale_output(output, inverse);
+}

@@ -1,0 +1,91 @@
+// How a warpgroup holds 64 rows in registers and finds tiles in shared memory.
+//
+// A thread holds two rows, r = 0 and 1: row 16 * warp + lane / 4 + 8 r, and of every 8 columns the two at 2 * (lane % 4).
+// Element i of an accumulator belongs to row (i / 2) % 2 and column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
+//
+// Tiles lie in shared memory as CHUNKS column chunks of 64 elements, each of them ROWS x 128 bytes with the 128-byte
+// swizzle: the 16-byte unit u of row r is kept at unit u ^ (r % 8). Every chunk starts at a multiple of 1024 bytes.
+//
+//   Q, K:  chunk 0 [ROWS][64]   chunk 1 [ROWS][64]  ...      HEAD_DIM is the contraction: 4 steps of 16 in a chunk
+//   V:     the same             the contraction runs down the rows: a step is 16 rows, 2048 bytes
+
+constexpr int CHUNKS = HEAD_DIM / 64;
+constexpr int WARPGROUP = 128;
+constexpr int WARPGROUP_ROWS = 64;
+
+template <int ROWS>
+struct Tile {
+  static constexpr u32 CHUNK_BYTES = ROWS * 128;
+  static constexpr u32 BYTES = CHUNK_BYTES * CHUNKS;
+};
+
+constexpr int MAP_BYTES = 128;
+constexpr int CONSUMER_WARPS = 4;  // arrivals of one warpgroup that empty a buffer
+
+using Output = float[HEAD_DIM / 2];
+
+// A place in a ring of buffers. `parity` flips at each round and tells the barriers' phases apart.
+struct Ring {
+  int stage = 0;
+  u32 parity = 0;
+  DEVICE void advance() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+// Hands a buffer back: one arrival a warp, since the warps of a warpgroup drift apart.
+DEVICE void release(u32 empty) {
+  if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+}
+
+// A whole warp builds a tensor map in shared memory and publishes it to `map`: `planes` of rows x columns, read in boxes
+// of box_rows x 64.
+DEVICE void build_map(u32 workshop, char* map, const char* base, int columns, int rows, int planes, int box_rows) {
+  const int lane = threadIdx.x % 32;
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(workshop + lane * 4), "r"(0) : "memory");
+  __syncwarp();
+  if (lane == 0) describe_tensor(workshop, base, columns, rows, planes, box_rows);
+  __syncwarp();
+  publish_map(map, workshop);
+}
+
+// Copies ROWS rows of a plane to a tile; `full` has been told to expect them.
+template <int ROWS>
+DEVICE void load_tile_expected(u32 tile, const char* map, int plane, int row, u32 full) {
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    load_box(tile + chunk * Tile<ROWS>::CHUNK_BYTES, map, chunk * 64, row, plane, full);
+  }
+}
+
+template <int ROWS>
+DEVICE void load_tile(u32 tile, const char* map, int plane, int row, u32 full) {
+  barrier_arrive_expecting(full, Tile<ROWS>::BYTES);
+  load_tile_expected<ROWS>(tile, map, plane, row, full);
+}
+
+DEVICE void scale_output(Output& output, const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= factor[i / 2 % 2];
+}
+
+// Writes the warpgroup's output, 16 bytes a thread: lanes of a quad swap words so that each holds 8 columns of a row.
+// `destination` is the thread's row 0; `rows_left` counts the rows from there to the end.
+DEVICE void store_output(char* destination, const Output& output, int rows_left, int columns) {
+  const int quad_lane = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; i += 16) {  // 32 columns
+      u32 words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) words[j] = pack(output[i + 4 * j + 2 * r], output[i + 4 * j + 2 * r + 1]);
+      transpose_in_quad(words);
+      const int column = 2 * i + 8 * quad_lane;
+      if (8 * r < rows_left && column < columns) {
+        *reinterpret_cast<uint4*>(destination + (8 * r * columns + column) * 2) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+}

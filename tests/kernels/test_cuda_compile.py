@@ -1,0 +1,119 @@
+"""What the CUDA kernels are compiled to: needs NVRTC, no GPU."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from attention.kernels.cuda import KernelUnavailable, cache, nvrtc
+from attention.kernels.cuda.backward import Backward, finish_program, rows_program
+from attention.kernels.cuda.decode import Decode, join_program
+from attention.kernels.cuda.forward import specialise
+from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT, is_compiled, machine_code
+
+
+def _nvrtc() -> str:
+    try:
+        return nvrtc.find()
+    except KernelUnavailable:
+        return ""
+
+
+needs_nvrtc = pytest.mark.skipif(not _nvrtc(), reason="NVRTC is not installed")
+KINDS = [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)]
+FORWARD = [
+    specialise(dim, causal, "bf16", window, softcap) for dim in (64, 128, 192, 256) for causal, window, softcap in KINDS
+]
+DECODE = [
+    Decode(dim, True, "f16", True, True, True, architecture, limit)
+    for architecture, limit in (("sm_90a", 232_448), ("sm_80", 166_912), ("sm_89", 101_376))
+    for dim in (64, 128, 256)
+]
+
+
+BACKWARD = [
+    Backward(dim, causal, "bf16", window)
+    for dim in (64, 128)
+    for causal, window in ((False, False), (True, False), (True, True))
+]
+SMALL = [rows_program("f16", True, "sm_90a"), finish_program("f16", "sm_90a"), join_program("f16", "sm_90a")]
+PROGRAMS = [*(kernel.program for kernel in (*FORWARD, *DECODE, *BACKWARD)), *SMALL]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cuda"))
+    machine_code.cache_clear()
+
+
+def resources(code: bytes, tmp_path) -> dict[str, int]:
+    """Registers and stack of the one kernel in a cubin, read from its ELF notes by cuobjdump."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        pytest.skip("cuobjdump is not installed")
+    (tmp_path / "kernel.cubin").write_bytes(code)
+    text = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
+    return {name: int(found) for name, found in re.findall(r"(REG|STACK):(\d+)", text.stdout)}
+
+
+@pytest.mark.parametrize("kernel", FORWARD, ids=str)
+def test_forward_fits_shared_memory_and_registers(kernel):
+    assert kernel.program.shared_memory <= SHARED_MEMORY_LIMIT
+    accumulators = kernel.head_dim // 2 + kernel.block_n // 2 + (kernel.block_n // 4 if kernel.overlap else 0)
+    assert accumulators <= (132 if kernel.consumers == 3 else 208)
+
+
+@pytest.mark.parametrize("kernel", DECODE, ids=str)
+def test_decode_fits_shared_memory(kernel):
+    assert kernel.program.shared_memory <= kernel.shared_memory_limit
+
+
+@pytest.mark.parametrize("kernel", BACKWARD, ids=str)
+def test_backward_fits_shared_memory(kernel):
+    assert kernel.program.shared_memory <= SHARED_MEMORY_LIMIT
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_programs_compile_and_spill_nothing(program, tmp_path):
+    assert resources(machine_code(program), tmp_path)["STACK"] == 0
+
+
+@needs_nvrtc
+def test_a_second_process_finds_the_code(monkeypatch):
+    program = join_program("bf16", "sm_90a")
+    code = machine_code(program)
+    machine_code.cache_clear()
+    monkeypatch.setattr(nvrtc, "compile_program", lambda *_: pytest.fail("compiled again"))
+    assert machine_code(program) == code
+
+
+@needs_nvrtc
+def test_damaged_code_is_compiled_again():
+    program = join_program("f16", "sm_90a")
+    code = machine_code(program)
+    machine_code.cache_clear()
+    path = cache.folder() / f"{program.key}.cubin"
+    path.write_bytes(code[:-1] + b"?")
+    assert not is_compiled(program)
+    assert machine_code(program) == code
+    assert path.read_bytes() == code
+
+
+@needs_nvrtc
+def test_the_cache_folder_is_its_owners_alone():
+    machine_code(join_program("f16", "sm_80"))
+    assert cache.folder().stat().st_mode & 0o777 == 0o700
+
+
+@needs_nvrtc
+def test_a_text_that_does_not_compile_is_told_with_the_log():
+    with pytest.raises(nvrtc.CompileError, match="identifier"):
+        nvrtc.compile_program("extern __global__ void f() { nonsense; }", ["--gpu-architecture=sm_80"])
+
+
+def test_no_two_programs_share_a_name():
+    if not _nvrtc():
+        pytest.skip("NVRTC is not installed")
+    assert len({program.entry for program in PROGRAMS}) == len(PROGRAMS)

@@ -1,0 +1,90 @@
+"""How a kernel earns trust on first use; a made-up GPU, no compiler."""
+
+import pytest
+
+from attention.kernels.cuda import KernelUnavailable, cache, nvrtc, program, trust
+from attention.kernels.cuda.gpu import Gpu
+from attention.kernels.cuda.program import Program, machine_code
+
+GPU = Gpu("Planted GPU", (9, 0), 132, 232_448, 13000)
+PROGRAM = Program("planted", "sm_90a", (), ("extern code;",), 32, 0)
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch, tmp_path):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(trust, "gpu", lambda: GPU)
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(program.nvrtc, "compile_program", lambda source, options: b"machine code")
+    a_new_process()
+
+
+def a_new_process():
+    trust._verdicts.clear()
+    machine_code.cache_clear()
+
+
+def test_a_check_may_compile_what_it_checks():
+    trust.ensure(PROGRAM, lambda: None if machine_code(PROGRAM) == b"machine code" else "wrong")
+    assert trust.distrust(PROGRAM) is None
+
+
+def test_a_second_process_does_not_check_again():
+    trust.ensure(PROGRAM, lambda: machine_code(PROGRAM) and None)
+    a_new_process()
+    trust.ensure(PROGRAM, lambda: pytest.fail("checked again"))
+
+
+def test_a_wrong_result_is_remembered_with_its_reason():
+    with pytest.raises(KernelUnavailable, match="planted: off by 3"):
+        trust.ensure(PROGRAM, lambda: "off by 3")
+    a_new_process()
+    assert trust.distrust(PROGRAM) == "off by 3"
+    with pytest.raises(KernelUnavailable, match="off by 3"):
+        trust.ensure(PROGRAM, lambda: None)
+
+
+def test_a_failed_launch_is_a_failed_check():
+    def launch():
+        raise RuntimeError("cudaGraphLaunch failed: an illegal memory access\nmore")
+
+    with pytest.raises(KernelUnavailable, match="illegal memory access"):
+        trust.ensure(PROGRAM, launch)
+
+
+def test_a_check_that_took_the_process_down_is_a_failed_check():
+    def crash():
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        trust.ensure(PROGRAM, crash)
+    a_new_process()
+    assert "did not come to an end" in (trust.distrust(PROGRAM) or "")
+
+
+def test_another_gpu_checks_for_itself(monkeypatch):
+    trust.ensure(PROGRAM, lambda: machine_code(PROGRAM) and None)
+    a_new_process()
+    monkeypatch.setattr(trust, "gpu", lambda: Gpu("Another GPU", (9, 0), 78, 232_448, 13000))
+    checked = []
+    trust.ensure(PROGRAM, lambda: checked.append(1))
+    assert checked
+
+
+def test_new_code_is_checked_anew():
+    trust.ensure(PROGRAM, lambda: machine_code(PROGRAM) and None)
+    (cache.folder() / f"{PROGRAM.key}.cubin").write_bytes(b"damaged")
+    a_new_process()
+    machine_code(PROGRAM)
+    checked = []
+    trust.ensure(PROGRAM, lambda: checked.append(1))
+    assert checked
+
+
+def test_a_check_under_way_elsewhere_is_no_failure():
+    def look():
+        trust._verdicts.clear()  # as another process sees it
+        assert trust.distrust(PROGRAM) is None
+
+    trust.ensure(PROGRAM, look)
+    assert trust.distrust(PROGRAM) is None
