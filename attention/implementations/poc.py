@@ -18,7 +18,10 @@ from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
 
-KERNELS: Final[dict[Backend, str]] = {"cpu": "attention.kernels.cpu.path"}
+KERNELS: Final[dict[Backend, str]] = {
+    "cpu": "attention.kernels.cpu.path",
+    "cuda": "attention.kernels.cuda.path",
+}
 """For each backend the module of its kernel, of the form `Kernel`."""
 BACKEND_NAMES: Final[dict[Backend, str]] = {"cpu": "the CPU", "metal": "Metal", "cuda": "CUDA"}
 
