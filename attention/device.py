@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final, Literal
 
@@ -124,13 +124,8 @@ def blas() -> str | None:
 
 
 def environment(device: Device) -> Environment:
-    """What a report says of where it was made."""
-    try:
-        own = version("fatui")
-    except PackageNotFoundError:
-        own = None
+    """What a report says of where it was made; its version of fatui is the face's to add."""
     return Environment(
-        fatui=own,
         mlx=device.mlx,
         backend=device.backend,
         device=device.name,

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Final
 
 import msgspec
+from msgspec import structs
 
 from attention import events as on
 from attention.plan import Assignment, Plan
 from attention.record import Record
 from attention.report import Peaks
+from fatui import __version__
 
 LINE_LIMIT: Final = 2**26
 PATIENCE_S: Final = 0.5
@@ -64,6 +66,8 @@ class Engine:
             _signal_group(self._process, signal.SIGTERM)
 
     def _tell(self, event: on.AnyEvent) -> None:
+        if isinstance(event, on.RunStarted):
+            event.environment = structs.replace(event.environment, fatui=__version__)
         self.record.apply(event)
         self._listener(event)
 

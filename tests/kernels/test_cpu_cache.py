@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from attention.kernels import cpu
-from attention.kernels.cpu import build, cache, library, selfcheck, toolchain
+from attention.kernels import cache, cpu
+from attention.kernels.cpu import build, library, selfcheck, toolchain
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel")
 

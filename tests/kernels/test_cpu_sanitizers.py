@@ -50,7 +50,8 @@ def test_the_library_passes_under_sanitizers(flags, library, options, tmp_path):
         "OPENBLAS_NUM_THREADS": "1",
     }
     # The compiler itself must not run under the sanitizer: build first, in a process without it.
-    build = "from attention.kernels.cpu import build, cache, toolchain as t; cache.ready_folder(); tools = t.find();"
+    build = "from attention.kernels import cache; from attention.kernels.cpu import build, toolchain as t;"
+    build += "cache.ready_folder(); tools = t.find();"
     build += "key = build.key(tools); path = build.compile_library(tools, key);"
     build += "cache.write_record(key, {'library': path.name, 'sha256': cache.digest(path)})"
     subprocess.run([sys.executable, "-c", build], check=True, env={**environment, "LD_PRELOAD": ""}, timeout=600)

@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from attention.kernels.cuda import KernelUnavailable, cache, nvrtc
+from attention.kernels import cache
+from attention.kernels.cuda import KernelUnavailable, nvrtc
 from attention.kernels.cuda.backward import Backward, finish_program, rows_program
 from attention.kernels.cuda.decode import Decode, join_program
 from attention.kernels.cuda.forward import specialise

@@ -2,7 +2,8 @@
 
 import pytest
 
-from attention.kernels.cuda import KernelUnavailable, cache, nvrtc, program, trust
+from attention.kernels import cache
+from attention.kernels.cuda import KernelUnavailable, nvrtc, program, trust
 from attention.kernels.cuda.gpu import Gpu
 from attention.kernels.cuda.program import Program, machine_code
 

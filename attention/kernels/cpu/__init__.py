@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attention.kernels.cpu.unavailable import KernelUnavailable
+from attention.errors import KernelUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from attention.kernels.cpu import cache, toolchain
+from attention.errors import KernelUnavailable
+from attention.kernels import cache
+from attention.kernels.cpu import toolchain
 from attention.kernels.cpu.toolchain import Toolchain
-from attention.kernels.cpu.unavailable import KernelUnavailable
 
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from attention.kernels.cpu import build, cache, toolchain
-from attention.kernels.cpu.unavailable import KernelUnavailable
+from attention.errors import KernelUnavailable
+from attention.kernels import cache
+from attention.kernels.cpu import build, toolchain
 
 _loaded: ModuleType | None = None
 _loading = threading.Lock()
@@ -21,7 +22,7 @@ def availability() -> tuple[bool, str]:
     try:
         tools = toolchain.find()
         cache.ready_folder()
-        record = cache.read_record(build.key(tools)) or {}
+        record = cache.read_record(build.key(tools))
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
     if "failure" in record:
@@ -35,7 +36,7 @@ def is_compiled() -> bool:
     if _loaded is not None:
         return True
     try:
-        record = cache.read_record(build.key(toolchain.find())) or {}
+        record = cache.read_record(build.key(toolchain.find()))
     except KernelUnavailable:
         return False
     return "library" in record and (cache.folder() / str(record["library"])).exists()
@@ -56,9 +57,9 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _trusted(record: dict[str, object] | None) -> Path | None:
+def _trusted(record: dict[str, object]) -> Path | None:
     """The recorded library, if it is still the one that was recorded."""
-    if not record or "library" not in record:
+    if "library" not in record:
         return None
     path = cache.folder() / str(record["library"])
     try:
@@ -90,9 +91,9 @@ def _load(on_message: Callable[[str], None] | None) -> ModuleType:
         return _import(path)
     if on_message is not None:
         on_message("Compiling the CPU attention kernel for this machine (once, under half a minute) ...")
-    with cache.lock():
+    with cache.lock(key):
         record = cache.read_record(key)
-        if record is not None and "failure" in record:
+        if "failure" in record:
             raise KernelUnavailable(str(record["failure"]))
         path = _trusted(record)
         return _import(path) if path is not None else _compile_and_try(tools, key)

@@ -12,7 +12,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from attention.kernels.cpu.unavailable import KernelUnavailable
+from attention.errors import KernelUnavailable
 
 
 @dataclass(frozen=True)

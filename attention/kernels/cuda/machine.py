@@ -4,7 +4,8 @@ import math
 import sys
 
 from attention.errors import KernelUnavailable
-from attention.kernels.cuda import cache, nvrtc, trust
+from attention.kernels import cache
+from attention.kernels.cuda import nvrtc, trust
 from attention.kernels.cuda.call import ELEMENTS, Call, Shape, refusal_of
 from attention.kernels.cuda.gpu import gpu
 from attention.route import PLAIN, Needs

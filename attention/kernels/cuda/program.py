@@ -5,7 +5,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from attention.kernels.cuda import cache, nvrtc
+from attention.kernels import cache
+from attention.kernels.cuda import nvrtc
 
 TEXTS = Path(__file__).parent
 SHARED_MEMORY_LIMIT = 232_448

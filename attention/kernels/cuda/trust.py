@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from attention.errors import KernelUnavailable
-from attention.kernels.cuda import cache
+from attention.kernels import cache
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.program import Program
 

@@ -1,7 +1,6 @@
 """The cache folder of compiled kernels: the user's alone, written atomically, trusted only while the hashes match.
 
-For each key there are `<key>.cubin`, machine code, and `<key>.json`, its record: the code's SHA-256, and what checking
-it on a GPU came to.
+For each key there are the compiled code and `<key>.json`, its record: the code's SHA-256, and what checking it came to.
 """
 
 import contextlib
@@ -60,6 +59,17 @@ def read_record(key: str) -> dict[str, Any]:
 def write_record(key: str, record: dict[str, Any]) -> None:
     """Remembers what is known of a key."""
     _write(ready_folder() / f"{key}.json", json.dumps(record).encode())
+
+
+def forget(key: str) -> None:
+    """Forgets what is known of a key, so that the next load compiles again."""
+    (folder() / f"{key}.json").unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_code(key: str) -> bytes | None:

@@ -1,0 +1,31 @@
+"""Runs made on other machines, kept as evidence: they still read, and what is said of them holds."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from attention.report import Report
+
+KEPT = sorted((Path(__file__).parents[1] / "data").glob("*.json"))
+
+
+def kept(name: str) -> Report:
+    return msgspec.json.decode((Path(__file__).parents[1] / "data" / name).read_bytes(), type=Report)
+
+
+@pytest.mark.parametrize("path", KEPT, ids=[path.stem for path in KEPT])
+def test_every_row_of_a_kept_run_is_accurate(path: Path) -> None:
+    report = msgspec.json.decode(path.read_bytes(), type=Report)
+    rows = [row for case in report.cases for row in case.rows]
+    assert {row.status for row in rows} == {"ok"}
+    assert {row.implementation for row in rows} == {"baseline", "poc", "practical", "demo", "mlx", "torch"}
+
+
+def test_at_head_dim_256_the_cuda_kernel_is_several_times_mlx_and_needs_a_fraction_of_its_memory() -> None:
+    case = kept("h200-prefill.json").cases[-1]
+    rows = {row.implementation: row for row in case.rows}
+    poc, mlx = rows["poc"], rows["mlx"]
+    assert case.workload.head_dim == 256
+    assert poc.speedup and mlx.speedup and poc.speedup.low > 6 * mlx.speedup.high
+    assert poc.peak_bytes and mlx.peak_bytes and poc.peak_bytes < mlx.peak_bytes / 30
