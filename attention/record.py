@@ -174,7 +174,6 @@ def _row(
     accurate = check is None or check.accurate
     call = statistics.median_interval(measured.samples) if measured.samples else None
     flops_per_s = record.workload.flops / call.median if call else None
-    efficiency = flops_per_s / peaks.flops_per_s if flops_per_s and peaks.flops_per_s else None
     return Row(
         implementation=measured.implementation,
         status=ended.status if ended else ("ok" if accurate else "inaccurate"),
@@ -187,7 +186,7 @@ def _row(
         first_call_s=measured.first_call_s,
         speedup=None if ended else speedup,
         flops_per_s=flops_per_s,
-        efficiency=efficiency if efficiency and efficiency <= HIGHEST_EFFICIENCY else None,
+        efficiency=_efficiency(flops_per_s, peaks),
         peak_bytes=measured.peak_bytes,
         predicted_bytes=route.predicted_bytes if route else None,
         max_error=check.max_error if check else None,
@@ -196,6 +195,13 @@ def _row(
         stopped_by="failed" if ended else record.stopped_by or INTERRUPTED,
         throttled=throttled,
     )
+
+
+def _efficiency(flops_per_s: float | None, peaks: Peaks) -> float | None:
+    if not (flops_per_s and peaks.flops_per_s):
+        return None
+    share = flops_per_s / peaks.flops_per_s
+    return share if share <= HIGHEST_EFFICIENCY else None
 
 
 def _reason(measured: Measured) -> str | None:
