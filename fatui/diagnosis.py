@@ -21,7 +21,7 @@ from fatui import figures, paths
 BACKENDS: Final = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 COMPILERS: Final = {
     "c++": "the CPU kernel",
-    "nvcc": "the CUDA kernel, where MLX's own compiler is not enough",
+    "nvcc": "your own CUDA programs; the CUDA kernels compile with NVRTC, without it",
     "xcrun": "Apple's tools; the Metal kernel compiles without them",
 }
 TYPICAL: Final = Workload(seq=1024, mask="causal")
