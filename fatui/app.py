@@ -65,7 +65,7 @@ class FatuiApp(App[int]):
     ) -> None:
         super().__init__()
         self.journal = Journal(now)
-        self.settings = settings.read_settings(actions.NAMES, tuple(self.available_themes))
+        self.settings = settings.read_settings(actions.SCOPES, tuple(self.available_themes))
         self.remembered, complaint = settings.read_remembered()
         self.draft: Draft = self.remembered.draft
         self.preset: Preset | None = None
@@ -82,6 +82,10 @@ class FatuiApp(App[int]):
         self._line_filters: list[LineFilter] = []
         for problem in [*self.settings.problems, *([complaint] if complaint else [])]:
             self.journal.write(problem, "warning")
+        self._take_settings(ascii)
+
+    def _take_settings(self, ascii: bool) -> None:
+        """Draws as the config file, the command line and the last start want it."""
         if ascii or self.settings.ascii:
             from fatui.ascii import AsciiFilter
 

@@ -1,18 +1,21 @@
 """Two runs side by side."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Static
 
 from attention.report import Report, Row
-from fatui import compare, figures
+from fatui import actions, compare, figures
 from fatui.widgets.key_bar import KeyBar
 from fatui.widgets.row_table import Column, Line, RowTable
 from fatui.widgets.status_line import StatusLine
+
+if TYPE_CHECKING:
+    from fatui.app import FatuiApp
 
 COLUMNS = (
     Column(name="implementation", title="", right=False, widest=16),
@@ -30,7 +33,8 @@ class Compare(Screen[None]):
     """Each row that both have, with the ratio of its times."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,c", "back", "Back", tooltip="Back to the history")]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings((actions.BACK,)), actions.closing("history_compare")]
+    app: "FatuiApp"
 
     def __init__(self, before: Report, after: Report) -> None:
         super().__init__(classes="list-screen")
@@ -44,7 +48,7 @@ class Compare(Screen[None]):
             pane.border_title = f"{before.id} of {_when(before.started)}, then {after.id} of {_when(after.started)}"
             yield RowTable(COLUMNS, empty=EMPTY, id="changes")
             yield Static("\n".join(self._notes()), markup=False, classes="under")
-        yield KeyBar(keys=(("escape", "Back", "screen.back"),))
+        yield KeyBar(keys=actions.bar((actions.BACK,), self.app.keys))
 
     def on_mount(self) -> None:
         """Fills the table."""

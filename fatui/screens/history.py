@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Static
 
 from attention.report import Report
-from fatui import figures
+from fatui import actions, figures
 from fatui.history import History as Runs
 from fatui.history import HistoryError, RunLine
 from fatui.widgets.key_bar import KeyBar
@@ -31,14 +31,6 @@ COLUMNS = (
     Column(name="device", title="device", right=False, rank=5, widest=28),
     Column(name="id", title="id", right=False, rank=6),
 )
-KEYS = (
-    ("enter", "Open", "screen.open"),
-    ("space", "Mark", "screen.mark"),
-    ("c", "Compare two", "screen.compare"),
-    ("d", "Delete", "screen.delete"),
-    ("u", "Undo", "screen.undo"),
-    ("escape", "Back", "screen.back"),
-)
 EMPTY = "No runs yet; each one that is made stands here afterwards."
 
 
@@ -46,13 +38,7 @@ class History(Screen[Report]):
     """Gives back the report to open."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("space", "mark", "Mark", tooltip="Mark the run for a comparison, two at most"),
-        Binding("c", "compare", "Compare", tooltip="Compare the two marked runs, or the marked one and this"),
-        Binding("d,delete", "delete", "Delete", tooltip="Delete the run; u brings it back"),
-        Binding("u", "undo", "Undo", tooltip="Bring back what was deleted last"),
-        Binding("escape,h", "back", "Back", tooltip="Back to the main screen"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.HISTORY), actions.closing("history")]
     app: "FatuiApp"
 
     def __init__(self) -> None:
@@ -70,7 +56,7 @@ class History(Screen[Report]):
             pane.border_title = "History"
             pane.border_subtitle = "→ more columns"
             yield RowTable(COLUMNS, empty=EMPTY, id="runs")
-        yield KeyBar(keys=KEYS)
+        yield KeyBar(keys=(("enter", "Open", "screen.open"), *actions.bar(actions.HISTORY, self.app.keys)))
 
     async def on_mount(self) -> None:
         """Reads the runs."""
@@ -131,7 +117,7 @@ class History(Screen[Report]):
         """Compares two runs, the older one first."""
         chosen = list(dict.fromkeys([*self._marked, *([self._chosen] if self._chosen else [])]))[:2]
         if len(chosen) < 2:
-            self.app.tell("mark two runs with space, or one and stand on another")
+            self.app.tell(f"mark two runs with {self.app.keys['history_mark']}, or one and stand on another")
             return
         order = [run.id for run in self._runs]
         newer, older = sorted(chosen, key=order.index)
@@ -153,7 +139,7 @@ class History(Screen[Report]):
             return
         self._marked = [each for each in self._marked if each != name]
         await self._read()
-        self.app.tell(f"run {name} is deleted; u brings it back")
+        self.app.tell(f"run {name} is deleted; {self.app.keys['history_undo']} brings it back")
 
     async def action_undo(self) -> None:
         """Brings back what was deleted last."""

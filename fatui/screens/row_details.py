@@ -18,7 +18,11 @@ class RowDetails(ModalScreen[None]):
     """Shows a row; escape closes it."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "close", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "Close", id="back"),
+        Binding("q", "close", "Close", id="quit"),
+        Binding("enter", "close", "Close"),
+    ]
 
     def __init__(self, case: Case, row: Row) -> None:
         super().__init__()
