@@ -7,6 +7,7 @@ from textual.containers import Vertical
 from textual.widgets import Static
 
 from fatui import figures
+from fatui.comparison_lines import in_step
 from fatui.series import Series
 from fatui.session import Session
 from fatui.telemetry import Reading, in_words
@@ -69,6 +70,10 @@ def progress_line(session: Session) -> str:
         return "stopping the engine; what was measured is kept"
     if progress is None:
         return "starting the engine"
+    if session.building:
+        return (
+            f"compiling {session.building}, {figures.duration(session.building_s)} so far; it is kept for the next time"
+        )
     filled = round(progress.done * BAR)
     many = len(session.plan.cases)
     case = f"case {(session.case_number or 0) + 1} of {many} · " if many > 1 else ""
@@ -86,7 +91,7 @@ def rate_trends(session: Session) -> tuple[Trend, ...]:
         if row is not None and row.ended is not None:
             trends.append(Trend(name, note=f"{row.ended.status}: {row.ended.reason}"))
         elif series is None or not series.points:
-            note = row.step if row is not None and row.step else "waiting"
+            note = in_step(row.step) if row is not None and row.step else "waiting"
             trends.append(Trend(name, note=note if session.active else "no samples"))
         else:
             trends.append(_trend(name, series, figures.rate))
