@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fatui.app import FatuiApp
     from fatui.preset_format import Preset
 
+NOT_OURS: Final = ("Page Left", "Page Right")
+"""Textual's own, which do nothing here."""
 SCREENS: Final = {"presets": "Presets", "history": "History", "scaling": "Scaling", "doctor": "Doctor"}
 
 
@@ -148,9 +150,12 @@ def explain_keys(app: "FatuiApp") -> None:
     else:
         groups.append(("This screen", _keys_of(app, screen)))
     if screen.focused is not None:
-        name = screen.focused.id or type(screen.focused).__name__
+        name = (screen.focused.id or type(screen.focused).__name__).replace("-", " ")
         groups.append(
-            (f"Where you are: {name.removeprefix('axis-').removeprefix('choice-')}", _keys_of(app, screen.focused))
+            (
+                f"Where you are: {name.removeprefix('axis ').removeprefix('choice ').rstrip('_')}",
+                _keys_of(app, screen.focused),
+            )
         )
     anywhere = [(app.keys[action.name], action.words) for action in actions.ANYWHERE]
     groups.append(("Anywhere", [*anywhere, ("ctrl+p", "Everything by name, in the palette")]))
@@ -164,4 +169,4 @@ def _keys_of(app: "FatuiApp", node: "DOMNode") -> list[tuple[str, str]]:
         words = binding.tooltip or binding.description
         keys = app.settings.keys.get(binding.id or "", binding.key).split(",")
         merged.setdefault(words, {}).update(dict.fromkeys(map(actions.shown, keys)))
-    return [(", ".join(keys), words) for words, keys in merged.items() if words and not words.startswith("Screen.")]
+    return [(", ".join(keys), words) for words, keys in merged.items() if words and words not in NOT_OURS]

@@ -26,6 +26,7 @@ COLUMNS = (
     Column(name="ratio", title="change", rank=0),
     Column(name="memory", title="memory", rank=3, widest=24),
 )
+MOST_NAMED = 3
 EMPTY = "These two runs have no workload and implementation in common."
 
 
@@ -65,12 +66,18 @@ class Compare(Screen[None]):
     def _notes(self) -> list[str]:
         made = self._comparison
         notes = [f"Where they ran differs: {'; '.join(made.differences)}"] if made.differences else []
-        notes += [f"Only before: {', '.join(made.only_before)}"] if made.only_before else []
-        return notes + ([f"Only after: {', '.join(made.only_after)}"] if made.only_after else [])
+        notes += [f"Only before: {_some(made.only_before)}"] if made.only_before else []
+        return notes + ([f"Only after: {_some(made.only_after)}"] if made.only_after else [])
 
     def action_back(self) -> None:
         """Goes back."""
         self.dismiss()
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """The first few of them, and how many more there are."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f", and {more} more" if more > 0 else "")
 
 
 def _when(started: str) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 from typing import TYPE_CHECKING, ClassVar
 
+from msgspec import structs
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -21,11 +22,14 @@ from fatui.widgets.status_line import StatusLine
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
 
+FINDING = 72
+BESIDE_FINDING = 36
+"""Columns of the terminal that the date, the preset and the borders take."""
 COLUMNS = (
     Column(name="mark", title="", right=False),
     Column(name="started", title="started", right=False),
     Column(name="preset", title="preset", right=False, rank=1, widest=20),
-    Column(name="finding", title="finding", right=False, rank=2, widest=72),
+    Column(name="finding", title="finding", right=False, rank=2, widest=FINDING),
     Column(name="cases", title="cases", rank=3),
     Column(name="seconds", title="took", rank=4),
     Column(name="device", title="device", right=False, rank=5, widest=28),
@@ -55,7 +59,7 @@ class History(Screen[Report]):
         with Vertical(classes="pane half") as pane:
             pane.border_title = "History"
             pane.border_subtitle = "→ more columns"
-            yield RowTable(COLUMNS, empty=EMPTY, id="runs")
+            yield RowTable(_columns(self.app.size.width), empty=EMPTY, id="runs")
         yield KeyBar(keys=(("enter", "Open", "screen.open"), *actions.bar(actions.HISTORY, self.app.keys)))
 
     async def on_mount(self) -> None:
@@ -157,6 +161,12 @@ class History(Screen[Report]):
     def action_back(self) -> None:
         """Goes back without opening any."""
         self.dismiss()
+
+
+def _columns(width: int) -> tuple[Column, ...]:
+    """The columns, the finding as wide as there is room beside date and preset."""
+    widest = max(24, min(FINDING, width - BESIDE_FINDING))
+    return tuple(structs.replace(each, widest=widest) if each.name == "finding" else each for each in COLUMNS)
 
 
 def _line(run: RunLine, marked: bool) -> Line:

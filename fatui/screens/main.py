@@ -65,7 +65,7 @@ class MainScreen(Screen[None]):
         for name in remembered.hidden:
             if name in PANES:
                 self.query_one(f"#{name}").add_class("-away")
-        self.open_tab(remembered.tab)
+        self.open_tab(remembered.tab if remembered.tab == "log" else "setup")  # nothing has run yet
         self.show_draft()
         self.show_run()
         self.set_interval(self.app.REPAINT_S, self._tick)

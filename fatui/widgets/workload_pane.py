@@ -18,6 +18,7 @@ from fatui.widgets.choice import Choice
 from fatui.widgets.slider import Slider
 
 LABELS: Final = {"batch": "batch", "seq": "seq", "head_dim": "head dim", "heads": "heads", "kv_heads": "K/V heads"}
+CANNOT: Final = "cannot run"
 MASKS: Final = ("none", "causal", "window:256", "window:1024", "window:4096")
 BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
 
@@ -66,7 +67,9 @@ class WorkloadPane(Vertical):
         for name in ("dtype", "mask", "pass_"):
             self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
         self.border_title = f"Workload · {draft.title()}"
-        self._line("cases", cases_text(draft))
+        cases = cases_text(draft)
+        self._line("cases", cases)
+        self.query_one("#workload-cases").set_class(cases.startswith(CANNOT), "-bad")
         self._line("counts", counts_text(draft))
 
     def show_words(self, needs: str, takes: str, keys: dict[str, str]) -> None:
@@ -111,7 +114,7 @@ def cases_text(draft: Draft) -> str:
     try:
         count = len(draft.workloads())
     except UsageError as error:
-        return f"cannot run: {'; '.join(error.problems)}"
+        return f"{CANNOT}: {'; '.join(error.problems)}"
     if draft.cases:
         return f"{count} cases of the preset, the sliders show the first; moving one leaves the rest behind"
     parts = [f"{LABELS[name]} {say_values(values)}" for name, values in draft.axes.items() if len(values) > 1]

@@ -11,7 +11,7 @@ from stage import on_stage
 from fatui.widgets.log_view import LogView
 
 CASES = 200
-ROUNDS = 47
+ROUNDS = 35
 """Events of rounds in a case, which make it 10,000 in all with those that are there in any case."""
 MOST_BYTES = 24 * 2**20
 """What all of it may add: 200 cases with their rows and samples, 10,000 lines of log, 512 points a trend."""
