@@ -53,9 +53,7 @@ PRESETS: Final = (
 )
 HISTORY: Final = (
     Action("history_mark", "space", "Mark", "Mark the run for a comparison, two at most", "screen.mark"),
-    Action(
-        "history_compare", "c", "Compare two", "Compare the marked runs, or the marked one and this", "screen.compare"
-    ),
+    Action("history_compare", "c", "Compare", "Compare the marked runs, or the marked one and this", "screen.compare"),
     Action("history_delete", "d,delete", "Delete", "Delete the run, until it is undone", "screen.delete"),
     Action("history_undo", "u", "Undo", "Bring back what was deleted last", "screen.undo"),
     BACK,

@@ -66,7 +66,7 @@ class FatuiApp(App[int]):
         super().__init__()
         self.journal = Journal(now)
         self.settings = settings.read_settings(actions.SCOPES, tuple(self.available_themes))
-        self.remembered, complaint = settings.read_remembered()
+        self.remembered, self._complaint = settings.read_remembered()
         self.draft: Draft = self.remembered.draft
         self.preset: Preset | None = None
         self.runs = Runs(self)
@@ -80,12 +80,12 @@ class FatuiApp(App[int]):
         self._telemetry: Telemetry | None = None
         self._reading = False
         self._line_filters: list[LineFilter] = []
-        for problem in [*self.settings.problems, *([complaint] if complaint else [])]:
-            self.journal.write(problem, "warning")
         self._take_settings(ascii)
 
     def _take_settings(self, ascii: bool) -> None:
-        """Draws as the config file, the command line and the last start want it."""
+        """Draws as the config file, the command line and the last start want it, and tells what is wrong with them."""
+        for problem in [*self.settings.problems, *([self._complaint] if self._complaint else [])]:
+            self.journal.write(problem, "warning")
         if ascii or self.settings.ascii:
             from fatui.ascii import AsciiFilter
 

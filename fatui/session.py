@@ -83,15 +83,18 @@ class Session:
         self._started = now().astimezone().isoformat(timespec="seconds")
         self._journal = journal
         self._clock = clock
-        self._began = self._heard = clock()
+        self._routes: set[str] = set()
+        self._final: dict[int, Case] = {}
+        self._complete: asyncio.Queue[int] = asyncio.Queue()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        """Begins all that is timed."""
+        self._began = self._heard = self._step_began = self._case_began = self._clock()
+        self._rounds_began: float | None = None
         self._ended: float | None = None
         self.rounds_s = self.once_s = 0.0
         self.building = ""
-        self._step_began = self._case_began = self._began
-        self._routes: set[str] = set()
-        self._rounds_began: float | None = None
-        self._final: dict[int, Case] = {}
-        self._complete: asyncio.Queue[int] = asyncio.Queue()
 
     @property
     def record(self) -> Record:
