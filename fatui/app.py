@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from msgspec import structs
 from textual.app import App, SystemCommand
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Severity = Literal["information", "warning", "error"]
 SEVERITY: dict[Level, Severity] = {"info": "information", "warning": "warning", "error": "error"}
+
+SWITCH_S: Final = 0.0005
+"""How long a thread that makes final rows may keep Python from the one that draws; a repaint changes hands often."""
 
 
 class FatuiApp(App[int]):
@@ -283,6 +286,7 @@ def run_app(preset: str | None = None, run: bool = False, ascii: bool = False) -
         run: whether to run it at once.
         ascii: whether to draw with ASCII characters only.
     """
+    sys.setswitchinterval(SWITCH_S)
     app = FatuiApp(preset=preset, run=run, ascii=ascii)
     result = app.run()
     if app.farewell:
