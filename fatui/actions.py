@@ -44,8 +44,39 @@ ANYWHERE: Final = (
     Action("help", "question_mark", "Help", "The keys of this screen", "app.explain_keys"),
     Action("quit", "q", "Quit", "Leave; asks once while a run is on", "app.leave"),
 )
+BACK: Final = Action("back", "escape", "Back", "Back, without doing anything", "screen.back")
+PRESETS: Final = (
+    Action("presets_rename", "n", "Rename", "Give one of your own another name", "screen.rename"),
+    Action("presets_delete", "d,delete", "Delete", "Delete one of your own, until it is undone", "screen.delete"),
+    Action("presets_undo", "u", "Undo", "Bring back what was deleted last", "screen.undo"),
+    BACK,
+)
+HISTORY: Final = (
+    Action("history_mark", "space", "Mark", "Mark the run for a comparison, two at most", "screen.mark"),
+    Action("history_compare", "c", "Compare", "Compare the marked runs, or the marked one and this", "screen.compare"),
+    Action("history_delete", "d,delete", "Delete", "Delete the run, until it is undone", "screen.delete"),
+    Action("history_undo", "u", "Undo", "Bring back what was deleted last", "screen.undo"),
+    BACK,
+)
+SCALING: Final = (
+    Action("scaling_axis", "a", "Axis", "Draw over the next axis", "screen.turn('axis')"),
+    Action("scaling_name", "i", "Implementation", "Heat map of the next implementation", "screen.turn('name')"),
+    Action(
+        "scaling_part", "v", "Other values", "The next values of the axes that are not drawn", "screen.turn('part')"
+    ),
+    Action("scaling_logarithmic", "l", "Log scale", "Logarithmic or zero-based scale", "screen.logarithmic"),
+    BACK,
+)
+DOCTOR: Final = (Action("doctor_again", "r", "Look again", "Look at everything again", "screen.again"), BACK)
 ACTIONS: Final = MAIN + ANYWHERE
-NAMES: Final = tuple(action.name for action in ACTIONS)
+FURTHER: Final = {"presets": PRESETS, "history": HISTORY, "scaling": SCALING, "doctor": DOCTOR}
+ALL: Final = (*ACTIONS, *dict.fromkeys(action for group in FURTHER.values() for action in group))
+SCOPES: Final[dict[str, str]] = {
+    **{action.name: "main" for action in MAIN},
+    **{action.name: scope for scope, group in FURTHER.items() for action in group},
+    **{action.name: "" for action in (*ANYWHERE, BACK)},
+}
+"""For every action the screen that it belongs to; empty for those that are anywhere."""
 SHOWN_KEYS: Final = {
     "question_mark": "?",
     "slash": "/",
@@ -65,12 +96,27 @@ def bindings(actions: tuple[Action, ...]) -> list[Binding]:
     ]
 
 
+def closing(name: str, action: str = "back") -> Binding:
+    """The key that opened a screen closes it as well, whichever it is."""
+    key = next(each.key for each in ALL if each.name == name)
+    return Binding(key, action, "Back", show=False, id=name, tooltip=BACK.words)
+
+
+def bar(actions: tuple[Action, ...], keys: dict[str, str]) -> tuple[tuple[str, str, str], ...]:
+    """What a key bar shows of some actions."""
+    return tuple((keys[action.name], action.label, action.does) for action in actions)
+
+
+def shown(key: str) -> str:
+    """A key as people call it."""
+    return SHOWN_KEYS.get(key.strip(), key.strip())
+
+
 def shown_key(action: Action, keys: dict[str, str]) -> str:
     """The key that a person presses for an action, as the config file has it."""
-    key = keys.get(action.name, action.key).split(",")[0].strip()
-    return SHOWN_KEYS.get(key, key)
+    return shown(keys.get(action.name, action.key).split(",")[0])
 
 
 def shown_keys(keys: dict[str, str]) -> dict[str, str]:
     """The key of every action."""
-    return {action.name: shown_key(action, keys) for action in ACTIONS}
+    return {action.name: shown_key(action, keys) for action in ALL}

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from msgspec import structs
 from textual.app import App, SystemCommand
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Severity = Literal["information", "warning", "error"]
 SEVERITY: dict[Level, Severity] = {"info": "information", "warning": "warning", "error": "error"}
+
+SWITCH_S: Final = 0.0005
+"""How long a thread that makes final rows may keep Python from the one that draws; a repaint changes hands often."""
 
 
 class FatuiApp(App[int]):
@@ -65,8 +68,8 @@ class FatuiApp(App[int]):
     ) -> None:
         super().__init__()
         self.journal = Journal(now)
-        self.settings = settings.read_settings(actions.NAMES, tuple(self.available_themes))
-        self.remembered, complaint = settings.read_remembered()
+        self.settings = settings.read_settings(actions.SCOPES, tuple(self.available_themes))
+        self.remembered, self._complaint = settings.read_remembered()
         self.draft: Draft = self.remembered.draft
         self.preset: Preset | None = None
         self.runs = Runs(self)
@@ -80,7 +83,11 @@ class FatuiApp(App[int]):
         self._telemetry: Telemetry | None = None
         self._reading = False
         self._line_filters: list[LineFilter] = []
-        for problem in [*self.settings.problems, *([complaint] if complaint else [])]:
+        self._take_settings(ascii)
+
+    def _take_settings(self, ascii: bool) -> None:
+        """Draws as the config file, the command line and the last start want it, and tells what is wrong with them."""
+        for problem in [*self.settings.problems, *([self._complaint] if self._complaint else [])]:
             self.journal.write(problem, "warning")
         if ascii or self.settings.ascii:
             from fatui.ascii import AsciiFilter
@@ -279,6 +286,7 @@ def run_app(preset: str | None = None, run: bool = False, ascii: bool = False) -
         run: whether to run it at once.
         ascii: whether to draw with ASCII characters only.
     """
+    sys.setswitchinterval(SWITCH_S)
     app = FatuiApp(preset=preset, run=run, ascii=ascii)
     result = app.run()
     if app.farewell:

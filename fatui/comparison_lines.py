@@ -133,10 +133,15 @@ def floor_text(case: Case) -> str:
     return f" · noise floor {figures.percent(floor.floor)}" if floor and math.isfinite(floor.floor) else ""
 
 
+def in_step(step: str) -> str:
+    """What an implementation is at."""
+    return "being compiled" if step == "build" else step
+
+
 def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[Line]:
     """Lines of implementations that have no row yet, with the step they are in."""
     return [
-        Line(key=row_key(index, name), cells={"implementation": name, "path": step or "…"}, tone="dim")
+        Line(key=row_key(index, name), cells={"implementation": name, "path": in_step(step) or "…"}, tone="dim")
         for name, step in names
     ]
 

@@ -11,11 +11,14 @@ from attention.report import Report
 from fatui import actions, settings
 
 if TYPE_CHECKING:
+    from textual.dom import DOMNode
     from textual.screen import Screen
 
     from fatui.app import FatuiApp
     from fatui.preset_format import Preset
 
+NOT_OURS: Final = ("Page Left", "Page Right")
+"""Textual's own, which do nothing here."""
 SCREENS: Final = {"presets": "Presets", "history": "History", "scaling": "Scaling", "doctor": "Doctor"}
 
 
@@ -139,21 +142,31 @@ def open_row(app: "FatuiApp", index: int, name: str) -> None:
 
 def explain_keys(app: "FatuiApp") -> None:
     """Lists the keys of the screen in sight, as they are set."""
-    from fatui.screens.help import Help, shown
+    from fatui.screens.help import Help
 
     screen, groups = app.screen, []
     if screen is app.main:
         groups.append(("This screen", [(app.keys[action.name], action.words) for action in actions.MAIN]))
     else:
-        own = [(shown(binding.key), binding.tooltip or binding.description) for _, binding in screen._bindings]
-        groups.append(("This screen", own))
-    focused = screen.focused
-    if focused is not None:
-        merged: dict[str, list[str]] = {}
-        for _, binding in focused._bindings:
-            merged.setdefault(binding.description, []).append(shown(binding.key))
-        keys = [(", ".join(several), words) for words, several in merged.items() if words]
-        groups.append((f"Where you are: {focused.id or type(focused).__name__}", keys))
+        groups.append(("This screen", _keys_of(app, screen)))
+    if screen.focused is not None:
+        name = (screen.focused.id or type(screen.focused).__name__).replace("-", " ")
+        groups.append(
+            (
+                f"Where you are: {name.removeprefix('axis ').removeprefix('choice ').rstrip('_')}",
+                _keys_of(app, screen.focused),
+            )
+        )
     anywhere = [(app.keys[action.name], action.words) for action in actions.ANYWHERE]
     groups.append(("Anywhere", [*anywhere, ("ctrl+p", "Everything by name, in the palette")]))
     app.push_screen(Help(groups, str(settings.config_path())))
+
+
+def _keys_of(app: "FatuiApp", node: "DOMNode") -> list[tuple[str, str]]:
+    """The bindings of a screen or a widget, those of the same meaning together, with the keys that they have now."""
+    merged: dict[str, dict[str, None]] = {}
+    for _, binding in node._bindings:
+        words = binding.tooltip or binding.description
+        keys = app.settings.keys.get(binding.id or "", binding.key).split(",")
+        merged.setdefault(words, {}).update(dict.fromkeys(map(actions.shown, keys)))
+    return [(", ".join(keys), words) for words, keys in merged.items() if words and words not in NOT_OURS]

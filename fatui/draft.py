@@ -28,6 +28,8 @@ class Draft(Struct, frozen=True, kw_only=True):
     value_dim: int | None = None
     """Width of a value, where a preset has another than head_dim."""
     sweeping: bool = False
+    several: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The values of dtype, mask and pass where a sweep has more than one of them."""
     cases: tuple[Workload, ...] = ()
     """A preset's own list of cases; the sliders show the first. Empty once a slider was moved."""
     implementations: tuple[str, ...] = DEFAULT_IMPLEMENTATIONS
@@ -54,11 +56,22 @@ class Draft(Struct, frozen=True, kw_only=True):
         forget = {"seq": {"kv_seq": None}, "head_dim": {"value_dim": None}}.get(name, {})
         return self.change(axes=axes, **forget)
 
+    def choices(self, name: str) -> tuple[str, ...]:
+        """The values of dtype, mask or pass."""
+        return self.several.get(name) or (getattr(self, name),)
+
+    def set_choice(self, name: str, values: tuple[str, ...]) -> "Draft":
+        """The draft with another dtype, mask or pass, or with several."""
+        several = {each: chosen for each, chosen in self.several.items() if each != name}
+        if len(values) > 1:
+            several[name] = values
+        return self.change(several=several, **{name: values[0]})
+
     def toggle_sweep(self) -> "Draft":
         """Begins a sweep, or ends it with the first value of every axis."""
         if not self.sweeping:
             return self.change(sweeping=True)
-        return self.change(sweeping=False, axes={name: values[:1] for name, values in self.axes.items()})
+        return self.change(sweeping=False, several={}, axes={name: values[:1] for name, values in self.axes.items()})
 
     def toggle(self, implementation: str) -> "Draft":
         """Takes an implementation in, or out."""
@@ -81,13 +94,13 @@ class Draft(Struct, frozen=True, kw_only=True):
         if self.cases:
             return self.cases
         count = 1
-        for values in self.axes.values():
+        for values in (*self.axes.values(), *self.several.values()):
             count *= max(1, len(values))
         if count > MOST_CASES:
             raise UsageError(f"{count:,} cases; a sweep takes {MOST_CASES} at most")
         base = {name: getattr(self, name) for name in SHARED}
         base |= {name: getattr(self, name) for name in ("kv_seq", "value_dim") if getattr(self, name) is not None}
-        return expand(base, {name: values for name, values in self.axes.items() if values})
+        return expand(base, {name: values for name, values in {**self.axes, **self.several}.items() if values})
 
     def plan(self) -> Plan:
         """The plan that would run.
@@ -133,7 +146,9 @@ def draft_of(plan: Plan, preset: str | None) -> Draft:
     )
     if len(plan.cases) == 1:
         return shown
-    grid = structs.replace(shown, sweeping=True, axes=_grid_axes(plan.cases))
+    several = {name: tuple(dict.fromkeys(getattr(case, name) for case in plan.cases)) for name in SHARED}
+    several = {name: values for name, values in several.items() if len(values) > 1}
+    grid = structs.replace(shown, sweeping=True, axes=_grid_axes(plan.cases), several=several)
     if _same_cases(grid, plan.cases):
         return grid
     return structs.replace(shown, cases=plan.cases)

@@ -26,15 +26,20 @@ def in_words(plan: Plan, pace: Pace, device: str) -> str:
     if pace.device == device and device:
         return f"takes up to about {figures.duration(estimate_s(plan, pace))}, going by the last run here"
     rounds = figures.duration(plan.seconds * len(plan.cases))
-    return f"takes up to {rounds} of rounds, and set-up that the first run will tell"
+    return f"takes up to {rounds} of rounds, and set-up; the first run will tell how long in all"
 
 
-def pace_of(report: Report, rounds_s: float) -> Pace:
-    """What a complete run teaches about this machine."""
+def pace_of(report: Report, spent_s: float) -> Pace:
+    """What a complete run teaches about this machine.
+
+    Args:
+        report: the run.
+        spent_s: its seconds in rounds, and in what was done once for all.
+    """
     rows = [row for case in report.cases for row in case.rows]
     rates: dict[str, float] = {}
     for row in rows:
         if row.flops_per_s:
             rates[row.implementation] = min(row.flops_per_s, rates.get(row.implementation, row.flops_per_s))
-    set_up = max(0.0, report.run.seconds - rounds_s) / max(1, len(rows))
+    set_up = max(0.0, report.run.seconds - spent_s) / max(1, len(rows))
     return Pace(device=report.environment.device or "", set_up_s=set_up, flops_per_s=rates)

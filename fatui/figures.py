@@ -162,13 +162,18 @@ def speedup_text(ratio: Ratio | None) -> str:
 
 
 def best_of(case: Case) -> tuple[str, ...]:
-    """The fastest accurate implementations: the one with the best median and all whose interval reaches it."""
+    """The fastest accurate implementations: the one with the best median and all whose interval reaches it.
+
+    Where that is all of them, and none is significantly apart from the reference, nothing is best.
+    """
     rows = [row for row in case.rows if row.status == OK and row.call_s]
     if not rows:
         return ()
     best = min(rows, key=lambda row: row.call_s.median if row.call_s else 0.0)
     assert best.call_s is not None
-    return tuple(row.implementation for row in rows if row.call_s and row.call_s.low <= best.call_s.high)
+    names = tuple(row.implementation for row in rows if row.call_s and row.call_s.low <= best.call_s.high)
+    apart = any(row.speedup and row.speedup.significant for row in rows)
+    return names if apart or len(names) < len(rows) else ()
 
 
 def word(row: Row, case: Case) -> str:

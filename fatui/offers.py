@@ -1,5 +1,7 @@
 """What each implementation would do with the workload, in the words of the picker."""
 
+from msgspec import structs
+
 from attention.device import Device
 from attention.implementations import CATALOGUE
 from attention.route import Route
@@ -10,6 +12,8 @@ from fatui.draft import Draft
 from fatui.widgets.implementation_picker import Offer
 
 WAITING = "…"
+UNTRIED = "not tried yet"
+"""The path of an implementation that finds its way by trying, told by one that has not."""
 
 
 def names_for(draft: Draft) -> tuple[str, ...]:
@@ -17,9 +21,28 @@ def names_for(draft: Draft) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(entry.name for entry in CATALOGUE), *draft.implementations]))
 
 
-def make_offers(draft: Draft, workload: Workload | None, advice: Advice) -> tuple[Offer, ...]:
-    """One line for each implementation."""
-    return tuple(_offer(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft))
+def make_offers(
+    draft: Draft, workload: Workload | None, advice: Advice, took: dict[str, str] | None = None
+) -> tuple[Offer, ...]:
+    """One line for each implementation.
+
+    Args:
+        draft: what is set up.
+        workload: the one that is shown, or None where there is none.
+        advice: what the advisor told.
+        took: the paths that the latest run took on this workload.
+    """
+    made = (_offer(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft))
+    return tuple(_with_trial(offer, (took or {}).get(offer.name)) for offer in made)
+
+
+def _with_trial(offer: Offer, took: str | None) -> Offer:
+    """Says of one that tries what its last trial came to, or that there will be one."""
+    if UNTRIED not in offer.path:
+        return offer
+    waiting = offer.path.endswith(WAITING)
+    path = f"{took}, last run" if took else "tries them in the run"
+    return structs.replace(offer, path=f"{path} {WAITING}" if waiting else path)
 
 
 def _offer(name: str, chosen: bool, workload: Workload | None, draft: Draft, advice: Advice) -> Offer:

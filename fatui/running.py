@@ -8,7 +8,7 @@ from attention.plan import Plan
 from attention.report import Report
 from fatui import estimate, settings
 from fatui.draft import draft_of
-from fatui.session import SILENCE_S, Drives, Listener, Session
+from fatui.session import Drives, Listener, Session
 
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
@@ -97,7 +97,7 @@ class Runs:
             self.report = await asyncio.to_thread(session.report)
             await self.keep(self.report)
             if session.phase == "done":
-                self._app.remembered.pace = estimate.pace_of(self.report, session.rounds_s)
+                self._app.remembered.pace = estimate.pace_of(self.report, session.rounds_s + session.once_s)
         self._app.journal.write(session.finding or f"the run {session.phase}")
 
     async def keep(self, report: Report) -> None:
@@ -123,12 +123,12 @@ class Runs:
     def watch_silence(self) -> None:
         """Tells once when the engine has said nothing for long."""
         session = self.session
-        if session is None or session.silent_s < SILENCE_S:
+        if session is None or not session.silent:
             self._told_silence = False
         elif not self._told_silence:
             self._told_silence = True
             stop = self._app.keys["stop"]
-            text = f"the engine has been silent for {SILENCE_S:.0f} s; {stop} stops it, what was measured stays"
+            text = f"the engine has been silent for {session.silent_s:.0f} s; {stop} stops it, what was measured stays"
             self._app.tell(text, "warning")
 
     async def end(self) -> None:

@@ -22,6 +22,8 @@ from fatui.standing import standing
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
 ENDED: Final = ("done", "stopped", "refused", "failed")
 SILENCE_S: Final = 30.0
+BUILD_SILENCE_S: Final = 300.0
+"""A compiler says nothing while it is at work."""
 KILL_AFTER_S: Final = 0.6
 """How long after a stop an engine that does not heed it is killed."""
 
@@ -53,6 +55,8 @@ class Session:
         case_number: the case that the trends belong to, or None.
         finding: one line that says what came out; empty until the run has ended.
         rounds_s: seconds that the complete cases spent in their rounds.
+        once_s: seconds before cases began anew: the first look and the building, which the next run is spared.
+        building: the implementation that is being compiled, or an empty string.
     """
 
     def __init__(
@@ -79,12 +83,18 @@ class Session:
         self._started = now().astimezone().isoformat(timespec="seconds")
         self._journal = journal
         self._clock = clock
-        self._began = self._heard = clock()
-        self._ended: float | None = None
-        self.rounds_s = 0.0
-        self._rounds_began: float | None = None
+        self._routes: set[str] = set()
         self._final: dict[int, Case] = {}
         self._complete: asyncio.Queue[int] = asyncio.Queue()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        """Begins all that is timed."""
+        self._began = self._heard = self._step_began = self._case_began = self._clock()
+        self._rounds_began: float | None = None
+        self._ended: float | None = None
+        self.rounds_s = self.once_s = 0.0
+        self.building = ""
 
     @property
     def record(self) -> Record:
@@ -105,6 +115,16 @@ class Session:
     def silent_s(self) -> float:
         """Seconds since the engine last told anything; 0 when it has ended."""
         return self._clock() - self._heard if self.active else 0.0
+
+    @property
+    def silent(self) -> bool:
+        """Whether the engine has said nothing for longer than what it does explains."""
+        return self.silent_s >= (BUILD_SILENCE_S if self.building else SILENCE_S)
+
+    @property
+    def building_s(self) -> float:
+        """Seconds that the building has taken so far."""
+        return self._clock() - self._step_began if self.building and self.active else 0.0
 
     async def run(self) -> None:
         """Runs the engine to its end; whatever breaks is told in the journal, and what was measured is kept."""
@@ -191,20 +211,40 @@ class Session:
         self._heard = self._clock()
         if self.phase == "starting":
             self.phase = "running"
-        said = narrate(event, self.plan)
-        if said:
-            self._journal.write(*said)
+        self._narrate(event)
         if isinstance(event, on.CaseStarted):
-            self.case_number = event.case
-            self.rates = {}
-            self._rounds_began = None
-        elif isinstance(event, on.StepStarted) and event.step == "rounds" and self._rounds_began is None:
-            self._rounds_began = self._heard
+            self._begin_case(event.case)
+        elif isinstance(event, on.StepStarted):
+            self._step_began = self._heard
+            self.building = event.implementation if event.step == "build" else ""
+            if event.step == "rounds" and self._rounds_began is None:
+                self._rounds_began = self._heard
         elif isinstance(event, on.RoundsDone):
             self._follow(event)
         elif isinstance(event, on.CaseDone):
             self.rounds_s += self._heard - self._rounds_began if self._rounds_began is not None else 0.0
             self._complete.put_nowait(event.case)
+
+    def _narrate(self, event: on.AnyEvent) -> None:
+        """Writes what is worth a line; a case that begins anew says so, and repeats no route."""
+        said = narrate(event, self.plan)
+        if said is None:
+            return
+        if isinstance(event, on.RouteFound):
+            if said[0] in self._routes:
+                return
+            self._routes.add(said[0])
+        if isinstance(event, on.CaseStarted) and event.case == self.case_number:
+            said = f"case {event.case + 1} begins anew, to measure all of them together", "info"
+        self._journal.write(*said)
+
+    def _begin_case(self, case: int) -> None:
+        if case == self.case_number:
+            self.once_s += self._heard - self._case_began
+        else:
+            self._routes.clear()
+        self.case_number, self._case_began = case, self._heard
+        self.rates, self.building, self._rounds_began = {}, "", None
 
     def _follow(self, event: on.RoundsDone) -> None:
         tokens = self.plan.cases[event.case].tokens

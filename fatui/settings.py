@@ -1,6 +1,7 @@
 """What a person set in the config file, and what the app remembers from its last start."""
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,8 +60,13 @@ def state_path() -> Path:
     return paths.data_dir() / STATE_NAME
 
 
-def read_settings(actions: tuple[str, ...], themes: tuple[str, ...]) -> Settings:
-    """Reads the config file; every mistake is told in `problems`, and what is right still counts."""
+def read_settings(actions: Mapping[str, str], themes: tuple[str, ...]) -> Settings:
+    """Reads the config file; every mistake is told in `problems`, and what is right still counts.
+
+    Args:
+        actions: for every action the screen that its key is for, or an empty string where it is for all.
+        themes: the themes that there are.
+    """
     path = config_path()
     try:
         with path.open("rb") as file:
@@ -77,7 +83,7 @@ def read_settings(actions: tuple[str, ...], themes: tuple[str, ...]) -> Settings
     return settings
 
 
-def _take(settings: Settings, key: str, value: Any, actions: tuple[str, ...], themes: tuple[str, ...]) -> list[str]:
+def _take(settings: Settings, key: str, value: Any, actions: Mapping[str, str], themes: tuple[str, ...]) -> list[str]:
     if key == "theme":
         if value not in themes:
             return [f"theme: got {value!r}; it takes {', '.join(themes)}{suggestion(str(value), themes)}"]
@@ -93,22 +99,29 @@ def _take(settings: Settings, key: str, value: Any, actions: tuple[str, ...], th
     return []
 
 
-def _take_keys(settings: Settings, table: Any, actions: tuple[str, ...]) -> list[str]:
+def _take_keys(settings: Settings, table: Any, actions: Mapping[str, str]) -> list[str]:
     if not isinstance(table, dict):
         return [f"keys: got {table!r}; it takes a table such as [keys] with run = 'f5'"]
     problems = []
-    taken: dict[str, str] = {}
     for action, key in table.items():
         if action not in actions:
-            problems.append(f"keys.{action}: no such action{suggestion(action, actions)}")
+            problems.append(f"keys.{action}: no such action{suggestion(action, tuple(actions))}")
         elif not isinstance(key, str) or not key.strip():
             problems.append(f"keys.{action}: got {key!r}; it takes the name of a key, such as 'r' or 'f5'")
-        elif key in taken:
-            problems.append(f"keys.{action}: '{key}' is also the key of {taken[key]}")
+        elif other := _clash(settings, action, key, actions):
+            problems.append(f"keys.{action}: '{key}' is also the key of {other}")
         else:
-            taken[key] = action
             settings.keys[action] = key
     return problems
+
+
+def _clash(settings: Settings, action: str, key: str, actions: Mapping[str, str]) -> str | None:
+    """The action of the same screen, or of all, that was given the same key."""
+    for other, taken in settings.keys.items():
+        together = actions[other] == actions[action] or not (actions[other] and actions[action])
+        if taken == key and together:
+            return other
+    return None
 
 
 def read_remembered() -> tuple[Remembered, str | None]:

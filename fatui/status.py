@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from fatui import figures
-from fatui.session import SILENCE_S, Session
+from fatui.session import Session
 
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
@@ -35,7 +35,7 @@ def right_text(app: "FatuiApp") -> str:
     if not session.active:
         return f"{session.phase}, {elapsed}{told}"
     turn = SPINNER[int(session.elapsed_s * 2) % len(SPINNER)]
-    if session.silent_s >= SILENCE_S:
+    if session.silent:
         return f"engine silent for {figures.duration(session.silent_s)}; {app.keys['stop']} stops it{told} {turn}"
     return f"{_phase(session)}{told} {turn}"
 
@@ -44,6 +44,8 @@ def _phase(session: Session) -> str:
     progress = session.record.progress
     if session.phase != "running" or progress is None:
         return f"{session.phase}, {figures.duration(session.elapsed_s)}"
+    if session.building:
+        return f"compiling {session.building} · {figures.duration(session.elapsed_s)}"
     many = len(session.plan.cases)
     case = f" case {(session.case_number or 0) + 1} of {many}" if many > 1 else ""
     return f"running{case} · {figures.duration(session.elapsed_s)} · {figures.duration(progress.remaining_s)} left"

@@ -1,18 +1,21 @@
 """Two runs side by side."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Static
 
 from attention.report import Report, Row
-from fatui import compare, figures
+from fatui import actions, compare, figures
 from fatui.widgets.key_bar import KeyBar
 from fatui.widgets.row_table import Column, Line, RowTable
 from fatui.widgets.status_line import StatusLine
+
+if TYPE_CHECKING:
+    from fatui.app import FatuiApp
 
 COLUMNS = (
     Column(name="implementation", title="", right=False, widest=16),
@@ -23,6 +26,7 @@ COLUMNS = (
     Column(name="ratio", title="change", rank=0),
     Column(name="memory", title="memory", rank=3, widest=24),
 )
+MOST_NAMED = 3
 EMPTY = "These two runs have no workload and implementation in common."
 
 
@@ -30,7 +34,8 @@ class Compare(Screen[None]):
     """Each row that both have, with the ratio of its times."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,c", "back", "Back", tooltip="Back to the history")]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings((actions.BACK,)), actions.closing("history_compare")]
+    app: "FatuiApp"
 
     def __init__(self, before: Report, after: Report) -> None:
         super().__init__(classes="list-screen")
@@ -44,7 +49,7 @@ class Compare(Screen[None]):
             pane.border_title = f"{before.id} of {_when(before.started)}, then {after.id} of {_when(after.started)}"
             yield RowTable(COLUMNS, empty=EMPTY, id="changes")
             yield Static("\n".join(self._notes()), markup=False, classes="under")
-        yield KeyBar(keys=(("escape", "Back", "screen.back"),))
+        yield KeyBar(keys=actions.bar((actions.BACK,), self.app.keys))
 
     def on_mount(self) -> None:
         """Fills the table."""
@@ -61,12 +66,18 @@ class Compare(Screen[None]):
     def _notes(self) -> list[str]:
         made = self._comparison
         notes = [f"Where they ran differs: {'; '.join(made.differences)}"] if made.differences else []
-        notes += [f"Only before: {', '.join(made.only_before)}"] if made.only_before else []
-        return notes + ([f"Only after: {', '.join(made.only_after)}"] if made.only_after else [])
+        notes += [f"Only before: {_some(made.only_before)}"] if made.only_before else []
+        return notes + ([f"Only after: {_some(made.only_after)}"] if made.only_after else [])
 
     def action_back(self) -> None:
         """Goes back."""
         self.dismiss()
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """The first few of them, and how many more there are."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f", and {more} more" if more > 0 else "")
 
 
 def _when(started: str) -> str:

@@ -4,18 +4,22 @@ import asyncio
 import contextlib
 import sys
 import textwrap
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Static
 
+from fatui import actions
 from fatui.diagnosis import Finding
 from fatui.widgets.key_bar import KeyBar
 from fatui.widgets.status_line import StatusLine
+
+if TYPE_CHECKING:
+    from fatui.app import FatuiApp
 
 TOPIC_WIDTH: Final = 16
 LINE_LIMIT: Final = 2**20
@@ -26,10 +30,8 @@ class Doctor(Screen[None]):
     """Shows one finding after the other as they come."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,d", "back", "Back", tooltip="Back to the main screen"),
-        Binding("r", "again", "Look again", tooltip="Look at everything again"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.DOCTOR), actions.closing("doctor")]
+    app: "FatuiApp"
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")
@@ -41,7 +43,7 @@ class Doctor(Screen[None]):
         with VerticalScroll(classes="pane half") as pane:
             pane.border_title = "Doctor"
             yield Static(LOOKING, id="findings", markup=False)
-        yield KeyBar(keys=(("r", "Look again", "screen.again"), ("escape", "Back", "screen.back")))
+        yield KeyBar(keys=actions.bar(actions.DOCTOR, self.app.keys))
 
     def on_mount(self) -> None:
         """Begins to look."""

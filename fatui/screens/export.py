@@ -21,7 +21,7 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
     """Asks for a folder and a name; gives back the file's stem and the endings wanted."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not export")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not export", id="back")]
 
     def __init__(self, folder: str, name: str) -> None:
         super().__init__()

@@ -8,9 +8,6 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from fatui.actions import SHOWN_KEYS
-
-HIDDEN = ("ctrl+q", "tab", "shift+tab", "ctrl+c")
 ABOUT = "Keys are letters outside inputs; tab goes from one control to the next. [keys] in {config} gives them others."
 
 
@@ -18,7 +15,12 @@ class Help(ModalScreen[None]):
     """Lists keys with a sentence each."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter", "close", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "Close", id="back"),
+        Binding("question_mark", "close", "Close", id="help"),
+        Binding("q", "close", "Close", id="quit"),
+        Binding("enter", "close", "Close"),
+    ]
 
     def __init__(self, groups: list[tuple[str, list[tuple[str, str]]]], config: str) -> None:
         super().__init__()
@@ -37,8 +39,3 @@ class Help(ModalScreen[None]):
     def action_close(self) -> None:
         """Closes it."""
         self.dismiss()
-
-
-def shown(key: str) -> str:
-    """A key as people call it."""
-    return SHOWN_KEYS.get(key, key)

@@ -3,15 +3,16 @@
 import asyncio
 from typing import TYPE_CHECKING, ClassVar
 
+from msgspec import structs
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Static
 
 from attention.report import Report
-from fatui import figures
+from fatui import actions, figures
 from fatui.history import History as Runs
 from fatui.history import HistoryError, RunLine
 from fatui.widgets.key_bar import KeyBar
@@ -21,23 +22,18 @@ from fatui.widgets.status_line import StatusLine
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
 
+FINDING = 72
+BESIDE_FINDING = 36
+"""Columns of the terminal that the date, the preset and the borders take."""
 COLUMNS = (
     Column(name="mark", title="", right=False),
     Column(name="started", title="started", right=False),
     Column(name="preset", title="preset", right=False, rank=1, widest=20),
-    Column(name="finding", title="finding", right=False, rank=2, widest=72),
+    Column(name="finding", title="finding", right=False, rank=2, widest=FINDING),
     Column(name="cases", title="cases", rank=3),
     Column(name="seconds", title="took", rank=4),
     Column(name="device", title="device", right=False, rank=5, widest=28),
     Column(name="id", title="id", right=False, rank=6),
-)
-KEYS = (
-    ("enter", "Open", "screen.open"),
-    ("space", "Mark", "screen.mark"),
-    ("c", "Compare two", "screen.compare"),
-    ("d", "Delete", "screen.delete"),
-    ("u", "Undo", "screen.undo"),
-    ("escape", "Back", "screen.back"),
 )
 EMPTY = "No runs yet; each one that is made stands here afterwards."
 
@@ -46,13 +42,7 @@ class History(Screen[Report]):
     """Gives back the report to open."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("space", "mark", "Mark", tooltip="Mark the run for a comparison, two at most"),
-        Binding("c", "compare", "Compare", tooltip="Compare the two marked runs, or the marked one and this"),
-        Binding("d,delete", "delete", "Delete", tooltip="Delete the run; u brings it back"),
-        Binding("u", "undo", "Undo", tooltip="Bring back what was deleted last"),
-        Binding("escape,h", "back", "Back", tooltip="Back to the main screen"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.HISTORY), actions.closing("history")]
     app: "FatuiApp"
 
     def __init__(self) -> None:
@@ -69,8 +59,8 @@ class History(Screen[Report]):
         with Vertical(classes="pane half") as pane:
             pane.border_title = "History"
             pane.border_subtitle = "→ more columns"
-            yield RowTable(COLUMNS, empty=EMPTY, id="runs")
-        yield KeyBar(keys=KEYS)
+            yield RowTable(_columns(self.app.size.width), empty=EMPTY, id="runs")
+        yield KeyBar(keys=(("enter", "Open", "screen.open"), *actions.bar(actions.HISTORY, self.app.keys)))
 
     async def on_mount(self) -> None:
         """Reads the runs."""
@@ -131,7 +121,7 @@ class History(Screen[Report]):
         """Compares two runs, the older one first."""
         chosen = list(dict.fromkeys([*self._marked, *([self._chosen] if self._chosen else [])]))[:2]
         if len(chosen) < 2:
-            self.app.tell("mark two runs with space, or one and stand on another")
+            self.app.tell(f"mark two runs with {self.app.keys['history_mark']}, or one and stand on another")
             return
         order = [run.id for run in self._runs]
         newer, older = sorted(chosen, key=order.index)
@@ -153,7 +143,7 @@ class History(Screen[Report]):
             return
         self._marked = [each for each in self._marked if each != name]
         await self._read()
-        self.app.tell(f"run {name} is deleted; u brings it back")
+        self.app.tell(f"run {name} is deleted; {self.app.keys['history_undo']} brings it back")
 
     async def action_undo(self) -> None:
         """Brings back what was deleted last."""
@@ -171,6 +161,12 @@ class History(Screen[Report]):
     def action_back(self) -> None:
         """Goes back without opening any."""
         self.dismiss()
+
+
+def _columns(width: int) -> tuple[Column, ...]:
+    """The columns, the finding as wide as there is room beside date and preset."""
+    widest = max(24, min(FINDING, width - BESIDE_FINDING))
+    return tuple(structs.replace(each, widest=widest) if each.name == "finding" else each for each in COLUMNS)
 
 
 def _line(run: RunLine, marked: bool) -> Line:

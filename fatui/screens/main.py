@@ -10,8 +10,8 @@ from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Static
 
+from attention.workload import Workload
 from fatui import actions, comparison_lines, dialogs, estimate, offers
-from fatui.session import SILENCE_S
 from fatui.status import left_text, right_text
 from fatui.widgets.comparison_pane import ComparisonPane
 from fatui.widgets.implementation_picker import ImplementationPicker
@@ -65,7 +65,7 @@ class MainScreen(Screen[None]):
         for name in remembered.hidden:
             if name in PANES:
                 self.query_one(f"#{name}").add_class("-away")
-        self.open_tab(remembered.tab)
+        self.open_tab(remembered.tab if remembered.tab == "log" else "setup")  # nothing has run yet
         self.show_draft()
         self.show_run()
         self.set_interval(self.app.REPAINT_S, self._tick)
@@ -91,13 +91,21 @@ class MainScreen(Screen[None]):
         """Draws what is set up, and what the advisor says of it."""
         app = self.app
         workload = shown_workload(app.draft)
-        self.query_one(ImplementationPicker).show(offers.make_offers(app.draft, workload, app.advice))
+        self.query_one(ImplementationPicker).show(
+            offers.make_offers(app.draft, workload, app.advice, self._took(workload))
+        )
         pane = self.query_one(WorkloadPane)
         if pane.draft is not app.draft:
             pane.show(app.draft)
         needs = offers.needs_text(app.draft, app.advice) if workload else ""
         pane.show_words(needs, self._takes() if workload else "", app.keys)
         self._show_bars()
+
+    def _took(self, workload: Workload | None) -> dict[str, str]:
+        """The paths that were taken on the workload by the run that is in sight."""
+        cases = self.app.report.cases if self.app.report else ()
+        rows = [row for case in cases if case.workload == workload for row in case.rows]
+        return {row.implementation: row.path for row in rows if row.path and row.status == "ok"}
 
     def _takes(self) -> str:
         draft, device = self.app.draft, self.app.advice.device
@@ -122,7 +130,7 @@ class MainScreen(Screen[None]):
     def _show_bars(self) -> None:
         app = self.app
         errors = app.journal.errors
-        alarm = errors > 0 or bool(app.session and app.session.silent_s >= SILENCE_S)
+        alarm = errors > 0 or bool(app.session and app.session.silent)
         self.query_one(StatusLine).show(left_text(app), right_text(app), alarm=alarm)
         session = app.session
         names = (

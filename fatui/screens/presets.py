@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Input, Static
 
 from attention.errors import UsageError
-from fatui import presets
+from fatui import actions, presets
 from fatui.widgets.key_bar import KeyBar
 from fatui.widgets.row_table import Column, Line, RowTable
 from fatui.widgets.status_line import StatusLine
@@ -25,26 +25,14 @@ COLUMNS = (
     Column(name="origin", title="", right=False, rank=2),
     Column(name="title", title="title", right=False, rank=3, widest=48),
 )
-KEYS = (
-    ("enter", "Load", "screen.load"),
-    ("n", "Rename", "screen.rename"),
-    ("d", "Delete", "screen.delete"),
-    ("u", "Undo", "screen.undo"),
-    ("escape", "Back", "screen.back"),
-)
-EMPTY = "There are no presets; w on the main screen saves what is set up there as one."
+EMPTY = "There are no presets; one is made from what is set up on the main screen, by 'Save as'."
 
 
 class Presets(Screen[str]):
     """Gives back the name of the preset to load."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("n", "rename", "Rename", tooltip="Give one of your own another name"),
-        Binding("d,delete", "delete", "Delete", tooltip="Delete one of your own; u brings it back"),
-        Binding("u", "undo", "Undo", tooltip="Bring back what was deleted last"),
-        Binding("escape,p", "back", "Back", tooltip="Back to the main screen"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.PRESETS), actions.closing("presets")]
     app: "FatuiApp"
 
     def __init__(self) -> None:
@@ -62,7 +50,7 @@ class Presets(Screen[str]):
             with VerticalScroll(classes="pane half", can_focus=False) as preview:
                 preview.border_title = "Preview"
                 yield Static(id="preview", markup=False)
-        yield KeyBar(keys=KEYS)
+        yield KeyBar(keys=(("enter", "Load", "screen.load"), *actions.bar(actions.PRESETS, self.app.keys)))
 
     def on_mount(self) -> None:
         """Reads the presets."""
@@ -133,7 +121,7 @@ class Presets(Screen[str]):
 
         if self._try(delete):
             self._read()
-            self.app.tell(f"'{name}' is deleted; u brings it back")
+            self.app.tell(f"'{name}' is deleted; {self.app.keys['presets_undo']} brings it back")
 
     def action_undo(self) -> None:
         """Brings back what was deleted last."""

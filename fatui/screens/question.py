@@ -16,8 +16,10 @@ class Question(ModalScreen[bool]):
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("y,enter,q,ctrl+c,ctrl+q", "answer(True)", "Yes"),
-        Binding("n,escape", "answer(False)", "No"),
+        Binding("y,enter,ctrl+c,ctrl+q", "answer(True)", "Yes"),
+        Binding("q", "answer(True)", "Yes", id="quit"),
+        Binding("n", "answer(False)", "No"),
+        Binding("escape", "answer(False)", "No", id="back"),
     ]
 
     def __init__(self, text: str, *, yes: str, no: str) -> None:

@@ -18,7 +18,11 @@ class RowDetails(ModalScreen[None]):
     """Shows a row; escape closes it."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "close", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "Close", id="back"),
+        Binding("q", "close", "Close", id="quit"),
+        Binding("enter", "close", "Close"),
+    ]
 
     def __init__(self, case: Case, row: Row) -> None:
         super().__init__()
@@ -45,7 +49,7 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("path", f"{row.path or figures.UNKNOWN}{_fused(row)}"),
         ("verdict", figures.verdict(row, case)),
         ("tokens/s", figures.tokens_per_second(row.tokens_per_second)),
-        ("per call", f"{figures.interval_text(row.call_s)}, 95 % of the median"),
+        ("per call", f"{figures.interval_text(row.call_s)}, the median and its 95 % interval"),
         ("speedup", f"{figures.speedup_text(row.speedup)} over {case.reference or figures.UNKNOWN}"),
         ("noise floor", figures.percent(case.noise_floor.floor if case.noise_floor else None)),
         ("rate", f"{figures.flops(row.flops_per_s)}/s, {figures.percent(row.efficiency)} of the best rate measured"),

@@ -20,7 +20,7 @@ class SaveAs(ModalScreen[Preset]):
     """Asks for a name, a title and a summary; gives back the preset that was saved."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not save")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not save", id="back")]
 
     def __init__(self, plan: Plan, origin: Preset | None) -> None:
         super().__init__()

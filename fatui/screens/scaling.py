@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Static
 
 from attention.report import Report
-from fatui import scaling
+from fatui import actions, scaling
 from fatui.widgets.heat_map import HeatData, HeatMap, say_value
 from fatui.widgets.key_bar import KeyBar
 from fatui.widgets.line_chart import ChartData, LineChart
@@ -18,7 +18,7 @@ from fatui.widgets.status_line import StatusLine
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
 
-NO_SWEEP = "This run has one case. s on the main screen begins a sweep; so does the preset 'scaling'."
+NO_SWEEP = "This run has one case. {sweep} on the main screen begins a sweep; so does the preset 'scaling'."
 NO_RUN = "No run yet. A sweep that was run, or opened from the history, is drawn here."
 
 
@@ -26,13 +26,7 @@ class Scaling(Screen[None]):
     """Draws the report; keys go through axes, implementations and parts."""
 
     CSS_PATH: ClassVar = ["list.tcss", "scaling.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("a", "turn('axis')", "Axis", tooltip="Draw over the next axis"),
-        Binding("i", "turn('name')", "Implementation", tooltip="Heat map of the next implementation"),
-        Binding("v", "turn('part')", "Other values", tooltip="Draw the next values of the axes that are not drawn"),
-        Binding("l", "logarithmic", "Log scale", tooltip="Logarithmic or zero-based scale"),
-        Binding("escape,g", "back", "Back", tooltip="Back to the main screen"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.SCALING), actions.closing("scaling")]
     app: "FatuiApp"
 
     def __init__(self) -> None:
@@ -51,9 +45,7 @@ class Scaling(Screen[None]):
             with Vertical(classes="pane", id="words-pane") as pane:
                 pane.border_title = "Crossovers"
                 yield Static(id="words", markup=False)
-        keys = (("a", "Axis", "axis"), ("i", "Implementation", "name"), ("v", "Other values", "part"))
-        bar = tuple((key, label, f"screen.turn('{what}')") for key, label, what in keys)
-        yield KeyBar(keys=(*bar, ("l", "Log scale", "screen.logarithmic"), ("escape", "Back", "screen.back")))
+        yield KeyBar(keys=actions.bar(actions.SCALING, self.app.keys))
 
     def on_mount(self) -> None:
         """Draws."""
@@ -79,7 +71,7 @@ class Scaling(Screen[None]):
         status = self.query_one(StatusLine)
         if report is None or not axes:
             status.show("Scaling", "")
-            self.query_one("#words", Static).update(NO_SWEEP if report else NO_RUN)
+            self.query_one("#words", Static).update(NO_SWEEP.format(sweep=self.app.keys["sweep"]) if report else NO_RUN)
             self.query_one("#words-pane").border_title = "Scaling"
             self.query_one("#map-pane").display = self.query_one("#chart-pane").display = False
             return

@@ -1,4 +1,4 @@
-"""A choice of one word among a few, on one row."""
+"""A choice of one word among a few, on one row; in a sweep it marks several of them."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -17,18 +17,19 @@ class Choice(Widget, can_focus=True):
     COMPONENT_CLASSES: ClassVar[set[str]] = {"choice--label", "choice--value"}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "step(-1)", "Previous", show=False),
-        Binding("right,space,enter", "step(1)", "Next", show=False),
+        Binding("right,enter", "step(1)", "Next", show=False),
+        Binding("space", "mark", "Next; in a sweep, mark", show=False),
         Binding("home", "end(0)", "First", show=False),
         Binding("end", "end(-1)", "Last", show=False),
     ]
     DEFAULT_CSS = "Choice { height: 1; }"
 
     class Changed(Message):
-        """The person chose another option."""
+        """The person chose another option, or others."""
 
-        def __init__(self, choice: "Choice", value: str) -> None:
+        def __init__(self, choice: "Choice", values: tuple[str, ...]) -> None:
             super().__init__()
-            self.choice, self.value = choice, value
+            self.choice, self.values = choice, values
 
     def __init__(
         self, label: str, options: tuple[str, ...], *, id: str, typed_option: Callable[[str], str] | None = None
@@ -36,30 +37,54 @@ class Choice(Widget, can_focus=True):
         super().__init__(id=id)
         self.label = label
         self.options = options
-        self.value = options[0]
+        self.values: tuple[str, ...] = options[:1]
+        self.sweeping = False
+        self._cursor = options[0]
         self._typed_option = typed_option
         self._typed = ""
 
-    def show(self, value: str) -> None:
-        """Sets the value without a message."""
-        if value != self.value:
-            self.value = value
-            self.refresh()
+    @property
+    def value(self) -> str:
+        """The value, or the first of several."""
+        return self.values[0]
 
-    def _choose(self, value: str) -> None:
-        if value != self.value:
-            self.value = value
-            self.refresh()
-            self.post_message(self.Changed(self, value))
+    def show(self, values: tuple[str, ...], *, sweeping: bool = False) -> None:
+        """Sets what is chosen, without a message."""
+        if (values, sweeping) == (self.values, self.sweeping):
+            return
+        self.values, self.sweeping = values, sweeping
+        if not sweeping or self._cursor not in (*values, *self.options):
+            self._cursor = values[0]
+        self.refresh()
+
+    def _choose(self, values: tuple[str, ...]) -> None:
+        if values != self.values:
+            self.values = values
+            self.post_message(self.Changed(self, values))
+
+    def _go_to(self, value: str) -> None:
+        self._cursor = value
+        if not self.sweeping:
+            self._choose((value,))
+        self.refresh()
 
     def action_step(self, count: int) -> None:
         """Goes to the next option, around the end; from a typed one to the first."""
-        index = self.options.index(self.value) + count if self.value in self.options else 0
-        self._choose(self.options[index % len(self.options)])
+        index = self.options.index(self._cursor) + count if self._cursor in self.options else 0
+        self._go_to(self.options[index % len(self.options)])
 
     def action_end(self, index: int) -> None:
         """Goes to the first option or the last."""
-        self._choose(self.options[index])
+        self._go_to(self.options[index])
+
+    def action_mark(self) -> None:
+        """In a sweep, takes the option under the cursor in or out, the last one stays; else goes to the next."""
+        if not self.sweeping:
+            self.action_step(1)
+            return
+        others = tuple(value for value in self.values if value != self._cursor)
+        self._choose(others or self.values if self._cursor in self.values else (*self.values, self._cursor))
+        self.refresh()
 
     def on_key(self, event: events.Key) -> None:
         """Makes an option from typed digits, each of which adds to those before."""
@@ -69,15 +94,18 @@ class Choice(Widget, can_focus=True):
         event.stop()
         self._typed = (self._typed + (event.character or "")).lstrip("0")[:8]
         if self._typed:
-            self._choose(self._typed_option(self._typed))
+            self._go_to(self._typed_option(self._typed))
 
     def on_blur(self) -> None:
         """Ends a typed value."""
         self._typed = ""
 
     def on_click(self, event: events.Click) -> None:
-        """Goes to the next option; on the label's side of the word, to the one before."""
-        self.action_step(-1 if event.x <= len(self.label) + 1 else 1)
+        """Goes to the next option; on the label's side of the word, to the one before; in a sweep, marks."""
+        if self.sweeping:
+            self.action_mark()
+        else:
+            self.action_step(-1 if event.x <= len(self.label) + 1 else 1)
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
         """Goes to the next option."""
@@ -91,10 +119,19 @@ class Choice(Widget, can_focus=True):
         event.prevent_default()
         self.action_step(-1)
 
+    @property
+    def value_text(self) -> str:
+        """What stands beside the label."""
+        left, right = ("‹", "›") if self.has_focus else (" ", " ")
+        if not self.sweeping:
+            return f"{left}{self.value}{right}"
+        if not self.has_focus:
+            return f" {self.value} " if len(self.values) == 1 else f" {len(self.values)} values"
+        return f"{left}{'●' if self._cursor in self.values else '┼'}{self._cursor}{right}"
+
     def render_line(self, y: int) -> Strip:
         """Draws the row."""
         label = self.get_component_rich_style("choice--label")
         value = self.get_component_rich_style("choice--value")
-        left, right = ("‹", "›") if self.has_focus else (" ", " ")
-        parts = [Segment(f"{self.label} ", label), Segment(f"{left}{self.value}{right}", value)]
+        parts = [Segment(f"{self.label} ", label), Segment(self.value_text, value)]
         return Strip(parts).adjust_cell_length(self.size.width, self.rich_style)

@@ -93,7 +93,9 @@ class LineChart(Widget):
         for x, point in places:
             for y in range(self._row(point.high, data), self._row(point.low, data) + 1):
                 self._put(cells, y, x, "│", number)
-            cells[self._row(point.rate, data)][x] = MARKS[number % len(MARKS)], number
+            row = cells[self._row(point.rate, data)]
+            free = next((each for each in range(x, min(x + len(MARKS), len(row))) if row[each][0] not in MARKS), x)
+            row[free] = MARKS[number % len(MARKS)], number  # beside another one's, so that both are seen
 
     @staticmethod
     def _put(cells: Cells, y: int, x: int, glyph: str, number: int) -> None:

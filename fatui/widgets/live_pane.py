@@ -7,6 +7,7 @@ from textual.containers import Vertical
 from textual.widgets import Static
 
 from fatui import figures
+from fatui.comparison_lines import in_step
 from fatui.series import Series
 from fatui.session import Session
 from fatui.telemetry import Reading, in_words
@@ -15,6 +16,8 @@ from fatui.widgets.trend_chart import Scale, Trend, TrendChart
 IDLE = "Nothing runs. r runs what is set up; tokens/s, memory and progress are drawn here while it does."
 MEMORY = ("MLX active", "MLX peak", "process", "device")
 BAR = 24
+AROUND = 8
+"""Rows of the pane beside its trends: border, progress, the heads of two charts, the machine's line."""
 
 
 class LivePane(Vertical):
@@ -23,6 +26,7 @@ class LivePane(Vertical):
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="pane")
         self.border_title = "Live"
+        self._least: int | None = None
 
     def compose(self) -> ComposeResult:
         """Yields progress, two charts and the machine's line."""
@@ -35,6 +39,7 @@ class LivePane(Vertical):
         """Draws the run, or says that there is none."""
         self.set_class(session is None, "-idle")
         if session is None:
+            self._set_least(None)
             return
         self.query_one("#progress", Static).update(progress_line(session), layout=False)
         trends = rate_trends(session)
@@ -46,14 +51,21 @@ class LivePane(Vertical):
         memory.show(Scale("memory", top, figures.size(top), ("now", "peak")), drawn)
         self._fit(rates, len(trends))
         self._fit(memory, len(drawn))
+        needed = len(trends) + len(drawn) + AROUND
+        self._set_least(min(needed, self.app.size.height - AROUND))
         label = session.plan.cases[session.case_number].label if session.case_number is not None else ""
         self.border_title = f"Live · {label}" if label else "Live"
 
     def _fit(self, chart: TrendChart, rows: int) -> None:
-        least = max(1, rows) + 1
-        if chart.styles.min_height is None or chart.styles.min_height.value != least:
-            chart.styles.min_height = least
-            chart.styles.height = f"{max(1, rows)}fr"
+        share = max(1, rows) + 1
+        if chart.styles.height is None or chart.styles.height.value != share:
+            chart.styles.height = f"{share}fr"
+
+    def _set_least(self, rows: int | None) -> None:
+        """Claims the rows that all trends need; a chart's own minimum would push the others out of the pane."""
+        if rows != self._least:
+            self._least = rows
+            self.styles.min_height = rows
 
     def show_reading(self, reading: Reading) -> None:
         """Draws the machine's line."""
@@ -69,6 +81,10 @@ def progress_line(session: Session) -> str:
         return "stopping the engine; what was measured is kept"
     if progress is None:
         return "starting the engine"
+    if session.building:
+        return (
+            f"compiling {session.building}, {figures.duration(session.building_s)} so far; it is kept for the next time"
+        )
     filled = round(progress.done * BAR)
     many = len(session.plan.cases)
     case = f"case {(session.case_number or 0) + 1} of {many} · " if many > 1 else ""
@@ -86,7 +102,7 @@ def rate_trends(session: Session) -> tuple[Trend, ...]:
         if row is not None and row.ended is not None:
             trends.append(Trend(name, note=f"{row.ended.status}: {row.ended.reason}"))
         elif series is None or not series.points:
-            note = row.step if row is not None and row.step else "waiting"
+            note = in_step(row.step) if row is not None and row.step else "waiting"
             trends.append(Trend(name, note=note if session.active else "no samples"))
         else:
             trends.append(_trend(name, series, figures.rate))

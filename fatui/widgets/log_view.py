@@ -85,7 +85,8 @@ class LogView(ScrollView, can_focus=True):
     def watch_scroll_y(self, old: float, new: float) -> None:
         """Stops following where a person scrolls up, and follows again once they are back at the end."""
         super().watch_scroll_y(old, new)
-        if new != old:
+        if new < old or new >= self.max_scroll_y:
+            # Going down short of an end that has moved on meanwhile is no reason to stop.
             self._following = new >= self.max_scroll_y
 
     @property

@@ -18,6 +18,7 @@ from fatui.widgets.choice import Choice
 from fatui.widgets.slider import Slider
 
 LABELS: Final = {"batch": "batch", "seq": "seq", "head_dim": "head dim", "heads": "heads", "kv_heads": "K/V heads"}
+CANNOT: Final = "cannot run"
 MASKS: Final = ("none", "causal", "window:256", "window:1024", "window:4096")
 BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
 
@@ -64,9 +65,11 @@ class WorkloadPane(Vertical):
             stops = divisors(max(draft.axes["heads"])) if name == "kv_heads" else STOPS[name]
             self.query_one(f"#axis-{name}", Slider).show(values, stops=stops, sweeping=draft.sweeping)
         for name in ("dtype", "mask", "pass_"):
-            self.query_one(f"#choice-{name}", Choice).show(getattr(draft, name))
+            self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
         self.border_title = f"Workload · {draft.title()}"
-        self._line("cases", cases_text(draft))
+        cases = cases_text(draft)
+        self._line("cases", cases)
+        self.query_one("#workload-cases").set_class(cases.startswith(CANNOT), "-bad")
         self._line("counts", counts_text(draft))
 
     def show_words(self, needs: str, takes: str, keys: dict[str, str]) -> None:
@@ -91,7 +94,7 @@ class WorkloadPane(Vertical):
     @on(Choice.Changed)
     def _take_choice(self, event: Choice.Changed) -> None:
         event.stop()
-        self._edit(self.draft.change(**{(event.choice.id or "").removeprefix("choice-"): event.value}))
+        self._edit(self.draft.set_choice((event.choice.id or "").removeprefix("choice-"), event.values))
 
     def _edit(self, draft: Draft) -> None:
         self.show(draft)
@@ -111,12 +114,15 @@ def cases_text(draft: Draft) -> str:
     try:
         count = len(draft.workloads())
     except UsageError as error:
-        return f"cannot run: {'; '.join(error.problems)}"
+        return f"{CANNOT}: {'; '.join(error.problems)}"
     if draft.cases:
         return f"{count} cases of the preset, the sliders show the first; moving one leaves the rest behind"
     parts = [f"{LABELS[name]} {say_values(values)}" for name, values in draft.axes.items() if len(values) > 1]
+    parts += [f"{name.rstrip('_')} {', '.join(values)}" for name, values in draft.several.items()]
     if draft.sweeping:
-        swept = " x ".join(parts) if parts else "space marks a value on a slider, or type 128,512 or 128..4k"
+        swept = (
+            " x ".join(parts) if parts else "space marks a value on a slider or a choice, or type 128,512 or 128..4k"
+        )
         return f"{count} case{'s' if count > 1 else ''}: {swept}"
     extra = [f"{name} {value}" for name in ("kv_seq", "value_dim") if (value := getattr(draft, name)) is not None]
     return f"{' and '.join(extra)}, from the preset" if extra else ""

@@ -134,3 +134,10 @@ def test_the_estimate_grows_with_cases_and_with_slow_calls():
 def test_ascii_keeps_every_width():
     text = "├──●──┤ 49.6 ±0.4x ★ ≈ 1 ▁▂█ … ☃"
     assert plain(text).isascii() and len(plain(text)) == len(text)
+
+
+def test_a_grid_over_types_and_masks_becomes_a_sweep():
+    grid = tuple(Workload(dtype=dtype, mask=mask) for dtype in ("float32", "float16") for mask in ("none", "causal"))
+    swept = draft_of(Plan(cases=grid, implementations=("baseline",)), "grid")
+    assert swept.sweeping and set(swept.workloads()) == set(grid)
+    assert swept.several == {"dtype": ("float32", "float16"), "mask": ("none", "causal")}

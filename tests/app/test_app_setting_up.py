@@ -179,3 +179,39 @@ def test_a_machine_without_a_backend_is_told_in_words():
         assert "MLX has no backend" in stage.seen()
 
     on_stage(play)
+
+
+def test_a_sweep_takes_several_types_masks_and_passes():
+    async def play(stage):
+        await stage.press("s")
+        stage.find("#choice-dtype", Choice).focus()
+        await stage.press("home")
+        assert stage.app.draft.choices("dtype") == ("float16",)
+        assert "┼float32" in stage.seen()
+        await stage.press("space")
+        assert stage.app.draft.choices("dtype") == ("float16", "float32")
+        stage.find("#choice-mask", Choice).focus()
+        await stage.press("right", "space", "3", "0", "0", "space")
+        assert stage.app.draft.choices("mask") == ("none", "causal", "window:300")
+        stage.find("#choice-pass_", Choice).focus()
+        await stage.press("end", "space")
+        assert len(stage.app.draft.workloads()) == 12
+        assert "12 cases: dtype float16, float32" in stage.seen() and "3 values" in stage.seen()
+        await stage.press("s")
+        assert [stage.app.draft.choices(name) for name in ("dtype", "mask")] == [("float16",), ("none",)]
+
+    on_stage(play)
+
+
+def test_one_that_tries_says_what_its_last_trial_chose():
+    async def play(stage):
+        untried = Route(path="not tried yet", fused=True, reason="tries them on first use", predicted_bytes=1)
+        advise(stage.app, demo=untried)
+        await stage.pilot.pause()
+        assert "tries them in the run" in stage.seen()
+        await stage.run_to_the_end()
+        stage.app.main.show_draft()
+        await stage.pilot.pause()
+        assert "poc, tuned, last run" in stage.seen()
+
+    on_stage(play)

@@ -149,3 +149,35 @@ def test_ascii_draws_nothing_else():
 def test_every_action_has_its_own_key():
     keys = [action.key for action in actions.ACTIONS]
     assert len(keys) == len(set(keys))
+
+
+def test_keys_of_the_further_screens_are_other_ones_and_the_help_tells_them():
+    config("[keys]\npresets_delete = 'f8'\nhistory_delete = 'f8'\nback = 'f10'\npresets = 'f7'\n")
+
+    async def play(stage):
+        assert not stage.app.settings.problems
+        await stage.press("f7")
+        assert "f8 Delete" in stage.seen() and "f10 Back" in stage.seen()
+        await stage.press("d")
+        assert "comes with fatui" not in stage.app.journal.text()
+        await stage.press("f8")
+        assert "comes with fatui" in stage.app.journal.text()
+        await stage.press("question_mark")
+        assert "f8            Delete one of your own" in stage.seen()
+        assert "f10, f7       Back" in stage.seen()
+        await stage.press("f10")
+        assert not isinstance(stage.app.screen, Help)
+        await stage.press("f7")
+        assert stage.app.screen is stage.app.main
+
+    on_stage(play)
+
+
+def test_a_key_that_two_actions_of_one_screen_have_is_told():
+    config("[keys]\npresets_undo = 'f8'\nhistory_undo = 'f8'\nquit = 'f8'\n")
+
+    async def play(stage):
+        assert "keys.quit: 'f8' is also the key of presets_undo" in stage.app.journal.text()
+        assert "keys.history_undo" not in stage.app.journal.text()
+
+    on_stage(play)

@@ -1,0 +1,80 @@
+"""Long runs: memory stays within its buffers, and drawing takes no longer."""
+
+import asyncio
+import gc
+import time
+from statistics import median
+
+import psutil
+from stage import on_stage
+
+from fatui.widgets.log_view import LogView
+
+CASES = 200
+ROUNDS = 35
+"""Events of rounds in a case, which make it 10,000 in all with those that are there in any case."""
+MOST_BYTES = 24 * 2**20
+"""What all of it may add: 200 cases with their rows and samples, 10,000 lines of log, 512 points a trend."""
+
+
+async def repaint_s(stage):
+    """Median time to take in what is new and to draw it."""
+    taken = []
+    for _ in range(5):
+        stage.engine.rounds(1, case=stage.app.session.case_number)
+        began = time.perf_counter()
+        stage.app.main.show_run()
+        await stage.pilot.pause()
+        taken.append(time.perf_counter() - began)
+    return median(taken)
+
+
+async def play_case(stage, case):
+    stage.engine.begin_case(case)
+    for _ in range(ROUNDS):
+        stage.engine.rounds(1, case=case)
+    stage.engine.end_case(case)
+    while not stage.app.session.is_final(case):
+        await asyncio.sleep(0)
+
+
+def test_10_000_events_of_200_cases_and_100_000_lines_stay_within_their_buffers():
+    heard, process = 0, psutil.Process()
+
+    async def play(stage):
+        nonlocal heard
+        draft = stage.app.draft.toggle_sweep().toggle("practical").toggle("demo")
+        stage.app.set_draft(draft.set_axis("batch", tuple(range(1, 21))).set_axis("seq", tuple(range(64, 74))))
+        await stage.press("r")
+        assert len(stage.engine.record.cases) == CASES
+        stage.engine.begin()
+        tell = stage.engine.tell
+
+        def count(*events):
+            nonlocal heard
+            heard += len(events)
+            tell(*events)
+
+        stage.engine.tell = count
+        for case in range(10):
+            await play_case(stage, case)
+        early = await repaint_s(stage)
+        gc.collect()
+        before = process.memory_info().rss
+        for case in range(10, CASES):
+            await play_case(stage, case)
+        for number in range(100_000):
+            stage.app.journal.write(f"line {number}")
+        stage.app.main.show_run()
+        await stage.pilot.pause()
+        gc.collect()
+        grown = process.memory_info().rss - before
+        late = await repaint_s(stage)
+        print(f"{heard} events, {grown / 2**20:.1f} MiB; repaint {1e3 * early:.1f} ms, then {1e3 * late:.1f} ms")
+        assert heard >= 10_000
+        assert grown < MOST_BYTES
+        assert len(stage.find("#log-view", LogView)._lines) <= 10_000
+        assert all(len(series.points) <= 512 for series in stage.app.session.rates.values())
+        assert late < 2 * early + 0.02
+
+    on_stage(play)
