@@ -5,10 +5,13 @@ from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
+from msgspec import structs
+
 from attention import events as on
 from attention import implementations
 from attention.device import Device, environment, probe
 from attention.implementations.protocol import NeedsBuilding
+from attention.measure.clock import shared_calls
 from attention.measure.rounds import Arm, Limits, run_rounds
 from attention.plan import Assignment
 from attention.roofline import measure_peaks
@@ -18,7 +21,8 @@ from attention.workload import Workload
 if TYPE_CHECKING:
     from attention.measure.prepare import CaseSetting
 
-ROUNDS_WANTED: Final = 40
+ROUNDS_WANTED: Final = 400
+"""Many short samples beat few long ones: the two of a pair then find the machine in the same state."""
 SHORTEST_SAMPLE_S: Final = 0.005
 LONGEST_SAMPLE_S: Final = 0.1
 FIRST_LOOK_S: Final = 1.0
@@ -77,7 +81,7 @@ class Bench:
             for name in names:
                 self._fail(name, error)
             return "failed"
-        arms = [arm for name in names if (arm := self._prepare(name, setting)) is not None]
+        arms = self._arms(names, setting)
         return self._run_rounds(arms, self._plan.seconds) if arms else "failed"
 
     def _is_to_run(self, name: str, workload: Workload, device: Device) -> bool:
@@ -107,7 +111,7 @@ class Bench:
         """Shows what the others do while there is nothing else to see; none of it enters the result."""
         if ready:
             setting = self._setting(workload, device, len(ready))
-            arms = [arm for name in ready if (arm := self._prepare(name, setting)) is not None]
+            arms = self._arms(ready, setting)
             if arms:
                 self._run_rounds(arms, FIRST_LOOK_S)
                 rates = (f"{arm.name} {workload.tokens / median(arm.samples):,.0f} tokens/s" for arm in arms)
@@ -142,6 +146,13 @@ class Bench:
             teller=self._teller,
         )
 
+    def _arms(self, names: list[str], setting: "CaseSetting") -> list[Arm]:
+        arms = [arm for name in names if (arm := self._prepare(name, setting)) is not None]
+        numbers = shared_calls([arm.call_s for arm in arms], setting.sample_s, setting.workload.output_bytes)
+        for arm, calls in zip(arms, numbers, strict=True):
+            arm.calls = calls
+        return arms
+
     def _prepare(self, name: str, setting: "CaseSetting") -> Arm | None:
         from attention.measure.prepare import prepare
 
@@ -153,7 +164,7 @@ class Bench:
 
     def _run_rounds(self, arms: list[Arm], seconds: float) -> str:
         reference = arms[0]
-        again = Arm(name=on.AGAIN, runner=reference.runner, calls=reference.calls, lead_in=reference.lead_in)
+        again = structs.replace(reference, name=on.AGAIN, samples=[])
         self._teller.emit(on.ReferenceChosen(case=self._teller.case, implementation=reference.name))
         stream = SampleStream(self._teller)
         try:

@@ -19,7 +19,7 @@ class Interval(Struct, frozen=True, kw_only=True):
 
 
 class Ratio(Struct, frozen=True, kw_only=True):
-    """A speedup: geometric mean of paired ratios with its 95 % interval; above 1 is faster than the reference."""
+    """A speedup: median of paired ratios, or geometric mean of cases, with a 95 % interval; above 1 is faster."""
 
     value: float
     low: float
@@ -29,10 +29,10 @@ class Ratio(Struct, frozen=True, kw_only=True):
 
 
 class NoiseFloor(Struct, frozen=True, kw_only=True):
-    """The reference measured against itself in the same rounds."""
+    """The reference measured against itself in the same rounds, with a 99 % interval."""
 
     value: float
-    """Geometric mean of the ratios; 1 but for noise."""
+    """Median of the ratios; 1 but for noise."""
     low: float
     high: float
     floor: float

@@ -1,17 +1,16 @@
 """Intervals for what was measured: paired and unpaired ratios, medians, and when a difference is one."""
 
 import math
-import random
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import NormalDist, fmean, median, stdev
 from typing import Final
 
 from attention.report import Interval, NoiseFloor, Ratio
 
 CONFIDENCE: Final = 0.95
-RESAMPLES: Final = 2000
-FEWEST_FOR_BOOTSTRAP: Final = 8
-NO_SPREAD: Final = 1e-9
+FLOOR_CONFIDENCE: Final = 0.99
+"""Of the noise floor: what is called a win must lie outside of it, so it is drawn with more care."""
 SMALLEST_FLOOR: Final = 0.005
 """No difference under half a percent is called one: code and data alignment alone move a time by that much."""
 
@@ -45,38 +44,10 @@ def student_t(probability: float, freedom: float) -> float:
     return math.sqrt(freedom * y)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean by Student's t; for two values or more."""
-    half = student_t((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Interval of a mean by Student's t, 95 % unless given; for two values or more."""
+    half = student_t((1 + confidence) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a mean by the studentised bootstrap; few values take Student's t instead.
-
-    Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), 12.5. The plain percentile bootstrap is too
-    narrow for the few dozen samples of a run.
-    """
-    count = len(values)
-    centre, error = fmean(values), stdev(values) / math.sqrt(count)
-    if count < FEWEST_FOR_BOOTSTRAP or error < NO_SPREAD:
-        return mean_interval(values)
-    pivots = _studentised_means([value - centre for value in values], random.Random(seed))
-    low, high = (pivots[int(part * (len(pivots) - 1))] for part in ((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2))
-    return centre - low * error, centre - high * error
-
-
-def _studentised_means(deviations: Sequence[float], draw: random.Random) -> list[float]:
-    """Means of resamples over their own standard errors, sorted; a resample of one repeated value has none."""
-    count = len(deviations)
-    pivots = []
-    for _ in range(RESAMPLES):
-        again = draw.choices(deviations, k=count)
-        mean = sum(again) / count
-        variance = sum(value * value for value in again) / count - mean * mean
-        if variance > NO_SPREAD**2:
-            pivots.append(mean / math.sqrt(variance / (count - 1)))
-    return sorted(pivots)
 
 
 def log_ratios(reference: Sequence[float], times: Sequence[float]) -> list[float]:
@@ -84,25 +55,38 @@ def log_ratios(reference: Sequence[float], times: Sequence[float]) -> list[float
     return [math.log(a / b) for a, b in zip(reference, times, strict=False)]
 
 
+def ratio_interval(logs: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """Middle, low and high of paired log ratios: the median with its order-statistic interval, for two or more.
+
+    A machine that others share too runs in phases, fast and slow ones, and the pairs that straddle a change are far out
+    on either side: a mean moves with them, the median does not, and its interval assumes nothing of the distribution.
+    So few pairs that even their whole range is no such interval take the mean and Student's t.
+    """
+    if 2 * 0.5 ** len(logs) > 1 - confidence:
+        return fmean(logs), *mean_interval(logs, confidence)
+    interval = median_interval(logs, confidence)
+    return interval.median, interval.low, interval.high
+
+
 def noise_floor(reference: Sequence[float], again: Sequence[float]) -> NoiseFloor | None:
-    """The reference against itself, or None for fewer than two rounds."""
+    """The reference against itself with a 99 % interval, or None for fewer than two rounds."""
     logs = log_ratios(reference, again)
     if len(logs) < 2:
         return None
-    low, high = bootstrap_interval(logs)
+    middle, low, high = ratio_interval(logs, FLOOR_CONFIDENCE)
     floor = max(math.expm1(abs(low)), math.expm1(abs(high)), SMALLEST_FLOOR)
-    return NoiseFloor(value=math.exp(fmean(logs)), low=math.exp(low), high=math.exp(high), floor=floor)
+    return NoiseFloor(value=math.exp(middle), low=math.exp(low), high=math.exp(high), floor=floor)
 
 
 def speedup(reference: Sequence[float], times: Sequence[float], floor: NoiseFloor | None) -> Ratio | None:
-    """Paired speedup over the reference: geometric mean and interval, or None for fewer than two rounds.
+    """Paired speedup over the reference with its interval, or None for fewer than two rounds.
 
     It is significant when the whole interval lies outside the noise floor; never without a floor.
     """
     logs = log_ratios(reference, times)
     if len(logs) < 2:
         return None
-    return _ratio(fmean(logs), *bootstrap_interval(logs), floor.floor if floor else math.inf)
+    return _ratio(*ratio_interval(logs), floor.floor if floor else math.inf)
 
 
 def unpaired_ratio(before: Sequence[float], after: Sequence[float], floor: float = SMALLEST_FLOOR) -> Ratio | None:
@@ -126,24 +110,25 @@ def _ratio(middle: float, low: float, high: float, floor: float) -> Ratio:
     )
 
 
-def median_interval(samples: Sequence[float]) -> Interval:
-    """Median with its 95 % interval from order statistics, free of any assumption on the distribution.
+def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Median with its interval (95 % unless given) from order statistics, whatever the distribution.
 
     Conover, "Practical Nonparametric Statistics", 3.2. With five samples or fewer it is their whole range.
     """
     ordered = sorted(samples)
-    rank = _rank_below_median(len(ordered))
+    rank = _rank_below_median(len(ordered), confidence)
     return Interval(median=median(ordered), low=ordered[rank], high=ordered[-1 - rank])
 
 
-def _rank_below_median(count: int) -> int:
-    """Largest r for which the r-th smallest and r-th largest of count values enclose the median 95 times in 100."""
+@lru_cache(maxsize=4096)
+def _rank_below_median(count: int, confidence: float) -> int:
+    """Largest r for which the r-th smallest and r-th largest of count values enclose the median that surely."""
     if count > 200:  # the binomial is normal enough, and its terms would leave a float's range
-        return int((count - NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(count)) / 2) - 1
+        return int((count - NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(count)) / 2) - 1
     below = 0.0
     for rank in range(count // 2):
         below += math.comb(count, rank) * 0.5**count
-        if below > (1 - CONFIDENCE) / 2:
+        if below > (1 - confidence) / 2:
             return max(rank - 1, 0)
     return max(count // 2 - 1, 0)
 

@@ -1,6 +1,7 @@
 """How long one call takes: queued calls evaluated together, and single calls evaluated by themselves."""
 
 import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Final
 
@@ -10,6 +11,8 @@ QUEUED_BYTES: Final = 2**28
 """Outputs that the calls of one sample may hold together."""
 MOST_CALLS: Final = 1000
 SETTLED: Final = 0.03
+ALIKE: Final = 1.6
+"""Runners whose calls differ by less than this factor take samples of as many calls."""
 LATENCY_CALLS: Final = 30
 
 
@@ -24,6 +27,20 @@ def calls_for(call_s: float, sample_s: float, output_bytes: int) -> int:
     """Calls that make a sample last about sample_s seconds without holding too much memory in their outputs."""
     by_time = round(sample_s / call_s)
     return max(1, min(by_time, QUEUED_BYTES // output_bytes, MOST_CALLS))
+
+
+def shared_calls(call_s: Sequence[float], sample_s: float, output_bytes: int) -> list[int]:
+    """Calls of a sample for several runners at once: those of about one speed get the same number.
+
+    What a sample costs beyond its calls is shared among them: with other numbers, two equal runners seem to differ.
+    """
+    calls = [0] * len(call_s)
+    head_s, shared = 0.0, 0
+    for index in sorted(range(len(call_s)), key=lambda index: call_s[index]):
+        if not shared or call_s[index] > ALIKE * head_s:
+            head_s, shared = call_s[index], calls_for(call_s[index], sample_s, output_bytes)
+        calls[index] = shared
+    return calls
 
 
 def warm_up(runner: Runner, call_s: float, least_s: float, sample_s: float, output_bytes: int) -> float:

@@ -11,7 +11,7 @@ from attention.device import Device
 from attention.implementations.protocol import Implementation, Runner
 from attention.implementations.runner import runner_for
 from attention.measure.accuracy import Judge
-from attention.measure.clock import calls_for, latency, warm_up
+from attention.measure.clock import latency, warm_up
 from attention.measure.rounds import Arm
 from attention.teller import Teller
 from attention.workload import Workload
@@ -55,8 +55,7 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     setting.teller.emit(on.MemoryMeasured(case=setting.teller.case, implementation=name, peak_bytes=peak))
     if call_s < SLOW_CALL_S:
         call_s = _settle(name, runner, call_s, setting)
-    calls = calls_for(call_s, setting.sample_s, setting.workload.output_bytes)
-    return Arm(name=name, runner=runner, calls=calls, lead_in=setting.device.backend != "cpu")
+    return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu")
 
 
 def _bind(implementation: Implementation, setting: CaseSetting, inputs: "list[mx.array]") -> Runner:

@@ -12,11 +12,11 @@ from msgspec import Struct, field
 
 from attention.implementations.protocol import Runner
 from attention.measure.clock import take_sample
-from attention.statistics import log_ratios, mean_interval
+from attention.statistics import log_ratios, ratio_interval
 
 FEWEST_ROUNDS: Final = 3
 FEWEST_FOR_PRECISION: Final = 10
-"""Rounds before an interval is narrow enough to stop for: fewer agree by chance too often."""
+"""Rounds between looks at the intervals: fewer agree by chance too often, and looking takes time."""
 
 
 class Arm(Struct, kw_only=True, eq=False):
@@ -24,7 +24,9 @@ class Arm(Struct, kw_only=True, eq=False):
 
     name: str
     runner: Runner
-    calls: int
+    call_s: float
+    """Seconds that a call took before the rounds."""
+    calls: int = 1
     """Calls of one sample."""
     lead_in: bool = False
     """Whether each sample follows an untimed one of the same length, so that all find the same clocks and power."""
@@ -81,7 +83,7 @@ def run_rounds(
         after(arms)
         if not arms:
             return "failed"
-        if count >= FEWEST_FOR_PRECISION and narrow_enough(arms, limits.precision):
+        if count % FEWEST_FOR_PRECISION == 0 and narrow_enough(arms, limits.precision):
             return "precision"
         if count >= FEWEST_ROUNDS and time.perf_counter() - started >= limits.seconds:
             return "time"
@@ -89,13 +91,10 @@ def run_rounds(
 
 
 def narrow_enough(arms: list[Arm], precision: float) -> bool:
-    """Whether the interval of every arm's ratio to the first is narrower than the precision.
-
-    Student's interval stands in for the bootstrap's here, which is too slow to be made after every round.
-    """
+    """Whether the interval of every arm's ratio to the first is narrower than the precision."""
     reference = arms[0].samples
     for arm in arms[1:]:
-        low, high = mean_interval(log_ratios(reference, arm.samples))
+        _, low, high = ratio_interval(log_ratios(reference, arm.samples))
         if expm1(high - low) > precision:
             return False
     return True

@@ -46,7 +46,7 @@ def rounds(arms: list[Arm], seconds: float = 0.2, precision: float = 0.01) -> tu
 
 
 def arm(name: str, seconds: float = 0.001, fails_at: int | None = None, lead_in: bool = False) -> Arm:
-    return Arm(name=name, runner=Sleeper(seconds, fails_at), calls=1, lead_in=lead_in)
+    return Arm(name=name, runner=Sleeper(seconds, fails_at), call_s=seconds, lead_in=lead_in)
 
 
 def test_each_round_takes_every_arm_once_in_an_order_that_changes() -> None:
@@ -97,6 +97,11 @@ def test_calls_of_a_sample_fill_its_time_within_the_memory_of_their_outputs() ->
     assert clock.calls_for(1e-6, 0.02, output_bytes=1) == clock.MOST_CALLS
     assert clock.calls_for(1e-6, 0.02, output_bytes=2**27) == 2
     assert clock.calls_for(1e-6, 0.02, output_bytes=2**30) == 1
+
+
+def test_runners_of_about_one_speed_take_samples_of_as_many_calls() -> None:
+    assert clock.shared_calls([0.0030, 0.0036, 0.0004, 0.02], 0.005, output_bytes=1) == [2, 2, 12, 1]
+    assert clock.shared_calls([], 0.005, output_bytes=1) == []
 
 
 def test_warming_up_lasts_until_two_samples_agree() -> None:

@@ -29,21 +29,36 @@ def test_mean_interval_agrees_with_scipy() -> None:
     assert statistics.mean_interval(values) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [8, 20])
-def test_bootstrap_interval_covers_the_mean_95_times_in_100(count: int) -> None:
-    covered = 0
-    for seed in range(160):
-        draw = random.Random(seed)
-        low, high = statistics.bootstrap_interval([draw.gauss(0, 0.05) for _ in range(count)], seed)
+def two_phases(draw: random.Random, rounds: int) -> tuple[list[float], list[float]]:
+    """Two arms of one speed on a machine that is half again as slow for a while, and then fast again."""
+    slow, pairs = False, []
+    for _ in range(rounds):
+        pair = []
+        for _ in range(2):
+            slow = slow ^ (draw.random() < 0.1)
+            pair.append((1.5 if slow else 1.0) * math.exp(draw.gauss(0, 0.01)))
+        pairs.append(pair)
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def test_a_ratios_interval_covers_1_on_a_machine_that_runs_in_phases() -> None:
+    covered, widths = 0, []
+    for seed in range(400):
+        _, low, high = statistics.ratio_interval(statistics.log_ratios(*two_phases(random.Random(seed), 100)))
         covered += low <= 0 <= high
-    assert 0.9 <= covered / 160 <= 0.99
+        widths.append(high - low)
+    assert 0.93 <= covered / 400 <= 0.99
+    assert fmean(widths) < 0.01  # a mean's would be seven times as wide
 
 
-def test_bootstrap_interval_agrees_with_scipys_normal_one_on_many_samples() -> None:
-    draw = random.Random(2)
-    values = [draw.gauss(0, 1) for _ in range(400)]
-    expected = stats.t.interval(0.95, 399, loc=fmean(values), scale=stats.sem(values))
-    assert statistics.bootstrap_interval(values) == pytest.approx(expected, abs=0.01)
+@pytest.mark.parametrize("rounds", [3, 5, 6, 30])
+def test_a_ratios_interval_covers_1_with_few_rounds(rounds: int) -> None:
+    covered = 0
+    for seed in range(400):
+        draw = random.Random(seed)
+        _, low, high = statistics.ratio_interval([draw.gauss(0, 0.05) for _ in range(rounds)])
+        covered += low <= 0 <= high
+    assert covered / 400 >= 0.9
 
 
 @pytest.mark.parametrize("count", [6, 9, 20, 60, 201, 5000])
