@@ -84,7 +84,15 @@ def run_on_the_command_line():
 
 
 def rates(report):
-    return {row.implementation: row.tokens_per_second for row in report.cases[0].rows if row.tokens_per_second}
+    """Tokens a second by the lower quartile of the samples: a machine that others share is slow for seconds at a time,
+    which moves a run's median by more than any app could.
+    """
+    case = report.cases[0]
+    return {
+        row.implementation: case.workload.tokens / statistics.quantiles(row.samples, n=4)[0]
+        for row in case.rows
+        if len(row.samples) > 3
+    }
 
 
 def test_the_app_takes_no_more_than_3_per_cent_of_what_it_measures():
