@@ -1,5 +1,6 @@
 """Small attention calls, and what float64 says of them."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,11 +8,14 @@ import mlx.core as mx
 import numpy as np
 
 from attention.device import Device
+from attention.implementations import NAMES
 from attention.masks import Mask
 from attention.reference import Rules, forward, gradients
 from attention.route import Needs
 from attention.workload import Workload
 
+INSTALLED = tuple(name for name in NAMES if name != "torch" or importlib.util.find_spec("torch"))
+"""The implementations that can run here: all, but for torch where it is not installed."""
 CPU = Device(backend="cpu", name="any", cores=2, memory_bytes=2**34, available_bytes=2**33)
 
 

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from attention_examples import INSTALLED
 
 from attention.implementations import get
 from attention.implementations.runner import make_inputs, runner_for
@@ -19,7 +20,7 @@ def results(name: str, workload: Workload, inputs: list[mx.array]) -> list[mx.ar
 
 
 @pytest.mark.parametrize("workload", [SMALL, TRAINING], ids=["forward", "training"])
-@pytest.mark.parametrize("name", ["baseline", "mlx", "practical", "torch", "poc"])
+@pytest.mark.parametrize("name", [name for name in INSTALLED if name != "demo"])
 def test_right_results_pass(name: str, workload: Workload) -> None:
     inputs = make_inputs(workload, 0)
     verdict = Judge(workload, inputs).check(results(name, workload, inputs))

@@ -1,15 +1,18 @@
 """Every implementation against float64: either the right answer, or a route that says no."""
 
+import importlib.util
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from attention_examples import CPU, EXAMPLES, TOLERANCE, Example, to_numpy
+from attention_examples import CPU, EXAMPLES, INSTALLED, TOLERANCE, Example, to_numpy
 
 from attention.errors import UnsupportedError
-from attention.implementations import NAMES, get
+from attention.implementations import get
 from attention.implementations.blocks import Blocks
 from attention.implementations.practical import Practical
 from attention.implementations.protocol import Implementation
+from attention.implementations.torch_sdpa import TorchSdpa
 from attention.workload import Workload
 
 
@@ -25,7 +28,7 @@ class InBlocks(Practical):
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    **{name: get(name) for name in NAMES},
+    **{name: get(name) for name in INSTALLED},
     "blocks of all keys": InBlocks(1000),
     "blocks of few keys": InBlocks(6),
 }
@@ -113,7 +116,7 @@ def test_works_under_grad_value_and_grad_and_compile(name: str) -> None:
         assert mx.allclose(one, three, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mlx", "poc", "torch"])
+@pytest.mark.parametrize("name", [name for name in INSTALLED if name in ("mlx", "poc", "torch")])
 def test_a_softcap_is_taken_or_refused_as_the_route_says(name: str) -> None:
     example = Example(softcap=2.0)
     supported = IMPLEMENTATIONS[name].route(example.workload(), CPU, example.needs).supported
@@ -132,6 +135,13 @@ def test_poc_says_that_it_falls_back() -> None:
     route = get("poc").route(Workload(head_dim=513), CPU)
     assert (route.path, route.fallback) == ("falls back: MLX SDPA", True)
     assert "takes head dims to 512, not 513" in route.reason
+
+
+def test_torch_says_how_to_get_it_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    route = TorchSdpa().route(Example().workload(), CPU)
+    assert not route.supported
+    assert "'peers' brings it" in route.reason
 
 
 def test_mlx_gives_its_own_reason_for_not_fusing() -> None:

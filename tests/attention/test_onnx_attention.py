@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from attention_examples import INSTALLED
 
 from attention import UnsupportedError, attention
-from attention.implementations import NAMES
 
 NO_SOFTCAP = ("mlx", "torch")
 """Implementations whose library has no softcap."""
@@ -98,7 +98,7 @@ def test_what_cannot_be_expressed_is_the_score_matrix_as_an_output() -> None:
     assert all("qk_matmul" in name for name in asking)
 
 
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("implementation", INSTALLED)
 def test_all_cases_agree_in_every_output_that_attention_has(implementation: str) -> None:
     refused = []
     for name, case in cases().items():
