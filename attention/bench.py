@@ -99,7 +99,7 @@ class Bench:
         needed = workload.input_bytes + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or device.available_bytes
         if needed > limit and not self._plan.force:
-            self._teller.end_row(name, "refused", f"needs {needed / 2**30:.3g} GiB of {limit / 2**30:.3g}")
+            self._teller.end_row(name, "refused", f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}")
             return False
         return True
 
