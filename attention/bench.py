@@ -69,18 +69,18 @@ class Bench:
         if not names:
             return "nothing to run"
         self._teller.at_rest()
-        slow = [name for name in names if self._needs_building(name, workload, device)]
-        if slow:
-            self._first_look([name for name in names if name not in slow], workload, device)
-            self._build(slow)
-            self._measure_peaks(device)  # what was built may know a better one
-            self._teller.begin(case)  # all are measured together, anew
         try:
             setting = self._setting(workload, device, len(names))
         except Exception as error:  # no memory for the inputs, say
             for name in names:
                 self._fail(name, error)
             return "failed"
+        slow = [name for name in names if self._needs_building(name, workload, device)]
+        if slow:
+            self._first_look([name for name in names if name not in slow], setting)
+            self._build(slow)
+            self._measure_peaks(device)  # what was built may know a better one
+            self._teller.begin(case)  # all are measured together, anew
         arms = self._arms(names, setting)
         return self._run_rounds(arms, self._plan.seconds) if arms else "failed"
 
@@ -107,15 +107,15 @@ class Bench:
         implementation = implementations.get(name)
         return isinstance(implementation, NeedsBuilding) and implementation.needs_building(workload, device)
 
-    def _first_look(self, ready: list[str], workload: Workload, device: Device) -> None:
+    def _first_look(self, ready: list[str], setting: "CaseSetting") -> None:
         """Shows what the others do while there is nothing else to see; none of it enters the result."""
-        if ready:
-            setting = self._setting(workload, device, len(ready))
-            arms = self._arms(ready, setting)
-            if arms:
-                self._run_rounds(arms, FIRST_LOOK_S)
-                rates = (f"{arm.name} {workload.tokens / median(arm.samples):,.0f} tokens/s" for arm in arms)
-                self._teller.say(f"a first look: {', '.join(rates)}; the others are being built")
+        arms = self._arms(ready, setting)
+        if arms:
+            self._run_rounds(arms, FIRST_LOOK_S)
+        seen = {arm.name: setting.workload.tokens / median(arm.samples) for arm in arms if arm.samples}
+        if seen:
+            rates = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in seen.items())
+            self._teller.say(f"a first look: {rates}; the others are being built")
 
     def _build(self, names: list[str]) -> None:
         """Lets implementations compile, outside every clock but their own."""

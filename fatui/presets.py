@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from attention.errors import UsageError, suggestion
 from fatui import paths
@@ -139,11 +139,6 @@ def restore(path: Path) -> Path:
     if not path.is_file():
         raise UsageError(f"preset: {path} is gone")
     return path.rename(target)
-
-
-def renamed(preset: Preset, name: str) -> Preset:
-    """The same preset under another name, not yet saved."""
-    return structs.replace(preset, name=name, source=None, bundled=False)
 
 
 def _own(name: str) -> Path:

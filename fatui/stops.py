@@ -68,8 +68,3 @@ def parse_values(text: str, name: str) -> tuple[int, ...]:
 def say_values(values: tuple[int, ...]) -> str:
     """128, 256, 512."""
     return ", ".join(say(value) for value in values)
-
-
-def nearest(number: int, stops: tuple[int, ...]) -> int:
-    """Index of the stop that is nearest by ratio."""
-    return min(range(len(stops)), key=lambda index: max(number / stops[index], stops[index] / number))

@@ -58,11 +58,6 @@ def report_table(report: Report, study: Study | None = None, width: int = WIDTH)
     return Group(*parts, _footer(report))
 
 
-def case_table(case: Case, width: int = WIDTH) -> RenderableType:
-    """One case: its title, its rows, and below them what did not run and why."""
-    return _case(case, _columns(case, _rate_unit([case])), None, 1, width)
-
-
 def _case(case: Case, columns: list[Column], number: int | None, count: int, width: int) -> RenderableType:
     chosen, gap = _fitted(columns, width)
     dropped = [column.head for column in columns if column.head not in {kept.head for kept in chosen}]

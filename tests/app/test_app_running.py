@@ -67,6 +67,7 @@ def test_quit_without_a_run_does_not_ask():
     async def play(stage):
         await stage.press("q")
         await stage.settle(lambda: stage.app._exit)
+        assert stage.app._exit
 
     on_stage(play)
 

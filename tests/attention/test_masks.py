@@ -101,4 +101,6 @@ def test_an_array_that_does_not_fit_is_told(array: mx.array, words: str) -> None
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (1, 4, 1), (2, 1, 1), (1, 2, 4, 5)])
 def test_arrays_that_broadcast_are_taken(shape: tuple[int, ...]) -> None:
-    masks.check_array(mx.zeros(shape), (1, 2, 4, 5))
+    array = mx.zeros(shape)
+    masks.check_array(array, (1, 2, 4, 5))
+    assert mx.broadcast_to(array, (1, 2, 4, 5)).shape == (1, 2, 4, 5)

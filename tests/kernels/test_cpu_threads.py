@@ -82,7 +82,8 @@ assert module.fma_peak() > 0
 
 def test_the_pool_is_rebuilt_after_a_fork():
     environment = {**os.environ, "FATUI_THREADS": "3"}
-    subprocess.run([sys.executable, "-c", AFTER_A_FORK], check=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", AFTER_A_FORK], check=False, env=environment, timeout=60)
+    assert done.returncode == 0
 
 
 def test_calls_from_many_threads_at_once_use_one_pool():
