@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 from attention import events as on
-from attention.plan import Plan
+from attention.plan import AnyPlan
 
 Emit = Callable[[on.AnyEvent], None]
 TELL_EVERY_S: Final = 0.25
@@ -20,7 +20,7 @@ class Teller:
         emit: takes an event to whoever listens.
     """
 
-    def __init__(self, plan: Plan, first_case: int, emit: Emit, mark: Callable[[int], None]) -> None:
+    def __init__(self, plan: AnyPlan, first_case: int, emit: Emit, mark: Callable[[int], None]) -> None:
         """Takes the plan, the case to begin with, where events go, and where the number at work is marked."""
         self.emit = emit
         self._mark = mark
