@@ -58,15 +58,8 @@ class Bench(CaseRunner[Plan]):
 
     def _is_to_run(self, name: str, workload: Workload, device: Device) -> bool:
         """Asks an implementation for its route; ends its row where it does not take the case, or will not fit."""
-        self._teller.at_work(name)
-        try:
-            route = implementations.get(name).route(workload, device)
-        except Exception as error:
-            self._fail(name, error)
-            return False
-        self._teller.emit(on.RouteFound(case=self._teller.case, implementation=name, route=route))
-        if not route.supported:
-            self._teller.end_row(name, "unsupported", route.reason)
+        route = self._taken_route(name, workload, device)
+        if route is None:
             return False
         needed = workload.input_bytes + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or device.available_bytes

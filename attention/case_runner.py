@@ -13,6 +13,7 @@ from attention.device import Device, environment, probe
 from attention.implementations.protocol import NeedsBuilding
 from attention.measure.rounds import Arm, Limits, run_rounds
 from attention.plan import AnyPlan, Assignment
+from attention.route import Route
 from attention.teller import TELL_EVERY_S, Emit, Teller
 from attention.workload import Workload
 
@@ -59,6 +60,20 @@ class CaseRunner(ABC, Generic[P]):
     def _run_case(self, case: int) -> str:
         """Measures one case, and says in a word what ended it."""
 
+    def _taken_route(self, name: str, workload: Workload, device: Device) -> Route | None:
+        """Tells an implementation's route; where it fails or does not take the workload, ends its row: None."""
+        self._teller.at_work(name)
+        try:
+            route = implementations.get(name).route(workload, device)
+        except Exception as error:
+            self._fail(name, error)
+            return None
+        self._teller.emit(on.RouteFound(case=self._teller.case, implementation=name, route=route))
+        if route.supported:
+            return route
+        self._teller.end_row(name, "unsupported", route.reason)
+        return None
+
     def _needs_building(self, name: str, workload: Workload, device: Device) -> bool:
         implementation = implementations.get(name)
         return isinstance(implementation, NeedsBuilding) and implementation.needs_building(workload, device)
@@ -103,7 +118,7 @@ class CaseRunner(ABC, Generic[P]):
         else:
             self._teller.at_rest()
 
-    def _tell_of(self, arm: Arm) -> None:  # noqa: B027
+    def _tell_of(self, arm: Arm) -> None:
         """Tells what else an arm knows when the rounds are over."""
 
     def _fail(self, name: str, error: Exception) -> None:

@@ -7,10 +7,12 @@ import msgspec
 from attention.report import Environment, Peaks
 from attention.route import Route
 
-Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds"]
+Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training"]
 Ending = Literal["failed", "refused", "unsupported"]
 AGAIN = "(again)"
 """The name under which the reference's second arm, the noise floor, stands among the samples."""
+WITHOUT = "(no attention)"
+"""The name under which a model whose attention does nothing stands among the samples."""
 
 
 class Event(msgspec.Struct, kw_only=True, tag_field="event"):
@@ -116,6 +118,49 @@ class RoundsDone(Event, tag="rounds_done"):
     """MLX's peak memory since the rounds began."""
 
 
+class WeightsMade(Event, tag="weights_made"):
+    """The model of a case is there."""
+
+    case: int
+    weights_bytes: int
+    """Of the whole model, whatever part of it runs."""
+
+
+class CallsCounted(Event, tag="calls_counted"):
+    """How often a model called attention in its first run or trace, and who computed it."""
+
+    case: int
+    implementation: str
+    replaced: int
+    """Computed by the implementation."""
+    passed_on: int
+    """Not taken by it, and computed by MLX's own."""
+    reason: str | None = None
+    """Why calls were passed on."""
+
+
+class LayersTimed(Event, tag="layers_timed"):
+    """What two numbers of layers say: the time of one layer, and of everything else."""
+
+    case: int
+    implementation: str
+    layer_s: float
+    fixed_s: float
+
+
+class IterationDone(Event, tag="iteration_done"):
+    """One iteration of a fine-tuning."""
+
+    case: int
+    implementation: str
+    """AGAIN for the reference's second fine-tuning."""
+    loss: float | None
+    """None where it is no number."""
+    seconds: float
+    active_bytes: int
+    peak_bytes: int
+
+
 class Progress(Event, tag="progress"):
     """How far the run is."""
 
@@ -158,7 +203,10 @@ class RunRefused(Event, tag="run_refused"):
 
 
 RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | Checked | MemoryMeasured | LatencyMeasured
-CaseEvent = CaseStarted | ReferenceChosen | RoundsDone | CaseDone | RowEvent
+ModelRowEvent = CallsCounted | LayersTimed
+CaseEvent = (
+    CaseStarted | ReferenceChosen | RoundsDone | WeightsMade | IterationDone | CaseDone | RowEvent | ModelRowEvent
+)
 AnyEvent = RunStarted | PeaksMeasured | Progress | Message | WorkerUnusable | RunRefused | RunDone | CaseEvent
 
 _encoder = msgspec.json.Encoder()

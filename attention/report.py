@@ -129,8 +129,8 @@ class FineTuningRow(Row, frozen=True, kw_only=True):
     """One implementation in a fine-tuning; `call_s` is one iteration, and the first one stands apart."""
 
     iterations_per_second: float | None = None
-    losses: tuple[float, ...] = ()
-    """The training loss of each iteration."""
+    losses: tuple[float | None, ...] = ()
+    """The training loss of each iteration; None where it is no number."""
     loss_difference: float | None = None
     """The largest difference from the reference's losses, relative to theirs; a row beyond the tolerance is marked."""
     replaced_calls: int | None = None

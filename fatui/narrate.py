@@ -3,7 +3,7 @@
 from typing import Final
 
 from attention import events as on
-from attention.plan import Plan
+from attention.plan import AnyPlan
 from fatui import figures
 from fatui.journal import Level
 
@@ -11,7 +11,7 @@ Said = tuple[str, Level] | None
 SILENT: Final = None
 
 
-def narrate(event: on.AnyEvent, plan: Plan) -> Said:
+def narrate(event: on.AnyEvent, plan: AnyPlan) -> Said:
     """The line for an event, with its level, or None for what needs none."""
     match event:
         case on.RunStarted():
@@ -36,7 +36,7 @@ def narrate(event: on.AnyEvent, plan: Plan) -> Said:
             return _narrate_case(event, plan)
 
 
-def _narrate_case(event: on.CaseEvent, plan: Plan) -> Said:
+def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> Said:
     match event:
         case on.CaseStarted():
             return f"case {event.case + 1} of {len(plan.cases)}: {plan.cases[event.case].label}", "info"

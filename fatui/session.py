@@ -178,7 +178,7 @@ class Session:
     def case(self, index: int) -> Case:
         """The rows of one case: final once it is complete, provisional while it runs."""
         final = self._final.get(index)
-        return final if final else standing(self.record.cases[index], self.record.peaks)
+        return final if final else standing(self.plan.cases[index], self.record.cases[index], self.record.peaks)
 
     def is_final(self, index: int) -> bool:
         """Whether the rows of a case will not change any more."""

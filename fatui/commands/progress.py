@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from attention import events as on
-from attention.plan import Plan
+from attention.plan import AnyPlan
 from fatui import figures
 from fatui.cli import tell
 
@@ -21,7 +21,7 @@ BAR_WIDTH: Final = 30
 class Narrator:
     """Listens to a run's events and says on stderr how far it is."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: AnyPlan) -> None:
         self._plan = plan
         self._bar = _bar() if sys.stderr.isatty() else None
         self._task = self._bar.add_task("starting", total=1.0, left="…") if self._bar else None

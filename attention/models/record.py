@@ -1,0 +1,172 @@
+"""Rows of models, from what was told of them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+from msgspec import structs
+
+from attention import statistics
+from attention.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
+from attention.record import UNITY, AnyRecord, CaseRecord, Measured, Record, RunRecord, timed_row
+from attention.report import (
+    FineTuningCase,
+    FineTuningRow,
+    ModelCase,
+    ModelRow,
+    NoiseFloor,
+    Ratio,
+    Report,
+    Row,
+    Run,
+    Share,
+)
+
+LOSS_TOLERANCE: Final = {"float32": 0.002, "float16": 0.02, "bfloat16": 0.02}
+"""Difference of a loss from the reference's, relative to it, that rounding alone may make over a fine-tuning."""
+
+
+def record_of(plan: AnyPlan) -> AnyRecord:
+    """An empty record for a plan of any kind."""
+    match plan:
+        case GenerationPlan():
+            return GenerationRecord(plan)
+        case FineTuningPlan():
+            return FineTuningRecord(plan)
+        case Plan():
+            return Record(plan)
+
+
+class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
+    """The state of a run of a model that generates."""
+
+    def report(self, run: Run) -> Report:
+        """Makes the report of what is known so far; cases that have nothing to show yet are left out."""
+        cases = tuple(self.case(index) for index in range(len(self.cases)))
+        shown = tuple(case for case in cases if case.rows)
+        return Report(run=run, environment=self.environment, peaks=self.peaks, models=shown)
+
+    def case(self, index: int) -> ModelCase:
+        """Makes the rows of one case from what is known so far."""
+        work, record = self.plan.cases[index], self.cases[index]
+        reference = record.rows[record.reference].samples if record.reference else []
+        floor = statistics.noise_floor(reference, record.again)
+        throttled = statistics.drifted(reference, floor.floor) if floor else None
+        rows = []
+        for name, measured in record.rows.items():
+            speedup = UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor)
+            row = timed_row(measured, record, tokens=work.tokens, speedup=speedup, throttled=throttled)
+            if row is not None:
+                rows.append(_model_row(row, measured, record))
+        return ModelCase(
+            workload=work,
+            reference=record.reference,
+            noise_floor=floor,
+            weights_bytes=record.weights_bytes,
+            rows=tuple(rows),
+        )
+
+
+def _model_row(row: Row, measured: Measured, record: CaseRecord) -> ModelRow:
+    layers, check = measured.layers, measured.check
+    # The difference of two models' logits is no error against float64, and has a place of its own.
+    fields = {**_fields(row), "max_error": None, "rms_error": None}
+    return ModelRow(
+        **fields,
+        **_counts(measured),
+        attention_share=None if measured.ended else attention_share(measured.samples, record.without),
+        layer_s=layers.layer_s if layers else None,
+        fixed_s=layers.fixed_s if layers else None,
+        logits_error=check.rms_error if check else None,
+    )
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    return structs.asdict(row)
+
+
+def _counts(measured: Measured) -> dict[str, int | None]:
+    calls = measured.calls
+    return {
+        "replaced_calls": calls.replaced if calls else None,
+        "passed_on_calls": calls.passed_on if calls else None,
+    }
+
+
+def attention_share(times: Sequence[float], without: Sequence[float]) -> Share | None:
+    """The part of a model's time that it is spared without attention, from paired rounds; None for fewer than two."""
+    logs = statistics.log_ratios(times, without)
+    if len(logs) < 2:
+        return None
+    middle, low, high = (1 - math.exp(-log) for log in statistics.ratio_interval(logs))
+    return Share(value=middle, low=low, high=high)
+
+
+class FineTuningRecord(RunRecord[FineTuningPlan, FineTuningCase]):
+    """The state of a run of fine-tunings."""
+
+    def report(self, run: Run) -> Report:
+        """Makes the report of what is known so far; cases that have nothing to show yet are left out."""
+        cases = tuple(self.case(index) for index in range(len(self.cases)))
+        shown = tuple(case for case in cases if case.rows)
+        return Report(run=run, environment=self.environment, peaks=self.peaks, fine_tunings=shown)
+
+    def case(self, index: int) -> FineTuningCase:
+        """Makes the rows of one case from what is known so far.
+
+        Fine-tunings run one after the other, so their times are not paired: speedups are ratios of two runs.
+        """
+        work, record = self.plan.cases[index], self.cases[index]
+        reference = record.rows[record.reference] if record.reference else None
+        floor = _unpaired_floor(reference.samples, record.again) if reference else None
+        rows = []
+        for name, measured in record.rows.items():
+            speedup = UNITY if name == record.reference else _unpaired(reference, measured, floor)
+            row = timed_row(measured, record, tokens=work.tokens, speedup=speedup, throttled=None)
+            if row is not None:
+                rows.append(_tuning_row(row, measured, reference, LOSS_TOLERANCE[work.dtype]))
+        return FineTuningCase(
+            workload=work,
+            reference=record.reference,
+            noise_floor=floor,
+            weights_bytes=record.weights_bytes,
+            rows=tuple(rows),
+        )
+
+
+def _unpaired_floor(first: Sequence[float], second: Sequence[float]) -> NoiseFloor | None:
+    ratio = statistics.unpaired_ratio(first, second)
+    if ratio is None:
+        return None
+    floor = max(ratio.high - 1, 1 / ratio.low - 1, statistics.SMALLEST_FLOOR)
+    return NoiseFloor(value=ratio.value, low=ratio.low, high=ratio.high, floor=floor)
+
+
+def _unpaired(reference: Measured | None, measured: Measured, floor: NoiseFloor | None) -> Ratio | None:
+    if reference is None:
+        return None
+    return statistics.unpaired_ratio(reference.samples, measured.samples, floor.floor if floor else math.inf)
+
+
+def _tuning_row(row: Row, measured: Measured, reference: Measured | None, tolerance: float) -> FineTuningRow:
+    difference = loss_difference(reference.losses, measured.losses) if reference else None
+    apart = row.status == "ok" and difference is not None and not difference <= tolerance
+    fields = _fields(row)
+    if apart:
+        fields["status"] = "inaccurate"
+        fields["reason"] = f"its losses are up to {difference:.2%} off the reference's; {tolerance:.2%} is allowed"
+    return FineTuningRow(
+        **fields,
+        **_counts(measured),
+        iterations_per_second=1 / row.call_s.median if row.call_s else None,
+        losses=tuple(measured.losses),
+        loss_difference=difference if difference is None or math.isfinite(difference) else None,
+    )
+
+
+def loss_difference(reference: Sequence[float | None], losses: Sequence[float | None]) -> float | None:
+    """The largest relative difference of two loss curves, as far as both go; infinite where one is no number."""
+    pairs = list(zip(reference, losses, strict=False))
+    if not pairs:
+        return None
+    return max(math.inf if a is None or b is None else abs(b - a) / max(abs(a), 1e-9) for a, b in pairs)
