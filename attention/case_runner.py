@@ -104,7 +104,7 @@ class CaseRunner(ABC, Generic[P]):
                 Limits(seconds=seconds, precision=self._plan.precision),
                 seed=self._plan.seed,
                 before=lambda arm: self._at_work(reference if arm is again else arm, rows),
-                failed=lambda arm, error: self._fail(arm.name, error) if id(arm) in rows else None,
+                failed=lambda arm, error: self._lose(arm, error, rows),
                 after=stream.take,
             )
         finally:
@@ -117,6 +117,12 @@ class CaseRunner(ABC, Generic[P]):
             self._teller.at_work(arm.name)
         else:
             self._teller.at_rest()
+
+    def _lose(self, arm: Arm, error: Exception, rows: set[int]) -> None:
+        if id(arm) in rows:
+            self._fail(arm.name, error)
+        else:
+            self._teller.say(f"{arm.name} could not be measured any further: {type(error).__name__}: {error}")
 
     def _tell_of(self, arm: Arm) -> None:
         """Tells what else an arm knows when the rounds are over."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final, Generic, TypeVar
 
 from msgspec import Struct, field, structs
@@ -9,7 +10,7 @@ from msgspec import Struct, field, structs
 from attention import events as on
 from attention import statistics
 from attention.plan import AnyPlan, Plan
-from attention.report import Case, Environment, Peaks, Ratio, Report, Row, Run, Summary
+from attention.report import AnyCase, Case, Environment, Peaks, Ratio, Report, Row, Run, Summary
 from attention.route import Route
 
 LOG_LINES: Final = 10_000
@@ -271,7 +272,7 @@ def _reason(measured: Measured) -> str | None:
     return measured.route.reason if measured.route else None
 
 
-def summarise(cases: tuple[Case, ...], implementations: tuple[str, ...]) -> tuple[Summary, ...]:
+def summarise(cases: Sequence[AnyCase], implementations: tuple[str, ...]) -> tuple[Summary, ...]:
     """Makes one line for each implementation: the geometric mean of its speedups over the cases it ran accurately."""
     lines = []
     for name in implementations:

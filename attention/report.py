@@ -214,3 +214,11 @@ class Report(Struct, frozen=True, kw_only=True):
     summary: tuple[Summary, ...] = ()
     models: tuple[ModelCase, ...] = ()
     fine_tunings: tuple[FineTuningCase, ...] = ()
+
+    @property
+    def all_cases(self) -> "tuple[AnyCase, ...]":
+        """The cases, of whatever kind the run was."""
+        return (*self.cases, *self.models, *self.fine_tunings)
+
+
+AnyCase = Case | ModelCase | FineTuningCase

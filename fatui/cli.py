@@ -18,6 +18,8 @@ INTERRUPTED: Final = 130
 
 COMMANDS: Final = {
     "bench": "measure a preset, or the shapes that options give, and print the table",
+    "model": "measure a whole model: tokens/s of prompts and of decoding, with each implementation in it",
+    "finetune": "fine-tune a model with each implementation in it: iterations/s, memory, loss curves",
     "doctor": "say what this machine has, what is missing, and what to do",
     "explain": "say which path each implementation would take, and why, without running it",
     "presets": "list presets, show one, or check a file",

@@ -12,7 +12,7 @@ from typing import Final, Literal, Protocol
 
 from attention import events as on
 from attention.plan import Plan
-from attention.record import Record, summarise
+from attention.record import AnyRecord, summarise
 from attention.report import Case, Report, Run
 from fatui.journal import Journal
 from fatui.narrate import narrate
@@ -31,7 +31,7 @@ KILL_AFTER_S: Final = 0.6
 class Drives(Protocol):
     """What the app needs of an engine."""
 
-    record: Record
+    record: AnyRecord
     process_id: int | None
 
     async def run(self) -> None:
@@ -97,7 +97,7 @@ class Session:
         self.building = ""
 
     @property
-    def record(self) -> Record:
+    def record(self) -> AnyRecord:
         """All that the engine has told."""
         return self.engine.record
 

@@ -37,42 +37,43 @@ class ModelArm(Arm, kw_only=True, eq=False):
     """Samples the whole model, or two numbers of its layers and estimates it from them.
 
     Attributes:
+        implementation: what is put in the place of the model's attention; the name may say that it is the second arm.
         short: with fewer layers, where the whole model does not run.
         layers: how many, and how many.
         steps: of one sample; times are those of one step.
         base_bytes: active memory that is not counted: the weights.
+        further_bytes: what the layers that do not run would keep: their keys and values.
         few_s, many_s: seconds of a step with fewer and with all layers that are there, one for each sample.
-        peak_bytes: above the base, of the first sample; an estimate where the whole model does not run.
+        peak_bytes: above the base, of the first sample, and the further bytes.
     """
 
+    implementation: str
     short: Runner | None
     layers: Layers
     steps: int
     base_bytes: int
+    further_bytes: int
     few_s: list[float] = field(default_factory=list)
     many_s: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
 
     def sample(self) -> None:
         """Adds one sample, in seconds a step."""
-        first = self.peak_bytes is None
-        with replaced(self.name):
+        with replaced(self.implementation):
             if self.lead_in:
                 take_sample(self.runner, 1)
-            many, peak = self._timed(self.runner, first)
-            few, few_peak = self._timed(self.short, first) if self.short else (many, peak)
+            if self.peak_bytes is None:
+                mx.reset_peak_memory()  # sets the peak to 0, not to what is active
+            many = self._timed(self.runner)
+            if self.peak_bytes is None:
+                self.peak_bytes = max(0, mx.get_peak_memory() - self.base_bytes) + self.further_bytes
+            few = self._timed(self.short) if self.short else many
         self.many_s.append(many)
         self.few_s.append(few)
         self.samples.append(self.layers.estimate(few, many) if self.short else many)
-        if first:
-            self.peak_bytes = round(self.layers.estimate(few_peak, peak)) if self.short else peak
 
-    def _timed(self, runner: Runner, with_memory: bool) -> tuple[float, int]:
-        """Seconds of a step, and the peak above the base."""
-        if with_memory:
-            mx.reset_peak_memory()  # sets the peak to 0, not to what is active
-        seconds = take_sample(runner, 1) / self.steps
-        return seconds, max(0, mx.get_peak_memory() - self.base_bytes)
+    def _timed(self, runner: Runner) -> float:
+        return take_sample(runner, 1) / self.steps
 
     @property
     def layer_s(self) -> float:

@@ -10,15 +10,15 @@ from msgspec import Struct
 from attention import events as on
 from attention.case_runner import CaseRunner
 from attention.device import Device, probe
+from attention.measure.prepare import SLOW_CALL_S
+from attention.measure.rounds import FEWEST_ROUNDS, Arm
 from attention.models import configuration
 from attention.models.arm import Layers, ModelArm
 from attention.models.fitting import Needed
 from attention.models.generation import PREFILL_STEP, DecodeRun, PrefillRun, Prompts
 from attention.models.network import Network
-from attention.models.replacing import replaced
+from attention.models.replacing import calls_of, replaced
 from attention.models.workloads import Generation
-from attention.measure.prepare import SLOW_CALL_S
-from attention.measure.rounds import FEWEST_ROUNDS, Arm
 from attention.plan import GenerationPlan
 from attention.workload import Workload
 
@@ -36,6 +36,7 @@ class Setting(Struct, eq=False):
     run: PrefillRun | DecodeRun
     short: PrefillRun | DecodeRun | None
     base_bytes: int
+    further_bytes: int
     lead_in: bool
     logits: mx.array | None = None
     """The reference's."""
@@ -108,6 +109,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             run=run(many),
             short=run(few) if work.estimated else None,
             base_bytes=base,
+            further_bytes=self._configuration.cache_bytes(work.layers - many, work.batch, work.prompt, work.dtype),
             lead_in=device.backend != "cpu" and work.phase == "prefill",
         )
 
@@ -137,9 +139,11 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             logits = setting.run.results()[0]
             call_s = time.perf_counter() - started
         teller.emit(on.FirstCall(case=teller.case, implementation=name, seconds=call_s))
-        teller.emit(counters.as_event(teller.case, name))
+        teller.emit(calls_of(counters, teller.case, name))
         self._compare(name, logits, setting)
-        self._taken_route(name, self._layer(setting.case), probe())  # one that chooses on first use knows its path only now
+        self._taken_route(
+            name, self._layer(setting.case), probe()
+        )  # one that chooses on first use knows its path only now
         if call_s < SLOW_CALL_S or setting.case.phase == "decode":
             teller.step(name, "warm up")
             with replaced(name):
@@ -188,6 +192,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
 def _arm(name: str, setting: Setting, call_s: float) -> ModelArm:
     return ModelArm(
         name=name,
+        implementation=name,
         runner=setting.run,
         call_s=call_s,
         lead_in=setting.lead_in,
@@ -195,4 +200,5 @@ def _arm(name: str, setting: Setting, call_s: float) -> ModelArm:
         layers=setting.layers,
         steps=setting.case.generate if setting.case.phase == "decode" else 1,
         base_bytes=setting.base_bytes,
+        further_bytes=setting.further_bytes,
     )

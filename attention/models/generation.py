@@ -1,4 +1,4 @@
-"""A prompt taken in and tokens made after it, step by step as `mlx_lm.generate.generate_step` does it, for any batch."""
+"""A prompt taken in and tokens made after it, step by step as mlx-lm's generate_step does it, for any batch."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -55,7 +55,7 @@ class PrefillRun:
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluates the logits."""
-        mx.eval(outputs)  # type: ignore[arg-type]
+        mx.eval(outputs)
 
     def results(self) -> list[mx.array]:
         """Runs once and returns the logits of the first token."""
@@ -96,7 +96,7 @@ class DecodeRun:
 
     def _queued(self, model: Any, token: mx.array) -> mx.array:
         following = mx.argmax(_next_logits(model, self._cache, token), axis=-1)
-        mx.async_eval(following)
+        mx.async_eval(following)  # type: ignore[no-untyped-call]
         return following
 
     def _trim(self, count: int) -> None:

@@ -55,7 +55,7 @@ class Network:
 
     def make(self) -> None:
         """Makes or reads the weights, a few at a time so that nothing is needed twice."""
-        for _, array in tree_flatten(self.model.parameters()):
+        for array in _arrays(self.model):
             mx.eval(array)
 
     @contextmanager
@@ -88,4 +88,9 @@ def _holder_of_layers(model: Any, name: str) -> Any:
 
 
 def _bytes(model: Any) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return sum(array.nbytes for array in _arrays(model))
+
+
+def _arrays(model: Any) -> list[mx.array]:
+    named: Any = tree_flatten(model.parameters())
+    return [array for _, array in named]

@@ -70,10 +70,9 @@ class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
 def _model_row(row: Row, measured: Measured, record: CaseRecord) -> ModelRow:
     layers, check = measured.layers, measured.check
     # The difference of two models' logits is no error against float64, and has a place of its own.
-    fields = {**_fields(row), "max_error": None, "rms_error": None}
+    fields = {**_fields(row, measured), "max_error": None, "rms_error": None}
     return ModelRow(
         **fields,
-        **_counts(measured),
         attention_share=None if measured.ended else attention_share(measured.samples, record.without),
         layer_s=layers.layer_s if layers else None,
         fixed_s=layers.fixed_s if layers else None,
@@ -81,13 +80,11 @@ def _model_row(row: Row, measured: Measured, record: CaseRecord) -> ModelRow:
     )
 
 
-def _fields(row: Row) -> dict[str, Any]:
-    return structs.asdict(row)
-
-
-def _counts(measured: Measured) -> dict[str, int | None]:
+def _fields(row: Row, measured: Measured) -> dict[str, Any]:
+    """What both kinds of rows have: all that every row has, and whose calls were replaced."""
     calls = measured.calls
     return {
+        **structs.asdict(row),
         "replaced_calls": calls.replaced if calls else None,
         "passed_on_calls": calls.passed_on if calls else None,
     }
@@ -151,13 +148,12 @@ def _unpaired(reference: Measured | None, measured: Measured, floor: NoiseFloor 
 def _tuning_row(row: Row, measured: Measured, reference: Measured | None, tolerance: float) -> FineTuningRow:
     difference = loss_difference(reference.losses, measured.losses) if reference else None
     apart = row.status == "ok" and difference is not None and not difference <= tolerance
-    fields = _fields(row)
+    fields = _fields(row, measured)
     if apart:
         fields["status"] = "inaccurate"
         fields["reason"] = f"its losses are up to {difference:.2%} off the reference's; {tolerance:.2%} is allowed"
     return FineTuningRow(
         **fields,
-        **_counts(measured),
         iterations_per_second=1 / row.call_s.median if row.call_s else None,
         losses=tuple(measured.losses),
         loss_difference=difference if difference is None or math.isfinite(difference) else None,

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from attention import implementations
 from attention.device import Device
-from attention.events import WITHOUT
+from attention.events import WITHOUT, CallsCounted
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask
 from attention.patch import Counters, patch_mlx_lm
@@ -30,7 +30,8 @@ class PassThrough:
         """Returns the query, in the output's shape."""
         width = v.shape[3]
         shaped = q if width == q.shape[3] else mx.broadcast_to(q[..., :1], (*q.shape[:3], width))
-        return mx.depends(shaped, [k, v])  # type: ignore[return-value]
+        kept: mx.array = mx.depends(shaped, [k, v])
+        return kept
 
 
 def of_name(name: str) -> Implementation:
@@ -43,3 +44,8 @@ def replaced(name: str) -> Iterator[Counters]:
     """As long as the context lasts, models attend by an implementation; yields how often."""
     with patch_mlx_lm(of_name(name)) as counters:
         yield counters
+
+
+def calls_of(counters: Counters, case: int, name: str) -> CallsCounted:
+    """What was counted, as an event."""
+    return CallsCounted(case=case, implementation=name, replaced=counters.replaced, passed_on=counters.passed_on)

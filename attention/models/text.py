@@ -49,7 +49,7 @@ def tokenizer_of(configuration: Configuration) -> Tokenizer:
     from mlx_lm.utils import load_tokenizer
 
     try:
-        loaded: Any = load_tokenizer(configuration.folder)
+        loaded: Any = load_tokenizer(configuration.folder)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever transformers raises for a folder that is not as it should be
         raise UsageError(f"model: the tokenizer of {configuration.folder} cannot be loaded: {error}") from error
     tokenizer: Tokenizer = loaded

@@ -30,7 +30,7 @@ class OutOfTime(Exception):
     """A fine-tuning was ended by its limit."""
 
 
-class _Teller(TrainingCallback):  # type: ignore[misc]
+class _Teller(TrainingCallback):
     """Passes each iteration on, and ends the training when its time is up."""
 
     def __init__(self, told: Told, seconds: float) -> None:
@@ -60,7 +60,7 @@ def fine_tune(
         Whether all iterations were made.
     """
     with _lora(network.model, work, seed), tempfile.TemporaryDirectory() as folder, _silence():
-        np.random.seed(seed)  # noqa: NPY002  # the trainer draws the order of its batches from here
+        np.random.seed(seed)  # the trainer draws the order of its batches from here
         settings = TrainingArgs(
             batch_size=work.batch,
             iters=iters,

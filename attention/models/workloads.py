@@ -1,6 +1,8 @@
 """What a model is asked to do: generate from a prompt, or be fine-tuned. Importing this imports no MLX."""
 
-from typing import Final, Literal
+import itertools
+from collections.abc import Sequence
+from typing import Any, Final, Literal
 
 from msgspec import Struct
 
@@ -8,6 +10,7 @@ from attention.errors import UsageError, suggestion
 from attention.workload import DTYPES, DType
 
 Phase = Literal["prefill", "decode"]
+PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 LARGEST: Final = {
     "batch": 4_096,
     "prompt": 1_048_576,
@@ -16,10 +19,13 @@ LARGEST: Final = {
     "rank": 4_096,
     "iters": 1_000_000,
     "layers": 10_000,
+    "tuned_layers": 10_000,
     "measured_layers": 10_000,
 }
 LEAST: Final = {"prompt": 2, "measured_layers": 2}
 """Where one is too few: a prompt's last token is a decode step, and two numbers of layers give a layer's time."""
+OPTIONS: Final = {"measured_layers": "layers", "tuned_layers": "lora-layers"}
+"""Where a field has another name for whoever gives it."""
 
 
 class Generation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,9 +71,31 @@ class Generation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def label(self) -> str:
         """The case in a few words, as tables and logs show it."""
-        work = f"prompt {self.prompt}" + (f", {self.generate} tokens" if self.phase == "decode" else "")
+        work = str(self.prompt) if self.phase == "prefill" else f"{self.generate} at {self.prompt}"
         part = f", estimated from {self.measured_layers} of {self.layers} layers" if self.estimated else ""
-        return f"{short_name(self.model)} {self.phase} B={self.batch} {work} {self.dtype}{part}"
+        return f"{short_name(self.model)} {self.phase} {work} B={self.batch} {self.dtype}{part}"
+
+
+def generations(
+    layers: int, *, model: str, prompts: Sequence[int], batches: Sequence[int], **fields: Any
+) -> tuple[Generation, ...]:
+    """Both phases at every batch and prompt length.
+
+    Raises:
+        UsageError: with the mistakes of all of them, each told once.
+    """
+    if (fields.get("measured_layers") or 0) >= layers:
+        fields["measured_layers"] = None
+    cases: dict[Generation, None] = {}
+    problems: dict[str, None] = {}
+    for batch, prompt, phase in itertools.product(batches, prompts, PHASES):
+        try:
+            cases[Generation(model=model, phase=phase, prompt=prompt, batch=batch, layers=layers, **fields)] = None
+        except UsageError as error:
+            problems.update(dict.fromkeys(error.problems))
+    if problems:
+        raise UsageError(*problems)
+    return tuple(cases)
 
 
 class FineTuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,7 +122,7 @@ class FineTuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Checks all fields."""
-        _check(self, ("seq", "batch", "iters", "rank", "layers"), self.dtype)
+        _check(self, ("seq", "batch", "iters", "rank", "tuned_layers", "layers"), self.dtype)
 
     @property
     def tokens(self) -> int:
@@ -118,7 +146,7 @@ def _check(case: Generation | FineTuning, sizes: tuple[str, ...], dtype: str) ->
         value: object = getattr(case, name)
         least, largest = LEAST.get(name, 1), LARGEST[name]
         if value is not None and (type(value) is not int or not least <= value <= largest):
-            option = name.removeprefix("measured_")
+            option = OPTIONS.get(name, name)
             problems.append(f"{option}: got {value!r}; it takes a whole number from {least} to {largest:,}")
     if dtype not in DTYPES:
         problems.append(f"dtype: got {dtype!r}; it takes {', '.join(DTYPES)}{suggestion(dtype, DTYPES)}")
