@@ -154,6 +154,8 @@ class IterationDone(Event, tag="iteration_done"):
     case: int
     implementation: str
     """AGAIN for the reference's second fine-tuning."""
+    number: int
+    """From 1; the first one compiles."""
     loss: float | None
     """None where it is no number."""
     seconds: float

@@ -133,15 +133,14 @@ class RunRecord(ABC, Generic[P, C]):
 
     @staticmethod
     def _take_iteration(event: on.IterationDone, case: CaseRecord) -> None:
-        if event.implementation == on.AGAIN:
-            case.again.append(event.seconds)
-            return
-        row = case.rows[event.implementation]
-        if row.losses:
-            row.samples.append(event.seconds)
-        else:
+        again = event.implementation == on.AGAIN
+        row = None if again else case.rows[event.implementation]
+        if row:
+            row.losses.append(event.loss)
+        if event.number > 1:
+            (row.samples if row else case.again).append(event.seconds)
+        elif row:
             row.first_call_s = event.seconds  # compiling the step
-        row.losses.append(event.loss)
 
     def _apply_to_row(self, event: on.RowEvent | on.ModelRowEvent, row: Measured) -> None:
         match event:

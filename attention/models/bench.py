@@ -17,13 +17,15 @@ from attention.models.arm import Layers, ModelArm
 from attention.models.fitting import Needed
 from attention.models.generation import PREFILL_STEP, DecodeRun, PrefillRun, Prompts
 from attention.models.network import Network
-from attention.models.replacing import calls_of, replaced
+from attention.models.replacing import Calls, replaced
 from attention.models.workloads import Generation
 from attention.plan import GenerationPlan
 from attention.workload import Workload
 
 TOLERANCE: Final = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
 """Root mean square difference of logits from the reference's, relative to theirs, that rounding alone may make."""
+LEAD_IN_S: Final = 0.25
+"""A call that takes longer finds its own clocks and power soon enough, without an untimed one before it."""
 LONG_S: Final = 120.0
 """A case whose fewest rounds take longer is told about, with what would shorten it."""
 
@@ -134,12 +136,13 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         """The first run, with what is counted and compared in it, and one more to warm up."""
         teller = self._teller
         teller.step(name, "first call")
-        with replaced(name) as counters:
+        calls = Calls(name)
+        with replaced(name):
             started = time.perf_counter()
             logits = setting.run.results()[0]
             call_s = time.perf_counter() - started
         teller.emit(on.FirstCall(case=teller.case, implementation=name, seconds=call_s))
-        teller.emit(calls_of(counters, teller.case, name))
+        teller.emit(calls.event(teller.case))
         self._compare(name, logits, setting)
         self._taken_route(
             name, self._layer(setting.case), probe()
@@ -195,7 +198,7 @@ def _arm(name: str, setting: Setting, call_s: float) -> ModelArm:
         implementation=name,
         runner=setting.run,
         call_s=call_s,
-        lead_in=setting.lead_in,
+        lead_in=setting.lead_in and call_s < LEAD_IN_S,
         short=setting.short,
         layers=setting.layers,
         steps=setting.case.generate if setting.case.phase == "decode" else 1,

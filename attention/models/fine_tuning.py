@@ -11,7 +11,7 @@ from attention.case_runner import CaseRunner
 from attention.device import Device, probe
 from attention.models import configuration, text
 from attention.models.network import Network
-from attention.models.replacing import calls_of, replaced
+from attention.models.replacing import Calls, replaced
 from attention.models.training import fine_tune
 from attention.models.workloads import FineTuning
 from attention.plan import FineTuningPlan
@@ -80,6 +80,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
 
     def _train_all(self, names: list[str], work: FineTuning) -> str:
         self._warm_up(work)
+        self._done, self._total = 0, work.iters * len(names) + _iterations_again(work)
         reference, complete = None, True
         for name in names:
             done = self._train(name, work)
@@ -103,16 +104,16 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
     def _train(self, name: str, work: FineTuning) -> bool | None:
         """Fine-tunes with an implementation; says whether all iterations were made, None where it failed."""
         self._teller.step(name, "training")
-        base = mx.get_active_memory()
+        calls, base = Calls(name), mx.get_active_memory()
         mx.reset_peak_memory()  # sets the peak to 0, not to what is active
         try:
-            with replaced(name) as counters:
+            with replaced(name):
                 complete = self._fine_tune(work, work.iters, self._told(name, work.iters))
         except Exception as error:
             self._fail(name, error)
             return None
         case, peak = self._teller.case, max(0, mx.get_peak_memory() - base)
-        self._teller.emit(calls_of(counters, case, name))
+        self._teller.emit(calls.event(case))
         self._teller.emit(on.MemoryMeasured(case=case, implementation=name, peak_bytes=peak))
         self._taken_route(name, self._layer(work), probe())  # one that chooses on first use knows its path only now
         mx.clear_cache()
@@ -121,7 +122,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
     def _train_again(self, reference: str, work: FineTuning) -> None:
         """The reference once more, after all others: what it differs from itself by is the noise floor."""
         self._teller.at_rest()
-        iters = min(work.iters, max(FEWEST_AGAIN, work.iters // AGAIN_SHARE))
+        iters = _iterations_again(work)
         try:
             with replaced(reference):
                 self._fine_tune(work, iters, self._told(on.AGAIN, iters))
@@ -144,12 +145,19 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
                 on.IterationDone(
                     case=self._teller.case,
                     implementation=name,
+                    number=count,
                     loss=loss if math.isfinite(loss) else None,
                     seconds=seconds,
                     active_bytes=mx.get_active_memory(),
                     peak_bytes=mx.get_peak_memory(),
                 )
             )
-            self._teller.progress(f"{name}: iteration {count} of {iters}")
+            self._done += 1
+            rate = f"loss {loss:.3f}, {1 / seconds:.3g} it/s"
+            self._teller.progress(f"{name}: iteration {count} of {iters}, {rate}", self._done / self._total)
 
         return told
+
+
+def _iterations_again(work: FineTuning) -> int:
+    return min(work.iters, max(FEWEST_AGAIN, work.iters // AGAIN_SHARE))

@@ -1,12 +1,12 @@
 """A model of mlx-lm's: made with random weights or read from a folder, whole or with its first layers alone."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, load_model
 
 from attention.errors import UsageError
 from attention.models.configuration import Configuration
@@ -72,9 +72,11 @@ class Network:
 def _built(configuration: Configuration) -> Any:
     try:
         if configuration.folder is not None:
+            from mlx_lm.utils import load_model
+
             return load_model(configuration.folder, lazy=True)[0]
-        model_class, arguments = _get_classes(dict(configuration.fields))
-        return model_class(arguments.from_dict(dict(configuration.fields)))
+        module = importlib.import_module(f"mlx_lm.models.{configuration.fields['model_type']}")
+        return module.Model(module.ModelArgs.from_dict(dict(configuration.fields)))
     except (ValueError, OSError, TypeError, ImportError) as error:
         raise UsageError(f"model: mlx-lm cannot build {configuration.name}: {error}") from error
 

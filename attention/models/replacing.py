@@ -1,7 +1,6 @@
 """Puts an implementation in the place of a model's own attention, or nothing at all."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 
 import mlx.core as mx
 
@@ -10,7 +9,7 @@ from attention.device import Device
 from attention.events import WITHOUT, CallsCounted
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask
-from attention.patch import Counters, patch_mlx_lm
+from attention.patch.model_patch import ModelPatch
 from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
 
@@ -34,18 +33,29 @@ class PassThrough:
         return kept
 
 
-def of_name(name: str) -> Implementation:
-    """An implementation of the catalogue or the user's own, or the one that does nothing."""
-    return PassThrough() if name == WITHOUT else implementations.get(name)
+@cache
+def replaced(name: str) -> ModelPatch:
+    """A context in which models attend by an implementation; the same one each time, which remembers its routes."""
+    implementation: Implementation = PassThrough() if name == WITHOUT else implementations.get(name)
+    return ModelPatch(implementation)
 
 
-@contextmanager
-def replaced(name: str) -> Iterator[Counters]:
-    """As long as the context lasts, models attend by an implementation; yields how often."""
-    with patch_mlx_lm(of_name(name)) as counters:
-        yield counters
+class Calls:
+    """Counts the calls of attention that an implementation gets from here on."""
 
+    def __init__(self, name: str) -> None:
+        """Begins to count."""
+        self._name, self._patch = name, replaced(name)
+        self._before = self._patch.calls_taken, self._patch.calls_handed
 
-def calls_of(counters: Counters, case: int, name: str) -> CallsCounted:
-    """What was counted, as an event."""
-    return CallsCounted(case=case, implementation=name, replaced=counters.replaced, passed_on=counters.passed_on)
+    def event(self, case: int) -> CallsCounted:
+        """What was counted."""
+        taken, handed = self._before
+        reasons = self._patch.handed.most_common(1)
+        return CallsCounted(
+            case=case,
+            implementation=self._name,
+            replaced=self._patch.calls_taken - taken,
+            passed_on=self._patch.calls_handed - handed,
+            reason=reasons[0][0] if reasons else None,
+        )

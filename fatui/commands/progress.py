@@ -49,6 +49,8 @@ class Narrator:
             case on.CaseStarted() if self._bar is None:
                 label = self._plan.cases[event.case].label
                 self._say(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
+            case on.StepStarted(step="training") if self._bar is None:
+                self._say(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:
                 self._say(f"{event.implementation}: {event.status}: {event.reason}")
             case on.Message():
