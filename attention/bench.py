@@ -16,6 +16,7 @@ from attention.measure.rounds import Arm, Limits, run_rounds
 from attention.plan import Assignment
 from attention.roofline import measure_peaks
 from attention.teller import TELL_EVERY_S, Emit, Teller
+from attention.tuning import news
 from attention.workload import Workload
 
 if TYPE_CHECKING:
@@ -54,10 +55,22 @@ class Bench:
         self._teller.emit(on.RunStarted(environment=environment(device)))
         if self._assignment.peaks is None:
             self._measure_peaks(device)
-        for case in range(self._assignment.first_case, len(self._plan.cases)):
-            self._teller.begin(case)
-            self._teller.end(self._run_case(case, self._plan.cases[case]))
+        with news.heard_by(self._hear):
+            for case in range(self._assignment.first_case, len(self._plan.cases)):
+                self._teller.begin(case)
+                self._teller.end(self._run_case(case, self._plan.cases[case]))
         self._teller.emit(on.RunDone())
+
+    def _hear(self, event: on.TuningEvent | on.Message) -> None:
+        """Passes on what an implementation that chooses among others tells of it, and the path that it takes now."""
+        self._teller.emit(event)
+        if isinstance(event, on.TrialStarted):
+            self._teller.progress(f"{event.implementation}: tries {len(event.candidates)} candidates")
+        elif isinstance(event, on.Switched):
+            workload = self._plan.cases[self._teller.case]
+            route = implementations.get(event.implementation).route(workload, probe())
+            found = on.RouteFound(case=self._teller.case, implementation=event.implementation, route=route)
+            self._teller.emit(found)
 
     def _measure_peaks(self, device: Device) -> None:
         self._teller.progress("what this machine can do at best")
