@@ -15,11 +15,11 @@ from attention.masks import Mask, of_workload
 from attention.route import PLAIN, Needs, Route
 from attention.tuning.candidates import LEANEST, candidates, fitting
 from attention.tuning.halving import Clock
-from attention.tuning.standing import SOON, Standing, evaluated, heir, standing_of
+from attention.tuning.standing import Standing, evaluated, heir, standing_of
 from attention.tuning.store import Entry, Store
 from attention.tuning.task import Check, Task
 from attention.tuning.trial import NAME, Trial
-from attention.tuning.watch import LOOK_EVERY, Watch
+from attention.tuning.watch import Watch
 from attention.tuning.workload_class import WorkloadClass, class_of, longest
 from attention.workload import Workload
 
@@ -60,7 +60,7 @@ class Demo:
         self.store = store or Store()
         self._pass = pass_
         self._budget_s = budget_s
-        self._clock = clock
+        self.clock = clock
         self._keys: dict[object, Standing] = {}
         self._classes: dict[WorkloadClass, Standing] = {}
 
@@ -116,7 +116,7 @@ class Demo:
                 one.build(lambda text: None)
         names = self._fitting(task.workload, device, task.needs)
         workload = class_of(task.workload, device, task.needs)
-        trial = Trial(workload, task, budget_s=self._budget_s, device=device, clock=self._clock, now=self.store.now)
+        trial = Trial(workload, task, budget_s=self._budget_s, device=device, clock=self.clock, now=self.store.now)
         entry = trial.run({name: self.candidates[name] for name in names})
         self.store.put(entry)
         standing = self._classes[workload] = standing_of(entry, self.candidates)
@@ -137,7 +137,7 @@ class Demo:
         """Times the choice against its challenger once, if there is one."""
         challenger = standing.watch.challenger
         if challenger is not None:
-            standing.pair(challenger, run, Check(task).error, self.candidates, self._clock)
+            standing.pair(challenger, run, Check(task).error, self.candidates, self.clock)
 
     def _built(self) -> list[NeedsBuilding]:
         return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding)]
@@ -181,7 +181,7 @@ class Demo:
                 standing = self._classes[found]
         if standing is None or standing.name not in fit:
             name = self._by_routes(workload, device, needs)
-            plain = Standing(workload=found, name=name, call=self.candidates[name], rivals=[], watch=Watch([]))
+            plain = Standing(workload=found, name=name, call=self.candidates[name], rivals={}, watch=Watch({}))
             if standing is None:
                 return plain  # while tracing: the next call may find values to try with
             standing = plain
@@ -201,8 +201,7 @@ class Demo:
         softcap: float | None,
     ) -> mx.array:
         """A call that is timed, if inputs have values and it is time for it."""
-        standing.look_at = standing.calls + (LOOK_EVERY if standing.watch.challenger is None else SOON)
-        due = standing.watch.challenger is None or standing.watch.may_try(standing.calls)
+        due = standing.due(self.clock())
 
         def attempt(candidate: Implementation) -> mx.array:
             out = candidate(q, k, v, scale=scale, mask=mask, softcap=softcap)
@@ -216,9 +215,7 @@ class Demo:
 
         if not due or not evaluated(q, k, v, mask.array):
             return standing.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
-        out: mx.array = standing.time(attempt, judge, self.candidates, self._clock)
-        if standing.watch.challenger is not None:
-            standing.look_at = standing.calls + SOON
+        out: mx.array = standing.time(attempt, judge, self.candidates, self.clock)
         return out
 
     def _by_routes(self, workload: Workload, device: Device, needs: Needs) -> str:
@@ -247,7 +244,7 @@ class DemoRunner(MlxRunner):
         if not self._queued:
             self._began = time.perf_counter()
         self._queued += 1
-        return super().queue()
+        return super().queue() if self._training else [self._attend(*self._inputs)]
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluates the outputs of all calls queued; then, within the share of calls for that, tries a challenger."""

@@ -1,5 +1,6 @@
 """The choice for one class while a program runs: called, timed now and then, changed when it falls behind."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -9,14 +10,16 @@ from msgspec import Struct, field
 from attention import events as on
 from attention.implementations.protocol import Implementation
 from attention.tuning import news
-from attention.tuning.halving import BEHIND, Clock
+from attention.tuning.halving import Clock
 from attention.tuning.store import Entry
 from attention.tuning.trial import NAME
 from attention.tuning.watch import LOOK_EVERY, Watch
 from attention.tuning.workload_class import WorkloadClass
 
 SOON: Final = 4
-"""Calls between two looks while others are tried; most of them only see that it is not yet time for another."""
+"""Calls until it is asked again whether another may be tried."""
+REST_S: Final = 0.005
+"""Seconds between two looks: what waiting for the device costs, some tens of microseconds, is then 1 % at most."""
 
 Attempt = Callable[[Implementation], Any]
 """Runs a candidate once, evaluated, and returns its result."""
@@ -30,8 +33,8 @@ class Standing(Struct, eq=False, kw_only=True):
     workload: WorkloadClass
     name: str
     call: Implementation
-    rivals: list[str]
-    """The others that came near it in the trial, best first."""
+    rivals: dict[str, float]
+    """The others, best first, with how many times its time they took in the trial."""
     watch: Watch
     checked: set[str] = field(default_factory=set)
     """Those whose accuracy is known to be good."""
@@ -40,8 +43,19 @@ class Standing(Struct, eq=False, kw_only=True):
     calls: int = 0
     look_at: int = LOOK_EVERY
     """The number of the next call that is more than dispatched."""
+    looked_s: float = -math.inf
+    """When the latest look was, by the clock."""
     turn: bool = False
     """Who goes first in the next pair."""
+
+    def due(self, now_s: float) -> bool:
+        """Whether a call is to be looked at; sets when it is asked next."""
+        trying = self.watch.trying
+        self.look_at = self.calls + (SOON if trying else LOOK_EVERY)
+        if 0 <= now_s - self.looked_s < REST_S or (trying and not self.watch.may_try(self.calls)):
+            return False
+        self.looked_s = now_s
+        return True
 
     def time(self, attempt: Attempt, judge: Judge, candidates: Mapping[str, Implementation], clock: Clock) -> Any:
         """Makes a call, timed or beside one of the challenger; returns what the choice computed."""
@@ -50,6 +64,7 @@ class Standing(Struct, eq=False, kw_only=True):
             result = attempt(self.call)
             self.watch.observe(clock() - started)
             self.warm.add(self.name)
+            self.look_at = self.calls + (SOON if self.watch.trying else LOOK_EVERY)
             return result
         return self.pair(self.watch.challenger, attempt, judge, candidates, clock)
 
@@ -99,7 +114,7 @@ class Standing(Struct, eq=False, kw_only=True):
                 return
             self.checked.add(challenger)
         before, self.name, self.call = self.name, challenger, candidates[challenger]
-        self.rivals = [before, *(name for name in self.rivals if name != challenger)]
+        self.rivals = {before: 1.0} | {name: price for name, price in self.rivals.items() if name != challenger}
         self.watch.changed(before)
         news.tell(
             on.Switched(
@@ -115,12 +130,11 @@ class Standing(Struct, eq=False, kw_only=True):
 
 def standing_of(entry: Entry, candidates: Mapping[str, Implementation], doubt: str = "") -> Standing:
     """What a trial found, ready to be called."""
-    limit = BEHIND * entry.call_s[entry.winner]
-    others = [
-        name
+    others = {
+        name: seconds / entry.call_s[entry.winner]
         for name, seconds in entry.call_s.items()
-        if name in candidates and name != entry.winner and (seconds <= limit or name == entry.runner_up)
-    ]
+        if name in candidates and name != entry.winner
+    }
     return Standing(
         workload=entry.workload,
         name=entry.winner,
@@ -133,7 +147,7 @@ def standing_of(entry: Entry, candidates: Mapping[str, Implementation], doubt: s
 
 def heir(standing: Standing, workload: WorkloadClass, fit: Sequence[str]) -> Standing:
     """The choice of a neighbouring class for calls that have grown out of it, doubted from the first."""
-    others = [name for name in standing.rivals if name in fit]
+    others = {name: price for name, price in standing.rivals.items() if name in fit}
     doubt = f"its lengths went from {standing.workload.label} to {workload.label}"
     return Standing(
         workload=workload,

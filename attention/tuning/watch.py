@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from statistics import median
 from typing import Final
 
@@ -10,7 +10,7 @@ from attention.report import Ratio
 from attention.statistics import ratio_interval
 
 SHARE: Final = 0.02
-"""Of all calls, those that may go to another candidate."""
+"""Of all calls, those that may go to another candidate; and of their time, since a slow one counts as several."""
 SAVED: Final = 10.0
 """Such calls that quiet times may save up."""
 LOOK_EVERY: Final = 32
@@ -39,9 +39,14 @@ class Watch:
         tried: calls that went to others so far.
     """
 
-    def __init__(self, others: Sequence[str], doubt: str = "") -> None:
-        """Takes the other candidates, best first; a doubt, in words, has them tried from the beginning."""
-        self._others = list(others)
+    def __init__(self, others: Mapping[str, float], doubt: str = "") -> None:
+        """Takes the others, best first, each with how many times the choice's time it takes.
+
+        One that takes more than SAVED times as long is never tried, since a try would cost more than all its share.
+        A doubt, in words, has them tried from the beginning.
+        """
+        self._price = {name: max(1.0, price) for name, price in others.items()}
+        self._others = [name for name, price in self._price.items() if price <= SAVED]
         self._index = 0
         self._former = False
         self._rest = 1
@@ -57,13 +62,21 @@ class Watch:
         if doubt:
             self._doubt(doubt)
 
+    @property
+    def trying(self) -> bool:
+        """Whether another candidate is being tried."""
+        return self.challenger is not None
+
     def may_try(self, calls: int) -> bool:
         """Whether one more call may go to the challenger after so many calls; then it counts as gone there."""
         self._allowance = min(SAVED, self._allowance + SHARE * max(0, calls - self._counted))
         self._counted = calls
-        if self.challenger is None or self._allowance < self._rest:
+        if self.challenger is None:
             return False
-        self._allowance -= self._rest  # a rest longer than 1 throws allowance away: it is tried less often
+        price = min(SAVED, self._rest * self._price[self.challenger])
+        if self._allowance < price:
+            return False
+        self._allowance -= price
         self.tried += 1
         return True
 
@@ -107,6 +120,7 @@ class Watch:
     def changed(self, former: str) -> None:
         """The choice was changed; the former one is tried from time to time, since it may recover."""
         self._others = [former, *(name for name in self._others if name not in (former, self.challenger))]
+        self._price[former] = 1.0
         self._former, self._rest = True, 1
         self.begin_anew()
         self._index = 0
