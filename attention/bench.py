@@ -30,6 +30,15 @@ class Bench(CaseRunner[Plan]):
         if self._assignment.peaks is None:
             self._measure_peaks(device)
 
+    def _hear(self, event: on.TuningEvent | on.Message) -> None:
+        """Tells of a switch also the path that is taken now."""
+        super()._hear(event)
+        if isinstance(event, on.Switched):
+            workload = self._plan.cases[self._teller.case]
+            route = implementations.get(event.implementation).route(workload, probe())
+            found = on.RouteFound(case=self._teller.case, implementation=event.implementation, route=route)
+            self._teller.emit(found)
+
     def _measure_peaks(self, device: Device) -> None:
         self._teller.progress("what this machine can do at best")
         self._teller.emit(on.PeaksMeasured(peaks=measure_peaks(device)))

@@ -15,6 +15,7 @@ from attention.measure.rounds import Arm, Limits, run_rounds
 from attention.plan import AnyPlan, Assignment
 from attention.route import Route
 from attention.teller import TELL_EVERY_S, Emit, Teller
+from attention.tuning import news
 from attention.workload import Workload
 
 P = TypeVar("P", bound=AnyPlan)
@@ -47,10 +48,17 @@ class CaseRunner(ABC, Generic[P]):
             implementations.get(name)
         self._teller.emit(on.RunStarted(environment=environment(device)))
         self._prepare_all(device)
-        for case in range(self._assignment.first_case, len(self._plan.cases)):
-            self._teller.begin(case)
-            self._teller.end(self._run_case(case))
+        with news.heard_by(self._hear):
+            for case in range(self._assignment.first_case, len(self._plan.cases)):
+                self._teller.begin(case)
+                self._teller.end(self._run_case(case))
         self._teller.emit(on.RunDone())
+
+    def _hear(self, event: on.TuningEvent | on.Message) -> None:
+        """Passes on what an implementation that chooses among others tells of it."""
+        self._teller.emit(event)
+        if isinstance(event, on.TrialStarted):
+            self._teller.progress(f"{event.implementation}: tries {len(event.candidates)} candidates")
 
     @abstractmethod
     def _prepare_all(self, device: Device) -> None:

@@ -1,10 +1,10 @@
 """What a worker tells while it runs: one JSON line for each event."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-from attention.report import Environment, Peaks
+from attention.report import Environment, Peaks, Ratio
 from attention.route import Route
 
 Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training"]
@@ -187,6 +187,42 @@ class Message(Event, tag="message"):
     text: str
 
 
+class TrialStarted(Event, tag="trial_started"):
+    """An implementation that chooses among others begins to try them."""
+
+    implementation: str
+    workload: str
+    """What the choice will hold for, in words."""
+    candidates: list[str]
+
+
+class Tuned(Event, tag="tuned"):
+    """A trial is over."""
+
+    implementation: str
+    workload: str
+    winner: str
+    runner_up: str | None
+    """None where nothing else ran."""
+    ratio: Ratio | None
+    """How many times as fast as the runner-up, from interleaved pairs."""
+    seconds: float
+    """What the trial took."""
+
+
+class Switched(Event, tag="switched"):
+    """A choice was changed while calls were running."""
+
+    implementation: str
+    workload: str
+    before: str
+    after: str
+    ratio: Ratio
+    """How many times as fast as before, from pairs of calls."""
+    reason: str
+    """Why it was tried at all."""
+
+
 class RunDone(Event, tag="run_done"):
     """All cases are complete; the worker ends."""
 
@@ -209,8 +245,18 @@ ModelRowEvent = CallsCounted | LayersTimed
 CaseEvent = (
     CaseStarted | ReferenceChosen | RoundsDone | WeightsMade | IterationDone | CaseDone | RowEvent | ModelRowEvent
 )
-AnyEvent = RunStarted | PeaksMeasured | Progress | Message | WorkerUnusable | RunRefused | RunDone | CaseEvent
+TuningEvent = TrialStarted | Tuned | Switched
+AnyEvent = (
+    RunStarted | PeaksMeasured | Progress | Message | WorkerUnusable | RunRefused | RunDone | TuningEvent | CaseEvent
+)
 
+
+class _Kind(msgspec.Struct):
+    event: str
+
+
+_KINDS = frozenset(str(kind.__struct_config__.tag) for kind in get_args(AnyEvent))
+_kind_decoder = msgspec.json.Decoder(_Kind)
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
@@ -221,9 +267,15 @@ def encode(event: AnyEvent) -> bytes:
 
 
 def decode(line: bytes) -> AnyEvent:
-    """Reads one line.
+    """Reads one line; an event of a kind that is not known here becomes a message that says so.
 
     Raises:
         msgspec.DecodeError: the line is no event.
     """
-    return _decoder.decode(line)
+    try:
+        return _decoder.decode(line)
+    except msgspec.ValidationError:
+        kind = _kind_decoder.decode(line).event
+        if kind in _KINDS:
+            raise
+        return Message(level="info", text=f"the engine tells of '{kind}', which is not known here")

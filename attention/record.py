@@ -103,7 +103,7 @@ class RunRecord(ABC, Generic[P, C]):
                 self.refused = event
             case on.RunDone():
                 self.done = True
-            case on.WorkerUnusable():
+            case on.WorkerUnusable() | on.TrialStarted() | on.Tuned() | on.Switched():
                 pass
             case _:
                 self._apply_to_case(event, self.cases[event.case])

@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "presets": "list presets, show one, or check a file",
     "history": "list past runs, show one, or remove one",
     "compare": "compare two past runs, row by row",
+    "tune": "let demo find the fastest candidate for a preset, show what it found, or forget it",
 }
 EXAMPLE: Final = """examples:
   fatui                         open the app

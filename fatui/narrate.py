@@ -4,6 +4,7 @@ from typing import Final
 
 from attention import events as on
 from attention.plan import AnyPlan
+from attention.tuning.news import in_words
 from fatui import figures
 from fatui.journal import Level
 
@@ -30,6 +31,8 @@ def narrate(event: on.AnyEvent, plan: AnyPlan) -> Said:
             return "all cases complete", "info"
         case on.WorkerUnusable():
             return "the device is in an unknown state; the engine is started again", "warning"
+        case on.TrialStarted() | on.Tuned() | on.Switched():
+            return in_words(event), "info"
         case on.Progress():
             return SILENT
         case _:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from attention import events as on
 from attention.plan import AnyPlan
+from attention.tuning.news import in_words
 from fatui import figures
 from fatui.cli import tell
 
@@ -53,6 +54,8 @@ class Narrator:
                 self._say(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:
                 self._say(f"{event.implementation}: {event.status}: {event.reason}")
+            case on.Tuned() | on.Switched():
+                self._say(in_words(event))
             case on.Message():
                 self._say(event.text if event.level == "info" else f"{event.level}: {event.text}")
 
