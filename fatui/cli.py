@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "presets": "list presets, show one, or check a file",
     "history": "list past runs, show one, or remove one",
     "compare": "compare two past runs, row by row",
+    "report": "write what past runs found: tables, trends, charts, and which implementation to choose",
 }
 EXAMPLE: Final = """examples:
   fatui                         open the app
