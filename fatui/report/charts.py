@@ -28,13 +28,14 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def line_chart(series: Series, x: str, y: str, *, logarithmic: bool = True) -> str:
+def line_chart(series: Series, x: str, y: str, names: Sequence[str], *, logarithmic: bool = True) -> str:
     """Lines with their intervals, each named at its end, as SVG for an HTML page.
 
     Args:
         series: the points of each line, in order.
         x: what stands below.
         y: what stands at the left.
+        names: all that may have a line in the report's charts, so that each looks the same in all of them.
         logarithmic: both axes as powers; otherwise the vertical one begins at 0.
     """
     from matplotlib import rc_context
@@ -55,8 +56,8 @@ def line_chart(series: Series, x: str, y: str, *, logarithmic: bool = True) -> s
         figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
         axes = figure.add_subplot()
         _scale(axes, series, logarithmic)
-        for index, (name, points) in enumerate(series.items()):
-            _line(axes, index, name, points)
+        for name, points in series.items():
+            _line(axes, names.index(name), name, points)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.spines[["top", "right"]].set_visible(False)

@@ -62,7 +62,7 @@ def _sections(evidence: Evidence) -> list[Section]:
         section("Fine-tuning", tuning_blocks(evidence.fine_tunings), _losses(evidence)),
         section("Where it pays, and where it does not", _conditions(evidence)),
         section("Which to choose, and how to adopt it", _advice(evidence)),
-        section("Beside the study", origin_blocks(cases)),
+        section("Beside the study", origin_blocks(evidence)),
         section("What is not claimed", trouble(_everything(evidence))),
         section("Every row, and the runs", _rows(evidence)),
     ]
@@ -125,11 +125,11 @@ def _speedups(evidence: Evidence) -> list[Block]:
 
 
 def _drawn(evidence: Evidence) -> Sequence[Block]:
-    return sweep_charts(evidence.runs) if charts.available() else [_no_charts()]
+    return sweep_charts(evidence.runs, evidence.implementations) if charts.available() else [_no_charts()]
 
 
 def _losses(evidence: Evidence) -> Sequence[Block]:
-    drawn: Sequence[Chart] = loss_charts(evidence.fine_tunings) if charts.available() else ()
+    drawn: Sequence[Chart] = loss_charts(evidence.fine_tunings, evidence.implementations) if charts.available() else ()
     return drawn
 
 

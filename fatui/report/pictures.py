@@ -10,16 +10,16 @@ from fatui.report.evidence import sound
 from fatui.report.trends import AXES, Sweep, sweeps
 
 
-def sweep_charts(reports: Sequence[Report]) -> list[Chart]:
+def sweep_charts(reports: Sequence[Report], names: Sequence[str]) -> list[Chart]:
     """Two charts for each sweep: tokens/s, and speedups over the reference."""
     made = []
     for report in reports:
         for sweep in sweeps(report):
-            made += [chart for chart in (_throughput(sweep), _speedups(sweep)) if chart]
+            made += [chart for chart in (_throughput(sweep, names), _speedups(sweep, names)) if chart]
     return made
 
 
-def _throughput(sweep: Sweep) -> Chart | None:
+def _throughput(sweep: Sweep, names: Sequence[str]) -> Chart | None:
     curves = scaling.curves_of(sweep.cases, sweep.axis)
     series = {
         name: [(float(point.at), point.rate, point.low, point.high) for point in points]
@@ -27,10 +27,10 @@ def _throughput(sweep: Sweep) -> Chart | None:
         if len(points) > 1
     }
     title = f"Throughput by {AXES[sweep.axis]}, {sweep.elsewhere}"
-    return Chart(title, line_chart(series, AXES[sweep.axis], "tokens/s")) if series else None
+    return Chart(title, line_chart(series, AXES[sweep.axis], "tokens/s", names)) if series else None
 
 
-def _speedups(sweep: Sweep) -> Chart | None:
+def _speedups(sweep: Sweep, names: Sequence[str]) -> Chart | None:
     reference = sweep.cases[0].reference
     if len({case.reference for case in sweep.cases}) != 1:
         return None
@@ -42,10 +42,10 @@ def _speedups(sweep: Sweep) -> Chart | None:
                 series.setdefault(row.implementation, []).append(point)
     series = {name: points for name, points in series.items() if len(points) > 1}
     title = f"Speedup over {reference} by {AXES[sweep.axis]}, {sweep.elsewhere}"
-    return Chart(title, line_chart(series, AXES[sweep.axis], f"times {reference}")) if series else None
+    return Chart(title, line_chart(series, AXES[sweep.axis], f"times {reference}", names)) if series else None
 
 
-def loss_charts(cases: Sequence[FineTuningCase]) -> list[Chart]:
+def loss_charts(cases: Sequence[FineTuningCase], names: Sequence[str]) -> list[Chart]:
     """The losses of each fine-tuning, one line for each implementation."""
     made = []
     for case in cases:
@@ -59,5 +59,5 @@ def loss_charts(cases: Sequence[FineTuningCase]) -> list[Chart]:
         series = {name: points for name, points in series.items() if points}
         if series:
             title = f"Training loss, {case.workload.label}"
-            made.append(Chart(title, line_chart(series, "iteration", "loss", logarithmic=False)))
+            made.append(Chart(title, line_chart(series, "iteration", "loss", names, logarithmic=False)))
     return made
