@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "history": "list past runs, show one, or remove one",
     "compare": "compare two past runs, row by row",
     "tune": "let demo find the fastest candidate for a preset, show what it found, or forget it",
+    "report": "write what past runs found: tables, trends, charts, and which implementation to choose",
 }
 EXAMPLE: Final = """examples:
   fatui                         open the app

@@ -98,6 +98,8 @@ def _exported(app: "FatuiApp", report: Report, asked: tuple[Path, tuple[str, ...
 
 async def _write(app: "FatuiApp", report: Report, stem: Path, endings: tuple[str, ...]) -> None:
     from fatui import export as formats
+    from fatui.report.compose import compose
+    from fatui.report.html import to_html
     from fatui.screens.export import write_all
 
     picture = app.export_screenshot(title="fatui") if "svg" in endings else ""
@@ -105,6 +107,7 @@ async def _write(app: "FatuiApp", report: Report, stem: Path, endings: tuple[str
         "md": lambda: formats.to_markdown(report),
         "csv": lambda: formats.to_csv(report),
         "json": lambda: formats.to_json(report),
+        "html": lambda: to_html(compose([report])),
         "svg": lambda: picture,
         "log": app.journal.text,
     }
