@@ -85,6 +85,7 @@ def _fields(row: Row, measured: Measured) -> dict[str, Any]:
     calls = measured.calls
     return {
         **structs.asdict(row),
+        "predicted_bytes": None,  # one call's of attention, and no part of a model's figures
         "replaced_calls": calls.replaced if calls else None,
         "passed_on_calls": calls.passed_on if calls else None,
     }
