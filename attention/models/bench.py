@@ -76,9 +76,9 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         return self._run_rounds(arms, self._plan.seconds, beside=[_arm(on.WITHOUT, setting, arms[0].call_s)])
 
     def _layer(self, work: Generation) -> Workload:
-        """What a layer asks of attention at its largest."""
+        """What a layer asks of attention: a prefill at its largest, a decode at its first token."""
         if work.phase == "decode":
-            length = work.prompt + work.generate
+            length = work.prompt + 1
             return self._configuration.workload("decode", work.dtype, batch=work.batch, seq=1, kv_seq=length)
         seq = min(work.prompt - 1, PREFILL_STEP)
         return self._configuration.workload("forward", work.dtype, batch=work.batch, seq=seq, kv_seq=work.prompt - 1)
