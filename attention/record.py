@@ -221,15 +221,7 @@ def _with_rates(row: Row, flops: int, peaks: Peaks) -> Row:
 def timed_row(
     measured: Measured, record: CaseRecord, *, tokens: int, speedup: Ratio | None, throttled: bool | None
 ) -> Row | None:
-    """What all kinds of rows have; None where there is nothing to show yet.
-
-    Args:
-        measured: what is known of the implementation.
-        record: the case that it belongs to.
-        tokens: that one call produces.
-        speedup: over the reference.
-        throttled: whether the reference drifted.
-    """
+    """What all kinds of rows have, for calls that make so many tokens; None where there is nothing to show yet."""
     ended, route, check = measured.ended, measured.route, measured.check
     if ended is None and not measured.samples:
         return None

@@ -63,11 +63,11 @@ class Teller:
         """Tells that an implementation is out of the case."""
         self.emit(on.RowEnded(case=self._case, implementation=name, status=status, reason=reason))
 
-    def progress(self, now: str, share: float | None = None) -> None:
-        """Tells what runs now, and how far the run is; the share of the case that is done, where that is known."""
+    def progress(self, now: str, remaining_s: float | None = None) -> None:
+        """Tells what runs now, and how far the run is; how long the case will still take, where that is known."""
         elapsed = time.perf_counter() - self._case_started
-        if share:
-            self._guess_s = elapsed / share
+        if remaining_s is not None:
+            self._guess_s = elapsed + remaining_s
         inside = min(elapsed / self._guess_s, 0.99)
         left = self._guess_s * (1 - inside + self._cases - self._case - 1)
         self.emit(on.Progress(done=(self._case + inside) / self._cases, remaining_s=left, now=now))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from attention.models.workloads import PHASES
+from attention.models.workloads import PHASES, short_name
 from attention.record import summarise
 from attention.report import AnyCase, Interval, Ratio, Report, Row, Share, Summary
 
@@ -215,7 +215,7 @@ def _beats_another(row: Row, case: AnyCase) -> bool:
 def verdict(row: Row, case: AnyCase) -> str:
     """The verdict in a few words: "fastest", "1.9x faster", "same as baseline", "failed: killed by signal 9"."""
     if row.status == "inaccurate":
-        return f"inaccurate: {error(row.max_error)}"
+        return f"inaccurate: {error(row.max_error) if type(row) is Row else row.reason}"
     if row.status != OK:
         return f"{row.status}: {row.reason}" if row.reason else row.status
     text = _standing(row, case)
@@ -245,8 +245,9 @@ def finding(report: Report) -> str:
         name: [case for case in report.models if case.workload.phase == name] for name in PHASES
     }
     groups: dict[str, Sequence[AnyCase]] = {**phases, "fine-tuning": report.fine_tunings}
+    model = short_name((report.models or report.fine_tunings)[0].workload.model) if report.all_cases else ""
     parts = [
-        f"{name}: {', '.join(_of_cases(cases, summarise(cases, _names(cases))))}"
+        f"{model} {name}: {', '.join(_of_cases(cases, summarise(cases, _names(cases))))}"
         for name, cases in groups.items()
         if cases
     ]

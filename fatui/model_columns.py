@@ -64,7 +64,7 @@ def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
     if case.weights_bytes:
         notes.append(f"weights {figures.size(case.weights_bytes)}; memory is on top of them")
     if isinstance(case, ModelCase):
-        notes += [_layer_note(row, case) for row in case.rows if row.layer_s is not None]
+        notes += _layer_notes(case)
     for row in case.rows:
         if row.passed_on_calls:
             total = row.passed_on_calls + (row.replaced_calls or 0)
@@ -75,12 +75,19 @@ def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
     return notes
 
 
-def _layer_note(row: ModelRow, case: ModelCase) -> str:
-    work, layer = case.workload, figures.seconds(row.layer_s)
-    told = row.fixed_s is not None and row.fixed_s > 0
-    rest = figures.seconds(row.fixed_s) if told else "too little to tell"
-    part = f"{work.running_layers} of {work.layers} layers"
-    return f"{shortened(row.implementation)}: {part}: {layer} a layer, all else {rest}"
+def _layer_notes(case: ModelCase) -> list[str]:
+    """What one layer takes and what all else, where the whole model was estimated from them."""
+    known = [row for row in case.rows if row.layer_s is not None and row.fixed_s is not None]
+    if not known:
+        return []
+    layers = ", ".join(f"{shortened(row.implementation)} {figures.seconds(row.layer_s)}" for row in known)
+    rests = ", ".join(f"{shortened(row.implementation)} {_rest(row)}" for row in known)
+    part = f"{case.workload.running_layers} of {case.workload.layers} layers ran"
+    return [f"{part}; a layer takes: {layers}", f"all else takes: {rests}"]
+
+
+def _rest(row: ModelRow) -> str:
+    return figures.seconds(row.fixed_s) if row.fixed_s and row.fixed_s > 0 else "too little to tell"
 
 
 def curve(row: FineTuningRow, width: int = CURVE_WIDTH) -> str:

@@ -1,7 +1,8 @@
 """Runs a model that generates: every implementation in it, phase by phase and prompt by prompt, told as events."""
 
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -10,6 +11,7 @@ from msgspec import Struct
 from attention import events as on
 from attention.case_runner import CaseRunner
 from attention.device import Device, probe
+from attention.measure.clock import take_sample
 from attention.measure.prepare import SLOW_CALL_S
 from attention.measure.rounds import FEWEST_ROUNDS, Arm
 from attention.models import configuration
@@ -27,7 +29,8 @@ TOLERANCE: Final = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
 LEAD_IN_S: Final = 0.25
 """A call that takes longer finds its own clocks and power soon enough, without an untimed one before it."""
 LONG_S: Final = 120.0
-"""A case whose fewest rounds take longer is told about, with what would shorten it."""
+"""Whoever has to wait longer for a case is told what would shorten it."""
+ADVISED_LAYERS: Final = 4
 
 
 class Setting(Struct, eq=False):
@@ -69,16 +72,22 @@ class GenerationBench(CaseRunner[GenerationPlan]):
                 self._fail(name, error)
             return "failed"
         self._build([name for name in names if self._needs_building(name, self._layer(work), device)])
-        arms = [arm for name in names if (arm := self._prepare(name, setting)) is not None]
+        if work.phase == "prefill" and not work.estimated and work.layers > ADVISED_LAYERS:
+            self._look_ahead(work, len(names))
+        arms: list[ModelArm] = []
+        for name in names:
+            arm = self._prepare(name, setting)
+            if arm is not None:
+                arms.append(arm)
+                self._expect(arm, len(names) - names.index(name))
         if not arms:
             return "failed"
-        self._warn_of_length(arms, setting)
         return self._run_rounds(arms, self._plan.seconds, beside=[_arm(on.WITHOUT, setting, arms[0].call_s)])
 
     def _layer(self, work: Generation) -> Workload:
-        """What a layer asks of attention at its largest."""
+        """What a layer asks of attention: a prefill at its largest, a decode at its first token."""
         if work.phase == "decode":
-            length = work.prompt + work.generate
+            length = work.prompt + 1
             return self._configuration.workload("decode", work.dtype, batch=work.batch, seq=1, kv_seq=length)
         seq = min(work.prompt - 1, PREFILL_STEP)
         return self._configuration.workload("forward", work.dtype, batch=work.batch, seq=seq, kv_seq=work.prompt - 1)
@@ -101,7 +110,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             self._network.make()
             self._made = True
         base = mx.get_active_memory()
-        prompts = Prompts(work, int(self._configuration.fields.get("vocab_size", 256)), self._plan.seed)
+        prompts = self._prompts(work)
         many = self._network.layers
         few = max(1, many // 2) if work.estimated else many
         run = self._runs(work, prompts)
@@ -115,7 +124,10 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             lead_in=device.backend != "cpu" and work.phase == "prefill",
         )
 
-    def _runs(self, work: Generation, prompts: Prompts) -> Any:
+    def _prompts(self, work: Generation) -> Prompts:
+        return Prompts(work, int(self._configuration.fields.get("vocab_size", 256)), self._plan.seed)
+
+    def _runs(self, work: Generation, prompts: Prompts) -> Callable[[int], PrefillRun | DecodeRun]:
         """Makes runs for numbers of layers."""
         if work.phase == "prefill":
             return lambda layers: PrefillRun(self._network, prompts, layers)
@@ -144,9 +156,8 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         teller.emit(on.FirstCall(case=teller.case, implementation=name, seconds=call_s))
         teller.emit(calls.event(teller.case))
         self._compare(name, logits, setting)
-        self._taken_route(
-            name, self._layer(setting.case), probe()
-        )  # one that chooses on first use knows its path only now
+        # One that chooses on first use knows its path only now.
+        self._taken_route(name, self._layer(setting.case), probe())
         if call_s < SLOW_CALL_S or setting.case.phase == "decode":
             teller.step(name, "warm up")
             with replaced(name):
@@ -176,11 +187,20 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             )
         )
 
-    def _warn_of_length(self, arms: list[ModelArm], setting: Setting) -> None:
-        seconds = FEWEST_ROUNDS * (sum(arm.call_s for arm in arms) + 2 * arms[0].call_s)
-        if seconds > max(LONG_S, 2 * self._plan.seconds) and not setting.short:
-            text = f"{FEWEST_ROUNDS} rounds of the whole model take about {seconds:.0f} s"
-            self._teller.say(f"{text}; --layers 4 would estimate it sooner")
+    def _look_ahead(self, work: Generation, count: int) -> None:
+        """Times two layers, of which a prefill finishes one, and tells what would shorten a case that takes long."""
+        self._teller.progress("a look at two layers")
+        look = PrefillRun(self._network, self._prompts(work), layers=2)
+        seconds = take_sample(look, 1) * (work.layers - 1) * (count + FEWEST_ROUNDS * (count + 2))
+        if seconds > LONG_S:
+            text = f"the whole model takes {seconds / 60:.0f} minutes or more for this prompt"
+            self._teller.say(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
+
+    def _expect(self, arm: ModelArm, left: int) -> None:
+        """Tells how long the case will still take if all are as fast as this one."""
+        a_round = arm.call_s * (len(self._plan.ordered) + 2)
+        seconds = arm.call_s * (left - 1) + max(self._plan.seconds, FEWEST_ROUNDS * a_round)
+        self._teller.progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)
 
     def _tell_of(self, arm: Arm) -> None:
         assert isinstance(arm, ModelArm)

@@ -1,6 +1,7 @@
 """Runs fine-tunings: one implementation after the other on the same batches, the first of them twice."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -80,7 +81,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
 
     def _train_all(self, names: list[str], work: FineTuning) -> str:
         self._warm_up(work)
-        self._done, self._total = 0, work.iters * len(names) + _iterations_again(work)
+        self._began, self._done, self._total = time.perf_counter(), 0, work.iters * len(names) + _iterations_again(work)
         reference, complete = None, True
         for name in names:
             done = self._train(name, work)
@@ -154,7 +155,9 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
             )
             self._done += 1
             rate = f"loss {loss:.3f}, {1 / seconds:.3g} it/s"
-            self._teller.progress(f"{name}: iteration {count} of {iters}, {rate}", self._done / self._total)
+            each_s = (time.perf_counter() - self._began) / self._done
+            left_s = each_s * (self._total - self._done)
+            self._teller.progress(f"{name}: iteration {count} of {iters}, {rate}", left_s)
 
         return told
 

@@ -1,12 +1,15 @@
 """Whether a model fits in memory, and what would fit in its place."""
 
+from typing import Final
+
 from msgspec import Struct
 
 from attention.models.configuration import Configuration
+from attention.models.generation import PREFILL_STEP
 from attention.models.network import Network
 from attention.models.workloads import LEAST, Generation
 
-MOST_ADVISED = 8
+MOST_ADVISED: Final = 8
 """Layers that are advised at most: more cost time and tell little more."""
 
 
@@ -32,7 +35,7 @@ class Needed(Struct, frozen=True):
         length = work.prompt + (work.generate if work.phase == "decode" else 0)
         weights = network.layer_bytes
         cache = configuration.cache_bytes(1, work.batch, length, work.dtype)
-        working = configuration.working_bytes(work.batch * min(work.prompt, 2048), work.dtype) + attention_bytes
+        working = configuration.working_bytes(work.batch * min(work.prompt, PREFILL_STEP), work.dtype) + attention_bytes
         return Needed(network.own_bytes - network.layers * weights + working, weights + cache, network.layers)
 
     @property

@@ -1,43 +1,53 @@
-"""Puts an implementation in the place of a model's own attention, or nothing at all."""
+"""What attends in a model: its own attention, an implementation in its place, or nothing at all."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any, Final
 
 import mlx.core as mx
 
 from attention import implementations
-from attention.device import Device
 from attention.events import WITHOUT, CallsCounted
-from attention.implementations.protocol import Implementation
-from attention.masks import Mask
+from attention.patch import seams
 from attention.patch.model_patch import ModelPatch
-from attention.route import PLAIN, Needs, Route
-from attention.workload import Workload
+
+UNTOUCHED: Final = "mlx"
+"""The peer as it is: in a model that is mlx-lm as it is. Whatever a patch costs, only those who need one pay it."""
 
 
-class PassThrough:
-    """No attention: the query comes back at once; key and value are computed as for all others, and not used."""
-
-    name = WITHOUT
-
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
-        """Takes everything."""
-        return Route(path="none", fused=True, reason="what a model takes without attention")
-
-    def __call__(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
-    ) -> mx.array:
-        """Returns the query, in the output's shape."""
-        width = v.shape[3]
-        shaped = q if width == q.shape[3] else mx.broadcast_to(q[..., :1], (*q.shape[:3], width))
-        kept: mx.array = mx.depends(shaped, [k, v])
-        return kept
+def replaced(name: str) -> AbstractContextManager[object]:
+    """A context in which models attend by an implementation."""
+    if name == UNTOUCHED:
+        return nullcontext()
+    return _nothing() if name == WITHOUT else _patch(name)
 
 
 @cache
-def replaced(name: str) -> ModelPatch:
-    """A context in which models attend by an implementation; the same one each time, which remembers its routes."""
-    implementation: Implementation = PassThrough() if name == WITHOUT else implementations.get(name)
-    return ModelPatch(implementation)
+def _patch(name: str) -> ModelPatch:
+    """The same one each time, since it remembers its routes."""
+    return ModelPatch(implementations.get(name))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    """Attention returns its query at once; key and value are computed as for all others, and not used."""
+    places = seams.of_models(), seams.fast()
+    for place in places:
+        place.add(taker=_query_alone)
+    try:
+        yield
+    finally:
+        for place in places:
+            place.remove(taker=_query_alone)
+
+
+def _query_alone(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **named: Any) -> mx.array:
+    """The query (B, H, Lq, D) in the output's shape (B, H, Lq, Dv), once the key and the value are there."""
+    width = v.shape[3]
+    shaped = q if width == q.shape[3] else mx.broadcast_to(q[..., :1], (*q.shape[:3], width))
+    kept: mx.array = mx.depends(shaped, [k, v])
+    return kept
 
 
 class Calls:
@@ -45,17 +55,21 @@ class Calls:
 
     def __init__(self, name: str) -> None:
         """Begins to count."""
-        self._name, self._patch = name, replaced(name)
-        self._before = self._patch.calls_taken, self._patch.calls_handed
+        self._name = name
+        self._patch = None if name == UNTOUCHED else _patch(name)
+        self._before = self._counts()
+
+    def _counts(self) -> tuple[int, int]:
+        return (self._patch.calls_taken, self._patch.calls_handed) if self._patch else (0, 0)
 
     def event(self, case: int) -> CallsCounted:
-        """What was counted."""
-        taken, handed = self._before
-        reasons = self._patch.handed.most_common(1)
+        """What was counted; nothing for mlx-lm as it is."""
+        taken, handed = (now - before for now, before in zip(self._counts(), self._before, strict=True))
+        reasons = self._patch.handed.most_common(1) if self._patch and handed else []
         return CallsCounted(
             case=case,
             implementation=self._name,
-            replaced=self._patch.calls_taken - taken,
-            passed_on=self._patch.calls_handed - handed,
+            replaced=taken,
+            passed_on=handed,
             reason=reasons[0][0] if reasons else None,
         )

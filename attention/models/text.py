@@ -51,7 +51,8 @@ def tokenizer_of(configuration: Configuration) -> Tokenizer:
     try:
         loaded: Any = load_tokenizer(configuration.folder)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever transformers raises for a folder that is not as it should be
-        raise UsageError(f"model: the tokenizer of {configuration.folder} cannot be loaded: {error}") from error
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"model: the tokenizer of {configuration.folder} cannot be loaded: {first}") from error
     tokenizer: Tokenizer = loaded
     return tokenizer
 

@@ -48,16 +48,13 @@ def fine_tune(
     """Trains new LoRA weights from the seed, on the same batches each time; the model is then as it was.
 
     Args:
-        network: the model, its weights made.
-        work: what to do.
-        data: sequences to learn.
+        network, work, data: the model with its weights, what to do with it, and the sequences to learn.
         iters: iterations.
         seconds: after which the training ends with the iteration.
         seed: of the LoRA weights and of the order of the batches.
         told: takes every iteration.
 
-    Returns:
-        Whether all iterations were made.
+    Returns whether all iterations were made.
     """
     with _lora(network.model, work, seed), tempfile.TemporaryDirectory() as folder, _silence():
         np.random.seed(seed)  # the trainer draws the order of its batches from here

@@ -14,7 +14,7 @@ from attention.arguments import find
 from attention.errors import UnsupportedError
 from attention.implementations.protocol import Implementation
 from attention.patch import seams
-from attention.patch.arguments import ModelCall, Router, offered
+from attention.patch.arguments import ModelCall, Offers
 from attention.patch.counts import Counts
 
 P = ParamSpec("P")
@@ -42,7 +42,7 @@ class ModelPatch(Counts):
         """
         super().__init__()
         self.implementation = find(implementation)
-        self._router = Router(self.implementation)
+        self._offers = Offers(self.implementation)
 
     def __enter__(self) -> Self:
         """Replaces; raises UsageError where mlx-lm is missing."""
@@ -111,8 +111,9 @@ class ModelPatch(Counts):
     def _taken(self, call: ModelCall) -> mx.array | None:
         """The implementation's output, or None where it does not take the call."""
         try:
-            offer = offered(call, self._router)
-            out = self.implementation(call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask)
+            offer = self._offers.of(call)
+            more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
+            out = self.implementation(call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask, **more)
         except UnsupportedError as error:
             self.hand(str(error))
             return None

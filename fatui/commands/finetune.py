@@ -16,7 +16,8 @@ EXAMPLE: Final = """examples:
   fatui finetune ~/models/Qwen2.5-1.5B --data notes.txt --rank 16
 
 Models without a folder have random weights and need no download: {models}.
-mlx-lm's own trainer runs once for each implementation, from the same weights and on the same batches; the first one
+mlx-lm's own trainer runs once for each implementation, from the same weights and on the same batches (`mlx` is mlx-lm
+as it is, the others are patched in); the first one
 then runs again, and what it differs from itself by is the noise floor. Losses that differ from the first one's by more
 than rounding explains mark a row as inaccurate. The text is the Declaration of Independence unless --data gives one,
 byte by byte where the weights are random. It needs mlx-lm: pip install 'fatui[models]'.

@@ -18,9 +18,10 @@ EXAMPLE: Final = """examples:
 
 Models without a folder have random weights and need no download: {models}.
 Prefill is the time from the prompt to the first token, in steps of 2048 tokens as mlx-lm takes them; decode makes
-tokens one after another. The attention share is the part of the time that the same model is spared, in the same
-rounds, when attention returns its query at once. With --layers fewer layers run, in two numbers, and the whole
-model is estimated from them; the table says so. It needs mlx-lm: pip install 'fatui[models]'.
+tokens one after another. `mlx` is mlx-lm as it is; the others are patched in, and pay for that. The attention share
+is the part of the time that the same model is spared, in the same rounds, when attention returns its query at once.
+With --layers fewer layers run, in two numbers, and the whole model is estimated from them; the table says so.
+It needs mlx-lm: pip install 'fatui[models]'.
 Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backend or no mlx-lm, 130 interrupted."""
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from attention import events as on
 from attention.models.arm import Layers
-from attention.models.record import FineTuningRecord, GenerationRecord, attention_share, loss_difference, record_of
+from attention.models.record import FineTuningRecord, GenerationRecord, attention_share, loss_differences, record_of
 from attention.models.text import ByteTokenizer, sequences
 from attention.models.workloads import FineTuning, Generation
 from attention.plan import FineTuningPlan, GenerationPlan, Plan
@@ -92,14 +92,22 @@ def test_losses_that_agree_leave_a_row_alone_and_others_mark_it():
     assert same.rows[1].loss_difference == pytest.approx(5e-5)
     apart = tuned({"baseline": [3.0, 2.0, 1.0], "poc": [3.0, 2.0, 1.1]}).case(0).rows[1]
     assert apart.status == "inaccurate"
-    assert apart.reason == "its losses are up to 10.00% off the reference's; 0.20% is allowed"
+    assert apart.reason == "the loss of iteration 3 is 10.00% off the reference's; 0.04% is allowed"
+
+
+def test_losses_may_differ_more_the_longer_rounding_has_gone_on():
+    curve = [3.0] * 100
+    late = tuned({"baseline": curve, "poc": [*curve[:99], 3.009]}).case(0).rows[1]
+    early = tuned({"baseline": curve, "poc": [3.009, *curve[1:]]}).case(0).rows[1]
+    assert (late.status, early.status) == ("ok", "inaccurate")
 
 
 def test_a_loss_that_is_no_number_marks_a_row():
     row = tuned({"baseline": [3.0, 2.0], "poc": [3.0, None]}).case(0).rows[1]
     assert (row.status, row.losses, row.loss_difference) == ("inaccurate", (3.0, None), None)
-    assert loss_difference([1.0], [None]) == math.inf
-    assert loss_difference([], [1.0]) is None
+    assert row.reason == "the loss of iteration 2 is no number; 0.03% is allowed"
+    assert loss_differences([1.0], [None]) == [math.inf]
+    assert loss_differences([], [1.0]) == []
 
 
 def test_a_fine_tuning_is_faster_only_beyond_what_the_reference_differs_from_itself():

@@ -118,9 +118,10 @@ def test_the_table_marks_an_estimate_and_says_what_attention_costs():
     assert "tinyllama-1.1b prefill 128 B=1 bfloat16, estimated from 4 of 22 layers" in text
     assert "60.0 ±" in text, "the baseline's attention takes six tenths of its time"
     assert "2.00 ±" in text
-    assert "baseline: 4 of 22 layers: 10.0 ms a layer, all else too little to tell" in text
+    assert "4 of 22 layers ran; a layer takes: baseline 10.0 ms, poc 10.0 ms" in text
+    assert "all else takes: baseline too little to tell" in text
     assert "poc: 1 of 4 calls went to MLX's own" in text
-    assert "prefill: poc is 2.00 ±" in text
+    assert "tinyllama-1.1b prefill: poc is 2.00 ±" in text
 
 
 def test_the_table_shows_losses_and_marks_those_that_differ():
@@ -148,7 +149,7 @@ def test_the_history_keeps_models(tmp_path):
     history.add(kept)
     (line,) = history.runs()
     assert (line.cases, line.implementations) == (2, ("baseline", "poc"))
-    assert line.finding.startswith("prefill: poc is 2.00")
+    assert line.finding.startswith("tinyllama-1.1b prefill: poc is 2.00")
     assert history.get("last") == kept
 
 
@@ -202,3 +203,18 @@ def test_an_interrupted_fine_tuning_keeps_what_is_there_and_exits_130():
     assert "interrupted" in error
     assert "it/s" in out
     assert History().get("last").fine_tunings[0].rows[0].losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["model", "finetune"])
+def test_an_implementation_that_takes_the_worker_down_costs_its_own_row(command):
+    names = f"baseline,{ROOT / 'tests' / 'planted.py'}:KilledAtOnce,mlx"
+    few = (
+        ["--prompt", "16", "--seconds", "1"] if command == "model" else ["--seq", "16", "--batch", "1", "--iters", "3"]
+    )
+    done = fatui(command, "tiny-llama", "--impl", names, *few, "--json", "-")
+    assert done.returncode == 1
+    document = json.loads(done.stdout)
+    rows = (document["models"] or document["fine_tunings"])[0]["rows"]
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert "SIGSEGV" in rows[1]["reason"]
