@@ -169,7 +169,8 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(
 
 def test_processes_that_write_at_once_lose_nothing(path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from tuning_examples import *; from attention.tuning.store import Store\n"
+        "import sys; from pathlib import Path; from tuning_examples import *\n"
+        "from attention.tuning.store import Store\n"
         "kept = Store(Path(sys.argv[1]))\n"
         "for n in range(15): kept.put(an_entry(class_number(100 * int(sys.argv[2]) + n + 1)))"
     )
