@@ -106,6 +106,16 @@ def test_a_case_that_fails_is_told_and_the_others_are_kept(
     assert "L≤32" in captured.out
 
 
+def test_a_case_that_does_not_fit_is_refused_and_not_begun(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "huge.toml"
+    path.write_text('schema = 1\nimplementations = ["demo"]\n[workload]\nseq = 1_000_000\nheads = 4096\n')
+    assert main(["tune", str(path)]) == 0
+    assert "refused: needs " in capsys.readouterr().err
+    assert not file.exists()
+
+
 def test_a_damaged_file_is_told_and_kept(preset: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text("nonsense")
     assert main(["tune", preset, "--seconds", "0.05"]) == 0
