@@ -83,10 +83,10 @@ def _cases(presets: "Sequence[str]") -> "list[Workload]":
 
 
 def _tell(event: "TuningEvent | Message") -> None:
-    from attention.events import Message
+    from attention.events import Message, Tuned
     from attention.tuning.news import in_words
 
-    if isinstance(event, Message):
+    if isinstance(event, Message | Tuned):
         cli.tell(in_words(event))
 
 

@@ -12,6 +12,7 @@ from msgspec import structs
 from tuning_examples import Broken, FakeTime, Timed, Wrong
 
 from attention import events as on
+from attention.device import probe
 from attention.implementations.baseline import Baseline
 from attention.implementations.practical import Practical
 from attention.implementations.protocol import Implementation
@@ -22,6 +23,7 @@ from attention.tuning import news
 from attention.tuning.candidates import candidates, fitting
 from attention.tuning.demo import Demo
 from attention.tuning.store import Store
+from attention.tuning.task import Check, Task
 from attention.workload import Workload
 
 WORKLOAD = Workload(seq=32, heads=2, head_dim=8, dtype="float32")
@@ -53,17 +55,10 @@ def test_the_route_tells_before_and_after_the_trial(store: Store) -> None:
     demo = make(store)
     assert demo.route(WORKLOAD, CPU).path == "not tried yet"
     call(demo)
-    device = probe_of(store)
+    device = probe()
     route = demo.route(WORKLOAD, device)
     assert route.path.startswith("tuned: ")
     assert len(route.path) <= 22
-
-
-def probe_of(store: Store) -> "object":
-    """This machine as the trial saw it: classes are per device."""
-    from attention.device import probe
-
-    return probe()
 
 
 def test_the_fastest_is_kept_and_called_from_then_on(store: Store, heard: Heard) -> None:
@@ -106,18 +101,19 @@ def test_an_inaccurate_winner_falls_out_with_a_message(store: Store, heard: Hear
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_accuracy_is_checked_with_array_masks_and_softcaps_too(store: Store, softcap: float | None) -> None:
+@pytest.mark.parametrize("shape", [(32,), (32, 1), (32, 32), (1, 2, 1, 32), (1, 1, 32, 32), (1, 2, 32, 32)], ids=str)
+def test_accuracy_is_checked_with_array_masks_and_softcaps_too(
+    store: Store, shape: tuple[int, ...], softcap: float | None
+) -> None:
     class Off(Baseline):
         def __call__(self, *arrays: mx.array, **further: object) -> mx.array:
             return super().__call__(*arrays, **further) * 1.05  # type: ignore[arg-type]
 
     demo = make(store, right=Baseline(), off=Off())
     q, k, v = make_inputs(WORKLOAD, 0)
-    mask = Mask(array=mx.random.normal((1, 2, 32, 32)) > -0.5)
+    mask = Mask(array=mx.random.normal(shape, key=mx.random.key(1)) > -0.5)
+    task = Task(workload=WORKLOAD, inputs=[q, k, v], scale=0.5, mask=mask, softcap=softcap)
     for name, wrong in (("right", False), ("off", True)):
-        from attention.tuning.task import Check, Task
-
-        task = Task(workload=WORKLOAD, inputs=[q, k, v], scale=0.5, mask=mask, softcap=softcap)
         assert bool(Check(task).error(demo.candidates[name])[1]) == wrong
 
 
@@ -128,13 +124,13 @@ def test_what_cannot_run_falls_out_with_a_message(store: Store, heard: Heard) ->
 
 
 def test_the_runner_tries_the_pass_that_it_runs_before_the_clock_starts(store: Store) -> None:
-    device = probe_of(store)
+    device = probe()
     demo = make(store)
     training = structs.replace(WORKLOAD, pass_="training")
     runner = runner_for(demo, training, make_inputs(training, 0), 0.5)
-    assert demo.route(training, device).path.startswith("tuned: ")  # type: ignore[arg-type]
+    assert demo.route(training, device).path.startswith("tuned: ")
     assert len(runner.results()) == 4
-    assert demo.route(WORKLOAD, device).path == "not tried yet"  # type: ignore[arg-type]
+    assert demo.route(WORKLOAD, device).path == "not tried yet"
 
 
 def test_calls_may_be_taken_as_training(store: Store) -> None:
