@@ -27,6 +27,8 @@ TRIAL_S: Final = 0.5
 IN_USE: Final = 64
 """Calls after which a class counts as in use, so that a neighbouring one takes over its choice without a trial."""
 MOST_KEYS: Final = 4096
+SAMPLES_A_LOOK: Final = 8
+"""Of a run's samples, one in so many is looked at: even some microseconds of each would show."""
 
 
 class Demo:
@@ -237,7 +239,7 @@ class DemoRunner(MlxRunner):
         self._implementation = self._standing.call
         self._watching = True
         self._began = 0.0
-        self._queued = self._usual = 0
+        self._queued = self._usual = self._waits = self._calls = 0
 
     def queue(self) -> list[mx.array]:
         """Queues one call."""
@@ -249,14 +251,20 @@ class DemoRunner(MlxRunner):
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluates the outputs of all calls queued; then, within the share of calls for that, tries a challenger."""
         super().wait(outputs)
-        standing, count = self._standing, self._queued
-        taken = time.perf_counter() - self._began
-        standing.calls += count
-        self._queued = 0
+        count, self._queued = self._queued, 0
+        self._calls += count
+        self._waits += 1
+        if self._waits % SAMPLES_A_LOOK == 0:
+            self._look_at((time.perf_counter() - self._began) / count, count)
+
+    def _look_at(self, call_s: float, count: int) -> None:
+        """Takes in what a call of a sample took, and how many calls the sample had."""
+        standing = self._standing
+        standing.calls, self._calls = standing.calls + self._calls, 0
         if count != self._usual:
             self._usual = count
             standing.watch.begin_anew()
-        standing.watch.observe(taken / count)
+        standing.watch.observe(call_s)
         # A pair is two calls beyond those that were asked for.
         if self._watching and standing.watch.may_try(standing.calls // 2):
             self._demo.attempt_pair(standing, self._once, self._task)

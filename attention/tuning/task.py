@@ -88,7 +88,10 @@ def _against_reference(task: Task, output: mx.array) -> tuple[float, str]:
     plain = Baseline()(q[None], k[None, None], v[None, None], scale=task.scale, mask=mask, softcap=task.softcap)[0]
     worst, allowed = 0.0, 0.0
     for head in range(share):
-        per_head = None if part is None else _numpy(part[0, head if part.shape[1] > 1 else 0])
+        per_head = None
+        if part is not None:
+            of_head = _numpy(part[0, head if part.shape[1] > 1 else 0])
+            per_head = np.broadcast_to(of_head, (task.workload.seq, task.workload.kv_seq))
         rules = Rules(scale=task.scale, causal=mask.causal, window=mask.window, mask=per_head, softcap=task.softcap)
         exact = forward(_numpy(q[head]), _numpy(k), _numpy(v), rules, sample.rows).output
         rows = mx.array(sample.rows)

@@ -19,7 +19,10 @@ WINDOW: Final = 3
 """Timed calls whose median counts."""
 SLOWER: Final = 1.1
 """How many times its usual time a call may take before others are tried."""
-FEWEST: Final = 5
+FEWEST: Final = 6
+"""Pairs without which nothing is decided."""
+CONFIDENCE: Final = 0.9
+"""Of the interval's two ends; that a candidate is faster, its lower end alone, is then 95 % sure."""
 KEPT: Final = 8
 """Pairs that are looked at: the latest, so that what was true long ago does not count."""
 MOST: Final = 16
@@ -104,13 +107,13 @@ class Watch:
         Returns:
             How many times as fast the challenger is, if it is so surely; the choice is then to be changed.
         """
-        if not (chosen_s > 0 and challenger_s > 0):
+        if not (self.trying and chosen_s > 0 and challenger_s > 0):
             return None
         self._pairs.append(math.log(chosen_s / challenger_s))
         self._pairs_ever += 1
         if len(self._pairs) < FEWEST:
             return None
-        middle, low, high = ratio_interval(self._pairs)
+        middle, low, high = ratio_interval(self._pairs, CONFIDENCE)
         if low > math.log1p(MARGIN):
             return Ratio(value=math.exp(middle), low=math.exp(low), high=math.exp(high), significant=True)
         if high < 0 or self._pairs_ever >= MOST:

@@ -11,7 +11,7 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
     """All calls for which one choice holds. Buckets are powers of two, and named by their upper end."""
 
     device: str
-    """As people know it: "NVIDIA H200"."""
+    """As people know it: "NVIDIA H200"; of a CPU also how many cores this process may use."""
     mlx: str
     """MLX's version."""
     dtype: str
@@ -58,7 +58,7 @@ def class_of(workload: Workload, device: Device, needs: Needs = PLAIN) -> Worklo
     if needs.array_mask:
         mask = "array" if mask == "none" else f"{mask} + array"
     return WorkloadClass(
-        device=device.name,
+        device=device.name if device.backend != "cpu" else f"{device.name}, {device.cores} cores",
         mlx=device.mlx,
         dtype=workload.dtype,
         head_dim=workload.head_dim,

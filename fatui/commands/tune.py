@@ -83,10 +83,10 @@ def _cases(presets: "Sequence[str]") -> "list[Workload]":
 
 
 def _tell(event: "TuningEvent | Message") -> None:
-    from attention.events import Message
+    from attention.events import Message, Tuned
     from attention.tuning.news import in_words
 
-    if isinstance(event, Message):
+    if isinstance(event, Message | Tuned):
         cli.tell(in_words(event))
 
 
@@ -96,11 +96,28 @@ def _each(cases: "list[Workload]", do: "Callable[[Workload], object]") -> int:
     for number, case in enumerate(cases, 1):
         cli.tell(f"case {number} of {len(cases)}: {case.label}")
         try:
-            do(case)
+            refusal = _refusal(case)
+            if refusal:
+                cli.tell(f"refused: {refusal}")
+            else:
+                do(case)
         except (RuntimeError, ValueError) as error:
             cli.tell(f"failed: {error}")
             failed += 1
     return failed
+
+
+def _refusal(case: "Workload") -> str | None:
+    """Why a case cannot run at all: its inputs and the leanest candidate do not fit."""
+    from attention.device import probe
+    from attention.implementations import get
+    from fatui import figures
+
+    device = probe()
+    needed = case.input_bytes + (get("practical").route(case, device).predicted_bytes or 0)
+    if needed <= device.available_bytes:
+        return None
+    return f"needs {figures.size(needed)} of {figures.size(device.available_bytes)}"
 
 
 def _tune(cases: "list[Workload]", seconds: float) -> int:
