@@ -38,7 +38,7 @@ def told_by(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> list[on.AnyEvent]:
     made = {"baseline": Baseline(), "demo": demo}
     monkeypatch.setattr(bench.implementations, "get", made.__getitem__)
     events: list[on.AnyEvent] = []
-    Bench(Assignment(plan=PLAN, peaks=Peaks()), events.append).run()
+    Bench(Assignment(plan=PLAN, peaks=Peaks()), PLAN, events.append).run()
     return events
 
 
@@ -72,7 +72,7 @@ def test_a_switch_in_a_run_is_told_with_the_new_path(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(bench.implementations, "get", {"baseline": Baseline(), "demo": demo}.__getitem__)
     plan = msgspec.structs.replace(PLAN, seconds=2.5, precision=0.0)
-    Bench(Assignment(plan=plan, peaks=Peaks()), heard).run()
+    Bench(Assignment(plan=plan, peaks=Peaks()), plan, heard).run()
     place = next(number for number, event in enumerate(events) if isinstance(event, on.Switched))
     after = events[place + 1]
     assert isinstance(after, on.RouteFound)
