@@ -244,7 +244,7 @@ class DemoRunner(MlxRunner):
     def queue(self) -> list[mx.array]:
         """Queues one call."""
         if not self._queued:
-            self._began = time.perf_counter()
+            self._began = self._demo.clock()
         self._queued += 1
         return super().queue() if self._training else [self._attend(*self._inputs)]
 
@@ -255,7 +255,7 @@ class DemoRunner(MlxRunner):
         self._calls += count
         self._waits += 1
         if self._waits % SAMPLES_A_LOOK == 0:
-            self._look_at((time.perf_counter() - self._began) / count, count)
+            self._look_at((self._demo.clock() - self._began) / count, count)
 
     def _look_at(self, call_s: float, count: int) -> None:
         """Takes in what a call of a sample took, and how many calls the sample had."""

@@ -151,17 +151,13 @@ def test_lengths_that_grow_into_the_next_bucket_take_the_choice_along(
 
 
 def test_in_a_run_the_samples_are_watched_and_the_choice_changed(tmp_path: Path, switches: list[on.Switched]) -> None:
-    slowdown = [1.0]
-    a, b = Timed("a", lambda: 3e-4 * slowdown[0]), Timed("b", 4e-4)
-    demo = Demo(store=Store(tmp_path / "tuning.toml"), among={"a": a, "b": b}, budget_s=0.1)
-    runner = demo.runner(WORKLOAD, make_inputs(WORKLOAD, 0), 0.5)
+    machine = Machine(tmp_path)
+    runner = machine.demo.runner(WORKLOAD, machine.inputs, 0.5)
     for _ in range(60):
         take_sample(runner, 4)
-    slowdown[0] = 3.0
-    for _ in range(400):
+    machine.slowdown = 1.3
+    for _ in range(200):
         take_sample(runner, 4)
-        if switches:
-            break
     assert [event.after for event in switches] == ["b"]
 
 

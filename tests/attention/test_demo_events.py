@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tuning_examples import Timed
+from tuning_examples import FakeTime, Timed
 
 from attention import bench
 from attention import events as on
@@ -60,9 +60,10 @@ def test_a_run_tells_of_the_trial_before_the_first_call_which_does_not_hold_it(
 
 
 def test_a_switch_in_a_run_is_told_with_the_new_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = [1.0]
-    among = {"a": Timed("a", lambda: 3e-4 * slow[0]), "b": Timed("b", 4e-4)}
-    demo = Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.1)
+    monkeypatch.setattr("attention.tuning.demo.SAMPLES_A_LOOK", 1)
+    slow, clock = [1.0], FakeTime()
+    among = {"a": Timed("a", lambda: 3e-4 * slow[0], clock), "b": Timed("b", 4e-4, clock)}
+    demo = Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.1, clock=clock)
     events: list[on.AnyEvent] = []
 
     def heard(event: on.AnyEvent) -> None:
@@ -71,7 +72,7 @@ def test_a_switch_in_a_run_is_told_with_the_new_path(tmp_path: Path, monkeypatch
             slow[0] = 4.0
 
     monkeypatch.setattr(bench.implementations, "get", {"baseline": Baseline(), "demo": demo}.__getitem__)
-    plan = msgspec.structs.replace(PLAN, seconds=2.5, precision=0.0)
+    plan = msgspec.structs.replace(PLAN, seconds=1.5, precision=0.0)
     Bench(Assignment(plan=plan, peaks=Peaks()), plan, heard).run()
     place = next(number for number, event in enumerate(events) if isinstance(event, on.Switched))
     after = events[place + 1]
