@@ -138,3 +138,17 @@ def _chunks(kind: Kind, head_dim: int) -> tuple[int, ...]:
     if kind in ("forward", "decode") or head_dim < 192:
         return (head_dim,)
     return (head_dim, head_dim // 2, head_dim // 4)
+
+
+def table() -> str:
+    """All tiles as a Markdown table; of decode those for up to 8 rows."""
+    names = ("kernel", "type", "D", "queries", "keys", "dims at a time", "threads", "threadgroup bytes", "registers")
+    lines = [f"| {' | '.join((*names, 'FLOPs a tile', 'bytes a tile'))} |", "|---" * 11 + "|"]
+    for kind in KINDS:
+        for dtype, label in (("float16", "16 bits"), ("float32", "32 bits")):
+            for head_dim in HEAD_DIMS:
+                t = tile_of(kind, head_dim, dtype, EDGE)
+                sizes = (t.block_q, t.block_k, t.chunk, t.threads, t.threadgroup_bytes, t.registers)
+                cells = (kind, label, head_dim, *sizes, t.flops_per_tile, t.bytes_per_tile)
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
