@@ -5,27 +5,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import dev_verifier
 import mlx.core as mx
 import pytest
 
 from attention.kernels.metal import attend, gradient, launch, machine, trust
 
-Finding = dev_verifier.Finding
+ON_A_GPU = mx.metal.is_available()
+"""On a Mac the kernels run on its GPU, which counts nothing and finds nothing."""
+needs_verifier = pytest.mark.skipif(ON_A_GPU, reason="a GPU does not say what it found or counted")
 MARK = "Planted GPU, applegpu_x, macOS 15.0, MLX 0"
 
 
 @dataclass
 class Launched:
-    """One launch, as the verifier saw it."""
+    """One launch; the counts are the verifier's."""
 
     kernel: str
     keywords: dict[str, Any]
-    text: str
-    reads: dict[str, int]
-    writes: dict[str, int]
-    products: int
-    threadgroup_bytes: int
+    text: str = ""
+    counts: Any = None
 
 
 @dataclass
@@ -44,27 +42,22 @@ class Device:
         short = name.removeprefix("fatui_").partition("_float")[0].partition("_bfloat")[0]
 
         def call(*, inputs: Sequence[mx.array], **keywords: Any) -> list[mx.array]:
-            outputs, seen = dev_verifier.verify(
+            if ON_A_GPU:
+                self.launches.append(Launched(short, keywords))
+                made_there: list[mx.array] = kernel(inputs=list(inputs), **keywords)
+                return made_there
+            import kernels_verifier  # skips the test where there is none
+
+            outputs, text, counts = kernels_verifier.run(
                 kernel,
-                made["input_names"],
+                (made["input_names"], made["output_names"]),
                 list(inputs),
-                output_names=made["output_names"],
-                order=int(self.reversed_schedule),
-                misalign=self.misaligned,
+                keywords,
+                reversed_schedule=self.reversed_schedule,
+                misaligned=self.misaligned,
                 edit=lambda text: self.edit(short, text),
-                **keywords,
             )
-            self.launches.append(
-                Launched(
-                    short,
-                    keywords,
-                    seen["text"],
-                    seen["reads"],
-                    seen["writes"],
-                    seen["products"],
-                    seen["tg"],
-                )
-            )
+            self.launches.append(Launched(short, keywords, text, counts))
             return outputs
 
         return call

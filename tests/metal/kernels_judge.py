@@ -13,6 +13,8 @@ from attention.kernels.metal.call import Call
 from attention.kernels.metal.selfcheck import Floats, Inputs, exact
 from attention.masks import Mask, in_type
 
+NOISE = 1e-5
+"""Allowed where the rule allows nothing: of rows that see a single key dS is exactly 0, and in float32 nearly."""
 NAMES = ("output", "dQ", "dK", "dV", "gradient of the sinks")
 
 
@@ -20,10 +22,15 @@ def wrong(given: Inputs, call: Call, found: Sequence[mx.array]) -> list[str]:
     """What breaks the rule: output, dQ, dK, dV, and the sinks' gradient, as far as they are given."""
     right = [selfcheck.reference(given, call)[0], *selfcheck.reference_gradients(given, call)][: len(found)]
     plain = plain_results(given, call)
+    dtype = str(given.q.dtype).removeprefix("mlx.core.")
     problems = []
     for index, (result, expected, rough) in enumerate(zip(found, right, plain, strict=False)):
-        error = largest(exact(result) - expected)
-        allowed = (3 if index else 2) * largest(exact(rough) - expected) + rounding(expected, rough.dtype)
+        if index == 4:  # float32 whatever the type of q, and so not what the rule is made for
+            error, allowed = selfcheck.relative_error(result, expected, floor=0.1), selfcheck.TOLERANCE[dtype]
+        else:
+            error = largest(exact(result) - expected)
+            allowed = (3 if index else 2) * largest(exact(rough) - expected) + rounding(expected, rough.dtype)
+            allowed = allowed or NOISE
         if not error <= allowed:
             problems.append(f"{NAMES[index]}: {error:.2g} off, {allowed:.2g} allowed")
     return problems

@@ -2,14 +2,17 @@
 
 import pytest
 from kernels_case import problems
-from kernels_device import Device, Finding, on_a_mac
+from kernels_device import Device, needs_verifier, on_a_mac
 from kernels_mutants import MUTANTS
 
+pytestmark = needs_verifier
 QUICK = MUTANTS[::9]
 """The few that every run tries."""
 
 
 def is_found(mutant):
+    from kernels_verifier import Finding
+
     with on_a_mac(Device(edit=mutant.edit)) as device:
         try:
             found = problems(mutant.shape, mutant.call, backward=mutant.kernel.startswith("backward"))

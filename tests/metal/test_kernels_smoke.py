@@ -4,7 +4,7 @@ import time
 
 import pytest
 from kernels_case import KINDS, problems
-from kernels_device import Device, on_a_mac
+from kernels_device import Device, needs_verifier, on_a_mac
 
 from attention.kernels.metal import launch
 from attention.kernels.metal.call import Call, Shape
@@ -45,6 +45,7 @@ def test_forward_of_128_queries_takes_less_than_a_second(device):
     assert time.perf_counter() - started < 1
 
 
+@needs_verifier
 @pytest.mark.parametrize("kind", ["full", "window", "bool mask"])
 def test_traffic_and_products_are_those_of_the_arithmetic(device, kind):
     shape = Shape(2, 4, 2, 45, 70, 64, "float16")
@@ -52,9 +53,22 @@ def test_traffic_and_products_are_those_of_the_arithmetic(device, kind):
     problems(shape, call)
     for one in device.launches:
         expected = traffic(one.kernel, shape, call)
-        assert {name: one.reads[name] for name in expected.reads} == expected.reads
-        assert {name: n for name, n in one.writes.items() if n} == expected.writes
-        assert one.products == expected.products
+        assert {name: one.counts.reads[name] for name in expected.reads} == expected.reads
+        assert {name: n for name, n in one.counts.writes.items() if n} == expected.writes
+        assert one.counts.products == expected.products
+
+
+@needs_verifier
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_no_pointer_is_in_the_wrong_address_space(device, dtype):
+    from kernels_verifier import address_space_errors
+
+    for queries in (40, 2):
+        problems(Shape(1, 4, 2, queries, 530, 32, dtype), KINDS["all at once"].call(32))
+    assert {one.kernel for one in device.launches} == set(launch.INPUTS)
+    for one in device.launches:
+        assert address_space_errors(one.text) == []
+    assert address_space_errors(device.launches[0].text.replace("const device T* keys_at", "threadgroup T* keys_at"))
 
 
 def test_no_launch_is_cut_off_at_the_grids_edge(device):

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from kernels_device import MARK, Device, forget, on_a_mac
+from kernels_device import MARK, Device, forget, needs_verifier, on_a_mac
 
 from attention.device import Device as Machine
 from attention.errors import KernelUnavailable
@@ -74,6 +74,7 @@ def test_a_kernel_is_checked_once_and_then_used():
         assert len(device.launches) == 1 + 2 + 1
 
 
+@needs_verifier
 def test_a_wrong_kernel_is_refused_and_the_call_falls_back():
     with on_a_mac(Device(edit=wrong_output)):
         q, k, v = arrays()
@@ -113,6 +114,7 @@ def test_a_report_checks_every_head_dim_and_type_and_names_no_home_folder(monkey
     assert machine_report.without_home(f"{tmp_path}/x") == "~/x"
 
 
+@needs_verifier
 def test_a_wrong_backward_kernel_leaves_the_gradients_to_the_score_matrix():
     with on_a_mac(Device(edit=wrong_gradient)):
         q, k, v = arrays()

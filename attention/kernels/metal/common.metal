@@ -89,7 +89,7 @@ METAL_FUNC void load_tile(
   for (int i = int(thread_id); i < ROWS * WIDTH; i += THREADS) {
     const int row = i / WIDTH;
     const int column = i % WIDTH;
-    tile[row * PITCH + column] = row < valid ? source[row * row_stride + column * column_stride] : T(0.0f);
+    tile[row * PITCH + column] = row < valid ? T(source[row * row_stride + column * column_stride]) : T(0.0f);
   }
 }
 

@@ -45,7 +45,7 @@
     const int r = first_row + i / D;
     const int64_t at = batch * q_strides[0] + (plane * packed + r / queries) * q_strides[1]
         + (r % queries) * q_strides[2] + (i % D) * q_strides[3];
-    query_tile[i / D * PITCH + i % D] = r < rows ? q[at] : T(0.0f);
+    query_tile[i / D * PITCH + i % D] = r < rows ? T(q[at]) : T(0.0f);
   }
 
   Fragment sums[DIMS];
