@@ -26,7 +26,8 @@ def make(tell: Callable[[str], None], measure: bool) -> str:
 
 def without_home(text: str) -> str:
     """A text in which the home folder, and so most often the user's name, is not told."""
-    return text.replace(str(Path.home()), "~")
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def _of_findings(found: list[Finding]) -> Iterator[str]:

@@ -39,7 +39,7 @@ class Device:
     def metal_kernel(self, *, name: str, **made: Any) -> Callable[..., list[mx.array]]:
         """What mx.fast.metal_kernel is to the launcher."""
         kernel = mx.fast.metal_kernel(name=name, **made)
-        short = name.removeprefix("fatui_").partition("_float")[0].partition("_bfloat")[0]
+        short = name.removeprefix("fatui_")
 
         def call(*, inputs: Sequence[mx.array], **keywords: Any) -> list[mx.array]:
             if ON_A_GPU:

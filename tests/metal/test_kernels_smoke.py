@@ -60,7 +60,7 @@ def test_traffic_and_products_are_those_of_the_arithmetic(device, kind):
 
 @needs_verifier
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_no_pointer_is_in_the_wrong_address_space(device, dtype):
+def test_no_pointer_is_in_the_wrong_address_space_and_no_buffer_too_many(device, dtype):
     from kernels_verifier import address_space_errors
 
     for queries in (40, 2):
@@ -68,6 +68,7 @@ def test_no_pointer_is_in_the_wrong_address_space(device, dtype):
     assert {one.kernel for one in device.launches} == set(launch.INPUTS)
     for one in device.launches:
         assert address_space_errors(one.text) == []
+        assert one.text.count("[[buffer(") <= 31  # as many as Metal has
     assert address_space_errors(device.launches[0].text.replace("const device T* keys_at", "threadgroup T* keys_at"))
 
 

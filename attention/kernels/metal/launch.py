@@ -25,8 +25,6 @@ OUTPUTS: Final = {
     "backward_key": ("d_k", "d_v"),
     "join": ("o", "lse"),
 }
-CONSTANT_BELOW: Final = 8
-"""Elements below which MLX passes an input as `constant`, and so writes another signature."""
 SPLIT_KEYS: Final = 256
 """Keys of a split at least. A choice, not a measurement; `MOST_SPLITS` and `GROUPS_WANTED` as well."""
 MOST_SPLITS: Final = 32
@@ -44,10 +42,10 @@ def source(text: str) -> str:
 
 
 @functools.cache
-def _kernel(text: str, signature: str) -> Kernel:
-    """A kernel of its own for each signature: MLX recompiles a name whenever its text differs from the last one."""
+def _kernel(text: str) -> Kernel:
+    """A text as a kernel; MLX compiles it, under a name of its own, for all types of inputs and constants it meets."""
     return metal_kernel(
-        name=f"fatui_{text}_{signature}",
+        name=f"fatui_{text}",
         input_names=list(INPUTS[text]),
         output_names=list(OUTPUTS[text]),
         source=source(text),
@@ -58,8 +56,7 @@ def _kernel(text: str, signature: str) -> Kernel:
 
 def queue(text: str, inputs: Sequence[mx.array], **call: Any) -> list[mx.array]:
     """Queues a kernel and returns its outputs; Metal's own error, if it has one, comes when they are evaluated."""
-    signature = "_".join(f"{str(x.dtype).removeprefix('mlx.core.')}{'c' * (x.size < CONSTANT_BELOW)}" for x in inputs)
-    return _kernel(text, signature)(inputs=list(inputs), **call)
+    return _kernel(text)(inputs=list(inputs), **call)
 
 
 @functools.lru_cache(maxsize=1024)
