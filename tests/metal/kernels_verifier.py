@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-verifier = pytest.importorskip("dev_verifier", reason="the verifier is not there")
+verifier = pytest.importorskip("verifier", reason="the verifier of Metal texts is not there")
 
 Finding = verifier.Finding
 """What a launch raises in which something was found."""

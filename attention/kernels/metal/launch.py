@@ -161,30 +161,53 @@ def backward(
     call: Call,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """dQ, dK, dV, and each row's delta, (B, H, Lq); the second kernel needs what the first makes of it."""
-    q, k, v = primals
-    o, lse = outputs
-    numbers = scalars(call)
+    d_q, delta = _of_queries(primals, outputs, d_o, d_lse, mask, shape, call)
+    d_k, d_v = _of_keys(primals, outputs[1], delta, d_o, mask, shape, call)
+    return d_q, d_k, d_v, delta
+
+
+def _of_queries(
+    primals: Sequence[mx.array],
+    outputs: Sequence[mx.array],
+    d_o: mx.array,
+    d_lse: mx.array | None,
+    mask: mx.array,
+    shape: Shape,
+    call: Call,
+) -> list[mx.array]:
+    """The gradient of q, and delta."""
     special = specialisation("backward_query", shape, call)
-    d_q, delta = queue(
+    return queue(
         "backward_query",
-        [q, k, v, o, lse, d_o, absent(3) if d_lse is None else d_lse, mask, *numbers],
-        output_shapes=[q.shape, lse.shape],
-        output_dtypes=[q.dtype, mx.float32],
+        [*primals, *outputs, d_o, absent(3) if d_lse is None else d_lse, mask, *scalars(call)],
+        output_shapes=[primals[0].shape, outputs[1].shape],
+        output_dtypes=[primals[0].dtype, mx.float32],
         template=[*constants(special), ("CHUNK", special.tile.chunk), ("LOGSUMEXP", d_lse is not None)],
         grid=(_ceil(shape.queries, special.tile.block_q) * special.tile.threads, shape.heads, shape.batch),
         threadgroup=(special.tile.threads, 1, 1),
     )
+
+
+def _of_keys(
+    primals: Sequence[mx.array],
+    lse: mx.array,
+    delta: mx.array,
+    d_o: mx.array,
+    mask: mx.array,
+    shape: Shape,
+    call: Call,
+) -> list[mx.array]:
+    """The gradients of k and v."""
     special = specialisation("backward_key", shape, call)
-    d_k, d_v = queue(
+    return queue(
         "backward_key",
-        [q, k, v, lse, delta, d_o, mask, *numbers],
-        output_shapes=[k.shape, v.shape],
-        output_dtypes=[k.dtype, v.dtype],
+        [*primals, lse, delta, d_o, mask, *scalars(call)],
+        output_shapes=[primals[1].shape, primals[2].shape],
+        output_dtypes=[primals[1].dtype, primals[2].dtype],
         template=[*constants(special), ("CHUNK", special.tile.chunk)],
         grid=(_ceil(shape.keys, special.tile.block_k) * special.tile.threads, shape.kv_heads, shape.batch),
         threadgroup=(special.tile.threads, 1, 1),
     )
-    return d_q, d_k, d_v, delta
 
 
 def _ceil(n: int, of: int) -> int:
