@@ -15,14 +15,14 @@
   const int keys = k_shape[2];
   const int heads = q_shape[1];
   const uint lane = thread_index_in_simdgroup;
-  const int simdgroup = int(simdgroup_index_in_threadgroup);
+  const int simdgroup_at = int(simdgroup_index_in_threadgroup);
   const int batch = int(threadgroup_position_in_grid.z);
   const int head = int(threadgroup_position_in_grid.y);
   const int key_head = head / (heads / k_shape[1]);
   const int first_query = int(threadgroup_position_in_grid.x) * BLOCK_Q;
   const short fragment_r = fragment_row(lane);
   const short fragment_c = fragment_column(lane);
-  const int own = simdgroup * 8;
+  const int own = simdgroup_at * 8;
   const int query = first_query + own + fragment_r;
 
   threadgroup T query_tile[BLOCK_Q * PITCH];

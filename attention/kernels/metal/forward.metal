@@ -22,7 +22,7 @@
   const int packed = PACKED ? group : 1;
   const int rows = packed * queries;
   const uint lane = thread_index_in_simdgroup;
-  const int simdgroup = int(simdgroup_index_in_threadgroup);
+  const int simdgroup_at = int(simdgroup_index_in_threadgroup);
   const int batch = int(threadgroup_position_in_grid.z) / splits;
   const int split = int(threadgroup_position_in_grid.z) % splits;
   const int plane = int(threadgroup_position_in_grid.y);
@@ -30,10 +30,10 @@
   const int first_row = int(threadgroup_position_in_grid.x) * BLOCK_Q;
   const short fragment_r = fragment_row(lane);
   const short fragment_c = fragment_column(lane);
-  const int row = first_row + simdgroup * 8 + fragment_r;
+  const int row = first_row + simdgroup_at * 8 + fragment_r;
   const int head = plane * packed + row / queries;
   const int query = row % queries;
-  const bool computes = simdgroup * 8 < BLOCK_Q;
+  const bool computes = simdgroup_at * 8 < BLOCK_Q;
   const bool is_row = computes && row < rows;
 
   threadgroup T query_tile[BLOCK_Q * PITCH];
@@ -67,7 +67,7 @@
     clear<KEYS>(scores);
     if (computes) {
       multiply_turned<T, KEYS, D>(
-          scores, query_tile + simdgroup * 8 * PITCH, PITCH, key_tile, PITCH, fragment_r, fragment_c);
+          scores, query_tile + simdgroup_at * 8 * PITCH, PITCH, key_tile, PITCH, fragment_r, fragment_c);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: nobody reads K any more
     load_tile<T, BLOCK_K, D, PITCH, THREADS>(
