@@ -7,12 +7,13 @@ from kernels_device import MARK, Device, forget, needs_verifier, on_a_mac
 
 from attention.device import Device as Machine
 from attention.errors import KernelUnavailable
-from attention.implementations import demo, poc
+from attention.implementations import poc
 from attention.kernels import metal
 from attention.kernels.metal import launch, path, trust, verdicts
 from attention.kernels.metal.call import Call, Shape, specialisation
 from attention.masks import Mask
 from attention.route import Needs
+from attention.tuning.candidates import candidates, fitting
 from attention.workload import Workload
 from fatui import machine_report
 
@@ -28,7 +29,6 @@ METALS_ERROR = (
 def fresh_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(poc, "here", lambda: "metal")
-    monkeypatch.setattr(demo, "here", lambda: "metal")
 
 
 def arrays(seed=0):
@@ -189,7 +189,7 @@ def test_poc_takes_what_mlx_has_no_fused_kernel_for_and_demo_tries_it(workload, 
         assert route.fused
         assert not route.fallback
         assert "never measured" in route.reason
-        assert "poc" in demo.Demo()._fitting(workload, MAC, needs)
+        assert "poc" in fitting(candidates(), workload, MAC, needs)
 
 
 @pytest.mark.parametrize(
