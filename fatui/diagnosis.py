@@ -57,6 +57,8 @@ def diagnose(measure: bool = True) -> Iterator[Finding]:
     if device:
         yield from _machine(device)
         yield from _implementations(device)
+        if device.backend == "metal":
+            yield _metal_kernels()
     yield from _compilers()
     yield from _folders()
     if device and measure:
@@ -110,6 +112,15 @@ def _availability(name: str, device: Device) -> tuple[str, str | None]:
     except Exception as error:
         return f"not available: {type(error).__name__}: {error}", None
     return f"{route.path if route.supported else 'not available'}: {route.reason}", None
+
+
+def _metal_kernels() -> Finding:
+    """What the kernels' checks on first use have come to, and what nobody knows of them."""
+    from attention.kernels.metal import verdicts
+
+    text, wrong = verdicts.summary()
+    advice = f"{wrong}; calls of this kind fall back; `fatui doctor --report` writes a file to send" if wrong else None
+    return Finding(topic="Metal", text=text, advice=advice)
 
 
 def _compilers() -> Iterator[Finding]:

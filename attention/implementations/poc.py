@@ -21,6 +21,7 @@ from attention.workload import Workload
 KERNELS: Final[dict[Backend, str]] = {
     "cpu": "attention.kernels.cpu.path",
     "cuda": "attention.kernels.cuda.path",
+    "metal": "attention.kernels.metal.path",
 }
 """For each backend the module of its kernel, of the form `Kernel`."""
 Attend = Callable[..., mx.array]

@@ -1,6 +1,7 @@
 """`fatui doctor`: what this machine has, what is missing, and what to do."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fatui import cli
@@ -13,13 +14,23 @@ TOPIC_WIDTH: Final = 10
 EXAMPLE: Final = """examples:
   fatui doctor
   fatui doctor --no-measure     without the second that measuring takes
+  fatui doctor --report         write a file about this machine, to attach to a bug report
 
 Exit codes: 0 done, 3 no usable backend."""
+REPORT: Final = "fatui-report.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     parser.add_argument("--no-measure", action="store_true", help="leave out what has to be measured")
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        const=REPORT,
+        metavar="FILE",
+        help=f"write what is found, and every check of a kernel with its error, to FILE ({REPORT}); "
+        "on a Mac this compiles and checks the Metal kernels first, unless --no-measure is given",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fatui.commands.printing import show
     from fatui.diagnosis import diagnose
 
+    if arguments.report is not None:
+        return _write_report(Path(arguments.report), measure=not arguments.no_measure)
     usable = True
     for finding in diagnose(measure=not arguments.no_measure):
         show(_hanging(finding.topic, Text(finding.text)))
@@ -38,6 +51,18 @@ def run(arguments: argparse.Namespace) -> int:
         if finding.topic == "backend" and finding.text == "none":
             usable = False
     return cli.DONE if usable else cli.NO_BACKEND
+
+
+def _write_report(path: Path, measure: bool) -> int:
+    from attention.errors import UsageError
+    from fatui.machine_report import make
+    from fatui.paths import write_atomically
+
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise UsageError(f"--report: '{path}' is not a file in a folder that exists")
+    write_atomically(path, make(cli.tell, measure))
+    cli.tell(f"wrote {path}; read it through before you send it")
+    return cli.DONE
 
 
 def _hanging(topic: str, text: "Text") -> "RenderableType":

@@ -62,3 +62,19 @@ def test_a_workload_is_explained_for_each_implementation(capsys):
 def test_explaining_nothing_legal_is_told(capsys):
     assert main(["explain", "--heads", "8", "--kv-heads", "3"]) == 2
     assert "must divide" in capsys.readouterr().err
+
+
+def test_a_report_is_written_for_a_bug_report_and_tells_no_folder(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path / "cache"))
+    assert main(["doctor", "--no-measure", "--report", str(tmp_path / "report.md")]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "- backend: " in text
+    assert "## Metal kernels" in text
+    assert "Never measured" in text
+    assert str(tmp_path) not in text
+    assert not capsys.readouterr().out
+
+
+def test_a_report_goes_to_a_folder_that_exists(capsys, tmp_path):
+    assert main(["doctor", "--report", str(tmp_path / "none" / "report.md")]) == 2
+    assert "--report" in capsys.readouterr().err

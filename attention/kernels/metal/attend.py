@@ -1,0 +1,102 @@
+"""From a call to its kernels: checked on first use, differentiable, decided once for each shape."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import mlx.core as mx
+
+from attention.kernels.metal import launch, machine, selfcheck, trust
+from attention.kernels.metal.call import Call, Shape, Specialisation, mask_kind, normal, shape_of, specialisation
+from attention.kernels.metal.gradient import gradients
+
+Attend = Callable[..., Sequence[mx.array]]
+KEYS = 83
+"""Keys of a check."""
+SPLIT_KEYS = 523
+"""The same where they are to be split."""
+
+
+def attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    mask: mx.array | None,
+    softcap: float | None,
+    sinks: mx.array | None,
+    with_logsumexp: bool,
+) -> Sequence[mx.array]:
+    """Output and logsumexp; arguments as `flash_attention` has them.
+
+    Raises:
+        ValueError: for shapes, types or values that do not fit or are not taken.
+        KernelUnavailable: there is no Metal here, or the kernel has not shown that it is right.
+    """
+    shape = shape_of(q, k, v)
+    if sinks is not None and sinks.shape != (shape.heads,):
+        raise ValueError(f"[flash_attention] sinks have shape ({shape.heads},); got {sinks.shape}.")
+    kind = mask_kind(mask, shape)
+    call = normal(scale, causal, window, softcap, shape.keys, kind, sinks is not None)
+    function = _function(shape, call, with_logsumexp)
+    whole = (shape.batch, shape.heads, shape.queries, shape.keys)
+    of_mask = launch.absent(4) if mask is None else mx.broadcast_to(mask, whole)
+    of_sinks = launch.absent(1) if sinks is None else sinks.astype(mx.float32)
+    return function(q, k, v, of_mask, of_sinks)
+
+
+def special_of(shape: Shape, call: Call) -> Specialisation:
+    """The specialisation of a call's forward pass."""
+    return specialisation("decode" if shape.few else "forward", shape, call)
+
+
+@functools.lru_cache(maxsize=256)
+def _function(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
+    """The call with its gradient; the logsumexp is made in any case, since the backward pass needs it."""
+    machine.look()
+    check(shape, call)
+
+    @mx.custom_function
+    def function(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array) -> tuple[mx.array, mx.array]:
+        return launch.forward(q, k, v, mask, sinks, shape, call)
+
+    def pull_back(
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> tuple[mx.array, ...]:
+        d_lse = cotangents[1].astype(mx.float32) if with_logsumexp else None
+        return gradients(primals, cotangents[0].astype(primals[0].dtype), d_lse, outputs, shape, call)
+
+    function.vjp(pull_back)
+    return cast("Attend", function)
+
+
+def check(shape: Shape, call: Call) -> None:
+    """Sees to it that the kernel of a call has shown on this machine that it is right.
+
+    Raises:
+        KernelUnavailable: it cannot be compiled, or is wrong.
+    """
+    special = special_of(shape, call)
+
+    def compare() -> str | None:
+        for small in _small(shape, special):
+            asked = selfcheck.tried(call, small)
+            given = selfcheck.inputs(small, asked)
+            found = launch.forward(*given.arrays(small), small, asked)
+            wrong = selfcheck.disagreement(given, asked, *found)
+            if wrong:
+                return wrong
+        return None
+
+    trust.ensure(special, compare)
+
+
+def _small(shape: Shape, special: Specialisation) -> list[Shape]:
+    """Shapes that run the kernel of another: of few queries once with the keys split, and once whole."""
+    if special.tile.kind == "decode":
+        few = replace(shape, batch=1, heads=4, kv_heads=2, queries=special.tile.block_q // 2)
+        return [replace(few, keys=SPLIT_KEYS), replace(few, keys=KEYS)]
+    return [replace(shape, batch=1, heads=4, kv_heads=2, queries=70, keys=KEYS)]

@@ -1,0 +1,143 @@
+// Flash attention, backward: dK and dV. Two simdgroups share 8 keys, so that neither needs registers for both sums:
+//
+//   even simdgroup:  S' = K Q',   P' = exp(S' - lse)  -- P' slope scale -->   dV = sum of P' dO
+//   odd simdgroup:   dP' = V dO'                dS' = (that) (dP' - delta)    dK = sum of dS' Q
+//
+//   K, V  (BLOCK_K x D): threadgroup memory, loaded once
+//   Q, dO (BLOCK_Q x CHUNK): threadgroup memory, walked along the queries of all heads that share the key head
+//   S' or dP' (8 x BLOCK_Q), dV or dK (8 x D): in registers; the weights pass through threadgroup memory
+  constexpr int THREADS = SIMDGROUPS * 32;
+  constexpr int DIMS = D / 8;
+  constexpr int QUERIES = BLOCK_Q / 8;
+  constexpr int CHUNKS = D / CHUNK;
+  constexpr int PITCH = D + PAD;
+  constexpr int CHUNK_PITCH = CHUNK + PAD;
+  const int queries = q_shape[2];
+  const int keys = k_shape[2];
+  const int heads = q_shape[1];
+  const int key_heads = k_shape[1];
+  const int group = heads / key_heads;
+  const uint lane = thread_index_in_simdgroup;
+  const int pair = int(simdgroup_index_in_threadgroup) / 2;
+  const bool odd = simdgroup_index_in_threadgroup % 2 == 1;
+  const int batch = int(threadgroup_position_in_grid.z);
+  const int key_head = int(threadgroup_position_in_grid.y);
+  const int key0 = int(threadgroup_position_in_grid.x) * BLOCK_K;
+  const short fragment_r = fragment_row(lane);
+  const short fragment_c = fragment_column(lane);
+  const int key = key0 + pair * 8 + fragment_r;
+
+  threadgroup T key_tile[BLOCK_K * PITCH];
+  threadgroup T value_tile[BLOCK_K * PITCH];
+  threadgroup T query_tile[BLOCK_Q * CHUNK_PITCH];
+  threadgroup T upstream_tile[BLOCK_Q * CHUNK_PITCH];
+  threadgroup float weights[BLOCK_K * BLOCK_Q];
+  threadgroup float row_bases[BLOCK_Q];
+  threadgroup float row_means[BLOCK_Q];
+
+  load_tile<T, BLOCK_K, D, PITCH, THREADS>(
+      k + batch * k_strides[0] + key_head * k_strides[1] + key0 * k_strides[2], k_strides[2], k_strides[3], key_tile,
+      keys - key0, thread_index_in_threadgroup);
+  load_tile<T, BLOCK_K, D, PITCH, THREADS>(
+      v + batch * v_strides[0] + key_head * v_strides[1] + key0 * v_strides[2], v_strides[2], v_strides[3], value_tile,
+      keys - key0, thread_index_in_threadgroup);
+  const threadgroup T* own = (odd ? value_tile : key_tile) + pair * 8 * PITCH;
+  const threadgroup T* first = odd ? upstream_tile : query_tile;
+  const threadgroup T* second = odd ? query_tile : upstream_tile;
+
+  Fragment sums[DIMS];
+  clear<DIMS>(sums);
+  const int shift = keys - queries;
+  const int from = CAUSAL ? metal::max(0, key0 - shift) / BLOCK_Q * BLOCK_Q : 0;
+  const int end = WINDOW ? metal::min(queries, metal::min(key0 + BLOCK_K, keys) - 1 - shift + window) : queries;
+  for (int head = key_head * group; head < key_head * group + group; head++) {
+    const device T* queries_at = q + batch * q_strides[0] + head * q_strides[1];
+    const device T* upstream_at = d_o + batch * d_o_strides[0] + head * d_o_strides[1];
+    const int64_t line = (int64_t(batch) * heads + head) * queries;
+    for (int query0 = from; query0 < end; query0 += BLOCK_Q) {
+      Fragment scores[QUERIES];
+      clear<QUERIES>(scores);
+      UNROLL
+      for (int c = 0; c < CHUNKS; c++) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: nobody reads the last Q and dO any more
+        load_tile<T, BLOCK_Q, CHUNK, CHUNK_PITCH, THREADS>(
+            queries_at + query0 * q_strides[2] + c * CHUNK * q_strides[3], q_strides[2], q_strides[3], query_tile,
+            queries - query0, thread_index_in_threadgroup);
+        load_tile<T, BLOCK_Q, CHUNK, CHUNK_PITCH, THREADS>(
+            upstream_at + query0 * d_o_strides[2] + c * CHUNK * d_o_strides[3], d_o_strides[2], d_o_strides[3],
+            upstream_tile, queries - query0, thread_index_in_threadgroup);
+        for (int i = int(thread_index_in_threadgroup); c == 0 && i < BLOCK_Q; i += THREADS) {
+          const bool is_row = query0 + i < queries;
+          const float found = is_row ? lse[line + query0 + i] : 0.0f;
+          row_bases[i] = found == -INFINITY ? 0.0f : found * LOG2_E;
+          row_means[i] = is_row ? delta[line + query0 + i] : 0.0f;
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: Q and dO, and for the first time K and V, are in place
+        multiply_turned<T, QUERIES, CHUNK>(
+            scores, own + c * CHUNK, PITCH, first, CHUNK_PITCH, fragment_r, fragment_c);
+      }
+      threadgroup float* shared = weights + (pair * QUERIES * 32 + int(lane)) * 2;
+      if (!odd) {
+        UNROLL
+        for (int j = 0; j < QUERIES; j++) {
+          UNROLL
+          for (int e = 0; e < 2; e++) {
+            const int query = query0 + j * 8 + fragment_c + e;
+            float s = scores[j].thread_elements()[e] * scale;
+            float slope = scale;
+            if (SOFTCAP) {
+              const float squashed = metal::precise::tanh(s / softcap);
+              s = softcap * squashed;
+              slope *= 1.0f - squashed * squashed;
+            }
+            if (!is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+              s = -INFINITY;
+            } else if (MASK != 0) {
+              const int64_t at =
+                  batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
+              s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
+            }
+            const float weight = metal::exp2(s * LOG2_E - row_bases[j * 8 + fragment_c + e]);
+            scores[j].thread_elements()[e] = weight;
+            shared[j * 64 + e] = weight * slope;
+          }
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: the weights are in place
+      if (odd) {
+        UNROLL
+        for (int j = 0; j < QUERIES; j++) {
+          UNROLL
+          for (int e = 0; e < 2; e++) {
+            const float product = scores[j].thread_elements()[e] - row_means[j * 8 + fragment_c + e];
+            scores[j].thread_elements()[e] = shared[j * 64 + e] * product;
+          }
+        }
+      }
+      UNROLL
+      for (int c = 0; c < CHUNKS; c++) {
+        if (CHUNKS > 1) {
+          threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: nobody reads the last chunk any more
+          load_tile<T, BLOCK_Q, CHUNK, CHUNK_PITCH, THREADS>(
+              queries_at + query0 * q_strides[2] + c * CHUNK * q_strides[3], q_strides[2], q_strides[3], query_tile,
+              queries - query0, thread_index_in_threadgroup);
+          load_tile<T, BLOCK_Q, CHUNK, CHUNK_PITCH, THREADS>(
+              upstream_at + query0 * d_o_strides[2] + c * CHUNK * d_o_strides[3], d_o_strides[2], d_o_strides[3],
+              upstream_tile, queries - query0, thread_index_in_threadgroup);
+          threadgroup_barrier(mem_flags::mem_threadgroup);  // B5: the chunk is in place
+        }
+        multiply<T, QUERIES, CHUNK>(
+            sums + c * (CHUNK / 8), scores, second, CHUNK_PITCH, fragment_r, fragment_c);
+      }
+    }
+  }
+
+  if (key < keys) {
+    const int64_t line = ((int64_t(batch) * key_heads + key_head) * keys + key) * D;
+    device T* out = odd ? d_k : d_v;
+    UNROLL
+    for (int d = 0; d < DIMS; d++) {
+      out[line + d * 8 + fragment_c] = T(sums[d].thread_elements()[0]);
+      out[line + d * 8 + fragment_c + 1] = T(sums[d].thread_elements()[1]);
+    }
+  }

@@ -1,0 +1,129 @@
+// Flash attention, backward: dQ, and each row's delta = sum(dO * O) - dLSE, which the kernel of dK and dV needs.
+//
+//   S = Q K', P = exp(S - lse), dP = dO V', dS = P (dP - delta) . slope . scale, dQ = sum of dS K
+//
+//   Q, dO (BLOCK_Q x D): threadgroup memory, loaded once; each simdgroup owns 8 of the rows
+//   K, V  (BLOCK_K x CHUNK): threadgroup memory, walked along the keys; where CHUNK < D, in chunks of the head dim
+//   S, dP (8 x BLOCK_K) and dQ (8 x D): in registers
+  constexpr int THREADS = SIMDGROUPS * 32;
+  constexpr int DIMS = D / 8;
+  constexpr int KEYS = BLOCK_K / 8;
+  constexpr int CHUNKS = D / CHUNK;
+  constexpr int PITCH = D + PAD;
+  constexpr int CHUNK_PITCH = CHUNK + PAD;
+  const int queries = q_shape[2];
+  const int keys = k_shape[2];
+  const int heads = q_shape[1];
+  const uint lane = thread_index_in_simdgroup;
+  const int simdgroup_at = int(simdgroup_index_in_threadgroup);
+  const int batch = int(threadgroup_position_in_grid.z);
+  const int head = int(threadgroup_position_in_grid.y);
+  const int key_head = head / (heads / k_shape[1]);
+  const int first_query = int(threadgroup_position_in_grid.x) * BLOCK_Q;
+  const short fragment_r = fragment_row(lane);
+  const short fragment_c = fragment_column(lane);
+  const int own = simdgroup_at * 8;
+  const int query = first_query + own + fragment_r;
+
+  threadgroup T query_tile[BLOCK_Q * PITCH];
+  threadgroup T upstream_tile[BLOCK_Q * PITCH];
+  threadgroup T key_tile[BLOCK_K * CHUNK_PITCH];
+  threadgroup T value_tile[BLOCK_K * CHUNK_PITCH];
+
+  const device T* keys_at = k + batch * k_strides[0] + key_head * k_strides[1];
+  const device T* values_at = v + batch * v_strides[0] + key_head * v_strides[1];
+  load_tile<T, BLOCK_Q, D, PITCH, THREADS>(
+      q + batch * q_strides[0] + head * q_strides[1] + first_query * q_strides[2], q_strides[2], q_strides[3],
+      query_tile, queries - first_query, thread_index_in_threadgroup);
+  load_tile<T, BLOCK_Q, D, PITCH, THREADS>(
+      d_o + batch * d_o_strides[0] + head * d_o_strides[1] + first_query * d_o_strides[2], d_o_strides[2],
+      d_o_strides[3], upstream_tile, queries - first_query, thread_index_in_threadgroup);
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: Q and dO are in place
+
+  const int64_t line = (int64_t(batch) * heads + head) * queries + query;
+  float base = 0.0f;
+  float mean = 0.0f;
+  if (query < queries) {
+    const float found = lse[line];
+    base = found == -INFINITY ? 0.0f : found * LOG2_E;
+    for (int d = fragment_c; d < D; d += 8) {
+      mean += float(upstream_tile[(own + fragment_r) * PITCH + d]) * float(o[line * D + d]);
+      mean += float(upstream_tile[(own + fragment_r) * PITCH + d + 1]) * float(o[line * D + d + 1]);
+    }
+  }
+  mean = row_sum(mean);
+  if (query < queries) {
+    if (LOGSUMEXP) {
+      mean -= d_lse[batch * d_lse_strides[0] + head * d_lse_strides[1] + query * d_lse_strides[2]];
+    }
+    if (fragment_c == 0) {
+      delta[line] = mean;
+    }
+  }
+
+  Fragment sums[DIMS];
+  clear<DIMS>(sums);
+  const int end = key_end<CAUSAL>(metal::min(first_query + BLOCK_Q, queries) - 1, queries, keys);
+  for (int key0 = first_key<WINDOW, BLOCK_K>(first_query, queries, keys, window); key0 < end; key0 += BLOCK_K) {
+    Fragment scores[KEYS];
+    Fragment products[KEYS];
+    clear<KEYS>(scores);
+    clear<KEYS>(products);
+    UNROLL
+    for (int c = 0; c < CHUNKS; c++) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: nobody reads the last K and V any more
+      load_tile<T, BLOCK_K, CHUNK, CHUNK_PITCH, THREADS>(
+          keys_at + key0 * k_strides[2] + c * CHUNK * k_strides[3], k_strides[2], k_strides[3], key_tile, keys - key0,
+          thread_index_in_threadgroup);
+      load_tile<T, BLOCK_K, CHUNK, CHUNK_PITCH, THREADS>(
+          values_at + key0 * v_strides[2] + c * CHUNK * v_strides[3], v_strides[2], v_strides[3], value_tile,
+          keys - key0, thread_index_in_threadgroup);
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: K and V are in place
+      multiply_turned<T, KEYS, CHUNK>(
+          scores, query_tile + own * PITCH + c * CHUNK, PITCH, key_tile, CHUNK_PITCH, fragment_r, fragment_c);
+      multiply_turned<T, KEYS, CHUNK>(
+          products, upstream_tile + own * PITCH + c * CHUNK, PITCH, value_tile, CHUNK_PITCH, fragment_r, fragment_c);
+    }
+    UNROLL
+    for (int j = 0; j < KEYS; j++) {
+      UNROLL
+      for (int e = 0; e < 2; e++) {
+        const int key = key0 + j * 8 + fragment_c + e;
+        float s = scores[j].thread_elements()[e] * scale;
+        float slope = scale;
+        if (SOFTCAP) {
+          const float squashed = metal::precise::tanh(s / softcap);
+          s = softcap * squashed;
+          slope *= 1.0f - squashed * squashed;
+        }
+        if (!is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+          s = -INFINITY;
+        } else if (MASK != 0) {
+          const int64_t at =
+              batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
+          s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
+        }
+        const float weight = metal::exp2(s * LOG2_E - base);
+        scores[j].thread_elements()[e] = weight * (products[j].thread_elements()[e] - mean) * slope;
+      }
+    }
+    UNROLL
+    for (int c = 0; c < CHUNKS; c++) {
+      if (CHUNKS > 1) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: nobody reads the last chunk any more
+        load_tile<T, BLOCK_K, CHUNK, CHUNK_PITCH, THREADS>(
+            keys_at + key0 * k_strides[2] + c * CHUNK * k_strides[3], k_strides[2], k_strides[3], key_tile,
+            keys - key0, thread_index_in_threadgroup);
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // B5: the chunk of K is in place
+      }
+      multiply<T, KEYS, CHUNK>(sums + c * (CHUNK / 8), scores, key_tile, CHUNK_PITCH, fragment_r, fragment_c);
+    }
+  }
+
+  if (query < queries) {
+    UNROLL
+    for (int d = 0; d < DIMS; d++) {
+      d_q[line * D + d * 8 + fragment_c] = T(sums[d].thread_elements()[0]);
+      d_q[line * D + d * 8 + fragment_c + 1] = T(sums[d].thread_elements()[1]);
+    }
+  }

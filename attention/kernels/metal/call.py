@@ -1,0 +1,171 @@
+"""What a call asks for, in its normal form, and what is taken of it."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, cast
+
+from attention.kernels.metal.tiles import HEAD_DIMS, SIZES, Kind, Tile, tile_of
+from attention.route import PLAIN, Needs
+from attention.workload import Workload
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+MaskKind = Literal["none", "bool", "float32", "float16", "bfloat16"]
+"""None, or the type of an array; numbers are added to the scores."""
+FEW_ROWS: Final = 32
+"""Query rows that share a key head, up to which the keys are split and the heads packed."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The arrays of a call: q (batch, heads, queries, head_dim), k and v (batch, kv_heads, keys, head_dim)."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def few(self) -> bool:
+        """Whether the call has so few queries that its keys are split."""
+        return self.group * self.queries <= FEW_ROWS
+
+
+@dataclass(frozen=True)
+class Call:
+    """The keywords of a call, in their normal form: a window implies causal, and one of all keys is none."""
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    mask: MaskKind = "none"
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One kernel as Metal compiles it: what is a constant in its text."""
+
+    tile: Tile
+    dtype: str
+    causal: bool
+    window: bool
+    softcap: bool
+    mask: MaskKind
+    sinks: bool
+
+    @property
+    def name(self) -> str:
+        """In words: "forward float16 D=128 causal window"."""
+        flags = {"causal": self.causal and not self.window, "window": self.window, "softcap": self.softcap}
+        words = [word for word, on in flags.items() if on]
+        words += [f"{self.mask} mask"] if self.mask != "none" else []
+        words += ["sinks"] if self.sinks else []
+        rows = f" {self.tile.block_q} rows" if self.tile.kind == "decode" else ""
+        kind = self.tile.kind.partition("_")[0]  # the two backward kernels are checked together
+        return " ".join([f"{kind} {self.dtype} D={self.tile.head_dim}{rows}", *words])
+
+
+def specialisation(kind: Kind, shape: Shape, call: Call) -> Specialisation:
+    """The kernel of a kind for a call."""
+    tile = tile_of(kind, shape.head_dim, shape.dtype, shape.group * shape.queries)
+    sinks = call.sinks and kind in ("forward", "decode")
+    window, softcap = call.window is not None, call.softcap is not None
+    return Specialisation(tile, shape.dtype, call.causal, window, softcap, call.mask, sinks)
+
+
+def normal(
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    keys: int,
+    mask: MaskKind = "none",
+    sinks: bool = False,
+) -> Call:
+    """Checks the keywords of a call and brings them to normal form.
+
+    Raises:
+        ValueError: naming the keyword that does not fit.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"[flash_attention] scale is finite; got {scale}.")
+    if window is not None and window < 1:
+        raise ValueError(f"[flash_attention] window is at least 1; got {window}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"[flash_attention] softcap is positive; got {softcap}.")
+    narrow = window if window is not None and window < keys else None
+    return Call(float(scale), causal or window is not None, narrow, softcap, mask, sinks)
+
+
+def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
+    """Why the kernels do not take a call, in one line, or None if they do."""
+    if dtype not in SIZES:
+        return f"the Metal kernels are for {', '.join(SIZES)}, not {dtype}"
+    if value_dim != head_dim:
+        return f"the Metal kernels need values as wide as keys, not {value_dim} and {head_dim}"
+    if head_dim not in HEAD_DIMS:
+        return f"the Metal kernels take head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    return None
+
+
+def refusal_of(workload: Workload) -> str | None:
+    """The same for a workload."""
+    return refusal(workload.dtype, workload.head_dim, workload.value_dim)
+
+
+def of_workload(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
+    """A workload in the kernels' terms; of an array mask only its kind matters, and bool stands for it."""
+    w = workload
+    shape = Shape(w.batch, w.heads, w.kv_heads, w.seq, w.kv_seq, w.head_dim, w.dtype)
+    softcap = 1.0 if needs.softcap else None
+    return shape, normal(w.scale, w.causal, w.window, softcap, w.kv_seq, "bool" if needs.array_mask else "none")
+
+
+def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> Shape:
+    """The shape of a call.
+
+    Raises:
+        ValueError: shapes or types do not fit together, or are not taken.
+    """
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(q_shape) != 4 or len(k_shape) != 4 or len(v_shape) != 4:
+        axes = f"{len(q_shape)}, {len(k_shape)}, {len(v_shape)}"
+        raise ValueError(f"[flash_attention] q, k and v have 4 axes; got {axes}.")
+    fits = q_shape[0] == k_shape[0] and q_shape[3] == k_shape[3] and v_shape[:3] == k_shape[:3]
+    if not fits or not k_shape[1] or q_shape[1] % k_shape[1] or 0 in q_shape or 0 in k_shape:
+        raise ValueError(f"[flash_attention] shapes do not fit: q {q_shape}, k {k_shape}, v {v_shape}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"[flash_attention] q, k and v have one type; got {q.dtype}, {k.dtype}, {v.dtype}.")
+    dtype = str(q.dtype).removeprefix("mlx.core.")
+    reason = refusal(dtype, q_shape[3], v_shape[3])
+    if reason:
+        raise ValueError(f"[flash_attention] {reason}.")
+    return Shape(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3], dtype)
+
+
+def mask_kind(mask: "mx.array | None", shape: Shape) -> MaskKind:
+    """What a mask is to the kernels.
+
+    Raises:
+        ValueError: it is no mask, or does not broadcast to (B, H, Lq, Lk).
+    """
+    if mask is None:
+        return "none"
+    whole = (shape.batch, shape.heads, shape.queries, shape.keys)
+    if mask.ndim > 4 or any(a not in (1, b) for a, b in zip(reversed(mask.shape), reversed(whole), strict=False)):
+        raise ValueError(f"[flash_attention] mask {mask.shape} does not broadcast to {whole}.")
+    name = str(mask.dtype).removeprefix("mlx.core.")
+    if name != "bool" and name not in SIZES:
+        raise ValueError(f"[flash_attention] mask is bool, {', '.join(SIZES)}; got {name}.")
+    return cast("MaskKind", name)

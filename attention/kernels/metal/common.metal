@@ -1,0 +1,113 @@
+// What the kernels share: fragments, rows, tiles and what a query may see. Goes in front of every kernel's text.
+//
+// A fragment is an 8 x 8 simdgroup_matrix<float> whose elements are read one by one, as MLX's own kernels do; no product
+// has operands of another type, so bfloat16 and float16 need nothing of the compiler but a conversion. Lane l holds
+//   row (q & 4) + (l / 2) % 4, columns (q & 2) * 2 + (l % 2) * 2 and the next, with q = l / 4,
+// so that the four lanes of a row are reached by xor 1 and 8.
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+
+// Arrays of fragments live in registers only where every index is known to the compiler.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+typedef simdgroup_matrix<float, 8, 8> Fragment;
+constant constexpr float LOG2_E = 1.44269504088896340736f;
+constant constexpr float LN_2 = 0.693147180559945309417f;
+
+METAL_FUNC short fragment_row(uint lane) { return short(((lane / 4) & 4) + (lane / 2) % 4); }
+METAL_FUNC short fragment_column(uint lane) { return short(((lane / 4) & 2) * 2 + (lane % 2) * 2); }
+
+// The 8 x 8 block of a tile that starts at `block`; row-major, `pitch` elements a row.
+template <typename T>
+METAL_FUNC Fragment read_block(const threadgroup T* block, int pitch, short row, short column) {
+  Fragment made;
+  made.thread_elements()[0] = float(block[row * pitch + column]);
+  made.thread_elements()[1] = float(block[row * pitch + column + 1]);
+  return made;
+}
+
+// The same block turned: element (row, column) of the fragment is element (column, row) of the block.
+template <typename T>
+METAL_FUNC Fragment read_turned(const threadgroup T* block, int pitch, short row, short column) {
+  Fragment made;
+  made.thread_elements()[0] = float(block[column * pitch + row]);
+  made.thread_elements()[1] = float(block[(column + 1) * pitch + row]);
+  return made;
+}
+
+template <int N>
+METAL_FUNC void clear(thread Fragment* fragments) {
+  UNROLL
+  for (int i = 0; i < N; i++) {
+    fragments[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+}
+
+// fragments[j] += own (8 x WIDTH) . other[8 j .. 8 j + 8] (8 x WIDTH)', for j in 0 .. N
+template <typename T, int N, int WIDTH>
+METAL_FUNC void multiply_turned(
+    thread Fragment* fragments, const threadgroup T* own, int own_pitch, const threadgroup T* other, int pitch,
+    short row, short column) {
+  for (int d = 0; d < WIDTH; d += 8) {
+    Fragment a = read_block(own + d, own_pitch, row, column);
+    UNROLL
+    for (int j = 0; j < N; j++) {
+      Fragment b = read_turned(other + j * 8 * pitch + d, pitch, row, column);
+      simdgroup_multiply_accumulate(fragments[j], a, b, fragments[j]);
+    }
+  }
+}
+
+// sums (8 x WIDTH) += weights (8 x 8 N) . other (8 N x WIDTH)
+template <typename T, int N, int WIDTH>
+METAL_FUNC void multiply(
+    thread Fragment* sums, thread Fragment* weights, const threadgroup T* other, int pitch, short row, short column) {
+  UNROLL
+  for (int d = 0; d < WIDTH / 8; d++) {
+    UNROLL
+    for (int j = 0; j < N; j++) {
+      Fragment b = read_block(other + j * 8 * pitch + d * 8, pitch, row, column);
+      simdgroup_multiply_accumulate(sums[d], weights[j], b, sums[d]);
+    }
+  }
+}
+
+METAL_FUNC float row_max(float x) {
+  x = metal::max(x, simd_shuffle_xor(x, ushort(1)));
+  return metal::max(x, simd_shuffle_xor(x, ushort(8)));
+}
+
+METAL_FUNC float row_sum(float x) {
+  x += simd_shuffle_xor(x, ushort(1));
+  return x + simd_shuffle_xor(x, ushort(8));
+}
+
+// Brings ROWS x WIDTH elements into a tile, all threads of the group together; rows from `valid` on are zero.
+template <typename T, int ROWS, int WIDTH, int PITCH, int THREADS>
+METAL_FUNC void load_tile(
+    const device T* source, int64_t row_stride, int64_t column_stride, threadgroup T* tile, int valid, uint thread_id) {
+  for (int i = int(thread_id); i < ROWS * WIDTH; i += THREADS) {
+    const int row = i / WIDTH;
+    const int column = i % WIDTH;
+    tile[row * PITCH + column] = row < valid ? T(source[row * row_stride + column * column_stride]) : T(0.0f);
+  }
+}
+
+// Whether positions let query row `query` see a key; a query stands `shift` = Lk - Lq keys further on.
+template <bool CAUSAL, bool WINDOW>
+METAL_FUNC bool is_seen(int query, int key, int queries, int keys, int window) {
+  const int position = query + keys - queries;
+  return query < queries && key < keys && (!CAUSAL || key <= position) && (!WINDOW || key > position - window);
+}
+
+// The first key that any query from `first` on may see, rounded down to a whole tile.
+template <bool WINDOW, int BLOCK>
+METAL_FUNC int first_key(int first, int queries, int keys, int window) {
+  return WINDOW ? metal::max(0, first + keys - queries - window + 1) / BLOCK * BLOCK : 0;
+}
+
+// One more than the last key that any query up to `last` may see.
+template <bool CAUSAL>
+METAL_FUNC int key_end(int last, int queries, int keys) {
+  return CAUSAL ? metal::min(keys, metal::max(0, last + keys - queries + 1)) : keys;
+}

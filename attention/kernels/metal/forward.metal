@@ -1,0 +1,139 @@
+// Flash attention, forward, with logsumexp (Dao et al., 2022; Dao, 2023).
+//
+//                       +----------- BLOCK_K keys -----------+
+//                       |  K' , then V in the same place     |   threadgroup memory, walked along the keys
+//                       +------------------------------------+
+//   +-------------+     +------------------------------------+
+//   | Q  (D wide) |     |  S, then P: in registers           |   each simdgroup owns 8 query rows of BLOCK_Q
+//   +-------------+     +------------------------------------+
+//                       O (8 x D), maximum and sum of each row: in registers
+//
+// PACKED: the rows are those of all query heads that share a key head, and several groups walk a span of the keys each;
+// their normalised outputs and logsumexps are joined by join.metal. There are more simdgroups than BLOCK_Q / 8 then:
+// those beyond only load.
+  constexpr int THREADS = SIMDGROUPS * 32;
+  constexpr int DIMS = D / 8;
+  constexpr int KEYS = BLOCK_K / 8;
+  constexpr int PITCH = D + PAD;
+  const int queries = q_shape[2];
+  const int keys = k_shape[2];
+  const int heads = q_shape[1];
+  const int group = heads / k_shape[1];
+  const int packed = PACKED ? group : 1;
+  const int rows = packed * queries;
+  const uint lane = thread_index_in_simdgroup;
+  const int simdgroup_at = int(simdgroup_index_in_threadgroup);
+  const int batch = int(threadgroup_position_in_grid.z) / splits;
+  const int split = int(threadgroup_position_in_grid.z) % splits;
+  const int plane = int(threadgroup_position_in_grid.y);
+  const int key_head = PACKED ? plane : plane / group;
+  const int first_row = int(threadgroup_position_in_grid.x) * BLOCK_Q;
+  const short fragment_r = fragment_row(lane);
+  const short fragment_c = fragment_column(lane);
+  const int row = first_row + simdgroup_at * 8 + fragment_r;
+  const int head = plane * packed + row / queries;
+  const int query = row % queries;
+  const bool computes = simdgroup_at * 8 < BLOCK_Q;
+  const bool is_row = computes && row < rows;
+
+  threadgroup T query_tile[BLOCK_Q * PITCH];
+  threadgroup T key_tile[BLOCK_K * PITCH];
+
+  const device T* keys_at = k + batch * k_strides[0] + key_head * k_strides[1];
+  const device T* values_at = v + batch * v_strides[0] + key_head * v_strides[1];
+  for (int i = int(thread_index_in_threadgroup); i < BLOCK_Q * D; i += THREADS) {
+    const int r = first_row + i / D;
+    const int64_t at = batch * q_strides[0] + (plane * packed + r / queries) * q_strides[1]
+        + (r % queries) * q_strides[2] + (i % D) * q_strides[3];
+    query_tile[i / D * PITCH + i % D] = r < rows ? T(q[at]) : T(0.0f);
+  }
+
+  Fragment sums[DIMS];
+  clear<DIMS>(sums);
+  float largest = SINKS && split == 0 && is_row ? float(sinks[head]) * LOG2_E : -INFINITY;
+  float total = largest == -INFINITY ? 0.0f : 1.0f;
+
+  const int first_query = PACKED ? 0 : first_row;
+  const int last_query = PACKED ? queries - 1 : metal::min(first_row + BLOCK_Q, queries) - 1;
+  const int from = metal::max(first_key<WINDOW, BLOCK_K>(first_query, queries, keys, window), split * span);
+  const int end = metal::min(key_end<CAUSAL>(last_query, queries, keys), split * span + span);
+
+  for (int key0 = from; key0 < end; key0 += BLOCK_K) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: nobody reads V any more
+    load_tile<T, BLOCK_K, D, PITCH, THREADS>(
+        keys_at + key0 * k_strides[2], k_strides[2], k_strides[3], key_tile, keys - key0, thread_index_in_threadgroup);
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: K, and Q, are in place
+    Fragment scores[KEYS];
+    clear<KEYS>(scores);
+    if (computes) {
+      multiply_turned<T, KEYS, D>(
+          scores, query_tile + simdgroup_at * 8 * PITCH, PITCH, key_tile, PITCH, fragment_r, fragment_c);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: nobody reads K any more
+    load_tile<T, BLOCK_K, D, PITCH, THREADS>(
+        values_at + key0 * v_strides[2], v_strides[2], v_strides[3], key_tile, keys - key0,
+        thread_index_in_threadgroup);
+
+    if (computes) {
+      float now = largest;
+      UNROLL
+      for (int j = 0; j < KEYS; j++) {
+        UNROLL
+        for (int e = 0; e < 2; e++) {
+          const int key = key0 + j * 8 + fragment_c + e;
+          float s = scores[j].thread_elements()[e] * scale;
+          if (SOFTCAP) {
+            s = softcap * metal::precise::tanh(s / softcap);
+          }
+          if (!is_row || !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+            s = -INFINITY;
+          } else if (MASK != 0) {
+            const int64_t at =
+                batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
+            s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
+          }
+          s *= LOG2_E;
+          scores[j].thread_elements()[e] = s;
+          now = metal::max(now, s);
+        }
+      }
+      now = row_max(now);
+      const float base = now == -INFINITY ? 0.0f : now;  // a row that has seen nothing yet
+      const float shrink = metal::exp2(largest - base);
+      float added = 0.0f;
+      UNROLL
+      for (int j = 0; j < KEYS; j++) {
+        UNROLL
+        for (int e = 0; e < 2; e++) {
+          const float weight = metal::exp2(scores[j].thread_elements()[e] - base);
+          scores[j].thread_elements()[e] = weight;
+          added += weight;
+        }
+      }
+      total = total * shrink + row_sum(added);
+      largest = now;
+      UNROLL
+      for (int d = 0; d < DIMS; d++) {
+        sums[d].thread_elements()[0] *= shrink;
+        sums[d].thread_elements()[1] *= shrink;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: V is in place
+    if (computes) {
+      multiply<T, KEYS, D>(sums, scores, key_tile, PITCH, fragment_r, fragment_c);
+    }
+  }
+
+  if (is_row) {
+    const int batches = q_shape[0];
+    const int64_t line = (int64_t(split * batches + batch) * heads + head) * queries + query;
+    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+    UNROLL
+    for (int d = 0; d < DIMS; d++) {
+      o[line * D + d * 8 + fragment_c] = OUT(sums[d].thread_elements()[0] * inverse);
+      o[line * D + d * 8 + fragment_c + 1] = OUT(sums[d].thread_elements()[1] * inverse);
+    }
+    if (fragment_c == 0) {
+      lse[line] = total > 0.0f ? largest * LN_2 + metal::precise::log(total) : -INFINITY;
+    }
+  }

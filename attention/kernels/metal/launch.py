@@ -1,0 +1,214 @@
+"""Launching the kernels' texts through mx.fast.metal_kernel, which compiles them at first use."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+import mlx.core as mx
+
+from attention.kernels.metal.call import Call, Shape, Specialisation, specialisation
+from attention.kernels.metal.tiles import SIMD, Kind
+
+FOLDER: Final = Path(__file__).parent
+SCALARS: Final = ("scale", "softcap", "window")
+INPUTS: Final = {
+    "forward": ("q", "k", "v", "mask", "sinks", *SCALARS, "span", "splits"),
+    "backward_query": ("q", "k", "v", "o", "lse", "d_o", "d_lse", "mask", *SCALARS),
+    "backward_key": ("q", "k", "v", "lse", "delta", "d_o", "mask", *SCALARS),
+    "join": ("parts", "lses"),
+}
+"""The arrays of each text."""
+OUTPUTS: Final = {
+    "forward": ("o", "lse"),
+    "backward_query": ("d_q", "delta"),
+    "backward_key": ("d_k", "d_v"),
+    "join": ("o", "lse"),
+}
+SPLIT_KEYS: Final = 256
+"""Keys of a split at least. A choice, not a measurement; `MOST_SPLITS` and `GROUPS_WANTED` as well."""
+MOST_SPLITS: Final = 32
+GROUPS_WANTED: Final = 256
+"""Threadgroups of a call with few queries, above which its keys are not split further."""
+
+Kernel = Callable[..., list[mx.array]]
+metal_kernel: Callable[..., Kernel] = cast("Callable[..., Kernel]", mx.fast.metal_kernel)
+"""What makes a kernel of a text: the one place where Metal comes in."""
+
+
+def source(text: str) -> str:
+    """The text of a kernel's body."""
+    return (FOLDER / f"{text}.metal").read_text(encoding="ascii")
+
+
+@functools.cache
+def _kernel(text: str) -> Kernel:
+    """A text as a kernel; MLX compiles it, under a name of its own, for all types of inputs and constants it meets."""
+    return metal_kernel(
+        name=f"fatui_{text}",
+        input_names=list(INPUTS[text]),
+        output_names=list(OUTPUTS[text]),
+        source=source(text),
+        header=source("common"),
+        ensure_row_contiguous=False,
+    )
+
+
+def queue(text: str, inputs: Sequence[mx.array], **call: Any) -> list[mx.array]:
+    """Queues a kernel and returns its outputs; Metal's own error, if it has one, comes when they are evaluated."""
+    return _kernel(text)(inputs=list(inputs), **call)
+
+
+@functools.lru_cache(maxsize=1024)
+def scalars(call: Call, *more: int) -> tuple[mx.array, ...]:
+    """The scalars of a call, and others, as arrays of no axes."""
+    floats = [mx.array(x, mx.float32) for x in (call.scale, call.softcap or 0.0)]
+    made = (*floats, *(mx.array(x, mx.int32) for x in (call.window or 0, *more)))
+    mx.eval(*made)
+    return made
+
+
+@functools.cache
+def absent(axes: int) -> mx.array:
+    """What stands for an array that a call does not have; no kernel reads it."""
+    made = mx.zeros((1,) * axes, mx.float32)
+    mx.eval(made)
+    return made
+
+
+def constants(special: Specialisation) -> list[tuple[str, Any]]:
+    """The template arguments that all kernels of attention have."""
+    tile = special.tile
+    return [
+        ("T", getattr(mx, special.dtype)),
+        ("D", tile.head_dim),
+        ("PAD", tile.pad),
+        ("BLOCK_Q", tile.block_q),
+        ("BLOCK_K", tile.block_k),
+        ("SIMDGROUPS", tile.simdgroups),
+        ("CAUSAL", special.causal),
+        ("WINDOW", special.window),
+        ("SOFTCAP", special.softcap),
+        ("MASK", {"none": 0, "bool": 1}.get(special.mask, 2)),
+    ]
+
+
+def forward(
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, shape: Shape, call: Call
+) -> tuple[mx.array, mx.array]:
+    """Output and logsumexp; a call with few queries has its keys split, and its parts joined."""
+    if not shape.few:
+        made = _attend("forward", (q, k, v, mask, sinks), shape, call, 1, shape.keys)
+        return made[0][0], made[1][0]
+    splits, span = splitting(shape, call)
+    parts, lses = _attend("decode", (q, k, v, mask, sinks), shape, call, splits, span)
+    return (parts[0], lses[0]) if splits == 1 else join(parts, lses, shape)
+
+
+def splitting(shape: Shape, call: Call) -> tuple[int, int]:
+    """How many spans the keys of a call with few queries are cut into, and the keys of a span: whole tiles."""
+    tile = specialisation("decode", shape, call).tile
+    groups = shape.batch * shape.kv_heads * _ceil(shape.group * shape.queries, tile.block_q)
+    splits = max(1, min(_ceil(GROUPS_WANTED, groups), MOST_SPLITS, shape.keys // SPLIT_KEYS))
+    span = tile.block_k * _ceil(shape.keys, splits * tile.block_k)
+    return _ceil(shape.keys, span), span
+
+
+def _attend(
+    kind: Kind, arrays: Sequence[mx.array], shape: Shape, call: Call, splits: int, span: int
+) -> tuple[mx.array, mx.array]:
+    """Outputs (splits, B, H, Lq, D) and logsumexps (splits, B, H, Lq)."""
+    special = specialisation(kind, shape, call)
+    tile, packed = special.tile, kind == "decode"
+    out = mx.float32 if splits > 1 else arrays[0].dtype
+    rows, planes = (shape.group * shape.queries, shape.kv_heads) if packed else (shape.queries, shape.heads)
+    lines = (splits, shape.batch, shape.heads, shape.queries)
+    own = [("PACKED", packed), ("SINKS", special.sinks), ("OUT", out)]
+    o, lse = queue(
+        "forward",
+        [*arrays, *scalars(call, span, splits)],
+        output_shapes=[(*lines, shape.head_dim), lines],
+        output_dtypes=[out, mx.float32],
+        template=constants(special) + own,
+        grid=(_ceil(rows, tile.block_q) * tile.threads, planes, shape.batch * splits),
+        threadgroup=(tile.threads, 1, 1),
+    )
+    return o, lse
+
+
+def join(parts: mx.array, lses: mx.array, shape: Shape) -> tuple[mx.array, mx.array]:
+    """Joins the parts of a call whose keys were split; a simdgroup a row."""
+    dtype = getattr(mx, shape.dtype)
+    o, lse = queue(
+        "join",
+        [parts, lses],
+        output_shapes=[parts.shape[1:], lses.shape[1:]],
+        output_dtypes=[dtype, mx.float32],
+        template=[("T", dtype), ("D", shape.head_dim)],
+        grid=(SIMD * shape.batch * shape.heads * shape.queries, 1, 1),
+        threadgroup=(SIMD, 1, 1),
+    )
+    return o, lse
+
+
+def backward(
+    primals: Sequence[mx.array],
+    outputs: Sequence[mx.array],
+    d_o: mx.array,
+    d_lse: mx.array | None,
+    mask: mx.array,
+    shape: Shape,
+    call: Call,
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """dQ, dK, dV, and each row's delta, (B, H, Lq); the second kernel needs what the first makes of it."""
+    d_q, delta = _of_queries(primals, outputs, d_o, d_lse, mask, shape, call)
+    d_k, d_v = _of_keys(primals, outputs[1], delta, d_o, mask, shape, call)
+    return d_q, d_k, d_v, delta
+
+
+def _of_queries(
+    primals: Sequence[mx.array],
+    outputs: Sequence[mx.array],
+    d_o: mx.array,
+    d_lse: mx.array | None,
+    mask: mx.array,
+    shape: Shape,
+    call: Call,
+) -> list[mx.array]:
+    """The gradient of q, and delta."""
+    special = specialisation("backward_query", shape, call)
+    return queue(
+        "backward_query",
+        [*primals, *outputs, d_o, absent(3) if d_lse is None else d_lse, mask, *scalars(call)],
+        output_shapes=[primals[0].shape, outputs[1].shape],
+        output_dtypes=[primals[0].dtype, mx.float32],
+        template=[*constants(special), ("CHUNK", special.tile.chunk), ("LOGSUMEXP", d_lse is not None)],
+        grid=(_ceil(shape.queries, special.tile.block_q) * special.tile.threads, shape.heads, shape.batch),
+        threadgroup=(special.tile.threads, 1, 1),
+    )
+
+
+def _of_keys(
+    primals: Sequence[mx.array],
+    lse: mx.array,
+    delta: mx.array,
+    d_o: mx.array,
+    mask: mx.array,
+    shape: Shape,
+    call: Call,
+) -> list[mx.array]:
+    """The gradients of k and v."""
+    special = specialisation("backward_key", shape, call)
+    return queue(
+        "backward_key",
+        [*primals, lse, delta, d_o, mask, *scalars(call)],
+        output_shapes=[primals[1].shape, primals[2].shape],
+        output_dtypes=[primals[1].dtype, primals[2].dtype],
+        template=[*constants(special), ("CHUNK", special.tile.chunk)],
+        grid=(_ceil(shape.keys, special.tile.block_k) * special.tile.threads, shape.kv_heads, shape.batch),
+        threadgroup=(special.tile.threads, 1, 1),
+    )
+
+
+def _ceil(n: int, of: int) -> int:
+    return -(-n // of)

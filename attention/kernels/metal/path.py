@@ -1,0 +1,96 @@
+"""The Metal kernels as a path of the engine: what they take, what they need, and the call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from attention.errors import KernelUnavailable
+from attention.kernels.metal.call import of_workload, refusal_of, specialisation
+from attention.kernels.metal.tiles import FLOAT_BYTES
+from attention.route import Needs, Route, unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import mlx.core as mx
+
+    from attention.kernels.metal.call import Call, Shape
+    from attention.masks import Mask
+    from attention.workload import Workload
+
+UNKNOWN: Final = "how fast it is on a Mac was never measured by its authors; `demo` tries it beside MLX's own"
+
+
+def route(workload: Workload, needs: Needs) -> Route:
+    """The kernels' path, or a route that is not supported, with the reason; compiles nothing."""
+    from attention.kernels.metal import machine, trust
+
+    refusal = refusal_of(workload)
+    if refusal:
+        return unsupported(refusal)
+    try:
+        machine.look()
+    except KernelUnavailable as unavailable:
+        return unsupported(str(unavailable))
+    shape, call = of_workload(workload, needs)
+    special = specialisation("decode" if shape.few else "forward", shape, call)
+    distrusted = trust.distrust(special)
+    if distrusted:
+        return unsupported(f"the Metal kernel is not used, because of its check on first use: {distrusted}")
+    state = "checked on this Mac" if trust.is_trusted(special) else "compiled and checked at first use"
+    reason = f"fatui's own flash attention in Metal, {state}; {UNKNOWN}"
+    if workload.pass_ == "training":
+        reason += _of_gradients(shape, call)
+    path = "Metal kernel, split K" if shape.few else "Metal kernel"
+    return Route(path=path, fused=True, reason=reason, predicted_bytes=_predicted(workload, shape, call))
+
+
+def is_built() -> bool:
+    """Whether a call would not have to compile first, as far as that takes long: Metal compiles a kind at first use."""
+    return True
+
+
+def build(tell: Callable[[str], None]) -> None:
+    """Makes sure that there is a Metal GPU to compile for.
+
+    Raises:
+        KernelUnavailable: with the reason; routes say it from then on.
+    """
+    from attention.kernels.metal import machine
+
+    tell(f"The Metal kernels are compiled and checked at the first call of each kind ({machine.look()})")
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
+    """Attends; shapes as in the implementations' protocol.
+
+    Raises:
+        KernelUnavailable: Metal does not compile the kernel, or it does not agree with the reference.
+    """
+    from attention.kernels import metal
+
+    return metal.flash_attention(
+        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap
+    )
+
+
+def _of_gradients(shape: Shape, call: Call) -> str:
+    from attention.kernels.metal.gradient import refusal
+
+    behind = refusal(shape, call)
+    return f"; gradients go through the score matrix: {behind}" if behind else ""
+
+
+def _predicted(workload: Workload, shape: Shape, call: Call) -> int | None:
+    """Outputs and logsumexp; of few queries also the parts in float32; of a training pass delta."""
+    from attention.kernels.metal.gradient import refusal
+    from attention.kernels.metal.launch import splitting
+
+    rows = shape.batch * shape.heads * shape.queries
+    made = workload.output_bytes + FLOAT_BYTES * rows
+    splits = splitting(shape, call)[0] if shape.few else 1
+    if splits > 1:
+        made += FLOAT_BYTES * splits * rows * (shape.head_dim + 1)
+    if workload.pass_ != "training":
+        return made
+    return None if refusal(shape, call) else made + FLOAT_BYTES * rows

@@ -1,0 +1,53 @@
+"""Gradients by way of the whole score matrix, in MLX's operations, for where the backward kernels are not trusted."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from attention.kernels.metal.call import Call
+from attention.masks import Mask
+
+
+def plain_gradients(
+    primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: Call
+) -> tuple[mx.array, ...]:
+    """The gradients of q, k, v, mask (always 0) and sinks; arguments as `gradient.gradients` has them."""
+    q, k, v, mask, sinks = primals
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> list[mx.array]:
+        return list(plain_attention(q, k, v, mask, sinks, call))
+
+    logsumexp_cotangent = mx.zeros(q.shape[:3]) if d_lse is None else d_lse
+    _, made = mx.vjp(attend, [q, k, v, sinks], [d_o, logsumexp_cotangent])
+    return made[0], made[1], made[2], mx.zeros_like(mask), made[3]
+
+
+def plain_attention(
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, call: Call
+) -> tuple[mx.array, mx.array]:
+    """Output and logsumexp, in float32 inside; rows that see nothing give 0 and -inf."""
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, dim).astype(mx.float32)
+    scores = call.scale * (grouped @ k[:, :, None].swapaxes(-1, -2).astype(mx.float32))
+    if call.softcap is not None:
+        scores = call.softcap * mx.tanh(scores / call.softcap)
+    seen = Mask(causal=call.causal, window=call.window).whole(queries, keys)
+    seen = mx.ones((queries, keys), mx.bool_) if seen is None else seen
+    if call.mask != "none":
+        by_group = mask.reshape(scores.shape)
+        seen = seen & (by_group if call.mask == "bool" else ~mx.isneginf(by_group))
+        added = mx.zeros_like(scores) if call.mask == "bool" else by_group.astype(mx.float32)
+        scores = scores + mx.where(seen, added, 0.0)
+    sees = mx.any(seen, axis=-1, keepdims=True)
+    scores = mx.where(seen, scores, mx.where(sees, -mx.inf, 0.0))  # blind rows: anything finite, and 0 below
+    weights, logsumexp = mx.softmax(scores, axis=-1), mx.logsumexp(scores, axis=-1, keepdims=True)
+    weights, logsumexp = mx.where(sees, weights, 0.0), mx.where(sees, logsumexp, -mx.inf)
+    if call.sinks:
+        sink = sinks.reshape(1, kv_heads, heads // kv_heads, 1, 1)
+        whole = mx.logaddexp(mx.where(sees, logsumexp, sink), sink)
+        joined = mx.where(sees, whole, sink)
+        weights = weights * mx.where(sees, mx.exp(mx.where(sees, logsumexp, joined) - joined), 0.0)
+        logsumexp = joined
+    out = (weights @ v[:, :, None].astype(mx.float32)).reshape(batch, heads, queries, -1)
+    return out.astype(q.dtype), logsumexp.reshape(batch, heads, queries)

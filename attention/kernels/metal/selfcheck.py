@@ -1,0 +1,149 @@
+"""Small inputs, and the answer in float64, for the check on first use."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from attention.kernels.metal.call import Call, Shape
+from attention.kernels.metal.launch import absent
+
+Floats = NDArray[np.float64]
+TOLERANCE = {"bfloat16": 1.2e-2, "float16": 1.5e-3, "float32": 2e-5}
+"""Of a whole result, relative to its norm: a few times what rounding of its elements makes."""
+LOGSUMEXP_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a check computes with; `mask` and `sinks` where the call has them."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    cotangent: mx.array
+    mask: mx.array | None
+    sinks: mx.array | None
+
+    def arrays(self, shape: Shape) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
+        """The arrays that the forward kernel takes."""
+        whole = (shape.batch, shape.heads, shape.queries, shape.keys)
+        mask = absent(4) if self.mask is None else mx.broadcast_to(self.mask, whole)
+        return self.q, self.k, self.v, mask, absent(1) if self.sinks is None else self.sinks
+
+
+def tried(call: Call, small: Shape) -> Call:
+    """The call that stands for another in a check: the same constants, other numbers."""
+    return replace(call, scale=small.head_dim**-0.5, window=None if call.window is None else 40)
+
+
+def inputs(shape: Shape, call: Call, seed: int = 7) -> Inputs:
+    """Random inputs; the mask blinds a whole row, and q is a slice whose rows lie apart."""
+    random = np.random.default_rng(seed)
+    rows, keys = (shape.batch, shape.heads, shape.queries), (shape.batch, shape.kv_heads, shape.keys)
+    dtype = getattr(mx, shape.dtype)
+    sizes = ((*rows, shape.head_dim + 8), (*keys, shape.head_dim), (*keys, shape.head_dim), (*rows, shape.head_dim))
+    q, k, v, cotangent = (mx.array(random.standard_normal(s, np.float32)).astype(dtype) for s in sizes)
+    mask = None
+    if call.mask != "none":
+        seen = random.random((shape.heads, shape.queries, shape.keys)) < 0.7
+        seen[:, 0] = False
+        added = np.where(seen, random.standard_normal(seen.shape), -np.inf).astype(np.float32)
+        mask = mx.array(seen) if call.mask == "bool" else mx.array(added).astype(getattr(mx, call.mask))
+    sinks = mx.array(random.standard_normal(shape.heads, np.float32)) if call.sinks else None
+    return Inputs(q[..., 4:-4], k, v, cotangent, mask, sinks)
+
+
+def exact(array: mx.array) -> Floats:
+    """An array's values in float64."""
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def weights(given: Inputs, call: Call) -> tuple[Floats, Floats, Floats]:
+    """The softmax's weights, the logsumexp, and the derivative of the capped scores by the dot products."""
+    q, k = exact(given.q), exact(given.k)
+    scores = q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(-1, -2) * call.scale
+    slope = np.full_like(scores, call.scale)
+    if call.softcap is not None:
+        squashed = np.tanh(scores / call.softcap)
+        scores, slope = call.softcap * squashed, slope * (1 - squashed**2)
+    if given.mask is not None:
+        bool_mask = given.mask.dtype == mx.bool_
+        scores = np.where(np.array(given.mask), scores, -np.inf) if bool_mask else scores + exact(given.mask)
+    queries, keys = scores.shape[2:]
+    position, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
+    if call.causal:
+        scores = np.where(key > position, -np.inf, scores)
+    if call.window is not None:
+        scores = np.where(key <= position - call.window, -np.inf, scores)
+    if given.sinks is not None:
+        sink = np.broadcast_to(exact(given.sinks)[:, None, None], (*scores.shape[:3], 1))
+        scores = np.concatenate([scores, sink], axis=-1)
+    largest = scores.max(axis=-1, keepdims=True)
+    made = np.exp(scores - np.where(np.isinf(largest), 0, largest))
+    total = made.sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        return (made / np.where(total == 0, 1, total))[..., :keys], (largest + np.log(total))[..., 0], slope
+
+
+def reference(given: Inputs, call: Call) -> tuple[Floats, Floats]:
+    """Output and logsumexp; rows that see nothing give 0 and -inf."""
+    found, logsumexp, _ = weights(given, call)
+    v = exact(given.v)
+    return found @ np.repeat(v, found.shape[1] // v.shape[1], axis=1), logsumexp
+
+
+def reference_gradients(given: Inputs, call: Call) -> list[Floats]:
+    """The gradients of q, k and v, and of the sinks if there are any."""
+    q, k, v, cotangent = (exact(x) for x in (given.q, given.k, given.v, given.cotangent))
+    batch, kv_heads = k.shape[:2]
+    group = q.shape[1] // kv_heads
+    found, logsumexp, slope = weights(given, call)
+    by_weight = cotangent @ np.repeat(v, group, axis=1).swapaxes(-1, -2)
+    mean = (found * by_weight).sum(axis=-1, keepdims=True)
+    by_score = found * (by_weight - mean) * slope
+
+    def summed(x: Floats) -> Floats:  # over the heads that share a key head
+        return np.asarray(x.reshape(batch, kv_heads, group, *x.shape[2:]).sum(axis=2))
+
+    by_key, by_value = by_score.swapaxes(-1, -2) @ q, found.swapaxes(-1, -2) @ cotangent
+    made = [by_score @ np.repeat(k, group, axis=1), summed(by_key), summed(by_value)]
+    if given.sinks is not None:
+        weight = np.exp(exact(given.sinks)[:, None] - logsumexp)
+        made.append(np.asarray(-(weight * mean[..., 0]).sum(axis=(0, 2))))
+    return made
+
+
+def relative_error(found: mx.array, expected: Floats, floor: float = 1e-30) -> float:
+    """||found - expected|| / ||expected||, elements of the latter counted as the floor at least; NaN if anything is."""
+    whole = max(float(np.linalg.norm(expected)), floor * math.sqrt(expected.size))
+    return float(np.linalg.norm(exact(found) - expected)) / whole
+
+
+def disagreement(given: Inputs, call: Call, output: mx.array, logsumexp: mx.array) -> str | None:
+    """What is wrong with the results of a call, in one line, or None."""
+    expected, expected_logsumexp = reference(given, call)
+    dtype = str(given.q.dtype).removeprefix("mlx.core.")
+    error = relative_error(output, expected)
+    if not error <= TOLERANCE[dtype]:
+        return f"its output disagrees with the reference by {error:.2g}"
+    found, unseen = exact(logsumexp), np.isneginf(expected_logsumexp)
+    gap = float(np.abs(np.where(unseen, 0, found) - np.where(unseen, 0, expected_logsumexp)).max())
+    if not gap <= LOGSUMEXP_TOLERANCE or not np.array_equal(np.isneginf(found), unseen):
+        return f"its logsumexp disagrees with the reference by {gap:.2g}"
+    return None
+
+
+def gradient_disagreement(given: Inputs, call: Call, found: Sequence[mx.array]) -> str | None:
+    """What is wrong with the gradients of a call, in one line, or None."""
+    dtype = str(given.q.dtype).removeprefix("mlx.core.")
+    names = ("dQ", "dK", "dV", "the gradient of the sinks")
+    expected = reference_gradients(given, call)
+    for name, gradient, right in zip(names[: len(expected)], found, expected, strict=True):
+        error = relative_error(gradient, right, floor=0.1)
+        if not error <= 2 * TOLERANCE[dtype]:
+            return f"its {name} disagrees with the reference by {error:.2g}"
+    return None

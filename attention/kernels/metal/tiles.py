@@ -1,0 +1,154 @@
+"""Tile sizes of the Metal kernels, and the arithmetic that they follow from: bytes, registers; nothing here was timed.
+
+A threadgroup has 32 KB of memory at most (Apple's Metal Feature Set Tables), and a row of a tile is padded by 16 bytes,
+as in MLX's kernels, so that lanes that read a column are not all served by one memory bank. Within that, tiles are as
+large as fits, from MLX's own sizes down: 32 queries by 32 keys, 16 keys where head dims are 128 or more.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Final, Literal
+
+Kind = Literal["forward", "decode", "backward_query", "backward_key"]
+KINDS: Final[tuple[Kind, ...]] = ("forward", "decode", "backward_query", "backward_key")
+HEAD_DIMS: Final = (32, 64, 80, 96, 128, 192, 256)
+SIZES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of an element, by its type."""
+THREADGROUP_BYTES: Final = 32768
+PAD_BYTES: Final = 16
+FLOAT_BYTES: Final = 4
+SIMD: Final = 32
+EDGE: Final = 8
+"""Rows and columns of a matrix that a simdgroup holds, two elements a lane."""
+OTHER_REGISTERS: Final = 32
+"""For addresses, bounds and what else a thread keeps: a guess, as the whole of `registers` is an estimate."""
+BLOCKS: Final = ((32, 32), (32, 16), (16, 16), (16, 8), (8, 16), (8, 8))
+"""Queries and keys of a tile, in the order of preference."""
+DECODE_SIMDGROUPS: Final = 4
+DECODE_ROWS: Final = (8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One specialisation's tiles."""
+
+    kind: Kind
+    head_dim: int
+    size: int
+    """Bytes of an element."""
+    block_q: int
+    block_k: int
+    chunk: int
+    """Head dims of the tiles that are walked: all of them, or a part where all do not fit."""
+
+    @property
+    def pad(self) -> int:
+        """Elements that a tile's row is longer than what it holds."""
+        return PAD_BYTES // self.size
+
+    @property
+    def simdgroups(self) -> int:
+        """Simdgroups of a threadgroup: one for 8 query rows; two for 8 keys in the kernel of dK and dV."""
+        if self.kind == "decode":
+            return max(DECODE_SIMDGROUPS, self.block_q // EDGE)
+        return 2 * self.block_k // EDGE if self.kind == "backward_key" else self.block_q // EDGE
+
+    @property
+    def threads(self) -> int:
+        """Threads of a threadgroup."""
+        return SIMD * self.simdgroups
+
+    @property
+    def threadgroup_bytes(self) -> int:
+        """Threadgroup memory, all arrays together."""
+        row, part = (self.head_dim + self.pad) * self.size, (self.chunk + self.pad) * self.size
+        if self.kind == "backward_query":
+            return 2 * self.block_q * row + 2 * self.block_k * part
+        if self.kind == "backward_key":
+            shared = FLOAT_BYTES * (self.block_k * self.block_q + 2 * self.block_q)
+            return 2 * self.block_k * row + 2 * self.block_q * part + shared
+        return (self.block_q + self.block_k) * row
+
+    @property
+    def registers(self) -> int:
+        """Estimate of the 32-bit registers of a thread: the matrices that must live at once, two elements a lane."""
+        walked = self.block_q if self.kind == "backward_key" else self.block_k
+        scores = 2 if self.kind == "backward_query" else 1
+        matrices = self.head_dim // EDGE + scores * walked // EDGE + 2  # sums, scores, and the operands of a product
+        return 2 * matrices + OTHER_REGISTERS
+
+    @property
+    def products_per_tile(self) -> int:
+        """Products of two 8 x 8 matrices for one pair of a query block and a key block."""
+        blocks = (self.block_q // EDGE) * (self.block_k // EDGE) * (self.head_dim // EDGE)
+        return blocks * {"forward": 2, "decode": 2, "backward_query": 3, "backward_key": 4}[self.kind]
+
+    @property
+    def flops_per_tile(self) -> int:
+        """FLOPs of these products."""
+        return 2 * EDGE**3 * self.products_per_tile
+
+    @property
+    def elements_per_tile(self) -> int:
+        """Elements of q, k, v or dO that come from global memory for one pair of blocks, both being full."""
+        again = 0 if self.chunk == self.head_dim else 1
+        if self.kind == "backward_key":
+            return (2 + 2 * again) * self.block_q * self.head_dim
+        return (2 + (again if self.kind == "backward_query" else 0)) * self.block_k * self.head_dim
+
+    @property
+    def bytes_per_tile(self) -> int:
+        """The same in bytes."""
+        return self.elements_per_tile * self.size
+
+
+@cache
+def tile_of(kind: Kind, head_dim: int, dtype: str, rows: int = 0) -> Tile:
+    """The tiles of a kernel: the first of `BLOCKS` that fits, if need be with a part of the head dim at a time.
+
+    Args:
+        kind: which kernel.
+        head_dim: one of `HEAD_DIMS`.
+        dtype: one of `SIZES`.
+        rows: of a call with few queries: query rows that share a key head.
+    """
+    size = SIZES[dtype]
+    most_keys = 32 if head_dim < 128 else 16
+    for block_q, block_k in _blocks(kind, rows):
+        if (block_q if kind == "backward_key" else block_k) > most_keys:
+            continue
+        for chunk in _chunks(kind, head_dim):
+            tile = Tile(kind, head_dim, size, block_q, block_k, chunk)
+            if tile.threadgroup_bytes <= THREADGROUP_BYTES:
+                return tile
+    raise AssertionError(f"no tile of {kind} fits head dim {head_dim} in {dtype}")  # the tests try them all
+
+
+def _blocks(kind: Kind, rows: int) -> tuple[tuple[int, int], ...]:
+    if kind == "decode":
+        wanted = next((n for n in DECODE_ROWS if n >= rows), DECODE_ROWS[-1])
+        return tuple((q, k) for q in reversed(DECODE_ROWS) if q <= wanted for k in (32, 16, 8))
+    if kind == "backward_key":  # what stays is the keys' block here
+        return tuple((k, q) for q, k in BLOCKS)
+    return BLOCKS
+
+
+def _chunks(kind: Kind, head_dim: int) -> tuple[int, ...]:
+    """The whole head dim first; half and a quarter of it only where a backward kernel may split it."""
+    if kind in ("forward", "decode") or head_dim < 192:
+        return (head_dim,)
+    return (head_dim, head_dim // 2, head_dim // 4)
+
+
+def table() -> str:
+    """All tiles as a Markdown table; of decode those for up to 8 rows."""
+    names = ("kernel", "type", "D", "queries", "keys", "dims at a time", "threads", "threadgroup bytes", "registers")
+    lines = [f"| {' | '.join((*names, 'FLOPs a tile', 'bytes a tile'))} |", "|---" * 11 + "|"]
+    for kind in KINDS:
+        for dtype, label in (("float16", "16 bits"), ("float32", "32 bits")):
+            for head_dim in HEAD_DIMS:
+                t = tile_of(kind, head_dim, dtype, EDGE)
+                sizes = (t.block_q, t.block_k, t.chunk, t.threads, t.threadgroup_bytes, t.registers)
+                cells = (kind, label, head_dim, *sizes, t.flops_per_tile, t.bytes_per_tile)
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""What a kernel reads from global memory, writes to it, and multiplies, counted tile by tile for a whole call.
+
+The counts are those of the texts, walked in the same order: a row past the end of an array is never read, a tile that
+no query may see is never loaded, and a mask is read where positions let a pair through.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from attention.kernels.metal.call import Call, Shape, specialisation
+from attention.kernels.metal.tiles import EDGE, Kind, Tile
+
+
+@dataclass
+class Traffic:
+    """Elements by array, and products of two 8 x 8 matrices."""
+
+    reads: dict[str, int] = field(default_factory=dict)
+    writes: dict[str, int] = field(default_factory=dict)
+    products: int = 0
+
+    def read(self, name: str, elements: int) -> None:
+        """Counts elements of an array that are read."""
+        self.reads[name] = self.reads.get(name, 0) + elements
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the products."""
+        return 2 * EDGE**3 * self.products
+
+
+def traffic(kind: Kind, shape: Shape, call: Call, splits: int = 1, span: int | None = None) -> Traffic:
+    """What one launch of a kernel does.
+
+    Args:
+        kind: which kernel.
+        shape: of the arrays.
+        call: what is asked for.
+        splits: spans of keys, of a call with few queries.
+        span: keys of each.
+    """
+    tile = specialisation(kind, shape, call).tile
+    if kind == "backward_key":
+        return _of_keys(tile, shape, call)
+    return _of_queries(tile, shape, call, splits, span or shape.keys)
+
+
+def _of_queries(tile: Tile, shape: Shape, call: Call, splits: int, span: int) -> Traffic:
+    """Kernels whose threadgroups own query rows: forward, decode and dQ."""
+    found = Traffic()
+    packed = tile.kind == "decode"
+    planes, rows = (shape.kv_heads, shape.group * shape.queries) if packed else (shape.heads, shape.queries)
+    planes *= shape.batch
+    for first in range(0, rows, tile.block_q):
+        block = range(first, min(first + tile.block_q, rows))
+        queries = range(shape.queries) if packed else block
+        for split in range(splits):
+            _block_of_queries(found, tile, shape, call, block, queries, planes, (split * span, split * span + span))
+    lines = splits * shape.batch * shape.heads * shape.queries
+    if tile.kind == "backward_query":
+        found.read("o", lines * shape.head_dim)
+        found.read("lse", 4 * lines)  # the four lanes of a row each
+        found.writes = {"d_q": lines * shape.head_dim, "delta": lines}
+    else:
+        found.writes = {"o": lines * shape.head_dim, "lse": lines}
+    return found
+
+
+def _block_of_queries(
+    found: Traffic,
+    tile: Tile,
+    shape: Shape,
+    call: Call,
+    block: range,
+    queries: range,
+    planes: int,
+    span: tuple[int, int],
+) -> None:
+    for name in ("q", "d_o") if tile.kind == "backward_query" else ("q",):
+        found.read(name, planes * len(block) * shape.head_dim)
+    again = 2 if tile.kind == "backward_query" and tile.chunk < tile.head_dim else 1
+    for keys in _key_tiles(tile, shape, call, queries, span):
+        found.read("k", again * planes * len(keys) * shape.head_dim)
+        found.read("v", planes * len(keys) * shape.head_dim)
+        found.products += planes * tile.products_per_tile
+        if call.mask != "none":
+            seen = [_seen_by(call, shape, row % shape.queries, keys) for row in block]
+            found.read("mask", planes * sum(seen))
+
+
+def _of_keys(tile: Tile, shape: Shape, call: Call) -> Traffic:
+    """The kernel of dK and dV, whose threadgroups own keys."""
+    found = Traffic()
+    again = 2 if tile.chunk < tile.head_dim else 1
+    planes = shape.batch * shape.heads
+    for key0 in range(0, shape.keys, tile.block_k):
+        keys = range(key0, min(key0 + tile.block_k, shape.keys))
+        for name in ("k", "v"):
+            found.read(name, shape.batch * shape.kv_heads * len(keys) * shape.head_dim)
+        for block in _query_tiles(tile, shape, call, keys):
+            for name in ("q", "d_o"):
+                found.read(name, again * planes * len(block) * shape.head_dim)
+            for name in ("lse", "delta"):
+                found.read(name, planes * len(block))
+            found.products += planes * tile.products_per_tile
+            if call.mask != "none":
+                found.read("mask", planes * sum(_seen_by(call, shape, row, keys) for row in block))
+    made = shape.batch * shape.kv_heads * shape.keys * shape.head_dim
+    found.writes = {"d_k": made, "d_v": made}
+    return found
+
+
+def _key_tiles(tile: Tile, shape: Shape, call: Call, queries: range, span: tuple[int, int]) -> Iterator[range]:
+    """The tiles of keys that a block of queries walks over."""
+    shift = shape.keys - shape.queries
+    start = 0 if call.window is None else max(0, queries[0] + shift - call.window + 1) // tile.block_k * tile.block_k
+    end = min(shape.keys, max(0, queries[-1] + shift + 1)) if call.causal else shape.keys
+    for key0 in range(max(start, span[0]), min(end, span[1]), tile.block_k):
+        yield range(key0, min(key0 + tile.block_k, shape.keys))
+
+
+def _query_tiles(tile: Tile, shape: Shape, call: Call, keys: range) -> Iterator[range]:
+    """The tiles of queries that a block of keys walks over."""
+    shift = shape.keys - shape.queries
+    start = max(0, keys[0] - shift) // tile.block_q * tile.block_q if call.causal else 0
+    end = shape.queries if call.window is None else min(shape.queries, keys[-1] - shift + call.window)
+    for query0 in range(start, end, tile.block_q):
+        yield range(query0, min(query0 + tile.block_q, shape.queries))
+
+
+def _seen_by(call: Call, shape: Shape, query: int, keys: range) -> int:
+    """How many of the keys positions let a query see."""
+    position = query + shape.keys - shape.queries
+    stop = min(keys.stop, position + 1) if call.causal else keys.stop
+    start = keys.start if call.window is None else max(keys.start, position - call.window + 1)
+    return max(0, stop - start)

@@ -1,0 +1,84 @@
+"""A stand-in for the Metal device alone: it takes what the launcher hands to MLX, and runs the text in the verifier."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from attention.kernels.metal import attend, gradient, launch, machine, trust
+
+ON_A_GPU = mx.metal.is_available()
+"""On a Mac the kernels run on its GPU, which counts nothing and finds nothing."""
+needs_verifier = pytest.mark.skipif(ON_A_GPU, reason="a GPU does not say what it found or counted")
+MARK = "Planted GPU, applegpu_x, macOS 15.0, MLX 0"
+
+
+@dataclass
+class Launched:
+    """One launch; the counts are the verifier's."""
+
+    kernel: str
+    keywords: dict[str, Any]
+    text: str = ""
+    counts: Any = None
+
+
+@dataclass
+class Device:
+    """How the texts are run, and what was."""
+
+    reversed_schedule: bool = False
+    misaligned: bool = False
+    edit: Callable[[str, str], str] = lambda kernel, text: text
+    """Changes a kernel's text, to plant a fault: gets the kernel's name ("forward") and the text."""
+    launches: list[Launched] = field(default_factory=list)
+
+    def metal_kernel(self, *, name: str, **made: Any) -> Callable[..., list[mx.array]]:
+        """What mx.fast.metal_kernel is to the launcher."""
+        kernel = mx.fast.metal_kernel(name=name, **made)
+        short = name.removeprefix("fatui_")
+
+        def call(*, inputs: Sequence[mx.array], **keywords: Any) -> list[mx.array]:
+            if ON_A_GPU:
+                self.launches.append(Launched(short, keywords))
+                made_there: list[mx.array] = kernel(inputs=list(inputs), **keywords)
+                return made_there
+            import kernels_verifier  # skips the test where there is none
+
+            outputs, text, counts = kernels_verifier.run(
+                kernel,
+                (made["input_names"], made["output_names"]),
+                list(inputs),
+                keywords,
+                reversed_schedule=self.reversed_schedule,
+                misaligned=self.misaligned,
+                edit=lambda text: self.edit(short, text),
+            )
+            self.launches.append(Launched(short, keywords, text, counts))
+            return outputs
+
+        return call
+
+
+@contextmanager
+def on_a_mac(device: Device) -> Iterator[Device]:
+    """Everything as on a Mac, but for the GPU."""
+    forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "metal_kernel", device.metal_kernel)
+        patch.setattr(machine, "look", lambda: MARK)
+        for module in (machine, trust):
+            patch.setattr(module, "mark", lambda: MARK)
+        yield device
+    forget()
+
+
+def forget() -> None:
+    """As in a new process."""
+    trust.forget()
+    launch._kernel.cache_clear()
+    attend._function.cache_clear()
+    gradient._taken.cache_clear()

@@ -1,0 +1,130 @@
+"""What the launcher makes of a call: strides, masks of all shapes, small arrays, gradients; run in the verifier."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from kernels_device import ON_A_GPU, Device, on_a_mac
+
+from attention import reference
+from attention.kernels import metal
+from attention.kernels.metal import launch, plain, selfcheck
+from attention.kernels.metal.call import Call, Shape, normal
+from attention.reference import Rules
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch, tmp_path):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    with on_a_mac(Device()) as made:
+        yield made
+
+
+def arrays(*shapes, seed=0):
+    mx.random.seed(seed)
+    return [mx.random.normal(shape) for shape in shapes]
+
+
+def exact(q, k, v, **rules):
+    q, k, v = (selfcheck.exact(x) for x in (q, k, v))
+    mask = rules.pop("mask", None)
+    whole = None if mask is None else np.broadcast_to(np.array(mask), (*q.shape[:3], k.shape[2]))
+    share = q.shape[1] // k.shape[1]
+    return np.array(
+        [
+            [
+                reference.forward(
+                    q[b, h],
+                    k[b, h // share],
+                    v[b, h // share],
+                    Rules(**rules, mask=None if whole is None else whole[b, h]),
+                ).output
+                for h in range(q.shape[1])
+            ]
+            for b in range(q.shape[0])
+        ]
+    )
+
+
+def test_heads_may_lie_inside_rows_and_slices_anywhere():
+    packed, keys = arrays((2, 19, 4, 40), (2, 2, 64, 32))
+    q = packed.swapaxes(1, 2)[..., 4:36]
+    k, v = keys[:, :, 3:35], keys[:, :, ::2]
+    found = metal.flash_attention(q, k, v, scale=0.2)
+    assert np.allclose(np.array(found), exact(q, k, v, scale=0.2), atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(37,), (40, 37), (2, 1, 1, 37), (1, 4, 40, 1), (2, 4, 40, 37)], ids=str)
+def test_a_mask_may_have_any_shape_that_broadcasts(shape):
+    q, k, v, mask = arrays((2, 4, 40, 32), (2, 2, 37, 32), (2, 2, 37, 32), shape)
+    found = metal.flash_attention(q, k, v, scale=0.2, mask=mask)
+    assert np.allclose(np.array(found), exact(q, k, v, scale=0.2, mask=mask), atol=2e-6)
+
+
+def test_arrays_of_fewer_than_8_elements_are_read_from_constant_memory(device):
+    q, k, v = arrays((1, 1, 1, 32), (1, 1, 5, 32), (1, 1, 5, 32))
+    mask = mx.array([True, False, True, True, False])
+    found = metal.flash_attention(q, k, v, scale=0.2, mask=mask)
+    assert np.allclose(np.array(found), exact(q, k, v, scale=0.2, mask=mask), atol=2e-6)
+    made = mx.grad(lambda q: metal.flash_attention(q, k, v, scale=0.2, mask=mask).sum())(q)
+    assert made.shape == q.shape
+    if not ON_A_GPU:
+        assert "const constant bool* mask" in device.launches[-1].text
+
+
+def test_gradients_flow_through_the_logsumexp():
+    q, k, v, by = arrays((1, 2, 20, 32), (1, 1, 25, 32), (1, 1, 25, 32), (1, 2, 20))
+
+    def loss(q, k, v):
+        output, logsumexp = metal.flash_attention_with_logsumexp(q, k, v, scale=0.2, causal=True)
+        return output.sum() + (logsumexp * by).sum()
+
+    def plainly(q, k, v):
+        absent = launch.absent(1)
+        output, logsumexp = plain.plain_attention(q, k, v, absent, absent, normal(0.2, True, None, None, 25))
+        return output.sum() + (logsumexp * by).sum()
+
+    ours, theirs = (mx.grad(f, argnums=(0, 1, 2))(q, k, v) for f in (loss, plainly))
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.allclose(np.array(a), np.array(b), atol=2e-5)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float32"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_gradients_through_the_score_matrix_are_right(mask, sinks):
+    shape, call = Shape(1, 4, 2, 9, 12, 32, "float32"), Call(0.3, True, 5, 2.0, mask, sinks)
+    given = selfcheck.inputs(shape, call)
+    made = plain.plain_gradients(given.arrays(shape), given.cotangent, None, call)
+    found = [*made[:3], *([made[4]] if sinks else [])]
+    assert selfcheck.gradient_disagreement(given, call, found) is None
+
+
+def test_the_checks_own_reference_is_right():
+    shape, call = Shape(1, 4, 2, 9, 12, 32, "float32"), Call(0.3, True, 5, 2.0, "float32")
+    given = selfcheck.inputs(shape, call)
+    rules = {"scale": 0.3, "causal": True, "window": 5, "softcap": 2.0, "mask": given.mask}
+    expected = exact(given.q, given.k, given.v, **rules)
+    assert np.allclose(selfcheck.reference(given, call)[0], expected, atol=1e-12)
+    call = Call(0.3, True, sinks=True)
+    given = selfcheck.inputs(shape, call)
+    theirs = mx.fast.scaled_dot_product_attention(
+        given.q, given.k, given.v, scale=0.3, mask="causal", sinks=given.sinks
+    )
+    assert np.allclose(selfcheck.reference(given, call)[0], np.array(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"window": 0}, "window is at least 1"),
+        ({"softcap": -1.0}, "softcap is positive"),
+        ({"scale": float("nan")}, "scale is finite"),
+        ({"mask": mx.zeros((3, 7))}, "does not broadcast"),
+        ({"mask": mx.zeros((20, 25), mx.int32)}, "mask is bool, float32"),
+        ({"sinks": mx.zeros(3)}, r"sinks have shape \(2,\)"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_by_name(keywords, words):
+    q, k, v = arrays((1, 2, 20, 32), (1, 1, 25, 32), (1, 1, 25, 32))
+    with pytest.raises(ValueError, match=words):
+        metal.flash_attention(q, k, v, **{"scale": 0.2, **keywords})
