@@ -135,7 +135,7 @@ def flash_attention_with_logsumexp(
         ValueError: for shapes, types or values that do not fit or are not taken.
         KernelUnavailable: if the kernel cannot run on this machine.
     """
-    output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, True)
+    output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, True)[:2]
     return output, logsumexp
 
 
