@@ -47,7 +47,7 @@ def program_of(shape: Shape, call: Call) -> Program:
 def attend(q: mx.array, k: mx.array, v: mx.array, shape: Shape, call: Call) -> tuple[mx.array, mx.array]:
     """Queues the kernels of a call; output and logsumexp."""
     if launcher.missing() is None:
-        output, logsumexp = planned(shape, call)([q, k, v])[:2]
+        output, logsumexp = make_plan(INPUTS, OUTPUTS, stages(shape, call))([q, k, v])[:2]
         return output, logsumexp
     if path_of(shape) == "forward":
         output, logsumexp, _ = launch.forward(shape, call)(q, k, v)
@@ -83,8 +83,8 @@ def few_stages(shape: Shape, call: Call, plan: launch.Splitting) -> list[Stage]:
     return [Stage(splitting, INPUTS, parts), Stage(launch.join(shape, plan.splits), parts, OUTPUTS)]
 
 
-def planned(shape: Shape, call: Call, with_logsumexp: bool = True) -> Run:
-    """The launches of a call as one operation, with its gradient."""
+def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
+    """The launches of a call as one operation, with its gradient: of the output, or of the logsumexp too."""
     launcher.module().set_gradient(_gradients_of)
     label = json.dumps([asdict(shape), asdict(call), with_logsumexp])
     return make_plan(INPUTS, OUTPUTS, stages(shape, call), label)
@@ -122,18 +122,14 @@ def check(shape: Shape, call: Call) -> None:
 
 
 class Repeated:
-    """The calls of one shape: decided and checked once, and from the third on replayed from a graph that MLX keeps."""
+    """The calls of one shape without our launcher: from the third on replayed from a graph that MLX keeps."""
 
     def __init__(self, shape: Shape, call: Call, with_logsumexp: bool) -> None:
-        check(shape, call)
         self._calls = 0
-        self._plan = planned(shape, call, with_logsumexp) if launcher.missing() is None else None
         self._function = _differentiable(shape, call, with_logsumexp)
 
     def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> Sequence[mx.array]:
-        """Queues the call: output and logsumexp."""
-        if self._plan is not None:
-            return self._plan([q, k, v])
+        """Queues the call: output, and logsumexp."""
         if self._calls <= TRACE_AFTER:
             self._calls += 1
             if self._calls > TRACE_AFTER:
@@ -142,9 +138,18 @@ class Repeated:
 
 
 @functools.lru_cache(maxsize=256)
-def repeated(q: tuple[int, ...], k: tuple[int, ...], dtype: str, call: Call, with_logsumexp: bool) -> Repeated:
-    """The calls of a shape, given as the shapes of q and k."""
-    return Repeated(Shape(q[0], q[1], k[1], q[2], k[2], q[3], ELEMENTS[dtype]), call, with_logsumexp)
+def repeated(q: tuple[int, ...], k: tuple[int, ...], dtype: str, call: Call, with_logsumexp: bool) -> Attend:
+    """The calls of a shape, given as the shapes of q and k: decided and checked once.
+
+    Raises:
+        KernelUnavailable: no kernel of ours takes them, or it failed its check.
+    """
+    shape = Shape(q[0], q[1], k[1], q[2], k[2], q[3], ELEMENTS[dtype])
+    check(shape, call)
+    if launcher.missing() is not None:
+        return Repeated(shape, call, with_logsumexp)
+    plan = planned(shape, call, with_logsumexp)
+    return lambda q, k, v: plan([q, k, v])
 
 
 def _differentiable(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:

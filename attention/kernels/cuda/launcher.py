@@ -21,25 +21,36 @@ SOURCES = Path(__file__).parent
 
 @functools.cache
 def missing() -> str | None:
-    """Why kernels are launched one by one through MLX's own operation, in one line, or None if not."""
+    """Why kernels are launched one by one through MLX's own operation, in one line, or None; compiles at first use."""
     try:
-        _module()
+        module()
     except KernelUnavailable as unavailable:
         return str(unavailable)
     return None
 
 
+def obstacle() -> str | None:
+    """The same as far as it is known; compiles nothing."""
+    try:
+        tools = toolchain.find()
+    except KernelUnavailable as unavailable:
+        return str(unavailable)
+    failure = cache.read_record(_key(tools)).get("failure")
+    return str(failure) if failure else None
+
+
+def is_settled() -> bool:
+    """Whether it is compiled, or known that it cannot be."""
+    return obstacle() is not None or (cache.folder() / f"{_key(toolchain.find())}.so").exists()
+
+
+@functools.cache
 def module() -> ModuleType:
     """The compiled module.
 
     Raises:
         KernelUnavailable: it cannot be compiled or loaded here; `missing` tells beforehand.
     """
-    return _module()
-
-
-@functools.cache
-def _module() -> ModuleType:
     import mlx.core  # noqa: F401  the module shares its types
 
     tools = toolchain.find()
@@ -47,15 +58,21 @@ def _module() -> ModuleType:
     key = _key(tools)
     with cache.lock(key):
         path = _trusted(key) or _compile(tools, key)
+        try:
+            return _import(path)
+        except ImportError as error:
+            reason = f"the compiled launcher does not load: {error}"
+            cache.write_record(key, {"failure": reason})
+            raise KernelUnavailable(reason) from error
+
+
+def _import(path: Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
     spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
     if spec is None:
-        raise KernelUnavailable(f"{path} is no Python module")
-    try:
-        made = importlib.util.module_from_spec(spec)
-        loader.exec_module(made)
-    except ImportError as error:
-        raise KernelUnavailable(f"the compiled launcher does not load: {error}") from error
+        raise ImportError(f"{path} is no Python module")
+    made = importlib.util.module_from_spec(spec)
+    loader.exec_module(made)
     return made
 
 
@@ -74,7 +91,9 @@ def _commands(tools: Toolchain) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (*tools.compiler, *flags, *includes), link
 
 
+@functools.cache
 def _key(tools: Toolchain) -> str:
+    """Names the library: text, commands, compiler, MLX and Python."""
     sha = hashlib.sha256()
     for name in ("launcher.hpp", "launcher.cpp"):
         sha.update((SOURCES / name).read_bytes())
