@@ -8,7 +8,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -53,14 +52,15 @@ void check(int status, const char* what) {
 }
 
 // A kernel of a cubin, loaded once a process; names tell them apart.
-CUfunc_st* load(const std::string& name, const std::string& code, int shared) {
+CUfunc_st* load(const std::string& name, const char* code, int shared) {
   static std::map<std::string, CUfunc_st*> loaded;
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   CUfunc_st*& function = loaded[name];
   if (function == nullptr) {
+    mx::cu::device(mx::default_device()).make_current();  // a thread of its own may have no context yet
     CUmod_st* module = nullptr;
-    check(driver().load_module(&module, code.data()), "cuModuleLoadData");
+    check(driver().load_module(&module, code), "cuModuleLoadData");
     check(driver().get_function(&function, module, name.c_str()), "cuModuleGetFunction");
     if (shared > 0) check(driver().set_attribute(function, MAX_DYNAMIC_SHARED_SIZE, shared), "cuFuncSetAttribute");
   }
@@ -203,7 +203,7 @@ std::shared_ptr<Plan> make_plan(const std::vector<StepText>& steps, const std::v
                                 const std::vector<mx::Dtype>& types, const Arrays& constants, std::string label) {
   auto plan = std::make_shared<Plan>();
   for (const auto& [name, code, blocks, threads, shared, arguments] : steps) {
-    CUfunc_st* function = load(name, std::string(code.c_str(), code.size()), shared);
+    CUfunc_st* function = load(name, code.c_str(), shared);
     plan->steps.push_back({function, unsigned(blocks), unsigned(threads), unsigned(shared), arguments});
   }
   for (const auto& shape : shapes) plan->shapes.emplace_back(shape.begin(), shape.end());

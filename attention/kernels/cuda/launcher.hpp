@@ -33,6 +33,13 @@ class CommandEncoder {
 
 CommandEncoder& get_command_encoder(Stream stream);
 
+class Device {
+ public:
+  void make_current();
+};
+
+Device& device(mlx::core::Device device);
+
 }  // namespace mlx::core::cu
 
 namespace fatui {
