@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from attention.implementations.protocol import Implementation
+    from attention.patch.model_patch import ModelPatch
 
-__all__ = ["NoBackendError", "UnsupportedError", "UsageError", "Workload", "attention"]
+__all__ = ["NoBackendError", "UnsupportedError", "UsageError", "Workload", "attention", "patch_mlx_lm"]
 
 
 def attention(
@@ -54,3 +55,22 @@ def attention(
     checked_shapes(q, k, v)
     factor, cap = checked_numbers(scale, softcap, q.shape[-1])
     return chosen(q, k, v, scale=factor, mask=checked_mask(mask, window, q, k), softcap=cap)
+
+
+def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "ModelPatch":
+    """Replaces attention in every model of mlx-lm, loaded or yet to be, while the context is open.
+
+    A context manager and a decorator. Entering gives an object that counts: `calls_taken` and `taken` by path,
+    `calls_handed` and `handed` by the reason why the calls went to MLX's own, `summary()` in words.
+    What `mx.compile` traces meanwhile stays as it was traced.
+
+    Args:
+        implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.
+
+    Raises:
+        UsageError: there is no such implementation; on entering, mlx-lm is not installed.
+        NoBackendError: MLX cannot be imported.
+    """
+    from attention.patch.model_patch import ModelPatch
+
+    return ModelPatch(implementation)

@@ -11,6 +11,8 @@ ROWS: Final = 256
 """Query rows a block has before it takes more heads: enough for a matrix product to run at its full rate."""
 SMALLEST_ROWS: Final = 32
 SMALLEST_KEYS: Final = 256
+SUMS_SHARE: Final = 0.25
+"""Share of the budget that a backward pass may spend on sums of dQ, which save it a second look at every tile."""
 
 
 class Shape(Struct, frozen=True, kw_only=True):
@@ -38,6 +40,8 @@ class Blocks(Struct, frozen=True, kw_only=True):
     kv_heads: int
     rows: int
     keys: int
+    sums_queries: bool = False
+    """Whether a backward pass keeps float32 sums of the tile's whole dQ, so that it looks at each tile once."""
 
 
 def choose(shape: Shape, budget_bytes: int, comfort_bytes: int | None = None) -> Blocks:
@@ -52,6 +56,9 @@ def choose(shape: Shape, budget_bytes: int, comfort_bytes: int | None = None) ->
     comfort = budget_bytes if comfort_bytes is None else min(comfort_bytes, budget_bytes)
     blocks = Blocks(batches=1, kv_heads=1, rows=min(shape.seq, ROWS), keys=shape.kv_seq)
     blocks = _halved(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
+    if shape.training and blocks.keys < shape.kv_seq and query_sum_bytes(shape, blocks) <= SUMS_SHARE * budget_bytes:
+        blocks = structs.replace(blocks, sums_queries=True)
+        blocks = _halved(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
     for axis, whole in (("kv_heads", shape.kv_heads), ("batches", shape.batch), ("rows", shape.seq)):
         blocks = _grown(blocks, axis, whole, lambda candidate: tile_bytes(shape, candidate) <= comfort)
     return blocks
@@ -64,9 +71,16 @@ def tile_bytes(shape: Shape, blocks: Blocks) -> int:
     """
     width = 4 * (shape.head_dim + shape.value_dim)
     rows, seen = shape.group * blocks.rows, seen_keys(shape, blocks)
-    # forward: K, its transpose and V; backward: those, V's transpose, and dK and dV, summed over all keys of the block
-    sides = 2 * seen + 6 * blocks.keys + 3 * rows if shape.training else 3 * seen + 2 * rows
-    return blocks.batches * blocks.kv_heads * (rows * seen * shape.score_bytes + sides * width)
+    # forward: K, its transpose and V; backward: those, V's transpose, dK and dV summed over all keys of the block, and
+    # the four slices of a query-side array; both: a few finished blocks that wait to be written
+    sides = 4 * seen + 8 * blocks.keys + 10 * rows if shape.training else 4 * seen + 6 * rows
+    scratch = blocks.batches * blocks.kv_heads * (rows * seen * shape.score_bytes + sides * width)
+    return scratch + (query_sum_bytes(shape, blocks) if blocks.sums_queries else 0)
+
+
+def query_sum_bytes(shape: Shape, blocks: Blocks) -> int:
+    """The float32 sums of dQ for all rows of a tile's heads."""
+    return blocks.batches * blocks.kv_heads * shape.group * shape.seq * shape.head_dim * 4
 
 
 def seen_keys(shape: Shape, blocks: Blocks) -> int:

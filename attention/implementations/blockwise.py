@@ -11,11 +11,11 @@ The softmax is that of Milakov and Gimelshein (arXiv:1805.02867), the tiling tha
 (arXiv:2307.08691). The backward pass recomputes each tile from the logsumexp of its rows.
 
 MLX builds its graph lazily and would be free to have all tiles in memory at once: `mx.depends` makes
-each tile wait for the one before it.
+each tile wait for the one before it, and `Written` puts each block into the output as soon as it is done.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final, Literal
 
 import mlx.core as mx
@@ -23,9 +23,12 @@ from msgspec import Struct
 
 from attention import masks
 from attention.implementations.blocks import Blocks
+from attention.implementations.packed import FEW_ROWS, KeyOrValue, Packed
 from attention.masks import Mask
 
 LOG2E: Final = math.log2(math.e)
+VIEWS: Final = 12
+"""Pairs of views that are as long as a tile: each is two nodes of a graph."""
 Arithmetic = Literal["exact", "native"]
 
 
@@ -46,6 +49,11 @@ class Call(Struct, frozen=True, eq=False):
     def base2(self) -> float:
         """Factor that turns scores into exponents of the base in use."""
         return LOG2E if self.arithmetic == "exact" else 1.0
+
+    @property
+    def factor(self) -> float:
+        """What a query is multiplied with before it meets the keys."""
+        return self.scale * self.base2 if self.softcap is None else self.scale / self.softcap
 
     def power(self, exponent: mx.array) -> mx.array:
         """The base in use to the power of the exponent; 0 for -inf."""
@@ -77,10 +85,20 @@ class Heads(Struct, frozen=True):
         """Cuts keys or values: (batches, kv_heads, len(keys), width)."""
         return x[cut(self.batches), cut(self.kv_heads), cut(keys)]
 
+    def place(self, rows: range) -> tuple[slice, slice, slice]:
+        """Where a block of rows stands in a query-side array."""
+        return cut(self.batches), self.heads, cut(rows)
+
     def rows(self, x: mx.array, rows: range) -> mx.array:
         """Cuts a query-side array; heads that share a key head stand one below the other in one long matrix."""
         x = x[cut(self.batches), self.heads, cut(rows)]
         return x.reshape(len(self.batches), len(self.kv_heads), self.group * len(rows), x.shape[-1])
+
+    def sinks(self, sinks: mx.array, rows: int) -> mx.array:
+        """A number for each head as `rows` stacks them: (1, kv_heads, group x rows, 1), in float32."""
+        mine = sinks[self.heads].astype(mx.float32).reshape(1, len(self.kv_heads), self.group, 1)
+        shape = (1, len(self.kv_heads), self.group, rows)
+        return mx.broadcast_to(mine, shape).reshape(1, len(self.kv_heads), -1, 1)
 
     def split(self, x: mx.array, rows: int) -> mx.array:
         """Undoes the stacking of `rows`: (batches, heads, rows, width)."""
@@ -92,6 +110,26 @@ class Heads(Struct, frozen=True):
         return slice(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
 
 
+class Written:
+    """An array that blocks are written into, in place, as long as nothing else holds it: not even a chain may.
+
+    MLX orders a graph by its breadth, seen from the end: writes, which only wait for one another, would all come last,
+    when every block is there at once. Views between two writes make that way as long as the way through the tiles.
+    """
+
+    def __init__(self, zeros: mx.array) -> None:
+        """Takes the array, filled with what stands where nothing is written."""
+        self.array = zeros
+
+    def write(self, place: tuple[slice, ...], part: mx.array, tiles: int) -> mx.array:
+        """Writes a part that took some tiles to compute; returns it in the array's type, for a chain to hold."""
+        part = part.astype(self.array.dtype)
+        for _ in range(VIEWS * tiles):
+            self.array = self.array[None].squeeze(0)
+        self.array[place] = part
+        return part
+
+
 class Online(Struct):
     """The running softmax of one block of rows, in float32."""
 
@@ -100,31 +138,45 @@ class Online(Struct):
     output: mx.array
 
 
-def forward(q: mx.array, k: mx.array, v: mx.array, call: Call) -> tuple[mx.array, mx.array]:
+def forward(
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, call: Call, sinks: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """Attends.
+
+    Args:
+        q: query (B, H, Lq, D).
+        k: key (B, Hkv, Lk, D), plain or packed.
+        v: value (B, Hkv, Lk, Dv), likewise.
+        call: the rest.
+        sinks: (H,): for each head a score that joins the softmax of every row, without a value.
 
     Returns:
         The output (B, H, Lq, Dv) in the query's type; and the logsumexp of each row, (B, H, Lq, 1) in float32, in the
         base that `call` uses, +inf for rows that see nothing.
     """
     chain: list[mx.array] = []
+    output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype))
+    logsumexp = Written(mx.full((*q.shape[:3], 1), mx.inf))
+    for heads in head_groups(q, k, call.blocks):
+        for rows in blocks_of(q.shape[2], call.blocks.rows):
+            state = _row_block(q, k, v, call, heads, rows, sinks, chain)
+            if state is None:
+                continue  # the mask rules out every key
+            tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
+            parts = [heads.split(part, len(rows)) for part in _finished(state, call)]
+            chain[:] = [
+                whole.write(heads.place(rows), part, tiles)
+                for whole, part in zip((output, logsumexp), parts, strict=True)
+            ]
+    return output.array, logsumexp.array
 
-    def one(heads: Heads) -> list[mx.array]:
-        parts = [_row_block(q, k, v, call, heads, rows, chain) for rows in blocks_of(q.shape[2], call.blocks.rows)]
-        return [join(list(column), 2) for column in zip(*parts, strict=True)]
 
-    output, logsumexp = over_heads(q, k, call.blocks, one)
-    return output, logsumexp
-
-
-def over_heads(q: mx.array, k: mx.array, blocks: Blocks, one: Callable[[Heads], list[mx.array]]) -> list[mx.array]:
-    """Runs over all groups of heads and joins what each gives along heads, then along sequences."""
+def head_groups(q: mx.array, k: KeyOrValue, blocks: Blocks) -> Iterator[Heads]:
+    """The sequences and heads of each run of tiles."""
     group = q.shape[1] // k.shape[1]
-    bands = []
     for batches in blocks_of(q.shape[0], blocks.batches):
-        made = [one(Heads(batches, kv_heads, group)) for kv_heads in blocks_of(k.shape[1], blocks.kv_heads)]
-        bands.append([join(list(column), 1) for column in zip(*made, strict=True)])
-    return [join(list(column), 0) for column in zip(*bands, strict=True)]
+        for kv_heads in blocks_of(k.shape[1], blocks.kv_heads):
+            yield Heads(batches, kv_heads, group)
 
 
 def blocks_of(length: int, size: int) -> Iterator[range]:
@@ -139,25 +191,56 @@ def key_blocks(call: Call, rows: range, seq: int, kv_seq: int) -> Iterator[range
 
 
 def _row_block(
-    q: mx.array, k: mx.array, v: mx.array, call: Call, heads: Heads, rows: range, chain: list[mx.array]
-) -> tuple[mx.array, mx.array]:
+    q: mx.array,
+    k: KeyOrValue,
+    v: KeyOrValue,
+    call: Call,
+    heads: Heads,
+    rows: range,
+    sinks: mx.array | None,
+    chain: list[mx.array],
+) -> Online | None:
     state: Online | None = None
     for keys in key_blocks(call, rows, q.shape[2], k.shape[2]):
-        query, key, value = after(chain, heads.rows(q, rows), heads.keys(k, keys), heads.keys(v, keys))
-        scores, _ = tile_scores(query, call.transposed(key), call, heads, rows, keys, (q.shape[2], k.shape[2]))
-        state = _absorb(state, scores, call.operand(value), call)
+        query, *sides = after(chain, heads.rows(q, rows), *_cut_keys(k, heads, keys), *_cut_keys(v, heads, keys))
+        key, value = _side(k, sides[: len(sides) // 2], query), _side(v, sides[len(sides) // 2 :], query)
+        query = call.operand(query) * call.factor
+        product = key.multiplied(query, True) if isinstance(key, Packed) else query @ call.transposed(key)
+        scores, _ = tile_scores(product, call, heads, rows, keys, (q.shape[2], k.shape[2]))
+        if state is None and sinks is not None:
+            state = _sunk(heads.sinks(sinks, len(rows)) * call.base2, scores, v.shape[3])
+        state = _absorb(state, scores, value if isinstance(value, Packed) else call.operand(value), call)
         chain[:] = [state.output, state.total]
-    if state is None:  # the mask rules out every key
-        shape = (len(heads.batches), len(heads.kv_heads) * heads.group, len(rows))
-        return mx.zeros((*shape, v.shape[3]), q.dtype), mx.full((*shape, 1), mx.inf)
+    return state
+
+
+def _cut_keys(x: KeyOrValue, heads: Heads, keys: range) -> list[mx.array]:
+    """A tile's keys or values, as the arrays that they are made of."""
+    return [heads.keys(array, keys) for array in (x.arrays if isinstance(x, Packed) else (x,))]
+
+
+def _side(x: KeyOrValue, arrays: list[mx.array], query: mx.array) -> KeyOrValue:
+    """The same put together again; unpacked where there are enough queries to pay for it."""
+    if not isinstance(x, Packed):
+        return arrays[0]
+    packed = x.of(*arrays)
+    return packed if query.shape[2] < FEW_ROWS else packed.unpacked()
+
+
+def _sunk(sinks: mx.array, scores: mx.array, width: int) -> Online:
+    """A softmax that has seen the sinks alone."""
+    top = mx.broadcast_to(sinks, (*scores.shape[:-1], 1))
+    return Online(top, mx.ones_like(top), mx.zeros((*scores.shape[:-1], width)))
+
+
+def _finished(state: Online, call: Call) -> tuple[mx.array, mx.array]:
+    """The output and the logsumexp of a block of rows."""
     blind = state.total == 0
-    output = (state.output / mx.where(blind, 1.0, state.total)).astype(q.dtype)
-    logsumexp = mx.where(blind, mx.inf, state.top + call.log(state.total))
-    chain[:] = [output, logsumexp]
-    return heads.split(output, len(rows)), heads.split(logsumexp, len(rows))
+    output = state.output / mx.where(blind, 1.0, state.total)
+    return output, mx.where(blind, mx.inf, state.top + call.log(state.total))
 
 
-def _absorb(state: Online | None, scores: mx.array, value: mx.array, call: Call) -> Online:
+def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue, call: Call) -> Online:
     """Takes one more block of keys into the running softmax."""
     scores = scores.astype(mx.float32)
     top = scores.max(axis=-1, keepdims=True)
@@ -166,7 +249,10 @@ def _absorb(state: Online | None, scores: mx.array, value: mx.array, call: Call)
     top = mx.where(mx.isinf(top), 0.0, top)  # a row that has seen nothing yet: -inf minus 0 is no NaN
     weights = call.power(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
-    output = (weights.astype(value.dtype) @ value).astype(mx.float32)
+    if isinstance(value, Packed):
+        output = value.multiplied(weights, False)
+    else:
+        output = (weights.astype(value.dtype) @ value).astype(mx.float32)
     if state is None:
         return Online(top, total, output)
     shrink = call.power(state.top - top)
@@ -174,16 +260,16 @@ def _absorb(state: Online | None, scores: mx.array, value: mx.array, call: Call)
 
 
 def tile_scores(
-    query: mx.array, key_t: mx.array, call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]
+    product: mx.array, call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]
 ) -> tuple[mx.array, mx.array | None]:
-    """The masked scores of one tile, as exponents of the base in use; and tanh of the capped ones, for the gradient."""
-    capped = None
-    factor = call.scale * call.base2 if call.softcap is None else call.scale / call.softcap
-    scores = (call.operand(query) * factor) @ key_t
-    if call.softcap is not None:
-        capped = mx.tanh(scores)
-        scores = capped * (call.softcap * call.base2)
-    return _masked(scores, call, heads, rows, keys, lengths), capped
+    """The masked scores of one tile, as exponents of the base in use; and tanh of the capped ones, for the gradient.
+
+    The product is that of the keys and the query times `call.factor`.
+    """
+    if call.softcap is None:
+        return _masked(product, call, heads, rows, keys, lengths), None
+    capped = mx.tanh(product)
+    return _masked(capped * (call.softcap * call.base2), call, heads, rows, keys, lengths), capped
 
 
 def _masked(scores: mx.array, call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]) -> mx.array:
@@ -200,11 +286,6 @@ def _masked(scores: mx.array, call: Call, heads: Heads, rows: range, keys: range
 def after(chain: list[mx.array], *arrays: mx.array) -> list[mx.array]:
     """The arrays, not to be computed with before those of the chain are there."""
     return mx.depends(list(arrays), chain) if chain else list(arrays)
-
-
-def join(parts: list[mx.array], axis: int) -> mx.array:
-    """Puts parts one after the other; a single one is left as it is."""
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
 
 
 def cut(run: range) -> slice:

@@ -4,6 +4,8 @@ With P the probabilities of a tile, FlashAttention 2's equations:
 
     dP = dO V^T    dS = P * (dP - rowsum(dO * O))
     dV += P^T dO    dQ += scale dS K    dK += scale dS^T Q
+
+A sink's gradient is that of a score whose value is 0: dsink = -sum(P_sink * rowsum(dO * O)).
 """
 
 import mlx.core as mx
@@ -12,11 +14,12 @@ from msgspec import Struct
 from attention.implementations.blockwise import (
     Call,
     Heads,
+    Written,
     after,
     blocks_of,
-    join,
+    cut,
+    head_groups,
     key_blocks,
-    over_heads,
     tile_scores,
 )
 
@@ -30,6 +33,19 @@ class Saved(Struct, frozen=True):
     output: mx.array
     logsumexp: mx.array
     cotangent: mx.array
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Query rows and keys."""
+        return self.q.shape[2], self.k.shape[2]
+
+
+class Sums(Struct):
+    """What the tiles add up to."""
+
+    d_query: Written
+    d_key: Written
+    d_value: Written
 
 
 class RowSide(Struct, frozen=True):
@@ -55,55 +71,89 @@ class KeySide(Struct, frozen=True):
 def gradients(saved: Saved, call: Call) -> list[mx.array]:
     """Returns dQ, dK and dV in the types of query, key and value.
 
-    Where a tile holds all keys, one look at each tile gives all three. Where keys are cut, dQ and dK with dV are
-    summed in two passes of their own: otherwise a float32 sum of the whole dQ would have to be kept.
+    One look at each tile gives all three where the float32 sums of dQ have room, or where a tile holds all keys and
+    dQ needs no sum. Otherwise dQ, and dK with dV, are summed in two passes of their own.
     """
+    sums = Sums(*(Written(mx.zeros_like(x)) for x in (saved.q, saved.k, saved.v)))
     chain: list[mx.array] = []
+    at_once = call.blocks.sums_queries or call.blocks.keys >= saved.k.shape[2]
+    for heads in head_groups(saved.q, saved.k, call.blocks):
+        shares: dict[int, mx.array] | None = {} if at_once else None
+        for keys in blocks_of(saved.k.shape[2], call.blocks.keys):
+            _key_block(saved, call, heads, keys, sums, shares, chain)
+        if not at_once:
+            _query_pass(saved, call, heads, sums, chain)
+    return [sums.d_query.array, sums.d_key.array, sums.d_value.array]
 
-    def one(heads: Heads) -> list[mx.array]:
-        if call.blocks.keys >= saved.k.shape[2]:
-            return _key_block(saved, call, heads, range(saved.k.shape[2]), chain)
-        parts = [_key_block(saved, call, heads, keys, chain) for keys in blocks_of(saved.k.shape[2], call.blocks.keys)]
-        d_key, d_value = (join(list(column), 2) for column in zip(*parts, strict=True))
-        return [_query_pass(saved, call, heads, chain), d_key, d_value]
 
-    return over_heads(saved.q, saved.k, call.blocks, one)
-
-
-def _key_block(saved: Saved, call: Call, heads: Heads, keys: range, chain: list[mx.array]) -> list[mx.array]:
-    """One block of keys against all rows: dK and dV of these keys; before them dQ, if these are all keys."""
-    whole = len(keys) == saved.k.shape[2]
-    sums: list[mx.array] = []
-    d_query = []
+def sink_gradient(saved: Saved, sinks: mx.array, call: Call) -> mx.array:
+    """The gradient of the sinks, (H,) in their type, summed block of rows by block of rows."""
+    total = mx.zeros((saved.q.shape[1],))
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
-        seen = _overlap(call.mask.visible_keys(rows, saved.q.shape[2], saved.k.shape[2]), keys)
+        cuts = [x[:, :, rows.start : rows.stop] for x in (saved.cotangent, saved.output, saved.logsumexp)]
+        cotangent, output, logsumexp = after([total], *cuts)
+        weights = call.power(sinks.astype(mx.float32)[None, :, None] * call.base2 - logsumexp[..., 0])
+        total = total - (weights * _delta(cotangent, output)[..., 0]).sum(axis=(0, 2))
+    return total.astype(sinks.dtype)
+
+
+def _key_block(
+    saved: Saved,
+    call: Call,
+    heads: Heads,
+    keys: range,
+    sums: Sums,
+    shares: dict[int, mx.array] | None,
+    chain: list[mx.array],
+) -> None:
+    """One block of keys against all rows: dK and dV of these keys, and, if asked, shares of dQ.
+
+    The shares are by the first of their rows; they are written once the last keys that these see have given theirs.
+    """
+    of_keys: list[mx.array] = []
+    tiles = 0
+    for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
+        visible = call.mask.visible_keys(rows, *saved.lengths)
+        seen = _overlap(visible, keys)
         if not seen:
-            d_query += [heads.split(mx.zeros_like(heads.rows(saved.q, rows)), len(rows))] if whole else []
             continue
+        tiles += 1
         row_side, key_side = _sides(saved, call, heads, rows, seen, chain)
         weights, d_scores = _tile(saved, call, heads, row_side, key_side)
-        shares = (d_scores.swapaxes(-1, -2) @ row_side.query, weights.swapaxes(-1, -2) @ row_side.cotangent)
-        sums = _added(sums, [_placed(share.astype(mx.float32), seen, keys) for share in shares])
-        d_query += [_d_query(d_scores @ key_side.key, saved, call, heads, rows)] if whole else []
-        chain[:] = [*sums, *d_query[-1:]]
-    made = [join(d_query, 2)] if whole else []
-    if not sums:
-        return [*made, *(mx.zeros_like(heads.keys(x, keys)) for x in (saved.k, saved.v))]
-    return [*made, (sums[0] * call.scale).astype(saved.k.dtype), sums[1].astype(saved.v.dtype)]
+        made = (d_scores.swapaxes(-1, -2) @ row_side.query, weights.swapaxes(-1, -2) @ row_side.cotangent)
+        of_keys = _added(of_keys, [_placed(share.astype(mx.float32), seen, keys) for share in made])
+        chain[:] = of_keys
+        if shares is not None:
+            share = (d_scores @ key_side.key).astype(mx.float32)
+            share = shares.pop(rows.start) + share if rows.start in shares else share
+            if visible.stop <= keys.stop:
+                chain.append(_write_d_query(sums, share, call, heads, rows, 1))
+            else:
+                shares[rows.start] = share
+                chain.append(share)
+    if of_keys:
+        place = (cut(heads.batches), cut(heads.kv_heads), cut(keys))
+        d_key = sums.d_key.write(place, of_keys[0] * call.scale, tiles)
+        chain[:] = [d_key, sums.d_value.write(place, of_keys[1], tiles), *(shares or {}).values()]
 
 
-def _query_pass(saved: Saved, call: Call, heads: Heads, chain: list[mx.array]) -> mx.array:
+def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: list[mx.array]) -> None:
     """dQ alone, block of rows by block of rows."""
-    parts = []
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
-        total: list[mx.array] = [mx.zeros(heads.rows(saved.q, rows).shape)]
-        for keys in key_blocks(call, rows, saved.q.shape[2], saved.k.shape[2]):
+        total: list[mx.array] = []
+        tiles = 0
+        for keys in key_blocks(call, rows, *saved.lengths):
             row_side, key_side = _sides(saved, call, heads, rows, keys, chain)
             _, d_scores = _tile(saved, call, heads, row_side, key_side)
             total = _added(total, [(d_scores @ key_side.key).astype(mx.float32)])
             chain[:] = total
-        parts.append(_d_query(total[0], saved, call, heads, rows))
-    return join(parts, 2)
+            tiles += 1
+        if total:
+            chain[:] = [_write_d_query(sums, total[0], call, heads, rows, tiles)]
+
+
+def _write_d_query(sums: Sums, total: mx.array, call: Call, heads: Heads, rows: range, tiles: int) -> mx.array:
+    return sums.d_query.write(heads.place(rows), heads.split(total * call.scale, len(rows)), tiles)
 
 
 def _sides(
@@ -113,17 +163,16 @@ def _sides(
     row_arrays = (saved.q, saved.cotangent, saved.output, saved.logsumexp)
     cuts = [*(heads.rows(x, rows) for x in row_arrays), *(heads.keys(x, keys) for x in (saved.k, saved.v))]
     query, cotangent, output, logsumexp, key, value = after(chain, *cuts)
-    delta = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
     return (
-        RowSide(rows, call.operand(query), call.operand(cotangent), logsumexp, delta),
+        RowSide(rows, call.operand(query), call.operand(cotangent), logsumexp, _delta(cotangent, output)),
         KeySide(keys, call.operand(key), call.transposed(key), call.transposed(value)),
     )
 
 
 def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -> tuple[mx.array, mx.array]:
     """P and dS of one tile, in the type that matrices are multiplied in."""
-    lengths = (saved.q.shape[2], saved.k.shape[2])
-    scores, capped = tile_scores(row.query, side.key_t, call, heads, row.rows, side.keys, lengths)
+    product = (row.query * call.factor) @ side.key_t
+    scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths)
     weights = call.power(scores.astype(mx.float32) - row.logsumexp)
     d_scores = weights * ((row.cotangent @ side.value_t).astype(mx.float32) - row.delta)
     if capped is not None:
@@ -131,8 +180,9 @@ def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -
     return weights.astype(row.query.dtype), d_scores.astype(row.query.dtype)
 
 
-def _d_query(product: mx.array, saved: Saved, call: Call, heads: Heads, rows: range) -> mx.array:
-    return heads.split((product * call.scale).astype(saved.q.dtype), len(rows))
+def _delta(cotangent: mx.array, output: mx.array) -> mx.array:
+    """rowsum(dO * O) in float32."""
+    return (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
 
 
 def _placed(share: mx.array, seen: range, keys: range) -> mx.array:

@@ -17,9 +17,16 @@ def unfused_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
     return (
         matrices * workload.scores * item
         + _mask_bytes(workload, needs, item if training else 0)
+        + _spread_bytes(workload)
         + workload.query_bytes
         + workload.output_bytes
     )
+
+
+def _spread_bytes(workload: Workload) -> int:
+    """The gradients of K and V for each query head, before those that share a key head are summed."""
+    group = workload.heads // workload.kv_heads
+    return workload.key_value_bytes * group if workload.pass_ == "training" and group > 1 else 0
 
 
 def _mask_bytes(workload: Workload, needs: Needs, kept: int) -> int:

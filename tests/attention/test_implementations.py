@@ -19,11 +19,11 @@ from attention.workload import Workload
 class InBlocks(Practical):
     """Practical, made to cut everything into small tiles."""
 
-    def __init__(self, keys: int) -> None:
+    def __init__(self, keys: int, sums_queries: bool = False) -> None:
         super().__init__(budget_bytes=1)
-        self._tile = Blocks(batches=1, kv_heads=1, rows=8, keys=keys)
+        self._tile = Blocks(batches=1, kv_heads=1, rows=8, keys=keys, sums_queries=sums_queries)
 
-    def blocks(self, workload: object, backend: str) -> Blocks:  # type: ignore[override]
+    def blocks(self, workload: object, backend: str, budget: int | None = None) -> Blocks:  # type: ignore[override]
         return self._tile
 
 
@@ -31,6 +31,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     **{name: get(name) for name in INSTALLED},
     "blocks of all keys": InBlocks(1000),
     "blocks of few keys": InBlocks(6),
+    "blocks of few keys, seen once": InBlocks(6, sums_queries=True),
 }
 DIFFERENTIABLE = [name for name in IMPLEMENTATIONS if name != "torch"]
 

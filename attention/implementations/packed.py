@@ -1,0 +1,71 @@
+"""Keys or values as a quantised cache holds them."""
+
+from typing import Final
+
+import mlx.core as mx
+from msgspec import Struct
+
+from attention import masks
+from attention.masks import Mask
+
+FEW_ROWS: Final = 32
+"""Query rows from which on a tile is unpacked once rather than read packed by every row."""
+
+
+class Packed(Struct, frozen=True, eq=False):
+    """What `mx.quantize` made of an array (B, Hkv, Lk, D): each group of its numbers has a scale and a bias."""
+
+    numbers: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group_size)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of the array."""
+        return self.scales.dtype
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """What it is made of."""
+        return self.numbers, self.scales, self.biases
+
+    def of(self, numbers: mx.array, scales: mx.array, biases: mx.array) -> "Packed":
+        """Another part of the same array."""
+        return Packed(numbers, scales, biases, self.group_size, self.bits)
+
+    def spread(self) -> "Packed":
+        """The same with an axis for the query heads that share a key head: (B, Hkv, 1, Lk, D)."""
+        return self.of(*(array[:, :, None] for array in self.arrays))
+
+    def unpacked(self) -> mx.array:
+        """The array."""
+        return mx.dequantize(self.numbers, self.scales, self.biases, self.group_size, self.bits)
+
+    def multiplied(self, x: mx.array, transpose: bool) -> mx.array:
+        """The product of x and the array, or its transpose, in x's type, read packed."""
+        scales, biases = self.scales.astype(x.dtype), self.biases.astype(x.dtype)
+        return mx.quantized_matmul(x, self.numbers, scales, biases, transpose, self.group_size, self.bits)
+
+
+KeyOrValue = mx.array | Packed
+
+
+def attend_packed(q: mx.array, k: Packed, v: Packed, *, scale: float, mask: Mask) -> mx.array:
+    """Attends as mlx-lm does with a quantised cache: the whole score matrix, keys and values read packed."""
+    batch, heads, seq, _ = q.shape
+    kv_heads, kv_seq = k.shape[1], k.shape[2]
+    grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
+    scores = k.spread().multiplied(grouped, True).reshape(batch, heads, seq, kv_seq)
+    whole = mask.whole(seq, kv_seq)
+    seeing = None if whole is None or (seq == 1 and mask.array is None) else masks.sighted(whole)
+    opened = whole if whole is None or seeing is None else masks.open_blind(whole, seeing)
+    weights = mx.softmax(masks.apply(scores, opened), axis=-1, precise=True)
+    out = v.spread().multiplied(weights.reshape(*grouped.shape[:-1], kv_seq), False).reshape(batch, heads, seq, -1)
+    return out if seeing is None else mx.where(seeing, out, mx.zeros((), out.dtype))

@@ -1,0 +1,58 @@
+"""What `practical` chose for a workload, and why, for people to read."""
+
+from collections.abc import Iterator
+
+from msgspec import Struct, structs
+
+from attention.device import Device
+from attention.implementations.blocks import Blocks, Shape, tile_bytes
+from attention.implementations.budget import GPU_SHARE, comfort
+from attention.implementations.practical import Practical, mib, shape_of, skipped_share, surely
+from attention.workload import Workload
+
+
+class Fact(Struct, frozen=True):
+    """One thing that was chosen."""
+
+    what: str
+    value: str
+    why: str
+
+
+def facts(practical: Practical, workload: Workload, device: Device) -> Iterator[Fact]:
+    """What is chosen for a workload on a device, one thing after the other."""
+    choice, shape = practical.choice(workload, device), shape_of(workload)
+    yield Fact("budget", mib(practical.budget(device)), _why_budget(practical, device))
+    forward, training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
+    yield Fact("unfused", mib(surely(forward)), "what scores and all beside them may take, forward")
+    yield Fact("", mib(surely(training)), "and in training: what is chosen has to hold for both")
+    yield Fact("way", choice.way, choice.reason)
+    if choice.way not in ("fused", "whole"):
+        yield from _of_tiles(choice.blocks, shape, workload, device)
+
+
+def _of_tiles(blocks: Blocks, shape: Shape, workload: Workload, device: Device) -> Iterator[Fact]:
+    limit = comfort(device.backend)
+    room = "as large as the budget lets it be" if limit is None else f"grows up to {mib(limit)}, for the caches' sake"
+    yield Fact("tile", mib(tile_bytes(shape, blocks)), room)
+    heads = f"{blocks.batches} x {blocks.kv_heads * shape.group}"
+    yield Fact("heads", heads, f"of {workload.batch} sequences x {workload.heads} query heads")
+    yield Fact("rows", f"{blocks.rows:,}", f"of {workload.seq:,}")
+    yield Fact("keys", f"{blocks.keys:,}", f"of {workload.kv_seq:,}: {_why_keys(shape, blocks)}")
+    skipped = skipped_share(workload, blocks)
+    yield Fact("skipped", f"{skipped:.0%}", "of the scores: tiles that the mask rules out are never computed")
+
+
+def _why_budget(practical: Practical, device: Device) -> str:
+    if practical.budget_bytes:
+        return "as given; above inputs and outputs"
+    where = "the default on a CPU" if device.backend == "cpu" else f"1/{GPU_SHARE} of the GPU's memory"
+    return f"{where}; above inputs and outputs"
+
+
+def _why_keys(shape: Shape, blocks: Blocks) -> str:
+    if blocks.keys >= shape.kv_seq:
+        return "no row needs a second look"
+    if not shape.training:
+        return "more does not fit"
+    return "dQ is summed on the way" if blocks.sums_queries else "dQ takes a second pass over the tiles"

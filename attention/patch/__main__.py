@@ -1,0 +1,8 @@
+"""`python -m attention.patch SCRIPT ...`: runs a program as it is, with attention in mlx-lm's models replaced."""
+
+import sys
+
+from attention.patch.program import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

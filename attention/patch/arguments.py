@@ -1,0 +1,126 @@
+"""A call of mlx-lm's attention, and what an implementation can be given of it."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from msgspec import Struct
+
+from attention.arguments import checked_mask, checked_shapes
+from attention.device import probe
+from attention.errors import UnsupportedError, UsageError
+from attention.implementations.asked import asked_for
+from attention.implementations.packed import Packed
+from attention.implementations.protocol import Implementation
+from attention.masks import Mask
+
+KNOWN_SHAPES = 4096
+"""Kinds of call whose path is remembered; a decoding loop makes a new one at each length."""
+device = lru_cache(maxsize=1)(probe)
+
+
+class ModelCall(NamedTuple):
+    """What a model asks for."""
+
+    q: mx.array
+    k: Any
+    """(B, Hkv, Lk, D), or the three arrays that `mx.quantize` makes of that."""
+    v: Any
+    scale: float
+    mask: mx.array | str | None
+    sinks: mx.array | None = None
+    packing: tuple[int, int] | None = None
+    """Group size and bits of packed keys and values."""
+
+
+class Offer(NamedTuple):
+    """The same as an implementation takes it."""
+
+    k: Any
+    v: Any
+    mask: Mask
+    path: str
+
+
+class Verdict(Struct, frozen=True):
+    """Whether calls of a kind are taken: by which path, or why not."""
+
+    path: str | None
+    reason: str = ""
+
+
+class Offers:
+    """What an implementation takes of the calls that models make."""
+
+    def __init__(self, implementation: Implementation) -> None:
+        """Takes the implementation."""
+        self._implementation = implementation
+        self._takes_sinks = bool(getattr(implementation, "takes_sinks", False))
+        self._takes_packed = bool(getattr(implementation, "takes_packed", False))
+        self._verdicts: dict[tuple[object, ...], Verdict] = {}
+
+    def of(self, call: ModelCall) -> Offer:
+        """What the implementation is given.
+
+        Raises:
+            UnsupportedError: it does not take the call; the message is the reason, without what this call alone has.
+        """
+        if call.sinks is not None and not self._takes_sinks:
+            raise UnsupportedError("attention sinks")
+        k, v = (call.k, call.v) if call.packing is None else self._unpacked(call)
+        verdict = self._verdict(call, k, v)
+        if verdict.path is None:
+            raise UnsupportedError(verdict.reason)
+        array = None if isinstance(call.mask, str) else call.mask
+        mask = Mask(causal=isinstance(call.mask, str), array=array)
+        return Offer(k, v, mask, verdict.path)
+
+    def _unpacked(self, call: ModelCall) -> tuple[Any, Any]:
+        """Quantised keys and values: packed as they are, or as plain arrays in the query's type."""
+        assert call.packing is not None
+        group_size, bits = call.packing
+        (k, k_scales, k_biases), (v, v_scales, v_biases) = call.k, call.v
+        key = Packed(k, k_scales, k_biases, group_size, bits)
+        value = Packed(v, v_scales, v_biases, group_size, bits)
+        if self._takes_packed:
+            return key, value
+        return key.unpacked().astype(call.q.dtype), value.unpacked().astype(call.q.dtype)
+
+    def _verdict(self, call: ModelCall, k: Any, v: Any) -> Verdict:
+        """Looked at once for each kind of call: decoding, every layer asks again."""
+        mask = call.mask if not isinstance(call.mask, mx.array) else (*call.mask.shape, call.mask.dtype)
+        packed = isinstance(k, Packed)
+        kind = (call.q.shape, k.shape, v.shape, call.q.dtype, k.dtype, v.dtype, mask, packed)
+        key = tuple(tuple(part) if isinstance(part, list) else part for part in kind)
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            if len(self._verdicts) >= KNOWN_SHAPES:
+                self._verdicts.clear()
+            verdict = self._verdicts[key] = self._judged(call, k, v)
+        return verdict
+
+    def _judged(self, call: ModelCall, k: Any, v: Any) -> Verdict:
+        packed = isinstance(k, Packed)
+        try:
+            if not packed:
+                checked_shapes(call.q, k, v)
+            mask = checked_mask(call.mask, None, call.q, k)
+            route = self._implementation.route(*_asked(call, k, v, mask))
+        except UsageError as error:
+            return Verdict(None, _kind(error))
+        except UnsupportedError as error:
+            return Verdict(None, str(error))
+        if not route.supported:
+            return Verdict(None, route.reason)
+        return Verdict("packed keys and values" if packed else route.path)
+
+
+def _asked(call: ModelCall, k: Any, v: Any, mask: Mask) -> tuple[Any, Any, Any]:
+    workload, needs = asked_for(call.q, k, v, mask, None)
+    return workload, device(), needs
+
+
+def _kind(error: UsageError) -> str:
+    """The first problem, without what this call alone has."""
+    name, _, rest = error.problems[0].partition(": got ")
+    return f"{name}: {rest.partition('; ')[2] or rest}"

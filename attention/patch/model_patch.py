@@ -1,0 +1,168 @@
+"""The patch: an implementation in the place of MLX's attention in every model of mlx-lm."""
+
+import inspect
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator
+from functools import wraps
+from types import TracebackType
+from typing import Any, Final, ParamSpec, Self, TypeVar, cast
+
+import mlx.core as mx
+
+from attention.arguments import find
+from attention.errors import UnsupportedError
+from attention.implementations.protocol import Implementation
+from attention.patch import seams
+from attention.patch.arguments import ModelCall, Offers
+from attention.patch.counts import Counts
+
+P = ParamSpec("P")
+R = TypeVar("R")
+OWN_MODULES: Final = ("attention.patch.", "attention.monitoring.")
+_inside = threading.local()
+
+
+class ModelPatch(Counts):
+    """Replaces attention in mlx-lm's models from enter to exit; a context manager and a decorator.
+
+    It holds for the whole process, whichever thread enters. Of several that are open, the one that was entered last
+    takes the calls; the same one may be entered again. What the implementation does not take goes to MLX's own.
+
+    Attributes:
+        implementation: what takes the calls.
+    """
+
+    def __init__(self, implementation: str | Implementation) -> None:
+        """Finds the implementation; nothing is replaced yet.
+
+        Raises:
+            UsageError: there is no such implementation.
+            NoBackendError: MLX cannot be imported.
+        """
+        super().__init__()
+        self.implementation = find(implementation)
+        self._offers = Offers(self.implementation)
+
+    def __enter__(self) -> Self:
+        """Replaces; raises UsageError where mlx-lm is missing."""
+        models, fast = seams.of_models(), seams.fast()
+        models.add(taker=self._attend)
+        fast.add(taker=self._attend_directly)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Undoes what the latest enter did."""
+        seams.fast().remove(taker=self._attend_directly)
+        seams.of_models().remove(taker=self._attend)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorates a function, generator or coroutine: the patch is open while it runs."""
+        if inspect.isasyncgenfunction(function):
+            return cast("Callable[P, R]", self._around_async_generator(function))
+        if inspect.iscoroutinefunction(function):
+            return cast("Callable[P, R]", self._around_coroutine(function))
+        if inspect.isgeneratorfunction(function):
+            return cast("Callable[P, R]", self._around_generator(function))
+
+        @wraps(function)
+        def patched(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
+                return function(*args, **kwargs)
+
+        return patched
+
+    def summary(self) -> str:
+        """What was taken, and what was not and why, in lines."""
+        return "\n".join(self.lines(self.implementation.name))
+
+    def _attend(
+        self,
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """In the place of mlx-lm's function, with its arguments."""
+        packing = (cache.group_size, cache.bits) if hasattr(cache, "bits") else None
+        call = ModelCall(queries, keys, values, scale, mask, sinks, packing)
+        taken = self._taken(call)
+        if taken is not None:
+            return taken
+        return _as_it_is(seams.of_models().original, queries, keys, values, cache, scale, mask, sinks)
+
+    def _attend_directly(self, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
+        """In the place of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are taken."""
+        known = {name: value for name, value in kwargs.items() if name in ("scale", "mask", "sinks")}
+        if not getattr(_inside, "own", False) and _caller().partition(".")[0] == seams.PACKAGE:
+            if len(known) < len(kwargs) or "scale" not in known:
+                self.hand("a stream or force_fused")
+            else:
+                taken = self._taken(ModelCall(q, k, v, **{"mask": None, **known}))
+                if taken is not None:
+                    return taken
+        return cast("mx.array", seams.fast().original(q, k, v, **kwargs))
+
+    def _taken(self, call: ModelCall) -> mx.array | None:
+        """The implementation's output, or None where it does not take the call."""
+        try:
+            offer = self._offers.of(call)
+            more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
+            out = self.implementation(call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask, **more)
+        except UnsupportedError as error:
+            self.hand(str(error))
+            return None
+        self.take(offer.path)
+        return out
+
+    def _around_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def patched(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            with self:
+                return (yield from function(*args, **kwargs))
+
+        return patched
+
+    def _around_coroutine(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        async def patched(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return await function(*args, **kwargs)
+
+        return patched
+
+    def _around_async_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        async def patched(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+            with self:
+                async for item in function(*args, **kwargs):
+                    yield item
+
+        return patched
+
+
+def _as_it_is(function: Callable[..., mx.array], *args: Any) -> mx.array:
+    """Calls mlx-lm's own function, whose call of MLX's is then none to be taken."""
+    before = getattr(_inside, "own", False)
+    _inside.own = True
+    try:
+        return function(*args)
+    finally:
+        _inside.own = before
+
+
+def _caller() -> str:
+    """The module that called, beyond those that stand between."""
+    frame = sys._getframe(1)
+    name = ""
+    while frame.f_back is not None:
+        frame = frame.f_back
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(OWN_MODULES):
+            break
+    return name

@@ -1,0 +1,129 @@
+"""The functions that attention goes through in a program, each replaced while somebody takes or watches its calls.
+
+A function is replaced wherever a loaded module binds it, so that `from .base import scaled_dot_product_attention` is
+no way around. A module that is loaded later binds the replacement. When the last one leaves, every name that holds
+the replacement gets the function back, also in modules that came meanwhile. What kept the replacement elsewhere, in a
+closure say, is none the worse: with nobody there it calls the function itself.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from types import ModuleType
+from typing import Any, Final
+
+from attention.errors import UsageError
+
+Function = Callable[..., Any]
+Taker = Callable[..., Any]
+"""Called in the function's place, with its arguments."""
+Watcher = Callable[..., Any]
+"""Called with what would be called, and its arguments; it has to call it once and return what that returns."""
+
+PACKAGE: Final = "mlx_lm"
+MLX_LM_MISSING: Final = "mlx-lm is not installed; pip install 'fatui[models]' brings it, or pip install 'mlx-lm>=0.32'"
+_lock = threading.RLock()
+
+
+class Seam:
+    """One function, and who takes or watches its calls; those who came last come first.
+
+    Attributes:
+        original: the function as it is.
+        replacement: what stands in its place while somebody is here.
+    """
+
+    def __init__(self, home: ModuleType, name: str) -> None:
+        """Finds the function; nothing is replaced yet."""
+        self.original: Function = getattr(home, name)
+        self.replacement = self._made()
+        self._home, self._name = home, name
+        self._takers: tuple[Taker, ...] = ()
+        self._watchers: tuple[Watcher, ...] = ()
+        self._bound: list[tuple[dict[str, Any], str]] = []
+
+    def add(self, *, taker: Taker | None = None, watcher: Watcher | None = None) -> None:
+        """Lets somebody in; the first one replaces the function."""
+        with _lock:
+            if not (self._takers or self._watchers):
+                self._bound = [*_bindings(self.original, self._home, self._name)]
+                _bind(self._bound, self.replacement)
+            self._takers += (taker,) if taker else ()
+            self._watchers += (watcher,) if watcher else ()
+
+    def remove(self, *, taker: Taker | None = None, watcher: Watcher | None = None) -> None:
+        """Lets somebody out, in any order; the last one puts the function back."""
+        with _lock:
+            self._takers = _without(self._takers, taker)
+            self._watchers = _without(self._watchers, watcher)
+            if not (self._takers or self._watchers):
+                home = [(vars(self._home), self._name)]
+                here = [*home, *self._bound, *_bindings(self.replacement, self._home, self._name)]
+                _bind([(names, name) for names, name in here if names.get(name) is self.replacement], self.original)
+                self._bound = []
+
+    def _made(self) -> Function:
+        original = self.original
+
+        @wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            call = self._takers[-1] if self._takers else original
+            for watcher in self._watchers:
+                call = _watched(watcher, call)
+            return call(*args, **kwargs)
+
+        return replacement
+
+
+def _watched(watcher: Watcher, call: Function) -> Function:
+    return lambda *args, **kwargs: watcher(call, *args, **kwargs)
+
+
+def _without(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[Function, ...]:
+    """All but the latest of one; the same one may be there several times."""
+    for index in reversed(range(len(all_of_them))):
+        if all_of_them[index] == one:
+            return all_of_them[:index] + all_of_them[index + 1 :]
+    return all_of_them
+
+
+def _bindings(function: Function, home: ModuleType, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where loaded modules bind a function: under its own name, and in mlx-lm's modules under any."""
+    loaded: list[object] = [home, *sys.modules.values()]
+    for module in loaded:
+        if not isinstance(module, ModuleType):
+            continue  # a program may put anything there
+        names = vars(module)
+        if names.get(name) is function:
+            yield names, name
+        if module.__name__.partition(".")[0] == PACKAGE:
+            yield from ((names, other) for other, value in [*names.items()] if value is function and other != name)
+
+
+def _bind(bindings: list[tuple[dict[str, Any], str]], function: Function) -> None:
+    for names, name in bindings:
+        names[name] = function
+
+
+@cache
+def fast() -> Seam:
+    """`mx.fast.scaled_dot_product_attention`, which some models call directly."""
+    import mlx.core as mx
+
+    return Seam(mx.fast, "scaled_dot_product_attention")
+
+
+@cache
+def of_models() -> Seam:
+    """`mlx_lm.models.base.scaled_dot_product_attention`, through which most models attend.
+
+    Raises:
+        UsageError: mlx-lm cannot be imported.
+    """
+    try:
+        from mlx_lm.models import base
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == PACKAGE
+        raise UsageError(MLX_LM_MISSING if missing else f"mlx-lm cannot be imported: {error}") from error
+    return Seam(base, "scaled_dot_product_attention")
