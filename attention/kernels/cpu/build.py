@@ -61,7 +61,8 @@ def _texts() -> list[Path]:
     return sorted([*SOURCES.glob("*.hpp"), *SOURCES.glob("*.cpp")])
 
 
-def _file_mark(path: Path) -> str:
+def file_mark(path: Path) -> str:
+    """A file's place, size and time: it changes when the file does."""
     state = path.stat()
     return f"{path}:{state.st_size}:{state.st_mtime_ns}"
 
@@ -74,12 +75,17 @@ def key(tools: Toolchain) -> str:
     for command in (_kernel_command(tools), _binding_command(tools), _link_command(tools)):
         sha.update("\0".join(command).encode())
     marks = [Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h"]
-    sha.update("\0".join(_file_mark(path) for path in marks).encode())
+    sha.update("\0".join(file_mark(path) for path in marks).encode())
     sha.update(f"{sys.implementation.cache_tag} {toolchain.cpu_name()} {sorted(toolchain.cpu_features())}".encode())
     return sha.hexdigest()[:32]
 
 
-def _run(command: tuple[str, ...]) -> None:
+def run(command: tuple[str, ...]) -> None:
+    """Runs a compiler.
+
+    Raises:
+        KernelUnavailable: with its first error.
+    """
     environment = {**os.environ, "TMPDIR": str(cache.folder())}
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -95,7 +101,7 @@ def _object_path(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path
     """Objects are kept by what they depend on, so that a changed kernel does not recompile the slow binding."""
     sha = hashlib.sha256("\0".join((*command, str(text))).encode())
     marks = [tools.mlx / "include" / "mlx" / "version.h", Path(tools.compiler[0]).resolve()]
-    sha.update("\0".join(_file_mark(path) for path in marks).encode())
+    sha.update("\0".join(file_mark(path) for path in marks).encode())
     sha.update(toolchain.cpu_name().encode())
     own = text.parent == SOURCES
     for path in [*sorted(SOURCES.glob("*.hpp")), text] if own else [text]:
@@ -108,7 +114,7 @@ def _compile(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
     if not finished.exists():
         with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".building-") as room:
             fresh = Path(room) / "out.o"
-            _run((*command, "-c", str(text), "-o", str(fresh)))
+            run((*command, "-c", str(text), "-o", str(fresh)))
             fresh.replace(finished)
     return finished
 
@@ -132,7 +138,7 @@ def compile_library(tools: Toolchain, name: str) -> Path:
     finished = cache.folder() / f"{name}.so"
     with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".linking-") as room:
         fresh = Path(room) / "out.so"
-        _run((*_link_command(tools), *map(str, objects), "-lmlx", "-o", str(fresh)))
+        run((*_link_command(tools), *map(str, objects), "-lmlx", "-o", str(fresh)))
         toolchain.check_abi(tools, fresh)
         fresh.replace(finished)
     return finished

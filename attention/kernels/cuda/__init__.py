@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import mlx.core as mx
 
-    from attention.kernels.cuda.attend import Repeated
+    from attention.kernels.cuda.attend import Attend
     from attention.workload import Workload
 
 __all__ = [
@@ -48,19 +48,20 @@ def variant() -> str:
 
 
 def load(on_message: Callable[[str], None] | None = None) -> None:
-    """Makes sure that the kernels can be compiled and launched; each specialisation is compiled at its first use.
+    """Compiles the launcher, if this machine has none yet; each kernel is compiled at its first use.
 
     Args:
-        on_message: told in one line that first calls will compile.
+        on_message: told in one line what will be compiled.
 
     Raises:
         KernelUnavailable: with the reason.
     """
-    from attention.kernels.cuda import machine
+    from attention.kernels.cuda import launcher, machine
 
     found = machine.look()
-    if on_message is not None:
-        on_message(f"The CUDA kernels compile at the first call of each kind, about a second each ({found})")
+    if on_message is not None and not launcher.is_settled():
+        on_message(f"Compiling the launcher of the CUDA kernels (once, about ten seconds; {found}) ...")
+    launcher.missing()  # without it they are launched through MLX's own operation
 
 
 def supports(workload: Workload, needs: Needs = PLAIN) -> str | None:
@@ -135,7 +136,7 @@ def flash_attention_with_logsumexp(
         ValueError: for shapes, types or values that do not fit or are not taken.
         KernelUnavailable: if the kernel cannot run on this machine.
     """
-    output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, True)
+    output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, True)[:2]
     return output, logsumexp
 
 
@@ -160,7 +161,7 @@ def _attend(
     return known(q, k, v)
 
 
-_known: dict[object, Repeated] = {}
+_known: dict[object, Attend] = {}
 _MOST_KNOWN: Final = 256
 
 
@@ -174,7 +175,7 @@ def _look_up(
     mask: mx.array | None,
     softcap: float | None,
     with_logsumexp: bool,
-) -> Repeated:
+) -> Attend:
     from attention.kernels.cuda.attend import repeated
     from attention.kernels.cuda.call import check_arrays, normal
 

@@ -1,18 +1,20 @@
 """From a call to its kernels: which of them, checked on first use, differentiable, cheap to repeat."""
 
 import functools
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Literal, cast
 
 import mlx.core as mx
 
 from attention.errors import KernelUnavailable
-from attention.kernels.cuda import launch, selfcheck, trust
+from attention.kernels.cuda import launch, launcher, selfcheck, trust
 from attention.kernels.cuda.call import ELEMENTS, Call, Shape
 from attention.kernels.cuda.decode import MOST_ROWS
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.gradient import gradients
+from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Run, Stage, make_plan
 from attention.kernels.cuda.program import Program
 
 Path = Literal["decode", "forward"]
@@ -44,6 +46,9 @@ def program_of(shape: Shape, call: Call) -> Program:
 
 def attend(q: mx.array, k: mx.array, v: mx.array, shape: Shape, call: Call) -> tuple[mx.array, mx.array]:
     """Queues the kernels of a call; output and logsumexp."""
+    if launcher.missing() is None:
+        output, logsumexp = make_plan(INPUTS, OUTPUTS, stages(shape, call))([q, k, v])[:2]
+        return output, logsumexp
     if path_of(shape) == "forward":
         output, logsumexp, _ = launch.forward(shape, call)(q, k, v)
         return output, logsumexp
@@ -54,9 +59,44 @@ def attend_few(
     q: mx.array, k: mx.array, v: mx.array, shape: Shape, call: Call, plan: launch.Splitting
 ) -> tuple[mx.array, mx.array]:
     """The same with the kernel for few queries, its keys split in a given way."""
+    if launcher.missing() is None:
+        output, logsumexp = make_plan(INPUTS, OUTPUTS, few_stages(shape, call, plan))([q, k, v])[:2]
+        return output, logsumexp
     parts = launch.decode(shape, call, plan)(q, k, v)
     output, logsumexp = launch.join(shape, plan.splits)(*parts) if plan.splits > 1 else parts
     return output, logsumexp
+
+
+def stages(shape: Shape, call: Call) -> list[Stage]:
+    """The launches of a call."""
+    if path_of(shape) == "forward":
+        return [Stage(launch.forward(shape, call), INPUTS, (*OUTPUTS, "maps"))]
+    return few_stages(shape, call, launch.splitting(shape, call))
+
+
+def few_stages(shape: Shape, call: Call, plan: launch.Splitting) -> list[Stage]:
+    """The launches of a call of few queries."""
+    splitting = launch.decode(shape, call, plan)
+    if plan.splits == 1:
+        return [Stage(splitting, INPUTS, OUTPUTS)]
+    parts = ("outputs", "logsumexps")
+    return [Stage(splitting, INPUTS, parts), Stage(launch.join(shape, plan.splits), parts, OUTPUTS)]
+
+
+def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
+    """The launches of a call as one operation, with its gradient: of the output, or of the logsumexp too."""
+    launcher.module().set_gradient(_gradients_of)
+    label = json.dumps([asdict(shape), asdict(call), with_logsumexp])
+    return make_plan(INPUTS, OUTPUTS, stages(shape, call), label)
+
+
+def _gradients_of(
+    label: str, primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+) -> list[mx.array]:
+    """What launcher.cpp calls for the gradient of a plan; without the logsumexp its cotangent is zeros, of no use."""
+    shape, call, with_logsumexp = json.loads(label)
+    wanted = cotangents[: 2 if with_logsumexp else 1]
+    return list(gradients(primals[:3], wanted, outputs[:2], Shape(**shape), Call(**call)))
 
 
 def check(shape: Shape, call: Call) -> None:
@@ -82,15 +122,14 @@ def check(shape: Shape, call: Call) -> None:
 
 
 class Repeated:
-    """The calls of one shape: decided and checked once, and from the third on replayed from a graph that MLX keeps."""
+    """The calls of one shape without our launcher: from the third on replayed from a graph that MLX keeps."""
 
     def __init__(self, shape: Shape, call: Call, with_logsumexp: bool) -> None:
-        check(shape, call)
         self._calls = 0
         self._function = _differentiable(shape, call, with_logsumexp)
 
     def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> Sequence[mx.array]:
-        """Queues the call: output, and logsumexp if asked for."""
+        """Queues the call: output, and logsumexp."""
         if self._calls <= TRACE_AFTER:
             self._calls += 1
             if self._calls > TRACE_AFTER:
@@ -99,9 +138,18 @@ class Repeated:
 
 
 @functools.lru_cache(maxsize=256)
-def repeated(q: tuple[int, ...], k: tuple[int, ...], dtype: str, call: Call, with_logsumexp: bool) -> Repeated:
-    """The calls of a shape, given as the shapes of q and k."""
-    return Repeated(Shape(q[0], q[1], k[1], q[2], k[2], q[3], ELEMENTS[dtype]), call, with_logsumexp)
+def repeated(q: tuple[int, ...], k: tuple[int, ...], dtype: str, call: Call, with_logsumexp: bool) -> Attend:
+    """The calls of a shape, given as the shapes of q and k: decided and checked once.
+
+    Raises:
+        KernelUnavailable: no kernel of ours takes them, or it failed its check.
+    """
+    shape = Shape(q[0], q[1], k[1], q[2], k[2], q[3], ELEMENTS[dtype])
+    check(shape, call)
+    if launcher.missing() is not None:
+        return Repeated(shape, call, with_logsumexp)
+    plan = planned(shape, call, with_logsumexp)
+    return lambda q, k, v: plan([q, k, v])
 
 
 def _differentiable(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:

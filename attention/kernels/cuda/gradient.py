@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from attention.kernels.cuda import launch, selfcheck, trust
+from attention.kernels.cuda import launch, launcher, selfcheck, trust
 from attention.kernels.cuda.backward import BLOCK_Q, LARGEST_HEAD_DIM, MAP_BYTES, Backward, finish_program, rows_program
 from attention.kernels.cuda.call import LOG2_E, Call, Shape, float_bits
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.launch import Launch, dtype_of, prepare
 from attention.kernels.cuda.plain import through_mlx
+from attention.kernels.cuda.plan import Run, Stage, make_plan
 from attention.kernels.cuda.schedule import make_schedule
 
 
@@ -67,10 +68,31 @@ def by_kernel(
     """
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
+    if launcher.missing() is None:
+        arrays = [*primals, outputs[0], cotangent, outputs[1], of_logsumexp]
+        d_q, d_k, d_v = planned(shape, call, len(cotangents) > 1)(arrays)[:3]
+        return d_q, d_k, d_v
     rows, sums = rows_launch(shape, len(cotangents) > 1)(outputs[0], cotangent, outputs[1], of_logsumexp)
     d_k, d_v, _ = backward_launch(shape, call)(*primals, cotangent, rows, sums)
     (d_q,) = finish_launch(shape, call.scale)(sums, d_k)
     return d_q, d_k, d_v
+
+
+@functools.lru_cache(maxsize=128)
+def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
+    """The three launches as one operation."""
+    inputs = ("q", "k", "v", "output", "cotangent", "logsumexp", "of_logsumexp")
+    stages = (
+        Stage(rows_launch(shape, with_logsumexp), inputs[3:], ("rows", "sums")),
+        Stage(
+            backward_launch(shape, call),
+            ("q", "k", "v", "cotangent", "rows", "sums"),
+            ("d_k", "d_v", "maps"),
+            frozenset({"sums"}),
+        ),
+        Stage(finish_launch(shape, call.scale), ("sums", "d_k"), ("d_q",)),
+    )
+    return make_plan(inputs, ("d_q", "d_k", "d_v"), stages)
 
 
 @functools.lru_cache(maxsize=128)

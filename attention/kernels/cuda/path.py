@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from attention.errors import KernelUnavailable
 from attention.kernels import cuda
+from attention.kernels.cuda import launcher
 from attention.route import Needs, Route, unsupported
 from attention.workload import Workload
 
@@ -31,7 +32,9 @@ def route(workload: Workload, needs: Needs) -> Route:
 
     shape, _ = shape_and_call(workload, needs)
     reason = "fatui's own flash attention in CUDA C++; a kind of call compiles at its first use, in about a second"
-    behind = backward_refusal(workload, needs)
+    obstacle, behind = launcher.obstacle(), backward_refusal(workload, needs)
+    if obstacle:
+        reason = f"{reason}; launched kernel by kernel, since {obstacle}"
     if workload.pass_ == "training" and behind:
         reason = f"{reason}; gradients go through MLX's own path: {behind}"
     return Route(path=NAMES[path_of(shape)], fused=True, reason=reason, predicted_bytes=_predicted(workload, behind))
@@ -46,12 +49,12 @@ def backward_refusal(workload: Workload, needs: Needs) -> str | None:
 
 
 def is_built() -> bool:
-    """Whether a call would not have to compile first, as far as that takes long: a kind of call takes a second."""
-    return True
+    """Whether a call would not have to compile the launcher first; a kernel takes a second, which does not count."""
+    return launcher.is_settled()
 
 
 def build(tell: Callable[[str], None]) -> None:
-    """Makes sure that the kernels can be compiled.
+    """Compiles the launcher, and makes sure that kernels can be compiled.
 
     Raises:
         KernelUnavailable: with the reason; routes say it from then on.

@@ -1,6 +1,8 @@
 """The check on first use: each specialisation once on small inputs against float64, the outcome kept with the code."""
 
+import functools
 from collections.abc import Callable
+from importlib import metadata
 
 from attention.errors import KernelUnavailable
 from attention.kernels import cache
@@ -59,17 +61,27 @@ def _judge(program: Program, check: Callable[[], str | None]) -> str:
         return verdict
 
 
+def _mark() -> str:
+    """What a verdict holds for: GPU, driver, and the MLX that launches."""
+    return f"{gpu().mark}, MLX {_mlx_version()}"
+
+
+@functools.cache
+def _mlx_version() -> str:
+    return metadata.version("mlx")
+
+
 def _lock_name(program: Program) -> str:
     """Not the key itself: compiling, which a check may have to do, takes that lock."""
     return f"{program.key}-check"
 
 
 def _kept(program: Program) -> str | None:
-    verdict = cache.read_record(program.key).get("checked", {}).get(gpu().mark)
+    verdict = cache.read_record(program.key).get("checked", {}).get(_mark())
     return str(verdict) if verdict else None
 
 
 def _keep(program: Program, verdict: str) -> None:
     record = cache.read_record(program.key)
-    record["checked"] = {**record.get("checked", {}), gpu().mark: verdict}
+    record["checked"] = {**record.get("checked", {}), _mark(): verdict}
     cache.write_record(program.key, record)

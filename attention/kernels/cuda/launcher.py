@@ -1,0 +1,136 @@
+"""launcher.cpp in this process: compiled at first use by the system's C++ compiler, kept in the cache folder."""
+
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from attention.errors import KernelUnavailable
+from attention.kernels import cache
+from attention.kernels.cpu import build, toolchain
+from attention.kernels.cpu.toolchain import Toolchain
+
+MODULE = "fatui_cuda_launcher"
+SOURCES = Path(__file__).parent
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why kernels are launched one by one through MLX's own operation, in one line, or None; compiles at first use."""
+    try:
+        module()
+    except KernelUnavailable as unavailable:
+        return str(unavailable)
+    return None
+
+
+def obstacle() -> str | None:
+    """The same as far as it is known; compiles nothing."""
+    try:
+        tools = toolchain.find()
+    except KernelUnavailable as unavailable:
+        return str(unavailable)
+    failure = cache.read_record(_key(tools)).get("failure")
+    return str(failure) if failure else None
+
+
+def is_settled() -> bool:
+    """Whether it is compiled, or known that it cannot be."""
+    return obstacle() is not None or (cache.folder() / f"{_key(toolchain.find())}.so").exists()
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        KernelUnavailable: it cannot be compiled or loaded here; `missing` tells beforehand.
+    """
+    import mlx.core  # noqa: F401  the module shares its types
+
+    tools = toolchain.find()
+    cache.ready_folder()
+    key = _key(tools)
+    with cache.lock(key):
+        path = _trusted(key) or _compile(tools, key)
+        try:
+            return _import(path)
+        except ImportError as error:
+            reason = f"the compiled launcher does not load: {error}"
+            cache.write_record(key, {"failure": reason})
+            raise KernelUnavailable(reason) from error
+
+
+def _import(path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
+    spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
+    if spec is None:
+        raise ImportError(f"{path} is no Python module")
+    made = importlib.util.module_from_spec(spec)
+    loader.exec_module(made)
+    return made
+
+
+def _commands(tools: Toolchain) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of compiling a text, and of the link."""
+    flags = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1", "-DNB_DOMAIN=mlx", "-w")
+    folders = (
+        tools.nanobind / "include",
+        tools.nanobind / "ext" / "robin_map" / "include",
+        tools.mlx / "include",
+        tools.python_include,
+    )
+    includes = [word for folder in folders for word in ("-isystem", str(folder))]
+    library = tools.mlx / "lib"
+    link = (*tools.compiler, "-shared", f"-L{library}", f"-Wl,-rpath,{library}")
+    return (*tools.compiler, *flags, *includes), link
+
+
+@functools.cache
+def _key(tools: Toolchain) -> str:
+    """Names the library: text, commands, compiler, MLX and Python."""
+    sha = hashlib.sha256()
+    for name in ("launcher.hpp", "launcher.cpp"):
+        sha.update((SOURCES / name).read_bytes())
+    marks = (Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h")
+    sha.update(repr((_commands(tools), [build.file_mark(path) for path in marks])).encode())
+    sha.update(str(sys.implementation.cache_tag).encode())
+    return f"cuda-launcher-{sha.hexdigest()[:24]}"
+
+
+def _trusted(key: str) -> Path | None:
+    """The library, if it is still the one that was recorded."""
+    path = cache.folder() / f"{key}.so"
+    record = cache.read_record(key)
+    if "failure" in record:
+        raise KernelUnavailable(str(record["failure"]))
+    return path if path.exists() and cache.digest(path) == record.get("sha256") else None
+
+
+def _compile(tools: Toolchain, key: str) -> Path:
+    finished = cache.folder() / f"{key}.so"
+    try:
+        toolchain.check_abi(tools)
+        with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".building-") as room:
+            _build(tools, Path(room))
+            toolchain.check_abi(tools, Path(room) / "out.so")
+            (Path(room) / "out.so").replace(finished)
+    except KernelUnavailable as unavailable:
+        cache.write_record(key, {"failure": str(unavailable)})
+        raise
+    cache.write_record(key, {"sha256": cache.digest(finished)})
+    return finished
+
+
+def _build(tools: Toolchain, room: Path) -> None:
+    compiling, link = _commands(tools)
+    texts: Sequence[Path] = (SOURCES / "launcher.cpp", tools.nanobind / "src" / "nb_combined.cpp")
+    objects = [room / f"{text.stem}.o" for text in texts]
+    for text, made in zip(texts, objects, strict=True):
+        build.run((*compiling, "-c", str(text), "-o", str(made)))
+    build.run((*link, *map(str, objects), "-lmlx", "-o", str(room / "out.so")))

@@ -1,0 +1,70 @@
+"""NVIDIA's compute-sanitizer over a small call of each kind, on a GPU: `python -m attention.kernels.cuda.sanitize`.
+
+Exit code 0: nothing found; 1: something was, and is printed; 3: there is no compute-sanitizer or no GPU.
+"""
+
+import shutil
+import subprocess
+import sys
+from typing import Final
+
+from attention.kernels import cuda
+
+TOOLS: Final = ("memcheck", "racecheck")
+DIMS: Final = (64, 128, 192, 256)
+SIZES: Final = ((150, 170), (1, 900))
+"""Queries and keys: of no whole tiles, and few queries to keys that are split."""
+
+
+def calls(dim: int) -> None:
+    """One call of each kind at a head dimension, and its gradients."""
+    import mlx.core as mx
+
+    from attention.kernels.cuda import selfcheck
+    from attention.kernels.cuda.call import Shape
+
+    for queries, keys in SIZES:
+        *primals, cotangent = selfcheck.inputs(Shape(1, 4, 2, queries, keys, dim, "bf16"))
+        for causal, window, softcap in ((False, None, None), (True, None, None), (True, 70, None), (True, None, 5.0)):
+
+            def attend(
+                q: mx.array,
+                k: mx.array,
+                v: mx.array,
+                causal: bool = causal,
+                window: int | None = window,
+                softcap: float | None = softcap,
+            ) -> mx.array:
+                return cuda.flash_attention(q, k, v, scale=0.1, causal=causal, window=window, softcap=softcap)
+
+            mx.eval(mx.vjp(attend, primals, [cotangent])[1])
+
+
+def main() -> int:
+    """Runs every tool at every head dimension."""
+    usable, reason = cuda.availability()
+    sanitizer = shutil.which("compute-sanitizer")
+    if not usable or sanitizer is None:
+        print(
+            reason if not usable else "compute-sanitizer is not on the PATH; the CUDA toolkit has it", file=sys.stderr
+        )
+        return 3
+    found = 0
+    for dim in DIMS:
+        own = (sys.executable, "-m", "attention.kernels.cuda.sanitize", str(dim))
+        subprocess.run(own, check=True)  # compiles and checks, which takes long under a sanitizer
+        for tool in TOOLS:
+            command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *own)
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            print(
+                f"{tool:9} D = {dim}: {'nothing found' if run.returncode == 0 else run.stdout + run.stderr}", flush=True
+            )
+            found |= int(run.returncode != 0)
+    return found
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        calls(int(sys.argv[1]))
+    else:
+        sys.exit(main())

@@ -1,0 +1,98 @@
+"""Launching several kernels as one operation: what is told to the launcher, and what happens without one; no GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from attention.errors import KernelUnavailable  # noqa: E402
+from attention.kernels import cuda  # noqa: E402
+from attention.kernels.cpu import build  # noqa: E402
+from attention.kernels.cuda import launcher, sanitize  # noqa: E402
+from attention.kernels.cuda.launch import prepare  # noqa: E402
+from attention.kernels.cuda.plan import NUMBER, READ, UPDATE, WRITE, Stage, make_plan  # noqa: E402
+from attention.kernels.cuda.program import Program  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def a_new_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    launcher.module.cache_clear()
+    launcher.missing.cache_clear()
+
+
+class Recorder:
+    """Stands in for the compiled module and keeps what it is told."""
+
+    def make_plan(self, steps, shapes, types, constants, label):
+        self.arguments = [step[-1] for step in steps]
+        self.blocks = [step[2] for step in steps]
+        self.shapes, self.types, self.constants, self.label = shapes, types, constants, label
+
+
+@pytest.fixture
+def told(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr("attention.kernels.cuda.plan.launcher", SimpleNamespace(module=lambda: recorder))
+    monkeypatch.setattr("attention.kernels.cuda.launch.machine_code", lambda program: b"code")
+    monkeypatch.setattr(Program, "entry", "entry")
+    table = mx.array([1, 2])
+    first = prepare(Program("a", "sm_90a", (), (), 128, 64), 5, [((2, 3), mx.float32)], [7, 8], (table,))
+    second = prepare(Program("b", "sm_90a", (), (), 32, 0), 9, [((4,), mx.bfloat16), ((1,), mx.uint8)], [])
+    stages = [Stage(first, ("x", "y"), ("sums",)), Stage(second, ("y", "sums"), ("out", "maps"), frozenset({"sums"}))]
+    make_plan(("x", "y"), ("out",), stages, "label")
+    return recorder
+
+
+def test_arguments_are_inputs_then_constants_then_outputs_then_numbers(told):
+    constant, out, sums, maps = 2, 3, 4, 5  # after the inputs x and y
+    assert told.arguments[0] == [(READ, 0), (READ, 1), (READ, constant), (WRITE, sums), (NUMBER, 7), (NUMBER, 8)]
+    assert told.arguments[1] == [(READ, 1), (UPDATE, sums), (WRITE, out), (WRITE, maps)]
+
+
+def test_wanted_outputs_come_first_and_keep_their_shapes_and_types(told):
+    assert told.shapes == [[4], [2, 3], [1]]
+    assert told.types == [mx.bfloat16, mx.float32, mx.uint8]
+
+
+def test_blocks_are_those_of_each_launch(told):
+    assert told.blocks == [5, 9]
+
+
+def test_without_a_compiler_the_reason_says_so_and_nothing_is_compiled(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert launcher.obstacle() == "no C++ compiler found (no-such-compiler)"
+    assert launcher.missing() == launcher.obstacle()
+    assert launcher.is_settled()
+
+
+def test_a_compilation_that_fails_is_not_tried_again(monkeypatch):
+    def fail(command):
+        raise KernelUnavailable("compiling failed: planted")
+
+    monkeypatch.setattr(build, "run", fail)
+    assert not launcher.is_settled()
+    assert launcher.missing() == "compiling failed: planted"
+    forget()
+    monkeypatch.setattr(build, "run", lambda command: pytest.fail("compiled again"))
+    assert launcher.missing() == launcher.obstacle() == "compiling failed: planted"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda.availability()[0], reason="this MLX computes on CUDA")
+def test_an_mlx_without_cuda_compiles_it_and_says_that_it_does_not_load():
+    assert "does not load" in (launcher.missing() or "")
+    assert "does not load" in (launcher.obstacle() or "")
+
+
+def test_the_sanitizers_need_a_gpu_and_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(cuda, "availability", lambda: (False, "there is no NVIDIA driver"))
+    assert sanitize.main() == 3
+    assert capsys.readouterr().err == "there is no NVIDIA driver\n"

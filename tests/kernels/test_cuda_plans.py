@@ -1,0 +1,127 @@
+"""What calls ask of the launcher, on a made-up Hopper GPU: stages, and parameters of the kernels; needs no GPU."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from attention.kernels import cuda  # noqa: E402
+from attention.kernels.cuda import attend, gradient, launch, launcher  # noqa: E402
+from attention.kernels.cuda.gpu import Gpu  # noqa: E402
+from attention.kernels.cuda.plan import NUMBER, UPDATE  # noqa: E402
+from attention.kernels.cuda.program import TEXTS, Program  # noqa: E402
+
+GPU = Gpu("Planted GPU", (9, 0), 132, 232_448, 13000)
+FILES = {  # of a kernel's name
+    "flash_forward": "forward.cu",
+    "flash_decode": "decode.cu",
+    "flash_decode_join": "decode_join.cu",
+    "flash_backward": "backward.cu",
+    "flash_backward_rows": "backward_rows.cu",
+    "flash_backward_finish": "backward_finish.cu",
+}
+
+
+class Recorder:
+    """Stands in for the compiled launcher: keeps the plans, and answers calls with zeros."""
+
+    def __init__(self):
+        self.plans = []
+
+    def set_gradient(self, function):
+        self.gradient = function
+
+    def make_plan(self, steps, shapes, types, constants, label):
+        self.plans.append(SimpleNamespace(steps=steps, label=label))
+        return lambda inputs: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    made = Recorder()
+    for module in (launch, attend, gradient):
+        monkeypatch.setattr(module, "gpu", lambda: GPU)
+    for name in ("ensure", "judged", "distrust"):
+        monkeypatch.setattr(attend.trust, name, lambda *_: None)
+    monkeypatch.setattr(launch, "machine_code", lambda program: b"code")
+    monkeypatch.setattr(Program, "entry", property(lambda program: program.name))
+    monkeypatch.setattr(launcher, "missing", lambda: None)
+    monkeypatch.setattr("attention.kernels.cuda.plan.launcher", SimpleNamespace(module=lambda: made))
+    monkeypatch.setattr(launcher, "module", lambda: made)
+    forget()
+    yield made
+    forget()
+
+
+def forget():
+    cuda._known.clear()
+    kept = (attend.repeated, launch.forward, launch.splitting, launch.decode, launch.join)
+    kept += (gradient.planned, gradient.rows_launch, gradient.backward_launch, gradient.finish_launch, gradient._taken)
+    for function in kept:
+        function.cache_clear()
+
+
+def call(queries, keys, dim=64, heads=4, kv_heads=2, with_logsumexp=False):
+    q, k = mx.zeros((1, heads, queries, dim), mx.bfloat16), mx.zeros((1, kv_heads, keys, dim), mx.bfloat16)
+    function = cuda.flash_attention_with_logsumexp if with_logsumexp else cuda.flash_attention
+    return (q, k, k), function(q, k, k, scale=0.125, causal=True)
+
+
+def kernels(plan):
+    return [step[0] for step in plan.steps]
+
+
+def parameters(kernel):
+    """Of a kernel's signature: whether each is a number, in their order."""
+    signature = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", (TEXTS / FILES[kernel]).read_text(), re.DOTALL)[1]
+    return ["*" not in parameter for parameter in signature.split(",")]
+
+
+def test_many_queries_take_one_launch(recorder):
+    call(300, 300)
+    assert kernels(recorder.plans[-1]) == ["flash_forward"]
+
+
+def test_one_query_to_many_keys_takes_the_split_and_the_join_in_one_operation(recorder):
+    call(1, 5000)
+    assert kernels(recorder.plans[-1]) == ["flash_decode", "flash_decode_join"]
+
+
+def test_one_query_to_few_keys_is_not_split(recorder):
+    call(1, 50)
+    assert kernels(recorder.plans[-1]) == ["flash_decode"]
+
+
+def gradients(recorder, with_logsumexp):
+    primals, outputs = call(300, 300, with_logsumexp=with_logsumexp)
+    outputs = list(outputs) if with_logsumexp else [outputs, mx.zeros((1, 4, 300))]
+    made = recorder.gradient(recorder.plans[-1].label, list(primals), outputs, outputs)
+    return primals, made
+
+
+@pytest.mark.parametrize("with_logsumexp", [False, True])
+def test_gradients_are_one_operation_of_three_launches(recorder, with_logsumexp):
+    primals, made = gradients(recorder, with_logsumexp)
+    assert kernels(recorder.plans[-1]) == ["flash_backward_rows", "flash_backward", "flash_backward_finish"]
+    assert [x.shape for x in made] == [x.shape for x in primals]
+
+
+def test_the_backward_kernel_adds_to_dq_in_place(recorder):
+    gradients(recorder, False)
+    changed = [[place for kind, place in step[-1] if kind == UPDATE] for step in recorder.plans[-1].steps]
+    assert [len(places) for places in changed] == [0, 1, 0]
+
+
+def test_every_kernel_gets_the_parameters_of_its_signature(recorder):
+    gradients(recorder, True)
+    call(1, 5000)
+    for step in (step for plan in recorder.plans for step in plan.steps):
+        assert [kind == NUMBER for kind, _ in step[-1]] == parameters(step[0]), step[0]
+
+
+def test_a_shape_is_decided_once(recorder):
+    for _ in range(3):
+        call(300, 300)
+    assert len(recorder.plans) == 1
