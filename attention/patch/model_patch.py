@@ -43,18 +43,21 @@ class ModelPatch(Counts):
         super().__init__()
         self.implementation = find(implementation)
         self._offers = Offers(self.implementation)
+        self._entered = 0
 
     def __enter__(self) -> Self:
         """Replaces; raises UsageError where mlx-lm is missing."""
         models, fast = seams.of_models(), seams.fast()
         models.add(taker=self._attend)
         fast.add(taker=self._attend_directly)
+        self._entered += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Undoes what the latest enter did."""
+        self._entered -= 1
         seams.fast().remove(taker=self._attend_directly)
         seams.of_models().remove(taker=self._attend)
 
@@ -73,6 +76,11 @@ class ModelPatch(Counts):
                 return function(*args, **kwargs)
 
         return patched
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it replaces anything now."""
+        return self._entered > 0
 
     def summary(self) -> str:
         """What was taken, and what was not and why, in lines."""

@@ -124,6 +124,6 @@ def of_models() -> Seam:
     try:
         from mlx_lm.models import base
     except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == PACKAGE
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(PACKAGE)
         raise UsageError(MLX_LM_MISSING if missing else f"mlx-lm cannot be imported: {error}") from error
     return Seam(base, "scaled_dot_product_attention")

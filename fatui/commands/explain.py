@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = probe()
     for case in cases:
         show(_explained(case, names, device), "")
+        if "practical" in names:
+            show(_chosen(case, device), "")
     return cli.DONE
 
 
@@ -76,6 +78,23 @@ def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "R
         needs = figures.size(route.predicted_bytes)
         table.add_row(shortened(name), route.path, kernel, needs, _why(route, case, device), style=style)
     return Group(title, table)
+
+
+def _chosen(case: "Workload", device: "Device") -> "RenderableType":
+    """What `practical` chose, and why."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from attention.implementations.practical import Practical
+    from attention.implementations.practical_facts import facts
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, show_header=False)
+    for number in range(3):
+        table.add_column(no_wrap=number < 2, overflow="fold", style="dim" if number == 0 else "")
+    for fact in facts(Practical(), case, device):
+        table.add_row(fact.what, fact.value, fact.why)
+    return Group(Text("what practical chose", style="dim"), table)
 
 
 def _route(name: str, case: "Workload", device: "Device") -> "Route":

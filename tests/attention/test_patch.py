@@ -1,0 +1,336 @@
+"""The patch takes every kind of call, leaves what is not taken to MLX, and leaves nothing behind."""
+
+import asyncio
+import gc
+import importlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import attention
+from attention.errors import UnsupportedError, UsageError
+from attention.implementations.baseline import Baseline
+from attention.implementations.practical import Practical
+from attention.masks import Mask
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+from mlx_lm.models import base, cache, llama, qwen2
+
+ROOT = Path(__file__).parents[2]
+NAME = "scaled_dot_product_attention"
+LATER = "mlx_lm.models.granite"
+
+
+class Picky(Baseline):
+    """Refuses causal calls."""
+
+    name = "picky"
+
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array, *, mask: Mask, **more: Any) -> mx.array:
+        if mask.causal:
+            raise UnsupportedError("causal masks")
+        return super().__call__(q, k, v, mask=mask, **more)
+
+
+def everything() -> dict[tuple[str, str], int]:
+    """The identity of every attribute of every loaded module of mlx-lm, and of MLX's own function."""
+    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "mlx_lm"}
+    modules["mlx.core.fast"] = mx.fast
+    return {(name, key): id(value) for name, module in modules.items() for key, value in vars(module).items()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    before, path_hooks = everything(), [*sys.meta_path]
+    yield
+    after = everything()
+    assert {key: after[key] for key in before} == before
+    assert sys.meta_path == path_hooks
+    for module in ("mlx_lm.models.base", "mlx.core.fast"):
+        assert [i for (_, name), i in after.items() if name == NAME].count(after[module, NAME]) >= 1
+
+
+def arrays(seq: int, kv_seq: int, width: int = 64, value_width: int = 64) -> tuple[mx.array, mx.array, mx.array]:
+    keys = mx.random.split(mx.random.key(seq + kv_seq), 3)
+    shapes = ((2, 4, seq, width), (2, 2, kv_seq, width), (2, 2, kv_seq, value_width))
+    q, k, v = (mx.random.normal(shape, key=key) for shape, key in zip(shapes, keys, strict=True))
+    return q, k, v
+
+
+def band(*shape: int) -> mx.array:
+    """A bool mask in which every row sees something."""
+    return (mx.random.uniform(shape=shape, key=mx.random.key(9)) > 0.4) | (mx.arange(shape[-1]) == 0)
+
+
+MASKS = {
+    "none": lambda: None,
+    "causal": lambda: "causal",
+    "bool 2-D": lambda: band(9, 33),
+    "bool 4-D": lambda: band(2, 1, 9, 33),
+    "bool a head": lambda: band(1, 4, 9, 33),
+    "additive": lambda: mx.where(band(2, 1, 9, 33), mx.random.normal((9, 33), key=mx.random.key(1)), -mx.inf),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", ["plain", "sinks", "wide values", "cache slices", "quantised"])
+@pytest.mark.parametrize("budget", [None, 32 << 10], ids=["whole", "in blocks"])
+def test_practical_takes_every_call_that_models_make(mask: str, kind: str, budget: int | None) -> None:
+    q, k, v = arrays(9, 33, value_width=32 if kind == "wide values" else 64)
+    sinks = mx.array([1.0, -2.0, 0.5, 3.0]) if kind == "sinks" else None
+    held: Any = None
+    if (kind, mask) == ("quantised", "bool a head"):
+        pytest.skip("mlx-lm takes no mask of a head's own there")
+    if kind == "cache slices":
+        held = cache.KVCache()
+        k, v = held.update_and_fetch(k, v)
+        k, v = held.keys[..., :33, :], held.values[..., :33, :]
+    if kind == "quantised":
+        held = cache.QuantizedKVCache(group_size=32, bits=8)
+        k, v = held.update_and_fetch(k, v)
+    call = {"cache": held, "scale": 0.2, "mask": MASKS[mask](), "sinks": sinks}
+    wanted = base.scaled_dot_product_attention(q + 0, k, v, **call)  # mlx-lm scales quantised calls' query in place
+    with attention.patch_mlx_lm(Practical(budget)) as patch:
+        got = base.scaled_dot_product_attention(q, k, v, **call)
+    assert (patch.calls_taken, patch.calls_handed) == (1, 0), patch.summary()
+    np.testing.assert_allclose(np.array(got), np.array(wanted), atol=2e-5)
+
+
+def test_sinks_have_mlxs_gradient_in_blocks() -> None:
+    q, k, v = arrays(9, 33)
+    sinks = mx.array([1.0, -2.0, 0.5, 3.0])
+
+    def loss(*primals: mx.array) -> mx.array:
+        q, k, v, sinks = primals
+        return mx.square(llama.scaled_dot_product_attention(q, k, v, None, 0.2, "causal", sinks)).sum()
+
+    gradient = mx.grad(loss, argnums=(0, 1, 2, 3))
+    wanted = gradient(q, k, v, sinks)
+    with attention.patch_mlx_lm(Practical(32 << 10)):
+        got = gradient(q, k, v, sinks)
+    for ours, theirs in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-4)
+
+
+def test_what_is_not_taken_goes_to_mlx_and_is_counted_with_the_reason() -> None:
+    q, k, v = arrays(9, 33)
+    sinks = mx.zeros((4,))
+    wanted = llama.scaled_dot_product_attention(q, k, v, None, 0.2, "causal")
+    with attention.patch_mlx_lm(Picky()) as patch:
+        got = llama.scaled_dot_product_attention(q, k, v, None, 0.2, "causal")
+        llama.scaled_dot_product_attention(q, k, v, None, 0.2, None, sinks)
+        llama.scaled_dot_product_attention(q, k, v, None, 0.2, None)
+    assert mx.array_equal(got, wanted)
+    assert patch.handed == {"causal masks": 1, "attention sinks": 1}
+    assert patch.taken == {"manual, unfused": 1}
+    assert "picky took 1 of 3 calls of attention" in patch.summary()
+    assert "MLX's own got 1: attention sinks" in patch.summary()
+
+
+def test_a_mistake_of_the_model_raises_mlxs_own_error() -> None:
+    q, k, v = arrays(9, 33)
+    with attention.patch_mlx_lm() as patch, pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        llama.scaled_dot_product_attention(q, k[:, :, :, :5], v, None, 0.2, None)
+    assert patch.calls_taken == 0
+
+
+def test_direct_calls_of_mlx_are_taken_from_models_alone() -> None:
+    from mlx_lm.models import plamo2
+
+    q, k, v = arrays(9, 33)
+    call = eval("lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2)", vars(plamo2))
+    with attention.patch_mlx_lm() as patch:
+        mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2)
+        assert patch.calls_taken == 0
+        call(q, k, v)
+    assert patch.calls_taken == 1
+
+
+def test_a_model_loaded_meanwhile_is_patched_and_restored() -> None:
+    sys.modules.pop(LATER, None)
+    with attention.patch_mlx_lm():
+        later = importlib.import_module(LATER)
+        assert vars(later)[NAME] is vars(qwen2)[NAME] is vars(base)[NAME]
+        replaced = vars(later)[NAME]
+    assert vars(later)[NAME] is vars(qwen2)[NAME] is vars(base)[NAME]
+    assert vars(later)[NAME] is not replaced
+
+
+def test_what_kept_the_replacement_calls_mlx_afterwards() -> None:
+    q, k, v = arrays(9, 33)
+    with attention.patch_mlx_lm() as patch:
+        kept = llama.scaled_dot_product_attention
+    assert mx.array_equal(kept(q, k, v, None, 0.2, None), llama.scaled_dot_product_attention(q, k, v, None, 0.2, None))
+    assert patch.calls_taken == 0
+
+
+def test_somebody_elses_replacement_stays() -> None:
+    def own(*args: Any, **kwargs: Any) -> None: ...
+
+    original = qwen2.scaled_dot_product_attention
+    qwen2.scaled_dot_product_attention = own
+    try:
+        with attention.patch_mlx_lm():
+            assert qwen2.scaled_dot_product_attention is own
+        assert qwen2.scaled_dot_product_attention is own
+    finally:
+        qwen2.scaled_dot_product_attention = original
+
+
+def attend() -> None:
+    q, k, v = arrays(2, 3)
+    llama.scaled_dot_product_attention(q, k, v, None, 0.2, None)
+
+
+def test_of_nested_patches_the_inner_one_takes() -> None:
+    with attention.patch_mlx_lm("baseline") as outer, attention.patch_mlx_lm("practical") as inner:
+        attend()
+    assert (outer.calls_taken, inner.calls_taken) == (0, 1)
+
+
+def test_the_same_patch_can_be_entered_again() -> None:
+    patch = attention.patch_mlx_lm("baseline")
+    with patch:
+        with patch:
+            attend()
+        attend()
+    assert patch.calls_taken == 2
+
+
+def test_an_exception_undoes_it_and_passes() -> None:
+    original = llama.scaled_dot_product_attention
+    with pytest.raises(RuntimeError, match="mine"), attention.patch_mlx_lm():
+        raise RuntimeError("mine")
+    assert llama.scaled_dot_product_attention is original
+
+
+def test_patches_that_overlap_in_threads_are_all_undone() -> None:
+    entered, left = threading.Event(), threading.Event()
+    patches = [attention.patch_mlx_lm("baseline"), attention.patch_mlx_lm("practical")]
+
+    def second() -> None:
+        entered.wait()
+        with patches[1]:
+            left.wait()
+            attend()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with patches[0]:
+        entered.set()
+        while not patches[1].is_open:
+            pass
+        attend()
+    left.set()
+    thread.join()
+    assert (patches[0].calls_taken, patches[1].calls_taken) == (0, 2)
+
+
+def test_it_decorates_functions_generators_and_coroutines() -> None:
+    patch = attention.patch_mlx_lm("baseline")
+
+    @patch
+    def plain() -> int:
+        attend()
+        return 5
+
+    @patch
+    def several() -> Iterator[int]:
+        attend()
+        yield 1
+
+    @patch
+    async def later() -> int:
+        attend()
+        return 7
+
+    assert (plain(), [*several()], asyncio.run(later())) == (5, [1], 7)
+    assert patch.calls_taken == 3
+    gc.collect()
+
+
+def test_an_unknown_implementation_is_told_at_once() -> None:
+    with pytest.raises(UsageError, match="did you mean 'practical'"):
+        attention.patch_mlx_lm("practicle")
+
+
+PROGRAM = """
+import sys
+print(sys.argv[1:], __name__)
+import mlx.core as mx
+from mlx_lm.models import llama
+q = mx.zeros((1, 2, 3, 8))
+llama.scaled_dot_product_attention(q, q, q, None, 1.0, None)
+def fail():
+    raise KeyError("its own")
+if "fail" in sys.argv:
+    fail()
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "attention.patch", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_program_runs_as_it_is_and_ends_with_a_report(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = run("--implementation", "baseline", str(tmp_path / "program.py"), "7", "--implementation")
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == "['7', '--implementation'] __main__\n"
+    assert done.stderr.splitlines() == [
+        "baseline took 1 of 1 calls of attention",
+        "baseline took 1 as manual, unfused",
+    ]
+
+
+@pytest.mark.slow
+def test_a_programs_traceback_is_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    done = run(str(path), "fail")
+    alone = subprocess.run([sys.executable, str(path), "fail"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (alone.returncode, alone.stdout)
+    assert done.stderr.startswith(alone.stderr)
+    assert "practical took 1 of 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "attention.patch: got no program; it takes SCRIPT ARGS... or -m MODULE ARGS...; see --help"),
+        (["missing.py"], "attention.patch: there is no file missing.py"),
+        (["-m", "mlx_lm.missing"], "attention.patch: -m: there is no module mlx_lm.missing"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(words: list[str], line: str) -> None:
+    from attention.patch.program import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        written: list[str] = []
+        patch.setattr(sys.stderr, "write", written.append)
+        assert main(words) == 2
+    assert "".join(written).strip() == line
+
+
+def test_without_mlx_lm_the_error_says_how_to_get_it() -> None:
+    program = (
+        "import sys; sys.modules['mlx_lm'] = None\n"
+        "import attention\n"
+        "try:\n    attention.patch_mlx_lm().__enter__()\nexcept attention.UsageError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (
+        done.stdout.strip()
+        == "mlx-lm is not installed; pip install 'fatui[models]' brings it, or pip install 'mlx-lm>=0.32'"
+    )
