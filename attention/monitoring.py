@@ -1,4 +1,4 @@
-"""Attention in a user's own program, watched: what is called, how often, by which path, how fast, with how much memory."""
+"""Attention in a user's own program, watched: calls, shapes, paths, time and memory."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ from attention.statistics import median_interval
 from attention.workload import Workload
 
 SHARE: Final = 0.01
-"""Share of the program's time that watching may take, timed calls included, although their work had to be done anyway."""
+"""Share of the program's time that watching may take, timed calls included, although their work had to be done."""
 FIRST_S: Final = 0.001
 """What a kind of call is expected to cost that was never timed."""
 MOST_SAMPLES: Final = 1000
@@ -137,9 +137,9 @@ class Monitor:
     def _watched(self, by: Any, call: Callable[[], mx.array], arrays: tuple[Any, ...], mask: Any) -> mx.array:
         """Counts a call, and times it where that is within the share."""
         began = time.perf_counter()
-        kind = self._kind(by, arrays, mask)
-        _inside.watched = True
+        _inside.watched = True  # asking for a route calls MLX's function too
         try:
+            kind = self._kind(by, arrays, mask)
             cost = kind.samples[-1] if kind is not None and kind.samples else FIRST_S
             if kind is None or self.spent_s + cost > self._share * (began - self._started):
                 self.spent_s += time.perf_counter() - began
