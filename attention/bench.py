@@ -1,21 +1,16 @@
-"""Runs an assignment: cases one after the other, every implementation on each, told as events."""
+"""Runs attention shapes: cases one after the other, every implementation on each, told as events."""
 
-import time
-from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
-from msgspec import structs
-
 from attention import events as on
 from attention import implementations
-from attention.device import Device, environment, probe
-from attention.implementations.protocol import NeedsBuilding
+from attention.case_runner import CaseRunner
+from attention.device import Device, probe
 from attention.measure.clock import shared_calls
-from attention.measure.rounds import Arm, Limits, run_rounds
-from attention.plan import Assignment
+from attention.measure.rounds import Arm
+from attention.plan import Plan
 from attention.roofline import measure_peaks
-from attention.teller import TELL_EVERY_S, Emit, Teller
 from attention.workload import Workload
 
 if TYPE_CHECKING:
@@ -28,42 +23,28 @@ LONGEST_SAMPLE_S: Final = 0.1
 FIRST_LOOK_S: Final = 1.0
 
 
-class DeviceUncertain(RuntimeError):
-    """A failure after which the device may be in an unknown state; only a new process can go on."""
+class Bench(CaseRunner[Plan]):
+    """One worker's share of a run over attention shapes."""
 
-
-class Bench:
-    """One worker's share of a run."""
-
-    def __init__(self, assignment: Assignment, emit: Emit, mark: Callable[[int], None] = lambda number: None) -> None:
-        """Takes what to run, where to tell of it, and where to mark the number of the implementation at work."""
-        self._assignment = assignment
-        self._plan = assignment.plan
-        self._teller = Teller(assignment.plan, assignment.first_case, emit, mark)
-
-    def run(self) -> None:
-        """Measures all remaining cases.
-
-        Raises:
-            UsageError, NoBackendError: nothing can run.
-            DeviceUncertain: a row was told as failed, and this process must not go on.
-        """
-        self._backend = (device := probe()).backend
-        for name in self._plan.ordered:
-            implementations.get(name)
-        self._teller.emit(on.RunStarted(environment=environment(device)))
+    def _prepare_all(self, device: Device) -> None:
         if self._assignment.peaks is None:
             self._measure_peaks(device)
-        for case in range(self._assignment.first_case, len(self._plan.cases)):
-            self._teller.begin(case)
-            self._teller.end(self._run_case(case, self._plan.cases[case]))
-        self._teller.emit(on.RunDone())
+
+    def _hear(self, event: on.TuningEvent | on.Message) -> None:
+        """Tells of a switch also the path that is taken now."""
+        super()._hear(event)
+        if isinstance(event, on.Switched):
+            workload = self._plan.cases[self._teller.case]
+            route = implementations.get(event.implementation).route(workload, probe())
+            found = on.RouteFound(case=self._teller.case, implementation=event.implementation, route=route)
+            self._teller.emit(found)
 
     def _measure_peaks(self, device: Device) -> None:
         self._teller.progress("what this machine can do at best")
         self._teller.emit(on.PeaksMeasured(peaks=measure_peaks(device)))
 
-    def _run_case(self, case: int, workload: Workload) -> str:
+    def _run_case(self, case: int) -> str:
+        workload = self._plan.cases[case]
         device = probe()  # what is free now, not when the run began
         names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, workload, device)]
         if not names:
@@ -86,15 +67,8 @@ class Bench:
 
     def _is_to_run(self, name: str, workload: Workload, device: Device) -> bool:
         """Asks an implementation for its route; ends its row where it does not take the case, or will not fit."""
-        self._teller.at_work(name)
-        try:
-            route = implementations.get(name).route(workload, device)
-        except Exception as error:
-            self._fail(name, error)
-            return False
-        self._teller.emit(on.RouteFound(case=self._teller.case, implementation=name, route=route))
-        if not route.supported:
-            self._teller.end_row(name, "unsupported", route.reason)
+        route = self._taken_route(name, workload, device)
+        if route is None:
             return False
         needed = workload.input_bytes + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or device.available_bytes
@@ -102,10 +76,6 @@ class Bench:
             self._teller.end_row(name, "refused", f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}")
             return False
         return True
-
-    def _needs_building(self, name: str, workload: Workload, device: Device) -> bool:
-        implementation = implementations.get(name)
-        return isinstance(implementation, NeedsBuilding) and implementation.needs_building(workload, device)
 
     def _first_look(self, ready: list[str], setting: "CaseSetting") -> None:
         """Shows what the others do while there is nothing else to see; none of it enters the result."""
@@ -116,19 +86,6 @@ class Bench:
         if seen:
             rates = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in seen.items())
             self._teller.say(f"a first look: {rates}; the others are being built")
-
-    def _build(self, names: list[str]) -> None:
-        """Lets implementations compile, outside every clock but their own."""
-        for name in names:
-            implementation = implementations.get(name)
-            assert isinstance(implementation, NeedsBuilding)
-            self._teller.step(name, "build")
-            started = time.perf_counter()
-            implementation.build(self._teller.say)
-            seconds = time.perf_counter() - started
-            if seconds > TELL_EVERY_S:
-                self._teller.say(f"{name}: ready after {seconds:.0f} s, and kept for the next time")
-        self._teller.at_rest()
 
     def _setting(self, workload: Workload, device: Device, count: int) -> "CaseSetting":
         from attention.implementations.runner import make_inputs
@@ -162,69 +119,8 @@ class Bench:
             self._fail(name, error)
             return None
 
-    def _run_rounds(self, arms: list[Arm], seconds: float) -> str:
-        reference = arms[0]
-        again = structs.replace(reference, name=on.AGAIN, samples=[])
-        self._teller.emit(on.ReferenceChosen(case=self._teller.case, implementation=reference.name))
-        stream = SampleStream(self._teller)
-        try:
-            return run_rounds(
-                [reference, again, *arms[1:]],
-                Limits(seconds=seconds, precision=self._plan.precision),
-                seed=self._plan.seed,
-                before=lambda arm: self._teller.at_work(reference.name if arm is again else arm.name),
-                failed=lambda arm, error: None if arm is again else self._fail(arm.name, error),
-                after=stream.take,
-            )
-        finally:
-            stream.flush()
-            for arm in arms:
-                self._tell_latency(arm)
-
-    def _tell_latency(self, arm: Arm) -> None:
+    def _tell_of(self, arm: Arm) -> None:
         """A sample of one call is a latency too: for slow calls the only one, for others the surer one."""
         if arm.calls == 1 and arm.samples:
             seconds = median(arm.samples)
             self._teller.emit(on.LatencyMeasured(case=self._teller.case, implementation=arm.name, seconds=seconds))
-
-    def _fail(self, name: str, error: Exception) -> None:
-        """Ends a row; raises DeviceUncertain where a failure may have broken the device for the others too."""
-        first_line = next(iter(str(error).splitlines()), "")
-        self._teller.end_row(name, "failed", f"{type(error).__name__}: {first_line}".rstrip(": "))
-        if self._backend == "cuda" and isinstance(error, RuntimeError):
-            self._teller.emit(on.WorkerUnusable(case=self._teller.case))
-            raise DeviceUncertain from error
-
-
-class SampleStream:
-    """Collects the rounds' samples and tells them a few times a second, so that telling does not disturb the clock."""
-
-    def __init__(self, teller: Teller) -> None:
-        """Takes the voice to tell them with; MLX's peak memory is counted from here on."""
-        import mlx.core as mx
-
-        self._teller = teller
-        self._told: dict[str, int] = {}
-        self._arms: list[Arm] = []
-        self._last = time.perf_counter()
-        mx.reset_peak_memory()
-
-    def take(self, arms: list[Arm]) -> None:
-        """Takes in what the arms hold after a round; tells it if it is time to."""
-        self._arms = list(arms)
-        if time.perf_counter() - self._last >= TELL_EVERY_S:
-            self.flush()
-
-    def flush(self) -> None:
-        """Tells what has not been told."""
-        import mlx.core as mx
-
-        self._last = time.perf_counter()
-        fresh = {arm.name: arm.samples[self._told.get(arm.name, 0) :] for arm in self._arms}
-        self._told = {arm.name: len(arm.samples) for arm in self._arms}
-        if any(fresh.values()):
-            rounds = max(self._told.values())
-            active, peak = mx.get_active_memory(), mx.get_peak_memory()
-            event = on.RoundsDone(case=self._teller.case, samples=fresh, active_bytes=active, peak_bytes=peak)
-            self._teller.emit(event)
-            self._teller.progress(f"round {rounds}")

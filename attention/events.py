@@ -1,16 +1,18 @@
 """What a worker tells while it runs: one JSON line for each event."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-from attention.report import Environment, Peaks
+from attention.report import Environment, Peaks, Ratio
 from attention.route import Route
 
-Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds"]
+Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training"]
 Ending = Literal["failed", "refused", "unsupported"]
 AGAIN = "(again)"
 """The name under which the reference's second arm, the noise floor, stands among the samples."""
+WITHOUT = "(no attention)"
+"""The name under which a model whose attention does nothing stands among the samples."""
 
 
 class Event(msgspec.Struct, kw_only=True, tag_field="event"):
@@ -116,6 +118,51 @@ class RoundsDone(Event, tag="rounds_done"):
     """MLX's peak memory since the rounds began."""
 
 
+class WeightsMade(Event, tag="weights_made"):
+    """The model of a case is there."""
+
+    case: int
+    weights_bytes: int
+    """Of the whole model, whatever part of it runs."""
+
+
+class CallsCounted(Event, tag="calls_counted"):
+    """How often a model called attention in its first run or trace, and who computed it."""
+
+    case: int
+    implementation: str
+    replaced: int
+    """Computed by the implementation."""
+    passed_on: int
+    """Not taken by it, and computed by MLX's own."""
+    reason: str | None = None
+    """Why calls were passed on."""
+
+
+class LayersTimed(Event, tag="layers_timed"):
+    """What two numbers of layers say: the time of one layer, and of everything else."""
+
+    case: int
+    implementation: str
+    layer_s: float
+    fixed_s: float
+
+
+class IterationDone(Event, tag="iteration_done"):
+    """One iteration of a fine-tuning."""
+
+    case: int
+    implementation: str
+    """AGAIN for the reference's second fine-tuning."""
+    number: int
+    """From 1; the first one compiles."""
+    loss: float | None
+    """None where it is no number."""
+    seconds: float
+    active_bytes: int
+    peak_bytes: int
+
+
 class Progress(Event, tag="progress"):
     """How far the run is."""
 
@@ -140,6 +187,42 @@ class Message(Event, tag="message"):
     text: str
 
 
+class TrialStarted(Event, tag="trial_started"):
+    """An implementation that chooses among others begins to try them."""
+
+    implementation: str
+    workload: str
+    """What the choice will hold for, in words."""
+    candidates: list[str]
+
+
+class Tuned(Event, tag="tuned"):
+    """A trial is over."""
+
+    implementation: str
+    workload: str
+    winner: str
+    runner_up: str | None
+    """None where nothing else ran."""
+    ratio: Ratio | None
+    """How many times as fast as the runner-up, from interleaved pairs."""
+    seconds: float
+    """What the trial took."""
+
+
+class Switched(Event, tag="switched"):
+    """A choice was changed while calls were running."""
+
+    implementation: str
+    workload: str
+    before: str
+    after: str
+    ratio: Ratio
+    """How many times as fast as before, from pairs of calls."""
+    reason: str
+    """Why it was tried at all."""
+
+
 class RunDone(Event, tag="run_done"):
     """All cases are complete; the worker ends."""
 
@@ -158,9 +241,22 @@ class RunRefused(Event, tag="run_refused"):
 
 
 RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | Checked | MemoryMeasured | LatencyMeasured
-CaseEvent = CaseStarted | ReferenceChosen | RoundsDone | CaseDone | RowEvent
-AnyEvent = RunStarted | PeaksMeasured | Progress | Message | WorkerUnusable | RunRefused | RunDone | CaseEvent
+ModelRowEvent = CallsCounted | LayersTimed
+CaseEvent = (
+    CaseStarted | ReferenceChosen | RoundsDone | WeightsMade | IterationDone | CaseDone | RowEvent | ModelRowEvent
+)
+TuningEvent = TrialStarted | Tuned | Switched
+AnyEvent = (
+    RunStarted | PeaksMeasured | Progress | Message | WorkerUnusable | RunRefused | RunDone | TuningEvent | CaseEvent
+)
 
+
+class _Kind(msgspec.Struct):
+    event: str
+
+
+_KINDS = frozenset(str(kind.__struct_config__.tag) for kind in get_args(AnyEvent))
+_kind_decoder = msgspec.json.Decoder(_Kind)
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
@@ -171,9 +267,15 @@ def encode(event: AnyEvent) -> bytes:
 
 
 def decode(line: bytes) -> AnyEvent:
-    """Reads one line.
+    """Reads one line; an event of a kind that is not known here becomes a message that says so.
 
     Raises:
         msgspec.DecodeError: the line is no event.
     """
-    return _decoder.decode(line)
+    try:
+        return _decoder.decode(line)
+    except msgspec.ValidationError:
+        kind = _kind_decoder.decode(line).event
+        if kind in _KINDS:
+            raise
+        return Message(level="info", text=f"the engine tells of '{kind}', which is not known here")

@@ -7,17 +7,16 @@ from typing import Any
 from msgspec import Struct
 
 from attention.errors import UsageError
+from attention.models.workloads import FineTuning, Generation
 from attention.report import Peaks
 from attention.workload import Workload
 
 REFERENCE = "baseline"
 
 
-class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One run: every implementation on every case, and the limits it must keep."""
+class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every kind of run is told: the implementations, and the limits it must keep."""
 
-    cases: tuple[Workload, ...]
-    """The workloads, measured one after the other."""
     implementations: tuple[str, ...]
     """Names from the catalogue, or "FILE.py:NAME" and "package.module:NAME" for one of the user's own."""
     seconds: float = 6.0
@@ -37,10 +36,34 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(sorted(dict.fromkeys(self.implementations), key=lambda name: name != REFERENCE))
 
 
+class Plan(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="attention"):
+    """One run: every implementation on every case."""
+
+    cases: tuple[Workload, ...]
+    """The workloads, measured one after the other."""
+
+
+class GenerationPlan(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="generation"):
+    """One model generating with every implementation, at every prompt length."""
+
+    cases: tuple[Generation, ...]
+    """All of one model, measured one after the other."""
+
+
+class FineTuningPlan(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fine-tuning"):
+    """One model fine-tuned with every implementation; `seconds` bounds each one's training."""
+
+    cases: tuple[FineTuning, ...]
+    """All of one model, one after the other."""
+
+
+AnyPlan = Plan | GenerationPlan | FineTuningPlan
+
+
 class Assignment(Struct, frozen=True, kw_only=True):
     """What one worker is given: a plan, and where an earlier worker left it."""
 
-    plan: Plan
+    plan: AnyPlan
     first_case: int = 0
     """The case to begin with; those before it are complete."""
     skip: dict[int, tuple[str, ...]] = {}

@@ -1,16 +1,17 @@
 """Events in, rows out: everything that a run has told so far, at any moment of it."""
 
+from abc import ABC, abstractmethod
 from collections import deque
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final, Generic, TypeVar
 
-from msgspec import Struct, field
+from msgspec import Struct, field, structs
 
 from attention import events as on
 from attention import statistics
-from attention.plan import Plan
-from attention.report import Case, Environment, Peaks, Ratio, Report, Row, Run, Summary
+from attention.plan import AnyPlan, Plan
+from attention.report import AnyCase, Case, Environment, Peaks, Ratio, Report, Row, Run, Summary
 from attention.route import Route
-from attention.workload import Workload
 
 LOG_LINES: Final = 10_000
 INTERRUPTED: Final = "interrupted"
@@ -31,27 +32,36 @@ class Measured(Struct):
     check: on.Checked | None = None
     peak_bytes: int | None = None
     samples: list[float] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
+    calls: on.CallsCounted | None = None
+    layers: on.LayersTimed | None = None
     ended: on.RowEnded | None = None
 
     def forget_times(self) -> None:
         """Drops what a repeated case will measure again; a row that has ended stays."""
         if self.ended is None:
-            self.step, self.samples = None, []
+            self.step, self.samples, self.losses = None, [], []
 
 
 class CaseRecord(Struct):
     """What is known of one case."""
 
-    workload: Workload
     rows: dict[str, Measured]
     reference: str | None = None
     again: list[float] = field(default_factory=list)
+    without: list[float] = field(default_factory=list)
+    """Of a model whose attention does nothing."""
+    weights_bytes: int | None = None
     stopped_by: str | None = None
     started: bool = False
 
 
-class Record:
-    """The state of a run, changed only by events.
+P = TypeVar("P", bound=AnyPlan)
+C = TypeVar("C")
+
+
+class RunRecord(ABC, Generic[P, C]):
+    """The state of a run, changed only by events; what its rows are, is its subclasses'.
 
     Attributes:
         plan: what was asked for.
@@ -64,11 +74,10 @@ class Record:
         done: whether the worker said that all is complete.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: P) -> None:
         self.plan = plan
         self.cases = [
-            CaseRecord(workload=workload, rows={name: Measured(implementation=name) for name in plan.ordered})
-            for workload in plan.cases
+            CaseRecord(rows={name: Measured(implementation=name) for name in plan.ordered}) for _ in plan.cases
         ]
         self.environment = Environment()
         self.peaks = Peaks()
@@ -94,7 +103,7 @@ class Record:
                 self.refused = event
             case on.RunDone():
                 self.done = True
-            case on.WorkerUnusable():
+            case on.WorkerUnusable() | on.TrialStarted() | on.Tuned() | on.Switched():
                 pass
             case _:
                 self._apply_to_case(event, self.cases[event.case])
@@ -103,21 +112,37 @@ class Record:
         match event:
             case on.CaseStarted():
                 self.current_case, case.started = event.case, True
-                case.again = []
+                case.again, case.without = [], []
                 for measured in case.rows.values():
                     measured.forget_times()
             case on.ReferenceChosen():
                 case.reference = event.implementation
             case on.RoundsDone():
                 self.last_rounds = event
+                beside = {on.AGAIN: case.again, on.WITHOUT: case.without}
                 for name, samples in event.samples.items():
-                    (case.again if name == on.AGAIN else case.rows[name].samples).extend(samples)
+                    (beside[name] if name in beside else case.rows[name].samples).extend(samples)
+            case on.WeightsMade():
+                case.weights_bytes = event.weights_bytes
+            case on.IterationDone():
+                self._take_iteration(event, case)
             case on.CaseDone():
                 case.stopped_by = event.stopped_by
             case _:
                 self._apply_to_row(event, case.rows[event.implementation])
 
-    def _apply_to_row(self, event: on.RowEvent, row: Measured) -> None:
+    @staticmethod
+    def _take_iteration(event: on.IterationDone, case: CaseRecord) -> None:
+        again = event.implementation == on.AGAIN
+        row = None if again else case.rows[event.implementation]
+        if row:
+            row.losses.append(event.loss)
+        if event.number > 1:
+            (row.samples if row else case.again).append(event.seconds)
+        elif row:
+            row.first_call_s = event.seconds  # compiling the step
+
+    def _apply_to_row(self, event: on.RowEvent | on.ModelRowEvent, row: Measured) -> None:
         match event:
             case on.RouteFound():
                 row.route = event.route
@@ -133,6 +158,25 @@ class Record:
                 row.peak_bytes = event.peak_bytes
             case on.LatencyMeasured():
                 row.latency_s = event.seconds
+            case on.CallsCounted():
+                row.calls = event
+            case on.LayersTimed():
+                row.layers = event
+
+    @abstractmethod
+    def case(self, index: int) -> C:
+        """Makes the rows of one case from what is known so far."""
+
+    @abstractmethod
+    def report(self, run: Run) -> Report:
+        """Makes the report of what is known so far; rows that have nothing to show yet are left out."""
+
+
+AnyRecord = RunRecord[Any, Any]
+
+
+class Record(RunRecord[Plan, Case]):
+    """The state of a run over attention shapes."""
 
     def report(self, run: Run) -> Report:
         """Makes the report of what is known so far; rows that have nothing to show yet are left out."""
@@ -151,42 +195,49 @@ class Record:
         reference = record.rows[record.reference].samples if record.reference else []
         floor = statistics.noise_floor(reference, record.again)
         throttled = statistics.drifted(reference, floor.floor) if floor else None
+        workload = self.plan.cases[index]
         made = [
-            _row(
+            timed_row(
                 measured,
                 record,
-                self.peaks,
-                UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor),
-                throttled,
+                tokens=workload.tokens,
+                speedup=UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor),
+                throttled=throttled,
             )
             for name, measured in record.rows.items()
         ]
-        rows = tuple(row for row in made if row is not None)
-        return Case(workload=record.workload, reference=record.reference, noise_floor=floor, rows=rows)
+        rows = tuple(_with_rates(row, workload.flops, self.peaks) for row in made if row is not None)
+        return Case(workload=workload, reference=record.reference, noise_floor=floor, rows=rows)
 
 
-def _row(
-    measured: Measured, record: CaseRecord, peaks: Peaks, speedup: Ratio | None, throttled: bool | None
+def _with_rates(row: Row, flops: int, peaks: Peaks) -> Row:
+    """A row with its FLOP/s, and what part of the best rate they are."""
+    if row.call_s is None:
+        return row
+    flops_per_s = flops / row.call_s.median
+    return structs.replace(row, flops_per_s=flops_per_s, efficiency=_efficiency(flops_per_s, peaks))
+
+
+def timed_row(
+    measured: Measured, record: CaseRecord, *, tokens: int, speedup: Ratio | None, throttled: bool | None
 ) -> Row | None:
+    """What all kinds of rows have, for calls that make so many tokens; None where there is nothing to show yet."""
     ended, route, check = measured.ended, measured.route, measured.check
     if ended is None and not measured.samples:
         return None
     accurate = check is None or check.accurate
     call = statistics.median_interval(measured.samples) if measured.samples else None
-    flops_per_s = record.workload.flops / call.median if call else None
     return Row(
         implementation=measured.implementation,
         status=ended.status if ended else ("ok" if accurate else "inaccurate"),
         path=route.path if route else None,
         fused=route.fused if route and route.supported else None,
         reason=_reason(measured),
-        tokens_per_second=record.workload.tokens / call.median if call else None,
+        tokens_per_second=tokens / call.median if call else None,
         call_s=call,
         latency_s=measured.latency_s,
         first_call_s=measured.first_call_s,
         speedup=None if ended else speedup,
-        flops_per_s=flops_per_s,
-        efficiency=_efficiency(flops_per_s, peaks),
         peak_bytes=measured.peak_bytes,
         predicted_bytes=route.predicted_bytes if route else None,
         max_error=check.max_error if check else None,
@@ -197,8 +248,8 @@ def _row(
     )
 
 
-def _efficiency(flops_per_s: float | None, peaks: Peaks) -> float | None:
-    if not (flops_per_s and peaks.flops_per_s):
+def _efficiency(flops_per_s: float, peaks: Peaks) -> float | None:
+    if not peaks.flops_per_s:
         return None
     share = flops_per_s / peaks.flops_per_s
     return share if share <= HIGHEST_EFFICIENCY else None
@@ -212,7 +263,7 @@ def _reason(measured: Measured) -> str | None:
     return measured.route.reason if measured.route else None
 
 
-def summarise(cases: tuple[Case, ...], implementations: tuple[str, ...]) -> tuple[Summary, ...]:
+def summarise(cases: Sequence[AnyCase], implementations: tuple[str, ...]) -> tuple[Summary, ...]:
     """Makes one line for each implementation: the geometric mean of its speedups over the cases it ran accurately."""
     lines = []
     for name in implementations:

@@ -4,6 +4,7 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
+from attention.models.workloads import FineTuning, Generation
 from attention.workload import Workload
 
 SCHEMA: Final = 1
@@ -85,6 +86,71 @@ class Case(Struct, frozen=True, kw_only=True):
     rows: tuple[Row, ...] = ()
 
 
+class Share(Struct, frozen=True, kw_only=True):
+    """A part of a time, from 0 to 1, with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ModelRow(Row, frozen=True, kw_only=True):
+    """One implementation in a model that generates; `call_s` is one whole prompt, or one token of a decode.
+
+    Where fewer layers ran than the model has, times, rates and memory are estimates of the whole model.
+    """
+
+    attention_share: Share | None = None
+    """Time that the model is spared when attention returns its query at once, as a part of its whole time."""
+    layer_s: float | None = None
+    """Seconds of one layer, where two numbers of layers were measured."""
+    fixed_s: float | None = None
+    """Seconds of everything else, where two numbers of layers were measured."""
+    replaced_calls: int | None = None
+    """Calls of attention that the implementation computed in the first run; none of `mlx`, which needs no patch."""
+    passed_on_calls: int | None = None
+    """Calls that it does not take, which went to MLX's own."""
+    logits_error: float | None = None
+    """Root mean square difference of the last logits from the reference's, relative to theirs."""
+
+
+class ModelCase(Struct, frozen=True, kw_only=True):
+    """All rows of one phase of a model at one prompt length."""
+
+    workload: Generation
+    reference: str | None = None
+    noise_floor: NoiseFloor | None = None
+    weights_bytes: int | None = None
+    """Of the whole model; a row's `peak_bytes` comes on top, with the cache of keys and values in it."""
+    rows: tuple[ModelRow, ...] = ()
+
+
+class FineTuningRow(Row, frozen=True, kw_only=True):
+    """One implementation in a fine-tuning; `call_s` is one iteration, and the first one stands apart."""
+
+    iterations_per_second: float | None = None
+    losses: tuple[float | None, ...] = ()
+    """The training loss of each iteration; None where it is no number."""
+    loss_difference: float | None = None
+    """The largest difference from the reference's losses, relative to theirs; a row beyond the tolerance is marked."""
+    replaced_calls: int | None = None
+    """Calls of attention that the implementation computed while the step was traced."""
+    passed_on_calls: int | None = None
+    """Calls that it does not take, which went to MLX's own."""
+
+
+class FineTuningCase(Struct, frozen=True, kw_only=True):
+    """All rows of one fine-tuning."""
+
+    workload: FineTuning
+    reference: str | None = None
+    noise_floor: NoiseFloor | None = None
+    """The reference's fine-tuning against its second one, after all others."""
+    weights_bytes: int | None = None
+    """Of the model; a row's `peak_bytes` comes on top."""
+    rows: tuple[FineTuningRow, ...] = ()
+
+
 class Summary(Struct, frozen=True, kw_only=True):
     """One implementation over all cases that it ran."""
 
@@ -144,5 +210,15 @@ class Report(Struct, frozen=True, kw_only=True):
     run: Run
     environment: Environment
     peaks: Peaks
-    cases: tuple[Case, ...]
-    summary: tuple[Summary, ...]
+    cases: tuple[Case, ...] = ()
+    summary: tuple[Summary, ...] = ()
+    models: tuple[ModelCase, ...] = ()
+    fine_tunings: tuple[FineTuningCase, ...] = ()
+
+    @property
+    def all_cases(self) -> "tuple[AnyCase, ...]":
+        """The cases, of whatever kind the run was."""
+        return (*self.cases, *self.models, *self.fine_tunings)
+
+
+AnyCase = Case | ModelCase | FineTuningCase

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 from attention import events as on
-from attention.plan import Plan
+from attention.plan import AnyPlan
 
 Emit = Callable[[on.AnyEvent], None]
 TELL_EVERY_S: Final = 0.25
@@ -20,7 +20,7 @@ class Teller:
         emit: takes an event to whoever listens.
     """
 
-    def __init__(self, plan: Plan, first_case: int, emit: Emit, mark: Callable[[int], None]) -> None:
+    def __init__(self, plan: AnyPlan, first_case: int, emit: Emit, mark: Callable[[int], None]) -> None:
         """Takes the plan, the case to begin with, where events go, and where the number at work is marked."""
         self.emit = emit
         self._mark = mark
@@ -63,9 +63,11 @@ class Teller:
         """Tells that an implementation is out of the case."""
         self.emit(on.RowEnded(case=self._case, implementation=name, status=status, reason=reason))
 
-    def progress(self, now: str) -> None:
-        """Tells what runs now, and how far the run is."""
+    def progress(self, now: str, remaining_s: float | None = None) -> None:
+        """Tells what runs now, and how far the run is; how long the case will still take, where that is known."""
         elapsed = time.perf_counter() - self._case_started
+        if remaining_s is not None:
+            self._guess_s = elapsed + remaining_s
         inside = min(elapsed / self._guess_s, 0.99)
         left = self._guess_s * (1 - inside + self._cases - self._case - 1)
         self.emit(on.Progress(done=(self._case + inside) / self._cases, remaining_s=left, now=now))

@@ -6,14 +6,15 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from attention import events as on
-from attention.bench import Bench, DeviceUncertain
+from attention.case_runner import CaseRunner, DeviceUncertain, Mark
 from attention.errors import NoBackendError, UsageError
-from attention.plan import Assignment
+from attention.plan import Assignment, FineTuningPlan, GenerationPlan, Plan
+from attention.teller import Emit
 
 
 def main() -> int:
@@ -35,7 +36,7 @@ def main() -> int:
             os.pwrite(mark_file, bytes([number]), 0)
 
     try:
-        Bench(assignment, emit, mark).run()
+        _runner(assignment, emit, mark).run()
     except UsageError as error:
         emit(on.RunRefused(kind="usage", reason=str(error)))
     except NoBackendError as error:
@@ -43,6 +44,23 @@ def main() -> int:
     except DeviceUncertain:
         return 1
     return 0
+
+
+def _runner(assignment: Assignment, emit: Emit, mark: Mark) -> CaseRunner[Any]:
+    """Whoever runs a plan of its kind, imported only now: models need mlx-lm, which may not be there."""
+    match assignment.plan:
+        case Plan() as plan:
+            from attention.bench import Bench
+
+            return Bench(assignment, plan, emit, mark)
+        case GenerationPlan() as generation:
+            from attention.models.bench import GenerationBench
+
+            return GenerationBench(assignment, generation, emit, mark)
+        case FineTuningPlan() as fine_tuning:
+            from attention.models.fine_tuning import FineTuningBench
+
+            return FineTuningBench(assignment, fine_tuning, emit, mark)
 
 
 def _private_stdout() -> BinaryIO:

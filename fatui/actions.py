@@ -30,6 +30,10 @@ MAIN: Final = (
     Action("copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
     Action("history", "h", "History", "Open, compare and delete past runs", "app.open('history')"),
     Action("scaling", "g", "Scaling", "Heat map and line chart of a sweep", "app.open('scaling')"),
+    Action("models", "m", "Models", "Measure whole models, with each implementation in them", "app.open('models')"),
+    Action(
+        "finetuning", "f", "Fine-tune", "Fine-tune a model, with each implementation in it", "app.open('finetuning')"
+    ),
     Action("doctor", "d", "Doctor", "What is installed, and what is missing", "app.open('doctor')"),
     Action("sort", "o", "Sort", "Sort the table by the next column", "screen.sort"),
     Action("reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
@@ -67,9 +71,32 @@ SCALING: Final = (
     Action("scaling_logarithmic", "l", "Log scale", "Logarithmic or zero-based scale", "screen.logarithmic"),
     BACK,
 )
+
+
+def _of_models(screen: str) -> tuple[Action, ...]:
+    """What can be done on a screen of models."""
+    return (
+        Action(f"{screen}_run", "r", "Run", "Run what is set up here", "screen.run"),
+        Action(f"{screen}_stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
+        Action(f"{screen}_folder", "n", "Folder", "Take a model from a folder of mlx-lm's", "screen.folder"),
+        Action(f"{screen}_export", "e", "Export", "Write the run as md, csv, json, svg and its log", "app.export"),
+        Action(f"{screen}_copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
+        BACK,
+    )
+
+
+MODELS: Final = _of_models("models")
+FINETUNING: Final = _of_models("finetuning")
 DOCTOR: Final = (Action("doctor_again", "r", "Look again", "Look at everything again", "screen.again"), BACK)
 ACTIONS: Final = MAIN + ANYWHERE
-FURTHER: Final = {"presets": PRESETS, "history": HISTORY, "scaling": SCALING, "doctor": DOCTOR}
+FURTHER: Final = {
+    "presets": PRESETS,
+    "history": HISTORY,
+    "scaling": SCALING,
+    "models": MODELS,
+    "finetuning": FINETUNING,
+    "doctor": DOCTOR,
+}
 ALL: Final = (*ACTIONS, *dict.fromkeys(action for group in FURTHER.values() for action in group))
 SCOPES: Final[dict[str, str]] = {
     **{action.name: "main" for action in MAIN},

@@ -18,11 +18,15 @@ INTERRUPTED: Final = 130
 
 COMMANDS: Final = {
     "bench": "measure a preset, or the shapes that options give, and print the table",
+    "model": "measure a whole model: tokens/s of prompts and of decoding, with each implementation in it",
+    "finetune": "fine-tune a model with each implementation in it: iterations/s, memory, loss curves",
     "doctor": "say what this machine has, what is missing, and what to do",
     "explain": "say which path each implementation would take, and why, without running it",
     "presets": "list presets, show one, or check a file",
     "history": "list past runs, show one, or remove one",
     "compare": "compare two past runs, row by row",
+    "tune": "let demo find the fastest candidate for a preset, show what it found, or forget it",
+    "report": "write what past runs found: tables, trends, charts, and which implementation to choose",
 }
 EXAMPLE: Final = """examples:
   fatui                         open the app

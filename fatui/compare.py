@@ -5,16 +5,18 @@ from typing import Final
 from msgspec import Struct
 
 from attention import statistics
-from attention.report import Case, Ratio, Report, Row
+from attention.models.workloads import FineTuning, Generation
+from attention.report import AnyCase, Ratio, Report, Row
 from attention.workload import Workload
 
+AnyWorkload = Workload | Generation | FineTuning
 FLOORLESS: Final = statistics.SMALLEST_FLOOR
 
 
 class Change(Struct, frozen=True, kw_only=True):
     """One implementation on one workload, before and after."""
 
-    workload: Workload
+    workload: AnyWorkload
     implementation: str
     before: Row
     after: Row
@@ -50,15 +52,15 @@ def compare(before: Report, after: Report) -> Comparison:
     )
 
 
-def _rows(report: Report) -> dict[tuple[Workload, str], tuple[Case, Row]]:
-    return {(case.workload, row.implementation): (case, row) for case in report.cases for row in case.rows}
+def _rows(report: Report) -> dict[tuple[AnyWorkload, str], tuple[AnyCase, Row]]:
+    return {(case.workload, row.implementation): (case, row) for case in report.all_cases for row in case.rows}
 
 
-def _name(key: tuple[Workload, str]) -> str:
+def _name(key: tuple[AnyWorkload, str]) -> str:
     return f"{key[1]} on {key[0].label}"
 
 
-def _change(before: tuple[Case, Row], after: tuple[Case, Row]) -> Change:
+def _change(before: tuple[AnyCase, Row], after: tuple[AnyCase, Row]) -> Change:
     floors = [case.noise_floor.floor for case, _ in (before, after) if case.noise_floor]
     floor = max(floors, default=FLOORLESS)
     return Change(

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 NOT_OURS: Final = ("Page Left", "Page Right")
 """Textual's own, which do nothing here."""
-SCREENS: Final = {"presets": "Presets", "history": "History", "scaling": "Scaling", "doctor": "Doctor"}
+SCREENS: Final = {
+    "presets": "Presets",
+    "history": "History",
+    "scaling": "Scaling",
+    "models": "Models",
+    "finetuning": "FineTunings",
+    "doctor": "Doctor",
+}
 
 
 def open_screen(app: "FatuiApp", name: str) -> None:
@@ -61,9 +68,17 @@ def _saved(app: "FatuiApp", preset: "Preset | None") -> None:
         app.tell(f"saved as {preset.source}")
 
 
+def shown_report(app: "FatuiApp") -> Report | None:
+    """The report of the screen in sight: a model's, or the one over attention shapes."""
+    from fatui.screens.model_screen import ModelScreen
+
+    screen: Screen[Any] = app.screen
+    return screen.report if isinstance(screen, ModelScreen) else app.report
+
+
 def export(app: "FatuiApp") -> None:
     """Asks where to, and writes the run that is in sight."""
-    report = app.report
+    report = shown_report(app)
     if report is None:
         why = "the run has to end first" if app.runs.active else "nothing was run yet"
         app.tell(f"nothing to export: {why}", "warning")
@@ -83,6 +98,8 @@ def _exported(app: "FatuiApp", report: Report, asked: tuple[Path, tuple[str, ...
 
 async def _write(app: "FatuiApp", report: Report, stem: Path, endings: tuple[str, ...]) -> None:
     from fatui import export as formats
+    from fatui.report.compose import compose
+    from fatui.report.html import to_html
     from fatui.screens.export import write_all
 
     picture = app.export_screenshot(title="fatui") if "svg" in endings else ""
@@ -90,6 +107,7 @@ async def _write(app: "FatuiApp", report: Report, stem: Path, endings: tuple[str
         "md": lambda: formats.to_markdown(report),
         "csv": lambda: formats.to_csv(report),
         "json": lambda: formats.to_json(report),
+        "html": lambda: to_html(compose([report])),
         "svg": lambda: picture,
         "log": app.journal.text,
     }
@@ -107,7 +125,7 @@ async def copy_table(app: "FatuiApp") -> None:
     from fatui import clipboard
     from fatui import export as formats
 
-    report = app.report
+    report = shown_report(app)
     if report is None:
         app.tell("nothing to copy: there is no table yet", "warning")
         return

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import structs
 
 from attention import events as on
-from attention.plan import Assignment, Plan
-from attention.record import Record
+from attention.models.record import record_of
+from attention.plan import AnyPlan, Assignment
 from attention.report import Peaks
 from fatui import __version__
 
@@ -35,9 +35,9 @@ class Engine:
         process_id: the worker's, or None while there is none.
     """
 
-    def __init__(self, plan: Plan, listener: Listener = lambda event: None, peaks: Peaks | None = None) -> None:
+    def __init__(self, plan: AnyPlan, listener: Listener = lambda event: None, peaks: Peaks | None = None) -> None:
         """Takes what to run, who listens, and the machine's rates where they were measured already."""
-        self.record = Record(plan)
+        self.record = record_of(plan)
         self.record.peaks = peaks or Peaks()
         self.stopped = False
         self.process_id: int | None = None

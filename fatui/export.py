@@ -7,8 +7,10 @@ from typing import Any, Final
 
 import msgspec
 
-from attention.report import Case, Report, Row
+from attention.models.workloads import FineTuning, Generation
+from attention.report import AnyCase, Case, Report, Row
 from fatui import figures
+from fatui.model_columns import model_columns, model_notes
 from fatui.preset_format import FIELDS
 
 FIGURES: Final = (
@@ -19,6 +21,17 @@ FIGURES: Final = (
 )
 ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device")
 COLUMNS: Final = (*ORIGIN, "case", *FIELDS, "reference", "noise_floor", *FIGURES)
+SHARE: Final = tuple(f"attention_share_{part}" for part in ("value", "low", "high"))
+CALLS: Final = ("replaced_calls", "passed_on_calls")
+GENERATION_COLUMNS: Final = (
+    *(*ORIGIN, "case", *Generation.__struct_fields__, "weights_bytes", "reference", "noise_floor", *FIGURES),
+    *(*SHARE, "layer_s", "fixed_s", *CALLS, "logits_error"),
+)
+FINE_TUNING_COLUMNS: Final = (
+    *(*ORIGIN, "case", *FineTuning.__struct_fields__, "weights_bytes", "reference", "noise_floor", *FIGURES),
+    *("iterations_per_second", "losses", "loss_difference", *CALLS),
+)
+MODEL_FIGURES: Final = ("it/s", "to 1st token", "per token", "per iteration", "attention", "memory", "loss", "off")
 HEADS: Final = (
     *("implementation", "path", "tokens/s", "per call", "speedup", "TFLOP/s", "efficiency"),
     *("peak memory", "max error", "verdict"),
@@ -40,10 +53,11 @@ def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
 def to_csv(report: Report) -> str:
     """One line for each row, unrounded; what is not known is empty."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    columns = GENERATION_COLUMNS if report.models else FINE_TUNING_COLUMNS if report.fine_tunings else COLUMNS
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     origin = dict(zip(ORIGIN, _origin(report), strict=True))
-    for number, case in enumerate(report.cases, start=1):
+    for number, case in enumerate(report.all_cases, start=1):
         for row in case.rows:
             writer.writerow({name: _cell(value) for name, value in {**origin, **_line(number, case, row)}.items()})
     return out.getvalue()
@@ -54,17 +68,18 @@ def _origin(report: Report) -> tuple[object, ...]:
     return report.run.id, report.run.started, where.fatui, where.mlx, where.backend, where.device
 
 
-def _line(number: int, case: Case, row: Row) -> dict[str, object]:
+def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
     fields: dict[str, Any] = msgspec.to_builtins(row)
     samples = fields.pop("samples")
-    for name in ("call_s", "speedup"):
-        parts = fields.pop(name) or {}
+    for name in ("call_s", "speedup", "attention_share"):
+        parts = fields.pop(name, None) or {}
         fields.update({f"{name}_{part}": value for part, value in parts.items()})
     return {
         "case": number,
         **msgspec.to_builtins(case.workload),
         "reference": case.reference,
         "noise_floor": case.noise_floor.floor if case.noise_floor else None,
+        **({} if isinstance(case, Case) else {"weights_bytes": case.weights_bytes}),
         "sample_count": len(samples),
         **fields,
     }
@@ -73,6 +88,8 @@ def _line(number: int, case: Case, row: Row) -> dict[str, object]:
 def _cell(value: object) -> object:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list | tuple):
+        return " ".join("" if each is None else repr(each) for each in value)
     if isinstance(value, float) and value - value != 0:  # infinite, or not a number
         return ""
     return value
@@ -80,7 +97,7 @@ def _cell(value: object) -> object:
 
 def to_markdown(report: Report) -> str:
     """A table for each case, for people to paste where they report."""
-    return "\n\n".join([_heading(report), *(_case(case) for case in report.cases), *_summary(report)]) + "\n"
+    return "\n\n".join([_heading(report), *(_case(case) for case in report.all_cases), *_summary(report)]) + "\n"
 
 
 def _heading(report: Report) -> str:
@@ -98,10 +115,23 @@ def _heading(report: Report) -> str:
     return "# fatui\n\n" + "\n".join(lines)
 
 
-def _case(case: Case) -> str:
+def _case(case: AnyCase) -> str:
     floor = f", noise floor {figures.percent(case.noise_floor.floor)}" if case.noise_floor else ""
     reference = f"\n\nSpeedups are relative to {case.reference}{floor}." if case.reference else ""
-    return f"## {case.workload.label}{reference}\n\n{_table(HEADS, [_cells(row, case) for row in case.rows])}"
+    return f"## {case.workload.label}{reference}\n\n{_rows(case)}"
+
+
+def _rows(case: AnyCase) -> str:
+    if isinstance(case, Case):
+        return _table(HEADS, [_cells(row, case) for row in case.rows])
+    columns = model_columns(case)
+    lines = [
+        (*cells[:-1], figures.verdict(row, case))
+        for row, cells in zip(case.rows, zip(*(column.cells for column in columns), strict=True), strict=True)
+    ]
+    heads = ("implementation", *(column.head for column in columns[1:]))
+    notes = "\n".join(f"- {note}" for note in model_notes(case))
+    return f"{_table(heads, lines)}\n\n{notes}".rstrip()
 
 
 def _cells(row: Row, case: Case) -> tuple[str, ...]:
@@ -131,7 +161,18 @@ def _summary(report: Report) -> list[str]:
 
 
 def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
-    right = {"tokens/s", "per call", "speedup", "TFLOP/s", "efficiency", "peak memory", "max error", "cases", "not ok"}
+    right = {
+        "tokens/s",
+        "per call",
+        "speedup",
+        "TFLOP/s",
+        "efficiency",
+        "peak memory",
+        "max error",
+        "cases",
+        "not ok",
+        *MODEL_FIGURES,
+    }
     rule = ("---:" if head in right else "---" for head in heads)
     return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in (heads, rule, *lines))
 

@@ -1,9 +1,12 @@
 """Figures as people read them, and rows in words: three figures and a unit, n/a where nothing is known."""
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
-from attention.report import Case, Interval, Ratio, Report, Row
+from attention.models.workloads import PHASES, short_name
+from attention.record import summarise
+from attention.report import AnyCase, Interval, Ratio, Report, Row, Share, Summary
 
 UNKNOWN: Final = "n/a"
 STAR: Final = "★"
@@ -111,6 +114,17 @@ def percent(value: float | None) -> str:
     return f"{shown:.1f} %" if abs(shown) >= 0.95 else f"{float(f'{shown:.1g}'):g} %"
 
 
+def share_text(share: Share | None) -> str:
+    """A part of a time with its interval: "31 ±2 %"; "< 3 %" where the interval reaches down to nothing."""
+    if share is None:
+        return UNKNOWN
+    if share.low <= 0:
+        return f"< {max(100 * share.high, 0.1):.2g} %"
+    half = 100 * max(share.high - share.value, share.value - share.low)
+    places = 0 if half >= 1 else 1
+    return f"{100 * share.value:.{places}f} ±{_outward(half, places)} %"
+
+
 def error(value: float | None) -> str:
     """A numerical error: "1.2e-3", and "0" where there is none."""
     if value is None:
@@ -161,7 +175,7 @@ def speedup_text(ratio: Ratio | None) -> str:
     return text if ratio.significant else f"{text}?"
 
 
-def best_of(case: Case) -> tuple[str, ...]:
+def best_of(case: AnyCase) -> tuple[str, ...]:
     """The fastest accurate implementations: the one with the best median and all whose interval reaches it.
 
     Where that is all of them, and none is significantly apart from the reference, nothing is best.
@@ -176,7 +190,7 @@ def best_of(case: Case) -> tuple[str, ...]:
     return names if apart or len(names) < len(rows) else ()
 
 
-def word(row: Row, case: Case) -> str:
+def word(row: Row, case: AnyCase) -> str:
     """The verdict in one word or two, for a narrow column."""
     if row.status != OK:
         return row.status
@@ -191,24 +205,24 @@ def word(row: Row, case: Case) -> str:
     return "slower" if ratio.value < 1 else "fastest" if fastest else "faster"
 
 
-def _beats_another(row: Row, case: Case) -> bool:
+def _beats_another(row: Row, case: AnyCase) -> bool:
     others = [other for other in case.rows if other.status == OK and other is not row]
     return bool(others) and all(
         other.speedup and other.speedup.significant and other.speedup.value < 1 for other in others
     )
 
 
-def verdict(row: Row, case: Case) -> str:
+def verdict(row: Row, case: AnyCase) -> str:
     """The verdict in a few words: "fastest", "1.9x faster", "same as baseline", "failed: killed by signal 9"."""
     if row.status == "inaccurate":
-        return f"inaccurate: {error(row.max_error)}"
+        return f"inaccurate: {error(row.max_error) if type(row) is Row else row.reason}"
     if row.status != OK:
         return f"{row.status}: {row.reason}" if row.reason else row.status
     text = _standing(row, case)
     return f"{text}, throttled" if row.throttled else text
 
 
-def _standing(row: Row, case: Case) -> str:
+def _standing(row: Row, case: AnyCase) -> str:
     short, ratio = word(row, case), row.speedup
     if short == "base":
         return "reference"
@@ -225,18 +239,37 @@ def _standing(row: Row, case: Case) -> str:
 
 def finding(report: Report) -> str:
     """One line that says what a run found: "poc is 49.6 ±0.4x baseline; memory 7 MiB of 41 MiB; all accurate"."""
-    accuracy = _accuracy(report)
-    if len(report.cases) == 1:
-        return "; ".join([*_of_one(report.cases[0]), accuracy])
-    means = [line for line in report.summary if line.speedup and line.speedup.significant and line.speedup.value > 1]
+    if report.cases:
+        return "; ".join([*_of_cases(report.cases, report.summary), _accuracy(report)])
+    phases: dict[str, Sequence[AnyCase]] = {
+        name: [case for case in report.models if case.workload.phase == name] for name in PHASES
+    }
+    groups: dict[str, Sequence[AnyCase]] = {**phases, "fine-tuning": report.fine_tunings}
+    model = short_name((report.models or report.fine_tunings)[0].workload.model) if report.all_cases else ""
+    parts = [
+        f"{model} {name}: {', '.join(_of_cases(cases, summarise(cases, _names(cases))))}"
+        for name, cases in groups.items()
+        if cases
+    ]
+    return "; ".join([*(parts or ["nothing was measured"]), _accuracy(report)])
+
+
+def _names(cases: Sequence[AnyCase]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row.implementation for case in cases for row in case.rows))
+
+
+def _of_cases(cases: Sequence[AnyCase], summary: Sequence[Summary]) -> list[str]:
+    if len(cases) == 1:
+        return _of_one(cases[0])
+    means = [line for line in summary if line.speedup and line.speedup.significant and line.speedup.value > 1]
     if not means:
-        return f"nothing is faster than the reference over all cases; {accuracy}"
+        return ["nothing is faster than the reference over all cases"]
     best = max(means, key=lambda line: line.speedup.value if line.speedup else 0.0)
     mean = f"{best.implementation} is {speedup_text(best.speedup)} the reference on average"
-    return f"{mean} ({best.cases} of {len(report.cases)} cases); {accuracy}"
+    return [f"{mean} ({best.cases} of {len(cases)} cases)"]
 
 
-def _of_one(case: Case) -> list[str]:
+def _of_one(case: AnyCase) -> list[str]:
     rows = {row.implementation: row for row in case.rows}
     best = [name for name in best_of(case) if name != case.reference]
     wins = [name for name in best if (ratio := rows[name].speedup) and ratio.significant and ratio.value > 1]
@@ -250,7 +283,7 @@ def _of_one(case: Case) -> list[str]:
 
 
 def _accuracy(report: Report) -> str:
-    rows = [row for case in report.cases for row in case.rows]
+    rows: list[Row] = [row for case in report.all_cases for row in case.rows]
     counts = [
         f"{sum(row.status == status for row in rows)} {status}"
         for status in ("inaccurate", "failed", "refused", "unsupported")

@@ -50,7 +50,7 @@ class RunLine(Struct, frozen=True, kw_only=True):
 
 def line_of(report: Report) -> RunLine:
     """The line that a list shows for a report."""
-    names = dict.fromkeys(row.implementation for case in report.cases for row in case.rows)
+    names = dict.fromkeys(row.implementation for case in report.all_cases for row in case.rows)
     return RunLine(
         id=report.run.id,
         started=report.run.started,
@@ -59,7 +59,7 @@ def line_of(report: Report) -> RunLine:
         interrupted=report.run.interrupted,
         device=report.environment.device,
         backend=report.environment.backend,
-        cases=len(report.cases),
+        cases=len(report.all_cases),
         implementations=tuple(names),
         finding=figures.finding(report),
     )

@@ -3,7 +3,8 @@
 from typing import Final
 
 from attention import events as on
-from attention.plan import Plan
+from attention.plan import AnyPlan
+from attention.tuning.news import in_words
 from fatui import figures
 from fatui.journal import Level
 
@@ -11,7 +12,7 @@ Said = tuple[str, Level] | None
 SILENT: Final = None
 
 
-def narrate(event: on.AnyEvent, plan: Plan) -> Said:
+def narrate(event: on.AnyEvent, plan: AnyPlan) -> Said:
     """The line for an event, with its level, or None for what needs none."""
     match event:
         case on.RunStarted():
@@ -30,13 +31,15 @@ def narrate(event: on.AnyEvent, plan: Plan) -> Said:
             return "all cases complete", "info"
         case on.WorkerUnusable():
             return "the device is in an unknown state; the engine is started again", "warning"
+        case on.TrialStarted() | on.Tuned() | on.Switched():
+            return in_words(event), "info"
         case on.Progress():
             return SILENT
         case _:
             return _narrate_case(event, plan)
 
 
-def _narrate_case(event: on.CaseEvent, plan: Plan) -> Said:
+def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> Said:
     match event:
         case on.CaseStarted():
             return f"case {event.case + 1} of {len(plan.cases)}: {plan.cases[event.case].label}", "info"

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from attention.errors import UsageError
-from attention.plan import Plan
+from attention.plan import Asked, FineTuningPlan, GenerationPlan, Plan
 from attention.report import Run
 from fatui.preset_format import FIELDS, Preset
 from fatui.preset_writing import as_product
@@ -44,13 +44,47 @@ def bench_command(preset: str | None, values: Mapping[str, Sequence[Any]], optio
         values: workload fields by their names in presets.
         options: further options by their names without dashes; True for one without a value, None and False for none.
     """
-    words = ["fatui", "bench", *([preset] if preset else [])]
-    for name, several in values.items():
-        words += [f"--{name.replace('_', '-')}", ",".join(map(str, several))]
+    fields = {name.replace("_", "-"): ",".join(map(str, several)) for name, several in values.items()}
+    return _command(["fatui", "bench", *([preset] if preset else [])], {**fields, **options})
+
+
+def _command(words: list[str], options: Mapping[str, object]) -> str:
     for name, value in options.items():
         if value is not None and value is not False:
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join(words)
+
+
+def model_command(plan: GenerationPlan) -> str:
+    """The command that measures a model again."""
+    first = plan.cases[0]
+    options = {
+        "prompt": ",".join(map(str, dict.fromkeys(case.prompt for case in plan.cases))),
+        "generate": first.generate,
+        "batch": ",".join(map(str, dict.fromkeys(case.batch for case in plan.cases))),
+        "layers": first.measured_layers,
+        "dtype": first.dtype,
+        **_limits(plan),
+    }
+    return _command(["fatui", "model", first.model], options)
+
+
+def finetune_command(plan: FineTuningPlan) -> str:
+    """The command that makes a fine-tuning again."""
+    case = plan.cases[0]
+    options = {name: getattr(case, name) for name in ("iters", "seq", "batch", "rank", "dtype", "data")}
+    return _command(["fatui", "finetune", case.model], {**options, "lora-layers": case.tuned_layers, **_limits(plan)})
+
+
+def _limits(plan: Asked) -> dict[str, object]:
+    """The options that all commands which measure take."""
+    limit = plan.memory_limit_bytes
+    return {
+        "impl": ",".join(plan.implementations),
+        "seconds": f"{plan.seconds:g}",
+        "memory-limit": None if limit is None else size_text(limit),
+        "force": plan.force,
+    }
 
 
 def command_for(plan: Plan, preset: Preset | None = None) -> str:

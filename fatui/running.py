@@ -4,18 +4,19 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from attention.errors import UsageError
-from attention.plan import Plan
+from attention.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
 from attention.report import Report
 from fatui import estimate, settings
 from fatui.draft import draft_of
-from fatui.session import Drives, Listener, Session
+from fatui.model_session import ModelSession
+from fatui.session import AnySession, Drives, Listener, Session
 
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
     from fatui.preset_format import Preset
 
 
-def real_engine(plan: Plan, listener: Listener) -> Drives:
+def real_engine(plan: AnyPlan, listener: Listener) -> Drives:
     """The engine that runs in a process of its own."""
     from fatui.engine import Engine
 
@@ -36,27 +37,33 @@ class Runs:
     """The runs of an app, one after the other.
 
     Attributes:
-        session: the run that goes on or was made last, or None.
+        session: the run over attention shapes that goes on or was made last, or None.
         report: what export, copy and the further screens are about, or None.
+        models: the run of each screen of models that goes on or was made last, by the screen's name.
+        model_reports: what those screens show, by their names.
+        chosen: what was chosen on them, by the names of screen and choice.
     """
 
     def __init__(self, app: "FatuiApp") -> None:
         self.session: Session | None = None
         self.report: Report | None = None
+        self.models: dict[str, ModelSession] = {}
+        self.model_reports: dict[str, Report] = {}
+        self.chosen: dict[str, dict[str, tuple[str, ...]]] = {}
+        self._going: AnySession | None = None
         self._app = app
         self._told_silence = False
         self._ended: asyncio.Event | None = None
 
     @property
     def active(self) -> bool:
-        """Whether a run goes on."""
-        return self.session is not None and self.session.active
+        """Whether a run goes on, of whatever kind."""
+        return self._going is not None and self._going.active
 
     def start(self) -> None:
         """Runs what is set up, unless a run goes on or it cannot run."""
         app = self._app
-        if self.active:
-            app.tell(f"a run goes on; {app.keys['stop']} stops it", "warning")
+        if self._refused():
             return
         try:
             plan = app.draft.plan()
@@ -76,28 +83,55 @@ class Runs:
             now=app.now,
         )
         app.journal.write(f"run of {app.draft.title()}: {self.session.command}")
-        self._ended = asyncio.Event()
-        app.run_worker(self._run(self.session, self._ended), name="run", exit_on_error=False)
+        self._go(self.session)
         app.main.open_tab("live")
         app.main.show_run()
 
-    async def _run(self, session: Session, ended: asyncio.Event) -> None:
+    def start_model(self, screen: str, plan: GenerationPlan | FineTuningPlan, command: str) -> None:
+        """Runs what is set up on a screen of models, unless a run goes on."""
+        app = self._app
+        if self._refused():
+            return
+        self._told_silence = False
+        self.model_reports.pop(screen, None)
+        session = ModelSession(
+            plan, app.journal, app.make_engine or real_engine, command=command, clock=app.clock, now=app.now
+        )
+        self.models[screen] = session
+        app.journal.write(f"run of {plan.cases[0].model}: {command}")
+        self._go(session, screen)
+
+    def _refused(self) -> bool:
+        """Whether a run goes on, which is told."""
+        if self.active:
+            self._app.tell(f"a run goes on; {self._app.keys['stop']} stops it", "warning")
+        return self.active
+
+    def _go(self, session: AnySession, screen: str | None = None) -> None:
+        self._going, self._ended = session, asyncio.Event()
+        self._app.run_worker(self._run(session, self._ended, screen), name="run", exit_on_error=False)
+
+    async def _run(self, session: AnySession, ended: asyncio.Event, screen: str | None) -> None:
         try:
             await session.run()
-            await self._keep_what_came_out(session)
+            await self._keep_what_came_out(session, screen)
         finally:
             ended.set()
-        if self._app.is_running:
+        if self._app.is_running and screen is None:
             self._app.main.open_tab("results")
             self._app.main.show_draft()
             self._app.main.show_run()
 
-    async def _keep_what_came_out(self, session: Session) -> None:
-        if self.session is session and session.any_rows:
-            self.report = await asyncio.to_thread(session.report)
-            await self.keep(self.report)
-            if session.phase == "done":
-                self._app.remembered.pace = estimate.pace_of(self.report, session.rounds_s + session.once_s)
+    async def _keep_what_came_out(self, session: AnySession, screen: str | None) -> None:
+        if self._going is session and session.any_rows:
+            report = await asyncio.to_thread(session.report)
+            if screen is None:
+                self.report = report
+            else:
+                self.model_reports[screen] = report
+            await self.keep(report)
+            if session.phase == "done" and screen is None:
+                self._app.remembered.pace = estimate.pace_of(report, session.rounds_s + session.once_s)
         self._app.journal.write(session.finding or f"the run {session.phase}")
 
     async def keep(self, report: Report) -> None:
@@ -114,15 +148,15 @@ class Runs:
 
     def stop(self) -> None:
         """Stops the run."""
-        if self.session is None or not self.active:
+        if self._going is None or not self.active:
             self._app.tell("nothing runs")
             return
-        self.session.stop()
+        self._going.stop()
         self._app.main.show_run()
 
     def watch_silence(self) -> None:
         """Tells once when the engine has said nothing for long."""
-        session = self.session
+        session = self._going
         if session is None or not session.silent:
             self._told_silence = False
         elif not self._told_silence:
@@ -133,13 +167,19 @@ class Runs:
 
     async def end(self) -> None:
         """Stops the run, and waits until it is ended and kept."""
-        if self.session is not None and self.active:
-            self.session.stop()
+        if self._going is not None and self.active:
+            self._going.stop()
         if self._ended is not None:
             await self._ended.wait()
 
     def open_report(self, report: Report) -> None:
-        """Shows a run of the past in the place of the latest."""
+        """Shows a run of the past in the place of the latest, on the screen of its kind."""
+        screen = "models" if report.models else "finetuning" if report.fine_tunings else None
+        if screen is not None:
+            self.models.pop(screen, None)
+            self.model_reports[screen] = report
+            self._app.call_after_refresh(self._app.action_open, screen)
+            return
         self.session, self.report = None, report
         self._app.main.open_tab("results")
         self._app.main.show_run()

@@ -1,5 +1,6 @@
 """What a sweep says about scaling: speedups over two axes, tokens/s over one, and where one overtakes another."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -84,11 +85,16 @@ def grid(report: Report, name: str, across: str, down: str, part: str) -> dict[t
 
 
 def curves(report: Report, axis: str, part: str) -> dict[str, list[Point]]:
-    """tokens/s of each implementation over one axis."""
-    made: dict[str, list[Point]] = {}
-    cases = cases_of(report, (axis,), part)
+    """tokens/s of each implementation over one axis, in one part of a run."""
     order = values_on(report, axis)
-    for case in sorted(cases, key=lambda each: order.index(value(each.workload, axis))):
+    cases = sorted(cases_of(report, (axis,), part), key=lambda each: order.index(value(each.workload, axis)))
+    return curves_of(cases, axis)
+
+
+def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[Point]]:
+    """tokens/s of each implementation over cases that stand in the order of an axis."""
+    made: dict[str, list[Point]] = {}
+    for case in cases:
         for row in case.rows:
             if row.call_s is not None and row.tokens_per_second is not None and row.status == "ok":
                 made.setdefault(row.implementation, []).append(_point(case, axis, row.call_s))

@@ -6,13 +6,14 @@ import os
 import secrets
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import datetime
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 from attention import events as on
-from attention.plan import Plan
-from attention.record import Record, summarise
+from attention.plan import AnyPlan, Plan
+from attention.record import AnyRecord, summarise
 from attention.report import Case, Report, Run
 from fatui.journal import Journal
 from fatui.narrate import narrate
@@ -31,7 +32,7 @@ KILL_AFTER_S: Final = 0.6
 class Drives(Protocol):
     """What the app needs of an engine."""
 
-    record: Record
+    record: AnyRecord
     process_id: int | None
 
     async def run(self) -> None:
@@ -42,11 +43,13 @@ class Drives(Protocol):
 
 
 Listener = Callable[[on.AnyEvent], None]
-MakeEngine = Callable[[Plan, Listener], Drives]
+MakeEngine = Callable[[AnyPlan, Listener], Drives]
+P = TypeVar("P", bound=AnyPlan)
+C = TypeVar("C")
 
 
-class Session:
-    """A run, from its start until another takes its place.
+class RunSession(ABC, Generic[P, C]):
+    """A run, from its start until another takes its place; what its cases are, is its subclasses'.
 
     Attributes:
         phase: where it is.
@@ -61,7 +64,7 @@ class Session:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: P,
         journal: Journal,
         make_engine: MakeEngine,
         *,
@@ -84,7 +87,7 @@ class Session:
         self._journal = journal
         self._clock = clock
         self._routes: set[str] = set()
-        self._final: dict[int, Case] = {}
+        self._final: dict[int, C] = {}
         self._complete: asyncio.Queue[int] = asyncio.Queue()
         self._start_clock()
 
@@ -97,7 +100,7 @@ class Session:
         self.building = ""
 
     @property
-    def record(self) -> Record:
+    def record(self) -> AnyRecord:
         """All that the engine has told."""
         return self.engine.record
 
@@ -175,10 +178,9 @@ class Session:
         if value is not None:
             self.memory.setdefault(name, Series()).add(value)
 
-    def case(self, index: int) -> Case:
+    @abstractmethod
+    def case(self, index: int) -> C:
         """The rows of one case: final once it is complete, provisional while it runs."""
-        final = self._final.get(index)
-        return final if final else standing(self.record.cases[index], self.record.peaks)
 
     def is_final(self, index: int) -> bool:
         """Whether the rows of a case will not change any more."""
@@ -189,22 +191,19 @@ class Session:
         """Whether the run, now ended, has anything to show."""
         return bool(self._final)
 
+    @abstractmethod
     def report(self) -> Report:
         """The run as the history and all exports have it."""
-        cases = tuple(self._final.get(index) or self.record.case(index) for index in range(len(self.record.cases)))
-        return Report(
-            run=Run(
-                id=self._id,
-                started=self._started,
-                seconds=self.elapsed_s,
-                command=self.command,
-                preset=self.preset,
-                interrupted=self.phase != "done",
-            ),
-            environment=self.record.environment,
-            peaks=self.record.peaks,
-            cases=tuple(case for case in cases if case.rows),
-            summary=summarise(cases, self.plan.ordered),
+
+    def _of_run(self) -> Run:
+        """The head of the report."""
+        return Run(
+            id=self._id,
+            started=self._started,
+            seconds=self.elapsed_s,
+            command=self.command,
+            preset=self.preset,
+            interrupted=self.phase != "done",
         )
 
     def _listen(self, event: on.AnyEvent) -> None:
@@ -249,7 +248,7 @@ class Session:
     def _follow(self, event: on.RoundsDone) -> None:
         tokens = self.plan.cases[event.case].tokens
         for name, samples in event.samples.items():
-            if name != on.AGAIN:
+            if name not in (on.AGAIN, on.WITHOUT):
                 series = self.rates.setdefault(name, Series())
                 for seconds in samples:
                     series.add(tokens / seconds)
@@ -268,3 +267,26 @@ class Session:
                 made = self.record.case(index)
                 if made.rows:
                     self._final[index] = made
+
+
+AnySession = RunSession[Any, Any]
+
+
+class Session(RunSession[Plan, Case]):
+    """A run over attention shapes."""
+
+    def case(self, index: int) -> Case:
+        """The rows of one case: final once it is complete, provisional while it runs."""
+        final = self._final.get(index)
+        return final if final else standing(self.plan.cases[index], self.record.cases[index], self.record.peaks)
+
+    def report(self) -> Report:
+        """The run as the history and all exports have it."""
+        cases = tuple(self._final.get(index) or self.record.case(index) for index in range(len(self.record.cases)))
+        return Report(
+            run=self._of_run(),
+            environment=self.record.environment,
+            peaks=self.record.peaks,
+            cases=tuple(case for case in cases if case.rows),
+            summary=summarise(cases, self.plan.ordered),
+        )

@@ -7,18 +7,19 @@ from statistics import fmean, median
 from attention import statistics
 from attention.record import UNITY, CaseRecord, Measured
 from attention.report import Case, Interval, NoiseFloor, Peaks, Ratio, Row
+from attention.workload import Workload
 
 
-def standing(record: CaseRecord, peaks: Peaks) -> Case:
+def standing(workload: Workload, record: CaseRecord, peaks: Peaks) -> Case:
     """Makes provisional rows; Student's t stands in for the bootstrap of the final ones."""
     reference = record.rows[record.reference].samples if record.reference else []
     floor = _floor(reference, record.again)
     rows = [
-        _row(each, record, peaks, UNITY if name == record.reference else _speedup(reference, each.samples, floor))
+        _row(each, workload, peaks, UNITY if name == record.reference else _speedup(reference, each.samples, floor))
         for name, each in record.rows.items()
         if each.samples or each.ended
     ]
-    return Case(workload=record.workload, reference=record.reference, noise_floor=floor, rows=tuple(rows))
+    return Case(workload=workload, reference=record.reference, noise_floor=floor, rows=tuple(rows))
 
 
 def _interval(reference: Sequence[float], times: Sequence[float]) -> tuple[float, float, float] | None:
@@ -48,11 +49,11 @@ def _speedup(reference: Sequence[float], times: Sequence[float], floor: NoiseFlo
     return Ratio(value=math.exp(middle), low=math.exp(low), high=math.exp(high), significant=significant)
 
 
-def _row(measured: Measured, record: CaseRecord, peaks: Peaks, speedup: Ratio | None) -> Row:
+def _row(measured: Measured, workload: Workload, peaks: Peaks, speedup: Ratio | None) -> Row:
     ended, route, check = measured.ended, measured.route, measured.check
     accurate = check is None or check.accurate
     call = median(measured.samples) if measured.samples else None
-    flops = record.workload.flops / call if call else None
+    flops = workload.flops / call if call else None
     peak = peaks.flops_per_s
     return Row(
         implementation=measured.implementation,
@@ -60,7 +61,7 @@ def _row(measured: Measured, record: CaseRecord, peaks: Peaks, speedup: Ratio | 
         path=route.path if route else None,
         fused=route.fused if route and route.supported else None,
         reason=ended.reason if ended else route.reason if route else None,
-        tokens_per_second=record.workload.tokens / call if call else None,
+        tokens_per_second=workload.tokens / call if call else None,
         call_s=Interval(median=call, low=min(measured.samples), high=max(measured.samples)) if call else None,
         latency_s=measured.latency_s,
         first_call_s=measured.first_call_s,

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from fatui import figures
-from fatui.session import Session
+from fatui.session import AnySession
 
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
@@ -40,7 +40,7 @@ def right_text(app: "FatuiApp") -> str:
     return f"{_phase(session)}{told} {turn}"
 
 
-def _phase(session: Session) -> str:
+def _phase(session: AnySession) -> str:
     progress = session.record.progress
     if session.phase != "running" or progress is None:
         return f"{session.phase}, {figures.duration(session.elapsed_s)}"

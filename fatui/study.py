@@ -38,6 +38,21 @@ class StudyRow(Struct, frozen=True, kw_only=True):
         return {"practical": self.practical_speedup, "demo": self.demo_speedup}.get(implementation)
 
 
+class StudyModel(Struct, frozen=True, kw_only=True):
+    """Tokens a second of a model, which the study gives as about so many, without the prompt or the batch."""
+
+    model: str
+    baseline: float
+    practical: float
+    demo: float
+
+
+class StudyFineTuning(StudyModel, frozen=True, kw_only=True):
+    """Seconds of a fine-tuning, of which the study estimated the baseline's."""
+
+    iterations: int
+
+
 class Study(Struct, frozen=True, kw_only=True):
     """The study's table of speedups, and where it was measured."""
 
@@ -47,6 +62,8 @@ class Study(Struct, frozen=True, kw_only=True):
     heads: int
     dtype: DType
     rows: tuple[StudyRow, ...]
+    models: tuple[StudyModel, ...]
+    fine_tunings: tuple[StudyFineTuning, ...]
 
     def row_for(self, workload: Workload) -> StudyRow | None:
         """The study's row of a workload, or None where it has none."""

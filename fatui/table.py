@@ -3,53 +3,41 @@
 from collections.abc import Sequence
 from typing import Final
 
-from msgspec import Struct
-from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from attention.report import Case, Report, Row
+from attention.report import AnyCase, Case, Report
 from fatui import figures
+from fatui.columns import IMPLEMENTATION, Column, shortened, starred
+from fatui.model_columns import model_columns, model_notes
 from fatui.study import Study
 
 WIDTH: Final = 100
 NARROWEST_PATH: Final = 8
-LONGEST_NAME: Final = 14
 SMALL_RATE: Final = 1e12
 """Below this many FLOP/s a figure in TFLOP/s would be mostly zeros."""
-DROPPED_FIRST: Final = (("TFLOP/s", "GFLOP/s"), ("error",), ("eff.",), ("path",), ("per call",), ("memory",))
-IMPLEMENTATION: Final = ""
+DROPPED_FIRST: Final = (
+    *(("TFLOP/s", "GFLOP/s"), ("error", "off"), ("eff.", "loss"), ("path",)),
+    *(("per call", "to 1st token", "per token", "per iteration"), ("memory",)),
+)
 TEXTS: Final = (IMPLEMENTATION, "path", "verdict")
 STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow", "same": "", "base": "", "ok": ""}
 
 
-class Column(Struct):
-    """One column with its cells as text."""
-
-    head: str
-    cells: list[str]
-    width: int = 0
-    """Cells that it takes unwrapped, in this case and in those it stands under."""
-
-    def __post_init__(self) -> None:
-        """Takes the width of the widest text, if none is given."""
-        self.width = self.width or max(cell_len(text) for text in (self.head, *self.cells))
-
-
 def report_table(report: Report, study: Study | None = None, width: int = WIDTH) -> RenderableType:
     """All cases of a report, their geometric means, the study's figures where given, and the finding."""
-    count = len(report.cases)
+    cases, count = report.all_cases, len(report.all_cases)
     parts: list[RenderableType] = []
-    unit = _rate_unit(report.cases)
-    layouts = [_columns(case, unit) for case in report.cases]
+    unit = _rate_unit(cases)
+    layouts = [_columns(case, unit) if isinstance(case, Case) else model_columns(case) for case in cases]
     for aligned in zip(*layouts, strict=True):
         widest = max(column.width for column in aligned)
         for column in aligned:
             column.width = widest
-    for number, (case, columns) in enumerate(zip(report.cases, layouts, strict=True), start=1):
+    for number, (case, columns) in enumerate(zip(cases, layouts, strict=True), start=1):
         parts += [_case(case, columns, number if count > 1 else None, count, width), Text()]
-    if count > 1:
+    if len(report.cases) > 1:
         parts += [summary_table(report), Text()]
     if study:
         from fatui.study_table import study_table
@@ -58,11 +46,12 @@ def report_table(report: Report, study: Study | None = None, width: int = WIDTH)
     return Group(*parts, _footer(report))
 
 
-def _case(case: Case, columns: list[Column], number: int | None, count: int, width: int) -> RenderableType:
+def _case(case: AnyCase, columns: list[Column], number: int | None, count: int, width: int) -> RenderableType:
     chosen, gap = _fitted(columns, width)
     dropped = [column.head for column in columns if column.head not in {kept.head for kept in chosen}]
     parts: list[RenderableType] = [_title(case, number, count), _grid(chosen, gap, case, width)]
-    parts += [Text(f"  {note}", style="dim") for note in _notes(case, dropped)]
+    notes = [*([] if isinstance(case, Case) else model_notes(case)), *_notes(case, dropped)]
+    parts += [Text(f"  {note}", style="dim") for note in notes]
     return Group(*parts)
 
 
@@ -74,7 +63,7 @@ def _columns(case: Case, rate_unit: tuple[float, str]) -> list[Column]:
     return [
         Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
         Column("path", [row.path or figures.UNKNOWN for row in rows]),
-        Column("tokens/s", [_starred(row, best) for row in rows]),
+        Column("tokens/s", [starred(row, best) for row in rows]),
         Column("per call", [figures.interval_text(row.call_s) for row in rows]),
         Column("speedup", [figures.speedup_text(row.speedup) for row in rows]),
         Column(unit, [figures.per(row.flops_per_s, factor) for row in rows]),
@@ -85,21 +74,10 @@ def _columns(case: Case, rate_unit: tuple[float, str]) -> list[Column]:
     ]
 
 
-def _rate_unit(cases: Sequence[Case]) -> tuple[float, str]:
+def _rate_unit(cases: Sequence[AnyCase]) -> tuple[float, str]:
     """TFLOP/s, or GFLOP/s where all rates are small."""
     largest = max((row.flops_per_s or 0.0 for case in cases for row in case.rows), default=0.0)
     return (1e9, "GFLOP/s") if 0 < largest < SMALL_RATE else (1e12, "TFLOP/s")
-
-
-def _starred(row: Row, best: Sequence[str]) -> str:
-    mark = f"{figures.STAR} " if row.implementation in best else ""
-    return mark + figures.tokens_per_second(row.tokens_per_second)
-
-
-def shortened(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name that fits its column: of "folder/mine.py:Mine" its end, which tells it from others."""
-    short = name.rpartition("/")[2]
-    return short if len(short) <= longest else "…" + short[1 - longest :]
 
 
 def _fitted(columns: list[Column], width: int) -> tuple[list[Column], int]:
@@ -116,7 +94,7 @@ def _fitted(columns: list[Column], width: int) -> tuple[list[Column], int]:
     return kept, 1
 
 
-def _grid(columns: list[Column], gap: int, case: Case, width: int) -> Table:
+def _grid(columns: list[Column], gap: int, case: AnyCase, width: int) -> Table:
     table = Table(
         box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False, header_style="dim", collapse_padding=True
     )
@@ -133,7 +111,7 @@ def _grid(columns: list[Column], gap: int, case: Case, width: int) -> Table:
     return table
 
 
-def _title(case: Case, number: int | None, count: int) -> Text:
+def _title(case: AnyCase, number: int | None, count: int) -> Text:
     title = Text(case.workload.label, style="bold")
     if number is not None:
         title = Text(f"{number} of {count} · ", style="dim").append_text(title)
@@ -143,7 +121,7 @@ def _title(case: Case, number: int | None, count: int) -> Text:
     return title
 
 
-def _notes(case: Case, dropped: Sequence[str]) -> list[str]:
+def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
     """What the table has no room for: why rows have no figures, drift, names cut short, columns left out."""
     notes = [
         f"{row.implementation}: {figures.verdict(row, case)}"
@@ -188,5 +166,5 @@ def _footer(report: Report) -> RenderableType:
     if parts:
         lines.append(Text(" · ".join(parts), style="dim"))
     state = ", interrupted" if report.run.interrupted else ""
-    lines.append(Text(f"run {report.run.id}{state}: {report.run.command}", style="dim", no_wrap=True, overflow="fold"))
+    lines.append(Text(f"run {report.run.id}{state}: {report.run.command}", style="dim", overflow="fold"))
     return Group(*lines)

@@ -46,7 +46,7 @@ CATALOGUE: Final = (
         "demo",
         "Demo, tuned",
         "tries the others on first use of a shape and keeps the fastest",
-        "attention.implementations.demo:Demo",
+        "attention.tuning.demo:Demo",
     ),
     Entry(
         "mlx",

@@ -1,10 +1,10 @@
 """fatui's own kernel, where there is one for the device."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
-from typing import Final, Protocol, cast
+from typing import Final, Protocol, cast, runtime_checkable
 
 import mlx.core as mx
 from msgspec import structs
@@ -23,6 +23,8 @@ KERNELS: Final[dict[Backend, str]] = {
     "cuda": "attention.kernels.cuda.path",
 }
 """For each backend the module of its kernel, of the form `Kernel`."""
+Attend = Callable[..., mx.array]
+"""A call as `Kernel.attend`."""
 BACKEND_NAMES: Final[dict[Backend, str]] = {"cpu": "the CPU", "metal": "Metal", "cuda": "CUDA"}
 
 
@@ -48,13 +50,29 @@ class Kernel(Protocol):
         ...
 
 
+@runtime_checkable
+class OffersVariants(Protocol):
+    """A kernel that can be had in more than one form for the same call: other tiles, another instruction set."""
+
+    def variants(self) -> Mapping[str, Attend]:
+        """Further forms by name, at most 11 characters; each takes what `attend` takes and gives the same result."""
+        ...
+
+
+def kernel_variants() -> Mapping[str, Attend]:
+    """The further forms of the kernel for the device that MLX computes on now; often there are none."""
+    kernel = _kernel(here())
+    return kernel.variants() if isinstance(kernel, OffersVariants) else {}
+
+
 class Poc:
     """The custom kernel; what it does not take goes to MLX's SDPA, and a softcap to the blocks of `practical`."""
 
     name = "poc"
 
-    def __init__(self) -> None:
-        """Makes the implementations that it falls back to."""
+    def __init__(self, variant: str | None = None) -> None:
+        """Makes the implementations that it falls back to; a variant is one of `kernel_variants()`."""
+        self._variant = None if variant is None else kernel_variants()[variant]
         self._sdpa = MlxSdpa()
         self._practical = Practical()
         self._taken: set[tuple[Workload, Needs, Backend]] = set()
@@ -95,7 +113,7 @@ class Poc:
         kernel = self._kernel_for(q, k, v, mask, softcap)
         if kernel is not None:
             with suppress(KernelUnavailable):
-                return kernel.attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+                return (self._variant or kernel.attend)(q, k, v, scale=scale, mask=mask, softcap=softcap)
             self._taken.clear()
         if softcap is not None:
             return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)

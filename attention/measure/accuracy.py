@@ -64,7 +64,12 @@ class Judge:
     """
 
     def __init__(
-        self, workload: Workload, inputs: Sequence[mx.array], scale: float | None = None, seed: int = 0
+        self,
+        workload: Workload,
+        inputs: Sequence[mx.array],
+        scale: float | None = None,
+        seed: int = 0,
+        scores: int = SCORES,
     ) -> None:
         """Chooses the sample, and computes what is expected of it.
 
@@ -73,9 +78,10 @@ class Judge:
             inputs: q, k, v, and in training the output's gradient.
             scale: factor of the scores, the workload's unless given.
             seed: of the choice of rows and heads.
+            scores: what the reference computes at most; fewer rows are compared then.
         """
         self.workload = workload
-        self.sample = choose_sample(workload, seed)
+        self.sample = choose_sample(workload, seed, scores)
         self.row_inputs: list[mx.array] | None = None
         if workload.pass_ == "training" and len(self.sample.rows) < workload.seq:
             self.row_inputs = [*inputs[:3], _only_rows(inputs[3], self.sample.rows)]
@@ -144,15 +150,15 @@ class Judge:
         return seen if self.workload.window is None else seen & (key > position - self.workload.window)
 
 
-def choose_sample(workload: Workload, seed: int) -> Sample:
+def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> Sample:
     """Chooses all of a small workload; of a large one the first and the last row and others at random, of few heads."""
     random = np.random.default_rng(seed)
     share = workload.heads // workload.kv_heads
     pairs = [(b, h) for b in range(min(workload.batch, HEADS)) for h in range(min(workload.kv_heads, HEADS))]
     row_cost = share * workload.kv_seq
-    most = max(1, min(len(pairs), HEADS // share, SCORES // (row_cost * min(workload.seq, 64))))
+    most = max(1, min(len(pairs), HEADS // share, scores // (row_cost * min(workload.seq, 64))))
     picked = sorted(random.choice(len(pairs), most, replace=False))
-    rows = max(2, min(workload.seq, SCORES // (row_cost * most)))
+    rows = max(2, min(workload.seq, scores // (row_cost * most)))
     if rows >= workload.seq:
         chosen = np.arange(workload.seq)
     else:

@@ -43,6 +43,7 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     Raises:
         Exception: whatever the implementation raises.
     """
+    setting.teller.at_work(name)  # one that chooses among others tries them while it is bound
     runner = _bind(implementation, setting, setting.inputs)
     results, call_s = _first_call(name, runner, setting)
     _check(name, implementation, results, setting)

@@ -71,7 +71,7 @@ def _block(changes: "list[Change]") -> "RenderableType":
     from rich.text import Text
 
     from fatui import figures
-    from fatui.table import shortened
+    from fatui.columns import shortened
 
     title = Text(f"\n{changes[0].workload.label}", style="bold")
     title.append(f" · noise floor {figures.percent(changes[0].floor)}", style="not bold dim")

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,13 +34,13 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def wanted(arguments: argparse.Namespace) -> list[Delivery]:
-    """The exports that options ask for.
+def wanted(arguments: argparse.Namespace, formats: Sequence[str] = FORMATS) -> list[Delivery]:
+    """The exports that options ask for; each format is an option's name.
 
     Raises:
         UsageError: with one problem for each that could not be written, or goes where another goes.
     """
-    asked = [Delivery(name, getattr(arguments, name)) for name in FORMATS if getattr(arguments, name) is not None]
+    asked = [Delivery(name, getattr(arguments, name)) for name in formats if getattr(arguments, name) is not None]
     problems = [problem for delivery in asked if (problem := _problem(delivery))]
     targets = [item.target if item.target == STDOUT else os.path.realpath(item.target) for item in asked]
     for number, item in enumerate(asked):
@@ -71,12 +71,20 @@ def _is_replaced(path: Path) -> bool:
 
 
 def deliver(delivery: Delivery, report: Report, study: Mapping[str, Any] | None = None) -> str | None:
-    """Writes one export, and returns what went wrong in one line, or None.
+    """Writes one export of a run, and returns what went wrong in one line, or None.
 
     Raises:
         OSError: stdout could not be written.
     """
-    text = _text(delivery.format, report, study)
+    return put(delivery, _text(delivery.format, report, study))
+
+
+def put(delivery: Delivery, text: str) -> str | None:
+    """Writes a text where it is to go, and returns what went wrong in one line, or None.
+
+    Raises:
+        OSError: stdout could not be written.
+    """
     if delivery.target == STDOUT:
         sys.stdout.write(text)
         return None

@@ -61,7 +61,7 @@ def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "R
     from rich.text import Text
 
     from fatui import figures
-    from fatui.table import shortened
+    from fatui.columns import shortened
 
     title = Text(case.label, style="bold")
     facts = f" · {figures.flops(case.flops)} · {figures.size(case.bytes_moved)} in and out"

@@ -107,8 +107,8 @@ def _add(name: str, history: "History") -> int:
 
 
 def _show(arguments: argparse.Namespace, history: "History") -> int:
-    from fatui.commands.bench import deliver_files, print_results
     from fatui.commands.delivery import wanted
+    from fatui.commands.outcome import deliver_files, print_results
 
     deliveries = wanted(arguments)
     report = history.get(arguments.id)

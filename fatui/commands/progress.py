@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from attention import events as on
-from attention.plan import Plan
+from attention.plan import AnyPlan
+from attention.tuning.news import in_words
 from fatui import figures
 from fatui.cli import tell
 
@@ -21,7 +22,7 @@ BAR_WIDTH: Final = 30
 class Narrator:
     """Listens to a run's events and says on stderr how far it is."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: AnyPlan) -> None:
         self._plan = plan
         self._bar = _bar() if sys.stderr.isatty() else None
         self._task = self._bar.add_task("starting", total=1.0, left="…") if self._bar else None
@@ -49,8 +50,12 @@ class Narrator:
             case on.CaseStarted() if self._bar is None:
                 label = self._plan.cases[event.case].label
                 self._say(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
+            case on.StepStarted(step="training") if self._bar is None:
+                self._say(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:
                 self._say(f"{event.implementation}: {event.status}: {event.reason}")
+            case on.Tuned() | on.Switched():
+                self._say(in_words(event))
             case on.Message():
                 self._say(event.text if event.level == "info" else f"{event.level}: {event.text}")
 

@@ -5,15 +5,15 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-from attention.plan import Plan
-from attention.record import Record
+from attention.plan import AnyPlan
+from attention.record import AnyRecord
 from fatui.commands.progress import Narrator
 from fatui.engine import Engine
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-def execute(plan: Plan) -> tuple[Record, bool]:
+def execute(plan: AnyPlan) -> tuple[AnyRecord, bool]:
     """Runs a plan to its end or until a signal stops it.
 
     Returns:

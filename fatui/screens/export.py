@@ -13,7 +13,8 @@ from textual.widgets import Input, Static
 
 from fatui.widgets.choice import Choice
 
-FORMATS: Final = ("md", "csv", "json", "svg", "log")
+FORMATS: Final = ("md", "csv", "json", "html", "svg", "log")
+"""`html` is the written report of the run; the others are its table, its rows, its picture and its log."""
 Writers = dict[str, Callable[[], str]]
 
 

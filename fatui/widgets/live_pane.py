@@ -9,7 +9,7 @@ from textual.widgets import Static
 from fatui import figures
 from fatui.comparison_lines import in_step
 from fatui.series import Series
-from fatui.session import Session
+from fatui.session import AnySession, Session
 from fatui.telemetry import Reading, in_words
 from fatui.widgets.trend_chart import Scale, Trend, TrendChart
 
@@ -72,7 +72,7 @@ class LivePane(Vertical):
         self.query_one("#telemetry", Static).update(in_words(reading), layout=False)
 
 
-def progress_line(session: Session) -> str:
+def progress_line(session: AnySession) -> str:
     """How far the run is, and what runs now."""
     progress = session.record.progress
     if not session.active:
@@ -92,7 +92,7 @@ def progress_line(session: Session) -> str:
     return f"{bar} {progress.done:>4.0%}  {figures.duration(progress.remaining_s)} left · {case}{progress.now}"
 
 
-def rate_trends(session: Session) -> tuple[Trend, ...]:
+def rate_trends(session: AnySession) -> tuple[Trend, ...]:
     """One trend for each implementation of the plan, with a word where there are no points."""
     index = session.case_number
     rows = session.record.cases[index].rows if index is not None else {}

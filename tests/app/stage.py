@@ -6,7 +6,7 @@ from datetime import datetime
 
 from attention import events as on
 from attention.device import Device
-from attention.record import Record
+from attention.models.record import record_of
 from attention.report import Environment, Peaks
 from attention.route import Route
 from fatui.advisor import Answer
@@ -43,7 +43,7 @@ class ScriptedEngine:
     """Has what the app needs of an engine, and does only what a test says."""
 
     def __init__(self, plan, listener):
-        self.record = Record(plan)
+        self.record = record_of(plan)
         self.process_id = None
         self.stopped = False
         self.breaks_with = None

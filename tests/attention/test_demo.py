@@ -1,74 +1,229 @@
-"""Demo tries what fits, keeps the fastest, and says so."""
+"""Demo tries what fits, keeps the fastest that is accurate, remembers it, and says so."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
 
 import mlx.core as mx
 import pytest
 from attention_examples import CPU
 from msgspec import structs
+from tuning_examples import Broken, FakeTime, Timed, Wrong
 
-from attention.implementations.demo import Demo, fastest
+from attention import events as on
+from attention.device import probe
+from attention.implementations.baseline import Baseline
+from attention.implementations.practical import Practical
+from attention.implementations.protocol import Implementation
 from attention.implementations.runner import make_inputs, runner_for
 from attention.masks import Mask
 from attention.route import PLAIN
+from attention.tuning import news
+from attention.tuning.candidates import candidates, fitting
+from attention.tuning.demo import Demo
+from attention.tuning.store import Store
+from attention.tuning.task import Check, Task
 from attention.workload import Workload
 
 WORKLOAD = Workload(seq=32, heads=2, head_dim=8, dtype="float32")
+Heard = list[on.TuningEvent | on.Message]
 
 
-def sleeping(seconds: float, calls: list[float]) -> Callable[[], None]:
-    def call() -> None:
-        calls.append(seconds)
-        time.sleep(seconds)
-
-    return call
-
-
-def failing() -> None:
-    raise RuntimeError("out of memory")
+@pytest.fixture
+def heard() -> Iterator[Heard]:
+    events: Heard = []
+    with news.heard_by(events.append):
+        yield events
 
 
-def test_the_fastest_wins_and_the_hopeless_is_called_once() -> None:
-    calls: list[float] = []
-    chosen = fastest({"slow": sleeping(0.05, calls), "fast": sleeping(0.005, calls), "broken": failing})
-    assert chosen == "fast"
-    assert calls.count(0.05) == 1
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "tuning.toml")
 
 
-def test_when_nothing_runs_it_says_so() -> None:
-    with pytest.raises(RuntimeError, match="none of a, b could be run"):
-        fastest({"a": failing, "b": failing})
+def make(store: Store, **among: Implementation) -> Demo:
+    return Demo(store=store, among=among or None, budget_s=0.1)
 
 
-def test_the_route_tells_before_and_after_the_trial() -> None:
-    demo = Demo()
+def call(demo: Demo, workload: Workload = WORKLOAD, mask: Mask | None = None) -> mx.array:
+    q, k, v = make_inputs(workload, 0)[:3]
+    return demo(q, k, v, scale=0.5, mask=mask or Mask())
+
+
+def test_the_route_tells_before_and_after_the_trial(store: Store) -> None:
+    demo = make(store)
     assert demo.route(WORKLOAD, CPU).path == "not tried yet"
-    q, k, v = make_inputs(WORKLOAD, 0)
-    demo(q, k, v, scale=0.5, mask=Mask())
-    route = demo.route(WORKLOAD, CPU)
+    call(demo)
+    device = probe()
+    route = demo.route(WORKLOAD, device)
     assert route.path.startswith("tuned: ")
     assert len(route.path) <= 22
 
 
-def test_the_runner_tries_the_pass_that_it_runs() -> None:
-    demo = Demo()
+def test_the_fastest_is_kept_and_called_from_then_on(store: Store, heard: Heard) -> None:
+    slow, fast = Timed("slow", 0.004), Timed("fast", 0.001)
+    demo = make(store, slow=slow, fast=fast)
+    call(demo)
+    before = slow.calls
+    for _ in range(10):
+        call(demo)
+    assert slow.calls == before
+    tuned = next(event for event in heard if isinstance(event, on.Tuned))
+    assert (tuned.winner, tuned.runner_up) == ("fast", "slow")
+    assert isinstance(heard[0], on.TrialStarted)
+
+
+def test_another_process_needs_no_trial(store: Store, heard: Heard) -> None:
+    call(make(store, a=Timed("a", 0.001), b=Timed("b", 0.003)))
+    heard.clear()
+    again = Timed("a", 0.001)
+    call(make(Store(store.path), a=again, b=Timed("b", 0.0)))
+    assert again.calls == 1
+    assert heard == []
+
+
+def test_a_candidate_that_was_never_tried_makes_a_new_trial(store: Store) -> None:
+    call(make(store, a=Timed("a", 0.003)))
+    newcomer = Timed("b", 0.0)
+    call(make(Store(store.path), a=Timed("a", 0.003), b=newcomer))
+    assert newcomer.calls > 0
+    assert store.entries()[0].winner == "b"
+
+
+def test_an_inaccurate_winner_falls_out_with_a_message(store: Store, heard: Heard) -> None:
+    call(make(store, wrong=Wrong("wrong", 0.0), right=Timed("right", 0.002)))
+    assert store.entries()[0].winner == "right"
+    warnings = [event.text for event in heard if isinstance(event, on.Message)]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("demo: wrong is out for ")
+    assert "inaccurate: output:" in warnings[0]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("shape", [(32,), (32, 1), (32, 32), (1, 2, 1, 32), (1, 1, 32, 32), (1, 2, 32, 32)], ids=str)
+def test_accuracy_is_checked_with_array_masks_and_softcaps_too(
+    store: Store, shape: tuple[int, ...], softcap: float | None
+) -> None:
+    class Off(Baseline):
+        def __call__(self, *arrays: mx.array, **further: object) -> mx.array:
+            return super().__call__(*arrays, **further) * 1.05  # type: ignore[arg-type]
+
+    demo = make(store, right=Baseline(), off=Off())
+    q, k, v = make_inputs(WORKLOAD, 0)
+    mask = Mask(array=mx.random.normal(shape, key=mx.random.key(1)) > -0.5)
+    task = Task(workload=WORKLOAD, inputs=[q, k, v], scale=0.5, mask=mask, softcap=softcap)
+    for name, wrong in (("right", False), ("off", True)):
+        assert bool(Check(task).error(demo.candidates[name])[1]) == wrong
+
+
+def test_what_cannot_run_falls_out_with_a_message(store: Store, heard: Heard) -> None:
+    call(make(store, broken=Broken(), works=Baseline()))
+    assert store.entries()[0].winner == "works"
+    assert any(isinstance(each, on.Message) and "broken is out" in each.text for each in heard)
+
+
+def test_the_runner_tries_the_pass_that_it_runs_before_the_clock_starts(store: Store) -> None:
+    device = probe()
+    demo = make(store)
     training = structs.replace(WORKLOAD, pass_="training")
     runner = runner_for(demo, training, make_inputs(training, 0), 0.5)
-    assert demo.route(training, CPU).path == "not tried yet"
+    assert demo.route(training, device).path.startswith("tuned: ")
     assert len(runner.results()) == 4
-    assert demo.route(training, CPU).path.startswith("tuned: ")
-    assert demo.route(WORKLOAD, CPU).path == "not tried yet"
+    assert demo.route(WORKLOAD, device).path == "not tried yet"
+
+
+def test_calls_may_be_taken_as_training(store: Store) -> None:
+    demo = Demo(store=store, pass_="training", budget_s=0.1)
+    call(demo)
+    assert [entry.workload.pass_ for entry in store.entries()] == ["training"]
 
 
 def test_what_is_predicted_not_to_fit_is_never_tried() -> None:
     tight = structs.replace(CPU, available_bytes=1)
-    assert Demo()._fitting(WORKLOAD, tight, PLAIN) == ["practical"]
+    assert fitting(candidates(), WORKLOAD, tight, PLAIN) == ["practical"]
 
 
-def test_while_a_function_is_traced_the_routes_decide() -> None:
-    demo = Demo()
+def test_block_sizes_are_candidates_where_they_differ() -> None:
+    long = Workload(seq=2048, mask="causal")
+    assert {"practical", "practical 8 MiB"} <= set(fitting(candidates(), long, CPU, PLAIN))
+    assert not [name for name in fitting(candidates(), WORKLOAD, CPU, PLAIN) if name.startswith("practical")]
+
+
+def test_a_function_traced_before_any_trial_goes_by_the_routes(store: Store) -> None:
+    demo = make(store, practical=Practical(), other=Timed("other", 0.0))
     q, k, v = make_inputs(WORKLOAD, 0)
     traced = mx.compile(lambda q, k, v: demo(q, k, v, scale=0.5, mask=Mask()))
     mx.eval(traced(q, k, v))
-    assert demo.route(WORKLOAD, CPU).path == "not tried yet"
+    assert store.entries() == []
+
+
+def test_a_function_traced_later_gets_the_tuned_choice(store: Store) -> None:
+    call(make(store, slow=Timed("slow", 0.004), fast=Timed("fast", 0.0)))
+    slow, fast = Timed("slow", 0.0), Timed("fast", 0.0)
+    demo = make(Store(store.path), slow=slow, fast=fast)
+    q, k, v = make_inputs(WORKLOAD, 0)
+    traced = mx.compile(lambda q, k, v: demo(q, k, v, scale=0.5, mask=Mask()))
+    mx.eval(traced(q, k, v))
+    assert (fast.calls, slow.calls) == (1, 0)
+
+
+def test_tracing_many_layers_never_looks(store: Store) -> None:
+    demo = make(store, a=Timed("a", 0.0), b=Timed("b", 0.003))
+    q, k, v = make_inputs(WORKLOAD, 0)
+    call(demo)
+
+    def layers(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        for _ in range(100):
+            q = demo(q, k, v, scale=0.5, mask=Mask())
+        return q
+
+    mx.eval(mx.compile(layers)(q, k, v))
+
+
+def test_gradients_flow_through_calls_that_are_looked_at(store: Store) -> None:
+    demo = make(store, a=Timed("a", 0.0), b=Timed("b", 0.003))
+    q, k, v = make_inputs(WORKLOAD, 0)
+    loss = mx.grad(lambda q: demo(q, k, v, scale=0.5, mask=Mask()).sum())
+    expected = mx.grad(lambda q: Baseline()(q, k, v, scale=0.5, mask=Mask()).sum())(q)
+    for _ in range(40):
+        assert mx.allclose(loss(q), expected, atol=1e-5)
+
+
+def test_dispatch_costs_less_than_5_us(store: Store) -> None:
+    demo = make(store)
+    q, k, v = make_inputs(Workload(seq=64, heads=8, head_dim=32), 0)
+    mask = Mask(causal=True)
+    demo(q, k, v, scale=0.5, mask=mask)
+    (standing,) = demo._keys.values()
+    pairs = []
+    for number in range(4000):
+        took = {}
+        for one in (demo, standing.call) if number % 2 else (standing.call, demo):
+            started = time.perf_counter()
+            out = one(q, k, v, scale=0.5, mask=mask)
+            took[one is demo] = time.perf_counter() - started
+            del out
+        pairs.append(took[True] - took[False])
+    assert median(pairs) < 5e-6, f"{median(pairs) * 1e6:.2f} us"
+
+
+def test_what_looks_cost_is_bounded_by_the_clock(store: Store) -> None:
+    clock = FakeTime()
+    demo = Demo(store=store, among={"a": Timed("a", 1e-6, clock)}, clock=clock)
+    q, k, v = make_inputs(WORKLOAD, 0)
+    looks = 0
+    before = demo._look
+
+    def counted(*arguments: object) -> mx.array:
+        nonlocal looks
+        (standing,) = demo._keys.values()
+        was = standing.looked_s
+        out = before(*arguments)  # type: ignore[arg-type]
+        looks += standing.looked_s != was
+        return out
+
+    demo._look = counted  # type: ignore[method-assign]
+    for _ in range(5000):
+        demo(q, k, v, scale=0.5, mask=Mask())
+    assert 1 <= looks <= 2  # 5000 calls of 1 us are one rest of 5 ms

@@ -1,0 +1,227 @@
+"""Runs a model that generates: every implementation in it, phase by phase and prompt by prompt, told as events."""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+from msgspec import Struct
+
+from attention import events as on
+from attention.case_runner import CaseRunner
+from attention.device import Device, probe
+from attention.measure.clock import take_sample
+from attention.measure.prepare import SLOW_CALL_S
+from attention.measure.rounds import FEWEST_ROUNDS, Arm
+from attention.models import configuration
+from attention.models.arm import Layers, ModelArm
+from attention.models.fitting import Needed
+from attention.models.generation import PREFILL_STEP, DecodeRun, PrefillRun, Prompts
+from attention.models.network import Network
+from attention.models.replacing import Calls, replaced
+from attention.models.workloads import Generation
+from attention.plan import GenerationPlan
+from attention.workload import Workload
+
+TOLERANCE: Final = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
+"""Root mean square difference of logits from the reference's, relative to theirs, that rounding alone may make."""
+LEAD_IN_S: Final = 0.25
+"""A call that takes longer finds its own clocks and power soon enough, without an untimed one before it."""
+LONG_S: Final = 120.0
+"""Whoever has to wait longer for a case is told what would shorten it."""
+ADVISED_LAYERS: Final = 4
+
+
+class Setting(Struct, eq=False):
+    """What all implementations of a case share."""
+
+    case: Generation
+    layers: Layers
+    run: PrefillRun | DecodeRun
+    short: PrefillRun | DecodeRun | None
+    base_bytes: int
+    further_bytes: int
+    lead_in: bool
+    logits: mx.array | None = None
+    """The reference's."""
+
+
+class GenerationBench(CaseRunner[GenerationPlan]):
+    """One worker's share of a run of one model."""
+
+    def _prepare_all(self, device: Device) -> None:
+        first = self._plan.cases[0]
+        self._configuration = configuration.find(first.model)
+        self._network = Network(self._configuration, first.dtype, first.measured_layers, self._plan.seed)
+        self._limit = self._plan.memory_limit_bytes or device.available_bytes
+        self._made = False
+
+    def _run_case(self, case: int) -> str:
+        work = self._plan.cases[case]
+        device = probe()
+        self._teller.emit(on.WeightsMade(case=case, weights_bytes=self._network.weights_bytes))
+        names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, work, device)]
+        if not names:
+            return "nothing to run"
+        self._teller.at_rest()
+        try:
+            setting = self._setting(work, device)
+        except Exception as error:  # no memory for the weights, say
+            for name in names:
+                self._fail(name, error)
+            return "failed"
+        self._build([name for name in names if self._needs_building(name, self._layer(work), device)])
+        if work.phase == "prefill" and not work.estimated and work.layers > ADVISED_LAYERS:
+            self._look_ahead(work, len(names))
+        arms: list[ModelArm] = []
+        for name in names:
+            arm = self._prepare(name, setting)
+            if arm is not None:
+                arms.append(arm)
+                self._expect(arm, len(names) - names.index(name))
+        if not arms:
+            return "failed"
+        return self._run_rounds(arms, self._plan.seconds, beside=[_arm(on.WITHOUT, setting, arms[0].call_s)])
+
+    def _layer(self, work: Generation) -> Workload:
+        """What a layer asks of attention: a prefill at its largest, a decode at its first token."""
+        if work.phase == "decode":
+            length = work.prompt + 1
+            return self._configuration.workload("decode", work.dtype, batch=work.batch, seq=1, kv_seq=length)
+        seq = min(work.prompt - 1, PREFILL_STEP)
+        return self._configuration.workload("forward", work.dtype, batch=work.batch, seq=seq, kv_seq=work.prompt - 1)
+
+    def _is_to_run(self, name: str, work: Generation, device: Device) -> bool:
+        """Asks an implementation for its route; ends its row where it does not take the case, or will not fit."""
+        route = self._taken_route(name, self._layer(work), device)
+        if route is None:
+            return False
+        needed = Needed.of(self._configuration, work, self._network, route.predicted_bytes or 0)
+        if needed.whole > self._limit and not self._plan.force:
+            self._teller.end_row(name, "refused", needed.refusal(self._limit, work))
+            return False
+        return True
+
+    def _setting(self, work: Generation, device: Device) -> Setting:
+        """Makes the weights, the prompts, and for decoding the cache that they leave, with mlx-lm's own attention."""
+        if not self._made:
+            self._teller.progress(f"making {work.model}: {self._network.own_bytes / 2**30:.3g} GiB")
+            self._network.make()
+            self._made = True
+        base = mx.get_active_memory()
+        prompts = self._prompts(work)
+        many = self._network.layers
+        few = max(1, many // 2) if work.estimated else many
+        run = self._runs(work, prompts)
+        return Setting(
+            case=work,
+            layers=Layers(few, many, work.layers, unfinished=int(work.phase == "prefill")),
+            run=run(many),
+            short=run(few) if work.estimated else None,
+            base_bytes=base,
+            further_bytes=self._configuration.cache_bytes(work.layers - many, work.batch, work.prompt, work.dtype),
+            lead_in=device.backend != "cpu" and work.phase == "prefill",
+        )
+
+    def _prompts(self, work: Generation) -> Prompts:
+        return Prompts(work, int(self._configuration.fields.get("vocab_size", 256)), self._plan.seed)
+
+    def _runs(self, work: Generation, prompts: Prompts) -> Callable[[int], PrefillRun | DecodeRun]:
+        """Makes runs for numbers of layers."""
+        if work.phase == "prefill":
+            return lambda layers: PrefillRun(self._network, prompts, layers)
+        self._teller.progress("taking the prompt in")
+        cache = make_prompt_cache(self._network.model)
+        token = mx.argmax(prompts.take_in(self._network.model, cache), axis=-1)
+        mx.eval(token)
+        return lambda layers: DecodeRun(self._network, cache, token, work.generate, layers)
+
+    def _prepare(self, name: str, setting: Setting) -> ModelArm | None:
+        try:
+            return self._prepared(name, setting)
+        except Exception as error:
+            self._fail(name, error)
+            return None
+
+    def _prepared(self, name: str, setting: Setting) -> ModelArm:
+        """The first run, with what is counted and compared in it, and one more to warm up."""
+        teller = self._teller
+        teller.step(name, "first call")
+        calls = Calls(name)
+        with replaced(name):
+            started = time.perf_counter()
+            logits = setting.run.results()[0]
+            call_s = time.perf_counter() - started
+        teller.emit(on.FirstCall(case=teller.case, implementation=name, seconds=call_s))
+        teller.emit(calls.event(teller.case))
+        self._compare(name, logits, setting)
+        # One that chooses on first use knows its path only now.
+        self._taken_route(name, self._layer(setting.case), probe())
+        if call_s < SLOW_CALL_S or setting.case.phase == "decode":
+            teller.step(name, "warm up")
+            with replaced(name):
+                started = time.perf_counter()
+                setting.run.wait(setting.run.queue())
+                call_s = time.perf_counter() - started
+        return _arm(name, setting, call_s)
+
+    def _compare(self, name: str, logits: mx.array, setting: Setting) -> None:
+        """Compares the first token's logits with those of the first implementation that ran."""
+        logits = logits.astype(mx.float32)
+        if setting.logits is None:
+            setting.logits = logits
+        spread = mx.sqrt(mx.mean(mx.square(setting.logits)))
+        difference = mx.abs(logits - setting.logits)
+        rms = float(mx.sqrt(mx.mean(mx.square(difference))) / spread)
+        largest = float(mx.max(difference))
+        allowed = TOLERANCE[setting.case.dtype]
+        self._teller.emit(
+            on.Checked(
+                case=self._teller.case,
+                implementation=name,
+                max_error=largest if largest == largest else None,
+                rms_error=rms if rms == rms else None,
+                accurate=rms <= allowed,
+                detail=f"logits: {rms:.2g} of their spread off the reference's, {allowed:g} allowed",
+            )
+        )
+
+    def _look_ahead(self, work: Generation, count: int) -> None:
+        """Times two layers, of which a prefill finishes one, and tells what would shorten a case that takes long."""
+        self._teller.progress("a look at two layers")
+        look = PrefillRun(self._network, self._prompts(work), layers=2)
+        seconds = take_sample(look, 1) * (work.layers - 1) * (count + FEWEST_ROUNDS * (count + 2))
+        if seconds > LONG_S:
+            text = f"the whole model takes {seconds / 60:.0f} minutes or more for this prompt"
+            self._teller.say(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
+
+    def _expect(self, arm: ModelArm, left: int) -> None:
+        """Tells how long the case will still take if all are as fast as this one."""
+        a_round = arm.call_s * (len(self._plan.ordered) + 2)
+        seconds = arm.call_s * (left - 1) + max(self._plan.seconds, FEWEST_ROUNDS * a_round)
+        self._teller.progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)
+
+    def _tell_of(self, arm: Arm) -> None:
+        assert isinstance(arm, ModelArm)
+        case = self._teller.case
+        if arm.peak_bytes is not None:
+            self._teller.emit(on.MemoryMeasured(case=case, implementation=arm.name, peak_bytes=arm.peak_bytes))
+        if arm.short and arm.many_s:
+            event = on.LayersTimed(case=case, implementation=arm.name, layer_s=arm.layer_s, fixed_s=arm.fixed_s)
+            self._teller.emit(event)
+
+
+def _arm(name: str, setting: Setting, call_s: float) -> ModelArm:
+    return ModelArm(
+        name=name,
+        implementation=name,
+        runner=setting.run,
+        call_s=call_s,
+        lead_in=setting.lead_in and call_s < LEAD_IN_S,
+        short=setting.short,
+        layers=setting.layers,
+        steps=setting.case.generate if setting.case.phase == "decode" else 1,
+        base_bytes=setting.base_bytes,
+        further_bytes=setting.further_bytes,
+    )

@@ -1,0 +1,111 @@
+"""Models by name or folder: their shapes, read without MLX and without mlx-lm."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, cast
+
+from msgspec import Struct
+
+from attention.errors import NoBackendError, UsageError, suggestion
+from attention.workload import ITEM_BYTES, DType, Pass, Workload
+
+FILE: Final = Path(__file__).with_name("configurations.toml")
+SHAPES: Final = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+INSTALL: Final = "models need mlx-lm, which is not installed: pip install 'fatui[models]'"
+
+
+class Configuration(Struct, frozen=True):
+    """A model's shapes."""
+
+    name: str
+    """A name of configurations.toml, or the folder as it was given."""
+    fields: Mapping[str, Any]
+    """As config.json has them."""
+    folder: Path | None = None
+    """Where its weights are; None for random ones."""
+
+    @property
+    def layers(self) -> int:
+        """Layers of the whole model."""
+        return int(self.fields["num_hidden_layers"])
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return int(self.fields["num_attention_heads"])
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return int(self.fields.get("num_key_value_heads") or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return int(self.fields.get("head_dim") or self.fields["hidden_size"] // self.heads)
+
+    def workload(self, pass_: Pass, dtype: DType, *, batch: int, seq: int, kv_seq: int | None = None) -> Workload:
+        """What one layer asks of attention."""
+        return Workload(
+            batch=batch,
+            seq=seq,
+            kv_seq=kv_seq or seq,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=dtype,
+            mask="none" if pass_ == "decode" else "causal",
+            pass_=pass_,
+        )
+
+    def cache_bytes(self, layers: int, batch: int, length: int, dtype: DType) -> int:
+        """Bytes of the keys and values that generation keeps."""
+        return 2 * layers * batch * self.kv_heads * length * self.head_dim * ITEM_BYTES[dtype]
+
+    def working_bytes(self, tokens: int, dtype: DType) -> int:
+        """Bytes of what one layer has in memory at once besides attention, about: its MLP's three and a few more."""
+        wide, narrow = self.fields.get("intermediate_size", 0), self.fields["hidden_size"]
+        return tokens * (3 * int(wide) + 6 * int(narrow)) * ITEM_BYTES[dtype]
+
+
+@cache
+def _bundled() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(FILE.read_text(encoding="utf-8"))
+
+
+def names() -> tuple[str, ...]:
+    """The models that need no download."""
+    return tuple(_bundled())
+
+
+def find(model: str) -> Configuration:
+    """Returns the model of a name or of a folder of mlx-lm's.
+
+    Raises:
+        UsageError: there is none, or its config.json lacks a shape.
+    """
+    if model in _bundled():
+        return Configuration(model, _bundled()[model])
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        known = ", ".join(names())
+        raise UsageError(f"model: got '{model}'; it takes {known}, or an mlx-lm folder{suggestion(model, names())}")
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    missing = [name for name in SHAPES if type(fields.get(name)) is not int] if isinstance(fields, dict) else SHAPES
+    if missing:
+        raise UsageError(f"model: {path} has no {', '.join(missing)}")
+    return Configuration(model, cast("dict[str, Any]", fields), folder)
+
+
+def check_mlx_lm() -> None:
+    """Raises NoBackendError, saying how to get it, unless mlx-lm is installed."""
+    if find_spec("mlx_lm") is None:
+        raise NoBackendError(INSTALL)

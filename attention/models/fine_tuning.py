@@ -1,0 +1,166 @@
+"""Runs fine-tunings: one implementation after the other on the same batches, the first of them twice."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Final
+
+import mlx.core as mx
+
+from attention import events as on
+from attention.case_runner import CaseRunner
+from attention.device import Device, probe
+from attention.models import configuration, text
+from attention.models.network import Network
+from attention.models.replacing import Calls, replaced
+from attention.models.training import fine_tune
+from attention.models.workloads import FineTuning
+from attention.plan import FineTuningPlan
+from attention.workload import Workload
+
+AGAIN_SHARE: Final = 4
+FEWEST_AGAIN: Final = 10
+"""The reference's second fine-tuning, the noise floor, makes a quarter of the iterations, but at least ten."""
+LOGIT_BYTES: Final = 12
+"""Of each entry of the logits: in the model's type, in float32, and their gradient."""
+
+
+class FineTuningBench(CaseRunner[FineTuningPlan]):
+    """One worker's share of a run of fine-tunings."""
+
+    def _prepare_all(self, device: Device) -> None:
+        first = self._plan.cases[0]
+        self._configuration = configuration.find(first.model)
+        self._tokens = text.tokenizer_of(self._configuration).encode(text.read(first.data))
+        self._network = Network(self._configuration, first.dtype, seed=self._plan.seed)
+        self._limit = self._plan.memory_limit_bytes or device.available_bytes
+        self._made = False
+
+    def _run_case(self, case: int) -> str:
+        work = self._plan.cases[case]
+        device = probe()
+        self._teller.emit(on.WeightsMade(case=case, weights_bytes=self._network.weights_bytes))
+        names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, work, device)]
+        if not names:
+            return "nothing to run"
+        self._teller.at_rest()
+        try:
+            self._make_weights()
+        except Exception as error:
+            for name in names:
+                self._fail(name, error)
+            return "failed"
+        self._build([name for name in names if self._needs_building(name, self._layer(work), device)])
+        return self._train_all(names, work)
+
+    def _layer(self, work: FineTuning) -> Workload:
+        return self._configuration.workload("training", work.dtype, batch=work.batch, seq=work.seq)
+
+    def _is_to_run(self, name: str, work: FineTuning, device: Device) -> bool:
+        route = self._taken_route(name, self._layer(work), device)
+        if route is None:
+            return False
+        needed = self._needed(work) + (route.predicted_bytes or 0)
+        if needed > self._limit and not self._plan.force:
+            reason = f"needs about {needed / 2**30:.4g} GiB of {self._limit / 2**30:.4g}"
+            self._teller.end_row(name, "refused", f"{reason}; a smaller --batch or --seq needs less")
+            return False
+        return True
+
+    def _needed(self, work: FineTuning) -> int:
+        """Bytes of weights, of what is kept for the gradient, and of the logits; attention's own come on top."""
+        kept = work.tuned_layers * self._configuration.working_bytes(work.tokens, work.dtype)
+        logits = work.tokens * int(self._configuration.fields.get("vocab_size", 0)) * LOGIT_BYTES
+        return self._network.weights_bytes + kept + logits
+
+    def _make_weights(self) -> None:
+        if not self._made:
+            self._teller.progress(f"making {self._network.weights_bytes / 2**30:.3g} GiB of weights")
+            self._network.make()
+            self._made = True
+
+    def _train_all(self, names: list[str], work: FineTuning) -> str:
+        self._warm_up(work)
+        self._began, self._done, self._total = time.perf_counter(), 0, work.iters * len(names) + _iterations_again(work)
+        reference, complete = None, True
+        for name in names:
+            done = self._train(name, work)
+            complete = complete and done is not False
+            if done is not None and reference is None:
+                reference = name
+                self._teller.emit(on.ReferenceChosen(case=self._teller.case, implementation=name))
+        if reference is None:
+            return "failed"
+        self._train_again(reference, work)
+        return "iterations" if complete else "time"
+
+    def _warm_up(self, work: FineTuning) -> None:
+        """One iteration with mlx-lm's own attention, so that what all compile is not the first one's to wait for."""
+        self._teller.progress("compiling what all share")
+        try:
+            self._fine_tune(work, 1, lambda loss, seconds: None)
+        except Exception as error:
+            self._teller.say(f"mlx-lm's own attention cannot be fine-tuned here: {type(error).__name__}: {error}")
+
+    def _train(self, name: str, work: FineTuning) -> bool | None:
+        """Fine-tunes with an implementation; says whether all iterations were made, None where it failed."""
+        self._teller.step(name, "training")
+        calls, base = Calls(name), mx.get_active_memory()
+        mx.reset_peak_memory()  # sets the peak to 0, not to what is active
+        try:
+            with replaced(name):
+                complete = self._fine_tune(work, work.iters, self._told(name, work.iters))
+        except Exception as error:
+            self._fail(name, error)
+            return None
+        case, peak = self._teller.case, max(0, mx.get_peak_memory() - base)
+        self._teller.emit(calls.event(case))
+        self._teller.emit(on.MemoryMeasured(case=case, implementation=name, peak_bytes=peak))
+        self._taken_route(name, self._layer(work), probe())  # one that chooses on first use knows its path only now
+        mx.clear_cache()
+        return complete
+
+    def _train_again(self, reference: str, work: FineTuning) -> None:
+        """The reference once more, after all others: what it differs from itself by is the noise floor."""
+        self._teller.at_rest()
+        iters = _iterations_again(work)
+        try:
+            with replaced(reference):
+                self._fine_tune(work, iters, self._told(on.AGAIN, iters))
+        except Exception as error:
+            self._teller.say(f"{reference} could not be repeated, so there is no noise floor: {error}")
+
+    def _fine_tune(self, work: FineTuning, iters: int, told: Callable[[float, float], None]) -> bool:
+        data = text.sequences(self._tokens, work.seq, least=work.batch)
+        return fine_tune(
+            self._network, work, data, iters=iters, seconds=self._plan.seconds, seed=self._plan.seed, told=told
+        )
+
+    def _told(self, name: str, iters: int) -> Callable[[float, float], None]:
+        count = 0
+
+        def told(loss: float, seconds: float) -> None:
+            nonlocal count
+            count += 1
+            self._teller.emit(
+                on.IterationDone(
+                    case=self._teller.case,
+                    implementation=name,
+                    number=count,
+                    loss=loss if math.isfinite(loss) else None,
+                    seconds=seconds,
+                    active_bytes=mx.get_active_memory(),
+                    peak_bytes=mx.get_peak_memory(),
+                )
+            )
+            self._done += 1
+            rate = f"loss {loss:.3f}, {1 / seconds:.3g} it/s"
+            each_s = (time.perf_counter() - self._began) / self._done
+            left_s = each_s * (self._total - self._done)
+            self._teller.progress(f"{name}: iteration {count} of {iters}, {rate}", left_s)
+
+        return told
+
+
+def _iterations_again(work: FineTuning) -> int:
+    return min(work.iters, max(FEWEST_AGAIN, work.iters // AGAIN_SHARE))

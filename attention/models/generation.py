@@ -1,0 +1,118 @@
+"""A prompt taken in and tokens made after it, step by step as mlx-lm's generate_step does it, for any batch."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import mlx.core as mx
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+from attention.models.network import Network
+from attention.models.workloads import Generation
+
+PREFILL_STEP: Final = 2048
+"""Tokens that mlx-lm takes in at once."""
+Logits = mx.array
+
+
+class Prompts:
+    """The prompts of a case, random and seeded: (batch, length)."""
+
+    def __init__(self, case: Generation, vocabulary: int, seed: int) -> None:
+        """Makes them."""
+        self.tokens = mx.random.randint(0, vocabulary, (case.batch, case.prompt), key=mx.random.key(seed))
+        mx.eval(self.tokens)
+
+    def take_in(self, model: Any, cache: list[Any]) -> Logits:
+        """Fills a cache, and returns the logits of the first token after the prompts: (batch, vocabulary).
+
+        All tokens but the last only leave their keys and values; what a last layer would compute beyond them, mlx-lm
+        does not ask for, and MLX does not compute.
+        """
+        last = self.tokens.shape[1] - 1
+        for start in range(0, last, PREFILL_STEP):
+            model(self.tokens[:, start : min(start + PREFILL_STEP, last)], cache=cache)
+            mx.eval([each.state for each in cache])
+            mx.clear_cache()
+        return _next_logits(model, cache, self.tokens[:, last])
+
+
+def _next_logits(model: Any, cache: list[Any], token: mx.array) -> Logits:
+    logits: mx.array = model(token[:, None], cache=cache)[:, -1]
+    return logits
+
+
+class PrefillRun:
+    """Takes the prompts in, with a cache of its own each time."""
+
+    def __init__(self, network: Network, prompts: Prompts, layers: int) -> None:
+        """Binds the model's first layers to the prompts."""
+        self._network, self._prompts, self._layers = network, prompts, layers
+
+    def queue(self) -> list[mx.array]:
+        """Queues the last step; those before it are waited for, one by one."""
+        with self._network.shortened(self._layers) as model:
+            return [self._prompts.take_in(model, make_prompt_cache(model))]
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluates the logits."""
+        mx.eval(outputs)
+
+    def results(self) -> list[mx.array]:
+        """Runs once and returns the logits of the first token."""
+        outputs = self.queue()
+        self.wait(outputs)
+        return outputs
+
+    def peak_bytes(self) -> int | None:
+        """Not known here: the rounds measure it."""
+
+
+class DecodeRun:
+    """Makes tokens greedily after the prompts; the next step is queued before a token is read, as mlx-lm does."""
+
+    def __init__(self, network: Network, cache: list[Any], token: mx.array, steps: int, layers: int) -> None:
+        """Binds the model's first layers to a filled cache.
+
+        Args:
+            network: the model.
+            cache: keys and values of the prompts, which is left as it was found where it can be trimmed.
+            token: (batch,), the one to begin with.
+            steps: tokens to make.
+            layers: how many run.
+        """
+        self._network, self._cache, self._token = network, cache[:layers], token
+        self._steps, self._layers = steps, layers
+
+    def queue(self) -> list[mx.array]:
+        """Makes all tokens; the last one is read, so that nothing is left to wait for."""
+        with self._network.shortened(self._layers) as model:
+            token = self._queued(model, self._token)
+            for left in reversed(range(self._steps)):
+                following = self._queued(model, token) if left else token
+                token.tolist()
+                token = following
+        self._trim(self._steps)
+        return [token]
+
+    def _queued(self, model: Any, token: mx.array) -> mx.array:
+        following = mx.argmax(_next_logits(model, self._cache, token), axis=-1)
+        mx.async_eval(following)  # type: ignore[no-untyped-call]
+        return following
+
+    def _trim(self, count: int) -> None:
+        if can_trim_prompt_cache(self._cache):
+            trim_prompt_cache(self._cache, count)
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Nothing is left to wait for."""
+
+    def results(self) -> list[mx.array]:
+        """Runs one step and returns its logits."""
+        with self._network.shortened(self._layers) as model:
+            logits = _next_logits(model, self._cache, self._token)
+            mx.eval(logits)
+        self._trim(1)
+        return [logits]
+
+    def peak_bytes(self) -> int | None:
+        """Not known here: the rounds measure it."""

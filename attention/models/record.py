@@ -1,0 +1,181 @@
+"""Rows of models, from what was told of them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+from msgspec import structs
+
+from attention import statistics
+from attention.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
+from attention.record import UNITY, AnyRecord, CaseRecord, Measured, Record, RunRecord, timed_row
+from attention.report import (
+    FineTuningCase,
+    FineTuningRow,
+    ModelCase,
+    ModelRow,
+    NoiseFloor,
+    Ratio,
+    Report,
+    Row,
+    Run,
+    Share,
+)
+
+LOSS_TOLERANCE: Final = {"float32": 3e-4, "float16": 3e-3, "bfloat16": 3e-3}
+"""Difference of a loss from the reference's, relative to it, that rounding may make at the start of a fine-tuning."""
+GROWTH: Final = 10
+"""Iterations after which it may be twice that, and so on: each step begins where rounding has led the last one."""
+
+
+def record_of(plan: AnyPlan) -> AnyRecord:
+    """An empty record for a plan of any kind."""
+    match plan:
+        case GenerationPlan():
+            return GenerationRecord(plan)
+        case FineTuningPlan():
+            return FineTuningRecord(plan)
+        case Plan():
+            return Record(plan)
+
+
+class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
+    """The state of a run of a model that generates."""
+
+    def report(self, run: Run) -> Report:
+        """Makes the report of what is known so far; cases that have nothing to show yet are left out."""
+        cases = tuple(self.case(index) for index in range(len(self.cases)))
+        shown = tuple(case for case in cases if case.rows)
+        return Report(run=run, environment=self.environment, peaks=self.peaks, models=shown)
+
+    def case(self, index: int) -> ModelCase:
+        """Makes the rows of one case from what is known so far."""
+        work, record = self.plan.cases[index], self.cases[index]
+        reference = record.rows[record.reference].samples if record.reference else []
+        floor = statistics.noise_floor(reference, record.again)
+        throttled = statistics.drifted(reference, floor.floor) if floor else None
+        rows = []
+        for name, measured in record.rows.items():
+            speedup = UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor)
+            row = timed_row(measured, record, tokens=work.tokens, speedup=speedup, throttled=throttled)
+            if row is not None:
+                rows.append(_model_row(row, measured, record))
+        return ModelCase(
+            workload=work,
+            reference=record.reference,
+            noise_floor=floor,
+            weights_bytes=record.weights_bytes,
+            rows=tuple(rows),
+        )
+
+
+def _model_row(row: Row, measured: Measured, record: CaseRecord) -> ModelRow:
+    layers, check = measured.layers, measured.check
+    # The difference of two models' logits is no error against float64, and has a place of its own.
+    fields = {**_fields(row, measured), "max_error": None, "rms_error": None}
+    return ModelRow(
+        **fields,
+        attention_share=None if measured.ended else attention_share(measured.samples, record.without),
+        layer_s=layers.layer_s if layers else None,
+        fixed_s=layers.fixed_s if layers else None,
+        logits_error=check.rms_error if check else None,
+    )
+
+
+def _fields(row: Row, measured: Measured) -> dict[str, Any]:
+    """What both kinds of rows have: all that every row has, and whose calls were replaced."""
+    calls = measured.calls
+    return {
+        **structs.asdict(row),
+        "predicted_bytes": None,  # one call's of attention, and no part of a model's figures
+        "replaced_calls": calls.replaced if calls else None,
+        "passed_on_calls": calls.passed_on if calls else None,
+    }
+
+
+def attention_share(times: Sequence[float], without: Sequence[float]) -> Share | None:
+    """The part of a model's time that it is spared without attention, from paired rounds; None for fewer than two."""
+    logs = statistics.log_ratios(times, without)
+    if len(logs) < 2:
+        return None
+    middle, low, high = (1 - math.exp(-log) for log in statistics.ratio_interval(logs))
+    return Share(value=middle, low=low, high=high)
+
+
+class FineTuningRecord(RunRecord[FineTuningPlan, FineTuningCase]):
+    """The state of a run of fine-tunings."""
+
+    def report(self, run: Run) -> Report:
+        """Makes the report of what is known so far; cases that have nothing to show yet are left out."""
+        cases = tuple(self.case(index) for index in range(len(self.cases)))
+        shown = tuple(case for case in cases if case.rows)
+        return Report(run=run, environment=self.environment, peaks=self.peaks, fine_tunings=shown)
+
+    def case(self, index: int) -> FineTuningCase:
+        """Makes the rows of one case from what is known so far.
+
+        Fine-tunings run one after the other, so their times are not paired: speedups are ratios of two runs.
+        """
+        work, record = self.plan.cases[index], self.cases[index]
+        reference = record.rows[record.reference] if record.reference else None
+        floor = _unpaired_floor(reference.samples, record.again) if reference else None
+        rows = []
+        for name, measured in record.rows.items():
+            speedup = UNITY if name == record.reference else _unpaired(reference, measured, floor)
+            row = timed_row(measured, record, tokens=work.tokens, speedup=speedup, throttled=None)
+            if row is not None:
+                rows.append(_tuning_row(row, measured, reference, LOSS_TOLERANCE[work.dtype]))
+        return FineTuningCase(
+            workload=work,
+            reference=record.reference,
+            noise_floor=floor,
+            weights_bytes=record.weights_bytes,
+            rows=tuple(rows),
+        )
+
+
+def _unpaired_floor(first: Sequence[float], second: Sequence[float]) -> NoiseFloor | None:
+    ratio = statistics.unpaired_ratio(first, second)
+    if ratio is None:
+        return None
+    floor = max(ratio.high - 1, 1 / ratio.low - 1, statistics.SMALLEST_FLOOR)
+    return NoiseFloor(value=ratio.value, low=ratio.low, high=ratio.high, floor=floor)
+
+
+def _unpaired(reference: Measured | None, measured: Measured, floor: NoiseFloor | None) -> Ratio | None:
+    if reference is None:
+        return None
+    return statistics.unpaired_ratio(reference.samples, measured.samples, floor.floor if floor else math.inf)
+
+
+def _tuning_row(row: Row, measured: Measured, reference: Measured | None, tolerance: float) -> FineTuningRow:
+    differences = loss_differences(reference.losses, measured.losses) if reference else []
+    fields = _fields(row, measured)
+    apart = _first_apart(differences, tolerance)
+    if apart is not None and row.status == "ok":
+        fields["status"], fields["reason"] = "inaccurate", apart
+    known = [difference for difference in differences if math.isfinite(difference)]
+    return FineTuningRow(
+        **fields,
+        iterations_per_second=1 / row.call_s.median if row.call_s else None,
+        losses=tuple(measured.losses),
+        loss_difference=max(known) if known and len(known) == len(differences) else None,
+    )
+
+
+def loss_differences(reference: Sequence[float | None], losses: Sequence[float | None]) -> list[float]:
+    """Relative differences of two loss curves, as far as both go; infinite where one is no number."""
+    return [
+        math.inf if first is None or loss is None else abs(loss - first) / max(abs(first), 1e-9)
+        for first, loss in zip(reference, losses, strict=False)
+    ]
+
+
+def _first_apart(differences: Sequence[float], tolerance: float) -> str | None:
+    """Says where a curve first leaves the reference's by more than rounding explains, if it does."""
+    for index, difference in enumerate(differences):
+        allowed = tolerance * (1 + index / GROWTH)
+        if difference > allowed:
+            off = f"{difference:.2%} off the reference's" if math.isfinite(difference) else "no number"
+            return f"the loss of iteration {index + 1} is {off}; {allowed:.2%} is allowed"
+    return None

@@ -1,0 +1,98 @@
+"""One LoRA fine-tuning by mlx-lm's own trainer, told iteration by iteration."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+import numpy as np
+from mlx.optimizers import Adam
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.trainer import TrainingArgs, train
+from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
+
+from attention.models.network import Network
+from attention.models.text import Sequence
+from attention.models.workloads import FineTuning
+
+SCALE: Final = 20.0
+"""mlx-lm's own, as are the kinds of layers that get LoRA weights and the absence of dropout."""
+LEARNING_RATE: Final = 1e-4
+Told = Callable[[float, float], None]
+"""Takes the loss of an iteration, and its seconds."""
+
+
+class OutOfTime(Exception):
+    """A fine-tuning was ended by its limit."""
+
+
+class _Teller(TrainingCallback):
+    """Passes each iteration on, and ends the training when its time is up."""
+
+    def __init__(self, told: Told, seconds: float) -> None:
+        self._told, self._seconds = told, seconds
+        self._end: float | None = None
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        self._told(train_info["train_loss"], 1 / train_info["iterations_per_second"])
+        if self._end is None:
+            self._end = time.perf_counter() + self._seconds  # the first one compiles, and is not what is measured
+        elif time.perf_counter() > self._end:
+            raise OutOfTime
+
+
+def fine_tune(
+    network: Network, work: FineTuning, data: list[Sequence], *, iters: int, seconds: float, seed: int, told: Told
+) -> bool:
+    """Trains new LoRA weights from the seed, on the same batches each time; the model is then as it was.
+
+    Args:
+        network, work, data: the model with its weights, what to do with it, and the sequences to learn.
+        iters: iterations.
+        seconds: after the first iteration, which compiles, at whose end the training ends with the iteration.
+        seed: of the LoRA weights and of the order of the batches.
+        told: takes every iteration.
+
+    Returns whether all iterations were made.
+    """
+    with _lora(network.model, work, seed), tempfile.TemporaryDirectory() as folder, _silence():
+        np.random.seed(seed)  # the trainer draws the order of its batches from here
+        settings = TrainingArgs(
+            batch_size=work.batch,
+            iters=iters,
+            steps_per_report=1,
+            steps_per_save=iters + 1,
+            max_seq_length=work.seq + 1,
+            adapter_file=str(Path(folder) / "adapters.safetensors"),
+        )
+        optimizer = Adam(learning_rate=LEARNING_RATE)
+        try:
+            train(network.model, optimizer, data, args=settings, training_callback=_Teller(told, seconds))
+        except OutOfTime:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _lora(model: Any, work: FineTuning, seed: int) -> Iterator[None]:
+    """The model with LoRA weights that learn, and with all others frozen."""
+    model.freeze()
+    mx.random.seed(seed)
+    linear_to_lora_layers(model, work.tuned_layers, {"rank": work.rank, "scale": SCALE, "dropout": 0.0})
+    mx.eval(model.trainable_parameters())
+    try:
+        yield
+    finally:
+        remove_lora_layers(model)
+        model.eval()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The trainer prints a table of its own, which is told here otherwise."""
+    with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):  # noqa: PTH123
+        yield

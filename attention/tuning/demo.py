@@ -1,0 +1,292 @@
+"""The best of the others for each class of workloads: tried on first use, remembered, and watched while it runs."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal
+
+import mlx.core as mx
+from msgspec import structs
+
+from attention.device import Device, probe
+from attention.implementations.asked import asked_for, here
+from attention.implementations.protocol import Implementation, NeedsBuilding
+from attention.implementations.runner import MlxRunner
+from attention.masks import Mask, of_workload
+from attention.route import PLAIN, Needs, Route
+from attention.tuning.candidates import LEANEST, candidates, fitting
+from attention.tuning.halving import Clock
+from attention.tuning.standing import Standing, evaluated, heir, standing_of
+from attention.tuning.store import Entry, Store
+from attention.tuning.task import Check, Task
+from attention.tuning.trial import NAME, Trial
+from attention.tuning.watch import Watch
+from attention.tuning.workload_class import WorkloadClass, class_of, longest
+from attention.workload import Workload
+
+TRIAL_S: Final = 0.5
+IN_USE: Final = 64
+"""Calls after which a class counts as in use, so that a neighbouring one takes over its choice without a trial."""
+MOST_KEYS: Final = 4096
+SAMPLES_A_LOOK: Final = 8
+"""Of a run's samples, one in so many is looked at: even some microseconds of each would show."""
+
+
+class Demo:
+    """Tries `poc`, `practical`, MLX SDPA plain and compiled, and `baseline`; keeps the best, and keeps watching.
+
+    A call cannot see whether a gradient will be asked of it, and is taken as forward; `Demo(pass_="training")` takes
+    its calls as training, and tries forward and backward together.
+    """
+
+    name = NAME
+
+    def __init__(
+        self,
+        *,
+        pass_: Literal["forward", "training"] = "forward",
+        among: Mapping[str, Implementation] | None = None,
+        store: Store | None = None,
+        budget_s: float = TRIAL_S,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """Knows no workload yet.
+
+        Args:
+            pass_: what calls are tried as.
+            among: the candidates by name, all there are unless given.
+            store: where trials are remembered, the user's file unless given.
+            budget_s: seconds of a trial.
+            clock: in seconds.
+        """
+        self.candidates = dict(candidates() if among is None else among)
+        self.store = store or Store()
+        self._pass = pass_
+        self._budget_s = budget_s
+        self.clock = clock
+        self._keys: dict[object, Standing] = {}
+        self._classes: dict[WorkloadClass, Standing] = {}
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        """What a trial chose; before one, what would be taken where no trial can be made."""
+        standing = self._known(class_of(workload, device, needs), self._fitting(workload, device, needs))
+        if standing is None:
+            route = self.candidates[self._by_routes(workload, device, needs)].route(workload, device, needs)
+            reason = f"tries {', '.join(self.candidates)} on first use, as far as they fit"
+            return structs.replace(route, path="not tried yet", reason=reason)
+        route = self.candidates[standing.name].route(workload, device, needs)
+        return structs.replace(route, path=f"tuned: {standing.name}"[:22], reason=f"fastest in a trial; {route.reason}")
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        """Attends; shapes as in the protocol.
+
+        While a function is traced no trial is made and nothing is timed: what is known is taken, and otherwise what
+        the routes say.
+        """
+        key = _key(q, k, v, mask, softcap)
+        standing = self._keys.get(key)
+        if standing is None:
+            standing = self._admit(key, q, k, v, scale, mask, softcap)
+        standing.calls += 1
+        if standing.calls >= standing.look_at:
+            return self._look(standing, q, k, v, scale, mask, softcap)
+        return standing.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+
+    def needs_building(self, workload: Workload, device: Device) -> bool:
+        """Whether a candidate has to be compiled before a trial is fair."""
+        return any(one.needs_building(workload, device) for one in self._built())
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Compiles what a trial would call."""
+        for one in self._built():
+            one.build(tell)
+
+    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> "DemoRunner":
+        """A bound call; a trial, of the workload's own pass, is made here and now, before anything is timed."""
+        return DemoRunner(self, Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload)))
+
+    def tune(self, task: Task) -> Entry:
+        """Makes a trial on a task, whatever is remembered, and remembers what it found.
+
+        Raises:
+            RuntimeError: no candidate could be run.
+        """
+        device = probe()
+        for one in self._built():
+            if one.needs_building(task.workload, device):
+                one.build(lambda text: None)
+        names = self._fitting(task.workload, device, task.needs)
+        workload = class_of(task.workload, device, task.needs)
+        trial = Trial(workload, task, budget_s=self._budget_s, device=device, clock=self.clock, now=self.store.now)
+        entry = trial.run({name: self.candidates[name] for name in names})
+        self.store.put(entry)
+        standing = self._classes[workload] = standing_of(entry, self.candidates)
+        standing.warm = set(entry.call_s)
+        return entry
+
+    def standing(self, task: Task) -> Standing:
+        """The choice for a task, after a trial if there was none."""
+        device = probe()
+        workload = class_of(task.workload, device, task.needs)
+        known = self._known(workload, self._fitting(task.workload, device, task.needs))
+        if known is None:
+            self.tune(task)
+            known = self._classes[workload]
+        return known
+
+    def attempt_pair(self, standing: Standing, run: Callable[[Implementation], Any], task: Task) -> None:
+        """Times the choice against its challenger once, if there is one."""
+        challenger = standing.watch.challenger
+        if challenger is not None:
+            standing.pair(challenger, run, Check(task).error, self.candidates, self.clock)
+
+    def _built(self) -> list[NeedsBuilding]:
+        return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding)]
+
+    def _fitting(self, workload: Workload, device: Device, needs: Needs) -> list[str]:
+        """What fits the longest lengths of the workload's class."""
+        return fitting(self.candidates, longest(workload), device, needs)
+
+    def _known(self, workload: WorkloadClass, fit: Sequence[str]) -> Standing | None:
+        """The choice that this process or the file knows, unless a candidate is there that was never tried."""
+        standing = self._classes.get(workload)
+        if standing is not None:
+            return standing
+        entry = self.store.get(workload)
+        if entry is None or entry.winner not in fit or set(fit) - {*entry.call_s, *entry.untried}:
+            return None
+        return self._classes.setdefault(workload, standing_of(entry, self.candidates))
+
+    def _admit(
+        self, key: object, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
+    ) -> Standing:
+        """Finds the choice for a kind of call that was not seen before; slow, and done once."""
+        asked, needs = asked_for(q, k, v, mask, softcap)
+        workload = structs.replace(asked, pass_=self._pass)
+        device = probe()
+        fit = self._fitting(workload, device, needs)
+        found = class_of(workload, device, needs)
+        standing = self._known(found, fit)
+        if standing is None and evaluated(q, k, v, mask.array):
+            near = [
+                each
+                for each in self._classes.values()
+                if each.calls >= IN_USE and each.name in fit and each.workload.next_to(found)
+            ]
+            if near:
+                standing = self._classes[found] = heir(near[-1], found, fit)
+            else:
+                inputs = [q, k, v, mx.ones((*q.shape[:3], v.shape[3]), q.dtype)][: 4 if self._pass == "training" else 3]
+                task = Task(workload=workload, inputs=inputs, scale=scale, mask=mask, softcap=softcap)
+                self.tune(task)
+                standing = self._classes[found]
+        if standing is None or standing.name not in fit:
+            name = self._by_routes(workload, device, needs)
+            plain = Standing(workload=found, name=name, call=self.candidates[name], rivals={}, watch=Watch({}))
+            if standing is None:
+                return plain  # while tracing: the next call may find values to try with
+            standing = plain
+        if len(self._keys) >= MOST_KEYS:
+            self._keys.clear()
+        self._keys[key] = standing
+        return standing
+
+    def _look(
+        self,
+        standing: Standing,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+    ) -> mx.array:
+        """A call that is timed, if inputs have values and it is time for it."""
+        due = standing.due(self.clock())
+
+        def attempt(candidate: Implementation) -> mx.array:
+            out = candidate(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            mx.eval(out)
+            return out
+
+        def judge(candidate: Implementation) -> tuple[float, str]:
+            workload, _ = asked_for(q, k, v, mask, softcap)
+            task = Task(workload=workload, inputs=[q, k, v], scale=scale, mask=mask, softcap=softcap)
+            return Check(task).error(candidate)
+
+        if not due or not evaluated(q, k, v, mask.array):
+            return standing.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        out: mx.array = standing.time(attempt, judge, self.candidates, self.clock)
+        return out
+
+    def _by_routes(self, workload: Workload, device: Device, needs: Needs) -> str:
+        """The first candidate that is fused, and otherwise the leanest."""
+        fit = fitting(self.candidates, workload, device, needs)
+        fused = (name for name in fit if self.candidates[name].route(workload, device, needs).fused)
+        return next(fused, LEANEST if LEANEST in self.candidates else fit[0])
+
+
+class DemoRunner(MlxRunner):
+    """Repeats the choice; watches by the samples that are taken anyhow, so that nothing is evaluated for its sake."""
+
+    def __init__(self, demo: Demo, task: Task) -> None:
+        """Binds the call, after a trial if there was none."""
+        super().__init__(demo, task.workload, task.inputs, task.scale)
+        self._demo = demo
+        self._task = task
+        self._standing = demo.standing(task)
+        self._implementation = self._standing.call
+        self._watching = True
+        self._began = 0.0
+        self._queued = self._usual = self._waits = self._calls = 0
+
+    def queue(self) -> list[mx.array]:
+        """Queues one call."""
+        if not self._queued:
+            self._began = time.perf_counter()
+        self._queued += 1
+        return super().queue() if self._training else [self._attend(*self._inputs)]
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluates the outputs of all calls queued; then, within the share of calls for that, tries a challenger."""
+        super().wait(outputs)
+        count, self._queued = self._queued, 0
+        self._calls += count
+        self._waits += 1
+        if self._waits % SAMPLES_A_LOOK == 0:
+            self._look_at((time.perf_counter() - self._began) / count, count)
+
+    def _look_at(self, call_s: float, count: int) -> None:
+        """Takes in what a call of a sample took, and how many calls the sample had."""
+        standing = self._standing
+        standing.calls, self._calls = standing.calls + self._calls, 0
+        if count != self._usual:
+            self._usual = count
+            standing.watch.begin_anew()
+        standing.watch.observe(call_s)
+        # A pair is two calls beyond those that were asked for.
+        if self._watching and standing.watch.may_try(standing.calls // 2):
+            self._demo.attempt_pair(standing, self._once, self._task)
+        self._implementation = standing.call
+
+    def peak_bytes(self) -> int | None:
+        """Peak memory of the choice alone."""
+        self._watching = False
+        try:
+            return super().peak_bytes()
+        finally:
+            self._watching = True
+
+    def _once(self, candidate: Implementation) -> list[mx.array]:
+        runner = MlxRunner(candidate, self._task.workload, self._inputs, self._scale)
+        return runner.results()
+
+
+def _key(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> object:
+    """What decides over a choice, as cheap as can be: it is made at every call."""
+    batch, heads, seq, head_dim = q.shape
+    _, kv_heads, kv_seq, _ = k.shape
+    lengths = (seq - 1).bit_length(), (kv_seq - 1).bit_length()
+    asked = mask.causal, mask.window, mask.array is not None, softcap is not None
+    return (q.dtype, batch, heads, kv_heads, head_dim, v.shape[3], *lengths, *asked, here())

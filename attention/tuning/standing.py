@@ -1,0 +1,168 @@
+"""The choice for one class while a program runs: called, timed now and then, changed when it falls behind."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import mlx.core as mx
+from msgspec import Struct, field
+
+from attention import events as on
+from attention.implementations.protocol import Implementation
+from attention.tuning import news
+from attention.tuning.halving import Clock
+from attention.tuning.store import Entry
+from attention.tuning.trial import NAME
+from attention.tuning.watch import LOOK_EVERY, Watch
+from attention.tuning.workload_class import WorkloadClass
+
+SOON: Final = 4
+"""Calls until it is asked again whether another may be tried."""
+REST_S: Final = 0.005
+"""Seconds between two looks: what waiting for the device costs, some tens of microseconds, is then 1 % at most."""
+
+Attempt = Callable[[Implementation], Any]
+"""Runs a candidate once, evaluated, and returns its result."""
+Judge = Callable[[Implementation], tuple[float, str]]
+"""A candidate's error, and what is wrong with it."""
+
+
+class Standing(Struct, eq=False, kw_only=True):
+    """A choice, and how it does."""
+
+    workload: WorkloadClass
+    name: str
+    call: Implementation
+    rivals: dict[str, float]
+    """The others, best first, with how many times its time they took in the trial."""
+    watch: Watch
+    checked: set[str] = field(default_factory=set)
+    """Those whose accuracy is known to be good."""
+    warm: set[str] = field(default_factory=set)
+    """Those that ran in this process."""
+    calls: int = 0
+    look_at: int = LOOK_EVERY
+    """The number of the next call that is more than dispatched."""
+    looked_s: float = -math.inf
+    """When the latest look was, by the clock."""
+    turn: bool = False
+    """Who goes first in the next pair."""
+
+    def due(self, now_s: float) -> bool:
+        """Whether a call is to be looked at; sets when it is asked next."""
+        trying = self.watch.trying
+        self.look_at = self.calls + (SOON if trying else LOOK_EVERY)
+        if 0 <= now_s - self.looked_s < REST_S or (trying and not self.watch.may_try(self.calls)):
+            return False
+        self.looked_s = now_s
+        return True
+
+    def time(self, attempt: Attempt, judge: Judge, candidates: Mapping[str, Implementation], clock: Clock) -> Any:
+        """Makes a call, timed or beside one of the challenger; returns what the choice computed."""
+        if self.watch.challenger is None:
+            started = clock()
+            result = attempt(self.call)
+            self.watch.observe(clock() - started)
+            self.warm.add(self.name)
+            self.look_at = self.calls + (SOON if self.watch.trying else LOOK_EVERY)
+            return result
+        return self.pair(self.watch.challenger, attempt, judge, candidates, clock)
+
+    def pair(
+        self,
+        challenger: str,
+        attempt: Attempt,
+        judge: Judge,
+        candidates: Mapping[str, Implementation],
+        clock: Clock,
+    ) -> Any:
+        """Times the choice and a challenger one after the other, and changes the choice where that is due."""
+        took: dict[str, float] = {}
+        results: dict[str, Any] = {}
+        order = (self.name, challenger) if self.turn else (challenger, self.name)
+        self.turn = not self.turn
+        for name in order:
+            started = clock()
+            try:
+                results[name] = attempt(candidates[name])
+            except Exception as error:
+                if name == self.name:
+                    raise
+                news.tell(on.Message(level="warning", text=f"{NAME}: {name} is not tried again: {error}"))
+                self.watch.leave_out(name)
+            took[name] = clock() - started
+        if challenger not in results:
+            return results[self.name]
+        result = results[self.name]
+        if challenger in self.warm:
+            self._settle(challenger, took, judge, candidates)
+        self.warm |= results.keys()
+        return result
+
+    def _settle(
+        self, challenger: str, took: dict[str, float], judge: Judge, candidates: Mapping[str, Implementation]
+    ) -> None:
+        reason = self.watch.reason
+        ratio = self.watch.compare(took[self.name], took[challenger])
+        if ratio is None:
+            return
+        if challenger not in self.checked:
+            _, wrong = judge(candidates[challenger])
+            if wrong:
+                news.tell(on.Message(level="warning", text=f"{NAME}: {challenger} is not taken: inaccurate: {wrong}"))
+                self.watch.leave_out(challenger)
+                return
+            self.checked.add(challenger)
+        before, self.name, self.call = self.name, challenger, candidates[challenger]
+        self.rivals = {before: 1.0} | {name: price for name, price in self.rivals.items() if name != challenger}
+        self.watch.changed(before)
+        news.tell(
+            on.Switched(
+                implementation=NAME,
+                workload=self.workload.label,
+                before=before,
+                after=challenger,
+                ratio=ratio,
+                reason=reason,
+            )
+        )
+
+
+def standing_of(entry: Entry, candidates: Mapping[str, Implementation], doubt: str = "") -> Standing:
+    """What a trial found, ready to be called."""
+    others = {
+        name: seconds / entry.call_s[entry.winner]
+        for name, seconds in entry.call_s.items()
+        if name in candidates and name != entry.winner
+    }
+    return Standing(
+        workload=entry.workload,
+        name=entry.winner,
+        call=candidates[entry.winner],
+        rivals=others,
+        watch=Watch(others, doubt),
+        checked={entry.winner},
+    )
+
+
+def heir(standing: Standing, workload: WorkloadClass, fit: Sequence[str]) -> Standing:
+    """The choice of a neighbouring class for calls that have grown out of it, doubted from the first."""
+    others = {name: price for name, price in standing.rivals.items() if name in fit}
+    doubt = f"its lengths went from {standing.workload.label} to {workload.label}"
+    return Standing(
+        workload=workload,
+        name=standing.name,
+        call=standing.call,
+        rivals=others,
+        watch=Watch(others, doubt),
+        checked={standing.name},
+    )
+
+
+def evaluated(*arrays: mx.array | None) -> bool:
+    """Evaluates the inputs of a call; False where a function is being traced, and they have no values yet."""
+    try:
+        mx.eval([array for array in arrays if array is not None])
+    except (RuntimeError, ValueError):
+        return False
+    return True

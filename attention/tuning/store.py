@@ -1,0 +1,202 @@
+"""The file that remembers trials: readable TOML, replaced as a whole, merged with what other processes wrote."""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+from attention import events as on
+from attention.kernels import cache
+from attention.tuning import news
+from attention.tuning.workload_class import WorkloadClass
+
+SCHEMA: Final = 1
+LOCK_WAIT_S: Final = 2.0
+"""How long to wait for another process to be done with the file; then the choice stays in this process alone."""
+HEAD: Final = "# What fatui's trials found; `fatui tune --show` prints it, `fatui tune --forget` removes it.\n"
+
+State = Literal["new", "good", "damaged", "newer", "unreadable"]
+
+
+class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one trial found."""
+
+    winner: str
+    tuned: datetime
+    """When, by the machine's clock; nothing depends on it."""
+    ratio: float | None = None
+    """How many times as fast as the runner-up the winner is; None where it had none."""
+    low: float | None = None
+    high: float | None = None
+    max_error: float | None = None
+    """Largest difference from the reference, of the winner."""
+    untried: list[str] = []
+    """Candidates for which the time did not suffice, or that fell out."""
+    call_s: dict[str, float]
+    """Seconds a call of each candidate that was tried, best first."""
+    workload: WorkloadClass
+
+    @property
+    def runner_up(self) -> str | None:
+        """The best of the others."""
+        return next((name for name in self.call_s if name != self.winner), None)
+
+
+class _File(Struct, kw_only=True, rename={"entries": "class"}, forbid_unknown_fields=True):
+    schema: int
+    entries: list[Entry] = []
+
+
+class Store:
+    """The remembered trials of one file. What goes wrong with it is told once, and then it is done without.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: Path | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        """Takes the file, `tuning.toml` in fatui's cache folder unless given; reads nothing yet."""
+        self.path = path or cache.folder().parent / "tuning.toml"
+        self.now = now
+        self._entries: dict[WorkloadClass, Entry] = {}
+        self._seen: tuple[int, int, int] | None = None
+        self._told: set[str] = set()
+
+    def get(self, workload: WorkloadClass) -> Entry | None:
+        """What is remembered of a class, by this process or another."""
+        self._refresh()
+        return self._entries.get(workload)
+
+    def entries(self) -> list[Entry]:
+        """All that is remembered, in the file's order."""
+        self._refresh()
+        return list(self._entries.values())
+
+    def put(self, entry: Entry) -> None:
+        """Remembers an entry in place of an older one of its class; in this process even where the file cannot be."""
+        self._refresh()
+        self._entries[entry.workload] = entry
+        self._change(lambda entries: {**entries, entry.workload: entry})
+
+    def forget(self, workloads: Iterable[WorkloadClass]) -> bool:
+        """Forgets some classes; whether the file could be changed."""
+        gone = set(workloads)
+        self._entries = {each: entry for each, entry in self._entries.items() if each not in gone}
+        return self._change(lambda entries: {each: one for each, one in entries.items() if each not in gone})
+
+    def _refresh(self) -> None:
+        """Reads the file if it is another one than was read last; what only this process knows stays."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return
+        mark = (found.st_mtime_ns, found.st_size, found.st_ino)
+        if mark == self._seen:
+            return
+        self._seen = mark
+        state, entries = self._read()
+        if state == "good":
+            self._entries |= entries
+        elif state == "damaged":
+            self._change(lambda kept: kept)
+
+    def _read(self) -> tuple[State, dict[WorkloadClass, Entry]]:
+        try:
+            document = tomllib.loads(self.path.read_bytes().decode())
+            schema = document.get("schema")
+            if type(schema) is int and schema > SCHEMA:
+                self._tell(f"{self.path}: written by a newer fatui (schema {schema}); it is left alone, and not used")
+                return "newer", {}
+            entries = msgspec.convert(document, _File).entries
+            return ("good" if schema == SCHEMA else "damaged"), {entry.workload: entry for entry in entries}
+        except FileNotFoundError:
+            return "new", {}
+        except OSError as error:
+            self._tell(f"{self.path}: cannot be read ({error.strerror}); choices are kept in this process only")
+            return "unreadable", {}
+        except ValueError:  # no UTF-8, no TOML, or not what is written here
+            return "damaged", {}
+
+    def _change(self, change: Callable[[dict[WorkloadClass, Entry]], dict[WorkloadClass, Entry]]) -> bool:
+        """Reads, changes and replaces the file while no other process does; tells why not where that fails."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.with_suffix(".lock")):
+                state, entries = self._read()
+                if state in ("newer", "unreadable"):
+                    return False
+                if state == "damaged":
+                    self._set_aside()
+                _replace(self.path, _as_text(change(entries)))
+        except TimeoutError:
+            self._tell(f"{self.path}: another process holds it; choices are kept in this process only")
+            return False
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self._tell(f"{self.path}: cannot be written ({reason}); choices are kept in this process only")
+            return False
+        return True
+
+    def _set_aside(self) -> None:
+        """Moves a damaged file to a name that is free."""
+        stamp = f"{self.now():%Y%m%d-%H%M%S}"
+        names = (f"{self.path.stem}.damaged-{stamp}{end}.toml" for end in ("", *(f"-{n}" for n in range(2, 1000))))
+        aside = next(path for name in names if not (path := self.path.with_name(name)).exists())
+        self.path.rename(aside)
+        self._tell(f"{self.path}: damaged; it is kept as {aside.name}, and a new one is begun")
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            news.tell(on.Message(level="warning", text=text))
+
+
+def _as_text(entries: dict[WorkloadClass, Entry]) -> str:
+    body: dict[str, Any] = msgspec.to_builtins(
+        _File(schema=SCHEMA, entries=list(entries.values())), builtin_types=(datetime,)
+    )
+    import tomli_w
+
+    for entry in body["class"]:
+        for name in [name for name, value in entry.items() if value is None]:
+            del entry[name]  # TOML has no null
+    return HEAD + tomli_w.dumps(body)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock file. Raises TimeoutError where another process does not let go of it."""
+    with path.open("a") as file:
+        until = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(str(path)) from None
+                time.sleep(0.01)
+        yield
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,108 @@
+"""One call, bound to its inputs, that candidates are tried on; and whether what they compute is right."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import mlx.core as mx
+import numpy as np
+from msgspec import Struct
+
+from attention import masks
+from attention.implementations.baseline import Baseline
+from attention.implementations.protocol import Implementation
+from attention.implementations.runner import MlxRunner
+from attention.masks import Mask
+from attention.measure.accuracy import FORWARD_FACTOR, Judge, choose_sample
+from attention.reference import Rules, forward
+from attention.route import PLAIN, Needs
+from attention.workload import Workload
+
+SCORES: Final = 300_000
+"""Scores that are checked against float64: some tens of milliseconds."""
+
+
+class Task(Struct, frozen=True, kw_only=True, eq=False):
+    """A call and its inputs."""
+
+    workload: Workload
+    inputs: Sequence[mx.array]
+    """q, k, v, and in training the output's gradient, evaluated."""
+    scale: float
+    mask: Mask
+    softcap: float | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """What goes beyond the workload."""
+        return Needs(softcap=self.softcap is not None, array_mask=self.mask.array is not None)
+
+
+class BoundCall(MlxRunner):
+    """A candidate bound to a task."""
+
+    def __init__(self, candidate: Implementation, task: Task, inputs: Sequence[mx.array] | None = None) -> None:
+        """Binds; other inputs of the same shapes may be given."""
+        super().__init__(candidate, task.workload, task.inputs if inputs is None else inputs, task.scale)
+        self._mask = task.mask
+        self._softcap = task.softcap
+
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return self._implementation(q, k, v, scale=self._scale, mask=self._mask, softcap=self._softcap)
+
+
+class Check:
+    """Judges candidates on one task by FlashAttention 3's rule; what is expected is computed once."""
+
+    def __init__(self, task: Task) -> None:
+        """Chooses a sample of rows; computes what is expected of it at the first candidate."""
+        self._task = task
+        self._judge: Judge | None = None
+
+    def error(self, candidate: Implementation) -> tuple[float, str]:
+        """The largest error of a candidate, and what is wrong with it; an empty text where it is accurate."""
+        task = self._task
+        results = BoundCall(candidate, task).results()
+        if task.needs != PLAIN:
+            return _against_reference(task, results[0])
+        if self._judge is None:
+            self._judge = Judge(task.workload, task.inputs, task.scale, scores=SCORES)
+        rows = self._judge.row_inputs
+        of_rows = BoundCall(candidate, task, rows).results() if rows else None
+        judgement = self._judge.check(results, of_rows)
+        return judgement.max_error, "" if judgement.accurate else judgement.detail
+
+
+def _against_reference(task: Task, output: mx.array) -> tuple[float, str]:
+    """The same rule where a softcap or an array mask is given, on the heads of one group, and on the output alone."""
+    sample = choose_sample(task.workload, 0, SCORES)
+    batch, group = sample.groups[0]
+    share = task.workload.heads // task.workload.kv_heads
+    heads = slice(group * share, (group + 1) * share)
+    q, k, v = task.inputs[0][batch, heads], task.inputs[1][batch, group], task.inputs[2][batch, group]
+    array = task.mask.array
+    part = None
+    if array is not None:
+        whole = slice(None)
+        part = masks.part(masks.as_4d(array), slice(batch, batch + 1), heads, whole, whole)
+    mask = Mask(causal=task.mask.causal, window=task.mask.window, array=part)
+    plain = Baseline()(q[None], k[None, None], v[None, None], scale=task.scale, mask=mask, softcap=task.softcap)[0]
+    worst, allowed = 0.0, 0.0
+    for head in range(share):
+        per_head = None
+        if part is not None:
+            of_head = _numpy(part[0, head if part.shape[1] > 1 else 0])
+            per_head = np.broadcast_to(of_head, (task.workload.seq, task.workload.kv_seq))
+        rules = Rules(scale=task.scale, causal=mask.causal, window=mask.window, mask=per_head, softcap=task.softcap)
+        exact = forward(_numpy(q[head]), _numpy(k), _numpy(v), rules, sample.rows).output
+        rows = mx.array(sample.rows)
+        own = np.abs(_numpy(output[batch, group * share + head][rows]) - exact).max()
+        peer = np.abs(_numpy(plain[head][rows]) - exact).max()
+        worst = max(worst, float(own)) if np.isfinite(own) else float("inf")
+        allowed = max(allowed, FORWARD_FACTOR * float(peer) + float(mx.finfo(output.dtype).eps))
+    return worst, "" if worst <= allowed else f"output: {worst:.2g} off, {allowed:.2g} allowed"
+
+
+def _numpy(array: mx.array) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+    if array.dtype == mx.bool_:
+        return np.array(array)
+    return np.asarray(np.array(array.astype(mx.float32)), dtype=np.float64)

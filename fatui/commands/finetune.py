@@ -1,0 +1,107 @@
+"""`fatui finetune`: a LoRA fine-tuning with each implementation in the place of the model's attention."""
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from attention.models.workloads import FineTuning
+    from attention.plan import FineTuningPlan
+    from fatui.commands.delivery import Delivery
+
+IMPLEMENTATIONS: Final = "baseline,mlx,practical,poc,demo"
+SECONDS: Final = 300.0
+EXAMPLE: Final = """examples:
+  fatui finetune tiny-llama --iters 20 --seq 128
+  fatui finetune tinyllama-1.1b --seq 1024 --json tuning.json
+  fatui finetune ~/models/Qwen2.5-1.5B --data notes.txt --rank 16
+
+Models without a folder have random weights and need no download: {models}.
+mlx-lm's own trainer runs once for each implementation, from the same weights and on the same batches (`mlx` is mlx-lm
+as it is, the others are patched in); the first one
+then runs again, and what it differs from itself by is the noise floor. Losses that differ from the first one's by more
+than rounding explains mark a row as inaccurate. The text is the Declaration of Independence unless --data gives one,
+byte by byte where the weights are random. It needs mlx-lm: pip install 'fatui[models]'.
+Exit codes: 0 done, 1 a row failed or is inaccurate, 2 wrong usage, 3 no backend or no mlx-lm, 130 interrupted."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's options."""
+    from attention.models.configuration import names
+    from fatui.commands.asking import add_limit_options
+    from fatui.commands.delivery import add_export_options
+
+    parser.epilog = EXAMPLE.format(models=", ".join(names()))
+    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or a folder of mlx-lm's")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({IMPLEMENTATIONS})")
+    parser.add_argument("--iters", metavar="N", default="100", help="iterations (100)")
+    parser.add_argument("--seq", metavar="N", default="512", help="tokens of each sequence (512)")
+    parser.add_argument("--batch", metavar="N", default="4", help="sequences of an iteration (4)")
+    parser.add_argument("--rank", metavar="N", default="8", help="rank of the LoRA weights (8)")
+    parser.add_argument("--lora-layers", metavar="N", default="16", help="the last layers are tuned (16, as mlx-lm)")
+    parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
+    parser.add_argument("--data", metavar="FILE", help="a text file to learn")
+    add_limit_options(parser, f"each fine-tuning ends after so long ({SECONDS:g})")
+    add_export_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints; returns the exit code.
+
+    Raises:
+        UsageError: with everything that is wrong with the request; nothing has run then.
+        NoBackendError: mlx-lm is not installed.
+    """
+    plan, deliveries = request(arguments)
+    from attention.models.configuration import check_mlx_lm
+
+    check_mlx_lm()
+    from fatui.commands.outcome import measure
+    from fatui.reproduce import finetune_command
+
+    return measure(plan, finetune_command(plan), None, deliveries)
+
+
+def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Delivery]]":
+    """Reads the whole request, and tells all its mistakes at once."""
+    from attention.plan import FineTuningPlan
+    from fatui.commands import asking, delivery
+    from fatui.preset_format import checked_names
+
+    mistakes = asking.Mistakes()
+    case = mistakes.catch(lambda: _case(arguments))
+    names = mistakes.catch(lambda: checked_names((arguments.impl or IMPLEMENTATIONS).split(",")))
+    seconds = mistakes.catch(lambda: asking.seconds_of(arguments.seconds, SECONDS))
+    limit = mistakes.catch(lambda: asking.limit_of(arguments.memory_limit))
+    deliveries = mistakes.catch(lambda: delivery.wanted(arguments))
+    mistakes.tell()
+    plan = FineTuningPlan(
+        cases=(case,) if case else (),
+        implementations=names or (),
+        seconds=seconds or SECONDS,
+        memory_limit_bytes=limit,
+        force=arguments.force,
+    )
+    return plan, deliveries or []
+
+
+def _case(arguments: argparse.Namespace) -> "FineTuning":
+    from attention.models.configuration import find
+    from attention.models.text import read
+    from attention.models.workloads import FineTuning
+    from fatui.commands.asking import whole_numbers
+
+    layers = find(arguments.model).layers
+    read(arguments.data)
+    sizes = {name: whole_numbers(getattr(arguments, name), f"--{name}", single=True)[0] for name in SIZES}
+    tuned = whole_numbers(arguments.lora_layers, "--lora-layers", single=True)[0]
+    return FineTuning(
+        model=arguments.model,
+        layers=layers,
+        tuned_layers=min(tuned, layers),
+        dtype=arguments.dtype,
+        data=arguments.data,
+        **sizes,
+    )
+
+
+SIZES: Final = ("iters", "seq", "batch", "rank")

@@ -1,0 +1,240 @@
+"""`fatui tune`: lets `demo` find the fastest candidate for a preset's cases, shows what it knows, or forgets it."""
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+from attention.errors import UsageError
+from fatui import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from attention.events import Message, TuningEvent
+    from attention.tuning.check import Checked
+    from attention.tuning.demo import Demo
+    from attention.tuning.store import Entry, Store
+    from attention.workload import Workload
+
+DEFAULT_PRESET: Final = "quick"
+BUDGET_S: Final = 0.5
+CHECK_S: Final = 2.0
+LONGEST_S: Final = 600.0
+EXAMPLE: Final = """examples:
+  fatui tune scaling                     try the candidates for each case, and remember the best
+  fatui tune llama-7b --seconds 2        take more time for each
+  fatui tune --show                      what is remembered
+  fatui tune --forget training           forget the classes whose name holds "training"; without a word, all
+  fatui tune --check scaling seed-table  how demo does beside the best of its candidates, case by case
+
+Exit codes: 0 done, 1 a case failed or the check does not hold, 2 wrong usage or preset, 3 no backend, 130 interrupted
+(what was found until then is kept)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's options."""
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"presets' names or files ({DEFAULT_PRESET})")
+    parser.add_argument("--seconds", metavar="S", help=f"time for one trial ({BUDGET_S:g}), or check ({CHECK_S:g})")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--show", action="store_true", help="print what is remembered, and run nothing")
+    what.add_argument("--forget", nargs="?", const="", metavar="WORD", help="forget all, or classes named with WORD")
+    what.add_argument("--check", action="store_true", help="measure demo beside its candidates; tunes what is not yet")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Does one of them, and returns the exit code.
+
+    Raises:
+        UsageError: the request is wrong.
+        NoBackendError: there is nothing to run on.
+    """
+    if (arguments.show or arguments.forget is not None) and arguments.presets:
+        raise UsageError("tune: --show and --forget take no preset")
+    seconds = _seconds(arguments.seconds, CHECK_S if arguments.check else BUDGET_S)
+    from attention.tuning import news
+
+    with news.heard_by(_tell):
+        if arguments.show:
+            return _show()
+        if arguments.forget is not None:
+            return _forget(arguments.forget)
+        from attention.device import probe
+
+        probe()  # says what to install where there is no backend
+        cases = _cases(arguments.presets or [DEFAULT_PRESET])
+        return _check(cases, seconds) if arguments.check else _tune(cases, seconds)
+
+
+def _seconds(text: str | None, usual: float) -> float:
+    from fatui.preset_format import number_between
+
+    if text is None:
+        return usual
+    try:
+        value: object = float(text)
+    except ValueError:
+        value = text
+    return number_between(value, "--seconds", 0.01, LONGEST_S)
+
+
+def _cases(presets: "Sequence[str]") -> "list[Workload]":
+    from fatui.presets import load
+
+    return list(dict.fromkeys(case for name in presets for case in load(name).cases))
+
+
+def _tell(event: "TuningEvent | Message") -> None:
+    from attention.events import Message, Tuned
+    from attention.tuning.news import in_words
+
+    if isinstance(event, Message | Tuned):
+        cli.tell(in_words(event))
+
+
+def _each(cases: "list[Workload]", do: "Callable[[Workload], object]") -> int:
+    """Does something for each case that runs; returns how many failed, and tells why."""
+    failed = 0
+    for number, case in enumerate(cases, 1):
+        cli.tell(f"case {number} of {len(cases)}: {case.label}")
+        try:
+            refusal = _refusal(case)
+            if refusal:
+                cli.tell(f"refused: {refusal}")
+            else:
+                do(case)
+        except (RuntimeError, ValueError) as error:
+            cli.tell(f"failed: {error}")
+            failed += 1
+    return failed
+
+
+def _refusal(case: "Workload") -> str | None:
+    """Why a case cannot run at all: its inputs and the leanest candidate do not fit."""
+    from attention.device import probe
+    from attention.implementations import get
+    from fatui import figures
+
+    device = probe()
+    needed = case.input_bytes + (get("practical").route(case, device).predicted_bytes or 0)
+    if needed <= device.available_bytes:
+        return None
+    return f"needs {figures.size(needed)} of {figures.size(device.available_bytes)}"
+
+
+def _tune(cases: "list[Workload]", seconds: float) -> int:
+    from attention.tuning.demo import Demo
+
+    demo = Demo(budget_s=seconds)
+    entries: list[Entry] = []
+    failed = 0
+    try:
+        failed = _each(cases, lambda case: entries.append(_tuned(demo, case)))
+    finally:
+        _print(entries)
+    return cli.FAILED if failed else cli.DONE
+
+
+def _tuned(demo: "Demo", case: "Workload") -> "Entry":
+    from attention.implementations.runner import make_inputs
+    from attention.masks import of_workload
+    from attention.tuning.task import Task
+
+    return demo.tune(Task(workload=case, inputs=make_inputs(case, 0), scale=case.scale, mask=of_workload(case)))
+
+
+def _show() -> int:
+    store = _store()
+    entries = store.entries()
+    if entries:
+        _print(entries)
+    else:
+        cli.tell(f"nothing is remembered in {store.path}; `fatui tune PRESET` makes trials")
+    return cli.DONE
+
+
+def _forget(word: str) -> int:
+    store = _store()
+    gone = [entry.workload for entry in store.entries() if word in entry.workload.label or word == entry.winner]
+    if not gone:
+        cli.tell(f"nothing {f'named with {word!r} ' if word else ''}is remembered in {store.path}")
+        return cli.DONE
+    if not store.forget(gone):
+        return cli.FAILED
+    cli.tell(f"forgot {len(gone)} of what is remembered in {store.path}")
+    return cli.DONE
+
+
+def _store() -> "Store":
+    from attention.tuning.store import Store
+
+    return Store()
+
+
+def _print(entries: "list[Entry]") -> None:
+    """A table of classes and what was found for them."""
+    if not entries:
+        return
+    from rich.table import Table
+
+    from attention.tuning.trial import ratio_of
+    from fatui import figures
+    from fatui.commands.printing import show
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("class", overflow="fold")
+    table.add_column("winner", no_wrap=True)
+    table.add_column("per call", justify="right", no_wrap=True)
+    table.add_column("runner-up", no_wrap=True)
+    table.add_column("ahead by", justify="right", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    for entry in entries:
+        ratio = ratio_of(entry)
+        ahead = _estimate(entry) if ratio is None else figures.speedup_text(ratio)
+        call = figures.seconds(entry.call_s[entry.winner])
+        error = figures.error(entry.max_error)
+        table.add_row(entry.workload.label, entry.winner, call, entry.runner_up or "-", ahead, error)
+    show(table)
+
+
+def _estimate(entry: "Entry") -> str:
+    """How far ahead a winner is whose runner-up was out of the race at first sight."""
+    from fatui import figures
+
+    if entry.runner_up is None:
+        return "-"
+    return f"about {figures.three(entry.call_s[entry.runner_up] / entry.call_s[entry.winner])}x"
+
+
+def _check(cases: "list[Workload]", seconds: float) -> int:
+    from attention.tuning.check import check, holds, worst
+    from attention.tuning.demo import Demo
+
+    demo = Demo()
+    checked: list[Checked] = []
+    failed = _each(cases, lambda case: checked.append(check(demo, case, seconds)))
+    if not checked:
+        return cli.FAILED
+    _print_checked(checked)
+    least, found = worst(checked), sum(case.found for case in checked)
+    print(
+        f"demo is at least {least.share.value:.3f}x ({least.share.low:.3f} to {least.share.high:.3f}) "
+        f"the best single candidate, at {least.workload.label}"
+    )
+    share = found / len(checked)
+    print(f"it found the best, or one inside the noise floor, in {found} of {len(checked)} cases ({share:.0%})")
+    return cli.FAILED if failed or not holds(checked) else cli.DONE
+
+
+def _print_checked(checked: "list[Checked]") -> None:
+    from rich.table import Table
+
+    from fatui import figures
+    from fatui.commands.printing import show
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    for head in ("case", "choice", "best", "demo / best", "noise floor", "found"):
+        table.add_column(head, no_wrap=True)
+    for case in checked:
+        share = f"{case.share.value:.3f} ({case.share.low:.3f} to {case.share.high:.3f})"
+        found = "yes" if case.found else "no"
+        table.add_row(case.workload.label, case.chosen, case.best, share, figures.percent(case.floor), found)
+    show(table, "")

@@ -1,0 +1,117 @@
+"""Charts as SVG, drawn by matplotlib in the page's own colours: they follow light and dark, and need no colour."""
+
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Series = Mapping[str, Sequence[tuple[float, float, float, float]]]
+"""For each name its points: where, value, low, high."""
+HOW_TO_GET: Final = "pip install 'fatui[report]'"
+INK: Final = "#010203"
+"""Stands for the page's text colour until the SVG is written."""
+INKS: Final = ("#11a101", "#11a102", "#11a103", "#11a104", "#11a105", "#11a106")
+"""Stand for the page's six series colours."""
+MARKERS: Final = "os^Dvp"
+DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+WIDTH_IN, HEIGHT_IN = 7.0, 3.6
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    import importlib.util
+
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def line_chart(series: Series, x: str, y: str, names: Sequence[str], *, logarithmic: bool = True) -> str:
+    """Lines with their intervals, each named at its end, as SVG for an HTML page.
+
+    Args:
+        series: the points of each line, in order.
+        x: what stands below.
+        y: what stands at the left.
+        names: all that may have a line in the report's charts, so that each looks the same in all of them.
+        logarithmic: both axes as powers; otherwise the vertical one begins at 0.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": f"{x}{y}{list(series.items())}",
+            "text.parse_math": False,
+            "text.color": INK,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+    ):
+        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+        axes = figure.add_subplot()
+        _scale(axes, series, logarithmic)
+        for name, points in series.items():
+            _line(axes, names.index(name), name, points)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=INK, alpha=0.12)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5)
+        return _as_svg(figure)
+
+
+def _scale(axes: "Axes", series: Series, logarithmic: bool) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
+
+    if not logarithmic:
+        axes.set_ylim(0, 1.05 * max((point[3] for points in series.values() for point in points), default=1.0))
+        return
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({point[0] for points in series.values() for point in points}))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(EngFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+
+
+def _line(axes: "Axes", index: int, name: str, points: Sequence[tuple[float, float, float, float]]) -> None:
+    at, middle, low, high = zip(*points, strict=True)
+    errors = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
+    colour, mark = INKS[index % len(INKS)], MARKERS[index % len(MARKERS)]
+    few = len(points) <= 24
+    axes.errorbar(
+        at,
+        middle,
+        yerr=errors if few else None,
+        color=colour,
+        marker=mark if few else None,
+        linestyle=DASHES[index % len(DASHES)],
+        label=name,
+        capsize=2,
+        markersize=5,
+    )
+
+
+def _as_svg(figure: "Figure") -> str:
+    """The drawing alone: in the page's colours, as wide as its place, with the ids that it needs itself."""
+    out = StringIO()
+    figure.savefig(
+        out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
+    svg = out.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = svg.replace(INK, "currentColor")
+    for index, ink in enumerate(INKS):
+        svg = svg.replace(ink, f"var(--series-{index + 1})")
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r"(<svg[^>]*?) (?:width|height)=\"[^\"]*\"", r"\1", svg)
+    return re.sub(r"(<svg[^>]*?) (?:width|height)=\"[^\"]*\"", r"\1", svg).strip()

@@ -1,0 +1,173 @@
+"""Puts the report together: one part for each machine, each made of its own rows alone."""
+
+from collections.abc import Sequence
+
+from attention.report import AnyCase, Report
+from fatui import figures
+from fatui.report import charts
+from fatui.report.adopt import adopt
+from fatui.report.approaches import approach, throughput_table
+from fatui.report.document import (
+    Block,
+    Chart,
+    Document,
+    Finding,
+    Missing,
+    Paragraph,
+    Section,
+    Table,
+    counted,
+    joined,
+    section,
+)
+from fatui.report.evidence import Evidence, gather, sound, unsound
+from fatui.report.memory import largest_saving, memory_blocks
+from fatui.report.models import model_blocks, tuning_blocks
+from fatui.report.origin import origin_blocks
+from fatui.report.pictures import loss_charts, sweep_charts
+from fatui.report.speed import (
+    RUN_BENCH,
+    choices,
+    extremes,
+    leanest,
+    mean_finding,
+    mean_speedup,
+    peak_line,
+    speedup_table,
+)
+from fatui.report.trends import effects
+from fatui.report.trouble import trouble
+
+
+def compose(reports: Sequence[Report]) -> Document:
+    """The document of some runs; those of different machines or versions stand apart, and are never compared."""
+    parts = gather(reports)
+    sections: list[Section] = []
+    for evidence in parts:
+        where = evidence.environment
+        prefix = f"{where.device or 'unknown device'}, {where.backend}: " if len(parts) > 1 else ""
+        sections += [Section(f"{prefix}{each.title}", each.blocks) for each in _sections(evidence)]
+    return Document("Attention implementations, measured", tuple(sections))
+
+
+def _sections(evidence: Evidence) -> list[Section]:
+    cases, names = evidence.cases, evidence.implementations
+    return [
+        section("Summary", _where(evidence), _summary(evidence)),
+        *(section(f"Approach: {name}", approach(cases, name)) for name in names if cases),
+        section("Speedups", _speedups(evidence)),
+        section("Head dim, length and batch", effects(evidence.runs, names), _drawn(evidence)),
+        section("Memory", memory_blocks(cases, names)),
+        section("Models", model_blocks(evidence.models)),
+        section("Fine-tuning", tuning_blocks(evidence.fine_tunings), _losses(evidence)),
+        section("Where it pays, and where it does not", _conditions(evidence)),
+        section("Which to choose, and how to adopt it", _advice(evidence)),
+        section("Beside the study", origin_blocks(evidence)),
+        section("What is not claimed", trouble(_everything(evidence))),
+        section("Every row, and the runs", _rows(evidence)),
+    ]
+
+
+def _everything(evidence: Evidence) -> tuple[AnyCase, ...]:
+    return (*evidence.cases, *evidence.models, *evidence.fine_tunings)
+
+
+def _where(evidence: Evidence) -> Paragraph:
+    where = evidence.environment
+    known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
+    told = f"Measured on {', '.join(part for part in known if part) or 'an unknown machine'}."
+    kept = counted(len(_everything(evidence)), "case")
+    older = (
+        f"; {counted(evidence.repeated, 'older case')} measured again later and left out" if evidence.repeated else ""
+    )
+    return Paragraph(f"{told} {kept} from {counted(len(evidence.runs), 'run')}{older}.")
+
+
+def _summary(evidence: Evidence) -> list[Block]:
+    cases, names = evidence.cases, evidence.implementations
+    found: list[Finding | None] = [mean_finding(cases, name) for name in names]
+    found += [_throughput(evidence), largest_saving(cases, names)]
+    for phase in ("prefill", "decode"):
+        found += [
+            mean_finding([case for case in evidence.models if case.workload.phase == phase], name) for name in names
+        ]
+    found += [mean_finding(evidence.fine_tunings, name) for name in names]
+    told: list[Block] = [finding for finding in found if finding]
+    refused = len(unsound(_everything(evidence)))
+    if refused:
+        told.append(
+            Paragraph(f"{counted(refused, 'row')} of these runs gave nothing to claim; see “What is not claimed”.")
+        )
+    return told or [Missing("No claim is supported by the rows at hand.", RUN_BENCH)]
+
+
+def _throughput(evidence: Evidence) -> Finding | None:
+    """The highest rate of all, and who reached it or came inside its interval."""
+    lines = [line for name in evidence.implementations if (line := peak_line(evidence.cases, name))]
+    if not lines:
+        return None
+    top = max(lines, key=lambda each: each.row.tokens_per_second or 0.0)
+    names = figures.best_of(top.case) or tuple(row.implementation for row in sound(top.case))
+    rate = f"{figures.tokens_per_second(top.row.tokens_per_second)} tokens/s on {top.case.workload.label}"
+    return Finding(f"Highest throughput: {rate}, by {joined(names)}.")
+
+
+def _speedups(evidence: Evidence) -> list[Block]:
+    if not evidence.cases:
+        return [Missing("No attention shape has been measured.", RUN_BENCH)]
+    found = [finding for name in evidence.implementations if (finding := mean_finding(evidence.cases, name))]
+    shown = [
+        name
+        for name in evidence.implementations
+        if any(row.implementation == name for case in evidence.cases for row in case.rows)
+    ]
+    return [*found, speedup_table(evidence.cases, shown)]
+
+
+def _drawn(evidence: Evidence) -> Sequence[Block]:
+    return sweep_charts(evidence.runs, evidence.implementations) if charts.available() else [_no_charts()]
+
+
+def _losses(evidence: Evidence) -> Sequence[Block]:
+    drawn: Sequence[Chart] = loss_charts(evidence.fine_tunings, evidence.implementations) if charts.available() else ()
+    return drawn
+
+
+def _no_charts() -> Missing:
+    return Missing("The charts need matplotlib.", charts.HOW_TO_GET)
+
+
+def _conditions(evidence: Evidence) -> list[Block]:
+    found = [block for name in evidence.implementations for block in extremes(evidence.cases, name)]
+    return found or [Missing("No speedup is clear of its noise.", f"{RUN_BENCH} --seconds 20")]
+
+
+def _advice(evidence: Evidence) -> list[Block]:
+    cases, names = evidence.cases, evidence.implementations
+    ranked = [(mean.value, name) for name in names if (mean := mean_speedup(cases, name)) and mean.significant]
+    best = max(ranked, default=(1.0, "practical"))
+    lean = leanest(cases, names)
+    name = best[1] if best[0] > 1 else "practical"
+    return [*choices(cases, names), *([lean] if lean else []), *adopt(name)]
+
+
+def _rows(evidence: Evidence) -> list[Block]:
+    made: list[Block] = [throughput_table(evidence.cases, evidence.implementations)] if evidence.cases else []
+    runs = tuple(
+        (
+            run.run.id,
+            run.run.started[:16],
+            figures.duration(run.run.seconds),
+            run.run.command + (" (interrupted)" if run.run.interrupted else ""),
+        )
+        for run in evidence.runs
+    )
+    return [
+        *made,
+        Table(
+            "The runs, and the commands that make them again",
+            ("run", "started", "took", "command"),
+            runs,
+            frozenset({"started", "command"}),
+        ),
+    ]

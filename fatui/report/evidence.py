@@ -1,0 +1,94 @@
+"""The rows that a report may speak of: of one machine, each case once."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from msgspec import Struct
+
+from attention.report import AnyCase, Case, Environment, FineTuningCase, ModelCase, Ratio, Report, Row
+
+C = TypeVar("C", Case, ModelCase, FineTuningCase)
+
+
+class Line(Struct, frozen=True):
+    """A row with the case that it stands in."""
+
+    case: AnyCase
+    row: Row
+
+
+class Evidence(Struct, frozen=True):
+    """What was measured on one machine with one set of versions, the newest run last.
+
+    Speedups are those that were measured in pairs, inside a case of one run. Nothing is compared across runs.
+    """
+
+    environment: Environment
+    runs: tuple[Report, ...]
+    cases: tuple[Case, ...]
+    models: tuple[ModelCase, ...]
+    fine_tunings: tuple[FineTuningCase, ...]
+    repeated: int
+    """Cases left out because a later run has measured them again."""
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """All that appear, in the order of their first appearance."""
+        everything: tuple[AnyCase, ...] = (*self.cases, *self.models, *self.fine_tunings)
+        return tuple(dict.fromkeys(row.implementation for case in everything for row in case.rows))
+
+
+def gather(reports: Sequence[Report]) -> tuple[Evidence, ...]:
+    """The evidence of each machine and its versions, in the order in which they first ran."""
+    groups: dict[Environment, list[Report]] = {}
+    for report in sorted(reports, key=lambda each: each.run.started):
+        groups.setdefault(report.environment, []).append(report)
+    return tuple(_evidence(where, runs) for where, runs in groups.items())
+
+
+def _evidence(environment: Environment, runs: Sequence[Report]) -> Evidence:
+    cases = newest(case for run in runs for case in run.cases)
+    models = newest(case for run in runs for case in run.models)
+    tunings = newest(case for run in runs for case in run.fine_tunings)
+    kept = len(cases) + len(models) + len(tunings)
+    return Evidence(
+        environment=environment,
+        runs=tuple(runs),
+        cases=cases,
+        models=models,
+        fine_tunings=tunings,
+        repeated=sum(len(run.all_cases) for run in runs) - kept,
+    )
+
+
+def newest(cases: Iterable[C]) -> tuple[C, ...]:
+    """Each workload once, as the last of its cases that has figures measured it."""
+    found: dict[object, C] = {}
+    for case in cases:
+        if case.workload not in found or any(row.call_s for row in case.rows):
+            found[case.workload] = case
+    return tuple(found.values())
+
+
+def sound(case: AnyCase) -> Iterator[Row]:
+    """The rows that claims may rest on: accurate, and with figures."""
+    return (row for row in case.rows if row.status == "ok" and row.call_s is not None)
+
+
+def lines(cases: Sequence[AnyCase], name: str) -> list[Line]:
+    """An implementation's sound rows."""
+    return [Line(case, row) for case in cases for row in sound(case) if row.implementation == name]
+
+
+def compared(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]:
+    """An implementation's speedups, where it is not the reference itself."""
+    return [
+        (line.case, line.row.speedup)
+        for line in lines(cases, name)
+        if line.row.speedup is not None and name != line.case.reference
+    ]
+
+
+def unsound(cases: Sequence[AnyCase]) -> list[Line]:
+    """The rows that nothing is claimed from: failed, refused, unsupported, inaccurate."""
+    return [Line(case, row) for case in cases for row in case.rows if row.status != "ok"]

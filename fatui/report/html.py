@@ -1,0 +1,100 @@
+"""A report as one HTML page: no script, nothing loaded from elsewhere; tables scroll in their own place."""
+
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+from fatui.report.document import Block, Chart, Code, Document, Finding, Missing, Paragraph, Section, Table
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+<nav aria-label="Contents"><ul>
+{contents}
+</ul></nav>
+{sections}
+</main>
+</body>
+</html>
+"""
+
+
+def to_html(document: Document) -> str:
+    """The document as a page."""
+    return PAGE.format(
+        title=escape(document.title),
+        style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
+        contents="\n".join(
+            f'<li><a href="#part-{number}">{escape(each.title)}</a></li>'
+            for number, each in enumerate(document.sections)
+        ),
+        sections="\n".join(_section(each, number) for number, each in enumerate(document.sections)),
+    )
+
+
+def _section(part: Section, number: int) -> str:
+    lines = [f'<section aria-labelledby="part-{number}">', f'<h2 id="part-{number}">{escape(part.title)}</h2>']
+    for is_bullet, found in groupby(part.blocks, lambda block: isinstance(block, Finding | Missing)):
+        blocks = list(found)
+        lines += [_bullets(blocks)] if is_bullet else [_block(block) for block in blocks]
+    return "\n".join([*lines, "</section>"])
+
+
+def _bullets(blocks: Sequence[Block]) -> str:
+    return "\n".join(['<ul class="findings">', *(_bullet(block) for block in blocks), "</ul>"])
+
+
+def _bullet(block: Block) -> str:
+    match block:
+        case Finding():
+            return f"<li>{escape(block.text)}</li>"
+        case Missing():
+            how = f" Run <code>{escape(block.command)}</code>" if block.command else ""
+            return f'<li class="missing">{escape(block.text)}{how}</li>'
+        case _:
+            raise TypeError(f"no bullet: {block!r}")
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Paragraph():
+            return f"<p>{escape(block.text)}</p>"
+        case Code():
+            return f"<pre><code>{escape(block.text)}</code></pre>"
+        case Chart():
+            caption = escape(block.title)
+            drawing = block.svg.replace("<svg", f'<svg role="img" aria-label="{caption}"', 1)
+            return f"<figure>\n<figcaption>{caption}</figcaption>\n{drawing}\n</figure>"
+        case Table():
+            return _table(block)
+        case _:
+            raise TypeError(f"no block of a document: {block!r}")
+
+
+def _table(table: Table) -> str:
+    caption = escape(table.caption)
+    heads = "".join(_cell(text, column, table, "th") for column, text in enumerate(table.heads))
+    body = "\n".join(
+        f"<tr>{''.join(_cell(text, column, table, 'td') for column, text in enumerate(row))}</tr>" for row in table.rows
+    )
+    return (
+        f'<div class="table" role="region" tabindex="0" aria-label="{caption}"><table>\n<caption>{caption}</caption>\n'
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _cell(text: str, column: int, table: Table, tag: str) -> str:
+    kind = "figure" if table.is_figures(column) else "words"
+    scope = ' scope="col"' if tag == "th" else ""
+    return f'<{tag}{scope} class="{kind}">{escape(text)}</{tag}>'

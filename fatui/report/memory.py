@@ -1,0 +1,67 @@
+"""Memory beside the inputs and beside the reference, from the passes that measured it alone."""
+
+from collections.abc import Sequence
+
+from attention.report import AnyCase, Case
+from fatui import figures
+from fatui.report.document import Block, Finding, Missing, Table, counted
+from fatui.report.evidence import Line, sound
+
+
+def memory_table(cases: Sequence[Case], names: Sequence[str]) -> Table:
+    """The peak above the inputs of each implementation, outputs included, and what part of the inputs that is."""
+    rows = []
+    for case in cases:
+        peaks = {row.implementation: row.peak_bytes for row in sound(case)}
+        held = case.workload.input_bytes
+        cells = [_peak(peaks.get(name), held) for name in names]
+        rows.append((case.workload.label, figures.size(held), figures.size(case.workload.output_bytes), *cells))
+    caption = "Peak above the inputs while one call runs, outputs included; in brackets as a multiple of the inputs"
+    return Table(caption, ("case", "inputs", "outputs", *names), tuple(rows))
+
+
+def _peak(peak: int | None, inputs: int) -> str:
+    return figures.UNKNOWN if peak is None else f"{figures.size(peak)} ({figures.three(peak / inputs)}x)"
+
+
+def savings(cases: Sequence[AnyCase], name: str) -> Finding | None:
+    """How much less than the reference an implementation takes, over its cases."""
+    found = [(saved, line, whole) for case in cases for saved, line, whole in _saved(case, name)]
+    if not found:
+        return None
+    most, line, whole = max(found, key=lambda each: each[0])
+    least, worst, _ = min(found, key=lambda each: each[0])
+    if most <= 0:
+        return None
+    peak = f"{figures.size(line.row.peak_bytes)} where {line.case.reference} takes {figures.size(whole)}"
+    text = f"{name} saves up to {figures.percent(most)} of memory: {peak} ({line.case.workload.label})"
+    if least < 0:
+        text += f"; on {worst.case.workload.label} it takes {figures.percent(-least)} more"
+    elif len(found) > 1:
+        text += f"; at least {figures.percent(least)} over {counted(len(found), 'case')}"
+    return Finding(f"{text}.")
+
+
+def _saved(case: AnyCase, name: str) -> list[tuple[float, Line, int]]:
+    peaks = {row.implementation: row.peak_bytes for row in sound(case)}
+    whole = peaks.get(case.reference) if case.reference and case.reference != name else None
+    return [
+        (1 - row.peak_bytes / whole, Line(case, row), whole)
+        for row in sound(case)
+        if row.implementation == name and row.peak_bytes is not None and whole
+    ]
+
+
+def largest_saving(cases: Sequence[AnyCase], names: Sequence[str]) -> Finding | None:
+    """The finding of the implementation that saves most on one case."""
+    most = {name: max((saved for case in cases for saved, _, _ in _saved(case, name)), default=0.0) for name in names}
+    best = max(most, key=lambda name: most[name], default=None)
+    return savings(cases, best) if best else None
+
+
+def memory_blocks(cases: Sequence[Case], names: Sequence[str]) -> list[Block]:
+    """The table and what it shows."""
+    if not any(row.peak_bytes is not None for case in cases for row in sound(case)):
+        return [Missing("No run has measured memory.", "fatui bench seed-table")]
+    found = [finding for name in names if (finding := savings(cases, name))]
+    return [*found, memory_table(cases, names)]

@@ -1,0 +1,70 @@
+"""Whole models: generation and fine-tuning with each implementation in them."""
+
+from collections.abc import Sequence
+
+from attention.report import AnyCase, FineTuningCase, ModelCase
+from fatui import figures
+from fatui.model_columns import model_columns
+from fatui.report.document import Block, Finding, Missing, Paragraph, Table
+from fatui.report.evidence import compared, sound
+from fatui.report.speed import times
+
+RUN_MODEL = "fatui model tinyllama-1.1b --layers 2 --prompt 128 --generate 8"
+RUN_TUNING = "fatui finetune tiny-llama --iters 20"
+ESTIMATED = (
+    "Where cases are marked as estimated fewer layers ran, and the figures were computed for all of the model's."
+)
+
+
+def model_blocks(cases: Sequence[ModelCase]) -> list[Block]:
+    """What generation showed, or how to measure it."""
+    if not cases:
+        return [Missing("No model has been measured.", RUN_MODEL)]
+    blocks = _blocks(cases)
+    if any(case.workload.estimated for case in cases):
+        blocks.insert(0, Paragraph(ESTIMATED))
+    return blocks
+
+
+def tuning_blocks(cases: Sequence[FineTuningCase]) -> list[Block]:
+    """What fine-tuning showed, or how to measure it."""
+    if not cases:
+        return [Missing("No fine-tuning has been measured.", RUN_TUNING)]
+    return [*_blocks(cases), *(finding for case in cases if (finding := _agreement(case)))]
+
+
+def _blocks(cases: Sequence[ModelCase | FineTuningCase]) -> list[Block]:
+    made: list[Block] = []
+    for case in cases:
+        made += [found for row in sound(case) if (found := _gain(case, row.implementation))]
+        made.append(_table(case))
+    return made
+
+
+def _gain(case: AnyCase, name: str) -> Finding | None:
+    """A significant speedup, and the time that it saves or costs."""
+    for _, ratio in compared([case], name):
+        if ratio.significant:
+            less = 1 - 1 / ratio.value
+            time = f"{figures.percent(abs(less))} {'less' if less > 0 else 'more'} time"
+            return Finding(f"{case.workload.label}: {name} is {times(ratio)} {case.reference}, {time}.")
+    return None
+
+
+def _table(case: ModelCase | FineTuningCase) -> Table:
+    columns = model_columns(case)
+    heads = ("implementation", *(column.head for column in columns[1:]))
+    cells = zip(*(column.cells for column in columns), strict=True)
+    rows = tuple((*line[:-1], figures.verdict(row, case)) for row, line in zip(case.rows, cells, strict=True))
+    weights = f"; weights {figures.size(case.weights_bytes)}, memory is on top of them" if case.weights_bytes else ""
+    return Table(f"{case.workload.label}{weights}", heads, rows, frozenset({"path", "verdict"}))
+
+
+def _agreement(case: FineTuningCase) -> Finding | None:
+    """How far the loss curves lie apart."""
+    apart = [row.loss_difference for row in case.rows if row.status == "ok" and row.loss_difference is not None]
+    if not apart or case.reference is None:
+        return None
+    return Finding(
+        f"{case.workload.label}: the losses differ from {case.reference}'s by at most {figures.percent(max(apart))}."
+    )

@@ -1,0 +1,112 @@
+"""The study that fatui grew from beside what was measured, and where its 32x comes from."""
+
+from collections.abc import Sequence
+
+from attention.report import AnyCase, Case, Row
+from fatui import figures
+from fatui.report.document import Block, Finding, Missing, Paragraph, Table
+from fatui.report.evidence import Evidence, sound
+from fatui.study import PRESET, Study, StudyRow, study
+
+SHOWN = ("baseline", "practical", "demo")
+RUN_STUDY = f"fatui bench {PRESET}"
+
+
+def origin_blocks(evidence: Evidence) -> list[Block]:
+    """The study's figures beside those measured here, and its cold start made visible."""
+    told = study()
+    about = f"The study's figures are its own, from an {told.machine}; they were not measured here."
+    return [Paragraph(about), *_shapes(told, evidence.cases), *_models(told, evidence), *_tunings(told, evidence)]
+
+
+def _shapes(told: Study, cases: Sequence[Case]) -> list[Block]:
+    pairs = [(row, case) for row in told.rows for case in cases if told.row_for(case.workload) is row]
+    if not pairs:
+        return [Missing("None of the study's shapes has been measured here.", RUN_STUDY)]
+    return [_table(pairs), Paragraph(f"* {told.note}"), *cold_start(pairs)]
+
+
+def _models(told: Study, evidence: Evidence) -> list[Block]:
+    """The study's models: prefill here, since it says only "tokens a second"."""
+    rows = [
+        (old.model, name, f"about {figures.rate(getattr(old, name))}", case.workload.label, _rate(_row(case, name)))
+        for old in told.models
+        for case in evidence.models
+        if case.workload.model == old.model and case.workload.phase == "prefill"
+        for name in SHOWN
+    ]
+    heads = ("model", "implementation", "study tokens/s", "case here", "tokens/s here")
+    words = frozenset({"implementation", "case here"})
+    return [Table("The study's models beside those measured here", heads, tuple(rows), words)] if rows else []
+
+
+def _tunings(told: Study, evidence: Evidence) -> list[Block]:
+    """The study's fine-tunings, as the time of as many iterations."""
+    rows = []
+    for old in told.fine_tunings:
+        for case in evidence.fine_tunings:
+            for name in SHOWN if case.workload.model == old.model else ():
+                row = _row(case, name)
+                here = figures.seconds(row.call_s.median * old.iterations if row and row.call_s else None)
+                rows.append((old.model, name, f"about {getattr(old, name):g} s", case.workload.label, here))
+    heads = ("model", "implementation", "study, 100 iterations", "case here", "100 iterations here")
+    words = frozenset({"implementation", "case here"})
+    return [Table("The study's fine-tunings beside those measured here", heads, tuple(rows), words)] if rows else []
+
+
+def _row(case: AnyCase, name: str) -> Row | None:
+    return next((row for row in sound(case) if row.implementation == name), None)
+
+
+def _table(pairs: Sequence[tuple[StudyRow, Case]]) -> Table:
+    rows = []
+    for old, case in pairs:
+        for name in SHOWN:
+            today = _row(case, name)
+            mark = "*" if old.cold_start else ""
+            shape = f"B={old.batch} L={old.seq} D={old.head_dim}"
+            now = (_rate(today), figures.speedup_text(today.speedup if today else None))
+            rows.append((shape, name, _exact(old.tokens_per_second(name)) + mark, _times(old, name) + mark, *now))
+    heads = ("shape", "implementation", "study tokens/s", "study speedup", "tokens/s here", "speedup here")
+    return Table("The study's table beside this machine", heads, tuple(rows), frozenset({"implementation"}))
+
+
+def _rate(row: Row | None) -> str:
+    return figures.tokens_per_second(row.tokens_per_second if row else None)
+
+
+def _exact(value: float | None) -> str:
+    return figures.UNKNOWN if value is None else f"{value:,.0f}"
+
+
+def _times(row: StudyRow, name: str) -> str:
+    value = row.speedup(name)
+    return "1" if name == "baseline" else figures.UNKNOWN if value is None else f"{value:g}x"
+
+
+def cold_start(pairs: Sequence[tuple[StudyRow, Case]]) -> list[Block]:
+    """What a table would show here that set the baseline's first call against another's steady ones."""
+    for old, case in pairs:
+        rows = {row.implementation: row for row in sound(case)}
+        base, other = rows.get("baseline"), rows.get("practical")
+        if not old.cold_start or base is None or other is None:
+            continue
+        if base.first_call_s and base.call_s and other.call_s and other.speedup:
+            return [_cold(old, case, (base, base.first_call_s), other)]
+    missing = (
+        "The study's cold start cannot be shown: its first row, with baseline and practical, has not been measured."
+    )
+    return [Missing(missing, RUN_STUDY)]
+
+
+def _cold(old: StudyRow, case: Case, base: tuple[Row, float], other: Row) -> Finding:
+    row, first = base
+    assert row.call_s and other.call_s
+    steady, lean = row.call_s.median, other.call_s.median
+    wrong = figures.three(first / lean)
+    return Finding(
+        f"The study's {old.practical_speedup}x ({case.workload.label}): here the baseline's first call took "
+        f"{figures.seconds(first)}, {figures.three(first / steady)} times its steady {figures.seconds(steady)}. "
+        f"Timing that one call against practical's steady {figures.seconds(lean)} would print {wrong}x; measured in "
+        f"rounds, both warm, the speedup is {figures.speedup_text(other.speedup)}."
+    )

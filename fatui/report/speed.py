@@ -1,0 +1,126 @@
+"""How much faster: each implementation over its case's reference, and which of them to choose when."""
+
+from collections.abc import Sequence
+
+from attention import statistics
+from attention.report import AnyCase, Ratio
+from fatui import figures
+from fatui.report.document import Block, Finding, Missing, Table, counted, joined
+from fatui.report.evidence import Line, compared, lines, sound
+
+RUN_BENCH = "fatui bench seed-table"
+
+
+def mean_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
+    """Geometric mean of an implementation's speedups, of one case its own; None where references differ."""
+    found = compared(cases, name)
+    if len({case.reference for case, _ in found}) != 1:
+        return None
+    return found[0][1] if len(found) == 1 else statistics.geometric_mean([ratio for _, ratio in found])
+
+
+def mean_finding(cases: Sequence[AnyCase], name: str) -> Finding | None:
+    """What the mean of the speedups supports: faster, slower, as fast, or nothing."""
+    found, mean = compared(cases, name), mean_speedup(cases, name)
+    if mean is None or not figures.is_clear(mean):
+        return None
+    reference, over = found[0][0].reference, f"over {counted(len(found), 'case')}"
+    how = "(geometric mean)" if len(found) > 1 else f"({found[0][0].workload.label})"
+    if not mean.significant:
+        low, high = figures.three(mean.low), figures.three(mean.high)
+        return Finding(f"{name} is as fast as {reference} within {low} to {high} times, {over} {how}.")
+    return Finding(f"{name} is {times(mean)} {reference} {over} {how}.")
+
+
+def times(ratio: Ratio) -> str:
+    """A significant speedup in words, with its interval: "49.6 ±0.4x as fast as"."""
+    return f"{figures.speedup_text(ratio)} as fast as"
+
+
+def extremes(cases: Sequence[AnyCase], name: str) -> list[Block]:
+    """Where an implementation gains most, and where it gains nothing or loses."""
+    clear = [(case, ratio) for case, ratio in compared(cases, name) if figures.is_clear(ratio)]
+    wins = [(case, ratio) for case, ratio in clear if ratio.significant and ratio.value > 1]
+    losses = [(case, ratio) for case, ratio in clear if ratio.significant and ratio.value < 1]
+    equal = [(case, ratio) for case, ratio in clear if not ratio.significant]
+    made: list[Block] = []
+    if wins:
+        case, ratio = max(wins, key=lambda each: each[1].value)
+        least_case, least = min(wins, key=lambda each: each[1].value)
+        text = f"{name} gains most on {case.workload.label}: {times(ratio)} {case.reference}"
+        if len(wins) > 1:
+            text += f"; of the cases that it wins, least on {least_case.workload.label}: {times(least)} it"
+        made.append(Finding(f"{text}."))
+    if losses:
+        case, ratio = min(losses, key=lambda each: each[1].value)
+        part = f"{name} is slower than {case.reference} in {len(losses)} of {counted(len(clear), 'case')}"
+        made.append(Finding(f"{part}, most on {case.workload.label}: {times(ratio)} it."))
+    if equal:
+        part = f"{name} makes no difference beyond the noise floor in {len(equal)} of {counted(len(clear), 'case')}"
+        made.append(Finding(f"{part}: {joined([case.workload.label for case, _ in equal])}."))
+    return made
+
+
+def speedup_table(cases: Sequence[AnyCase], names: Sequence[str]) -> Table:
+    """A line for each case, a column for each implementation."""
+    rows = []
+    for case in cases:
+        cells = {row.implementation: row for row in case.rows}
+        found = [cells.get(name) for name in names]
+        texts = [
+            "" if row is None else figures.speedup_text(row.speedup) if row.status == "ok" else row.status
+            for row in found
+        ]
+        floor = figures.percent(case.noise_floor.floor if case.noise_floor else None)
+        rows.append((case.workload.label, case.reference or figures.UNKNOWN, *texts, floor))
+    caption = (
+        "Median of paired ratios to the reference with a 95 % interval; ≈ 1 lies inside the noise floor, "
+        "a question mark says that the interval is too wide to tell"
+    )
+    heads = ("case", "reference", *names, "noise floor")
+    return Table(caption, heads, tuple(rows), frozenset({"reference"}))
+
+
+def choices(cases: Sequence[AnyCase], names: Sequence[str]) -> list[Block]:
+    """For each implementation the cases in which nothing was measurably faster."""
+    best: dict[str, list[str]] = {name: [] for name in names}
+    decided = 0
+    for case in cases:
+        winners = figures.best_of(case)
+        decided += bool(winners)
+        for name in winners:
+            best[name].append(case.workload.label)
+    made: list[Block] = []
+    for name in sorted((name for name in names if best[name]), key=lambda each: -len(best[each])):
+        told = f"{len(best[name])} of {counted(decided, 'case')}"
+        alone = joined([*best[name][:5], *([f"{len(best[name]) - 5} more"] if len(best[name]) > 5 else [])])
+        made.append(
+            Finding(f"Choose {name} where it was the fastest, or inside the fastest's interval: {told} ({alone}).")
+        )
+    return made or [Missing("No case has a fastest implementation that the intervals support.", RUN_BENCH)]
+
+
+def leanest(cases: Sequence[AnyCase], names: Sequence[str]) -> Finding | None:
+    """Which implementation needs the least memory, where one does in every case that has figures."""
+    known = [case for case in cases if sum(row.peak_bytes is not None for row in sound(case)) > 1]
+    for name in names:
+        wins = [case for case in known if _is_leanest(case, name)]
+        if known and len(wins) == len(known):
+            line = max(lines(known, name), key=lambda each: each.row.peak_bytes or 0)
+            peak = figures.size(line.row.peak_bytes)
+            part = f"at most {peak} above its inputs ({line.case.workload.label})"
+            return Finding(
+                f"Where memory is short, choose {name}: none took less in any of {counted(len(known), 'case')}; {part}."
+            )
+    return None
+
+
+def _is_leanest(case: AnyCase, name: str) -> bool:
+    peaks = {row.implementation: row.peak_bytes for row in sound(case) if row.peak_bytes is not None}
+    return name in peaks and peaks[name] == min(peaks.values())
+
+
+def peak_line(cases: Sequence[AnyCase], name: str) -> Line | None:
+    """The row with the highest throughput."""
+    rated = [line for line in lines(cases, name) if line.row.tokens_per_second is not None]
+    return max(rated, key=lambda each: each.row.tokens_per_second or 0.0, default=None)

@@ -1,0 +1,160 @@
+"""How times and speedups change along head dim, length and batch: power laws fitted to sweeps of one run."""
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import Final
+
+from msgspec import Struct
+
+from attention.report import Case, Report
+from attention.statistics import CONFIDENCE, student_t
+from fatui import scaling
+from fatui.report.document import Block, Finding, Missing, joined
+from fatui.report.evidence import sound
+
+AXES: Final = {"head_dim": "head dim", "seq": "length", "batch": "batch"}
+FEWEST: Final = 3
+"""Points that a fitted line with an interval takes."""
+RUN_SWEEP: Final = "fatui bench scaling"
+
+
+class PowerLaw(Struct, frozen=True):
+    """y = c x^slope, by least squares on logarithms, with Student's t interval of the slope."""
+
+    slope: float
+    low: float
+    high: float
+    points: int
+
+
+class Sweep(Struct, frozen=True):
+    """The cases of one run that differ in one axis alone, in its order."""
+
+    axis: str
+    cases: tuple[Case, ...]
+
+    @property
+    def ends(self) -> str:
+        """From where to where it goes."""
+        return f"{AXES[self.axis]} {self.at(self.cases[0])} to {self.at(self.cases[-1])}"
+
+    def at(self, case: Case) -> int:
+        """Where a case stands."""
+        return int(scaling.value(case.workload, self.axis))
+
+    @property
+    def elsewhere(self) -> str:
+        """The case without this axis, in words."""
+        short = {"head_dim": "D=", "seq": "L=", "batch": "B="}[self.axis]
+        return " ".join(part for part in self.cases[0].workload.label.split() if not part.startswith(short))
+
+
+def fit(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
+    """Fits a power law to positive values; None for fewer than three different points."""
+    if len(set(xs)) < FEWEST:
+        return None
+    u, w = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    middle, height = fmean(u), fmean(w)
+    spread = sum((x - middle) ** 2 for x in u)
+    slope = sum((x - middle) * (y - height) for x, y in zip(u, w, strict=True)) / spread
+    residual = sum((y - height - slope * (x - middle)) ** 2 for x, y in zip(u, w, strict=True))
+    freedom = len(u) - 2
+    half = student_t((1 + CONFIDENCE) / 2, freedom) * math.sqrt(residual / freedom / spread)
+    return PowerLaw(slope, slope - half, slope + half, len(u))
+
+
+def sweeps(report: Report) -> Iterator[Sweep]:
+    """Every sweep of a run along one of the axes, with as many points as a fit takes."""
+    for axis in AXES:
+        groups: dict[object, list[Case]] = {}
+        for case in report.cases:
+            rest = tuple(scaling.value(case.workload, name) for name in _others(case, axis))
+            groups.setdefault(rest, []).append(case)
+        for cases in groups.values():
+            if len({scaling.value(case.workload, axis) for case in cases}) >= FEWEST:
+                yield Sweep(axis, tuple(sorted(cases, key=lambda each: int(scaling.value(each.workload, axis)))))
+
+
+def _others(case: Case, axis: str) -> list[str]:
+    """What must be alike in a sweep; a length of keys that follows the length is no axis of its own."""
+    follows = axis == "seq" and case.workload.kv_seq == case.workload.seq
+    return [name for name in scaling.AXES if name != axis and not (follows and name == "kv_seq")]
+
+
+def time_law(sweep: Sweep, name: str) -> PowerLaw | None:
+    """How an implementation's time a call grows along a sweep."""
+    points = [
+        (sweep.at(case), row.call_s.median)
+        for case in sweep.cases
+        for row in sound(case)
+        if row.implementation == name and row.call_s
+    ]
+    return fit([x for x, _ in points], [y for _, y in points])
+
+
+def speedup_law(sweep: Sweep, name: str) -> PowerLaw | None:
+    """How an implementation's speedup changes along a sweep; None where the reference does."""
+    if len({case.reference for case in sweep.cases}) != 1 or name == sweep.cases[0].reference:
+        return None
+    points = [
+        (sweep.at(case), row.speedup.value)
+        for case in sweep.cases
+        for row in sound(case)
+        if row.implementation == name and row.speedup
+    ]
+    return fit([x for x, _ in points], [y for _, y in points])
+
+
+def effects(reports: Sequence[Report], names: Sequence[str]) -> list[Block]:
+    """What the fitted lines and the crossovers support, axis by axis; for an axis without a sweep what to run."""
+    found = [sweep for report in reports for sweep in sweeps(report)]
+    made: list[Block] = []
+    for axis, word in AXES.items():
+        along = [sweep for sweep in found if sweep.axis == axis]
+        told = [finding for sweep in along for finding in _sweep_findings(sweep, names)]
+        if not along:
+            made.append(Missing(f"No run has swept {word} alone over three values or more.", RUN_SWEEP))
+        elif not told:
+            made.append(
+                Missing(
+                    f"The intervals support no trend along {word}; more time narrows them.", f"{RUN_SWEEP} --seconds 20"
+                )
+            )
+        made += told
+    return made
+
+
+def _sweep_findings(sweep: Sweep, names: Sequence[str]) -> list[Finding]:
+    made = []
+    grown = [f"{name} as {sweep_power(law)}" for name in names if (law := time_law(sweep, name)) and law.low > 0]
+    if grown:
+        made.append(Finding(f"{_begin(sweep)}: the time of a call grows with {AXES[sweep.axis]}, {joined(grown)}."))
+    made += [found for name in names if (found := _gain(sweep, name))]
+    curves = scaling.curves_of(sweep.cases, sweep.axis)
+    for crossing in scaling.crossovers(curves):
+        first, then = crossing.between
+        text = f"{crossing.faster_before} is the faster up to {first}, {crossing.faster_after} from {then} on"
+        made.append(Finding(f"{_begin(sweep)}: between {crossing.faster_before} and {crossing.faster_after}, {text}."))
+    return made
+
+
+def sweep_power(law: PowerLaw) -> str:
+    """The power with its interval, as it stands in a sentence."""
+    half = law.high - law.slope
+    return f"its power {law.slope:.2f} ±{half:.2f}"
+
+
+def _begin(sweep: Sweep) -> str:
+    return f"{sweep.ends[0].upper()}{sweep.ends[1:]} ({sweep.elsewhere})"
+
+
+def _gain(sweep: Sweep, name: str) -> Finding | None:
+    """Whether the speedup grows or diminishes with each doubling."""
+    law = speedup_law(sweep, name)
+    if law is None or law.low <= 0 <= law.high:
+        return None
+    factor, low, high = (2.0**power for power in (law.slope, law.low, law.high))
+    verb = "grows" if factor > 1 else "diminishes"
+    figures = f"{factor:.2f} times [{low:.2f}, {high:.2f}] at each doubling, {law.points} points"
+    return Finding(f"{_begin(sweep)}: the speedup of {name} over {sweep.cases[0].reference} {verb}: {figures}.")

@@ -1,0 +1,26 @@
+"""The rows that nothing is claimed from, and why."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from attention.report import AnyCase
+from fatui import figures
+from fatui.report.document import Block, Paragraph, Table, counted, joined
+from fatui.report.evidence import unsound
+
+
+def trouble(cases: Sequence[AnyCase]) -> list[Block]:
+    """How many rows are not sound, and each of them."""
+    found = unsound(cases)
+    total = sum(len(case.rows) for case in cases)
+    if not found:
+        return [Paragraph(f"All of {counted(total, 'row')} ran and passed the check of their accuracy.")]
+    counts = Counter(line.row.status for line in found)
+    told = joined([f"{count} {status}" for status, count in counts.most_common()])
+    rows = tuple(
+        (line.case.workload.label, line.row.implementation, figures.verdict(line.row, line.case)) for line in found
+    )
+    table = Table(
+        "Rows without a claim", ("case", "implementation", "verdict"), rows, frozenset({"implementation", "verdict"})
+    )
+    return [Paragraph(f"Of {counted(total, 'row')}: {told}. Nothing in this report is claimed from them."), table]

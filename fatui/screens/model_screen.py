@@ -1,0 +1,212 @@
+"""What the screens of models share: what is set up on top, the run below it, the table at the bottom."""
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from textual.app import ComposeResult
+from textual.containers import Vertical, VerticalScroll
+from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from attention.errors import NoBackendError, UsageError
+from attention.models.configuration import check_mlx_lm, find, names
+from attention.plan import FineTuningPlan, GenerationPlan
+from attention.report import Report
+from fatui import actions
+from fatui.model_session import ModelSession
+from fatui.status import SPINNER
+from fatui.table import report_table
+from fatui.widgets.choice import Choice
+from fatui.widgets.key_bar import KeyBar
+from fatui.widgets.live_pane import progress_line
+from fatui.widgets.status_line import StatusLine
+from fatui.widgets.toggles import Toggles
+
+if TYPE_CHECKING:
+    from fatui.app import FatuiApp
+
+IMPLEMENTATIONS: Final = ("baseline", "mlx", "practical", "poc", "demo")
+IDLE: Final = "{run} runs what is set up above; what comes in is drawn here."
+ROOMY: Final = 34
+"""Rows from which on the charts of a run that is over stay beside its table."""
+FOLDER: Final = "a folder with config.json and weights, enter takes it"
+
+
+class ModelScreen(Screen[None]):
+    """Sets up a model, runs it, and shows it live; what was chosen and run stays when the screen is left."""
+
+    CSS_PATH: ClassVar = ["list.tcss", "model_screen.tcss"]
+    TITLE_TEXT: ClassVar[str]
+    NAME: ClassVar[str]
+    """As the app's actions call the screen."""
+    app: "FatuiApp"
+
+    def __init__(self) -> None:
+        super().__init__(classes="list-screen")
+
+    def compose(self) -> ComposeResult:
+        """Yields the choices, the run and the table."""
+        chosen = self.app.runs.chosen.get(self.NAME, {})
+        yield StatusLine()
+        with Vertical(classes="pane", id="setup-pane") as pane:
+            pane.border_title = self.TITLE_TEXT
+            with Widget(id="choices"):
+                yield from (self._restored(choice, chosen) for choice in (self._model_choice(chosen), *self.choices()))
+            yield Toggles(IMPLEMENTATIONS, chosen.get("implementations", IMPLEMENTATIONS), id="implementations")
+            yield Input(placeholder=FOLDER, id="folder")
+        with Vertical(classes="pane", id="live-pane") as pane:
+            pane.border_title = "Live"
+            yield Static(id="progress", markup=False)
+            with Widget(id="charts"):
+                yield from self.charts()
+        with VerticalScroll(classes="pane", id="table-pane") as pane:
+            pane.border_title = "Comparison"
+            yield Static(id="model-table", markup=False)
+        yield KeyBar(keys=actions.bar(actions.FURTHER[self.NAME], self.app.keys))
+
+    @abstractmethod
+    def choices(self) -> list[Choice]:
+        """What is chosen besides the model and the implementations."""
+
+    @abstractmethod
+    def charts(self) -> list[Widget]:
+        """What is drawn of a run."""
+
+    @abstractmethod
+    def plan(self) -> GenerationPlan | FineTuningPlan:
+        """What is set up; raises UsageError where it cannot run."""
+
+    @abstractmethod
+    def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
+        """The command that runs it."""
+
+    @abstractmethod
+    def draw(self, session: ModelSession) -> None:
+        """Draws the charts."""
+
+    def _model_choice(self, chosen: dict[str, tuple[str, ...]]) -> Choice:
+        known = tuple(dict.fromkeys((*names(), *chosen.get("model", ()))))
+        return Choice("model", known, id="model")
+
+    def _restored(self, choice: Choice, chosen: dict[str, tuple[str, ...]]) -> Choice:
+        if choice.id in chosen:
+            choice.show(chosen[choice.id])
+        return choice
+
+    def on_mount(self) -> None:
+        """Draws, and begins the slow timer."""
+        self.query_one("#folder").display = False
+        self.query_one("#model").focus()
+        self._show()
+        self.set_interval(self.app.REPAINT_S, self._show)
+
+    @property
+    def session(self) -> ModelSession | None:
+        """The run that goes on here or was made last."""
+        return self.app.runs.models.get(self.NAME)
+
+    @property
+    def report(self) -> Report | None:
+        """What export and copy are about: a run that has ended."""
+        return self.app.runs.model_reports.get(self.NAME)
+
+    def chosen(self, name: str) -> str:
+        """The value of a choice."""
+        return self.query_one(f"#{name}", Choice).value
+
+    def numbers(self, name: str) -> list[int]:
+        """The whole numbers of a choice."""
+        return [int(part) for part in self.chosen(name).split(",")]
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """Those that are taken in."""
+        return self.query_one(Toggles).chosen
+
+    def model_layers(self) -> int:
+        """Layers of the model that is chosen."""
+        return find(self.chosen("model")).layers
+
+    def action_run(self) -> None:
+        """Runs what is set up."""
+        try:
+            check_mlx_lm()
+            plan = self.plan()
+        except (UsageError, NoBackendError) as error:
+            self.app.tell(f"cannot run: {'; '.join(str(error).splitlines())}", "warning")
+            return
+        self.app.runs.start_model(self.NAME, plan, self.command(plan))
+        self._show()
+
+    def action_folder(self) -> None:
+        """Asks for a folder."""
+        box = self.query_one("#folder", Input)
+        box.display = True
+        box.focus()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Takes the folder as one of the models."""
+        choice = self.query_one("#model", Choice)
+        try:
+            find(event.value)
+        except UsageError as error:
+            self.app.tell(str(error), "warning")
+            return
+        choice.options = tuple(dict.fromkeys((*choice.options, event.value)))
+        choice.show((event.value,))
+        event.input.display = False
+        choice.focus()
+        self._keep()
+
+    def on_choice_changed(self) -> None:
+        """Keeps what was chosen."""
+        self._keep()
+
+    def on_toggles_changed(self) -> None:
+        """Keeps what was chosen."""
+        self._keep()
+
+    def _keep(self) -> None:
+        values = {choice.id or "": choice.values for choice in self.query(Choice)}
+        self.app.runs.chosen[self.NAME] = {**values, "implementations": self.implementations}
+
+    def action_back(self) -> None:
+        """Puts the folder's box away, or goes back; a run goes on meanwhile."""
+        box = self.query_one("#folder", Input)
+        if box.display:
+            box.display = False
+            self.query_one("#model").focus()
+        else:
+            self.dismiss()
+
+    def on_resize(self) -> None:
+        """Fits the table."""
+        self.call_after_refresh(self._show)
+
+    def _show(self) -> None:
+        session, report = self.session, self.report
+        if session is not None:
+            self.query_one("#progress", Static).update(progress_line(session), layout=False)
+            self.draw(session)
+            report = report or session.report()
+            number = session.case_number
+            label = session.plan.cases[number].label if number is not None else ""
+            self.query_one("#live-pane").border_title = f"Live · {label}" if label else "Live"
+        else:
+            run = self.app.keys[f"{self.NAME}_run"]
+            self.query_one("#progress", Static).update(IDLE.format(run=run), layout=False)
+        over = session is None or (not session.active and self.app.size.height < ROOMY)
+        self.query_one("#live-pane").set_class(over, "-idle")
+        self.query_one(StatusLine).show(self.TITLE_TEXT, _phase(session))
+        pane = self.query_one("#table-pane")
+        width = max(40, pane.content_size.width - 2)  # a scroll bar may come
+        shown = report_table(report, width=width) if report and report.all_cases else "Nothing was measured yet."
+        self.query_one("#model-table", Static).update(shown)
+
+
+def _phase(session: ModelSession | None) -> str:
+    if session is None:
+        return "ready"
+    turn = f" {SPINNER[int(session.elapsed_s * 2) % len(SPINNER)]}" if session.active else ""
+    return f"{session.phase}{turn}"

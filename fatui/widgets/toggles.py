@@ -1,0 +1,73 @@
+"""Several words on one row, each in or out."""
+
+from typing import ClassVar
+
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.strip import Strip
+from textual.widget import Widget
+
+
+class Toggles(Widget, can_focus=True):
+    """Left and right go from word to word; space or a click takes one in or out, and the last one stays."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"picker--on", "picker--off", "picker--cursor"}
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "move(-1)", "Previous", show=False),
+        Binding("right", "move(1)", "Next", show=False),
+        Binding("space,enter", "take", "Take in or out", show=False),
+    ]
+    DEFAULT_CSS = "Toggles { height: 1; }"
+
+    class Changed(Message):
+        """A word was taken in or out."""
+
+    def __init__(self, options: tuple[str, ...], chosen: tuple[str, ...], *, id: str) -> None:
+        super().__init__(id=id)
+        self.options = options
+        self.chosen = chosen
+        self._cursor = 0
+
+    def action_move(self, count: int) -> None:
+        """Goes to another word, around the end."""
+        self._cursor = (self._cursor + count) % len(self.options)
+        self.refresh()
+
+    def action_take(self) -> None:
+        """Takes the word under the cursor in or out."""
+        word = self.options[self._cursor]
+        chosen = tuple(each for each in self.options if (each in self.chosen) != (each == word))
+        if chosen:
+            self.chosen = chosen
+            self.post_message(self.Changed())
+        self.refresh()
+
+    def on_click(self, event: events.Click) -> None:
+        """Takes the clicked word in or out."""
+        at = 0
+        for index, word in enumerate(self.options):
+            at += len(word) + 4
+            if event.x < at:
+                self._cursor = index
+                self.action_take()
+                return
+
+    def on_focus(self) -> None:
+        """Shows the cursor."""
+        self.refresh()
+
+    def on_blur(self) -> None:
+        """Hides the cursor."""
+        self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        """Draws the row."""
+        on, off, cursor = (self.get_component_rich_style(f"picker--{part}") for part in ("on", "off", "cursor"))
+        parts = []
+        for index, word in enumerate(self.options):
+            taken = word in self.chosen
+            style = cursor if self.has_focus and index == self._cursor else on if taken else off
+            parts += [Segment(f"{'●' if taken else '○'} {word}", style), Segment("  ", off)]
+        return Strip(parts).adjust_cell_length(self.size.width, self.rich_style)

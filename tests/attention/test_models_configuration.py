@@ -1,0 +1,88 @@
+"""The models that need no download, and those of a folder: their shapes and what they will need."""
+
+import json
+
+import pytest
+
+from attention.errors import UsageError
+from attention.models.configuration import find, names
+from attention.models.fitting import Needed
+from attention.models.network import Network
+from attention.models.workloads import FineTuning, Generation, generations
+
+PUBLISHED = {"tinyllama-1.1b": 1_100_048_384, "qwen2.5-1.5b": 1_543_714_304, "llama-7b-like": 6_738_415_616}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_configuration_has_as_many_parameters_as_its_maker_published(name):
+    assert Network(find(name), "bfloat16").weights_bytes == 2 * PUBLISHED[name]
+
+
+def test_no_weight_is_made_before_it_is_asked_for():
+    import mlx.core as mx
+
+    before = mx.get_active_memory()
+    network = Network(find("llama-7b-like"), "bfloat16", layers=2)
+    assert mx.get_active_memory() - before < 2**20
+    assert network.layers == 2
+    assert network.own_bytes < network.weights_bytes / 5
+
+
+def test_the_layers_are_whole_again_after_a_shortened_run():
+    network = Network(find("tiny-llama"), "float32")
+    with network.shortened(1) as model:
+        assert len(model.layers) == 1
+    assert network.layers == len(network.model.layers) == 4
+
+
+def test_a_name_that_is_unknown_is_told_with_the_nearest():
+    with pytest.raises(UsageError, match=r"did you mean 'tinyllama-1\.1b'"):
+        find("tinyllama-1b")
+    assert "tiny-llama" in names()
+
+
+def test_a_folder_says_its_shapes_and_what_it_lacks(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.json cannot be read"):
+        find(str(tmp_path))
+    fields = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = find(str(tmp_path))
+    assert (found.layers, found.heads, found.kv_heads, found.head_dim) == (3, 4, 2, 16)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    with pytest.raises(UsageError, match="has no num_hidden_layers, num_attention_heads"):
+        find(str(tmp_path))
+
+
+def test_what_will_not_fit_is_refused_with_both_figures_and_the_layers_that_would():
+    work = Generation(model="llama-7b-like", phase="prefill", prompt=512, layers=32)
+    needed = Needed.of(find(work.model), work, Network(find(work.model), "bfloat16"), 0)
+    assert 13e9 < needed.whole < 15e9
+    assert needed.refusal(4 * 2**30, work).endswith("of 4; --layers 8 would fit, and estimate the whole model")
+    assert needed.refusal(2**20, work).endswith("not even two layers fit")
+
+
+def test_both_phases_run_at_every_batch_and_prompt_length():
+    cases = generations(22, model="tinyllama-1.1b", prompts=[128, 512], batches=[1, 2])
+    assert len(cases) == 8
+    assert [(case.phase, case.prompt, case.batch) for case in cases[:3]] == [
+        ("prefill", 128, 1),
+        ("decode", 128, 1),
+        ("prefill", 512, 1),
+    ]
+    assert [case.tokens for case in cases[4:6]] == [256, 2]
+
+
+def test_as_many_layers_as_the_model_has_are_the_whole_model():
+    (case, _) = generations(22, model="m", prompts=[8], batches=[1], measured_layers=22)
+    assert not case.estimated
+    (case, _) = generations(22, model="m", prompts=[8], batches=[1], measured_layers=4)
+    assert case.estimated
+    assert "estimated from 4 of 22 layers" in case.label
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(UsageError) as caught:
+        generations(22, model="m", prompts=[1, 0], batches=[1], measured_layers=1, dtype="int8")
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["prompt", "layers", "dtype", "prompt"]
+    with pytest.raises(UsageError, match="rank: got 0"):
+        FineTuning(model="m", layers=4, tuned_layers=4, rank=0)

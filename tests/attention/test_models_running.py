@@ -1,0 +1,97 @@
+"""Models that really run, small ones: what is measured of them, and that a wrong implementation is found out."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from attention import events as on
+from attention.models.bench import GenerationBench
+from attention.models.fine_tuning import FineTuningBench
+from attention.models.record import record_of
+from attention.models.workloads import FineTuning, generations
+from attention.plan import Assignment, FineTuningPlan, GenerationPlan
+
+WRONG = f"{Path(__file__).parents[1] / 'planted.py'}:Wrong"
+NAMES = ("baseline", "mlx", WRONG)
+
+
+@pytest.fixture
+def uncompiled():
+    """Compiling a training step takes seconds on a CPU, and changes nothing that is tested here."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def run(bench, plan):
+    record = record_of(plan)
+    bench(Assignment(plan=plan), plan, record.apply).run()
+    assert record.done
+    return record
+
+
+def test_both_phases_are_measured_with_every_implementation_in_the_model():
+    cases = generations(
+        4, model="tiny-llama", prompts=[24], batches=[2], generate=3, measured_layers=2, dtype="float32"
+    )
+    record = run(GenerationBench, GenerationPlan(cases=cases, implementations=NAMES, seconds=0.2))
+    for index, layers in ((0, 4), (1, 2)):
+        case = record.case(index)
+        baseline, ours, wrong = case.rows
+        assert [baseline.status, ours.status, wrong.status] == ["ok", "ok", "inaccurate"]
+        assert baseline.replaced_calls == layers, "a prompt takes two steps of two layers, a token one"
+        assert baseline.attention_share and baseline.layer_s and baseline.peak_bytes
+        assert ours.logits_error < 1e-4 < wrong.logits_error
+        assert "allowed" in wrong.reason
+        assert case.noise_floor
+    assert record.case(1).rows[0].tokens_per_second == pytest.approx(2 / record.case(1).rows[0].call_s.median)
+
+
+def test_decoding_leaves_the_cache_as_it_found_it():
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from attention.models.configuration import find
+    from attention.models.generation import DecodeRun, Prompts
+    from attention.models.network import Network
+
+    network = Network(find("tiny-llama"), "float32")
+    (_, work) = generations(4, model="tiny-llama", prompts=[20], batches=[1], dtype="float32")
+    prompts = Prompts(work, 512, seed=0)
+    cache = make_prompt_cache(network.model)
+    token = mx.argmax(prompts.take_in(network.model, cache), axis=-1)
+    decode = DecodeRun(network, cache, token, steps=5, layers=4)
+    first = decode.results()[0]
+    tokens = [decode.queue()[0].tolist() for _ in range(2)]
+    assert tokens[0] == tokens[1]
+    assert cache[0].offset == 20
+    assert mx.allclose(first, decode.results()[0])
+
+
+def test_every_implementation_learns_the_same_from_the_same_batches(uncompiled):
+    work = FineTuning(model="tiny-llama", seq=24, batch=2, iters=4, rank=2, layers=4, tuned_layers=2, dtype="float32")
+    told = []
+    plan = FineTuningPlan(cases=(work,), implementations=NAMES, seconds=60)
+    record = record_of(plan)
+
+    def listen(event):
+        told.append(event)
+        record.apply(event)
+
+    FineTuningBench(Assignment(plan=plan), plan, listen).run()
+    case = record.case(0)
+    baseline, ours, wrong = case.rows
+    assert [baseline.status, ours.status, wrong.status] == ["ok", "ok", "inaccurate"]
+    assert len(baseline.losses) == 4
+    assert ours.loss_difference < 1e-4 < wrong.loss_difference
+    again = [event.loss for event in told if isinstance(event, on.IterationDone) and event.implementation == on.AGAIN]
+    assert tuple(again) == baseline.losses, "the second fine-tuning of the reference is the first one again"
+    assert baseline.peak_bytes > 0 and case.noise_floor
+
+
+def test_a_fine_tuning_ends_with_its_time(uncompiled):
+    work = FineTuning(model="tiny-llama", seq=8, batch=1, iters=500, layers=4, tuned_layers=1, dtype="float32")
+    record = run(FineTuningBench, FineTuningPlan(cases=(work,), implementations=("mlx",), seconds=0.1))
+    (row,) = record.case(0).rows
+    assert 0 < len(row.losses) < 500
+    assert row.stopped_by == "time"

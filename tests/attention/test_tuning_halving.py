@@ -1,0 +1,96 @@
+"""A trial finds the fastest within its time."""
+
+import pytest
+from tuning_examples import FakeTime
+
+from attention.tuning.halving import Halving
+
+
+class FakeRunner:
+    """Moves a fake clock on by what a call takes."""
+
+    def __init__(self, clock: FakeTime, seconds: float, cold_s: float = 0.0, fails_after: int = 10**9) -> None:
+        self.clock, self.seconds, self.cold_s, self.fails_after = clock, seconds, cold_s, fails_after
+        self.calls = 0
+
+    def queue(self) -> None:
+        self.calls += 1
+        if self.calls > self.fails_after:
+            raise RuntimeError("out of memory")
+        self.clock.now += self.seconds + (self.cold_s if self.calls == 1 else 0.0)
+
+    def wait(self, outputs: object) -> None:
+        pass
+
+
+@pytest.fixture
+def clock() -> FakeTime:
+    return FakeTime()
+
+
+def halving(clock: FakeTime, budget_s: float = 0.5, cold_tells: bool = True) -> Halving:
+    return Halving(budget_s, 1000, cold_tells, clock)
+
+
+def runners(clock: FakeTime, **seconds: float) -> dict[str, FakeRunner]:
+    return {name: FakeRunner(clock, each) for name, each in seconds.items()}
+
+
+def test_the_fastest_wins_and_the_rest_stands_in_order(clock: FakeTime) -> None:
+    found = halving(clock).run(runners(clock, c=0.0014, a=0.001, d=0.0015, b=0.0012, e=0.0016))  # type: ignore[arg-type]
+    assert list(found.call_s)[:2] == ["a", "b"]
+    assert set(found.call_s) == set("abcde")
+    assert found.ratio is not None
+    assert found.ratio.value == pytest.approx(1.2)
+
+
+def test_the_hopeless_is_called_once(clock: FakeTime) -> None:
+    given = runners(clock, fast=0.001, slow=0.02)
+    halving(clock).run(given)  # type: ignore[arg-type]
+    assert given["slow"].calls == 1
+
+
+def test_where_first_calls_compile_everyone_gets_a_second_outside_of_the_time(clock: FakeTime) -> None:
+    given = {"plain": FakeRunner(clock, 0.002), "compiled": FakeRunner(clock, 0.001, cold_s=3.0)}
+    found = halving(clock, cold_tells=False).run(given)  # type: ignore[arg-type]
+    assert next(iter(found.call_s)) == "compiled"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_it_keeps_to_its_time(clock: FakeTime, count: int) -> None:
+    before = clock.now
+    given = {str(number): FakeRunner(clock, 0.001 + number * 1e-5) for number in range(count)}
+    halving(clock).run(given)  # type: ignore[arg-type]
+    assert clock.now - before <= 0.5 + 0.05
+
+
+def test_when_the_time_is_up_nothing_more_is_begun_and_that_is_told(clock: FakeTime) -> None:
+    given = runners(clock, first=0.6, second=0.7)
+    found = halving(clock).run(given)  # type: ignore[arg-type]
+    assert found.untried == ["second"]
+    assert given["second"].calls == 0
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+def test_what_raises_is_out_whenever_it_does(clock: FakeTime, after: int) -> None:
+    broken = FakeRunner(clock, 0.001, fails_after=after)
+    found = halving(clock).run({"broken": broken, "works": FakeRunner(clock, 0.002)})  # type: ignore[dict-item]
+    assert list(found.call_s) == ["works"]
+    assert found.failed == {"broken": "RuntimeError: out of memory"}
+
+
+def test_when_nothing_runs_it_says_why(clock: FakeTime) -> None:
+    given = {name: FakeRunner(clock, 0.1, fails_after=0) for name in "ab"}
+    with pytest.raises(RuntimeError, match="none of a, b could be run: a: RuntimeError: out of memory; b"):
+        halving(clock).run(given)  # type: ignore[arg-type]
+
+
+def test_a_clock_that_is_set_back_meanwhile_stops_nothing(clock: FakeTime) -> None:
+    class Back(FakeRunner):
+        def queue(self) -> None:
+            super().queue()
+            if self.calls % 10 == 0:
+                self.clock.now -= 5.0
+
+    found = halving(clock).run({"a": Back(clock, 0.02), "b": FakeRunner(clock, 0.03)})  # type: ignore[dict-item]
+    assert set(found.call_s) == {"a", "b"}
