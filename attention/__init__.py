@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from attention.implementations.protocol import Implementation
+    from attention.monitoring import Monitor
     from attention.patch.model_patch import ModelPatch
 
-__all__ = ["NoBackendError", "UnsupportedError", "UsageError", "Workload", "attention", "patch_mlx_lm"]
+__all__ = ["NoBackendError", "UnsupportedError", "UsageError", "Workload", "attention", "monitor", "patch_mlx_lm"]
 
 
 def attention(
@@ -49,12 +50,13 @@ def attention(
         UnsupportedError: the implementation does not take this, as its route says.
         NoBackendError: MLX cannot be imported.
     """
+    from attention import watching
     from attention.arguments import checked_mask, checked_numbers, checked_shapes, find
 
     chosen = find(implementation)
     checked_shapes(q, k, v)
     factor, cap = checked_numbers(scale, softcap, q.shape[-1])
-    return chosen(q, k, v, scale=factor, mask=checked_mask(mask, window, q, k), softcap=cap)
+    return watching.call(chosen, q, k, v, scale=factor, mask=checked_mask(mask, window, q, k), softcap=cap)
 
 
 def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "ModelPatch":
@@ -74,3 +76,17 @@ def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "Model
     from attention.patch.model_patch import ModelPatch
 
     return ModelPatch(implementation)
+
+
+def monitor(share: float = 0.01) -> "Monitor":
+    """Watches attention in a program while the context is open: calls, shapes, paths, time and memory.
+
+    Afterwards `summary()` says it in lines, `report()` in the rows of `fatui bench`, and `save(FILE)` keeps these for
+    `fatui history add FILE`.
+
+    Args:
+        share: share of the program's time that watching may take; it bounds how many calls are timed.
+    """
+    from attention.monitoring import Monitor
+
+    return Monitor(share)

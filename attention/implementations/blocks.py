@@ -73,7 +73,7 @@ def tile_bytes(shape: Shape, blocks: Blocks) -> int:
     rows, seen = shape.group * blocks.rows, seen_keys(shape, blocks)
     # forward: K, its transpose and V; backward: those, V's transpose, dK and dV summed over all keys of the block, and
     # the four slices of a query-side array; both: a few finished blocks that wait to be written
-    sides = 4 * seen + 8 * blocks.keys + 10 * rows if shape.training else 4 * seen + 6 * rows
+    sides = 4 * seen + 12 * blocks.keys + 14 * rows if shape.training else 4 * seen + 6 * rows
     scratch = blocks.batches * blocks.kv_heads * (rows * seen * shape.score_bytes + sides * width)
     return scratch + (query_sum_bytes(shape, blocks) if blocks.sums_queries else 0)
 

@@ -10,6 +10,7 @@ from typing import Any, Final, ParamSpec, Self, TypeVar, cast
 
 import mlx.core as mx
 
+from attention import watching
 from attention.arguments import find
 from attention.errors import UnsupportedError
 from attention.implementations.protocol import Implementation
@@ -121,7 +122,9 @@ class ModelPatch(Counts):
         try:
             offer = self._offers.of(call)
             more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
-            out = self.implementation(call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask, **more)
+            out = watching.call(
+                self.implementation, call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask, **more
+            )
         except UnsupportedError as error:
             self.hand(str(error))
             return None

@@ -1,4 +1,4 @@
-"""`fatui history`: lists past runs, shows one, removes one."""
+"""`fatui history`: lists past runs, shows one, removes one, takes in one that a program saved."""
 
 import argparse
 from typing import TYPE_CHECKING, Final
@@ -9,19 +9,22 @@ from fatui import cli
 if TYPE_CHECKING:
     from fatui.history import History
 
-ACTIONS: Final = ("list", "show", "rm")
+ACTIONS: Final = ("list", "show", "rm", "add")
 EXAMPLE: Final = """examples:
   fatui history
   fatui history show last
   fatui history show 3f9c --csv run.csv     the id, or as much of it as tells it from others
-  fatui history rm 3f9c"""
+  fatui history rm 3f9c
+  fatui history add monitor.json            what attention.monitor().save() wrote"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     from fatui.commands.delivery import add_export_options
 
-    parser.add_argument("action", nargs="?", default="list", metavar="list|show ID|rm ID", help="what to do (list)")
+    parser.add_argument(
+        "action", nargs="?", default="list", metavar="list|show ID|rm ID|add FILE", help="what to do (list)"
+    )
     parser.add_argument("id", nargs="?", metavar="ID", help=argparse.SUPPRESS)
     add_export_options(parser)
 
@@ -37,9 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.action not in ACTIONS:
         hint = suggestion(arguments.action, ACTIONS)
-        raise UsageError(f"history: got '{arguments.action}'; it takes list, show ID or rm ID{hint}")
+        raise UsageError(f"history: got '{arguments.action}'; it takes list, show ID, rm ID or add FILE{hint}")
     if arguments.action != "list" and arguments.id is None:
-        raise UsageError(f"history {arguments.action}: it takes a run's id, or 'last'")
+        wanted = "a file" if arguments.action == "add" else "a run's id, or 'last'"
+        raise UsageError(f"history {arguments.action}: it takes {wanted}")
     history = History()
     try:
         return _do(arguments, history)
@@ -56,6 +60,8 @@ def _do(arguments: argparse.Namespace, history: "History") -> int:
         return _list(history)
     if arguments.action == "show":
         return _show(arguments, history)
+    if arguments.action == "add":
+        return _add(arguments.id, history)
     cli.tell(f"removed run {history.remove(arguments.id).run.id}")
     return cli.DONE
 
@@ -77,6 +83,26 @@ def _list(history: "History") -> int:
         started = line.started[:16].replace("T", " ")
         table.add_row(line.id, started, line.preset or "-", str(line.cases), state + line.finding)
     show(table)
+    return cli.DONE
+
+
+def _add(name: str, history: "History") -> int:
+    from pathlib import Path
+
+    import msgspec
+
+    from attention.report import SCHEMA, Report
+
+    try:
+        report = msgspec.json.decode(Path(name).read_bytes(), type=Report)
+    except OSError as error:
+        raise UsageError(f"history add: {name}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"history add: {name} is no saved run: {error}") from error
+    if report.schema > SCHEMA:
+        raise UsageError(f"history add: {name} was saved by a newer version, of schema {report.schema}")
+    history.add(report)
+    cli.tell(f"added run {report.run.id}")
     return cli.DONE
 
 

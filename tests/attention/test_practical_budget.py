@@ -1,0 +1,90 @@
+"""Practical's promise of memory: whatever the shape, no call takes more than the budget above inputs and outputs."""
+
+import mlx.core as mx
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from attention.implementations.blocks import MIB
+from attention.implementations.mlx_sdpa import MlxSdpa
+from attention.implementations.practical import Practical
+from attention.implementations.protocol import Implementation
+from attention.implementations.runner import make_inputs, runner_for
+from attention.masks import Mask
+from attention.workload import Workload
+
+
+def excess(implementation: Implementation, workload: Workload) -> int:
+    """Peak bytes above inputs and outputs."""
+    peak = runner_for(implementation, workload, make_inputs(workload, 0), workload.scale).peak_bytes()
+    assert peak is not None
+    return peak - workload.output_bytes
+
+
+workloads = st.builds(
+    lambda kv_heads, group, **rest: Workload(kv_heads=kv_heads, heads=kv_heads * group, **rest),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 4]),
+    batch=st.integers(1, 2),
+    seq=st.integers(1, 500),
+    kv_seq=st.integers(1, 700),
+    head_dim=st.sampled_from([16, 64, 80, 128, 256, 512]),
+    value_dim=st.sampled_from([32, 64, 128, 512]),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    mask=st.sampled_from(["none", "causal", "window:40", "window:300"]),
+    pass_=st.sampled_from(["forward", "training"]),
+)
+
+
+@settings(max_examples=30)
+@given(workloads, st.integers(2, 6))
+def test_no_shape_takes_more_than_its_budget(workload: Workload, mebibytes: int) -> None:
+    assume(workload.scores * (workload.head_dim + workload.value_dim) < 5e7)  # keeps it quick
+    assert excess(Practical(mebibytes * MIB), workload) <= mebibytes * MIB
+
+
+@pytest.mark.parametrize("dtype", [mx.bool_, mx.float32], ids=str)
+def test_an_array_mask_for_every_head_stays_within_the_budget(dtype: mx.Dtype) -> None:
+    workload = Workload(seq=700, heads=4, head_dim=16, dtype="float32")
+    q, k, v = make_inputs(workload, 0)
+    drawn = mx.random.uniform(shape=(1, 4, 700, 700), key=mx.random.key(2)) > 0.3
+    array = drawn if dtype == mx.bool_ else mx.where(drawn, mx.array(0.0), mx.array(-mx.inf))
+    mx.eval(array)
+    del drawn
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(Practical(4 * MIB)(q, k, v, scale=0.25, mask=Mask(array=array)))
+    assert mx.get_peak_memory() - before - workload.output_bytes <= 4 * MIB
+
+
+@pytest.mark.slow
+def test_training_at_4096_peaks_at_a_third_of_mlxs_at_most() -> None:
+    workload = Workload(seq=4096, heads=2, head_dim=16, dtype="float32", pass_="training")
+    ours, mlxs = (
+        runner_for(one, workload, make_inputs(workload, 0), workload.scale).peak_bytes() or 0
+        for one in (Practical(), MlxSdpa())
+    )
+    assert ours <= mlxs / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["none", "causal"])
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_it_is_not_much_slower_than_the_unfused_path_where_that_fits(head_dim: int, pass_: str, mask: str) -> None:
+    import time
+    from statistics import median
+
+    workload = Workload(seq=512, heads=4, head_dim=head_dim, dtype="float32", mask=mask, pass_=pass_)  # type: ignore[arg-type]
+    inputs = make_inputs(workload, 0)
+    runners = [runner_for(one, workload, inputs, workload.scale) for one in (Practical(), MlxSdpa())]
+    ratios = []
+    for turn in range(7):
+        seconds = []
+        for runner in runners:
+            started = time.perf_counter()
+            runner.results()
+            seconds.append(time.perf_counter() - started)
+        ratios += [seconds[1] / seconds[0]] if turn else []
+    assert median(ratios) >= 0.9
