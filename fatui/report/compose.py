@@ -87,11 +87,10 @@ def _summary(evidence: Evidence) -> list[Block]:
     cases, names = evidence.cases, evidence.implementations
     found: list[Finding | None] = [mean_finding(cases, name) for name in names]
     found += [_throughput(evidence), largest_saving(cases, names)]
-    for phase in ("prefill", "decode"):
-        found += [
-            mean_finding([case for case in evidence.models if case.workload.phase == phase], name) for name in names
-        ]
-    found += [mean_finding(evidence.fine_tunings, name) for name in names]
+    for phase, where in (("prefill", "Prompts of models: "), ("decode", "Decoding in models: ")):
+        models = [case for case in evidence.models if case.workload.phase == phase]
+        found += [mean_finding(models, name, where) for name in names]
+    found += [mean_finding(evidence.fine_tunings, name, "Fine-tuning: ") for name in names]
     told: list[Block] = [finding for finding in found if finding]
     refused = len(unsound(_everything(evidence)))
     if refused:

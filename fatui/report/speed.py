@@ -19,17 +19,27 @@ def mean_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
     return found[0][1] if len(found) == 1 else statistics.geometric_mean([ratio for _, ratio in found])
 
 
-def mean_finding(cases: Sequence[AnyCase], name: str) -> Finding | None:
-    """What the mean of the speedups supports: faster, slower, as fast, or nothing."""
+def mean_finding(cases: Sequence[AnyCase], name: str, where: str = "") -> Finding | None:
+    """What the mean of the speedups supports: faster, slower, as fast, or nothing.
+
+    A mean is told only if most of its cases say the same by themselves, each beyond its own noise floor.
+    """
     found, mean = compared(cases, name), mean_speedup(cases, name)
-    if mean is None or not figures.is_clear(mean):
+    if mean is None:
         return None
     reference, over = found[0][0].reference, f"over {counted(len(found), 'case')}"
     how = "(geometric mean)" if len(found) > 1 else f"({found[0][0].workload.label})"
-    if not mean.significant:
+    ratios = [ratio for _, ratio in found]
+    if mean.significant and 2 * sum(_agrees(ratio, mean) for ratio in ratios) > len(ratios):
+        return Finding(f"{where}{name} is {times(mean)} {reference} {over} {how}.")
+    if not mean.significant and all(figures.is_clear(ratio) for ratio in (mean, *ratios)):
         low, high = figures.three(mean.low), figures.three(mean.high)
-        return Finding(f"{name} is as fast as {reference} within {low} to {high} times, {over} {how}.")
-    return Finding(f"{name} is {times(mean)} {reference} {over} {how}.")
+        return Finding(f"{where}{name} is as fast as {reference} within {low} to {high} times, {over} {how}.")
+    return None
+
+
+def _agrees(ratio: Ratio, mean: Ratio) -> bool:
+    return ratio.significant and (ratio.value > 1) == (mean.value > 1)
 
 
 def times(ratio: Ratio) -> str:

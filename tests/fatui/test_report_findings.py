@@ -67,6 +67,15 @@ def test_an_interval_that_spans_one_claims_no_difference(low, high):
     assert not any(re.search(r"practical (is [\d.]+ ±|gains|is slower|is as fast)", text) for text in told)
 
 
+def test_a_mean_is_claimed_only_if_most_of_its_cases_say_so_themselves():
+    report = report_of(plan_of(SWEEP[:2]))
+    unclear = ratio(1.6, 1.5, 1.7, significant=False)  # inside a wide noise floor
+    doubtful = with_rows(
+        report, lambda row: structs.replace(row, speedup=unclear) if row.implementation == "practical" else row
+    )
+    assert not any(text.startswith("practical is") for text in texts(compose([doubtful]), "Speedups"))
+
+
 @pytest.mark.parametrize("status", ["failed", "refused", "inaccurate", "unsupported"])
 def test_nothing_is_claimed_from_a_row_that_is_not_ok(status):
     report = with_rows(
