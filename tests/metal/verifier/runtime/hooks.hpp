@@ -10,45 +10,45 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 #define H(n)                                \
   void __tsan_read##n(void* p) {            \
-    acc(p, n, false, PC, true);             \
+    access(p, n, false, PC, true);          \
   }                                         \
   void __tsan_write##n(void* p) {           \
-    acc(p, n, true, PC, true);              \
+    access(p, n, true, PC, true);           \
   }                                         \
   void __tsan_unaligned_read##n(void* p) {  \
-    acc(p, n, false, PC);                   \
+    access(p, n, false, PC);                \
   }                                         \
   void __tsan_unaligned_write##n(void* p) { \
-    acc(p, n, true, PC);                    \
+    access(p, n, true, PC);                 \
   }                                         \
   void __tsan_volatile_read##n(void* p) {   \
-    acc(p, n, false, PC);                   \
+    access(p, n, false, PC);                \
   }                                         \
   void __tsan_volatile_write##n(void* p) {  \
-    acc(p, n, true, PC);                    \
+    access(p, n, true, PC);                 \
   }                                         \
   void __tsan_read_write##n(void* p) {      \
-    acc(p, n, false, PC);                   \
-    acc(p, n, true, PC);                    \
+    access(p, n, false, PC);                \
+    access(p, n, true, PC);                 \
   }
 H(1) H(2) H(4) H(8) H(16) void __tsan_read_range(void* p, size_t n) {
-  acc(p, n, false, PC);
+  access(p, n, false, PC);
 }
 void __tsan_write_range(void* p, size_t n) {
-  acc(p, n, true, PC);
+  access(p, n, true, PC);
 }
 void* __tsan_memcpy(void* d, const void* s, size_t n) {
-  acc(s, n, false, PC);
-  acc(d, n, true, PC);
+  access(s, n, false, PC);
+  access(d, n, true, PC);
   return memcpy(d, s, n);
 }
 void* __tsan_memmove(void* d, const void* s, size_t n) {
-  acc(s, n, false, PC);
-  acc(d, n, true, PC);
+  access(s, n, false, PC);
+  access(d, n, true, PC);
   return memmove(d, s, n);
 }
 void* __tsan_memset(void* d, int c, size_t n) {
-  acc(d, n, true, PC);
+  access(d, n, true, PC);
   return memset(d, c, n);
 }
 void __tsan_vptr_update(void*, void*) {}
@@ -64,22 +64,22 @@ struct TMis {
   unsigned char la, kind;
 };
 void __ubsan_handle_type_mismatch_v1(TMis* d, uintptr_t p) {
-  if (cur && (p & ((1ul << d->la) - 1))) report(3, PC, "address is not a multiple of %lu", 1ul << d->la);
+  if (current && (p & ((1ul << d->la) - 1))) report(3, PC, "address is not a multiple of %lu", 1ul << d->la);
 }
 void __ubsan_handle_out_of_bounds(Loc*, uintptr_t i) {
-  if (cur) {
+  if (current) {
     report(1, PC, "private array index %ld", (long)i);
     abort_run();
   }
 }
 void __ubsan_handle_shift_out_of_bounds(Loc*, uintptr_t, uintptr_t b) {
-  if (cur) report(7, PC, "shift by %ld", (long)b);
+  if (current) report(7, PC, "shift by %ld", (long)b);
 }
-#define OV(n, o)                                                         \
-  void __ubsan_handle_##n(Loc*, uintptr_t a, uintptr_t b) {              \
-    if (cur) report(7, PC, "int overflow: %d " o " %d", (int)a, (int)b); \
+#define OV(n, o)                                                             \
+  void __ubsan_handle_##n(Loc*, uintptr_t a, uintptr_t b) {                  \
+    if (current) report(7, PC, "int overflow: %d " o " %d", (int)a, (int)b); \
   }
 OV(add_overflow, "+")
-OV(sub_overflow, "-") OV(mul_overflow, "*") OV(negate_overflow, "neg") OV(divrem_overflow, "/")
-    OV(pointer_overflow, "ptr")
+OV(sub_overflow, "-")
+OV(mul_overflow, "*") OV(negate_overflow, "neg") OV(divrem_overflow, "/") OV(pointer_overflow, "ptr")
 }

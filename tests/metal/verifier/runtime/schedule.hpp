@@ -6,25 +6,25 @@
 #include "state.hpp"
 
 namespace {
-void pick() {  // give the processor to another fiber; returns when this one runs again
-  Fiber* me = cur;
-  int n = nthr, s = me->tid;
-  int base = me->sg * 32, m = S[me->sg].n;  // prefer lanes of the same simdgroup
+void switch_to_next() {  // give the processor to another fiber; returns when this one runs again
+  Fiber* me = current;
+  int n = threads, s = me->tid;
+  int base = me->simdgroup * 32, m = simdgroups[me->simdgroup].n;  // prefer lanes of the same simdgroup
   for (int i = 1; i < m; i++) {
-    Fiber& f = F[base + (s - base + i) % m];
-    if (f.st == RUN) {
-      cur = &f;
-      n_sw++;
+    Fiber& f = fibers[base + (s - base + i) % m];
+    if (f.state == RUN) {
+      current = &f;
+      switches++;
       msl_switch(&me->sp, f.sp);
       return;
     }
   }
   for (int i = 1; i <= n; i++) {
-    Fiber& f = F[sched_mode ? (s - i + 2 * n) % n : (s + i) % n];
-    if (f.st == RUN) {
+    Fiber& f = fibers[reversed_order ? (s - i + 2 * n) % n : (s + i) % n];
+    if (f.state == RUN) {
       if (&f == me) return;
-      cur = &f;
-      n_sw++;
+      current = &f;
+      switches++;
       msl_switch(&me->sp, f.sp);
       return;
     }
@@ -32,12 +32,13 @@ void pick() {  // give the processor to another fiber; returns when this one run
   // nobody can run: a barrier or a simdgroup operation that not all threads reach
   std::string d;
   for (int i = 0, j; i < n; i = j) {
-    for (j = i + 1; j < n && F[j].st == F[i].st && F[j].line == F[i].line; j++) {
+    for (j = i + 1; j < n && fibers[j].state == fibers[i].state && fibers[j].line == fibers[i].line; j++) {
     }
     d += " threads " + std::to_string(i) + ".." + std::to_string(j - 1) +
-         (F[i].st == DONE ? " ended"
-                          : (F[i].st == WAIT_TG ? " at the barrier of line " : " at the simd operation of line ") +
-                                std::to_string(F[i].line)) +
+         (fibers[i].state == DONE
+              ? " ended"
+              : (fibers[i].state == AT_BARRIER ? " at the barrier of line " : " at the simd operation of line ") +
+                    std::to_string(fibers[i].line)) +
          ";";
     if (d.size() > 300) break;
   }
@@ -45,47 +46,47 @@ void pick() {  // give the processor to another fiber; returns when this one run
   abort_run();
 }
 void trampoline() {
-  entry(eb, &cur->at);
-  cur->st = DONE;
-  n_done++;
-  S[cur->sg].done++;
-  Sg& g = S[cur->sg];
+  entry(entry_buffers, &current->at);
+  current->state = DONE;
+  ended_threads++;
+  simdgroups[current->simdgroup].done++;
+  Simdgroup& g = simdgroups[current->simdgroup];
   if (g.arrived) {
-    report(4, nullptr, "a thread ended while others of its simdgroup wait at line %d", cur->line);
+    report(4, nullptr, "a thread ended while others of its simdgroup wait at line %d", current->line);
     abort_run();
   }
-  if (n_done == nthr) {
+  if (ended_threads == threads) {
     void* d;
-    cur = nullptr;
+    current = nullptr;
     msl_switch(&d, main_sp);
   }
-  pick();
+  switch_to_next();
   __builtin_unreachable();
 }
-int lockstep(int op, int line) {  // rendezvous of one simdgroup; returns the generation's parity
-  Sg& g = S[cur->sg];
-  cur->op = op;
-  cur->line = line;
+int meet(int op, int line) {  // rendezvous of one simdgroup; returns the generation's parity
+  Simdgroup& g = simdgroups[current->simdgroup];
+  current->op = op;
+  current->line = line;
   if (g.done) {
     report(4, nullptr, "simdgroup operation at line %d after a thread of the simdgroup ended", line);
     abort_run();
   }
   int par = g.gen & 1;
-  int b = cur->sg * 32;
+  int b = current->simdgroup * 32;
   if (++g.arrived == g.n) {
     for (int i = 0; i < g.n; i++) {
-      Fiber& f = F[b + i];
+      Fiber& f = fibers[b + i];
       if (f.op != op || f.line != line) {
         report(4, nullptr, "lanes of one simdgroup meet at different operations: lines %d and %d", f.line, line);
         abort_run();
       }
-      f.st = RUN;
+      f.state = RUN;
     }
     g.arrived = 0;
     g.gen++;
   } else {
-    cur->st = WAIT_SG;
-    pick();
+    current->state = AT_SIMDGROUP;
+    switch_to_next();
   }
   return par;
 }

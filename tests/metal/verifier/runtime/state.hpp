@@ -39,22 +39,23 @@ asm(".text\n.globl " SYM(msl_switch) "\n.p2align 2\n" SYM(msl_switch) ":\n"
 #endif
 
 namespace {
-constexpr size_t STK = 256 << 10, TG_MAX = 32768, TG_ARENA = 4 << 20, PG = 4096;
-enum St : uint8_t { RUN, WAIT_SG, WAIT_TG, DONE };
+constexpr size_t STACK_BYTES = 256 << 10, THREADGROUP_LIMIT = 32768, ARENA_BYTES = 4 << 20, PAGE = 4096;
+enum State : uint8_t { RUN, AT_SIMDGROUP, AT_BARRIER, DONE };
 struct Fiber {
   void* sp;
-  int tid, sg, lane;
-  St st;
+  int tid, simdgroup, lane;
+  State state;
   int op, line;
   msl_attr at;
 };
-struct Cell {                  // shadow of one granule
-  uint32_t wg, wE, we;         // last write: threadgroup serial, barrier epoch, simdgroup epoch (wg==0: none)
-  uint32_t rg, rE, re, rmask;  // reads of the newest epoch: simdgroups that read
-  uint16_t wt, rt;
-  uint8_t init, rmulti, watom, ratom;
+struct Cell {  // shadow of one granule
+  uint32_t write_group, write_epoch,
+      write_own_epoch;  // last write: threadgroup serial, barrier epoch, simdgroup epoch (write_group==0: none)
+  uint32_t read_group, read_epoch, read_own_epoch, read_simdgroups;  // reads of the newest epoch: simdgroups that read
+  uint16_t writer, reader;
+  uint8_t init, several_readers, atomic_write, atomic_read;
 };
-struct Sg {
+struct Simdgroup {
   int n, arrived, done;
   uint32_t gen;
   uint32_t e[2];
@@ -62,13 +63,13 @@ struct Sg {
   uint32_t have[2];
   float A[2][64], B[2][64];
 };
-struct TgVar {
+struct ThreadgroupArray {
   std::string name;
   int line;
   size_t off, size;
   uint32_t g;
 };
-struct Buf {
+struct Buffer {
   uint64_t nr = 0, nw = 0;
   std::string name;
   unsigned char* p;
@@ -76,49 +77,50 @@ struct Buf {
   bool w, atom;
   std::vector<Cell> cell;
 };
-std::vector<Fiber> F;
-std::vector<Sg> S;
-std::vector<Buf> bufs;
-std::vector<TgVar> vars;
-std::vector<int16_t> page2buf;
-unsigned char *stk, *tgm, *dev;
-size_t dev_len;
-std::vector<Cell> tgc;
-uintptr_t img_lo, img_hi;
-Fiber* cur;
+std::vector<Fiber> fibers;
+std::vector<Simdgroup> simdgroups;
+std::vector<Buffer> buffers;
+std::vector<ThreadgroupArray> arrays;
+std::vector<int16_t> buffer_of_page;
+unsigned char *stacks, *threadgroup_memory, *device_memory;
+size_t device_bytes;
+std::vector<Cell> threadgroup_cells;
+uintptr_t image_begin, image_end;
+Fiber* current;
 void* main_sp;
-uint32_t G;
-uint32_t E[2];
-size_t tg_used;
-int nthr, tg_arrived, n_done;
-int sched_mode;
+uint32_t group_serial;
+uint32_t epochs[2];
+size_t threadgroup_used;
+int threads, waiting_threads, ended_threads;
+int reversed_order;
 void (*entry)(void**, const msl_attr*);
-void** eb;
-std::string errs;
-int nerr;
-uint64_t n_acc, n_sw, n_mma;
-std::vector<std::pair<int, void*>> seen;
+void** entry_buffers;
+std::string findings;
+int findings_count;
+uint64_t accesses, switches, products;
+std::vector<std::pair<int, void*>> reported;
 bool aborting;
-const char* kname[] = {"race",  "out-of-bounds", "uninitialised read", "misaligned", "divergence",
-                       "limit", "wild",          "arithmetic"};
+const char* kind_names[] = {"race",  "out-of-bounds", "uninitialised read", "misaligned", "divergence",
+                            "limit", "wild",          "arithmetic"};
 
 void report(int kind, void* pc, const char* fmt, ...) {
-  for (auto& s : seen)
+  for (auto& s : reported)
     if (s.first == kind && s.second == pc) return;
-  seen.push_back({kind, pc});
-  if (++nerr > 40) return;
+  reported.push_back({kind, pc});
+  if (++findings_count > 40) return;
   char b[700];
-  int k = snprintf(b, sizeof b, "%s|%lx|", kname[kind], pc ? (unsigned long)((uintptr_t)pc - img_lo - 1) : 0ul);
+  int k =
+      snprintf(b, sizeof b, "%s|%lx|", kind_names[kind], pc ? (unsigned long)((uintptr_t)pc - image_begin - 1) : 0ul);
   va_list ap;
   va_start(ap, fmt);
   k += vsnprintf(b + k, sizeof b - k, fmt, ap);
   va_end(ap);
-  if (cur)
+  if (current)
     snprintf(b + k, sizeof b - k, "|tg=(%u,%u,%u) thread=%d simdgroup=%d lane=%d",
-             cur->at.threadgroup_position_in_grid.x, cur->at.threadgroup_position_in_grid.y,
-             cur->at.threadgroup_position_in_grid.z, cur->tid, cur->sg, cur->lane);
-  errs += b;
-  errs += '\n';
+             current->at.threadgroup_position_in_grid.x, current->at.threadgroup_position_in_grid.y,
+             current->at.threadgroup_position_in_grid.z, current->tid, current->simdgroup, current->lane);
+  findings += b;
+  findings += '\n';
 }
 [[noreturn]] void abort_run() {
   aborting = true;
