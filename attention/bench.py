@@ -49,12 +49,8 @@ class Bench(CaseRunner[Plan]):
         names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, workload, device)]
         if not names:
             return "nothing to run"
-        self._teller.at_rest()
-        try:
-            setting = self._setting(workload, device, len(names))
-        except Exception as error:  # no memory for the inputs, say
-            for name in names:
-                self._fail(name, error)
+        setting = self._shared(names, lambda: self._setting(workload, device, len(names)))
+        if setting is None:
             return "failed"
         slow = [name for name in names if self._needs_building(name, workload, device)]
         if slow:

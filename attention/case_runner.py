@@ -19,6 +19,7 @@ from attention.tuning import news
 from attention.workload import Workload
 
 P = TypeVar("P", bound=AnyPlan)
+M = TypeVar("M")
 Mark = Callable[[int], None]
 UNMARKED: Final[Mark] = lambda number: None  # noqa: E731
 
@@ -81,6 +82,16 @@ class CaseRunner(ABC, Generic[P]):
             return route
         self._teller.end_row(name, "unsupported", route.reason)
         return None
+
+    def _shared(self, names: Sequence[str], make: Callable[[], M]) -> M | None:
+        """What all rows of a case share, outside of any row's own work; where that fails, all of them fail: None."""
+        self._teller.at_rest()
+        try:
+            return make()
+        except Exception as error:  # no memory for the inputs or the weights, say
+            for name in names:
+                self._fail(name, error)
+            return None
 
     def _needs_building(self, name: str, workload: Workload, device: Device) -> bool:
         implementation = implementations.get(name)

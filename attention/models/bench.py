@@ -55,7 +55,6 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         self._configuration = configuration.find(first.model)
         self._network = Network(self._configuration, first.dtype, first.measured_layers, self._plan.seed)
         self._limit = self._plan.memory_limit_bytes or device.available_bytes
-        self._made = False
 
     def _run_case(self, case: int) -> str:
         work = self._plan.cases[case]
@@ -64,12 +63,8 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, work, device)]
         if not names:
             return "nothing to run"
-        self._teller.at_rest()
-        try:
-            setting = self._setting(work, device)
-        except Exception as error:  # no memory for the weights, say
-            for name in names:
-                self._fail(name, error)
+        setting = self._shared(names, lambda: self._setting(work, device))
+        if setting is None:
             return "failed"
         self._build([name for name in names if self._needs_building(name, self._layer(work), device)])
         if work.phase == "prefill" and not work.estimated and work.layers > ADVISED_LAYERS:
@@ -105,10 +100,9 @@ class GenerationBench(CaseRunner[GenerationPlan]):
 
     def _setting(self, work: Generation, device: Device) -> Setting:
         """Makes the weights, the prompts, and for decoding the cache that they leave, with mlx-lm's own attention."""
-        if not self._made:
+        if not self._network.made:
             self._teller.progress(f"making {work.model}: {self._network.own_bytes / 2**30:.3g} GiB")
             self._network.make()
-            self._made = True
         base = mx.get_active_memory()
         prompts = self._prompts(work)
         many = self._network.layers

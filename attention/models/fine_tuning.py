@@ -34,7 +34,6 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         self._tokens = text.tokenizer_of(self._configuration).encode(text.read(first.data))
         self._network = Network(self._configuration, first.dtype, seed=self._plan.seed)
         self._limit = self._plan.memory_limit_bytes or device.available_bytes
-        self._made = False
 
     def _run_case(self, case: int) -> str:
         work = self._plan.cases[case]
@@ -43,12 +42,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, work, device)]
         if not names:
             return "nothing to run"
-        self._teller.at_rest()
-        try:
-            self._make_weights()
-        except Exception as error:
-            for name in names:
-                self._fail(name, error)
+        if self._shared(names, self._made_network) is None:
             return "failed"
         self._build([name for name in names if self._needs_building(name, self._layer(work), device)])
         return self._train_all(names, work)
@@ -73,11 +67,11 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         logits = work.tokens * int(self._configuration.fields.get("vocab_size", 0)) * LOGIT_BYTES
         return self._network.weights_bytes + kept + logits
 
-    def _make_weights(self) -> None:
-        if not self._made:
+    def _made_network(self) -> Network:
+        if not self._network.made:
             self._teller.progress(f"making {self._network.weights_bytes / 2**30:.3g} GiB of weights")
             self._network.make()
-            self._made = True
+        return self._network
 
     def _train_all(self, names: list[str], work: FineTuning) -> str:
         self._warm_up(work)

@@ -23,6 +23,7 @@ class Network:
         weights_bytes: of the whole model.
         own_bytes: of what is kept of it.
         layer_bytes: of its first layer.
+        made: whether the weights are there.
     """
 
     def __init__(self, configuration: Configuration, dtype: DType, layers: int | None = None, seed: int = SEED) -> None:
@@ -47,6 +48,7 @@ class Network:
         if layers is not None:
             self._holder.layers = self._holder.layers[:layers]
         self.own_bytes = _bytes(self.model)
+        self.made = False
 
     @property
     def layers(self) -> int:
@@ -57,6 +59,7 @@ class Network:
         """Makes or reads the weights, a few at a time so that nothing is needed twice."""
         for array in _arrays(self.model):
             mx.eval(array)
+        self.made = True
 
     @contextmanager
     def shortened(self, layers: int) -> Iterator[Any]:

@@ -11,6 +11,8 @@ from attention.workload import DTYPES, DType
 
 Phase = Literal["prefill", "decode"]
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
+COMPARED: Final = ("baseline", "mlx", "practical", "poc", "demo")
+"""The implementations that are put into models unless others are named."""
 LARGEST: Final = {
     "batch": 4_096,
     "prompt": 1_048_576,

@@ -1,12 +1,17 @@
 """What a request may get wrong, collected, and the limits that all commands which measure take."""
 
 import argparse
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attention.errors import UsageError
 
+if TYPE_CHECKING:
+    from attention.plan import FineTuningPlan, GenerationPlan
+    from fatui.commands.delivery import Delivery
+
 T = TypeVar("T")
+M = TypeVar("M", "GenerationPlan", "FineTuningPlan")
 
 
 class Mistakes:
@@ -56,6 +61,41 @@ def seconds_of(text: str | None, otherwise: float) -> float:
     except ValueError:
         value = text
     return number_between(value, "--seconds", SHORTEST_S, LONGEST_S)
+
+
+def model_plan(
+    arguments: argparse.Namespace, read_cases: Callable[[], Sequence[Any]], kind: type[M], otherwise_s: float
+) -> "tuple[M, list[Delivery]]":
+    """Reads the whole request of a command that measures models, and tells all its mistakes at once.
+
+    Args:
+        arguments: what was given.
+        read_cases: reads the cases.
+        kind: the plan's.
+        otherwise_s: the seconds unless they are given.
+
+    Raises:
+        UsageError: with all mistakes.
+    """
+    from attention.models.workloads import COMPARED
+    from fatui.commands.delivery import wanted
+    from fatui.preset_format import checked_names
+
+    mistakes = Mistakes()
+    cases = mistakes.catch(read_cases)
+    names = mistakes.catch(lambda: checked_names(arguments.impl.split(",") if arguments.impl else list(COMPARED)))
+    seconds = mistakes.catch(lambda: seconds_of(arguments.seconds, otherwise_s))
+    limit = mistakes.catch(lambda: limit_of(arguments.memory_limit))
+    deliveries = mistakes.catch(lambda: wanted(arguments))
+    mistakes.tell()
+    plan = kind(
+        cases=tuple(cases or ()),
+        implementations=names or (),
+        seconds=seconds or otherwise_s,
+        memory_limit_bytes=limit,
+        force=arguments.force,
+    )
+    return plan, deliveries or []
 
 
 def limit_of(text: str | None, otherwise: int | None = None) -> int | None:

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from attention.plan import FineTuningPlan
     from fatui.commands.delivery import Delivery
 
-IMPLEMENTATIONS: Final = "baseline,mlx,practical,poc,demo"
 SECONDS: Final = 300.0
+SIZES: Final = ("iters", "seq", "batch", "rank")
 EXAMPLE: Final = """examples:
   fatui finetune tiny-llama --iters 20 --seq 128
   fatui finetune tinyllama-1.1b --seq 1024 --json tuning.json
@@ -27,12 +27,13 @@ Exit codes: 0 done, 1 a row failed or is inaccurate, 2 wrong usage, 3 no backend
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     from attention.models.configuration import names
+    from attention.models.workloads import COMPARED
     from fatui.commands.asking import add_limit_options
     from fatui.commands.delivery import add_export_options
 
     parser.epilog = EXAMPLE.format(models=", ".join(names()))
     parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or a folder of mlx-lm's")
-    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({IMPLEMENTATIONS})")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(COMPARED)})")
     parser.add_argument("--iters", metavar="N", default="100", help="iterations (100)")
     parser.add_argument("--seq", metavar="N", default="512", help="tokens of each sequence (512)")
     parser.add_argument("--batch", metavar="N", default="4", help="sequences of an iteration (4)")
@@ -64,24 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
 def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Delivery]]":
     """Reads the whole request, and tells all its mistakes at once."""
     from attention.plan import FineTuningPlan
-    from fatui.commands import asking, delivery
-    from fatui.preset_format import checked_names
+    from fatui.commands.asking import model_plan
 
-    mistakes = asking.Mistakes()
-    case = mistakes.catch(lambda: _case(arguments))
-    names = mistakes.catch(lambda: checked_names((arguments.impl or IMPLEMENTATIONS).split(",")))
-    seconds = mistakes.catch(lambda: asking.seconds_of(arguments.seconds, SECONDS))
-    limit = mistakes.catch(lambda: asking.limit_of(arguments.memory_limit))
-    deliveries = mistakes.catch(lambda: delivery.wanted(arguments))
-    mistakes.tell()
-    plan = FineTuningPlan(
-        cases=(case,) if case else (),
-        implementations=names or (),
-        seconds=seconds or SECONDS,
-        memory_limit_bytes=limit,
-        force=arguments.force,
-    )
-    return plan, deliveries or []
+    return model_plan(arguments, lambda: (_case(arguments),), FineTuningPlan, SECONDS)
 
 
 def _case(arguments: argparse.Namespace) -> "FineTuning":
@@ -102,6 +88,3 @@ def _case(arguments: argparse.Namespace) -> "FineTuning":
         data=arguments.data,
         **sizes,
     )
-
-
-SIZES: Final = ("iters", "seq", "batch", "rank")

@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from attention.plan import GenerationPlan
     from fatui.commands.delivery import Delivery
 
-IMPLEMENTATIONS: Final = "baseline,mlx,practical,poc,demo"
 PROMPTS: Final = "512"
 GENERATE: Final = "64"
 SECONDS: Final = 10.0
@@ -28,12 +27,13 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backen
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     from attention.models.configuration import names
+    from attention.models.workloads import COMPARED
     from fatui.commands.asking import add_limit_options
     from fatui.commands.delivery import add_export_options
 
     parser.epilog = EXAMPLE.format(models=", ".join(names()))
     parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or a folder of mlx-lm's")
-    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({IMPLEMENTATIONS})")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(COMPARED)})")
     parser.add_argument("--prompt", metavar="A,B", default=PROMPTS, help=f"tokens of each prompt ({PROMPTS})")
     parser.add_argument("--generate", metavar="N", default=GENERATE, help=f"tokens of a decode sample ({GENERATE})")
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
@@ -63,24 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
 def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Delivery]]":
     """Reads the whole request, and tells all its mistakes at once."""
     from attention.plan import GenerationPlan
-    from fatui.commands import asking, delivery
-    from fatui.preset_format import checked_names
+    from fatui.commands.asking import model_plan
 
-    mistakes = asking.Mistakes()
-    cases = mistakes.catch(lambda: _cases(arguments))
-    names = mistakes.catch(lambda: checked_names((arguments.impl or IMPLEMENTATIONS).split(",")))
-    seconds = mistakes.catch(lambda: asking.seconds_of(arguments.seconds, SECONDS))
-    limit = mistakes.catch(lambda: asking.limit_of(arguments.memory_limit))
-    deliveries = mistakes.catch(lambda: delivery.wanted(arguments))
-    mistakes.tell()
-    plan = GenerationPlan(
-        cases=cases or (),
-        implementations=names or (),
-        seconds=seconds or SECONDS,
-        memory_limit_bytes=limit,
-        force=arguments.force,
-    )
-    return plan, deliveries or []
+    return model_plan(arguments, lambda: _cases(arguments), GenerationPlan, SECONDS)
 
 
 def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from textual.widgets import Input, Static
 
 from attention.errors import NoBackendError, UsageError
 from attention.models.configuration import check_mlx_lm, find, names
+from attention.models.workloads import COMPARED
 from attention.plan import FineTuningPlan, GenerationPlan
 from attention.report import Report
 from fatui import actions
@@ -26,7 +27,6 @@ from fatui.widgets.toggles import Toggles
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
 
-IMPLEMENTATIONS: Final = ("baseline", "mlx", "practical", "poc", "demo")
 IDLE: Final = "{run} runs what is set up above; what comes in is drawn here."
 ROOMY: Final = 34
 """Rows from which on the charts of a run that is over stay beside its table."""
@@ -53,7 +53,7 @@ class ModelScreen(Screen[None]):
             pane.border_title = self.TITLE_TEXT
             with Widget(id="choices"):
                 yield from (self._restored(choice, chosen) for choice in (self._model_choice(chosen), *self.choices()))
-            yield Toggles(IMPLEMENTATIONS, chosen.get("implementations", IMPLEMENTATIONS), id="implementations")
+            yield Toggles(COMPARED, chosen.get("implementations", COMPARED), id="implementations")
             yield Input(placeholder=FOLDER, id="folder")
         with Vertical(classes="pane", id="live-pane") as pane:
             pane.border_title = "Live"
