@@ -26,7 +26,6 @@ KERNELS: Final[dict[Backend, str]] = {
 """For each backend the module of its kernel, of the form `Kernel`."""
 Attend = Callable[..., mx.array]
 """A call as `Kernel.attend`."""
-BACKEND_NAMES: Final[dict[Backend, str]] = {"cpu": "the CPU", "metal": "Metal", "cuda": "CUDA"}
 
 
 class Kernel(Protocol):
@@ -80,32 +79,26 @@ class Poc:
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """The kernel's path where it takes the workload; otherwise what it falls back to, and why."""
-        kernel = _kernel(device.backend)
-        refusal = f"no custom kernel for {BACKEND_NAMES[device.backend]} yet"
-        if kernel is not None:
-            own = kernel.route(workload, needs)
-            if own.supported:
-                return own
-            refusal = own.reason
+        own = _kernel(device.backend).route(workload, needs)
+        if own.supported:
+            return own
         if needs.softcap:
             behind = self._practical.route(workload, device, needs)
-            path, reason = "falls back: practical", f"{refusal}, and {NO_SOFTCAP}"
+            path, reason = "falls back: practical", f"{own.reason}, and {NO_SOFTCAP}"
         else:
             behind = self._sdpa.route(workload, device, needs)
-            path, reason = "falls back: MLX SDPA", f"{refusal}; {behind.reason}"
+            path, reason = "falls back: MLX SDPA", f"{own.reason}; {behind.reason}"
         return structs.replace(behind, path=path, reason=reason, fallback=True)
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Whether the kernel takes the workload and has not been compiled on this machine yet."""
         kernel = _kernel(device.backend)
-        return kernel is not None and not kernel.is_built() and kernel.route(workload, PLAIN).supported
+        return not kernel.is_built() and kernel.route(workload, PLAIN).supported
 
     def build(self, tell: Callable[[str], None]) -> None:
         """Compiles the kernel; where that fails, calls fall back and the route says why."""
-        kernel = _kernel(here())
-        if kernel is not None:
-            with suppress(KernelUnavailable):
-                kernel.build(tell)
+        with suppress(KernelUnavailable):
+            _kernel(here()).build(tell)
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
@@ -124,8 +117,6 @@ class Poc:
         """The kernel, if it takes the call; asked once for each kind of call."""
         backend = here()
         kernel = _kernel(backend)
-        if kernel is None:
-            return None
         key = (*asked_for(q, k, v, mask, softcap), backend)
         if key not in self._taken:
             if not kernel.route(*key[:2]).supported:
@@ -135,6 +126,5 @@ class Poc:
 
 
 @cache
-def _kernel(backend: Backend) -> Kernel | None:
-    name = KERNELS.get(backend)
-    return None if name is None else cast("Kernel", importlib.import_module(name))
+def _kernel(backend: Backend) -> Kernel:
+    return cast("Kernel", importlib.import_module(KERNELS[backend]))
