@@ -9,9 +9,12 @@ from msgspec import Struct
 
 from attention.report import Report
 from attention.workload import DType, Workload
+from fatui import figures
 
 PRESET: Final = "seed-table"
 """The preset whose cases are the study's rows."""
+SHOWN: Final = ("baseline", "practical", "demo")
+"""The implementations that the study has figures of."""
 
 
 class StudyRow(Struct, frozen=True, kw_only=True):
@@ -36,6 +39,24 @@ class StudyRow(Struct, frozen=True, kw_only=True):
     def speedup(self, implementation: str) -> float | None:
         """What the study gives for an implementation over its baseline, or None."""
         return {"practical": self.practical_speedup, "demo": self.demo_speedup}.get(implementation)
+
+
+def rate_text(row: StudyRow, name: str) -> str:
+    """Tokens a second as the study prints them, not rounded again; a star marks a cold start."""
+    value = row.tokens_per_second(name)
+    return (figures.UNKNOWN if value is None else f"{value:,.0f}") + _mark(row)
+
+
+def times_text(row: StudyRow, name: str) -> str:
+    """A speedup as the study prints it; a star marks a cold start."""
+    value = row.speedup(name)
+    if value is None:
+        return ("1" if name == SHOWN[0] else figures.UNKNOWN) + _mark(row)
+    return (f"{value:.1f}x" if value >= 10 else f"{value:.2f}x") + _mark(row)
+
+
+def _mark(row: StudyRow) -> str:
+    return "*" if row.cold_start else ""
 
 
 class StudyModel(Struct, frozen=True, kw_only=True):

@@ -1,16 +1,12 @@
 """The study's figures beside today's, marked as the study's."""
 
-from typing import Final
-
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from attention.report import Case, Report
 from fatui import figures
-from fatui.study import Study, StudyRow
-
-SHOWN: Final = ("baseline", "practical", "demo")
+from fatui.study import SHOWN, Study, StudyRow, rate_text, times_text
 
 
 def study_table(study: Study, report: Report) -> RenderableType:
@@ -31,24 +27,13 @@ def _add(table: Table, row: StudyRow, case: Case) -> None:
     today = {line.implementation: line for line in case.rows}
     shape = f"B={row.batch} L={row.seq} D={row.head_dim}"
     for name in SHOWN:
-        line, speedup = today.get(name), row.speedup(name)
-        mark = "*" if row.cold_start else " "
+        line = today.get(name)
+        gap = "" if row.cold_start else " "  # in the place of the star, so that figures stand under each other
         table.add_row(
             shape if name == SHOWN[0] else "",
             name,
-            _exactly(row.tokens_per_second(name)) + mark,
-            _times(speedup, name) + mark,
+            rate_text(row, name) + gap,
+            times_text(row, name) + gap,
             figures.tokens_per_second(line.tokens_per_second if line else None),
             figures.speedup_text(line.speedup if line else None),
         )
-
-
-def _exactly(value: float | None) -> str:
-    """A figure as the study prints it, not rounded again."""
-    return figures.UNKNOWN if value is None else f"{value:,.0f}"
-
-
-def _times(value: float | None, name: str) -> str:
-    if value is None:
-        return "1" if name == SHOWN[0] else figures.UNKNOWN
-    return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"

@@ -6,9 +6,8 @@ from attention.report import AnyCase, Case, Row
 from fatui import figures
 from fatui.report.document import Block, Finding, Missing, Paragraph, Table
 from fatui.report.evidence import Evidence, sound
-from fatui.study import PRESET, Study, StudyRow, study
+from fatui.study import PRESET, SHOWN, Study, StudyRow, rate_text, study, times_text
 
-SHOWN = ("baseline", "practical", "demo")
 RUN_STUDY = f"fatui bench {PRESET}"
 
 
@@ -63,25 +62,15 @@ def _table(pairs: Sequence[tuple[StudyRow, Case]]) -> Table:
     for old, case in pairs:
         for name in SHOWN:
             today = _row(case, name)
-            mark = "*" if old.cold_start else ""
             shape = f"B={old.batch} L={old.seq} D={old.head_dim}"
             now = (_rate(today), figures.speedup_text(today.speedup if today else None))
-            rows.append((shape, name, _exact(old.tokens_per_second(name)) + mark, _times(old, name) + mark, *now))
+            rows.append((shape, name, rate_text(old, name), times_text(old, name), *now))
     heads = ("shape", "implementation", "study tokens/s", "study speedup", "tokens/s here", "speedup here")
     return Table("The study's table beside this machine", heads, tuple(rows), frozenset({"implementation"}))
 
 
 def _rate(row: Row | None) -> str:
     return figures.tokens_per_second(row.tokens_per_second if row else None)
-
-
-def _exact(value: float | None) -> str:
-    return figures.UNKNOWN if value is None else f"{value:,.0f}"
-
-
-def _times(row: StudyRow, name: str) -> str:
-    value = row.speedup(name)
-    return "1" if name == "baseline" else figures.UNKNOWN if value is None else f"{value:g}x"
 
 
 def cold_start(pairs: Sequence[tuple[StudyRow, Case]]) -> list[Block]:
