@@ -69,11 +69,11 @@ def test_sums_and_maxima_are_those_of_the_whole_simdgroup() -> None:
 
 
 @pytest.mark.slow
-def test_strides_reach_the_kernel_as_they_are() -> None:
+@pytest.mark.parametrize("x", [COUNT.reshape(8, 8).T, mx.broadcast_to(COUNT[:8], (8, 8))], ids=["turned", "stride 0"])
+def test_strides_reach_the_kernel_as_they_are(x: mx.array) -> None:
     source = "uint e = thread_position_in_grid.x; y[e] = x[elem_to_loc(e, x_shape, x_strides, x_ndim)];"
-    turned = COUNT.reshape(8, 8).T
-    output = run(source, 64, 64, x=turned, made={"ensure_row_contiguous": False})
-    assert np.array_equal(output, np.array(turned).ravel())
+    output = run(source, 64, 64, x=x, made={"ensure_row_contiguous": False})
+    assert np.array_equal(output, np.array(x).ravel())
 
 
 @pytest.mark.slow

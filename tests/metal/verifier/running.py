@@ -1,7 +1,7 @@
 """One launch: arrays in, arrays and counts out, or a Finding with everything that was wrong."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -77,21 +77,33 @@ def verify(
         raise Finding("limit: the text is not ASCII, as MLX needs it")
     text = edit(text) if edit else text
     library, parameters = build(text)
-    buffers = _inputs(names, inputs)
-    results = {}
-    for name, shape, dtype in zip(output_names, output_shapes, output_dtypes, strict=True):
-        results[name] = _bits(mx.zeros(shape, dtype) if init_value is None else mx.full(shape, init_value, dtype=dtype))
-        buffers[name] = Buffer(results[name], OUTPUT if init_value is None else OUTPUT | INITIALISED)
-    used = [parameter.name for parameter in parameters if parameter.attribute == "buffer"]
-    if len(used) > MOST_BUFFERS:
-        raise Finding(f"limit: {len(used)} buffers, Metal takes {MOST_BUFFERS}")
-    options = order | (MISALIGNED if misalign else 0)
-    stats = launch(library, {name: buffers[name] for name in used}, grid, threadgroup, options, text)
-    counts = {"text": text, "tg": stats[2], "products": stats[3]}
-    for offset, what in enumerate(("reads", "writes")):
-        counts[what] = {name: stats[FIRST_COUNT + 2 * place + offset] for place, name in enumerate(used)}
+    results = _results(output_names, output_shapes, output_dtypes, init_value)
+    known = _inputs(names, inputs) | results
+    used = {each.name: known[each.name] for each in parameters if each.attribute == "buffer"}
+    stats = launch(library, used, grid, threadgroup, order | (MISALIGNED if misalign else 0), text)
     made = zip(results.values(), output_dtypes, strict=True)
-    return Launch([mx.array(h).view(d) if d == mx.bfloat16 else mx.array(h) for h, d in made], counts)
+    outputs = [mx.array(h.data).view(d) if d == mx.bfloat16 else mx.array(h.data) for h, d in made]
+    return Launch(outputs, {"text": text, **_counts(stats, used)})
+
+
+def _counts(stats: Sequence[int], used: Iterable[str]) -> dict[str, Any]:
+    """The runtime's counts by name; those of a buffer are its reads and its writes."""
+    by_buffer = stats[FIRST_COUNT:]
+    counts: dict[str, Any] = {"tg": stats[2], "products": stats[3]}
+    for offset, what in enumerate(("reads", "writes")):
+        counts[what] = {name: by_buffer[2 * place + offset] for place, name in enumerate(used)}
+    return counts
+
+
+def _results(
+    names: Sequence[str], shapes: Sequence[Sequence[int]], dtypes: Sequence[mx.Dtype], init_value: float | None
+) -> dict[str, Buffer]:
+    """Room for the outputs; what they hold before the launch is undefined unless a value is given."""
+    made = {}
+    for name, shape, dtype in zip(names, shapes, dtypes, strict=True):
+        value = mx.zeros(shape, dtype) if init_value is None else mx.full(shape, init_value, dtype=dtype)
+        made[name] = Buffer(_bits(value), OUTPUT if init_value is None else OUTPUT | INITIALISED)
+    return made
 
 
 def _bits(array: mx.array) -> np.ndarray[Any, Any]:
@@ -123,6 +135,8 @@ def launch(
         Finding: with everything that was found.
     """
     loaded, n = ctypes.CDLL(str(library)), len(buffers)
+    if n > MOST_BUFFERS:
+        raise Finding(f"limit: {n} buffers, Metal takes {MOST_BUFFERS}")
     held = list(buffers.values())
     said = ctypes.create_string_buffer(1 << 16)
     stats = (ctypes.c_uint64 * (FIRST_COUNT + 2 * MOST_BUFFERS))()
