@@ -16,6 +16,7 @@ from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.gradient import gradients
 from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Run, Stage, make_plan
 from attention.kernels.cuda.program import Program
+from attention.kernels.cuda.stages import few_stages, forward_plan, forward_stages
 
 Path = Literal["decode", "forward"]
 TRACE_AFTER = 2
@@ -32,6 +33,9 @@ def path_of(shape: Shape) -> Path:
     """
     if shape.group * shape.queries <= MOST_ROWS:
         return "decode"
+    obstacle = launcher.obstacle()
+    if obstacle:  # its kernel takes tensor maps, which only the launcher can hand over
+        raise KernelUnavailable(f"more than {MOST_ROWS} query rows need the launcher: {obstacle}")
     if gpu().architecture != "sm_90a":
         raise KernelUnavailable(f"more than {MOST_ROWS} query rows need a Hopper GPU, and this is {gpu().name}")
     return "forward"
@@ -46,11 +50,8 @@ def program_of(shape: Shape, call: Call) -> Program:
 
 def attend(q: mx.array, k: mx.array, v: mx.array, shape: Shape, call: Call) -> tuple[mx.array, mx.array]:
     """Queues the kernels of a call; output and logsumexp."""
-    if launcher.missing() is None:
-        output, logsumexp = make_plan(INPUTS, OUTPUTS, stages(shape, call))([q, k, v])[:2]
-        return output, logsumexp
     if path_of(shape) == "forward":
-        output, logsumexp, _ = launch.forward(shape, call)(q, k, v)
+        output, logsumexp = forward_plan(shape, call)([q, k, v])[:2]
         return output, logsumexp
     return attend_few(q, k, v, shape, call, launch.splitting(shape, call))
 
@@ -67,27 +68,19 @@ def attend_few(
     return output, logsumexp
 
 
-def stages(shape: Shape, call: Call) -> list[Stage]:
+def stages(shape: Shape, call: Call, with_logsumexp: bool = True) -> list[Stage]:
     """The launches of a call."""
     if path_of(shape) == "forward":
-        return [Stage(launch.forward(shape, call), INPUTS, (*OUTPUTS, "maps"))]
+        return forward_stages(shape, call, with_logsumexp)
     return few_stages(shape, call, launch.splitting(shape, call))
-
-
-def few_stages(shape: Shape, call: Call, plan: launch.Splitting) -> list[Stage]:
-    """The launches of a call of few queries."""
-    splitting = launch.decode(shape, call, plan)
-    if plan.splits == 1:
-        return [Stage(splitting, INPUTS, OUTPUTS)]
-    parts = ("outputs", "logsumexps")
-    return [Stage(splitting, INPUTS, parts), Stage(launch.join(shape, plan.splits), parts, OUTPUTS)]
 
 
 def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
     """The launches of a call as one operation, with its gradient: of the output, or of the logsumexp too."""
     launcher.module().set_gradient(_gradients_of)
     label = json.dumps([asdict(shape), asdict(call), with_logsumexp])
-    return make_plan(INPUTS, OUTPUTS, stages(shape, call), label)
+    untraced = None if with_logsumexp else make_plan(INPUTS, OUTPUTS[:1], stages(shape, call, False))
+    return make_plan(INPUTS, OUTPUTS, stages(shape, call), label, untraced)
 
 
 def _gradients_of(
