@@ -9,7 +9,7 @@ import pytest
 from attention.kernels import cache
 from attention.kernels.cuda import KernelUnavailable, nvrtc
 from attention.kernels.cuda.backward import Backward, finish_program, rows_program
-from attention.kernels.cuda.decode import Decode, join_program
+from attention.kernels.cuda.decode import Decode
 from attention.kernels.cuda.forward import specialise
 from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT, is_compiled, machine_code
 
@@ -27,7 +27,7 @@ FORWARD = [
     specialise(dim, causal, "bf16", window, softcap) for dim in (64, 128, 192, 256) for causal, window, softcap in KINDS
 ]
 DECODE = [
-    Decode(dim, True, "f16", True, True, True, architecture, limit)
+    Decode(dim, True, "f16", True, True, architecture, limit)
     for architecture, limit in (("sm_90a", 232_448), ("sm_80", 166_912), ("sm_89", 101_376))
     for dim in (64, 128, 256)
 ]
@@ -38,7 +38,7 @@ BACKWARD = [
     for dim in (64, 128)
     for causal, window in ((False, False), (True, False), (True, True))
 ]
-SMALL = [rows_program("f16", True, "sm_90a"), finish_program("f16", "sm_90a"), join_program("f16", "sm_90a")]
+SMALL = [rows_program("f16", True, "sm_90a"), finish_program("f16", "sm_90a")]
 PROGRAMS = [*(kernel.program for kernel in (*FORWARD, *DECODE, *BACKWARD)), *SMALL]
 
 
@@ -83,7 +83,7 @@ def test_programs_compile_and_spill_nothing(program, tmp_path):
 
 @needs_nvrtc
 def test_a_second_process_finds_the_code(monkeypatch):
-    program = join_program("bf16", "sm_90a")
+    program = finish_program("bf16", "sm_90a")
     code = machine_code(program)
     machine_code.cache_clear()
     monkeypatch.setattr(nvrtc, "compile_program", lambda *_: pytest.fail("compiled again"))
@@ -92,7 +92,7 @@ def test_a_second_process_finds_the_code(monkeypatch):
 
 @needs_nvrtc
 def test_damaged_code_is_compiled_again():
-    program = join_program("f16", "sm_90a")
+    program = finish_program("f16", "sm_90a")
     code = machine_code(program)
     machine_code.cache_clear()
     path = cache.folder() / f"{program.key}.cubin"
@@ -104,7 +104,7 @@ def test_damaged_code_is_compiled_again():
 
 @needs_nvrtc
 def test_the_cache_folder_is_its_owners_alone():
-    machine_code(join_program("f16", "sm_80"))
+    machine_code(finish_program("f16", "sm_80"))
     assert cache.folder().stat().st_mode & 0o777 == 0o700
 
 

@@ -29,13 +29,13 @@ def path_of(shape: Shape) -> Path:
     """Which kernel a call takes.
 
     Raises:
-        KernelUnavailable: it has more queries than this GPU has a kernel for.
+        KernelUnavailable: it has more queries than this GPU has a kernel for, or there is no launcher.
     """
+    obstacle = launcher.obstacle()
+    if obstacle:  # they take tensor maps, strides and serial numbers, which nobody else can hand over
+        raise KernelUnavailable(f"the kernels need the launcher: {obstacle}")
     if shape.group * shape.queries <= MOST_ROWS:
         return "decode"
-    obstacle = launcher.obstacle()
-    if obstacle:  # its kernel takes tensor maps, which only the launcher can hand over
-        raise KernelUnavailable(f"more than {MOST_ROWS} query rows need the launcher: {obstacle}")
     if gpu().architecture != "sm_90a":
         raise KernelUnavailable(f"more than {MOST_ROWS} query rows need a Hopper GPU, and this is {gpu().name}")
     return "forward"
@@ -60,11 +60,7 @@ def attend_few(
     q: mx.array, k: mx.array, v: mx.array, shape: Shape, call: Call, plan: launch.Splitting
 ) -> tuple[mx.array, mx.array]:
     """The same with the kernel for few queries, its keys split in a given way."""
-    if launcher.missing() is None:
-        output, logsumexp = make_plan(INPUTS, OUTPUTS, few_stages(shape, call, plan))([q, k, v])[:2]
-        return output, logsumexp
-    parts = launch.decode(shape, call, plan)(q, k, v)
-    output, logsumexp = launch.join(shape, plan.splits)(*parts) if plan.splits > 1 else parts
+    output, logsumexp = make_plan(INPUTS, OUTPUTS, few_stages(shape, call, plan))([q, k, v])[:2]
     return output, logsumexp
 
 
@@ -72,7 +68,7 @@ def stages(shape: Shape, call: Call, with_logsumexp: bool = True) -> list[Stage]
     """The launches of a call."""
     if path_of(shape) == "forward":
         return forward_stages(shape, call, with_logsumexp)
-    return few_stages(shape, call, launch.splitting(shape, call))
+    return few_stages(shape, call, launch.splitting(shape, call), with_logsumexp)
 
 
 def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
