@@ -56,7 +56,8 @@ struct alignas(64) TensorMap {
   char bytes[128];
 };
 
-// Fetches a map before its first use.
+// Fetch a line of device memory, and a map, before their first use.
+DEVICE void prefetch(const void* place) { asm volatile("prefetch.global.L1 [%0];" ::"l"(place) : "memory"); }
 DEVICE void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(&map)) : "memory");
 }

@@ -8,6 +8,7 @@
 
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 // A block starts with 168 or 128 registers a thread; what the producer gives is what the consumers may take, and no more.
+// One consumer has enough from the start.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * (CONSUMERS == 3 ? 128 : 168));
