@@ -23,6 +23,22 @@ DEVICE float reciprocal_fast(float x) {
   return y;
 }
 
+// A float16, given by its bits.
+DEVICE float from_half(unsigned short half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+}
+
+// The sum of the products of two pairs of elements.
+DEVICE float product(u32 a, u32 b) {
+#if BFLOAT16
+  return __uint_as_float(a << 16) * __uint_as_float(b << 16) + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+#else
+  return from_half(a) * from_half(b) + from_half(a >> 16) * from_half(b >> 16);
+#endif
+}
+
 // Two floats to two halves of a word, `low` first in memory.
 DEVICE u32 pack(float low, float high) {
   u32 word;
