@@ -20,7 +20,7 @@ class Backward:
     """A specialisation of backward.cu."""
 
     head_dim: int
-    """64, 128 or 256: inputs may be narrower."""
+    """64, 128, 192 or 256: inputs may be narrower."""
     causal: bool
     element: Element
     window: bool
@@ -30,6 +30,7 @@ class Backward:
     stages: int = 2
     bulk: bool = False
     late: bool = False
+    init: bool = False
 
     @property
     def wide(self) -> bool:
@@ -52,7 +53,7 @@ class Backward:
         keys, queries = 2 * self.block_k, 2 * self.block_q * self.stages
         sums = 4 * self.head_dim * self.block_q if self.bulk else 0
         tiles = 2 * self.head_dim * (keys + queries) + self.buffers * 2 * self.block_k * self.block_q
-        return 1024 + tiles + self.stages * 8 * self.block_q + sums
+        return 1024 + tiles + self.stages * (12 if self.init else 8) * self.block_q + sums
 
     @functools.cached_property
     def program(self) -> Program:
@@ -69,6 +70,7 @@ class Backward:
             "SOFTCAP": self.softcap,
             "BULK": self.bulk,
             "LATE": self.late,
+            "INIT": self.init,
             "BFLOAT16": self.element == "bf16",
         }
         layout = "backward_wide.cuh" if self.wide else "backward_narrow.cuh"
@@ -90,14 +92,20 @@ class Backward:
         )
 
     def _products(self) -> tuple[str, ...]:
-        """The matrix instructions: S^T and dP^T, dK and dV, dQ."""
-        scores, outputs = (self.block_q // 2, self.head_dim // 2) if self.wide else (self.block_q, self.head_dim)
-        queries = self.head_dim * self.block_q // 128
-        return (
-            wgmma("wgmma_scores", scores, self.element, a_in_registers=False, transpose_b=False),
-            wgmma("wgmma_output", outputs, self.element, a_in_registers=not self.wide, transpose_b=True),
-            wgmma("wgmma_queries", queries, self.element, a_in_registers=False, transpose_a=True, transpose_b=True),
-        )
+        """The matrix instructions: S^T and dP^T, dK and dV, dQ; the last two for half of the columns in the wide layout."""
+        if not self.wide:
+            width = self.head_dim * self.block_q // 128
+            return (
+                wgmma("wgmma_scores", self.block_q, self.element, a_in_registers=False, transpose_b=False),
+                wgmma("wgmma_output", self.head_dim, self.element, a_in_registers=True, transpose_b=True),
+                wgmma("wgmma_queries", width, self.element, a_in_registers=False, transpose_a=True, transpose_b=True),
+            )
+        products = [wgmma("wgmma_scores", self.block_q // 2, self.element, a_in_registers=False, transpose_b=False)]
+        for end, width in (("", 128 if self.head_dim == 256 else 64), ("_middle", 32)):
+            for name, transpose_a in ((f"wgmma_output{end}", False), (f"wgmma_queries{end}", True)):
+                transposed = {"transpose_a": transpose_a, "transpose_b": True}
+                products.append(wgmma(name, width, self.element, a_in_registers=False, **transposed))
+        return tuple(products)
 
     def query_tiles(self, queries: int) -> int:
         """Tiles of queries in a plane."""
@@ -115,12 +123,12 @@ class Backward:
 
 def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Backward:
     """The specialisation for a call of this kind."""
-    return Backward(64 if head_dim <= 64 else 128 if head_dim <= 128 else 256, causal, element, window, softcap)
+    return Backward(64 if head_dim <= 64 else 128 if head_dim <= 128 else 192 if head_dim <= 192 else 256, causal, element, window, softcap)
 
 
 def rows_program(kernel: Backward, logsumexp_cotangent: bool) -> Program:
     """The text of backward_rows.cu."""
-    constants = {"HEAD_DIM": kernel.head_dim, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}
+    constants = {"HEAD_DIM": kernel.head_dim, "INIT": kernel.init, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}
     return _pass_program(kernel, "rows", constants)
 
 

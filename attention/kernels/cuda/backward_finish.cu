@@ -14,9 +14,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int unit = index % UNITS, row = index / UNITS % 8, group = index / UNITS / 8 % GROUPS;
   const int tile = index / UNITS / 8 / GROUPS;
   if (index >= threads || unit * 8 >= columns) return;
-  const int warp = BY_QUERIES ? group : unit / OWN_UNITS * 4 + group;
+  // With 192 columns the consumers share the chunk in the middle, which each of them holds last.
+  const int consumer = HEAD_DIM == 192 ? (unit + 4) / 16 : unit / OWN_UNITS;
+  const int own_unit = HEAD_DIM != 192 ? unit % OWN_UNITS : unit < 12 ? unit : unit < 16 ? unit - 4 : unit - 16;
+  const int warp = BY_QUERIES ? group : consumer * 4 + group;
   const float4* own = query_gradient + static_cast<u64>(tile) * (BLOCK_Q * HEAD_DIM / 4) +
-                      (warp * OWN_UNITS + unit % OWN_UNITS) * 32 + row * 4;
+                      (warp * OWN_UNITS + own_unit) * 32 + row * 4;
   const float scale = __int_as_float(scale_bits);
   u32 upper[4], lower[4];
 #pragma unroll

@@ -17,6 +17,7 @@
 // With LATE dV(n) waits for dS(n), and P^T need not be held in two forms.
 
 constexpr bool BY_QUERIES = UNITS == CONSUMERS;  // which half of dQ: by columns, or by queries where there are enough
+using QueryGradient = float[QUERY_GRADIENTS];
 
 // dV += P^T dO, or dK += dS^T Q.
 DEVICE void start_gradient(Output& gradient, const Operand& left, u32 right) {
@@ -68,7 +69,8 @@ struct Consumer {
     Scores weight_gradients;
     Operand weights, gradients;
     QueryGradient made;
-    start_scores(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
+    if constexpr (INIT) load_deltas(weight_gradients, memory.rows(stage));
+    start_scores<INIT>(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
     weigh<!LATE>(scores, weights, memory.rows(stage), problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
     if constexpr (!LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
     wgmma_wait<!LATE>();

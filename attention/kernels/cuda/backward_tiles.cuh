@@ -43,11 +43,10 @@ struct Walk {
 
 using Scores = float[SPAN / 2];
 using Operand = u32[SPAN / 16][4];  // the same as a left operand
-// A consumer's share of a tile of dQ.
-using QueryGradient = float[HEAD_DIM * BLOCK_Q / (2 * 64 * CONSUMERS)];
-constexpr int QUERY_GRADIENTS = sizeof(QueryGradient) / 4;
+constexpr int QUERY_GRADIENTS = HEAD_DIM * BLOCK_Q / (CONSUMERS * WARPGROUP);  // a thread's elements of a tile of dQ
 
 // S^T or dP^T: 64 rows of K or V against SPAN rows of Q or dO.
+template <bool ADD = false>
 DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   const u64 left_tile = matrix_descriptor(left, 0), right_tile = matrix_descriptor(right, 0);
   wgmma_fence();
@@ -55,7 +54,7 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   for (int step = 0; step < HEAD_DIM / 16; ++step) {
     const int chunk = step / 4, offset = step % 4 * 32;
     wgmma_scores(scores, advance(left_tile, chunk * KeyTile::CHUNK_BYTES + offset),
-                 advance(right_tile, chunk * QueryTile::CHUNK_BYTES + offset), step > 0);
+                 advance(right_tile, chunk * QueryTile::CHUNK_BYTES + offset), ADD || step > 0);
   }
   wgmma_commit();
 }
@@ -64,7 +63,7 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
 
 // The rows' numbers of 64 queries: | 64 logsumexps | 64 deltas |, each in the order in which threads ask for them: first
 // what lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
-constexpr int UNIT_BYTES = 2 * 64 * 4, ROWS_BYTES = UNITS * UNIT_BYTES;
+constexpr int UNIT_BYTES = (INIT ? 3 : 2) * 64 * 4, ROWS_BYTES = UNITS * UNIT_BYTES;
 
 DEVICE float4 load_four(u32 address) {
   float4 x;
@@ -85,6 +84,16 @@ DEVICE void with_rows(u32 rows, const Use& use) {
     const float of[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int j = 0; j < 8; ++j) use(i + j, of[j / 4 * 2 + j % 2]);
+  }
+}
+
+// Starts the sum of dP^T at -delta.
+DEVICE void load_deltas(Scores& weight_gradients, u32 rows) {
+  const u32 own = rows + 256 + threadIdx.x % 4 * 128;
+#pragma unroll
+  for (int i = 0; i < SPAN / 2; i += 4) {
+    const float4 x = load_four(own + i / 32 * UNIT_BYTES + i % 32 * 4);
+    weight_gradients[i] = x.x, weight_gradients[i + 1] = x.y, weight_gradients[i + 2] = x.z, weight_gradients[i + 3] = x.w;
   }
 }
 
@@ -138,6 +147,13 @@ template <bool PACK>
 DEVICE void differentiate(const Scores& scores, const Scores& weight_gradients, Operand& weights, Operand& gradients,
                           u32 rows) {
   float even = 0;
+  if constexpr (INIT) {
+#pragma unroll
+    for (int i = 0; i < SPAN / 2; i += 2) {
+      gradients[i / 8][i / 2 % 4] = pack(scores[i] * weight_gradients[i], scores[i + 1] * weight_gradients[i + 1]);
+      if (PACK) weights[i / 8][i / 2 % 4] = pack(scores[i], scores[i + 1]);
+    }
+  } else
   with_rows(rows + 256, [&](int i, float delta) {
     const float gradient = scores[i] * (weight_gradients[i] - delta);
     if (i % 2) gradients[i / 8][i / 2 % 4] = pack(even, gradient);
@@ -186,41 +202,42 @@ DEVICE void store_gradient(char* destination, const float (&gradient)[COUNT], fl
 // ---- dQ ----------------------------------------------------------------------------------------------------------
 
 // A thread's elements of dQ from I on, four a step: a warp's lie together, 512 bytes a step.
-template <int I = 0>
-DEVICE void add_to_device(float* destination, const QueryGradient& gradient) {
+template <int I, int COUNT>
+DEVICE void add_to_device(float* destination, const float (&gradient)[COUNT]) {
   asm volatile("red.global.add.v4.f32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(destination), "n"(I * 128), "f"(gradient[I]),
                "f"(gradient[I + 1]), "f"(gradient[I + 2]), "f"(gradient[I + 3])
                : "memory");
-  if constexpr (I + 4 < QUERY_GRADIENTS) add_to_device<I + 4>(destination, gradient);
+  if constexpr (I + 4 < COUNT) add_to_device<I + 4>(destination, gradient);
 }
-template <int I = 0>
-DEVICE void store_to_buffer(u32 buffer, const QueryGradient& gradient) {
+template <int I, int COUNT>
+DEVICE void store_to_buffer(u32 buffer, const float (&gradient)[COUNT]) {
   asm volatile("st.shared.v4.f32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(buffer), "n"(I * 128), "f"(gradient[I]),
                "f"(gradient[I + 1]), "f"(gradient[I + 2]), "f"(gradient[I + 3])
                : "memory");
-  if constexpr (I + 4 < QUERY_GRADIENTS) store_to_buffer<I + 4>(buffer, gradient);
+  if constexpr (I + 4 < COUNT) store_to_buffer<I + 4>(buffer, gradient);
 }
 
 // Adds this warp's rows and columns of dQ in the order in which its threads hold them: backward_finish.cu sorts them.
 // With BULK through the warp's own buffer in shared memory, which the copy engine then adds in one go.
-DEVICE void add_query_gradient(float* destination, const QueryGradient& gradient, u32 buffers) {
+template <int COUNT>
+DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT], u32 buffers) {
   const int lane = threadIdx.x % 32;
   if constexpr (BULK) {
-    const u32 buffer = buffers + (threadIdx.x / 32 - 4) * QUERY_GRADIENTS * 128;
+    const u32 buffer = buffers + (threadIdx.x / 32 - 4) * COUNT * 128;
     if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     __syncwarp();
-    store_to_buffer(buffer + lane * 16, gradient);
+    store_to_buffer<0>(buffer + lane * 16, gradient);
     fence_shared_for_async();
     __syncwarp();
     if (lane == 0) {
       asm volatile(
           "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(
               destination),
-          "r"(buffer), "n"(QUERY_GRADIENTS * 128)
+          "r"(buffer), "n"(COUNT * 128)
           : "memory");
     }
   } else {
-    add_to_device(destination + lane * 4, gradient);
+    add_to_device<0>(destination + lane * 4, gradient);
   }
 }
 
