@@ -70,7 +70,7 @@ DEVICE void init_barriers(const Memory& memory) {
   barrier_init(memory.keys_empty(), CONSUMERS * CONSUMER_WARPS);
   for (int i = 0; i < STAGES; ++i) {
     barrier_init(memory.full(i), 1);
-    barrier_init(memory.empty(i), CONSUMERS * CONSUMER_WARPS);
+    barrier_init(memory.empty(i), READ_ARRIVALS);
   }
   barrier_init_fence();
 }

@@ -31,6 +31,7 @@ class Backward:
     bulk: bool = False
     late: bool = False
     init: bool = False
+    release: int = 0
 
     @property
     def wide(self) -> bool:
@@ -71,6 +72,7 @@ class Backward:
             "BULK": self.bulk,
             "LATE": self.late,
             "INIT": self.init,
+            "RELEASE": self.release,
             "BFLOAT16": self.element == "bf16",
         }
         layout = "backward_wide.cuh" if self.wide else "backward_narrow.cuh"

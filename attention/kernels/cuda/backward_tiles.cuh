@@ -270,7 +270,14 @@ constexpr int BOTH = 1;  // the named barrier of both consumers
 DEVICE void meet() { named_sync(BOTH, CONSUMERS * WARPGROUP); }
 
 // Hands a buffer back that all lanes have read with ordinary loads: none of them may still be at it when one says so.
+constexpr int READ_ARRIVALS = CONSUMERS * CONSUMER_WARPS * (RELEASE == 1 ? 32 : 1);
 DEVICE void release_read(u32 empty) {
-  __syncwarp();
-  release(empty);
+  if constexpr (RELEASE == 1) {
+    barrier_arrive(empty);
+  } else {
+    u32 mask = ~0u;
+    if constexpr (RELEASE == 2) asm volatile("activemask.b32 %0;" : "=r"(mask)::"memory");
+    asm volatile("bar.warp.sync %0;" ::"r"(mask) : "memory");
+    release(empty);
+  }
 }
