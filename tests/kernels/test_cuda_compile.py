@@ -8,7 +8,6 @@ import pytest
 
 from attention.kernels import cache
 from attention.kernels.cuda import KernelUnavailable, nvrtc
-from attention.kernels.cuda.backward import Backward, finish_program, rows_program
 from attention.kernels.cuda.decode import Decode, join_program
 from attention.kernels.cuda.forward import specialise
 from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT, is_compiled, machine_code
@@ -31,15 +30,7 @@ DECODE = [
     for architecture, limit in (("sm_90a", 232_448), ("sm_80", 166_912), ("sm_89", 101_376))
     for dim in (64, 128, 256)
 ]
-
-
-BACKWARD = [
-    Backward(dim, causal, "bf16", window)
-    for dim in (64, 128)
-    for causal, window in ((False, False), (True, False), (True, True))
-]
-SMALL = [rows_program("f16", True, "sm_90a"), finish_program("f16", "sm_90a"), join_program("f16", "sm_90a")]
-PROGRAMS = [*(kernel.program for kernel in (*FORWARD, *DECODE, *BACKWARD)), *SMALL]
+PROGRAMS = [*(kernel.program for kernel in (*FORWARD, *DECODE)), join_program("f16", "sm_90a")]
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +59,6 @@ def test_forward_fits_shared_memory_and_registers(kernel):
 @pytest.mark.parametrize("kernel", DECODE, ids=str)
 def test_decode_fits_shared_memory(kernel):
     assert kernel.program.shared_memory <= kernel.shared_memory_limit
-
-
-@pytest.mark.parametrize("kernel", BACKWARD, ids=str)
-def test_backward_fits_shared_memory(kernel):
-    assert kernel.program.shared_memory <= SHARED_MEMORY_LIMIT
 
 
 @needs_nvrtc

@@ -1,14 +1,15 @@
-// One warpgroup's share of the backward pass: 64 keys against a tile of 64 queries, everything in registers, where a
-// thread holds two keys and of every 8 queries the two at 2 * (lane % 4).
+// What both layouts of the backward pass share: tiles, and the arithmetic on a warpgroup's scores, 64 keys x SPAN queries in
+// registers, where a thread holds two keys and of every 8 queries the two at 2 * (lane % 4).
 
 constexpr int CONSUMERS = 2;
-constexpr int BLOCK_K = 64 * CONSUMERS, BLOCK_Q = 64;
+constexpr int UNITS = BLOCK_Q / 64;  // of 64 queries: as many as lie side by side in 128 bytes
 using QueryTile = Tile<BLOCK_Q>;
 using KeyTile = Tile<BLOCK_K>;
 
 struct Problem {
   int planes, planes_per_key, queries, keys, columns;
-  float scale, scale_log2;
+  float scale, scale_log2;  // of the scores; the latter times log2(e), with SOFTCAP the cap times log2(e)
+  float into_cap;           // with SOFTCAP: scale / cap
   int window;
 
   DEVICE int shift() const { return keys - queries; }
@@ -20,15 +21,32 @@ struct Problem {
     const int end = max(0, min(queries, key + BLOCK_K - 1 - shift() + window));
     return (end + BLOCK_Q - 1) / BLOCK_Q;
   }
-  // Each tile of keys starts at another tile of queries, lest all of them add to the same rows of dQ at a time.
-  DEVICE int turned(int i, int key, int count) const { return (i + key / BLOCK_K) % count; }
 };
 
-using Scores = float[BLOCK_Q / 2];           // 64 keys x 64 queries
-using Operand = u32[BLOCK_Q / 16][4];        // the same as a left operand
-using QueryGradient = float[HEAD_DIM / 4];   // 64 queries x half the columns
+// The tiles of queries that a tile of keys meets, head after head. Each tile of keys starts at another one, lest all of
+// them add to the same rows of dQ at a time.
+struct Walk {
+  int plane, tile, first, start, end, left;
+  DEVICE Walk(const Problem& problem, int key_plane, int key)
+      : plane(key_plane * problem.planes_per_key), first(problem.first_tile(key)), end(problem.end_tile(key)) {
+    const int count = max(0, end - first);
+    start = tile = first + (count > 0 ? key / BLOCK_K % count : 0);
+    left = count * problem.planes_per_key;
+  }
+  DEVICE void next() {
+    if (++tile == end) tile = first;
+    if (tile == start) ++plane;
+    --left;
+  }
+  DEVICE u64 place(const Problem& problem) const { return static_cast<u64>(plane) * problem.query_tiles() + tile; }
+};
 
-// S^T or dP^T: 64 rows of K or V against the tile of Q or dO.
+using Scores = float[SPAN / 2];
+using Operand = u32[SPAN / 16][4];  // the same as a left operand
+constexpr int QUERY_GRADIENTS = HEAD_DIM * BLOCK_Q / (CONSUMERS * WARPGROUP);  // a thread's elements of a tile of dQ
+
+// S^T or dP^T: 64 rows of K or V against SPAN rows of Q or dO.
+template <bool ADD = false>
 DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   const u64 left_tile = matrix_descriptor(left, 0), right_tile = matrix_descriptor(right, 0);
   wgmma_fence();
@@ -36,109 +54,230 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   for (int step = 0; step < HEAD_DIM / 16; ++step) {
     const int chunk = step / 4, offset = step % 4 * 32;
     wgmma_scores(scores, advance(left_tile, chunk * KeyTile::CHUNK_BYTES + offset),
-                 advance(right_tile, chunk * QueryTile::CHUNK_BYTES + offset), step > 0);
+                 advance(right_tile, chunk * QueryTile::CHUNK_BYTES + offset), ADD || step > 0);
   }
   wgmma_commit();
 }
 
-// dV += P^T dO, or dK += dS^T Q.
-DEVICE void start_gradient(Output& gradient, const Operand& left, u32 right) {
-  const u64 right_tile = matrix_descriptor(right, QueryTile::CHUNK_BYTES);
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < BLOCK_Q / 16; ++step) wgmma_output(gradient, left[step], advance(right_tile, step * 2048), true);
-  wgmma_commit();
+// ---- softmax and its derivative ----------------------------------------------------------------------------------
+
+// The rows' numbers of 64 queries: | 64 logsumexps | 64 deltas |, each in the order in which threads ask for them: first
+// what lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
+constexpr int UNIT_BYTES = (INIT ? 3 : 2) * 64 * 4, ROWS_BYTES = UNITS * UNIT_BYTES;
+
+DEVICE float4 load_four(u32 address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
 }
 
-// dQ = dS K, over all 128 keys: dS lies as [keys][queries], so it is read transposed.
-DEVICE void start_query_gradient(QueryGradient& gradient, u32 score_gradient, u32 key, int consumer) {
-  constexpr int HALF_BYTES = HEAD_DIM == 64 ? 64 : HEAD_DIM / 128 * KeyTile::CHUNK_BYTES;
-  const u64 left_tile = matrix_descriptor(score_gradient, 0);
-  const u64 right_tile = matrix_descriptor(key + consumer * HALF_BYTES, KeyTile::CHUNK_BYTES);
-  wgmma_fence();
+// Calls `use` with each element of a thread's scores and the number of its query.
+template <typename Use>
+DEVICE void with_rows(u32 rows, const Use& use) {
+  const u32 own = rows + threadIdx.x % 4 * 64;
 #pragma unroll
-  for (int step = 0; step < BLOCK_K / 16; ++step) {
-    wgmma_queries(gradient, advance(left_tile, step * 2048), advance(right_tile, step * 2048), step > 0);
-  }
-  wgmma_commit();
-}
-
-DEVICE void pack_operand(Operand& operand, const Scores& scores) {
+  for (int i = 0; i < SPAN / 2; i += 8) {
+    const float4 x = load_four(own + i / 32 * UNIT_BYTES + i % 32 * 2);
+    const float of[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-  for (int i = 0; i < BLOCK_Q / 4; ++i) operand[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
-}
-
-// Of the two words of column pair i: word i of `operand` holds key row i % 2, queries 8 (i / 2) + 2 (lane % 4) and next.
-DEVICE void store_score_gradient(u32 tile, const Operand& operand) {
-  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16 + lane / 4;
-#pragma unroll
-  for (int i = 0; i < BLOCK_Q / 4; ++i) {
-    const int row = first + 8 * (i % 2), unit = i / 2;
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(tile + row * 128 + ((unit ^ row % 8) << 4) + lane % 4 * 4),
-                 "r"(operand[i / 4][i % 4])
-                 : "memory");
+    for (int j = 0; j < 8; ++j) use(i + j, of[j / 4 * 2 + j % 2]);
   }
 }
 
-DEVICE float2 load_pair(u32 address) {
-  float2 pair;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
-  return pair;
+// Starts the sum of dP^T at -delta.
+DEVICE void load_deltas(Scores& weight_gradients, u32 rows) {
+  const u32 own = rows + 256 + threadIdx.x % 4 * 128;
+#pragma unroll
+  for (int i = 0; i < SPAN / 2; i += 4) {
+    const float4 x = load_four(own + i / 32 * UNIT_BYTES + i % 32 * 4);
+    weight_gradients[i] = x.x, weight_gradients[i + 1] = x.y, weight_gradients[i + 2] = x.z, weight_gradients[i + 3] = x.w;
+  }
 }
 
-// P^T = 2^(c S^T - logsumexp of the query); what may not be seen becomes 0.
-DEVICE void weigh(Scores& scores, u32 rows, const Problem& problem, int first_key, int first_query) {
-  const int lane = threadIdx.x % 32, column = 2 * (lane % 4);
-#pragma unroll
-  for (int i = 0; i < BLOCK_Q / 2; i += 4) {
-    const float2 logsumexp = load_pair(rows + (2 * i + column) * 4);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      scores[i + j] = exp2_fast(scores[i + j] * problem.scale_log2 - (j % 2 ? logsumexp.y : logsumexp.x));
-    }
-  }
-  const int late = first_key + 63 - problem.shift() - first_query, early = first_key - problem.shift() - first_query;
-  const bool whole = first_key + 64 <= problem.keys && (!CAUSAL || late <= 0) &&
-                     (!WINDOW || early + problem.window >= BLOCK_Q);
+// Drops the scores of keys that a query may not see, and of keys that are not there.
+DEVICE void mask_scores(Scores& scores, const Problem& problem, int first_key, int first_query) {
+  const int early = first_key - problem.shift() - first_query;
+  const bool whole = first_key + 64 <= problem.keys && (!CAUSAL || early + 63 <= 0) &&
+                     (!WINDOW || early + problem.window >= SPAN);
   if (whole) return;
+  const int lane = threadIdx.x % 32, column = 2 * (lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = threadIdx.x / 32 % 4 * 16 + lane / 4 + 8 * r;
-    const int from = first_key + row >= problem.keys ? BLOCK_Q : CAUSAL ? early + row : 0;
-    const int to = WINDOW ? early + row + problem.window : BLOCK_Q;
+    const int from = (first_key + row >= problem.keys ? SPAN : CAUSAL ? early + row : 0) - column;
+    const int to = (WINDOW ? early + row + problem.window : SPAN) - column;
 #pragma unroll
-    for (int i = 2 * r; i < BLOCK_Q / 2; i += 4) {
+    for (int i = 2 * r; i < SPAN / 2; i += 4) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int query = 2 * (i - 2 * r) + column + j;
-        if (query < from || query >= to) scores[i + j] = 0;
+        const int query = 2 * (i - 2 * r) + j;
+        if (query < from || (WINDOW && query >= to)) scores[i + j] = MINUS_INFINITY;
       }
     }
   }
 }
 
-// dS^T = P^T (dP^T - delta), in the place of P^T.
-DEVICE void differentiate(Scores& weights, const Scores& weight_gradients, u32 rows) {
-  const int column = 2 * (threadIdx.x % 4);
+// The scores become tanh(s / cap); the cap itself is left to the weights.
+DEVICE void cap_scores(Scores& scores, float into_cap) {
+  const float factor = 2 * 1.44269504f * into_cap;
 #pragma unroll
-  for (int i = 0; i < BLOCK_Q / 2; i += 4) {
-    const float2 delta = load_pair(rows + (BLOCK_Q + 2 * i + column) * 4);
+  for (int i = 0; i < SPAN / 2; ++i) scores[i] = 1 - 2 * reciprocal_fast(1 + exp2_fast(scores[i] * factor));
+}
+
+// P^T = 2^(c S^T - logsumexp of the query); what stays in the scores' place is what dS^T is proportional to: P^T itself or,
+// with SOFTCAP, P^T (1 - tanh^2).
+template <bool PACK>
+DEVICE void weigh(Scores& scores, Operand& weights, u32 rows, const Problem& problem, int first_key, int first_query) {
+  if constexpr (SOFTCAP) cap_scores(scores, problem.into_cap);
+  mask_scores(scores, problem, first_key, first_query);
+  float even = 0;
+  with_rows(rows, [&](int i, float logsumexp) {
+    const float weight = exp2_fast(scores[i] * problem.scale_log2 - logsumexp);
+    scores[i] = SOFTCAP ? weight - weight * fminf(scores[i] * scores[i], 1) : weight;
+    if (PACK && i % 2) weights[i / 8][i / 2 % 4] = pack(even, weight);
+    even = weight;
+  });
+}
+
+// dS^T = P^T (dP^T - delta), packed; without SOFTCAP it packs P^T, too, if that has not been done.
+template <bool PACK>
+DEVICE void differentiate(const Scores& scores, const Scores& weight_gradients, Operand& weights, Operand& gradients,
+                          u32 rows) {
+  float even = 0;
+  if constexpr (INIT) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) weights[i + j] *= weight_gradients[i + j] - (j % 2 ? delta.y : delta.x);
+    for (int i = 0; i < SPAN / 2; i += 2) {
+      gradients[i / 8][i / 2 % 4] = pack(scores[i] * weight_gradients[i], scores[i + 1] * weight_gradients[i + 1]);
+      if (PACK) weights[i / 8][i / 2 % 4] = pack(scores[i], scores[i + 1]);
+    }
+  } else
+  with_rows(rows + 256, [&](int i, float delta) {
+    const float gradient = scores[i] * (weight_gradients[i] - delta);
+    if (i % 2) gradients[i / 8][i / 2 % 4] = pack(even, gradient);
+    if (PACK && i % 2) weights[i / 8][i / 2 % 4] = pack(scores[i - 1], scores[i]);
+    even = gradient;
+  });
+}
+
+// Puts a warpgroup's P^T or dS^T into its rows of a tile, from the 16-byte unit `first` on, for tensor cores to read.
+DEVICE void store_operand(u32 tile, const Operand& operand, int first) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < SPAN / 16; ++i) {
+    const int unit = first + 2 * (i % 4) + lane / 16;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     tile + i / 4 * BLOCK_K * 128 + row * 128 + ((unit ^ row % 8) << 4)),
+                 "r"(operand[i][0]), "r"(operand[i][1]), "r"(operand[i][2]), "r"(operand[i][3])
+                 : "memory");
   }
 }
 
-// Adds 64 queries x half the columns to dQ; `destination` is the tile's first row.
-DEVICE void add_query_gradient(float* destination, const QueryGradient& gradient, int consumer, int rows_left, int columns) {
-  const int lane = threadIdx.x % 32;
+// Writes 64 keys x 2 COUNT columns of a gradient, 16 bytes a thread: lanes of a quad swap words so that each holds 8 columns
+// of a row. `destination` is the thread's row 0 and the first column; rows and columns from there on are counted.
+template <int COUNT>
+DEVICE void store_gradient(char* destination, const float (&gradient)[COUNT], float factor, int rows_left, int columns_left,
+                           int row_bytes) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = threadIdx.x / 32 % 4 * 16 + lane / 4 + 8 * r;
-    if (row >= rows_left) continue;
 #pragma unroll
-    for (int i = 2 * r; i < HEAD_DIM / 4; i += 4) {
-      const int column = consumer * (HEAD_DIM / 2) + 2 * (i - 2 * r) + 2 * (lane % 4);
-      if (column < columns) add_pair(destination + row * columns + column, gradient[i], gradient[i + 1]);
+    for (int i = 0; i < COUNT; i += 16) {  // 32 columns
+      u32 words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        words[j] = pack(gradient[i + 4 * j + 2 * r] * factor, gradient[i + 4 * j + 2 * r + 1] * factor);
+      }
+      transpose_in_quad(words);
+      const int column = 2 * i + 8 * (threadIdx.x % 4);
+      if (8 * r < rows_left && column < columns_left) {
+        *reinterpret_cast<uint4*>(destination + 8 * r * row_bytes + column * 2) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+      }
     }
+  }
+}
+
+// ---- dQ ----------------------------------------------------------------------------------------------------------
+
+// A thread's elements of dQ from I on, four a step: a warp's lie together, 512 bytes a step.
+template <int I, int COUNT>
+DEVICE void add_to_device(float* destination, const float (&gradient)[COUNT]) {
+  asm volatile("red.global.add.v4.f32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(destination), "n"(I * 128), "f"(gradient[I]),
+               "f"(gradient[I + 1]), "f"(gradient[I + 2]), "f"(gradient[I + 3])
+               : "memory");
+  if constexpr (I + 4 < COUNT) add_to_device<I + 4>(destination, gradient);
+}
+template <int I, int COUNT>
+DEVICE void store_to_buffer(u32 buffer, const float (&gradient)[COUNT]) {
+  asm volatile("st.shared.v4.f32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(buffer), "n"(I * 128), "f"(gradient[I]),
+               "f"(gradient[I + 1]), "f"(gradient[I + 2]), "f"(gradient[I + 3])
+               : "memory");
+  if constexpr (I + 4 < COUNT) store_to_buffer<I + 4>(buffer, gradient);
+}
+
+// Adds this warp's rows and columns of dQ in the order in which its threads hold them: backward_finish.cu sorts them.
+// With BULK through the warp's own buffer in shared memory, which the copy engine then adds in one go.
+template <int COUNT>
+DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT], u32 buffers) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (BULK) {
+    const u32 buffer = buffers + (threadIdx.x / 32 - 4) * COUNT * 128;
+    if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    __syncwarp();
+    store_to_buffer<0>(buffer + lane * 16, gradient);
+    fence_shared_for_async();
+    __syncwarp();
+    if (lane == 0) {
+      asm volatile(
+          "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(
+              destination),
+          "r"(buffer), "n"(COUNT * 128)
+          : "memory");
+    }
+  } else {
+    add_to_device<0>(destination + lane * 4, gradient);
+  }
+}
+
+// Waits until the copy engine has read all that it was given to add.
+DEVICE void finish_adding() {
+  if constexpr (BULK) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// ---- shared memory -----------------------------------------------------------------------------------------------
+
+// | barriers, maps: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: rows' numbers | sums of dQ, with BULK |
+struct Memory {
+  static constexpr int BUFFER_BYTES = BLOCK_K * BLOCK_Q * 2;
+  u32 base;
+  DEVICE u32 keys_full() const { return base; }
+  DEVICE u32 keys_empty() const { return base + 8; }
+  DEVICE u32 full(int stage) const { return base + 16 + 8 * stage; }
+  DEVICE u32 empty(int stage) const { return base + 16 + 8 * (STAGES + stage); }
+  DEVICE u32 maps() const { return base + 512; }
+  DEVICE u32 key() const { return base + 1024; }
+  DEVICE u32 value() const { return key() + KeyTile::BYTES; }
+  DEVICE u32 query(int stage) const { return value() + KeyTile::BYTES + stage * 2 * QueryTile::BYTES; }
+  DEVICE u32 cotangent(int stage) const { return query(stage) + QueryTile::BYTES; }
+  DEVICE u32 buffer(int index) const { return query(STAGES) + index * BUFFER_BYTES; }
+  DEVICE u32 rows(int stage) const { return buffer(BUFFERS) + stage * ROWS_BYTES; }
+  DEVICE u32 query_gradient() const { return rows(STAGES); }
+};
+
+constexpr int BOTH = 1;  // the named barrier of both consumers
+DEVICE void meet() { named_sync(BOTH, CONSUMERS * WARPGROUP); }
+
+// Hands a buffer back that all lanes have read with ordinary loads: none of them may still be at it when one says so.
+constexpr int READ_ARRIVALS = CONSUMERS * CONSUMER_WARPS * (RELEASE == 1 ? 32 : 1);
+DEVICE void release_read(u32 empty) {
+  if constexpr (RELEASE == 1) {
+    barrier_arrive(empty);
+  } else {
+    u32 mask = ~0u;
+    if constexpr (RELEASE == 2) asm volatile("activemask.b32 %0;" : "=r"(mask)::"memory");
+    asm volatile("bar.warp.sync %0;" ::"r"(mask) : "memory");
+    release(empty);
   }
 }

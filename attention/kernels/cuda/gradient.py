@@ -1,17 +1,24 @@
 """The backward pass: by our kernels where they take the call, through MLX's own path where not."""
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 
 from attention.kernels.cuda import launch, launcher, selfcheck, trust
-from attention.kernels.cuda.backward import BLOCK_Q, LARGEST_HEAD_DIM, MAP_BYTES, Backward, finish_program, rows_program
-from attention.kernels.cuda.call import LOG2_E, Call, Shape, float_bits
+from attention.kernels.cuda.backward import (
+    LARGEST_HEAD_DIM,
+    MAP_BYTES,
+    ROWS,
+    Backward,
+    finish_program,
+    rows_program,
+    specialise,
+)
+from attention.kernels.cuda.call import Call, Shape, float_bits
 from attention.kernels.cuda.gpu import gpu
-from attention.kernels.cuda.launch import Launch, dtype_of, prepare
+from attention.kernels.cuda.launch import Launch, dtype_of, prepare, scalars_of
 from attention.kernels.cuda.plain import through_mlx
 from attention.kernels.cuda.plan import Run, Stage, make_plan
 from attention.kernels.cuda.schedule import make_schedule
@@ -23,15 +30,14 @@ def refusal(shape: Shape, call: Call) -> str | None:
         return "the backward kernel needs a Hopper GPU"
     if shape.head_dim > LARGEST_HEAD_DIM:
         return f"the backward kernel takes head dims up to {LARGEST_HEAD_DIM}, not {shape.head_dim}"
-    if call.softcap is not None:
-        return "the backward kernel has no softcap"
     return trust.distrust(kernel_of(shape, call).program)
 
 
 @functools.cache
 def kernel_of(shape: Shape, call: Call) -> Backward:
     """The specialisation for a call."""
-    return Backward(64 if shape.head_dim <= 64 else 128, call.causal, shape.element, call.window is not None)
+    window, softcap = call.window is not None, call.softcap is not None
+    return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
 
 
 def gradients(
@@ -72,9 +78,9 @@ def by_kernel(
         arrays = [*primals, outputs[0], cotangent, outputs[1], of_logsumexp]
         d_q, d_k, d_v = planned(shape, call, len(cotangents) > 1)(arrays)[:3]
         return d_q, d_k, d_v
-    rows, sums = rows_launch(shape, len(cotangents) > 1)(outputs[0], cotangent, outputs[1], of_logsumexp)
+    rows, sums = rows_launch(shape, call, len(cotangents) > 1)(outputs[0], cotangent, outputs[1], of_logsumexp)
     d_k, d_v, _ = backward_launch(shape, call)(*primals, cotangent, rows, sums)
-    (d_q,) = finish_launch(shape, call.scale)(sums, d_k)
+    (d_q,) = finish_launch(shape, call)(sums, d_k)
     return d_q, d_k, d_v
 
 
@@ -83,27 +89,27 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
     """The three launches as one operation."""
     inputs = ("q", "k", "v", "output", "cotangent", "logsumexp", "of_logsumexp")
     stages = (
-        Stage(rows_launch(shape, with_logsumexp), inputs[3:], ("rows", "sums")),
+        Stage(rows_launch(shape, call, with_logsumexp), inputs[3:], ("rows", "sums")),
         Stage(
             backward_launch(shape, call),
             ("q", "k", "v", "cotangent", "rows", "sums"),
             ("d_k", "d_v", "maps"),
             frozenset({"sums"}),
         ),
-        Stage(finish_launch(shape, call.scale), ("sums", "d_k"), ("d_q",)),
+        Stage(finish_launch(shape, call), ("sums", "d_k"), ("d_q",)),
     )
     return make_plan(inputs, ("d_q", "d_k", "d_v"), stages)
 
 
 @functools.lru_cache(maxsize=128)
-def rows_launch(shape: Shape, with_logsumexp: bool) -> Launch:
-    """The launch of the first kernel: logsumexp and delta of each row, in padded tiles, and dQ cleared."""
-    program = rows_program(shape.element, with_logsumexp, gpu().architecture)
-    planes, tiles = shape.batch * shape.heads, math.ceil(shape.queries / BLOCK_Q)
-    blocks = math.ceil(planes * tiles * BLOCK_Q * 32 / program.threads)
-    sums = (shape.batch, shape.heads, shape.queries, shape.head_dim)
-    outputs = [((planes, tiles, 2, BLOCK_Q), mx.float32), (sums, mx.float32)]
-    return prepare(program, blocks, outputs, [planes, shape.queries, shape.head_dim])
+def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
+    """The launch of the first kernel: logsumexp and delta of each row, in padded tiles, and dQ's sums cleared."""
+    kernel = kernel_of(shape, call)
+    planes, tiles = shape.batch * shape.heads, kernel.query_tiles(shape.queries)
+    units = tiles * kernel.block_q // ROWS
+    outputs = [((planes, units, 3 if kernel.init else 2, ROWS), mx.float32), ((planes, tiles, kernel.block_q * kernel.head_dim), mx.float32)]
+    problem = [units, shape.queries, shape.head_dim]
+    return prepare(rows_program(kernel, with_logsumexp), planes * units, outputs, problem)
 
 
 @functools.lru_cache(maxsize=128)
@@ -122,18 +128,20 @@ def backward_launch(shape: Shape, call: Call) -> Launch:
         kernel.program,
         blocks,
         [keys, keys, ((blocks * MAP_BYTES,), mx.uint8)],
-        [*problem, float_bits(call.scale), float_bits(call.scale * LOG2_E), call.window or 0],
+        [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0],
         (table,),
     )
 
 
 @functools.lru_cache(maxsize=128)
-def finish_launch(shape: Shape, scale: float) -> Launch:
-    """The launch of the last kernel, for dQ / scale and an output of the second; it gives dQ."""
-    program = finish_program(shape.element, gpu().architecture)
-    rows = (shape.batch, shape.heads, shape.queries, shape.head_dim)
-    quads = math.prod(rows) // 4
-    return prepare(program, -(-quads // program.threads), [(rows, dtype_of(shape))], [quads, float_bits(scale)])
+def finish_launch(shape: Shape, call: Call) -> Launch:
+    """The launch of the last kernel, for dQ's sums and an output of the second; it gives dQ."""
+    kernel = kernel_of(shape, call)
+    program, tiles = finish_program(kernel), kernel.query_tiles(shape.queries)
+    threads = shape.batch * shape.heads * tiles * kernel.block_q * kernel.head_dim // 16
+    outputs = [((shape.batch, shape.heads, shape.queries, shape.head_dim), dtype_of(shape))]
+    problem = [threads, tiles, shape.queries, shape.head_dim, float_bits(call.scale)]
+    return prepare(program, -(-threads // program.threads), outputs, problem)
 
 
 def check(shape: Shape, call: Call) -> None:

@@ -41,6 +41,16 @@ def compile_program(source: str, options: Sequence[str]) -> bytes:
         CompileError: with NVRTC's log.
         KernelUnavailable: there is no NVRTC, or it is too old.
     """
+    return build(source, options)[0]
+
+
+def build(source: str, options: Sequence[str]) -> tuple[bytes, str]:
+    """The same, and NVRTC's log: with the option "--ptxas-options=-v" it tells registers and spills.
+
+    Raises:
+        CompileError: with NVRTC's log.
+        KernelUnavailable: there is no NVRTC, or it is too old.
+    """
     nvrtc = _library()
     if version() < OLDEST:
         raise KernelUnavailable(f"NVRTC {OLDEST[0]}.{OLDEST[1]} or later is needed, not {version()[0]}.{version()[1]}")
@@ -48,9 +58,11 @@ def compile_program(source: str, options: Sequence[str]) -> bytes:
     _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"flash.cu", 0, None, None))
     try:
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        if nvrtc.nvrtcCompileProgram(program, len(options), words):
-            raise CompileError(_text(nvrtc, "ProgramLog", program).decode(errors="replace").rstrip("\0\n"))
-        return _text(nvrtc, "CUBIN", program)
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), words)
+        log = _text(nvrtc, "ProgramLog", program).decode(errors="replace").rstrip("\0\n")
+        if failed:
+            raise CompileError(log)
+        return _text(nvrtc, "CUBIN", program), log
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -1,0 +1,109 @@
+// Up to 128 columns: each consumer has 64 of the tile's 128 keys, and keeps their dK and dV in registers.
+//
+//                    queries: BLOCK_Q at a time, of every head that shares the key head
+//                  +------+------+------+--
+//   128 keys  wg 0 | S^T  |      |      |   64 keys    S^T = K Q^T, P^T = 2^(c S^T - logsumexp)    dV += P^T dO
+//             wg 1 |      |      |      |   64 keys    dP^T = V dO^T, dS^T = P^T (dP^T - delta)    dK += dS^T Q
+//                  +------+------+------+--
+//                     |  dS through shared memory
+//                     v
+//                    dQ += dS K     each consumer makes half of it: of the columns, or of 128 queries
+//
+// P^T and dS^T are left operands in the very registers where they were made. A consumer's steps (n counts tiles of queries):
+//
+//   tensor cores   [ dP(n)  ][ dV(n)   ][ dK(n)   ][ dQ(n)   ][ S(n+1)                         ]
+//   other units    [ P(n)   ][ dS(n)   ][ the consumers meet ][ dQ(n) to device memory         ]
+//
+// With LATE dV(n) waits for dS(n), and P^T need not be held in two forms.
+
+constexpr bool BY_QUERIES = UNITS == CONSUMERS;  // which half of dQ: by columns, or by queries where there are enough
+using QueryGradient = float[QUERY_GRADIENTS];
+
+// dV += P^T dO, or dK += dS^T Q.
+DEVICE void start_gradient(Output& gradient, const Operand& left, u32 right) {
+  const u64 right_tile = matrix_descriptor(right, QueryTile::CHUNK_BYTES);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < BLOCK_Q / 16; ++step) wgmma_output(gradient, left[step], advance(right_tile, step * 2048), true);
+  wgmma_commit();
+}
+
+// dQ = dS K, over all the tile's keys: dS lies as [keys][queries], so it is read transposed.
+DEVICE void start_query_gradient(QueryGradient& gradient, u32 score_gradient, u32 key, int consumer) {
+  constexpr int HALF_BYTES = HEAD_DIM == 64 ? 64 : HEAD_DIM / 128 * KeyTile::CHUNK_BYTES;
+  const u64 left_tile = matrix_descriptor(score_gradient + (BY_QUERIES ? consumer * BLOCK_K * 128 : 0), 0);
+  const u64 right_tile = matrix_descriptor(key + (BY_QUERIES ? 0 : consumer * HALF_BYTES), KeyTile::CHUNK_BYTES);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < BLOCK_K / 16; ++step) {
+    wgmma_queries(gradient, advance(left_tile, step * 2048), advance(right_tile, step * 2048), step > 0);
+  }
+  wgmma_commit();
+}
+
+struct Consumer {
+  Memory memory;
+  int index, buffer = 0;
+  Ring ring;
+  Scores scores;  // S^T, then P^T
+  Output key_gradient, value_gradient;
+
+  DEVICE Consumer(const Memory& memory, int index) : memory(memory), index(index) {}
+
+  DEVICE u32 own_rows() const { return index * WARPGROUP_ROWS * 128; }
+
+  DEVICE void start_next_scores() {
+    barrier_wait(memory.full(ring.stage), ring.parity);
+    start_scores(scores, memory.key() + own_rows(), memory.query(ring.stage));
+  }
+  // Ends a step: the assembler lets no accumulators be read whose products were started before the loop came round.
+  DEVICE void finish_scores() {
+    wgmma_wait<0>();
+    settle(scores);
+  }
+
+  // One tile of queries, whose S^T has been made: adds to dK, dV, and dQ in device memory, and makes S^T of the next tile.
+  template <bool MORE>
+  DEVICE void step(const Problem& problem, int key, int tile, float* query_gradient) {
+    const int stage = ring.stage;
+    Scores weight_gradients;
+    Operand weights, gradients;
+    QueryGradient made;
+    if constexpr (INIT) load_deltas(weight_gradients, memory.rows(stage));
+    start_scores<INIT>(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
+    weigh<!LATE>(scores, weights, memory.rows(stage), problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
+    if constexpr (!LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
+    wgmma_wait<!LATE>();
+    settle(weight_gradients);
+    differentiate<LATE>(scores, weight_gradients, weights, gradients, memory.rows(stage));
+    store_operand(memory.buffer(buffer) + own_rows(), gradients, 0);
+    fence_shared_for_async();
+    if constexpr (LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
+    start_gradient(key_gradient, gradients, memory.query(stage));
+    meet();  // all of dS is there; two buffers, so once a step is enough
+    start_query_gradient(made, memory.buffer(buffer), memory.key(), index);
+    buffer ^= 1;
+    wgmma_wait<1>();  // dV and dK
+    release_read(memory.empty(stage));
+    ring.advance();
+    if constexpr (MORE) start_next_scores();
+    wgmma_wait<MORE>();
+    settle(made);
+    add_query_gradient(query_gradient, made, memory.query_gradient());
+    if constexpr (MORE) finish_scores();
+  }
+
+  DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) key_gradient[i] = value_gradient[i] = 0;
+  }
+  DEVICE void store(char* for_keys, char* for_values, const Problem& problem, int plane, int key) {
+    settle(key_gradient);
+    settle(value_gradient);
+    const int row = key + index * WARPGROUP_ROWS + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const u64 place = (static_cast<u64>(plane) * problem.keys + row) * problem.columns * 2;
+    const int rows_left = problem.keys - row, row_bytes = problem.columns * 2;
+    store_gradient(for_keys + place, key_gradient, problem.scale, rows_left, problem.columns, row_bytes);
+    store_gradient(for_values + place, value_gradient, 1, rows_left, problem.columns, row_bytes);
+  }
+};
