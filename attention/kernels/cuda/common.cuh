@@ -3,6 +3,7 @@
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
+using i64 = long long;
 
 #define DEVICE __device__ __forceinline__
 #define MINUS_INFINITY __int_as_float(0xff800000)

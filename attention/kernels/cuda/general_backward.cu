@@ -103,7 +103,7 @@ DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const 
     for (int i = 0; i < 2; ++i) {
       const int own = query + 8 * n + i, last = problem.last_seen_by(own) - key, first = problem.first_seen_by(own) - key;
 #if MASK
-      const char* elements = mask.row(batch, head, min(own, problem.queries - 1));
+      const MaskElement* elements = mask.row(batch, head, min(own, problem.queries - 1));
 #endif
 #pragma unroll
       for (int j = 0; j < 2 * BAND_TILES; ++j) {
@@ -111,7 +111,7 @@ DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const 
         if (SOFTCAP) s = squash(s, problem.into_cap), slopes[j / 2][n][j % 2 * 2 + i] = 1 - s * s;
         s *= problem.scale_log2;
 #if MASK
-        s += mask_value(elements + min(key + 8 * j, problem.keys - 1) * mask.key_step * MaskArray::BYTES);
+        s += mask_value(elements[min(key + 8 * j, problem.keys - 1) * mask.key_step]);
 #endif
         s -= i ? logsumexps.y : logsumexps.x;
         s = !whole && (8 * j >= last || (WINDOW && 8 * j < first)) ? 0 : exp2_fast(s);
@@ -170,14 +170,14 @@ struct Walk {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
     KERNEL_NAME(const char* query, const char* key, const char* value, const char* cotangent, const float* rows,
 #if MASK
-                const char* mask,
+                const MaskElement* mask,
 #endif
                 float* sums, char* d_key, char* d_value, int heads, int group, int queries, int keys, int columns,
-                int value_columns, int scale_bits, int scale_log2_bits, int into_cap_bits, int window, i64 query_batch,
-                i64 query_head, int query_row, i64 key_batch, i64 key_head, int key_row, i64 value_batch, i64 value_head,
-                int value_row, i64 cotangent_batch, i64 cotangent_head, int cotangent_row
+                int value_columns, int scale_bits, int scale_log2_bits, int into_cap_bits, int window, Step query_batch,
+                Step query_head, Step query_row, Step key_batch, Step key_head, Step key_row, Step value_batch, Step value_head,
+                Step value_row, Step cotangent_batch, Step cotangent_head, Step cotangent_row
 #if MASK
-                , i64 mask_batch, i64 mask_head, i64 mask_query, i64 mask_key
+                , Step mask_batch, Step mask_head, Step mask_query, Step mask_key
 #endif
     ) {
   extern __shared__ __align__(1024) char shared[];
@@ -204,8 +204,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
     if (i >= group * walk.count) return;
     const int head = key_head_index * group + walk.head(i), first = walk.query(i);
     const u32 at = ring_at + stage * STAGE_BYTES;
-    copy_tile<QueryTile>(at, query + (batch * query_batch + head * query_head) * 2, query_row, first, queries, columns);
-    copy_tile<CotangentTile>(at + QueryTile::BYTES, cotangent + (batch * cotangent_batch + head * cotangent_head) * 2,
+    copy_tile<QueryTile>(at, query + (steps(batch, query_batch) + steps(head, query_head)) * 2, query_row, first, queries, columns);
+    copy_tile<CotangentTile>(at + QueryTile::BYTES, cotangent + (steps(batch, cotangent_batch) + steps(head, cotangent_head)) * 2,
                              cotangent_row, first, queries, value_columns);
     const int quads = BLOCK_Q / 4, kind = threadIdx.x / quads, quad = threadIdx.x % quads;
     if (kind < 2) {
@@ -214,8 +214,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
       copy_16_bytes(at + QueryTile::BYTES + CotangentTile::BYTES + (kind * quads + quad) * 16, numbers + quad * 4, true);
     }
   };
-  copy_tile<KeyTile>(keys_at, key + (batch * key_batch + key_head_index * key_head) * 2, key_row, first_key, keys, columns);
-  copy_tile<ValueTile>(values_at, value + (batch * value_batch + key_head_index * value_head) * 2, value_row, first_key, keys,
+  copy_tile<KeyTile>(keys_at, key + (steps(batch, key_batch) + steps(key_head_index, key_head)) * 2, key_row, first_key, keys, columns);
+  copy_tile<ValueTile>(values_at, value + (steps(batch, value_batch) + steps(key_head_index, value_head)) * 2, value_row, first_key, keys,
                        value_columns);
   start_copies(0, 0);
   commit_copies();

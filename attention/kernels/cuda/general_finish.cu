@@ -2,7 +2,6 @@
 // and 8 columns. `order` is an output of general_backward.cu, so that this kernel comes after it.
 
 constexpr int THREADS = 256;
-using i64 = long long;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL_NAME(const float* sums, const void* order, char* output, int planes, int queries, int padded_queries, int columns,

@@ -20,14 +20,6 @@ using OutputTile = Tile<BLOCK_M, VALUE_DIM>;
 constexpr int FIRST_BYTES = !SPLIT && OutputTile::BYTES > QueryTile::BYTES ? OutputTile::BYTES : QueryTile::BYTES;
 constexpr int STAGE_BYTES = KeyTile::BYTES + ValueTile::BYTES;
 
-using Scores = float[ROW_TILES][BLOCK_N / 8][4];
-using Output = float[ROW_TILES][VALUE_DIM / 8][4];
-
-// What a lane remembers of its rows; `sum` covers only its own columns until the end.
-struct Rows {
-  float max[ROW_TILES][2], sum[ROW_TILES][2];
-};
-
 // A warp's queries as left operands: read anew for each tile of keys, or kept in registers where these suffice.
 struct Queries {
   u32 place;
@@ -98,86 +90,6 @@ DEVICE void add_values(Output& out, const Scores& weights, u32 values) {
   }
 }
 
-// Turns scores into what the softmax takes: capped, scaled if a mask is added, -inf where positions or the mask say no.
-DEVICE void rule(Scores& scores, const Scores& mask, const Problem& problem, int first_row, int first_key, bool whole) {
-  const int column = first_key + threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int t = 0; t < ROW_TILES; ++t) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int i = 0; i < BLOCK_N / 4; ++i) {
-        float& s = scores[t][i / 2][2 * r + i % 2];
-        if (SOFTCAP) s = squash(s, problem.into_cap);
-        if (MASK_ADDED) s *= problem.scale_log2;
-        if (MASK) s += mask[t][i / 2][2 * r + i % 2];
-      }
-      if (whole) continue;
-      const int query = problem.query_of(first_row + 16 * t + 8 * r);
-      const int last = problem.last_seen_by(query) - column, first = problem.first_seen_by(query) - column;
-#pragma unroll
-      for (int i = 0; i < BLOCK_N / 4; ++i) {
-        const int key = i / 2 * 8 + i % 2;
-        if (key >= last || (WINDOW && key < first)) scores[t][i / 2][2 * r + i % 2] = MINUS_INFINITY;
-      }
-    }
-  }
-}
-
-// Online softmax: scores become weights against the row's maximum so far; sums and output follow. A maximum that grows by
-// less than 2^LAZY is left as it was, since the weights stay in range, and the output mostly need not be rescaled.
-DEVICE void softmax(Scores& scores, Rows& rows, Output& out, float scale_log2) {
-  float rescale[ROW_TILES][2];
-  bool same = true;
-#pragma unroll
-  for (int t = 0; t < ROW_TILES; ++t) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float largest = rows.max[t][r];
-#pragma unroll
-      for (int n = 0; n < BLOCK_N / 8; ++n) largest = fmaxf(largest, fmaxf(scores[t][n][2 * r], scores[t][n][2 * r + 1]));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      if (LAZY && (largest - rows.max[t][r]) * scale_log2 <= LAZY) largest = rows.max[t][r];
-      const float shift = largest == MINUS_INFINITY ? 0 : largest * scale_log2;  // a row that has seen no key yet
-      rescale[t][r] = exp2_fast(rows.max[t][r] * scale_log2 - shift);
-      same = same && rescale[t][r] == 1;
-      rows.max[t][r] = largest;
-      float even = 0, odd = 0;
-#pragma unroll
-      for (int n = 0; n < BLOCK_N / 8; ++n) {
-        even += scores[t][n][2 * r] = exp2_fast(scores[t][n][2 * r] * scale_log2 - shift);
-        odd += scores[t][n][2 * r + 1] = exp2_fast(scores[t][n][2 * r + 1] * scale_log2 - shift);
-      }
-      rows.sum[t][r] = rows.sum[t][r] * rescale[t][r] + (even + odd);
-    }
-  }
-  if (LAZY && __all_sync(~0u, same)) return;
-#pragma unroll
-  for (int i = 0; i < ROW_TILES * VALUE_DIM / 2; ++i) {
-    const int t = i / (VALUE_DIM / 2), n = i / 4 % (VALUE_DIM / 8);
-    out[t][n][i % 4] *= rescale[t][i % 4 / 2];
-  }
-}
-
-// Reads what a mask adds to a tile's scores; beyond the last row and key it reads those again.
-DEVICE void read_mask(Scores& values, const MaskArray& mask, const Problem& problem, int batch, int first_head,
-                      int first_row, int first_key) {
-#pragma unroll
-  for (int t = 0; t < ROW_TILES; ++t) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = min(first_row + 16 * t + 8 * r, problem.rows() - 1);
-      const char* elements = mask.row(batch, first_head + problem.head_of(row), problem.query_of(row));
-#pragma unroll
-      for (int i = 0; i < BLOCK_N / 4; ++i) {
-        const int key = min(first_key + threadIdx.x % 4 * 2 + i / 2 * 8 + i % 2, problem.keys - 1);
-        values[t][i / 2][2 * r + i % 2] = mask_value(elements + key * mask.key_step * MaskArray::BYTES);
-      }
-    }
-  }
-}
-
 // Where rows of the output are: counted over batch, heads and queries.
 struct Places {
   i64 first_plane;  // of the first head
@@ -202,7 +114,7 @@ DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, float* l
       float sum = rows.sum[t][r];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      inverse[r] = sum > 0 ? 1 / sum : 0;
+      inverse[r] = sum > 0 ? reciprocal_fast(sum) : 0;
       const int row = first_row + warp_row + 16 * t + 8 * r + lane / 4;
       if (row >= row_count) continue;
       const float log2_sum = sum > 0 ? rows.max[t][r] * scale_log2 + log2f(sum) : MINUS_INFINITY;
@@ -225,14 +137,14 @@ DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, float* l
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     KERNEL_NAME(const char* query, const char* key, const char* value,
 #if MASK
-                const char* mask,
+                const MaskElement* mask,
 #endif
                 char* output, float* logsumexp, int heads, int group, int queries, int keys, int columns,
                 int value_columns, int scale_log2_bits, int into_cap_bits, int window, int first_key, int split_keys,
-                int splits, i64 query_batch, i64 query_head, int query_row, i64 key_batch, i64 key_head, int key_row,
-                i64 value_batch, i64 value_head, int value_row
+                int splits, Step query_batch, Step query_head, Step query_row, Step key_batch, Step key_head, Step key_row,
+                Step value_batch, Step value_head, Step value_row
 #if MASK
-                , i64 mask_batch, i64 mask_head, i64 mask_query, i64 mask_key
+                , Step mask_batch, Step mask_head, Step mask_query, Step mask_key
 #endif
     ) {
   extern __shared__ __align__(1024) char shared[];
@@ -254,12 +166,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const int unseen_by_any = problem.first_seen_by(top), unseen_by_some = problem.first_seen_by(bottom);
 
   const u32 queries_at = shared_address(shared), ring = queries_at + FIRST_BYTES;
-  const char* first_query = query + (batch * query_batch + first_head * query_head) * 2;
-  const char* first_key_row = key + (batch * key_batch + key_plane * key_head) * 2;
-  const char* first_value_row = value + (batch * value_batch + key_plane * value_head) * 2;
+  const char* first_query = query + (steps(batch, query_batch) + steps(first_head, query_head)) * 2;
+  const char* first_key_row = key + (steps(batch, key_batch) + steps(key_plane, key_head)) * 2;
+  const char* first_value_row = value + (steps(batch, value_batch) + steps(key_plane, value_head)) * 2;
   const auto query_source = [&](int r) {
     const int row = first_row + r;
-    return first_query + (problem.head_of(row) * query_head + static_cast<i64>(problem.query_of(row)) * query_row) * 2;
+    return first_query + (steps(problem.head_of(row), query_head) + steps(problem.query_of(row), query_row)) * 2;
   };
   const auto start_keys = [&](int block, int stage) {
     if (block >= end_block) return;

@@ -28,32 +28,44 @@ struct Problem {
   DEVICE int first_seen_by(int query) const { return WINDOW ? max(0, query + 1 + keys - queries - window) : 0; }
 };
 
-// An array that broadcasts over any axis: steps in elements, 0 where it does.
-struct MaskArray {
-  const char* elements;
-  i64 batch_step, head_step, query_step, key_step;
-
-  DEVICE const char* row(int batch, int head, int query) const {
-    return elements + (batch * batch_step + head * head_step + query * query_step) * BYTES;
-  }
-  static constexpr int BYTES = MASK == MASK_BOOL ? 1 : MASK == MASK_F32 ? 4 : 2;
-};
+#if MASK == MASK_F32
+using MaskElement = float;
+#elif MASK_ADDED
+using MaskElement = unsigned short;
+#else
+using MaskElement = unsigned char;
+#endif
 
 // What a mask's element adds to a score in log2 units: -inf where a bool says no. Finite numbers stay finite.
-DEVICE float mask_value(const char* element) {
-#if MASK == MASK_BOOL
-  return *element ? 0 : MINUS_INFINITY;
-#else
+DEVICE float mask_value(MaskElement element) {
+#if MASK_ADDED
 #if MASK == MASK_BF16
-  const float value = __uint_as_float(static_cast<u32>(*reinterpret_cast<const unsigned short*>(element)) << 16);
+  const float value = __uint_as_float(static_cast<u32>(element) << 16);
 #elif MASK == MASK_F16
-  const float value = from_half(*reinterpret_cast<const unsigned short*>(element));
+  const float value = from_half(element);
 #else
-  const float value = *reinterpret_cast<const float*>(element);
+  const float value = element;
 #endif
   return value == MINUS_INFINITY ? value : fmaxf(value, -1e38f) * LOG2_E;
+#else
+  return element ? 0 : MINUS_INFINITY;
 #endif
 }
+
+// An array that broadcasts over any axis: steps in elements, 0 where it does.
+struct MaskArray {
+  const MaskElement* elements;
+  i64 batch_step, head_step, query_step, key_step;
+
+  DEVICE const MaskElement* row(int batch, int head, int query) const {
+    return elements + batch * batch_step + head * head_step + query * query_step;
+  }
+};
+
+// Two neighbours in memory, read at once.
+struct alignas(2 * sizeof(MaskElement)) MaskPair {
+  MaskElement first, second;
+};
 
 // A score as the softmax takes it, before positions rule anything out: with SOFTCAP cap * tanh(score / cap), the cap
 // itself left to the softmax. The hardware's own tanh is good to 11 bits only, too few for float16.

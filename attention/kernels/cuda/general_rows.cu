@@ -6,12 +6,11 @@
 // is +inf, which makes their weights 0.
 
 constexpr int THREADS = 128, TILE = 64;
-using i64 = long long;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL_NAME(const uint4* output, const char* cotangent, const float* logsumexp, const float* logsumexp_cotangent,
                 float* rows, float* sums, int planes, int heads, int queries, int columns, int sum_columns,
-                i64 cotangent_batch, i64 cotangent_head, int cotangent_row) {
+                Step cotangent_batch, Step cotangent_head, Step cotangent_row) {
   const int tiles = (queries + TILE - 1) / TILE, lane = threadIdx.x % 32;
   const int index = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;  // of all padded queries
   if (index >= planes * tiles * TILE) return;
@@ -23,7 +22,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (row < queries) {
     const i64 place = static_cast<i64>(plane) * queries + row;
     const uint4* own = reinterpret_cast<const uint4*>(
-        cotangent + (plane / heads * cotangent_batch + plane % heads * cotangent_head + static_cast<i64>(row) * cotangent_row) * 2);
+        cotangent +
+        (steps(plane / heads, cotangent_batch) + steps(plane % heads, cotangent_head) + steps(row, cotangent_row)) * 2);
     for (int i = lane; i < columns / 8; i += 32) {
       const uint4 o = output[place * (columns / 8) + i], c = own[i];
       delta += product(o.x, c.x) + product(o.y, c.y) + product(o.z, c.z) + product(o.w, c.w);

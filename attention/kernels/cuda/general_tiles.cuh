@@ -5,7 +5,6 @@
 // a constant.
 
 constexpr int THREADS = WARPS * 32;
-using i64 = long long;
 
 template <int TILE_ROWS, int WIDTH>
 struct Tile {
