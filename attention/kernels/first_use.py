@@ -1,7 +1,7 @@
 """The check on first use: a kernel runs once, on small inputs against float64, before anything is made with it.
 
-What that came to is kept in the cache folder, in the kernel's record, for the machine that it was found on; so a new GPU,
-driver or text is checked anew. A check that brought its process down counts as failed, as the next process sees.
+What that came to is kept in the cache folder, in the kernel's record, for the machine that it was found on; so a new
+GPU, driver or text is checked anew. A check that brought its process down counts as failed, as the next process sees.
 """
 
 import json

@@ -103,8 +103,8 @@ def flash_attention(
         scale: what the dot products are multiplied by, usually D ** -0.5; positive.
         causal: query i sees keys up to i + Lk - Lq (lower-right aligned).
         window: a query sees the last `window` of those keys only; implies causal.
-        mask: broadcasts to (B, H, Lq, Lk): bool, true where a query sees a key, or float16, bfloat16 or float32, added to
-            the scores; read as it lies. It may go with causal and window.
+        mask: broadcasts to (B, H, Lq, Lk): bool, true where a query sees a key, or float16, bfloat16 or float32, added
+            to the scores; read as it lies. It may go with causal and window.
         softcap: bound of the scores, applied before the mask.
 
     Returns:

@@ -10,10 +10,10 @@ import mlx.core as mx
 
 from attention.errors import KernelUnavailable
 from attention.kernels.cuda import general_launch, launch, launcher, selfcheck, trust
-from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Call, MaskKind, Shape
+from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Call, Shape
 from attention.kernels.cuda.choice import Path, candidates, divided, program_of
-from attention.kernels.cuda.pullback import gradients
 from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Run, Stage, make_plan
+from attention.kernels.cuda.pullback import gradients
 from attention.kernels.cuda.running import run_of
 from attention.kernels.cuda.stages import few_stages, forward_stages
 

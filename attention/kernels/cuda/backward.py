@@ -125,7 +125,13 @@ class Backward:
 
 def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Backward:
     """The specialisation for a call of this kind."""
-    return Backward(64 if head_dim <= 64 else 128 if head_dim <= 128 else 192 if head_dim <= 192 else 256, causal, element, window, softcap)
+    return Backward(
+        64 if head_dim <= 64 else 128 if head_dim <= 128 else 192 if head_dim <= 192 else 256,
+        causal,
+        element,
+        window,
+        softcap,
+    )
 
 
 def rows_program(kernel: Backward, logsumexp_cotangent: bool) -> Program:

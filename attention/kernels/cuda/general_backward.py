@@ -1,4 +1,4 @@
-"""The general backward kernel: which tiles it takes where, and what a specialisation is made for. No MLX needed to compile."""
+"""The general backward kernel: its tiles, and what a specialisation is made for. No MLX needed to compile."""
 
 import functools
 from collections.abc import Iterator

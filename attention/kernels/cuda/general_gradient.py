@@ -65,8 +65,8 @@ def gradients(
 def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
     """The three launches as one operation.
 
-    The first clears the sums of dQ; the second adds to them in place, though MLX counts them among its inputs; the third,
-    which waits for dK, rounds them. Nobody else ever sees that array.
+    The first clears the sums of dQ; the second adds to them in place, though MLX counts them among its inputs; the
+    third, which waits for dK, rounds them. Nobody else ever sees that array.
     """
     masks = ("mask",) if call.mask else ()
     inputs = ("q", "k", "v", "output", "cotangent", "logsumexp", "of_logsumexp", *masks)

@@ -1,4 +1,4 @@
-"""The backward pass: by our kernels where they take the call, through MLX's own path where not."""
+"""The backward pass by the Hopper kernels."""
 
 import functools
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from attention.kernels.cuda import launch, launcher, selfcheck, trust
+from attention.kernels.cuda import launcher, selfcheck, trust
 from attention.kernels.cuda.backward import (
     LARGEST_HEAD_DIM,
     MAP_BYTES,
@@ -19,13 +19,13 @@ from attention.kernels.cuda.backward import (
 from attention.kernels.cuda.call import Call, Shape, float_bits
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.launch import Launch, dtype_of, prepare, scalars_of
-from attention.kernels.cuda.plain import through_mlx
 from attention.kernels.cuda.plan import Run, Stage, make_plan
 from attention.kernels.cuda.schedule import make_schedule
+from attention.kernels.cuda.stages import forward_plan
 
 
 def refusal(shape: Shape, call: Call) -> str | None:
-    """Why gradients go through MLX's own path, in one line, or None if our kernels make them."""
+    """Why these kernels do not make the gradients of a call, in one line, or None if they do."""
     if gpu().architecture != "sm_90a":
         return "the backward kernel needs a Hopper GPU"
     if shape.head_dim > LARGEST_HEAD_DIM:
@@ -40,7 +40,7 @@ def kernel_of(shape: Shape, call: Call) -> Backward:
     return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
 
 
-def gradients(
+def by_kernel(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> tuple[mx.array, ...]:
     """The gradients of q, k and v.
@@ -51,23 +51,6 @@ def gradients(
         outputs: what the forward pass made: output and logsumexp.
         shape: of the arrays.
         call: what was computed.
-    """
-    if not _taken(shape, call):
-        return tuple(through_mlx(list(primals), list(cotangents), call))
-    return by_kernel(primals, cotangents, outputs, shape, call)
-
-
-@functools.lru_cache(maxsize=256)
-def _taken(shape: Shape, call: Call) -> bool:
-    if refusal(shape, call) is None:
-        check(shape, call)
-    return refusal(shape, call) is None
-
-
-def by_kernel(
-    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
-) -> tuple[mx.array, ...]:
-    """The same by our kernels.
 
     The first clears dQ, in float32; the second adds to it in place, though MLX counts it among its inputs; the third,
     which waits for dK, rounds it. Nobody else ever sees that array.
@@ -107,7 +90,10 @@ def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
     kernel = kernel_of(shape, call)
     planes, tiles = shape.batch * shape.heads, kernel.query_tiles(shape.queries)
     units = tiles * kernel.block_q // ROWS
-    outputs = [((planes, units, 3 if kernel.init else 2, ROWS), mx.float32), ((planes, tiles, kernel.block_q * kernel.head_dim), mx.float32)]
+    outputs = [
+        ((planes, units, 3 if kernel.init else 2, ROWS), mx.float32),
+        ((planes, tiles, kernel.block_q * kernel.head_dim), mx.float32),
+    ]
     problem = [units, shape.queries, shape.head_dim]
     return prepare(rows_program(kernel, with_logsumexp), planes * units, outputs, problem)
 
@@ -151,7 +137,7 @@ def check(shape: Shape, call: Call) -> None:
 
     def compare() -> str | None:
         q, k, v, cotangent = selfcheck.inputs(small)
-        outputs = launch.forward(small, tried)(q, k, v)[:2]
+        outputs = forward_plan(small, tried)([q, k, v])[:2]
         found = by_kernel((q, k, v), (cotangent,), outputs, small, tried)
         return selfcheck.gradient_disagreement(small, tried, found, [q, k, v, cotangent])
 

@@ -1,4 +1,4 @@
-"""The backward pass: by the GPU's own kernel where that takes the call, else by the general one, else through MLX's path."""
+"""The backward pass: by the GPU's own kernel where it takes the call, else by the general one, else by MLX's path."""
 
 import functools
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from attention.kernels.cuda import general_gradient, gradient, selfcheck, trust
+from attention.kernels.cuda import general_gradient, gradient, launcher, selfcheck, trust
 from attention.kernels.cuda.call import Call, Shape
 from attention.kernels.cuda.launch import dtype_of
 from attention.kernels.cuda.plain import through_mlx
@@ -51,6 +51,8 @@ def _refusal_of_own(shape: Shape, call: Call) -> str | None:
         return "the Hopper kernel has no array masks"
     if shape.value_dim != shape.head_dim:
         return "the Hopper kernel needs values as wide as keys"
+    if launcher.obstacle() is not None:
+        return "the Hopper kernel needs the launcher"
     return gradient.refusal(shape, call)
 
 

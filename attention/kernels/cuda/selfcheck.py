@@ -30,7 +30,7 @@ def random_mask(shape: Shape, call: Call, seed: int = 7) -> list[mx.array]:
         return []
     random = np.random.default_rng(seed)
     size = (1, shape.heads, shape.queries, shape.keys)
-    hidden = random.random(size) < 0.25  # noqa: PLR2004
+    hidden = random.random(size) < 0.25
     if call.mask == "bool":
         return [mx.array(~hidden)]
     added = np.where(hidden, -np.inf, random.standard_normal(size)).astype(np.float32)
