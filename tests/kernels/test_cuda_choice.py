@@ -22,6 +22,7 @@ from attention.kernels.cuda import (  # noqa: E402
     pullback,
     trust,
 )
+from attention.kernels.cuda.general_alone import general_alone  # noqa: E402
 from attention.kernels.cuda.gpu import Gpu  # noqa: E402
 from attention.kernels.cuda.plan import NUMBER, POINTER, STRIDE  # noqa: E402
 from attention.kernels.cuda.program import Program  # noqa: E402
@@ -243,6 +244,17 @@ def test_without_the_launcher_hopper_falls_back_to_the_general_kernel(on, monkey
     assert route.path == "CUDA kernel, general"
     assert "launched kernel by kernel, since there is no C++ compiler" in route.reason
     assert choice.divided(*machine.shape_and_call(workload())).kernel.narrow_steps
+
+
+def test_the_general_kernels_can_be_asked_for_alone(on):
+    found = on("H100")
+    q = mx.zeros((1, 2, 300, 64), mx.float16)
+    with general_alone():
+        cuda.flash_attention(q, q, q, scale=0.125)
+        assert kernels(found) == ["flash_general"]
+        assert "to be used" in pullback._refusal_of_own(*machine.shape_and_call(workload()))
+    cuda.flash_attention(q, q, q, scale=0.125)
+    assert kernels(found) == ["flash_forward"]
 
 
 def test_a_programs_texts_are_there(on):

@@ -15,7 +15,7 @@ mx = pytest.importorskip("mlx.core")
 import kernel_oracle as oracle  # noqa: E402
 
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import attend, choice, pullback  # noqa: E402
+from attention.kernels.cuda.general_alone import general_alone  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
 
@@ -54,21 +54,9 @@ FEW = [(1, 8, 2, 1, 1000), (2, 8, 1, 5, 2333), (3, 2, 2, 1, 17), (1, 4, 4, 33, 7
 
 
 @pytest.fixture(autouse=True, scope="module")
-def general_kernels_alone():
-    """Leaves the GPU's own kernels out of every choice."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "candidates", lambda shape, call: iter(["general"]))
-        patch.setattr(choice, "candidates", lambda shape, call: iter(["general"]))
-        patch.setattr(pullback, "_refusal_of_own", lambda shape, call: "left out")
-        forget()
+def _general_alone():
+    with general_alone():
         yield
-    forget()
-
-
-def forget():
-    cuda._known.clear()
-    for kept in (attend.repeated, pullback._own_is_taken, pullback._general_is_taken):
-        kept.cache_clear()
 
 
 class Case:

@@ -14,9 +14,29 @@ from attention.kernels.cuda.program import Program
 Path = Literal["decode", "forward", "general"]
 
 
+_own_left_out = False
+
+
+def set_own_left_out(left_out: bool) -> None:
+    """Whether all calls are to go to the general kernels."""
+    global _own_left_out  # noqa: PLW0603  for tests and measurements
+    _own_left_out = left_out
+
+
+def own_refusal(shape: Shape, call: Call) -> str | None:
+    """Why the kernels that are not general do not take a call, as far as its form goes, or None."""
+    if _own_left_out:
+        return "the general kernels are to be used"
+    if call.mask is not None:
+        return "only the general kernels have array masks"
+    if shape.value_dim != shape.head_dim:
+        return "only the general kernels take values of another width than keys"
+    return None
+
+
 def candidates(shape: Shape, call: Call) -> Iterator[Path]:
     """The kernels that could take a call, the fastest first."""
-    if call.mask is None and shape.value_dim == shape.head_dim:
+    if own_refusal(shape, call) is None:
         if shape.group * shape.queries <= MOST_ROWS:
             yield "decode"
         elif gpu().architecture == "sm_90a" and launcher.obstacle() is None:

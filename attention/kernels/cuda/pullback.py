@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from attention.kernels.cuda import general_gradient, gradient, launcher, selfcheck, trust
+from attention.kernels.cuda import choice, general_gradient, gradient, launcher, selfcheck, trust
 from attention.kernels.cuda.call import Call, Shape
 from attention.kernels.cuda.launch import dtype_of
 from attention.kernels.cuda.plain import through_mlx
@@ -47,13 +47,10 @@ def _of_mask(primals: Sequence[mx.array], cotangents: Sequence[mx.array], call: 
 
 
 def _refusal_of_own(shape: Shape, call: Call) -> str | None:
-    if call.mask is not None:
-        return "the Hopper kernel has no array masks"
-    if shape.value_dim != shape.head_dim:
-        return "the Hopper kernel needs values as wide as keys"
+    """Why the Hopper kernel does not make the gradients of a call, or None if it does, as far as is known."""
     if launcher.obstacle() is not None:
         return "the Hopper kernel needs the launcher"
-    return gradient.refusal(shape, call)
+    return choice.own_refusal(shape, call) or gradient.refusal(shape, call)
 
 
 @functools.lru_cache(maxsize=256)
