@@ -15,6 +15,8 @@ mx = pytest.importorskip("mlx.core")
 import kernel_oracle as oracle  # noqa: E402
 
 from attention.kernels import cuda  # noqa: E402
+from attention.kernels.cuda import choice, pullback  # noqa: E402
+from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Shape, check_arrays, normal  # noqa: E402
 from attention.kernels.cuda.general_alone import general_alone  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
@@ -111,8 +113,18 @@ class Case:
         mx.eval(found)
         return found
 
+    def asked(self):
+        """The call in the kernels' terms."""
+        q, k, v, _ = self.arrays
+        dtype, kind = check_arrays(q, k, v, self.mask)
+        named = {"causal": False, "window": None, "softcap": None, **self.keywords, "mask": kind}
+        dims = [DIM_STEP * -(-x.shape[3] // DIM_STEP) for x in (q, v)]
+        shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], dims[0], ELEMENTS[dtype], dims[1])
+        return shape, normal(**named, keys=k.shape[2])
+
     def check_forward(self, what):
         output, logsumexp = self.forward()
+        assert choice.path_of(*self.asked()) == ("general", [])
         exact, right, _ = oracle.attention(*self.numbers[:3], self.options)
         plain = oracle.plain_attention(*self.numbers[:3], self.options, self.dtype)
         oracle.assert_near(output, exact, plain, self.dtype, 2, f"{what}: output")
@@ -122,6 +134,7 @@ class Case:
             assert np.nanmax(np.abs(found - right), initial=0) < 1e-3, f"{what}: logsumexp"
 
     def check_gradients(self, what):
+        assert pullback._general_is_taken(*self.asked())
         exact = oracle.gradients(*self.numbers, self.options)
         plain = oracle.plain_gradients(*self.numbers, self.options, self.dtype)
         for name, found, right, rounded in zip(("dQ", "dK", "dV"), self.gradients(), exact, plain, strict=True):

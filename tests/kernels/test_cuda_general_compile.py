@@ -7,7 +7,7 @@ import pytest
 
 from attention.kernels.cuda import KernelUnavailable, general, nvrtc
 from attention.kernels.cuda.general import WIDTHS, ForwardTiles, GeneralForward, split_keys, tiles_for, width_of
-from attention.kernels.cuda.general_backward import GeneralBackward, backward_tiles_for
+from attention.kernels.cuda.general_backward import GeneralBackward, backward_tiles_for, widths_of
 
 LIMITS = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90a": 232_448, "sm_100": 232_448, "sm_120": 101_376}
 """Bytes of shared memory that a block may have on each of the architectures."""
@@ -16,7 +16,7 @@ REGISTERS = 65_536
 SPILLED = 96
 """Bytes of a thread that may be kept in memory: pointers and numbers that a tile needs once, never an accumulator."""
 MASKS = (None, "bool", "float32")
-PAIRS = [*((width, width) for width in WIDTHS), (192, 128), (64, 256), (256, 64)]
+PAIRS = [*((width, width) for width in WIDTHS), (192, 128), (64, 256), (256, 64), (96, 128)]
 
 
 def _nvrtc() -> bool:
@@ -32,21 +32,22 @@ needs_nvrtc = pytest.mark.skipif(not _nvrtc(), reason="NVRTC is not installed")
 def forward(
     architecture, dims, mask=None, rows=4096, causal=True, window=False, softcap=False, split=False, element="bf16"
 ):
-    lean = mask is not None or softcap
-    tiles = tiles_for(*dims, rows, lean, LIMITS[architecture])
+    tiles = tiles_for(*dims, rows, mask is not None, LIMITS[architecture])
     few = rows <= general.FEW_ROWS
     return GeneralForward(*dims, causal, window, softcap, mask, element, few, split, False, tiles, architecture)
 
 
 def backward(architecture, dims, mask=None, causal=True, window=False, softcap=False, element="bf16"):
-    tiles = backward_tiles_for(*dims, mask is not None or softcap, LIMITS[architecture])
+    widths = widths_of(*dims)
+    tiles = backward_tiles_for(*widths, mask is not None, LIMITS[architecture])
     vectors = architecture not in ("sm_80", "sm_86", "sm_89")
-    return GeneralBackward(*dims, causal, window, softcap, mask, element, False, tiles, architecture, vectors)
+    return GeneralBackward(*widths, causal, window, softcap, mask, element, False, tiles, architecture, vectors)
 
 
+ANY_PAIRS = list(product(WIDTHS, WIDTHS))
 ALL = [
-    *(forward(a, dims, mask, rows) for a, dims, mask, rows in product(LIMITS, PAIRS, MASKS, (4096, 16, 32, 64))),
-    *(backward(a, dims, mask) for a, dims, mask in product(LIMITS, PAIRS, MASKS)),
+    *(forward(*each, rows) for *each, rows in product(LIMITS, ANY_PAIRS, MASKS, (4096, 16, 32, 64))),
+    *(backward(*each) for each in product(LIMITS, ANY_PAIRS, MASKS)),
 ]
 
 
@@ -68,21 +69,27 @@ def test_tiles_take_the_shared_memory_that_is_counted_by_hand():
     assert tiles.shared_memory(64, 128, split=True) == 128 * 144 + 2 * 64 * (row + 144)
 
 
-@pytest.mark.parametrize("kernel", [k for k in ALL if isinstance(k, GeneralForward)][::7], ids=str)
-def test_threads_copy_a_tile_in_whole_passes(kernel):
+def test_threads_copy_a_tile_in_whole_passes():
     """What general_tiles.cuh asserts: as many threads lie side by side as units of 16 bytes, in powers of two."""
-    for width, rows in product((kernel.head_dim, kernel.value_dim), (kernel.tiles.block_m, kernel.tiles.block_n)):
-        units = width // 8
-        high = kernel.program.threads // (units & -units)
-        assert rows % high == 0 or high % rows == 0
+    for kernel in ALL:
+        tiles = kernel.tiles
+        of_queries = tiles.block_m if isinstance(tiles, ForwardTiles) else tiles.block_q
+        of_keys = tiles.block_n if isinstance(tiles, ForwardTiles) else tiles.block_k
+        for width, rows in product((kernel.head_dim, kernel.value_dim), (of_queries, of_keys)):
+            units = width // 8
+            high = kernel.program.threads // (units & -units)
+            assert rows % high == 0 or high % rows == 0, kernel
 
 
-@pytest.mark.parametrize("kernel", [k for k in ALL if isinstance(k, GeneralBackward)][::3], ids=str)
-def test_the_warps_of_a_backward_block_share_out_whole_matrices(kernel):
-    tiles = kernel.tiles
-    assert tiles.block_q % (16 * tiles.query_warps) == 0
-    assert kernel.head_dim * tiles.query_warps % (16 * tiles.warps) == 0
-    assert kernel.head_dim % (16 * tiles.column_warps) == kernel.value_dim % (16 * tiles.column_warps) == 0
+def test_the_warps_of_a_backward_block_share_out_whole_matrices():
+    for kernel in ALL:
+        if isinstance(kernel, GeneralForward):
+            continue
+        tiles = kernel.tiles
+        assert tiles.block_q % (16 * tiles.query_warps) == 0, kernel
+        assert kernel.head_dim * tiles.query_warps % (16 * tiles.warps) == 0, kernel
+        for width in (kernel.head_dim, kernel.value_dim):
+            assert width % (16 * tiles.column_warps) == 0, kernel
 
 
 @pytest.mark.parametrize("dim", [8, 32, 40, 64, 72, 80, 88, 96, 104, 128, 136, 192, 200, 256])

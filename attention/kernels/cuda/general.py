@@ -67,14 +67,16 @@ class ForwardTiles:
         return self.shared_memory(head_dim, value_dim, split=False) <= share_of(limit, self.blocks)
 
 
-def _many(widest: int, lean: bool) -> Iterator[ForwardTiles]:
-    """Tilings for a kernel's wider head dim, the fastest first. `lean`: registers are wanted for a mask or a cap."""
+def _many(widest: int, mask: bool) -> Iterator[ForwardTiles]:
+    """Tilings for a kernel's wider head dim, the fastest first. A mask wants registers."""
     if widest > 128:
-        for warps, block_n in ((8, 32), (4, 32)) if lean else ((8, 64), (8, 32), (4, 32)):
+        if widest <= 192 and not mask:
+            yield ForwardTiles(4, 1, 64, 1, 2)
+        for warps, block_n in ((8, 32), (4, 32)) if mask else ((8, 64), (8, 32), (4, 32)):
             yield ForwardTiles(warps, 1, block_n, 1, 1)
         return
-    if not lean:
-        keep = widest <= 64
+    if not mask:
+        keep = widest == 64
         yield ForwardTiles(4, 2, 64, 2, 2, keep)
         yield ForwardTiles(4, 2, 64, 1, 2, keep)
         yield ForwardTiles(4, 2, 32, 1, 2, keep)
@@ -150,21 +152,21 @@ def mask_constants(causal: bool, window: bool, softcap: bool, mask: MaskKind | N
 
 
 @functools.cache
-def tiles_for(head_dim: int, value_dim: int, rows: int, lean: bool, limit: int) -> ForwardTiles:
+def tiles_for(head_dim: int, value_dim: int, rows: int, mask: bool, limit: int) -> ForwardTiles:
     """The tiling for a call.
 
     Args:
         head_dim: of the kernel, one of WIDTHS.
         value_dim: likewise.
         rows: of a plane; up to FEW_ROWS their keys are split.
-        lean: whether there is a mask or a cap.
+        mask: whether an array masks.
         limit: bytes of shared memory that a block may have.
 
     Raises:
         ValueError: no tiling fits, as on no GPU from Ampere on.
     """
     widest = max(head_dim, value_dim)
-    for tiles in _few(rows, widest) if rows <= FEW_ROWS else _many(widest, lean):
+    for tiles in _few(rows, widest) if rows <= FEW_ROWS else _many(widest, mask):
         if tiles.fits(head_dim, value_dim, limit):
             return tiles
     raise ValueError(f"no tiles of {head_dim} and {value_dim} columns fit into {limit} bytes of shared memory")

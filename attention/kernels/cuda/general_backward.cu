@@ -23,6 +23,7 @@ constexpr int NUMBER_BYTES = 2 * BLOCK_Q * 4;  // logsumexps and deltas
 constexpr int STAGE_BYTES = QueryTile::BYTES + CotangentTile::BYTES + NUMBER_BYTES;
 constexpr int KEY_COLUMNS = HEAD_DIM / COLUMN_WARPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_WARPS;  // of a warp's dK and dV
 constexpr int SUM_TILES = BLOCK_Q / QUERY_WARPS / 16, SUM_COLUMNS = HEAD_DIM * QUERY_WARPS / WARPS;  // of a warp's dQ
+static_assert(KEY_COLUMNS % 16 == 0 && VALUE_COLUMNS % 16 == 0 && SUM_COLUMNS % 16 == 0 && SUM_TILES > 0, "whole matrices");
 constexpr int PADDED = 64;  // queries come in tiles of so many in what general_rows.cu makes
 
 using Scores = float[BAND_TILES][SUB_Q / 8][4];
@@ -91,10 +92,27 @@ DEVICE void multiply_from_memory(float (&sums)[BAND_TILES][COLUMNS / 8][4], u32 
   }
 }
 
+// A mask's elements for a warp's scores, as they lie in memory: asked for before the product that makes the scores.
+struct MaskPart {
+  MaskElement elements[SUB_Q / 4][2 * BAND_TILES];
+
+  // For two neighbours of each 8 queries and keys 8 apart; beyond the last of either those are read again.
+  DEVICE void read(const MaskArray& mask, const Problem& problem, int batch, int head, int first_query, int first_key) {
+    const int key = first_key + threadIdx.x % 32 / 4, last = problem.keys - 1;
+#pragma unroll
+    for (int i = 0; i < SUB_Q / 4; ++i) {
+      const int query = min(first_query + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2, problem.queries - 1);
+      const MaskElement* row = mask.row(batch, head, query);
+#pragma unroll
+      for (int j = 0; j < 2 * BAND_TILES; ++j) elements[i][j] = row[min(key + 8 * j, last) * mask.key_step];
+    }
+  }
+};
+
 // Scores to weights, in place; with SOFTCAP also what the cap makes of a score's derivative. `numbers` are the logsumexps
 // of the first query here, +inf for one that sees nothing or is none.
-DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const MaskArray& mask, int batch, int head,
-                  const float* numbers, int first_key, int first_query, bool whole) {
+DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const MaskPart& mask, const float* numbers,
+                  int first_key, int first_query, bool whole) {
   const int key = first_key + threadIdx.x % 32 / 4, query = first_query + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int n = 0; n < SUB_Q / 8; ++n) {
@@ -102,17 +120,12 @@ DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int own = query + 8 * n + i, last = problem.last_seen_by(own) - key, first = problem.first_seen_by(own) - key;
-#if MASK
-      const MaskElement* elements = mask.row(batch, head, min(own, problem.queries - 1));
-#endif
 #pragma unroll
       for (int j = 0; j < 2 * BAND_TILES; ++j) {
         float& s = scores[j / 2][n][j % 2 * 2 + i];
         if (SOFTCAP) s = squash(s, problem.into_cap), slopes[j / 2][n][j % 2 * 2 + i] = 1 - s * s;
         s *= problem.scale_log2;
-#if MASK
-        s += mask_value(elements[min(key + 8 * j, problem.keys - 1) * mask.key_step]);
-#endif
+        if (MASK) s += mask_value(mask.elements[2 * n + i][j]);
         s -= i ? logsumexps.y : logsumexps.x;
         s = !whole && (8 * j >= last || (WINDOW && 8 * j < first)) ? 0 : exp2_fast(s);
       }
@@ -220,6 +233,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
   start_copies(0, 0);
   commit_copies();
 
+#if MASK
+  const MaskArray array{mask, mask_batch, mask_head, mask_query, mask_key};
+#endif
   float own_keys[BAND_TILES][KEY_COLUMNS / 8][4] = {}, own_values[BAND_TILES][VALUE_COLUMNS / 8][4] = {};
 #pragma unroll 1
   for (int i = 0; i < group * walk.count; ++i) {
@@ -233,14 +249,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
     for (int sub = EXCHANGE ? part : 0; sub < (EXCHANGE ? part + 1 : BLOCK_Q / SUB_Q); ++sub) {
       const int at = sub * SUB_Q, from = first_query + at, last = min(queries, from + SUB_Q) - 1;
       const bool whole = first_key + BLOCK_K <= problem.last_seen_by(from) && (!WINDOW || first_key >= problem.first_seen_by(last));
+      MaskPart masked;
+#if MASK
+      masked.read(array, problem, batch, head, from, first_key + band_row);
+#endif
       Scores weights = {}, slopes, found;
       multiply_by_columns<KeyTile, QueryTile, HEAD_DIM>(weights, keys_at + KeyTile::at(band_row, 0), queries_at + QueryTile::at(at, 0));
-#if MASK
-      const MaskArray array{mask, mask_batch, mask_head, mask_query, mask_key};
-#else
-      const MaskArray array{};
-#endif
-      weigh(weights, slopes, problem, array, batch, head, numbers + at, first_key + band_row, from, whole);
+      weigh(weights, slopes, problem, masked, numbers + at, first_key + band_row, from, whole);
       if (EXCHANGE) leave_scores(scores + ScoreTile::BYTES + ScoreTile::at(band_row, at), weights);
       else multiply_from_registers<CotangentTile, VALUE_COLUMNS>(own_values, weights, cotangents_at + CotangentTile::at(at, 0));
       start_from_deltas(found, numbers + BLOCK_Q + at);

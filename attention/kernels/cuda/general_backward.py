@@ -7,7 +7,7 @@ from typing import Final
 
 from attention.kernels.cuda.call import MaskKind
 from attention.kernels.cuda.forward import Element
-from attention.kernels.cuda.general import TEXTS, mask_constants, share_of, tile_bytes
+from attention.kernels.cuda.general import TEXTS, mask_constants, share_of, tile_bytes, width_of
 from attention.kernels.cuda.program import Program
 
 PADDED: Final = 64
@@ -56,31 +56,44 @@ class BackwardTiles:
         return self.shared_memory(head_dim, value_dim) <= share_of(limit, self.blocks)
 
 
-def _tilings(widest: int, lean: bool) -> Iterator[BackwardTiles]:
-    """Tilings for a kernel's wider head dim, the fastest first. `lean`: registers are wanted for a mask or a cap."""
-    part = 16 if lean else 32
+def widths_of(head_dim: int, value_dim: int) -> tuple[int, int]:
+    """The kernel's widths for these dims: where two warps share columns, a half of 80 would be no whole matrices."""
+    keys, values = width_of(head_dim), width_of(value_dim)
+    return (max(96, keys), max(96, values)) if 80 in (keys, values) and max(keys, values) > 80 else (keys, values)
+
+
+def _query_warps(head_dim: int, warps: int, block_q: int) -> int:
+    """The fewest warps that share a tile's queries, so that the others share the columns of dQ in whole matrices."""
+    fits = (n for n in (2, 4) if head_dim * n % (16 * warps) == 0 and block_q % (16 * n) == 0)
+    return next(fits)
+
+
+def _tilings(head_dim: int, value_dim: int, mask: bool) -> Iterator[BackwardTiles]:
+    """Tilings for a kernel's widths, the fastest first. A mask wants registers."""
+    widest = max(head_dim, value_dim)
     if widest <= 64:
         for stages, blocks in ((2, 2), (1, 2), (2, 1), (1, 1)):
-            yield BackwardTiles(4, 1, 2, 64, part, 2, stages, blocks)
+            yield BackwardTiles(4, 1, 2, 64, 32, _query_warps(head_dim, 4, 64), stages, blocks)
     elif widest <= 128:
-        if not lean and widest != 80:  # whose half is no whole number of matrices
-            yield BackwardTiles(4, 2, 2, 64, 32, 2 if widest == 128 else 4, 2, 1)
+        if widest > 80 and not mask:
+            yield BackwardTiles(4, 2, 2, 64, 32, _query_warps(head_dim, 8, 64), 2, 1)
+        part = 32 if mask or widest > 96 else 64
         for blocks in (2, 1):
-            yield BackwardTiles(4, 1, 1, 64, part, 4 if widest == 80 else 2, 1, blocks)
+            yield BackwardTiles(4, 1, 1, 64, part, _query_warps(head_dim, 4, 64), 1, blocks)
     else:
         for stages in (2, 1):
-            yield BackwardTiles(4, 2, 1, 64, 32, 2, stages, 1)
-        yield BackwardTiles(2, 2, 1, 32, 16, 2, 1, 1)
+            yield BackwardTiles(4, 2, 1, 64, 32, _query_warps(head_dim, 8, 64), stages, 1)
+        yield BackwardTiles(2, 2, 1, 32, 16, _query_warps(head_dim, 4, 32), 1, 1)
 
 
 @functools.cache
-def backward_tiles_for(head_dim: int, value_dim: int, lean: bool, limit: int) -> BackwardTiles:
-    """The tiling for a kernel of these widths, mask or cap (`lean`), and bytes of shared memory a block.
+def backward_tiles_for(head_dim: int, value_dim: int, mask: bool, limit: int) -> BackwardTiles:
+    """The tiling for a kernel of these widths, with a mask or without, and bytes of shared memory a block.
 
     Raises:
         ValueError: none fits, as on no GPU from Ampere on.
     """
-    for tiles in _tilings(max(head_dim, value_dim), lean):
+    for tiles in _tilings(head_dim, value_dim, mask):
         if tiles.fits(head_dim, value_dim, limit):
             return tiles
     raise ValueError(f"no tiles of {head_dim} and {value_dim} columns fit into {limit} bytes of shared memory")

@@ -204,6 +204,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #pragma unroll
   for (int i = 0; i < 2 * ROW_TILES; ++i) state.max[i / 2][i % 2] = MINUS_INFINITY, state.sum[i / 2][i % 2] = 0;
 
+  MaskTile masked;
+#if MASK
+  const MaskArray array{mask, mask_batch, mask_head, mask_query, mask_key};
+  if (first_block < end_block) masked.read(array, problem, batch, first_head, own_row, first_block * BLOCK_N);
+#endif
   int stage = 0;
 #pragma unroll 1
   for (int block = first_block; block < end_block; ++block) {
@@ -216,21 +221,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     const int first = block * BLOCK_N;
     const bool needed = first < seen_by_any && (!WINDOW || first + BLOCK_N > unseen_by_any);
     const u32 buffer = ring + stage * STAGE_BYTES;
-    Scores scores, added;
-    if (needed) {
-#if MASK
-      read_mask(added, MaskArray{mask, mask_batch, mask_head, mask_query, mask_key}, problem, batch, first_head, own_row, first);
-#endif
-      score(scores, own, buffer);
-    }
+    Scores scores;
+    if (needed) score(scores, own, buffer);
     if (STAGES == 1) {
       wait_copies<0>();
       __syncthreads();  // the values have landed, and all warps are done with the keys
       start_keys(block + 1, 0);
       commit_copies();
     }
+    const bool whole = first + BLOCK_N <= seen_by_all && (!WINDOW || first >= unseen_by_some);
+    if (needed) rule(scores, masked, problem, own_row, first, whole);
+#if MASK
+    if (block + 1 < end_block) masked.read(array, problem, batch, first_head, own_row, first + BLOCK_N);
+#endif
     if (needed) {
-      rule(scores, added, problem, own_row, first, first + BLOCK_N <= seen_by_all && (!WINDOW || first >= unseen_by_some));
       softmax(scores, state, out, MASK_ADDED ? 1 : problem.scale_log2);
       add_values(out, scores, buffer + KeyTile::BYTES);
     }

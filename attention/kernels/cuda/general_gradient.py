@@ -8,8 +8,7 @@ import mlx.core as mx
 
 from attention.kernels.cuda import launcher
 from attention.kernels.cuda.call import Call, Shape, float_bits
-from attention.kernels.cuda.general import width_of
-from attention.kernels.cuda.general_backward import PADDED, GeneralBackward, backward_tiles_for
+from attention.kernels.cuda.general_backward import PADDED, GeneralBackward, backward_tiles_for, widths_of
 from attention.kernels.cuda.general_launch import dense_steps
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.launch import Launch, dtype_of, prepare, scalars_of
@@ -27,8 +26,7 @@ def kernel_of(shape: Shape, call: Call) -> GeneralBackward:
 
 @functools.lru_cache(maxsize=256)
 def _kernel(shape: Shape, call: Call, narrow_steps: bool) -> GeneralBackward:
-    widths = width_of(shape.head_dim), width_of(shape.value_dim)
-    lean = call.mask is not None or call.softcap is not None
+    widths = widths_of(shape.head_dim, shape.value_dim)
     return GeneralBackward(
         *widths,
         causal=call.causal,
@@ -37,7 +35,7 @@ def _kernel(shape: Shape, call: Call, narrow_steps: bool) -> GeneralBackward:
         mask=call.mask,
         element=shape.element,
         narrow_steps=narrow_steps,
-        tiles=backward_tiles_for(*widths, lean, gpu().shared_memory_limit),
+        tiles=backward_tiles_for(*widths, call.mask is not None, gpu().shared_memory_limit),
         architecture=gpu().architecture,
         vector_sums=gpu().capability >= FIRST_VECTOR_SUMS,
     )
@@ -92,7 +90,7 @@ def padded(shape: Shape) -> int:
 
 def scratch_bytes(shape: Shape) -> int:
     """Device memory that a backward pass takes besides its results: two numbers a query, and dQ in float32."""
-    return 4 * shape.batch * shape.heads * padded(shape) * (2 + width_of(shape.head_dim))
+    return 4 * shape.batch * shape.heads * padded(shape) * (2 + widths_of(shape.head_dim, shape.value_dim)[0])
 
 
 @functools.lru_cache(maxsize=128)

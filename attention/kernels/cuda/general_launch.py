@@ -37,8 +37,7 @@ def division(shape: Shape, call: Call, narrow_steps: bool) -> Division:
     if few:
         rows, planes = shape.group * shape.queries, shape.batch * shape.kv_heads
     widths = width_of(shape.head_dim), width_of(shape.value_dim)
-    lean = call.mask is not None or call.softcap is not None
-    tiles = tiles_for(*widths, rows, lean, gpu().shared_memory_limit)
+    tiles = tiles_for(*widths, rows, call.mask is not None, gpu().shared_memory_limit)
     kernel = GeneralForward(
         *widths,
         causal=call.causal,

@@ -28,12 +28,25 @@ struct Problem {
   DEVICE int first_seen_by(int query) const { return WINDOW ? max(0, query + 1 + keys - queries - window) : 0; }
 };
 
+// An element, and two neighbours as they are read at once, `first` of them at the lower address.
 #if MASK == MASK_F32
 using MaskElement = float;
+using MaskPair = float2;
+DEVICE MaskPair pair_of(float first, float second) { return make_float2(first, second); }
+DEVICE float first_of(MaskPair pair) { return pair.x; }
+DEVICE float second_of(MaskPair pair) { return pair.y; }
 #elif MASK_ADDED
 using MaskElement = unsigned short;
+using MaskPair = u32;
+DEVICE MaskPair pair_of(MaskElement first, MaskElement second) { return first | static_cast<u32>(second) << 16; }
+DEVICE MaskElement first_of(MaskPair pair) { return pair; }
+DEVICE MaskElement second_of(MaskPair pair) { return pair >> 16; }
 #else
 using MaskElement = unsigned char;
+using MaskPair = unsigned short;
+DEVICE MaskPair pair_of(MaskElement first, MaskElement second) { return first | second << 8; }
+DEVICE MaskElement first_of(MaskPair pair) { return pair; }
+DEVICE MaskElement second_of(MaskPair pair) { return pair >> 8; }
 #endif
 
 // What a mask's element adds to a score in log2 units: -inf where a bool says no. Finite numbers stay finite.
@@ -60,11 +73,6 @@ struct MaskArray {
   DEVICE const MaskElement* row(int batch, int head, int query) const {
     return elements + batch * batch_step + head * head_step + query * query_step;
   }
-};
-
-// Two neighbours in memory, read at once.
-struct alignas(2 * sizeof(MaskElement)) MaskPair {
-  MaskElement first, second;
 };
 
 // A score as the softmax takes it, before positions rule anything out: with SOFTCAP cap * tanh(score / cap), the cap

@@ -1,6 +1,8 @@
 // What happens to a tile's scores between the two products of general_forward.cu: mask, and online softmax.
 
-constexpr float LAZY = VALUE_DIM > 64 ? 8 : 0;  // by so many powers of two a maximum may grow before sums are rescaled
+#ifndef LAZY
+#define LAZY (VALUE_DIM > 64 ? 8 : 0)
+#endif
 
 using Scores = float[ROW_TILES][BLOCK_N / 8][4];
 using Output = float[ROW_TILES][VALUE_DIM / 8][4];
@@ -10,8 +12,41 @@ struct Rows {
   float max[ROW_TILES][2], sum[ROW_TILES][2];
 };
 
+// A mask's elements for a tile of scores, as they lie in memory: asked for early, and looked at only when the scores are
+// there.
+struct MaskTile {
+  MaskPair pairs[2 * ROW_TILES][BLOCK_N / 8];
+
+  // For rows from `first_row` on, 8 apart, and two neighbours of each 8 keys; beyond the last row and key those are read
+  // again.
+  DEVICE void read(const MaskArray& mask, const Problem& problem, int batch, int first_head, int first_row, int first_key) {
+    const int column = first_key + threadIdx.x % 4 * 2, last = problem.keys - 1;
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; ++i) {
+      const int row = min(first_row + 8 * i, problem.rows() - 1);
+      const MaskElement* elements = mask.row(batch, first_head + problem.head_of(row), problem.query_of(row));
+      if (mask.key_step == 1 && reinterpret_cast<u64>(elements + column) % sizeof(MaskPair) == 0 &&
+          first_key + BLOCK_N <= problem.keys) {
+#pragma unroll
+        for (int n = 0; n < BLOCK_N / 8; ++n) pairs[i][n] = *reinterpret_cast<const MaskPair*>(elements + column + 8 * n);
+      } else {
+#pragma unroll
+        for (int n = 0; n < BLOCK_N / 8; ++n) {
+          const int key = column + 8 * n;
+          pairs[i][n] = pair_of(elements[min(key, last) * mask.key_step], elements[min(key + 1, last) * mask.key_step]);
+        }
+      }
+    }
+  }
+
+  DEVICE float value(int row, int column) const {
+    const MaskPair pair = pairs[row][column / 2];
+    return mask_value(column % 2 ? second_of(pair) : first_of(pair));
+  }
+};
+
 // Turns scores into what the softmax takes: capped, scaled if a mask is added, -inf where positions or the mask say no.
-DEVICE void rule(Scores& scores, const Scores& mask, const Problem& problem, int first_row, int first_key, bool whole) {
+DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, int first_row, int first_key, bool whole) {
   const int column = first_key + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int t = 0; t < ROW_TILES; ++t) {
@@ -22,7 +57,7 @@ DEVICE void rule(Scores& scores, const Scores& mask, const Problem& problem, int
         float& s = scores[t][i / 2][2 * r + i % 2];
         if (SOFTCAP) s = squash(s, problem.into_cap);
         if (MASK_ADDED) s *= problem.scale_log2;
-        if (MASK) s += mask[t][i / 2][2 * r + i % 2];
+        if (MASK) s += mask.value(2 * t + r, i);
       }
       if (whole) continue;
       const int query = problem.query_of(first_row + 16 * t + 8 * r);
@@ -69,35 +104,5 @@ DEVICE void softmax(Scores& scores, Rows& rows, Output& out, float scale_log2) {
   for (int i = 0; i < ROW_TILES * VALUE_DIM / 2; ++i) {
     const int t = i / (VALUE_DIM / 2), n = i / 4 % (VALUE_DIM / 8);
     out[t][n][i % 4] *= rescale[t][i % 4 / 2];
-  }
-}
-
-// Reads what a mask adds to a row's scores from `column` on: two neighbours of each 8 keys.
-DEVICE void read_mask_row(float (&values)[BLOCK_N / 4], const MaskElement* row, i64 key_step, int column, int keys) {
-  const bool paired = reinterpret_cast<u64>(row + column) % sizeof(MaskPair) == 0;
-  if (key_step == 1 && paired && column + BLOCK_N <= keys) {
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 8; ++i) {
-      const MaskPair pair = *reinterpret_cast<const MaskPair*>(row + column + 8 * i);
-      values[2 * i] = mask_value(pair.first), values[2 * i + 1] = mask_value(pair.second);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < BLOCK_N / 4; ++i) {  // beyond the last key that one is read again
-    values[i] = mask_value(row[min(column + i / 2 * 8 + i % 2, keys - 1) * key_step]);
-  }
-}
-
-DEVICE void read_mask(Scores& values, const MaskArray& mask, const Problem& problem, int batch, int first_head,
-                      int first_row, int first_key) {
-#pragma unroll
-  for (int i = 0; i < 2 * ROW_TILES; ++i) {
-    const int row = min(first_row + 8 * i, problem.rows() - 1);
-    const MaskElement* elements = mask.row(batch, first_head + problem.head_of(row), problem.query_of(row));
-    float own[BLOCK_N / 4];
-    read_mask_row(own, elements, mask.key_step, first_key + threadIdx.x % 4 * 2, problem.keys);
-#pragma unroll
-    for (int j = 0; j < BLOCK_N / 4; ++j) values[i / 2][j / 2][i % 2 * 2 + j % 2] = own[j];
   }
 }
