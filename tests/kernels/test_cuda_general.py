@@ -13,38 +13,15 @@ from hypothesis import strategies as st
 mx = pytest.importorskip("mlx.core")
 
 import kernel_oracle as oracle  # noqa: E402
+from cuda_case import KINDS, Case  # noqa: E402
 
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import choice, pullback  # noqa: E402
-from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Shape, check_arrays, normal  # noqa: E402
 from attention.kernels.cuda.general_alone import general_alone  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
 
-KINDS = {  # what a call asks for besides its arrays; of a mask the shape, 1 where it broadcasts, and the type
-    "full": {},
-    "causal": {"causal": True},
-    "window": {"causal": True, "window": 37},
-    "softcap": {"softcap": 1.5},
-    "bool": {"mask": ("bhqk", "bool")},
-    "bool of keys": {"mask": ("b11k", "bool")},
-    "bfloat16": {"mask": ("11qk", "bfloat16"), "causal": True},
-    "float16": {"mask": ("1h1k", "float16"), "softcap": 1.5},
-    "float32": {"mask": ("bhqk", "float32"), "causal": True, "window": 61},
-}
-DIMS = [
-    (32, 32),
-    (64, 64),
-    (80, 80),
-    (96, 96),
-    (128, 128),
-    (192, 192),
-    (256, 256),
-    (192, 128),
-    (40, 72),
-    (20, 33),
-    (64, 256),
-]
+SQUARE = [(dim, dim) for dim in (32, 64, 80, 96, 128, 192, 256)]
+DIMS = [*SQUARE, (192, 128), (40, 72), (20, 33), (64, 256), (96, 128), (80, 256)]
 SIZES = [  # batch, heads, kv_heads, queries, keys
     (2, 4, 2, 300, 300),
     (1, 3, 1, 500, 377),
@@ -59,96 +36,6 @@ FEW = [(1, 8, 2, 1, 1000), (2, 8, 1, 5, 2333), (3, 2, 2, 1, 17), (1, 4, 4, 33, 7
 def _general_alone():
     with general_alone():
         yield
-
-
-class Case:
-    """Random arrays of a call, as it takes them and in float64."""
-
-    def __init__(self, size, dims, dtype, kind, seed, layout="bhld"):
-        batch, heads, kv_heads, queries, keys = size
-        self.random = np.random.default_rng(seed)
-        self.dtype = oracle.DTYPES[dtype]
-        shapes = [
-            (batch, heads, queries, dims[0]),
-            (batch, kv_heads, keys, dims[0]),
-            (batch, kv_heads, keys, dims[1]),
-            (batch, heads, queries, dims[1]),
-        ]
-        self.arrays = [laid_out(mx.array(self.normal(shape)).astype(self.dtype), layout) for shape in shapes]
-        self.numbers = [oracle.numbers(x) for x in self.arrays]
-        self.mask = self.made_mask(size, *kind["mask"]) if "mask" in kind else None
-        seen = (
-            None
-            if self.mask is None
-            else np.array(self.mask)
-            if self.mask.dtype == mx.bool_
-            else oracle.numbers(self.mask)
-        )
-        keywords = {name: value for name, value in kind.items() if name != "mask"}
-        self.options = oracle.Options(dims[0] ** -0.5, mask=seen, **keywords)
-        self.keywords = {"scale": dims[0] ** -0.5, "mask": self.mask, **keywords}
-
-    def normal(self, shape):
-        return self.random.standard_normal(shape, np.float32)
-
-    def made_mask(self, size, axes, dtype):
-        sizes = dict(zip("bhqk", (size[0], size[1], size[3], size[4]), strict=True))
-        shape = [sizes.get(axis, 1) for axis in axes]
-        hidden = self.random.random(shape) < 0.3
-        if dtype == "bool":
-            return mx.array(~hidden)
-        return mx.array(np.where(hidden, -np.inf, self.normal(shape)).astype(np.float32)).astype(oracle.DTYPES[dtype])
-
-    def forward(self):
-        found = cuda.flash_attention_with_logsumexp(*self.arrays[:3], **self.keywords)
-        oracle.poison()
-        mx.eval(found)
-        return found
-
-    def gradients(self):
-        _, found = mx.vjp(
-            lambda q, k, v: cuda.flash_attention(q, k, v, **self.keywords), self.arrays[:3], self.arrays[3:]
-        )
-        oracle.poison()
-        mx.eval(found)
-        return found
-
-    def asked(self):
-        """The call in the kernels' terms."""
-        q, k, v, _ = self.arrays
-        dtype, kind = check_arrays(q, k, v, self.mask)
-        named = {"causal": False, "window": None, "softcap": None, **self.keywords, "mask": kind}
-        dims = [DIM_STEP * -(-x.shape[3] // DIM_STEP) for x in (q, v)]
-        shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], dims[0], ELEMENTS[dtype], dims[1])
-        return shape, normal(**named, keys=k.shape[2])
-
-    def check_forward(self, what):
-        output, logsumexp = self.forward()
-        assert choice.path_of(*self.asked()) == ("general", [])
-        exact, right, _ = oracle.attention(*self.numbers[:3], self.options)
-        plain = oracle.plain_attention(*self.numbers[:3], self.options, self.dtype)
-        oracle.assert_near(output, exact, plain, self.dtype, 2, f"{what}: output")
-        found = oracle.numbers(logsumexp)
-        assert np.array_equal(np.isneginf(found), np.isneginf(right)), f"{what}: rows that see nothing"
-        with np.errstate(invalid="ignore"):
-            assert np.nanmax(np.abs(found - right), initial=0) < 1e-3, f"{what}: logsumexp"
-
-    def check_gradients(self, what):
-        assert pullback._general_is_taken(*self.asked())
-        exact = oracle.gradients(*self.numbers, self.options)
-        plain = oracle.plain_gradients(*self.numbers, self.options, self.dtype)
-        for name, found, right, rounded in zip(("dQ", "dK", "dV"), self.gradients(), exact, plain, strict=True):
-            oracle.assert_near(found, right, rounded, self.dtype, 3, f"{what}: {name}")
-
-
-def laid_out(x, layout):
-    """The same values with other strides."""
-    if layout == "blhd":  # as a projection leaves them
-        return mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2)
-    if layout == "cut":  # out of a larger array, as from a cache with room for more, or from q, k and v side by side
-        wide = mx.pad(x, [(0, 0), (0, 1), (3, 5), (8, 8)], constant_values=float("nan"))
-        return wide[:, : x.shape[1], 3 : 3 + x.shape[2], 8 : 8 + x.shape[3]]
-    return x
 
 
 COMBINATIONS = [
