@@ -137,6 +137,12 @@ class GeneralForward:
             shared_memory=self.tiles.shared_memory(self.head_dim, self.value_dim, self.split),
         )
 
+    @property
+    def join_program(self) -> Program:
+        """The text of general_join.cu, which adds up what the splits found."""
+        constants = (("BFLOAT16", int(self.element == "bf16")),)
+        return Program("flash_general_join", self.architecture, constants, ("common.cuh", "general_join.cu"), 128, 0)
+
     def blocks_of(self, rows: int) -> int:
         """Blocks that so many rows of a plane take, without splitting."""
         return -(-rows // self.tiles.block_m)

@@ -9,7 +9,7 @@
 //            +--------+--------+--------+--
 //
 // With one buffer the values of a tile travel while its scores are made, and the next keys during its softmax and second
-// product; with more, whole tiles travel ahead. With SPLIT the keys are dealt out to several blocks, and decode_join.cu
+// product; with more, whole tiles travel ahead. With SPLIT the keys are dealt out to several blocks, and general_join.cu
 // joins what they found.
 
 constexpr int WARP_ROWS = 16 * ROW_TILES, BLOCK_M = WARPS * WARP_ROWS;
