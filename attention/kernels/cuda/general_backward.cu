@@ -92,30 +92,19 @@ DEVICE void multiply_from_memory(float (&sums)[BAND_TILES][COLUMNS / 8][4], u32 
   }
 }
 
-// Where the keys of a lane are in its band: with a mask they are one run.
-constexpr int RUN = 2 * BAND_TILES, KEYS_BETWEEN = MASK ? 1 : 8;
-using Order = Choose<MASK != 0, RunsOfRows<8 * RUN>, InTurn>::Type;
-DEVICE int first_key_of_lane() { return threadIdx.x % 32 / 4 * (MASK ? RUN : 1); }
-
 // A mask's elements for a warp's scores, as they lie in memory: asked for before the product that makes the scores.
 struct MaskPart {
-  struct alignas(RUN * sizeof(MaskElement)) Run {
-    MaskElement elements[RUN];
-  } runs[SUB_Q / 4];
+  MaskElement elements[SUB_Q / 4][2 * BAND_TILES];
 
-  // For two neighbours of each 8 queries; beyond the last query and key those are read again.
+  // For two neighbours of each 8 queries and keys 8 apart; beyond the last of either those are read again.
   DEVICE void read(const MaskArray& mask, const Problem& problem, int batch, int head, int first_query, int first_key) {
-    const int key = first_key + first_key_of_lane(), last = problem.keys - 1;
+    const int key = first_key + threadIdx.x % 32 / 4, last = problem.keys - 1;
 #pragma unroll
     for (int i = 0; i < SUB_Q / 4; ++i) {
       const int query = min(first_query + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2, problem.queries - 1);
       const MaskElement* row = mask.row(batch, head, query);
-      if (mask.key_step == 1 && reinterpret_cast<u64>(row + key) % sizeof(Run) == 0 && key + RUN <= problem.keys) {
-        runs[i] = *reinterpret_cast<const Run*>(row + key);
-      } else {
 #pragma unroll
-        for (int j = 0; j < RUN; ++j) runs[i].elements[j] = row[min(key + j, last) * mask.key_step];
-      }
+      for (int j = 0; j < 2 * BAND_TILES; ++j) elements[i][j] = row[min(key + 8 * j, last) * mask.key_step];
     }
   }
 };
@@ -124,7 +113,7 @@ struct MaskPart {
 // of the first query here, +inf for one that sees nothing or is none.
 DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const MaskPart& mask, const float* numbers,
                   int first_key, int first_query, bool whole) {
-  const int key = first_key + first_key_of_lane(), query = first_query + threadIdx.x % 4 * 2;
+  const int key = first_key + threadIdx.x % 32 / 4, query = first_query + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int n = 0; n < SUB_Q / 8; ++n) {
     const float2 logsumexps = *reinterpret_cast<const float2*>(numbers + 8 * n + threadIdx.x % 4 * 2);
@@ -136,19 +125,12 @@ DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const 
         float& s = scores[j / 2][n][j % 2 * 2 + i];
         if (SOFTCAP) s = squash(s, problem.into_cap), slopes[j / 2][n][j % 2 * 2 + i] = 1 - s * s;
         s *= problem.scale_log2;
-        if (MASK) s += mask_value(mask.runs[2 * n + i].elements[j]);
+        if (MASK) s += mask_value(mask.elements[2 * n + i][j]);
         s -= i ? logsumexps.y : logsumexps.x;
-        const int own_key = KEYS_BETWEEN * j;
-        s = !whole && (own_key >= last || (WINDOW && own_key < first)) ? 0 : exp2_fast(s);
+        s = !whole && (8 * j >= last || (WINDOW && 8 * j < first)) ? 0 : exp2_fast(s);
       }
     }
   }
-}
-
-template <class Tile>
-DEVICE void copy_keys(u32 tile, const char* array, int step, int first, int rows, int columns) {
-  if (MASK) copy_in_order<Tile, Order>(tile, array, step, first, rows, columns);
-  else copy_tile<Tile>(tile, array, step, first, rows, columns);
 }
 
 // Sets an accumulator of dP to -delta, so that the product comes out as dP - delta.
@@ -245,8 +227,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
       copy_16_bytes(at + QueryTile::BYTES + CotangentTile::BYTES + (kind * quads + quad) * 16, numbers + quad * 4, true);
     }
   };
-  copy_keys<KeyTile>(keys_at, key + (steps(batch, key_batch) + steps(key_head_index, key_head)) * 2, key_row, first_key, keys, columns);
-  copy_keys<ValueTile>(values_at, value + (steps(batch, value_batch) + steps(key_head_index, value_head)) * 2, value_row, first_key, keys,
+  copy_tile<KeyTile>(keys_at, key + (steps(batch, key_batch) + steps(key_head_index, key_head)) * 2, key_row, first_key, keys, columns);
+  copy_tile<ValueTile>(values_at, value + (steps(batch, value_batch) + steps(key_head_index, value_head)) * 2, value_row, first_key, keys,
                        value_columns);
   start_copies(0, 0);
   commit_copies();
@@ -306,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
   }
   __syncthreads();
   const i64 first_place = static_cast<i64>(plane) * keys + first_key;
-  write_rows<KeyTile, Order>(shared, [&](int row) { return d_key + (first_place + row) * columns * 2; }, keys - first_key, columns);
-  write_rows<ValueTile, Order>(shared + KeyTile::BYTES, [&](int row) { return d_value + (first_place + row) * value_columns * 2; },
+  write_rows<KeyTile>(shared, [&](int row) { return d_key + (first_place + row) * columns * 2; }, keys - first_key, columns);
+  write_rows<ValueTile>(shared + KeyTile::BYTES, [&](int row) { return d_value + (first_place + row) * value_columns * 2; },
                         keys - first_key, value_columns);
 }

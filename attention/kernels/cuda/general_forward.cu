@@ -47,12 +47,6 @@ struct Queries {
   }
 };
 
-template <class Tile>
-DEVICE void copy_keys(u32 tile, const char* array, int step, int first, int rows, int columns) {
-  if (MASK) copy_in_order<Tile, RunsOfColumns<Tile>>(tile, array, step, first, rows, columns);
-  else copy_tile<Tile>(tile, array, step, first, rows, columns);
-}
-
 // S = Q K^T
 DEVICE void score(Scores& scores, const Queries& queries, u32 keys) {
   keys += KeyTile::by_columns();
@@ -136,7 +130,7 @@ DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, float* l
   }
   if (SPLIT) return;
   __syncthreads();
-  write_rows<OutputTile, InTurn>(shared, [&](int row) { return output + places(first_row + row) * columns * 2; },
+  write_rows<OutputTile>(shared, [&](int row) { return output + places(first_row + row) * columns * 2; },
                          row_count - first_row, columns);
 }
 
@@ -181,18 +175,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   };
   const auto start_keys = [&](int block, int stage) {
     if (block >= end_block) return;
-    copy_keys<KeyTile>(ring + stage * STAGE_BYTES, first_key_row, key_row, block * BLOCK_N, keys, columns);
+    copy_tile<KeyTile>(ring + stage * STAGE_BYTES, first_key_row, key_row, block * BLOCK_N, keys, columns);
   };
   const auto start_values = [&](int block, int stage) {
     if (block >= end_block) return;
-    copy_keys<ValueTile>(ring + stage * STAGE_BYTES + KeyTile::BYTES, first_value_row, value_row, block * BLOCK_N, keys,
+    copy_tile<ValueTile>(ring + stage * STAGE_BYTES + KeyTile::BYTES, first_value_row, value_row, block * BLOCK_N, keys,
                          value_columns);
   };
 
 #pragma unroll
   for (int i = 0; i < Copying<QueryTile>::PASSES; ++i) {
     const int row = Copying<QueryTile>::first_row() + i * Copying<QueryTile>::HIGH;
-    Copying<QueryTile>::row(queries_at, row, query_source(row), first_row + row < rows, columns);
+    Copying<QueryTile>::row(queries_at, query_source(row), row, rows - first_row, columns);
   }
   commit_copies();
   if (STAGES == 1) start_keys(first_block, 0), commit_copies();

@@ -28,24 +28,40 @@ struct Problem {
   DEVICE int first_seen_by(int query) const { return WINDOW ? max(0, query + 1 + keys - queries - window) : 0; }
 };
 
-// An element's bits.
+// An element, and two neighbours as they are read at once, `first` of them at the lower address.
 #if MASK == MASK_F32
-using MaskElement = u32;
+using MaskElement = float;
+using MaskPair = float2;
+DEVICE MaskPair pair_of(float first, float second) { return make_float2(first, second); }
+DEVICE float first_of(MaskPair pair) { return pair.x; }
+DEVICE float second_of(MaskPair pair) { return pair.y; }
 #elif MASK_ADDED
 using MaskElement = unsigned short;
+using MaskPair = u32;
+DEVICE MaskPair pair_of(MaskElement first, MaskElement second) { return first | static_cast<u32>(second) << 16; }
+DEVICE MaskElement first_of(MaskPair pair) { return pair; }
+DEVICE MaskElement second_of(MaskPair pair) { return pair >> 16; }
 #else
 using MaskElement = unsigned char;
+using MaskPair = unsigned short;
+DEVICE MaskPair pair_of(MaskElement first, MaskElement second) { return first | second << 8; }
+DEVICE MaskElement first_of(MaskPair pair) { return pair; }
+DEVICE MaskElement second_of(MaskPair pair) { return pair >> 8; }
 #endif
 
-// What an element adds to a score in log2 units: -inf where a bool says no. Finite numbers stay finite.
-DEVICE float mask_value(u32 bits) {
-#if MASK == MASK_F16
-  return from_half(bits) * LOG2_E;
-#elif MASK_ADDED
-  const float value = __uint_as_float(MASK == MASK_BF16 ? bits << 16 : bits);
+// What a mask's element adds to a score in log2 units: -inf where a bool says no. Finite numbers stay finite.
+DEVICE float mask_value(MaskElement element) {
+#if MASK_ADDED
+#if MASK == MASK_BF16
+  const float value = __uint_as_float(static_cast<u32>(element) << 16);
+#elif MASK == MASK_F16
+  const float value = from_half(element);
+#else
+  const float value = element;
+#endif
   return value == MINUS_INFINITY ? value : fmaxf(value, -1e38f) * LOG2_E;
 #else
-  return bits ? 0 : MINUS_INFINITY;
+  return element ? 0 : MINUS_INFINITY;
 #endif
 }
 

@@ -11,60 +11,42 @@ struct Rows {
   float max[ROW_TILES][2], sum[ROW_TILES][2];
 };
 
-// Where the keys of a lane are, two for each accumulator: with a mask they are one run (RunsOfColumns).
-DEVICE int first_key_of_lane() { return threadIdx.x % 4 * (MASK ? BLOCK_N / 4 : 2); }
-constexpr int KEYS_BETWEEN = MASK ? 2 : 8;  // from one accumulator to the next
-
-// A mask's elements for a lane's scores, as they lie in memory: asked for early, and looked at only when the scores are there.
+// A mask's elements for a tile of scores, as they lie in memory: asked for early, and looked at only when the scores are
+// there.
 struct MaskTile {
-  static constexpr int BYTES = BLOCK_N / 4 * sizeof(MaskElement), EACH = 4 / sizeof(MaskElement);
-  u32 words[2 * ROW_TILES][BYTES / 4];
+  MaskPair pairs[2 * ROW_TILES][BLOCK_N / 8];
 
-  // For rows from `first_row` on, 8 apart; beyond the last row and key those are read again.
+  // For rows from `first_row` on, 8 apart, and two neighbours of each 8 keys; beyond the last row and key those are read
+  // again.
   DEVICE void read(const MaskArray& mask, const Problem& problem, int batch, int first_head, int first_row, int first_key) {
-    const int column = first_key + first_key_of_lane();
+    const int column = first_key + threadIdx.x % 4 * 2, last = problem.keys - 1;
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; ++i) {
       const int row = min(first_row + 8 * i, problem.rows() - 1);
       const MaskElement* elements = mask.row(batch, first_head + problem.head_of(row), problem.query_of(row));
-      const bool aligned = reinterpret_cast<u64>(elements + column) % (BYTES < 16 ? 8 : 16) == 0;
-      if (mask.key_step == 1 && aligned && first_key + BLOCK_N <= problem.keys) read_run(words[i], elements + column);
-      else read_each(words[i], elements, mask.key_step, column, problem.keys - 1);
-    }
-  }
-
-  static DEVICE void read_run(u32 (&words)[BYTES / 4], const MaskElement* run) {
-    if (BYTES == 8) {
-      const uint2 two = *reinterpret_cast<const uint2*>(run);
-      words[0] = two.x, words[1] = two.y;
-      return;
-    }
+      if (mask.key_step == 1 && reinterpret_cast<u64>(elements + column) % sizeof(MaskPair) == 0 &&
+          first_key + BLOCK_N <= problem.keys) {
 #pragma unroll
-    for (int i = 0; i < BYTES / 16; ++i) {
-      const uint4 four = reinterpret_cast<const uint4*>(run)[i];
-      words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
-    }
-  }
-
-  static DEVICE void read_each(u32 (&words)[BYTES / 4], const MaskElement* row, i64 step, int column, int last) {
+        for (int n = 0; n < BLOCK_N / 8; ++n) pairs[i][n] = *reinterpret_cast<const MaskPair*>(elements + column + 8 * n);
+      } else {
 #pragma unroll
-    for (int i = 0; i < BYTES / 4; ++i) {
-      words[i] = 0;
-#pragma unroll
-      for (int j = 0; j < EACH; ++j) {
-        words[i] |= static_cast<u32>(row[min(column + i * EACH + j, last) * step]) << (j * 32 / EACH);
+        for (int n = 0; n < BLOCK_N / 8; ++n) {
+          const int key = column + 8 * n;
+          pairs[i][n] = pair_of(elements[min(key, last) * mask.key_step], elements[min(key + 1, last) * mask.key_step]);
+        }
       }
     }
   }
 
-  DEVICE float value(int row, int key) const {
-    return mask_value(words[row][key / EACH] >> (key % EACH * 32 / EACH) & (EACH == 1 ? ~0u : (1u << 32 / EACH % 32) - 1));
+  DEVICE float value(int row, int column) const {
+    const MaskPair pair = pairs[row][column / 2];
+    return mask_value(column % 2 ? second_of(pair) : first_of(pair));
   }
 };
 
 // Turns scores into what the softmax takes: capped, scaled if a mask is added, -inf where positions or the mask say no.
 DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, int first_row, int first_key, bool whole) {
-  const int column = first_key + first_key_of_lane();
+  const int column = first_key + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int t = 0; t < ROW_TILES; ++t) {
 #pragma unroll
@@ -81,7 +63,7 @@ DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, i
       const int last = problem.last_seen_by(query) - column, first = problem.first_seen_by(query) - column;
 #pragma unroll
       for (int i = 0; i < BLOCK_N / 4; ++i) {
-        const int key = i / 2 * KEYS_BETWEEN + i % 2;
+        const int key = i / 2 * 8 + i % 2;
         if (key >= last || (WINDOW && key < first)) scores[t][i / 2][2 * r + i % 2] = MINUS_INFINITY;
       }
     }

@@ -22,7 +22,9 @@ struct Tile {
   static DEVICE int lane() { return threadIdx.x % 32; }
 };
 
-// How the threads of a block copy a tile: as many side by side as the largest power of two that divides a row's units.
+// Starts copying rows of `columns` elements on to a tile; what lies beyond `rows_left` and `columns` becomes zero. As many
+// threads copy side by side as the largest power of two that divides a row's units. `walk(r)` begins at row r, `next` takes
+// a pointer to row r some rows further.
 template <class Tile>
 struct Copying {
   static constexpr int SIDE = Tile::UNITS & -Tile::UNITS, CHUNKS = Tile::UNITS / SIDE, HIGH = THREADS / SIDE;
@@ -32,74 +34,37 @@ struct Copying {
 
   static DEVICE int first_row() { return threadIdx.x / SIDE % Tile::ROWS; }
 
-  // Starts copying a thread's share of a row of the tile from `source`, where its `columns` elements begin; zeros beyond
-  // these, and all over if the row is not `there`.
-  static DEVICE void row(u32 tile, int row, const char* source, bool there, int columns) {
+  // A thread's share of the row `row` of the tile, from `source`, where that row begins.
+  static DEVICE void row(u32 tile, const char* source, int row, int rows_left, int columns) {
     const int first_chunk = threadIdx.x / SIDE / Tile::ROWS;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk += CHUNKS_AT_ONCE) {
       const int unit = (chunk + first_chunk) * SIDE + threadIdx.x % SIDE;
       if (CHUNKS % CHUNKS_AT_ONCE && unit >= Tile::UNITS) continue;
-      copy_16_bytes(tile + row * Tile::PITCH + unit * 16, source + unit * 16, there && unit * 8 < columns);
+      copy_16_bytes(tile + row * Tile::PITCH + unit * 16, source + unit * 16, row < rows_left && unit * 8 < columns);
     }
   }
 };
 
-// Starts copying to a tile from row `first` on of an array of so many rows, which lie `step` elements apart.
+// Starts copying to a tile from row `first` on of an array whose rows lie `step` elements apart.
 template <class Tile>
 DEVICE void copy_tile(u32 tile, const char* array, int step, int first, int rows, int columns) {
   using Copies = Copying<Tile>;
   const char* source = array + static_cast<i64>(first + Copies::first_row()) * (2 * step);
 #pragma unroll
   for (int i = 0; i < Copies::PASSES; ++i) {
-    const int row = Copies::first_row() + i * Copies::HIGH;
-    Copies::row(tile, row, source, first + row < rows, columns);
+    Copies::row(tile, source, Copies::first_row() + i * Copies::HIGH, rows - first, columns);
     source += 2 * Copies::HIGH * static_cast<i64>(step);
   }
 }
 
-// Which row of an array is which of a tile, counted from the tile's first: as they come, ...
-template <bool FIRST, class A, class B>
-struct Choose {
-  using Type = A;
-};
-template <class A, class B>
-struct Choose<false, A, B> {
-  using Type = B;
-};
-struct InTurn {
-  static DEVICE int of(int row) { return row; }
-};
-// ... or so that what a lane holds of the accumulators is one run of the array: as columns, of which it has two in each 8, ...
-template <class Tile>
-struct RunsOfColumns {
-  static DEVICE int of(int row) { return row % 8 / 2 * (Tile::ROWS / 4) + row / 8 * 2 + row % 2; }
-};
-// ... or as rows, of which it has one in each 8 of a band.
-template <int BAND>
-struct RunsOfRows {
-  static DEVICE int of(int row) { return row / BAND * BAND + row % 8 * (BAND / 8) + row % BAND / 8; }
-};
-
-// The same with the rows in another order.
-template <class Tile, class Order>
-DEVICE void copy_in_order(u32 tile, const char* array, int step, int first, int rows, int columns) {
-  using Copies = Copying<Tile>;
-#pragma unroll
-  for (int i = 0; i < Copies::PASSES; ++i) {
-    const int row = Copies::first_row() + i * Copies::HIGH;
-    const int from = first + Order::of(row);
-    Copies::row(tile, row, array + static_cast<i64>(from) * (2 * step), from < rows, columns);
-  }
-}
-
-// Writes `rows_left` rows of `columns` elements from a tile to device memory: what is row r in the order to `place(r)`.
-template <class Tile, class Order, class Place>
+// Writes `rows_left` rows of `columns` elements from a tile to device memory: row r to `place(r)`.
+template <class Tile, class Place>
 DEVICE void write_rows(const char* tile, const Place& place, int rows_left, int columns) {
   for (int i = threadIdx.x; i < Tile::ROWS * Tile::UNITS; i += THREADS) {
-    const int row = i / Tile::UNITS, unit = i % Tile::UNITS, to = Order::of(row);
-    if (to >= rows_left || unit * 8 >= columns) continue;
-    *reinterpret_cast<uint4*>(place(to) + unit * 16) =
+    const int row = i / Tile::UNITS, unit = i % Tile::UNITS;
+    if (row >= rows_left || unit * 8 >= columns) continue;
+    *reinterpret_cast<uint4*>(place(row) + unit * 16) =
         *reinterpret_cast<const uint4*>(tile + row * Tile::PITCH + unit * 16);
   }
 }
