@@ -48,18 +48,20 @@ DEVICE void consume(const Memory& memory, const Problem& problem, Schedule tile,
   Consumer consumer(memory, warp / 4);
   float* own_gradient = query_gradient + warp * QUERY_GRADIENTS * 32;
   for (u32 parity = 0; tile.next(); parity ^= 1) {
-    consumer.clear();
     barrier_wait(memory.keys_full(), parity);
+    consumer.begin();
     Walk walk(problem, tile.plane, tile.key);
     auto sums = [&] { return own_gradient + walk.place(problem) * (BLOCK_Q * HEAD_DIM); };
     if (walk.left > 0) {
       consumer.start_next_scores();
+      consumer.load_next_rows();
       consumer.finish_scores();
 #pragma unroll 1
       for (; walk.left > 1; walk.next()) consumer.step<true>(problem, tile.key, walk.tile, sums());
       consumer.step<false>(problem, tile.key, walk.tile, sums());
     }
-    release(memory.keys_empty());
+    if constexpr (HELD) release_read(memory.keys_empty());
+    else release(memory.keys_empty());
     consumer.store(key_gradient, value_gradient, problem, tile.plane, tile.key);
   }
   finish_adding();
@@ -67,7 +69,7 @@ DEVICE void consume(const Memory& memory, const Problem& problem, Schedule tile,
 
 DEVICE void init_barriers(const Memory& memory) {
   barrier_init(memory.keys_full(), 1);
-  barrier_init(memory.keys_empty(), CONSUMERS * CONSUMER_WARPS);
+  barrier_init(memory.keys_empty(), HELD ? READ_ARRIVALS : CONSUMERS * CONSUMER_WARPS);
   for (int i = 0; i < STAGES; ++i) {
     barrier_init(memory.full(i), 1);
     barrier_init(memory.empty(i), READ_ARRIVALS);

@@ -31,6 +31,8 @@ class Backward:
     bulk: bool = False
     late: bool = False
     init: bool = False
+    held: bool = False
+    ahead: bool = False
     release: int = 0
 
     @property
@@ -72,6 +74,8 @@ class Backward:
             "BULK": self.bulk,
             "LATE": self.late,
             "INIT": self.init,
+            "HELD": self.held,
+            "AHEAD": self.ahead,
             "RELEASE": self.release,
             "BFLOAT16": self.element == "bf16",
         }
@@ -99,10 +103,12 @@ class Backward:
             width = self.head_dim * self.block_q // 128
             return (
                 wgmma("wgmma_scores", self.block_q, self.element, a_in_registers=False, transpose_b=False),
+                wgmma("wgmma_scores_held", self.block_q, self.element, a_in_registers=True, transpose_b=False),
                 wgmma("wgmma_output", self.head_dim, self.element, a_in_registers=True, transpose_b=True),
                 wgmma("wgmma_queries", width, self.element, a_in_registers=False, transpose_a=True, transpose_b=True),
             )
         products = [wgmma("wgmma_scores", self.block_q // 2, self.element, a_in_registers=False, transpose_b=False)]
+        products.append(wgmma("wgmma_scores_held", self.block_q // 2, self.element, a_in_registers=True, transpose_b=False))
         for end, width in (("", 128 if self.head_dim == 256 else 64), ("_middle", 32)):
             for name, transpose_a in ((f"wgmma_output{end}", False), (f"wgmma_queries{end}", True)):
                 transposed = {"transpose_a": transpose_a, "transpose_b": True}

@@ -46,7 +46,9 @@ struct Consumer {
   int index, buffer = 0;
   Ring ring;
   Scores scores;  // S^T, then P^T
+  RowNumbers logsumexps;
   Output key_gradient, value_gradient;
+  KeyOperand held_key, held_value;
 
   DEVICE Consumer(const Memory& memory, int index) : memory(memory), index(index) {}
 
@@ -54,7 +56,12 @@ struct Consumer {
 
   DEVICE void start_next_scores() {
     barrier_wait(memory.full(ring.stage), ring.parity);
-    start_scores(scores, memory.key() + own_rows(), memory.query(ring.stage));
+    if constexpr (HELD) start_scores(scores, held_key, memory.query(ring.stage));
+    else start_scores(scores, memory.key() + own_rows(), memory.query(ring.stage));
+  }
+  // Before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it.
+  DEVICE void load_next_rows() {
+    if constexpr (AHEAD) load_rows(logsumexps, memory.rows(ring.stage));
   }
   // Ends a step: the assembler lets no accumulators be read whose products were started before the loop came round.
   DEVICE void finish_scores() {
@@ -70,8 +77,10 @@ struct Consumer {
     Operand weights, gradients;
     QueryGradient made;
     if constexpr (INIT) load_deltas(weight_gradients, memory.rows(stage));
-    start_scores<INIT>(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
-    weigh<!LATE>(scores, weights, memory.rows(stage), problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
+    if constexpr (HELD) start_scores<INIT>(weight_gradients, held_value, memory.cotangent(stage));
+    else start_scores<INIT>(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
+    if constexpr (!AHEAD) load_rows(logsumexps, memory.rows(stage));
+    weigh<!LATE>(scores, weights, logsumexps, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
     if constexpr (!LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
     wgmma_wait<!LATE>();
     settle(weight_gradients);
@@ -86,14 +95,15 @@ struct Consumer {
     wgmma_wait<1>();  // dV and dK
     release_read(memory.empty(stage));
     ring.advance();
-    if constexpr (MORE) start_next_scores();
+    if constexpr (MORE) start_next_scores(), load_next_rows();
     wgmma_wait<MORE>();
     settle(made);
     add_query_gradient(query_gradient, made, memory.query_gradient());
     if constexpr (MORE) finish_scores();
   }
 
-  DEVICE void clear() {
+  DEVICE void begin() {
+    if constexpr (HELD) load_operand(held_key, memory.key() + own_rows()), load_operand(held_value, memory.value() + own_rows());
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) key_gradient[i] = value_gradient[i] = 0;
   }

@@ -59,6 +59,33 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   wgmma_commit();
 }
 
+// The same with K or V in registers.
+using KeyOperand = u32[HEAD_DIM / 16][4];
+template <bool ADD = false>
+DEVICE void start_scores(Scores& scores, const KeyOperand& left, u32 right) {
+  const u64 right_tile = matrix_descriptor(right, 0);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+    wgmma_scores_held(scores, left[step], advance(right_tile, step / 4 * QueryTile::CHUNK_BYTES + step % 4 * 32),
+                      ADD || step > 0);
+  }
+  wgmma_commit();
+}
+
+// A warpgroup's 64 rows of a tile as a left operand.
+DEVICE void load_operand(KeyOperand& operand, u32 rows) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 16; ++i) {
+    const int unit = 2 * (i % 4) + lane / 16;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(operand[i][0]), "=r"(operand[i][1]), "=r"(operand[i][2]), "=r"(operand[i][3])
+                 : "r"(rows + i / 4 * KeyTile::CHUNK_BYTES + row * 128 + ((unit ^ row % 8) << 4))
+                 : "memory");
+  }
+}
+
 // ---- softmax and its derivative ----------------------------------------------------------------------------------
 
 // The rows' numbers of 64 queries: | 64 logsumexps | 64 deltas |, each in the order in which threads ask for them: first
@@ -74,18 +101,19 @@ DEVICE float4 load_four(u32 address) {
   return x;
 }
 
-// Calls `use` with each element of a thread's scores and the number of its query.
-template <typename Use>
-DEVICE void with_rows(u32 rows, const Use& use) {
+using RowNumbers = float[SPAN / 4];  // a number for each of a thread's queries
+
+DEVICE void load_rows(RowNumbers& numbers, u32 rows) {
   const u32 own = rows + threadIdx.x % 4 * 64;
 #pragma unroll
-  for (int i = 0; i < SPAN / 2; i += 8) {
-    const float4 x = load_four(own + i / 32 * UNIT_BYTES + i % 32 * 2);
-    const float of[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int j = 0; j < 8; ++j) use(i + j, of[j / 4 * 2 + j % 2]);
+  for (int i = 0; i < SPAN / 4; i += 4) {
+    const float4 x = load_four(own + i / 16 * UNIT_BYTES + i % 16 * 4);
+    numbers[i] = x.x, numbers[i + 1] = x.y, numbers[i + 2] = x.z, numbers[i + 3] = x.w;
   }
 }
+
+// Which of them belongs to an element of the scores.
+DEVICE constexpr int row_of(int element) { return element / 4 * 2 + element % 2; }
 
 // Starts the sum of dP^T at -delta.
 DEVICE void load_deltas(Scores& weight_gradients, u32 rows) {
@@ -130,36 +158,33 @@ DEVICE void cap_scores(Scores& scores, float into_cap) {
 // P^T = 2^(c S^T - logsumexp of the query); what stays in the scores' place is what dS^T is proportional to: P^T itself or,
 // with SOFTCAP, P^T (1 - tanh^2).
 template <bool PACK>
-DEVICE void weigh(Scores& scores, Operand& weights, u32 rows, const Problem& problem, int first_key, int first_query) {
+DEVICE void weigh(Scores& scores, Operand& weights, const RowNumbers& logsumexps, const Problem& problem, int first_key,
+                  int first_query) {
   if constexpr (SOFTCAP) cap_scores(scores, problem.into_cap);
   mask_scores(scores, problem, first_key, first_query);
-  float even = 0;
-  with_rows(rows, [&](int i, float logsumexp) {
-    const float weight = exp2_fast(scores[i] * problem.scale_log2 - logsumexp);
-    scores[i] = SOFTCAP ? weight - weight * fminf(scores[i] * scores[i], 1) : weight;
-    if (PACK && i % 2) weights[i / 8][i / 2 % 4] = pack(even, weight);
-    even = weight;
-  });
+#pragma unroll
+  for (int i = 0; i < SPAN / 2; i += 2) {
+    const float even = exp2_fast(scores[i] * problem.scale_log2 - logsumexps[row_of(i)]);
+    const float odd = exp2_fast(scores[i + 1] * problem.scale_log2 - logsumexps[row_of(i + 1)]);
+    if (PACK) weights[i / 8][i / 2 % 4] = pack(even, odd);
+    scores[i] = SOFTCAP ? even - even * fminf(scores[i] * scores[i], 1) : even;
+    scores[i + 1] = SOFTCAP ? odd - odd * fminf(scores[i + 1] * scores[i + 1], 1) : odd;
+  }
 }
 
 // dS^T = P^T (dP^T - delta), packed; without SOFTCAP it packs P^T, too, if that has not been done.
 template <bool PACK>
 DEVICE void differentiate(const Scores& scores, const Scores& weight_gradients, Operand& weights, Operand& gradients,
                           u32 rows) {
-  float even = 0;
-  if constexpr (INIT) {
+  RowNumbers deltas;
+  if constexpr (!INIT) load_rows(deltas, rows + 256);
 #pragma unroll
-    for (int i = 0; i < SPAN / 2; i += 2) {
-      gradients[i / 8][i / 2 % 4] = pack(scores[i] * weight_gradients[i], scores[i + 1] * weight_gradients[i + 1]);
-      if (PACK) weights[i / 8][i / 2 % 4] = pack(scores[i], scores[i + 1]);
-    }
-  } else
-  with_rows(rows + 256, [&](int i, float delta) {
-    const float gradient = scores[i] * (weight_gradients[i] - delta);
-    if (i % 2) gradients[i / 8][i / 2 % 4] = pack(even, gradient);
-    if (PACK && i % 2) weights[i / 8][i / 2 % 4] = pack(scores[i - 1], scores[i]);
-    even = gradient;
-  });
+  for (int i = 0; i < SPAN / 2; i += 2) {
+    const float even = weight_gradients[i] - (INIT ? 0 : deltas[row_of(i)]);
+    const float odd = weight_gradients[i + 1] - (INIT ? 0 : deltas[row_of(i + 1)]);
+    gradients[i / 8][i / 2 % 4] = pack(scores[i] * even, scores[i + 1] * odd);
+    if (PACK) weights[i / 8][i / 2 % 4] = pack(scores[i], scores[i + 1]);
+  }
 }
 
 // Puts a warpgroup's P^T or dS^T into its rows of a tile, from the 16-byte unit `first` on, for tensor cores to read.

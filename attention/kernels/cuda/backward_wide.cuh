@@ -73,6 +73,7 @@ struct Consumer {
   int index, buffer = 0;
   Ring ring;
   Scores scores;  // S^T, then P^T
+  RowNumbers logsumexps;
   Half key_gradient, value_gradient;
 
   DEVICE Consumer(const Memory& memory, int index) : memory(memory), index(index) {}
@@ -82,6 +83,10 @@ struct Consumer {
   DEVICE void start_next_scores() {
     barrier_wait(memory.full(ring.stage), ring.parity);
     start_scores(scores, memory.key(), memory.query(ring.stage) + own_queries());
+  }
+  // Before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it.
+  DEVICE void load_next_rows() {
+    if constexpr (AHEAD) load_rows(logsumexps, memory.rows(ring.stage) + index * SPAN);
   }
   // Ends a step: the assembler lets no accumulators be read whose products were started before the loop came round.
   DEVICE void finish_scores() {
@@ -100,7 +105,8 @@ struct Consumer {
     Half made;
     if constexpr (INIT) load_deltas(weight_gradients, memory.rows(stage) + index * SPAN * 2);
     start_scores<INIT>(weight_gradients, memory.value(), memory.cotangent(stage) + own_queries());
-    weigh<true>(scores, packed, rows, problem, key, tile * BLOCK_Q + index * SPAN);
+    if constexpr (!AHEAD) load_rows(logsumexps, rows);
+    weigh<true>(scores, packed, logsumexps, problem, key, tile * BLOCK_Q + index * SPAN);
     store_operand(weight_tile, packed, first_unit);
     wgmma_wait<0>();
     settle(weight_gradients);
@@ -115,7 +121,7 @@ struct Consumer {
     wgmma_wait<1>();  // dV and dK
     release_read(memory.empty(stage));
     ring.advance();
-    if constexpr (MORE) start_next_scores();
+    if constexpr (MORE) start_next_scores(), load_next_rows();
     wgmma_wait<MORE>();
     settle(made);
     add_to_device<0>(query_gradient + threadIdx.x % 32 * 4, made.whole);
@@ -123,7 +129,7 @@ struct Consumer {
     if constexpr (MORE) finish_scores();
   }
 
-  DEVICE void clear() {
+  DEVICE void begin() {
     key_gradient.clear();
     value_gradient.clear();
   }
@@ -135,10 +141,12 @@ struct Consumer {
     settle(half);
     const int row = key + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     char* place = destination + (static_cast<u64>(plane) * problem.keys + row) * problem.columns * 2;
-    auto store = [&](const auto& values, int column) {
-      store_gradient(place + column * 2, values, factor, problem.keys - row, problem.columns - column, problem.columns * 2);
-    };
-    store(half.whole, Half::whole_column(index));
-    if constexpr (MIDDLE) store(half.middle, Half::middle_column(index));
+    store_part(place, half.whole, factor, problem, row, Half::whole_column(index));
+    if constexpr (MIDDLE) store_part(place, half.middle, factor, problem, row, Half::middle_column(index));
+  }
+  template <int COUNT>
+  DEVICE static void store_part(char* place, const float (&part)[COUNT], float factor, const Problem& problem, int row,
+                                int column) {
+    store_gradient(place + column * 2, part, factor, problem.keys - row, problem.columns - column, problem.columns * 2);
   }
 };
