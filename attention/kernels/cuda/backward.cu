@@ -56,9 +56,16 @@ DEVICE void consume(const Memory& memory, const Problem& problem, Schedule tile,
       consumer.start_next_scores();
       consumer.load_next_rows();
       consumer.finish_scores();
+      if (walk.left > 1) {
+        consumer.step<true, true>(problem, tile.key, walk.tile, sums());
+        walk.next();
 #pragma unroll 1
-      for (; walk.left > 1; walk.next()) consumer.step<true>(problem, tile.key, walk.tile, sums());
-      consumer.step<false>(problem, tile.key, walk.tile, sums());
+        for (; walk.left > 1; walk.next()) consumer.step<false, true>(problem, tile.key, walk.tile, sums());
+        consumer.step<false, false>(problem, tile.key, walk.tile, sums());
+      } else {
+        consumer.step<true, false>(problem, tile.key, walk.tile, sums());
+      }
+      consumer.finish();
     }
     if constexpr (HELD) release_read(memory.keys_empty());
     else release(memory.keys_empty());
@@ -74,6 +81,7 @@ DEVICE void init_barriers(const Memory& memory) {
     barrier_init(memory.full(i), 1);
     barrier_init(memory.empty(i), READ_ARRIVALS);
   }
+  for (int i = 0; i < BUFFERS; ++i) barrier_init(memory.exchanged(i), CONSUMERS * CONSUMER_WARPS);
   barrier_init_fence();
 }
 

@@ -33,6 +33,8 @@ class Backward:
     init: bool = False
     held: bool = False
     ahead: bool = False
+    exchange: bool = False
+    stagger: bool = False
     release: int = 0
 
     @property
@@ -48,7 +50,7 @@ class Backward:
     @property
     def buffers(self) -> int:
         """Tiles of dS, and of P where that goes through shared memory, too: two of each."""
-        return 4 if self.wide else 2
+        return 4 if self.wide else 3 if self.exchange else 2
 
     @property
     def shared_memory(self) -> int:
@@ -76,6 +78,8 @@ class Backward:
             "INIT": self.init,
             "HELD": self.held,
             "AHEAD": self.ahead,
+            "EXCHANGE": self.exchange,
+            "STAGGER": self.stagger,
             "RELEASE": self.release,
             "BFLOAT16": self.element == "bf16",
         }

@@ -43,8 +43,10 @@ DEVICE void start_query_gradient(QueryGradient& gradient, u32 score_gradient, u3
 
 struct Consumer {
   Memory memory;
-  int index, buffer = 0;
+  int index;
   Ring ring;
+  BufferRing current, last;
+  float* sums = nullptr;  // of the last step's tile
   Scores scores;  // S^T, then P^T
   RowNumbers logsumexps;
   Output key_gradient, value_gradient;
@@ -70,36 +72,65 @@ struct Consumer {
   }
 
   // One tile of queries, whose S^T has been made: adds to dK, dV, and dQ in device memory, and makes S^T of the next tile.
-  template <bool MORE>
+  template <bool FIRST, bool MORE>
   DEVICE void step(const Problem& problem, int key, int tile, float* query_gradient) {
     const int stage = ring.stage;
     Scores weight_gradients;
     Operand weights, gradients;
     QueryGradient made;
+    if constexpr (FIRST && STAGGER) {
+      if (index == 1) named_sync(BOTH, CONSUMERS * WARPGROUP);
+    }
     if constexpr (INIT) load_deltas(weight_gradients, memory.rows(stage));
     if constexpr (HELD) start_scores<INIT>(weight_gradients, held_value, memory.cotangent(stage));
     else start_scores<INIT>(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
     if constexpr (!AHEAD) load_rows(logsumexps, memory.rows(stage));
     weigh<!LATE>(scores, weights, logsumexps, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
     if constexpr (!LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
+    if constexpr (EXCHANGE && !FIRST) barrier_wait(memory.exchanged(last.index), last.parity);
     wgmma_wait<!LATE>();
     settle(weight_gradients);
     differentiate<LATE>(scores, weight_gradients, weights, gradients, memory.rows(stage));
-    store_operand(memory.buffer(buffer) + own_rows(), gradients, 0);
+    store_operand(memory.buffer(current.index) + own_rows(), gradients, 0);
     fence_shared_for_async();
+    if constexpr (EXCHANGE) {
+      __syncwarp();
+      release(memory.exchanged(current.index));
+    }
     if constexpr (LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
     start_gradient(key_gradient, gradients, memory.query(stage));
-    meet();  // all of dS is there; two buffers, so once a step is enough
-    start_query_gradient(made, memory.buffer(buffer), memory.key(), index);
-    buffer ^= 1;
-    wgmma_wait<1>();  // dV and dK
+    if constexpr (FIRST && STAGGER) {
+      if (index == 0) named_arrive(BOTH, CONSUMERS * WARPGROUP);
+    }
+    if constexpr (!EXCHANGE) {
+      meet();  // all of dS is there; two buffers, so once a step is enough
+      start_query_gradient(made, memory.buffer(current.index), memory.key(), index);
+    } else if constexpr (!FIRST) {
+      start_query_gradient(made, memory.buffer(last.index), memory.key(), index);
+    }
+    last = current;
+    current.advance();
+    wgmma_wait<(!EXCHANGE || !FIRST)>();  // dV and dK
     release_read(memory.empty(stage));
     ring.advance();
     if constexpr (MORE) start_next_scores(), load_next_rows();
-    wgmma_wait<MORE>();
-    settle(made);
-    add_query_gradient(query_gradient, made, memory.query_gradient());
+    if constexpr (!EXCHANGE || !FIRST) {
+      wgmma_wait<MORE>();
+      settle(made);
+      add_query_gradient(EXCHANGE ? sums : query_gradient, made, memory.query_gradient());
+    }
+    sums = query_gradient;
     if constexpr (MORE) finish_scores();
+  }
+  // After the last step.
+  DEVICE void finish() {
+    if constexpr (!EXCHANGE) return;
+    QueryGradient made;
+    barrier_wait(memory.exchanged(last.index), last.parity);
+    start_query_gradient(made, memory.buffer(last.index), memory.key(), index);
+    wgmma_wait<0>();
+    settle(made);
+    add_query_gradient(sums, made, memory.query_gradient());
   }
 
   DEVICE void begin() {

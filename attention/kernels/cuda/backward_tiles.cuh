@@ -281,6 +281,7 @@ struct Memory {
   DEVICE u32 keys_empty() const { return base + 8; }
   DEVICE u32 full(int stage) const { return base + 16 + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + 16 + 8 * (STAGES + stage); }
+  DEVICE u32 exchanged(int buffer) const { return base + 16 + 8 * (2 * STAGES + buffer); }
   DEVICE u32 maps() const { return base + 512; }
   DEVICE u32 key() const { return base + 1024; }
   DEVICE u32 value() const { return key() + KeyTile::BYTES; }
@@ -289,6 +290,15 @@ struct Memory {
   DEVICE u32 buffer(int index) const { return query(STAGES) + index * BUFFER_BYTES; }
   DEVICE u32 rows(int stage) const { return buffer(BUFFERS) + stage * ROWS_BYTES; }
   DEVICE u32 query_gradient() const { return rows(STAGES); }
+};
+
+// A place in the ring of buffers.
+struct BufferRing {
+  int index = 0;
+  u32 parity = 0;
+  DEVICE void advance() {
+    if (++index == BUFFERS) index = 0, parity ^= 1;
+  }
 };
 
 constexpr int BOTH = 1;  // the named barrier of both consumers

@@ -95,7 +95,7 @@ struct Consumer {
   }
 
   // One tile of queries, whose S^T has been made: adds to dK, dV, and dQ in device memory, and makes S^T of the next tile.
-  template <bool MORE>
+  template <bool FIRST, bool MORE>
   DEVICE void step(const Problem& problem, int key, int tile, float* query_gradient) {
     const int stage = ring.stage, first_unit = index * SPAN / 8;
     const u32 rows = memory.rows(stage) + index * SPAN;  // 8 bytes of each lane's for 8 queries
@@ -129,6 +129,7 @@ struct Consumer {
     if constexpr (MORE) finish_scores();
   }
 
+  DEVICE void finish() {}
   DEVICE void begin() {
     key_gradient.clear();
     value_gradient.clear();

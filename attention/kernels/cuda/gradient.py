@@ -24,6 +24,10 @@ from attention.kernels.cuda.plan import Run, Stage, make_plan
 from attention.kernels.cuda.schedule import make_schedule
 
 
+L2_BYTES_OF_ELEMENT = 8
+"""Of a head that is worked on: queries, cotangents, and the sums of dQ in float32."""
+
+
 def refusal(shape: Shape, call: Call) -> str | None:
     """Why gradients go through MLX's own path, in one line, or None if our kernels make them."""
     if gpu().architecture != "sm_90a":
@@ -119,7 +123,7 @@ def backward_launch(shape: Shape, call: Call) -> Launch:
     planes, key_planes = shape.batch * shape.heads, shape.batch * shape.kv_heads
     costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
     blocks = min(key_planes * len(costs), gpu().multiprocessors)
-    plane_bytes = 4 * shape.queries * shape.head_dim * shape.group
+    plane_bytes = L2_BYTES_OF_ELEMENT * shape.queries * shape.head_dim * shape.group
     table = mx.array(make_schedule(blocks, key_planes, costs, plane_bytes), dtype=mx.int32)
     mx.eval(table)
     keys = ((shape.batch, shape.kv_heads, shape.keys, shape.head_dim), dtype_of(shape))
