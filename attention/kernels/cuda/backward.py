@@ -33,6 +33,7 @@ class Backward:
     init: bool = False
     held: bool = False
     ahead: bool = False
+    poly: int = 0
     exchange: bool = False
     stagger: bool = False
     release: int = 0
@@ -78,6 +79,7 @@ class Backward:
             "INIT": self.init,
             "HELD": self.held,
             "AHEAD": self.ahead,
+            "POLY": self.poly,
             "EXCHANGE": self.exchange,
             "STAGGER": self.stagger,
             "RELEASE": self.release,
