@@ -52,26 +52,12 @@ DEVICE void consume(const Memory& memory, const Problem& problem, Schedule tile,
     consumer.begin();
     Walk walk(problem, tile.plane, tile.key);
     auto sums = [&] { return own_gradient + walk.place(problem) * (BLOCK_Q * HEAD_DIM); };
-    if (walk.left > 0) {
-      consumer.start_next_scores();
-      consumer.load_next_rows();
-      consumer.finish_scores();
-      if (walk.left > 1) {
-        consumer.step<true, true>(problem, tile.key, walk.tile, sums());
-        walk.next();
-#pragma unroll 1
-        for (; walk.left > 1; walk.next()) consumer.step<false, true>(problem, tile.key, walk.tile, sums());
-        consumer.step<false, false>(problem, tile.key, walk.tile, sums());
-      } else {
-        consumer.step<true, false>(problem, tile.key, walk.tile, sums());
-      }
-      consumer.finish();
-    }
+    if (walk.left > 0) consumer.run(problem, tile.key, walk, sums);
     if constexpr (HELD) release_read(memory.keys_empty());
     else release(memory.keys_empty());
     consumer.store(key_gradient, value_gradient, problem, tile.plane, tile.key);
   }
-  finish_adding();
+  if constexpr (BULK) await_additions();
 }
 
 DEVICE void init_barriers(const Memory& memory) {

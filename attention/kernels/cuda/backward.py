@@ -8,7 +8,9 @@ from attention.kernels.cuda.forward import Element
 from attention.kernels.cuda.program import Program
 from attention.kernels.cuda.wgmma import wgmma
 
-LARGEST_HEAD_DIM: Final = 256
+WIDTHS: Final = (64, 128, 192, 256)
+"""Head dims that there are kernels for; others take the next one."""
+LARGEST_HEAD_DIM: Final = WIDTHS[-1]
 ROWS: Final = 64
 """Query rows whose numbers lie together."""
 MAP_BYTES: Final = 4 * 128
@@ -30,12 +32,7 @@ class Backward:
     stages: int = 2
     bulk: bool = False
     late: bool = False
-    init: bool = False
     held: bool = False
-    ahead: bool = False
-    poly: int = 0
-    exchange: bool = False
-    stagger: bool = False
     release: int = 0
 
     @property
@@ -51,7 +48,7 @@ class Backward:
     @property
     def buffers(self) -> int:
         """Tiles of dS, and of P where that goes through shared memory, too: two of each."""
-        return 4 if self.wide else 3 if self.exchange else 2
+        return 4 if self.wide else 3
 
     @property
     def shared_memory(self) -> int:
@@ -59,7 +56,7 @@ class Backward:
         keys, queries = 2 * self.block_k, 2 * self.block_q * self.stages
         sums = 4 * self.head_dim * self.block_q if self.bulk else 0
         tiles = 2 * self.head_dim * (keys + queries) + self.buffers * 2 * self.block_k * self.block_q
-        return 1024 + tiles + self.stages * (12 if self.init else 8) * self.block_q + sums
+        return 1024 + tiles + self.stages * 8 * self.block_q + sums
 
     @functools.cached_property
     def program(self) -> Program:
@@ -76,12 +73,7 @@ class Backward:
             "SOFTCAP": self.softcap,
             "BULK": self.bulk,
             "LATE": self.late,
-            "INIT": self.init,
             "HELD": self.held,
-            "AHEAD": self.ahead,
-            "POLY": self.poly,
-            "EXCHANGE": self.exchange,
-            "STAGGER": self.stagger,
             "RELEASE": self.release,
             "BFLOAT16": self.element == "bf16",
         }
@@ -135,14 +127,18 @@ class Backward:
         return tuple(costs)
 
 
-def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Backward:
+def specialise(
+    head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False
+) -> Backward:
     """The specialisation for a call of this kind."""
-    return Backward(64 if head_dim <= 64 else 128 if head_dim <= 128 else 192 if head_dim <= 192 else 256, causal, element, window, softcap)
+    width = next(width for width in WIDTHS if head_dim <= width)
+    roomy = width == 64 and not softcap
+    return Backward(width, causal, element, window, softcap, held=roomy, late=roomy, release=1)
 
 
 def rows_program(kernel: Backward, logsumexp_cotangent: bool) -> Program:
     """The text of backward_rows.cu."""
-    constants = {"HEAD_DIM": kernel.head_dim, "INIT": kernel.init, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}
+    constants = {"HEAD_DIM": kernel.head_dim, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}
     return _pass_program(kernel, "rows", constants)
 
 

@@ -10,7 +10,7 @@ constexpr int OWN_UNITS = BY_QUERIES ? UNITS : UNITS / 2;
 extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL_NAME(const float4* query_gradient, const void* order, uint4* output, int threads, int tiles, int queries,
                 int columns, int scale_bits) {
-  const int index = blockIdx.x * THREADS + threadIdx.x;
+  const int index = (gridDim.x - 1 - blockIdx.x) * THREADS + threadIdx.x;  // what came last may still be in the L2 cache
   const int unit = index % UNITS, row = index / UNITS % 8, group = index / UNITS / 8 % GROUPS;
   const int tile = index / UNITS / 8 / GROUPS;
   if (index >= threads || unit * 8 >= columns) return;

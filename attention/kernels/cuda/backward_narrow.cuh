@@ -17,6 +17,7 @@
 // With LATE dV(n) waits for dS(n), and P^T need not be held in two forms.
 
 constexpr bool BY_QUERIES = UNITS == CONSUMERS;  // which half of dQ: by columns, or by queries where there are enough
+constexpr bool AHEAD = !SOFTCAP || HEAD_DIM < 128;  // whether there are registers for the next tile's logsumexps
 using QueryGradient = float[QUERY_GRADIENTS];
 
 // dV += P^T dO, or dK += dS^T Q.
@@ -46,13 +47,16 @@ struct Consumer {
   int index;
   Ring ring;
   BufferRing current, last;
-  float* sums = nullptr;  // of the last step's tile
   Scores scores;  // S^T, then P^T
   RowNumbers logsumexps;
   Output key_gradient, value_gradient;
   KeyOperand held_key, held_value;
+  u32 kept;                 // this warp's buffer for dQ
+  float* last_sums;         // where dQ of the last tile of queries is added up
+  float* kept_sums;         // where that which is kept is: null if none is
 
-  DEVICE Consumer(const Memory& memory, int index) : memory(memory), index(index) {}
+  DEVICE Consumer(const Memory& memory, int index)
+      : memory(memory), index(index), kept(memory.query_gradient() + (threadIdx.x / 32 - 4) * QUERY_GRADIENTS * 128) {}
 
   DEVICE u32 own_rows() const { return index * WARPGROUP_ROWS * 128; }
 
@@ -60,9 +64,7 @@ struct Consumer {
     barrier_wait(memory.full(ring.stage), ring.parity);
     if constexpr (HELD) start_scores(scores, held_key, memory.query(ring.stage));
     else start_scores(scores, memory.key() + own_rows(), memory.query(ring.stage));
-  }
-  // Before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it.
-  DEVICE void load_next_rows() {
+    // before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it
     if constexpr (AHEAD) load_rows(logsumexps, memory.rows(ring.stage));
   }
   // Ends a step: the assembler lets no accumulators be read whose products were started before the loop came round.
@@ -70,67 +72,87 @@ struct Consumer {
     wgmma_wait<0>();
     settle(scores);
   }
+  // dQ of the last tile of queries, once all of its dS is there.
+  DEVICE void start_last_query_gradient(QueryGradient& made) {
+    start_query_gradient(made, memory.buffer(last.index), memory.key(), index);
+  }
+  DEVICE void add_made(QueryGradient& made) {
+    settle(made);
+    if constexpr (BULK) keep_query_gradient(kept, made), kept_sums = last_sums;
+    else add_query_gradient(last_sums, made);
+  }
+  DEVICE void add_kept() {
+    if (BULK && threadIdx.x % 32 == 0 && kept_sums != nullptr) add_kept_gradient(kept_sums, kept);
+  }
 
-  // One tile of queries, whose S^T has been made: adds to dK, dV, and dQ in device memory, and makes S^T of the next tile.
+  // One tile of queries, whose S^T has been made: adds to dK, dV and, but for the FIRST, to dQ of the tile before, and makes
+  // S^T of the next tile if there are MORE.
   template <bool FIRST, bool MORE>
-  DEVICE void step(const Problem& problem, int key, int tile, float* query_gradient) {
+  DEVICE void step(const Problem& problem, int key, int tile, float* sums) {
     const int stage = ring.stage;
     Scores weight_gradients;
     Operand weights, gradients;
     QueryGradient made;
-    if constexpr (FIRST && STAGGER) {
-      if (index == 1) named_sync(BOTH, CONSUMERS * WARPGROUP);
-    }
-    if constexpr (INIT) load_deltas(weight_gradients, memory.rows(stage));
-    if constexpr (HELD) start_scores<INIT>(weight_gradients, held_value, memory.cotangent(stage));
-    else start_scores<INIT>(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
+    if constexpr (HELD) start_scores(weight_gradients, held_value, memory.cotangent(stage));
+    else start_scores(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
     if constexpr (!AHEAD) load_rows(logsumexps, memory.rows(stage));
     weigh<!LATE>(scores, weights, logsumexps, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
     if constexpr (!LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
-    if constexpr (EXCHANGE && !FIRST) barrier_wait(memory.exchanged(last.index), last.parity);
+    if constexpr (!FIRST) barrier_wait(memory.exchanged(last.index), last.parity);
     wgmma_wait<!LATE>();
     settle(weight_gradients);
     differentiate<LATE>(scores, weight_gradients, weights, gradients, memory.rows(stage));
     store_operand(memory.buffer(current.index) + own_rows(), gradients, 0);
     fence_shared_for_async();
-    if constexpr (EXCHANGE) {
-      __syncwarp();
-      release(memory.exchanged(current.index));
-    }
+    __syncwarp();
+    release(memory.exchanged(current.index));
+    if constexpr (!FIRST) add_kept();
     if constexpr (LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
     start_gradient(key_gradient, gradients, memory.query(stage));
-    if constexpr (FIRST && STAGGER) {
-      if (index == 0) named_arrive(BOTH, CONSUMERS * WARPGROUP);
-    }
-    if constexpr (!EXCHANGE) {
-      meet();  // all of dS is there; two buffers, so once a step is enough
-      start_query_gradient(made, memory.buffer(current.index), memory.key(), index);
-    } else if constexpr (!FIRST) {
-      start_query_gradient(made, memory.buffer(last.index), memory.key(), index);
-    }
-    last = current;
-    current.advance();
-    wgmma_wait<(!EXCHANGE || !FIRST)>();  // dV and dK
+    if constexpr (!FIRST) start_last_query_gradient(made);
+    wgmma_wait<!FIRST>();  // dV and dK
     release_read(memory.empty(stage));
     ring.advance();
-    if constexpr (MORE) start_next_scores(), load_next_rows();
-    if constexpr (!EXCHANGE || !FIRST) {
+    if constexpr (MORE) start_next_scores();
+    if constexpr (!FIRST) {
       wgmma_wait<MORE>();
-      settle(made);
-      add_query_gradient(EXCHANGE ? sums : query_gradient, made, memory.query_gradient());
+      add_made(made);
     }
-    sums = query_gradient;
+    last = current, last_sums = sums;
+    current.advance();
     if constexpr (MORE) finish_scores();
   }
-  // After the last step.
-  DEVICE void finish() {
-    if constexpr (!EXCHANGE) return;
+
+  // All tiles of queries that a tile of keys meets, at least one; `sums` tells where dQ of the one at hand is added up.
+  template <typename Sums>
+  DEVICE void run(const Problem& problem, int key, Walk& walk, const Sums& sums) {
+    if constexpr (BULK) kept_sums = nullptr;
+    start_next_scores();
+    finish_scores();
+    if (walk.left > 1) {
+      step<true, true>(problem, key, walk.tile, sums());
+      walk.next();
+#pragma unroll 1
+      for (; walk.left > 1; walk.next()) step<false, true>(problem, key, walk.tile, sums());
+      step<false, false>(problem, key, walk.tile, sums());
+    } else {
+      step<true, false>(problem, key, walk.tile, sums());
+    }
+    if constexpr (BULK) {
+      fence_shared_for_async();
+      __syncwarp();
+      add_kept();
+    }
     QueryGradient made;
     barrier_wait(memory.exchanged(last.index), last.parity);
-    start_query_gradient(made, memory.buffer(last.index), memory.key(), index);
+    start_last_query_gradient(made);
     wgmma_wait<0>();
-    settle(made);
-    add_query_gradient(sums, made, memory.query_gradient());
+    add_made(made);
+    if constexpr (BULK) {
+      fence_shared_for_async();
+      __syncwarp();
+      add_kept();
+    }
   }
 
   DEVICE void begin() {

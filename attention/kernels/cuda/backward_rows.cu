@@ -54,11 +54,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float of_row = row < queries ? logsumexp[place] : MINUS_INFINITY;
     const bool sees = of_row != MINUS_INFINITY;
     if (LOGSUMEXP_COTANGENT && sees) delta -= logsumexp_cotangent[place];
-    float* tile = rows + static_cast<u64>(blockIdx.x) * (INIT ? 3 : 2) * ROWS;
-    tile[index % 8 / 2 * 16 + index / 8 * 2 + index % 2] = sees ? of_row * 1.44269504f : -MINUS_INFINITY;
-    if (INIT) {
-      float* own = tile + ROWS + index % 8 / 2 * 32 + index / 8 * 4 + index % 2;
-      own[0] = own[2] = sees ? -delta : 0;
-    } else tile[ROWS + index % 8 / 2 * 16 + index / 8 * 2 + index % 2] = sees ? delta : 0;
+    float* own = rows + static_cast<u64>(blockIdx.x) * 2 * ROWS + index % 8 / 2 * 16 + index / 8 * 2 + index % 2;
+    own[0] = sees ? of_row * 1.44269504f : -MINUS_INFINITY;
+    own[ROWS] = sees ? delta : 0;
   }
 }

@@ -46,7 +46,6 @@ using Operand = u32[SPAN / 16][4];  // the same as a left operand
 constexpr int QUERY_GRADIENTS = HEAD_DIM * BLOCK_Q / (CONSUMERS * WARPGROUP);  // a thread's elements of a tile of dQ
 
 // S^T or dP^T: 64 rows of K or V against SPAN rows of Q or dO.
-template <bool ADD = false>
 DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   const u64 left_tile = matrix_descriptor(left, 0), right_tile = matrix_descriptor(right, 0);
   wgmma_fence();
@@ -54,21 +53,20 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   for (int step = 0; step < HEAD_DIM / 16; ++step) {
     const int chunk = step / 4, offset = step % 4 * 32;
     wgmma_scores(scores, advance(left_tile, chunk * KeyTile::CHUNK_BYTES + offset),
-                 advance(right_tile, chunk * QueryTile::CHUNK_BYTES + offset), ADD || step > 0);
+                 advance(right_tile, chunk * QueryTile::CHUNK_BYTES + offset), step > 0);
   }
   wgmma_commit();
 }
 
 // The same with K or V in registers.
 using KeyOperand = u32[HEAD_DIM / 16][4];
-template <bool ADD = false>
 DEVICE void start_scores(Scores& scores, const KeyOperand& left, u32 right) {
   const u64 right_tile = matrix_descriptor(right, 0);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < HEAD_DIM / 16; ++step) {
     wgmma_scores_held(scores, left[step], advance(right_tile, step / 4 * QueryTile::CHUNK_BYTES + step % 4 * 32),
-                      ADD || step > 0);
+                      step > 0);
   }
   wgmma_commit();
 }
@@ -90,7 +88,7 @@ DEVICE void load_operand(KeyOperand& operand, u32 rows) {
 
 // The rows' numbers of 64 queries: | 64 logsumexps | 64 deltas |, each in the order in which threads ask for them: first
 // what lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
-constexpr int UNIT_BYTES = (INIT ? 3 : 2) * 64 * 4, ROWS_BYTES = UNITS * UNIT_BYTES;
+constexpr int UNIT_BYTES = 2 * 64 * 4, ROWS_BYTES = UNITS * UNIT_BYTES;
 
 DEVICE float4 load_four(u32 address) {
   float4 x;
@@ -114,16 +112,6 @@ DEVICE void load_rows(RowNumbers& numbers, u32 rows) {
 
 // Which of them belongs to an element of the scores.
 DEVICE constexpr int row_of(int element) { return element / 4 * 2 + element % 2; }
-
-// Starts the sum of dP^T at -delta.
-DEVICE void load_deltas(Scores& weight_gradients, u32 rows) {
-  const u32 own = rows + 256 + threadIdx.x % 4 * 128;
-#pragma unroll
-  for (int i = 0; i < SPAN / 2; i += 4) {
-    const float4 x = load_four(own + i / 32 * UNIT_BYTES + i % 32 * 4);
-    weight_gradients[i] = x.x, weight_gradients[i + 1] = x.y, weight_gradients[i + 2] = x.z, weight_gradients[i + 3] = x.w;
-  }
-}
 
 // Drops the scores of keys that a query may not see, and of keys that are not there.
 DEVICE void mask_scores(Scores& scores, const Problem& problem, int first_key, int first_query) {
@@ -155,24 +143,6 @@ DEVICE void cap_scores(Scores& scores, float into_cap) {
   for (int i = 0; i < SPAN / 2; ++i) scores[i] = 1 - 2 * reciprocal_fast(1 + exp2_fast(scores[i] * factor));
 }
 
-// 2^x, x at most about 0, on the units that multiply and add: those for exponentials are the scarcer ones. 0 up to -127; the
-// polynomial is right to 1e-4 for bfloat16, to 3e-6 for float16.
-DEVICE float exp2_by_polynomial(float x) {
-  constexpr float ROUND = 12582912;  // 1.5 * 2^23
-  x = fmaxf(x, -127);
-  const float whole = x + ROUND, rest = x - (whole - ROUND);
-#if BFLOAT16
-  float power = 0.05500858f * rest + 0.24221037f;
-  power = power * rest + 0.6932829f;
-#else
-  float power = 0.00958282f * rest + 0.05590637f;
-  power = power * rest + 0.24024099f;
-  power = power * rest + 0.6931242f;
-#endif
-  power = power * rest + 1;
-  return __int_as_float(__float_as_int(power) + (__float_as_int(whole) << 23));
-}
-
 // P^T = 2^(c S^T - logsumexp of the query); what stays in the scores' place is what dS^T is proportional to: P^T itself or,
 // with SOFTCAP, P^T (1 - tanh^2).
 template <bool PACK>
@@ -182,11 +152,8 @@ DEVICE void weigh(Scores& scores, Operand& weights, const RowNumbers& logsumexps
   mask_scores(scores, problem, first_key, first_query);
 #pragma unroll
   for (int i = 0; i < SPAN / 2; i += 2) {
-    const bool by_polynomial = i / 2 % 4 < POLY;
-    const float x = scores[i] * problem.scale_log2 - logsumexps[row_of(i)];
-    const float y = scores[i + 1] * problem.scale_log2 - logsumexps[row_of(i + 1)];
-    const float even = by_polynomial ? exp2_by_polynomial(x) : exp2_fast(x);
-    const float odd = by_polynomial ? exp2_by_polynomial(y) : exp2_fast(y);
+    const float even = exp2_fast(scores[i] * problem.scale_log2 - logsumexps[row_of(i)]);
+    const float odd = exp2_fast(scores[i + 1] * problem.scale_log2 - logsumexps[row_of(i + 1)]);
     if (PACK) weights[i / 8][i / 2 % 4] = pack(even, odd);
     scores[i] = SOFTCAP ? even - even * fminf(scores[i] * scores[i], 1) : even;
     scores[i + 1] = SOFTCAP ? odd - odd * fminf(scores[i + 1] * scores[i + 1], 1) : odd;
@@ -198,12 +165,12 @@ template <bool PACK>
 DEVICE void differentiate(const Scores& scores, const Scores& weight_gradients, Operand& weights, Operand& gradients,
                           u32 rows) {
   RowNumbers deltas;
-  if constexpr (!INIT) load_rows(deltas, rows + 256);
+  load_rows(deltas, rows + 256);
 #pragma unroll
   for (int i = 0; i < SPAN / 2; i += 2) {
-    const float even = weight_gradients[i] - (INIT ? 0 : deltas[row_of(i)]);
-    const float odd = weight_gradients[i + 1] - (INIT ? 0 : deltas[row_of(i + 1)]);
-    gradients[i / 8][i / 2 % 4] = pack(scores[i] * even, scores[i + 1] * odd);
+    const float even = scores[i] * (weight_gradients[i] - deltas[row_of(i)]);
+    const float odd = scores[i + 1] * (weight_gradients[i + 1] - deltas[row_of(i + 1)]);
+    gradients[i / 8][i / 2 % 4] = pack(even, odd);
     if (PACK) weights[i / 8][i / 2 % 4] = pack(scores[i], scores[i + 1]);
   }
 }
@@ -264,33 +231,28 @@ DEVICE void store_to_buffer(u32 buffer, const float (&gradient)[COUNT]) {
 }
 
 // Adds this warp's rows and columns of dQ in the order in which its threads hold them: backward_finish.cu sorts them.
-// With BULK through the warp's own buffer in shared memory, which the copy engine then adds in one go.
 template <int COUNT>
-DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT], u32 buffers) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (BULK) {
-    const u32 buffer = buffers + (threadIdx.x / 32 - 4) * COUNT * 128;
-    if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    __syncwarp();
-    store_to_buffer<0>(buffer + lane * 16, gradient);
-    fence_shared_for_async();
-    __syncwarp();
-    if (lane == 0) {
-      asm volatile(
-          "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(
-              destination),
-          "r"(buffer), "n"(COUNT * 128)
-          : "memory");
-    }
-  } else {
-    add_to_device<0>(destination + lane * 4, gradient);
-  }
+DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT]) {
+  add_to_device<0>(destination + threadIdx.x % 32 * 4, gradient);
 }
 
-// Waits until the copy engine has read all that it was given to add.
-DEVICE void finish_adding() {
-  if constexpr (BULK) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+// The same in two steps: a copy in the warp's own buffer in shared memory, as soon as the copy engine has read the last
+// one; and, after fence_shared_for_async and __syncwarp, the engine's adding it, which one lane asks for.
+template <int COUNT>
+DEVICE void keep_query_gradient(u32 buffer, const float (&gradient)[COUNT]) {
+  if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  __syncwarp();
+  store_to_buffer<0>(buffer + threadIdx.x % 32 * 16, gradient);
 }
+DEVICE void add_kept_gradient(float* destination, u32 buffer) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(
+          destination),
+      "r"(buffer), "n"(QUERY_GRADIENTS * 128)
+      : "memory");
+}
+// Waits until the engine has done all that it was asked for.
+DEVICE void await_additions() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 

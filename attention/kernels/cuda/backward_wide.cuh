@@ -79,14 +79,13 @@ struct Consumer {
   DEVICE Consumer(const Memory& memory, int index) : memory(memory), index(index) {}
 
   DEVICE u32 own_queries() const { return index * SPAN * 128; }
+  DEVICE u32 rows(int stage) const { return memory.rows(stage) + index * SPAN; }  // 8 bytes of a lane's for 8 queries
 
   DEVICE void start_next_scores() {
     barrier_wait(memory.full(ring.stage), ring.parity);
     start_scores(scores, memory.key(), memory.query(ring.stage) + own_queries());
-  }
-  // Before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it.
-  DEVICE void load_next_rows() {
-    if constexpr (AHEAD) load_rows(logsumexps, memory.rows(ring.stage) + index * SPAN);
+    // before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it
+    load_rows(logsumexps, rows(ring.stage));
   }
   // Ends a step: the assembler lets no accumulators be read whose products were started before the loop came round.
   DEVICE void finish_scores() {
@@ -95,22 +94,19 @@ struct Consumer {
   }
 
   // One tile of queries, whose S^T has been made: adds to dK, dV, and dQ in device memory, and makes S^T of the next tile.
-  template <bool FIRST, bool MORE>
-  DEVICE void step(const Problem& problem, int key, int tile, float* query_gradient) {
+  template <bool MORE>
+  DEVICE void step(const Problem& problem, int key, int tile, float* sums) {
     const int stage = ring.stage, first_unit = index * SPAN / 8;
-    const u32 rows = memory.rows(stage) + index * SPAN;  // 8 bytes of each lane's for 8 queries
     const u32 weight_tile = memory.buffer(2 * buffer), gradient_tile = memory.buffer(2 * buffer + 1);
     Scores weight_gradients;
     Operand packed;
     Half made;
-    if constexpr (INIT) load_deltas(weight_gradients, memory.rows(stage) + index * SPAN * 2);
-    start_scores<INIT>(weight_gradients, memory.value(), memory.cotangent(stage) + own_queries());
-    if constexpr (!AHEAD) load_rows(logsumexps, rows);
+    start_scores(weight_gradients, memory.value(), memory.cotangent(stage) + own_queries());
     weigh<true>(scores, packed, logsumexps, problem, key, tile * BLOCK_Q + index * SPAN);
     store_operand(weight_tile, packed, first_unit);
     wgmma_wait<0>();
     settle(weight_gradients);
-    differentiate<false>(scores, weight_gradients, packed, packed, rows);
+    differentiate<false>(scores, weight_gradients, packed, packed, rows(stage));
     store_operand(gradient_tile, packed, first_unit);
     fence_shared_for_async();
     meet();  // all of P and dS is there; two buffers of each, so once a step is enough
@@ -121,15 +117,24 @@ struct Consumer {
     wgmma_wait<1>();  // dV and dK
     release_read(memory.empty(stage));
     ring.advance();
-    if constexpr (MORE) start_next_scores(), load_next_rows();
+    if constexpr (MORE) start_next_scores();
     wgmma_wait<MORE>();
     settle(made);
-    add_to_device<0>(query_gradient + threadIdx.x % 32 * 4, made.whole);
-    if constexpr (MIDDLE) add_to_device<0>(query_gradient + WHOLE * 16 + threadIdx.x % 32 * 4, made.middle);
+    add_to_device<0>(sums + threadIdx.x % 32 * 4, made.whole);
+    if constexpr (MIDDLE) add_to_device<0>(sums + WHOLE * 16 + threadIdx.x % 32 * 4, made.middle);
     if constexpr (MORE) finish_scores();
   }
 
-  DEVICE void finish() {}
+  // All tiles of queries that a tile of keys meets, at least one; `sums` tells where dQ of the one at hand is added up.
+  template <typename Sums>
+  DEVICE void run(const Problem& problem, int key, Walk& walk, const Sums& sums) {
+    start_next_scores();
+    finish_scores();
+#pragma unroll 1
+    for (; walk.left > 1; walk.next()) step<true>(problem, key, walk.tile, sums());
+    step<false>(problem, key, walk.tile, sums());
+  }
+
   DEVICE void begin() {
     key_gradient.clear();
     value_gradient.clear();

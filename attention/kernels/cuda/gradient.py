@@ -111,7 +111,7 @@ def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
     kernel = kernel_of(shape, call)
     planes, tiles = shape.batch * shape.heads, kernel.query_tiles(shape.queries)
     units = tiles * kernel.block_q // ROWS
-    outputs = [((planes, units, 3 if kernel.init else 2, ROWS), mx.float32), ((planes, tiles, kernel.block_q * kernel.head_dim), mx.float32)]
+    outputs = [((planes, units, 2, ROWS), mx.float32), ((planes, tiles, kernel.block_q * kernel.head_dim), mx.float32)]
     problem = [units, shape.queries, shape.head_dim]
     return prepare(rows_program(kernel, with_logsumexp), planes * units, outputs, problem)
 
