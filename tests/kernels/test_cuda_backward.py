@@ -1,4 +1,4 @@
-"""The backward kernels: what they compile to (needs NVRTC), how a call is dealt out, what they compute (needs a GPU)."""
+"""The backward kernels: what they compile to (needs NVRTC), how calls are dealt out, what they compute (on a GPU)."""
 
 import re
 from dataclasses import replace

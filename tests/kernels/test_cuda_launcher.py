@@ -11,7 +11,7 @@ from attention.kernels import cuda  # noqa: E402
 from attention.kernels.cpu import build  # noqa: E402
 from attention.kernels.cuda import launcher, sanitize  # noqa: E402
 from attention.kernels.cuda.launch import prepare  # noqa: E402
-from attention.kernels.cuda.plan import NUMBER, READ, UPDATE, WRITE, Stage, make_plan  # noqa: E402
+from attention.kernels.cuda.plan import MAP, NOTHING, NUMBER, POINTER, SERIAL, STRIDE, Box, Stage, make_plan  # noqa: E402
 from attention.kernels.cuda.program import Program  # noqa: E402
 
 
@@ -31,8 +31,9 @@ def forget():
 class Recorder:
     """Stands in for the compiled module and keeps what it is told."""
 
-    def make_plan(self, steps, shapes, types, constants, label):
+    def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
         self.arguments = [step[-1] for step in steps]
+        self.reads, self.writes = [step[-3] for step in steps], [step[-2] for step in steps]
         self.blocks = [step[2] for step in steps]
         self.shapes, self.types, self.constants, self.label = shapes, types, constants, label
 
@@ -46,24 +47,51 @@ def told(monkeypatch):
     table = mx.array([1, 2])
     first = prepare(Program("a", "sm_90a", (), (), 128, 64), 5, [((2, 3), mx.float32)], [7, 8], (table,))
     second = prepare(Program("b", "sm_90a", (), (), 32, 0), 9, [((4,), mx.bfloat16), ((1,), mx.uint8)], [])
-    stages = [Stage(first, ("x", "y"), ("sums",)), Stage(second, ("y", "sums"), ("out", "maps"), frozenset({"sums"}))]
+    third = prepare(Program("c", "sm_90a", (), (), 32, 0), 1, [((1,), mx.uint8), ((5,), mx.uint8)], [])
+    stages = [
+        Stage(first, ("x", "y"), ("sums",)),
+        Stage(second, ("y", "sums"), ("out", "more"), frozenset({"sums"})),
+        Stage(
+            third,
+            ("x", "y"),
+            ("last", "unwanted"),
+            maps={"x": Box(64)},
+            strided=("y",),
+            omitted={"unwanted"},
+            serial=True,
+        ),
+    ]
     make_plan(("x", "y"), ("out",), stages, "label")
     return recorder
 
 
+X, Y, CONSTANT, OUT, SUMS, MORE, LAST = range(7)
+
+
 def test_arguments_are_inputs_then_constants_then_outputs_then_numbers(told):
-    constant, out, sums, maps = 2, 3, 4, 5  # after the inputs x and y
-    assert told.arguments[0] == [(READ, 0), (READ, 1), (READ, constant), (WRITE, sums), (NUMBER, 7), (NUMBER, 8)]
-    assert told.arguments[1] == [(READ, 1), (UPDATE, sums), (WRITE, out), (WRITE, maps)]
+    addresses = [[POINTER, X], [POINTER, Y], [POINTER, CONSTANT], [POINTER, SUMS]]
+    assert told.arguments[0] == [*addresses, [NUMBER, 7], [NUMBER, 8]]
+    assert told.arguments[1] == [[POINTER, Y], [POINTER, SUMS], [POINTER, OUT], [POINTER, MORE]]
+
+
+def test_arrays_are_handed_over_as_maps_with_strides_or_not_at_all(told):
+    map_of_x = [MAP, X, 64, 64, 128]
+    strides = [[STRIDE, Y, axis] for axis in range(3)]
+    assert told.arguments[2] == [map_of_x, [POINTER, Y], [POINTER, LAST], [NOTHING], *strides, [SERIAL]]
+
+
+def test_what_is_changed_in_place_counts_as_written(told):
+    assert told.reads == [[X, Y], [Y], [X, Y]]
+    assert told.writes == [[SUMS], [SUMS, OUT, MORE], [LAST]]
 
 
 def test_wanted_outputs_come_first_and_keep_their_shapes_and_types(told):
-    assert told.shapes == [[4], [2, 3], [1]]
-    assert told.types == [mx.bfloat16, mx.float32, mx.uint8]
+    assert told.shapes == [[4], [2, 3], [1], [1]]
+    assert told.types == [mx.bfloat16, mx.float32, mx.uint8, mx.uint8]
 
 
 def test_blocks_are_those_of_each_launch(told):
-    assert told.blocks == [5, 9]
+    assert told.blocks == [5, 9, 1]
 
 
 def test_without_a_compiler_the_reason_says_so_and_nothing_is_compiled(monkeypatch):

@@ -8,9 +8,9 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import attend, gradient, launch, launcher  # noqa: E402
+from attention.kernels.cuda import attend, choice, gradient, launch, launcher, pullback, stages  # noqa: E402
 from attention.kernels.cuda.gpu import Gpu  # noqa: E402
-from attention.kernels.cuda.plan import NUMBER, UPDATE  # noqa: E402
+from attention.kernels.cuda.plan import MAP, NUMBER, SERIAL, STRIDE  # noqa: E402
 from attention.kernels.cuda.program import TEXTS, Program  # noqa: E402
 
 GPU = Gpu("Planted GPU", (9, 0), 132, 232_448, 13000)
@@ -33,21 +33,22 @@ class Recorder:
     def set_gradient(self, function):
         self.gradient = function
 
-    def make_plan(self, steps, shapes, types, constants, label):
-        self.plans.append(SimpleNamespace(steps=steps, label=label))
+    def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
+        self.plans.append(SimpleNamespace(steps=steps, label=label, untraced=untraced, shapes=shapes))
         return lambda inputs: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
 
 
 @pytest.fixture
 def recorder(monkeypatch):
     made = Recorder()
-    for module in (launch, attend, gradient):
+    for module in (launch, choice, gradient):
         monkeypatch.setattr(module, "gpu", lambda: GPU)
     for name in ("ensure", "judged", "distrust"):
         monkeypatch.setattr(attend.trust, name, lambda *_: None)
     monkeypatch.setattr(launch, "machine_code", lambda program: b"code")
     monkeypatch.setattr(Program, "entry", property(lambda program: program.name))
     monkeypatch.setattr(launcher, "missing", lambda: None)
+    monkeypatch.setattr(launcher, "obstacle", lambda: None)
     monkeypatch.setattr("attention.kernels.cuda.plan.launcher", SimpleNamespace(module=lambda: made))
     monkeypatch.setattr(launcher, "module", lambda: made)
     forget()
@@ -57,8 +58,14 @@ def recorder(monkeypatch):
 
 def forget():
     cuda._known.clear()
-    kept = (attend.repeated, launch.forward, launch.splitting, launch.decode, launch.join)
-    kept += (gradient.planned, gradient.rows_launch, gradient.backward_launch, gradient.finish_launch, gradient._taken)
+    kept = (attend.repeated, stages.forward_plan, launch.forward, launch.splitting, launch.decode, launch.join)
+    kept += (
+        gradient.planned,
+        gradient.rows_launch,
+        gradient.backward_launch,
+        gradient.finish_launch,
+        pullback._own_is_taken,
+    )
     for function in kept:
         function.cache_clear()
 
@@ -74,9 +81,19 @@ def kernels(plan):
 
 
 def parameters(kernel):
-    """Of a kernel's signature: whether each is a number, in their order."""
+    """Of a kernel's signature: the kind of each, in their order."""
     signature = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", (TEXTS / FILES[kernel]).read_text(), re.DOTALL)[1]
-    return ["*" not in parameter for parameter in signature.split(",")]
+    return [kind_of(parameter) for parameter in signature.split(",")]
+
+
+def kind_of(parameter):
+    if "TensorMap" in parameter:
+        return "map"
+    return "address" if "*" in parameter else "long" if "u64" in parameter else "number"
+
+
+def handed_over(argument):
+    return {MAP: "map", NUMBER: "number", STRIDE: "long", SERIAL: "long"}.get(argument[0], "address")
 
 
 def test_many_queries_take_one_launch(recorder):
@@ -110,18 +127,26 @@ def test_gradients_are_one_operation_of_three_launches(recorder, with_logsumexp)
 
 def test_the_backward_kernel_adds_to_dq_in_place(recorder):
     gradients(recorder, False)
-    changed = [[place for kind, place in step[-1] if kind == UPDATE] for step in recorder.plans[-1].steps]
-    assert [len(places) for places in changed] == [0, 1, 0]
+    outputs = len(recorder.plans[-1].shapes)
+    assert [len(step[-2]) for step in recorder.plans[-1].steps] == [2, 3, 1]
+    assert sum(len(step[-2]) for step in recorder.plans[-1].steps) == outputs + 1  # dQ's sums twice
 
 
 def test_every_kernel_gets_the_parameters_of_its_signature(recorder):
     gradients(recorder, True)
     call(1, 5000)
     for step in (step for plan in recorder.plans for step in plan.steps):
-        assert [kind == NUMBER for kind, _ in step[-1]] == parameters(step[0]), step[0]
+        assert [handed_over(argument) for argument in step[-1]] == parameters(step[0]), step[0]
 
 
 def test_a_shape_is_decided_once(recorder):
     for _ in range(3):
         call(300, 300)
-    assert len(recorder.plans) == 1
+    assert len(recorder.plans) == 2  # with and without what a gradient would need
+
+
+def test_without_a_gradient_no_logsumexp_is_made(recorder):
+    call(300, 300)
+    whole = recorder.plans[-1]
+    assert [len(plan.shapes) for plan in recorder.plans] == [1, 2]
+    assert whole.untraced is not None

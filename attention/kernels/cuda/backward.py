@@ -13,8 +13,6 @@ WIDTHS: Final = (64, 128, 192, 256)
 LARGEST_HEAD_DIM: Final = WIDTHS[-1]
 ROWS: Final = 64
 """Query rows whose numbers lie together."""
-MAP_BYTES: Final = 4 * 128
-"""The tensor maps that each block builds for itself."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Backward:
         )
 
     def _products(self) -> tuple[str, ...]:
-        """The matrix instructions: S^T and dP^T, dK and dV, dQ; the last two for half of the columns in the wide layout."""
+        """The matrix instructions: S^T and dP^T, dK and dV, dQ; of the last, in the wide layout, half of the columns."""
         if not self.wide:
             width = self.head_dim * self.block_q // 128
             return (
@@ -106,7 +104,9 @@ class Backward:
                 wgmma("wgmma_queries", width, self.element, a_in_registers=False, transpose_a=True, transpose_b=True),
             )
         products = [wgmma("wgmma_scores", self.block_q // 2, self.element, a_in_registers=False, transpose_b=False)]
-        products.append(wgmma("wgmma_scores_held", self.block_q // 2, self.element, a_in_registers=True, transpose_b=False))
+        products.append(
+            wgmma("wgmma_scores_held", self.block_q // 2, self.element, a_in_registers=True, transpose_b=False)
+        )
         for end, width in (("", 128 if self.head_dim == 256 else 64), ("_middle", 32)):
             for name, transpose_a in ((f"wgmma_output{end}", False), (f"wgmma_queries{end}", True)):
                 transposed = {"transpose_a": transpose_a, "transpose_b": True}
@@ -127,9 +127,7 @@ class Backward:
         return tuple(costs)
 
 
-def specialise(
-    head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False
-) -> Backward:
+def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Backward:
     """The specialisation for a call of this kind."""
     width = next(width for width in WIDTHS if head_dim <= width)
     roomy = width == 64 and not softcap

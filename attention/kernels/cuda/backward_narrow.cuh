@@ -61,7 +61,7 @@ struct Consumer {
   DEVICE u32 own_rows() const { return index * WARPGROUP_ROWS * 128; }
 
   DEVICE void start_next_scores() {
-    barrier_wait(memory.full(ring.stage), ring.parity);
+    await_phase(memory.full(ring.stage), ring.parity);
     if constexpr (HELD) start_scores(scores, held_key, memory.query(ring.stage));
     else start_scores(scores, memory.key() + own_rows(), memory.query(ring.stage));
     // before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it
@@ -98,7 +98,7 @@ struct Consumer {
     if constexpr (!AHEAD) load_rows(logsumexps, memory.rows(stage));
     weigh<!LATE>(scores, weights, logsumexps, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
     if constexpr (!LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
-    if constexpr (!FIRST) barrier_wait(memory.exchanged(last.index), last.parity);
+    if constexpr (!FIRST) await_phase(memory.exchanged(last.index), last.parity);
     wgmma_wait<!LATE>();
     settle(weight_gradients);
     differentiate<LATE>(scores, weight_gradients, weights, gradients, memory.rows(stage));
@@ -144,7 +144,7 @@ struct Consumer {
       add_kept();
     }
     QueryGradient made;
-    barrier_wait(memory.exchanged(last.index), last.parity);
+    await_phase(memory.exchanged(last.index), last.parity);
     start_last_query_gradient(made);
     wgmma_wait<0>();
     add_made(made);

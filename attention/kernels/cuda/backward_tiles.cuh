@@ -7,7 +7,7 @@ using QueryTile = Tile<BLOCK_Q>;
 using KeyTile = Tile<BLOCK_K>;
 
 struct Problem {
-  int planes, planes_per_key, queries, keys, columns;
+  int heads, heads_per_key, queries, keys, columns;
   float scale, scale_log2;  // of the scores; the latter times log2(e), with SOFTCAP the cap times log2(e)
   float into_cap;           // with SOFTCAP: scale / cap
   int window;
@@ -28,10 +28,10 @@ struct Problem {
 struct Walk {
   int plane, tile, first, start, end, left;
   DEVICE Walk(const Problem& problem, int key_plane, int key)
-      : plane(key_plane * problem.planes_per_key), first(problem.first_tile(key)), end(problem.end_tile(key)) {
+      : plane(key_plane * problem.heads_per_key), first(problem.first_tile(key)), end(problem.end_tile(key)) {
     const int count = max(0, end - first);
     start = tile = first + (count > 0 ? key / BLOCK_K % count : 0);
-    left = count * problem.planes_per_key;
+    left = count * problem.heads_per_key;
   }
   DEVICE void next() {
     if (++tile == end) tile = first;
@@ -256,7 +256,7 @@ DEVICE void await_additions() { asm volatile("cp.async.bulk.wait_group 0;" ::: "
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
-// | barriers, maps: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: rows' numbers | sums of dQ, with BULK |
+// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: rows' numbers | sums of dQ, with BULK |
 struct Memory {
   static constexpr int BUFFER_BYTES = BLOCK_K * BLOCK_Q * 2;
   u32 base;
@@ -265,7 +265,6 @@ struct Memory {
   DEVICE u32 full(int stage) const { return base + 16 + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + 16 + 8 * (STAGES + stage); }
   DEVICE u32 exchanged(int buffer) const { return base + 16 + 8 * (2 * STAGES + buffer); }
-  DEVICE u32 maps() const { return base + 512; }
   DEVICE u32 key() const { return base + 1024; }
   DEVICE u32 value() const { return key() + KeyTile::BYTES; }
   DEVICE u32 query(int stage) const { return value() + KeyTile::BYTES + stage * 2 * QueryTile::BYTES; }
@@ -283,6 +282,12 @@ struct BufferRing {
     if (++index == BUFFERS) index = 0, parity ^= 1;
   }
 };
+
+// barrier_wait with the compiler's own loop: what is worked out before it is not kept in registers until after it.
+DEVICE void await_phase(u32 barrier, u32 parity) {
+  while (!barrier_try_wait(barrier, parity)) {
+  }
+}
 
 constexpr int BOTH = 1;  // the named barrier of both consumers
 DEVICE void meet() { named_sync(BOTH, CONSUMERS * WARPGROUP); }

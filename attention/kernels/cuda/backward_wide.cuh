@@ -82,7 +82,7 @@ struct Consumer {
   DEVICE u32 rows(int stage) const { return memory.rows(stage) + index * SPAN; }  // 8 bytes of a lane's for 8 queries
 
   DEVICE void start_next_scores() {
-    barrier_wait(memory.full(ring.stage), ring.parity);
+    await_phase(memory.full(ring.stage), ring.parity);
     start_scores(scores, memory.key(), memory.query(ring.stage) + own_queries());
     // before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it
     load_rows(logsumexps, rows(ring.stage));

@@ -8,13 +8,14 @@ from attention.kernels.cuda.program import Program
 from attention.kernels.cuda.wgmma import wgmma
 
 Element = Literal["bf16", "f16"]
-MAP_BYTES = 3 * 128
-"""The tensor maps that each block builds for itself."""
+TEXTS = ("tiles.cuh", "join.cuh", "pipeline.cuh", "forward.cu")
+WARPGROUP_ROWS = 64
+"""Queries of a consumer."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A specialisation; `overlap` and `turns` are explained at the top of forward.cu."""
+    """A specialisation; `overlap` is explained at the top of forward.cu."""
 
     head_dim: int
     """64, 128, 192 or 256: inputs may be narrower, the copy engine fills up with zeros."""
@@ -28,18 +29,21 @@ class Forward:
     """Keys in a tile."""
     stages: int = 2
     """Buffers for K, and for V."""
+    query_stages: int = 1
+    """Buffers for the queries: with two the next tile's come early."""
     overlap: bool = True
-    turns: bool = False
+    emulated: int = 0
+    """Of 8 exponentials, how many are made by multiplying and adding."""
 
     @property
     def block_m(self) -> int:
         """Queries in a tile."""
-        return 64 * self.consumers
+        return WARPGROUP_ROWS * self.consumers
 
     @property
     def shared_memory(self) -> int:
         """Bytes: the barriers' page, the queries, and the K and V buffers."""
-        return 1024 + 2 * self.head_dim * (self.block_m + 2 * self.stages * self.block_n)
+        return 1024 + 2 * self.head_dim * (self.query_stages * self.block_m + 2 * self.stages * self.block_n)
 
     @functools.cached_property
     def program(self) -> Program:
@@ -52,8 +56,9 @@ class Forward:
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
+            "QUERY_STAGES": self.query_stages,
             "OVERLAP": self.overlap,
-            "TURNS": self.turns,
+            "EMULATED": self.emulated,
             "BFLOAT16": self.element == "bf16",
         }
         products = (
@@ -64,20 +69,35 @@ class Forward:
             name="flash_forward",
             architecture="sm_90a",
             constants=tuple((name, int(value)) for name, value in constants.items()),
-            texts=("common.cuh", "hopper.cuh", *products, "warpgroup.cuh", "tiles.cuh", "pipeline.cuh", "forward.cu"),
+            texts=(
+                "common.cuh",
+                "hopper.cuh",
+                *products,
+                "warpgroup.cuh",
+                "tiles.cuh",
+                "join.cuh",
+                "pipeline.cuh",
+                "forward.cu",
+            ),
             threads=128 * (self.consumers + 1),
             shared_memory=self.shared_memory,
         )
 
-    def tile_costs(self, queries: int, keys: int, window: int) -> tuple[int, ...]:
-        """The tiles of keys that each tile of queries needs, as the kernel counts them."""
-        costs = []
+    def tile_ranges(self, queries: int, keys: int, window: int) -> tuple[tuple[int, int], ...]:
+        """The tiles of keys, from and to, that each tile of queries needs, as the kernel counts them."""
+        ranges = []
         for first in range(0, queries, self.block_m):
             end = min(queries, first + self.block_m)
             last_key = min(keys, max(0, end + keys - queries)) if self.causal else keys
             first_key = max(0, first + 1 + keys - queries - window) if self.window else 0
-            costs.append(max(0, -(-last_key // self.block_n) - first_key // self.block_n))
-        return tuple(costs)
+            ranges.append((first_key // self.block_n, -(-last_key // self.block_n)))
+        return tuple(ranges)
+
+    @property
+    def part_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What a part of a tile leaves for the block that adds the parts up: numbers in float32, and marks in int64."""
+        warps = 4 * self.consumers
+        return (warps, self.head_dim // 8 + 1, 32, 4), (warps,)
 
 
 @functools.cache
@@ -85,11 +105,11 @@ def specialise(head_dim: int, causal: bool, element: Element, window: bool = Fal
     """The fastest specialisation known for a head dimension up to 256 (measured: see README.md)."""
     made = functools.partial(Forward, causal=causal or window, element=element, window=window, softcap=softcap)
     if head_dim <= 128 and softcap:  # three consumers have no registers left for the cap
-        return made(64 if head_dim <= 64 else 128, consumers=2, block_n=128)
+        return made(64 if head_dim <= 64 else 128, consumers=2, block_n=128, query_stages=2)
     if head_dim <= 64:
-        return made(64, consumers=3, block_n=128)
+        return made(64, consumers=3, block_n=128, query_stages=2)
     if head_dim <= 128:
-        return made(128, consumers=3, block_n=128, overlap=False, turns=True)
+        return made(128, consumers=3, block_n=128, query_stages=2, overlap=False)
     if head_dim <= 192:
         return made(192, consumers=2, block_n=96)
     if head_dim <= 256:

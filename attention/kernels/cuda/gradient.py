@@ -1,15 +1,15 @@
-"""The backward pass: by our kernels where they take the call, through MLX's own path where not."""
+"""The backward pass by the Hopper kernels."""
 
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 import mlx.core as mx
 
-from attention.kernels.cuda import launch, launcher, selfcheck, trust
+from attention.kernels.cuda import selfcheck, trust
 from attention.kernels.cuda.backward import (
     LARGEST_HEAD_DIM,
-    MAP_BYTES,
     ROWS,
     Backward,
     finish_program,
@@ -18,18 +18,17 @@ from attention.kernels.cuda.backward import (
 )
 from attention.kernels.cuda.call import Call, Shape, float_bits
 from attention.kernels.cuda.gpu import gpu
-from attention.kernels.cuda.launch import Launch, dtype_of, prepare, scalars_of
-from attention.kernels.cuda.plain import through_mlx
-from attention.kernels.cuda.plan import Run, Stage, make_plan
+from attention.kernels.cuda.launch import Launch, dtype_of, on_device, prepare, scalars_of
+from attention.kernels.cuda.plan import Box, Run, Stage, make_plan
 from attention.kernels.cuda.schedule import make_schedule
+from attention.kernels.cuda.stages import forward_plan
 
-
-L2_BYTES_OF_ELEMENT = 8
+L2_BYTES_OF_ELEMENT: Final = 8
 """Of a head that is worked on: queries, cotangents, and the sums of dQ in float32."""
 
 
 def refusal(shape: Shape, call: Call) -> str | None:
-    """Why gradients go through MLX's own path, in one line, or None if our kernels make them."""
+    """Why these kernels do not make the gradients of a call, in one line, or None if they do."""
     if gpu().architecture != "sm_90a":
         return "the backward kernel needs a Hopper GPU"
     if shape.head_dim > LARGEST_HEAD_DIM:
@@ -44,7 +43,7 @@ def kernel_of(shape: Shape, call: Call) -> Backward:
     return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
 
 
-def gradients(
+def by_kernel(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> tuple[mx.array, ...]:
     """The gradients of q, k and v.
@@ -56,49 +55,31 @@ def gradients(
         shape: of the arrays.
         call: what was computed.
     """
-    if not _taken(shape, call):
-        return tuple(through_mlx(list(primals), list(cotangents), call))
-    return by_kernel(primals, cotangents, outputs, shape, call)
-
-
-@functools.lru_cache(maxsize=256)
-def _taken(shape: Shape, call: Call) -> bool:
-    if refusal(shape, call) is None:
-        check(shape, call)
-    return refusal(shape, call) is None
-
-
-def by_kernel(
-    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
-) -> tuple[mx.array, ...]:
-    """The same by our kernels.
-
-    The first clears dQ, in float32; the second adds to it in place, though MLX counts it among its inputs; the third,
-    which waits for dK, rounds it. Nobody else ever sees that array.
-    """
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
-    if launcher.missing() is None:
-        arrays = [*primals, outputs[0], cotangent, outputs[1], of_logsumexp]
-        d_q, d_k, d_v = planned(shape, call, len(cotangents) > 1)(arrays)[:3]
-        return d_q, d_k, d_v
-    rows, sums = rows_launch(shape, call, len(cotangents) > 1)(outputs[0], cotangent, outputs[1], of_logsumexp)
-    d_k, d_v, _ = backward_launch(shape, call)(*primals, cotangent, rows, sums)
-    (d_q,) = finish_launch(shape, call)(sums, d_k)
+    arrays = [*primals, outputs[0], cotangent, outputs[1], of_logsumexp]
+    d_q, d_k, d_v = planned(shape, call, len(cotangents) > 1)(arrays)[:3]
     return d_q, d_k, d_v
 
 
 @functools.lru_cache(maxsize=128)
 def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
-    """The three launches as one operation."""
+    """The three launches as one operation.
+
+    The first clears the sums of dQ; the second adds to them in place; the third, which waits for dK, rounds them.
+    Nobody else ever sees that array.
+    """
     inputs = ("q", "k", "v", "output", "cotangent", "logsumexp", "of_logsumexp")
+    kernel = kernel_of(shape, call)
+    queries, keys = Box(kernel.block_q), Box(kernel.block_k)
     stages = (
-        Stage(rows_launch(shape, call, with_logsumexp), inputs[3:], ("rows", "sums")),
+        Stage(rows_launch(shape, call, with_logsumexp), inputs[3:], ("rows", "sums"), strided=("cotangent",)),
         Stage(
             backward_launch(shape, call),
             ("q", "k", "v", "cotangent", "rows", "sums"),
-            ("d_k", "d_v", "maps"),
+            ("d_k", "d_v"),
             frozenset({"sums"}),
+            maps={"q": queries, "k": keys, "v": keys, "cotangent": queries},
         ),
         Stage(finish_launch(shape, call), ("sums", "d_k"), ("d_q",)),
     )
@@ -111,30 +92,27 @@ def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
     kernel = kernel_of(shape, call)
     planes, tiles = shape.batch * shape.heads, kernel.query_tiles(shape.queries)
     units = tiles * kernel.block_q // ROWS
-    outputs = [((planes, units, 2, ROWS), mx.float32), ((planes, tiles, kernel.block_q * kernel.head_dim), mx.float32)]
-    problem = [units, shape.queries, shape.head_dim]
+    outputs = [
+        ((planes, units, 2, ROWS), mx.float32),
+        ((planes, tiles, kernel.block_q * kernel.head_dim), mx.float32),
+    ]
+    problem = [units, shape.heads, shape.queries, shape.head_dim]
     return prepare(rows_program(kernel, with_logsumexp), planes * units, outputs, problem)
 
 
 @functools.lru_cache(maxsize=128)
 def backward_launch(shape: Shape, call: Call) -> Launch:
-    """The launch for q, k, v, cotangent, rows and dQ / scale; it gives dK, dV, and scratch."""
+    """The launch for q, k, v, cotangent, rows and dQ's sums; it gives dK and dV."""
     kernel = kernel_of(shape, call)
-    planes, key_planes = shape.batch * shape.heads, shape.batch * shape.kv_heads
+    key_planes = shape.batch * shape.kv_heads
     costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
     blocks = min(key_planes * len(costs), gpu().multiprocessors)
     plane_bytes = L2_BYTES_OF_ELEMENT * shape.queries * shape.head_dim * shape.group
-    table = mx.array(make_schedule(blocks, key_planes, costs, plane_bytes), dtype=mx.int32)
-    mx.eval(table)
+    table = make_schedule(blocks, key_planes, costs, plane_bytes)
     keys = ((shape.batch, shape.kv_heads, shape.keys, shape.head_dim), dtype_of(shape))
-    problem = [planes, shape.group, shape.queries, shape.keys, shape.head_dim]
-    return prepare(
-        kernel.program,
-        blocks,
-        [keys, keys, ((blocks * MAP_BYTES,), mx.uint8)],
-        [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0],
-        (table,),
-    )
+    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
+    scalars = [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0]
+    return prepare(kernel.program, blocks, [keys, keys], scalars, on_device(table))
 
 
 @functools.lru_cache(maxsize=128)
@@ -155,7 +133,7 @@ def check(shape: Shape, call: Call) -> None:
 
     def compare() -> str | None:
         q, k, v, cotangent = selfcheck.inputs(small)
-        outputs = launch.forward(small, tried)(q, k, v)[:2]
+        outputs = forward_plan(small, tried)([q, k, v])[:2]
         found = by_kernel((q, k, v), (cotangent,), outputs, small, tried)
         return selfcheck.gradient_disagreement(small, tried, found, [q, k, v, cotangent])
 

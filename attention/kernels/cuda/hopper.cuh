@@ -27,15 +27,19 @@ DEVICE bool barrier_try_wait(u32 barrier, u32 parity) {
   return done;
 }
 
-// Waits for the phase of this parity to complete. With SPIN_LIMIT a deadlock ends in a trap instead of a hang.
+// Waits for the phase of this parity to complete. The loop is the assembler's, not the compiler's, which would take what
+// follows for divergent, and addresses out of the uniform registers. With SPIN_LIMIT a deadlock ends in a trap.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
 #ifdef SPIN_LIMIT
   for (int spins = 0; !barrier_try_wait(barrier, parity); ++spins) {
     if (spins == SPIN_LIMIT) __trap();
   }
 #else
-  while (!barrier_try_wait(barrier, parity)) {
-  }
+  asm volatile(
+      "{\n .reg .pred p;\nAGAIN:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra DONE;\n bra AGAIN;\n"
+      "DONE:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 #endif
 }
 
@@ -45,6 +49,25 @@ DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::
 DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- copies ------------------------------------------------------------------------------------------------------
+
+// What the copy engine knows of an array (batch, head, row, column): a parameter of the kernel, `const __grid_constant__`.
+struct alignas(64) TensorMap {
+  char bytes[128];
+};
+
+// Fetches a map before its first use.
+DEVICE void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(&map)) : "memory");
+}
+
+// One box of it, from device to shared memory; the bytes are counted on `barrier`.
+DEVICE void load_box(u32 destination, const TensorMap& map, int column, int row, int head, int batch, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+          destination),
+      "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
 
 // Orders this thread's ordinary accesses to shared memory before later ones by tensor cores and copy engine.
 DEVICE void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -10,10 +10,10 @@ import mlx.core as mx
 
 from attention.kernels.cuda.call import LOG2_E, Call, Shape, float_bits
 from attention.kernels.cuda.decode import BLOCKS_AT_ONCE, ROWS, Decode, join_program
-from attention.kernels.cuda.forward import MAP_BYTES, Forward, specialise
+from attention.kernels.cuda.forward import Forward, specialise
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.program import Program, machine_code
-from attention.kernels.cuda.schedule import make_schedule
+from attention.kernels.cuda.schedule import make_works
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,34 @@ def forward_kernel(shape: Shape, call: Call) -> Forward:
 
 @functools.lru_cache(maxsize=256)
 def forward(shape: Shape, call: Call) -> Launch:
-    """The launch for inputs q, k, v; it gives the output, the logsumexp, and scratch of no meaning."""
+    """The launch of the Hopper kernel; it gives the output, the logsumexp, and parts of tiles with their marks."""
     kernel = forward_kernel(shape, call)
     planes = shape.batch * shape.heads
-    costs = kernel.tile_costs(shape.queries, shape.keys, call.window or 0)
-    blocks = min(planes * len(costs), gpu().multiprocessors)
+    ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
-    table = mx.array(make_schedule(blocks, planes, costs, plane_bytes), dtype=mx.int32)
-    mx.eval(table)
+    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes)
     rows = (shape.batch, shape.heads, shape.queries)
-    problem = [planes, shape.group, shape.queries, shape.keys, shape.head_dim]
+    numbers, marks = kernel.part_shapes
+    problem = [planes, shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
     return prepare(
         kernel.program,
-        blocks,
-        [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((blocks * MAP_BYTES,), mx.uint8)],
-        [*problem, *scalars_of(call), call.window or 0],
-        (table,),
+        len(table),
+        [
+            ((*rows, shape.head_dim), dtype_of(shape)),
+            (rows, mx.float32),
+            ((parts, *numbers), mx.float32),
+            ((parts, *marks), mx.int64),
+        ],
+        [*problem, *scalars_of(call), call.window or 0, len(table[0])],
+        on_device(table),
     )
+
+
+def on_device(table: tuple[object, ...]) -> tuple[mx.array]:
+    """A table of integers in the GPU's own memory: arrays made from Python's lists lie where both processors reach."""
+    copy = mx.array(table, dtype=mx.int32) + 0
+    mx.eval(copy)
+    return (copy,)
 
 
 @dataclass(frozen=True)

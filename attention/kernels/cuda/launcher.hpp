@@ -1,8 +1,12 @@
 // What launcher.cpp calls of MLX's CUDA backend and of the CUDA driver, declared here: MLX's own header of it asks for the
 // CUDA toolkit's headers, which users of MLX's wheels do not have. Should the two ever disagree, the module does not load.
 #pragma once
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <functional>
+#include <stdexcept>
+#include <string>
 
 #include <mlx/array.h>
 #include <mlx/primitives.h>
@@ -46,11 +50,44 @@ namespace fatui {
 
 namespace mx = mlx::core;
 
+// A CUtensorMap: what the copy engine knows of an array.
+struct alignas(64) TensorMap {
+  char bytes[128];
+};
+
 // The driver's functions, found at run time. Each returns 0 or an error's number.
 struct Driver {
   int (*load_module)(CUmod_st**, const void*);
   int (*get_function)(CUfunc_st**, CUmod_st*, const char*);
   int (*set_attribute)(CUfunc_st*, int, int);
+  int (*encode_map)(TensorMap*, int type, unsigned rank, void* start, const uint64_t* sizes, const uint64_t* strides,
+                    const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill);
+  int (*move_map)(TensorMap*, void* start);
 };
+
+template <typename F>
+void find(F& function, const char* name) {
+  static void* library = dlopen("libcuda.so.1", RTLD_NOW);
+  void* found = library != nullptr ? dlsym(library, name) : nullptr;
+  if (found == nullptr) throw std::runtime_error(std::string("the NVIDIA driver has no ") + name);
+  function = reinterpret_cast<F>(found);
+}
+
+inline const Driver& driver() {
+  static const Driver made = [] {
+    Driver d;
+    find(d.load_module, "cuModuleLoadData");
+    find(d.get_function, "cuModuleGetFunction");
+    find(d.set_attribute, "cuFuncSetAttribute");
+    find(d.encode_map, "cuTensorMapEncodeTiled");
+    find(d.move_map, "cuTensorMapReplaceAddress");
+    return d;
+  }();
+  return made;
+}
+
+inline void check(int status, const char* what) {
+  if (status != 0) throw std::runtime_error(std::string(what) + " failed: CUDA error " + std::to_string(status));
+}
 
 }  // namespace fatui

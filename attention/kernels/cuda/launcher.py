@@ -95,7 +95,7 @@ def _commands(tools: Toolchain) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _key(tools: Toolchain) -> str:
     """Names the library: text, commands, compiler, MLX and Python."""
     sha = hashlib.sha256()
-    for name in ("launcher.hpp", "launcher.cpp"):
+    for name in ("launcher.hpp", "launcher_maps.hpp", "launcher.cpp"):
         sha.update((SOURCES / name).read_bytes())
     marks = (Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h")
     sha.update(repr((_commands(tools), [build.file_mark(path) for path in marks])).encode())

@@ -1,5 +1,6 @@
 """Which block computes which tiles: a dynamic scheduler, played on the host once for each shape."""
 
+import bisect
 import functools
 import heapq
 from typing import Final
@@ -8,6 +9,14 @@ L2_BYTES: Final = 32 * 2**20
 """What the keys and values of heads in flight may take, of the H200's 60 MB."""
 TILE_OVERHEAD: Final = 1.2
 """Start and end of a tile, in tiles of keys (from timings of short against long sequences)."""
+JOINING: Final = 1.5
+"""Adding up the parts of a tile whose keys are dealt out, likewise."""
+MOST_SHARES: Final = 8
+"""Blocks that share a tile, on average, at most."""
+
+Work = tuple[int, int, int, int]
+"""Tile, its first and last but one tile of keys, and the part (see `part_word`)."""
+NO_WORK: Final[Work] = (-1, 0, 0, 0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -40,3 +49,84 @@ def _play(blocks: int, planes: int, costs: tuple[int, ...], group: int) -> tuple
                 lists[block].append(plane * len(costs) + tile)
                 heapq.heapreplace(free, (time + costs[tile] + TILE_OVERHEAD, block))
     return max(time for time, _ in free), lists
+
+
+@functools.lru_cache(maxsize=256)
+def make_works(
+    blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], plane_bytes: int
+) -> tuple[tuple[tuple[Work, ...], ...], int]:
+    """The forward kernel's table (blocks x rounds), and how many parts of tiles there are in it.
+
+    If all tiles cost the same, and do not fill the last round well, its tiles are dealt out by their keys.
+
+    Args:
+        blocks: that run at once; fewer are made if there is less to do.
+        planes: of queries.
+        ranges: the tiles of keys of each tile of a plane, from and to.
+        plane_bytes: the size of a plane's keys and values.
+    """
+    tiles = planes * len(ranges)
+    if len(set(ranges)) == 1:
+        lists, parts = _deal_out(blocks, tiles, ranges[0])
+        if parts:
+            return _table(lists), parts
+    columns = zip(*make_schedule(min(blocks, tiles), planes, tuple(map(_cost, ranges)), plane_bytes), strict=True)
+    lists = [[(tile, *ranges[tile % len(ranges)], 0) for tile in column if tile >= 0] for column in columns]
+    return _table(lists), 0
+
+
+def _cost(keys: tuple[int, int]) -> int:
+    return max(0, keys[1] - keys[0])
+
+
+def _table(lists: list[list[Work]]) -> tuple[tuple[Work, ...], ...]:
+    rounds = max(map(len, lists)) + 1
+    return tuple((*works, *[NO_WORK] * (rounds - len(works))) for works in lists)
+
+
+def _deal_out(blocks: int, tiles: int, keys: tuple[int, int]) -> tuple[list[list[Work]], int]:
+    """Equal tiles: whole rounds, and the rest cut into pieces. No parts, if that would end no sooner."""
+    whole, left = divmod(tiles, blocks)
+    if not left or _cost(keys) < 2:
+        return [], 0
+    sharing = min(blocks, MOST_SHARES * left)
+    pieces, parts = _cut(sharing, whole * blocks, left, keys)
+    longest = max(sum(end - first + TILE_OVERHEAD for _, first, end, _ in own) for own in pieces.values())
+    if longest + JOINING >= _cost(keys) + TILE_OVERHEAD:
+        return [], 0
+    used = blocks if whole else sharing
+    rounds = [[(turn * blocks + block, *keys, 0) for turn in range(whole)] for block in range(used)]
+    return [works + pieces.get(block, []) for block, works in enumerate(rounds)], parts
+
+
+def part_word(first: int, count: int, index: int) -> int:
+    """A part as join.cuh reads it: the parts of all tiles before, how many this tile has, and which of them it is."""
+    return first << 8 | count << 4 | index
+
+
+def _cut(blocks: int, first_tile: int, tiles: int, keys: tuple[int, int]) -> tuple[dict[int, list[Work]], int]:
+    """The keys of some tiles, laid end to end and cut into equal shares: the blocks' pieces, and how many are parts."""
+    first, end = keys
+    cost = end - first
+    cuts = [_smoothed(tiles * cost * block // blocks, cost) for block in range(blocks + 1)]
+    pieces: dict[int, list[Work]] = {}
+    parts = 0
+    for tile in range(tiles):
+        bounds = sorted({tile * cost, (tile + 1) * cost, *(c for c in cuts if tile * cost < c < (tile + 1) * cost)})
+        count = len(bounds) - 1
+        for index in range(count):
+            start = bounds[index]
+            owner = bisect.bisect_right(cuts, start, hi=blocks) - 1
+            word = part_word(parts, count, index) if count > 1 else 0
+            work = (first_tile + tile, first + start - tile * cost, first + bounds[index + 1] - tile * cost, word)
+            pieces.setdefault(owner, []).append(work)
+        parts += count if count > 1 else 0
+    return pieces, parts
+
+
+def _smoothed(cut: int, cost: int) -> int:
+    """A cut moved to the end of a tile that it would leave a sliver of."""
+    beyond = cut % cost
+    if cost > 2 and beyond == 1:
+        return cut - 1
+    return cut + 1 if cost > 2 and beyond == cost - 1 else cut

@@ -9,8 +9,8 @@ using QueryTile = Tile<WARPGROUP_ROWS>;
 using KeyTile = Tile<BLOCK_N>;
 
 struct Problem {
-  int planes;           // batch * heads
-  int planes_per_key;   // query heads that share one key and value head
+  int planes, heads;    // batch * heads, and heads
+  int heads_per_key;    // query heads that share one key and value head
   int queries, keys;    // lengths
   int columns;          // the inputs' head dimension, at most HEAD_DIM: the copy engine fills up with zeros
   float scale_log2;     // of the scores, times log2(e); with SOFTCAP the cap times log2(e)
@@ -21,12 +21,6 @@ struct Problem {
   DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row + 1 + keys - queries) : keys; }
   DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row + 1 + keys - queries - window) : 0; }
 
-  // The tiles of keys that a tile of queries needs are [first_key_block, key_blocks).
-  DEVICE int key_blocks(int block) const {
-    const int last_row = min(queries, (block + 1) * BLOCK_M) - 1;
-    return (max(last_seen_by(last_row), 0) + BLOCK_N - 1) / BLOCK_N;
-  }
-  DEVICE int first_key_block(int block) const { return first_seen_by(block * BLOCK_M) / BLOCK_N; }
   // Of a tile's key blocks, where those end that one warpgroup needs: never none of several, which saves a case.
   DEVICE int key_blocks_of_warpgroup(int first_row, int first_block, int tile_blocks) const {
     const int seen = first_row < queries ? last_seen_by(min(queries, first_row + WARPGROUP_ROWS) - 1) : 0;
@@ -74,14 +68,29 @@ DEVICE void cap_scores(Scores& scores, float into_cap) {
   for (int i = 0; i < BLOCK_N / 2; ++i) scores[i] = 1 - 2 * reciprocal_fast(1 + exp2_fast(scores[i] * factor));
 }
 
-// Drops the scores of keys that a row may not see: it sees first[r] <= key < last[r]. `first_key` is the tile's.
-DEVICE void mask_scores(Scores& scores, const int (&first)[2], const int (&last)[2], int first_key) {
+// Drops the scores of keys that the thread's rows, `row` and `row` + 8, may not see. `first_key` is the tile's.
+DEVICE void mask_scores(Scores& scores, const Problem& problem, int row, int first_key) {
   const int column = first_key + 2 * (threadIdx.x % 4);
 #pragma unroll
-  for (int i = 0; i < BLOCK_N / 2; ++i) {
-    const int r = i / 2 % 2, key = 8 * (i / 4) + i % 2;
-    if (key >= last[r] - column || (WINDOW && key < first[r] - column)) scores[i] = MINUS_INFINITY;
+  for (int r = 0; r < 2; ++r) {
+    const int last = problem.last_seen_by(row + 8 * r) - column, first = problem.first_seen_by(row + 8 * r) - column;
+#pragma unroll
+    for (int i = 2 * r; i < BLOCK_N / 2; i += i % 2 ? 3 : 1) {
+      const int key = 8 * (i / 4) + i % 2;
+      if (key >= last || (WINDOW && key < first)) scores[i] = MINUS_INFINITY;
+    }
   }
+}
+
+// exp2 for x <= 0 on the units that multiply and add, since the one that makes exponentials is as busy as the tensor cores
+// at HEAD_DIM 64 (FlashAttention 4's trick): 2^n by way of the exponent's bits, 2^f by a cubic, f in [-1/2, 1/2], to
+// 1.1e-4 of it. What is less than -127 gives 0, for which the cubic is exact at f = 0.
+DEVICE float exp2_emulated(float x) {
+  constexpr float ROUND = 12582912;  // 1.5 * 2^23: adding it leaves n in the low bits
+  const float y = fmaxf(x, -127) + ROUND;
+  const float f = fmaxf(x, -127) - (y - ROUND);
+  const float power = fmaf(fmaf(fmaf(0.05500906f, f, 0.24221097f), f, 0.69328290f), f, 1);
+  return __int_as_float(__float_as_int(power) + (__float_as_int(y) << 23));
 }
 
 // Online softmax: scores become weights against the row's maximum so far; sum and rescale follow.
@@ -99,8 +108,10 @@ DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
     float even = 0, odd = 0;
 #pragma unroll
     for (int i = 2 * r; i < BLOCK_N / 2; i += 4) {
-      even += scores[i] = exp2_fast(scores[i] * scale_log2 - shift);
-      odd += scores[i + 1] = exp2_fast(scores[i + 1] * scale_log2 - shift);
+      const bool emulated = i / 4 * EMULATED % 8 < EMULATED;  // so many of 8
+      const float x = scores[i] * scale_log2 - shift, y = scores[i + 1] * scale_log2 - shift;
+      even += scores[i] = emulated ? exp2_emulated(x) : exp2_fast(x);
+      odd += scores[i + 1] = emulated ? exp2_emulated(y) : exp2_fast(y);
     }
     rows.sum[r] = rows.sum[r] * rows.rescale[r] + (even + odd);
   }
@@ -112,7 +123,8 @@ DEVICE void pack_weights(Weights& weights, const Scores& scores) {
   for (int i = 0; i < BLOCK_N / 4; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
 }
 
-// Divides by the row sums and writes the log-sum-exp (natural logarithm; -inf, and output 0, for rows that saw no key).
+// Divides by the row sums and writes the log-sum-exp (natural logarithm; -inf, and output 0, for rows that saw no key),
+// unless nobody wants it.
 DEVICE void finish_rows(Output& output, Rows& rows, float* logsumexp, int first_row, const Problem& problem) {
   float inverse[2];
 #pragma unroll
@@ -123,7 +135,7 @@ DEVICE void finish_rows(Output& output, Rows& rows, float* logsumexp, int first_
     inverse[r] = sum > 0 ? 1 / sum : 0;
     const int row = first_row + 8 * r;
     constexpr float LN_2 = 0.693147180559945f;
-    if (threadIdx.x % 4 == 0 && row < problem.queries) {
+    if (logsumexp != nullptr && threadIdx.x % 4 == 0 && row < problem.queries) {
       logsumexp[row] = sum > 0 ? (rows.max[r] * problem.scale_log2 + log2f(sum)) * LN_2 : MINUS_INFINITY;
     }
   }

@@ -24,6 +24,10 @@ constexpr int CONSUMER_WARPS = 4;  // arrivals of one warpgroup that empty a buf
 
 using Output = float[HEAD_DIM / 2];
 
+// A number that is the same in the whole warp, told to the compiler by a shuffle: what follows from it, addresses of tiles
+// above all, stays in uniform registers.
+DEVICE int same_in_warp(int x) { return __shfl_sync(~0u, x, 0); }
+
 // A place in a ring of buffers. `parity` flips at each round and tells the barriers' phases apart.
 struct Ring {
   int stage = 0;
@@ -49,7 +53,22 @@ DEVICE void build_map(u32 workshop, char* map, const char* base, int columns, in
   publish_map(map, workshop);
 }
 
-// Copies ROWS rows of a plane to a tile; `full` has been told to expect them.
+// Copies ROWS rows of a head to a tile; `full` has been told to expect them.
+template <int ROWS>
+DEVICE void load_tile_expected(u32 tile, const TensorMap& map, int head, int batch, int row, u32 full) {
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    load_box(tile + chunk * Tile<ROWS>::CHUNK_BYTES, map, chunk * 64, row, head, batch, full);
+  }
+}
+
+template <int ROWS>
+DEVICE void load_tile(u32 tile, const TensorMap& map, int head, int batch, int row, u32 full) {
+  barrier_arrive_expecting(full, Tile<ROWS>::BYTES);
+  load_tile_expected<ROWS>(tile, map, head, batch, row, full);
+}
+
+// The same with a map that was built on the device, of planes.
 template <int ROWS>
 DEVICE void load_tile_expected(u32 tile, const char* map, int plane, int row, u32 full) {
 #pragma unroll

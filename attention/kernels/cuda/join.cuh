@@ -1,0 +1,77 @@
+// A tile whose keys are dealt out to several blocks: each warp leaves its part of 16 rows in device memory, and the last to
+// come adds all of them up, in their order, so that the sum has the same bits whoever is last.
+//
+// Who is last is found without a counter, which someone would have to clear: each leaves the launch's serial number, which
+// no other launch has, and then looks whether all numbers are there. At least one finds them all; should two, both write
+// the same.
+
+// Work::part: how many parts there are of all tiles before it, how many of this tile, and which of these it is; 0 if the
+// tile is whole.
+struct Part {
+  int first, count, index;
+  DEVICE explicit Part(int word) : first(word >> 8), count(word >> 4 & 15), index(word & 15) {}
+};
+
+// Where parts are left: of each warp of a part the accumulators as registers hold them, then maxima and sums; and the marks.
+struct Parts {
+  float4* numbers;
+  u64* marks;
+  u64 serial;
+
+  static constexpr int VECTORS = HEAD_DIM / 8 + 1;  // of a lane
+  DEVICE u64 place(int part) const { return static_cast<u64>(part) * CONSUMERS * 4 + threadIdx.x / 32 - 4; }
+  DEVICE float4* of_lane(int part) const { return numbers + place(part) * VECTORS * 32 + threadIdx.x % 32; }
+};
+
+DEVICE float4 load_shared_by_blocks(const float4* place) {  // from L2: another block has written it
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(place) : "memory");
+  return x;
+}
+
+// Leaves a warp's part; whether all parts of its rows are there.
+DEVICE bool leave_part(const Output& output, Rows& rows, const Parts& parts, const Part& part) {
+  float4* place = parts.of_lane(part.first + part.index);
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 8; ++i) {
+    place[i * 32] = make_float4(output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]);
+  }
+  place[HEAD_DIM / 8 * 32] = make_float4(rows.max[0], rows.max[1], rows.sum[0], rows.sum[1]);
+  __threadfence();
+  __syncwarp();
+  const int lane = threadIdx.x % 32;
+  volatile u64* marks = parts.marks;
+  if (lane == part.index) marks[parts.place(part.first + part.index)] = parts.serial;
+  __threadfence();
+  __syncwarp();  // the mark is out before anyone looks
+  const bool there = lane >= part.count || marks[parts.place(part.first + lane)] == parts.serial;
+  const bool all = __all_sync(~0u, there);
+  __threadfence();
+  return all;
+}
+
+// Adds up the parts of a warp's rows.
+DEVICE void join_parts(Output& output, Rows& rows, const Parts& parts, const Part& part, float scale_log2) {
+  rows = Rows();
+  for (int i = 0; i < part.count; ++i) {
+    const float4 seen = load_shared_by_blocks(parts.of_lane(part.first + i) + HEAD_DIM / 8 * 32);
+    rows.max[0] = fmaxf(rows.max[0], seen.x), rows.max[1] = fmaxf(rows.max[1], seen.y);
+  }
+  const float shift[2] = {rows.max[0] == MINUS_INFINITY ? 0 : rows.max[0] * scale_log2,
+                          rows.max[1] == MINUS_INFINITY ? 0 : rows.max[1] * scale_log2};
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] = 0;
+#pragma unroll 1
+  for (int i = 0; i < part.count; ++i) {
+    const float4* place = parts.of_lane(part.first + i);
+    const float4 seen = load_shared_by_blocks(place + HEAD_DIM / 8 * 32);
+    const float factor[2] = {exp2_fast(seen.x * scale_log2 - shift[0]), exp2_fast(seen.y * scale_log2 - shift[1])};
+    rows.sum[0] += seen.z * factor[0], rows.sum[1] += seen.w * factor[1];
+#pragma unroll
+    for (int j = 0; j < HEAD_DIM / 8; ++j) {
+      const float4 x = load_shared_by_blocks(place + j * 32);
+      output[4 * j] += x.x * factor[0], output[4 * j + 1] += x.y * factor[0];
+      output[4 * j + 2] += x.z * factor[1], output[4 * j + 3] += x.w * factor[1];
+    }
+  }
+}

@@ -1,0 +1,82 @@
+// Arrays as kernels see them: pointers, strides, and tensor maps that the driver makes on the host.
+#pragma once
+#include <array>
+#include <mutex>
+
+#include "launcher.hpp"
+
+namespace fatui {
+
+constexpr int ALIGNMENT = 16;  // bytes: kernels load so many at once, and the copy engine asks for it
+
+inline char* pointer(const mx::array& a) {
+  auto buffer = a.buffer();
+  return static_cast<char*>(static_cast<mx::cu::CudaBuffer*>(buffer.ptr())->data) + a.offset();
+}
+
+inline bool is_aligned(const mx::array& a) { return reinterpret_cast<uintptr_t>(pointer(a)) % ALIGNMENT == 0; }
+
+// What kernels ask of an array's memory, from nothing to all: that the elements of a row lie side by side, and each row at
+// a multiple of ALIGNMENT; for a tensor map also that no stride is 0; that it is dense. One that does not comply is copied.
+enum class Layout { ANY, STRIDED, MAPPED, DENSE };
+
+inline bool complies(const mx::array& a, Layout layout) {
+  if (layout == Layout::ANY) return true;
+  if (layout == Layout::DENSE) return a.flags().row_contiguous && (a.nbytes() < ALIGNMENT || is_aligned(a));
+  if (a.ndim() != 4 || (a.shape(3) > 1 && a.strides(3) != 1) || !is_aligned(a)) return false;
+  const int64_t least = layout == Layout::MAPPED ? ALIGNMENT : 0;
+  for (int axis = 0; axis < 3; axis++) {
+    const int64_t bytes = a.strides(axis) * int64_t(a.itemsize());
+    if (a.shape(axis) > 1 && (bytes < least || bytes % ALIGNMENT != 0)) return false;
+  }
+  return true;
+}
+
+// What the copy engine moves at once of a (batch, heads, rows, columns) array: rows x columns of one head.
+struct Box {
+  int rows, columns, swizzle;  // swizzle: 128 bytes, or 0 for none
+};
+
+// The tensor map of an argument. It is made anew when the strides change, and else only moved: they seldom do.
+class Map {
+ public:
+  explicit Map(Box box) : box_(box) {}
+
+  TensorMap of(const mx::array& a) {
+    const std::lock_guard lock(mutex_);
+    const std::array<int64_t, 3> strides{a.strides(2), a.strides(1), a.strides(0)};
+    if (!made_ || strides != strides_) encode(a), strides_ = strides, made_ = true;
+    else check(driver().move_map(&map_, pointer(a)), "cuTensorMapReplaceAddress");
+    return map_;
+  }
+
+ private:
+  static int type_of(const mx::array& a) {  // the driver's numbers
+    if (a.dtype() == mx::bfloat16) return 9;
+    if (a.dtype() == mx::float16) return 6;
+    if (a.dtype() == mx::float32) return 7;
+    throw std::invalid_argument("[flash_attention] There is no tensor map of this type.");
+  }
+
+  void encode(const mx::array& a) {
+    constexpr int NO_INTERLEAVE = 0, SWIZZLE_128 = 3, PROMOTE_128 = 2, FILL_ZEROS = 0;
+    const uint64_t sizes[4] = {uint64_t(a.shape(3)), uint64_t(a.shape(2)), uint64_t(a.shape(1)), uint64_t(a.shape(0))};
+    const uint32_t box[4] = {uint32_t(box_.columns), uint32_t(box_.rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+    uint64_t strides[3];  // in bytes, of rows, heads and batch; that of a single one does not matter, but is looked at
+    for (int i = 0; i < 3; i++) {
+      const uint64_t dense = i == 0 ? sizes[0] * a.itemsize() : strides[i - 1] * sizes[i];
+      strides[i] = sizes[i + 1] > 1 ? uint64_t(a.strides(2 - i)) * a.itemsize() : dense;
+    }
+    check(driver().encode_map(&map_, type_of(a), 4, pointer(a), sizes, strides, box, steps, NO_INTERLEAVE,
+                              box_.swizzle == 128 ? SWIZZLE_128 : 0, PROMOTE_128, FILL_ZEROS),
+          "cuTensorMapEncodeTiled");
+  }
+
+  Box box_;
+  std::mutex mutex_;
+  bool made_ = false;
+  std::array<int64_t, 3> strides_{};
+  TensorMap map_;
+};
+
+}  // namespace fatui
