@@ -94,7 +94,7 @@ class Backward:
         )
 
     def _products(self) -> tuple[str, ...]:
-        """The matrix instructions: S^T and dP^T, dK and dV, dQ; of the last, in the wide layout, half of the columns."""
+        """The matrix instructions: S^T and dP^T, dK and dV, dQ; of the last two half in the wide layout."""
         if not self.wide:
             width = self.head_dim * self.block_q // 128
             return (
