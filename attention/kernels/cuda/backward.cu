@@ -60,16 +60,14 @@ DEVICE void consume(const Memory& memory, const Problem& problem, Schedule tile,
     Walk walk(problem, tile.plane, tile.key);
     auto sums = [&] { return own_gradient + walk.place(problem) * (BLOCK_Q * HEAD_DIM); };
     if (walk.left > 0) consumer.run(problem, tile.key, walk, sums);
-    if constexpr (HELD) release_read(memory.keys_empty());
-    else release(memory.keys_empty());
+    release_read(memory.keys_empty());
     consumer.store(key_gradient, value_gradient, problem, tile.plane, tile.key);
   }
-  if constexpr (BULK) await_additions();
 }
 
 DEVICE void init_barriers(const Memory& memory) {
   barrier_init(memory.keys_full(), 1);
-  barrier_init(memory.keys_empty(), HELD ? READ_ARRIVALS : CONSUMERS * CONSUMER_WARPS);
+  barrier_init(memory.keys_empty(), READ_ARRIVALS);
   for (int i = 0; i < STAGES; ++i) {
     barrier_init(memory.full(i), 1);
     barrier_init(memory.empty(i), READ_ARRIVALS);

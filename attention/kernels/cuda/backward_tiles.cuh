@@ -2,7 +2,7 @@
 // registers, where a thread holds two keys and of every 8 queries the two at 2 * (lane % 4).
 
 constexpr int CONSUMERS = 2;
-constexpr int UNITS = BLOCK_Q / 64;  // of 64 queries: as many as lie side by side in 128 bytes
+constexpr int BLOCK_Q = 64;  // queries in a tile
 using QueryTile = Tile<BLOCK_Q>;
 using KeyTile = Tile<BLOCK_K>;
 
@@ -58,37 +58,11 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   wgmma_commit();
 }
 
-// The same with K or V in registers.
-using KeyOperand = u32[HEAD_DIM / 16][4];
-DEVICE void start_scores(Scores& scores, const KeyOperand& left, u32 right) {
-  const u64 right_tile = matrix_descriptor(right, 0);
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < HEAD_DIM / 16; ++step) {
-    wgmma_scores_held(scores, left[step], advance(right_tile, step / 4 * QueryTile::CHUNK_BYTES + step % 4 * 32),
-                      step > 0);
-  }
-  wgmma_commit();
-}
-
-// A warpgroup's 64 rows of a tile as a left operand.
-DEVICE void load_operand(KeyOperand& operand, u32 rows) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-#pragma unroll
-  for (int i = 0; i < HEAD_DIM / 16; ++i) {
-    const int unit = 2 * (i % 4) + lane / 16;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(operand[i][0]), "=r"(operand[i][1]), "=r"(operand[i][2]), "=r"(operand[i][3])
-                 : "r"(rows + i / 4 * KeyTile::CHUNK_BYTES + row * 128 + ((unit ^ row % 8) << 4))
-                 : "memory");
-  }
-}
-
 // ---- softmax and its derivative ----------------------------------------------------------------------------------
 
-// The rows' numbers of 64 queries: | 64 logsumexps | 64 deltas |, each in the order in which threads ask for them: first
-// what lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
-constexpr int UNIT_BYTES = 2 * 64 * 4, ROWS_BYTES = UNITS * UNIT_BYTES;
+// The rows' numbers: | 64 logsumexps | 64 deltas |, each in the order in which threads ask for them: first what
+// lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
+constexpr int ROWS_BYTES = 2 * BLOCK_Q * 4, DELTAS = BLOCK_Q * 4;
 
 DEVICE float4 load_four(u32 address) {
   float4 x;
@@ -105,7 +79,7 @@ DEVICE void load_rows(RowNumbers& numbers, u32 rows) {
   const u32 own = rows + threadIdx.x % 4 * 64;
 #pragma unroll
   for (int i = 0; i < SPAN / 4; i += 4) {
-    const float4 x = load_four(own + i / 16 * UNIT_BYTES + i % 16 * 4);
+    const float4 x = load_four(own + i * 4);
     numbers[i] = x.x, numbers[i + 1] = x.y, numbers[i + 2] = x.z, numbers[i + 3] = x.w;
   }
 }
@@ -165,7 +139,7 @@ template <bool PACK>
 DEVICE void differentiate(const Scores& scores, const Scores& weight_gradients, Operand& weights, Operand& gradients,
                           u32 rows) {
   RowNumbers deltas;
-  load_rows(deltas, rows + 256);
+  load_rows(deltas, rows + DELTAS);
 #pragma unroll
   for (int i = 0; i < SPAN / 2; i += 2) {
     const float even = scores[i] * (weight_gradients[i] - deltas[row_of(i)]);
@@ -180,9 +154,9 @@ DEVICE void store_operand(u32 tile, const Operand& operand, int first) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
   for (int i = 0; i < SPAN / 16; ++i) {
-    const int unit = first + 2 * (i % 4) + lane / 16;
+    const int unit = first + 2 * i + lane / 16;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     tile + i / 4 * BLOCK_K * 128 + row * 128 + ((unit ^ row % 8) << 4)),
+                     tile + row * 128 + ((unit ^ row % 8) << 4)),
                  "r"(operand[i][0]), "r"(operand[i][1]), "r"(operand[i][2]), "r"(operand[i][3])
                  : "memory");
   }
@@ -222,41 +196,15 @@ DEVICE void add_to_device(float* destination, const float (&gradient)[COUNT]) {
                : "memory");
   if constexpr (I + 4 < COUNT) add_to_device<I + 4>(destination, gradient);
 }
-template <int I, int COUNT>
-DEVICE void store_to_buffer(u32 buffer, const float (&gradient)[COUNT]) {
-  asm volatile("st.shared.v4.f32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(buffer), "n"(I * 128), "f"(gradient[I]),
-               "f"(gradient[I + 1]), "f"(gradient[I + 2]), "f"(gradient[I + 3])
-               : "memory");
-  if constexpr (I + 4 < COUNT) store_to_buffer<I + 4>(buffer, gradient);
-}
-
-// Adds this warp's rows and columns of dQ in the order in which its threads hold them: backward_finish.cu sorts them.
+// Adds a warp's share of dQ in the order in which its threads hold it: backward_finish.cu sorts it.
 template <int COUNT>
 DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT]) {
   add_to_device<0>(destination + threadIdx.x % 32 * 4, gradient);
 }
 
-// The same in two steps: a copy in the warp's own buffer in shared memory, as soon as the copy engine has read the last
-// one; and, after fence_shared_for_async and __syncwarp, the engine's adding it, which one lane asks for.
-template <int COUNT>
-DEVICE void keep_query_gradient(u32 buffer, const float (&gradient)[COUNT]) {
-  if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-  __syncwarp();
-  store_to_buffer<0>(buffer + threadIdx.x % 32 * 16, gradient);
-}
-DEVICE void add_kept_gradient(float* destination, u32 buffer) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(
-          destination),
-      "r"(buffer), "n"(QUERY_GRADIENTS * 128)
-      : "memory");
-}
-// Waits until the engine has done all that it was asked for.
-DEVICE void await_additions() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
-// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: rows' numbers | sums of dQ, with BULK |
+// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: rows' numbers |
 struct Memory {
   static constexpr int BUFFER_BYTES = BLOCK_K * BLOCK_Q * 2;
   u32 base;
@@ -271,7 +219,6 @@ struct Memory {
   DEVICE u32 cotangent(int stage) const { return query(stage) + QueryTile::BYTES; }
   DEVICE u32 buffer(int index) const { return query(STAGES) + index * BUFFER_BYTES; }
   DEVICE u32 rows(int stage) const { return buffer(BUFFERS) + stage * ROWS_BYTES; }
-  DEVICE u32 query_gradient() const { return rows(STAGES); }
 };
 
 // A place in the ring of buffers.
@@ -292,15 +239,17 @@ DEVICE void await_phase(u32 barrier, u32 parity) {
 constexpr int BOTH = 1;  // the named barrier of both consumers
 DEVICE void meet() { named_sync(BOTH, CONSUMERS * WARPGROUP); }
 
-// Hands a buffer back that all lanes have read with ordinary loads: none of them may still be at it when one says so.
-constexpr int READ_ARRIVALS = CONSUMERS * CONSUMER_WARPS * (RELEASE == 1 ? 32 : 1);
+// True, which the compiler is not told: a branch on it ends its block, and what the code after it works out of thread
+// numbers does not lie in registers before it. It costs nothing, since the assembler sees through it.
+DEVICE bool always() {
+  u32 one;
+  asm volatile("mov.u32 %0, 1;" : "=r"(one));
+  return one;
+}
+
+// Hands a buffer back that was read with ordinary loads. Every lane answers for its own: one lane's arrival after
+// __syncwarp would do as well, but racecheck does not see a __syncwarp that the assembler finds unnecessary.
+constexpr int READ_ARRIVALS = CONSUMERS * WARPGROUP;
 DEVICE void release_read(u32 empty) {
-  if constexpr (RELEASE == 1) {
-    barrier_arrive(empty);
-  } else {
-    u32 mask = ~0u;
-    if constexpr (RELEASE == 2) asm volatile("activemask.b32 %0;" : "=r"(mask)::"memory");
-    asm volatile("bar.warp.sync %0;" ::"r"(mask) : "memory");
-    release(empty);
-  }
+  if (always()) barrier_arrive(empty);
 }

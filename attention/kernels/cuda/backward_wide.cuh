@@ -7,10 +7,10 @@
 //
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K      each consumer makes half of the columns of each
 //
-// A consumer's steps (n counts tiles of queries):
+// A step (n counts tiles of queries). Both consumers take it together, since each needs the other's half of P^T and dS^T:
 //
-//   tensor cores   [ dP(n)  ]                       [ dV(n)  ][ dK(n)  ][ dQ(n)  ][ S(n+1)                 ]
-//   other units    [ P(n)   ][ dS(n) ][ they meet ]                               [ dQ(n) to device memory ]
+//   tensor cores   [ dP(n) ]                       [ dV(n) ][ dK(n) ][ dQ(n) ][ S(n+1)                 ]
+//   other units    [ P(n)  ][ dS(n) ][ they meet ]                            [ dQ(n) to device memory ]
 
 // Half of the columns: WHOLE of them in chunks of 64 of one's own and, with 192 columns, half of the chunk in the middle.
 constexpr int WHOLE = HEAD_DIM == 192 ? 64 : 128;
@@ -120,8 +120,8 @@ struct Consumer {
     if constexpr (MORE) start_next_scores();
     wgmma_wait<MORE>();
     settle(made);
-    add_to_device<0>(sums + threadIdx.x % 32 * 4, made.whole);
-    if constexpr (MIDDLE) add_to_device<0>(sums + WHOLE * 16 + threadIdx.x % 32 * 4, made.middle);
+    add_query_gradient(sums, made.whole);
+    if constexpr (MIDDLE) add_query_gradient(sums + WHOLE * 16, made.middle);
     if constexpr (MORE) finish_scores();
   }
 
