@@ -3,7 +3,7 @@
 // tile stay in registers, while queries, cotangents and the rows' numbers go by; dQ is added up in device memory in
 // float32, in no fixed order: an input that backward_rows.cu has cleared, and backward_finish.cu rounds.
 
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP, MAPS = 4;
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
 // This block's tiles of keys: its column of the table (rounds x blocks) that the host made.
@@ -21,20 +21,28 @@ struct Schedule {
   }
 };
 
+// The arrays that the copy engine reads.
+struct Maps {
+  const TensorMap &query, &key, &value, &cotangent;
+};
+
 // The producer: one thread.
-DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile, const char* maps, const float* rows) {
+DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile, const Maps& maps, const float* rows) {
+  const int key_heads = problem.heads / problem.heads_per_key;
   Ring ring;
   for (u32 parity = 1; tile.next(); parity ^= 1) {
-    barrier_wait(memory.keys_empty(), parity);
+    const int batch = tile.plane / key_heads, key_head = tile.plane % key_heads;
+    await_phase(memory.keys_empty(), parity);
     barrier_arrive_expecting(memory.keys_full(), 2 * KeyTile::BYTES);
-    load_tile_expected<BLOCK_K>(memory.key(), maps + MAP_BYTES, tile.plane, tile.key, memory.keys_full());
-    load_tile_expected<BLOCK_K>(memory.value(), maps + 2 * MAP_BYTES, tile.plane, tile.key, memory.keys_full());
+    load_tile_expected<BLOCK_K>(memory.key(), maps.key, key_head, batch, tile.key, memory.keys_full());
+    load_tile_expected<BLOCK_K>(memory.value(), maps.value, key_head, batch, tile.key, memory.keys_full());
     for (Walk walk(problem, tile.plane, tile.key); walk.left > 0; walk.next()) {
+      const int head = walk.plane % problem.heads, row = walk.tile * BLOCK_Q;
       const u32 full = memory.full(ring.stage);
-      barrier_wait(memory.empty(ring.stage), ring.parity ^ 1);
+      await_phase(memory.empty(ring.stage), ring.parity ^ 1);
       barrier_arrive_expecting(full, 2 * QueryTile::BYTES + ROWS_BYTES);
-      load_tile_expected<BLOCK_Q>(memory.query(ring.stage), maps, walk.plane, walk.tile * BLOCK_Q, full);
-      load_tile_expected<BLOCK_Q>(memory.cotangent(ring.stage), maps + 3 * MAP_BYTES, walk.plane, walk.tile * BLOCK_Q, full);
+      load_tile_expected<BLOCK_Q>(memory.query(ring.stage), maps.query, head, batch, row, full);
+      load_tile_expected<BLOCK_Q>(memory.cotangent(ring.stage), maps.cotangent, head, batch, row, full);
       load_bytes(memory.rows(ring.stage), rows + walk.place(problem) * (ROWS_BYTES / 4), ROWS_BYTES, full);
       ring.advance();
     }
@@ -43,47 +51,41 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile,
 
 DEVICE void consume(const Memory& memory, const Problem& problem, Schedule tile, float* query_gradient, char* key_gradient,
                     char* value_gradient) {
-  // The shuffle tells the compiler that the number is the same in the whole warp.
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - 4;
+  const int warp = same_in_warp(threadIdx.x / 32) - 4;
   Consumer consumer(memory, warp / 4);
   float* own_gradient = query_gradient + warp * QUERY_GRADIENTS * 32;
   for (u32 parity = 0; tile.next(); parity ^= 1) {
-    consumer.clear();
-    barrier_wait(memory.keys_full(), parity);
+    await_phase(memory.keys_full(), parity);
+    consumer.begin();
     Walk walk(problem, tile.plane, tile.key);
     auto sums = [&] { return own_gradient + walk.place(problem) * (BLOCK_Q * HEAD_DIM); };
-    if (walk.left > 0) {
-      consumer.start_next_scores();
-      consumer.finish_scores();
-#pragma unroll 1
-      for (; walk.left > 1; walk.next()) consumer.step<true>(problem, tile.key, walk.tile, sums());
-      consumer.step<false>(problem, tile.key, walk.tile, sums());
-    }
-    release(memory.keys_empty());
+    if (walk.left > 0) consumer.run(problem, tile.key, walk, sums);
+    release_read(memory.keys_empty());
     consumer.store(key_gradient, value_gradient, problem, tile.plane, tile.key);
   }
-  finish_adding();
 }
 
 DEVICE void init_barriers(const Memory& memory) {
   barrier_init(memory.keys_full(), 1);
-  barrier_init(memory.keys_empty(), CONSUMERS * CONSUMER_WARPS);
+  barrier_init(memory.keys_empty(), READ_ARRIVALS);
   for (int i = 0; i < STAGES; ++i) {
     barrier_init(memory.full(i), 1);
     barrier_init(memory.empty(i), READ_ARRIVALS);
   }
+  for (int i = 0; i < BUFFERS; ++i) barrier_init(memory.exchanged(i), CONSUMERS * CONSUMER_WARPS);
   barrier_init_fence();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    KERNEL_NAME(const char* query, const char* key, const char* value, const char* cotangent, const float* rows,
-                float* query_gradient, const int* schedule, char* key_gradient, char* value_gradient, char* scratch,
-                int planes, int planes_per_key, int queries, int keys, int columns, int scale_bits, int scale_log2_bits,
+    KERNEL_NAME(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
+                const __grid_constant__ TensorMap value, const __grid_constant__ TensorMap cotangent, const float* rows,
+                float* query_gradient, const int* schedule, char* key_gradient, char* value_gradient, int heads,
+                int heads_per_key, int queries, int keys, int columns, int scale_bits, int scale_log2_bits,
                 int into_cap_bits, int window) {
   extern __shared__ __align__(1024) char shared[];
   const Memory memory{shared_address(shared)};
-  const Problem problem{planes,
-                        planes_per_key,
+  const Problem problem{heads,
+                        heads_per_key,
                         queries,
                         keys,
                         columns,
@@ -91,21 +93,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         __int_as_float(scale_log2_bits),
                         __int_as_float(into_cap_bits),
                         window};
-  char* maps = scratch + blockIdx.x * (MAPS * MAP_BYTES);
-
-  const int warp = threadIdx.x / 32;
-  if (warp < MAPS) {
-    const char* base = warp == 0 ? query : warp == 1 ? key : warp == 2 ? value : cotangent;
-    const bool of_queries = warp == 0 || warp == 3;
-    build_map(memory.maps() + warp * MAP_BYTES, maps + warp * MAP_BYTES, base, columns, of_queries ? queries : keys,
-              of_queries ? planes : planes / planes_per_key, of_queries ? BLOCK_Q : BLOCK_K);
+  if (threadIdx.x == 0) {
+    prefetch_map(query), prefetch_map(key), prefetch_map(value), prefetch_map(cotangent);
+    init_barriers(memory);
   }
-  if (threadIdx.x == MAPS * 32) init_barriers(memory);
   __syncthreads();
 
   if (threadIdx.x < WARPGROUP) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(memory, problem, Schedule(schedule, problem), maps, rows);
+    if (threadIdx.x == 0) produce(memory, problem, Schedule(schedule, problem), {query, key, value, cotangent}, rows);
   } else {
     take_registers<CONSUMER_REGISTERS>();
     consume(memory, problem, Schedule(schedule, problem), query_gradient, key_gradient, value_gradient);

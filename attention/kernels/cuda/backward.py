@@ -8,11 +8,13 @@ from attention.kernels.cuda.forward import Element
 from attention.kernels.cuda.program import Program
 from attention.kernels.cuda.wgmma import wgmma
 
-LARGEST_HEAD_DIM: Final = 256
-ROWS: Final = 64
-"""Query rows whose numbers lie together."""
-MAP_BYTES: Final = 4 * 128
-"""The tensor maps that each block builds for itself."""
+WIDTHS: Final = (64, 128, 192, 256)
+"""Head dims that there are kernels for; others take the next one."""
+LARGEST_HEAD_DIM: Final = WIDTHS[-1]
+BLOCK_Q: Final = 64
+"""Queries in a tile."""
+STAGES: Final = 2
+"""Tiles of queries that are there at a time."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,7 @@ class Backward:
     causal: bool
     element: Element
     window: bool
-    softcap: bool = False
-    block_q: int = 64
-    """Queries in a tile."""
-    stages: int = 2
-    bulk: bool = False
-    late: bool = False
-    init: bool = False
-    release: int = 0
+    softcap: bool
 
     @property
     def wide(self) -> bool:
@@ -45,16 +40,14 @@ class Backward:
 
     @property
     def buffers(self) -> int:
-        """Tiles of dS, and of P where that goes through shared memory, too: two of each."""
-        return 4 if self.wide else 2
+        """Tiles of dS; where P goes through shared memory, too, two of each."""
+        return 4 if self.wide else 3
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: barriers, K and V, the rings of Q and dO, tiles of P or dS, and the rows' numbers."""
-        keys, queries = 2 * self.block_k, 2 * self.block_q * self.stages
-        sums = 4 * self.head_dim * self.block_q if self.bulk else 0
-        tiles = 2 * self.head_dim * (keys + queries) + self.buffers * 2 * self.block_k * self.block_q
-        return 1024 + tiles + self.stages * (12 if self.init else 8) * self.block_q + sums
+        """Bytes: barriers, K and V, the ring of Q and dO, tiles of P or dS, and the rows' numbers."""
+        rows = 2 * self.block_k + 2 * BLOCK_Q * STAGES
+        return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + 8 * BLOCK_Q * STAGES
 
     @functools.cached_property
     def program(self) -> Program:
@@ -62,17 +55,12 @@ class Backward:
         constants = {
             "HEAD_DIM": self.head_dim,
             "BLOCK_K": self.block_k,
-            "BLOCK_Q": self.block_q,
-            "SPAN": self.block_q // 2 if self.wide else self.block_q,
-            "STAGES": self.stages,
+            "SPAN": BLOCK_Q // 2 if self.wide else BLOCK_Q,
+            "STAGES": STAGES,
             "BUFFERS": self.buffers,
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
-            "BULK": self.bulk,
-            "LATE": self.late,
-            "INIT": self.init,
-            "RELEASE": self.release,
             "BFLOAT16": self.element == "bf16",
         }
         layout = "backward_wide.cuh" if self.wide else "backward_narrow.cuh"
@@ -94,55 +82,57 @@ class Backward:
         )
 
     def _products(self) -> tuple[str, ...]:
-        """The matrix instructions: S^T and dP^T, dK and dV, dQ; the last two for half of the columns in the wide layout."""
-        if not self.wide:
-            width = self.head_dim * self.block_q // 128
-            return (
-                wgmma("wgmma_scores", self.block_q, self.element, a_in_registers=False, transpose_b=False),
-                wgmma("wgmma_output", self.head_dim, self.element, a_in_registers=True, transpose_b=True),
-                wgmma("wgmma_queries", width, self.element, a_in_registers=False, transpose_a=True, transpose_b=True),
-            )
-        products = [wgmma("wgmma_scores", self.block_q // 2, self.element, a_in_registers=False, transpose_b=False)]
-        for end, width in (("", 128 if self.head_dim == 256 else 64), ("_middle", 32)):
-            for name, transpose_a in ((f"wgmma_output{end}", False), (f"wgmma_queries{end}", True)):
-                transposed = {"transpose_a": transpose_a, "transpose_b": True}
-                products.append(wgmma(name, width, self.element, a_in_registers=False, **transposed))
-        return tuple(products)
-
-    def query_tiles(self, queries: int) -> int:
-        """Tiles of queries in a plane."""
-        return -(-queries // self.block_q)
+        """The matrix instructions: S^T and dP^T, dK and dV, dQ; of the last two half in the wide layout."""
+        products: list[tuple[str, int, dict[str, bool]]] = []
+        held, outputs = {"a_in_registers": True}, {"a_in_registers": False, "transpose_b": True}
+        queries = {**outputs, "transpose_a": True}
+        if self.wide:
+            products.append(("scores", BLOCK_Q // 2, {"a_in_registers": False}))
+            for end, width in (("", 128 if self.head_dim == 256 else 64), ("_middle", 32)):
+                products += [(f"output{end}", width, outputs), (f"queries{end}", width, queries)]
+        else:
+            products += [("scores", BLOCK_Q, {"a_in_registers": False}), ("scores_held", BLOCK_Q, held)]
+            products += [("output", self.head_dim, {**outputs, **held}), ("queries", self.head_dim // 2, queries)]
+        return tuple(
+            wgmma(f"wgmma_{name}", width, self.element, **{"transpose_b": False, **how})
+            for name, width, how in products
+        )
 
     def tile_costs(self, queries: int, keys: int, window: int) -> tuple[int, ...]:
         """The tiles of queries that see any of each tile of keys, as the kernel counts them."""
         shift, costs = keys - queries, []
         for key in range(0, keys, self.block_k):
-            first = max(0, key - shift) // self.block_q if self.causal else 0
+            first = max(0, key - shift) // BLOCK_Q if self.causal else 0
             end = max(0, min(queries, key + self.block_k - 1 - shift + window)) if self.window else queries
-            costs.append(max(0, -(-end // self.block_q) - first))
+            costs.append(max(0, -(-end // BLOCK_Q) - first))
         return tuple(costs)
 
 
 def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Backward:
     """The specialisation for a call of this kind."""
-    return Backward(
-        64 if head_dim <= 64 else 128 if head_dim <= 128 else 192 if head_dim <= 192 else 256,
-        causal,
-        element,
-        window,
-        softcap,
-    )
+    width = next(width for width in WIDTHS if head_dim <= width)
+    return Backward(width, causal, element, window, softcap)
+
+
+def query_tiles(queries: int) -> int:
+    """Tiles of queries in a plane."""
+    return -(-queries // BLOCK_Q)
+
+
+def workspace_bytes(kernel: Backward, planes: int, queries: int) -> int:
+    """Device memory above inputs and outputs: in float32 the sums of dQ, and two numbers of each row."""
+    return planes * query_tiles(queries) * BLOCK_Q * (kernel.head_dim + 2) * 4
 
 
 def rows_program(kernel: Backward, logsumexp_cotangent: bool) -> Program:
     """The text of backward_rows.cu."""
-    constants = {"HEAD_DIM": kernel.head_dim, "INIT": kernel.init, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}
+    constants = {"HEAD_DIM": kernel.head_dim, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}
     return _pass_program(kernel, "rows", constants)
 
 
 def finish_program(kernel: Backward) -> Program:
     """The text of backward_finish.cu."""
-    return _pass_program(kernel, "finish", {"HEAD_DIM": kernel.head_dim, "BLOCK_Q": kernel.block_q})
+    return _pass_program(kernel, "finish", {"HEAD_DIM": kernel.head_dim})
 
 
 def _pass_program(kernel: Backward, name: str, constants: dict[str, int]) -> Program:

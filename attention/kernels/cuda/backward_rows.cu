@@ -29,15 +29,17 @@ DEVICE float dot(u32 a, u32 b) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL_NAME(const uint4* output, const uint4* cotangent, const float* logsumexp, const float* logsumexp_cotangent,
-                float* rows, float4* query_gradient, int tiles, int queries, int columns) {
+                float* rows, float4* query_gradient, int tiles, int heads, int queries, int columns,
+                u64 cotangent_batch_stride, u64 cotangent_head_stride, u64 cotangent_row_stride) {
   const int plane = blockIdx.x / tiles, first = blockIdx.x % tiles * ROWS, lane = threadIdx.x % LANES;
+  cotangent += (plane / heads * cotangent_batch_stride + plane % heads * cotangent_head_stride) / 8;
   uint4 o[ROUNDS] = {}, c[ROUNDS] = {};
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
     const int row = first + (i * THREADS + threadIdx.x) / LANES;
     if (row >= queries || lane >= columns / 8) continue;
-    const u64 place = (static_cast<u64>(plane) * queries + row) * (columns / 8) + lane;
-    o[i] = output[place], c[i] = cotangent[place];
+    o[i] = output[(static_cast<u64>(plane) * queries + row) * (columns / 8) + lane];
+    c[i] = cotangent[row * cotangent_row_stride / 8 + lane];
   }
 #pragma unroll
   for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 4; i += THREADS) {
@@ -54,11 +56,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float of_row = row < queries ? logsumexp[place] : MINUS_INFINITY;
     const bool sees = of_row != MINUS_INFINITY;
     if (LOGSUMEXP_COTANGENT && sees) delta -= logsumexp_cotangent[place];
-    float* tile = rows + static_cast<u64>(blockIdx.x) * (INIT ? 3 : 2) * ROWS;
-    tile[index % 8 / 2 * 16 + index / 8 * 2 + index % 2] = sees ? of_row * 1.44269504f : -MINUS_INFINITY;
-    if (INIT) {
-      float* own = tile + ROWS + index % 8 / 2 * 32 + index / 8 * 4 + index % 2;
-      own[0] = own[2] = sees ? -delta : 0;
-    } else tile[ROWS + index % 8 / 2 * 16 + index / 8 * 2 + index % 2] = sees ? delta : 0;
+    float* own = rows + static_cast<u64>(blockIdx.x) * 2 * ROWS + index % 8 / 2 * 16 + index / 8 * 2 + index % 2;
+    own[0] = sees ? of_row * 1.44269504f : -MINUS_INFINITY;
+    own[ROWS] = sees ? delta : 0;
   }
 }

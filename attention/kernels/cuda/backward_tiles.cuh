@@ -2,12 +2,12 @@
 // registers, where a thread holds two keys and of every 8 queries the two at 2 * (lane % 4).
 
 constexpr int CONSUMERS = 2;
-constexpr int UNITS = BLOCK_Q / 64;  // of 64 queries: as many as lie side by side in 128 bytes
+constexpr int BLOCK_Q = 64;  // queries in a tile
 using QueryTile = Tile<BLOCK_Q>;
 using KeyTile = Tile<BLOCK_K>;
 
 struct Problem {
-  int planes, planes_per_key, queries, keys, columns;
+  int heads, heads_per_key, queries, keys, columns;
   float scale, scale_log2;  // of the scores; the latter times log2(e), with SOFTCAP the cap times log2(e)
   float into_cap;           // with SOFTCAP: scale / cap
   int window;
@@ -28,10 +28,10 @@ struct Problem {
 struct Walk {
   int plane, tile, first, start, end, left;
   DEVICE Walk(const Problem& problem, int key_plane, int key)
-      : plane(key_plane * problem.planes_per_key), first(problem.first_tile(key)), end(problem.end_tile(key)) {
+      : plane(key_plane * problem.heads_per_key), first(problem.first_tile(key)), end(problem.end_tile(key)) {
     const int count = max(0, end - first);
     start = tile = first + (count > 0 ? key / BLOCK_K % count : 0);
-    left = count * problem.planes_per_key;
+    left = count * problem.heads_per_key;
   }
   DEVICE void next() {
     if (++tile == end) tile = first;
@@ -46,7 +46,6 @@ using Operand = u32[SPAN / 16][4];  // the same as a left operand
 constexpr int QUERY_GRADIENTS = HEAD_DIM * BLOCK_Q / (CONSUMERS * WARPGROUP);  // a thread's elements of a tile of dQ
 
 // S^T or dP^T: 64 rows of K or V against SPAN rows of Q or dO.
-template <bool ADD = false>
 DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   const u64 left_tile = matrix_descriptor(left, 0), right_tile = matrix_descriptor(right, 0);
   wgmma_fence();
@@ -54,16 +53,16 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   for (int step = 0; step < HEAD_DIM / 16; ++step) {
     const int chunk = step / 4, offset = step % 4 * 32;
     wgmma_scores(scores, advance(left_tile, chunk * KeyTile::CHUNK_BYTES + offset),
-                 advance(right_tile, chunk * QueryTile::CHUNK_BYTES + offset), ADD || step > 0);
+                 advance(right_tile, chunk * QueryTile::CHUNK_BYTES + offset), step > 0);
   }
   wgmma_commit();
 }
 
 // ---- softmax and its derivative ----------------------------------------------------------------------------------
 
-// The rows' numbers of 64 queries: | 64 logsumexps | 64 deltas |, each in the order in which threads ask for them: first
-// what lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
-constexpr int UNIT_BYTES = (INIT ? 3 : 2) * 64 * 4, ROWS_BYTES = UNITS * UNIT_BYTES;
+// The rows' numbers: | 64 logsumexps | 64 deltas |, each in the order in which threads ask for them: first what
+// lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
+constexpr int ROWS_BYTES = 2 * BLOCK_Q * 4, DELTAS = BLOCK_Q * 4;
 
 DEVICE float4 load_four(u32 address) {
   float4 x;
@@ -74,28 +73,19 @@ DEVICE float4 load_four(u32 address) {
   return x;
 }
 
-// Calls `use` with each element of a thread's scores and the number of its query.
-template <typename Use>
-DEVICE void with_rows(u32 rows, const Use& use) {
+using RowNumbers = float[SPAN / 4];  // a number for each of a thread's queries
+
+DEVICE void load_rows(RowNumbers& numbers, u32 rows) {
   const u32 own = rows + threadIdx.x % 4 * 64;
 #pragma unroll
-  for (int i = 0; i < SPAN / 2; i += 8) {
-    const float4 x = load_four(own + i / 32 * UNIT_BYTES + i % 32 * 2);
-    const float of[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int j = 0; j < 8; ++j) use(i + j, of[j / 4 * 2 + j % 2]);
+  for (int i = 0; i < SPAN / 4; i += 4) {
+    const float4 x = load_four(own + i * 4);
+    numbers[i] = x.x, numbers[i + 1] = x.y, numbers[i + 2] = x.z, numbers[i + 3] = x.w;
   }
 }
 
-// Starts the sum of dP^T at -delta.
-DEVICE void load_deltas(Scores& weight_gradients, u32 rows) {
-  const u32 own = rows + 256 + threadIdx.x % 4 * 128;
-#pragma unroll
-  for (int i = 0; i < SPAN / 2; i += 4) {
-    const float4 x = load_four(own + i / 32 * UNIT_BYTES + i % 32 * 4);
-    weight_gradients[i] = x.x, weight_gradients[i + 1] = x.y, weight_gradients[i + 2] = x.z, weight_gradients[i + 3] = x.w;
-  }
-}
+// Which of them belongs to an element of the scores.
+DEVICE constexpr int row_of(int element) { return element / 4 * 2 + element % 2; }
 
 // Drops the scores of keys that a query may not see, and of keys that are not there.
 DEVICE void mask_scores(Scores& scores, const Problem& problem, int first_key, int first_query) {
@@ -130,36 +120,33 @@ DEVICE void cap_scores(Scores& scores, float into_cap) {
 // P^T = 2^(c S^T - logsumexp of the query); what stays in the scores' place is what dS^T is proportional to: P^T itself or,
 // with SOFTCAP, P^T (1 - tanh^2).
 template <bool PACK>
-DEVICE void weigh(Scores& scores, Operand& weights, u32 rows, const Problem& problem, int first_key, int first_query) {
+DEVICE void weigh(Scores& scores, Operand& weights, const RowNumbers& logsumexps, const Problem& problem, int first_key,
+                  int first_query) {
   if constexpr (SOFTCAP) cap_scores(scores, problem.into_cap);
   mask_scores(scores, problem, first_key, first_query);
-  float even = 0;
-  with_rows(rows, [&](int i, float logsumexp) {
-    const float weight = exp2_fast(scores[i] * problem.scale_log2 - logsumexp);
-    scores[i] = SOFTCAP ? weight - weight * fminf(scores[i] * scores[i], 1) : weight;
-    if (PACK && i % 2) weights[i / 8][i / 2 % 4] = pack(even, weight);
-    even = weight;
-  });
+#pragma unroll
+  for (int i = 0; i < SPAN / 2; i += 2) {
+    const float even = exp2_fast(scores[i] * problem.scale_log2 - logsumexps[row_of(i)]);
+    const float odd = exp2_fast(scores[i + 1] * problem.scale_log2 - logsumexps[row_of(i + 1)]);
+    if (PACK) weights[i / 8][i / 2 % 4] = pack(even, odd);
+    scores[i] = SOFTCAP ? even - even * fminf(scores[i] * scores[i], 1) : even;
+    scores[i + 1] = SOFTCAP ? odd - odd * fminf(scores[i + 1] * scores[i + 1], 1) : odd;
+  }
 }
 
 // dS^T = P^T (dP^T - delta), packed; without SOFTCAP it packs P^T, too, if that has not been done.
 template <bool PACK>
 DEVICE void differentiate(const Scores& scores, const Scores& weight_gradients, Operand& weights, Operand& gradients,
                           u32 rows) {
-  float even = 0;
-  if constexpr (INIT) {
+  RowNumbers deltas;
+  load_rows(deltas, rows + DELTAS);
 #pragma unroll
-    for (int i = 0; i < SPAN / 2; i += 2) {
-      gradients[i / 8][i / 2 % 4] = pack(scores[i] * weight_gradients[i], scores[i + 1] * weight_gradients[i + 1]);
-      if (PACK) weights[i / 8][i / 2 % 4] = pack(scores[i], scores[i + 1]);
-    }
-  } else
-  with_rows(rows + 256, [&](int i, float delta) {
-    const float gradient = scores[i] * (weight_gradients[i] - delta);
-    if (i % 2) gradients[i / 8][i / 2 % 4] = pack(even, gradient);
-    if (PACK && i % 2) weights[i / 8][i / 2 % 4] = pack(scores[i - 1], scores[i]);
-    even = gradient;
-  });
+  for (int i = 0; i < SPAN / 2; i += 2) {
+    const float even = scores[i] * (weight_gradients[i] - deltas[row_of(i)]);
+    const float odd = scores[i + 1] * (weight_gradients[i + 1] - deltas[row_of(i + 1)]);
+    gradients[i / 8][i / 2 % 4] = pack(even, odd);
+    if (PACK) weights[i / 8][i / 2 % 4] = pack(scores[i], scores[i + 1]);
+  }
 }
 
 // Puts a warpgroup's P^T or dS^T into its rows of a tile, from the 16-byte unit `first` on, for tensor cores to read.
@@ -167,9 +154,9 @@ DEVICE void store_operand(u32 tile, const Operand& operand, int first) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
   for (int i = 0; i < SPAN / 16; ++i) {
-    const int unit = first + 2 * (i % 4) + lane / 16;
+    const int unit = first + 2 * i + lane / 16;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     tile + i / 4 * BLOCK_K * 128 + row * 128 + ((unit ^ row % 8) << 4)),
+                     tile + row * 128 + ((unit ^ row % 8) << 4)),
                  "r"(operand[i][0]), "r"(operand[i][1]), "r"(operand[i][2]), "r"(operand[i][3])
                  : "memory");
   }
@@ -209,46 +196,15 @@ DEVICE void add_to_device(float* destination, const float (&gradient)[COUNT]) {
                : "memory");
   if constexpr (I + 4 < COUNT) add_to_device<I + 4>(destination, gradient);
 }
-template <int I, int COUNT>
-DEVICE void store_to_buffer(u32 buffer, const float (&gradient)[COUNT]) {
-  asm volatile("st.shared.v4.f32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(buffer), "n"(I * 128), "f"(gradient[I]),
-               "f"(gradient[I + 1]), "f"(gradient[I + 2]), "f"(gradient[I + 3])
-               : "memory");
-  if constexpr (I + 4 < COUNT) store_to_buffer<I + 4>(buffer, gradient);
-}
-
-// Adds this warp's rows and columns of dQ in the order in which its threads hold them: backward_finish.cu sorts them.
-// With BULK through the warp's own buffer in shared memory, which the copy engine then adds in one go.
+// Adds a warp's share of dQ in the order in which its threads hold it: backward_finish.cu sorts it.
 template <int COUNT>
-DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT], u32 buffers) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (BULK) {
-    const u32 buffer = buffers + (threadIdx.x / 32 - 4) * COUNT * 128;
-    if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    __syncwarp();
-    store_to_buffer<0>(buffer + lane * 16, gradient);
-    fence_shared_for_async();
-    __syncwarp();
-    if (lane == 0) {
-      asm volatile(
-          "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n cp.async.bulk.commit_group;" ::"l"(
-              destination),
-          "r"(buffer), "n"(COUNT * 128)
-          : "memory");
-    }
-  } else {
-    add_to_device<0>(destination + lane * 4, gradient);
-  }
-}
-
-// Waits until the copy engine has read all that it was given to add.
-DEVICE void finish_adding() {
-  if constexpr (BULK) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT]) {
+  add_to_device<0>(destination + threadIdx.x % 32 * 4, gradient);
 }
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
-// | barriers, maps: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: rows' numbers | sums of dQ, with BULK |
+// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: rows' numbers |
 struct Memory {
   static constexpr int BUFFER_BYTES = BLOCK_K * BLOCK_Q * 2;
   u32 base;
@@ -256,28 +212,44 @@ struct Memory {
   DEVICE u32 keys_empty() const { return base + 8; }
   DEVICE u32 full(int stage) const { return base + 16 + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + 16 + 8 * (STAGES + stage); }
-  DEVICE u32 maps() const { return base + 512; }
+  DEVICE u32 exchanged(int buffer) const { return base + 16 + 8 * (2 * STAGES + buffer); }
   DEVICE u32 key() const { return base + 1024; }
   DEVICE u32 value() const { return key() + KeyTile::BYTES; }
   DEVICE u32 query(int stage) const { return value() + KeyTile::BYTES + stage * 2 * QueryTile::BYTES; }
   DEVICE u32 cotangent(int stage) const { return query(stage) + QueryTile::BYTES; }
   DEVICE u32 buffer(int index) const { return query(STAGES) + index * BUFFER_BYTES; }
   DEVICE u32 rows(int stage) const { return buffer(BUFFERS) + stage * ROWS_BYTES; }
-  DEVICE u32 query_gradient() const { return rows(STAGES); }
 };
+
+// A place in the ring of buffers.
+struct BufferRing {
+  int index = 0;
+  u32 parity = 0;
+  DEVICE void advance() {
+    if (++index == BUFFERS) index = 0, parity ^= 1;
+  }
+};
+
+// barrier_wait with the compiler's own loop: what is worked out before it is not kept in registers until after it.
+DEVICE void await_phase(u32 barrier, u32 parity) {
+  while (!barrier_try_wait(barrier, parity)) {
+  }
+}
 
 constexpr int BOTH = 1;  // the named barrier of both consumers
 DEVICE void meet() { named_sync(BOTH, CONSUMERS * WARPGROUP); }
 
-// Hands a buffer back that all lanes have read with ordinary loads: none of them may still be at it when one says so.
-constexpr int READ_ARRIVALS = CONSUMERS * CONSUMER_WARPS * (RELEASE == 1 ? 32 : 1);
+// True, which the compiler is not told: a branch on it ends its block, and what the code after it works out of thread
+// numbers does not lie in registers before it. It costs nothing, since the assembler sees through it.
+DEVICE bool always() {
+  u32 one;
+  asm volatile("mov.u32 %0, 1;" : "=r"(one));
+  return one;
+}
+
+// Hands a buffer back that was read with ordinary loads. Every lane answers for its own: one lane's arrival after
+// __syncwarp would do as well, but racecheck does not see a __syncwarp that the assembler finds unnecessary.
+constexpr int READ_ARRIVALS = CONSUMERS * WARPGROUP;
 DEVICE void release_read(u32 empty) {
-  if constexpr (RELEASE == 1) {
-    barrier_arrive(empty);
-  } else {
-    u32 mask = ~0u;
-    if constexpr (RELEASE == 2) asm volatile("activemask.b32 %0;" : "=r"(mask)::"memory");
-    asm volatile("bar.warp.sync %0;" ::"r"(mask) : "memory");
-    release(empty);
-  }
+  if (always()) barrier_arrive(empty);
 }

@@ -7,10 +7,10 @@
 //
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K      each consumer makes half of the columns of each
 //
-// A consumer's steps (n counts tiles of queries):
+// A step (n counts tiles of queries). Both consumers take it together, since each needs the other's half of P^T and dS^T:
 //
-//   tensor cores   [ dP(n)  ]                       [ dV(n)  ][ dK(n)  ][ dQ(n)  ][ S(n+1)                 ]
-//   other units    [ P(n)   ][ dS(n) ][ they meet ]                               [ dQ(n) to device memory ]
+//   tensor cores   [ dP(n) ]                       [ dV(n) ][ dK(n) ][ dQ(n) ][ S(n+1)                 ]
+//   other units    [ P(n)  ][ dS(n) ][ they meet ]                            [ dQ(n) to device memory ]
 
 // Half of the columns: WHOLE of them in chunks of 64 of one's own and, with 192 columns, half of the chunk in the middle.
 constexpr int WHOLE = HEAD_DIM == 192 ? 64 : 128;
@@ -73,15 +73,19 @@ struct Consumer {
   int index, buffer = 0;
   Ring ring;
   Scores scores;  // S^T, then P^T
+  RowNumbers logsumexps;
   Half key_gradient, value_gradient;
 
   DEVICE Consumer(const Memory& memory, int index) : memory(memory), index(index) {}
 
   DEVICE u32 own_queries() const { return index * SPAN * 128; }
+  DEVICE u32 rows(int stage) const { return memory.rows(stage) + index * SPAN; }  // 8 bytes of a lane's for 8 queries
 
   DEVICE void start_next_scores() {
-    barrier_wait(memory.full(ring.stage), ring.parity);
+    await_phase(memory.full(ring.stage), ring.parity);
     start_scores(scores, memory.key(), memory.query(ring.stage) + own_queries());
+    // before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it
+    load_rows(logsumexps, rows(ring.stage));
   }
   // Ends a step: the assembler lets no accumulators be read whose products were started before the loop came round.
   DEVICE void finish_scores() {
@@ -91,20 +95,18 @@ struct Consumer {
 
   // One tile of queries, whose S^T has been made: adds to dK, dV, and dQ in device memory, and makes S^T of the next tile.
   template <bool MORE>
-  DEVICE void step(const Problem& problem, int key, int tile, float* query_gradient) {
+  DEVICE void step(const Problem& problem, int key, int tile, float* sums) {
     const int stage = ring.stage, first_unit = index * SPAN / 8;
-    const u32 rows = memory.rows(stage) + index * SPAN;  // 8 bytes of each lane's for 8 queries
     const u32 weight_tile = memory.buffer(2 * buffer), gradient_tile = memory.buffer(2 * buffer + 1);
     Scores weight_gradients;
     Operand packed;
     Half made;
-    if constexpr (INIT) load_deltas(weight_gradients, memory.rows(stage) + index * SPAN * 2);
-    start_scores<INIT>(weight_gradients, memory.value(), memory.cotangent(stage) + own_queries());
-    weigh<true>(scores, packed, rows, problem, key, tile * BLOCK_Q + index * SPAN);
+    start_scores(weight_gradients, memory.value(), memory.cotangent(stage) + own_queries());
+    weigh<true>(scores, packed, logsumexps, problem, key, tile * BLOCK_Q + index * SPAN);
     store_operand(weight_tile, packed, first_unit);
     wgmma_wait<0>();
     settle(weight_gradients);
-    differentiate<false>(scores, weight_gradients, packed, packed, rows);
+    differentiate<false>(scores, weight_gradients, packed, packed, rows(stage));
     store_operand(gradient_tile, packed, first_unit);
     fence_shared_for_async();
     meet();  // all of P and dS is there; two buffers of each, so once a step is enough
@@ -118,12 +120,22 @@ struct Consumer {
     if constexpr (MORE) start_next_scores();
     wgmma_wait<MORE>();
     settle(made);
-    add_to_device<0>(query_gradient + threadIdx.x % 32 * 4, made.whole);
-    if constexpr (MIDDLE) add_to_device<0>(query_gradient + WHOLE * 16 + threadIdx.x % 32 * 4, made.middle);
+    add_query_gradient(sums, made.whole);
+    if constexpr (MIDDLE) add_query_gradient(sums + WHOLE * 16, made.middle);
     if constexpr (MORE) finish_scores();
   }
 
-  DEVICE void clear() {
+  // All tiles of queries that a tile of keys meets, at least one; `sums` tells where dQ of the one at hand is added up.
+  template <typename Sums>
+  DEVICE void run(const Problem& problem, int key, Walk& walk, const Sums& sums) {
+    start_next_scores();
+    finish_scores();
+#pragma unroll 1
+    for (; walk.left > 1; walk.next()) step<true>(problem, key, walk.tile, sums());
+    step<false>(problem, key, walk.tile, sums());
+  }
+
+  DEVICE void begin() {
     key_gradient.clear();
     value_gradient.clear();
   }
@@ -135,10 +147,12 @@ struct Consumer {
     settle(half);
     const int row = key + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     char* place = destination + (static_cast<u64>(plane) * problem.keys + row) * problem.columns * 2;
-    auto store = [&](const auto& values, int column) {
-      store_gradient(place + column * 2, values, factor, problem.keys - row, problem.columns - column, problem.columns * 2);
-    };
-    store(half.whole, Half::whole_column(index));
-    if constexpr (MIDDLE) store(half.middle, Half::middle_column(index));
+    store_part(place, half.whole, factor, problem, row, Half::whole_column(index));
+    if constexpr (MIDDLE) store_part(place, half.middle, factor, problem, row, Half::middle_column(index));
+  }
+  template <int COUNT>
+  DEVICE static void store_part(char* place, const float (&part)[COUNT], float factor, const Problem& problem, int row,
+                                int column) {
+    store_gradient(place + column * 2, part, factor, problem.keys - row, problem.columns - column, problem.columns * 2);
   }
 };

@@ -17,14 +17,19 @@ SIZES: Final = ((150, 170), (1, 900))
 
 
 def calls(dim: int) -> None:
-    """One call of each kind at a head dimension, and its gradients."""
+    """One call of each kind at a head dimension, and its gradients.
+
+    Raises:
+        RuntimeError: our own kernels do not make those gradients, so nothing would have been looked at.
+    """
     import mlx.core as mx
 
-    from attention.kernels.cuda import selfcheck
-    from attention.kernels.cuda.call import Shape
+    from attention.kernels.cuda import gradient, selfcheck
+    from attention.kernels.cuda.call import Shape, normal
 
     for queries, keys in SIZES:
-        *primals, cotangent = selfcheck.inputs(Shape(1, 4, 2, queries, keys, dim, "bf16"))
+        shape = Shape(1, 4, 2, queries, keys, dim, "bf16")
+        *primals, cotangent = selfcheck.inputs(shape)
         for causal, window, softcap in ((False, None, None), (True, None, None), (True, 70, None), (True, None, 5.0)):
 
             def attend(
@@ -38,6 +43,9 @@ def calls(dim: int) -> None:
                 return cuda.flash_attention(q, k, v, scale=0.1, causal=causal, window=window, softcap=softcap)
 
             mx.eval(mx.vjp(attend, primals, [cotangent])[1])
+            refusal = gradient.refusal(shape, normal(0.1, causal, window, softcap, keys))
+            if refusal:
+                raise RuntimeError(refusal)
 
 
 def main() -> int:
