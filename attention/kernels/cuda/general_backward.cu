@@ -12,86 +12,6 @@
 // goes through shared memory, and blocks add to dQ what they found. With COLUMN_WARPS = 2 two warps share a band: each
 // makes half of its scores, and P goes through shared memory too; each then holds half of the columns of dV and dK.
 
-constexpr int BLOCK_K = BANDS * BAND_TILES * 16, SUB_Q = COLUMN_WARPS > 1 ? BLOCK_Q / COLUMN_WARPS : PART_Q;
-constexpr bool EXCHANGE = COLUMN_WARPS > 1;
-using KeyTile = Tile<BLOCK_K, HEAD_DIM>;
-using ValueTile = Tile<BLOCK_K, VALUE_DIM>;
-using QueryTile = Tile<BLOCK_Q, HEAD_DIM>;
-using CotangentTile = Tile<BLOCK_Q, VALUE_DIM>;
-using ScoreTile = Tile<BLOCK_K, BLOCK_Q>;
-constexpr int NUMBER_BYTES = 2 * BLOCK_Q * 4;  // logsumexps and deltas
-constexpr int STAGE_BYTES = QueryTile::BYTES + CotangentTile::BYTES + NUMBER_BYTES;
-constexpr int KEY_COLUMNS = HEAD_DIM / COLUMN_WARPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_WARPS;  // of a warp's dK and dV
-constexpr int SUM_TILES = BLOCK_Q / QUERY_WARPS / 16, SUM_COLUMNS = HEAD_DIM * QUERY_WARPS / WARPS;  // of a warp's dQ
-static_assert(KEY_COLUMNS % 16 == 0 && VALUE_COLUMNS % 16 == 0 && SUM_COLUMNS % 16 == 0 && SUM_TILES > 0, "whole matrices");
-constexpr int PADDED = 64;  // queries come in tiles of so many in what general_rows.cu makes
-
-using Scores = float[BAND_TILES][SUB_Q / 8][4];
-using Operand = u32[BAND_TILES][4];
-
-// sums = rows @ columns^T, added to what `sums` holds: rows of a band against queries.
-template <class Rows, class Columns, int DEPTH>
-DEVICE void multiply_by_columns(Scores& sums, u32 rows, u32 columns) {
-  rows += Rows::by_rows(), columns += Columns::by_columns();
-#pragma unroll
-  for (int step = 0; step < DEPTH / 16; ++step) {
-    Operand left;
-#pragma unroll
-    for (int t = 0; t < BAND_TILES; ++t) load_matrices(left[t], rows + Rows::at(16 * t, 16 * step));
-#pragma unroll
-    for (int pair = 0; pair < SUB_Q / 16; ++pair) {
-      u32 right[4];
-      load_matrices(right, columns + Columns::at(16 * pair, 16 * step));
-#pragma unroll
-      for (int t = 0; t < BAND_TILES; ++t) {
-        multiply_add(sums[t][2 * pair], left[t], right[0], right[1]);
-        multiply_add(sums[t][2 * pair + 1], left[t], right[2], right[3]);
-      }
-    }
-  }
-}
-
-// sums += left (16 rows a tile, 16 columns) @ 16 rows of a tile in shared memory.
-template <class Right, int TILES, int COLUMNS>
-DEVICE void multiply_step(float (&sums)[TILES][COLUMNS / 8][4], const u32 (&left)[TILES][4], u32 right) {
-#pragma unroll
-  for (int pair = 0; pair < COLUMNS / 16; ++pair) {
-    u32 words[4];
-    load_matrices_transposed(words, right + Right::at(0, 16 * pair));
-#pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-      multiply_add(sums[t][2 * pair], left[t], words[0], words[1]);
-      multiply_add(sums[t][2 * pair + 1], left[t], words[2], words[3]);
-    }
-  }
-}
-
-// sums += weights^T @ rows of a tile: with the weights in registers ...
-template <class Right, int COLUMNS>
-DEVICE void multiply_from_registers(float (&sums)[BAND_TILES][COLUMNS / 8][4], const Scores& weights, u32 right) {
-  right += Right::by_rows();
-#pragma unroll
-  for (int step = 0; step < SUB_Q / 16; ++step) {
-    Operand left;
-#pragma unroll
-    for (int t = 0; t < BAND_TILES; ++t) pack_operand(left[t], weights[t][2 * step], weights[t][2 * step + 1]);
-    multiply_step<Right, BAND_TILES, COLUMNS>(sums, left, right + Right::at(16 * step, 0));
-  }
-}
-
-// ... or in shared memory, for all queries of the tile.
-template <class Right, int COLUMNS>
-DEVICE void multiply_from_memory(float (&sums)[BAND_TILES][COLUMNS / 8][4], u32 weights, u32 right) {
-  weights += ScoreTile::by_rows(), right += Right::by_rows();
-#pragma unroll
-  for (int step = 0; step < BLOCK_Q / 16; ++step) {
-    Operand left;
-#pragma unroll
-    for (int t = 0; t < BAND_TILES; ++t) load_matrices(left[t], weights + ScoreTile::at(16 * t, 16 * step));
-    multiply_step<Right, BAND_TILES, COLUMNS>(sums, left, right + Right::at(16 * step, 0));
-  }
-}
-
 // A mask's elements for a warp's scores, as they lie in memory: asked for before the product that makes the scores.
 struct MaskPart {
   MaskElement elements[SUB_Q / 4][2 * BAND_TILES];
@@ -172,11 +92,90 @@ DEVICE void add_query_gradient(float* sums, u32 scores, u32 keys, int warp) {
   }
 }
 
-// Where the arrays of a block's iterations begin: it goes over all heads that share its keys, and of each over the tiles
-// [first, first + count) of queries, from a tile of its own on, so that not all blocks add to the same sums at once.
+// Where things lie in shared memory.
+constexpr int VALUES_AT = KeyTile::BYTES, RING_AT = VALUES_AT + ValueTile::BYTES;
+constexpr int SCORES_AT = RING_AT + STAGES * STAGE_BYTES, WEIGHTS_AT = SCORES_AT + ScoreTile::BYTES;
+constexpr int NUMBERS_AT = QueryTile::BYTES + CotangentTile::BYTES;  // in a stage
+
+// A warp's place in its block: a band of keys, and of its columns a part.
+struct Warp {
+  int band_row, part;
+  DEVICE Warp() {
+    const int warp = threadIdx.x / 32;
+    band_row = warp / COLUMN_WARPS * BAND_TILES * 16, part = warp % COLUMN_WARPS;
+  }
+};
+
+// What a warp makes of dK and dV.
+struct Gradients {
+  float keys[BAND_TILES][KEY_COLUMNS / 8][4] = {}, values[BAND_TILES][VALUE_COLUMNS / 8][4] = {};
+};
+
+// Weights and dS of SUB_Q queries from `at` on in a tile that begins with `first_query`, and what they add to dK and dV.
+DEVICE void look_at_queries(Gradients& own, char* shared, int stage_at, const Warp& warp, const Problem& problem,
+                            const MaskPart& masked, int at, int first_query, int first_key) {
+  const u32 base = shared_address(shared), queries = base + stage_at, cotangents = queries + QueryTile::BYTES;
+  const float* numbers = reinterpret_cast<float*>(shared + stage_at + NUMBERS_AT);
+  const int from = first_query + at, last = min(problem.queries, from + SUB_Q) - 1;
+  const bool whole = first_key + BLOCK_K <= problem.last_seen_by(from) &&
+                     (!WINDOW || first_key >= problem.first_seen_by(last));
+  Scores weights = {}, slopes, found;
+  multiply_by_columns<KeyTile, QueryTile, HEAD_DIM>(weights, base + KeyTile::at(warp.band_row, 0),
+                                                    queries + QueryTile::at(at, 0));
+  weigh(weights, slopes, problem, masked, numbers + at, first_key + warp.band_row, from, whole);
+  if (EXCHANGE) leave_scores(shared + WEIGHTS_AT + ScoreTile::at(warp.band_row, at), weights);
+  else multiply_from_registers<CotangentTile, VALUE_COLUMNS>(own.values, weights, cotangents + CotangentTile::at(at, 0));
+  start_from_deltas(found, numbers + BLOCK_Q + at);
+  multiply_by_columns<ValueTile, CotangentTile, VALUE_DIM>(found, base + VALUES_AT + ValueTile::at(warp.band_row, 0),
+                                                           cotangents + CotangentTile::at(at, 0));
+#pragma unroll
+  for (int j = 0; j < BAND_TILES * SUB_Q / 2; ++j) {
+    const int t = j / (SUB_Q / 2), n = j / 4 % (SUB_Q / 8);
+    found[t][n][j % 4] *= SOFTCAP ? weights[t][n][j % 4] * slopes[t][n][j % 4] : weights[t][n][j % 4];
+  }
+  leave_scores(shared + SCORES_AT + ScoreTile::at(warp.band_row, at), found);
+  if (!EXCHANGE) multiply_from_registers<QueryTile, KEY_COLUMNS>(own.keys, found, queries + QueryTile::at(at, 0));
+}
+
+// The same for the whole tile, where weights and dS have come from two warps.
+DEVICE void add_from_memory(Gradients& own, u32 base, int stage_at, const Warp& warp) {
+  const u32 row = ScoreTile::at(warp.band_row, 0), queries = base + stage_at, cotangents = queries + QueryTile::BYTES;
+  multiply_from_memory<CotangentTile, VALUE_COLUMNS>(own.values, base + WEIGHTS_AT + row,
+                                                     cotangents + CotangentTile::at(0, warp.part * VALUE_COLUMNS));
+  multiply_from_memory<QueryTile, KEY_COLUMNS>(own.keys, base + SCORES_AT + row,
+                                               queries + QueryTile::at(0, warp.part * KEY_COLUMNS));
+}
+
+// Hands out a block's keys' gradients, by way of the place of keys and values, which are no longer needed.
+DEVICE void hand_out(const Gradients& own, char* shared, const Warp& warp, float scale, char* d_key, char* d_value,
+                     int rows_left, int columns, int value_columns) {
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < BAND_TILES; ++t) {
+    const int row = warp.band_row + 16 * t;
+    leave_rows<KeyTile, KEY_COLUMNS>(shared + KeyTile::at(row, warp.part * KEY_COLUMNS), own.keys[t], scale, scale);
+    leave_rows<ValueTile, VALUE_COLUMNS>(shared + VALUES_AT + ValueTile::at(row, warp.part * VALUE_COLUMNS), own.values[t],
+                                         1, 1);
+  }
+  __syncthreads();
+  write_rows<KeyTile>(shared, [&](int row) { return d_key + static_cast<i64>(row) * columns * 2; }, rows_left, columns);
+  write_rows<ValueTile>(shared + VALUES_AT, [&](int row) { return d_value + static_cast<i64>(row) * value_columns * 2; },
+                        rows_left, value_columns);
+}
+
+// Where a block goes: over all heads that share its keys, and of each over the tiles of queries that see any of these, from
+// a tile of its own on, so that not all blocks add to the same sums at once.
 struct Walk {
-  int first, count, start;
-  DEVICE int head(int i) const { return i / count; }
+  int first_head, first, count, start, length;
+
+  DEVICE Walk(const Problem& problem, int first_head, int first_key) : first_head(first_head) {
+    const int shift = problem.keys - problem.queries, last_key = min(problem.keys, first_key + BLOCK_K) - 1;
+    const int end = WINDOW ? min(problem.queries, last_key - shift + problem.window) : problem.queries;
+    first = (CAUSAL ? max(0, first_key - shift) : 0) / BLOCK_Q;
+    count = max(0, (end + BLOCK_Q - 1) / BLOCK_Q - first);
+    start = count ? first_key / BLOCK_K % count : 0, length = problem.group * count;
+  }
+  DEVICE int head(int i) const { return first_head + i / count; }
   DEVICE int query(int i) const { return (first + (i % count + start) % count) * BLOCK_Q; }
 };
 
@@ -196,99 +195,63 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
   extern __shared__ __align__(1024) char shared[];
   const Problem problem{heads, group, queries, keys, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits), window};
   const int key_tiles = (keys + BLOCK_K - 1) / BLOCK_K, key_heads = heads / group;
-  const int key_tile = blockIdx.x % key_tiles, plane = blockIdx.x / key_tiles;
-  const int batch = plane / key_heads, key_head_index = plane % key_heads, first_key = key_tile * BLOCK_K;
-  const int padded_queries = (queries + PADDED - 1) / PADDED * PADDED;
-
-  // The queries that see any of the keys.
-  const int shift = keys - queries, begin = CAUSAL ? max(0, first_key - shift) : 0;
-  const int end = WINDOW ? min(queries, min(keys, first_key + BLOCK_K) - 1 - shift + window) : queries;
-  const int first_tile = begin / BLOCK_Q, tiles = max(0, (end + BLOCK_Q - 1) / BLOCK_Q - first_tile);
-  const Walk walk{first_tile, tiles, tiles ? key_tile % tiles : 0};
-
-  const int warp = threadIdx.x / 32, band = warp / COLUMN_WARPS, part = warp % COLUMN_WARPS;
-  const u32 keys_at = shared_address(shared), values_at = keys_at + KeyTile::BYTES, ring_at = values_at + ValueTile::BYTES;
-  char* ring = shared + KeyTile::BYTES + ValueTile::BYTES;
-  char* scores = ring + STAGES * STAGE_BYTES;
-  const u32 scores_at = shared_address(scores), weights_at = scores_at + ScoreTile::BYTES;
-  const int band_row = band * BAND_TILES * 16;
+  const int plane = blockIdx.x / key_tiles, first_key = blockIdx.x % key_tiles * BLOCK_K;
+  const int batch = plane / key_heads, own_head = plane % key_heads;
+  const i64 padded_queries = (queries + PADDED - 1) / PADDED * PADDED;
+  const Walk walk(problem, own_head * group, first_key);
+  const Warp warp;
+  const u32 base = shared_address(shared);
 
   const auto start_copies = [&](int i, int stage) {
-    if (i >= group * walk.count) return;
-    const int head = key_head_index * group + walk.head(i), first = walk.query(i);
-    const u32 at = ring_at + stage * STAGE_BYTES;
-    copy_tile<QueryTile>(at, query + (steps(batch, query_batch) + steps(head, query_head)) * 2, query_row, first, queries, columns);
-    copy_tile<CotangentTile>(at + QueryTile::BYTES, cotangent + (steps(batch, cotangent_batch) + steps(head, cotangent_head)) * 2,
-                             cotangent_row, first, queries, value_columns);
+    if (i >= walk.length) return;
+    const int head = walk.head(i), first = walk.query(i);
+    const u32 at = base + RING_AT + stage * STAGE_BYTES;
+    const char* own_query = query + (steps(batch, query_batch) + steps(head, query_head)) * 2;
+    const char* own_cotangent = cotangent + (steps(batch, cotangent_batch) + steps(head, cotangent_head)) * 2;
+    copy_tile<QueryTile>(at, own_query, query_row, first, queries, columns);
+    copy_tile<CotangentTile>(at + QueryTile::BYTES, own_cotangent, cotangent_row, first, queries, value_columns);
     const int quads = BLOCK_Q / 4, kind = threadIdx.x / quads, quad = threadIdx.x % quads;
     if (kind < 2) {
-      const i64 padded_row = static_cast<i64>(batch * heads + head) * padded_queries + first;
+      const i64 padded_row = (batch * heads + head) * padded_queries + first;
       const float* numbers = rows + padded_row / PADDED * 2 * PADDED + kind * PADDED + padded_row % PADDED;
-      copy_16_bytes(at + QueryTile::BYTES + CotangentTile::BYTES + (kind * quads + quad) * 16, numbers + quad * 4, true);
+      copy_16_bytes(at + NUMBERS_AT + (kind * quads + quad) * 16, numbers + quad * 4, true);
     }
   };
-  copy_tile<KeyTile>(keys_at, key + (steps(batch, key_batch) + steps(key_head_index, key_head)) * 2, key_row, first_key, keys, columns);
-  copy_tile<ValueTile>(values_at, value + (steps(batch, value_batch) + steps(key_head_index, value_head)) * 2, value_row, first_key, keys,
-                       value_columns);
+  const char* own_key = key + (steps(batch, key_batch) + steps(own_head, key_head)) * 2;
+  const char* own_value = value + (steps(batch, value_batch) + steps(own_head, value_head)) * 2;
+  copy_tile<KeyTile>(base, own_key, key_row, first_key, keys, columns);
+  copy_tile<ValueTile>(base + VALUES_AT, own_value, value_row, first_key, keys, value_columns);
   start_copies(0, 0);
   commit_copies();
 
 #if MASK
   const MaskArray array{mask, mask_batch, mask_head, mask_query, mask_key};
 #endif
-  float own_keys[BAND_TILES][KEY_COLUMNS / 8][4] = {}, own_values[BAND_TILES][VALUE_COLUMNS / 8][4] = {};
+  Gradients own;
 #pragma unroll 1
-  for (int i = 0; i < group * walk.count; ++i) {
-    const int stage = STAGES > 1 ? i % 2 : 0, head = key_head_index * group + walk.head(i), first_query = walk.query(i);
-    const u32 queries_at = ring_at + stage * STAGE_BYTES, cotangents_at = queries_at + QueryTile::BYTES;
-    const float* numbers = reinterpret_cast<float*>(ring + stage * STAGE_BYTES + QueryTile::BYTES + CotangentTile::BYTES);
+  for (int i = 0; i < walk.length; ++i) {
+    const int stage = STAGES > 1 ? i % 2 : 0, stage_at = RING_AT + stage * STAGE_BYTES;
+    const int head = walk.head(i), first_query = walk.query(i);
     wait_copies<0>();
     __syncthreads();  // the tile has landed, and all warps are done with the last one and its dS
     if (STAGES > 1) start_copies(i + 1, 1 - stage), commit_copies();
 #pragma unroll 1
-    for (int sub = EXCHANGE ? part : 0; sub < (EXCHANGE ? part + 1 : BLOCK_Q / SUB_Q); ++sub) {
-      const int at = sub * SUB_Q, from = first_query + at, last = min(queries, from + SUB_Q) - 1;
-      const bool whole = first_key + BLOCK_K <= problem.last_seen_by(from) && (!WINDOW || first_key >= problem.first_seen_by(last));
+    for (int sub = EXCHANGE ? warp.part : 0; sub < (EXCHANGE ? warp.part + 1 : BLOCK_Q / SUB_Q); ++sub) {
       MaskPart masked;
 #if MASK
-      masked.read(array, problem, batch, head, from, first_key + band_row);
+      masked.read(array, problem, batch, head, first_query + sub * SUB_Q, first_key + warp.band_row);
 #endif
-      Scores weights = {}, slopes, found;
-      multiply_by_columns<KeyTile, QueryTile, HEAD_DIM>(weights, keys_at + KeyTile::at(band_row, 0), queries_at + QueryTile::at(at, 0));
-      weigh(weights, slopes, problem, masked, numbers + at, first_key + band_row, from, whole);
-      if (EXCHANGE) leave_scores(scores + ScoreTile::BYTES + ScoreTile::at(band_row, at), weights);
-      else multiply_from_registers<CotangentTile, VALUE_COLUMNS>(own_values, weights, cotangents_at + CotangentTile::at(at, 0));
-      start_from_deltas(found, numbers + BLOCK_Q + at);
-      multiply_by_columns<ValueTile, CotangentTile, VALUE_DIM>(found, values_at + ValueTile::at(band_row, 0), cotangents_at + CotangentTile::at(at, 0));
-#pragma unroll
-      for (int j = 0; j < BAND_TILES * SUB_Q / 2; ++j) {
-        const int t = j / (SUB_Q / 2), n = j / 4 % (SUB_Q / 8);
-        found[t][n][j % 4] *= SOFTCAP ? weights[t][n][j % 4] * slopes[t][n][j % 4] : weights[t][n][j % 4];
-      }
-      leave_scores(scores + ScoreTile::at(band_row, at), found);
-      if (!EXCHANGE) multiply_from_registers<QueryTile, KEY_COLUMNS>(own_keys, found, queries_at + QueryTile::at(at, 0));
+      look_at_queries(own, shared, stage_at, warp, problem, masked, sub * SUB_Q, first_query, first_key);
     }
     __syncthreads();  // dS is there whole
-    if (EXCHANGE) {
-      multiply_from_memory<CotangentTile, VALUE_COLUMNS>(own_values, weights_at + ScoreTile::at(band_row, 0), cotangents_at + CotangentTile::at(0, part * VALUE_COLUMNS));
-      multiply_from_memory<QueryTile, KEY_COLUMNS>(own_keys, scores_at + ScoreTile::at(band_row, 0), queries_at + QueryTile::at(0, part * KEY_COLUMNS));
-      if (STAGES == 1) __syncthreads();
-    }
+    if (EXCHANGE) add_from_memory(own, base, stage_at, warp);
+    if (EXCHANGE && STAGES == 1) __syncthreads();
     if (STAGES == 1) start_copies(i + 1, 0), commit_copies();
-    add_query_gradient(sums + (static_cast<i64>(batch * heads + head) * padded_queries + first_query) * HEAD_DIM, scores_at, keys_at, warp);
+    float* own_sums = sums + ((batch * heads + head) * padded_queries + first_query) * HEAD_DIM;
+    add_query_gradient(own_sums, base + SCORES_AT, base, threadIdx.x / 32);
   }
   wait_copies<0>();
-  __syncthreads();  // keys and values are no longer needed: what they get takes their place
-#pragma unroll
-  for (int t = 0; t < BAND_TILES; ++t) {
-    const float scale = __int_as_float(scale_bits);
-    const int row = band_row + 16 * t;
-    leave_rows<KeyTile, KEY_COLUMNS>(shared + KeyTile::at(row, part * KEY_COLUMNS), own_keys[t], scale, scale);
-    leave_rows<ValueTile, VALUE_COLUMNS>(shared + KeyTile::BYTES + ValueTile::at(row, part * VALUE_COLUMNS), own_values[t], 1, 1);
-  }
-  __syncthreads();
-  const i64 first_place = static_cast<i64>(plane) * keys + first_key;
-  write_rows<KeyTile>(shared, [&](int row) { return d_key + (first_place + row) * columns * 2; }, keys - first_key, columns);
-  write_rows<ValueTile>(shared + KeyTile::BYTES, [&](int row) { return d_value + (first_place + row) * value_columns * 2; },
-                        keys - first_key, value_columns);
+  const i64 place = static_cast<i64>(plane) * keys + first_key;
+  hand_out(own, shared, warp, __int_as_float(scale_bits), d_key + place * columns * 2, d_value + place * value_columns * 2,
+           keys - first_key, columns, value_columns);
 }

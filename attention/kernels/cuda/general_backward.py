@@ -138,7 +138,7 @@ class GeneralBackward:
             **self._common,
         }
         shared = tiles.shared_memory(self.head_dim, self.value_dim)
-        return self._made("backward", constants, (*TEXTS, "general_backward.cu"), 32 * tiles.warps, shared)
+        return self._made("backward", constants, (*TEXTS, "general_products.cuh", "general_backward.cu"), 32 * tiles.warps, shared)
 
     def rows_program(self, logsumexp_cotangent: bool) -> Program:
         """The text of general_rows.cu."""

@@ -134,6 +134,58 @@ DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, float* l
                          row_count - first_row, columns);
 }
 
+// What a block works on: its rows, the head that they begin with, the head of their keys, and the keys in question.
+struct Work {
+  int batch, first_head, key_head, first_row, begin, end;
+  int split, tiles;
+
+  DEVICE Work(const Problem& problem, int first_key, int split_keys, int splits) {
+    const int planes = PACK ? problem.heads / problem.group : problem.heads, work = SPLIT ? blockIdx.x / splits : blockIdx.x;
+    tiles = (problem.rows() + BLOCK_M - 1) / BLOCK_M, split = SPLIT ? blockIdx.x % splits : 0;
+    first_row = (tiles - 1 - work % tiles) * BLOCK_M;  // with causal masks the longest first
+    batch = work / tiles / planes;
+    const int plane = work / tiles % planes;
+    first_head = PACK ? plane * problem.group : plane, key_head = PACK ? plane : plane / problem.group;
+    begin = SPLIT ? first_key + split * split_keys : 0, end = SPLIT ? min(problem.keys, begin + split_keys) : problem.keys;
+  }
+};
+
+// The tiles of keys that a block has to look at, and where the rows of this warp begin and end to see.
+struct Reach {
+  int first_block, end_block, seen_by_any, seen_by_all, unseen_by_any, unseen_by_some;
+
+  DEVICE Reach(const Problem& problem, const Work& work) {
+    const int rows = problem.rows(), warp_row = work.first_row + threadIdx.x / 32 * WARP_ROWS;
+    const auto query_at = [&](int row) { return problem.query_of(min(row, rows - 1)); };
+    first_block = max(work.begin, problem.first_seen_by(query_at(work.first_row))) / BLOCK_N;
+    end_block = (min(work.end, problem.last_seen_by(query_at(work.first_row + BLOCK_M - 1))) + BLOCK_N - 1) / BLOCK_N;
+    const int top = query_at(warp_row), bottom = query_at(warp_row + WARP_ROWS - 1);
+    seen_by_any = warp_row < rows ? problem.last_seen_by(bottom) : 0, seen_by_all = problem.last_seen_by(top);
+    unseen_by_any = problem.first_seen_by(top), unseen_by_some = problem.first_seen_by(bottom);
+  }
+  // Of the tile that begins with a key: whether the warp's rows see any of it, and all of it.
+  DEVICE bool any(int first) const { return first < seen_by_any && (!WINDOW || first + BLOCK_N > unseen_by_any); }
+  DEVICE bool all(int first) const { return first + BLOCK_N <= seen_by_all && (!WINDOW || first >= unseen_by_some); }
+};
+
+// Keys and values of a head, and the ring of tiles to which they are copied.
+struct Ring {
+  const char *keys, *values;
+  int key_step, value_step, key_count, columns, value_columns, end_block;
+  u32 place;
+
+  DEVICE void start_keys(int block, int stage) const {
+    if (block >= end_block) return;
+    copy_tile<KeyTile>(place + stage * STAGE_BYTES, keys, key_step, block * BLOCK_N, key_count, columns);
+  }
+  DEVICE void start_values(int block, int stage) const {
+    if (block >= end_block) return;
+    copy_tile<ValueTile>(place + stage * STAGE_BYTES + KeyTile::BYTES, values, value_step, block * BLOCK_N, key_count,
+                         value_columns);
+  }
+  DEVICE void start(int block, int stage) const { start_keys(block, stage), start_values(block, stage); }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     KERNEL_NAME(const char* query, const char* key, const char* value,
 #if MASK
@@ -149,49 +201,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     ) {
   extern __shared__ __align__(1024) char shared[];
   const Problem problem{heads, group, queries, keys, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits), window};
-  const int rows = problem.rows(), tiles = (rows + BLOCK_M - 1) / BLOCK_M, planes = PACK ? heads / group : heads;
-  const int split = SPLIT ? blockIdx.x % splits : 0, work = SPLIT ? blockIdx.x / splits : blockIdx.x;
-  const int first_row = (tiles - 1 - work % tiles) * BLOCK_M;  // with causal masks the longest first
-  const int batch = work / tiles / planes, plane = work / tiles % planes;
-  const int first_head = PACK ? plane * group : plane, key_plane = PACK ? plane : plane / group;
+  const Work work(problem, first_key, split_keys, splits);
+  const Reach reach(problem, work);
+  const int rows = problem.rows(), first_row = work.first_row, end_block = reach.end_block;
+  const int own_row = first_row + threadIdx.x / 32 * WARP_ROWS + threadIdx.x % 32 / 4;
+  const u32 queries_at = shared_address(shared);
+  const Ring ring{key + (steps(work.batch, key_batch) + steps(work.key_head, key_head)) * 2,
+                  value + (steps(work.batch, value_batch) + steps(work.key_head, value_head)) * 2,
+                  static_cast<int>(key_row), static_cast<int>(value_row), keys, columns, value_columns, end_block,
+                  queries_at + FIRST_BYTES};
 
-  // The keys that the block, and this warp, have to look at.
-  const auto query_at = [&](int row) { return problem.query_of(min(row, rows - 1)); };
-  const int begin = SPLIT ? first_key + split * split_keys : 0, end = SPLIT ? min(keys, begin + split_keys) : keys;
-  const int first_block = max(begin, problem.first_seen_by(query_at(first_row))) / BLOCK_N;
-  const int end_block = (min(end, problem.last_seen_by(query_at(first_row + BLOCK_M - 1))) + BLOCK_N - 1) / BLOCK_N;
-  const int warp_row = first_row + threadIdx.x / 32 * WARP_ROWS, own_row = warp_row + threadIdx.x % 32 / 4;
-  const int top = query_at(warp_row), bottom = query_at(warp_row + WARP_ROWS - 1);
-  const int seen_by_any = warp_row < rows ? problem.last_seen_by(bottom) : 0, seen_by_all = problem.last_seen_by(top);
-  const int unseen_by_any = problem.first_seen_by(top), unseen_by_some = problem.first_seen_by(bottom);
-
-  const u32 queries_at = shared_address(shared), ring = queries_at + FIRST_BYTES;
-  const char* first_query = query + (steps(batch, query_batch) + steps(first_head, query_head)) * 2;
-  const char* first_key_row = key + (steps(batch, key_batch) + steps(key_plane, key_head)) * 2;
-  const char* first_value_row = value + (steps(batch, value_batch) + steps(key_plane, value_head)) * 2;
-  const auto query_source = [&](int r) {
-    const int row = first_row + r;
-    return first_query + (steps(problem.head_of(row), query_head) + steps(problem.query_of(row), query_row)) * 2;
-  };
-  const auto start_keys = [&](int block, int stage) {
-    if (block >= end_block) return;
-    copy_tile<KeyTile>(ring + stage * STAGE_BYTES, first_key_row, key_row, block * BLOCK_N, keys, columns);
-  };
-  const auto start_values = [&](int block, int stage) {
-    if (block >= end_block) return;
-    copy_tile<ValueTile>(ring + stage * STAGE_BYTES + KeyTile::BYTES, first_value_row, value_row, block * BLOCK_N, keys,
-                         value_columns);
-  };
-
+  const char* first_query = query + (steps(work.batch, query_batch) + steps(work.first_head, query_head)) * 2;
 #pragma unroll
   for (int i = 0; i < Copying<QueryTile>::PASSES; ++i) {
-    const int row = Copying<QueryTile>::first_row() + i * Copying<QueryTile>::HIGH;
-    Copying<QueryTile>::row(queries_at, query_source(row), row, rows - first_row, columns);
+    const int own = Copying<QueryTile>::first_row() + i * Copying<QueryTile>::HIGH, row = first_row + own;
+    const char* source = first_query + (steps(problem.head_of(row), query_head) + steps(problem.query_of(row), query_row)) * 2;
+    Copying<QueryTile>::row(queries_at, source, own, rows - first_row, columns);
   }
   commit_copies();
-  if (STAGES == 1) start_keys(first_block, 0), commit_copies();
+  if (STAGES == 1) ring.start_keys(reach.first_block, 0), commit_copies();
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) start_keys(first_block + i, i), start_values(first_block + i, i), commit_copies();
+  for (int i = 0; i < STAGES - 1; ++i) ring.start(reach.first_block + i, i), commit_copies();
 
   Queries own{queries_at + QueryTile::at(threadIdx.x / 32 * WARP_ROWS, 0) + QueryTile::by_rows()};
   if (QUERIES_IN_REGISTERS) {
@@ -207,45 +237,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   MaskTile masked;
 #if MASK
   const MaskArray array{mask, mask_batch, mask_head, mask_query, mask_key};
-  if (first_block < end_block) masked.read(array, problem, batch, first_head, own_row, first_block * BLOCK_N);
+  const auto read_mask = [&](int block) {
+    if (block < end_block) masked.read(array, problem, work.batch, work.first_head, own_row, block * BLOCK_N);
+  };
+#else
+  const auto read_mask = [](int) {};
 #endif
+  read_mask(reach.first_block);
   int stage = 0;
 #pragma unroll 1
-  for (int block = first_block; block < end_block; ++block) {
+  for (int block = reach.first_block; block < end_block; ++block) {
     wait_copies<STAGES == 1 ? 0 : STAGES - 2>();
     __syncthreads();  // the tile has landed, and all warps are done with the buffer that is filled next
-    if (STAGES == 1) start_values(block, 0);
-    else start_keys(block + STAGES - 1, (stage + STAGES - 1) % STAGES), start_values(block + STAGES - 1, (stage + STAGES - 1) % STAGES);
+    if (STAGES == 1) ring.start_values(block, 0);
+    else ring.start(block + STAGES - 1, (stage + STAGES - 1) % STAGES);
     commit_copies();
 
     const int first = block * BLOCK_N;
-    const bool needed = first < seen_by_any && (!WINDOW || first + BLOCK_N > unseen_by_any);
-    const u32 buffer = ring + stage * STAGE_BYTES;
+    const bool needed = reach.any(first);
+    const u32 buffer = ring.place + stage * STAGE_BYTES;
     Scores scores;
     if (needed) score(scores, own, buffer);
     if (STAGES == 1) {
       wait_copies<0>();
       __syncthreads();  // the values have landed, and all warps are done with the keys
-      start_keys(block + 1, 0);
+      ring.start_keys(block + 1, 0);
       commit_copies();
     }
     if (needed) {
-      const bool whole = first + BLOCK_N <= seen_by_all && (!WINDOW || first >= unseen_by_some);
-      rule(scores, masked, problem, own_row, first, whole);
-#if MASK
-      if (block + 1 < end_block) masked.read(array, problem, batch, first_head, own_row, first + BLOCK_N);
-#endif
+      rule(scores, masked, problem, own_row, first, reach.all(first));
+      read_mask(block + 1);
       softmax(scores, state, out, MASK_ADDED ? 1 : problem.scale_log2);
       add_values(out, scores, buffer + KeyTile::BYTES);
+    } else {
+      read_mask(block + 1);
     }
-#if MASK
-    else if (block + 1 < end_block) masked.read(array, problem, batch, first_head, own_row, first + BLOCK_N);
-#endif
     stage = STAGES == 1 ? 0 : (stage + 1) % STAGES;
   }
   wait_copies<0>();
-  const Places places{static_cast<i64>(batch) * heads + first_head, group, queries};
-  const i64 split_rows = static_cast<i64>(split) * (gridDim.x / splits / tiles) * rows;
+  const Places places{static_cast<i64>(work.batch) * heads + work.first_head, group, queries};
+  const i64 split_rows = static_cast<i64>(work.split) * (gridDim.x / splits / work.tiles) * rows;
   finish(shared, out, state, output + (SPLIT ? split_rows * value_columns * 4 : 0), logsumexp + (SPLIT ? split_rows : 0),
          places, first_row, rows, value_columns, MASK_ADDED ? 1 : problem.scale_log2);
 }
