@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from attention.case_runner import CaseRunner
 from attention.device import Device
 from attention.implementations.baseline import Baseline
 from attention.implementations.runner import MlxRunner
@@ -67,6 +68,28 @@ class RaisesInRounds(Planted):
     def before_call(self) -> None:
         if self.calls == 40:
             raise RuntimeError("planted late")
+
+
+class BreaksTheGpu(Planted):
+    """Fails as a CUDA kernel does that touched bad memory; where there is no GPU, its runner is told that there is."""
+
+    def before_call(self) -> None:
+        if mx.default_device() == mx.Device(mx.cpu):
+            CaseRunner._backend = property(lambda runner: "cuda")
+            raise RuntimeError("cudaStreamSynchronize failed: an illegal memory access was encountered")
+        kernel = mx.fast.cuda_kernel(
+            name="wild",
+            input_names=["x"],
+            output_names=["y"],
+            source="y[0] = *reinterpret_cast<const float*>(reinterpret_cast<unsigned long long>(x) + (1ull << 46));",
+        )
+        ones, shape = (1, 1, 1), (1,)
+        mx.eval(
+            kernel(
+                inputs=[mx.ones(shape)], output_shapes=[shape], output_dtypes=[mx.float32], grid=ones, threadgroup=ones
+            )
+        )
+        mx.synchronize()
 
 
 class Wrong(Planted):

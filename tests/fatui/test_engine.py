@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import psutil
 import pytest
 from msgspec import structs
@@ -66,6 +67,27 @@ def test_an_exception_costs_one_row_without_a_new_worker(planted: str, reason: s
     assert (row(case, planted).status, row(case, planted).reason) == ("failed", reason)
     assert row(case, "baseline").status == "ok"
     assert not engine.record.log
+
+
+def test_a_broken_gpu_costs_one_row_and_the_others_go_on_in_a_new_process() -> None:
+    heard: list[on.AnyEvent] = []
+    engine = Engine(plan("BreaksTheGpu", cases=(SMALL, SMALL)), heard.append, peaks=PEAKS)
+    asyncio.run(asyncio.wait_for(engine.run(), 60))
+    assert engine.record.done
+    for index in (0, 1):
+        case = engine.record.case(index)
+        assert row(case, "BreaksTheGpu").status == "failed"
+        assert row(case, "baseline").status == "ok"
+    assert "illegal memory access" in (row(engine.record.case(0), "BreaksTheGpu").reason or "")
+    assert sum(isinstance(event, on.RunStarted) for event in heard) == 3  # a new process after each failure
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(mx.default_device() == mx.Device(mx.cpu), reason="MLX computes on the CPU here")
+def test_a_bad_memory_access_on_a_real_gpu_costs_one_row() -> None:
+    case = run(plan("BreaksTheGpu")).record.case(0)
+    assert row(case, "BreaksTheGpu").status == "failed"
+    assert row(case, "baseline").status == "ok"
 
 
 @pytest.mark.parametrize("planted", ["Wrong", "NotANumber"])

@@ -102,3 +102,9 @@ def assert_near(
     slack = 2 * np.abs(round_(round_(exact + 0.3) - 0.3) - exact).max(initial=0)
     error, allowed = np.abs(value - exact).max(initial=0), factor * np.abs(plain - exact).max(initial=0) + slack + floor
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def poison() -> None:
+    """Fills MLX's cache of freed memory with NaN, so that an element nobody writes is seen."""
+    made = [mx.full((1 << power,), float("nan"), mx.float32) for power in range(8, 23) for _ in range(6)]
+    mx.eval(made)

@@ -8,7 +8,7 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import attend, gradient, launch, launcher, stages  # noqa: E402
+from attention.kernels.cuda import attend, choice, gradient, launch, launcher, pullback, stages  # noqa: E402
 from attention.kernels.cuda.gpu import Gpu  # noqa: E402
 from attention.kernels.cuda.plan import MAP, NUMBER, SERIAL, STRIDE  # noqa: E402
 from attention.kernels.cuda.program import TEXTS, Program  # noqa: E402
@@ -40,7 +40,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     made = Recorder()
-    for module in (launch, attend, gradient):
+    for module in (launch, choice, gradient):
         monkeypatch.setattr(module, "gpu", lambda: GPU)
     for name in ("ensure", "judged", "distrust"):
         monkeypatch.setattr(attend.trust, name, lambda *_: None)
@@ -58,7 +58,8 @@ def recorder(monkeypatch):
 def forget():
     cuda._known.clear()
     kept = (attend.repeated, stages.forward_plan, launch.forward, launch.splitting, launch.decode)
-    kept += (gradient.planned, gradient.rows_launch, gradient.backward_launch, gradient.finish_launch, gradient._taken)
+    kept += (gradient.planned, gradient.rows_launch, gradient.backward_launch, gradient.finish_launch)
+    kept += (pullback._own_is_taken,)
     for function in kept:
         function.cache_clear()
 
@@ -122,7 +123,7 @@ def test_gradients_are_one_operation_of_three_launches(recorder, with_logsumexp)
 def test_the_backward_kernel_adds_to_dq_in_place(recorder):
     gradients(recorder, False)
     outputs = len(recorder.plans[-1].shapes)
-    assert [len(step[-2]) for step in recorder.plans[-1].steps] == [2, 4, 1]
+    assert [len(step[-2]) for step in recorder.plans[-1].steps] == [2, 3, 1]
     assert sum(len(step[-2]) for step in recorder.plans[-1].steps) == outputs + 1  # dQ's sums twice
 
 

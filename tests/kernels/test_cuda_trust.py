@@ -21,7 +21,7 @@ def planted(monkeypatch, tmp_path):
 
 
 def a_new_process():
-    trust._verdicts.clear()
+    trust.checks.forget()
     machine_code.cache_clear()
 
 
@@ -63,6 +63,43 @@ def test_a_check_that_took_the_process_down_is_a_failed_check():
     assert "did not come to an end" in (trust.distrust(PROGRAM) or "")
 
 
+def test_a_check_that_compiled_and_then_took_the_process_down_is_a_failed_check():
+    def crash():
+        machine_code(PROGRAM)
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        trust.ensure(PROGRAM, crash)
+    a_new_process()
+    assert "did not come to an end" in (trust.distrust(PROGRAM) or "")
+
+
+def test_a_text_that_does_not_compile_is_compiled_once(monkeypatch):
+    asked = []
+
+    def refuse(source, options):
+        asked.append(1)
+        raise nvrtc.CompileError("flash.cu(3): error: nonsense\nmore")
+
+    monkeypatch.setattr(program.nvrtc, "compile_program", refuse)
+    for _ in range(2):
+        a_new_process()
+        assert trust.judged(PROGRAM, lambda: None) == "flash.cu(3): error: nonsense"
+    assert len(asked) == 1
+
+
+def test_a_gpu_that_no_longer_answers_is_told_as_such(monkeypatch):
+    def launch():
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(trust, "_gpu_answers", lambda: False)
+    with pytest.raises(RuntimeError, match="broke this process's use of the GPU") as told:
+        trust.ensure(PROGRAM, launch)
+    assert not isinstance(told.value, KernelUnavailable)  # which would have the call go on with another kernel
+    a_new_process()
+    assert trust.distrust(PROGRAM) == "an illegal memory access"
+
+
 def test_another_gpu_checks_for_itself(monkeypatch):
     trust.ensure(PROGRAM, lambda: machine_code(PROGRAM) and None)
     a_new_process()
@@ -84,7 +121,7 @@ def test_new_code_is_checked_anew():
 
 def test_a_check_under_way_elsewhere_is_no_failure():
     def look():
-        trust._verdicts.clear()  # as another process sees it
+        trust.checks.forget()  # as another process sees it
         assert trust.distrust(PROGRAM) is None
 
     trust.ensure(PROGRAM, look)

@@ -41,7 +41,7 @@ def availability() -> tuple[bool, str]:
 
 
 def variant() -> str:
-    """Which kernels this GPU gets: "hopper" (all), "ampere" (few queries only, sm_80 and later), or "none"."""
+    """Which kernels this GPU gets: "hopper" (its own too), "ampere" (the general ones, sm_80 and later), or "none"."""
     from attention.kernels.cuda import machine
 
     return machine.variant()
@@ -96,17 +96,20 @@ def flash_attention(
     """softmax(softcap * tanh(q k' * scale / softcap) + mask) v, without the score matrix (Dao et al., 2022).
 
     Args:
-        q: queries (B, H, Lq, D), D a multiple of 8 up to 256; float16 or bfloat16, as k and v.
+        q: queries (B, H, Lq, D), D up to 256; float16 or bfloat16, as k and v. Not copied, however they are strided, if
+            the last axis is dense and the others go by multiples of 8 elements.
         k: keys (B, Hkv, Lk, D), H a multiple of Hkv.
-        v: values (B, Hkv, Lk, D).
+        v: values (B, Hkv, Lk, Dv), Dv up to 256.
         scale: what the dot products are multiplied by, usually D ** -0.5; positive.
         causal: query i sees keys up to i + Lk - Lq (lower-right aligned).
         window: a query sees the last `window` of those keys only; implies causal.
-        mask: none is taken.
+        mask: broadcasts to (B, H, Lq, Lk): bool, true where a query sees a key, or float16, bfloat16 or float32, added
+            to the scores; read as it lies. It may go with causal and window.
         softcap: bound of the scores, applied before the mask.
 
     Returns:
-        (B, H, Lq, D) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k and v.
+        (B, H, Lq, Dv) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k and v, and to a mask
+        that is added, which alone takes the whole score matrix.
 
     Raises:
         ValueError: for shapes, types or values that do not fit or are not taken (`supports` tells beforehand).
@@ -129,7 +132,7 @@ def flash_attention_with_logsumexp(
     """`flash_attention`, and the natural logarithm of each row's sum of exponentials.
 
     Returns:
-        The output (B, H, Lq, D), and the logsumexp (B, H, Lq) in float32, -inf for a row with nothing to attend to.
+        The output (B, H, Lq, Dv), and the logsumexp (B, H, Lq) in float32, -inf for a row with nothing to attend to.
         Gradients flow through both.
 
     Raises:
@@ -151,14 +154,15 @@ def _attend(
     softcap: float | None,
     with_logsumexp: bool,
 ) -> Sequence[mx.array]:
-    key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, scale, causal, window, softcap, with_logsumexp)
-    known = _known.get(key) if mask is None else None
+    kind = None if mask is None else (mask.dtype, mask.shape)
+    key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, scale, causal, window, kind, softcap, with_logsumexp)
+    known = _known.get(key)
     if known is None:
         known = _look_up(q, k, v, scale, causal, window, mask, softcap, with_logsumexp)
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[key] = known
-    return known(q, k, v)
+    return known(q, k, v) if mask is None else known(q, k, v, mask)
 
 
 _known: dict[object, Attend] = {}
@@ -179,6 +183,6 @@ def _look_up(
     from attention.kernels.cuda.attend import repeated
     from attention.kernels.cuda.call import check_arrays, normal
 
-    dtype = check_arrays(q, k, v, mask)
-    call = normal(scale, causal, window, softcap, k.shape[2])
-    return repeated(q.shape, k.shape, dtype, call, with_logsumexp)
+    dtype, kind = check_arrays(q, k, v, mask)
+    call = normal(scale, causal, window, softcap, k.shape[2], kind)
+    return repeated(q.shape, k.shape, v.shape[3], dtype, call, with_logsumexp)

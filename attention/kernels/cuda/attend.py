@@ -4,79 +4,90 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Literal, cast
+from typing import cast
 
 import mlx.core as mx
 
 from attention.errors import KernelUnavailable
-from attention.kernels.cuda import launch, launcher, selfcheck, trust
-from attention.kernels.cuda.call import ELEMENTS, Call, Shape
-from attention.kernels.cuda.decode import MOST_ROWS
-from attention.kernels.cuda.gpu import gpu
-from attention.kernels.cuda.gradient import gradients
+from attention.kernels.cuda import general_launch, launch, launcher, selfcheck, trust
+from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Call, Shape
+from attention.kernels.cuda.choice import Path, candidates, divided, program_of
 from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Run, Stage, make_plan
-from attention.kernels.cuda.program import Program
-from attention.kernels.cuda.stages import few_stages, forward_plan, forward_stages
+from attention.kernels.cuda.pullback import gradients
+from attention.kernels.cuda.running import run_of
+from attention.kernels.cuda.stages import few_stages, forward_stages
 
-Path = Literal["decode", "forward"]
 TRACE_AFTER = 2
 """Calls of a shape after which MLX keeps their graph; a decoding loop, with more keys each time, never gets there."""
 
-Attend = Callable[[mx.array, mx.array, mx.array], Sequence[mx.array]]
+Attend = Callable[..., Sequence[mx.array]]
+"""A call of q, k, v and, if it has one, a mask (batch, heads, queries, keys)."""
 
 
-def path_of(shape: Shape) -> Path:
-    """Which kernel a call takes.
+def stages(shape: Shape, call: Call, path: Path, with_logsumexp: bool = True) -> list[Stage]:
+    """The launches of a call by a kernel; the general one makes the logsumexp in any case."""
+    match path:
+        case "forward":
+            return forward_stages(shape, call, with_logsumexp)
+        case "decode":
+            return few_stages(shape, call, launch.splitting(shape, call), with_logsumexp)
+        case "general":
+            return general_launch.stages(shape, call, divided(shape, call))
+
+
+def checked(shape: Shape, call: Call) -> Path:
+    """The first kernel for a call that has shown on this GPU, now or before, that it is right.
 
     Raises:
-        KernelUnavailable: it has more queries than this GPU has a kernel for, or there is no launcher.
+        KernelUnavailable: there is none; each with its reason.
     """
-    obstacle = launcher.obstacle()
-    if obstacle:  # they take tensor maps, strides and serial numbers, which nobody else can hand over
-        raise KernelUnavailable(f"the kernels need the launcher: {obstacle}")
-    if shape.group * shape.queries <= MOST_ROWS:
-        return "decode"
-    if gpu().architecture != "sm_90a":
-        raise KernelUnavailable(f"more than {MOST_ROWS} query rows need a Hopper GPU, and this is {gpu().name}")
-    return "forward"
+    reasons: list[str] = []
+    for path in candidates(shape, call):
+        program = program_of(shape, call, path)
+        reason = trust.judged(program, functools.partial(_compare, shape, call, path))
+        if reason is None:
+            return path
+        reasons.append(f"{program.name}: {reason}")
+    raise KernelUnavailable("; ".join(reasons))
 
 
-def program_of(shape: Shape, call: Call) -> Program:
-    """The program that does the most of a call."""
-    if path_of(shape) == "forward":
-        return launch.forward_kernel(shape, call).program
-    return launch.splitting(shape, call).kernel.program
+def _compare(shape: Shape, call: Call, path: Path) -> str | None:
+    """Runs the very kernel of a call on small inputs; what is wrong with its results, or None."""
+    few = path == "decode" or (path == "general" and divided(shape, call).kernel.packed)
+    small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=shape.queries if few else 300, keys=523)
+    tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
+    match path:
+        case "forward":
+            made = forward_stages(small, tried, kernel=launch.forward_kernel(shape, call))
+        case "decode":
+            made = few_stages(small, tried, launch.same_kernel(launch.splitting(shape, call), small, tried))
+        case "general":
+            kernel = general_launch.same_kernel(divided(shape, call), small, tried)
+            made = general_launch.stages(small, tried, kernel)
+    given, mask = selfcheck.inputs(small), selfcheck.random_mask(small, tried)
+    if path == "general":  # as models hand them over: heads beside each other
+        given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in given]
+    found = run_of(_inputs(call), OUTPUTS, made)([*given[:3], *(spread(x, small) for x in mask)])
+    return selfcheck.disagreement(small, tried, found[0], found[1], given, mask)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, shape: Shape, call: Call) -> tuple[mx.array, mx.array]:
-    """Queues the kernels of a call; output and logsumexp."""
-    if path_of(shape) == "forward":
-        output, logsumexp = forward_plan(shape, call)([q, k, v])[:2]
-        return output, logsumexp
-    return attend_few(q, k, v, shape, call, launch.splitting(shape, call))
+def _inputs(call: Call) -> tuple[str, ...]:
+    return (*INPUTS, "mask") if call.mask else INPUTS
 
 
-def attend_few(
-    q: mx.array, k: mx.array, v: mx.array, shape: Shape, call: Call, plan: launch.Splitting
-) -> tuple[mx.array, mx.array]:
-    """The same with the kernel for few queries, its keys split in a given way."""
-    output, logsumexp = make_plan(INPUTS, OUTPUTS, few_stages(shape, call, plan))([q, k, v])[:2]
-    return output, logsumexp
+def spread(mask: mx.array, shape: Shape) -> mx.array:
+    """A mask as the kernels take it: (batch, heads, queries, keys), without copying it."""
+    return mx.broadcast_to(mask, (shape.batch, shape.heads, shape.queries, shape.keys))
 
 
-def stages(shape: Shape, call: Call, with_logsumexp: bool = True) -> list[Stage]:
-    """The launches of a call."""
-    if path_of(shape) == "forward":
-        return forward_stages(shape, call, with_logsumexp)
-    return few_stages(shape, call, launch.splitting(shape, call), with_logsumexp)
-
-
-def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
+def planned(shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> Run:
     """The launches of a call as one operation, with its gradient: of the output, or of the logsumexp too."""
     launcher.module().set_gradient(_gradients_of)
     label = json.dumps([asdict(shape), asdict(call), with_logsumexp])
-    untraced = None if with_logsumexp else make_plan(INPUTS, OUTPUTS[:1], stages(shape, call, False))
-    return make_plan(INPUTS, OUTPUTS, stages(shape, call), label, untraced)
+    inputs, untraced = _inputs(call), None
+    if not with_logsumexp:
+        untraced = make_plan(inputs, OUTPUTS[:1], stages(shape, call, path, False))
+    return make_plan(inputs, OUTPUTS, stages(shape, call, path), label, untraced)
 
 
 def _gradients_of(
@@ -85,76 +96,84 @@ def _gradients_of(
     """What launcher.cpp calls for the gradient of a plan; without the logsumexp its cotangent is zeros, of no use."""
     shape, call, with_logsumexp = json.loads(label)
     wanted = cotangents[: 2 if with_logsumexp else 1]
-    return list(gradients(primals[:3], wanted, outputs[:2], Shape(**shape), Call(**call)))
+    arrays = len(_inputs(Call(**call)))
+    return gradients(primals[:arrays], wanted, outputs[:2], Shape(**shape), Call(**call))
 
 
-def check(shape: Shape, call: Call) -> None:
-    """Sees to it that the kernel of a call has shown on this GPU that it is right.
+@functools.lru_cache(maxsize=256)
+def repeated(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    value_dim: int,
+    dtype: str,
+    call: Call,
+    with_logsumexp: bool,
+) -> Attend:
+    """The calls of a shape, given as the shapes of q and k and the width of v: decided and checked once.
 
     Raises:
-        KernelUnavailable: it cannot be compiled, or is wrong, or there is none.
+        KernelUnavailable: no kernel of ours takes them, or none has passed its check.
     """
-    few = path_of(shape) == "decode"
-    small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=shape.queries if few else 300, keys=523)
-    tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
+    launcher.missing()  # compiles it, if need be
+    dims = [DIM_STEP * -(-dim // DIM_STEP) for dim in (q[3], value_dim)]
+    shape = Shape(q[0], q[1], k[1], q[2], k[2], dims[0], ELEMENTS[dtype], dims[1])
+    path = checked(shape, call)
+    if launcher.missing() is None:
+        plan = planned(shape, call, path, with_logsumexp)
+        made: Attend = lambda *arrays: plan(list(arrays))  # noqa: E731
+    else:
+        made = Repeated(shape, call, path, with_logsumexp)
+    masked = _with_mask(made, shape) if call.mask else made
+    return masked if dims == [q[3], value_dim] else _filled_up(masked, dims, value_dim)
 
-    def compare() -> str | None:
-        made = selfcheck.inputs(small)
-        q, k, v = made[:3]
-        if few:
-            found = attend_few(q, k, v, small, tried, launch.same_kernel(launch.splitting(shape, call), small, tried))
-        else:
-            made_of = forward_stages(small, tried, kernel=launch.forward_kernel(shape, call))
-            output, logsumexp = make_plan(INPUTS, OUTPUTS, made_of)([q, k, v])[:2]
-            found = output, logsumexp
-        return selfcheck.disagreement(small, tried, *found, made)
 
-    trust.ensure(program_of(shape, call), compare)
+def _with_mask(made: Attend, shape: Shape) -> Attend:
+    return lambda q, k, v, mask: made(q, k, v, spread(mask, shape))
+
+
+def _filled_up(made: Attend, dims: Sequence[int], value_dim: int) -> Attend:
+    """The call with its last axes filled up with zeros, which change no product."""
+
+    def wide(x: mx.array, dim: int) -> mx.array:
+        return x if x.shape[3] == dim else mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, dim - x.shape[3])])
+
+    def call(q: mx.array, k: mx.array, v: mx.array, *mask: mx.array) -> Sequence[mx.array]:
+        output, *others = made(wide(q, dims[0]), wide(k, dims[0]), wide(v, dims[1]), *mask)
+        return output[..., :value_dim], *others
+
+    return call
 
 
 class Repeated:
     """The calls of one shape without our launcher: from the third on replayed from a graph that MLX keeps."""
 
-    def __init__(self, shape: Shape, call: Call, with_logsumexp: bool) -> None:
+    def __init__(self, shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> None:
         self._calls = 0
-        self._function = _differentiable(shape, call, with_logsumexp)
+        self._function = _differentiable(shape, call, path, with_logsumexp)
 
-    def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> Sequence[mx.array]:
+    def __call__(self, *arrays: mx.array) -> Sequence[mx.array]:
         """Queues the call: output, and logsumexp."""
         if self._calls <= TRACE_AFTER:
             self._calls += 1
             if self._calls > TRACE_AFTER:
                 self._function = cast("Attend", mx.compile(self._function))
-        return self._function(q, k, v)
+        return self._function(*arrays)
 
 
-@functools.lru_cache(maxsize=256)
-def repeated(q: tuple[int, ...], k: tuple[int, ...], dtype: str, call: Call, with_logsumexp: bool) -> Attend:
-    """The calls of a shape, given as the shapes of q and k: decided and checked once.
-
-    Raises:
-        KernelUnavailable: no kernel of ours takes them, or it failed its check.
-    """
-    shape = Shape(q[0], q[1], k[1], q[2], k[2], q[3], ELEMENTS[dtype])
-    check(shape, call)
-    if launcher.missing() is not None:
-        return Repeated(shape, call, with_logsumexp)
-    plan = planned(shape, call, with_logsumexp)
-    return lambda q, k, v: plan([q, k, v])
-
-
-def _differentiable(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
+def _differentiable(shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> Attend:
     """The call with its gradient; the logsumexp is made in any case, since the backward pass needs it."""
+    run = run_of(_inputs(call), OUTPUTS, stages(shape, call, path))
 
     @mx.custom_function
-    def function(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        return attend(q, k, v, shape, call)
+    def function(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+        output, logsumexp = run(list(arrays))[:2]
+        return output, logsumexp
 
     def pull_back(
         primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
     ) -> tuple[mx.array, ...]:
         wanted = list(cotangents) if with_logsumexp else list(cotangents[:1])
-        return gradients(primals, wanted, outputs, shape, call)
+        return tuple(gradients(primals, wanted, outputs, shape, call))
 
     function.vjp(pull_back)
     return cast("Attend", function)

@@ -8,12 +8,13 @@ from attention.kernels.cuda.forward import Element
 from attention.kernels.cuda.program import Program
 from attention.kernels.cuda.wgmma import wgmma
 
-BLOCK_K, BLOCK_Q = 128, 64
-"""Keys and queries in a tile."""
-LARGEST_HEAD_DIM: Final = 128
-"""Above it dK and dV of a tile no longer fit in registers."""
-MAP_BYTES: Final = 4 * 128
-"""The tensor maps that each block builds for itself."""
+WIDTHS: Final = (64, 128, 192, 256)
+"""Head dims that there are kernels for; others take the next one."""
+LARGEST_HEAD_DIM: Final = WIDTHS[-1]
+BLOCK_Q: Final = 64
+"""Queries in a tile."""
+STAGES: Final = 2
+"""Tiles of queries that are there at a time."""
 
 
 @dataclass(frozen=True)
@@ -21,78 +22,126 @@ class Backward:
     """A specialisation of backward.cu."""
 
     head_dim: int
-    """64 or 128: inputs may be narrower."""
+    """64, 128, 192 or 256: inputs may be narrower."""
     causal: bool
     element: Element
     window: bool
-    stages: int = 2
+    softcap: bool
+
+    @property
+    def wide(self) -> bool:
+        """Which layout: a consumer has all keys of a tile and half of the columns, or half of the keys."""
+        return self.head_dim > 128
+
+    @property
+    def block_k(self) -> int:
+        """Keys in a tile."""
+        return 64 if self.wide else 128
+
+    @property
+    def buffers(self) -> int:
+        """Tiles of dS; where P goes through shared memory, too, two of each."""
+        return 4 if self.wide else 3
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: barriers, K and V, the rings of Q and dO, dS twice, and the rows' numbers."""
-        keys, queries = 2 * BLOCK_K, 2 * BLOCK_Q * self.stages
-        return 1024 + 2 * self.head_dim * (keys + queries) + 4 * BLOCK_K * BLOCK_Q + self.stages * 8 * BLOCK_Q
+        """Bytes: barriers, K and V, the ring of Q and dO, tiles of P or dS, and the rows' numbers."""
+        rows = 2 * self.block_k + 2 * BLOCK_Q * STAGES
+        return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + 8 * BLOCK_Q * STAGES
 
     @functools.cached_property
     def program(self) -> Program:
         """The kernel's text."""
         constants = {
             "HEAD_DIM": self.head_dim,
-            "STAGES": self.stages,
+            "BLOCK_K": self.block_k,
+            "SPAN": BLOCK_Q // 2 if self.wide else BLOCK_Q,
+            "STAGES": STAGES,
+            "BUFFERS": self.buffers,
             "CAUSAL": self.causal,
             "WINDOW": self.window,
+            "SOFTCAP": self.softcap,
             "BFLOAT16": self.element == "bf16",
         }
-        products = (
-            wgmma("wgmma_scores", BLOCK_Q, self.element, a_in_registers=False, transpose_b=False),
-            wgmma("wgmma_output", self.head_dim, self.element, a_in_registers=True, transpose_b=True),
-            wgmma(
-                "wgmma_queries",
-                self.head_dim // 2,
-                self.element,
-                a_in_registers=False,
-                transpose_a=True,
-                transpose_b=True,
-            ),
-        )
+        layout = "backward_wide.cuh" if self.wide else "backward_narrow.cuh"
         return Program(
             name="flash_backward",
             architecture="sm_90a",
             constants=tuple((name, int(value)) for name, value in constants.items()),
-            texts=("common.cuh", "hopper.cuh", *products, "warpgroup.cuh", "backward_tiles.cuh", "backward.cu"),
+            texts=(
+                "common.cuh",
+                "hopper.cuh",
+                *self._products(),
+                "warpgroup.cuh",
+                "backward_tiles.cuh",
+                layout,
+                "backward.cu",
+            ),
             threads=384,
             shared_memory=self.shared_memory,
+        )
+
+    def _products(self) -> tuple[str, ...]:
+        """The matrix instructions: S^T and dP^T, dK and dV, dQ; of the last two half in the wide layout."""
+        products: list[tuple[str, int, dict[str, bool]]] = []
+        held, outputs = {"a_in_registers": True}, {"a_in_registers": False, "transpose_b": True}
+        queries = {**outputs, "transpose_a": True}
+        if self.wide:
+            products.append(("scores", BLOCK_Q // 2, {"a_in_registers": False}))
+            for end, width in (("", 128 if self.head_dim == 256 else 64), ("_middle", 32)):
+                products += [(f"output{end}", width, outputs), (f"queries{end}", width, queries)]
+        else:
+            products += [("scores", BLOCK_Q, {"a_in_registers": False}), ("scores_held", BLOCK_Q, held)]
+            products += [("output", self.head_dim, {**outputs, **held}), ("queries", self.head_dim // 2, queries)]
+        return tuple(
+            wgmma(f"wgmma_{name}", width, self.element, **{"transpose_b": False, **how})
+            for name, width, how in products
         )
 
     def tile_costs(self, queries: int, keys: int, window: int) -> tuple[int, ...]:
         """The tiles of queries that see any of each tile of keys, as the kernel counts them."""
         shift, costs = keys - queries, []
-        for key in range(0, keys, BLOCK_K):
+        for key in range(0, keys, self.block_k):
             first = max(0, key - shift) // BLOCK_Q if self.causal else 0
-            end = max(0, min(queries, key + BLOCK_K - 1 - shift + window)) if self.window else queries
+            end = max(0, min(queries, key + self.block_k - 1 - shift + window)) if self.window else queries
             costs.append(max(0, -(-end // BLOCK_Q) - first))
         return tuple(costs)
 
 
-def rows_program(element: Element, logsumexp_cotangent: bool, architecture: str) -> Program:
+def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Backward:
+    """The specialisation for a call of this kind."""
+    width = next(width for width in WIDTHS if head_dim <= width)
+    return Backward(width, causal, element, window, softcap)
+
+
+def query_tiles(queries: int) -> int:
+    """Tiles of queries in a plane."""
+    return -(-queries // BLOCK_Q)
+
+
+def workspace_bytes(kernel: Backward, planes: int, queries: int) -> int:
+    """Device memory above inputs and outputs: in float32 the sums of dQ, and two numbers of each row."""
+    return planes * query_tiles(queries) * BLOCK_Q * (kernel.head_dim + 2) * 4
+
+
+def rows_program(kernel: Backward, logsumexp_cotangent: bool) -> Program:
     """The text of backward_rows.cu."""
-    return Program(
-        name="flash_backward_rows",
-        architecture=architecture,
-        constants=(("BFLOAT16", int(element == "bf16")), ("LOGSUMEXP_COTANGENT", int(logsumexp_cotangent))),
-        texts=("common.cuh", "backward_rows.cu"),
-        threads=128,
-        shared_memory=0,
-    )
+    constants = {"HEAD_DIM": kernel.head_dim, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}
+    return _pass_program(kernel, "rows", constants)
 
 
-def finish_program(element: Element, architecture: str) -> Program:
+def finish_program(kernel: Backward) -> Program:
     """The text of backward_finish.cu."""
+    return _pass_program(kernel, "finish", {"HEAD_DIM": kernel.head_dim})
+
+
+def _pass_program(kernel: Backward, name: str, constants: dict[str, int]) -> Program:
+    whole = {**constants, "BFLOAT16": kernel.element == "bf16"}
     return Program(
-        name="flash_backward_finish",
-        architecture=architecture,
-        constants=(("BFLOAT16", int(element == "bf16")),),
-        texts=("common.cuh", "backward_finish.cu"),
+        name=f"flash_backward_{name}",
+        architecture="sm_90a",
+        constants=tuple((constant, int(value)) for constant, value in whole.items()),
+        texts=("common.cuh", f"backward_{name}.cu"),
         threads=256,
         shared_memory=0,
     )

@@ -1,11 +1,14 @@
-// What the backward pass needs of each query row, a warp for each: a cleared row of dQ, its logsumexp in log2 units, and
+// What the backward pass needs of each query row: its logsumexp in log2 units, and
 //
 //   delta = sum over columns of output * cotangent   (- the logsumexp's own cotangent, with LOGSUMEXP_COTANGENT)
 //
-// Rows come in tiles of 64, padded: | 64 logsumexps | 64 deltas |, so that one bulk copy brings a tile's. For rows that
-// are padding or see no key the logsumexp is +inf, which makes their weights 0.
+// and the cleared sums of dQ. A block takes 64 rows of a plane, padded: | 64 logsumexps | 64 deltas |, so that one bulk copy
+// brings a tile's, in the order in which backward_tiles.cuh asks for them. For rows that are padding or see no key the
+// logsumexp is +inf, which makes their weights 0.
 
-constexpr int THREADS = 128, TILE = 64;
+constexpr int THREADS = 256, ROWS = 64;
+constexpr int LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // of a row: 8 columns each
+constexpr int ROUNDS = ROWS * LANES / THREADS;
 
 DEVICE float2 unpack(u32 word) {
 #if BFLOAT16
@@ -19,29 +22,42 @@ DEVICE float2 unpack(u32 word) {
 #endif
 }
 
+DEVICE float dot(u32 a, u32 b) {
+  const float2 x = unpack(a), y = unpack(b);
+  return x.x * y.x + x.y * y.y;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const u32* output, const u32* cotangent, const float* logsumexp, const float* logsumexp_cotangent,
-                float* rows, float* query_gradient, int planes, int queries, int columns) {
-  const int tiles = (queries + TILE - 1) / TILE, lane = threadIdx.x % 32;
-  const int index = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;  // of all padded rows
-  if (index >= planes * tiles * TILE) return;
-  const int plane = index / (tiles * TILE), row = index % (tiles * TILE);
-  const u64 place = static_cast<u64>(plane) * queries + row;
-  float largest = -MINUS_INFINITY, delta = 0;
-  if (row < queries) {
-    for (int i = lane; i < columns / 2; i += 32) {
-      const float2 o = unpack(output[place * (columns / 2) + i]), c = unpack(cotangent[place * (columns / 2) + i]);
-      delta += o.x * c.x + o.y * c.y;
-      reinterpret_cast<float2*>(query_gradient)[place * (columns / 2) + i] = make_float2(0, 0);
-    }
-    for (int step = 16; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
-    if (LOGSUMEXP_COTANGENT) delta -= logsumexp_cotangent[place];
-    if (logsumexp[place] != MINUS_INFINITY) largest = logsumexp[place] * 1.44269504f;
-    else delta = 0;
+    KERNEL_NAME(const uint4* output, const uint4* cotangent, const float* logsumexp, const float* logsumexp_cotangent,
+                float* rows, float4* query_gradient, int tiles, int heads, int queries, int columns,
+                u64 cotangent_batch_stride, u64 cotangent_head_stride, u64 cotangent_row_stride) {
+  const int plane = blockIdx.x / tiles, first = blockIdx.x % tiles * ROWS, lane = threadIdx.x % LANES;
+  cotangent += (plane / heads * cotangent_batch_stride + plane % heads * cotangent_head_stride) / 8;
+  uint4 o[ROUNDS] = {}, c[ROUNDS] = {};
+#pragma unroll
+  for (int i = 0; i < ROUNDS; ++i) {
+    const int row = first + (i * THREADS + threadIdx.x) / LANES;
+    if (row >= queries || lane >= columns / 8) continue;
+    o[i] = output[(static_cast<u64>(plane) * queries + row) * (columns / 8) + lane];
+    c[i] = cotangent[row * cotangent_row_stride / 8 + lane];
   }
-  if (lane == 0) {
-    float* tile = rows + static_cast<u64>(index / TILE) * 2 * TILE;
-    tile[index % TILE] = largest;
-    tile[TILE + index % TILE] = delta;
+#pragma unroll
+  for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 4; i += THREADS) {
+    query_gradient[static_cast<u64>(blockIdx.x) * (ROWS * HEAD_DIM / 4) + i] = make_float4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int i = 0; i < ROUNDS; ++i) {
+    const int index = (i * THREADS + threadIdx.x) / LANES, row = first + index;
+    float delta = dot(o[i].x, c[i].x) + dot(o[i].y, c[i].y) + dot(o[i].z, c[i].z) + dot(o[i].w, c[i].w);
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
+    if (lane != 0) continue;
+    const u64 place = static_cast<u64>(plane) * queries + row;
+    const float of_row = row < queries ? logsumexp[place] : MINUS_INFINITY;
+    const bool sees = of_row != MINUS_INFINITY;
+    if (LOGSUMEXP_COTANGENT && sees) delta -= logsumexp_cotangent[place];
+    float* own = rows + static_cast<u64>(blockIdx.x) * 2 * ROWS + index % 8 / 2 * 16 + index / 8 * 2 + index % 2;
+    own[0] = sees ? of_row * 1.44269504f : -MINUS_INFINITY;
+    own[ROWS] = sees ? delta : 0;
   }
 }

@@ -3,18 +3,21 @@
 import math
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from attention.kernels.cuda.forward import Element
-from attention.route import PLAIN, Needs
 from attention.workload import Workload
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 LARGEST_HEAD_DIM: Final = 256
+DIM_STEP: Final = 8
+"""Kernels load so many elements at once; other head dims are filled up with zeros before."""
 LOG2_E: Final = math.log2(math.e)
 ELEMENTS: Final[dict[str, Element]] = {"bfloat16": "bf16", "float16": "f16"}
+MaskKind = Literal["bool", "bfloat16", "float16", "float32"]
+MASK_KINDS: Final[tuple[MaskKind, ...]] = get_args(MaskKind)
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,14 @@ class Call:
     causal: bool
     window: int | None
     softcap: float | None
+    mask: MaskKind | None = None
+    """The type of an array (batch, heads, queries, keys) that says what is seen, or is added to the scores."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The arrays of a call: q (batch, heads, queries, head_dim), k and v (batch, kv_heads, keys, head_dim)."""
+    """The arrays of a call: q (batch, heads, queries, head_dim), k (batch, kv_heads, keys, head_dim), and v, whose
+    value_dim is that of the output too."""
 
     batch: int
     heads: int
@@ -38,6 +44,12 @@ class Shape:
     keys: int
     head_dim: int
     element: Element
+    value_dim: int = 0
+    """0 stands for head_dim."""
+
+    def __post_init__(self) -> None:
+        """Resolves the default."""
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
 
     @property
     def group(self) -> int:
@@ -45,7 +57,9 @@ class Shape:
         return self.heads // self.kv_heads
 
 
-def normal(scale: float, causal: bool, window: int | None, softcap: float | None, keys: int) -> Call:
+def normal(
+    scale: float, causal: bool, window: int | None, softcap: float | None, keys: int, mask: MaskKind | None = None
+) -> Call:
     """Checks the keywords of a call and brings them to normal form.
 
     Raises:
@@ -58,27 +72,23 @@ def normal(scale: float, causal: bool, window: int | None, softcap: float | None
     if softcap is not None and not softcap > 0:
         raise ValueError(f"[flash_attention] softcap is positive; got {softcap}.")
     narrow = window is not None and window < keys
-    return Call(float(scale), causal or window is not None, window if narrow else None, softcap)
+    return Call(float(scale), causal or window is not None, window if narrow else None, softcap, mask)
 
 
-def refusal(dtype: str, head_dim: int, value_dim: int, array_mask: bool) -> str | None:
-    """Why the kernel does not take a call, in one line, or None if it does."""
+def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
+    """Why the kernels do not take a call, in one line, or None if they do."""
     if dtype == "float32":
-        return "the CUDA kernel is for bfloat16 and float16; MLX's own float32 products may round to TF32"
+        return "the CUDA kernels are for bfloat16 and float16; MLX's own float32 products may round to TF32"
     if dtype not in ELEMENTS:
-        return f"the CUDA kernel is for bfloat16 and float16, not {dtype}"
-    if value_dim != head_dim:
-        return f"the CUDA kernel needs values as wide as keys, not {value_dim} and {head_dim}"
-    if head_dim % 8 or not 8 <= head_dim <= LARGEST_HEAD_DIM:
-        return f"the CUDA kernel takes head dims that are multiples of 8 up to {LARGEST_HEAD_DIM}, not {head_dim}"
-    if array_mask:
-        return "the CUDA kernel takes no array mask"
+        return f"the CUDA kernels are for bfloat16 and float16, not {dtype}"
+    if max(head_dim, value_dim) > LARGEST_HEAD_DIM:
+        return f"the CUDA kernels take head dims up to {LARGEST_HEAD_DIM}, not {max(head_dim, value_dim)}"
     return None
 
 
-def refusal_of(workload: Workload, needs: Needs = PLAIN) -> str | None:
+def refusal_of(workload: Workload) -> str | None:
     """The same for a workload."""
-    return refusal(workload.dtype, workload.head_dim, workload.value_dim, needs.array_mask)
+    return refusal(workload.dtype, workload.head_dim, workload.value_dim)
 
 
 def float_bits(x: float) -> int:
@@ -86,8 +96,8 @@ def float_bits(x: float) -> int:
     return int(struct.unpack("i", struct.pack("f", x))[0])
 
 
-def check_arrays(q: "mx.array", k: "mx.array", v: "mx.array", mask: "mx.array | None") -> str:
-    """The name of the arrays' type.
+def check_arrays(q: "mx.array", k: "mx.array", v: "mx.array", mask: "mx.array | None") -> tuple[str, MaskKind | None]:
+    """The names of the arrays' type and of the mask's.
 
     Raises:
         ValueError: shapes or types do not fit together, or are not taken.
@@ -98,12 +108,31 @@ def check_arrays(q: "mx.array", k: "mx.array", v: "mx.array", mask: "mx.array | 
             f"[flash_attention] q, k and v have 4 axes; got {len(q_shape)}, {len(k_shape)}, {len(v_shape)}."
         )
     fits = q_shape[0] == k_shape[0] and q_shape[3] == k_shape[3] and v_shape[:3] == k_shape[:3]
-    if not fits or not k_shape[1] or q_shape[1] % k_shape[1] or 0 in q_shape or 0 in k_shape:
+    if not fits or not k_shape[1] or q_shape[1] % k_shape[1] or 0 in q_shape or 0 in v_shape:
         raise ValueError(f"[flash_attention] shapes do not fit: q {q_shape}, k {k_shape}, v {v_shape}.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"[flash_attention] q, k and v have one type; got {q.dtype}, {k.dtype}, {v.dtype}.")
-    dtype = str(q.dtype).removeprefix("mlx.core.")
-    reason = refusal(dtype, q_shape[3], v_shape[3], mask is not None)
+    reason = refusal(_name(q), q_shape[3], v_shape[3])
     if reason:
         raise ValueError(f"[flash_attention] {reason}.")
-    return dtype
+    kind = None if mask is None else mask_kind(mask, (*q_shape[:3], k_shape[2]))
+    return _name(q), kind
+
+
+def mask_kind(mask: "mx.array", scores: tuple[int, ...]) -> MaskKind:
+    """The name of a mask's type; `scores` is the shape (batch, heads, queries, keys) that it has to broadcast to.
+
+    Raises:
+        ValueError: it does not, or is of a type that is not taken.
+    """
+    sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    if mask.ndim > 4 or any(size not in (1, whole) for size, whole in zip(sizes, scores, strict=True)):
+        raise ValueError(f"[flash_attention] mask has a shape that broadcasts to {scores}; got {tuple(mask.shape)}.")
+    for kind in MASK_KINDS:
+        if _name(mask) == kind:
+            return kind
+    raise ValueError(f"[flash_attention] mask is of type {', '.join(MASK_KINDS)}; got {_name(mask)}.")
+
+
+def _name(array: "mx.array") -> str:
+    return str(array.dtype).removeprefix("mlx.core.")

@@ -3,6 +3,7 @@
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
+using i64 = long long;
 
 #define DEVICE __device__ __forceinline__
 #define MINUS_INFINITY __int_as_float(0xff800000)
@@ -21,6 +22,22 @@ DEVICE float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// A float16, given by its bits.
+DEVICE float from_half(unsigned short half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+}
+
+// The sum of the products of two pairs of elements.
+DEVICE float product(u32 a, u32 b) {
+#if BFLOAT16
+  return __uint_as_float(a << 16) * __uint_as_float(b << 16) + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+#else
+  return from_half(a) * from_half(b) + from_half(a >> 16) * from_half(b >> 16);
+#endif
 }
 
 // Two floats to two halves of a word, `low` first in memory.

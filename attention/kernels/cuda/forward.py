@@ -66,16 +66,7 @@ class Forward:
             name="flash_forward",
             architecture="sm_90a",
             constants=tuple((name, int(value)) for name, value in constants.items()),
-            texts=(
-                "common.cuh",
-                "hopper.cuh",
-                *products,
-                "warpgroup.cuh",
-                "tiles.cuh",
-                "join.cuh",
-                "pipeline.cuh",
-                "forward.cu",
-            ),
+            texts=("common.cuh", "hopper.cuh", *products, "warpgroup.cuh", *TEXTS),
             threads=128 * (self.consumers + 1),
             shared_memory=self.shared_memory,
         )

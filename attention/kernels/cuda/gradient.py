@@ -1,41 +1,51 @@
-"""The backward pass: by our kernels where they take the call, through MLX's own path where not."""
+"""The backward pass by the Hopper kernels."""
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 import mlx.core as mx
 
-from attention.kernels.cuda import launcher, selfcheck, trust
-from attention.kernels.cuda.backward import BLOCK_Q, LARGEST_HEAD_DIM, MAP_BYTES, Backward, finish_program, rows_program
-from attention.kernels.cuda.call import LOG2_E, Call, Shape, float_bits
+from attention.kernels.cuda import selfcheck, trust
+from attention.kernels.cuda.backward import (
+    BLOCK_Q,
+    LARGEST_HEAD_DIM,
+    Backward,
+    finish_program,
+    query_tiles,
+    rows_program,
+    specialise,
+)
+from attention.kernels.cuda.call import Call, Shape, float_bits
 from attention.kernels.cuda.gpu import gpu
-from attention.kernels.cuda.launch import Launch, dtype_of, prepare
-from attention.kernels.cuda.plain import through_mlx
-from attention.kernels.cuda.plan import Run, Stage, make_plan
+from attention.kernels.cuda.launch import Launch, dtype_of, on_device, prepare, scalars_of
+from attention.kernels.cuda.plan import Box, Run, Stage, make_plan
 from attention.kernels.cuda.schedule import make_schedule
 from attention.kernels.cuda.stages import forward_plan
 
+L2_BYTES_OF_ELEMENT: Final = 16
+"""Of a head that is worked on: queries, cotangents and, in float32, the sums of dQ; these count three times, since all
+blocks add to them. With 8 bytes a head dim of 256 was 7 % slower (causal, L = 2048), others the same."""
+
 
 def refusal(shape: Shape, call: Call) -> str | None:
-    """Why gradients go through MLX's own path, in one line, or None if our kernels make them."""
+    """Why these kernels do not make the gradients of a call, in one line, or None if they do."""
     if gpu().architecture != "sm_90a":
         return "the backward kernel needs a Hopper GPU"
     if shape.head_dim > LARGEST_HEAD_DIM:
         return f"the backward kernel takes head dims up to {LARGEST_HEAD_DIM}, not {shape.head_dim}"
-    if call.softcap is not None:
-        return "the backward kernel has no softcap"
     return trust.distrust(kernel_of(shape, call).program)
 
 
 @functools.cache
 def kernel_of(shape: Shape, call: Call) -> Backward:
     """The specialisation for a call."""
-    return Backward(64 if shape.head_dim <= 64 else 128, call.causal, shape.element, call.window is not None)
+    window, softcap = call.window is not None, call.softcap is not None
+    return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
 
 
-def gradients(
+def by_kernel(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> tuple[mx.array, ...]:
     """The gradients of q, k and v.
@@ -47,94 +57,70 @@ def gradients(
         shape: of the arrays.
         call: what was computed.
     """
-    if not _taken(shape, call):
-        return tuple(through_mlx(list(primals), list(cotangents), call))
-    return by_kernel(primals, cotangents, outputs, shape, call)
-
-
-@functools.lru_cache(maxsize=256)
-def _taken(shape: Shape, call: Call) -> bool:
-    if refusal(shape, call) is None:
-        check(shape, call)
-    return refusal(shape, call) is None
-
-
-def by_kernel(
-    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
-) -> tuple[mx.array, ...]:
-    """The same by our kernels.
-
-    The first clears dQ, in float32; the second adds to it in place, though MLX counts it among its inputs; the third,
-    which waits for dK, rounds it. Nobody else ever sees that array.
-    """
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
-    if launcher.missing() is None:
-        arrays = [*primals, outputs[0], cotangent, outputs[1], of_logsumexp]
-        d_q, d_k, d_v = planned(shape, call, len(cotangents) > 1)(arrays)[:3]
-        return d_q, d_k, d_v
-    rows, sums = rows_launch(shape, len(cotangents) > 1)(outputs[0], cotangent, outputs[1], of_logsumexp)
-    d_k, d_v, _ = backward_launch(shape, call)(*primals, cotangent, rows, sums)
-    (d_q,) = finish_launch(shape, call.scale)(sums, d_k)
+    arrays = [*primals, outputs[0], cotangent, outputs[1], of_logsumexp]
+    d_q, d_k, d_v = planned(shape, call, len(cotangents) > 1)(arrays)[:3]
     return d_q, d_k, d_v
 
 
 @functools.lru_cache(maxsize=128)
 def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
-    """The three launches as one operation."""
+    """The three launches as one operation.
+
+    The first clears the sums of dQ; the second adds to them in place; the third, which waits for dK, rounds them.
+    Nobody else ever sees that array.
+    """
     inputs = ("q", "k", "v", "output", "cotangent", "logsumexp", "of_logsumexp")
+    queries, keys = Box(BLOCK_Q), Box(kernel_of(shape, call).block_k)
     stages = (
-        Stage(rows_launch(shape, with_logsumexp), inputs[3:], ("rows", "sums")),
+        Stage(rows_launch(shape, call, with_logsumexp), inputs[3:], ("rows", "sums"), strided=("cotangent",)),
         Stage(
             backward_launch(shape, call),
             ("q", "k", "v", "cotangent", "rows", "sums"),
-            ("d_k", "d_v", "maps"),
+            ("d_k", "d_v"),
             frozenset({"sums"}),
+            maps={"q": queries, "k": keys, "v": keys, "cotangent": queries},
         ),
-        Stage(finish_launch(shape, call.scale), ("sums", "d_k"), ("d_q",)),
+        Stage(finish_launch(shape, call), ("sums", "d_k"), ("d_q",)),
     )
     return make_plan(inputs, ("d_q", "d_k", "d_v"), stages)
 
 
 @functools.lru_cache(maxsize=128)
-def rows_launch(shape: Shape, with_logsumexp: bool) -> Launch:
-    """The launch of the first kernel: logsumexp and delta of each row, in padded tiles, and dQ cleared."""
-    program = rows_program(shape.element, with_logsumexp, gpu().architecture)
-    planes, tiles = shape.batch * shape.heads, math.ceil(shape.queries / BLOCK_Q)
-    blocks = math.ceil(planes * tiles * BLOCK_Q * 32 / program.threads)
-    sums = (shape.batch, shape.heads, shape.queries, shape.head_dim)
-    outputs = [((planes, tiles, 2, BLOCK_Q), mx.float32), (sums, mx.float32)]
-    return prepare(program, blocks, outputs, [planes, shape.queries, shape.head_dim])
+def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
+    """The launch of the first kernel: logsumexp and delta of each row, in padded tiles, and dQ's sums cleared."""
+    kernel = kernel_of(shape, call)
+    planes, tiles = shape.batch * shape.heads, query_tiles(shape.queries)
+    outputs = [((planes, tiles, 2, BLOCK_Q), mx.float32), ((planes, tiles, BLOCK_Q * kernel.head_dim), mx.float32)]
+    problem = [tiles, shape.heads, shape.queries, shape.head_dim]
+    return prepare(rows_program(kernel, with_logsumexp), planes * tiles, outputs, problem)
 
 
 @functools.lru_cache(maxsize=128)
 def backward_launch(shape: Shape, call: Call) -> Launch:
-    """The launch for q, k, v, cotangent, rows and dQ / scale; it gives dK, dV, and scratch."""
+    """The launch for q, k, v, cotangent, rows and dQ's sums; it gives dK and dV."""
     kernel = kernel_of(shape, call)
-    planes, key_planes = shape.batch * shape.heads, shape.batch * shape.kv_heads
+    key_planes = shape.batch * shape.kv_heads
     costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
     blocks = min(key_planes * len(costs), gpu().multiprocessors)
-    plane_bytes = 4 * shape.queries * shape.head_dim * shape.group
-    table = mx.array(make_schedule(blocks, key_planes, costs, plane_bytes), dtype=mx.int32)
-    mx.eval(table)
+    plane_bytes = L2_BYTES_OF_ELEMENT * shape.queries * shape.head_dim * shape.group
+    table = make_schedule(blocks, key_planes, costs, plane_bytes)
     keys = ((shape.batch, shape.kv_heads, shape.keys, shape.head_dim), dtype_of(shape))
-    problem = [planes, shape.group, shape.queries, shape.keys, shape.head_dim]
-    return prepare(
-        kernel.program,
-        blocks,
-        [keys, keys, ((blocks * MAP_BYTES,), mx.uint8)],
-        [*problem, float_bits(call.scale), float_bits(call.scale * LOG2_E), call.window or 0],
-        (table,),
-    )
+    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
+    scalars = [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0]
+    return prepare(kernel.program, blocks, [keys, keys], scalars, on_device(table))
 
 
 @functools.lru_cache(maxsize=128)
-def finish_launch(shape: Shape, scale: float) -> Launch:
-    """The launch of the last kernel, for dQ / scale and an output of the second; it gives dQ."""
-    program = finish_program(shape.element, gpu().architecture)
-    rows = (shape.batch, shape.heads, shape.queries, shape.head_dim)
-    quads = math.prod(rows) // 4
-    return prepare(program, -(-quads // program.threads), [(rows, dtype_of(shape))], [quads, float_bits(scale)])
+def finish_launch(shape: Shape, call: Call) -> Launch:
+    """The launch of the last kernel, for dQ's sums and an output of the second; it gives dQ."""
+    kernel = kernel_of(shape, call)
+    program, tiles = finish_program(kernel), query_tiles(shape.queries)
+    threads = shape.batch * shape.heads * tiles * BLOCK_Q * kernel.head_dim // 16
+    outputs = [((shape.batch, shape.heads, shape.queries, shape.head_dim), dtype_of(shape))]
+    problem = [threads, tiles, shape.queries, shape.head_dim, float_bits(call.scale)]
+    return prepare(program, -(-threads // program.threads), outputs, problem)
 
 
 def check(shape: Shape, call: Call) -> None:

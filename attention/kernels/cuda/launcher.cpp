@@ -212,7 +212,10 @@ std::vector<Layout> layouts_of(const std::vector<Step>& steps, size_t inputs) {
         return std::any_of(step.arguments.begin(), step.arguments.end(),
                            [&](const Argument& a) { return a.kind == kind && size_t(a.value) == i; });
       };
-      const Layout asked = has(MAP) ? Layout::MAPPED : has(STRIDE) ? Layout::STRIDED : Layout::DENSE;
+      const bool any = std::any_of(step.arguments.begin(), step.arguments.end(), [&](const Argument& a) {
+        return a.kind == STRIDE && size_t(a.value) == i && a.axis == 3;  // a kernel that takes even this one
+      });
+      const Layout asked = has(MAP) ? Layout::MAPPED : any ? Layout::ANY : has(STRIDE) ? Layout::STRIDED : Layout::DENSE;
       if (has(MAP) || has(POINTER)) layouts[i] = std::max(layouts[i], asked);
     }
   }

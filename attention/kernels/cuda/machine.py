@@ -2,11 +2,14 @@
 
 import math
 import sys
+from typing import cast
+
+from msgspec import structs
 
 from attention.errors import KernelUnavailable
 from attention.kernels import cache
-from attention.kernels.cuda import nvrtc, trust
-from attention.kernels.cuda.call import ELEMENTS, Call, Shape, refusal_of
+from attention.kernels.cuda import nvrtc
+from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Call, MaskKind, Shape, refusal_of
 from attention.kernels.cuda.gpu import gpu
 from attention.route import PLAIN, Needs
 from attention.workload import Workload
@@ -49,37 +52,41 @@ def _mlx_computes_on_cuda() -> bool:
     return hasattr(mx, "cuda") and bool(mx.cuda.is_available())
 
 
-def shape_and_call(workload: Workload, needs: Needs) -> tuple[Shape, Call]:
-    """A workload in the kernels' terms."""
+def shape_and_call(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
+    """A workload in the kernels' terms; head dims filled up, and an array mask, whose type it does not say, as bool."""
+    dims = [DIM_STEP * -(-dim // DIM_STEP) for dim in (workload.head_dim, workload.value_dim)]
     shape = Shape(
         workload.batch,
         workload.heads,
         workload.kv_heads,
         workload.seq,
         workload.kv_seq,
-        workload.head_dim,
+        dims[0],
         ELEMENTS[workload.dtype],
+        dims[1],
     )
     window = workload.window if workload.window is not None and workload.window < workload.kv_seq else None
-    return shape, Call(workload.scale, workload.causal, window, 1.0 if needs.softcap else None)
+    softcap, mask = 1.0 if needs.softcap else None, "bool" if needs.array_mask else None
+    return shape, Call(workload.scale, workload.causal, window, softcap, cast("MaskKind | None", mask))
 
 
 def refusal_here(workload: Workload, needs: Needs = PLAIN) -> str | None:
     """Why the kernels do not take a workload on this machine, or None."""
-    reason = refusal_of(workload, needs)
+    reason = refusal_of(workload)
     if reason:
         return reason
     try:
         look()
-        from attention.kernels.cuda.attend import program_of
+        from attention.kernels.cuda.choice import path_of
 
-        return trust.distrust(program_of(*shape_and_call(workload, needs)))
+        path_of(*shape_and_call(workload, needs))
     except KernelUnavailable as unavailable:
         return str(unavailable)
+    return None
 
 
 def workspace_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
-    """Bytes of one forward call above inputs and output.
+    """Bytes of one forward call above inputs and output: what its launches write, and copies of head dims filled up.
 
     Raises:
         KernelUnavailable: the workload is not taken here.
@@ -87,18 +94,12 @@ def workspace_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
     reason = refusal_here(workload, needs)
     if reason:
         raise KernelUnavailable(reason)
-    from attention.kernels.cuda import launch
-    from attention.kernels.cuda.attend import path_of
+    from attention.kernels.cuda.attend import stages
+    from attention.kernels.cuda.choice import path_of
 
     shape, call = shape_and_call(workload, needs)
-    made = (
-        launch.forward(shape, call)
-        if path_of(shape) == "forward"
-        else launch.decode(shape, call, launch.splitting(shape, call))
-    )
-    keywords = made.keywords
-    sizes = zip(keywords["output_shapes"], keywords["output_dtypes"], strict=True)
-    total = sum(math.prod(size) * dtype.size for size, dtype in sizes)
-    rows = workload.batch * workload.heads * workload.seq
-    joined = total if path_of(shape) == "decode" and launch.splitting(shape, call).splits > 1 else 0
-    return joined + 4 * rows if joined else total - workload.result_bytes
+    made = stages(shape, call, path_of(shape, call)[0])
+    written = sum(math.prod(size) * dtype.size for stage in made for size, dtype in stage.written.values())
+    wide = structs.replace(workload, head_dim=shape.head_dim, value_dim=shape.value_dim)
+    copies = 0 if wide == workload else wide.input_bytes
+    return written + copies - workload.result_bytes

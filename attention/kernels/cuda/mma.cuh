@@ -40,9 +40,25 @@ DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #else
 #define ELEMENT "f16"
 #endif
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #undef ELEMENT
 }
+
+// Adds an accumulator to 128 floats in device memory, in an order of its own: a lane's four side by side where the GPU adds
+// so many at once (VECTOR_SUMS), else those of a warp.
+#ifdef VECTOR_SUMS
+DEVICE void add_to_memory(float* sums, const float (&c)[4]) {
+  const int lane = threadIdx.x % 32;
+#if VECTOR_SUMS
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + 4 * lane), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+               "f"(c[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums + 32 * i + lane), "f"(c[i]) : "memory");
+#endif
+}
+#endif

@@ -34,8 +34,46 @@ def version() -> tuple[int, int]:
     return major.value, minor.value
 
 
+@functools.cache
+def targets() -> tuple[int, ...]:
+    """The architectures that NVRTC compiles for: 90 stands for sm_90."""
+    count = ctypes.c_int()
+    _check(_library(), _library().nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    made = (ctypes.c_int * count.value)()
+    _check(_library(), _library().nvrtcGetSupportedArchs(made))
+    return tuple(sorted(made))
+
+
+def target_for(architecture: str) -> str:
+    """What to compile for a GPU, "sm_86" say: itself, or the nearest lower that its machine code can be of.
+
+    Where NVRTC knows none of its family, as with a GPU younger than it, that is a virtual architecture ("compute_120"),
+    whose text the driver compiles.
+
+    Raises:
+        KernelUnavailable: NVRTC knows nothing as old as this GPU.
+    """
+    number = int(architecture.removeprefix("sm_").rstrip("abcdef"))
+    if number in targets():
+        return architecture
+    lower = [known for known in targets() if known < number]
+    if not lower:
+        raise KernelUnavailable(f"NVRTC {version()[0]}.{version()[1]} compiles for no GPU as old as {architecture}")
+    return f"{'sm' if lower[-1] // 10 == number // 10 else 'compute'}_{lower[-1]}"
+
+
 def compile_program(source: str, options: Sequence[str]) -> bytes:
-    """Machine code of a program whose kernels are `extern "C"`.
+    """Machine code of a program whose kernels are `extern "C"`, or PTX for a virtual architecture.
+
+    Raises:
+        CompileError: with NVRTC's log.
+        KernelUnavailable: there is no NVRTC, or it is too old.
+    """
+    return build(source, options)[0]
+
+
+def build(source: str, options: Sequence[str]) -> tuple[bytes, str]:
+    """The same, and NVRTC's log: with the option "--ptxas-options=-v" it tells registers and spills.
 
     Raises:
         CompileError: with NVRTC's log.
@@ -48,9 +86,12 @@ def compile_program(source: str, options: Sequence[str]) -> bytes:
     _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"flash.cu", 0, None, None))
     try:
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        if nvrtc.nvrtcCompileProgram(program, len(options), words):
-            raise CompileError(_text(nvrtc, "ProgramLog", program).decode(errors="replace").rstrip("\0\n"))
-        return _text(nvrtc, "CUBIN", program)
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), words)
+        log = _text(nvrtc, "ProgramLog", program).decode(errors="replace").rstrip("\0\n")
+        if failed:
+            raise CompileError(log)
+        virtual = any(option.startswith("--gpu-architecture=compute_") for option in options)
+        return _text(nvrtc, "PTX" if virtual else "CUBIN", program), log
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Final
 
 from attention.errors import KernelUnavailable
@@ -18,34 +17,40 @@ if TYPE_CHECKING:
 
     from attention.masks import Mask
 
-NAMES: Final = {"forward": "CUDA kernel, Hopper", "decode": "CUDA kernel, split K"}
-FLOAT_BYTES: Final = 4
+NAMES: Final = {
+    "forward": "CUDA kernel, Hopper",
+    "decode": "CUDA kernel, split K",
+    "general": "CUDA kernel, general",
+}
 
 
 def route(workload: Workload, needs: Needs) -> Route:
-    """The kernels' path, or a route that is not supported, with the reason; compiles nothing."""
+    """The kernels' path, or a route that is not supported, with the reason; runs nothing."""
     refusal = cuda.supports(workload, needs)
     if refusal:
         return unsupported(refusal)
-    from attention.kernels.cuda.attend import path_of
+    from attention.kernels.cuda.choice import path_of
     from attention.kernels.cuda.machine import shape_and_call
 
-    shape, _ = shape_and_call(workload, needs)
+    path, distrusted = path_of(*shape_and_call(workload, needs))
     reason = "fatui's own flash attention in CUDA C++; a kind of call compiles at its first use, in about a second"
+    if distrusted:
+        reason = f"{reason}; this one for any call, since the faster one is not used: {'; '.join(distrusted)}"
     obstacle, behind = launcher.obstacle(), backward_refusal(workload, needs)
     if obstacle:
         reason = f"{reason}; launched kernel by kernel, since {obstacle}"
     if workload.pass_ == "training" and behind:
         reason = f"{reason}; gradients go through MLX's own path: {behind}"
-    return Route(path=NAMES[path_of(shape)], fused=True, reason=reason, predicted_bytes=_predicted(workload, behind))
+    predicted = _predicted(workload, needs, behind)
+    return Route(path=NAMES[path], fused=True, reason=reason, predicted_bytes=predicted)
 
 
 def backward_refusal(workload: Workload, needs: Needs) -> str | None:
     """Why gradients of a workload that the kernels take go through MLX's own path, or None if ours make them."""
-    from attention.kernels.cuda import gradient
+    from attention.kernels.cuda import pullback
     from attention.kernels.cuda.machine import shape_and_call
 
-    return gradient.refusal(*shape_and_call(workload, needs))
+    return pullback.refusal(*shape_and_call(workload, needs))
 
 
 def is_built() -> bool:
@@ -75,14 +80,14 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
     )
 
 
-def _predicted(workload: Workload, backward_refusal: str | None) -> int | None:
+def _predicted(workload: Workload, needs: Needs, backward_refusal: str | None) -> int | None:
     """Outputs and workspace; of a training pass also dQ in float32 and the rows' numbers, where our kernels make it."""
-    forward = cuda.workspace_bytes(workload)
+    from attention.kernels.cuda import general_gradient
+    from attention.kernels.cuda.machine import shape_and_call, workspace_bytes
+
+    forward = workspace_bytes(workload, needs)
     if workload.pass_ != "training":
         return workload.output_bytes + forward
     if backward_refusal:
         return None
-    planes = workload.batch * workload.heads
-    rows = planes * 2 * 64 * math.ceil(workload.seq / 64)
-    sums = planes * workload.seq * workload.head_dim
-    return workload.output_bytes + forward + FLOAT_BYTES * (rows + sums)
+    return workload.output_bytes + forward + general_gradient.scratch_bytes(shape_and_call(workload, needs)[0])

@@ -42,6 +42,8 @@ class Stage:
     """Arrays that it takes as a tensor map (`const __grid_constant__`, 128 bytes) instead of an address."""
     strided: tuple[str, ...] = ()
     """Arrays whose strides it takes as numbers. Mapped and strided arrays are not copied to be dense."""
+    masks: tuple[str, ...] = ()
+    """Arrays that it takes however they lie, and their strides on all four axes, after those of the strided."""
     omitted: frozenset[str] = frozenset()
     """Names that are not there or not wanted: it gets null pointers."""
     serial: bool = False
@@ -94,6 +96,7 @@ def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object
     taken += [_argument(stage, name, place) for name in stage.writes]
     taken += [[NUMBER, number] for number in keywords["scalars"]]
     taken += [[STRIDE, place[name], axis] for name in stage.strided for axis in range(3)]
+    taken += [[STRIDE, place[name], axis] for name in stage.masks for axis in range(4)]
     if stage.serial:
         taken.append([SERIAL])
     reads = [place[name] for name in stage.reads if name not in stage.updates | stage.omitted]

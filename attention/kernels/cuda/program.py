@@ -20,7 +20,7 @@ class Program:
     name: str
     """Of the kernel; in the text it is KERNEL_NAME."""
     architecture: str
-    """"sm_90a" """
+    """The GPU's: "sm_90a" """
     constants: tuple[tuple[str, int], ...]
     """Compile-time numbers; booleans are 0 and 1."""
     texts: tuple[str, ...]
@@ -38,7 +38,7 @@ class Program:
     @property
     def options(self) -> tuple[str, ...]:
         """What NVRTC is told."""
-        return (f"--gpu-architecture={self.architecture}", "--std=c++17")
+        return (f"--gpu-architecture={nvrtc.target_for(self.architecture)}", "--std=c++17")
 
     @functools.cached_property
     def key(self) -> str:

@@ -20,8 +20,21 @@ def inputs(shape: Shape, seed: int = 7) -> list[mx.array]:
     random = np.random.default_rng(seed)
     rows, keys = (shape.batch, shape.heads, shape.queries), (shape.batch, shape.kv_heads, shape.keys)
     dtype = mx.bfloat16 if shape.element == "bf16" else mx.float16
-    drawn = (random.standard_normal((*s, shape.head_dim), np.float32) for s in (rows, keys, keys, rows))
-    return [mx.array(x).astype(dtype) for x in drawn]
+    shapes = ((*rows, shape.head_dim), (*keys, shape.head_dim), (*keys, shape.value_dim), (*rows, shape.value_dim))
+    return [mx.array(random.standard_normal(size, np.float32)).astype(dtype) for size in shapes]
+
+
+def random_mask(shape: Shape, call: Call, seed: int = 7) -> list[mx.array]:
+    """A mask of the call's type, the same for all sequences, that hides a quarter of the pairs; none if it has none."""
+    if call.mask is None:
+        return []
+    random = np.random.default_rng(seed)
+    size = (1, shape.heads, shape.queries, shape.keys)
+    hidden = random.random(size) < 0.25
+    if call.mask == "bool":
+        return [mx.array(~hidden)]
+    added = np.where(hidden, -np.inf, random.standard_normal(size)).astype(np.float32)
+    return [mx.array(added).astype(getattr(mx, call.mask))]
 
 
 def exact(array: mx.array) -> Floats:
@@ -29,13 +42,15 @@ def exact(array: mx.array) -> Floats:
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
-def weights(q: Floats, k: Floats, call: Call) -> tuple[Floats, Floats, Floats]:
+def weights(q: Floats, k: Floats, call: Call, mask: Floats | None = None) -> tuple[Floats, Floats, Floats]:
     """The softmax's weights, the logsumexp, and the derivative of the capped scores by the scores."""
     scores = q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(-1, -2) * call.scale
     slope = np.ones_like(scores)
     if call.softcap is not None:
         squashed = np.tanh(scores / call.softcap)
         scores, slope = call.softcap * squashed, 1 - squashed**2
+    if mask is not None:
+        scores = scores + mask
     queries, keys = scores.shape[2:]
     position, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
     if call.causal:
@@ -49,17 +64,26 @@ def weights(q: Floats, k: Floats, call: Call) -> tuple[Floats, Floats, Floats]:
         return made / np.where(total == 0, 1, total), (largest + np.log(total))[..., 0], slope
 
 
-def reference(q: Floats, k: Floats, v: Floats, call: Call) -> tuple[Floats, Floats]:
+def added(mask: Sequence[mx.array]) -> Floats | None:
+    """What a mask adds to the scores, in float64."""
+    if not mask:
+        return None
+    return np.where(np.array(mask[0]), 0, -np.inf) if mask[0].dtype == mx.bool_ else exact(mask[0])
+
+
+def reference(q: Floats, k: Floats, v: Floats, call: Call, mask: Floats | None = None) -> tuple[Floats, Floats]:
     """Output and logsumexp; rows that see nothing give 0 and -inf."""
-    found, logsumexp, _ = weights(q, k, call)
+    found, logsumexp, _ = weights(q, k, call, mask)
     return found @ np.repeat(v, q.shape[1] // k.shape[1], axis=1), logsumexp
 
 
-def reference_gradients(q: Floats, k: Floats, v: Floats, cotangent: Floats, call: Call) -> list[Floats]:
+def reference_gradients(
+    q: Floats, k: Floats, v: Floats, cotangent: Floats, call: Call, mask: Floats | None = None
+) -> list[Floats]:
     """The gradients of q, k and v."""
     batch, kv_heads = k.shape[:2]
     group = q.shape[1] // kv_heads
-    found, _, slope = weights(q, k, call)
+    found, _, slope = weights(q, k, call, mask)
     wide_k, wide_v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     by_weight = cotangent @ wide_v.swapaxes(-1, -2)
     by_score = found * (by_weight - (found * by_weight).sum(axis=-1, keepdims=True)) * slope * call.scale
@@ -71,10 +95,12 @@ def reference_gradients(q: Floats, k: Floats, v: Floats, cotangent: Floats, call
     return [by_score @ wide_k, summed(by_key), summed(by_value)]
 
 
-def gradient_disagreement(shape: Shape, call: Call, found: Sequence[mx.array], made: list[mx.array]) -> str | None:
+def gradient_disagreement(
+    shape: Shape, call: Call, found: Sequence[mx.array], made: Sequence[mx.array], mask: Sequence[mx.array] = ()
+) -> str | None:
     """What is wrong with the gradients of a call on `made`, in one line, or None."""
     q, k, v, cotangent = (exact(x) for x in made)
-    expected = reference_gradients(q, k, v, cotangent, call)
+    expected = reference_gradients(q, k, v, cotangent, call, added(mask))
     for name, gradient, right in zip(("dQ", "dK", "dV"), found, expected, strict=True):
         error = relative_error(gradient, right, floor=0.1)
         if not error <= 2 * TOLERANCE[shape.element]:
@@ -88,10 +114,17 @@ def relative_error(found: mx.array, expected: Floats, floor: float = 1e-30) -> f
     return float(np.linalg.norm(exact(found) - expected)) / whole
 
 
-def disagreement(shape: Shape, call: Call, output: mx.array, logsumexp: mx.array, made: list[mx.array]) -> str | None:
+def disagreement(
+    shape: Shape,
+    call: Call,
+    output: mx.array,
+    logsumexp: mx.array,
+    made: Sequence[mx.array],
+    mask: Sequence[mx.array] = (),
+) -> str | None:
     """What is wrong with the results of a call on `made`, in one line, or None."""
     q, k, v = (exact(x) for x in made[:3])
-    expected, expected_logsumexp = reference(q, k, v, call)
+    expected, expected_logsumexp = reference(q, k, v, call, added(mask))
     error = relative_error(output, expected)
     if not error <= TOLERANCE[shape.element]:
         return f"its output disagrees with the reference by {error:.2g}"

@@ -1,0 +1,181 @@
+// Up to 128 columns: each consumer has 64 of the tile's 128 keys, and keeps their dK and dV in registers.
+//
+//                    queries: 64 at a time, of every head that shares the key head
+//                  +------+------+------+--
+//   128 keys  wg 0 | S^T  |      |      |   64 keys    S^T = K Q^T, P^T = 2^(c S^T - logsumexp)    dV += P^T dO
+//             wg 1 |      |      |      |   64 keys    dP^T = V dO^T, dS^T = P^T (dP^T - delta)    dK += dS^T Q
+//                  +------+------+------+--
+//                     |  dS through shared memory
+//                     v
+//                    dQ += dS K     wg 0 makes the left half of the columns, wg 1 the right half
+//
+// P^T and dS^T are left operands in the very registers where they were made. dQ of a tile of queries is made a step late,
+// so that the consumers need not keep in step: while one of them does exponentials, the other's products run. A step:
+//
+//   tensor cores   [ dP(n) ][ dV(n)  ][ dK(n)  ][ dQ(n-1) ][ S(n+1)                          ]
+//   other units    [ P(n)  ][ dS(n)  ]                     [ dQ(n-1) to device memory        ]
+//
+// A buffer of dS is written again three tiles later. By then both have done with it: one that has dS(n-1) of both, for which
+// it waits before it writes dS(n), knows that the other has come to the end of its step n-2, which was dQ(n-3).
+
+constexpr bool HELD = HEAD_DIM == 64;      // K and V stay in registers, as left operands
+constexpr bool LATE = HELD && !SOFTCAP;    // dV(n) is started after dS(n)
+constexpr bool AHEAD = HELD || !SOFTCAP;   // there are registers for the next tile's logsumexps
+using QueryGradient = float[QUERY_GRADIENTS];
+using KeyOperand = u32[HEAD_DIM / 16][4];  // 64 rows of K or V as a left operand
+
+DEVICE void load_operand(KeyOperand& operand, u32 rows) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 16; ++i) {
+    const int unit = 2 * (i % 4) + lane / 16;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(operand[i][0]), "=r"(operand[i][1]), "=r"(operand[i][2]), "=r"(operand[i][3])
+                 : "r"(rows + i / 4 * KeyTile::CHUNK_BYTES + row * 128 + ((unit ^ row % 8) << 4))
+                 : "memory");
+  }
+}
+
+// S^T or dP^T with K or V in registers.
+DEVICE void start_scores(Scores& scores, const KeyOperand& left, u32 right) {
+  const u64 right_tile = matrix_descriptor(right, 0);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+    const int chunk = step / 4, offset = step % 4 * 32;
+    wgmma_scores_held(scores, left[step], advance(right_tile, chunk * QueryTile::CHUNK_BYTES + offset), step > 0);
+  }
+  wgmma_commit();
+}
+
+// dV += P^T dO, or dK += dS^T Q.
+DEVICE void start_gradient(Output& gradient, const Operand& left, u32 right) {
+  const u64 right_tile = matrix_descriptor(right, QueryTile::CHUNK_BYTES);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < BLOCK_Q / 16; ++step) wgmma_output(gradient, left[step], advance(right_tile, step * 2048), true);
+  wgmma_commit();
+}
+
+// dQ = dS K, over all the tile's keys: dS lies as [keys][queries], so it is read transposed.
+DEVICE void start_query_gradient(QueryGradient& gradient, u32 score_gradient, u32 key, int consumer) {
+  constexpr int HALF_BYTES = HEAD_DIM == 64 ? 64 : HEAD_DIM / 128 * KeyTile::CHUNK_BYTES;
+  const u64 left_tile = matrix_descriptor(score_gradient, 0);
+  const u64 right_tile = matrix_descriptor(key + consumer * HALF_BYTES, KeyTile::CHUNK_BYTES);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < BLOCK_K / 16; ++step) {
+    wgmma_queries(gradient, advance(left_tile, step * 2048), advance(right_tile, step * 2048), step > 0);
+  }
+  wgmma_commit();
+}
+
+struct Consumer {
+  Memory memory;
+  int index;
+  Ring ring;
+  BufferRing current, last;
+  Scores scores;  // S^T, then P^T
+  RowNumbers logsumexps;
+  Output key_gradient, value_gradient;
+  KeyOperand held_key, held_value;
+  float* last_sums = nullptr;  // where dQ of the last tile of queries is added up
+
+  DEVICE Consumer(const Memory& memory, int index) : memory(memory), index(index) {}
+
+  DEVICE u32 own_rows() const { return index * WARPGROUP_ROWS * 128; }
+
+  DEVICE void start_next_scores() {
+    await_phase(memory.full(ring.stage), ring.parity);
+    if constexpr (HELD) start_scores(scores, held_key, memory.query(ring.stage));
+    else start_scores(scores, memory.key() + own_rows(), memory.query(ring.stage));
+    // before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it
+    if constexpr (AHEAD) load_rows(logsumexps, memory.rows(ring.stage));
+  }
+  // Ends a step: the assembler lets no accumulators be read whose products were started before the loop came round.
+  DEVICE void finish_scores() {
+    wgmma_wait<0>();
+    settle(scores);
+  }
+  // dQ of the last tile of queries, once all of its dS is there; and to device memory with it.
+  DEVICE void start_last_query_gradient(QueryGradient& made) {
+    start_query_gradient(made, memory.buffer(last.index), memory.key(), index);
+  }
+  DEVICE void add_last_query_gradient(QueryGradient& made) {
+    settle(made);
+    add_query_gradient(last_sums, made);
+  }
+
+  // One tile of queries, whose S^T has been made: adds to dK, dV and, but for the FIRST, to dQ of the tile before, and makes
+  // S^T of the next tile if there are MORE.
+  template <bool FIRST, bool MORE>
+  DEVICE void step(const Problem& problem, int key, int tile, float* sums) {
+    const int stage = ring.stage;
+    Scores weight_gradients;
+    Operand weights, gradients;
+    QueryGradient made;
+    if constexpr (HELD) start_scores(weight_gradients, held_value, memory.cotangent(stage));
+    else start_scores(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
+    if constexpr (!AHEAD) load_rows(logsumexps, memory.rows(stage));
+    weigh<!LATE>(scores, weights, logsumexps, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
+    if constexpr (!LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
+    if constexpr (!FIRST) await_phase(memory.exchanged(last.index), last.parity);
+    wgmma_wait<!LATE>();
+    settle(weight_gradients);
+    if (!SOFTCAP || always()) differentiate<LATE>(scores, weight_gradients, weights, gradients, memory.rows(stage));
+    store_operand(memory.buffer(current.index) + own_rows(), gradients, 0);
+    fence_shared_for_async();
+    __syncwarp();
+    release(memory.exchanged(current.index));
+    if constexpr (LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
+    start_gradient(key_gradient, gradients, memory.query(stage));
+    if constexpr (!FIRST) start_last_query_gradient(made);
+    wgmma_wait<!FIRST>();  // dV and dK
+    release_read(memory.empty(stage));
+    ring.advance();
+    if constexpr (MORE) start_next_scores();
+    if constexpr (!FIRST) {
+      wgmma_wait<MORE>();
+      add_last_query_gradient(made);
+    }
+    last = current, last_sums = sums;
+    current.advance();
+    if constexpr (MORE) finish_scores();
+  }
+
+  // All tiles of queries that a tile of keys meets, at least one; `sums` tells where dQ of the one at hand is added up.
+  template <typename Sums>
+  DEVICE void run(const Problem& problem, int key, Walk& walk, const Sums& sums) {
+    start_next_scores();
+    finish_scores();
+    if (walk.left > 1) {
+      step<true, true>(problem, key, walk.tile, sums());
+      walk.next();
+#pragma unroll 1
+      for (; walk.left > 1; walk.next()) step<false, true>(problem, key, walk.tile, sums());
+      step<false, false>(problem, key, walk.tile, sums());
+    } else {
+      step<true, false>(problem, key, walk.tile, sums());
+    }
+    QueryGradient made;
+    await_phase(memory.exchanged(last.index), last.parity);
+    start_last_query_gradient(made);
+    wgmma_wait<0>();
+    add_last_query_gradient(made);
+  }
+
+  DEVICE void begin() {
+    if constexpr (HELD) load_operand(held_key, memory.key() + own_rows()), load_operand(held_value, memory.value() + own_rows());
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) key_gradient[i] = value_gradient[i] = 0;
+  }
+  DEVICE void store(char* for_keys, char* for_values, const Problem& problem, int plane, int key) {
+    settle(key_gradient);
+    settle(value_gradient);
+    const int row = key + index * WARPGROUP_ROWS + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const u64 place = (static_cast<u64>(plane) * problem.keys + row) * problem.columns * 2;
+    const int rows_left = problem.keys - row, row_bytes = problem.columns * 2;
+    store_gradient(for_keys + place, key_gradient, problem.scale, rows_left, problem.columns, row_bytes);
+    store_gradient(for_values + place, value_gradient, 1, rows_left, problem.columns, row_bytes);
+  }
+};

@@ -1,0 +1,77 @@
+"""Which kernel takes a call: the GPU's own where there is one and it is trusted, else the general one."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from attention.errors import KernelUnavailable
+from attention.kernels.cuda import general_launch, launch, launcher, trust
+from attention.kernels.cuda.call import Call, Shape
+from attention.kernels.cuda.decode import MOST_ROWS
+from attention.kernels.cuda.general_launch import Division
+from attention.kernels.cuda.gpu import gpu
+from attention.kernels.cuda.program import Program
+
+Path = Literal["decode", "forward", "general"]
+
+
+_own_left_out = False
+
+
+def set_own_left_out(left_out: bool) -> None:
+    """Whether all calls are to go to the general kernels."""
+    global _own_left_out  # noqa: PLW0603  for tests and measurements
+    _own_left_out = left_out
+
+
+def own_refusal(shape: Shape, call: Call) -> str | None:
+    """Why the kernels that are not general do not take a call, as far as its form goes, or None."""
+    if _own_left_out:
+        return "the general kernels are to be used"
+    if call.mask is not None:
+        return "only the general kernels have array masks"
+    if shape.value_dim != shape.head_dim:
+        return "only the general kernels take values of another width than keys"
+    return None
+
+
+def candidates(shape: Shape, call: Call) -> Iterator[Path]:
+    """The kernels that could take a call, the fastest first."""
+    if (
+        own_refusal(shape, call) is None and launcher.obstacle() is None
+    ):  # which hands over tensor maps and serial numbers
+        if shape.group * shape.queries <= MOST_ROWS:
+            yield "decode"
+        elif gpu().architecture == "sm_90a":
+            yield "forward"
+    yield "general"
+
+
+def path_of(shape: Shape, call: Call) -> tuple[Path, list[str]]:
+    """The kernel that a call takes as far as is known, and why those before it are not trusted.
+
+    Raises:
+        KernelUnavailable: none is.
+    """
+    reasons: list[str] = []
+    for path in candidates(shape, call):
+        distrusted = trust.distrust(program_of(shape, call, path))
+        if distrusted is None:
+            return path, reasons
+        reasons.append(f"{program_of(shape, call, path).name}: {distrusted}")
+    raise KernelUnavailable("; ".join(reasons))
+
+
+def program_of(shape: Shape, call: Call, path: Path) -> Program:
+    """The program of a kernel that does the most of a call."""
+    match path:
+        case "forward":
+            return launch.forward_kernel(shape, call).program
+        case "decode":
+            return launch.splitting(shape, call).kernel.program
+        case "general":
+            return divided(shape, call).kernel.program
+
+
+def divided(shape: Shape, call: Call) -> Division:
+    """How the general kernel divides a call, here."""
+    return general_launch.division(shape, call, launcher.obstacle() is not None)

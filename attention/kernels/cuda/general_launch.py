@@ -1,0 +1,131 @@
+"""Launching the general forward kernel: how a call is divided, and its launches as stages of a plan."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from attention.errors import KernelUnavailable
+from attention.kernels.cuda.call import Call, Shape
+from attention.kernels.cuda.general import FEW_ROWS, GeneralForward, split_keys, tiles_for, width_of
+from attention.kernels.cuda.gpu import gpu
+from attention.kernels.cuda.launch import Launch, dtype_of, prepare, scalars_of
+from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Stage
+
+LARGEST_NARROW_STEP = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a call's work is dealt out to blocks."""
+
+    kernel: GeneralForward
+    blocks: int
+    """Without splitting the keys."""
+    first_key: int
+    """The first that any query sees, at the beginning of a tile."""
+    split_keys: int
+    splits: int
+
+
+@functools.lru_cache(maxsize=1024)
+def division(shape: Shape, call: Call, narrow_steps: bool) -> Division:
+    """The specialisation for a call, and its blocks: the keys are split where there are fewer than the GPU holds."""
+    few = shape.group * shape.queries <= FEW_ROWS
+    rows, planes = shape.queries, shape.batch * shape.heads
+    if few:
+        rows, planes = shape.group * shape.queries, shape.batch * shape.kv_heads
+    widths = width_of(shape.head_dim), width_of(shape.value_dim)
+    tiles = tiles_for(*widths, rows, call.mask is not None, gpu().shared_memory_limit)
+    kernel = GeneralForward(
+        *widths,
+        causal=call.causal,
+        window=call.window is not None,
+        softcap=call.softcap is not None,
+        mask=call.mask,
+        element=shape.element,
+        packed=few,
+        split=False,
+        narrow_steps=narrow_steps,
+        tiles=tiles,
+        architecture=gpu().architecture,
+    )
+    blocks = planes * kernel.blocks_of(rows)
+    unseen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
+    first_key = unseen // tiles.block_n * tiles.block_n
+    key_tiles = -(-(shape.keys - first_key) // tiles.block_n)
+    slots = tiles.blocks * gpu().multiprocessors
+    each = split_keys(key_tiles, blocks, slots) if few or 2 * blocks <= slots else key_tiles
+    return _dealt(replace(kernel, split=each < key_tiles), blocks, first_key, key_tiles, each)
+
+
+def _dealt(kernel: GeneralForward, blocks: int, first_key: int, key_tiles: int, each: int) -> Division:
+    return Division(kernel, blocks, first_key, each * kernel.tiles.block_n, -(-key_tiles // each))
+
+
+def same_kernel(wanted: Division, shape: Shape, call: Call) -> Division:
+    """The division of another call for the very kernel of one: in three splits if that one makes several."""
+    other = division(shape, call, wanted.kernel.narrow_steps)
+    rows = shape.group * shape.queries if wanted.kernel.packed else shape.queries
+    planes = shape.batch * (shape.kv_heads if wanted.kernel.packed else shape.heads)
+    block_n = wanted.kernel.tiles.block_n
+    first_key = other.first_key // block_n * block_n
+    key_tiles = -(-(shape.keys - first_key) // block_n)
+    each = -(-key_tiles // 3) if wanted.kernel.split else key_tiles
+    return _dealt(wanted.kernel, planes * wanted.kernel.blocks_of(rows), first_key, key_tiles, each)
+
+
+@functools.lru_cache(maxsize=256)
+def forward(shape: Shape, call: Call, divided: Division) -> Launch:
+    """The launch for q, k, v and a mask; it gives output and logsumexp, of each split if there are several."""
+    rows = (shape.batch, shape.heads, shape.queries)
+    outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32)]
+    if divided.kernel.split:
+        outputs = [((divided.splits, *rows, shape.value_dim), mx.float32), ((divided.splits, *rows), mx.float32)]
+    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim, shape.value_dim]
+    keys = [divided.first_key, divided.split_keys, divided.splits]
+    numbers = [*problem, *scalars_of(call), call.window or 0, *keys]
+    if divided.kernel.narrow_steps:
+        numbers += dense_steps(shape, call, "qkv")
+    return prepare(divided.kernel.program, divided.blocks * divided.splits, outputs, numbers)
+
+
+def stages(shape: Shape, call: Call, divided: Division) -> list[Stage]:
+    """The launches of a call."""
+    made = forward(shape, call, divided)
+    reads, masks = (*INPUTS, "mask") if call.mask else INPUTS, ("mask",) if call.mask else ()
+    if not divided.kernel.split:
+        return [Stage(made, reads, OUTPUTS, strided=INPUTS, masks=masks)]
+    parts = ("outputs", "logsumexps")
+    joined = join(shape, divided.splits, divided.kernel)
+    return [Stage(made, reads, parts, strided=INPUTS, masks=masks), Stage(joined, parts, OUTPUTS)]
+
+
+@functools.lru_cache(maxsize=256)
+def join(shape: Shape, splits: int, kernel: GeneralForward) -> Launch:
+    """The launch of the second pass, over what several splits gave."""
+    rows = (shape.batch, shape.heads, shape.queries)
+    outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32)]
+    program, count = kernel.join_program, math.prod(rows)
+    return prepare(program, math.ceil(count * 32 / program.threads), outputs, [count, shape.value_dim, splits])
+
+
+def dense_steps(shape: Shape, call: Call, arrays: str) -> list[int]:
+    """The strides that dense arrays have: of q, k, v and o (the output) as named, then of the mask.
+
+    Raises:
+        KernelUnavailable: they do not fit into what MLX's own operation hands over.
+    """
+    rows = {"q": (shape.heads, shape.queries, shape.head_dim), "k": (shape.kv_heads, shape.keys, shape.head_dim)}
+    rows |= {"v": (*rows["k"][:2], shape.value_dim), "o": (*rows["q"][:2], shape.value_dim)}
+    steps = [step for name in arrays for step in _steps(*rows[name])]
+    if call.mask:
+        steps += [*_steps(shape.heads, shape.queries, shape.keys), 1]
+    if max(steps) > LARGEST_NARROW_STEP:
+        raise KernelUnavailable("without the launcher, which has to be compiled, arrays this large are not taken")
+    return steps
+
+
+def _steps(planes: int, rows: int, columns: int) -> tuple[int, int, int]:
+    return planes * rows * columns, rows * columns, columns

@@ -1,0 +1,107 @@
+// What happens to a tile's scores between the two products of general_forward.cu: mask, and online softmax.
+
+// By so many powers of two a maximum may grow before the sums are rescaled: 0 where there are registers to do it always.
+constexpr float LAZY = ROW_TILES > 1 && VALUE_DIM > 96 ? 8 : 0;
+
+using Scores = float[ROW_TILES][BLOCK_N / 8][4];
+using Output = float[ROW_TILES][VALUE_DIM / 8][4];
+
+// What a lane remembers of its rows; `sum` covers only its own columns until the end.
+struct Rows {
+  float max[ROW_TILES][2], sum[ROW_TILES][2];
+};
+
+// A mask's elements for a tile of scores, as they lie in memory: asked for early, and looked at only when the scores are
+// there.
+struct MaskTile {
+  MaskPair pairs[2 * ROW_TILES][BLOCK_N / 8];
+
+  // For rows from `first_row` on, 8 apart, and two neighbours of each 8 keys; beyond the last row and key those are read
+  // again.
+  DEVICE void read(const MaskArray& mask, const Problem& problem, int batch, int first_head, int first_row, int first_key) {
+    const int column = first_key + threadIdx.x % 4 * 2, last = problem.keys - 1;
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; ++i) {
+      const int row = min(first_row + 8 * i, problem.rows() - 1);
+      const MaskElement* elements = mask.row(batch, first_head + problem.head_of(row), problem.query_of(row));
+      if (mask.key_step == 1 && reinterpret_cast<u64>(elements + column) % sizeof(MaskPair) == 0 &&
+          first_key + BLOCK_N <= problem.keys) {
+#pragma unroll
+        for (int n = 0; n < BLOCK_N / 8; ++n) pairs[i][n] = *reinterpret_cast<const MaskPair*>(elements + column + 8 * n);
+      } else {
+#pragma unroll
+        for (int n = 0; n < BLOCK_N / 8; ++n) {
+          const int key = column + 8 * n;
+          pairs[i][n] = pair_of(elements[min(key, last) * mask.key_step], elements[min(key + 1, last) * mask.key_step]);
+        }
+      }
+    }
+  }
+
+  DEVICE float value(int row, int column) const {
+    const MaskPair pair = pairs[row][column / 2];
+    return mask_value(column % 2 ? second_of(pair) : first_of(pair));
+  }
+};
+
+// Turns scores into what the softmax takes: capped, scaled if a mask is added, -inf where positions or the mask say no.
+DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, int first_row, int first_key, bool whole) {
+  const int column = first_key + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int t = 0; t < ROW_TILES; ++t) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / 4; ++i) {
+        float& s = scores[t][i / 2][2 * r + i % 2];
+        if (SOFTCAP) s = squash(s, problem.into_cap);
+        if (MASK_ADDED) s *= problem.scale_log2;
+        if (MASK) s += mask.value(2 * t + r, i);
+      }
+      if (whole) continue;
+      const int query = problem.query_of(first_row + 16 * t + 8 * r);
+      const int last = problem.last_seen_by(query) - column, first = problem.first_seen_by(query) - column;
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / 4; ++i) {
+        const int key = i / 2 * 8 + i % 2;
+        if (key >= last || (WINDOW && key < first)) scores[t][i / 2][2 * r + i % 2] = MINUS_INFINITY;
+      }
+    }
+  }
+}
+
+// Online softmax: scores become weights against the row's maximum so far; sums and output follow. A maximum that grows by
+// no more than 2^LAZY is left as it was, since the weights stay in range, and the output mostly need not be rescaled.
+DEVICE void softmax(Scores& scores, Rows& rows, Output& out, float scale_log2) {
+  float rescale[ROW_TILES][2];
+  bool same = true;
+#pragma unroll
+  for (int t = 0; t < ROW_TILES; ++t) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = rows.max[t][r];
+#pragma unroll
+      for (int n = 0; n < BLOCK_N / 8; ++n) largest = fmaxf(largest, fmaxf(scores[t][n][2 * r], scores[t][n][2 * r + 1]));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      if (LAZY > 0 && (largest - rows.max[t][r]) * scale_log2 <= LAZY) largest = rows.max[t][r];
+      const float shift = largest == MINUS_INFINITY ? 0 : largest * scale_log2;  // a row that has seen no key yet
+      rescale[t][r] = exp2_fast(rows.max[t][r] * scale_log2 - shift);
+      same = same && rescale[t][r] == 1;
+      rows.max[t][r] = largest;
+      float even = 0, odd = 0;
+#pragma unroll
+      for (int n = 0; n < BLOCK_N / 8; ++n) {
+        even += scores[t][n][2 * r] = exp2_fast(scores[t][n][2 * r] * scale_log2 - shift);
+        odd += scores[t][n][2 * r + 1] = exp2_fast(scores[t][n][2 * r + 1] * scale_log2 - shift);
+      }
+      rows.sum[t][r] = rows.sum[t][r] * rescale[t][r] + (even + odd);
+    }
+  }
+  if (LAZY > 0 && __all_sync(~0u, same)) return;
+#pragma unroll
+  for (int i = 0; i < ROW_TILES * VALUE_DIM / 2; ++i) {
+    const int t = i / (VALUE_DIM / 2), n = i / 4 % (VALUE_DIM / 8);
+    out[t][n][i % 4] *= rescale[t][i % 4 / 2];
+  }
+}

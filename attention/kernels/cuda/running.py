@@ -1,0 +1,28 @@
+"""Stages as one operation: a plan of the launcher's, or without one each launch through MLX's own operation."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from attention.kernels.cuda import launcher
+from attention.kernels.cuda.plan import Run, Stage, make_plan
+
+
+def run_of(inputs: Sequence[str], outputs: Sequence[str], stages: Sequence[Stage]) -> Run:
+    """The launches one after the other, without a gradient.
+
+    Args:
+        inputs: names of the arrays it is called with.
+        outputs: names of those that it returns first; others may follow.
+        stages: the launches.
+    """
+    if launcher.missing() is None:
+        return make_plan(inputs, outputs, stages)
+
+    def one_by_one(arrays: list[mx.array]) -> list[mx.array]:
+        known = dict(zip(inputs, arrays, strict=True))
+        for stage in stages:
+            known |= zip(stage.writes, stage.launch(*(known[name] for name in stage.reads)), strict=True)
+        return [known[name] for name in outputs]
+
+    return one_by_one

@@ -1,0 +1,271 @@
+"""Which kernels take a call, on made-up GPUs, and what the launcher is told of the general ones; needs no GPU."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from attention.kernels import cuda  # noqa: E402
+from attention.kernels.cuda import (  # noqa: E402
+    attend,
+    choice,
+    general_gradient,
+    general_launch,
+    gradient,
+    launch,
+    launcher,
+    machine,
+    nvrtc,
+    path,
+    pullback,
+    trust,
+)
+from attention.kernels.cuda.general_alone import general_alone  # noqa: E402
+from attention.kernels.cuda.gpu import Gpu  # noqa: E402
+from attention.kernels.cuda.plan import NUMBER, POINTER, STRIDE  # noqa: E402
+from attention.kernels.cuda.program import Program  # noqa: E402
+from attention.route import PLAIN, Needs  # noqa: E402
+from attention.workload import Workload  # noqa: E402
+
+GPUS = {
+    "A100": Gpu("Planted A100", (8, 0), 108, 166_912, 13000),
+    "RTX 4090": Gpu("Planted RTX 4090", (8, 9), 128, 101_376, 13000),
+    "H100": Gpu("Planted H100", (9, 0), 132, 232_448, 13000),
+    "B200": Gpu("Planted B200", (10, 0), 148, 232_448, 13000),
+}
+MASKED = Needs(array_mask=True)
+CACHED = (
+    attend.repeated,
+    general_launch.division,
+    general_launch.forward,
+    general_launch.join,
+    launch.splitting,
+    general_gradient.planned,
+)
+CACHED += (general_gradient._kernel, general_gradient.rows_launch, general_gradient.backward_launch)
+CACHED += (general_gradient.finish_launch, pullback._own_is_taken, pullback._general_is_taken)
+
+
+class Recorder:
+    """Stands in for the compiled launcher: keeps the plans, and answers calls with zeros."""
+
+    def __init__(self):
+        self.plans = []
+
+    def set_gradient(self, function):
+        self.gradient = function
+
+    def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
+        self.plans.append(SimpleNamespace(steps=steps, label=label))
+        return lambda arrays: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Makes a GPU up; what is found wrong with its kernels by name can be planted in `wrong`."""
+    found = SimpleNamespace(wrong={}, recorder=Recorder())
+
+    def make(name):
+        for module in (launch, choice, general_launch, general_gradient, gradient, machine):
+            monkeypatch.setattr(module, "gpu", lambda: GPUS[name])
+        return found
+
+    def verdict(program, *_):
+        return found.wrong.get(program.name)
+
+    monkeypatch.setattr(trust, "distrust", verdict)
+    monkeypatch.setattr(trust, "judged", verdict)
+    monkeypatch.setattr(machine, "look", lambda: "planted")
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "targets", lambda: (80, 86, 89, 90, 100))
+    monkeypatch.setattr(launch, "machine_code", lambda program: program)
+    monkeypatch.setattr(launcher, "missing", lambda: None)
+    monkeypatch.setattr(launcher, "obstacle", lambda: None)
+    monkeypatch.setattr(launcher, "module", lambda: found.recorder)
+    monkeypatch.setattr("attention.kernels.cuda.plan.launcher", SimpleNamespace(module=lambda: found.recorder))
+    forget()
+    yield make
+    forget()
+
+
+def forget():
+    cuda._known.clear()
+    for function in CACHED:
+        function.cache_clear()
+
+
+def workload(**fields):
+    return Workload(**{"dtype": "bfloat16", "seq": 512, "head_dim": 64, **fields})
+
+
+@pytest.mark.parametrize("gpu", ["A100", "RTX 4090", "B200"])
+def test_without_a_hopper_gpu_the_general_kernel_takes_many_queries(on, gpu):
+    on(gpu)
+    for case in (workload(), workload(mask="causal", head_dim=256), workload(head_dim=192, value_dim=128)):
+        assert path.route(case, PLAIN).path == "CUDA kernel, general"
+
+
+def test_on_hopper_its_own_kernel_comes_first(on):
+    on("H100")
+    assert path.route(workload(mask="window:100"), PLAIN).path == "CUDA kernel, Hopper"
+    assert path.route(workload(pass_="decode"), PLAIN).path == "CUDA kernel, split K"
+
+
+@pytest.mark.parametrize("fields", [{}, {"pass_": "decode"}, {"seq": 5, "kv_seq": 900}])
+def test_on_hopper_the_general_kernel_takes_array_masks_and_other_widths(on, fields):
+    on("H100")
+    assert path.route(workload(**fields), MASKED).path == "CUDA kernel, general"
+    assert path.route(workload(**fields, value_dim=80), PLAIN).path == "CUDA kernel, general"
+
+
+def test_what_a_distrusted_kernel_would_have_taken_goes_to_the_general_one_and_the_route_says_why(on):
+    on("H100").wrong["flash_forward"] = "its output disagrees with the reference by 0.3"
+    route = path.route(workload(), PLAIN)
+    assert route.path == "CUDA kernel, general"
+    assert "flash_forward: its output disagrees with the reference by 0.3" in route.reason
+
+
+def test_where_no_kernel_is_trusted_the_route_says_why_of_each(on):
+    on("H100").wrong.update(flash_forward="off by 3", flash_general="off by 2")
+    route = path.route(workload(), PLAIN)
+    assert not route.supported
+    assert route.reason == "flash_forward: off by 3; flash_general: off by 2"
+
+
+def test_a_check_that_fails_at_the_first_call_sends_that_call_to_the_general_kernel(on):
+    found = on("H100")
+    found.wrong["flash_forward"] = "off by 3"
+    q = mx.zeros((1, 2, 300, 64), mx.float16)
+    cuda.flash_attention(q, q, q, scale=0.125)
+    assert kernels(found) == ["flash_general"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"dtype": "float32"}, "MLX's own float32 products may round to TF32"),
+        ({"head_dim": 320}, "head dims up to 256, not 320"),
+        ({"value_dim": 512}, "head dims up to 256, not 512"),
+    ],
+)
+def test_what_is_not_taken_is_told_in_a_line(on, fields, told):
+    on("A100")
+    route = path.route(workload(**fields), PLAIN)
+    assert not route.supported
+    assert told in route.reason
+
+
+def test_gradients_that_the_hopper_kernel_does_not_make_are_made_by_the_general_one(on):
+    found = on("H100")
+    for case, needs in ((workload(), MASKED), (workload(value_dim=80), PLAIN), (workload(head_dim=256), PLAIN)):
+        assert path.backward_refusal(case, needs) is None
+    found.wrong["flash_general_backward"] = "off by 3"
+    assert "the general kernel: off by 3" in path.backward_refusal(workload(), MASKED)
+    assert path.backward_refusal(workload(), PLAIN) is None
+
+
+def test_a_training_pass_counts_dq_in_float32(on):
+    on("A100")
+    forward, training = workload(batch=16), workload(batch=16, pass_="training")
+    rows, lse = 16 * 8 * 512, 4 * 16 * 8 * 512
+    assert path.route(forward, PLAIN).predicted_bytes == forward.output_bytes + lse
+    extra = 4 * rows * (64 + 2)
+    assert path.route(training, PLAIN).predicted_bytes == training.output_bytes + lse + extra
+
+
+def test_a_head_dim_that_is_no_multiple_of_8_is_filled_up_and_counted(on):
+    on("A100")
+    narrow = workload(head_dim=60)
+    wide = workload(head_dim=64)
+    assert path.route(narrow, PLAIN).predicted_bytes > path.route(wide, PLAIN).predicted_bytes
+    q = mx.zeros((1, 2, 300, 60), mx.float16)
+    assert cuda.flash_attention(q, q, q, scale=0.125).shape == q.shape
+
+
+def kernels(found):
+    return [program.name for step in found.recorder.plans[-1].steps for program in [step[1]]]
+
+
+def signature(program):
+    """The kinds of a kernel's parameters, in their order."""
+    text, masked = program.source, dict(program.constants).get("MASK")
+    parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
+    parameters = re.sub(r"#if MASK\n(.*?)#endif\n", r"\1" if masked else "", parameters, flags=re.DOTALL)
+    return [POINTER if "*" in each else STRIDE if "Step" in each else NUMBER for each in parameters.split(",")]
+
+
+@pytest.mark.parametrize("mask", [None, mx.zeros((1, 1, 300), mx.float16), mx.ones((300, 300)) > 0])
+@pytest.mark.parametrize("queries", [300, 2])
+def test_every_kernel_gets_the_parameters_of_its_signature(on, mask, queries):
+    found = on("A100")
+    q = mx.zeros((1, 4, queries, 64), mx.bfloat16)
+    k, v = mx.zeros((1, 2, 300, 64), mx.bfloat16), mx.zeros((1, 2, 300, 128), mx.bfloat16)
+    mask = mask if mask is None or queries == 300 else mask[..., :queries, :] if mask.ndim == 2 else mask
+    outputs = cuda.flash_attention_with_logsumexp(q, k, v, scale=0.1, mask=mask)
+    primals = [q, k, v, *([] if mask is None else [mx.broadcast_to(mask, (1, 4, queries, 300))])]
+    label = found.recorder.plans[-1].label
+    made = found.recorder.gradient(label, primals, list(outputs), list(outputs))
+    assert [x.shape for x in made] == [x.shape for x in primals]
+    names = []
+    for plan in found.recorder.plans:
+        for _, program, *_, arguments in plan.steps:
+            assert [argument[0] for argument in arguments] == signature(program), program.name
+            names.append(program.name)
+    assert names[-3:] == ["flash_general_rows", "flash_general_backward", "flash_general_finish"]
+    assert names[0] == "flash_general"
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        (mx.zeros((3, 300)), "broadcasts to (1, 4, 200, 300)"),
+        (mx.zeros((1, 1, 1, 1, 300)), "broadcasts to (1, 4, 200, 300)"),
+        (mx.zeros((300,), mx.int32), "bool, bfloat16, float16, float32; got int32"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_told(on, mask, told):
+    on("A100")
+    q, k = mx.zeros((1, 4, 200, 64), mx.float16), mx.zeros((1, 4, 300, 64), mx.float16)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        cuda.flash_attention(q, k, k, scale=0.1, mask=mask)
+
+
+def test_few_rows_are_split_among_blocks_and_many_are_not(on):
+    found = on("H100")
+    mask = mx.ones((1, 1, 1, 8192)) > 0
+    q, k = mx.zeros((1, 32, 1, 128), mx.bfloat16), mx.zeros((1, 8, 8192, 128), mx.bfloat16)
+    cuda.flash_attention(q, k, k, scale=0.1, mask=mask)
+    assert kernels(found) == ["flash_general", "flash_general_join"]
+    q = mx.zeros((1, 32, 8192, 128), mx.bfloat16)
+    cuda.flash_attention(q, k, k, scale=0.1, mask=mask)
+    assert kernels(found) == ["flash_general"]
+
+
+def test_without_the_launcher_hopper_falls_back_to_the_general_kernel(on, monkeypatch):
+    on("H100")
+    monkeypatch.setattr(launcher, "obstacle", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(launcher, "missing", lambda: "there is no C++ compiler")
+    route = path.route(workload(), PLAIN)
+    assert route.path == "CUDA kernel, general"
+    assert "launched kernel by kernel, since there is no C++ compiler" in route.reason
+    assert choice.divided(*machine.shape_and_call(workload())).kernel.narrow_steps
+
+
+def test_the_general_kernels_can_be_asked_for_alone(on):
+    found = on("H100")
+    q = mx.zeros((1, 2, 300, 64), mx.float16)
+    with general_alone():
+        cuda.flash_attention(q, q, q, scale=0.125)
+        assert kernels(found) == ["flash_general"]
+        assert "to be used" in pullback._refusal_of_own(*machine.shape_and_call(workload()))
+    cuda.flash_attention(q, q, q, scale=0.125)
+    assert kernels(found) == ["flash_forward"]
+
+
+def test_a_programs_texts_are_there(on):
+    on("A100")
+    shape, call = machine.shape_and_call(workload(), MASKED)
+    assert isinstance(choice.program_of(shape, call, "general"), Program)
+    assert "KERNEL_NAME" in choice.program_of(shape, call, "general").source

@@ -1,0 +1,23 @@
+"""The ONNX Attention operator's own cases, opset 23, through the CUDA kernels in the types they take; needs a GPU."""
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("onnx")
+
+import onnx_cases  # noqa: E402
+
+from attention.kernels import cuda  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 3e-3), ("bfloat16", 2e-2)])
+def test_all_69_cases_agree(dtype, tolerance):
+    """The cases are in float32 mostly, so that what rounding their inputs makes has to be let through."""
+    assert len(onnx_cases.cases()) == 69
+    for case in onnx_cases.cases():
+        got = np.array(onnx_cases.run(case, cuda.flash_attention, getattr(mx, dtype)).astype(mx.float32))
+        expected = np.asarray(case.expected, np.float32)
+        np.testing.assert_allclose(got, expected, rtol=2 * tolerance, atol=tolerance, err_msg=case.name)
