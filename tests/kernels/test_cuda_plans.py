@@ -34,7 +34,7 @@ class Recorder:
 
     def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
         self.plans.append(SimpleNamespace(steps=steps, label=label, untraced=untraced, shapes=shapes))
-        return lambda inputs: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
+        return lambda *inputs: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
 
 
 @pytest.fixture

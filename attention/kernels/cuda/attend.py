@@ -119,8 +119,7 @@ def repeated(
     shape = Shape(q[0], q[1], k[1], q[2], k[2], dims[0], ELEMENTS[dtype], dims[1])
     path = checked(shape, call)
     if launcher.missing() is None:
-        plan = planned(shape, call, path, with_logsumexp)
-        made: Attend = lambda *arrays: plan(list(arrays))  # noqa: E731
+        made: Attend = planned(shape, call, path, with_logsumexp)
     else:
         made = Repeated(shape, call, path, with_logsumexp)
     masked = _with_mask(made, shape) if call.mask else made

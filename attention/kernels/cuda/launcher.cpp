@@ -1,76 +1,19 @@
 // A plan of kernel launches as one MLX primitive: what mx.fast.precompiled_cuda_kernel does for one kernel, at less cost,
 // with memory that passes from kernel to kernel, with tensor maps as arguments, and with strided arrays as they lie.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
+#include <nanobind/stl/optional.h>
 
-#include <algorithm>
 #include <atomic>
-#include <map>
-#include <memory>
 #include <random>
 
 #include <mlx/ops.h>
 
-#include "launcher_maps.hpp"
+#include "launcher_known.hpp"
+#include "launcher_plan.hpp"
 
 namespace nb = nanobind;
 
 namespace fatui {
 namespace {
-
-using Arrays = std::vector<mx::array>;
-
-constexpr int MAX_DYNAMIC_SHARED_SIZE = 8;  // the driver's number of this attribute
-constexpr size_t MOST_ARGUMENTS = 48, MOST_MAPS = 8;
-
-// A kernel of a cubin, loaded once a process; names tell them apart.
-CUfunc_st* load(const std::string& name, const char* code, int shared) {
-  static std::map<std::string, CUfunc_st*> loaded;
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  CUfunc_st*& function = loaded[name];
-  if (function == nullptr) {
-    mx::cu::device(mx::default_device()).make_current();  // a thread of its own may have no context yet
-    CUmod_st* module = nullptr;
-    check(driver().load_module(&module, code), "cuModuleLoadData");
-    check(driver().get_function(&function, module, name.c_str()), "cuModuleGetFunction");
-    if (shared > 0) check(driver().set_attribute(function, MAX_DYNAMIC_SHARED_SIZE, shared), "cuFuncSetAttribute");
-  }
-  return function;
-}
-
-// ---- plans -------------------------------------------------------------------------------------------------------
-
-// Of an argument: an array's address, its tensor map, the stride of one of its axes in elements, a number, a number that
-// no two launches share, or a null pointer.
-enum Kind { POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING };
-
-struct Argument {
-  Kind kind;
-  int64_t value;  // which array (inputs first, then outputs), or the number
-  int axis;
-  std::shared_ptr<Map> map;
-};
-
-struct Step {
-  CUfunc_st* function;
-  unsigned blocks, threads, shared;
-  std::vector<int> reads, writes;
-  std::vector<Argument> arguments;
-};
-
-// Launches for arrays of given shapes; `label` is what the gradient's function is told.
-struct Plan {
-  std::vector<Step> steps;
-  std::vector<Layout> layouts;  // of the inputs
-  std::vector<mx::Shape> shapes;
-  std::vector<mx::Dtype> types;
-  Arrays constants;  // inputs after the caller's own
-  std::string label;
-  std::shared_ptr<const Plan> untraced;  // what runs instead where no gradient can be asked for
-};
 
 // ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -179,60 +122,6 @@ class Launches : public mx::Primitive {
   std::shared_ptr<const Plan> plan_;
 };
 
-// ---- making and calling plans ------------------------------------------------------------------------------------
-
-using ArgumentText = std::vector<int64_t>;  // the kind, and what it takes: see `argument`
-using StepText = std::tuple<std::string, nb::bytes, int, int, int, std::vector<int>, std::vector<int>,
-                            std::vector<ArgumentText>>;
-
-Argument argument(const ArgumentText& text) {
-  Argument made{Kind(text.at(0)), text.size() > 1 ? text[1] : 0, 0, nullptr};
-  if (made.kind == STRIDE) made.axis = int(text.at(2));
-  if (made.kind == MAP) made.map = std::make_shared<Map>(Box{int(text.at(2)), int(text.at(3)), int(text.at(4))});
-  return made;
-}
-
-Step step(const StepText& text) {
-  const auto& [name, code, blocks, threads, shared, reads, writes, arguments] = text;
-  Step made{load(name, code.c_str(), shared), unsigned(blocks), unsigned(threads), unsigned(shared), reads, writes, {}};
-  for (const auto& words : arguments) made.arguments.push_back(argument(words));
-  const auto maps = std::count_if(made.arguments.begin(), made.arguments.end(), [](auto& a) { return a.kind == MAP; });
-  if (made.arguments.size() > MOST_ARGUMENTS || size_t(maps) > MOST_MAPS) {
-    throw std::invalid_argument("[flash_attention] A kernel has too many arguments.");
-  }
-  return made;
-}
-
-// What the steps ask of each input. A pointer without strides needs it dense.
-std::vector<Layout> layouts_of(const std::vector<Step>& steps, size_t inputs) {
-  std::vector<Layout> layouts(inputs, Layout::ANY);
-  for (const Step& step : steps) {
-    for (size_t i = 0; i < inputs; i++) {
-      const auto has = [&](Kind kind) {
-        return std::any_of(step.arguments.begin(), step.arguments.end(),
-                           [&](const Argument& a) { return a.kind == kind && size_t(a.value) == i; });
-      };
-      const bool any = std::any_of(step.arguments.begin(), step.arguments.end(), [&](const Argument& a) {
-        return a.kind == STRIDE && size_t(a.value) == i && a.axis == 3;  // a kernel that takes even this one
-      });
-      const Layout asked = has(MAP) ? Layout::MAPPED : any ? Layout::ANY : has(STRIDE) ? Layout::STRIDED : Layout::DENSE;
-      if (has(MAP) || has(POINTER)) layouts[i] = std::max(layouts[i], asked);
-    }
-  }
-  return layouts;
-}
-
-std::shared_ptr<Plan> make_plan(const std::vector<StepText>& steps, size_t inputs,
-                                const std::vector<std::vector<int>>& shapes, const std::vector<mx::Dtype>& types,
-                                const Arrays& constants, std::string label, std::shared_ptr<const Plan> untraced) {
-  auto plan = std::make_shared<Plan>();
-  for (const auto& text : steps) plan->steps.push_back(step(text));
-  plan->layouts = layouts_of(plan->steps, inputs + constants.size());
-  for (const auto& shape : shapes) plan->shapes.emplace_back(shape.begin(), shape.end());
-  plan->types = types, plan->constants = constants, plan->label = std::move(label), plan->untraced = std::move(untraced);
-  return plan;
-}
-
 Arrays run(std::shared_ptr<const Plan> plan, Arrays inputs) {
   const mx::Stream stream = mx::default_stream(mx::default_device());
   if (stream.device != mx::Device::gpu) throw std::invalid_argument("[flash_attention] The default device is not a GPU.");
@@ -249,14 +138,25 @@ struct Handle {
   std::shared_ptr<const fatui::Plan> plan;
 };
 
-NB_MODULE(fatui_cuda_launcher, m) {
+namespace {
+using Array = mlx::core::array;
+using Optional = std::optional<double>;
+using Window = std::optional<int64_t>;
+
+auto& known_calls() {
+  static auto* known = new fatui::Known<std::shared_ptr<const fatui::Plan>>();  // never freed, as MLX's arrays may be gone
+  return *known;
+}
+
+void define_plans(nb::module_& m) {
   nb::class_<Handle>(m, "Plan")
-      .def("__call__", [](const Handle& handle, std::vector<mlx::core::array> inputs) {
-        return fatui::run(handle.plan, std::move(inputs));
+      .def("__call__", [](const Handle& handle, std::vector<Array> inputs) { return fatui::run(handle.plan, std::move(inputs)); })
+      .def("__call__", [](const Handle& handle, nb::args arrays) {
+        return fatui::run(handle.plan, nb::cast<std::vector<Array>>(arrays));
       });
   m.def("make_plan",
         [](const std::vector<fatui::StepText>& steps, size_t inputs, const std::vector<std::vector<int>>& shapes,
-           const std::vector<mlx::core::Dtype>& types, const std::vector<mlx::core::array>& constants, std::string label,
+           const std::vector<mlx::core::Dtype>& types, const std::vector<Array>& constants, std::string label,
            const Handle* untraced) {
           return Handle{fatui::make_plan(steps, inputs, shapes, types, constants, std::move(label),
                                          untraced != nullptr ? untraced->plan : nullptr)};
@@ -265,4 +165,29 @@ NB_MODULE(fatui_cuda_launcher, m) {
         nb::arg("untraced").none());
   m.def("set_gradient", [](nb::object function) { fatui::gradient_function() = std::move(function); },
         "Told label, primals, cotangents and outputs of a plan, it returns the inputs' gradients.");
+}
+
+void define_calls(nb::module_& m) {
+  m.def("find_call",
+        [](const Array& q, const Array& k, const Array& v, double scale, bool causal, Window window,
+           Optional softcap) -> std::optional<Array> {
+          const auto key = fatui::key_of({&q, &k, &v}, {scale, causal, window, softcap});
+          const auto* plan = key ? known_calls().find(*key) : nullptr;
+          if (plan == nullptr) return std::nullopt;
+          return fatui::run(*plan, {q, k, v})[0];
+        },
+        "The first output of the plan that was kept for such a call, or None.");
+  m.def("keep_call",
+        [](const Array& q, const Array& k, const Array& v, double scale, bool causal, Window window, Optional softcap,
+           const Handle& handle) {
+          const auto key = fatui::key_of({&q, &k, &v}, {scale, causal, window, softcap});
+          if (key) known_calls().keep(*key, handle.plan);
+        });
+  m.def("forget_calls", [] { known_calls().clear(); });
+}
+}  // namespace
+
+NB_MODULE(fatui_cuda_launcher, m) {
+  define_plans(m);
+  define_calls(m);
 }

@@ -17,6 +17,7 @@ from attention.kernels.cpu.toolchain import Toolchain
 
 MODULE = "fatui_cuda_launcher"
 SOURCES = Path(__file__).parent
+TEXTS = ("launcher.hpp", "launcher_maps.hpp", "launcher_plan.hpp", "launcher_known.hpp", "launcher.cpp")
 
 
 @functools.cache
@@ -66,6 +67,11 @@ def module() -> ModuleType:
             raise KernelUnavailable(reason) from error
 
 
+def is_plan(made: object) -> bool:
+    """Whether something is a plan of the module's, which it can keep for calls to come."""
+    return type(made).__module__ == MODULE
+
+
 def _import(path: Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
     spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
@@ -95,7 +101,7 @@ def _commands(tools: Toolchain) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _key(tools: Toolchain) -> str:
     """Names the library: text, commands, compiler, MLX and Python."""
     sha = hashlib.sha256()
-    for name in ("launcher.hpp", "launcher_maps.hpp", "launcher.cpp"):
+    for name in TEXTS:
         sha.update((SOURCES / name).read_bytes())
     marks = (Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h")
     sha.update(repr((_commands(tools), [build.file_mark(path) for path in marks])).encode())

@@ -12,7 +12,8 @@ from attention.kernels.cuda.launch import Launch
 POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING = range(6)
 """Kinds of arguments, as launcher.cpp numbers them."""
 
-Run = Callable[[list[mx.array]], list[mx.array]]
+Run = Callable[..., list[mx.array]]
+"""What is called with arrays, or with one list of them."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+// Calls that are known, and the plans that they take: looked up by shapes, types and keywords of a call, which in Python
+// takes longer than all of the rest.
+#pragma once
+#include <array>
+#include <cstring>
+#include <optional>
+#include <unordered_map>
+
+#include "launcher_maps.hpp"
+
+namespace fatui {
+
+// The keywords of a call that has no mask, as Python gives them.
+struct Keywords {
+  double scale;
+  bool causal;
+  std::optional<int64_t> window;
+  std::optional<double> softcap;
+};
+
+// All that a plan depends on.
+using CallKey = std::array<int64_t, 17>;
+
+struct CallHash {
+  size_t operator()(const CallKey& key) const {
+    uint64_t hash = 0xcbf29ce484222325;
+    for (const int64_t word : key) hash = (hash ^ uint64_t(word)) * 0x9E3779B97F4A7C15, hash ^= hash >> 29;
+    return hash;
+  }
+};
+
+inline int64_t bits_of(double x) {
+  int64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline std::optional<CallKey> key_of(const std::array<const mx::array*, 3>& arrays, const Keywords& keywords) {
+  CallKey key{};
+  size_t n = 0;
+  int64_t types = 0;
+  for (const mx::array* a : arrays) {
+    if (a->ndim() != 4) return std::nullopt;
+    for (const int size : a->shape()) key[n++] = size;
+    types = types * 64 + int64_t(a->dtype().val());
+  }
+  key[n++] = types;
+  key[n++] = bits_of(keywords.scale);
+  key[n++] = keywords.causal + 2 * keywords.softcap.has_value();
+  key[n++] = keywords.window.value_or(-1);
+  key[n++] = bits_of(keywords.softcap.value_or(0));
+  return key;
+}
+
+template <typename Value>
+class Known {
+ public:
+  const Value* find(const CallKey& key) const {
+    const auto found = known_.find(key);
+    return found == known_.end() ? nullptr : &found->second;
+  }
+  void keep(const CallKey& key, Value value) {
+    constexpr size_t MOST = 256;
+    if (known_.size() >= MOST) known_.clear();
+    known_.insert_or_assign(key, std::move(value));
+  }
+  void clear() { known_.clear(); }
+
+ private:
+  std::unordered_map<CallKey, Value, CallHash> known_;  // touched only by threads that hold Python's lock
+};
+
+}  // namespace fatui

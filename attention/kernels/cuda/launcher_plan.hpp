@@ -1,0 +1,121 @@
+// A plan: launches for arrays of given shapes, and how it is told.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+
+#include "launcher_maps.hpp"
+
+namespace fatui {
+
+namespace nb = nanobind;
+using Arrays = std::vector<mx::array>;
+
+constexpr int MAX_DYNAMIC_SHARED_SIZE = 8;  // the driver's number of this attribute
+constexpr size_t MOST_ARGUMENTS = 48, MOST_MAPS = 8;
+
+// A kernel of a cubin, loaded once a process; names tell them apart.
+inline CUfunc_st* load(const std::string& name, const char* code, int shared) {
+  static std::map<std::string, CUfunc_st*> loaded;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  CUfunc_st*& function = loaded[name];
+  if (function == nullptr) {
+    mx::cu::device(mx::default_device()).make_current();  // a thread of its own may have no context yet
+    CUmod_st* module = nullptr;
+    check(driver().load_module(&module, code), "cuModuleLoadData");
+    check(driver().get_function(&function, module, name.c_str()), "cuModuleGetFunction");
+    if (shared > 0) check(driver().set_attribute(function, MAX_DYNAMIC_SHARED_SIZE, shared), "cuFuncSetAttribute");
+  }
+  return function;
+}
+
+// Of an argument: an array's address, its tensor map, the stride of one of its axes in elements, a number, a number that
+// no two launches share, or a null pointer.
+enum Kind { POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING };
+
+struct Argument {
+  Kind kind;
+  int64_t value;  // which array (inputs first, then outputs), or the number
+  int axis;
+  std::shared_ptr<Map> map;
+};
+
+struct Step {
+  CUfunc_st* function;
+  unsigned blocks, threads, shared;
+  std::vector<int> reads, writes;
+  std::vector<Argument> arguments;
+};
+
+// Launches for arrays of given shapes; `label` is what the gradient's function is told.
+struct Plan {
+  std::vector<Step> steps;
+  std::vector<Layout> layouts;  // of the inputs
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> types;
+  Arrays constants;  // inputs after the caller's own
+  std::string label;
+  std::shared_ptr<const Plan> untraced;  // what runs instead where no gradient can be asked for
+};
+
+// ---- how Python tells of a plan -----------------------------------------------------------------------------------
+
+using ArgumentText = std::vector<int64_t>;  // the kind, and what it takes: see `argument`
+using StepText = std::tuple<std::string, nb::bytes, int, int, int, std::vector<int>, std::vector<int>,
+                            std::vector<ArgumentText>>;
+
+inline Argument argument(const ArgumentText& text) {
+  Argument made{Kind(text.at(0)), text.size() > 1 ? text[1] : 0, 0, nullptr};
+  if (made.kind == STRIDE) made.axis = int(text.at(2));
+  if (made.kind == MAP) made.map = std::make_shared<Map>(Box{int(text.at(2)), int(text.at(3)), int(text.at(4))});
+  return made;
+}
+
+inline Step step(const StepText& text) {
+  const auto& [name, code, blocks, threads, shared, reads, writes, arguments] = text;
+  Step made{load(name, code.c_str(), shared), unsigned(blocks), unsigned(threads), unsigned(shared), reads, writes, {}};
+  for (const auto& words : arguments) made.arguments.push_back(argument(words));
+  const auto maps = std::count_if(made.arguments.begin(), made.arguments.end(), [](auto& a) { return a.kind == MAP; });
+  if (made.arguments.size() > MOST_ARGUMENTS || size_t(maps) > MOST_MAPS) {
+    throw std::invalid_argument("[flash_attention] A kernel has too many arguments.");
+  }
+  return made;
+}
+
+// What the steps ask of each input. A pointer without strides needs it dense.
+inline std::vector<Layout> layouts_of(const std::vector<Step>& steps, size_t inputs) {
+  std::vector<Layout> layouts(inputs, Layout::ANY);
+  for (const Step& step : steps) {
+    for (size_t i = 0; i < inputs; i++) {
+      const auto has = [&](Kind kind) {
+        return std::any_of(step.arguments.begin(), step.arguments.end(),
+                           [&](const Argument& a) { return a.kind == kind && size_t(a.value) == i; });
+      };
+      const bool any = std::any_of(step.arguments.begin(), step.arguments.end(), [&](const Argument& a) {
+        return a.kind == STRIDE && size_t(a.value) == i && a.axis == 3;  // a kernel that takes even this one
+      });
+      const Layout asked = has(MAP) ? Layout::MAPPED : any ? Layout::ANY : has(STRIDE) ? Layout::STRIDED : Layout::DENSE;
+      if (has(MAP) || has(POINTER)) layouts[i] = std::max(layouts[i], asked);
+    }
+  }
+  return layouts;
+}
+
+inline std::shared_ptr<Plan> make_plan(const std::vector<StepText>& steps, size_t inputs,
+                                const std::vector<std::vector<int>>& shapes, const std::vector<mx::Dtype>& types,
+                                const Arrays& constants, std::string label, std::shared_ptr<const Plan> untraced) {
+  auto plan = std::make_shared<Plan>();
+  for (const auto& text : steps) plan->steps.push_back(step(text));
+  plan->layouts = layouts_of(plan->steps, inputs + constants.size());
+  for (const auto& shape : shapes) plan->shapes.emplace_back(shape.begin(), shape.end());
+  plan->types = types, plan->constants = constants, plan->label = std::move(label), plan->untraced = std::move(untraced);
+  return plan;
+}
+
+}  // namespace fatui
