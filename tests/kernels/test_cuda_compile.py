@@ -27,11 +27,12 @@ LARGEST = [
     specialise(dim, causal, "bf16", window, softcap) for dim in (64, 128, 192, 256) for causal, window, softcap in KINDS
 ]
 FORWARD = [kernel for largest in LARGEST for kernel in (largest, *smaller(largest))]
-DECODE = [
+SHARED = [
     Decode(dim, True, "f16", True, True, architecture, limit)
     for architecture, limit in (("sm_90a", 232_448), ("sm_80", 166_912), ("sm_89", 101_376))
     for dim in (64, 128, 256)
 ]
+DECODE = [variant for kernel in SHARED for variant in (kernel, kernel.alone)]
 
 SMALL = Program("small", "sm_90a", (), ('extern "C" __global__ void KERNEL_NAME() {}',), 32, 0)
 PROGRAMS = [kernel.program for kernel in (*FORWARD, *DECODE)]

@@ -1,7 +1,7 @@
 """The kernel for few queries: what a specialisation is made for, and how the keys are split."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from attention.kernels.cuda.forward import Element
@@ -14,6 +14,8 @@ MOST_ROWS = 64
 MOST_SPLITS: Final = 128
 BLOCKS_AT_ONCE = 2
 """Blocks that fit on a multiprocessor: one starts or ends while the other loads."""
+LONG: Final = 4096
+"""Keys of a split from which on a block has a multiprocessor for itself: the rate of long loads decides then."""
 _OVERHEAD = 3.0
 """Start and end of a block, in rounds of its warps; an assumption, to be measured."""
 _JOIN = 2.0
@@ -86,6 +88,11 @@ class Decode:
             threads=32 * self.warps,
             shared_memory=self.shared_memory,
         )
+
+    @property
+    def alone(self) -> "Decode":
+        """The same with a multiprocessor for each block, which has twice the warps then."""
+        return replace(self, blocks_at_once=1, most_warps=2 * self.most_warps)
 
     @property
     def part_floats(self) -> int:

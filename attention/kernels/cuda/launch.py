@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from attention.kernels.cuda.call import LOG2_E, Call, Shape, float_bits
-from attention.kernels.cuda.decode import ROWS, Decode
+from attention.kernels.cuda.decode import LONG, ROWS, Decode
 from attention.kernels.cuda.forward import Forward, smaller, specialise
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.program import Program, machine_code
@@ -135,6 +135,9 @@ def splitting(shape: Shape, call: Call) -> Splitting:
     kernel = Decode(width, causal, shape.element, window, softcap, found.architecture, found.shared_memory_limit)
     tiles = shape.batch * shape.kv_heads * math.ceil(shape.group * shape.queries / ROWS)
     splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
+    if keys >= LONG:
+        kernel = kernel.alone
+        splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
     return Splitting(kernel, tiles, first_seen, splits, keys)
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from attention.kernels.cuda import flash_attention
 from attention.kernels.cuda.general_alone import general_alone
-from attention.kernels.cuda.measure import Run, drawn, in_torch, medians, report, timed_mlx, timed_torch
+from attention.kernels.cuda.timing import Run, drawn, in_torch, medians, report, timed_mlx, timed_torch
 
 SHAPES = [(dim, causal, length) for dim in (64, 128) for causal in (False, True) for length in (2048, 8192)]
 OTHERS = [(dim, causal, 4096) for dim in (32, 80, 96, 192, 256) for causal in (False, True)]

@@ -1,0 +1,118 @@
+"""How calls are timed on a GPU: in turns, in an order that changes, each sample after a lead-in of its own.
+
+Under a power limit the clock depends on what ran just before, so each sample is preceded by as long an untimed run of
+the same calls. Reported are medians. Where the L2 cache would flatter, as inputs of a few calls fit in it, calls take
+turns at several sets of inputs.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+Call = Callable[[], Any]
+Run = Callable[[int], float]
+"""Seconds a call, of so many."""
+ROUNDS, SAMPLE_S, MOST_CALLS = 7, 0.03, 1000
+
+
+def timed_mlx(*calls: Call) -> Run:
+    """Seconds a call, of k calls queued and evaluated together; they go round the given ones."""
+
+    def run(count: int) -> float:
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval([calls[i % len(calls)]() for i in range(count)])
+        mx.synchronize()
+        return (time.perf_counter() - start) / count
+
+    return run
+
+
+def timed_torch(*calls: Call) -> Run:
+    """The same for PyTorch."""
+    import torch
+
+    def run(count: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for i in range(count):
+            calls[i % len(calls)]()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count
+
+    return run
+
+
+def medians(runs: dict[str, Run]) -> dict[str, float]:
+    """Seconds of each call, interleaved, each sample with a lead-in of its own."""
+    counts = {}
+    for name, run in runs.items():
+        for _ in range(3):  # the third call is traced, where there is no launcher
+            run(1)
+        counts[name] = max(1, min(MOST_CALLS, round(SAMPLE_S / min(run(1), run(3)))))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order, names = random.Random(1), list(runs)
+    for _ in range(ROUNDS):
+        for name in order.sample(names, len(names)):
+            runs[name](counts[name])
+            samples[name].append(runs[name](counts[name]))
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def one_at_a_time(runs: dict[str, Run], count: int = 200) -> dict[str, float]:
+    """Seconds of one call made and evaluated, interleaved."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order, names = random.Random(1), list(runs)
+    for _ in range(count):
+        for name in order.sample(names, len(names)):
+            samples[name].append(runs[name](1))
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def drawn(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> list[mx.array]:
+    """Random arrays."""
+    arrays = [mx.random.normal(shape).astype(dtype) for shape in shapes]
+    mx.eval(arrays)
+    return arrays
+
+
+def in_torch(arrays: Sequence[mx.array]) -> list[Any]:
+    """The same values in PyTorch; they are bfloat16."""
+    import numpy as np
+    import torch
+
+    return [torch.from_numpy(np.array(x.view(mx.int16))).cuda().view(torch.bfloat16) for x in arrays]
+
+
+def cudnn(sets: Sequence[Sequence[mx.array]], causal: bool) -> Run:
+    """PyTorch's SDPA on cuDNN, going round sets of q, k and v."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def call_of(q: Any, k: Any, v: Any) -> Call:
+        def call() -> Any:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.no_grad():
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+        return call
+
+    return timed_torch(*(call_of(*in_torch(arrays)) for arrays in sets))
+
+
+def report(label: str, seconds: dict[str, float], work: float, unit: str) -> dict[str, Any]:
+    """Prints a row; `work` is in units of 1 a second, `unit` says of what."""
+    rates = " ".join(f"{name} {work / s:.4g}" for name, s in seconds.items())
+    ratios = " ".join(f"/{name} {s / seconds['ours']:.2f}" for name, s in seconds.items() if name != "ours")
+    print(f"{label:34} {rates} {unit}  {ratios}", flush=True)
+    return {"label": label, "seconds": seconds}
+
+
+def asked(text: str, least: float, measured: float) -> dict[str, Any]:
+    """Prints whether a figure that was asked for holds."""
+    holds = measured >= least
+    print(f"asked: {text}: at least {least:.4g}; measured {measured:.4g}: {'holds' if holds else 'MISSED'}", flush=True)
+    return {"asked": text, "least": least, "measured": measured, "holds": holds}
