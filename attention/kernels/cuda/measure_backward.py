@@ -1,4 +1,4 @@
-"""Times the backward pass by itself against cuDNN's on a Hopper GPU: `python -m attention.kernels.cuda.measure_backward`.
+"""Times the backward pass by itself against cuDNN's, on Hopper: `python -m attention.kernels.cuda.measure_backward`.
 
 Head dims and lengths as words (`64 256 2048`) take of the table only what has one of either; `--json PATH` keeps the
 seconds. Timed as by measure.py, whose `training` has the whole step.
