@@ -3,14 +3,15 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from attention.kernels import cache
 from attention.kernels.cuda import KernelUnavailable, nvrtc
-from attention.kernels.cuda.decode import Decode, join_program
+from attention.kernels.cuda.decode import Decode
 from attention.kernels.cuda.forward import specialise
-from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT, is_compiled, machine_code
+from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT, Program, is_compiled, machine_code
 
 
 def _nvrtc() -> str:
@@ -26,11 +27,13 @@ FORWARD = [
     specialise(dim, causal, "bf16", window, softcap) for dim in (64, 128, 192, 256) for causal, window, softcap in KINDS
 ]
 DECODE = [
-    Decode(dim, True, "f16", True, True, True, architecture, limit)
+    Decode(dim, True, "f16", True, True, architecture, limit)
     for architecture, limit in (("sm_90a", 232_448), ("sm_80", 166_912), ("sm_89", 101_376))
     for dim in (64, 128, 256)
 ]
-PROGRAMS = [*(kernel.program for kernel in (*FORWARD, *DECODE)), join_program("f16", "sm_90a")]
+
+SMALL = Program("small", "sm_90a", (), ('extern "C" __global__ void KERNEL_NAME() {}',), 32, 0)
+PROGRAMS = [kernel.program for kernel in (*FORWARD, *DECODE)]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +72,7 @@ def test_programs_compile_and_spill_nothing(program, tmp_path):
 
 @needs_nvrtc
 def test_a_second_process_finds_the_code(monkeypatch):
-    program = join_program("bf16", "sm_90a")
+    program = SMALL
     code = machine_code(program)
     machine_code.cache_clear()
     monkeypatch.setattr(nvrtc, "compile_program", lambda *_: pytest.fail("compiled again"))
@@ -78,7 +81,7 @@ def test_a_second_process_finds_the_code(monkeypatch):
 
 @needs_nvrtc
 def test_damaged_code_is_compiled_again():
-    program = join_program("f16", "sm_90a")
+    program = replace(SMALL, name="damaged")
     code = machine_code(program)
     machine_code.cache_clear()
     path = cache.folder() / f"{program.key}.cubin"
@@ -90,7 +93,7 @@ def test_damaged_code_is_compiled_again():
 
 @needs_nvrtc
 def test_the_cache_folder_is_its_owners_alone():
-    machine_code(join_program("f16", "sm_80"))
+    machine_code(SMALL)
     assert cache.folder().stat().st_mode & 0o777 == 0o700
 
 

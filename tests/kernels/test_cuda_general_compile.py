@@ -13,7 +13,7 @@ LIMITS = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90a": 232_44
 """Bytes of shared memory that a block may have on each of the architectures."""
 REGISTERS = 65_536
 """Of a multiprocessor."""
-SPILLED = 96
+SPILLED = 128
 """Bytes of a thread that may be kept in memory: pointers and numbers that a tile needs once, never an accumulator."""
 MASKS = (None, "bool", "float32")
 PAIRS = [*((width, width) for width in WIDTHS), (192, 128), (64, 256), (256, 64), (96, 128)]
@@ -39,7 +39,7 @@ def forward(
 
 def backward(architecture, dims, mask=None, causal=True, window=False, softcap=False, element="bf16"):
     widths = widths_of(*dims)
-    tiles = backward_tiles_for(*widths, mask is not None, LIMITS[architecture])
+    tiles = backward_tiles_for(*widths, LIMITS[architecture])
     vectors = architecture not in ("sm_80", "sm_86", "sm_89")
     return GeneralBackward(*widths, causal, window, softcap, mask, element, False, tiles, architecture, vectors)
 

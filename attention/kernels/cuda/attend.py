@@ -25,12 +25,12 @@ Attend = Callable[..., Sequence[mx.array]]
 
 
 def stages(shape: Shape, call: Call, path: Path, with_logsumexp: bool = True) -> list[Stage]:
-    """The launches of a call by a kernel; all but the Hopper kernel make the logsumexp in any case."""
+    """The launches of a call by a kernel; the general one makes the logsumexp in any case."""
     match path:
         case "forward":
             return forward_stages(shape, call, with_logsumexp)
         case "decode":
-            return few_stages(shape, call, launch.splitting(shape, call))
+            return few_stages(shape, call, launch.splitting(shape, call), with_logsumexp)
         case "general":
             return general_launch.stages(shape, call, divided(shape, call))
 

@@ -36,11 +36,13 @@ def own_refusal(shape: Shape, call: Call) -> str | None:
 
 def candidates(shape: Shape, call: Call) -> Iterator[Path]:
     """The kernels that could take a call, the fastest first."""
-    if own_refusal(shape, call) is None:
+    if (
+        own_refusal(shape, call) is None and launcher.obstacle() is None
+    ):  # which hands over tensor maps and serial numbers
         if shape.group * shape.queries <= MOST_ROWS:
             yield "decode"
-        elif gpu().architecture == "sm_90a" and launcher.obstacle() is None:
-            yield "forward"  # it takes tensor maps, which only the launcher can hand over
+        elif gpu().architecture == "sm_90a":
+            yield "forward"
     yield "general"
 
 

@@ -2,48 +2,30 @@
 //
 //                    keys of a split, 16 at a time, dealt out to the warps
 //                  +----+----+----+----+----+----+----+----+----+--
-//   16 rows: the   | w0 | w1 | w2 | .. | w7 | w0 | w1 | .. each warp keeps its own maximum, sum and output
+//   16 rows: the   | w0 | w1 | w2 | w3 | w0 | w1 | w2 | w3 | .. each warp keeps its own maximum, sum and output
 //   queries of all +----+----+----+----+----+----+----+----+----+--
 //   heads that share a key head
 //
 // A warp has a ring of STAGES buffers of 16 keys and values of its own, so that warps never wait for each other; what
-// bounds the kernel is how many bytes are on their way. At the end the warps' results are joined in shared memory.
-// With one split that is the answer; with several, decode_join.cu joins them.
+// bounds the kernel is how many bytes are on their way. At the end the warps' results are joined in shared memory. With one
+// split that is the answer; with several the block that comes last joins theirs: see decode_join.cuh.
 
-constexpr int ROWS = 16, STEP = 16;  // queries of a block, keys of a warp's step
+constexpr int STEP = 16;  // keys of a warp's step
 constexpr int QUERY_BYTES = ROWS * HEAD_DIM * 2;
 constexpr int TILE_BYTES = STEP * HEAD_DIM * 2;
 constexpr int STAGE_BYTES = 2 * TILE_BYTES;
-constexpr int THREADS = WARPS * 32;
 constexpr int LANE_COPIES = STEP * ROW_UNITS / 32;
 
-struct Problem {
-  int group, queries, keys, columns;
-  float scale_log2, into_cap;
-  int window;
-
-  DEVICE int rows() const { return group * queries; }
-  DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row % queries + 1 + keys - queries) : keys; }
-  DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row % queries + 1 + keys - queries - window) : 0; }
-};
-
-using Output = float[HEAD_DIM / 8][4];
-
-// What a lane remembers of its two rows; `sum` covers only the lane's own columns until the end.
-struct Rows {
-  float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
-  float sum[2] = {0, 0};
-};
-
-// Starts copying 16 rows from `source` on to a tile; what lies beyond `rows_left` or `columns` becomes zero.
-DEVICE void copy_rows(u32 tile, const char* source, int rows_left, int columns) {
+// Starts copying 16 rows to a tile, of which `place` tells the address; what lies beyond `rows_left` or `columns` becomes
+// zero.
+template <typename Place>
+DEVICE void copy_rows(u32 tile, int rows_left, int columns, const Place& place) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < LANE_COPIES; ++i) {
     const int row = (i * 32 + lane) / ROW_UNITS, unit = (i * 32 + lane) % ROW_UNITS;
     const bool valid = row < rows_left && unit * 8 < columns;
-    const u64 offset = valid ? (static_cast<u64>(row) * columns + unit * 8) * 2 : 0;
-    copy_16_bytes(unit_address(tile, row, unit), source + offset, valid);
+    copy_16_bytes(unit_address(tile, row, unit), place(valid ? row : 0) + (valid ? unit * 16 : 0), valid);
   }
 }
 
@@ -103,15 +85,23 @@ DEVICE void softmax(float (&scores)[2][4], Rows& rows, Output& out, const Proble
   }
 }
 
-// One warp's share: every WARPS-th step of 16 keys of the split [begin, end).
-DEVICE void attend(const Problem& problem, u32 query, u32 ring, const char* keys, const char* values, int first_row,
-                   int begin, int end, Output& out, Rows& rows) {
-  const int first = begin + threadIdx.x / 32 * STEP;
+// The keys and values of a plane, and the split [begin, end) of them.
+struct Keys {
+  const char *key, *value;
+  u64 key_row, value_row;  // bytes
+  int begin, end;
+};
+
+// One warp's share: every WARPS-th step of 16 keys of a split.
+DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys, int first_row, Output& out, Rows& rows) {
+  const int first = keys.begin + threadIdx.x / 32 * STEP;
   auto start_copies = [&](int key, int stage) {
-    if (key < end) {
-      const u64 offset = static_cast<u64>(key) * problem.columns * 2;
-      copy_rows(ring + stage * STAGE_BYTES, keys + offset, problem.keys - key, problem.columns);
-      copy_rows(ring + stage * STAGE_BYTES + TILE_BYTES, values + offset, problem.keys - key, problem.columns);
+    if (key < keys.end) {
+      const char *from_key = keys.key + key * keys.key_row, *from_value = keys.value + key * keys.value_row;
+      const u32 buffer = ring + stage * STAGE_BYTES;
+      copy_rows(buffer, problem.keys - key, problem.columns, [&](int row) { return from_key + row * keys.key_row; });
+      copy_rows(buffer + TILE_BYTES, problem.keys - key, problem.columns,
+                [&](int row) { return from_value + row * keys.value_row; });
     }
     commit_copies();
   };
@@ -121,7 +111,7 @@ DEVICE void attend(const Problem& problem, u32 query, u32 ring, const char* keys
   __syncthreads();
   int stage = 0;
 #pragma unroll 1
-  for (int key = first; key < end; key += WARPS * STEP) {
+  for (int key = first; key < keys.end; key += WARPS * STEP) {
     wait_copies<STAGES - 2>();
     __syncwarp();  // all lanes' copies have landed, and all are done with the buffer that is filled next
     start_copies(key + (STAGES - 1) * WARPS * STEP, (stage + STAGES - 1) % STAGES);
@@ -137,77 +127,38 @@ DEVICE void attend(const Problem& problem, u32 query, u32 ring, const char* keys
   wait_copies<0>();
 }
 
-// Leaves a warp's result in shared memory: output [ROWS][HEAD_DIM], then maxima (in log2 units) and sums.
-DEVICE void leave(float* place, const Output& out, Rows& rows, float scale_log2) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = lane / 4 + 8 * r;
-    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
-    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
-    if (lane % 4 == 0) {
-      place[ROWS * HEAD_DIM + row] = rows.max[r] * scale_log2;
-      place[ROWS * HEAD_DIM + ROWS + row] = rows.sum[r];
-    }
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) {
-      *reinterpret_cast<float2*>(place + row * HEAD_DIM + i * 8 + lane % 4 * 2) =
-          make_float2(out[i][2 * r], out[i][2 * r + 1]);
-    }
-  }
-}
-
-constexpr int RESULT = ROWS * (HEAD_DIM + 2);  // floats that a warp leaves
-
-// Joins the warps' results of one row and writes two columns of it: the output and its logsumexp, or with SPLIT the
-// float32 output of this split and its logsumexp in log2 units. `place` counts the rows of all planes and splits.
-DEVICE void join_warps(const float* results, int row, int column, int columns, u64 place, char* output, float* logsumexp) {
-  float largest = MINUS_INFINITY, total = 0, x = 0, y = 0;
-#pragma unroll
-  for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, results[w * RESULT + ROWS * HEAD_DIM + row]);
-  const float shift = largest == MINUS_INFINITY ? 0 : largest;
-#pragma unroll
-  for (int w = 0; w < WARPS; ++w) {
-    const float* result = results + w * RESULT;
-    const float factor = exp2_fast(result[ROWS * HEAD_DIM + row] - shift);
-    total += factor * result[ROWS * HEAD_DIM + ROWS + row];
-    const float2 pair = *reinterpret_cast<const float2*>(result + row * HEAD_DIM + column);
-    x += factor * pair.x, y += factor * pair.y;
-  }
-  const float inverse = total > 0 ? 1 / total : 0, sum = total > 0 ? largest + log2f(total) : MINUS_INFINITY;
-  if (SPLIT) reinterpret_cast<float2*>(output)[(place * columns + column) / 2] = make_float2(x * inverse, y * inverse);
-  else reinterpret_cast<u32*>(output)[(place * columns + column) / 2] = pack(x * inverse, y * inverse);
-  if (column == 0) logsumexp[place] = SPLIT ? sum : sum * 0.693147180559945f;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const char* query, const char* key, const char* value, char* output, float* logsumexp, int group,
-                int queries, int keys, int columns, int scale_log2_bits, int into_cap_bits, int window, int first_key,
-                int split_keys, int splits) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
+    KERNEL_NAME(const char* query, const char* key, const char* value, char* output, float* logsumexp, float* parts,
+                u64* marks, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
+                int into_cap_bits, int window, int first_key, int split_keys, int splits, long long query_batch,
+                long long query_head, long long query_row, long long key_batch, long long key_head, long long key_row,
+                long long value_batch, long long value_head, long long value_row, u64 serial) {
   extern __shared__ __align__(1024) char shared[];
   const Problem problem{group, queries, keys, columns, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits),
                         window};
   const int row_tiles = (problem.rows() + ROWS - 1) / ROWS, warp = threadIdx.x / 32;
-  const int split = blockIdx.x % splits, first_row = blockIdx.x / splits % row_tiles * ROWS;
-  const u64 plane = blockIdx.x / splits / row_tiles, plane_rows = plane * problem.rows();
-  const int begin = first_key + split * split_keys, end = min(keys, begin + split_keys);
+  const int split = blockIdx.x % splits, tile = blockIdx.x / splits, first_row = tile % row_tiles * ROWS;
+  const int plane = tile / row_tiles, batch = plane / (heads / group), head = plane % (heads / group);
 
   const u32 queries_at = shared_address(shared), ring = queries_at + QUERY_BYTES + warp * STAGES * STAGE_BYTES;
-  if (warp == 0) copy_rows(queries_at, query + (plane_rows + first_row) * columns * 2, problem.rows() - first_row, columns);
+  if (warp == 0) {
+    const char* base = query + (batch * query_batch + head * group * query_head) * 2;
+    copy_rows(queries_at, problem.rows() - first_row, columns, [&](int row) {
+      return base + ((first_row + row) / queries * query_head + (first_row + row) % queries * query_row) * 2;
+    });
+  }
   commit_copies();
 
   Output out = {};
   Rows rows;
-  const u64 plane_bytes = plane * keys * columns * 2;
-  attend(problem, queries_at, ring, key + plane_bytes, value + plane_bytes, first_row, begin, end, out, rows);
-  __syncthreads();
-  float* results = reinterpret_cast<float*>(shared);
-  leave(results + warp * RESULT, out, rows, problem.scale_log2);
-  __syncthreads();
-  const u64 all_rows = static_cast<u64>(gridDim.x / splits / row_tiles) * problem.rows();
-  for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += THREADS) {
-    const int row = i / (HEAD_DIM / 2), column = i % (HEAD_DIM / 2) * 2;
-    if (first_row + row >= problem.rows() || column >= columns) continue;
-    join_warps(results, row, column, columns, split * all_rows + plane_rows + first_row + row, output, logsumexp);
-  }
+  const int begin = first_key + split * split_keys;
+  attend(problem, queries_at, ring,
+         {key + (batch * key_batch + head * key_head) * 2, value + (batch * value_batch + head * value_head) * 2,
+          static_cast<u64>(key_row) * 2, static_cast<u64>(value_row) * 2, begin, min(keys, begin + split_keys)},
+         first_row, out, rows);
+  const u64 place = static_cast<u64>(plane) * problem.rows() + first_row;
+  const Results results{output + place * columns * 2, logsumexp != nullptr ? logsumexp + place : nullptr, columns,
+                        min(ROWS, problem.rows() - first_row)};
+  join_warps(out, rows, reinterpret_cast<float*>(shared), problem.scale_log2, results,
+             {parts, marks, serial, tile * splits, split, splits});
 }

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Final
 
 from attention.kernels.cuda.forward import Element
 from attention.kernels.cuda.program import Program
@@ -10,12 +11,13 @@ ROWS, STEP = 16, 16
 """Query rows of a block, and keys of a warp's step."""
 MOST_ROWS = 64
 """Rows (queries times heads that share a key head) up to which this kernel is taken."""
+MOST_SPLITS: Final = 128
 BLOCKS_AT_ONCE = 2
 """Blocks on a multiprocessor: one starts or ends while the other loads."""
 _OVERHEAD = 3.0
 """Start and end of a block, in rounds of its warps; an assumption, to be measured."""
-_JOIN = 4.0
-"""The second pass, likewise."""
+_JOIN = 2.0
+"""Joining the parts, likewise."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,15 @@ class Decode:
     element: Element
     window: bool
     softcap: bool
-    split: bool
-    """Whether the keys are dealt out to several blocks."""
     architecture: str
     shared_memory_limit: int = 232_448
+    blocks_at_once: int = BLOCKS_AT_ONCE
+    most_warps: int = 4
 
     @property
     def warps(self) -> int:
-        """Warps of a block: as many as have two buffers each in a block's share of shared memory, four at most."""
-        warps = 4
+        """Warps of a block: as many as have two buffers each in a block's share of shared memory, up to a limit."""
+        warps = self.most_warps
         while warps > 1 and self._ring(warps, 2) > self._share:
             warps //= 2
         return warps
@@ -48,7 +50,7 @@ class Decode:
 
     @property
     def _share(self) -> int:
-        return (self.shared_memory_limit + 1024) // BLOCKS_AT_ONCE - 1024  # the driver keeps 1 KiB of each block
+        return (self.shared_memory_limit + 1024) // self.blocks_at_once - 1024  # the driver keeps 1 KiB of each block
 
     @property
     def shared_memory(self) -> int:
@@ -70,47 +72,41 @@ class Decode:
             "HEAD_DIM": self.head_dim,
             "WARPS": self.warps,
             "STAGES": self.stages,
+            "BLOCKS_AT_ONCE": self.blocks_at_once,
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
-            "SPLIT": self.split,
             "BFLOAT16": self.element == "bf16",
         }
         return Program(
             name="flash_decode",
             architecture=self.architecture,
             constants=tuple((name, int(value)) for name, value in constants.items()),
-            texts=("common.cuh", "mma.cuh", "decode.cu"),
+            texts=("common.cuh", "mma.cuh", "decode_tiles.cuh", "decode_join.cuh", "decode.cu"),
             threads=32 * self.warps,
             shared_memory=self.shared_memory,
         )
 
-    def splits(self, tiles: int, keys: int, slots: int) -> tuple[int, int]:
+    @property
+    def part_floats(self) -> int:
+        """What a split leaves of a tile of rows: output and logsumexp of each."""
+        return ROWS * (self.head_dim + 1)
+
+    def splits(self, tiles: int, keys: int, multiprocessors: int) -> tuple[int, int]:
         """How many splits, and the keys of each, for so many tiles of rows: the least rounds of the busiest slot.
 
         Args:
             tiles: blocks that there are without splitting.
             keys: of a plane.
-            slots: blocks that run at once.
+            multiprocessors: of the GPU.
         """
         most = max(1, -(-keys // self.round_keys))
+        slots = multiprocessors * self.blocks_at_once
 
         def rounds(splits: int) -> float:
             waves = -(-tiles * splits // slots)
             return waves * (-(-most // splits) + _OVERHEAD) + (_JOIN if splits > 1 else 0.0)
 
-        best = min(range(1, min(most, 64) + 1), key=rounds)
+        best = min(range(1, min(most, MOST_SPLITS) + 1), key=rounds)
         size = -(-most // best) * self.round_keys
         return max(1, -(-keys // size)), size
-
-
-def join_program(element: Element, architecture: str) -> Program:
-    """The text of decode_join.cu."""
-    return Program(
-        name="flash_decode_join",
-        architecture=architecture,
-        constants=(("BFLOAT16", int(element == "bf16")),),
-        texts=("common.cuh", "decode_join.cu"),
-        threads=128,
-        shared_memory=0,
-    )

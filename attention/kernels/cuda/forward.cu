@@ -38,7 +38,7 @@ struct Consumer {
 
   DEVICE Consumer(const Memory& memory, int index, const Schedule& schedule)
       : memory(memory), index(index), schedule(schedule) {
-    if (!OVERLAP && index == CONSUMERS - 1) named_arrive(TURN_BARRIER, 2 * WARPGROUP);  // the first turn is consumer 0's
+    if (index == CONSUMERS - 1) pass_turn();  // the first is consumer 0's
   }
   DEVICE u32 await_keys() const {
     barrier_wait(memory.key_full(keys.stage), keys.parity);
@@ -74,8 +74,12 @@ struct Consumer {
     await_values();
     release_values();
   }
-  DEVICE void wait_turn() const { named_sync(TURN_BARRIER + index, 2 * WARPGROUP); }
-  DEVICE void pass_turn() const { named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP); }
+  DEVICE void wait_turn() const {
+    if constexpr (TURNS) named_sync(TURN_BARRIER + index, 2 * WARPGROUP);
+  }
+  DEVICE void pass_turn() const {
+    if constexpr (TURNS) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
+  }
 
   // Takes up the next work, when its queries have come; false at the end of the list.
   DEVICE bool next_work(const Problem& problem) {
@@ -128,12 +132,20 @@ struct Consumer {
 DEVICE bool attend_overlapping(Consumer& consumer, const Problem& problem, const Results& results, Output& out, Rows& rows,
                                Work& ending) {
 #pragma unroll 1
-  for (int i = 0; i < consumer.skips; ++i) consumer.skip_keys(), consumer.skip_values();
+  for (int i = 0; i < consumer.skips; ++i) {
+    consumer.wait_turn();
+    consumer.pass_turn();
+    consumer.skip_keys();
+    consumer.skip_values();
+  }
   Scores scores;
   Weights weights;
-  start_scores(scores, consumer.query, consumer.await_keys());
+  u32 key = consumer.await_keys();
+  consumer.wait_turn();
+  start_scores(scores, consumer.query, key);
   wgmma_wait<0>();
   settle(scores);
+  consumer.pass_turn();
   consumer.release_keys();
   consumer.mask(scores, problem);
   softmax(scores, rows, problem.scale_log2);
@@ -151,15 +163,21 @@ DEVICE bool attend_overlapping(Consumer& consumer, const Problem& problem, const
       more = consumer.next_work(problem);
       if (!more || ending.part != 0 || consumer.skips > 1 || consumer.sees_nothing()) break;
       skips = consumer.skips == 1;
-      if (skips) consumer.skip_keys();
+      if (skips) {
+        consumer.wait_turn();
+        consumer.pass_turn();
+        consumer.skip_keys();
+      }
     } else {
       --consumer.n;
     }
-    const u32 key = consumer.await_keys();
+    key = consumer.await_keys();
+    consumer.wait_turn();
     start_scores(scores, consumer.query, key);
     start_output(out, weights, value);
     wgmma_wait<1>();
     settle(scores);
+    consumer.pass_turn();
     consumer.release_keys();
     consumer.mask(scores, problem);
     Rows ended = rows;
@@ -269,18 +287,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Memory memory{shared_address(shared)};
   const Problem problem{planes, heads, heads_per_key, queries, keys, columns, __int_as_float(scale_log2_bits),
                         __int_as_float(into_cap_bits), window};
+  const Schedule schedule{table + blockIdx.x * rounds};
   if (threadIdx.x == 0) {
+    prefetch(schedule.entry);  // what takes longest at the start
     prefetch_map(query), prefetch_map(key), prefetch_map(value);
     init_barriers(memory);
   }
   __syncthreads();
 
-  const Schedule schedule{table + blockIdx.x * rounds};
   if (threadIdx.x < WARPGROUP) {
-    give_registers<PRODUCER_REGISTERS>();
+    if constexpr (CONSUMERS > 1) give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce(memory, problem, schedule, query, key, value);
   } else {
-    take_registers<CONSUMER_REGISTERS>();
+    if constexpr (CONSUMERS > 1) take_registers<CONSUMER_REGISTERS>();
     Consumer consumer(memory, same_in_warp(threadIdx.x / WARPGROUP) - 1, schedule);
     const Results results{output, logsumexp, {parts, marks, serial}};
     if constexpr (OVERLAP) consume_overlapping(consumer, problem, results);

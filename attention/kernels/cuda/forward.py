@@ -32,8 +32,8 @@ class Forward:
     query_stages: int = 1
     """Buffers for the queries: with two the next tile's come early."""
     overlap: bool = True
-    emulated: int = 0
-    """Of 8 exponentials, how many are made by multiplying and adding."""
+    turns: bool = False
+    """Whether consumers take turns; without `overlap` they do in any case."""
 
     @property
     def block_m(self) -> int:
@@ -58,7 +58,7 @@ class Forward:
             "SOFTCAP": self.softcap,
             "QUERY_STAGES": self.query_stages,
             "OVERLAP": self.overlap,
-            "EMULATED": self.emulated,
+            "TURNS": self.turns or not self.overlap,
             "BFLOAT16": self.element == "bf16",
         }
         products = (

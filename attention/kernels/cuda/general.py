@@ -68,20 +68,17 @@ class ForwardTiles:
 
 
 def _many(widest: int, mask: bool) -> Iterator[ForwardTiles]:
-    """Tilings for a kernel's wider head dim, the fastest first. A mask wants registers."""
+    """Tilings for a kernel's wider head dim, the fastest first. The elements of a mask want registers."""
     if widest > 128:
         if widest <= 192 and not mask:
             yield ForwardTiles(4, 1, 64, 1, 2)
         for warps, block_n in ((8, 32), (4, 32)) if mask else ((8, 64), (8, 32), (4, 32)):
             yield ForwardTiles(warps, 1, block_n, 1, 1)
         return
-    if not mask:
-        keep = widest == 64
-        yield ForwardTiles(4, 2, 64, 2, 2, keep)
-        yield ForwardTiles(4, 2, 64, 1, 2, keep)
-        yield ForwardTiles(4, 2, 32, 1, 2, keep)
-    yield ForwardTiles(4, 1, 64, 2, 2)
-    yield ForwardTiles(4, 1, 64, 1, 2)
+    keep = widest == 64 and not mask
+    for block_n in (32,) if mask else (64, 32):
+        for stages in (2, 1):
+            yield ForwardTiles(4, 2, block_n, stages, 2, keep)
     yield ForwardTiles(4, 1, 32, 1, 2)
 
 
@@ -139,6 +136,12 @@ class GeneralForward:
             threads=32 * self.tiles.warps,
             shared_memory=self.tiles.shared_memory(self.head_dim, self.value_dim, self.split),
         )
+
+    @property
+    def join_program(self) -> Program:
+        """The text of general_join.cu, which adds up what the splits found."""
+        constants = (("BFLOAT16", int(self.element == "bf16")),)
+        return Program("flash_general_join", self.architecture, constants, ("common.cuh", "general_join.cu"), 128, 0)
 
     def blocks_of(self, rows: int) -> int:
         """Blocks that so many rows of a plane take, without splitting."""

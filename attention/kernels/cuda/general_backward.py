@@ -68,16 +68,16 @@ def _query_warps(head_dim: int, warps: int, block_q: int) -> int:
     return next(fits)
 
 
-def _tilings(head_dim: int, value_dim: int, mask: bool) -> Iterator[BackwardTiles]:
-    """Tilings for a kernel's widths, the fastest first. A mask wants registers."""
+def _tilings(head_dim: int, value_dim: int) -> Iterator[BackwardTiles]:
+    """Tilings for a kernel's widths, the fastest first."""
     widest = max(head_dim, value_dim)
     if widest <= 64:
         for stages, blocks in ((2, 2), (1, 2), (2, 1), (1, 1)):
             yield BackwardTiles(4, 1, 2, 64, 32, _query_warps(head_dim, 4, 64), stages, blocks)
     elif widest <= 128:
-        if widest > 80 and not mask:
+        if widest > 80:
             yield BackwardTiles(4, 2, 2, 64, 32, _query_warps(head_dim, 8, 64), 2, 1)
-        part = 32 if mask or widest > 96 else 64
+        part = 32 if widest > 96 else 64
         for blocks in (2, 1):
             yield BackwardTiles(4, 1, 1, 64, part, _query_warps(head_dim, 4, 64), 1, blocks)
     else:
@@ -87,13 +87,13 @@ def _tilings(head_dim: int, value_dim: int, mask: bool) -> Iterator[BackwardTile
 
 
 @functools.cache
-def backward_tiles_for(head_dim: int, value_dim: int, mask: bool, limit: int) -> BackwardTiles:
-    """The tiling for a kernel of these widths, with a mask or without, and bytes of shared memory a block.
+def backward_tiles_for(head_dim: int, value_dim: int, limit: int) -> BackwardTiles:
+    """The tiling for a kernel of these widths, and bytes of shared memory that a block may have.
 
     Raises:
         ValueError: none fits, as on no GPU from Ampere on.
     """
-    for tiles in _tilings(head_dim, value_dim, mask):
+    for tiles in _tilings(head_dim, value_dim):
         if tiles.fits(head_dim, value_dim, limit):
             return tiles
     raise ValueError(f"no tiles of {head_dim} and {value_dim} columns fit into {limit} bytes of shared memory")

@@ -9,7 +9,7 @@
 //            +--------+--------+--------+--
 //
 // With one buffer the values of a tile travel while its scores are made, and the next keys during its softmax and second
-// product; with more, whole tiles travel ahead. With SPLIT the keys are dealt out to several blocks, and decode_join.cu
+// product; with more, whole tiles travel ahead. With SPLIT the keys are dealt out to several blocks, and general_join.cu
 // joins what they found.
 
 constexpr int WARP_ROWS = 16 * ROW_TILES, BLOCK_M = WARPS * WARP_ROWS;
@@ -229,15 +229,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
       start_keys(block + 1, 0);
       commit_copies();
     }
-    const bool whole = first + BLOCK_N <= seen_by_all && (!WINDOW || first >= unseen_by_some);
-    if (needed) rule(scores, masked, problem, own_row, first, whole);
-#if MASK
-    if (block + 1 < end_block) masked.read(array, problem, batch, first_head, own_row, first + BLOCK_N);
-#endif
     if (needed) {
+      const bool whole = first + BLOCK_N <= seen_by_all && (!WINDOW || first >= unseen_by_some);
+      rule(scores, masked, problem, own_row, first, whole);
+#if MASK
+      if (block + 1 < end_block) masked.read(array, problem, batch, first_head, own_row, first + BLOCK_N);
+#endif
       softmax(scores, state, out, MASK_ADDED ? 1 : problem.scale_log2);
       add_values(out, scores, buffer + KeyTile::BYTES);
     }
+#if MASK
+    else if (block + 1 < end_block) masked.read(array, problem, batch, first_head, own_row, first + BLOCK_N);
+#endif
     stage = STAGES == 1 ? 0 : (stage + 1) % STAGES;
   }
   wait_copies<0>();

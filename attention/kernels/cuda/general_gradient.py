@@ -35,7 +35,7 @@ def _kernel(shape: Shape, call: Call, narrow_steps: bool) -> GeneralBackward:
         mask=call.mask,
         element=shape.element,
         narrow_steps=narrow_steps,
-        tiles=backward_tiles_for(*widths, call.mask is not None, gpu().shared_memory_limit),
+        tiles=backward_tiles_for(*widths, gpu().shared_memory_limit),
         architecture=gpu().architecture,
         vector_sums=gpu().capability >= FIRST_VECTOR_SUMS,
     )

@@ -1,12 +1,12 @@
 """Launching the general forward kernel: how a call is divided, and its launches as stages of a plan."""
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from attention.errors import KernelUnavailable
-from attention.kernels.cuda import launch
 from attention.kernels.cuda.call import Call, Shape
 from attention.kernels.cuda.general import FEW_ROWS, GeneralForward, split_keys, tiles_for, width_of
 from attention.kernels.cuda.gpu import gpu
@@ -98,8 +98,17 @@ def stages(shape: Shape, call: Call, divided: Division) -> list[Stage]:
     if not divided.kernel.split:
         return [Stage(made, reads, OUTPUTS, strided=INPUTS, masks=masks)]
     parts = ("outputs", "logsumexps")
-    joined = launch.join(replace(shape, head_dim=shape.value_dim), divided.splits)
+    joined = join(shape, divided.splits, divided.kernel)
     return [Stage(made, reads, parts, strided=INPUTS, masks=masks), Stage(joined, parts, OUTPUTS)]
+
+
+@functools.lru_cache(maxsize=256)
+def join(shape: Shape, splits: int, kernel: GeneralForward) -> Launch:
+    """The launch of the second pass, over what several splits gave."""
+    rows = (shape.batch, shape.heads, shape.queries)
+    outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32)]
+    program, count = kernel.join_program, math.prod(rows)
+    return prepare(program, math.ceil(count * 32 / program.threads), outputs, [count, shape.value_dim, splits])
 
 
 def dense_steps(shape: Shape, call: Call, arrays: str) -> list[int]:

@@ -1,8 +1,7 @@
 // What happens to a tile's scores between the two products of general_forward.cu: mask, and online softmax.
 
-#ifndef LAZY
-#define LAZY (VALUE_DIM > 64 ? 8 : 0)
-#endif
+// By so many powers of two a maximum may grow before the sums are rescaled: 0 where there are registers to do it always.
+constexpr float LAZY = ROW_TILES > 1 && VALUE_DIM > 96 ? 8 : 0;
 
 using Scores = float[ROW_TILES][BLOCK_N / 8][4];
 using Output = float[ROW_TILES][VALUE_DIM / 8][4];
@@ -72,7 +71,7 @@ DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, i
 }
 
 // Online softmax: scores become weights against the row's maximum so far; sums and output follow. A maximum that grows by
-// no more than 2^LAZY is left as it was, since the weights stay in range, and a wide output mostly need not be rescaled.
+// no more than 2^LAZY is left as it was, since the weights stay in range, and the output mostly need not be rescaled.
 DEVICE void softmax(Scores& scores, Rows& rows, Output& out, float scale_log2) {
   float rescale[ROW_TILES][2];
   bool same = true;

@@ -28,11 +28,12 @@ DEVICE bool barrier_try_wait(u32 barrier, u32 parity) {
 }
 
 // Waits for the phase of this parity to complete. The loop is the assembler's, not the compiler's, which would take what
-// follows for divergent, and addresses out of the uniform registers. With SPIN_LIMIT a deadlock ends in a trap.
+// follows for divergent, and addresses out of the uniform registers. With SPIN_LIMIT, in cycles, a deadlock ends in a trap.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
 #ifdef SPIN_LIMIT
-  for (int spins = 0; !barrier_try_wait(barrier, parity); ++spins) {
-    if (spins == SPIN_LIMIT) __trap();
+  const long long start = clock64();
+  while (!barrier_try_wait(barrier, parity)) {
+    if (clock64() - start > SPIN_LIMIT) __trap();
   }
 #else
   asm volatile(
@@ -55,7 +56,8 @@ struct alignas(64) TensorMap {
   char bytes[128];
 };
 
-// Fetches a map before its first use.
+// Fetch a line of device memory, and a map, before their first use.
+DEVICE void prefetch(const void* place) { asm volatile("prefetch.global.L1 [%0];" ::"l"(place) : "memory"); }
 DEVICE void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(&map)) : "memory");
 }

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from attention.kernels.cuda.call import LOG2_E, Call, Shape, float_bits
-from attention.kernels.cuda.decode import BLOCKS_AT_ONCE, ROWS, Decode, join_program
+from attention.kernels.cuda.decode import ROWS, Decode
 from attention.kernels.cuda.forward import Forward, specialise
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.program import Program, machine_code
@@ -124,42 +124,30 @@ def splitting(shape: Shape, call: Call) -> Splitting:
     alone = shape.queries == 1
     window, causal = call.window is not None and not alone, call.causal and not alone
     first_seen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
-
-    def kernel(split: bool) -> Decode:
-        return Decode(
-            width,
-            causal,
-            shape.element,
-            window,
-            call.softcap is not None,
-            split,
-            gpu().architecture,
-            gpu().shared_memory_limit,
-        )
-
+    softcap, found = call.softcap is not None, gpu()
+    kernel = Decode(width, causal, shape.element, window, softcap, found.architecture, found.shared_memory_limit)
     tiles = shape.batch * shape.kv_heads * math.ceil(shape.group * shape.queries / ROWS)
-    slots = BLOCKS_AT_ONCE * gpu().multiprocessors
-    splits, keys = kernel(True).splits(tiles, shape.keys - first_seen, slots)
-    return Splitting(kernel(splits > 1), tiles, first_seen, splits, keys)
+    splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
+    return Splitting(kernel, tiles, first_seen, splits, keys)
 
 
 def same_kernel(plan: Splitting, shape: Shape, call: Call) -> Splitting:
-    """The splitting of another call for the very kernel of a plan: three splits if it makes several."""
+    """The splitting of another call for the very kernel of a plan, into three."""
     other = splitting(shape, call)
     keys = shape.keys - other.first_key
     round_keys = plan.kernel.round_keys
-    split_keys = round_keys * math.ceil(keys / (3 if plan.splits > 1 else 1) / round_keys)
+    split_keys = round_keys * math.ceil(keys / 3 / round_keys)
     return Splitting(plan.kernel, other.tiles, other.first_key, -(-keys // split_keys), split_keys)
 
 
 @functools.lru_cache(maxsize=256)
 def decode(shape: Shape, call: Call, plan: Splitting) -> Launch:
-    """The launch for inputs q, k, v; it gives output and logsumexp, of each split if there are several."""
+    """The launch of the kernel for few queries; it gives output and logsumexp, and parts with their marks."""
     rows = (shape.batch, shape.heads, shape.queries)
+    parts = plan.tiles * plan.splits if plan.splits > 1 else 0
     outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32)]
-    if plan.splits > 1:
-        outputs = [((plan.splits, *rows, shape.head_dim), mx.float32), ((plan.splits, *rows), mx.float32)]
-    problem = [shape.group, shape.queries, shape.keys, shape.head_dim]
+    outputs += [((parts, plan.kernel.part_floats), mx.float32), ((parts,), mx.int64)]
+    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
     keys = [plan.first_key, plan.split_keys, plan.splits]
     return prepare(
         plan.kernel.program,
@@ -167,13 +155,3 @@ def decode(shape: Shape, call: Call, plan: Splitting) -> Launch:
         outputs,
         [*problem, *scalars_of(call), call.window or 0, *keys],
     )
-
-
-@functools.lru_cache(maxsize=256)
-def join(shape: Shape, splits: int) -> Launch:
-    """The second pass over what `decode` gives for several splits."""
-    rows = (shape.batch, shape.heads, shape.queries)
-    count = math.prod(rows)
-    program = join_program(shape.element, gpu().architecture)
-    outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32)]
-    return prepare(program, -(-count * 32 // program.threads), outputs, [count, shape.head_dim, splits])

@@ -7,8 +7,11 @@
 // Shared memory:  | barriers: 1 KiB | Q: QUERY_STAGES x consumers | K: STAGES tiles | V: STAGES tiles |
 
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
-constexpr int PRODUCER_REGISTERS = 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240;
+// A block starts with 168 or 128 registers a thread; what the producer gives is what the consumers may take, and no more.
+// One consumer has enough from the start.
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * (CONSUMERS == 3 ? 128 : 168));
 constexpr int TURN_BARRIER = 1;  // the named barriers from here on, one for each consumer
 
 // Where things lie in shared memory: barriers in the first KiB, then the tiles.

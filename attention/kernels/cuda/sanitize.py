@@ -6,14 +6,24 @@ Exit code 0: nothing found; 1: something was, and is printed; 3: there is no com
 import shutil
 import subprocess
 import sys
-from typing import Final
+from typing import Any, Final
 
 from attention.kernels import cuda
+from attention.kernels.cuda.call import MaskKind
 
 TOOLS: Final = ("memcheck", "racecheck")
 DIMS: Final = (64, 128, 192, 256)
 SIZES: Final = ((150, 170), (1, 900))
 """Queries and keys: of no whole tiles, and few queries to keys that are split."""
+GENERAL: Final[tuple[tuple[tuple[int, int], MaskKind | None, tuple[int, int]], ...]] = (
+    ((64, 64), None, SIZES[0]),
+    ((128, 128), "bool", SIZES[0]),
+    ((128, 128), "bool", SIZES[1]),
+    ((80, 80), "float16", SIZES[0]),
+    ((192, 128), "float32", SIZES[0]),
+    ((256, 256), None, SIZES[0]),
+)
+"""Widths of keys and values, the kind of mask, and a size, for the general kernels."""
 
 
 def calls(dim: int) -> None:
@@ -48,8 +58,31 @@ def calls(dim: int) -> None:
                 raise RuntimeError(refusal)
 
 
+def general_calls() -> None:
+    """Calls of the general kernels, forward and backward: their tilings, masks of each kind, keys that are split."""
+    import mlx.core as mx
+
+    from attention.kernels.cuda import selfcheck
+    from attention.kernels.cuda.attend import spread
+    from attention.kernels.cuda.call import Call, Shape
+    from attention.kernels.cuda.general_alone import general_alone
+
+    for (head_dim, value_dim), kind, (queries, keys) in GENERAL:
+        shape = Shape(1, 4, 2, queries, keys, head_dim, "bf16", value_dim)
+        call = Call(0.1, kind is None, None, None, kind)
+        *primals, cotangent = selfcheck.inputs(shape)
+        masks = [spread(x, shape) for x in selfcheck.random_mask(shape, call)]
+
+        def attend(q: mx.array, k: mx.array, v: mx.array, masks: Any = masks, call: Call = call) -> mx.array:
+            mask = masks[0] if masks else None
+            return cuda.flash_attention(q, k, v, scale=call.scale, causal=call.causal, mask=mask)
+
+        with general_alone():
+            mx.eval(mx.vjp(attend, primals, [cotangent])[1])
+
+
 def main() -> int:
-    """Runs every tool at every head dimension."""
+    """Runs every tool over the Hopper kernels at every head dimension, where there are any, and the general kernels."""
     usable, reason = cuda.availability()
     sanitizer = shutil.which("compute-sanitizer")
     if not usable or sanitizer is None:
@@ -58,21 +91,19 @@ def main() -> int:
         )
         return 3
     found = 0
-    for dim in DIMS:
-        own = (sys.executable, "-m", "attention.kernels.cuda.sanitize", str(dim))
+    for part in (*(map(str, DIMS) if cuda.variant() == "hopper" else ()), "general"):
+        own = (sys.executable, "-m", "attention.kernels.cuda.sanitize", part)
         subprocess.run(own, check=True)  # compiles and checks, which takes long under a sanitizer
         for tool in TOOLS:
             command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *own)
             run = subprocess.run(command, capture_output=True, text=True, check=False)
-            print(
-                f"{tool:9} D = {dim}: {'nothing found' if run.returncode == 0 else run.stdout + run.stderr}", flush=True
-            )
+            print(f"{tool:9} {part}: {'nothing found' if run.returncode == 0 else run.stdout + run.stderr}", flush=True)
             found |= int(run.returncode != 0)
     return found
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        calls(int(sys.argv[1]))
+        general_calls() if sys.argv[1] == "general" else calls(int(sys.argv[1]))
     else:
         sys.exit(main())

@@ -1,28 +1,29 @@
 """The launches of a call as stages of a plan."""
 
 import functools
+from typing import Final
 
 from attention.kernels.cuda import launch
 from attention.kernels.cuda.call import Call, Shape
 from attention.kernels.cuda.forward import WARPGROUP_ROWS
 from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Box, Run, Stage, make_plan
 
+PARTS: Final = ("parts", "marks")
+WRITTEN: Final = (*OUTPUTS, *PARTS)
+"""What both kernels write; parts only where the keys of some queries are dealt out to several blocks."""
+
 
 def forward_stages(shape: Shape, call: Call, with_logsumexp: bool = True) -> list[Stage]:
     """The launch of the Hopper kernel."""
     made = launch.forward(shape, call)
-    kernel = launch.forward_kernel(shape, call)
-    keys = Box(kernel.block_n)
-    omitted = {"logsumexp"} if not with_logsumexp else set()
-    if not made.keywords["output_shapes"][2][0]:
-        omitted |= {"parts", "marks"}
+    keys = Box(launch.forward_kernel(shape, call).block_n)
     return [
         Stage(
             made,
             INPUTS,
-            (*OUTPUTS, "parts", "marks"),
+            WRITTEN,
             maps={"q": Box(WARPGROUP_ROWS), "k": keys, "v": keys},
-            omitted=frozenset(omitted),
+            omitted=_omitted(made, with_logsumexp),
             serial=True,
         )
     ]
@@ -34,10 +35,13 @@ def forward_plan(shape: Shape, call: Call) -> Run:
     return make_plan(INPUTS, OUTPUTS, forward_stages(shape, call))
 
 
-def few_stages(shape: Shape, call: Call, plan: launch.Splitting) -> list[Stage]:
-    """The launches of a call of few queries."""
-    splitting = launch.decode(shape, call, plan)
-    if plan.splits == 1:
-        return [Stage(splitting, INPUTS, OUTPUTS)]
-    parts = ("outputs", "logsumexps")
-    return [Stage(splitting, INPUTS, parts), Stage(launch.join(shape, plan.splits), parts, OUTPUTS)]
+def few_stages(shape: Shape, call: Call, plan: launch.Splitting, with_logsumexp: bool = True) -> list[Stage]:
+    """The launch of the kernel for few queries, its keys split in a given way."""
+    made = launch.decode(shape, call, plan)
+    return [Stage(made, INPUTS, WRITTEN, strided=INPUTS, omitted=_omitted(made, with_logsumexp), serial=True)]
+
+
+def _omitted(made: launch.Launch, with_logsumexp: bool) -> frozenset[str]:
+    """What of `WRITTEN` is not there."""
+    unwanted = set() if with_logsumexp else {"logsumexp"}
+    return frozenset(unwanted if made.keywords["output_shapes"][2][0] else unwanted | set(PARTS))

@@ -82,17 +82,6 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int row, int fir
   }
 }
 
-// exp2 for x <= 0 on the units that multiply and add, since the one that makes exponentials is as busy as the tensor cores
-// at HEAD_DIM 64 (FlashAttention 4's trick): 2^n by way of the exponent's bits, 2^f by a cubic, f in [-1/2, 1/2], to
-// 1.1e-4 of it. What is less than -127 gives 0, for which the cubic is exact at f = 0.
-DEVICE float exp2_emulated(float x) {
-  constexpr float ROUND = 12582912;  // 1.5 * 2^23: adding it leaves n in the low bits
-  const float y = fmaxf(x, -127) + ROUND;
-  const float f = fmaxf(x, -127) - (y - ROUND);
-  const float power = fmaf(fmaf(fmaf(0.05500906f, f, 0.24221097f), f, 0.69328290f), f, 1);
-  return __int_as_float(__float_as_int(power) + (__float_as_int(y) << 23));
-}
-
 // Online softmax: scores become weights against the row's maximum so far; sum and rescale follow.
 DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
 #pragma unroll
@@ -108,10 +97,8 @@ DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
     float even = 0, odd = 0;
 #pragma unroll
     for (int i = 2 * r; i < BLOCK_N / 2; i += 4) {
-      const bool emulated = i / 4 * EMULATED % 8 < EMULATED;  // so many of 8
-      const float x = scores[i] * scale_log2 - shift, y = scores[i + 1] * scale_log2 - shift;
-      even += scores[i] = emulated ? exp2_emulated(x) : exp2_fast(x);
-      odd += scores[i + 1] = emulated ? exp2_emulated(y) : exp2_fast(y);
+      even += scores[i] = exp2_fast(scores[i] * scale_log2 - shift);
+      odd += scores[i + 1] = exp2_fast(scores[i + 1] * scale_log2 - shift);
     }
     rows.sum[r] = rows.sum[r] * rows.rescale[r] + (even + odd);
   }

@@ -1,4 +1,4 @@
-// Joins what the splits of decode.cu found: a warp for each row of the output.
+// Joins what the splits of general_forward.cu found: a warp for each row of the output.
 //
 //   output = sum over splits of 2^(logsumexp of the split - logsumexp of all) * output of the split
 

@@ -1,0 +1,161 @@
+// From what the warps of a block have found to the answer: they are joined in shared memory, and where the keys are split
+// among blocks, these leave their parts in device memory, and the last to come joins them, in their order.
+//
+//   output = sum over parts of 2^(logsumexp of the part - logsumexp of all) * output of the part
+//
+// Who is last is found without a counter, which someone would have to clear: each leaves the launch's serial number, which
+// no other launch has, and then looks whether all numbers are there. At least one finds them all; should two, both write
+// the same.
+
+constexpr float LN_2 = 0.693147180559945f;
+constexpr int WARP_RESULT = ROWS * (HEAD_DIM + 2);  // floats that a warp leaves
+constexpr int LANE_VECTORS = (HEAD_DIM + 127) / 128;
+
+// Where a tile's rows go. `logsumexp` may be null.
+struct Results {
+  char* output;
+  float* logsumexp;
+  int columns, rows;
+};
+
+// Where a split leaves its part: of each row the output and its logsumexp in log2 units.
+struct Parts {
+  float* numbers;
+  u64* marks;
+  u64 serial;
+  int first, index, count;  // of the tile's parts
+
+  DEVICE float* part(int i) const { return numbers + static_cast<u64>(first + i) * ROWS * (HEAD_DIM + 1); }
+  DEVICE float* logsumexps(int i) const { return part(i) + ROWS * HEAD_DIM; }
+};
+
+DEVICE float load_fresh(const float* place) {  // from L2: another block has written it
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(place) : "memory");
+  return x;
+}
+DEVICE float4 load_fresh_vector(const float* place) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(place) : "memory");
+  return x;
+}
+
+// Leaves a warp's result in shared memory: output [ROWS][HEAD_DIM], then maxima (in log2 units) and sums.
+DEVICE void leave_warp(float* place, const Output& out, Rows& rows, float scale_log2) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + 8 * r;
+    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
+    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
+    if (lane % 4 == 0) {
+      place[ROWS * HEAD_DIM + row] = rows.max[r] * scale_log2;
+      place[ROWS * HEAD_DIM + ROWS + row] = rows.sum[r];
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+      *reinterpret_cast<float2*>(place + row * HEAD_DIM + i * 8 + lane % 4 * 2) =
+          make_float2(out[i][2 * r], out[i][2 * r + 1]);
+    }
+  }
+}
+
+// Joins the warps' results of two columns of a row, and writes them: as the answer, or as a part of it.
+DEVICE void join_pair(const float* warps, int row, int column, const Results& results, const Parts& parts) {
+  float largest = MINUS_INFINITY, total = 0, x = 0, y = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, warps[w * WARP_RESULT + ROWS * HEAD_DIM + row]);
+  const float shift = largest == MINUS_INFINITY ? 0 : largest;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) {
+    const float* result = warps + w * WARP_RESULT;
+    const float factor = exp2_fast(result[ROWS * HEAD_DIM + row] - shift);
+    total += factor * result[ROWS * HEAD_DIM + ROWS + row];
+    const float2 pair = *reinterpret_cast<const float2*>(result + row * HEAD_DIM + column);
+    x += factor * pair.x, y += factor * pair.y;
+  }
+  const float inverse = total > 0 ? 1 / total : 0, sum = total > 0 ? shift + log2f(total) : MINUS_INFINITY;
+  if (parts.count > 1) {
+    float* part = parts.part(parts.index) + row * HEAD_DIM + column;
+    *reinterpret_cast<float2*>(part) = make_float2(x * inverse, y * inverse);
+    if (column == 0) parts.logsumexps(parts.index)[row] = sum;
+  } else {
+    reinterpret_cast<u32*>(results.output)[(row * results.columns + column) / 2] = pack(x * inverse, y * inverse);
+    if (column == 0 && results.logsumexp != nullptr) results.logsumexp[row] = sum * LN_2;
+  }
+}
+
+// Marks this block's part as there; whether all parts of the tile are.
+DEVICE bool is_last(const Parts& parts) {
+  volatile u64* marks = parts.marks + parts.first;
+  __syncthreads();  // all of the part is written
+  if (threadIdx.x == 0) {
+    __threadfence();
+    marks[parts.index] = parts.serial;
+    __threadfence();  // before anyone here looks at the others'
+  }
+  __syncthreads();
+  bool there = true;
+  for (int i = threadIdx.x; i < parts.count; i += THREADS) there = there && marks[i] == parts.serial;
+  const bool all = __syncthreads_and(there);
+  __threadfence();
+  return all;
+}
+
+// Joins the parts of one row; a warp's work. `factors` is its room in shared memory for as many numbers as there are parts.
+DEVICE void join_row(int row, float* factors, const Results& results, const Parts& parts) {
+  const int lane = threadIdx.x % 32;
+  float largest = MINUS_INFINITY, total = 0;
+  for (int i = lane; i < parts.count; i += 32) {
+    factors[i] = load_fresh(parts.logsumexps(i) + row);
+    largest = fmaxf(largest, factors[i]);
+  }
+  for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  const float shift = largest == MINUS_INFINITY ? 0 : largest;
+  for (int i = lane; i < parts.count; i += 32) total += factors[i] = exp2_fast(factors[i] - shift);
+  for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+  const float inverse = total > 0 ? 1 / total : 0;
+  __syncwarp();
+
+  float4 sums[LANE_VECTORS] = {};
+#pragma unroll 16
+  for (int i = 0; i < parts.count; ++i) {
+    const float factor = factors[i] * inverse;
+#pragma unroll
+    for (int j = 0; j < LANE_VECTORS; ++j) {
+      const int column = 4 * lane + 128 * j;
+      if (HEAD_DIM % 128 != 0 && column >= HEAD_DIM) continue;
+      const float4 x = load_fresh_vector(parts.part(i) + row * HEAD_DIM + column);
+      sums[j].x += factor * x.x, sums[j].y += factor * x.y, sums[j].z += factor * x.z, sums[j].w += factor * x.w;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < LANE_VECTORS; ++j) {
+    const int column = 4 * lane + 128 * j;
+    if (column < results.columns) {
+      *reinterpret_cast<uint2*>(results.output + (row * results.columns + column) * 2) =
+          make_uint2(pack(sums[j].x, sums[j].y), pack(sums[j].z, sums[j].w));
+    }
+  }
+  if (lane == 0 && results.logsumexp != nullptr) {
+    results.logsumexp[row] = total > 0 ? (shift + log2f(total)) * LN_2 : MINUS_INFINITY;
+  }
+}
+
+// Joins the warps of a block, by way of `shared`, and in the last block of a tile the tile's parts.
+DEVICE void join_warps(const Output& out, Rows& rows, float* shared, float scale_log2, const Results& results,
+                       const Parts& parts) {
+  __syncthreads();  // all warps are done with their rings
+  leave_warp(shared + threadIdx.x / 32 * WARP_RESULT, out, rows, scale_log2);
+  __syncthreads();
+  for (int i = threadIdx.x; i < results.rows * HEAD_DIM / 2; i += THREADS) {
+    const int row = i / (HEAD_DIM / 2), column = i % (HEAD_DIM / 2) * 2;
+    if (column < results.columns) join_pair(shared, row, column, results, parts);
+  }
+  if (parts.count == 1 || !is_last(parts)) return;
+  const int warp = threadIdx.x / 32;
+  for (int row = warp; row < results.rows; row += WARPS) {
+    join_row(row, shared + warp * parts.count, results, parts);
+    __syncwarp();
+  }
+}

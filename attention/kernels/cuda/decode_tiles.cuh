@@ -1,0 +1,23 @@
+// What a block of the kernel for few queries has in hand: 16 rows, of all heads that share a key head.
+
+constexpr int ROWS = 16;
+constexpr int THREADS = WARPS * 32;
+
+struct Problem {
+  int group, queries, keys, columns;
+  float scale_log2, into_cap;
+  int window;
+
+  DEVICE int rows() const { return group * queries; }
+  DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row % queries + 1 + keys - queries) : keys; }
+  DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row % queries + 1 + keys - queries - window) : 0; }
+};
+
+// A lane holds rows lane / 4 and 8 more, and of every 8 columns the two at 2 * (lane % 4).
+using Output = float[HEAD_DIM / 8][4];
+
+// What it remembers of them; `sum` covers only the lane's own columns until the end.
+struct Rows {
+  float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
+  float sum[2] = {0, 0};
+};
