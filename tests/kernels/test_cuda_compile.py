@@ -10,7 +10,7 @@ import pytest
 from attention.kernels import cache
 from attention.kernels.cuda import KernelUnavailable, nvrtc
 from attention.kernels.cuda.decode import Decode
-from attention.kernels.cuda.forward import specialise
+from attention.kernels.cuda.forward import smaller, specialise
 from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT, Program, is_compiled, machine_code
 
 
@@ -23,9 +23,10 @@ def _nvrtc() -> str:
 
 needs_nvrtc = pytest.mark.skipif(not _nvrtc(), reason="NVRTC is not installed")
 KINDS = [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)]
-FORWARD = [
+LARGEST = [
     specialise(dim, causal, "bf16", window, softcap) for dim in (64, 128, 192, 256) for causal, window, softcap in KINDS
 ]
+FORWARD = [kernel for largest in LARGEST for kernel in (largest, *smaller(largest))]
 DECODE = [
     Decode(dim, True, "f16", True, True, architecture, limit)
     for architecture, limit in (("sm_90a", 232_448), ("sm_80", 166_912), ("sm_89", 101_376))

@@ -23,7 +23,7 @@ SHAPES = [  # planes, queries, keys
 def works_of(dim, causal, window, planes, queries, keys):
     kernel = specialise(dim, causal, "bf16", window=window > 0)
     ranges = kernel.tile_ranges(queries, keys, window)
-    return make_works(BLOCKS, planes, ranges, 4 * keys * dim), ranges
+    return make_works(BLOCKS, planes, ranges, 4 * keys * dim, 2.0), ranges
 
 
 def parts(word):
@@ -36,10 +36,9 @@ def parts(word):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_key_that_a_tile_needs_is_some_blocks_work_once(dim, causal, window, shape):
     (table, _), ranges = works_of(dim, causal, window, *shape)
-    covered = Counter((work[0], n) for row in table for work in row if work[0] >= 0 for n in range(work[1], work[2]))
-    needed = {
-        (plane * len(ranges) + i, n) for plane in range(shape[0]) for i, r in enumerate(ranges) for n in range(*r)
-    }
+    works = [work for row in table for work in row if work[0] >= 0]
+    covered = Counter((plane, tile, n) for plane, tile, first, end, *_ in works for n in range(first, end))
+    needed = {(plane, i, n) for plane in range(shape[0]) for i, keys in enumerate(ranges) for n in range(*keys)}
     assert set(covered) == needed
     assert set(covered.values()) <= {1}
 
@@ -47,8 +46,8 @@ def test_every_key_that_a_tile_needs_is_some_blocks_work_once(dim, causal, windo
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_tile_is_there_even_if_it_sees_no_keys_and_every_list_ends(shape):
     (table, _), ranges = works_of(64, True, 0, *shape)
-    tiles = Counter(work[0] for row in table for work in row if work[0] >= 0)
-    assert set(tiles) == set(range(shape[0] * len(ranges)))
+    tiles = {work[:2] for row in table for work in row if work[0] >= 0}
+    assert tiles == {(plane, tile) for plane in range(shape[0]) for tile in range(len(ranges))}
     assert all(row[-1] == NO_WORK for row in table)
     assert 0 < len(table) <= BLOCKS
 
@@ -57,8 +56,8 @@ def test_every_tile_is_there_even_if_it_sees_no_keys_and_every_list_ends(shape):
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_blocks_end_together_where_all_tiles_cost_the_same(dim, shape):
     (table, count), _ = works_of(dim, False, 0, *shape)
-    loads = [sum(end - first for _, first, end, _ in row) for row in table]
-    pieces = [sum(1 for work in row if work[3]) for row in table]
+    loads = [sum(end - first for _, _, first, end, *_ in row) for row in table]
+    pieces = [sum(1 for work in row if work[4]) for row in table]
     assert max(loads) <= 1.01 * min(loads) + 2
     assert max(pieces) <= 2
     assert count
@@ -69,9 +68,9 @@ def test_parts_of_a_tile_know_each_other(shape):
     (table, count), _ = works_of(128, False, 0, *shape)
     by_tile = defaultdict(list)
     for row in table:
-        for tile, _, _, word in row:
+        for plane, tile, _, _, word, *_ in row:
             if word:
-                by_tile[tile].append(parts(word))
+                by_tile[plane, tile].append(parts(word))
     for found in by_tile.values():
         assert len({(first, of) for first, of, _ in found}) == 1
         assert sorted(index for *_, index in found) == list(range(found[0][1]))

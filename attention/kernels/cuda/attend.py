@@ -58,7 +58,7 @@ def _compare(shape: Shape, call: Call, path: Path) -> str | None:
     tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
     match path:
         case "forward":
-            made = stages(small, tried, path)
+            made = forward_stages(small, tried, kernel=launch.forward_kernel(shape, call))
         case "decode":
             made = few_stages(small, tried, launch.same_kernel(launch.splitting(shape, call), small, tried))
         case "general":

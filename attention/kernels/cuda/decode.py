@@ -13,7 +13,7 @@ MOST_ROWS = 64
 """Rows (queries times heads that share a key head) up to which this kernel is taken."""
 MOST_SPLITS: Final = 128
 BLOCKS_AT_ONCE = 2
-"""Blocks on a multiprocessor: one starts or ends while the other loads."""
+"""Blocks that fit on a multiprocessor: one starts or ends while the other loads."""
 _OVERHEAD = 3.0
 """Start and end of a block, in rounds of its warps; an assumption, to be measured."""
 _JOIN = 2.0
@@ -93,7 +93,9 @@ class Decode:
         return ROWS * (self.head_dim + 1)
 
     def splits(self, tiles: int, keys: int, multiprocessors: int) -> tuple[int, int]:
-        """How many splits, and the keys of each, for so many tiles of rows: the least rounds of the busiest slot.
+        """How many splits, and the keys of each, for so many tiles of rows: the least rounds of one multiprocessor.
+
+        One block on each has enough bytes on their way; the second place is for the next call's, or another stream's.
 
         Args:
             tiles: blocks that there are without splitting.
@@ -101,10 +103,9 @@ class Decode:
             multiprocessors: of the GPU.
         """
         most = max(1, -(-keys // self.round_keys))
-        slots = multiprocessors * self.blocks_at_once
 
         def rounds(splits: int) -> float:
-            waves = -(-tiles * splits // slots)
+            waves = -(-tiles * splits // multiprocessors)
             return waves * (-(-most // splits) + _OVERHEAD) + (_JOIN if splits > 1 else 0.0)
 
         best = min(range(1, min(most, MOST_SPLITS) + 1), key=rounds)

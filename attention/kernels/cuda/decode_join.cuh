@@ -40,14 +40,15 @@ DEVICE float4 load_fresh_vector(const float* place) {
   return x;
 }
 
-// Leaves a warp's result in shared memory: output [ROWS][HEAD_DIM], then maxima (in log2 units) and sums.
-DEVICE void leave_warp(float* place, const Output& out, Rows& rows, float scale_log2) {
+// Leaves a warp's result of `count` rows in shared memory: output [ROWS][HEAD_DIM], then maxima (in log2 units) and sums.
+DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count, float scale_log2) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = lane / 4 + 8 * r;
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
+    if (row >= count) continue;
     if (lane % 4 == 0) {
       place[ROWS * HEAD_DIM + row] = rows.max[r] * scale_log2;
       place[ROWS * HEAD_DIM + ROWS + row] = rows.sum[r];
@@ -146,7 +147,7 @@ DEVICE void join_row(int row, float* factors, const Results& results, const Part
 DEVICE void join_warps(const Output& out, Rows& rows, float* shared, float scale_log2, const Results& results,
                        const Parts& parts) {
   __syncthreads();  // all warps are done with their rings
-  leave_warp(shared + threadIdx.x / 32 * WARP_RESULT, out, rows, scale_log2);
+  leave_warp(shared + threadIdx.x / 32 * WARP_RESULT, out, rows, results.rows, scale_log2);
   __syncthreads();
   for (int i = threadIdx.x; i < results.rows * HEAD_DIM / 2; i += THREADS) {
     const int row = i / (HEAD_DIM / 2), column = i % (HEAD_DIM / 2) * 2;

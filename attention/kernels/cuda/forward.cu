@@ -9,8 +9,7 @@
 //
 // One block stays on each multiprocessor and works through the tiles of BLOCK_M queries that `schedule` gives it.
 //
-//   OVERLAP    a consumer starts S of the next keys before it adds P V of these, and does softmax while both run, from tile
-//              to tile without a break: the first S of the next tile is made with the last P V of this one
+//   OVERLAP    a consumer starts S of the next keys before it adds P V of these, and does softmax while both run:
 //
 //     tensor cores   [ S(n) = Q K(n)^T ][ O += P(n+1) V(n+1) ]
 //     other units                        [ softmax of S(n)    ] then rescale O, pack P(n)
@@ -48,12 +47,6 @@ struct Consumer {
     barrier_wait(memory.value_full(values.stage), values.parity);
     return memory.value(values.stage);
   }
-  // The same, and not before the sums of a softmax are known. They are never negative; but the assembler, which does not
-  // know that, would else put off the exponentials until after the wait for P V, and nothing would run beside the products.
-  DEVICE u32 await_values_after(const Rows& rows) const {
-    barrier_wait(memory.value_full(values.stage), values.parity | (rows.sum[0] < 0) | (rows.sum[1] < 0));
-    return memory.value(values.stage);
-  }
   DEVICE void release_query() const { release(memory.query_empty(work.query_buffer(index))); }
   DEVICE void release_keys() {
     release(memory.key_empty(keys.stage));
@@ -64,167 +57,111 @@ struct Consumer {
     release(memory.value_empty(values.stage));
     values.advance();
   }
-  // Let a tile of keys, and its values, pass.
-  DEVICE void skip_keys() {
-    await_keys();
-    release(memory.key_empty(keys.stage));
-    keys.advance();
-  }
-  DEVICE void skip_values() {
-    await_values();
-    release_values();
-  }
   DEVICE void wait_turn() const {
-    if constexpr (TURNS) named_sync(TURN_BARRIER + index, 2 * WARPGROUP);
+    if constexpr (!OVERLAP) named_sync(TURN_BARRIER + index, 2 * WARPGROUP);
   }
   DEVICE void pass_turn() const {
-    if constexpr (TURNS) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
+    if constexpr (!OVERLAP) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
+  }
+  // Lets the tiles of keys pass that none of this consumer's queries may see.
+  DEVICE void pass_unseen() {
+#pragma unroll 1
+    for (int i = 0; i < skips; ++i) {
+      pass_turn();
+      await_keys();
+      release(memory.key_empty(keys.stage));
+      keys.advance();
+      await_values();
+      release_values();
+      wait_turn();
+    }
   }
 
   // Takes up the next work, when its queries have come; false at the end of the list.
   DEVICE bool next_work(const Problem& problem) {
-    if (!schedule.next(work, problem)) return false;
+    if (!schedule.next(work)) return false;
     const int buffer = work.query_buffer(index);
     barrier_wait(memory.query_full(buffer), work.query_parity());
     query = memory.query(buffer);
-    n = problem.key_blocks_of_warpgroup(top(work), work.first, work.end) - 1;
+    asm volatile("" : "+r"(query));  // lest what follows from it, if there is one buffer only, be kept in vector registers
+    n = problem.key_blocks_of_warpgroup(top(), work.first, work.end) - 1;
     skips = work.end - 1 - n;
     return true;
   }
   DEVICE bool sees_nothing() const { return n < work.first; }
 
-  // The first row of a work that is this consumer's, and this thread's.
-  DEVICE int top(const Work& of) const { return of.block * BLOCK_M + index * WARPGROUP_ROWS; }
-  DEVICE int row(const Work& of) const { return top(of) + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+  // The first row of the work that is this consumer's, and this thread's.
+  DEVICE int top() const { return work.block * BLOCK_M + index * WARPGROUP_ROWS; }
+  DEVICE int row() const { return top() + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
   // Caps the scores and drops what may not be seen.
   DEVICE void mask(Scores& scores, const Problem& problem) const {
     if constexpr (SOFTCAP) cap_scores(scores, problem.into_cap);
-    const int first_of_all = problem.first_seen_by(top(work) + WARPGROUP_ROWS - 1);
-    if ((n + 1) * BLOCK_N > problem.last_seen_by(top(work)) || n * BLOCK_N < first_of_all) {
-      mask_scores(scores, problem, row(work), n * BLOCK_N);
+    const int first_of_all = problem.first_seen_by(top() + WARPGROUP_ROWS - 1);
+    if ((n + 1) * BLOCK_N > problem.last_seen_by(top()) || n * BLOCK_N < first_of_all) {
+      mask_scores(scores, problem, row(), n * BLOCK_N);
     }
   }
 
-  // Writes the rows of a work, and clears the accumulators for the next.
-  DEVICE void finish(Output& out, Rows& rows, const Work& of, const Problem& problem, const Results& results) const {
-    const u64 plane_rows = static_cast<u64>(of.plane) * problem.queries;
-    float* logsumexp = results.logsumexp != nullptr ? results.logsumexp + plane_rows : nullptr;
-    finish_rows(out, rows, logsumexp, row(of), problem);
-    store_output(results.output + (plane_rows + row(of)) * problem.columns * 2, out, problem.queries - row(of),
-                 problem.columns);
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; ++i) out[i] = 0;
-  }
-  // The same where the work may be a part of a tile's keys, which takes registers that are free after a break only.
-  DEVICE void finish_any(Output& out, Rows& rows, const Work& of, const Problem& problem, const Results& results) const {
-    const Part part(of.part);
+  // Writes the rows of the work, or leaves a part of them, and adds up the parts if it is the last.
+  DEVICE void finish(Output& out, Rows& rows, const Problem& problem, const Results& results) const {
+    const Part part(same_in_warp(schedule.part()));
     if (part.count > 0) {
-      if (!leave_part(out, rows, results.parts, part)) return;
+      if (!same_in_warp(leave_part(out, rows, results.parts, part))) return;
       join_parts(out, rows, results.parts, part, problem.scale_log2);
     }
-    finish(out, rows, of, problem, results);
+    const u64 plane_rows = static_cast<u64>(schedule.plane()) * problem.queries;
+    float* logsumexp = results.logsumexp != nullptr ? results.logsumexp + plane_rows : nullptr;
+    finish_rows(out, rows, logsumexp, row(), problem);
+    store_output(results.output + (plane_rows + row()) * problem.columns * 2, out, problem.queries - row(), problem.columns);
   }
 };
 
-// Attends to the keys of a consumer's work, at least one tile of them, and goes on with the next works while their products
-// can be woven into one another. Finishes all of them but the last, `ending`, and leaves with the work after that, if any.
-DEVICE bool attend_overlapping(Consumer& consumer, const Problem& problem, const Results& results, Output& out, Rows& rows,
-                               Work& ending) {
-#pragma unroll 1
-  for (int i = 0; i < consumer.skips; ++i) {
-    consumer.wait_turn();
-    consumer.pass_turn();
-    consumer.skip_keys();
-    consumer.skip_values();
-  }
+// Attends to the keys of a consumer's work, at least one tile of them.
+DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
+  consumer.pass_unseen();
   Scores scores;
   Weights weights;
-  u32 key = consumer.await_keys();
-  consumer.wait_turn();
-  start_scores(scores, consumer.query, key);
+  start_scores(scores, consumer.query, consumer.await_keys());
   wgmma_wait<0>();
   settle(scores);
-  consumer.pass_turn();
   consumer.release_keys();
   consumer.mask(scores, problem);
   softmax(scores, rows, problem.scale_log2);
-  u32 value = consumer.await_values(), used;
+  u32 value = consumer.await_values();
   pack_weights(weights, scores);
-  bool more = true;
 #pragma unroll 1
-  while (true) {  // P of step n is there, and its V
-    used = consumer.memory.value_empty(consumer.values.stage);
-    consumer.values.advance();
-    const bool ends = consumer.n == consumer.work.first;
-    bool skips = false;
-    if (ends) {
-      ending = consumer.work;
-      more = consumer.next_work(problem);
-      if (!more || ending.part != 0 || consumer.skips > 1 || consumer.sees_nothing()) break;
-      skips = consumer.skips == 1;
-      if (skips) {
-        consumer.wait_turn();
-        consumer.pass_turn();
-        consumer.skip_keys();
-      }
-    } else {
-      --consumer.n;
-    }
-    key = consumer.await_keys();
-    consumer.wait_turn();
+  while (consumer.n > consumer.work.first) {
+    --consumer.n;
+    const u32 key = consumer.await_keys();
     start_scores(scores, consumer.query, key);
     start_output(out, weights, value);
     wgmma_wait<1>();
     settle(scores);
-    consumer.pass_turn();
     consumer.release_keys();
     consumer.mask(scores, problem);
-    Rows ended = rows;
-    if (ends) rows = Rows();
     softmax(scores, rows, problem.scale_log2);
-    value = consumer.await_values_after(rows);
+    // The wait for the next V stands here to end the basic block. Without it the assembler moves the wait for P V up,
+    // before the exponentials, and the softmax no longer runs beside the products.
+    const u32 used = consumer.memory.value_empty(consumer.values.stage);
+    consumer.values.advance();
+    value = consumer.await_values();
     wgmma_wait<0>();
     settle(out);
     release(used);
-    if (skips) consumer.release_values(), value = consumer.await_values();  // whose buffer was just released
-    if (ends) consumer.finish(out, ended, ending, problem, results);
-    else scale_output(out, rows.rescale);
+    scale_output(out, rows.rescale);
     pack_weights(weights, scores);
   }
   start_output(out, weights, value);
   wgmma_wait<0>();
   settle(out);
-  release(used);
-  return more;
+  consumer.release_values();
 }
 
-DEVICE void consume_overlapping(Consumer& consumer, const Problem& problem, const Results& results) {
-  bool more = consumer.next_work(problem);
-  while (more) {
-    Output out = {};
-    Rows rows;
-    Work ending = consumer.work;
-    if (consumer.sees_nothing()) {
-      consumer.release_query();
-      more = consumer.next_work(problem);
-    } else {
-      more = attend_overlapping(consumer, problem, results, out, rows, ending);
-    }
-    consumer.finish_any(out, rows, ending, problem, results);
-  }
-}
-
-// Attends to the keys of a consumer's work, at least one tile of them.
+// The same without overlap inside the consumer: several consumers overlap with each other.
 DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
   consumer.wait_turn();
-#pragma unroll 1
-  for (int i = 0; i < consumer.skips; ++i) {
-    consumer.pass_turn();
-    consumer.skip_keys();
-    consumer.skip_values();
-    consumer.wait_turn();
-  }
+  consumer.pass_unseen();
   Scores scores;
   Weights weights;
   u32 key = consumer.await_keys();
@@ -252,13 +189,14 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
   consumer.pass_turn();
 }
 
-DEVICE void consume_in_turns(Consumer& consumer, const Problem& problem, const Results& results) {
+DEVICE void consume(Consumer& consumer, const Problem& problem, const Results& results) {
   while (consumer.next_work(problem)) {
     Output out = {};
     Rows rows;
     if (consumer.sees_nothing()) consumer.release_query();
+    else if constexpr (OVERLAP) attend_overlapping(consumer, problem, out, rows);
     else attend_in_turns(consumer, problem, out, rows);
-    consumer.finish_any(out, rows, consumer.work, problem, results);
+    consumer.finish(out, rows, problem, results);
   }
 }
 
@@ -287,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Memory memory{shared_address(shared)};
   const Problem problem{planes, heads, heads_per_key, queries, keys, columns, __int_as_float(scale_log2_bits),
                         __int_as_float(into_cap_bits), window};
-  const Schedule schedule{table + blockIdx.x * rounds};
+  const Schedule schedule{table + 2 * rounds * blockIdx.x};
   if (threadIdx.x == 0) {
     prefetch(schedule.entry);  // what takes longest at the start
     prefetch_map(query), prefetch_map(key), prefetch_map(value);
@@ -296,13 +234,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
 
   if (threadIdx.x < WARPGROUP) {
-    if constexpr (CONSUMERS > 1) give_registers<PRODUCER_REGISTERS>();
+    give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce(memory, problem, schedule, query, key, value);
   } else {
-    if constexpr (CONSUMERS > 1) take_registers<CONSUMER_REGISTERS>();
+    if constexpr (CONSUMERS == 1) give_registers<CONSUMER_REGISTERS>();
+    else take_registers<CONSUMER_REGISTERS>();
     Consumer consumer(memory, same_in_warp(threadIdx.x / WARPGROUP) - 1, schedule);
     const Results results{output, logsumexp, {parts, marks, serial}};
-    if constexpr (OVERLAP) consume_overlapping(consumer, problem, results);
-    else consume_in_turns(consumer, problem, results);
+    consume(consumer, problem, results);
   }
 }

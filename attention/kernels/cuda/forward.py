@@ -1,7 +1,7 @@
 """The forward kernel on Hopper: what a specialisation is made for, and how it is launched. No MLX needed to compile."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from attention.kernels.cuda.program import Program
@@ -32,8 +32,6 @@ class Forward:
     query_stages: int = 1
     """Buffers for the queries: with two the next tile's come early."""
     overlap: bool = True
-    turns: bool = False
-    """Whether consumers take turns; without `overlap` they do in any case."""
 
     @property
     def block_m(self) -> int:
@@ -58,7 +56,6 @@ class Forward:
             "SOFTCAP": self.softcap,
             "QUERY_STAGES": self.query_stages,
             "OVERLAP": self.overlap,
-            "TURNS": self.turns or not self.overlap,
             "BFLOAT16": self.element == "bf16",
         }
         products = (
@@ -69,16 +66,7 @@ class Forward:
             name="flash_forward",
             architecture="sm_90a",
             constants=tuple((name, int(value)) for name, value in constants.items()),
-            texts=(
-                "common.cuh",
-                "hopper.cuh",
-                *products,
-                "warpgroup.cuh",
-                "tiles.cuh",
-                "join.cuh",
-                "pipeline.cuh",
-                "forward.cu",
-            ),
+            texts=("common.cuh", "hopper.cuh", *products, "warpgroup.cuh", *TEXTS),
             threads=128 * (self.consumers + 1),
             shared_memory=self.shared_memory,
         )
@@ -99,19 +87,34 @@ class Forward:
         warps = 4 * self.consumers
         return (warps, self.head_dim // 8 + 1, 32, 4), (warps,)
 
+    @property
+    def joining(self) -> float:
+        """What it takes to add up the parts of tiles, in tiles of keys (measured: 2048 to 16384 keys)."""
+        return {64: 2.5, 128: 4.0, 192: 8.0, 256: 12.0}[self.head_dim]
+
+    @property
+    def step_time(self) -> float:
+        """A tile of keys with so many consumers, against as many as are fastest when there is much to do (measured)."""
+        return {1: 0.57, 2: 0.75, 3: 1.0}[self.consumers] if self.head_dim <= 128 else {1: 0.65, 2: 1.0}[self.consumers]
+
 
 @functools.cache
 def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Forward:
-    """The fastest specialisation known for a head dimension up to 256 (measured: see README.md)."""
+    """The fastest specialisation known for a head dimension up to 256 and much to do (measured: see README.md)."""
     made = functools.partial(Forward, causal=causal or window, element=element, window=window, softcap=softcap)
     if head_dim <= 128 and softcap:  # three consumers have no registers left for the cap
         return made(64 if head_dim <= 64 else 128, consumers=2, block_n=128, query_stages=2)
     if head_dim <= 64:
         return made(64, consumers=3, block_n=128, query_stages=2)
     if head_dim <= 128:
-        return made(128, consumers=3, block_n=128, query_stages=2, overlap=False)
+        return made(128, consumers=3, block_n=128, overlap=False)
     if head_dim <= 192:
         return made(192, consumers=2, block_n=96)
     if head_dim <= 256:
-        return made(256, consumers=2, block_n=80)
+        return made(256, consumers=2, block_n=64 if softcap else 80)
     raise ValueError(f"head_dim is at most 256; got {head_dim}")
+
+
+def smaller(kernel: Forward) -> list[Forward]:
+    """The same with fewer consumers, for little to do: the tiles are smaller, and there are more of them."""
+    return [replace(kernel, consumers=count, overlap=True) for count in range(1, kernel.consumers)]

@@ -27,8 +27,7 @@ DEVICE bool barrier_try_wait(u32 barrier, u32 parity) {
   return done;
 }
 
-// Waits for the phase of this parity to complete. The loop is the assembler's, not the compiler's, which would take what
-// follows for divergent, and addresses out of the uniform registers. With SPIN_LIMIT, in cycles, a deadlock ends in a trap.
+// Waits for the phase of this parity to complete. With SPIN_LIMIT, in cycles, a deadlock ends in a trap.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
 #ifdef SPIN_LIMIT
   const long long start = clock64();
@@ -36,11 +35,8 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
     if (clock64() - start > SPIN_LIMIT) __trap();
   }
 #else
-  asm volatile(
-      "{\n .reg .pred p;\nAGAIN:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra DONE;\n bra AGAIN;\n"
-      "DONE:\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+  while (!barrier_try_wait(barrier, parity)) {
+  }
 #endif
 }
 

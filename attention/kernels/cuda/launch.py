@@ -10,10 +10,10 @@ import mlx.core as mx
 
 from attention.kernels.cuda.call import LOG2_E, Call, Shape, float_bits
 from attention.kernels.cuda.decode import ROWS, Decode
-from attention.kernels.cuda.forward import Forward, specialise
+from attention.kernels.cuda.forward import Forward, smaller, specialise
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.program import Program, machine_code
-from attention.kernels.cuda.schedule import make_works
+from attention.kernels.cuda.schedule import make_works, makespan
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,27 @@ def dtype_of(shape: Shape) -> mx.Dtype:
     return mx.bfloat16 if shape.element == "bf16" else mx.float16
 
 
+@functools.lru_cache(maxsize=256)
 def forward_kernel(shape: Shape, call: Call) -> Forward:
-    """The specialisation of the Hopper kernel for a call."""
+    """The specialisation of the Hopper kernel for a call: of those of fewer consumers, the one that ends first."""
     window, softcap = call.window is not None, call.softcap is not None
-    return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
+    largest = specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
+
+    def time(kernel: Forward) -> float:
+        ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
+        steps = makespan(gpu().multiprocessors, shape.batch * shape.heads, ranges, kernel.joining)
+        return steps * kernel.step_time
+
+    return min([largest, *smaller(largest)], key=time)
 
 
 @functools.lru_cache(maxsize=256)
-def forward(shape: Shape, call: Call) -> Launch:
+def forward(shape: Shape, call: Call, kernel: Forward) -> Launch:
     """The launch of the Hopper kernel; it gives the output, the logsumexp, and parts of tiles with their marks."""
-    kernel = forward_kernel(shape, call)
     planes = shape.batch * shape.heads
     ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
-    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes)
+    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
     rows = (shape.batch, shape.heads, shape.queries)
     numbers, marks = kernel.part_shapes
     problem = [planes, shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]

@@ -7,11 +7,12 @@
 // Shared memory:  | barriers: 1 KiB | Q: QUERY_STAGES x consumers | K: STAGES tiles | V: STAGES tiles |
 
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
-// A block starts with 168 or 128 registers a thread; what the producer gives is what the consumers may take, and no more.
-// One consumer has enough from the start.
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
-static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * (CONSUMERS == 3 ? 128 : 168));
+// A block of one consumer starts with 255 registers a thread, of two with 168, of three with 128; what the producer gives is
+// what the consumers may take, and no more.
+constexpr int START_REGISTERS = CONSUMERS == 1 ? 255 : CONSUMERS == 2 ? 168 : 128;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240;
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * START_REGISTERS);
 constexpr int TURN_BARRIER = 1;  // the named barriers from here on, one for each consumer
 
 // Where things lie in shared memory: barriers in the first KiB, then the tiles.
@@ -31,9 +32,7 @@ struct Memory {
 
 // What a block does in one go: a tile of queries against the tiles of keys [first, end).
 struct Work {
-  int plane = 0, block = 0;
-  int first = 0, end = 0;
-  int part = 0;    // of a tile whose keys are dealt out to several blocks: see join.cuh; else 0
+  int block = 0, first = 0, end = 0;
   int index = -1;  // counts the works of this block
 
   // A consumer's buffer of queries, and the parity of its barriers.
@@ -41,20 +40,23 @@ struct Work {
   DEVICE u32 query_parity() const { return index / QUERY_STAGES % 2; }
 };
 
-// This block's works: its row of the table (blocks x rounds) that the host made, of tile, first, end and part, up to the
-// first negative tile.
+// This block's works: its row of the table (blocks x rounds x 8 numbers) that the host made, of plane, block, first, end and
+// part, up to the first negative plane.
 struct Schedule {
   const int4* entry;
 
-  DEVICE bool next(Work& work, const Problem& problem) {
-    const int row_blocks = (problem.queries + BLOCK_M - 1) / BLOCK_M;
-    const int4 next = *entry++;
+  DEVICE bool next(Work& work) {
+    const int4 next = *entry;
     ++work.index;
     if (next.x < 0) return false;
-    work.plane = next.x / row_blocks, work.block = next.x % row_blocks;
-    work.first = next.y, work.end = next.z, work.part = next.w;
+    work.block = next.y, work.first = next.z, work.end = next.w;
+    entry += 2;
     return true;
   }
+  // Of the work, what need not stay in registers: its plane, and which part of a tile it is if the tile's keys are dealt out
+  // to several blocks (see join.cuh), else 0.
+  DEVICE int plane() const { return entry[-2].x; }
+  DEVICE int part() const { return entry[-1].x; }
 };
 
 // ---- the producer ------------------------------------------------------------------------------------------------
@@ -64,8 +66,8 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule sched
                     const TensorMap& key_map, const TensorMap& value_map) {
   Ring keys, values;
   Work work;
-  while (schedule.next(work, problem)) {
-    const int batch = work.plane / problem.heads, head = work.plane % problem.heads;
+  while (schedule.next(work)) {
+    const int batch = schedule.plane() / problem.heads, head = schedule.plane() % problem.heads;
     const int key_head = head / problem.heads_per_key;
     auto load_key = [&](int n) {
       barrier_wait(memory.key_empty(keys.stage), keys.parity ^ 1);

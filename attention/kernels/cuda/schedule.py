@@ -9,14 +9,14 @@ L2_BYTES: Final = 32 * 2**20
 """What the keys and values of heads in flight may take, of the H200's 60 MB."""
 TILE_OVERHEAD: Final = 1.2
 """Start and end of a tile, in tiles of keys (from timings of short against long sequences)."""
-JOINING: Final = 1.5
-"""Adding up the parts of a tile whose keys are dealt out, likewise."""
 MOST_SHARES: Final = 8
 """Blocks that share a tile, on average, at most."""
 
-Work = tuple[int, int, int, int]
-"""Tile, its first and last but one tile of keys, and the part (see `part_word`)."""
-NO_WORK: Final[Work] = (-1, 0, 0, 0)
+Piece = tuple[int, int, int, int]
+"""Tile of all planes, the tiles of keys from and to, and the part (see `part_word`)."""
+Work = tuple[int, ...]
+"""Plane, tile of its queries, the tiles of keys from and to, the part (see `part_word`); and zeros up to 32 bytes."""
+NO_WORK: Final[Work] = (-1, 0, 0, 0, 0, 0, 0, 0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -53,7 +53,7 @@ def _play(blocks: int, planes: int, costs: tuple[int, ...], group: int) -> tuple
 
 @functools.lru_cache(maxsize=256)
 def make_works(
-    blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], plane_bytes: int
+    blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], plane_bytes: int, joining: float
 ) -> tuple[tuple[tuple[Work, ...], ...], int]:
     """The forward kernel's table (blocks x rounds), and how many parts of tiles there are in it.
 
@@ -64,27 +64,32 @@ def make_works(
         planes: of queries.
         ranges: the tiles of keys of each tile of a plane, from and to.
         plane_bytes: the size of a plane's keys and values.
+        joining: what it takes to add up the parts of tiles, in tiles of keys.
     """
     tiles = planes * len(ranges)
     if len(set(ranges)) == 1:
-        lists, parts = _deal_out(blocks, tiles, ranges[0])
+        lists, parts = _deal_out(blocks, tiles, ranges[0], joining)
         if parts:
-            return _table(lists), parts
+            return _table(lists, len(ranges)), parts
     columns = zip(*make_schedule(min(blocks, tiles), planes, tuple(map(_cost, ranges)), plane_bytes), strict=True)
     lists = [[(tile, *ranges[tile % len(ranges)], 0) for tile in column if tile >= 0] for column in columns]
-    return _table(lists), 0
+    return _table(lists, len(ranges)), 0
 
 
 def _cost(keys: tuple[int, int]) -> int:
     return max(0, keys[1] - keys[0])
 
 
-def _table(lists: list[list[Work]]) -> tuple[tuple[Work, ...], ...]:
+def _table(lists: list[list[Piece]], row_blocks: int) -> tuple[tuple[Work, ...], ...]:
     rounds = max(map(len, lists)) + 1
-    return tuple((*works, *[NO_WORK] * (rounds - len(works))) for works in lists)
+    return tuple(
+        tuple((tile // row_blocks, tile % row_blocks, *rest, 0, 0, 0) for tile, *rest in pieces)
+        + (NO_WORK,) * (rounds - len(pieces))
+        for pieces in lists
+    )
 
 
-def _deal_out(blocks: int, tiles: int, keys: tuple[int, int]) -> tuple[list[list[Work]], int]:
+def _deal_out(blocks: int, tiles: int, keys: tuple[int, int], joining: float) -> tuple[list[list[Piece]], int]:
     """Equal tiles: whole rounds, and the rest cut into pieces. No parts, if that would end no sooner."""
     whole, left = divmod(tiles, blocks)
     if not left or _cost(keys) < 2:
@@ -92,11 +97,21 @@ def _deal_out(blocks: int, tiles: int, keys: tuple[int, int]) -> tuple[list[list
     sharing = min(blocks, MOST_SHARES * left)
     pieces, parts = _cut(sharing, whole * blocks, left, keys)
     longest = max(sum(end - first + TILE_OVERHEAD for _, first, end, _ in own) for own in pieces.values())
-    if longest + JOINING >= _cost(keys) + TILE_OVERHEAD:
+    if longest + joining >= _cost(keys) + TILE_OVERHEAD:
         return [], 0
     used = blocks if whole else sharing
     rounds = [[(turn * blocks + block, *keys, 0) for turn in range(whole)] for block in range(used)]
     return [works + pieces.get(block, []) for block, works in enumerate(rounds)], parts
+
+
+def makespan(blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], joining: float) -> float:
+    """About when the last block ends, in tiles of keys."""
+    costs = [_cost(keys) + TILE_OVERHEAD for keys in ranges]
+    if len(set(ranges)) > 1:
+        return max(*costs, planes * sum(costs) / blocks)
+    whole, left = divmod(planes * len(ranges), blocks)
+    shared = left * _cost(ranges[0]) / min(blocks, MOST_SHARES * max(1, left)) + 2 * TILE_OVERHEAD + joining
+    return whole * costs[0] + (min(costs[0], shared) if left else 0.0)
 
 
 def part_word(first: int, count: int, index: int) -> int:
@@ -104,12 +119,12 @@ def part_word(first: int, count: int, index: int) -> int:
     return first << 8 | count << 4 | index
 
 
-def _cut(blocks: int, first_tile: int, tiles: int, keys: tuple[int, int]) -> tuple[dict[int, list[Work]], int]:
+def _cut(blocks: int, first_tile: int, tiles: int, keys: tuple[int, int]) -> tuple[dict[int, list[Piece]], int]:
     """The keys of some tiles, laid end to end and cut into equal shares: the blocks' pieces, and how many are parts."""
     first, end = keys
     cost = end - first
     cuts = [_smoothed(tiles * cost * block // blocks, cost) for block in range(blocks + 1)]
-    pieces: dict[int, list[Work]] = {}
+    pieces: dict[int, list[Piece]] = {}
     parts = 0
     for tile in range(tiles):
         bounds = sorted({tile * cost, (tile + 1) * cost, *(c for c in cuts if tile * cost < c < (tile + 1) * cost)})

@@ -5,7 +5,7 @@ from typing import Final
 
 from attention.kernels.cuda import launch
 from attention.kernels.cuda.call import Call, Shape
-from attention.kernels.cuda.forward import WARPGROUP_ROWS
+from attention.kernels.cuda.forward import WARPGROUP_ROWS, Forward
 from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Box, Run, Stage, make_plan
 
 PARTS: Final = ("parts", "marks")
@@ -13,10 +13,11 @@ WRITTEN: Final = (*OUTPUTS, *PARTS)
 """What both kernels write; parts only where the keys of some queries are dealt out to several blocks."""
 
 
-def forward_stages(shape: Shape, call: Call, with_logsumexp: bool = True) -> list[Stage]:
-    """The launch of the Hopper kernel."""
-    made = launch.forward(shape, call)
-    keys = Box(launch.forward_kernel(shape, call).block_n)
+def forward_stages(shape: Shape, call: Call, with_logsumexp: bool = True, kernel: Forward | None = None) -> list[Stage]:
+    """The launch of the Hopper kernel, in the specialisation for the call or in a given one."""
+    kernel = kernel or launch.forward_kernel(shape, call)
+    made = launch.forward(shape, call, kernel)
+    keys = Box(kernel.block_n)
     return [
         Stage(
             made,

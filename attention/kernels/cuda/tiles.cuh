@@ -23,6 +23,7 @@ struct Problem {
 
   // Of a tile's key blocks, where those end that one warpgroup needs: never none of several, which saves a case.
   DEVICE int key_blocks_of_warpgroup(int first_row, int first_block, int tile_blocks) const {
+    if (!CAUSAL) return first_row < queries ? tile_blocks : min(tile_blocks, first_block + 1);
     const int seen = first_row < queries ? last_seen_by(min(queries, first_row + WARPGROUP_ROWS) - 1) : 0;
     return min(tile_blocks, max((seen + BLOCK_N - 1) / BLOCK_N, first_block + 1));
   }
