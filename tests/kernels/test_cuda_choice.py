@@ -25,7 +25,6 @@ from attention.kernels.cuda import (  # noqa: E402
 from attention.kernels.cuda.general_alone import general_alone  # noqa: E402
 from attention.kernels.cuda.gpu import Gpu  # noqa: E402
 from attention.kernels.cuda.plan import NUMBER, POINTER, STRIDE  # noqa: E402
-from attention.kernels.cuda.program import Program  # noqa: E402
 from attention.route import PLAIN, Needs  # noqa: E402
 from attention.workload import Workload  # noqa: E402
 
@@ -262,10 +261,3 @@ def test_the_general_kernels_can_be_asked_for_alone(on):
         assert "to be used" in pullback._refusal_of_own(*machine.shape_and_call(workload()))
     cuda.flash_attention(q, q, q, scale=0.125)
     assert kernels(found) == ["flash_forward"]
-
-
-def test_a_programs_texts_are_there(on):
-    on("A100")
-    shape, call = machine.shape_and_call(workload(), MASKED)
-    assert isinstance(choice.program_of(shape, call, "general"), Program)
-    assert "KERNEL_NAME" in choice.program_of(shape, call, "general").source

@@ -38,8 +38,13 @@ def _general_alone():
         yield
 
 
+QUICK = [(64, 64), (128, 128), (192, 128)]
 COMBINATIONS = [
-    pytest.param(dims, kind, ("bfloat16", "float16")[i % 2], ("bhld", "blhd", "cut")[i % 3], id=f"{dims}-{kind}")
+    pytest.param(
+        *(dims, kind, ("bfloat16", "float16")[i % 2], ("bhld", "blhd", "cut")[i % 3]),
+        id=f"{dims}-{kind}",
+        marks=[] if dims in QUICK else [pytest.mark.slow],  # a second or two to compile each of four kernels
+    )
     for i, (dims, kind) in enumerate(product(DIMS, KINDS))
 ]
 

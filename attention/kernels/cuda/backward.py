@@ -119,11 +119,6 @@ def query_tiles(queries: int) -> int:
     return -(-queries // BLOCK_Q)
 
 
-def workspace_bytes(kernel: Backward, planes: int, queries: int) -> int:
-    """Device memory above inputs and outputs: in float32 the sums of dQ, and two numbers of each row."""
-    return planes * query_tiles(queries) * BLOCK_Q * (kernel.head_dim + 2) * 4
-
-
 def rows_program(kernel: Backward, logsumexp_cotangent: bool) -> Program:
     """The text of backward_rows.cu."""
     constants = {"HEAD_DIM": kernel.head_dim, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}

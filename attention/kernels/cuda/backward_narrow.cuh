@@ -165,7 +165,10 @@ struct Consumer {
   }
 
   DEVICE void begin() {
-    if constexpr (HELD) load_operand(held_key, memory.key() + own_rows()), load_operand(held_value, memory.value() + own_rows());
+    if constexpr (HELD) {
+      load_operand(held_key, memory.key() + own_rows());
+      load_operand(held_value, memory.value() + own_rows());
+    }
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) key_gradient[i] = value_gradient[i] = 0;
   }

@@ -196,6 +196,7 @@ DEVICE void add_to_device(float* destination, const float (&gradient)[COUNT]) {
                : "memory");
   if constexpr (I + 4 < COUNT) add_to_device<I + 4>(destination, gradient);
 }
+
 // Adds a warp's share of dQ in the order in which its threads hold it: backward_finish.cu sorts it.
 template <int COUNT>
 DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT]) {

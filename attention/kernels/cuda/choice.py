@@ -13,7 +13,6 @@ from attention.kernels.cuda.program import Program
 
 Path = Literal["decode", "forward", "general"]
 
-
 _own_left_out = False
 
 
@@ -36,9 +35,8 @@ def own_refusal(shape: Shape, call: Call) -> str | None:
 
 def candidates(shape: Shape, call: Call) -> Iterator[Path]:
     """The kernels that could take a call, the fastest first."""
-    if (
-        own_refusal(shape, call) is None and launcher.obstacle() is None
-    ):  # which hands over tensor maps and serial numbers
+    # tensor maps and serial numbers, which all but the general kernels take, come from the launcher alone
+    if own_refusal(shape, call) is None and launcher.obstacle() is None:
         if shape.group * shape.queries <= MOST_ROWS:
             yield "decode"
         elif gpu().architecture == "sm_90a":

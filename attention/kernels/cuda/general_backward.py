@@ -137,10 +137,9 @@ class GeneralBackward:
             **mask_constants(self.causal, self.window, self.softcap, self.mask),
             **self._common,
         }
+        texts = (*TEXTS, "general_products.cuh", "general_backward.cu")
         shared = tiles.shared_memory(self.head_dim, self.value_dim)
-        return self._made(
-            "backward", constants, (*TEXTS, "general_products.cuh", "general_backward.cu"), 32 * tiles.warps, shared
-        )
+        return self._made("backward", constants, texts, 32 * tiles.warps, shared)
 
     def rows_program(self, logsumexp_cotangent: bool) -> Program:
         """The text of general_rows.cu."""

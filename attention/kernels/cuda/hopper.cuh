@@ -70,66 +70,11 @@ DEVICE void load_box(u32 destination, const TensorMap& map, int column, int row,
 // Orders this thread's ordinary accesses to shared memory before later ones by tensor cores and copy engine.
 DEVICE void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// One box of a tensor map, from device to shared memory; the bytes are counted on `barrier`.
-DEVICE void load_box(u32 destination, const void* map, int column, int row, int plane, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          destination),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(plane)
-      : "memory");
-}
-
 // So many bytes, a multiple of 16, from device to shared memory; counted on `barrier`.
 DEVICE void load_bytes(u32 destination, const void* source, int bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
                "l"(source), "r"(bytes), "r"(barrier)
                : "memory");
-}
-
-// Adds two floats to two neighbours in device memory, in one go but in no order.
-DEVICE void add_pair(float* destination, float x, float y) {
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(destination), "f"(x), "f"(y) : "memory");
-}
-
-// ---- tensor maps, built on the device ----------------------------------------------------------------------------
-
-// Writes a map of a dense (planes, rows, columns) tensor of 2-byte elements at `map`, 128 zeroed bytes of shared memory.
-// A box is box_rows x 64 elements and lands with the 128-byte swizzle; what lies outside the tensor reads as zero.
-DEVICE void describe_tensor(u32 map, const void* base, int columns, int rows, int planes, int box_rows) {
-#define REPLACE_64(field, value) \
-  asm volatile("tensormap.replace.tile." field ".shared::cta.b1024.b64 [%0], " value ::"r"(map)
-#define REPLACE_32(field, value) \
-  asm volatile("tensormap.replace.tile." field ".shared::cta.b1024.b32 [%0], " value ::"r"(map)
-  const u64 row_bytes = 2ull * columns;
-  REPLACE_64("global_address", "%1;"), "l"(base) : "memory");
-  REPLACE_32("rank", "2;") : "memory");  // the rank less one
-  REPLACE_32("box_dim", "0, 64;") : "memory");
-  REPLACE_32("box_dim", "1, %1;"), "r"(box_rows) : "memory");
-  REPLACE_32("box_dim", "2, 1;") : "memory");
-  REPLACE_32("global_dim", "0, %1;"), "r"(columns) : "memory");
-  REPLACE_32("global_dim", "1, %1;"), "r"(rows) : "memory");
-  REPLACE_32("global_dim", "2, %1;"), "r"(planes) : "memory");
-  REPLACE_64("global_stride", "0, %1;"), "l"(row_bytes) : "memory");  // in bytes
-  REPLACE_64("global_stride", "1, %1;"), "l"(row_bytes * rows) : "memory");
-  REPLACE_32("element_stride", "0, 1;") : "memory");
-  REPLACE_32("element_stride", "1, 1;") : "memory");
-  REPLACE_32("element_stride", "2, 1;") : "memory");
-  REPLACE_32("elemtype", "6;") : "memory");  // a 2-byte float; copies do not care which
-  REPLACE_32("interleave_layout", "0;") : "memory");
-  REPLACE_32("swizzle_mode", "3;") : "memory");  // 128 bytes
-  REPLACE_32("fill_mode", "0;") : "memory");     // zeros
-#undef REPLACE_64
-#undef REPLACE_32
-}
-
-// A whole warp publishes a map from shared to device memory, and acquires it for its block (a __syncthreads must follow).
-DEVICE void publish_map(char* destination, u32 map) {
-  asm volatile(
-      "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" ::"l"(
-          destination),
-      "r"(map)
-      : "memory");
-  asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(destination) : "memory");
 }
 
 // ---- warpgroup matrix multiply (the multiplications themselves are generated: see wgmma.py) ----------------------

@@ -19,7 +19,6 @@ struct Tile {
   static constexpr u32 BYTES = CHUNK_BYTES * CHUNKS;
 };
 
-constexpr int MAP_BYTES = 128;
 constexpr int CONSUMER_WARPS = 4;  // arrivals of one warpgroup that empty a buffer
 
 using Output = float[HEAD_DIM / 2];
@@ -42,17 +41,6 @@ DEVICE void release(u32 empty) {
   if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
-// A whole warp builds a tensor map in shared memory and publishes it to `map`: `planes` of rows x columns, read in boxes
-// of box_rows x 64.
-DEVICE void build_map(u32 workshop, char* map, const char* base, int columns, int rows, int planes, int box_rows) {
-  const int lane = threadIdx.x % 32;
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(workshop + lane * 4), "r"(0) : "memory");
-  __syncwarp();
-  if (lane == 0) describe_tensor(workshop, base, columns, rows, planes, box_rows);
-  __syncwarp();
-  publish_map(map, workshop);
-}
-
 // Copies ROWS rows of a head to a tile; `full` has been told to expect them.
 template <int ROWS>
 DEVICE void load_tile_expected(u32 tile, const TensorMap& map, int head, int batch, int row, u32 full) {
@@ -66,21 +54,6 @@ template <int ROWS>
 DEVICE void load_tile(u32 tile, const TensorMap& map, int head, int batch, int row, u32 full) {
   barrier_arrive_expecting(full, Tile<ROWS>::BYTES);
   load_tile_expected<ROWS>(tile, map, head, batch, row, full);
-}
-
-// The same with a map that was built on the device, of planes.
-template <int ROWS>
-DEVICE void load_tile_expected(u32 tile, const char* map, int plane, int row, u32 full) {
-#pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    load_box(tile + chunk * Tile<ROWS>::CHUNK_BYTES, map, chunk * 64, row, plane, full);
-  }
-}
-
-template <int ROWS>
-DEVICE void load_tile(u32 tile, const char* map, int plane, int row, u32 full) {
-  barrier_arrive_expecting(full, Tile<ROWS>::BYTES);
-  load_tile_expected<ROWS>(tile, map, plane, row, full);
 }
 
 DEVICE void scale_output(Output& output, const float (&factor)[2]) {

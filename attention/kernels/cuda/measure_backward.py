@@ -1,0 +1,84 @@
+"""Times the backward pass by itself against cuDNN's, on Hopper: `python -m attention.kernels.cuda.measure_backward`.
+
+Head dims and lengths as words (`64 256 2048`) take of the table only what has one of either; `--json PATH` keeps the
+seconds. Timed as by measure.py, whose `training` has the whole step.
+"""
+
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import mlx.core as mx
+
+from attention.kernels.cuda import gradient
+from attention.kernels.cuda.call import Call, Shape
+from attention.kernels.cuda.measure import Run, drawn, in_torch, medians, report, timed_torch
+from attention.kernels.cuda.stages import forward_plan
+
+DIMS, LENGTHS = (64, 128, 192, 256), (2048, 4096, 8192, 16384)
+
+
+def ours(arrays: list[mx.array], shape: Shape, call: Call) -> Run:
+    """The three kernels of the backward pass; `arrays` are q, k, v and the output's gradient."""
+    output, logsumexp = forward_plan(shape, call)(arrays[:3])[:2]
+    given = [*arrays[:3], output, arrays[3], logsumexp, logsumexp]
+    mx.eval(given)
+    plan = gradient.planned(shape, call, False)
+
+    def run(count: int) -> float:
+        mx.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):  # one after the other: no more memory than one call takes
+            mx.async_eval(plan(given)[:3])  # type: ignore[no-untyped-call]
+        mx.synchronize()
+        return (time.perf_counter() - start) / count
+
+    return run
+
+
+def cudnn(arrays: list[mx.array], causal: bool) -> Run:
+    """PyTorch's, by cuDNN, of a graph that is kept."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v, cotangent = in_torch(arrays)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        output = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=causal)
+    return timed_torch(lambda: torch.autograd.grad(output, inputs, cotangent, retain_graph=True))
+
+
+def measured(dim: int, length: int, causal: bool) -> dict[str, Any]:
+    """A row of the table: B * L = 16384 tokens, about 2048 hidden."""
+    batch, heads = 16384 // length, 2048 // dim
+    shape = Shape(batch, heads, heads, length, length, dim, "bf16")
+    arrays = drawn(*[(batch, heads, length, dim)] * 4)
+    runs = {"ours": ours(arrays, shape, Call(dim**-0.5, causal, None, None)), "cudnn": cudnn(arrays, causal)}
+    work = 10 * batch * heads * length**2 * dim / (2 if causal else 1) / 1e12
+    return report(f"{(batch, heads, length, dim)} {'causal' if causal else 'full'}", medians(runs), work, "TFLOP/s")
+
+
+def main() -> None:
+    """Measures, and prints the geometric mean of the ratios."""
+    words = sys.argv[1:]
+    path = words[words.index("--json") + 1] if "--json" in words else None
+    wanted = {int(word) for word in words if word.isdigit()}
+    dims = [dim for dim in DIMS if dim in wanted] or DIMS
+    lengths = [length for length in LENGTHS if length in wanted] or LENGTHS
+    rows = []
+    for dim in dims:
+        for causal in (False, True):
+            for length in lengths:
+                rows.append(measured(dim, length, causal))
+                mx.clear_cache()
+    ratios = [row["seconds"]["cudnn"] / row["seconds"]["ours"] for row in rows]
+    print(f"geometric mean {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}, least {min(ratios):.3f} of cuDNN")
+    if path:
+        with open(path, "w") as file:  # noqa: PTH123
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
