@@ -24,6 +24,8 @@ KERNELS: Final[dict[Backend, str]] = {
     "metal": "attention.kernels.metal.path",
 }
 """For each backend the module of its kernel, of the form `Kernel`."""
+MOST_KINDS: Final = 4096
+"""Kinds of call that are remembered; a decoding loop makes a new one at each length."""
 Attend = Callable[..., mx.array]
 """A call as `Kernel.attend`."""
 
@@ -75,7 +77,7 @@ class Poc:
         self._variant = None if variant is None else kernel_variants()[variant]
         self._sdpa = MlxSdpa()
         self._practical = Practical()
-        self._taken: set[tuple[Workload, Needs, Backend]] = set()
+        self._attends: dict[object, Attend | None] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """The kernel's path where it takes the workload; otherwise what it falls back to, and why."""
@@ -104,25 +106,40 @@ class Poc:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Attends; shapes as in the protocol."""
-        kernel = self._kernel_for(q, k, v, mask, softcap)
-        if kernel is not None:
-            with suppress(KernelUnavailable):
-                return (self._variant or kernel.attend)(q, k, v, scale=scale, mask=mask, softcap=softcap)
-            self._taken.clear()
+        key = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            mask.causal,
+            mask.window,
+            mask.array is None,
+            softcap is None,
+            here(),
+        )
+        try:
+            attend = self._attends[key]
+        except KeyError:
+            attend = self._ask(key, q, k, v, mask, softcap)
+        if attend is not None:
+            try:
+                return attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            except KernelUnavailable:
+                self._attends.clear()
         if softcap is not None:
             return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
         return self._sdpa(q, k, v, scale=scale, mask=mask)
 
-    def _kernel_for(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> Kernel | None:
-        """The kernel, if it takes the call; asked once for each kind of call."""
-        backend = here()
-        kernel = _kernel(backend)
-        key = (*asked_for(q, k, v, mask, softcap), backend)
-        if key not in self._taken:
-            if not kernel.route(*key[:2]).supported:
-                return None
-            self._taken.add(key)
-        return kernel
+    def _ask(
+        self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
+    ) -> Attend | None:
+        """How the kernel is called for a kind of call, or None; asked once, since a call must cost next to nothing."""
+        if len(self._attends) >= MOST_KINDS:
+            self._attends.clear()
+        kernel = _kernel(here())
+        taken = kernel.route(*asked_for(q, k, v, mask, softcap)).supported
+        self._attends[key] = attend = (self._variant or kernel.attend) if taken else None
+        return attend
 
 
 @cache
