@@ -30,25 +30,27 @@ class DemoRunner(MlxRunner):
         self._standing = demo.standing(task)
         self._implementation = self._standing.call
         self._watching = True
-        self._began = 0.0
-        self._queued = self._usual = self._waits = self._calls = 0
+        self._began: float | None = None
+        self._usual = self._waits = self._calls = 0
         self._few = 1
-
-    def queue(self) -> list[mx.array]:
-        """Queues one call."""
-        if not self._queued:
-            self._began = self._demo.clock()
-        self._queued += 1
-        return super().queue() if self._training else [self._attend(*self._inputs)]
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluates the outputs of all calls queued; then, within the share of calls for that, tries a challenger."""
         super().wait(outputs)
-        count, self._queued = self._queued, 0
-        self._calls += count
+        calls = len(outputs) if isinstance(outputs[0], list) else 1
+        self._calls += calls
         self._waits += 1
+        if self._began is not None:
+            self._look_at((self._demo.clock() - self._began) / calls, calls)
+            self._began = None
         if self._waits % SAMPLES_A_LOOK == 0:
-            self._look_at((self._demo.clock() - self._began) / count, count)
+            self.queue = self._queue_first  # type: ignore[method-assign]
+
+    def _queue_first(self) -> list[mx.array]:
+        """Queues the first call of a sample that will be looked at; of the others nothing is asked, not even that."""
+        del self.queue
+        self._began = self._demo.clock()
+        return self.queue()
 
     def _look_at(self, call_s: float, count: int) -> None:
         """Takes in what a call of a sample took, and how many calls the sample had."""
