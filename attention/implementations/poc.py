@@ -1,7 +1,7 @@
 """fatui's own kernel, where there is one for the device."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Final, Protocol, cast, runtime_checkable
@@ -15,7 +15,7 @@ from attention.implementations.asked import asked_for, here
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa
 from attention.implementations.practical import Practical
 from attention.masks import Mask
-from attention.route import PLAIN, Needs, Route
+from attention.route import PLAIN, Needs, Route, unsupported
 from attention.workload import Workload
 
 KERNELS: Final[dict[Backend, str]] = {
@@ -54,17 +54,20 @@ class Kernel(Protocol):
 
 @runtime_checkable
 class OffersVariants(Protocol):
-    """A kernel that can be had in more than one form for the same call: other tiles, another instruction set."""
+    """A kernel that can be had in more than one form for the same call: other tiles, another cut of the work."""
 
-    def variants(self) -> Mapping[str, Attend]:
-        """Further forms by name, at most 11 characters; each takes what `attend` takes and gives the same result."""
+    VARIANTS: Sequence[str]
+    """The names of all, at most 11 characters each."""
+
+    def variants(self, workload: Workload) -> Mapping[str, Attend]:
+        """Those that do otherwise than `attend` for a workload; each takes what that takes, and computes the same."""
         ...
 
 
-def kernel_variants() -> Mapping[str, Attend]:
-    """The further forms of the kernel for the device that MLX computes on now; often there are none."""
+def kernel_variants() -> Sequence[str]:
+    """The further forms of the kernel for the device that MLX computes on now; some kernels have none."""
     kernel = _kernel(here())
-    return kernel.variants() if isinstance(kernel, OffersVariants) else {}
+    return kernel.VARIANTS if isinstance(kernel, OffersVariants) else ()
 
 
 class Poc:
@@ -74,16 +77,23 @@ class Poc:
 
     def __init__(self, variant: str | None = None) -> None:
         """Makes the implementations that it falls back to; a variant is one of `kernel_variants()`."""
-        self._variant = None if variant is None else kernel_variants()[variant]
+        self._variant = variant
         self._sdpa = MlxSdpa()
         self._practical = Practical()
         self._attends: dict[object, Attend | None] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
-        """The kernel's path where it takes the workload; otherwise what it falls back to, and why."""
+        """The kernel's path where it takes the workload; otherwise what it falls back to, and why.
+
+        A variant has none where the kernel does the same without it.
+        """
         own = _kernel(device.backend).route(workload, needs)
         if own.supported:
-            return own
+            if self._variant is None:
+                return own
+            if _form(_kernel(device.backend), self._variant, workload) is None:
+                return unsupported(f"'{self._variant}' changes nothing here")
+            return structs.replace(own, path=f"{own.path}, {self._variant}"[:22])
         if needs.softcap:
             behind = self._practical.route(workload, device, needs)
             path, reason = "falls back: practical", f"{own.reason}, and {NO_SOFTCAP}"
@@ -137,9 +147,16 @@ class Poc:
         if len(self._attends) >= MOST_KINDS:
             self._attends.clear()
         kernel = _kernel(here())
-        taken = kernel.route(*asked_for(q, k, v, mask, softcap)).supported
-        self._attends[key] = attend = (self._variant or kernel.attend) if taken else None
+        workload, needs = asked_for(q, k, v, mask, softcap)
+        form = None if self._variant is None else _form(kernel, self._variant, workload)
+        taken = kernel.route(workload, needs).supported
+        self._attends[key] = attend = (form or kernel.attend) if taken else None
         return attend
+
+
+def _form(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:
+    """A variant of a kernel, where it differs for a workload."""
+    return kernel.variants(workload).get(variant) if isinstance(kernel, OffersVariants) else None
 
 
 @cache

@@ -23,6 +23,8 @@ SAMPLE_S: Final = 0.003
 """What a sample lasts at least: a call of less is queued several times, as running programs do."""
 EXTENDED: Final = 3.0
 """How many times its budget a trial may take while the best two are not told apart and it would matter."""
+LEAST_SHARE: Final = 0.5
+"""Of the budget that is for rounds, though first looks used it all."""
 IMMATERIAL: Final = SMALLEST_FLOOR
 """By how much the better of two may be faster without mattering."""
 FEWEST: Final = 12
@@ -75,7 +77,7 @@ class Halving:
         self._budget_s = budget_s
         self._output_bytes = output_bytes
         self._clock = clock
-        self._stage_s = self._stage_ends_s = 0.0
+        self._until_s = self._stage_s = self._stage_ends_s = 0.0
 
     def run(self, runners: Mapping[str, Runner]) -> Found:
         """Tries the runners, the most promising first.
@@ -105,13 +107,14 @@ class Halving:
 
     def _race(self, arms: list[Arm]) -> None:
         """Takes rounds until one is left, or it does not matter which, or the time is up."""
-        if len(arms) < 2 or self._spent.seconds >= self._budget_s:
+        if len(arms) < 2 or self._spent.seconds >= EXTENDED * self._budget_s:
             return
         numbers = shared_calls([arm.call_s for arm in arms], SAMPLE_S, self._output_bytes)
         for arm, calls in zip(arms, numbers, strict=True):
             arm.calls = calls
-        halvings = math.ceil(math.log2(len(arms)))
-        self._stage_s = (self._budget_s - self._spent.seconds) / halvings
+        # Whatever first looks at hopeless ones took, those that stand a chance get their rounds.
+        self._until_s = max(self._budget_s, self._spent.seconds + LEAST_SHARE * self._budget_s)
+        self._stage_s = (self._until_s - self._spent.seconds) / math.ceil(math.log2(len(arms)))
         self._stage_ends_s = self._spent.seconds + self._stage_s
         latest = self._clock()
 
@@ -136,7 +139,7 @@ class Halving:
         if any(arm.samples[-1] <= 0 for arm in left):  # the clock was set back
             for arm in left:
                 arm.samples.pop()
-        over = self._spent.seconds >= self._budget_s
+        over = self._spent.seconds >= self._until_s
         rounds = len(left[0].samples) if left else 0
         if rounds >= FEWEST and rounds % LOOK_EVERY == 0:
             self._take_out(left)

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
     from attention.masks import Mask
 
+    Attend = Callable[..., mx.array]
+
 WIDEST: Final = 512
 """Head dims beyond this are not taken."""
 THREAD_BYTES: Final = 4 * 2**20
 """What a thread's tiles take at the most; said in place of the exact figure until the kernel is compiled."""
 LOGSUMEXP_BYTES: Final = 4
+SHORTEST, TALLEST, ITEMS = 64, 256, 64
+"""Rows of an item, and items that the kernel wants of a call, as schedule.hpp has them."""
+VARIANTS: Final = ("tall",)
 
 
 def route(workload: Workload, needs: Needs) -> Route:
@@ -59,6 +64,21 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
     """
     return cpu.flash_attention(
         q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap
+    )
+
+
+def variants(workload: Workload) -> dict[str, Attend]:
+    """ "tall": items of 256 rows, where the kernel would take fewer to have work for many threads."""
+    planes, rows = workload.batch * workload.heads, TALLEST
+    while rows > SHORTEST and planes * (workload.seq // rows) < ITEMS:
+        rows //= 2
+    more_rows = workload.seq > rows or (workload.heads > workload.kv_heads and workload.seq > 1)
+    return {"tall": _tall} if rows < TALLEST and more_rows else {}
+
+
+def _tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
+    return cpu.flash_attention(
+        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap, items=1
     )
 
 
