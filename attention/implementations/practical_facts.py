@@ -33,10 +33,17 @@ def facts(practical: Practical, workload: Workload, device: Device) -> Iterator[
 
 def _of_tiles(blocks: Blocks, shape: Shape, workload: Workload, device: Device) -> Iterator[Fact]:
     limit = comfort(device.backend)
-    room = "as large as the budget lets it be" if limit is None else f"grows up to {mib(limit)}, for the caches' sake"
-    yield Fact("tile", mib(tile_bytes(shape, blocks)), room)
+    size = tile_bytes(shape, blocks)
+    if limit is None:
+        room = "as large as the budget lets it be"
+    elif size > limit:
+        room = f"one key head's; more than {mib(limit)} would gain nothing, for the caches' sake"
+    else:
+        room = f"takes in more heads and rows up to {mib(limit)}, for the caches' sake"
+    yield Fact("tile", mib(size), room)
     heads = f"{blocks.batches} x {blocks.kv_heads * shape.group}"
-    yield Fact("heads", heads, f"of {workload.batch} sequences x {workload.heads} query heads")
+    sequences = "1 sequence" if workload.batch == 1 else f"{workload.batch} sequences"
+    yield Fact("heads", heads, f"of {sequences} x {workload.heads} query heads")
     yield Fact("rows", f"{blocks.rows:,}", f"of {workload.seq:,}")
     yield Fact("keys", f"{blocks.keys:,}", f"of {workload.kv_seq:,}: {_why_keys(shape, blocks)}")
     skipped = skipped_share(workload, blocks)

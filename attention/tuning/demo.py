@@ -72,8 +72,8 @@ class Demo:
         standing = self._known(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
         if standing is None:
             route = self.candidates[self._by_routes(workload, device, needs)].route(workload, device, needs)
-            reason = f"tries {', '.join(self.candidates)} on first use, as far as they fit"
-            return structs.replace(route, path="not tried yet", reason=reason)
+            names = ", ".join(self._fitting(workload, device, needs))
+            return structs.replace(route, path="not tried yet", reason=f"takes the fastest on first use: tries {names}")
         route = self.candidates[standing.name].route(workload, device, needs)
         return structs.replace(route, path=f"tuned: {standing.name}"[:22], reason=f"fastest in a trial; {route.reason}")
 
