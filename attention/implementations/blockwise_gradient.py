@@ -127,12 +127,12 @@ def _key_block(
         weights, d_scores = _tile(saved, call, heads, row_side, key_side)
         made = (d_scores.swapaxes(-1, -2) @ row_side.query, weights.swapaxes(-1, -2) @ row_side.cotangent)
         of_keys = _added(of_keys, [_placed(share.astype(mx.float32), seen, keys) for share in made])
-        chain[:] = of_keys
+        chain[:] = call.passed(of_keys)
         if shares is not None:
             share = (d_scores @ key_side.key).astype(mx.float32)
             share = shares.pop(rows.start) + share if rows.start in shares else share
             if visible.stop <= keys.stop:
-                chain.append(_write_d_query(sums, share, call, heads, rows, 1))
+                chain += call.passed([_write_d_query(sums, share, call, heads, rows, 1)])
             else:
                 shares[rows.start] = share
                 chain.append(share)
@@ -152,7 +152,7 @@ def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: list[
             key_side = _key_side(saved, call, heads, keys, chain)
             _, d_scores = _tile(saved, call, heads, row_side, key_side)
             total = _added(total, [(d_scores @ key_side.key).astype(mx.float32)])
-            chain[:] = total
+            chain[:] = call.passed(total)
             tiles += 1
         if total:
             chain[:] = [_write_d_query(sums, total[0], call, heads, rows, tiles)]

@@ -78,13 +78,15 @@ class Sighting:
         return seen
 
     def warm(self, arms: list[Arm], sample_s: float) -> list[Arm]:
-        """Warms up those that stand a chance, and learns what a call takes among others that are queued with it."""
-        best = min((arm.call_s for arm in arms), default=0.0)
-        hopeful = [arm for arm in arms if arm.call_s <= HOPELESS * best]
+        """Warms up those that stand a chance, and learns what a call takes among others that are queued with it.
+
+        A short call that is waited for tells little of that, whatever it took: it is given up only after this.
+        """
+        hopeful = _hopeful(arms, sample_s)
         for arm in hopeful if len(hopeful) > 1 else []:
             if arm.call_s < sample_s:
                 self.tried(arm, lambda arm=arm: self._warm_up(arm, sample_s))  # type: ignore[misc]
-        return [arm for arm in hopeful if arm.name not in self.failed]
+        return _hopeful([arm for arm in hopeful if arm.name not in self.failed])
 
     def tried(self, arm: Arm, call: Callable[[], R]) -> R | None:
         """Does something with a candidate; None where it raises, which is remembered."""
@@ -124,3 +126,9 @@ class Sighting:
             took = warm_up(arm.runner, arm.call_s, least_s, 2 * sample_s, self._output_bytes, self._clock)
         arm.call_s = max(took, SHORTEST_S)
         return True
+
+
+def _hopeful(arms: list[Arm], cheap_s: float = 0.0) -> list[Arm]:
+    """Those that come near the best, or that cost next to nothing to be looked at again."""
+    best = min((arm.call_s for arm in arms), default=0.0)
+    return [arm for arm in arms if arm.call_s <= HOPELESS * best or arm.call_s < cheap_s]

@@ -229,8 +229,8 @@ def _check(cases: "list[Workload]", seconds: float) -> int:
         f"demo is at least {least.share.value:.3f}x ({least.share.low:.3f} to {least.share.high:.3f}) "
         f"the best single candidate, at {least.workload.label}; {LEAST_SHARE:g}x is asked"
     )
-    cases = f"{found} of {len(checked)} cases ({found / len(checked):.0%})"
-    print(f"it found the best, or one inside the noise floor, in {cases}; {LEAST_FOUND:.0%} is asked")
+    share = f"{found} of {len(checked)} cases ({found / len(checked):.0%})"
+    print(f"it found the best, or one inside the noise floor, in {share}; {LEAST_FOUND:.0%} is asked")
     return cli.FAILED if failed or not holds(checked) else cli.DONE
 
 
