@@ -21,8 +21,10 @@ TRAINING_ARRAYS: Final = 20
 """The same in a backward tile under mx.compile, which shares less memory; without it there are about 11."""
 WORTHWHILE_SKIP: Final[dict[Backend, float]] = {"cpu": 0.1, "metal": 0.25, "cuda": 0.25}
 """Share of the scores that must be skipped for parts to be chosen where the whole score matrix would fit."""
-WORTHWHILE_BYTES: Final = 64 * MIB
-"""Scores of less than that are one small kernel for a GPU: nothing is gained by computing half of it."""
+WORTHWHILE_BYTES: Final = 1024 * MIB
+"""Scores of less than that a GPU computes sooner than it could be told to leave half of them out."""
+WORTHWHILE_BACKWARD_BYTES: Final = 256 * MIB
+"""The same for a gradient that MLX can only fuse for a multiple of 128 rows."""
 SURE: Final = 1.5
 """How many times what is predicted of an unfused path must fit: its peak depends on the order that MLX finds."""
 SURE_SLICE: Final = 1.15
@@ -128,15 +130,13 @@ def _ask_gpu(asked: _Question) -> Choice:
     if not asked.behind and max(size, beside(asked.training, asked.backend, asked.needs)) <= asked.budget:
         return asked.told("fused", FUSED)
     fits = max(size, asked.excess) <= asked.budget
-    large = asked.workload.scores * ITEM_BYTES[asked.workload.dtype] >= WORTHWHILE_BYTES
-    if asked.refusal and large:
-        skipped = skipped_share(
-            asked.workload, Blocks(batches=1, kv_heads=1, rows=_rows_at_first(asked.workload), keys=1)
-        )
+    scores = asked.workload.scores * ITEM_BYTES[asked.workload.dtype]
+    if asked.refusal and scores >= WORTHWHILE_BYTES:
+        skipped = skipped_share(asked.workload, Blocks(batches=1, kv_heads=1, rows=_eighth(asked.workload), keys=1))
         if skipped >= WORTHWHILE_SKIP[asked.backend]:
             return asked.told("slices", f"{asked.refusal}; slices skip {skipped:.0%} of the scores", waits=not fits)
     uneven = asked.backend == "cuda" and not asked.refusal and asked.behind and asked.workload.seq > EVEN
-    if fits and not (uneven and large):
+    if fits and not (uneven and scores >= WORTHWHILE_BACKWARD_BYTES):
         return asked.told("whole" if asked.refusal else "fused", asked.enough)
     why = f"{asked.behind or ARRAYS}; {'slices of such rows have one' if fits else asked.too_much}"
     if size <= asked.budget:
@@ -153,7 +153,7 @@ def beside(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
 
 def slice_size(workload: Workload, backend: Backend, needs: Needs, budget: int) -> Blocks:
     """The largest slices of which as many fit a budget as may be in memory at once."""
-    rows = _rows_at_first(workload)
+    rows = _rows_at_first(workload, backend, needs)
     blocks = Blocks(batches=workload.batch, kv_heads=workload.kv_heads, rows=rows, keys=workload.kv_seq)
     while slices_bytes(workload, blocks, backend, needs) > budget:
         smaller = _smaller(blocks)
@@ -182,9 +182,19 @@ def slices_bytes(workload: Workload, blocks: Blocks, backend: Backend, needs: Ne
     return int(AT_ONCE[backend] * (beside(part, backend, needs) + part.output_bytes)) + sums
 
 
-def _rows_at_first(workload: Workload) -> int:
-    rows = -(-workload.seq // SLICES) + EVEN - 1 if workload.causal or workload.window is not None else workload.seq
-    return _even(rows) if rows > EVEN else rows
+def _rows_at_first(workload: Workload, backend: Backend, needs: Needs) -> int:
+    """All rows, but for a rest, where MLX fuses them; otherwise as few as let slices skip what a mask rules out."""
+    rows = _even(workload.seq) if workload.seq > EVEN else workload.seq
+    if workload.window is None and not needs.array_mask:
+        first = structs.replace(workload, seq=rows, kv_seq=max(1, workload.kv_seq - workload.seq + rows))
+        if why_unfused(first, backend, needs) is None:
+            return rows
+    return _eighth(workload) if workload.causal or workload.window is not None else workload.seq
+
+
+def _eighth(workload: Workload) -> int:
+    rows = -(-workload.seq // SLICES) + EVEN - 1
+    return min(_even(rows), workload.seq)
 
 
 def _smaller(blocks: Blocks) -> Blocks:

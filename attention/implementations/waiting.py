@@ -2,10 +2,9 @@
 
 MLX keeps every buffer that a kernel reads until its command buffer is done, and on CUDA queues up to ten of these, each
 of a gigabyte, ahead of the GPU: whatever tiles are meant to follow each other, all of them are in memory then. Only
-where an array passes from one stream to another does MLX's CUDA backend wait on the host.
+where an array passes from the GPU to the processor does MLX's CUDA backend wait while it queues.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -23,33 +22,17 @@ Passed = Callable[[Sequence[mx.array]], list[mx.array]]
 """What later tiles have to wait for, given what earlier ones computed."""
 
 
-class _Streams(threading.local):
-    def __init__(self) -> None:
-        self.beside: dict[mx.DeviceType, mx.Stream] = {}
-
-
-_streams = _Streams()
-
-
 def at_once(arrays: Sequence[mx.array]) -> list[mx.array]:
     """The arrays themselves: nothing is waited for but their being queued."""
     return list(arrays)
 
 
 def when_done(arrays: Sequence[mx.array]) -> list[mx.array]:
-    """A number that is there once the device has computed the arrays; on CUDA its evaluation waits for them."""
-    (token,) = mx.depends([mx.zeros(())], list(arrays))
-    return [mx.add(token, 1, stream=_side_stream())]
+    """A number that the processor makes once the arrays are there; on CUDA nothing that needs it is queued before."""
+    (token,) = mx.depends([mx.array(0.0)], list(arrays))
+    return [mx.add(token, 1.0, stream=mx.cpu)]
 
 
 def passed(backend: Backend) -> Passed:
     """How tiles that must not be in memory together follow each other on a backend."""
     return when_done if backend == "cuda" else at_once
-
-
-def _side_stream() -> mx.Stream:
-    """A stream of this thread beside its default one, on the same device."""
-    device = mx.default_device()
-    if device.type not in _streams.beside:
-        _streams.beside[device.type] = mx.new_stream(device)
-    return _streams.beside[device.type]

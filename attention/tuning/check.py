@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import median
 from typing import Final
 
 from msgspec import Struct, structs
@@ -24,6 +25,7 @@ LEAST_SHARE: Final = 0.97
 LEAST_FOUND: Final = 0.95
 """Share of the cases in which the choice must be the best or inside the noise floor of it."""
 SAMPLE_S: Final = 0.004
+LONGEST: Final = 4.0
 BEHIND: Final = 1.5
 """How many times the best a candidate may take to be measured beside it."""
 PRECISION: Final = 0.005
@@ -54,7 +56,7 @@ def check(demo: Demo, workload: Workload, seconds: float, seed: int = 0) -> Chec
     Args:
         demo: what chooses.
         workload: the case.
-        seconds: of the rounds.
+        seconds: of the rounds; LONGEST times as many where it is open whether demo keeps to LEAST_SHARE.
         seed: of the inputs and of the order.
 
     Raises:
@@ -95,13 +97,24 @@ def _run(arms: list[Arm], workload: Workload, seconds: float, seed: int, clock: 
     numbers = shared_calls([arm.call_s for arm in arms], SAMPLE_S, workload.output_bytes)
     for arm, calls in zip(arms, numbers, strict=True):
         arm.calls = calls
+    choice, _, own, *others = arms
+    started = clock()
+
+    def after(running: list[Arm]) -> str | None:
+        if clock() - started < seconds or not all(arm in running for arm in (choice, own)):
+            return None
+        best = min((arm for arm in running if arm in others), key=lambda arm: median(arm.samples), default=choice)
+        best = min((choice, best), key=lambda arm: median(arm.samples))
+        _, low, high = statistics.ratio_interval(statistics.log_ratios(best.samples, own.samples))
+        return None if low < math.log(LEAST_SHARE) <= high else "decided"
+
     run_rounds(
         list(arms),
-        Limits(seconds=seconds, precision=PRECISION),
+        Limits(seconds=LONGEST * seconds, precision=PRECISION),
         seed=seed,
         before=lambda arm: None,
         failed=lambda arm, error: arm.samples.clear(),
-        after=lambda running: None,
+        after=after,
         clock=clock,
     )
 

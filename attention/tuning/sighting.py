@@ -83,7 +83,7 @@ class Sighting:
         A short call that is waited for tells little of that, whatever it took: it is given up only after this.
         """
         hopeful = _hopeful(arms, sample_s)
-        for arm in hopeful if len(hopeful) > 1 else []:
+        for arm in hopeful:
             if arm.call_s < sample_s:
                 self.tried(arm, lambda arm=arm: self._warm_up(arm, sample_s))  # type: ignore[misc]
         return _hopeful([arm for arm in hopeful if arm.name not in self.failed])

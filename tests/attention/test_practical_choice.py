@@ -50,7 +50,7 @@ def test_what_fits_and_skips_nothing_is_left_to_mlx() -> None:
 
 
 def test_slices_that_fit_together_need_not_wait_for_each_other() -> None:
-    made = asked(structs.replace(LONG, seq=4096, kv_seq=4096, mask="causal"), 8192)
+    made = asked(structs.replace(LONG, seq=8192, kv_seq=8192, mask="causal"), 30_000)
     assert (made.way, made.waits) == ("slices", False)
     assert "slices skip 44% of the scores" in made.reason
 
@@ -69,7 +69,7 @@ def test_where_only_the_gradient_is_too_much_only_that_is_sliced() -> None:
 
 
 def test_a_few_scores_are_not_worth_a_cut() -> None:
-    small = Workload(seq=1024, heads=2, head_dim=256, dtype="bfloat16", mask="causal")
+    small = Workload(seq=4096, heads=8, head_dim=256, dtype="bfloat16", mask="causal")
     assert skipped_share(small, Blocks(batches=1, kv_heads=1, rows=128, keys=1)) > 0.4
     assert asked(small, 2048).way == "whole"
 
@@ -103,7 +103,28 @@ def test_waiting_gives_something_that_can_be_waited_for_in_any_function() -> Non
     assert mx.grad(function)(x).tolist() == [8, 8, 8, 8]
 
 
+def fuses_multiples_of_128(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> str | None:
+    """What MLX's CUDA backend says of a training pass."""
+    return f"{workload.seq} rows" if workload.pass_ == "training" and workload.seq % 128 else None
+
+
 @pytest.mark.parametrize("rows", [1, 127, 128, 3000, 3072])
-def test_slices_of_rows_have_a_multiple_of_128_where_they_have_as_many(rows: int) -> None:
-    size = slice_size(Workload(seq=rows, heads=2, head_dim=64), "cuda", PLAIN, 10_000 * MIB)
+def test_backward_a_slice_has_the_rows_that_mlx_fuses_and_the_rest_is_another(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", fuses_multiples_of_128)
+    workload = Workload(seq=rows, heads=2, head_dim=64, mask="causal", pass_="training")
+    size = slice_size(workload, "cuda", PLAIN, 10_000 * MIB)
     assert size.rows == (rows if rows < 128 else rows - rows % 128)
+
+
+def test_a_gradient_that_mlx_fuses_for_such_rows_only_is_sliced_where_it_is_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", fuses_multiples_of_128)
+    workload = Workload(batch=4, seq=2047, heads=16, head_dim=64, mask="causal")
+    made = asked(workload, 8000)
+    assert (made.way, made.waits) == ("fused, slices behind", False)
+    assert made.reason == "2047 rows; slices of such rows have one"
+    assert asked(structs.replace(workload, batch=1, heads=2, kv_heads=2), 8000).way == "fused"
+    assert asked(structs.replace(workload, seq=2048, kv_seq=2048), 8000).way == "fused"

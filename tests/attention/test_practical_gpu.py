@@ -48,7 +48,7 @@ def is_within(workload: Workload, budget: int = SMALL, mask: Mask | None = None,
 
 @pytest.mark.parametrize("pass_", ["forward", "training"])
 @pytest.mark.parametrize("mask", ["none", "causal", "window:700"])
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 192, 256, 512])
+@pytest.mark.parametrize("head_dim", [16, 80, 128, 256, 512])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_head_dim_and_mask_takes_more_than_the_budget(dtype: str, head_dim: int, mask: str, pass_: str) -> None:
     assert is_within(Workload(seq=3000, heads=4, head_dim=head_dim, dtype=dtype, mask=mask, pass_=pass_))  # type: ignore[arg-type]
