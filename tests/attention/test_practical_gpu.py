@@ -48,7 +48,7 @@ def is_within(workload: Workload, budget: int = SMALL, mask: Mask | None = None,
 
 @pytest.mark.parametrize("pass_", ["forward", "training"])
 @pytest.mark.parametrize("mask", ["none", "causal", "window:700"])
-@pytest.mark.parametrize("head_dim", [16, 80, 128, 256, 512])
+@pytest.mark.parametrize("head_dim", [80, 256, 512])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_head_dim_and_mask_takes_more_than_the_budget(dtype: str, head_dim: int, mask: str, pass_: str) -> None:
     assert is_within(Workload(seq=3000, heads=4, head_dim=head_dim, dtype=dtype, mask=mask, pass_=pass_))  # type: ignore[arg-type]
@@ -65,14 +65,12 @@ def test_no_head_dim_and_mask_takes_more_than_the_budget(dtype: str, head_dim: i
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mask", ["none", "causal"])
-def test_no_shape_takes_more_than_the_budget(shape: dict[str, int], mask: str, pass_: str) -> None:
-    assert is_within(Workload(**shape, dtype="float16", mask=mask, pass_=pass_))  # type: ignore[arg-type]
+def test_no_shape_takes_more_than_the_budget(shape: dict[str, int], pass_: str) -> None:
+    assert is_within(Workload(**shape, dtype="float16", mask="causal", pass_=pass_))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pass_", ["forward", "training"])
-@pytest.mark.parametrize("per_head", [True, False])
-@pytest.mark.parametrize("dtype", [mx.bool_, mx.float16], ids=str)
+@pytest.mark.parametrize(("per_head", "dtype"), [(True, mx.float16), (False, mx.bool_)], ids=str)
 def test_array_masks_stay_within_the_budget(dtype: mx.Dtype, per_head: bool, pass_: str) -> None:
     workload = Workload(seq=2500, heads=4, head_dim=64, dtype="float16", pass_=pass_)  # type: ignore[arg-type]
     drawn = mx.random.uniform(shape=(1, 4, 2500, 2500) if per_head else (2500, 2500), key=mx.random.key(2)) > 0.3
