@@ -23,8 +23,8 @@ WIDEST: Final = 512
 THREAD_BYTES: Final = 4 * 2**20
 """What a thread's tiles take at the most; said in place of the exact figure until the kernel is compiled."""
 LOGSUMEXP_BYTES: Final = 4
-SHORTEST, TALLEST, ITEMS = 64, 256, 64
-"""Rows of an item, and items that the kernel wants of a call, as schedule.hpp has them."""
+TALLEST, ITEMS = 256, 64
+"""Most rows of an item, and items that the kernel wants of a call, as schedule.hpp has them."""
 VARIANTS: Final = ("tall",)
 
 
@@ -68,12 +68,12 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
 
 
 def variants(workload: Workload) -> dict[str, Attend]:
-    """ "tall": items of 256 rows, where the kernel would take fewer to have work for many threads."""
-    planes, rows = workload.batch * workload.heads, TALLEST
-    while rows > SHORTEST and planes * (workload.seq // rows) < ITEMS:
-        rows //= 2
-    more_rows = workload.seq > rows or (workload.heads > workload.kv_heads and workload.seq > 1)
-    return {"tall": _tall} if rows < TALLEST and more_rows else {}
+    """Items of 256 rows, "tall", where the kernel would take fewer to have work for many threads.
+
+    They read keys and values less often; bfloat16, which has fewer of them to read, gains nothing by it.
+    """
+    few = workload.batch * workload.heads * (workload.seq // TALLEST) < ITEMS
+    return {"tall": _tall} if few and workload.seq >= TALLEST and workload.dtype != "bfloat16" else {}
 
 
 def _tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
