@@ -126,8 +126,8 @@ def _ask_cpu(asked: _Question) -> Choice:
 
 def _ask_gpu(asked: _Question) -> Choice:
     """Slices, as large as the budget lets them be: a GPU wants few and large kernels."""
-    size = beside(asked.forward, asked.backend, asked.needs)
-    if not asked.behind and max(size, beside(asked.training, asked.backend, asked.needs)) <= asked.budget:
+    size = beside(asked.forward, asked.backend, asked.needs, asked.refusal)
+    if not asked.behind and max(size, beside(asked.training, asked.backend, asked.needs, None)) <= asked.budget:
         return asked.told("fused", FUSED)
     fits = max(size, asked.excess) <= asked.budget
     scores = asked.workload.scores * ITEM_BYTES[asked.workload.dtype]
@@ -144,9 +144,9 @@ def _ask_gpu(asked: _Question) -> Choice:
     return asked.told("slices", why, waits=True)
 
 
-def beside(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
-    """Bytes above inputs and outputs of one call of MLX's SDPA."""
-    if why_unfused(workload, backend, needs) is None:
+def beside(workload: Workload, backend: Backend, needs: Needs, refusal: str | None) -> int:
+    """Bytes above inputs and outputs of one call of MLX's SDPA, which has a fused kernel unless it has a refusal."""
+    if refusal is None:
         return fused_bytes(workload, backend, needs) - workload.output_bytes
     return int(SURE_SLICE * (unfused_bytes(workload, needs) - workload.output_bytes))
 
@@ -179,7 +179,8 @@ def slices_bytes(workload: Workload, blocks: Blocks, backend: Backend, needs: Ne
     if workload.pass_ == "training":
         width = workload.head_dim + workload.value_dim
         sums = 3 * 4 * blocks.batches * blocks.kv_heads * workload.kv_seq * width
-    return int(AT_ONCE[backend] * (beside(part, backend, needs) + part.output_bytes)) + sums
+    own = beside(part, backend, needs, why_unfused(part, backend, needs)) + part.output_bytes
+    return int(AT_ONCE[backend] * own) + sums
 
 
 def _rows_at_first(workload: Workload, backend: Backend, needs: Needs) -> int:

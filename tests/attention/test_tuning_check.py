@@ -1,5 +1,7 @@
 """The check tells a good choice from a bad one."""
 
+import math
+import random
 from pathlib import Path
 
 import mlx.core as mx
@@ -7,7 +9,7 @@ import pytest
 from msgspec import structs
 from tuning_examples import FakeTime, Timed, Wrong
 
-from attention.tuning.check import Checked, check, holds, worst
+from attention.tuning.check import LONGEST, Checked, check, holds, worst
 from attention.tuning.demo import Demo
 from attention.tuning.store import Store
 from attention.workload import Workload
@@ -65,6 +67,21 @@ def test_first_calls_are_outside_of_the_figures(tmp_path: Path) -> None:
     checked = machine.check()
     assert (checked.chosen, checked.found) == ("a", True)
     assert checked.share.value == pytest.approx(1.0)
+
+
+def test_it_goes_on_while_it_is_open_whether_demo_keeps_to_its_share(tmp_path: Path) -> None:
+    def taken(spread: float, seed: int) -> float:
+        draw, machine = random.Random(seed), Machine(tmp_path, a=1e-3)
+        machine.check()
+        machine.among["a"].seconds = lambda: 1e-3 * math.exp(draw.gauss(0, spread))
+        before = machine.clock.now
+        machine.check()
+        return machine.clock.now - before
+
+    assert max(taken(0.001, seed) for seed in range(5)) < 0.3
+    noisy = [taken(0.3, seed) for seed in range(5)]
+    assert max(noisy) > 0.7
+    assert max(noisy) < 0.2 * LONGEST + 0.2
 
 
 def test_what_cannot_run_any_more_is_told(tmp_path: Path) -> None:
