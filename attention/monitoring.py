@@ -1,17 +1,19 @@
 """Attention in a user's own program, watched: calls, shapes, paths, time and memory."""
 
+import math
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import mlx.core as mx
 import msgspec
-from msgspec import Struct, field, structs
+from msgspec import structs
 
 from attention import watching
 from attention.arguments import checked_mask
@@ -21,10 +23,11 @@ from attention.implementations import get
 from attention.implementations.asked import asked_for
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask
+from attention.monitored import Kind
+from attention.pace import Lane, Pace
 from attention.patch import seams
-from attention.report import Case, Peaks, Report, Row, Run, Summary
+from attention.report import Case, Peaks, Report, Run, Summary
 from attention.route import Needs, Route
-from attention.statistics import median_interval
 from attention.workload import Workload
 
 SHARE: Final = 0.01
@@ -32,19 +35,17 @@ SHARE: Final = 0.01
 FIRST_S: Final = 0.001
 """What a kind of call is expected to cost that was never timed."""
 MOST_SAMPLES: Final = 1000
-_inside = threading.local()
+CALIBRATING: Final = 100
+"""Calls by which it is found out what looking at one costs; some are tried in a row, and the fastest count."""
 
 
-class Kind(Struct):
-    """All calls of one implementation on one kind of workload."""
+class _Inside(threading.local):
+    """Whether this thread is inside of a call that is watched: what that calls is part of it."""
 
-    implementation: str
-    workload: Workload
-    route: Route | None
-    calls: int = 0
-    samples: list[float] = field(default_factory=list)
-    flops: list[int] = field(default_factory=list)
-    peak_bytes: int | None = None
+    watched = False
+
+
+_inside = _Inside()
 
 
 class Monitor:
@@ -52,27 +53,30 @@ class Monitor:
 
     It sees `attention.attention`, calls that a patch takes, and `mx.fast.scaled_dot_product_attention`. A call inside
     another is part of it. Some calls are evaluated at once to be timed, within `SHARE` of the time that passes; calls
-    that `mx.compile` traces are counted, once, and not timed. A timed call resets MLX's peak memory:
-    `peak_bytes` keeps the highest.
+    that `mx.compile` traces are counted, once, and not timed. Where calls come so fast that looking at each would cost
+    more than that (more than about three in a millisecond), only some are looked at, and each stands for those since
+    the last; passing a call on, which is left then, takes some tenths of a microsecond. A timed call resets MLX's peak
+    memory: `peak_bytes` keeps the highest.
 
     Attributes:
         peak_bytes: the highest peak of MLX's memory that was seen.
-        spent_s: seconds that watching took, the work of timed calls included.
     """
 
     def __init__(self, share: float = SHARE) -> None:
         """Sets the share of the program's time that watching may take."""
         self.peak_bytes = 0
-        self.spent_s = 0.0
         self._share = share
-        self._kinds: dict[tuple[object, ...], Kind] = {}
-        self._lock = threading.Lock()
+        self._kinds: dict[tuple[object, ...], Kind | None] = {}
+        self._pace = Pace(share, 0.0)
+        self._mlx, self._implementations = Lane(), Lane()
+        self._estimated = False
         self._started, self._ended = time.perf_counter(), 0.0
         self._began = datetime.now().astimezone()
         self._device: Device = probe()
 
     def __enter__(self) -> Self:
         """Begins to watch."""
+        self._pace = Pace(self._share, self._look_s())
         self._started = time.perf_counter()
         watching.watchers.append(self._of_implementation)
         seams.fast().add(watcher=self._of_mlx)
@@ -89,14 +93,25 @@ class Monitor:
 
     @property
     def calls(self) -> int:
-        """All calls seen."""
-        return sum(kind.calls for kind in self._kinds.values())
+        """All calls seen; about so many where they came too fast to look at each."""
+        return sum(kind.calls for kind in self._seen)
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds that watching took, the work of timed calls included."""
+        return self._pace.watching_s
+
+    @property
+    def _seen(self) -> list[Kind]:
+        """The kinds, each once, though several forms of a mask may be one."""
+        return [*{id(kind): kind for kind in self._kinds.values() if kind is not None}.values()]
 
     def report(self) -> Report:
         """What was seen, in the rows of `fatui bench`; without a reference there are no speedups."""
-        kinds = list(self._kinds.values())
+        kinds = self._seen
         workloads = dict.fromkeys(kind.workload for kind in kinds)
-        cases = [Case(workload=one, rows=tuple(_row(k) for k in kinds if k.workload == one)) for one in workloads]
+        rows = [(kind.workload, kind.row(self._estimated)) for kind in kinds]
+        cases = [Case(workload=one, rows=tuple(row for of, row in rows if of == one)) for one in workloads]
         names = dict.fromkeys(kind.implementation for kind in kinds)
         seconds = (self._ended or time.perf_counter()) - self._started
         return Report(
@@ -119,34 +134,84 @@ class Monitor:
 
     def summary(self) -> str:
         """What was seen, in lines: the most frequent first."""
-        kinds = sorted(self._kinds.values(), key=lambda kind: -kind.calls)
-        return "\n".join(_line(kind) for kind in kinds) or "no call of attention was seen"
+        kinds = sorted(self._seen, key=lambda kind: -kind.calls)
+        return "\n".join(kind.line(self._estimated) for kind in kinds) or "no call of attention was seen"
 
-    def _of_mlx(self, call: Callable[..., mx.array], q: mx.array, k: mx.array, v: mx.array, **more: Any) -> mx.array:
-        if getattr(_inside, "watched", False):
+    def _of_mlx(self, call: Callable[..., mx.array], *arrays: mx.array, **more: Any) -> mx.array:
+        lane = self._mlx
+        lane.turn += 1
+        if lane.turn < lane.look_at:
+            return call(*arrays, **more)
+        return self._look_at_mlx(call, *arrays, **more)
+
+    def _look_at_mlx(self, call: Callable[..., mx.array], q: mx.array, k: Any, v: Any, **more: Any) -> mx.array:
+        lane = self._mlx
+        passed = lane.passed(self._pace)
+        lane.turn += seams.fast().pass_on(lane.look_at - lane.turn - 1)
+        if _inside.watched:  # part of another call, as are on average those that it stands for
             return call(q, k, v, **more)
-        return self._watched("mlx", lambda: call(q, k, v, **more), (q, k, v), more.get("mask"))
+        mask = more.get("mask")
+        form = "array" if isinstance(mask, mx.array) else mask
+        kind = self._counted("mlx", ("mlx", q.shape, k.shape, v.shape, q.dtype, form), passed, q, k, v, mask)
+        if kind is None:
+            return call(q, k, v, **more)
+        return self._timed(kind, lambda: call(q, k, v, **more), (q, k, v))
 
     def _of_implementation(
         self, one: Implementation, q: mx.array, k: Any, v: Any, *, mask: Mask, **more: Any
     ) -> mx.array:
-        if getattr(_inside, "watched", False):
+        if _inside.watched:
             return one(q, k, v, mask=mask, **more)
-        return self._watched(one, lambda: one(q, k, v, mask=mask, **more), (q, k, v), mask)
-
-    def _watched(self, by: Any, call: Callable[[], mx.array], arrays: tuple[Any, ...], mask: Any) -> mx.array:
-        """Counts a call, and times it where that is within the share."""
-        began = time.perf_counter()
-        _inside.watched = True  # asking for a route calls MLX's function too
+        _inside.watched = True
         try:
-            kind = self._kind(by, arrays, mask)
-            cost = kind.samples[-1] if kind is not None and kind.samples else FIRST_S
-            if kind is None or self.spent_s + cost > self._share * (began - self._started):
-                self.spent_s += time.perf_counter() - began
-                return call()
-            return self._timed(kind, call, arrays)
+            lane = self._implementations
+            lane.turn += 1
+            if lane.turn < lane.look_at:
+                return one(q, k, v, mask=mask, **more)
+            key = (one.name, q.shape, k.shape, v.shape, q.dtype, mask.causal, mask.window, mask.array is None)
+            kind = self._counted(one, key, lane.passed(self._pace), q, k, v, mask)
+            if kind is None:
+                return one(q, k, v, mask=mask, **more)
+            return self._timed(kind, lambda: one(q, k, v, mask=mask, **more), (q, k, v))
         finally:
             _inside.watched = False
+
+    def _counted(
+        self, by: Any, key: tuple[object, ...], passed: int, q: mx.array, k: Any, v: Any, mask: Any
+    ) -> Kind | None:
+        """Counts the calls that one stands for; their kind if this one may be timed."""
+        try:
+            kind = self._kinds[key]
+        except KeyError:
+            kind = self._kinds[key] = self._new_kind(by, key, q, k, v, mask)
+        if kind is None:
+            return None
+        kind.calls += passed
+        if kind.calls < kind.ask_at:
+            return None
+        pace = self._pace
+        timed = pace.may_time(kind.samples[-1] if kind.samples else FIRST_S)
+        self._estimated |= pace.stride > 1
+        kind.asked(timed, pace.stride)
+        return kind if timed else None
+
+    def _look_s(self) -> float:
+        """Seconds that looking at a call costs here."""
+        scratch, array = Monitor(self._share), mx.zeros((1, 1, 1, 1))
+        key = ("mlx", array.shape, array.shape, array.shape, array.dtype, None)
+        scratch._kinds[key] = Kind(implementation="mlx", workload=Workload(seq=1), route=None, ask_at=1 << 60)
+        watched = partial(scratch._of_mlx, lambda q, k, v, **more: q)
+
+        def call(*arrays: mx.array, **more: Any) -> mx.array:  # as a seam does
+            return watched(*arrays, **more)
+
+        best = math.inf
+        for _ in range(5):
+            started = time.perf_counter()
+            for _ in range(CALIBRATING):
+                call(array, array, array, scale=1.0, mask=None)
+            best = min(best, time.perf_counter() - started)
+        return best / CALIBRATING
 
     def _timed(self, kind: Kind, call: Callable[[], mx.array], arrays: tuple[Any, ...]) -> mx.array:
         try:
@@ -162,43 +227,27 @@ class Monitor:
         mx.eval(out)
         mx.synchronize()
         seconds = time.perf_counter() - started
-        self.spent_s += seconds
+        self._pace.spent_s += seconds
         if len(kind.samples) < MOST_SAMPLES:
             kind.samples.append(seconds)
         kind.peak_bytes = max(kind.peak_bytes or 0, mx.get_peak_memory() - before)
         return out
 
-    def _kind(self, by: Any, arrays: tuple[Any, ...], mask: Any) -> Kind | None:
-        """The kind that a call is of, counted; None for what is no attention that a workload can be."""
-        q, k, v = arrays
-        what = (
-            (mask.causal, mask.window, mask.array is None)
-            if isinstance(mask, Mask)
-            else isinstance(mask, str) or mask is None or None
-        )
-        name = by if isinstance(by, str) else by.name
-        key = (name, tuple(q.shape), tuple(k.shape), v.shape[-1], q.dtype, what, mask is None)
-        with self._lock:
-            kind = self._kinds.get(key)
-            if kind is None:
-                kind = self._new_kind(by, name, arrays, mask)
-                if kind is None:
-                    return None
-                self._kinds[key] = kind
-            kind.calls += 1
-        return kind
-
-    def _new_kind(self, by: Any, name: str, arrays: tuple[Any, ...], mask: Any) -> Kind | None:
-        q, k, v = arrays
+    def _new_kind(self, by: Any, key: tuple[object, ...], q: mx.array, k: Any, v: Any, mask: Any) -> Kind | None:
+        """The kind of a call that is seen for the first time; None for no attention that a workload can be."""
+        name = str(key[0])
+        before, _inside.watched = _inside.watched, True  # asking for a route calls MLX's function too
         try:
             given = mask if isinstance(mask, Mask) else checked_mask(mask, None, q, k)
             workload, needs = asked_for(q, k, v, given, None)
+            if workload.seq == 1:
+                workload = structs.replace(workload, pass_="decode")
+            route = _route(get(by) if isinstance(by, str) else by, workload, self._device, needs)
         except (UsageError, UnsupportedError):
             return None
-        if workload.seq == 1:
-            workload = structs.replace(workload, pass_="decode")
-        route = _route(get(by) if isinstance(by, str) else by, workload, self._device, needs)
-        same = [one for one in self._kinds.values() if one.implementation == name and one.workload == workload]
+        finally:
+            _inside.watched = before
+        same = [one for one in self._seen if one.implementation == name and one.workload == workload]
         return same[0] if same else Kind(implementation=name, workload=workload, route=route)
 
 
@@ -207,29 +256,3 @@ def _route(one: Implementation, workload: Workload, device: Device, needs: Needs
         return one.route(workload, device, needs)
     except (RuntimeError, ValueError):
         return None
-
-
-def _row(kind: Kind) -> Row:
-    call = median_interval(kind.samples) if kind.samples else None
-    route = kind.route
-    told = f"; {route.reason}" if route else ""
-    return Row(
-        implementation=kind.implementation,
-        status="ok",
-        path=route.path if route else None,
-        fused=route.fused if route else None,
-        reason=f"{kind.calls:,} calls in a program, {len(kind.samples):,} of them timed{told}",
-        tokens_per_second=kind.workload.tokens / call.median if call else None,
-        call_s=call,
-        flops_per_s=kind.workload.flops / call.median if call else None,
-        peak_bytes=kind.peak_bytes,
-        predicted_bytes=route.predicted_bytes if route else None,
-        samples=tuple(kind.samples),
-    )
-
-
-def _line(kind: Kind) -> str:
-    row = _row(kind)
-    timed = f"{row.call_s.median * 1e3:.3f} ms" if row.call_s else "not timed"
-    memory = f"{row.peak_bytes / 2**20:.1f} MiB" if row.peak_bytes is not None else "n/a"
-    return f"{kind.implementation}  {kind.workload.label}  {row.path or '-'}  {kind.calls:,} calls  {timed}  {memory}"

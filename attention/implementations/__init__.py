@@ -39,7 +39,7 @@ CATALOGUE: Final = (
     Entry(
         "practical",
         "Practical, bounded memory",
-        "MLX's SDPA where that is lean, blocks with an online softmax where it would build large scores",
+        "MLX's SDPA where that is lean, blocks or slices where it would build large scores",
         "attention.implementations.practical:Practical",
     ),
     Entry(

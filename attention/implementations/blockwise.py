@@ -24,6 +24,7 @@ from msgspec import Struct
 from attention import masks
 from attention.implementations.blocks import Blocks
 from attention.implementations.packed import FEW_ROWS, KeyOrValue, Packed
+from attention.implementations.waiting import Passed, at_once
 from attention.masks import Mask
 
 LOG2E: Final = math.log2(math.e)
@@ -44,6 +45,8 @@ class Call(Struct, frozen=True, eq=False):
     softcap: float | None
     blocks: Blocks
     arithmetic: Arithmetic
+    passed: Passed = at_once
+    """How tiles follow each other."""
 
     @property
     def base2(self) -> float:
@@ -164,10 +167,11 @@ def forward(
                 continue  # the mask rules out every key
             tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
             parts = [heads.split(part, len(rows)) for part in _finished(state, call)]
-            chain[:] = [
+            written = [
                 whole.write(heads.place(rows), part, tiles)
                 for whole, part in zip((output, logsumexp), parts, strict=True)
             ]
+            chain[:] = call.passed(written)
     return output.array, logsumexp.array
 
 
@@ -210,7 +214,7 @@ def _row_block(
         if state is None and sinks is not None:
             state = _sunk(heads.sinks(sinks, len(rows)) * call.base2, scores, v.shape[3])
         state = _absorb(state, scores, value if isinstance(value, Packed) else call.operand(value), call)
-        chain[:] = [state.output, state.total]
+        chain[:] = call.passed([state.output, state.total])
     return state
 
 

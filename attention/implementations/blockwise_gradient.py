@@ -111,6 +111,7 @@ def _key_block(
     The shares are by the first of their rows; they are written once the last keys that these see have given theirs.
     """
     of_keys: list[mx.array] = []
+    whole: KeySide | None = None
     tiles = 0
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         visible = call.mask.visible_keys(rows, *saved.lengths)
@@ -118,16 +119,20 @@ def _key_block(
         if not seen:
             continue
         tiles += 1
-        row_side, key_side = _sides(saved, call, heads, rows, seen, chain)
+        row_side = _row_side(saved, call, heads, rows, chain)
+        if len(seen) < len(keys):
+            key_side = _key_side(saved, call, heads, seen, chain)
+        else:
+            key_side = whole = whole or _key_side(saved, call, heads, keys, chain)
         weights, d_scores = _tile(saved, call, heads, row_side, key_side)
         made = (d_scores.swapaxes(-1, -2) @ row_side.query, weights.swapaxes(-1, -2) @ row_side.cotangent)
         of_keys = _added(of_keys, [_placed(share.astype(mx.float32), seen, keys) for share in made])
-        chain[:] = of_keys
+        chain[:] = call.passed(of_keys)
         if shares is not None:
             share = (d_scores @ key_side.key).astype(mx.float32)
             share = shares.pop(rows.start) + share if rows.start in shares else share
             if visible.stop <= keys.stop:
-                chain.append(_write_d_query(sums, share, call, heads, rows, 1))
+                chain += call.passed([_write_d_query(sums, share, call, heads, rows, 1)])
             else:
                 shares[rows.start] = share
                 chain.append(share)
@@ -143,10 +148,11 @@ def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: list[
         total: list[mx.array] = []
         tiles = 0
         for keys in key_blocks(call, rows, *saved.lengths):
-            row_side, key_side = _sides(saved, call, heads, rows, keys, chain)
+            row_side = _row_side(saved, call, heads, rows, chain)
+            key_side = _key_side(saved, call, heads, keys, chain)
             _, d_scores = _tile(saved, call, heads, row_side, key_side)
             total = _added(total, [(d_scores @ key_side.key).astype(mx.float32)])
-            chain[:] = total
+            chain[:] = call.passed(total)
             tiles += 1
         if total:
             chain[:] = [_write_d_query(sums, total[0], call, heads, rows, tiles)]
@@ -156,17 +162,17 @@ def _write_d_query(sums: Sums, total: mx.array, call: Call, heads: Heads, rows: 
     return sums.d_query.write(heads.place(rows), heads.split(total * call.scale, len(rows)), tiles)
 
 
-def _sides(
-    saved: Saved, call: Call, heads: Heads, rows: range, keys: range, chain: list[mx.array]
-) -> tuple[RowSide, KeySide]:
-    """Cuts what one tile needs, after all that is in the chain."""
-    row_arrays = (saved.q, saved.cotangent, saved.output, saved.logsumexp)
-    cuts = [*(heads.rows(x, rows) for x in row_arrays), *(heads.keys(x, keys) for x in (saved.k, saved.v))]
-    query, cotangent, output, logsumexp, key, value = after(chain, *cuts)
-    return (
-        RowSide(rows, call.operand(query), call.operand(cotangent), logsumexp, _delta(cotangent, output)),
-        KeySide(keys, call.operand(key), call.transposed(key), call.transposed(value)),
-    )
+def _row_side(saved: Saved, call: Call, heads: Heads, rows: range, chain: list[mx.array]) -> RowSide:
+    """Cuts what tiles of some rows need, after all that is in the chain."""
+    cuts = (heads.rows(x, rows) for x in (saved.q, saved.cotangent, saved.output, saved.logsumexp))
+    query, cotangent, output, logsumexp = after(chain, *cuts)
+    return RowSide(rows, call.operand(query), call.operand(cotangent), logsumexp, _delta(cotangent, output))
+
+
+def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: list[mx.array]) -> KeySide:
+    """Likewise of some keys."""
+    key, value = after(chain, *(heads.keys(x, keys) for x in (saved.k, saved.v)))
+    return KeySide(keys, call.operand(key), call.transposed(key), call.transposed(value))
 
 
 def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -> tuple[mx.array, mx.array]:

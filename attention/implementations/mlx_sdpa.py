@@ -8,9 +8,11 @@ from attention.errors import UnsupportedError
 from attention.implementations.unfused import unfused_bytes
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
-from attention.workload import Workload
+from attention.workload import ITEM_BYTES, Workload
 
 NO_SOFTCAP = "MLX's SDPA has no softcap"
+SPREAD_MASK = 2.3
+"""Sizes of the scores that MLX makes of a bool mask for its fused kernel on CUDA."""
 
 
 class MlxSdpa:
@@ -34,7 +36,7 @@ class MlxSdpa:
             path="MLX SDPA, fused",
             fused=True,
             reason="MLX has a fused kernel for this shape",
-            predicted_bytes=fused_bytes(workload),
+            predicted_bytes=fused_bytes(workload, device.backend, needs),
         )
 
     def __call__(
@@ -75,15 +77,18 @@ def _with_array(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask)
     return mx.where(masks.as_4d(seeing), out, mx.zeros((), out.dtype))
 
 
-def fused_bytes(workload: Workload) -> int:
+def fused_bytes(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
     """Peak bytes of a fused call above its inputs: its outputs, and in training the logsumexp and float32 gradients.
 
-    The float32 gradient of the query and a row sum are what flash backward passes keep beside their outputs.
+    The float32 gradient of the query and a row sum are what flash backward passes keep beside their outputs. On CUDA a
+    bool mask, a window's too, becomes a number for every score and head: measured, 2.25 times the scores in all.
     """
     rows = workload.batch * workload.heads * workload.seq
-    window = workload.seq * workload.kv_seq * 2 if workload.window is not None else 0
+    mask = workload.seq * workload.kv_seq * 2 if workload.window is not None else 0
+    if backend == "cuda" and (workload.window is not None or needs.array_mask):
+        mask = int(SPREAD_MASK * workload.scores * ITEM_BYTES[workload.dtype])
     scratch = rows * (8 + 4 * workload.head_dim) if workload.pass_ == "training" else 0
-    return workload.output_bytes + window + scratch
+    return workload.output_bytes + mask + scratch
 
 
 def why_unfused(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> str | None:

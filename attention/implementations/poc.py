@@ -1,7 +1,7 @@
 """fatui's own kernel, where there is one for the device."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Final, Protocol, cast, runtime_checkable
@@ -15,7 +15,7 @@ from attention.implementations.asked import asked_for, here
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa
 from attention.implementations.practical import Practical
 from attention.masks import Mask
-from attention.route import PLAIN, Needs, Route
+from attention.route import PLAIN, Needs, Route, unsupported
 from attention.workload import Workload
 
 KERNELS: Final[dict[Backend, str]] = {
@@ -24,6 +24,8 @@ KERNELS: Final[dict[Backend, str]] = {
     "metal": "attention.kernels.metal.path",
 }
 """For each backend the module of its kernel, of the form `Kernel`."""
+MOST_KINDS: Final = 4096
+"""Kinds of call that are remembered; a decoding loop makes a new one at each length."""
 Attend = Callable[..., mx.array]
 """A call as `Kernel.attend`."""
 
@@ -52,17 +54,20 @@ class Kernel(Protocol):
 
 @runtime_checkable
 class OffersVariants(Protocol):
-    """A kernel that can be had in more than one form for the same call: other tiles, another instruction set."""
+    """A kernel that can be had in more than one form for the same call: other tiles, another cut of the work."""
 
-    def variants(self) -> Mapping[str, Attend]:
-        """Further forms by name, at most 11 characters; each takes what `attend` takes and gives the same result."""
+    VARIANTS: Sequence[str]
+    """The names of all, at most 11 characters each."""
+
+    def variants(self, workload: Workload) -> Mapping[str, Attend]:
+        """Those that do otherwise than `attend` for a workload; each takes what that takes, and computes the same."""
         ...
 
 
-def kernel_variants() -> Mapping[str, Attend]:
-    """The further forms of the kernel for the device that MLX computes on now; often there are none."""
+def kernel_variants() -> Sequence[str]:
+    """The further forms of the kernel for the device that MLX computes on now; some kernels have none."""
     kernel = _kernel(here())
-    return kernel.variants() if isinstance(kernel, OffersVariants) else {}
+    return kernel.VARIANTS if isinstance(kernel, OffersVariants) else ()
 
 
 class Poc:
@@ -72,16 +77,23 @@ class Poc:
 
     def __init__(self, variant: str | None = None) -> None:
         """Makes the implementations that it falls back to; a variant is one of `kernel_variants()`."""
-        self._variant = None if variant is None else kernel_variants()[variant]
+        self._variant = variant
         self._sdpa = MlxSdpa()
         self._practical = Practical()
-        self._taken: set[tuple[Workload, Needs, Backend]] = set()
+        self._attends: dict[object, Attend | None] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
-        """The kernel's path where it takes the workload; otherwise what it falls back to, and why."""
+        """The kernel's path where it takes the workload; otherwise what it falls back to, and why.
+
+        A variant has none where the kernel does the same without it.
+        """
         own = _kernel(device.backend).route(workload, needs)
         if own.supported:
-            return own
+            if self._variant is None:
+                return own
+            if _form(_kernel(device.backend), self._variant, workload) is None:
+                return unsupported(f"'{self._variant}' changes nothing here")
+            return structs.replace(own, path=f"{own.path}, {self._variant}"[:22])
         if needs.softcap:
             behind = self._practical.route(workload, device, needs)
             path, reason = "falls back: practical", f"{own.reason}, and {NO_SOFTCAP}"
@@ -104,25 +116,47 @@ class Poc:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Attends; shapes as in the protocol."""
-        kernel = self._kernel_for(q, k, v, mask, softcap)
-        if kernel is not None:
-            with suppress(KernelUnavailable):
-                return (self._variant or kernel.attend)(q, k, v, scale=scale, mask=mask, softcap=softcap)
-            self._taken.clear()
+        key = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            mask.causal,
+            mask.window,
+            mask.array is None,
+            softcap is None,
+            here(),
+        )
+        try:
+            attend = self._attends[key]
+        except KeyError:
+            attend = self._ask(key, q, k, v, mask, softcap)
+        if attend is not None:
+            try:
+                return attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            except KernelUnavailable:
+                self._attends.clear()
         if softcap is not None:
             return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
         return self._sdpa(q, k, v, scale=scale, mask=mask)
 
-    def _kernel_for(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> Kernel | None:
-        """The kernel, if it takes the call; asked once for each kind of call."""
-        backend = here()
-        kernel = _kernel(backend)
-        key = (*asked_for(q, k, v, mask, softcap), backend)
-        if key not in self._taken:
-            if not kernel.route(*key[:2]).supported:
-                return None
-            self._taken.add(key)
-        return kernel
+    def _ask(
+        self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
+    ) -> Attend | None:
+        """How the kernel is called for a kind of call, or None; asked once, since a call must cost next to nothing."""
+        if len(self._attends) >= MOST_KINDS:
+            self._attends.clear()
+        kernel = _kernel(here())
+        workload, needs = asked_for(q, k, v, mask, softcap)
+        form = None if self._variant is None else _form(kernel, self._variant, workload)
+        taken = kernel.route(workload, needs).supported
+        self._attends[key] = attend = (form or kernel.attend) if taken else None
+        return attend
+
+
+def _form(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:
+    """A variant of a kernel, where it differs for a workload."""
+    return kernel.variants(workload).get(variant) if isinstance(kernel, OffersVariants) else None
 
 
 @cache

@@ -2,56 +2,35 @@
 
 from collections import OrderedDict
 from functools import lru_cache
-from typing import Final, Literal
+from typing import Final
 
 import mlx.core as mx
-from msgspec import Struct, structs
+from msgspec import structs
 
 from attention import masks
 from attention.device import Backend, Device, probe
+from attention.implementations import slicing
 from attention.implementations.asked import asked_for, here
-from attention.implementations.blocks import MIB, Blocks, Shape, choose, seen_keys, tile_bytes
-from attention.implementations.blockwise import Call, blocks_of, forward
-from attention.implementations.budget import comfort, default_budget
-from attention.implementations.differentiable import blocks_behind, blockwise
-from attention.implementations.mlx_sdpa import MlxSdpa, fused_bytes, why_unfused
+from attention.implementations.blocks import seen_keys, tile_bytes
+from attention.implementations.blockwise import Call, forward
+from attention.implementations.budget import default_budget
+from attention.implementations.differentiable import Attend, blocks_behind, blockwise
+from attention.implementations.mlx_sdpa import MlxSdpa, fused_bytes
 from attention.implementations.packed import KeyOrValue, Packed, attend_packed
+from attention.implementations.practical_choice import Choice, choice, shape_of, slices_bytes
+from attention.implementations.slicing import Slices
 from attention.implementations.unfused import unfused_bytes
-from attention.masks import Mask, of_workload
+from attention.implementations.waiting import AT_ONCE, at_once, passed
+from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
 
-FORWARD_ARRAYS: Final = 8
-"""Score-sized float32 arrays alive at once in a forward tile, measured: MLX allocates some operations ahead."""
-TRAINING_ARRAYS: Final = 20
-"""The same in a backward tile under mx.compile, which shares less memory; without it there are about 11."""
-WORTHWHILE_SKIP: Final[dict[Backend, float]] = {"cpu": 0.1, "metal": 0.75, "cuda": 0.75}
-"""Share of the scores that blocks must skip to be chosen where the whole score matrix would fit.
-
-On a GPU they have more to make up for: what MLX does in three kernels, a tile does in a dozen.
-"""
-SURE: Final = 1.5
-"""How many times what is predicted of an unfused path must fit: its peak depends on the order that MLX finds."""
 MOST_CHOICES: Final = 4096
 """Choices that are remembered; a decoding loop asks for a new one at each length."""
 
-Way = Literal["fused", "whole", "fused, blocks behind", "whole, blocks behind", "blocks"]
-
-
-class Choice(Struct, frozen=True):
-    """How a call will be computed."""
-
-    way: Way
-    blocks: Blocks
-    backward: Blocks
-    """The tile of a training pass."""
-    reason: str
-    fits_forward: bool = False
-    """Whether the whole score matrix would fit the budget without a gradient."""
-
 
 class Practical:
-    """MLX's SDPA where that is lean; blocks with an online softmax where it would build large scores."""
+    """MLX's SDPA where that is lean; slices or blocks of attention where it would build large scores."""
 
     name = "practical"
     takes_sinks = True
@@ -62,21 +41,21 @@ class Practical:
         self.budget_bytes = budget_bytes
         self._sdpa = MlxSdpa()
         self._choices: OrderedDict[tuple[Workload, Needs, Backend, int, int], Choice] = OrderedDict()
+        self._plain: set[object] = set()
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
-        """Says whether MLX's SDPA is lean enough, and how large the blocks are where not."""
+        """Says whether MLX's SDPA is lean enough, and how large the slices or blocks are where not."""
         choice = self.choice(workload, device, needs)
-        whole = choice.way.endswith("blocks behind") and workload.pass_ != "training"
-        if choice.way == "fused" or (whole and choice.way.startswith("fused")):
-            return Route(
-                path="MLX SDPA, fused", fused=True, reason=choice.reason, predicted_bytes=fused_bytes(workload)
-            )
-        if choice.way == "whole" or whole:
-            needed = unfused_bytes(workload, needs)
-            return Route(path="MLX SDPA, unfused", fused=False, reason=choice.reason, predicted_bytes=needed)
-        tile = f"blocks {choice.blocks.rows} x {seen_keys(shape_of(workload), choice.blocks)}"
-        path = f"{choice.way.partition(',')[0]} + {tile}"[:22] if choice.way.endswith("behind") else tile
-        return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=_predicted(workload, choice.blocks))
+        whole, _, behind = choice.way.partition(", ")
+        if whole in ("fused", "whole") and (not behind or workload.pass_ != "training"):
+            if whole == "fused":
+                path, needed = "MLX SDPA, fused", fused_bytes(workload, device.backend, needs)
+            else:
+                path, needed = "MLX SDPA, unfused", unfused_bytes(workload, needs)
+            return Route(path=path, fused=whole == "fused", reason=choice.reason, predicted_bytes=needed)
+        parts, needed = _parts(choice, workload, device, needs)
+        path = f"{whole} + {parts}"[:22] if behind else parts
+        return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
     def __call__(
         self,
@@ -93,19 +72,53 @@ class Practical:
 
         `sinks` (H,) are scores that join the softmax of every row of a head, without a value.
         """
+        array = None if mask.array is None else (mask.array.shape, mask.array.dtype)
+        key = (q.shape, k.shape, v.shape, q.dtype, mask.causal, mask.window, array, here(), self.budget_bytes)
+        simple = sinks is None and softcap is None and not isinstance(k, Packed)
+        if simple and key in self._plain:
+            return self._sdpa(q, k, v, scale=scale, mask=mask)  # type: ignore[arg-type]
         workload, needs = asked_for(q, k, v, mask, softcap)  # type: ignore[arg-type]
         backend = here()
         choice = self._choose(workload, backend, needs, self._budget_here(), _array_bytes(mask, workload))
-        if choice.way in ("fused", "whole") and sinks is None and not isinstance(k, Packed):
+        if simple and choice.way in ("fused", "whole"):
+            if len(self._plain) >= MOST_CHOICES:
+                self._plain.clear()
+            self._plain.add(key)
             return self._sdpa(q, k, v, scale=scale, mask=mask)  # type: ignore[arg-type]
-        call = Call(scale, mask, softcap, choice.blocks, "exact" if backend == "cpu" else "native")
+        if simple and choice.slices is not None:
+            return self._in_slices(choice, backend, scale, mask)(q, k, v)
+        return self._in_blocks(choice, backend, scale, mask, softcap, sinks, q, k, v)
+
+    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask) -> Attend:
+        assert choice.slices is not None
+        assert choice.backward_slices is not None
+        follow = passed(backend) if choice.waits else at_once
+        calls = [Slices(scale, mask, blocks, follow) for blocks in (choice.slices, choice.backward_slices)]
+        if choice.way == "slices":
+            return slicing.sliced(*calls)
+        return slicing.sliced_behind(lambda q, k, v: self._sdpa(q, k, v, scale=scale, mask=mask), calls[1])
+
+    def _in_blocks(
+        self,
+        choice: Choice,
+        backend: Backend,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+        sinks: mx.array | None,
+        q: mx.array,
+        k: KeyOrValue,
+        v: KeyOrValue,
+    ) -> mx.array:
+        arithmetic, follow = ("exact", at_once) if backend == "cpu" else ("native", passed(backend))
+        call = Call(scale, mask, softcap, choice.blocks, arithmetic, follow)  # type: ignore[arg-type]
         if isinstance(k, Packed) and isinstance(v, Packed):
             if sinks is None and softcap is None and choice.fits_forward:
                 return attend_packed(q, k, v, scale=scale, mask=mask)
             return forward(q, k, v, call, sinks)[0]
         given = (q, k, v) if sinks is None else (q, k, v, sinks)
         backward = structs.replace(call, blocks=choice.backward)
-        if choice.way == "blocks":
+        if choice.way in ("blocks", "slices"):
             return blockwise(call, backward)(*given)
 
         def whole(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None = None) -> mx.array:
@@ -133,49 +146,8 @@ class Practical:
         if key not in self._choices:
             if len(self._choices) >= MOST_CHOICES:
                 self._choices.popitem(last=False)
-            self._choices[key] = self._chosen(workload, backend, needs, budget, array_bytes)
+            self._choices[key] = choice(workload, backend, needs, budget, array_bytes)
         return self._choices[key]
-
-    def _chosen(self, workload: Workload, backend: Backend, needs: Needs, budget: int, array_bytes: int) -> Choice:
-        # A call cannot see whether a gradient will be asked of it: what it takes must hold for both passes.
-        forward, training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
-        blocks, backward = (self.blocks(one, backend, budget) for one in (workload, training))
-        fits_forward = surely(forward, needs) + array_bytes <= budget
-
-        def chosen(way: Way, reason: str) -> Choice:
-            return Choice(way, blocks, backward, reason, fits_forward)
-
-        if needs.softcap:
-            return chosen("blocks", "MLX's SDPA has no softcap")
-        refusal = why_unfused(forward, backend, needs)
-        behind = refusal or why_unfused(training, backend, needs)
-        if not behind:
-            return chosen("fused", "MLX has a fused kernel for this shape, backward too")
-        if refusal and (skipped := skipped_share(workload, blocks)) >= WORTHWHILE_SKIP[backend]:
-            return chosen("blocks", f"{refusal}; blocks skip {skipped:.0%} of the scores")
-        excess = surely(training, needs) + array_bytes
-        if excess <= budget:
-            why = f"{behind}; the scores fit the budget of {mib(budget)}"
-            return chosen("whole" if refusal else "fused", why)
-        why = f"{behind}; the scores need {mib(excess)} in training, the budget is {mib(budget)}"
-        if not refusal:
-            return chosen("fused, blocks behind", why)
-        if backend != "cpu" and fits_forward:
-            return chosen("whole, blocks behind", f"{why}; without a gradient they fit")
-        return chosen("blocks", why)
-
-    def blocks(self, workload: Workload, backend: Backend, budget: int | None = None) -> Blocks:
-        """The tile for a workload."""
-        return choose(shape_of(workload), budget or self._budget_here(), comfort(backend))
-
-
-def surely(workload: Workload, needs: Needs = PLAIN) -> int:
-    """Bytes above inputs and outputs that an unfused path stays within.
-
-    On a CPU keys and values in half precision are multiplied as float32.
-    """
-    widened = 2 * workload.key_value_bytes if workload.dtype != "float32" else 0
-    return int(SURE * (unfused_bytes(workload, needs) - workload.output_bytes)) + widened
 
 
 def _array_bytes(mask: Mask, workload: Workload) -> int:
@@ -201,36 +173,15 @@ def _memory() -> int:
     return probe().memory_bytes
 
 
-def skipped_share(workload: Workload, blocks: Blocks) -> float:
-    """The share of the score matrix that lies in no tile because the mask rules it out."""
-    mask, seq, kv_seq = of_workload(workload), workload.seq, workload.kv_seq
-    computed = sum(len(rows) * len(mask.visible_keys(rows, seq, kv_seq)) for rows in blocks_of(seq, blocks.rows))
-    return 1.0 - computed / (seq * kv_seq)
-
-
-def shape_of(workload: Workload) -> Shape:
-    """What block sizes depend on."""
-    training = workload.pass_ == "training"
-    return Shape(
-        batch=workload.batch,
-        kv_heads=workload.kv_heads,
-        group=workload.heads // workload.kv_heads,
-        seq=workload.seq,
-        kv_seq=workload.kv_seq,
-        head_dim=workload.head_dim,
-        value_dim=workload.value_dim,
-        score_bytes=4 * (TRAINING_ARRAYS if training else FORWARD_ARRAYS),
-        window=workload.window,
-        training=training,
-    )
-
-
-def _predicted(workload: Workload, blocks: Blocks) -> int:
-    """Outputs, logsumexp and a tile's working memory."""
+def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> tuple[str, int]:
+    """What slices or blocks are called in a path, and the bytes that are predicted of them, outputs included."""
+    slices = choice.backward_slices if workload.pass_ == "training" else choice.slices
+    if slices is not None:
+        size = slices_bytes(workload, slices, device.backend, needs)
+        together = unfused_bytes(workload, needs) - workload.output_bytes
+        needed = size if choice.waits else min(size, together)
+        return f"slices {slices.rows} x {seen_keys(shape_of(workload), slices)}", workload.output_bytes + needed
     rows = workload.batch * workload.heads * workload.seq
-    return workload.output_bytes + 4 * rows + tile_bytes(shape_of(workload), blocks)
-
-
-def mib(size: int) -> str:
-    """Bytes as people read them."""
-    return f"{size / MIB:,.0f} MiB"
+    tiles = int(AT_ONCE[device.backend] * tile_bytes(shape_of(workload), choice.blocks))
+    needed = workload.output_bytes + 4 * rows + tiles
+    return f"blocks {choice.blocks.rows} x {seen_keys(shape_of(workload), choice.blocks)}", needed

@@ -7,7 +7,16 @@ from msgspec import Struct, structs
 from attention.device import Device
 from attention.implementations.blocks import Blocks, Shape, tile_bytes
 from attention.implementations.budget import GPU_SHARE, comfort
-from attention.implementations.practical import Practical, mib, shape_of, skipped_share, surely
+from attention.implementations.practical import Practical
+from attention.implementations.practical_choice import (
+    Choice,
+    mib,
+    shape_of,
+    skipped_share,
+    slices_bytes,
+    surely,
+)
+from attention.route import PLAIN
 from attention.workload import Workload
 
 
@@ -27,20 +36,47 @@ def facts(practical: Practical, workload: Workload, device: Device) -> Iterator[
     yield Fact("unfused", mib(surely(forward)), "what scores and all beside them may take, forward")
     yield Fact("", mib(surely(training)), "and in training: what is chosen has to hold for both")
     yield Fact("way", choice.way, choice.reason)
-    if choice.way not in ("fused", "whole"):
+    slices = choice.backward_slices if workload.pass_ == "training" else choice.slices
+    if slices is not None:
+        yield from _of_slices(slices, choice, workload, device)
+    elif choice.way not in ("fused", "whole"):
         yield from _of_tiles(choice.blocks, shape, workload, device)
+
+
+def _of_slices(slices: Blocks, choice: Choice, workload: Workload, device: Device) -> Iterator[Fact]:
+    size = slices_bytes(workload, slices, device.backend, PLAIN)
+    how = "waits for the one before it" if choice.waits else "need not wait: all of them fit"
+    yield Fact("slice", mib(size), f"what one takes while another begins; each {how}")
+    yield from _of_lengths(slices, workload)
+    yield Fact("keys", "all", "that its rows see")
+    yield _skipped(slices, workload)
 
 
 def _of_tiles(blocks: Blocks, shape: Shape, workload: Workload, device: Device) -> Iterator[Fact]:
     limit = comfort(device.backend)
-    room = "as large as the budget lets it be" if limit is None else f"grows up to {mib(limit)}, for the caches' sake"
-    yield Fact("tile", mib(tile_bytes(shape, blocks)), room)
-    heads = f"{blocks.batches} x {blocks.kv_heads * shape.group}"
-    yield Fact("heads", heads, f"of {workload.batch} sequences x {workload.heads} query heads")
-    yield Fact("rows", f"{blocks.rows:,}", f"of {workload.seq:,}")
+    size = tile_bytes(shape, blocks)
+    if limit is None:
+        room = "as large as the budget lets it be"
+    elif size > limit:
+        room = f"one key head's; more than {mib(limit)} would gain nothing, for the caches' sake"
+    else:
+        room = f"takes in more heads and rows up to {mib(limit)}, for the caches' sake"
+    yield Fact("tile", mib(size), room)
+    yield from _of_lengths(blocks, workload)
     yield Fact("keys", f"{blocks.keys:,}", f"of {workload.kv_seq:,}: {_why_keys(shape, blocks)}")
-    skipped = skipped_share(workload, blocks)
-    yield Fact("skipped", f"{skipped:.0%}", "of the scores: tiles that the mask rules out are never computed")
+    yield _skipped(blocks, workload)
+
+
+def _of_lengths(blocks: Blocks, workload: Workload) -> Iterator[Fact]:
+    heads = f"{blocks.batches} x {blocks.kv_heads * (workload.heads // workload.kv_heads)}"
+    sequences = "1 sequence" if workload.batch == 1 else f"{workload.batch} sequences"
+    yield Fact("heads", heads, f"of {sequences} x {workload.heads} query heads")
+    yield Fact("rows", f"{blocks.rows:,}", f"of {workload.seq:,}")
+
+
+def _skipped(blocks: Blocks, workload: Workload) -> Fact:
+    share = skipped_share(workload, blocks)
+    return Fact("skipped", f"{share:.0%}", "of the scores: what the mask rules out for a whole tile is never computed")
 
 
 def _why_budget(practical: Practical, device: Device) -> str:

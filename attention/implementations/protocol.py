@@ -82,3 +82,12 @@ class BringsRunner(Protocol):
     def runner(self, workload: Workload, inputs: "Sequence[mx.array]", scale: float) -> Runner:
         """Converts the inputs (q, k, v, and in training the output's gradient), and returns the bound call."""
         ...
+
+
+@runtime_checkable
+class TellsPasses(Protocol):
+    """An implementation that does otherwise in training, which no call can see of itself."""
+
+    def for_training(self) -> Implementation:
+        """The same for calls whose gradients are asked for."""
+        ...

@@ -1,7 +1,7 @@
 """How long one call takes: queued calls evaluated together, and single calls evaluated by themselves."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Final
 
@@ -15,12 +15,15 @@ ALIKE: Final = 1.6
 """Runners whose calls differ by less than this factor take samples of as many calls."""
 LATENCY_CALLS: Final = 30
 
+Clock = Callable[[], float]
+"""Seconds since whenever."""
 
-def take_sample(runner: Runner, calls: int) -> float:
+
+def take_sample(runner: Runner, calls: int, clock: Clock = time.perf_counter) -> float:
     """Queues some independent calls, evaluates every output, and returns the seconds that one of them took."""
-    started = time.perf_counter()
+    started = clock()
     runner.wait([runner.queue() for _ in range(calls)])
-    return (time.perf_counter() - started) / calls
+    return (clock() - started) / calls
 
 
 def calls_for(call_s: float, sample_s: float, output_bytes: int) -> int:
@@ -43,7 +46,14 @@ def shared_calls(call_s: Sequence[float], sample_s: float, output_bytes: int) ->
     return calls
 
 
-def warm_up(runner: Runner, call_s: float, least_s: float, sample_s: float, output_bytes: int) -> float:
+def warm_up(
+    runner: Runner,
+    call_s: float,
+    least_s: float,
+    sample_s: float,
+    output_bytes: int,
+    clock: Clock = time.perf_counter,
+) -> float:
     """Repeats calls until two samples in a row agree, for at least least_s and at most ten times as long.
 
     Args:
@@ -52,24 +62,25 @@ def warm_up(runner: Runner, call_s: float, least_s: float, sample_s: float, outp
         least_s: seconds to warm up at the least.
         sample_s: seconds of one sample.
         output_bytes: what one call returns.
+        clock: in seconds.
 
     Returns:
         Seconds a call.
     """
-    started = time.perf_counter()
+    started = clock()
     while True:
         before = call_s
-        call_s = take_sample(runner, calls_for(call_s, sample_s / 2, output_bytes))
-        elapsed = time.perf_counter() - started
+        call_s = take_sample(runner, calls_for(call_s, sample_s / 2, output_bytes), clock)
+        elapsed = clock() - started
         settled = abs(call_s - before) <= SETTLED * before
         if (settled and elapsed >= least_s) or elapsed >= 10 * least_s:
             return call_s
 
 
-def latency(runner: Runner, seconds: float) -> float:
+def latency(runner: Runner, seconds: float, clock: Clock = time.perf_counter) -> float:
     """Median seconds of single calls, each evaluated and waited for before the next, within about `seconds`."""
     times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < LATENCY_CALLS and (len(times) < 3 or time.perf_counter() - started < seconds):
-        times.append(take_sample(runner, 1))
+    started = clock()
+    while len(times) < LATENCY_CALLS and (len(times) < 3 or clock() - started < seconds):
+        times.append(take_sample(runner, 1, clock))
     return median(times)

@@ -11,7 +11,7 @@ from typing import Final
 from msgspec import Struct, field
 
 from attention.implementations.protocol import Runner
-from attention.measure.clock import take_sample
+from attention.measure.clock import Clock, take_sample
 from attention.statistics import log_ratios, ratio_interval
 
 FEWEST_ROUNDS: Final = 3
@@ -31,12 +31,13 @@ class Arm(Struct, kw_only=True, eq=False):
     lead_in: bool = False
     """Whether each sample follows an untimed one of the same length, so that all find the same clocks and power."""
     samples: list[float] = field(default_factory=list)
+    clock: Clock = time.perf_counter
 
     def sample(self) -> None:
         """Adds one sample, in seconds a call."""
         if self.lead_in:
-            take_sample(self.runner, self.calls)
-        self.samples.append(take_sample(self.runner, self.calls))
+            take_sample(self.runner, self.calls, self.clock)
+        self.samples.append(take_sample(self.runner, self.calls, self.clock))
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -54,7 +55,8 @@ def run_rounds(
     seed: int,
     before: Callable[[Arm], None],
     failed: Callable[[Arm, Exception], None],
-    after: Callable[[list[Arm]], None],
+    after: Callable[[list[Arm]], str | None],
+    clock: Clock = time.perf_counter,
 ) -> str:
     """Takes samples round by round; the first arm is the reference.
 
@@ -64,13 +66,14 @@ def run_rounds(
         seed: of the order.
         before: called before each sample.
         failed: called with an arm that raised, and what it raised.
-        after: called with the arms that are still in, after each round.
+        after: called with the arms that are still in, after each round; it may take some out, or say why to stop.
+        clock: in seconds.
 
     Returns:
-        "precision", "time", or "failed" when no arm is left.
+        "precision", "time", what `after` said, or "failed" when no arm is left.
     """
     draw = random.Random(seed)
-    started = time.perf_counter()
+    started = clock()
     for count in _count_from_one():
         with _no_collection():
             for arm in draw.sample(arms, len(arms)):
@@ -80,12 +83,14 @@ def run_rounds(
                 except Exception as error:  # whatever an implementation raises is its own row's failure
                     arms.remove(arm)
                     failed(arm, error)
-        after(arms)
+        told = after(arms)
         if not arms:
             return "failed"
+        if told:
+            return told
         if count % FEWEST_FOR_PRECISION == 0 and narrow_enough(arms, limits.precision):
             return "precision"
-        if count >= FEWEST_ROUNDS and time.perf_counter() - started >= limits.seconds:
+        if count >= FEWEST_ROUNDS and clock() - started >= limits.seconds:
             return "time"
     raise AssertionError("rounds end by a limit")
 

@@ -99,10 +99,10 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
     def _train(self, name: str, work: FineTuning) -> bool | None:
         """Fine-tunes with an implementation; says whether all iterations were made, None where it failed."""
         self._teller.step(name, "training")
-        calls, base = Calls(name), mx.get_active_memory()
+        calls, base = Calls(name, training=True), mx.get_active_memory()
         mx.reset_peak_memory()  # sets the peak to 0, not to what is active
         try:
-            with replaced(name):
+            with replaced(name, training=True):
                 complete = self._fine_tune(work, work.iters, self._told(name, work.iters))
         except Exception as error:
             self._fail(name, error)
@@ -119,7 +119,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         self._teller.at_rest()
         iters = _iterations_again(work)
         try:
-            with replaced(reference):
+            with replaced(reference, training=True):
                 self._fine_tune(work, iters, self._told(on.AGAIN, iters))
         except Exception as error:
             self._teller.say(f"{reference} could not be repeated, so there is no noise floor: {error}")

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from attention import implementations
 from attention.events import WITHOUT, CallsCounted
+from attention.implementations.protocol import TellsPasses
 from attention.patch import seams
 from attention.patch.model_patch import ModelPatch
 
@@ -16,17 +17,20 @@ UNTOUCHED: Final = "mlx"
 """The peer as it is: in a model that is mlx-lm as it is. Whatever a patch costs, only those who need one pay it."""
 
 
-def replaced(name: str) -> AbstractContextManager[object]:
-    """A context in which models attend by an implementation."""
+def replaced(name: str, *, training: bool = False) -> AbstractContextManager[object]:
+    """A context in which models attend by an implementation; it may want to know that they are trained."""
     if name == UNTOUCHED:
         return nullcontext()
-    return _nothing() if name == WITHOUT else _patch(name)
+    return _nothing() if name == WITHOUT else _patch(name, training)
 
 
 @cache
-def _patch(name: str) -> ModelPatch:
+def _patch(name: str, training: bool) -> ModelPatch:
     """The same one each time, since it remembers its routes."""
-    return ModelPatch(implementations.get(name))
+    implementation = implementations.get(name)
+    return ModelPatch(
+        implementation.for_training() if training and isinstance(implementation, TellsPasses) else implementation
+    )
 
 
 @contextmanager
@@ -53,10 +57,10 @@ def _query_alone(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **named: Any
 class Calls:
     """Counts the calls of attention that an implementation gets from here on."""
 
-    def __init__(self, name: str) -> None:
-        """Begins to count."""
+    def __init__(self, name: str, *, training: bool = False) -> None:
+        """Begins to count; the same arguments as those of `replaced`."""
         self._name = name
-        self._patch = None if name == UNTOUCHED else _patch(name)
+        self._patch = None if name == UNTOUCHED else _patch(name, training)
         self._before = self._counts()
 
     def _counts(self) -> tuple[int, int]:

@@ -88,10 +88,9 @@ class Offers:
 
     def _verdict(self, call: ModelCall, k: Any, v: Any) -> Verdict:
         """Looked at once for each kind of call: decoding, every layer asks again."""
-        mask = call.mask if not isinstance(call.mask, mx.array) else (*call.mask.shape, call.mask.dtype)
-        packed = isinstance(k, Packed)
-        kind = (call.q.shape, k.shape, v.shape, call.q.dtype, k.dtype, v.dtype, mask, packed)
-        key = tuple(tuple(part) if isinstance(part, list) else part for part in kind)
+        mask = call.mask
+        array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else mask
+        key = (call.q.shape, k.shape, v.shape, call.q.dtype, k.dtype, v.dtype, array, isinstance(k, Packed))
         verdict = self._verdicts.get(key)
         if verdict is None:
             if len(self._verdicts) >= KNOWN_SHAPES:

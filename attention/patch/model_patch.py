@@ -21,7 +21,15 @@ from attention.patch.counts import Counts
 P = ParamSpec("P")
 R = TypeVar("R")
 OWN_MODULES: Final = ("attention.patch.", "attention.monitoring.")
-_inside = threading.local()
+
+
+class _Inside(threading.local):
+    """Whether this thread is inside of attention already: what that calls of MLX's is no call of a model."""
+
+    own = False
+
+
+_inside = _Inside()
 
 
 class ModelPatch(Counts):
@@ -107,8 +115,8 @@ class ModelPatch(Counts):
 
     def _attend_directly(self, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
         """In the place of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are taken."""
-        known = {name: value for name, value in kwargs.items() if name in ("scale", "mask", "sinks")}
-        if not getattr(_inside, "own", False) and _caller().partition(".")[0] == seams.PACKAGE:
+        if not _inside.own and _caller().partition(".")[0] == seams.PACKAGE:
+            known = {name: value for name, value in kwargs.items() if name in ("scale", "mask", "sinks")}
             if len(known) < len(kwargs) or "scale" not in known:
                 self.hand("a stream or force_fused")
             else:
@@ -119,6 +127,7 @@ class ModelPatch(Counts):
 
     def _taken(self, call: ModelCall) -> mx.array | None:
         """The implementation's output, or None where it does not take the call."""
+        before, _inside.own = _inside.own, True
         try:
             offer = self._offers.of(call)
             more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
@@ -128,6 +137,8 @@ class ModelPatch(Counts):
         except UnsupportedError as error:
             self.hand(str(error))
             return None
+        finally:
+            _inside.own = before
         self.take(offer.path)
         return out
 
@@ -159,8 +170,7 @@ class ModelPatch(Counts):
 
 def _as_it_is(function: Callable[..., mx.array], *args: Any) -> mx.array:
     """Calls mlx-lm's own function, whose call of MLX's is then none to be taken."""
-    before = getattr(_inside, "own", False)
-    _inside.own = True
+    before, _inside.own = _inside.own, True
     try:
         return function(*args)
     finally:

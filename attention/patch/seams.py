@@ -9,7 +9,7 @@ closure say, is none the worse: with nobody there it calls the function itself.
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from types import ModuleType
 from typing import Any, Final
 
@@ -37,6 +37,8 @@ class Seam:
     def __init__(self, home: ModuleType, name: str) -> None:
         """Finds the function; nothing is replaced yet."""
         self.original: Function = getattr(home, name)
+        self._call = self._unwatched = self.original
+        self._unseen = 0
         self.replacement = self._made()
         self._home, self._name = home, name
         self._takers: tuple[Taker, ...] = ()
@@ -51,33 +53,41 @@ class Seam:
                 _bind(self._bound, self.replacement)
             self._takers += (taker,) if taker else ()
             self._watchers += (watcher,) if watcher else ()
+            self._compose()
 
     def remove(self, *, taker: Taker | None = None, watcher: Watcher | None = None) -> None:
         """Lets somebody out, in any order; the last one puts the function back."""
         with _lock:
             self._takers = _without(self._takers, taker)
             self._watchers = _without(self._watchers, watcher)
+            self._compose()
             if not (self._takers or self._watchers):
                 home = [(vars(self._home), self._name)]
                 here = [*home, *self._bound, *_bindings(self.replacement, self._home, self._name)]
                 _bind([(names, name) for names, name in here if names.get(name) is self.replacement], self.original)
                 self._bound = []
 
-    def _made(self) -> Function:
-        original = self.original
+    def pass_on(self, calls: int) -> int:
+        """Lets so many calls go by at hardly any cost, unseen by the watcher that asks; none where it is not alone."""
+        self._unseen = calls if len(self._watchers) == 1 else 0
+        return self._unseen
 
-        @wraps(original)
+    def _made(self) -> Function:
+        @wraps(self.original)
         def replacement(*args: Any, **kwargs: Any) -> Any:
-            call = self._takers[-1] if self._takers else original
-            for watcher in self._watchers:
-                call = _watched(watcher, call)
-            return call(*args, **kwargs)
+            if self._unseen > 0:
+                self._unseen -= 1
+                return self._unwatched(*args, **kwargs)
+            return self._call(*args, **kwargs)
 
         return replacement
 
-
-def _watched(watcher: Watcher, call: Function) -> Function:
-    return lambda *args, **kwargs: watcher(call, *args, **kwargs)
+    def _compose(self) -> None:
+        self._unseen = 0
+        self._unwatched = call = self._takers[-1] if self._takers else self.original
+        for watcher in self._watchers:
+            call = partial(watcher, call)
+        self._call = call
 
 
 def _without(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[Function, ...]:

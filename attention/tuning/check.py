@@ -2,21 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from statistics import median
 from typing import Final
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention import statistics
 from attention.device import probe
 from attention.implementations.runner import make_inputs
 from attention.masks import of_workload
-from attention.measure.clock import shared_calls
+from attention.measure.clock import Clock, shared_calls
 from attention.measure.rounds import Arm, Limits, run_rounds
 from attention.report import Ratio
 from attention.tuning.candidates import fitting
 from attention.tuning.demo import Demo
-from attention.tuning.halving import BEHIND, Halving
-from attention.tuning.task import BoundCall, Task
+from attention.tuning.sighting import Sighting
+from attention.tuning.task import BoundCall, Check, Task
 from attention.workload import Workload
 
 LEAST_SHARE: Final = 0.97
@@ -24,6 +25,9 @@ LEAST_SHARE: Final = 0.97
 LEAST_FOUND: Final = 0.95
 """Share of the cases in which the choice must be the best or inside the noise floor of it."""
 SAMPLE_S: Final = 0.004
+LONGEST: Final = 4.0
+BEHIND: Final = 1.5
+"""How many times the best a candidate may take to be measured beside it."""
 PRECISION: Final = 0.005
 AGAIN: Final = "(again)"
 DEMO: Final = "(demo)"
@@ -46,12 +50,13 @@ class Checked(Struct, frozen=True, kw_only=True):
 def check(demo: Demo, workload: Workload, seconds: float, seed: int = 0) -> Checked:
     """Checks the choice for a workload, which is tuned beforehand if it was not.
 
-    Every candidate that fits is called once; those that come within 1.5 times the best of them take part in rounds.
+    Every candidate that fits is called and warmed up; the accurate ones that come within 1.5 times the best of them
+    take part in rounds, with the choice once more as its own noise floor, and with demo as a run calls it.
 
     Args:
         demo: what chooses.
         workload: the case.
-        seconds: of the rounds.
+        seconds: of the rounds; LONGEST times as many where it is open whether demo keeps to LEAST_SHARE.
         seed: of the inputs and of the order.
 
     Raises:
@@ -61,33 +66,56 @@ def check(demo: Demo, workload: Workload, seconds: float, seed: int = 0) -> Chec
     task = Task(workload=workload, inputs=inputs, scale=workload.scale, mask=of_workload(workload))
     own = demo.runner(workload, inputs, workload.scale)
     chosen = demo.standing(task).name
-    device = probe()
-    names = fitting(demo.candidates, workload, device, task.needs)
-    looks = Halving(math.inf, workload.output_bytes, device.backend == "cpu", demo.clock)
-    ordered = [chosen, *(name for name in names if name != chosen)]
-    seen = looks.look({name: BoundCall(demo.candidates[name], task) for name in ordered})
-    limit = BEHIND * min(each.sighted_s for each in seen)
-    near = {each.name: each for each in seen if each.sighted_s <= limit or each.name == chosen}
-    arms = [Arm(name=each.name, runner=each.runner, call_s=each.sighted_s) for each in near.values()]
-    arms[1:1] = [
-        Arm(name=AGAIN, runner=near[chosen].runner, call_s=near[chosen].sighted_s),
-        Arm(name=DEMO, runner=own, call_s=near[chosen].sighted_s),
+    choice, *others = _near(demo, task, chosen)
+    arms = [
+        choice,
+        structs.replace(choice, name=AGAIN, samples=[]),
+        structs.replace(choice, name=DEMO, samples=[], runner=own),
+        *others,
     ]
-    _run(arms, workload, seconds, seed, on_gpu=device.backend != "cpu")
+    _run(arms, workload, seconds, seed, demo.clock)
     return _judged(workload, {arm.name: arm.samples for arm in arms}, chosen)
 
 
-def _run(arms: list[Arm], workload: Workload, seconds: float, seed: int, on_gpu: bool) -> None:
+def _near(demo: Demo, task: Task, chosen: str) -> list[Arm]:
+    """The choice, and the accurate candidates that come near the best."""
+    device = probe()
+    names = [chosen, *fitting(demo.candidates, task.workload, device, task.needs)]
+    sighting = Sighting(math.inf, task.workload.output_bytes, device.backend != "cpu", demo.clock)
+    runners = {name: BoundCall(demo.candidates[name], task) for name in names}
+    choice, *others = sighting.look(runners)
+    if choice.name != chosen:
+        raise RuntimeError(f"{chosen} cannot be run any more: {sighting.failed[chosen]}")
+    warm = sighting.warm([choice, *others], SAMPLE_S)
+    limit = BEHIND * min((arm.call_s for arm in warm), default=math.inf)
+    right = Check(task)
+    near = [arm for arm in warm if arm is not choice and arm.call_s <= limit]
+    return [choice, *(arm for arm in near if not right.error(demo.candidates[arm.name])[1])]
+
+
+def _run(arms: list[Arm], workload: Workload, seconds: float, seed: int, clock: Clock) -> None:
     numbers = shared_calls([arm.call_s for arm in arms], SAMPLE_S, workload.output_bytes)
     for arm, calls in zip(arms, numbers, strict=True):
-        arm.calls, arm.lead_in = calls, on_gpu
+        arm.calls = calls
+    choice, _, own, *others = arms
+    started = clock()
+
+    def after(running: list[Arm]) -> str | None:
+        if clock() - started < seconds or not all(arm in running for arm in (choice, own)):
+            return None
+        best = min((arm for arm in running if arm in others), key=lambda arm: median(arm.samples), default=choice)
+        best = min((choice, best), key=lambda arm: median(arm.samples))
+        _, low, high = statistics.ratio_interval(statistics.log_ratios(best.samples, own.samples))
+        return None if low < math.log(LEAST_SHARE) <= high else "decided"
+
     run_rounds(
         list(arms),
-        Limits(seconds=seconds, precision=PRECISION),
+        Limits(seconds=LONGEST * seconds, precision=PRECISION),
         seed=seed,
         before=lambda arm: None,
         failed=lambda arm, error: arm.samples.clear(),
-        after=lambda running: None,
+        after=after,
+        clock=clock,
     )
 
 

@@ -7,14 +7,17 @@ from typing import Any, Final, Literal
 import mlx.core as mx
 from msgspec import structs
 
+from attention import events as on
 from attention.device import Device, probe
 from attention.implementations.asked import asked_for, here
 from attention.implementations.protocol import Implementation, NeedsBuilding
-from attention.implementations.runner import MlxRunner
 from attention.masks import Mask, of_workload
+from attention.measure.clock import Clock
 from attention.route import PLAIN, Needs, Route
+from attention.tuning import news
 from attention.tuning.candidates import LEANEST, candidates, fitting
-from attention.tuning.halving import Clock
+from attention.tuning.code_mark import code_mark
+from attention.tuning.demo_runner import DemoRunner
 from attention.tuning.standing import Standing, evaluated, heir, standing_of
 from attention.tuning.store import Entry, Store
 from attention.tuning.task import Check, Task
@@ -27,8 +30,6 @@ TRIAL_S: Final = 0.5
 IN_USE: Final = 64
 """Calls after which a class counts as in use, so that a neighbouring one takes over its choice without a trial."""
 MOST_KEYS: Final = 4096
-SAMPLES_A_LOOK: Final = 8
-"""Of a run's samples, one in so many is looked at: even some microseconds of each would show."""
 
 
 class Demo:
@@ -68,11 +69,11 @@ class Demo:
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """What a trial chose; before one, what would be taken where no trial can be made."""
-        standing = self._known(class_of(workload, device, needs), self._fitting(workload, device, needs))
+        standing = self._known(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
         if standing is None:
             route = self.candidates[self._by_routes(workload, device, needs)].route(workload, device, needs)
-            reason = f"tries {', '.join(self.candidates)} on first use, as far as they fit"
-            return structs.replace(route, path="not tried yet", reason=reason)
+            names = ", ".join(self._fitting(workload, device, needs))
+            return structs.replace(route, path="not tried yet", reason=f"takes the fastest on first use: tries {names}")
         route = self.candidates[standing.name].route(workload, device, needs)
         return structs.replace(route, path=f"tuned: {standing.name}"[:22], reason=f"fastest in a trial; {route.reason}")
 
@@ -81,8 +82,8 @@ class Demo:
     ) -> mx.array:
         """Attends; shapes as in the protocol.
 
-        While a function is traced no trial is made and nothing is timed: what is known is taken, and otherwise what
-        the routes say.
+        Where a function is traced and nothing is known, the trial is made on inputs of its own, in the midst of
+        tracing; after that traced calls are not timed.
         """
         key = _key(q, k, v, mask, softcap)
         standing = self._keys.get(key)
@@ -102,9 +103,18 @@ class Demo:
         for one in self._built():
             one.build(tell)
 
-    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> "DemoRunner":
+    def for_training(self) -> "Demo":
+        """The same for calls whose gradients are asked for; trials are remembered together."""
+        other = Demo(
+            pass_="training", among=self.candidates, store=self.store, budget_s=self._budget_s, clock=self.clock
+        )
+        other._classes = self._classes
+        return other
+
+    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> DemoRunner:
         """A bound call; a trial, of the workload's own pass, is made here and now, before anything is timed."""
-        return DemoRunner(self, Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload)))
+        task = Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload))
+        return DemoRunner(self, task)
 
     def tune(self, task: Task) -> Entry:
         """Makes a trial on a task, whatever is remembered, and remembers what it found.
@@ -115,7 +125,7 @@ class Demo:
         device = probe()
         for one in self._built():
             if one.needs_building(task.workload, device):
-                one.build(lambda text: None)
+                one.build(lambda text: news.tell(on.Message(level="info", text=text)))
         names = self._fitting(task.workload, device, task.needs)
         workload = class_of(task.workload, device, task.needs)
         trial = Trial(workload, task, budget_s=self._budget_s, device=device, clock=self.clock, now=self.store.now)
@@ -129,17 +139,19 @@ class Demo:
         """The choice for a task, after a trial if there was none."""
         device = probe()
         workload = class_of(task.workload, device, task.needs)
-        known = self._known(workload, self._fitting(task.workload, device, task.needs))
+        known = self._known(workload, lambda: self._fitting(task.workload, device, task.needs))
         if known is None:
             self.tune(task)
             known = self._classes[workload]
         return known
 
-    def attempt_pair(self, standing: Standing, run: Callable[[Implementation], Any], task: Task) -> None:
-        """Times the choice against its challenger once, if there is one."""
+    def attempt_pair(
+        self, standing: Standing, run: Callable[[Implementation], Any], task: Task, *, queued: bool
+    ) -> None:
+        """Times the choice against its challenger once, if there is one; `queued` says what `run` runs."""
         challenger = standing.watch.challenger
         if challenger is not None:
-            standing.pair(challenger, run, Check(task).error, self.candidates, self.clock)
+            standing.pair(challenger, run, Check(task).error, self.candidates, self.clock, queued=queued)
 
     def _built(self) -> list[NeedsBuilding]:
         return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding)]
@@ -148,13 +160,19 @@ class Demo:
         """What fits the longest lengths of the workload's class."""
         return fitting(self.candidates, longest(workload), device, needs)
 
-    def _known(self, workload: WorkloadClass, fit: Sequence[str]) -> Standing | None:
-        """The choice that this process or the file knows, unless a candidate is there that was never tried."""
+    def _known(self, workload: WorkloadClass, fitting: Callable[[], Sequence[str]]) -> Standing | None:
+        """The choice that this process knows, or the file.
+
+        The file's counts for these candidates only: none that was changed since, and none that was never tried.
+        """
         standing = self._classes.get(workload)
         if standing is not None:
             return standing
         entry = self.store.get(workload)
-        if entry is None or entry.winner not in fit or set(fit) - {*entry.call_s, *entry.untried}:
+        if entry is None or entry.made_with != code_mark():
+            return None
+        fit = fitting()
+        if entry.winner not in fit or set(fit) - {*entry.call_s, *entry.untried}:
             return None
         return self._classes.setdefault(workload, standing_of(entry, self.candidates))
 
@@ -167,30 +185,35 @@ class Demo:
         device = probe()
         fit = self._fitting(workload, device, needs)
         found = class_of(workload, device, needs)
-        standing = self._known(found, fit)
-        if standing is None and evaluated(q, k, v, mask.array):
-            near = [
-                each
-                for each in self._classes.values()
-                if each.calls >= IN_USE and each.name in fit and each.workload.next_to(found)
-            ]
-            if near:
-                standing = self._classes[found] = heir(near[-1], found, fit)
-            else:
-                inputs = [q, k, v, mx.ones((*q.shape[:3], v.shape[3]), q.dtype)][: 4 if self._pass == "training" else 3]
-                task = Task(workload=workload, inputs=inputs, scale=scale, mask=mask, softcap=softcap)
-                self.tune(task)
-                standing = self._classes[found]
+        standing = self._known(found, lambda: fit)
+        if standing is None:
+            task = Task(workload=workload, inputs=[q, k, v], scale=scale, mask=mask, softcap=softcap)
+            standing = self._found(found, task, fit, device)
         if standing is None or standing.name not in fit:
             name = self._by_routes(workload, device, needs)
             plain = Standing(workload=found, name=name, call=self.candidates[name], rivals={}, watch=Watch({}))
             if standing is None:
-                return plain  # while tracing: the next call may find values to try with
+                return plain  # too large for a trial while tracing: the next call may find values to try with
             standing = plain
         if len(self._keys) >= MOST_KEYS:
             self._keys.clear()
         self._keys[key] = standing
         return standing
+
+    def _found(self, found: WorkloadClass, task: Task, fit: Sequence[str], device: Device) -> Standing | None:
+        """What is chosen for a class that is not known: a neighbour's choice, or what a trial finds."""
+        if not evaluated(*task.inputs, task.mask.array):
+            stand_in = task.stand_in(device.available_bytes // 2)
+            if stand_in is None:
+                return None
+            self.tune(stand_in)
+            return self._classes[found]
+        for near in reversed(self._classes.values()):
+            if near.calls >= IN_USE and near.name in fit and near.workload.next_to(found):
+                standing = self._classes[found] = heir(near, found, fit)
+                return standing
+        self.tune(task.complete())
+        return self._classes[found]
 
     def _look(
         self,
@@ -225,62 +248,6 @@ class Demo:
         fit = fitting(self.candidates, workload, device, needs)
         fused = (name for name in fit if self.candidates[name].route(workload, device, needs).fused)
         return next(fused, LEANEST if LEANEST in self.candidates else fit[0])
-
-
-class DemoRunner(MlxRunner):
-    """Repeats the choice; watches by the samples that are taken anyhow, so that nothing is evaluated for its sake."""
-
-    def __init__(self, demo: Demo, task: Task) -> None:
-        """Binds the call, after a trial if there was none."""
-        super().__init__(demo, task.workload, task.inputs, task.scale)
-        self._demo = demo
-        self._task = task
-        self._standing = demo.standing(task)
-        self._implementation = self._standing.call
-        self._watching = True
-        self._began = 0.0
-        self._queued = self._usual = self._waits = self._calls = 0
-
-    def queue(self) -> list[mx.array]:
-        """Queues one call."""
-        if not self._queued:
-            self._began = self._demo.clock()
-        self._queued += 1
-        return super().queue() if self._training else [self._attend(*self._inputs)]
-
-    def wait(self, outputs: Sequence[object]) -> None:
-        """Evaluates the outputs of all calls queued; then, within the share of calls for that, tries a challenger."""
-        super().wait(outputs)
-        count, self._queued = self._queued, 0
-        self._calls += count
-        self._waits += 1
-        if self._waits % SAMPLES_A_LOOK == 0:
-            self._look_at((self._demo.clock() - self._began) / count, count)
-
-    def _look_at(self, call_s: float, count: int) -> None:
-        """Takes in what a call of a sample took, and how many calls the sample had."""
-        standing = self._standing
-        standing.calls, self._calls = standing.calls + self._calls, 0
-        if count != self._usual:
-            self._usual = count
-            standing.watch.begin_anew()
-        standing.watch.observe(call_s)
-        # A pair is two calls beyond those that were asked for.
-        if self._watching and standing.watch.may_try(standing.calls // 2):
-            self._demo.attempt_pair(standing, self._once, self._task)
-        self._implementation = standing.call
-
-    def peak_bytes(self) -> int | None:
-        """Peak memory of the choice alone."""
-        self._watching = False
-        try:
-            return super().peak_bytes()
-        finally:
-            self._watching = True
-
-    def _once(self, candidate: Implementation) -> list[mx.array]:
-        runner = MlxRunner(candidate, self._task.workload, self._inputs, self._scale)
-        return runner.results()
 
 
 def _key(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> object:

@@ -1,46 +1,40 @@
-"""Successive halving: all that run get a short look, the better half a longer one, the last two the rest.
+"""Successive halving: all that stand a chance get some rounds, the better half more, the last two what it takes.
 
-Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", AISTATS 2016.
+Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", AISTATS 2016; and as
+in "Hoeffding races" (Maron and Moore, NIPS 1993) whoever is surely behind leaves at once, whoever is not stays.
+The rounds are those of a run: interleaved, in an order that changes, samples of queued calls that are paired.
 """
 
 import math
-import random
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Mapping
+from statistics import fmean, median
 from typing import Final
 
-from msgspec import Struct, field
+from msgspec import Struct
 
 from attention.implementations.protocol import Runner
-from attention.measure.clock import calls_for
+from attention.measure.clock import Clock, shared_calls
+from attention.measure.rounds import Arm, Limits, run_rounds
 from attention.report import Ratio
-from attention.statistics import log_ratios, ratio_interval
+from attention.statistics import CONFIDENCE, SMALLEST_FLOOR, log_ratios, ratio_interval
+from attention.tuning.sighting import SHORTEST_S, Sighting
 
 SAMPLE_S: Final = 0.003
 """What a sample lasts at least: a call of less is queued several times, as running programs do."""
-HOPELESS: Final = 4.0
-"""How many times the best a candidate may have taken on first sight to be timed further."""
-BEHIND: Final = 1.5
-"""The same once samples were taken."""
-LEAST_PAIRS: Final = 3
-
-Clock = Callable[[], float]
-
-
-class Contender(Struct, eq=False):
-    """A candidate with what it took so far, in seconds a call."""
-
-    name: str
-    runner: Runner
-    sighted_s: float = math.inf
-    samples: list[float] = field(default_factory=list)
-    round: int = 0
-    """The round in which the samples were taken; those of one round are paired."""
-
-    @property
-    def call_s(self) -> float:
-        """What a call takes, as far as is known."""
-        return median(self.samples) if self.samples else self.sighted_s
+EXTENDED: Final = 3.0
+"""How many times its budget a trial may take while the best two are not told apart and it would matter."""
+LEAST_SHARE: Final = 0.5
+"""Of the budget that is for rounds, though first looks used it all."""
+IMMATERIAL: Final = SMALLEST_FLOOR
+"""By how much the better of two may be faster without mattering."""
+FEWEST: Final = 12
+"""Rounds without which nobody is surely behind."""
+LOOK_EVERY: Final = 4
+"""Rounds between looks at who is behind."""
+SURE: Final = 0.99
+"""Confidence of being behind, or ahead, while there is time for more rounds: there are many looks."""
+ALONE: Final = 9
+"""Single calls of each, so that running programs, which are watched by such, are told apart from queues of calls."""
 
 
 class Found(Struct, frozen=True, kw_only=True):
@@ -48,6 +42,8 @@ class Found(Struct, frozen=True, kw_only=True):
 
     call_s: dict[str, float]
     """Seconds a call of each candidate that ran, best first."""
+    alone_s: dict[str, float] = {}
+    """Seconds of a single call that is waited for, where calls were queued together."""
     pairs: list[float]
     """Logarithms of the runner-up's time over the winner's, sample by sample."""
     untried: list[str]
@@ -67,110 +63,139 @@ class Found(Struct, frozen=True, kw_only=True):
 class Halving:
     """One trial of some runners."""
 
-    def __init__(self, budget_s: float, output_bytes: int, cold_tells: bool, clock: Clock) -> None:
-        """Sets the limits.
+    def __init__(self, budget_s: float, output_bytes: int, on_gpu: bool, clock: Clock) -> None:
+        """Sets the limits; see Sighting.
 
         Args:
-            budget_s: seconds after which no further call begins, once one candidate has been seen.
+            budget_s: seconds of a trial, where the best two are told apart by then; EXTENDED times as many at most.
             output_bytes: what one call returns.
-            cold_tells: whether a first call shows how fast a candidate is; not where it compiles or makes plans.
-                Then first calls are outside of the budget too.
+            on_gpu: whether it runs on a GPU.
             clock: in seconds.
         """
+        self._sighting = Sighting(budget_s, output_bytes, on_gpu, clock)
+        self._spent = self._sighting.spent
         self._budget_s = budget_s
         self._output_bytes = output_bytes
-        self._cold_tells = cold_tells
         self._clock = clock
-        self._spent = 0.0
-        self._failed: dict[str, str] = {}
+        self._until_s = self._stage_s = self._stage_ends_s = 0.0
 
-    def run(self, runners: dict[str, Runner]) -> Found:
+    def run(self, runners: Mapping[str, Runner]) -> Found:
         """Tries the runners, the most promising first.
 
         Raises:
             RuntimeError: none of them could be run.
         """
-        seen = self.look(runners)
-        last = self._halved(seen)
-        order = last + sorted((each for each in seen if each not in last), key=lambda each: each.call_s)
-        order = [each for each in order if each.name not in self._failed]
+        seen = self._sighting.look(runners)
+        raced = self._sighting.warm(seen, SAMPLE_S)
+        self._race([*raced])
+        failed = self._sighting.failed
+        order = _in_order([arm for arm in raced if arm.name not in failed])
+        rest = [arm for arm in seen if arm not in raced and arm.name not in failed]
         if not order:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self._failed.items())
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
             raise RuntimeError(f"none of {', '.join(runners)} could be run: {reasons}")
-        paired = len(order) > 1 and order[0].round == order[1].round
+        best_s = _call_s(order[0])
+        behind = {arm.name: best_s * math.exp(_behind_by(arm, order[0])) for arm in order}
+        known = {arm.name for arm in seen} | failed.keys()
         return Found(
-            call_s={each.name: each.call_s for each in order},
-            pairs=log_ratios(order[1].samples, order[0].samples) if paired else [],
-            untried=[name for name in runners if name not in self._failed and all(name != e.name for e in seen)],
-            failed=self._failed,
+            call_s=behind | {arm.name: arm.call_s for arm in sorted(rest, key=lambda arm: arm.call_s)},
+            alone_s=self._alone(order),
+            pairs=log_ratios(order[1].samples, order[0].samples) if len(order) > 1 else [],
+            untried=[name for name in runners if name not in known],
+            failed=failed,
         )
 
-    def look(self, runners: dict[str, Runner]) -> list[Contender]:
-        """Takes a first look at each, until the time is up."""
-        seen: list[Contender] = []
-        for name, runner in runners.items():
-            if seen and self._spent >= self._budget_s:
-                break
-            contender = Contender(name, runner)
-            if self._sight(contender, min((each.sighted_s for each in seen), default=math.inf)):
-                seen.append(contender)
-        return seen
-
-    def _sight(self, contender: Contender, best: float) -> bool:
-        """Takes a first look: a cold call, and a warm one where the cold one may not tell or leaves hope."""
-        cold = self._timed(contender, 1, charged=self._cold_tells)
-        if cold is None:
-            return False
-        contender.sighted_s = cold
-        if not self._cold_tells or (cold <= HOPELESS * best and self._spent + cold < self._budget_s):
-            warm = self._timed(contender, 1)
-            if warm is None:
-                return False
-            contender.sighted_s = min(warm, cold)
-        return True
-
-    def _halved(self, seen: list[Contender]) -> list[Contender]:
-        """Samples the survivors until two are left, or one, and the time is up; best first."""
-        best = min((each.sighted_s for each in seen), default=0.0)
-        left = [each for each in seen if each.sighted_s <= HOPELESS * best]
-        draw = random.Random(len(seen))
-        while True:
-            rounds = max(1, math.ceil(math.log2(max(1, len(left)))))
-            self._sample(left, (self._budget_s - self._spent) / rounds, draw)
-            left.sort(key=lambda each: each.call_s)
-            if len(left) <= 2:
-                return left
-            limit = BEHIND * left[0].call_s
-            left = [each for each in left[: math.ceil(len(left) / 2)] if each.call_s <= limit]
-
-    def _sample(self, contenders: list[Contender], seconds: float, draw: random.Random) -> None:
-        """Takes rounds of one sample of each in a new order; they start anew, so that all their samples are paired."""
-        contenders[:] = [each for each in contenders if each.name not in self._failed]
-        if len(contenders) < 2:
+    def _race(self, arms: list[Arm]) -> None:
+        """Takes rounds until one is left, or it does not matter which, or the time is up."""
+        if len(arms) < 2 or self._spent.seconds >= EXTENDED * self._budget_s:
             return
-        for each in contenders:
-            each.samples = []
-            each.round += 1
-        calls = calls_for(min(each.call_s for each in contenders), SAMPLE_S, self._output_bytes)
-        until = self._spent + seconds
-        done = 0
-        while self._spent < until or (done < LEAST_PAIRS and self._spent < self._budget_s):
-            for each in draw.sample(contenders, len(contenders)):
-                taken = self._timed(each, calls)
-                if taken is None:
-                    contenders.remove(each)
-                else:
-                    each.samples.append(taken)
-            done += 1
+        numbers = shared_calls([arm.call_s for arm in arms], SAMPLE_S, self._output_bytes)
+        for arm, calls in zip(arms, numbers, strict=True):
+            arm.calls = calls
+        # Whatever first looks at hopeless ones took, those that stand a chance get their rounds.
+        self._until_s = max(self._budget_s, self._spent.seconds + LEAST_SHARE * self._budget_s)
+        self._stage_s = (self._until_s - self._spent.seconds) / math.ceil(math.log2(len(arms)))
+        self._stage_ends_s = self._spent.seconds + self._stage_s
+        latest = self._clock()
 
-    def _timed(self, contender: Contender, calls: int, charged: bool = True) -> float | None:
-        """Seconds of a call when some are queued together; None where it raises, which is remembered."""
-        started = self._clock()
-        try:
-            contender.runner.wait([contender.runner.queue() for _ in range(calls)])
-        except Exception as error:  # a candidate that cannot run is out, whatever it says
-            self._failed[contender.name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            return None
-        taken = max(self._clock() - started, 1e-9)  # a clock that was set back says nothing
-        self._spent += taken if charged else 0.0
-        return taken / calls
+        def after(left: list[Arm]) -> str | None:
+            nonlocal latest
+            before, latest = latest, self._clock()
+            self._spent.seconds += max(0.0, latest - before)
+            return self._after_round(left)
+
+        run_rounds(
+            arms,
+            Limits(seconds=math.inf, precision=0),
+            seed=len(arms),
+            before=lambda arm: None,
+            failed=self._sighting.fail,
+            after=after,
+            clock=self._clock,
+        )
+
+    def _after_round(self, left: list[Arm]) -> str | None:
+        """Takes out who is behind; says why to stop, if there is a reason."""
+        if any(arm.samples[-1] <= 0 for arm in left):  # the clock was set back
+            for arm in left:
+                arm.samples.pop()
+        over = self._spent.seconds >= self._until_s
+        rounds = len(left[0].samples) if left else 0
+        if rounds >= FEWEST and rounds % LOOK_EVERY == 0:
+            self._take_out(left)
+        if len(left) < 2:
+            return "decided"
+        looks = rounds >= 2 if over else rounds >= FEWEST and rounds % LOOK_EVERY == 0
+        if looks and _at_stake(left, CONFIDENCE if over else SURE) <= IMMATERIAL:
+            return "decided"
+        return "time" if self._spent.seconds >= EXTENDED * self._budget_s else None
+
+    def _take_out(self, left: list[Arm]) -> None:
+        """Those that are surely behind; and when a stage is over those of the worse half that are behind at all."""
+        ranked = _in_order(left)
+        half = len(ranked)
+        if self._spent.seconds >= self._stage_ends_s and len(left) > 2:
+            self._stage_ends_s += self._stage_s
+            half = math.ceil(half / 2)
+        for place, arm in enumerate(ranked[1:], 1):
+            _, low, _ = ratio_interval(log_ratios(arm.samples, ranked[0].samples), SURE if place < half else CONFIDENCE)
+            if low > 0:
+                left.remove(arm)
+
+    def _alone(self, arms: list[Arm]) -> dict[str, float]:
+        """What single calls take, where samples were of several."""
+        several = [arm for arm in arms if arm.calls > 1 and arm.samples]
+        took: dict[str, list[float]] = {arm.name: [] for arm in several}
+        for _ in range(ALONE):
+            for arm in several:
+                seconds = self._sighting.tried(arm, lambda arm=arm: self._sighting.once(arm))  # type: ignore[misc]
+                took[arm.name] += [] if seconds is None else [seconds]
+        return {name: median(times) for name, times in took.items() if times}
+
+
+def _in_order(arms: list[Arm]) -> list[Arm]:
+    """The fastest first, by the rounds that they took together; then those that left, the last one first."""
+    rounds = max((len(arm.samples) for arm in arms), default=0)
+    if not rounds:
+        return sorted(arms, key=lambda arm: arm.call_s)
+    last = [arm for arm in arms if len(arm.samples) == rounds]
+    usual = [fmean(math.log(arm.samples[n]) for arm in last) for n in range(rounds)]
+    best = min(last, key=lambda arm: median(math.log(s) - u for s, u in zip(arm.samples, usual, strict=True)))
+    return [best, *sorted((arm for arm in arms if arm is not best), key=lambda arm: _behind_by(arm, best))]
+
+
+def _behind_by(arm: Arm, best: Arm) -> float:
+    """Logarithm of how many times the best's time an arm takes."""
+    pairs = log_ratios(arm.samples, best.samples)
+    return median(pairs) if pairs else math.log(_call_s(arm) / _call_s(best))
+
+
+def _call_s(arm: Arm) -> float:
+    return max(median(arm.samples) if arm.samples else arm.call_s, SHORTEST_S)
+
+
+def _at_stake(left: list[Arm], confidence: float) -> float:
+    """By how much another may be faster than the best, as far as it cannot be excluded: 0.01 is 1 %."""
+    best, *others = _in_order(left)
+    lowest = min(ratio_interval(log_ratios(arm.samples, best.samples), confidence)[1] for arm in others)
+    return math.expm1(max(0.0, -lowest))

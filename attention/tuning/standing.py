@@ -9,15 +9,16 @@ from msgspec import Struct, field
 
 from attention import events as on
 from attention.implementations.protocol import Implementation
+from attention.measure.clock import Clock
 from attention.tuning import news
-from attention.tuning.halving import Clock
 from attention.tuning.store import Entry
 from attention.tuning.trial import NAME
-from attention.tuning.watch import LOOK_EVERY, Watch
+from attention.tuning.watch import LOOK_EVERY, MARGIN, Watch
 from attention.tuning.workload_class import WorkloadClass
 
 SOON: Final = 4
 """Calls until it is asked again whether another may be tried."""
+UNDECIDED: Final = "its trial left open whether another is faster"
 REST_S: Final = 0.005
 """Seconds between two looks: what waiting for the device costs, some tens of microseconds, is then 1 % at most."""
 
@@ -36,6 +37,8 @@ class Standing(Struct, eq=False, kw_only=True):
     rivals: dict[str, float]
     """The others, best first, with how many times its time they took in the trial."""
     watch: Watch
+    hidden: dict[str, float] = field(default_factory=dict)
+    """Logarithm of what a call takes in a queue over what it takes alone; nothing where that is the same."""
     checked: set[str] = field(default_factory=set)
     """Those whose accuracy is known to be good."""
     warm: set[str] = field(default_factory=set)
@@ -75,8 +78,13 @@ class Standing(Struct, eq=False, kw_only=True):
         judge: Judge,
         candidates: Mapping[str, Implementation],
         clock: Clock,
+        queued: bool = False,
     ) -> Any:
-        """Times the choice and a challenger one after the other, and changes the choice where that is due."""
+        """Times the choice and a challenger one after the other, and changes the choice where that is due.
+
+        What they take alone is no measure of what they take among others in a queue, on a GPU least of all: unless an
+        attempt is of queued calls, it is corrected by what the trial found of both.
+        """
         took: dict[str, float] = {}
         results: dict[str, Any] = {}
         order = (self.name, challenger) if self.turn else (challenger, self.name)
@@ -95,15 +103,22 @@ class Standing(Struct, eq=False, kw_only=True):
             return results[self.name]
         result = results[self.name]
         if challenger in self.warm:
-            self._settle(challenger, took, judge, candidates)
+            known = not queued and {self.name, challenger} <= self.hidden.keys()
+            factor = math.exp(self.hidden[self.name] - self.hidden[challenger]) if known else 1.0
+            self._settle(challenger, took, factor, judge, candidates)
         self.warm |= results.keys()
         return result
 
     def _settle(
-        self, challenger: str, took: dict[str, float], judge: Judge, candidates: Mapping[str, Implementation]
+        self,
+        challenger: str,
+        took: dict[str, float],
+        factor: float,
+        judge: Judge,
+        candidates: Mapping[str, Implementation],
     ) -> None:
         reason = self.watch.reason
-        ratio = self.watch.compare(took[self.name], took[challenger])
+        ratio = self.watch.compare(took[self.name] * factor, took[challenger])
         if ratio is None:
             return
         if challenger not in self.checked:
@@ -128,8 +143,8 @@ class Standing(Struct, eq=False, kw_only=True):
         )
 
 
-def standing_of(entry: Entry, candidates: Mapping[str, Implementation], doubt: str = "") -> Standing:
-    """What a trial found, ready to be called."""
+def standing_of(entry: Entry, candidates: Mapping[str, Implementation]) -> Standing:
+    """What a trial found, ready to be called; doubted where the trial left open whether another is better."""
     others = {
         name: seconds / entry.call_s[entry.winner]
         for name, seconds in entry.call_s.items()
@@ -140,7 +155,8 @@ def standing_of(entry: Entry, candidates: Mapping[str, Implementation], doubt: s
         name=entry.winner,
         call=candidates[entry.winner],
         rivals=others,
-        watch=Watch(others, doubt),
+        watch=Watch(others, UNDECIDED if entry.low is not None and entry.low < 1 / (1 + MARGIN) else ""),
+        hidden={name: math.log(entry.call_s[name] / alone) for name, alone in entry.alone_s.items()},
         checked={entry.winner},
     )
 
@@ -155,6 +171,7 @@ def heir(standing: Standing, workload: WorkloadClass, fit: Sequence[str]) -> Sta
         call=standing.call,
         rivals=others,
         watch=Watch(others, doubt),
+        hidden=standing.hidden,
         checked={standing.name},
     )
 

@@ -19,7 +19,9 @@ from attention.kernels import cache
 from attention.tuning import news
 from attention.tuning.workload_class import WorkloadClass
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+OLDER: Final = frozenset({1})
+"""Of which every entry can be read as it is."""
 LOCK_WAIT_S: Final = 2.0
 """How long to wait for another process to be done with the file; then the choice stays in this process alone."""
 HEAD: Final = "# What fatui's trials found; `fatui tune --show` prints it, `fatui tune --forget` removes it.\n"
@@ -42,7 +44,11 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     untried: list[str] = []
     """Candidates for which the time did not suffice, or that fell out."""
     call_s: dict[str, float]
-    """Seconds a call of each candidate that was tried, best first."""
+    """Seconds a call of each candidate that was tried, best first; in a queue of several where calls are short."""
+    alone_s: dict[str, float] = {}
+    """Seconds of a single call that is waited for, of those that were timed in queues."""
+    made_with: str = ""
+    """`code_mark` of the candidates."""
     workload: WorkloadClass
 
     @property
@@ -117,7 +123,8 @@ class Store:
                 self._tell(f"{self.path}: written by a newer fatui (schema {schema}); it is left alone, and not used")
                 return "newer", {}
             entries = msgspec.convert(document, _File).entries
-            return ("good" if schema == SCHEMA else "damaged"), {entry.workload: entry for entry in entries}
+            good = type(schema) is int and (schema == SCHEMA or schema in OLDER)
+            return ("good" if good else "damaged"), {entry.workload: entry for entry in entries}
         except FileNotFoundError:
             return "new", {}
         except OSError as error:

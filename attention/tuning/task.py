@@ -5,12 +5,12 @@ from typing import Final
 
 import mlx.core as mx
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention import masks
 from attention.implementations.baseline import Baseline
 from attention.implementations.protocol import Implementation
-from attention.implementations.runner import MlxRunner
+from attention.implementations.runner import MlxRunner, make_inputs
 from attention.masks import Mask
 from attention.measure.accuracy import FORWARD_FACTOR, Judge, choose_sample
 from attention.reference import Rules, forward
@@ -35,6 +35,27 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
     def needs(self) -> Needs:
         """What goes beyond the workload."""
         return Needs(softcap=self.softcap is not None, array_mask=self.mask.array is not None)
+
+    def complete(self) -> "Task":
+        """The same with an output's gradient, where one is needed and none is given."""
+        if self.workload.pass_ != "training" or len(self.inputs) > 3:
+            return self
+        q, _, v = self.inputs
+        return structs.replace(self, inputs=[*self.inputs, mx.ones((*q.shape[:3], v.shape[3]), q.dtype)])
+
+    def stand_in(self, most_bytes: int) -> "Task | None":
+        """A task of the same shapes for one that is being traced, whose inputs have no values; None if too large.
+
+        Nothing keeps MLX from computing arrays of their own in the midst of tracing. A mask lets everything through.
+        """
+        if self.workload.input_bytes > most_bytes:
+            return None
+        array = self.mask.array
+        if array is not None:
+            array = (mx.ones if array.dtype == mx.bool_ else mx.zeros)(array.shape, array.dtype)
+            mx.eval(array)
+        mask = structs.replace(self.mask, array=array)
+        return structs.replace(self, inputs=make_inputs(self.workload, 0), mask=mask)
 
 
 class BoundCall(MlxRunner):

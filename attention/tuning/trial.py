@@ -8,9 +8,11 @@ from typing import Final
 from attention import events as on
 from attention.device import Device
 from attention.implementations.protocol import Implementation
+from attention.measure.clock import Clock
 from attention.report import Ratio
 from attention.tuning import news
-from attention.tuning.halving import Clock, Found, Halving
+from attention.tuning.code_mark import code_mark
+from attention.tuning.halving import Found, Halving
 from attention.tuning.store import Entry
 from attention.tuning.task import BoundCall, Check, Task
 from attention.tuning.workload_class import WorkloadClass
@@ -36,8 +38,7 @@ class Trial:
         self._task = task
         self._clock = clock
         self._now = now
-        cold_tells = device.backend == "cpu"
-        self._halving = Halving(budget_s, task.workload.output_bytes, cold_tells, clock)
+        self._halving = Halving(budget_s, task.workload.output_bytes, device.backend != "cpu", clock)
 
     def run(self, candidates: Mapping[str, Implementation]) -> Entry:
         """Finds the fastest accurate candidate; news tells of the beginning, the end, and of who fell out and why.
@@ -93,6 +94,8 @@ class Trial:
             max_error=error if math.isfinite(error) else None,
             untried=[*found.untried, *found.failed, *inaccurate],
             call_s=call_s,
+            alone_s={name: seconds for name, seconds in found.alone_s.items() if name in call_s},
+            made_with=code_mark(),
             workload=self._class,
         )
 

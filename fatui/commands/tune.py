@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_PRESET: Final = "quick"
 BUDGET_S: Final = 0.5
 CHECK_S: Final = 2.0
+STALE: Final = " *"
 LONGEST_S: Final = 600.0
 EXAMPLE: Final = """examples:
   fatui tune scaling                     try the candidates for each case, and remember the best
@@ -26,6 +27,9 @@ EXAMPLE: Final = """examples:
   fatui tune --forget training           forget the classes whose name holds "training"; without a word, all
   fatui tune --check scaling seed-table  how demo does beside the best of its candidates, case by case
 
+A class, "BH≤8 L≤512 D=64 float16 causal" say, is all calls for which one choice holds: here those of 5 to 8 heads, all
+sequences together, and 257 to 512 rows. A trial takes up to three times its time while the best two are not told apart.
+
 Exit codes: 0 done, 1 a case failed or the check does not hold, 2 wrong usage or preset, 3 no backend, 130 interrupted
 (what was found until then is kept)."""
 
@@ -33,7 +37,7 @@ Exit codes: 0 done, 1 a case failed or the check does not hold, 2 wrong usage or
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"presets' names or files ({DEFAULT_PRESET})")
-    parser.add_argument("--seconds", metavar="S", help=f"time for one trial ({BUDGET_S:g}), or check ({CHECK_S:g})")
+    parser.add_argument("--seconds", metavar="S", help=f"time for one trial ({BUDGET_S:g}), or a check ({CHECK_S:g})")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--show", action="store_true", help="print what is remembered, and run nothing")
     what.add_argument("--forget", nargs="?", const="", metavar="WORD", help="forget all, or classes named with WORD")
@@ -130,6 +134,8 @@ def _tune(cases: "list[Workload]", seconds: float) -> int:
         failed = _each(cases, lambda case: entries.append(_tuned(demo, case)))
     finally:
         _print(entries)
+    if entries:
+        cli.tell(f"demo takes these from now on; they are remembered in {demo.store.path}")
     return cli.FAILED if failed else cli.DONE
 
 
@@ -175,6 +181,7 @@ def _print(entries: "list[Entry]") -> None:
         return
     from rich.table import Table
 
+    from attention.tuning.code_mark import code_mark
     from attention.tuning.trial import ratio_of
     from fatui import figures
     from fatui.commands.printing import show
@@ -191,8 +198,11 @@ def _print(entries: "list[Entry]") -> None:
         ahead = _estimate(entry) if ratio is None else figures.speedup_text(ratio)
         call = figures.seconds(entry.call_s[entry.winner])
         error = figures.error(entry.max_error)
-        table.add_row(entry.workload.label, entry.winner, call, entry.runner_up or "-", ahead, error)
+        mark = "" if entry.made_with == code_mark() else STALE
+        table.add_row(entry.workload.label, entry.winner + mark, call, entry.runner_up or "-", ahead, error)
     show(table)
+    if any(entry.made_with != code_mark() for entry in entries):
+        cli.tell(f"{STALE.strip()} tried with other kernels than today's: will be tried again when next used")
 
 
 def _estimate(entry: "Entry") -> str:
@@ -205,7 +215,7 @@ def _estimate(entry: "Entry") -> str:
 
 
 def _check(cases: "list[Workload]", seconds: float) -> int:
-    from attention.tuning.check import check, holds, worst
+    from attention.tuning.check import LEAST_FOUND, LEAST_SHARE, check, holds, worst
     from attention.tuning.demo import Demo
 
     demo = Demo()
@@ -217,10 +227,10 @@ def _check(cases: "list[Workload]", seconds: float) -> int:
     least, found = worst(checked), sum(case.found for case in checked)
     print(
         f"demo is at least {least.share.value:.3f}x ({least.share.low:.3f} to {least.share.high:.3f}) "
-        f"the best single candidate, at {least.workload.label}"
+        f"the best single candidate, at {least.workload.label}; {LEAST_SHARE:g}x is asked"
     )
-    share = found / len(checked)
-    print(f"it found the best, or one inside the noise floor, in {found} of {len(checked)} cases ({share:.0%})")
+    share = f"{found} of {len(checked)} cases ({found / len(checked):.0%})"
+    print(f"it found the best, or one inside the noise floor, in {share}; {LEAST_FOUND:.0%} is asked")
     return cli.FAILED if failed or not holds(checked) else cli.DONE
 
 

@@ -19,7 +19,7 @@ from attention.implementations.protocol import Implementation
 from attention.implementations.runner import make_inputs, runner_for
 from attention.masks import Mask
 from attention.route import PLAIN
-from attention.tuning import news
+from attention.tuning import code_mark, news
 from attention.tuning.candidates import candidates, fitting
 from attention.tuning.demo import Demo
 from attention.tuning.store import Store
@@ -150,11 +150,74 @@ def test_block_sizes_are_candidates_where_they_differ() -> None:
     assert not [name for name in fitting(candidates(), WORKLOAD, CPU, PLAIN) if name.startswith("practical")]
 
 
-def test_a_function_traced_before_any_trial_goes_by_the_routes(store: Store) -> None:
-    demo = make(store, practical=Practical(), other=Timed("other", 0.0))
+def test_choices_made_with_other_code_are_tried_anew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(make(store, a=Timed("a", 0.001), b=Timed("b", 0.003)))
+    monkeypatch.setattr("attention.tuning.demo.code_mark", lambda: "other")
+    monkeypatch.setattr("attention.tuning.trial.code_mark", lambda: "other")
+    call(make(Store(store.path), a=Timed("a", 0.003), b=Timed("b", 0.001)))
+    assert [(entry.winner, entry.made_with) for entry in store.entries()] == [("b", "other")]
+
+
+def test_the_code_mark_changes_with_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = tmp_path / "kernels" / "cpu" / "forward.cpp"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("slow")
+    monkeypatch.setattr(code_mark, "__file__", str(tmp_path / "tuning" / "code_mark.py"))
+    before = code_mark.code_mark.__wrapped__()
+    assert code_mark.code_mark.__wrapped__() == before
+    kernel.write_text("fast")
+    assert code_mark.code_mark.__wrapped__() != before
+
+
+@pytest.mark.parametrize("array", [None, mx.bool_, mx.float32], ids=str)
+def test_a_function_traced_before_any_trial_gets_one_on_inputs_of_its_own(store: Store, array: mx.Dtype | None) -> None:
+    slow, fast = Timed("slow", 0.004), Timed("fast", 0.001)
+    demo = make(store, slow=slow, fast=fast)
+    inputs = make_inputs(WORKLOAD, 0)
+    if array is not None:
+        inputs.append((mx.random.uniform(shape=(32, 32)) > 0.5).astype(array))
+
+    def function(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
+        return demo(q, k, v, scale=0.5, mask=Mask(array=mask))
+
+    (out,) = mx.compile(lambda *arrays: [function(*arrays)])(*inputs)
+    mask = Mask(array=inputs[3] if array is not None else None)
+    assert mx.allclose(out, Baseline()(*inputs[:3], scale=0.5, mask=mask), atol=1e-5)
+    (entry,) = store.entries()
+    assert entry.winner == "fast"
+    assert entry.workload.mask == ("none" if array is None else "array")
+
+
+def test_a_training_step_traced_before_any_trial_gets_one_forward_and_back(store: Store) -> None:
+    demo = make(store).for_training()
     q, k, v = make_inputs(WORKLOAD, 0)
+
+    def loss(q: mx.array, k: mx.array, v: mx.array, attend: Implementation) -> mx.array:
+        return attend(q, k, v, scale=0.5, mask=Mask()).square().sum()
+
+    step = mx.compile(mx.value_and_grad(lambda *arrays: loss(*arrays, demo), argnums=(0, 1, 2)))
+    found = step(q, k, v)
+    expected = mx.value_and_grad(lambda *arrays: loss(*arrays, Baseline()), argnums=(0, 1, 2))(q, k, v)
+    assert mx.allclose(found[0], expected[0], rtol=1e-5)
+    assert all(mx.allclose(a, b, atol=1e-4) for a, b in zip(found[1], expected[1], strict=True))
+    assert [entry.workload.pass_ for entry in store.entries()] == ["training"]
+
+
+def test_what_was_tried_for_training_shows_in_the_route(store: Store) -> None:
+    demo = make(store)
+    call(demo.for_training())
+    assert demo.route(structs.replace(WORKLOAD, pass_="training"), probe()).path.startswith("tuned: ")
+    assert demo.route(WORKLOAD, probe()).path == "not tried yet"
+
+
+def test_inputs_of_its_own_must_fit_and_otherwise_the_routes_decide(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = make(store, practical=Practical(), other=Timed("other", 0.0))
+    tight = structs.replace(probe(), available_bytes=2 * WORKLOAD.input_bytes - 1)
+    monkeypatch.setattr("attention.tuning.demo.probe", lambda: tight)
     traced = mx.compile(lambda q, k, v: demo(q, k, v, scale=0.5, mask=Mask()))
-    mx.eval(traced(q, k, v))
+    mx.eval(traced(*make_inputs(WORKLOAD, 0)))
     assert store.entries() == []
 
 

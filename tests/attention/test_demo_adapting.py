@@ -6,17 +6,19 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from tuning_examples import FakeTime, Timed, Wrong
+from msgspec import structs
+from tuning_examples import FakeTime, Timed, Wrong, an_entry
 
 from attention import events as on
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.implementations.runner import make_inputs
 from attention.masks import Mask
-from attention.measure.clock import take_sample
+from attention.measure.clock import Clock, take_sample
 from attention.tuning import news
 from attention.tuning.demo import Demo
-from attention.tuning.halving import Clock
+from attention.tuning.standing import standing_of
 from attention.tuning.store import Store
+from attention.tuning.watch import MOST, Watch
 from attention.workload import Workload
 
 WORKLOAD = Workload(seq=16, heads=1, head_dim=4, dtype="float32")
@@ -159,6 +161,40 @@ def test_in_a_run_the_samples_are_watched_and_the_choice_changed(tmp_path: Path,
     for _ in range(200):
         take_sample(runner, 4)
     assert [event.after for event in switches] == ["b"]
+
+
+def told_apart(alone_s: dict[str, float], queued_s: dict[str, float], queued: bool = False) -> str:
+    """Which of two is taken in the end after so many pairs, `poc` having been taken first."""
+    entry = structs.replace(an_entry(), call_s=queued_s, alone_s=alone_s, ratio=1.3, low=1.2, high=1.4)
+    clock = FakeTime()
+    candidates = {name: Timed(name, 0.0) for name in queued_s}
+    standing = standing_of(entry, candidates)
+    standing.watch = Watch({"mlx": 1.3}, doubt="the test says so")
+    standing.warm = {"mlx"}
+
+    def attempt(candidate: Timed) -> None:
+        clock.now += (queued_s if queued else alone_s)[candidate.name] * 1.3
+
+    for _ in range(MOST):
+        if standing.watch.challenger == "mlx":
+            standing.pair("mlx", attempt, lambda candidate: (0.0, ""), candidates, clock, queued=queued)
+    return standing.name
+
+
+def test_what_calls_take_alone_does_not_mislead_about_what_they_take_in_a_queue() -> None:
+    queued_s = {"poc": 10e-6, "mlx": 15e-6}
+    assert told_apart({"poc": 90e-6, "mlx": 76e-6}, queued_s) == "poc"
+    assert told_apart({}, {"poc": 90e-6, "mlx": 76e-6}, queued=True) == "mlx"
+    assert told_apart({"poc": 90e-6, "mlx": 76e-6}, queued_s, queued=True) == "poc"
+
+
+def test_a_choice_that_its_trial_left_open_is_doubted_from_the_beginning(
+    tmp_path: Path, switches: list[on.Switched]
+) -> None:
+    sure, unsure = (structs.replace(an_entry(), ratio=1.01, low=low, high=1.06) for low in (0.99, 0.93))
+    among = {name: Timed(name, 0.0) for name in sure.call_s}
+    assert not standing_of(sure, among).watch.trying
+    assert standing_of(unsure, among).watch.reason == "its trial left open whether another is faster"
 
 
 class Delayed:

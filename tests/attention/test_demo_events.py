@@ -60,7 +60,7 @@ def test_a_run_tells_of_the_trial_before_the_first_call_which_does_not_hold_it(
 
 
 def test_a_switch_in_a_run_is_told_with_the_new_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attention.tuning.demo.SAMPLES_A_LOOK", 1)
+    monkeypatch.setattr("attention.tuning.demo_runner.SAMPLES_A_LOOK", 1)
     slow, clock = [1.0], FakeTime()
     among = {"a": Timed("a", lambda: 3e-4 * slow[0], clock), "b": Timed("b", 4e-4, clock)}
     demo = Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.1, clock=clock)

@@ -1,18 +1,25 @@
 """Every implementation against float64: either the right answer, or a route that says no."""
 
 import importlib.util
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from attention_examples import CPU, EXAMPLES, INSTALLED, TOLERANCE, Example, to_numpy
+from msgspec import structs
 
+from attention.device import Backend
 from attention.errors import UnsupportedError
 from attention.implementations import get
 from attention.implementations.blocks import Blocks
+from attention.implementations.differentiable import Attend
 from attention.implementations.practical import Practical
+from attention.implementations.practical_choice import Choice, Way
 from attention.implementations.protocol import Implementation
 from attention.implementations.torch_sdpa import TorchSdpa
+from attention.masks import Mask
+from attention.route import Needs
 from attention.workload import Workload
 
 
@@ -23,8 +30,26 @@ class InBlocks(Practical):
         super().__init__(budget_bytes=1)
         self._tile = Blocks(batches=1, kv_heads=1, rows=8, keys=keys, sums_queries=sums_queries)
 
-    def blocks(self, workload: object, backend: str, budget: int | None = None) -> Blocks:  # type: ignore[override]
-        return self._tile
+    def _choose(self, *asked: Any) -> Choice:
+        return structs.replace(super()._choose(*asked), blocks=self._tile, backward=self._tile)
+
+
+class InSlices(Practical):
+    """Practical, made to take slices as on a GPU, each waiting for the one before it where that is asked."""
+
+    def __init__(self, way: Way, waits: bool = False) -> None:
+        super().__init__()
+        self._way, self._waits = way, waits
+        self._slice = Blocks(batches=1, kv_heads=1, rows=8, keys=1)
+
+    def _choose(self, workload: Workload, backend: Backend, needs: Needs, *more: Any) -> Choice:
+        made = super()._choose(workload, backend, needs, *more)
+        if needs.softcap:
+            return made
+        return structs.replace(made, way=self._way, slices=self._slice, backward_slices=self._slice, waits=self._waits)
+
+    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask) -> Attend:
+        return super()._in_slices(choice, "cuda", scale, mask)  # waits, where it waits, as there
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -32,6 +57,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "blocks of all keys": InBlocks(1000),
     "blocks of few keys": InBlocks(6),
     "blocks of few keys, seen once": InBlocks(6, sums_queries=True),
+    "slices": InSlices("slices"),
+    "slices that wait": InSlices("slices", waits=True),
+    "slices behind": InSlices("whole, slices behind"),
 }
 DIFFERENTIABLE = [name for name in IMPLEMENTATIONS if name != "torch"]
 

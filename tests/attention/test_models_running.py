@@ -95,3 +95,12 @@ def test_a_fine_tuning_ends_with_its_time(uncompiled):
     (row,) = record.case(0).rows
     assert 0 < len(row.losses) < 500
     assert row.stopped_by == "time"
+
+
+def test_demo_is_tuned_for_training_by_the_step_that_trains(uncompiled):
+    work = FineTuning(model="tiny-llama", seq=24, batch=2, iters=2, rank=2, layers=4, tuned_layers=2, dtype="float32")
+    record = run(FineTuningBench, FineTuningPlan(cases=(work,), implementations=("mlx", "demo"), seconds=60))
+    _, demo = record.case(0).rows
+    assert demo.path.startswith("tuned: ")
+    assert demo.loss_difference < 1e-4
+    assert demo.replaced_calls == 4 * len(demo.losses)

@@ -1,19 +1,26 @@
 """The monitor counts every call once, times some, and its report is one that fatui keeps."""
 
+import contextlib
 import time
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from tuning_examples import FakeTime
 
 import attention
 from attention.monitoring import SHARE, Monitor
+from attention.pace import MOST_GAP, Pace
 from attention.report import Row
 
 
 def arrays(seq: int = 8) -> tuple[mx.array, mx.array, mx.array]:
     q, k, v = mx.random.normal((3, 1, 2, seq, 16), key=mx.random.key(0))
     return q, k, v
+
+
+def rows_of(monitor: Monitor) -> list[Row]:
+    return [row for case in monitor.report().cases for row in case.rows]
 
 
 def rows(monitor: Monitor) -> dict[str, Row]:
@@ -92,23 +99,99 @@ def test_a_saved_run_is_shown_by_the_history(
     assert main(["history", "add", str(tmp_path / "missing.json")]) == 2
 
 
+class Program:
+    """Calls of one length in a row on a clock of its own, which looking and timing move on too."""
+
+    LOOK_S, SKIP_S = 1.5e-6, 0.0
+
+    def __init__(self, call_s: float, share: float = SHARE) -> None:
+        self.clock = FakeTime()
+        self.call_s, self.pace = call_s, Pace(share, self.LOOK_S, self.clock)
+        self.watching_s, self.timed, self.look_in = 0.0, 0, 1
+
+    def run(self, calls: int) -> float:
+        """The share of the time that went into watching."""
+        began = self.clock.now
+        self.watching_s = 0.0
+        for number in range(calls):
+            self.clock.now += self.call_s
+            self.look_in -= 1
+            if self.look_in:
+                continue
+            self.look_in = self.pace.next_look()
+            self.spend(self.LOOK_S)
+            if number % MOST_GAP == 0 and self.pace.may_time(self.call_s):
+                self.pace.spent_s += self.call_s
+                self.watching_s += self.call_s  # its work had to be done: counted, though no time of its own
+                self.timed += 1
+            elif number % MOST_GAP:
+                self.pace.may_time(1e9)
+        return self.watching_s / (self.clock.now - began)
+
+    def spend(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.watching_s += seconds
+
+
+@pytest.mark.parametrize("call_s", [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2])
+def test_watching_stays_within_its_share_however_short_the_calls_are(call_s: float) -> None:
+    program = Program(call_s)
+    program.run(2000)  # until it has found its pace
+    assert program.run(20_000) <= SHARE + 1e-9
+    assert program.timed > 0
+
+
+def test_all_calls_are_looked_at_where_they_are_long_enough_and_fewer_where_they_get_short() -> None:
+    program = Program(1e-3)
+    program.run(1000)
+    assert program.pace.stride == 1
+    assert program.pace.looks == 1000
+    program.call_s = 2e-5
+    program.run(1000)
+    assert program.pace.stride == 16
+    program.call_s = 1e-3
+    program.run(5000)
+    assert program.pace.stride == 1
+
+
+def test_calls_inside_of_others_are_not_counted_however_fast_they_come() -> None:
+    q, k, v = arrays()
+    with attention.monitor() as monitor:
+        for _ in range(10_000):
+            attention.attention(q, k, v, implementation="mlx")  # calls MLX's own inside
+    assert [row.implementation for row in rows_of(monitor)] == ["mlx"]
+    assert monitor.calls == pytest.approx(10_000, rel=0.1)
+
+
+def test_where_only_some_are_looked_at_each_stands_for_those_before_it() -> None:
+    q, k, v = arrays()
+    calls = 20_000
+    with attention.monitor() as monitor:
+        for number in range(calls):
+            mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask="causal" if number % 4 == 0 else None)
+    assert monitor.calls == pytest.approx(calls, rel=0.1)
+    told = [(row.reason or "").split(" calls")[0] for row in rows_of(monitor)]
+    assert all(words.startswith("about ") for words in told)
+    counts = [int(words.removeprefix("about ").replace(",", "")) for words in told]
+    assert min(counts) / monitor.calls == pytest.approx(0.25, abs=0.1)
+
+
 @pytest.mark.slow
-def test_watching_costs_at_most_its_share() -> None:
+@pytest.mark.parametrize("seq", [32, 96, 192])
+def test_watching_a_real_program_costs_at_most_its_share(seq: int) -> None:
     from statistics import median
 
-    q, k, v = arrays(512)
+    q, k, v = arrays(seq)
     ratios = []
-    for _ in range(15):
-        seconds = []
-        for watched in (False, True):
-            monitor = attention.monitor()
-            if watched:
-                monitor.__enter__()
-            started = time.perf_counter()
-            for _ in range(20):
-                mx.eval(mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0))
-            seconds.append(time.perf_counter() - started)
-            if watched:
-                monitor.__exit__(None, None, None)
-        ratios.append(seconds[1] / seconds[0])
+    for number in range(41):
+        seconds = {}
+        for watched in (False, True) if number % 2 else (True, False):
+            with attention.monitor() if watched else contextlib.nullcontext():
+                for _ in range(200):  # finds its pace
+                    mx.eval(mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0))
+                started = time.process_time()
+                for _ in range(500):
+                    mx.eval(mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0))
+                seconds[watched] = time.process_time() - started
+        ratios.append(seconds[True] / seconds[False])
     assert median(ratios) <= 1 + SHARE

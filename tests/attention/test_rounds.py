@@ -4,15 +4,18 @@ import time
 from collections.abc import Sequence
 
 import pytest
+from tuning_examples import FakeTime
 
 from attention.measure import clock
-from attention.measure.rounds import Arm, Limits, run_rounds
+from attention.measure.rounds import FEWEST_FOR_PRECISION, Arm, Limits, run_rounds
+
+NOW = FakeTime()
 
 
-class Sleeper:
-    """A call that takes the time it is told, on the real clock."""
+class Calls:
+    """A call that moves the clock on by the time it is told, once it is waited for."""
 
-    def __init__(self, seconds: float = 0.0, fails_at: int | None = None) -> None:
+    def __init__(self, seconds: float, fails_at: int | None = None) -> None:
         self.seconds, self.fails_at, self.calls = seconds, fails_at, 0
 
     def queue(self) -> object:
@@ -22,7 +25,7 @@ class Sleeper:
         return self.seconds
 
     def wait(self, outputs: Sequence[object]) -> None:
-        time.sleep(self.seconds * len(outputs))
+        NOW.now += self.seconds * len(outputs)
 
     def results(self) -> list[object]:
         return []
@@ -41,12 +44,13 @@ def rounds(arms: list[Arm], seconds: float = 0.2, precision: float = 0.01) -> tu
         before=lambda arm: order.append(arm.name),
         failed=lambda arm, error: failures.append(f"{arm.name}: {error}"),
         after=lambda arms: None,
+        clock=NOW,
     )
     return stopped_by, order, failures
 
 
 def arm(name: str, seconds: float = 0.001, fails_at: int | None = None, lead_in: bool = False) -> Arm:
-    return Arm(name=name, runner=Sleeper(seconds, fails_at), call_s=seconds, lead_in=lead_in)
+    return Arm(name=name, runner=Calls(seconds, fails_at), call_s=seconds, lead_in=lead_in, clock=NOW)
 
 
 def test_each_round_takes_every_arm_once_in_an_order_that_changes() -> None:
@@ -59,13 +63,30 @@ def test_each_round_takes_every_arm_once_in_an_order_that_changes() -> None:
 def test_rounds_stop_when_the_interval_is_narrow_enough() -> None:
     stopped_by, order, _ = rounds([arm("a", 0.002), arm("b", 0.002)], seconds=20, precision=0.5)
     assert stopped_by == "precision"
-    assert len(order) < 200
+    assert len(order) == 2 * FEWEST_FOR_PRECISION
 
 
 def test_rounds_stop_when_the_time_is_up_but_never_before_three() -> None:
     stopped_by, order, _ = rounds([arm("a", 0.05), arm("b", 0.05)], seconds=0.01, precision=0)
     assert stopped_by == "time"
     assert len(order) == 6
+    stopped_by, order, _ = rounds([arm("a", 0.05), arm("b", 0.05)], seconds=0.45, precision=0)
+    assert stopped_by == "time"
+    assert len(order) == 10
+
+
+def test_rounds_stop_when_they_are_told_to_and_go_on_without_who_is_taken_out() -> None:
+    arms = [arm("a"), arm("b")]
+
+    def after(left: list[Arm]) -> str | None:
+        if len(left[0].samples) == 2:
+            del left[1:]
+        return "enough" if len(left[0].samples) == 5 else None
+
+    limits = Limits(seconds=9, precision=0)
+    told = run_rounds([*arms], limits, seed=0, before=lambda a: None, failed=lambda a, e: None, after=after, clock=NOW)
+    assert told == "enough"
+    assert [len(each.samples) for each in arms] == [5, 2]
 
 
 def test_an_arm_that_raises_leaves_and_the_others_stay_paired() -> None:
@@ -88,7 +109,7 @@ def test_a_lead_in_is_as_long_as_the_sample_and_outside_the_clock() -> None:
     with_lead_in = arm("a", 0.002, lead_in=True)
     with_lead_in.sample()
     assert with_lead_in.runner.calls == 2  # type: ignore[attr-defined]
-    assert with_lead_in.samples[0] == pytest.approx(0.002, rel=0.5)
+    assert with_lead_in.samples[0] == pytest.approx(0.002)
 
 
 def test_calls_of_a_sample_fill_its_time_within_the_memory_of_their_outputs() -> None:
@@ -104,13 +125,50 @@ def test_runners_of_about_one_speed_take_samples_of_as_many_calls() -> None:
     assert clock.shared_calls([], 0.005, output_bytes=1) == []
 
 
-def test_warming_up_lasts_until_two_samples_agree() -> None:
-    runner = Sleeper(0.001)
-    settled = clock.warm_up(runner, call_s=0.1, least_s=0.02, sample_s=0.01, output_bytes=1)
-    assert settled == pytest.approx(0.001, rel=0.5)
+def test_warming_up_lasts_until_two_samples_agree_and_as_long_as_it_must() -> None:
+    class Warming(Calls):
+        def wait(self, outputs: Sequence[object]) -> None:
+            self.seconds = max(0.001, 0.8 * self.seconds)
+            super().wait(outputs)
+
+    runner, began = Warming(0.004), NOW.now
+    settled = clock.warm_up(runner, call_s=0.004, least_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
+    assert settled == pytest.approx(0.001)
+    assert 0.02 <= NOW.now - began < 0.2
+
+
+def test_warming_up_ends_where_nothing_settles() -> None:
+    class Unsettled(Calls):
+        def wait(self, outputs: Sequence[object]) -> None:
+            self.seconds = 0.003 - self.seconds
+            super().wait(outputs)
+
+    began = NOW.now
+    clock.warm_up(Unsettled(0.001), call_s=0.001, least_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
+    assert 0.2 <= NOW.now - began < 0.25
 
 
 def test_latency_is_of_single_calls() -> None:
-    runner = Sleeper(0.001)
-    assert clock.latency(runner, seconds=0.02) == pytest.approx(0.001, rel=0.5)
-    assert 3 <= runner.calls <= clock.LATENCY_CALLS
+    runner = Calls(0.001)
+    assert clock.latency(runner, seconds=0.02, clock=NOW) == pytest.approx(0.001)
+    assert runner.calls == 20
+    assert clock.latency(runner, seconds=0.0, clock=NOW) == pytest.approx(0.001)
+    assert runner.calls == 23
+    clock.latency(runner, seconds=9.0, clock=NOW)
+    assert runner.calls == 23 + clock.LATENCY_CALLS
+
+
+def test_the_clock_is_the_machines_unless_another_is_given() -> None:
+    started = time.perf_counter()
+    seconds = clock.take_sample(Sleeping(), 3)
+    assert 0.002 <= seconds <= (time.perf_counter() - started) / 3
+
+
+class Sleeping(Calls):
+    """A call that takes its time for real."""
+
+    def __init__(self) -> None:
+        super().__init__(0.002)
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        time.sleep(self.seconds * len(outputs))

@@ -22,14 +22,20 @@ class FakeRunner:
     def wait(self, outputs: object) -> None:
         pass
 
+    def results(self) -> list[object]:
+        return []
+
+    def peak_bytes(self) -> int | None:
+        return None
+
 
 @pytest.fixture
 def clock() -> FakeTime:
     return FakeTime()
 
 
-def halving(clock: FakeTime, budget_s: float = 0.5, cold_tells: bool = True) -> Halving:
-    return Halving(budget_s, 1000, cold_tells, clock)
+def halving(clock: FakeTime, budget_s: float = 0.5, on_gpu: bool = False) -> Halving:
+    return Halving(budget_s, 1000, on_gpu, clock)
 
 
 def runners(clock: FakeTime, **seconds: float) -> dict[str, FakeRunner]:
@@ -37,7 +43,7 @@ def runners(clock: FakeTime, **seconds: float) -> dict[str, FakeRunner]:
 
 
 def test_the_fastest_wins_and_the_rest_stands_in_order(clock: FakeTime) -> None:
-    found = halving(clock).run(runners(clock, c=0.0014, a=0.001, d=0.0015, b=0.0012, e=0.0016))  # type: ignore[arg-type]
+    found = halving(clock).run(runners(clock, c=0.0014, a=0.001, d=0.0015, b=0.0012, e=0.0016))
     assert list(found.call_s)[:2] == ["a", "b"]
     assert set(found.call_s) == set("abcde")
     assert found.ratio is not None
@@ -46,13 +52,13 @@ def test_the_fastest_wins_and_the_rest_stands_in_order(clock: FakeTime) -> None:
 
 def test_the_hopeless_is_called_once(clock: FakeTime) -> None:
     given = runners(clock, fast=0.001, slow=0.02)
-    halving(clock).run(given)  # type: ignore[arg-type]
+    halving(clock).run(given)
     assert given["slow"].calls == 1
 
 
 def test_where_first_calls_compile_everyone_gets_a_second_outside_of_the_time(clock: FakeTime) -> None:
     given = {"plain": FakeRunner(clock, 0.002), "compiled": FakeRunner(clock, 0.001, cold_s=3.0)}
-    found = halving(clock, cold_tells=False).run(given)  # type: ignore[arg-type]
+    found = halving(clock, on_gpu=True).run(given)
     assert next(iter(found.call_s)) == "compiled"
 
 
@@ -60,13 +66,13 @@ def test_where_first_calls_compile_everyone_gets_a_second_outside_of_the_time(cl
 def test_it_keeps_to_its_time(clock: FakeTime, count: int) -> None:
     before = clock.now
     given = {str(number): FakeRunner(clock, 0.001 + number * 1e-5) for number in range(count)}
-    halving(clock).run(given)  # type: ignore[arg-type]
+    halving(clock).run(given)
     assert clock.now - before <= 0.5 + 0.05
 
 
 def test_when_the_time_is_up_nothing_more_is_begun_and_that_is_told(clock: FakeTime) -> None:
     given = runners(clock, first=0.6, second=0.7)
-    found = halving(clock).run(given)  # type: ignore[arg-type]
+    found = halving(clock).run(given)
     assert found.untried == ["second"]
     assert given["second"].calls == 0
 
@@ -74,7 +80,7 @@ def test_when_the_time_is_up_nothing_more_is_begun_and_that_is_told(clock: FakeT
 @pytest.mark.parametrize("after", [0, 1, 2, 5])
 def test_what_raises_is_out_whenever_it_does(clock: FakeTime, after: int) -> None:
     broken = FakeRunner(clock, 0.001, fails_after=after)
-    found = halving(clock).run({"broken": broken, "works": FakeRunner(clock, 0.002)})  # type: ignore[dict-item]
+    found = halving(clock).run({"broken": broken, "works": FakeRunner(clock, 0.002)})
     assert list(found.call_s) == ["works"]
     assert found.failed == {"broken": "RuntimeError: out of memory"}
 
@@ -82,7 +88,7 @@ def test_what_raises_is_out_whenever_it_does(clock: FakeTime, after: int) -> Non
 def test_when_nothing_runs_it_says_why(clock: FakeTime) -> None:
     given = {name: FakeRunner(clock, 0.1, fails_after=0) for name in "ab"}
     with pytest.raises(RuntimeError, match="none of a, b could be run: a: RuntimeError: out of memory; b"):
-        halving(clock).run(given)  # type: ignore[arg-type]
+        halving(clock).run(given)
 
 
 def test_a_clock_that_is_set_back_meanwhile_stops_nothing(clock: FakeTime) -> None:
@@ -92,5 +98,5 @@ def test_a_clock_that_is_set_back_meanwhile_stops_nothing(clock: FakeTime) -> No
             if self.calls % 10 == 0:
                 self.clock.now -= 5.0
 
-    found = halving(clock).run({"a": Back(clock, 0.02), "b": FakeRunner(clock, 0.03)})  # type: ignore[dict-item]
+    found = halving(clock).run({"a": Back(clock, 0.02), "b": FakeRunner(clock, 0.03)})
     assert set(found.call_s) == {"a", "b"}

@@ -43,7 +43,9 @@ def test_it_tries_each_case_shows_what_it_found_and_forgets(
     preset: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tune", preset, "--seconds", "0.05"]) == 0
-    table = capsys.readouterr().out
+    captured = capsys.readouterr()
+    table = captured.out
+    assert f"demo takes these from now on; they are remembered in {file}" in captured.err
     assert [line.split()[:2] for line in table.splitlines()[1:]] == [["BH≤1", "L≤8"], ["BH≤1", "L≤32"]]
     assert len(tomllib.loads(file.read_text())["class"]) == 2
     assert main(["tune", "--show"]) == 0
@@ -66,6 +68,21 @@ def test_the_check_prints_two_figures(preset: str, capsys: pytest.CaptureFixture
     assert "the best single candidate, at B=1 L=" in first
     assert second.startswith("it found the best, or one inside the noise floor, in ")
     assert "of 2 cases" in second
+    assert first.endswith("; 0.97x is asked")
+    assert second.endswith("; 95% is asked")
+
+
+def test_choices_that_other_kernels_were_tried_for_are_marked(
+    preset: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", preset, "--seconds", "0.05"]) == 0
+    first, rest = file.read_text().split("made_with = ", 1)
+    file.write_text(f'{first}made_with = "another{rest.removeprefix(chr(34))}')
+    capsys.readouterr()
+    assert main(["tune", "--show"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count(" * ") == 1
+    assert "will be tried again" in captured.err
 
 
 @pytest.mark.parametrize(

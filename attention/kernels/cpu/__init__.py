@@ -101,6 +101,7 @@ def flash_attention(
     window: int | None = None,
     mask: mx.array | None = None,
     softcap: float | None = None,
+    items: int = 0,
 ) -> mx.array:
     """softmax(softcap * tanh(q k' * scale / softcap) + mask) v, without the score matrix (Dao et al., 2022).
 
@@ -113,6 +114,8 @@ def flash_attention(
         window: a query sees the last `window` of those keys only; implies causal.
         mask: boolean (true = attend) or additive, broadcast to (B, H, Lq, Lk); may go with causal and window.
         softcap: bound of the scores, applied before the mask.
+        items: pieces of work that a call is cut into at least, where it can be: few are taller, and read keys and
+            values less often; many keep more threads at work. 0 lets the kernel choose, from the shape alone.
 
     Returns:
         (B, H, Lq, Dv) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k and v.
@@ -125,7 +128,7 @@ def flash_attention(
         load()
     if window is not None or softcap is not None:
         window, softcap = _bounds(window, softcap)
-    out: mx.array = _module.flash_attention(q, k, v, scale, causal, window or 0, softcap or 0.0, mask)
+    out: mx.array = _module.flash_attention(q, k, v, scale, causal, window or 0, softcap or 0.0, mask, items)
     return out
 
 

@@ -18,8 +18,8 @@ namespace {
 using MaybeArray = std::optional<mx::array>;
 
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal,
-                    int64_t window, float softcap, const MaybeArray& mask) {
-  return fatui::flash_attention(q, k, v, {scale, softcap, causal, window}, mask, false)[0];
+                    int64_t window, float softcap, const MaybeArray& mask, int64_t items) {
+  return fatui::flash_attention(q, k, v, {scale, softcap, causal, window, items}, mask, false)[0];
 }
 
 std::pair<mx::array, mx::array> with_logsumexp(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
@@ -40,7 +40,7 @@ int64_t workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t querie
 
 NB_MODULE(fatui_cpu_kernel, m) {
   m.def("flash_attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg().none());
+        nb::arg().none(), nb::arg() = 0);
   m.def("flash_attention_with_logsumexp", &with_logsumexp, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg().none());
   m.def("workspace_bytes", &workspace, "Bytes above inputs and outputs, for shapes alone.");

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
     from attention.masks import Mask
 
+    Attend = Callable[..., mx.array]
+
 WIDEST: Final = 512
 """Head dims beyond this are not taken."""
 THREAD_BYTES: Final = 4 * 2**20
 """What a thread's tiles take at the most; said in place of the exact figure until the kernel is compiled."""
 LOGSUMEXP_BYTES: Final = 4
+TALLEST, ITEMS = 256, 64
+"""Most rows of an item, and items that the kernel wants of a call, as schedule.hpp has them."""
+VARIANTS: Final = ("tall",)
 
 
 def route(workload: Workload, needs: Needs) -> Route:
@@ -59,6 +64,21 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
     """
     return cpu.flash_attention(
         q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap
+    )
+
+
+def variants(workload: Workload) -> dict[str, Attend]:
+    """Items of 256 rows, "tall", where the kernel would take fewer to have work for many threads.
+
+    They read keys and values less often; bfloat16, which has fewer of them to read, gains nothing by it.
+    """
+    few = workload.batch * workload.heads * (workload.seq // TALLEST) < ITEMS
+    return {"tall": _tall} if few and workload.seq >= TALLEST and workload.dtype != "bfloat16" else {}
+
+
+def _tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
+    return cpu.flash_attention(
+        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap, items=1
     )
 
 

@@ -41,6 +41,7 @@ Problem problem_of(const Options& options, const mx::array& q, const mx::array& 
   p.batch = q.shape(0), p.heads = q.shape(1), p.queries = q.shape(2), p.head_dim = q.shape(3);
   p.kv_heads = k.shape(1), p.keys = k.shape(2), p.value_dim = v.shape(3);
   p.scale = options.scale, p.softcap = options.softcap, p.causal = options.causal, p.window = options.window;
+  p.items = options.items;
   return p;
 }
 

@@ -17,7 +17,7 @@ namespace mx = mlx::core;
 struct Options {
   float scale = 1.0f, softcap = 0.0f;
   bool causal = false;
-  int64_t window = 0;
+  int64_t window = 0, items = 0;
   bool operator==(const Options&) const = default;
 };
 

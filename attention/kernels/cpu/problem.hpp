@@ -23,6 +23,7 @@ struct Problem {
   float softcap = 0.0f;  // 0: none
   bool causal = false;   // lower-right: query i sees keys up to i + keys - queries
   int64_t window = 0;    // 0: none; N: only the last N of those
+  int64_t items = 0;     // into how many items of work a call is cut at least, if it can be; 0: as the kernel likes
 };
 
 struct ForwardCall {

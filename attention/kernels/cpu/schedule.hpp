@@ -30,6 +30,7 @@ struct Schedule {
 
   // Rows are doubled while that leaves at least so many items.
   explicit Schedule(const Problem& p, int64_t items_wanted = 64) {
+    if (p.items > 0) items_wanted = p.items;
     int64_t rows_wanted = most_panels * query_tile;
     while (rows_wanted > query_tile && p.batch * p.heads * (p.queries / rows_wanted) < items_wanted) rows_wanted /= 2;
     const int64_t group = p.heads / p.kv_heads;

@@ -1,0 +1,86 @@
+"""How often a monitor looks at calls and times them, so that watching stays within its share of a program's time."""
+
+import random
+import time
+from typing import Final
+
+from attention.measure.clock import Clock
+
+HALF: Final = 0.5
+"""Of the share: one half for counting, the other for timing."""
+MOST_STRIDE: Final = 1 << 12
+MOST_GAP: Final = 64
+"""Calls that are looked at between two questions whether one may be timed."""
+
+
+class Pace:
+    """Says which calls are looked at, every one unless they come too fast for that, and which are timed.
+
+    Attributes:
+        stride: every how manyth call is looked at, on average.
+        looks: how many were looked at.
+        spent_s: seconds that timed calls took, although their work had to be done.
+    """
+
+    def __init__(self, share: float, look_s: float, clock: Clock = time.perf_counter) -> None:
+        """Begins now.
+
+        Args:
+            share: of the time that passes, what watching may take.
+            look_s: seconds that looking at a call costs.
+            clock: in seconds.
+        """
+        self.stride = 1
+        self.spent_s = 0.0
+        self.looks = 0
+        self._share, self._look_s, self._clock = share, look_s, clock
+        self._began = self._latest = clock()
+        self._looks_then = 0
+        self._draw = random.Random(0)
+
+    def next_look(self) -> int:
+        """Counts a look, and says how many calls on the next one is: drawn, lest it be the same layer each time."""
+        self.looks += 1
+        return 1 if self.stride == 1 else self._draw.randint(1, 2 * self.stride - 1)
+
+    def may_time(self, cost_s: float) -> bool:
+        """Whether a call that costs about so much may be timed now; adapts the stride on the way."""
+        now = self._clock()
+        self._adapt(now)
+        return self.spent_s + cost_s <= HALF * self._share * (now - self._began)
+
+    @property
+    def watching_s(self) -> float:
+        """Seconds that watching took, the work of timed calls included."""
+        return self.spent_s + self.looks * self._look_s
+
+    def _adapt(self, now: float) -> None:
+        """Chooses the stride by how fast calls came since the last time."""
+        looks, passed = self.looks - self._looks_then, now - self._latest
+        if looks < MOST_GAP or passed <= 0:
+            return
+        call_s = passed / (looks * self.stride)
+        needed = self._look_s / (HALF * self._share * call_s) if self._share else MOST_STRIDE
+        self.stride = 1
+        while self.stride < min(needed, MOST_STRIDE):
+            self.stride *= 2
+        self._latest, self._looks_then = now, self.looks
+
+
+class Lane:
+    """Calls that come one way, of which some are looked at.
+
+    Attributes:
+        turn: how many came.
+        look_at: the number of the next one that is looked at.
+    """
+
+    def __init__(self) -> None:
+        """None came yet, and the first will be looked at."""
+        self.turn = self.look_at = self._looked = 0
+
+    def passed(self, pace: Pace) -> int:
+        """A call is looked at: for how many it stands, those since the last; sets the next one."""
+        passed, self._looked = self.turn - self._looked, self.turn
+        self.look_at = self.turn + pace.next_look()
+        return passed

@@ -1,0 +1,104 @@
+"""A device on which small calls are bound by launching: noisy, cold at first, and in phases that last for seconds."""
+
+import math
+import random
+from collections.abc import Sequence
+
+from msgspec import Struct
+from tuning_examples import FakeTime
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """What one call costs, in seconds."""
+
+    host_s: float
+    """On the processor: Python, and what queues the launch."""
+    device_s: float = 3e-6
+    """On the GPU, which works through what is queued meanwhile."""
+    first_s: float = 0.3
+    """Of the very first call: compiling, plans."""
+    fixed_s: float = 0.0
+    """More of a sample's fixed cost than others have: what a single call shows, and a queue of them hides."""
+
+    @property
+    def call_s(self) -> float:
+        """In a long queue."""
+        return max(self.host_s, self.device_s)
+
+
+class Weather(Struct, frozen=True, kw_only=True):
+    """What disturbs."""
+
+    noise: float = 0.02
+    """Relative spread of one sample."""
+    stalls: float = 0.03
+    """Share of the samples in which something else takes the processor."""
+    stall_s: float = 1e-3
+    phases: float = 0.3
+    """How much slower the processor is at most, for a while at a time."""
+    phase_s: float = 0.3
+    ramp: float = 1.0
+    """How much slower the GPU is before its clock is up."""
+    ramp_s: float = 0.1
+    heat: float = 0.0
+    """How much slower a call of the GPU is right after one that draws all its power."""
+
+
+class LaunchBound:
+    """The device: a clock that moves on by what the calls of its candidates cost."""
+
+    def __init__(self, seed: int, weather: Weather) -> None:
+        self.clock = FakeTime()
+        self.began = self.clock.now
+        self.draw = random.Random(seed)
+        self.weather = weather
+        self.slowness, self.until, self.warmth = 1.0, self.began, 0.0
+
+    def host(self) -> float:
+        """How many times its time the processor takes now."""
+        if self.clock.now >= self.until:
+            self.slowness = 1 + self.weather.phases * self.draw.random()
+            self.until = self.clock.now + self.weather.phase_s * self.draw.expovariate(1.0)
+        return self.slowness
+
+    def gpu(self) -> float:
+        """The same of the GPU."""
+        worked = self.clock.now - self.began
+        return 1 + self.weather.ramp * math.exp(-worked / self.weather.ramp_s) + self.weather.heat * self.warmth
+
+
+class DeviceRunner:
+    """Calls of one candidate."""
+
+    SYNC_S = 3e-5
+    GROWTH = 3
+    """Samples of a new length until the memory of all their outputs is there."""
+
+    def __init__(self, device: LaunchBound, candidate: Candidate) -> None:
+        self.device, self.candidate = device, candidate
+        self.cold, self.most, self.fresh = True, 0, 0
+
+    def queue(self) -> object:
+        return self
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        device, one, calls = self.device, self.candidate, len(outputs)
+        if calls > self.most:
+            self.most, self.fresh = calls, self.GROWTH
+        growing = 1.5 if self.fresh > 0 else 1.0
+        self.fresh -= 1
+        spent = calls * max(one.host_s * device.host() * growing, one.device_s * device.gpu())
+        spent *= math.exp(device.draw.gauss(0, device.weather.noise))
+        spent += self.SYNC_S + one.fixed_s
+        if device.draw.random() < device.weather.stalls:
+            spent += device.weather.stall_s * device.draw.random()
+        spent += one.first_s if self.cold else 0.0
+        self.cold = False
+        device.clock.now += spent
+        device.warmth = one.device_s / one.call_s
+
+    def results(self) -> list[object]:
+        return []
+
+    def peak_bytes(self) -> int | None:
+        return None

@@ -1,0 +1,130 @@
+"""What practical takes on a GPU, decided without one: slices within the budget, and only where they gain something."""
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from attention.device import Backend
+from attention.implementations.blocks import MIB, Blocks
+from attention.implementations.mlx_sdpa import fused_bytes
+from attention.implementations.practical_choice import Choice, choice, skipped_share, slice_size, slices_bytes
+from attention.implementations.waiting import at_once, passed, when_done
+from attention.route import PLAIN, Needs
+from attention.workload import Workload
+
+LONG = Workload(seq=16384, heads=8, head_dim=256, dtype="bfloat16")
+
+workloads = st.builds(
+    lambda kv_heads, group, **rest: Workload(kv_heads=kv_heads, heads=kv_heads * group, **rest),
+    kv_heads=st.integers(1, 8),
+    group=st.sampled_from([1, 4]),
+    batch=st.integers(1, 4),
+    seq=st.integers(1, 20_000),
+    kv_seq=st.integers(1, 20_000),
+    head_dim=st.sampled_from([64, 256]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    mask=st.sampled_from(["none", "causal", "window:300"]),
+    pass_=st.sampled_from(["forward", "training"]),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(workloads, st.sampled_from([16, 256, 2048]), st.sampled_from(["cuda", "metal"]))
+def test_slices_fit_the_budget_wherever_any_slice_can(workload: Workload, mebibytes: int, backend: Backend) -> None:
+    size = slice_size(workload, backend, PLAIN, mebibytes * MIB)
+    smallest = Blocks(batches=1, kv_heads=1, rows=1, keys=workload.kv_seq)
+    limit = max(mebibytes * MIB, slices_bytes(workload, smallest, backend, PLAIN))
+    assert slices_bytes(workload, size, backend, PLAIN) <= limit
+    assert 1 <= size.rows <= workload.seq or workload.seq < 128
+    assert size.rows % 128 == 0 or size.rows < 128 or size.rows == workload.seq
+
+
+def asked(workload: Workload, mebibytes: int, needs: Needs = PLAIN) -> Choice:
+    return choice(workload, "cuda", needs, mebibytes * MIB)
+
+
+def test_what_fits_and_skips_nothing_is_left_to_mlx() -> None:
+    assert asked(structs.replace(LONG, seq=512, kv_seq=512), 2048).way == "whole"
+
+
+def test_slices_that_fit_together_need_not_wait_for_each_other() -> None:
+    made = asked(structs.replace(LONG, seq=8192, kv_seq=8192, mask="causal"), 30_000)
+    assert (made.way, made.waits) == ("slices", False)
+    assert "slices skip 44% of the scores" in made.reason
+
+
+def test_slices_that_do_not_fit_together_wait() -> None:
+    made = asked(LONG, 2560)
+    assert (made.way, made.waits) == ("slices", True)
+    assert made.slices is not None
+    assert made.slices.rows * made.slices.kv_heads < LONG.seq * LONG.heads
+    assert "the budget is 2,560 MiB" in made.reason
+
+
+def test_where_only_the_gradient_is_too_much_only_that_is_sliced() -> None:
+    made = asked(structs.replace(LONG, seq=8192, kv_seq=8192), 3000)
+    assert (made.way, made.waits) == ("whole, slices behind", True)
+
+
+def test_a_few_scores_are_not_worth_a_cut() -> None:
+    small = Workload(seq=4096, heads=8, head_dim=256, dtype="bfloat16", mask="causal")
+    assert skipped_share(small, Blocks(batches=1, kv_heads=1, rows=128, keys=1)) > 0.4
+    assert asked(small, 2048).way == "whole"
+
+
+def test_what_mlx_cannot_do_is_done_in_blocks_there_too() -> None:
+    assert asked(LONG, 2560, Needs(softcap=True)).way == "blocks"
+
+
+def test_a_bool_mask_of_a_fused_call_counts_with_what_mlx_makes_of_it_on_cuda() -> None:
+    window = structs.replace(LONG, head_dim=64, value_dim=64, mask="window:100")
+    scores = window.scores * 2
+    assert fused_bytes(window, "cuda") - window.output_bytes > 2 * scores
+    assert fused_bytes(window, "metal") - window.output_bytes < scores
+
+
+def test_only_on_cuda_evaluation_waits_for_what_is_done() -> None:
+    assert passed("cuda") is when_done
+    assert passed("metal") is passed("cpu") is at_once
+
+
+def test_waiting_gives_something_that_can_be_waited_for_in_any_function() -> None:
+    def function(x: mx.array) -> mx.array:
+        total = x
+        for _ in range(3):
+            (total,) = mx.depends([total * 2], when_done([total]))
+        return total.sum()
+
+    x = mx.arange(4.0)
+    assert function(x).item() == 48
+    assert mx.compile(function)(x).item() == 48
+    assert mx.grad(function)(x).tolist() == [8, 8, 8, 8]
+
+
+def fuses_multiples_of_128(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> str | None:
+    """What MLX's CUDA backend says of a training pass."""
+    return f"{workload.seq} rows" if workload.pass_ == "training" and workload.seq % 128 else None
+
+
+@pytest.mark.parametrize("rows", [1, 127, 128, 3000, 3072])
+def test_backward_a_slice_has_the_rows_that_mlx_fuses_and_the_rest_is_another(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", fuses_multiples_of_128)
+    workload = Workload(seq=rows, heads=2, head_dim=64, mask="causal", pass_="training")
+    size = slice_size(workload, "cuda", PLAIN, 10_000 * MIB)
+    assert size.rows == (rows if rows < 128 else rows - rows % 128)
+
+
+def test_a_gradient_that_mlx_fuses_for_such_rows_only_is_sliced_where_it_is_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", fuses_multiples_of_128)
+    workload = Workload(batch=4, seq=2047, heads=16, head_dim=64, mask="causal")
+    made = asked(workload, 8000)
+    assert (made.way, made.waits) == ("fused, slices behind", False)
+    assert made.reason == "2047 rows; slices of such rows have one"
+    assert asked(structs.replace(workload, batch=1, heads=2, kv_heads=2), 8000).way == "fused"
+    assert asked(structs.replace(workload, seq=2048, kv_seq=2048), 8000).way == "fused"

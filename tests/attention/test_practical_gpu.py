@@ -1,0 +1,106 @@
+"""Practical's promise of memory on a GPU: no call takes more than the budget above inputs and outputs."""
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from attention.device import probe
+from attention.implementations.blocks import MIB
+from attention.implementations.packed import Packed
+from attention.implementations.practical import Practical
+from attention.implementations.runner import MlxRunner, make_inputs
+from attention.masks import Mask, of_workload
+from attention.workload import Workload
+
+ON_GPU = mx.default_device() != mx.Device(mx.cpu)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="MLX computes on the CPU here")]
+SMALL = 64 * MIB
+"""A budget that none of the score matrices below fits."""
+
+
+class Bound(MlxRunner):
+    """A call with a mask of its own, and sinks."""
+
+    def __init__(self, practical: Practical, workload: Workload, inputs: list[Any], mask: Mask, **more: Any) -> None:
+        super().__init__(practical, workload, inputs, workload.scale)
+        self._mask, self._more = mask, more
+
+    def _attend(self, q: mx.array, k: Any, v: Any) -> mx.array:
+        return self._implementation(q, k, v, scale=self._scale, mask=self._mask, **self._more)
+
+
+def excess(practical: Practical, workload: Workload, mask: Mask | None = None, **more: Any) -> int:
+    """Peak bytes above inputs and outputs; the second call counts, since the first one may compile."""
+    inputs = make_inputs(workload, 0)
+    runner = Bound(practical, workload, inputs, mask or of_workload(workload), **more)
+    runner.results()
+    peak = runner.peak_bytes()
+    assert peak is not None
+    return peak - workload.output_bytes
+
+
+def is_within(workload: Workload, budget: int = SMALL, mask: Mask | None = None, **more: Any) -> bool:
+    used = excess(Practical(budget), workload, mask, **more)
+    print(f"{used / MIB:8.1f} of {budget / MIB:.0f} MiB  {workload.label}")  # for `pytest -s`
+    return used <= budget
+
+
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+@pytest.mark.parametrize("mask", ["none", "causal", "window:700"])
+@pytest.mark.parametrize("head_dim", [80, 256, 512])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_head_dim_and_mask_takes_more_than_the_budget(dtype: str, head_dim: int, mask: str, pass_: str) -> None:
+    assert is_within(Workload(seq=3000, heads=4, head_dim=head_dim, dtype=dtype, mask=mask, pass_=pass_))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"batch": 3, "seq": 1500, "heads": 8, "kv_heads": 2, "head_dim": 96, "value_dim": 96},
+        {"seq": 500, "kv_seq": 6000, "heads": 8, "head_dim": 64, "value_dim": 256},
+        {"seq": 6000, "kv_seq": 500, "heads": 8, "head_dim": 256, "value_dim": 64},
+        {"seq": 4097, "heads": 2, "kv_heads": 1, "head_dim": 72, "value_dim": 40},
+    ],
+    ids=str,
+)
+def test_no_shape_takes_more_than_the_budget(shape: dict[str, int], pass_: str) -> None:
+    assert is_within(Workload(**shape, dtype="float16", mask="causal", pass_=pass_))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+@pytest.mark.parametrize(("per_head", "dtype"), [(True, mx.float16), (False, mx.bool_)], ids=str)
+def test_array_masks_stay_within_the_budget(dtype: mx.Dtype, per_head: bool, pass_: str) -> None:
+    workload = Workload(seq=2500, heads=4, head_dim=64, dtype="float16", pass_=pass_)  # type: ignore[arg-type]
+    drawn = mx.random.uniform(shape=(1, 4, 2500, 2500) if per_head else (2500, 2500), key=mx.random.key(2)) > 0.3
+    array = drawn if dtype == mx.bool_ else mx.where(drawn, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))
+    mx.eval(array)
+    del drawn
+    assert is_within(workload, mask=Mask(array=array))
+
+
+def test_a_softcap_and_sinks_stay_within_the_budget() -> None:
+    workload = Workload(seq=3000, heads=4, head_dim=128, dtype="bfloat16", mask="causal")
+    assert is_within(workload, softcap=20.0)
+    assert is_within(workload, sinks=mx.zeros((4,)))
+
+
+def test_packed_keys_and_values_stay_within_the_budget() -> None:
+    workload = Workload(seq=2000, kv_seq=4000, heads=4, head_dim=128, dtype="bfloat16", mask="causal")
+    q, k, v = make_inputs(workload, 0)
+    packed = [Packed(*mx.quantize(x, group_size=64, bits=8), 64, 8) for x in (k, v)]
+    mx.eval(*(array for one in packed for array in one.arrays))
+    runner = Bound(Practical(SMALL), workload, [q, *packed], of_workload(workload))
+    runner.results()
+    assert (runner.peak_bytes() or 0) - workload.output_bytes <= SMALL
+
+
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_scores_larger_than_the_default_budget_stay_within_it(head_dim: int, pass_: str) -> None:
+    budget = Practical().budget(probe())
+    seq = 1 << ((4 * budget // 8).bit_length() // 2)  # eight heads of more than four times the budget in half precision
+    workload = Workload(seq=seq, heads=8, head_dim=head_dim, dtype="bfloat16", pass_=pass_)  # type: ignore[arg-type]
+    assert workload.scores * 2 > budget
+    assert is_within(workload, budget)
