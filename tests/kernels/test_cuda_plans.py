@@ -9,6 +9,7 @@ mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda  # noqa: E402
 from attention.kernels.cuda import attend, choice, gradient, launch, launcher, pullback, stages  # noqa: E402
+from attention.kernels.cuda.call import Call, Shape  # noqa: E402
 from attention.kernels.cuda.gpu import Gpu  # noqa: E402
 from attention.kernels.cuda.plan import MAP, NUMBER, SERIAL, STRIDE  # noqa: E402
 from attention.kernels.cuda.program import TEXTS, Program  # noqa: E402
@@ -104,6 +105,12 @@ def test_one_query_to_many_keys_takes_one_launch_of_many_blocks(recorder):
 def test_one_query_to_few_keys_is_not_split(recorder):
     call(1, 50)
     assert recorder.plans[-1].steps[0][2] == 2  # blocks, one for each key head
+
+
+@pytest.mark.parametrize(("batch", "keys", "blocks"), [(1, 8192, 2), (16, 8192, 1), (1, 131_072, 1)])
+def test_a_block_with_many_keys_has_a_multiprocessor_for_itself(recorder, batch, keys, blocks):
+    split = launch.splitting(Shape(batch, 32, 8, 1, keys, 128, "bf16"), Call(0.1, False, None, None))
+    assert split.kernel.blocks_at_once == blocks
 
 
 def gradients(recorder, with_logsumexp):

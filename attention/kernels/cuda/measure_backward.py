@@ -1,7 +1,7 @@
 """Times the backward pass by itself against cuDNN's, on Hopper: `python -m attention.kernels.cuda.measure_backward`.
 
 Head dims and lengths as words (`64 256 2048`) take of the table only what has one of either; `--json PATH` keeps the
-seconds. Timed as by measure.py, whose `training` has the whole step.
+seconds. measure.py's `training` has the whole step.
 """
 
 import json
@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from attention.kernels.cuda import gradient
 from attention.kernels.cuda.call import Call, Shape
-from attention.kernels.cuda.measure import Run, drawn, in_torch, medians, report, timed_torch
 from attention.kernels.cuda.stages import forward_plan
+from attention.kernels.cuda.timing import Run, drawn, in_torch, medians, report, timed_torch
 
 DIMS, LENGTHS = (64, 128, 192, 256), (2048, 4096, 8192, 16384)
 
