@@ -90,7 +90,7 @@ def on(monkeypatch):
 
 
 def forget():
-    cuda._known.clear()
+    cuda.forget_calls()
     for function in CACHED:
         function.cache_clear()
 

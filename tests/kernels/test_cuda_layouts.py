@@ -92,7 +92,8 @@ def test_a_slice_that_changes_its_strides_from_call_to_call_is_followed(dim):
 )
 def test_tiles_whose_keys_are_dealt_out_are_added_up_to_the_same_bits(dim, size, call):
     shape = Shape(*size, dim, "bf16")
-    assert launch.forward(shape, call).keywords["output_shapes"][2][0] > 0  # there are parts
+    made = launch.forward(shape, call, launch.forward_kernel(shape, call))
+    assert made.keywords["output_shapes"][2][0] > 0  # there are parts
     made = selfcheck.inputs(shape)
     first = attend(call, made)
     assert selfcheck.disagreement(shape, call, *first, made) is None
@@ -116,3 +117,24 @@ def test_many_calls_at_once_keep_their_parts_apart():
     together = [attend(FULL, arrays)[0] for _ in range(10) for arrays in made]
     mx.eval(together)
     assert all(mx.array_equal(x, alone[i % len(made)]).item() for i, x in enumerate(together))
+
+
+@pytest.mark.parametrize("wrong", [{"window": -1}, {"window": 0}, {"softcap": 0.0}, {"scale": -0.125}])
+def test_a_known_call_with_a_wrong_keyword_is_still_refused(wrong):
+    arrays = selfcheck.inputs(Shape(*MANY, 64, "bf16"))[:3]
+    cuda.flash_attention(*arrays, scale=0.125)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        cuda.flash_attention(*arrays, **{"scale": 0.125, **wrong})
+
+
+def test_a_known_call_is_told_apart_by_all_of_its_keywords():
+    shape = Shape(*MANY, 64, "bf16")
+    made = selfcheck.inputs(shape)
+    calls = [FULL, CAUSAL, Call(0.125, True, 50, None), Call(0.125, False, None, 20.0), Call(0.25, False, None, None)]
+    for _ in range(2):
+        for call in calls:
+            keywords = {"causal": call.causal, "window": call.window, "softcap": call.softcap}
+            found = cuda.flash_attention_with_logsumexp(*made[:3], scale=call.scale, **keywords)
+            known = cuda.flash_attention(*made[:3], scale=call.scale, **keywords)
+            assert selfcheck.disagreement(shape, call, *found, made) is None
+            assert mx.array_equal(known, found[0]).item()

@@ -28,10 +28,21 @@ class Recorder:
     """Stands in for the compiled launcher: keeps the plans, and answers calls with zeros."""
 
     def __init__(self):
-        self.plans = []
+        self.plans, self.calls = [], {}
 
     def set_gradient(self, function):
         self.gradient = function
+
+    def keep_call(self, q, k, v, *keywords_and_plan):
+        *keywords, plan = keywords_and_plan
+        self.calls[q.shape, k.shape, v.shape, *keywords] = plan
+
+    def find_call(self, q, k, v, *keywords):
+        plan = self.calls.get((q.shape, k.shape, v.shape, *keywords))
+        return plan and plan(q, k, v)[0]
+
+    def forget_calls(self):
+        self.calls.clear()
 
     def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
         self.plans.append(SimpleNamespace(steps=steps, label=label, untraced=untraced, shapes=shapes))
@@ -57,7 +68,7 @@ def recorder(monkeypatch):
 
 
 def forget():
-    cuda._known.clear()
+    cuda.forget_calls()
     kept = (attend.repeated, stages.forward_plan, launch.forward, launch.splitting, launch.decode)
     kept += (gradient.planned, gradient.rows_launch, gradient.backward_launch, gradient.finish_launch)
     kept += (pullback._own_is_taken,)
@@ -152,3 +163,13 @@ def test_without_a_gradient_no_logsumexp_is_made(recorder):
     whole = recorder.plans[-1]
     assert [len(plan.shapes) for plan in recorder.plans] == [1, 2]
     assert whole.untraced is not None
+
+
+def test_the_launcher_keeps_calls_until_they_are_forgotten(recorder, monkeypatch):
+    monkeypatch.setattr(launcher, "is_plan", lambda made: True)
+    monkeypatch.setattr(cuda, "_find_call", cuda._find_nothing)
+    call(300, 300)
+    monkeypatch.setattr(cuda, "_attend", lambda *_: pytest.fail("looked up again"))
+    call(300, 300)
+    cuda.forget_calls()
+    assert recorder.calls == {}

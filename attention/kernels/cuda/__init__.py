@@ -184,6 +184,15 @@ _find_call: Callable[..., mx.array | None] = _find_nothing
 """The launcher's own table of calls, once it keeps one: faster than a key made in Python."""
 
 
+def forget_calls() -> None:
+    """Forgets what known calls take, for where that is to change."""
+    _known.clear()
+    if _find_call is not _find_nothing:
+        from attention.kernels.cuda import launcher
+
+        launcher.module().forget_calls()
+
+
 def _look_up(
     q: mx.array,
     k: mx.array,

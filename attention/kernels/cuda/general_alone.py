@@ -21,6 +21,6 @@ def general_alone() -> Iterator[None]:
 
 def _forget() -> None:
     """What was chosen before."""
-    cuda._known.clear()
+    cuda.forget_calls()
     for kept in (attend.repeated, pullback._own_is_taken, pullback._general_is_taken):
         kept.cache_clear()

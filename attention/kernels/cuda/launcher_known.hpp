@@ -46,8 +46,8 @@ inline std::optional<CallKey> key_of(const std::array<const mx::array*, 3>& arra
   }
   key[n++] = types;
   key[n++] = bits_of(keywords.scale);
-  key[n++] = keywords.causal + 2 * keywords.softcap.has_value();
-  key[n++] = keywords.window.value_or(-1);
+  key[n++] = keywords.causal + 2 * keywords.softcap.has_value() + 4 * keywords.window.has_value();
+  key[n++] = keywords.window.value_or(0);
   key[n++] = bits_of(keywords.softcap.value_or(0));
   return key;
 }
