@@ -54,23 +54,26 @@ DEVICE void add_values(Output& out, const u32 (&weights)[4], u32 values) {
   }
 }
 
+// Caps and masks a row's scores of the keys from `key` on; the largest of them and of `largest`.
+DEVICE float limit(float (&scores)[2][4], int r, float largest, const Problem& problem, int row, int key) {
+  const int first = problem.first_seen_by(row), last = problem.last_seen_by(row);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float& s = scores[i / 2][2 * r + i % 2];
+    const int column = key + i / 2 * 8 + 2 * (threadIdx.x % 4) + i % 2;
+    if (SOFTCAP) s = 1 - 2 * reciprocal_fast(1 + exp2_fast(2 * 1.44269504f * problem.into_cap * s));
+    if (column >= last || (WINDOW && column < first)) s = MINUS_INFINITY;
+    largest = fmaxf(largest, s);
+  }
+  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+  return fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+}
+
 // Caps and masks the scores of the keys from `key` on, and turns them into weights against the maximum so far.
 DEVICE void softmax(float (&scores)[2][4], Rows& rows, Output& out, const Problem& problem, int first_row, int key) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = first_row + lane / 4 + 8 * r, first = problem.first_seen_by(row), last = problem.last_seen_by(row);
-    float largest = rows.max[r];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& s = scores[i / 2][2 * r + i % 2];
-      const int column = key + i / 2 * 8 + 2 * (lane % 4) + i % 2;
-      if (SOFTCAP) s = 1 - 2 * reciprocal_fast(1 + exp2_fast(2 * 1.44269504f * problem.into_cap * s));
-      if (column >= last || (WINDOW && column < first)) s = MINUS_INFINITY;
-      largest = fmaxf(largest, s);
-    }
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    const float largest = limit(scores, r, rows.max[r], problem, first_row + threadIdx.x % 32 / 4 + 8 * r, key);
     const float shift = largest == MINUS_INFINITY ? 0 : largest * problem.scale_log2;
     const float rescale = exp2_fast(rows.max[r] * problem.scale_log2 - shift);
     rows.max[r] = largest;
@@ -92,21 +95,22 @@ struct Keys {
   int begin, end;
 };
 
+// Starts copying the 16 keys and values from `key` on, unless the split ends before.
+DEVICE void start_copies(const Problem& problem, const Keys& keys, int key, u32 buffer) {
+  if (key < keys.end) {
+    const char *from_key = keys.key + key * keys.key_row, *from_value = keys.value + key * keys.value_row;
+    copy_rows(buffer, problem.keys - key, problem.columns, [&](int row) { return from_key + row * keys.key_row; });
+    copy_rows(buffer + TILE_BYTES, problem.keys - key, problem.columns,
+              [&](int row) { return from_value + row * keys.value_row; });
+  }
+  commit_copies();
+}
+
 // One warp's share: every WARPS-th step of 16 keys of a split.
 DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys, int first_row, Output& out, Rows& rows) {
   const int first = keys.begin + threadIdx.x / 32 * STEP;
-  auto start_copies = [&](int key, int stage) {
-    if (key < keys.end) {
-      const char *from_key = keys.key + key * keys.key_row, *from_value = keys.value + key * keys.value_row;
-      const u32 buffer = ring + stage * STAGE_BYTES;
-      copy_rows(buffer, problem.keys - key, problem.columns, [&](int row) { return from_key + row * keys.key_row; });
-      copy_rows(buffer + TILE_BYTES, problem.keys - key, problem.columns,
-                [&](int row) { return from_value + row * keys.value_row; });
-    }
-    commit_copies();
-  };
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) start_copies(first + i * WARPS * STEP, i);
+  for (int i = 0; i < STAGES - 1; ++i) start_copies(problem, keys, first + i * WARPS * STEP, ring + i * STAGE_BYTES);
   wait_copies<STAGES - 1>();  // for the queries, which one warp asked for before
   __syncthreads();
   int stage = 0;
@@ -114,7 +118,7 @@ DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys
   for (int key = first; key < keys.end; key += WARPS * STEP) {
     wait_copies<STAGES - 2>();
     __syncwarp();  // all lanes' copies have landed, and all are done with the buffer that is filled next
-    start_copies(key + (STAGES - 1) * WARPS * STEP, (stage + STAGES - 1) % STAGES);
+    start_copies(problem, keys, key + (STAGES - 1) * WARPS * STEP, ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES);
     const u32 buffer = ring + stage * STAGE_BYTES;
     float scores[2][4] = {};
     score(scores, query, buffer);

@@ -103,8 +103,8 @@ DEVICE bool is_last(const Parts& parts) {
   return all;
 }
 
-// Joins the parts of one row; a warp's work. `factors` is its room in shared memory for as many numbers as there are parts.
-DEVICE void join_row(int row, float* factors, const Results& results, const Parts& parts) {
+// Finds what each part of a row counts, and the row's logsumexp in log2 units; a warp's work.
+DEVICE float weigh_parts(float* factors, int row, const Parts& parts) {
   const int lane = threadIdx.x % 32;
   float largest = MINUS_INFINITY, total = 0;
   for (int i = lane; i < parts.count; i += 32) {
@@ -116,12 +116,19 @@ DEVICE void join_row(int row, float* factors, const Results& results, const Part
   for (int i = lane; i < parts.count; i += 32) total += factors[i] = exp2_fast(factors[i] - shift);
   for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
   const float inverse = total > 0 ? 1 / total : 0;
+  for (int i = lane; i < parts.count; i += 32) factors[i] *= inverse;
   __syncwarp();
+  return total > 0 ? shift + log2f(total) : MINUS_INFINITY;
+}
 
+// Joins the parts of one row; a warp's work. `factors` is its room in shared memory for as many numbers as there are parts.
+DEVICE void join_row(int row, float* factors, const Results& results, const Parts& parts) {
+  const int lane = threadIdx.x % 32;
+  const float logsumexp = weigh_parts(factors, row, parts);
   float4 sums[LANE_VECTORS] = {};
 #pragma unroll 16
   for (int i = 0; i < parts.count; ++i) {
-    const float factor = factors[i] * inverse;
+    const float factor = factors[i];
 #pragma unroll
     for (int j = 0; j < LANE_VECTORS; ++j) {
       const int column = 4 * lane + 128 * j;
@@ -138,9 +145,7 @@ DEVICE void join_row(int row, float* factors, const Results& results, const Part
           make_uint2(pack(sums[j].x, sums[j].y), pack(sums[j].z, sums[j].w));
     }
   }
-  if (lane == 0 && results.logsumexp != nullptr) {
-    results.logsumexp[row] = total > 0 ? (shift + log2f(total)) * LN_2 : MINUS_INFINITY;
-  }
+  if (lane == 0 && results.logsumexp != nullptr) results.logsumexp[row] = logsumexp * LN_2;
 }
 
 // Joins the warps of a block, by way of `shared`, and in the last block of a tile the tile's parts.

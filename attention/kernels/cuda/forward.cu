@@ -103,6 +103,16 @@ struct Consumer {
     }
   }
 
+  // Waits for the scores of tile `n`, while at most PENDING later groups of products run, and makes weights of them.
+  template <int PENDING>
+  DEVICE void weigh(Scores& scores, const Problem& problem, Rows& rows) {
+    wgmma_wait<PENDING>();
+    settle(scores);
+    release_keys();
+    mask(scores, problem);
+    softmax(scores, rows, problem.scale_log2);
+  }
+
   // Writes the rows of the work, or leaves a part of them, and adds up the parts if it is the last.
   DEVICE void finish(Output& out, Rows& rows, const Problem& problem, const Results& results) const {
     const Part part(same_in_warp(schedule.part()));
@@ -123,11 +133,7 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   Scores scores;
   Weights weights;
   start_scores(scores, consumer.query, consumer.await_keys());
-  wgmma_wait<0>();
-  settle(scores);
-  consumer.release_keys();
-  consumer.mask(scores, problem);
-  softmax(scores, rows, problem.scale_log2);
+  consumer.weigh<0>(scores, problem, rows);
   u32 value = consumer.await_values();
   pack_weights(weights, scores);
 #pragma unroll 1
@@ -136,11 +142,7 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
     const u32 key = consumer.await_keys();
     start_scores(scores, consumer.query, key);
     start_output(out, weights, value);
-    wgmma_wait<1>();
-    settle(scores);
-    consumer.release_keys();
-    consumer.mask(scores, problem);
-    softmax(scores, rows, problem.scale_log2);
+    consumer.weigh<1>(scores, problem, rows);
     // The wait for the next V stands here to end the basic block. Without it the assembler moves the wait for P V up,
     // before the exponentials, and the softmax no longer runs beside the products.
     const u32 used = consumer.memory.value_empty(consumer.values.stage);
@@ -170,11 +172,7 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
     start_scores(scores, consumer.query, key);
     consumer.pass_turn();
     if (consumer.n < last) consumer.release_values();
-    wgmma_wait<0>();
-    settle(scores);
-    consumer.release_keys();
-    consumer.mask(scores, problem);
-    softmax(scores, rows, problem.scale_log2);
+    consumer.weigh<0>(scores, problem, rows);
     scale_output(out, rows.rescale);
     pack_weights(weights, scores);
     const u32 value = consumer.await_values();

@@ -61,6 +61,16 @@ struct Schedule {
 
 // ---- the producer ------------------------------------------------------------------------------------------------
 
+// Copies the queries of a work, once the buffers are free.
+DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap& map, int head, int batch) {
+  for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
+    const int buffer = work.query_buffer(consumer);
+    barrier_wait(memory.query_empty(buffer), work.query_parity() ^ 1);
+    load_tile<WARPGROUP_ROWS>(memory.query(buffer), map, head, batch, work.block * BLOCK_M + consumer * WARPGROUP_ROWS,
+                              memory.query_full(buffer));
+  }
+}
+
 // One thread's work.
 DEVICE void produce(const Memory& memory, const Problem& problem, Schedule schedule, const TensorMap& query_map,
                     const TensorMap& key_map, const TensorMap& value_map) {
@@ -82,12 +92,7 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule sched
     };
     const int last = work.end - 1;
     if (last >= work.first) load_key(last);
-    for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
-      const int buffer = work.query_buffer(consumer);
-      barrier_wait(memory.query_empty(buffer), work.query_parity() ^ 1);
-      load_tile<WARPGROUP_ROWS>(memory.query(buffer), query_map, head, batch,
-                                work.block * BLOCK_M + consumer * WARPGROUP_ROWS, memory.query_full(buffer));
-    }
+    load_queries(memory, work, query_map, head, batch);
     for (int n = last - 1; n >= work.first; --n) {  // the order in which consumers ask for them
       if constexpr (OVERLAP) load_key(n), load_value(n + 1);
       else load_value(n + 1), load_key(n);
