@@ -10,6 +10,22 @@ using i64 = long long;
 
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
+// ---- what another block has written: from L2, since L1 may be older ------------------------------------------------
+
+DEVICE float load_fresh(const float* place) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(place) : "memory");
+  return x;
+}
+DEVICE float4 load_fresh(const float4* place) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(place)
+               : "memory");
+  return x;
+}
+
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
 DEVICE float exp2_fast(float x) {

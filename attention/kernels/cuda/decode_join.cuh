@@ -29,17 +29,6 @@ struct Parts {
   DEVICE float* logsumexps(int i) const { return part(i) + ROWS * HEAD_DIM; }
 };
 
-DEVICE float load_fresh(const float* place) {  // from L2: another block has written it
-  float x;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(place) : "memory");
-  return x;
-}
-DEVICE float4 load_fresh_vector(const float* place) {
-  float4 x;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(place) : "memory");
-  return x;
-}
-
 // Leaves a warp's result of `count` rows in shared memory: output [ROWS][HEAD_DIM], then maxima (in log2 units) and sums.
 DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count, float scale_log2) {
   const int lane = threadIdx.x % 32;
@@ -133,7 +122,7 @@ DEVICE void join_row(int row, float* factors, const Results& results, const Part
     for (int j = 0; j < LANE_VECTORS; ++j) {
       const int column = 4 * lane + 128 * j;
       if (HEAD_DIM % 128 != 0 && column >= HEAD_DIM) continue;
-      const float4 x = load_fresh_vector(parts.part(i) + row * HEAD_DIM + column);
+      const float4 x = load_fresh(reinterpret_cast<const float4*>(parts.part(i) + row * HEAD_DIM + column));
       sums[j].x += factor * x.x, sums[j].y += factor * x.y, sums[j].z += factor * x.z, sums[j].w += factor * x.w;
     }
   }

@@ -23,12 +23,6 @@ struct Parts {
   DEVICE float4* of_lane(int part) const { return numbers + place(part) * VECTORS * 32 + threadIdx.x % 32; }
 };
 
-DEVICE float4 load_shared_by_blocks(const float4* place) {  // from L2: another block has written it
-  float4 x;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(place) : "memory");
-  return x;
-}
-
 // Leaves a warp's part; whether all parts of its rows are there.
 DEVICE bool leave_part(const Output& output, Rows& rows, const Parts& parts, const Part& part) {
   float4* place = parts.of_lane(part.first + part.index);
@@ -54,7 +48,7 @@ DEVICE bool leave_part(const Output& output, Rows& rows, const Parts& parts, con
 DEVICE void join_parts(Output& output, Rows& rows, const Parts& parts, const Part& part, float scale_log2) {
   rows = Rows();
   for (int i = 0; i < part.count; ++i) {
-    const float4 seen = load_shared_by_blocks(parts.of_lane(part.first + i) + HEAD_DIM / 8 * 32);
+    const float4 seen = load_fresh(parts.of_lane(part.first + i) + HEAD_DIM / 8 * 32);
     rows.max[0] = fmaxf(rows.max[0], seen.x), rows.max[1] = fmaxf(rows.max[1], seen.y);
   }
   const float shift[2] = {rows.max[0] == MINUS_INFINITY ? 0 : rows.max[0] * scale_log2,
@@ -64,12 +58,12 @@ DEVICE void join_parts(Output& output, Rows& rows, const Parts& parts, const Par
 #pragma unroll 1
   for (int i = 0; i < part.count; ++i) {
     const float4* place = parts.of_lane(part.first + i);
-    const float4 seen = load_shared_by_blocks(place + HEAD_DIM / 8 * 32);
+    const float4 seen = load_fresh(place + HEAD_DIM / 8 * 32);
     const float factor[2] = {exp2_fast(seen.x * scale_log2 - shift[0]), exp2_fast(seen.y * scale_log2 - shift[1])};
     rows.sum[0] += seen.z * factor[0], rows.sum[1] += seen.w * factor[1];
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 8; ++j) {
-      const float4 x = load_shared_by_blocks(place + j * 32);
+      const float4 x = load_fresh(place + j * 32);
       output[4 * j] += x.x * factor[0], output[4 * j + 1] += x.y * factor[0];
       output[4 * j + 2] += x.z * factor[1], output[4 * j + 3] += x.w * factor[1];
     }
