@@ -1,4 +1,4 @@
-// Flash attention, forward, on Hopper (FlashAttention 3: Shah et al., 2024). One warpgroup copies, two or three compute.
+// Flash attention, forward, on Hopper (FlashAttention 3: Shah et al., 2024). One warpgroup copies, one to three compute.
 //
 //                     keys: BLOCK_N at a time, the last tile first
 //                   +--------+--------+--------+
