@@ -215,11 +215,11 @@ def _cudnn_passes(arrays: list[mx.array], causal: bool) -> dict[str, Run]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v, cotangent = in_torch(arrays)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    q, k, v = inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def forward() -> Any:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=causal)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     both = timed_torch(lambda: torch.autograd.grad(forward(), inputs, cotangent))
     return {"forward": timed_torch(forward), "both": both}

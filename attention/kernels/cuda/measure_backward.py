@@ -44,9 +44,9 @@ def cudnn(arrays: list[mx.array], causal: bool) -> Run:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v, cotangent = in_torch(arrays)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    q, k, v = inputs = [x.requires_grad_() for x in (q, k, v)]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        output = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=causal)
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return timed_torch(lambda: torch.autograd.grad(output, inputs, cotangent, retain_graph=True))
 
 

@@ -40,16 +40,22 @@ class Program:
         """What NVRTC is told."""
         return (f"--gpu-architecture={nvrtc.target_for(self.architecture)}", "--std=c++17")
 
-    @functools.cached_property
+    @property
     def key(self) -> str:
         """Names the machine code: text, options and compiler."""
-        whole = repr((self.source, self.options, nvrtc.version()))
-        return f"{self.name}-{hashlib.sha256(whole.encode()).hexdigest()[:24]}"
+        return _key_of(self)
 
     @property
     def entry(self) -> str:
         """The kernel's name in the machine code. MLX keeps modules by it, so no two programs may share one."""
         return self.key.replace("-", "_")
+
+
+@functools.lru_cache(maxsize=256)
+def _key_of(program: Program) -> str:
+    """Read and hashed once: a decoding loop asks for an equal program at each length."""
+    whole = repr((program.source, program.options, nvrtc.version()))
+    return f"{program.name}-{hashlib.sha256(whole.encode()).hexdigest()[:24]}"
 
 
 @functools.lru_cache(maxsize=128)
