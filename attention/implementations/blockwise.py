@@ -25,11 +25,10 @@ from attention import masks
 from attention.implementations.blocks import Blocks
 from attention.implementations.packed import FEW_ROWS, KeyOrValue, Packed
 from attention.implementations.waiting import Passed, at_once
+from attention.implementations.written import Written
 from attention.masks import Mask
 
 LOG2E: Final = math.log2(math.e)
-VIEWS: Final = 12
-"""Pairs of views that are as long as a tile: each is two nodes of a graph."""
 Arithmetic = Literal["exact", "native"]
 
 
@@ -111,26 +110,6 @@ class Heads(Struct, frozen=True):
     def heads(self) -> slice:
         """The query heads."""
         return slice(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
-
-
-class Written:
-    """An array that blocks are written into, in place, as long as nothing else holds it: not even a chain may.
-
-    MLX orders a graph by its breadth, seen from the end: writes, which only wait for one another, would all come last,
-    when every block is there at once. Views between two writes make that way as long as the way through the tiles.
-    """
-
-    def __init__(self, zeros: mx.array) -> None:
-        """Takes the array, filled with what stands where nothing is written."""
-        self.array = zeros
-
-    def write(self, place: tuple[slice, ...], part: mx.array, tiles: int) -> mx.array:
-        """Writes a part that took some tiles to compute; returns it in the array's type, for a chain to hold."""
-        part = part.astype(self.array.dtype)
-        for _ in range(VIEWS * tiles):
-            self.array = self.array[None].squeeze(0)
-        self.array[place] = part
-        return part
 
 
 class Online(Struct):

@@ -14,7 +14,6 @@ from msgspec import Struct
 from attention.implementations.blockwise import (
     Call,
     Heads,
-    Written,
     after,
     blocks_of,
     cut,
@@ -22,6 +21,7 @@ from attention.implementations.blockwise import (
     key_blocks,
     tile_scores,
 )
+from attention.implementations.written import Written
 
 
 class Saved(Struct, frozen=True):

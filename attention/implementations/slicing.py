@@ -18,10 +18,11 @@ from msgspec import Struct, structs
 
 from attention import masks
 from attention.implementations.blocks import Blocks
-from attention.implementations.blockwise import Heads, Written, blocks_of, cut, head_groups
+from attention.implementations.blockwise import Heads, blocks_of, cut, head_groups
 from attention.implementations.differentiable import Attend
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.implementations.waiting import Passed
+from attention.implementations.written import Written
 from attention.masks import Mask
 
 FORWARD_NODES, BACKWARD_NODES = 2, 4
@@ -69,7 +70,7 @@ def forward(q: mx.array, k: mx.array, v: mx.array, call: Slices) -> mx.array:
     chain: list[mx.array] = []
     for heads in head_groups(q, k, call.blocks):
         for each in _slices_of(heads, q.shape[2], k.shape[2], call):
-            part = _attend(call, each)(*_after(chain, each.of_queries(q), each.of_keys(k), each.of_keys(v)))
+            part = _attend(call, each, chain)(*_after(chain, each.of_queries(q), each.of_keys(k), each.of_keys(v)))
             chain = call.passed([output.write(heads.place(each.rows), part, FORWARD_NODES)])
     return output.array
 
@@ -79,18 +80,19 @@ def gradients(q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, call: 
     d_query, d_key, d_value = (Written(mx.zeros_like(x)) for x in (q, k, v))
     chain: list[mx.array] = []
     for heads in head_groups(q, k, call.blocks):
-        sums: list[mx.array] = []
+        sums = _sums(heads, k, v)
         slices = list(_slices_of(heads, q.shape[2], k.shape[2], call))
         for each in slices:
             cuts = each.of_queries(q), each.of_keys(k), each.of_keys(v), each.of_queries(cotangent)
             *primals, of_output = _after(chain, *cuts)
-            _, (of_query, *of_keys) = mx.vjp(_attend(call, each), primals, [of_output])
-            sums = _added(sums, [_placed(part, each.keys, k.shape[2]) for part in of_keys])
-            chain = call.passed([d_query.write(heads.place(each.rows), of_query, BACKWARD_NODES), *sums])
-        if sums:
+            _, (of_query, *of_keys) = mx.vjp(_attend(call, each, chain), primals, [of_output])
+            seen = slice(None), slice(None), cut(each.keys)
+            parts = [one.add(seen, part, BACKWARD_NODES) for one, part in zip(sums, of_keys, strict=True)]
+            chain = call.passed([d_query.write(heads.place(each.rows), of_query, BACKWARD_NODES), *parts])
+        if slices:
             place = cut(heads.batches), cut(heads.kv_heads), slice(None)
             nodes = BACKWARD_NODES * len(slices)
-            chain = [one.write(place, part, nodes) for one, part in zip((d_key, d_value), sums, strict=True)]
+            chain = [one.write(place, total.array, nodes) for one, total in zip((d_key, d_value), sums, strict=True)]
     return [d_query.array, d_key.array, d_value.array]
 
 
@@ -114,8 +116,11 @@ def sliced_behind(whole: Attend, backward_call: Slices) -> Attend:
     return cast("Attend", attend)
 
 
-def _attend(call: Slices, each: Slice) -> Attend:
+def _attend(call: Slices, each: Slice, chain: list[mx.array]) -> Attend:
+    """MLX's SDPA with a slice's part of the mask, which MLX converts and must not before the slice's turn."""
     sdpa, mask = MlxSdpa(), each.of_mask(call.mask)
+    if mask.array is not None:
+        mask = structs.replace(mask, array=_after(chain, mask.array)[0])
     return lambda q, k, v: sdpa(q, k, v, scale=call.scale, mask=mask)
 
 
@@ -131,12 +136,7 @@ def _after(chain: list[mx.array], *arrays: mx.array) -> list[mx.array]:
     return mx.depends(list(arrays), chain) if chain else list(arrays)
 
 
-def _placed(part: mx.array, keys: range, kv_seq: int) -> mx.array:
-    """A share of dK or dV in float32, with zeros for the keys that were not seen."""
-    part = part.astype(mx.float32)
-    before, behind = keys.start, kv_seq - keys.stop
-    return mx.pad(part, [(0, 0), (0, 0), (before, behind), (0, 0)]) if before or behind else part
-
-
-def _added(sums: list[mx.array], parts: list[mx.array]) -> list[mx.array]:
-    return [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+def _sums(heads: Heads, k: mx.array, v: mx.array) -> list[Written]:
+    """Where dK and dV of some heads are summed, in float32 and in place."""
+    size = len(heads.batches), len(heads.kv_heads), k.shape[2]
+    return [Written(mx.zeros((*size, x.shape[3]), mx.float32)) for x in (k, v)]

@@ -32,6 +32,8 @@ def missing() -> str | None:
 
 def obstacle() -> str | None:
     """The same as far as it is known; compiles nothing."""
+    if module.cache_info().currsize:
+        return None  # looking for tools takes a millisecond, and decoding asks at each length
     try:
         tools = toolchain.find()
     except KernelUnavailable as unavailable:

@@ -1,7 +1,9 @@
 """What this machine has of what the kernels need, asked without compiling or running anything."""
 
+import functools
 import math
 import sys
+from pathlib import Path
 from typing import cast
 
 from msgspec import structs
@@ -23,6 +25,12 @@ def look() -> str:
     Raises:
         KernelUnavailable: naming the first thing that is missing.
     """
+    return _found(cache.folder())
+
+
+@functools.cache
+def _found(folder: Path) -> str:
+    """The same for a cache folder; what is missing is looked for each time anew."""
     if not sys.platform.startswith("linux"):
         raise KernelUnavailable(f"the CUDA kernels run on Linux only, not on {sys.platform}")
     found = gpu()
