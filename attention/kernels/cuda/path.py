@@ -36,10 +36,11 @@ def route(workload: Workload, needs: Needs) -> Route:
     reason = "fatui's own flash attention in CUDA C++; a kind of call compiles at its first use, in about a second"
     if distrusted:
         reason = f"{reason}; this one for any call, since the faster one is not used: {'; '.join(distrusted)}"
-    obstacle, behind = launcher.obstacle(), backward_refusal(workload, needs)
+    obstacle = launcher.obstacle()
+    behind = backward_refusal(workload, needs) if workload.pass_ == "training" else None
     if obstacle:
         reason = f"{reason}; launched kernel by kernel, since {obstacle}"
-    if workload.pass_ == "training" and behind:
+    if behind:
         reason = f"{reason}; gradients go through MLX's own path: {behind}"
     predicted = _predicted(workload, needs, behind)
     return Route(path=NAMES[path], fused=True, reason=reason, predicted_bytes=predicted)
