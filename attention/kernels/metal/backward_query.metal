@@ -40,19 +40,34 @@
       d_o_strides[3], upstream_tile, queries - first_query, thread_index_in_threadgroup);
   threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: Q and dO are in place
 
-  const int64_t line = (int64_t(batch) * heads + head) * queries + query;
-  float base = 0.0f;
+  const int64_t first_line = (int64_t(batch) * heads + head) * queries + first_query + own;
+  const int64_t line = first_line + fragment_r;
+
+  // The diagonal of dO O', summed as dP is, dimension by dimension: in a row of one key, whose O is its V, the two are
+  // equal to the last bit, so that dS is the 0 that it has to be.
+  Fragment outputs;
+  clear<1>(&outputs);
+  for (int d = 0; d < D; d += 8) {
+    Fragment upstream = read_block(upstream_tile + own * PITCH + d, PITCH, fragment_r, fragment_c);
+    Fragment turned;
+    UNROLL
+    for (int e = 0; e < 2; e++) {
+      const int at = fragment_c + e;
+      const bool is_row = first_query + own + at < queries;
+      turned.thread_elements()[e] = is_row ? float(o[(first_line + at) * D + d + fragment_r]) : 0.0f;
+    }
+    simdgroup_multiply_accumulate(outputs, upstream, turned, outputs);
+  }
   float mean = 0.0f;
+  UNROLL
+  for (int e = 0; e < 2; e++) {
+    mean += fragment_c + e == fragment_r ? outputs.thread_elements()[e] : 0.0f;
+  }
+  mean = row_sum(mean);
+  float base = 0.0f;
   if (query < queries) {
     const float found = lse[line];
     base = found == -INFINITY ? 0.0f : found * LOG2_E;
-    for (int d = fragment_c; d < D; d += 8) {
-      mean += float(upstream_tile[(own + fragment_r) * PITCH + d]) * float(o[line * D + d]);
-      mean += float(upstream_tile[(own + fragment_r) * PITCH + d + 1]) * float(o[line * D + d + 1]);
-    }
-  }
-  mean = row_sum(mean);
-  if (query < queries) {
     if (LOGSUMEXP) {
       mean -= d_lse[batch * d_lse_strides[0] + head * d_lse_strides[1] + query * d_lse_strides[2]];
     }

@@ -84,6 +84,11 @@ class Tile:
         return blocks * {"forward": 2, "decode": 2, "backward_query": 3, "backward_key": 4}[self.kind]
 
     @property
+    def products_per_block(self) -> int:
+        """The same once for each block of queries: in the kernel of dQ the diagonal of dO O', which makes delta."""
+        return (self.block_q // EDGE) * (self.head_dim // EDGE) if self.kind == "backward_query" else 0
+
+    @property
     def flops_per_tile(self) -> int:
         """FLOPs of these products."""
         return 2 * EDGE**3 * self.products_per_tile

@@ -76,9 +76,12 @@ def _block_of_queries(
     planes: int,
     span: tuple[int, int],
 ) -> None:
-    for name in ("q", "d_o") if tile.kind == "backward_query" else ("q",):
-        found.read(name, planes * len(block) * shape.head_dim)
-    again = 2 if tile.kind == "backward_query" and tile.chunk < tile.head_dim else 1
+    found.read("q", planes * len(block) * shape.head_dim)
+    again = 1
+    if tile.kind == "backward_query":
+        found.read("d_o", planes * len(block) * shape.head_dim)
+        found.products += planes * tile.products_per_block
+        again = 2 if tile.chunk < tile.head_dim else 1
     for keys in _key_tiles(tile, shape, call, queries, span):
         found.read("k", again * planes * len(keys) * shape.head_dim)
         found.read("v", planes * len(keys) * shape.head_dim)
