@@ -1,7 +1,6 @@
 """The verifier as the kernels' tests need it: one launch run and counted, and the check of address spaces."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -17,16 +16,6 @@ Finding = verifier.Finding
 """What a launch raises in which something was found."""
 
 
-@dataclass
-class Counts:
-    """What one launch did: elements by array, products of two 8 x 8 matrices, bytes of threadgroup memory."""
-
-    reads: dict[str, int]
-    writes: dict[str, int]
-    products: int
-    threadgroup_bytes: int
-
-
 def run(
     kernel: Any,
     names: tuple[Sequence[str], Sequence[str]],
@@ -36,7 +25,7 @@ def run(
     reversed_schedule: bool,
     misaligned: bool,
     edit: Callable[[str], str],
-) -> tuple[list[mx.array], str, Counts]:
+) -> verifier.Launched:
     """Outputs, text and counts of one launch of what mx.fast.metal_kernel made.
 
     Args:
@@ -48,17 +37,16 @@ def run(
         misaligned: whether arrays start one element off.
         edit: changes the text before it is run.
     """
-    outputs, seen = verifier.verify(
+    return verifier.verify(
         kernel,
         names[0],
         inputs,
         output_names=names[1],
-        order=int(reversed_schedule),
-        misalign=misaligned,
+        is_reversed=reversed_schedule,
+        is_misaligned=misaligned,
         edit=edit,
         **keywords,
     )
-    return outputs, seen["text"], Counts(seen["reads"], seen["writes"], seen["products"], seen["tg"])
 
 
 def address_space_errors(text: str) -> list[str]:

@@ -85,7 +85,7 @@ def test_strides_reach_the_kernel_as_they_are(x: mx.array) -> None:
         ("race", "uint i = thread_position_in_grid.x; y[i % 2] += x[i];", 2, {"threads": 64, "init_value": 0}),
         ("uninitialised read", "uint i = thread_position_in_grid.x; y[i] += x[i];", 64, {"threads": 64}),
         ("misaligned", WIDE.format(at=" + 1"), 16, {"x": mx.zeros((128,))}),
-        ("misaligned", WIDE.format(at=""), 16, {"misalign": True}),
+        ("misaligned", WIDE.format(at=""), 16, {"is_misaligned": True}),
         (
             "divergence",
             "if (simdgroup_index_in_threadgroup == 0) threadgroup_barrier(mem_flags::mem_threadgroup);"

@@ -69,11 +69,11 @@
         for (int i = int(thread_index_in_threadgroup); c == 0 && i < BLOCK_Q; i += THREADS) {
           const bool is_row = query0 + i < queries;
           const float found = is_row ? lse[line + query0 + i] : 0.0f;
-          row_bases[i] = found == -INFINITY ? 0.0f : found * LOG2_E;
+          row_bases[i] = found == -INFINITY ? 0.0f : found;
           row_means[i] = is_row ? delta[line + query0 + i] : 0.0f;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: Q and dO, and for the first time K and V, are in place
-        multiply_turned<T, QUERIES, CHUNK>(
+        multiply_in_parts<T, QUERIES, CHUNK>(
             scores, own + c * CHUNK, PITCH, first, CHUNK_PITCH, fragment_r, fragment_c);
       }
       threadgroup float* shared = weights + (pair * QUERIES * 32 + int(lane)) * 2;
@@ -97,7 +97,7 @@
                   batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
               s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
             }
-            const float weight = metal::exp2(s * LOG2_E - row_bases[j * 8 + fragment_c + e]);
+            const float weight = metal::exp2((s - row_bases[j * 8 + fragment_c + e]) * LOG2_E);
             scores[j].thread_elements()[e] = weight;
             shared[j * 64 + e] = weight * slope;
           }

@@ -45,18 +45,24 @@
 
   // The diagonal of dO O', summed as dP is, dimension by dimension: in a row of one key, whose O is its V, the two are
   // equal to the last bit, so that dS is the 0 that it has to be.
+  constexpr int PART = part_width<T, D>();
   Fragment outputs;
   clear<1>(&outputs);
-  for (int d = 0; d < D; d += 8) {
-    Fragment upstream = read_block(upstream_tile + own * PITCH + d, PITCH, fragment_r, fragment_c);
-    Fragment turned;
-    UNROLL
-    for (int e = 0; e < 2; e++) {
-      const int at = fragment_c + e;
-      const bool is_row = first_query + own + at < queries;
-      turned.thread_elements()[e] = is_row ? float(o[(first_line + at) * D + d + fragment_r]) : 0.0f;
+  for (int d0 = 0; d0 < D; d0 += PART) {
+    Fragment part;
+    clear<1>(&part);
+    for (int d = d0; d < d0 + PART; d += 8) {
+      Fragment upstream = read_block(upstream_tile + own * PITCH + d, PITCH, fragment_r, fragment_c);
+      Fragment turned;
+      UNROLL
+      for (int e = 0; e < 2; e++) {
+        const int at = fragment_c + e;
+        const bool is_row = first_query + own + at < queries;
+        turned.thread_elements()[e] = is_row ? float(o[(first_line + at) * D + d + fragment_r]) : 0.0f;
+      }
+      simdgroup_multiply_accumulate(part, upstream, turned, part);
     }
-    simdgroup_multiply_accumulate(outputs, upstream, turned, outputs);
+    add<1>(&outputs, &part);
   }
   float mean = 0.0f;
   UNROLL
@@ -67,7 +73,7 @@
   float base = 0.0f;
   if (query < queries) {
     const float found = lse[line];
-    base = found == -INFINITY ? 0.0f : found * LOG2_E;
+    base = found == -INFINITY ? 0.0f : found;
     if (LOGSUMEXP) {
       mean -= d_lse[batch * d_lse_strides[0] + head * d_lse_strides[1] + query * d_lse_strides[2]];
     }
@@ -94,9 +100,9 @@
           values_at + key0 * v_strides[2] + c * CHUNK * v_strides[3], v_strides[2], v_strides[3], value_tile,
           keys - key0, thread_index_in_threadgroup);
       threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: K and V are in place
-      multiply_turned<T, KEYS, CHUNK>(
+      multiply_in_parts<T, KEYS, CHUNK>(
           scores, query_tile + own * PITCH + c * CHUNK, PITCH, key_tile, CHUNK_PITCH, fragment_r, fragment_c);
-      multiply_turned<T, KEYS, CHUNK>(
+      multiply_in_parts<T, KEYS, CHUNK>(
           products, upstream_tile + own * PITCH + c * CHUNK, PITCH, value_tile, CHUNK_PITCH, fragment_r, fragment_c);
     }
     UNROLL
@@ -118,7 +124,7 @@
               batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
           s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
         }
-        const float weight = metal::exp2(s * LOG2_E - base);
+        const float weight = metal::exp2((s - base) * LOG2_E);
         scores[j].thread_elements()[e] = weight * (products[j].thread_elements()[e] - mean) * slope;
       }
     }

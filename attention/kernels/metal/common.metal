@@ -12,7 +12,6 @@
 
 typedef simdgroup_matrix<float, 8, 8> Fragment;
 constant constexpr float LOG2_E = 1.44269504088896340736f;
-constant constexpr float LN_2 = 0.693147180559945309417f;
 
 METAL_FUNC short fragment_row(uint lane) { return short(((lane / 4) & 4) + (lane / 2) % 4); }
 METAL_FUNC short fragment_column(uint lane) { return short(((lane / 4) & 2) * 2 + (lane % 2) * 2); }
@@ -54,6 +53,38 @@ METAL_FUNC void multiply_turned(
     for (int j = 0; j < N; j++) {
       Fragment b = read_turned(other + j * 8 * pitch + d, pitch, row, column);
       simdgroup_multiply_accumulate(fragments[j], a, b, fragments[j]);
+    }
+  }
+}
+
+// The same, where much depends on the last bits: rounding of long sums is what dP - delta leaves of two that are nearly
+// equal. Of float32 16 dimensions are summed at a time; what has 16 bits is not as exact itself. The order in which a row
+// is summed is the same in all kernels, whatever the sizes of their tiles.
+template <typename T, int WIDTH>
+METAL_FUNC constexpr int part_width() { return sizeof(T) == 4 ? 16 : WIDTH; }
+
+template <int N>
+METAL_FUNC void add(thread Fragment* fragments, thread Fragment* parts) {
+  UNROLL
+  for (int i = 0; i < N; i++) {
+    fragments[i].thread_elements()[0] += parts[i].thread_elements()[0];
+    fragments[i].thread_elements()[1] += parts[i].thread_elements()[1];
+  }
+}
+
+template <typename T, int N, int WIDTH>
+METAL_FUNC void multiply_in_parts(
+    thread Fragment* fragments, const threadgroup T* own, int own_pitch, const threadgroup T* other, int pitch,
+    short row, short column) {
+  constexpr int PART = part_width<T, WIDTH>();
+  if (PART == WIDTH) {
+    multiply_turned<T, N, WIDTH>(fragments, own, own_pitch, other, pitch, row, column);
+  } else {
+    for (int d = 0; d < WIDTH; d += PART) {
+      Fragment parts[N];
+      clear<N>(parts);
+      multiply_turned<T, N, PART>(parts, own + d, own_pitch, other + d, pitch, row, column);
+      add<N>(fragments, parts);
     }
   }
 }

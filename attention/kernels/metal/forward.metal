@@ -50,7 +50,7 @@
 
   Fragment sums[DIMS];
   clear<DIMS>(sums);
-  float largest = SINKS && split == 0 && is_row ? float(sinks[head]) * LOG2_E : -INFINITY;
+  float largest = SINKS && split == 0 && is_row ? float(sinks[head]) : -INFINITY;
   float total = largest == -INFINITY ? 0.0f : 1.0f;
 
   const int first_query = PACKED ? 0 : first_row;
@@ -66,7 +66,7 @@
     Fragment scores[KEYS];
     clear<KEYS>(scores);
     if (computes) {
-      multiply_turned<T, KEYS, D>(
+      multiply_in_parts<T, KEYS, D>(
           scores, query_tile + simdgroup_at * 8 * PITCH, PITCH, key_tile, PITCH, fragment_r, fragment_c);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: nobody reads K any more
@@ -92,20 +92,19 @@
                 batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
             s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
           }
-          s *= LOG2_E;
           scores[j].thread_elements()[e] = s;
           now = metal::max(now, s);
         }
       }
       now = row_max(now);
       const float base = now == -INFINITY ? 0.0f : now;  // a row that has seen nothing yet
-      const float shrink = metal::exp2(largest - base);
+      const float shrink = metal::exp2((largest - base) * LOG2_E);
       float added = 0.0f;
       UNROLL
       for (int j = 0; j < KEYS; j++) {
         UNROLL
         for (int e = 0; e < 2; e++) {
-          const float weight = metal::exp2(scores[j].thread_elements()[e] - base);
+          const float weight = metal::exp2((scores[j].thread_elements()[e] - base) * LOG2_E);
           scores[j].thread_elements()[e] = weight;
           added += weight;
         }
@@ -134,6 +133,6 @@
       o[line * D + d * 8 + fragment_c + 1] = OUT(sums[d].thread_elements()[1] * inverse);
     }
     if (fragment_c == 0) {
-      lse[line] = total > 0.0f ? largest * LN_2 + metal::precise::log(total) : -INFINITY;
+      lse[line] = total > 0.0f ? largest + metal::precise::log(total) : -INFINITY;
     }
   }
