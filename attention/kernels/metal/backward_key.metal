@@ -115,8 +115,8 @@
         }
       }
       UNROLL
-      for (int c = 0; c < CHUNKS; c++) {
-        if (CHUNKS > 1) {
+      for (int c = CHUNKS - 1; c >= 0; c--) {  // backwards, since the last chunk of Q and dO is still there
+        if (c < CHUNKS - 1) {
           threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: nobody reads the last chunk any more
           load_tile<T, BLOCK_Q, CHUNK, CHUNK_PITCH, THREADS>(
               queries_at + query0 * q_strides[2] + c * CHUNK * q_strides[3], q_strides[2], q_strides[3], query_tile,

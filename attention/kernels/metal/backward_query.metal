@@ -129,8 +129,8 @@
       }
     }
     UNROLL
-    for (int c = 0; c < CHUNKS; c++) {
-      if (CHUNKS > 1) {
+    for (int c = CHUNKS - 1; c >= 0; c--) {  // backwards, since the last chunk of K is still there
+      if (c < CHUNKS - 1) {
         threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: nobody reads the last chunk any more
         load_tile<T, BLOCK_K, CHUNK, CHUNK_PITCH, THREADS>(
             keys_at + key0 * k_strides[2] + c * CHUNK * k_strides[3], k_strides[2], k_strides[3], key_tile,

@@ -73,7 +73,9 @@ def _state() -> str:
     parts.append(f"{FLAGS}{mx.__version__}{shutil.which(COMPILER)}".encode())
     processor = Path("/proc/cpuinfo")  # -march=native
     if processor.exists():
-        parts += [line.encode() for line in processor.read_text().splitlines() if line.startswith(("flags", "Features"))]
+        parts += [
+            line.encode() for line in processor.read_text().splitlines() if line.startswith(("flags", "Features"))
+        ]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """One launch: arrays in, arrays and counts out, or a Finding with everything that was wrong."""
 
 import ctypes
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -13,6 +14,7 @@ from verifier.source import generated_text
 
 MOST_BUFFERS: Final = 31
 FINDINGS_BYTES: Final = 1 << 16
+LINES: Final = re.compile(r"\blines? (\d+)(?: and (\d+))?")
 
 
 class Finding(AssertionError):
@@ -126,9 +128,7 @@ def verify(
     results = _results(output_names, output_shapes, output_dtypes, init_value)
     known = _inputs(names, inputs) | results
     used = {each.name: known[each.name] for each in parameters if each.attribute == "buffer"}
-    counts = launch(
-        library, used, grid, threadgroup, is_reversed=is_reversed, is_misaligned=is_misaligned, text=text
-    )
+    counts = launch(library, used, grid, threadgroup, is_reversed=is_reversed, is_misaligned=is_misaligned, text=text)
     made = zip(results.values(), output_dtypes, strict=True)
     outputs = [mx.array(held.data).view(dtype) if dtype == mx.bfloat16 else mx.array(held.data) for held, dtype in made]
     return Launched(outputs, text, counts)
@@ -217,9 +217,16 @@ def launch(
     )
 
 
-def _item(line: str, library: Path, lines: Sequence[str]) -> str:
-    """A finding with the kernel's own line, where it has one."""
-    kind, offset, what, *where = line.split("|")
+def _item(item: str, library: Path, lines: Sequence[str]) -> str:
+    """A finding with the kernel's own line: of the access, or of the operations that its sentence names by number."""
+    kind, offset, what, *where = item.split("|")
     number = kernel_line(library, offset) if offset != "0" else None
-    at = f" at line {number}: `{lines[number - 1].strip()}`" if number and number <= len(lines) else ""
+    at = f" at {_line(number, lines)}" if number else ""
+    if kind == "divergence":
+        what = LINES.sub(lambda found: " and ".join(_line(int(each), lines) for each in found.groups() if each), what)
     return f"{kind}: {what}{at} {' '.join(where)}".rstrip()
+
+
+def _line(number: int, lines: Sequence[str]) -> str:
+    """ "line 7: `x = 1;`", the text where there is one."""
+    return f"line {number}: `{lines[number - 1].strip()}`" if 0 < number <= len(lines) else f"line {number}"
