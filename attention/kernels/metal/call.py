@@ -132,7 +132,8 @@ def of_workload(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
     w = workload
     shape = Shape(w.batch, w.heads, w.kv_heads, w.seq, w.kv_seq, w.head_dim, w.dtype)
     softcap = 1.0 if needs.softcap else None
-    return shape, normal(w.scale, w.causal, w.window, softcap, w.kv_seq, "bool" if needs.array_mask else "none")
+    mask: MaskKind = "bool" if needs.array_mask else "none"
+    return shape, normal(w.scale, w.causal, w.window, softcap, w.kv_seq, mask, needs.sinks)
 
 
 def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> Shape:
