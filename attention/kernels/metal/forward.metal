@@ -50,7 +50,7 @@
 
   Fragment sums[DIMS];
   clear<DIMS>(sums);
-  float largest = SINKS && split == 0 && is_row ? float(sinks[head]) : -INFINITY;
+  float largest = SINKS && split == 0 && is_row ? float(sinks[head * sinks_strides[0]]) : -INFINITY;
   float total = largest == -INFINITY ? 0.0f : 1.0f;
 
   const int first_query = PACKED ? 0 : first_row;
