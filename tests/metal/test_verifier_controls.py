@@ -18,6 +18,7 @@ needs_headers = pytest.mark.skipif(not KERNELS.is_dir(), reason="this build of M
 QUIET = (*(flag for flag in FLAGS if not flag.startswith(("-W", "-fsanitize"))), "-w", "-fsanitize=thread")
 
 
+@pytest.mark.parametrize("is_misaligned", [False, True])
 @pytest.mark.parametrize("is_reversed", [False, True])
 @pytest.mark.parametrize(
     ("shape", "keys", "causal", "dtype", "tolerance"),
@@ -28,9 +29,9 @@ QUIET = (*(flag for flag in FLAGS if not flag.startswith(("-W", "-fsanitize"))),
         pytest.param((1, 2, 77, 64), 77, True, mx.bfloat16, 2e-2, marks=pytest.mark.slow),
     ],
 )
-def test_a_right_kernel_passes_in_both_schedules(shape, keys, causal, dtype, tolerance, is_reversed):
+def test_a_right_kernel_passes_in_both_schedules(shape, keys, causal, dtype, tolerance, is_reversed, is_misaligned):
     arrays = example.inputs(shape, keys, dtype)
-    output = example.run(arrays, causal, is_reversed=is_reversed, is_misaligned=is_reversed)[0]
+    output = example.run(arrays, causal, is_reversed=is_reversed, is_misaligned=is_misaligned)[0]
     assert np.abs(np.array(output.astype(mx.float32)) - example.reference(arrays, causal)).max() < tolerance
 
 

@@ -63,7 +63,7 @@ void __ubsan_handle_type_mismatch_v1(TypeMismatch* found, uintptr_t address) {
   if (address & (alignment - 1)) report(Kind::misaligned, PLACE, formatted("address is not a multiple of %lu", alignment));
 }
 void __ubsan_handle_out_of_bounds(void*, uintptr_t index) {
-  report(Kind::out_of_bounds, PLACE, formatted("index %ld of a private array", long(index)));
+  report(Kind::out_of_bounds, PLACE, formatted("index %ld of an array that ends before", long(index)));
   abandon();
 }
 void __ubsan_handle_shift_out_of_bounds(void*, uintptr_t, uintptr_t by) {
