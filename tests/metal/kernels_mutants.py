@@ -8,6 +8,7 @@ from attention.kernels.metal.call import Shape
 
 MANY: Final = Shape(1, 2, 1, 45, 70, 64, "float16")
 FEW: Final = Shape(1, 4, 2, 3, 600, 64, "float16")
+LONG: Final = Shape(1, 1, 1, 64, 128, 64, "float16")
 WIDE: Final = Shape(1, 1, 1, 20, 25, 256, "float32")
 """So wide that the backward kernels take their tiles in chunks, and that float32 is summed in parts."""
 
@@ -66,8 +67,11 @@ FORWARD: Final = (
     Mutant("forward: tiles end one key early", "forward", "last + keys - queries + 1", "last + keys - queries", "output", shape=Shape(1, 1, 1, 33, 33, 64, "float16")),
     Mutant("forward: tiles start one tile late", "forward", "/ BLOCK * BLOCK", "/ BLOCK * BLOCK + BLOCK", "output", "window"),
     Mutant("forward: window one wider", "forward", "key > position - window", "key >= position - window", "output", "window"),
-    Mutant("forward: rows past the end are loaded", "forward", "row < valid ? T(source", "true ? T(source", "out-of-bounds: k "),
-    Mutant("forward: query rows past the end", "forward", "r < rows ? T(q[at])", "true ? T(q[at])", "out-of-bounds: q "),
+    Mutant("forward: rows past the end are loaded", "forward", "if (row < valid) {", "if (true) {", "out-of-bounds: k "),
+    Mutant("forward: rows past the end are loaded one by one", "forward", "row < valid ? T(source", "true ? T(source", "out-of-bounds: v "),
+    Mutant("forward: packed rows past the end", "forward", "r < rows ? T(q[at])", "true ? T(q[at])", "out-of-bounds: q ", shape=FEW),
+    Mutant("forward: a tile of which the first query sees but a part is whole", "forward", "is_seen<CAUSAL, WINDOW>(first_query, last_key, queries, keys, window)", "true", "output"),
+    Mutant("forward: a tile of which the last query sees but a part is whole", "forward", "&& is_seen<CAUSAL, WINDOW>(last_query, first_key, queries, keys, window)", "", "output", "window", LONG),
     Mutant("forward: rows past the end are written", "forward", "if (is_row) {", "if (computes) {", "race: o["),
     Mutant("forward: keys past the end are seen", "forward", "key < keys && ", "", "output", "full"),
     Mutant("forward: largest does not cross lanes", "forward", "now = row_max(now);", "", "output"),
@@ -83,7 +87,7 @@ FORWARD: Final = (
     Mutant("forward: the mask's axes are swapped", "forward", "query * mask_strides[2] + key * mask_strides[3]", "key * mask_strides[2] + query * mask_strides[3]", "out-of-bounds: mask", "bool mask"),
     Mutant("forward: an additive mask is not added", "forward", "MASK == 2 ? s + float(mask[at])", "MASK == 2 ? s", "output", "additive mask"),
     Mutant("forward: keys of another head", "forward", "plane / group", "0", "output", "full", Shape(1, 2, 2, 40, 40, 64, "float16")),
-    Mutant("forward: columns twice as far apart", "forward", "(i % D) * q_strides[3]", "(i % D) * 2 * q_strides[3]", "out-of-bounds: q "),
+    Mutant("forward: columns twice as far apart", "forward", "(i % D) * q_strides[3]", "(i % D) * 2 * q_strides[3]", "out-of-bounds: q ", shape=FEW),
     Mutant("forward: logsumexp in base 2", "forward", "largest + metal::precise::log(total)", "(largest + metal::precise::log(total)) * LOG2_E", "logsumexp"),
     Mutant("forward: columns of a lane are swapped", "forward", "(lane / 4) & 2) * 2", "(lane / 4) & 2)", "uninitialised read: output o"),
     Mutant("forward: sums are not cleared", "forward", "clear<DIMS>(sums);", "", "output: nan"),
@@ -104,6 +108,7 @@ BACKWARD: Final = (
     Mutant("dQ: causal off by one", "backward_query", SEEN, "key < position", "dQ"),
     Mutant("dQ: the scale is forgotten", "backward_query", "float slope = scale;", "float slope = 1.0f;", "dQ"),
     Mutant("dQ: rows past the end are written", "backward_query", "if (query < queries) {\n    UNROLL", "if (true) {\n    UNROLL", "out-of-bounds: d_q"),
+    Mutant("dQ: a tile of which the first query sees but a part is whole", "backward_query", "is_seen<CAUSAL, WINDOW>(first_query, last_key, queries, keys, window)", "true", "dQ"),
     Mutant("dQ: the wrong chunk", "backward_query", "query_tile + own * PITCH + c * CHUNK", "query_tile + own * PITCH", "dQ", shape=WIDE),
     Mutant("dQ: K of the last chunk", "backward_query", "if (c < CHUNKS - 1) {", "if (false) {", "dQ", shape=WIDE),
     Mutant("dQ: a blind row's base is -inf", "backward_query", "found == -INFINITY ? 0.0f : found", "found", "dQ: nan", "bool mask"),
@@ -116,11 +121,12 @@ BACKWARD: Final = (
     Mutant("dK, dV: roles are swapped at the start", "backward_key", "odd ? value_tile : key_tile", "odd ? key_tile : value_tile", "dV"),
     Mutant("dK, dV: no slope of the softcap", "backward_key", "slope *= 1.0f - squashed * squashed;", "", "dK", "softcap"),
     Mutant("dK, dV: the mask of another head", "backward_key", "head * mask_strides[1]", "0 * mask_strides[1]", "dV", "bool mask"),
+    Mutant("dK, dV: a tile that the last query sees is whole", "backward_key", "query0, query0 + BLOCK_Q - 1, key0", "query0 + BLOCK_Q - 1, query0 + BLOCK_Q - 1, key0", "dV"),
     Mutant("dK, dV: the wrong chunk", "backward_key", "sums + c * (CHUNK / 8)", "sums", "dV", shape=WIDE),
     Mutant("dK, dV: Q of the last chunk", "backward_key", "if (c < CHUNKS - 1) {", "if (false) {", "dV", shape=WIDE),
     Mutant("dK, dV: a blind row's base is -inf", "backward_key", "found == -INFINITY ? 0.0f : found", "found", "dV: nan", "bool mask"),
-    Mutant("dK, dV: pairs share their weights", "backward_key", "(pair * QUERIES * 32 + int(lane)) * 2", "int(lane) * 2", "race: weights"),
+    Mutant("dK, dV: pairs share their weights", "backward_key", "pair * QUERIES * 32 + int(lane)", "int(lane)", "race: weights"),
     Mutant("dK, dV: keys past the end are written", "backward_key", "if (key < keys) {", "if (true) {", "out-of-bounds: d_v"),
-    Mutant("dK, dV: too much threadgroup memory", "backward_key", "weights[BLOCK_K * BLOCK_Q]", "weights[BLOCK_K * BLOCK_Q * 8]", "limit: threadgroup memory of 51200 bytes"),
+    Mutant("dK, dV: too much threadgroup memory", "backward_key", "weights[BLOCK_K * BLOCK_Q / 2]", "weights[BLOCK_K * BLOCK_Q * 4]", "limit: threadgroup memory of 51200 bytes"),
 )  # fmt: skip
 MUTANTS: Final = (*BARRIERS, *FORWARD, *BACKWARD)

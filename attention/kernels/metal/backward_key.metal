@@ -31,7 +31,7 @@
   threadgroup T value_tile[BLOCK_K * PITCH];
   threadgroup T query_tile[BLOCK_Q * CHUNK_PITCH];
   threadgroup T upstream_tile[BLOCK_Q * CHUNK_PITCH];
-  threadgroup float weights[BLOCK_K * BLOCK_Q];
+  threadgroup float2 weights[BLOCK_K * BLOCK_Q / 2];
   threadgroup float row_bases[BLOCK_Q];
   threadgroup float row_means[BLOCK_Q];
 
@@ -76,10 +76,14 @@
         multiply_in_parts<T, QUERIES, CHUNK>(
             scores, own + c * CHUNK, PITCH, first, CHUNK_PITCH, fragment_r, fragment_c);
       }
-      threadgroup float* shared = weights + (pair * QUERIES * 32 + int(lane)) * 2;
+      threadgroup float2* shared = weights + pair * QUERIES * 32 + int(lane);
       if (!odd) {
+        const bool is_whole = MASK == 0
+            && is_all_seen<CAUSAL, WINDOW>(
+                query0, query0 + BLOCK_Q - 1, key0, key0 + BLOCK_K - 1, queries, keys, window);
         UNROLL
         for (int j = 0; j < QUERIES; j++) {
+          float2 passed;
           UNROLL
           for (int e = 0; e < 2; e++) {
             const int query = query0 + j * 8 + fragment_c + e;
@@ -90,7 +94,7 @@
               s = softcap * squashed;
               slope *= 1.0f - squashed * squashed;
             }
-            if (!is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+            if (!is_whole && !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
               s = -INFINITY;
             } else if (MASK != 0) {
               const int64_t at =
@@ -99,18 +103,20 @@
             }
             const float weight = metal::exp2((s - row_bases[j * 8 + fragment_c + e]) * LOG2_E);
             scores[j].thread_elements()[e] = weight;
-            shared[j * 64 + e] = weight * slope;
+            passed[e] = weight * slope;
           }
+          shared[j * 32] = passed;
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: the weights are in place
       if (odd) {
         UNROLL
         for (int j = 0; j < QUERIES; j++) {
+          const float2 passed = shared[j * 32];
           UNROLL
           for (int e = 0; e < 2; e++) {
             const float product = scores[j].thread_elements()[e] - row_means[j * 8 + fragment_c + e];
-            scores[j].thread_elements()[e] = shared[j * 64 + e] * product;
+            scores[j].thread_elements()[e] = passed[e] * product;
           }
         }
       }

@@ -84,7 +84,8 @@
 
   Fragment sums[DIMS];
   clear<DIMS>(sums);
-  const int end = key_end<CAUSAL>(metal::min(first_query + BLOCK_Q, queries) - 1, queries, keys);
+  const int last_query = metal::min(first_query + BLOCK_Q, queries) - 1;
+  const int end = key_end<CAUSAL>(last_query, queries, keys);
   for (int key0 = first_key<WINDOW, BLOCK_K>(first_query, queries, keys, window); key0 < end; key0 += BLOCK_K) {
     Fragment scores[KEYS];
     Fragment products[KEYS];
@@ -105,6 +106,8 @@
       multiply_in_parts<T, KEYS, CHUNK>(
           products, upstream_tile + own * PITCH + c * CHUNK, PITCH, value_tile, CHUNK_PITCH, fragment_r, fragment_c);
     }
+    const bool is_whole = MASK == 0
+        && is_all_seen<CAUSAL, WINDOW>(first_query, last_query, key0, key0 + BLOCK_K - 1, queries, keys, window);
     UNROLL
     for (int j = 0; j < KEYS; j++) {
       UNROLL
@@ -117,7 +120,7 @@
           s = softcap * squashed;
           slope *= 1.0f - squashed * squashed;
         }
-        if (!is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+        if (!is_whole && !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
           s = -INFINITY;
         } else if (MASK != 0) {
           const int64_t at =

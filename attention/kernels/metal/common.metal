@@ -113,10 +113,28 @@ METAL_FUNC float row_sum(float x) {
   return x + simd_shuffle_xor(x, ushort(8));
 }
 
+// Elements that lie side by side, to be moved at once; aligned as one of them, since a slice may begin anywhere.
+template <typename T>
+struct Four {
+  T of[4];
+};
+
 // Brings ROWS x WIDTH elements into a tile, all threads of the group together; rows from `valid` on are zero.
 template <typename T, int ROWS, int WIDTH, int PITCH, int THREADS>
 METAL_FUNC void load_tile(
     const device T* source, int64_t row_stride, int64_t column_stride, threadgroup T* tile, int valid, uint thread_id) {
+  if (column_stride == 1) {
+    for (int i = int(thread_id) * 4; i < ROWS * WIDTH; i += THREADS * 4) {
+      const int row = i / WIDTH;
+      const int column = i % WIDTH;
+      Four<T> moved = {{T(0.0f), T(0.0f), T(0.0f), T(0.0f)}};
+      if (row < valid) {
+        moved = *(const device Four<T>*)(source + row * row_stride + column);
+      }
+      *(threadgroup Four<T>*)(tile + row * PITCH + column) = moved;
+    }
+    return;
+  }
   for (int i = int(thread_id); i < ROWS * WIDTH; i += THREADS) {
     const int row = i / WIDTH;
     const int column = i % WIDTH;
@@ -129,6 +147,14 @@ template <bool CAUSAL, bool WINDOW>
 METAL_FUNC bool is_seen(int query, int key, int queries, int keys, int window) {
   const int position = query + keys - queries;
   return query < queries && key < keys && (!CAUSAL || key <= position) && (!WINDOW || key > position - window);
+}
+
+// Whether they let all queries from `first_query` to `last_query` see all keys from `first_key` to `last_key`.
+template <bool CAUSAL, bool WINDOW>
+METAL_FUNC bool is_all_seen(
+    int first_query, int last_query, int first_key, int last_key, int queries, int keys, int window) {
+  return is_seen<CAUSAL, WINDOW>(first_query, last_key, queries, keys, window)
+      && is_seen<CAUSAL, WINDOW>(last_query, first_key, queries, keys, window);
 }
 
 // The first key that any query from `first` on may see, rounded down to a whole tile.

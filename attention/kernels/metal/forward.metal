@@ -41,11 +41,17 @@
 
   const device T* keys_at = k + batch * k_strides[0] + key_head * k_strides[1];
   const device T* values_at = v + batch * v_strides[0] + key_head * v_strides[1];
-  for (int i = int(thread_index_in_threadgroup); i < BLOCK_Q * D; i += THREADS) {
-    const int r = first_row + i / D;
-    const int64_t at = batch * q_strides[0] + (plane * packed + r / queries) * q_strides[1]
-        + (r % queries) * q_strides[2] + (i % D) * q_strides[3];
-    query_tile[i / D * PITCH + i % D] = r < rows ? T(q[at]) : T(0.0f);
+  if (PACKED) {
+    for (int i = int(thread_index_in_threadgroup); i < BLOCK_Q * D; i += THREADS) {
+      const int r = first_row + i / D;
+      const int64_t at = batch * q_strides[0] + (plane * packed + r / queries) * q_strides[1]
+          + (r % queries) * q_strides[2] + (i % D) * q_strides[3];
+      query_tile[i / D * PITCH + i % D] = r < rows ? T(q[at]) : T(0.0f);
+    }
+  } else {
+    load_tile<T, BLOCK_Q, D, PITCH, THREADS>(
+        q + batch * q_strides[0] + plane * q_strides[1] + first_row * q_strides[2], q_strides[2], q_strides[3],
+        query_tile, queries - first_row, thread_index_in_threadgroup);
   }
 
   Fragment sums[DIMS];
@@ -75,6 +81,9 @@
         thread_index_in_threadgroup);
 
     if (computes) {
+      // Most tiles lie wholly inside of what may be seen; rows past the end, which are not written, may then see them.
+      const bool is_whole = MASK == 0
+          && is_all_seen<CAUSAL, WINDOW>(first_query, last_query, key0, key0 + BLOCK_K - 1, queries, keys, window);
       float now = largest;
       UNROLL
       for (int j = 0; j < KEYS; j++) {
@@ -85,7 +94,7 @@
           if (SOFTCAP) {
             s = softcap * metal::precise::tanh(s / softcap);
           }
-          if (!is_row || !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+          if (!is_whole && (!is_row || !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window))) {
             s = -INFINITY;
           } else if (MASK != 0) {
             const int64_t at =

@@ -45,14 +45,14 @@ def inputs(shape: Shape, call: Call, seed: int = 7, logsumexp: bool = False) -> 
     """Random inputs, with a cotangent of the logsumexp or without.
 
     The mask blinds a whole row. None of the arrays lies in one piece: q is a slice within its rows, k and the cotangent
-    have their heads inside of the rows, as models have, and of v every other row is taken.
+    have their heads inside of the rows, as models have, and the columns of v lie apart.
     """
     random = np.random.default_rng(seed)
     batch, dim, dtype = shape.batch, shape.head_dim, getattr(mx, shape.dtype)
     sizes = (
         (batch, shape.heads, shape.queries, dim + 8),
         (batch, shape.keys, shape.kv_heads, dim),
-        (batch, shape.kv_heads, 2 * shape.keys, dim),
+        (batch, shape.kv_heads, shape.keys, 2 * dim),
         (batch, shape.queries, shape.heads, dim),
     )
     q, k, v, cotangent = (mx.array(random.standard_normal(s, np.float32)).astype(dtype) for s in sizes)
@@ -64,7 +64,7 @@ def inputs(shape: Shape, call: Call, seed: int = 7, logsumexp: bool = False) -> 
         mask = mx.array(seen) if call.mask == "bool" else mx.array(added).astype(getattr(mx, call.mask))
     sinks = mx.array(random.standard_normal(shape.heads, np.float32)) if call.sinks else None
     by_sum = mx.array(random.standard_normal((batch, shape.heads, shape.queries), np.float32)) if logsumexp else None
-    return Inputs(q[..., 4:-4], k.swapaxes(1, 2), v[:, :, ::2], cotangent.swapaxes(1, 2), mask, sinks, by_sum)
+    return Inputs(q[..., 4:-4], k.swapaxes(1, 2), v[..., ::2], cotangent.swapaxes(1, 2), mask, sinks, by_sum)
 
 
 def exact(array: mx.array) -> Floats:
