@@ -105,7 +105,7 @@ def runtime() -> Path:
     made = folder() / "runtime.so"
     if made.exists():
         return made
-    return _compiled((*COMMON, "-O3", "-Wall", "-Wextra", "-Werror"), HERE / "runtime" / "launch.cpp", made)
+    return _compiled((*COMMON, "-O2", "-Wall", "-Wextra", "-Werror"), HERE / "runtime" / "launch.cpp", made)
 
 
 def build(text: str) -> tuple[Path, list[Parameter]]:

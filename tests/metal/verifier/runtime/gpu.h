@@ -43,8 +43,8 @@ void exchange(const void* mine, unsigned bytes, Together what, int line, void* a
 // Waits for all lanes, at an operation that only a whole simdgroup may do.
 void meet_whole(Together what, int line);
 
-// a b + c for 8 x 8 matrices, of which each lane holds the two elements at (lane_row, lane_column) and beside it. Values,
-// not pointers, so that a kernel's matrices can stay in registers, where no access has to be followed.
+// a b + c for 8 x 8 matrices, of which each lane holds the two elements at (lane_row, lane_column) and beside it.
+// Values, not pointers, so that a kernel's matrices can stay in registers, where no access has to be followed.
 struct Elements {
   float first, second;
 };

@@ -60,7 +60,8 @@ struct TypeMismatch {
 
 void __ubsan_handle_type_mismatch_v1(TypeMismatch* found, uintptr_t address) {
   const unsigned long alignment = 1ul << found->log2_alignment;
-  if (address & (alignment - 1)) report(Kind::misaligned, PLACE, formatted("address is not a multiple of %lu", alignment));
+  if (address & (alignment - 1))
+    report(Kind::misaligned, PLACE, formatted("address is not a multiple of %lu", alignment));
 }
 void __ubsan_handle_out_of_bounds(void*, uintptr_t index) {
   report(Kind::out_of_bounds, PLACE, formatted("index %ld of an array that ends before", long(index)));

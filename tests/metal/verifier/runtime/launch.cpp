@@ -169,7 +169,8 @@ extern "C" int run_launch(Launch* launch) {
   products = barriers = 0;
   const uint64_t threads = uint64_t(launch->threadgroup[0]) * launch->threadgroup[1] * launch->threadgroup[2];
   if (threads > MOST_THREADS) {
-    report(Kind::limit, nullptr, formatted("threadgroup of %lu threads, %d at most", (unsigned long)threads, MOST_THREADS));
+    report(Kind::limit, nullptr,
+           formatted("threadgroup of %lu threads, %d at most", (unsigned long)threads, MOST_THREADS));
   } else {
     const std::unique_ptr<Memory> held = lay_out(*launch);
     memory = held.get();

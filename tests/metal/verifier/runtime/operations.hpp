@@ -88,10 +88,12 @@ static Region& declared(const char* name, size_t bytes, size_t alignment, size_t
   }
   Region& made = memory->add(name, Space::threadgroup, bytes, granule, 0);
   made.line = line;
-  if (alignment > PAGE) report(Kind::limit, nullptr, formatted("threadgroup array %s aligned to %zu bytes", name, alignment));
+  if (alignment > PAGE)
+    report(Kind::limit, nullptr, formatted("threadgroup array %s aligned to %zu bytes", name, alignment));
   const size_t all = threadgroup_bytes();
   if (all > THREADGROUP_LIMIT)
-    report(Kind::limit, nullptr, formatted("threadgroup memory of %zu bytes, %zu at most (at %s)", all, THREADGROUP_LIMIT, name));
+    report(Kind::limit, nullptr,
+           formatted("threadgroup memory of %zu bytes, %zu at most (at %s)", all, THREADGROUP_LIMIT, name));
   return made;
 }
 

@@ -1,7 +1,7 @@
 // Who runs next, and where threads wait for each other.
 //
-// Lanes of the running simdgroup come first, then the threads that follow: in order, or in the reversed schedule from the
-// last to the first. Where nobody can run, some threads wait for others that never come, and that is a finding.
+// Lanes of the running simdgroup come first, then the threads that follow: in order, or in the reversed schedule from
+// the last to the first. Where nobody can run, some threads wait for others that never come, and that is a finding.
 #pragma once
 #include "threads.hpp"
 
@@ -78,7 +78,8 @@ void meet_simdgroup(int operation, int line, Once once) {
     wait();
     return;
   }
-  release(&group.threads[current->simdgroup * gpu::SIMD], own.lanes, "lanes of a simdgroup meet at different operations");
+  Thread* const first = &group.threads[current->simdgroup * gpu::SIMD];
+  release(first, own.lanes, "lanes of a simdgroup meet at different operations");
   own.waiting = 0;
   own.meetings++;
   once();

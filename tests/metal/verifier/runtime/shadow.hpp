@@ -44,7 +44,8 @@ inline bool is_being_read(Space space, const Cell& cell) {
 
 inline void remember_read(Space space, Cell& cell, bool is_atomic) {
   const uint32_t own = 1u << current->simdgroup;
-  if (cell.read == now && cell.reader == SEVERAL && cell.read_by & own && !cell.are_reads_atomic) return;  // the usual case
+  const bool is_known = cell.read == now && cell.reader == SEVERAL && (cell.read_by & own) != 0;
+  if (is_known && !cell.are_reads_atomic) return;  // the usual case
   if (cell.read < group.began || cell.read < group.ordered[int(space)]) {
     cell.is_read_elsewhere |= space == Space::device && cell.read != 0 && cell.read < group.began;
     cell.read_by = 0;
@@ -62,8 +63,8 @@ RARE inline void report_unwritten(const Region& region, const Cell& cell, const 
 
 // Notes an access to one granule, and what is wrong with it.
 inline void follow(Region& region, Cell& cell, Access access, bool is_atomic, const void* place) {
-  const bool is_new = region.space == Space::threadgroup && cell.written < group.began;  // what earlier groups wrote is lost
-  const bool is_written = cell.written != 0 && !is_new;
+  const bool is_lost = region.space == Space::threadgroup && cell.written < group.began;  // written by earlier groups
+  const bool is_written = cell.written != 0 && !is_lost;
   if (access == Access::read && !is_atomic && !is_written && !region.is_initialised)
     report_unwritten(region, cell, place);
   if (is_written && !(is_atomic && cell.is_write_atomic) && !is_over(region.space, cell.written, cell.writer))
@@ -78,13 +79,13 @@ inline void follow(Region& region, Cell& cell, Access access, bool is_atomic, co
 }
 
 RARE [[noreturn]] inline void report_outside(const Region& region, uintptr_t at, Access access, const void* place) {
-  const long long bytes = (long long)at - (long long)uintptr_t(region.begin);
-  const char* what = access == Access::write ? "write" : "read";
+  const char *name = region.name.c_str(), *what = access == Access::write ? "write" : "read";
+  const long long byte = (long long)at - (long long)uintptr_t(region.begin);
+  const long long index = byte / (long long)region.granule();
   report(Kind::out_of_bounds, place,
          region.space == Space::device
-             ? formatted("%s (%zu elements): %s of element %lld", region.name.c_str(), region.bytes >> region.shift, what,
-                         bytes / (long long)region.granule())
-             : formatted("threadgroup %s (%zu bytes): %s at byte %lld", region.name.c_str(), region.bytes, what, bytes));
+             ? formatted("%s (%zu elements): %s of element %lld", name, region.bytes >> region.shift, what, index)
+             : formatted("threadgroup %s (%zu bytes): %s at byte %lld", name, region.bytes, what, byte));
   abandon();
 }
 
