@@ -61,15 +61,15 @@ def test_queries_that_see_a_single_key_have_no_gradient_and_give_it_none(device,
 @needs_verifier
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_no_pointer_is_in_the_wrong_address_space_and_no_buffer_too_many(device, dtype):
-    from kernels_verifier import address_space_errors
+    from kernels_verifier import address_spaces
 
     for queries in (40, 2):
         problems(Shape(1, 4, 2, queries, 530, 32, dtype), KINDS["all at once"])
     assert {one.kernel for one in device.launches} == set(launch.INPUTS)
     for one in device.launches:
-        assert address_space_errors(one.text) == []
+        assert address_spaces(one.text) == []
         assert one.text.count("[[buffer(") <= 31  # as many as Metal has
-    assert address_space_errors(device.launches[0].text.replace("const device T* keys_at", "threadgroup T* keys_at"))
+    assert address_spaces(device.launches[0].text.replace("const device T* keys_at", "threadgroup T* keys_at"))
 
 
 def test_no_launch_is_cut_off_at_the_grids_edge(device):

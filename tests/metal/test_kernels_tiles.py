@@ -29,6 +29,7 @@ def test_the_arithmetic_of_one_tile_is_that_of_the_algorithm():
     assert tile.threadgroup_bytes == (32 + 32) * (64 + 8) * 2
     assert tile.flops_per_tile == 4 * 32 * 32 * 64
     assert tile.bytes_per_tile == 2 * 32 * 64 * 2
+    assert tile.registers == 2 * (64 // 8 + 32 // 8 + 2) + 32  # O, S, and two operands, two elements a lane; the rest
     assert tile_of("backward_query", 64, "float16").flops_per_tile == 6 * 32 * 32 * 64
     assert tile_of("backward_key", 64, "float16").flops_per_tile == 8 * 32 * 32 * 64
 
