@@ -68,9 +68,9 @@
             upstream_tile, queries - query0, thread_index_in_threadgroup);
         for (int i = int(thread_index_in_threadgroup); c == 0 && i < BLOCK_Q; i += THREADS) {
           const bool is_row = query0 + i < queries;
-          const float found = is_row ? lse[line + query0 + i] : 0.0f;
+          const float found = is_row ? lse[(line + query0 + i) * lse_strides[2]] : 0.0f;
           row_bases[i] = found == -INFINITY ? 0.0f : found;
-          row_means[i] = is_row ? delta[line + query0 + i] : 0.0f;
+          row_means[i] = is_row ? delta[(line + query0 + i) * delta_strides[2]] : 0.0f;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: Q and dO, and for the first time K and V, are in place
         multiply_in_parts<T, QUERIES, CHUNK>(
