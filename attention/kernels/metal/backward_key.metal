@@ -53,7 +53,8 @@
   for (int head = key_head * group; head < key_head * group + group; head++) {
     const device T* queries_at = q + batch * q_strides[0] + head * q_strides[1];
     const device T* upstream_at = d_o + batch * d_o_strides[0] + head * d_o_strides[1];
-    const int64_t line = (int64_t(batch) * heads + head) * queries;
+    const device float* lse_at = lse + batch * lse_strides[0] + head * lse_strides[1];
+    const device float* delta_at = delta + batch * delta_strides[0] + head * delta_strides[1];
     for (int query0 = from; query0 < end; query0 += BLOCK_Q) {
       Fragment scores[QUERIES];
       clear<QUERIES>(scores);
@@ -68,9 +69,9 @@
             upstream_tile, queries - query0, thread_index_in_threadgroup);
         for (int i = int(thread_index_in_threadgroup); c == 0 && i < BLOCK_Q; i += THREADS) {
           const bool is_row = query0 + i < queries;
-          const float found = is_row ? lse[(line + query0 + i) * lse_strides[2]] : 0.0f;
+          const float found = is_row ? lse_at[(query0 + i) * lse_strides[2]] : 0.0f;
           row_bases[i] = found == -INFINITY ? 0.0f : found;
-          row_means[i] = is_row ? delta[(line + query0 + i) * delta_strides[2]] : 0.0f;
+          row_means[i] = is_row ? delta_at[(query0 + i) * delta_strides[2]] : 0.0f;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: Q and dO, and for the first time K and V, are in place
         multiply_in_parts<T, QUERIES, CHUNK>(

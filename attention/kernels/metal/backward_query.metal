@@ -72,7 +72,7 @@
   mean = row_sum(mean);
   float base = 0.0f;
   if (query < queries) {
-    const float found = lse[line * lse_strides[2]];
+    const float found = lse[batch * lse_strides[0] + head * lse_strides[1] + query * lse_strides[2]];
     base = found == -INFINITY ? 0.0f : found;
     if (LOGSUMEXP) {
       mean -= d_lse[batch * d_lse_strides[0] + head * d_lse_strides[1] + query * d_lse_strides[2]];

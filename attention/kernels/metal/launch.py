@@ -152,7 +152,7 @@ def join(parts: mx.array, lses: mx.array, shape: Shape) -> tuple[mx.array, mx.ar
     dtype = getattr(mx, shape.dtype)
     o, lse = queue(
         "join",
-        [parts, in_device(lses)],
+        [parts, in_device(lses.reshape(lses.shape[0], -1))],
         output_shapes=[parts.shape[1:], lses.shape[1:]],
         output_dtypes=[dtype, mx.float32],
         template=[("T", dtype), ("D", shape.head_dim)],
