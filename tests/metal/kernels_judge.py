@@ -24,7 +24,6 @@ def wrong(given: Inputs, call: Call, found: Sequence[mx.array]) -> list[str]:
     problems = []
     for index, (result, expected, rough) in enumerate(zip(found, right, plain, strict=False)):
         error = largest(exact(result) - expected)
-        # The sinks' gradient is float32, but made of what has the type of q.
         allowed = (3 if index else 2) * largest(exact(rough) - expected) + rounding(expected, given.q.dtype)
         if not error <= allowed:
             problems.append(f"{NAMES[index]}: {error:.2g} off, {allowed:.2g} allowed")
@@ -34,11 +33,7 @@ def wrong(given: Inputs, call: Call, found: Sequence[mx.array]) -> list[str]:
 def plain_results(given: Inputs, call: Call) -> list[mx.array]:
     """Output and gradients by plain attention in the inputs' own precision, in the order of `NAMES`."""
     group = given.q.shape[1] // given.k.shape[1]
-    whole = Mask(causal=call.causal, window=call.window).whole(given.q.shape[2], given.k.shape[2])
-    seen = mx.ones((given.q.shape[2], given.k.shape[2]), mx.bool_) if whole is None else whole
-    if given.mask is not None:
-        seen = seen & (given.mask if given.mask.dtype == mx.bool_ else ~mx.isneginf(given.mask))
-    sighted = mx.ones((1, 1), mx.bool_) if call.sinks else seen.any(axis=-1, keepdims=True)  # a sink is always seen
+    seen, sighted = _seen(given, call)
 
     def attend_plainly(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> list[mx.array]:
         scores = (q * call.scale) @ mx.repeat(k, group, axis=1).swapaxes(-1, -2)
@@ -56,11 +51,19 @@ def plain_results(given: Inputs, call: Call) -> list[mx.array]:
 
     rows = given.q.shape[:3]  # each of them has a sink of its own, so that each has a gradient of its own
     sinks = mx.zeros(rows) if given.sinks is None else mx.broadcast_to(given.sinks[:, None], rows)
-    by_sum = given.logsumexp_cotangent
-    by_sum = mx.zeros(given.q.shape[:3]) if by_sum is None else by_sum
+    by_sum = mx.zeros(rows) if given.logsumexp_cotangent is None else given.logsumexp_cotangent
     cotangents = [given.cotangent, by_sum.astype(given.q.dtype)]
     outputs, pulled = mx.vjp(attend_plainly, [given.q, given.k, given.v, sinks], cotangents)
     return [outputs[0], *pulled]
+
+
+def _seen(given: Inputs, call: Call) -> tuple[mx.array, mx.array]:
+    """Which keys each query sees, and which queries see anything; a sink is always seen."""
+    whole = Mask(causal=call.causal, window=call.window).whole(given.q.shape[2], given.k.shape[2])
+    seen = mx.ones((given.q.shape[2], given.k.shape[2]), mx.bool_) if whole is None else whole
+    if given.mask is not None:
+        seen = seen & (given.mask if given.mask.dtype == mx.bool_ else ~mx.isneginf(given.mask))
+    return seen, mx.ones((1, 1), mx.bool_) if call.sinks else seen.any(axis=-1, keepdims=True)
 
 
 def rounding(expected: Floats, dtype: mx.Dtype) -> float:

@@ -28,10 +28,10 @@ OUTPUTS: Final = {
 SPLIT_KEYS: Final = 256
 """Keys of a split at least. A choice, not a measurement; `MOST_SPLITS` and `GROUPS_WANTED` as well."""
 MOST_SPLITS: Final = 32
-FEWEST: Final = 8
-"""Elements of an array from which MLX passes it as device memory."""
 GROUPS_WANTED: Final = 256
 """Threadgroups of a call with few queries, above which its keys are not split further."""
+FEWEST: Final = 8
+"""Elements from which MLX passes an array as device memory."""
 
 Kernel = Callable[..., list[mx.array]]
 metal_kernel: Callable[..., Kernel] = cast("Callable[..., Kernel]", mx.fast.metal_kernel)

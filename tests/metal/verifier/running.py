@@ -186,12 +186,7 @@ def launch(
     """
     if len(buffers) > MOST_BUFFERS:
         raise Finding(f"limit: {len(buffers)} buffers, Metal takes {MOST_BUFFERS}")
-    told = (_Buffer * len(buffers))()
-    for place, (name, held) in zip(told, buffers.items(), strict=True):
-        place.name, place.data = name.encode(), held.data.ctypes.data
-        place.bytes, place.element_bytes = held.data.nbytes, held.data.itemsize
-        place.is_output, place.is_initialised = held.is_output, held.is_initialised
-    findings = ctypes.create_string_buffer(FINDINGS_BYTES)
+    told, findings = _described(buffers), ctypes.create_string_buffer(FINDINGS_BYTES)
     whole = _Launch(
         kernel=ctypes.cast(ctypes.PyDLL(str(library)).entry, ctypes.c_void_p).value,
         buffers=told,
@@ -206,15 +201,20 @@ def launch(
     # PyDLL, unlike CDLL, lets no other thread of Python in: there is one emulated GPU.
     if ctypes.PyDLL(str(runtime())).run_launch(ctypes.byref(whole)):
         lines = text.splitlines()
-        raise Finding(*(_item(line, library, lines) for line in findings.value.decode().splitlines()))
-    names = list(buffers)
-    return Counts(
-        {name: place.reads for name, place in zip(names, told, strict=True)},
-        {name: place.writes for name, place in zip(names, told, strict=True)},
-        whole.products,
-        whole.barriers,
-        whole.threadgroup_bytes,
-    )
+        raise Finding(*(_item(item, library, lines) for item in findings.value.decode().splitlines()))
+    reads = {name: place.reads for name, place in zip(buffers, told, strict=True)}
+    writes = {name: place.writes for name, place in zip(buffers, told, strict=True)}
+    return Counts(reads, writes, whole.products, whole.barriers, whole.threadgroup_bytes)
+
+
+def _described(buffers: Mapping[str, Buffer]) -> "ctypes.Array[_Buffer]":
+    """The buffers as the runtime takes them."""
+    told = (_Buffer * len(buffers))()
+    for place, (name, held) in zip(told, buffers.items(), strict=True):
+        place.name, place.data = name.encode(), held.data.ctypes.data
+        place.bytes, place.element_bytes = held.data.nbytes, held.data.itemsize
+        place.is_output, place.is_initialised = held.is_output, held.is_initialised
+    return told
 
 
 def _item(item: str, library: Path, lines: Sequence[str]) -> str:
