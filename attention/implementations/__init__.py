@@ -20,7 +20,7 @@ class Entry(Struct, frozen=True):
     summary: str
     """One line, for the picker."""
     location: str
-    """module:Class, or a function without arguments that makes one"""
+    """module:Class"""
 
 
 CATALOGUE: Final = (
@@ -34,7 +34,7 @@ CATALOGUE: Final = (
         "poc",
         "PoC, custom kernel",
         "fatui's own fused kernel where there is one for the device, MLX's SDPA where not",
-        "attention.tuning.poc:poc",
+        "attention.tuning.poc:TunedPoc",
     ),
     Entry(
         "practical",

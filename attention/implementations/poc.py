@@ -9,13 +9,13 @@ from typing import Final, Protocol, cast, runtime_checkable
 import mlx.core as mx
 from msgspec import structs
 
-from attention.device import Backend, Device, probe
+from attention.device import Backend, Device
 from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa
 from attention.implementations.practical import Practical
 from attention.masks import Mask
-from attention.route import PLAIN, Needs, Route, unsupported
+from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
 
 KERNELS: Final[dict[Backend, str]] = {
@@ -26,8 +26,6 @@ KERNELS: Final[dict[Backend, str]] = {
 """For each backend the module of its kernel, of the form `Kernel`."""
 Attend = Callable[..., mx.array]
 """A call as `Kernel.attend`."""
-Winner = Callable[[Workload, Device, Needs], str | None]
-"""Names the candidate of `demo` that was fastest in a trial of a workload, or None where there was no trial."""
 
 
 class Kernel(Protocol):
@@ -61,25 +59,6 @@ class OffersVariants(Protocol):
         ...
 
 
-@runtime_checkable
-class TakesSinks(Protocol):
-    """A kernel that takes attention sinks."""
-
-    def attend_with_sinks(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        *,
-        scale: float,
-        mask: Mask,
-        softcap: float | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        """As `Kernel.attend`, with a score for each head that takes part in the softmax and has no value, (H,)."""
-        ...
-
-
 def kernel_variants() -> Mapping[str, Attend]:
     """The further forms of the kernel for the device that MLX computes on now; often there are none."""
     kernel = _kernel(here())
@@ -87,32 +66,23 @@ def kernel_variants() -> Mapping[str, Attend]:
 
 
 class Poc:
-    """The custom kernel; what it does not take goes to MLX's SDPA, and a softcap or sinks to `practical`."""
+    """The custom kernel; what it does not take goes to MLX's SDPA, and a softcap to the blocks of `practical`."""
 
     name = "poc"
 
-    def __init__(self, variant: str | None = None, winner: Winner | None = None) -> None:
-        """Makes the implementations that it falls back to.
-
-        Args:
-            variant: one of `kernel_variants()`.
-            winner: tells what was fastest in a trial. On Metal it decides where MLX has a fused kernel as well.
-        """
+    def __init__(self, variant: str | None = None) -> None:
+        """Makes the implementations that it falls back to; a variant is one of `kernel_variants()`."""
         self._variant = None if variant is None else kernel_variants()[variant]
-        self._winner = winner
         self._sdpa = MlxSdpa()
         self._practical = Practical()
         self._taken: set[tuple[Workload, Needs, Backend]] = set()
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """The kernel's path where it takes the workload; otherwise what it falls back to, and why."""
-        own = self._own(workload, needs, device.backend, lambda: device)
+        own = _kernel(device.backend).route(workload, needs)
         if own.supported:
             return own
-        if needs.sinks:
-            behind = self._practical.route(workload, device, needs)
-            path, reason = "falls back: practical", f"{own.reason}; {behind.reason}"
-        elif needs.softcap:
+        if needs.softcap:
             behind = self._practical.route(workload, device, needs)
             path, reason = "falls back: practical", f"{own.reason}, and {NO_SOFTCAP}"
         else:
@@ -130,68 +100,29 @@ class Poc:
         with suppress(KernelUnavailable):
             _kernel(here()).build(tell)
 
-    @property
-    def takes_sinks(self) -> bool:
-        """Whether the kernel for the device that MLX computes on now does; others leave sinks to what is behind."""
-        return isinstance(_kernel(here()), TakesSinks)
-
     def __call__(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        *,
-        scale: float,
-        mask: Mask,
-        softcap: float | None = None,
-        sinks: mx.array | None = None,
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Attends; shapes as in the protocol, `sinks` as `practical` has them."""
-        attend = self._attend_for(q, k, v, mask, softcap, sinks)
-        more = {} if sinks is None else {"sinks": sinks}
-        if attend is not None:
+        """Attends; shapes as in the protocol."""
+        kernel = self._kernel_for(q, k, v, mask, softcap)
+        if kernel is not None:
             with suppress(KernelUnavailable):
-                return attend(q, k, v, scale=scale, mask=mask, softcap=softcap, **more)
+                return (self._variant or kernel.attend)(q, k, v, scale=scale, mask=mask, softcap=softcap)
             self._taken.clear()
-        if softcap is not None or sinks is not None:
-            return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap, **more)
+        if softcap is not None:
+            return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
         return self._sdpa(q, k, v, scale=scale, mask=mask)
 
-    def _attend_for(
-        self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None, sinks: mx.array | None
-    ) -> Attend | None:
-        """The kernel's call, if it takes this one; asked once for each kind of call."""
+    def _kernel_for(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> Kernel | None:
+        """The kernel, if it takes the call; asked once for each kind of call."""
         backend = here()
         kernel = _kernel(backend)
-        workload, plain = asked_for(q, k, v, mask, softcap)
-        needs = plain if sinks is None else structs.replace(plain, sinks=True)
-        key = (workload, needs, backend)
+        key = (*asked_for(q, k, v, mask, softcap), backend)
         if key not in self._taken:
-            if not self._own(workload, needs, backend, _probed).supported:
+            if not kernel.route(*key[:2]).supported:
                 return None
             self._taken.add(key)
-        if sinks is not None and isinstance(kernel, TakesSinks):
-            return kernel.attend_with_sinks
-        return self._variant or kernel.attend
-
-    def _own(self, workload: Workload, needs: Needs, backend: Backend, device: Callable[[], Device]) -> Route:
-        """The kernel's path, or a route that is not supported, with the reason."""
-        kernel = _kernel(backend)
-        if needs.sinks and not isinstance(kernel, TakesSinks):
-            return unsupported(f"the kernel for {backend} takes no attention sinks")
-        own = kernel.route(workload, needs)
-        if not own.supported or self._winner is None or backend != "metal" or needs.sinks:
-            return own
-        winner = self._winner(workload, device(), needs)
-        if winner is None or winner.startswith(self.name) or not self._sdpa.route(workload, device(), needs).fused:
-            return own
-        return unsupported(f"MLX has a fused kernel too, and `{winner}` was the fastest in a trial of demo's here")
-
-
-@cache
-def _probed() -> Device:
-    """The device that MLX computes on, looked at once: how much of its memory is free does not matter here."""
-    return probe()
+        return kernel
 
 
 @cache

@@ -14,8 +14,8 @@ from attention.masks import Mask
 from attention.patch import arguments
 from attention.patch.arguments import ModelCall, Offers
 from attention.route import Needs
+from attention.tuning import poc as tuned
 from attention.tuning.candidates import candidates, fitting
-from attention.tuning.poc import poc as heeding
 from attention.tuning.store import Entry, Store
 from attention.tuning.workload_class import class_of
 from attention.workload import Workload
@@ -28,8 +28,9 @@ SINKS = Needs(sinks=True)
 @pytest.fixture(autouse=True)
 def a_mac(monkeypatch, tmp_path):
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(poc, "here", lambda: "metal")
-    monkeypatch.setattr(poc, "_probed", lambda: MAC)
+    for module in (poc, tuned):
+        monkeypatch.setattr(module, "here", lambda: "metal")
+    monkeypatch.setattr(tuned, "_device", lambda: MAC)
 
 
 def arrays():
@@ -70,7 +71,7 @@ def mlx_is_fused(monkeypatch):
 )
 def test_the_kernel_is_taken_where_mlx_has_no_fused_one_and_demo_tries_it(workload, needs):
     with on_a_mac(Device()):
-        route = heeding().route(workload, MAC, needs)
+        route = tuned.TunedPoc().route(workload, MAC, needs)
         assert route.fused
         assert not route.fallback
         assert "never measured" in route.reason
@@ -83,7 +84,7 @@ def test_the_kernel_is_taken_where_mlx_has_no_fused_one_and_demo_tries_it(worklo
 )
 def test_where_mlx_is_fused_too_a_trial_decides(monkeypatch, tmp_path, winner, path):
     mlx_is_fused(monkeypatch)
-    by_trial = heeding(tried(tmp_path, winner, {winner: 1e-4, "baseline": 2e-4}))
+    by_trial = tuned.TunedPoc(tried(tmp_path, winner, {winner: 1e-4, "baseline": 2e-4}))
     with on_a_mac(Device()) as device:
         route = by_trial.route(WORKLOAD, MAC)
         assert route.path == path
@@ -93,17 +94,19 @@ def test_where_mlx_is_fused_too_a_trial_decides(monkeypatch, tmp_path, winner, p
         assert close(found, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask="causal"))
         assert bool(device.launches) == (winner == "poc")
         if winner != "poc":
-            assert f"MLX has a fused kernel too, and `{winner}` was the fastest in a trial" in route.reason
+            assert (
+                f"MLX has a fused kernel for this shape too, and `{winner}` was the fastest in a trial" in route.reason
+            )
 
 
 def test_before_a_trial_the_kernel_is_taken_where_mlx_is_fused_too(monkeypatch, tmp_path):
     mlx_is_fused(monkeypatch)
     with on_a_mac(Device()):
-        assert heeding(Store(tmp_path / "tuning.toml")).route(WORKLOAD, MAC).path == "Metal kernel"
+        assert tuned.TunedPoc(Store(tmp_path / "tuning.toml")).route(WORKLOAD, MAC).path == "Metal kernel"
 
 
 def test_where_mlx_is_not_fused_no_trial_takes_the_kernel_away(tmp_path):
-    by_trial = heeding(tried(tmp_path, "practical", {"practical": 1e-4}))
+    by_trial = tuned.TunedPoc(tried(tmp_path, "practical", {"practical": 1e-4}))
     with on_a_mac(Device()):
         assert by_trial.route(WORKLOAD, MAC).path == "Metal kernel"
 
@@ -123,7 +126,7 @@ def test_sinks_are_taken_and_get_a_gradient():
     sinks = mx.array([0.5, -1.0])
 
     def ours(q, sinks):
-        return poc.Poc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
+        return tuned.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
 
     def plainly(q, sinks):
         scores = mx.where(mx.tri(40, 40).astype(mx.bool_), 0.2 * q @ k.swapaxes(-1, -2), -mx.inf)
@@ -131,7 +134,7 @@ def test_sinks_are_taken_and_get_a_gradient():
         return mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1)[..., :40] @ v
 
     with on_a_mac(Device()) as device:
-        assert "kernel" in poc.Poc().route(WORKLOAD, MAC, SINKS).path
+        assert "kernel" in tuned.TunedPoc().route(WORKLOAD, MAC, SINKS).path
         assert close(ours(q, sinks), plainly(q, sinks))
         found, right = (mx.grad(lambda *a, f=f: (f(*a) * v).sum(), argnums=(0, 1))(q, sinks) for f in (ours, plainly))
         assert close(found[0], right[0])
@@ -147,9 +150,9 @@ def test_where_the_kernel_is_wrong_sinks_are_left_to_practical():
     q, k, v = arrays()
     sinks = mx.array([0.5, -1.0])
     with on_a_mac(Device(edit=wrong)):
-        found = poc.Poc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
+        found = tuned.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
         assert close(found, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask="causal", sinks=sinks))
-        route = poc.Poc().route(WORKLOAD, MAC, SINKS)
+        route = tuned.TunedPoc().route(WORKLOAD, MAC, SINKS)
         assert route.path == "falls back: practical"
         assert "forward float32 D=32 causal sinks: its output disagrees" in route.reason
 
@@ -159,14 +162,14 @@ def test_models_with_sinks_are_offered_to_it_on_metal_alone(monkeypatch):
     q, k, v = arrays()
     call = ModelCall(q, k, v, 0.2, "causal", mx.zeros(2))
     with on_a_mac(Device()):
-        assert Offers(poc.Poc()).of(call).path == "Metal kernel"
-    monkeypatch.setattr(poc, "here", lambda: "cpu")
-    assert not poc.Poc().takes_sinks
+        assert Offers(tuned.TunedPoc()).of(call).path == "Metal kernel"
+    monkeypatch.setattr(tuned, "here", lambda: "cpu")
+    assert not tuned.TunedPoc().takes_sinks
 
 
 def test_a_device_whose_kernel_takes_no_sinks_leaves_them_to_practical(monkeypatch):
-    monkeypatch.setattr(poc, "here", lambda: "cpu")
+    monkeypatch.setattr(tuned, "here", lambda: "cpu")
     q, k, v = arrays()
     sinks = mx.array([0.5, -1.0])
-    found = poc.Poc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
+    found = tuned.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
     assert close(found, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask="causal", sinks=sinks))
