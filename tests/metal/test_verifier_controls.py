@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import verifier_example as example
 from verifier import address_spaces, generated_text
-from verifier.building import FLAGS, MLX_HEADERS, START, build_source
+from verifier.building import FLAGS, MLX_HEADERS, build_source
 from verifier.running import Buffer, launch
 from verifier.source import place_threadgroup_arrays
 
@@ -65,7 +65,7 @@ def steel_library(kind: str, block_k: int, dim: int, flags: dict[str, bool]) -> 
     arguments += ", ".join(f"A->{name}" for name in (*attributes, "thread_position_in_threadgroup"))
     settings = " ".join(f"{name} = {str(value).lower()};" for name, value in flags.items())
     call = f"{settings} attention<{kind}, 32, {block_k}, {dim}, {dim}, 4, 1, float, float>({arguments});"
-    return build_source(START + text, call, QUIET)
+    return build_source(text, call, QUIET)
 
 
 @needs_headers
@@ -114,7 +114,7 @@ def test_mlx_s_own_sdpa_vector_passes():
     place += "A->thread_index_in_simdgroup"
     arrays = "(float*)B[0], (float*)B[1], (float*)B[2], (float*)B[3]"
     call = f"{off} sdpa_vector<float, 64>({arrays}, {sizes}, {nothing}, {place});"
-    library = build_source(START + text, call, QUIET)
+    library = build_source(text, call, QUIET)
     draw = np.random.default_rng(0)
     q, k, v = (draw.standard_normal(size).astype(np.float32) for size in ((heads, dim), *[(heads, keys, dim)] * 2))
     output = np.zeros_like(q)

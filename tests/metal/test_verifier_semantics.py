@@ -109,7 +109,7 @@ AGAIN = """
 """
 POINTER = "threadgroup float s[64]; threadgroup float* p = s; uint i = thread_index_in_threadgroup; y[i] = p[i + 64];"
 PLAIN = "if (i == 0) atomic_store_explicit(&y[2], *(device float*)&y[0], memory_order_relaxed);"
-FROM_EACH = "uint g = threadgroup_position_in_grid.x; float v = y[0]; y[1 + g] = v; if (g == 2) y[0] = v;"
+FROM_EACH = "uint g = threadgroup_position_in_grid.x; float v = y[0]; y[1 + g] = v; if (g == 2) y[0] = v + 1;"
 WHOLE = {"threads": 64, "group": 64}
 ATOMICS = {"threads": 64, "made": {"atomic_outputs": True}, "init_value": 0}
 PEEK = "uint i = thread_position_in_grid.x; "

@@ -33,8 +33,8 @@ FLAGS: Final = (
 """Of a kernel."""
 LIBRARIES: Final = ("-lm", "-lc", "-lgcc")
 ENTRY: Final = 'extern "C" __attribute__((no_sanitize("thread"))) void entry(void** B, const gpu::Attributes* A)'
-START: Final = '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h"\n#line 1 "kernel"\n'
-"""What stands before a kernel's text; its first line is line 1."""
+HEADERS: Final = '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h"\n'
+"""What MLX's own preamble has, and so is included before every kernel's text."""
 KEPT_S: Final = 2 * 24 * 3600
 """How long the libraries of another state of these files are kept, seconds."""
 
@@ -92,20 +92,30 @@ def call(command: Sequence[str]) -> str:
     return run.stdout
 
 
-def _compiled(flags: Sequence[str], source: Path, made: Path, libraries: Sequence[str] = ()) -> Path:
-    """Compiles beside the place and renames: other processes may do the same at once."""
-    fresh = made.with_suffix(f".{os.getpid()}.so")
-    call([COMPILER, *flags, *INCLUDES, str(source), *libraries, "-o", str(fresh)])
-    return fresh.replace(made)
+def _compiled(command: Sequence[str], made: Path) -> Path:
+    """Compiles, unless that has been done, beside the place and renames: other processes may do the same at once."""
+    if not made.exists():
+        fresh = made.with_name(f"{os.getpid()}-{made.name}")
+        call([COMPILER, *command, *INCLUDES, "-o", str(fresh)])
+        fresh.replace(made)
+    return made
 
 
 @cache
 def runtime() -> Path:
     """The emulated GPU, compiled once, without instrumentation, for all kernels to be linked with."""
-    made = folder() / "runtime.so"
-    if made.exists():
-        return made
-    return _compiled((*COMMON, "-O2", "-Wall", "-Wextra", "-Werror"), HERE / "runtime" / "launch.cpp", made)
+    flags = (*COMMON, "-O2", "-Wall", "-Wextra", "-Werror")
+    return _compiled([*flags, str(HERE / "runtime" / "launch.cpp")], folder() / "runtime.so")
+
+
+@cache
+def headers(flags: Sequence[str]) -> Path:
+    """The headers as the compiler reads them fastest, for a set of flags."""
+    header = folder() / f"headers-{hashlib.sha256(str(flags).encode()).hexdigest()[:8]}.h"
+    header.write_text(HEADERS)
+    plain = [flag for flag in flags if flag not in ("-shared", "-nodefaultlibs")]
+    _compiled([*plain, "-x", "c++-header", str(header)], header.with_suffix(".h.gch"))
+    return header
 
 
 def build(text: str) -> tuple[Path, list[Parameter]]:
@@ -116,21 +126,21 @@ def build(text: str) -> tuple[Path, list[Parameter]]:
     """
     function, parameters, body = parse(text)
     arguments = ", ".join(_argument(parameter) for parameter in parameters)
-    return build_source(f"{START}{place_threadgroup_arrays(body)}", f"{function}({arguments});"), parameters
+    return build_source(place_threadgroup_arrays(body), f"{function}({arguments});"), parameters
 
 
-def build_source(text: str, entered: str, flags: Sequence[str] = FLAGS) -> Path:
+def build_source(text: str, entered: str, flags: tuple[str, ...] = FLAGS) -> Path:
     """The library of a C++ text.
 
     Args:
-        text: the whole, headers included.
+        text: what follows the headers.
         entered: statements that call the kernel, with its buffers `void** B` and attributes `const gpu::Attributes* A`.
         flags: of the compiler.
 
     Raises:
         CompileError: it does not compile.
     """
-    source = f'{text}\n#line 1 "entry"\n{ENTRY} {{ {entered} }}\n'
+    source = f'#line 1 "kernel"\n{text}\n#line 1 "entry"\n{ENTRY} {{ {entered} }}\n'
     key = hashlib.sha256(f"{source}{flags}".encode()).hexdigest()[:24]
     library = folder() / f"kernel-{key}.so"
     if library.exists():
@@ -138,7 +148,7 @@ def build_source(text: str, entered: str, flags: Sequence[str] = FLAGS) -> Path:
     with tempfile.NamedTemporaryFile("w", suffix=".cpp") as file:
         file.write(source)
         file.flush()
-        return _compiled(flags, Path(file.name), library, [str(runtime()), *LIBRARIES])
+        return _compiled([*flags, "-include", str(headers(flags)), file.name, str(runtime()), *LIBRARIES], library)
 
 
 def _argument(parameter: Parameter) -> str:
