@@ -7,4 +7,4 @@ __all__ = ["Finding", "address_spaces", "verify"]
 
 pytest.importorskip("clang.cindex", reason="the libclang wheel is not installed")
 if building.missing() is not None:
-    pytest.skip(f"the verifier cannot compile: {building.missing()}", allow_module_level=True)
+    pytest.skip(f"the verifier cannot be used: {building.missing()}", allow_module_level=True)
