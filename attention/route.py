@@ -12,6 +12,8 @@ class Needs(Struct, frozen=True, kw_only=True):
     """Scores are squashed to softcap * tanh(scores / softcap) before the mask."""
     array_mask: bool = False
     """A bool or additive array is given as mask."""
+    sinks: bool = False
+    """Each head has a score that takes part in the softmax and has no value."""
 
 
 PLAIN: Final = Needs()

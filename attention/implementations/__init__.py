@@ -34,7 +34,7 @@ CATALOGUE: Final = (
         "poc",
         "PoC, custom kernel",
         "fatui's own fused kernel where there is one for the device, MLX's SDPA where not",
-        "attention.implementations.poc:Poc",
+        "attention.tuning.poc:TunedPoc",
     ),
     Entry(
         "practical",

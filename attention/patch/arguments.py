@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.arguments import checked_mask, checked_shapes
 from attention.device import probe
@@ -90,7 +90,8 @@ class Offers:
         """Looked at once for each kind of call: decoding, every layer asks again."""
         mask = call.mask
         array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else mask
-        key = (call.q.shape, k.shape, v.shape, call.q.dtype, k.dtype, v.dtype, array, isinstance(k, Packed))
+        types = call.q.dtype, k.dtype, v.dtype
+        key = (call.q.shape, k.shape, v.shape, types, array, isinstance(k, Packed), call.sinks is None)
         verdict = self._verdicts.get(key)
         if verdict is None:
             if len(self._verdicts) >= KNOWN_SHAPES:
@@ -116,7 +117,7 @@ class Offers:
 
 def _asked(call: ModelCall, k: Any, v: Any, mask: Mask) -> tuple[Any, Any, Any]:
     workload, needs = asked_for(call.q, k, v, mask, None)
-    return workload, device(), needs
+    return workload, device(), structs.replace(needs, sinks=call.sinks is not None)
 
 
 def _kind(error: UsageError) -> str:

@@ -30,8 +30,8 @@ class Launched:
 class Device:
     """How the texts are run, and what was."""
 
-    reversed_schedule: bool = False
-    misaligned: bool = False
+    is_reversed: bool = False
+    is_misaligned: bool = False
     edit: Callable[[str, str], str] = lambda kernel, text: text
     """Changes a kernel's text, to plant a fault: gets the kernel's name ("forward") and the text."""
     launches: list[Launched] = field(default_factory=list)
@@ -46,16 +46,17 @@ class Device:
                 self.launches.append(Launched(short, keywords))
                 made_there: list[mx.array] = kernel(inputs=list(inputs), **keywords)
                 return made_there
-            import kernels_verifier  # skips the test where there is none
+            from kernels_verifier import verify  # skips the test where there is none
 
-            outputs, text, counts = kernels_verifier.run(
+            outputs, text, counts = verify(
                 kernel,
-                (made["input_names"], made["output_names"]),
+                made["input_names"],
                 list(inputs),
-                keywords,
-                reversed_schedule=self.reversed_schedule,
-                misaligned=self.misaligned,
+                output_names=made["output_names"],
+                is_reversed=self.is_reversed,
+                is_misaligned=self.is_misaligned,
                 edit=lambda text: self.edit(short, text),
+                **keywords,
             )
             self.launches.append(Launched(short, keywords, text, counts))
             return outputs

@@ -1,9 +1,11 @@
 """What the launcher makes of a call: strides, masks of all shapes, small arrays, gradients; run in the verifier."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from kernels_device import ON_A_GPU, Device, on_a_mac
+from kernels_device import Device, needs_verifier, on_a_mac
 
 from attention import reference
 from attention.kernels import metal
@@ -60,15 +62,27 @@ def test_a_mask_may_have_any_shape_that_broadcasts(shape):
     assert np.allclose(np.array(found), exact(q, k, v, scale=0.2, mask=mask), atol=2e-6)
 
 
-def test_arrays_of_fewer_than_8_elements_are_read_from_constant_memory(device):
+@needs_verifier
+def test_small_arrays_are_device_memory_as_in_the_texts_that_were_checked(device):
+    """MLX passes what has fewer than 8 elements as constant memory, which makes another text, unless prevented."""
     q, k, v = arrays((1, 1, 1, 32), (1, 1, 5, 32), (1, 1, 5, 32))
-    mask = mx.array([True, False, True, True, False])
-    found = metal.flash_attention(q, k, v, scale=0.2, mask=mask)
-    assert np.allclose(np.array(found), exact(q, k, v, scale=0.2, mask=mask), atol=2e-6)
-    made = mx.grad(lambda q: metal.flash_attention(q, k, v, scale=0.2, mask=mask).sum())(q)
-    assert made.shape == q.shape
-    if not ON_A_GPU:
-        assert "const constant bool* mask" in device.launches[-1].text
+    mask, sinks = mx.array([True, False, True, True, False]), mx.array([-50.0])
+
+    def attend(q):
+        return metal.flash_attention(q, k, v, scale=0.2, mask=mask, sinks=sinks)
+
+    assert np.allclose(np.array(attend(q)), exact(q, k, v, scale=0.2, mask=mask), atol=2e-6)
+    mx.eval(mx.grad(lambda q: attend(q).sum())(q))
+    last = {one.kernel: one.text for one in device.launches}
+    assert set(last) == {"forward", "join", "backward_query", "backward_key"}
+    for name in ("mask", "sinks", "lse", "lses", "delta"):
+        assert not [kernel for kernel, text in last.items() if re.search(rf"const constant \w+\* {name} ", text)]
+
+
+def test_sinks_may_be_a_slice():
+    q, k, v, sinks = arrays((1, 2, 40, 32), (1, 2, 37, 32), (1, 2, 37, 32), (4,))
+    sliced, whole = (metal.flash_attention(q, k, v, scale=0.2, sinks=s) for s in (sinks[::2], sinks[::2] + 0.0))
+    assert np.array_equal(np.array(sliced), np.array(whole))
 
 
 def test_gradients_flow_through_the_logsumexp():

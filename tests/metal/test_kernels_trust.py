@@ -13,7 +13,6 @@ from attention.kernels.metal import launch, path, trust, verdicts
 from attention.kernels.metal.call import Call, Shape, specialisation
 from attention.masks import Mask
 from attention.route import Needs
-from attention.tuning.candidates import candidates, fitting
 from attention.workload import Workload
 from fatui import machine_report
 
@@ -169,27 +168,6 @@ def test_without_a_mac_the_route_says_so():
     assert not route.supported
     assert "macOS only" in route.reason
     assert metal.availability()[0] is False
-
-
-@pytest.mark.parametrize(
-    ("workload", "needs"),
-    [
-        (Workload(seq=512, head_dim=256, mask="causal"), Needs()),
-        (Workload(seq=512, head_dim=192, dtype="float32"), Needs()),
-        (Workload(seq=512, head_dim=64, mask="window:100"), Needs()),
-        (Workload(seq=512, head_dim=80), Needs(array_mask=True)),
-        (Workload(seq=512, head_dim=128), Needs(softcap=True)),
-        (Workload(seq=512, head_dim=64, pass_="training"), Needs()),
-    ],
-    ids=str,
-)
-def test_poc_takes_what_mlx_has_no_fused_kernel_for_and_demo_tries_it(workload, needs):
-    with on_a_mac(Device()):
-        route = poc.Poc().route(workload, MAC, needs)
-        assert route.fused
-        assert not route.fallback
-        assert "never measured" in route.reason
-        assert "poc" in fitting(candidates(), workload, MAC, needs)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is right passes: a small kernel in both schedules, and MLX's own attention from the headers of its wheel."""
 
 import ctypes
+from pathlib import Path
 
 import kernels_verifier  # noqa: F401  skips where nothing can be compiled
 import mlx.core as mx
@@ -9,17 +10,16 @@ import pytest
 import verifier_example as example
 from verifier import address_spaces, generated_text
 from verifier.building import FLAGS, MLX_HEADERS, build_source
-from verifier.running import INITIALISED, OUTPUT, Buffer, launch
+from verifier.running import Buffer, launch
 from verifier.source import place_threadgroup_arrays
 
 KERNELS = MLX_HEADERS / "mlx" / "backend" / "metal" / "kernels"
 needs_headers = pytest.mark.skipif(not KERNELS.is_dir(), reason="this build of MLX has no headers of its kernels")
 QUIET = (*(flag for flag in FLAGS if not flag.startswith(("-W", "-fsanitize"))), "-w", "-fsanitize=thread")
-START = '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h"\n#line 1 "kernel"\n'
-ENTRY = 'extern "C" __attribute__((no_sanitize("thread")))'
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("is_misaligned", [False, True])
+@pytest.mark.parametrize("is_reversed", [False, True])
 @pytest.mark.parametrize(
     ("shape", "keys", "causal", "dtype", "tolerance"),
     [
@@ -29,9 +29,9 @@ ENTRY = 'extern "C" __attribute__((no_sanitize("thread")))'
         pytest.param((1, 2, 77, 64), 77, True, mx.bfloat16, 2e-2, marks=pytest.mark.slow),
     ],
 )
-def test_a_right_kernel_passes_in_both_schedules(shape, keys, causal, dtype, tolerance, order):
+def test_a_right_kernel_passes_in_both_schedules(shape, keys, causal, dtype, tolerance, is_reversed, is_misaligned):
     arrays = example.inputs(shape, keys, dtype)
-    output = example.run(arrays, causal, order=order, misalign=bool(order))[0]
+    output = example.run(arrays, causal, is_reversed=is_reversed, is_misaligned=is_misaligned)[0]
     assert np.abs(np.array(output.astype(mx.float32)) - example.reference(arrays, causal)).max() < tolerance
 
 
@@ -55,7 +55,7 @@ class AttnParams(ctypes.Structure):
     )
 
 
-def steel_source(kind: str, block_k: int, dim: int, flags: dict[str, bool]) -> str:
+def steel_library(kind: str, block_k: int, dim: int, flags: dict[str, bool]) -> Path:
     text = place_threadgroup_arrays((KERNELS / "steel/attn/kernels/steel_attention.h").read_text())
     attributes = ("thread_index_in_simdgroup", "simdgroup_index_in_threadgroup", "threadgroup_position_in_grid")
     arguments = (
@@ -65,7 +65,7 @@ def steel_source(kind: str, block_k: int, dim: int, flags: dict[str, bool]) -> s
     arguments += ", ".join(f"A->{name}" for name in (*attributes, "thread_position_in_threadgroup"))
     settings = " ".join(f"{name} = {str(value).lower()};" for name, value in flags.items())
     call = f"{settings} attention<{kind}, 32, {block_k}, {dim}, {dim}, 4, 1, float, float>({arguments});"
-    return f"{START}{text}\n{ENTRY} void msl_entry(void** B, const msl_attr* A) {{ {call} }}\n"
+    return build_source(text, call, QUIET)
 
 
 @needs_headers
@@ -90,14 +90,14 @@ def test_mlx_s_own_steel_attention_passes(dtype, kind, heads, queries, keys, dim
     params = AttnParams(1, heads, dim, queries, keys, 1, dim**-0.5, tiles, *numbers, *strides)
     aligned = {"align_Q": queries % 32 == 0, "align_K": keys % block_k == 0}
     flags = {**aligned, "do_causal": causal, "has_mask": False, "has_sinks": False, "save_lse": True}
-    library = build_source(steel_source(kind, block_k, dim, flags), QUIET)
-    buffers = {name: Buffer(each, INITIALISED) for name, each in (("Q", q), ("K", k), ("V", v))}
+    library = steel_library(kind, block_k, dim, flags)
+    buffers = {name: Buffer(each) for name, each in (("Q", q), ("K", k), ("V", v))}
     buffers |= {
-        "O": Buffer(output, OUTPUT),
-        "params": Buffer(np.frombuffer(bytes(params), np.uint8).copy(), INITIALISED),
+        "O": Buffer(output, is_output=True, is_initialised=False),
+        "params": Buffer(np.frombuffer(bytes(params), np.uint8).copy()),
     }
-    buffers["lse"] = Buffer(sums, OUTPUT)
-    launch(library, buffers, (32 * tiles, 4 * heads, 1), (32, 4, 1), 0, "")
+    buffers["lse"] = Buffer(sums, is_output=True, is_initialised=False)
+    launch(library, buffers, (32 * tiles, 4 * heads, 1), (32, 4, 1))
     arrays = [*(mx.array(each[None]) for each in (q, k, v)), mx.array(dim**-0.5)]
     assert np.abs(output - example.reference(arrays, causal)[0]).max() < tolerance
 
@@ -114,15 +114,15 @@ def test_mlx_s_own_sdpa_vector_passes():
     place += "A->thread_index_in_simdgroup"
     arrays = "(float*)B[0], (float*)B[1], (float*)B[2], (float*)B[3]"
     call = f"{off} sdpa_vector<float, 64>({arrays}, {sizes}, {nothing}, {place});"
-    library = build_source(f"{START}{text}\n{ENTRY} void msl_entry(void** B, const msl_attr* A) {{ {call} }}\n", QUIET)
+    library = build_source(text, call, QUIET)
     draw = np.random.default_rng(0)
     q, k, v = (draw.standard_normal(size).astype(np.float32) for size in ((heads, dim), *[(heads, keys, dim)] * 2))
     output = np.zeros_like(q)
     values = (np.array([1], np.int32), np.array([keys], np.int32), np.array([keys * dim]), np.array([dim]))
-    held = [Buffer(q, INITIALISED), Buffer(k, INITIALISED), Buffer(v, INITIALISED), Buffer(output, OUTPUT)]
-    held += [Buffer(each, INITIALISED) for each in (*values, np.array([dim**-0.5], np.float32))]
+    held = [Buffer(q), Buffer(k), Buffer(v), Buffer(output, is_output=True, is_initialised=False)]
+    held += [Buffer(each) for each in (*values, np.array([dim**-0.5], np.float32))]
     buffers = {f"b{number}": each for number, each in enumerate(held)}
-    launch(library, buffers, (1024 * heads, 1, 1), (1024, 1, 1), 0, "")
+    launch(library, buffers, (1024 * heads, 1, 1), (1024, 1, 1))
     scores = np.einsum("hd,hnd->hn", q, k) * dim**-0.5
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("hn,hnd->hd", weights / weights.sum(-1, keepdims=True), v)

@@ -1,5 +1,6 @@
 """What the stand-in for Metal means by each construct, in kernels of a few lines."""
 
+import re
 from typing import Any
 
 import kernels_verifier  # noqa: F401  skips where nothing can be compiled
@@ -76,6 +77,65 @@ def test_strides_reach_the_kernel_as_they_are(x: mx.array) -> None:
     assert np.array_equal(output, np.array(x).ravel())
 
 
+BYTES = """
+  threadgroup uchar b[64];
+  uint i = thread_index_in_threadgroup;
+  b[i] = uchar(i);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  y[i] = b[63 - i];
+"""
+HALVES = """
+  threadgroup half2 h[32];
+  uint i = thread_index_in_threadgroup;
+  if (i % 2 == 0) h[i / 2].x = half(i); else h[i / 2].y = half(i);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  y[i] = i % 2 == 0 ? h[i / 2].y : h[i / 2].x;
+"""
+TABLE = "constant constexpr float TABLE[4] = {3, 1, 4, 1};"
+OTHERS = """
+  threadgroup float s[64];
+  uint i = thread_index_in_threadgroup;
+  s[i] = x[i];
+  {barrier}(mem_flags::mem_threadgroup);
+  y[i] = s[{read}];
+"""
+"""A value from another thread: of the same simdgroup or of the other."""
+AGAIN = """
+  threadgroup float s[32];
+  uint i = thread_index_in_threadgroup;
+  if (threadgroup_position_in_grid.x == 0) s[i] = x[i];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  y[thread_position_in_grid.x] = s[31 - i];
+"""
+POINTER = "threadgroup float s[64]; threadgroup float* p = s; uint i = thread_index_in_threadgroup; y[i] = p[i + 64];"
+PLAIN = "if (i == 0) atomic_store_explicit(&y[2], *(device float*)&y[0], memory_order_relaxed);"
+FROM_EACH = "uint g = threadgroup_position_in_grid.x; float v = y[0]; y[1 + g] = v; if (g == 2) y[0] = v + 1;"
+WHOLE = {"threads": 64, "group": 64}
+ATOMICS = {"threads": 64, "made": {"atomic_outputs": True}, "init_value": 0}
+PEEK = "uint i = thread_position_in_grid.x; "
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "header", "expected"),
+    [
+        (BYTES, "", list(range(63, -1, -1))),
+        (HALVES, "", [i ^ 1 for i in range(64)]),
+        (f"{PEEK} y[i] = TABLE[i % 4];", TABLE, [3, 1, 4, 1] * 16),
+        (OTHERS.replace("{barrier}", "simdgroup_barrier").replace("{read}", "i ^ 31"), "", [i ^ 31 for i in range(64)]),
+        (OTHERS.replace("{barrier}", "threadgroup_barrier").replace("{read}", "63 - i"), "", list(range(63, -1, -1))),
+        (f"{PEEK} y[i] = simd_prefix_inclusive_sum(1.0f) + simd_shuffle_up(x[i], 1);", "", None),
+    ],
+    ids=["bytes", "parts of vectors", "a table", "within a simdgroup", "across simdgroups", "scans and shuffles"],
+)
+def test_what_is_allowed_is_not_found(source, header, expected):
+    output = run(source, 64, 64, 64, made={"header": header})
+    if expected is None:
+        lanes = [i % 32 for i in range(64)]
+        expected = [lane + 1 + i - (1 if lane else 0) for i, lane in enumerate(lanes)]
+    assert output.tolist() == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "source", "size", "call"),
@@ -85,7 +145,7 @@ def test_strides_reach_the_kernel_as_they_are(x: mx.array) -> None:
         ("race", "uint i = thread_position_in_grid.x; y[i % 2] += x[i];", 2, {"threads": 64, "init_value": 0}),
         ("uninitialised read", "uint i = thread_position_in_grid.x; y[i] += x[i];", 64, {"threads": 64}),
         ("misaligned", WIDE.format(at=" + 1"), 16, {"x": mx.zeros((128,))}),
-        ("misaligned", WIDE.format(at=""), 16, {"misalign": True}),
+        ("misaligned", WIDE.format(at=""), 16, {"is_misaligned": True}),
         (
             "divergence",
             "if (simdgroup_index_in_threadgroup == 0) threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -107,9 +167,48 @@ def test_strides_reach_the_kernel_as_they_are(x: mx.array) -> None:
             32,
             {},
         ),
+        ("race", OTHERS.replace("{barrier}", "simdgroup_barrier").replace("{read}", "63 - i"), 64, WHOLE),
+        ("race", FROM_EACH, 4, {"threads": 3, "group": 1, "init_value": 0}),
+        ("race", ATOMIC + PLAIN, 3, ATOMICS),
+        ("uninitialised read", AGAIN, 64, {"threads": 64}),
+        ("out-of-bounds: threadgroup s", POINTER, 64, WHOLE),
+        ("out-of-bounds: x", PEEK + "y[i] = x[i + 64];", 64, WHOLE),
+        ("out-of-bounds: y", PEEK + "y[int(i) - 1] = 1;", 64, WHOLE),
+        ("wild", PEEK + "((device float*)x)[i] = 1; y[i] = 1;", 64, WHOLE),
+        ("arithmetic: integer overflow", PEEK + "y[i] = 2147483600 + int(i);", 64, WHOLE),
+        ("arithmetic: division", PEEK + "y[i] = 5 / int(x[i]);", 64, WHOLE),
+        ("arithmetic: shift", PEEK + "y[i] = 1 << int(i);", 64, WHOLE),
     ],
 )
 def test_a_broken_rule_is_found(kind: str, source: str, size: int, call: dict[str, Any]) -> None:
     with pytest.raises(Finding) as found:
         run(source, size, **call)
     assert any(item.startswith(kind) for item in found.value.items), found.value.items
+
+
+@pytest.mark.slow
+def test_an_operation_that_not_all_reach_is_reported_with_both_lines():
+    source = "if (thread_index_in_simdgroup < 9) y[0] = simd_sum(x[0]);\nelse y[1] = simd_max(x[1]);"
+    with pytest.raises(Finding) as found:
+        run(source, 2)
+    (item,) = (item for item in found.value.items if item.startswith("divergence"))
+    assert re.search(r"line \d+: `if \(thread_index_in_simdgroup < 9\) .*` and line \d+: `else y\[1\] = ", item)
+
+
+@pytest.mark.slow
+def test_more_buffers_than_metal_has_are_found():
+    names = [f"x{n}" for n in range(32)]
+    kernel = mx.fast.metal_kernel(
+        name="probe", input_names=names, output_names=["y"], source=f"y[0] = {' + '.join(f'{n}[0]' for n in names)};"
+    )
+    with pytest.raises(Finding, match="33 buffers, Metal takes 31"):
+        verify(
+            kernel,
+            names,
+            [COUNT] * 32,
+            output_names=["y"],
+            output_shapes=[(1,)],
+            output_dtypes=[mx.float32],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+        )

@@ -31,7 +31,7 @@
   threadgroup T value_tile[BLOCK_K * PITCH];
   threadgroup T query_tile[BLOCK_Q * CHUNK_PITCH];
   threadgroup T upstream_tile[BLOCK_Q * CHUNK_PITCH];
-  threadgroup float weights[BLOCK_K * BLOCK_Q];
+  threadgroup float2 weights[BLOCK_K * BLOCK_Q / 2];
   threadgroup float row_bases[BLOCK_Q];
   threadgroup float row_means[BLOCK_Q];
 
@@ -53,7 +53,8 @@
   for (int head = key_head * group; head < key_head * group + group; head++) {
     const device T* queries_at = q + batch * q_strides[0] + head * q_strides[1];
     const device T* upstream_at = d_o + batch * d_o_strides[0] + head * d_o_strides[1];
-    const int64_t line = (int64_t(batch) * heads + head) * queries;
+    const device float* lse_at = lse + batch * lse_strides[0] + head * lse_strides[1];
+    const device float* delta_at = delta + batch * delta_strides[0] + head * delta_strides[1];
     for (int query0 = from; query0 < end; query0 += BLOCK_Q) {
       Fragment scores[QUERIES];
       clear<QUERIES>(scores);
@@ -68,18 +69,22 @@
             upstream_tile, queries - query0, thread_index_in_threadgroup);
         for (int i = int(thread_index_in_threadgroup); c == 0 && i < BLOCK_Q; i += THREADS) {
           const bool is_row = query0 + i < queries;
-          const float found = is_row ? lse[line + query0 + i] : 0.0f;
-          row_bases[i] = found == -INFINITY ? 0.0f : found * LOG2_E;
-          row_means[i] = is_row ? delta[line + query0 + i] : 0.0f;
+          const float found = is_row ? lse_at[(query0 + i) * lse_strides[2]] : 0.0f;
+          row_bases[i] = found == -INFINITY ? 0.0f : found;
+          row_means[i] = is_row ? delta_at[(query0 + i) * delta_strides[2]] : 0.0f;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: Q and dO, and for the first time K and V, are in place
-        multiply_turned<T, QUERIES, CHUNK>(
+        multiply_in_parts<T, QUERIES, CHUNK>(
             scores, own + c * CHUNK, PITCH, first, CHUNK_PITCH, fragment_r, fragment_c);
       }
-      threadgroup float* shared = weights + (pair * QUERIES * 32 + int(lane)) * 2;
+      threadgroup float2* shared = weights + pair * QUERIES * 32 + int(lane);
       if (!odd) {
+        const bool is_whole = MASK == 0
+            && is_all_seen<CAUSAL, WINDOW>(
+                query0, query0 + BLOCK_Q - 1, key0, key0 + BLOCK_K - 1, queries, keys, window);
         UNROLL
         for (int j = 0; j < QUERIES; j++) {
+          float2 passed;
           UNROLL
           for (int e = 0; e < 2; e++) {
             const int query = query0 + j * 8 + fragment_c + e;
@@ -90,33 +95,35 @@
               s = softcap * squashed;
               slope *= 1.0f - squashed * squashed;
             }
-            if (!is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+            if (!is_whole && !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
               s = -INFINITY;
             } else if (MASK != 0) {
               const int64_t at =
                   batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
               s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
             }
-            const float weight = metal::exp2(s * LOG2_E - row_bases[j * 8 + fragment_c + e]);
+            const float weight = metal::exp2((s - row_bases[j * 8 + fragment_c + e]) * LOG2_E);
             scores[j].thread_elements()[e] = weight;
-            shared[j * 64 + e] = weight * slope;
+            passed[e] = weight * slope;
           }
+          shared[j * 32] = passed;
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: the weights are in place
       if (odd) {
         UNROLL
         for (int j = 0; j < QUERIES; j++) {
+          const float2 passed = shared[j * 32];
           UNROLL
           for (int e = 0; e < 2; e++) {
             const float product = scores[j].thread_elements()[e] - row_means[j * 8 + fragment_c + e];
-            scores[j].thread_elements()[e] = shared[j * 64 + e] * product;
+            scores[j].thread_elements()[e] = passed[e] * product;
           }
         }
       }
       UNROLL
-      for (int c = 0; c < CHUNKS; c++) {
-        if (CHUNKS > 1) {
+      for (int c = CHUNKS - 1; c >= 0; c--) {  // backwards, since the last chunk of Q and dO is still there
+        if (c < CHUNKS - 1) {
           threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: nobody reads the last chunk any more
           load_tile<T, BLOCK_Q, CHUNK, CHUNK_PITCH, THREADS>(
               queries_at + query0 * q_strides[2] + c * CHUNK * q_strides[3], q_strides[2], q_strides[3], query_tile,

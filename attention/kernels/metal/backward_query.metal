@@ -40,19 +40,40 @@
       d_o_strides[3], upstream_tile, queries - first_query, thread_index_in_threadgroup);
   threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: Q and dO are in place
 
-  const int64_t line = (int64_t(batch) * heads + head) * queries + query;
-  float base = 0.0f;
-  float mean = 0.0f;
-  if (query < queries) {
-    const float found = lse[line];
-    base = found == -INFINITY ? 0.0f : found * LOG2_E;
-    for (int d = fragment_c; d < D; d += 8) {
-      mean += float(upstream_tile[(own + fragment_r) * PITCH + d]) * float(o[line * D + d]);
-      mean += float(upstream_tile[(own + fragment_r) * PITCH + d + 1]) * float(o[line * D + d + 1]);
+  const int64_t first_line = (int64_t(batch) * heads + head) * queries + first_query + own;
+  const int64_t line = first_line + fragment_r;
+
+  // The diagonal of dO O', summed as dP is, dimension by dimension: in a row of one key, whose O is its V, the two are
+  // equal to the last bit, so that dS is the 0 that it has to be.
+  constexpr int PART = part_width<T, D>();
+  Fragment outputs;
+  clear<1>(&outputs);
+  for (int d0 = 0; d0 < D; d0 += PART) {
+    Fragment part;
+    clear<1>(&part);
+    for (int d = d0; d < d0 + PART; d += 8) {
+      Fragment upstream = read_block(upstream_tile + own * PITCH + d, PITCH, fragment_r, fragment_c);
+      Fragment turned;
+      UNROLL
+      for (int e = 0; e < 2; e++) {
+        const int at = fragment_c + e;
+        const bool is_row = first_query + own + at < queries;
+        turned.thread_elements()[e] = is_row ? float(o[(first_line + at) * D + d + fragment_r]) : 0.0f;
+      }
+      simdgroup_multiply_accumulate(part, upstream, turned, part);
     }
+    add<1>(&outputs, &part);
+  }
+  float mean = 0.0f;
+  UNROLL
+  for (int e = 0; e < 2; e++) {
+    mean += fragment_c + e == fragment_r ? outputs.thread_elements()[e] : 0.0f;
   }
   mean = row_sum(mean);
+  float base = 0.0f;
   if (query < queries) {
+    const float found = lse[batch * lse_strides[0] + head * lse_strides[1] + query * lse_strides[2]];
+    base = found == -INFINITY ? 0.0f : found;
     if (LOGSUMEXP) {
       mean -= d_lse[batch * d_lse_strides[0] + head * d_lse_strides[1] + query * d_lse_strides[2]];
     }
@@ -63,7 +84,8 @@
 
   Fragment sums[DIMS];
   clear<DIMS>(sums);
-  const int end = key_end<CAUSAL>(metal::min(first_query + BLOCK_Q, queries) - 1, queries, keys);
+  const int last_query = metal::min(first_query + BLOCK_Q, queries) - 1;
+  const int end = key_end<CAUSAL>(last_query, queries, keys);
   for (int key0 = first_key<WINDOW, BLOCK_K>(first_query, queries, keys, window); key0 < end; key0 += BLOCK_K) {
     Fragment scores[KEYS];
     Fragment products[KEYS];
@@ -79,11 +101,13 @@
           values_at + key0 * v_strides[2] + c * CHUNK * v_strides[3], v_strides[2], v_strides[3], value_tile,
           keys - key0, thread_index_in_threadgroup);
       threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: K and V are in place
-      multiply_turned<T, KEYS, CHUNK>(
+      multiply_in_parts<T, KEYS, CHUNK>(
           scores, query_tile + own * PITCH + c * CHUNK, PITCH, key_tile, CHUNK_PITCH, fragment_r, fragment_c);
-      multiply_turned<T, KEYS, CHUNK>(
+      multiply_in_parts<T, KEYS, CHUNK>(
           products, upstream_tile + own * PITCH + c * CHUNK, PITCH, value_tile, CHUNK_PITCH, fragment_r, fragment_c);
     }
+    const bool is_whole = MASK == 0
+        && is_all_seen<CAUSAL, WINDOW>(first_query, last_query, key0, key0 + BLOCK_K - 1, queries, keys, window);
     UNROLL
     for (int j = 0; j < KEYS; j++) {
       UNROLL
@@ -96,20 +120,20 @@
           s = softcap * squashed;
           slope *= 1.0f - squashed * squashed;
         }
-        if (!is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+        if (!is_whole && !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
           s = -INFINITY;
         } else if (MASK != 0) {
           const int64_t at =
               batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
           s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
         }
-        const float weight = metal::exp2(s * LOG2_E - base);
+        const float weight = metal::exp2((s - base) * LOG2_E);
         scores[j].thread_elements()[e] = weight * (products[j].thread_elements()[e] - mean) * slope;
       }
     }
     UNROLL
-    for (int c = 0; c < CHUNKS; c++) {
-      if (CHUNKS > 1) {
+    for (int c = CHUNKS - 1; c >= 0; c--) {  // backwards, since the last chunk of K is still there
+      if (c < CHUNKS - 1) {
         threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: nobody reads the last chunk any more
         load_tile<T, BLOCK_K, CHUNK, CHUNK_PITCH, THREADS>(
             keys_at + key0 * k_strides[2] + c * CHUNK * k_strides[3], k_strides[2], k_strides[3], key_tile,

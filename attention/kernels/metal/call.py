@@ -63,6 +63,8 @@ class Specialisation:
     softcap: bool
     mask: MaskKind
     sinks: bool
+    logsumexp: bool = False
+    """Of backward kernels: whether the logsumexp has a cotangent."""
 
     @property
     def name(self) -> str:
@@ -71,17 +73,18 @@ class Specialisation:
         words = [word for word, on in flags.items() if on]
         words += [f"{self.mask} mask"] if self.mask != "none" else []
         words += ["sinks"] if self.sinks else []
+        words += ["logsumexp"] if self.logsumexp else []
         rows = f" {self.tile.block_q} rows" if self.tile.kind == "decode" else ""
         kind = self.tile.kind.partition("_")[0]  # the two backward kernels are checked together
         return " ".join([f"{kind} {self.dtype} D={self.tile.head_dim}{rows}", *words])
 
 
-def specialisation(kind: Kind, shape: Shape, call: Call) -> Specialisation:
-    """The kernel of a kind for a call."""
+def specialisation(kind: Kind, shape: Shape, call: Call, logsumexp: bool = False) -> Specialisation:
+    """The kernel of a kind for a call; `logsumexp` says of a backward kernel whether that has a cotangent."""
     tile = tile_of(kind, shape.head_dim, shape.dtype, shape.group * shape.queries)
     sinks = call.sinks and kind in ("forward", "decode")
     window, softcap = call.window is not None, call.softcap is not None
-    return Specialisation(tile, shape.dtype, call.causal, window, softcap, call.mask, sinks)
+    return Specialisation(tile, shape.dtype, call.causal, window, softcap, call.mask, sinks, logsumexp)
 
 
 def normal(
@@ -129,7 +132,8 @@ def of_workload(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
     w = workload
     shape = Shape(w.batch, w.heads, w.kv_heads, w.seq, w.kv_seq, w.head_dim, w.dtype)
     softcap = 1.0 if needs.softcap else None
-    return shape, normal(w.scale, w.causal, w.window, softcap, w.kv_seq, "bool" if needs.array_mask else "none")
+    mask: MaskKind = "bool" if needs.array_mask else "none"
+    return shape, normal(w.scale, w.causal, w.window, softcap, w.kv_seq, mask, needs.sinks)
 
 
 def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> Shape:

@@ -12,7 +12,6 @@
 
 typedef simdgroup_matrix<float, 8, 8> Fragment;
 constant constexpr float LOG2_E = 1.44269504088896340736f;
-constant constexpr float LN_2 = 0.693147180559945309417f;
 
 METAL_FUNC short fragment_row(uint lane) { return short(((lane / 4) & 4) + (lane / 2) % 4); }
 METAL_FUNC short fragment_column(uint lane) { return short(((lane / 4) & 2) * 2 + (lane % 2) * 2); }
@@ -58,6 +57,38 @@ METAL_FUNC void multiply_turned(
   }
 }
 
+// The same, where much depends on the last bits: rounding of long sums is what dP - delta leaves of two that are nearly
+// equal. Of float32 16 dimensions are summed at a time; what has 16 bits is not as exact itself. The order in which a row
+// is summed is the same in all kernels, whatever the sizes of their tiles.
+template <typename T, int WIDTH>
+METAL_FUNC constexpr int part_width() { return sizeof(T) == 4 ? 16 : WIDTH; }
+
+template <int N>
+METAL_FUNC void add(thread Fragment* fragments, thread Fragment* parts) {
+  UNROLL
+  for (int i = 0; i < N; i++) {
+    fragments[i].thread_elements()[0] += parts[i].thread_elements()[0];
+    fragments[i].thread_elements()[1] += parts[i].thread_elements()[1];
+  }
+}
+
+template <typename T, int N, int WIDTH>
+METAL_FUNC void multiply_in_parts(
+    thread Fragment* fragments, const threadgroup T* own, int own_pitch, const threadgroup T* other, int pitch,
+    short row, short column) {
+  constexpr int PART = part_width<T, WIDTH>();
+  if (PART == WIDTH) {
+    multiply_turned<T, N, WIDTH>(fragments, own, own_pitch, other, pitch, row, column);
+  } else {
+    for (int d = 0; d < WIDTH; d += PART) {
+      Fragment parts[N];
+      clear<N>(parts);
+      multiply_turned<T, N, PART>(parts, own + d, own_pitch, other + d, pitch, row, column);
+      add<N>(fragments, parts);
+    }
+  }
+}
+
 // sums (8 x WIDTH) += weights (8 x 8 N) . other (8 N x WIDTH)
 template <typename T, int N, int WIDTH>
 METAL_FUNC void multiply(
@@ -82,10 +113,28 @@ METAL_FUNC float row_sum(float x) {
   return x + simd_shuffle_xor(x, ushort(8));
 }
 
+// Elements that lie side by side, to be moved at once; aligned as one of them, since a slice may begin anywhere.
+template <typename T>
+struct Four {
+  T of[4];
+};
+
 // Brings ROWS x WIDTH elements into a tile, all threads of the group together; rows from `valid` on are zero.
 template <typename T, int ROWS, int WIDTH, int PITCH, int THREADS>
 METAL_FUNC void load_tile(
     const device T* source, int64_t row_stride, int64_t column_stride, threadgroup T* tile, int valid, uint thread_id) {
+  if (column_stride == 1) {
+    for (int i = int(thread_id) * 4; i < ROWS * WIDTH; i += THREADS * 4) {
+      const int row = i / WIDTH;
+      const int column = i % WIDTH;
+      Four<T> moved = {{T(0.0f), T(0.0f), T(0.0f), T(0.0f)}};
+      if (row < valid) {
+        moved = *(const device Four<T>*)(source + row * row_stride + column);
+      }
+      *(threadgroup Four<T>*)(tile + row * PITCH + column) = moved;
+    }
+    return;
+  }
   for (int i = int(thread_id); i < ROWS * WIDTH; i += THREADS) {
     const int row = i / WIDTH;
     const int column = i % WIDTH;
@@ -98,6 +147,14 @@ template <bool CAUSAL, bool WINDOW>
 METAL_FUNC bool is_seen(int query, int key, int queries, int keys, int window) {
   const int position = query + keys - queries;
   return query < queries && key < keys && (!CAUSAL || key <= position) && (!WINDOW || key > position - window);
+}
+
+// Whether they let all queries from `first_query` to `last_query` see all keys from `first_key` to `last_key`.
+template <bool CAUSAL, bool WINDOW>
+METAL_FUNC bool is_all_seen(
+    int first_query, int last_query, int first_key, int last_key, int queries, int keys, int window) {
+  return is_seen<CAUSAL, WINDOW>(first_query, last_key, queries, keys, window)
+      && is_seen<CAUSAL, WINDOW>(last_query, first_key, queries, keys, window);
 }
 
 // The first key that any query from `first` on may see, rounded down to a whole tile.

@@ -41,16 +41,22 @@
 
   const device T* keys_at = k + batch * k_strides[0] + key_head * k_strides[1];
   const device T* values_at = v + batch * v_strides[0] + key_head * v_strides[1];
-  for (int i = int(thread_index_in_threadgroup); i < BLOCK_Q * D; i += THREADS) {
-    const int r = first_row + i / D;
-    const int64_t at = batch * q_strides[0] + (plane * packed + r / queries) * q_strides[1]
-        + (r % queries) * q_strides[2] + (i % D) * q_strides[3];
-    query_tile[i / D * PITCH + i % D] = r < rows ? T(q[at]) : T(0.0f);
+  if (PACKED) {
+    for (int i = int(thread_index_in_threadgroup); i < BLOCK_Q * D; i += THREADS) {
+      const int r = first_row + i / D;
+      const int64_t at = batch * q_strides[0] + (plane * packed + r / queries) * q_strides[1]
+          + (r % queries) * q_strides[2] + (i % D) * q_strides[3];
+      query_tile[i / D * PITCH + i % D] = r < rows ? T(q[at]) : T(0.0f);
+    }
+  } else {
+    load_tile<T, BLOCK_Q, D, PITCH, THREADS>(
+        q + batch * q_strides[0] + plane * q_strides[1] + first_row * q_strides[2], q_strides[2], q_strides[3],
+        query_tile, queries - first_row, thread_index_in_threadgroup);
   }
 
   Fragment sums[DIMS];
   clear<DIMS>(sums);
-  float largest = SINKS && split == 0 && is_row ? float(sinks[head]) * LOG2_E : -INFINITY;
+  float largest = SINKS && split == 0 && is_row ? float(sinks[head * sinks_strides[0]]) : -INFINITY;
   float total = largest == -INFINITY ? 0.0f : 1.0f;
 
   const int first_query = PACKED ? 0 : first_row;
@@ -66,7 +72,7 @@
     Fragment scores[KEYS];
     clear<KEYS>(scores);
     if (computes) {
-      multiply_turned<T, KEYS, D>(
+      multiply_in_parts<T, KEYS, D>(
           scores, query_tile + simdgroup_at * 8 * PITCH, PITCH, key_tile, PITCH, fragment_r, fragment_c);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: nobody reads K any more
@@ -75,6 +81,9 @@
         thread_index_in_threadgroup);
 
     if (computes) {
+      // Most tiles lie wholly inside of what may be seen; rows past the end, which are not written, may then see them.
+      const bool is_whole = MASK == 0
+          && is_all_seen<CAUSAL, WINDOW>(first_query, last_query, key0, key0 + BLOCK_K - 1, queries, keys, window);
       float now = largest;
       UNROLL
       for (int j = 0; j < KEYS; j++) {
@@ -85,27 +94,26 @@
           if (SOFTCAP) {
             s = softcap * metal::precise::tanh(s / softcap);
           }
-          if (!is_row || !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+          if (!is_whole && (!is_row || !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window))) {
             s = -INFINITY;
           } else if (MASK != 0) {
             const int64_t at =
                 batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
             s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
           }
-          s *= LOG2_E;
           scores[j].thread_elements()[e] = s;
           now = metal::max(now, s);
         }
       }
       now = row_max(now);
       const float base = now == -INFINITY ? 0.0f : now;  // a row that has seen nothing yet
-      const float shrink = metal::exp2(largest - base);
+      const float shrink = metal::exp2((largest - base) * LOG2_E);
       float added = 0.0f;
       UNROLL
       for (int j = 0; j < KEYS; j++) {
         UNROLL
         for (int e = 0; e < 2; e++) {
-          const float weight = metal::exp2(scores[j].thread_elements()[e] - base);
+          const float weight = metal::exp2((scores[j].thread_elements()[e] - base) * LOG2_E);
           scores[j].thread_elements()[e] = weight;
           added += weight;
         }
@@ -134,6 +142,6 @@
       o[line * D + d * 8 + fragment_c + 1] = OUT(sums[d].thread_elements()[1] * inverse);
     }
     if (fragment_c == 0) {
-      lse[line] = total > 0.0f ? largest * LN_2 + metal::precise::log(total) : -INFINITY;
+      lse[line] = total > 0.0f ? largest + metal::precise::log(total) : -INFINITY;
     }
   }

@@ -35,15 +35,15 @@ def gradients(
         shape: of the arrays.
         call: what was computed.
     """
-    if not _taken(shape, call):
+    if not _taken(shape, call, d_lse is not None):
         return plain_gradients(primals, d_o, d_lse, call)
     return by_kernel(primals, d_o, d_lse, outputs, shape, call)
 
 
 @functools.lru_cache(maxsize=256)
-def _taken(shape: Shape, call: Call) -> bool:
+def _taken(shape: Shape, call: Call, logsumexp: bool) -> bool:
     try:
-        check(shape, call)
+        check(shape, call, logsumexp)
     except KernelUnavailable:
         return False
     return True
@@ -61,13 +61,26 @@ def by_kernel(
     q, k, v, mask, sinks = primals
     d_q, d_k, d_v, delta = launch.backward((q, k, v), outputs, d_o, d_lse, mask, shape, call)
     d_sinks = mx.zeros_like(sinks)
-    if call.sinks:  # the sink is a key whose value is 0: dS = P (0 - delta)
-        d_sinks = -(mx.exp(sinks[:, None] - outputs[1]) * delta).sum(axis=(0, 2))
+    if call.sinks:
+        d_sinks = of_sinks(sinks, outputs[1], delta).sum(axis=(0, 2))
     return d_q, d_k, d_v, mx.zeros_like(mask), d_sinks
 
 
-def check(shape: Shape, call: Call) -> None:
+def of_sinks(sinks: mx.array, logsumexp: mx.array, delta: mx.array) -> mx.array:
+    """What each row adds to the gradient of its head's sink, (B, H, Lq): a sink is a key with the value 0.
+
+    dS = P (dP - delta), where dP is 0.
+    """
+    return -mx.exp(sinks[:, None] - logsumexp) * delta
+
+
+def check(shape: Shape, call: Call, logsumexp: bool = False) -> None:
     """Sees to it that both kernels have shown on this machine that they are right.
+
+    Args:
+        shape: of the arrays.
+        call: what is asked for.
+        logsumexp: whether that has a cotangent.
 
     Raises:
         KernelUnavailable: one cannot be compiled, or is wrong.
@@ -76,10 +89,10 @@ def check(shape: Shape, call: Call) -> None:
     asked = selfcheck.tried(call, small)
 
     def compare() -> str | None:
-        given = selfcheck.inputs(small, asked)
+        given = selfcheck.inputs(small, asked, logsumexp=logsumexp)
         primals = given.arrays(small)
         outputs = launch.forward(*primals, small, asked)
-        made = by_kernel(primals, given.cotangent, None, outputs, small, asked)
+        made = by_kernel(primals, given.cotangent, given.logsumexp_cotangent, outputs, small, asked)
         return selfcheck.gradient_disagreement(given, asked, [*made[:3], *([made[4]] if call.sinks else [])])
 
-    trust.ensure(specialisation("backward_key", shape, call), compare)
+    trust.ensure(specialisation("backward_key", shape, call, logsumexp), compare)

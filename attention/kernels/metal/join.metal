@@ -7,18 +7,18 @@
 
   float largest = -INFINITY;
   for (int s = 0; s < splits; s++) {
-    largest = metal::max(largest, lses[s * lines + line]);
+    largest = metal::max(largest, lses[s * lses_strides[0] + line * lses_strides[1]]);
   }
   const float base = largest == -INFINITY ? 0.0f : largest;
   float total = 0.0f;
   for (int s = 0; s < splits; s++) {
-    total += metal::exp2((lses[s * lines + line] - base) * LOG2_E);
+    total += metal::exp2((lses[s * lses_strides[0] + line * lses_strides[1]] - base) * LOG2_E);
   }
   const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
   for (int d = int(lane); d < D; d += 32) {
     float sum = 0.0f;
     for (int s = 0; s < splits; s++) {
-      const float weight = metal::exp2((lses[s * lines + line] - base) * LOG2_E);
+      const float weight = metal::exp2((lses[s * lses_strides[0] + line * lses_strides[1]] - base) * LOG2_E);
       sum += weight * parts[(int64_t(s) * lines + line) * D + d];
     }
     o[int64_t(line) * D + d] = T(sum * inverse);

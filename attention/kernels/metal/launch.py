@@ -30,6 +30,8 @@ SPLIT_KEYS: Final = 256
 MOST_SPLITS: Final = 32
 GROUPS_WANTED: Final = 256
 """Threadgroups of a call with few queries, above which its keys are not split further."""
+FEWEST: Final = 8
+"""Elements from which MLX passes an array as device memory."""
 
 Kernel = Callable[..., list[mx.array]]
 metal_kernel: Callable[..., Kernel] = cast("Callable[..., Kernel]", mx.fast.metal_kernel)
@@ -76,6 +78,14 @@ def absent(axes: int) -> mx.array:
     return made
 
 
+def in_device(array: mx.array) -> mx.array:
+    """An array with a last axis that repeats it.
+
+    MLX passes what has fewer than 8 elements as constant memory, which is another text than the one that was checked.
+    """
+    return mx.broadcast_to(array[..., None], (*array.shape, FEWEST))
+
+
 def constants(special: Specialisation) -> list[tuple[str, Any]]:
     """The template arguments that all kernels of attention have."""
     tile = special.tile
@@ -120,13 +130,14 @@ def _attend(
     """Outputs (splits, B, H, Lq, D) and logsumexps (splits, B, H, Lq)."""
     special = specialisation(kind, shape, call)
     tile, packed = special.tile, kind == "decode"
-    out = mx.float32 if splits > 1 else arrays[0].dtype
+    q, k, v, mask, sinks = arrays
+    out = mx.float32 if splits > 1 else q.dtype
     rows, planes = (shape.group * shape.queries, shape.kv_heads) if packed else (shape.queries, shape.heads)
     lines = (splits, shape.batch, shape.heads, shape.queries)
     own = [("PACKED", packed), ("SINKS", special.sinks), ("OUT", out)]
     o, lse = queue(
         "forward",
-        [*arrays, *scalars(call, span, splits)],
+        [q, k, v, _of_mask(mask, call), in_device(sinks) if call.sinks else sinks, *scalars(call, span, splits)],
         output_shapes=[(*lines, shape.head_dim), lines],
         output_dtypes=[out, mx.float32],
         template=constants(special) + own,
@@ -141,7 +152,7 @@ def join(parts: mx.array, lses: mx.array, shape: Shape) -> tuple[mx.array, mx.ar
     dtype = getattr(mx, shape.dtype)
     o, lse = queue(
         "join",
-        [parts, lses],
+        [parts, in_device(lses.reshape(lses.shape[0], -1))],
         output_shapes=[parts.shape[1:], lses.shape[1:]],
         output_dtypes=[dtype, mx.float32],
         template=[("T", dtype), ("D", shape.head_dim)],
@@ -177,9 +188,10 @@ def _of_queries(
 ) -> list[mx.array]:
     """The gradient of q, and delta."""
     special = specialisation("backward_query", shape, call)
+    by_sum = absent(3) if d_lse is None else in_device(d_lse)
     return queue(
         "backward_query",
-        [*primals, *outputs, d_o, absent(3) if d_lse is None else d_lse, mask, *scalars(call)],
+        [*primals, outputs[0], in_device(outputs[1]), d_o, by_sum, _of_mask(mask, call), *scalars(call)],
         output_shapes=[primals[0].shape, outputs[1].shape],
         output_dtypes=[primals[0].dtype, mx.float32],
         template=[*constants(special), ("CHUNK", special.tile.chunk), ("LOGSUMEXP", d_lse is not None)],
@@ -201,13 +213,17 @@ def _of_keys(
     special = specialisation("backward_key", shape, call)
     return queue(
         "backward_key",
-        [*primals, lse, delta, d_o, mask, *scalars(call)],
+        [*primals, in_device(lse), in_device(delta), d_o, _of_mask(mask, call), *scalars(call)],
         output_shapes=[primals[1].shape, primals[2].shape],
         output_dtypes=[primals[1].dtype, primals[2].dtype],
         template=[*constants(special), ("CHUNK", special.tile.chunk)],
         grid=(_ceil(shape.keys, special.tile.block_k) * special.tile.threads, shape.kv_heads, shape.batch),
         threadgroup=(special.tile.threads, 1, 1),
     )
+
+
+def _of_mask(mask: mx.array, call: Call) -> mx.array:
+    return mask if call.mask == "none" else in_device(mask)
 
 
 def _ceil(n: int, of: int) -> int:

@@ -67,10 +67,17 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
     Raises:
         KernelUnavailable: Metal does not compile the kernel, or it does not agree with the reference.
     """
+    return attend_with_sinks(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=None)
+
+
+def attend_with_sinks(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None, sinks: mx.array | None
+) -> mx.array:
+    """The same, with a score for each head that takes part in the softmax and has no value, (H,)."""
     from attention.kernels import metal
 
     return metal.flash_attention(
-        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap
+        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap, sinks=sinks
     )
 
 

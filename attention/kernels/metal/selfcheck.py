@@ -27,6 +27,7 @@ class Inputs:
     cotangent: mx.array
     mask: mx.array | None
     sinks: mx.array | None
+    logsumexp_cotangent: mx.array | None = None
 
     def arrays(self, shape: Shape) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
         """The arrays that the forward kernel takes."""
@@ -40,12 +41,20 @@ def tried(call: Call, small: Shape) -> Call:
     return replace(call, scale=small.head_dim**-0.5, window=None if call.window is None else 40)
 
 
-def inputs(shape: Shape, call: Call, seed: int = 7) -> Inputs:
-    """Random inputs; the mask blinds a whole row, and q is a slice whose rows lie apart."""
+def inputs(shape: Shape, call: Call, seed: int = 7, logsumexp: bool = False) -> Inputs:
+    """Random inputs, with a cotangent of the logsumexp or without.
+
+    The mask blinds a whole row. None of the arrays lies in one piece: q is a slice within its rows, k and the cotangent
+    have their heads inside of the rows, as models have, and the columns of v lie apart.
+    """
     random = np.random.default_rng(seed)
-    rows, keys = (shape.batch, shape.heads, shape.queries), (shape.batch, shape.kv_heads, shape.keys)
-    dtype = getattr(mx, shape.dtype)
-    sizes = ((*rows, shape.head_dim + 8), (*keys, shape.head_dim), (*keys, shape.head_dim), (*rows, shape.head_dim))
+    batch, dim, dtype = shape.batch, shape.head_dim, getattr(mx, shape.dtype)
+    sizes = (
+        (batch, shape.heads, shape.queries, dim + 8),
+        (batch, shape.keys, shape.kv_heads, dim),
+        (batch, shape.kv_heads, shape.keys, 2 * dim),
+        (batch, shape.queries, shape.heads, dim),
+    )
     q, k, v, cotangent = (mx.array(random.standard_normal(s, np.float32)).astype(dtype) for s in sizes)
     mask = None
     if call.mask != "none":
@@ -54,7 +63,8 @@ def inputs(shape: Shape, call: Call, seed: int = 7) -> Inputs:
         added = np.where(seen, random.standard_normal(seen.shape), -np.inf).astype(np.float32)
         mask = mx.array(seen) if call.mask == "bool" else mx.array(added).astype(getattr(mx, call.mask))
     sinks = mx.array(random.standard_normal(shape.heads, np.float32)) if call.sinks else None
-    return Inputs(q[..., 4:-4], k, v, cotangent, mask, sinks)
+    by_sum = mx.array(random.standard_normal((batch, shape.heads, shape.queries), np.float32)) if logsumexp else None
+    return Inputs(q[..., 4:-4], k.swapaxes(1, 2), v[..., ::2], cotangent.swapaxes(1, 2), mask, sinks, by_sum)
 
 
 def exact(array: mx.array) -> Floats:
@@ -97,13 +107,15 @@ def reference(given: Inputs, call: Call) -> tuple[Floats, Floats]:
 
 
 def reference_gradients(given: Inputs, call: Call) -> list[Floats]:
-    """The gradients of q, k and v, and of the sinks if there are any."""
+    """The gradients of q, k and v, and, if there are sinks, what each row adds to theirs, (B, H, Lq)."""
     q, k, v, cotangent = (exact(x) for x in (given.q, given.k, given.v, given.cotangent))
     batch, kv_heads = k.shape[:2]
     group = q.shape[1] // kv_heads
     found, logsumexp, slope = weights(given, call)
     by_weight = cotangent @ np.repeat(v, group, axis=1).swapaxes(-1, -2)
     mean = (found * by_weight).sum(axis=-1, keepdims=True)
+    if given.logsumexp_cotangent is not None:
+        mean = mean - exact(given.logsumexp_cotangent)[..., None]
     by_score = found * (by_weight - mean) * slope
 
     def summed(x: Floats) -> Floats:  # over the heads that share a key head
@@ -112,8 +124,7 @@ def reference_gradients(given: Inputs, call: Call) -> list[Floats]:
     by_key, by_value = by_score.swapaxes(-1, -2) @ q, found.swapaxes(-1, -2) @ cotangent
     made = [by_score @ np.repeat(k, group, axis=1), summed(by_key), summed(by_value)]
     if given.sinks is not None:
-        weight = np.exp(exact(given.sinks)[:, None] - logsumexp)
-        made.append(np.asarray(-(weight * mean[..., 0]).sum(axis=(0, 2))))
+        made.append(np.asarray(-np.exp(exact(given.sinks)[:, None] - logsumexp) * mean[..., 0]))
     return made
 
 
@@ -138,10 +149,11 @@ def disagreement(given: Inputs, call: Call, output: mx.array, logsumexp: mx.arra
 
 
 def gradient_disagreement(given: Inputs, call: Call, found: Sequence[mx.array]) -> str | None:
-    """What is wrong with the gradients of a call, in one line, or None."""
+    """What is wrong with the gradients of q, k, v and, if there are any, the sinks, in one line, or None."""
     dtype = str(given.q.dtype).removeprefix("mlx.core.")
     names = ("dQ", "dK", "dV", "the gradient of the sinks")
     expected = reference_gradients(given, call)
+    expected = [*expected[:3], *(rows.sum(axis=(0, 2)) for rows in expected[3:])]
     for name, gradient, right in zip(names[: len(expected)], found, expected, strict=True):
         error = relative_error(gradient, right, floor=0.1)
         if not error <= 2 * TOLERANCE[dtype]:

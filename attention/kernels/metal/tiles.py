@@ -74,7 +74,9 @@ class Tile:
         """Estimate of the 32-bit registers of a thread: the matrices that must live at once, two elements a lane."""
         walked = self.block_q if self.kind == "backward_key" else self.block_k
         scores = 2 if self.kind == "backward_query" else 1
-        matrices = self.head_dim // EDGE + scores * walked // EDGE + 2  # sums, scores, and the operands of a product
+        parts = 1 if self.size == FLOAT_BYTES else 0  # of the scores, which float32 sums in parts
+        operands = 2
+        matrices = self.head_dim // EDGE + (scores + parts) * walked // EDGE + operands
         return 2 * matrices + OTHER_REGISTERS
 
     @property
@@ -84,17 +86,39 @@ class Tile:
         return blocks * {"forward": 2, "decode": 2, "backward_query": 3, "backward_key": 4}[self.kind]
 
     @property
+    def products_per_block(self) -> int:
+        """The same once for each block of queries: in the kernel of dQ the diagonal of dO O', which makes delta."""
+        return (self.block_q // EDGE) * (self.head_dim // EDGE) if self.kind == "backward_query" else 0
+
+    @property
+    def barriers_per_tile(self) -> int:
+        """Barriers of the threadgroup for one pair of a query block and a key block."""
+        if self.kind in ("forward", "decode"):
+            return 4
+        loads = (self.head_dim + self.dims_again) // self.chunk
+        return 2 * loads + (1 if self.kind == "backward_key" else 0)
+
+    @property
+    def barriers_per_block(self) -> int:
+        """The same once for each block of queries: in the kernel of dQ when Q and dO are in place."""
+        return 1 if self.kind == "backward_query" else 0
+
+    @property
     def flops_per_tile(self) -> int:
         """FLOPs of these products."""
         return 2 * EDGE**3 * self.products_per_tile
 
     @property
+    def dims_again(self) -> int:
+        """Head dims of what is walked that are loaded again for the sums: all chunks but the last are gone then."""
+        return self.head_dim - self.chunk
+
+    @property
     def elements_per_tile(self) -> int:
         """Elements of q, k, v or dO that come from global memory for one pair of blocks, both being full."""
-        again = 0 if self.chunk == self.head_dim else 1
         if self.kind == "backward_key":
-            return (2 + 2 * again) * self.block_q * self.head_dim
-        return (2 + (again if self.kind == "backward_query" else 0)) * self.block_k * self.head_dim
+            return 2 * self.block_q * (self.head_dim + self.dims_again)
+        return self.block_k * (2 * self.head_dim + self.dims_again)
 
     @property
     def bytes_per_tile(self) -> int:
@@ -143,12 +167,12 @@ def _chunks(kind: Kind, head_dim: int) -> tuple[int, ...]:
 def table() -> str:
     """All tiles as a Markdown table; of decode those for up to 8 rows."""
     names = ("kernel", "type", "D", "queries", "keys", "dims at a time", "threads", "threadgroup bytes", "registers")
-    lines = [f"| {' | '.join((*names, 'FLOPs a tile', 'bytes a tile'))} |", "|---" * 11 + "|"]
+    lines = [f"| {' | '.join((*names, 'FLOPs a tile', 'bytes a tile', 'barriers a tile'))} |", "|---" * 12 + "|"]
     for kind in KINDS:
         for dtype, label in (("float16", "16 bits"), ("float32", "32 bits")):
             for head_dim in HEAD_DIMS:
                 t = tile_of(kind, head_dim, dtype, EDGE)
                 sizes = (t.block_q, t.block_k, t.chunk, t.threads, t.threadgroup_bytes, t.registers)
-                cells = (kind, label, head_dim, *sizes, t.flops_per_tile, t.bytes_per_tile)
+                cells = (kind, label, head_dim, *sizes, t.flops_per_tile, t.bytes_per_tile, t.barriers_per_tile)
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

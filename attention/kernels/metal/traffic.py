@@ -18,6 +18,8 @@ class Traffic:
     reads: dict[str, int] = field(default_factory=dict)
     writes: dict[str, int] = field(default_factory=dict)
     products: int = 0
+    barriers: int = 0
+    """Of a threadgroup, summed over all of them."""
 
     def read(self, name: str, elements: int) -> None:
         """Counts elements of an array that are read."""
@@ -76,13 +78,16 @@ def _block_of_queries(
     planes: int,
     span: tuple[int, int],
 ) -> None:
-    for name in ("q", "d_o") if tile.kind == "backward_query" else ("q",):
-        found.read(name, planes * len(block) * shape.head_dim)
-    again = 2 if tile.kind == "backward_query" and tile.chunk < tile.head_dim else 1
+    found.read("q", planes * len(block) * shape.head_dim)
+    if tile.kind == "backward_query":
+        found.read("d_o", planes * len(block) * shape.head_dim)
+        found.products += planes * tile.products_per_block
+        found.barriers += planes * tile.barriers_per_block
     for keys in _key_tiles(tile, shape, call, queries, span):
-        found.read("k", again * planes * len(keys) * shape.head_dim)
+        found.read("k", planes * len(keys) * (shape.head_dim + tile.dims_again))
         found.read("v", planes * len(keys) * shape.head_dim)
         found.products += planes * tile.products_per_tile
+        found.barriers += planes * tile.barriers_per_tile
         if call.mask != "none":
             seen = [_seen_by(call, shape, row % shape.queries, keys) for row in block]
             found.read("mask", planes * sum(seen))
@@ -91,7 +96,6 @@ def _block_of_queries(
 def _of_keys(tile: Tile, shape: Shape, call: Call) -> Traffic:
     """The kernel of dK and dV, whose threadgroups own keys."""
     found = Traffic()
-    again = 2 if tile.chunk < tile.head_dim else 1
     planes = shape.batch * shape.heads
     for key0 in range(0, shape.keys, tile.block_k):
         keys = range(key0, min(key0 + tile.block_k, shape.keys))
@@ -99,10 +103,11 @@ def _of_keys(tile: Tile, shape: Shape, call: Call) -> Traffic:
             found.read(name, shape.batch * shape.kv_heads * len(keys) * shape.head_dim)
         for block in _query_tiles(tile, shape, call, keys):
             for name in ("q", "d_o"):
-                found.read(name, again * planes * len(block) * shape.head_dim)
+                found.read(name, planes * len(block) * (shape.head_dim + tile.dims_again))
             for name in ("lse", "delta"):
                 found.read(name, planes * len(block))
             found.products += planes * tile.products_per_tile
+            found.barriers += planes * tile.barriers_per_tile
             if call.mask != "none":
                 found.read("mask", planes * sum(_seen_by(call, shape, row, keys) for row in block))
     made = shape.batch * shape.kv_heads * shape.keys * shape.head_dim

@@ -1,11 +1,13 @@
-"""Compiles a kernel's text, the stand-in for Metal's library and the runtime into one shared library."""
+"""Compiles a kernel's text and the stand-in for Metal's library into a shared library that runs on the emulated GPU."""
 
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,14 +22,22 @@ MLX_HEADERS: Final = Path(mx.__file__).parent / "include"
 OLDEST: Final = 12
 COMPILER: Final = os.environ.get("CXX", "g++")
 INCLUDES: Final = (f"-I{HERE / 'shim'}", f"-I{HERE / 'runtime'}", f"-I{MLX_HEADERS}")
+COMMON: Final = ("-std=c++17", "-fPIC", "-shared", "-march=native", "-ffp-contract=off")
 FLAGS: Final = (
-    *("-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-Wno-attributes"),
+    *(*COMMON, "-O1", "-g1", "-Wno-attributes"),
     *("-Wuninitialized", "-Werror=uninitialized", "-Wmaybe-uninitialized", "-Werror=maybe-uninitialized"),
     "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
     *("--param", "tsan-instrument-func-entry-exit=0", "-ftrivial-auto-var-init=pattern"),
-    *("-fno-tree-loop-distribute-patterns", "-fno-tree-vectorize"),
+    *("-fno-tree-loop-distribute-patterns", "-fno-tree-vectorize"),  # an access in the text stays an access
+    "-nodefaultlibs",  # the sanitizers' calls go to the runtime, and none of their own libraries is linked
 )
-ENTRY: Final = 'extern "C" __attribute__((no_sanitize("thread"))) void msl_entry(void** B, const msl_attr* A)'
+"""Of a kernel."""
+LIBRARIES: Final = ("-lm", "-lc", "-lgcc")
+ENTRY: Final = 'extern "C" __attribute__((no_sanitize("thread"))) void entry(void** B, const gpu::Attributes* A)'
+HEADERS: Final = '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h"\n'
+"""What MLX's own preamble has, and so is included before every kernel's text."""
+KEPT_S: Final = 2 * 24 * 3600
+"""How long the libraries of another state of these files are kept, seconds."""
 
 
 class CompileError(AssertionError):
@@ -37,6 +47,8 @@ class CompileError(AssertionError):
 @cache
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
+    if sys.platform != "linux":
+        return f"it runs on Linux, and this is {sys.platform}"
     if shutil.which(COMPILER) is None:
         return f"no {COMPILER}"
     version = subprocess.run([COMPILER, "-dumpversion"], capture_output=True, text=True, check=True).stdout.strip()
@@ -47,10 +59,27 @@ def missing() -> str | None:
 
 @cache
 def folder() -> Path:
-    """Where compiled kernels lie for as long as the machine keeps its temporary files."""
-    path = Path(tempfile.gettempdir()) / f"fatui-metal-verifier-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    return path
+    """Where libraries lie: in the temporary folder, apart for each state of these files, of MLX and of the machine."""
+    root = Path(tempfile.gettempdir()) / f"fatui-metal-verifier-{os.getuid()}"
+    made = root / _state()
+    made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    made.touch()
+    for other in root.iterdir():
+        if time.time() - other.stat().st_mtime > KEPT_S:
+            shutil.rmtree(other, ignore_errors=True)
+    return made
+
+
+def _state() -> str:
+    files = sorted(path for kind in ("shim", "runtime") for path in (HERE / kind).rglob("*") if path.is_file())
+    parts = [path.read_bytes() for path in files]
+    parts.append(f"{FLAGS}{mx.__version__}{shutil.which(COMPILER)}".encode())
+    processor = Path("/proc/cpuinfo")  # -march=native
+    if processor.exists():
+        parts += [
+            line.encode() for line in processor.read_text().splitlines() if line.startswith(("flags", "Features"))
+        ]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def call(command: Sequence[str]) -> str:
@@ -66,26 +95,30 @@ def call(command: Sequence[str]) -> str:
     return run.stdout
 
 
-@cache
-def _own_digest() -> str:
-    parts = (path.read_bytes() for path in sorted((*HERE.glob("shim/**/*"), *HERE.glob("runtime/*"))) if path.is_file())
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+def _compiled(command: Sequence[str], made: Path) -> Path:
+    """Compiles, unless that has been done, beside the place and renames: other processes may do the same at once."""
+    if not made.exists():
+        fresh = made.with_name(f"{os.getpid()}-{made.name}")
+        call([COMPILER, *command, *INCLUDES, "-o", str(fresh)])
+        fresh.replace(made)
+    return made
 
 
 @cache
 def runtime() -> Path:
-    """The runtime, compiled once without any instrumentation."""
-    made = folder() / f"runtime-{_own_digest()[:16]}.o"
-    if not made.exists():
-        _compiled(("-O2", "-std=c++17", "-fPIC", "-w"), HERE / "runtime" / "launch.cpp", made)
-    return made
+    """The emulated GPU, compiled once, without instrumentation, for all kernels to be linked with."""
+    flags = (*COMMON, "-O2", "-Wall", "-Wextra", "-Werror")
+    return _compiled([*flags, str(HERE / "runtime" / "launch.cpp")], folder() / "runtime.so")
 
 
-def _compiled(flags: Sequence[str], source: Path, made: Path) -> None:
-    """Compiles beside the place and renames: other processes may do the same at once."""
-    fresh = made.with_suffix(f".{os.getpid()}.o")
-    call([COMPILER, *flags, *INCLUDES, "-c", str(source), "-o", str(fresh)])
-    fresh.replace(made)
+@cache
+def headers(flags: Sequence[str]) -> Path:
+    """The headers as the compiler reads them fastest, for a set of flags."""
+    header = folder() / f"headers-{hashlib.sha256(str(flags).encode()).hexdigest()[:8]}.h"
+    header.write_text(HEADERS)
+    plain = [flag for flag in flags if flag not in ("-shared", "-nodefaultlibs")]
+    _compiled([*plain, "-x", "c++-header", str(header)], header.with_suffix(".h.gch"))
+    return header
 
 
 def build(text: str) -> tuple[Path, list[Parameter]]:
@@ -96,26 +129,29 @@ def build(text: str) -> tuple[Path, list[Parameter]]:
     """
     function, parameters, body = parse(text)
     arguments = ", ".join(_argument(parameter) for parameter in parameters)
-    source = (
-        '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h"\n#line 1 "kernel"\n'
-        f'{place_threadgroup_arrays(body)}\n#line 1 "entry"\n{ENTRY} {{ {function}({arguments}); }}\n'
-    )
-    return build_source(source), parameters
+    return build_source(place_threadgroup_arrays(body), f"{function}({arguments});"), parameters
 
 
-def build_source(source: str, flags: Sequence[str] = FLAGS) -> Path:
-    """The library of a whole C++ text that defines `msl_entry`."""
-    key = hashlib.sha256(f"{source}{flags}{_own_digest()}{mx.__version__}".encode()).hexdigest()[:24]
+def build_source(text: str, entered: str, flags: tuple[str, ...] = FLAGS) -> Path:
+    """The library of a C++ text.
+
+    Args:
+        text: what follows the headers.
+        entered: statements that call the kernel, with its buffers `void** B` and attributes `const gpu::Attributes* A`.
+        flags: of the compiler.
+
+    Raises:
+        CompileError: it does not compile.
+    """
+    source = f'#line 1 "kernel"\n{text}\n#line 1 "entry"\n{ENTRY} {{ {entered} }}\n'
+    key = hashlib.sha256(f"{source}{flags}".encode()).hexdigest()[:24]
     library = folder() / f"kernel-{key}.so"
     if library.exists():
         return library
-    text, made = folder() / f"kernel-{key}.{os.getpid()}.cpp", folder() / f"kernel-{key}.o"
-    text.write_text(source)
-    _compiled(flags, text, made)
-    fresh = library.with_suffix(f".{os.getpid()}.so")
-    call([COMPILER, "-shared", str(made), str(runtime()), "-o", str(fresh)])
-    fresh.replace(library)
-    return library
+    with tempfile.NamedTemporaryFile("w", suffix=".cpp") as file:
+        file.write(source)
+        file.flush()
+        return _compiled([*flags, "-include", str(headers(flags)), file.name, str(runtime()), *LIBRARIES], library)
 
 
 def _argument(parameter: Parameter) -> str:

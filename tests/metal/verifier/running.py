@@ -1,21 +1,20 @@
 """One launch: arrays in, arrays and counts out, or a Finding with everything that was wrong."""
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from verifier.building import build, kernel_line
+from verifier.building import build, kernel_line, runtime
 from verifier.source import generated_text
 
 MOST_BUFFERS: Final = 31
-OUTPUT, INITIALISED = 1, 2
-FIRST_COUNT: Final = 4
-"""Where the counts of the buffers begin, two each, behind accesses, switches, threadgroup bytes and products."""
-MISALIGNED: Final = 256
+FINDINGS_BYTES: Final = 1 << 16
+LINES: Final = re.compile(r"\blines? (\d+)(?: and (\d+))?")
 
 
 class Finding(AssertionError):
@@ -30,15 +29,64 @@ class Buffer(NamedTuple):
     """Memory of one parameter."""
 
     data: np.ndarray[Any, Any]
-    flags: int
+    is_output: bool = False
+    is_initialised: bool = True
 
 
-class Launch(NamedTuple):
+class Counts(NamedTuple):
     """What one launch did."""
 
+    reads: dict[str, int]
+    """Elements, by buffer."""
+    writes: dict[str, int]
+    products: int
+    """Of two 8 x 8 matrices, by a simdgroup."""
+    barriers: int
+    """Of a threadgroup, counted for each threadgroup that passed one."""
+    threadgroup_bytes: int
+    """Threadgroup memory of the kernel's arrays."""
+
+
+class Launched(NamedTuple):
+    """What came of one launch."""
+
     outputs: list[mx.array]
-    counts: dict[str, Any]
-    """text; reads and writes (elements by buffer); products (8 x 8 matrices, by simdgroup); tg (threadgroup bytes)."""
+    text: str
+    counts: Counts
+
+
+class _Buffer(ctypes.Structure):
+    """As BufferOfLaunch in runtime/launch.cpp."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_uint64),
+        ("element_bytes", ctypes.c_uint64),
+        ("is_output", ctypes.c_uint32),
+        ("is_initialised", ctypes.c_uint32),
+        ("reads", ctypes.c_uint64),
+        ("writes", ctypes.c_uint64),
+    )
+
+
+class _Launch(ctypes.Structure):
+    """As Launch in runtime/launch.cpp."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_void_p),
+        ("buffers", ctypes.POINTER(_Buffer)),
+        ("buffer_count", ctypes.c_uint32),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threadgroup", ctypes.c_uint32 * 3),
+        ("is_reversed", ctypes.c_uint32),
+        ("is_misaligned", ctypes.c_uint32),
+        ("findings", ctypes.c_char_p),
+        ("findings_bytes", ctypes.c_uint64),
+        ("threadgroup_bytes", ctypes.c_uint64),
+        ("products", ctypes.c_uint64),
+        ("barriers", ctypes.c_uint64),
+    )
 
 
 def verify(
@@ -53,18 +101,18 @@ def verify(
     threadgroup: tuple[int, int, int],
     template: Any = None,
     init_value: float | None = None,
-    order: int = 0,
-    misalign: bool = False,
+    is_reversed: bool = False,
+    is_misaligned: bool = False,
     edit: Callable[[str], str] | None = None,
-) -> Launch:
+) -> Launched:
     """Runs what mx.fast.metal_kernel made, as MLX would launch it.
 
     Args:
         kernel: what mx.fast.metal_kernel made.
         names, inputs: the inputs, of any strides.
         output_names, output_shapes, output_dtypes, grid, threadgroup, template, init_value: as MLX takes them.
-        order: 0 or 1, the schedule: threads in order, or reversed.
-        misalign: whether each buffer starts one element past a page.
+        is_reversed: the schedule: threads in order, or from the last to the first.
+        is_misaligned: whether each buffer starts one element past a page.
         edit: changes the generated text before it is compiled.
 
     Raises:
@@ -80,19 +128,10 @@ def verify(
     results = _results(output_names, output_shapes, output_dtypes, init_value)
     known = _inputs(names, inputs) | results
     used = {each.name: known[each.name] for each in parameters if each.attribute == "buffer"}
-    stats = launch(library, used, grid, threadgroup, order | (MISALIGNED if misalign else 0), text)
+    counts = launch(library, used, grid, threadgroup, is_reversed=is_reversed, is_misaligned=is_misaligned, text=text)
     made = zip(results.values(), output_dtypes, strict=True)
-    outputs = [mx.array(h.data).view(d) if d == mx.bfloat16 else mx.array(h.data) for h, d in made]
-    return Launch(outputs, {"text": text, **_counts(stats, used)})
-
-
-def _counts(stats: Sequence[int], used: Iterable[str]) -> dict[str, Any]:
-    """The runtime's counts by name; those of a buffer are its reads and its writes."""
-    by_buffer = stats[FIRST_COUNT:]
-    counts: dict[str, Any] = {"tg": stats[2], "products": stats[3]}
-    for offset, what in enumerate(("reads", "writes")):
-        counts[what] = {name: by_buffer[2 * place + offset] for place, name in enumerate(used)}
-    return counts
+    outputs = [mx.array(held.data).view(dtype) if dtype == mx.bfloat16 else mx.array(held.data) for held, dtype in made]
+    return Launched(outputs, text, counts)
 
 
 def _results(
@@ -102,12 +141,9 @@ def _results(
     made = {}
     for name, shape, dtype in zip(names, shapes, dtypes, strict=True):
         value = mx.zeros(shape, dtype) if init_value is None else mx.full(shape, init_value, dtype=dtype)
-        made[name] = Buffer(_bits(value), OUTPUT if init_value is None else OUTPUT | INITIALISED)
+        bits = np.array(value.view(mx.uint16) if dtype == mx.bfloat16 else value)
+        made[name] = Buffer(bits, is_output=True, is_initialised=init_value is not None)
     return made
-
-
-def _bits(array: mx.array) -> np.ndarray[Any, Any]:
-    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
 def _inputs(names: Sequence[str], arrays: Sequence[mx.array]) -> dict[str, Buffer]:
@@ -119,51 +155,78 @@ def _inputs(names: Sequence[str], arrays: Sequence[mx.array]) -> dict[str, Buffe
         strides = [stride // held.itemsize for stride in held.strides]
         span = 1 + sum((size - 1) * stride for size, stride in zip(held.shape, strides, strict=True))
         flat = np.lib.stride_tricks.as_strided(held, (span,), (held.itemsize,)).copy()
-        made[name] = Buffer(flat, INITIALISED)
-        made[f"{name}_shape"] = Buffer(np.array(held.shape, np.int32), INITIALISED)
-        made[f"{name}_ndim"] = Buffer(np.array([held.ndim], np.int32), INITIALISED)
-        made[f"{name}_strides"] = Buffer(np.array(strides, np.int64), INITIALISED)
+        made[name] = Buffer(flat)
+        made[f"{name}_shape"] = Buffer(np.array(held.shape, np.int32))
+        made[f"{name}_ndim"] = Buffer(np.array([held.ndim], np.int32))
+        made[f"{name}_strides"] = Buffer(np.array(strides, np.int64))
     return made
 
 
 def launch(
-    library: Path, buffers: dict[str, Buffer], grid: Sequence[int], threadgroup: Sequence[int], options: int, text: str
-) -> list[int]:
-    """Calls the runtime, and returns its counts.
+    library: Path,
+    buffers: Mapping[str, Buffer],
+    grid: Sequence[int],
+    threadgroup: Sequence[int],
+    *,
+    is_reversed: bool = False,
+    is_misaligned: bool = False,
+    text: str = "",
+) -> Counts:
+    """Runs a kernel's library; what it writes is in the buffers afterwards.
+
+    Args:
+        library: of the kernel.
+        buffers: in the order of its parameters.
+        grid, threadgroup: threads.
+        is_reversed, is_misaligned: as `verify` has them.
+        text: the kernel's, for the lines that findings stand in.
 
     Raises:
         Finding: with everything that was found.
     """
-    loaded, n = ctypes.CDLL(str(library)), len(buffers)
-    if n > MOST_BUFFERS:
-        raise Finding(f"limit: {n} buffers, Metal takes {MOST_BUFFERS}")
-    held = list(buffers.values())
-    said = ctypes.create_string_buffer(1 << 16)
-    stats = (ctypes.c_uint64 * (FIRST_COUNT + 2 * MOST_BUFFERS))()
-    found = loaded.msl_run(
-        loaded.msl_entry,
-        n,
-        (ctypes.c_void_p * n)(*[each.data.ctypes.data for each in held]),
-        (ctypes.c_uint64 * n)(*[each.data.nbytes for each in held]),
-        (ctypes.c_uint32 * n)(*[each.data.itemsize for each in held]),
-        (ctypes.c_uint32 * n)(*[each.flags for each in held]),
-        (ctypes.c_char_p * n)(*[name.encode() for name in buffers]),
-        (ctypes.c_uint32 * 3)(*grid),
-        (ctypes.c_uint32 * 3)(*threadgroup),
-        options,
-        said,
-        len(said),
-        stats,
+    if len(buffers) > MOST_BUFFERS:
+        raise Finding(f"limit: {len(buffers)} buffers, Metal takes {MOST_BUFFERS}")
+    told, findings = _described(buffers), ctypes.create_string_buffer(FINDINGS_BYTES)
+    whole = _Launch(
+        kernel=ctypes.cast(ctypes.PyDLL(str(library)).entry, ctypes.c_void_p).value,
+        buffers=told,
+        buffer_count=len(buffers),
+        grid=(ctypes.c_uint32 * 3)(*grid),
+        threadgroup=(ctypes.c_uint32 * 3)(*threadgroup),
+        is_reversed=is_reversed,
+        is_misaligned=is_misaligned,
+        findings=ctypes.cast(findings, ctypes.c_char_p),
+        findings_bytes=FINDINGS_BYTES,
     )
-    if found:
+    # PyDLL, unlike CDLL, lets no other thread of Python in: there is one emulated GPU.
+    if ctypes.PyDLL(str(runtime())).run_launch(ctypes.byref(whole)):
         lines = text.splitlines()
-        raise Finding(*(_item(line, library, lines) for line in said.value.decode().splitlines()))
-    return list(stats)
+        raise Finding(*(_item(item, library, lines) for item in findings.value.decode().splitlines()))
+    reads = {name: place.reads for name, place in zip(buffers, told, strict=True)}
+    writes = {name: place.writes for name, place in zip(buffers, told, strict=True)}
+    return Counts(reads, writes, whole.products, whole.barriers, whole.threadgroup_bytes)
 
 
-def _item(line: str, library: Path, lines: Sequence[str]) -> str:
-    """A finding with the kernel's own line, where it has one."""
-    kind, offset, what, *where = line.split("|")
+def _described(buffers: Mapping[str, Buffer]) -> "ctypes.Array[_Buffer]":
+    """The buffers as the runtime takes them."""
+    told = (_Buffer * len(buffers))()
+    for place, (name, held) in zip(told, buffers.items(), strict=True):
+        place.name, place.data = name.encode(), held.data.ctypes.data
+        place.bytes, place.element_bytes = held.data.nbytes, held.data.itemsize
+        place.is_output, place.is_initialised = held.is_output, held.is_initialised
+    return told
+
+
+def _item(item: str, library: Path, lines: Sequence[str]) -> str:
+    """A finding with the kernel's own line: of the access, or of the operations that its sentence names by number."""
+    kind, offset, what, *where = item.split("|")
     number = kernel_line(library, offset) if offset != "0" else None
-    at = f" at line {number}: `{lines[number - 1].strip()}`" if number and number <= len(lines) else ""
+    at = f" at {_line(number, lines)}" if number else ""
+    if kind == "divergence":
+        what = LINES.sub(lambda found: " and ".join(_line(int(each), lines) for each in found.groups() if each), what)
     return f"{kind}: {what}{at} {' '.join(where)}".rstrip()
+
+
+def _line(number: int, lines: Sequence[str]) -> str:
+    """ "line 7: `x = 1;`", the text where there is one."""
+    return f"line {number}: `{lines[number - 1].strip()}`" if 0 < number <= len(lines) else f"line {number}"

@@ -84,5 +84,5 @@ def place_threadgroup_arrays(text: str) -> str:
 def _reference(found: re.Match[str]) -> str:
     indent, kind, name, bounds = found.groups()
     own = f"msl_t_{name}"
-    place = f'*({own}*)rt_tg_alloc("{name}", sizeof({own}), alignof({own}), __LINE__)'
+    place = f'metal::threadgroup_array<{own}>("{name}", __LINE__)'
     return f"{indent}using {own} = {kind}{bounds}; {own}& {name} = {place};"

@@ -1,155 +1,186 @@
-// Runs one launch: lays out the buffers, makes a fiber for each thread of each threadgroup in turn, collects findings.
+// One launch: lays out the buffers, runs the threadgroups one after another, and tells what was found and counted.
+#include <dlfcn.h>
+#include <link.h>
+#include <algorithm>
+#include <memory>
 #include "hooks.hpp"
 #include "operations.hpp"
 
+// The kernel, called with its buffers and the attributes of a thread.
+using Kernel = void (*)(void** buffers, const gpu::Attributes*);
+
 extern "C" {
-// spec per buffer: {data, nbytes, itemsize, flags(1 output, 2 initialised)}
-int msl_run(void (*fn)(void**, const msl_attr*), int nb, void** data, const uint64_t* nbytes, const uint32_t* item,
-            const uint32_t* flags, const char** names, const uint32_t* grid, const uint32_t* tg, int opts, char* err,
-            size_t errlen, uint64_t* stats) {
-  findings.clear();
-  findings_count = 0;
-  reported.clear();
-  current = nullptr;
-  aborting = false;
-  accesses = switches = products = 0;
-  reversed_order = opts & 1;
-  size_t mis = (opts >> 8) & 255;
-  entry = fn;
-  group_serial = 0;
-  uint32_t t[3];
-  for (int i = 0; i < 3; i++) t[i] = tg[i] < grid[i] ? tg[i] : grid[i];
-  size_t nt = (size_t)t[0] * t[1] * t[2];
-  if ((size_t)tg[0] * tg[1] * tg[2] > 1024) {
-    snprintf(err, errlen, "limit|0|threadgroup of %u threads > 1024\n", tg[0] * tg[1] * tg[2]);
-    return 1;
-  }
-  Dl_info di;
-  dladdr((void*)fn, &di);
-  image_begin = (uintptr_t)di.dli_fbase;
-  image_end = image_begin + (64 << 20);
-  device_bytes = PAGE * 64;
-  for (int i = 0; i < nb; i++) device_bytes += (nbytes[i] / PAGE + 2) * PAGE + PAGE * 64;
-  device_memory = (unsigned char*)mmap(nullptr, device_bytes, PROT_READ | PROT_WRITE,
-                                       MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
-  stacks = (unsigned char*)mmap(nullptr, nt * STACK_BYTES, PROT_READ | PROT_WRITE,
-                                MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
-  threadgroup_memory =
-      (unsigned char*)mmap(nullptr, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
-  buffer_of_page.assign(device_bytes / PAGE, -1);
-  buffers.clear();
-  buffers.resize(nb);
-  threadgroup_cells.assign(ARENA_BYTES / 2, Cell{});
-  std::vector<void*> ptr(nb);
-  size_t o = PAGE * 64;
-  for (int i = 0; i < nb; i++) {
-    Buffer& b = buffers[i];
-    b.name = names[i];
-    b.n = nbytes[i];
-    b.item = item[i];
-    b.w = flags[i] & 1;
-    b.p = device_memory + o + (mis ? item[i] : 0);
-    b.cell.assign(b.n / b.item + 1, Cell{});
-    if (flags[i] & 2)
-      for (auto& c : b.cell) c.init = 1;
-    memcpy(b.p, data[i], b.n);
-    if (!(flags[i] & 2)) memset(b.p, 0xff, b.n);
-    for (size_t q = o / PAGE; q <= (o + b.n + b.item) / PAGE; q++) buffer_of_page[q] = i;
-    ptr[i] = b.p;
-    o += (b.n / PAGE + 2) * PAGE + PAGE * 64;
-  }
-  entry_buffers = ptr.data();
-  uint32_t ng[3];
-  for (int i = 0; i < 3; i++) ng[i] = (grid[i] + t[i] - 1) / t[i];
-  for (uint32_t gz = 0; gz < ng[2] && !aborting; gz++)
-    for (uint32_t gy = 0; gy < ng[1] && !aborting; gy++)
-      for (uint32_t gx = 0; gx < ng[0] && !aborting; gx++) {
-        uint32_t gp[3] = {gx, gy, gz}, a[3];
-        for (int i = 0; i < 3; i++) {
-          a[i] = grid[i] - gp[i] * t[i];
-          if (a[i] > t[i]) a[i] = t[i];
-        }
-        threads = a[0] * a[1] * a[2];
-        int nsg = (threads + 31) / 32;
-        fibers.assign(threads, Fiber{});
-        simdgroups.assign(nsg, Simdgroup{});
-        arrays.clear();
-        threadgroup_used = 0;
-        waiting_threads = ended_threads = 0;
-        group_serial++;
-        epochs[0] = epochs[1] = 1;
-        for (int i = 0; i < nsg; i++) {
-          simdgroups[i].n = threads - i * 32 < 32 ? threads - i * 32 : 32;
-          simdgroups[i].e[0] = simdgroups[i].e[1] = 1;
-        }
-        for (int i = 0; i < threads; i++) {
-          Fiber& f = fibers[i];
-          f.tid = i;
-          f.simdgroup = i / 32;
-          f.lane = i % 32;
-          f.state = RUN;
-          msl_attr& A = f.at;
-          msl_u3 l = {i % a[0], (i / a[0]) % a[1], i / (a[0] * a[1])};
-          A.thread_position_in_threadgroup = l;
-          A.threadgroup_position_in_grid = {gx, gy, gz};
-          A.thread_position_in_grid = {gx * t[0] + l.x, gy * t[1] + l.y, gz * t[2] + l.z};
-          A.threads_per_threadgroup = {a[0], a[1], a[2]};
-          A.dispatch_threads_per_threadgroup = {t[0], t[1], t[2]};
-          A.threads_per_grid = A.grid_size = {grid[0], grid[1], grid[2]};
-          A.threadgroups_per_grid = {ng[0], ng[1], ng[2]};
-          A.grid_origin = {0, 0, 0};
-          A.thread_index_in_threadgroup = i;
-          A.thread_index_in_simdgroup = f.lane;
-          A.simdgroup_index_in_threadgroup = f.simdgroup;
-          A.thread_index_in_quadgroup = i & 3;
-          A.quadgroup_index_in_threadgroup = i / 4;
-          A.simdgroups_per_threadgroup = nsg;
-          A.dispatch_simdgroups_per_threadgroup = (nt + 31) / 32;
-          A.quadgroups_per_threadgroup = (threads + 3) / 4;
-          A.dispatch_quadgroups_per_threadgroup = (nt + 3) / 4;
-          A.thread_execution_width = A.threads_per_simdgroup = 32;
-          void** sp = (void**)(stacks + (size_t)(i + 1) * STACK_BYTES - 256);
-#if defined(__x86_64__)
-          *--sp = nullptr;
-          *--sp = (void*)trampoline;
-          for (int k = 0; k < 6; k++) *--sp = nullptr;
-#else
-          sp -= 20;
-          memset(sp, 0, 160);
-          sp[11] = (void*)trampoline;
-#endif
-          f.sp = sp;
-        }
-        current = &fibers[reversed_order ? threads - 1 : 0];
-        void* to = current->sp;
-        msl_switch(&main_sp, to);
-        current = nullptr;
-      }
-  for (int i = 0; i < nb; i++)
-    if (buffers[i].w) {
-      memcpy(data[i], buffers[i].p, buffers[i].n);
-      if (!aborting && !(flags[i] & 2)) {
-        size_t bad = 0, first = 0;
-        for (size_t k = 0; k < buffers[i].n / item[i]; k++)
-          if (!buffers[i].cell[k].init) {
-            if (!bad++) first = k;
-          }
-        if (bad) report(2, nullptr, "output %s: %zu elements never written (first: %zu)", names[i], bad, first);
-      }
-    }
-  std::vector<Cell>().swap(threadgroup_cells);
-  munmap(device_memory, device_bytes);
-  munmap(stacks, nt * STACK_BYTES);
-  munmap(threadgroup_memory, ARENA_BYTES);
-  stats[0] = accesses;
-  stats[1] = switches;
-  stats[2] = threadgroup_used;
-  stats[3] = products / 32;
-  for (int i = 0; i < nb; i++) {
-    stats[4 + 2 * i] = buffers[i].nr;
-    stats[5 + 2 * i] = buffers[i].nw;
-  }
-  snprintf(err, errlen, "%s", findings.c_str());
-  return findings_count;
+
+// One buffer of a launch, as Python describes it (running.py has the same structure).
+struct BufferOfLaunch {
+  const char* name;
+  void* data;
+  uint64_t bytes, element_bytes;
+  uint32_t is_output, is_initialised;
+  uint64_t reads, writes;  // elements; told
+};
+
+// A launch, as Python describes it, and room for what it is told.
+struct Launch {
+  Kernel kernel;
+  BufferOfLaunch* buffers;
+  uint32_t buffer_count;
+  uint32_t grid[3], threadgroup[3];  // threads
+  uint32_t is_reversed, is_misaligned;
+  char* findings;  // told
+  uint64_t findings_bytes;
+  uint64_t threadgroup_bytes, products, barriers;  // told
+};
 }
+
+static Kernel kernel;
+static std::vector<void*> addresses;  // of the buffers
+static const size_t THREADGROUP_ROOM = 64;  // times the limit; what goes beyond that is not even run
+
+static void run_thread() {
+  kernel(addresses.data(), &current->attributes);
+  end_thread();
+}
+
+// Finds where the kernel's library lies.
+static void find_library(const void* inside) {
+  Dl_info found;
+  dladdr(inside, &found);
+  library_begin = library_end = uintptr_t(found.dli_fbase);
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void*) {
+        if (info->dlpi_addr == library_begin)
+          for (int i = 0; i < info->dlpi_phnum; i++)
+            if (info->dlpi_phdr[i].p_type == PT_LOAD)
+              library_end = std::max(library_end, uintptr_t(info->dlpi_addr + info->dlpi_phdr[i].p_vaddr +
+                                                            info->dlpi_phdr[i].p_memsz));
+        return 0;
+      },
+      nullptr);
+}
+
+static std::unique_ptr<Memory> lay_out(const Launch& launch) {
+  size_t bytes = THREADGROUP_ROOM * THREADGROUP_LIMIT;
+  for (uint32_t i = 0; i < launch.buffer_count; i++) bytes += launch.buffers[i].bytes + PAGE;
+  auto made = std::make_unique<Memory>(bytes, launch.buffer_count + THREADGROUP_ROOM);
+  addresses.clear();
+  for (uint32_t i = 0; i < launch.buffer_count; i++) {
+    const BufferOfLaunch& given = launch.buffers[i];
+    const size_t offset = launch.is_misaligned ? given.element_bytes : 0;
+    Region& region = made->add(given.name, Space::device, given.bytes, given.element_bytes, offset);
+    region.is_writable = given.is_output;
+    region.is_initialised = given.is_initialised;
+    if (given.is_initialised) memcpy(region.begin, given.data, given.bytes);
+    else memset(region.begin, 0xff, given.bytes);
+    addresses.push_back(region.begin);
+  }
+  return made;
+}
+
+static gpu::Attributes attributes_of(int thread, const uint32_t* at, const uint32_t* size, const Launch& launch) {
+  const uint32_t *whole = launch.threadgroup, *grid = launch.grid;
+  const auto groups = [&](int axis) { return (grid[axis] + whole[axis] - 1) / whole[axis]; };
+  const uint32_t index = uint32_t(thread), count = size[0] * size[1] * size[2], most = whole[0] * whole[1] * whole[2];
+  const gpu::Position local = {index % size[0], index / size[0] % size[1], index / (size[0] * size[1])};
+  gpu::Attributes made = {};
+  made.thread_position_in_threadgroup = local;
+  made.threadgroup_position_in_grid = {at[0], at[1], at[2]};
+  made.thread_position_in_grid = {at[0] * whole[0] + local.x, at[1] * whole[1] + local.y, at[2] * whole[2] + local.z};
+  made.threads_per_threadgroup = {size[0], size[1], size[2]};
+  made.dispatch_threads_per_threadgroup = {whole[0], whole[1], whole[2]};
+  made.threads_per_grid = made.grid_size = {grid[0], grid[1], grid[2]};
+  made.threadgroups_per_grid = {groups(0), groups(1), groups(2)};
+  made.thread_index_in_threadgroup = index;
+  made.thread_index_in_simdgroup = index % gpu::SIMD;
+  made.simdgroup_index_in_threadgroup = index / gpu::SIMD;
+  made.thread_index_in_quadgroup = index % 4;
+  made.quadgroup_index_in_threadgroup = index / 4;
+  made.simdgroups_per_threadgroup = (count + gpu::SIMD - 1) / gpu::SIMD;
+  made.dispatch_simdgroups_per_threadgroup = (most + gpu::SIMD - 1) / gpu::SIMD;
+  made.quadgroups_per_threadgroup = (count + 3) / 4;
+  made.dispatch_quadgroups_per_threadgroup = (most + 3) / 4;
+  made.thread_execution_width = made.threads_per_simdgroup = gpu::SIMD;
+  return made;
+}
+
+// Runs the threadgroup at a place of the grid, whose edge may cut it off.
+static void run_threadgroup(const uint32_t* at, const Launch& launch) {
+  uint32_t size[3];
+  for (int axis = 0; axis < 3; axis++)
+    size[axis] = std::min(launch.threadgroup[axis], launch.grid[axis] - at[axis] * launch.threadgroup[axis]);
+  const int count = int(size[0] * size[1] * size[2]);
+  group.waiting = group.ended = 0;
+  group.began = ++now;
+  std::fill(group.ordered, group.ordered + SPACES, now);
+  group.simdgroups.assign((count + gpu::SIMD - 1) / gpu::SIMD, Simdgroup{});
+  for (size_t i = 0; i < group.simdgroups.size(); i++)
+    group.simdgroups[i].lanes = std::min(gpu::SIMD, count - int(i) * gpu::SIMD);
+  group.threads.clear();
+  for (int i = 0; i < count; i++) {
+    unsigned char* const stack = stack_of(i);
+    group.threads.push_back({new_fiber(stack + STACK_BYTES, run_thread), stack, i, i / gpu::SIMD, i % gpu::SIMD,
+                             State::runs, 0, 0, attributes_of(i, at, size, launch)});
+  }
+  current = &group.threads[is_reversed ? count - 1 : 0];
+  fiber_switch(&launcher, current->stack_pointer);
+  current = nullptr;
+}
+
+static void run_all(const Launch& launch) {
+  uint32_t groups[3], at[3];
+  for (int axis = 0; axis < 3; axis++)
+    groups[axis] = (launch.grid[axis] + launch.threadgroup[axis] - 1) / launch.threadgroup[axis];
+  for (at[2] = 0; at[2] < groups[2]; at[2]++)
+    for (at[1] = 0; at[1] < groups[1]; at[1]++)
+      for (at[0] = 0; at[0] < groups[0]; at[0]++) {
+        run_threadgroup(at, launch);
+        if (is_abandoned) return;
+      }
+}
+
+// Gives the outputs back, and finds those elements that were never written.
+static void collect(Launch& launch) {
+  for (uint32_t i = 0; i < launch.buffer_count; i++) {
+    BufferOfLaunch& given = launch.buffers[i];
+    const Region& region = memory->regions()[i];
+    given.reads = region.reads;
+    given.writes = region.writes;
+    if (!given.is_output) continue;
+    memcpy(given.data, region.begin, given.bytes);
+    if (is_abandoned || given.is_initialised) continue;
+    const auto end = region.cells.end() - 1;  // the last cell stands for a rest of a granule
+    const auto is_unwritten = [](const Cell& cell) { return cell.written == 0; };
+    const auto first = std::find_if(region.cells.begin(), end, is_unwritten);
+    if (first != end)
+      report(Kind::uninitialised_read, nullptr,
+             formatted("output %s: %ld elements never written (first: %ld)", given.name,
+                       long(std::count_if(first, end, is_unwritten)), long(first - region.cells.begin())));
+  }
+}
+
+// Runs a launch; returns whether anything was found.
+extern "C" int run_launch(Launch* launch) {
+  find_library(reinterpret_cast<const void*>(launch->kernel));
+  findings.begin(library_begin);
+  kernel = launch->kernel;
+  is_reversed = launch->is_reversed;
+  is_abandoned = false;
+  now = 0;
+  products = barriers = 0;
+  const uint64_t threads = uint64_t(launch->threadgroup[0]) * launch->threadgroup[1] * launch->threadgroup[2];
+  if (threads > MOST_THREADS) {
+    report(Kind::limit, nullptr,
+           formatted("threadgroup of %lu threads, %d at most", (unsigned long)threads, MOST_THREADS));
+  } else {
+    const std::unique_ptr<Memory> held = lay_out(*launch);
+    memory = held.get();
+    run_all(*launch);
+    collect(*launch);
+    launch->threadgroup_bytes = threadgroup_bytes();
+    launch->products = products;
+    launch->barriers = barriers;
+    memory = nullptr;
+  }
+  snprintf(launch->findings, launch->findings_bytes, "%s", findings.text().c_str());
+  return !findings.text().empty();
 }

@@ -1,93 +1,124 @@
-// Fibers: who runs next, and where the lanes of a simdgroup or the threads of a group wait for each other.
+// Who runs next, and where threads wait for each other.
 //
-// Lanes of the running simdgroup come first, then the next thread in either direction: the two schedules. Where nobody
-// can run, some threads wait at a barrier that others never reach, and that is a finding.
+// Lanes of the running simdgroup come first, then the threads that follow: in order, or in the reversed schedule from
+// the last to the first. Where nobody can run, some threads wait for others that never come, and that is a finding.
 #pragma once
-#include "state.hpp"
+#include "threads.hpp"
 
-namespace {
-void switch_to_next() {  // give the processor to another fiber; returns when this one runs again
-  Fiber* me = current;
-  int n = threads, s = me->tid;
-  int base = me->simdgroup * 32, m = simdgroups[me->simdgroup].n;  // prefer lanes of the same simdgroup
-  for (int i = 1; i < m; i++) {
-    Fiber& f = fibers[base + (s - base + i) % m];
-    if (f.state == RUN) {
-      current = &f;
-      switches++;
-      msl_switch(&me->sp, f.sp);
-      return;
-    }
+// The first thread that can run, after the current one; null if none can.
+inline Thread* next_to_run() {
+  const int lanes = own_simdgroup().lanes, first = current->index - current->lane;
+  for (int i = 1; i < lanes; i++) {
+    const int lane = (current->lane + (is_reversed ? lanes - i : i)) % lanes;
+    Thread& thread = group.threads[first + lane];
+    if (thread.state == State::runs) return &thread;
   }
-  for (int i = 1; i <= n; i++) {
-    Fiber& f = fibers[reversed_order ? (s - i + 2 * n) % n : (s + i) % n];
-    if (f.state == RUN) {
-      if (&f == me) return;
-      current = &f;
-      switches++;
-      msl_switch(&me->sp, f.sp);
-      return;
-    }
+  const int count = int(group.threads.size());
+  for (int i = 1; i <= count; i++) {
+    Thread& thread = group.threads[(current->index + (is_reversed ? count - i : i)) % count];
+    if (thread.state == State::runs) return &thread;
   }
-  // nobody can run: a barrier or a simdgroup operation that not all threads reach
-  std::string d;
-  for (int i = 0, j; i < n; i = j) {
-    for (j = i + 1; j < n && fibers[j].state == fibers[i].state && fibers[j].line == fibers[i].line; j++) {
-    }
-    d += " threads " + std::to_string(i) + ".." + std::to_string(j - 1) +
-         (fibers[i].state == DONE
-              ? " ended"
-              : (fibers[i].state == AT_BARRIER ? " at the barrier of line " : " at the simd operation of line ") +
-                    std::to_string(fibers[i].line)) +
-         ";";
-    if (d.size() > 300) break;
-  }
-  report(4, nullptr, "threads never meet:%s", d.c_str());
-  abort_run();
+  return nullptr;
 }
-void trampoline() {
-  entry(entry_buffers, &current->at);
-  current->state = DONE;
-  ended_threads++;
-  simdgroups[current->simdgroup].done++;
-  Simdgroup& g = simdgroups[current->simdgroup];
-  if (g.arrived) {
-    report(4, nullptr, "a thread ended while others of its simdgroup wait at line %d", current->line);
-    abort_run();
+
+// "threads 0..31 ended; threads 32..63 at the barrier of line 9", the first few.
+inline std::string whereabouts() {
+  std::string told;
+  const std::vector<Thread>& threads = group.threads;
+  for (size_t i = 0, next; i < threads.size() && told.size() < 300; i = next) {
+    const auto is_alike = [&](const Thread& other) {
+      return other.state == threads[i].state && other.line == threads[i].line;
+    };
+    for (next = i + 1; next < threads.size() && is_alike(threads[next]); next++) {
+    }
+    told += formatted("%s threads %zu..%zu ", told.empty() ? "" : ";", i, next - 1);
+    told += threads[i].state == State::ended              ? "ended"
+            : threads[i].state == State::waits_at_barrier ? formatted("at the barrier of line %d", threads[i].line)
+                                                          : formatted("at the operation of line %d", threads[i].line);
   }
-  if (ended_threads == threads) {
-    void* d;
+  return told;
+}
+
+// Lets others run until somebody sets the current thread's state to `runs`.
+inline void wait() {
+  Thread* const self = current;
+  Thread* const next = next_to_run();
+  if (!next) {
+    report(Kind::divergence, nullptr, "threads never meet:" + whereabouts());
+    abandon();
+  }
+  if (next == self) return;
+  current = next;
+  fiber_switch(&self->stack_pointer, next->stack_pointer);
+}
+
+// Finds fault with threads that have not all come to the same operation in the same line, and lets them go on.
+inline void release(Thread* threads, int count, const char* what) {
+  for (int i = 0; i < count; i++) {
+    if (threads[i].waits_for != current->waits_for || threads[i].line != current->line) {
+      report(Kind::divergence, nullptr, formatted("%s: lines %d and %d", what, threads[i].line, current->line));
+      abandon();
+    }
+    threads[i].state = State::runs;
+  }
+}
+
+// Waits for all lanes of the simdgroup to come to the same operation; the last to come does what is done `once`.
+template <class Once>
+void meet_simdgroup(int operation, int line, Once once) {
+  Simdgroup& own = own_simdgroup();
+  current->waits_for = operation;
+  current->line = line;
+  if (own.ended) {
+    report(Kind::divergence, nullptr, formatted("operation of a simdgroup at line %d, after a lane has ended", line));
+    abandon();
+  }
+  if (++own.waiting < own.lanes) {
+    current->state = State::meets_its_simdgroup;
+    wait();
+    return;
+  }
+  Thread* const first = &group.threads[current->simdgroup * gpu::SIMD];
+  release(first, own.lanes, "lanes of a simdgroup meet at different operations");
+  own.waiting = 0;
+  own.meetings++;
+  once();
+}
+
+// The same for all threads of the threadgroup.
+template <class Once>
+void meet_threadgroup(int operation, int line, Once once) {
+  current->waits_for = operation;
+  current->line = line;
+  if (group.ended) {
+    report(Kind::divergence, nullptr, formatted("threadgroup_barrier at line %d, after a thread has ended", line));
+    abandon();
+  }
+  if (++group.waiting < int(group.threads.size())) {
+    current->state = State::waits_at_barrier;
+    wait();
+    return;
+  }
+  release(group.threads.data(), int(group.threads.size()), "threads meet at different barriers");
+  group.waiting = 0;
+  once();
+}
+
+// The current thread has come to the kernel's end.
+[[noreturn]] inline void end_thread() {
+  Simdgroup& own = own_simdgroup();
+  current->state = State::ended;
+  own.ended++;
+  group.ended++;
+  if (own.waiting) {
+    report(Kind::divergence, nullptr, "a lane ended while others wait:" + whereabouts());
+    abandon();
+  }
+  if (group.ended == int(group.threads.size())) {
+    void* never_used_again;
     current = nullptr;
-    msl_switch(&d, main_sp);
+    fiber_switch(&never_used_again, launcher);
   }
-  switch_to_next();
+  wait();
   __builtin_unreachable();
 }
-int meet(int op, int line) {  // rendezvous of one simdgroup; returns the generation's parity
-  Simdgroup& g = simdgroups[current->simdgroup];
-  current->op = op;
-  current->line = line;
-  if (g.done) {
-    report(4, nullptr, "simdgroup operation at line %d after a thread of the simdgroup ended", line);
-    abort_run();
-  }
-  int par = g.gen & 1;
-  int b = current->simdgroup * 32;
-  if (++g.arrived == g.n) {
-    for (int i = 0; i < g.n; i++) {
-      Fiber& f = fibers[b + i];
-      if (f.op != op || f.line != line) {
-        report(4, nullptr, "lanes of one simdgroup meet at different operations: lines %d and %d", f.line, line);
-        abort_run();
-      }
-      f.state = RUN;
-    }
-    g.arrived = 0;
-    g.gen++;
-  } else {
-    current->state = AT_SIMDGROUP;
-    switch_to_next();
-  }
-  return par;
-}
-}  // namespace

@@ -1,134 +1,134 @@
-// Shadow memory: for each granule who wrote and read it last, and in which epoch; findings are accesses without order.
+// Shadow memory: what is wrong with an access, given what happened to its bytes before.
 //
-// Two accesses of different threads to one granule, one of them a write, are ordered when a barrier that covers the
-// address space stands between them: one of the threadgroup, or, within a simdgroup, one of its own.
+// Two accesses of different threads to a granule, one of them a write, need a barrier between them that orders that
+// memory: one of the threadgroup, or, within a simdgroup, one of its own. Threadgroups are never ordered.
 #pragma once
-#include "state.hpp"
+#include "memory.hpp"
 
-namespace {
-inline bool ordered(uint32_t g, uint32_t e0, uint32_t e1, int sgw, int sp) {  // is that access before ours?
-  return g != group_serial
-             ? sp == 0 /*threadgroup memory of an older group*/
-             : (e0 < epochs[sp] || (sgw == current->simdgroup && e1 < simdgroups[current->simdgroup].e[sp]));
-}
-void mark(Cell& c, int sp, bool w, bool at, void* pc, const char* name, long idx) {
-  if (sp == 0 && c.write_group != group_serial && c.read_group != group_serial)
-    c = Cell{};  // a new threadgroup: memory is undefined again
-  if (!w && !at && !c.init) report(2, pc, "%s[%s%ld] read before it is written", name, sp ? "" : "byte ", idx);
-  int t = current->tid;
-  auto who = [&](uint16_t x) { return (int)x; };
-  if (c.write_group && !(at && c.atomic_write)) {
-    bool same = c.write_group == group_serial && c.writer == t;
-    if (!same && !ordered(c.write_group, c.write_epoch, c.write_own_epoch, c.writer / 32, sp))
-      report(0, pc, "%s[%s%ld] %s while thread %d%s wrote it with no barrier between", name, sp ? "" : "byte ", idx,
-             w ? "written" : "read", who(c.writer), c.write_group == group_serial ? "" : " of another threadgroup");
-  }
-  if (w) {
-    if (c.read_group && !(at && c.atomic_read)) {
-      bool bad;
-      if (c.read_group != group_serial)
-        bad = sp == 1;
-      else if (c.read_epoch < epochs[sp])
-        bad = false;
-      else if (c.read_simdgroups & ~(1u << current->simdgroup))
-        bad = true;
-      else
-        bad = c.read_own_epoch >= simdgroups[current->simdgroup].e[sp] && (c.several_readers || c.reader != t);
-      if (bad)
-        report(0, pc, "%s[%s%ld] written while thread %d%s read it with no barrier between", name, sp ? "" : "byte ",
-               idx, who(c.reader), c.read_group == group_serial ? "" : " of another threadgroup");
-    }
-    c.write_group = group_serial;
-    c.write_epoch = epochs[sp];
-    c.write_own_epoch = simdgroups[current->simdgroup].e[sp];
-    c.writer = t;
-    c.init = 1;
-    c.atomic_write = at;
-  } else {
-    uint32_t bit = 1u << current->simdgroup;
-    if (c.read_group != group_serial || c.read_epoch != epochs[sp]) {
-      c.read_simdgroups = 0;
-      c.several_readers = 0;
-    }
-    if (c.read_simdgroups & bit) {
-      if (c.read_own_epoch != simdgroups[current->simdgroup].e[sp] && c.read_simdgroups == bit)
-        c.several_readers = 0;
-      else if (c.reader != t)
-        c.several_readers = 1;
-    }
-    c.read_simdgroups |= bit;
-    c.read_group = group_serial;
-    c.read_epoch = epochs[sp];
-    c.read_own_epoch = simdgroups[current->simdgroup].e[sp];
-    c.reader = t;
-    c.atomic_read = at;
-  }
-}
-void locate(uintptr_t a, size_t n, bool w, bool at, void* pc) {
-  accesses++;
-  if (a - (uintptr_t)threadgroup_memory < ARENA_BYTES) {
-    size_t o = a - (uintptr_t)threadgroup_memory;
-    for (auto& v : arrays)
-      if (o >= v.off && o + n <= v.off + v.size) {
-        for (size_t g = o / 2; g <= (o + n - 1) / 2; g++)
-          mark(threadgroup_cells[g], 0, w, at, pc, v.name.c_str(), (long)(2 * g - v.off));
-        return;
-      }
-    const ThreadgroupArray* b = nullptr;
-    long d = 1 << 30;
-    for (auto& v : arrays) {
-      long q = o < v.off ? v.off - o : o - (v.off + v.size);
-      if (q < d) d = q, b = &v;
-    }
-    report(1, pc, "threadgroup %s (%zu bytes): %s at byte offset %ld", b ? b->name.c_str() : "?", b ? b->size : 0,
-           w ? "write" : "read", b ? (long)o - (long)b->off : 0);
-    abort_run();
-  }
-  if (a - (uintptr_t)device_memory < device_bytes) {
-    int k = buffer_of_page[(a - (uintptr_t)device_memory) / PAGE];
-    if (k >= 0) {
-      Buffer& b = buffers[k];
-      ptrdiff_t o = a - (uintptr_t)b.p;
-      if (o >= 0 && o + n <= b.n) {
-        if (w && !b.w) {
-          report(6, pc, "write to the input %s", b.name.c_str());
-          abort_run();
-        }
-        (w ? b.nw : b.nr) += n / b.item;
-        for (size_t g = o / b.item; g <= (o + n - 1) / b.item; g++)
-          mark(b.cell[g], 1, w, at, pc, b.name.c_str(), (long)g);
-        return;
-      }
-      report(1, pc, "%s (%zu elements): %s of element %ld", b.name.c_str(), b.n / b.item, w ? "write" : "read",
-             (long)(o / (ptrdiff_t)b.item));
-      abort_run();
-    }
-    Buffer* best = nullptr;
-    size_t d = ~0ull;
-    for (auto& b : buffers) {
-      size_t lo = (uintptr_t)b.p, q = a < lo ? lo - a : a - lo - b.n;
-      if (q < d) d = q, best = &b;
-    }
-    report(1, pc, "%s (%zu elements): %s of element %ld", best->name.c_str(), best->n / best->item,
-           w ? "write" : "read", (long)(((ptrdiff_t)a - (ptrdiff_t)best->p) / (ptrdiff_t)best->item));
-    abort_run();
-  }
-  if (a >= image_begin && a < image_end && !w) return;  // program-scope constants
-  if (a - (uintptr_t)stacks < fibers.size() * STACK_BYTES) {
-    size_t o = ((uintptr_t)stacks + (current->tid + 1) * STACK_BYTES) - a;
-    report(6, pc, "%s through a pointer to another thread's private memory", w ? "write" : "read");
-    (void)o;
-    abort_run();
-  }
-  report(6, pc, "%s at a wild address %p", w ? "write" : "read", (void*)a);
-  abort_run();
-}
-inline void access(const void* p, size_t n, bool w, void* pc, bool al = false) {
-  if (!current) return;
-  uintptr_t a = (uintptr_t)p;
-  if (a - ((uintptr_t)stacks + current->tid * STACK_BYTES) < STACK_BYTES) return;
-  if (al && (a & (n - 1))) report(3, pc, "%zu-byte access at an address that is not a multiple of %zu", n, n);
-  locate(a, n, w, false, pc);
+#define RARE __attribute__((cold, noinline))  // keeps what is seldom run out of what runs at each access
+
+enum class Access { read, write };
+
+// Whether what a thread did at a time is over for certain, as the current thread sees it.
+inline bool is_over(Space space, Time when, int thread) {
+  if (when < group.ordered[int(space)])  // threadgroup memory of an earlier threadgroup is gone, device memory shared
+    return space == Space::threadgroup || when >= group.began;
+  return thread == current->index ||
+         (thread / gpu::SIMD == current->simdgroup && when < own_simdgroup().ordered[int(space)]);
 }
 
-}  // namespace
+// "q[17]", or of a threadgroup array "tile[byte 34]".
+inline std::string element(const Region& region, const Cell& cell) {
+  const size_t index = &cell - region.cells.data();
+  return region.space == Space::device ? formatted("%s[%zu]", region.name.c_str(), index)
+                                       : formatted("%s[byte %zu]", region.name.c_str(), index << region.shift);
+}
+
+RARE inline void report_race(const Region& region, const Cell& cell, const char* done, int other, const char* did,
+                        bool is_elsewhere, const void* place) {
+  const std::string who = other >= 0 ? formatted("thread %d", other) : "other threads";
+  report(Kind::race, place,
+         formatted("%s %s while %s%s %s it, with no barrier between", element(region, cell).c_str(), done, who.c_str(),
+                   is_elsewhere ? " of another threadgroup" : "", did));
+}
+
+// Whether somebody else may still be reading.
+inline bool is_being_read(Space space, const Cell& cell) {
+  if (cell.is_read_elsewhere) return true;
+  if (cell.read == 0) return false;
+  if (cell.read < group.began) return space == Space::device;
+  if (cell.read < group.ordered[int(space)]) return false;
+  if (cell.read_by & ~(1u << current->simdgroup)) return true;
+  return cell.read >= own_simdgroup().ordered[int(space)] && cell.reader != current->index;
+}
+
+inline void remember_read(Space space, Cell& cell, bool is_atomic) {
+  const uint32_t own = 1u << current->simdgroup;
+  const bool is_known = cell.read == now && cell.reader == SEVERAL && (cell.read_by & own) != 0;
+  if (is_known && !cell.are_reads_atomic) return;  // the usual case
+  if (cell.read < group.began || cell.read < group.ordered[int(space)]) {
+    cell.is_read_elsewhere |= space == Space::device && cell.read != 0 && cell.read < group.began;
+    cell.read_by = 0;
+  }
+  const bool is_first = cell.read_by == 0 || (cell.read_by == own && cell.read < own_simdgroup().ordered[int(space)]);
+  cell.reader = is_first || cell.reader == current->index ? current->index : SEVERAL;
+  cell.are_reads_atomic = is_atomic && (is_first || cell.are_reads_atomic);
+  cell.read_by |= own;
+  cell.read = now;
+}
+
+RARE inline void report_unwritten(const Region& region, const Cell& cell, const void* place) {
+  report(Kind::uninitialised_read, place, element(region, cell) + " read before it is written");
+}
+
+// Notes an access to one granule, and what is wrong with it.
+inline void follow(Region& region, Cell& cell, Access access, bool is_atomic, const void* place) {
+  const bool is_lost = region.space == Space::threadgroup && cell.written < group.began;  // written by earlier groups
+  const bool is_written = cell.written != 0 && !is_lost;
+  if (access == Access::read && !is_atomic && !is_written && !region.is_initialised)
+    report_unwritten(region, cell, place);
+  if (is_written && !(is_atomic && cell.is_write_atomic) && !is_over(region.space, cell.written, cell.writer))
+    report_race(region, cell, access == Access::write ? "written" : "read", cell.writer, "wrote",
+                cell.written < group.began, place);
+  if (access == Access::read) return remember_read(region.space, cell, is_atomic);
+  if (!(is_atomic && cell.are_reads_atomic) && is_being_read(region.space, cell))
+    report_race(region, cell, "written", cell.reader, "read", cell.is_read_elsewhere || cell.read < group.began, place);
+  cell.written = now;
+  cell.writer = current->index;
+  cell.is_write_atomic = is_atomic;
+}
+
+RARE [[noreturn]] inline void report_outside(const Region& region, uintptr_t at, Access access, const void* place) {
+  const char *name = region.name.c_str(), *what = access == Access::write ? "write" : "read";
+  const long long byte = (long long)at - (long long)uintptr_t(region.begin);
+  const long long index = byte / (long long)region.granule();
+  report(Kind::out_of_bounds, place,
+         region.space == Space::device
+             ? formatted("%s (%zu elements): %s of element %lld", name, region.bytes >> region.shift, what, index)
+             : formatted("threadgroup %s (%zu bytes): %s at byte %lld", name, region.bytes, what, byte));
+  abandon();
+}
+
+RARE [[noreturn]] inline void report_input(const Region& region, const void* place) {
+  report(Kind::wild, place, "write to the input " + region.name);
+  abandon();
+}
+
+// An access outside of all regions: to a constant of the program, or by a wrong pointer.
+RARE inline void follow_elsewhere(uintptr_t at, Access access, const void* place) {
+  if (at >= library_begin && at < library_end && access == Access::read) return;
+  const bool is_private = at - uintptr_t(stack_of(0)) < MOST_THREADS * STACK_BYTES;
+  report(Kind::wild, place,
+         formatted(is_private ? "%s through a pointer to another thread's private memory" : "%s at a wild address",
+                   access == Access::write ? "write" : "read"));
+  abandon();
+}
+
+RARE inline void report_misaligned(size_t alignment, const void* place) {
+  report(Kind::misaligned, place, formatted("access at an address that is not a multiple of %zu", alignment));
+}
+
+// Follows an access to memory that is not the thread's own.
+inline void follow(uintptr_t at, size_t bytes, Access access, bool is_atomic, const void* place) {
+  if (!memory->holds(at)) return follow_elsewhere(at, access, place);
+  Region* const region = memory->on_page(at);
+  if (!region) report_outside(memory->nearest(at), at, access, place);
+  const size_t offset = at - uintptr_t(region->begin);
+  if (offset >= region->bytes || bytes > region->bytes - offset) report_outside(*region, at, access, place);
+  if (access == Access::write && !region->is_writable) report_input(*region, place);
+  (access == Access::write ? region->writes : region->reads) += bytes >> region->shift;
+  const size_t last = (offset + bytes - 1) >> region->shift;
+  for (size_t i = offset >> region->shift; i <= last; i++) follow(*region, region->cells[i], access, is_atomic, place);
+}
+
+// An access of a kernel, told by the compiler's own instrumentation.
+inline void accessed(const void* address, size_t bytes, Access access, const void* place) {
+  const uintptr_t at = uintptr_t(address);
+  if (at - uintptr_t(current->stack) >= STACK_BYTES) follow(at, bytes, access, false, place);
+}
+
+// The same, of a type that has to lie at a multiple of its size.
+inline void accessed_whole(const void* address, size_t bytes, Access access, const void* place) {
+  if (uintptr_t(address) & (bytes - 1)) report_misaligned(bytes, place);
+  accessed(address, bytes, access, place);
+}

@@ -1,35 +1,38 @@
-// Atomic operations of relaxed order.
+// Atomic operations of relaxed order: they order nothing, and are no race with each other.
 #pragma once
-#include "matrices.h"
+#include "types.h"
 
 namespace metal {
+
 enum memory_order { memory_order_relaxed };
+
 template <class T>
 struct atomic {
-  T v;
+  T value;
 };
 template <class T>
 using _atomic = atomic<T>;
 typedef atomic<float> atomic_float;
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
-#define NOTSAN __attribute__((no_sanitize_thread))
+
+#define ATOMIC __attribute__((no_sanitize("thread")))
 template <class T>
-NOTSAN T atomic_fetch_add_explicit(atomic<T>* p, std::common_type_t<T> x, memory_order) {
-  rt_atomic(p, sizeof(T), 0);
-  rt_atomic(p, sizeof(T), 1);
-  T o = p->v;
-  p->v = o + x;
-  return o;
+ATOMIC T atomic_load_explicit(const atomic<T>* from, memory_order) {
+  gpu::atomic_access(from, sizeof(T), false);
+  return from->value;
 }
 template <class T>
-NOTSAN T atomic_load_explicit(const atomic<T>* p, memory_order) {
-  rt_atomic(p, sizeof(T), 0);
-  return p->v;
+ATOMIC void atomic_store_explicit(atomic<T>* to, std::common_type_t<T> value, memory_order) {
+  gpu::atomic_access(to, sizeof(T), true);
+  to->value = value;
 }
 template <class T>
-NOTSAN void atomic_store_explicit(atomic<T>* p, std::common_type_t<T> x, memory_order) {
-  rt_atomic(p, sizeof(T), 1);
-  p->v = x;
+ATOMIC T atomic_fetch_add_explicit(atomic<T>* to, std::common_type_t<T> value, memory_order order) {
+  const T before = atomic_load_explicit(to, order);
+  atomic_store_explicit(to, before + value, order);
+  return before;
 }
+#undef ATOMIC
+
 }  // namespace metal

@@ -1,107 +1,94 @@
-// Barriers, and what the lanes of a simdgroup tell each other; each call knows its line.
+// Barriers, and what the lanes of a simdgroup tell each other. Each call knows the line that it stands in.
 #pragma once
 #include "functions.h"
 
 namespace metal {
+
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
-constexpr mem_flags operator|(mem_flags a, mem_flags b) {
-  return (mem_flags)((int)a | (int)b);
+constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
+
+inline void threadgroup_barrier(mem_flags flags, int line = __builtin_LINE()) {
+  gpu::threadgroup_barrier(unsigned(flags), line);
 }
-inline void threadgroup_barrier(mem_flags f, int L = __builtin_LINE()) {
-  rt_tg_barrier((unsigned)f, L);
-}
-inline void simdgroup_barrier(mem_flags f, int L = __builtin_LINE()) {
-  rt_sg_barrier((unsigned)f, L);
+inline void simdgroup_barrier(mem_flags flags, int line = __builtin_LINE()) {
+  gpu::simdgroup_barrier(unsigned(flags), line);
 }
 
+// The values of all lanes.
 template <class T>
-T simd_pick(T x, int src, int op, int L) {
-  T all[32];
-  rt_exchange(&x, sizeof(T), op, L, all);
-  return all[src & 31];
-}
+struct Told {
+  T of[gpu::SIMD];
+  Told(T mine, gpu::Together what, int line) { gpu::exchange(&mine, sizeof(T), what, line, of); }
+};
+
+// Shuffles: the value of another lane. From a lane that does not exist it is unspecified, and here the lane's own.
 template <class T>
-T simd_shuffle(T x, ushort lane, int L = __builtin_LINE()) {
-  return simd_pick(x, lane, 1, L);
-}
-template <class T>
-T simd_shuffle_xor(T x, ushort m, int L = __builtin_LINE()) {
-  return simd_pick(x, rt_lane() ^ m, 2, L);
-}
-template <class T>
-T simd_shuffle_down(T x, ushort d, int L = __builtin_LINE()) {
-  int s = rt_lane() + d;
-  return simd_pick(x, s < 32 ? s : rt_lane(), 3, L);
-}  // out of range: unspecified
-template <class T>
-T simd_shuffle_up(T x, ushort d, int L = __builtin_LINE()) {
-  int s = rt_lane() - d;
-  return simd_pick(x, s >= 0 ? s : rt_lane(), 4, L);
+T from_lane(T x, int lane, int line) {
+  const Told<T> told(x, gpu::Together::shuffle, line);
+  return told.of[lane >= 0 && lane < gpu::SIMD ? lane : gpu::lane()];
 }
 template <class T>
-T simd_shuffle_and_fill_up(T x, T f, ushort d, int L = __builtin_LINE()) {
-  T a[32];
-  rt_exchange(&x, sizeof(T), 13, L, a);
-  int s = rt_lane() - d;
-  return s >= 0 ? a[s] : f;
+T simd_shuffle(T x, ushort lane, int line = __builtin_LINE()) {
+  return from_lane(x, lane, line);
 }
 template <class T>
-T simd_broadcast(T x, ushort lane, int L = __builtin_LINE()) {
-  return simd_pick(x, lane, 5, L);
+T simd_shuffle_xor(T x, ushort mask, int line = __builtin_LINE()) {
+  return from_lane(x, gpu::lane() ^ mask, line);
 }
 template <class T>
-T simd_broadcast_first(T x, int L = __builtin_LINE()) {
-  return simd_pick(x, 0, 6, L);
+T simd_shuffle_down(T x, ushort delta, int line = __builtin_LINE()) {
+  return from_lane(x, gpu::lane() + delta, line);
 }
 template <class T>
-T simd_sum(T x, int L = __builtin_LINE()) {
-  T a[32];
-  rt_exchange(&x, sizeof(T), 7, L, a);
-  int n = rt_lanes();
-  for (int w = 16; w; w /= 2)
-    for (int i = 0; i < w; i++)
-      if (i + w < n) a[i] = a[i] + a[i + w];
-  return a[0];
+T simd_shuffle_up(T x, ushort delta, int line = __builtin_LINE()) {
+  return from_lane(x, gpu::lane() - delta, line);
 }
 template <class T>
-T simd_max(T x, int L = __builtin_LINE()) {
-  T a[32];
-  rt_exchange(&x, sizeof(T), 8, L, a);
-  for (int i = 1; i < rt_lanes(); i++) a[0] = max(a[0], a[i]);
-  return a[0];
+T simd_shuffle_and_fill_up(T x, T filling, ushort delta, int line = __builtin_LINE()) {
+  const T found = from_lane(x, gpu::lane() - delta, line);
+  return gpu::lane() >= delta ? found : filling;
 }
 template <class T>
-T simd_min(T x, int L = __builtin_LINE()) {
-  T a[32];
-  rt_exchange(&x, sizeof(T), 9, L, a);
-  for (int i = 1; i < rt_lanes(); i++) a[0] = min(a[0], a[i]);
-  return a[0];
+T simd_broadcast(T x, ushort lane, int line = __builtin_LINE()) {
+  return from_lane(x, lane, line);
 }
 template <class T>
-T simd_prefix_inclusive_sum(T x, int L = __builtin_LINE()) {
-  T a[32];
-  rt_exchange(&x, sizeof(T), 14, L, a);
-  for (int i = 1; i <= rt_lane(); i++) a[i] = a[i] + a[i - 1];
-  return a[rt_lane()];
+T simd_broadcast_first(T x, int line = __builtin_LINE()) {
+  return from_lane(x, 0, line);
+}
+
+// Reductions: of all lanes, and of those up to one's own.
+template <class T>
+T simd_sum(T x, int line = __builtin_LINE()) {
+  Told<T> told(x, gpu::Together::reduce, line);
+  for (int width = gpu::SIMD / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) told.of[i] = told.of[i] + told.of[i + width];
+  return told.of[0];
 }
 template <class T>
-T simd_prefix_exclusive_sum(T x, int L = __builtin_LINE()) {
-  T a[32];
-  rt_exchange(&x, sizeof(T), 15, L, a);
-  T s = T(0);
-  for (int i = 0; i < rt_lane(); i++) s = s + a[i];
-  return s;
+T simd_max(T x, int line = __builtin_LINE()) {
+  Told<T> told(x, gpu::Together::reduce, line);
+  for (int i = 1; i < gpu::lanes(); i++) told.of[0] = max(told.of[0], told.of[i]);
+  return told.of[0];
 }
-inline bool simd_any(bool x, int L = __builtin_LINE()) {
-  bool a[32], r = false;
-  rt_exchange(&x, 1, 10, L, a);
-  for (int i = 0; i < rt_lanes(); i++) r |= a[i];
-  return r;
+template <class T>
+T simd_min(T x, int line = __builtin_LINE()) {
+  Told<T> told(x, gpu::Together::reduce, line);
+  for (int i = 1; i < gpu::lanes(); i++) told.of[0] = min(told.of[0], told.of[i]);
+  return told.of[0];
 }
-inline bool simd_all(bool x, int L = __builtin_LINE()) {
-  bool a[32], r = true;
-  rt_exchange(&x, 1, 11, L, a);
-  for (int i = 0; i < rt_lanes(); i++) r &= a[i];
-  return r;
+template <class T>
+T simd_prefix_exclusive_sum(T x, int line = __builtin_LINE()) {
+  const Told<T> told(x, gpu::Together::reduce, line);
+  T sum = T(0);
+  for (int i = 0; i < gpu::lane(); i++) sum = sum + told.of[i];
+  return sum;
 }
+template <class T>
+T simd_prefix_inclusive_sum(T x, int line = __builtin_LINE()) {
+  return simd_prefix_exclusive_sum(x, line) + x;
+}
+inline bool simd_any(bool x, int line = __builtin_LINE()) { return simd_sum(int(x), line) != 0; }
+inline bool simd_all(bool x, int line = __builtin_LINE()) { return simd_sum(int(x), line) == gpu::lanes(); }
+
 }  // namespace metal

@@ -1,0 +1,129 @@
+"""`poc` as it is asked for by name: it takes attention sinks where its kernel does, and heeds `demo`'s trials."""
+
+from contextlib import suppress
+from functools import cache
+from typing import Protocol, runtime_checkable
+
+import mlx.core as mx
+from msgspec import structs
+
+from attention.device import Device, probe
+from attention.errors import KernelUnavailable
+from attention.implementations.asked import asked_for, here
+from attention.implementations.poc import Poc, _kernel
+from attention.masks import Mask
+from attention.route import PLAIN, Needs, Route, unsupported
+from attention.tuning.code_mark import code_mark
+from attention.tuning.store import Store
+from attention.tuning.workload_class import class_of
+from attention.workload import Workload
+
+MOST_KINDS = 4096
+"""Kinds of call that are remembered; a decoding loop makes a new one at each length."""
+
+
+@runtime_checkable
+class TakesSinks(Protocol):
+    """A kernel that takes attention sinks."""
+
+    def attend_with_sinks(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        *,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """As `Kernel.attend`, with a score for each head that takes part in the softmax and has no value, (H,)."""
+        ...
+
+
+class TunedPoc(Poc):
+    """The custom kernel, where on Metal MLX has a fused kernel too, only if no trial of `demo`'s found another faster.
+
+    `demo` itself tries the plain `Poc`, so that the kernel can win again.
+    """
+
+    def __init__(self, store: Store | None = None) -> None:
+        """Takes where trials are remembered, the user's file unless given."""
+        super().__init__()
+        self._trials = store or Store()
+        self._routes: dict[tuple[Workload, Needs], Route] = {}
+
+    @property
+    def takes_sinks(self) -> bool:
+        """Whether the kernel for the device that MLX computes on now does; others leave sinks to what is behind."""
+        return isinstance(_kernel(here()), TakesSinks)
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        """The kernel's path where it takes the workload and is to be preferred; otherwise what is behind, and why."""
+        if needs.sinks:
+            own = self._own_with_sinks(workload, device, needs)
+            if own.supported:
+                return own
+            behind = self._practical.route(workload, device, needs)
+            reason = f"{own.reason}; {behind.reason}"
+            return structs.replace(behind, path="falls back: practical", reason=reason, fallback=True)
+        route = super().route(workload, device, needs)
+        if route.fallback or device.backend != "metal":
+            return route
+        entry = self._trials.get(class_of(workload, device, needs))
+        if entry is None or entry.made_with != code_mark() or entry.winner.startswith(self.name):
+            return route
+        behind = self._sdpa.route(workload, device, needs)
+        if not behind.fused:
+            return route
+        reason = f"{behind.reason} too, and `{entry.winner}` was the fastest in a trial of demo's here"
+        return structs.replace(behind, path="falls back: MLX SDPA", reason=reason, fallback=True)
+
+    def __call__(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        *,
+        scale: float,
+        mask: Mask,
+        softcap: float | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attends; shapes as in the protocol, `sinks` as `practical` has them."""
+        if sinks is None:
+            is_plain = here() != "metal" or softcap is not None  # a softcap is nothing that MLX could do better
+            if not is_plain and self._route_of(q, k, v, mask, softcap, sinks).fallback:
+                return self._sdpa(q, k, v, scale=scale, mask=mask)
+            return super().__call__(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        kernel = _kernel(here())
+        if isinstance(kernel, TakesSinks) and not self._route_of(q, k, v, mask, softcap, sinks).fallback:
+            with suppress(KernelUnavailable):
+                return kernel.attend_with_sinks(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks)
+            self._routes.clear()
+        return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks)
+
+    def _route_of(
+        self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None, sinks: mx.array | None
+    ) -> Route:
+        """The route of a call on Metal; asked once for each kind."""
+        workload, plain = asked_for(q, k, v, mask, softcap)
+        needs = plain if sinks is None else structs.replace(plain, sinks=True)
+        found = self._routes.get((workload, needs))
+        if found is None:
+            if len(self._routes) >= MOST_KINDS:
+                self._routes.clear()
+            found = self._routes[workload, needs] = self.route(workload, _device(), needs)
+        return found
+
+    def _own_with_sinks(self, workload: Workload, device: Device, needs: Needs) -> Route:
+        kernel = _kernel(device.backend)
+        if not isinstance(kernel, TakesSinks):
+            return unsupported(f"the kernel for {device.backend} takes no attention sinks")
+        return kernel.route(workload, needs)
+
+
+@cache
+def _device() -> Device:
+    """The device that MLX computes on, looked at once: how much of its memory is free does not matter here."""
+    return probe()

@@ -1,0 +1,54 @@
+"""The stand-in for the Metal device: in the verifier here, and on a Mac the GPU itself."""
+
+import kernels_device
+import mlx.core as mx
+import pytest
+from kernels_case import KINDS, problems
+from kernels_device import Device, needs_verifier, on_a_mac
+
+from attention.kernels.metal import launch, machine, trust
+from attention.kernels.metal.call import Call, Shape
+from attention.kernels.metal.selfcheck import inputs
+
+SHAPE = Shape(1, 2, 1, 40, 37, 32, "float32")
+
+
+def test_on_a_mac_the_gpu_runs_the_kernels(monkeypatch):
+    """There is none here; one that is made up shows that all goes to it, as the launcher hands it out."""
+    seen = []
+
+    def metal_kernel(**made):
+        def call(*, inputs, output_shapes, output_dtypes, **keywords):
+            seen.append((made["name"], len(inputs), keywords["threadgroup"]))
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+        return call
+
+    monkeypatch.setattr(kernels_device, "ON_A_GPU", True)
+    monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
+    with on_a_mac(Device(is_reversed=True)) as device:
+        assert problems(SHAPE, KINDS["full"])  # zeros are wrong
+    assert seen == [
+        ("fatui_forward", 10, (128, 1, 1)),
+        ("fatui_backward_query", 11, (128, 1, 1)),
+        ("fatui_backward_key", 10, (256, 1, 1)),
+    ]
+    assert [one.kernel for one in device.launches] == ["forward", "backward_query", "backward_key"]
+
+
+@needs_verifier
+def test_here_the_verifier_runs_them_and_counts():
+    call = Call(1.0)
+    with on_a_mac(Device()) as device:
+        launch.forward(*inputs(SHAPE, call).arrays(SHAPE), SHAPE, call)
+    (one,) = device.launches
+    assert "[[kernel]] void custom_kernel_fatui_forward" in one.text
+    assert one.counts.products > 0
+
+
+@pytest.mark.parametrize("module", [machine, trust])
+def test_the_made_up_machine_is_gone_afterwards(module):
+    before = module.mark
+    with on_a_mac(Device()):
+        assert module.mark() == kernels_device.MARK
+    assert module.mark is before
