@@ -19,12 +19,10 @@ FORWARD_ARRAYS: Final = 8
 """Score-sized float32 arrays alive at once in a forward tile, measured: MLX allocates some operations ahead."""
 TRAINING_ARRAYS: Final = 20
 """The same in a backward tile under mx.compile, which shares less memory; without it there are about 11."""
-WORTHWHILE_SKIP: Final[dict[Backend, float]] = {"cpu": 0.1, "metal": 0.25, "cuda": 0.25}
-"""Share of the scores that must be skipped for parts to be chosen where the whole score matrix would fit."""
-WORTHWHILE_BYTES: Final = 1024 * MIB
-"""Scores of less than that a GPU computes sooner than it could be told to leave half of them out."""
+WORTHWHILE_SKIP: Final = 0.1
+"""Share of the scores that must be skipped for blocks to be chosen on a CPU where the whole score matrix would fit."""
 WORTHWHILE_BACKWARD_BYTES: Final = 256 * MIB
-"""The same for a gradient that MLX can only fuse for a multiple of 128 rows."""
+"""A smaller gradient is left whole where MLX can only fuse it for a multiple of 128 rows."""
 SURE: Final = 1.5
 """How many times what is predicted of an unfused path must fit: its peak depends on the order that MLX finds."""
 SURE_SLICE: Final = 1.15
@@ -117,7 +115,7 @@ def _ask_cpu(asked: _Question) -> Choice:
     if not asked.behind:
         return asked.told("fused", FUSED)
     skipped = skipped_share(asked.workload, tile(asked.workload, asked.backend, asked.budget))
-    if asked.refusal and skipped >= WORTHWHILE_SKIP[asked.backend]:
+    if asked.refusal and skipped >= WORTHWHILE_SKIP:
         return asked.told("blocks", f"{asked.refusal}; blocks skip {skipped:.0%} of the scores")
     if asked.excess <= asked.budget:
         return asked.told("whole" if asked.refusal else "fused", asked.enough)
@@ -125,16 +123,12 @@ def _ask_cpu(asked: _Question) -> Choice:
 
 
 def _ask_gpu(asked: _Question) -> Choice:
-    """Slices, as large as the budget lets them be: a GPU wants few and large kernels."""
+    """Slices, as large as the budget lets them be, where the whole does not fit: a GPU wants few and large kernels."""
     size = beside(asked.forward, asked.backend, asked.needs, asked.refusal)
     if not asked.behind and max(size, beside(asked.training, asked.backend, asked.needs, None)) <= asked.budget:
         return asked.told("fused", FUSED)
     fits = max(size, asked.excess) <= asked.budget
     scores = asked.workload.scores * ITEM_BYTES[asked.workload.dtype]
-    if asked.refusal and scores >= WORTHWHILE_BYTES:
-        skipped = skipped_share(asked.workload, Blocks(batches=1, kv_heads=1, rows=_eighth(asked.workload), keys=1))
-        if skipped >= WORTHWHILE_SKIP[asked.backend]:
-            return asked.told("slices", f"{asked.refusal}; slices skip {skipped:.0%} of the scores", waits=not fits)
     uneven = asked.backend == "cuda" and not asked.refusal and asked.behind and asked.workload.seq > EVEN
     if fits and not (uneven and scores >= WORTHWHILE_BACKWARD_BYTES):
         return asked.told("whole" if asked.refusal else "fused", asked.enough)

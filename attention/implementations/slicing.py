@@ -78,7 +78,7 @@ def forward(q: mx.array, k: mx.array, v: mx.array, call: Slices) -> mx.array:
 def gradients(q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, call: Slices) -> list[mx.array]:
     """Returns dQ, dK and dV in the types of query, key and value."""
     d_query, d_key, d_value = (Written(mx.zeros_like(x)) for x in (q, k, v))
-    chain: list[mx.array] = []
+    chain = call.passed([cotangent])  # by then the forward pass has let go of its own slices
     for heads in head_groups(q, k, call.blocks):
         sums = _sums(heads, k, v)
         slices = list(_slices_of(heads, q.shape[2], k.shape[2], call))

@@ -49,12 +49,6 @@ def test_what_fits_and_skips_nothing_is_left_to_mlx() -> None:
     assert asked(structs.replace(LONG, seq=512, kv_seq=512), 2048).way == "whole"
 
 
-def test_slices_that_fit_together_need_not_wait_for_each_other() -> None:
-    made = asked(structs.replace(LONG, seq=8192, kv_seq=8192, mask="causal"), 30_000)
-    assert (made.way, made.waits) == ("slices", False)
-    assert "slices skip 44% of the scores" in made.reason
-
-
 def test_slices_that_do_not_fit_together_wait() -> None:
     made = asked(LONG, 2560)
     assert (made.way, made.waits) == ("slices", True)
@@ -68,10 +62,11 @@ def test_where_only_the_gradient_is_too_much_only_that_is_sliced() -> None:
     assert (made.way, made.waits) == ("whole, slices behind", True)
 
 
-def test_a_few_scores_are_not_worth_a_cut() -> None:
-    small = Workload(seq=4096, heads=8, head_dim=256, dtype="bfloat16", mask="causal")
-    assert skipped_share(small, Blocks(batches=1, kv_heads=1, rows=128, keys=1)) > 0.4
-    assert asked(small, 2048).way == "whole"
+def test_what_fits_forward_is_not_cut_for_what_a_mask_would_let_slices_skip() -> None:
+    causal = structs.replace(LONG, seq=8192, kv_seq=8192, mask="causal")
+    assert skipped_share(causal, Blocks(batches=1, kv_heads=1, rows=128, keys=1)) > 0.4
+    assert asked(causal, 30_000).way == "whole"
+    assert asked(causal, 3000).way == "whole, slices behind"
 
 
 def test_what_mlx_cannot_do_is_done_in_blocks_there_too() -> None:
