@@ -50,6 +50,7 @@ def assert_right(q, k, v, options, floor=0):
         ((2, 8, 2, 3, 1500, 64, 64), {"causal": True, "window": 700}),
         ((1, 2, 2, 70, 70, 512, 512), {"causal": True}),
         ((1, 1, 1, 5, 5, 1, 1), {}),
+        ((1, 1, 1, 2048, 2048, 32, 32), {}),
     ],
     ids=lambda x: "-".join(map(str, x)) or "full",
 )

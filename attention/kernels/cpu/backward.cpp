@@ -87,8 +87,8 @@ class Gradients {
     if (!seen(item, block_, block_keys_)) return;
     prepare(item, tile);
     const Bounds bounds = bounds_of(p_, item);
-    for (key_ = block_; key_ < block_ + block_keys_; key_ += key_tile) {
-      keys_ = std::min(key_tile, block_ + block_keys_ - key_);
+    for (key_ = block_; key_ < block_ + block_keys_; key_ += step_keys) {
+      keys_ = std::min(step_keys, block_ + block_keys_ - key_);
       if (seen(item, key_, keys_)) step(item, bounds, query_sums, key_sums);
     }
   }
@@ -132,7 +132,7 @@ class Gradients {
     multiply<Layout::depth_contiguous, Update::overwrite>(
         {v, v_.stride, at_.gradient_turned, query_tile, p_.value_dim, ds, query_tile, nullptr}, keys_, width);
     if (p_.softcap > 0) cap_slopes(p, room_.slopes, keys_, width, p_.scale / p_.softcap);
-    const float factor = finish_scores(p, p_, item, bounds, key_, keys_, width);
+    const float factor = finish_scores({p, key_, keys_, 0, width, bounds.whole}, p_, item, bounds);
     score_gradients(p, ds, p_.softcap > 0 ? room_.slopes : nullptr, width, factor);
     if (key_sums) add_to_keys(item, p, ds, row);
     if (query_sums != nullptr)

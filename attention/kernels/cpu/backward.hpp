@@ -7,7 +7,8 @@
 
 namespace fatui {
 
-constexpr int64_t key_block = 4 * key_tile;   // keys whose gradients stay close while the queries go by
+constexpr int64_t step_keys = 64;             // keys of a tile, here
+constexpr int64_t key_block = 4 * step_keys;  // keys whose gradients stay close while the queries go by
 constexpr int64_t thread_budget = 3 << 20;  // bytes of scratch a thread, whatever the lengths
 
 inline int64_t padded(int64_t dim) { return round_up(dim, lanes); }
@@ -24,7 +25,7 @@ struct BackwardRoom {
   std::vector<int64_t> holds;
 
   static int64_t fixed(const Problem& p) {
-    return query_tile * 3 * key_tile + (2 * key_block + query_tile) * (padded(p.head_dim) + padded(p.value_dim));
+    return query_tile * 3 * step_keys + (2 * key_block + query_tile) * (padded(p.head_dim) + padded(p.value_dim));
   }
   static int64_t a_slot(const Problem& p) { return query_tile * (padded(p.head_dim) + padded(p.value_dim) + 2); }
   static size_t floats(const Problem& p, int64_t slots, int64_t sums) {
@@ -34,9 +35,9 @@ struct BackwardRoom {
   BackwardRoom(const Problem& p, int64_t slot_count, int64_t sums) : slots(slot_count), holds(slot_count, -1) {
     d = padded(p.head_dim), dv = padded(p.value_dim);
     scores = scratch(floats(p, slots, sums) * sizeof(float));
-    score_gradients = scores + query_tile * key_tile;
-    slopes = score_gradients + query_tile * key_tile;
-    key = slopes + query_tile * key_tile;
+    score_gradients = scores + query_tile * step_keys;
+    slopes = score_gradients + query_tile * step_keys;
+    key = slopes + query_tile * step_keys;
     value = key + key_block * d;
     key_sums = value + key_block * dv;
     value_sums = key_sums + key_block * d;

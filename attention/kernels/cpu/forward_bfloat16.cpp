@@ -14,7 +14,7 @@ namespace fatui {
 
 #if !defined(__AVX512BF16__)
 
-bool forward_bfloat16(const ForwardCall&) { return false; }
+void forward_bfloat16(const ForwardCall&) {}
 int64_t bfloat16_workspace(const Problem&) { return 0; }
 
 #else
@@ -77,8 +77,8 @@ struct PairPanel {
     state.reset();
     query = room.query(index), output = room.output(index);
     width = round_up(item.rows(), lanes);
-    begin = std::max(item.key_begin, bounds.any_first / pair_keys * pair_keys);
-    end = std::min(item.key_end, bounds.any_last + 1);
+    begin = std::max(item.key_begin, bounds.whole.any_first / pair_keys * pair_keys);
+    end = std::min(item.key_end, bounds.whole.any_last + 1);
     std::fill_n(output, room.dv * query_tile, 0.0f);
     if (begin < end)
       turn_pairs(rows_of<bfloat16_t>(p.query, item), p.head_dim, room.d, width, query, room.keys);
@@ -104,14 +104,14 @@ struct PairPanel {
     if (key < begin || key >= end) return;
     const int64_t keys = std::min(pair_keys, end - key), padded_keys = round_up(keys, 32);
     product({k.data, k.stride, query, query_tile, room.d / 2, room.scores, query_tile, nullptr}, keys, width, false);
-    const float factor = finish_scores(room.scores, p, item, bounds, key, keys, width);
+    const float factor = finish_scores({room.scores, key, keys, 0, width, bounds.whole}, p, item, bounds);
     if (softmax(keys, padded_keys, factor, room)) correct(p.value_dim);
     product({room.values, pair_keys / 2, room.pairs, query_tile, padded_keys / 2, output, query_tile, nullptr},
             p.value_dim, width, true);
   }
 };
 
-void attend(const ForwardCall& call, const Item& item, Partials* partials) {
+void attend(const ForwardCall& call, const Item& item, Partials& partials) {
   const Problem& p = call.problem;
   const PairRoom room(p);
   const int64_t panels = item.heads > 1 ? 1 : ceil_div(item.queries, query_tile);
@@ -128,11 +128,10 @@ void attend(const ForwardCall& call, const Item& item, Partials* partials) {
     for (int64_t i = 0; i < panels; i++) panel[i].step(p, k, key, room);
   }
   for (int64_t i = 0; i < panels; i++)
-    if (partials == nullptr) write_rows<bfloat16_t>(call, panel[i].item, panel[i].output, panel[i].state);
-    else partials->keep(item, panel[i].output, panel[i].state);
+    finish<bfloat16_t>(call, panel[i].item, panel[i].output, panel[i].state, partials);
 }
 
-void attend_with_unit(const ForwardCall& call, const Item& item, Partials* partials) {
+void attend_with_unit(const ForwardCall& call, const Item& item, Partials& partials) {
 #if defined(FATUI_MATRIX_TILES)
   if (use_tiles()) {
     const MatrixTiles tiles;
@@ -143,15 +142,13 @@ void attend_with_unit(const ForwardCall& call, const Item& item, Partials* parti
 }
 }  // namespace
 
-bool forward_bfloat16(const ForwardCall& call) {
+void forward_bfloat16(const ForwardCall& call) {
   const Problem& p = call.problem;
   const Schedule schedule(p, items_wanted);
   Partials partials(p, schedule);
-  Partials* kept = schedule.spans > 1 ? &partials : nullptr;
   parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend_with_unit(call, schedule.item(p, index), kept); });
-  if (kept != nullptr) partials.combine<bfloat16_t>(call, schedule);
-  return true;
+               [&](int64_t index) { attend_with_unit(call, schedule.item(p, index), partials); });
+  if (partials.wanted()) partials.combine<bfloat16_t>(call, schedule);
 }
 
 int64_t bfloat16_workspace(const Problem& p) {

@@ -138,14 +138,6 @@ Pool& pool_with(int helpers) {
   return *pool;
 }
 
-int processors() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1, int(std::thread::hardware_concurrency()));
-}
-
 struct Aligned {
   void* data = nullptr;
   size_t bytes = 0;
@@ -153,10 +145,18 @@ struct Aligned {
 };
 }  // namespace
 
+int processor_count() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
 int thread_count() {
   if (const char* wish = std::getenv("FATUI_THREADS"))
     if (const int count = std::atoi(wish); count > 0) return std::min(count, 1024);
-  return processors();
+  return processor_count();
 }
 
 void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work) {

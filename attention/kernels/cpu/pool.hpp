@@ -6,7 +6,8 @@
 
 namespace fatui {
 
-// Threads that a call may use: FATUI_THREADS if set, else the processors that the process may run on.
+// Processors that the process may run on; threads that a call may use: FATUI_THREADS if set, else as many.
+int processor_count();
 int thread_count();
 
 // Runs work(0) ... work(items - 1), each once, in any order, on up to `threads` threads, the caller's among them.
