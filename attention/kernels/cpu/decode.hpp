@@ -162,12 +162,8 @@ FATUI_INLINE void in_groups(int64_t rows, const F& f) {
   if (row < rows) f(row, std::integral_constant<int, 1>{});
 }
 
-// Whether rows of a tensor can be read as they lie, whole vectors at a time; or as words of two bfloat16.
+// Whether rows can be read as they lie, whole vectors at a time.
 inline bool whole_vectors(const Tensor& t, int64_t columns) { return t.stride[3] == 1 && columns % lanes == 0; }
-inline bool whole_words(const Tensor& t, int64_t columns) {
-  return t.stride[3] == 1 && columns % (2 * lanes) == 0 && t.stride[0] % 2 == 0 && t.stride[1] % 2 == 0 &&
-         t.stride[2] % 2 == 0 && reinterpret_cast<uintptr_t>(t.data) % 4 == 0;
-}
 
 // How an item of few rows reads K and V: as they lie, so but in pairs of bfloat16, or from float32 copies.
 enum class Reading { in_place, pairs, copied };

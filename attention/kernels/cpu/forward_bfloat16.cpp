@@ -6,9 +6,7 @@
 //     softmax_pairs     PP, maximum, sum
 //     O' += VT PP       corrected before, in the few steps where a maximum has outgrown its reference
 #include "forward.hpp"
-#include "matrix_tiles.hpp"
-#include "pairs.hpp"
-#include "product.hpp"
+#include "pair_product.hpp"
 
 namespace fatui {
 
@@ -19,14 +17,6 @@ int64_t bfloat16_workspace(const Problem&) { return 0; }
 
 #else
 namespace {
-
-bool use_tiles() {
-#if defined(FATUI_MATRIX_TILES)
-  return matrix_tiles_granted();
-#else
-  return false;
-#endif
-}
 
 // Turning the values is worth sharing among more rows than float32 would take.
 constexpr int64_t items_wanted = 8;
@@ -53,16 +43,6 @@ struct PairRoom {
   float* query(int64_t panel) const { return panels + panel * query_tile * (d / 2 + dv); }
   float* output(int64_t panel) const { return query(panel) + query_tile * d / 2; }
 };
-
-void product(const Operands& o, int64_t rows, int64_t columns, bool add) {
-#if defined(FATUI_MATRIX_TILES)
-  if (matrix_tiles_granted())
-    return multiply_tiles({o.a, o.a_stride, o.b, o.b_stride, o.depth, o.c, o.c_stride}, round_up(rows, 16), columns,
-                          add);
-#endif
-  if (add) multiply<Layout::depth_contiguous, Update::add, Numbers::pairs>(o, rows, columns);
-  else multiply<Layout::depth_contiguous, Update::overwrite, Numbers::pairs>(o, rows, columns);
-}
 
 struct PairPanel {
   Item item;
@@ -114,6 +94,7 @@ struct PairPanel {
 void attend(const ForwardCall& call, const Item& item, Partials& partials) {
   const Problem& p = call.problem;
   const PairRoom room(p);
+  const MatrixUnit unit;
   const int64_t panels = item.heads > 1 ? 1 : ceil_div(item.queries, query_tile);
   PairPanel panel[most_panels];
   int64_t begin = p.keys, end = 0;
@@ -124,21 +105,12 @@ void attend(const ForwardCall& call, const Item& item, Partials& partials) {
   for (int64_t key = begin; key < end; key += pair_keys) {
     const int64_t keys = std::min(pair_keys, end - key);
     const Floats k = key_pairs(p.key, item.batch, item.kv_head, key, keys, p.head_dim, room.d, room.keys);
-    turn_values(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), room.values);
+    turn_rows(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), room.values,
+              pair_keys / 2);
     for (int64_t i = 0; i < panels; i++) panel[i].step(p, k, key, room);
   }
   for (int64_t i = 0; i < panels; i++)
     finish<bfloat16_t>(call, panel[i].item, panel[i].output, panel[i].state, partials);
-}
-
-void attend_with_unit(const ForwardCall& call, const Item& item, Partials& partials) {
-#if defined(FATUI_MATRIX_TILES)
-  if (use_tiles()) {
-    const MatrixTiles tiles;
-    return attend(call, item, partials);
-  }
-#endif
-  attend(call, item, partials);
 }
 }  // namespace
 
@@ -147,7 +119,7 @@ void forward_bfloat16(const ForwardCall& call) {
   const Schedule schedule(p, items_wanted);
   Partials partials(p, schedule);
   parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend_with_unit(call, schedule.item(p, index), partials); });
+               [&](int64_t index) { attend(call, schedule.item(p, index), partials); });
   if (partials.wanted()) partials.combine<bfloat16_t>(call, schedule);
 }
 
