@@ -52,7 +52,7 @@ class FloatTiles {
     do_ = rows(call_.output_gradient, item, p_.value_dim, gradient_, dv_);
   }
 
-  void step(const Step& t) {
+  void step(const TileStep& t) {
     const int64_t width = round_up(t.item.queries, lanes);
     const float *k = k_.data + t.row * k_.stride, *v = v_.data + t.row * v_.stride;
     multiply<Layout::depth_contiguous, Update::overwrite>(
@@ -75,7 +75,7 @@ class FloatTiles {
     return floats_of<T>(t, item.batch, item.head, item.query, item.queries, columns, room, line, line == columns);
   }
 
-  void add_to_keys(const Step& t) const {
+  void add_to_keys(const TileStep& t) const {
     multiply<Layout::depth_contiguous, Update::add>(
         {scores_, query_tile, do_.data, do_.stride, t.item.queries, t.value_sums, dv_, nullptr}, t.keys, dv_);
     multiply<Layout::depth_contiguous, Update::add>(

@@ -17,7 +17,7 @@ constexpr int64_t thread_budget = 3 << 20;    // bytes of scratch a thread, what
 inline int64_t padded(int64_t dim) { return round_up(dim, lanes); }
 
 // A tile of queries, one of keys of the block that is open, and where their gradients are summed.
-struct Step {
+struct TileStep {
   const Item& item;
   const Bounds& bounds;
   int64_t key, row, keys;  // the first key; its row in the block; how many

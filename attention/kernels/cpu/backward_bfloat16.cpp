@@ -66,7 +66,7 @@ class PairTiles {
     row_statistics<bfloat16_t>(call_, item, logsumexp_, delta_);
   }
 
-  void step(const Step& t) {
+  void step(const TileStep& t) {
     const int64_t width = round_up(t.item.queries, 32), keys = round_up(t.keys, 32);
     product({k_.data + t.row * k_.stride, k_.stride, query_turned_, query_tile, d_, scores_, query_tile, nullptr},
             t.keys, width, false);

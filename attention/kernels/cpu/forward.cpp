@@ -129,13 +129,12 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   const Bounds bounds = bounds_of(p, item);
   Softmax state;
   state.reset();
-  float* pairs = room.scores + query_tile * query_tile;  // a tile has at most 64 keys here
-  FewRows<T, reading> few{p, item, bounds, state, room.query, room.scores, pairs, spare.output, room.key, room.value};
+  FewRows<T, reading> few{p, item, bounds, state, room.query, room.scores, spare.output, room.key, room.value};
   few.attend(std::max(item.key_begin, bounds.whole.any_first), std::min(item.key_end, bounds.whole.any_last + 1));
   Rows<float> rows;
   rows.stride = 1, rows.count = few.rows;
   for (int64_t r = 0; r < few.rows; r++) rows.row[r] = few.output + r * few.dv;
-  turn(rows, p.value_dim, few.width, room.output);
+  turn(rows, p.value_dim, round_up(few.rows, lanes), room.output);
   finish<T>(call, item, room.output, state, partials);
 }
 

@@ -90,6 +90,14 @@ FATUI_INLINE float sum_of(Vector x) {
   return part[0];
 }
 
+FATUI_INLINE float max_of(Vector x) {
+  float part[lanes];
+  store(part, x);
+  FATUI_UNROLL for (int half = lanes / 2; half > 0; half /= 2)
+    FATUI_UNROLL for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+  return part[0];
+}
+
 // Conversions. Bfloat16 is the upper half of a float32; float16 has instructions nearly everywhere.
 FATUI_INLINE Vector widen(const float* p) { return load(p); }
 FATUI_INLINE Vector widen(const bfloat16_t* p) {
