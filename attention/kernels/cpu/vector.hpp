@@ -4,9 +4,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
-#if defined(__AVX512BF16__) || defined(__F16C__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -82,20 +83,24 @@ FATUI_INLINE Vector tanh(Vector x) {
   return z > broadcast(0.625f * 0.625f) ? large : small;
 }
 
-FATUI_INLINE float sum_of(Vector x) {
-  float part[lanes];
-  store(part, x);
-  FATUI_UNROLL for (int half = lanes / 2; half > 0; half /= 2)
-    FATUI_UNROLL for (int i = 0; i < half; i++) part[i] += part[i + half];
-  return part[0];
+// The lanes, those that many places on first.
+template <int places, int... I>
+FATUI_INLINE Vector rotated(Vector x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, ((I + places) % lanes)...);
 }
 
+template <int places = lanes / 2>
+FATUI_INLINE float sum_of(Vector x) {
+  x += rotated<places>(x, std::make_integer_sequence<int, lanes>{});
+  if constexpr (places > 1) return sum_of<places / 2>(x);
+  else return x[0];
+}
+
+template <int places = lanes / 2>
 FATUI_INLINE float max_of(Vector x) {
-  float part[lanes];
-  store(part, x);
-  FATUI_UNROLL for (int half = lanes / 2; half > 0; half /= 2)
-    FATUI_UNROLL for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-  return part[0];
+  x = larger(x, rotated<places>(x, std::make_integer_sequence<int, lanes>{}));
+  if constexpr (places > 1) return max_of<places / 2>(x);
+  else return x[0];
 }
 
 // Conversions. Bfloat16 is the upper half of a float32; float16 has instructions nearly everywhere.
@@ -135,9 +140,13 @@ FATUI_INLINE void narrow(float16_t* p, Vector x) {
 #endif
 }
 
+// The first `count` numbers, or all lanes; zeros behind them.
 template <class T>
 FATUI_INLINE Vector widen_some(const T* p, int64_t count) {
   if (count >= lanes) return widen(p);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return (Vector)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#endif
   alignas(64) T whole[lanes] = {};
   for (int64_t i = 0; i < count; i++) whole[i] = p[i];
   return widen(whole);
@@ -154,6 +163,9 @@ FATUI_INLINE Vector widen_strided(const T* p, int64_t stride, int64_t count) {
 template <class T>
 FATUI_INLINE void narrow_some(T* p, Vector x, int64_t count) {
   if (count >= lanes) return narrow(p, x);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
+#endif
   alignas(64) T whole[lanes];
   narrow(whole, x);
   for (int64_t i = 0; i < count; i++) p[i] = whole[i];
