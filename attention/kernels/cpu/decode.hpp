@@ -116,10 +116,10 @@ struct FewRows {
   // moves only when outgrown by 2^8, and the output is corrected only then.
   void softmax(int64_t row, int64_t keys, float factor) {
     float* s = scores + row * score_line;
-    const int64_t end = round_up(keys, lanes);
-    std::fill(s + keys, s + end, -infinity);
-    Vector top = load(s), sum{};
-    for (int64_t j = lanes; j < end; j += lanes) top = larger(load(s + j), top);
+    const int64_t end = round_up(keys, lanes), last = end - lanes;
+    store(s + last, lane_numbers() < int32_t(keys - last) ? load(s + last) : broadcast(-infinity));
+    Vector top = load(s + last), sum{};
+    for (int64_t j = 0; j < last; j += lanes) top = larger(load(s + j), top);
     const float highest = max_of(top) * factor;
     float &maximum = state.maximum[row], correction = 1.0f;
     if (highest > maximum + 8.0f) {

@@ -83,6 +83,10 @@ FATUI_INLINE Vector tanh(Vector x) {
   return z > broadcast(0.625f * 0.625f) ? large : small;
 }
 
+template <int... I>
+FATUI_INLINE Integers lane_numbers(std::integer_sequence<int, I...>) { return Integers{I...}; }
+FATUI_INLINE Integers lane_numbers() { return lane_numbers(std::make_integer_sequence<int, lanes>{}); }
+
 // The lanes, those that many places on first.
 template <int places, int... I>
 FATUI_INLINE Vector rotated(Vector x, std::integer_sequence<int, I...>) {
