@@ -32,13 +32,13 @@ class FloatTiles {
     slots_ = gradient_ + query_tile * dv_;
   }
 
-  void open_keys(int64_t batch, int64_t kv_head, int64_t key, int64_t keys) {
+  [[gnu::noinline]] void open_keys(int64_t batch, int64_t kv_head, int64_t key, int64_t keys) {
     k_ = floats_of<T>(p_.key, batch, kv_head, key, keys, p_.head_dim, key_, d_);
     v_ = floats_of<T>(p_.value, batch, kv_head, key, keys, p_.value_dim, value_, dv_);
   }
 
   // The query tile's forms: Q and dO, turned (packed unless its slot still holds them) and not.
-  void take_queries(const Item& item, int64_t tile) {
+  [[gnu::noinline]] void take_queries(const Item& item, int64_t tile) {
     const int64_t slot = std::min(tile, int64_t(holds_.size()) - 1), width = round_up(item.queries, lanes);
     query_turned_ = slots_ + slot * a_slot(p_), gradient_turned_ = query_turned_ + query_tile * d_;
     logsumexp_ = gradient_turned_ + query_tile * dv_, delta_ = logsumexp_ + query_tile;

@@ -44,14 +44,14 @@ class PairTiles {
     slots_ = copy_ + query_tile * std::max(d_, dv_);
   }
 
-  void open_keys(int64_t batch, int64_t kv_head, int64_t key, int64_t keys) {
+  [[gnu::noinline]] void open_keys(int64_t batch, int64_t kv_head, int64_t key, int64_t keys) {
     k_ = key_pairs(p_.key, batch, kv_head, key, keys, p_.head_dim, 2 * d_, halves(key_));
     v_ = key_pairs(p_.value, batch, kv_head, key, keys, p_.value_dim, 2 * dv_, halves(value_));
     turn_rows(p_.key, batch, kv_head, key, keys, p_.head_dim, round_up(keys, 32), key_turned_, key_block / 2);
   }
 
   // The query tile's forms: Q and dO, turned and as pairs of rows, unless its slot still holds them.
-  void take_queries(const Item& item, int64_t tile) {
+  [[gnu::noinline]] void take_queries(const Item& item, int64_t tile) {
     const int64_t slot = std::min(tile, int64_t(holds_.size()) - 1), width = round_up(item.queries, 32);
     query_turned_ = slots_ + slot * a_slot(p_), gradient_turned_ = query_turned_ + query_tile * d_;
     query_rows_ = gradient_turned_ + query_tile * dv_, gradient_row_pairs_ = query_rows_ + query_tile * d_;

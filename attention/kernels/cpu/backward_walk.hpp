@@ -79,7 +79,7 @@ class Walk {
     write(static_cast<T*>(call_.value_gradient) + row * p_.value_dim, value_sums_, dv_, p_.value_dim, 1.0f);
   }
 
-  void steps(const Item& item, int64_t tile, float* query_sums, bool sums) {
+  [[gnu::noinline]] void steps(const Item& item, int64_t tile, float* query_sums, bool sums) {
     if (!seen(item, block_, block_keys_)) return;
     tiles_.take_queries(item, tile);
     const Bounds bounds = bounds_of(p_, item);

@@ -16,7 +16,7 @@ from attention.kernels.cpu.toolchain import Toolchain
 
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
-KERNEL = ("forward", "forward_bfloat16", "backward", "backward_bfloat16", "pool", "measure")
+KERNEL = ("forward", "forward_bfloat16", "backward", "backward_bfloat16", "scores", "pool", "measure")
 BINDING = ("primitive", "operation", "module")
 
 _KERNEL_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-psabi")

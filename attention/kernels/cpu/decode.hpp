@@ -9,9 +9,11 @@ namespace fatui {
 
 constexpr int64_t few_rows = 8;  // up to so many query rows an item go this way
 
-// Keys of a tile: 12 KiB of K, so that with V, and the next K on its way, it fits the L1.
-inline int64_t decode_keys(int64_t row_bytes) {
-  return std::clamp<int64_t>(12288 / row_bytes / 16 * 16, 16, score_line);
+// Keys of a tile: so many that K, V and the next K on its way lie in an L1 of 48 KiB; in float32, where the memory leaves
+// time for more tiles, half as many.
+template <class T>
+int64_t decode_keys(int64_t head_dim) {
+  return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : 8192) / head_dim / 16 * 16, 16, score_line);
 }
 
 // Calls f(row, R) for groups of 4, 2 and 1 rows.
@@ -47,7 +49,9 @@ struct FewRows {
   int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
 
   void attend(int64_t begin, int64_t end) {
-    const int64_t tile = decode_keys(p.head_dim * sizeof(T));
+    const int64_t tile = decode_keys<T>(p.head_dim);
+    if (begin < end && reading != Reading::copied)
+      Ahead(lines(p.key, begin, std::min(tile, end - begin), p.head_dim, key_length, key_copy)).ask_for_all();
     read_queries();
     std::fill_n(output, rows * dv, 0.0f);
     for (int64_t key = begin; key < end; key += tile) {

@@ -74,6 +74,8 @@ class Ahead {
     here_ = lines_ > 0 ? pieces_ : 0;
   }
 
+  void ask_for_all() { ask_one_by_one(std::numeric_limits<int64_t>::max()); }
+
   template <int count>
   FATUI_INLINE void ask() {
     if (here_ < count) return ask_one_by_one(count);
@@ -82,7 +84,7 @@ class Ahead {
   }
 
  private:
-  void ask_one_by_one(int count) {
+  void ask_one_by_one(int64_t count) {
     for (; count > 0 && lines_ > 0; count--) {
       if (here_ > 0) __builtin_prefetch(at_), at_ += 64, here_--;
       if (here_ == 0 && --lines_ > 0) at_ += gap_, here_ = pieces_;

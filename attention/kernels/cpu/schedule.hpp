@@ -39,7 +39,7 @@ struct Schedule {
     tiles_per_head = ceil_div(p.queries, rows_wanted);
     tiles = p.batch * p.kv_heads * head_groups * tiles_per_head;
     const bool enough = tiles >= 32 || rows_per_tile > query_tile;  // a span is kept for one panel only
-    spans = enough ? 1 : std::min(ceil_div(64, tiles), std::max<int64_t>(1, p.keys / 512));
+    spans = enough ? 1 : std::min(ceil_div(32, tiles), std::max<int64_t>(1, p.keys / 512));
     keys_per_span = round_up(ceil_div(std::max<int64_t>(p.keys, 1), spans), key_tile);
     spans = ceil_div(std::max<int64_t>(p.keys, 1), keys_per_span);
   }

@@ -53,7 +53,7 @@ def _measure(arguments: argparse.Namespace, report: Report) -> None:
             for shape in SHAPES:
                 report.rows.append(rows.measure(shape, dtype, backward, arguments.rounds))
                 print(_row_line(report.rows[-1]), file=sys.stderr)
-    for dtype in arguments.types:
+    for dtype in TYPES:
         report.decode.append(rows.decode(dtype, arguments.rounds))
         print(_decode_line(report.decode[-1]), file=sys.stderr)
     report.tiny = costs.tiny_call()
