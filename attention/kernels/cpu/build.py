@@ -29,6 +29,11 @@ def extra_flags() -> tuple[str, ...]:
     return tuple(shlex.split(os.environ.get("FATUI_KERNEL_CXXFLAGS", "")))
 
 
+def kernel_flags() -> tuple[str, ...]:
+    """How the kernel's own texts are compiled, whatever the processor."""
+    return _KERNEL_FLAGS
+
+
 def _machine_flags() -> tuple[str, ...]:
     features = toolchain.cpu_features()
     if "neon" in features:

@@ -137,15 +137,16 @@ struct FewRows {
   }
 
   FATUI_INLINE Vector probabilities(int64_t row, int64_t j, Vector exponents) const {
+#if defined(__AVX512BF16__)
     if constexpr (in_pairs) {
       const Vector p = exp2_short(exponents);
       narrow_short(reinterpret_cast<T*>(pairs) + row * score_line + j, p);
       return p;
-    } else {
-      const Vector p = exp2(exponents);
-      store(scores + row * score_line + j, p);
-      return p;
     }
+#endif
+    const Vector p = exp2(exponents);
+    store(scores + row * score_line + j, p);
+    return p;
   }
 
   template <int R, int Vectors>

@@ -59,7 +59,7 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
   Vector c[Rows][Vectors] = {};
   const float* a = o.a + row * (along_depth ? o.a_stride : 1);
   const float* b = o.b + column;
-  _Pragma("GCC unroll 4") for (int64_t k = 0; k < o.depth; k++, a += along_depth ? 1 : o.a_stride, b += o.b_stride) {
+  FATUI_UNROLL_BY_4 for (int64_t k = 0; k < o.depth; k++, a += along_depth ? 1 : o.a_stride, b += o.b_stride) {
     Vector x[Vectors];
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) x[v] = load(b + v * lanes);
     FATUI_UNROLL for (int r = 0; r < Rows; r++) {

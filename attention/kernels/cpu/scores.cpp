@@ -22,7 +22,7 @@ void bound_scores(const Scores& t, const Bounds& b) {
       if (j == t.all_begin()) j = t.all_end();
       if (j == t.keys) break;
       const Integers here = Integers{} + int32_t(t.key + j);
-      store(t.at(j, i), (here >= first) & (here <= last) ? load(t.at(j, i)) : broadcast(-infinity));
+      store(t.at(j, i), ((here >= first) & (here <= last)) ? load(t.at(j, i)) : broadcast(-infinity));
     }
   }
 }
