@@ -1,5 +1,6 @@
 """Compiling, caching and refusing: what the user sees when there is no compiler, no folder, a foreign library."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,10 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from attention.device import probe
+from attention.implementations.poc import Poc
 from attention.kernels import cache, cpu
 from attention.kernels.cpu import build, library, selfcheck, toolchain
+from attention.masks import Mask
+from attention.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel")
 
@@ -127,6 +133,31 @@ def test_a_folder_that_cannot_be_made_is_named(fresh, monkeypatch, tmp_path):
     assert str(tmp_path) in reason
 
 
+def test_a_folder_on_a_read_only_disk_is_named(fresh, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (tmp_path / "kernels").mkdir(mode=0o755)
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(Path, "chmod", refuse)
+    assert cpu.availability() == (False, f"the cache folder {tmp_path}/kernels cannot be used: Read-only file system")
+
+
+def test_a_folder_of_another_user_is_refused(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)  # noqa: PTH116
+    assert cpu.availability() == (False, f"the cache folder {tmp_path}/kernels belongs to another user")
+
+
+def test_what_cannot_be_had_is_said_in_the_route_and_mlx_attends(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    route = Poc().route(Workload(dtype="float32"), probe())
+    assert (route.path, route.fallback) == ("falls back: MLX SDPA", True)
+    assert route.reason.startswith("no CPU kernel: no C++ compiler found (no-such-compiler)")
+    q = mx.ones((1, 2, 4, 8))
+    assert mx.allclose(Poc()(q, q, q, scale=1.0, mask=Mask()), q)
+
+
 def test_a_different_abi_is_refused_with_both_numbers(own_folder, monkeypatch):
     monkeypatch.setattr(toolchain, "_abi_tag", lambda module: "nanobind_system_v7")
     with pytest.raises(cpu.KernelUnavailable, match=r"ABI is v\d+, MLX was built with nanobind_system_v7"):
@@ -143,8 +174,9 @@ def test_a_failed_compilation_is_remembered_with_the_compilers_words(own_folder,
 
 
 def test_a_kernel_that_disagrees_with_the_reference_is_not_used(own_folder, monkeypatch):
-    monkeypatch.setattr(selfcheck, "_disagreement", lambda module, dtype: float("nan"))
-    with pytest.raises(cpu.KernelUnavailable, match="disagrees"):
+    plain = selfcheck._plain
+    monkeypatch.setattr(selfcheck, "_plain", lambda q, k, v, scale: plain(q, k, v, 1.01 * scale))
+    with pytest.raises(cpu.KernelUnavailable, match=r"disagrees with the reference by 0\.0"):
         cpu.load()
     assert "disagrees" in cpu.availability()[1]
 
