@@ -97,6 +97,31 @@ def test_a_library_that_was_changed_is_not_loaded_but_built_anew(own_folder):
     assert cache.digest(path) != "" != good
 
 
+def test_what_nobody_used_for_long_is_removed_when_something_new_is_compiled(own_folder):
+    long_ago = time.time() - 100 * 86400
+    stale, leftover, foreign = own_folder / "0123.so", own_folder / ".building-x", own_folder / "fresh.cubin"
+    for path in (stale, leftover / "out.o", foreign):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"code")
+    for path in (stale, leftover, *own_folder.glob("*.o")):
+        os.utime(path, (long_ago, long_ago))
+    cpu.load()
+    assert not stale.exists()
+    assert not leftover.exists()
+    assert foreign.exists()
+    assert len(list(own_folder.glob("*.o"))) == len(build.KERNEL) + len(build.BINDING) + 1  # used by the link
+
+
+def test_a_library_in_use_stays_however_old_it_is(own_folder):
+    cpu.load()
+    for path in own_folder.iterdir():
+        os.utime(path, (0, 0))
+    library._loaded = cpu._module = None
+    cpu.load(pytest.fail)
+    cache.write_record("another", {})
+    assert {path.suffix for path in own_folder.iterdir() if path.stem != "another"} == {".so", ".json"}
+
+
 def test_two_processes_that_compile_at_once_both_end_with_a_kernel(own_folder):
     code = "from attention.kernels import cpu; cpu.load(); print('ready')"
     both = [python(code, FATUI_CACHE_DIR=str(own_folder.parent)) for _ in range(2)]

@@ -121,6 +121,7 @@ def _compile(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
             fresh = Path(room) / "out.o"
             run((*command, "-c", str(text), "-o", str(fresh)))
             fresh.replace(finished)
+    cache.mark_used(finished)
     return finished
 
 
