@@ -35,7 +35,7 @@ constexpr int lanes = 4, registers = 16;
 #endif
 
 typedef float Vector __attribute__((vector_size(lanes * 4)));
-typedef float VectorAnywhere __attribute__((vector_size(lanes * 4), aligned(4), may_alias));
+typedef float VectorAnywhere __attribute__((vector_size(lanes * 4), aligned(2), may_alias));  // or pairs of bfloat16
 typedef int32_t Integers __attribute__((vector_size(lanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(lanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(lanes * 2)));
