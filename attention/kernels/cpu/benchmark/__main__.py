@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
+from typing import Final
 
 import mlx.core as mx
 
@@ -13,6 +15,9 @@ from attention.kernels.cpu.benchmark import costs, rows
 from attention.kernels.cpu.benchmark.claims import Claim, Report, claims
 from attention.kernels.cpu.benchmark.runs import threads
 from attention.kernels.cpu.benchmark.shapes import DECODE, SHAPES, TYPES
+
+BUSY: Final = 0.5
+"""Programs that ran besides this one, on average, above which the table says so."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -67,13 +72,15 @@ def main() -> None:
     arguments = _arguments()
     mx.set_default_device(mx.cpu)
     cpu.load(lambda message: print(message, file=sys.stderr))
-    report = Report(toolchain.cpu_name(), cpu.variant(), threads())
+    report = Report(toolchain.cpu_name(), cpu.variant(), threads(), os.getloadavg()[0])
     _measure(arguments, report)
     found = claims(report)
     if arguments.json:
         print(json.dumps({**asdict(report), "claims": [asdict(claim) for claim in found]}))
     else:
         print(f"\n{report.cpu} ({report.variant}), {report.threads} threads, {arguments.rounds} rounds")
+        if report.load > BUSY:
+            print(f"This machine was busy (load {report.load:.1f}): what depends on all processors reads too low.")
         print(_table(found))
 
 

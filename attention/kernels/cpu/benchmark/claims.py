@@ -15,6 +15,7 @@ class Report:
     cpu: str
     variant: str
     threads: int
+    load: float  # programs that ran before it began, on average over a minute
     rows: list[Row] = field(default_factory=list)
     decode: list[DecodeRow] = field(default_factory=list)
     tiny: TinyCall | None = None

@@ -61,15 +61,17 @@ def measure(shape: Shape, dtype: str, backward: bool, rounds: int, seconds: floa
     row.peak_flops_per_s = statistics.median(peaks)
     row.peak_share = statistics.median(row.flops / t / p for t, p in zip(times["ours"], peaks, strict=True))
     if not backward:
-        _against_mlx(row, shape, run, calls)
+        _against_mlx(row, shape, run, calls, seconds)
     return row
 
 
-def _against_mlx(row: Row, shape: Shape, run: Run, calls: int) -> None:
-    """MLX's own attention takes tens of times longer: two rounds, one call each."""
+def _against_mlx(row: Row, shape: Shape, run: Run, calls: int, seconds: float) -> None:
+    """MLX's own attention takes tens of times longer: few rounds, and of a long call two."""
     mlx = ours(shape, row.dtype, fused=False)
-    pairs = [(sample(mlx, 1), settled_sample(run, calls)) for _ in range(2)]
-    row.seconds["mlx"] = min(theirs for theirs, _ in pairs)
+    mlx_calls = calls_for(mlx, seconds)
+    rounds = 2 if mlx_calls == 1 else 5
+    pairs = [(settled_sample(mlx, mlx_calls, lead_in=mlx_calls > 1), settled_sample(run, calls)) for _ in range(rounds)]
+    row.seconds["mlx"] = statistics.median(theirs for theirs, _ in pairs)
     row.ratios["mlx"] = statistics.median(theirs / mine for theirs, mine in pairs)
 
 

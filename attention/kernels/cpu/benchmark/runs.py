@@ -65,17 +65,18 @@ def sample(run: Run, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def settled_sample(run: Run, calls: int) -> float:
+def settled_sample(run: Run, calls: int, lead_in: bool = True) -> float:
     """A sample after other libraries' threads have gone to sleep, and after one call of its own."""
     time.sleep(SETTLE_S)
-    sample(run, 1)
+    if lead_in:
+        sample(run, 1)
     return sample(run, calls)
 
 
 def calls_for(run: Run, seconds: float) -> int:
-    """So many calls that a sample lasts about so long."""
-    sample(run, 1)
-    return max(1, min(200, round(seconds / max(1e-6, sample(run, 2)))))
+    """So many calls that a sample lasts about so long; one if a call does."""
+    once = sample(run, 1)
+    return 1 if once > 4 * seconds else max(1, min(200, round(seconds / max(1e-6, sample(run, 2)))))
 
 
 def in_turns(runs: dict[str, Run], calls: int, rounds: int) -> dict[str, list[float]]:
