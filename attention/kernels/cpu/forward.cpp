@@ -158,7 +158,7 @@ void run(const ForwardCall& call) {
   const Schedule schedule(p);
   Partials partials(p, schedule);
   parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend<T>(call, schedule.item(p, index), partials); });
+               [&](int64_t index) { attend<T>(call, schedule.item(p, index), partials); }, brief(p));
   if (partials.wanted()) partials.combine<T>(call, schedule);
 }
 }  // namespace

@@ -16,11 +16,16 @@ constexpr bool bfloat16_pairs = false;
 void forward_bfloat16(const ForwardCall& call);
 int64_t bfloat16_workspace(const Problem& p);
 
-// A call too small to be worth waking a thread stays on its own.
-inline int threads_for(const Problem& p) {
-  const double work = double(p.batch * p.heads * p.queries) * double(p.keys) * double(p.head_dim + p.value_dim);
-  return work < 2e5 ? 1 : thread_count();
+// Roughly how long a call takes on one thread: by its products, or by K and V that must be read.
+inline double microseconds_alone(const Problem& p) {
+  const double width = double(p.head_dim + p.value_dim), pairs = double(p.batch * p.heads * p.queries) * double(p.keys);
+  const double bytes = double(p.batch * p.kv_heads * p.keys) * width * (p.query.element == Element::float32 ? 4 : 2);
+  return std::max(2 * pairs * width / 2e5, bytes / 4e4);
 }
+
+// A call too small to be shared stays on its own thread.
+inline int threads_for(const Problem& p) { return microseconds_alone(p) < 2 ? 1 : thread_count(); }
+inline bool brief(const Problem& p) { return microseconds_alone(p) < 60; }
 
 // O = O' / sum, turned back to rows; logsumexp = (maximum + log2 sum) * ln 2. Nothing to attend to: 0 and -inf.
 template <class T>
@@ -70,12 +75,13 @@ class Partials {
 
   template <class T>
   void combine(const ForwardCall& call, const Schedule& s) {
-    parallel_for(s.tiles, thread_count(), [&](int64_t tile) {
+    const auto join_tile = [&](int64_t tile) {
       const Item item = s.item(call.problem, tile * s.spans);
       Softmax state;
       for (int64_t i = 0; i < width_; i += lanes) join(tile, i, state);
       write_rows<T>(call, item, at(tile, 0), width_, state);
-    });
+    };
+    parallel_for(s.tiles, thread_count(), join_tile, true);
   }
 
  private:

@@ -119,7 +119,7 @@ void forward_bfloat16(const ForwardCall& call) {
   const Schedule schedule(p, items_wanted);
   Partials partials(p, schedule);
   parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend(call, schedule.item(p, index), partials); });
+               [&](int64_t index) { attend(call, schedule.item(p, index), partials); }, brief(p));
   if (partials.wanted()) partials.combine<bfloat16_t>(call, schedule);
 }
 

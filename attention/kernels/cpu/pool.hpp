@@ -10,8 +10,9 @@ namespace fatui {
 int processor_count();
 int thread_count();
 
-// Runs work(0) ... work(items - 1), each once, in any order, on up to `threads` threads, the caller's among them.
-void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work);
+// Runs work(0) ... work(items - 1), each once, in any order, on up to `threads` threads, the caller's among them. Waking
+// a helper takes longer than brief work: that wakes one only where calls follow each other closely, so that it stays.
+void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work, bool brief = false);
 
 // This thread's own scratch memory, 64-byte aligned, at least so many bytes; kept for the next call.
 float* scratch(size_t bytes);
