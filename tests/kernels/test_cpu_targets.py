@@ -1,7 +1,7 @@
 """The kernel's core built for other processors and by another compiler, and run: by this processor, or in an emulator.
 
-One text serves them all; here each gets its own vectors, registers and conversions. AMX is not among them: nothing that
-runs everywhere emulates it.
+One text serves them all; here each gets its own vectors, registers and conversions. The matrix unit (AMX), which no
+emulator at hand has, is done in software.
 """
 
 import os
@@ -21,7 +21,8 @@ from attention.kernels.cpu import build, toolchain
 
 pytestmark = pytest.mark.slow
 
-DRIVER = Path(__file__).parent / "cpu_core.cpp"
+HERE = Path(__file__).parent
+DRIVER = HERE / "cpu_core.cpp"
 ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2, "bool": 3}
 
 
@@ -43,6 +44,7 @@ TARGETS = {
     "avx2": Target("g++", ("-march=haswell",), AVX2),
     "avx512": Target("g++", ("-march=skylake-avx512", *WIDE), AVX512),
     "avx512_bf16": Target("g++", BF16, AVX512 | {"avx512_bf16"}),
+    "amx": Target("g++", (*BF16, "-include", str(HERE / "cpu_matrix_unit.hpp")), AVX512 | {"avx512_bf16"}),
     "neon": Target("aarch64-linux-gnu-g++", ("-static",), emulator=NEON),
     "clang-avx2": Target("clang++", ("-march=haswell",), AVX2),
     "clang-avx512_bf16": Target("clang++", BF16, AVX512 | {"avx512_bf16"}),
