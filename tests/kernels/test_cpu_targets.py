@@ -62,6 +62,7 @@ CASES = {
         (1, 2, 2, 40, 50, 32, 32),
         {"mask": np.random.default_rng(2).standard_normal((40, 1)).astype(np.float32)},
     ),
+    "panels": ((1, 64, 8, 256, 270, 16, 16), {"causal": True}),
     "one": ((1, 1, 1, 1, 1, 1, 1), {}),
 }
 
