@@ -1,6 +1,7 @@
 """The cache folder of compiled kernels: the user's alone, written atomically, trusted only while the hashes match.
 
 For each key there are the compiled code and `<key>.json`, its record: the code's SHA-256, and what checking it came to.
+What nobody has used for long is removed when something new is recorded.
 """
 
 import contextlib
@@ -8,13 +9,19 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from attention.errors import KernelUnavailable
+
+DAY_S: Final = 86400.0
+UNUSED_S: Final = 90 * DAY_S
+"""What was not used for so long is removed: kernels of another version, of another MLX, of a machine that is gone."""
 
 
 def folder() -> Path:
@@ -49,21 +56,40 @@ def ready_folder() -> Path:
 
 def read_record(key: str) -> dict[str, Any]:
     """What is known of a key; empty if nothing is."""
+    path = folder() / f"{key}.json"
     try:
-        record = json.loads((folder() / f"{key}.json").read_text())
+        record = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    mark_used(path)
     return record if isinstance(record, dict) else {}
 
 
 def write_record(key: str, record: dict[str, Any]) -> None:
     """Remembers what is known of a key."""
     _write(ready_folder() / f"{key}.json", json.dumps(record).encode())
+    _remove_unused()
 
 
 def forget(key: str) -> None:
     """Forgets what is known of a key, so that the next load compiles again."""
     (folder() / f"{key}.json").unlink(missing_ok=True)
+
+
+def mark_used(path: Path) -> None:
+    """Says that a file is still wanted: its time becomes now, to a day."""
+    with contextlib.suppress(OSError):
+        if time.time() - path.stat().st_mtime > DAY_S:
+            os.utime(path)
+
+
+def _remove_unused() -> None:
+    """Removes files unused for long, and what a killed process left behind."""
+    for path in folder().iterdir():
+        unfinished = path.name.startswith(".")
+        with contextlib.suppress(OSError):  # another process may be quicker
+            if time.time() - path.stat().st_mtime > (DAY_S if unfinished else UNUSED_S):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def digest(path: Path) -> str:
@@ -74,10 +100,12 @@ def digest(path: Path) -> str:
 
 def read_code(key: str) -> bytes | None:
     """The machine code of a key, if it is still what was recorded."""
+    path = folder() / f"{key}.cubin"
     try:
-        code = (folder() / f"{key}.cubin").read_bytes()
+        code = path.read_bytes()
     except OSError:
         return None
+    mark_used(path)
     return code if hashlib.sha256(code).hexdigest() == read_record(key).get("sha256") else None
 
 

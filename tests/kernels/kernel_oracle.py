@@ -74,6 +74,16 @@ def gradients(q, k, v, do, options: Options, rounded=lambda x: x):
     return dq, fold(dk), fold(dv)
 
 
+def gradient_sums(q, k, v, do, options: Options):
+    """What dq, dk and dv would be if all their addends were positive: what roundings are relative to."""
+    _, _, (p, slope, wide_k, wide_v) = attention(q, k, v, options)
+    dp = np.abs(do) @ np.abs(wide_v).swapaxes(-1, -2)
+    ds = p * (dp + (dp * p).sum(-1, keepdims=True)) * np.abs(slope) * abs(options.scale)
+    fold = lambda x: x.reshape(*k.shape[:2], -1, *x.shape[2:]).sum(2)  # noqa: E731
+    dk, dv = ds.swapaxes(-1, -2) @ np.abs(q), p.swapaxes(-1, -2) @ np.abs(do)
+    return ds @ np.abs(wide_k), fold(dk), fold(dv)
+
+
 def rounding(dtype: mx.Dtype):
     if dtype == mx.float32:  # float32 sums too, once everything is float32
         return lambda x: np.asarray(x, np.float32)

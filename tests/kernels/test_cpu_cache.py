@@ -1,5 +1,6 @@
 """Compiling, caching and refusing: what the user sees when there is no compiler, no folder, a foreign library."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,10 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from attention.device import probe
+from attention.implementations.poc import Poc
 from attention.kernels import cache, cpu
 from attention.kernels.cpu import build, library, selfcheck, toolchain
+from attention.masks import Mask
+from attention.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel")
 
@@ -91,6 +97,31 @@ def test_a_library_that_was_changed_is_not_loaded_but_built_anew(own_folder):
     assert cache.digest(path) != "" != good
 
 
+def test_what_nobody_used_for_long_is_removed_when_something_new_is_compiled(own_folder):
+    long_ago = time.time() - 100 * 86400
+    stale, leftover, foreign = own_folder / "0123.so", own_folder / ".building-x", own_folder / "fresh.cubin"
+    for path in (stale, leftover / "out.o", foreign):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"code")
+    for path in (stale, leftover, *own_folder.glob("*.o")):
+        os.utime(path, (long_ago, long_ago))
+    cpu.load()
+    assert not stale.exists()
+    assert not leftover.exists()
+    assert foreign.exists()
+    assert len(list(own_folder.glob("*.o"))) == len(build.KERNEL) + len(build.BINDING) + 1  # used by the link
+
+
+def test_a_library_in_use_stays_however_old_it_is(own_folder):
+    cpu.load()
+    for path in own_folder.iterdir():
+        os.utime(path, (0, 0))
+    library._loaded = cpu._module = None
+    cpu.load(pytest.fail)
+    cache.write_record("another", {})
+    assert {path.suffix for path in own_folder.iterdir() if path.stem != "another"} == {".so", ".json"}
+
+
 def test_two_processes_that_compile_at_once_both_end_with_a_kernel(own_folder):
     code = "from attention.kernels import cpu; cpu.load(); print('ready')"
     both = [python(code, FATUI_CACHE_DIR=str(own_folder.parent)) for _ in range(2)]
@@ -127,6 +158,31 @@ def test_a_folder_that_cannot_be_made_is_named(fresh, monkeypatch, tmp_path):
     assert str(tmp_path) in reason
 
 
+def test_a_folder_on_a_read_only_disk_is_named(fresh, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (tmp_path / "kernels").mkdir(mode=0o755)
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(Path, "chmod", refuse)
+    assert cpu.availability() == (False, f"the cache folder {tmp_path}/kernels cannot be used: Read-only file system")
+
+
+def test_a_folder_of_another_user_is_refused(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)  # noqa: PTH116
+    assert cpu.availability() == (False, f"the cache folder {tmp_path}/kernels belongs to another user")
+
+
+def test_what_cannot_be_had_is_said_in_the_route_and_mlx_attends(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    route = Poc().route(Workload(dtype="float32"), probe())
+    assert (route.path, route.fallback) == ("falls back: MLX SDPA", True)
+    assert route.reason.startswith("no CPU kernel: no C++ compiler found (no-such-compiler)")
+    q = mx.ones((1, 2, 4, 8))
+    assert mx.allclose(Poc()(q, q, q, scale=1.0, mask=Mask()), q)
+
+
 def test_a_different_abi_is_refused_with_both_numbers(own_folder, monkeypatch):
     monkeypatch.setattr(toolchain, "_abi_tag", lambda module: "nanobind_system_v7")
     with pytest.raises(cpu.KernelUnavailable, match=r"ABI is v\d+, MLX was built with nanobind_system_v7"):
@@ -143,8 +199,9 @@ def test_a_failed_compilation_is_remembered_with_the_compilers_words(own_folder,
 
 
 def test_a_kernel_that_disagrees_with_the_reference_is_not_used(own_folder, monkeypatch):
-    monkeypatch.setattr(selfcheck, "_disagreement", lambda module, dtype: float("nan"))
-    with pytest.raises(cpu.KernelUnavailable, match="disagrees"):
+    plain = selfcheck._plain
+    monkeypatch.setattr(selfcheck, "_plain", lambda q, k, v, scale: plain(q, k, v, 1.01 * scale))
+    with pytest.raises(cpu.KernelUnavailable, match=r"disagrees with the reference by 0\.0"):
         cpu.load()
     assert "disagrees" in cpu.availability()[1]
 

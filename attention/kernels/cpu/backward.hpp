@@ -1,57 +1,32 @@
-// What the backward pass keeps: scratch for its tiles, and the few numbers a row needs.
+// What the backward passes share: the plan, the few numbers a row needs, writing gradients.
 #pragma once
 #include <vector>
 
 #include "forward.hpp"
-#include "product.hpp"
 
 namespace fatui {
 
-constexpr int64_t key_block = 4 * key_tile;   // keys whose gradients stay close while the queries go by
-constexpr int64_t thread_budget = 3 << 20;  // bytes of scratch a thread, whatever the lengths
+// Bfloat16 with the processor's own dot products, where it has them.
+void backward_bfloat16(const BackwardCall& call);
+int64_t backward_bfloat16_workspace(const Problem& p);
+
+constexpr int64_t step_keys = 64;             // keys of a tile, here
+constexpr int64_t key_block = 4 * step_keys;  // keys whose gradients stay close while the queries go by
+constexpr int64_t thread_budget = 3 << 20;    // bytes of scratch a thread, whatever the lengths
 
 inline int64_t padded(int64_t dim) { return round_up(dim, lanes); }
 
-// Scratch of one thread. A slot holds one tile of queries, packed.
-struct BackwardRoom {
-  struct Slot {
-    float *query_turned, *gradient_turned, *query, *gradient;
-    float *logsumexp, *delta;  // of each row; the logsumexp in base 2
-  };
-
-  int64_t d, dv, slots;
-  float *scores, *score_gradients, *slopes, *key, *value, *key_sums, *value_sums, *query_sums, *copies, *turned;
-  std::vector<int64_t> holds;
-
-  static int64_t fixed(const Problem& p) {
-    return query_tile * 3 * key_tile + (2 * key_block + query_tile) * (padded(p.head_dim) + padded(p.value_dim));
-  }
-  static int64_t a_slot(const Problem& p) { return query_tile * (padded(p.head_dim) + padded(p.value_dim) + 2); }
-  static size_t floats(const Problem& p, int64_t slots, int64_t sums) {
-    return size_t(fixed(p) + slots * a_slot(p) + sums * query_tile * padded(p.head_dim));
-  }
-
-  BackwardRoom(const Problem& p, int64_t slot_count, int64_t sums) : slots(slot_count), holds(slot_count, -1) {
-    d = padded(p.head_dim), dv = padded(p.value_dim);
-    scores = scratch(floats(p, slots, sums) * sizeof(float));
-    score_gradients = scores + query_tile * key_tile;
-    slopes = score_gradients + query_tile * key_tile;
-    key = slopes + query_tile * key_tile;
-    value = key + key_block * d;
-    key_sums = value + key_block * dv;
-    value_sums = key_sums + key_block * d;
-    copies = value_sums + key_block * dv;
-    turned = copies + query_tile * (d + dv);
-    query_sums = turned + slots * a_slot(p);
-  }
-  Slot slot(int64_t i) const {
-    float* t = turned + i * query_tile * (d + dv + 2);
-    float* rows = t + query_tile * (d + dv);
-    return {t, t + query_tile * d, copies, copies + query_tile * d, rows, rows + query_tile};
-  }
+// A tile of queries, one of keys of the block that is open, and where their gradients are summed.
+struct TileStep {
+  const Item& item;
+  const Bounds& bounds;
+  int64_t key, row, keys;  // the first key; its row in the block; how many
+  float *query_sums, *key_sums, *value_sums;  // dQ' [d][query], dK [key][d], dV [key][dv]; null: not wanted
 };
 
-// Whether one item can be a whole K/V head, and how many packed tiles of queries it can keep.
+// Whether one item can be a whole K/V head, and how many packed tiles of queries it can keep. Tiles are what reads and
+// multiplies: `fixed` floats of scratch, and `a_slot` for each packed tile of queries.
+template <class Tiles>
 struct BackwardPlan {
   int64_t items, query_tiles, slots;
   bool fits;
@@ -59,14 +34,22 @@ struct BackwardPlan {
   explicit BackwardPlan(const Problem& p) {
     items = p.batch * p.kv_heads;
     query_tiles = p.heads / p.kv_heads * ceil_div(p.queries, query_tile);
-    const int64_t left = thread_budget / int64_t(sizeof(float)) - BackwardRoom::fixed(p) -
-                         query_tiles * query_tile * padded(p.head_dim);
-    const int64_t room_for = left / BackwardRoom::a_slot(p);
+    const int64_t left = thread_budget / int64_t(sizeof(float)) - floats(p, 0, query_tiles);
+    const int64_t room_for = left / Tiles::a_slot(p);
     fits = room_for >= 1;
     slots = std::max<int64_t>(1, std::min(room_for, query_tiles));
   }
   // With few items a thread, the last ones would leave the others idle.
   bool fused(int threads) const { return fits && (items % threads == 0 || items >= 3 * threads); }
+
+  static int64_t floats(const Problem& p, int64_t slots, int64_t query_tiles) {
+    return key_block * (padded(p.head_dim) + padded(p.value_dim)) + query_tiles * query_tile * padded(p.head_dim) +
+           Tiles::fixed(p) + slots * Tiles::a_slot(p);
+  }
+  int64_t workspace(const Problem& p, int threads) const {
+    const bool whole = fused(threads);
+    return threads * floats(p, whole ? slots : 1, whole ? query_tiles : 1) * int64_t(sizeof(float));
+  }
 };
 
 // For each row of a tile: the logsumexp in base 2 (a row that attends to nothing gets a huge one: its P is 0), and

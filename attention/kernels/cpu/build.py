@@ -16,7 +16,7 @@ from attention.kernels.cpu.toolchain import Toolchain
 
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
-KERNEL = ("forward", "forward_bfloat16", "backward", "pool", "measure")
+KERNEL = ("forward", "forward_bfloat16", "backward", "backward_bfloat16", "scores", "pool", "measure")
 BINDING = ("primitive", "operation", "module")
 
 _KERNEL_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-psabi")
@@ -27,6 +27,11 @@ _SHARED_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden")
 def extra_flags() -> tuple[str, ...]:
     """`$FATUI_KERNEL_CXXFLAGS`: added to every compilation and to the link (the sanitizers' build uses it)."""
     return tuple(shlex.split(os.environ.get("FATUI_KERNEL_CXXFLAGS", "")))
+
+
+def kernel_flags() -> tuple[str, ...]:
+    """How the kernel's own texts are compiled, whatever the processor."""
+    return _KERNEL_FLAGS
 
 
 def _machine_flags() -> tuple[str, ...]:
@@ -116,6 +121,7 @@ def _compile(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
             fresh = Path(room) / "out.o"
             run((*command, "-c", str(text), "-o", str(fresh)))
             fresh.replace(finished)
+    cache.mark_used(finished)
     return finished
 
 

@@ -7,19 +7,29 @@
 
 namespace fatui {
 
-// Bfloat16 with the processor's own dot products (AMX, or AVX-512 BF16); false where it has none.
-bool forward_bfloat16(const ForwardCall& call);
+// Bfloat16 with the processor's own dot products (AMX, or AVX-512 BF16), where it has them.
+#if defined(__AVX512BF16__)
+constexpr bool bfloat16_pairs = true;
+#else
+constexpr bool bfloat16_pairs = false;
+#endif
+void forward_bfloat16(const ForwardCall& call);
 int64_t bfloat16_workspace(const Problem& p);
 
-// A call too small to be worth waking a thread stays on its own.
-inline int threads_for(const Problem& p) {
-  const double work = double(p.batch * p.heads * p.queries) * double(p.keys) * double(p.head_dim + p.value_dim);
-  return work < 2e5 ? 1 : thread_count();
+// Roughly how long a call takes on one thread: by its products, or by K and V that must be read.
+inline double microseconds_alone(const Problem& p) {
+  const double width = double(p.head_dim + p.value_dim), pairs = double(p.batch * p.heads * p.queries) * double(p.keys);
+  const double bytes = double(p.batch * p.kv_heads * p.keys) * width * (p.query.element == Element::float32 ? 4 : 2);
+  return std::max(2 * pairs * width / 2e5, bytes / 4e4);
 }
+
+// A call too small to be shared stays on its own thread.
+inline int threads_for(const Problem& p) { return microseconds_alone(p) < 2 ? 1 : thread_count(); }
+inline bool brief(const Problem& p) { return microseconds_alone(p) < 60; }
 
 // O = O' / sum, turned back to rows; logsumexp = (maximum + log2 sum) * ln 2. Nothing to attend to: 0 and -inf.
 template <class T>
-void write_rows(const ForwardCall& call, const Item& item, const float* turned, const Softmax& state) {
+void write_rows(const ForwardCall& call, const Item& item, const float* turned, int64_t line, const Softmax& state) {
   const Problem& p = call.problem;
   const int64_t dv = p.value_dim, first = (item.batch * p.heads + item.head) * p.queries + item.query;
   const auto place = [&](int64_t row) { return first + row / item.queries * p.queries + row % item.queries; };
@@ -30,10 +40,10 @@ void write_rows(const ForwardCall& call, const Item& item, const float* turned, 
     for (int64_t d = 0; d < dv; d += lanes) {
       Vector x[lanes];
       if (d + lanes <= dv)
-        FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] = load(turned + (d + c) * query_tile + row) * inverse;
+        FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] = load(turned + (d + c) * line + row) * inverse;
       else
         for (int c = 0; c < lanes; c++)
-          x[c] = d + c < dv ? load(turned + (d + c) * query_tile + row) * inverse : Vector{};
+          x[c] = d + c < dv ? load(turned + (d + c) * line + row) * inverse : Vector{};
       transpose(x);
       for (int64_t r = 0; r < some; r++)
         narrow_some(static_cast<T*>(call.output) + place(row + r) * dv + d, x[r], dv - d);
@@ -43,60 +53,68 @@ void write_rows(const ForwardCall& call, const Item& item, const float* turned, 
   }
 }
 
-// Spans of keys, each with its own maximum and sum, joined in the order of the keys.
+// Spans of keys, each with its own maximum and sum, joined in the order of the keys. The lines of one span: O', one
+// for each dim, then the maxima, then the sums.
 class Partials {
  public:
-  Partials(const Problem& p, const Schedule& s) : dv_(p.value_dim), spans_(s.spans) {
+  Partials(const Problem& p, const Schedule& s) : dv_(p.value_dim), spans_(s.spans), width_(width(p, s)) {
     if (spans_ > 1) data_.resize(size_t(bytes(p, s) / sizeof(float)));
   }
 
-  static int64_t width(const Problem& p, const Schedule& s) {
-    return round_up(std::min(s.rows_per_tile, s.heads_per_tile * std::min(p.queries, s.rows_per_tile)), lanes);
-  }
   static int64_t bytes(const Problem& p, const Schedule& s) {
-    return s.spans == 1 ? 0 : s.items() * (p.value_dim + 2) * query_tile * int64_t(sizeof(float));
+    return s.spans == 1 ? 0 : s.items() * (p.value_dim + 2) * width(p, s) * int64_t(sizeof(float));
   }
+  bool wanted() const { return spans_ > 1; }
 
   void keep(const Item& item, const float* turned, const Softmax& state) {
     float* to = at(item.tile, item.span);
-    std::copy_n(turned, dv_ * query_tile, to);
-    std::copy_n(state.maximum, query_tile, to + dv_ * query_tile);
-    std::copy_n(state.sum, query_tile, to + (dv_ + 1) * query_tile);
+    for (int64_t d = 0; d < dv_; d++) std::copy_n(turned + d * query_tile, width_, to + d * width_);
+    std::copy_n(state.maximum, width_, to + dv_ * width_);
+    std::copy_n(state.sum, width_, to + (dv_ + 1) * width_);
   }
 
   template <class T>
   void combine(const ForwardCall& call, const Schedule& s) {
-    parallel_for(s.tiles, thread_count(), [&](int64_t tile) {
+    const auto join_tile = [&](int64_t tile) {
       const Item item = s.item(call.problem, tile * s.spans);
       Softmax state;
-      join(tile, round_up(item.rows(), lanes), state);
-      write_rows<T>(call, item, at(tile, 0), state);
-    });
+      for (int64_t i = 0; i < width_; i += lanes) join(tile, i, state);
+      write_rows<T>(call, item, at(tile, 0), width_, state);
+    };
+    parallel_for(s.tiles, thread_count(), join_tile, true);
   }
 
  private:
-  float* at(int64_t tile, int64_t span) { return data_.data() + (tile * spans_ + span) * (dv_ + 2) * query_tile; }
+  static int64_t width(const Problem& p, const Schedule& s) {
+    return round_up(s.heads_per_tile * std::min(p.queries, query_tile), lanes);
+  }
+  float* at(int64_t tile, int64_t span) { return data_.data() + (tile * spans_ + span) * (dv_ + 2) * width_; }
 
-  void join(int64_t tile, int64_t width, Softmax& state) {
-    for (int64_t i = 0; i < width; i += lanes) {
-      Vector top = broadcast(-largest), sum = Vector{};
-      for (int64_t span = 0; span < spans_; span++) top = larger(load(at(tile, span) + dv_ * query_tile + i), top);
-      for (int64_t span = 0; span < spans_; span++) {
-        const float* from = at(tile, span) + i;
-        const Vector weight = exp2(load(from + dv_ * query_tile) - top);
-        sum += load(from + (dv_ + 1) * query_tile) * weight;
-        for (int64_t d = 0; d < dv_; d++) {
-          float* total = at(tile, 0) + d * query_tile + i;
-          store(total, load(from + d * query_tile) * weight + (span == 0 ? Vector{} : load(total)));
-        }
+  void join(int64_t tile, int64_t i, Softmax& state) {
+    Vector top = broadcast(-largest), sum = Vector{};
+    for (int64_t span = 0; span < spans_; span++) top = larger(load(at(tile, span) + dv_ * width_ + i), top);
+    for (int64_t span = 0; span < spans_; span++) {
+      const float* from = at(tile, span) + i;
+      const Vector weight = exp2(load(from + dv_ * width_) - top);
+      sum += load(from + (dv_ + 1) * width_) * weight;
+      for (int64_t d = 0; d < dv_; d++) {
+        float* total = at(tile, 0) + d * width_ + i;
+        store(total, load(from + d * width_) * weight + (span == 0 ? Vector{} : load(total)));
       }
-      store(state.maximum + i, top);
-      store(state.sum + i, sum);
     }
+    store(state.maximum + i, top);
+    store(state.sum + i, sum);
   }
 
-  int64_t dv_, spans_;
+  int64_t dv_, spans_, width_;
   std::vector<float> data_;
 };
+
+// What becomes of a finished item: a span of keys waits for the others, all keys are written.
+template <class T>
+void finish(const ForwardCall& call, const Item& item, const float* turned, const Softmax& state, Partials& partials) {
+  if (partials.wanted()) partials.keep(item, turned, state);
+  else write_rows<T>(call, item, turned, query_tile, state);
+}
 
 }  // namespace fatui

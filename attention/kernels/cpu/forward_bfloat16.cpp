@@ -6,27 +6,17 @@
 //     softmax_pairs     PP, maximum, sum
 //     O' += VT PP       corrected before, in the few steps where a maximum has outgrown its reference
 #include "forward.hpp"
-#include "matrix_tiles.hpp"
-#include "pairs.hpp"
-#include "product.hpp"
+#include "pair_product.hpp"
 
 namespace fatui {
 
 #if !defined(__AVX512BF16__)
 
-bool forward_bfloat16(const ForwardCall&) { return false; }
+void forward_bfloat16(const ForwardCall&) {}
 int64_t bfloat16_workspace(const Problem&) { return 0; }
 
 #else
 namespace {
-
-bool use_tiles() {
-#if defined(FATUI_MATRIX_TILES)
-  return matrix_tiles_granted();
-#else
-  return false;
-#endif
-}
 
 // Turning the values is worth sharing among more rows than float32 would take.
 constexpr int64_t items_wanted = 8;
@@ -54,16 +44,6 @@ struct PairRoom {
   float* output(int64_t panel) const { return query(panel) + query_tile * d / 2; }
 };
 
-void product(const Operands& o, int64_t rows, int64_t columns, bool add) {
-#if defined(FATUI_MATRIX_TILES)
-  if (matrix_tiles_granted())
-    return multiply_tiles({o.a, o.a_stride, o.b, o.b_stride, o.depth, o.c, o.c_stride}, round_up(rows, 16), columns,
-                          add);
-#endif
-  if (add) multiply<Layout::depth_contiguous, Update::add, Numbers::pairs>(o, rows, columns);
-  else multiply<Layout::depth_contiguous, Update::overwrite, Numbers::pairs>(o, rows, columns);
-}
-
 struct PairPanel {
   Item item;
   Bounds bounds;
@@ -77,8 +57,8 @@ struct PairPanel {
     state.reset();
     query = room.query(index), output = room.output(index);
     width = round_up(item.rows(), lanes);
-    begin = std::max(item.key_begin, bounds.any_first / pair_keys * pair_keys);
-    end = std::min(item.key_end, bounds.any_last + 1);
+    begin = std::max(item.key_begin, bounds.whole.any_first / pair_keys * pair_keys);
+    end = std::min(item.key_end, bounds.whole.any_last + 1);
     std::fill_n(output, room.dv * query_tile, 0.0f);
     if (begin < end)
       turn_pairs(rows_of<bfloat16_t>(p.query, item), p.head_dim, room.d, width, query, room.keys);
@@ -104,16 +84,17 @@ struct PairPanel {
     if (key < begin || key >= end) return;
     const int64_t keys = std::min(pair_keys, end - key), padded_keys = round_up(keys, 32);
     product({k.data, k.stride, query, query_tile, room.d / 2, room.scores, query_tile, nullptr}, keys, width, false);
-    const float factor = finish_scores(room.scores, p, item, bounds, key, keys, width);
+    const float factor = finish_scores({room.scores, key, keys, 0, width, bounds.whole}, p, item, bounds);
     if (softmax(keys, padded_keys, factor, room)) correct(p.value_dim);
     product({room.values, pair_keys / 2, room.pairs, query_tile, padded_keys / 2, output, query_tile, nullptr},
             p.value_dim, width, true);
   }
 };
 
-void attend(const ForwardCall& call, const Item& item, Partials* partials) {
+void attend(const ForwardCall& call, const Item& item, Partials& partials) {
   const Problem& p = call.problem;
   const PairRoom room(p);
+  const MatrixUnit unit;
   const int64_t panels = item.heads > 1 ? 1 : ceil_div(item.queries, query_tile);
   PairPanel panel[most_panels];
   int64_t begin = p.keys, end = 0;
@@ -124,34 +105,22 @@ void attend(const ForwardCall& call, const Item& item, Partials* partials) {
   for (int64_t key = begin; key < end; key += pair_keys) {
     const int64_t keys = std::min(pair_keys, end - key);
     const Floats k = key_pairs(p.key, item.batch, item.kv_head, key, keys, p.head_dim, room.d, room.keys);
-    turn_values(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), room.values);
+    turn_rows(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), room.values,
+              pair_keys / 2);
     for (int64_t i = 0; i < panels; i++) panel[i].step(p, k, key, room);
   }
   for (int64_t i = 0; i < panels; i++)
-    if (partials == nullptr) write_rows<bfloat16_t>(call, panel[i].item, panel[i].output, panel[i].state);
-    else partials->keep(item, panel[i].output, panel[i].state);
-}
-
-void attend_with_unit(const ForwardCall& call, const Item& item, Partials* partials) {
-#if defined(FATUI_MATRIX_TILES)
-  if (use_tiles()) {
-    const MatrixTiles tiles;
-    return attend(call, item, partials);
-  }
-#endif
-  attend(call, item, partials);
+    finish<bfloat16_t>(call, panel[i].item, panel[i].output, panel[i].state, partials);
 }
 }  // namespace
 
-bool forward_bfloat16(const ForwardCall& call) {
+void forward_bfloat16(const ForwardCall& call) {
   const Problem& p = call.problem;
   const Schedule schedule(p, items_wanted);
   Partials partials(p, schedule);
-  Partials* kept = schedule.spans > 1 ? &partials : nullptr;
   parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend_with_unit(call, schedule.item(p, index), kept); });
-  if (kept != nullptr) partials.combine<bfloat16_t>(call, schedule);
-  return true;
+               [&](int64_t index) { attend(call, schedule.item(p, index), partials); }, brief(p));
+  if (partials.wanted()) partials.combine<bfloat16_t>(call, schedule);
 }
 
 int64_t bfloat16_workspace(const Problem& p) {

@@ -62,6 +62,7 @@ def _trusted(record: dict[str, object]) -> Path | None:
     if "library" not in record:
         return None
     path = cache.folder() / str(record["library"])
+    cache.mark_used(path)
     try:
         return path if cache.digest(path) == record.get("sha256") else None
     except OSError:

@@ -28,17 +28,20 @@ inline bool matrix_tiles_granted() {
 }
 
 // The tile registers of this thread, for as long as this lives: 16 rows of 64 bytes each.
-class MatrixTiles {
+class MatrixUnit {
  public:
-  MatrixTiles() {
+  MatrixUnit() {
+    if (!matrix_tiles_granted()) return;
     alignas(64) uint8_t shape[64] = {};
     shape[0] = 1;
     for (int i = 0; i < 8; i++) shape[16 + 2 * i] = 64, shape[48 + i] = 16;
     _tile_loadconfig(shape);
   }
-  ~MatrixTiles() { _tile_release(); }
-  MatrixTiles(const MatrixTiles&) = delete;
-  MatrixTiles& operator=(const MatrixTiles&) = delete;
+  ~MatrixUnit() {
+    if (matrix_tiles_granted()) _tile_release();
+  }
+  MatrixUnit(const MatrixUnit&) = delete;
+  MatrixUnit& operator=(const MatrixUnit&) = delete;
 };
 
 // Rows and columns are multiples of 16, depth (in pairs) too; strides in 32-bit words.

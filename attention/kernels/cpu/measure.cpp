@@ -1,6 +1,9 @@
 #include "measure.hpp"
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <thread>
 #include <vector>
 
 #include "pool.hpp"
@@ -13,19 +16,29 @@ double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Twelve independent chains: enough to fill two units whose latency is four to six cycles.
+// Where threads wait for each other. Each takes one item of work only if no item ends before all have begun.
+class Meeting {
+ public:
+  explicit Meeting(int threads) : missing_(threads) {}
+  void arrive() { missing_.fetch_sub(1); }
+  bool complete() const { return missing_.load() <= 0; }
+  void wait() const { while (!complete()) std::this_thread::yield(); }
+
+ private:
+  std::atomic<int> missing_;
+};
+
+// Independent chains: enough to fill the units, two to four of them with a latency of four cycles.
+constexpr int chains = registers == 32 ? 16 : 12;
+
 float multiply_adds(int64_t steps) {
-  Vector x[12];
-  FATUI_UNROLL for (int i = 0; i < 12; i++) x[i] = broadcast(0.1f * float(i));
-  Vector a = broadcast(0.999f), b = broadcast(0.001f);
-  for (int64_t n = 0; n < steps; n++) {
-    FATUI_UNROLL for (int i = 0; i < 12; i++) x[i] = x[i] * a + b;
-#if defined(__x86_64__)
-    asm volatile("" : "+x"(a));
-#endif
-  }
+  static volatile float factor = 0.999f;  // read at run time, or the compiler would do a chain of ones by itself
+  const Vector a = broadcast(factor), b = 1.0f - a;
+  Vector x[chains];
+  FATUI_UNROLL for (int i = 0; i < chains; i++) x[i] = broadcast(factor * float(i));
+  for (int64_t n = 0; n < steps; n++) FATUI_UNROLL for (int i = 0; i < chains; i++) x[i] = x[i] * a + b;
   Vector total{};
-  FATUI_UNROLL for (int i = 0; i < 12; i++) total += x[i];
+  FATUI_UNROLL for (int i = 0; i < chains; i++) total += x[i];
   return sum_of(total);
 }
 
@@ -38,24 +51,44 @@ Vector read_all(const float* data, int64_t count) {
 }
 }  // namespace
 
+// Each thread's best of several short runs, while all the others work too; so another program that takes a processor
+// away for a moment does not count.
 double fma_peak() {
-  const int threads = thread_count();
-  const int64_t steps = 400000;
-  std::vector<float> sink(threads * 16);
-  const double start = seconds();
-  parallel_for(threads, threads, [&](int64_t i) { sink[i * 16] = multiply_adds(steps); });
-  return 2.0 * 12 * lanes * double(steps) * threads / (seconds() - start);
+  constexpr int runs = 8;
+  constexpr int64_t steps = 400000;
+  const int threads = std::min(thread_count(), processor_count());  // no processor counts twice
+  std::vector<double> fastest(threads, 1e9);
+  std::vector<float> sink(threads);
+  Meeting begun(threads), measured(threads);
+  parallel_for(threads, threads, [&](int64_t i) {
+    begun.arrive(), begun.wait();
+    for (int run = 0; run < runs; run++) {
+      const double start = seconds();
+      sink[i] += multiply_adds(steps);
+      fastest[i] = std::min(fastest[i], seconds() - start);
+    }
+    for (measured.arrive(); !measured.complete();) sink[i] += multiply_adds(steps / 16);
+  });
+  double sum = 0;
+  for (const double time : fastest) sum += 2.0 * chains * lanes * double(steps) / time;
+  return sum;
 }
 
-double read_bandwidth(int64_t bytes) {
-  const int threads = thread_count();
-  const int64_t pieces = threads * 8, count = bytes / 4 / pieces;
-  static std::vector<float> data;
-  if (int64_t(data.size()) < count * pieces) data.assign(count * pieces, 1.0f);
-  std::vector<float> sink(pieces);
+double read_bandwidth(Memory a, Memory b) {
+  constexpr int64_t piece = 64 << 10;  // floats
+  struct Piece {
+    const float* data;
+    int64_t count;
+  };
+  std::vector<Piece> pieces;
+  for (const Memory& m : {a, b})
+    for (int64_t i = 0, count = m.bytes / 4; i < count; i += piece)
+      pieces.push_back({static_cast<const float*>(m.data) + i, std::min(piece, count - i)});
+  std::vector<float> sink(pieces.size());
   const double start = seconds();
-  parallel_for(pieces, threads, [&](int64_t i) { sink[i] = sum_of(read_all(data.data() + i * count, count)); });
-  return double(count * pieces * 4) / (seconds() - start);
+  parallel_for(int64_t(pieces.size()), thread_count(),
+               [&](int64_t i) { sink[i] = sum_of(read_all(pieces[i].data, pieces[i].count)); });
+  return double(a.bytes + b.bytes) / (seconds() - start);
 }
 
 }  // namespace fatui

@@ -4,7 +4,12 @@
 
 namespace fatui {
 
-double fma_peak();                       // FLOP/s, float32 multiply-adds in registers, all threads
-double read_bandwidth(int64_t bytes);    // bytes/s, a plain read loop, all threads
+struct Memory {
+  const void* data;
+  int64_t bytes;
+};
+
+double fma_peak();                            // FLOP/s, float32 multiply-adds in registers, all threads at once
+double read_bandwidth(Memory a, Memory b);    // bytes/s of a plain loop that reads both, all threads
 
 }  // namespace fatui

@@ -28,6 +28,13 @@ std::pair<mx::array, mx::array> with_logsumexp(const mx::array& q, const mx::arr
   return {out[0], out[1]};
 }
 
+double read_bandwidth(const mx::array& a, const mx::array& b) {
+  const auto memory = [](const mx::array& x) {
+    return fatui::Memory{x.data<char>(), int64_t(x.data_size() * x.itemsize())};
+  };
+  return fatui::read_bandwidth(memory(a), memory(b));
+}
+
 int64_t workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t head_dim,
                   int64_t value_dim, int element, bool training) {
   fatui::Problem p;
@@ -45,5 +52,5 @@ NB_MODULE(fatui_cpu_kernel, m) {
         nb::arg(), nb::arg(), nb::arg().none());
   m.def("workspace_bytes", &workspace, "Bytes above inputs and outputs, for shapes alone.");
   m.def("fma_peak", &fatui::fma_peak, "FLOP/s of multiply-adds in registers, float32, on all threads.");
-  m.def("read_bandwidth", &fatui::read_bandwidth, "Bytes/s of a plain read loop over so many bytes, all threads.");
+  m.def("read_bandwidth", &read_bandwidth, "Bytes/s of a plain loop that reads two evaluated arrays, all threads.");
 }

@@ -10,6 +10,11 @@ namespace fatui {
 
 constexpr int64_t pair_keys = 128;  // keys of a tile: long enough to hide loading and storing the output
 
+// Whether rows can be read as they lie, as whole vectors of words.
+inline bool whole_words(const Tensor& t, int64_t columns) {
+  return t.stride[3] == 1 && t.stride[2] % 2 == 0 && columns % (2 * lanes) == 0;
+}
+
 FATUI_INLINE const float* words(const bfloat16_t* p) { return reinterpret_cast<const float*>(p); }
 
 // A row as it is, or with zeros behind it, `padded` (even) elements long.
@@ -37,7 +42,7 @@ inline Floats key_pairs(const Tensor& t, int64_t batch, int64_t head, int64_t ke
                         int64_t padded, bfloat16_t* room) {
   const bfloat16_t* data =
       static_cast<const bfloat16_t*>(t.data) + batch * t.stride[0] + head * t.stride[1] + key * t.stride[2];
-  if (t.stride[3] == 1 && columns == padded && t.stride[2] % 2 == 0 && keys % 16 == 0)
+  if (whole_words(t, columns) && columns == padded && keys % 16 == 0)
     return {words(data), t.stride[2] / 2};
   const int64_t whole = round_up(keys, 16);
   for (int64_t j = 0; j < keys; j++) copy_row(data + j * t.stride[2], t.stride[3], columns, room + j * padded, padded);
@@ -56,9 +61,9 @@ FATUI_INLINE Vector bits_of(const bfloat16_t* p, int64_t stride, int64_t count) 
   return as<Vector>(__builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(whole), Words));
 }
 
-// Values turned: VT[d][key / 2], rows pair_keys / 2 words long; zeros for missing keys and dims.
-inline void turn_values(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t dims,
-                        int64_t padded_keys, float* out) {
+// Keys or values turned: VT[d][key / 2], lines of so many words; zeros for missing keys and dims.
+inline void turn_rows(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t dims,
+                        int64_t padded_keys, float* out, int64_t line) {
   const bfloat16_t* data =
       static_cast<const bfloat16_t*>(t.data) + batch * t.stride[0] + head * t.stride[1] + key * t.stride[2];
   const auto row = [&](int64_t j, int64_t d) __attribute__((always_inline)) {
@@ -69,8 +74,17 @@ inline void turn_values(const Tensor& t, int64_t batch, int64_t head, int64_t ke
       Vector x[lanes];
       FATUI_UNROLL for (int i = 0; i < lanes; i++) x[i] = interleaved(row(j + 2 * i, d), row(j + 2 * i + 1, d));
       transpose(x);
-      FATUI_UNROLL for (int i = 0; i < lanes; i++) store(out + (d + i) * (pair_keys / 2) + j / 2, x[i]);
+      FATUI_UNROLL for (int i = 0; i < lanes; i++) store(out + (d + i) * line + j / 2, x[i]);
     }
+}
+
+// Rows two by two: out[row / 2][column], lines of so many words; zeros for a missing row and for missing columns.
+inline void pair_rows(const Rows<bfloat16_t>& rows, int64_t columns, float* out, int64_t line) {
+  const auto row = [&](int64_t r, int64_t c) __attribute__((always_inline)) {
+    return r < rows.count ? bits_of(rows.row[r] + c * rows.stride, rows.stride, columns - c) : Vector{};
+  };
+  for (int64_t r = 0; r < query_tile; r += 2)
+    for (int64_t c = 0; c < columns; c += lanes) store(out + r / 2 * line + c, interleaved(row(r, c), row(r + 1, c)));
 }
 
 // 2^x to 1e-4, a tenth of what rounding to bfloat16 takes away: a polynomial of x less its floor (minimax on [0, 1),
@@ -81,6 +95,11 @@ FATUI_INLINE Vector exp2_short(Vector x) {
   p = p * f + 6.951166391e-01f;
   p = p * f + 1.0f;
   return (Vector)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+
+FATUI_INLINE void narrow_short(bfloat16_t* p, Vector x) {  // as `narrow`, but numbers below 2^-126 become 0
+  const __m256bh bits = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(p, &bits, sizeof bits);
 }
 
 FATUI_INLINE Vector rounded_pair(Vector even, Vector odd) {

@@ -39,29 +39,32 @@ class Pool {
 
   int size = 0;
 
-  void run(int64_t items, int helpers, const std::function<void(int64_t)>& work) {
+  void run(int64_t items, int helpers, const std::function<void(int64_t)>& work, bool brief) {
     std::lock_guard<std::mutex> one_call_at_a_time(calls_);
     work_ = &work;
     items_ = items;
     allowed_ = helpers;
     next_.store(0, std::memory_order_relaxed);
-    open(helpers);
+    open(helpers, !brief || Clock::now() - ended_ < closely);
     take_items();
     state_.fetch_and(~open_bit, std::memory_order_acq_rel);
     while ((state_.load(std::memory_order_acquire) & inside_mask) != 0) pause();
+    ended_ = Clock::now();
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto closely = std::chrono::microseconds(15);
   static constexpr uint64_t open_bit = uint64_t(1) << 31, inside_mask = open_bit - 1, one_generation = open_bit << 1;
 
-  void open(int helpers) {
+  void open(int helpers, bool wake) {
     {
       std::lock_guard<std::mutex> hold(mutex_);
       state_.store(((state_.load(std::memory_order_relaxed) & ~inside_mask) + one_generation) | open_bit,
                    std::memory_order_release);
     }
-    if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
+    if (!wake || sleepers_.load(std::memory_order_seq_cst) == 0) return;
     if (helpers < size) for (int i = 0; i < helpers; i++) wake_.notify_one();
     else wake_.notify_all();
   }
@@ -84,8 +87,8 @@ class Pool {
   // Spins for a few microseconds, so that queued calls find the helper awake, and then sleeps.
   uint64_t await_change(uint64_t seen) {
     const auto generation = [this] { return state_.load(std::memory_order_acquire) / one_generation; };
-    const auto sleep_at = std::chrono::steady_clock::now() + std::chrono::microseconds(30);
-    while (std::chrono::steady_clock::now() < sleep_at)
+    const auto sleep_at = Clock::now() + std::chrono::microseconds(30);
+    while (Clock::now() < sleep_at)
       for (int i = 0; i < 16; i++, pause())
         if (generation() != seen) return generation();
     std::unique_lock<std::mutex> hold(mutex_);
@@ -113,6 +116,7 @@ class Pool {
   const std::function<void(int64_t)>* work_ = nullptr;
   int64_t items_ = 0;
   int allowed_ = 0;
+  Clock::time_point ended_{};  // the call before
   std::exception_ptr failure_;
 };
 
@@ -138,14 +142,6 @@ Pool& pool_with(int helpers) {
   return *pool;
 }
 
-int processors() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1, int(std::thread::hardware_concurrency()));
-}
-
 struct Aligned {
   void* data = nullptr;
   size_t bytes = 0;
@@ -153,15 +149,23 @@ struct Aligned {
 };
 }  // namespace
 
+int processor_count() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
 int thread_count() {
   if (const char* wish = std::getenv("FATUI_THREADS"))
     if (const int count = std::atoi(wish); count > 0) return std::min(count, 1024);
-  return processors();
+  return processor_count();
 }
 
-void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work) {
+void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work, bool brief) {
   const int helpers = int(std::min<int64_t>(items, threads)) - 1;
-  if (helpers > 0) return pool_with(helpers).run(items, helpers, work);
+  if (helpers > 0) return pool_with(helpers).run(items, helpers, work, brief);
   for (int64_t i = 0; i < items; i++) work(i);
 }
 

@@ -6,11 +6,13 @@
 
 namespace fatui {
 
-// Threads that a call may use: FATUI_THREADS if set, else the processors that the process may run on.
+// Processors that the process may run on; threads that a call may use: FATUI_THREADS if set, else as many.
+int processor_count();
 int thread_count();
 
-// Runs work(0) ... work(items - 1), each once, in any order, on up to `threads` threads, the caller's among them.
-void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work);
+// Runs work(0) ... work(items - 1), each once, in any order, on up to `threads` threads, the caller's among them. Waking
+// a helper takes longer than brief work: that wakes one only where calls follow each other closely, so that it stays.
+void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work, bool brief = false);
 
 // This thread's own scratch memory, 64-byte aligned, at least so many bytes; kept for the next call.
 float* scratch(size_t bytes);

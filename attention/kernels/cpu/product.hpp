@@ -56,17 +56,10 @@ struct Operands {
 template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
 FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) {
   constexpr bool along_depth = layout == Layout::depth_contiguous;
-  Vector c[Rows][Vectors];
-  float* out = o.c + row * o.c_stride + column;
-  FATUI_UNROLL for (int r = 0; r < Rows; r++)
-    FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
-      if constexpr (update == Update::overwrite) c[r][v] = Vector{};
-      else c[r][v] = load(out + r * o.c_stride + v * lanes);
-      if constexpr (update == Update::rescale) c[r][v] *= load(o.column_scale + column + v * lanes);
-    }
+  Vector c[Rows][Vectors] = {};
   const float* a = o.a + row * (along_depth ? o.a_stride : 1);
   const float* b = o.b + column;
-  _Pragma("GCC unroll 4") for (int64_t k = 0; k < o.depth; k++, a += along_depth ? 1 : o.a_stride, b += o.b_stride) {
+  FATUI_UNROLL_BY_4 for (int64_t k = 0; k < o.depth; k++, a += along_depth ? 1 : o.a_stride, b += o.b_stride) {
     Vector x[Vectors];
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) x[v] = load(b + v * lanes);
     FATUI_UNROLL for (int r = 0; r < Rows; r++) {
@@ -74,8 +67,16 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
       FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] = multiply_add<numbers>(c[r][v], y, x[v]);
     }
   }
-  FATUI_UNROLL for (int r = 0; r < Rows; r++)
-    FATUI_UNROLL for (int v = 0; v < Vectors; v++) store(out + r * o.c_stride + v * lanes, c[r][v]);
+  float* out = o.c + row * o.c_stride + column;
+  FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
+    const Vector scale = update == Update::rescale ? load(o.column_scale + column + v * lanes) : Vector{};
+    FATUI_UNROLL for (int r = 0; r < Rows; r++) {  // what was there comes last: long sums are exact in blocks
+      float* place = out + r * o.c_stride + v * lanes;
+      if constexpr (update == Update::add) c[r][v] += load(place);
+      if constexpr (update == Update::rescale) c[r][v] += load(place) * scale;
+      store(place, c[r][v]);
+    }
+  }
 }
 
 // All rows of one panel of columns: as many full register tiles as fit, then smaller ones.

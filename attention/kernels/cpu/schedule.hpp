@@ -10,7 +10,7 @@
 
 namespace fatui {
 
-constexpr int64_t query_tile = 64, key_tile = 64, span_tile = 128;  // spans begin at multiples of every tile
+constexpr int64_t query_tile = 64, key_tile = 128;  // of the forward pass; spans begin at multiples of key_tile
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -39,8 +39,9 @@ struct Schedule {
     head_groups = ceil_div(group, heads_per_tile);
     tiles_per_head = ceil_div(p.queries, rows_wanted);
     tiles = p.batch * p.kv_heads * head_groups * tiles_per_head;
-    spans = tiles >= 32 ? 1 : std::min(ceil_div(64, tiles), std::max<int64_t>(1, p.keys / 512));
-    keys_per_span = round_up(ceil_div(std::max<int64_t>(p.keys, 1), spans), span_tile);
+    const bool enough = tiles >= 32 || rows_per_tile > query_tile;  // a span is kept for one panel only
+    spans = enough ? 1 : std::min(ceil_div(32, tiles), std::max<int64_t>(1, p.keys / 512));
+    keys_per_span = round_up(ceil_div(std::max<int64_t>(p.keys, 1), spans), key_tile);
     spans = ceil_div(std::max<int64_t>(p.keys, 1), keys_per_span);
   }
 

@@ -58,12 +58,12 @@ FATUI_INLINE void softmax_panel(float* s, int64_t keys, float factor, Softmax& s
   }
 }
 
-inline void softmax_step(float* s, int64_t keys, int64_t width, float factor, Softmax& state) {
-  int64_t column = 0;
+inline void softmax_step(const Scores& t, float factor, Softmax& state) {
+  int64_t i = t.begin;
   if constexpr (registers == 32)
-    for (; column + 4 * lanes <= width; column += 4 * lanes) softmax_panel<4>(s, keys, factor, state, column);
-  for (; column + 2 * lanes <= width; column += 2 * lanes) softmax_panel<2>(s, keys, factor, state, column);
-  if (column < width) softmax_panel<1>(s, keys, factor, state, column);
+    for (; i + 4 * lanes <= t.end; i += 4 * lanes) softmax_panel<4>(t.s, t.keys, factor, state, i);
+  for (; i + 2 * lanes <= t.end; i += 2 * lanes) softmax_panel<2>(t.s, t.keys, factor, state, i);
+  if (i < t.end) softmax_panel<1>(t.s, t.keys, factor, state, i);
 }
 
 }  // namespace fatui

@@ -16,7 +16,7 @@ FATUI_INLINE Vector widen(const boolean_t* p) {
 }
 FATUI_INLINE Vector to_base_2(Vector x) {
   const Vector y = larger(smaller(x * log2_e, broadcast(largest)), broadcast(-largest));
-  return (x > broadcast(-infinity)) & (x < broadcast(infinity)) ? y : x;
+  return ((x > broadcast(-infinity)) & (x < broadcast(infinity))) ? y : x;
 }
 
 // Row r of a tile, r < rows: its first element; elements along the row are `stride` apart.

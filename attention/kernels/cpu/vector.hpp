@@ -4,14 +4,23 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
-#if defined(__AVX512BF16__) || defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define FATUI_INLINE [[gnu::always_inline]] inline
+#if defined(__clang__)
+#define FATUI_UNROLL _Pragma("clang loop unroll(full)")
+#define FATUI_UNROLL_BY_4 _Pragma("clang loop unroll_count(4)")
+#else
 #define FATUI_UNROLL _Pragma("GCC unroll 16")
+#define FATUI_UNROLL_BY_4 _Pragma("GCC unroll 4")
+#endif
 
 namespace fatui {
 
@@ -26,7 +35,7 @@ constexpr int lanes = 4, registers = 16;
 #endif
 
 typedef float Vector __attribute__((vector_size(lanes * 4)));
-typedef float VectorAnywhere __attribute__((vector_size(lanes * 4), aligned(4), may_alias));
+typedef float VectorAnywhere __attribute__((vector_size(lanes * 4), aligned(2), may_alias));  // or pairs of bfloat16
 typedef int32_t Integers __attribute__((vector_size(lanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(lanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(lanes * 2)));
@@ -82,12 +91,28 @@ FATUI_INLINE Vector tanh(Vector x) {
   return z > broadcast(0.625f * 0.625f) ? large : small;
 }
 
+template <int... I>
+FATUI_INLINE Integers lane_numbers(std::integer_sequence<int, I...>) { return Integers{I...}; }
+FATUI_INLINE Integers lane_numbers() { return lane_numbers(std::make_integer_sequence<int, lanes>{}); }
+
+// The lanes, those that many places on first.
+template <int places, int... I>
+FATUI_INLINE Vector rotated(Vector x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, ((I + places) % lanes)...);
+}
+
+template <int places = lanes / 2>
 FATUI_INLINE float sum_of(Vector x) {
-  float part[lanes];
-  store(part, x);
-  FATUI_UNROLL for (int half = lanes / 2; half > 0; half /= 2)
-    FATUI_UNROLL for (int i = 0; i < half; i++) part[i] += part[i + half];
-  return part[0];
+  x += rotated<places>(x, std::make_integer_sequence<int, lanes>{});
+  if constexpr (places > 1) return sum_of<places / 2>(x);
+  else return x[0];
+}
+
+template <int places = lanes / 2>
+FATUI_INLINE float max_of(Vector x) {
+  x = larger(x, rotated<places>(x, std::make_integer_sequence<int, lanes>{}));
+  if constexpr (places > 1) return max_of<places / 2>(x);
+  else return x[0];
 }
 
 // Conversions. Bfloat16 is the upper half of a float32; float16 has instructions nearly everywhere.
@@ -96,15 +121,24 @@ FATUI_INLINE Vector widen(const bfloat16_t* p) {
   const Halves bits = *reinterpret_cast<const HalvesAnywhere*>(p);
   return as<Vector>(__builtin_convertvector(bits, Words) << 16);
 }
+// Without instructions: the exponent is rebiased by a product, which makes normal numbers of subnormal ones.
+FATUI_INLINE Vector widen_float16_bits(Words bits) {
+  const Words magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+  const Vector finite = as<Vector>(magnitude) * 0x1p112f;
+  const Words special = magnitude | 0x7f800000u;
+  const Words result = magnitude >= 0x7c00u << 13 ? special : as<Words>(finite);
+  return as<Vector>(result | sign);
+}
 FATUI_INLINE Vector widen(const float16_t* p) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__) && defined(__AVX2__)
   return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (Vector)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
-  Vector x;
-  for (int i = 0; i < lanes; i++) { _Float16 h; std::memcpy(&h, p + i, 2); x[i] = float(h); }
-  return x;
+  const Halves bits = *reinterpret_cast<const HalvesAnywhere*>(p);
+  return widen_float16_bits(__builtin_convertvector(bits, Words));
 #endif
 }
 
@@ -117,19 +151,35 @@ FATUI_INLINE Words rounded_to_bfloat16(Vector x) {  // to nearest, ties to even;
 FATUI_INLINE void narrow(bfloat16_t* p, Vector x) {
   *reinterpret_cast<HalvesAnywhere*>(p) = __builtin_convertvector(rounded_to_bfloat16(x), Halves);
 }
+// To nearest, ties to even. Subnormal results: adding a number whose last place is theirs rounds, in the low bits.
+FATUI_INLINE Words rounded_to_float16(Vector x) {
+  const Words bits = as<Words>(x), magnitude = bits & 0x7fffffffu;
+  const Vector shifter = broadcast(0.5f);
+  const Words small = as<Words>(as<Vector>(magnitude) + shifter) - as<Words>(shifter);
+  const Words normal = (magnitude + (0xc8000fffu + ((magnitude >> 13) & 1u))) >> 13;
+  const Words special = magnitude > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u;
+  const Words finite = magnitude < 0x38800000u ? small : normal;
+  return (magnitude >= 0x477ff000u ? special : finite) | ((bits >> 16) & 0x8000u);
+}
 FATUI_INLINE void narrow(float16_t* p, Vector x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && defined(__AVX2__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
 #else
-  for (int i = 0; i < lanes; i++) { const _Float16 h = _Float16(x[i]); std::memcpy(p + i, &h, 2); }
+  *reinterpret_cast<HalvesAnywhere*>(p) = __builtin_convertvector(rounded_to_float16(x), Halves);
 #endif
 }
 
+// The first `count` numbers, or all lanes; zeros behind them.
 template <class T>
 FATUI_INLINE Vector widen_some(const T* p, int64_t count) {
   if (count >= lanes) return widen(p);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return (Vector)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#endif
   alignas(64) T whole[lanes] = {};
   for (int64_t i = 0; i < count; i++) whole[i] = p[i];
   return widen(whole);
@@ -146,6 +196,9 @@ FATUI_INLINE Vector widen_strided(const T* p, int64_t stride, int64_t count) {
 template <class T>
 FATUI_INLINE void narrow_some(T* p, Vector x, int64_t count) {
   if (count >= lanes) return narrow(p, x);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
+#endif
   alignas(64) T whole[lanes];
   narrow(whole, x);
   for (int64_t i = 0; i < count; i++) p[i] = whole[i];

@@ -117,6 +117,7 @@ def _trusted(key: str) -> Path | None:
     record = cache.read_record(key)
     if "failure" in record:
         raise KernelUnavailable(str(record["failure"]))
+    cache.mark_used(path)
     return path if path.exists() and cache.digest(path) == record.get("sha256") else None
 
 

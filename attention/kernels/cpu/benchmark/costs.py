@@ -1,0 +1,79 @@
+"""What a call costs apart from its arithmetic: the tiny call, the first use, a later start, memory."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from attention.kernels import cpu
+from attention.kernels.cpu.benchmark.runs import Run, threads
+from attention.kernels.cpu.benchmark.shapes import DECODE, SHAPES, TYPES
+from attention.statistics import noise_floor
+
+
+@dataclass
+class TinyCall:
+    """Microseconds, medians; our cost over mx.add's, and by how much mx.add may differ from itself."""
+
+    ours_us: float
+    add_us: float
+    ratio: float
+    floor: float
+
+
+def tiny_call(rounds: int = 40, calls: int = 200) -> TinyCall:
+    """One evaluated call on a 1/1/4/8 input, one evaluated mx.add, and the same again, in turns."""
+    x = mx.zeros((1, 1, 4, 8))
+    mx.eval(x)
+    runs: dict[str, Run] = {
+        "ours": lambda: mx.eval(cpu.flash_attention(x, x, x, scale=1.0)),
+        "add": lambda: mx.eval(mx.add(x, x)),
+        "add again": lambda: mx.eval(mx.add(x, x)),
+    }
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for n in range(rounds):
+        for name in names[n % 3 :] + names[: n % 3]:
+            start = time.perf_counter()
+            for _ in range(calls):
+                runs[name]()
+            times[name].append((time.perf_counter() - start) / calls * 1e6)
+    floor = noise_floor(times["add"], times["add again"])
+    return TinyCall(
+        statistics.median(times["ours"]),
+        statistics.median(times["add"]),
+        statistics.median(a / b for a, b in zip(times["ours"], times["add"], strict=True)),
+        floor.floor if floor else 0.0,
+    )
+
+
+_START = (
+    "import mlx.core, time; from attention.kernels import cpu; t = time.perf_counter(); cpu.load();"
+    "print(time.perf_counter() - t)"
+)
+
+
+def start_times() -> tuple[float, float]:
+    """Seconds until the kernel is ready: the first time (compiling, in an empty folder), and in a later process."""
+    with tempfile.TemporaryDirectory() as room:
+        environment = {**os.environ, "FATUI_CACHE_DIR": room}
+        command = [sys.executable, "-c", _START]
+        outputs = [subprocess.check_output(command, env=environment, text=True) for _ in range(6)]
+    first, *later = (float(text) for text in outputs)
+    return first, statistics.median(later)
+
+
+def memory_per_thread() -> float:
+    """The most bytes a thread that any default shape takes above its inputs and outputs, in any type, training too."""
+    sizes = [
+        cpu.workspace_bytes(shape.query_shape, shape.key_shape, shape.key_shape, dtype=dtype, training=training)
+        for shape in (*SHAPES, DECODE)
+        for dtype in TYPES.values()
+        for training in (False, True)
+    ]
+    return max(sizes) / threads()

@@ -1,0 +1,89 @@
+"""Calls of each implementation, and timing them in turns."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import mlx.core as mx
+
+from attention.kernels import cpu
+from attention.kernels.cpu.benchmark.shapes import TYPES, Shape
+
+Run = Callable[[], object]
+
+SETTLE_S: Final = 0.012
+"""For 7 ms after a call torch's threads look for more work: whoever came next would have half a processor less."""
+
+
+def ours(shape: Shape, dtype: str, backward: bool = False, fused: bool = True) -> Run:
+    """Our kernel's call; with `fused` false that of MLX's own attention."""
+    q, k, v, cotangent = (mx.array(x).astype(TYPES[dtype]) for x in shape.numbers())
+    mx.eval(q, k, v, cotangent)
+    scale = shape.head_dim**-0.5
+
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        if fused:
+            return cpu.flash_attention(q, k, v, scale=scale, causal=shape.causal)
+        mask = "causal" if shape.causal else None
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+    if backward:
+        return lambda: mx.vjp(attend, [q, k, v], [cotangent])[1]
+    return lambda: attend(q, k, v)
+
+
+def torchs(shape: Shape, dtype: str, backward: bool = False) -> Run | None:
+    """Torch's call on as many threads, or None where there is no torch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(threads())
+    attention: Any = torch.nn.functional.scaled_dot_product_attention
+    q, k, v, cotangent = (torch.tensor(x).to(getattr(torch, dtype)) for x in shape.numbers())
+    shared: dict[str, Any] = {"enable_gqa": True} if shape.kv_heads else {}
+    if not backward:
+        return lambda: attention(q, k, v, is_causal=shape.causal, **shared)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    return lambda: torch.autograd.grad(attention(*inputs, is_causal=shape.causal), inputs, cotangent)
+
+
+def threads() -> int:
+    """Threads that the kernel uses."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("FATUI_THREADS") or processors)
+
+
+def sample(run: Run, calls: int) -> float:
+    """Seconds a call, of several independent ones that MLX evaluates together."""
+    start = time.perf_counter()
+    outputs = [run() for _ in range(calls)]
+    first = outputs[0][0] if isinstance(outputs[0], list) else outputs[0]
+    if isinstance(first, mx.array):
+        mx.eval(outputs)
+    return (time.perf_counter() - start) / calls
+
+
+def settled_sample(run: Run, calls: int, lead_in: bool = True) -> float:
+    """A sample after other libraries' threads have gone to sleep, and after one call of its own."""
+    time.sleep(SETTLE_S)
+    if lead_in:
+        sample(run, 1)
+    return sample(run, calls)
+
+
+def calls_for(run: Run, seconds: float) -> int:
+    """So many calls that a sample lasts about so long; one if a call does."""
+    once = sample(run, 1)
+    return 1 if once > 4 * seconds else max(1, min(200, round(seconds / max(1e-6, sample(run, 2)))))
+
+
+def in_turns(runs: dict[str, Run], calls: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds a call of each, round by round, in an order that turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for n in range(rounds):
+        for name in names[n % len(names) :] + names[: n % len(names)]:
+            times[name].append(settled_sample(runs[name], calls))
+    return times

@@ -1,0 +1,168 @@
+// Few rows (decoding): lanes of queries would stand empty, so the lanes are dims for the products and keys for the
+// softmax. K and V are read once, as they lie, and each is asked for while the other is worked on: what counts is that
+// the memory is never idle.
+#pragma once
+#include "decode_products.hpp"
+#include "softmax.hpp"
+
+namespace fatui {
+
+constexpr int64_t few_rows = 8;  // up to so many query rows an item go this way
+
+// Keys of a tile: so many that K, V and the next K on its way lie in an L1 of 48 KiB; in float32, where the memory leaves
+// time for more tiles, half as many.
+template <class T>
+int64_t decode_keys(int64_t head_dim) {
+  return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : 8192) / head_dim / 16 * 16, 16, score_line);
+}
+
+// Calls f(row, R) for groups of 4, 2 and 1 rows.
+template <class F>
+FATUI_INLINE void in_groups(int64_t rows, const F& f) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) f(row, std::integral_constant<int, 4>{});
+  for (; row + 2 <= rows; row += 2) f(row, std::integral_constant<int, 2>{});
+  if (row < rows) f(row, std::integral_constant<int, 1>{});
+}
+
+// Whether rows can be read as they lie, whole vectors at a time.
+inline bool whole_vectors(const Tensor& t, int64_t columns) { return t.stride[3] == 1 && columns % lanes == 0; }
+
+// How an item of few rows reads K and V: as they lie, so but in pairs of bfloat16, or from float32 copies.
+enum class Reading { in_place, pairs, copied };
+
+// One item: its rows against the keys, tile by tile.
+template <class T, Reading reading>
+struct FewRows {
+  static constexpr bool in_pairs = reading == Reading::pairs;
+  static constexpr Numbers numbers = in_pairs ? Numbers::pairs : Numbers::floats;
+  using Element = std::conditional_t<reading == Reading::in_place, T, float>;  // pairs are words
+
+  const Problem& p;
+  const Item& item;
+  const Bounds& bounds;
+  Softmax& state;
+  float *query, *scores, *output, *key_copy, *value_copy;  // [row][d], room for tiles, [row][dv]; tiles of K and V
+  float* pairs = scores + few_rows * score_line;           // P in rows of bfloat16
+  float* turned = scores + query_tile * score_line;        // scores as the masks want them: [key][row]
+  int64_t rows = item.rows(), dv = round_up(p.value_dim, lanes);
+  int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
+
+  void attend(int64_t begin, int64_t end) {
+    const int64_t tile = decode_keys<T>(p.head_dim);
+    if (begin < end && reading != Reading::copied)
+      Ahead(lines(p.key, begin, std::min(tile, end - begin), p.head_dim, key_length, key_copy)).ask_for_all();
+    read_queries();
+    std::fill_n(output, rows * dv, 0.0f);
+    for (int64_t key = begin; key < end; key += tile) {
+      const int64_t count = std::min(tile, end - key);
+      const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
+      const Lines<Element> v = lines(p.value, key, count, p.value_dim, value_length, value_copy);
+      Lines<Element> next = k;  // tiles follow each other
+      next.data += tile * k.stride, next.count = reading == Reading::copied ? 0 : std::min(tile, end - key - count);
+      step(k, v, next, key);
+    }
+    if constexpr (in_pairs) order_dims();
+  }
+
+ private:
+  void read_queries() {
+    const Rows<T> q = rows_of<T>(p.query, item);
+    for (int64_t r = 0; r < rows; r++)
+      if constexpr (in_pairs)
+        copy_row(q.row[r], q.stride, p.head_dim, reinterpret_cast<T*>(query + r * key_length), p.head_dim);
+      else
+        for (int64_t c = 0; c < p.head_dim; c += lanes)
+          store(query + r * key_length + c, widen_strided(q.row[r] + c * q.stride, q.stride, p.head_dim - c));
+  }
+
+  Lines<Element> lines(const Tensor& t, int64_t key, int64_t count, int64_t dim, int64_t length, float* copy) const {
+    if constexpr (reading == Reading::copied) {
+      const Floats f = floats_of<T>(t, item.batch, item.kv_head, key, count, dim, copy, length, length == dim);
+      return {f.data, f.stride, length, count};
+    } else {
+      const T* data = static_cast<const T*>(t.data) + item.batch * t.stride[0] + item.kv_head * t.stride[1];
+      return {reinterpret_cast<const Element*>(data + key * t.stride[2]), t.stride[2] / (in_pairs ? 2 : 1), length,
+              count};
+    }
+  }
+
+  void step(const Lines<Element>& k, const Lines<Element>& v, const Lines<Element>& next, int64_t key) {
+    Ahead values(v), keys(next);
+    in_groups(rows, [&](int64_t row, auto group) {
+      score_lines<group, numbers>(query + row * key_length, key_length, k, scores + row * score_line, values);
+    });
+    const float factor = finished({turned, key, k.count, 0, round_up(rows, lanes), bounds.whole});
+    for (int64_t r = 0; r < rows; r++) softmax(r, k.count, factor);
+    constexpr int most = registers == 32 && !in_pairs ? 4 : 2;
+    in_groups(rows, [&](int64_t row, auto group) {
+      int64_t c = 0;
+      for (; c + most * lanes <= value_length; c += most * lanes) add<group, most>(row, v, c, keys);
+      for (; c < value_length; c += lanes) add<group, 1>(row, v, c, keys);
+    });
+  }
+
+  // Applies scale, softcap and masks to the scores, turned, unless the scale is all; returns the factor that is left.
+  float finished(const Scores& tile) {
+    if (!(p.softcap > 0) && p.mask.data == nullptr && p.scale > 0 && tile.all_seen()) return p.scale * log2_e;
+    Rows<float> lines;
+    lines.stride = 1, lines.count = rows;
+    for (int64_t r = 0; r < rows; r++) lines.row[r] = scores + r * score_line;
+    turn(lines, tile.keys, tile.width(), turned);
+    const float factor = finish_scores(tile, p, item, bounds);
+    lines.count = tile.keys;
+    for (int64_t j = 0; j < tile.keys; j++) lines.row[j] = turned + j * query_tile;
+    turn(lines, rows, round_up(tile.keys, lanes), scores);
+    return factor;
+  }
+
+  // One row's scores become probabilities, in place or as bfloat16, keys the lanes. The reference of the exponents
+  // moves only when outgrown by 2^8, and the output is corrected only then.
+  void softmax(int64_t row, int64_t keys, float factor) {
+    float* s = scores + row * score_line;
+    const int64_t end = round_up(keys, lanes), last = end - lanes;
+    store(s + last, lane_numbers() < int32_t(keys - last) ? load(s + last) : broadcast(-infinity));
+    Vector top = load(s + last), sum{};
+    for (int64_t j = 0; j < last; j += lanes) top = larger(load(s + j), top);
+    const float highest = max_of(top) * factor;
+    float &maximum = state.maximum[row], correction = 1.0f;
+    if (highest > maximum + 8.0f) {
+      correction = exp2(broadcast(maximum - highest))[0];
+      maximum = highest;
+      for (float* o = output + row * dv; o < output + (row + 1) * dv; o += lanes) store(o, load(o) * correction);
+    }
+    const Vector reference = broadcast(std::max(maximum, -largest));
+    for (int64_t j = 0; j < end; j += lanes) sum += probabilities(row, j, load(s + j) * factor - reference);
+    state.sum[row] = state.sum[row] * correction + sum_of(sum);
+  }
+
+  FATUI_INLINE Vector probabilities(int64_t row, int64_t j, Vector exponents) const {
+#if defined(__AVX512BF16__)
+    if constexpr (in_pairs) {
+      const Vector p = exp2_short(exponents);
+      narrow_short(reinterpret_cast<T*>(pairs) + row * score_line + j, p);
+      return p;
+    }
+#endif
+    const Vector p = exp2(exponents);
+    store(scores + row * score_line + j, p);
+    return p;
+  }
+
+  template <int R, int Vectors>
+  void add(int64_t row, const Lines<Element>& v, int64_t column, Ahead& next) const {
+    float* out = output + row * dv;
+    if constexpr (in_pairs) add_pairs<R, Vectors>(pairs + row * (score_line / 2), v, column, out, dv, next);
+    else add_lines<R, Vectors>(scores + row * score_line, v, column, out, dv, next);
+  }
+
+  void order_dims() {
+    for (int64_t c = 0; c < rows * dv; c += 2 * lanes) {
+      Vector low, high;
+      interleave(load(output + c), load(output + c + lanes), low, high, std::make_integer_sequence<int, lanes>{});
+      store(output + c, low), store(output + c + lanes, high);
+    }
+  }
+};
+
+}  // namespace fatui

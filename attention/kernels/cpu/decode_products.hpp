@@ -1,0 +1,186 @@
+// The products of decoding: few rows of queries against lines of keys and values that are read once, as they lie.
+//
+//   scores   some keys times some rows of Q at once: `sums` vectors of products, folded into one of sums  S[row][key]
+//   output   O[row][d] += P[row][key] V[key][d]
+#pragma once
+#include "pairs.hpp"
+#include "product.hpp"
+
+namespace fatui {
+
+constexpr int sums = registers == 32 ? 16 : 8;  // accumulators
+constexpr int64_t score_line = 64;              // floats of a line of scores
+
+// The steps of `fold`, four lanes being a group: lanes two apart within each group are added, which leaves sums of a
+// and of b in turns; then again, which leaves those of a before those of b; then neighbouring groups, those of a first.
+enum class Step { alternating, in_order, groups };
+
+template <Step step, bool second>
+constexpr int addend(int i) {  // the first or second lane that goes into lane i, of a and b one behind the other
+  const int group = i / 4 * 4, k = i % 4, half = lanes / 2;
+  if (step == Step::alternating) return group + k / 2 + (second ? 2 : 0) + k % 2 * lanes;
+  if (step == Step::in_order) return group + k % 2 + (second ? 2 : 0) + k / 2 * lanes;
+  return i % half / 4 * 8 + (second ? 4 : 0) + k + i / half * lanes;
+}
+
+template <Step step, int... I>
+FATUI_INLINE Vector add_lanes(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, addend<step, false>(I)...) +
+         __builtin_shufflevector(a, b, addend<step, true>(I)...);
+}
+
+// Lane i of the result is the sum of x[i]'s lanes.
+template <int N = lanes>
+FATUI_INLINE Vector fold(const Vector* x) {
+  constexpr auto all = std::make_integer_sequence<int, lanes>{};
+  if constexpr (N == 4) {
+    const Vector a = add_lanes<Step::alternating>(x[0], x[1], all);
+    const Vector b = add_lanes<Step::alternating>(x[2], x[3], all);
+    return add_lanes<Step::in_order>(a, b, all);
+  } else {
+    return add_lanes<Step::groups>(fold<N / 2>(x), fold<N / 2>(x + N / 2), all);
+  }
+}
+
+// Keeps the compiler from loading what it has once more for each use: a line that is not there yet would be waited for
+// by all of them.
+FATUI_INLINE Vector in_register(Vector x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+// Rows of keys or values, one after the other: where they lie, or copied.
+template <class E>
+struct Lines {
+  const E* data;
+  int64_t stride, length, count;
+
+  const E* line(int64_t j) const { return data + j * stride; }
+};
+
+// Asks the memory for lines that will be wanted soon, 64 bytes at a time, strictly in the order in which they lie: then
+// the processor's own prefetchers see it as one stream and run ahead of it.
+class Ahead {
+ public:
+  template <class E>
+  explicit Ahead(const Lines<E>& lines)
+      : at_(reinterpret_cast<const char*>(lines.data)), pieces_(ceil_div(lines.length * sizeof(E), 64)),
+        gap_(lines.stride * int64_t(sizeof(E)) - 64 * pieces_), lines_(lines.count) {
+    if (gap_ == 0) pieces_ *= lines_, lines_ = std::min<int64_t>(lines_, 1);  // one after the other: one long line
+    here_ = lines_ > 0 ? pieces_ : 0;
+  }
+
+  void ask_for_all() { ask_one_by_one(std::numeric_limits<int64_t>::max()); }
+
+  template <int count>
+  FATUI_INLINE void ask() {
+    if (here_ < count) return ask_one_by_one(count);
+    FATUI_UNROLL for (int i = 0; i < count; i++) __builtin_prefetch(at_ + 64 * i);
+    at_ += 64 * count, here_ -= count;
+  }
+
+ private:
+  void ask_one_by_one(int64_t count) {
+    for (; count > 0 && lines_ > 0; count--) {
+      if (here_ > 0) __builtin_prefetch(at_), at_ += 64, here_--;
+      if (here_ == 0 && --lines_ > 0) at_ += gap_, here_ = pieces_;
+    }
+  }
+
+  const char* at_;
+  int64_t pieces_, gap_, lines_, here_ = 0;  // of a line; between lines; lines left; pieces of this one left
+};
+
+// Cache lines in so many vectors of a type.
+template <class E>
+constexpr int pieces(int vectors) { return std::max<int>(1, vectors * lanes * int(sizeof(E)) / 64); }
+
+// S[row][key] of R rows of queries; beyond the last key, as far as `sums` reach, there is something too.
+template <int R, Numbers numbers, class E>
+void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, float* s, Ahead& ahead) {
+  Ahead next = ahead;
+  constexpr int together = sums / R;
+  for (int64_t j = 0; j < keys.count; j += together) {
+    Vector x[sums / lanes][lanes] = {};
+    const E* line[together];
+    FATUI_UNROLL for (int g = 0; g < together; g++) line[g] = keys.line(std::min(j + g, keys.count - 1));
+    for (int64_t d = 0; d < keys.length; d += lanes) {
+      Vector q[R];
+      FATUI_UNROLL for (int r = 0; r < R; r++) q[r] = in_register(load(query + r * query_line + d));
+      next.ask<pieces<E>(together)>();
+      FATUI_UNROLL for (int g = 0; g < together; g++) {
+        const Vector k = in_register(widen(line[g] + d));
+        FATUI_UNROLL for (int r = 0; r < R; r++) {
+          Vector& sum = x[(r * together + g) / lanes][(r * together + g) % lanes];
+          sum = multiply_add<numbers>(sum, k, q[r]);
+        }
+      }
+    }
+    float sum[sums];
+    FATUI_UNROLL for (int i = 0; i < sums / lanes; i++) store(sum + i * lanes, fold(x[i]));
+    FATUI_UNROLL for (int r = 0; r < R; r++)
+      std::memcpy(s + r * score_line + j, sum + r * together, together * sizeof(float));
+  }
+  ahead = next;
+}
+
+// O[row][d] of R rows and some vectors of dims.
+template <int R, int Vectors, class E>
+void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output, int64_t output_line, Ahead& ahead) {
+  Ahead next = ahead;
+  Vector c[R][Vectors];
+  FATUI_UNROLL for (int r = 0; r < R; r++)
+    FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] = load(output + r * output_line + d + v * lanes);
+  for (int64_t j = 0; j < values.count; j++) {
+    Vector x[Vectors];
+    FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
+      x[v] = in_register(widen(values.line(j) + d + v * lanes));
+      if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0) next.ask<1>();
+    }
+    FATUI_UNROLL for (int r = 0; r < R; r++) {
+      const Vector p = broadcast(s[r * score_line + j]);
+      FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] += p * x[v];
+    }
+  }
+  FATUI_UNROLL for (int r = 0; r < R; r++)
+    FATUI_UNROLL for (int v = 0; v < Vectors; v++) store(output + r * output_line + d + v * lanes, c[r][v]);
+  ahead = next;
+}
+
+#if defined(__AVX512BF16__)
+// The same with pairs: keys two by two, P and V as pairs of neighbouring keys. A vector of words of V holds even and
+// odd dims, and so does O here: of each block of 2 * lanes dims the even ones come first.
+template <int R, int Vectors>
+void add_pairs(const float* pairs, const Lines<float>& values, int64_t d, float* output, int64_t output_line,
+               Ahead& ahead) {
+  Ahead next = ahead;
+  constexpr int dims = 2 * Vectors;
+  Vector c[R][dims];
+  float* out = output + 2 * d;
+  FATUI_UNROLL for (int r = 0; r < R; r++)
+    FATUI_UNROLL for (int v = 0; v < dims; v++) c[r][v] = load(out + r * output_line + v * lanes);
+  for (int64_t j = 0; j < values.count; j += 2) {
+    Vector x[dims];
+    next.ask<dims>();
+    FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
+      const int64_t at = d + v * lanes;
+      const Words a = as<Words>(load(values.line(j) + at));
+      const Words b = j + 1 < values.count ? as<Words>(load(values.line(j + 1) + at)) : Words{};
+      x[2 * v] = as<Vector>((a & 0xffffu) | (b << 16)), x[2 * v + 1] = as<Vector>((a >> 16) | (b & 0xffff0000u));
+    }
+    FATUI_UNROLL for (int r = 0; r < R; r++) {
+      const Vector p = spread<Numbers::pairs>(pairs + r * (score_line / 2) + j / 2);
+      FATUI_UNROLL for (int v = 0; v < dims; v++) c[r][v] = multiply_add<Numbers::pairs>(c[r][v], p, x[v]);
+    }
+  }
+  FATUI_UNROLL for (int r = 0; r < R; r++)
+    FATUI_UNROLL for (int v = 0; v < dims; v++) store(out + r * output_line + v * lanes, c[r][v]);
+  ahead = next;
+}
+#endif
+
+}  // namespace fatui

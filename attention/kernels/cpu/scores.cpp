@@ -1,0 +1,68 @@
+#include "scores.hpp"
+
+namespace fatui {
+namespace {
+
+void cap_scores(const Scores& t, float scale, float softcap) {
+  const float inside = scale / softcap, outside = softcap * log2_e;
+  for (int64_t j = 0; j < t.keys; j++)
+    for (int64_t i = t.begin; i < t.end; i += lanes) store(t.at(j, i), tanh(load(t.at(j, i)) * inside) * outside);
+}
+
+void scale_scores(const Scores& t, float factor) {
+  for (int64_t j = 0; j < t.keys; j++)
+    for (int64_t i = t.begin; i < t.end; i += lanes) store(t.at(j, i), load(t.at(j, i)) * factor);
+}
+
+void bound_scores(const Scores& t, const Bounds& b) {
+  for (int64_t i = t.begin; i < t.end; i += lanes) {
+    const Integers first = as<Integers>(load(reinterpret_cast<const float*>(b.first + i)));
+    const Integers last = as<Integers>(load(reinterpret_cast<const float*>(b.last + i)));
+    for (int64_t j = 0; j < t.keys; j++) {
+      if (j == t.all_begin()) j = t.all_end();
+      if (j == t.keys) break;
+      const Integers here = Integers{} + int32_t(t.key + j);
+      store(t.at(j, i), ((here >= first) & (here <= last)) ? load(t.at(j, i)) : broadcast(-infinity));
+    }
+  }
+}
+
+template <class T>
+void add_mask(const Scores& t, const Tensor& mask, const Item& item) {
+  Rows<T> rows = rows_of<T>(mask, item);
+  for (int64_t r = 0; r < rows.count; r++) rows.row[r] += t.key * rows.stride;
+  for (int64_t i = t.begin; i < t.end; i += lanes)
+    for (int64_t j = 0; j < t.keys; j += lanes) {
+      Vector x[lanes];
+      load_turned(rows, i, j, t.keys, x);
+      const int64_t some = std::min<int64_t>(lanes, t.keys - j);
+      for (int64_t c = 0; c < some; c++)
+        store(t.at(j + c, i), load(t.at(j + c, i)) + (std::is_same_v<T, boolean_t> ? x[c] : to_base_2(x[c])));
+    }
+}
+
+void add_any_mask(const Scores& t, const Tensor& mask, const Item& item) {
+  switch (mask.element) {
+    case Element::boolean: return add_mask<boolean_t>(t, mask, item);
+    case Element::float32: return add_mask<float>(t, mask, item);
+    case Element::float16: return add_mask<float16_t>(t, mask, item);
+    case Element::bfloat16: return add_mask<bfloat16_t>(t, mask, item);
+  }
+}
+}  // namespace
+
+float finish_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b) {
+  float factor = p.scale * log2_e;
+  if (p.softcap > 0) {
+    cap_scores(t, p.scale, p.softcap);
+    factor = 1.0f;
+  } else if (p.mask.data != nullptr || !(factor > 0)) {
+    scale_scores(t, factor);
+    factor = 1.0f;
+  }
+  if (p.mask.data != nullptr) add_any_mask(t, p.mask, item);
+  if (!t.all_seen()) bound_scores(t, b);
+  return factor;
+}
+
+}  // namespace fatui
