@@ -40,7 +40,7 @@ def test_tiles_fit_shared_memory(kernel):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("program", [*(kernel.program for kernel in KERNELS), *PASSES], ids=lambda p: p.key)
+@pytest.mark.parametrize("program", [*(kernel.program for kernel in KERNELS), *PASSES], ids=lambda p: p.name)
 def test_hardly_a_register_is_spilled_and_products_run_beside_other_work(program):
     source = f"#define KERNEL_NAME kernel\n{program.source}"
     _, log = nvrtc.build(source, (*program.options, "--ptxas-options=-v"))

@@ -16,6 +16,7 @@ def planted(monkeypatch, tmp_path):
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(trust, "gpu", lambda: GPU)
     monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "targets", lambda: (90,))
     monkeypatch.setattr(program.nvrtc, "compile_program", lambda source, options: b"machine code")
     a_new_process()
 
