@@ -22,10 +22,20 @@ def test_every_row_of_a_kept_run_is_accurate(path: Path) -> None:
     assert {row.implementation for row in rows} == {"baseline", "poc", "practical", "demo", "mlx", "torch"}
 
 
-def test_at_head_dim_256_the_cuda_kernel_is_several_times_mlx_and_needs_a_fraction_of_its_memory() -> None:
-    case = kept("h200-prefill.json").cases[-1]
+@pytest.mark.parametrize("name", ["h100-prefill.json", "h200-prefill.json"])
+def test_at_head_dim_256_the_cuda_kernel_is_several_times_mlx_and_needs_a_fraction_of_its_memory(name: str) -> None:
+    case = kept(name).cases[-1]
     rows = {row.implementation: row for row in case.rows}
     poc, mlx = rows["poc"], rows["mlx"]
     assert case.workload.head_dim == 256
     assert poc.speedup and mlx.speedup and poc.speedup.low > 6 * mlx.speedup.high
     assert poc.peak_bytes and mlx.peak_bytes and poc.peak_bytes < mlx.peak_bytes / 30
+
+
+@pytest.mark.parametrize("name", ["h100-seed-table.json", "h100-prefill.json"])
+def test_the_cuda_kernel_is_faster_than_mlx_and_torch_in_every_case_of_the_h100(name: str) -> None:
+    for case in kept(name).cases:
+        speedups = {row.implementation: row.speedup for row in case.rows}
+        poc, mlx, torch = speedups["poc"], speedups["mlx"], speedups["torch"]
+        assert poc and mlx and torch
+        assert poc.low > max(mlx.high, torch.value)
