@@ -9,6 +9,7 @@ from attention.device import Device as Machine
 from attention.errors import KernelUnavailable
 from attention.implementations import poc
 from attention.kernels import metal
+from attention.kernels.first_use import FirstUse
 from attention.kernels.metal import launch, path, trust, verdicts
 from attention.kernels.metal.call import Call, Shape, specialisation
 from attention.masks import Mask
@@ -146,7 +147,7 @@ def test_another_system_checks_for_itself(monkeypatch):
         with pytest.raises(KernelUnavailable):
             trust.ensure(special, lambda: "off by 3")
         assert trust.distrust(special) == "forward float16 D=32: off by 3"
-        monkeypatch.setattr(trust, "mark", lambda: "the next macOS")
+        monkeypatch.setattr(trust, "checks", FirstUse(lambda: "the next macOS"))
         assert trust.distrust(special) is None
         trust.ensure(special, lambda: None)
         assert trust.is_trusted(special)
