@@ -23,7 +23,7 @@ class Verdict:
 
     name: str
     text: str
-    """ "passed", or all of the error."""
+    """ "passed", or the error with all its lines, as far as `first_use` keeps it."""
     machine: str
     """GPU, macOS and MLX that it holds for."""
 
