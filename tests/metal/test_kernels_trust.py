@@ -12,7 +12,7 @@ from attention.errors import KernelUnavailable
 from attention.implementations import poc
 from attention.kernels import metal
 from attention.kernels.first_use import FirstUse
-from attention.kernels.metal import path, trust, verdicts
+from attention.kernels.metal import machine, path, trust, verdicts
 from attention.kernels.metal.call import Call, Shape, specialisation
 from attention.masks import Mask
 from attention.route import Needs
@@ -182,6 +182,18 @@ def test_without_a_mac_the_route_says_so():
     assert not route.supported
     assert "macOS only" in route.reason
     assert metal.availability()[0] is False
+
+
+@pytest.mark.parametrize(
+    ("has_metal", "macos", "reason"),
+    [(False, "15.0", "no Metal backend, or finds no GPU"), (True, "13.6", "need macOS 14, and this is 13.6")],
+)
+def test_what_a_mac_lacks_is_named(monkeypatch, has_metal, macos, reason):
+    monkeypatch.setattr(machine.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(machine.platform, "mac_ver", lambda: (macos, ("", "", ""), ""))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: has_metal)
+    with pytest.raises(KernelUnavailable, match=reason):
+        machine.look.__wrapped__()
 
 
 @pytest.mark.parametrize(
