@@ -1,7 +1,8 @@
 """The check on first use: a kernel runs once, on small inputs against float64, before anything is made with it.
 
 What that came to is kept in the cache folder, in the kernel's record, for the machine that it was found on; so a new
-GPU, driver or text is checked anew. A check that brought its process down counts as failed, as the next process sees.
+GPU, driver or text is checked anew. A check that brought its process down counts as failed, as the next process sees;
+one that somebody interrupted from the keyboard was not made.
 """
 
 import json
@@ -82,6 +83,9 @@ class FirstUse:
                 prepare()
                 self._keep(key, name, BEGUN)
                 verdict = check() or PASSED
+            except KeyboardInterrupt:
+                self._take_back(key)
+                raise
             except (RuntimeError, ValueError) as error:  # a text that does not compile, a launch that fails
                 verdict = str(error)[:LONGEST] or type(error).__name__
             self._keep(key, name, verdict)
@@ -92,6 +96,13 @@ class FirstUse:
         record = cache.read_record(key)
         checked = {**record.get("checked", {}), self._mark(): verdict}
         cache.write_record(key, {**record, "name": name, "checked": checked})
+
+    def _take_back(self, key: str) -> None:
+        """Takes away the mark that a check was begun."""
+        record = cache.read_record(key)
+        checked = record.get("checked", {})
+        if checked.pop(self._mark(), None) is not None:
+            cache.write_record(key, {**record, "checked": checked})
 
 
 def headline(verdict: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from attention.kernels.first_use import FirstUse
 from attention.kernels.metal import attend, gradient, launch, machine, trust
 
 ON_A_GPU = mx.metal.is_available()
@@ -71,15 +72,15 @@ def on_a_mac(device: Device) -> Iterator[Device]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "metal_kernel", device.metal_kernel)
         patch.setattr(machine, "look", lambda: MARK)
-        for module in (machine, trust):
-            patch.setattr(module, "mark", lambda: MARK)
+        patch.setattr(machine, "mark", lambda: MARK)
+        patch.setattr(trust, "checks", FirstUse(machine.mark))
         yield device
     forget()
 
 
 def forget() -> None:
     """As in a new process."""
-    trust.forget()
+    trust.checks.forget()
     launch._kernel.cache_clear()
     attend._function.cache_clear()
     gradient._taken.cache_clear()

@@ -9,7 +9,7 @@ from kernels_device import Device, needs_verifier, on_a_mac
 
 from attention import reference
 from attention.kernels import metal
-from attention.kernels.metal import launch, plain, selfcheck
+from attention.kernels.metal import gradient, launch, plain, selfcheck
 from attention.kernels.metal.call import Call, Shape, normal
 from attention.reference import Rules
 
@@ -83,6 +83,23 @@ def test_sinks_may_be_a_slice():
     q, k, v, sinks = arrays((1, 2, 40, 32), (1, 2, 37, 32), (1, 2, 37, 32), (4,))
     sliced, whole = (metal.flash_attention(q, k, v, scale=0.2, sinks=s) for s in (sinks[::2], sinks[::2] + 0.0))
     assert np.array_equal(np.array(sliced), np.array(whole))
+
+
+@pytest.mark.parametrize("by", ["kernel", "score matrix"])
+def test_a_sink_of_minus_infinity_is_none_for_rows_that_see_nothing_too(by):
+    shape = Shape(1, 2, 1, 40, 37, 32, "float32")  # causal, so the first three queries see nothing
+    call, without = (Call(0.2, causal=True, sinks=sinks) for sinks in (True, False))
+    q, k, v, d_o = arrays((1, 2, 40, 32), (1, 1, 37, 32), (1, 1, 37, 32), (1, 2, 40, 32))
+    d_lse = mx.where(mx.arange(40) < 3, 0.0, 1.0) * mx.ones((1, 2, 1))
+    found = []
+    for one in (call, without):
+        primals = (q, k, v, launch.absent(4), mx.full((2,), -mx.inf))
+        outputs = launch.forward(*primals, shape, one)
+        given = (primals, d_o, d_lse)
+        made = plain.plain_gradients(*given, one)
+        found.append(made if by == "score matrix" else gradient.by_kernel(*given, outputs, shape, one))
+    for ours, expected in zip(*found, strict=True):
+        assert np.allclose(np.array(ours), np.array(expected), atol=2e-6)
 
 
 def test_gradients_flow_through_the_logsumexp():

@@ -1,15 +1,18 @@
 """How the Metal kernels earn trust on first use, and what happens where one does not; only the GPU is made up."""
 
+import shutil
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from kernels_device import MARK, Device, forget, needs_verifier, on_a_mac
+from kernels_device import MARK, ON_A_GPU, Device, forget, needs_verifier, on_a_mac
 
 from attention.device import Device as Machine
 from attention.errors import KernelUnavailable
 from attention.implementations import poc
 from attention.kernels import metal
-from attention.kernels.metal import launch, path, trust, verdicts
+from attention.kernels.first_use import FirstUse
+from attention.kernels.metal import machine, path, trust, verdicts
 from attention.kernels.metal.call import Call, Shape, specialisation
 from attention.masks import Mask
 from attention.route import Needs
@@ -98,7 +101,7 @@ def test_metals_own_error_is_told_by_route_doctor_and_report():
         assert "Never measured" in text
         assert error in wrong
         report = machine_report.make(pytest.fail, measure=False)
-        assert METALS_ERROR.splitlines()[2] in report
+        assert METALS_ERROR in report
         assert f"forward float32 D=32 causal ({MARK}): FAILED" in report
 
 
@@ -146,28 +149,51 @@ def test_another_system_checks_for_itself(monkeypatch):
         with pytest.raises(KernelUnavailable):
             trust.ensure(special, lambda: "off by 3")
         assert trust.distrust(special) == "forward float16 D=32: off by 3"
-        monkeypatch.setattr(trust, "mark", lambda: "the next macOS")
+        monkeypatch.setattr(trust, "checks", FirstUse(lambda: "the next macOS"))
         assert trust.distrust(special) is None
         trust.ensure(special, lambda: None)
         assert trust.is_trusted(special)
 
 
-def test_a_new_text_is_checked_anew(monkeypatch):
+@pytest.mark.parametrize("changed", ["forward.metal", "common.metal", "launch.py", "selfcheck.py"])
+def test_new_code_is_checked_anew(monkeypatch, tmp_path, changed):
     special = specialisation("forward", Shape(1, 1, 1, 40, 40, 32, "float16"), Call(1.0))
-    before = trust.key_of(special)
-    monkeypatch.setattr(launch, "source", lambda text: "other")
+    folder = tmp_path / "metal"
+    shutil.copytree(trust.FOLDER, folder)
+    before = key_in_a_new_process(special)
+    with monkeypatch.context() as patch:
+        patch.setattr(trust, "FOLDER", folder)
+        assert key_in_a_new_process(special) == before
+        with (folder / changed).open("a") as file:
+            file.write("\n")
+        assert key_in_a_new_process(special) != before
+    key_in_a_new_process(special)
+
+
+def key_in_a_new_process(special):
     trust.key_of.cache_clear()
-    try:
-        assert trust.key_of(special) != before
-    finally:
-        trust.key_of.cache_clear()
+    trust._code.cache_clear()
+    return trust.key_of(special)
 
 
+@pytest.mark.skipif(ON_A_GPU, reason="there is one")
 def test_without_a_mac_the_route_says_so():
     route = path.route(WORKLOAD, Needs())
     assert not route.supported
     assert "macOS only" in route.reason
     assert metal.availability()[0] is False
+
+
+@pytest.mark.parametrize(
+    ("has_metal", "macos", "reason"),
+    [(False, "15.0", "no Metal backend, or finds no GPU"), (True, "13.6", "need macOS 14, and this is 13.6")],
+)
+def test_what_a_mac_lacks_is_named(monkeypatch, has_metal, macos, reason):
+    monkeypatch.setattr(machine.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(machine.platform, "mac_ver", lambda: (macos, ("", "", ""), ""))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: has_metal)
+    with pytest.raises(KernelUnavailable, match=reason):
+        machine.look.__wrapped__()
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,10 @@ def by_kernel(
 def of_sinks(sinks: mx.array, logsumexp: mx.array, delta: mx.array) -> mx.array:
     """What each row adds to the gradient of its head's sink, (B, H, Lq): a sink is a key with the value 0.
 
-    dS = P (dP - delta), where dP is 0.
+    dS = P (dP - delta), where dP is 0. A row with nothing at all, whose logsumexp is -inf, adds 0.
     """
-    return -mx.exp(sinks[:, None] - logsumexp) * delta
+    weights = mx.where(mx.isneginf(logsumexp), 0.0, mx.exp(sinks[:, None] - logsumexp))
+    return -weights * delta
 
 
 def check(shape: Shape, call: Call, logsumexp: bool = False) -> None:

@@ -45,9 +45,16 @@ def plain_attention(
     weights, logsumexp = mx.where(sees, weights, 0.0), mx.where(sees, logsumexp, -mx.inf)
     if call.sinks:
         sink = sinks.reshape(1, kv_heads, heads // kv_heads, 1, 1)
-        whole = mx.logaddexp(mx.where(sees, logsumexp, sink), sink)
-        joined = mx.where(sees, whole, sink)
-        weights = weights * mx.where(sees, mx.exp(mx.where(sees, logsumexp, joined) - joined), 0.0)
-        logsumexp = joined
+        weights, logsumexp = _with_sink(weights, logsumexp, sink, sees)
     out = (weights @ v[:, :, None].astype(mx.float32)).reshape(batch, heads, queries, -1)
     return out.astype(q.dtype), logsumexp.reshape(batch, heads, queries)
+
+
+def _with_sink(weights: mx.array, logsumexp: mx.array, sink: mx.array, sees: mx.array) -> tuple[mx.array, mx.array]:
+    """Weights and logsumexp where a score without a value takes part; `sees` tells the rows that see any key."""
+    some = sees | ~mx.isneginf(sink)
+    sink = mx.where(some, sink, 0.0)  # a blind row without a sink: anything finite, and -inf below
+    whole = mx.logaddexp(mx.where(sees, logsumexp, sink), sink)
+    joined = mx.where(sees, whole, sink)
+    share = mx.where(sees, mx.exp(mx.where(sees, logsumexp, joined) - joined), 0.0)
+    return weights * share, mx.where(some, joined, -mx.inf)

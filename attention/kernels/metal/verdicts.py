@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from attention.errors import KernelUnavailable
+from attention.kernels import first_use
 from attention.kernels.metal import machine, trust
 from attention.kernels.metal.call import FEW_ROWS, Call, Shape, specialisation
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES
@@ -22,21 +23,21 @@ class Verdict:
 
     name: str
     text: str
-    """ "passed", or all of the error."""
+    """ "passed", or the error with all its lines, as far as `first_use` keeps it."""
     machine: str
     """GPU, macOS and MLX that it holds for."""
 
     @property
     def passed(self) -> bool:
         """Whether the kernel is used."""
-        return self.text == trust.PASSED
+        return self.text == first_use.PASSED
 
 
 def known() -> list[Verdict]:
     """The verdicts of all checks that were ever made with this cache folder, by name."""
     made = [
         Verdict(str(record.get("name")), str(text), where)
-        for record in trust.records()
+        for record in first_use.records(trust.PREFIX)
         for where, text in record.get("checked", {}).items()
     ]
     return sorted(made, key=lambda verdict: (verdict.machine, verdict.name))
@@ -49,7 +50,7 @@ def summary() -> tuple[str, str | None]:
     if not here:
         return f"no kernel has been used yet, so none has been checked. {UNKNOWN}", None
     text = f"{len(here) - len(failed)} of {len(here)} kernels checked on this Mac agree with float64. {UNKNOWN}"
-    return text, f"{failed[0].name}: {trust.headline(failed[0].text)}" if failed else None
+    return text, f"{failed[0].name}: {first_use.headline(failed[0].text)}" if failed else None
 
 
 def check_all() -> Iterator[str]:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -65,8 +66,9 @@ def folder() -> Path:
     made.mkdir(mode=0o700, parents=True, exist_ok=True)
     made.touch()
     for other in root.iterdir():
-        if time.time() - other.stat().st_mtime > KEPT_S:
-            shutil.rmtree(other, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process may be quicker
+            if time.time() - other.stat().st_mtime > KEPT_S:
+                shutil.rmtree(other, ignore_errors=True)
     return made
 
 
@@ -115,7 +117,9 @@ def runtime() -> Path:
 def headers(flags: Sequence[str]) -> Path:
     """The headers as the compiler reads them fastest, for a set of flags."""
     header = folder() / f"headers-{hashlib.sha256(str(flags).encode()).hexdigest()[:8]}.h"
-    header.write_text(HEADERS)
+    fresh = header.with_name(f"{os.getpid()}-{header.name}")  # no process shall compile what another has half written
+    fresh.write_text(HEADERS)
+    fresh.replace(header)
     plain = [flag for flag in flags if flag not in ("-shared", "-nodefaultlibs")]
     _compiled([*plain, "-x", "c++-header", str(header)], header.with_suffix(".h.gch"))
     return header

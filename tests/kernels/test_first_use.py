@@ -1,0 +1,63 @@
+"""The check on first use, whatever it checks: what is kept of it, and for whom. Nothing is compiled."""
+
+import pytest
+
+from attention.kernels import cache
+from attention.kernels.first_use import LONGEST, FirstUse, records
+
+KEY, NAME = "planted-0", "planted"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+
+
+def here():
+    """What a new process knows on one machine, or another."""
+    return FirstUse(lambda: "here")
+
+
+def there():
+    return FirstUse(lambda: "there")
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_a_check_that_somebody_interrupted_says_nothing_of_the_kernel():
+    there().judged(KEY, NAME, lambda: "off by 3")
+    with pytest.raises(KeyboardInterrupt):
+        here().judged(KEY, NAME, interrupted)
+    assert here().distrust(KEY) is None
+    assert there().distrust(KEY) == "off by 3"
+    (record,) = records("planted")
+    assert record["checked"] == {"there": "off by 3"}  # what a report shows
+    assert here().judged(KEY, NAME, lambda: None) is None
+
+
+def test_interrupted_while_compiling_it_leaves_the_record_alone():
+    cache.write_code(KEY, b"older code")
+    before = cache.read_record(KEY)
+    with pytest.raises(KeyboardInterrupt):
+        here().judged(KEY, NAME, lambda: None, prepare=interrupted)
+    assert cache.read_record(KEY) == before
+
+
+def test_each_machine_has_its_verdict_in_the_same_record():
+    there().judged(KEY, NAME, lambda: "off by 3")
+    here().judged(KEY, NAME, lambda: None)
+    (record,) = records("planted")
+    assert record["checked"] == {"there": "off by 3", "here": "passed"}
+
+
+def test_an_error_is_kept_with_all_its_lines_and_told_in_the_one_that_says_most():
+    error = "cannot build\nprogram_source:3:1: error: nonsense\n" + "note\n" * 500
+
+    def compile_nonsense():
+        raise RuntimeError(error)
+
+    assert here().judged(KEY, NAME, compile_nonsense) == "program_source:3:1: error: nonsense"
+    assert len(error) < LONGEST
+    assert here().verdict(KEY) == error
