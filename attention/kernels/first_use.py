@@ -1,11 +1,13 @@
 """The check on first use: a kernel runs once, on small inputs against float64, before anything is made with it.
 
 What that came to is kept in the cache folder, in the kernel's record, for the machine that it was found on; so a new
-GPU, driver or text is checked anew. A check that brought its process down counts as failed, as the next process sees;
-one that somebody interrupted from the keyboard was not made.
+GPU, driver or text is checked anew. A check that did not come to an end, because its process was stopped or the kernel
+brought it down, is made once more; if that does not end either, it counts as failed. One that was interrupted from the
+keyboard, or for which there was no memory, was not made.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -14,6 +16,9 @@ from attention.kernels import cache
 
 PASSED: Final = "passed"
 BEGUN: Final = "its check on first use did not come to an end"
+BEGUN_AGAIN: Final = "its check on first use did not come to an end, twice"
+NO_MEMORY: Final = re.compile(r"out ?of ?memory|insufficient memory|unable to allocate", re.IGNORECASE)
+"""What MLX, CUDA and Metal say of it: it tells nothing of the kernel."""
 LONGEST: Final = 8000
 """Characters of an error that are kept."""
 Check = Callable[[], str | None]
@@ -29,11 +34,11 @@ class FirstUse:
         self._verdicts: dict[tuple[str, str], str] = {}
 
     def verdict(self, key: str) -> str | None:
-        """PASSED, BEGUN or what is wrong with a kernel; None if it was never checked here."""
+        """PASSED, BEGUN, BEGUN_AGAIN or what is wrong with a kernel; None if it was never checked here."""
         place = (key, self._mark())
         if place not in self._verdicts:
             kept: str | None = cache.read_record(key).get("checked", {}).get(place[1])
-            if kept is None or kept == BEGUN:
+            if kept in (None, BEGUN, BEGUN_AGAIN):
                 return kept  # it may come to an end yet, here or in another process
             self._verdicts[place] = kept
         return self._verdicts[place]
@@ -41,9 +46,9 @@ class FirstUse:
     def distrust(self, key: str) -> str | None:
         """Why a kernel is not to be used here, in one line, if that is known."""
         verdict = self.verdict(key)
-        if verdict == BEGUN and cache.is_locked(_lock_name(key)):
+        if verdict == BEGUN_AGAIN and cache.is_locked(_lock_name(key)):
             return None  # another process is at it
-        return None if verdict in (PASSED, None) else headline(str(verdict))
+        return None if verdict in (PASSED, BEGUN, None) else headline(str(verdict))
 
     def judged(self, key: str, name: str, check: Check, prepare: Callable[[], object] = lambda: None) -> str | None:
         """Checks a kernel unless that has been done here before; why it is not to be used, in one line, or None.
@@ -52,11 +57,11 @@ class FirstUse:
             key: of the kernel's record.
             name: what a report calls it.
             check: a RuntimeError or ValueError of it is a verdict too; should it end the process, the next one finds
-                that it was begun.
+                that it was begun, and tries once more.
             prepare: what comes before and may write the record anew, as compiling does.
         """
         verdict = self.verdict(key)
-        if verdict is None or verdict == BEGUN:
+        if verdict in (None, BEGUN, BEGUN_AGAIN):
             verdict = self._judge(key, name, check, prepare)
         return None if verdict == PASSED else headline(verdict)
 
@@ -77,32 +82,28 @@ class FirstUse:
     def _judge(self, key: str, name: str, check: Check, prepare: Callable[[], object]) -> str:
         with cache.lock(_lock_name(key)):
             kept = self.verdict(key)  # another process may have been faster, or have come to grief
-            if kept:
+            if kept not in (None, BEGUN):
                 return kept
             try:
                 prepare()
-                self._keep(key, name, BEGUN)
+                self._keep(key, name, BEGUN_AGAIN if kept else BEGUN)
                 verdict = check() or PASSED
             except KeyboardInterrupt:
-                self._take_back(key)
+                self._keep(key, name, kept)
                 raise
             except (RuntimeError, ValueError) as error:  # a text that does not compile, a launch that fails
                 verdict = str(error)[:LONGEST] or type(error).__name__
-            self._keep(key, name, verdict)
+            self._keep(key, name, kept if NO_MEMORY.search(verdict) else verdict)
             self._verdicts[key, self._mark()] = verdict
             return verdict
 
-    def _keep(self, key: str, name: str, verdict: str) -> None:
+    def _keep(self, key: str, name: str, verdict: str | None) -> None:
+        """Writes what is known of a kernel on this machine; None: nothing."""
         record = cache.read_record(key)
         checked = {**record.get("checked", {}), self._mark(): verdict}
-        cache.write_record(key, {**record, "name": name, "checked": checked})
-
-    def _take_back(self, key: str) -> None:
-        """Takes away the mark that a check was begun."""
-        record = cache.read_record(key)
-        checked = record.get("checked", {})
-        if checked.pop(self._mark(), None) is not None:
-            cache.write_record(key, {**record, "checked": checked})
+        checked = {mark: text for mark, text in checked.items() if text is not None}
+        if checked != record.get("checked", {}):
+            cache.write_record(key, {**record, "name": name, "checked": checked})
 
 
 def headline(verdict: str) -> str:

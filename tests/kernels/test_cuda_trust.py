@@ -54,25 +54,21 @@ def test_a_failed_launch_is_a_failed_check():
         trust.ensure(PROGRAM, launch)
 
 
-def test_a_check_that_took_the_process_down_is_a_failed_check():
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_check_that_took_the_process_down_twice_is_a_failed_check(compiles):
     def crash():
+        if compiles:
+            machine_code(PROGRAM)
         raise SystemExit
 
-    with pytest.raises(SystemExit):
-        trust.ensure(PROGRAM, crash)
-    a_new_process()
+    for _ in range(2):
+        assert trust.distrust(PROGRAM) is None
+        with pytest.raises(SystemExit):
+            trust.ensure(PROGRAM, crash)
+        a_new_process()
     assert "did not come to an end" in (trust.distrust(PROGRAM) or "")
-
-
-def test_a_check_that_compiled_and_then_took_the_process_down_is_a_failed_check():
-    def crash():
-        machine_code(PROGRAM)
-        raise SystemExit
-
-    with pytest.raises(SystemExit):
-        trust.ensure(PROGRAM, crash)
-    a_new_process()
-    assert "did not come to an end" in (trust.distrust(PROGRAM) or "")
+    with pytest.raises(KernelUnavailable, match="did not come to an end"):
+        trust.ensure(PROGRAM, lambda: pytest.fail("checked again"))
 
 
 def test_a_text_that_does_not_compile_is_compiled_once(monkeypatch):

@@ -37,6 +37,43 @@ def test_a_check_that_somebody_interrupted_says_nothing_of_the_kernel():
     assert here().judged(KEY, NAME, lambda: None) is None
 
 
+def stopped():
+    raise SystemExit
+
+
+def test_a_check_whose_process_was_stopped_is_made_once_more():
+    with pytest.raises(SystemExit):
+        here().judged(KEY, NAME, stopped)
+    assert here().distrust(KEY) is None
+    assert here().judged(KEY, NAME, lambda: None) is None
+    assert here().verdict(KEY) == "passed"
+
+
+def test_one_that_is_stopped_and_then_interrupted_has_not_failed():
+    with pytest.raises(SystemExit):
+        here().judged(KEY, NAME, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        here().judged(KEY, NAME, interrupted)
+    assert here().distrust(KEY) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "cudaMallocAsync(&buf, size, stream) failed: out of memory",
+        "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackError)",
+        "[malloc] Unable to allocate 4096 bytes.",
+    ],
+)
+def test_no_memory_for_a_check_is_a_reason_for_this_process_only(error):
+    def starve():
+        raise RuntimeError(error)
+
+    this = here()
+    assert this.judged(KEY, NAME, starve) == this.distrust(KEY) == error
+    assert here().judged(KEY, NAME, lambda: None) is None
+
+
 def test_interrupted_while_compiling_it_leaves_the_record_alone():
     cache.write_code(KEY, b"older code")
     before = cache.read_record(KEY)
