@@ -105,7 +105,14 @@ def test_a_text_that_does_not_compile_is_told_with_the_log():
         nvrtc.compile_program("extern __global__ void f() { nonsense; }", ["--gpu-architecture=sm_80"])
 
 
+@needs_nvrtc
 def test_no_two_programs_share_a_name():
-    if not _nvrtc():
-        pytest.skip("NVRTC is not installed")
     assert len({program.entry for program in PROGRAMS}) == len(PROGRAMS)
+
+
+def test_an_nvrtc_that_is_too_old_is_told_before_anything_is_to_be_compiled(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_library", lambda: None)
+    monkeypatch.setattr(nvrtc, "version", lambda: (12, 4))
+    for ask in (nvrtc.find, lambda: nvrtc.compile_program("", [])):
+        with pytest.raises(KernelUnavailable, match=r"NVRTC 12\.5 or later is needed, not 12\.4"):
+            ask()
