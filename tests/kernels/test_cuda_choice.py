@@ -1,5 +1,6 @@
 """Which kernels take a call, on made-up GPUs, and what the launcher is told of the general ones; needs no GPU."""
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -57,7 +58,7 @@ class Recorder:
         self.gradient = function
 
     def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
-        self.plans.append(SimpleNamespace(steps=steps, label=label))
+        self.plans.append(SimpleNamespace(steps=steps, label=label, shapes=shapes, types=types))
         return lambda *arrays: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
 
 
@@ -172,6 +173,19 @@ def test_a_training_pass_counts_dq_in_float32(on):
     assert path.route(forward, PLAIN).predicted_bytes == forward.output_bytes + lse
     extra = 4 * rows * (64 + 2)
     assert path.route(training, PLAIN).predicted_bytes == training.output_bytes + lse + extra
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128, 256])
+def test_a_training_pass_counts_what_its_kernels_hand_to_each_other(on, gpu, dim):
+    found = on(gpu)
+    case = workload(head_dim=dim, seq=300)
+    both, forward = (path.route(workload(head_dim=dim, seq=300, pass_=p), PLAIN) for p in ("training", "forward"))
+    q, output = mx.zeros((1, 8, 300, dim), mx.bfloat16), [mx.zeros((1, 8, 300, dim)), mx.zeros((1, 8, 300))]
+    pullback.gradients([q, q, q], output[:1], output, *machine.shape_and_call(case))
+    backward = found.recorder.plans[-1]
+    written = sum(math.prod(size) * of.size for size, of in zip(backward.shapes, backward.types, strict=True))
+    assert both.predicted_bytes - forward.predicted_bytes == written
 
 
 def test_a_head_dim_that_is_no_multiple_of_8_is_filled_up_and_counted(on):

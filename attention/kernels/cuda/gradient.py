@@ -87,6 +87,12 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
     return make_plan(inputs, ("d_q", "d_k", "d_v"), stages)
 
 
+def scratch_bytes(shape: Shape, call: Call) -> int:
+    """Device memory that a backward pass takes besides its results: two numbers a query, and dQ in float32."""
+    queries = BLOCK_Q * query_tiles(shape.queries)
+    return 4 * shape.batch * shape.heads * queries * (2 + kernel_of(shape, call).head_dim)
+
+
 @functools.lru_cache(maxsize=128)
 def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
     """The launch of the first kernel: logsumexp and delta of each row, in padded tiles, and dQ's sums cleared."""
