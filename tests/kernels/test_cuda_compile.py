@@ -1,11 +1,9 @@
 """What the CUDA kernels are compiled to: needs NVRTC, no GPU."""
 
-import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
+from cuda_compiled import REGISTERS, needs_nvrtc, report
 
 from attention.kernels import cache
 from attention.kernels.cuda import KernelUnavailable, nvrtc
@@ -13,15 +11,6 @@ from attention.kernels.cuda.decode import Decode
 from attention.kernels.cuda.forward import smaller, specialise
 from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT, Program, is_compiled, machine_code
 
-
-def _nvrtc() -> str:
-    try:
-        return nvrtc.find()
-    except KernelUnavailable:
-        return ""
-
-
-needs_nvrtc = pytest.mark.skipif(not _nvrtc(), reason="NVRTC is not installed")
 KINDS = [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)]
 LARGEST = [
     specialise(dim, causal, "bf16", window, softcap) for dim in (64, 128, 192, 256) for causal, window, softcap in KINDS
@@ -44,16 +33,6 @@ def own_cache(monkeypatch, tmp_path_factory):
     machine_code.cache_clear()
 
 
-def resources(code: bytes, tmp_path) -> dict[str, int]:
-    """Registers and stack of the one kernel in a cubin, read from its ELF notes by cuobjdump."""
-    tool = shutil.which("cuobjdump")
-    if tool is None:
-        pytest.skip("cuobjdump is not installed")
-    (tmp_path / "kernel.cubin").write_bytes(code)
-    text = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
-    return {name: int(found) for name, found in re.findall(r"(REG|STACK):(\d+)", text.stdout)}
-
-
 @pytest.mark.parametrize("kernel", FORWARD, ids=str)
 def test_forward_fits_shared_memory_and_registers(kernel):
     assert kernel.program.shared_memory <= SHARED_MEMORY_LIMIT
@@ -68,8 +47,11 @@ def test_decode_fits_shared_memory(kernel):
 
 @needs_nvrtc
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
-def test_programs_compile_and_spill_nothing(program, tmp_path):
-    assert resources(machine_code(program), tmp_path)["STACK"] == 0
+def test_programs_compile_and_spill_nothing_and_products_run_beside_other_work(program):
+    found = report(program)
+    assert found.stack == found.spilled == 0, found.log
+    assert "serialized" not in found.log
+    assert found.registers * program.threads <= REGISTERS
 
 
 @needs_nvrtc
