@@ -1,6 +1,5 @@
 """The backward kernels: what they compile to (needs NVRTC), how calls are dealt out, what they compute (on a GPU)."""
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,12 +7,13 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 import kernel_oracle as oracle  # noqa: E402
+from cuda_case import CALLS  # noqa: E402
 from cuda_compiled import REGISTERS, needs_nvrtc, report  # noqa: E402
 
 from attention.kernels import cuda  # noqa: E402
 from attention.kernels.cuda import gradient, selfcheck  # noqa: E402
 from attention.kernels.cuda.backward import BLOCK_Q, finish_program, rows_program, specialise  # noqa: E402
-from attention.kernels.cuda.call import Call, Shape  # noqa: E402
+from attention.kernels.cuda.call import Shape  # noqa: E402
 from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT  # noqa: E402
 
 MASKS = [(False, False), (True, False), (True, True)]
@@ -55,14 +55,6 @@ def test_the_schedule_counts_the_tiles_that_see_a_key(kernel, queries, keys):
 
 gpu = pytest.mark.gpu
 usable = pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])
-PLAIN = Call(scale=0.125, causal=False, window=None, softcap=None)
-CALLS = {
-    "full": PLAIN,
-    "causal": replace(PLAIN, causal=True),
-    "window": replace(PLAIN, causal=True, window=37),
-    "softcap": replace(PLAIN, softcap=1.5),
-    "all": replace(PLAIN, causal=True, window=150, softcap=1.5),
-}
 SIZES = [  # batch, heads, kv_heads, queries, keys
     (1, 2, 2, 128, 128),
     (2, 4, 2, 300, 300),
@@ -80,16 +72,10 @@ def attend(call):
     )
 
 
-def poison():
-    """Fills MLX's cache of freed memory with NaN, so that an element nobody writes is seen."""
-    made = [mx.full((1 << power,), float("nan"), mx.float32) for power in range(8, 23) for _ in range(6)]
-    mx.eval(made)
-
-
 def gradients(call, made):
     q, k, v, cotangent = made
     _, found = mx.vjp(attend(call), [q, k, v], [cotangent])
-    poison()
+    oracle.poison()
     mx.eval(found)
     return found
 

@@ -8,9 +8,10 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from cuda_planted import Recorder, forget  # noqa: E402
+
 from attention.kernels import cuda  # noqa: E402
 from attention.kernels.cuda import (  # noqa: E402
-    attend,
     choice,
     general_gradient,
     general_launch,
@@ -36,30 +37,6 @@ GPUS = {
     "B200": Gpu("Planted B200", (10, 0), 148, 232_448, 13000),
 }
 MASKED = Needs(array_mask=True)
-CACHED = (
-    attend.repeated,
-    general_launch.division,
-    general_launch.forward,
-    general_launch.join,
-    launch.splitting,
-    general_gradient.planned,
-)
-CACHED += (general_gradient._kernel, general_gradient.rows_launch, general_gradient.backward_launch)
-CACHED += (general_gradient.finish_launch, pullback._own_is_taken, pullback._general_is_taken)
-
-
-class Recorder:
-    """Stands in for the compiled launcher: keeps the plans, and answers calls with zeros."""
-
-    def __init__(self):
-        self.plans = []
-
-    def set_gradient(self, function):
-        self.gradient = function
-
-    def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
-        self.plans.append(SimpleNamespace(steps=steps, label=label, shapes=shapes, types=types))
-        return lambda *arrays: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
 
 
 @pytest.fixture
@@ -88,12 +65,6 @@ def on(monkeypatch):
     forget()
     yield make
     forget()
-
-
-def forget():
-    cuda.forget_calls()
-    for function in CACHED:
-        function.cache_clear()
 
 
 def workload(**fields):

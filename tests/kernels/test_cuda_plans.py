@@ -7,8 +7,10 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from cuda_planted import Recorder, forget  # noqa: E402
+
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import attend, choice, gradient, launch, launcher, pullback, stages  # noqa: E402
+from attention.kernels.cuda import attend, choice, gradient, launch, launcher  # noqa: E402
 from attention.kernels.cuda.call import Call, Shape  # noqa: E402
 from attention.kernels.cuda.gpu import Gpu  # noqa: E402
 from attention.kernels.cuda.plan import MAP, NUMBER, SERIAL, STRIDE  # noqa: E402
@@ -22,31 +24,6 @@ FILES = {  # of a kernel's name
     "flash_backward_rows": "backward_rows.cu",
     "flash_backward_finish": "backward_finish.cu",
 }
-
-
-class Recorder:
-    """Stands in for the compiled launcher: keeps the plans, and answers calls with zeros."""
-
-    def __init__(self):
-        self.plans, self.calls = [], {}
-
-    def set_gradient(self, function):
-        self.gradient = function
-
-    def keep_call(self, q, k, v, *keywords_and_plan):
-        *keywords, plan = keywords_and_plan
-        self.calls[q.shape, k.shape, v.shape, *keywords] = plan
-
-    def find_call(self, q, k, v, *keywords):
-        plan = self.calls.get((q.shape, k.shape, v.shape, *keywords))
-        return plan and plan(q, k, v)[0]
-
-    def forget_calls(self):
-        self.calls.clear()
-
-    def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
-        self.plans.append(SimpleNamespace(steps=steps, label=label, untraced=untraced, shapes=shapes))
-        return lambda *inputs: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
 
 
 @pytest.fixture
@@ -65,15 +42,6 @@ def recorder(monkeypatch):
     forget()
     yield made
     forget()
-
-
-def forget():
-    cuda.forget_calls()
-    kept = (attend.repeated, stages.forward_plan, launch.forward, launch.splitting, launch.decode)
-    kept += (gradient.planned, gradient.rows_launch, gradient.backward_launch, gradient.finish_launch)
-    kept += (pullback._own_is_taken,)
-    for function in kept:
-        function.cache_clear()
 
 
 def call(queries, keys, dim=64, heads=4, kv_heads=2, with_logsumexp=False):
