@@ -98,11 +98,14 @@ def test_what_a_distrusted_kernel_would_have_taken_goes_to_the_general_one_and_t
     assert "flash_forward: its output disagrees with the reference by 0.3" in route.reason
 
 
-def test_where_no_kernel_is_trusted_the_route_says_why_of_each(on):
+def test_where_no_kernel_is_trusted_route_and_call_say_why_of_each(on):
     on("H100").wrong.update(flash_forward="off by 3", flash_general="off by 2")
     route = path.route(workload(), PLAIN)
     assert not route.supported
     assert route.reason == "flash_forward: off by 3; flash_general: off by 2"
+    q = mx.zeros((1, 2, 300, 64), mx.float16)
+    with pytest.raises(cuda.KernelUnavailable, match=f"^{route.reason}$"):
+        cuda.flash_attention(q, q, q, scale=0.125)
 
 
 def test_a_check_that_fails_at_the_first_call_sends_that_call_to_the_general_kernel(on):

@@ -31,7 +31,7 @@ def recorder(monkeypatch):
     made = Recorder()
     for module in (launch, choice, gradient):
         monkeypatch.setattr(module, "gpu", lambda: GPU)
-    for name in ("ensure", "judged", "distrust"):
+    for name in ("judged", "distrust"):
         monkeypatch.setattr(attend.trust, name, lambda *_: None)
     monkeypatch.setattr(launch, "machine_code", lambda program: b"code")
     monkeypatch.setattr(Program, "entry", property(lambda program: program.name))
