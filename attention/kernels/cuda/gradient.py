@@ -48,15 +48,7 @@ def kernel_of(shape: Shape, call: Call) -> Backward:
 def by_kernel(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> tuple[mx.array, ...]:
-    """The gradients of q, k and v.
-
-    Args:
-        primals: q, k, v.
-        cotangents: of the output, and of the logsumexp if that was asked for.
-        outputs: what the forward pass made: output and logsumexp.
-        shape: of the arrays.
-        call: what was computed.
-    """
+    """The gradients of q, k and v; what is given is as for `pullback.gradients`, without a mask."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
     arrays = [*primals, outputs[0], cotangent, outputs[1], of_logsumexp]
