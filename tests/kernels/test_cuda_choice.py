@@ -2,69 +2,25 @@
 
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from cuda_planted import Recorder, forget  # noqa: E402
+from cuda_planted import planted, signature  # noqa: E402
 
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import (  # noqa: E402
-    choice,
-    general_gradient,
-    general_launch,
-    gradient,
-    launch,
-    launcher,
-    machine,
-    nvrtc,
-    path,
-    pullback,
-    trust,
-)
+from attention.kernels.cuda import choice, launcher, machine, path, pullback  # noqa: E402
 from attention.kernels.cuda.general_alone import general_alone  # noqa: E402
-from attention.kernels.cuda.gpu import Gpu  # noqa: E402
-from attention.kernels.cuda.plan import NUMBER, POINTER, STRIDE  # noqa: E402
 from attention.route import PLAIN, Needs  # noqa: E402
 from attention.workload import Workload  # noqa: E402
 
-GPUS = {
-    "A100": Gpu("Planted A100", (8, 0), 108, 166_912, 13000),
-    "RTX 4090": Gpu("Planted RTX 4090", (8, 9), 128, 101_376, 13000),
-    "H100": Gpu("Planted H100", (9, 0), 132, 232_448, 13000),
-    "B200": Gpu("Planted B200", (10, 0), 148, 232_448, 13000),
-}
 MASKED = Needs(array_mask=True)
 
 
 @pytest.fixture
 def on(monkeypatch):
-    """Makes a GPU up; what is found wrong with its kernels by name can be planted in `wrong`."""
-    found = SimpleNamespace(wrong={}, recorder=Recorder())
-
-    def make(name):
-        for module in (launch, choice, general_launch, general_gradient, gradient, machine):
-            monkeypatch.setattr(module, "gpu", lambda: GPUS[name])
-        return found
-
-    def verdict(program, *_):
-        return found.wrong.get(program.name)
-
-    monkeypatch.setattr(trust, "distrust", verdict)
-    monkeypatch.setattr(trust, "judged", verdict)
-    monkeypatch.setattr(machine, "look", lambda: "planted")
-    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
-    monkeypatch.setattr(nvrtc, "targets", lambda: (80, 86, 89, 90, 100))
-    monkeypatch.setattr(launch, "machine_code", lambda program: program)
-    monkeypatch.setattr(launcher, "missing", lambda: None)
-    monkeypatch.setattr(launcher, "obstacle", lambda: None)
-    monkeypatch.setattr(launcher, "module", lambda: found.recorder)
-    monkeypatch.setattr("attention.kernels.cuda.plan.launcher", SimpleNamespace(module=lambda: found.recorder))
-    forget()
-    yield make
-    forget()
+    yield from planted(monkeypatch)
 
 
 def workload(**fields):
@@ -173,14 +129,6 @@ def test_a_head_dim_that_is_no_multiple_of_8_is_filled_up_and_counted(on):
 
 def kernels(found):
     return [program.name for step in found.recorder.plans[-1].steps for program in [step[1]]]
-
-
-def signature(program):
-    """The kinds of a kernel's parameters, in their order."""
-    text, masked = program.source, dict(program.constants).get("MASK")
-    parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
-    parameters = re.sub(r"#if MASK\n(.*?)#endif\n", r"\1" if masked else "", parameters, flags=re.DOTALL)
-    return [POINTER if "*" in each else STRIDE if "Step" in each else NUMBER for each in parameters.split(",")]
 
 
 @pytest.mark.parametrize("mask", [None, mx.zeros((1, 1, 300), mx.float16), mx.ones((300, 300)) > 0])

@@ -1,5 +1,6 @@
 """The general kernels from Ampere on: their tiles fit and (with NVRTC; no GPU) they compile in few registers."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -111,6 +112,8 @@ SAMPLE = [
     backward("sm_90a", (64, 64), causal=False, element="f16"),
     backward("sm_90a", (128, 128), mask="float32", softcap=True),
     backward("sm_100", (192, 128), window=True),
+    replace(forward("sm_86", (96, 96), mask="float32"), narrow_steps=True),
+    replace(backward("sm_80", (64, 64), mask="bool"), narrow_steps=True),
 ]
 REST = [
     *(
@@ -145,7 +148,9 @@ def test_all_kernels_compile_and_keep_to_their_registers(kernel):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_the_passes_before_and_after_compile(architecture):
     kernel = backward(architecture, (128, 64))
-    for program in (kernel.rows_program(True), kernel.rows_program(False), kernel.finish_program):
+    both = (kernel, replace(kernel, narrow_steps=True))
+    rows = (made.rows_program(of_logsumexp) for made, of_logsumexp in product(both, (True, False)))
+    for program in (*rows, kernel.finish_program):
         assert report(program).registers <= 128
 
 

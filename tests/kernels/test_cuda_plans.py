@@ -1,22 +1,19 @@
 """What calls ask of the launcher, on a made-up Hopper GPU: stages, and parameters of the kernels; needs no GPU."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from cuda_planted import Recorder, forget  # noqa: E402
+from cuda_planted import planted  # noqa: E402
 
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import attend, choice, gradient, launch, launcher  # noqa: E402
+from attention.kernels.cuda import launch, launcher  # noqa: E402
 from attention.kernels.cuda.call import Call, Shape  # noqa: E402
-from attention.kernels.cuda.gpu import Gpu  # noqa: E402
 from attention.kernels.cuda.plan import MAP, NUMBER, SERIAL, STRIDE  # noqa: E402
 from attention.kernels.cuda.program import TEXTS, Program  # noqa: E402
 
-GPU = Gpu("Planted GPU", (9, 0), 132, 232_448, 13000)
 FILES = {  # of a kernel's name
     "flash_forward": "forward.cu",
     "flash_decode": "decode.cu",
@@ -28,20 +25,9 @@ FILES = {  # of a kernel's name
 
 @pytest.fixture
 def recorder(monkeypatch):
-    made = Recorder()
-    for module in (launch, choice, gradient):
-        monkeypatch.setattr(module, "gpu", lambda: GPU)
-    for name in ("judged", "distrust"):
-        monkeypatch.setattr(attend.trust, name, lambda *_: None)
-    monkeypatch.setattr(launch, "machine_code", lambda program: b"code")
     monkeypatch.setattr(Program, "entry", property(lambda program: program.name))
-    monkeypatch.setattr(launcher, "missing", lambda: None)
-    monkeypatch.setattr(launcher, "obstacle", lambda: None)
-    monkeypatch.setattr("attention.kernels.cuda.plan.launcher", SimpleNamespace(module=lambda: made))
-    monkeypatch.setattr(launcher, "module", lambda: made)
-    forget()
-    yield made
-    forget()
+    for on in planted(monkeypatch):
+        yield on("H100").recorder
 
 
 def call(queries, keys, dim=64, heads=4, kv_heads=2, with_logsumexp=False):
