@@ -1,4 +1,6 @@
-"""A call of the CUDA kernels on random arrays, and what float64 and FlashAttention 3's rule say of it."""
+"""Calls of the CUDA kernels; one on random arrays, and what float64 and FlashAttention 3's rule say of it."""
+
+from dataclasses import replace
 
 import kernel_oracle as oracle
 import mlx.core as mx
@@ -6,7 +8,7 @@ import numpy as np
 
 from attention.kernels import cuda
 from attention.kernels.cuda import choice, pullback
-from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Shape, check_arrays, normal
+from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Call, Shape, check_arrays, normal
 
 KINDS = {  # what a call asks for besides its arrays; of a mask the shape, 1 where it broadcasts, and the type
     "full": {},
@@ -19,6 +21,14 @@ KINDS = {  # what a call asks for besides its arrays; of a mask the shape, 1 whe
     "bfloat16": {"mask": ("11qk", "bfloat16"), "causal": True},
     "float16": {"mask": ("1h1k", "float16"), "softcap": 1.5},
     "float32": {"mask": ("bhqk", "float32"), "causal": True, "window": 61},
+}
+PLAIN = Call(scale=0.125, causal=False, window=None, softcap=None)
+CALLS = {
+    "full": PLAIN,
+    "causal": replace(PLAIN, causal=True),
+    "window": replace(PLAIN, causal=True, window=37),
+    "softcap": replace(PLAIN, softcap=1.5),
+    "all": replace(PLAIN, causal=True, window=150, softcap=1.5),
 }
 
 

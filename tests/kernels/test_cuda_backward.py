@@ -1,7 +1,5 @@
 """The backward kernels: what they compile to (needs NVRTC), how calls are dealt out, what they compute (on a GPU)."""
 
-import re
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,23 +7,15 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 import kernel_oracle as oracle  # noqa: E402
+from cuda_case import CALLS  # noqa: E402
+from cuda_compiled import REGISTERS, needs_nvrtc, report  # noqa: E402
 
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import KernelUnavailable, gradient, nvrtc, selfcheck  # noqa: E402
+from attention.kernels.cuda import gradient, selfcheck  # noqa: E402
 from attention.kernels.cuda.backward import BLOCK_Q, finish_program, rows_program, specialise  # noqa: E402
-from attention.kernels.cuda.call import Call, Shape  # noqa: E402
+from attention.kernels.cuda.call import Shape  # noqa: E402
 from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT  # noqa: E402
 
-
-def _nvrtc() -> bool:
-    try:
-        return bool(nvrtc.find())
-    except KernelUnavailable:
-        return False
-
-
-needs_nvrtc = pytest.mark.skipif(not _nvrtc(), reason="NVRTC is not installed")
-REGISTERS = 65536
 MASKS = [(False, False), (True, False), (True, True)]
 KERNELS = [
     specialise(dim, causal, "bf16", window=window, softcap=softcap)
@@ -42,12 +32,10 @@ def test_tiles_fit_shared_memory(kernel):
 @needs_nvrtc
 @pytest.mark.parametrize("program", [*(kernel.program for kernel in KERNELS), *PASSES], ids=lambda p: p.name)
 def test_hardly_a_register_is_spilled_and_products_run_beside_other_work(program):
-    source = f"#define KERNEL_NAME kernel\n{program.source}"
-    _, log = nvrtc.build(source, (*program.options, "--ptxas-options=-v"))
-    stored, loaded = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups())
-    assert max(stored, loaded) <= 16, log  # compilers differ by a word or two
-    assert "serialized" not in log
-    assert int(re.search(r"Used (\d+) registers", log)[1]) * program.threads <= REGISTERS
+    found = report(program)
+    assert found.spilled <= 16, found.log  # compilers differ by a word or two
+    assert "serialized" not in found.log
+    assert found.registers * program.threads <= REGISTERS
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
@@ -67,14 +55,6 @@ def test_the_schedule_counts_the_tiles_that_see_a_key(kernel, queries, keys):
 
 gpu = pytest.mark.gpu
 usable = pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])
-PLAIN = Call(scale=0.125, causal=False, window=None, softcap=None)
-CALLS = {
-    "full": PLAIN,
-    "causal": replace(PLAIN, causal=True),
-    "window": replace(PLAIN, causal=True, window=37),
-    "softcap": replace(PLAIN, softcap=1.5),
-    "all": replace(PLAIN, causal=True, window=150, softcap=1.5),
-}
 SIZES = [  # batch, heads, kv_heads, queries, keys
     (1, 2, 2, 128, 128),
     (2, 4, 2, 300, 300),
@@ -92,16 +72,10 @@ def attend(call):
     )
 
 
-def poison():
-    """Fills MLX's cache of freed memory with NaN, so that an element nobody writes is seen."""
-    made = [mx.full((1 << power,), float("nan"), mx.float32) for power in range(8, 23) for _ in range(6)]
-    mx.eval(made)
-
-
 def gradients(call, made):
     q, k, v, cotangent = made
     _, found = mx.vjp(attend(call), [q, k, v], [cotangent])
-    poison()
+    oracle.poison()
     mx.eval(found)
     return found
 

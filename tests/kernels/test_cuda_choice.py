@@ -1,98 +1,26 @@
 """Which kernels take a call, on made-up GPUs, and what the launcher is told of the general ones; needs no GPU."""
 
+import math
 import re
-from types import SimpleNamespace
 
 import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from cuda_planted import planted, signature  # noqa: E402
+
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import (  # noqa: E402
-    attend,
-    choice,
-    general_gradient,
-    general_launch,
-    gradient,
-    launch,
-    launcher,
-    machine,
-    nvrtc,
-    path,
-    pullback,
-    trust,
-)
+from attention.kernels.cuda import choice, launcher, machine, path, pullback  # noqa: E402
 from attention.kernels.cuda.general_alone import general_alone  # noqa: E402
-from attention.kernels.cuda.gpu import Gpu  # noqa: E402
-from attention.kernels.cuda.plan import NUMBER, POINTER, STRIDE  # noqa: E402
 from attention.route import PLAIN, Needs  # noqa: E402
 from attention.workload import Workload  # noqa: E402
 
-GPUS = {
-    "A100": Gpu("Planted A100", (8, 0), 108, 166_912, 13000),
-    "RTX 4090": Gpu("Planted RTX 4090", (8, 9), 128, 101_376, 13000),
-    "H100": Gpu("Planted H100", (9, 0), 132, 232_448, 13000),
-    "B200": Gpu("Planted B200", (10, 0), 148, 232_448, 13000),
-}
 MASKED = Needs(array_mask=True)
-CACHED = (
-    attend.repeated,
-    general_launch.division,
-    general_launch.forward,
-    general_launch.join,
-    launch.splitting,
-    general_gradient.planned,
-)
-CACHED += (general_gradient._kernel, general_gradient.rows_launch, general_gradient.backward_launch)
-CACHED += (general_gradient.finish_launch, pullback._own_is_taken, pullback._general_is_taken)
-
-
-class Recorder:
-    """Stands in for the compiled launcher: keeps the plans, and answers calls with zeros."""
-
-    def __init__(self):
-        self.plans = []
-
-    def set_gradient(self, function):
-        self.gradient = function
-
-    def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
-        self.plans.append(SimpleNamespace(steps=steps, label=label))
-        return lambda *arrays: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
 
 
 @pytest.fixture
 def on(monkeypatch):
-    """Makes a GPU up; what is found wrong with its kernels by name can be planted in `wrong`."""
-    found = SimpleNamespace(wrong={}, recorder=Recorder())
-
-    def make(name):
-        for module in (launch, choice, general_launch, general_gradient, gradient, machine):
-            monkeypatch.setattr(module, "gpu", lambda: GPUS[name])
-        return found
-
-    def verdict(program, *_):
-        return found.wrong.get(program.name)
-
-    monkeypatch.setattr(trust, "distrust", verdict)
-    monkeypatch.setattr(trust, "judged", verdict)
-    monkeypatch.setattr(machine, "look", lambda: "planted")
-    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
-    monkeypatch.setattr(nvrtc, "targets", lambda: (80, 86, 89, 90, 100))
-    monkeypatch.setattr(launch, "machine_code", lambda program: program)
-    monkeypatch.setattr(launcher, "missing", lambda: None)
-    monkeypatch.setattr(launcher, "obstacle", lambda: None)
-    monkeypatch.setattr(launcher, "module", lambda: found.recorder)
-    monkeypatch.setattr("attention.kernels.cuda.plan.launcher", SimpleNamespace(module=lambda: found.recorder))
-    forget()
-    yield make
-    forget()
-
-
-def forget():
-    cuda.forget_calls()
-    for function in CACHED:
-        function.cache_clear()
+    yield from planted(monkeypatch)
 
 
 def workload(**fields):
@@ -126,11 +54,14 @@ def test_what_a_distrusted_kernel_would_have_taken_goes_to_the_general_one_and_t
     assert "flash_forward: its output disagrees with the reference by 0.3" in route.reason
 
 
-def test_where_no_kernel_is_trusted_the_route_says_why_of_each(on):
+def test_where_no_kernel_is_trusted_route_and_call_say_why_of_each(on):
     on("H100").wrong.update(flash_forward="off by 3", flash_general="off by 2")
     route = path.route(workload(), PLAIN)
     assert not route.supported
     assert route.reason == "flash_forward: off by 3; flash_general: off by 2"
+    q = mx.zeros((1, 2, 300, 64), mx.float16)
+    with pytest.raises(cuda.KernelUnavailable, match=f"^{route.reason}$"):
+        cuda.flash_attention(q, q, q, scale=0.125)
 
 
 def test_a_check_that_fails_at_the_first_call_sends_that_call_to_the_general_kernel(on):
@@ -174,6 +105,19 @@ def test_a_training_pass_counts_dq_in_float32(on):
     assert path.route(training, PLAIN).predicted_bytes == training.output_bytes + lse + extra
 
 
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128, 256])
+def test_a_training_pass_counts_what_its_kernels_hand_to_each_other(on, gpu, dim):
+    found = on(gpu)
+    case = workload(head_dim=dim, seq=300)
+    both, forward = (path.route(workload(head_dim=dim, seq=300, pass_=p), PLAIN) for p in ("training", "forward"))
+    q, output = mx.zeros((1, 8, 300, dim), mx.bfloat16), [mx.zeros((1, 8, 300, dim)), mx.zeros((1, 8, 300))]
+    pullback.gradients([q, q, q], output[:1], output, *machine.shape_and_call(case))
+    backward = found.recorder.plans[-1]
+    written = sum(math.prod(size) * of.size for size, of in zip(backward.shapes, backward.types, strict=True))
+    assert both.predicted_bytes - forward.predicted_bytes == written
+
+
 def test_a_head_dim_that_is_no_multiple_of_8_is_filled_up_and_counted(on):
     on("A100")
     narrow = workload(head_dim=60)
@@ -185,14 +129,6 @@ def test_a_head_dim_that_is_no_multiple_of_8_is_filled_up_and_counted(on):
 
 def kernels(found):
     return [program.name for step in found.recorder.plans[-1].steps for program in [step[1]]]
-
-
-def signature(program):
-    """The kinds of a kernel's parameters, in their order."""
-    text, masked = program.source, dict(program.constants).get("MASK")
-    parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
-    parameters = re.sub(r"#if MASK\n(.*?)#endif\n", r"\1" if masked else "", parameters, flags=re.DOTALL)
-    return [POINTER if "*" in each else STRIDE if "Step" in each else NUMBER for each in parameters.split(",")]
 
 
 @pytest.mark.parametrize("mask", [None, mx.zeros((1, 1, 300), mx.float16), mx.ones((300, 300)) > 0])

@@ -1,27 +1,16 @@
 """What the CUDA kernels are compiled to: needs NVRTC, no GPU."""
 
-import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
+from cuda_compiled import REGISTERS, needs_nvrtc, report
 
 from attention.kernels import cache
 from attention.kernels.cuda import KernelUnavailable, nvrtc
 from attention.kernels.cuda.decode import Decode
 from attention.kernels.cuda.forward import smaller, specialise
-from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT, Program, is_compiled, machine_code
+from attention.kernels.cuda.program import SHARED_MEMORY_LIMIT, Program, machine_code
 
-
-def _nvrtc() -> str:
-    try:
-        return nvrtc.find()
-    except KernelUnavailable:
-        return ""
-
-
-needs_nvrtc = pytest.mark.skipif(not _nvrtc(), reason="NVRTC is not installed")
 KINDS = [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)]
 LARGEST = [
     specialise(dim, causal, "bf16", window, softcap) for dim in (64, 128, 192, 256) for causal, window, softcap in KINDS
@@ -44,16 +33,6 @@ def own_cache(monkeypatch, tmp_path_factory):
     machine_code.cache_clear()
 
 
-def resources(code: bytes, tmp_path) -> dict[str, int]:
-    """Registers and stack of the one kernel in a cubin, read from its ELF notes by cuobjdump."""
-    tool = shutil.which("cuobjdump")
-    if tool is None:
-        pytest.skip("cuobjdump is not installed")
-    (tmp_path / "kernel.cubin").write_bytes(code)
-    text = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
-    return {name: int(found) for name, found in re.findall(r"(REG|STACK):(\d+)", text.stdout)}
-
-
 @pytest.mark.parametrize("kernel", FORWARD, ids=str)
 def test_forward_fits_shared_memory_and_registers(kernel):
     assert kernel.program.shared_memory <= SHARED_MEMORY_LIMIT
@@ -68,8 +47,11 @@ def test_decode_fits_shared_memory(kernel):
 
 @needs_nvrtc
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
-def test_programs_compile_and_spill_nothing(program, tmp_path):
-    assert resources(machine_code(program), tmp_path)["STACK"] == 0
+def test_programs_compile_and_spill_nothing_and_products_run_beside_other_work(program):
+    found = report(program)
+    assert found.stack == found.spilled == 0, found.log
+    assert "serialized" not in found.log
+    assert found.registers * program.threads <= REGISTERS
 
 
 @needs_nvrtc
@@ -88,7 +70,7 @@ def test_damaged_code_is_compiled_again():
     machine_code.cache_clear()
     path = cache.folder() / f"{program.key}.cubin"
     path.write_bytes(code[:-1] + b"?")
-    assert not is_compiled(program)
+    assert cache.read_code(program.key) is None
     assert machine_code(program) == code
     assert path.read_bytes() == code
 
@@ -105,7 +87,14 @@ def test_a_text_that_does_not_compile_is_told_with_the_log():
         nvrtc.compile_program("extern __global__ void f() { nonsense; }", ["--gpu-architecture=sm_80"])
 
 
+@needs_nvrtc
 def test_no_two_programs_share_a_name():
-    if not _nvrtc():
-        pytest.skip("NVRTC is not installed")
     assert len({program.entry for program in PROGRAMS}) == len(PROGRAMS)
+
+
+def test_an_nvrtc_that_is_too_old_is_told_before_anything_is_to_be_compiled(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_library", lambda: None)
+    monkeypatch.setattr(nvrtc, "version", lambda: (12, 4))
+    for ask in (nvrtc.find, lambda: nvrtc.compile_program("", [])):
+        with pytest.raises(KernelUnavailable, match=r"NVRTC 12\.5 or later is needed, not 12\.4"):
+            ask()

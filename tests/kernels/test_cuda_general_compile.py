@@ -1,9 +1,10 @@
 """The general kernels from Ampere on: their tiles fit and (with NVRTC; no GPU) they compile in few registers."""
 
-import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
+from cuda_compiled import REGISTERS, needs_nvrtc, report
 
 from attention.kernels.cuda import KernelUnavailable, general, nvrtc
 from attention.kernels.cuda.general import WIDTHS, ForwardTiles, GeneralForward, split_keys, tiles_for, width_of
@@ -11,22 +12,10 @@ from attention.kernels.cuda.general_backward import GeneralBackward, backward_ti
 
 LIMITS = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90a": 232_448, "sm_100": 232_448, "sm_120": 101_376}
 """Bytes of shared memory that a block may have on each of the architectures."""
-REGISTERS = 65_536
-"""Of a multiprocessor."""
 SPILLED = 128
 """Bytes of a thread that may be kept in memory: pointers and numbers that a tile needs once, never an accumulator."""
 MASKS = (None, "bool", "float32")
 PAIRS = [*((width, width) for width in WIDTHS), (192, 128), (64, 256), (256, 64), (96, 128)]
-
-
-def _nvrtc() -> bool:
-    try:
-        return bool(nvrtc.find())
-    except KernelUnavailable:
-        return False
-
-
-needs_nvrtc = pytest.mark.skipif(not _nvrtc(), reason="NVRTC is not installed")
 
 
 def forward(
@@ -109,12 +98,6 @@ def test_splits_cover_all_keys_and_keep_the_gpu_busy(tiles, blocks, slots):
         assert splits == 1
 
 
-def report(program) -> tuple[int, str]:
-    """Registers of a thread, and all that the assembler tells."""
-    _, log = nvrtc.build(f"#define KERNEL_NAME kernel\n{program.source}", (*program.options, "--ptxas-options=-v"))
-    return int(re.search(r"Used (\d+) registers", log)[1]), log
-
-
 SAMPLE = [
     forward("sm_80", (128, 128)),
     forward("sm_86", (128, 128), causal=False),
@@ -129,6 +112,8 @@ SAMPLE = [
     backward("sm_90a", (64, 64), causal=False, element="f16"),
     backward("sm_90a", (128, 128), mask="float32", softcap=True),
     backward("sm_100", (192, 128), window=True),
+    replace(forward("sm_86", (96, 96), mask="float32"), narrow_steps=True),
+    replace(backward("sm_80", (64, 64), mask="bool"), narrow_steps=True),
 ]
 REST = [
     *(
@@ -141,9 +126,9 @@ REST = [
 
 
 def assert_compiles(kernel):
-    registers, log = report(kernel.program)
-    assert all(int(found) <= SPILLED for found in re.findall(r"(\d+) bytes spill", log)), log
-    assert registers * kernel.program.threads * kernel.tiles.blocks <= REGISTERS
+    found = report(kernel.program)
+    assert found.spilled <= SPILLED, found.log
+    assert found.registers * kernel.program.threads * kernel.tiles.blocks <= REGISTERS
 
 
 @needs_nvrtc
@@ -163,8 +148,10 @@ def test_all_kernels_compile_and_keep_to_their_registers(kernel):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_the_passes_before_and_after_compile(architecture):
     kernel = backward(architecture, (128, 64))
-    for program in (kernel.rows_program(True), kernel.rows_program(False), kernel.finish_program):
-        assert report(program)[0] <= 128
+    both = (kernel, replace(kernel, narrow_steps=True))
+    rows = (made.rows_program(of_logsumexp) for made, of_logsumexp in product(both, (True, False)))
+    for program in (*rows, kernel.finish_program):
+        assert report(program).registers <= 128
 
 
 @needs_nvrtc

@@ -1,20 +1,19 @@
 """What calls ask of the launcher, on a made-up Hopper GPU: stages, and parameters of the kernels; needs no GPU."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from cuda_planted import planted  # noqa: E402
+
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import attend, choice, gradient, launch, launcher, pullback, stages  # noqa: E402
+from attention.kernels.cuda import launch, launcher  # noqa: E402
 from attention.kernels.cuda.call import Call, Shape  # noqa: E402
-from attention.kernels.cuda.gpu import Gpu  # noqa: E402
 from attention.kernels.cuda.plan import MAP, NUMBER, SERIAL, STRIDE  # noqa: E402
 from attention.kernels.cuda.program import TEXTS, Program  # noqa: E402
 
-GPU = Gpu("Planted GPU", (9, 0), 132, 232_448, 13000)
 FILES = {  # of a kernel's name
     "flash_forward": "forward.cu",
     "flash_decode": "decode.cu",
@@ -24,56 +23,11 @@ FILES = {  # of a kernel's name
 }
 
 
-class Recorder:
-    """Stands in for the compiled launcher: keeps the plans, and answers calls with zeros."""
-
-    def __init__(self):
-        self.plans, self.calls = [], {}
-
-    def set_gradient(self, function):
-        self.gradient = function
-
-    def keep_call(self, q, k, v, *keywords_and_plan):
-        *keywords, plan = keywords_and_plan
-        self.calls[q.shape, k.shape, v.shape, *keywords] = plan
-
-    def find_call(self, q, k, v, *keywords):
-        plan = self.calls.get((q.shape, k.shape, v.shape, *keywords))
-        return plan and plan(q, k, v)[0]
-
-    def forget_calls(self):
-        self.calls.clear()
-
-    def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
-        self.plans.append(SimpleNamespace(steps=steps, label=label, untraced=untraced, shapes=shapes))
-        return lambda *inputs: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
-
-
 @pytest.fixture
 def recorder(monkeypatch):
-    made = Recorder()
-    for module in (launch, choice, gradient):
-        monkeypatch.setattr(module, "gpu", lambda: GPU)
-    for name in ("ensure", "judged", "distrust"):
-        monkeypatch.setattr(attend.trust, name, lambda *_: None)
-    monkeypatch.setattr(launch, "machine_code", lambda program: b"code")
     monkeypatch.setattr(Program, "entry", property(lambda program: program.name))
-    monkeypatch.setattr(launcher, "missing", lambda: None)
-    monkeypatch.setattr(launcher, "obstacle", lambda: None)
-    monkeypatch.setattr("attention.kernels.cuda.plan.launcher", SimpleNamespace(module=lambda: made))
-    monkeypatch.setattr(launcher, "module", lambda: made)
-    forget()
-    yield made
-    forget()
-
-
-def forget():
-    cuda.forget_calls()
-    kept = (attend.repeated, stages.forward_plan, launch.forward, launch.splitting, launch.decode)
-    kept += (gradient.planned, gradient.rows_launch, gradient.backward_launch, gradient.finish_launch)
-    kept += (pullback._own_is_taken,)
-    for function in kept:
-        function.cache_clear()
+    for on in planted(monkeypatch):
+        yield on("H100").recorder
 
 
 def call(queries, keys, dim=64, heads=4, kv_heads=2, with_logsumexp=False):

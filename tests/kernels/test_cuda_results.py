@@ -1,29 +1,19 @@
 """What the CUDA kernels compute, against float64; needs a CUDA device."""
 
-from dataclasses import replace
-
 import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from cuda_case import KINDS, Case  # noqa: E402
+from cuda_case import CALLS, KINDS, Case  # noqa: E402
 
 from attention.kernels import cuda  # noqa: E402
 from attention.kernels.cuda import plain, selfcheck  # noqa: E402
-from attention.kernels.cuda.call import Call, Shape  # noqa: E402
+from attention.kernels.cuda.call import Shape  # noqa: E402
 from attention.kernels.cuda.decode import MOST_ROWS  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
 
 WITHOUT_ARRAY = [name for name, kind in KINDS.items() if "mask" not in kind]
-PLAIN = Call(scale=0.125, causal=False, window=None, softcap=None)
-CALLS = {
-    "full": PLAIN,
-    "causal": replace(PLAIN, causal=True),
-    "window": replace(PLAIN, causal=True, window=37),
-    "softcap": replace(PLAIN, softcap=1.5),
-    "all": replace(PLAIN, causal=True, window=150, softcap=1.5),
-}
 SIZES = [  # batch, heads, kv_heads, queries, keys
     (1, 2, 2, 128, 128),
     (2, 4, 2, 300, 300),

@@ -26,7 +26,6 @@ __all__ = [
     "load",
     "supports",
     "variant",
-    "workspace_bytes",
 ]
 
 
@@ -69,17 +68,6 @@ def supports(workload: Workload, needs: Needs = PLAIN) -> str | None:
     from attention.kernels.cuda import machine
 
     return machine.refusal_here(workload, needs)
-
-
-def workspace_bytes(workload: Workload) -> int:
-    """Device memory of one forward call above inputs and output: logsumexp, and scratch of the kernel's own.
-
-    Raises:
-        KernelUnavailable: the workload is not taken here.
-    """
-    from attention.kernels.cuda import machine
-
-    return machine.workspace_bytes(workload)
 
 
 def flash_attention(
@@ -204,31 +192,16 @@ def _look_up(
     softcap: float | None,
     with_logsumexp: bool,
 ) -> Attend:
+    """What a call takes, decided now; the launcher is told too, if that is all its own."""
+    from attention.kernels.cuda import launcher
     from attention.kernels.cuda.attend import repeated
     from attention.kernels.cuda.call import check_arrays, normal
 
+    global _find_call  # noqa: PLW0603  what every call begins with
     dtype, kind = check_arrays(q, k, v, mask)
     call = normal(scale, causal, window, softcap, k.shape[2], kind)
     made = repeated(q.shape, k.shape, v.shape[3], dtype, call, with_logsumexp)
-    if mask is None and not with_logsumexp:
-        _keep(made, q, k, v, scale, causal, window, softcap)
-    return made
-
-
-def _keep(
-    made: Attend,
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-) -> None:
-    """Tells the launcher what a call takes, if that is all its own."""
-    from attention.kernels.cuda import launcher
-
-    global _find_call  # noqa: PLW0603  what every call begins with
-    if launcher.is_plan(made):
+    if mask is None and not with_logsumexp and launcher.is_plan(made):
         launcher.module().keep_call(q, k, v, scale, causal, window, softcap, made)
         _find_call = launcher.module().find_call
+    return made

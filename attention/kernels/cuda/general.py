@@ -91,8 +91,8 @@ def _few(rows: int, widest: int) -> Iterator[ForwardTiles]:
 
 
 @dataclass(frozen=True)
-class GeneralForward:
-    """A specialisation of general_forward.cu."""
+class General:
+    """What a specialisation is made for, forward or backward: widths, masking and type."""
 
     head_dim: int
     value_dim: int
@@ -101,6 +101,18 @@ class GeneralForward:
     softcap: bool
     mask: MaskKind | None
     element: Element
+
+    @property
+    def mask_constants(self) -> dict[str, int]:
+        """What general_mask.cuh is compiled for."""
+        kind = 0 if self.mask is None else 1 + MASK_KINDS.index(self.mask)
+        return {"CAUSAL": self.causal, "WINDOW": self.window, "SOFTCAP": self.softcap, "MASK": kind}
+
+
+@dataclass(frozen=True)
+class GeneralForward(General):
+    """A specialisation of general_forward.cu."""
+
     packed: bool
     """Whether a block's rows are those of all heads that share its keys."""
     split: bool
@@ -124,7 +136,7 @@ class GeneralForward:
             "QUERIES_IN_REGISTERS": self.tiles.queries_in_registers,
             "PACK": self.packed,
             "SPLIT": self.split,
-            **mask_constants(self.causal, self.window, self.softcap, self.mask),
+            **self.mask_constants,
             "NARROW_STEPS": self.narrow_steps,
             "BFLOAT16": self.element == "bf16",
         }
@@ -146,12 +158,6 @@ class GeneralForward:
     def blocks_of(self, rows: int) -> int:
         """Blocks that so many rows of a plane take, without splitting."""
         return -(-rows // self.tiles.block_m)
-
-
-def mask_constants(causal: bool, window: bool, softcap: bool, mask: MaskKind | None) -> dict[str, int]:
-    """What general_mask.cuh is compiled for."""
-    kind = 0 if mask is None else 1 + MASK_KINDS.index(mask)
-    return {"CAUSAL": causal, "WINDOW": window, "SOFTCAP": softcap, "MASK": kind}
 
 
 @functools.cache

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from attention.kernels.cuda.call import MaskKind
-from attention.kernels.cuda.forward import Element
-from attention.kernels.cuda.general import TEXTS, mask_constants, share_of, tile_bytes, width_of
+from attention.kernels.cuda.general import TEXTS, General, share_of, tile_bytes, width_of
 from attention.kernels.cuda.program import Program
 
 PADDED: Final = 64
@@ -100,16 +98,9 @@ def backward_tiles_for(head_dim: int, value_dim: int, limit: int) -> BackwardTil
 
 
 @dataclass(frozen=True)
-class GeneralBackward:
+class GeneralBackward(General):
     """A specialisation of general_backward.cu, general_rows.cu and general_finish.cu."""
 
-    head_dim: int
-    value_dim: int
-    causal: bool
-    window: bool
-    softcap: bool
-    mask: MaskKind | None
-    element: Element
     narrow_steps: bool
     """Whether strides come as 32-bit numbers."""
     tiles: BackwardTiles
@@ -134,7 +125,7 @@ class GeneralBackward:
             "WARPS": tiles.warps,
             "BLOCKS_AT_ONCE": tiles.blocks,
             "PACK": 0,
-            **mask_constants(self.causal, self.window, self.softcap, self.mask),
+            **self.mask_constants,
             **self._common,
         }
         texts = (*TEXTS, "general_products.cuh", "general_backward.cu")

@@ -44,15 +44,7 @@ def _kernel(shape: Shape, call: Call, narrow_steps: bool) -> GeneralBackward:
 def gradients(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> list[mx.array]:
-    """The gradients of q, k and v.
-
-    Args:
-        primals: q, k, v, and a mask (batch, heads, queries, keys) if the call has one.
-        cotangents: of the output, and of the logsumexp if that was asked for.
-        outputs: what the forward pass made: output and logsumexp.
-        shape: of the arrays.
-        call: what was computed.
-    """
+    """The gradients of q, k and v; what is given is as for `pullback.gradients`."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
     arrays = [*primals[:3], outputs[0], cotangent, outputs[1], of_logsumexp, *primals[3:]]

@@ -48,15 +48,7 @@ def kernel_of(shape: Shape, call: Call) -> Backward:
 def by_kernel(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> tuple[mx.array, ...]:
-    """The gradients of q, k and v.
-
-    Args:
-        primals: q, k, v.
-        cotangents: of the output, and of the logsumexp if that was asked for.
-        outputs: what the forward pass made: output and logsumexp.
-        shape: of the arrays.
-        call: what was computed.
-    """
+    """The gradients of q, k and v; what is given is as for `pullback.gradients`, without a mask."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
     arrays = [*primals, outputs[0], cotangent, outputs[1], of_logsumexp]
@@ -85,6 +77,12 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
         Stage(finish_launch(shape, call), ("sums", "d_k"), ("d_q",)),
     )
     return make_plan(inputs, ("d_q", "d_k", "d_v"), stages)
+
+
+def scratch_bytes(shape: Shape, call: Call) -> int:
+    """Device memory that a backward pass takes besides its results: two numbers a query, and dQ in float32."""
+    queries = BLOCK_Q * query_tiles(shape.queries)
+    return 4 * shape.batch * shape.heads * queries * (2 + kernel_of(shape, call).head_dim)
 
 
 @functools.lru_cache(maxsize=128)

@@ -5,10 +5,8 @@ part ends with the figures that are asked of it, and whether they hold. What the
 """
 
 import functools
-import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +16,11 @@ from attention.kernels.cuda import flash_attention
 from attention.kernels.cuda.timing import (
     Run,
     asked,
+    asked_for,
     cudnn,
     drawn,
     in_torch,
+    keep,
     medians,
     one_at_a_time,
     report,
@@ -230,14 +230,11 @@ PARTS = {"small": small, "decode": decode, "training": training, "prefill": pref
 
 def main() -> None:
     """Measures the parts named, or all; `--json PATH` keeps the seconds."""
-    words = sys.argv[1:]
-    path = words[words.index("--json") + 1] if "--json" in words else None
+    words, path = asked_for(PARTS)
     rows = [row for name in PARTS if name in words or not words for row in PARTS[name]()]
     missed = [row["asked"] for row in rows if row.get("holds") is False]
     print(f"missed: {'; '.join(missed) or 'nothing'}")
-    if path:
-        with open(path, "w") as file:  # noqa: PTH123
-            json.dump(rows, file, indent=1)
+    keep(rows, path)
 
 
 if __name__ == "__main__":

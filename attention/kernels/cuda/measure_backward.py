@@ -4,9 +4,7 @@ Head dims and lengths as words (`64 256 2048`) take of the table only what has o
 seconds. measure.py's `training` has the whole step.
 """
 
-import json
 import math
-import sys
 import time
 from typing import Any
 
@@ -15,7 +13,7 @@ import mlx.core as mx
 from attention.kernels.cuda import gradient
 from attention.kernels.cuda.call import Call, Shape
 from attention.kernels.cuda.stages import forward_plan
-from attention.kernels.cuda.timing import Run, drawn, in_torch, medians, report, timed_torch
+from attention.kernels.cuda.timing import Run, asked_for, drawn, in_torch, keep, medians, report, timed_torch
 
 DIMS, LENGTHS = (64, 128, 192, 256), (2048, 4096, 8192, 16384)
 
@@ -62,11 +60,9 @@ def measured(dim: int, length: int, causal: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, and prints the geometric mean of the ratios."""
-    words = sys.argv[1:]
-    path = words[words.index("--json") + 1] if "--json" in words else None
-    wanted = {int(word) for word in words if word.isdigit()}
-    dims = [dim for dim in DIMS if dim in wanted] or DIMS
-    lengths = [length for length in LENGTHS if length in wanted] or LENGTHS
+    words, path = asked_for(DIMS + LENGTHS)
+    dims = [dim for dim in DIMS if str(dim) in words] or DIMS
+    lengths = [length for length in LENGTHS if str(length) in words] or LENGTHS
     rows = []
     for dim in dims:
         for causal in (False, True):
@@ -75,9 +71,7 @@ def main() -> None:
                 mx.clear_cache()
     ratios = [row["seconds"]["cudnn"] / row["seconds"]["ours"] for row in rows]
     print(f"geometric mean {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}, least {min(ratios):.3f} of cuDNN")
-    if path:
-        with open(path, "w") as file:  # noqa: PTH123
-            json.dump(rows, file, indent=1)
+    keep(rows, path)
 
 
 if __name__ == "__main__":

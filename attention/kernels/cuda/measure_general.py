@@ -3,8 +3,6 @@
 Against PyTorch's FlashAttention 2 (its flash backend) and, where an array masks, MLX's SDPA; sampled as in measure.py.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +10,7 @@ import mlx.core as mx
 
 from attention.kernels.cuda import flash_attention
 from attention.kernels.cuda.general_alone import general_alone
-from attention.kernels.cuda.timing import Run, drawn, in_torch, medians, report, timed_mlx, timed_torch
+from attention.kernels.cuda.timing import Run, asked_for, drawn, in_torch, keep, medians, report, timed_mlx, timed_torch
 
 SHAPES = [(dim, causal, length) for dim in (64, 128) for causal in (False, True) for length in (2048, 8192)]
 OTHERS = [(dim, causal, 4096) for dim in (32, 80, 96, 192, 256) for causal in (False, True)]
@@ -136,13 +134,10 @@ PARTS: dict[str, Callable[[], list[Any]]] = {"forward": forward, "backward": bac
 
 def main() -> None:
     """Measures the parts named, or all; `--json PATH` keeps the seconds."""
-    words = sys.argv[1:]
-    path = words[words.index("--json") + 1] if "--json" in words else None
+    words, path = asked_for(PARTS)
     with general_alone():
         rows = [row for name, part in PARTS.items() if name in words or not words for row in part()]
-    if path:
-        with open(path, "w") as file:  # noqa: PTH123
-            json.dump(rows, file, indent=1)
+    keep(rows, path)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from attention.errors import KernelUnavailable
 
 OLDEST = (12, 5)
-"""The first version whose tensor maps take strides in bytes when they are made in a kernel."""
+"""What tensor maps that a kernel made itself needed; no older version has been tried since the host makes them."""
 
 
 class CompileError(KernelUnavailable):
@@ -23,7 +23,10 @@ def find() -> str:
         KernelUnavailable: there is none, or it is too old.
     """
     _library()
-    return f"NVRTC {version()[0]}.{version()[1]}"
+    found = "{}.{}".format(*version())
+    if version() < OLDEST:
+        raise KernelUnavailable("NVRTC {}.{} or later is needed, not {}".format(*OLDEST, found))
+    return f"NVRTC {found}"
 
 
 @functools.cache
@@ -79,9 +82,8 @@ def build(source: str, options: Sequence[str]) -> tuple[bytes, str]:
         CompileError: with NVRTC's log.
         KernelUnavailable: there is no NVRTC, or it is too old.
     """
+    find()
     nvrtc = _library()
-    if version() < OLDEST:
-        raise KernelUnavailable(f"NVRTC {OLDEST[0]}.{OLDEST[1]} or later is needed, not {version()[0]}.{version()[1]}")
     program = ctypes.c_void_p()
     _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"flash.cu", 0, None, None))
     try:

@@ -83,7 +83,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
 
 def _predicted(workload: Workload, needs: Needs, backward_refusal: str | None) -> int | None:
     """Outputs and workspace; of a training pass also dQ in float32 and the rows' numbers, where our kernels make it."""
-    from attention.kernels.cuda import general_gradient
+    from attention.kernels.cuda import pullback
     from attention.kernels.cuda.machine import shape_and_call, workspace_bytes
 
     forward = workspace_bytes(workload, needs)
@@ -91,4 +91,4 @@ def _predicted(workload: Workload, needs: Needs, backward_refusal: str | None) -
         return workload.output_bytes + forward
     if backward_refusal:
         return None
-    return workload.output_bytes + forward + general_gradient.scratch_bytes(shape_and_call(workload, needs)[0])
+    return workload.output_bytes + forward + pullback.scratch_bytes(*shape_and_call(workload, needs))

@@ -73,8 +73,3 @@ def machine_code(program: Program) -> bytes:
                 code = nvrtc.compile_program(f"#define KERNEL_NAME {program.entry}\n{program.source}", program.options)
                 cache.write_code(program.key, code)
     return code
-
-
-def is_compiled(program: Program) -> bool:
-    """Whether the machine code lies ready in the cache folder."""
-    return cache.read_code(program.key) is not None

@@ -19,6 +19,12 @@ def refusal(shape: Shape, call: Call) -> str | None:
     return f"{own}; the general kernel: {general}" if general else None
 
 
+def scratch_bytes(shape: Shape, call: Call) -> int:
+    """Device memory that the backward pass takes besides its results, by those of our kernels that make it."""
+    own = _refusal_of_own(shape, call) is None
+    return gradient.scratch_bytes(shape, call) if own else general_gradient.scratch_bytes(shape)
+
+
 def gradients(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> list[mx.array]:

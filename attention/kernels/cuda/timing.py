@@ -5,10 +5,13 @@ the same calls. Reported are medians. Where the L2 cache would flatter, as input
 turns at several sets of inputs.
 """
 
+import argparse
+import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -116,3 +119,26 @@ def asked(text: str, least: float, measured: float) -> dict[str, Any]:
     holds = measured >= least
     print(f"asked: {text}: at least {least:.4g}; measured {measured:.4g}: {'holds' if holds else 'MISSED'}", flush=True)
     return {"asked": text, "least": least, "measured": measured, "holds": holds}
+
+
+def asked_for(words: Iterable[object]) -> tuple[list[str], Path | None]:
+    """Which of these words the command line names, and the file that `--json` gives for the seconds.
+
+    Raises:
+        SystemExit: it names another.
+    """
+    known = [str(word) for word in words]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*", metavar="WORD", help=f"of {', '.join(known)}; all without any")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where to keep the seconds")
+    found = parser.parse_args()
+    for word in found.words:
+        if word not in known:  # not by `choices`, of which Python 3.11 wants one at least
+            parser.error(f"{word} is none of {', '.join(known)}")
+    return found.words, found.json
+
+
+def keep(rows: Sequence[object], path: Path | None) -> None:
+    """Writes rows to a file, if there is one."""
+    if path:
+        path.write_text(json.dumps(rows, indent=1))

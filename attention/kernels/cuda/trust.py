@@ -5,7 +5,6 @@ from importlib import metadata
 
 import mlx.core as mx
 
-from attention.errors import KernelUnavailable
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.program import Program, machine_code
 from attention.kernels.first_use import Check, FirstUse
@@ -30,18 +29,6 @@ def judged(program: Program, check: Check) -> str | None:
     if reason is not None and not _gpu_answers():
         raise RuntimeError(f"{program.name} broke this process's use of the GPU; a new one goes without it: {reason}")
     return reason
-
-
-def ensure(program: Program, check: Check) -> None:
-    """The same.
-
-    Raises:
-        KernelUnavailable: the check failed, now or before.
-        RuntimeError: as `judged`.
-    """
-    reason = judged(program, check)
-    if reason:
-        raise KernelUnavailable(f"{program.name}: {reason}")
 
 
 def mark() -> str:

@@ -1,0 +1,40 @@
+"""What NVRTC's assembler says of a kernel, without a GPU; and the mark of tests that need NVRTC."""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from attention.errors import KernelUnavailable
+from attention.kernels.cuda import nvrtc
+
+REGISTERS = 65_536
+"""Of a multiprocessor."""
+
+
+def _is_there():
+    try:
+        return bool(nvrtc.find())
+    except KernelUnavailable:
+        return False
+
+
+needs_nvrtc = pytest.mark.skipif(not _is_there(), reason="NVRTC is not installed")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of a thread: its registers, bytes of its stack, and bytes of registers spilled there, stored or loaded."""
+
+    registers: int
+    stack: int
+    spilled: int
+    log: str
+
+
+def report(program):
+    _, log = nvrtc.build(f"#define KERNEL_NAME kernel\n{program.source}", (*program.options, "--ptxas-options=-v"))
+    [(stack, stored, loaded)] = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
+    return Report(int(re.search(r"Used (\d+) registers", log)[1]), int(stack), max(int(stored), int(loaded)), log)

@@ -1,0 +1,101 @@
+"""Made-up GPUs, a launcher that only keeps what it is told, and what a kernel's text says of its parameters."""
+
+import re
+from types import SimpleNamespace
+
+import mlx.core as mx
+
+from attention.kernels import cuda
+from attention.kernels.cuda import (
+    attend,
+    choice,
+    general_gradient,
+    general_launch,
+    gradient,
+    launch,
+    launcher,
+    machine,
+    nvrtc,
+    program,
+    pullback,
+    stages,
+    trust,
+)
+from attention.kernels.cuda.gpu import Gpu
+from attention.kernels.cuda.plan import NUMBER, POINTER, STRIDE
+
+GPUS = {
+    "A100": Gpu("Planted A100", (8, 0), 108, 166_912, 13000),
+    "RTX 4090": Gpu("Planted RTX 4090", (8, 9), 128, 101_376, 13000),
+    "H100": Gpu("Planted H100", (9, 0), 132, 232_448, 13000),
+    "B200": Gpu("Planted B200", (10, 0), 148, 232_448, 13000),
+}
+
+
+class Recorder:
+    """Stands in for the compiled launcher: keeps the plans, and answers calls with zeros."""
+
+    def __init__(self):
+        self.plans, self.calls = [], {}
+
+    def set_gradient(self, function):
+        self.gradient = function
+
+    def keep_call(self, q, k, v, *keywords_and_plan):
+        *keywords, plan = keywords_and_plan
+        self.calls[q.shape, k.shape, v.shape, *keywords] = plan
+
+    def find_call(self, q, k, v, *keywords):
+        plan = self.calls.get((q.shape, k.shape, v.shape, *keywords))
+        return plan and plan(q, k, v)[0]
+
+    def forget_calls(self):
+        self.calls.clear()
+
+    def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
+        self.plans.append(SimpleNamespace(steps=steps, label=label, untraced=untraced, shapes=shapes, types=types))
+        return lambda *arrays: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
+
+
+def forget():
+    """All that these modules keep: it is of a GPU that is about to come or to go."""
+    cuda.forget_calls()
+    for module in (attend, general_gradient, general_launch, gradient, launch, program, pullback, stages):
+        for function in vars(module).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
+def planted(monkeypatch):
+    """For a fixture: makes a GPU up, by name; what is wrong with its kernels, by theirs, can be planted in `wrong`."""
+    found = SimpleNamespace(wrong={}, recorder=Recorder())
+
+    def make(name):
+        for module in (launch, choice, general_launch, general_gradient, gradient, machine):
+            monkeypatch.setattr(module, "gpu", lambda: GPUS[name])
+        return found
+
+    def verdict(program, *_):
+        return found.wrong.get(program.name)
+
+    monkeypatch.setattr(trust, "distrust", verdict)
+    monkeypatch.setattr(trust, "judged", verdict)
+    monkeypatch.setattr(machine, "look", lambda: "planted")
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "targets", lambda: (80, 86, 89, 90, 100))
+    monkeypatch.setattr(launch, "machine_code", lambda program: program)
+    monkeypatch.setattr(launcher, "missing", lambda: None)
+    monkeypatch.setattr(launcher, "obstacle", lambda: None)
+    monkeypatch.setattr(launcher, "module", lambda: found.recorder)
+    monkeypatch.setattr("attention.kernels.cuda.plan.launcher", SimpleNamespace(module=lambda: found.recorder))
+    forget()
+    yield make
+    forget()
+
+
+def signature(program):
+    """The kinds of a kernel's parameters, in their order."""
+    text, masked = program.source, dict(program.constants).get("MASK")
+    parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
+    parameters = re.sub(r"#if MASK\n(.*?)#endif\n", r"\1" if masked else "", parameters, flags=re.DOTALL)
+    return [POINTER if "*" in each else STRIDE if "Step" in each else NUMBER for each in parameters.split(",")]
