@@ -16,10 +16,9 @@ from attention.measure.clock import Clock
 from attention.route import PLAIN, Needs, Route
 from attention.tuning import news
 from attention.tuning.candidates import LEANEST, candidates, fitting
-from attention.tuning.code_mark import code_mark
 from attention.tuning.demo_runner import DemoRunner
 from attention.tuning.standing import Standing, evaluated, heir, standing_of
-from attention.tuning.store import Entry, Store
+from attention.tuning.store import Entry, Store, code_now
 from attention.tuning.task import Check, Task
 from attention.tuning.trial import NAME, Trial
 from attention.tuning.watch import Watch
@@ -169,7 +168,7 @@ class Demo:
         if standing is not None:
             return standing
         entry = self.store.get(workload)
-        if entry is None or entry.made_with != code_mark():
+        if entry is None or entry.made_with != code_now():
             return None
         fit = fitting()
         if entry.winner not in fit or set(fit) - {*entry.call_s, *entry.untried}:

@@ -13,8 +13,7 @@ from attention.implementations.asked import asked_for, here
 from attention.implementations.poc import Poc, _kernel
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
-from attention.tuning.code_mark import code_mark
-from attention.tuning.store import Store
+from attention.tuning.store import Store, code_now
 from attention.tuning.workload_class import class_of
 from attention.workload import Workload
 
@@ -71,7 +70,7 @@ class TunedPoc(Poc):
         if route.fallback or device.backend != "metal":
             return route
         entry = self._trials.get(class_of(workload, device, needs))
-        if entry is None or entry.made_with != code_mark() or entry.winner.startswith(self.name):
+        if entry is None or entry.made_with != code_now() or entry.winner.startswith(self.name):
             return route
         behind = self._sdpa.route(workload, device, needs)
         if not behind.fused:

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from attention import events as on
+from attention.code_mark import code_mark
 from attention.kernels import cache
 from attention.tuning import news
 from attention.tuning.workload_class import WorkloadClass
@@ -27,6 +28,11 @@ LOCK_WAIT_S: Final = 2.0
 HEAD: Final = "# What fatui's trials found; `fatui tune --show` prints it, `fatui tune --forget` removes it.\n"
 
 State = Literal["new", "good", "damaged", "newer", "unreadable"]
+
+
+def code_now() -> str:
+    """The mark of the code that candidates are made of: a choice made with another one is tried anew."""
+    return code_mark("implementations", "kernels")
 
 
 class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,7 +54,7 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     alone_s: dict[str, float] = {}
     """Seconds of a single call that is waited for, of those that were timed in queues."""
     made_with: str = ""
-    """`code_mark` of the candidates."""
+    """`code_now` of then."""
     workload: WorkloadClass
 
     @property

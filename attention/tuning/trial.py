@@ -11,9 +11,8 @@ from attention.implementations.protocol import Implementation
 from attention.measure.clock import Clock
 from attention.report import Ratio
 from attention.tuning import news
-from attention.tuning.code_mark import code_mark
 from attention.tuning.halving import Found, Halving
-from attention.tuning.store import Entry
+from attention.tuning.store import Entry, code_now
 from attention.tuning.task import BoundCall, Check, Task
 from attention.tuning.workload_class import WorkloadClass
 
@@ -95,7 +94,7 @@ class Trial:
             untried=[*found.untried, *found.failed, *inaccurate],
             call_s=call_s,
             alone_s={name: seconds for name, seconds in found.alone_s.items() if name in call_s},
-            made_with=code_mark(),
+            made_with=code_now(),
             workload=self._class,
         )
 

@@ -181,7 +181,7 @@ def _print(entries: "list[Entry]") -> None:
         return
     from rich.table import Table
 
-    from attention.tuning.code_mark import code_mark
+    from attention.tuning.store import code_now
     from attention.tuning.trial import ratio_of
     from fatui import figures
     from fatui.commands.printing import show
@@ -198,10 +198,10 @@ def _print(entries: "list[Entry]") -> None:
         ahead = _estimate(entry) if ratio is None else figures.speedup_text(ratio)
         call = figures.seconds(entry.call_s[entry.winner])
         error = figures.error(entry.max_error)
-        mark = "" if entry.made_with == code_mark() else STALE
+        mark = "" if entry.made_with == code_now() else STALE
         table.add_row(entry.workload.label, entry.winner + mark, call, entry.runner_up or "-", ahead, error)
     show(table)
-    if any(entry.made_with != code_mark() for entry in entries):
+    if any(entry.made_with != code_now() for entry in entries):
         cli.tell(f"{STALE.strip()} tried with other kernels than today's: will be tried again when next used")
 
 

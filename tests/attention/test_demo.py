@@ -11,6 +11,7 @@ from attention_examples import CPU
 from msgspec import structs
 from tuning_examples import Broken, FakeTime, Timed, Wrong
 
+from attention import code_mark
 from attention import events as on
 from attention.device import probe
 from attention.implementations.baseline import Baseline
@@ -19,7 +20,7 @@ from attention.implementations.protocol import Implementation
 from attention.implementations.runner import make_inputs, runner_for
 from attention.masks import Mask
 from attention.route import PLAIN
-from attention.tuning import code_mark, news
+from attention.tuning import news
 from attention.tuning.candidates import candidates, fitting
 from attention.tuning.demo import Demo
 from attention.tuning.store import Store
@@ -152,8 +153,8 @@ def test_block_sizes_are_candidates_where_they_differ() -> None:
 
 def test_choices_made_with_other_code_are_tried_anew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     call(make(store, a=Timed("a", 0.001), b=Timed("b", 0.003)))
-    monkeypatch.setattr("attention.tuning.demo.code_mark", lambda: "other")
-    monkeypatch.setattr("attention.tuning.trial.code_mark", lambda: "other")
+    monkeypatch.setattr("attention.tuning.demo.code_now", lambda: "other")
+    monkeypatch.setattr("attention.tuning.trial.code_now", lambda: "other")
     call(make(Store(store.path), a=Timed("a", 0.003), b=Timed("b", 0.001)))
     assert [(entry.winner, entry.made_with) for entry in store.entries()] == [("b", "other")]
 
@@ -162,11 +163,12 @@ def test_the_code_mark_changes_with_a_kernel(tmp_path: Path, monkeypatch: pytest
     kernel = tmp_path / "kernels" / "cpu" / "forward.cpp"
     kernel.parent.mkdir(parents=True)
     kernel.write_text("slow")
-    monkeypatch.setattr(code_mark, "__file__", str(tmp_path / "tuning" / "code_mark.py"))
-    before = code_mark.code_mark.__wrapped__()
-    assert code_mark.code_mark.__wrapped__() == before
+    monkeypatch.setattr(code_mark, "__file__", str(tmp_path / "code_mark.py"))
+    before = code_mark.code_mark.__wrapped__("implementations", "kernels")
+    assert code_mark.code_mark.__wrapped__("implementations", "kernels") == before
     kernel.write_text("fast")
-    assert code_mark.code_mark.__wrapped__() != before
+    assert code_mark.code_mark.__wrapped__("implementations", "kernels") != before
+    assert code_mark.code_mark.__wrapped__("kernels/cuda") == code_mark.code_mark.__wrapped__("kernels/metal")
 
 
 @pytest.mark.parametrize("array", [None, mx.bool_, mx.float32], ids=str)

@@ -16,8 +16,7 @@ from attention.patch.arguments import ModelCall, Offers
 from attention.route import Needs
 from attention.tuning import poc as tuned
 from attention.tuning.candidates import candidates, fitting
-from attention.tuning.code_mark import code_mark
-from attention.tuning.store import Entry, Store
+from attention.tuning.store import Entry, Store, code_now
 from attention.tuning.workload_class import class_of
 from attention.workload import Workload
 
@@ -50,7 +49,7 @@ def tried(tmp_path, winner, call_s, made_with=None):
         winner=winner,
         tuned=datetime.now(UTC),
         call_s=call_s,
-        made_with=made_with or code_mark(),
+        made_with=made_with or code_now(),
         workload=class_of(WORKLOAD, MAC),
     )
     store.put(found)

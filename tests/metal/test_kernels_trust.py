@@ -1,12 +1,14 @@
 """How the Metal kernels earn trust on first use, and what happens where one does not; only the GPU is made up."""
 
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from kernels_device import MARK, ON_A_GPU, Device, forget, needs_verifier, on_a_mac
 
+from attention import code_mark
 from attention.device import Device as Machine
 from attention.errors import KernelUnavailable
 from attention.implementations import poc
@@ -159,11 +161,11 @@ def test_another_system_checks_for_itself(monkeypatch):
 @pytest.mark.parametrize("changed", ["forward.metal", "common.metal", "launch.py", "selfcheck.py"])
 def test_new_code_is_checked_anew(monkeypatch, tmp_path, changed):
     special = specialisation("forward", Shape(1, 1, 1, 40, 40, 32, "float16"), Call(1.0))
-    folder = tmp_path / "metal"
-    shutil.copytree(trust.FOLDER, folder)
+    folder = tmp_path / "kernels" / "metal"
+    shutil.copytree(Path(trust.__file__).parent, folder)
     before = key_in_a_new_process(special)
     with monkeypatch.context() as patch:
-        patch.setattr(trust, "FOLDER", folder)
+        patch.setattr(code_mark, "__file__", str(tmp_path / "code_mark.py"))
         assert key_in_a_new_process(special) == before
         with (folder / changed).open("a") as file:
             file.write("\n")
@@ -173,7 +175,7 @@ def test_new_code_is_checked_anew(monkeypatch, tmp_path, changed):
 
 def key_in_a_new_process(special):
     trust.key_of.cache_clear()
-    trust._code.cache_clear()
+    code_mark.code_mark.cache_clear()
     return trust.key_of(special)
 
 

@@ -5,6 +5,7 @@ from importlib import metadata
 
 import mlx.core as mx
 
+from attention.code_mark import code_mark
 from attention.kernels.cuda.gpu import gpu
 from attention.kernels.cuda.program import Program, machine_code
 from attention.kernels.first_use import Check, FirstUse
@@ -32,8 +33,8 @@ def judged(program: Program, check: Check) -> str | None:
 
 
 def mark() -> str:
-    """What a verdict holds for: GPU, driver, and the MLX that launches."""
-    return f"{gpu().mark}, MLX {_mlx_version()}"
+    """What a verdict holds for: GPU, driver, the MLX that launches, and the code that does and that checks."""
+    return f"{gpu().mark}, MLX {_mlx_version()}, code {code_mark('kernels/cuda')}"
 
 
 @functools.cache

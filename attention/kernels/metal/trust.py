@@ -2,33 +2,21 @@
 
 import hashlib
 from functools import cache as once
-from pathlib import Path
 from typing import Final
 
+from attention.code_mark import code_mark
 from attention.kernels.first_use import PASSED, Check, FirstUse
 from attention.kernels.metal.call import Specialisation
 from attention.kernels.metal.machine import mark
 
 PREFIX: Final = "metal-"
 """Of the keys of all records."""
-FOLDER: Final = Path(__file__).parent
-KINDS: Final = frozenset({".metal", ".py"})
 
 
 @once
 def key_of(special: Specialisation) -> str:
     """The name that a specialisation's record has: its constants, and the code that a verdict is of."""
-    return PREFIX + hashlib.sha256(f"{special}{_code()}".encode()).hexdigest()[:32]
-
-
-@once
-def _code() -> str:
-    """A digest of the texts, and of what launches and checks them: with a fault in these mended, all is tried anew."""
-    sha = hashlib.sha256()
-    for path in sorted(path for path in FOLDER.iterdir() if path.suffix in KINDS):
-        sha.update(path.name.encode())
-        sha.update(path.read_bytes())
-    return sha.hexdigest()
+    return PREFIX + hashlib.sha256(f"{special}{code_mark('kernels/metal')}".encode()).hexdigest()[:32]
 
 
 def distrust(special: Specialisation) -> str | None:
