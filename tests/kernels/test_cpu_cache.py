@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +88,6 @@ def test_the_folder_is_the_users_alone(own_folder):
 def test_a_library_that_was_changed_is_not_loaded_but_built_anew(own_folder):
     cpu.load()
     path = own_folder / json.loads(record(own_folder).read_text())["library"]
-    good = cache.digest(path)
     path.unlink()
     path.write_bytes(b"not what was recorded")
     library._loaded = cpu._module = None
@@ -95,7 +95,6 @@ def test_a_library_that_was_changed_is_not_loaded_but_built_anew(own_folder):
     cpu.load(messages.append)
     assert len(messages) == 1
     assert cache.digest(path) == json.loads(record(own_folder).read_text())["sha256"]
-    assert cache.digest(path) != "" != good
 
 
 def test_what_nobody_used_for_long_is_removed_when_something_new_is_compiled(own_folder):
@@ -197,6 +196,41 @@ def test_a_failed_compilation_is_remembered_with_the_compilers_words(own_folder,
     usable, reason = cpu.availability()
     assert not usable
     assert "no-such-option" in reason
+
+
+def test_a_failure_may_not_last_so_it_is_tried_again_a_day_later(own_folder, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(build, "_kernel_command", lambda tools: ("false",))
+        key = build.key(toolchain.find())
+        killed.setattr(build, "key", lambda tools: key)
+        with pytest.raises(cpu.KernelUnavailable, match="exit status 1"):
+            cpu.load()
+    monkeypatch.setattr(build, "key", lambda tools: key)
+    assert not cpu.availability()[0]
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86401)
+    assert cpu.availability() == (True, f"compiles at first use ({cpu.variant()})")
+    cpu.load()
+    assert cpu.availability()[0]
+
+
+def test_a_full_disk_is_a_reason_and_not_remembered(own_folder, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(tempfile, "mkdtemp", refuse)
+        with pytest.raises(cpu.KernelUnavailable, match="No space left"):
+            cpu.load()
+    cpu.load()
+
+
+def test_a_library_that_was_removed_is_not_called_compiled(own_folder):
+    cpu.load()
+    next(own_folder.glob("*.so")).unlink()
+    library._loaded = None
+    assert cpu.availability() == (True, f"compiles at first use ({cpu.variant()})")
+    assert not cpu.is_compiled()
 
 
 def test_a_kernel_that_disagrees_with_the_reference_is_not_used(own_folder, monkeypatch):
