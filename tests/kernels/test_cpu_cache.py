@@ -122,6 +122,19 @@ def test_a_library_in_use_stays_however_old_it_is(own_folder):
     assert {path.suffix for path in own_folder.iterdir() if path.stem != "another"} == {".so", ".json"}
 
 
+def test_a_lock_that_is_held_stays_however_old_its_file_is(fresh, tmp_path, monkeypatch):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    with cache.lock("key"):
+        pass
+    os.utime(tmp_path / "kernels" / "key.lock", (0, 0))
+    with cache.lock("key"):
+        cache.write_record("another", {})
+        assert cache.is_locked("key")
+    os.utime(tmp_path / "kernels" / "key.lock", (0, 0))
+    cache.write_record("another", {})
+    assert not (tmp_path / "kernels" / "key.lock").exists()
+
+
 def test_two_processes_that_compile_at_once_both_end_with_a_kernel(own_folder):
     code = "from attention.kernels import cpu; cpu.load(); print('ready')"
     both = [python(code, FATUI_CACHE_DIR=str(own_folder.parent)) for _ in range(2)]
