@@ -71,11 +71,6 @@ def write_record(key: str, record: dict[str, Any]) -> None:
     _remove_unused()
 
 
-def forget(key: str) -> None:
-    """Forgets what is known of a key, so that the next load compiles again."""
-    (folder() / f"{key}.json").unlink(missing_ok=True)
-
-
 def mark_used(path: Path) -> None:
     """Says that a file is still wanted: its time becomes now, to a day."""
     with contextlib.suppress(OSError):
@@ -117,7 +112,10 @@ def write_code(key: str, code: bytes) -> None:
 
 @contextlib.contextmanager
 def lock(key: str) -> Iterator[None]:
-    """One process at a time works on a key; the others wait here and then find its work done."""
+    """One process at a time works on a key; the others wait here and then find its work done.
+
+    Opening the file to write makes its time now, so that nobody removes it as unused while it is held.
+    """
     with (ready_folder() / f"{key}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

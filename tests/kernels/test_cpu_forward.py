@@ -110,6 +110,17 @@ def test_no_queries_and_no_keys():
     assert mx.all(logsumexp == -mx.inf)
 
 
+@dtypes
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
+def test_keys_that_a_boolean_mask_hides_may_hold_anything(dtype, queries, garbage):
+    q, k, v = qkv(1, 4, 2, queries, 150, 32, 32, dtype)
+    seen = np.arange(150) % 3 > 0
+    spoilt = mx.where(mx.array(seen)[:, None], k, mx.array(garbage, dtype))
+    o, expected = (cpu.flash_attention(q, x, v, scale=0.2, mask=mx.array(seen)) for x in (spoilt, k))
+    assert mx.allclose(o, expected, rtol=2**-7, atol=2**-8)  # a rounding of bfloat16; NaN is near to nothing
+
+
 def test_a_large_finite_mask_is_no_exclusion():
     q, k, v = qkv(1, 1, 1, 4, 6, 8, 8, mx.float32)
     o = cpu.flash_attention(q, k, v, scale=1.0, mask=mx.full((4, 6), float(np.finfo(np.float32).min)))

@@ -9,7 +9,7 @@ import pytest
 
 from attention.kernels.cpu import toolchain
 
-TESTS = ["forward", "gradient", "threads"]
+TESTS = ["forward", "gradient", "threads", "onnx", "variants"]
 
 
 def runtime(name: str) -> str:

@@ -72,6 +72,13 @@ def file_mark(path: Path) -> str:
     return f"{path}:{state.st_size}:{state.st_mtime_ns}"
 
 
+def _ground(tools: Toolchain) -> bytes:
+    """What everything compiled depends on besides its text and command: compiler, MLX, nanobind, Python, processor."""
+    files = [Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h"]
+    marks = [*map(file_mark, files), str(sys.implementation.cache_tag), toolchain.cpu_mark()]
+    return "\0".join(marks).encode()
+
+
 def key(tools: Toolchain) -> str:
     """What a compiled library depends on: source, compiler, flags, MLX, nanobind, Python and processor."""
     sha = hashlib.sha256()
@@ -79,9 +86,7 @@ def key(tools: Toolchain) -> str:
         sha.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for command in (_kernel_command(tools), _binding_command(tools), _link_command(tools)):
         sha.update("\0".join(command).encode())
-    marks = [Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h"]
-    sha.update("\0".join(file_mark(path) for path in marks).encode())
-    sha.update(f"{sys.implementation.cache_tag} {toolchain.cpu_name()} {sorted(toolchain.cpu_features())}".encode())
+    sha.update(_ground(tools))
     return sha.hexdigest()[:32]
 
 
@@ -105,9 +110,7 @@ def run(command: tuple[str, ...]) -> None:
 def _object_path(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
     """Objects are kept by what they depend on, so that a changed kernel does not recompile the slow binding."""
     sha = hashlib.sha256("\0".join((*command, str(text))).encode())
-    marks = [tools.mlx / "include" / "mlx" / "version.h", Path(tools.compiler[0]).resolve()]
-    sha.update("\0".join(file_mark(path) for path in marks).encode())
-    sha.update(toolchain.cpu_name().encode())
+    sha.update(_ground(tools))
     own = text.parent == SOURCES
     for path in [*sorted(SOURCES.glob("*.hpp")), text] if own else [text]:
         sha.update(path.read_bytes())

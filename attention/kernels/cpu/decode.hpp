@@ -8,6 +8,7 @@
 namespace fatui {
 
 constexpr int64_t few_rows = 8;  // up to so many query rows an item go this way
+static_assert(score_line == query_tile && 2 * score_line <= key_tile);  // scores, turned and not, in room for a tile
 
 // Keys of a tile: so many that K, V and the next K on its way lie in an L1 of 48 KiB; in float32, where the memory leaves
 // time for more tiles, half as many.

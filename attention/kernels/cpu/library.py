@@ -3,9 +3,11 @@
 import importlib.machinery
 import importlib.util
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from attention.errors import KernelUnavailable
 from attention.kernels import cache
@@ -25,9 +27,10 @@ def availability() -> tuple[bool, str]:
         record = cache.read_record(build.key(tools))
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
-    if "failure" in record:
-        return False, str(record["failure"])
-    state = "compiled" if "library" in record else "compiles at first use"
+    failure = _failure(record)
+    if failure is not None:
+        return False, failure
+    state = "compiled" if _lies_ready(record) else "compiles at first use"
     return True, f"{state} ({toolchain.variant()})"
 
 
@@ -39,7 +42,17 @@ def is_compiled() -> bool:
         record = cache.read_record(build.key(toolchain.find()))
     except KernelUnavailable:
         return False
+    return _lies_ready(record)
+
+
+def _lies_ready(record: dict[str, Any]) -> bool:
     return "library" in record and (cache.folder() / str(record["library"])).exists()
+
+
+def _failure(record: dict[str, Any]) -> str | None:
+    """Why it could not be had, for a day: a full disk, or a compiler that was killed, may be so no longer."""
+    lasts = time.time() - float(record.get("time", 0)) < cache.DAY_S
+    return str(record["failure"]) if "failure" in record and lasts else None
 
 
 def _import(path: Path) -> ModuleType:
@@ -57,7 +70,7 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _trusted(record: dict[str, object]) -> Path | None:
+def _trusted(record: dict[str, Any]) -> Path | None:
     """The recorded library, if it is still the one that was recorded."""
     if "library" not in record:
         return None
@@ -77,7 +90,7 @@ def _compile_and_try(tools: toolchain.Toolchain, key: str) -> ModuleType:
         module = _import(path)
         selfcheck.run(module)
     except KernelUnavailable as unavailable:
-        cache.write_record(key, {"failure": str(unavailable)})
+        cache.write_record(key, {"failure": str(unavailable), "time": time.time()})
         raise
     cache.write_record(key, {"library": path.name, "sha256": cache.digest(path)})
     return module
@@ -94,8 +107,9 @@ def _load(on_message: Callable[[str], None] | None) -> ModuleType:
         on_message("Compiling the CPU attention kernel for this machine (once, under half a minute) ...")
     with cache.lock(key):
         record = cache.read_record(key)
-        if "failure" in record:
-            raise KernelUnavailable(str(record["failure"]))
+        failure = _failure(record)
+        if failure is not None:
+            raise KernelUnavailable(failure)
         path = _trusted(record)
         return _import(path) if path is not None else _compile_and_try(tools, key)
 
@@ -107,11 +121,15 @@ def load(on_message: Callable[[str], None] | None = None) -> ModuleType:
         on_message: told, before it begins, that a compilation will take a while.
 
     Raises:
-        KernelUnavailable: with the reason; a failure to compile or to agree with the reference is remembered.
+        KernelUnavailable: with the reason; a failure to compile or to agree with the reference is remembered
+            for a day.
     """
     global _loaded  # noqa: PLW0603  one library a process
     if _loaded is None:
         with _loading:
             if _loaded is None:
-                _loaded = _load(on_message)
+                try:
+                    _loaded = _load(on_message)
+                except OSError as error:
+                    raise KernelUnavailable(f"making the kernel failed: {error}") from error
     return _loaded

@@ -27,6 +27,13 @@ void bound_scores(const Scores& t, const Bounds& b) {
   }
 }
 
+// Nothing is added for a boolean mask: a key that it hides may hold anything, NaN too.
+template <class T>
+FATUI_INLINE Vector masked(Vector score, Vector mask) {
+  if constexpr (std::is_same_v<T, boolean_t>) return as<Integers>(mask) != 0 ? score : broadcast(-infinity);
+  else return score + to_base_2(mask);
+}
+
 template <class T>
 void add_mask(const Scores& t, const Tensor& mask, const Item& item) {
   Rows<T> rows = rows_of<T>(mask, item);
@@ -37,7 +44,7 @@ void add_mask(const Scores& t, const Tensor& mask, const Item& item) {
       load_turned(rows, i, j, t.keys, x);
       const int64_t some = std::min<int64_t>(lanes, t.keys - j);
       for (int64_t c = 0; c < some; c++)
-        store(t.at(j + c, i), load(t.at(j + c, i)) + (std::is_same_v<T, boolean_t> ? x[c] : to_base_2(x[c])));
+        store(t.at(j + c, i), masked<T>(load(t.at(j + c, i)), x[c]));
     }
 }
 

@@ -8,12 +8,13 @@ namespace fatui {
 struct boolean_t { uint8_t bits; };
 typedef uint8_t Bytes __attribute__((vector_size(lanes)));
 
-// A mask's elements as additions in base 2: true is 0, false is -inf; a finite number stays finite.
+// A boolean mask's elements as words: 0 hides a key.
 FATUI_INLINE Vector widen(const boolean_t* p) {
   Bytes bytes;
   std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Integers) != 0 ? Vector{} : broadcast(-infinity);
+  return as<Vector>(__builtin_convertvector(bytes, Words));
 }
+// What a mask adds, in base 2: a finite number stays finite.
 FATUI_INLINE Vector to_base_2(Vector x) {
   const Vector y = larger(smaller(x * log2_e, broadcast(largest)), broadcast(-largest));
   return ((x > broadcast(-infinity)) & (x < broadcast(infinity))) ? y : x;

@@ -12,7 +12,11 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from attention.device import processor_name
 from attention.errors import KernelUnavailable
+
+_MODEL = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part", "CPU revision")
+"""Fields of /proc/cpuinfo: the first four on x86, the others on ARM."""
 
 
 @dataclass(frozen=True)
@@ -97,28 +101,34 @@ def check_abi(tools: Toolchain, module: Path | None = None) -> None:
 
 
 @functools.cache
-def cpu_features() -> frozenset[str]:
-    """The processor's instruction sets, in Linux's names; macOS on Apple silicon is `neon`."""
-    if platform.machine() in ("arm64", "aarch64"):
-        return frozenset({"neon"})
+def _first_processor() -> dict[str, str]:
+    """What Linux says of the first processor; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return frozenset()
-    line = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(line[1].split()) if line else frozenset()
+        return {}
+    fields = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def cpu_features() -> frozenset[str]:
+    """The processor's instruction sets, in Linux's names; of an ARM processor just `neon`."""
+    if platform.machine() in ("arm64", "aarch64"):
+        return frozenset({"neon"})
+    return frozenset(_first_processor().get("flags", "").split())
 
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's model, for the cache key: a kernel is compiled for the very machine."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    lines = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in lines.items()}
-    return " ".join(fields.get(key, "") for key in ("model name", "cpu family", "model", "stepping")).strip()
+    """The processor's model, down to what its maker revises."""
+    fields = _first_processor()
+    return " ".join(fields[name] for name in _MODEL if name in fields) or processor_name()
+
+
+def cpu_mark() -> str:
+    """What code for this machine depends on: model, and instruction sets, of which a virtual machine may hide some."""
+    fields = _first_processor()
+    return f"{cpu_name()} {fields.get('flags') or fields.get('Features', '')}"
 
 
 def variant() -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from attention.kernels import cpu
-from attention.kernels.cpu.benchmark.runs import Run, threads
+from attention.kernels.cpu.benchmark.runs import Run, in_turn, threads
 from attention.kernels.cpu.benchmark.shapes import DECODE, SHAPES, TYPES
 from attention.statistics import noise_floor
 
@@ -35,10 +35,9 @@ def tiny_call(rounds: int = 40, calls: int = 200) -> TinyCall:
         "add": lambda: mx.eval(mx.add(x, x)),
         "add again": lambda: mx.eval(mx.add(x, x)),
     }
-    names = list(runs)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for n in range(rounds):
-        for name in names[n % 3 :] + names[: n % 3]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in in_turn(runs, number):
             start = time.perf_counter()
             for _ in range(calls):
                 runs[name]()

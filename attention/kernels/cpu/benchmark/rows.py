@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from attention.kernels import cpu
 from attention.kernels.cpu import library
-from attention.kernels.cpu.benchmark.runs import Run, calls_for, in_turns, ours, sample, settled_sample, torchs
+from attention.kernels.cpu.benchmark.runs import Run, calls_for, one_round, ours, sample, settled_sample, torchs
 from attention.kernels.cpu.benchmark.shapes import DECODE, TYPES, Shape
 
 PASSES_OF_DECODE = 4
@@ -51,9 +52,9 @@ def measure(shape: Shape, dtype: str, backward: bool, rounds: int, seconds: floa
         sample(runs[name], 1)
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks = []
-    for _ in range(rounds):
-        for name, taken in in_turns(runs, calls, 1).items():
-            times[name] += taken
+    for number in range(rounds):
+        for name, taken in one_round(runs, calls, number).items():
+            times[name].append(taken)
         peaks.append(library.load().fma_peak())
     row = Row(shape.name, dtype, backward, shape.flops(backward))
     row.seconds = {name: statistics.median(t) for name, t in times.items()}
@@ -77,8 +78,6 @@ def _against_mlx(row: Row, shape: Shape, run: Run, calls: int, seconds: float) -
 
 def decode(dtype: str, rounds: int) -> DecodeRow:
     """Decoding beside a plain loop that reads the same K and V, in turns."""
-    from attention.kernels import cpu
-
     q, k, v, _ = (mx.array(x).astype(TYPES[dtype]) for x in DECODE.numbers())
     mx.eval(q, k, v)
     runs: dict[str, Run] = {"ours": lambda: cpu.flash_attention(q, k, v, scale=DECODE.head_dim**-0.5)}
@@ -88,9 +87,9 @@ def decode(dtype: str, rounds: int) -> DecodeRow:
     bytes_read = k.nbytes + v.nbytes
     plain = _plain_loop(k, v)
     times: dict[str, list[float]] = {name: [] for name in (*runs, "plain")}
-    for _ in range(rounds + 1):
-        for name, taken in in_turns(runs, PASSES_OF_DECODE, 1).items():
-            times[name] += taken
+    for number in range(rounds + 1):
+        for name, taken in one_round(runs, PASSES_OF_DECODE, number).items():
+            times[name].append(taken)
         plain()
         times["plain"].append(statistics.fmean(bytes_read / plain() for _ in range(PASSES_OF_DECODE)))
     times = {name: t[1:] for name, t in times.items()}  # the first round warms up

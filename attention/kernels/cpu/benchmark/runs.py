@@ -2,11 +2,12 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import mlx.core as mx
 
+from attention.device import usable_cores
 from attention.kernels import cpu
 from attention.kernels.cpu.benchmark.shapes import TYPES, Shape
 
@@ -51,8 +52,7 @@ def torchs(shape: Shape, dtype: str, backward: bool = False) -> Run | None:
 
 def threads() -> int:
     """Threads that the kernel uses."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(os.environ.get("FATUI_THREADS") or processors)
+    return int(os.environ.get("FATUI_THREADS") or usable_cores())
 
 
 def sample(run: Run, calls: int) -> float:
@@ -79,11 +79,13 @@ def calls_for(run: Run, seconds: float) -> int:
     return 1 if once > 4 * seconds else max(1, min(200, round(seconds / max(1e-6, sample(run, 2)))))
 
 
-def in_turns(runs: dict[str, Run], calls: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds a call of each, round by round, in an order that turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for n in range(rounds):
-        for name in names[n % len(names) :] + names[: n % len(names)]:
-            times[name].append(settled_sample(runs[name], calls))
-    return times
+def in_turn(names: Iterable[str], number: int) -> list[str]:
+    """The names in the order of one round: each round begins with the next of them."""
+    order = list(names)
+    first = number % len(order)
+    return order[first:] + order[:first]
+
+
+def one_round(runs: dict[str, Run], calls: int, number: int) -> dict[str, float]:
+    """Seconds a call of each, in the order of the round."""
+    return {name: settled_sample(runs[name], calls) for name in in_turn(runs, number)}
