@@ -60,12 +60,13 @@ def test_streams_of_several_python_threads_do_not_disturb_each_other(monkeypatch
 
 
 @pytest.mark.parametrize("length", [1024, 16384, 262144])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_extra_memory_is_under_4_mib_a_thread_whatever_the_length(length, dtype, monkeypatch):
+def test_extra_memory_is_under_4_mib_a_thread_whatever_the_length(length, head_dim, dtype, monkeypatch):
     for threads in (1, 2, 16):
         monkeypatch.setenv("FATUI_THREADS", str(threads))
-        for heads, queries in ((1, length), (8, length), (32, 1)):
-            q, k = (1, heads, queries, 128), (1, max(1, heads // 4), length, 128)
+        for heads, queries in ((1, length), (8, length), (32, 1), (1, 64), (2, 64), (17, 64), (31, 64)):
+            q, k = (1, heads, queries, head_dim), (1, max(1, heads // 4) if heads % 4 == 0 else heads, length, head_dim)
             for training in (False, True):
                 assert cpu.workspace_bytes(q, k, k, dtype=dtype, training=training) < threads * (4 << 20)
 
