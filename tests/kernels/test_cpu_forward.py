@@ -149,8 +149,9 @@ def test_wrong_values_are_refused_with_a_reason():
     q, k, v = qkv(1, 2, 2, 4, 4, 8, 8, mx.float32)
     with pytest.raises(ValueError, match="window"):
         cpu.flash_attention(q, k, v, scale=1.0, window=0)
-    with pytest.raises(ValueError, match="softcap"):
-        cpu.flash_attention(q, k, v, scale=1.0, softcap=-1.0)
+    for softcap in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="softcap is positive and finite"):
+            cpu.flash_attention(q, k, v, scale=1.0, softcap=softcap)
     with pytest.raises(ValueError, match="one type"):
         cpu.flash_attention(q, k.astype(mx.float16), v, scale=1.0)
     with pytest.raises(ValueError, match="broadcast"):

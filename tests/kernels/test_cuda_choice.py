@@ -167,6 +167,14 @@ def test_a_mask_that_does_not_fit_is_told(on, mask, told):
         cuda.flash_attention(q, k, k, scale=0.1, mask=mask)
 
 
+@pytest.mark.parametrize("softcap", [-1.0, 0.0, float("inf"), float("nan")])
+def test_a_softcap_without_a_meaning_is_told(on, softcap):
+    on("A100")
+    q = mx.zeros((1, 4, 200, 64), mx.float16)
+    with pytest.raises(ValueError, match="softcap is positive and finite"):
+        cuda.flash_attention(q, q, q, scale=0.1, softcap=softcap)
+
+
 def test_few_rows_are_split_among_blocks_and_many_are_not(on):
     found = on("H100")
     mask = mx.ones((1, 1, 1, 8192)) > 0

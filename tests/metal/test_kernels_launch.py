@@ -148,6 +148,7 @@ def test_the_checks_own_reference_is_right():
     [
         ({"window": 0}, "window is at least 1"),
         ({"softcap": -1.0}, "softcap is positive"),
+        ({"softcap": float("inf")}, "softcap is positive and finite; got inf"),
         ({"scale": float("nan")}, "scale is finite"),
         ({"mask": mx.zeros((3, 7))}, "does not broadcast"),
         ({"mask": mx.zeros((20, 25), mx.int32)}, "mask is bool, float32"),

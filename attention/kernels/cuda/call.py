@@ -69,8 +69,8 @@ def normal(
         raise ValueError(f"[flash_attention] scale is positive; got {scale}.")
     if window is not None and window < 1:
         raise ValueError(f"[flash_attention] window is at least 1; got {window}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"[flash_attention] softcap is positive; got {softcap}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"[flash_attention] softcap is positive and finite; got {softcap}.")
     narrow = window is not None and window < keys
     return Call(float(scale), causal or window is not None, window if narrow else None, softcap, mask)
 

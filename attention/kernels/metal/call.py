@@ -105,8 +105,8 @@ def normal(
         raise ValueError(f"[flash_attention] scale is finite; got {scale}.")
     if window is not None and window < 1:
         raise ValueError(f"[flash_attention] window is at least 1; got {window}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"[flash_attention] softcap is positive; got {softcap}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"[flash_attention] softcap is positive and finite; got {softcap}.")
     narrow = window if window is not None and window < keys else None
     return Call(float(scale), causal or window is not None, narrow, softcap, mask, sinks)
 
