@@ -17,7 +17,7 @@ from attention.implementations.budget import default_budget
 from attention.implementations.differentiable import Attend, blocks_behind, blockwise
 from attention.implementations.mlx_sdpa import MlxSdpa, fused_bytes
 from attention.implementations.packed import KeyOrValue, Packed, attend_packed
-from attention.implementations.practical_choice import Choice, choice, shape_of, slices_bytes
+from attention.implementations.practical_choice import NOTHING, Choice, Handed, choice, shape_of, slices_bytes
 from attention.implementations.slicing import Slices
 from attention.implementations.unfused import unfused_bytes
 from attention.implementations.waiting import AT_ONCE, at_once, passed
@@ -40,7 +40,7 @@ class Practical:
         """Sets the memory that a call may take above its inputs and outputs; None lets the machine decide."""
         self.budget_bytes = budget_bytes
         self._sdpa = MlxSdpa()
-        self._choices: OrderedDict[tuple[Workload, Needs, Backend, int, int], Choice] = OrderedDict()
+        self._choices: OrderedDict[tuple[Workload, Needs, Backend, int, Handed], Choice] = OrderedDict()
         self._plain: set[object] = set()
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
@@ -79,7 +79,7 @@ class Practical:
             return self._sdpa(q, k, v, scale=scale, mask=mask)  # type: ignore[arg-type]
         workload, needs = asked_for(q, k, v, mask, softcap)  # type: ignore[arg-type]
         backend = here()
-        choice = self._choose(workload, backend, needs, self._budget_here(), _array_bytes(mask, workload))
+        choice = self._choose(workload, backend, needs, self._budget_here(), _handed(mask, q.dtype))
         if simple and choice.way in ("fused", "whole"):
             if len(self._plain) >= MOST_CHOICES:
                 self._plain.clear()
@@ -141,21 +141,24 @@ class Practical:
     def _budget_here(self) -> int:
         return self.budget_bytes or default_budget(here(), _memory())
 
-    def _choose(self, workload: Workload, backend: Backend, needs: Needs, budget: int, array_bytes: int = 0) -> Choice:
-        key = (workload, needs, backend, budget, array_bytes)
+    def _choose(
+        self, workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING
+    ) -> Choice:
+        key = (workload, needs, backend, budget, handed)
         if key not in self._choices:
             if len(self._choices) >= MOST_CHOICES:
                 self._choices.popitem(last=False)
-            self._choices[key] = choice(workload, backend, needs, budget, array_bytes)
+            self._choices[key] = choice(workload, backend, needs, budget, handed)
         return self._choices[key]
 
 
-def _array_bytes(mask: Mask, workload: Workload) -> int:
-    """What MLX's SDPA is handed beside an array mask: rows that see nothing opened, numbers in the query's type."""
+def _handed(mask: Mask, dtype: mx.Dtype) -> Handed:
+    """An opened copy of an array mask; numbers of another type than the query's are clipped in float32 first."""
     if mask.array is None:
-        return 0
-    opened = workload.seq * workload.kv_seq * (masks.as_4d(mask.array).shape[0] * masks.as_4d(mask.array).shape[1])
-    return opened * (2 if mask.array.dtype == mx.bool_ else 12)
+        return NOTHING
+    batches, heads = masks.as_4d(mask.array).shape[:2]
+    kept = mask.array.dtype in (mx.bool_, dtype)
+    return Handed(batches, heads, 2 * mask.array.dtype.size if kept else 12)
 
 
 def with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
