@@ -11,7 +11,7 @@ from attention import masks
 from attention.device import Backend, Device, probe
 from attention.implementations import slicing
 from attention.implementations.asked import asked_for, here
-from attention.implementations.blocks import seen_keys, tile_bytes
+from attention.implementations.blocks import Blocks, seen_keys, tile_bytes
 from attention.implementations.blockwise import Call, forward
 from attention.implementations.budget import default_budget
 from attention.implementations.differentiable import Attend, blocks_behind, blockwise
@@ -47,14 +47,17 @@ class Practical:
         """Says whether MLX's SDPA is lean enough, and how large the slices or blocks are where not."""
         choice = self.choice(workload, device, needs)
         whole, _, behind = choice.way.partition(", ")
-        if whole in ("fused", "whole") and (not behind or workload.pass_ != "training"):
+        if whole in ("fused", "whole") and (not (behind or needs.sinks) or workload.pass_ != "training"):
             if whole == "fused":
                 path, needed = "MLX SDPA, fused", fused_bytes(workload, device.backend, needs)
             else:
                 path, needed = "MLX SDPA, unfused", unfused_bytes(workload, needs)
             return Route(path=path, fused=whole == "fused", reason=choice.reason, predicted_bytes=needed)
-        parts, needed = _parts(choice, workload, device, needs)
-        path = f"{whole} + {parts}"[:22] if behind else parts
+        kind, parts, needed = _parts(choice, workload, device, needs)
+        size = f"{kind} {parts.rows}"
+        path = (
+            f"{whole} + {size}" if whole in ("fused", "whole") else f"{size} x {seen_keys(shape_of(workload), parts)}"
+        )
         return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
     def __call__(
@@ -176,15 +179,13 @@ def _memory() -> int:
     return probe().memory_bytes
 
 
-def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> tuple[str, int]:
-    """What slices or blocks are called in a path, and the bytes that are predicted of them, outputs included."""
+def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> tuple[str, Blocks, int]:
+    """What the parts of a call are called, their size, and the bytes that are predicted of them, outputs included."""
     slices = choice.backward_slices if workload.pass_ == "training" else choice.slices
-    if slices is not None:
+    if slices is not None and not needs.sinks:
         size = slices_bytes(workload, slices, device.backend, needs)
         together = unfused_bytes(workload, needs) - workload.output_bytes
-        needed = size if choice.waits else min(size, together)
-        return f"slices {slices.rows} x {seen_keys(shape_of(workload), slices)}", workload.output_bytes + needed
+        return "slices", slices, workload.output_bytes + (size if choice.waits else min(size, together))
     rows = workload.batch * workload.heads * workload.seq
     tiles = int(AT_ONCE[device.backend] * tile_bytes(shape_of(workload), choice.blocks))
-    needed = workload.output_bytes + 4 * rows + tiles
-    return f"blocks {choice.blocks.rows} x {seen_keys(shape_of(workload), choice.blocks)}", needed
+    return "blocks", choice.blocks, workload.output_bytes + 4 * rows + tiles
