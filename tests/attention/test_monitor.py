@@ -9,9 +9,15 @@ import pytest
 from tuning_examples import FakeTime
 
 import attention
+from attention.device import Device
+from attention.implementations.baseline import Baseline
 from attention.monitoring import SHARE, Monitor
 from attention.pace import MOST_GAP, Pace
 from attention.report import Row
+from attention.route import PLAIN, Needs, Route
+from attention.tuning.demo import Demo
+from attention.tuning.store import Store
+from attention.workload import Workload
 
 
 def arrays(seq: int = 8) -> tuple[mx.array, mx.array, mx.array]:
@@ -80,6 +86,33 @@ def test_what_a_patch_hands_to_mlx_lms_own_function_is_mlxs() -> None:
         base.scaled_dot_product_attention(q, k, v, None, 1.0, None, sinks=mx.zeros((2,)))
     assert patch.calls_handed == 1
     assert list(rows(monitor)) == ["mlx"]
+
+
+class Asked(Baseline):
+    """Counts how often it is asked for its route."""
+
+    name = "asked"
+    times = 0
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        self.times += 1
+        return super().route(workload, device, needs)
+
+
+def test_no_route_is_asked_for_while_lengths_grow_and_every_row_tells_one() -> None:
+    asked = Asked()
+    with attention.monitor() as monitor:
+        for seq in range(1, 40):
+            attention.attention(*arrays(seq), implementation=asked)
+        assert asked.times == 0
+    assert [row.path for row in rows_of(monitor)] == ["manual, unfused"] * 39
+
+
+def test_the_path_of_demo_is_what_its_trial_chose(tmp_path: Path) -> None:
+    demo = Demo(store=Store(tmp_path / "tuning.toml"), budget_s=0.05)
+    with attention.monitor() as monitor:
+        attention.attention(*arrays(), implementation=demo)
+    assert (rows(monitor)["demo"].path or "").startswith("tuned: ")
 
 
 def test_timed_calls_have_time_and_memory() -> None:
