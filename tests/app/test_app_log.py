@@ -4,6 +4,8 @@ import time
 
 from stage import on_stage
 
+from attention import events as on
+from attention.report import Ratio
 from fatui.widgets.log_view import LogView
 
 
@@ -49,5 +51,29 @@ def test_the_log_is_filtered_paused_and_goes_on():
         assert "plum" not in stage.seen() and "paused, 1 held back" in stage.seen()
         await stage.press("l")
         assert "plum" in stage.seen()
+
+    on_stage(play)
+
+
+def test_trials_and_switches_are_told_while_the_run_goes_on():
+    async def play(stage):
+        await stage.press("r")
+        stage.engine.begin()
+        stage.engine.begin_case()
+        where, ratio = {"implementation": "demo", "workload": "L≤512"}, Ratio(value=1.4, low=1.3, high=1.5)
+        stage.engine.tell(
+            on.TrialStarted(**where, candidates=["poc", "mlx"]),
+            on.Tuned(**where, winner="poc", runner_up="mlx", ratio=ratio, seconds=0.5),
+            on.Switched(
+                **where, before="poc", after="mlx", ratio=ratio, reason="its calls take 1.30 times what they did"
+            ),
+        )
+        stage.app.main.show_run()
+        await stage.pilot.pause()
+        seen = " ".join(stage.seen().split())
+        assert "demo tries poc, mlx for L≤512" in seen
+        assert "demo takes poc for L≤512, 1.4x mlx" in seen
+        assert "demo goes from poc to mlx for L≤512, 1.4x poc" in seen
+        assert stage.app.runs.active
 
     on_stage(play)
