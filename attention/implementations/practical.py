@@ -81,6 +81,7 @@ class Practical:
         if simple and key in self._plain:
             return self._sdpa(q, k, v, scale=scale, mask=mask)  # type: ignore[arg-type]
         workload, needs = asked_for(q, k, v, mask, softcap)  # type: ignore[arg-type]
+        needs = needs if sinks is None else structs.replace(needs, sinks=True)
         backend = here()
         choice = self._choose(workload, backend, needs, self._budget_here(), _handed(mask, q.dtype))
         if simple and choice.way in ("fused", "whole"):

@@ -69,6 +69,24 @@ def test_an_array_mask_for_every_head_stays_within_the_budget(
     assert mx.get_peak_memory() - before - workload.output_bytes <= mebibytes * MIB
 
 
+@pytest.mark.parametrize("mebibytes", [4, 20, 40])
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_sinks_stay_within_the_budget(
+    dtype: DType, backend: Backend, mebibytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention.implementations.practical.here", lambda: backend)
+    workload = Workload(seq=900, heads=4, head_dim=16, dtype=dtype)
+    q, k, v = make_inputs(workload, 0)
+    sinks = mx.zeros((4,))
+    mx.eval(sinks)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(Practical(mebibytes * MIB)(q, k, v, scale=0.25, mask=Mask(causal=True), sinks=sinks))
+    assert mx.get_peak_memory() - before - workload.output_bytes <= mebibytes * MIB
+
+
 @pytest.mark.slow
 def test_training_at_4096_peaks_at_a_third_of_mlxs_at_most() -> None:
     workload = Workload(seq=4096, heads=2, head_dim=16, dtype="float32", pass_="training")
