@@ -1,5 +1,7 @@
 """What a monitor saw of one kind of call."""
 
+from collections.abc import Callable
+
 from msgspec import Struct, field
 
 from attention.pace import MOST_GAP
@@ -14,7 +16,8 @@ class Kind(Struct):
 
     implementation: str
     workload: Workload
-    route: Route | None
+    ask: Callable[[], Route | None]
+    """Asks for the route: rows do so, since at each length of a decoding loop it would cost more than watching may."""
     calls: int = 0
     samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
@@ -30,7 +33,7 @@ class Kind(Struct):
     def row(self, estimated: bool) -> Row:
         """The kind as a row of `fatui bench`; its number of calls may be an estimate."""
         call = median_interval(self.samples) if self.samples else None
-        route = self.route
+        route = self.ask()
         told = f"; {route.reason}" if route else ""
         return Row(
             implementation=self.implementation,

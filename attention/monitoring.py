@@ -67,6 +67,7 @@ class Monitor:
         self.peak_bytes = 0
         self._share = share
         self._kinds: dict[tuple[object, ...], Kind | None] = {}
+        self._seen: dict[tuple[str, Workload], Kind] = {}
         self._pace = Pace(share, 0.0)
         self._mlx, self._implementations = Lane(), Lane()
         self._estimated = False
@@ -94,21 +95,16 @@ class Monitor:
     @property
     def calls(self) -> int:
         """All calls seen; about so many where they came too fast to look at each."""
-        return sum(kind.calls for kind in self._seen)
+        return sum(kind.calls for kind in self._seen.values())
 
     @property
     def spent_s(self) -> float:
         """Seconds that watching took, the work of timed calls included."""
         return self._pace.watching_s
 
-    @property
-    def _seen(self) -> list[Kind]:
-        """The kinds, each once, though several forms of a mask may be one."""
-        return [*{id(kind): kind for kind in self._kinds.values() if kind is not None}.values()]
-
     def report(self) -> Report:
         """What was seen, in the rows of `fatui bench`; without a reference there are no speedups."""
-        kinds = self._seen
+        kinds = [*self._seen.values()]
         workloads = dict.fromkeys(kind.workload for kind in kinds)
         rows = [(kind.workload, kind.row(self._estimated)) for kind in kinds]
         cases = [Case(workload=one, rows=tuple(row for of, row in rows if of == one)) for one in workloads]
@@ -134,7 +130,7 @@ class Monitor:
 
     def summary(self) -> str:
         """What was seen, in lines: the most frequent first."""
-        kinds = sorted(self._seen, key=lambda kind: -kind.calls)
+        kinds = sorted(self._seen.values(), key=lambda kind: -kind.calls)
         return "\n".join(kind.line(self._estimated) for kind in kinds) or "no call of attention was seen"
 
     def _of_mlx(self, call: Callable[..., mx.array], *arrays: mx.array, **more: Any) -> mx.array:
@@ -199,7 +195,7 @@ class Monitor:
         """Seconds that looking at a call costs here."""
         scratch, array = Monitor(self._share), mx.zeros((1, 1, 1, 1))
         key = ("mlx", array.shape, array.shape, array.shape, array.dtype, None)
-        scratch._kinds[key] = Kind(implementation="mlx", workload=Workload(seq=1), route=None, ask_at=1 << 60)
+        scratch._kinds[key] = Kind(implementation="mlx", workload=Workload(seq=1), ask=lambda: None, ask_at=1 << 60)
         watched = partial(scratch._of_mlx, lambda q, k, v, **more: q)
 
         def call(*arrays: mx.array, **more: Any) -> mx.array:  # as a seam does
@@ -236,23 +232,25 @@ class Monitor:
     def _new_kind(self, by: Any, key: tuple[object, ...], q: mx.array, k: Any, v: Any, mask: Any) -> Kind | None:
         """The kind of a call that is seen for the first time; None for no attention that a workload can be."""
         name = str(key[0])
-        before, _inside.watched = _inside.watched, True  # asking for a route calls MLX's function too
         try:
             given = mask if isinstance(mask, Mask) else checked_mask(mask, None, q, k)
             workload, needs = asked_for(q, k, v, given, None)
-            if workload.seq == 1:
-                workload = structs.replace(workload, pass_="decode")
-            route = _route(get(by) if isinstance(by, str) else by, workload, self._device, needs)
         except (UsageError, UnsupportedError):
             return None
-        finally:
-            _inside.watched = before
-        same = [one for one in self._seen if one.implementation == name and one.workload == workload]
-        return same[0] if same else Kind(implementation=name, workload=workload, route=route)
+        if workload.seq == 1:
+            workload = structs.replace(workload, pass_="decode")
+        kind = self._seen.get((name, workload))  # several forms of a mask may be one
+        if kind is None:
+            ask = partial(_route, by, workload, self._device, needs)
+            kind = self._seen[name, workload] = Kind(implementation=name, workload=workload, ask=ask)
+        return kind
 
 
-def _route(one: Implementation, workload: Workload, device: Device, needs: Needs) -> Route | None:
+def _route(by: str | Implementation, workload: Workload, device: Device, needs: Needs) -> Route | None:
+    before, _inside.watched = _inside.watched, True  # asking calls MLX's function too
     try:
-        return one.route(workload, device, needs)
+        return (get(by) if isinstance(by, str) else by).route(workload, device, needs)
     except (RuntimeError, ValueError):
         return None
+    finally:
+        _inside.watched = before

@@ -101,10 +101,10 @@ def why_unfused(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> s
     q = mx.zeros((workload.batch, workload.heads, workload.seq, workload.head_dim), dtype)
     k = mx.zeros((workload.batch, workload.kv_heads, workload.kv_seq, workload.head_dim), dtype)
     v = mx.zeros((workload.batch, workload.kv_heads, workload.kv_seq, workload.value_dim), dtype)
-    mask = _asked_mask(workload, needs)
+    mask, sinks = _asked_mask(workload, needs), mx.zeros((workload.heads,), dtype) if needs.sinks else None
 
     def call(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask, force_fused=True)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask, sinks=sinks, force_fused=True)
 
     try:
         if workload.pass_ == "training":

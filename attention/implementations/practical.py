@@ -11,13 +11,13 @@ from attention import masks
 from attention.device import Backend, Device, probe
 from attention.implementations import slicing
 from attention.implementations.asked import asked_for, here
-from attention.implementations.blocks import seen_keys, tile_bytes
+from attention.implementations.blocks import Blocks, seen_keys, tile_bytes
 from attention.implementations.blockwise import Call, forward
 from attention.implementations.budget import default_budget
 from attention.implementations.differentiable import Attend, blocks_behind, blockwise
 from attention.implementations.mlx_sdpa import MlxSdpa, fused_bytes
 from attention.implementations.packed import KeyOrValue, Packed, attend_packed
-from attention.implementations.practical_choice import Choice, choice, shape_of, slices_bytes
+from attention.implementations.practical_choice import NOTHING, Choice, Handed, choice, shape_of, slices_bytes
 from attention.implementations.slicing import Slices
 from attention.implementations.unfused import unfused_bytes
 from attention.implementations.waiting import AT_ONCE, at_once, passed
@@ -40,21 +40,24 @@ class Practical:
         """Sets the memory that a call may take above its inputs and outputs; None lets the machine decide."""
         self.budget_bytes = budget_bytes
         self._sdpa = MlxSdpa()
-        self._choices: OrderedDict[tuple[Workload, Needs, Backend, int, int], Choice] = OrderedDict()
+        self._choices: OrderedDict[tuple[Workload, Needs, Backend, int, Handed], Choice] = OrderedDict()
         self._plain: set[object] = set()
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """Says whether MLX's SDPA is lean enough, and how large the slices or blocks are where not."""
         choice = self.choice(workload, device, needs)
         whole, _, behind = choice.way.partition(", ")
-        if whole in ("fused", "whole") and (not behind or workload.pass_ != "training"):
+        if whole in ("fused", "whole") and (not (behind or needs.sinks) or workload.pass_ != "training"):
             if whole == "fused":
                 path, needed = "MLX SDPA, fused", fused_bytes(workload, device.backend, needs)
             else:
                 path, needed = "MLX SDPA, unfused", unfused_bytes(workload, needs)
             return Route(path=path, fused=whole == "fused", reason=choice.reason, predicted_bytes=needed)
-        parts, needed = _parts(choice, workload, device, needs)
-        path = f"{whole} + {parts}"[:22] if behind else parts
+        kind, parts, needed = _parts(choice, workload, device, needs)
+        size = f"{kind} {parts.rows}"
+        path = (
+            f"{whole} + {size}" if whole in ("fused", "whole") else f"{size} x {seen_keys(shape_of(workload), parts)}"
+        )
         return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
     def __call__(
@@ -78,8 +81,9 @@ class Practical:
         if simple and key in self._plain:
             return self._sdpa(q, k, v, scale=scale, mask=mask)  # type: ignore[arg-type]
         workload, needs = asked_for(q, k, v, mask, softcap)  # type: ignore[arg-type]
+        needs = needs if sinks is None else structs.replace(needs, sinks=True)
         backend = here()
-        choice = self._choose(workload, backend, needs, self._budget_here(), _array_bytes(mask, workload))
+        choice = self._choose(workload, backend, needs, self._budget_here(), _handed(mask, q.dtype))
         if simple and choice.way in ("fused", "whole"):
             if len(self._plain) >= MOST_CHOICES:
                 self._plain.clear()
@@ -141,21 +145,24 @@ class Practical:
     def _budget_here(self) -> int:
         return self.budget_bytes or default_budget(here(), _memory())
 
-    def _choose(self, workload: Workload, backend: Backend, needs: Needs, budget: int, array_bytes: int = 0) -> Choice:
-        key = (workload, needs, backend, budget, array_bytes)
+    def _choose(
+        self, workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING
+    ) -> Choice:
+        key = (workload, needs, backend, budget, handed)
         if key not in self._choices:
             if len(self._choices) >= MOST_CHOICES:
                 self._choices.popitem(last=False)
-            self._choices[key] = choice(workload, backend, needs, budget, array_bytes)
+            self._choices[key] = choice(workload, backend, needs, budget, handed)
         return self._choices[key]
 
 
-def _array_bytes(mask: Mask, workload: Workload) -> int:
-    """What MLX's SDPA is handed beside an array mask: rows that see nothing opened, numbers in the query's type."""
+def _handed(mask: Mask, dtype: mx.Dtype) -> Handed:
+    """An opened copy of an array mask; numbers of another type than the query's are clipped in float32 first."""
     if mask.array is None:
-        return 0
-    opened = workload.seq * workload.kv_seq * (masks.as_4d(mask.array).shape[0] * masks.as_4d(mask.array).shape[1])
-    return opened * (2 if mask.array.dtype == mx.bool_ else 12)
+        return NOTHING
+    batches, heads = masks.as_4d(mask.array).shape[:2]
+    kept = mask.array.dtype in (mx.bool_, dtype)
+    return Handed(batches, heads, 2 * mask.array.dtype.size if kept else 12)
 
 
 def with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
@@ -173,15 +180,13 @@ def _memory() -> int:
     return probe().memory_bytes
 
 
-def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> tuple[str, int]:
-    """What slices or blocks are called in a path, and the bytes that are predicted of them, outputs included."""
+def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> tuple[str, Blocks, int]:
+    """What the parts of a call are called, their size, and the bytes that are predicted of them, outputs included."""
     slices = choice.backward_slices if workload.pass_ == "training" else choice.slices
-    if slices is not None:
+    if slices is not None and not needs.sinks:
         size = slices_bytes(workload, slices, device.backend, needs)
         together = unfused_bytes(workload, needs) - workload.output_bytes
-        needed = size if choice.waits else min(size, together)
-        return f"slices {slices.rows} x {seen_keys(shape_of(workload), slices)}", workload.output_bytes + needed
+        return "slices", slices, workload.output_bytes + (size if choice.waits else min(size, together))
     rows = workload.batch * workload.heads * workload.seq
     tiles = int(AT_ONCE[device.backend] * tile_bytes(shape_of(workload), choice.blocks))
-    needed = workload.output_bytes + 4 * rows + tiles
-    return f"blocks {choice.blocks.rows} x {seen_keys(shape_of(workload), choice.blocks)}", needed
+    return "blocks", choice.blocks, workload.output_bytes + 4 * rows + tiles

@@ -33,7 +33,6 @@ EVEN: Final = 128
 """Rows of which slices have a multiple where they have as many: MLX's fused backward on CUDA asks for it."""
 
 FUSED: Final = "MLX has a fused kernel for this shape, backward too"
-ARRAYS: Final = "MLX makes a number for each score of an array mask"
 
 Way = Literal[
     "fused",
@@ -65,7 +64,25 @@ class Choice(Struct, frozen=True):
     """Whether slices have to wait for each other, since all of them together would not fit."""
 
 
-def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, array_bytes: int = 0) -> Choice:
+class Handed(Struct, frozen=True):
+    """What MLX's SDPA is handed beside an array mask: rows that see nothing opened, numbers in the query's type."""
+
+    batches: int = 0
+    """Of the array: one, where it is the same for all."""
+    heads: int = 0
+    pair_bytes: int = 0
+    """Of all arrays on the way there, for a query and a key."""
+
+    def size(self, workload: Workload) -> int:
+        """Bytes of it for a call, or for a part of one."""
+        arrays = min(self.batches, workload.batch) * min(self.heads, workload.heads)
+        return arrays * workload.seq * workload.kv_seq * self.pair_bytes
+
+
+NOTHING: Final = Handed()
+
+
+def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING) -> Choice:
     """How a call is computed within a budget.
 
     Args:
@@ -73,21 +90,21 @@ def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, arra
         backend: where.
         needs: what goes beyond the workload.
         budget: bytes above inputs and outputs.
-        array_bytes: what MLX's SDPA is handed beside an array mask.
+        handed: what MLX's SDPA is handed beside an array mask.
     """
     ask = _ask_cpu if backend == "cpu" or needs.softcap else _ask_gpu
-    return ask(_Question(workload, backend, needs, budget, array_bytes))
+    return ask(_Question(workload, backend, needs, budget, handed))
 
 
 class _Question:
     """What is asked, and what MLX would do with it."""
 
-    def __init__(self, workload: Workload, backend: Backend, needs: Needs, budget: int, array_bytes: int) -> None:
-        self.workload, self.backend, self.needs, self.budget = workload, backend, needs, budget
+    def __init__(self, workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed) -> None:
+        self.workload, self.backend, self.needs, self.budget, self.handed = workload, backend, needs, budget, handed
         # A call cannot see whether a gradient will be asked of it: what it takes must hold for both passes.
         self.forward, self.training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
-        self.fits_forward = surely(self.forward, needs) + array_bytes <= budget
-        self.excess = surely(self.training, needs) + array_bytes
+        self.fits_forward = surely(self.forward, needs) + handed.size(workload) <= budget
+        self.excess = surely(self.training, needs) + handed.size(workload)
         self.refusal = None if needs.softcap else why_unfused(self.forward, backend, needs)
         self.behind = self.refusal or (None if needs.softcap else why_unfused(self.training, backend, needs))
 
@@ -96,7 +113,9 @@ class _Question:
         made = Choice(way, blocks, backward, reason, self.fits_forward, waits=waits)
         if "slices" not in way:
             return made
-        slices, behind = (slice_size(o, self.backend, self.needs, self.budget) for o in (self.forward, self.training))
+        slices, behind = (
+            slice_size(one, self.backend, self.needs, self.budget, self.handed) for one in (self.forward, self.training)
+        )
         return structs.replace(made, slices=slices, backward_slices=behind)
 
     @property
@@ -124,32 +143,40 @@ def _ask_cpu(asked: _Question) -> Choice:
 
 def _ask_gpu(asked: _Question) -> Choice:
     """Slices, as large as the budget lets them be, where the whole does not fit: a GPU wants few and large kernels."""
-    size = beside(asked.forward, asked.backend, asked.needs, asked.refusal)
-    if not asked.behind and max(size, beside(asked.training, asked.backend, asked.needs, None)) <= asked.budget:
-        return asked.told("fused", FUSED)
-    fits = max(size, asked.excess) <= asked.budget
+    forward, training = (
+        beside(one, asked.backend, asked.needs, refusal, asked.handed)
+        for one, refusal in ((asked.forward, asked.refusal), (asked.training, asked.behind))
+    )
+    if not asked.behind:
+        if max(forward, training) <= asked.budget:
+            return asked.told("fused", FUSED)
+        needed = f"MLX's fused kernels need {mib(max(forward, training))}, with what they make of a mask"
+        why = f"{needed}; the budget is {mib(asked.budget)}"
+        return asked.told("fused, slices behind" if forward <= asked.budget else "slices", why, waits=True)
+    fits = max(forward, asked.excess) <= asked.budget
     scores = asked.workload.scores * ITEM_BYTES[asked.workload.dtype]
-    uneven = asked.backend == "cuda" and not asked.refusal and asked.behind and asked.workload.seq > EVEN
+    uneven = asked.backend == "cuda" and not asked.refusal and asked.workload.seq > EVEN
     if fits and not (uneven and scores >= WORTHWHILE_BACKWARD_BYTES):
         return asked.told("whole" if asked.refusal else "fused", asked.enough)
-    why = f"{asked.behind or ARRAYS}; {'slices of such rows have one' if fits else asked.too_much}"
-    if size <= asked.budget:
+    why = f"{asked.behind}; {'slices of such rows have one' if fits else asked.too_much}"
+    if forward <= asked.budget:
         return asked.told("whole, slices behind" if asked.refusal else "fused, slices behind", why, waits=not fits)
     return asked.told("slices", why, waits=True)
 
 
-def beside(workload: Workload, backend: Backend, needs: Needs, refusal: str | None) -> int:
+def beside(workload: Workload, backend: Backend, needs: Needs, refusal: str | None, handed: Handed = NOTHING) -> int:
     """Bytes above inputs and outputs of one call of MLX's SDPA, which has a fused kernel unless it has a refusal."""
     if refusal is None:
-        return fused_bytes(workload, backend, needs) - workload.output_bytes
-    return int(SURE_SLICE * (unfused_bytes(workload, needs) - workload.output_bytes))
+        spread, given = fused_bytes(workload, backend, needs), fused_bytes(workload, backend) + handed.size(workload)
+        return max(spread, given) - workload.output_bytes
+    return int(SURE_SLICE * (unfused_bytes(workload, needs) - workload.output_bytes)) + handed.size(workload)
 
 
-def slice_size(workload: Workload, backend: Backend, needs: Needs, budget: int) -> Blocks:
+def slice_size(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING) -> Blocks:
     """The largest slices of which as many fit a budget as may be in memory at once."""
     rows = _rows_at_first(workload, backend, needs)
     blocks = Blocks(batches=workload.batch, kv_heads=workload.kv_heads, rows=rows, keys=workload.kv_seq)
-    while slices_bytes(workload, blocks, backend, needs) > budget:
+    while slices_bytes(workload, blocks, backend, needs, handed) > budget:
         smaller = _smaller(blocks)
         if smaller == blocks:
             break
@@ -157,7 +184,7 @@ def slice_size(workload: Workload, backend: Backend, needs: Needs, budget: int) 
     return blocks
 
 
-def slices_bytes(workload: Workload, blocks: Blocks, backend: Backend, needs: Needs) -> int:
+def slices_bytes(workload: Workload, blocks: Blocks, backend: Backend, needs: Needs, handed: Handed = NOTHING) -> int:
     """What slices take at once above inputs and outputs: their own memory, and the sums of dK and dV."""
     group = workload.heads // workload.kv_heads
     keys = workload.kv_seq if workload.window is None else min(workload.kv_seq, blocks.rows + workload.window - 1)
@@ -173,7 +200,7 @@ def slices_bytes(workload: Workload, blocks: Blocks, backend: Backend, needs: Ne
     if workload.pass_ == "training":
         width = workload.head_dim + workload.value_dim
         sums = 3 * 4 * blocks.batches * blocks.kv_heads * workload.kv_seq * width
-    own = beside(part, backend, needs, why_unfused(part, backend, needs)) + part.output_bytes
+    own = beside(part, backend, needs, why_unfused(part, backend, needs), handed) + part.output_bytes
     return int(AT_ONCE[backend] * own) + sums
 
 

@@ -30,30 +30,39 @@ class Fact(Struct, frozen=True):
 
 def facts(practical: Practical, workload: Workload, device: Device) -> Iterator[Fact]:
     """What is chosen for a workload on a device, one thing after the other."""
-    choice, shape = practical.choice(workload, device), shape_of(workload)
+    choice = practical.choice(workload, device)
     yield Fact("budget", mib(practical.budget(device)), _why_budget(practical, device))
     forward, training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
     yield Fact("unfused", mib(surely(forward)), "what scores and all beside them may take, forward")
     yield Fact("", mib(surely(training)), "and in training: what is chosen has to hold for both")
     yield Fact("way", choice.way, choice.reason)
-    slices = choice.backward_slices if workload.pass_ == "training" else choice.slices
+    if choice.way in ("slices", "blocks"):
+        yield from _of_parts(choice, workload, device)
+    elif choice.way not in ("fused", "whole"):
+        yield Fact("behind", "", "what is cut is the backward pass alone")
+        yield from _of_parts(choice, training, device)
+
+
+def _of_parts(choice: Choice, workload: Workload, device: Device) -> Iterator[Fact]:
+    is_training = workload.pass_ == "training"
+    slices = choice.backward_slices if is_training else choice.slices
     if slices is not None:
         yield from _of_slices(slices, choice, workload, device)
-    elif choice.way not in ("fused", "whole"):
-        yield from _of_tiles(choice.blocks, shape, workload, device)
+    else:
+        yield from _of_tiles(choice.backward if is_training else choice.blocks, workload, device)
 
 
 def _of_slices(slices: Blocks, choice: Choice, workload: Workload, device: Device) -> Iterator[Fact]:
     size = slices_bytes(workload, slices, device.backend, PLAIN)
-    how = "waits for the one before it" if choice.waits else "need not wait: all of them fit"
-    yield Fact("slice", mib(size), f"what one takes while another begins; each {how}")
+    how = "each waits for the one before it" if choice.waits else "none need wait: all of them fit"
+    yield Fact("slice", mib(size), f"what as many take as are in memory at once; {how}")
     yield from _of_lengths(slices, workload)
     yield Fact("keys", "all", "that its rows see")
     yield _skipped(slices, workload)
 
 
-def _of_tiles(blocks: Blocks, shape: Shape, workload: Workload, device: Device) -> Iterator[Fact]:
-    limit = comfort(device.backend)
+def _of_tiles(blocks: Blocks, workload: Workload, device: Device) -> Iterator[Fact]:
+    shape, limit = shape_of(workload), comfort(device.backend)
     size = tile_bytes(shape, blocks)
     if limit is None:
         room = "as large as the budget lets it be"

@@ -18,7 +18,7 @@ from msgspec import Struct, structs
 
 from attention import masks
 from attention.implementations.blocks import Blocks
-from attention.implementations.blockwise import Heads, blocks_of, cut, head_groups
+from attention.implementations.blockwise import Heads, after, blocks_of, cut, head_groups
 from attention.implementations.differentiable import Attend
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.implementations.waiting import Passed
@@ -70,7 +70,7 @@ def forward(q: mx.array, k: mx.array, v: mx.array, call: Slices) -> mx.array:
     chain: list[mx.array] = []
     for heads in head_groups(q, k, call.blocks):
         for each in _slices_of(heads, q.shape[2], k.shape[2], call):
-            part = _attend(call, each, chain)(*_after(chain, each.of_queries(q), each.of_keys(k), each.of_keys(v)))
+            part = _attend(call, each, chain)(*after(chain, each.of_queries(q), each.of_keys(k), each.of_keys(v)))
             chain = call.passed([output.write(heads.place(each.rows), part, FORWARD_NODES)])
     return output.array
 
@@ -84,7 +84,7 @@ def gradients(q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, call: 
         slices = list(_slices_of(heads, q.shape[2], k.shape[2], call))
         for each in slices:
             cuts = each.of_queries(q), each.of_keys(k), each.of_keys(v), each.of_queries(cotangent)
-            *primals, of_output = _after(chain, *cuts)
+            *primals, of_output = after(chain, *cuts)
             _, (of_query, *of_keys) = mx.vjp(_attend(call, each, chain), primals, [of_output])
             seen = slice(None), slice(None), cut(each.keys)
             parts = [one.add(seen, part, BACKWARD_NODES) for one, part in zip(sums, of_keys, strict=True)]
@@ -120,7 +120,7 @@ def _attend(call: Slices, each: Slice, chain: list[mx.array]) -> Attend:
     """MLX's SDPA with a slice's part of the mask, which MLX converts and must not before the slice's turn."""
     sdpa, mask = MlxSdpa(), each.of_mask(call.mask)
     if mask.array is not None:
-        mask = structs.replace(mask, array=_after(chain, mask.array)[0])
+        mask = structs.replace(mask, array=after(chain, mask.array)[0])
     return lambda q, k, v: sdpa(q, k, v, scale=call.scale, mask=mask)
 
 
@@ -130,10 +130,6 @@ def _slices_of(heads: Heads, seq: int, kv_seq: int, call: Slices) -> Iterator[Sl
         keys = call.mask.visible_keys(rows, seq, kv_seq)
         if keys:
             yield Slice(heads, rows, keys)
-
-
-def _after(chain: list[mx.array], *arrays: mx.array) -> list[mx.array]:
-    return mx.depends(list(arrays), chain) if chain else list(arrays)
 
 
 def _sums(heads: Heads, k: mx.array, v: mx.array) -> list[Written]:

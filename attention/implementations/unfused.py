@@ -7,13 +7,14 @@ from attention.workload import ITEM_BYTES, Workload
 def unfused_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
     """Peak bytes above the inputs of a call that builds the whole score matrix, outputs included.
 
-    Forward the softmax reuses the scores' memory, so one matrix is alive; a backward pass holds the probabilities,
-    their gradient and the gradient of the scores. Position masks are one byte a pair for all heads, and their
-    selection keeps one value a pair in a backward pass. Beside them stands the scaled query.
+    Forward the softmax reuses the scores' memory, so one matrix is alive; sinks are joined to the scores and cut off
+    again, which makes two more. A backward pass holds the probabilities, their gradient and the gradient of the scores.
+    Position masks are one byte a pair for all heads, and their selection keeps one value a pair in a backward pass.
+    Beside them stands the scaled query.
     """
     item = ITEM_BYTES[workload.dtype]
     training = workload.pass_ == "training"
-    matrices = (5 if needs.softcap else 3) if training else 1
+    matrices = (5 if needs.softcap else 3) if training else (3 if needs.sinks else 1)
     return (
         matrices * workload.scores * item
         + _mask_bytes(workload, needs, item if training else 0)

@@ -20,13 +20,16 @@ from attention.patch.counts import Counts
 
 P = ParamSpec("P")
 R = TypeVar("R")
-OWN_MODULES: Final = ("attention.patch.", "attention.monitoring.")
+OWN_MODULES: Final = "attention.patch."
 
 
 class _Inside(threading.local):
-    """Whether this thread is inside of attention already: what that calls of MLX's is no call of a model."""
+    """What this thread is inside of already: what is called of MLX's there is no call of a model."""
 
-    own = False
+    taken = False
+    """A call that is offered or taken: what an implementation and its route call is part of that, and nobody's else."""
+    handed = False
+    """A call that went to mlx-lm's own function, which calls MLX's."""
 
 
 _inside = _Inside()
@@ -115,7 +118,9 @@ class ModelPatch(Counts):
 
     def _attend_directly(self, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
         """In the place of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are taken."""
-        if not _inside.own and _caller().partition(".")[0] == seams.PACKAGE:
+        if _inside.taken:
+            return cast("mx.array", seams.fast().original(q, k, v, **kwargs))
+        if not _inside.handed and _caller().partition(".")[0] == seams.PACKAGE:
             known = {name: value for name, value in kwargs.items() if name in ("scale", "mask", "sinks")}
             if len(known) < len(kwargs) or "scale" not in known:
                 self.hand("a stream or force_fused")
@@ -123,11 +128,11 @@ class ModelPatch(Counts):
                 taken = self._taken(ModelCall(q, k, v, **{"mask": None, **known}))
                 if taken is not None:
                     return taken
-        return cast("mx.array", seams.fast().original(q, k, v, **kwargs))
+        return cast("mx.array", seams.fast().watched(q, k, v, **kwargs))
 
     def _taken(self, call: ModelCall) -> mx.array | None:
         """The implementation's output, or None where it does not take the call."""
-        before, _inside.own = _inside.own, True
+        before, _inside.taken = _inside.taken, True
         try:
             offer = self._offers.of(call)
             more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
@@ -138,7 +143,7 @@ class ModelPatch(Counts):
             self.hand(str(error))
             return None
         finally:
-            _inside.own = before
+            _inside.taken = before
         self.take(offer.path)
         return out
 
@@ -170,11 +175,11 @@ class ModelPatch(Counts):
 
 def _as_it_is(function: Callable[..., mx.array], *args: Any) -> mx.array:
     """Calls mlx-lm's own function, whose call of MLX's is then none to be taken."""
-    before, _inside.own = _inside.own, True
+    before, _inside.handed = _inside.handed, True
     try:
         return function(*args)
     finally:
-        _inside.own = before
+        _inside.handed = before
 
 
 def _caller() -> str:

@@ -19,7 +19,8 @@ Function = Callable[..., Any]
 Taker = Callable[..., Any]
 """Called in the function's place, with its arguments."""
 Watcher = Callable[..., Any]
-"""Called with what would be called, and its arguments; it has to call it once and return what that returns."""
+"""Called with what would be called, and its arguments; it has to call it once and return what that returns. It sees the
+calls that no taker keeps."""
 
 PACKAGE: Final = "mlx_lm"
 MLX_LM_MISSING: Final = "mlx-lm is not installed; pip install 'fatui[models]' brings it, or pip install 'mlx-lm>=0.32'"
@@ -32,12 +33,13 @@ class Seam:
     Attributes:
         original: the function as it is.
         replacement: what stands in its place while somebody is here.
+        watched: the function, seen by those who watch it: where a taker hands on what it does not keep.
     """
 
     def __init__(self, home: ModuleType, name: str) -> None:
         """Finds the function; nothing is replaced yet."""
         self.original: Function = getattr(home, name)
-        self._call = self._unwatched = self.original
+        self._call = self.watched = self.original
         self._unseen = 0
         self.replacement = self._made()
         self._home, self._name = home, name
@@ -69,7 +71,7 @@ class Seam:
 
     def pass_on(self, calls: int) -> int:
         """Lets so many calls go by at hardly any cost, unseen by the watcher that asks; none where it is not alone."""
-        self._unseen = calls if len(self._watchers) == 1 else 0
+        self._unseen = calls if len(self._watchers) == 1 and not self._takers else 0
         return self._unseen
 
     def _made(self) -> Function:
@@ -77,17 +79,18 @@ class Seam:
         def replacement(*args: Any, **kwargs: Any) -> Any:
             if self._unseen > 0:
                 self._unseen -= 1
-                return self._unwatched(*args, **kwargs)
+                return self.original(*args, **kwargs)
             return self._call(*args, **kwargs)
 
         return replacement
 
     def _compose(self) -> None:
         self._unseen = 0
-        self._unwatched = call = self._takers[-1] if self._takers else self.original
+        watched = self.original
         for watcher in self._watchers:
-            call = partial(watcher, call)
-        self._call = call
+            watched = partial(watcher, watched)
+        self.watched = watched
+        self._call = self._takers[-1] if self._takers else watched
 
 
 def _without(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[Function, ...]:

@@ -89,8 +89,9 @@ class Halving:
         raced = self._sighting.warm(seen, SAMPLE_S)
         self._race([*raced])
         failed = self._sighting.failed
-        order = _in_order([arm for arm in raced if arm.name not in failed])
-        rest = [arm for arm in seen if arm not in raced and arm.name not in failed]
+        running = [arm for arm in seen if arm.name not in failed]
+        order = _in_order([arm for arm in raced if arm in running] or running)
+        rest = [arm for arm in running if arm not in order]
         if not order:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
             raise RuntimeError(f"none of {', '.join(runners)} could be run: {reasons}")

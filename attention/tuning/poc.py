@@ -10,15 +10,12 @@ from msgspec import structs
 from attention.device import Device, probe
 from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
-from attention.implementations.poc import Poc, _kernel
+from attention.implementations.poc import MOST_KINDS, Poc, _kernel
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
 from attention.tuning.store import Store, code_now
 from attention.tuning.workload_class import class_of
 from attention.workload import Workload
-
-MOST_KINDS = 4096
-"""Kinds of call that are remembered; a decoding loop makes a new one at each length."""
 
 
 @runtime_checkable
@@ -105,7 +102,7 @@ class TunedPoc(Poc):
     def _route_of(
         self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None, sinks: mx.array | None
     ) -> Route:
-        """The route of a call on Metal; asked once for each kind."""
+        """The route of a call on Metal, or of one with sinks; asked once for each kind."""
         workload, plain = asked_for(q, k, v, mask, softcap)
         needs = plain if sinks is None else structs.replace(plain, sinks=True)
         found = self._routes.get((workload, needs))

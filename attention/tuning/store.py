@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import tempfile
 import time
@@ -56,6 +57,14 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     made_with: str = ""
     """`code_now` of then."""
     workload: WorkloadClass
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for times that no trial finds, or none of the winner: a file that was damaged or edited."""
+        times = [*self.call_s.values(), *self.alone_s.values()]
+        if self.winner not in self.call_s or not all(0 < seconds < math.inf for seconds in times):
+            raise ValueError("call_s: it takes a time for each that was tried, the winner among them, all above 0")
+        if not self.alone_s.keys() <= self.call_s.keys():
+            raise ValueError("alone_s: it takes those that call_s has")
 
     @property
     def runner_up(self) -> str | None:

@@ -9,9 +9,15 @@ import pytest
 from tuning_examples import FakeTime
 
 import attention
+from attention.device import Device
+from attention.implementations.baseline import Baseline
 from attention.monitoring import SHARE, Monitor
 from attention.pace import MOST_GAP, Pace
 from attention.report import Row
+from attention.route import PLAIN, Needs, Route
+from attention.tuning.demo import Demo
+from attention.tuning.store import Store
+from attention.workload import Workload
 
 
 def arrays(seq: int = 8) -> tuple[mx.array, mx.array, mx.array]:
@@ -50,6 +56,63 @@ def test_calls_of_a_patched_model_are_the_implementations() -> None:
         base.scaled_dot_product_attention(q, k, v, None, 1.0, "causal")
     assert list(rows(monitor)) == ["baseline"]
     assert monitor.report().cases[0].workload.mask == "causal"
+
+
+def a_models_direct_call(*arrays: mx.array, **more: object) -> mx.array:
+    """A call of MLX's function by a module of mlx-lm's."""
+    names = {"__name__": "mlx_lm.models.direct", "mx": mx}
+    exec("def call(*arrays, **more): return mx.fast.scaled_dot_product_attention(*arrays, scale=1.0, **more)", names)
+    called: mx.array = names["call"](*arrays, **more)  # type: ignore[operator]
+    return called
+
+
+@pytest.mark.parametrize("monitored_first", [True, False])
+def test_a_patch_takes_what_models_call_directly_and_the_monitor_sees_it_once(monitored_first: bool) -> None:
+    pytest.importorskip("mlx_lm")
+    monitor, patch = attention.monitor(), attention.patch_mlx_lm("practical")
+    with monitor if monitored_first else patch, patch if monitored_first else monitor:
+        for seq in (8, 9, 9):
+            a_models_direct_call(*arrays(seq))
+        a_models_direct_call(*arrays(9), stream=mx.cpu)  # is not taken
+    assert (patch.calls_taken, patch.calls_handed) == (3, 1)
+    assert [row.implementation for row in rows_of(monitor)] == ["practical", "practical", "mlx"]
+    assert monitor.calls == 4
+
+
+def test_what_a_patch_hands_to_mlx_lms_own_function_is_mlxs() -> None:
+    base = pytest.importorskip("mlx_lm.models.base")
+    q, k, v = arrays()
+    with attention.patch_mlx_lm("baseline") as patch, attention.monitor() as monitor:
+        base.scaled_dot_product_attention(q, k, v, None, 1.0, None, sinks=mx.zeros((2,)))
+    assert patch.calls_handed == 1
+    assert list(rows(monitor)) == ["mlx"]
+
+
+class Asked(Baseline):
+    """Counts how often it is asked for its route."""
+
+    name = "asked"
+    times = 0
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        self.times += 1
+        return super().route(workload, device, needs)
+
+
+def test_no_route_is_asked_for_while_lengths_grow_and_every_row_tells_one() -> None:
+    asked = Asked()
+    with attention.monitor() as monitor:
+        for seq in range(1, 40):
+            attention.attention(*arrays(seq), implementation=asked)
+        assert asked.times == 0
+    assert [row.path for row in rows_of(monitor)] == ["manual, unfused"] * 39
+
+
+def test_the_path_of_demo_is_what_its_trial_chose(tmp_path: Path) -> None:
+    demo = Demo(store=Store(tmp_path / "tuning.toml"), budget_s=0.05)
+    with attention.monitor() as monitor:
+        attention.attention(*arrays(), implementation=demo)
+    assert (rows(monitor)["demo"].path or "").startswith("tuned: ")
 
 
 def test_timed_calls_have_time_and_memory() -> None:

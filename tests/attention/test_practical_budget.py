@@ -8,14 +8,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from attention.device import probe
+from attention.device import Backend, probe
 from attention.implementations.blocks import MIB
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.implementations.practical import Practical
 from attention.implementations.protocol import Implementation
 from attention.implementations.runner import make_inputs, runner_for
 from attention.masks import Mask
-from attention.workload import Workload
+from attention.workload import DType, Workload
 
 
 def excess(implementation: Implementation, workload: Workload) -> int:
@@ -47,19 +47,44 @@ def test_no_shape_takes_more_than_its_budget(workload: Workload, mebibytes: int)
     assert excess(Practical(mebibytes * MIB), workload) <= mebibytes * MIB
 
 
-@pytest.mark.parametrize("dtype", [mx.bool_, mx.float32], ids=str)
-def test_an_array_mask_for_every_head_stays_within_the_budget(dtype: mx.Dtype) -> None:
-    workload = Workload(seq=700, heads=4, head_dim=16, dtype="float32")
+@pytest.mark.parametrize("mebibytes", [4, 20])
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("query_type", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [mx.bool_, mx.float32, mx.float16], ids=str)
+def test_an_array_mask_for_every_head_stays_within_the_budget(
+    dtype: mx.Dtype, query_type: DType, backend: Backend, mebibytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as a GPU would be asked, computed here: what is not waited for takes no less there
+    monkeypatch.setattr("attention.implementations.practical.here", lambda: backend)
+    workload = Workload(seq=900, heads=4, head_dim=16, dtype=query_type)
     q, k, v = make_inputs(workload, 0)
-    drawn = mx.random.uniform(shape=(1, 4, 700, 700), key=mx.random.key(2)) > 0.3
-    array = drawn if dtype == mx.bool_ else mx.where(drawn, mx.array(0.0), mx.array(-mx.inf))
+    drawn = mx.random.uniform(shape=(1, 4, 900, 900), key=mx.random.key(2)) > 0.3
+    array = drawn if dtype == mx.bool_ else mx.where(drawn, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))
     mx.eval(array)
     del drawn
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(Practical(4 * MIB)(q, k, v, scale=0.25, mask=Mask(array=array)))
-    assert mx.get_peak_memory() - before - workload.output_bytes <= 4 * MIB
+    mx.eval(Practical(mebibytes * MIB)(q, k, v, scale=0.25, mask=Mask(array=array)))
+    assert mx.get_peak_memory() - before - workload.output_bytes <= mebibytes * MIB
+
+
+@pytest.mark.parametrize("mebibytes", [4, 20, 40])
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_sinks_stay_within_the_budget(
+    dtype: DType, backend: Backend, mebibytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention.implementations.practical.here", lambda: backend)
+    workload = Workload(seq=900, heads=4, head_dim=16, dtype=dtype)
+    q, k, v = make_inputs(workload, 0)
+    sinks = mx.zeros((4,))
+    mx.eval(sinks)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(Practical(mebibytes * MIB)(q, k, v, scale=0.25, mask=Mask(causal=True), sinks=sinks))
+    assert mx.get_peak_memory() - before - workload.output_bytes <= mebibytes * MIB
 
 
 @pytest.mark.slow

@@ -1,19 +1,31 @@
-"""What practical takes on a GPU, decided without one: slices within the budget, and only where they gain something."""
+"""What practical takes on a GPU, decided without one: slices within the budget, where the whole does not fit it."""
 
 import mlx.core as mx
 import pytest
+from attention_examples import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
 from attention.device import Backend
-from attention.implementations.blocks import MIB, Blocks
+from attention.implementations.blocks import MIB, Blocks, tile_bytes
 from attention.implementations.mlx_sdpa import fused_bytes
-from attention.implementations.practical_choice import Choice, choice, skipped_share, slice_size, slices_bytes
-from attention.implementations.waiting import at_once, passed, when_done
+from attention.implementations.practical import Practical
+from attention.implementations.practical_choice import (
+    Choice,
+    Handed,
+    choice,
+    shape_of,
+    skipped_share,
+    slice_size,
+    slices_bytes,
+)
+from attention.implementations.practical_facts import facts
+from attention.implementations.waiting import AT_ONCE, at_once, passed, when_done
 from attention.route import PLAIN, Needs
 from attention.workload import Workload
 
+GPU = structs.replace(CPU, backend="cuda")
 LONG = Workload(seq=16384, heads=8, head_dim=256, dtype="bfloat16")
 
 workloads = st.builds(
@@ -37,7 +49,7 @@ def test_slices_fit_the_budget_wherever_any_slice_can(workload: Workload, mebiby
     smallest = Blocks(batches=1, kv_heads=1, rows=1, keys=workload.kv_seq)
     limit = max(mebibytes * MIB, slices_bytes(workload, smallest, backend, PLAIN))
     assert slices_bytes(workload, size, backend, PLAIN) <= limit
-    assert 1 <= size.rows <= workload.seq or workload.seq < 128
+    assert 1 <= size.rows <= workload.seq
     assert size.rows % 128 == 0 or size.rows < 128 or size.rows == workload.seq
 
 
@@ -45,7 +57,7 @@ def asked(workload: Workload, mebibytes: int, needs: Needs = PLAIN) -> Choice:
     return choice(workload, "cuda", needs, mebibytes * MIB)
 
 
-def test_what_fits_and_skips_nothing_is_left_to_mlx() -> None:
+def test_what_fits_is_left_to_mlx() -> None:
     assert asked(structs.replace(LONG, seq=512, kv_seq=512), 2048).way == "whole"
 
 
@@ -71,6 +83,58 @@ def test_what_fits_forward_is_not_cut_for_what_a_mask_would_let_slices_skip() ->
 
 def test_what_mlx_cannot_do_is_done_in_blocks_there_too() -> None:
     assert asked(LONG, 2560, Needs(softcap=True)).way == "blocks"
+
+
+@pytest.mark.parametrize(("seq", "path"), [(8192, "whole + slices 8192"), (16384, "slices 8192 x 16384")])
+def test_a_path_tells_whole_numbers_in_the_width_of_its_column(seq: int, path: str) -> None:
+    training = structs.replace(LONG, seq=seq, kv_seq=seq, pass_="training")
+    assert Practical(3000 * MIB).route(training, GPU).path == path
+    assert len(path) <= 22
+
+
+def test_sinks_are_told_as_the_blocks_that_take_them() -> None:
+    practical = Practical(3000 * MIB)
+    assert practical.route(LONG, GPU).path.startswith("slices ")
+    told = practical.route(LONG, GPU, Needs(sinks=True))
+    assert told.path == "blocks 256 x 16384"
+    tile = tile_bytes(shape_of(LONG), practical.choice(LONG, GPU).blocks)
+    assert told.predicted_bytes == LONG.output_bytes + 4 * LONG.heads * LONG.seq + int(AT_ONCE["cuda"] * tile)
+
+
+def test_where_only_the_gradient_is_cut_its_slices_are_explained() -> None:
+    workload = structs.replace(LONG, seq=8192, kv_seq=8192)
+    told = {fact.what: fact for fact in facts(Practical(3000 * MIB), workload, GPU)}
+    behind = slice_size(structs.replace(workload, pass_="training"), "cuda", PLAIN, 3000 * MIB)
+    assert told["way"].value == "whole, slices behind"
+    assert told["behind"].why == "what is cut is the backward pass alone"
+    assert (told["rows"].value, told["heads"].value) == (f"{behind.rows:,}", f"1 x {behind.kv_heads}")
+
+
+def test_a_gradient_is_cut_where_mlx_fuses_it_and_takes_more_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", lambda *asked: None)
+    many = Workload(batch=4, seq=8192, heads=32, head_dim=128, dtype="bfloat16", mask="causal")
+    few_keys = structs.replace(many, kv_seq=4)
+    for workload in (many, few_keys):
+        made = asked(workload, 512)
+        assert made.way == "fused, slices behind"
+        assert made.reason.startswith("MLX's fused kernels need 520 MiB, with what they make of a mask; the budget")
+        assert asked(workload, 521).way == "fused"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "metal"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_handed_to_mlx_beside_a_mask_of_every_head_counts(
+    fused: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = None if fused else "no"
+    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", lambda *asked: refusal)
+    workload, needs = structs.replace(LONG, seq=2048, kv_seq=2048), Needs(array_mask=True)
+    converted = Handed(batches=1, heads=8, pair_bytes=12)
+    budget = converted.size(workload) - MIB
+    made = choice(workload, backend, needs, budget, converted)
+    assert made.way == "slices"
+    assert made.slices is not None
+    assert slices_bytes(workload, made.slices, backend, needs, converted) <= budget
 
 
 def test_a_bool_mask_of_a_fused_call_counts_with_what_mlx_makes_of_it_on_cuda() -> None:

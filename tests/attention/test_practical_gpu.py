@@ -70,7 +70,7 @@ def test_no_shape_takes_more_than_the_budget(shape: dict[str, int], pass_: str) 
 
 
 @pytest.mark.parametrize("pass_", ["forward", "training"])
-@pytest.mark.parametrize(("per_head", "dtype"), [(True, mx.float16), (False, mx.bool_)], ids=str)
+@pytest.mark.parametrize(("per_head", "dtype"), [(True, mx.float16), (True, mx.float32), (False, mx.bool_)], ids=str)
 def test_array_masks_stay_within_the_budget(dtype: mx.Dtype, per_head: bool, pass_: str) -> None:
     workload = Workload(seq=2500, heads=4, head_dim=64, dtype="float16", pass_=pass_)  # type: ignore[arg-type]
     drawn = mx.random.uniform(shape=(1, 4, 2500, 2500) if per_head else (2500, 2500), key=mx.random.key(2)) > 0.3

@@ -85,6 +85,14 @@ def test_what_raises_is_out_whenever_it_does(clock: FakeTime, after: int) -> Non
     assert found.failed == {"broken": "RuntimeError: out of memory"}
 
 
+@pytest.mark.parametrize("after", [5, 30])
+def test_where_all_that_stood_a_chance_raise_the_best_of_the_others_is_taken(clock: FakeTime, after: int) -> None:
+    broken = {name: FakeRunner(clock, 0.001, fails_after=after) for name in ("one", "other")}
+    found = halving(clock).run(broken | runners(clock, slower=0.03, slow=0.02))
+    assert list(found.call_s) == ["slow", "slower"]
+    assert found.failed == dict.fromkeys(broken, "RuntimeError: out of memory")
+
+
 def test_when_nothing_runs_it_says_why(clock: FakeTime) -> None:
     given = {name: FakeRunner(clock, 0.1, fails_after=0) for name in "ab"}
     with pytest.raises(RuntimeError, match="none of a, b could be run: a: RuntimeError: out of memory; b"):

@@ -89,6 +89,26 @@ def test_a_damaged_file_is_set_aside_whole_and_a_new_one_begun(path: Path, text:
     assert "damaged; it is kept as tuning.damaged-" in told[0]
 
 
+@pytest.mark.parametrize(
+    ("found", "edited"),
+    [
+        ("poc = 0.0001", "poc = 0.0"),
+        ("poc = 0.0001", "poc = nan"),
+        ('winner = "poc"', 'winner = "mlx"'),
+        ("[class.alone_s]\n", "[class.alone_s]\nmlx = 0.0001\n"),
+        ("[class.alone_s]\n", "[class.alone_s]\npoc = -1.0\n"),
+    ],
+)
+def test_times_that_no_trial_finds_are_damage(path: Path, found: str, edited: str, told: list[str]) -> None:
+    Store(path).put(an_entry())
+    text = path.read_text()
+    assert found in text
+    path.write_text(text.replace(found, edited))
+    assert Store(path).get(A_CLASS) is None
+    assert [aside.read_text() for aside in path.parent.glob("*.damaged-*")] == [text.replace(found, edited)]
+    assert "damaged; it is kept as tuning.damaged-" in told[0]
+
+
 def test_two_damaged_files_in_one_second_are_both_kept(path: Path, told: list[str]) -> None:
     path.parent.mkdir()
     for text in ("one", "two"):

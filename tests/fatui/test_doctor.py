@@ -59,6 +59,15 @@ def test_a_workload_is_explained_for_each_implementation(capsys):
         assert f"\n{name} " in out
 
 
+def test_what_practical_chose_and_why_is_explained(capsys):
+    assert main(["explain", "--seq", "4096", "--heads", "8", "--pass", "training", "--mask", "causal"]) == 0
+    chosen = capsys.readouterr().out.partition("what practical chose\n")[2]
+    told = [line.split()[0] for line in chosen.splitlines() if line[:1].strip()]
+    assert told[:3] == ["budget", "unfused", "way"]
+    assert {"heads", "rows", "keys", "skipped"} <= {*told}
+    assert "what the mask rules out" in " ".join(chosen.split())
+
+
 def test_explaining_nothing_legal_is_told(capsys):
     assert main(["explain", "--heads", "8", "--kv-heads", "3"]) == 2
     assert "must divide" in capsys.readouterr().err
