@@ -71,6 +71,17 @@ def write_record(key: str, record: dict[str, Any]) -> None:
     _remove_unused()
 
 
+def write_failure(key: str, reason: str) -> None:
+    """Remembers why something could not be had."""
+    write_record(key, {"failure": reason, "time": time.time()})
+
+
+def failure(record: dict[str, Any]) -> str | None:
+    """Why something could not be had, for a day: a full disk, or a compiler that was killed, may be so no longer."""
+    lasts = time.time() - float(record.get("time", 0)) < DAY_S
+    return str(record["failure"]) if "failure" in record and lasts else None
+
+
 def mark_used(path: Path) -> None:
     """Says that a file is still wanted: its time becomes now, to a day."""
     with contextlib.suppress(OSError):

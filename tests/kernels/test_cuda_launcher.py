@@ -1,5 +1,9 @@
 """Launching several kernels as one operation: what is told to the launcher, and what happens without one; no GPU."""
 
+import errno
+import os
+import tempfile
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +115,28 @@ def test_a_compilation_that_fails_is_not_tried_again(monkeypatch):
     forget()
     monkeypatch.setattr(build, "run", lambda command: pytest.fail("compiled again"))
     assert launcher.missing() == launcher.obstacle() == "compiling failed: planted"
+
+
+def test_a_day_later_it_is_tried_again(monkeypatch):
+    def fail(command):
+        raise KernelUnavailable("compiling failed: killed")
+
+    monkeypatch.setattr(build, "run", fail)
+    assert launcher.missing() == launcher.obstacle() == "compiling failed: killed"
+    forget()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86401)
+    assert launcher.obstacle() is None
+    assert not launcher.is_settled()
+
+
+def test_a_full_disk_is_a_reason(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    assert "No space left" in (launcher.missing() or "")
+    assert launcher.obstacle() is None  # it may pass
 
 
 @pytest.mark.slow

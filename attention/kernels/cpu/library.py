@@ -3,7 +3,6 @@
 import importlib.machinery
 import importlib.util
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +26,7 @@ def availability() -> tuple[bool, str]:
         record = cache.read_record(build.key(tools))
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
-    failure = _failure(record)
+    failure = cache.failure(record)
     if failure is not None:
         return False, failure
     state = "compiled" if _lies_ready(record) else "compiles at first use"
@@ -47,12 +46,6 @@ def is_compiled() -> bool:
 
 def _lies_ready(record: dict[str, Any]) -> bool:
     return "library" in record and (cache.folder() / str(record["library"])).exists()
-
-
-def _failure(record: dict[str, Any]) -> str | None:
-    """Why it could not be had, for a day: a full disk, or a compiler that was killed, may be so no longer."""
-    lasts = time.time() - float(record.get("time", 0)) < cache.DAY_S
-    return str(record["failure"]) if "failure" in record and lasts else None
 
 
 def _import(path: Path) -> ModuleType:
@@ -90,7 +83,7 @@ def _compile_and_try(tools: toolchain.Toolchain, key: str) -> ModuleType:
         module = _import(path)
         selfcheck.run(module)
     except KernelUnavailable as unavailable:
-        cache.write_record(key, {"failure": str(unavailable), "time": time.time()})
+        cache.write_failure(key, str(unavailable))
         raise
     cache.write_record(key, {"library": path.name, "sha256": cache.digest(path)})
     return module
@@ -107,7 +100,7 @@ def _load(on_message: Callable[[str], None] | None) -> ModuleType:
         on_message("Compiling the CPU attention kernel for this machine (once, under half a minute) ...")
     with cache.lock(key):
         record = cache.read_record(key)
-        failure = _failure(record)
+        failure = cache.failure(record)
         if failure is not None:
             raise KernelUnavailable(failure)
         path = _trusted(record)

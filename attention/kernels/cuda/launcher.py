@@ -38,8 +38,7 @@ def obstacle() -> str | None:
         tools = toolchain.find()
     except KernelUnavailable as unavailable:
         return str(unavailable)
-    failure = cache.read_record(_key(tools)).get("failure")
-    return str(failure) if failure else None
+    return cache.failure(cache.read_record(_key(tools)))
 
 
 def is_settled() -> bool:
@@ -59,14 +58,21 @@ def module() -> ModuleType:
     tools = toolchain.find()
     cache.ready_folder()
     key = _key(tools)
-    with cache.lock(key):
-        path = _trusted(key) or _compile(tools, key)
-        try:
-            return _import(path)
-        except ImportError as error:
-            reason = f"the compiled launcher does not load: {error}"
-            cache.write_record(key, {"failure": reason})
-            raise KernelUnavailable(reason) from error
+    try:
+        with cache.lock(key):
+            return _loaded(tools, key)
+    except OSError as error:  # no room in the cache folder
+        raise KernelUnavailable(f"making the launcher failed: {error}") from error
+
+
+def _loaded(tools: Toolchain, key: str) -> ModuleType:
+    path = _trusted(key) or _compile(tools, key)
+    try:
+        return _import(path)
+    except ImportError as error:
+        reason = f"the compiled launcher does not load: {error}"
+        cache.write_failure(key, reason)
+        raise KernelUnavailable(reason) from error
 
 
 def is_plan(made: object) -> bool:
@@ -115,8 +121,9 @@ def _trusted(key: str) -> Path | None:
     """The library, if it is still the one that was recorded."""
     path = cache.folder() / f"{key}.so"
     record = cache.read_record(key)
-    if "failure" in record:
-        raise KernelUnavailable(str(record["failure"]))
+    failure = cache.failure(record)
+    if failure is not None:
+        raise KernelUnavailable(failure)
     cache.mark_used(path)
     return path if path.exists() and cache.digest(path) == record.get("sha256") else None
 
@@ -130,7 +137,7 @@ def _compile(tools: Toolchain, key: str) -> Path:
             toolchain.check_abi(tools, Path(room) / "out.so")
             (Path(room) / "out.so").replace(finished)
     except KernelUnavailable as unavailable:
-        cache.write_record(key, {"failure": str(unavailable)})
+        cache.write_failure(key, str(unavailable))
         raise
     cache.write_record(key, {"sha256": cache.digest(finished)})
     return finished
