@@ -126,7 +126,9 @@ def test_a_hugely_negative_additive_mask_hides_without_blinding(name: str) -> No
     assert np.array(out).any()
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "blocks of few keys" else n for n in DIFFERENTIABLE]
+)
 def test_works_under_grad_value_and_grad_and_compile(name: str) -> None:
     implementation = IMPLEMENTATIONS[name]
     example = Example(causal=True, kv_heads=2)

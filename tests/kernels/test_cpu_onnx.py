@@ -1,4 +1,7 @@
-"""The ONNX Attention operator's own cases, opset 23, straight through the CPU kernel."""
+"""The ONNX Attention operator's own cases, opset 23, straight through the CPU kernel.
+
+By way of `poc` they are in every run (tests/attention/test_onnx_attention.py); here they run under the sanitizers.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -7,7 +10,7 @@ from onnx_cases import cases, run
 
 from attention.kernels import cpu
 
-pytestmark = pytest.mark.usefixtures("kernel")
+pytestmark = [pytest.mark.usefixtures("kernel"), pytest.mark.slow]
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
 
 
