@@ -98,7 +98,9 @@ def test_what_cannot_be_expressed_is_the_score_matrix_as_an_output() -> None:
     assert all("qk_matmul" in name for name in asking)
 
 
-@pytest.mark.parametrize("implementation", INSTALLED)
+@pytest.mark.parametrize(
+    "implementation", [pytest.param(n, marks=pytest.mark.slow) if n == "demo" else n for n in INSTALLED]
+)  # demo has a trial for each kind of case, and takes one of the others
 def test_all_cases_agree_in_every_output_that_attention_has(implementation: str) -> None:
     refused = []
     for name, case in cases().items():
