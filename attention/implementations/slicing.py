@@ -21,7 +21,7 @@ from attention.implementations.blocks import Blocks
 from attention.implementations.blockwise import Heads, after, blocks_of, cut, head_groups
 from attention.implementations.differentiable import Attend
 from attention.implementations.mlx_sdpa import MlxSdpa
-from attention.implementations.waiting import Passed
+from attention.implementations.waiting import Passed, at_once
 from attention.implementations.written import Written
 from attention.masks import Mask
 
@@ -75,10 +75,12 @@ def forward(q: mx.array, k: mx.array, v: mx.array, call: Slices) -> mx.array:
     return output.array
 
 
-def gradients(q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, call: Slices) -> list[mx.array]:
-    """Returns dQ, dK and dV in the types of query, key and value."""
+def gradients(
+    q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, call: Slices, earlier: Sequence[mx.array]
+) -> list[mx.array]:
+    """Returns dQ, dK and dV in the types of query, key and value; the first slice follows what came earlier."""
     d_query, d_key, d_value = (Written(mx.zeros_like(x)) for x in (q, k, v))
-    chain = call.passed([cotangent])  # by then the forward pass has let go of its own slices
+    chain = list(earlier)
     for heads in head_groups(q, k, call.blocks):
         sums = _sums(heads, k, v)
         slices = list(_slices_of(heads, q.shape[2], k.shape[2], call))
@@ -110,7 +112,10 @@ def sliced_behind(whole: Attend, backward_call: Slices) -> Attend:
 
     def pull_back(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
         q, k, v = primals
-        return gradients(q, k, v, cotangent, backward_call)
+        # Where slices wait, the first one does so for the forward pass to let go of its memory: for its output, since a
+        # cotangent may be there before.
+        earlier = [] if backward_call.passed is at_once else backward_call.passed([output])
+        return gradients(q, k, v, cotangent, backward_call, earlier)
 
     attend.vjp(pull_back)
     return cast("Attend", attend)
