@@ -15,7 +15,7 @@ constexpr int64_t query_tile = 64, key_tile = 128;  // of the forward pass; span
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-constexpr int64_t most_panels = 4;            // panels of query_tile rows in an item
+constexpr int64_t most_panels = 4;               // panels of query_tile rows in an item
 constexpr int64_t most_partial_bytes = 9 << 18;  // of what all spans of keys keep until they are joined
 
 struct Item {
@@ -41,6 +41,7 @@ struct Schedule {
     tiles_per_head = ceil_div(p.queries, rows_wanted);
     tiles = p.batch * p.kv_heads * head_groups * tiles_per_head;
     const bool enough = tiles >= 32 || rows_per_tile > query_tile;  // a span is kept for one panel only
+    // Rounded to the widest of vectors on all processors, so that the cut depends on the shape alone.
     const int64_t rows = round_up(heads_per_tile * std::min(p.queries, query_tile), 16);
     const int64_t room = most_partial_bytes / (tiles * rows * (p.value_dim + 2) * int64_t(sizeof(float)));
     spans = enough ? 1 : std::max<int64_t>(1, std::min({ceil_div(32, tiles), p.keys / 512, room}));
