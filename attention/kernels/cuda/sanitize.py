@@ -3,9 +3,12 @@
 Exit code 0: nothing found; 1: something was, and is printed; 3: there is no compute-sanitizer or no GPU.
 """
 
+import functools
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from attention.kernels import cuda
@@ -90,15 +93,23 @@ def main() -> int:
             reason if not usable else "compute-sanitizer is not on the PATH; the CUDA toolkit has it", file=sys.stderr
         )
         return 3
+    parts = (*(map(str, DIMS) if cuda.variant() == "hopper" else ()), "general")
+    with ThreadPoolExecutor(len(parts)) as pool:  # a tool slows a process down, and leaves most of the GPU idle
+        return max(pool.map(functools.partial(sanitized, sanitizer), parts))
+
+
+def sanitized(sanitizer: str, part: str) -> int:
+    """Runs every tool over one part, prints what each found, and returns 1 if that is anything."""
+    own = (sys.executable, "-m", "attention.kernels.cuda.sanitize", part)
+    subprocess.run(own, check=True)  # compiles and checks, which takes long under a sanitizer
     found = 0
-    for part in (*(map(str, DIMS) if cuda.variant() == "hopper" else ()), "general"):
-        own = (sys.executable, "-m", "attention.kernels.cuda.sanitize", part)
-        subprocess.run(own, check=True)  # compiles and checks, which takes long under a sanitizer
-        for tool in TOOLS:
-            command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *own)
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            print(f"{tool:9} {part}: {'nothing found' if run.returncode == 0 else run.stdout + run.stderr}", flush=True)
-            found |= int(run.returncode != 0)
+    for tool in TOOLS:
+        command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *own)
+        start = time.monotonic()
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        told = "nothing found" if run.returncode == 0 else run.stdout + run.stderr
+        print(f"{tool:9} {part}: {told} ({time.monotonic() - start:.0f} s)", flush=True)
+        found |= int(run.returncode != 0)
     return found
 
 
