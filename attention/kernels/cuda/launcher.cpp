@@ -9,6 +9,7 @@
 
 #include "launcher_known.hpp"
 #include "launcher_plan.hpp"
+#include "launcher_waiting.hpp"
 
 namespace nb = nanobind;
 
@@ -185,9 +186,15 @@ void define_calls(nb::module_& m) {
         });
   m.def("forget_calls", [] { known_calls().clear(); });
 }
+
+void define_waiting(nb::module_& m) {
+  m.def("passed", &fatui::passed, nb::arg("token"), nb::arg("behind"),
+        "The token, there once the GPU has done what was queued before it, but for what the last `behind` tokens followed.");
+}
 }  // namespace
 
 NB_MODULE(fatui_cuda_launcher, m) {
   define_plans(m);
   define_calls(m);
+  define_waiting(m);
 }

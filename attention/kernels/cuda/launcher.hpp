@@ -33,6 +33,7 @@ class CommandEncoder {
   void set_output_array(const array& a);
   void add_kernel_node_raw(CUfunc_st* function, dim3 grid, dim3 block, dim3 cluster, uint32_t shared, void** arguments);
   void add_completed_handler(std::function<void()> task);
+  void commit();
 };
 
 CommandEncoder& get_command_encoder(Stream stream);
@@ -63,6 +64,7 @@ struct Driver {
   int (*encode_map)(TensorMap*, int type, unsigned rank, void* start, const uint64_t* sizes, const uint64_t* strides,
                     const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill);
   int (*move_map)(TensorMap*, void* start);
+  int (*synchronize)();
 };
 
 template <typename F>
@@ -81,6 +83,7 @@ inline const Driver& driver() {
     find(d.set_attribute, "cuFuncSetAttribute");
     find(d.encode_map, "cuTensorMapEncodeTiled");
     find(d.move_map, "cuTensorMapReplaceAddress");
+    find(d.synchronize, "cuCtxSynchronize");
     return d;
   }();
   return made;

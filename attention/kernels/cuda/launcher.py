@@ -17,7 +17,14 @@ from attention.kernels.cpu.toolchain import Toolchain
 
 MODULE = "fatui_cuda_launcher"
 SOURCES = Path(__file__).parent
-TEXTS = ("launcher.hpp", "launcher_maps.hpp", "launcher_plan.hpp", "launcher_known.hpp", "launcher.cpp")
+TEXTS = (
+    "launcher.hpp",
+    "launcher_maps.hpp",
+    "launcher_plan.hpp",
+    "launcher_known.hpp",
+    "launcher_waiting.hpp",
+    "launcher.cpp",
+)
 
 
 @functools.cache
