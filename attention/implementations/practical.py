@@ -17,10 +17,11 @@ from attention.implementations.budget import default_budget
 from attention.implementations.differentiable import Attend, blocks_behind, blockwise
 from attention.implementations.mlx_sdpa import MlxSdpa, fused_bytes
 from attention.implementations.packed import KeyOrValue, Packed, attend_packed
-from attention.implementations.practical_choice import NOTHING, Choice, Handed, choice, shape_of, slices_bytes
+from attention.implementations.practical_choice import Choice, choice, shape_of
+from attention.implementations.slice_size import NOTHING, Handed, slices_bytes
 from attention.implementations.slicing import Slices
 from attention.implementations.unfused import unfused_bytes
-from attention.implementations.waiting import AT_ONCE, at_once, passed
+from attention.implementations.waiting import AT_ONCE, QUEUED, at_once, turns
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
@@ -94,13 +95,24 @@ class Practical:
         return self._in_blocks(choice, backend, scale, mask, softcap, sinks, q, k, v)
 
     def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask) -> Attend:
-        assert choice.slices is not None
-        assert choice.backward_slices is not None
-        follow = passed(backend) if choice.waits else at_once
-        calls = [Slices(scale, mask, blocks, follow) for blocks in (choice.slices, choice.backward_slices)]
-        if choice.way == "slices":
-            return slicing.sliced(*calls)
-        return slicing.sliced_behind(lambda q, k, v: self._sdpa(q, k, v, scale=scale, mask=mask), calls[1])
+        follow = turns(backend) if choice.waits else QUEUED
+
+        def whole(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            if choice.slices is None or not choice.way.startswith("slices"):
+                return self._sdpa(q, k, v, scale=scale, mask=mask)
+            return slicing.forward(q, k, v, Slices(scale, mask, choice.slices, follow))
+
+        if choice.backward_slices is None:
+            return blocks_behind(whole, *self._calls(choice, backend, scale, mask, None))
+        return slicing.sliced_behind(whole, Slices(scale, mask, choice.backward_slices, follow))
+
+    def _calls(
+        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None
+    ) -> tuple[Call, Call]:
+        """Of blocks, forward and backward."""
+        arithmetic, follow = ("exact", at_once) if backend == "cpu" else ("native", turns(backend).next)
+        call = Call(scale, mask, softcap, choice.blocks, arithmetic, follow)  # type: ignore[arg-type]
+        return call, structs.replace(call, blocks=choice.backward)
 
     def _in_blocks(
         self,
@@ -114,15 +126,13 @@ class Practical:
         k: KeyOrValue,
         v: KeyOrValue,
     ) -> mx.array:
-        arithmetic, follow = ("exact", at_once) if backend == "cpu" else ("native", passed(backend))
-        call = Call(scale, mask, softcap, choice.blocks, arithmetic, follow)  # type: ignore[arg-type]
+        call, backward = self._calls(choice, backend, scale, mask, softcap)
         if isinstance(k, Packed) and isinstance(v, Packed):
             if sinks is None and softcap is None and choice.fits_forward:
                 return attend_packed(q, k, v, scale=scale, mask=mask)
             return forward(q, k, v, call, sinks)[0]
         given = (q, k, v) if sinks is None else (q, k, v, sinks)
-        backward = structs.replace(call, blocks=choice.backward)
-        if choice.way in ("blocks", "slices"):
+        if choice.way == "blocks" or choice.way.startswith("slices"):
             return blockwise(call, backward)(*given)
 
         def whole(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None = None) -> mx.array:

@@ -1,6 +1,6 @@
 """How `practical` computes a call: as a whole, in slices or in blocks, and how large these are."""
 
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from msgspec import Struct, structs
 
@@ -8,7 +8,8 @@ from attention.device import Backend
 from attention.implementations.blocks import MIB, Blocks, Shape, choose
 from attention.implementations.blockwise import blocks_of
 from attention.implementations.budget import comfort
-from attention.implementations.mlx_sdpa import fused_bytes, why_unfused
+from attention.implementations.mlx_sdpa import why_unfused
+from attention.implementations.slice_size import EVEN, NOTHING, Handed, beside, slice_size
 from attention.implementations.unfused import unfused_bytes
 from attention.implementations.waiting import AT_ONCE
 from attention.masks import of_workload
@@ -25,13 +26,6 @@ WORTHWHILE_BACKWARD_BYTES: Final = 256 * MIB
 """A smaller gradient is left whole where MLX can only fuse it for a multiple of 128 rows."""
 SURE: Final = 1.5
 """How many times what is predicted of an unfused path must fit: its peak depends on the order that MLX finds."""
-SURE_SLICE: Final = 1.15
-"""The same of one slice, a single call of MLX's own with nothing before or after it."""
-SLICES: Final = 8
-"""Slices of rows under a mask that lets the later ones see more: they skip 7 of 16 parts of the scores."""
-EVEN: Final = 128
-"""Rows of which slices have a multiple where they have as many: MLX's fused backward on CUDA asks for it."""
-
 FUSED: Final = "MLX has a fused kernel for this shape, backward too"
 
 Way = Literal[
@@ -42,6 +36,7 @@ Way = Literal[
     "fused, slices behind",
     "whole, slices behind",
     "slices",
+    "slices, blocks behind",
     "blocks",
 ]
 
@@ -62,24 +57,6 @@ class Choice(Struct, frozen=True):
     backward_slices: Blocks | None = None
     waits: bool = False
     """Whether slices have to wait for each other, since all of them together would not fit."""
-
-
-class Handed(Struct, frozen=True):
-    """What MLX's SDPA is handed beside an array mask: rows that see nothing opened, numbers in the query's type."""
-
-    batches: int = 0
-    """Of the array: one, where it is the same for all."""
-    heads: int = 0
-    pair_bytes: int = 0
-    """Of all arrays on the way there, for a query and a key."""
-
-    def size(self, workload: Workload) -> int:
-        """Bytes of it for a call, or for a part of one."""
-        arrays = min(self.batches, workload.batch) * min(self.heads, workload.heads)
-        return arrays * workload.seq * workload.kv_seq * self.pair_bytes
-
-
-NOTHING: Final = Handed()
 
 
 def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING) -> Choice:
@@ -116,6 +93,12 @@ class _Question:
         slices, behind = (
             slice_size(one, self.backend, self.needs, self.budget, self.handed) for one in (self.forward, self.training)
         )
+        if way == "slices" and slices is None:
+            return structs.replace(made, way="blocks", reason=f"{reason}, and no slice fits it")
+        if behind is None:
+            tighter = f"{reason}, and no slice of a backward pass fits it"
+            way = cast("Way", f"{way.partition(',')[0]}, blocks behind")
+            return structs.replace(made, way=way, reason=tighter, slices=slices)
         return structs.replace(made, slices=slices, backward_slices=behind)
 
     @property
@@ -162,74 +145,6 @@ def _ask_gpu(asked: _Question) -> Choice:
     if forward <= asked.budget:
         return asked.told("whole, slices behind" if asked.refusal else "fused, slices behind", why, waits=not fits)
     return asked.told("slices", why, waits=True)
-
-
-def beside(workload: Workload, backend: Backend, needs: Needs, refusal: str | None, handed: Handed = NOTHING) -> int:
-    """Bytes above inputs and outputs of one call of MLX's SDPA, which has a fused kernel unless it has a refusal."""
-    if refusal is None:
-        spread, given = fused_bytes(workload, backend, needs), fused_bytes(workload, backend) + handed.size(workload)
-        return max(spread, given) - workload.output_bytes
-    return int(SURE_SLICE * (unfused_bytes(workload, needs) - workload.output_bytes)) + handed.size(workload)
-
-
-def slice_size(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING) -> Blocks:
-    """The largest slices of which as many fit a budget as may be in memory at once."""
-    rows = _rows_at_first(workload, backend, needs)
-    blocks = Blocks(batches=workload.batch, kv_heads=workload.kv_heads, rows=rows, keys=workload.kv_seq)
-    while slices_bytes(workload, blocks, backend, needs, handed) > budget:
-        smaller = _smaller(blocks)
-        if smaller == blocks:
-            break
-        blocks = smaller
-    return blocks
-
-
-def slices_bytes(workload: Workload, blocks: Blocks, backend: Backend, needs: Needs, handed: Handed = NOTHING) -> int:
-    """What slices take at once above inputs and outputs: their own memory, and the sums of dK and dV."""
-    group = workload.heads // workload.kv_heads
-    keys = workload.kv_seq if workload.window is None else min(workload.kv_seq, blocks.rows + workload.window - 1)
-    part = structs.replace(
-        workload,
-        batch=blocks.batches,
-        heads=blocks.kv_heads * group,
-        kv_heads=blocks.kv_heads,
-        seq=min(blocks.rows, workload.seq),
-        kv_seq=keys,
-    )
-    sums = 0
-    if workload.pass_ == "training":
-        width = workload.head_dim + workload.value_dim
-        sums = 3 * 4 * blocks.batches * blocks.kv_heads * workload.kv_seq * width
-    own = beside(part, backend, needs, why_unfused(part, backend, needs), handed) + part.output_bytes
-    return int(AT_ONCE[backend] * own) + sums
-
-
-def _rows_at_first(workload: Workload, backend: Backend, needs: Needs) -> int:
-    """All rows, but for a rest, where MLX fuses them; otherwise as few as let slices skip what a mask rules out."""
-    rows = _even(workload.seq) if workload.seq > EVEN else workload.seq
-    if workload.window is None and not needs.array_mask:
-        first = structs.replace(workload, seq=rows, kv_seq=max(1, workload.kv_seq - workload.seq + rows))
-        if why_unfused(first, backend, needs) is None:
-            return rows
-    return _eighth(workload) if workload.causal or workload.window is not None else workload.seq
-
-
-def _eighth(workload: Workload) -> int:
-    rows = -(-workload.seq // SLICES) + EVEN - 1
-    return min(_even(rows), workload.seq)
-
-
-def _smaller(blocks: Blocks) -> Blocks:
-    """Half of the sequences, or of the heads, or of the rows: whichever there is more than one of."""
-    for axis in ("batches", "kv_heads"):
-        if getattr(blocks, axis) > 1:
-            return structs.replace(blocks, **{axis: -(-getattr(blocks, axis) // 2)})
-    half = -(-blocks.rows // 2)
-    return structs.replace(blocks, rows=_even(half) if half > EVEN else half)
-
-
-def _even(rows: int) -> int:
-    return rows - rows % EVEN
 
 
 def tile(workload: Workload, backend: Backend, budget: int) -> Blocks:

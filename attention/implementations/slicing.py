@@ -21,7 +21,8 @@ from attention.implementations.blocks import Blocks
 from attention.implementations.blockwise import Heads, after, blocks_of, cut, head_groups
 from attention.implementations.differentiable import Attend
 from attention.implementations.mlx_sdpa import MlxSdpa
-from attention.implementations.waiting import Passed, at_once
+from attention.implementations.slice_size import ALIGNED, EVEN
+from attention.implementations.waiting import Turns
 from attention.implementations.written import Written
 from attention.masks import Mask
 
@@ -36,7 +37,7 @@ class Slices(Struct, frozen=True, eq=False):
     mask: Mask
     blocks: Blocks
     """Sizes of a slice; keys are all that its rows see."""
-    passed: Passed
+    turns: Turns
     """How slices follow each other."""
 
 
@@ -71,7 +72,7 @@ def forward(q: mx.array, k: mx.array, v: mx.array, call: Slices) -> mx.array:
     for heads in head_groups(q, k, call.blocks):
         for each in _slices_of(heads, q.shape[2], k.shape[2], call):
             part = _attend(call, each, chain)(*after(chain, each.of_queries(q), each.of_keys(k), each.of_keys(v)))
-            chain = call.passed([output.write(heads.place(each.rows), part, FORWARD_NODES)])
+            chain = call.turns.next([output.write(heads.place(each.rows), part, FORWARD_NODES)])
     return output.array
 
 
@@ -82,7 +83,7 @@ def gradients(
     d_query, d_key, d_value = (Written(mx.zeros_like(x)) for x in (q, k, v))
     chain = list(earlier)
     for heads in head_groups(q, k, call.blocks):
-        sums = _sums(heads, k, v)
+        sums = _sums(heads, k, v, chain)
         slices = list(_slices_of(heads, q.shape[2], k.shape[2], call))
         for each in slices:
             cuts = each.of_queries(q), each.of_keys(k), each.of_keys(v), each.of_queries(cotangent)
@@ -90,21 +91,17 @@ def gradients(
             _, (of_query, *of_keys) = mx.vjp(_attend(call, each, chain), primals, [of_output])
             seen = slice(None), slice(None), cut(each.keys)
             parts = [one.add(seen, part, BACKWARD_NODES) for one, part in zip(sums, of_keys, strict=True)]
-            chain = call.passed([d_query.write(heads.place(each.rows), of_query, BACKWARD_NODES), *parts])
+            chain = call.turns.next([d_query.write(heads.place(each.rows), of_query, BACKWARD_NODES), *parts])
         if slices:
             place = cut(heads.batches), cut(heads.kv_heads), slice(None)
             nodes = BACKWARD_NODES * len(slices)
-            chain = [one.write(place, total.array, nodes) for one, total in zip((d_key, d_value), sums, strict=True)]
+            written = [one.write(place, total.array, nodes) for one, total in zip((d_key, d_value), sums, strict=True)]
+            chain = call.turns.alone(written)
     return [d_query.array, d_key.array, d_value.array]
 
 
-def sliced(forward_call: Slices, backward_call: Slices) -> Attend:
-    """Attends in slices, forward and backward."""
-    return sliced_behind(lambda q, k, v: forward(q, k, v, forward_call), backward_call)
-
-
 def sliced_behind(whole: Attend, backward_call: Slices) -> Attend:
-    """Attends as a whole; the backward pass is one of slices."""
+    """Attends as it is told to; the backward pass is one of slices."""
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -112,10 +109,8 @@ def sliced_behind(whole: Attend, backward_call: Slices) -> Attend:
 
     def pull_back(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
         q, k, v = primals
-        # Where slices wait, the first one does so for the forward pass to let go of its memory: for its output, since a
-        # cotangent may be there before.
-        earlier = [] if backward_call.passed is at_once else backward_call.passed([output])
-        return gradients(q, k, v, cotangent, backward_call, earlier)
+        # The forward pass lets go of its memory first; a cotangent may be there before its output is.
+        return gradients(q, k, v, cotangent, backward_call, backward_call.turns.alone([output]))
 
     attend.vjp(pull_back)
     return cast("Attend", attend)
@@ -124,20 +119,36 @@ def sliced_behind(whole: Attend, backward_call: Slices) -> Attend:
 def _attend(call: Slices, each: Slice, chain: list[mx.array]) -> Attend:
     """MLX's SDPA with a slice's part of the mask, which MLX converts and must not before the slice's turn."""
     sdpa, mask = MlxSdpa(), each.of_mask(call.mask)
+    lengths = len(each.rows), len(each.keys)
     if mask.array is not None:
         mask = structs.replace(mask, array=after(chain, mask.array)[0])
+    elif mask.window is not None and not mask.blind_rows(*lengths):
+        positions = mask.whole(*lengths)
+        seen = None if positions is None else after(chain, positions)[0]
+        return lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=call.scale, mask=seen)
     return lambda q, k, v: sdpa(q, k, v, scale=call.scale, mask=mask)
 
 
 def _slices_of(heads: Heads, seq: int, kv_seq: int, call: Slices) -> Iterator[Slice]:
     """The slices of some heads, but those that see nothing."""
-    for rows in blocks_of(seq, call.blocks.rows):
+    for rows in row_blocks(seq, call.blocks.rows):
         keys = call.mask.visible_keys(rows, seq, kv_seq)
         if keys:
-            yield Slice(heads, rows, keys)
+            more = min(-len(keys) % ALIGNED, keys.start)
+            yield Slice(heads, rows, range(keys.start - more, keys.stop))
 
 
-def _sums(heads: Heads, k: mx.array, v: mx.array) -> list[Written]:
-    """Where dK and dV of some heads are summed, in float32 and in place."""
+def row_blocks(seq: int, size: int) -> Iterator[range]:
+    """Cuts the rows into slices; where their size is even, what makes the last one odd is one by itself."""
+    for rows in blocks_of(seq, size):
+        odd = len(rows) % EVEN if size % EVEN == 0 and len(rows) > EVEN else 0
+        yield range(rows.start, rows.stop - odd)
+        if odd:
+            yield range(rows.stop - odd, rows.stop)
+
+
+def _sums(heads: Heads, k: mx.array, v: mx.array, chain: list[mx.array]) -> list[Written]:
+    """Where dK and dV of some heads are summed, in float32 and in place; not there before the last sums are gone."""
     size = len(heads.batches), len(heads.kv_heads), k.shape[2]
-    return [Written(mx.zeros((*size, x.shape[3]), mx.float32)) for x in (k, v)]
+    (zero,) = after(chain, mx.array(0.0))
+    return [Written(mx.full((*size, x.shape[3]), zero)) for x in (k, v)]

@@ -46,7 +46,8 @@ class InSlices(Practical):
         made = super()._choose(workload, backend, needs, *more)
         if needs.softcap:
             return made
-        return structs.replace(made, way=self._way, slices=self._slice, backward_slices=self._slice, waits=self._waits)
+        behind = None if "blocks" in self._way else self._slice
+        return structs.replace(made, way=self._way, slices=self._slice, backward_slices=behind, waits=self._waits)
 
     def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask) -> Attend:
         return super()._in_slices(choice, "cuda", scale, mask)  # waits, where it waits, as there
@@ -60,6 +61,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "slices": InSlices("slices"),
     "slices that wait": InSlices("slices", waits=True),
     "slices behind": InSlices("whole, slices behind"),
+    "slices, blocks behind": InSlices("slices, blocks behind"),
 }
 DIFFERENTIABLE = [name for name in IMPLEMENTATIONS if name != "torch"]
 FEW_KEYS = ("blocks of few keys", "blocks of few keys, seen once")

@@ -1,5 +1,9 @@
 """What practical takes on a GPU, decided without one: slices within the budget, where the whole does not fit it."""
 
+import math
+from collections.abc import Callable
+from typing import Literal
+
 import mlx.core as mx
 import pytest
 from attention_examples import CPU
@@ -13,15 +17,13 @@ from attention.implementations.mlx_sdpa import fused_bytes
 from attention.implementations.practical import Practical
 from attention.implementations.practical_choice import (
     Choice,
-    Handed,
     choice,
     shape_of,
     skipped_share,
-    slice_size,
-    slices_bytes,
 )
 from attention.implementations.practical_facts import facts
-from attention.implementations.waiting import AT_ONCE, at_once, passed, when_done
+from attention.implementations.slice_size import Handed, slice_size, slices_bytes
+from attention.implementations.waiting import AT_ONCE, QUEUED, turns, when_done
 from attention.route import PLAIN, Needs
 from attention.workload import Workload
 
@@ -46,15 +48,23 @@ workloads = st.builds(
 @given(workloads, st.sampled_from([16, 256, 2048]), st.sampled_from(["cuda", "metal"]))
 def test_slices_fit_the_budget_wherever_any_slice_can(workload: Workload, mebibytes: int, backend: Backend) -> None:
     size = slice_size(workload, backend, PLAIN, mebibytes * MIB)
-    smallest = Blocks(batches=1, kv_heads=1, rows=1, keys=workload.kv_seq)
-    limit = max(mebibytes * MIB, slices_bytes(workload, smallest, backend, PLAIN))
-    assert slices_bytes(workload, size, backend, PLAIN) <= limit
+    if size is None:
+        smallest = Blocks(batches=1, kv_heads=1, rows=1, keys=workload.kv_seq)
+        assert slices_bytes(workload, smallest, backend, PLAIN) > mebibytes * MIB
+        return
+    assert slices_bytes(workload, size, backend, PLAIN) <= mebibytes * MIB
     assert 1 <= size.rows <= workload.seq
     assert size.rows % 128 == 0 or size.rows < 128 or size.rows == workload.seq
 
 
 def asked(workload: Workload, mebibytes: int, needs: Needs = PLAIN) -> Choice:
     return choice(workload, "cuda", needs, mebibytes * MIB)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, why_unfused: Callable[..., str | None]) -> None:
+    """Lets MLX's SDPA have fused kernels for other shapes."""
+    for module in ("practical_choice", "slice_size"):
+        monkeypatch.setattr(f"attention.implementations.{module}.why_unfused", why_unfused)
 
 
 def test_what_fits_is_left_to_mlx() -> None:
@@ -67,6 +77,36 @@ def test_slices_that_do_not_fit_together_wait() -> None:
     assert made.slices is not None
     assert made.slices.rows * made.slices.kv_heads < LONG.seq * LONG.heads
     assert "the budget is 2,560 MiB" in made.reason
+
+
+def test_where_no_slice_fits_blocks_are_taken() -> None:
+    made = asked(LONG, 64)  # less than the sums of dK and dV of one head
+    assert (made.way, made.backward_slices) == ("slices, blocks behind", None)
+    assert made.reason.endswith("the budget is 64 MiB, and no slice of a backward pass fits it")
+    training = structs.replace(LONG, pass_="training")
+    assert Practical(64 * MIB).route(LONG, GPU).path == "slices 384 x 16384"
+    assert Practical(64 * MIB).route(training, GPU).path == "blocks 128 x 512"
+    assert choice(LONG, "cuda", PLAIN, 10_000).way == "blocks"
+
+
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+@pytest.mark.parametrize("mebibytes", [256, 2560])
+def test_no_other_slices_would_be_fewer(mebibytes: int, pass_: Literal["forward", "training"]) -> None:
+    workload = structs.replace(LONG, batch=2, pass_=pass_)
+
+    def count(size: Blocks) -> int:
+        parts = ((2, size.batches), (8, size.kv_heads), (16384, size.rows))
+        return math.prod(math.ceil(whole / part) for whole, part in parts)
+
+    tried = (
+        Blocks(batches=batches, kv_heads=kv_heads, rows=rows, keys=16384)
+        for batches, kv_heads in ((2, 8), (1, 8), (1, 4), (1, 2), (1, 1))
+        for rows in range(128, 16385, 128)
+    )
+    fitting = [size for size in tried if slices_bytes(workload, size, "cuda", PLAIN) <= mebibytes * MIB]
+    made = slice_size(workload, "cuda", PLAIN, mebibytes * MIB)
+    assert made is not None
+    assert count(made) == min(map(count, fitting))
 
 
 def test_where_only_the_gradient_is_too_much_only_that_is_sliced() -> None:
@@ -105,13 +145,14 @@ def test_where_only_the_gradient_is_cut_its_slices_are_explained() -> None:
     workload = structs.replace(LONG, seq=8192, kv_seq=8192)
     told = {fact.what: fact for fact in facts(Practical(3000 * MIB), workload, GPU)}
     behind = slice_size(structs.replace(workload, pass_="training"), "cuda", PLAIN, 3000 * MIB)
+    assert behind is not None
     assert told["way"].value == "whole, slices behind"
     assert told["behind"].why == "what is cut is the backward pass alone"
     assert (told["rows"].value, told["heads"].value) == (f"{behind.rows:,}", f"1 x {behind.kv_heads}")
 
 
 def test_a_gradient_is_cut_where_mlx_fuses_it_and_takes_more_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", lambda *asked: None)
+    plant(monkeypatch, lambda *asked: None)
     many = Workload(batch=4, seq=8192, heads=32, head_dim=128, dtype="bfloat16", mask="causal")
     few_keys = structs.replace(many, kv_seq=4)
     for workload in (many, few_keys):
@@ -127,7 +168,7 @@ def test_what_is_handed_to_mlx_beside_a_mask_of_every_head_counts(
     fused: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = None if fused else "no"
-    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", lambda *asked: refusal)
+    plant(monkeypatch, lambda *asked: refusal)
     workload, needs = structs.replace(LONG, seq=2048, kv_seq=2048), Needs(array_mask=True)
     converted = Handed(batches=1, heads=8, pair_bytes=12)
     budget = converted.size(workload) - MIB
@@ -145,8 +186,8 @@ def test_a_bool_mask_of_a_fused_call_counts_with_what_mlx_makes_of_it_on_cuda() 
 
 
 def test_only_on_cuda_evaluation_waits_for_what_is_done() -> None:
-    assert passed("cuda") is when_done
-    assert passed("metal") is passed("cpu") is at_once
+    assert turns("cuda").next is turns("cuda").alone is when_done  # there is no CUDA here, and no launcher
+    assert turns("metal") is turns("cpu") is QUEUED
 
 
 def test_waiting_gives_something_that_can_be_waited_for_in_any_function() -> None:
@@ -171,16 +212,17 @@ def fuses_multiples_of_128(workload: Workload, backend: Backend, needs: Needs = 
 def test_backward_a_slice_has_the_rows_that_mlx_fuses_and_the_rest_is_another(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", fuses_multiples_of_128)
+    plant(monkeypatch, fuses_multiples_of_128)
     workload = Workload(seq=rows, heads=2, head_dim=64, mask="causal", pass_="training")
     size = slice_size(workload, "cuda", PLAIN, 10_000 * MIB)
+    assert size is not None
     assert size.rows == (rows if rows < 128 else rows - rows % 128)
 
 
 def test_a_gradient_that_mlx_fuses_for_such_rows_only_is_sliced_where_it_is_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("attention.implementations.practical_choice.why_unfused", fuses_multiples_of_128)
+    plant(monkeypatch, fuses_multiples_of_128)
     workload = Workload(batch=4, seq=2047, heads=16, head_dim=64, mask="causal")
     made = asked(workload, 8000)
     assert (made.way, made.waits) == ("fused, slices behind", False)

@@ -10,6 +10,8 @@ from attention.implementations.blocks import MIB
 from attention.implementations.packed import Packed
 from attention.implementations.practical import Practical
 from attention.implementations.runner import MlxRunner, make_inputs
+from attention.implementations.waiting import Passed, turns
+from attention.kernels.cuda import launcher
 from attention.masks import Mask, of_workload
 from attention.workload import Workload
 
@@ -55,6 +57,24 @@ def test_no_head_dim_and_mask_takes_more_than_the_budget(dtype: str, head_dim: i
 
 
 @pytest.mark.parametrize("pass_", ["forward", "training"])
+@pytest.mark.parametrize("mask", ["none", "causal", "window:701"])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float32"), (512, "float32"), (256, "bfloat16")])
+def test_no_odd_length_takes_more_than_the_budget(head_dim: int, dtype: str, mask: str, pass_: str) -> None:
+    workload = Workload(seq=2999, heads=4, head_dim=head_dim, dtype=dtype, mask=mask, pass_=pass_)  # type: ignore[arg-type]
+    for mebibytes in (64, 200):
+        assert is_within(workload, mebibytes * MIB)
+
+
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+def test_no_window_that_mlx_fuses_takes_more_than_the_budget(pass_: str) -> None:
+    for mebibytes in (64, 512):
+        assert is_within(
+            Workload(seq=8192, heads=8, head_dim=128, dtype="bfloat16", mask="window:1024", pass_=pass_),  # type: ignore[arg-type]
+            mebibytes * MIB,
+        )
+
+
+@pytest.mark.parametrize("pass_", ["forward", "training"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -84,6 +104,36 @@ def test_a_softcap_and_sinks_stay_within_the_budget() -> None:
     workload = Workload(seq=3000, heads=4, head_dim=128, dtype="bfloat16", mask="causal")
     assert is_within(workload, softcap=20.0)
     assert is_within(workload, sinks=mx.zeros((4,)))
+
+
+def test_keys_too_long_for_the_sums_of_their_gradients_stay_within_the_budget() -> None:
+    workload = Workload(seq=256, kv_seq=12_000, heads=4, head_dim=512, dtype="bfloat16", pass_="training")
+    assert Practical(SMALL).choice(workload, probe()).way.endswith("blocks behind")
+    assert is_within(workload)
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="evaluation waits for a GPU on CUDA alone")
+@pytest.mark.parametrize(("which", "tiles"), [("next", 2), ("alone", 1)])
+def test_tiles_that_follow_each_other_are_in_memory_two_at_a_time_or_alone(which: str, tiles: int) -> None:
+    assert launcher.missing() is None
+    follow: Passed = getattr(turns("cuda"), which)
+
+    def function(x: mx.array) -> mx.array:
+        total = x
+        for _ in range(40):
+            tile = mx.broadcast_to(total, (2048, 2048)) + 0.0
+            total = tile.max() + 1
+            (total,) = mx.depends([total], follow([total]))
+        return total
+
+    for run in (function, mx.compile(function)):
+        mx.synchronize()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        assert run(mx.array(0.0)).item() == 40
+        assert mx.get_peak_memory() - before <= (tiles + 0.1) * 16 * MIB
+    assert mx.grad(function)(mx.array(0.0)).item() == pytest.approx(1)
 
 
 def test_packed_keys_and_values_stay_within_the_budget() -> None:
