@@ -32,7 +32,7 @@ def test_at_head_dim_256_the_cuda_kernel_is_several_times_mlx_and_needs_a_fracti
     assert poc.peak_bytes and mlx.peak_bytes and poc.peak_bytes < mlx.peak_bytes / 30
 
 
-@pytest.mark.parametrize("name", ["h100-seed-table.json", "h100-prefill.json"])
+@pytest.mark.parametrize("name", ["h100-seed-table.json", "h100-prefill.json", "h100-training.json"])
 def test_the_cuda_kernel_is_faster_than_mlx_and_torch_in_every_case_of_the_h100(name: str) -> None:
     for case in kept(name).cases:
         speedups = {row.implementation: row.speedup for row in case.rows}
