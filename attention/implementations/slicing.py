@@ -70,7 +70,7 @@ def forward(q: mx.array, k: mx.array, v: mx.array, call: Slices) -> mx.array:
     output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype))
     chain: list[mx.array] = []
     for heads in head_groups(q, k, call.blocks):
-        for each in _slices_of(heads, q.shape[2], k.shape[2], call):
+        for each in slices_of(heads, q.shape[2], k.shape[2], call):
             part = _attend(call, each, chain)(*after(chain, each.of_queries(q), each.of_keys(k), each.of_keys(v)))
             chain = call.turns.next([output.write(heads.place(each.rows), part, FORWARD_NODES)])
     return output.array
@@ -84,7 +84,7 @@ def gradients(
     chain = list(earlier)
     for heads in head_groups(q, k, call.blocks):
         sums = _sums(heads, k, v, chain)
-        slices = list(_slices_of(heads, q.shape[2], k.shape[2], call))
+        slices = list(slices_of(heads, q.shape[2], k.shape[2], call))
         for each in slices:
             cuts = each.of_queries(q), each.of_keys(k), each.of_keys(v), each.of_queries(cotangent)
             *primals, of_output = after(chain, *cuts)
@@ -129,7 +129,7 @@ def _attend(call: Slices, each: Slice, chain: list[mx.array]) -> Attend:
     return lambda q, k, v: sdpa(q, k, v, scale=call.scale, mask=mask)
 
 
-def _slices_of(heads: Heads, seq: int, kv_seq: int, call: Slices) -> Iterator[Slice]:
+def slices_of(heads: Heads, seq: int, kv_seq: int, call: Slices) -> Iterator[Slice]:
     """The slices of some heads, but those that see nothing."""
     for rows in row_blocks(seq, call.blocks.rows):
         keys = call.mask.visible_keys(rows, seq, kv_seq)

@@ -1,14 +1,17 @@
-"""Attention in slices: what they wait for. That they are right is tested with the other implementations."""
+"""Attention in slices: what they are, and wait for. That they are right is tested with the other implementations."""
 
 from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
+from attention.implementations import slicing
 from attention.implementations.blocks import Blocks
-from attention.implementations.slicing import Slices, sliced_behind
-from attention.implementations.waiting import Turns, when_done
+from attention.implementations.blockwise import Heads, after
+from attention.implementations.slicing import Slices, row_blocks, sliced_behind, slices_of
+from attention.implementations.waiting import QUEUED, Turns, when_done
 from attention.masks import Mask
 
 ROWS = 16
@@ -41,3 +44,36 @@ def test_a_backward_pass_waits_for_the_output_of_the_forward_pass_whatever_its_c
     assert len(following) == 2 * 64 // ROWS
     _, wanted = mx.vjp(whole, inputs, [cotangent])
     assert all(mx.allclose(one, other, atol=1e-5) for one, other in zip(gradients, wanted, strict=True))
+
+
+def test_what_makes_a_last_slice_odd_is_one_by_itself() -> None:
+    assert list(row_blocks(1500, 768)) == [range(768), range(768, 1408), range(1408, 1500)]
+    assert list(row_blocks(1536, 768)) == [range(768), range(768, 1536)]
+    assert list(row_blocks(1500, 1500)) == [range(1500)]
+    assert list(row_blocks(1500, 1408)) == [range(1408), range(1408, 1500)]
+
+
+def test_slices_of_a_window_take_multiples_of_16_keys_where_there_are_as_many() -> None:
+    call = Slices(
+        scale=1.0, mask=Mask(window=701), blocks=Blocks(batches=1, kv_heads=1, rows=384, keys=1), turns=QUEUED
+    )
+    made = list(slices_of(Heads(range(1), range(1), 1), 2999, 2999, call))
+    assert [len(each.keys) for each in made] == [384, 768, *[1088] * 5, 960, 768]
+    assert all(each.keys.stop == each.rows.stop for each in made)
+    assert all(each.rows.start - 700 - 16 < each.keys.start <= max(0, each.rows.start - 700) for each in made)
+
+
+def test_the_mask_of_a_window_is_not_made_before_its_slice_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[tuple[int, ...]] = []
+
+    def spied(chain: list[mx.array], *these: mx.array) -> list[mx.array]:
+        waiting.extend(one.shape for one in these if chain and one.dtype == mx.bool_)
+        return after(chain, *these)
+
+    monkeypatch.setattr(slicing, "after", spied)
+    q, k, v, _ = arrays()
+    call = Slices(scale=0.3, mask=Mask(window=20), blocks=BLOCKS, turns=Turns(when_done, when_done))
+    made = slicing.forward(q, k, v, call)
+    assert waiting == [(16, 32), (16, 48), (16, 48), *[(16, 16), (16, 32), (16, 48), (16, 48)]]
+    whole = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=Mask(window=20).whole(64, 64))
+    assert mx.allclose(made, whole, atol=1e-5)
