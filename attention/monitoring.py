@@ -77,7 +77,7 @@ class Monitor:
 
     def __enter__(self) -> Self:
         """Begins to watch."""
-        self._pace = Pace(self._share, self._look_s())
+        self._pace = Pace(self._share, self._look_s(), seams.Seam.passing_s())
         self._started = time.perf_counter()
         watching.watchers.append(self._of_implementation)
         seams.fast().add(watcher=self._of_mlx)

@@ -6,8 +6,13 @@ from typing import Final
 
 from attention.measure.clock import Clock
 
-HALF: Final = 0.5
-"""Of the share: one half for counting, the other for timing."""
+PART: Final = 0.375
+"""Of the share: so much for counting, with what goes by uncounted, and as much for timing.
+
+The rest is for what neither foresees: caches that they make cold, and waiting that would not have been.
+"""
+LEAST: Final = 0.25
+"""Of the first part: what is left to counting, however much calls that go by cost."""
 MOST_STRIDE: Final = 1 << 12
 MOST_GAP: Final = 64
 """Calls that are looked at between two questions whether one may be timed."""
@@ -22,18 +27,19 @@ class Pace:
         spent_s: seconds that timed calls took, although their work had to be done.
     """
 
-    def __init__(self, share: float, look_s: float, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, share: float, look_s: float, pass_s: float = 0.0, clock: Clock = time.perf_counter) -> None:
         """Begins now.
 
         Args:
             share: of the time that passes, what watching may take.
             look_s: seconds that looking at a call costs.
+            pass_s: seconds that a call costs which goes by.
             clock: in seconds.
         """
         self.stride = 1
         self.spent_s = 0.0
         self.looks = 0
-        self._share, self._look_s, self._clock = share, look_s, clock
+        self._share, self._look_s, self._pass_s, self._clock = share, look_s, pass_s, clock
         self._began = self._latest = clock()
         self._looks_then = 0
         self._draw = random.Random(0)
@@ -47,7 +53,7 @@ class Pace:
         """Whether a call that costs about so much may be timed now; adapts the stride on the way."""
         now = self._clock()
         self._adapt(now)
-        return self.spent_s + cost_s <= HALF * self._share * (now - self._began)
+        return self.spent_s + cost_s <= PART * self._share * (now - self._began)
 
     @property
     def watching_s(self) -> float:
@@ -60,11 +66,16 @@ class Pace:
         if looks < MOST_GAP or passed <= 0:
             return
         call_s = passed / (looks * self.stride)
-        needed = self._look_s / (HALF * self._share * call_s) if self._share else MOST_STRIDE
+        needed = self._look_s / self._room_s(call_s) if self._share else MOST_STRIDE
         self.stride = 1
         while self.stride < min(needed, MOST_STRIDE):
             self.stride *= 2
         self._latest, self._looks_then = now, self.looks
+
+    def _room_s(self, call_s: float) -> float:
+        """Seconds a call that counting may take; where going by alone takes more, counting less would not help."""
+        part = PART * self._share * call_s
+        return part if self._pass_s > part else max(part - self._pass_s, LEAST * part)
 
 
 class Lane:

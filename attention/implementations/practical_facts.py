@@ -54,7 +54,7 @@ def _of_parts(choice: Choice, workload: Workload, device: Device) -> Iterator[Fa
 
 def _of_slices(slices: Blocks, choice: Choice, workload: Workload, device: Device) -> Iterator[Fact]:
     size = slices_bytes(workload, slices, device.backend, PLAIN)
-    how = "each waits for the one before it" if choice.waits else "none need wait: all of them fit"
+    how = "they wait for each other" if choice.waits else "none need wait: all of them fit"
     yield Fact("slice", mib(size), f"what as many take as are in memory at once; {how}")
     yield from _of_lengths(slices, workload)
     yield Fact("keys", "all", "that its rows see")

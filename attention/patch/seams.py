@@ -6,8 +6,10 @@ the replacement gets the function back, also in modules that came meanwhile. Wha
 closure say, is none the worse: with nobody there it calls the function itself.
 """
 
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial, wraps
 from types import ModuleType
@@ -23,6 +25,8 @@ Watcher = Callable[..., Any]
 calls that no taker keeps."""
 
 PACKAGE: Final = "mlx_lm"
+CALIBRATING: Final = 100
+"""Calls that are timed together to learn what one costs."""
 MLX_LM_MISSING: Final = "mlx-lm is not installed; pip install 'fatui[models]' brings it, or pip install 'mlx-lm>=0.32'"
 _lock = threading.RLock()
 
@@ -73,6 +77,22 @@ class Seam:
         """Lets so many calls go by at hardly any cost, unseen by the watcher that asks; none where it is not alone."""
         self._unseen = calls if len(self._watchers) == 1 and not self._takers else 0
         return self._unseen
+
+    @classmethod
+    def passing_s(cls) -> float:
+        """Seconds that a call costs here which goes by unseen."""
+        home = ModuleType("scratch")
+        vars(home)["call"] = lambda q, k, v, **more: q
+        scratch = cls(home, "call")
+        scratch._unseen = CALIBRATING**2
+        cost = dict.fromkeys((scratch.original, scratch.replacement), math.inf)
+        for _ in range(5):
+            for function in cost:
+                started = time.perf_counter()
+                for _ in range(CALIBRATING):
+                    function(0, 0, 0, scale=1.0, mask=None)
+                cost[function] = min(cost[function], time.perf_counter() - started)
+        return max(0.0, cost[scratch.replacement] - cost[scratch.original]) / CALIBRATING
 
     def _made(self) -> Function:
         @wraps(self.original)
