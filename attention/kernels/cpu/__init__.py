@@ -5,10 +5,10 @@ Importing this costs nothing: MLX, nanobind and the compiler come in only when s
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from attention.errors import KernelUnavailable
+from attention.kernels.keywords import check_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,10 +85,7 @@ def load(on_message: Callable[[str], None] | None = None) -> None:
 
 
 def _bounds(window: int | None, softcap: float | None) -> tuple[int, float]:
-    if window is not None and window < 1:
-        raise ValueError(f"[flash_attention] window is at least 1; got {window}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"[flash_attention] softcap is positive and finite; got {softcap}.")
+    check_bounds(window, softcap)
     return window or 0, softcap or 0.0
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from attention.kernels.cuda.forward import Element
+from attention.kernels.keywords import check_bounds
 from attention.workload import Workload
 
 if TYPE_CHECKING:
@@ -67,10 +68,7 @@ def normal(
     """
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"[flash_attention] scale is positive; got {scale}.")
-    if window is not None and window < 1:
-        raise ValueError(f"[flash_attention] window is at least 1; got {window}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"[flash_attention] softcap is positive and finite; got {softcap}.")
+    check_bounds(window, softcap)
     narrow = window is not None and window < keys
     return Call(float(scale), causal or window is not None, window if narrow else None, softcap, mask)
 

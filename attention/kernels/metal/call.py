@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, cast
 
+from attention.kernels.keywords import check_bounds
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES, Kind, Tile, tile_of
 from attention.route import PLAIN, Needs
 from attention.workload import Workload
@@ -103,10 +104,7 @@ def normal(
     """
     if not math.isfinite(scale):
         raise ValueError(f"[flash_attention] scale is finite; got {scale}.")
-    if window is not None and window < 1:
-        raise ValueError(f"[flash_attention] window is at least 1; got {window}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"[flash_attention] softcap is positive and finite; got {softcap}.")
+    check_bounds(window, softcap)
     narrow = window if window is not None and window < keys else None
     return Call(float(scale), causal or window is not None, narrow, softcap, mask, sinks)
 

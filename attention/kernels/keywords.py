@@ -1,0 +1,15 @@
+"""What all kernels ask of the keywords of a call."""
+
+import math
+
+
+def check_bounds(window: int | None, softcap: float | None) -> None:
+    """Checks the keywords that every kernel has.
+
+    Raises:
+        ValueError: naming the keyword that does not fit.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"[flash_attention] window is at least 1; got {window}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"[flash_attention] softcap is positive and finite; got {softcap}.")
