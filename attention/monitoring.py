@@ -1,6 +1,5 @@
 """Attention in a user's own program, watched: calls, shapes, paths, time and memory."""
 
-import math
 import threading
 import time
 import uuid
@@ -24,7 +23,7 @@ from attention.implementations.asked import asked_for
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask
 from attention.monitored import Kind
-from attention.pace import Lane, Pace
+from attention.pace import Lane, Pace, cost_s
 from attention.patch import seams
 from attention.report import Case, Peaks, Report, Run, Summary
 from attention.route import Needs, Route
@@ -35,8 +34,6 @@ SHARE: Final = 0.01
 FIRST_S: Final = 0.001
 """What a kind of call is expected to cost that was never timed."""
 MOST_SAMPLES: Final = 1000
-CALIBRATING: Final = 100
-"""Calls by which it is found out what looking at one costs; some are tried in a row, and the fastest count."""
 
 
 class _Inside(threading.local):
@@ -201,13 +198,7 @@ class Monitor:
         def call(*arrays: mx.array, **more: Any) -> mx.array:  # as a seam does
             return watched(*arrays, **more)
 
-        best = math.inf
-        for _ in range(5):
-            started = time.perf_counter()
-            for _ in range(CALIBRATING):
-                call(array, array, array, scale=1.0, mask=None)
-            best = min(best, time.perf_counter() - started)
-        return best / CALIBRATING
+        return cost_s(call, array)
 
     def _timed(self, kind: Kind, call: Callable[[], mx.array], arrays: tuple[Any, ...]) -> mx.array:
         try:

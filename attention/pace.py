@@ -1,7 +1,9 @@
 """How often a monitor looks at calls and times them, so that watching stays within its share of a program's time."""
 
+import math
 import random
 import time
+from collections.abc import Callable
 from typing import Final
 
 from attention.measure.clock import Clock
@@ -13,9 +15,22 @@ The rest is for what neither foresees: caches that they make cold, and waiting t
 """
 LEAST: Final = 0.25
 """Of the first part: what is left to counting, however much calls that go by cost."""
+CALIBRATING: Final = 100
+"""Calls that are timed together to learn what one costs."""
 MOST_STRIDE: Final = 1 << 12
 MOST_GAP: Final = 64
 """Calls that are looked at between two questions whether one may be timed."""
+
+
+def cost_s(attend: Callable[..., object], array: object) -> float:
+    """Seconds that a call costs here whose arguments are those of MLX's SDPA: the least of five rounds."""
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(CALIBRATING):
+            attend(array, array, array, scale=1.0, mask=None)
+        best = min(best, time.perf_counter() - started)
+    return best / CALIBRATING
 
 
 class Pace:

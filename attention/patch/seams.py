@@ -6,16 +6,15 @@ the replacement gets the function back, also in modules that came meanwhile. Wha
 closure say, is none the worse: with nobody there it calls the function itself.
 """
 
-import math
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial, wraps
 from types import ModuleType
 from typing import Any, Final
 
 from attention.errors import UsageError
+from attention.pace import cost_s
 
 Function = Callable[..., Any]
 Taker = Callable[..., Any]
@@ -25,8 +24,6 @@ Watcher = Callable[..., Any]
 calls that no taker keeps."""
 
 PACKAGE: Final = "mlx_lm"
-CALIBRATING: Final = 100
-"""Calls that are timed together to learn what one costs."""
 MLX_LM_MISSING: Final = "mlx-lm is not installed; pip install 'fatui[models]' brings it, or pip install 'mlx-lm>=0.32'"
 _lock = threading.RLock()
 
@@ -84,15 +81,8 @@ class Seam:
         home = ModuleType("scratch")
         vars(home)["call"] = lambda q, k, v, **more: q
         scratch = cls(home, "call")
-        scratch._unseen = CALIBRATING**2
-        cost = dict.fromkeys((scratch.original, scratch.replacement), math.inf)
-        for _ in range(5):
-            for function in cost:
-                started = time.perf_counter()
-                for _ in range(CALIBRATING):
-                    function(0, 0, 0, scale=1.0, mask=None)
-                cost[function] = min(cost[function], time.perf_counter() - started)
-        return max(0.0, cost[scratch.replacement] - cost[scratch.original]) / CALIBRATING
+        scratch._unseen = 1 << 60  # more than ever come
+        return max(0.0, cost_s(scratch.replacement, 0) - cost_s(scratch.original, 0))
 
     def _made(self) -> Function:
         @wraps(self.original)
