@@ -85,10 +85,15 @@ def fused_bytes(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> i
     """
     rows = workload.batch * workload.heads * workload.seq
     mask = workload.seq * workload.kv_seq * 2 if workload.window is not None else 0
-    if backend == "cuda" and (workload.window is not None or needs.array_mask):
+    if spreads_mask(workload, backend, needs):
         mask = int(SPREAD_MASK * workload.scores * ITEM_BYTES[workload.dtype])
     scratch = rows * (8 + 4 * workload.head_dim) if workload.pass_ == "training" else 0
     return workload.output_bytes + mask + scratch
+
+
+def spreads_mask(workload: Workload, backend: Backend, needs: Needs) -> bool:
+    """Whether a fused call makes a number for every score and head of a mask."""
+    return backend == "cuda" and (workload.window is not None or needs.array_mask)
 
 
 def why_unfused(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> str | None:

@@ -48,7 +48,7 @@ class Practical:
         """Says whether MLX's SDPA is lean enough, and how large the slices or blocks are where not."""
         choice = self.choice(workload, device, needs)
         whole, _, behind = choice.way.partition(", ")
-        if whole in ("fused", "whole") and (not (behind or needs.sinks) or workload.pass_ != "training"):
+        if not choice.cuts_forward and (not (behind or needs.sinks) or workload.pass_ != "training"):
             if whole == "fused":
                 path, needed = "MLX SDPA, fused", fused_bytes(workload, device.backend, needs)
             else:
@@ -56,9 +56,7 @@ class Practical:
             return Route(path=path, fused=whole == "fused", reason=choice.reason, predicted_bytes=needed)
         kind, parts, needed = _parts(choice, workload, device, needs)
         size = f"{kind} {parts.rows}"
-        path = (
-            f"{whole} + {size}" if whole in ("fused", "whole") else f"{size} x {seen_keys(shape_of(workload), parts)}"
-        )
+        path = f"{size} x {seen_keys(shape_of(workload), parts)}" if choice.cuts_forward else f"{whole} + {size}"
         return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
     def __call__(
@@ -98,9 +96,9 @@ class Practical:
         follow = turns(backend) if choice.waits else QUEUED
 
         def whole(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            if choice.slices is None or not choice.way.startswith("slices"):
-                return self._sdpa(q, k, v, scale=scale, mask=mask)
-            return slicing.forward(q, k, v, Slices(scale, mask, choice.slices, follow))
+            if choice.cuts_forward and choice.slices is not None:
+                return slicing.forward(q, k, v, Slices(scale, mask, choice.slices, follow))
+            return self._sdpa(q, k, v, scale=scale, mask=mask)
 
         if choice.backward_slices is None:
             return blocks_behind(whole, *self._calls(choice, backend, scale, mask, None))
@@ -132,7 +130,7 @@ class Practical:
                 return attend_packed(q, k, v, scale=scale, mask=mask)
             return forward(q, k, v, call, sinks)[0]
         given = (q, k, v) if sinks is None else (q, k, v, sinks)
-        if choice.way == "blocks" or choice.way.startswith("slices"):
+        if choice.cuts_forward:
             return blockwise(call, backward)(*given)
 
         def whole(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None = None) -> mx.array:

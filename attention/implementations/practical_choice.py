@@ -58,6 +58,11 @@ class Choice(Struct, frozen=True):
     waits: bool = False
     """Whether slices have to wait for each other, since all of them together would not fit."""
 
+    @property
+    def cuts_forward(self) -> bool:
+        """Whether the forward pass is cut too, into slices or blocks."""
+        return self.way.startswith(("slices", "blocks"))
+
 
 def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING) -> Choice:
     """How a call is computed within a budget.

@@ -36,7 +36,7 @@ def facts(practical: Practical, workload: Workload, device: Device) -> Iterator[
     yield Fact("unfused", mib(surely(forward)), "what scores and all beside them may take, forward")
     yield Fact("", mib(surely(training)), "and in training: what is chosen has to hold for both")
     yield Fact("way", choice.way, choice.reason)
-    if choice.way == "blocks" or choice.way.startswith("slices"):
+    if choice.cuts_forward:
         yield from _of_parts(choice, workload, device)
     elif choice.way not in ("fused", "whole"):
         yield Fact("behind", "", "what is cut is the backward pass alone")

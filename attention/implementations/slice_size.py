@@ -8,7 +8,7 @@ from msgspec import Struct, structs
 
 from attention.device import Backend
 from attention.implementations.blocks import MIB, Blocks
-from attention.implementations.mlx_sdpa import fused_bytes, why_unfused
+from attention.implementations.mlx_sdpa import fused_bytes, spreads_mask, why_unfused
 from attention.implementations.unfused import unfused_bytes
 from attention.implementations.waiting import AT_ONCE
 from attention.route import Needs
@@ -50,8 +50,8 @@ def beside(workload: Workload, backend: Backend, needs: Needs, refusal: str | No
     """Bytes above inputs and outputs of one call of MLX's SDPA, which has a fused kernel unless it has a refusal."""
     if refusal is None:
         spread, given = fused_bytes(workload, backend, needs), fused_bytes(workload, backend) + handed.size(workload)
-        masked = backend == "cuda" and (workload.window is not None or needs.array_mask)
-        return int((SURE_MASK if masked else 1.0) * (max(spread, given) - workload.output_bytes))
+        sure = SURE_MASK if spreads_mask(workload, backend, needs) else 1.0
+        return int(sure * (max(spread, given) - workload.output_bytes))
     unaligned = backend == "cuda" and workload.kv_seq * ITEM_BYTES[workload.dtype] % ALIGNED
     products = UNALIGNED_BYTES if unaligned else 0
     own = int(SURE_SLICE[workload.pass_] * (unfused_bytes(workload, needs) - workload.output_bytes))
