@@ -101,6 +101,13 @@ class ScriptedEngine:
     def end_case(self, case=0):
         self.tell(on.CaseDone(case=case, stopped_by="precision"))
 
+    def finish(self):
+        """Plays the rest of the first case, and ends the run."""
+        self.rounds()
+        self.end_case()
+        self.tell(on.RunDone())
+        self.end()
+
     def play(self, factor=None):
         """Plays a whole run, without its end."""
         self.begin()

@@ -31,10 +31,7 @@ def test_an_implementation_that_dies_costs_its_row_only():
         stage.engine.begin_case()
         reason = "killed by signal 9 (SIGKILL)"
         stage.engine.tell(on.RowEnded(case=0, implementation="poc", status="failed", reason=reason))
-        stage.engine.rounds()
-        stage.engine.end_case()
-        stage.engine.tell(on.RunDone())
-        stage.engine.end()
+        stage.engine.finish()
         await stage.settle(lambda: "done, 0 s · 1 error, see the log" in stage.seen())
         assert "failed" in stage.seen()
         assert [row.status for row in stage.app.report.cases[0].rows] == ["ok", "failed", "ok", "ok"]
@@ -94,10 +91,7 @@ def test_a_broken_line_of_the_engine_is_told_and_the_run_goes_on():
         stage.app.main.show_run()
         await stage.pilot.pause()
         assert "warning: a line of the engine could not be read: {[/broken" in stage.seen()
-        stage.engine.rounds()
-        stage.engine.end_case()
-        stage.engine.tell(on.RunDone())
-        stage.engine.end()
+        stage.engine.finish()
         await stage.settle(lambda: stage.app.report is not None)
         assert [row.status for row in stage.app.report.cases[0].rows] == ["ok"] * 4
         assert stage.app.journal.errors == 0

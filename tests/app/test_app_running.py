@@ -2,7 +2,6 @@
 
 from stage import on_stage
 
-from attention import events as on
 from fatui.history import History
 from fatui.screens.question import Question
 from fatui.widgets.row_table import RowTable
@@ -17,10 +16,7 @@ def test_a_run_fills_the_table_says_its_finding_and_is_kept():
         stage.app.main.show_run()
         await stage.pilot.pause()
         assert "CPU kernel avx512" in stage.seen()
-        stage.engine.rounds()
-        stage.engine.end_case()
-        stage.engine.tell(on.RunDone())
-        stage.engine.end()
+        stage.engine.finish()
         await stage.settle(lambda: "poc is 49" in stage.seen())
         assert stage.app.session.phase == "done"
         await stage.settle(lambda: len(History().runs()) == 1)
