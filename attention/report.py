@@ -1,22 +1,31 @@
 """The rows: what the table, the history and every export are made from. Unknown figures are None."""
 
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.models.workloads import FineTuning, Generation
 from attention.workload import Workload
 
 SCHEMA: Final = 1
+MIN_ROUNDS: Final = 6
+"""The fewest samples whose range is a 95 % interval of their median; with fewer there is no interval and no verdict."""
 Status = Literal["ok", "failed", "refused", "unsupported", "inaccurate"]
 
 
 class Interval(Struct, frozen=True, kw_only=True):
-    """Seconds of one call: the median of the samples and a 95 % interval of it."""
+    """Seconds of one call: the median of the samples and a 95 % interval of it, None below MIN_ROUNDS samples."""
 
     median: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def relative_half_width(self) -> float | None:
+        """The larger distance from the median to an end of the interval, relative to the median; None without one."""
+        if self.low is None or self.high is None or self.median <= 0:
+            return None
+        return max(self.high - self.median, self.median - self.low) / self.median
 
 
 class Ratio(Struct, frozen=True, kw_only=True):
@@ -75,8 +84,36 @@ class Row(Struct, frozen=True, kw_only=True):
     throttled: bool | None = None
     """Whether the reference slowed by more than the noise floor between the first rounds and the last."""
 
+    def __post_init__(self) -> None:
+        """Drop what fewer than MIN_ROUNDS samples cannot support, in rows read from a file too."""
+        if self.too_few_rounds:
+            structs.force_setattr(self, "speedup", None)
+            if self.call_s is not None:
+                structs.force_setattr(self, "call_s", Interval(median=self.call_s.median))
 
-class Case(Struct, frozen=True, kw_only=True):
+    @property
+    def too_few_rounds(self) -> bool:
+        """Whether the row has samples, but too few for an interval, a verdict or a star."""
+        return 0 < len(self.samples) < MIN_ROUNDS
+
+    @property
+    def collecting(self) -> str | None:
+        """What stands in place of a verdict until there are enough rounds, as "collecting 2 of 6"; None afterwards."""
+        running = self.status in ("ok", "inaccurate") and self.too_few_rounds
+        return f"collecting {len(self.samples)} of {MIN_ROUNDS}" if running else None
+
+
+class CaseRows(Struct, frozen=True, kw_only=True):
+    """The root of all cases: keeps a noise floor only where the reference's samples support it."""
+
+    def __post_init__(self) -> None:
+        """Drop a noise floor of too few rounds, in cases read from a file too."""
+        case = cast("AnyCase", self)
+        if any(row.implementation == case.reference and row.too_few_rounds for row in case.rows):
+            structs.force_setattr(self, "noise_floor", None)
+
+
+class Case(CaseRows, frozen=True, kw_only=True):
     """All rows of one workload."""
 
     workload: Workload
@@ -113,8 +150,14 @@ class ModelRow(Row, frozen=True, kw_only=True):
     logits_error: float | None = None
     """Root mean square difference of the last logits from the reference's, relative to theirs."""
 
+    def __post_init__(self) -> None:
+        """Drop what fewer than MIN_ROUNDS samples cannot support."""
+        super().__post_init__()
+        if self.too_few_rounds:
+            structs.force_setattr(self, "attention_share", None)
 
-class ModelCase(Struct, frozen=True, kw_only=True):
+
+class ModelCase(CaseRows, frozen=True, kw_only=True):
     """All rows of one phase of a model at one prompt length."""
 
     workload: Generation
@@ -139,7 +182,7 @@ class FineTuningRow(Row, frozen=True, kw_only=True):
     """Calls that it does not take, which went to MLX's own."""
 
 
-class FineTuningCase(Struct, frozen=True, kw_only=True):
+class FineTuningCase(CaseRows, frozen=True, kw_only=True):
     """All rows of one fine-tuning."""
 
     workload: FineTuning

@@ -6,7 +6,7 @@ from functools import lru_cache
 from statistics import NormalDist, fmean, median, stdev
 from typing import Final
 
-from attention.report import Interval, NoiseFloor, Ratio
+from attention.report import MIN_ROUNDS, Interval, NoiseFloor, Ratio
 
 CONFIDENCE: Final = 0.95
 FLOOR_CONFIDENCE: Final = 0.99
@@ -64,14 +64,13 @@ def ratio_interval(logs: Sequence[float], confidence: float = CONFIDENCE) -> tup
     """
     if 2 * 0.5 ** len(logs) > 1 - confidence:
         return fmean(logs), *mean_interval(logs, confidence)
-    interval = median_interval(logs, confidence)
-    return interval.median, interval.low, interval.high
+    return _median_bounds(logs, confidence)
 
 
 def noise_floor(reference: Sequence[float], again: Sequence[float]) -> NoiseFloor | None:
-    """The reference against itself with a 99 % interval, or None for fewer than two rounds."""
+    """The reference against itself with a 99 % interval, or None for fewer than MIN_ROUNDS rounds."""
     logs = log_ratios(reference, again)
-    if len(logs) < 2:
+    if len(logs) < MIN_ROUNDS:
         return None
     middle, low, high = ratio_interval(logs, FLOOR_CONFIDENCE)
     floor = max(math.expm1(abs(low)), math.expm1(abs(high)), SMALLEST_FLOOR)
@@ -79,20 +78,25 @@ def noise_floor(reference: Sequence[float], again: Sequence[float]) -> NoiseFloo
 
 
 def speedup(reference: Sequence[float], times: Sequence[float], floor: NoiseFloor | None) -> Ratio | None:
-    """Paired speedup over the reference with its interval, or None for fewer than two rounds.
+    """Paired speedup over the reference with its interval, or None for fewer than MIN_ROUNDS rounds.
 
     It is significant when the whole interval lies outside the noise floor; never without a floor.
     """
     logs = log_ratios(reference, times)
-    if len(logs) < 2:
+    if len(logs) < MIN_ROUNDS:
         return None
     return _ratio(*ratio_interval(logs), floor.floor if floor else math.inf)
 
 
 def unpaired_ratio(before: Sequence[float], after: Sequence[float], floor: float = SMALLEST_FLOOR) -> Ratio | None:
-    """Ratio of two runs' times, before over after, by Welch's interval on logarithms; above 1 is faster after."""
-    if len(before) < 2 or len(after) < 2:
-        return None
+    """Ratio of two runs' times, before over after, by Welch's interval on logarithms; above 1 is faster after.
+
+    None for fewer than MIN_ROUNDS samples on either side.
+    """
+    return _welch(before, after, floor) if min(len(before), len(after)) >= MIN_ROUNDS else None
+
+
+def _welch(before: Sequence[float], after: Sequence[float], floor: float) -> Ratio:
     a, b = [math.log(x) for x in before], [math.log(x) for x in after]
     va, vb = stdev(a) ** 2 / len(a), stdev(b) ** 2 / len(b)
     middle = fmean(a) - fmean(b)
@@ -113,11 +117,19 @@ def _ratio(middle: float, low: float, high: float, floor: float) -> Ratio:
 def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Median with its interval (95 % unless given) from order statistics, whatever the distribution.
 
-    Conover, "Practical Nonparametric Statistics", 3.2. With five samples or fewer it is their whole range.
+    Below MIN_ROUNDS samples the median alone: not even their whole range is a 95 % interval.
     """
+    if len(samples) < MIN_ROUNDS:
+        return Interval(median=median(samples))
+    middle, low, high = _median_bounds(samples, confidence)
+    return Interval(median=middle, low=low, high=high)
+
+
+def _median_bounds(samples: Sequence[float], confidence: float) -> tuple[float, float, float]:
+    """Median, low and high. Conover, "Practical Nonparametric Statistics", 3.2."""
     ordered = sorted(samples)
     rank = _rank_below_median(len(ordered), confidence)
-    return Interval(median=median(ordered), low=ordered[rank], high=ordered[-1 - rank])
+    return median(ordered), ordered[rank], ordered[-1 - rank]
 
 
 @lru_cache(maxsize=4096)
@@ -136,7 +148,7 @@ def _rank_below_median(count: int, confidence: float) -> int:
 def drifted(times: Sequence[float], floor: float) -> bool:
     """Whether the last third of the samples is slower than the first third by more than the floor, with confidence."""
     third = len(times) // 3
-    ratio = unpaired_ratio(times[:third], times[-third:], floor) if third >= 2 else None
+    ratio = _welch(times[:third], times[-third:], floor) if third >= 2 else None
     return ratio is not None and ratio.significant and ratio.value < 1
 
 

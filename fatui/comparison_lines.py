@@ -32,7 +32,7 @@ SORT_FIGURES: Final[dict[str, Callable[[Row], float | str | None]]] = {
     "path": lambda row: row.path,
     "tokens/s": lambda row: row.tokens_per_second,
     "per call": lambda row: row.call_s.median if row.call_s else None,
-    "interval": lambda row: (row.call_s.high - row.call_s.low) / row.call_s.median if row.call_s else None,
+    "interval": lambda row: row.call_s.relative_half_width if row.call_s else None,
     "speedup": lambda row: row.speedup.value if row.speedup else None,
     "efficiency": lambda row: row.efficiency,
     "verdict": lambda row: row.status,

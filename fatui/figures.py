@@ -1,7 +1,7 @@
 """Figures as people read them, and rows in words: three figures and a unit, n/a where nothing is known."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from attention.models.workloads import PHASES, short_name
@@ -11,8 +11,8 @@ from attention.report import AnyCase, Interval, Ratio, Report, Row, Share, Summa
 UNKNOWN: Final = "n/a"
 STAR: Final = "★"
 OK: Final = "ok"
-UNCLEAR: Final = 0.25
-"""An interval wider than this on either side says nothing: neither a win nor "≈ 1"."""
+WIDE: Final = 0.25
+"""An interval wider than this on either side, relative to its middle, is shown by its ends, and earns no star."""
 DECIMAL: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"), (1.0, ""))
 BINARY: Final = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
@@ -115,8 +115,11 @@ def percent(value: float | None) -> str:
 
 
 def share_text(share: Share | None) -> str:
-    """A part of a time with its interval: "31 ±2 %"; "< 3 %" where the interval reaches down to nothing."""
-    if share is None:
+    """A part of a time with its interval: "31 ±2 %"; "< 3 %" where the interval reaches down to nothing.
+
+    Unknown where the interval reaches from nothing to the whole.
+    """
+    if share is None or (share.low <= 0 and share.high >= 1):
         return UNKNOWN
     if share.low <= 0:
         return f"< {max(100 * share.high, 0.1):.2g} %"
@@ -134,13 +137,32 @@ def error(value: float | None) -> str:
 
 
 def interval_text(interval: Interval | None) -> str:
-    """A time with its interval in the same unit: "36.2 ±0.3 ms"."""
+    """A time with its interval in the same unit: "36.2 ±0.3 ms".
+
+    "61 to 143 ms" where the interval is too wide for ± to describe it; the median alone where there is no interval.
+    """
     if interval is None:
         return UNKNOWN
     factor, unit = _scaled(interval.median, TIMES)
-    middle = interval.median / factor
-    half = max(interval.high - interval.median, interval.median - interval.low) / factor
-    return f"{three(middle)} ±{_outward(half, decimals(middle))} {unit}"
+    middle, half = interval.median / factor, interval.relative_half_width
+    if half is None or interval.low is None or interval.high is None:
+        return f"{three(middle)} {unit}"
+    if half > WIDE:
+        return f"{_span(interval.low / factor, interval.high / factor)} {unit}"
+    return f"{three(middle)} ±{_outward(half * middle, decimals(middle))} {unit}"
+
+
+def _span(low: float, high: float) -> str:
+    """An interval by its ends, rounded outward to two significant figures: "0.43 to 1.9"."""
+    return f"{_two(low, math.floor)} to {_two(high, math.ceil)}"
+
+
+def _two(value: float, towards: Callable[[float], int]) -> str:
+    if value <= 0 or not math.isfinite(value):
+        return f"{value:g}"
+    places = max(0, 1 - math.floor(math.log10(value)))
+    step = 10.0**places
+    return f"{towards(round(value * step, 6)) / step:,.{places}f}"
 
 
 def _outward(half: float, places: int) -> str:
@@ -156,13 +178,14 @@ def half_width(ratio: Ratio) -> float:
 
 def is_clear(ratio: Ratio) -> bool:
     """Whether a ratio says anything: it is significant, or its interval is narrow around 1."""
-    return ratio.significant or half_width(ratio) <= UNCLEAR * ratio.value
+    return ratio.significant or half_width(ratio) <= WIDE * ratio.value
 
 
 def speedup_text(ratio: Ratio | None) -> str:
     """A speedup with its interval, "≈ 1" inside the noise floor, "1" for the reference itself.
 
-    One whose interval is too wide to say either is shown with a question mark: "1.3 ±0.8x?".
+    A wide interval is shown by its ends, "30 to 52x"; one too wide to tell faster from slower has a question mark
+    as well: "0.6 to 1.9x?".
     """
     if ratio is None:
         return UNKNOWN
@@ -170,30 +193,50 @@ def speedup_text(ratio: Ratio | None) -> str:
         return "1"
     if not ratio.significant and is_clear(ratio):
         return "≈ 1"
-    places = decimals(ratio.value)
-    text = f"{three(ratio.value)} ±{_outward(half_width(ratio), places)}x"
+    half = half_width(ratio)
+    if half > WIDE * ratio.value:
+        text = f"{_span(ratio.low, ratio.high)}x"
+    else:
+        text = f"{three(ratio.value)} ±{_outward(half, decimals(ratio.value))}x"
     return text if ratio.significant else f"{text}?"
 
 
 def best_of(case: AnyCase) -> tuple[str, ...]:
-    """The fastest accurate implementations: the one with the best median and all whose interval reaches it.
+    """The fastest accurate implementations: the one with the best median and all that equal it.
 
-    Where that is all of them, and none is significantly apart from the reference, nothing is best.
+    A row equals the best if its interval reaches the best one's, or their medians differ by no more than the noise
+    floor. Nothing is best while a row is collecting, where the best interval is wide, and where all are equal and none
+    is significantly apart from the reference.
     """
     rows = [row for row in case.rows if row.status == OK and row.call_s]
-    if not rows:
+    if not rows or any(row.collecting for row in rows):
         return ()
     best = min(rows, key=lambda row: row.call_s.median if row.call_s else 0.0)
-    assert best.call_s is not None
-    names = tuple(row.implementation for row in rows if row.call_s and row.call_s.low <= best.call_s.high)
+    if not _is_narrow(best):
+        return ()
+    floor = case.noise_floor.floor if case.noise_floor else 0.0
+    names = tuple(row.implementation for row in rows if _is_narrow(row) and _equals(row.call_s, best.call_s, floor))
     apart = any(row.speedup and row.speedup.significant for row in rows)
     return names if apart or len(names) < len(rows) else ()
 
 
+def _is_narrow(row: Row) -> bool:
+    half = row.call_s.relative_half_width if row.call_s else None
+    return half is not None and half <= WIDE
+
+
+def _equals(interval: Interval | None, best: Interval | None, floor: float) -> bool:
+    if interval is None or best is None or interval.low is None or best.high is None:
+        return False
+    return interval.low <= best.high or interval.median <= best.median * (1 + floor)
+
+
 def word(row: Row, case: AnyCase) -> str:
-    """The verdict in one word or two, for a narrow column."""
+    """The verdict in one word or two, for a narrow column; "collecting 2 of 6" before there is one."""
     if row.status != OK:
         return row.status
+    if row.collecting:
+        return row.collecting
     ratio = row.speedup
     fastest = row.implementation in best_of(case)
     if row.implementation == case.reference:
@@ -224,6 +267,8 @@ def verdict(row: Row, case: AnyCase) -> str:
 
 def _standing(row: Row, case: AnyCase) -> str:
     short, ratio = word(row, case), row.speedup
+    if row.collecting:
+        return row.collecting
     if short == "base":
         return "reference"
     if short == "same":
@@ -238,9 +283,9 @@ def _standing(row: Row, case: AnyCase) -> str:
 
 
 def finding(report: Report) -> str:
-    """One line that says what a run found: "poc is 49.6 ±0.4x baseline; memory 7 MiB of 41 MiB; all accurate"."""
+    """One line that says what a run found: "poc is 49.6 ±0.4x baseline; memory 7 instead of 41 MiB; all accurate"."""
     if report.cases:
-        return "; ".join([*_of_cases(report.cases, report.summary), _accuracy(report)])
+        return "; ".join([*_of_cases(report.cases, report.summary), *_accuracy(report)])
     phases: dict[str, Sequence[AnyCase]] = {
         name: [case for case in report.models if case.workload.phase == name] for name in PHASES
     }
@@ -251,7 +296,7 @@ def finding(report: Report) -> str:
         for name, cases in groups.items()
         if cases
     ]
-    return "; ".join([*(parts or ["nothing was measured"]), _accuracy(report)])
+    return "; ".join([*(parts or ["nothing was measured"]), *_accuracy(report)])
 
 
 def _names(cases: Sequence[AnyCase]) -> tuple[str, ...]:
@@ -259,6 +304,9 @@ def _names(cases: Sequence[AnyCase]) -> tuple[str, ...]:
 
 
 def _of_cases(cases: Sequence[AnyCase], summary: Sequence[Summary]) -> list[str]:
+    collecting = [row.collecting for case in cases for row in case.rows if row.collecting]
+    if collecting and not any(row.status == OK and not row.collecting for case in cases for row in case.rows):
+        return [f"too few rounds for a verdict: {collecting[0]}"]
     if len(cases) == 1:
         return _of_one(cases[0])
     means = [line for line in summary if line.speedup and line.speedup.significant and line.speedup.value > 1]
@@ -271,22 +319,31 @@ def _of_cases(cases: Sequence[AnyCase], summary: Sequence[Summary]) -> list[str]
 
 def _of_one(case: AnyCase) -> list[str]:
     rows = {row.implementation: row for row in case.rows}
-    best = [name for name in best_of(case) if name != case.reference]
-    wins = [name for name in best if (ratio := rows[name].speedup) and ratio.significant and ratio.value > 1]
-    if not wins or case.reference is None:
-        return [f"nothing is faster than {case.reference}"] if case.reference else ["nothing was measured"]
-    row, reference = rows[wins[0]], rows[case.reference]
+    if case.reference not in rows:
+        return ["nothing was measured"]
+    best = best_of(case)
+    wins = [row for row in case.rows if row.status == OK and row.speedup and row.speedup.significant]
+    wins = [row for row in wins if row.speedup and row.speedup.value > 1]
+    if not wins:
+        unclear = any(word(row, case) == "unclear" or row.collecting for row in case.rows)
+        return [f"nothing is {'clearly ' if unclear else ''}faster than {case.reference}"]
+    row = max(wins, key=lambda row: (row.implementation in best, row.speedup.value if row.speedup else 0.0))
+    reference = rows[case.reference]
     parts = [f"{row.implementation} is {speedup_text(row.speedup)} {case.reference}"]
     if row.peak_bytes is not None and reference.peak_bytes is not None:
-        parts.append(f"memory {size(row.peak_bytes)} of {size(reference.peak_bytes)}")
+        parts.append(f"memory {size(row.peak_bytes)} instead of {size(reference.peak_bytes)}")
     return parts
 
 
-def _accuracy(report: Report) -> str:
+def _accuracy(report: Report) -> list[str]:
     rows: list[Row] = [row for case in report.all_cases for row in case.rows]
     counts = [
         f"{sum(row.status == status for row in rows)} {status}"
         for status in ("inaccurate", "failed", "refused", "unsupported")
         if any(row.status == status for row in rows)
     ]
-    return ", ".join(counts) if counts else "all accurate"
+    if counts:
+        return [", ".join(counts)]
+    if all(row.collecting for row in rows):
+        return []
+    return ["all accurate so far" if report.run.interrupted else "all accurate"]

@@ -103,7 +103,8 @@ def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[Point]]:
 
 def _point(case: Case, axis: str, call: Interval) -> Point:
     tokens = case.workload.tokens
-    return Point(value(case.workload, axis), tokens / call.median, tokens / call.high, tokens / call.low)
+    low, high = call.low or call.median, call.high or call.median  # none while there are too few rounds
+    return Point(value(case.workload, axis), tokens / call.median, tokens / high, tokens / low)
 
 
 def spans_much(lines: dict[str, list[Point]]) -> bool:

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
+from msgspec import structs
+
 from attention import events as on
 from attention.plan import AnyPlan, Plan
-from attention.record import AnyRecord, summarise
+from attention.record import INTERRUPTED, AnyRecord, summarise
 from attention.report import Case, Report, Run
 from fatui.journal import Journal
 from fatui.narrate import narrate
 from fatui.series import Series
-from fatui.standing import standing
 
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
 ENDED: Final = ("done", "stopped", "refused", "failed")
@@ -278,7 +279,13 @@ class Session(RunSession[Plan, Case]):
     def case(self, index: int) -> Case:
         """The rows of one case: final once it is complete, provisional while it runs."""
         final = self._final.get(index)
-        return final if final else standing(self.plan.cases[index], self.record.cases[index], self.record.peaks)
+        if final:
+            return final
+        case: Case = self.record.case(index)
+        going_on = (
+            structs.replace(row, stopped_by=None) if row.stopped_by == INTERRUPTED else row for row in case.rows
+        )
+        return structs.replace(case, rows=tuple(going_on))
 
     def report(self) -> Report:
         """The run as the history and all exports have it."""

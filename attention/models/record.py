@@ -10,6 +10,7 @@ from attention import statistics
 from attention.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
 from attention.record import UNITY, AnyRecord, CaseRecord, Measured, Record, RunRecord, timed_row
 from attention.report import (
+    MIN_ROUNDS,
     FineTuningCase,
     FineTuningRow,
     ModelCase,
@@ -94,9 +95,9 @@ def _fields(row: Row, measured: Measured) -> dict[str, Any]:
 
 
 def attention_share(times: Sequence[float], without: Sequence[float]) -> Share | None:
-    """The part of a model's time that it is spared without attention, from paired rounds; None for fewer than two."""
+    """The part of a model's time that it is spared without attention, from paired rounds; None below MIN_ROUNDS."""
     logs = statistics.log_ratios(times, without)
-    if len(logs) < 2:
+    if len(logs) < MIN_ROUNDS:
         return None
     middle, low, high = (1 - math.exp(-log) for log in statistics.ratio_interval(logs))
     return Share(value=middle, low=low, high=high)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from attention import statistics
-from attention.report import NoiseFloor, Ratio
+from attention.report import MIN_ROUNDS, NoiseFloor, Ratio
 
 QUIET = NoiseFloor(value=1, low=0.999, high=1.001, floor=0.005)
 times = st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=50)
@@ -74,13 +74,19 @@ def test_median_interval_is_the_widest_that_the_binomial_needs(count: int) -> No
 @given(times)
 def test_median_interval_holds_the_median(samples: list[float]) -> None:
     interval = statistics.median_interval(samples)
-    assert min(samples) <= interval.low <= interval.median <= interval.high <= max(samples)
+    assert min(samples) <= interval.median <= max(samples)
+    if len(samples) < MIN_ROUNDS:
+        assert (interval.low, interval.high) == (None, None)
+    else:
+        assert min(samples) <= interval.low <= interval.median <= interval.high <= max(samples)
 
 
 @given(times, st.floats(1.1, 10))
 def test_speedup_of_a_constant_factor_is_that_factor(samples: list[float], factor: float) -> None:
     ratio = statistics.speedup([sample * factor for sample in samples], samples, QUIET)
-    assert ratio is not None
+    assert (ratio is None) == (len(samples) < MIN_ROUNDS)
+    if ratio is None:
+        return
     assert ratio.value == pytest.approx(factor)
     assert ratio.low == pytest.approx(factor)
     assert ratio.significant
@@ -106,14 +112,27 @@ def test_speedup_inside_the_floor_is_not_significant() -> None:
 
 
 def test_nothing_is_significant_without_a_floor() -> None:
-    ratio = statistics.speedup([2.0, 2.0, 2.0], [1.0, 1.0, 1.0], None)
+    ratio = statistics.speedup([2.0] * 6, [1.0] * 6, None)
     assert ratio is not None
     assert not ratio.significant
 
 
-def test_one_round_gives_no_interval() -> None:
-    assert statistics.speedup([1.0], [1.0], QUIET) is None
-    assert statistics.noise_floor([1.0], [1.0]) is None
+@pytest.mark.parametrize("rounds", range(MIN_ROUNDS))
+def test_too_few_rounds_give_no_figure(rounds: int) -> None:
+    reference, times = [2.0 + n / 100 for n in range(rounds)], [1.0] * rounds
+    assert statistics.speedup(reference, times, QUIET) is None
+    assert statistics.noise_floor(reference, times) is None
+    assert statistics.unpaired_ratio(reference, times) is None
+
+
+def test_six_rounds_show_a_40_fold_difference() -> None:
+    draw = random.Random(6)
+    reference, again = ([0.9 * math.exp(draw.gauss(0, 0.3)) for _ in range(6)] for _ in range(2))
+    floor = statistics.noise_floor(reference, again)
+    ratio = statistics.speedup(reference, [0.9 / 40 * math.exp(draw.gauss(0, 0.3)) for _ in range(6)], floor)
+    assert ratio is not None
+    assert ratio.significant
+    assert 10 < ratio.low < 40 < ratio.high < 160
 
 
 def test_the_noise_floor_is_the_larger_side_of_its_interval() -> None:

@@ -1,16 +1,23 @@
+import io
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
+from rich.console import Console
 from sample_runs import plan_of, record_of, report_of, run_of
 
 from attention import events as on
 from attention.errors import UsageError
-from attention.report import Interval, Ratio
+from attention.record import Record
+from attention.report import Interval, Ratio, Report
 from attention.workload import Workload
 from fatui import figures
+from fatui.export import to_json, to_markdown
 from fatui.sizes import parse_size, size_text
+from fatui.table import report_table
 
 
 def ratio(value: float, half: float, significant: bool = True) -> Ratio:
@@ -38,6 +45,8 @@ def ratio(value: float, half: float, significant: bool = True) -> Ratio:
         (figures.error(0.0), "0"),
         (figures.duration(125), "2 min 05 s"),
         (figures.interval_text(Interval(median=0.0362, low=0.0359, high=0.0364)), "36.2 ±0.3 ms"),
+        (figures.interval_text(Interval(median=0.0829, low=0.0612, high=0.1431)), "61 to 144 ms"),
+        (figures.interval_text(Interval(median=5.29)), "5.29 s"),
     ],
 )
 def test_a_figure_has_three_digits_and_a_unit(text, expected):
@@ -51,7 +60,9 @@ def test_a_figure_has_three_digits_and_a_unit(text, expected):
         (ratio(1.09, 0.004), "1.09 ±0.01x"),
         (ratio(0.312, 0.01), "0.312 ±0.010x"),
         (ratio(1.002, 0.01, significant=False), "≈ 1"),
-        (ratio(1.3, 0.8, significant=False), "1.30 ±0.80x?"),
+        (ratio(1.3, 0.8, significant=False), "0.50 to 2.1x?"),
+        (Ratio(value=1.02, low=0.47, high=2.21, significant=False), "0.47 to 2.3x?"),
+        (Ratio(value=40, low=30, high=52, significant=True), "30 to 52x"),
         (ratio(1.0, 0.0, significant=False), "1"),
         (None, "n/a"),
     ],
@@ -112,9 +123,68 @@ def test_what_went_wrong_is_in_the_verdict_and_never_the_best(event, expected):
     assert "poc" not in figures.best_of(case)
 
 
+def interrupted_after(rounds: int) -> Report:
+    """A run of one case, stopped after so many rounds."""
+    names = ("baseline", "poc")
+    record = Record(plan_of(names=names))
+    record.apply(on.CaseStarted(case=0))
+    record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
+    for number in range(rounds):
+        samples = {"baseline": [0.9 + number / 100], on.AGAIN: [0.91], "poc": [0.02]}
+        record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
+    return record.report(run_of())
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_too_few_rounds_give_no_verdict_anywhere(rounds):
+    report = interrupted_after(rounds)
+    (case,) = report.cases
+    text = f"collecting {rounds} of 6"
+    assert case.noise_floor is None
+    assert [figures.verdict(row, case) for row in case.rows] == [text, text]
+    assert [row.speedup for row in case.rows] == [None, None]
+    assert figures.best_of(case) == ()
+    assert figures.finding(report) == f"too few rounds for a verdict: {text}"
+    printed = io.StringIO()
+    Console(file=printed, width=120).print(report_table(report))
+    for shown in (printed.getvalue(), to_markdown(report)):
+        assert text in shown
+        assert not any(word in shown for word in ("±", "★", "fastest", "noise floor 0", "accurate"))
+
+
+def test_six_rounds_give_a_verdict():
+    report = interrupted_after(6)
+    (case,) = report.cases
+    assert [figures.word(row, case) for row in case.rows] == ["base", "fastest"]
+
+
+def test_a_saved_verdict_of_too_few_rounds_is_dropped_when_read():
+    saved = to_json(interrupted_after(6))
+    few = msgspec.json.decode(saved)
+    for row in few["cases"][0]["rows"]:
+        row["samples"] = row["samples"][:2]
+    (case,) = msgspec.json.decode(msgspec.json.encode(few), type=Report).cases
+    assert case.noise_floor is None
+    assert [(row.collecting, row.speedup) for row in case.rows] == [("collecting 2 of 6", None)] * 2
+
+
+def test_a_wide_interval_earns_no_star_and_equals_share_one():
+    (case,) = report_of(plan_of(names=("baseline", "poc", "demo"))).cases
+    base, poc, demo = case.rows
+    wide = structs.replace(poc, call_s=Interval(median=1e-4, low=1e-5, high=1.0))
+    assert figures.best_of(structs.replace(case, rows=(base, wide, demo))) == ()
+    slow = structs.replace(demo, call_s=Interval(median=1.0, low=1e-5, high=2.0))
+    assert figures.best_of(structs.replace(case, rows=(base, poc, slow))) == ("poc",)
+    median = poc.call_s.median
+    apart = Interval(median=median * 1.004, low=median * 1.0039, high=median * 1.0041)
+    narrow = structs.replace(poc, call_s=Interval(median=median, low=median * 0.9999, high=median * 1.0001))
+    equal = structs.replace(demo, call_s=apart)
+    assert figures.best_of(structs.replace(case, rows=(base, narrow, equal))) == ("poc", "demo")
+
+
 def test_a_finding_says_who_won_and_what_it_takes():
     assert figures.finding(report_of()).startswith("poc is 50")
-    assert figures.finding(report_of()).endswith("x baseline; memory 512 KiB of 512 KiB; all accurate")
+    assert figures.finding(report_of()).endswith("x baseline; memory 512 KiB instead of 512 KiB; all accurate")
     several = report_of(plan_of([Workload(seq=64), Workload(seq=128)]))
     assert "the reference on average (2 of 2 cases)" in figures.finding(several)
     assert "nothing" in figures.finding(report_of(plan_of(names=["baseline", "demo"])))
