@@ -76,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def tell(problem: object) -> None:
-    """Writes one line to stderr."""
+    """Writes one line to stderr, foreign text in it made harmless."""
+    from fatui.foreign_text import MAX_SHOWN, one_line
+
     with contextlib.suppress(OSError):
-        print(f"fatui: {problem}", file=sys.stderr, flush=True)
+        print(f"fatui: {one_line(str(problem), MAX_SHOWN)}", file=sys.stderr, flush=True)
 
 
 def _told(arguments: list[str]) -> int:
@@ -94,8 +96,9 @@ def _told(arguments: list[str]) -> int:
 
 
 def _code_of(error: Exception) -> int | None:
-    """Tells a mistake or a missing backend, and returns its exit code; None for what is neither."""
+    """Tells a mistake, a missing backend or an unusable history, and returns its exit code; None for what is none."""
     from attention.errors import NoBackendError, UsageError
+    from fatui.history import HistoryError, UnknownRun
 
     if isinstance(error, UsageError):
         for problem in error.problems:
@@ -104,6 +107,9 @@ def _code_of(error: Exception) -> int | None:
     if isinstance(error, NoBackendError):
         tell(error)
         return NO_BACKEND
+    if isinstance(error, HistoryError):
+        tell(error)
+        return WRONG_USAGE if isinstance(error, UnknownRun) else FAILED
     return None
 
 

@@ -10,6 +10,7 @@ import msgspec
 from attention.models.workloads import FineTuning, Generation
 from attention.report import AnyCase, Case, Report, Row
 from fatui import figures
+from fatui.foreign_text import cleaned, markdown, markdown_cell, markdown_code, spreadsheet
 from fatui.model_columns import model_columns, model_notes
 from fatui.preset_format import FIELDS
 
@@ -45,13 +46,17 @@ def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
         report: what to write.
         study: the study's own figures, put under the key `study`.
     """
+    report = cleaned(report)
     document: object = {**msgspec.to_builtins(report), "study": study} if study else report
     # The encoder writes infinite numbers and those that are none as null.
     return msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n"
 
 
 def to_csv(report: Report) -> str:
-    """One line for each row, unrounded; what is not known is empty."""
+    """One line for each row, unrounded; what is not known is empty.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it.
+    """
     out = io.StringIO()
     columns = GENERATION_COLUMNS if report.models else FINE_TUNING_COLUMNS if report.fine_tunings else COLUMNS
     writer = csv.DictWriter(out, columns, lineterminator="\n")
@@ -90,6 +95,8 @@ def _cell(value: object) -> object:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return " ".join("" if each is None else repr(each) for each in value)
+    if isinstance(value, str):
+        return spreadsheet(value)
     if isinstance(value, float) and value - value != 0:  # infinite, or not a number
         return ""
     return value
@@ -103,22 +110,22 @@ def to_markdown(report: Report) -> str:
 def _heading(report: Report) -> str:
     where, peaks = report.environment, report.peaks
     known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
-    lines = [f"- {', '.join(part for part in known if part) or figures.UNKNOWN}"]
+    lines = [f"- {markdown(', '.join(part for part in known if part) or figures.UNKNOWN)}"]
     if peaks.matmul_flops_per_s:
         copy = figures.bytes_per_second(peaks.copy_bytes_per_s)
         lines.append(
             f"- best matmul {figures.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}, measured in this run"
         )
     state = ", interrupted" if report.run.interrupted else ""
-    lines.append(f"- run {report.run.id}, {report.run.started}, {figures.duration(report.run.seconds)}{state}")
-    lines.append(f"- `{report.run.command}`")
+    run = f"run {report.run.id}, {report.run.started}, {figures.duration(report.run.seconds)}{state}"
+    lines += [f"- {markdown(run)}", f"- {markdown_code(report.run.command)}"]
     return "# fatui\n\n" + "\n".join(lines)
 
 
 def _case(case: AnyCase) -> str:
     floor = f", noise floor {figures.percent(case.noise_floor.floor)}" if case.noise_floor else ""
-    reference = f"\n\nSpeedups are relative to {case.reference}{floor}." if case.reference else ""
-    return f"## {case.workload.label}{reference}\n\n{_rows(case)}"
+    reference = f"\n\nSpeedups are relative to {markdown(case.reference)}{floor}." if case.reference else ""
+    return f"## {markdown(case.workload.label)}{reference}\n\n{_rows(case)}"
 
 
 def _rows(case: AnyCase) -> str:
@@ -130,7 +137,7 @@ def _rows(case: AnyCase) -> str:
         for row, cells in zip(case.rows, zip(*(column.cells for column in columns), strict=True), strict=True)
     ]
     heads = ("implementation", *(column.head for column in columns[1:]))
-    notes = "\n".join(f"- {note}" for note in model_notes(case))
+    notes = "\n".join(f"- {markdown(note)}" for note in model_notes(case))
     return f"{_table(heads, lines)}\n\n{notes}".rstrip()
 
 
@@ -174,8 +181,4 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
         *MODEL_FIGURES,
     }
     rule = ("---:" if head in right else "---" for head in heads)
-    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in (heads, rule, *lines))
-
-
-def _escaped(cell: str) -> str:
-    return " ".join(cell.replace("|", "\\|").split())
+    return "\n".join(f"| {' | '.join(markdown_cell(cell) for cell in line)} |" for line in (heads, rule, *lines))

@@ -1,22 +1,32 @@
 """Every finished run, kept in one SQLite file that several processes may write at once."""
 
 import contextlib
+import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
+from urllib.parse import quote
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.errors import suggestion
+from attention.files import make_folder
 from attention.report import Report
-from fatui import figures, paths
+from fatui import figures, paths, result_files
+from fatui.foreign_text import cleaned, one_line
+
+T = TypeVar("T")
 
 VERSION: Final = 1
 PATIENCE_S: Final = 10.0
 """How long to wait for another process that writes."""
+MAX_QUERY_S: Final = 60.0
+MAX_LINE_BYTES: Final = 100_000
+MAX_RUNS: Final = 100_000
 FILE: Final = "history.sqlite"
 LAST: Final = "last"
 TABLE: Final = """
@@ -30,7 +40,11 @@ TABLE: Final = """
 
 
 class HistoryError(RuntimeError):
-    """The history cannot be read or written, or has no such run; one line says which."""
+    """The history cannot be read or written; one line says why."""
+
+
+class UnknownRun(HistoryError):
+    """The history has no such run, or several; a mistake of the request."""
 
 
 class RunLine(Struct, frozen=True, kw_only=True):
@@ -76,89 +90,132 @@ class History:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or paths.data_dir() / FILE
         self.notice: str | None = None
+        self._seen: tuple[int, int] | None = None
 
     def add(self, report: Report) -> None:
-        """Keeps a report.
+        """Keep a report.
 
         Raises:
-            HistoryError: the file cannot be written, or is of a newer fatui.
+            HistoryError: the file cannot be written, has a run of this id, or is of a newer fatui.
         """
         line, content = msgspec.json.encode(line_of(report)), msgspec.json.encode(report)
-        with self._open() as database:
+
+        def insert(database: sqlite3.Connection) -> None:
             database.execute("INSERT INTO runs (id, line, report) VALUES (?, ?, ?)", (report.run.id, line, content))
 
+        try:
+            self._use(insert)
+        except sqlite3.IntegrityError:
+            raise HistoryError(f"history: there is a run '{one_line(report.run.id)}' already") from None
+
     def runs(self) -> list[RunLine]:
-        """All runs, the latest first; a line that cannot be read is left out.
+        """All runs, the latest first; `notice` says how many lines could not be read and are left out.
 
         Raises:
             HistoryError: the file cannot be read, or is of a newer fatui.
         """
-        if not self.path.exists():
+        if not self._exists():
             return []
-        with self._open() as database:
-            found = database.execute("SELECT line FROM runs ORDER BY number DESC").fetchall()
-        lines = []
-        for (content,) in found:
-            with contextlib.suppress(msgspec.DecodeError):
-                lines.append(msgspec.json.decode(content, type=RunLine))
+        query = "SELECT id, CAST(line AS BLOB) FROM runs WHERE length(line) < ? ORDER BY number DESC LIMIT ?"
+        found = self._use(lambda database: database.execute(query, (MAX_LINE_BYTES, MAX_RUNS)).fetchall(), reading=True)
+        lines = [line for identity, content in found if (line := _line(identity, content))]
+        if len(lines) < len(found):
+            self.notice = f"history: {len(found) - len(lines)} runs of {self.path} cannot be read and are left out"
         return lines
 
     def get(self, name: str) -> Report:
-        """Returns the run with an id, the only one whose id begins so, "last", or "last~1" for the one before.
+        """Return the run with an id, the only one whose id begins so, "last", or "last~1" for the one before.
 
         Raises:
-            HistoryError: there is none or more than one, or the file cannot be read.
+            UnknownRun: there is none, or more than one.
+            HistoryError: the file or the run cannot be read.
         """
-        with self._open_existing(name) as database:
-            (content,) = database.execute("SELECT report FROM runs WHERE id = ?", (_find(database, name),)).fetchone()
+        identity = self.find(name)
+        query = "SELECT CAST(report AS BLOB) FROM runs WHERE id = ? AND length(report) < ?"
+        arguments = identity, result_files.MAX_FILE_BYTES
+        row = self._use(lambda database: database.execute(query, arguments).fetchone(), reading=True)
         try:
-            return msgspec.json.decode(content, type=Report)
-        except msgspec.DecodeError as error:
-            raise HistoryError(f"history: run '{name}' cannot be read: {error}") from error
+            return result_files.decode(row[0] if row else b"")
+        except ValueError as error:
+            raise HistoryError(f"history: run '{one_line(identity, 80)}' cannot be read: {error}") from error
 
-    def remove(self, name: str) -> Report:
-        """Takes a run out, named as for get(), and returns it, so that add() can bring it back.
+    def find(self, name: str) -> str:
+        """Return the id of the run that a name stands for, as get() takes it.
 
         Raises:
-            HistoryError: there is none or more than one, or the file cannot be written.
+            UnknownRun: there is none, or more than one.
+            HistoryError: the file cannot be read.
         """
-        report = self.get(name)
-        with self._open() as database:
-            database.execute("DELETE FROM runs WHERE id = ?", (report.run.id,))
+        if not self._exists():
+            raise UnknownRun(f"history: there is no run '{one_line(name, 80)}'; the history is empty")
+        return self._use(lambda database: _find(database, name), reading=True)
+
+    def remove(self, name: str) -> Report | None:
+        """Remove a run, named as for get(), and return it, so that add() can bring it back; None if it is unreadable.
+
+        Raises:
+            UnknownRun: there is none, or more than one.
+            HistoryError: the file cannot be written.
+        """
+        identity, report = self.find(name), None
+        with contextlib.suppress(HistoryError):
+            report = self.get(identity)
+        self._use(lambda database: database.execute("DELETE FROM runs WHERE id = ?", (identity,)))
         return report
 
-    @contextlib.contextmanager
-    def _open_existing(self, name: str) -> Iterator[sqlite3.Connection]:
-        if not self.path.exists():
-            raise HistoryError(f"history: there is no run '{name}'; the history is empty")
-        with self._open() as database:
-            yield database
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """Opens the file for one transaction, making it where it is missing, setting it aside where it is damaged."""
+    def _exists(self) -> bool:
         try:
-            with contextlib.closing(self._connected()) as database, database:
-                yield database
+            self.path.stat()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise HistoryError(f"history: {self.path} cannot be used: {error.strerror or error}") from error
+        return True
+
+    def _use(self, work: Callable[[sqlite3.Connection], T], *, reading: bool = False) -> T:
+        """Do some work in one transaction, making the file where it is missing, beginning a new one if it is damaged.
+
+        Raises:
+            HistoryError: the file cannot be used; one line says why.
+            sqlite3.IntegrityError: the work violates a constraint.
+        """
+        try:
+            try:
+                return self._transaction(work, reading)
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+                self._recover(error)
+                return self._transaction(work, reading)
+        except sqlite3.IntegrityError:
+            raise
         except sqlite3.Error as error:
             raise HistoryError(f"history: {self.path} cannot be used: {error}") from error
         except OSError as error:
             raise HistoryError(f"history: {self.path} cannot be used: {error.strerror or error}") from error
 
-    def _connected(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = _identity(self.path)
-        try:
-            return _connect(self.path)
-        except sqlite3.OperationalError:
-            raise  # locked, read-only, full: the file itself is whole
-        except sqlite3.DatabaseError as error:
-            if _identity(self.path) == before:  # or else another process has set it aside already
-                aside = self._set_aside()
-                self.notice = (
-                    f"history: {self.path} is damaged ({error}); it is kept as {aside}, and a new one is begun"
-                )
-            return _connect(self.path)
+    def _transaction(self, work: Callable[[sqlite3.Connection], T], reading: bool) -> T:
+        make_folder(self.path.parent)
+        self._seen = _identity(self.path)
+        with contextlib.closing(_connect(self.path, reading)) as database, database:
+            return work(database)
+
+    def _recover(self, error: sqlite3.DatabaseError) -> None:
+        """Set the damaged file aside, unless another process has done so, and take over the runs that can be read."""
+        if _identity(self.path) != self._seen:
+            return
+        aside = self._set_aside()
+        kept = 0
+        for order in ("ASC", "DESC"):  # up to the damage, from either side
+            rows: list[tuple[object, ...]] = []
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(aside)) as old:
+                _limit_time(old)
+                rows.extend(old.execute(f"SELECT number, id, line, report FROM runs ORDER BY number {order}"))
+            kept += self._transaction(partial(_take_over, rows=rows), reading=False)
+        self.notice = (
+            f"history: {self.path} is damaged ({error}); it is kept as {aside}, "
+            f"and a new one is begun with the {kept} runs that could be read"
+        )
 
     def _set_aside(self) -> Path:
         aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
@@ -166,6 +223,31 @@ class History:
             with contextlib.suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + ending).rename(aside.with_name(aside.name + ending))
         return aside
+
+
+def _take_over(database: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> int:
+    before = database.total_changes
+    for row in rows:
+        with contextlib.suppress(sqlite3.IntegrityError):
+            database.execute("INSERT INTO runs (number, id, line, report) VALUES (?, ?, ?, ?)", row)
+    return database.total_changes - before
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file itself is broken, rather than locked, read-only or on a full disk."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _line(identity: object, content: object) -> RunLine | None:
+    """A line of the list, or None where it cannot be read."""
+    if not isinstance(content, bytes):
+        return None
+    try:
+        line = msgspec.json.decode(content, type=RunLine)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    in_bounds = 0 <= line.seconds <= result_files.MAX_SECONDS and 0 <= line.cases < 10**9
+    return cleaned(structs.replace(line, id=str(identity))) if in_bounds else None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -176,14 +258,32 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=PATIENCE_S)
+def _connect(path: Path, reading: bool) -> sqlite3.Connection:
     try:
+        return _prepared(sqlite3.connect(path, timeout=PATIENCE_S), path)
+    except sqlite3.OperationalError:
+        if not reading or os.access(path.parent, os.W_OK):
+            raise
+    # In a folder that cannot be written SQLite has no place for the files beside the database, and does without.
+    address = f"file:{quote(str(path))}?mode=ro&immutable=1"
+    return _prepared(sqlite3.connect(address, timeout=PATIENCE_S, uri=True), path)
+
+
+def _prepared(database: sqlite3.Connection, path: Path) -> sqlite3.Connection:
+    try:
+        database.text_factory = partial(str, encoding="utf-8", errors="replace")
+        _limit_time(database)
         _prepare(database, path)
     except BaseException:
         database.close()
         raise
     return database
+
+
+def _limit_time(database: sqlite3.Connection) -> None:
+    """Interrupt a query that takes too long, as one over a view of somebody's making may."""
+    end = time.monotonic() + MAX_QUERY_S
+    database.set_progress_handler(lambda: time.monotonic() > end, 100_000)
 
 
 def _prepare(database: sqlite3.Connection, path: Path) -> None:
@@ -215,15 +315,18 @@ def _patiently(database: sqlite3.Connection, statement: str) -> None:
 
 
 def _find(database: sqlite3.Connection, name: str) -> str:
-    ids = [found for (found,) in database.execute("SELECT id FROM runs ORDER BY number DESC")]
+    ids = [str(found) for (found,) in database.execute("SELECT id FROM runs ORDER BY number DESC LIMIT ?", (MAX_RUNS,))]
+    shown = one_line(name, 80)
     if name == LAST or name.startswith(LAST + "~"):
         back = name.removeprefix(LAST).removeprefix("~") or "0"
         if back.isascii() and back.isdigit() and len(back) < 9 and int(back) < len(ids):
-            return str(ids[int(back)])
-        raise HistoryError(f"history: there is no run '{name}'; it has {len(ids)}")
+            return ids[int(back)]
+        raise UnknownRun(f"history: there is no run '{shown}'; it has {len(ids)}")
     matching = [found for found in ids if name and found.startswith(name)]
     if name in matching or len(matching) == 1:
-        return name if name in matching else str(matching[0])
+        return name if name in matching else matching[0]
     if matching:
-        raise HistoryError(f"history: '{name}' could be {', '.join(matching[:8])}; give more of the id")
-    raise HistoryError(f"history: there is no run '{name}'{suggestion(name, ids)}; `fatui history` lists them")
+        listed = one_line(", ".join(found[:80] for found in matching[:8]))
+        raise UnknownRun(f"history: '{shown}' could be {listed}; give more of the id")
+    hint = suggestion(shown, [one_line(found, 80) for found in ids[:1000]])
+    raise UnknownRun(f"history: there is no run '{shown}'{hint}; `fatui history` lists them")

@@ -1,10 +1,10 @@
 """A file about this machine to attach to a bug report: what the doctor finds, and all checks of kernels."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final
 
 from attention.errors import KernelUnavailable
+from attention.files import home
 from fatui import __version__
 from fatui.diagnosis import Finding, diagnose
 
@@ -26,8 +26,8 @@ def make(tell: Callable[[str], None], measure: bool) -> str:
 
 def without_home(text: str) -> str:
     """A text in which the home folder, and so most often the user's name, is not told."""
-    home = str(Path.home())
-    return text.replace(home, "~") if len(home) > 1 else text
+    folder = str(home())
+    return text.replace(folder, "~") if len(folder) > 1 else text
 
 
 def _of_findings(found: list[Finding]) -> Iterator[str]:

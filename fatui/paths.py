@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from attention.files import expanded, home
+
 NAME: Final = "fatui"
 NEW_FILE_MODE: Final = 0o666
 
@@ -23,7 +25,7 @@ def data_dir() -> Path:
 def cache_dir() -> Path:
     """The folder of compiled kernels: $FATUI_CACHE_DIR, $XDG_CACHE_HOME/fatui, or ~/.cache/fatui."""
     given = os.environ.get("FATUI_CACHE_DIR")
-    return Path(given).expanduser() if given else _xdg("XDG_CACHE_HOME", ".cache")
+    return expanded(given) if given else _xdg("XDG_CACHE_HOME", ".cache")
 
 
 def bundled_presets() -> Path:
@@ -41,7 +43,7 @@ def own_presets() -> Path:
 def _xdg(variable: str, fallback: str) -> Path:
     given = os.environ.get(variable, "")
     # The XDG specification: a relative path is to be ignored.
-    root = Path(given) if given and Path(given).is_absolute() else Path.home() / fallback
+    root = Path(given) if given and Path(given).is_absolute() else home() / fallback
     return root / NAME
 
 

@@ -1,7 +1,6 @@
 """What a preset says, and its TOML: read with every mistake told at once, and written for people to read."""
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +8,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from attention.errors import UsageError, suggestion
+from attention.files import parse_toml
 from attention.implementations import check_name
 from attention.plan import Plan, expand
 from attention.workload import LARGEST, Workload
@@ -76,16 +76,10 @@ def parse(text: str, source: Path | None, *, bundled: bool = False) -> Preset:
 
 
 def _document(text: str, source: Path | None) -> dict[str, Any]:
-    where = str(source or "preset")
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        problem = f"{where}: not TOML: {error}"
-    except RecursionError:
-        problem = f"{where}: not a preset: its values are nested too deeply"
-    except ValueError:
-        problem = f"{where}: not a preset: it has a number with too many digits"
-    raise UsageError(problem)
+        return parse_toml(text)
+    except ValueError as error:
+        raise UsageError(f"{source or 'preset'}: {error}") from error
 
 
 class _Reader:

@@ -9,13 +9,14 @@ from typing import Final
 from msgspec import Struct
 
 from attention.errors import UsageError, suggestion
+from attention.files import expanded, make_folder, read_bounded
 from fatui import paths
 from fatui.preset_format import Preset, parse
 from fatui.preset_writing import to_toml
 
 __all__ = ["Listed", "Preset", "delete", "list_presets", "load", "parse", "rename", "restore", "save", "to_toml"]
 
-LARGEST_FILE: Final = 2**20
+MAX_FILE_BYTES: Final = 2**20
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ASIDE: Final = ".deleted"
 
@@ -61,7 +62,7 @@ def load(name_or_path: str | Path) -> Preset:
     """
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or text.endswith(".toml"):
-        return _read(Path(name_or_path).expanduser(), bundled=False)
+        return _read(expanded(name_or_path), bundled=False)
     for folder, bundled in ((paths.own_presets(), False), (paths.bundled_presets(), True)):
         path = folder / f"{text}.toml"
         if path in _files(folder):
@@ -73,16 +74,16 @@ def load(name_or_path: str | Path) -> Preset:
 
 def _read(path: Path, bundled: bool) -> Preset:
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise UsageError(f"{path}: not a preset: larger than {LARGEST_FILE:,} bytes")
-        return parse(content.decode(), path, bundled=bundled)
+        text = read_bounded(path, MAX_FILE_BYTES).decode()
     except UnicodeDecodeError:
-        problem = f"{path}: not TOML: it is not UTF-8 text"
+        problem = "not TOML: it is not UTF-8 text"
     except OSError as error:
-        problem = f"{path}: cannot be read: {error.strerror}"
-    raise UsageError(problem)
+        problem = f"cannot be read: {error.strerror or error}"
+    except ValueError:  # a null character
+        problem = "not the name of a file"
+    else:
+        return parse(text, path, bundled=bundled)
+    raise UsageError(f"{path}: {problem}")
 
 
 def save(preset: Preset, name: str, overwrite: bool = False) -> Path:
@@ -95,7 +96,7 @@ def save(preset: Preset, name: str, overwrite: bool = False) -> Path:
     target = _own(name)
     if target.exists() and not overwrite:
         raise UsageError(f"preset: there is one named '{name}' already")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     if target.exists():
         shutil.copy2(target, _aside(name))
     paths.write_atomically(target, to_toml(preset))
@@ -158,5 +159,5 @@ def _existing(name: str) -> Path:
 
 def _aside(name: str) -> Path:
     folder = paths.own_presets() / ASIDE
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return folder / f"{name}.{time.time_ns()}.toml"

@@ -1,6 +1,5 @@
 """What a person set in the config file, and what the app remembers from its last start."""
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -8,11 +7,13 @@ from typing import Any, Final
 import msgspec
 
 from attention.errors import suggestion
+from attention.files import make_folder, parse_toml, read_bounded
 from fatui import paths
 from fatui.draft import Draft
 
 CONFIG_NAME: Final = "config.toml"
 STATE_NAME: Final = "app.json"
+MAX_FILE_BYTES: Final = 2**20
 DEFAULT_THEME: Final = "textual-dark"
 
 
@@ -69,12 +70,13 @@ def read_settings(actions: Mapping[str, str], themes: tuple[str, ...]) -> Settin
     """
     path = config_path()
     try:
-        with path.open("rb") as file:
-            content = tomllib.load(file)
+        content = parse_toml(read_bounded(path, MAX_FILE_BYTES).decode())
     except FileNotFoundError:
         return Settings()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
+    except UnicodeDecodeError:
+        return Settings(problems=[f"{path}: it is not UTF-8 text; the defaults are used"])
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         return Settings(problems=[f"{path}: {why}; the defaults are used"])
     settings = Settings()
     for key, value in content.items():
@@ -128,10 +130,10 @@ def read_remembered() -> tuple[Remembered, str | None]:
     """Reads what the last start left, or begins afresh; the second value says in words why it had to."""
     path = state_path()
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Remembered), None
+        return msgspec.json.decode(read_bounded(path, MAX_FILE_BYTES), type=Remembered), None
     except FileNotFoundError:
         return Remembered(), None
-    except (OSError, msgspec.DecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         return Remembered(), f"{path}: {why}; the app starts with its defaults"
 
@@ -143,5 +145,5 @@ def write_remembered(remembered: Remembered) -> None:
         OSError: it could not be written; what was there is untouched.
     """
     path = state_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     paths.write_atomically(path, msgspec.json.format(msgspec.json.encode(remembered), indent=2).decode())

@@ -10,6 +10,7 @@ from rich.text import Text
 from attention.report import AnyCase, Case, Report
 from fatui import figures
 from fatui.columns import IMPLEMENTATION, Column, shortened, starred
+from fatui.foreign_text import cleaned
 from fatui.model_columns import model_columns, model_notes
 from fatui.study import Study
 
@@ -27,6 +28,7 @@ STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow",
 
 def report_table(report: Report, study: Study | None = None, width: int = WIDTH) -> RenderableType:
     """All cases of a report, their geometric means, the study's figures where given, and the finding."""
+    report = cleaned(report)
     cases, count = report.all_cases, len(report.all_cases)
     parts: list[RenderableType] = []
     unit = _rate_unit(cases)

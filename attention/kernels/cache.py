@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from attention.errors import KernelUnavailable
+from attention.files import expanded, home, make_folder
 
 DAY_S: Final = 86400.0
 UNUSED_S: Final = 90 * DAY_S
@@ -28,9 +29,9 @@ def folder() -> Path:
     """Where compiled kernels live: `$FATUI_CACHE_DIR`, `$XDG_CACHE_HOME/fatui` or `~/.cache/fatui`, then `kernels`."""
     own = os.environ.get("FATUI_CACHE_DIR")
     if own:
-        return Path(own) / "kernels"
+        return expanded(own) / "kernels"
     xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "fatui" / "kernels"
+    return (Path(xdg) if xdg else home() / ".cache") / "fatui" / "kernels"
 
 
 def ready_folder() -> Path:
@@ -41,7 +42,7 @@ def ready_folder() -> Path:
     """
     path = folder()
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(path, mode=0o700)
         state = path.stat()
         if state.st_uid != os.getuid():
             raise KernelUnavailable(f"the cache folder {path} belongs to another user")

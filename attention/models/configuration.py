@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 from msgspec import Struct
 
 from attention.errors import NoBackendError, UsageError, suggestion
+from attention.files import expanded
 from attention.workload import ITEM_BYTES, DType, Pass, Workload
 
 FILE: Final = Path(__file__).with_name("configurations.toml")
@@ -90,7 +91,7 @@ def find(model: str) -> Configuration:
     """
     if model in _bundled():
         return Configuration(model, _bundled()[model])
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if not folder.is_dir():
         known = ", ".join(names())
         raise UsageError(f"model: got '{model}'; it takes {known}, or an mlx-lm folder{suggestion(model, names())}")

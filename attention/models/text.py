@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from attention.errors import UsageError
+from attention.files import expanded
 from attention.models.configuration import Configuration
 
 BUNDLED: Final = Path(__file__).with_name("declaration.txt")
@@ -63,7 +64,7 @@ def read(data: str | None) -> str:
     Raises:
         UsageError: the file cannot be read, or is empty.
     """
-    path = BUNDLED if data is None else Path(data).expanduser()
+    path = BUNDLED if data is None else expanded(data)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -6,7 +6,6 @@ import math
 import os
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from msgspec import Struct
 
 from attention import events as on
 from attention.code_mark import code_mark
+from attention.files import make_folder, parse_toml, read_bounded
 from attention.kernels import cache
 from attention.tuning import news
 from attention.tuning.workload_class import WorkloadClass
@@ -26,6 +26,7 @@ OLDER: Final = frozenset({1})
 """Of which every entry can be read as it is."""
 LOCK_WAIT_S: Final = 2.0
 """How long to wait for another process to be done with the file; then the choice stays in this process alone."""
+MAX_FILE_BYTES: Final = 2**24
 HEAD: Final = "# What fatui's trials found; `fatui tune --show` prints it, `fatui tune --forget` removes it.\n"
 
 State = Literal["new", "good", "damaged", "newer", "unreadable"]
@@ -132,7 +133,7 @@ class Store:
 
     def _read(self) -> tuple[State, dict[WorkloadClass, Entry]]:
         try:
-            document = tomllib.loads(self.path.read_bytes().decode())
+            document = parse_toml(read_bounded(self.path, MAX_FILE_BYTES).decode())
             schema = document.get("schema")
             if type(schema) is int and schema > SCHEMA:
                 self._tell(f"{self.path}: written by a newer fatui (schema {schema}); it is left alone, and not used")
@@ -151,7 +152,7 @@ class Store:
     def _change(self, change: Callable[[dict[WorkloadClass, Entry]], dict[WorkloadClass, Entry]]) -> bool:
         """Reads, changes and replaces the file while no other process does; tells why not where that fails."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             with _locked(self.path.with_suffix(".lock")):
                 state, entries = self._read()
                 if state in ("newer", "unreadable"):

@@ -24,17 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints each row's ratio with its interval; returns 1 where the history has no such run."""
+    """Prints each row's ratio with its interval.
+
+    Raises:
+        HistoryError: the history cannot be used, or has no such run.
+    """
     from fatui.commands.printing import show
     from fatui.compare import compare
-    from fatui.history import History, HistoryError
+    from fatui.history import History
 
     history = History()
     try:
         comparison = compare(history.get(arguments.before), history.get(arguments.after))
-    except HistoryError as error:
-        cli.tell(error)
-        return cli.FAILED
     finally:
         if history.notice:
             cli.tell(history.notice)

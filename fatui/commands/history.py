@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 from attention.errors import UsageError
+from attention.files import expanded
 from fatui import cli
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Does one of them; returns 1 where the history cannot be used or has no such run.
+    """Does one of them.
 
     Raises:
         UsageError: the request is wrong.
+        HistoryError: the history cannot be used, or has no such run.
     """
     from attention.errors import suggestion
-    from fatui.history import History, HistoryError
+    from fatui.history import History
 
     if arguments.action not in ACTIONS:
         hint = suggestion(arguments.action, ACTIONS)
@@ -44,12 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action != "list" and arguments.id is None:
         wanted = "a file" if arguments.action == "add" else "a run's id, or 'last'"
         raise UsageError(f"history {arguments.action}: it takes {wanted}")
+    if arguments.action == "list" and arguments.id is not None:
+        raise UsageError(f"history list: got '{arguments.id}'; it takes nothing more")
     history = History()
     try:
         return _do(arguments, history)
-    except HistoryError as error:
-        cli.tell(error)
-        return cli.FAILED
     finally:
         if history.notice:
             cli.tell(history.notice)
@@ -62,7 +63,9 @@ def _do(arguments: argparse.Namespace, history: "History") -> int:
         return _show(arguments, history)
     if arguments.action == "add":
         return _add(arguments.id, history)
-    cli.tell(f"removed run {history.remove(arguments.id).run.id}")
+    identity = history.find(arguments.id)
+    history.remove(identity)
+    cli.tell(f"removed run {identity}")
     return cli.DONE
 
 
@@ -87,20 +90,9 @@ def _list(history: "History") -> int:
 
 
 def _add(name: str, history: "History") -> int:
-    from pathlib import Path
+    from fatui.result_files import read
 
-    import msgspec
-
-    from attention.report import SCHEMA, Report
-
-    try:
-        report = msgspec.json.decode(Path(name).read_bytes(), type=Report)
-    except OSError as error:
-        raise UsageError(f"history add: {name}: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
-        raise UsageError(f"history add: {name} is no saved run: {error}") from error
-    if report.schema > SCHEMA:
-        raise UsageError(f"history add: {name} was saved by a newer version, of schema {report.schema}")
+    report = read(expanded(name))
     history.add(report)
     cli.tell(f"added run {report.run.id}")
     return cli.DONE

@@ -64,11 +64,14 @@ def _list() -> int:
 def _show(name: str) -> int:
     import sys
 
+    from fatui.foreign_text import clean
     from fatui.presets import load
 
     preset = load(name)
     assert preset.source is not None
-    sys.stdout.write(preset.source.read_text(encoding="utf-8"))
+    text = preset.source.read_text(encoding="utf-8")
+    # Into a file it goes as it is; a terminal would obey what its comments may hold.
+    sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
     return cli.DONE
 
 

@@ -2,21 +2,40 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING, Final, TextIO
+from collections.abc import Iterable
+from typing import Any, Final, TextIO
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from fatui.foreign_text import MAX_SHOWN, clean
 
 PIPED_WIDTH: Final = 100
 WIDEST: Final = 140
 
 
-def console(stream: TextIO) -> "Console":
-    """A console on a stream; NO_COLOR counts when it is set, even if empty."""
-    from rich.console import Console
+class PlainConsole(Console):
+    """A console that takes no text for markup, an emoji's name or an escape code: table cells hold foreign text."""
 
+    def render_str(self, text: str, **layout: Any) -> Text:
+        """Make a text of a string as it is, control characters replaced before its width is measured."""
+        given = {name: layout[name] for name in ("style", "justify", "overflow") if layout.get(name)}
+        return Text(clean(text, MAX_SHOWN), **given)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as Rich does, and replace what texts made elsewhere still hold of control characters."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text == "\n" or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(clean(segment.text), segment.style)
+
+
+def console(stream: TextIO) -> PlainConsole:
+    """A console on a stream; NO_COLOR counts when it is set, even if empty."""
     width = None if stream.isatty() else _columns() or PIPED_WIDTH
-    return Console(file=stream, width=width, no_color="NO_COLOR" in os.environ or None, highlight=False)
+    return PlainConsole(file=stream, width=width, no_color="NO_COLOR" in os.environ or None, highlight=False)
 
 
 def _columns() -> int | None:
@@ -29,7 +48,7 @@ def results_width() -> int:
     return min(console(sys.stdout).width, WIDEST)
 
 
-def show(*renderables: "RenderableType") -> None:
+def show(*renderables: RenderableType) -> None:
     """Prints tables and texts on stdout, without blanks at the ends of lines."""
     out = console(sys.stdout)
     with out.capture() as captured:

@@ -1,10 +1,9 @@
 """`fatui report`: writes what past runs found, as a page or as Markdown."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from attention.errors import UsageError
+from attention.files import expanded
 from fatui import cli
 
 if TYPE_CHECKING:
@@ -31,21 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the report; returns 1 where a run cannot be read, or nothing was kept yet.
+    """Writes the report; returns 1 where it cannot be written, or nothing was kept yet.
 
     Raises:
         UsageError: a file is no run, or cannot be written.
+        HistoryError: the history cannot be used, or has no such run.
     """
     from fatui.commands.delivery import STDOUT, Delivery, wanted
-    from fatui.history import History, HistoryError
+    from fatui.history import History
 
     deliveries = wanted(arguments, FORMATS) or [Delivery("markdown", STDOUT)]
     history = History()
     try:
         reports = [_read(name, history) for name in arguments.runs] if arguments.runs else _latest(history)
-    except HistoryError as error:
-        cli.tell(error)
-        return cli.FAILED
     finally:
         if history.notice:
             cli.tell(history.notice)
@@ -57,17 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(name: str, history: "History") -> "Report":
     """A run from a file where there is one of that name, or else from the history."""
-    import msgspec
+    from fatui.result_files import read
 
-    from attention.report import Report
-
-    path = Path(name)
-    if not path.is_file():
-        return history.get(name)
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Report)
-    except (msgspec.DecodeError, OSError) as error:
-        raise UsageError(f"report: {path} is no run as `fatui bench --json` writes it: {error}") from error
+    path = expanded(name)
+    return read(path) if "/" in name or path.is_file() else history.get(name)
 
 
 def _latest(history: "History") -> "list[Report]":
@@ -77,8 +67,19 @@ def _latest(history: "History") -> "list[Report]":
         return []
     last = history.get(lines[0].id)
     near = [line.id for line in lines[1:] if (line.device, line.backend) == (lines[0].device, lines[0].backend)]
-    found = [history.get(name) for name in near]
+    found = [report for name in near if (report := _readable(name, history))]
     return [last, *(report for report in found if report.environment == last.environment)]
+
+
+def _readable(name: str, history: "History") -> "Report | None":
+    """A run of the history; one that cannot be read is reported and left out."""
+    from fatui.history import HistoryError
+
+    try:
+        return history.get(name)
+    except HistoryError as error:
+        cli.tell(f"{error}; it is left out")
+        return None
 
 
 def _write(reports: "list[Report]", deliveries: "list[Delivery]") -> int:

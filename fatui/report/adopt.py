@@ -1,24 +1,28 @@
 """How to use what was chosen: snippets that run as they stand."""
 
+import json
+import shlex
+
 from fatui.report.document import Block, Code, Paragraph
 
 CALL = """from attention import attention
 
-out = attention(q, k, v, mask="causal", implementation="{name}")  # q (B, H, Lq, D), k and v (B, Hkv, Lk, D)"""
+out = attention(q, k, v, mask="causal", implementation={quoted})  # q (B, H, Lq, D), k and v (B, Hkv, Lk, D)"""
 MODEL = """from attention import patch_mlx_lm
 
-with patch_mlx_lm("{name}"):  # every model of mlx-lm, loaded or yet to be; undone at the end
+with patch_mlx_lm({quoted}):  # every model of mlx-lm, loaded or yet to be; undone at the end
     text = mlx_lm.generate(model, tokenizer, prompt)"""
 PROGRAM = "python -m attention.patch --implementation {name} your_script.py"
 
 
 def adopt(name: str) -> list[Block]:
     """From one call to a whole program."""
+    quoted = json.dumps(name)
     return [
         Paragraph("In a program of one's own:"),
-        Code(CALL.format(name=name), "python"),
+        Code(CALL.format(quoted=quoted), "python"),
         Paragraph("In mlx-lm's models, as long as the context is open:"),
-        Code(MODEL.format(name=name), "python"),
+        Code(MODEL.format(quoted=quoted), "python"),
         Paragraph("Or around a script as it is:"),
-        Code(PROGRAM.format(name=name), "sh"),
+        Code(PROGRAM.format(name=shlex.quote(name)), "sh"),
     ]

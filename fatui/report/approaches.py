@@ -1,5 +1,6 @@
 """What each implementation is, which path it really took, and what it reached."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
@@ -18,7 +19,8 @@ def approach(cases: Sequence[Case], name: str) -> list[Block]:
     about = f"{entry.title}: {entry.summary}." if entry else "An implementation of the user's own."
     found = lines(cases, name)
     if not found:
-        return [Paragraph(about), Missing(f"{name} has no accurate row with figures.", f"{RUN_BENCH} --impl {name}")]
+        command = f"{RUN_BENCH} --impl {shlex.quote(name)}"
+        return [Paragraph(about), Missing(f"{name} has no accurate row with figures.", command)]
     return [Paragraph(about), _paths(found, name), *_throughput(found, cases, name)]
 
 

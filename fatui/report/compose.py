@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from attention.report import AnyCase, Report
 from fatui import figures
+from fatui.foreign_text import cleaned
 from fatui.report import charts
 from fatui.report.adopt import adopt
 from fatui.report.approaches import approach, throughput_table
@@ -41,7 +42,7 @@ from fatui.report.trouble import trouble
 
 def compose(reports: Sequence[Report]) -> Document:
     """The document of some runs; those of different machines or versions stand apart, and are never compared."""
-    parts = gather(reports)
+    parts = gather([cleaned(report) for report in reports])
     sections: list[Section] = []
     for evidence in parts:
         where = evidence.environment

@@ -1,10 +1,10 @@
 """A report as one HTML page: no script, nothing loaded from elsewhere; tables scroll in their own place."""
 
 from collections.abc import Sequence
-from html import escape
 from itertools import groupby
 from pathlib import Path
 
+from fatui.foreign_text import html
 from fatui.report.document import Block, Chart, Code, Document, Finding, Missing, Paragraph, Section, Table
 
 PAGE = """<!DOCTYPE html>
@@ -33,18 +33,17 @@ PAGE = """<!DOCTYPE html>
 def to_html(document: Document) -> str:
     """The document as a page."""
     return PAGE.format(
-        title=escape(document.title),
+        title=html(document.title),
         style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
         contents="\n".join(
-            f'<li><a href="#part-{number}">{escape(each.title)}</a></li>'
-            for number, each in enumerate(document.sections)
+            f'<li><a href="#part-{number}">{html(each.title)}</a></li>' for number, each in enumerate(document.sections)
         ),
         sections="\n".join(_section(each, number) for number, each in enumerate(document.sections)),
     )
 
 
 def _section(part: Section, number: int) -> str:
-    lines = [f'<section aria-labelledby="part-{number}">', f'<h2 id="part-{number}">{escape(part.title)}</h2>']
+    lines = [f'<section aria-labelledby="part-{number}">', f'<h2 id="part-{number}">{html(part.title)}</h2>']
     for is_bullet, found in groupby(part.blocks, lambda block: isinstance(block, Finding | Missing)):
         blocks = list(found)
         lines += [_bullets(blocks)] if is_bullet else [_block(block) for block in blocks]
@@ -58,10 +57,10 @@ def _bullets(blocks: Sequence[Block]) -> str:
 def _bullet(block: Block) -> str:
     match block:
         case Finding():
-            return f"<li>{escape(block.text)}</li>"
+            return f"<li>{html(block.text)}</li>"
         case Missing():
-            how = f" Run <code>{escape(block.command)}</code>" if block.command else ""
-            return f'<li class="missing">{escape(block.text)}{how}</li>'
+            how = f" Run <code>{html(block.command)}</code>" if block.command else ""
+            return f'<li class="missing">{html(block.text)}{how}</li>'
         case _:
             raise TypeError(f"no bullet: {block!r}")
 
@@ -69,11 +68,11 @@ def _bullet(block: Block) -> str:
 def _block(block: Block) -> str:
     match block:
         case Paragraph():
-            return f"<p>{escape(block.text)}</p>"
+            return f"<p>{html(block.text)}</p>"
         case Code():
-            return f"<pre><code>{escape(block.text)}</code></pre>"
+            return f"<pre><code>{html(block.text)}</code></pre>"
         case Chart():
-            caption = escape(block.title)
+            caption = html(block.title)
             drawing = block.svg.replace("<svg", f'<svg role="img" aria-label="{caption}"', 1)
             return f"<figure>\n<figcaption>{caption}</figcaption>\n{drawing}\n</figure>"
         case Table():
@@ -83,7 +82,7 @@ def _block(block: Block) -> str:
 
 
 def _table(table: Table) -> str:
-    caption = escape(table.caption)
+    caption = html(table.caption)
     heads = "".join(_cell(text, column, table, "th") for column, text in enumerate(table.heads))
     body = "\n".join(
         f"<tr>{''.join(_cell(text, column, table, 'td') for column, text in enumerate(row))}</tr>" for row in table.rows
@@ -97,4 +96,4 @@ def _table(table: Table) -> str:
 def _cell(text: str, column: int, table: Table, tag: str) -> str:
     kind = "figure" if table.is_figures(column) else "words"
     scope = ' scope="col"' if tag == "th" else ""
-    return f'<{tag}{scope} class="{kind}">{escape(text)}</{tag}>'
+    return f'<{tag}{scope} class="{kind}">{html(text)}</{tag}>'

@@ -1,13 +1,14 @@
 """A report as Markdown: the findings and tables; charts are for the HTML."""
 
+from fatui.foreign_text import markdown, markdown_block, markdown_cell, markdown_code
 from fatui.report.document import Block, Chart, Code, Document, Finding, Missing, Paragraph, Table
 
 
 def to_markdown(document: Document) -> str:
     """The document as text that reads in a terminal and on the web."""
-    parts = [f"# {_plain(document.title)}"]
+    parts = [f"# {markdown(document.title)}"]
     for each in document.sections:
-        parts.append(f"## {_plain(each.title)}")
+        parts.append(f"## {markdown(each.title)}")
         bullets: list[str] = []
         for block in each.blocks:
             if isinstance(block, Finding | Missing):
@@ -24,20 +25,20 @@ def to_markdown(document: Document) -> str:
 
 def _sentence(block: Finding | Missing) -> str:
     if isinstance(block, Missing):
-        return _plain(block.text) + (f" Run `{block.command}`" if block.command else "")
-    return _plain(block.text)
+        return markdown(block.text) + (f" Run {markdown_code(block.command)}" if block.command else "")
+    return markdown(block.text)
 
 
 def _block(block: Block) -> list[str]:
     match block:
         case Paragraph():
-            return [_plain(block.text)]
+            return [markdown(block.text)]
         case Code():
-            return [f"```{block.language}\n{block.text}\n```"]
+            return [markdown_block(block.text, block.language)]
         case Chart():
             return []
         case Table():
-            return [f"**{_plain(block.caption)}**", _table(block)]
+            return [f"**{markdown(block.caption)}**", _table(block)]
         case _:
             raise TypeError(f"no block of a document: {block!r}")
 
@@ -45,15 +46,4 @@ def _block(block: Block) -> list[str]:
 def _table(table: Table) -> str:
     rule = tuple("---:" if table.is_figures(column) else "---" for column in range(len(table.heads)))
     lines = (table.heads, rule, *table.rows)
-    return "\n".join(f"| {' | '.join(_cell(text) for text in line)} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(_plain(text).replace("|", "\\|").split())
-
-
-def _plain(text: str) -> str:
-    """Text whose characters mean themselves."""
-    for sign in ("\\", "`", "*", "_", "<", "[", "#"):
-        text = text.replace(sign, f"\\{sign}")
-    return text
+    return "\n".join(f"| {' | '.join(markdown_cell(text) for text in line)} |" for line in lines)

@@ -11,6 +11,7 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
+from attention.files import expanded
 from fatui.widgets.choice import Choice
 
 FORMATS: Final = ("md", "csv", "json", "html", "svg", "log")
@@ -55,7 +56,7 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
     def stem(self) -> Path:
         """The path without its ending."""
         name = self.query_one("#name", Input).value.strip()
-        return Path(self.query_one("#folder", Input).value.strip() or ".").expanduser() / name
+        return expanded(self.query_one("#folder", Input).value.strip() or ".") / name
 
     @property
     def problem(self) -> str:

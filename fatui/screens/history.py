@@ -137,13 +137,15 @@ class History(Screen[Report]):
         if name is None:
             return
         try:
-            self._deleted.append(await asyncio.to_thread(self._history.remove, name))
+            removed = await asyncio.to_thread(self._history.remove, name)
         except HistoryError as error:
             self.app.tell(str(error), "error")
             return
+        self._deleted += [removed] if removed else []
         self._marked = [each for each in self._marked if each != name]
         await self._read()
-        self.app.tell(f"run {name} is deleted; {self.app.keys['history_undo']} brings it back")
+        undo = f"; {self.app.keys['history_undo']} brings it back" if removed else ""
+        self.app.tell(f"run {name} is deleted{undo}")
 
     async def action_undo(self) -> None:
         """Brings back what was deleted last."""

@@ -177,7 +177,7 @@ def test_every_run_is_kept_and_can_be_shown_and_removed(capsys):
     assert main(["history", "show", "last"]) == 0
     assert capsys.readouterr().out == table
     assert main(["history", "rm", "last"]) == 0
-    assert main(["history", "show", "last"]) == 1
+    assert main(["history", "show", "last"]) == 2
     assert "no run 'last'" in capsys.readouterr().err
 
 

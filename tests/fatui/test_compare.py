@@ -36,5 +36,5 @@ def test_the_command_prints_ratios(capsys):
     assert main(["compare", "a", "last"]) == 0
     out = capsys.readouterr().out
     assert "≈ 1" in out and "same" in out
-    assert main(["compare", "a", "zz"]) == 1
+    assert main(["compare", "a", "zz"]) == 2
     assert "no run 'zz'" in capsys.readouterr().err
