@@ -101,8 +101,12 @@ def _number_problems(value: Any, where: str) -> Iterator[str]:
             yield from _problem(field, path, *_limits(value, name))
     if isinstance(value, Interval | Ratio | NoiseFloor | Share):
         middle = value.median if isinstance(value, Interval) else value.value
-        if not value.low <= middle <= value.high:
-            yield f"{where[:-1]}: got {middle:g} outside of its interval {value.low:g} to {value.high:g}"
+        low, high = value.low, value.high
+        if low is None or high is None:
+            if low is not high:
+                yield f"{where[:-1]}: an interval with one end"
+        elif not low <= middle <= high:
+            yield f"{where[:-1]}: got {middle:g} outside of its interval {low:g} to {high:g}"
 
 
 def _problem(number: float, path: str, least: float, most: float) -> Iterator[str]:
