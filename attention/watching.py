@@ -1,5 +1,6 @@
-"""Whoever watches the calls that implementations get in a program, outside of any benchmark."""
+"""Whoever watches the calls that implementations get in a program, outside of any benchmark; and the paths that ran."""
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,26 @@ if TYPE_CHECKING:
 Watcher = Callable[..., "mx.array"]
 """Called with the implementation and the arguments of its call, which it has to make once."""
 watchers: list[Watcher] = []
+
+
+class _Latest(threading.local):
+    """The path of this thread's latest call."""
+
+    path: str | None = None
+
+
+_latest = _Latest()
+
+
+def ran(path: str) -> None:
+    """Records the path that a call takes; an implementation that chooses among paths does so when it has chosen."""
+    _latest.path = path
+
+
+def take_path() -> str | None:
+    """Return the path recorded last in this thread and forget it; None where none was recorded."""
+    path, _latest.path = _latest.path, None
+    return path
 
 
 def call(

@@ -9,6 +9,7 @@ from typing import Final, Protocol, cast, runtime_checkable
 import mlx.core as mx
 from msgspec import structs
 
+from attention import watching
 from attention.device import Backend, Device
 from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
@@ -26,6 +27,8 @@ KERNELS: Final[dict[Backend, str]] = {
 """For each backend the module of its kernel, of the form `Kernel`."""
 MOST_KINDS: Final = 4096
 """Kinds of call that are remembered; a decoding loop makes a new one at each length."""
+TO_PRACTICAL: Final = "falls back: practical"
+TO_SDPA: Final = "falls back: MLX SDPA"
 Attend = Callable[..., mx.array]
 """A call as `Kernel.attend`."""
 
@@ -80,7 +83,7 @@ class Poc:
         self._variant = variant
         self._sdpa = MlxSdpa()
         self._practical = Practical()
-        self._attends: dict[object, Attend | None] = {}
+        self._attends: dict[object, tuple[Attend, str] | None] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """The kernel's path where it takes the workload; otherwise what it falls back to, and why.
@@ -93,13 +96,13 @@ class Poc:
                 return own
             if _form(_kernel(device.backend), self._variant, workload) is None:
                 return unsupported(f"'{self._variant}' changes nothing here")
-            return structs.replace(own, path=f"{own.path}, {self._variant}"[:22])
+            return structs.replace(own, path=_variant_path(own.path, self._variant))
         if needs.softcap:
             behind = self._practical.route(workload, device, needs)
-            path, reason = "falls back: practical", f"{own.reason}, and {NO_SOFTCAP}"
+            path, reason = TO_PRACTICAL, f"{own.reason}, and {NO_SOFTCAP}"
         else:
             behind = self._sdpa.route(workload, device, needs)
-            path, reason = "falls back: MLX SDPA", f"{own.reason}; {behind.reason}"
+            path, reason = TO_SDPA, f"{own.reason}; {behind.reason}"
         return structs.replace(behind, path=path, reason=reason, fallback=True)
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
@@ -128,30 +131,42 @@ class Poc:
             here(),
         )
         try:
-            attend = self._attends[key]
+            known = self._attends[key]
         except KeyError:
-            attend = self._ask(key, q, k, v, mask, softcap)
-        if attend is not None:
+            known = self._ask(key, q, k, v, mask, softcap)
+        if known is not None:
+            attend, path = known
             try:
-                return attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+                out = attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
             except KernelUnavailable:
                 self._attends.clear()
+            else:
+                watching.ran(path)
+                return out
         if softcap is not None:
-            return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            watching.ran(TO_PRACTICAL)
+            return out
+        watching.ran(TO_SDPA)
         return self._sdpa(q, k, v, scale=scale, mask=mask)
 
     def _ask(
         self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
-    ) -> Attend | None:
-        """How the kernel is called for a kind of call, or None; asked once, since a call must cost next to nothing."""
+    ) -> tuple[Attend, str] | None:
+        """How the kernel is called for a kind of call, and its path; None where it is not. Looked up once for a kind."""
         if len(self._attends) >= MOST_KINDS:
             self._attends.clear()
         kernel = _kernel(here())
         workload, needs = asked_for(q, k, v, mask, softcap)
         form = None if self._variant is None else _form(kernel, self._variant, workload)
-        taken = kernel.route(workload, needs).supported
-        self._attends[key] = attend = (form or kernel.attend) if taken else None
-        return attend
+        route = kernel.route(workload, needs)
+        path = route.path if form is None else _variant_path(route.path, self._variant)
+        self._attends[key] = known = (form or kernel.attend, path) if route.supported else None
+        return known
+
+
+def _variant_path(path: str, variant: str | None) -> str:
+    return f"{path}, {variant}"[:22]
 
 
 def _form(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:

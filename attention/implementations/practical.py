@@ -7,7 +7,7 @@ from typing import Final
 import mlx.core as mx
 from msgspec import structs
 
-from attention import masks
+from attention import masks, watching
 from attention.device import Backend, Device, probe
 from attention.implementations import slicing
 from attention.implementations.asked import asked_for, here
@@ -28,6 +28,9 @@ from attention.workload import Workload
 
 MOST_CHOICES: Final = 4096
 """Choices that are remembered; a decoding loop asks for a new one at each length."""
+MAX_PATHS: Final = 4096
+WHOLE: Final = {"fused": "MLX SDPA, fused", "whole": "MLX SDPA, unfused"}
+PACKED: Final = "packed keys and values"
 
 
 class Practical:
@@ -42,21 +45,18 @@ class Practical:
         self.budget_bytes = budget_bytes
         self._sdpa = MlxSdpa()
         self._choices: OrderedDict[tuple[Workload, Needs, Backend, int, Handed], Choice] = OrderedDict()
-        self._plain: set[object] = set()
+        self._plain: dict[object, str] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """Says whether MLX's SDPA is lean enough, and how large the slices or blocks are where not."""
         choice = self.choice(workload, device, needs)
         whole, _, behind = choice.way.partition(", ")
         if not choice.cuts_forward and (not (behind or needs.sinks) or workload.pass_ != "training"):
-            if whole == "fused":
-                path, needed = "MLX SDPA, fused", fused_bytes(workload, device.backend, needs)
-            else:
-                path, needed = "MLX SDPA, unfused", unfused_bytes(workload, needs)
-            return Route(path=path, fused=whole == "fused", reason=choice.reason, predicted_bytes=needed)
+            fused = whole == "fused"
+            needed = fused_bytes(workload, device.backend, needs) if fused else unfused_bytes(workload, needs)
+            return Route(path=WHOLE[whole], fused=fused, reason=choice.reason, predicted_bytes=needed)
         kind, parts, needed = _parts(choice, workload, device, needs)
-        size = f"{kind} {parts.rows}"
-        path = f"{size} x {seen_keys(shape_of(workload), parts)}" if choice.cuts_forward else f"{whole} + {size}"
+        path = _cut_path(kind, parts, workload) if choice.cuts_forward else f"{whole} + {kind} {parts.rows}"
         return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
     def __call__(
@@ -77,7 +77,8 @@ class Practical:
         array = None if mask.array is None else (mask.array.shape, mask.array.dtype)
         key = (q.shape, k.shape, v.shape, q.dtype, mask.causal, mask.window, array, here(), self.budget_bytes)
         simple = sinks is None and softcap is None and not isinstance(k, Packed)
-        if simple and key in self._plain:
+        if simple and (path := self._plain.get(key)) is not None:
+            watching.ran(path)
             return self._sdpa(q, k, v, scale=scale, mask=mask)  # type: ignore[arg-type]
         workload, needs = asked_for(q, k, v, mask, softcap)  # type: ignore[arg-type]
         needs = needs if sinks is None else structs.replace(needs, sinks=True)
@@ -86,8 +87,10 @@ class Practical:
         if simple and choice.way in ("fused", "whole"):
             if len(self._plain) >= MOST_CHOICES:
                 self._plain.clear()
-            self._plain.add(key)
+            path = self._plain[key] = WHOLE[choice.way]
+            watching.ran(path)
             return self._sdpa(q, k, v, scale=scale, mask=mask)  # type: ignore[arg-type]
+        watching.ran(_forward_path(choice, workload, needs, isinstance(k, Packed)))
         if simple and choice.slices is not None:
             return self._in_slices(choice, backend, scale, mask)(q, k, v)
         return self._in_blocks(choice, backend, scale, mask, softcap, sinks, q, k, v)
@@ -186,6 +189,22 @@ def with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, 
 @lru_cache(maxsize=1)
 def _memory() -> int:
     return probe().memory_bytes
+
+
+@lru_cache(maxsize=MAX_PATHS)
+def _forward_path(choice: Choice, workload: Workload, needs: Needs, packed: bool) -> str:
+    """What a forward pass does that is not handed to MLX's SDPA as a whole."""
+    if packed:
+        return PACKED
+    if not choice.cuts_forward:
+        return WHOLE[choice.way.partition(", ")[0]]
+    sliced = choice.slices is not None and not (needs.sinks or needs.softcap)
+    kind, parts = ("slices", choice.slices) if sliced and choice.slices else ("blocks", choice.blocks)
+    return _cut_path(kind, parts, workload)
+
+
+def _cut_path(kind: str, parts: Blocks, workload: Workload) -> str:
+    return f"{kind} {parts.rows} x {seen_keys(shape_of(workload), parts)}"
 
 
 def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> tuple[str, Blocks, int]:

@@ -10,7 +10,7 @@ class Counts:
     A call is one in Python: what `mx.compile` has traced runs again without another.
 
     Attributes:
-        taken: calls that the implementation took, by the path that its route named.
+        taken: calls that the implementation took, by the path that ran.
         handed: calls that went to MLX's own, by the reason.
     """
 

@@ -136,6 +136,7 @@ class ModelPatch(Counts):
         try:
             offer = self._offers.of(call)
             more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
+            watching.take_path()  # what an earlier call left
             out = watching.call(
                 self.implementation, call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask, **more
             )
@@ -144,7 +145,8 @@ class ModelPatch(Counts):
             return None
         finally:
             _inside.taken = before
-        self.take(offer.path)
+        # One that takes the same path for all its calls records none: what its route says is what ran.
+        self.take(watching.take_path() or offer.path)
         return out
 
     def _around_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 import mlx.core as mx
 from msgspec import structs
 
 from attention import events as on
+from attention import watching
 from attention.device import Device, probe
 from attention.implementations.asked import asked_for, here
 from attention.implementations.protocol import Implementation, NeedsBuilding
@@ -74,7 +76,7 @@ class Demo:
             names = ", ".join(self._fitting(workload, device, needs))
             return structs.replace(route, path="not tried yet", reason=f"takes the fastest on first use: tries {names}")
         route = self.candidates[standing.name].route(workload, device, needs)
-        return structs.replace(route, path=f"tuned: {standing.name}"[:22], reason=f"fastest in a trial; {route.reason}")
+        return structs.replace(route, path=_path(standing.name), reason=f"fastest in a trial; {route.reason}")
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
@@ -90,8 +92,11 @@ class Demo:
             standing = self._admit(key, q, k, v, scale, mask, softcap)
         standing.calls += 1
         if standing.calls >= standing.look_at:
-            return self._look(standing, q, k, v, scale, mask, softcap)
-        return standing.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            name, out = standing.name, self._look(standing, q, k, v, scale, mask, softcap)
+        else:
+            name, out = standing.name, standing.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        watching.ran(_path(name))
+        return out
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Whether a candidate has to be compiled before a trial is fair."""
@@ -247,6 +252,11 @@ class Demo:
         fit = fitting(self.candidates, workload, device, needs)
         fused = (name for name in fit if self.candidates[name].route(workload, device, needs).fused)
         return next(fused, LEANEST if LEANEST in self.candidates else fit[0])
+
+
+@lru_cache(maxsize=256)
+def _path(choice: str) -> str:
+    return f"tuned: {choice}"[:22]
 
 
 def _key(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> object:

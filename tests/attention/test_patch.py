@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import attention
-from attention.errors import UnsupportedError, UsageError
+from attention.errors import KernelUnavailable, UnsupportedError, UsageError
 from attention.implementations.baseline import Baseline
+from attention.implementations.poc import Poc
 from attention.implementations.practical import Practical
 from attention.masks import Mask
 
@@ -130,6 +131,45 @@ def test_what_is_not_taken_goes_to_mlx_and_is_counted_with_the_reason() -> None:
     assert patch.taken == {"manual, unfused": 1}
     assert "picky took 1 of 3 calls of attention" in patch.summary()
     assert "MLX's own got 1: attention sinks" in patch.summary()
+
+
+def test_the_path_counted_is_the_path_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An additive mask of another type than the query's takes memory that the route of its shape knows nothing of."""
+    mask = mx.where(mx.tril(mx.ones((200, 200), mx.bool_)), 0.0, -1e9).astype(mx.float32)
+    q = mx.random.normal((1, 4, 200, 16), key=mx.random.key(0)).astype(mx.float16)
+    in_blocks = Practical._in_blocks
+    for budget in range(1 << 20, 12 << 20, 1 << 20):
+        ran = ["MLX SDPA, unfused"]
+
+        def spied(self: Practical, choice: Any, *rest: Any, ran: list[str] = ran) -> mx.array:
+            if choice.cuts_forward:
+                ran[0] = f"blocks {choice.blocks.rows} x {choice.blocks.keys}"
+            return in_blocks(self, choice, *rest)
+
+        monkeypatch.setattr(Practical, "_in_blocks", spied)
+        with attention.patch_mlx_lm(Practical(budget)) as patch:
+            mx.eval(llama.scaled_dot_product_attention(q, q, q, None, 0.25, mask))
+        assert patch.taken == {ran[0]: 1}, budget
+
+
+def test_a_fallback_in_mid_call_is_counted_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = mx.random.normal((1, 4, 9, 16))
+    chosen = Poc()
+
+    def unavailable(*args: Any, **more: Any) -> mx.array:
+        raise KernelUnavailable("the compiler is gone")
+
+    monkeypatch.setattr(chosen, "_ask", lambda key, *rest: (unavailable, "the kernel"))
+    with attention.patch_mlx_lm(chosen) as patch:
+        llama.scaled_dot_product_attention(q, q, q, None, 0.25, "causal")
+    assert patch.taken == {"falls back: MLX SDPA": 1}
+
+
+def test_demo_counts_the_choice_that_ran() -> None:
+    q = mx.random.normal((1, 4, 9, 16))
+    with attention.patch_mlx_lm("demo") as patch:
+        llama.scaled_dot_product_attention(q, q, q, None, 0.25, "causal")
+    assert [path.startswith("tuned: ") for path in patch.taken] == [True], patch.taken
 
 
 def test_a_mistake_of_the_model_raises_mlxs_own_error() -> None:
