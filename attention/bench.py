@@ -21,6 +21,8 @@ ROUNDS_WANTED: Final = 400
 SHORTEST_SAMPLE_S: Final = 0.005
 LONGEST_SAMPLE_S: Final = 0.1
 FIRST_LOOK_S: Final = 1.0
+SHARE_OF_SLOWEST: Final = 0.05
+"""Of the slowest call: how long the samples of fast calls last beside it, which is cheap there and steadies them."""
 
 
 class Bench(CaseRunner[Plan]):
@@ -77,8 +79,8 @@ class Bench(CaseRunner[Plan]):
         """Shows what the others do while there is nothing else to see; none of it enters the result."""
         arms = self._arms(ready, setting)
         if arms:
-            self._run_rounds(arms, FIRST_LOOK_S)
-        seen = {arm.name: setting.workload.tokens / median(arm.samples) for arm in arms if arm.samples}
+            self._run_rounds(arms, FIRST_LOOK_S, min_rounds=1)
+        seen = {arm.name: setting.workload.tokens / median(arm.taken) for arm in arms if arm.taken}
         if seen:
             rates = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in seen.items())
             self._teller.say(f"a first look: {rates}; the others are being built")
@@ -101,7 +103,9 @@ class Bench(CaseRunner[Plan]):
 
     def _arms(self, names: list[str], setting: "CaseSetting") -> list[Arm]:
         arms = [arm for name in names if (arm := self._prepare(name, setting)) is not None]
-        numbers = shared_calls([arm.call_s for arm in arms], setting.sample_s, setting.workload.output_bytes)
+        slowest_s = max((arm.call_s for arm in arms), default=0.0)
+        sample_s = max(setting.sample_s, min(SHARE_OF_SLOWEST * slowest_s, LONGEST_SAMPLE_S))
+        numbers = shared_calls([arm.call_s for arm in arms], sample_s, setting.workload.output_bytes)
         for arm, calls in zip(arms, numbers, strict=True):
             arm.calls = calls
         return arms
@@ -117,6 +121,6 @@ class Bench(CaseRunner[Plan]):
 
     def _tell_of(self, arm: Arm) -> None:
         """A sample of one call is a latency too: for slow calls the only one, for others the surer one."""
-        if arm.calls == 1 and arm.samples:
-            seconds = median(arm.samples)
+        if arm.calls == 1 and arm.taken:
+            seconds = median(arm.taken)
             self._teller.emit(on.LatencyMeasured(case=self._teller.case, implementation=arm.name, seconds=seconds))

@@ -1,5 +1,6 @@
 """What every kind of run does: cases one after the other, rows that fail, kernels that are built, rounds."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,8 +12,9 @@ from attention import events as on
 from attention import implementations
 from attention.device import Device, environment, probe
 from attention.implementations.protocol import NeedsBuilding
-from attention.measure.rounds import Arm, Limits, run_rounds
+from attention.measure.rounds import Arm, Limits, least_s, run_rounds, set_strides
 from attention.plan import AnyPlan, Assignment
+from attention.report import MIN_ROUNDS
 from attention.route import Route
 from attention.teller import TELL_EVERY_S, Emit, Teller
 from attention.tuning import news
@@ -21,6 +23,8 @@ from attention.workload import Workload
 P = TypeVar("P", bound=AnyPlan)
 M = TypeVar("M")
 Mark = Callable[[int], None]
+LONGER: Final = 1.5
+"""A case whose fewest rounds take so many times its seconds says so before they begin."""
 UNMARKED: Final[Mark] = lambda number: None  # noqa: E731
 
 
@@ -110,17 +114,27 @@ class CaseRunner(ABC, Generic[P]):
                 self._teller.say(f"{name}: ready after {seconds:.0f} s, and kept for the next time")
         self._teller.at_rest()
 
-    def _run_rounds(self, arms: Sequence[Arm], seconds: float, beside: Sequence[Arm] = ()) -> str:
+    def _run_rounds(
+        self, arms: Sequence[Arm], seconds: float, beside: Sequence[Arm] = (), min_rounds: int = MIN_ROUNDS
+    ) -> str:
         """Takes samples of the implementations, the first of them twice, and of what is measured beside them."""
         reference = arms[0]
         again = structs.replace(reference, name=on.AGAIN, samples=[])
         rows = {id(arm) for arm in arms}
         self._teller.emit(on.ReferenceChosen(case=self._teller.case, implementation=reference.name))
-        stream = SampleStream(self._teller)
+        running = [reference, again, *arms[1:], *beside]
+        set_strides(running, seconds)
+        lasts_s = max(seconds, least_s(running, min_rounds))
+        if lasts_s > LONGER * seconds:
+            self._teller.say(
+                f"{min_rounds} rounds of these take about {lasts_s:.0f} s, longer than the {seconds:g} s of a case; "
+                "fewer would support no verdict"
+            )
+        stream = SampleStream(self._teller, lasts_s)
         try:
             return run_rounds(
-                [reference, again, *arms[1:], *beside],
-                Limits(seconds=seconds, precision=self._plan.precision),
+                running,
+                Limits(seconds=seconds, precision=self._plan.precision, min_rounds=min_rounds),
                 seed=self._plan.seed,
                 before=lambda arm: self._at_work(reference if arm is again else arm, rows),
                 failed=lambda arm, error: self._lose(arm, error, rows),
@@ -158,11 +172,12 @@ class CaseRunner(ABC, Generic[P]):
 class SampleStream:
     """Collects the rounds' samples and tells them a few times a second, so that telling does not disturb the clock."""
 
-    def __init__(self, teller: Teller) -> None:
-        """Takes the voice to tell them with; MLX's peak memory is counted from here on."""
+    def __init__(self, teller: Teller, lasts_s: float) -> None:
+        """Take the teller, and the seconds that the rounds may last; MLX's peak memory is counted from here on."""
         import mlx.core as mx
 
         self._teller = teller
+        self._ends = time.perf_counter() + lasts_s
         self._told: dict[str, int] = {}
         self._arms: list[Arm] = []
         self._last = time.perf_counter()
@@ -179,11 +194,16 @@ class SampleStream:
         import mlx.core as mx
 
         self._last = time.perf_counter()
-        fresh = {arm.name: arm.samples[self._told.get(arm.name, 0) :] for arm in self._arms}
+        fresh = {arm.name: _sendable(arm.samples[self._told.get(arm.name, 0) :]) for arm in self._arms}
         self._told = {arm.name: len(arm.samples) for arm in self._arms}
         if any(fresh.values()):
             rounds = max(self._told.values())
             active, peak = mx.get_active_memory(), mx.get_peak_memory()
             event = on.RoundsDone(case=self._teller.case, samples=fresh, active_bytes=active, peak_bytes=peak)
             self._teller.emit(event)
-            self._teller.progress(f"round {rounds}")
+            self._teller.progress(f"round {rounds}", max(0.0, self._ends - self._last))
+
+
+def _sendable(samples: Sequence[float]) -> list[float | None]:
+    """Samples as JSON has them: None for NaN."""
+    return [None if math.isnan(sample) else sample for sample in samples]

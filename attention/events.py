@@ -110,8 +110,8 @@ class RoundsDone(Event, tag="rounds_done"):
     """New samples, in round order; the same number for every implementation that is still in."""
 
     case: int
-    samples: dict[str, list[float]]
-    """Seconds a call; the noise floor's arm under AGAIN."""
+    samples: dict[str, list[float | None]]
+    """Seconds a call, None for a round that was sat out; the noise floor's arm under AGAIN."""
     active_bytes: int
     """MLX's active memory after the last round."""
     peak_bytes: int

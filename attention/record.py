@@ -1,5 +1,6 @@
 """Events in, rows out: everything that a run has told so far, at any moment of it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ class Measured(Struct):
     check: on.Checked | None = None
     peak_bytes: int | None = None
     samples: list[float] = field(default_factory=list)
+    """Seconds a call, one for each round; NaN for a round that the implementation sat out."""
     losses: list[float | None] = field(default_factory=list)
     calls: on.CallsCounted | None = None
     layers: on.LayersTimed | None = None
@@ -121,7 +123,8 @@ class RunRecord(ABC, Generic[P, C]):
                 self.last_rounds = event
                 beside = {on.AGAIN: case.again, on.WITHOUT: case.without}
                 for name, samples in event.samples.items():
-                    (beside[name] if name in beside else case.rows[name].samples).extend(samples)
+                    into = beside[name] if name in beside else case.rows[name].samples
+                    into.extend(math.nan if sample is None else sample for sample in samples)
             case on.WeightsMade():
                 case.weights_bytes = event.weights_bytes
             case on.IterationDone():
@@ -223,10 +226,11 @@ def timed_row(
 ) -> Row | None:
     """What all kinds of rows have, for calls that make so many tokens; None where there is nothing to show yet."""
     ended, route, check = measured.ended, measured.route, measured.check
-    if ended is None and not measured.samples:
+    if ended is None and all(map(math.isnan, measured.samples)):
         return None
     accurate = check is None or check.accurate
-    call = statistics.median_interval(measured.samples) if measured.samples else None
+    taken = tuple(sample for sample in measured.samples if not math.isnan(sample))
+    call = statistics.median_interval(taken) if taken else None
     return Row(
         implementation=measured.implementation,
         status=ended.status if ended else ("ok" if accurate else "inaccurate"),
@@ -242,7 +246,7 @@ def timed_row(
         predicted_bytes=route.predicted_bytes if route else None,
         max_error=check.max_error if check else None,
         rms_error=check.rms_error if check else None,
-        samples=tuple(measured.samples),
+        samples=taken,
         stopped_by="failed" if ended else record.stopped_by or INTERRUPTED,
         throttled=throttled,
     )

@@ -51,8 +51,11 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tu
 
 
 def log_ratios(reference: Sequence[float], times: Sequence[float]) -> list[float]:
-    """Logarithms of reference time over time, round by round; above 0 is faster than the reference."""
-    return [math.log(a / b) for a, b in zip(reference, times, strict=False)]
+    """Logarithms of reference time over time, round by round; above 0 is faster than the reference.
+
+    A round that one of them sat out is NaN there, and gives no pair.
+    """
+    return [math.log(a / b) for a, b in zip(reference, times, strict=False) if a == a and b == b]
 
 
 def ratio_interval(logs: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:

@@ -252,7 +252,8 @@ class RunSession(ABC, Generic[P, C]):
             if name not in (on.AGAIN, on.WITHOUT):
                 series = self.rates.setdefault(name, Series())
                 for seconds in samples:
-                    series.add(tokens / seconds)
+                    if seconds is not None:  # None: the round was sat out
+                        series.add(tokens / seconds)
         self.note_memory("MLX active", event.active_bytes)
         self.note_memory("MLX peak", event.peak_bytes)
 

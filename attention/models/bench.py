@@ -13,7 +13,7 @@ from attention.case_runner import CaseRunner
 from attention.device import Device, probe
 from attention.measure.clock import take_sample
 from attention.measure.prepare import SLOW_CALL_S
-from attention.measure.rounds import FEWEST_ROUNDS, Arm
+from attention.measure.rounds import Arm
 from attention.models import configuration
 from attention.models.arm import Layers, ModelArm
 from attention.models.fitting import Needed
@@ -22,6 +22,7 @@ from attention.models.network import Network
 from attention.models.replacing import Calls, replaced
 from attention.models.workloads import Generation
 from attention.plan import GenerationPlan
+from attention.report import MIN_ROUNDS
 from attention.workload import Workload
 
 TOLERANCE: Final = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
@@ -185,7 +186,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         """Times two layers, of which a prefill finishes one, and tells what would shorten a case that takes long."""
         self._teller.progress("a look at two layers")
         look = PrefillRun(self._network, self._prompts(work), layers=2)
-        seconds = take_sample(look, 1) * (work.layers - 1) * (count + FEWEST_ROUNDS * (count + 2))
+        seconds = take_sample(look, 1) * (work.layers - 1) * (count + MIN_ROUNDS * (count + 2))
         if seconds > LONG_S:
             text = f"the whole model takes {seconds / 60:.0f} minutes or more for this prompt"
             self._teller.say(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
@@ -193,7 +194,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
     def _expect(self, arm: ModelArm, left: int) -> None:
         """Tells how long the case will still take if all are as fast as this one."""
         a_round = arm.call_s * (len(self._plan.ordered) + 2)
-        seconds = arm.call_s * (left - 1) + max(self._plan.seconds, FEWEST_ROUNDS * a_round)
+        seconds = arm.call_s * (left - 1) + max(self._plan.seconds, MIN_ROUNDS * a_round)
         self._teller.progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)
 
     def _tell_of(self, arm: Arm) -> None:

@@ -168,3 +168,20 @@ def test_mistakes_of_all_combinations_are_told_once_each() -> None:
     with pytest.raises(UsageError) as raised:
         expand({"heads": 8, "kv_heads": 3}, {"seq": [0, 4], "head_dim": [8, -1]})
     assert len(raised.value.problems) == 3
+
+
+def test_a_round_that_was_sat_out_gives_no_sample_and_no_pair() -> None:
+    record = Record(PLAN)
+    record.apply(on.CaseStarted(case=0))
+    record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
+    base = [1.0 + n / 100 for n in range(12)]
+    slow = [4 * base[n] if n % 2 == 0 else None for n in range(12)]
+    event = on.RoundsDone(case=0, samples={"baseline": base, "mlx": slow, on.AGAIN: base}, active_bytes=1, peak_bytes=2)
+    told = on.decode(on.encode(event))
+    assert told == event
+    record.apply(told)
+    mlx = record.case(0).rows[1]
+    assert len(mlx.samples) == 6
+    assert mlx.speedup is not None
+    assert mlx.speedup.value == pytest.approx(0.25)
+    assert mlx.speedup.significant

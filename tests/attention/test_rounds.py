@@ -1,5 +1,6 @@
 """The rounds: order, pairing, stopping, and what one implementation's failure leaves to the others."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -7,7 +8,9 @@ import pytest
 from tuning_examples import FakeTime
 
 from attention.measure import clock
-from attention.measure.rounds import FEWEST_FOR_PRECISION, Arm, Limits, run_rounds
+from attention.measure.rounds import FEWEST_FOR_PRECISION, Arm, Limits, run_rounds, set_strides
+from attention.report import MIN_ROUNDS
+from attention.statistics import log_ratios
 
 NOW = FakeTime()
 
@@ -66,13 +69,39 @@ def test_rounds_stop_when_the_interval_is_narrow_enough() -> None:
     assert len(order) == 2 * FEWEST_FOR_PRECISION
 
 
-def test_rounds_stop_when_the_time_is_up_but_never_before_three() -> None:
+def test_rounds_stop_when_the_time_is_up_but_never_before_six() -> None:
     stopped_by, order, _ = rounds([arm("a", 0.05), arm("b", 0.05)], seconds=0.01, precision=0)
     assert stopped_by == "time"
-    assert len(order) == 6
-    stopped_by, order, _ = rounds([arm("a", 0.05), arm("b", 0.05)], seconds=0.45, precision=0)
+    assert len(order) == 2 * MIN_ROUNDS == 12
+    stopped_by, order, _ = rounds([arm("a", 0.05), arm("b", 0.05)], seconds=0.75, precision=0)
     assert stopped_by == "time"
-    assert len(order) == 10
+    assert len(order) == 16
+
+
+def test_a_slow_arm_sits_rounds_out_and_stays_paired() -> None:
+    arms = [arm("reference", 0.02), arm("fast", 0.01), arm("slow", 0.5)]
+    set_strides(arms, 3)
+    rounds(list(arms), seconds=3, precision=0)
+    reference, fast, slow = arms
+    assert len(slow.taken) == MIN_ROUNDS
+    assert len(reference.taken) >= 3 * len(slow.taken)
+    assert len(reference.samples) == len(slow.samples)
+    pairs = log_ratios(reference.samples, slow.samples)
+    assert pairs == pytest.approx([math.log(0.02 / 0.5)] * MIN_ROUNDS)
+    assert len(log_ratios(reference.samples, fast.samples)) == len(fast.taken)
+
+
+def test_every_arm_takes_part_where_there_is_time() -> None:
+    arms = [arm("reference", 0.001), arm("slow", 0.05)]
+    set_strides(arms, 3)
+    assert [each.stride for each in arms] == [1, 1]
+
+
+def test_a_slow_reference_still_gives_six_rounds() -> None:
+    arms = [arm("reference", 0.9), arm("again", 0.9), arm("fast", 0.02)]
+    set_strides(arms, 1)
+    rounds(list(arms), seconds=1, precision=0.01)
+    assert [len(each.taken) for each in arms] == [MIN_ROUNDS] * 3
 
 
 def test_rounds_stop_when_they_are_told_to_and_go_on_without_who_is_taken_out() -> None:
