@@ -19,7 +19,9 @@ from textual.screen import Screen
 from attention.report import Report
 from fatui import actions, dialogs, settings
 from fatui.advice import Advice
+from fatui.ascii import ControlFilter
 from fatui.draft import Draft
+from fatui.foreign_text import clean
 from fatui.journal import Journal, Level
 from fatui.running import Runs, load_preset, remember
 from fatui.screens.main import MainScreen
@@ -35,6 +37,9 @@ SEVERITY: dict[Level, Severity] = {"info": "information", "warning": "warning", 
 
 SWITCH_S: Final = 0.0005
 """How long a thread that makes final rows may keep Python from the one that draws; a repaint changes hands often."""
+
+MAX_NOTICE: Final = 400
+"""Characters of a notice over the screen; the log has all of it."""
 
 
 class FatuiApp(App[int]):
@@ -103,7 +108,7 @@ class FatuiApp(App[int]):
 
     def get_line_filters(self) -> list[LineFilter]:
         """Textual's filters, and the one for plain ASCII."""
-        return [*super().get_line_filters(), *self._line_filters]
+        return [*super().get_line_filters(), ControlFilter(), *self._line_filters]
 
     @property
     def main(self) -> MainScreen:
@@ -118,7 +123,7 @@ class FatuiApp(App[int]):
 
     def _begin(self) -> None:
         for problem in self.settings.problems:
-            self.notify(problem, severity="warning", timeout=10)
+            self.notify(clean(problem, MAX_NOTICE), severity="warning", timeout=10, markup=False)
         if self._advise:
             self.run_worker(self.advice.run(), name="advice", exit_on_error=False)
             self.set_interval(self.TELEMETRY_S, self._look_at_machine)
@@ -222,7 +227,8 @@ class FatuiApp(App[int]):
     def tell(self, text: str, level: Level = "info") -> None:
         """Says something in the log and, for a while, on the screen."""
         self.journal.write(text, level)
-        self.notify(text, severity=SEVERITY[level], timeout=6 if level == "info" else 12, markup=False)
+        shown = clean(text, MAX_NOTICE)
+        self.notify(shown, severity=SEVERITY[level], timeout=6 if level == "info" else 12, markup=False)
 
     def set_draft(self, draft: Draft) -> None:
         """Takes what was set up, and asks what each implementation would do with it."""
@@ -290,5 +296,5 @@ def run_app(preset: str | None = None, run: bool = False, ascii: bool = False) -
     app = FatuiApp(preset=preset, run=run, ascii=ascii)
     result = app.run()
     if app.farewell:
-        print(app.farewell, file=sys.stderr)
+        print(clean(app.farewell), file=sys.stderr)
     return result if isinstance(result, int) else app.return_code or 0

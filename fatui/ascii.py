@@ -1,10 +1,13 @@
-"""Draws with ASCII characters only, each in place of one that looks or means alike."""
+"""Filters of the lines that go to the terminal: without control characters, or with ASCII alone."""
 
 from typing import Final
 
 from rich.segment import Segment
 from textual.color import Color
+from textual.content import Content
 from textual.filter import LineFilter
+
+from fatui.foreign_text import is_safe, one_line
 
 PAIRS: Final = {
     "▁▂▃▄▅▆▇█": "__.-=+*#",
@@ -39,6 +42,27 @@ def _letter(glyph: str) -> str:
     if glyph.isascii():
         return glyph
     return TABLE.get(ord(glyph), "?")
+
+
+def literal(text: str) -> Content:
+    """A title as one line whose brackets are no markup."""
+    return Content(one_line(text))
+
+
+class ControlFilter(LineFilter):
+    """Drops control characters that a text still holds, so that no escape code of foreign text reaches the terminal.
+
+    Those that it may hold have no width; they are made visible where texts come in, before lines are laid out.
+    """
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        """Transforms one line."""
+        if all(control or text.isprintable() for text, _, control in segments):
+            return segments
+        return [
+            Segment(text if control else "".join(filter(is_safe, text)), style, control)
+            for text, style, control in segments
+        ]
 
 
 class AsciiFilter(LineFilter):

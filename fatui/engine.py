@@ -18,6 +18,7 @@ from attention.models.record import record_of
 from attention.plan import AnyPlan, Assignment
 from attention.report import Peaks
 from fatui import __version__
+from fatui.foreign_text import MAX_SHOWN, cleaned
 
 LINE_LIMIT: Final = 2**26
 PATIENCE_S: Final = 0.5
@@ -105,7 +106,7 @@ class Engine:
             if self.stopped:
                 return
             try:
-                event = on.decode(line)
+                event = cleaned(on.decode(line), MAX_SHOWN)
             except msgspec.DecodeError as error:
                 event = on.Message(level="warning", text=f"a line of the engine could not be read: {error}")
             self._tell(event)

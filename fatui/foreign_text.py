@@ -39,8 +39,13 @@ def one_line(text: str, limit: int | None = None) -> str:
     return " ".join(made.split("\n")) if "\n" in made else made
 
 
+def is_safe(character: str) -> bool:
+    """Whether a character is no control character, and neither hides nor reorders others."""
+    return unicodedata.category(character) not in UNSAFE
+
+
 def _visible(character: str) -> str:
-    if character == "\n" or unicodedata.category(character) not in UNSAFE:
+    if character == "\n" or is_safe(character):
         return character
     return " " if character == "\t" else character.encode("unicode_escape").decode("ascii")
 

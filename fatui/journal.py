@@ -8,6 +8,8 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
+from fatui.foreign_text import clean
+
 Level = Literal["info", "warning", "error"]
 MOST_LINES: Final = 10_000
 
@@ -45,7 +47,7 @@ class Journal:
         at = f"{self._now():%H:%M:%S}"
         self.errors += level == "error"
         for part in text.splitlines() or [""]:
-            self._lines.append(Line(at, level, part))
+            self._lines.append(Line(at, level, clean(part)))
             self.count += 1
 
     def __len__(self) -> int:

@@ -109,7 +109,7 @@ def _grid(columns: list[Column], gap: int, case: AnyCase, width: int) -> Table:
         )
     for index, row in enumerate(case.rows):
         style = STYLES.get(figures.word(row, case), "red" if row.status in ("failed", "inaccurate") else "dim")
-        table.add_row(*(column.cells[index] for column in columns), style=style)
+        table.add_row(*(Text(column.cells[index]) for column in columns), style=style)
     return table
 
 
@@ -154,7 +154,7 @@ def summary_table(report: Report) -> RenderableType:
         table.add_column(head, justify="right")
     for line in report.summary:
         name = shortened(line.implementation)
-        table.add_row(name, figures.speedup_text(line.speedup), str(line.cases), str(line.not_ok or "-"))
+        table.add_row(Text(name), figures.speedup_text(line.speedup), str(line.cases), str(line.not_ok or "-"))
     return Group(title, table)
 
 

@@ -66,6 +66,8 @@ NAMES: Final = tuple(entry.name for entry in CATALOGUE)
 
 def check_name(name: str) -> None:
     """Raises UsageError unless the name is in the catalogue or points at a class of the user's own."""
+    if not name.isprintable():
+        raise UsageError(f"implementation: got {name!r}; a name has no control characters")
     if name not in NAMES and ":" not in name:
         raise UsageError(
             f"implementation: got '{name}'; it takes {', '.join(NAMES)}, or FILE.py:CLASS{suggestion(name, NAMES)}"

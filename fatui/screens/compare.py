@@ -10,6 +10,7 @@ from textual.widgets import Static
 
 from attention.report import Report, Row
 from fatui import actions, compare, figures
+from fatui.ascii import literal
 from fatui.widgets.key_bar import KeyBar
 from fatui.widgets.row_table import Column, Line, RowTable
 from fatui.widgets.status_line import StatusLine
@@ -46,7 +47,8 @@ class Compare(Screen[None]):
         before, after = self._comparison.before.run, self._comparison.after.run
         yield StatusLine()
         with Vertical(classes="pane half") as pane:
-            pane.border_title = f"{before.id} of {_when(before.started)}, then {after.id} of {_when(after.started)}"
+            title = f"{before.id} of {_when(before.started)}, then {after.id} of {_when(after.started)}"
+            pane.border_title = literal(title)
             yield RowTable(COLUMNS, empty=EMPTY, id="changes")
             yield Static("\n".join(self._notes()), markup=False, classes="under")
         yield KeyBar(keys=actions.bar((actions.BACK,), self.app.keys))

@@ -15,6 +15,7 @@ from attention.models.workloads import COMPARED
 from attention.plan import FineTuningPlan, GenerationPlan
 from attention.report import Report
 from fatui import actions
+from fatui.ascii import literal
 from fatui.model_session import ModelSession
 from fatui.status import SPINNER
 from fatui.table import report_table
@@ -192,7 +193,7 @@ class ModelScreen(Screen[None]):
             report = report or session.report()
             number = session.case_number
             label = session.plan.cases[number].label if number is not None else ""
-            self.query_one("#live-pane").border_title = f"Live · {label}" if label else "Live"
+            self.query_one("#live-pane").border_title = literal(f"Live · {label}" if label else "Live")
         else:
             run = self.app.keys[f"{self.NAME}_run"]
             self.query_one("#progress", Static).update(IDLE.format(run=run), layout=False)

@@ -12,6 +12,7 @@ from textual.widgets import Input, Static
 
 from attention.errors import UsageError
 from fatui import actions, presets
+from fatui.foreign_text import clean
 from fatui.widgets.key_bar import KeyBar
 from fatui.widgets.row_table import Column, Line, RowTable
 from fatui.widgets.status_line import StatusLine
@@ -25,6 +26,7 @@ COLUMNS = (
     Column(name="origin", title="", right=False, rank=2),
     Column(name="title", title="title", right=False, rank=3, widest=48),
 )
+MAX_PREVIEW = 20_000
 EMPTY = "There are no presets; one is made from what is set up on the main screen, by 'Save as'."
 
 
@@ -153,8 +155,8 @@ def _line(listed: presets.Listed) -> Line:
 
 def _preview_text(listed: presets.Listed) -> str:
     if listed.preset is None:
-        return "\n".join(["It cannot be used:", "", *listed.problems])
+        return clean("\n".join(["It cannot be used:", "", *listed.problems]), MAX_PREVIEW)
     made = listed.preset
     limit = f"up to {made.seconds:g} s a case; {', '.join(made.implementations)}"
     head = [text for text in (made.title, made.summary, limit, str(listed.source)) if text]
-    return "\n".join([*head, "", presets.to_toml(made)])
+    return clean("\n".join([*head, "", presets.to_toml(made)]), MAX_PREVIEW)

@@ -11,6 +11,7 @@ from textual.widgets import Static
 from attention.plan import Plan
 from attention.report import Case, Row
 from fatui import figures
+from fatui.ascii import literal
 from fatui.histogram import histogram
 
 
@@ -31,7 +32,7 @@ class RowDetails(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         """Yields the figures in two columns, then the samples, then the sentences."""
         with VerticalScroll(classes="dialog") as dialog:
-            dialog.border_title = f"{self._row.implementation} on {self._case.workload.label}"
+            dialog.border_title = literal(f"{self._row.implementation} on {self._case.workload.label}")
             dialog.border_subtitle = "escape closes"
             yield Static("\n".join(figure_lines(self._row, self._case)), markup=False)
             if self._row.samples:

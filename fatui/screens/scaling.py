@@ -10,6 +10,7 @@ from textual.widgets import Static
 
 from attention.report import Report
 from fatui import actions, scaling
+from fatui.ascii import literal
 from fatui.widgets.heat_map import HeatData, HeatMap, say_value
 from fatui.widgets.key_bar import KeyBar
 from fatui.widgets.line_chart import ChartData, LineChart
@@ -88,9 +89,9 @@ class Scaling(Screen[None]):
         logarithmic = scaling.spans_much(lines) if self._logarithmic is None else self._logarithmic
         self.query_one(LineChart).show(ChartData(axis.rstrip("_"), values, lines, logarithmic))
         scale = "logarithmic" if logarithmic else "from 0"
-        self.query_one(
-            "#chart-pane"
-        ).border_title = f"tokens/s over {_said((axis,))}{' · ' + part if part else ''} · {scale}"
+        self.query_one("#chart-pane").border_title = literal(
+            f"tokens/s over {_said((axis,))}{' · ' + part if part else ''} · {scale}"
+        )
         self.query_one("#words", Static).update("\n".join(_crossover_words(lines, axis)))
 
     def _draw_map(self, report: Report, axis: str, axes: tuple[str, ...]) -> None:
@@ -107,7 +108,7 @@ class Scaling(Screen[None]):
         across = tuple(each for each in scaling.values_on(report, axis) if any(each == key[0] for key in rows))
         down = tuple(each for each in scaling.values_on(report, other) if any(each == key[1] for key in rows))
         self.query_one(HeatMap).show(HeatData((axis.rstrip("_"), across), (other.rstrip("_"), down), rows))
-        pane.border_title = f"Speedup of {name} over {report.cases[0].reference}{' · ' + part if part else ''}"
+        pane.border_title = literal(f"Speedup of {name} over {report.cases[0].reference}{' · ' + part if part else ''}")
 
 
 def _in_part(report: Report, axis: str, part: str, value: scaling.Value) -> bool:

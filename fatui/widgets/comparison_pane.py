@@ -8,6 +8,7 @@ from attention.record import summarise
 from attention.report import Report, Summary
 from fatui import comparison_lines as lines_of
 from fatui import figures
+from fatui.ascii import literal
 from fatui.session import Session
 from fatui.widgets.row_table import Line, RowTable
 
@@ -60,7 +61,8 @@ class ComparisonPane(Vertical):
         self.query_one("#finding").set_class(session.phase in ("refused", "failed"), "-bad")
         case = session.case(session.case_number) if session.case_number is not None else None
         label = f"{len(session.plan.cases)} cases" if several else session.plan.cases[0].label
-        self.border_title = f"Comparison · {label}{lines_of.floor_text(case) if case and not several else ''}"
+        floor = lines_of.floor_text(case) if case and not several else ""
+        self.border_title = literal(f"Comparison · {label}{floor}")
 
     def _session_case(self, session: Session, index: int, several: bool) -> list[Line]:
         if session.is_final(index) and index in self._lines:
@@ -91,7 +93,7 @@ class ComparisonPane(Vertical):
             f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
         )
         floor = lines_of.floor_text(report.cases[0]) if len(report.cases) == 1 else ""
-        self.border_title = f"Comparison · {label}{floor}"
+        self.border_title = literal(f"Comparison · {label}{floor}")
 
     def _begin(self, owner: object) -> None:
         if owner is not self._owner:

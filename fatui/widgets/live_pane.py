@@ -7,6 +7,7 @@ from textual.containers import Vertical
 from textual.widgets import Static
 
 from fatui import figures
+from fatui.ascii import literal
 from fatui.comparison_lines import in_step
 from fatui.series import Series
 from fatui.session import AnySession, Session
@@ -54,7 +55,7 @@ class LivePane(Vertical):
         needed = len(trends) + len(drawn) + AROUND
         self._set_least(min(needed, self.app.size.height - AROUND))
         label = session.plan.cases[session.case_number].label if session.case_number is not None else ""
-        self.border_title = f"Live · {label}" if label else "Live"
+        self.border_title = literal(f"Live · {label}" if label else "Live")
 
     def _fit(self, chart: TrendChart, rows: int) -> None:
         share = max(1, rows) + 1

@@ -5,6 +5,7 @@ from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.widgets import Input
 
+from fatui.ascii import literal
 from fatui.journal import Journal
 from fatui.widgets.log_view import LEVELS, LogView
 
@@ -19,6 +20,7 @@ class LogPane(Vertical):
     def __init__(self, journal: Journal, *, id: str) -> None:
         super().__init__(id=id, classes="pane")
         self.journal = journal
+        self._title = ""
 
     def compose(self) -> ComposeResult:
         """Yields the lines; the filter is made when it is asked for."""
@@ -40,8 +42,9 @@ class LogPane(Vertical):
         if view.paused:
             parts.append(f"paused, {view.held_back} held back")
         title = " · ".join(parts)
-        if self.border_title != title:
-            self.border_title = title
+        if self._title != title:
+            self._title = title
+            self.border_title = literal(title)
 
     def toggle_pause(self) -> None:
         """Pauses, or goes on with all that came in meanwhile."""

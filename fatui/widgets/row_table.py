@@ -13,6 +13,8 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
+from fatui.foreign_text import one_line
+
 GAP: Final = 2
 
 
@@ -43,7 +45,8 @@ class Line(Struct, frozen=True, kw_only=True):
 
 
 def clip(text: str, width: int) -> str:
-    """The text, ended by an ellipsis where it is too long."""
+    """The text as one harmless line, ended by an ellipsis where it is too long."""
+    text = one_line(text)
     return text if len(text) <= width else text[: max(0, width - 1)] + "…" if width > 0 else ""
 
 

@@ -12,6 +12,7 @@ from textual.widgets import Static
 from attention.errors import UsageError
 from attention.workload import DTYPES, PASSES, Workload
 from fatui import figures
+from fatui.ascii import literal
 from fatui.draft import AXES, Draft
 from fatui.stops import STOPS, divisors, parse, parse_values, say, say_values
 from fatui.widgets.choice import Choice
@@ -66,7 +67,7 @@ class WorkloadPane(Vertical):
             self.query_one(f"#axis-{name}", Slider).show(values, stops=stops, sweeping=draft.sweeping)
         for name in ("dtype", "mask", "pass_"):
             self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
-        self.border_title = f"Workload · {draft.title()}"
+        self.border_title = literal(f"Workload · {draft.title()}")
         cases = cases_text(draft)
         self._line("cases", cases)
         self.query_one("#workload-cases").set_class(cases.startswith(CANNOT), "-bad")
