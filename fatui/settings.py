@@ -1,5 +1,6 @@
 """What a person set in the config file, and what the app remembers from its last start."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,8 @@ from fatui.draft import Draft
 CONFIG_NAME: Final = "config.toml"
 STATE_NAME: Final = "app.json"
 MAX_FILE_BYTES: Final = 2**20
+KEY: Final = re.compile(r"[A-Za-z0-9_+-]{1,40}|[!-~]")
+"""A key as Textual names it, or its one character."""
 DEFAULT_THEME: Final = "textual-dark"
 
 
@@ -108,7 +111,7 @@ def _take_keys(settings: Settings, table: Any, actions: Mapping[str, str]) -> li
     for action, key in table.items():
         if action not in actions:
             problems.append(f"keys.{action}: no such action{suggestion(action, tuple(actions))}")
-        elif not isinstance(key, str) or not key.strip():
+        elif not isinstance(key, str) or not all(KEY.fullmatch(each.strip()) for each in key.split(",")):
             problems.append(f"keys.{action}: got {key!r}; it takes the name of a key, such as 'r' or 'f5'")
         elif other := _clash(settings, action, key, actions):
             problems.append(f"keys.{action}: '{key}' is also the key of {other}")

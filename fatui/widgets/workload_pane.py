@@ -6,6 +6,7 @@ from typing import Final
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Container, Vertical
+from textual.markup import escape
 from textual.message import Message
 from textual.widgets import Static
 
@@ -78,7 +79,8 @@ class WorkloadPane(Vertical):
         self._line("needs", needs)
         self._line("takes", takes)
         sweep = "End sweep" if self.draft.sweeping else "Sweep"
-        text = BUTTONS.format(run=keys.get("run", ""), sweep=sweep, sweep_key=keys.get("sweep", ""))
+        run, sweep_key = (escape(keys.get(name, "")) for name in ("run", "sweep"))
+        text = BUTTONS.format(run=run, sweep=sweep, sweep_key=sweep_key)
         self._line("buttons", text)
 
     def _line(self, name: str, text: str) -> None:
