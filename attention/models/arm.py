@@ -1,6 +1,7 @@
 """One implementation in the rounds of a model, and what two numbers of layers say of the whole."""
 
 from statistics import median
+from typing import Protocol
 
 import mlx.core as mx
 from msgspec import Struct, field
@@ -33,6 +34,18 @@ class Layers(Struct, frozen=True):
         return many - (self.many - self.unfinished) * self.each(few, many)
 
 
+class ModelRun(Runner, Protocol):
+    """A run of a model, which the clock can repeat from the same state."""
+
+    def prepare(self) -> None:
+        """Restores the state that the next run starts from; outside of any clock.
+
+        Raises:
+            StateChanged: it is not the one that the first run started from.
+        """
+        ...
+
+
 class ModelArm(Arm, kw_only=True, eq=False):
     """Samples the whole model, or two numbers of its layers and estimates it from them.
 
@@ -47,8 +60,9 @@ class ModelArm(Arm, kw_only=True, eq=False):
         peak_bytes: above the base, of the first sample, and the further bytes.
     """
 
+    runner: ModelRun
     implementation: str
-    short: Runner | None
+    short: ModelRun | None
     layers: Layers
     steps: int
     base_bytes: int
@@ -57,11 +71,15 @@ class ModelArm(Arm, kw_only=True, eq=False):
     many_s: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        """Gives a second arm, made from this one, figures of its own."""
+        self.few_s, self.many_s = [*self.few_s], [*self.many_s]
+
     def sample(self) -> None:
         """Adds one sample, in seconds a step."""
         with replaced(self.implementation):
             if self.lead_in:
-                take_sample(self.runner, 1)
+                self._timed(self.runner)
             if self.peak_bytes is None:
                 mx.reset_peak_memory()  # sets the peak to 0, not to what is active
             many = self._timed(self.runner)
@@ -72,7 +90,8 @@ class ModelArm(Arm, kw_only=True, eq=False):
         self.few_s.append(few)
         self.samples.append(self.layers.estimate(few, many) if self.short else many)
 
-    def _timed(self, runner: Runner) -> float:
+    def _timed(self, runner: ModelRun) -> float:
+        runner.prepare()
         return take_sample(runner, 1) / self.steps
 
     @property

@@ -20,6 +20,7 @@ from attention.models.fitting import Needed
 from attention.models.generation import PREFILL_STEP, DecodeRun, PrefillRun, Prompts
 from attention.models.network import Network
 from attention.models.replacing import Calls, replaced
+from attention.models.state import StateChanged, digest_of_weights
 from attention.models.workloads import Generation
 from attention.plan import GenerationPlan
 from attention.report import MIN_ROUNDS
@@ -44,6 +45,8 @@ class Setting(Struct, eq=False):
     base_bytes: int
     further_bytes: int
     lead_in: bool
+    weights: str
+    """Digest of the weights that run."""
     logits: mx.array | None = None
     """The reference's."""
 
@@ -104,7 +107,6 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         if not self._network.made:
             self._teller.progress(f"making {work.model}: {self._network.own_bytes / 2**30:.3g} GiB")
             self._network.make()
-        base = mx.get_active_memory()
         prompts = self._prompts(work)
         many = self._network.layers
         few = max(1, many // 2) if work.estimated else many
@@ -114,9 +116,10 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             layers=Layers(few, many, work.layers, unfinished=int(work.phase == "prefill")),
             run=run(many),
             short=run(few) if work.estimated else None,
-            base_bytes=base,
+            base_bytes=mx.get_active_memory(),
             further_bytes=self._configuration.cache_bytes(work.layers - many, work.batch, work.prompt, work.dtype),
             lead_in=device.backend != "cpu" and work.phase == "prefill",
+            weights=digest_of_weights(self._network.model),
         )
 
     def _prompts(self, work: Generation) -> Prompts:
@@ -143,6 +146,9 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         """The first run, with what is counted and compared in it, and one more to warm up."""
         teller = self._teller
         teller.step(name, "first call")
+        if digest_of_weights(self._network.model) != setting.weights:
+            raise StateChanged("the weights are not those that the first row started with")
+        setting.run.prepare()
         calls = Calls(name)
         with replaced(name):
             started = time.perf_counter()
@@ -155,6 +161,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         self._taken_route(name, self._layer(setting.case), probe())
         if call_s < SLOW_CALL_S or setting.case.phase == "decode":
             teller.step(name, "warm up")
+            setting.run.prepare()
             with replaced(name):
                 started = time.perf_counter()
                 setting.run.wait(setting.run.queue())

@@ -13,6 +13,7 @@ from attention.device import Device, probe
 from attention.models import configuration, text
 from attention.models.network import Network
 from attention.models.replacing import Calls, replaced
+from attention.models.state import StateChanged
 from attention.models.training import fine_tune
 from attention.models.workloads import FineTuning
 from attention.plan import FineTuningPlan
@@ -74,6 +75,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         return self._network
 
     def _train_all(self, names: list[str], work: FineTuning) -> str:
+        self._start: str | None = None
         self._warm_up(work)
         self._began, self._done, self._total = time.perf_counter(), 0, work.iters * len(names) + _iterations_again(work)
         reference, complete = None, True
@@ -99,6 +101,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
     def _train(self, name: str, work: FineTuning) -> bool | None:
         """Fine-tunes with an implementation; says whether all iterations were made, None where it failed."""
         self._teller.step(name, "training")
+        mx.clear_cache()
         calls, base = Calls(name, training=True), mx.get_active_memory()
         mx.reset_peak_memory()  # sets the peak to 0, not to what is active
         try:
@@ -111,7 +114,6 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         self._teller.emit(calls.event(case))
         self._teller.emit(on.MemoryMeasured(case=case, implementation=name, peak_bytes=peak))
         self._taken_route(name, self._layer(work), probe())  # one that chooses on first use knows its path only now
-        mx.clear_cache()
         return complete
 
     def _train_again(self, reference: str, work: FineTuning) -> None:
@@ -127,8 +129,22 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
     def _fine_tune(self, work: FineTuning, iters: int, told: Callable[[float, float], None]) -> bool:
         data = text.sequences(self._tokens, work.seq, least=work.batch)
         return fine_tune(
-            self._network, work, data, iters=iters, seconds=self._plan.seconds, seed=self._plan.seed, told=told
+            self._network,
+            work,
+            data,
+            iters=iters,
+            seconds=self._plan.seconds,
+            seed=self._plan.seed,
+            told=told,
+            begin=self._begin,
         )
+
+    def _begin(self, digest: str) -> None:
+        """Raises StateChanged where a fine-tuning starts from another state than the first one of the case."""
+        if self._start is None:
+            self._start = digest
+        elif digest != self._start:
+            raise StateChanged("weights, optimizer or random numbers are not those that the first row started with")
 
     def _told(self, name: str, iters: int) -> Callable[[float, float], None]:
         count = 0

@@ -35,6 +35,8 @@ class Needed(Struct, frozen=True):
         length = work.prompt + (work.generate if work.phase == "decode" else 0)
         weights = network.layer_bytes
         cache = configuration.cache_bytes(1, work.batch, length, work.dtype)
+        if work.phase == "decode":
+            cache *= 2  # every run works on a copy
         working = configuration.working_bytes(work.batch * min(work.prompt, PREFILL_STEP), work.dtype) + attention_bytes
         return Needed(network.own_bytes - network.layers * weights + working, weights + cache, network.layers)
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import mlx.core as mx
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from attention.models.network import Network
+from attention.models.state import StateChanged, copied, digest_of_caches
 from attention.models.workloads import Generation
 
 PREFILL_STEP: Final = 2048
@@ -48,6 +49,9 @@ class PrefillRun:
         """Binds the model's first layers to the prompts."""
         self._network, self._prompts, self._layers = network, prompts, layers
 
+    def prepare(self) -> None:
+        """Each run makes its own cache: there is nothing to restore."""
+
     def queue(self) -> list[mx.array]:
         """Queues the last step; those before it are waited for, one by one."""
         with self._network.shortened(self._layers) as model:
@@ -68,51 +72,73 @@ class PrefillRun:
 
 
 class DecodeRun:
-    """Makes tokens greedily after the prompts; the next step is queued before a token is read, as mlx-lm does."""
+    """Makes tokens greedily after the prompts; the next step is queued before a token is read, as mlx-lm does.
+
+    Every run works on a copy of the caches that the prompts left. mlx-lm can take tokens back from some caches only: a
+    window that has wrapped and a recurrent state keep what was made.
+    """
 
     def __init__(self, network: Network, cache: list[Any], token: mx.array, steps: int, layers: int) -> None:
         """Binds the model's first layers to a filled cache.
 
         Args:
             network: the model.
-            cache: keys and values of the prompts, which is left as it was found where it can be trimmed.
+            cache: keys and values of the prompts; they are only read.
             token: (batch,), the one to begin with.
             steps: tokens to make.
             layers: how many run.
         """
         self._network, self._cache, self._token = network, cache[:layers], token
         self._steps, self._layers = steps, layers
+        self._digest = digest_of_caches(self._cache)
+        self._fresh: list[Any] | None = None
+
+    def prepare(self) -> None:
+        """Copies the caches for the next run, outside of its clock.
+
+        Raises:
+            StateChanged: the copy differs from what the prompts left.
+        """
+        fresh: list[Any] = copied(self._cache)
+        if digest_of_caches(fresh) != self._digest:
+            raise StateChanged("the caches are not as the prompts left them")
+        self._fresh = fresh
+
+    def _taken(self) -> list[Any]:
+        """The caches of this run, which are nobody else's afterwards."""
+        if self._fresh is None:
+            self.prepare()
+        fresh, self._fresh = self._fresh, None
+        assert fresh is not None
+        return fresh
 
     def queue(self) -> list[mx.array]:
         """Makes all tokens; the last one is read, so that nothing is left to wait for."""
+        cache = self._taken()
         with self._network.shortened(self._layers) as model:
-            token = self._queued(model, self._token)
+            token = _queued(model, cache, self._token)
             for left in reversed(range(self._steps)):
-                following = self._queued(model, token) if left else token
+                following = _queued(model, cache, token) if left else token
                 token.tolist()
                 token = following
-        self._trim(self._steps)
         return [token]
-
-    def _queued(self, model: Any, token: mx.array) -> mx.array:
-        following = mx.argmax(_next_logits(model, self._cache, token), axis=-1)
-        mx.async_eval(following)  # type: ignore[no-untyped-call]
-        return following
-
-    def _trim(self, count: int) -> None:
-        if can_trim_prompt_cache(self._cache):
-            trim_prompt_cache(self._cache, count)
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Nothing is left to wait for."""
 
     def results(self) -> list[mx.array]:
         """Runs one step and returns its logits."""
+        cache = self._taken()
         with self._network.shortened(self._layers) as model:
-            logits = _next_logits(model, self._cache, self._token)
+            logits = _next_logits(model, cache, self._token)
             mx.eval(logits)
-        self._trim(1)
         return [logits]
 
     def peak_bytes(self) -> int | None:
         """Not known here: the rounds measure it."""
+
+
+def _queued(model: Any, cache: list[Any], token: mx.array) -> mx.array:
+    following = mx.argmax(_next_logits(model, cache, token), axis=-1)
+    mx.async_eval(following)  # type: ignore[no-untyped-call]
+    return following

@@ -11,11 +11,13 @@ from typing import Any, Final
 import mlx.core as mx
 import numpy as np
 from mlx.optimizers import Adam
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
-from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from attention.models.network import Network
+from attention.models.state import digest
 from attention.models.text import Sequence
 from attention.models.workloads import FineTuning
 
@@ -46,7 +48,15 @@ class _Teller(TrainingCallback):
 
 
 def fine_tune(
-    network: Network, work: FineTuning, data: list[Sequence], *, iters: int, seconds: float, seed: int, told: Told
+    network: Network,
+    work: FineTuning,
+    data: list[Sequence],
+    *,
+    iters: int,
+    seconds: float,
+    seed: int,
+    told: Told,
+    begin: Callable[[str], None],
 ) -> bool:
     """Trains new LoRA weights from the seed, on the same batches each time; the model is then as it was.
 
@@ -56,6 +66,7 @@ def fine_tune(
         seconds: after the first iteration, which compiles, at whose end the training ends with the iteration.
         seed: of the LoRA weights and of the order of the batches.
         told: takes every iteration.
+        begin: takes a digest of all that the training starts from; it may raise.
 
     Returns whether all iterations were made.
     """
@@ -70,6 +81,7 @@ def fine_tune(
             adapter_file=str(Path(folder) / "adapters.safetensors"),
         )
         optimizer = Adam(learning_rate=LEARNING_RATE)
+        begin(_digest_of_start(network.model, optimizer, data))
         try:
             train(network.model, optimizer, data, args=settings, training_callback=_Teller(told, seconds))
         except OutOfTime:
@@ -77,18 +89,39 @@ def fine_tune(
     return True
 
 
+def _digest_of_start(model: Any, optimizer: Adam, data: list[Sequence]) -> str:
+    """Of weights old and new, the optimizer, both sources of random numbers, and the sequences."""
+    arrays: Any = {"weights": model.parameters(), "optimizer": optimizer.state, "mlx": mx.random.state}
+    named: Any = tree_flatten(arrays)
+    return digest([*named, ("numpy", np.random.get_state()), ("data", data)])
+
+
 @contextlib.contextmanager
 def _lora(model: Any, work: FineTuning, seed: int) -> Iterator[None]:
-    """The model with LoRA weights that learn, and with all others frozen."""
+    """The model with LoRA weights that learn, and with all others frozen; its own modules are put back afterwards.
+
+    mlx-lm's `remove_lora_layers` puts back linear layers alone: experts and embeddings would go on learning.
+    """
+    own = dict(model.named_modules())
     model.freeze()
     mx.random.seed(seed)
-    linear_to_lora_layers(model, work.tuned_layers, {"rank": work.rank, "scale": SCALE, "dropout": 0.0})
-    mx.eval(model.trainable_parameters())
     try:
+        linear_to_lora_layers(model, work.tuned_layers, {"rank": work.rank, "scale": SCALE, "dropout": 0.0})
+        mx.eval(model.trainable_parameters())
         yield
     finally:
-        remove_lora_layers(model)
+        _put_back(model, own)
         model.eval()
+
+
+def _put_back(model: Any, own: dict[str, Any]) -> None:
+    """Puts modules back wherever another one stands now."""
+    now = dict(model.named_modules())
+    replaced = [name for name, module in own.items() if now.get(name) is not module]
+    # A module brings its parts with it.
+    outermost = [name for name in replaced if not any(name.startswith(f"{other}.") for other in replaced)]
+    if outermost:
+        model.update_modules(tree_unflatten([(name, own[name]) for name in outermost]))
 
 
 @contextlib.contextmanager
