@@ -153,7 +153,7 @@ class Poc:
     def _ask(
         self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
     ) -> tuple[Attend, str] | None:
-        """How the kernel is called for a kind of call, and its path; None where it is not. Looked up once for a kind."""
+        """How the kernel is called for a kind of call, and its path; None where it is not. Looked up once."""
         if len(self._attends) >= MOST_KINDS:
             self._attends.clear()
         kernel = _kernel(here())

@@ -1,6 +1,5 @@
 """Every run of a model starts from the same state, whatever its caches and layers are; a run that would not fails."""
 
-from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
