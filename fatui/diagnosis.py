@@ -1,12 +1,14 @@
 """What this machine has for fatui, what is missing, and what to do about it."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
@@ -14,9 +16,11 @@ from msgspec import Struct
 from attention import implementations
 from attention.device import Device, blas, probe
 from attention.errors import NoBackendError
+from attention.files import home
 from attention.roofline import measure_peaks
 from attention.workload import Workload
-from fatui import figures, paths
+from fatui import figures, paths, presets, settings
+from fatui.history import History, HistoryError
 
 BACKENDS: Final = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 COMPILERS: Final = {
@@ -142,11 +146,50 @@ def _first_line(program: str) -> str:
 
 def _folders() -> Iterator[Finding]:
     for topic, folder in (("config", paths.config_dir()), ("data", paths.data_dir()), ("cache", paths.cache_dir())):
-        try:
-            size = figures.size(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
-        except OSError as error:
-            size = str(error.strerror)
-        yield Finding(topic=topic, text=f"{folder} ({size if folder.is_dir() else 'not made yet'})")
+        yield _folder(topic, folder)
+    yield from _settings()
+    yield from _presets()
+    yield from _history()
+
+
+def _folder(topic: str, folder: Path) -> Finding:
+    """A folder with its size; where it cannot be used or made, what to do."""
+    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    if not there.is_dir():
+        return Finding(topic=topic, text=f"{there} is no folder", advice="move it away; nothing can be kept there")
+    if there != folder:
+        advice = None if home().is_dir() else f"set HOME to a folder that exists; there is no {home()}"
+        return Finding(topic=topic, text=f"{folder} (not made yet)", advice=advice)
+    try:
+        size = figures.size(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+    except OSError as error:
+        size = error.strerror or str(error)
+    advice = None if os.access(folder, os.W_OK | os.X_OK) else "it cannot be written: nothing new is kept there"
+    return Finding(topic=topic, text=f"{folder} ({size})", advice=advice)
+
+
+def _settings() -> Iterator[Finding]:
+    """What is wrong with the config file; key names and themes are the app's to check."""
+    content, problem = settings.read_config()
+    unknown = [f"{settings.config_path()}: {settings.unknown(key)}" for key in content if key not in settings.KEYS]
+    for text in [problem] if problem else unknown:
+        yield Finding(topic="config", text=text, advice="mend the file, or move it away")
+
+
+def _presets() -> Iterator[Finding]:
+    for listed in presets.list_presets():
+        for problem in listed.problems:
+            yield Finding(topic="presets", text=problem, advice=f"mend it: fatui presets check {listed.source}")
+
+
+def _history() -> Iterator[Finding]:
+    history = History()
+    try:
+        count = len(history.runs())
+    except HistoryError as error:
+        yield Finding(topic="history", text=str(error), advice="until it can be used, runs are not kept")
+        return
+    yield Finding(topic="history", text=f"{count} run{'s' * (count != 1)}", advice=history.notice)
 
 
 def _speed(device: Device) -> Iterator[Finding]:

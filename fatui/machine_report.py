@@ -8,7 +8,7 @@ from attention.files import home
 from fatui import __version__
 from fatui.diagnosis import Finding, diagnose
 
-PERSONAL: Final = ("config", "data", "cache")
+PERSONAL: Final = ("config", "data", "cache", "presets", "history")
 """Topics whose text is a path."""
 
 

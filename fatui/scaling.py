@@ -96,9 +96,13 @@ def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[Point]]:
     made: dict[str, list[Point]] = {}
     for case in cases:
         for row in case.rows:
-            if row.call_s is not None and row.tokens_per_second is not None and row.status == "ok":
+            if row.call_s is not None and row.tokens_per_second is not None and _sound(row):
                 made.setdefault(row.implementation, []).append(_point(case, axis, row.call_s))
     return made
+
+
+def _sound(row: Row) -> bool:
+    return row.status == "ok" and not row.collecting
 
 
 def _point(case: Case, axis: str, call: Interval) -> Point:

@@ -15,6 +15,7 @@ from fatui.draft import Draft
 CONFIG_NAME: Final = "config.toml"
 STATE_NAME: Final = "app.json"
 MAX_FILE_BYTES: Final = 2**20
+KEYS: Final = ("theme", "ascii", "keys")
 KEY: Final = re.compile(r"[A-Za-z0-9_+-]{1,40}|[!-~]")
 """A key as Textual names it, or its one character."""
 DEFAULT_THEME: Final = "textual-dark"
@@ -72,20 +73,30 @@ def read_settings(actions: Mapping[str, str], themes: tuple[str, ...]) -> Settin
         themes: the themes that there are.
     """
     path = config_path()
-    try:
-        content = parse_toml(read_bounded(path, MAX_FILE_BYTES).decode())
-    except FileNotFoundError:
-        return Settings()
-    except UnicodeDecodeError:
-        return Settings(problems=[f"{path}: it is not UTF-8 text; the defaults are used"])
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        return Settings(problems=[f"{path}: {why}; the defaults are used"])
-    settings = Settings()
+    content, problem = read_config()
+    settings = Settings(problems=[f"{problem}; the defaults are used"] if problem else [])
     for key, value in content.items():
-        problem = _take(settings, key, value, actions, themes)
-        settings.problems.extend(f"{path}: {each}; left as it was" for each in problem)
+        mistakes = _take(settings, key, value, actions, themes)
+        settings.problems.extend(f"{path}: {each}; left as it was" for each in mistakes)
     return settings
+
+
+def read_config() -> tuple[dict[str, Any], str | None]:
+    """The config file as it is, empty where there is none; the second value says why it cannot be read."""
+    path = config_path()
+    try:
+        return parse_toml(read_bounded(path, MAX_FILE_BYTES).decode()), None
+    except FileNotFoundError:
+        return {}, None
+    except UnicodeDecodeError:
+        return {}, f"{path}: it is not UTF-8 text"
+    except (OSError, ValueError) as error:
+        return {}, f"{path}: {(error.strerror if isinstance(error, OSError) else None) or error}"
+
+
+def unknown(key: str) -> str:
+    """What is wrong with a setting that there is not."""
+    return f"{key}: no such setting{suggestion(key, KEYS)}"
 
 
 def _take(settings: Settings, key: str, value: Any, actions: Mapping[str, str], themes: tuple[str, ...]) -> list[str]:
@@ -100,7 +111,7 @@ def _take(settings: Settings, key: str, value: Any, actions: Mapping[str, str], 
     elif key == "keys":
         return _take_keys(settings, value, actions)
     else:
-        return [f"{key}: no such setting{suggestion(key, ('theme', 'ascii', 'keys'))}"]
+        return [unknown(key)]
     return []
 
 

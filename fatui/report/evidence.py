@@ -71,8 +71,8 @@ def newest(cases: Iterable[C]) -> tuple[C, ...]:
 
 
 def sound(case: AnyCase) -> Iterator[Row]:
-    """The rows that claims may rest on: accurate, and with figures."""
-    return (row for row in case.rows if row.status == "ok" and row.call_s is not None)
+    """The rows that claims may rest on: accurate, and with the figures of enough rounds."""
+    return (row for row in case.rows if row.status == "ok" and row.call_s is not None and not row.collecting)
 
 
 def lines(cases: Sequence[AnyCase], name: str) -> list[Line]:
@@ -90,5 +90,5 @@ def compared(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]
 
 
 def unsound(cases: Sequence[AnyCase]) -> list[Line]:
-    """The rows that nothing is claimed from: failed, refused, unsupported, inaccurate."""
-    return [Line(case, row) for case in cases for row in case.rows if row.status != "ok"]
+    """The rows that nothing is claimed from: failed, refused, unsupported, inaccurate, or of too few rounds."""
+    return [Line(case, row) for case in cases for row in case.rows if row.status != "ok" or row.collecting]

@@ -1,11 +1,15 @@
 """Memory beside the inputs and beside the reference, from the passes that measured it alone."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from attention.report import AnyCase, Case
 from fatui import figures
 from fatui.report.document import Block, Finding, Missing, Table, counted
 from fatui.report.evidence import Line, sound
+
+MIN_SHARE: Final = 0.05
+"""A smaller part of the reference's memory, saved or taken on top, is of no consequence."""
 
 
 def memory_table(cases: Sequence[Case], names: Sequence[str]) -> Table:
@@ -25,21 +29,33 @@ def _peak(peak: int | None, inputs: int) -> str:
 
 
 def savings(cases: Sequence[AnyCase], name: str) -> Finding | None:
-    """How much less than the reference an implementation takes, over its cases."""
+    """How much less than the reference an implementation takes over its cases; None where that is next to nothing."""
     found = [(saved, line, whole) for case in cases for saved, line, whole in _saved(case, name)]
     if not found:
         return None
     most, line, whole = max(found, key=lambda each: each[0])
     least, worst, _ = min(found, key=lambda each: each[0])
-    if most <= 0:
+    if most < MIN_SHARE:
         return None
-    peak = f"{figures.size(line.row.peak_bytes)} where {line.case.reference} takes {figures.size(whole)}"
-    text = f"{name} saves up to {figures.percent(most)} of memory: {peak} ({line.case.workload.label})"
-    if least < 0:
-        text += f"; on {worst.case.workload.label} it takes {figures.percent(-least)} more"
-    elif len(found) > 1:
-        text += f"; at least {figures.percent(least)} over {counted(len(found), 'case')}"
+    peak = f"{figures.size(line.row.peak_bytes)} instead of {line.case.reference}'s {figures.size(whole)}"
+    text = f"{name} takes {'up to ' if len(found) > 1 else ''}{_less(most)}: {peak} ({line.case.workload.label})"
+    if least <= -MIN_SHARE:
+        text += f"; on {worst.case.workload.label} it takes {_more(-least)}"
+    elif len(found) > 1 and least >= MIN_SHARE:
+        text += f"; at least {_less(least)} in each of {counted(len(found), 'case')}"
     return Finding(f"{text}.")
+
+
+def _less(share: float) -> str:
+    """A part that is saved in words: a percentage, or a factor beyond 2."""
+    if share >= 1:
+        return "no measurable memory"
+    return f"{f'{figures.three(1 / (1 - share))} times' if share > 0.5 else figures.percent(share)} less memory"
+
+
+def _more(share: float) -> str:
+    """A part that comes on top in words: a percentage, or a factor beyond 2."""
+    return f"{figures.three(1 + share)} times as much" if share > 1 else f"{figures.percent(share)} more"
 
 
 def _saved(case: AnyCase, name: str) -> list[tuple[float, Line, int]]:

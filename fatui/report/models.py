@@ -45,10 +45,17 @@ def _gain(case: AnyCase, name: str) -> Finding | None:
     """A significant speedup, and the time that it saves or costs."""
     for _, ratio in compared([case], name):
         if ratio.significant:
-            less = 1 - 1 / ratio.value
-            time = f"{figures.percent(abs(less))} {'less' if less > 0 else 'more'} time"
-            return Finding(f"{case.workload.label}: {name} is {times(ratio)} {case.reference}, {time}.")
+            return Finding(f"{case.workload.label}: {name} is {times(ratio)} {case.reference}{_time(ratio.value)}.")
     return None
+
+
+def _time(speedup: float) -> str:
+    """What a speedup comes to in time; nothing beyond 2, where the factor itself says it."""
+    if speedup > 2:
+        return ""
+    if speedup < 0.5:
+        return f", it takes {figures.three(1 / speedup)} times as long"
+    return f", {figures.percent(abs(1 - 1 / speedup))} {'less' if speedup > 1 else 'more'} time"
 
 
 def _table(case: ModelCase | FineTuningCase) -> Table:

@@ -15,7 +15,7 @@ def trouble(cases: Sequence[AnyCase]) -> list[Block]:
     total = sum(len(case.rows) for case in cases)
     if not found:
         return [Paragraph(f"All of {counted(total, 'row')} ran and passed the check of their accuracy.")]
-    counts = Counter(line.row.status for line in found)
+    counts = Counter("with too few rounds" if line.row.collecting else line.row.status for line in found)
     told = joined([f"{count} {status}" for status, count in counts.most_common()])
     rows = tuple(
         (line.case.workload.label, line.row.implementation, figures.verdict(line.row, line.case)) for line in found

@@ -3,7 +3,7 @@ import pytest
 from attention import device
 from attention.errors import NoBackendError
 from attention.report import Peaks
-from fatui import diagnosis
+from fatui import diagnosis, paths, settings
 from fatui.cli import main
 
 
@@ -87,3 +87,37 @@ def test_a_report_is_written_for_a_bug_report_and_tells_no_folder(capsys, monkey
 def test_a_report_goes_to_a_folder_that_exists(capsys, tmp_path):
     assert main(["doctor", "--report", str(tmp_path / "none" / "report.md")]) == 2
     assert "--report" in capsys.readouterr().err
+
+
+def advised(topic):
+    return [finding for finding in diagnosis.diagnose(measure=False) if finding.topic == topic and finding.advice]
+
+
+@pytest.mark.parametrize("content", ['theme = "', "colour = 1", "x = " + "[" * 5000])
+def test_a_broken_config_file_is_found(content):
+    settings.config_path().parent.mkdir(parents=True)
+    settings.config_path().write_text(content)
+    (finding,) = advised("config")
+    assert str(settings.config_path()) in finding.text
+
+
+def test_a_broken_preset_is_found():
+    paths.own_presets().mkdir(parents=True)
+    (paths.own_presets() / "mine.toml").write_text("schema = 1")
+    (finding,) = advised("presets")
+    assert "mine.toml: nothing to measure" in finding.text
+
+
+def test_a_data_folder_that_is_a_file_is_found():
+    paths.data_dir().parent.mkdir(parents=True, exist_ok=True)
+    paths.data_dir().write_text("")
+    assert "is no folder" in advised("data")[0].text
+    assert "Not a directory" in advised("history")[0].text
+
+
+def test_a_home_that_does_not_exist_is_found_and_not_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "gone"))
+    for name in ("CONFIG", "DATA", "CACHE"):
+        monkeypatch.delenv(f"XDG_{name}_HOME")
+    assert "set HOME" in (advised("data")[0].advice or "")
+    assert not (tmp_path / "gone").exists()

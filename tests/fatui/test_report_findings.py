@@ -184,11 +184,61 @@ def test_memory_is_compared_with_the_inputs_and_with_the_reference():
         return structs.replace(row, peak_bytes=2**20 if row.implementation == "poc" else 2**22)
 
     document = compose([with_rows(report_of(), change)])
-    assert any(
-        "poc saves up to 75 % of memory: 1 MiB where baseline takes 4 MiB" in t for t in texts(document, "Memory")
-    )
+    assert any(text.startswith("poc takes 4.00 times less memory") for text in texts(document, "Memory"))
     (table,) = blocks(document, Table, "Memory")
     assert table.rows[0][table.heads.index("poc")] == "1 MiB (2.67x)"
+
+
+@pytest.mark.parametrize(
+    ("poc", "expected"),
+    [
+        (2**22 - 20, []),  # 0.0005 % of 4 MiB is no finding
+        (2**22 * 0.97, []),
+        (2**22 * 0.75, ["poc takes 25 % less memory: 3 MiB instead of baseline's 4 MiB"]),
+        (2**22 / 8, ["poc takes 8.00 times less memory: 512 KiB instead of baseline's 4 MiB"]),
+        (2**22 * 34, []),
+    ],
+)
+def test_a_saving_is_told_by_its_consequence(poc, expected):
+    def change(row):
+        return structs.replace(row, peak_bytes=int(poc) if row.implementation == "poc" else 2**22)
+
+    told = texts(compose([with_rows(report_of(), change)]), "Memory")
+    assert [text.partition(" (")[0] for text in told] == expected
+
+
+def test_memory_beyond_twice_the_references_is_a_factor():
+    first, second = report_of(plan_of(SWEEP[:2])).cases
+
+    def with_peaks(case, poc):
+        peaks = {"baseline": 1000, "poc": poc}
+        rows = (structs.replace(row, peak_bytes=peaks.get(row.implementation)) for row in case.rows)
+        return structs.replace(case, rows=tuple(rows))
+
+    report = structs.replace(report_of(), cases=(with_peaks(first, 500), with_peaks(second, 34_000)))
+    (told,) = texts(compose([report]), "Memory")
+    assert told.endswith("on B=1 L=256 D=64 H=8 float16 it takes 34.0 times as much.")
+
+
+def test_nothing_is_claimed_of_rows_that_are_still_collecting():
+    few = with_rows(report_of(plan_of(SWEEP)), lambda row: structs.replace(row, samples=row.samples[:3]))
+    document = compose([few])
+    assert texts(document) == []
+    (table,) = blocks(document, Table, "not claimed")
+    assert len(table.rows) == 4 * len(SWEEP)
+    assert {row[-1] for row in table.rows} == {"collecting 3 of 6"}
+
+
+def test_nothing_is_claimed_without_a_reference_or_of_failed_rows():
+    report = report_of(plan_of(SWEEP))
+    failed = with_rows(report, lambda row: structs.replace(row, status="failed", reason="it broke", speedup=None))
+    assert texts(compose([failed])) == []
+    cases = tuple(
+        structs.replace(case, reference=None, noise_floor=None, rows=(structs.replace(case.rows[1], speedup=None),))
+        for case in report.cases
+    )
+    told = texts(compose([structs.replace(report, cases=cases)]))
+    assert not [text for text in told if "baseline" in text or "faster" in text or "Choose" in text]
 
 
 def test_names_and_paths_cannot_put_markup_into_the_page():
