@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
 import tempfile
-from collections import deque
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -15,7 +16,7 @@ from msgspec import structs
 
 from attention import events as on
 from attention.models.record import record_of
-from attention.plan import AnyPlan, Assignment
+from attention.plan import AnyPlan, Assignment, Plan
 from attention.report import Peaks
 from fatui import __version__
 from fatui.foreign_text import MAX_SHOWN, cleaned
@@ -23,8 +24,52 @@ from fatui.foreign_text import MAX_SHOWN, cleaned
 LINE_LIMIT: Final = 2**26
 PATIENCE_S: Final = 0.5
 """How long a worker may take to end by itself before it is killed."""
-STDERR_LINES: Final = 20
+POLL_S: Final = 0.1
+STDERR_BYTES: Final = 2**16
+"""What is kept of the end of a worker's stderr."""
+SILENCE_S: Final = 30.0
+BUILD_SILENCE_S: Final = 300.0
+"""A compiler says nothing while it is at work."""
+HUNG_S: Final = 600.0
+"""A worker that says nothing for this long hangs, unless its case is so large that a slow call explains it."""
+SLOW_FLOPS_PER_S: Final = 3e7
+"""No implementation is as slow as this."""
+LONGEST_REASON: Final = 300
 Listener = Callable[[on.AnyEvent], None]
+
+
+class Silence:
+    """How long a worker has told nothing, and whether what it does explains that.
+
+    Attributes:
+        heard: when it last told anything, by the clock.
+        step: what it began last, in words.
+        building: the implementation that is being compiled, or an empty string.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.heard = clock()
+        self.step = self.building = ""
+
+    def hear(self, event: on.AnyEvent) -> None:
+        """Take in an event."""
+        self.heard = self._clock()
+        if isinstance(event, on.CaseStarted):
+            self.step = self.building = ""
+        elif isinstance(event, on.StepStarted):
+            self.step = f"{event.implementation}: {event.step}"
+            self.building = event.implementation if event.step == "build" else ""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the worker last told anything."""
+        return self._clock() - self.heard
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether it has lasted longer than what the worker does explains."""
+        return self.seconds >= (BUILD_SILENCE_S if self.building else SILENCE_S)
 
 
 class Engine:
@@ -34,6 +79,7 @@ class Engine:
         record: everything that is known of the run, changed as events arrive.
         stopped: whether stop() was called.
         process_id: the worker's, or None while there is none.
+        silence: how long the worker has told nothing.
     """
 
     def __init__(self, plan: AnyPlan, listener: Listener = lambda event: None, peaks: Peaks | None = None) -> None:
@@ -46,6 +92,9 @@ class Engine:
         self._listener = listener
         self._process: asyncio.subprocess.Process | None = None
         self._culprit: str | None = None
+        self._stopping = asyncio.Event()
+        self._hung: str | None = None
+        self.silence = Silence()
 
     async def run(self) -> None:
         """Runs until all cases are complete, nothing can run, or stop() is called; leaves no process behind."""
@@ -61,10 +110,17 @@ class Engine:
                 self._tell(on.RunRefused(kind="cannot start", reason=f"the engine cannot start: {reason}"))
 
     def stop(self) -> None:
-        """Ends the worker at once; what was measured stays in the record."""
+        """Ends the worker, by force if it has not ended after PATIENCE_S; what was measured stays in the record."""
         self.stopped = True
+        self._stopping.set()
         if self._process is not None:
             _signal_group(self._process, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kills the worker and all it started, at once."""
+        self.stop()
+        if self._process is not None:
+            _signal_group(self._process, signal.SIGKILL)
 
     def _tell(self, event: on.AnyEvent) -> None:
         if isinstance(event, on.RunStarted):
@@ -74,42 +130,97 @@ class Engine:
 
     async def _run_worker(self) -> str:
         """Runs one worker to its end and returns in words how it ended."""
-        with tempfile.TemporaryFile() as mark:
-            process = await self._start(mark.fileno())
-            stderr: deque[str] = deque(maxlen=STDERR_LINES)
+        mark = _mark_file()
+        events, events_end = os.pipe()
+        errors, errors_end = os.pipe()
+        tail = Tail(errors)
+        self._hung = None
+        try:
             try:
-                await asyncio.gather(self._read_events(process), _drain(process, stderr))
+                process = await self._start(mark, events_end, errors_end)
+            finally:
+                os.close(events_end)
+                os.close(errors_end)
+            try:
+                await self._follow(process, events)
             finally:
                 await _end(process)
                 self._process = self.process_id = None
-            self._culprit = _marked(mark.fileno(), self.record.plan.ordered)
-        return _how_it_ended(process.returncode or 0, stderr)
+            self._culprit = _marked(mark, self.record.plan.ordered)
+        finally:
+            tail.close()
+            os.close(mark)
+        return self._hung or _how_it_ended(process.returncode or 0, tail.lines)
 
-    async def _start(self, mark: int) -> asyncio.subprocess.Process:
+    async def _start(self, mark: int, events: int, errors: int) -> asyncio.subprocess.Process:
+        """Starts a worker that tells its events into one pipe and writes its stderr into another.
+
+        The pipes are not asyncio's own: with those, a process counts as running for as long as any child of it,
+        however detached, holds one of them open.
+        """
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "attention.worker", "--mark", str(mark)),
             stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            stdout=events,
+            stderr=errors,
             pass_fds=(mark,),
             start_new_session=True,
-            limit=LINE_LIMIT,
         )
         self._process, self.process_id = process, process.pid
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(self._assignment) + b"\n")
         return process
 
-    async def _read_events(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        async for line in process.stdout:
-            if self.stopped:
+    async def _follow(self, process: asyncio.subprocess.Process, events: int) -> None:
+        """Reads events until the worker closes its stdout, ends, hangs, or is stopped."""
+        reader = asyncio.StreamReader(limit=LINE_LIMIT)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(events, "rb", 0))
+        self.silence = Silence()
+        reading = asyncio.create_task(self._read_events(reader))
+        ended = asyncio.create_task(_wait_for(process))
+        others = (ended, asyncio.create_task(self._stopping.wait()), asyncio.create_task(self._wait_for_hang()))
+        try:
+            await asyncio.wait({reading, *others}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():  # what stands in the pipe is still to be read; a child may hold it open, too
+                await asyncio.wait({reading}, timeout=PATIENCE_S)
+            if reading.done():
+                reading.result()
+        finally:
+            for task in (reading, *others):
+                task.cancel()
+            await asyncio.gather(reading, *others, return_exceptions=True)
+            transport.close()
+
+    async def _read_events(self, reader: asyncio.StreamReader) -> None:
+        while not self.stopped:
+            try:
+                line = await reader.readline()
+            except ValueError:
+                self._tell(on.Message(level="warning", text="a line of the engine was too long, and is left out"))
+                continue
+            if not line:
                 return
             try:
                 event = cleaned(on.decode(line), MAX_SHOWN)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 event = on.Message(level="warning", text=f"a line of the engine could not be read: {error}")
+            self.silence.hear(event)
             self._tell(event)
+
+    async def _wait_for_hang(self) -> None:
+        """Returns once the worker has been silent for so long that it must hang."""
+        while self.silence.seconds < self._longest_silence_s() or self.silence.building:
+            await asyncio.sleep(1)
+        self._hung = f"said nothing for {self.silence.seconds / 60:.0f} minutes, and was ended"
+
+    def _longest_silence_s(self) -> float:
+        """Seconds of silence that the case at work may explain: a round of very slow calls; no limit in models."""
+        plan, case = self.record.plan, self.record.current_case
+        if not isinstance(plan, Plan) or case is None:
+            return math.inf if not isinstance(plan, Plan) else HUNG_S
+        calls = 2 * (len(plan.ordered) + 1)
+        return max(HUNG_S, calls * plan.cases[case].flops / SLOW_FLOPS_PER_S)
 
     def _go_on_after(self, reason: str) -> None:
         """Fails the row that was running, and makes the assignment for the next worker."""
@@ -151,24 +262,72 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         process.stdin.close()
     try:
         async with asyncio.timeout(PATIENCE_S):
-            await process.wait()
+            await _wait_for(process)
     except TimeoutError:
         _signal_group(process, signal.SIGKILL)
-        await process.wait()
+        await _wait_for(process)
     finally:
         _signal_group(process, signal.SIGKILL)
 
 
-async def _drain(process: asyncio.subprocess.Process, lines: deque[str]) -> None:
-    assert process.stderr is not None
-    async for line in process.stderr:
-        lines.append(line.decode(errors="replace").rstrip())
+async def _wait_for(process: asyncio.subprocess.Process) -> None:
+    """Returns once a process has ended, whoever still holds its pipes; asyncio's own wait may need them closed."""
+    while process.returncode is None:
+        await asyncio.sleep(POLL_S)
 
 
-def _how_it_ended(code: int, stderr: deque[str]) -> str:
+class Tail:
+    """Reads a pipe as long as the loop runs, and keeps the end of what came.
+
+    Lines may be of any length, and whoever holds the pipe open is not waited for.
+    """
+
+    def __init__(self, pipe: int) -> None:
+        """Take the end to read from, which close() closes."""
+        self._pipe, self._kept = pipe, bytearray()
+        os.set_blocking(pipe, False)
+        asyncio.get_running_loop().add_reader(pipe, self._read)
+
+    def close(self) -> None:
+        """Read what stands in the pipe, and close it."""
+        asyncio.get_running_loop().remove_reader(self._pipe)
+        for _ in range(STDERR_BYTES // 4096):  # a child that writes on must not keep this going
+            if not self._read():
+                break
+        os.close(self._pipe)
+
+    @property
+    def lines(self) -> list[str]:
+        """The last lines."""
+        return bytes(self._kept).decode(errors="replace").splitlines()
+
+    def _read(self) -> bool:
+        """Take in what stands there; whether that may be not all."""
+        try:
+            chunk = os.read(self._pipe, STDERR_BYTES)
+        except BlockingIOError:
+            return False
+        if not chunk:
+            asyncio.get_running_loop().remove_reader(self._pipe)
+        self._kept += chunk
+        del self._kept[:-STDERR_BYTES]
+        return bool(chunk)
+
+
+def _mark_file() -> int:
+    """A file of one byte, in memory where that can be: a full disk must not cost the mark."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("fatui-mark")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _how_it_ended(code: int, stderr: list[str]) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
         return f"killed by signal {-code} ({name}){hint}"
     last = next((line for line in reversed(stderr) if line.strip()), "")
+    if len(last) > LONGEST_REASON:
+        last = last[: LONGEST_REASON - 1] + "…"
     return f"the engine ended with code {code}" + (f": {last}" if last else "")

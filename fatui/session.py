@@ -17,15 +17,13 @@ from attention import events as on
 from attention.plan import AnyPlan, Plan
 from attention.record import INTERRUPTED, AnyRecord, summarise
 from attention.report import Case, Report, Run
+from fatui.engine import Silence
 from fatui.journal import Journal
 from fatui.narrate import narrate
 from fatui.series import Series
 
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
 ENDED: Final = ("done", "stopped", "refused", "failed")
-SILENCE_S: Final = 30.0
-BUILD_SILENCE_S: Final = 300.0
-"""A compiler says nothing while it is at work."""
 KILL_AFTER_S: Final = 0.6
 """How long after a stop an engine that does not heed it is killed."""
 
@@ -60,7 +58,6 @@ class RunSession(ABC, Generic[P, C]):
         finding: one line that says what came out; empty until the run has ended.
         rounds_s: seconds that the complete cases spent in their rounds.
         once_s: seconds before cases began anew: the first look and the building, which the next run is spared.
-        building: the implementation that is being compiled, or an empty string.
     """
 
     def __init__(
@@ -98,7 +95,7 @@ class RunSession(ABC, Generic[P, C]):
         self._rounds_began: float | None = None
         self._ended: float | None = None
         self.rounds_s = self.once_s = 0.0
-        self.building = ""
+        self._silence = Silence(self._clock)
 
     @property
     def record(self) -> AnyRecord:
@@ -116,14 +113,19 @@ class RunSession(ABC, Generic[P, C]):
         return (self._clock() if self._ended is None else self._ended) - self._began
 
     @property
+    def building(self) -> str:
+        """The implementation that is being compiled, or an empty string."""
+        return self._silence.building
+
+    @property
     def silent_s(self) -> float:
         """Seconds since the engine last told anything; 0 when it has ended."""
-        return self._clock() - self._heard if self.active else 0.0
+        return self._silence.seconds if self.active else 0.0
 
     @property
     def silent(self) -> bool:
         """Whether the engine has said nothing for longer than what it does explains."""
-        return self.silent_s >= (BUILD_SILENCE_S if self.building else SILENCE_S)
+        return self.active and self._silence.unexplained
 
     @property
     def building_s(self) -> float:
@@ -208,7 +210,8 @@ class RunSession(ABC, Generic[P, C]):
         )
 
     def _listen(self, event: on.AnyEvent) -> None:
-        self._heard = self._clock()
+        self._silence.hear(event)
+        self._heard = self._silence.heard
         if self.phase == "starting":
             self.phase = "running"
         self._narrate(event)
@@ -216,7 +219,6 @@ class RunSession(ABC, Generic[P, C]):
             self._begin_case(event.case)
         elif isinstance(event, on.StepStarted):
             self._step_began = self._heard
-            self.building = event.implementation if event.step == "build" else ""
             if event.step == "rounds" and self._rounds_began is None:
                 self._rounds_began = self._heard
         elif isinstance(event, on.RoundsDone):
@@ -244,7 +246,7 @@ class RunSession(ABC, Generic[P, C]):
         else:
             self._routes.clear()
         self.case_number, self._case_began = case, self._heard
-        self.rates, self.building, self._rounds_began = {}, "", None
+        self.rates, self._rounds_began = {}, None
 
     def _follow(self, event: on.RoundsDone) -> None:
         tokens = self.plan.cases[event.case].tokens

@@ -10,6 +10,7 @@ from attention.plan import AnyPlan
 from attention.tuning.news import in_words
 from fatui import figures
 from fatui.cli import tell
+from fatui.engine import Silence
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,6 +29,7 @@ class Narrator:
         self._task = self._bar.add_task("starting", total=1.0, left="…") if self._bar else None
         self._drawn = 0.0
         self._told = ""
+        self._silence_told_s = 0.0
 
     def __enter__(self) -> Self:
         """Shows the bar."""
@@ -58,6 +60,16 @@ class Narrator:
                 self._say(in_words(event))
             case on.Message():
                 self._say(event.text if event.level == "info" else f"{event.level}: {event.text}")
+
+    def tick(self, silence: Silence) -> None:
+        """Says that the engine is silent, the first time and whenever that has lasted twice as long."""
+        if not silence.unexplained:
+            self._silence_told_s = 0.0
+        elif silence.seconds >= 2 * self._silence_told_s:
+            self._silence_told_s = silence.seconds
+            at = f" ({silence.step})" if silence.step else ""
+            lasted = figures.duration(silence.seconds)
+            self._say(f"the engine has been silent for {lasted}{at}; ctrl+c stops it, what was measured stays")
 
     def _draw(self, event: on.Progress) -> None:
         now = time.monotonic()

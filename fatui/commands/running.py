@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import Final
 
 from attention.plan import AnyPlan
 from attention.record import AnyRecord
 from fatui.commands.progress import Narrator
 from fatui.engine import Engine
 
-STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+WATCH_S: Final = 1.0
+STOPPING: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def execute(plan: AnyPlan) -> tuple[AnyRecord, bool]:
@@ -20,17 +22,28 @@ def execute(plan: AnyPlan) -> tuple[AnyRecord, bool]:
         What was measured, and whether it was interrupted.
     """
     with Narrator(plan) as narrator:
-        engine = Engine(plan, narrator.listen)
-        asyncio.run(_run(engine))
-    return engine.record, engine.stopped
+        return asyncio.run(_run(plan, narrator))
 
 
-async def _run(engine: Engine) -> None:
+async def _run(plan: AnyPlan, narrator: Narrator) -> tuple[AnyRecord, bool]:
+    engine = Engine(plan, narrator.listen)
     loop = asyncio.get_running_loop()
     for number in STOPPING:
         with contextlib.suppress(NotImplementedError, RuntimeError):
-            loop.add_signal_handler(number, engine.stop)
-    await engine.run()
+            loop.add_signal_handler(number, lambda: engine.kill() if engine.stopped else engine.stop())
+    watching = asyncio.create_task(_watch(engine, narrator))
+    try:
+        await engine.run()
+    finally:
+        watching.cancel()
+    return engine.record, engine.stopped
+
+
+async def _watch(engine: Engine, narrator: Narrator) -> None:
+    """Lets the narrator tell of a silence, and of the time that passes in it."""
+    while True:
+        await asyncio.sleep(WATCH_S)
+        narrator.tick(engine.silence)
 
 
 @contextlib.contextmanager
