@@ -11,6 +11,7 @@ from attention.measure.clock import shared_calls
 from attention.measure.rounds import Arm
 from attention.plan import Plan
 from attention.roofline import measure_peaks
+from attention.route import checked
 from attention.workload import Workload
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Bench(CaseRunner[Plan]):
         super()._hear(event)
         if isinstance(event, on.Switched):
             workload = self._plan.cases[self._teller.case]
-            route = implementations.get(event.implementation).route(workload, probe())
+            route = checked(implementations.get(event.implementation).route(workload, probe()))
             found = on.RouteFound(case=self._teller.case, implementation=event.implementation, route=route)
             self._teller.emit(found)
 
@@ -57,7 +58,7 @@ class Bench(CaseRunner[Plan]):
         slow = [name for name in names if self._needs_building(name, workload, device)]
         if slow:
             self._first_look([name for name in names if name not in slow], setting)
-            self._build(slow)
+            self._build(slow, workload, device)
             self._measure_peaks(device)  # what was built may know a better one
             self._teller.begin(case)  # all are measured together, anew
         arms = self._arms(names, setting)
@@ -88,14 +89,14 @@ class Bench(CaseRunner[Plan]):
     def _setting(self, workload: Workload, device: Device, count: int) -> "CaseSetting":
         from attention.implementations.runner import make_inputs
         from attention.measure.accuracy import Judge
-        from attention.measure.prepare import CaseSetting
+        from attention.measure.prepare import CaseSetting, SharedInputs
 
         inputs = make_inputs(workload, self._plan.seed)
         sample_s = self._plan.seconds / (ROUNDS_WANTED * (count + 1))
         return CaseSetting(
             workload=workload,
             device=device,
-            inputs=inputs,
+            inputs=SharedInputs(inputs),
             judge=Judge(workload, inputs),
             sample_s=min(max(sample_s, SHORTEST_SAMPLE_S), LONGEST_SAMPLE_S),
             teller=self._teller,
@@ -115,7 +116,7 @@ class Bench(CaseRunner[Plan]):
 
         try:
             return prepare(name, implementations.get(name), setting)
-        except Exception as error:
+        except BaseException as error:  # sys.exit() in a call is a failure of its row
             self._fail(name, error)
             return None
 

@@ -11,11 +11,12 @@ from msgspec import structs
 from attention import events as on
 from attention import implementations
 from attention.device import Device, environment, probe
+from attention.errors import InputsOverwrittenError, UsageError
 from attention.implementations.protocol import NeedsBuilding
 from attention.measure.rounds import Arm, Limits, least_s, run_rounds, set_strides
 from attention.plan import AnyPlan, Assignment
 from attention.report import MIN_ROUNDS
-from attention.route import Route
+from attention.route import Route, checked
 from attention.teller import TELL_EVERY_S, Emit, Teller
 from attention.tuning import news
 from attention.workload import Workload
@@ -23,6 +24,7 @@ from attention.workload import Workload
 P = TypeVar("P", bound=AnyPlan)
 M = TypeVar("M")
 Mark = Callable[[int], None]
+LONGEST_REASON: Final = 300
 LONGER: Final = 1.5
 """A case whose fewest rounds take so many times its seconds says so before they begin."""
 UNMARKED: Final[Mark] = lambda number: None  # noqa: E731
@@ -50,7 +52,8 @@ class CaseRunner(ABC, Generic[P]):
         """
         self._backend = (device := probe()).backend
         for name in self._plan.ordered:
-            implementations.get(name)
+            self._load(name)
+        self._teller.at_rest()
         self._teller.emit(on.RunStarted(environment=environment(device)))
         self._prepare_all(device)
         with news.heard_by(self._hear):
@@ -58,6 +61,20 @@ class CaseRunner(ABC, Generic[P]):
                 self._teller.begin(case)
                 self._teller.end(self._run_case(case))
         self._teller.emit(on.RunDone())
+
+    def _load(self, name: str) -> None:
+        """Loads an implementation; one of the user's own may raise anything, or end the process.
+
+        Raises:
+            UsageError: it cannot be loaded.
+        """
+        self._teller.at_work(name)
+        try:
+            implementations.get(name)
+        except BaseException as error:
+            if name in implementations.NAMES or isinstance(error, UsageError):
+                raise
+            raise UsageError(f"implementation: '{name}' cannot be loaded: {_in_a_line(error)}") from error
 
     def _hear(self, event: on.TuningEvent | on.Message) -> None:
         """Passes on what an implementation that chooses among others tells of it."""
@@ -77,8 +94,8 @@ class CaseRunner(ABC, Generic[P]):
         """Tells an implementation's route; where it fails or does not take the workload, ends its row: None."""
         self._teller.at_work(name)
         try:
-            route = implementations.get(name).route(workload, device)
-        except Exception as error:
+            route = checked(implementations.get(name).route(workload, device))
+        except BaseException as error:
             self._fail(name, error)
             return None
         self._teller.emit(on.RouteFound(case=self._teller.case, implementation=name, route=route))
@@ -101,7 +118,7 @@ class CaseRunner(ABC, Generic[P]):
         implementation = implementations.get(name)
         return isinstance(implementation, NeedsBuilding) and implementation.needs_building(workload, device)
 
-    def _build(self, names: Sequence[str]) -> None:
+    def _build(self, names: Sequence[str], workload: Workload, device: Device) -> None:
         """Lets implementations compile, outside every clock but their own."""
         for name in names:
             implementation = implementations.get(name)
@@ -110,7 +127,9 @@ class CaseRunner(ABC, Generic[P]):
             started = time.perf_counter()
             implementation.build(self._teller.say)
             seconds = time.perf_counter() - started
-            if seconds > TELL_EVERY_S:
+            if implementation.needs_building(workload, device):
+                self._teller.say(f"{name}: built in {seconds:.0f} s, but it could not be kept")
+            elif seconds > TELL_EVERY_S:
                 self._teller.say(f"{name}: ready after {seconds:.0f} s, and kept for the next time")
         self._teller.at_rest()
 
@@ -139,6 +158,7 @@ class CaseRunner(ABC, Generic[P]):
                 before=lambda arm: self._at_work(reference if arm is again else arm, rows),
                 failed=lambda arm, error: self._lose(arm, error, rows),
                 after=stream.take,
+                catch=BaseException,  # this process is the worker's own: sys.exit() in a call is a failure of its row
             )
         finally:
             stream.flush()
@@ -151,22 +171,32 @@ class CaseRunner(ABC, Generic[P]):
         else:
             self._teller.at_rest()
 
-    def _lose(self, arm: Arm, error: Exception, rows: set[int]) -> None:
+    def _lose(self, arm: Arm, error: BaseException, rows: set[int]) -> None:
         if id(arm) in rows:
             self._fail(arm.name, error)
         else:
-            self._teller.say(f"{arm.name} could not be measured any further: {type(error).__name__}: {error}")
+            self._teller.say(f"{arm.name} could not be measured any further: {_in_a_line(error)}")
 
     def _tell_of(self, arm: Arm) -> None:
         """Tells what else an arm knows when the rounds are over."""
 
-    def _fail(self, name: str, error: Exception) -> None:
-        """Ends a row; raises DeviceUncertain where a failure may have broken the device for the others too."""
-        first_line = next(iter(str(error).splitlines()), "")
-        self._teller.end_row(name, "failed", f"{type(error).__name__}: {first_line}".rstrip(": "))
-        if self._backend == "cuda" and isinstance(error, RuntimeError):
+    def _fail(self, name: str, error: BaseException) -> None:
+        """Ends a row; raises DeviceUncertain where the device or the inputs may be broken for the others too."""
+        self._teller.end_row(name, "failed", _in_a_line(error))
+        broken = self._backend == "cuda" and isinstance(error, RuntimeError)
+        if broken or isinstance(error, InputsOverwrittenError):
             self._teller.emit(on.WorkerUnusable(case=self._teller.case))
             raise DeviceUncertain from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    """An exception's type and the first line of its text, of at most LONGEST_REASON characters."""
+    try:
+        text = next(iter(str(error).splitlines()), "")
+    except Exception:  # its own __str__ may fail
+        text = ""
+    line = f"{type(error).__name__}: {text}".rstrip(": ")
+    return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 1] + "…"
 
 
 class SampleStream:

@@ -33,3 +33,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+class InputsOverwrittenError(RuntimeError):
+    """An implementation wrote into memory that all implementations of a case share."""

@@ -262,8 +262,19 @@ _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
 
 def encode(event: AnyEvent) -> bytes:
-    """Writes an event as one line of JSON."""
-    return _encoder.encode(event) + b"\n"
+    """Writes an event as one line of JSON; what is no valid text in it is replaced."""
+    try:
+        return _encoder.encode(event) + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, in an exception's text, say
+        return _encoder.encode(_valid(msgspec.to_builtins(event))) + b"\n"
+
+
+def _valid(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, dict):
+        return {_valid(name): _valid(each) for name, each in value.items()}
+    return [_valid(each) for each in value] if isinstance(value, list) else value
 
 
 def decode(line: bytes) -> AnyEvent:

@@ -2,7 +2,9 @@
 
 from typing import Final
 
-from msgspec import Struct
+from msgspec import Struct, ValidationError, convert, structs
+
+LONGEST_PATH: Final = 22
 
 
 class Needs(Struct, frozen=True, kw_only=True):
@@ -39,3 +41,22 @@ class Route(Struct, frozen=True, kw_only=True):
 def unsupported(reason: str) -> Route:
     """A route for what an implementation does not take."""
     return Route(path="-", fused=False, reason=reason, supported=False)
+
+
+def checked(route: object) -> Route:
+    """Return what an implementation gave as its route, with a path that fits its column.
+
+    Raises:
+        TypeError: it is no route, or one whose fields are of other types than they should be.
+    """
+    if not isinstance(route, Route):
+        raise TypeError(f"route() returned {type(route).__name__}; it must return an attention.route.Route")
+    try:
+        made = convert(structs.asdict(route), Route)
+    except ValidationError as error:
+        raise TypeError(f"route() returned a Route with a wrong field: {error}") from None
+    if made.predicted_bytes is not None and made.predicted_bytes < 0:
+        raise TypeError(f"route() returned a Route that predicts {made.predicted_bytes} bytes")
+    if len(made.path) > LONGEST_PATH:
+        made = structs.replace(made, path=made.path[: LONGEST_PATH - 1] + "…")
+    return made

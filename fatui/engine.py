@@ -212,7 +212,7 @@ class Engine:
         """Returns once the worker has been silent for so long that it must hang."""
         while self.silence.seconds < self._longest_silence_s() or self.silence.building:
             await asyncio.sleep(1)
-        self._hung = f"said nothing for {self.silence.seconds / 60:.0f} minutes, and was ended"
+        self._hung = f"said nothing for {self.silence.seconds:.0f} s, and was ended"
 
     def _longest_silence_s(self) -> float:
         """Seconds of silence that the case at work may explain: a round of very slow calls; no limit in models."""

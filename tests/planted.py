@@ -2,10 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from attention.case_runner import CaseRunner
 from attention.device import Device
@@ -202,3 +206,80 @@ class SlowerATenthOfAPercent(Slower5Percent):
     """The baseline, and a thousandth of its time more."""
 
     share = 0.001
+
+
+class IgnoresSignals(Planted):
+    """Does not end on SIGTERM, and never returns."""
+
+    def before_call(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            time.sleep(1)
+
+
+class Pauses(Planted):
+    """Stops its own process."""
+
+    def before_call(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class LeavesAChild(Planted):
+    """Starts a process that outlives it for a while and holds its pipes open."""
+
+    def before_call(self) -> None:
+        if self.calls == 1:
+            subprocess.Popen(["sleep", "20"], start_new_session=True)
+
+
+class WritesALongLine(Planted):
+    """Writes more into stderr than a line may have."""
+
+    def before_call(self) -> None:
+        if self.calls == 1:
+            os.write(2, b"x" * (65 << 20))
+
+
+class ChangesItsInputs(Planted):
+    """Scales the query in place, as many do by mistake."""
+
+    def __call__(self, q: mx.array, *arrays: mx.array, **options: Any) -> mx.array:
+        q *= 2.0
+        return super().__call__(q, *arrays, **options)
+
+
+class WritesIntoMemory(Planted):
+    """Writes zeros into the memory of the query, which others read too."""
+
+    def __call__(self, q: mx.array, *arrays: mx.array, **options: Any) -> mx.array:
+        np.array(q, copy=False)[:] = 0
+        return super().__call__(q, *arrays, **options)
+
+
+class HasNoRoute(Planted):
+    """Forgets to return its route."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        return None  # type: ignore[return-value]
+
+
+class Exits(Planted):
+    """Leaves by sys.exit, once the rounds have begun."""
+
+    def before_call(self) -> None:
+        if self.calls == 40:
+            sys.exit(0)
+
+
+class RaisesNoText(Planted):
+    """Raises with a text that UTF-8 does not have."""
+
+    def before_call(self) -> None:
+        raise ValueError("\udcff bad")
+
+
+class ReturnsNothing(Planted):
+    """Forgets to return its output."""
+
+    def change(self, output: mx.array) -> mx.array:
+        return None  # type: ignore[return-value]

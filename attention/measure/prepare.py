@@ -2,22 +2,23 @@
 
 import math
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import Final, cast
 
+import mlx.core as mx
 from msgspec import Struct
 
 from attention import events as on
 from attention.device import Device
+from attention.errors import InputsOverwrittenError
 from attention.implementations.protocol import Implementation, Runner
 from attention.implementations.runner import runner_for
 from attention.measure.accuracy import Judge
 from attention.measure.clock import latency, warm_up
 from attention.measure.rounds import Arm
+from attention.route import checked
 from attention.teller import Teller
 from attention.workload import Workload
-
-if TYPE_CHECKING:
-    import mlx.core as mx
 
 SLOW_CALL_S: Final = 0.5
 """A call that takes this long needs no warm-up beyond the calls before it."""
@@ -25,12 +26,54 @@ WARM_UP_S: Final = {"cpu": 0.03, "metal": 0.25, "cuda": 0.25}
 LATENCY_S: Final = 0.1
 
 
+class SharedInputs:
+    """The inputs of a case, in memory that all its implementations share, and what they held when they were made.
+
+    Attributes:
+        arrays: q, k, v, and in training the output's gradient, evaluated.
+    """
+
+    def __init__(self, arrays: list[mx.array]) -> None:
+        self.arrays = arrays
+        self._held = [_fingerprint(array) for array in arrays]
+
+    def views(self) -> list[mx.array]:
+        """Return arrays of their own on the same memory: `q *= scale` in an implementation changes only its own."""
+        return views_of(self.arrays)
+
+    def check(self, views: Sequence[mx.array]) -> None:
+        """Check that an implementation has left its views, and the memory below them, as they were.
+
+        Raises:
+            InputsOverwrittenError: the shared memory was written into.
+            ValueError: only the views were changed.
+        """
+        text = "it wrote into its inputs; q, k and v must be left as they are"
+        if self._held != [_fingerprint(array) for array in self.arrays]:
+            raise InputsOverwrittenError(text)
+        if self._held != [_fingerprint(view) for view in views]:
+            raise ValueError(text)
+
+
+def views_of(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Return other arrays on the same memory."""
+    views = [array[...] for array in arrays]
+    mx.eval(views)
+    return views
+
+
+def _fingerprint(array: mx.array) -> int:
+    """Sum an array's bits, modulo 2^32; without a copy, and on the device."""
+    bits = mx.view(array, mx.uint32 if array.dtype == mx.float32 else mx.uint16)
+    return cast("int", mx.sum(bits).item())
+
+
 class CaseSetting(Struct, frozen=True, kw_only=True, eq=False):
     """What all implementations of a case share."""
 
     workload: Workload
     device: Device
-    inputs: "list[mx.array]"
+    inputs: "SharedInputs"
     judge: Judge
     sample_s: float
     """Seconds that one sample should last."""
@@ -44,8 +87,10 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
         Exception: whatever the implementation raises.
     """
     setting.teller.at_work(name)  # one that chooses among others tries them while it is bound
-    runner = _bind(implementation, setting, setting.inputs)
+    inputs = setting.inputs.views()
+    runner = _bind(implementation, setting, inputs)
     results, call_s = _first_call(name, runner, setting)
+    setting.inputs.check(inputs)
     _check(name, implementation, results, setting)
     del results
     _tell_route_again(name, implementation, setting)
@@ -56,28 +101,39 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     setting.teller.emit(on.MemoryMeasured(case=setting.teller.case, implementation=name, peak_bytes=peak))
     if call_s < SLOW_CALL_S:
         call_s = _settle(name, runner, call_s, setting)
+    setting.inputs.check(inputs)
     return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu")
 
 
-def _bind(implementation: Implementation, setting: CaseSetting, inputs: "list[mx.array]") -> Runner:
+def _bind(implementation: Implementation, setting: CaseSetting, inputs: list[mx.array]) -> Runner:
     return runner_for(implementation, setting.workload, inputs, setting.workload.scale)
 
 
-def _first_call(name: str, runner: Runner, setting: CaseSetting) -> "tuple[list[mx.array], float]":
+def _first_call(name: str, runner: Runner, setting: CaseSetting) -> tuple[list[mx.array], float]:
     """Returns what the very first call computed, and the seconds it took."""
     setting.teller.step(name, "first call")
     started = time.perf_counter()
     results = runner.results()
     seconds = time.perf_counter() - started
+    _check_output(results[0], setting.workload)
     setting.teller.emit(on.FirstCall(case=setting.teller.case, implementation=name, seconds=seconds))
     return results, seconds
 
 
-def _check(name: str, implementation: Implementation, results: "list[mx.array]", setting: CaseSetting) -> None:
+def _check_output(output: object, workload: Workload) -> None:
+    """Raises TypeError or ValueError, in one line, for what cannot be an attention output."""
+    if not isinstance(output, mx.array):
+        raise TypeError(f"it returned {type(output).__name__}; an MLX array is expected")
+    shape = (workload.batch, workload.heads, workload.seq, workload.value_dim)
+    if output.shape != shape:
+        raise ValueError(f"it returned an array of shape {output.shape}; {shape} is expected")
+
+
+def _check(name: str, implementation: Implementation, results: list[mx.array], setting: CaseSetting) -> None:
     """Compares the results with float64, and tells."""
     teller, judge = setting.teller, setting.judge
     teller.step(name, "accuracy")
-    of_rows = _bind(implementation, setting, judge.row_inputs).results() if judge.row_inputs else None
+    of_rows = _bind(implementation, setting, views_of(judge.row_inputs)).results() if judge.row_inputs else None
     judgement = judge.check(results, of_rows)
     teller.emit(
         on.Checked(
@@ -98,7 +154,7 @@ def _finite(value: float) -> float | None:
 
 def _tell_route_again(name: str, implementation: Implementation, setting: CaseSetting) -> None:
     """An implementation that chooses on first use knows its path only now."""
-    route = implementation.route(setting.workload, setting.device)
+    route = checked(implementation.route(setting.workload, setting.device))
     setting.teller.emit(on.RouteFound(case=setting.teller.case, implementation=name, route=route))
 
 

@@ -94,8 +94,9 @@ def run_rounds(
     *,
     seed: int,
     before: Callable[[Arm], None],
-    failed: Callable[[Arm, Exception], None],
+    failed: Callable[[Arm, BaseException], None],
     after: Callable[[list[Arm]], str | None],
+    catch: type[BaseException] = Exception,
     clock: Clock = time.perf_counter,
 ) -> str:
     """Takes samples round by round; the first arm is the reference.
@@ -107,6 +108,7 @@ def run_rounds(
         before: called before each sample.
         failed: called with an arm that raised, and what it raised.
         after: called with the arms that are still in, after each round; it may take some out, or say why to stop.
+        catch: what counts as an arm's failure when it is raised.
         clock: in seconds.
 
     Returns:
@@ -125,7 +127,7 @@ def run_rounds(
                 before(arm)
                 try:
                     arm.sample()
-                except Exception as error:  # whatever an implementation raises is its own row's failure
+                except catch as error:  # whatever an implementation raises is its own row's failure
                     arms.remove(arm)
                     failed(arm, error)
         told = after(arms)

@@ -70,7 +70,8 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         setting = self._shared(names, lambda: self._setting(work, device))
         if setting is None:
             return "failed"
-        self._build([name for name in names if self._needs_building(name, self._layer(work), device)])
+        layer = self._layer(work)
+        self._build([name for name in names if self._needs_building(name, layer, device)], layer, device)
         if work.phase == "prefill" and not work.estimated and work.layers > ADVISED_LAYERS:
             self._look_ahead(work, len(names))
         arms: list[ModelArm] = []

@@ -45,7 +45,8 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
             return "nothing to run"
         if self._shared(names, self._made_network) is None:
             return "failed"
-        self._build([name for name in names if self._needs_building(name, self._layer(work), device)])
+        layer = self._layer(work)
+        self._build([name for name in names if self._needs_building(name, layer, device)], layer, device)
         return self._train_all(names, work)
 
     def _layer(self, work: FineTuning) -> Workload:

@@ -96,7 +96,7 @@ class Sighting:
             self.fail(arm, error)
             return None
 
-    def fail(self, arm: Arm, error: Exception) -> None:
+    def fail(self, arm: Arm, error: BaseException) -> None:
         """Remembers that a candidate raised."""
         self.failed[arm.name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 

@@ -15,7 +15,8 @@ from attention import events as on
 from attention.plan import Plan
 from attention.report import Case, Peaks, Row
 from attention.workload import Workload
-from fatui.engine import Engine
+from fatui import engine as engine_module
+from fatui.engine import Engine, Silence
 
 PLANTED = Path(__file__).parents[1] / "planted.py"
 PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
@@ -59,7 +60,15 @@ def test_a_worker_that_dies_costs_one_row_and_the_others_go_on(planted: str, rea
 
 @pytest.mark.parametrize(
     ("planted", "reason"),
-    [("Raises", "RuntimeError: planted failure"), ("RaisesInRounds", "RuntimeError: planted late")],
+    [
+        ("Raises", "RuntimeError: planted failure"),
+        ("RaisesInRounds", "RuntimeError: planted late"),
+        ("Exits", "SystemExit: 0"),
+        ("RaisesNoText", "ValueError: ? bad"),
+        ("HasNoRoute", "TypeError: route() returned NoneType; it must return an attention.route.Route"),
+        ("ReturnsNothing", "TypeError: it returned NoneType; an MLX array is expected"),
+        ("ChangesItsInputs", "ValueError: it wrote into its inputs; q, k and v must be left as they are"),
+    ],
 )
 def test_an_exception_costs_one_row_without_a_new_worker(planted: str, reason: str) -> None:
     engine = run(plan(planted))
@@ -80,6 +89,22 @@ def test_a_broken_gpu_costs_one_row_and_the_others_go_on_in_a_new_process() -> N
         assert row(case, "baseline").status == "ok"
     assert "illegal memory access" in (row(engine.record.case(0), "BreaksTheGpu").reason or "")
     assert sum(isinstance(event, on.RunStarted) for event in heard) == 3  # a new process after each failure
+
+
+def test_writing_into_shared_memory_costs_the_writers_row_alone() -> None:
+    engine = run(plan("WritesIntoMemory", "Planted"))
+    case = engine.record.case(0)
+    assert row(case, "WritesIntoMemory").status == "failed"
+    assert "it wrote into its inputs" in (row(case, "WritesIntoMemory").reason or "")
+    assert [row(case, name).status for name in ("baseline", "Planted")] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("planted", ["LeavesAChild", "WritesALongLine"])
+def test_what_hangs_on_stderr_is_not_waited_for(planted: str) -> None:
+    started = time.perf_counter()
+    case = run(plan(planted)).record.case(0)
+    assert [each.status for each in case.rows] == ["ok", "ok"]
+    assert time.perf_counter() - started < 20
 
 
 @pytest.mark.gpu
@@ -162,10 +187,11 @@ def test_stopping_ends_the_worker_within_a_second_and_keeps_what_was_measured() 
     assert row(engine.record.case(0), "baseline").stopped_by == "interrupted"
 
 
-def test_stopping_ends_a_worker_that_is_stuck_in_a_call() -> None:
-    engine = Engine(plan("Stuck"), peaks=PEAKS)
+@pytest.mark.parametrize("planted", ["Stuck", "IgnoresSignals", "Pauses"])
+def test_stopping_ends_a_worker_that_is_stuck_in_a_call(planted: str) -> None:
+    engine = Engine(plan(planted), peaks=PEAKS)
     took = asyncio.run(_stop_when(engine, on.StepStarted))
-    assert took < 1
+    assert took < 2
     assert engine.process_id is None
 
 
@@ -184,6 +210,26 @@ def test_a_worker_killed_from_outside_in_mid_run_is_told_and_replaced() -> None:
     statuses = sorted(row.status for row in engine.record.case(0).rows)
     assert statuses == ["failed", "ok"]
     assert engine.record.done
+
+
+def test_a_hung_worker_is_ended_and_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "HUNG_S", 3.0)
+    case = run(plan("IgnoresSignals")).record.case(0)
+    assert row(case, "baseline").status == "ok"
+    assert row(case, "IgnoresSignals").status == "failed"
+    assert row(case, "IgnoresSignals").reason.startswith("said nothing for ")
+
+
+def test_a_silence_is_unexplained_after_half_a_minute_unless_something_is_built() -> None:
+    now = 0.0
+    silence = Silence(lambda: now)
+    silence.hear(on.StepStarted(case=0, implementation="poc", step="build"))
+    now = 200.0
+    assert (silence.seconds, silence.building, silence.unexplained) == (200, "poc", False)
+    silence.hear(on.StepStarted(case=0, implementation="poc", step="first call"))
+    now = 231.0
+    assert silence.unexplained
+    assert silence.step == "poc: first call"
 
 
 async def _stop_when(engine: Engine, kind: type[on.Event]) -> float:
