@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TextIO
 
 from fatui import __version__  # nothing of the engine: --help is to be there at once
 
@@ -58,6 +58,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code; stdout carries results only, stderr the rest."""
+    if not _fill_closed_streams():
+        tell("cannot write the results: stdout is closed")
+        return FAILED
     for stream in (sys.stdout, sys.stderr):
         # Where the terminal's encoding has no ±, it prints a question mark and goes on.
         with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -75,8 +78,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _fill_closed_streams() -> bool:
+    """Opens /dev/null where a standard stream is closed, lest a file gets its number; whether stdout was open."""
+    was_open = sys.stdout is not None
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    return was_open
+
+
 def tell(problem: object) -> None:
     """Writes one line to stderr, foreign text in it made harmless."""
+    if sys.stderr is None:
+        return
     from fatui.foreign_text import MAX_SHOWN, one_line
 
     with contextlib.suppress(OSError):
@@ -140,8 +156,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _open_app(arguments: list[str]) -> int:
     given = _app_parser().parse_all(arguments)
-    if given.preset:
+    if given.preset is not None:
         _check_preset(given.preset)
+    if not (_is_terminal(sys.stdin) and _is_terminal(sys.stdout)) or os.environ.get("TERM") == "dumb":
+        from attention.errors import UsageError
+
+        raise UsageError("the app needs a terminal; try `fatui bench`, which needs none")
     try:
         from fatui.app import run_app  # type: ignore[import-not-found,unused-ignore]
     except ModuleNotFoundError as error:
@@ -151,6 +171,10 @@ def _open_app(arguments: list[str]) -> int:
 
         raise UsageError("the app is not there yet; `fatui bench` measures without it") from None
     return int(run_app(given.preset, given.run, given.ascii))
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 def _app_parser() -> Parser:

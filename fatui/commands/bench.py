@@ -50,7 +50,7 @@ def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery
     from fatui.presets import load
 
     mistakes = asking.Mistakes()
-    preset = mistakes.catch(lambda: load(arguments.preset or DEFAULT_PRESET)) or load(DEFAULT_PRESET)
+    preset = mistakes.catch(lambda: load(preset_name(arguments))) or load(DEFAULT_PRESET)
     cases = mistakes.catch(lambda: options.overridden(preset.cases, options.given_values(arguments)))
     names = mistakes.catch(lambda: options.implementations(arguments.impl, preset))
     seconds = mistakes.catch(lambda: asking.seconds_of(arguments.seconds, preset.seconds))
@@ -68,6 +68,11 @@ def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery
     return plan, preset, deliveries or []
 
 
+def preset_name(arguments: argparse.Namespace) -> str:
+    """The preset that was named; an empty name is not none."""
+    return DEFAULT_PRESET if arguments.preset is None else str(arguments.preset)
+
+
 def _command(arguments: argparse.Namespace, preset: "Preset") -> str:
     from fatui.commands.options import given_values
     from fatui.reproduce import bench_command
@@ -78,4 +83,6 @@ def _command(arguments: argparse.Namespace, preset: "Preset") -> str:
         "memory-limit": arguments.memory_limit,
         "force": arguments.force,
     }
-    return bench_command(arguments.preset or preset.name, given_values(arguments), further)
+    return bench_command(
+        preset.name if arguments.preset is None else arguments.preset, given_values(arguments), further
+    )

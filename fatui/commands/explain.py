@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fatui.commands.printing import show
     from fatui.presets import load
 
-    preset = load(arguments.preset or "quick")
+    preset = load("quick" if arguments.preset is None else arguments.preset)
     cases = overridden(preset.cases, given_values(arguments))
     names = implementations(arguments.impl, preset) if arguments.impl or arguments.preset else _all()
     device = probe()

@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         wanted = "a file" if arguments.action == "add" else "a run's id, or 'last'"
         raise UsageError(f"history {arguments.action}: it takes {wanted}")
     if arguments.action == "list" and arguments.id is not None:
+        raise UsageError(f"history list: it takes nothing further, got '{arguments.id}'; `show ID` shows a run")
+    if arguments.action == "list" and arguments.id is not None:
         raise UsageError(f"history list: got '{arguments.id}'; it takes nothing more")
     history = History()
     try:

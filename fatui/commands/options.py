@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from attention.errors import UsageError
-from attention.workload import Workload
+from attention.workload import LARGEST, Workload
 from fatui.preset_format import FIELDS, MOST_CASES, Preset, checked_names, workloads
 from fatui.preset_writing import given_fields
+from fatui.stops import parse
 
 Values = dict[str, list[Any]]
 HELP: Final = {
@@ -27,7 +28,7 @@ LONGEST_SHOWN: Final = 40
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
     """Adds one option for each field of a workload, and --impl."""
-    group = parser.add_argument_group("workload", "each takes one value, or several with commas between: a sweep")
+    group = parser.add_argument_group("workload", "each takes one value, or several with commas: a sweep; 4k is 4096")
     for name in FIELDS:
         group.add_argument(f"--{name.replace('_', '-')}", dest=f"field_{name}", metavar="A,B", help=HELP[name])
     parser.add_argument("--impl", metavar="A,B", help="implementations: names, or FILE.py:CLASS for one of your own")
@@ -36,16 +37,18 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
 def given_values(arguments: argparse.Namespace) -> Values:
     """The fields that options give, each with its values."""
     texts = {name: getattr(arguments, f"field_{name}") for name in FIELDS}
-    return {name: _values(text) for name, text in texts.items() if text is not None}
+    return {name: _values(text, name) for name, text in texts.items() if text is not None}
 
 
-def _values(text: str) -> list[Any]:
-    return [_number_or_text(part.strip()) for part in text.split(",")]
+def _values(text: str, name: str) -> list[Any]:
+    return [_number_or_text(part.strip(), name) for part in text.split(",")]
 
 
-def _number_or_text(text: str) -> int | str:
+def _number_or_text(text: str, name: str) -> int | str:
     shown = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
     try:
+        if name in LARGEST and text[-1:].lower() in ("k", "m"):
+            return parse(text, name)  # 4k, as the app's sliders take it
         return int(text) if len(text) <= LONGEST_SHOWN and text.isascii() else shown
     except ValueError:
         return shown
