@@ -110,6 +110,32 @@ def _welch(before: Sequence[float], after: Sequence[float], floor: float) -> Rat
     return _ratio(middle, middle - half, middle + half, floor)
 
 
+def ratio_of_medians(before: Interval, after: Interval, floor: float) -> Ratio | None:
+    """Ratio of two medians, before over after, from their intervals; None where one has no interval."""
+    if before.low is None or before.high is None or after.low is None or after.high is None:
+        return None
+    return _quotient((before.median, before.low, before.high), (after.median, after.low, after.high), floor)
+
+
+def ratio_of_speedups(before: Ratio, after: Ratio, floor: float) -> Ratio | None:
+    """How many times as large a speedup has become: what both share, as the machine's own speed, cancels."""
+    return _quotient((after.value, after.low, after.high), (before.value, before.low, before.high), floor)
+
+
+def _quotient(above: tuple[float, float, float], below: tuple[float, float, float], floor: float) -> Ratio | None:
+    """Quotient of two independent estimates, each given as middle, low and high; None where one is not positive.
+
+    Its interval combines theirs on logarithms: Zou and Donner, "Construction of confidence limits about effect
+    measures: a general approach", Statistics in Medicine 27 (2008).
+    """
+    if min(*above, *below) <= 0:
+        return None
+    (a, a_low, a_high), (b, b_low, b_high) = (tuple(map(math.log, each)) for each in (above, below))
+    middle = a - b
+    low = middle - math.hypot(a - a_low, b_high - b)
+    return _ratio(middle, low, middle + math.hypot(a_high - a, b - b_low), floor)
+
+
 def _ratio(middle: float, low: float, high: float, floor: float) -> Ratio:
     edge = math.log1p(floor)
     return Ratio(

@@ -1,5 +1,11 @@
-"""Two runs side by side: how much each row changed, and whether it did."""
+"""Two runs side by side: how much each row changed beyond what the machine did.
 
+Between two runs the machine differs, by load, clocks or temperature, and all rows with it. The reference, whose code is
+taken as unchanged, tells by how much: a row's change is that of its speedup over the reference, and it counts only
+beyond the noise of both runs and beyond what the reference's own time has changed.
+"""
+
+import math
 from typing import Final
 
 from msgspec import Struct
@@ -20,10 +26,19 @@ class Change(Struct, frozen=True, kw_only=True):
     implementation: str
     before: Row
     after: Row
+    times: Ratio | None
+    """Median time before over median time after, the machine's change included; None for too few rounds."""
     ratio: Ratio | None
-    """Time before over time after, above 1 is faster after; None where one of them has too few samples."""
+    """Speedup over the reference after, over that before; above 1 is faster after.
+
+    None where one of the runs has no speedup for it, or the two have other references; 1 for the reference itself.
+    """
     floor: float
-    """The larger noise floor of the two cases; a ratio inside it is printed as ≈ 1."""
+    """The largest of both noise floors and the change of the reference's time; a ratio inside it is printed as ≈ 1."""
+    reference: str | None
+    """What both runs are relative to; None where they have no reference in common."""
+    drift: Ratio | None
+    """The change of the reference's own time."""
 
 
 class Comparison(Struct, frozen=True, kw_only=True):
@@ -61,16 +76,39 @@ def _name(key: tuple[AnyWorkload, str]) -> str:
 
 
 def _change(before: tuple[AnyCase, Row], after: tuple[AnyCase, Row]) -> Change:
-    floors = [case.noise_floor.floor for case, _ in (before, after) if case.noise_floor]
-    floor = max(floors, default=FLOORLESS)
+    (case, row), (case_after, row_after) = before, after
+    reference = case.reference if case.reference == case_after.reference else None
+    floors = [each.noise_floor.floor for each in (case, case_after) if each.noise_floor]
+    noise = max(floors, default=FLOORLESS)
+    drift = _times(_reference_row(case), _reference_row(case_after), noise) if reference else None
+    floor = max(noise, math.expm1(abs(math.log(drift.value)))) if drift else noise
     return Change(
-        workload=before[0].workload,
-        implementation=before[1].implementation,
-        before=before[1],
-        after=after[1],
-        ratio=statistics.unpaired_ratio(before[1].samples, after[1].samples, floor),
+        workload=case.workload,
+        implementation=row.implementation,
+        before=row,
+        after=row_after,
+        times=_times(row, row_after, noise),
+        ratio=_beyond(row, row_after, floor) if drift else None,
         floor=floor,
+        reference=reference,
+        drift=drift,
     )
+
+
+def _reference_row(case: AnyCase) -> Row | None:
+    return next((row for row in case.rows if row.implementation == case.reference), None)
+
+
+def _times(before: Row | None, after: Row | None, floor: float) -> Ratio | None:
+    if before is None or after is None or before.call_s is None or after.call_s is None:
+        return None
+    return statistics.ratio_of_medians(before.call_s, after.call_s, floor)
+
+
+def _beyond(before: Row, after: Row, floor: float) -> Ratio | None:
+    if before.speedup is None or after.speedup is None:
+        return None
+    return statistics.ratio_of_speedups(before.speedup, after.speedup, floor)
 
 
 def _differences(before: Report, after: Report) -> tuple[str, ...]:

@@ -14,7 +14,9 @@ EXAMPLE: Final = """examples:
   fatui compare last~1 last     the run before the last, and the last
   fatui compare 3f9c 81d0
 
-A ratio above 1 means that the second run is faster; "≈ 1" is inside the larger noise floor of the two."""
+Above 1 means that the second run is faster. "times" compares the medians as they are. Between two runs the machine
+differs, so "change" is that of the speedup over the baseline, whose code is taken as unchanged; it counts only beyond
+both noise floors and beyond what the baseline's own time has changed, and is "≈ 1" inside of that."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,22 +77,43 @@ def _block(changes: "list[Change]") -> "RenderableType":
     from fatui.columns import shortened
 
     title = Text(f"\n{changes[0].workload.label}", style="bold")
-    title.append(f" · noise floor {figures.percent(changes[0].floor)}", style="not bold dim")
+    title.append(f" · {_basis(changes[0])}", style="not bold dim")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
-    for head in ("", "before", "after", "ratio", ""):
+    for head in ("", "before", "after", "times", "change", ""):
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
     for change in changes:
-        times = (figures.interval_text(row.call_s) for row in (change.before, change.after))
-        table.add_row(shortened(change.implementation), *times, figures.speedup_text(change.ratio), _word(change))
+        calls = (figures.interval_text(row.call_s) for row in (change.before, change.after))
+        times = f"{figures.three(change.times.value)}x" if change.times else figures.UNKNOWN
+        texts = (shortened(change.implementation), *calls, times, figures.speedup_text(change.ratio), _word(change))
+        table.add_row(*texts)
     return Group(title, table)
+
+
+def _basis(change: "Change") -> str:
+    """What the changes of a case are relative to, and how large they must be."""
+    from fatui import figures
+
+    if change.reference is None:
+        return "no common baseline: the machine's own change cannot be told from a row's"
+    if change.drift is None:
+        return f"too few rounds of {change.reference} to tell the machine's own change"
+    factor = change.drift.value
+    itself = f"{figures.three(max(factor, 1 / factor))}x as {'fast' if factor > 1 else 'slow'} as before"
+    counts = f"a change counts beyond {figures.percent(change.floor)}"
+    return f"relative to {change.reference}, which is {itself}; {counts}"
 
 
 def _word(change: "Change") -> str:
     from fatui import figures
 
     states = [row.status for row in (change.before, change.after) if row.status != "ok"]
-    if states or change.ratio is None:
-        return ", then ".join((change.before.status, change.after.status)) if states else "too few rounds to say"
+    if states:
+        return ", then ".join((change.before.status, change.after.status))
+    few = change.before.collecting or change.after.collecting
+    if few or change.ratio is None:
+        return few or "no common baseline"
+    if change.implementation == change.reference:
+        return "reference"
     if not change.ratio.significant:
         return "same" if figures.is_clear(change.ratio) else "unclear"
     path = change.before.path, change.after.path

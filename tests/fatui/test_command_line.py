@@ -59,6 +59,8 @@ def test_help_and_version(capsys):
     ("arguments", "expected"),
     [
         (["quikc"], "preset: there is none named 'quikc' (did you mean 'quick'?)"),
+        ([""], "preset: there is none named ''"),
+        (["--seq", "99m"], "seq: got '99m'; it takes a whole number from 1"),
         (["--batch", "0"], "batch: got 0; it takes a whole number from 1"),
         (["--seq=-5"], "seq: got -5; it takes a whole number from 1"),
         (["--head-dim", "1.5"], "head_dim: got '1.5'; it takes a whole number"),
@@ -160,6 +162,7 @@ def test_options_override_the_preset_and_the_command_says_so(capsys):
         (["llama-7b", "--pass", "forward", "--seq", "64"], {(64, 64)}),
         (["llama-7b", "--seq", "64"], {(64, 64), (1, 64)}),
         (["quick", "--kv-seq", "256"], {(128, 256)}),
+        (["quick", "--seq", "4k,1K"], {(4096, 4096), (1024, 1024)}),
         (["quick", "--pass", "decode"], {(1, 128)}),
     ],
 )
@@ -231,6 +234,26 @@ def test_a_full_disk_on_export_keeps_the_old_file_and_still_prints_the_table(tmp
     assert b"Traceback" not in err
     assert target.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["out.json"]
+
+
+@pytest.mark.parametrize("environment", [{}, {"TERM": "dumb"}])
+def test_the_app_without_a_terminal_is_one_line_and_exit_code_2(environment):
+    with fatui("quick", **environment) as process:
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, b"")
+    assert err == b"fatui: the app needs a terminal; try `fatui bench`, which needs none\n"
+
+
+def test_a_closed_stdout_is_told():
+    command = f"exec {sys.executable} {HERE / 'fake_engine.py'} history >&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (1, b"fatui: cannot write the results: stdout is closed\n")
+
+
+def test_the_history_takes_no_word_that_it_would_ignore(capsys):
+    assert main(["history", "list", "extra"]) == 2
+    assert told(capsys) == ["history list: it takes nothing further, got 'extra'; `show ID` shows a run"]
 
 
 def test_stdout_closed_early_is_no_error():
