@@ -105,7 +105,7 @@ class Judge:
         for index, result in enumerate(compared):
             difference, allowed = self._compare(index, result)
             error = _largest(difference)
-            shares.append(error / allowed if np.isfinite(error) else np.inf)
+            shares.append(error / allowed if np.isfinite(error) and allowed else np.inf if error else 0.0)
             errors.append(difference)
             details.append(f"{NAMES[index]}: {error:.2g} off, {allowed:.2g} allowed")
         broken = [NAMES[i] for i, x in enumerate(results) if not bool(mx.isfinite(x).all())]

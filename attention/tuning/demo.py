@@ -127,6 +127,7 @@ class Demo:
             RuntimeError: no candidate could be run.
         """
         device = probe()
+        task = task.telling(device.available_bytes // 2)
         for one in self._built():
             if one.needs_building(task.workload, device):
                 one.build(lambda text: news.tell(on.Message(level="info", text=text)))

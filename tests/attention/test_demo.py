@@ -75,6 +75,36 @@ def test_the_fastest_is_kept_and_called_from_then_on(store: Store, heard: Heard)
     assert isinstance(heard[0], on.TrialStarted)
 
 
+SHAPE = (1, 2, 32, 8)
+TELL_NOTHING = {
+    "zeros": lambda: mx.zeros(SHAPE),
+    "constants": lambda: mx.full(SHAPE, 0.7),
+    "one row": lambda: mx.broadcast_to(mx.random.normal((8,), key=mx.random.key(1)), SHAPE),
+    "one-hot": lambda: mx.broadcast_to(mx.eye(8)[mx.arange(32) % 8], SHAPE) + 0,
+    "infinities": lambda: mx.full(SHAPE, mx.inf),
+    "NaN": lambda: mx.full(SHAPE, mx.nan),
+}
+
+
+@pytest.mark.parametrize("content", TELL_NOTHING)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_inputs_that_tell_nothing_settle_no_choice(store: Store, heard: Heard, content: str, dtype: mx.Dtype) -> None:
+    """A candidate whose weights are wrong is right about constant values, and as right as any about NaN."""
+
+    class Uniform(Timed):
+        def __call__(self, q: mx.array, k: mx.array, v: mx.array, **more: object) -> mx.array:
+            self.calls += 1
+            return mx.broadcast_to(mx.mean(v, axis=2, keepdims=True), q.shape)
+
+    array = TELL_NOTHING[content]().astype(dtype)
+    demo = make(store, uniform=Uniform("uniform", 0.0), right=Timed("right", 0.001))
+    demo(array, array, array, scale=0.5, mask=Mask())
+    tuned = [event.winner for event in heard if isinstance(event, on.Tuned)]
+    assert tuned == ["right"]
+    (entry,) = store.entries()
+    assert entry.max_error is not None and 0 < entry.max_error < 0.1
+
+
 def test_another_process_needs_no_trial(store: Store, heard: Heard) -> None:
     call(make(store, a=Timed("a", 0.001), b=Timed("b", 0.003)))
     heard.clear()
