@@ -137,6 +137,8 @@ class CallsCounted(Event, tag="calls_counted"):
     """Not taken by it, and computed by MLX's own."""
     reason: str | None = None
     """Why calls were passed on."""
+    path: str | None = None
+    """The path that most of the computed calls took; None where none was computed."""
 
 
 class LayersTimed(Event, tag="layers_timed"):

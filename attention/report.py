@@ -144,7 +144,7 @@ class ModelRow(Row, frozen=True, kw_only=True):
     fixed_s: float | None = None
     """Seconds of everything else, where two numbers of layers were measured."""
     replaced_calls: int | None = None
-    """Calls of attention that the implementation computed in the first run; none of `mlx`, which needs no patch."""
+    """Calls of attention that the implementation computed in the first run; of `mlx` those that the model made."""
     passed_on_calls: int | None = None
     """Calls that it does not take, which went to MLX's own."""
     logits_error: float | None = None

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from attention.models.record import NEVER_CALLED
 from attention.report import FineTuningCase, FineTuningRow, ModelCase, ModelRow
 from fatui import figures
 from fatui.columns import IMPLEMENTATION, Column, shortened, starred
@@ -59,13 +60,19 @@ def loss_text(row: FineTuningRow) -> str:
 
 
 def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
-    """What stands under the table: what was estimated, whose calls were passed on, and the curves of the losses."""
+    """What stands under the table: what was estimated, the calls that were counted, and the curves of the losses."""
     notes = []
     if case.weights_bytes:
         notes.append(f"weights {figures.size(case.weights_bytes)}; memory is on top of them")
     if isinstance(case, ModelCase):
         notes += _layer_notes(case)
+    counted = [row for row in case.rows if row.replaced_calls]
+    if counted:
+        computed = ", ".join(f"{shortened(row.implementation)} {row.replaced_calls:,}" for row in counted)
+        notes.append(f"calls of attention that reached it, as counted: {computed}")
     for row in case.rows:
+        if row.path == NEVER_CALLED:
+            notes.append(f"{shortened(row.implementation)}: no call reached it; the model attends by itself")
         if row.passed_on_calls:
             total = row.passed_on_calls + (row.replaced_calls or 0)
             notes.append(f"{shortened(row.implementation)}: {row.passed_on_calls} of {total} calls went to MLX's own")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Final
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 from msgspec import Struct
 
 from attention import events as on
@@ -57,6 +56,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
     def _prepare_all(self, device: Device) -> None:
         first = self._plan.cases[0]
         self._configuration = configuration.find(first.model)
+        self._paths: dict[str, str] = {}
         self._network = Network(self._configuration, first.dtype, first.measured_layers, self._plan.seed)
         self._limit = self._plan.memory_limit_bytes or device.available_bytes
 
@@ -97,6 +97,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         route = self._taken_route(name, self._layer(work), device)
         if route is None:
             return False
+        self._paths[name] = route.path
         needed = Needed.of(self._configuration, work, self._network, route.predicted_bytes or 0)
         if needed.whole > self._limit and not self._plan.force:
             self._teller.end_row(name, "refused", needed.refusal(self._limit, work))
@@ -131,7 +132,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         if work.phase == "prefill":
             return lambda layers: PrefillRun(self._network, prompts, layers)
         self._teller.progress("taking the prompt in")
-        cache = make_prompt_cache(self._network.model)
+        cache = self._network.cache()
         token = mx.argmax(prompts.take_in(self._network.model, cache), axis=-1)
         mx.eval(token)
         return lambda layers: DecodeRun(self._network, cache, token, work.generate, layers)
@@ -150,13 +151,12 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         if digest_of_weights(self._network.model) != setting.weights:
             raise StateChanged("the weights are not those that the first row started with")
         setting.run.prepare()
-        calls = Calls(name)
-        with replaced(name):
+        with replaced(name), Calls(name) as calls:
             started = time.perf_counter()
             logits = setting.run.results()[0]
             call_s = time.perf_counter() - started
         teller.emit(on.FirstCall(case=teller.case, implementation=name, seconds=call_s))
-        teller.emit(calls.event(teller.case))
+        teller.emit(calls.event(teller.case, self._paths.get(name)))
         self._compare(name, logits, setting)
         # One that chooses on first use knows its path only now.
         self._taken_route(name, self._layer(setting.case), probe())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -16,6 +16,8 @@ from attention.workload import ITEM_BYTES, DType, Pass, Workload
 
 FILE: Final = Path(__file__).with_name("configurations.toml")
 SHAPES: Final = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+ALIASES: Final = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+"""What GPT-2 and its kin call them."""
 INSTALL: Final = "models need mlx-lm, which is not installed: pip install 'fatui[models]'"
 
 
@@ -98,12 +100,53 @@ def find(model: str) -> Configuration:
     path = folder / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"model: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    missing = [name for name in SHAPES if type(fields.get(name)) is not int] if isinstance(fields, dict) else SHAPES
-    if missing:
+    if not isinstance(fields, dict):
+        raise UsageError(f"model: {path} has no {', '.join(SHAPES)}")
+    shapes = _with_text_config(fields)
+    if _missing(shapes):
+        shapes = _with_defaults(fields) | shapes
+    if missing := _missing(shapes):
         raise UsageError(f"model: {path} has no {', '.join(missing)}")
-    return Configuration(model, cast("dict[str, Any]", fields), folder)
+    return Configuration(model, shapes, folder)
+
+
+def _missing(fields: Mapping[str, Any]) -> list[str]:
+    return [name for name in SHAPES if type(fields.get(name)) is not int or fields[name] < 1]
+
+
+def _with_text_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a model that also sees, say: those of its language model come first."""
+    text = fields.get("text_config")
+    return {**fields, **text} if isinstance(text, dict) else dict(fields)
+
+
+def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same as mlx-lm completes them: a config.json need not say what is the default of its kind of model.
+
+    This imports mlx-lm, and MLX with it.
+    """
+    if find_spec("mlx_lm") is None or type(fields.get("model_type")) is not str:
+        return {}
+    from mlx_lm import utils
+
+    try:
+        model_class, args_class = utils._get_classes(fields)  # what load_model takes
+        model = model_class(args_class.from_dict(fields))  # makes no weights: MLX is lazy
+    except Exception:  # whatever mlx-lm's models raise for fields that they cannot take; loading will say it
+        return {}
+    parts = (model, getattr(model, "language_model", None), getattr(model, "model", None))
+    made: dict[str, Any] = {}
+    for part in reversed(parts):
+        made |= {name: value for name, value in _plain(getattr(part, "args", None)).items() if value is not None}
+    return made
+
+
+def _plain(arguments: Any) -> dict[str, Any]:
+    """A model's arguments by the names that config.json has for them."""
+    fields = _with_text_config(dict(getattr(arguments, "__dict__", {})))
+    return fields | {name: fields[other] for name, other in ALIASES.items() if name not in fields and other in fields}
 
 
 def check_mlx_lm() -> None:

@@ -33,6 +33,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         first = self._plan.cases[0]
         self._configuration = configuration.find(first.model)
         self._tokens = text.tokenizer_of(self._configuration).encode(text.read(first.data))
+        self._paths: dict[str, str] = {}
         self._network = Network(self._configuration, first.dtype, seed=self._plan.seed)
         self._limit = self._plan.memory_limit_bytes or device.available_bytes
 
@@ -56,6 +57,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         route = self._taken_route(name, self._layer(work), device)
         if route is None:
             return False
+        self._paths[name] = route.path
         needed = self._needed(work) + (route.predicted_bytes or 0)
         if needed > self._limit and not self._plan.force:
             reason = f"needs about {needed / 2**30:.4g} GiB of {self._limit / 2**30:.4g}"
@@ -106,13 +108,13 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         calls, base = Calls(name, training=True), mx.get_active_memory()
         mx.reset_peak_memory()  # sets the peak to 0, not to what is active
         try:
-            with replaced(name, training=True):
+            with replaced(name, training=True), calls:
                 complete = self._fine_tune(work, work.iters, self._told(name, work.iters))
         except Exception as error:
             self._fail(name, error)
             return None
         case, peak = self._teller.case, max(0, mx.get_peak_memory() - base)
-        self._teller.emit(calls.event(case))
+        self._teller.emit(calls.event(case, self._paths.get(name)))
         self._teller.emit(on.MemoryMeasured(case=case, implementation=name, peak_bytes=peak))
         self._taken_route(name, self._layer(work), probe())  # one that chooses on first use knows its path only now
         return complete

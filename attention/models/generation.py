@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from attention.models.network import Network
 from attention.models.state import StateChanged, copied, digest_of_caches
@@ -55,7 +54,7 @@ class PrefillRun:
     def queue(self) -> list[mx.array]:
         """Queues the last step; those before it are waited for, one by one."""
         with self._network.shortened(self._layers) as model:
-            return [self._prompts.take_in(model, make_prompt_cache(model))]
+            return [self._prompts.take_in(model, self._network.cache())]
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluates the logits."""
@@ -83,12 +82,12 @@ class DecodeRun:
 
         Args:
             network: the model.
-            cache: keys and values of the prompts; they are only read.
+            cache: keys and values of the prompts, of all layers; they are only read.
             token: (batch,), the one to begin with.
             steps: tokens to make.
             layers: how many run.
         """
-        self._network, self._cache, self._token = network, cache[:layers], token
+        self._network, self._cache, self._token = network, cache, token
         self._steps, self._layers = steps, layers
         self._digest = digest_of_caches(self._cache)
         self._fresh: list[Any] | None = None

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from attention.errors import UsageError
 from attention.models.configuration import Configuration
@@ -43,17 +44,26 @@ class Network:
         self.model.set_dtype(getattr(mx, dtype))
         self.model.eval()
         self.weights_bytes = _bytes(self.model)
-        self._holder = _holder_of_layers(self.model, configuration.name)
-        self.layer_bytes = _bytes(self._holder.layers[0])
+        self._holder, self._key = _holder_of_layers(self.model, configuration.name)
+        self.layer_bytes = _bytes(self._holder[self._key][0])
         if layers is not None:
-            self._holder.layers = self._holder.layers[:layers]
+            self._holder[self._key] = self._holder[self._key][:layers]
         self.own_bytes = _bytes(self.model)
         self.made = False
 
     @property
     def layers(self) -> int:
         """Layers that are kept."""
-        return len(self._holder.layers)
+        return len(self._holder[self._key])
+
+    def cache(self) -> list[Any]:
+        """An empty cache for each layer, as mlx-lm makes them for this model.
+
+        Gemma 3 makes its masks with the cache of its first layer of full attention, also where no such layer runs.
+        """
+        made: list[Any] = make_prompt_cache(self.model)
+        missing = getattr(self._holder, "sliding_window_pattern", 0) - len(made)
+        return [*made, *(KVCache() for _ in range(missing))]  # type: ignore[no-untyped-call]
 
     def make(self) -> None:
         """Makes or reads the weights, a few at a time so that nothing is needed twice."""
@@ -64,12 +74,12 @@ class Network:
     @contextmanager
     def shortened(self, layers: int) -> Iterator[Any]:
         """The model with its first layers alone, as long as the context lasts."""
-        whole = self._holder.layers
-        self._holder.layers = whole[:layers]
+        whole = self._holder[self._key]
+        self._holder[self._key] = whole[:layers]
         try:
             yield self.model
         finally:
-            self._holder.layers = whole
+            self._holder[self._key] = whole
 
 
 def _built(configuration: Configuration) -> Any:
@@ -84,11 +94,13 @@ def _built(configuration: Configuration) -> Any:
         raise UsageError(f"model: mlx-lm cannot build {configuration.name}: {error}") from error
 
 
-def _holder_of_layers(model: Any, name: str) -> Any:
-    """The part of a model that owns the list of its layers."""
-    for part in (getattr(model, "model", None), model, getattr(model, "language_model", None)):
-        if isinstance(getattr(part, "layers", None), list):
-            return part
+def _holder_of_layers(model: Any, name: str) -> tuple[Any, str]:
+    """The part of a model that owns the list of its layers, and the list's name there."""
+    layers = list(getattr(model, "layers", ()))
+    for _, part in model.named_modules():
+        for key, value in part.items():
+            if layers and isinstance(value, list) and [*map(id, value)] == [*map(id, layers)]:
+                return part, key
     raise UsageError(f"model: the layers of {name} cannot be found")
 
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from msgspec import structs
 
+from attention import events as on
 from attention import statistics
 from attention.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
 from attention.record import UNITY, AnyRecord, CaseRecord, Measured, Record, RunRecord, timed_row
@@ -23,6 +24,9 @@ from attention.report import (
     Share,
 )
 
+PASSED_ON: Final = "passed on to MLX's own"
+NEVER_CALLED: Final = "never called"
+NO_CALL: Final = "no call of attention reached it: the model attends by itself, and that is what was timed"
 LOSS_TOLERANCE: Final = {"float32": 3e-4, "float16": 3e-3, "bfloat16": 3e-3}
 """Difference of a loss from the reference's, relative to it, that rounding may make at the start of a fine-tuning."""
 GROWTH: Final = 10
@@ -88,10 +92,21 @@ def _fields(row: Row, measured: Measured) -> dict[str, Any]:
     calls = measured.calls
     return {
         **structs.asdict(row),
+        **(_observed(row, calls) if calls and not measured.ended else {}),
         "predicted_bytes": None,  # one call's of attention, and no part of a model's figures
         "replaced_calls": calls.replaced if calls else None,
         "passed_on_calls": calls.passed_on if calls else None,
     }
+
+
+def _observed(row: Row, calls: on.CallsCounted) -> dict[str, Any]:
+    """The path that ran, where it is another one than the route of a layer's shape foretold."""
+    if calls.replaced:
+        path = calls.path or row.path
+        return {"path": path, "fused": row.fused if path == row.path else None}
+    reason = f"all calls went to MLX's own: {calls.reason}" if calls.passed_on else NO_CALL
+    observed = {"path": PASSED_ON if calls.passed_on else NEVER_CALLED, "fused": None}
+    return observed if row.status == "inaccurate" else {**observed, "reason": reason}
 
 
 def attention_share(times: Sequence[float], without: Sequence[float]) -> Share | None:

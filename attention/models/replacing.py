@@ -1,9 +1,11 @@
 """What attends in a model: its own attention, an implementation in its place, or nothing at all."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import mlx.core as mx
 
@@ -55,25 +57,61 @@ def _query_alone(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **named: Any
 
 
 class Calls:
-    """Counts the calls of attention that an implementation gets from here on."""
+    """Counts the calls of attention that reach an implementation while it is entered; a context manager."""
 
     def __init__(self, name: str, *, training: bool = False) -> None:
-        """Begins to count; the same arguments as those of `replaced`."""
+        """Takes the same arguments as `replaced`."""
         self._name = name
         self._patch = None if name == UNTOUCHED else _patch(name, training)
-        self._before = self._counts()
+        self._own = 0
+        self._inside = False
+        self._before: Counter[str] = Counter()
+        self._handed_before: Counter[str] = Counter()
 
-    def _counts(self) -> tuple[int, int]:
-        return (self._patch.calls_taken, self._patch.calls_handed) if self._patch else (0, 0)
+    def __enter__(self) -> Self:
+        """Begins to count."""
+        if self._patch:
+            self._before, self._handed_before = self._patch.taken.copy(), self._patch.handed.copy()
+        else:
+            for place in (seams.of_models(), seams.fast()):
+                place.add(watcher=self._count)
+        return self
 
-    def event(self, case: int) -> CallsCounted:
-        """What was counted; nothing for mlx-lm as it is."""
-        taken, handed = (now - before for now, before in zip(self._counts(), self._before, strict=True))
-        reasons = self._patch.handed.most_common(1) if self._patch and handed else []
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends it."""
+        if self._patch is None:
+            for place in (seams.of_models(), seams.fast()):
+                place.remove(watcher=self._count)
+
+    def _count(self, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Counts a call of mlx-lm's own; MLX's function inside of it is no second one."""
+        if self._inside:
+            return call(*args, **named)
+        self._own += 1
+        self._inside = True
+        try:
+            return call(*args, **named)
+        finally:
+            self._inside = False
+
+    def event(self, case: int, path: str | None = None) -> CallsCounted:
+        """What was counted; of mlx-lm as it is, `path` is what its calls take."""
+        if self._patch is None:
+            return CallsCounted(
+                case=case,
+                implementation=self._name,
+                replaced=self._own,
+                passed_on=0,
+                path=path if self._own else None,
+            )
+        taken, handed = self._patch.taken - self._before, self._patch.handed - self._handed_before
         return CallsCounted(
             case=case,
             implementation=self._name,
-            replaced=taken,
-            passed_on=handed,
-            reason=reasons[0][0] if reasons else None,
+            replaced=taken.total(),
+            passed_on=handed.total(),
+            reason=next((reason for reason, _ in handed.most_common(1)), None),
+            path=next((each for each, _ in taken.most_common(1)), None),
         )

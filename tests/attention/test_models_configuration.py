@@ -5,7 +5,7 @@ import json
 import pytest
 
 from attention.errors import UsageError
-from attention.models.configuration import find, names
+from attention.models.configuration import Configuration, find, names
 from attention.models.fitting import Needed
 from attention.models.network import Network
 from attention.models.workloads import FineTuning, Generation, generations
@@ -51,6 +51,53 @@ def test_a_folder_says_its_shapes_and_what_it_lacks(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
     with pytest.raises(UsageError, match="has no num_hidden_layers, num_attention_heads"):
         find(str(tmp_path))
+
+
+TEXT_CONFIG = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+
+
+def test_a_folder_of_a_model_that_also_sees_has_its_text_models_shapes(tmp_path):
+    text = TEXT_CONFIG | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    found = find(str(tmp_path))
+    assert (found.layers, found.heads, found.kv_heads, found.head_dim) == (2, 4, 2, 32)
+
+
+def test_what_a_folder_does_not_say_is_mlx_lms_default(tmp_path):
+    fields = {"model_type": "gemma3", "text_config": TEXT_CONFIG}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = find(str(tmp_path))
+    assert (found.layers, found.heads, found.kv_heads, found.head_dim) == (2, 8, 4, 256)
+    fields = {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 3, "n_ctx": 64, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"layer_norm_epsilon": 1e-5, "vocab_size": 100}))
+    found = find(str(tmp_path))
+    assert (found.layers, found.heads, found.head_dim) == (3, 2, 16)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '"a"', '{"model_type": 3}', '{"model_type": "none such"}'])
+def test_a_config_that_is_none_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=r"config\.json (has no hidden_size|cannot be read)") as caught:
+        find(str(tmp_path))
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "gemma3", "text_config": TEXT_CONFIG | {"vocab_size": 64, "sliding_window_pattern": 6}},
+        {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 2, "n_ctx": 64, "n_positions": 64}
+        | {"layer_norm_epsilon": 1e-5, "vocab_size": 64},
+    ],
+)
+def test_layers_are_found_wherever_a_model_keeps_them(fields):
+    import mlx.core as mx
+
+    network = Network(Configuration("a model", fields), "float32")
+    assert network.layers == 2
+    with network.shortened(1) as model:
+        logits = model(mx.array([[1, 2]]), cache=network.cache())
+    assert logits.shape == (1, 2, 64)
 
 
 def test_what_will_not_fit_is_refused_with_both_figures_and_the_layers_that_would():

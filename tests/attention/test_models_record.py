@@ -1,6 +1,7 @@
 """Rows of models: what is made of the events that were told of them."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from attention.models.record import FineTuningRecord, GenerationRecord, attentio
 from attention.models.text import ByteTokenizer, sequences
 from attention.models.workloads import FineTuning, Generation
 from attention.plan import FineTuningPlan, GenerationPlan, Plan
+from attention.route import Route
 from attention.workload import Workload
 
 NAMES = ("baseline", "poc")
@@ -57,6 +59,29 @@ def test_a_row_has_rate_speedup_and_the_share_of_attention():
     assert poc.speedup.significant
     assert baseline.attention_share.value == pytest.approx(0.5)
     assert poc.attention_share.value == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("counted", "path", "reason"),
+    [
+        ({"replaced": 4, "passed_on": 0, "path": "blocks 32 x 32"}, "blocks 32 x 32", "as foretold"),
+        (
+            {"replaced": 0, "passed_on": 4, "reason": "sinks"},
+            "passed on to MLX's own",
+            "all calls went to MLX's own: sinks",
+        ),
+        ({"replaced": 0, "passed_on": 0}, "never called", "no call of attention reached it"),
+    ],
+)
+def test_a_row_has_the_path_that_was_observed(counted: dict[str, Any], path: str, reason: str):
+    record = generation({"baseline": [1.0] * 6, "poc": [1.0] * 6})
+    route = Route(path="CPU kernel avx2", fused=True, reason="as foretold")
+    record.apply(on.RouteFound(case=0, implementation="poc", route=route))
+    assert record.case(0).rows[1].path == "CPU kernel avx2"
+    record.apply(on.CallsCounted(case=0, implementation="poc", **counted))
+    row = record.case(0).rows[1]
+    assert (row.path, row.fused) == (path, None)
+    assert row.reason.startswith(reason)
 
 
 def test_a_share_needs_six_rounds_and_says_how_sure_it_is():

@@ -41,6 +41,8 @@ def test_both_phases_are_measured_with_every_implementation_in_the_model():
         baseline, ours, wrong = case.rows
         assert [baseline.status, ours.status, wrong.status] == ["ok", "ok", "inaccurate"]
         assert baseline.replaced_calls == layers, "a prompt takes two steps of two layers, a token one"
+        assert ours.replaced_calls == layers, "of mlx-lm as it is the calls are counted too"
+        assert (baseline.path, ours.path) == ("manual, unfused", "MLX SDPA, unfused")
         assert baseline.attention_share and baseline.layer_s and baseline.peak_bytes
         assert ours.logits_error < 1e-4 < wrong.logits_error
         assert "allowed" in wrong.reason

@@ -16,6 +16,7 @@ from attention.models.fine_tuning import FineTuningBench
 from attention.models.generation import DecodeRun, Prompts
 from attention.models.network import Network
 from attention.models.record import record_of
+from attention.models.replacing import Calls, replaced
 from attention.models.state import StateChanged, copied, digest_of_caches, digest_of_weights
 from attention.models.workloads import FineTuning, Generation
 from attention.plan import Assignment, FineTuningPlan
@@ -63,6 +64,17 @@ def decoding(name: str) -> tuple[DecodeRun, list[Any]]:
     cache = caches.make_prompt_cache(network.model)
     token = mx.argmax(prompts.take_in(network.model, cache), axis=-1)
     return DecodeRun(network, cache, token, steps=5, layers=4), cache
+
+
+@pytest.mark.parametrize("name", ["mlx", "poc"])
+def test_calls_of_a_model_that_attends_by_itself_are_none(name: str) -> None:
+    fields = COMMON | {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16}
+    fields |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    model = Network(Configuration("gemma2", fields), "float32").model
+    with replaced(name), Calls(name) as calls:
+        mx.eval(model(mx.array([[1, 2, 3]])))
+    event = calls.event(0, "a path")
+    assert (event.replaced, event.passed_on, event.path) == (0, 0, None)
 
 
 @pytest.mark.parametrize("name", MODELS)
