@@ -97,7 +97,7 @@ def test_layers_are_found_wherever_a_model_keeps_them(fields):
     assert network.layers == 2
     with network.shortened(1) as model:
         logits = model(mx.array([[1, 2]]), cache=network.cache())
-    assert logits.shape == (1, 2, 64)
+    assert logits.shape[:2] == (1, 2)
 
 
 def test_what_will_not_fit_is_refused_with_both_figures_and_the_layers_that_would():
