@@ -64,14 +64,14 @@ class Row(Struct, frozen=True, kw_only=True):
     latency_s: float | None = None
     """Seconds of one evaluated and synchronised call, median."""
     first_call_s: float | None = None
-    """Seconds of the very first call, compilation included."""
+    """Seconds of the very first call; what was compiled before it is not in it."""
     speedup: Ratio | None = None
     """Against the case's reference."""
     flops_per_s: float | None = None
     efficiency: float | None = None
     """Achieved FLOP/s over the best rate measured in the same run; None beyond that rate, which is then no peak."""
     peak_bytes: int | None = None
-    """Memory above the inputs while one call runs, outputs included, measured in a pass of its own."""
+    """Memory above the inputs while one call runs, outputs included, measured in a pass of its own, scratch too."""
     predicted_bytes: int | None = None
     """The same, as the route predicted it."""
     max_error: float | None = None

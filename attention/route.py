@@ -36,6 +36,8 @@ class Route(Struct, frozen=True, kw_only=True):
     """Whether this is not the implementation's own path but what it takes where that cannot run."""
     predicted_bytes: int | None = None
     """Peak memory above the inputs while one call runs, outputs included; None where it cannot be known."""
+    scratch_bytes: int = 0
+    """What of it is allocated outside of MLX, as threads' tiles are, and so is missing in MLX's own peak."""
 
 
 def unsupported(reason: str) -> Route:

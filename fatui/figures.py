@@ -74,8 +74,8 @@ def per(value: float | None, unit: float) -> str:
 
 
 def teraflops(value: float | None) -> str:
-    """TFLOP/s as a bare number."""
-    return per(value, 1e12)
+    """TFLOP/s as a bare number; "<0.001" where three digits would mostly be zeros."""
+    return "<0.001" if value and value < 1e9 else per(value, 1e12)
 
 
 def seconds(value: float | None) -> str:
@@ -218,6 +218,14 @@ def best_of(case: AnyCase) -> tuple[str, ...]:
     names = tuple(row.implementation for row in rows if _is_narrow(row) and _equals(row.call_s, best.call_s, floor))
     apart = any(row.speedup and row.speedup.significant for row in rows)
     return names if apart or len(names) < len(rows) else ()
+
+
+def reference_change(case: AnyCase) -> str | None:
+    """Why speedups are relative to another than the baseline, the first row; None where they are not."""
+    first = case.rows[0] if case.rows else None
+    if first is None or case.reference in (None, first.implementation) or first.status == OK:
+        return None
+    return f"{first.implementation} {first.status}: speedups are relative to {case.reference}"
 
 
 def _is_narrow(row: Row) -> bool:

@@ -54,6 +54,8 @@ def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> Said:
             return f"{event.implementation}: inaccurate: {event.detail}", "error"
         case on.ReferenceChosen() if event.implementation != plan.ordered[0]:
             return f"speedups are relative to {event.implementation}", "info"
+        case on.CaseDone(stopped_by="failed" | "nothing to run"):
+            return f"case {event.case + 1} of {len(plan.cases)} ended: no implementation is left", "warning"
         case on.CaseDone():
             return f"case {event.case + 1} of {len(plan.cases)} complete, stopped by {event.stopped_by}", "info"
     return SILENT

@@ -136,6 +136,8 @@ def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
         for row in case.rows
         if row.status in ("ok", "inaccurate") and shortened(row.implementation) != row.implementation
     ]
+    if change := figures.reference_change(case):
+        notes.insert(0, change)
     if any(row.throttled for row in case.rows):
         notes.append(f"throttled: {case.reference} slowed down during the rounds by more than the noise floor")
     if any(row.stopped_by == "interrupted" for row in case.rows):

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from msgspec import structs
 
 from attention.case_runner import CaseRunner
 from attention.device import Device
@@ -283,3 +284,10 @@ class ReturnsNothing(Planted):
 
     def change(self, output: mx.array) -> mx.array:
         return None  # type: ignore[return-value]
+
+
+class KeepsScratch(Planted):
+    """Says that a call takes a MiB outside of MLX."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        return structs.replace(super().route(workload, device, needs), scratch_bytes=2**20)

@@ -16,7 +16,7 @@ from attention.implementations.runner import runner_for
 from attention.measure.accuracy import Judge
 from attention.measure.clock import latency, warm_up
 from attention.measure.rounds import Arm
-from attention.route import checked
+from attention.route import Route, checked
 from attention.teller import Teller
 from attention.workload import Workload
 
@@ -93,10 +93,12 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     setting.inputs.check(inputs)
     _check(name, implementation, results, setting)
     del results
-    _tell_route_again(name, implementation, setting)
+    route = _tell_route_again(name, implementation, setting)
     setting.teller.step(name, "memory")
     started = time.perf_counter()
     peak = runner.peak_bytes()
+    if peak is not None:
+        peak += route.scratch_bytes
     call_s = min(call_s, time.perf_counter() - started)
     setting.teller.emit(on.MemoryMeasured(case=setting.teller.case, implementation=name, peak_bytes=peak))
     if call_s < SLOW_CALL_S:
@@ -152,10 +154,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tell_route_again(name: str, implementation: Implementation, setting: CaseSetting) -> None:
+def _tell_route_again(name: str, implementation: Implementation, setting: CaseSetting) -> Route:
     """An implementation that chooses on first use knows its path only now."""
     route = checked(implementation.route(setting.workload, setting.device))
     setting.teller.emit(on.RouteFound(case=setting.teller.case, implementation=name, route=route))
+    return route
 
 
 def _settle(name: str, runner: Runner, call_s: float, setting: CaseSetting) -> float:

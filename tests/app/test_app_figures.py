@@ -8,7 +8,7 @@ from attention.workload import Workload
 from fatui import stops
 from fatui.ascii import plain
 from fatui.draft import Draft, draft_of
-from fatui.estimate import estimate_s
+from fatui.estimate import estimate_s, in_words
 from fatui.histogram import histogram
 from fatui.journal import Journal
 from fatui.scaling import Point, crossovers
@@ -124,11 +124,14 @@ def test_a_crossover_is_named_only_where_intervals_are_apart():
 
 
 def test_the_estimate_grows_with_cases_and_with_slow_calls():
-    pace = Pace(device="x", set_up_s=0.5, flops_per_s={"baseline": 1e9})
+    pace = Pace(device="x", set_up_s=0.5, flops_per_s={"baseline float16 forward": 1e9})
     one = Plan(cases=(Workload(seq=64),), implementations=("baseline",), seconds=2)
     slow = Plan(cases=(Workload(seq=8192),), implementations=("baseline",), seconds=2)
     assert 2.5 <= estimate_s(one, pace) < 3
     assert estimate_s(slow, pace) > 100
+    decode = Plan(cases=(Workload(seq=64, pass_="decode"),), implementations=("baseline",), seconds=2)
+    assert estimate_s(decode, pace) is None
+    assert "the first run of this kind" in in_words(decode, pace, "x")
 
 
 def test_ascii_keeps_every_width():

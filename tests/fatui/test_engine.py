@@ -131,6 +131,13 @@ def test_what_does_not_fit_or_is_not_taken_never_starts() -> None:
     assert row(case, "baseline").status == "ok"
 
 
+def test_scratch_outside_of_mlx_counts_as_memory() -> None:
+    case = run(plan("Planted", "KeepsScratch")).record.case(0)
+    plain, scratch = row(case, "Planted").peak_bytes, row(case, "KeepsScratch").peak_bytes
+    assert plain is not None and scratch is not None
+    assert 2**20 <= scratch - plain < 2**21
+
+
 def test_force_runs_what_is_predicted_not_to_fit() -> None:
     case = run(plan("Hungry", memory_limit_bytes=2**30, force=True)).record.case(0)
     assert row(case, "Hungry").status == "ok"

@@ -190,3 +190,19 @@ def test_a_finding_says_who_won_and_what_it_takes():
     assert "nothing" in figures.finding(report_of(plan_of(names=["baseline", "demo"])))
     empty = record_of(plan_of(cases=[])).report(run_of())
     assert figures.finding(empty)
+
+
+def test_another_reference_than_the_baseline_is_named_with_its_cause():
+    record = Record(plan_of(names=("baseline", "poc", "demo")))
+    record.apply(on.CaseStarted(case=0))
+    record.apply(on.RowEnded(case=0, implementation="baseline", status="failed", reason="planted"))
+    record.apply(on.ReferenceChosen(case=0, implementation="poc"))
+    samples = {"poc": [1.0] * 6, on.AGAIN: [1.0] * 6, "demo": [2.0] * 6}
+    record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
+    report = record.report(run_of())
+    note = "baseline failed: speedups are relative to poc"
+    assert figures.reference_change(report.cases[0]) == note
+    assert figures.reference_change(report_of().cases[0]) is None
+    printed = io.StringIO()
+    Console(file=printed, width=120).print(report_table(report))
+    assert note in printed.getvalue()

@@ -39,7 +39,13 @@ def route(workload: Workload, needs: Needs) -> Route:
     variant = cpu.variant()
     when = "" if cpu.is_compiled() else "; it is compiled at first use, which takes about half a minute"
     reason = f"fatui's own flash attention in C++, for this processor's {variant}{when}"
-    return Route(path=f"CPU kernel {variant}", fused=True, reason=reason, predicted_bytes=_predicted(workload))
+    return Route(
+        path=f"CPU kernel {variant}",
+        fused=True,
+        reason=reason,
+        predicted_bytes=_predicted(workload),
+        scratch_bytes=_tiles(workload, workload.pass_ == "training"),
+    )
 
 
 def is_built() -> bool:
