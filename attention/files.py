@@ -56,10 +56,10 @@ def read_bounded(path: Path, limit: int) -> bytes:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "is a pipe or a device, not a file")
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes")
+        raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
     return content
 
 

@@ -206,7 +206,7 @@ def _mask_problems(mask: object) -> list[str]:
         return []
     if isinstance(mask, str) and mask.startswith("window:"):
         size = mask.removeprefix("window:")
-        if size.isascii() and size.isdigit() and 1 <= int(size) <= LARGEST["kv_seq"]:
+        if size.isascii() and size.isdigit() and len(size) < 12 and 1 <= int(size) <= LARGEST["kv_seq"]:
             return []
     hint = suggestion(str(mask), ("none", "causal", "window:N"))
     return [f"mask: got {mask!r}; it takes none, causal, or window:N with N from 1 to {LARGEST['kv_seq']:,}{hint}"]

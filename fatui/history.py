@@ -182,7 +182,7 @@ class History:
         try:
             try:
                 return self._transaction(work, reading)
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 if not _is_damage(error):
                     raise
                 self._recover(error)
@@ -200,7 +200,7 @@ class History:
         with contextlib.closing(_connect(self.path, reading)) as database, database:
             return work(database)
 
-    def _recover(self, error: sqlite3.DatabaseError) -> None:
+    def _recover(self, error: Exception) -> None:
         """Set the damaged file aside, unless another process has done so, and take over the runs that can be read."""
         if _identity(self.path) != self._seen:
             return
@@ -208,7 +208,10 @@ class History:
         kept = 0
         for order in ("ASC", "DESC"):  # up to the damage, from either side
             rows: list[tuple[object, ...]] = []
-            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(aside)) as old:
+            with (
+                contextlib.suppress(sqlite3.Error, UnicodeDecodeError),
+                contextlib.closing(sqlite3.connect(aside)) as old,
+            ):
                 _limit_time(old)
                 rows.extend(old.execute(f"SELECT number, id, line, report FROM runs ORDER BY number {order}"))
             kept += self._transaction(partial(_take_over, rows=rows), reading=False)
@@ -233,8 +236,13 @@ def _take_over(database: sqlite3.Connection, rows: Sequence[tuple[object, ...]])
     return database.total_changes - before
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether the file itself is broken, rather than locked, read-only or on a full disk."""
+def _is_damage(error: Exception) -> bool:
+    """Whether the file itself is broken, rather than locked, read-only or on a full disk.
+
+    A damaged schema may be quoted in SQLite's message, which Python then cannot decode.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return True
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 

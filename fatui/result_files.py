@@ -122,6 +122,8 @@ def _limits(owner: object, name: str) -> tuple[float, float]:
             return TINY, MAX_SECONDS
         case Interval(), _:
             return -MAX_SECONDS, MAX_SECONDS
+        case NoiseFloor(), "floor":
+            return 0, MAX_RATIO
         case ((Ratio() | NoiseFloor()), "value"):
             return 1 / MAX_RATIO, MAX_RATIO
         case ((Ratio() | NoiseFloor() | Share()), _):

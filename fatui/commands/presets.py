@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         hint = suggestion(arguments.action, ACTIONS)
         raise UsageError(f"presets: got '{arguments.action}'; it takes list, show NAME or check FILE{hint}")
     if arguments.action == "list":
+        if arguments.name is not None:
+            raise UsageError(f"presets list: got '{arguments.name}'; it takes nothing more")
         return _list()
     if arguments.name is None:
         raise UsageError(f"presets {arguments.action}: it takes a preset's name or file")
