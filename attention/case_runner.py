@@ -130,7 +130,7 @@ class CaseRunner(ABC, Generic[P]):
             if implementation.needs_building(workload, device):
                 self._teller.say(f"{name}: built in {seconds:.0f} s, but it could not be kept")
             elif seconds > TELL_EVERY_S:
-                self._teller.say(f"{name}: ready after {seconds:.0f} s, and kept for the next time")
+                self._teller.say(f"{name}: compiling and checking took {seconds:.0f} s")
         self._teller.at_rest()
 
     def _run_rounds(

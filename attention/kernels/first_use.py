@@ -6,10 +6,10 @@ brought it down, is made once more; if that does not end either, it counts as fa
 keyboard, or for which there was no memory, was not made.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
 
 from attention.errors import KernelUnavailable
 from attention.kernels import cache
@@ -37,7 +37,7 @@ class FirstUse:
         """PASSED, BEGUN, BEGUN_AGAIN or what is wrong with a kernel; None if it was never checked here."""
         place = (key, self._mark())
         if place not in self._verdicts:
-            kept: str | None = cache.read_record(key).get("checked", {}).get(place[1])
+            kept = cache.read_record(key).get("checked", {}).get(place[1])
             if kept in (None, BEGUN, BEGUN_AGAIN):
                 return kept  # it may come to an end yet, here or in another process
             self._verdicts[place] = kept
@@ -100,27 +100,18 @@ class FirstUse:
     def _keep(self, key: str, name: str, verdict: str | None) -> None:
         """Writes what is known of a kernel on this machine; None: nothing."""
         record = cache.read_record(key)
-        checked = {**record.get("checked", {}), self._mark(): verdict}
-        checked = {mark: text for mark, text in checked.items() if text is not None}
+        checked = {mark: text for mark, text in record.get("checked", {}).items() if mark != self._mark()}
+        if verdict is not None:
+            checked[self._mark()] = verdict
         if checked != record.get("checked", {}):
-            cache.write_record(key, {**record, "name": name, "checked": checked})
+            with suppress(OSError):  # no room: then the verdict holds for this process alone
+                cache.write_record(key, {**record, "name": name, "checked": checked})
 
 
 def headline(verdict: str) -> str:
     """The line of an error that says most: the compiler's own, where there is one."""
     lines = [line.strip() for line in verdict.splitlines() if line.strip()]
     return next((line for line in lines if "error:" in line), lines[0] if lines else "an error without a text")
-
-
-def records(prefix: str) -> Iterator[dict[str, Any]]:
-    """What is known of every kernel whose key begins so, for a report."""
-    for path in sorted(cache.folder().glob(f"{prefix}*.json")):
-        try:
-            record = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(record, dict):
-            yield record
 
 
 def _lock_name(key: str) -> str:

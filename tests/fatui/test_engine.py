@@ -156,7 +156,7 @@ def test_what_has_to_be_built_is_built_once_while_the_others_give_a_first_look()
     lines = [message.text for message in engine.record.log]
     assert lines[0].startswith("a first look: baseline ")
     assert lines[1] == "planted building"
-    assert "ready after" in lines[2]
+    assert "compiling and checking took" in lines[2]
     assert len(lines) == 3
     assert [event.case for event in told if isinstance(event, on.CaseStarted)] == [0, 0, 1]
     for index in (0, 1):

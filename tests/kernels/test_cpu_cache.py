@@ -73,8 +73,8 @@ def test_the_first_use_says_that_it_compiles(own_folder):
     messages = []
     assert not cpu.is_compiled()
     cpu.load(messages.append)
-    assert len(messages) == 1
     assert "ompiling" in messages[0]
+    assert messages[1].endswith("and kept for the next time.")
     assert cpu.is_compiled()
 
 
@@ -86,13 +86,13 @@ def test_the_folder_is_the_users_alone(own_folder):
 
 def test_a_library_that_was_changed_is_not_loaded_but_built_anew(own_folder):
     cpu.load()
-    path = own_folder / json.loads(record(own_folder).read_text())["library"]
+    path = record(own_folder).with_suffix(".so")
     path.unlink()
     path.write_bytes(b"not what was recorded")
     library._loaded = cpu._module = None
     messages = []
     cpu.load(messages.append)
-    assert len(messages) == 1
+    assert messages[1].endswith("and kept for the next time.")
     assert cache.digest(path) == json.loads(record(own_folder).read_text())["sha256"]
 
 
@@ -226,15 +226,184 @@ def test_a_failure_may_not_last_so_it_is_tried_again_a_day_later(own_folder, mon
     assert cpu.availability()[0]
 
 
-def test_a_full_disk_is_a_reason_and_not_remembered(own_folder, monkeypatch):
+def test_a_full_disk_is_a_reason_for_ten_minutes_of_one_process(own_folder, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def nothing_more(*_):
+        pytest.fail("it is compiled again")
+
+    messages = []
     with monkeypatch.context() as full:
         full.setattr(tempfile, "mkdtemp", refuse)
+        full.setattr(tempfile, "mkstemp", refuse)
+        with pytest.raises(cpu.KernelUnavailable, match="No space left"):
+            cpu.load(messages.append)
+        full.setattr(build, "compile_library", nothing_more)
         with pytest.raises(cpu.KernelUnavailable, match="No space left"):
             cpu.load()
+        assert "No space left" in cpu.availability()[1]
+    assert not any("kept" in message for message in messages)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 601)
     cpu.load()
+
+
+def test_no_room_is_found_out_before_anything_is_compiled(own_folder, monkeypatch):
+    for path in own_folder.glob("*.o"):
+        path.unlink()
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "from attention.kernels import cpu\n"
+        "for _ in range(2):\n"
+        "  try: cpu.load(print)\n"
+        "  except cpu.KernelUnavailable as error: print(error)\n"
+    )
+    start = time.perf_counter()
+    lines = python(code, FATUI_CACHE_DIR=str(own_folder.parent)).communicate(timeout=60)[0].splitlines()
+    assert [line.partition("failed: ")[2] for line in lines[1:]] == ["[Errno 27] File too large"] * 3
+    assert time.perf_counter() - start < 10
+    assert not list(own_folder.glob("*.o"))
+
+
+def test_a_kernel_that_cannot_be_recorded_is_used_and_not_called_kept(own_folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    messages = []
+    monkeypatch.setattr(cache, "write_record", refuse)
+    cpu.load(messages.append)
+    assert "not kept for the next time: [Errno 28] No space left" in messages[1]
+
+
+def test_a_damaged_object_is_compiled_anew(own_folder):
+    for path in own_folder.glob("measure-*.o"):
+        path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
+    cpu.load()
+    (path,) = [path for path in own_folder.glob("measure-*.o") if not path.read_bytes().endswith(b"damaged!")]
+    assert path.stem.endswith(cache.digest(path)[:24])
+
+
+def test_what_the_compiler_leaves_open_to_others_is_closed(own_folder):
+    before = os.umask(0)
+    try:
+        cpu.load()
+    finally:
+        os.umask(before)
+    library._loaded = cpu._module = None
+    cpu.load(pytest.fail)
+    made = [path for path in own_folder.iterdir() if path.suffix in (".so", ".json")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o600}
+
+
+def planted(folder: Path, key: str) -> Path:
+    """A library and a record that agree, as somebody else would forge them."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / f"{key}.so").write_bytes(b"code")
+    cache.write_record(key, {"sha256": cache.digest(folder / f"{key}.so")})
+    assert cache.library(key) == folder / f"{key}.so"
+    return folder / f"{key}.so"
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+    return tmp_path / "kernels"
+
+
+@pytest.mark.parametrize("suffix", [".so", ".json"])
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_no_file_that_others_may_write_is_trusted(empty_folder, suffix, mode):
+    planted(empty_folder, "key").with_suffix(suffix).chmod(mode)
+    assert cache.library("key") is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="files are given to another user")
+@pytest.mark.parametrize("suffix", [".so", ".json"])
+def test_no_file_of_another_user_is_trusted(empty_folder, suffix):
+    os.chown(planted(empty_folder, "key").with_suffix(suffix), 65534, -1)
+    assert cache.library("key") is None
+
+
+@pytest.mark.parametrize("suffix", [".so", ".json"])
+def test_no_symbolic_link_is_followed(empty_folder, tmp_path, suffix):
+    path = planted(empty_folder, "key").with_suffix(suffix)
+    path.symlink_to(path.rename(tmp_path / "elsewhere"))
+    assert cache.library("key") is None
+
+
+def test_a_lock_that_is_a_link_spoils_nothing(empty_folder, tmp_path):
+    empty_folder.mkdir(mode=0o700)
+    (tmp_path / "mine").write_text("precious")
+    (empty_folder / "key.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(cpu.KernelUnavailable, match="cannot be opened"), cache.lock("key"):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_folder_that_others_may_write_is_not_used_and_named(fresh, empty_folder):
+    planted(empty_folder, "key")
+    empty_folder.chmod(0o777)
+    assert cache.library("key") is None
+    reason = f"the cache folder {empty_folder} can be written by other users (mode 0777): remove it, or chmod -R go-w"
+    assert cpu.availability() == (False, reason)
+    with pytest.raises(cpu.KernelUnavailable, match="mode 0777"):
+        cpu.load()
+
+
+def test_a_record_names_no_file(own_folder, tmp_path):
+    cpu.load()
+    path = record(own_folder)
+    forged = {**json.loads(path.read_text()), "library": "/tmp/../elsewhere.so"}
+    path.write_text(json.dumps(forged))
+    library._loaded = cpu._module = None
+    cpu.load(pytest.fail)
+    assert Path(library._loaded.__spec__.origin) == path.with_suffix(".so")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"failure": "x", "time": null}',
+        b'{"failure": ["x"], "time": 1}',
+        b'{"checked": 1}',
+        b'{"checked": {"here": 1}}',
+        b'{"sha256": null}',
+        b'{"time": 1e999}',
+        b'{"x": ' + b"[" * 100_000,
+        b'{"x": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001,
+        b"\0",
+        b'"' + b"x" * (1 << 20) + b'"',
+        b"[]",
+    ],
+    ids=range(11),
+)
+def test_a_hostile_record_counts_as_none(fresh, empty_folder, text):
+    key = build.key(toolchain.find())
+    empty_folder.mkdir(mode=0o700)
+    (empty_folder / f"{key}.json").write_bytes(text)
+    assert cache.read_record(key) == {}
+    assert list(cache.records("")) == []
+    assert cpu.availability() == (True, f"compiles at first use ({cpu.variant()})")
+
+
+@pytest.mark.parametrize("when", [-1e300, 1e300, 2e9 + 1e9])
+def test_a_failure_of_another_time_is_none(empty_folder, when):
+    cache.write_record("key", {"failure": "x", "time": when})
+    assert cache.failure("key") is None
+
+
+def test_the_reason_of_a_failure_is_one_short_printable_line(empty_folder):
+    cache.write_failure("key", "\x1b[31mred\nand\0more" + "x" * 1000)
+    reason = cache.failure("key")
+    assert reason.isprintable()
+    assert len(reason) <= 300
+
+
+def test_a_fifo_in_the_place_of_a_record_does_not_hang(empty_folder):
+    empty_folder.mkdir(mode=0o700)
+    os.mkfifo(empty_folder / "key.json", 0o600)
+    assert cache.read_record("key") == {}
 
 
 def test_a_library_that_was_removed_is_not_called_compiled(own_folder):

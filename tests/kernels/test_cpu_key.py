@@ -36,7 +36,7 @@ def places(monkeypatch):
             Path, "read_text", lambda path, *a, **k: cpuinfo if str(path) == "/proc/cpuinfo" else read(path, *a, **k)
         )
         tools = tools or toolchain.find()
-        return build.key(tools), build._object_path((), build.SOURCES / "forward.cpp", tools).name
+        return build.key(tools), build._object_name((), build.SOURCES / "forward.cpp", tools)
 
     yield found
     monkeypatch.undo()

@@ -3,7 +3,7 @@
 import pytest
 
 from attention.kernels import cache
-from attention.kernels.first_use import LONGEST, FirstUse, records
+from attention.kernels.first_use import LONGEST, FirstUse
 
 KEY, NAME = "planted-0", "planted"
 
@@ -32,7 +32,7 @@ def test_a_check_that_somebody_interrupted_says_nothing_of_the_kernel():
         here().judged(KEY, NAME, interrupted)
     assert here().distrust(KEY) is None
     assert there().distrust(KEY) == "off by 3"
-    (record,) = records("planted")
+    (record,) = cache.records("planted")
     assert record["checked"] == {"there": "off by 3"}  # what a report shows
     assert here().judged(KEY, NAME, lambda: None) is None
 
@@ -85,8 +85,18 @@ def test_interrupted_while_compiling_it_leaves_the_record_alone():
 def test_each_machine_has_its_verdict_in_the_same_record():
     there().judged(KEY, NAME, lambda: "off by 3")
     here().judged(KEY, NAME, lambda: None)
-    (record,) = records("planted")
+    (record,) = cache.records("planted")
     assert record["checked"] == {"there": "off by 3", "here": "passed"}
+
+
+def test_where_nothing_can_be_written_the_verdict_holds_for_this_process(monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "_write", refuse)
+    this = here()
+    assert this.judged(KEY, NAME, lambda: "off by 3") == this.distrust(KEY) == "off by 3"
+    assert here().verdict(KEY) is None
 
 
 def test_an_error_is_kept_with_all_its_lines_and_told_in_the_one_that_says_most():

@@ -1,5 +1,6 @@
 """Compiling the kernel for the very machine: each text once, in parallel, then one link."""
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -18,6 +19,10 @@ SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
 KERNEL = ("forward", "forward_bfloat16", "backward", "backward_bfloat16", "scores", "pool", "measure")
 BINDING = ("primitive", "operation", "module")
+ROOM_BYTES = 16 << 20
+"""What compiling writes at the most: assembly of two texts at a time, objects and the library."""
+_HASH_LENGTH = 24
+"""Hexadecimal digits of an object's hash."""
 
 _KERNEL_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-psabi")
 _BINDING_FLAGS = ("-O1", "-DNB_DOMAIN=mlx")
@@ -107,23 +112,36 @@ def run(command: tuple[str, ...]) -> None:
         raise KernelUnavailable(f"compiling failed: {what}") from error
 
 
-def _object_path(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
+def _object_name(command: tuple[str, ...], text: Path, tools: Toolchain) -> str:
     """Objects are kept by what they depend on, so that a changed kernel does not recompile the slow binding."""
     sha = hashlib.sha256("\0".join((*command, str(text))).encode())
     sha.update(_ground(tools))
     own = text.parent == SOURCES
     for path in [*sorted(SOURCES.glob("*.hpp")), text] if own else [text]:
         sha.update(path.read_bytes())
-    return cache.folder() / f"{text.stem}-{sha.hexdigest()[:24]}.o"
+    return f"{text.stem}-{sha.hexdigest()[:24]}"
+
+
+def _kept_object(name: str) -> Path | None:
+    """The object of that name, if it is unharmed: the end of the file's name is the hash of what it holds."""
+    for path in cache.folder().glob(f"{name}-*.o"):
+        with contextlib.suppress(OSError):
+            if path.stem == f"{name}-{cache.digest(path)[:_HASH_LENGTH]}":
+                return path
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
 
 
 def _compile(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
-    finished = _object_path(command, text, tools)
-    if not finished.exists():
+    name = _object_name(command, text, tools)
+    finished = _kept_object(name)
+    if finished is None:
         with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".building-") as room:
             fresh = Path(room) / "out.o"
             run((*command, "-c", str(text), "-o", str(fresh)))
-            fresh.replace(finished)
+            fresh.chmod(0o600)
+            finished = fresh.replace(cache.folder() / f"{name}-{cache.digest(fresh)[:_HASH_LENGTH]}.o")
     cache.mark_used(finished)
     return finished
 
@@ -135,19 +153,20 @@ def _jobs(tools: Toolchain) -> list[tuple[tuple[str, ...], Path]]:
     return jobs + [(kernel, SOURCES / f"{name}.cpp") for name in KERNEL]
 
 
-def compile_library(tools: Toolchain, name: str) -> Path:
-    """Compile and link into the cache folder; returns the library `<name>.so`.
+def compile_library(tools: Toolchain, key: str) -> Path:
+    """Compile and link into the cache folder; returns the library of that key.
 
     Raises:
         KernelUnavailable: with the compiler's first error.
+        OSError: there is no room for it, which is found out before anything is compiled.
     """
     toolchain.check_abi(tools)
+    cache.require_room(ROOM_BYTES)
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
         objects = list(threads.map(lambda job: _compile(job[0], job[1], tools), _jobs(tools)))
-    finished = cache.folder() / f"{name}.so"
     with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".linking-") as room:
         fresh = Path(room) / "out.so"
         run((*_link_command(tools), *map(str, objects), "-lmlx", "-o", str(fresh)))
         toolchain.check_abi(tools, fresh)
-        fresh.replace(finished)
-    return finished
+        fresh.chmod(0o600)
+        return fresh.replace(cache.library_path(key))

@@ -3,10 +3,10 @@
 import importlib.machinery
 import importlib.util
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from attention.errors import KernelUnavailable
 from attention.kernels import cache
@@ -21,15 +21,14 @@ def availability() -> tuple[bool, str]:
     if _loaded is not None:
         return True, f"loaded ({toolchain.variant()})"
     try:
-        tools = toolchain.find()
+        key = build.key(toolchain.find())
         cache.ready_folder()
-        record = cache.read_record(build.key(tools))
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
-    failure = cache.failure(record)
+    failure = cache.failure(key)
     if failure is not None:
         return False, failure
-    state = "compiled" if _lies_ready(record) else "compiles at first use"
+    state = "compiled" if _lies_ready(key) else "compiles at first use"
     return True, f"{state} ({toolchain.variant()})"
 
 
@@ -38,14 +37,13 @@ def is_compiled() -> bool:
     if _loaded is not None:
         return True
     try:
-        record = cache.read_record(build.key(toolchain.find()))
+        return _lies_ready(build.key(toolchain.find()))
     except KernelUnavailable:
         return False
-    return _lies_ready(record)
 
 
-def _lies_ready(record: dict[str, Any]) -> bool:
-    return "library" in record and (cache.folder() / str(record["library"])).exists()
+def _lies_ready(key: str) -> bool:
+    return "sha256" in cache.read_record(key) and cache.library_path(key).exists()
 
 
 def _import(path: Path) -> ModuleType:
@@ -63,55 +61,64 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _trusted(record: dict[str, Any]) -> Path | None:
-    """The recorded library, if it is still the one that was recorded."""
-    if "library" not in record:
+def _kept(key: str) -> ModuleType | None:
+    """The library that was kept, if it is unharmed and loads."""
+    path = cache.library(key)
+    if path is None:
         return None
-    path = cache.folder() / str(record["library"])
-    cache.mark_used(path)
     try:
-        return path if cache.digest(path) == record.get("sha256") else None
-    except OSError:
+        return _import(path)
+    except KernelUnavailable:  # the system's own libraries have changed, perhaps: it is linked anew
         return None
 
 
-def _compile_and_try(tools: toolchain.Toolchain, key: str) -> ModuleType:
+def _compile_and_try(tools: toolchain.Toolchain, key: str, on_message: Callable[[str], None]) -> ModuleType:
     from attention.kernels.cpu import selfcheck
 
+    started = time.perf_counter()
     try:
         path = build.compile_library(tools, key)
         module = _import(path)
         selfcheck.run(module)
-    except KernelUnavailable as unavailable:
-        cache.write_failure(key, str(unavailable))
-        raise
-    cache.write_record(key, {"library": path.name, "sha256": cache.digest(path)})
+    except (KernelUnavailable, OSError) as error:
+        reason = str(error) if isinstance(error, KernelUnavailable) else f"making the kernel failed: {error}"
+        cache.write_failure(key, reason)
+        on_message(f"The CPU attention kernel is not used: {reason}")
+        raise KernelUnavailable(reason) from error
+    ready = f"The CPU attention kernel is ready after {time.perf_counter() - started:.0f} s"
+    try:
+        cache.write_record(key, {"sha256": cache.digest(path)})
+    except (KernelUnavailable, OSError) as error:
+        on_message(f"{ready}, and not kept for the next time: {error}")
+    else:
+        on_message(f"{ready}, and kept for the next time.")
     return module
 
 
-def _load(on_message: Callable[[str], None] | None) -> ModuleType:
+def _load(on_message: Callable[[str], None]) -> ModuleType:
     tools = toolchain.find()
     cache.ready_folder()
     key = build.key(tools)
-    path = _trusted(cache.read_record(key))
-    if path is not None:
-        return _import(path)
-    if on_message is not None:
-        on_message("Compiling the CPU attention kernel for this machine (once, under half a minute) ...")
+    module = _kept(key)
+    if module is not None:
+        return module
+    failure = cache.failure(key)
+    if failure is not None:
+        raise KernelUnavailable(failure)
+    on_message("Compiling the CPU attention kernel for this machine (once, under half a minute) ...")
     with cache.lock(key):
-        record = cache.read_record(key)
-        failure = cache.failure(record)
+        failure = cache.failure(key)
         if failure is not None:
             raise KernelUnavailable(failure)
-        path = _trusted(record)
-        return _import(path) if path is not None else _compile_and_try(tools, key)
+        return _kept(key) or _compile_and_try(tools, key, on_message)
 
 
 def load(on_message: Callable[[str], None] | None = None) -> ModuleType:
     """The kernel's module, compiled if this machine has none yet.
 
     Args:
-        on_message: told, before it begins, that a compilation will take a while.
+        on_message: gets a line before a compilation begins, and one when it has ended: how long it took, and whether
+            the library was kept.
 
     Raises:
         KernelUnavailable: with the reason; a failure to compile or to agree with the reference is remembered
@@ -122,7 +129,7 @@ def load(on_message: Callable[[str], None] | None = None) -> ModuleType:
         with _loading:
             if _loaded is None:
                 try:
-                    _loaded = _load(on_message)
+                    _loaded = _load(on_message or (lambda _: None))
                 except OSError as error:
                     raise KernelUnavailable(f"making the kernel failed: {error}") from error
     return _loaded

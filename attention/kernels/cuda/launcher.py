@@ -45,12 +45,12 @@ def obstacle() -> str | None:
         tools = toolchain.find()
     except KernelUnavailable as unavailable:
         return str(unavailable)
-    return cache.failure(cache.read_record(_key(tools)))
+    return cache.failure(_key(tools))
 
 
 def is_settled() -> bool:
     """Whether it is compiled, or known that it cannot be."""
-    return obstacle() is not None or (cache.folder() / f"{_key(toolchain.find())}.so").exists()
+    return obstacle() is not None or cache.library_path(_key(toolchain.find())).exists()
 
 
 @functools.cache
@@ -126,22 +126,20 @@ def _key(tools: Toolchain) -> str:
 
 def _trusted(key: str) -> Path | None:
     """The library, if it is still the one that was recorded."""
-    path = cache.folder() / f"{key}.so"
-    record = cache.read_record(key)
-    failure = cache.failure(record)
+    failure = cache.failure(key)
     if failure is not None:
         raise KernelUnavailable(failure)
-    cache.mark_used(path)
-    return path if path.exists() and cache.digest(path) == record.get("sha256") else None
+    return cache.library(key)
 
 
 def _compile(tools: Toolchain, key: str) -> Path:
-    finished = cache.folder() / f"{key}.so"
+    finished = cache.library_path(key)
     try:
         toolchain.check_abi(tools)
         with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".building-") as room:
             _build(tools, Path(room))
             toolchain.check_abi(tools, Path(room) / "out.so")
+            (Path(room) / "out.so").chmod(0o600)
             (Path(room) / "out.so").replace(finished)
     except KernelUnavailable as unavailable:
         cache.write_failure(key, str(unavailable))

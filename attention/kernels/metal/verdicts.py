@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from attention.errors import KernelUnavailable
-from attention.kernels import first_use
+from attention.kernels import cache, first_use
 from attention.kernels.metal import machine, trust
 from attention.kernels.metal.call import FEW_ROWS, Call, Shape, specialisation
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES
@@ -37,7 +37,7 @@ def known() -> list[Verdict]:
     """The verdicts of all checks that were ever made with this cache folder, by name."""
     made = [
         Verdict(str(record.get("name")), str(text), where)
-        for record in first_use.records(trust.PREFIX)
+        for record in cache.records(trust.PREFIX)
         for where, text in record.get("checked", {}).items()
     ]
     return sorted(made, key=lambda verdict: (verdict.machine, verdict.name))
