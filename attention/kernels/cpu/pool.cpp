@@ -8,6 +8,8 @@
 #include <exception>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -32,12 +34,18 @@ inline void pause() {
 // helpers that had joined. One word says it all: generation (upper half), open (one bit), helpers inside (the rest).
 class Pool {
  public:
-  explicit Pool(int helpers) {
-    for (int i = 0; i < helpers; i++) std::thread([this] { serve(); }).detach();
-    size = helpers;
+  // Begins helpers until there are so many, or the system grants no more: then there are fewer, and for a second nobody
+  // tries again. Returns how many there are of those.
+  int grow(int helpers) {
+    if (size_ >= helpers) return helpers;
+    std::lock_guard<std::mutex> one_at_a_time(growing_);
+    try {
+      for (; size_ < helpers && Clock::now() >= try_again_; size_++) std::thread([this] { serve(); }).detach();
+    } catch (const std::exception&) {  // of the thread that did not begin; those before it serve
+      try_again_ = Clock::now() + std::chrono::seconds(1);
+    }
+    return std::min<int>(size_, helpers);
   }
-
-  int size = 0;
 
   void run(int64_t items, int helpers, const std::function<void(int64_t)>& work, bool brief) {
     std::lock_guard<std::mutex> one_call_at_a_time(calls_);
@@ -65,7 +73,7 @@ class Pool {
                    std::memory_order_release);
     }
     if (!wake || sleepers_.load(std::memory_order_seq_cst) == 0) return;
-    if (helpers < size) for (int i = 0; i < helpers; i++) wake_.notify_one();
+    if (helpers < size_) for (int i = 0; i < helpers; i++) wake_.notify_one();
     else wake_.notify_all();
   }
 
@@ -108,7 +116,9 @@ class Pool {
     }
   }
 
-  std::mutex calls_, mutex_;
+  std::mutex calls_, mutex_, growing_;
+  std::atomic<int> size_{0};
+  Clock::time_point try_again_{};
   std::condition_variable wake_;
   std::atomic<uint64_t> state_{0};
   std::atomic<int64_t> next_{0};
@@ -136,9 +146,9 @@ const bool prepared = [] {
   return true;
 }();
 
-Pool& pool_with(int helpers) {
+Pool& the_pool() {
   std::lock_guard<std::mutex> hold(guard());
-  if (pool == nullptr || pool->size < helpers) pool = new Pool(helpers);
+  if (pool == nullptr) pool = new Pool;
   return *pool;
 }
 
@@ -163,9 +173,12 @@ int thread_count() {
   return processor_count();
 }
 
+int threads_granted(int threads) { return threads > 1 ? 1 + the_pool().grow(threads - 1) : 1; }
+
 void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work, bool brief) {
-  const int helpers = int(std::min<int64_t>(items, threads)) - 1;
-  if (helpers > 0) return pool_with(helpers).run(items, helpers, work, brief);
+  if (const int wanted = int(std::min<int64_t>(items, threads)) - 1; wanted > 0)
+    if (const int helpers = the_pool().grow(wanted); helpers > 0)
+      return the_pool().run(items, helpers, work, brief);
   for (int64_t i = 0; i < items; i++) work(i);
 }
 
@@ -175,7 +188,8 @@ float* scratch(size_t bytes) {
     std::free(memory.data);
     memory.bytes = 0;
     memory.data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (memory.data == nullptr) throw std::bad_alloc();
+    if (memory.data == nullptr)
+      throw std::runtime_error("[flash_attention] no memory for " + std::to_string(bytes) + " bytes of tiles.");
     memory.bytes = bytes;
   }
   return static_cast<float*>(memory.data);

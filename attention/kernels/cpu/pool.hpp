@@ -10,6 +10,9 @@ namespace fatui {
 int processor_count();
 int thread_count();
 
+// Of so many threads, the caller's among them, those that there are: the system may grant fewer than a call may use.
+int threads_granted(int threads);
+
 // Runs work(0) ... work(items - 1), each once, in any order, on up to `threads` threads, the caller's among them. Waking
 // a helper takes longer than brief work: that wakes one only where calls follow each other closely, so that it stays.
 void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work, bool brief = false);
