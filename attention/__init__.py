@@ -5,7 +5,7 @@ Importing this imports neither MLX nor numpy; a call does.
 
 from typing import TYPE_CHECKING
 
-from attention.errors import NoBackendError, UnsupportedError, UsageError
+from attention.errors import ForkedError, NoBackendError, UnsupportedError, UsageError
 from attention.workload import Workload
 
 if TYPE_CHECKING:
@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from attention.monitoring import Monitor
     from attention.patch.model_patch import ModelPatch
 
-__all__ = ["NoBackendError", "UnsupportedError", "UsageError", "Workload", "attention", "monitor", "patch_mlx_lm"]
+__all__ = [
+    "ForkedError",
+    "NoBackendError",
+    "UnsupportedError",
+    "UsageError",
+    "Workload",
+    "attention",
+    "monitor",
+    "patch_mlx_lm",
+]
 
 
 def attention(
@@ -49,6 +58,7 @@ def attention(
         UsageError: an argument is wrong; it says which, what it got and what it takes, one line each.
         UnsupportedError: the implementation does not take this, as its route says.
         NoBackendError: MLX cannot be imported.
+        ForkedError: attention was computed before this process was forked; MLX would hang.
     """
     from attention import watching
     from attention.arguments import checked_mask, checked_numbers, checked_shapes, find

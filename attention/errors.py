@@ -23,6 +23,10 @@ class NoBackendError(RuntimeError):
     """MLX is not installed, or has no backend to run on."""
 
 
+class ForkedError(RuntimeError):
+    """Attention cannot be computed in a process that was forked after MLX had been used."""
+
+
 class KernelUnavailable(RuntimeError):
     """A custom kernel cannot be used on this machine; the message is the reason, in one line."""
 

@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from attention import forking
+
 if TYPE_CHECKING:
     import mlx.core as mx
 
@@ -38,7 +40,12 @@ def take_path() -> str | None:
 def call(
     implementation: "Implementation", q: "mx.array", k: Any, v: Any, *, scale: float, mask: "Mask", **more: Any
 ) -> "mx.array":
-    """Calls an implementation, through the watcher that came last where there is one."""
+    """Calls an implementation, through the watcher that came last where there is one.
+
+    Raises:
+        ForkedError: attention was computed before this process was forked.
+    """
+    forking.check()
     if watchers:
         return watchers[-1](implementation, q, k, v, scale=scale, mask=mask, **more)
     return implementation(q, k, v, scale=scale, mask=mask, **more)

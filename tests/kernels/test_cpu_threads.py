@@ -91,6 +91,77 @@ def test_the_pool_is_rebuilt_after_a_fork():
     assert done.returncode == 0
 
 
+IN_A_CHILD = """
+import os, signal, mlx.core as mx
+mx.set_default_device(mx.cpu)
+from attention import ForkedError, attention
+from attention.kernels import cpu
+q = mx.ones((1, 1, 4, 8))
+def attend():
+    mx.eval({call})
+if {before}:
+    attend()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    try:
+        attend()
+    except ForkedError as error:
+        print(error)
+    else:
+        print("fine")
+    os._exit(0)
+os.waitpid(child, 0)
+attend()
+"""
+CALLS = ["attention(q, q, q)", "attention(q, q, q, implementation='poc')", "cpu.flash_attention(q, q, q, scale=1.0)"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_process_forked_after_the_first_use_says_so(call):
+    code = IN_A_CHILD.format(call=call, before=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("attention was computed before this process was forked, and MLX would hang here")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_process_forked_before_the_first_use_computes():
+    code = IN_A_CHILD.format(call=CALLS[1], before=False)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "fine\n"
+
+
+FEWER = """
+import os, resource, mlx.core as mx
+mx.set_default_device(mx.cpu)
+from attention.kernels import cpu
+q = mx.random.normal((1, 8, 512, 64))
+expected = mx.fast.scaled_dot_product_attention(q, q, q, scale=0.1)
+mx.eval(expected)
+cpu.load()
+os.setgid(61235), os.setuid(61235)
+threads = lambda: len(os.listdir("/proc/self/task"))
+limit = threads() + 2
+resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit + 8))
+for _ in range(3):
+    assert mx.allclose(cpu.flash_attention(q, q, q, scale=0.1), expected, atol=1e-4)
+assert threads() == limit, threads()
+assert cpu.fma_peak() > 0
+resource.setrlimit(resource.RLIMIT_NPROC, (limit + 8, limit + 8))
+import time
+time.sleep(1.1)
+assert mx.allclose(cpu.flash_attention(q, q, q, scale=0.1), expected, atol=1e-4)
+assert threads() == limit + 3, threads()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="limits the threads of a user of its own")
+def test_threads_that_the_system_refuses_are_done_without():
+    environment = {**os.environ, "FATUI_THREADS": "6"}
+    done = subprocess.run([sys.executable, "-c", FEWER], check=False, env=environment, timeout=60)
+    assert done.returncode == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in Linux's way")
 def test_calls_from_many_threads_at_once_use_one_pool(monkeypatch):
     monkeypatch.setenv("FATUI_THREADS", "3")

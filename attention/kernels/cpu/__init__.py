@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from attention import forking
 from attention.errors import KernelUnavailable
 from attention.kernels.keywords import check_bounds
 
@@ -72,7 +73,7 @@ def load(on_message: Callable[[str], None] | None = None) -> None:
     """Make the kernel ready: compile it if need be, check its recorded hash, load it, try it once.
 
     Args:
-        on_message: told in one line before a compilation starts.
+        on_message: gets a line before a compilation begins, and one when it has ended.
 
     Raises:
         KernelUnavailable: with the reason.
@@ -121,7 +122,9 @@ def flash_attention(
     Raises:
         ValueError: for shapes, types or values that do not fit.
         KernelUnavailable: if the kernel cannot run on this machine.
+        ForkedError: attention was computed before this process was forked.
     """
+    forking.check()
     if _module is None:
         load()
     if window is not None or softcap is not None:
@@ -150,7 +153,9 @@ def flash_attention_with_logsumexp(
     Raises:
         ValueError: for shapes, types or values that do not fit.
         KernelUnavailable: if the kernel cannot run on this machine.
+        ForkedError: attention was computed before this process was forked.
     """
+    forking.check()
     if _module is None:
         load()
     window, softcap = _bounds(window, softcap)
@@ -175,7 +180,7 @@ def workspace_bytes(
         k_shape: (B, Hkv, Lk, D).
         v_shape: (B, Hkv, Lk, Dv).
         dtype: of all three.
-        training: the greater of forward and backward; the logsumexp (4 B H Lq bytes) is an output, not counted.
+        training: the greater of forward and backward; the 12 bytes that it keeps of each row are outputs, not counted.
 
     Raises:
         KernelUnavailable: if the kernel cannot run on this machine.
