@@ -53,3 +53,28 @@ def largest_product(q, k):
     group = q.shape[1] // k.shape[1]
     products = np.abs(oracle.numbers(q)) @ np.repeat(np.abs(oracle.numbers(k)), group, 1).swapaxes(-1, -2)
     return products.max()
+
+
+def exact_scores(seed, shape, exponent, dtype, negative=False):
+    """q, k and v whose scores, times a scale of 1/4, are exact in float32: integers up to 256 times 2**exponent.
+
+    So are ties among them; `negative` makes all scores negative.
+    """
+    b, h, hkv, lq, lk, d = shape
+    random = np.random.default_rng(seed)
+    half = exponent // 2
+
+    def powers(shape, sign, power):
+        numbers = random.choice([1.0, 2.0, 4.0], shape) * (sign if negative else random.choice([-1.0, 1.0], shape))
+        return mx.array((numbers * 2.0**power).astype(np.float32)).astype(dtype)
+
+    q = powers((b, h, lq, d), 1, half + 2)
+    k = powers((b, hkv, lk, d), -1, exponent - half)
+    return q, k, normal(seed, b, hkv, lk, d, dtype=dtype)
+
+
+SCORE_EXPONENTS = [(mx.float32, e) for e in (-100, -20, 8, 13, 20, 33, 66, 93)]
+SCORE_EXPONENTS += [(mx.bfloat16, e) for e in (-60, 8, 13, 33, 60)] + [(mx.float16, e) for e in (-8, 8, 18)]
+"""Sizes of scores for `exact_scores`, as far as the inputs of each type reach."""
+SCORE_SHAPES = [(1, 2, 2, 70, 300, 16), (1, 4, 2, 1, 90, 16), (1, 1, 1, 3, 3000, 16)]
+"""Many queries; few; few against spans of keys that are joined."""

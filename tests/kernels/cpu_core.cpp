@@ -60,11 +60,11 @@ int main(int count, char** arguments) {
     p.mask.data = at, p.mask.element = Element(n[10]);
     for (int i = 0; i < 4; i++) p.mask.stride[i] = n[11 + i];
   }
-  Bytes o(queries * p.value_dim * size), l(queries * 4), dq(queries * p.head_dim * size);
+  Bytes o(queries * p.value_dim * size), l(queries * 4), s(queries * 8), dq(queries * p.head_dim * size);
   Bytes dk(keys * p.head_dim * size), dv(keys * p.value_dim * size);
-  forward({p, o.data(), reinterpret_cast<float*>(l.data())});
+  forward({p, o.data(), reinterpret_cast<float*>(l.data()), reinterpret_cast<float*>(s.data())});
   back.output = tensor(o.data(), element, p.heads, p.queries, p.value_dim, false);
-  back.logsumexp = tensor(l.data(), Element::float32, p.heads, p.queries, 1, false);
+  back.statistics = tensor(s.data(), Element::float32, p.heads, p.queries, 2, false);
   back.query_gradient = dq.data(), back.key_gradient = dk.data(), back.value_gradient = dv.data();
   backward(back);
   std::FILE* file = std::fopen(arguments[2], "wb");

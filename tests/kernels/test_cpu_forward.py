@@ -4,7 +4,7 @@ import kernel_oracle as oracle
 import mlx.core as mx
 import numpy as np
 import pytest
-from cpu_calls import calls, laid_out, largest_product, qkv
+from cpu_calls import SCORE_EXPONENTS, SCORE_SHAPES, calls, exact_scores, laid_out, largest_product, qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -103,6 +103,33 @@ def test_inputs_are_read_where_they_lie(layout, queries):
     assert mx.get_peak_memory() - before < o.nbytes + 4096  # K and V have 500 KB each, the whole mask 16 and more
 
 
+def options_of(kind, lq, lk):
+    random = np.random.default_rng(lk)
+    seen = (random.random((lq, lk)) < 0.7) & (np.arange(lk) >= lk // 2)  # whole tiles of keys are hidden first
+    return {
+        "full": oracle.Options(scale=0.25),
+        "window": oracle.Options(scale=0.25, causal=True, window=20),
+        "bool": oracle.Options(scale=0.25, mask=seen),
+        "added": oracle.Options(scale=0.25, mask=np.where(seen, 0.0, -np.inf).astype(np.float32)),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "bool", "added"])
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize(("dtype", "exponent"), SCORE_EXPONENTS, ids=str)
+def test_scores_of_any_size_give_the_exact_softmax(dtype, exponent, negative, kind):
+    for seed, shape in enumerate(SCORE_SHAPES):
+        q, k, v = exact_scores(seed, shape, exponent, dtype, negative)
+        options = options_of(kind, shape[3], shape[4])
+        exact, exact_logsumexp, _ = oracle.attention(*(oracle.numbers(x) for x in (q, k, v)), options)
+        o, logsumexp = cpu.flash_attention_with_logsumexp(q, k, v, **options.keywords())
+        decoded = cpu.flash_attention(q, k, v, **options.keywords())  # few rows: not the tiles of training
+        tolerance = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}[dtype]
+        np.testing.assert_allclose(oracle.numbers(o), exact, atol=tolerance)
+        np.testing.assert_allclose(oracle.numbers(decoded), exact, atol=tolerance)
+        np.testing.assert_allclose(np.array(logsumexp), exact_logsumexp, rtol=1e-5, atol=1e-3)
+
+
 def test_no_queries_and_no_keys():
     assert cpu.flash_attention(*qkv(1, 2, 2, 0, 5, 8, 8, mx.float32), scale=1.0).shape == (1, 2, 0, 8)
     o, logsumexp = cpu.flash_attention_with_logsumexp(*qkv(1, 2, 2, 3, 0, 8, 8, mx.float32), scale=1.0)
@@ -119,6 +146,22 @@ def test_keys_that_a_boolean_mask_hides_may_hold_anything(dtype, queries, garbag
     spoilt = mx.where(mx.array(seen)[:, None], k, mx.array(garbage, dtype))
     o, expected = (cpu.flash_attention(q, x, v, scale=0.2, mask=mx.array(seen)) for x in (spoilt, k))
     assert mx.allclose(o, expected, rtol=2**-7, atol=2**-8)  # a rounding of bfloat16; NaN is near to nothing
+
+
+@pytest.mark.parametrize("softcap", [1e-45, 1e-30, 1e30, 3e38])
+def test_softcaps_at_the_ends_of_float32_give_numbers(softcap):
+    q, k, v = qkv(1, 2, 2, 20, 30, 8, 8, mx.float32)
+    o = cpu.flash_attention(q, k, v, scale=0.3, softcap=softcap)
+    plain = cpu.flash_attention(q, k, v, scale=0.3 if softcap > 1 else 0.0)  # no cap, or all scores alike
+    np.testing.assert_allclose(np.array(o), np.array(plain), atol=1e-4)
+
+
+def test_large_finite_masks_keep_their_order():
+    q, k, v = qkv(1, 2, 2, 20, 30, 8, 8, mx.float32)
+    mask = mx.full((20, 30), float(np.finfo(np.float32).min))
+    mask[:, 7] = -3e38
+    o = cpu.flash_attention(q, k, v, scale=1.0, mask=mask)
+    np.testing.assert_array_equal(np.array(o), np.broadcast_to(np.array(v)[:, :, 7:8], o.shape))
 
 
 def test_a_large_finite_mask_is_no_exclusion():

@@ -4,7 +4,7 @@ import kernel_oracle as oracle
 import mlx.core as mx
 import numpy as np
 import pytest
-from cpu_calls import calls, laid_out, largest_product, normal, qkv
+from cpu_calls import SCORE_EXPONENTS, SCORE_SHAPES, calls, exact_scores, laid_out, largest_product, normal, qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +82,33 @@ def test_gradients_of_any_shape_stride_and_mask(call, name):
     assert_right(q, k, v, do, options, [rounding * x.max(initial=0) for x in sums])
 
 
+@pytest.mark.parametrize(("dtype", "exponent"), SCORE_EXPONENTS, ids=str)
+def test_gradients_at_scores_of_any_size(dtype, exponent):
+    for seed, shape in enumerate(SCORE_SHAPES):
+        q, k, v = exact_scores(seed, shape, exponent, dtype)
+        do = normal(seed, *q.shape, dtype=dtype)
+        options = oracle.Options(scale=0.25, causal=True)
+        _, got = mx.vjp(lambda *x, o=options: cpu.flash_attention(*x, **o.keywords()), [q, k, v], [do])
+        arrays = [oracle.numbers(x) for x in (q, k, v, do)]
+        exact, sums = oracle.gradients(*arrays, options), oracle.gradient_sums(*arrays, options)
+        for a, b, c in zip(got, exact, sums, strict=True):
+            assert np.abs(oracle.numbers(a) - b).max() <= 4 * ONE_ROUNDING[str(dtype)[9:]] * c.max() + 1e-37
+            assert a.dtype == dtype
+
+
+@pytest.mark.parametrize("hidden", [-1e4, -1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("shape", [(1, 2, 2, 130, 300, 32, 32), (1, 4, 1, 1, 3000, 16, 16)], ids=str)
+@dtypes
+def test_rows_that_a_large_finite_mask_hides_weigh_once(dtype, shape, hidden):
+    q, k, v, do = inputs(*shape, dtype)
+    mask = mx.full(shape[3:5], hidden)
+    _, (dv,) = mx.vjp(lambda v: cpu.flash_attention(1e-4 * q, k, v, scale=1.0, mask=mask), [v], [do])
+    group = shape[1] // shape[2]
+    expected = oracle.numbers(do).reshape(shape[0], shape[2], group * shape[3], -1).sum(2, keepdims=True) / shape[4]
+    allowed = 2e-2 * np.abs(expected).max() + 1e-6
+    np.testing.assert_allclose(oracle.numbers(dv), np.broadcast_to(expected, dv.shape), atol=allowed)
+
+
 def test_gradients_where_nothing_is_attended_to_are_zero():
     q, k, v, _ = inputs(1, 2, 2, 8, 4, 16, 16)
     dq = mx.grad(loss)(q, k, v)
@@ -152,5 +179,20 @@ def test_what_has_no_gradient_says_so():
     q, k, v, _ = inputs(1, 1, 1, 4, 4, 8, 8)
     with pytest.raises(ValueError, match="mask"):
         mx.grad(lambda m: cpu.flash_attention(q, k, v, scale=1.0, mask=m).sum())(mx.zeros((4, 4)))
-    with pytest.raises(ValueError, match="second derivative"):
+    with pytest.raises(ValueError, match="no second derivative; implementation 'baseline' has"):
         mx.grad(lambda x: mx.grad(loss)(x, k, v).sum())(q)
+    with pytest.raises(ValueError, match=r"no forward-mode derivative \(jvp\); implementation 'baseline' has"):
+        mx.jvp(lambda x: attend(x, k, v), [q], [q])
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        mx.jvp(lambda x: mx.grad(loss)(x, k, v), [q], [q])
+
+
+def test_a_mask_whose_gradient_is_stopped_is_no_obstacle():
+    q, k, v, do = inputs(1, 2, 2, 8, 8, 16, 16)
+
+    def attend_stopped(q, m):
+        return cpu.flash_attention(q, k, v, scale=1.0, mask=mx.stop_gradient(m))
+
+    _, (dq, dm) = mx.vjp(attend_stopped, [q, mx.zeros((8, 8))], [do])
+    assert mx.any(dq != 0)
+    assert mx.all(dm == 0)

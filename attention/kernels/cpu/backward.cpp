@@ -1,9 +1,10 @@
-// Attention, backward: dQ, dK, dV from the logsumexp, without the score matrix (Dao et al., 2022; Dao, 2023).
+// Attention, backward: dQ, dK, dV from each row's reference and sum, without the score matrix (Dao et al., 2022; Dao,
+// 2023).
 //
 //   for each block of 256 keys, each tile of 64 queries i that sees it, and each tile of 64 keys j of that block
 //   (S' one line a key, one lane a query):
-//     S' = K Q'                     P' = 2^(S' - logsumexp_i)
-//     dP' = V dO'                   dS' = P' (dP' - delta_i)        delta_i = dO_i . O_i - dlogsumexp_i
+//     S' = K Q'                     P' = e^(S' - reference_i)       dO_i already divided by the row's sum
+//     dP' = V dO'                   dS' = P' (dP' - delta_i)        delta_i = dO_i . O_i - dlogsumexp_i / sum_i
 //     dV += P' dO                   dK += dS' Q                     dQ' += K' dS'
 #include "backward_walk.hpp"
 #include "product.hpp"
@@ -18,7 +19,9 @@ class FloatTiles {
   static int64_t fixed(const Problem& p) {
     return query_tile * 3 * step_keys + (key_block + query_tile) * (padded(p.head_dim) + padded(p.value_dim));
   }
-  static int64_t a_slot(const Problem& p) { return query_tile * (padded(p.head_dim) + padded(p.value_dim) + 2); }
+  static int64_t a_slot(const Problem& p) {
+    return query_tile * (padded(p.head_dim) + padded(p.value_dim)) + row_numbers;
+  }
 
   FloatTiles(const BackwardCall& call, int64_t slots, float* room)
       : call_(call), p_(call.problem), d_(padded(p_.head_dim)), dv_(padded(p_.value_dim)), holds_(slots, -1) {
@@ -41,15 +44,23 @@ class FloatTiles {
   [[gnu::noinline]] void take_queries(const Item& item, int64_t tile) {
     const int64_t slot = std::min(tile, int64_t(holds_.size()) - 1), width = round_up(item.queries, lanes);
     query_turned_ = slots_ + slot * a_slot(p_), gradient_turned_ = query_turned_ + query_tile * d_;
-    logsumexp_ = gradient_turned_ + query_tile * dv_, delta_ = logsumexp_ + query_tile;
+    rows_ = reinterpret_cast<RowNumbers*>(gradient_turned_ + query_tile * dv_);
     if (holds_[slot] != tile) {
       holds_[slot] = tile;
-      turn(rows_of<T>(p_.query, item), p_.head_dim, width, query_turned_);
+      read_rows<T>(call_, item, *rows_);
+      turn(rows_of<T>(p_.query, item), p_.head_dim, width, query_turned_, p_.scale);
       turn(rows_of<T>(call_.output_gradient, item), p_.value_dim, width, gradient_turned_);
-      row_statistics<T>(call_, item, logsumexp_, delta_);
+      for (int64_t d = 0; d < p_.value_dim; d++) divide(gradient_turned_ + d * query_tile, width);
+      divide(rows_->delta, query_tile);
     }
-    q_ = rows(p_.query, item, p_.head_dim, query_, d_);
-    do_ = rows(call_.output_gradient, item, p_.value_dim, gradient_, dv_);
+    // Q as it lies only where whole vectors of columns can be read.
+    q_ = floats_of<T>(p_.query, item.batch, item.head, item.query, item.queries, p_.head_dim, query_, d_,
+                      d_ == p_.head_dim);
+    floats_of<T>(call_.output_gradient, item.batch, item.head, item.query, item.queries, p_.value_dim, gradient_, dv_,
+                 false);
+    for (int64_t i = 0; i < item.queries; i++)
+      for (float* x = gradient_ + i * dv_; x < gradient_ + (i + 1) * dv_; x += lanes)
+        store(x, load(x) * rows_->inverse[i]);
   }
 
   void step(const TileStep& t) {
@@ -60,9 +71,9 @@ class FloatTiles {
     multiply<Layout::depth_contiguous, Update::overwrite>(
         {v, v_.stride, gradient_turned_, query_tile, p_.value_dim, score_gradients_, query_tile, nullptr}, t.keys,
         width);
-    if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, p_.scale / p_.softcap);
-    const float factor = finish_scores({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, t.bounds);
-    score_gradients(t.keys, width, factor);
+    if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, inside_cap(p_));
+    finish_scores({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, t.bounds);
+    score_gradients(t.keys, width);
     if (t.key_sums != nullptr) add_to_keys(t);
     if (t.query_sums != nullptr)
       multiply<Layout::rows_contiguous, Update::add>(
@@ -70,26 +81,28 @@ class FloatTiles {
   }
 
  private:
-  // As they lie only where whole vectors of columns can be read.
-  Floats rows(const Tensor& t, const Item& item, int64_t columns, float* room, int64_t line) const {
-    return floats_of<T>(t, item.batch, item.head, item.query, item.queries, columns, room, line, line == columns);
+  // A number of each query, by its row's sum.
+  void divide(float* x, int64_t width) const {
+    for (int64_t i = 0; i < width; i += lanes) store(x + i, load(x + i) * load(rows_->inverse + i));
   }
 
   void add_to_keys(const TileStep& t) const {
     multiply<Layout::depth_contiguous, Update::add>(
-        {scores_, query_tile, do_.data, do_.stride, t.item.queries, t.value_sums, dv_, nullptr}, t.keys, dv_);
+        {scores_, query_tile, gradient_, dv_, t.item.queries, t.value_sums, dv_, nullptr}, t.keys, dv_);
     multiply<Layout::depth_contiguous, Update::add>(
         {score_gradients_, query_tile, q_.data, q_.stride, t.item.queries, t.key_sums, d_, nullptr}, t.keys, d_);
   }
 
   // P' from S', and dS' from dP', in place.
-  void score_gradients(int64_t keys, int64_t width, float factor) const {
-    const bool capped = p_.softcap > 0;
+  void score_gradients(int64_t keys, int64_t width) const {
+    const bool capped = p_.softcap > 0, subtracted = subtract_first(scores_, keys, width, 1.0f, *rows_);
+    const float factor = subtracted ? 1.0f : log2_e;
     for (int64_t i = 0; i < width; i += lanes) {
-      const Vector logsumexp = load(logsumexp_ + i), delta = load(delta_ + i);
+      const Vector offset = subtracted ? Vector{} : in_register(load(rows_->reference + i) * log2_e);
+      const Vector delta = load(rows_->delta + i);
       for (int64_t j = 0; j < keys; j++) {
         const int64_t at = j * query_tile + i;
-        const Vector probability = exp2(load(scores_ + at) * factor - logsumexp);
+        const Vector probability = exp2(load(scores_ + at) * factor - offset);
         const Vector gradient = probability * (load(score_gradients_ + at) - delta);
         store(scores_ + at, probability);
         store(score_gradients_ + at, capped ? gradient * load(slopes_ + at) : gradient);
@@ -102,8 +115,9 @@ class FloatTiles {
   int64_t d_, dv_;
   std::vector<int64_t> holds_;
   float *scores_, *score_gradients_, *slopes_, *key_, *value_, *query_, *gradient_, *slots_;
-  float *query_turned_ = nullptr, *gradient_turned_ = nullptr, *logsumexp_ = nullptr, *delta_ = nullptr;
-  Floats k_{}, v_{}, q_{}, do_{};
+  float *query_turned_ = nullptr, *gradient_turned_ = nullptr;
+  RowNumbers* rows_ = nullptr;
+  Floats k_{}, v_{}, q_{};
 };
 }  // namespace
 

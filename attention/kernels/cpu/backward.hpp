@@ -52,14 +52,20 @@ struct BackwardPlan {
   }
 };
 
-// For each row of a tile: the logsumexp in base 2 (a row that attends to nothing gets a huge one: its P is 0), and
-// delta = dO . O, less the logsumexp's own gradient.
+// What a row's P and dS are made with: P = e^(S - reference) inverse, dS = P (dP - delta).
+struct RowNumbers {
+  float reference[query_tile];  // infinite where there is nothing to attend to, or no row: then P is 0
+  float inverse[query_tile];    // of the sum
+  float delta[query_tile];      // dO . O, less the logsumexp's own gradient
+};
+constexpr int64_t row_numbers = sizeof(RowNumbers) / sizeof(float);
+
 template <class T>
-void row_statistics(const BackwardCall& call, const Item& item, float* logsumexp, float* delta) {
+void read_rows(const BackwardCall& call, const Item& item, RowNumbers& rows) {
   const auto offset = [&](const Tensor& t, int64_t i) {
     return item.batch * t.stride[0] + item.head * t.stride[1] + (item.query + i) * t.stride[2];
   };
-  const Tensor &o = call.output, &g = call.output_gradient, &l = call.logsumexp, &dl = call.logsumexp_gradient;
+  const Tensor &o = call.output, &g = call.output_gradient, &l = call.statistics, &dl = call.logsumexp_gradient;
   const int64_t columns = call.problem.value_dim;
   for (int64_t i = 0; i < item.queries; i++) {
     const T *a = static_cast<const T*>(o.data) + offset(o, i), *b = static_cast<const T*>(g.data) + offset(g, i);
@@ -67,12 +73,22 @@ void row_statistics(const BackwardCall& call, const Item& item, float* logsumexp
     for (int64_t d = 0; d < columns; d += lanes)
       sum += widen_strided(a + d * o.stride[3], o.stride[3], columns - d) *
              widen_strided(b + d * g.stride[3], g.stride[3], columns - d);
-    delta[i] = sum_of(sum) - (dl.data == nullptr ? 0.0f : static_cast<const float*>(dl.data)[offset(dl, i)]);
-    const float value = static_cast<const float*>(l.data)[offset(l, i)];
-    logsumexp[i] = value == -infinity ? largest : value * log2_e;
+    rows.delta[i] = sum_of(sum) - (dl.data == nullptr ? 0.0f : static_cast<const float*>(dl.data)[offset(dl, i)]);
+    const float* statistics = static_cast<const float*>(l.data) + offset(l, i);
+    const bool some = statistics[1] != 0;
+    rows.reference[i] = some ? statistics[0] : infinity;
+    rows.inverse[i] = some ? 1.0f / statistics[1] : 0.0f;
   }
-  std::fill(logsumexp + item.queries, logsumexp + query_tile, largest);
-  std::fill(delta + item.queries, delta + query_tile, 0.0f);
+  std::fill(rows.reference + item.queries, rows.reference + query_tile, infinity);
+  std::fill(rows.inverse + item.queries, rows.inverse + query_tile, 0.0f);
+  std::fill(rows.delta + item.queries, rows.delta + query_tile, 0.0f);
+}
+
+// The reference subtracted first where it must be, as in the forward pass; returns whether it was.
+inline bool subtract_first(float* s, int64_t keys, int64_t width, float factor, const RowNumbers& rows) {
+  const bool first = std::any_of(rows.reference, rows.reference + query_tile, beyond_offset);
+  for (int64_t i = 0; i < width && first; i += lanes) subtract<1>(s + i, keys, factor, {load(rows.reference + i)});
+  return first;
 }
 
 // 1 - tanh^2: the slope of the softcap.

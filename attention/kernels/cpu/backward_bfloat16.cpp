@@ -26,7 +26,7 @@ class PairTiles {
     return query_tile * step_keys * 9 / 2 + key_block * (2 * d + dv) + query_tile * std::max(d, dv);
   }
   static int64_t a_slot(const Problem& p) {
-    return query_tile * 2 * (words_of(p.head_dim) + words_of(p.value_dim) + 1);
+    return query_tile * 2 * (words_of(p.head_dim) + words_of(p.value_dim)) + row_numbers;
   }
 
   PairTiles(const BackwardCall& call, int64_t slots, float* room)
@@ -34,8 +34,8 @@ class PairTiles {
     scores_ = room;
     score_gradients_ = scores_ + query_tile * step_keys;
     slopes_ = score_gradients_ + query_tile * step_keys;
-    rows_ = reinterpret_cast<bfloat16_t*>(slopes_ + query_tile * step_keys);
-    gradient_rows_ = rows_ + query_tile * step_keys;
+    probability_rows_ = reinterpret_cast<bfloat16_t*>(slopes_ + query_tile * step_keys);
+    gradient_rows_ = probability_rows_ + query_tile * step_keys;
     gradient_pairs_ = words(gradient_rows_ + query_tile * step_keys);
     key_ = gradient_pairs_ + query_tile * step_keys / 2;
     value_ = key_ + key_block * d_;
@@ -55,7 +55,7 @@ class PairTiles {
     const int64_t slot = std::min(tile, int64_t(holds_.size()) - 1), width = round_up(item.queries, 32);
     query_turned_ = slots_ + slot * a_slot(p_), gradient_turned_ = query_turned_ + query_tile * d_;
     query_rows_ = gradient_turned_ + query_tile * dv_, gradient_row_pairs_ = query_rows_ + query_tile * d_;
-    logsumexp_ = gradient_row_pairs_ + query_tile * dv_, delta_ = logsumexp_ + query_tile;
+    rows_ = reinterpret_cast<RowNumbers*>(gradient_row_pairs_ + query_tile * dv_);
     if (holds_[slot] == tile) return;
     holds_[slot] = tile;
     const auto q = rows_of<bfloat16_t>(p_.query, item), g = rows_of<bfloat16_t>(call_.output_gradient, item);
@@ -63,7 +63,7 @@ class PairTiles {
     turn_pairs(g, p_.value_dim, 2 * dv_, width, gradient_turned_, halves(copy_));
     pair_rows(q, p_.head_dim, query_rows_, 2 * d_);
     pair_rows(g, p_.value_dim, gradient_row_pairs_, 2 * dv_);
-    row_statistics<bfloat16_t>(call_, item, logsumexp_, delta_);
+    read_rows<bfloat16_t>(call_, item, *rows_);
   }
 
   void step(const TileStep& t) {
@@ -73,11 +73,13 @@ class PairTiles {
     product({v_.data + t.row * v_.stride, v_.stride, gradient_turned_, query_tile, dv_, score_gradients_, query_tile,
              nullptr},
             t.keys, width, false);
-    if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, p_.scale / p_.softcap);
-    const float factor = finish_scores({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, t.bounds);
-    for (int64_t j = 0; j < keys; j += 2) score_gradients(j, t.keys, width, factor);
+    if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, p_.scale * inside_cap(p_));
+    const float factor = finish_raw_scores({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, t.bounds);
+    const bool subtracted = subtract_first(scores_, t.keys, width, factor, *rows_);
+    for (int64_t j = 0; j < keys; j += 2)
+      score_gradients(j, t.keys, width, subtracted ? 1.0f : factor * log2_e, subtracted);
     if (t.key_sums != nullptr) {
-      product({words(rows_), query_tile / 2, gradient_row_pairs_, 2 * dv_, width / 2, t.value_sums,
+      product({words(probability_rows_), query_tile / 2, gradient_row_pairs_, 2 * dv_, width / 2, t.value_sums,
                padded(p_.value_dim), nullptr},
               t.keys, padded(p_.value_dim), true);
       product({words(gradient_rows_), query_tile / 2, query_rows_, 2 * d_, width / 2, t.key_sums, padded(p_.head_dim),
@@ -96,16 +98,18 @@ class PairTiles {
   static float* words(bfloat16_t* p) { return reinterpret_cast<float*>(p); }
 
   // P' from S' and dS' from dP' for keys j and j + 1, in the forms that the products want; zeros for missing keys.
-  void score_gradients(int64_t j, int64_t keys, int64_t width, float factor) const {
+  void score_gradients(int64_t j, int64_t keys, int64_t width, float factor, bool subtracted) const {
     for (int64_t i = 0; i < width; i += lanes) {
+      const Vector offset = subtracted ? Vector{} : in_register(load(rows_->reference + i) * log2_e);
       Vector gradient[2];
       FATUI_UNROLL for (int64_t n = 0; n < 2; n++) {
         const int64_t at = (j + n) * query_tile + i;
         const bool there = j + n < keys;
-        const Vector p = there ? exp2_short(load(scores_ + at) * factor - load(logsumexp_ + i)) : Vector{};
-        gradient[n] = there ? p * (load(score_gradients_ + at) - load(delta_ + i)) : Vector{};
+        const Vector p =
+            there ? exp2_short(load(scores_ + at) * factor - offset) * load(rows_->inverse + i) : Vector{};
+        gradient[n] = there ? p * (load(score_gradients_ + at) - load(rows_->delta + i)) : Vector{};
         if (p_.softcap > 0 && there) gradient[n] *= load(slopes_ + at);
-        narrow_short(rows_ + at, p);
+        narrow_short(probability_rows_ + at, p);
         narrow_short(gradient_rows_ + at, gradient[n]);
       }
       store(gradient_pairs_ + j / 2 * query_tile + i, rounded_pair(gradient[0], gradient[1]));
@@ -118,9 +122,9 @@ class PairTiles {
   int64_t d_, dv_;  // padded, in words
   std::vector<int64_t> holds_;
   float *scores_, *score_gradients_, *slopes_, *gradient_pairs_, *key_, *value_, *key_turned_, *copy_, *slots_;
-  bfloat16_t *rows_, *gradient_rows_;
+  bfloat16_t *probability_rows_, *gradient_rows_;
   float *query_turned_ = nullptr, *gradient_turned_ = nullptr, *query_rows_ = nullptr, *gradient_row_pairs_ = nullptr;
-  float *logsumexp_ = nullptr, *delta_ = nullptr;
+  RowNumbers* rows_ = nullptr;
   Floats k_{}, v_{};
 };
 }  // namespace

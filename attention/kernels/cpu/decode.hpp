@@ -55,6 +55,7 @@ struct FewRows {
       Ahead(lines(p.key, begin, std::min(tile, end - begin), p.head_dim, key_length, key_copy)).ask_for_all();
     read_queries();
     std::fill_n(output, rows * dv, 0.0f);
+    std::fill_n(state.offset, rows, 0.0f);
     for (int64_t key = begin; key < end; key += tile) {
       const int64_t count = std::min(tile, end - key);
       const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
@@ -74,7 +75,8 @@ struct FewRows {
         copy_row(q.row[r], q.stride, p.head_dim, reinterpret_cast<T*>(query + r * key_length), p.head_dim);
       else
         for (int64_t c = 0; c < p.head_dim; c += lanes)
-          store(query + r * key_length + c, widen_strided(q.row[r] + c * q.stride, q.stride, p.head_dim - c));
+          store(query + r * key_length + c,
+                widen_strided(q.row[r] + c * q.stride, q.stride, p.head_dim - c) * p.scale);
   }
 
   Lines<Element> lines(const Tensor& t, int64_t key, int64_t count, int64_t dim, int64_t length, float* copy) const {
@@ -103,22 +105,26 @@ struct FewRows {
     });
   }
 
-  // Applies scale, softcap and masks to the scores, turned, unless the scale is all; returns the factor that is left.
+  // Applies softcap and masks to the scores, turned, where there are any; returns the factor that is left.
   float finished(const Scores& tile) {
-    if (!(p.softcap > 0) && p.mask.data == nullptr && p.scale > 0 && tile.all_seen()) return p.scale * log2_e;
+    const bool plain = !(p.softcap > 0) && p.mask.data == nullptr && tile.all_seen();
+    if constexpr (!in_pairs) if (plain) return 1.0f;
+    if (plain && p.scale > 0) return p.scale;
     Rows<float> lines;
     lines.stride = 1, lines.count = rows;
     for (int64_t r = 0; r < rows; r++) lines.row[r] = scores + r * score_line;
     turn(lines, tile.keys, tile.width(), turned);
-    const float factor = finish_scores(tile, p, item, bounds);
+    float factor = 1.0f;
+    if constexpr (in_pairs) factor = finish_raw_scores(tile, p, item, bounds);
+    else finish_scores(tile, p, item, bounds);
     lines.count = tile.keys;
     for (int64_t j = 0; j < tile.keys; j++) lines.row[j] = turned + j * query_tile;
     turn(lines, rows, round_up(tile.keys, lanes), scores);
     return factor;
   }
 
-  // One row's scores become probabilities, in place or as bfloat16, keys the lanes. The reference of the exponents
-  // moves only when outgrown by 2^8, and the output is corrected only then.
+  // One row's scores, times the factor, become probabilities, in place or as bfloat16, keys the lanes. The reference of
+  // the exponents moves only when outgrown, and the output is corrected only then.
   void softmax(int64_t row, int64_t keys, float factor) {
     float* s = scores + row * score_line;
     const int64_t end = round_up(keys, lanes), last = end - lanes;
@@ -126,15 +132,16 @@ struct FewRows {
     Vector top = load(s + last), sum{};
     for (int64_t j = 0; j < last; j += lanes) top = larger(load(s + j), top);
     const float highest = max_of(top) * factor;
-    float &maximum = state.maximum[row], correction = 1.0f;
-    if (highest > maximum + 8.0f) {
-      correction = exp2(broadcast(maximum - highest))[0];
-      maximum = highest;
-      for (float* o = output + row * dv; o < output + (row + 1) * dv; o += lanes) store(o, load(o) * correction);
+    if (highest > state.maximum[row] + most_outgrown) move_reference(row, highest);
+    float offset = state.offset[row];
+    if (offset == infinity) {
+      subtract(row, end, factor);
+      factor = 1.0f, offset = 0.0f;
+    } else {
+      factor *= log2_e;
     }
-    const Vector reference = broadcast(std::max(maximum, -largest));
-    for (int64_t j = 0; j < end; j += lanes) sum += probabilities(row, j, load(s + j) * factor - reference);
-    state.sum[row] = state.sum[row] * correction + sum_of(sum);
+    for (int64_t j = 0; j < end; j += lanes) sum += probabilities(row, j, load(s + j) * factor - offset);
+    state.sum[row] += sum_of(sum);
   }
 
   FATUI_INLINE Vector probabilities(int64_t row, int64_t j, Vector exponents) const {
@@ -155,6 +162,21 @@ struct FewRows {
     float* out = output + row * dv;
     if constexpr (in_pairs) add_pairs<R, Vectors>(pairs + row * (score_line / 2), v, column, out, dv, next);
     else add_lines<R, Vectors>(scores + row * score_line, v, column, out, dv, next);
+  }
+
+  [[gnu::noinline]] void move_reference(int64_t row, float now) {
+    const float before = std::exchange(state.maximum[row], now);
+    const bool subtracted = beyond_offset(now);
+    const Vector offset = in_register(broadcast(now) * log2_e), offset_before = in_register(broadcast(before) * log2_e);
+    const float correction = exp2(subtracted ? broadcast((before - now) * log2_e) : offset_before - offset)[0];
+    for (float* o = output + row * dv; o < output + (row + 1) * dv; o += lanes) store(o, load(o) * correction);
+    state.sum[row] *= correction;
+    state.offset[row] = subtracted ? infinity : offset[0];
+  }
+
+  [[gnu::noinline]] void subtract(int64_t row, int64_t end, float factor) {
+    for (float* s = scores + row * score_line; s < scores + row * score_line + end; s += lanes)
+      store(s, (in_register(load(s) * factor) - state.maximum[row]) * log2_e);
   }
 
   void order_dims() {

@@ -42,17 +42,6 @@ FATUI_INLINE Vector fold(const Vector* x) {
   }
 }
 
-// Keeps the compiler from loading what it has once more for each use: a line that is not there yet would be waited for
-// by all of them.
-FATUI_INLINE Vector in_register(Vector x) {
-#if defined(__x86_64__)
-  asm("" : "+v"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
-
 // Rows of keys or values, one after the other: where they lie, or copied.
 template <class E>
 struct Lines {

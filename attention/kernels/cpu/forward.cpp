@@ -2,7 +2,7 @@
 //
 //                 64 queries (lanes)                     for each tile of 128 keys:
 //               +--------------------+                     S = K Q'            S[key][query]
-//        Q'     | D x 64, turned     |                     finish_scores       scale, softcap, mask, bounds
+//        Q'     | D x 64, turned     |                     finish_scores       softcap, mask, bounds
 //               +--------------------+                     softmax_step        P, maximum, sum, correction
 //   +-------+   +--------------------+                     O' = O' * correction + V' P
 //   | K     | . |  S, then P         |                   and at the end O = (O' / sum), turned back
@@ -54,7 +54,7 @@ struct Panel {
     width = round_up(item.rows(), lanes);
     begin = std::max(item.key_begin, bounds.whole.any_first / key_tile * key_tile);
     end = std::min(item.key_end, bounds.whole.any_last + 1);
-    if (begin < end) turn(rows_of<T>(p.query, item), p.head_dim, width, room.query);
+    if (begin < end) turn(rows_of<T>(p.query, item), p.head_dim, width, room.query, p.scale);
   }
 
   void step(const Problem& p, const Floats& k, const Floats& v, int64_t key) {
@@ -84,7 +84,8 @@ struct Panel {
     multiply<Layout::depth_contiguous, Update::overwrite>(
         {k.data, k.stride, room.query + i, query_tile, p.head_dim, room.scores + i, query_tile, nullptr}, tile.keys,
         tile.width());
-    softmax_step(tile, finish_scores(tile, p, item, bounds), state);
+    finish_scores(tile, p, item, bounds);
+    softmax_step(tile, state);
     const Operands to_output{v.data,          v.stride,   room.scores + i,     query_tile, tile.keys,
                              room.output + i, query_tile, state.correction + i};
     if (started[i / half_tile])
@@ -122,6 +123,16 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
   }
 }
 
+// Scores beyond this are rounded by so much that another order of their sums gives other probabilities.
+constexpr float largest_reordered = 0x1p12f;
+
+// Whether the backward pass, which sums scores as `attend_panels` does, will find other ones than `attend_few` did.
+inline bool backward_differs(const ForwardCall& call, const Item& item, const Softmax& state) {
+  if (call.statistics == nullptr) return false;
+  const auto beyond = [](float x) { return std::abs(x) > largest_reordered && x != -infinity; };
+  return std::any_of(state.maximum, state.maximum + item.rows(), beyond);
+}
+
 template <class T, Reading reading>
 void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   const Problem& p = call.problem;
@@ -131,6 +142,10 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   state.reset();
   FewRows<T, reading> few{p, item, bounds, state, room.query, room.scores, spare.output, room.key, room.value};
   few.attend(std::max(item.key_begin, bounds.whole.any_first), std::min(item.key_end, bounds.whole.any_last + 1));
+  if (backward_differs(call, item, state)) {
+    if constexpr (bfloat16_pairs && std::is_same_v<T, bfloat16_t>) return attend_bfloat16(call, item, partials);
+    else return attend_panels<T>(call, item, partials);
+  }
   Rows<float> rows;
   rows.stride = 1, rows.count = few.rows;
   for (int64_t r = 0; r < few.rows; r++) rows.row[r] = few.output + r * few.dv;

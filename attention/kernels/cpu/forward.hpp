@@ -15,6 +15,8 @@ constexpr bool bfloat16_pairs = false;
 #endif
 void forward_bfloat16(const ForwardCall& call);
 int64_t bfloat16_workspace(const Problem& p);
+class Partials;
+void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partials);  // one item of work
 
 // Roughly how long a call takes on one thread: by its products, or by K and V that must be read.
 inline double microseconds_alone(const Problem& p) {
@@ -27,7 +29,7 @@ inline double microseconds_alone(const Problem& p) {
 inline int threads_for(const Problem& p) { return microseconds_alone(p) < 2 ? 1 : thread_count(); }
 inline bool brief(const Problem& p) { return microseconds_alone(p) < 60; }
 
-// O = O' / sum, turned back to rows; logsumexp = (maximum + log2 sum) * ln 2. Nothing to attend to: 0 and -inf.
+// O = O' / sum, turned back to rows; logsumexp = maximum + ln sum. Nothing to attend to: 0 and -inf.
 template <class T>
 void write_rows(const ForwardCall& call, const Item& item, const float* turned, int64_t line, const Softmax& state) {
   const Problem& p = call.problem;
@@ -48,8 +50,10 @@ void write_rows(const ForwardCall& call, const Item& item, const float* turned, 
       for (int64_t r = 0; r < some; r++)
         narrow_some(static_cast<T*>(call.output) + place(row + r) * dv + d, x[r], dv - d);
     }
-    for (int64_t r = row; r < row + some && call.logsumexp != nullptr; r++)
-      call.logsumexp[place(r)] = state.sum[r] == 0 ? -infinity : (state.maximum[r] + std::log2(state.sum[r])) * ln_2;
+    for (int64_t r = row; r < row + some && call.logsumexp != nullptr; r++) {
+      call.logsumexp[place(r)] = state.sum[r] == 0 ? -infinity : state.maximum[r] + std::log(state.sum[r]);
+      reinterpret_cast<RowStatistics*>(call.statistics)[place(r)] = {state.maximum[r], state.sum[r]};
+    }
   }
 }
 
@@ -91,12 +95,13 @@ class Partials {
   float* at(int64_t tile, int64_t span) { return data_.data() + (tile * spans_ + span) * (dv_ + 2) * width_; }
 
   void join(int64_t tile, int64_t i, Softmax& state) {
-    Vector top = broadcast(-largest), sum = Vector{};
+    Vector top = broadcast(-infinity), sum = Vector{};
     for (int64_t span = 0; span < spans_; span++) top = larger(load(at(tile, span) + dv_ * width_ + i), top);
     for (int64_t span = 0; span < spans_; span++) {
       const float* from = at(tile, span) + i;
-      const Vector weight = exp2(load(from + dv_ * width_) - top);
-      sum += load(from + (dv_ + 1) * width_) * weight;
+      const Vector seen = load(from + (dv_ + 1) * width_), below = load(from + dv_ * width_) - top;
+      const Vector weight = seen > Vector{} ? exp2(below * log2_e) : seen;
+      sum += seen * weight;
       for (int64_t d = 0; d < dv_; d++) {
         float* total = at(tile, 0) + d * width_ + i;
         store(total, load(from + d * width_) * weight + (span == 0 ? Vector{} : load(total)));

@@ -2,7 +2,7 @@
 //
 //   for each tile of 128 keys:   VT = V turned, once for up to four panels of 64 queries; then for each panel
 //     S = K QP          bfloat16 pairs, float32 sums
-//     finish_scores     scale, softcap, mask, bounds
+//     finish_raw_scores scale, softcap, mask, bounds
 //     softmax_pairs     PP, maximum, sum
 //     O' += VT PP       corrected before, in the few steps where a maximum has outgrown its reference
 #include "forward.hpp"
@@ -14,6 +14,7 @@ namespace fatui {
 
 void forward_bfloat16(const ForwardCall&) {}
 int64_t bfloat16_workspace(const Problem&) { return 0; }
+void attend_bfloat16(const ForwardCall&, const Item&, Partials&) {}
 
 #else
 namespace {
@@ -84,14 +85,16 @@ struct PairPanel {
     if (key < begin || key >= end) return;
     const int64_t keys = std::min(pair_keys, end - key), padded_keys = round_up(keys, 32);
     product({k.data, k.stride, query, query_tile, room.d / 2, room.scores, query_tile, nullptr}, keys, width, false);
-    const float factor = finish_scores({room.scores, key, keys, 0, width, bounds.whole}, p, item, bounds);
+    const float factor = finish_raw_scores({room.scores, key, keys, 0, width, bounds.whole}, p, item, bounds);
     if (softmax(keys, padded_keys, factor, room)) correct(p.value_dim);
     product({room.values, pair_keys / 2, room.pairs, query_tile, padded_keys / 2, output, query_tile, nullptr},
             p.value_dim, width, true);
   }
 };
 
-void attend(const ForwardCall& call, const Item& item, Partials& partials) {
+}  // namespace
+
+void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partials) {
   const Problem& p = call.problem;
   const PairRoom room(p);
   const MatrixUnit unit;
@@ -112,14 +115,13 @@ void attend(const ForwardCall& call, const Item& item, Partials& partials) {
   for (int64_t i = 0; i < panels; i++)
     finish<bfloat16_t>(call, panel[i].item, panel[i].output, panel[i].state, partials);
 }
-}  // namespace
 
 void forward_bfloat16(const ForwardCall& call) {
   const Problem& p = call.problem;
   const Schedule schedule(p, items_wanted);
   Partials partials(p, schedule);
   parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend(call, schedule.item(p, index), partials); }, brief(p));
+               [&](int64_t index) { attend_bfloat16(call, schedule.item(p, index), partials); }, brief(p));
   if (partials.wanted()) partials.combine<bfloat16_t>(call, schedule);
 }
 

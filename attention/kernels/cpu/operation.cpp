@@ -54,7 +54,8 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
   if (mask) inputs.push_back(four_dimensional(*mask, {q.shape(0), q.shape(1), q.shape(2), k.shape(2)}, s));
   auto primitive = std::make_shared<FlashForward>(s, options);
   if (logsumexp || q.is_tracer() || k.is_tracer() || v.is_tracer())  // a gradient may be asked for
-    return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32}, primitive, inputs);
+    return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32, mx::float32}, primitive,
+                                  inputs);
   const mx::Shape shape{q.shape(0), q.shape(1), q.shape(2), v.shape(3)};
   return {mx::array(shape, q.dtype(), std::move(primitive), std::move(inputs))};
 }

@@ -112,39 +112,39 @@ FATUI_INLINE Vector rounded_pair(Vector even, Vector odd) {
 // The reference of the exponents moves only when some row's maximum has outgrown it by 2^8: until then the output
 // needs no correction, and a probability of up to 256 rounds no worse than one below 1. Returns whether it moved.
 template <int N>
-FATUI_INLINE bool move_reference(const Vector (&top)[N], float factor, Softmax& state, int64_t column) {
+FATUI_INLINE bool move_reference(const Vector (&top)[N], Softmax& state, int64_t column) {
   bool moved = false;
   FATUI_UNROLL for (int v = 0; v < N; v++) {
-    const Integers outgrown = top[v] * factor > load(state.maximum + column + v * lanes) + 8.0f;
+    const Integers outgrown = top[v] > load(state.maximum + column + v * lanes) + most_outgrown;
     moved |= _mm512_test_epi32_mask((__m512i)outgrown, (__m512i)outgrown) != 0;
   }
   FATUI_UNROLL for (int v = 0; v < N; v++) {
     float* maximum = state.maximum + column + v * lanes;
-    const Vector before = load(maximum), now = moved ? larger(top[v] * factor, before) : before;
-    store(maximum, now);
-    store(state.correction + column + v * lanes, exp2(before - larger(now, broadcast(-largest))));
+    if (moved) store(maximum, larger(top[v], load(maximum)));
   }
   return moved;
 }
 
-// Scores S[key][query] to pairs of probabilities PP[key / 2][query], with zeros up to padded_keys.
+// Scores S[key][query], times the factor, to pairs of probabilities PP[key / 2][query], with zeros up to padded_keys.
 template <int N>
-FATUI_INLINE bool softmax_pairs(const float* s, int64_t keys, int64_t padded_keys, float factor, Softmax& state,
+FATUI_INLINE bool softmax_pairs(float* s, int64_t keys, int64_t padded_keys, float factor, Softmax& state,
                                 int64_t column, float* pairs) {
-  Vector top[N], reference[N], sum[N];
+  Vector top[N], before[N], sum[N];
   s += column, pairs += column;
   largest_scores(s, keys, top);
-  const bool moved = move_reference(top, factor, state, column);
-  FATUI_UNROLL for (int v = 0; v < N; v++) {
-    reference[v] = larger(load(state.maximum + column + v * lanes), broadcast(-largest));
+  FATUI_UNROLL for (int v = 0; v < N; v++)
+    top[v] = in_register(top[v] * factor), before[v] = load(state.maximum + column + v * lanes);
+  const bool moved = move_reference(top, state, column);
+  FATUI_UNROLL for (int v = 0; v < N; v++) top[v] = load(state.maximum + column + v * lanes);
+  const Exponents<N> e = exponents(s, keys, factor, top, before, state.correction + column);
+  FATUI_UNROLL for (int v = 0; v < N; v++)
     sum[v] = load(state.sum + column + v * lanes) * load(state.correction + column + v * lanes);
-  }
   int64_t j = 0;
   for (; j < keys; j += 2, pairs += query_tile)
     FATUI_UNROLL for (int v = 0; v < N; v++) {
       const float* p = s + j * query_tile + v * lanes;
-      const Vector even = exp2_short(load(p) * factor - reference[v]);
-      const Vector odd = j + 1 < keys ? exp2_short(load(p + query_tile) * factor - reference[v]) : Vector{};
+      const Vector even = exp2_short(load(p) * e.factor - e.offset[v]);
+      const Vector odd = j + 1 < keys ? exp2_short(load(p + query_tile) * e.factor - e.offset[v]) : Vector{};
       sum[v] += even + odd;
       store(pairs + v * lanes, rounded_pair(even, odd));
     }

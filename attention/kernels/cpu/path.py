@@ -22,7 +22,8 @@ WIDEST: Final = 512
 """Head dims beyond this are not taken."""
 THREAD_BYTES: Final = 4 * 2**20
 """What a thread's tiles take at the most; said in place of the exact figure until the kernel is compiled."""
-LOGSUMEXP_BYTES: Final = 4
+ROW_BYTES: Final = 12
+"""What training keeps of a row besides the output: logsumexp, reference and sum."""
 TALLEST, ITEMS = 256, 64
 """Most rows of an item, and items that the kernel wants of a call, as schedule.hpp has them."""
 VARIANTS: Final = ("tall",)
@@ -89,10 +90,10 @@ def _tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, so
 
 
 def _predicted(workload: Workload) -> int:
-    """Outputs, the logsumexp that training keeps, and the tiles."""
+    """Outputs, what training keeps of each row, and the tiles."""
     training = workload.pass_ == "training"
     rows = workload.batch * workload.heads * workload.seq
-    return workload.output_bytes + (LOGSUMEXP_BYTES * rows if training else 0) + _tiles(workload, training)
+    return workload.output_bytes + (ROW_BYTES * rows if training else 0) + _tiles(workload, training)
 
 
 def _tiles(workload: Workload, training: bool) -> int:

@@ -47,10 +47,16 @@ Problem problem_of(const Options& options, const mx::array& q, const mx::array& 
 
 void* allocate(mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.nbytes() > 0 && out.data<char>() == nullptr)  // MLX's allocator does not say so itself
+    throw std::runtime_error("[flash_attention] no memory for an array of " + std::to_string(out.nbytes()) + " bytes.");
   return out.data<char>();
 }
 
 [[noreturn]] void refuse_gpu() { throw std::runtime_error("The CPU attention kernel runs on MLX's CPU stream only."); }
+
+[[noreturn]] void refuse_second_derivative() {
+  throw std::invalid_argument("flash_attention has no second derivative; implementation 'baseline' has.");
+}
 
 // vmap: the mapped axis becomes part of the batch.
 mx::array with_batch(const mx::array& a, int axis, int count, int batch, mx::Stream s) {
@@ -82,7 +88,8 @@ std::pair<Arrays, std::vector<int>> unbatched(const Arrays& outputs, int count, 
 
 Arrays make_forward(const Arrays& inputs, const Options& options, mx::Stream s) {
   auto primitive = std::make_shared<FlashForward>(s, options);
-  return mx::array::make_arrays(primitive->output_shapes(inputs), {inputs[0].dtype(), mx::float32}, primitive, inputs);
+  return mx::array::make_arrays(primitive->output_shapes(inputs), {inputs[0].dtype(), mx::float32, mx::float32},
+                                primitive, inputs);
 }
 
 Arrays make_backward(const Arrays& inputs, const Options& options, mx::Stream s) {
@@ -96,7 +103,10 @@ void FlashForward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   ForwardCall call;
   call.problem = problem_of(options_, inputs[0], inputs[1], inputs[2], inputs.size() > 3 ? &inputs[3] : nullptr);
   call.output = allocate(outputs[0]);
-  if (outputs.size() > 1) call.logsumexp = static_cast<float*>(allocate(outputs[1]));
+  if (outputs.size() > 1) {
+    call.logsumexp = static_cast<float*>(allocate(outputs[1]));
+    call.statistics = static_cast<float*>(allocate(outputs[2]));
+  }
   mx::cpu::get_command_encoder(stream()).dispatch([call] { forward(call); });
 }
 
@@ -105,15 +115,20 @@ void FlashForward::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
 Arrays FlashForward::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
                          const Arrays& outputs) {
   for (const int n : argnums)
-    if (n > 2) throw std::invalid_argument("flash_attention has no gradient for the mask.");
+    if (n > 2 && primals[n].dtype() != mx::bool_)
+      throw std::invalid_argument("flash_attention has no gradient for the mask; attention() has.");
   Arrays inputs(primals.begin(), primals.begin() + 3);
-  inputs.insert(inputs.end(), {outputs[0], outputs[1], mx::astype(cotangents[0], outputs[0].dtype(), stream()),
+  inputs.insert(inputs.end(), {outputs[0], outputs[2], mx::astype(cotangents[0], outputs[0].dtype(), stream()),
                                mx::astype(cotangents[1], mx::float32, stream())});
   if (primals.size() > 3) inputs.push_back(primals[3]);
   const Arrays gradients = make_backward(inputs, options_, stream());
   Arrays wanted;
-  for (const int n : argnums) wanted.push_back(gradients[n]);
+  for (const int n : argnums) wanted.push_back(n > 2 ? mx::zeros_like(primals[n], stream()) : gradients[n]);
   return wanted;
+}
+
+Arrays FlashForward::jvp(const Arrays&, const Arrays&, const std::vector<int>&) {
+  throw std::invalid_argument("flash_attention has no forward-mode derivative (jvp); implementation 'baseline' has.");
 }
 
 std::pair<Arrays, std::vector<int>> FlashForward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
@@ -127,14 +142,15 @@ bool FlashForward::is_equivalent(const mx::Primitive& other) const {
 
 std::vector<mx::Shape> FlashForward::output_shapes(const Arrays& inputs) {
   const auto& q = inputs[0];
-  return {{q.shape(0), q.shape(1), q.shape(2), inputs[2].shape(3)}, {q.shape(0), q.shape(1), q.shape(2)}};
+  const mx::Shape rows{q.shape(0), q.shape(1), q.shape(2)};
+  return {{rows[0], rows[1], rows[2], inputs[2].shape(3)}, rows, {rows[0], rows[1], rows[2], 2}};
 }
 
 void FlashBackward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   BackwardCall call;
   call.problem = problem_of(options_, inputs[0], inputs[1], inputs[2], inputs.size() > 7 ? &inputs[7] : nullptr);
   call.output = tensor_of(inputs[3]);
-  call.logsumexp = tensor_of(inputs[4]);
+  call.statistics = tensor_of(inputs[4]);
   call.output_gradient = tensor_of(inputs[5]);
   call.logsumexp_gradient = tensor_of(inputs[6]);
   call.query_gradient = allocate(outputs[0]);
@@ -146,8 +162,10 @@ void FlashBackward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 void FlashBackward::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
 
 Arrays FlashBackward::vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) {
-  throw std::invalid_argument("flash_attention has no second derivative.");
+  refuse_second_derivative();
 }
+
+Arrays FlashBackward::jvp(const Arrays&, const Arrays&, const std::vector<int>&) { refuse_second_derivative(); }
 
 std::pair<Arrays, std::vector<int>> FlashBackward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   const int count = mapped_count(inputs, axes);

@@ -21,7 +21,8 @@ struct Options {
   bool operator==(const Options&) const = default;
 };
 
-// Inputs q, k, v and perhaps a mask of four dimensions; outputs o and logsumexp.
+// Inputs q, k, v and perhaps a mask of four dimensions; outputs o and, where a gradient may be asked for, logsumexp and
+// statistics (B, H, Lq, 2), which are for the backward pass alone.
 class FlashForward : public mx::Primitive {
  public:
   FlashForward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
@@ -29,6 +30,8 @@ class FlashForward : public mx::Primitive {
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
                              const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
+                             const std::vector<int>& argnums) override;
   std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
                                                            const std::vector<int>& axes) override;
   const char* name() const override { return "FatuiFlashAttention"; }
@@ -39,7 +42,7 @@ class FlashForward : public mx::Primitive {
   Options options_;
 };
 
-// Inputs q, k, v, o, logsumexp, the gradients of o and of logsumexp, and perhaps the mask; outputs dq, dk, dv.
+// Inputs q, k, v, o, statistics, the gradients of o and of logsumexp, and perhaps the mask; outputs dq, dk, dv.
 class FlashBackward : public mx::Primitive {
  public:
   FlashBackward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
@@ -47,6 +50,8 @@ class FlashBackward : public mx::Primitive {
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
                              const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
+                             const std::vector<int>& argnums) override;
   std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
                                                            const std::vector<int>& axes) override;
   const char* name() const override { return "FatuiFlashAttentionGradient"; }
@@ -57,7 +62,8 @@ class FlashBackward : public mx::Primitive {
   Options options_;
 };
 
-// The operation: checks shapes and types (std::invalid_argument), returns {o, logsumexp}; {o} alone when that will do.
+// The operation: checks shapes and types (std::invalid_argument), returns {o, logsumexp, statistics}; {o} alone when that
+// will do.
 std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
                                        const std::optional<mx::array>& mask, bool logsumexp);
 

@@ -30,12 +30,20 @@ struct ForwardCall {
   Problem problem;
   void* output = nullptr;       // contiguous, the element of the query
   float* logsumexp = nullptr;   // contiguous, natural logarithm; -inf where a row has nothing to attend to; may be null
+  float* statistics = nullptr;  // contiguous, for the backward pass, see RowStatistics; null with the logsumexp
+};
+
+// Two numbers a row, apart: near 1e9, where a mask may put all scores of a row, a float32 logsumexp has no room for the
+// logarithm of the sum.
+struct RowStatistics {
+  float reference;  // subtracted from the scores: their maximum, or a little less
+  float sum;        // of e^(score - reference); 0 where a row has nothing to attend to
 };
 
 struct BackwardCall {
   Problem problem;
   Tensor output, output_gradient;
-  Tensor logsumexp, logsumexp_gradient;  // three strides used; the gradient may be null
+  Tensor statistics, logsumexp_gradient;  // one RowStatistics a row, its two numbers adjacent; the gradient may be null
   void* query_gradient = nullptr;        // contiguous, the element of the query
   void* key_gradient = nullptr;
   void* value_gradient = nullptr;

@@ -3,10 +3,9 @@
 namespace fatui {
 namespace {
 
-void cap_scores(const Scores& t, float scale, float softcap) {
-  const float inside = scale / softcap, outside = softcap * log2_e;
+void cap_scores(const Scores& t, float inside, float softcap) {
   for (int64_t j = 0; j < t.keys; j++)
-    for (int64_t i = t.begin; i < t.end; i += lanes) store(t.at(j, i), tanh(load(t.at(j, i)) * inside) * outside);
+    for (int64_t i = t.begin; i < t.end; i += lanes) store(t.at(j, i), tanh(load(t.at(j, i)) * inside) * softcap);
 }
 
 void scale_scores(const Scores& t, float factor) {
@@ -31,7 +30,7 @@ void bound_scores(const Scores& t, const Bounds& b) {
 template <class T>
 FATUI_INLINE Vector masked(Vector score, Vector mask) {
   if constexpr (std::is_same_v<T, boolean_t>) return as<Integers>(mask) != 0 ? score : broadcast(-infinity);
-  else return score + to_base_2(mask);
+  else return score + mask;
 }
 
 template <class T>
@@ -58,18 +57,20 @@ void add_any_mask(const Scores& t, const Tensor& mask, const Item& item) {
 }
 }  // namespace
 
-float finish_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b) {
-  float factor = p.scale * log2_e;
-  if (p.softcap > 0) {
-    cap_scores(t, p.scale, p.softcap);
-    factor = 1.0f;
-  } else if (p.mask.data != nullptr || !(factor > 0)) {
-    scale_scores(t, factor);
-    factor = 1.0f;
-  }
+void finish_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b) {
+  if (p.softcap > 0) cap_scores(t, inside_cap(p), p.softcap);
   if (p.mask.data != nullptr) add_any_mask(t, p.mask, item);
   if (!t.all_seen()) bound_scores(t, b);
-  return factor;
+}
+
+float finish_raw_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b) {
+  if (!(p.softcap > 0) && p.mask.data == nullptr && p.scale > 0) {
+    if (!t.all_seen()) bound_scores(t, b);
+    return p.scale;
+  }
+  scale_scores(t, p.scale);
+  finish_scores(t, p, item, b);
+  return 1.0f;
 }
 
 }  // namespace fatui

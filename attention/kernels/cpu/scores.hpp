@@ -1,4 +1,4 @@
-// From raw scores to what the softmax sees: scale, softcap, mask array, causal and window bounds.
+// From dot products to what the softmax sees: scale, softcap, mask array, causal and window bounds.
 //
 // A tile of scores is S[key][query]: one line a key, one lane a query. Masked scores are -inf.
 #pragma once
@@ -52,8 +52,14 @@ struct Scores {
   bool all_seen() const { return all_begin() == 0 && all_end() == keys; }
 };
 
-// Finishes a tile of raw dot products; returns the factor that still separates it from base-2 exponents, which the
-// softmax applies for nothing (in the multiply-add that subtracts the maximum).
-float finish_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b);
+// 1 / softcap, finite for any softcap.
+inline float inside_cap(const Problem& p) { return std::min(1.0f / p.softcap, largest); }
+
+// Finishes a tile of dot products of queries that were multiplied by the scale: softcap, mask array, causal and window.
+void finish_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b);
+
+// The same for queries as they are (pairs of bfloat16); returns the factor that is left, 1 or the scale, which the softmax
+// applies for nothing (in the multiply-add that subtracts the maximum).
+float finish_raw_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b);
 
 }  // namespace fatui

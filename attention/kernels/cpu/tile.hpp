@@ -14,11 +14,6 @@ FATUI_INLINE Vector widen(const boolean_t* p) {
   std::memcpy(&bytes, p, sizeof bytes);
   return as<Vector>(__builtin_convertvector(bytes, Words));
 }
-// What a mask adds, in base 2: a finite number stays finite.
-FATUI_INLINE Vector to_base_2(Vector x) {
-  const Vector y = larger(smaller(x * log2_e, broadcast(largest)), broadcast(-largest));
-  return ((x > broadcast(-infinity)) & (x < broadcast(infinity))) ? y : x;
-}
 
 // Row r of a tile, r < rows: its first element; elements along the row are `stride` apart.
 template <class T>
@@ -52,13 +47,14 @@ FATUI_INLINE void load_turned(const Rows<T>& rows, int64_t row, int64_t column, 
   transpose(x);
 }
 
-// Turned tile: out[column][row], `width` (a multiple of lanes) rows, each line query_tile floats long.
+// Turned tile: out[column][row], `width` (a multiple of lanes) rows, each line query_tile floats long; all times a factor.
 template <class T>
-void turn(const Rows<T>& rows, int64_t columns, int64_t width, float* out) {
+void turn(const Rows<T>& rows, int64_t columns, int64_t width, float* out, float factor = 1.0f) {
   for (int64_t row = 0; row < width; row += lanes)
     for (int64_t column = 0; column < columns; column += lanes) {
       Vector x[lanes];
       load_turned(rows, row, column, columns, x);
+      if (factor != 1.0f) FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] *= factor;
       float* to = out + column * query_tile + row;
       if (column + lanes <= columns)
         FATUI_UNROLL for (int c = 0; c < lanes; c++) store(to + c * query_tile, x[c]);
@@ -80,12 +76,13 @@ Floats floats_of(const Tensor& t, int64_t batch, int64_t head, int64_t row, int6
   const T* data = static_cast<const T*>(t.data) + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
   if constexpr (std::is_same_v<T, float>)
     if (in_place && t.stride[3] == 1) return {data, t.stride[2]};
-  for (int64_t r = 0; r < rows; r++, data += t.stride[2])
-    for (int64_t c = 0; c < round_up(columns, lanes); c += lanes) {
-      const bool full = t.stride[3] == 1 && c + lanes <= columns;
-      store(room + r * padded + c, full ? widen(data + c) : c < columns ? widen_strided(data + c * t.stride[3],
-            t.stride[3], columns - c) : Vector{});
-    }
+  const int64_t whole = t.stride[3] == 1 ? columns / lanes * lanes : 0;
+  for (int64_t r = 0; r < rows; r++, data += t.stride[2]) {
+    float* to = room + r * padded;
+    int64_t c = 0;
+    for (; c < whole; c += lanes) store(to + c, widen(data + c));
+    for (; c < columns; c += lanes) store(to + c, widen_strided(data + c * t.stride[3], t.stride[3], columns - c));
+  }
   return {room, padded};
 }
 

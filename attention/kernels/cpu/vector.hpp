@@ -43,7 +43,7 @@ typedef uint16_t HalvesAnywhere __attribute__((vector_size(lanes * 2), aligned(2
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr float largest = std::numeric_limits<float>::max();
-constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
+constexpr float log2_e = 1.4426950408889634f;
 
 struct float16_t { uint16_t bits; };
 struct bfloat16_t { uint16_t bits; };
@@ -53,6 +53,17 @@ FATUI_INLINE void store(float* p, Vector x) { *reinterpret_cast<VectorAnywhere*>
 FATUI_INLINE Vector broadcast(float x) { return x - Vector{}; }
 FATUI_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 FATUI_INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
+
+// Keeps the compiler from making this number anew: from loading it once more for each use, when a line that is not there
+// yet would be waited for by all of them, and from drawing a product, unrounded, into the addition that follows.
+FATUI_INLINE Vector in_register(Vector x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
 
 template <class To, class From>
 FATUI_INLINE To as(From x) {
@@ -90,6 +101,8 @@ FATUI_INLINE Vector tanh(Vector x) {
   const Vector large = 1.0f - 2.0f / (1.0f + exp2(bounded * (2.0f * log2_e)));
   return z > broadcast(0.625f * 0.625f) ? large : small;
 }
+
+FATUI_INLINE Vector magnitude(Vector x) { return as<Vector>(as<Words>(x) & 0x7fffffffu); }
 
 template <int... I>
 FATUI_INLINE Integers lane_numbers(std::integer_sequence<int, I...>) { return Integers{I...}; }
