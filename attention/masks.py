@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.errors import UsageError
 from attention.workload import Workload
@@ -25,6 +25,15 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
     """A query sees only the last `window` keys that end at its own position; implies causal."""
     array: "mx.array | None" = None
     """Broadcastable to (B, H, Lq, Lk): bool, True where a pair may be seen, or numbers that are added to the scores."""
+
+    def __post_init__(self) -> None:
+        """Gives an array of fewer axes the two of queries and keys."""
+        if self.array is not None and self.array.ndim < 2:
+            structs.force_setattr(self, "array", self.array.reshape((1,) * (2 - self.array.ndim) + self.array.shape))
+
+    def having(self, array: "list[mx.array]") -> "Mask":
+        """Returns the same mask with another array in it, if there is one."""
+        return structs.replace(self, array=array[0]) if array else self
 
     @property
     def positional(self) -> bool:
@@ -93,10 +102,14 @@ def apply(scores: "mx.array", mask: "mx.array | None", factor: float = 1.0) -> "
 
 
 def in_type(mask: "mx.array", dtype: "mx.Dtype", factor: float = 1.0) -> "mx.array":
-    """An additive mask times a factor in another type; finite numbers stay finite, so that -1e9 blinds no row."""
+    """An additive mask times a factor in a type; finite numbers stay finite, so that -1e9 blinds no row.
+
+    Numbers are clipped to half of the type's range, so that a score can be added to them. In float32 and bfloat16 only
+    scores beyond 1e31 would need that.
+    """
     import mlx.core as mx
 
-    if mask.dtype == dtype and factor == 1.0:
+    if mask.dtype == dtype != mx.float16 and factor == 1.0:
         return mask
     most = float(mx.finfo(dtype).max) / 2
     clipped = mx.clip(mask.astype(mx.float32), -most / factor, most / factor) * factor

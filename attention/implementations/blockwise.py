@@ -8,10 +8,11 @@ A tile is some sequences x some key heads (with all query heads that share them)
           v    ....... what a mask rules out is never computed
 
 The softmax is that of Milakov and Gimelshein (arXiv:1805.02867), the tiling that of FlashAttention 2
-(arXiv:2307.08691). The backward pass recomputes each tile from the logsumexp of its rows.
+(arXiv:2307.08691). The backward pass recomputes each tile from the statistics of its rows: the maximum and the
+logarithm of the sum, which stay apart, since near a maximum of 1e9 float32 has no room for the other.
 
-MLX builds its graph lazily and would be free to have all tiles in memory at once: `mx.depends` makes
-each tile wait for the one before it, and `Written` puts each block into the output as soon as it is done.
+A `Chain` makes each tile wait for the one before it, and `Written` puts each block into the output as soon as it is
+done.
 """
 
 import math
@@ -23,12 +24,15 @@ from msgspec import Struct
 
 from attention import masks
 from attention.implementations.blocks import Blocks
+from attention.implementations.chain import Chain
 from attention.implementations.packed import FEW_ROWS, KeyOrValue, Packed
 from attention.implementations.waiting import Passed, at_once
 from attention.implementations.written import Written
 from attention.masks import Mask
 
 LOG2E: Final = math.log2(math.e)
+MAX_CAPPED_FACTOR: Final = 1e18
+"""Largest factor of a score in tanh: beyond it tanh is saturated for every score that differs from 0."""
 Arithmetic = Literal["exact", "native"]
 
 
@@ -55,7 +59,9 @@ class Call(Struct, frozen=True, eq=False):
     @property
     def factor(self) -> float:
         """What a query is multiplied with before it meets the keys."""
-        return self.scale * self.base2 if self.softcap is None else self.scale / self.softcap
+        if self.softcap is None:
+            return self.scale * self.base2
+        return max(-MAX_CAPPED_FACTOR, min(MAX_CAPPED_FACTOR, self.scale / self.softcap))
 
     def power(self, exponent: mx.array) -> mx.array:
         """The base in use to the power of the exponent; 0 for -inf."""
@@ -69,9 +75,16 @@ class Call(Struct, frozen=True, eq=False):
         """An array in the type that matrices are multiplied in."""
         return x.astype(mx.float32) if self.arithmetic == "exact" else x
 
+    def of_sums(self, x: mx.array) -> mx.array:
+        """A query, key or value in the type that sums over many products are computed in.
+
+        In float16 scores, and sums of values before they are divided, overflow from 65,520.
+        """
+        return x.astype(mx.float32) if x.dtype == mx.float16 else self.operand(x)
+
     def transposed(self, x: mx.array) -> mx.array:
         """The last two axes swapped, for the right side of a product."""
-        x = self.operand(x).swapaxes(-1, -2)
+        x = x.swapaxes(-1, -2)
         # The reference BLAS takes dot products of rows at half the rate of sums of columns.
         return mx.contiguous(x) if self.arithmetic == "exact" else x
 
@@ -117,7 +130,13 @@ class Online(Struct):
 
     top: mx.array
     total: mx.array
-    output: mx.array
+    output: mx.array | None
+    """None where values are left out."""
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What the next tile has to wait for."""
+        return [self.total] if self.output is None else [self.output, self.total]
 
 
 def forward(
@@ -133,25 +152,46 @@ def forward(
         sinks: (H,): for each head a score that joins the softmax of every row, without a value.
 
     Returns:
-        The output (B, H, Lq, Dv) in the query's type; and the logsumexp of each row, (B, H, Lq, 1) in float32, in the
-        base that `call` uses, +inf for rows that see nothing.
+        The output (B, H, Lq, Dv) in the query's type; and the statistics of each row, (B, H, Lq, 2) in float32: the
+        maximum of its scores and the logarithm of the sum of its weights, in the base that `call` uses; +inf and 0 for
+        rows that see nothing.
     """
-    chain: list[mx.array] = []
-    output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype))
-    logsumexp = Written(mx.full((*q.shape[:3], 1), mx.inf))
+    chain = Chain()
+    output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
+    statistics = _statistics(q, chain)
     for heads in head_groups(q, k, call.blocks):
         for rows in blocks_of(q.shape[2], call.blocks.rows):
             state = _row_block(q, k, v, call, heads, rows, sinks, chain)
             if state is None:
                 continue  # the mask rules out every key
             tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
-            parts = [heads.split(part, len(rows)) for part in _finished(state, call)]
+            parts = [heads.split(part, len(rows)) for part in (_finished(state), _kept(state, call))]
             written = [
                 whole.write(heads.place(rows), part, tiles)
-                for whole, part in zip((output, logsumexp), parts, strict=True)
+                for whole, part in zip((output, statistics), parts, strict=True)
             ]
-            chain[:] = call.passed(written)
-    return output.array, logsumexp.array
+            chain.links = call.passed(written)
+    out, kept = chain.results(output.array, statistics.array)
+    return out, kept
+
+
+def row_statistics(q: mx.array, k: mx.array, call: Call, sinks: mx.array | None = None) -> mx.array:
+    """The statistics of each row alone, as `forward` returns them."""
+    chain = Chain()
+    statistics = _statistics(q, chain)
+    for heads in head_groups(q, k, call.blocks):
+        for rows in blocks_of(q.shape[2], call.blocks.rows):
+            state = _row_block(q, k, None, call, heads, rows, sinks, chain)
+            if state is not None:
+                tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
+                part = heads.split(_kept(state, call), len(rows))
+                chain.links = call.passed([statistics.write(heads.place(rows), part, tiles)])
+    return chain.results(statistics.array)[0]
+
+
+def _statistics(q: mx.array, chain: Chain) -> Written:
+    """Of rows that see nothing, to be written over."""
+    return Written(mx.broadcast_to(mx.array([mx.inf, 0.0]), (*q.shape[:3], 2)), chain)
 
 
 def head_groups(q: mx.array, k: KeyOrValue, blocks: Blocks) -> Iterator[Heads]:
@@ -176,25 +216,31 @@ def key_blocks(call: Call, rows: range, seq: int, kv_seq: int) -> Iterator[range
 def _row_block(
     q: mx.array,
     k: KeyOrValue,
-    v: KeyOrValue,
+    v: KeyOrValue | None,
     call: Call,
     heads: Heads,
     rows: range,
     sinks: mx.array | None,
-    chain: list[mx.array],
+    chain: Chain,
 ) -> Online | None:
     state: Online | None = None
     for keys in key_blocks(call, rows, q.shape[2], k.shape[2]):
-        query, *sides = after(chain, heads.rows(q, rows), *_cut_keys(k, heads, keys), *_cut_keys(v, heads, keys))
-        key, value = _side(k, sides[: len(sides) // 2], query), _side(v, sides[len(sides) // 2 :], query)
-        query = call.operand(query) * call.factor
-        product = key.multiplied(query, True) if isinstance(key, Packed) else query @ call.transposed(key)
+        of_key, of_value = _cut_keys(k, heads, keys), [] if v is None else _cut_keys(v, heads, keys)
+        query, *sides = chain.after(heads.rows(q, rows), *of_key, *of_value)
+        key = _side(k, sides[: len(of_key)], query)
+        value = None if v is None else _side(v, sides[len(of_key) :], query)
+        query = call.of_sums(query) * call.factor
+        product = _product(query, key, call)
         scores, _ = tile_scores(product, call, heads, rows, keys, (q.shape[2], k.shape[2]))
         if state is None and sinks is not None:
-            state = _sunk(heads.sinks(sinks, len(rows)) * call.base2, scores, v.shape[3])
-        state = _absorb(state, scores, value if isinstance(value, Packed) else call.operand(value), call)
-        chain[:] = call.passed([state.output, state.total])
+            state = _sunk(heads.sinks(sinks, len(rows)) * call.base2, scores, None if v is None else v.shape[3])
+        state = _absorb(state, scores, call.of_sums(value) if isinstance(value, mx.array) else value, call)
+        chain.links = call.passed(state.arrays)
     return state
+
+
+def _product(query: mx.array, key: KeyOrValue, call: Call) -> mx.array:
+    return key.multiplied(query, True) if isinstance(key, Packed) else query @ call.transposed(call.of_sums(key))
 
 
 def _cut_keys(x: KeyOrValue, heads: Heads, keys: range) -> list[mx.array]:
@@ -210,36 +256,50 @@ def _side(x: KeyOrValue, arrays: list[mx.array], query: mx.array) -> KeyOrValue:
     return packed if query.shape[2] < FEW_ROWS else packed.unpacked()
 
 
-def _sunk(sinks: mx.array, scores: mx.array, width: int) -> Online:
+def _sunk(sinks: mx.array, scores: mx.array, width: int | None) -> Online:
     """A softmax that has seen the sinks alone."""
     top = mx.broadcast_to(sinks, (*scores.shape[:-1], 1))
-    return Online(top, mx.ones_like(top), mx.zeros((*scores.shape[:-1], width)))
+    output = None if width is None else mx.zeros((*scores.shape[:-1], width))
+    return Online(top, mx.ones_like(top), output)
 
 
-def _finished(state: Online, call: Call) -> tuple[mx.array, mx.array]:
-    """The output and the logsumexp of a block of rows."""
+def _finished(state: Online) -> mx.array:
+    """The output of a block of rows."""
+    assert state.output is not None
+    return state.output / mx.where(state.total == 0, 1.0, state.total)
+
+
+def _kept(state: Online, call: Call) -> mx.array:
+    """The statistics of a block of rows."""
     blind = state.total == 0
-    output = state.output / mx.where(blind, 1.0, state.total)
-    return output, mx.where(blind, mx.inf, state.top + call.log(state.total))
+    top = mx.where(blind, mx.inf, state.top)
+    return mx.concatenate([top, call.log(mx.where(blind, 1.0, state.total))], axis=-1)
 
 
-def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue, call: Call) -> Online:
+def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue | None, call: Call) -> Online:
     """Takes one more block of keys into the running softmax."""
     scores = scores.astype(mx.float32)
     top = scores.max(axis=-1, keepdims=True)
     if state is not None:
         top = mx.maximum(top, state.top)
-    top = mx.where(mx.isinf(top), 0.0, top)  # a row that has seen nothing yet: -inf minus 0 is no NaN
-    weights = call.power(scores - top)
+    # The maximum of a row that has seen nothing yet is -inf: any other stand-in could lie above all of its scores.
+    finite = mx.where(top == -mx.inf, 0.0, top)
+    weights = call.power(scores - finite)
     total = weights.sum(axis=-1, keepdims=True)
-    if isinstance(value, Packed):
-        output = value.multiplied(weights, False)
-    else:
-        output = (weights.astype(value.dtype) @ value).astype(mx.float32)
+    output = None if value is None else _weighted(weights, value)
     if state is None:
         return Online(top, total, output)
-    shrink = call.power(state.top - top)
-    return Online(top, state.total * shrink + total, state.output * shrink + output)
+    shrink = call.power(state.top - finite)
+    if state.output is not None and output is not None:
+        output = state.output * shrink + output
+    return Online(top, state.total * shrink + total, output)
+
+
+def _weighted(weights: mx.array, value: KeyOrValue) -> mx.array:
+    """The sum of values by weight, in float32."""
+    if isinstance(value, Packed):
+        return value.multiplied(weights, False)
+    return (weights.astype(value.dtype) @ value).astype(mx.float32)
 
 
 def tile_scores(
@@ -264,11 +324,6 @@ def _masked(scores: mx.array, call: Call, heads: Heads, rows: range, keys: range
         return scores
     shape = (len(heads.batches), len(heads.kv_heads) * heads.group, len(rows), len(keys))
     return masks.apply(scores.reshape(shape), tile, call.base2).reshape(scores.shape)
-
-
-def after(chain: list[mx.array], *arrays: mx.array) -> list[mx.array]:
-    """The arrays, not to be computed with before those of the chain are there."""
-    return mx.depends(list(arrays), chain) if chain else list(arrays)
 
 
 def cut(run: range) -> slice:

@@ -1,12 +1,16 @@
-"""The backward pass of the blockwise attention: each tile is recomputed from the logsumexp of its rows.
+"""The backward pass of the blockwise attention: each tile is recomputed from the statistics of its rows.
 
 With P the probabilities of a tile, FlashAttention 2's equations:
 
-    dP = dO V^T    dS = P * (dP - rowsum(dO * O))
+    dP = dO V^T    dS = P * (dP - rowsum(dO * O) + dL)
     dV += P^T dO    dQ += scale dS K    dK += scale dS^T Q
 
-A sink's gradient is that of a score whose value is 0: dsink = -sum(P_sink * rowsum(dO * O)).
+with dL the gradient of a row's logsumexp, which a derivative of this backward pass asks for. A sink's gradient is that
+of a score whose value is 0: dsink = -sum(P_sink * (rowsum(dO * O) - dL)).
 """
+
+from collections.abc import Callable
+from operator import itemgetter
 
 import mlx.core as mx
 from msgspec import Struct
@@ -14,13 +18,13 @@ from msgspec import Struct
 from attention.implementations.blockwise import (
     Call,
     Heads,
-    after,
     blocks_of,
     cut,
     head_groups,
     key_blocks,
     tile_scores,
 )
+from attention.implementations.chain import Chain
 from attention.implementations.written import Written
 
 
@@ -31,8 +35,11 @@ class Saved(Struct, frozen=True):
     k: mx.array
     v: mx.array
     output: mx.array
-    logsumexp: mx.array
+    statistics: mx.array
+    """Of each row, as the forward pass returns them."""
     cotangent: mx.array
+    of_statistics: mx.array | None = None
+    """The gradient of the statistics, or None for zeros."""
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -54,9 +61,9 @@ class RowSide(Struct, frozen=True):
     rows: range
     query: mx.array
     cotangent: mx.array
-    logsumexp: mx.array
+    statistics: mx.array
     delta: mx.array
-    """rowsum(dO * O), float32."""
+    """rowsum(dO * O) - dL, float32."""
 
 
 class KeySide(Struct, frozen=True):
@@ -74,8 +81,8 @@ def gradients(saved: Saved, call: Call) -> list[mx.array]:
     One look at each tile gives all three where the float32 sums of dQ have room, or where a tile holds all keys and
     dQ needs no sum. Otherwise dQ, and dK with dV, are summed in two passes of their own.
     """
-    sums = Sums(*(Written(mx.zeros_like(x)) for x in (saved.q, saved.k, saved.v)))
-    chain: list[mx.array] = []
+    chain = Chain()
+    sums = Sums(*(Written(mx.zeros_like(x), chain) for x in (saved.q, saved.k, saved.v)))
     at_once = call.blocks.sums_queries or call.blocks.keys >= saved.k.shape[2]
     for heads in head_groups(saved.q, saved.k, call.blocks):
         shares: dict[int, mx.array] | None = {} if at_once else None
@@ -83,18 +90,19 @@ def gradients(saved: Saved, call: Call) -> list[mx.array]:
             _key_block(saved, call, heads, keys, sums, shares, chain)
         if not at_once:
             _query_pass(saved, call, heads, sums, chain)
-    return [sums.d_query.array, sums.d_key.array, sums.d_value.array]
+    return chain.results(sums.d_query.array, sums.d_key.array, sums.d_value.array)
 
 
 def sink_gradient(saved: Saved, sinks: mx.array, call: Call) -> mx.array:
     """The gradient of the sinks, (H,) in their type, summed block of rows by block of rows."""
     total = mx.zeros((saved.q.shape[1],))
+    chain = Chain()
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
-        cuts = [x[:, :, rows.start : rows.stop] for x in (saved.cotangent, saved.output, saved.logsumexp)]
-        cotangent, output, logsumexp = after([total], *cuts)
-        weights = call.power(sinks.astype(mx.float32)[None, :, None] * call.base2 - logsumexp[..., 0])
-        total = total - (weights * _delta(cotangent, output)[..., 0]).sum(axis=(0, 2))
-    return total.astype(sinks.dtype)
+        chain.links = [total]
+        statistics, delta = _of_rows(saved, chain, itemgetter((slice(None), slice(None), cut(rows))))[2:]
+        weights = _weights(sinks.astype(mx.float32)[None, :, None, None] * call.base2, statistics, call)
+        total = total - (weights * delta).sum(axis=(0, 2, 3))
+    return chain.results(total)[0].astype(sinks.dtype)
 
 
 def _key_block(
@@ -104,7 +112,7 @@ def _key_block(
     keys: range,
     sums: Sums,
     shares: dict[int, mx.array] | None,
-    chain: list[mx.array],
+    chain: Chain,
 ) -> None:
     """One block of keys against all rows: dK and dV of these keys, and, if asked, shares of dQ.
 
@@ -127,22 +135,22 @@ def _key_block(
         weights, d_scores = _tile(saved, call, heads, row_side, key_side)
         made = (d_scores.swapaxes(-1, -2) @ row_side.query, weights.swapaxes(-1, -2) @ row_side.cotangent)
         of_keys = _added(of_keys, [_placed(share.astype(mx.float32), seen, keys) for share in made])
-        chain[:] = call.passed(of_keys)
+        chain.links = call.passed(of_keys)
         if shares is not None:
             share = (d_scores @ key_side.key).astype(mx.float32)
             share = shares.pop(rows.start) + share if rows.start in shares else share
             if visible.stop <= keys.stop:
-                chain += call.passed([_write_d_query(sums, share, call, heads, rows, 1)])
+                chain.links += call.passed([_write_d_query(sums, share, call, heads, rows, 1)])
             else:
                 shares[rows.start] = share
-                chain.append(share)
+                chain.links.append(share)
     if of_keys:
         place = (cut(heads.batches), cut(heads.kv_heads), cut(keys))
         d_key = sums.d_key.write(place, of_keys[0] * call.scale, tiles)
-        chain[:] = [d_key, sums.d_value.write(place, of_keys[1], tiles), *(shares or {}).values()]
+        chain.links = [d_key, sums.d_value.write(place, of_keys[1], tiles), *(shares or {}).values()]
 
 
-def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: list[mx.array]) -> None:
+def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: Chain) -> None:
     """dQ alone, block of rows by block of rows."""
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         total: list[mx.array] = []
@@ -152,43 +160,60 @@ def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: list[
             key_side = _key_side(saved, call, heads, keys, chain)
             _, d_scores = _tile(saved, call, heads, row_side, key_side)
             total = _added(total, [(d_scores @ key_side.key).astype(mx.float32)])
-            chain[:] = call.passed(total)
+            chain.links = call.passed(total)
             tiles += 1
         if total:
-            chain[:] = [_write_d_query(sums, total[0], call, heads, rows, tiles)]
+            chain.links = [_write_d_query(sums, total[0], call, heads, rows, tiles)]
 
 
 def _write_d_query(sums: Sums, total: mx.array, call: Call, heads: Heads, rows: range, tiles: int) -> mx.array:
     return sums.d_query.write(heads.place(rows), heads.split(total * call.scale, len(rows)), tiles)
 
 
-def _row_side(saved: Saved, call: Call, heads: Heads, rows: range, chain: list[mx.array]) -> RowSide:
+def _row_side(saved: Saved, call: Call, heads: Heads, rows: range, chain: Chain) -> RowSide:
     """Cuts what tiles of some rows need, after all that is in the chain."""
-    cuts = (heads.rows(x, rows) for x in (saved.q, saved.cotangent, saved.output, saved.logsumexp))
-    query, cotangent, output, logsumexp = after(chain, *cuts)
-    return RowSide(rows, call.operand(query), call.operand(cotangent), logsumexp, _delta(cotangent, output))
+    query, cotangent, statistics, delta = _of_rows(saved, chain, lambda x: heads.rows(x, rows))
+    return RowSide(rows, call.operand(query), call.operand(cotangent), statistics, delta)
 
 
-def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: list[mx.array]) -> KeySide:
+def _of_rows(
+    saved: Saved, chain: Chain, of: Callable[[mx.array], mx.array]
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """The query, the cotangent, the statistics and delta of some rows, which `of` cuts out."""
+    given = [] if saved.of_statistics is None else [saved.of_statistics]
+    query, cotangent, output, statistics, *more = chain.after(
+        *(of(x) for x in (saved.q, saved.cotangent, saved.output, saved.statistics, *given))
+    )
+    delta = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
+    # Weights depend on the maximum and the logarithm by their sum alone: either's gradient is the logsumexp's.
+    return query, cotangent, statistics, delta - more[0][..., 1:] if more else delta
+
+
+def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: Chain) -> KeySide:
     """Likewise of some keys."""
-    key, value = after(chain, *(heads.keys(x, keys) for x in (saved.k, saved.v)))
-    return KeySide(keys, call.operand(key), call.transposed(key), call.transposed(value))
+    key, value = chain.after(*(heads.keys(x, keys) for x in (saved.k, saved.v)))
+    transposed = call.transposed(call.of_sums(key)), call.transposed(call.operand(value))
+    return KeySide(keys, call.operand(key), *transposed)
 
 
 def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -> tuple[mx.array, mx.array]:
     """P and dS of one tile, in the type that matrices are multiplied in."""
-    product = (row.query * call.factor) @ side.key_t
+    product = (call.of_sums(row.query) * call.factor) @ side.key_t
     scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths)
-    weights = call.power(scores.astype(mx.float32) - row.logsumexp)
+    weights = _weights(scores.astype(mx.float32), row.statistics, call)
     d_scores = weights * ((row.cotangent @ side.value_t).astype(mx.float32) - row.delta)
     if capped is not None:
         d_scores = d_scores * (1.0 - mx.square(capped.astype(mx.float32)))
     return weights.astype(row.query.dtype), d_scores.astype(row.query.dtype)
 
 
-def _delta(cotangent: mx.array, output: mx.array) -> mx.array:
-    """rowsum(dO * O) in float32."""
-    return (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
+def _weights(scores: mx.array, statistics: mx.array, call: Call) -> mx.array:
+    """Probabilities of scores: 0 in rows that see nothing, whose maximum is +inf.
+
+    A score that is computed again, in a tile of another shape, may come out above the maximum: at 1e9 by 64. It is
+    the second argument of the minimum that gets the gradient where both are equal.
+    """
+    return call.power(mx.minimum(0.0, scores - statistics[..., :1]) - statistics[..., 1:])
 
 
 def _placed(share: mx.array, seen: range, keys: range) -> mx.array:

@@ -1,47 +1,80 @@
-"""A forward pass, and the gradient that blocks compute for it."""
+"""A forward pass, and the gradient that blocks compute for it.
+
+Beside q, k and v, the array of a mask, 4-D, and sinks are inputs of what MLX transforms, each in a list that is empty
+where there is none: what a function takes from its surroundings, `mx.vmap` does not see. The gradient of a mask is
+`mask_gradient`'s.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, Final, cast
 
 import mlx.core as mx
+from msgspec import structs
 
-from attention.implementations.blockwise import Call, forward
+from attention.implementations.batched import folded
+from attention.implementations.blockwise import Call, forward, row_statistics
 from attention.implementations.blockwise_gradient import Saved, gradients, sink_gradient
 
-Primals = tuple[mx.array, ...]
 Attend = Callable[..., mx.array]
+Arrays = list[mx.array]
+Inputs = tuple[mx.array, mx.array, mx.array, Arrays, Arrays]
+"""q, k, v, the mask's array, the sinks."""
+MASK: Final = 3
 
 
 def blockwise(call: Call, backward: Call) -> Attend:
-    """Attends in blocks, forward and backward; of q, k, v, and sinks if there are any."""
+    """Attends in blocks, forward and backward; of `Inputs`."""
 
     @mx.custom_function
-    def attend(*primals: mx.array) -> tuple[mx.array, mx.array]:
-        return forward(primals[0], primals[1], primals[2], call, *primals[3:])
+    def attend(q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> tuple[mx.array, mx.array]:
+        return forward(q, k, v, _having(call, mask), *sinks)
 
-    def pull_back(primals: Primals, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> list[mx.array]:
-        return _pulled(primals, cotangents[0], outputs[0], outputs[1], backward)
+    def pull_back(inputs: Inputs, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> Arrays:
+        return _pulled(inputs, cotangents, outputs, backward)
 
     attend.vjp(pull_back)
-    return lambda *primals: cast("tuple[mx.array, mx.array]", attend(*primals))[0]
+    attend.vmap(folded(attend, MASK))
+    return lambda *inputs: cast("tuple[mx.array, mx.array]", attend(*inputs))[0]
 
 
 def blocks_behind(whole: Attend, call: Call, backward: Call) -> Attend:
-    """Attends as a whole; the backward pass is one of blocks, which recomputes the logsumexp."""
+    """Attends as a whole; the backward pass is one of blocks, which recomputes the statistics of rows."""
+
+    def pull_back(inputs: Inputs, cotangent: mx.array, output: mx.array) -> Arrays:
+        q, k, _, mask, sinks = inputs
+        statistics = row_statistics(q, k, _having(call, mask), *sinks)
+        return _pulled(inputs, [cotangent], [output, statistics], backward)
+
+    return differentiable(whole, pull_back)
+
+
+def differentiable(whole: Attend, pull_back: Callable[[Inputs, mx.array, mx.array], Arrays]) -> Attend:
+    """Attends as a whole, of `Inputs`; `pull_back` gives their gradients, one for each array."""
 
     @mx.custom_function
-    def attend(*primals: mx.array) -> mx.array:
-        return whole(*primals)
-
-    def pull_back(primals: Primals, cotangent: mx.array, output: mx.array) -> list[mx.array]:
-        _, logsumexp = forward(primals[0], primals[1], primals[2], call, *primals[3:])
-        return _pulled(primals, cotangent, output, logsumexp, backward)
+    def attend(q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> mx.array:
+        return whole(q, k, v, mask, sinks)
 
     attend.vjp(pull_back)
+    attend.vmap(folded(attend, MASK))
     return cast("Attend", attend)
 
 
-def _pulled(primals: Primals, cotangent: mx.array, output: mx.array, logsumexp: mx.array, call: Call) -> list[mx.array]:
-    saved = Saved(primals[0], primals[1], primals[2], output, logsumexp, cotangent)
-    sinks = [sink_gradient(saved, sink, call) for sink in primals[3:]]
-    return [*gradients(saved, call), *sinks]
+def _pulled(inputs: Inputs, cotangents: Sequence[mx.array], outputs: Sequence[mx.array], call: Call) -> Arrays:
+    q, k, v, mask, sinks = inputs
+
+    def saved(q: mx.array, k: mx.array, v: mx.array, _: Arrays, outputs: Arrays, cotangents: Arrays) -> Saved:
+        return Saved(q, k, v, *outputs, *cotangents)
+
+    @mx.custom_function
+    def pull(*arrays: Any) -> Arrays:
+        return gradients(saved(*arrays), _having(call, arrays[MASK]))
+
+    pull.vmap(folded(pull, MASK))
+    given = q, k, v, mask, list(outputs), list(cotangents)
+    of_sinks = [sink_gradient(saved(*given), sink, _having(call, mask)) for sink in sinks]
+    return [*cast("Arrays", pull(*given)), *(mx.zeros_like(array) for array in mask), *of_sinks]
+
+
+def _having(call: Call, array: Arrays) -> Call:
+    return structs.replace(call, mask=call.mask.having(array))

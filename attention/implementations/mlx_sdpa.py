@@ -5,6 +5,7 @@ import mlx.core as mx
 from attention import masks
 from attention.device import Backend, Device
 from attention.errors import UnsupportedError
+from attention.implementations.mask_gradient import with_mask_gradient
 from attention.implementations.unfused import unfused_bytes
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
@@ -16,7 +17,8 @@ SPREAD_MASK = 2.3
 
 
 class MlxSdpa:
-    """mx.fast.scaled_dot_product_attention untouched; only rows that see nothing are set to 0 around it."""
+    """mx.fast.scaled_dot_product_attention untouched; around it rows that see nothing are set to 0, and an additive
+    mask is given its gradient."""
 
     name = "mlx"
 
@@ -49,14 +51,46 @@ class MlxSdpa:
         """
         if softcap is not None:
             raise UnsupportedError(f"mlx: {NO_SOFTCAP}")
-        if mask.array is not None:
-            return _with_array(q, k, v, scale, mask)
-        seq, kv_seq = q.shape[2], k.shape[2]
-        blind = mask.blind_rows(seq, kv_seq)
-        if blind:
-            q = q[:, :, blind:]
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=_plain_mask(mask, seq - blind, kv_seq))
-        return mx.pad(out, [(0, 0), (0, 0), (blind, 0), (0, 0)]) if blind else out
+        return with_mask_gradient(lambda mask: sdpa(q, k, v, scale, mask), q, k, v, scale=scale, mask=mask)
+
+
+def sdpa(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
+    """Calls MLX's SDPA; rows that see nothing are 0, and a mask's gradient is MLX's: on some paths there is none."""
+    if mask.array is not None:
+        return _with_array(q, k, v, scale, mask)
+    seq, kv_seq = q.shape[2], k.shape[2]
+    blind = mask.blind_rows(seq, kv_seq)
+    if blind:
+        q = q[:, :, blind:]
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=_plain_mask(mask, seq - blind, kv_seq))
+    return mx.pad(out, [(0, 0), (0, 0), (blind, 0), (0, 0)]) if blind else out
+
+
+def attend_whole(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: Mask,
+    widened: bool,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Calls MLX's SDPA, in float32 if it is to be widened, as `is_widened` says of unfused calls."""
+    dtype = q.dtype
+    if widened:
+        q, k, v = (x.astype(mx.float32) for x in (q, k, v))
+    out = sdpa(q, k, v, scale, mask) if sinks is None else _with_sinks(q, k, v, scale, mask, sinks)
+    return out.astype(dtype)
+
+
+def _with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
+    """MLX's SDPA with attention sinks; a row that sees nothing else gives 0 by itself."""
+    lengths = q.shape[2], k.shape[2]
+    named = mask.causal and mask.window is None and mask.array is None and not mask.blind_rows(*lengths)
+    whole = "causal" if named else mask.whole(*lengths)
+    if isinstance(whole, mx.array) and whole.dtype != mx.bool_:
+        whole = masks.in_type(whole, q.dtype)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=whole, sinks=sinks.astype(q.dtype))
 
 
 def _plain_mask(mask: Mask, seq: int, kv_seq: int) -> mx.array | str | None:

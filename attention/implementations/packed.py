@@ -6,6 +6,8 @@ import mlx.core as mx
 from msgspec import Struct
 
 from attention import masks
+from attention.implementations.asked import here
+from attention.implementations.unfused import is_widened
 from attention.masks import Mask
 
 FEW_ROWS: Final = 32
@@ -58,7 +60,12 @@ KeyOrValue = mx.array | Packed
 
 
 def attend_packed(q: mx.array, k: Packed, v: Packed, *, scale: float, mask: Mask) -> mx.array:
-    """Attends as mlx-lm does with a quantised cache: the whole score matrix, keys and values read packed."""
+    """Attends as mlx-lm does with a quantised cache: the whole score matrix, keys and values read packed.
+
+    Scores are float32 where those of an unfused path are.
+    """
+    if is_widened(str(q.dtype).removeprefix("mlx.core."), here()):
+        return attend_packed(q.astype(mx.float32), k, v, scale=scale, mask=mask).astype(q.dtype)
     batch, heads, seq, _ = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]
     grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)

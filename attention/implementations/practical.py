@@ -14,17 +14,18 @@ from attention.implementations.asked import asked_for, here
 from attention.implementations.blocks import Blocks, seen_keys, tile_bytes
 from attention.implementations.blockwise import Call, forward
 from attention.implementations.budget import default_budget
-from attention.implementations.differentiable import Attend, blocks_behind, blockwise
-from attention.implementations.mlx_sdpa import MlxSdpa, fused_bytes
+from attention.implementations.differentiable import Arrays, Attend, blocks_behind, blockwise
+from attention.implementations.mask_gradient import with_mask_gradient
+from attention.implementations.mlx_sdpa import attend_whole, fused_bytes
 from attention.implementations.packed import KeyOrValue, Packed, attend_packed
 from attention.implementations.practical_choice import Choice, choice, shape_of
 from attention.implementations.slice_size import NOTHING, Handed, slices_bytes
 from attention.implementations.slicing import Slices
-from attention.implementations.unfused import unfused_bytes
+from attention.implementations.unfused import is_widened, whole_bytes
 from attention.implementations.waiting import AT_ONCE, QUEUED, at_once, turns
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
-from attention.workload import Workload
+from attention.workload import DType, Workload
 
 MOST_CHOICES: Final = 4096
 """Choices that are remembered; a decoding loop asks for a new one at each length."""
@@ -43,9 +44,8 @@ class Practical:
     def __init__(self, budget_bytes: int | None = None) -> None:
         """Sets the memory that a call may take above its inputs and outputs; None lets the machine decide."""
         self.budget_bytes = budget_bytes
-        self._sdpa = MlxSdpa()
         self._choices: OrderedDict[tuple[Workload, Needs, Backend, int, Handed], Choice] = OrderedDict()
-        self._plain: dict[object, str] = {}
+        self._plain: dict[object, tuple[str, bool]] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """Says whether MLX's SDPA is lean enough, and how large the slices or blocks are where not."""
@@ -53,7 +53,7 @@ class Practical:
         whole, _, behind = choice.way.partition(", ")
         if not choice.cuts_forward and (not (behind or needs.sinks) or workload.pass_ != "training"):
             fused = whole == "fused"
-            needed = fused_bytes(workload, device.backend, needs) if fused else unfused_bytes(workload, needs)
+            needed = (fused_bytes if fused else whole_bytes)(workload, device.backend, needs)
             return Route(path=WHOLE[whole], fused=fused, reason=choice.reason, predicted_bytes=needed)
         kind, parts, needed = _parts(choice, workload, device, needs)
         path = _cut_path(kind, parts, workload) if choice.cuts_forward else f"{whole} + {kind} {parts.rows}"
@@ -70,38 +70,78 @@ class Practical:
         softcap: float | None = None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """Attends; shapes as in the protocol. The mask gets no gradient; keys and values may be packed.
+        """Attends; shapes as in the protocol. Keys and values may be packed.
 
         `sinks` (H,) are scores that join the softmax of every row of a head, without a value.
         """
-        array = None if mask.array is None else (mask.array.shape, mask.array.dtype)
-        key = (q.shape, k.shape, v.shape, q.dtype, mask.causal, mask.window, array, here(), self.budget_bytes)
+        if mask.array is not None and mask.array.dtype != mx.bool_ and not isinstance(k, Packed):
+            return self._with_mask_gradient(q, k, v, scale, mask, softcap, sinks)  # type: ignore[arg-type]
+        return self._attend(q, k, v, scale, mask, softcap, sinks)
+
+    def _with_mask_gradient(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        def attend(mask: Mask) -> mx.array:
+            return self._attend(q, k, v, scale, mask, softcap, sinks)
+
+        return with_mask_gradient(
+            attend, q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks, budget_bytes=self._budget_here()
+        )
+
+    def _attend(
+        self,
+        q: mx.array,
+        k: KeyOrValue,
+        v: KeyOrValue,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        shape = None if mask.array is None else (mask.array.shape, mask.array.dtype)
+        key = (q.shape, k.shape, v.shape, q.dtype, mask.causal, mask.window, shape, here(), self.budget_bytes)
         simple = sinks is None and softcap is None and not isinstance(k, Packed)
-        if simple and (path := self._plain.get(key)) is not None:
+        if simple and (known := self._plain.get(key)) is not None:
+            path, widened = known
             watching.ran(path)
-            return self._sdpa(q, k, v, scale=scale, mask=mask)  # type: ignore[arg-type]
+            return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
         workload, needs = asked_for(q, k, v, mask, softcap)  # type: ignore[arg-type]
         needs = needs if sinks is None else structs.replace(needs, sinks=True)
         backend = here()
-        choice = self._choose(workload, backend, needs, self._budget_here(), _handed(mask, q.dtype))
+        choice = self._choose(workload, backend, needs, self._budget_here(), _handed(mask, workload.dtype, backend))
         if simple and choice.way in ("fused", "whole"):
             if len(self._plain) >= MOST_CHOICES:
                 self._plain.clear()
-            path = self._plain[key] = WHOLE[choice.way]
+            path, widened = self._plain[key] = WHOLE[choice.way], _widened(choice, q.dtype, backend)
             watching.ran(path)
-            return self._sdpa(q, k, v, scale=scale, mask=mask)  # type: ignore[arg-type]
+            return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
         watching.ran(_forward_path(choice, workload, needs, isinstance(k, Packed)))
+        if isinstance(k, Packed) and isinstance(v, Packed):
+            call, _ = self._calls(choice, backend, scale, mask, softcap)
+            if sinks is None and softcap is None and choice.fits_forward:
+                return attend_packed(q, k, v, scale=scale, mask=mask)
+            return forward(q, k, v, call, sinks)[0]
         if simple and choice.slices is not None:
-            return self._in_slices(choice, backend, scale, mask)(q, k, v)
-        return self._in_blocks(choice, backend, scale, mask, softcap, sinks, q, k, v)
+            made = self._in_slices(choice, backend, scale, mask)
+        else:
+            made = self._in_blocks(choice, backend, scale, mask, softcap)
+        array = [] if mask.array is None else [masks.as_4d(mask.array)]
+        return made(q, k, v, array, [] if sinks is None else [sinks])
 
     def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask) -> Attend:
         follow = turns(backend) if choice.waits else QUEUED
 
-        def whole(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, _: Arrays) -> mx.array:
             if choice.cuts_forward and choice.slices is not None:
-                return slicing.forward(q, k, v, Slices(scale, mask, choice.slices, follow))
-            return self._sdpa(q, k, v, scale=scale, mask=mask)
+                return slicing.forward(q, k, v, Slices(scale, mask.having(array), choice.slices, follow))
+            return attend_whole(q, k, v, scale, mask.having(array), _widened(choice, q.dtype, backend))
 
         if choice.backward_slices is None:
             return blocks_behind(whole, *self._calls(choice, backend, scale, mask, None))
@@ -115,35 +155,15 @@ class Practical:
         call = Call(scale, mask, softcap, choice.blocks, arithmetic, follow)  # type: ignore[arg-type]
         return call, structs.replace(call, blocks=choice.backward)
 
-    def _in_blocks(
-        self,
-        choice: Choice,
-        backend: Backend,
-        scale: float,
-        mask: Mask,
-        softcap: float | None,
-        sinks: mx.array | None,
-        q: mx.array,
-        k: KeyOrValue,
-        v: KeyOrValue,
-    ) -> mx.array:
+    def _in_blocks(self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None) -> Attend:
         call, backward = self._calls(choice, backend, scale, mask, softcap)
-        if isinstance(k, Packed) and isinstance(v, Packed):
-            if sinks is None and softcap is None and choice.fits_forward:
-                return attend_packed(q, k, v, scale=scale, mask=mask)
-            return forward(q, k, v, call, sinks)[0]
-        given = (q, k, v) if sinks is None else (q, k, v, sinks)
         if choice.cuts_forward:
-            return blockwise(call, backward)(*given)
+            return blockwise(call, backward)
 
-        def whole(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None = None) -> mx.array:
-            return (
-                self._sdpa(q, k, v, scale=scale, mask=mask)
-                if sinks is None
-                else with_sinks(q, k, v, scale, mask, sinks)
-            )
+        def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, sinks: Arrays) -> mx.array:
+            return attend_whole(q, k, v, scale, mask.having(array), _widened(choice, q.dtype, backend), *sinks)
 
-        return blocks_behind(whole, call, backward)(*given)
+        return blocks_behind(whole, call, backward)
 
     def choice(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Choice:
         """How a call would be computed on a device."""
@@ -167,23 +187,19 @@ class Practical:
         return self._choices[key]
 
 
-def _handed(mask: Mask, dtype: mx.Dtype) -> Handed:
-    """An opened copy of an array mask; numbers of another type than the query's are clipped in float32 first."""
+def _widened(choice: Choice, dtype: mx.Dtype, backend: Backend) -> bool:
+    """Whether what is left whole is computed in float32."""
+    return choice.way.startswith("whole") and is_widened(str(dtype).removeprefix("mlx.core."), backend)
+
+
+def _handed(mask: Mask, dtype: DType, backend: Backend) -> Handed:
+    """An opened copy of an array mask; numbers in another type than the scores' are clipped in float32 first."""
     if mask.array is None:
         return NOTHING
     batches, heads = masks.as_4d(mask.array).shape[:2]
-    kept = mask.array.dtype in (mx.bool_, dtype)
+    scores = mx.float32 if is_widened(dtype, backend) else getattr(mx, dtype)
+    kept = mask.array.dtype in (mx.bool_, scores)
     return Handed(batches, heads, 2 * mask.array.dtype.size if kept else 12)
-
-
-def with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
-    """MLX's SDPA with attention sinks; a row that sees nothing else gives 0 by itself."""
-    lengths = q.shape[2], k.shape[2]
-    named = mask.causal and mask.window is None and mask.array is None and not mask.blind_rows(*lengths)
-    whole = "causal" if named else mask.whole(*lengths)
-    if isinstance(whole, mx.array) and whole.dtype != mx.bool_:
-        whole = masks.in_type(whole, q.dtype)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=whole, sinks=sinks.astype(q.dtype))
 
 
 @lru_cache(maxsize=1)
@@ -212,7 +228,7 @@ def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> 
     slices = choice.backward_slices if workload.pass_ == "training" else choice.slices
     if slices is not None and not needs.sinks:
         size = slices_bytes(workload, slices, device.backend, needs)
-        together = unfused_bytes(workload, needs) - workload.output_bytes
+        together = whole_bytes(workload, device.backend, needs) - workload.output_bytes
         return "slices", slices, workload.output_bytes + (size if choice.waits else min(size, together))
     rows = workload.batch * workload.heads * workload.seq
     tiles = int(AT_ONCE[device.backend] * tile_bytes(shape_of(workload), choice.blocks))

@@ -10,7 +10,7 @@ from attention.implementations.blockwise import blocks_of
 from attention.implementations.budget import comfort
 from attention.implementations.mlx_sdpa import why_unfused
 from attention.implementations.slice_size import EVEN, NOTHING, Handed, beside, slice_size
-from attention.implementations.unfused import unfused_bytes
+from attention.implementations.unfused import whole_bytes
 from attention.implementations.waiting import AT_ONCE
 from attention.masks import of_workload
 from attention.route import PLAIN, Needs
@@ -85,8 +85,8 @@ class _Question:
         self.workload, self.backend, self.needs, self.budget, self.handed = workload, backend, needs, budget, handed
         # A call cannot see whether a gradient will be asked of it: what it takes must hold for both passes.
         self.forward, self.training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
-        self.fits_forward = surely(self.forward, needs) + handed.size(workload) <= budget
-        self.excess = surely(self.training, needs) + handed.size(workload)
+        self.fits_forward = surely(self.forward, backend, needs) + handed.size(workload) <= budget
+        self.excess = surely(self.training, backend, needs) + handed.size(workload)
         self.refusal = None if needs.softcap else why_unfused(self.forward, backend, needs)
         self.behind = self.refusal or (None if needs.softcap else why_unfused(self.training, backend, needs))
 
@@ -157,13 +157,9 @@ def tile(workload: Workload, backend: Backend, budget: int) -> Blocks:
     return choose(shape_of(workload), int(budget / AT_ONCE[backend]), comfort(backend))
 
 
-def surely(workload: Workload, needs: Needs = PLAIN) -> int:
-    """Bytes above inputs and outputs that an unfused path stays within.
-
-    On a CPU keys and values in half precision are multiplied as float32.
-    """
-    widened = 2 * workload.key_value_bytes if workload.dtype != "float32" else 0
-    return int(SURE * (unfused_bytes(workload, needs) - workload.output_bytes)) + widened
+def surely(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
+    """Bytes above inputs and outputs that an unfused path stays within."""
+    return int(SURE * (whole_bytes(workload, backend, needs) - workload.output_bytes))
 
 
 def skipped_share(workload: Workload, blocks: Blocks) -> float:

@@ -33,8 +33,8 @@ def facts(practical: Practical, workload: Workload, device: Device) -> Iterator[
     choice = practical.choice(workload, device)
     yield Fact("budget", mib(practical.budget(device)), _why_budget(practical, device))
     forward, training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
-    yield Fact("unfused", mib(surely(forward)), "what scores and all beside them may take, forward")
-    yield Fact("", mib(surely(training)), "and in training: what is chosen has to hold for both")
+    yield Fact("unfused", mib(surely(forward, device.backend)), "what scores and all beside them may take, forward")
+    yield Fact("", mib(surely(training, device.backend)), "and in training: what is chosen has to hold for both")
     yield Fact("way", choice.way, choice.reason)
     if choice.cuts_forward:
         yield from _of_parts(choice, workload, device)

@@ -11,17 +11,17 @@ Backward a slice is computed again, and differentiated by MLX; dK and dV are sum
 """
 
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import mlx.core as mx
 from msgspec import Struct, structs
 
 from attention import masks
 from attention.implementations.blocks import Blocks
-from attention.implementations.blockwise import Heads, after, blocks_of, cut, head_groups
-from attention.implementations.differentiable import Attend
-from attention.implementations.mlx_sdpa import MlxSdpa
-from attention.implementations.slice_size import ALIGNED, EVEN
+from attention.implementations.blockwise import Heads, blocks_of, cut, head_groups
+from attention.implementations.chain import Chain
+from attention.implementations.differentiable import Arrays, Attend, Inputs, differentiable
+from attention.implementations.mlx_sdpa import attend_whole
+from attention.implementations.slice_size import ALIGNED, EVEN, slice_is_widened
 from attention.implementations.waiting import Turns
 from attention.implementations.written import Written
 from attention.masks import Mask
@@ -67,66 +67,62 @@ class Slice(Struct, frozen=True):
 
 def forward(q: mx.array, k: mx.array, v: mx.array, call: Slices) -> mx.array:
     """Attends; shapes as in the implementations' protocol."""
-    output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype))
-    chain: list[mx.array] = []
+    chain = Chain()
+    output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
     for heads in head_groups(q, k, call.blocks):
         for each in slices_of(heads, q.shape[2], k.shape[2], call):
-            part = _attend(call, each, chain)(*after(chain, each.of_queries(q), each.of_keys(k), each.of_keys(v)))
-            chain = call.turns.next([output.write(heads.place(each.rows), part, FORWARD_NODES)])
-    return output.array
+            part = _attend(call, each, chain)(*chain.after(each.of_queries(q), each.of_keys(k), each.of_keys(v)))
+            chain.links = call.turns.next([output.write(heads.place(each.rows), part, FORWARD_NODES)])
+    return chain.results(output.array)[0]
 
 
 def gradients(
     q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, call: Slices, earlier: Sequence[mx.array]
 ) -> list[mx.array]:
     """Returns dQ, dK and dV in the types of query, key and value; the first slice follows what came earlier."""
-    d_query, d_key, d_value = (Written(mx.zeros_like(x)) for x in (q, k, v))
-    chain = list(earlier)
+    chain = Chain(earlier)
+    d_query, d_key, d_value = (Written(mx.zeros_like(x), chain) for x in (q, k, v))
     for heads in head_groups(q, k, call.blocks):
         sums = _sums(heads, k, v, chain)
         slices = list(slices_of(heads, q.shape[2], k.shape[2], call))
         for each in slices:
             cuts = each.of_queries(q), each.of_keys(k), each.of_keys(v), each.of_queries(cotangent)
-            *primals, of_output = after(chain, *cuts)
+            *primals, of_output = chain.after(*cuts)
             _, (of_query, *of_keys) = mx.vjp(_attend(call, each, chain), primals, [of_output])
             seen = slice(None), slice(None), cut(each.keys)
             parts = [one.add(seen, part, BACKWARD_NODES) for one, part in zip(sums, of_keys, strict=True)]
-            chain = call.turns.next([d_query.write(heads.place(each.rows), of_query, BACKWARD_NODES), *parts])
+            chain.links = call.turns.next([d_query.write(heads.place(each.rows), of_query, BACKWARD_NODES), *parts])
         if slices:
             place = cut(heads.batches), cut(heads.kv_heads), slice(None)
             nodes = BACKWARD_NODES * len(slices)
             written = [one.write(place, total.array, nodes) for one, total in zip((d_key, d_value), sums, strict=True)]
-            chain = call.turns.alone(written)
-    return [d_query.array, d_key.array, d_value.array]
+            chain.links = call.turns.alone(written)
+    return chain.results(d_query.array, d_key.array, d_value.array)
 
 
-def sliced_behind(whole: Attend, backward_call: Slices) -> Attend:
-    """Attends as it is told to; the backward pass is one of slices."""
+def sliced_behind(whole: Attend, call: Slices) -> Attend:
+    """Attends as `whole` does with `Inputs`; the backward pass is one of slices."""
 
-    @mx.custom_function
-    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return whole(q, k, v)
-
-    def pull_back(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
-        q, k, v = primals
+    def pull_back(inputs: Inputs, cotangent: mx.array, output: mx.array) -> Arrays:
+        q, k, v, mask, _ = inputs
+        backward = structs.replace(call, mask=call.mask.having(mask))
         # The forward pass lets go of its memory first; a cotangent may be there before its output is.
-        return gradients(q, k, v, cotangent, backward_call, backward_call.turns.alone([output]))
+        given = gradients(q, k, v, cotangent, backward, call.turns.alone([output]))
+        return [*given, *(mx.zeros_like(array) for array in mask)]
 
-    attend.vjp(pull_back)
-    return cast("Attend", attend)
+    return differentiable(whole, pull_back)
 
 
-def _attend(call: Slices, each: Slice, chain: list[mx.array]) -> Attend:
+def _attend(call: Slices, each: Slice, chain: Chain) -> Attend:
     """MLX's SDPA with a slice's part of the mask, which MLX converts and must not before the slice's turn."""
-    sdpa, mask = MlxSdpa(), each.of_mask(call.mask)
+    mask = each.of_mask(call.mask)
     lengths = len(each.rows), len(each.keys)
     if mask.array is not None:
-        mask = structs.replace(mask, array=after(chain, mask.array)[0])
+        mask = structs.replace(mask, array=chain.after(mask.array)[0])
     elif mask.window is not None and not mask.blind_rows(*lengths):
         positions = mask.whole(*lengths)
-        seen = None if positions is None else after(chain, positions)[0]
-        return lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=call.scale, mask=seen)
-    return lambda q, k, v: sdpa(q, k, v, scale=call.scale, mask=mask)
+        mask = Mask(array=None if positions is None else chain.after(positions)[0])
+    return lambda q, k, v: attend_whole(q, k, v, call.scale, mask, slice_is_widened(q, k, v, mask))
 
 
 def slices_of(heads: Heads, seq: int, kv_seq: int, call: Slices) -> Iterator[Slice]:
@@ -147,8 +143,8 @@ def row_blocks(seq: int, size: int) -> Iterator[range]:
             yield range(rows.stop - odd, rows.stop)
 
 
-def _sums(heads: Heads, k: mx.array, v: mx.array, chain: list[mx.array]) -> list[Written]:
+def _sums(heads: Heads, k: mx.array, v: mx.array, chain: Chain) -> list[Written]:
     """Where dK and dV of some heads are summed, in float32 and in place; not there before the last sums are gone."""
     size = len(heads.batches), len(heads.kv_heads), k.shape[2]
-    (zero,) = after(chain, mx.array(0.0))
-    return [Written(mx.full((*size, x.shape[3]), zero)) for x in (k, v)]
+    (zero,) = chain.after(mx.array(0.0))
+    return [Written(mx.full((*size, x.shape[3]), zero), chain) for x in (k, v)]

@@ -1,5 +1,8 @@
 """What an unfused attention takes in memory, read off MLX's own peaks."""
 
+from msgspec import structs
+
+from attention.device import Backend
 from attention.route import PLAIN, Needs
 from attention.workload import ITEM_BYTES, Workload
 
@@ -22,6 +25,27 @@ def unfused_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
         + workload.query_bytes
         + workload.output_bytes
     )
+
+
+def is_widened(dtype: str, backend: Backend) -> bool:
+    """Whether an unfused path of these implementations computes in float32 what is given in another type.
+
+    Scores in float16 overflow from 65,520. On the CPU, where MLX multiplies matrices in float32 anyhow, scores in
+    bfloat16 would lose more than blocks do.
+    """
+    return dtype == "float16" or (dtype == "bfloat16" and backend == "cpu")
+
+
+def whole_bytes(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
+    """Peak bytes above the inputs of an unfused call that is widened where `is_widened` says so."""
+    widened = is_widened(workload.dtype, backend)
+    return widened_bytes(workload, needs) if widened else unfused_bytes(workload, needs)
+
+
+def widened_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
+    """As `unfused_bytes` where inputs in half precision are converted to float32 first, and the results back."""
+    wide = structs.replace(workload, dtype="float32")
+    return unfused_bytes(wide, needs) + wide.query_bytes + wide.key_value_bytes + workload.output_bytes
 
 
 def _spread_bytes(workload: Workload) -> int:

@@ -4,8 +4,12 @@ from typing import Final
 
 import mlx.core as mx
 
+from attention.implementations.chain import Chain
+
 VIEWS: Final = 12
 """Pairs of views that are as long as a tile: each is two nodes of a graph."""
+TILES: Final = 8
+"""Tiles after which the views get an anchor."""
 
 
 class Written:
@@ -15,24 +19,29 @@ class Written:
     when every block is there at once. Views between two writes make that way as long as the way through the tiles.
     """
 
-    def __init__(self, zeros: mx.array) -> None:
+    def __init__(self, zeros: mx.array, chain: Chain) -> None:
         """Takes the array, filled with what stands where nothing is written."""
         self.array = zeros
+        self._chain = chain
 
     def write(self, place: tuple[slice, ...], part: mx.array, tiles: int) -> mx.array:
         """Writes a part that took some tiles to compute; returns it in the array's type, for a chain to hold."""
         part = part.astype(self.array.dtype)
         self._wait(tiles)
         self.array[place] = part
+        self.array = self._chain.anchor(self.array)
         return part
 
     def add(self, place: tuple[slice, ...], part: mx.array, tiles: int) -> mx.array:
         """The same, added to what stands there."""
         part = part.astype(self.array.dtype)
         self._wait(tiles)
-        self.array = self.array.at[place].add(part)
+        self.array = self._chain.anchor(self.array.at[place].add(part))
         return part
 
     def _wait(self, tiles: int) -> None:
-        for _ in range(VIEWS * tiles):
-            self.array = self.array[None].squeeze(0)
+        for tile in range(1, tiles + 1):
+            for _ in range(VIEWS):
+                self.array = self.array[None].squeeze(0)
+            if tile % TILES == 0:
+                self.array = self._chain.anchor(self.array)

@@ -1,0 +1,132 @@
+"""The gradient of an additive mask, for implementations whose kernels have none.
+
+The mask is added after the softcap, so that its gradient is that of the masked scores,
+
+    dMask = P * (dP - rowsum(dO * O)),    dP = dO V^T,
+
+summed over the axes along which the mask is broadcast. It is computed in slabs of rows in float32, from scratch, and as
+MLX is lazy only where somebody takes it.
+"""
+
+from collections.abc import Callable
+from typing import Final, cast
+
+import mlx.core as mx
+from msgspec import structs
+
+from attention import masks
+from attention.implementations.batched import folded
+from attention.implementations.blocks import MIB, Blocks
+from attention.implementations.blockwise import Call, blocks_of, cut, head_groups, tile_scores
+from attention.implementations.chain import Chain
+from attention.implementations.written import Written
+from attention.masks import Mask
+
+SLAB_BYTES: Final = 32 * MIB
+"""Working memory of a slab of rows, which has all keys: at least one row's."""
+SLAB_ARRAYS: Final = 8
+"""Arrays of the size of its scores that a slab holds at once."""
+Arrays = list[mx.array]
+
+
+def with_mask_gradient(
+    attend: Callable[[Mask], mx.array],
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: Mask,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    budget_bytes: int = SLAB_BYTES,
+) -> mx.array:
+    """Attends, and gives the mask its gradient if it is an additive array.
+
+    Args:
+        attend: attends with q, k and v under a mask; what it does about a gradient of the mask is ignored.
+        q: query (B, H, Lq, D).
+        k: key (B, Hkv, Lk, D).
+        v: value (B, Hkv, Lk, Dv).
+        scale: factor of the scores.
+        mask: what each query may see.
+        softcap: of the scores, before the mask.
+        sinks: (H,): scores that join the softmax of every row of a head, without a value.
+        budget_bytes: working memory of the gradient; a row with all its keys is the least.
+    """
+    if mask.array is None or mask.array.dtype == mx.bool_:
+        return attend(mask)
+    out = attend(structs.replace(mask, array=mx.stop_gradient(mask.array)))
+    keys = k.shape[2]
+    rows = max(1, min(budget_bytes, SLAB_BYTES) // (4 * SLAB_ARRAYS * keys * (q.shape[1] // k.shape[1])))
+    slab = Blocks(batches=1, kv_heads=1, rows=min(rows, q.shape[2]), keys=keys)
+    call = Call(scale, mask, softcap, slab, "exact")
+    return _node(call)(out, q, k, v, [masks.as_4d(mask.array)], [] if sinks is None else [sinks])
+
+
+def _node(call: Call) -> Callable[..., mx.array]:
+    """Returns a function that returns its first argument, and gives the mask among the others its gradient."""
+
+    @mx.custom_function
+    def pass_on(out: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> mx.array:
+        return out
+
+    def pull_back(
+        inputs: tuple[mx.array, mx.array, mx.array, mx.array, Arrays, Arrays], cotangent: mx.array, out: mx.array
+    ) -> Arrays:
+        _, q, k, v, mask, sinks = inputs
+        of_mask = mask_gradient(q, k, v, out, cotangent, structs.replace(call, mask=call.mask.having(mask)), *sinks)
+        return [cotangent, *(mx.zeros_like(x) for x in (q, k, v)), of_mask, *(mx.zeros_like(x) for x in sinks)]
+
+    pass_on.vjp(pull_back)
+    pass_on.vmap(folded(pass_on, masks_at=4))
+    return cast("Callable[..., mx.array]", pass_on)
+
+
+def mask_gradient(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    out: mx.array,
+    cotangent: mx.array,
+    call: Call,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """The gradient of the array of the call's mask, which is 4-D and additive, in its shape and type."""
+    array = call.mask.array
+    assert array is not None
+    lengths = q.shape[2], k.shape[2]
+    whole = array.shape == (*q.shape[:3], k.shape[2])
+    chain = Chain()
+    total = Written(mx.zeros(array.shape, array.dtype if whole else mx.float32), chain)
+    for heads in head_groups(q, k, call.blocks):
+        for rows in blocks_of(lengths[0], call.blocks.rows):
+            keys = call.mask.visible_keys(rows, *lengths)
+            if not keys:
+                continue
+            sides = (heads.rows(x, rows) for x in (q, out, cotangent))
+            cuts = chain.after(*sides, heads.keys(k, keys), heads.keys(v, keys))
+            query, output, upstream, key, value = (x.astype(mx.float32) for x in cuts)
+            product = (query * call.factor) @ call.transposed(key)
+            scores, _ = tile_scores(product, call, heads, rows, keys, lengths)
+            d_weights = upstream @ call.transposed(value) - (upstream * output).sum(axis=-1, keepdims=True)
+            sunk = None if sinks is None else heads.sinks(sinks, len(rows)) * call.base2
+            slab = _softmax(scores, call, sunk) * d_weights
+            slab = slab.reshape(len(heads.batches), -1, len(rows), len(keys))
+            summed = [axis for axis in range(4) if array.shape[axis] == 1]
+            slab = slab.sum(axis=summed, keepdims=True) if summed else slab
+            places = heads.batches, range(heads.heads.start, heads.heads.stop), rows, keys
+            place = tuple(slice(None) if size == 1 else cut(run) for size, run in zip(array.shape, places, strict=True))
+            chain.links = [total.write(place, slab, 1) if whole else total.add(place, slab, 1)]
+    return chain.results(total.array)[0].astype(array.dtype)
+
+
+def _softmax(scores: mx.array, call: Call, sinks: mx.array | None) -> mx.array:
+    """Of exponents of the base in use; 0 in rows that see nothing."""
+    top = scores.max(axis=-1, keepdims=True)
+    top = top if sinks is None else mx.maximum(top, sinks)
+    top = mx.where(top == -mx.inf, 0.0, top)
+    weights = call.power(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    total = total if sinks is None else total + call.power(sinks - top)
+    return weights / mx.where(total == 0, 1.0, total)
