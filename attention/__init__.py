@@ -46,7 +46,7 @@ def attention(
         v: value (B, Hkv, Lk, Dv).
         scale: factor of the scores; 1 / sqrt(D) unless given.
         mask: None, "causal" (lower-right aligned), or an array that broadcasts to (B, H, Lq, Lk): bool, True where a
-            pair may be seen, or numbers to add to the scores. An array mask gets no gradient.
+            pair may be seen, or numbers to add to the scores. An array of numbers gets its gradient.
         window: a query sees only the last `window` keys that end at its own position; implies causal.
         softcap: squashes scaled scores s to softcap * tanh(s / softcap), before the mask.
         implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.

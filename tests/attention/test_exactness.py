@@ -1,0 +1,109 @@
+"""Results that must not depend on the size of a call: the same scores, masks and gradients within a budget and beyond."""
+
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from attention import attention
+from attention.implementations.practical import Practical
+
+BUDGETS = [None, 1 << 16]
+"""What a small call fits, and what cuts it into blocks."""
+
+
+def normal(*shape: int, key: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(key))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 200.0, 1e4, 1e30])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_rows_whose_first_keys_are_hidden_keep_their_mean(budget: int | None, size: float) -> None:
+    q, k, v = mx.ones((1, 1, 64, 64)), mx.full((1, 1, 256, 64), -1 / 64), normal(1, 1, 256, 8)
+    for more in ({"mask": mx.arange(256) >= 128}, {"window": 16}):
+        got = attention(q, k, v, scale=size, implementation=Practical(budget), **more)[0, 0, -1]  # type: ignore[arg-type]
+        seen = v[0, 0, 128:] if "mask" in more else v[0, 0, -16:]
+        assert np.allclose(np.array(got), np.array(seen.mean(axis=0)), atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [-1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_rows_hidden_by_large_numbers_have_the_mean_gradient(budget: int | None, hidden: float) -> None:
+    q, k, v = (normal(1, 1, 128, 32, key=key) for key in range(3))
+    mask = mx.full((128, 128), hidden)
+    gradient = mx.grad(lambda v: attention(q, k, v, mask=mask, implementation=Practical(budget)).sum())(v)
+    assert np.allclose(np.array(gradient), 1.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "implementation", ["baseline", Practical(), Practical(1 << 16)], ids=["baseline", "whole", "blocks"]
+)
+def test_float16_rows_at_the_lowest_number_are_no_nan(implementation: object) -> None:
+    q, k, v = mx.full((1, 1, 4, 16), -3.0), mx.full((1, 1, 8, 16), 3.0), mx.ones((1, 1, 8, 16))
+    q, k, v = (x.astype(mx.float16) for x in (q, k, v))
+    mask = mx.full((4, 8), -65504.0, mx.float16)
+    assert mx.all(attention(q, k, v, mask=mask, implementation=implementation) == 1.0).item()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "implementation", ["baseline", Practical(), Practical(1 << 16)], ids=["baseline", "whole", "blocks"]
+)
+def test_float16_scores_beyond_its_range_are_right(implementation: object) -> None:
+    q, k = (mx.sign(normal(1, 1, 64, 64, key=key)) * 200 for key in range(2))
+    v = normal(1, 1, 64, 64, key=2)
+    q, k, v = (x.astype(mx.float16) for x in (q, k, v))
+    wanted = attention(*(x.astype(mx.float32) for x in (q, k, v)), scale=1.0, implementation="baseline")
+    got = attention(q, k, v, scale=1.0, implementation=implementation)  # type: ignore[arg-type]
+    assert np.allclose(np.array(got), np.array(wanted), atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 60, 70), (2, 1, 60, 70), (60, 70), (60, 1), (70,), (2, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_an_additive_mask_gets_its_gradient(budget: int | None, softcap: float | None, shape: tuple[int, ...]) -> None:
+    q, k, v = normal(2, 4, 60, 16), normal(2, 2, 70, 16, key=1), normal(2, 2, 70, 8, key=2)
+    mask, way = normal(*shape, key=3), normal(2, 4, 60, 8, key=4)
+
+    def gradient(implementation: object) -> mx.array:
+        def loss(mask: mx.array) -> mx.array:
+            return (attention(q, k, v, mask=mask, softcap=softcap, implementation=implementation) * way).sum()  # type: ignore[arg-type]
+
+        return mx.grad(loss)(mask)
+
+    assert np.allclose(np.array(gradient(Practical(budget))), np.array(gradient("baseline")), atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_vmap_of_gradients_gives_each_its_own(budget: int | None) -> None:
+    q, k, v = normal(3, 1, 4, 40, 16), normal(3, 1, 2, 50, 16, key=1), normal(3, 1, 2, 50, 16, key=2)
+    mask = normal(3, 4, 40, 50, key=3)
+
+    def loss(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
+        return mx.square(attention(q, k, v, mask=mask, softcap=3.0, implementation=Practical(budget))).sum()
+
+    gradient = mx.grad(loss, argnums=(0, 1, 2, 3))
+    mapped = mx.vmap(gradient)(q, k, v, mask)
+    for index in range(3):
+        for got, wanted in zip(mapped, gradient(q[index], k[index], v[index], mask[index]), strict=True):
+            assert np.allclose(np.array(got[index]), np.array(wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["compile", "gradient"])
+def test_the_depth_of_a_graph_does_not_grow_with_its_tiles(mode: str) -> None:
+    q, k, v = (mx.zeros((1, 1, 4096, 8)) for _ in range(3))
+
+    def loss(*x: mx.array) -> mx.array:
+        return attention(*x, mask="causal", implementation=Practical(1 << 19)).sum()
+
+    def trace() -> None:
+        mx.set_default_device(mx.cpu)
+        (mx.compile(loss) if mode == "compile" else mx.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    before = threading.stack_size(512 * 1024)  # a graph as deep as its tiles are many overflows it and ends the process
+    try:
+        thread = threading.Thread(target=trace)
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
