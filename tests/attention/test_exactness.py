@@ -1,4 +1,4 @@
-"""Results that must not depend on the size of a call: the same scores, masks and gradients within a budget and beyond."""
+"""Results that do not depend on the size of a call: the same within a budget and beyond it."""
 
 import threading
 
@@ -14,7 +14,8 @@ BUDGETS = [None, 1 << 16]
 
 
 def normal(*shape: int, key: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(key))
+    made: mx.array = mx.random.normal(shape, key=mx.random.key(key))
+    return made
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 200.0, 1e4, 1e30])
@@ -22,7 +23,7 @@ def normal(*shape: int, key: int = 0) -> mx.array:
 def test_rows_whose_first_keys_are_hidden_keep_their_mean(budget: int | None, size: float) -> None:
     q, k, v = mx.ones((1, 1, 64, 64)), mx.full((1, 1, 256, 64), -1 / 64), normal(1, 1, 256, 8)
     for more in ({"mask": mx.arange(256) >= 128}, {"window": 16}):
-        got = attention(q, k, v, scale=size, implementation=Practical(budget), **more)[0, 0, -1]  # type: ignore[arg-type]
+        got = attention(q, k, v, scale=size, implementation=Practical(budget), **more)[0, 0, -1]
         seen = v[0, 0, 128:] if "mask" in more else v[0, 0, -16:]
         assert np.allclose(np.array(got), np.array(seen.mean(axis=0)), atol=1e-5)
 
@@ -69,7 +70,8 @@ def test_an_additive_mask_gets_its_gradient(budget: int | None, softcap: float |
         def loss(mask: mx.array) -> mx.array:
             return (attention(q, k, v, mask=mask, softcap=softcap, implementation=implementation) * way).sum()  # type: ignore[arg-type]
 
-        return mx.grad(loss)(mask)
+        made: mx.array = mx.grad(loss)(mask)
+        return made
 
     assert np.allclose(np.array(gradient(Practical(budget))), np.array(gradient("baseline")), atol=1e-4)
 

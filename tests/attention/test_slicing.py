@@ -9,7 +9,8 @@ import pytest
 
 from attention.implementations import slicing
 from attention.implementations.blocks import Blocks
-from attention.implementations.blockwise import Heads, after
+from attention.implementations.blockwise import Heads
+from attention.implementations.chain import Chain
 from attention.implementations.slicing import Slices, row_blocks, sliced_behind, slices_of
 from attention.implementations.waiting import QUEUED, Turns, when_done
 from attention.masks import Mask
@@ -66,11 +67,13 @@ def test_slices_of_a_window_take_multiples_of_16_keys_where_there_are_as_many() 
 def test_the_mask_of_a_window_is_not_made_before_its_slice_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[tuple[int, ...]] = []
 
-    def spied(chain: list[mx.array], *these: mx.array) -> list[mx.array]:
-        waiting.extend(one.shape for one in these if chain and one.dtype == mx.bool_)
+    after = Chain.after
+
+    def spied(chain: Chain, *these: mx.array) -> list[mx.array]:
+        waiting.extend(one.shape for one in these if chain.links and one.dtype == mx.bool_)
         return after(chain, *these)
 
-    monkeypatch.setattr(slicing, "after", spied)
+    monkeypatch.setattr(Chain, "after", spied)
     q, k, v, _ = arrays()
     call = Slices(scale=0.3, mask=Mask(window=20), blocks=BLOCKS, turns=Turns(when_done, when_done))
     made = slicing.forward(q, k, v, call)
