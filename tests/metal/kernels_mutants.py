@@ -9,6 +9,8 @@ from attention.kernels.metal.call import Shape
 MANY: Final = Shape(1, 2, 1, 45, 70, 64, "float16")
 FEW: Final = Shape(1, 4, 2, 3, 600, 64, "float16")
 LONG: Final = Shape(1, 1, 1, 64, 128, 64, "float16")
+SPLIT: Final = Shape(1, 4, 2, 3, 523, 64, "float32")
+"""Keys that are split into parts of unequal lengths."""
 WIDE: Final = Shape(1, 1, 1, 20, 25, 256, "float32")
 """So wide that the backward kernels take their tiles in chunks, and that float32 is summed in parts."""
 
@@ -85,16 +87,19 @@ FORWARD: Final = (
     Mutant("forward: softcap without its outer factor", "forward", "softcap * metal::precise::tanh(s / softcap)", "metal::precise::tanh(s / softcap)", "output", "softcap"),
     Mutant("forward: the mask of another head", "forward", "head * mask_strides[1]", "0 * mask_strides[1]", "output", "bool mask"),
     Mutant("forward: the mask's axes are swapped", "forward", "query * mask_strides[2] + key * mask_strides[3]", "key * mask_strides[2] + query * mask_strides[3]", "out-of-bounds: mask", "bool mask"),
-    Mutant("forward: an additive mask is not added", "forward", "MASK == 2 ? s + float(mask[at])", "MASK == 2 ? s", "output", "additive mask"),
+    Mutant("forward: an additive mask is not added", "forward", "MASK == 2 ? masked(s, float(mask[at]))", "MASK == 2 ? s", "output", "additive mask"),
     Mutant("forward: keys of another head", "forward", "plane / group", "0", "output", "full", Shape(1, 2, 2, 40, 40, 64, "float16")),
     Mutant("forward: columns twice as far apart", "forward", "(i % D) * q_strides[3]", "(i % D) * 2 * q_strides[3]", "out-of-bounds: q ", shape=FEW),
-    Mutant("forward: logsumexp in base 2", "forward", "largest + metal::precise::log(total)", "(largest + metal::precise::log(total)) * LOG2_E", "logsumexp"),
+    Mutant("forward: logsumexp in base 2", "forward", "= metal::precise::log(total)", "= metal::precise::log2(total)", "logsumexp"),
     Mutant("forward: columns of a lane are swapped", "forward", "(lane / 4) & 2) * 2", "(lane / 4) & 2)", "uninitialised read: output o"),
     Mutant("forward: sums are not cleared", "forward", "clear<DIMS>(sums);", "", "output: nan"),
     Mutant("forward: the last part alone", "forward", "fragments[i].thread_elements()[0] += ", "fragments[i].thread_elements()[0] = ", "output", shape=WIDE),
     Mutant("forward: spans overlap", "forward", "split * span + span)", "split * span + span + 16)", "output", "full", FEW),
     Mutant("forward: a span begins too late", "forward", "split * span)", "split * span + BLOCK_K)", "output", "full", FEW),
     Mutant("join: parts are not weighed", "join", "sum += weight * ", "sum += ", "output", "full", FEW),
+    Mutant("join: the rests of the logsumexps are forgotten", "join", "above + rests[s * rests_strides[0] + line * rests_strides[1]]", "above", "output", "additive mask", SPLIT),
+    Mutant("forward: no rest of the logsumexp", "forward", "total > 0.0f ? rest_of(made, largest, log_total) : 0.0f", "0.0f", "output", "additive mask", SPLIT),
+    Mutant("forward: a finite mask is -inf", "forward", "mask == -INFINITY ? mask", "mask < -1e4f ? -INFINITY", "output", "additive mask"),
     Mutant("join: one part is left out", "join", "for (int s = 0; s < splits; s++) {\n      const", "for (int s = 1; s < splits; s++) {\n      const", "output", "full", FEW),
 )  # fmt: skip
 BACKWARD: Final = (
@@ -111,6 +116,7 @@ BACKWARD: Final = (
     Mutant("dQ: a tile of which the first query sees but a part is whole", "backward_query", "is_seen<CAUSAL, WINDOW>(first_query, last_key, queries, keys, window)", "true", "dQ"),
     Mutant("dQ: the wrong chunk", "backward_query", "query_tile + own * PITCH + c * CHUNK", "query_tile + own * PITCH", "dQ", shape=WIDE),
     Mutant("dQ: K of the last chunk", "backward_query", "if (c < CHUNKS - 1) {", "if (false) {", "dQ", shape=WIDE),
+    Mutant("dQ: the rest of the logsumexp is forgotten", "backward_query", "s - base - beyond", "s - base", "dQ", "additive mask"),
     Mutant("dQ: a blind row's base is -inf", "backward_query", "found == -INFINITY ? 0.0f : found", "found", "dQ: nan", "bool mask"),
     Mutant("dK, dV: delta is left out", "backward_key", "thread_elements()[e] - row_means[j * 8 + fragment_c + e]", "thread_elements()[e]", "dK"),
     Mutant("dK, dV: delta of another row", "backward_key", "row_means[j * 8 + fragment_c + e]", "row_means[j * 8 + fragment_c]", "dK"),
@@ -124,6 +130,7 @@ BACKWARD: Final = (
     Mutant("dK, dV: a tile that the last query sees is whole", "backward_key", "query0, query0 + BLOCK_Q - 1, key0", "query0 + BLOCK_Q - 1, query0 + BLOCK_Q - 1, key0", "dV"),
     Mutant("dK, dV: the wrong chunk", "backward_key", "sums + c * (CHUNK / 8)", "sums", "dV", shape=WIDE),
     Mutant("dK, dV: Q of the last chunk", "backward_key", "if (c < CHUNKS - 1) {", "if (false) {", "dV", shape=WIDE),
+    Mutant("dK, dV: the rest of the logsumexp is forgotten", "backward_key", "s - row_bases[at_row] - row_rests[at_row]", "s - row_bases[at_row]", "dV", "additive mask"),
     Mutant("dK, dV: a blind row's base is -inf", "backward_key", "found == -INFINITY ? 0.0f : found", "found", "dV: nan", "bool mask"),
     Mutant("dK, dV: pairs share their weights", "backward_key", "pair * QUERIES * 32 + int(lane)", "int(lane)", "race: weights"),
     Mutant("dK, dV: keys past the end are written", "backward_key", "if (key < keys) {", "if (true) {", "out-of-bounds: d_v"),

@@ -30,8 +30,8 @@ def test_on_a_mac_the_gpu_runs_the_kernels(monkeypatch):
         assert problems(SHAPE, KINDS["full"])  # zeros are wrong
     assert seen == [
         ("fatui_forward", 10, (128, 1, 1)),
-        ("fatui_backward_query", 11, (128, 1, 1)),
-        ("fatui_backward_key", 10, (256, 1, 1)),
+        ("fatui_backward_query", 12, (128, 1, 1)),
+        ("fatui_backward_key", 11, (256, 1, 1)),
     ]
     assert [one.kernel for one in device.launches] == ["forward", "backward_query", "backward_key"]
 

@@ -51,7 +51,8 @@ def flash_attention(
         sinks: (H,), a score for each head that takes part in the softmax and has no value.
 
     Returns:
-        (B, H, Lq, D) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k, v and the sinks.
+        (B, H, Lq, D) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k, v, the sinks
+        and an additive mask, the last by way of the score matrix.
 
     Raises:
         ValueError: for shapes, types or values that do not fit or are not taken.

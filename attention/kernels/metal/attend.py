@@ -7,7 +7,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from attention.kernels.metal import launch, machine, selfcheck, trust
+from attention.kernels.metal import launch, machine, selfcheck, transforms, trust
 from attention.kernels.metal.call import Call, Shape, Specialisation, mask_kind, normal, shape_of, specialisation
 from attention.kernels.metal.gradient import gradients
 
@@ -42,10 +42,9 @@ def attend(
     kind = mask_kind(mask, shape)
     call = normal(scale, causal, window, softcap, shape.keys, kind, sinks is not None)
     function = _function(shape, call, with_logsumexp)
-    whole = (shape.batch, shape.heads, shape.queries, shape.keys)
-    of_mask = launch.absent(4) if mask is None else mx.broadcast_to(mask, whole)
+    of_mask = launch.absent(4) if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     of_sinks = launch.absent(1) if sinks is None else sinks.astype(mx.float32)
-    return function(q, k, v, of_mask, of_sinks)
+    return function(q, k, v, of_mask, of_sinks)[:2]
 
 
 def special_of(shape: Shape, call: Call) -> Specialisation:
@@ -55,12 +54,12 @@ def special_of(shape: Shape, call: Call) -> Specialisation:
 
 @functools.lru_cache(maxsize=256)
 def _function(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
-    """The call with its gradient; the logsumexp is made in any case, since the backward pass needs it."""
+    """The call with its gradient and under vmap; the logsumexp is made in any case: the backward pass needs it."""
     machine.look()
     check(shape, call)
 
     @mx.custom_function
-    def function(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array) -> tuple[mx.array, mx.array]:
+    def function(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array) -> launch.Forward:
         return launch.forward(q, k, v, mask, sinks, shape, call)
 
     def pull_back(
@@ -70,6 +69,8 @@ def _function(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
         return gradients(primals, cotangents[0].astype(primals[0].dtype), d_lse, outputs, shape, call)
 
     function.vjp(pull_back)
+    function.jvp(transforms.refuse_jvp)
+    function.vmap(transforms.folded(shape, lambda batched: _function(batched, call, with_logsumexp)))
     return cast("Attend", function)
 
 
@@ -85,8 +86,8 @@ def check(shape: Shape, call: Call) -> None:
         for small in _small(shape, special):
             asked = selfcheck.tried(call, small)
             given = selfcheck.inputs(small, asked)
-            found = launch.forward(*given.arrays(small), small, asked)
-            wrong = selfcheck.disagreement(given, asked, *found)
+            output, logsumexp, _ = launch.forward(*given.arrays(small), small, asked)
+            wrong = selfcheck.disagreement(given, asked, output, logsumexp)
             if wrong:
                 return wrong
         return None

@@ -33,6 +33,7 @@
   threadgroup T upstream_tile[BLOCK_Q * CHUNK_PITCH];
   threadgroup float2 weights[BLOCK_K * BLOCK_Q / 2];
   threadgroup float row_bases[BLOCK_Q];
+  threadgroup float row_rests[BLOCK_Q];
   threadgroup float row_means[BLOCK_Q];
 
   load_tile<T, BLOCK_K, D, PITCH, THREADS>(
@@ -54,6 +55,7 @@
     const device T* queries_at = q + batch * q_strides[0] + head * q_strides[1];
     const device T* upstream_at = d_o + batch * d_o_strides[0] + head * d_o_strides[1];
     const device float* lse_at = lse + batch * lse_strides[0] + head * lse_strides[1];
+    const device float* rest_at = rest + batch * rest_strides[0] + head * rest_strides[1];
     const device float* delta_at = delta + batch * delta_strides[0] + head * delta_strides[1];
     for (int query0 = from; query0 < end; query0 += BLOCK_Q) {
       Fragment scores[QUERIES];
@@ -71,6 +73,7 @@
           const bool is_row = query0 + i < queries;
           const float found = is_row ? lse_at[(query0 + i) * lse_strides[2]] : 0.0f;
           row_bases[i] = found == -INFINITY ? 0.0f : found;
+          row_rests[i] = is_row ? rest_at[(query0 + i) * rest_strides[2]] : 0.0f;
           row_means[i] = is_row ? delta_at[(query0 + i) * delta_strides[2]] : 0.0f;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: Q and dO, and for the first time K and V, are in place
@@ -100,9 +103,10 @@
             } else if (MASK != 0) {
               const int64_t at =
                   batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
-              s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
+              s = MASK == 2 ? masked(s, float(mask[at])) : bool(mask[at]) ? s : -INFINITY;
             }
-            const float weight = metal::exp2((s - row_bases[j * 8 + fragment_c + e]) * LOG2_E);
+            const int at_row = j * 8 + fragment_c + e;
+            const float weight = metal::exp2((s - row_bases[at_row] - row_rests[at_row]) * LOG2_E);
             scores[j].thread_elements()[e] = weight;
             passed[e] = weight * slope;
           }

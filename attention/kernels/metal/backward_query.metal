@@ -71,9 +71,11 @@
   }
   mean = row_sum(mean);
   float base = 0.0f;
+  float beyond = 0.0f;
   if (query < queries) {
     const float found = lse[batch * lse_strides[0] + head * lse_strides[1] + query * lse_strides[2]];
     base = found == -INFINITY ? 0.0f : found;
+    beyond = rest[batch * rest_strides[0] + head * rest_strides[1] + query * rest_strides[2]];
     if (LOGSUMEXP) {
       mean -= d_lse[batch * d_lse_strides[0] + head * d_lse_strides[1] + query * d_lse_strides[2]];
     }
@@ -125,9 +127,9 @@
         } else if (MASK != 0) {
           const int64_t at =
               batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
-          s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
+          s = MASK == 2 ? masked(s, float(mask[at])) : bool(mask[at]) ? s : -INFINITY;
         }
-        const float weight = metal::exp2((s - base) * LOG2_E);
+        const float weight = metal::exp2((s - base - beyond) * LOG2_E);
         scores[j].thread_elements()[e] = weight * (products[j].thread_elements()[e] - mean) * slope;
       }
     }

@@ -12,6 +12,7 @@
 
 typedef simdgroup_matrix<float, 8, 8> Fragment;
 constant constexpr float LOG2_E = 1.44269504088896340736f;
+constant constexpr float LARGEST_FLOAT = 3.402823466e38f;
 
 METAL_FUNC short fragment_row(uint lane) { return short(((lane / 4) & 4) + (lane / 2) % 4); }
 METAL_FUNC short fragment_column(uint lane) { return short(((lane / 4) & 2) * 2 + (lane % 2) * 2); }
@@ -102,6 +103,15 @@ METAL_FUNC void multiply(
     }
   }
 }
+
+// A score with its additive mask. A finite mask hides no key, though its sum with a large score may overflow.
+METAL_FUNC float masked(float score, float mask) {
+  return mask == -INFINITY ? mask : metal::max(score + mask, -LARGEST_FLOAT);
+}
+
+// What float32 loses of the sum of a row's maximum and the logarithm of its weights: all of the latter beside a maximum
+// of -1e9, which a mask makes. Kept beside the logsumexp, so that exp(s - lse - rest) is right at any size of scores.
+METAL_FUNC float rest_of(float lse, float largest, float log_total) { return log_total - (lse - largest); }
 
 METAL_FUNC float row_max(float x) {
   x = metal::max(x, simd_shuffle_xor(x, ushort(1)));

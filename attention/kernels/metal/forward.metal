@@ -99,7 +99,7 @@
           } else if (MASK != 0) {
             const int64_t at =
                 batch * mask_strides[0] + head * mask_strides[1] + query * mask_strides[2] + key * mask_strides[3];
-            s = MASK == 2 ? s + float(mask[at]) : bool(mask[at]) ? s : -INFINITY;
+            s = MASK == 2 ? masked(s, float(mask[at])) : bool(mask[at]) ? s : -INFINITY;
           }
           scores[j].thread_elements()[e] = s;
           now = metal::max(now, s);
@@ -142,6 +142,9 @@
       o[line * D + d * 8 + fragment_c + 1] = OUT(sums[d].thread_elements()[1] * inverse);
     }
     if (fragment_c == 0) {
-      lse[line] = total > 0.0f ? largest + metal::precise::log(total) : -INFINITY;
+      const float log_total = metal::precise::log(total);
+      const float made = total > 0.0f ? largest + log_total : -INFINITY;
+      lse[line] = made;
+      rest[line] = total > 0.0f ? rest_of(made, largest, log_total) : 0.0f;
     }
   }

@@ -3,13 +3,15 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import mlx.core as mx
 
 from attention.errors import KernelUnavailable
 from attention.kernels.metal import launch, selfcheck, trust
 from attention.kernels.metal.call import Call, Shape, specialisation
-from attention.kernels.metal.plain import plain_gradients
+from attention.kernels.metal.plain import mask_gradient, plain_gradients
+from attention.kernels.metal.transforms import SINKS, Function, folded, refuse_second_derivative
 
 
 def refusal(shape: Shape, call: Call) -> str | None:
@@ -25,19 +27,22 @@ def gradients(
     shape: Shape,
     call: Call,
 ) -> tuple[mx.array, ...]:
-    """The gradients of q, k, v, mask (always 0) and sinks.
+    """The gradients of q, k, v, mask and sinks.
+
+    That of an additive mask goes through the score matrix, if somebody evaluates it; that of a bool mask is 0.
 
     Args:
         primals: q, k, v, mask and sinks.
         d_o: cotangent of the output, in its type.
         d_lse: of the logsumexp, if that was asked for.
-        outputs: what the forward pass made: output and logsumexp.
+        outputs: what the forward pass made.
         shape: of the arrays.
         call: what was computed.
     """
     if not _taken(shape, call, d_lse is not None):
         return plain_gradients(primals, d_o, d_lse, call)
-    return by_kernel(primals, d_o, d_lse, outputs, shape, call)
+    d_q, d_k, d_v, d_sinks = by_kernel(primals, d_o, d_lse, outputs, shape, call)
+    return d_q, d_k, d_v, mask_gradient(primals, d_o, d_lse, call), d_sinks
 
 
 @functools.lru_cache(maxsize=256)
@@ -57,21 +62,36 @@ def by_kernel(
     shape: Shape,
     call: Call,
 ) -> tuple[mx.array, ...]:
-    """The same by our kernels."""
-    q, k, v, mask, sinks = primals
-    d_q, d_k, d_v, delta = launch.backward((q, k, v), outputs, d_o, d_lse, mask, shape, call)
-    d_sinks = mx.zeros_like(sinks)
-    if call.sinks:
-        d_sinks = of_sinks(sinks, outputs[1], delta).sum(axis=(0, 2))
-    return d_q, d_k, d_v, mx.zeros_like(mask), d_sinks
+    """The gradients of q, k, v and sinks by our kernels; arguments as `gradients` has them."""
+    more = () if d_lse is None else (d_lse,)
+    d_q, d_k, d_v, delta = _backward(shape, call)(*primals, *outputs, d_o, *more)
+    sinks = primals[SINKS]
+    d_sinks = of_sinks(sinks, outputs, delta).sum(axis=(0, 2)) if call.sinks else mx.zeros_like(sinks)
+    return d_q, d_k, d_v, d_sinks
 
 
-def of_sinks(sinks: mx.array, logsumexp: mx.array, delta: mx.array) -> mx.array:
+@functools.lru_cache(maxsize=256)
+def _backward(shape: Shape, call: Call) -> Function:
+    """The backward kernels as a function of q, k, v, mask, sinks, the outputs and their cotangents."""
+
+    @mx.custom_function
+    def function(*arrays: mx.array) -> tuple[mx.array, ...]:
+        q, k, v, mask, _, o, lse, rest, d_o, *d_lse = arrays
+        return launch.backward((q, k, v), (o, lse, rest), d_o, d_lse[0] if d_lse else None, mask, shape, call)
+
+    function.vjp(refuse_second_derivative)
+    function.jvp(refuse_second_derivative)
+    function.vmap(folded(shape, lambda batched: _backward(batched, call)))
+    return cast("Function", function)
+
+
+def of_sinks(sinks: mx.array, outputs: Sequence[mx.array], delta: mx.array) -> mx.array:
     """What each row adds to the gradient of its head's sink, (B, H, Lq): a sink is a key with the value 0.
 
     dS = P (dP - delta), where dP is 0. A row with nothing at all, whose logsumexp is -inf, adds 0.
     """
-    weights = mx.where(mx.isneginf(logsumexp), 0.0, mx.exp(sinks[:, None] - logsumexp))
+    _, logsumexp, rest = outputs
+    weights = mx.where(mx.isneginf(logsumexp), 0.0, mx.exp(sinks[:, None] - logsumexp - rest))
     return -weights * delta
 
 
@@ -94,6 +114,6 @@ def check(shape: Shape, call: Call, logsumexp: bool = False) -> None:
         primals = given.arrays(small)
         outputs = launch.forward(*primals, small, asked)
         made = by_kernel(primals, given.cotangent, given.logsumexp_cotangent, outputs, small, asked)
-        return selfcheck.gradient_disagreement(given, asked, [*made[:3], *([made[4]] if call.sinks else [])])
+        return selfcheck.gradient_disagreement(given, asked, made[: 4 if call.sinks else 3])
 
     trust.ensure(specialisation("backward_key", shape, call, logsumexp), compare)

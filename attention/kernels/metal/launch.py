@@ -14,16 +14,16 @@ FOLDER: Final = Path(__file__).parent
 SCALARS: Final = ("scale", "softcap", "window")
 INPUTS: Final = {
     "forward": ("q", "k", "v", "mask", "sinks", *SCALARS, "span", "splits"),
-    "backward_query": ("q", "k", "v", "o", "lse", "d_o", "d_lse", "mask", *SCALARS),
-    "backward_key": ("q", "k", "v", "lse", "delta", "d_o", "mask", *SCALARS),
-    "join": ("parts", "lses"),
+    "backward_query": ("q", "k", "v", "o", "lse", "rest", "d_o", "d_lse", "mask", *SCALARS),
+    "backward_key": ("q", "k", "v", "lse", "rest", "delta", "d_o", "mask", *SCALARS),
+    "join": ("parts", "lses", "rests"),
 }
 """The arrays of each text."""
 OUTPUTS: Final = {
-    "forward": ("o", "lse"),
+    "forward": ("o", "lse", "rest"),
     "backward_query": ("d_q", "delta"),
     "backward_key": ("d_k", "d_v"),
-    "join": ("o", "lse"),
+    "join": ("o", "lse", "rest"),
 }
 SPLIT_KEYS: Final = 256
 """Keys of a split at least. A choice, not a measurement; `MOST_SPLITS` and `GROUPS_WANTED` as well."""
@@ -34,6 +34,8 @@ FEWEST: Final = 8
 """Elements from which MLX passes an array as device memory."""
 
 Kernel = Callable[..., list[mx.array]]
+Forward = tuple[mx.array, mx.array, mx.array]
+"""Output, logsumexp, and what float32 loses of the latter: the two together are exact beside a mask of -1e9."""
 metal_kernel: Callable[..., Kernel] = cast("Callable[..., Kernel]", mx.fast.metal_kernel)
 """What makes a kernel of a text: the one place where Metal comes in."""
 
@@ -105,14 +107,14 @@ def constants(special: Specialisation) -> list[tuple[str, Any]]:
 
 def forward(
     q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, shape: Shape, call: Call
-) -> tuple[mx.array, mx.array]:
-    """Output and logsumexp; a call with few queries has its keys split, and its parts joined."""
+) -> Forward:
+    """Attend; a call with few queries has its keys split, and its parts joined."""
     if not shape.few:
-        made = _attend("forward", (q, k, v, mask, sinks), shape, call, 1, shape.keys)
-        return made[0][0], made[1][0]
+        o, lse, rest = _attend("forward", (q, k, v, mask, sinks), shape, call, 1, shape.keys)
+        return o[0], lse[0], rest[0]
     splits, span = splitting(shape, call)
-    parts, lses = _attend("decode", (q, k, v, mask, sinks), shape, call, splits, span)
-    return (parts[0], lses[0]) if splits == 1 else join(parts, lses, shape)
+    parts, lses, rests = _attend("decode", (q, k, v, mask, sinks), shape, call, splits, span)
+    return (parts[0], lses[0], rests[0]) if splits == 1 else join(parts, lses, rests, shape)
 
 
 def splitting(shape: Shape, call: Call) -> tuple[int, int]:
@@ -124,10 +126,8 @@ def splitting(shape: Shape, call: Call) -> tuple[int, int]:
     return _ceil(shape.keys, span), span
 
 
-def _attend(
-    kind: Kind, arrays: Sequence[mx.array], shape: Shape, call: Call, splits: int, span: int
-) -> tuple[mx.array, mx.array]:
-    """Outputs (splits, B, H, Lq, D) and logsumexps (splits, B, H, Lq)."""
+def _attend(kind: Kind, arrays: Sequence[mx.array], shape: Shape, call: Call, splits: int, span: int) -> Forward:
+    """Outputs (splits, B, H, Lq, D); logsumexps and their rests (splits, B, H, Lq)."""
     special = specialisation(kind, shape, call)
     tile, packed = special.tile, kind == "decode"
     q, k, v, mask, sinks = arrays
@@ -135,31 +135,31 @@ def _attend(
     rows, planes = (shape.group * shape.queries, shape.kv_heads) if packed else (shape.queries, shape.heads)
     lines = (splits, shape.batch, shape.heads, shape.queries)
     own = [("PACKED", packed), ("SINKS", special.sinks), ("OUT", out)]
-    o, lse = queue(
+    o, lse, rest = queue(
         "forward",
-        [q, k, v, _of_mask(mask, call), in_device(sinks) if call.sinks else sinks, *scalars(call, span, splits)],
-        output_shapes=[(*lines, shape.head_dim), lines],
-        output_dtypes=[out, mx.float32],
+        [q, k, v, _of_mask(mask, shape, call), in_device(sinks) if call.sinks else sinks, *scalars(call, span, splits)],
+        output_shapes=[(*lines, shape.head_dim), lines, lines],
+        output_dtypes=[out, mx.float32, mx.float32],
         template=constants(special) + own,
         grid=(_ceil(rows, tile.block_q) * tile.threads, planes, shape.batch * splits),
         threadgroup=(tile.threads, 1, 1),
     )
-    return o, lse
+    return o, lse, rest
 
 
-def join(parts: mx.array, lses: mx.array, shape: Shape) -> tuple[mx.array, mx.array]:
+def join(parts: mx.array, lses: mx.array, rests: mx.array, shape: Shape) -> Forward:
     """Joins the parts of a call whose keys were split; a simdgroup a row."""
     dtype = getattr(mx, shape.dtype)
-    o, lse = queue(
+    o, lse, rest = queue(
         "join",
-        [parts, in_device(lses.reshape(lses.shape[0], -1))],
-        output_shapes=[parts.shape[1:], lses.shape[1:]],
-        output_dtypes=[dtype, mx.float32],
+        [parts, *(in_device(x.reshape(x.shape[0], -1)) for x in (lses, rests))],
+        output_shapes=[parts.shape[1:], lses.shape[1:], lses.shape[1:]],
+        output_dtypes=[dtype, mx.float32, mx.float32],
         template=[("T", dtype), ("D", shape.head_dim)],
         grid=(SIMD * shape.batch * shape.heads * shape.queries, 1, 1),
         threadgroup=(SIMD, 1, 1),
     )
-    return o, lse
+    return o, lse, rest
 
 
 def backward(
@@ -173,7 +173,7 @@ def backward(
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """dQ, dK, dV, and each row's delta, (B, H, Lq); the second kernel needs what the first makes of it."""
     d_q, delta = _of_queries(primals, outputs, d_o, d_lse, mask, shape, call)
-    d_k, d_v = _of_keys(primals, outputs[1], delta, d_o, mask, shape, call)
+    d_k, d_v = _of_keys(primals, outputs, delta, d_o, mask, shape, call)
     return d_q, d_k, d_v, delta
 
 
@@ -191,7 +191,10 @@ def _of_queries(
     by_sum = absent(3) if d_lse is None else in_device(d_lse)
     return queue(
         "backward_query",
-        [*primals, outputs[0], in_device(outputs[1]), d_o, by_sum, _of_mask(mask, call), *scalars(call)],
+        [
+            *(*primals, outputs[0], *map(in_device, outputs[1:]), d_o, by_sum),
+            *(_of_mask(mask, shape, call), *scalars(call)),
+        ],
         output_shapes=[primals[0].shape, outputs[1].shape],
         output_dtypes=[primals[0].dtype, mx.float32],
         template=[*constants(special), ("CHUNK", special.tile.chunk), ("LOGSUMEXP", d_lse is not None)],
@@ -202,7 +205,7 @@ def _of_queries(
 
 def _of_keys(
     primals: Sequence[mx.array],
-    lse: mx.array,
+    outputs: Sequence[mx.array],
     delta: mx.array,
     d_o: mx.array,
     mask: mx.array,
@@ -213,7 +216,7 @@ def _of_keys(
     special = specialisation("backward_key", shape, call)
     return queue(
         "backward_key",
-        [*primals, in_device(lse), in_device(delta), d_o, _of_mask(mask, call), *scalars(call)],
+        [*primals, *map(in_device, (*outputs[1:], delta)), d_o, _of_mask(mask, shape, call), *scalars(call)],
         output_shapes=[primals[1].shape, primals[2].shape],
         output_dtypes=[primals[1].dtype, primals[2].dtype],
         template=[*constants(special), ("CHUNK", special.tile.chunk)],
@@ -222,8 +225,10 @@ def _of_keys(
     )
 
 
-def _of_mask(mask: mx.array, call: Call) -> mx.array:
-    return mask if call.mask == "none" else in_device(mask)
+def _of_mask(mask: mx.array, shape: Shape, call: Call) -> mx.array:
+    if call.mask == "none":
+        return mask
+    return in_device(mx.broadcast_to(mask, (shape.batch, shape.heads, shape.queries, shape.keys)))
 
 
 def _ceil(n: int, of: int) -> int:

@@ -11,15 +11,30 @@ from attention.masks import Mask
 def plain_gradients(
     primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: Call
 ) -> tuple[mx.array, ...]:
-    """The gradients of q, k, v, mask (always 0) and sinks; arguments as `gradient.gradients` has them."""
+    """The gradients of q, k, v, mask and sinks; arguments as `gradient.gradients` has them."""
     q, k, v, mask, sinks = primals
 
     def attend(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> list[mx.array]:
         return list(plain_attention(q, k, v, mask, sinks, call))
 
-    logsumexp_cotangent = mx.zeros(q.shape[:3]) if d_lse is None else d_lse
-    _, made = mx.vjp(attend, [q, k, v, sinks], [d_o, logsumexp_cotangent])
-    return made[0], made[1], made[2], mx.zeros_like(mask), made[3]
+    made = mx.vjp(attend, [q, k, v, sinks], [d_o, _of_logsumexp(d_lse, q)])[1]
+    return made[0], made[1], made[2], mask_gradient(primals, d_o, d_lse, call), made[3]
+
+
+def mask_gradient(primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: Call) -> mx.array:
+    """The gradient of the mask, 0 unless it is additive; nothing is computed unless it is evaluated."""
+    q, k, v, mask, sinks = primals
+    if call.mask in ("none", "bool"):
+        return mx.zeros_like(mask)
+
+    def attend(mask: mx.array) -> list[mx.array]:
+        return list(plain_attention(q, k, v, mask, sinks, call))
+
+    return mx.vjp(attend, [mask], [d_o, _of_logsumexp(d_lse, q)])[1][0]
+
+
+def _of_logsumexp(d_lse: mx.array | None, q: mx.array) -> mx.array:
+    return mx.zeros(q.shape[:3]) if d_lse is None else d_lse
 
 
 def plain_attention(
@@ -35,10 +50,10 @@ def plain_attention(
     seen = Mask(causal=call.causal, window=call.window).whole(queries, keys)
     seen = mx.ones((queries, keys), mx.bool_) if seen is None else seen
     if call.mask != "none":
-        by_group = mask.reshape(scores.shape)
+        by_group = mx.broadcast_to(mask, (batch, heads, queries, keys)).reshape(scores.shape)
         seen = seen & (by_group if call.mask == "bool" else ~mx.isneginf(by_group))
         added = mx.zeros_like(scores) if call.mask == "bool" else by_group.astype(mx.float32)
-        scores = scores + mx.where(seen, added, 0.0)
+        scores = mx.maximum(scores + mx.where(seen, added, 0.0), mx.finfo(mx.float32).min)
     sees = mx.any(seen, axis=-1, keepdims=True)
     scores = mx.where(seen, scores, mx.where(sees, -mx.inf, 0.0))  # blind rows: anything finite, and 0 below
     weights, logsumexp = mx.softmax(scores, axis=-1), mx.logsumexp(scores, axis=-1, keepdims=True)

@@ -65,7 +65,7 @@ class Tile:
         if self.kind == "backward_query":
             return 2 * self.block_q * row + 2 * self.block_k * part
         if self.kind == "backward_key":
-            shared = FLOAT_BYTES * (self.block_k * self.block_q + 2 * self.block_q)
+            shared = FLOAT_BYTES * (self.block_k * self.block_q + 3 * self.block_q)
             return 2 * self.block_k * row + 2 * self.block_q * part + shared
         return (self.block_q + self.block_k) * row
 

@@ -61,10 +61,11 @@ def _of_queries(tile: Tile, shape: Shape, call: Call, splits: int, span: int) ->
     lines = splits * shape.batch * shape.heads * shape.queries
     if tile.kind == "backward_query":
         found.read("o", lines * shape.head_dim)
-        found.read("lse", 4 * lines)  # the four lanes of a row each
+        for name in ("lse", "rest"):
+            found.read(name, 4 * lines)  # the four lanes of a row each
         found.writes = {"d_q": lines * shape.head_dim, "delta": lines}
     else:
-        found.writes = {"o": lines * shape.head_dim, "lse": lines}
+        found.writes = {"o": lines * shape.head_dim, "lse": lines, "rest": lines}
     return found
 
 
@@ -104,7 +105,7 @@ def _of_keys(tile: Tile, shape: Shape, call: Call) -> Traffic:
         for block in _query_tiles(tile, shape, call, keys):
             for name in ("q", "d_o"):
                 found.read(name, planes * len(block) * (shape.head_dim + tile.dims_again))
-            for name in ("lse", "delta"):
+            for name in ("lse", "rest", "delta"):
                 found.read(name, planes * len(block))
             found.products += planes * tile.products_per_tile
             found.barriers += planes * tile.barriers_per_tile
