@@ -1,0 +1,182 @@
+"""Runs one implementation on a problem and judges what comes out, by FlashAttention 3's rule.
+
+An output may be off by twice the error of plain attention in the same type, a gradient by three times, and by the
+rounding of the result.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from attention import UnsupportedError, UsageError, attention
+from attention.implementations.practical import Practical
+
+from . import reference
+from .problem import Floats, Mode, Problem, exact
+
+Verdict = Literal["ok", "unsupported", "inaccurate", "refused", "exception", "crashed"]
+VERDICTS: Final[tuple[Verdict, ...]] = ("ok", "unsupported", "inaccurate", "refused", "exception", "crashed")
+FAILURES: Final = ("inaccurate", "refused", "exception", "crashed")
+PEERS: Final = ("mlx", "torch")
+"""Implementations that are measured as they are: what they get wrong is no fault of the project."""
+NAMES: Final = ("output", "dQ", "dK", "dV", "dMask")
+TRANSFORMS: Final = ("plain", "compile", "checkpoint", "vmap", "vmap_q", "vmap_grad", "grad_compile")
+"""What a call runs under. `vmap`: mapped, and then differentiated; `vmap_q`: with q alone mapped; `vmap_grad`: the
+gradient mapped; `grad_compile`: the gradient compiled."""
+OUTPUT_FACTOR: Final = 2
+GRADIENT_FACTOR: Final = 3
+
+
+@dataclass
+class Outcome:
+    """What one implementation made of a problem."""
+
+    verdict: Verdict
+    detail: str = ""
+    """One line: the error, or which result is how far off."""
+
+
+def implementations(problem: Problem, mode: Mode, with_torch: bool) -> dict[str, Any]:
+    """Return the implementations to be run: names, or `practical` with a budget of its own."""
+    if mode == "demo":
+        return {"demo": "demo"}
+    made: dict[str, Any] = {name: name for name in ("baseline", "poc", "practical", "mlx")}
+    made |= {name: Practical(budget) for name, budget in problem.budgets.items()}
+    if mode == "forward" and with_torch:
+        made["torch"] = "torch"
+    return made
+
+
+class Judge:
+    """What is right for a problem, computed once for all implementations."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        keep, added = reference.visible(problem)
+        with np.errstate(all="ignore"):
+            self.expected = reference.expected(problem, keep, added)
+            self.plain = reference.plain_results(problem, keep, added)
+
+    def outcome(self, name: str, implementation: Any) -> Outcome:
+        """Run an implementation and judge it; whatever it raises is an outcome."""
+        try:
+            results = run(self.problem, implementation)
+            mx.eval(results)
+            found = [exact(result) for result in results]
+        except UnsupportedError as error:
+            return _one_line("unsupported", error)
+        except UsageError as error:
+            return _one_line("unsupported" if self.problem.may_be_refused else "refused", error)
+        except Exception as error:
+            return Outcome("exception", f"{type(error).__name__}: {str(error)[:300]}")
+        return self._judged(name, found)
+
+    def _judged(self, name: str, found: list[Floats]) -> Outcome:
+        for i, (result, expected, plain) in enumerate(zip(found, self.expected, self.plain, strict=True)):
+            if result.shape != expected.shape:
+                return Outcome("inaccurate", f"{NAMES[i]}: shape {result.shape}, not {expected.shape}")
+            if not np.isfinite(expected).all():
+                continue
+            allowed = self._allowed(name, i, expected, plain)
+            error = float(np.abs(result - expected).max(initial=0))
+            if not error <= allowed:
+                largest = float(np.abs(expected).max(initial=0))
+                return Outcome("inaccurate", f"{NAMES[i]}: {error:.3g} off, {allowed:.3g} allowed, max {largest:.3g}")
+        return Outcome("ok")
+
+    def _allowed(self, name: str, index: int, expected: Floats, plain: Floats) -> float:
+        """Return the largest error that is accepted of a result."""
+        largest = float(np.abs(expected).max(initial=0))
+        of_plain = float(np.abs(plain - expected).max(initial=0))
+        if not np.isfinite(of_plain):  # plain attention overflowed in its type; float32 inside would not have
+            if name in PEERS:
+                return np.inf
+            of_plain = 0.05 * largest + 0.05
+        dtype = self.problem.q.dtype
+        slack = (2e-6 if dtype == mx.float32 else 2e-3) * (largest + 1)
+        return (GRADIENT_FACTOR if index else OUTPUT_FACTOR) * of_plain + rounding(expected, dtype) + slack
+
+
+def _one_line(verdict: Verdict, error: Exception) -> Outcome:
+    """A refusal has to be one line."""
+    text = str(error)
+    return Outcome("exception", f"a refusal of several lines: {text!r}") if "\n" in text else Outcome(verdict, text)
+
+
+def rounding(expected: Floats, dtype: mx.Dtype) -> float:
+    """Return 2 max|x + 0.3 - 0.3 - x| in a type, as FlashAttention's tests have it."""
+    low = mx.array(expected.astype(np.float32)).astype(dtype)
+    return float(2 * np.abs(exact((low + mx.array(0.3, dtype)) - mx.array(0.3, dtype)) - exact(low)).max(initial=0))
+
+
+def run(problem: Problem, implementation: Any) -> list[mx.array]:
+    """Return the output and, with a cotangent, the gradients, computed under the problem's transformation."""
+    primals = [problem.q, problem.k, problem.v]
+    differentiable = problem.has_mask_gradient and isinstance(problem.mask, mx.array)
+    if differentiable:
+        primals.append(problem.mask)
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, *mask: mx.array) -> mx.array:
+        return attention(
+            q,
+            k,
+            v,
+            scale=problem.scale,
+            mask=mask[0] if mask else problem.mask,
+            window=problem.window,
+            softcap=problem.softcap,
+            implementation=implementation,
+        )
+
+    if problem.cotangent is None:
+        return [_forward(problem.transform, attend, primals)]
+    return _with_gradients(problem.transform, attend, primals, problem.cotangent)
+
+
+def _forward(transform: str, attend: Callable[..., mx.array], primals: list[mx.array]) -> mx.array:
+    if transform == "compile":
+        return mx.compile(attend)(*primals)
+    if transform == "vmap":
+        mapped: mx.array = mx.vmap(attend)(*_pairs(primals))
+        return mapped[0]
+    if transform == "vmap_q":
+        axes = (0, *(None for _ in primals[1:]))
+        only_q: mx.array = mx.vmap(attend, in_axes=axes)(mx.stack([primals[0], primals[0] * 0.5]), *primals[1:])
+        return only_q[0]
+    return attend(*primals)
+
+
+def _with_gradients(
+    transform: str, attend: Callable[..., mx.array], primals: list[mx.array], cotangent: mx.array
+) -> list[mx.array]:
+    argnums = tuple(range(len(primals)))
+
+    def loss(*given: mx.array) -> mx.array:
+        return (attend(*given).astype(mx.float32) * cotangent.astype(mx.float32)).sum()
+
+    def loss_of_pairs(*given: mx.array) -> mx.array:
+        return (mx.vmap(attend)(*given)[0].astype(mx.float32) * cotangent.astype(mx.float32)).sum()
+
+    if transform == "vmap":
+        pairs = _pairs(primals)
+        return [mx.vmap(attend)(*pairs)[0], *(x[0] for x in mx.grad(loss_of_pairs, argnums=argnums)(*pairs))]
+    if transform == "vmap_grad":
+        return [attend(*primals), *(x[0] for x in mx.vmap(mx.grad(loss, argnums=argnums))(*_pairs(primals)))]
+    if transform == "vmap_q":
+        q = mx.stack([primals[0], primals[0] * 0.5])
+        axes = (0, *(None for _ in primals[1:]))
+        mapped = mx.vmap(mx.grad(loss, argnums=argnums), in_axes=axes)(q, *primals[1:])
+        return [attend(*primals), *(x[0] for x in mapped)]
+    if transform == "grad_compile":
+        return [attend(*primals), *mx.compile(mx.grad(loss, argnums=argnums))(*primals)]
+    function = {"compile": mx.compile, "checkpoint": mx.checkpoint}.get(transform, lambda f: f)(attend)
+    outputs, gradients = mx.vjp(function, primals, [cotangent])
+    return [*outputs, *gradients]
+
+
+def _pairs(primals: list[mx.array]) -> list[mx.array]:
+    """Return two of each array along a new axis, the second one halved, to be mapped over."""
+    return [mx.stack([x, x if x.dtype == mx.bool_ else x * 0.5]) for x in primals]

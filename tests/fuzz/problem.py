@@ -1,0 +1,86 @@
+"""One call of `attention()` to be checked, and the arrays that it is made of."""
+
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Mode = Literal["forward", "gradient", "demo"]
+DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+NUM_LAYOUTS: Final = 9
+
+
+@dataclass
+class Problem:
+    """The arguments of a call, the transformation that it runs under, and the budgets that `practical` is given."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    mask: "mx.array | str | None"
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    cotangent: mx.array | None = None
+    """Of the output, where gradients are checked."""
+    transform: str = "plain"
+    """One of `judge.TRANSFORMS`."""
+    budgets: dict[str, int] = field(default_factory=lambda: {"practical64k": 65536, "practical1M": 1 << 20})
+    has_mask_gradient: bool = False
+    """Whether the gradient of the mask is checked too."""
+    may_be_refused: bool = False
+    """Whether a usage error is a right answer."""
+    facts: dict[str, object] = field(default_factory=dict)
+    """What the case was drawn as, for the log."""
+
+    @property
+    def factor(self) -> float:
+        """The scale of the scores."""
+        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
+    def score_shape(self) -> tuple[int, int, int, int]:
+        """(B, H, Lq, Lk)."""
+        return self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
+
+
+def exact(array: mx.array) -> Floats:
+    """Return the values of an array in float64."""
+    if array.dtype == mx.float64:
+        return np.array(array)
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def relaid(array: mx.array, layout: int) -> mx.array:
+    """Return a 4-D array of the same values in another memory layout, one of `NUM_LAYOUTS`."""
+    if layout == 1:  # axes 1 and 2 swapped, as models have heads inside of rows
+        return mx.contiguous(array.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    if layout == 2:
+        return mx.contiguous(array.transpose(3, 2, 1, 0)).transpose(3, 2, 1, 0)
+    if layout == 3:  # every second row
+        whole = mx.repeat(array, 2, axis=2)
+        mx.eval(whole)
+        return whole[:, :, ::2]
+    if layout == 4:  # the left part of longer rows
+        whole = mx.concatenate([array, mx.full(array.shape, 7.0).astype(array.dtype)], axis=3)
+        mx.eval(whole)
+        return whole[..., : array.shape[3]]
+    if layout == 5:  # every third column
+        whole = mx.repeat(array, 3, axis=3)
+        mx.eval(whole)
+        return whole[..., ::3]
+    if layout == 6:  # an offset into memory, after NaN
+        front = mx.full((1, *array.shape[1:]), float("nan")).astype(array.dtype)
+        whole = mx.concatenate([front, array], axis=0)
+        mx.eval(whole)
+        return whole[1:]
+    if layout == 7:  # rows in reversed order, a negative stride
+        whole = mx.contiguous(array[:, :, ::-1])
+        mx.eval(whole)
+        return whole[:, :, ::-1]
+    if layout == 8:  # columns apart
+        return mx.contiguous(array.swapaxes(2, 3)).swapaxes(2, 3)
+    return array

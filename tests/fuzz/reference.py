@@ -1,0 +1,106 @@
+"""Attention and its gradients in float64, and plain attention in the inputs' own precision."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from .problem import Floats, Problem, exact
+
+
+def visible(problem: Problem) -> tuple[np.ndarray, Floats | None]:
+    """Return which pairs are not ruled out, bool (B, H, Lq, Lk), and what is added to the scores, if anything."""
+    shape = problem.score_shape
+    keep = np.ones(shape, bool)
+    position = np.arange(shape[2])[:, None] + shape[3] - shape[2]
+    key = np.arange(shape[3])[None]
+    if isinstance(problem.mask, str) or problem.window is not None:
+        keep &= key <= position
+    if problem.window is not None:
+        keep &= key > position - problem.window
+    if not isinstance(problem.mask, mx.array):
+        return keep, None
+    if problem.mask.dtype == mx.bool_:
+        return keep & np.broadcast_to(np.array(problem.mask), shape), None
+    return keep, np.broadcast_to(exact(problem.mask), shape)
+
+
+def expected(problem: Problem, keep: np.ndarray, added: Floats | None) -> list[Floats]:
+    """Return the output and, with a cotangent, the gradients of q, k, v and, where it is checked, the mask."""
+    q, k, v = exact(problem.q), exact(problem.k), exact(problem.v)
+    group = q.shape[1] // k.shape[1]
+    keys, values = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    scores = (q @ keys.swapaxes(-1, -2)) * problem.factor
+    slope: Floats | float = 1.0
+    if problem.softcap is not None:
+        squashed = np.tanh(scores / problem.softcap)
+        scores, slope = problem.softcap * squashed, 1 - squashed * squashed
+    if added is not None:
+        scores = scores + added
+    scores = np.where(keep, scores, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / np.where(total == 0, 1, total)
+    output = weights @ values
+    if problem.cotangent is None:
+        return [output]
+    cotangent = exact(problem.cotangent)
+    by_weight = cotangent @ values.swapaxes(-1, -2)
+    by_masked = weights * (by_weight - (by_weight * weights).sum(-1, keepdims=True))
+    by_score = by_masked * slope * problem.factor
+
+    def of_shared(x: Floats) -> Floats:  # summed over the heads that share a key head
+        return np.asarray(x.reshape(x.shape[0], k.shape[1], group, *x.shape[2:]).sum(2))
+
+    by_key, by_value = by_score.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ cotangent
+    made = [output, by_score @ keys, of_shared(by_key), of_shared(by_value)]
+    if problem.has_mask_gradient and isinstance(problem.mask, mx.array):
+        made.append(reduced(by_masked, problem.mask.shape))
+    return made
+
+
+def reduced(x: Floats, shape: tuple[int, ...]) -> Floats:
+    """Sum an array over the axes along which an array of a shape was broadcast to it."""
+    x = np.asarray(x.sum(axis=tuple(range(x.ndim - len(shape)))))
+    spread = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1)
+    return np.asarray(x.sum(axis=spread, keepdims=True))
+
+
+def plain_results(problem: Problem, keep: np.ndarray, added: Floats | None) -> list[Floats]:
+    """Return the same as `expected` by plain attention in the inputs' own type."""
+    attend = _plain_attention(problem, keep, added)
+    shift = mx.zeros((), problem.q.dtype)
+    if problem.has_mask_gradient and isinstance(problem.mask, mx.array):
+        shift = mx.zeros(problem.mask.shape, problem.q.dtype)
+    primals = [problem.q, problem.k, problem.v, shift]
+    if problem.cotangent is None:
+        return [exact(attend(*primals))]
+    outputs, gradients = mx.vjp(attend, primals, [problem.cotangent])
+    return [exact(x) for x in (*outputs, *gradients[: 4 if problem.has_mask_gradient else 3])]
+
+
+def _plain_attention(problem: Problem, keep: np.ndarray, added: Floats | None) -> Callable[..., mx.array]:
+    """Return plain attention of q, k, v and numbers, usually 0, that are added to the mask."""
+    dtype = problem.q.dtype
+    highest = np.where(keep, 0.0 if added is None else added, -np.inf).max(-1, keepdims=True)
+    seen, sighted = mx.array(keep), mx.array(highest > -np.inf)
+    finite = None
+    if added is not None:  # any implementation has to keep a sum with the mask within its type
+        most = float(mx.finfo(dtype).max) / 2
+        clipped = np.where(np.isinf(added), added, np.clip(added, -most, most))
+        finite = mx.array(clipped.astype(np.float32)).astype(dtype)
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, shift: mx.array) -> mx.array:
+        group = q.shape[1] // k.shape[1]
+        keys, values = mx.repeat(k, group, 1), mx.repeat(v, group, 1)
+        scores = (q * mx.array(problem.factor, dtype)) @ keys.swapaxes(-1, -2)
+        if problem.softcap is not None:
+            scores = mx.tanh(scores / mx.array(problem.softcap, dtype)) * mx.array(problem.softcap, dtype)
+        if finite is not None:
+            scores = scores + mx.where(sighted, finite, mx.zeros((), dtype)) + shift
+        scores = mx.where(seen | ~sighted, scores, mx.array(-mx.inf, dtype))
+        output = mx.softmax(scores, axis=-1, precise=True) @ values
+        return mx.where(sighted, output, mx.zeros((), dtype))
+
+    return attend
