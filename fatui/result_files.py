@@ -105,6 +105,8 @@ def _number_problems(value: Any, where: str) -> Iterator[str]:
         if low is None or high is None:
             if low is not high:
                 yield f"{where[:-1]}: an interval with one end"
+        elif any(0 < abs(end) < TINY for end in (low, high)):
+            yield f"{where[:-1]}: got {low:g} to {high:g}; an end is 0 or at least {TINY:g}"
         elif not low <= middle <= high:
             yield f"{where[:-1]}: got {middle:g} outside of its interval {low:g} to {high:g}"
 

@@ -238,6 +238,8 @@ def with_figure(path, value):
         ("call_s.median", 0.0),
         ("call_s.median", 1e300),
         ("call_s.low", None),
+        ("call_s.low", 1e-320),
+        ("speedup.low", 5e-324),
         ("latency_s", -1.0),
         ("tokens_per_second", 1e308),
         ("peak_bytes", -1),
