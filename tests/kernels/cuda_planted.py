@@ -38,8 +38,8 @@ class Recorder:
     def __init__(self):
         self.plans, self.calls = [], {}
 
-    def set_gradient(self, function):
-        self.gradient = function
+    def set_transforms(self, gradient, batched):
+        self.gradient, self.batched = gradient, batched
 
     def keep_call(self, q, k, v, *keywords_and_plan):
         *keywords, plan = keywords_and_plan
@@ -95,7 +95,9 @@ def planted(monkeypatch):
 
 def signature(program):
     """The kinds of a kernel's parameters, in their order."""
-    text, masked = program.source, dict(program.constants).get("MASK")
+    text, constants = program.source, dict(program.constants)
     parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
-    parameters = re.sub(r"#if MASK\n(.*?)#endif\n", r"\1" if masked else "", parameters, flags=re.DOTALL)
+    for condition, holds in (("MASK", constants.get("MASK")), ("!SPLIT", not constants.get("SPLIT"))):
+        block = rf"#if {condition}\n(.*?)#endif\n"
+        parameters = re.sub(block, r"\1" if holds else "", parameters, flags=re.DOTALL)
     return [POINTER if "*" in each else STRIDE if "Step" in each else NUMBER for each in parameters.split(",")]

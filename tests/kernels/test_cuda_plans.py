@@ -1,6 +1,7 @@
 """What calls ask of the launcher, on a made-up Hopper GPU: stages, and parameters of the kernels; needs no GPU."""
 
 import re
+import struct
 
 import pytest
 
@@ -9,10 +10,11 @@ mx = pytest.importorskip("mlx.core")
 from cuda_planted import planted  # noqa: E402
 
 from attention.kernels import cuda  # noqa: E402
-from attention.kernels.cuda import launch, launcher  # noqa: E402
+from attention.kernels.cuda import KernelUnavailable, launch, launcher, path  # noqa: E402
 from attention.kernels.cuda.call import Call, Shape  # noqa: E402
 from attention.kernels.cuda.plan import MAP, NUMBER, SERIAL, STRIDE  # noqa: E402
 from attention.kernels.cuda.program import TEXTS, Program  # noqa: E402
+from attention.masks import Mask  # noqa: E402
 
 FILES = {  # of a kernel's name
     "flash_forward": "forward.cu",
@@ -81,7 +83,8 @@ def test_a_block_with_many_keys_has_a_multiprocessor_for_itself(recorder, batch,
 def gradients(recorder, with_logsumexp):
     primals, outputs = call(300, 300, with_logsumexp=with_logsumexp)
     outputs = list(outputs) if with_logsumexp else [outputs, mx.zeros((1, 4, 300))]
-    made = recorder.gradient(recorder.plans[-1].label, list(primals), outputs, outputs)
+    results = [*outputs, mx.zeros((1, 4, 300, 2))]
+    made = recorder.gradient(recorder.plans[-1].label, list(primals), outputs, results)
     return primals, made
 
 
@@ -106,6 +109,48 @@ def test_every_kernel_gets_the_parameters_of_its_signature(recorder):
         assert [handed_over(argument) for argument in step[-1]] == parameters(step[0]), step[0]
 
 
+@pytest.mark.parametrize("with_logsumexp", [False, True])
+def test_under_vmap_the_axis_becomes_part_of_the_batch(recorder, with_logsumexp):
+    call(300, 300, with_logsumexp=with_logsumexp)
+    label = recorder.plans[-1].label
+    q, k = mx.zeros((1, 4, 5, 300, 64), mx.bfloat16), mx.zeros((1, 2, 300, 64), mx.bfloat16)
+    output, logsumexp, _ = recorder.batched(label, [q, k, k], [2, -1, -1])
+    assert (output.shape, logsumexp.shape) == ((5, 1, 4, 300, 64), (5, 1, 4, 300))
+    assert kernels(recorder.plans[-1]) == ["flash_forward"]
+    assert recorder.plans[-1].shapes[0] == [5, 4, 300, 64]
+
+
+def test_gradients_under_vmap_are_one_operation_too(recorder):
+    gradients(recorder, False)
+    rows = mx.zeros((5, 1, 4, 300))
+    q, k = mx.zeros((5, 1, 4, 300, 64), mx.bfloat16), mx.zeros((1, 2, 300, 64), mx.bfloat16)
+    made = recorder.batched(
+        recorder.plans[-1].label, [q, k, k, q, q, mx.stack([rows, rows], -1), rows], [0, -1, -1, 0, 0, 0, 0]
+    )
+    assert [x.shape for x in made] == [(5, 1, 4, 300, 64), (5, 1, 2, 300, 64), (5, 1, 2, 300, 64)]
+    assert kernels(recorder.plans[-1]) == ["flash_backward_rows", "flash_backward", "flash_backward_finish"]
+
+
+def test_a_gradient_has_no_gradient(recorder):
+    gradients(recorder, False)
+    with pytest.raises(ValueError, match="no second derivative"):
+        recorder.gradient(recorder.plans[-1].label, [], [], [])
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-46, 1e300])
+def test_scales_that_float32_has_no_number_for_become_the_nearest(scale):
+    factor = struct.unpack("f", struct.pack("i", launch.scalars_of(Call(scale, False, None, None))[0]))[0]
+    assert factor == (2.0**-126 if scale < 1 else 2.0**126)
+
+
+def test_a_softcap_beyond_what_tanh_can_say_goes_elsewhere(recorder):
+    q = mx.zeros((1, 2, 300, 64), mx.bfloat16)
+    with pytest.raises(KernelUnavailable, match="softcap of up to 11000"):
+        path.attend(q, q, q, scale=0.125, mask=Mask(), softcap=1e5)
+    with pytest.raises(ValueError, match="softcap is at most 11000"):
+        cuda.flash_attention(q, q, q, scale=0.125, softcap=1e5)
+
+
 def test_a_shape_is_decided_once(recorder):
     for _ in range(3):
         call(300, 300)
@@ -115,7 +160,7 @@ def test_a_shape_is_decided_once(recorder):
 def test_without_a_gradient_no_logsumexp_is_made(recorder):
     call(300, 300)
     whole = recorder.plans[-1]
-    assert [len(plan.shapes) for plan in recorder.plans] == [1, 2]
+    assert [len(plan.shapes) for plan in recorder.plans] == [1, 3]
     assert whole.untraced is not None
 
 

@@ -1,21 +1,21 @@
 """From a call to its kernels: which of them, checked on first use, differentiable, cheap to repeat."""
 
 import functools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import cast
 
 import mlx.core as mx
 
 from attention.errors import KernelUnavailable
-from attention.kernels.cuda import general_launch, launch, launcher, selfcheck, trust
+from attention.kernels.cuda import general_gradient, general_launch, gradient, launch, launcher, selfcheck, trust
 from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Call, Shape
 from attention.kernels.cuda.choice import Path, candidates, divided, program_of
-from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Run, Stage, make_plan
+from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Run, Stage, make_plan, plan_label, read_label
 from attention.kernels.cuda.pullback import gradients
 from attention.kernels.cuda.running import run_of
 from attention.kernels.cuda.stages import few_stages, forward_stages
+from attention.masks import as_4d
 
 TRACE_AFTER = 2
 """Calls of a shape after which MLX keeps their graph; a decoding loop, with more keys each time, never gets there."""
@@ -76,28 +76,72 @@ def _inputs(call: Call) -> tuple[str, ...]:
 
 
 def spread(mask: mx.array, shape: Shape) -> mx.array:
-    """A mask as the kernels take it: (batch, heads, queries, keys), without copying it."""
+    """A mask as the kernels take it without the launcher: (batch, heads, queries, keys), without copying it."""
     return mx.broadcast_to(mask, (shape.batch, shape.heads, shape.queries, shape.keys))
 
 
 def planned(shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> Run:
     """The launches of a call as one operation, with its gradient: of the output, or of the logsumexp too."""
-    launcher.module().set_gradient(_gradients_of)
-    label = json.dumps([asdict(shape), asdict(call), with_logsumexp])
-    inputs, untraced = _inputs(call), None
+    launcher.module().set_transforms(_gradients_of, _batched)
+    untraced = None
     if not with_logsumexp:
-        untraced = make_plan(inputs, OUTPUTS[:1], stages(shape, call, path, False))
-    return make_plan(inputs, OUTPUTS, stages(shape, call, path), label, untraced)
+        untraced = make_plan(_inputs(call), OUTPUTS[:1], stages(shape, call, path, False))
+    return _differentiable_plan(shape, call, path, with_logsumexp, untraced)
+
+
+def _differentiable_plan(shape: Shape, call: Call, path: Path, with_logsumexp: bool, untraced: Run | None) -> Run:
+    label = plan_label("forward", shape, call, with_logsumexp)
+    return make_plan(_inputs(call), OUTPUTS, stages(shape, call, path), label, untraced)
 
 
 def _gradients_of(
     label: str, primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
 ) -> list[mx.array]:
     """What launcher.cpp calls for the gradient of a plan; without the logsumexp its cotangent is zeros, of no use."""
-    shape, call, with_logsumexp = json.loads(label)
+    kind, shape, call, with_logsumexp = read_label(label)
+    if kind != "forward":
+        raise ValueError("[flash_attention] There is no second derivative.")
     wanted = cotangents[: 2 if with_logsumexp else 1]
-    arrays = len(_inputs(Call(**call)))
-    return gradients(primals[:arrays], wanted, outputs[:2], Shape(**shape), Call(**call))
+    return gradients(primals[: len(_inputs(call))], wanted, outputs[: len(OUTPUTS)], shape, call)
+
+
+def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.array]:
+    """What launcher.cpp calls for a plan under vmap: the plan for the vmapped axis and the batch as one.
+
+    Returns:
+        The first outputs, with the vmapped axis in front.
+    """
+    kind, shape, call, with_logsumexp = read_label(label)
+    count = vmapped_length(inputs, axes)
+    folded = folded_inputs(inputs, axes, shape, call)
+    wide = replace(shape, batch=count * shape.batch)
+    match kind:
+        case "forward":
+            run = _differentiable_plan(wide, call, checked(wide, call), with_logsumexp, None)
+        case "own gradient":
+            run = gradient.planned(wide, call, with_logsumexp)
+        case _:
+            run = general_gradient.planned(wide, call, with_logsumexp)
+    return [x.reshape(count, shape.batch, *x.shape[1:]) for x in run(folded)[:3]]
+
+
+def vmapped_length(inputs: Sequence[mx.array], axes: Sequence[int]) -> int:
+    """The length of the axis that is vmapped, of inputs some of which have none (-1)."""
+    return next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis >= 0)
+
+
+def folded_inputs(inputs: Sequence[mx.array], axes: Sequence[int], shape: Shape, call: Call) -> list[mx.array]:
+    """A plan's inputs with the vmapped axis and the batch as one; a mask, the last, stays as small as it may."""
+    count = vmapped_length(inputs, axes)
+    folded = []
+    for i, (x, axis) in enumerate(zip(inputs, axes, strict=True)):
+        moved = x[None] if axis < 0 else mx.moveaxis(x, axis, 0)
+        is_mask = call.mask is not None and i == len(inputs) - 1
+        if is_mask and axis < 0 and x.shape[0] == 1:
+            folded.append(x)
+        else:
+            folded.append(mx.broadcast_to(moved, (count, shape.batch, *moved.shape[2:])).flatten(0, 1))
+    return folded
 
 
 @functools.lru_cache(maxsize=256)
@@ -122,12 +166,12 @@ def repeated(
         made: Attend = planned(shape, call, path, with_logsumexp)
     else:
         made = Repeated(shape, call, path, with_logsumexp)
-    masked = _with_mask(made, shape) if call.mask else made
+    masked = _with_mask(made, shape, launcher.missing() is not None) if call.mask else made
     return masked if dims == [q[3], value_dim] else _filled_up(masked, dims, value_dim)
 
 
-def _with_mask(made: Attend, shape: Shape) -> Attend:
-    return lambda q, k, v, mask: made(q, k, v, spread(mask, shape))
+def _with_mask(made: Attend, shape: Shape, whole: bool) -> Attend:
+    return lambda q, k, v, mask: made(q, k, v, spread(mask, shape) if whole else as_4d(mask))
 
 
 def _filled_up(made: Attend, dims: Sequence[int], value_dim: int) -> Attend:
@@ -164,9 +208,8 @@ def _differentiable(shape: Shape, call: Call, path: Path, with_logsumexp: bool) 
     run = run_of(_inputs(call), OUTPUTS, stages(shape, call, path))
 
     @mx.custom_function
-    def function(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-        output, logsumexp = run(list(arrays))[:2]
-        return output, logsumexp
+    def function(*arrays: mx.array) -> tuple[mx.array, ...]:
+        return tuple(run(list(arrays))[: len(OUTPUTS)])
 
     def pull_back(
         primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
@@ -174,5 +217,15 @@ def _differentiable(shape: Shape, call: Call, path: Path, with_logsumexp: bool) 
         wanted = list(cotangents) if with_logsumexp else list(cotangents[:1])
         return tuple(gradients(primals, wanted, outputs, shape, call))
 
+    def batched(inputs: Sequence[mx.array], axes: Sequence[int]) -> tuple[list[mx.array], list[int]]:
+        count = vmapped_length(inputs, axes)
+        wide = replace(shape, batch=count * shape.batch)
+        wide_function = _differentiable(wide, call, checked(wide, call), with_logsumexp)
+        made = wide_function(
+            *(spread(x, wide) if i > 2 else x for i, x in enumerate(folded_inputs(inputs, axes, shape, call)))
+        )
+        return [x.reshape(count, shape.batch, *x.shape[1:]) for x in made], [0] * len(made)
+
     function.vjp(pull_back)
+    function.vmap(batched)
     return cast("Attend", function)

@@ -15,6 +15,8 @@ BLOCK_Q: Final = 64
 """Queries in a tile."""
 STAGES: Final = 2
 """Tiles of queries that are there at a time."""
+ROW_NUMBERS: Final = 3 * BLOCK_Q + 4
+"""Floats that backward_rows.cu makes for a tile of queries."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Backward:
     def shared_memory(self) -> int:
         """Bytes: barriers, K and V, the ring of Q and dO, tiles of P or dS, and the rows' numbers."""
         rows = 2 * self.block_k + 2 * BLOCK_Q * STAGES
-        return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + 8 * BLOCK_Q * STAGES
+        return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + 4 * ROW_NUMBERS * STAGES
 
     @functools.cached_property
     def program(self) -> Program:

@@ -114,9 +114,11 @@ struct Consumer {
     Scores weight_gradients;
     Operand weights, gradients;
     QueryGradient made;
+    const bool based = has_bases(memory.rows(stage));
     if constexpr (HELD) start_scores(weight_gradients, held_value, memory.cotangent(stage));
     else start_scores(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
     if constexpr (!AHEAD) load_rows(logsumexps, memory.rows(stage));
+    if (based) rebase(scores, memory.rows(stage));
     weigh<!LATE>(scores, weights, logsumexps, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
     if constexpr (!LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
     if constexpr (!FIRST) await_phase(memory.exchanged(last.index), last.parity);

@@ -1,12 +1,13 @@
-// What the backward pass needs of each query row: its logsumexp in log2 units, and
+// What the backward pass needs of each query row: its Exponents, and
 //
 //   delta = sum over columns of output * cotangent   (- the logsumexp's own cotangent, with LOGSUMEXP_COTANGENT)
 //
-// and the cleared sums of dQ. A block takes 64 rows of a plane, padded: | 64 logsumexps | 64 deltas |, so that one bulk copy
-// brings a tile's, in the order in which backward_tiles.cuh asks for them. For rows that are padding or see no key the
-// logsumexp is +inf, which makes their weights 0.
+// and the cleared sums of dQ. A block takes 64 rows of a plane, padded: | 64 rests of exponents | 64 deltas | 64 bases | whether
+// any base is not 0 |, so that one bulk copy brings a tile's, in the order in which backward_tiles.cuh asks for them. For rows
+// that are padding or see no key the rest is +inf, which makes their weights 0.
 
 constexpr int THREADS = 256, ROWS = 64;
+constexpr int NUMBERS = 3 * ROWS + 4;  // of a tile
 constexpr int LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // of a row: 8 columns each
 constexpr int ROUNDS = ROWS * LANES / THREADS;
 
@@ -28,8 +29,8 @@ DEVICE float dot(u32 a, u32 b) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const uint4* output, const uint4* cotangent, const float* logsumexp, const float* logsumexp_cotangent,
-                float* rows, float4* query_gradient, int tiles, int heads, int queries, int columns,
+    KERNEL_NAME(const uint4* output, const uint4* cotangent, const float2* stats, const float* logsumexp_cotangent,
+                float* rows, float4* query_gradient, int tiles, int heads, int queries, int columns, int factor_bits,
                 u64 cotangent_batch_stride, u64 cotangent_head_stride, u64 cotangent_row_stride) {
   const int plane = blockIdx.x / tiles, first = blockIdx.x % tiles * ROWS, lane = threadIdx.x % LANES;
   cotangent += (plane / heads * cotangent_batch_stride + plane % heads * cotangent_head_stride) / 8;
@@ -45,6 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 4; i += THREADS) {
     query_gradient[static_cast<u64>(blockIdx.x) * (ROWS * HEAD_DIM / 4) + i] = make_float4(0, 0, 0, 0);
   }
+  float* numbers = rows + static_cast<u64>(blockIdx.x) * NUMBERS;
+  bool rebase = false;
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
     const int index = (i * THREADS + threadIdx.x) / LANES, row = first + index;
@@ -53,11 +56,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int step = LANES / 2; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
     if (lane != 0) continue;
     const u64 place = static_cast<u64>(plane) * queries + row;
-    const float of_row = row < queries ? logsumexp[place] : MINUS_INFINITY;
-    const bool sees = of_row != MINUS_INFINITY;
-    if (LOGSUMEXP_COTANGENT && sees) delta -= logsumexp_cotangent[place];
-    float* own = rows + static_cast<u64>(blockIdx.x) * 2 * ROWS + index % 8 / 2 * 16 + index / 8 * 2 + index % 2;
-    own[0] = sees ? of_row * 1.44269504f : -MINUS_INFINITY;
-    own[ROWS] = sees ? delta : 0;
+    const Exponents exponents = row < queries ? Exponents(stats[place], __int_as_float(factor_bits)) : Exponents();
+    if (LOGSUMEXP_COTANGENT && exponents.sees()) delta -= logsumexp_cotangent[place];
+    float* own = numbers + index % 8 / 2 * 16 + index / 8 * 2 + index % 2;
+    own[0] = exponents.rest;
+    own[ROWS] = exponents.sees() ? delta : 0;
+    own[2 * ROWS] = exponents.base;
+    rebase = rebase || exponents.base != 0;
   }
+  rebase = __syncthreads_or(rebase);
+  if (threadIdx.x == 0) reinterpret_cast<float4*>(numbers)[3 * ROWS / 4] = make_float4(rebase, 0, 0, 0);
 }

@@ -60,9 +60,9 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
 
 // ---- softmax and its derivative ----------------------------------------------------------------------------------
 
-// The rows' numbers: | 64 logsumexps | 64 deltas |, each in the order in which threads ask for them: first what
-// lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
-constexpr int ROWS_BYTES = 2 * BLOCK_Q * 4, DELTAS = BLOCK_Q * 4;
+// The rows' numbers: | 64 rests of exponents | 64 deltas | 64 bases | whether any base is not 0 |, each in the order in which
+// threads ask for them: first what lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
+constexpr int DELTAS = BLOCK_Q * 4, BASES = 2 * BLOCK_Q * 4, REBASE = 3 * BLOCK_Q * 4, ROWS_BYTES = REBASE + 16;
 
 DEVICE float4 load_four(u32 address) {
   float4 x;
@@ -117,7 +117,23 @@ DEVICE void cap_scores(Scores& scores, float into_cap) {
   for (int i = 0; i < SPAN / 2; ++i) scores[i] = 1 - 2 * reciprocal_fast(1 + exp2_fast(scores[i] * factor));
 }
 
-// P^T = 2^(c S^T - logsumexp of the query); what stays in the scores' place is what dS^T is proportional to: P^T itself or,
+// Whether any row of a tile has a base; with SOFTCAP none has, since the cap is never that large (MAX_SOFTCAP in call.py).
+DEVICE bool has_bases(u32 rows) {
+  if constexpr (SOFTCAP) return false;
+  u32 flag;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(flag) : "r"(rows + REBASE) : "memory");
+  return flag != 0;
+}
+
+// Takes the bases off the scores. `rows` are this warpgroup's numbers.
+DEVICE void rebase(Scores& scores, u32 rows) {
+  RowNumbers bases;
+  load_rows(bases, rows + BASES);
+#pragma unroll
+  for (int i = 0; i < SPAN / 2; ++i) scores[i] = rebased(scores[i], bases[row_of(i)]);
+}
+
+// P^T = 2^((S^T - base) c - rest) of the query; what stays in the scores' place is what dS^T is proportional to: P^T itself or,
 // with SOFTCAP, P^T (1 - tanh^2).
 template <bool PACK>
 DEVICE void weigh(Scores& scores, Operand& weights, const RowNumbers& logsumexps, const Problem& problem, int first_key,

@@ -101,7 +101,9 @@ struct Consumer {
     Scores weight_gradients;
     Operand packed;
     Half made;
+    const bool based = has_bases(memory.rows(stage));
     start_scores(weight_gradients, memory.value(), memory.cotangent(stage) + own_queries());
+    if (based) rebase(scores, rows(stage));
     weigh<true>(scores, packed, logsumexps, problem, key, tile * BLOCK_Q + index * SPAN);
     store_operand(weight_tile, packed, first_unit);
     wgmma_wait<0>();

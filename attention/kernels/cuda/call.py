@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 LARGEST_HEAD_DIM: Final = 256
+MIN_FLOAT, MAX_FLOAT = 2.0**-126, 2.0**126
 DIM_STEP: Final = 8
 """Kernels load so many elements at once; other head dims are filled up with zeros before."""
 LOG2_E: Final = math.log2(math.e)
+MAX_SOFTCAP: Final = 11_000.0
+"""Beyond it 1 - 2 / (1 + e^2x) in float32 is too coarse a tanh. Exponents stay below LARGE_EXPONENT of common.cuh."""
 ELEMENTS: Final[dict[str, Element]] = {"bfloat16": "bf16", "float16": "f16"}
 MaskKind = Literal["bool", "bfloat16", "float16", "float32"]
 MASK_KINDS: Final[tuple[MaskKind, ...]] = get_args(MaskKind)
@@ -31,6 +34,11 @@ class Call:
     softcap: float | None
     mask: MaskKind | None = None
     """The type of an array (batch, heads, queries, keys) that says what is seen, or is added to the scores."""
+
+    @property
+    def adds_mask(self) -> bool:
+        """Whether a mask is added to the scores."""
+        return self.mask is not None and self.mask != "bool"
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ def normal(
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"[flash_attention] scale is positive; got {scale}.")
     check_bounds(window, softcap)
+    if softcap is not None and softcap > MAX_SOFTCAP:
+        raise ValueError(f"[flash_attention] softcap is at most {MAX_SOFTCAP:g}; got {softcap:g}.")
     narrow = window is not None and window < keys
     return Call(float(scale), causal or window is not None, window if narrow else None, softcap, mask)
 
@@ -90,8 +100,11 @@ def refusal_of(workload: Workload) -> str | None:
 
 
 def float_bits(x: float) -> int:
-    """A float32 as the int32 of the same bits: MLX's precompiled kernels take no float scalars (0.32.4)."""
-    return int(struct.unpack("i", struct.pack("f", x))[0])
+    """A positive float32 as the int32 of the same bits: MLX's precompiled kernels take no float scalars (0.32.4).
+
+    What float32 has no normal number for becomes the nearest one: hidden scores are -inf, and -inf * 0 is NaN.
+    """
+    return int(struct.unpack("i", struct.pack("f", min(max(x, MIN_FLOAT), MAX_FLOAT)))[0])
 
 
 def check_arrays(q: "mx.array", k: "mx.array", v: "mx.array", mask: "mx.array | None") -> tuple[str, MaskKind | None]:

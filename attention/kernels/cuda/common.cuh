@@ -8,13 +8,18 @@ using i64 = long long;
 #define DEVICE __device__ __forceinline__
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
+// Exponents, in log2 units, beyond which a maximum is subtracted from the scores before they are multiplied. Below it one
+// fused multiply-add does both: it takes the exact product of a score less the rounded product of the maximum, which is
+// off by 2^-11 here, and by any amount where products are larger.
+constexpr float LARGE_EXPONENT = 16384;
+
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
 // ---- what another block has written: from L2, since L1 may be older ------------------------------------------------
 
-DEVICE float load_fresh(const float* place) {
-  float x;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(place) : "memory");
+DEVICE float2 load_fresh(const float2* place) {
+  float2 x;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(place) : "memory");
   return x;
 }
 DEVICE float4 load_fresh(const float4* place) {
@@ -39,6 +44,42 @@ DEVICE float reciprocal_fast(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// What is known of each query row's softmax when it is done, for the caller and for the gradient. Both may be null.
+struct RowResults {
+  float* logsumexp;  // natural; -inf for a row that sees nothing
+  float2* stats;     // the row's maximum, before it is multiplied by `factor`, and log2 of its sum (0, -inf): beside a large
+                     // maximum a float32 logsumexp has no room for the sum
+
+  DEVICE RowResults from(i64 row) const {
+    return {logsumexp != nullptr ? logsumexp + row : nullptr, stats != nullptr ? stats + row : nullptr};
+  }
+  DEVICE void write(int row, float max, float sum, float factor) const {
+    constexpr float LN_2 = 0.693147180559945f;
+    const bool sees = sum > 0;
+    const float log2_sum = sees ? log2f(sum) : MINUS_INFINITY;
+    if (logsumexp != nullptr) logsumexp[row] = sees ? (max * factor + log2_sum) * LN_2 : MINUS_INFINITY;
+    if (stats != nullptr) stats[row] = make_float2(sees ? max : 0, log2_sum);
+  }
+};
+
+// Of the exponents that the backward pass takes: 2^((score - base) * factor - rest) is the weight of a score in its row. The
+// base is 0 unless the maximum is large, see LARGE_EXPONENT; for a row that sees nothing, or is none, `rest` is +inf.
+struct Exponents {
+  float base = 0, rest = -MINUS_INFINITY;
+
+  DEVICE Exponents() = default;
+  DEVICE Exponents(float2 stats, float factor) {
+    const float shift = stats.x * factor;
+    if (stats.y == MINUS_INFINITY) return;
+    if (fabsf(shift) > LARGE_EXPONENT) base = stats.x, rest = stats.y;
+    else rest = shift + stats.y;
+  }
+  DEVICE bool sees() const { return rest != -MINUS_INFINITY; }
+};
+
+// A score less its row's base. What the rounding of another product has put above the maximum counts as the maximum.
+DEVICE float rebased(float score, float base) { return base == 0 ? score : fminf(score - base, 0); }
 
 // A float16, given by its bits.
 DEVICE float from_half(unsigned short half) {

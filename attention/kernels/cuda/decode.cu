@@ -74,14 +74,14 @@ DEVICE void softmax(float (&scores)[2][4], Rows& rows, Output& out, const Proble
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float largest = limit(scores, r, rows.max[r], problem, first_row + threadIdx.x % 32 / 4 + 8 * r, key);
-    const float shift = largest == MINUS_INFINITY ? 0 : largest * problem.scale_log2;
-    const float rescale = exp2_fast(rows.max[r] * problem.scale_log2 - shift);
+    const float base = largest == MINUS_INFINITY ? 0 : largest;
+    const float rescale = exp2_fast((rows.max[r] - base) * problem.scale_log2);
     rows.max[r] = largest;
     rows.sum[r] *= rescale;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& s = scores[i / 2][2 * r + i % 2];
-      rows.sum[r] += s = exp2_fast(s * problem.scale_log2 - shift);
+      rows.sum[r] += s = exp2_fast((s - base) * problem.scale_log2);  // exact where s is the maximum, however large
     }
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; ++i) out[i][2 * r] *= rescale, out[i][2 * r + 1] *= rescale;
@@ -132,8 +132,8 @@ DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
-    KERNEL_NAME(const char* query, const char* key, const char* value, char* output, float* logsumexp, float* parts,
-                u64* marks, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
+    KERNEL_NAME(const char* query, const char* key, const char* value, char* output, float* logsumexp, float2* stats,
+                float* parts, u64* marks, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
                 int into_cap_bits, int window, int first_key, int split_keys, int splits, long long query_batch,
                 long long query_head, long long query_row, long long key_batch, long long key_head, long long key_row,
                 long long value_batch, long long value_head, long long value_row, u64 serial) {
@@ -161,8 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
           static_cast<u64>(key_row) * 2, static_cast<u64>(value_row) * 2, begin, min(keys, begin + split_keys)},
          first_row, out, rows);
   const u64 place = static_cast<u64>(plane) * problem.rows() + first_row;
-  const Results results{output + place * columns * 2, logsumexp != nullptr ? logsumexp + place : nullptr, columns,
+  const Results results{output + place * columns * 2, RowResults{logsumexp, stats}.from(place), problem.scale_log2, columns,
                         min(ROWS, problem.rows() - first_row)};
-  join_warps(out, rows, reinterpret_cast<float*>(shared), problem.scale_log2, results,
-             {parts, marks, serial, tile * splits, split, splits});
+  join_warps(out, rows, reinterpret_cast<float*>(shared), results, {parts, marks, serial, tile * splits, split, splits});
 }

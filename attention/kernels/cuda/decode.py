@@ -96,8 +96,8 @@ class Decode:
 
     @property
     def part_floats(self) -> int:
-        """What a split leaves of a tile of rows: output and logsumexp of each."""
-        return ROWS * (self.head_dim + 1)
+        """What a split leaves of a tile of rows: output, maximum and sum of each."""
+        return ROWS * (self.head_dim + 2)
 
     def splits(self, tiles: int, keys: int, multiprocessors: int) -> tuple[int, int]:
         """How many splits, and the keys of each, for so many tiles of rows: the least rounds of one multiprocessor.

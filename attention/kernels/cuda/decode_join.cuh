@@ -1,36 +1,40 @@
 // From what the warps of a block have found to the answer: they are joined in shared memory, and where the keys are split
 // among blocks, these leave their parts in device memory, and the last to come joins them, in their order.
 //
-//   output = sum over parts of 2^(logsumexp of the part - logsumexp of all) * output of the part
+//   sum    = sum over parts of 2^(c (maximum of the part - maximum of all)) * sum of the part
+//   output = sum over parts of 2^(c (maximum of the part - maximum of all)) * sum of the part / sum * output of the part
+//
+// Maxima and sums are kept apart, and maxima as scores, before they are multiplied by c: a logarithm of both has no room for
+// the sum beside a large maximum, and neighbouring scores may have the same product.
 //
 // Who is last is found without a counter, which someone would have to clear: each leaves the launch's serial number, which
 // no other launch has, and then looks whether all numbers are there. At least one finds them all; should two, both write
 // the same.
 
-constexpr float LN_2 = 0.693147180559945f;
 constexpr int WARP_RESULT = ROWS * (HEAD_DIM + 2);  // floats that a warp leaves
 constexpr int LANE_VECTORS = (HEAD_DIM + 127) / 128;
 
-// Where a tile's rows go. `logsumexp` may be null.
+// Where a tile's rows go, and what their scores are multiplied by.
 struct Results {
   char* output;
-  float* logsumexp;
+  RowResults row_results;
+  float scale_log2;
   int columns, rows;
 };
 
-// Where a split leaves its part: of each row the output and its logsumexp in log2 units.
+// Where a split leaves its part: of each row the output, and its maximum and sum.
 struct Parts {
   float* numbers;
   u64* marks;
   u64 serial;
   int first, index, count;  // of the tile's parts
 
-  DEVICE float* part(int i) const { return numbers + static_cast<u64>(first + i) * ROWS * (HEAD_DIM + 1); }
-  DEVICE float* logsumexps(int i) const { return part(i) + ROWS * HEAD_DIM; }
+  DEVICE float* part(int i) const { return numbers + static_cast<u64>(first + i) * ROWS * (HEAD_DIM + 2); }
+  DEVICE float2* maxima_and_sums(int i) const { return reinterpret_cast<float2*>(part(i) + ROWS * HEAD_DIM); }
 };
 
-// Leaves a warp's result of `count` rows in shared memory: output [ROWS][HEAD_DIM], then maxima (in log2 units) and sums.
-DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count, float scale_log2) {
+// Leaves a warp's result of `count` rows in shared memory: output [ROWS][HEAD_DIM], then maxima and sums.
+DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -39,7 +43,7 @@ DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count, f
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
     if (row >= count) continue;
     if (lane % 4 == 0) {
-      place[ROWS * HEAD_DIM + row] = rows.max[r] * scale_log2;
+      place[ROWS * HEAD_DIM + row] = rows.max[r];
       place[ROWS * HEAD_DIM + ROWS + row] = rows.sum[r];
     }
 #pragma unroll
@@ -55,23 +59,23 @@ DEVICE void join_pair(const float* warps, int row, int column, const Results& re
   float largest = MINUS_INFINITY, total = 0, x = 0, y = 0;
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, warps[w * WARP_RESULT + ROWS * HEAD_DIM + row]);
-  const float shift = largest == MINUS_INFINITY ? 0 : largest;
+  const float base = largest == MINUS_INFINITY ? 0 : largest;
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) {
     const float* result = warps + w * WARP_RESULT;
-    const float factor = exp2_fast(result[ROWS * HEAD_DIM + row] - shift);
+    const float factor = exp2_fast((result[ROWS * HEAD_DIM + row] - base) * results.scale_log2);
     total += factor * result[ROWS * HEAD_DIM + ROWS + row];
     const float2 pair = *reinterpret_cast<const float2*>(result + row * HEAD_DIM + column);
     x += factor * pair.x, y += factor * pair.y;
   }
-  const float inverse = total > 0 ? 1 / total : 0, sum = total > 0 ? shift + log2f(total) : MINUS_INFINITY;
+  const float inverse = total > 0 ? 1 / total : 0;
   if (parts.count > 1) {
     float* part = parts.part(parts.index) + row * HEAD_DIM + column;
     *reinterpret_cast<float2*>(part) = make_float2(x * inverse, y * inverse);
-    if (column == 0) parts.logsumexps(parts.index)[row] = sum;
+    if (column == 0) parts.maxima_and_sums(parts.index)[row] = make_float2(largest, total);
   } else {
     reinterpret_cast<u32*>(results.output)[(row * results.columns + column) / 2] = pack(x * inverse, y * inverse);
-    if (column == 0 && results.logsumexp != nullptr) results.logsumexp[row] = sum * LN_2;
+    if (column == 0) results.row_results.write(row, largest, total, results.scale_log2);
   }
 }
 
@@ -92,32 +96,34 @@ DEVICE bool is_last(const Parts& parts) {
   return all;
 }
 
-// Finds what each part of a row counts, and the row's logsumexp in log2 units; a warp's work.
-DEVICE float weigh_parts(float* factors, int row, const Parts& parts) {
+// Finds the row's maximum and sum, and in the first number of each pair of `factors` what its part counts; a warp's work.
+DEVICE float2 weigh_parts(float2* factors, int row, const Parts& parts, float scale_log2) {
   const int lane = threadIdx.x % 32;
   float largest = MINUS_INFINITY, total = 0;
   for (int i = lane; i < parts.count; i += 32) {
-    factors[i] = load_fresh(parts.logsumexps(i) + row);
-    largest = fmaxf(largest, factors[i]);
+    factors[i] = load_fresh(parts.maxima_and_sums(i) + row);
+    largest = fmaxf(largest, factors[i].x);
   }
   for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-  const float shift = largest == MINUS_INFINITY ? 0 : largest;
-  for (int i = lane; i < parts.count; i += 32) total += factors[i] = exp2_fast(factors[i] - shift);
+  const float base = largest == MINUS_INFINITY ? 0 : largest;
+  for (int i = lane; i < parts.count; i += 32) {
+    total += factors[i].x = exp2_fast((factors[i].x - base) * scale_log2) * factors[i].y;
+  }
   for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
   const float inverse = total > 0 ? 1 / total : 0;
-  for (int i = lane; i < parts.count; i += 32) factors[i] *= inverse;
+  for (int i = lane; i < parts.count; i += 32) factors[i].x *= inverse;
   __syncwarp();
-  return total > 0 ? shift + log2f(total) : MINUS_INFINITY;
+  return make_float2(largest, total);
 }
 
-// Joins the parts of one row; a warp's work. `factors` is its room in shared memory for as many numbers as there are parts.
-DEVICE void join_row(int row, float* factors, const Results& results, const Parts& parts) {
+// Joins the parts of one row; a warp's work. `factors` is its room in shared memory for two numbers of each part.
+DEVICE void join_row(int row, float2* factors, const Results& results, const Parts& parts) {
   const int lane = threadIdx.x % 32;
-  const float logsumexp = weigh_parts(factors, row, parts);
+  const float2 found = weigh_parts(factors, row, parts, results.scale_log2);
   float4 sums[LANE_VECTORS] = {};
 #pragma unroll 16
   for (int i = 0; i < parts.count; ++i) {
-    const float factor = factors[i];
+    const float factor = factors[i].x;
 #pragma unroll
     for (int j = 0; j < LANE_VECTORS; ++j) {
       const int column = 4 * lane + 128 * j;
@@ -134,14 +140,13 @@ DEVICE void join_row(int row, float* factors, const Results& results, const Part
           make_uint2(pack(sums[j].x, sums[j].y), pack(sums[j].z, sums[j].w));
     }
   }
-  if (lane == 0 && results.logsumexp != nullptr) results.logsumexp[row] = logsumexp * LN_2;
+  if (lane == 0) results.row_results.write(row, found.x, found.y, results.scale_log2);
 }
 
 // Joins the warps of a block, by way of `shared`, and in the last block of a tile the tile's parts.
-DEVICE void join_warps(const Output& out, Rows& rows, float* shared, float scale_log2, const Results& results,
-                       const Parts& parts) {
+DEVICE void join_warps(const Output& out, Rows& rows, float* shared, const Results& results, const Parts& parts) {
   __syncthreads();  // all warps are done with their rings
-  leave_warp(shared + threadIdx.x / 32 * WARP_RESULT, out, rows, results.rows, scale_log2);
+  leave_warp(shared + threadIdx.x / 32 * WARP_RESULT, out, rows, results.rows);
   __syncthreads();
   for (int i = threadIdx.x; i < results.rows * HEAD_DIM / 2; i += THREADS) {
     const int row = i / (HEAD_DIM / 2), column = i % (HEAD_DIM / 2) * 2;
@@ -150,7 +155,7 @@ DEVICE void join_warps(const Output& out, Rows& rows, float* shared, float scale
   if (parts.count == 1 || !is_last(parts)) return;
   const int warp = threadIdx.x / 32;
   for (int row = warp; row < results.rows; row += WARPS) {
-    join_row(row, shared + warp * parts.count, results, parts);
+    join_row(row, reinterpret_cast<float2*>(shared) + warp * parts.count, results, parts);
     __syncwarp();
   }
 }

@@ -21,7 +21,7 @@
 
 struct Results {
   char* output;
-  float* logsumexp;
+  RowResults rows;
   Parts parts;
 };
 
@@ -121,8 +121,7 @@ struct Consumer {
       join_parts(out, rows, results.parts, part, problem.scale_log2);
     }
     const u64 plane_rows = static_cast<u64>(schedule.plane()) * problem.queries;
-    float* logsumexp = results.logsumexp != nullptr ? results.logsumexp + plane_rows : nullptr;
-    finish_rows(out, rows, logsumexp, row(), problem);
+    finish_rows(out, rows, results.rows.from(plane_rows), row(), problem);
     store_output(results.output + (plane_rows + row()) * problem.columns * 2, out, problem.queries - row(), problem.columns);
   }
 };
@@ -217,7 +216,7 @@ DEVICE void init_barriers(const Memory& memory) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL_NAME(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
                 const __grid_constant__ TensorMap value, const int4* table, char* output, float* logsumexp,
-                float4* parts, u64* marks, int planes, int heads, int heads_per_key, int queries, int keys, int columns,
+                float2* stats, float4* parts, u64* marks, int planes, int heads, int heads_per_key, int queries, int keys, int columns,
                 int scale_log2_bits, int into_cap_bits, int window, int rounds, u64 serial) {
   extern __shared__ __align__(1024) char shared[];
   const Memory memory{shared_address(shared)};
@@ -238,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if constexpr (CONSUMERS == 1) give_registers<CONSUMER_REGISTERS>();
     else take_registers<CONSUMER_REGISTERS>();
     Consumer consumer(memory, same_in_warp(threadIdx.x / WARPGROUP) - 1, schedule);
-    const Results results{output, logsumexp, {parts, marks, serial}};
+    const Results results{output, {logsumexp, stats}, {parts, marks, serial}};
     consume(consumer, problem, results);
   }
 }

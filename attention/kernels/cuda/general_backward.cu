@@ -1,7 +1,7 @@
 // The gradients of q, k and v by mma.sync, without a score matrix (Dao, 2023): a block takes BLOCK_K keys and goes over all
 // queries that see any of them, BLOCK_Q at a time.
 //
-//                 queries, BLOCK_Q at a time                  S = Q K^T    P = exp2(c S - logsumexp)    dP = dO V^T
+//                 queries, BLOCK_Q at a time                  S = Q K^T    P = 2^((S - base) c - rest)   dP = dO V^T
 //               +--------+--------+--                         dS = P * (dP - delta)
 //   band 0      | S^T    |        |    BAND_TILES * 16        dV += P^T dO    dK += dS^T Q    in registers
 //   band 1      | dP^T   |        |    keys a warp            dQ += dS K                      in float32, in device memory
@@ -29,14 +29,19 @@ struct MaskPart {
   }
 };
 
-// Scores to weights, in place; with SOFTCAP also what the cap makes of a score's derivative. `numbers` are the logsumexps
-// of the first query here, +inf for one that sees nothing or is none.
+// Scores to weights, in place; with SOFTCAP also what the cap makes of a score's derivative. `numbers` are the rests of the
+// exponents from the first query here on, and with REBASE what follows them at BASES are their bases.
+constexpr int BASES = 2 * BLOCK_Q;
+
+template <bool REBASE>
 DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const MaskPart& mask, const float* numbers,
                   int first_key, int first_query, bool whole) {
   const int key = first_key + threadIdx.x % 32 / 4, query = first_query + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int n = 0; n < SUB_Q / 8; ++n) {
-    const float2 logsumexps = *reinterpret_cast<const float2*>(numbers + 8 * n + threadIdx.x % 4 * 2);
+    const float2 rests = *reinterpret_cast<const float2*>(numbers + 8 * n + threadIdx.x % 4 * 2);
+    const float2 bases = REBASE ? *reinterpret_cast<const float2*>(numbers + BASES + 8 * n + threadIdx.x % 4 * 2)
+                                : make_float2(0, 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int own = query + 8 * n + i, last = problem.last_seen_by(own) - key, first = problem.first_seen_by(own) - key;
@@ -44,9 +49,10 @@ DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const 
       for (int j = 0; j < 2 * BAND_TILES; ++j) {
         float& s = scores[j / 2][n][j % 2 * 2 + i];
         if (SOFTCAP) s = squash(s, problem.into_cap), slopes[j / 2][n][j % 2 * 2 + i] = 1 - s * s;
-        s *= problem.scale_log2;
+        if (MASK_ADDED) s *= problem.score_factor;
         if (MASK) s += mask_value(mask.elements[2 * n + i][j]);
-        s -= i ? logsumexps.y : logsumexps.x;
+        if (REBASE) s = rebased(s, i ? bases.y : bases.x);
+        s = s * problem.exponent_factor() - (i ? rests.y : rests.x);
         s = !whole && (8 * j >= last || (WINDOW && 8 * j < first)) ? 0 : exp2_fast(s);
       }
     }
@@ -122,7 +128,14 @@ DEVICE void look_at_queries(Gradients& own, char* shared, int stage_at, const Wa
   Scores weights = {}, slopes, found;
   multiply_by_columns<KeyTile, QueryTile, HEAD_DIM>(weights, base + KeyTile::at(warp.band_row, 0),
                                                     queries + QueryTile::at(at, 0));
-  weigh(weights, slopes, problem, masked, numbers + at, first_key + warp.band_row, from, whole);
+  bool rebase = false;
+#pragma unroll
+  for (int i = threadIdx.x % 32; i < SUB_Q; i += 32) rebase = rebase || numbers[BASES + at + i] != 0;
+  if (__builtin_expect(__any_sync(~0u, rebase), 0)) {
+    weigh<true>(weights, slopes, problem, masked, numbers + at, first_key + warp.band_row, from, whole);
+  } else {
+    weigh<false>(weights, slopes, problem, masked, numbers + at, first_key + warp.band_row, from, whole);
+  }
   if (EXCHANGE) leave_scores(shared + WEIGHTS_AT + ScoreTile::at(warp.band_row, at), weights);
   else multiply_from_registers<CotangentTile, VALUE_COLUMNS>(own.values, weights, cotangents + CotangentTile::at(at, 0));
   start_from_deltas(found, numbers + BLOCK_Q + at);
@@ -185,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
                 const MaskElement* mask,
 #endif
                 float* sums, char* d_key, char* d_value, int heads, int group, int queries, int keys, int columns,
-                int value_columns, int scale_bits, int scale_log2_bits, int into_cap_bits, int window, Step query_batch,
+                int value_columns, int scale_bits, int score_factor_bits, int into_cap_bits, int window, Step query_batch,
                 Step query_head, Step query_row, Step key_batch, Step key_head, Step key_row, Step value_batch, Step value_head,
                 Step value_row, Step cotangent_batch, Step cotangent_head, Step cotangent_row
 #if MASK
@@ -193,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
 #endif
     ) {
   extern __shared__ __align__(1024) char shared[];
-  const Problem problem{heads, group, queries, keys, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits), window};
+  const Problem problem{heads, group, queries, keys, __int_as_float(score_factor_bits), __int_as_float(into_cap_bits), window};
   const int key_tiles = (keys + BLOCK_K - 1) / BLOCK_K, key_heads = heads / group;
   const int plane = blockIdx.x / key_tiles, first_key = blockIdx.x % key_tiles * BLOCK_K;
   const int batch = plane / key_heads, own_head = plane % key_heads;
@@ -211,9 +224,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
     copy_tile<QueryTile>(at, own_query, query_row, first, queries, columns);
     copy_tile<CotangentTile>(at + QueryTile::BYTES, own_cotangent, cotangent_row, first, queries, value_columns);
     const int quads = BLOCK_Q / 4, kind = threadIdx.x / quads, quad = threadIdx.x % quads;
-    if (kind < 2) {
+    if (kind < 3) {
       const i64 padded_row = (batch * heads + head) * padded_queries + first;
-      const float* numbers = rows + padded_row / PADDED * 2 * PADDED + kind * PADDED + padded_row % PADDED;
+      const float* numbers = rows + padded_row / PADDED * 3 * PADDED + kind * PADDED + padded_row % PADDED;
       copy_16_bytes(at + NUMBERS_AT + (kind * quads + quad) * 16, numbers + quad * 4, true);
     }
   };

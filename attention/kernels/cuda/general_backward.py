@@ -44,9 +44,9 @@ class BackwardTiles:
         return 16 * self.band_tiles * self.bands
 
     def shared_memory(self, head_dim: int, value_dim: int) -> int:
-        """Bytes: keys and values, the stages with two numbers a query, dS, and P where two warps share a band."""
+        """Bytes: keys and values, the stages with three numbers a query, dS, and P where two warps share a band."""
         keys = tile_bytes(self.block_k, head_dim) + tile_bytes(self.block_k, value_dim)
-        stage = tile_bytes(self.block_q, head_dim) + tile_bytes(self.block_q, value_dim) + 8 * self.block_q
+        stage = tile_bytes(self.block_q, head_dim) + tile_bytes(self.block_q, value_dim) + 12 * self.block_q
         return keys + self.stages * stage + tile_bytes(self.block_k, self.block_q) * (1 + (self.column_warps > 1))
 
     def fits(self, head_dim: int, value_dim: int, limit: int) -> bool:

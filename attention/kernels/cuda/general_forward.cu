@@ -100,10 +100,10 @@ struct Places {
   }
 };
 
-// Divides by the row sums and hands out the rows and their logsumexp (natural logarithm; -inf, and 0, for rows that saw
-// nothing); with SPLIT in float32, the logsumexp in log2 units.
-DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, float* logsumexp, const Places& places,
-                   int first_row, int row_count, int columns, float scale_log2) {
+// Divides by the row sums (output 0 for rows that saw nothing) and hands out the rows and what is known of them; with SPLIT
+// in float32, and as stats the maximum and the sum itself.
+DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, const RowResults& results, const Places& places,
+                   int first_row, int row_count, int columns, float factor) {
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WARP_ROWS;
   if (!SPLIT) __syncthreads();  // the queries are no longer needed
 #pragma unroll
@@ -117,8 +117,10 @@ DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, float* l
       inverse[r] = sum > 0 ? reciprocal_fast(sum) : 0;
       const int row = first_row + warp_row + 16 * t + 8 * r + lane / 4;
       if (row >= row_count) continue;
-      const float log2_sum = sum > 0 ? rows.max[t][r] * scale_log2 + log2f(sum) : MINUS_INFINITY;
-      if (lane % 4 == 0) logsumexp[places(row)] = SPLIT ? log2_sum : log2_sum * 0.693147180559945f;
+      if (lane % 4 == 0) {
+        if (SPLIT) results.stats[places(row)] = make_float2(rows.max[t][r], sum);
+        else results.from(places(row)).write(0, rows.max[t][r], sum, factor);
+      }
 #pragma unroll
       for (int n = 0; n < VALUE_DIM / 8 && SPLIT; ++n) {
         if (8 * n >= columns) continue;
@@ -191,8 +193,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #if MASK
                 const MaskElement* mask,
 #endif
-                char* output, float* logsumexp, int heads, int group, int queries, int keys, int columns,
-                int value_columns, int scale_log2_bits, int into_cap_bits, int window, int first_key, int split_keys,
+                char* output,
+#if !SPLIT
+                float* logsumexp,
+#endif
+                float2* stats, int heads, int group, int queries, int keys, int columns, int value_columns,
+                int score_factor_bits, int into_cap_bits, int window, int first_key, int split_keys,
                 int splits, Step query_batch, Step query_head, Step query_row, Step key_batch, Step key_head, Step key_row,
                 Step value_batch, Step value_head, Step value_row
 #if MASK
@@ -200,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #endif
     ) {
   extern __shared__ __align__(1024) char shared[];
-  const Problem problem{heads, group, queries, keys, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits), window};
+  const Problem problem{heads, group, queries, keys, __int_as_float(score_factor_bits), __int_as_float(into_cap_bits), window};
   const Work work(problem, first_key, split_keys, splits);
   const Reach reach(problem, work);
   const int rows = problem.rows(), first_row = work.first_row, end_block = reach.end_block;
@@ -267,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     if (needed) {
       rule(scores, masked, problem, own_row, first, reach.all(first));
       read_mask(block + 1);
-      softmax(scores, state, out, MASK_ADDED ? 1 : problem.scale_log2);
+      softmax(scores, state, out, problem.exponent_factor());
       add_values(out, scores, buffer + KeyTile::BYTES);
     } else {
       read_mask(block + 1);
@@ -277,6 +283,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   wait_copies<0>();
   const Places places{static_cast<i64>(work.batch) * heads + work.first_head, group, queries};
   const i64 split_rows = static_cast<i64>(work.split) * (gridDim.x / splits / work.tiles) * rows;
-  finish(shared, out, state, output + (SPLIT ? split_rows * value_columns * 4 : 0), logsumexp + (SPLIT ? split_rows : 0),
-         places, first_row, rows, value_columns, MASK_ADDED ? 1 : problem.scale_log2);
+#if SPLIT
+  const RowResults results{nullptr, stats + split_rows};
+#else
+  const RowResults results{logsumexp, stats};
+#endif
+  finish(shared, out, state, output + (SPLIT ? split_rows * value_columns * 4 : 0), results, places, first_row, rows,
+         value_columns, problem.exponent_factor());
 }

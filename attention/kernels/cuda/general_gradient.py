@@ -11,8 +11,8 @@ from attention.kernels.cuda.call import Call, Shape, float_bits
 from attention.kernels.cuda.general_backward import PADDED, GeneralBackward, backward_tiles_for, widths_of
 from attention.kernels.cuda.general_launch import dense_steps
 from attention.kernels.cuda.gpu import gpu
-from attention.kernels.cuda.launch import Launch, dtype_of, prepare, scalars_of
-from attention.kernels.cuda.plan import Run, Stage
+from attention.kernels.cuda.launch import Launch, dtype_of, exponent_factor, prepare, scalars_of
+from attention.kernels.cuda.plan import Run, Stage, plan_label
 from attention.kernels.cuda.running import run_of
 
 FIRST_VECTOR_SUMS = (9, 0)
@@ -47,7 +47,7 @@ def gradients(
     """The gradients of q, k and v; what is given is as for `pullback.gradients`."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
-    arrays = [*primals[:3], outputs[0], cotangent, outputs[1], of_logsumexp, *primals[3:]]
+    arrays = [*primals[:3], outputs[0], cotangent, outputs[2], of_logsumexp, *primals[3:]]
     return planned(shape, call, len(cotangents) > 1)(arrays)[:3]
 
 
@@ -59,7 +59,7 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
     third, which waits for dK, rounds them. Nobody else ever sees that array.
     """
     masks = ("mask",) if call.mask else ()
-    inputs = ("q", "k", "v", "output", "cotangent", "logsumexp", "of_logsumexp", *masks)
+    inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp", *masks)
     made = (
         Stage(rows_launch(shape, call, with_logsumexp), inputs[3:7], ("rows", "sums"), strided=("cotangent",)),
         Stage(
@@ -72,7 +72,8 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
         ),
         Stage(finish_launch(shape, call), ("sums", "d_k"), ("d_q",)),
     )
-    return run_of(inputs, ("d_q", "d_k", "d_v"), made)
+    label = plan_label("general gradient", shape, call, with_logsumexp)
+    return run_of(inputs, ("d_q", "d_k", "d_v"), made, label)
 
 
 def padded(shape: Shape) -> int:
@@ -81,19 +82,19 @@ def padded(shape: Shape) -> int:
 
 
 def scratch_bytes(shape: Shape) -> int:
-    """Device memory that a backward pass takes besides its results: two numbers a query, and dQ in float32."""
-    return 4 * shape.batch * shape.heads * padded(shape) * (2 + widths_of(shape.head_dim, shape.value_dim)[0])
+    """Device memory that a backward pass takes besides its results: three numbers a query, and dQ in float32."""
+    return 4 * shape.batch * shape.heads * padded(shape) * (3 + widths_of(shape.head_dim, shape.value_dim)[0])
 
 
 @functools.lru_cache(maxsize=128)
 def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
-    """The launch of the first kernel: logsumexp and delta of each query, in padded tiles, and cleared sums."""
+    """The launch of the first kernel: exponents and delta of each query, in padded tiles, and cleared sums."""
     kernel = kernel_of(shape, call)
     program = kernel.rows_program(with_logsumexp)
     planes = shape.batch * shape.heads
     rows = planes * padded(shape)
-    outputs = [((rows // PADDED, 2, PADDED), mx.float32), ((rows, kernel.head_dim), mx.float32)]
-    numbers = [planes, shape.heads, shape.queries, shape.value_dim, kernel.head_dim]
+    outputs = [((rows // PADDED, 3, PADDED), mx.float32), ((rows, kernel.head_dim), mx.float32)]
+    numbers = [planes, shape.heads, shape.queries, shape.value_dim, kernel.head_dim, exponent_factor(call)]
     if kernel.narrow_steps:
         numbers += dense_steps(shape, Call(call.scale, False, None, None), "o")
     return prepare(program, rows * 32 // program.threads, outputs, numbers)

@@ -1,19 +1,27 @@
 // Joins what the splits of general_forward.cu found: a warp for each row of the output.
 //
-//   output = sum over splits of 2^(logsumexp of the split - logsumexp of all) * output of the split
+//   sum    = sum over splits of 2^(c (maximum of the split - maximum of all)) * sum of the split
+//   output = sum over splits of 2^(c (maximum of the split - maximum of all)) * sum of the split / sum * output of the split
+//
+// Maxima are kept as scores, before they are multiplied by c (`factor`), and apart from the sums: see RowResults.
 
 constexpr int THREADS = 128;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const float* outputs, const float* logsumexps, char* output, float* logsumexp, int rows, int columns,
-                int splits) {
+    KERNEL_NAME(const float* outputs, const float2* maxima_and_sums, char* output, float* logsumexp, float2* stats, int rows,
+                int columns, int splits, int factor_bits) {
+  const float factor = __int_as_float(factor_bits);
   const int row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
   float largest = MINUS_INFINITY, total = 0;
-  for (int s = lane; s < splits; s += 32) largest = fmaxf(largest, logsumexps[static_cast<u64>(s) * rows + row]);
+  for (int s = lane; s < splits; s += 32) largest = fmaxf(largest, maxima_and_sums[static_cast<u64>(s) * rows + row].x);
   for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-  const float shift = largest == MINUS_INFINITY ? 0 : largest;
-  for (int s = lane; s < splits; s += 32) total += exp2_fast(logsumexps[static_cast<u64>(s) * rows + row] - shift);
+  const float base = largest == MINUS_INFINITY ? 0 : largest;
+  const auto weight_of = [&](int split) {
+    const float2 part = maxima_and_sums[static_cast<u64>(split) * rows + row];
+    return exp2_fast((part.x - base) * factor) * part.y;
+  };
+  for (int s = lane; s < splits; s += 32) total += weight_of(s);
   for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
   const float inverse = total > 0 ? 1 / total : 0;
 
@@ -21,12 +29,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float x = 0, y = 0;
 #pragma unroll 8
     for (int s = 0; s < splits; ++s) {
-      const u64 place = static_cast<u64>(s) * rows + row;
-      const float factor = exp2_fast(logsumexps[place] - shift);
-      const float2 pair = *reinterpret_cast<const float2*>(outputs + place * columns + column);
-      x += factor * pair.x, y += factor * pair.y;
+      const float weight = weight_of(s);
+      const float2 pair = *reinterpret_cast<const float2*>(outputs + (static_cast<u64>(s) * rows + row) * columns + column);
+      x += weight * pair.x, y += weight * pair.y;
     }
     reinterpret_cast<u32*>(output)[(static_cast<u64>(row) * columns + column) / 2] = pack(x * inverse, y * inverse);
   }
-  if (lane == 0) logsumexp[row] = total > 0 ? (shift + log2f(total)) * 0.693147180559945f : MINUS_INFINITY;
+  if (lane == 0) RowResults{logsumexp, stats}.write(row, largest, total, factor);
 }

@@ -10,7 +10,7 @@ from attention.errors import KernelUnavailable
 from attention.kernels.cuda.call import Call, Shape
 from attention.kernels.cuda.general import FEW_ROWS, GeneralForward, split_keys, tiles_for, width_of
 from attention.kernels.cuda.gpu import gpu
-from attention.kernels.cuda.launch import Launch, dtype_of, prepare, scalars_of
+from attention.kernels.cuda.launch import Launch, dtype_of, exponent_factor, prepare, scalars_of
 from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Stage
 
 LARGEST_NARROW_STEP = 2**31 - 1
@@ -78,11 +78,11 @@ def same_kernel(wanted: Division, shape: Shape, call: Call) -> Division:
 
 @functools.lru_cache(maxsize=256)
 def forward(shape: Shape, call: Call, divided: Division) -> Launch:
-    """The launch for q, k, v and a mask; it gives output and logsumexp, of each split if there are several."""
+    """The launch for q, k, v and a mask; it gives output, logsumexp, stats, or each split's output, maximum, sum."""
     rows = (shape.batch, shape.heads, shape.queries)
-    outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32)]
+    outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
     if divided.kernel.split:
-        outputs = [((divided.splits, *rows, shape.value_dim), mx.float32), ((divided.splits, *rows), mx.float32)]
+        outputs = [((divided.splits, *rows, shape.value_dim), mx.float32), ((divided.splits, *rows, 2), mx.float32)]
     problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim, shape.value_dim]
     keys = [divided.first_key, divided.split_keys, divided.splits]
     numbers = [*problem, *scalars_of(call), call.window or 0, *keys]
@@ -97,18 +97,19 @@ def stages(shape: Shape, call: Call, divided: Division) -> list[Stage]:
     reads, masks = (*INPUTS, "mask") if call.mask else INPUTS, ("mask",) if call.mask else ()
     if not divided.kernel.split:
         return [Stage(made, reads, OUTPUTS, strided=INPUTS, masks=masks)]
-    parts = ("outputs", "logsumexps")
-    joined = join(shape, divided.splits, divided.kernel)
+    parts = ("outputs", "maxima_and_sums")
+    joined = join(shape, call, divided.splits, divided.kernel)
     return [Stage(made, reads, parts, strided=INPUTS, masks=masks), Stage(joined, parts, OUTPUTS)]
 
 
 @functools.lru_cache(maxsize=256)
-def join(shape: Shape, splits: int, kernel: GeneralForward) -> Launch:
+def join(shape: Shape, call: Call, splits: int, kernel: GeneralForward) -> Launch:
     """The launch of the second pass, over what several splits gave."""
     rows = (shape.batch, shape.heads, shape.queries)
-    outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32)]
+    outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
     program, count = kernel.join_program, math.prod(rows)
-    return prepare(program, math.ceil(count * 32 / program.threads), outputs, [count, shape.value_dim, splits])
+    numbers = [count, shape.value_dim, splits, exponent_factor(call)]
+    return prepare(program, math.ceil(count * 32 / program.threads), outputs, numbers)
 
 
 def dense_steps(shape: Shape, call: Call, arrays: str) -> list[int]:

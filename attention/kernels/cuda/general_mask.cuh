@@ -15,9 +15,12 @@ constexpr float LOG2_E = 1.44269504f;
 struct Problem {
   int heads, group;     // query heads, and those that share one key head
   int queries, keys;    // lengths
-  float scale_log2;     // of the scores, times log2(e); with SOFTCAP the cap times log2(e)
+  float score_factor;   // of the scores, with SOFTCAP the cap; times log2(e) unless a mask is added to the product
   float into_cap;       // with SOFTCAP: softmax scale / cap
   int window;           // with WINDOW: the keys that a row sees at most
+
+  // What the softmax multiplies by to get exponents of 2: of scores, or of scores to which a mask has been added.
+  DEVICE float exponent_factor() const { return MASK_ADDED ? LOG2_E : score_factor; }
 
   DEVICE int rows() const { return PACK ? queries * group : queries; }
   DEVICE int query_of(int row) const { return PACK ? row / group : row; }
@@ -49,17 +52,16 @@ DEVICE MaskElement first_of(MaskPair pair) { return pair; }
 DEVICE MaskElement second_of(MaskPair pair) { return pair >> 8; }
 #endif
 
-// What a mask's element adds to a score in log2 units: -inf where a bool says no. Finite numbers stay finite.
+// What a mask's element adds to a score: -inf where a bool says no.
 DEVICE float mask_value(MaskElement element) {
 #if MASK_ADDED
 #if MASK == MASK_BF16
-  const float value = __uint_as_float(static_cast<u32>(element) << 16);
+  return __uint_as_float(static_cast<u32>(element) << 16);
 #elif MASK == MASK_F16
-  const float value = from_half(element);
+  return from_half(element);
 #else
-  const float value = element;
+  return element;
 #endif
-  return value == MINUS_INFINITY ? value : fmaxf(value, -1e38f) * LOG2_E;
 #else
   return element ? 0 : MINUS_INFINITY;
 #endif

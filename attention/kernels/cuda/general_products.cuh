@@ -7,7 +7,7 @@ using ValueTile = Tile<BLOCK_K, VALUE_DIM>;
 using QueryTile = Tile<BLOCK_Q, HEAD_DIM>;
 using CotangentTile = Tile<BLOCK_Q, VALUE_DIM>;
 using ScoreTile = Tile<BLOCK_K, BLOCK_Q>;
-constexpr int NUMBER_BYTES = 2 * BLOCK_Q * 4;  // logsumexps and deltas
+constexpr int NUMBER_BYTES = 3 * BLOCK_Q * 4;  // rests of exponents, deltas, bases
 constexpr int STAGE_BYTES = QueryTile::BYTES + CotangentTile::BYTES + NUMBER_BYTES;
 constexpr int KEY_COLUMNS = HEAD_DIM / COLUMN_WARPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_WARPS;  // of a warp's dK and dV
 constexpr int SUM_TILES = BLOCK_Q / QUERY_WARPS / 16, SUM_COLUMNS = HEAD_DIM * QUERY_WARPS / WARPS;  // of a warp's dQ

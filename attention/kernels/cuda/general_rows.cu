@@ -1,15 +1,15 @@
-// What general_backward.cu needs of each query, a warp for each: cleared sums of dQ, its logsumexp in log2 units, and
+// What general_backward.cu needs of each query, a warp for each: cleared sums of dQ, its Exponents, and
 //
 //   delta = sum over columns of output * cotangent   (- the logsumexp's own cotangent, with LOGSUMEXP_COTANGENT)
 //
-// Queries come in tiles of 64, padded: | 64 logsumexps | 64 deltas |. For those that are padding or see no key the logsumexp
-// is +inf, which makes their weights 0.
+// Queries come in tiles of 64, padded: | 64 rests of exponents | 64 deltas | 64 bases |. For those that are padding or see no
+// key the rest is +inf, which makes their weights 0.
 
 constexpr int THREADS = 128, TILE = 64;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const uint4* output, const char* cotangent, const float* logsumexp, const float* logsumexp_cotangent,
-                float* rows, float* sums, int planes, int heads, int queries, int columns, int sum_columns,
+    KERNEL_NAME(const uint4* output, const char* cotangent, const float2* stats, const float* logsumexp_cotangent,
+                float* rows, float* sums, int planes, int heads, int queries, int columns, int sum_columns, int factor_bits,
                 Step cotangent_batch, Step cotangent_head, Step cotangent_row) {
   const int tiles = (queries + TILE - 1) / TILE, lane = threadIdx.x % 32;
   const int index = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;  // of all padded queries
@@ -18,7 +18,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = lane; i < sum_columns / 4; i += 32) {
     reinterpret_cast<float4*>(sums)[static_cast<i64>(index) * (sum_columns / 4) + i] = make_float4(0, 0, 0, 0);
   }
-  float largest = -MINUS_INFINITY, delta = 0;
+  Exponents exponents;
+  float delta = 0;
   if (row < queries) {
     const i64 place = static_cast<i64>(plane) * queries + row;
     const uint4* own = reinterpret_cast<const uint4*>(
@@ -30,12 +31,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     for (int step = 16; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
     if (LOGSUMEXP_COTANGENT) delta -= logsumexp_cotangent[place];
-    if (logsumexp[place] != MINUS_INFINITY) largest = logsumexp[place] * 1.44269504f;
-    else delta = 0;
+    exponents = Exponents(stats[place], __int_as_float(factor_bits));
   }
   if (lane == 0) {
-    float* tile = rows + static_cast<i64>(index / TILE) * 2 * TILE;
-    tile[index % TILE] = largest;
-    tile[TILE + index % TILE] = delta;
+    float* tile = rows + static_cast<i64>(index / TILE) * 3 * TILE;
+    tile[index % TILE] = exponents.rest;
+    tile[TILE + index % TILE] = exponents.sees() ? delta : 0;
+    tile[2 * TILE + index % TILE] = exponents.base;
   }
 }

@@ -55,7 +55,7 @@ DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, i
       for (int i = 0; i < BLOCK_N / 4; ++i) {
         float& s = scores[t][i / 2][2 * r + i % 2];
         if (SOFTCAP) s = squash(s, problem.into_cap);
-        if (MASK_ADDED) s *= problem.scale_log2;
+        if (MASK_ADDED) s *= problem.score_factor;
         if (MASK) s += mask.value(2 * t + r, i);
       }
       if (whole) continue;
@@ -72,7 +72,7 @@ DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, i
 
 // Online softmax: scores become weights against the row's maximum so far; sums and output follow. A maximum that grows by
 // no more than 2^LAZY is left as it was, since the weights stay in range, and the output mostly need not be rescaled.
-DEVICE void softmax(Scores& scores, Rows& rows, Output& out, float scale_log2) {
+DEVICE void softmax(Scores& scores, Rows& rows, Output& out, float factor) {
   float rescale[ROW_TILES][2];
   bool same = true;
 #pragma unroll
@@ -84,16 +84,22 @@ DEVICE void softmax(Scores& scores, Rows& rows, Output& out, float scale_log2) {
       for (int n = 0; n < BLOCK_N / 8; ++n) largest = fmaxf(largest, fmaxf(scores[t][n][2 * r], scores[t][n][2 * r + 1]));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      if (LAZY > 0 && (largest - rows.max[t][r]) * scale_log2 <= LAZY) largest = rows.max[t][r];
-      const float shift = largest == MINUS_INFINITY ? 0 : largest * scale_log2;  // a row that has seen no key yet
-      rescale[t][r] = exp2_fast(rows.max[t][r] * scale_log2 - shift);
+      if (LAZY > 0 && (largest - rows.max[t][r]) * factor <= LAZY) largest = rows.max[t][r];
+      const float base = largest == MINUS_INFINITY ? 0 : largest;  // a row that has seen no key yet
+      rescale[t][r] = exp2_fast((rows.max[t][r] - base) * factor);
       same = same && rescale[t][r] == 1;
       rows.max[t][r] = largest;
+      float shift = base * factor;
+      if (__builtin_expect(__any_sync(~0u, fabsf(shift) > LARGE_EXPONENT), 0)) {
+#pragma unroll
+        for (int n = 0; n < BLOCK_N / 8; ++n) scores[t][n][2 * r] -= base, scores[t][n][2 * r + 1] -= base;
+        shift = 0;
+      }
       float even = 0, odd = 0;
 #pragma unroll
       for (int n = 0; n < BLOCK_N / 8; ++n) {
-        even += scores[t][n][2 * r] = exp2_fast(scores[t][n][2 * r] * scale_log2 - shift);
-        odd += scores[t][n][2 * r + 1] = exp2_fast(scores[t][n][2 * r + 1] * scale_log2 - shift);
+        even += scores[t][n][2 * r] = exp2_fast(scores[t][n][2 * r] * factor - shift);
+        odd += scores[t][n][2 * r + 1] = exp2_fast(scores[t][n][2 * r + 1] * factor - shift);
       }
       rows.sum[t][r] = rows.sum[t][r] * rescale[t][r] + (even + odd);
     }

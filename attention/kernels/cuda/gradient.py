@@ -11,6 +11,7 @@ from attention.kernels.cuda import selfcheck, trust
 from attention.kernels.cuda.backward import (
     BLOCK_Q,
     LARGEST_HEAD_DIM,
+    ROW_NUMBERS,
     Backward,
     finish_program,
     query_tiles,
@@ -19,8 +20,8 @@ from attention.kernels.cuda.backward import (
 )
 from attention.kernels.cuda.call import Call, Shape, float_bits
 from attention.kernels.cuda.gpu import gpu
-from attention.kernels.cuda.launch import Launch, dtype_of, on_device, prepare, scalars_of
-from attention.kernels.cuda.plan import Box, Run, Stage, make_plan
+from attention.kernels.cuda.launch import Launch, dtype_of, exponent_factor, on_device, prepare, scalars_of
+from attention.kernels.cuda.plan import OUTPUTS, Box, Run, Stage, make_plan, plan_label
 from attention.kernels.cuda.schedule import make_schedule
 from attention.kernels.cuda.stages import forward_plan
 
@@ -51,7 +52,7 @@ def by_kernel(
     """The gradients of q, k and v; what is given is as for `pullback.gradients`, without a mask."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
-    arrays = [*primals, outputs[0], cotangent, outputs[1], of_logsumexp]
+    arrays = [*primals, outputs[0], cotangent, outputs[2], of_logsumexp]
     d_q, d_k, d_v = planned(shape, call, len(cotangents) > 1)(arrays)[:3]
     return d_q, d_k, d_v
 
@@ -63,7 +64,7 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
     The first clears the sums of dQ; the second adds to them in place; the third, which waits for dK, rounds them.
     Nobody else ever sees that array.
     """
-    inputs = ("q", "k", "v", "output", "cotangent", "logsumexp", "of_logsumexp")
+    inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp")
     queries, keys = Box(BLOCK_Q), Box(kernel_of(shape, call).block_k)
     stages = (
         Stage(rows_launch(shape, call, with_logsumexp), inputs[3:], ("rows", "sums"), strided=("cotangent",)),
@@ -76,22 +77,23 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
         ),
         Stage(finish_launch(shape, call), ("sums", "d_k"), ("d_q",)),
     )
-    return make_plan(inputs, ("d_q", "d_k", "d_v"), stages)
+    label = plan_label("own gradient", shape, call, with_logsumexp)
+    return make_plan(inputs, ("d_q", "d_k", "d_v"), stages, label)
 
 
 def scratch_bytes(shape: Shape, call: Call) -> int:
-    """Device memory that a backward pass takes besides its results: two numbers a query, and dQ in float32."""
-    queries = BLOCK_Q * query_tiles(shape.queries)
-    return 4 * shape.batch * shape.heads * queries * (2 + kernel_of(shape, call).head_dim)
+    """Device memory that a backward pass takes besides its results: three numbers a query, and dQ in float32."""
+    tile = ROW_NUMBERS + BLOCK_Q * kernel_of(shape, call).head_dim
+    return 4 * shape.batch * shape.heads * query_tiles(shape.queries) * tile
 
 
 @functools.lru_cache(maxsize=128)
 def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
-    """The launch of the first kernel: logsumexp and delta of each row, in padded tiles, and dQ's sums cleared."""
+    """The launch of the first kernel: exponents and delta of each row, in padded tiles, and dQ's sums cleared."""
     kernel = kernel_of(shape, call)
     planes, tiles = shape.batch * shape.heads, query_tiles(shape.queries)
-    outputs = [((planes, tiles, 2, BLOCK_Q), mx.float32), ((planes, tiles, BLOCK_Q * kernel.head_dim), mx.float32)]
-    problem = [tiles, shape.heads, shape.queries, shape.head_dim]
+    outputs = [((planes, tiles, ROW_NUMBERS), mx.float32), ((planes, tiles, BLOCK_Q * kernel.head_dim), mx.float32)]
+    problem = [tiles, shape.heads, shape.queries, shape.head_dim, exponent_factor(call)]
     return prepare(rows_program(kernel, with_logsumexp), planes * tiles, outputs, problem)
 
 
@@ -128,7 +130,7 @@ def check(shape: Shape, call: Call) -> None:
 
     def compare() -> str | None:
         q, k, v, cotangent = selfcheck.inputs(small)
-        outputs = forward_plan(small, tried)([q, k, v])[:2]
+        outputs = forward_plan(small, tried)([q, k, v])[: len(OUTPUTS)]
         found = by_kernel((q, k, v), (cotangent,), outputs, small, tried)
         return selfcheck.gradient_disagreement(small, tried, found, [q, k, v, cotangent])
 

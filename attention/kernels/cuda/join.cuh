@@ -51,15 +51,14 @@ DEVICE void join_parts(Output& output, Rows& rows, const Parts& parts, const Par
     const float4 seen = load_fresh(parts.of_lane(part.first + i) + HEAD_DIM / 8 * 32);
     rows.max[0] = fmaxf(rows.max[0], seen.x), rows.max[1] = fmaxf(rows.max[1], seen.y);
   }
-  const float shift[2] = {rows.max[0] == MINUS_INFINITY ? 0 : rows.max[0] * scale_log2,
-                          rows.max[1] == MINUS_INFINITY ? 0 : rows.max[1] * scale_log2};
+  const float base[2] = {rows.max[0] == MINUS_INFINITY ? 0 : rows.max[0], rows.max[1] == MINUS_INFINITY ? 0 : rows.max[1]};
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] = 0;
 #pragma unroll 1
   for (int i = 0; i < part.count; ++i) {
     const float4* place = parts.of_lane(part.first + i);
     const float4 seen = load_fresh(place + HEAD_DIM / 8 * 32);
-    const float factor[2] = {exp2_fast(seen.x * scale_log2 - shift[0]), exp2_fast(seen.y * scale_log2 - shift[1])};
+    const float factor[2] = {exp2_fast((seen.x - base[0]) * scale_log2), exp2_fast((seen.y - base[1]) * scale_log2)};
     rows.sum[0] += seen.z * factor[0], rows.sum[1] += seen.w * factor[1];
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 8; ++j) {

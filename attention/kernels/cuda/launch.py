@@ -55,10 +55,19 @@ def prepare(
 
 
 def scalars_of(call: Call) -> tuple[int, int]:
-    """`scale_log2` and `into_cap` of the kernels' Problem, as bits (a softcap takes the scale's place)."""
+    """What the kernels' Problem multiplies scores by, and `into_cap`, as bits (a softcap takes the scale's place).
+
+    The former turns scores into exponents of 2, unless a mask is added to the product.
+    """
+    units = 1.0 if call.adds_mask else LOG2_E
     if call.softcap is None:
-        return float_bits(call.scale * LOG2_E), 0
-    return float_bits(call.softcap * LOG2_E), float_bits(call.scale / call.softcap)
+        return float_bits(call.scale * units), 0
+    return float_bits(call.softcap * units), float_bits(call.scale / call.softcap)
+
+
+def exponent_factor(call: Call) -> int:
+    """What turns a row's maximum into an exponent of 2, as bits."""
+    return float_bits(LOG2_E) if call.adds_mask else scalars_of(call)[0]
 
 
 def dtype_of(shape: Shape) -> mx.Dtype:
@@ -82,7 +91,7 @@ def forward_kernel(shape: Shape, call: Call) -> Forward:
 
 @functools.lru_cache(maxsize=256)
 def forward(shape: Shape, call: Call, kernel: Forward) -> Launch:
-    """The launch of the Hopper kernel; it gives the output, the logsumexp, and parts of tiles with their marks."""
+    """The launch of the Hopper kernel; it gives output, logsumexp and stats, and parts of tiles with their marks."""
     planes = shape.batch * shape.heads
     ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
@@ -96,6 +105,7 @@ def forward(shape: Shape, call: Call, kernel: Forward) -> Launch:
         [
             ((*rows, shape.head_dim), dtype_of(shape)),
             (rows, mx.float32),
+            ((*rows, 2), mx.float32),
             ((parts, *numbers), mx.float32),
             ((parts, *marks), mx.int64),
         ],
@@ -152,10 +162,10 @@ def same_kernel(plan: Splitting, shape: Shape, call: Call) -> Splitting:
 
 @functools.lru_cache(maxsize=256)
 def decode(shape: Shape, call: Call, plan: Splitting) -> Launch:
-    """The launch of the kernel for few queries; it gives output and logsumexp, and parts with their marks."""
+    """The launch of the kernel for few queries; it gives output, logsumexp and stats, and parts with their marks."""
     rows = (shape.batch, shape.heads, shape.queries)
     parts = plan.tiles * plan.splits if plan.splits > 1 else 0
-    outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32)]
+    outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
     outputs += [((parts, plan.kernel.part_floats), mx.float32), ((parts,), mx.int64)]
     problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
     keys = [plan.first_key, plan.split_keys, plan.splits]

@@ -46,9 +46,14 @@ mx::array copied(const mx::array& a, mx::Stream stream, mx::cu::CommandEncoder& 
 
 // ---- the primitive -----------------------------------------------------------------------------------------------
 
-nb::object& gradient_function() {
-  static auto* function = new nb::object();  // never freed: Python may be gone by then
-  return *function;
+// Python's functions for a plan's gradient, and for a plan under vmap.
+struct Transforms {
+  nb::object gradient, batched;
+};
+
+Transforms& transforms() {
+  static auto* functions = new Transforms();  // never freed: Python may be gone by then
+  return *functions;
 }
 
 class Launches : public mx::Primitive {
@@ -76,11 +81,23 @@ class Launches : public mx::Primitive {
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
     const nb::gil_scoped_acquire held;
-    if (plan_->label.empty()) throw std::invalid_argument("[flash_attention] There is no second derivative.");
-    const auto made = nb::cast<Arrays>(gradient_function()(plan_->label, primals, cotangents, outputs));
+    const auto made = nb::cast<Arrays>(transforms().gradient(plan_->label, primals, cotangents, outputs));
     Arrays wanted;
     for (const int n : argnums) wanted.push_back(made.at(n));
     return wanted;
+  }
+
+  // The plan of a batch as many times as large, whose outputs get the new axis in front. What a plan writes for itself
+  // alone is not among them, and nothing ever reads it.
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override {
+    const nb::gil_scoped_acquire held;
+    const size_t own = inputs.size() - plan_->constants.size();
+    const Arrays arrays(inputs.begin(), inputs.begin() + own);
+    const std::vector<int> own_axes(axes.begin(), axes.begin() + own);
+    auto made = nb::cast<Arrays>(transforms().batched(plan_->label, arrays, own_axes));
+    std::vector<int> made_axes(made.size(), 0);
+    made.resize(plan_->shapes.size(), mx::array(0.0f)), made_axes.resize(plan_->shapes.size(), -1);
+    return {std::move(made), std::move(made_axes)};
   }
 
   const char* name() const override { return "FatuiCudaKernels"; }
@@ -96,6 +113,9 @@ class Launches : public mx::Primitive {
     return ++last;
   }
 
+  // Along an axis in elements: an axis of length 1, of which a kernel may take a longer one, broadcasts.
+  static int64_t stride(const mx::array& a, int axis) { return a.shape(axis) == 1 ? 0 : a.strides(axis); }
+
   static void launch(const Step& step, const Arrays& arrays, mx::cu::CommandEncoder& encoder) {
     int64_t words[MOST_ARGUMENTS];
     TensorMap maps[MOST_MAPS];
@@ -105,7 +125,7 @@ class Launches : public mx::Primitive {
       places[n] = &words[n];
       switch (argument.kind) {
         case POINTER: words[n] = reinterpret_cast<int64_t>(pointer(arrays[argument.value])); break;
-        case STRIDE: words[n] = arrays[argument.value].strides(argument.axis); break;
+        case STRIDE: words[n] = stride(arrays[argument.value], argument.axis); break;
         case NUMBER: words[n] = argument.value; break;
         case SERIAL: words[n] = serial(); break;
         case NOTHING: words[n] = 0; break;
@@ -164,8 +184,12 @@ void define_plans(nb::module_& m) {
         },
         nb::arg("steps"), nb::arg("inputs"), nb::arg("shapes"), nb::arg("types"), nb::arg("constants"), nb::arg("label"),
         nb::arg("untraced").none());
-  m.def("set_gradient", [](nb::object function) { fatui::gradient_function() = std::move(function); },
-        "Told label, primals, cotangents and outputs of a plan, it returns the inputs' gradients.");
+  m.def("set_transforms",
+        [](nb::object gradient, nb::object batched) {
+          fatui::transforms() = {std::move(gradient), std::move(batched)};
+        },
+        "The first gets label, primals, cotangents and outputs of a plan, and returns the gradients of its inputs. The second "
+        "gets label, inputs and their vmapped axes (-1: none), and returns the outputs with that axis in front.");
 }
 
 void define_calls(nb::module_& m) {

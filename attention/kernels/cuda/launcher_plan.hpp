@@ -53,7 +53,7 @@ struct Step {
   std::vector<Argument> arguments;
 };
 
-// Launches for arrays of given shapes; `label` is what the gradient's function is told.
+// Launches for arrays of given shapes; `label` is what Python's functions for gradient and vmap tell plans by.
 struct Plan {
   std::vector<Step> steps;
   std::vector<Layout> layouts;  // of the inputs

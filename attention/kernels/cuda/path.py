@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from attention.errors import KernelUnavailable
 from attention.kernels import cuda
 from attention.kernels.cuda import launcher
+from attention.kernels.cuda.call import MAX_SOFTCAP
 from attention.route import Needs, Route, unsupported
 from attention.workload import Workload
 
@@ -76,6 +77,8 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
     """
     if not scale > 0:
         raise KernelUnavailable(f"the CUDA kernels take positive scales, not {scale}")
+    if softcap is not None and softcap > MAX_SOFTCAP:
+        raise KernelUnavailable(f"the CUDA kernels take a softcap of up to {MAX_SOFTCAP:g}, not {softcap:g}")
     return cuda.flash_attention(
         q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap
     )

@@ -1,17 +1,21 @@
 """Several launches as one MLX primitive (launcher.cpp), their arrays told apart by name."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, cast
+from dataclasses import asdict, dataclass, field
+from typing import Final, Literal, cast
 
 import mlx.core as mx
 
 from attention.kernels.cuda import launcher
+from attention.kernels.cuda.call import Call, Shape
 from attention.kernels.cuda.launch import Launch
 
 POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING = range(6)
 """Kinds of arguments, as launcher.cpp numbers them."""
 
+PlanKind = Literal["forward", "own gradient", "general gradient"]
+"""What a plan computes."""
 Run = Callable[..., list[mx.array]]
 """What is called with arrays, or with one list of them."""
 
@@ -67,7 +71,7 @@ def make_plan(
         inputs: names of the arrays it is called with.
         outputs: names of those that are wanted; it returns them first, and after them what else the stages write.
         stages: the launches.
-        label: what the gradient's function is told; empty if there is no gradient.
+        label: of `plan_label`; empty if nothing ever transforms it.
         untraced: a plan that takes its place where no transformation of MLX's is at work, so that no gradient can be
             asked for.
 
@@ -87,6 +91,17 @@ def make_plan(
     types = [described[name][1] for name in made]
     planned = launcher.module().make_plan(steps, len(inputs), shapes, types, constants, label, untraced)
     return cast("Run", planned)
+
+
+def plan_label(kind: PlanKind, shape: Shape, call: Call, with_logsumexp: bool) -> str:
+    """What the transformations of a plan are found by: enough to make the plan for another batch, or its gradient."""
+    return json.dumps([kind, asdict(shape), asdict(call), with_logsumexp])
+
+
+def read_label(label: str) -> tuple[PlanKind, Shape, Call, bool]:
+    """The arguments of `plan_label`."""
+    kind, shape, call, with_logsumexp = json.loads(label)
+    return kind, Shape(**shape), Call(**call), with_logsumexp
 
 
 def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object, ...]:
@@ -119,4 +134,5 @@ def _argument(stage: Stage, name: str, place: Mapping[str, int]) -> list[int]:
 
 
 INPUTS: Final = ("q", "k", "v")
-OUTPUTS: Final = ("output", "logsumexp")
+OUTPUTS: Final = ("output", "logsumexp", "stats")
+"""Stats, (batch, heads, queries, 2), are what the gradient takes: each row's maximum, and log2 of its sum."""

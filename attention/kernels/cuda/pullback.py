@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 
 from attention.kernels.cuda import choice, general_gradient, gradient, launcher, selfcheck, trust
-from attention.kernels.cuda.call import Call, Shape
+from attention.kernels.cuda.call import LOG2_E, Call, Shape
 from attention.kernels.cuda.launch import dtype_of
 from attention.kernels.cuda.plain import through_mlx
 
@@ -33,7 +34,7 @@ def gradients(
     Args:
         primals: q, k, v, and a mask (batch, heads, queries, keys) if the call has one.
         cotangents: of the output, and of the logsumexp if that was asked for.
-        outputs: what the forward pass made: output and logsumexp.
+        outputs: what the forward pass made: output, logsumexp and stats.
         shape: of the arrays.
         call: what was computed.
     """
@@ -79,6 +80,8 @@ def _compare(shape: Shape, call: Call) -> str | None:
     given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in made]  # as models hand them over
     q, k, v = (selfcheck.exact(x) for x in made[:3])
     output, logsumexp = selfcheck.reference(q, k, v, tried, selfcheck.added(mask))
+    stats = np.stack([np.zeros_like(logsumexp), logsumexp * LOG2_E], axis=-1)
     outputs = [mx.array(output, dtype=mx.float32).astype(dtype_of(shape)), mx.array(logsumexp, dtype=mx.float32)]
+    outputs.append(mx.array(stats, dtype=mx.float32))
     found = general_gradient.gradients([*given[:3], *mask], given[3:], outputs, small, tried)
     return selfcheck.gradient_disagreement(small, tried, found, made, mask)

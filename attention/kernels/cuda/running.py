@@ -8,16 +8,17 @@ from attention.kernels.cuda import launcher
 from attention.kernels.cuda.plan import Run, Stage, make_plan
 
 
-def run_of(inputs: Sequence[str], outputs: Sequence[str], stages: Sequence[Stage]) -> Run:
+def run_of(inputs: Sequence[str], outputs: Sequence[str], stages: Sequence[Stage], label: str = "") -> Run:
     """The launches one after the other, without a gradient.
 
     Args:
         inputs: names of the arrays it is called with.
         outputs: names of those that it returns first; others may follow.
         stages: the launches.
+        label: of the plan, see `plan_label`.
     """
     if launcher.missing() is None:
-        return make_plan(inputs, outputs, stages)
+        return make_plan(inputs, outputs, stages, label)
 
     def one_by_one(arrays: list[mx.array]) -> list[mx.array]:
         known = dict(zip(inputs, arrays, strict=True))

@@ -44,5 +44,6 @@ def few_stages(shape: Shape, call: Call, plan: launch.Splitting, with_logsumexp:
 
 def _omitted(made: launch.Launch, with_logsumexp: bool) -> frozenset[str]:
     """What of `WRITTEN` is not there."""
-    unwanted = set() if with_logsumexp else {"logsumexp"}
-    return frozenset(unwanted if made.keywords["output_shapes"][2][0] else unwanted | set(PARTS))
+    unwanted = set() if with_logsumexp else {"logsumexp", "stats"}
+    parts = made.keywords["output_shapes"][WRITTEN.index(PARTS[0])]
+    return frozenset(unwanted if parts[0] else unwanted | set(PARTS))

@@ -85,6 +85,7 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int row, int fir
 
 // Online softmax: scores become weights against the row's maximum so far; sum and rescale follow.
 DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
+  float base[2], shift[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float largest = rows.max[r];
@@ -92,14 +93,24 @@ DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
     for (int i = 2 * r; i < BLOCK_N / 2; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    const float shift = largest == MINUS_INFINITY ? 0 : largest * scale_log2;  // a row that has seen no key yet
-    rows.rescale[r] = exp2_fast(rows.max[r] * scale_log2 - shift);
+    base[r] = largest == MINUS_INFINITY ? 0 : largest;  // a row that has seen no key yet
+    rows.rescale[r] = exp2_fast((rows.max[r] - base[r]) * scale_log2);
     rows.max[r] = largest;
+    shift[r] = base[r] * scale_log2;
+  }
+  const bool large = fmaxf(fabsf(shift[0]), fabsf(shift[1])) > LARGE_EXPONENT;
+  if (!SOFTCAP && __builtin_expect(__any_sync(~0u, large), 0)) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i) scores[i] -= base[i / 2 % 2];
+    shift[0] = shift[1] = 0;
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
     float even = 0, odd = 0;
 #pragma unroll
     for (int i = 2 * r; i < BLOCK_N / 2; i += 4) {
-      even += scores[i] = exp2_fast(scores[i] * scale_log2 - shift);
-      odd += scores[i + 1] = exp2_fast(scores[i + 1] * scale_log2 - shift);
+      even += scores[i] = exp2_fast(scores[i] * scale_log2 - shift[r]);
+      odd += scores[i + 1] = exp2_fast(scores[i + 1] * scale_log2 - shift[r]);
     }
     rows.sum[r] = rows.sum[r] * rows.rescale[r] + (even + odd);
   }
@@ -111,9 +122,8 @@ DEVICE void pack_weights(Weights& weights, const Scores& scores) {
   for (int i = 0; i < BLOCK_N / 4; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
 }
 
-// Divides by the row sums and writes the log-sum-exp (natural logarithm; -inf, and output 0, for rows that saw no key),
-// unless nobody wants it.
-DEVICE void finish_rows(Output& output, Rows& rows, float* logsumexp, int first_row, const Problem& problem) {
+// Divides by the row sums (output 0 for rows that saw no key), and writes the rows' log-sum-exp and stats if they are wanted.
+DEVICE void finish_rows(Output& output, Rows& rows, const RowResults& results, int first_row, const Problem& problem) {
   float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -122,10 +132,7 @@ DEVICE void finish_rows(Output& output, Rows& rows, float* logsumexp, int first_
     sum += __shfl_xor_sync(~0u, sum, 2);
     inverse[r] = sum > 0 ? 1 / sum : 0;
     const int row = first_row + 8 * r;
-    constexpr float LN_2 = 0.693147180559945f;
-    if (logsumexp != nullptr && threadIdx.x % 4 == 0 && row < problem.queries) {
-      logsumexp[row] = sum > 0 ? (rows.max[r] * problem.scale_log2 + log2f(sum)) * LN_2 : MINUS_INFINITY;
-    }
+    if (threadIdx.x % 4 == 0 && row < problem.queries) results.write(row, rows.max[r], sum, problem.scale_log2);
   }
   scale_output(output, inverse);
 }
