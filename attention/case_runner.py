@@ -11,7 +11,7 @@ from msgspec import structs
 from attention import events as on
 from attention import implementations
 from attention.device import Device, environment, probe
-from attention.errors import InputsOverwrittenError, UsageError
+from attention.errors import InputsOverwrittenError, in_a_line
 from attention.implementations.protocol import NeedsBuilding
 from attention.measure.rounds import Arm, Limits, least_s, run_rounds, set_strides
 from attention.plan import AnyPlan, Assignment
@@ -24,7 +24,6 @@ from attention.workload import Workload
 P = TypeVar("P", bound=AnyPlan)
 M = TypeVar("M")
 Mark = Callable[[int], None]
-LONGEST_REASON: Final = 300
 LONGER: Final = 1.5
 """A case whose fewest rounds take so many times its seconds says so before they begin."""
 UNMARKED: Final[Mark] = lambda number: None  # noqa: E731
@@ -52,7 +51,8 @@ class CaseRunner(ABC, Generic[P]):
         """
         self._backend = (device := probe()).backend
         for name in self._plan.ordered:
-            self._load(name)
+            self._teller.at_work(name)
+            implementations.get(name)
         self._teller.at_rest()
         self._teller.emit(on.RunStarted(environment=environment(device)))
         self._prepare_all(device)
@@ -61,20 +61,6 @@ class CaseRunner(ABC, Generic[P]):
                 self._teller.begin(case)
                 self._teller.end(self._run_case(case))
         self._teller.emit(on.RunDone())
-
-    def _load(self, name: str) -> None:
-        """Loads an implementation; one of the user's own may raise anything, or end the process.
-
-        Raises:
-            UsageError: it cannot be loaded.
-        """
-        self._teller.at_work(name)
-        try:
-            implementations.get(name)
-        except BaseException as error:
-            if name in implementations.NAMES or isinstance(error, UsageError):
-                raise
-            raise UsageError(f"implementation: '{name}' cannot be loaded: {_in_a_line(error)}") from error
 
     def _hear(self, event: on.TuningEvent | on.Message) -> None:
         """Passes on what an implementation that chooses among others tells of it."""
@@ -175,28 +161,18 @@ class CaseRunner(ABC, Generic[P]):
         if id(arm) in rows:
             self._fail(arm.name, error)
         else:
-            self._teller.say(f"{arm.name} could not be measured any further: {_in_a_line(error)}")
+            self._teller.say(f"{arm.name} could not be measured any further: {in_a_line(error)}")
 
     def _tell_of(self, arm: Arm) -> None:
         """Tells what else an arm knows when the rounds are over."""
 
     def _fail(self, name: str, error: BaseException) -> None:
         """Ends a row; raises DeviceUncertain where the device or the inputs may be broken for the others too."""
-        self._teller.end_row(name, "failed", _in_a_line(error))
+        self._teller.end_row(name, "failed", in_a_line(error))
         broken = self._backend == "cuda" and isinstance(error, RuntimeError)
         if broken or isinstance(error, InputsOverwrittenError):
             self._teller.emit(on.WorkerUnusable(case=self._teller.case))
             raise DeviceUncertain from error
-
-
-def _in_a_line(error: BaseException) -> str:
-    """An exception's type and the first line of its text, of at most LONGEST_REASON characters."""
-    try:
-        text = next(iter(str(error).splitlines()), "")
-    except Exception:  # its own __str__ may fail
-        text = ""
-    line = f"{type(error).__name__}: {text}".rstrip(": ")
-    return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 1] + "…"
 
 
 class SampleStream:

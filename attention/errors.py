@@ -1,6 +1,10 @@
 """What can be wrong with a request, said in one line each."""
 
 from collections.abc import Iterable
+from typing import Final
+
+MAX_REASON: Final = 300
+"""Characters of a reason that is told."""
 
 
 class UsageError(ValueError):
@@ -37,6 +41,20 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return an exception's type and the first line of its text, of at most MAX_REASON characters."""
+    try:
+        text = next(iter(str(error).splitlines()), "")
+    except Exception:  # its own __str__ may fail
+        text = ""
+    return shortened(f"{type(error).__name__}: {text}".rstrip(": "))
+
+
+def shortened(line: str) -> str:
+    """Return a line of at most MAX_REASON characters; one that is cut ends in "…"."""
+    return line if len(line) <= MAX_REASON else line[: MAX_REASON - 1] + "…"
 
 
 class InputsOverwrittenError(RuntimeError):

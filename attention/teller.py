@@ -1,16 +1,90 @@
 """What a worker says while it works: events, the mark of who is at work, and how long it will still take."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from attention import events as on
 from attention.plan import AnyPlan
+from attention.report import MIN_ROUNDS
+from attention.workload import Workload
 
 Emit = Callable[[on.AnyEvent], None]
 TELL_EVERY_S: Final = 0.25
 PREPARATION_SHARE: Final = 0.6
-"""Time of a case before its rounds, as a share of theirs, until a case has been measured."""
+"""Time of a case outside calls and rounds, as a share of that of its rounds, until a case has been measured."""
+CALLS_OUTSIDE: Final = 8
+"""Calls of an implementation on a case outside its rounds: first, checked, for memory, warm, timed alone."""
+
+
+def rounds_s(call_s: Sequence[float], seconds: float) -> float:
+    """Estimate the seconds of a case's rounds; the reference, the first, is sampled twice in each."""
+    return max(seconds, MIN_ROUNDS * (sum(call_s) + sum(call_s[:1])))
+
+
+def case_s(call_s: Sequence[float], seconds: float) -> float:
+    """Estimate the seconds of a case's calls: those before its rounds, and the rounds.
+
+    Args:
+        call_s: seconds of a call, of each implementation; the first is the reference.
+        seconds: that the rounds are given; MIN_ROUNDS of them are made however long that takes.
+    """
+    return CALLS_OUTSIDE * sum(call_s) + rounds_s(call_s, seconds)
+
+
+def kind(case: object) -> str:
+    """Name the cases whose calls say something of each other's: "float16 forward"; one kind for all else."""
+    return f"{case.dtype} {case.pass_}" if isinstance(case, Workload) else ""
+
+
+class Forecast:
+    """How long the cases of a run take, from how long calls took so far.
+
+    What nothing is known of takes the seconds of its rounds, and what comes before them.
+    """
+
+    def __init__(self, plan: AnyPlan) -> None:
+        self._plan = plan
+        self._per_flop: dict[tuple[str, str], float] = {}
+        """Seconds of a call for each unit of a case's size, by kind and implementation."""
+        self._out: set[tuple[int, str]] = set()
+        self._further_s: list[float] = []
+        """Seconds of each complete case beyond calls and rounds: below zero where rounds ended early."""
+
+    def learn_call(self, case: int, name: str, seconds: float) -> None:
+        """Take in how long a call takes."""
+        self._per_flop[kind(self._plan.cases[case]), name] = seconds / self._size(case)
+
+    def learn_case(self, case: int, seconds: float) -> None:
+        """Take in how long a case took."""
+        self._further_s.append(seconds - case_s(self._calls(case), self._plan.seconds))
+
+    def leave_out(self, case: int, name: str) -> None:
+        """Take in that an implementation is out of a case."""
+        self._out.add((case, name))
+
+    def whole_s(self, case: int) -> float:
+        """Seconds of a case."""
+        further = self._further_s or [PREPARATION_SHARE * self._plan.seconds]
+        return max(0.0, case_s(self._calls(case), self._plan.seconds) + sum(further) / len(further))
+
+    def rounds_s(self, case: int) -> float:
+        """Seconds of a case's rounds."""
+        return rounds_s(self._calls(case), self._plan.seconds)
+
+    def _calls(self, case: int) -> list[float]:
+        """Seconds of a call of each implementation; one that is not known counts as the mean of the others."""
+        names = [name for name in self._plan.ordered if (case, name) not in self._out]
+        of_kind = kind(self._plan.cases[case])
+        known = [self._per_flop[of_kind, name] for name in names if (of_kind, name) in self._per_flop]
+        if not known:
+            return []
+        mean = sum(known) / len(known)
+        return [self._per_flop.get((of_kind, name), mean) * self._size(case) for name in names]
+
+    def _size(self, case: int) -> float:
+        work = self._plan.cases[case]
+        return max(1.0, work.flops) if isinstance(work, Workload) else 1.0
 
 
 class Teller:
@@ -28,7 +102,7 @@ class Teller:
         self._cases = len(plan.cases)
         self._case = self._first = first_case
         self._started = self._case_started = time.perf_counter()
-        self._guess_s = plan.seconds * (1 + PREPARATION_SHARE)
+        self._forecast = Forecast(plan)
 
     def begin(self, case: int) -> None:
         """Tells that a case begins."""
@@ -39,7 +113,7 @@ class Teller:
         """Tells that the case is complete, and learns from it how long the others will take."""
         self.at_rest()
         self.emit(on.CaseDone(case=self._case, stopped_by=stopped_by))
-        self._guess_s = (time.perf_counter() - self._started) / (self._case - self._first + 1)
+        self._forecast.learn_case(self._case, time.perf_counter() - self._case_started)
 
     def at_work(self, name: str) -> None:
         """Marks who is at work, so that a death is laid at the right door."""
@@ -61,16 +135,24 @@ class Teller:
 
     def end_row(self, name: str, status: on.Ending, reason: str) -> None:
         """Tells that an implementation is out of the case."""
+        self._forecast.leave_out(self._case, name)
         self.emit(on.RowEnded(case=self._case, implementation=name, status=status, reason=reason))
+
+    def call_takes(self, name: str, seconds: float) -> None:
+        """Takes in how long an implementation's call takes on this case, for what is told of the time left."""
+        self._forecast.learn_call(self._case, name, seconds)
 
     def progress(self, now: str, remaining_s: float | None = None) -> None:
         """Tells what runs now, and how far the run is; how long the case will still take, where that is known."""
-        elapsed = time.perf_counter() - self._case_started
-        if remaining_s is not None:
-            self._guess_s = elapsed + remaining_s
-        inside = min(elapsed / self._guess_s, 0.99)
-        left = self._guess_s * (1 - inside + self._cases - self._case - 1)
-        self.emit(on.Progress(done=(self._case + inside) / self._cases, remaining_s=left, now=now))
+        passed = time.perf_counter()
+        if remaining_s is None:  # before the rounds, all of which are still to come
+            elapsed = passed - self._case_started
+            remaining_s = max(self._forecast.whole_s(self._case) - elapsed, self._forecast.rounds_s(self._case))
+        left = remaining_s + sum(self._forecast.whole_s(case) for case in range(self._case + 1, self._cases))
+        before = self._first / self._cases
+        share = (passed - self._started) / (passed - self._started + left) if left else 1.0
+        done = before + (1 - before) * share
+        self.emit(on.Progress(done=min(done, 0.99), remaining_s=left, now=now))
 
     @property
     def case(self) -> int:

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import structs
 
 from attention import events as on
+from attention.errors import shortened
 from attention.models.record import record_of
 from attention.plan import AnyPlan, Assignment, Plan
 from attention.report import Peaks
@@ -34,7 +35,6 @@ HUNG_S: Final = 600.0
 """A worker that says nothing for this long hangs, unless its case is so large that a slow call explains it."""
 SLOW_FLOPS_PER_S: Final = 3e7
 """No implementation is as slow as this."""
-LONGEST_REASON: Final = 300
 Listener = Callable[[on.AnyEvent], None]
 
 
@@ -107,7 +107,10 @@ class Engine:
             self._go_on_after(reason)
             fruitless = fruitless + 1 if self._assignment == before else 0
             if fruitless == 2:
-                self._tell(on.RunRefused(kind="cannot start", reason=f"the engine cannot start: {reason}"))
+                what = "the engine cannot start"
+                if self._culprit:
+                    what = f"implementation: '{self._culprit}' cannot be loaded"
+                self._tell(on.RunRefused(kind="cannot start", reason=f"{what}: {reason}"))
 
     def stop(self) -> None:
         """Ends the worker, by force if it has not ended after PATIENCE_S; what was measured stays in the record."""
@@ -328,6 +331,4 @@ def _how_it_ended(code: int, stderr: list[str]) -> str:
         hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
         return f"killed by signal {-code} ({name}){hint}"
     last = next((line for line in reversed(stderr) if line.strip()), "")
-    if len(last) > LONGEST_REASON:
-        last = last[: LONGEST_REASON - 1] + "…"
-    return f"the engine ended with code {code}" + (f": {last}" if last else "")
+    return f"the engine ended with code {code}" + (f": {shortened(last)}" if last else "")

@@ -95,6 +95,11 @@ def duration(value: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def time_left(value: float) -> str:
+    """Seconds to the estimated end, below zero where that has passed: "9 s left", "5 s over the estimate"."""
+    return f"{duration(value)} left" if value >= 0 else f"{duration(-value)} over the estimate"
+
+
 def size(value: float | None) -> str:
     """Bytes in powers of two, a round number without decimals: "41 MiB", "1.25 GiB"."""
     if value is None:

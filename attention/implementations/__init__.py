@@ -8,7 +8,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from attention.errors import UsageError, suggestion
+from attention.errors import UsageError, in_a_line, suggestion
 from attention.implementations.protocol import Implementation
 
 
@@ -94,6 +94,10 @@ def get(name: str) -> Implementation:
         if name in NAMES:
             raise
         raise UsageError(f"implementation: '{name}' cannot be loaded: {error}") from error
+    except BaseException as error:  # a file of the user's own may raise anything, SystemExit too
+        if name in NAMES or isinstance(error, KeyboardInterrupt):
+            raise
+        raise UsageError(f"implementation: '{name}' cannot be loaded: {in_a_line(error)}") from error
     if not isinstance(made, Implementation):
         raise UsageError(f"implementation: '{name}' needs a name, a route method and a call method")
     return made

@@ -100,9 +100,11 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     if peak is not None:
         peak += route.scratch_bytes
     call_s = min(call_s, time.perf_counter() - started)
+    setting.teller.call_takes(name, call_s)
     setting.teller.emit(on.MemoryMeasured(case=setting.teller.case, implementation=name, peak_bytes=peak))
     if call_s < SLOW_CALL_S:
         call_s = _settle(name, runner, call_s, setting)
+        setting.teller.call_takes(name, call_s)
     setting.inputs.check(inputs)
     return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu")
 
@@ -119,6 +121,7 @@ def _first_call(name: str, runner: Runner, setting: CaseSetting) -> tuple[list[m
     seconds = time.perf_counter() - started
     _check_output(results[0], setting.workload)
     setting.teller.emit(on.FirstCall(case=setting.teller.case, implementation=name, seconds=seconds))
+    setting.teller.call_takes(name, seconds)
     return results, seconds
 
 

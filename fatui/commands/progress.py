@@ -28,6 +28,8 @@ class Narrator:
         self._bar = _bar() if sys.stderr.isatty() else None
         self._task = self._bar.add_task("starting", total=1.0, left="…") if self._bar else None
         self._drawn = 0.0
+        self._progress: on.Progress | None = None
+        self._progress_at = 0.0
         self._told = ""
         self._silence_told_s = 0.0
 
@@ -48,21 +50,23 @@ class Narrator:
         """Takes in one event."""
         match event:
             case on.Progress():
-                self._draw(event)
+                self._progress, self._progress_at = event, time.monotonic()
+                self._draw()
             case on.CaseStarted() if self._bar is None:
                 label = self._plan.cases[event.case].label
                 self._say(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
             case on.StepStarted(step="training") if self._bar is None:
                 self._say(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:
-                self._say(f"{event.implementation}: {event.status}: {event.reason}")
+                self._say(f"{event.implementation}: {event.status}")  # the reason stands below the table
             case on.Tuned() | on.Switched():
                 self._say(in_words(event))
             case on.Message():
                 self._say(event.text if event.level == "info" else f"{event.level}: {event.text}")
 
     def tick(self, silence: Silence) -> None:
-        """Says that the engine is silent, the first time and whenever that has lasted twice as long."""
+        """Counts down, and says that the engine is silent, first and whenever that has lasted twice as long."""
+        self._draw()
         if not silence.unexplained:
             self._silence_told_s = 0.0
         elif silence.seconds >= 2 * self._silence_told_s:
@@ -71,12 +75,12 @@ class Narrator:
             lasted = figures.duration(silence.seconds)
             self._say(f"the engine has been silent for {lasted}{at}; ctrl+c stops it, what was measured stays")
 
-    def _draw(self, event: on.Progress) -> None:
-        now = time.monotonic()
-        if self._bar is None or self._task is None or now - self._drawn < REDRAW_S:
+    def _draw(self) -> None:
+        now, event = time.monotonic(), self._progress
+        if self._bar is None or self._task is None or event is None or now - self._drawn < REDRAW_S:
             return
         self._drawn = now
-        left = f"{figures.duration(event.remaining_s)} left"
+        left = figures.time_left(event.remaining_s - (now - self._progress_at))
         self._bar.update(self._task, completed=event.done, description=event.now, left=left)
         self._bar.refresh()
 

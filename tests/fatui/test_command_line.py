@@ -115,6 +115,12 @@ def test_a_broken_preset_is_told_with_its_file(capsys, tmp_path):
     assert "line 1, column 10" in capsys.readouterr().err
 
 
+def test_a_file_that_exits_on_import_does_not_end_explain(capsys, tmp_path):
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    assert main(["explain", "--impl", f"{tmp_path}/leaves.py:X,mlx"]) == 2
+    assert told(capsys) == [f"implementation: '{tmp_path}/leaves.py:X' cannot be loaded: SystemExit: 0"]
+
+
 @pytest.mark.parametrize(
     ("ending", "code", "expected"),
     [

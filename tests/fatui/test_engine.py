@@ -78,6 +78,21 @@ def test_an_exception_costs_one_row_without_a_new_worker(planted: str, reason: s
     assert not engine.record.log
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import os; os._exit(0)", "the engine ended with code 0"),
+    ],
+)
+def test_a_file_that_exits_on_import_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    name = f"{tmp_path / 'leaves.py'}:X"
+    (tmp_path / "leaves.py").write_text(text)
+    engine = run(Plan(cases=(SMALL,), implementations=("baseline", name)))
+    assert engine.record.refused
+    assert engine.record.refused.reason == f"implementation: '{name}' cannot be loaded: {reason}"
+
+
 def test_a_broken_gpu_costs_one_row_and_the_others_go_on_in_a_new_process() -> None:
     heard: list[on.AnyEvent] = []
     engine = Engine(plan("BreaksTheGpu", cases=(SMALL, SMALL)), heard.append, peaks=PEAKS)
