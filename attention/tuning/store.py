@@ -60,7 +60,15 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     workload: WorkloadClass
 
     def __post_init__(self) -> None:
-        """Raises ValueError for times that no trial finds, or none of the winner: a file that was damaged or edited."""
+        """Raises ValueError for figures that no trial finds: a file that was damaged or edited."""
+        if self.tuned.tzinfo is None:
+            raise ValueError(f"tuned: got {self.tuned}; it takes a time with its zone")
+        for name in ("ratio", "low", "high"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: got {value}; it takes a finite number above 0")
+        if self.max_error is not None and not 0 <= self.max_error < math.inf:
+            raise ValueError(f"max_error: got {self.max_error}; it takes a finite number from 0")
         times = [*self.call_s.values(), *self.alone_s.values()]
         if self.winner not in self.call_s or not all(0 < seconds < math.inf for seconds in times):
             raise ValueError("call_s: it takes a time for each that was tried, the winner among them, all above 0")
@@ -90,8 +98,12 @@ class Store:
         self.path = path or cache.folder().parent / "tuning.toml"
         self.now = now
         self._entries: dict[WorkloadClass, Entry] = {}
+        self._on_file: dict[WorkloadClass, Entry] = {}
+        """What the file held when its mark was `_seen`."""
         self._seen: tuple[int, int, int] | None = None
         self._told: set[str] = set()
+        self._damage = ""
+        """What is wrong with a damaged file."""
 
     def get(self, workload: WorkloadClass) -> Entry | None:
         """What is remembered of a class, by this process or another."""
@@ -117,21 +129,33 @@ class Store:
 
     def _refresh(self) -> None:
         """Reads the file if it is another one than was read last; what only this process knows stays."""
-        try:
-            found = self.path.stat()
-        except OSError:
+        mark = self._mark()
+        if mark is None or mark == self._seen:
             return
-        mark = (found.st_mtime_ns, found.st_size, found.st_ino)
-        if mark == self._seen:
-            return
-        self._seen = mark
         state, entries = self._read()
         if state == "good":
             self._entries |= entries
         elif state == "damaged":
             self._change(lambda kept: kept)
 
+    def _mark(self) -> tuple[int, int, int] | None:
+        """What tells one version of the file from another; None where there is none to see."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
     def _read(self) -> tuple[State, dict[WorkloadClass, Entry]]:
+        """Read the file; a good one that is the one read or written last is not parsed again."""
+        mark = self._mark()
+        if self._on_file and mark == self._seen:
+            return "good", self._on_file
+        state, entries = self._parse()
+        self._seen, self._on_file = mark, entries if state == "good" else {}
+        return state, entries
+
+    def _parse(self) -> tuple[State, dict[WorkloadClass, Entry]]:
         try:
             document = parse_toml(read_bounded(self.path, MAX_FILE_BYTES).decode())
             schema = document.get("schema")
@@ -140,13 +164,15 @@ class Store:
                 return "newer", {}
             entries = msgspec.convert(document, _File).entries
             good = type(schema) is int and (schema == SCHEMA or schema in OLDER)
+            self._damage = "" if good else f"schema: got {schema!r}; it takes a whole number from 1 to {SCHEMA}"
             return ("good" if good else "damaged"), {entry.workload: entry for entry in entries}
         except FileNotFoundError:
             return "new", {}
         except OSError as error:
             self._tell(f"{self.path}: cannot be read ({error.strerror}); choices are kept in this process only")
             return "unreadable", {}
-        except ValueError:  # no UTF-8, no TOML, or not what is written here
+        except ValueError as error:  # no UTF-8, no TOML, or not what is written here
+            self._damage = next(iter(str(error).splitlines()), "")
             return "damaged", {}
 
     def _change(self, change: Callable[[dict[WorkloadClass, Entry]], dict[WorkloadClass, Entry]]) -> bool:
@@ -159,7 +185,9 @@ class Store:
                     return False
                 if state == "damaged":
                     self._set_aside()
-                _replace(self.path, _as_text(change(entries)))
+                changed = change(entries)
+                _replace(self.path, _as_text(changed))
+                self._seen, self._on_file = self._mark(), changed
         except TimeoutError:
             self._tell(f"{self.path}: another process holds it; choices are kept in this process only")
             return False
@@ -175,7 +203,7 @@ class Store:
         names = (f"{self.path.stem}.damaged-{stamp}{end}.toml" for end in ("", *(f"-{n}" for n in range(2, 1000))))
         aside = next(path for name in names if not (path := self.path.with_name(name)).exists())
         self.path.rename(aside)
-        self._tell(f"{self.path}: damaged; it is kept as {aside.name}, and a new one is begun")
+        self._tell(f"{self.path}: damaged; it is kept as {aside.name}, and a new one is begun ({self._damage})")
 
     def _tell(self, text: str) -> None:
         if text not in self._told:

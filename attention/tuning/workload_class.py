@@ -6,6 +6,9 @@ from attention.device import Device
 from attention.route import PLAIN, Needs
 from attention.workload import LARGEST, Workload
 
+MAX_BUCKET = 2**40
+"""Beyond what any call has: streams are a batch times heads, which multiply."""
+
 
 class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forbid_unknown_fields=True):
     """All calls for which one choice holds. Buckets are powers of two, and named by their upper end."""
@@ -30,6 +33,13 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
     """A bucket."""
     kv_seq: int
     """A bucket."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a size that no workload has."""
+        for name in ("head_dim", "value_dim", "group", "streams", "seq", "kv_seq"):
+            size = getattr(self, name)
+            if not 1 <= size <= MAX_BUCKET:
+                raise ValueError(f"{name}: got {size}; it takes a whole number from 1 to {MAX_BUCKET:,}")
 
     @property
     def label(self) -> str:

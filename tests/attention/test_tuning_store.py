@@ -97,9 +97,18 @@ def test_a_damaged_file_is_set_aside_whole_and_a_new_one_begun(path: Path, text:
         ('winner = "poc"', 'winner = "mlx"'),
         ("[class.alone_s]\n", "[class.alone_s]\nmlx = 0.0001\n"),
         ("[class.alone_s]\n", "[class.alone_s]\npoc = -1.0\n"),
+        ("poc = 0.0001", "poc = inf"),
+        ("ratio = 2.0", "ratio = nan"),
+        ("ratio = 2.0", "ratio = -2.0"),
+        ("ratio = 2.0", "ratio = 2.0\nhigh = inf"),
+        ("ratio = 2.0", "ratio = 2.0\nmax_error = -inf"),
+        ("03:04:05+00:00", "03:04:05"),
+        ("head_dim = 64", "head_dim = -64"),
+        ("streams = 8", "streams = 0"),
+        ("kv_seq = 512", "kv_seq = 9000000000000000000"),
     ],
 )
-def test_times_that_no_trial_finds_are_damage(path: Path, found: str, edited: str, told: list[str]) -> None:
+def test_figures_that_no_trial_finds_are_damage(path: Path, found: str, edited: str, told: list[str]) -> None:
     Store(path).put(an_entry())
     text = path.read_text()
     assert found in text
@@ -107,6 +116,22 @@ def test_times_that_no_trial_finds_are_damage(path: Path, found: str, edited: st
     assert Store(path).get(A_CLASS) is None
     assert [aside.read_text() for aside in path.parent.glob("*.damaged-*")] == [text.replace(found, edited)]
     assert "damaged; it is kept as tuning.damaged-" in told[0]
+    assert len(told) == 1 and "\n" not in told[0]
+
+
+def test_a_large_store_is_parsed_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {class_number(number): an_entry(class_number(number)) for number in range(1, 301)}
+    path.parent.mkdir()
+    path.write_text(store._as_text(entries))
+    parsed = []
+    parse = store.parse_toml
+    monkeypatch.setattr(store, "parse_toml", lambda text: parsed.append(len(text)) or parse(text))
+    kept = Store(path)
+    for number in range(1, 6):
+        assert kept.get(class_number(number)) == entries[class_number(number)]
+        kept.put(an_entry(class_number(number), winner="mlx"))
+    assert len(parsed) == 1
+    assert [entry.winner for entry in Store(path).entries()] == ["mlx"] * 5 + ["poc"] * 295
 
 
 def test_two_damaged_files_in_one_second_are_both_kept(path: Path, told: list[str]) -> None:
