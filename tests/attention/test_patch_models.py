@@ -8,6 +8,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_lm.tuner.trainer import CacheDataset, TrainingArgs, TrainingCallback, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -167,3 +168,36 @@ def test_a_compiled_training_step_gives_the_same_losses(implementation: str) -> 
         assert curve() == pytest.approx(wanted, rel=1e-4)
     assert patch.calls_taken > 0
     assert patch.calls_handed == 0
+
+
+def gradients_of_latent_attention() -> dict[str, np.ndarray]:
+    """Gradients of all weights of a model whose rotary scores reach attention as an additive mask."""
+    model, data = tiny("deepseek_v3"), tokens(2, 49)
+
+    def loss(parameters: dict[str, Any]) -> mx.array:
+        model.update(parameters)
+        return nn.losses.cross_entropy(model(data[:, :-1]), data[:, 1:]).mean()
+
+    named: Any = tree_flatten(mx.grad(loss)(model.trainable_parameters()))
+    return {name: np.array(value) for name, value in named}
+
+
+@pytest.fixture(scope="module")
+def unpatched_gradients() -> dict[str, np.ndarray]:
+    """Those of MLX's own attention."""
+    gradients = gradients_of_latent_attention()
+    assert np.abs(gradients["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"][-8:]).max() > 1e-3
+    return gradients
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_pass_through_an_additive_mask(
+    implementation: str, unpatched_gradients: dict[str, np.ndarray]
+) -> None:
+    with patched(implementation) as patch:
+        got = gradients_of_latent_attention()
+    assert patch.calls_taken + patch.calls_handed == LAYERS
+    if implementation == "practical in blocks":
+        assert all(path.startswith("blocks") for path in patch.taken), patch.taken
+    for name, wanted in unpatched_gradients.items():
+        np.testing.assert_allclose(got[name], wanted, atol=1e-5 + 1e-3 * np.abs(wanted).max(), err_msg=name)

@@ -1,4 +1,4 @@
-"""A Qwen2 and a Llama of mlx-lm with a few thousand random weights."""
+"""Models of mlx-lm with a few thousand random weights: a Qwen2, a Llama, and a DeepSeek-V3 with dense layers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from mlx_lm.models import llama, qwen2
+from mlx_lm.models import deepseek_v3, llama, qwen2
 
 LAYERS = 2
 VOCABULARY = 101
@@ -21,12 +21,24 @@ SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
 }
 
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": None,
+}
+"""Of multi-head latent attention, which hands its rotary scores to attention as an additive mask."""
+
 
 def tiny(name: str, dtype: mx.Dtype = mx.float32) -> Any:
-    """A model with the same weights each time: 4 query heads, 2 key heads, head_dim 32."""
+    """A model with the same weights each time: 4 query heads, head_dim 32, and 2 key heads or latent keys."""
     mx.random.seed(7)
-    module = {"qwen2": qwen2, "llama": llama}[name]
-    model = module.Model(module.ModelArgs(model_type=name, **SIZES))
+    module = {"qwen2": qwen2, "llama": llama, "deepseek_v3": deepseek_v3}[name]
+    sizes = SIZES | LATENT if name == "deepseek_v3" else SIZES
+    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **sizes}))
     model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model
