@@ -6,6 +6,7 @@ from typing import Final
 
 from attention.report import Case, Row, Summary
 from fatui import figures
+from fatui.report.document import counted
 from fatui.widgets.row_table import Column, Line
 
 STAR: Final = " ★"
@@ -124,13 +125,14 @@ def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]
 
 def block_head(index: int, case: Case) -> Line:
     """The line above the rows of one case of several."""
-    return Line(span=f"{index + 1}. {case.workload.label}{floor_text(case)}", tone="head")
+    return Line(span=f"{index + 1}. {case.workload.label}{notes(case)}", tone="head")
 
 
-def floor_text(case: Case) -> str:
-    """The noise floor, where it is known."""
-    floor = case.noise_floor
-    return f" · noise floor {figures.percent(floor.floor)}" if floor and math.isfinite(floor.floor) else ""
+def notes(case: Case) -> str:
+    """What speedups are relative to, where that is not the baseline, and the noise floor, where it is known."""
+    floor, change = case.noise_floor, figures.reference_change(case)
+    text = f" · {change}" if change else ""
+    return f"{text} · noise floor {figures.percent(floor.floor)}" if floor and math.isfinite(floor.floor) else text
 
 
 def in_step(step: str) -> str:
@@ -150,12 +152,13 @@ def summary_lines(summary: tuple[Summary, ...], total: int) -> list[Line]:
     """The geometric mean of each implementation over the cases that are complete."""
     if not summary:
         return []
-    head = Line(span=f"Geometric mean of the speedups, {total} cases complete", tone="head")
+    head = Line(span=f"Geometric mean of the speedups, {counted(total, 'case')} complete", tone="head")
     return [head, *(_summary_line(line, total) for line in summary)]
 
 
 def _summary_line(line: Summary, total: int) -> Line:
-    count = f"{line.cases} of {total} cases" if line.cases != total else f"{total} cases"
+    count = counted(total, "case")
+    count = count if line.cases == total else f"{line.cases} of {count}"
     bad = f"{line.not_ok} not ok" if line.not_ok else ""
     cells = {"implementation": line.implementation, "path": count, "speedup": figures.speedup_text(line.speedup)}
     return Line(cells={**cells, "verdict": bad})

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import structs
+
 from attention.errors import UsageError
 from attention.report import Report
 from fatui import actions, settings
@@ -142,11 +144,15 @@ async def copy_table(app: "FatuiApp") -> None:
 
 def open_row(app: "FatuiApp", index: int, name: str) -> None:
     """Shows a row in full."""
+    from fatui.running import command_of
+
     session, report = app.session, app.report
     if session is not None:
         case = session.case(index)
+        command = command_of(structs.replace(session.plan, cases=(case.workload,)), None)
     elif report is not None and index < len(report.cases):
         case = report.cases[index]
+        command = report.run.command  # its plan is not kept, so the command is the whole run's
     else:
         return
     row = next((row for row in case.rows if row.implementation == name), None)
@@ -155,7 +161,7 @@ def open_row(app: "FatuiApp", index: int, name: str) -> None:
         return
     from fatui.screens.row_details import RowDetails
 
-    app.push_screen(RowDetails(case, row))
+    app.push_screen(RowDetails(case, row, command))
 
 
 def explain_keys(app: "FatuiApp") -> None:

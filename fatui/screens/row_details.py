@@ -8,7 +8,6 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from attention.plan import Plan
 from attention.report import Case, Row
 from fatui import figures
 from fatui.ascii import literal
@@ -25,9 +24,10 @@ class RowDetails(ModalScreen[None]):
         Binding("enter", "close", "Close"),
     ]
 
-    def __init__(self, case: Case, row: Row) -> None:
+    def __init__(self, case: Case, row: Row, command: str) -> None:
+        """Take a row, its case, and the command that measures it again."""
         super().__init__()
-        self._case, self._row = case, row
+        self._case, self._row, self._command = case, row, command
 
     def compose(self) -> ComposeResult:
         """Yields the figures in two columns, then the samples, then the sentences."""
@@ -37,7 +37,7 @@ class RowDetails(ModalScreen[None]):
             yield Static("\n".join(figure_lines(self._row, self._case)), markup=False)
             if self._row.samples:
                 yield Static("\n".join(sample_lines(self._row)), markup=False, classes="answers")
-            yield Static("\n".join(sentences(self._row, self._case)), markup=False, classes="answers")
+            yield Static("\n".join(sentences(self._row, self._command)), markup=False, classes="answers")
 
     def action_close(self) -> None:
         """Closes it."""
@@ -55,7 +55,7 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("noise floor", figures.percent(case.noise_floor.floor if case.noise_floor else None)),
         ("rate", f"{figures.flops(row.flops_per_s)}/s, {figures.percent(row.efficiency)} of the best rate measured"),
         ("latency", f"{figures.seconds(row.latency_s)} for one call, waited for"),
-        ("first call", f"{figures.seconds(row.first_call_s)}, compilation included"),
+        ("first call", f"{figures.seconds(row.first_call_s)}, with what MLX compiles in it"),
         ("memory", f"{figures.size(row.peak_bytes)} at the peak, {figures.size(row.predicted_bytes)} predicted"),
         ("error", f"{figures.error(row.max_error)} at most, {figures.error(row.rms_error)} rms, against float64"),
         ("samples", f"{len(row.samples)}, stopped by {row.stopped_by or figures.UNKNOWN}"),
@@ -75,17 +75,9 @@ def sample_lines(row: Row) -> list[str]:
     return [*bars, f"{left}{'a call':^{max(6, 56 - len(left) - len(right))}}{right}"]
 
 
-def sentences(row: Row, case: Case) -> list[str]:
+def sentences(row: Row, command: str) -> list[str]:
     """Why this path, whether the machine slowed down, and how to measure it again."""
     lines = [row.reason] if row.reason else []
     if row.throttled:
         lines.append("The reference slowed down while this case ran: the machine throttles, or was busy.")
-    names = tuple(dict.fromkeys(name for name in (case.reference, row.implementation) if name))
-    from attention.errors import UsageError
-    from fatui.reproduce import command_for
-
-    try:
-        command = command_for(Plan(cases=(case.workload,), implementations=names))
-    except UsageError as error:
-        command = str(error)
     return [*lines, "", command]

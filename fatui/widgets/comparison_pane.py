@@ -61,7 +61,7 @@ class ComparisonPane(Vertical):
         self.query_one("#finding").set_class(session.phase in ("refused", "failed"), "-bad")
         case = session.case(session.case_number) if session.case_number is not None else None
         label = f"{len(session.plan.cases)} cases" if several else session.plan.cases[0].label
-        floor = lines_of.floor_text(case) if case and not several else ""
+        floor = lines_of.notes(case) if case and not several else ""
         self.border_title = literal(f"Comparison · {label}{floor}")
 
     def _session_case(self, session: Session, index: int, several: bool) -> list[Line]:
@@ -92,7 +92,7 @@ class ComparisonPane(Vertical):
         label = (
             f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
         )
-        floor = lines_of.floor_text(report.cases[0]) if len(report.cases) == 1 else ""
+        floor = lines_of.notes(report.cases[0]) if len(report.cases) == 1 else ""
         self.border_title = literal(f"Comparison · {label}{floor}")
 
     def _begin(self, owner: object) -> None:

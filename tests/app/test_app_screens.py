@@ -258,7 +258,9 @@ def test_a_row_opens_with_its_samples_and_its_command():
         await stage.press("down", "enter")
         assert isinstance(stage.app.screen, RowDetails)
         seen = stage.seen()
-        assert "fatui bench" in seen and "--impl baseline,poc" in seen.replace("\n", " ")
+        session = stage.app.session
+        command = str(stage.app.screen.query(Static).last().render())
+        assert f"--impl {','.join(session.plan.implementations)} --seconds {session.plan.seconds:g}" in command
         assert "of the best rate measured" in seen and "why poc" in seen
         await stage.press("escape")
         assert stage.app.screen is stage.app.main
