@@ -1,18 +1,23 @@
 """What `attention()` is given, checked: every mistake names the argument, what it got and what it takes."""
 
-import math
 from functools import cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from attention import masks
 from attention.errors import NoBackendError, UsageError, suggestion
 from attention.implementations import get
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask
-from attention.workload import DTYPES, LARGEST
+from attention.workload import DTYPES
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+MAX_SCALE: Final = 1e38
+MIN_SOFTCAP, MAX_SOFTCAP = 1e-30, 1e30
+"""Between these float32 has room for scores and for their quotients with a softcap."""
+MAX_SHOWN: Final = 60
+"""Characters of a wrong value that a message shows."""
 
 
 def find(implementation: object) -> Implementation:
@@ -79,13 +84,18 @@ def checked_numbers(scale: object, softcap: object, head_dim: int) -> tuple[floa
     """The scale, 1 / sqrt(head_dim) unless given, and the softcap.
 
     Raises:
-        UsageError: the scale is no finite number, or the softcap none above 0.
+        UsageError: the scale or the softcap is no number, or none that float32 can compute with.
     """
     problems = []
-    if scale is not None and not _finite(scale):
-        problems.append(f"scale: got {scale!r}; it takes a finite number, or None for 1 / sqrt(head_dim)")
-    if softcap is not None and not (_finite(softcap) and softcap > 0):  # type: ignore[operator]
-        problems.append(f"softcap: got {softcap!r}; it takes a finite number above 0, or None")
+    if scale is not None and not (_is_number(scale) and abs(scale) <= MAX_SCALE):  # type: ignore[arg-type]
+        problems.append(
+            f"scale: got {_short(scale)}; it takes a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, "
+            "or None for 1 / sqrt(head_dim)"
+        )
+    if softcap is not None and not (_is_number(softcap) and MIN_SOFTCAP <= softcap <= MAX_SOFTCAP):  # type: ignore[operator]
+        problems.append(
+            f"softcap: got {_short(softcap)}; it takes a number from {MIN_SOFTCAP:g} to {MAX_SOFTCAP:g}, or None"
+        )
     if problems:
         raise UsageError(*problems)
     factor = head_dim**-0.5 if scale is None else scale
@@ -99,8 +109,8 @@ def checked_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> 
         UsageError: the mask is of no known kind, type or shape, or the window no whole number from 1.
     """
     problems = []
-    if window is not None and (type(window) is not int or not 1 <= window <= LARGEST["kv_seq"]):
-        problems.append(f"window: got {window!r}; it takes a whole number from 1 to {LARGEST['kv_seq']:,}, or None")
+    if window is not None and (type(window) is not int or window < 1):
+        problems.append(f"window: got {_short(window)}; it takes a whole number from 1, or None")
     array = None if mask is None or isinstance(mask, str) else mask
     try:
         _check_kind(mask)
@@ -129,8 +139,17 @@ def _taken_types() -> "frozenset[mx.Dtype]":
     return frozenset(getattr(mx, name) for name in DTYPES)
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _short(value: object) -> str:
+    """A wrong value as it was given, cut where it is long; Python refuses to print integers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _kind(value: object) -> str:

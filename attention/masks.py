@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct, structs
 
 from attention.errors import UsageError
-from attention.workload import Workload
+from attention.workload import DTYPES, Workload
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -146,12 +146,15 @@ def as_4d(array: "mx.array") -> "mx.array":
 
 
 def check_array(array: "mx.array", shape: Shape) -> None:
-    """Raises UsageError unless the array is bool or floating and broadcasts to (B, H, Lq, Lk)."""
+    """Raises UsageError unless the array is bool, or of a type that queries have, and broadcasts to (B, H, Lq, Lk)."""
     import mlx.core as mx
 
     problems = []
-    if array.dtype != mx.bool_ and not mx.issubdtype(array.dtype, mx.floating):
-        problems.append(f"mask: got an array of {_name(array.dtype)}; it takes bool (True is seen) or floating (added)")
+    if array.dtype not in (mx.bool_, mx.float32, mx.float16, mx.bfloat16):
+        problems.append(
+            f"mask: got an array of {_name(array.dtype)}; it takes bool (True is seen), or numbers to add in "
+            f"{', '.join(DTYPES)}"
+        )
     sizes = (1,) * (4 - array.ndim) + tuple(array.shape)
     if array.ndim > 4 or any(size not in (1, whole) for size, whole in zip(sizes, shape, strict=True)):
         problems.append(

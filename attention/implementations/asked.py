@@ -5,7 +5,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from attention.device import Backend
-from attention.errors import UnsupportedError
+from attention.errors import UnsupportedError, UsageError
 from attention.masks import Mask
 from attention.route import Needs
 from attention.workload import DTYPES, DType, Workload
@@ -35,7 +35,29 @@ def here() -> Backend:
 def _workload(
     q: tuple[int, ...], k: tuple[int, ...], value_dim: int, dtype: DType, causal: bool, window: int | None
 ) -> Workload:
-    return Workload(
+    try:
+        return _made(Workload, q, k, value_dim, dtype, causal, window)
+    except UsageError:
+        return _made(_Unlimited, q, k, value_dim, dtype, causal, window)
+
+
+class _Unlimited(Workload, frozen=True, kw_only=True):
+    """A call that a benchmark would not measure: its limits are not those of `attention()`."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing: all fields are given, from arrays that were checked."""
+
+
+def _made(
+    kind: type[Workload],
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    value_dim: int,
+    dtype: DType,
+    causal: bool,
+    window: int | None,
+) -> Workload:
+    return kind(
         batch=q[0],
         heads=q[1],
         seq=q[2],

@@ -99,7 +99,7 @@ def sink_gradient(saved: Saved, sinks: mx.array, call: Call) -> mx.array:
     chain = Chain()
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         chain.links = [total]
-        statistics, delta = _of_rows(saved, chain, itemgetter((slice(None), slice(None), cut(rows))))[2:]
+        statistics, delta = _of_rows(saved, call, chain, itemgetter((slice(None), slice(None), cut(rows))))[2:]
         weights = _weights(sinks.astype(mx.float32)[None, :, None, None] * call.base2, statistics, call)
         total = total - (weights * delta).sum(axis=(0, 2, 3))
     return chain.results(total)[0].astype(sinks.dtype)
@@ -172,12 +172,12 @@ def _write_d_query(sums: Sums, total: mx.array, call: Call, heads: Heads, rows: 
 
 def _row_side(saved: Saved, call: Call, heads: Heads, rows: range, chain: Chain) -> RowSide:
     """Cuts what tiles of some rows need, after all that is in the chain."""
-    query, cotangent, statistics, delta = _of_rows(saved, chain, lambda x: heads.rows(x, rows))
+    query, cotangent, statistics, delta = _of_rows(saved, call, chain, lambda x: heads.rows(x, rows))
     return RowSide(rows, call.operand(query), call.operand(cotangent), statistics, delta)
 
 
 def _of_rows(
-    saved: Saved, chain: Chain, of: Callable[[mx.array], mx.array]
+    saved: Saved, call: Call, chain: Chain, of: Callable[[mx.array], mx.array]
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """The query, the cotangent, the statistics and delta of some rows, which `of` cuts out."""
     given = [] if saved.of_statistics is None else [saved.of_statistics]
@@ -186,7 +186,7 @@ def _of_rows(
     )
     delta = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
     # Weights depend on the maximum and the logarithm by their sum alone: either's gradient is the logsumexp's.
-    return query, cotangent, statistics, delta - more[0][..., 1:] if more else delta
+    return query, cotangent, statistics, delta - more[0][..., 1:] * call.base2 if more else delta
 
 
 def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: Chain) -> KeySide:

@@ -1,12 +1,15 @@
 """MLX's own scaled_dot_product_attention, as it is."""
 
+from functools import lru_cache
+
 import mlx.core as mx
 
 from attention import masks
 from attention.device import Backend, Device
 from attention.errors import UnsupportedError
+from attention.implementations.asked import asked_for, here
 from attention.implementations.mask_gradient import with_mask_gradient
-from attention.implementations.unfused import unfused_bytes
+from attention.implementations.unfused import is_widened, unfused_bytes
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
 from attention.workload import ITEM_BYTES, Workload
@@ -81,6 +84,19 @@ def attend_whole(
         q, k, v = (x.astype(mx.float32) for x in (q, k, v))
     out = sdpa(q, k, v, scale, mask) if sinks is None else _with_sinks(q, k, v, scale, mask, sinks)
     return out.astype(dtype)
+
+
+def is_call_widened(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> bool:
+    """Whether a call is to be widened: where MLX has no fused kernel for it, as `is_widened` says."""
+    backend = here()
+    if q.dtype != mx.float16:
+        return is_widened(str(q.dtype).removeprefix("mlx.core."), backend)
+    return _is_unfused(*asked_for(q, k, v, mask, None), backend)
+
+
+@lru_cache(maxsize=1024)
+def _is_unfused(workload: Workload, needs: Needs, backend: Backend) -> bool:
+    return why_unfused(workload, backend, needs) is not None
 
 
 def _with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:

@@ -13,8 +13,10 @@ from attention import watching
 from attention.device import Backend, Device
 from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
-from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa
+from attention.implementations.mask_gradient import with_mask_gradient
+from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole, is_call_widened
 from attention.implementations.practical import Practical
+from attention.implementations.unfused import whole_bytes
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
 from attention.workload import Workload
@@ -74,7 +76,10 @@ def kernel_variants() -> Sequence[str]:
 
 
 class Poc:
-    """The custom kernel; what it does not take goes to MLX's SDPA, and a softcap to the blocks of `practical`."""
+    """The custom kernel; what it does not take goes to MLX's SDPA, and a softcap to the blocks of `practical`.
+
+    The fallback computes in float32 where MLX's unfused path would lose scores in half precision.
+    """
 
     name = "poc"
 
@@ -102,6 +107,8 @@ class Poc:
             path, reason = TO_PRACTICAL, f"{own.reason}, and {NO_SOFTCAP}"
         else:
             behind = self._sdpa.route(workload, device, needs)
+            if not behind.fused:
+                behind = structs.replace(behind, predicted_bytes=whole_bytes(workload, device.backend, needs))
             path, reason = TO_SDPA, f"{own.reason}; {behind.reason}"
         return structs.replace(behind, path=path, reason=reason, fallback=True)
 
@@ -119,6 +126,15 @@ class Poc:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Attends; shapes as in the protocol."""
+
+        def attend(mask: Mask) -> mx.array:
+            return self._attend(q, k, v, scale, mask, softcap)
+
+        return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap)
+
+    def _attend(
+        self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
+    ) -> mx.array:
         key = (
             q.shape,
             k.shape,
@@ -148,7 +164,7 @@ class Poc:
             watching.ran(TO_PRACTICAL)
             return out
         watching.ran(TO_SDPA)
-        return self._sdpa(q, k, v, scale=scale, mask=mask)
+        return attend_whole(q, k, v, scale, mask, is_call_widened(q, k, v, mask))
 
     def _ask(
         self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None

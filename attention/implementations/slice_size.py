@@ -2,19 +2,15 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Final
 
-import mlx.core as mx
 from msgspec import Struct, structs
 
 from attention.device import Backend
-from attention.implementations.asked import asked_for, here
 from attention.implementations.blocks import MIB, Blocks
 from attention.implementations.mlx_sdpa import fused_bytes, spreads_mask, why_unfused
-from attention.implementations.unfused import is_widened, whole_bytes
+from attention.implementations.unfused import whole_bytes
 from attention.implementations.waiting import AT_ONCE
-from attention.masks import Mask
 from attention.route import Needs
 from attention.workload import ITEM_BYTES, Workload
 
@@ -144,19 +140,6 @@ def _own_bytes(workload: Workload, blocks: Blocks, rows: int, backend: Backend, 
         kv_seq=keys,
     )
     return beside(part, backend, needs, why_unfused(part, backend, needs), handed) + part.output_bytes
-
-
-def slice_is_widened(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> bool:
-    """Whether a slice is computed in float32: where MLX has no fused kernel for it, as `is_widened` says."""
-    backend = here()
-    if q.dtype != mx.float16:
-        return is_widened(str(q.dtype).removeprefix("mlx.core."), backend)
-    return _has_no_kernel(*asked_for(q, k, v, mask, None), backend)
-
-
-@lru_cache(maxsize=1024)
-def _has_no_kernel(workload: Workload, needs: Needs, backend: Backend) -> bool:
-    return why_unfused(workload, backend, needs) is not None
 
 
 def _rows_at_first(workload: Workload, backend: Backend, needs: Needs) -> int:

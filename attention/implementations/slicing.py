@@ -20,8 +20,8 @@ from attention.implementations.blocks import Blocks
 from attention.implementations.blockwise import Heads, blocks_of, cut, head_groups
 from attention.implementations.chain import Chain
 from attention.implementations.differentiable import Arrays, Attend, Inputs, differentiable
-from attention.implementations.mlx_sdpa import attend_whole
-from attention.implementations.slice_size import ALIGNED, EVEN, slice_is_widened
+from attention.implementations.mlx_sdpa import attend_whole, is_call_widened
+from attention.implementations.slice_size import ALIGNED, EVEN
 from attention.implementations.waiting import Turns
 from attention.implementations.written import Written
 from attention.masks import Mask
@@ -122,7 +122,7 @@ def _attend(call: Slices, each: Slice, chain: Chain) -> Attend:
     elif mask.window is not None and not mask.blind_rows(*lengths):
         positions = mask.whole(*lengths)
         mask = Mask(array=None if positions is None else chain.after(positions)[0])
-    return lambda q, k, v: attend_whole(q, k, v, call.scale, mask, slice_is_widened(q, k, v, mask))
+    return lambda q, k, v: attend_whole(q, k, v, call.scale, mask, is_call_widened(q, k, v, mask))
 
 
 def slices_of(heads: Heads, seq: int, kv_seq: int, call: Slices) -> Iterator[Slice]:

@@ -1,7 +1,7 @@
 """`poc` as it is asked for by name: it takes attention sinks where its kernel does, and heeds `demo`'s trials."""
 
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ from msgspec import structs
 from attention.device import Device, probe
 from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
+from attention.implementations.mask_gradient import with_mask_gradient
 from attention.implementations.poc import MOST_KINDS, Poc, _kernel
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
@@ -95,7 +96,10 @@ class TunedPoc(Poc):
         kernel = _kernel(here())
         if isinstance(kernel, TakesSinks) and not self._route_of(q, k, v, mask, softcap, sinks).fallback:
             with suppress(KernelUnavailable):
-                return kernel.attend_with_sinks(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks)
+                attend = partial(kernel.attend_with_sinks, q, k, v, scale=scale, softcap=softcap, sinks=sinks)
+                return with_mask_gradient(
+                    lambda mask: attend(mask=mask), q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks
+                )
             self._routes.clear()
         return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks)
 

@@ -61,8 +61,14 @@ def test_float16_scores_beyond_its_range_are_right(implementation: object) -> No
 
 @pytest.mark.parametrize("shape", [(1, 4, 60, 70), (2, 1, 60, 70), (60, 70), (60, 1), (70,), (2, 4, 1, 1)], ids=str)
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_an_additive_mask_gets_its_gradient(budget: int | None, softcap: float | None, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "implementation", [*map(Practical, BUDGETS), "poc", "mlx"], ids=["whole", "blocks", "poc", "mlx"]
+)
+def test_an_additive_mask_gets_its_gradient(
+    implementation: object, softcap: float | None, shape: tuple[int, ...]
+) -> None:
+    if implementation == "mlx" and softcap:
+        pytest.skip("MLX's SDPA has no softcap")
     q, k, v = normal(2, 4, 60, 16), normal(2, 2, 70, 16, key=1), normal(2, 2, 70, 8, key=2)
     mask, way = normal(*shape, key=3), normal(2, 4, 60, 8, key=4)
 
@@ -73,7 +79,7 @@ def test_an_additive_mask_gets_its_gradient(budget: int | None, softcap: float |
         made: mx.array = mx.grad(loss)(mask)
         return made
 
-    assert np.allclose(np.array(gradient(Practical(budget))), np.array(gradient("baseline")), atol=1e-4)
+    assert np.allclose(np.array(gradient(implementation)), np.array(gradient("baseline")), atol=1e-4)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -93,7 +99,7 @@ def test_vmap_of_gradients_gives_each_its_own(budget: int | None) -> None:
 
 @pytest.mark.parametrize("mode", ["compile", "gradient"])
 def test_the_depth_of_a_graph_does_not_grow_with_its_tiles(mode: str) -> None:
-    q, k, v = (mx.zeros((1, 1, 4096, 8)) for _ in range(3))
+    q, k, v = (mx.zeros((1, 1, 2048, 8)) for _ in range(3))
 
     def loss(*x: mx.array) -> mx.array:
         return attention(*x, mask="causal", implementation=Practical(1 << 19)).sum()
@@ -109,3 +115,49 @@ def test_the_depth_of_a_graph_does_not_grow_with_its_tiles(mode: str) -> None:
         thread.join()
     finally:
         threading.stack_size(before)
+
+
+@pytest.mark.parametrize("implementation", ["baseline", "practical", "poc", "mlx"])
+@pytest.mark.parametrize(
+    "mask", [mx.array(True), mx.array(0.5), mx.arange(9) < 5, mx.zeros((1,))], ids=["b", "f", "L", "1"]
+)
+def test_masks_of_no_or_one_axis_broadcast(mask: mx.array, implementation: str) -> None:
+    q, k, v = (normal(2, 4, 9, 16, key=key) for key in range(3))
+    wanted = attention(q, k, v, mask=mx.broadcast_to(mask, (9, 9)), implementation="baseline")
+    assert mx.allclose(attention(q, k, v, mask=mask, implementation=implementation), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["baseline", "practical", "poc"])
+@pytest.mark.parametrize("softcap", [1e-30, 1e-10, 1e10, 1e30])
+def test_softcaps_of_any_size_are_right(softcap: float, implementation: str) -> None:
+    q, k, v = (normal(1, 2, 9, 16, key=key) for key in range(3))
+    got = attention(q, k, v, softcap=softcap, implementation=implementation)
+    wanted = attention(q, k, v, implementation="baseline") if softcap > 1 else v.mean(axis=2, keepdims=True)
+    assert mx.allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["baseline", "practical", "poc", "mlx"])
+def test_a_batch_larger_than_a_benchmark_takes_is_taken(implementation: str) -> None:
+    q = normal(70_000, 1, 1, 1)
+    assert mx.allclose(attention(q, q, q, implementation=implementation), q)
+
+
+@pytest.mark.parametrize(
+    "implementation", ["baseline", Practical(), Practical(1 << 16)], ids=["baseline", "whole", "blocks"]
+)
+def test_second_derivatives_and_tangents_are_those_of_float64(implementation: object) -> None:
+    q, k, v, way = (normal(1, 2, 40, 8, key=key) for key in range(4))
+
+    def loss(q: mx.array) -> mx.array:
+        return mx.square(attention(q, k, v, mask="causal", softcap=3.0, implementation=implementation)).sum()  # type: ignore[arg-type]
+
+    def along(q: mx.array) -> mx.array:
+        derivative: mx.array = (mx.grad(loss)(q) * way).sum()
+        return derivative
+
+    step = 1e-2
+    second = (mx.grad(along)(q) * way).sum().item()
+    wanted = (along(q + step * way) - along(q - step * way)).item() / (2 * step)
+    assert second == pytest.approx(wanted, rel=2e-2)
+    _, (tangent,) = mx.jvp(loss, [q], [way])
+    assert tangent.item() == pytest.approx(along(q).item(), rel=1e-3)

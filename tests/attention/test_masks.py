@@ -90,7 +90,10 @@ def test_a_blind_row_is_opened_and_the_others_are_left() -> None:
     [
         (mx.zeros((3, 5)), "got shape (3, 5); it takes one that broadcasts to (B, H, Lq, Lk) = (1, 2, 4, 5)"),
         (mx.zeros((1, 1, 1, 4, 5)), "got shape (1, 1, 1, 4, 5)"),
-        (mx.zeros((4, 5), mx.int32), "got an array of int32; it takes bool (True is seen) or floating (added)"),
+        (
+            mx.zeros((4, 5), mx.int32),
+            "got an array of int32; it takes bool (True is seen), or numbers to add in float32",
+        ),
     ],
 )
 def test_an_array_that_does_not_fit_is_told(array: mx.array, words: str) -> None:
