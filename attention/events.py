@@ -141,6 +141,15 @@ class CallsCounted(Event, tag="calls_counted"):
     """The path that most of the computed calls took; None where none was computed."""
 
 
+class Expected(Event, tag="expected"):
+    """How long a case will take from here, by what one timed call took; told before its rounds."""
+
+    case: int
+    seconds: float
+    """Of all implementations, preparation and rounds."""
+    implementations: int
+
+
 class LayersTimed(Event, tag="layers_timed"):
     """What two numbers of layers say: the time of one layer, and of everything else."""
 
@@ -245,7 +254,15 @@ class RunRefused(Event, tag="run_refused"):
 RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | Checked | MemoryMeasured | LatencyMeasured
 ModelRowEvent = CallsCounted | LayersTimed
 CaseEvent = (
-    CaseStarted | ReferenceChosen | RoundsDone | WeightsMade | IterationDone | CaseDone | RowEvent | ModelRowEvent
+    CaseStarted
+    | ReferenceChosen
+    | RoundsDone
+    | WeightsMade
+    | Expected
+    | IterationDone
+    | CaseDone
+    | RowEvent
+    | ModelRowEvent
 )
 TuningEvent = TrialStarted | Tuned | Switched
 AnyEvent = (

@@ -131,6 +131,8 @@ class RunRecord(ABC, Generic[P, C]):
                 self._take_iteration(event, case)
             case on.CaseDone():
                 case.stopped_by = event.stopped_by
+            case on.Expected():
+                pass
             case _:
                 self._apply_to_row(event, case.rows[event.implementation])
 

@@ -45,6 +45,8 @@ def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> Said:
             return f"case {event.case + 1} of {len(plan.cases)}: {plan.cases[event.case].label}", "info"
         case on.RouteFound():
             return f"{event.implementation}: {event.route.path}; {event.route.reason}", "info"
+        case on.Expected():
+            return expected(event), "info"
         case on.RowEnded():
             level: Level = "error" if event.status == "failed" else "warning"
             return f"{event.implementation}: {event.status}: {event.reason}", level
@@ -59,3 +61,9 @@ def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> Said:
         case on.CaseDone():
             return f"case {event.case + 1} of {len(plan.cases)} complete, stopped by {event.stopped_by}", "info"
     return SILENT
+
+
+def expected(event: on.Expected) -> str:
+    """An estimate in words: "about 4 min 20 s for 5 implementations"."""
+    count = event.implementations
+    return f"about {figures.duration(event.seconds)} for {count} implementation{'s' if count > 1 else ''}"

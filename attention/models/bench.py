@@ -75,11 +75,11 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         if work.phase == "prefill" and not work.estimated and work.layers > ADVISED_LAYERS:
             self._look_ahead(work, len(names))
         arms: list[ModelArm] = []
-        for name in names:
+        for index, name in enumerate(names):
             arm = self._prepare(name, setting)
             if arm is not None:
                 arms.append(arm)
-                self._expect(arm, len(names) - names.index(name))
+                self._expect(arm, len(names), left=len(names) - index - 1, first=len(arms) == 1)
         if not arms:
             return "failed"
         return self._run_rounds(arms, self._plan.seconds, beside=[_arm(on.WITHOUT, setting, arms[0].call_s)])
@@ -199,11 +199,23 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             text = f"the whole model takes {seconds / 60:.0f} minutes or more for this prompt"
             self._teller.say(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
 
-    def _expect(self, arm: ModelArm, left: int) -> None:
-        """Tells how long the case will still take if all are as fast as this one."""
-        a_round = arm.call_s * (len(self._plan.ordered) + 2)
-        seconds = arm.call_s * (left - 1) + max(self._plan.seconds, MIN_ROUNDS * a_round)
+    def _expect(self, arm: ModelArm, count: int, *, left: int, first: bool) -> None:
+        """Tell how long the case will still take if all implementations are as fast as this one.
+
+        Args:
+            arm: the one whose call was timed.
+            count: implementations of the case; the reference's second arm and the model without attention come on top.
+            left: of them, those still to be prepared.
+            first: whether this is the first estimate of the case.
+        """
+        layers = arm.layers
+        shorter = layers.few / layers.many if arm.short else 0.0
+        a_round = arm.sample_s * (1 + shorter) * (count + 2)
+        # An implementation's preparation is its first call and, unless that was slow, another one to warm up.
+        seconds = 2 * arm.call_s * left + max(self._plan.seconds, MIN_ROUNDS * a_round)
         self._teller.progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)
+        if first:
+            self._teller.emit(on.Expected(case=self._teller.case, seconds=seconds, implementations=count))
 
     def _tell_of(self, arm: Arm) -> None:
         assert isinstance(arm, ModelArm)

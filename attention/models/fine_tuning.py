@@ -1,8 +1,8 @@
 """Runs fine-tunings: one implementation after the other on the same batches, the first of them twice."""
 
 import math
-import time
 from collections.abc import Callable
+from statistics import median
 from typing import Final
 
 import mlx.core as mx
@@ -17,11 +17,13 @@ from attention.models.state import StateChanged
 from attention.models.training import fine_tune
 from attention.models.workloads import FineTuning
 from attention.plan import FineTuningPlan
+from attention.report import MIN_ROUNDS
 from attention.workload import Workload
 
 AGAIN_SHARE: Final = 4
 FEWEST_AGAIN: Final = 10
 """The reference's second fine-tuning, the noise floor, makes a quarter of the iterations, but at least ten."""
+WARM_UP_ITERATIONS: Final = 2
 LOGIT_BYTES: Final = 12
 """Of each entry of the logits: in the model's type, in float32, and their gradient."""
 
@@ -79,8 +81,14 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
 
     def _train_all(self, names: list[str], work: FineTuning) -> str:
         self._start: str | None = None
+        if work.iters <= MIN_ROUNDS:
+            self._teller.say(
+                f"{work.iters} iterations are too few for a verdict: the first one compiles, "
+                f"and {MIN_ROUNDS} more are needed; --iters {MIN_ROUNDS + 1} or more gives one"
+            )
+        self._compiling_s = 0.0
+        self._to_come = [work.iters] * len(names) + [_iterations_again(work)]
         self._warm_up(work)
-        self._began, self._done, self._total = time.perf_counter(), 0, work.iters * len(names) + _iterations_again(work)
         reference, complete = None, True
         for name in names:
             done = self._train(name, work)
@@ -94,12 +102,25 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         return "iterations" if complete else "time"
 
     def _warm_up(self, work: FineTuning) -> None:
-        """One iteration with mlx-lm's own attention, so that what all compile is not the first one's to wait for."""
+        """Run two iterations with mlx-lm's own attention: one compiles what all share, and one is timed."""
         self._teller.progress("compiling what all share")
+        self._teller.say("compiling what all implementations share, and timing an iteration")
+        times: list[float] = []
         try:
-            self._fine_tune(work, 1, lambda loss, seconds: None)
+            self._fine_tune(work, WARM_UP_ITERATIONS, lambda loss, seconds: times.append(seconds))
         except Exception as error:
             self._teller.say(f"mlx-lm's own attention cannot be fine-tuned here: {type(error).__name__}: {error}")
+            return
+        self._compiling_s, iteration_s = times[0], times[-1]
+        seconds = self._left_s(iteration_s)
+        self._teller.progress(f"an iteration takes {iteration_s:.3g} s", seconds)
+        count = len(self._to_come) - 1
+        self._teller.emit(on.Expected(case=self._teller.case, seconds=seconds, implementations=count))
+
+    def _left_s(self, iteration_s: float) -> float:
+        """Seconds of the fine-tunings to come; the time of each is limited after its first iteration."""
+        each = (min((iters - 1) * iteration_s, self._plan.seconds) for iters in self._to_come)
+        return sum(self._compiling_s + seconds for seconds in each)
 
     def _train(self, name: str, work: FineTuning) -> bool | None:
         """Fine-tunes with an implementation; says whether all iterations were made, None where it failed."""
@@ -150,7 +171,8 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
             raise StateChanged("weights, optimizer or random numbers are not those that the first row started with")
 
     def _told(self, name: str, iters: int) -> Callable[[float, float], None]:
-        count = 0
+        count, times = 0, list[float]()
+        self._to_come.pop(0)
 
         def told(loss: float, seconds: float) -> None:
             nonlocal count
@@ -166,11 +188,11 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
                     peak_bytes=mx.get_peak_memory(),
                 )
             )
-            self._done += 1
+            times.append(seconds)
             rate = f"loss {loss:.3f}, {1 / seconds:.3g} it/s"
-            each_s = (time.perf_counter() - self._began) / self._done
-            left_s = each_s * (self._total - self._done)
-            self._teller.progress(f"{name}: iteration {count} of {iters}, {rate}", left_s)
+            each_s = median(times[1:] or times)
+            left_s = max(0.0, min((iters - count) * each_s, self._plan.seconds - sum(times[1:])))
+            self._teller.progress(f"{name}: iteration {count} of {iters}, {rate}", left_s + self._left_s(each_s))
 
         return told
 

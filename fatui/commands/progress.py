@@ -11,6 +11,7 @@ from attention.tuning.news import in_words
 from fatui import figures
 from fatui.cli import tell
 from fatui.engine import Silence
+from fatui.narrate import expected
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 REDRAW_S: Final = 0.25
 """Drawing more often would take time from what is measured."""
 BAR_WIDTH: Final = 30
+MAX_QUIET_S: Final = 10.0
+"""Without a bar, what the run is at is said after so long without a line."""
 
 
 class Narrator:
@@ -31,6 +34,7 @@ class Narrator:
         self._progress: on.Progress | None = None
         self._progress_at = 0.0
         self._told = ""
+        self._told_at = time.monotonic()
         self._silence_told_s = 0.0
 
     def __enter__(self) -> Self:
@@ -55,6 +59,8 @@ class Narrator:
             case on.CaseStarted() if self._bar is None:
                 label = self._plan.cases[event.case].label
                 self._say(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
+            case on.Expected():
+                self._say(expected(event))
             case on.StepStarted(step="training") if self._bar is None:
                 self._say(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:
@@ -67,6 +73,8 @@ class Narrator:
     def tick(self, silence: Silence) -> None:
         """Counts down, and says that the engine is silent, first and whenever that has lasted twice as long."""
         self._draw()
+        if self._bar is None and time.monotonic() - self._told_at >= MAX_QUIET_S:
+            self._say(self._progress.now if self._progress else "starting the engine")
         if not silence.unexplained:
             self._silence_told_s = 0.0
         elif silence.seconds >= 2 * self._silence_told_s:
@@ -88,7 +96,7 @@ class Narrator:
         """Says a line once; a restarted engine begins its case again, which is no news."""
         if text == self._told:
             return
-        self._told = text
+        self._told, self._told_at = text, time.monotonic()
         if self._bar:
             self._bar.console.print(f"fatui: {text}", markup=False, highlight=False)
         else:

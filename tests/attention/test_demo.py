@@ -201,7 +201,9 @@ def test_the_code_mark_changes_with_a_kernel(tmp_path: Path, monkeypatch: pytest
     assert code_mark.code_mark.__wrapped__("kernels/cuda") == code_mark.code_mark.__wrapped__("kernels/metal")
 
 
-@pytest.mark.parametrize("array", [None, mx.bool_, mx.float32], ids=str)
+@pytest.mark.parametrize(
+    "array", [mx.float32, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, mx.bool_))], ids=str
+)
 def test_a_function_traced_before_any_trial_gets_one_on_inputs_of_its_own(store: Store, array: mx.Dtype | None) -> None:
     slow, fast = Timed("slow", 0.004), Timed("fast", 0.001)
     demo = make(store, slow=slow, fast=fast)

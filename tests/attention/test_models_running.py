@@ -25,17 +25,39 @@ def uncompiled():
 
 
 def run(bench, plan):
-    record = record_of(plan)
-    bench(Assignment(plan=plan), plan, record.apply).run()
+    return watched(bench, plan)[0]
+
+
+def watched(bench, plan):
+    """The record of a run, and all events of it."""
+    record, told = record_of(plan), []
+
+    def listen(event):
+        told.append(event)
+        record.apply(event)
+
+    bench(Assignment(plan=plan), plan, listen).run()
     assert record.done
-    return record
+    return record, told
+
+
+def estimates_before(told, kind):
+    """The estimates of a run's cases, each told before the first event of a kind in its case."""
+    estimates = {event.case: event for event in told if isinstance(event, on.Expected)}
+    for case, estimate in estimates.items():
+        first = next(event for event in told if isinstance(event, kind) and event.case == case)
+        assert told.index(estimate) < told.index(first)
+    return estimates
 
 
 def test_both_phases_are_measured_with_every_implementation_in_the_model():
     cases = generations(
         4, model="tiny-llama", prompts=[24], batches=[2], generate=3, measured_layers=2, dtype="float32"
     )
-    record = run(GenerationBench, GenerationPlan(cases=cases, implementations=NAMES, seconds=0.2))
+    record, told = watched(GenerationBench, GenerationPlan(cases=cases, implementations=NAMES, seconds=0.2))
+    estimates = estimates_before(told, on.RoundsDone)
+    assert [*estimates] == [0, 1]
+    assert all(each.implementations == 3 and each.seconds >= 0.2 for each in estimates.values())
     for index, layers in ((0, 4), (1, 2)):
         case = record.case(index)
         baseline, ours, wrong = case.rows
@@ -48,6 +70,14 @@ def test_both_phases_are_measured_with_every_implementation_in_the_model():
         assert "allowed" in wrong.reason
         assert case.noise_floor
     assert record.case(1).rows[0].tokens_per_second == pytest.approx(2 / record.case(1).rows[0].call_s.median)
+
+
+def test_what_will_not_fit_is_refused_before_any_weights_are_made():
+    cases = generations(22, model="tinyllama-1.1b", prompts=[16], batches=[1], dtype="bfloat16")
+    plan = GenerationPlan(cases=cases, implementations=("baseline",), memory_limit_bytes=2**30)
+    (row,) = run(GenerationBench, plan).case(0).rows
+    assert row.status == "refused"
+    assert row.reason.endswith(" GiB of 1; --layers 8 would fit, and estimate the whole model")
 
 
 def test_decoding_leaves_the_cache_as_it_found_it():
@@ -71,16 +101,10 @@ def test_decoding_leaves_the_cache_as_it_found_it():
 
 
 def test_every_implementation_learns_the_same_from_the_same_batches(uncompiled):
-    work = FineTuning(model="tiny-llama", seq=24, batch=2, iters=7, rank=2, layers=4, tuned_layers=2, dtype="float32")
-    told = []
-    plan = FineTuningPlan(cases=(work,), implementations=NAMES, seconds=60)
-    record = record_of(plan)
-
-    def listen(event):
-        told.append(event)
-        record.apply(event)
-
-    FineTuningBench(Assignment(plan=plan), plan, listen).run()
+    work = FineTuning(model="tiny-llama", seq=8, batch=1, iters=7, rank=2, layers=4, tuned_layers=1, dtype="float32")
+    record, told = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=NAMES, seconds=60))
+    (estimate,) = estimates_before(told, on.IterationDone).values()
+    assert estimate.implementations == 3 and 0 < estimate.seconds < 600
     case = record.case(0)
     baseline, ours, wrong = case.rows
     assert [baseline.status, ours.status, wrong.status] == ["ok", "ok", "inaccurate"]
@@ -101,7 +125,9 @@ def test_a_fine_tuning_ends_with_its_time(uncompiled):
 
 def test_demo_is_tuned_for_training_by_the_step_that_trains(uncompiled):
     work = FineTuning(model="tiny-llama", seq=24, batch=2, iters=2, rank=2, layers=4, tuned_layers=2, dtype="float32")
-    record = run(FineTuningBench, FineTuningPlan(cases=(work,), implementations=("mlx", "demo"), seconds=60))
+    record, told = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=("mlx", "demo"), seconds=60))
+    texts = [event.text for event in told if isinstance(event, on.Message)]
+    assert any("2 iterations are too few for a verdict" in text and "--iters 7" in text for text in texts), texts
     _, demo = record.case(0).rows
     assert demo.path.startswith("tuned: ")
     assert demo.loss_difference < 1e-4

@@ -19,6 +19,8 @@ from attention.plan import FineTuningPlan, GenerationPlan
 from attention.report import Report
 from attention.route import Route
 from fatui import cli, export
+from fatui.commands.progress import MAX_QUIET_S, Narrator
+from fatui.engine import Silence
 from fatui.history import History
 from fatui.table import report_table
 
@@ -153,6 +155,25 @@ def test_the_history_keeps_models(tmp_path):
     assert history.get("last") == kept
 
 
+@pytest.mark.parametrize("now", ["", "compiling what all share"])
+def test_ten_seconds_without_a_line_are_the_most(now, monkeypatch, capsys):
+    narrator = Narrator(GenerationPlan(cases=GENERATIONS, implementations=("baseline",)))
+    if now:
+        narrator.listen(on.Progress(done=0.0, remaining_s=9.0, now=now))
+    later = time.monotonic() + MAX_QUIET_S
+    monkeypatch.setattr("fatui.commands.progress.time.monotonic", lambda: later)
+    for _ in range(2):
+        narrator.tick(Silence(clock=lambda: 0.0))
+    assert capsys.readouterr().err == f"fatui: {now or 'starting the engine'}\n"
+
+
+def test_the_estimate_is_told_in_words(capsys):
+    narrator = Narrator(GenerationPlan(cases=GENERATIONS, implementations=("baseline",)))
+    narrator.listen(on.Expected(case=0, seconds=260, implementations=5))
+    assert capsys.readouterr().err == "fatui: about 4 min 20 s for 5 implementations\n"
+
+
+@pytest.mark.slow
 def test_what_will_not_fit_is_refused_with_both_figures_and_the_advice():
     done = fatui("model", "tinyllama-1.1b", "--memory-limit", "1GiB", "--impl", "baseline", "--prompt", "16")
     assert done.returncode == 0
