@@ -2,8 +2,8 @@
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +12,7 @@ from attention import masks
 from attention.device import Device
 from attention.errors import UnsupportedError
 from attention.implementations.asked import here
+from attention.implementations.mask_gradient import with_mask_gradient
 from attention.masks import Mask, of_workload
 from attention.route import PLAIN, Needs, Route, unsupported
 from attention.workload import Workload
@@ -49,17 +50,20 @@ class TorchSdpa:
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Attends, converting there and back; shapes as in the protocol. No gradient passes through.
+        """Attends, converting there and back; shapes as in the protocol. Gradients are torch's own.
 
         Raises:
-            UnsupportedError: torch is not installed, or a softcap is given.
+            UnsupportedError: torch is not installed, a softcap is given, or `mx.compile` or `mx.vmap` traces the call.
         """
         if softcap is not None:
             raise UnsupportedError(f"torch: {NO_SOFTCAP}")
         place = _place()
-        bound = Bound(q.shape[2], k.shape[2], mask, place, q.dtype)
-        with _torch().no_grad():
-            return to_mlx(bound.attend([to_torch(x, place) for x in (q, k, v)], scale))
+
+        def attend(mask: Mask) -> mx.array:
+            bound = _computed(lambda: Bound(q.shape[2], k.shape[2], mask, place, q.dtype))
+            return _differentiable(bound, scale, place)(q, k, v)
+
+        return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask)
 
     def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> "TorchRunner":
         """Converts the inputs, and binds the call."""
@@ -88,6 +92,8 @@ class Bound:
         """Calls torch's SDPA; rows that see nothing give 0."""
         torch = _torch()
         q, k, v = primals
+        if scale < 0:  # of which torch's CPU flash kernel makes NaN under a causal mask
+            q, scale = -q, -scale
         grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=self.mask, is_causal=self.is_causal, scale=scale, **grouped
@@ -139,6 +145,51 @@ class TorchRunner:
         torch.cuda.reset_peak_memory_stats()
         self.wait(self.queue())
         return int(torch.cuda.max_memory_allocated()) - int(before)
+
+
+T = TypeVar("T")
+
+
+def _differentiable(bound: Bound, scale: float, place: str) -> Callable[..., mx.array]:
+    """torch's SDPA of q, k and v, which computes at once, with the gradient that torch gives it."""
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        with _torch().no_grad():
+            return _computed(lambda: to_mlx(bound.attend([to_torch(x, place) for x in (q, k, v)], scale)))
+
+    @mx.custom_function
+    def pull(cotangent: mx.array, *inputs: mx.array) -> list[mx.array]:
+        def gradients() -> list[mx.array]:
+            primals = [to_torch(x, place).requires_grad_() for x in inputs]
+            with _torch().enable_grad():
+                out = bound.attend(primals, scale)
+            return [to_mlx(x) for x in _torch().autograd.grad(out, primals, to_torch(cotangent, place))]
+
+        return _computed(gradients)
+
+    @attend.vjp
+    def pull_back(inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
+        return cast("list[mx.array]", pull(cotangent, *inputs))
+
+    def refuse(*_: object) -> list[mx.array]:
+        raise UnsupportedError("torch: only first derivatives in reverse mode; implementation 'baseline' has all")
+
+    pull.vjp(refuse)
+    attend.jvp(refuse)
+    return cast("Callable[..., mx.array]", attend)
+
+
+def _computed(convert: Callable[[], T]) -> T:
+    """What a conversion gives that needs the numbers of MLX arrays, which `mx.compile` and `mx.vmap` do not have."""
+    try:
+        return convert()
+    except ValueError as error:
+        if "[eval]" not in str(error):
+            raise
+        raise UnsupportedError(
+            "torch: it computes at once and cannot be traced by mx.compile or mx.vmap; implementation 'baseline' can"
+        ) from error
 
 
 def to_torch(array: mx.array, place: str) -> Tensor:

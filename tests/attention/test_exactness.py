@@ -1,12 +1,13 @@
 """Results that do not depend on the size of a call: the same within a budget and beyond it."""
 
 import threading
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from attention import attention
+from attention import UnsupportedError, attention
 from attention.implementations.practical import Practical
 
 BUDGETS = [None, 1 << 16]
@@ -161,3 +162,38 @@ def test_second_derivatives_and_tangents_are_those_of_float64(implementation: ob
     assert second == pytest.approx(wanted, rel=2e-2)
     _, (tangent,) = mx.jvp(loss, [q], [way])
     assert tangent.item() == pytest.approx(along(q).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [None, "causal", "bool", "add"])
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_torch_has_its_gradients_and_signs(scale: float, kind: str | None) -> None:
+    pytest.importorskip("torch")
+    q, k, v = normal(1, 4, 9, 16), normal(1, 2, 12, 16, key=1), normal(1, 2, 12, 16, key=2)
+    mask = mx.arange(12) < 7 if kind == "bool" else normal(12, key=3) if kind == "add" else kind
+
+    def loss(implementation: str) -> list[mx.array]:
+        def call(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return mx.square(attention(q, k, v, mask=mask, scale=scale, implementation=implementation)).sum()
+
+        value, gradients = mx.value_and_grad(call, argnums=(0, 1, 2))(q, k, v)
+        return [value, *gradients]
+
+    assert all(mx.allclose(got, wanted, atol=1e-4) for got, wanted in zip(loss("torch"), loss("baseline"), strict=True))
+
+
+@pytest.mark.parametrize("transform", ["compile", "vmap", "jvp", "second"])
+def test_torch_refuses_what_it_cannot_do_in_one_line(transform: str) -> None:
+    pytest.importorskip("torch")
+    q = normal(1, 1, 2, 4, 8)
+
+    def call(q: mx.array) -> mx.array:
+        return attention(q, q, q, implementation="torch").sum()
+
+    calls: dict[str, Callable[[], object]] = {
+        "compile": lambda: mx.compile(call)(q[0]),
+        "vmap": lambda: mx.vmap(call)(q),
+        "jvp": lambda: mx.jvp(call, [q[0]], [q[0]]),
+        "second": lambda: mx.grad(lambda q: mx.grad(call)(q).sum())(q[0]),
+    }
+    with pytest.raises(UnsupportedError, match=r"torch: .*'baseline'"):
+        calls[transform]()
