@@ -8,6 +8,8 @@ from attention.models.workloads import FineTuning, Generation
 from attention.workload import Workload
 
 SCHEMA: Final = 1
+COMPLETE: Final = ("precision", "time", "iterations")
+"""What stopped the rounds of a row that was not broken off."""
 MIN_ROUNDS: Final = 6
 """The fewest samples whose range is a 95 % interval of their median; with fewer there is no interval and no verdict."""
 Status = Literal["ok", "failed", "refused", "unsupported", "inaccurate"]
@@ -98,9 +100,14 @@ class Row(Struct, frozen=True, kw_only=True):
 
     @property
     def collecting(self) -> str | None:
-        """What stands in place of a verdict until there are enough rounds, as "collecting 2 of 6"; None afterwards."""
-        running = self.status in ("ok", "inaccurate") and self.too_few_rounds
-        return f"collecting {len(self.samples)} of {MIN_ROUNDS}" if running else None
+        """What stands in place of a verdict while there are too few rounds for one; None once there are enough.
+
+        "collecting 2 of 6" of a run that goes on or was broken off, "only 2 of 6" where no more were to be made.
+        """
+        if self.status not in ("ok", "inaccurate") or not self.too_few_rounds:
+            return None
+        word = "only" if self.stopped_by in COMPLETE else "collecting"
+        return f"{word} {len(self.samples)} of {MIN_ROUNDS}"
 
 
 class CaseRows(Struct, frozen=True, kw_only=True):

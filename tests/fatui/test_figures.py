@@ -152,6 +152,12 @@ def test_too_few_rounds_give_no_verdict_anywhere(rounds):
         assert not any(word in shown for word in ("±", "★", "fastest", "noise floor 0", "accurate"))
 
 
+def test_a_complete_run_of_too_few_rounds_collects_no_more():
+    (case,) = interrupted_after(2).cases
+    row = structs.replace(case.rows[1], stopped_by="iterations")
+    assert figures.verdict(row, case) == figures.word(row, case) == "only 2 of 6"
+
+
 def test_six_rounds_give_a_verdict():
     report = interrupted_after(6)
     (case,) = report.cases

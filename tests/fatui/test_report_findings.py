@@ -220,13 +220,13 @@ def test_memory_beyond_twice_the_references_is_a_factor():
     assert told.endswith("on B=1 L=256 D=64 H=8 float16 it takes 34.0 times as much.")
 
 
-def test_nothing_is_claimed_of_rows_that_are_still_collecting():
+def test_nothing_is_claimed_of_too_few_rounds():
     few = with_rows(report_of(plan_of(SWEEP)), lambda row: structs.replace(row, samples=row.samples[:3]))
     document = compose([few])
     assert texts(document) == []
     (table,) = blocks(document, Table, "not claimed")
     assert len(table.rows) == 4 * len(SWEEP)
-    assert {row[-1] for row in table.rows} == {"collecting 3 of 6"}
+    assert {row[-1] for row in table.rows} == {"only 3 of 6"}
 
 
 def test_nothing_is_claimed_without_a_reference_or_of_failed_rows():
