@@ -209,7 +209,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             first: whether this is the first estimate of the case.
         """
         layers = arm.layers
-        shorter = layers.few / layers.many if arm.short else 0.0
+        shorter = (layers.few - layers.unfinished) / (layers.many - layers.unfinished) if arm.short else 0.0
         a_round = arm.sample_s * (1 + shorter) * (count + 2)
         # An implementation's preparation is its first call and, unless that was slow, another one to warm up.
         seconds = 2 * arm.call_s * left + max(self._plan.seconds, MIN_ROUNDS * a_round)
