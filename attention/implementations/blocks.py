@@ -1,5 +1,6 @@
 """How large the blocks of a blockwise attention may be: pure arithmetic."""
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -11,6 +12,9 @@ ROWS: Final = 256
 """Query rows a block has before it takes more heads: enough for a matrix product to run at its full rate."""
 SMALLEST_ROWS: Final = 32
 SMALLEST_KEYS: Final = 256
+MAX_TINY_TILES: Final = 1024
+TINY_BYTES: Final = MIB
+"""A tile of less grows beyond the budget where there are more than so many."""
 SUMS_SHARE: Final = 0.25
 """Share of the budget that a backward pass may spend on sums of dQ, which save it a second look at every tile."""
 
@@ -51,7 +55,8 @@ def choose(shape: Shape, budget_bytes: int, comfort_bytes: int | None = None) ->
     rows not below what a matrix product likes while there are keys to halve. Then the tile takes in more heads,
     more sequences and more rows while it stays within comfort, which is the budget unless given: on a CPU a tile gains
     nothing from outgrowing the caches.
-    A tile never gets smaller than one row and one key, so a budget below `tile_bytes` of that cannot be kept.
+    A tile never gets smaller than one row and one key, so a budget below `tile_bytes` of that cannot be kept. Nor can
+    one that would cut a call into more than `MAX_TINY_TILES` of less than `TINY_BYTES`: their graph would take minutes.
     """
     comfort = budget_bytes if comfort_bytes is None else min(comfort_bytes, budget_bytes)
     blocks = Blocks(batches=1, kv_heads=1, rows=min(shape.seq, ROWS), keys=shape.kv_seq)
@@ -59,9 +64,23 @@ def choose(shape: Shape, budget_bytes: int, comfort_bytes: int | None = None) ->
     if shape.training and blocks.keys < shape.kv_seq and query_sum_bytes(shape, blocks) <= SUMS_SHARE * budget_bytes:
         blocks = structs.replace(blocks, sums_queries=True)
         blocks = _halved(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
-    for axis, whole in (("kv_heads", shape.kv_heads), ("batches", shape.batch), ("rows", shape.seq)):
-        blocks = _grown(blocks, axis, whole, lambda candidate: tile_bytes(shape, candidate) <= comfort)
+    wholes = {"kv_heads": shape.kv_heads, "batches": shape.batch, "rows": shape.seq, "keys": shape.kv_seq}
+    for axis in ("kv_heads", "batches", "rows"):
+        blocks = _grown(blocks, axis, wholes[axis], lambda candidate: tile_bytes(shape, candidate) <= comfort)
+    while tile_count(shape, blocks) > MAX_TINY_TILES:
+        larger = blocks
+        for axis in ("rows", "keys"):
+            larger = structs.replace(larger, **{axis: min(wholes[axis], 2 * getattr(larger, axis))})
+        if larger == blocks or tile_bytes(shape, larger) > TINY_BYTES:
+            break
+        blocks = larger
     return blocks
+
+
+def tile_count(shape: Shape, blocks: Blocks) -> int:
+    """How many tiles there are, those that a mask hides included."""
+    axes = ((shape.batch, blocks.batches), (shape.kv_heads, blocks.kv_heads), (shape.seq, blocks.rows))
+    return math.prod(-(-whole // part) for whole, part in (*axes, (shape.kv_seq, blocks.keys)))
 
 
 def tile_bytes(shape: Shape, blocks: Blocks) -> int:

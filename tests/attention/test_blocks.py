@@ -3,7 +3,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.implementations.blocks import MIB, Blocks, Shape, choose, tile_bytes
+from attention.implementations.blocks import (
+    MAX_TINY_TILES,
+    MIB,
+    TINY_BYTES,
+    Blocks,
+    Shape,
+    choose,
+    tile_bytes,
+    tile_count,
+)
 
 shapes = st.builds(
     Shape,
@@ -24,8 +33,8 @@ SMALLEST = Blocks(batches=1, kv_heads=1, rows=1, keys=1)
 
 @given(shapes, budgets)
 def test_a_tile_fits_its_budget_wherever_any_tile_can(shape: Shape, budget: int) -> None:
-    blocks = choose(shape, budget)
-    assert tile_bytes(shape, blocks) <= max(budget, tile_bytes(shape, SMALLEST))
+    taken = tile_bytes(shape, choose(shape, budget))
+    assert taken <= max(budget, tile_bytes(shape, SMALLEST), TINY_BYTES)
 
 
 @given(shapes, budgets, st.integers(1, 64 * MIB))
@@ -50,3 +59,10 @@ def test_a_larger_budget_never_gives_fewer_scores_in_a_tile(shape: Shape, budget
         return blocks.batches * blocks.kv_heads * blocks.rows * blocks.keys
 
     assert scores(choose(shape, 4 * budget)) >= scores(choose(shape, budget)) / 2
+
+
+def test_a_tiny_budget_does_not_make_thousands_of_tiles() -> None:
+    shape = Shape(batch=3, kv_heads=2, group=8, seq=220, kv_seq=300, head_dim=32, value_dim=32, score_bytes=80)
+    blocks = choose(shape, 64 * 1024)
+    assert tile_count(shape, blocks) <= MAX_TINY_TILES
+    assert tile_bytes(shape, blocks) <= TINY_BYTES
