@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from attention import masks
 from attention.device import Device
-from attention.implementations.unfused import unfused_bytes, widened_bytes
+from attention.implementations.unfused import named_products, unfused_bytes, widened_bytes
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
 from attention.workload import Workload
@@ -21,7 +21,7 @@ class Baseline:
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         """Always the same path, and it takes everything."""
         return Route(
-            path="manual, unfused",
+            path=named_products("manual, unfused", workload.dtype, device.backend),
             fused=False,
             reason="separate steps, which build the whole score matrix",
             predicted_bytes=widened_bytes(workload, needs)

@@ -9,7 +9,7 @@ from attention.device import Backend, Device
 from attention.errors import UnsupportedError
 from attention.implementations.asked import asked_for, here
 from attention.implementations.mask_gradient import with_mask_gradient
-from attention.implementations.unfused import is_widened, unfused_bytes
+from attention.implementations.unfused import is_widened, named_products, unfused_bytes
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
 from attention.workload import ITEM_BYTES, Workload
@@ -32,7 +32,7 @@ class MlxSdpa:
         refusal = why_unfused(workload, device.backend, needs)
         if refusal:
             return Route(
-                path="MLX SDPA, unfused",
+                path=named_products("MLX SDPA, unfused", workload.dtype, device.backend),
                 fused=False,
                 reason=refusal,
                 predicted_bytes=unfused_bytes(workload, needs),
@@ -91,11 +91,12 @@ def is_call_widened(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> bool:
     backend = here()
     if q.dtype != mx.float16:
         return is_widened(str(q.dtype).removeprefix("mlx.core."), backend)
-    return _is_unfused(*asked_for(q, k, v, mask, None), backend)
+    return is_unfused(*asked_for(q, k, v, mask, None), backend)
 
 
 @lru_cache(maxsize=1024)
-def _is_unfused(workload: Workload, needs: Needs, backend: Backend) -> bool:
+def is_unfused(workload: Workload, needs: Needs, backend: Backend) -> bool:
+    """Whether MLX has no fused kernel for a call."""
     return why_unfused(workload, backend, needs) is not None
 
 

@@ -14,9 +14,9 @@ from attention.device import Backend, Device
 from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
 from attention.implementations.mask_gradient import with_mask_gradient
-from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole, is_call_widened
+from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole, is_call_widened, is_unfused
 from attention.implementations.practical import Practical
-from attention.implementations.unfused import whole_bytes
+from attention.implementations.unfused import named_products, whole_bytes
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
 from attention.workload import Workload
@@ -110,6 +110,8 @@ class Poc:
             if not behind.fused:
                 behind = structs.replace(behind, predicted_bytes=whole_bytes(workload, device.backend, needs))
             path, reason = TO_SDPA, f"{own.reason}; {behind.reason}"
+        if not behind.fused:
+            path = named_products(path, workload.dtype, device.backend)
         return structs.replace(behind, path=path, reason=reason, fallback=True)
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
@@ -161,9 +163,9 @@ class Poc:
                 return out
         if softcap is not None:
             out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
-            watching.ran(TO_PRACTICAL)
+            watching.ran(named_products(TO_PRACTICAL, str(q.dtype).removeprefix("mlx.core."), here()))
             return out
-        watching.ran(TO_SDPA)
+        watching.ran(_sdpa_path(q, k, v, mask))
         return attend_whole(q, k, v, scale, mask, is_call_widened(q, k, v, mask))
 
     def _ask(
@@ -183,6 +185,14 @@ class Poc:
 
 def _variant_path(path: str, variant: str | None) -> str:
     return f"{path}, {variant}"[:22]
+
+
+def _sdpa_path(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> str:
+    backend = here()
+    if backend != "cuda" or q.dtype != mx.float32:
+        return TO_SDPA
+    workload, needs = asked_for(q, k, v, mask, None)
+    return named_products(TO_SDPA, workload.dtype, backend) if is_unfused(workload, needs, backend) else TO_SDPA
 
 
 def _form(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:

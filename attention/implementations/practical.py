@@ -21,7 +21,7 @@ from attention.implementations.packed import KeyOrValue, Packed, attend_packed
 from attention.implementations.practical_choice import Choice, choice, shape_of
 from attention.implementations.slice_size import NOTHING, Handed, slices_bytes
 from attention.implementations.slicing import Slices
-from attention.implementations.unfused import is_widened, whole_bytes
+from attention.implementations.unfused import is_widened, named_products, whole_bytes
 from attention.implementations.waiting import AT_ONCE, QUEUED, at_once, turns
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
@@ -54,9 +54,16 @@ class Practical:
         if not choice.cuts_forward and (not (behind or needs.sinks) or workload.pass_ != "training"):
             fused = whole == "fused"
             needed = (fused_bytes if fused else whole_bytes)(workload, device.backend, needs)
-            return Route(path=WHOLE[whole], fused=fused, reason=choice.reason, predicted_bytes=needed)
+            return Route(
+                path=_whole_path(whole, workload.dtype, device.backend),
+                fused=fused,
+                reason=choice.reason,
+                predicted_bytes=needed,
+            )
         kind, parts, needed = _parts(choice, workload, device, needs)
-        path = _cut_path(kind, parts, workload) if choice.cuts_forward else f"{whole} + {kind} {parts.rows}"
+        path = f"{whole} + {kind} {parts.rows}"
+        if choice.cuts_forward:
+            path = _cut_path(kind, parts, workload, device.backend)
         return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
     def __call__(
@@ -119,10 +126,12 @@ class Practical:
         if simple and choice.way in ("fused", "whole"):
             if len(self._plain) >= MOST_CHOICES:
                 self._plain.clear()
-            path, widened = self._plain[key] = WHOLE[choice.way], _widened(choice, q.dtype, backend)
+            path = _whole_path(choice.way, workload.dtype, backend)
+            widened = _widened(choice, q.dtype, backend)
+            self._plain[key] = path, widened
             watching.ran(path)
             return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
-        watching.ran(_forward_path(choice, workload, needs, isinstance(k, Packed)))
+        watching.ran(_forward_path(choice, workload, needs, backend, isinstance(k, Packed)))
         if isinstance(k, Packed) and isinstance(v, Packed):
             call, _ = self._calls(choice, backend, scale, mask, softcap)
             if sinks is None and softcap is None and choice.fits_forward:
@@ -208,19 +217,25 @@ def _memory() -> int:
 
 
 @lru_cache(maxsize=MAX_PATHS)
-def _forward_path(choice: Choice, workload: Workload, needs: Needs, packed: bool) -> str:
+def _forward_path(choice: Choice, workload: Workload, needs: Needs, backend: Backend, packed: bool) -> str:
     """What a forward pass does that is not handed to MLX's SDPA as a whole."""
     if packed:
         return PACKED
     if not choice.cuts_forward:
-        return WHOLE[choice.way.partition(", ")[0]]
+        return _whole_path(choice.way.partition(", ")[0], workload.dtype, backend)
     sliced = choice.slices is not None and not (needs.sinks or needs.softcap)
     kind, parts = ("slices", choice.slices) if sliced and choice.slices else ("blocks", choice.blocks)
-    return _cut_path(kind, parts, workload)
+    return _cut_path(kind, parts, workload, backend)
 
 
-def _cut_path(kind: str, parts: Blocks, workload: Workload) -> str:
-    return f"{kind} {parts.rows} x {seen_keys(shape_of(workload), parts)}"
+def _whole_path(whole: str, dtype: DType, backend: Backend) -> str:
+    """MLX's SDPA on all rows and heads; its fused kernels keep float32."""
+    return WHOLE[whole] if whole == "fused" else named_products(WHOLE[whole], dtype, backend)
+
+
+def _cut_path(kind: str, parts: Blocks, workload: Workload, backend: Backend) -> str:
+    path = f"{kind} {parts.rows} x {seen_keys(shape_of(workload), parts)}"
+    return named_products(path, workload.dtype, backend)
 
 
 def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> tuple[str, Blocks, int]:

@@ -166,6 +166,22 @@ def test_every_route_says_why() -> None:
             assert route.supported
 
 
+@pytest.mark.parametrize(("enabled", "named"), [(None, True), ("1", True), ("0", False)])
+@pytest.mark.parametrize("name", ["baseline", "practical", "mlx"])
+def test_float32_products_in_tf32_are_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, enabled: str | None, named: bool
+) -> None:
+    if enabled is None:
+        monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    else:
+        monkeypatch.setenv("MLX_ENABLE_TF32", enabled)
+    cuda = structs.replace(CPU, backend="cuda")
+    for workload in (Workload(seq=64, dtype="float32"), Workload(seq=8192, heads=64, dtype="float32")):
+        assert get(name).route(workload, cuda).path.endswith(", TF32") == named
+    assert "TF32" not in get(name).route(Workload(seq=64, dtype="bfloat16"), cuda).path
+    assert "TF32" not in get(name).route(Workload(seq=64, dtype="float32"), CPU).path
+
+
 def test_poc_says_that_it_falls_back() -> None:
     route = get("poc").route(Workload(head_dim=513), CPU)
     assert (route.path, route.fallback) == ("falls back: MLX SDPA", True)
