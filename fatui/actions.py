@@ -41,7 +41,7 @@ MAIN: Final = (
     Action("pause", "l", "Pause log", "Pause the log, or go on; nothing is lost meanwhile", "screen.pause"),
     Action("next_pane", "right_square_bracket", "Next pane", "Go to the next pane", "screen.pane(1)"),
     Action("previous_pane", "left_square_bracket", "Previous pane", "Go to the pane before", "screen.pane(-1)"),
-    Action("put_away", "z", "Put away", "Put the focused pane away, or bring all back", "screen.put_away"),
+    Action("put_away", "z", "Hide", "Hide the focused pane, or bring all back", "screen.put_away"),
 )
 ANYWHERE: Final = (
     Action("theme", "t", "Theme", "Choose a theme", "app.change_theme"),

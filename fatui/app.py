@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from msgspec import structs
@@ -22,6 +23,7 @@ from fatui.advice import Advice
 from fatui.ascii import ControlFilter
 from fatui.draft import Draft
 from fatui.foreign_text import clean
+from fatui.hangup import watch_terminal
 from fatui.journal import Journal, Level
 from fatui.running import Runs, load_preset, remember
 from fatui.screens.main import MainScreen
@@ -127,9 +129,13 @@ class FatuiApp(App[int]):
         if self._advise:
             self.run_worker(self.advice.run(), name="advice", exit_on_error=False)
             self.set_interval(self.TELEMETRY_S, self._look_at_machine)
+        loop = asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             for number in (signal.SIGHUP, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, self._hang_up, number)
+                loop.add_signal_handler(number, self._hang_up, number)
+        if not self.is_headless:
+            hung_up = partial(loop.call_soon_threadsafe, self._hang_up, signal.SIGHUP)
+            watch_terminal(hung_up, self.runs.kill)
         preset, run = self._begin_with
         if preset is not None:
             run = load_preset(self, preset) and run

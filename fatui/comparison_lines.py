@@ -13,7 +13,7 @@ STAR: Final = " ★"
 NO_STAR: Final = "  "
 COLUMNS: Final = (
     Column(name="implementation", title="", right=False, least=9, widest=16),
-    Column(name="path", title="path", right=False, rank=6, least=18, widest=22),
+    Column(name="path", title="path", right=False, rank=6, least=18, widest=22, narrowest=10),
     Column(name="tokens/s", title="tokens/s", rank=1, least=8),
     Column(name="per call", title="per call", rank=5, least=7),
     Column(name="speedup", title="speedup", rank=2, least=13),

@@ -173,14 +173,11 @@ def explain_keys(app: "FatuiApp") -> None:
         groups.append(("This screen", [(app.keys[action.name], action.words) for action in actions.MAIN]))
     else:
         groups.append(("This screen", _keys_of(app, screen)))
-    if screen.focused is not None:
+    here = _keys_of(app, screen.focused) if screen.focused is not None else []
+    if screen.focused is not None and here:
         name = (screen.focused.id or type(screen.focused).__name__).replace("-", " ")
-        groups.append(
-            (
-                f"Where you are: {name.removeprefix('axis ').removeprefix('choice ').rstrip('_')}",
-                _keys_of(app, screen.focused),
-            )
-        )
+        name = name.removeprefix("axis ").removeprefix("choice ").rstrip("_")
+        groups.append((f"Where you are: {name}", here))
     anywhere = [(app.keys[action.name], action.words) for action in actions.ANYWHERE]
     groups.append(("Anywhere", [*anywhere, ("ctrl+p", "Everything by name, in the palette")]))
     app.push_screen(Help(groups, str(settings.config_path())))

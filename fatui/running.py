@@ -172,6 +172,11 @@ class Runs:
         if self._ended is not None:
             await self._ended.wait()
 
+    def kill(self) -> None:
+        """Kill the worker's process at once, and all that it started."""
+        if self._going is not None:
+            self._going.kill()
+
     def open_report(self, report: Report) -> None:
         """Shows a run of the past in the place of the latest, on the screen of its kind."""
         screen = "models" if report.models else "finetuning" if report.fine_tunings else None

@@ -3,7 +3,6 @@
 import asyncio
 from typing import TYPE_CHECKING, ClassVar
 
-from msgspec import structs
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -23,13 +22,11 @@ if TYPE_CHECKING:
     from fatui.app import FatuiApp
 
 FINDING = 72
-BESIDE_FINDING = 36
-"""Columns of the terminal that the date, the preset and the borders take."""
 COLUMNS = (
     Column(name="mark", title="", right=False),
     Column(name="started", title="started", right=False),
     Column(name="preset", title="preset", right=False, rank=1, widest=20),
-    Column(name="finding", title="finding", right=False, rank=2, widest=FINDING),
+    Column(name="finding", title="finding", right=False, rank=2, widest=FINDING, narrowest=24),
     Column(name="cases", title="cases", rank=3),
     Column(name="seconds", title="took", rank=4),
     Column(name="device", title="device", right=False, rank=5, widest=28),
@@ -56,10 +53,9 @@ class History(Screen[Report]):
         """Yields the list."""
         yield StatusLine()
         yield Static(classes="notice", markup=False)
-        with Vertical(classes="pane half") as pane:
+        with Vertical(classes="pane half", id="history-pane") as pane:
             pane.border_title = "History"
-            pane.border_subtitle = "→ more columns"
-            yield RowTable(_columns(self.app.size.width), empty=EMPTY, id="runs")
+            yield RowTable(COLUMNS, empty=EMPTY, id="runs")
         yield KeyBar(keys=(("enter", "Open", "screen.open"), *actions.bar(actions.HISTORY, self.app.keys)))
 
     async def on_mount(self) -> None:
@@ -83,8 +79,17 @@ class History(Screen[Report]):
     def _show(self) -> None:
         lines = [_line(run, run.id in self._marked) for run in self._runs]
         self.query_one(RowTable).show(lines)
+        self.call_after_refresh(self._show_hint)
         count = len(self._runs)
         self.query_one(StatusLine).show("History", f"{count} run{'' if count == 1 else 's'}")
+
+    @on(RowTable.Turned)
+    def _show_hint(self) -> None:
+        self.query_one("#history-pane").border_subtitle = self.query_one(RowTable).hint
+
+    def on_resize(self) -> None:
+        """Says anew whether there are more columns."""
+        self.call_after_refresh(self._show_hint)
 
     @property
     def _chosen(self) -> str | None:
@@ -163,12 +168,6 @@ class History(Screen[Report]):
     def action_back(self) -> None:
         """Goes back without opening any."""
         self.dismiss()
-
-
-def _columns(width: int) -> tuple[Column, ...]:
-    """The columns, the finding as wide as there is room beside date and preset."""
-    widest = max(24, min(FINDING, width - BESIDE_FINDING))
-    return tuple(structs.replace(each, widest=widest) if each.name == "finding" else each for each in COLUMNS)
 
 
 def _line(run: RunLine, marked: bool) -> Line:

@@ -32,7 +32,14 @@ WIDE = (110, 32)
 """From this size on all panes stand side by side."""
 TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
 PANES = {"implementations-pane": "setup", "workload": "setup", "live": "live", "comparison": "results", "log": "log"}
-FOCUS = {"setup": "#implementations", "live": "#live", "results": "#comparison-table", "log": "#log-view"}
+FOCUS = {
+    "implementations-pane": "#implementations",
+    "workload": "#axis-batch",
+    "live": "#live",
+    "comparison": "#comparison-table",
+    "log": "#log-view",
+}
+"""For every pane, what takes the focus in it."""
 
 
 class MainScreen(Screen[None]):
@@ -155,17 +162,19 @@ class MainScreen(Screen[None]):
         self.open_tab(event.tab)
 
     def action_pane(self, count: int) -> None:
-        """Goes to the next pane or the one before: its tab, and its focus."""
-        names = [name for name, _ in TABS]
-        here = self.tab if self.has_class("-narrow") else self._focused_tab()
-        tab = names[(names.index(here) + count) % len(names)]
-        self.open_tab(tab)
-        target = self.query_one(FOCUS[tab])
-        self.call_after_refresh(target.focus)
-
-    def _focused_tab(self) -> str:
-        pane = self._focused_pane()
-        return PANES[pane.id or ""] if pane else self.tab
+        """Goes to the next pane in sight or the one before; where panes are tabs, to the next tab that has one."""
+        panes = [name for name in PANES if not self.query_one(f"#{name}").has_class("-away")]
+        if not panes:
+            return
+        if self.has_class("-narrow"):
+            tabs = list(dict.fromkeys(PANES[name] for name in panes))
+            tab = _neighbour(tabs, self.tab, count)
+            here = next(name for name in panes if PANES[name] == tab)
+        else:
+            focused = self._focused_pane()
+            here = _neighbour(panes, focused.id if focused else None, count)
+        self.open_tab(PANES[here])
+        self.call_after_refresh(self.query_one(FOCUS[here]).focus)
 
     def _focused_pane(self) -> Widget | None:
         node = self.focused
@@ -179,7 +188,9 @@ class MainScreen(Screen[None]):
         pane = self._focused_pane()
         if not away and pane is not None:
             pane.add_class("-away")
-            self.app.tell(f"{pane.id} is put away; {self.app.keys['put_away']} brings it back")
+            name = str(pane.border_title).partition(" · ")[0]
+            self.app.tell(f"{name} is hidden; {self.app.keys['put_away']} brings it back")
+            self.action_pane(0)
 
     @property
     def hidden(self) -> list[str]:
@@ -187,10 +198,10 @@ class MainScreen(Screen[None]):
         return [pane.id for pane in self.query(".-away") if pane.id]
 
     def action_sort(self) -> None:
-        """Sorts by the next column."""
+        """Sorts by the next of the columns in sight, and after the last in the plan's own order."""
         pane = self.query_one(ComparisonPane)
-        columns = comparison_lines.SORTABLE
-        self._sort(columns[(columns.index(pane.by) + 1) % len(columns)], pane.descending)
+        columns = ["", *(each.name for each in pane.table.shown_columns if each.name in comparison_lines.SORTABLE)]
+        self._sort(_neighbour(columns, pane.by, 1) if pane.by in columns else columns[1], pane.descending)
 
     def action_reverse(self) -> None:
         """Reverses the order."""
@@ -233,3 +244,8 @@ class MainScreen(Screen[None]):
     def _open_row(self, event: RowTable.Chosen) -> None:
         if event.key is not None:
             dialogs.open_row(self.app, *comparison_lines.split_key(event.key))
+
+
+def _neighbour(names: list[str], here: str | None, count: int) -> str:
+    """The name that stands `count` places on from `here`, around the end; the first where `here` is none of them."""
+    return names[(names.index(here) + count) % len(names)] if here in names else names[0]

@@ -1,5 +1,6 @@
 """The comparison: a block of rows for each case, filling as they come in, and the means of a sweep."""
 
+from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.widgets import Static
@@ -110,6 +111,7 @@ class ComparisonPane(Vertical):
         # How many columns fit is known only once the pane is laid out.
         self.call_after_refresh(self._show_hint)
 
+    @on(RowTable.Turned)
     def _show_hint(self) -> None:
         hint = self._hint() if self.table.lines else ""
         if self.border_subtitle != hint:
@@ -117,6 +119,8 @@ class ComparisonPane(Vertical):
 
     def _hint(self) -> str:
         table = self.table
-        pages = len(table.pages)
-        more = f"→ more columns, {table.page + 1} of {pages} · " if pages > 1 else ""
-        return f"{more}o sort · enter a row"
+        parts = [table.hint] if table.hint else []
+        titles = {column.name: column.title for column in table.columns}
+        if self.by not in {"", *(column.name for column in table.shown_columns)}:
+            parts.append(f"sorted by {titles[self.by]}")
+        return " · ".join([*parts, "o sort", "enter a row"])

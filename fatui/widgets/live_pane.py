@@ -21,7 +21,7 @@ AROUND = 8
 """Rows of the pane beside its trends: border, progress, the heads of two charts, the machine's line."""
 
 
-class LivePane(Vertical):
+class LivePane(Vertical, can_focus=True):
     """Draws a session's trends."""
 
     def __init__(self, *, id: str) -> None:

@@ -1,4 +1,4 @@
-"""A table of many rows that draws only those in sight, and drops columns where it is narrow."""
+"""A table of many rows that draws only those in sight, and goes over several pages of columns where it is narrow."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -30,6 +30,8 @@ class Column(Struct, frozen=True, kw_only=True):
     least: int = 0
     """Width that it has even where its texts are shorter, so that it does not grow while figures come in."""
     widest: int = 40
+    narrowest: int | None = None
+    """Width to which it shrinks, its texts cut, rather than leave the page; None for a column that keeps its width."""
 
 
 class Line(Struct, frozen=True, kw_only=True):
@@ -84,6 +86,9 @@ class RowTable(ScrollView, can_focus=True):
     class Chosen(Highlighted):
         """Enter was pressed on a line, or it was clicked twice."""
 
+    class Turned(Message):
+        """Other columns are in sight."""
+
     class HeadClicked(Message):
         """The head of a column was clicked."""
 
@@ -106,6 +111,7 @@ class RowTable(ScrollView, can_focus=True):
         self.descending = False
         self._cursor = 0
         self._widths: dict[str, int] = {}
+        self._longest: dict[str, int] = {}
 
     def show(self, lines: Sequence[Line], *, sorted_by: str = "", descending: bool = False) -> None:
         """Sets what is shown; the cursor stays on its line where that is still there."""
@@ -124,6 +130,7 @@ class RowTable(ScrollView, can_focus=True):
     def _measure(self) -> None:
         for column in self.columns:
             cells = [len(line.cells.get(column.name, "")) for line in self.lines]
+            self._longest[column.name] = max(cells, default=0)
             self._widths[column.name] = min(
                 max(len(column.title) + (column.name == self.sorted_by), column.least, *cells, 1), column.widest
             )
@@ -166,8 +173,11 @@ class RowTable(ScrollView, can_focus=True):
 
     def action_turn(self, count: int) -> None:
         """Turns to the columns that did not fit, or back."""
-        self.page = min(max(self.page + count, 0), len(self.pages) - 1)
-        self.refresh()
+        page = min(max(self.page + count, 0), len(self.pages) - 1)
+        if page != self.page:
+            self.page = page
+            self.refresh()
+            self.post_message(self.Turned())
 
     def action_choose(self) -> None:
         """Chooses the line under the cursor."""
@@ -176,24 +186,49 @@ class RowTable(ScrollView, can_focus=True):
 
     @property
     def pages(self) -> list[tuple[Column, ...]]:
-        """The columns in groups that fit, by rank; those of rank 0 that come first open each group."""
+        """The columns in groups that fit, by rank; the first column opens each group."""
         first, rest = self.columns[0], sorted(self.columns[1:], key=lambda column: column.rank)
-        groups: list[list[Column]] = [[first]]
+        groups, room = [[first]], self._width - self._width_of(first)
         for column in rest:
-            if self._width_of([*groups[-1], column]) > self._width and len(groups[-1]) > 1:
+            width = self._width_of(column)
+            if column.narrowest is not None:
+                width = min(width, max(room - GAP, column.narrowest))
+            if width + GAP > room and len(groups[-1]) > 1:
                 groups.append([first])
+                room = self._width - self._width_of(first)
             groups[-1].append(column)
+            room -= width + GAP
         order = {column.name: index for index, column in enumerate(self.columns)}
         return [tuple(sorted(group, key=lambda column: order[column.name])) for group in groups]
 
-    def _width_of(self, columns: Sequence[Column]) -> int:
-        return sum(self._widths.get(column.name, len(column.title)) + GAP for column in columns) - GAP
+    def _width_of(self, column: Column) -> int:
+        return self._widths.get(column.name, len(column.title))
+
+    def _fitted(self, columns: Sequence[Column]) -> list[int]:
+        """The width of each column of a page; one that can shrink takes the room that the others leave."""
+        widths = [self._width_of(each) for each in columns]
+        spare = self._width - sum(widths) - GAP * (len(columns) - 1)
+        for index, column in enumerate(columns):
+            if column.narrowest is not None:
+                longest = max(self._longest.get(column.name, 0), widths[index])
+                widths[index] = min(max(widths[index] + spare, min(widths[index], column.narrowest)), longest)
+        return widths
 
     @property
     def shown_columns(self) -> tuple[Column, ...]:
         """The columns in sight."""
         pages = self.pages
         return pages[min(self.page, len(pages) - 1)]
+
+    @property
+    def hint(self) -> str:
+        """How to see the other columns, and where one stands among them; empty where all are in sight."""
+        pages = len(self.pages)
+        if pages == 1 or not self.lines:
+            return ""
+        page = min(self.page, pages - 1)
+        keys = "→ more columns" if page == 0 else "← columns before" if page == pages - 1 else "← → more columns"
+        return f"{keys}, {page + 1} of {pages}"
 
     def on_resize(self) -> None:
         """Keeps the page among those there are."""
@@ -203,9 +238,9 @@ class RowTable(ScrollView, can_focus=True):
     def on_click(self, event: events.Click) -> None:
         """Moves the cursor, or tells that a head was clicked."""
         if event.y == 0:
-            at = 0
-            for column in self.shown_columns:
-                at += self._widths.get(column.name, 0) + GAP
+            at, columns = 0, self.shown_columns
+            for column, width in zip(columns, self._fitted(columns), strict=True):
+                at += width + GAP
                 if event.x < at:
                     self.post_message(self.HeadClicked(self, column.name))
                     return
@@ -223,8 +258,7 @@ class RowTable(ScrollView, can_focus=True):
 
     def _text(self, columns: Sequence[Column], cells: Mapping[str, str]) -> str:
         parts = []
-        for column in columns:
-            width = self._widths.get(column.name, len(column.title))
+        for column, width in zip(columns, self._fitted(columns), strict=True):
             text = clip(cells.get(column.name, ""), width)
             parts.append(f"{text:>{width}}" if column.right else f"{text:<{width}}")
         return (" " * GAP).join(parts)

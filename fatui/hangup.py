@@ -1,0 +1,48 @@
+"""Notices that the terminal is gone, also where no SIGHUP comes and the event loop waits for output to be taken."""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+POLL_MS: Final = 500
+GRACE_S: Final = 3.0
+"""Time for an orderly end: the run is stopped and kept, the layout written."""
+HUNG_UP: Final = 128 + signal.SIGHUP
+"""The exit code."""
+
+
+def watch_terminal(hung_up: Callable[[], None], abandon: Callable[[], None]) -> None:
+    """Start a thread that ends the process once the terminal on stdin or stderr has hung up.
+
+    Textual's reader spins on a terminal at its end, and its writer dies of the first write that fails, after which
+    the event loop may wait for ever to hand over its output. Neither tells the app, so a thread of its own watches.
+
+    Args:
+        hung_up: called from that thread; asks the event loop for an orderly end.
+        abandon: called where the process still lives after `GRACE_S`; kills what must not outlive it.
+    """
+    files = [stream.fileno() for stream in (sys.__stdin__, sys.__stderr__) if stream is not None and stream.isatty()]
+    if not files or not hasattr(select, "poll"):
+        return
+    poll = select.poll()
+    for file in files:
+        poll.register(file, 0)  # only POLLHUP and POLLERR, which are always reported
+
+    def watch() -> None:
+        while True:
+            states = [state for _, state in poll.poll(POLL_MS)]
+            if any(state & (select.POLLHUP | select.POLLERR) for state in states):
+                break
+            if states:  # POLLNVAL: this system cannot poll a terminal, or the file was closed
+                return
+        hung_up()
+        time.sleep(GRACE_S)
+        abandon()
+        os._exit(HUNG_UP)
+
+    threading.Thread(target=watch, name="terminal-watch", daemon=True).start()
