@@ -139,24 +139,22 @@ class FatuiApp(App[int]):
         preset, run = self._begin_with
         if preset is not None:
             run = load_preset(self, preset) and run
-        elif self.draft.preset is not None and not self.draft.changed:
-            self._find_preset(self.draft.preset)
+        elif self.draft.preset is not None:
+            self.follow_preset(self.draft.preset)
         self.ask_advice()
         if run:
             self.runs.start()
 
-    def _find_preset(self, name: str) -> None:
-        """Finds again the preset that the remembered draft is; one that is gone or differs leaves the draft its own."""
+    def follow_preset(self, name: str | None) -> None:
+        """Looks again at the preset that the draft began as, under a name; a draft without one stays as it is."""
         from attention.errors import UsageError
         from fatui.presets import load
 
-        with contextlib.suppress(UsageError):
-            preset = load(name)
-            if preset.cases == self.draft.workloads():
-                self.preset = preset
-                return
-        self.draft = structs.replace(self.draft, changed=True)
-        self.main.show_draft()
+        self.preset = None
+        if name is not None:
+            with contextlib.suppress(UsageError):
+                self.preset = load(name)
+        self.set_draft(structs.replace(self.draft, preset=self.preset and self.preset.name))
 
     def _hang_up(self, number: int) -> None:
         """The terminal went away, or the system asks: end the engine, keep what was measured, leave."""
@@ -179,6 +177,11 @@ class FatuiApp(App[int]):
     def report(self) -> Report | None:
         """What export, copy and the further screens are about."""
         return self.runs.report
+
+    @property
+    def device_name(self) -> str:
+        """Where runs go, an empty string until the advisor has said it."""
+        return self.advice.device.name if self.advice.device else ""
 
     def action_start_run(self) -> None:
         """Runs what is set up."""
@@ -237,7 +240,12 @@ class FatuiApp(App[int]):
         self.notify(shown, severity=SEVERITY[level], timeout=6 if level == "info" else 12, markup=False)
 
     def set_draft(self, draft: Draft) -> None:
-        """Takes what was set up, and asks what each implementation would do with it."""
+        """Takes what was set up, and asks what each implementation would do with it.
+
+        A draft that runs what its preset runs, after changes and back or in a sweep of one value, has its name again.
+        """
+        if self.preset is not None and draft.preset == self.preset.name:
+            draft = structs.replace(draft, changed=not draft.runs_as(self.preset.plan()))
         self.draft = draft
         self.ask_advice()
         self.main.show_draft()

@@ -68,10 +68,19 @@ class Draft(Struct, frozen=True, kw_only=True):
         return self.change(several=several, **{name: values[0]})
 
     def toggle_sweep(self) -> "Draft":
-        """Begins a sweep, or ends it with the first value of every axis."""
-        if not self.sweeping:
-            return self.change(sweeping=True)
+        """Begins a sweep, or ends it with the first value of every axis; what runs changes only by other values."""
+        swept = self.several or any(len(values) > 1 for values in self.axes.values())
+        if not self.sweeping or not swept:
+            return structs.replace(self, sweeping=not self.sweeping)
         return self.change(sweeping=False, several={}, axes={name: values[:1] for name, values in self.axes.items()})
+
+    def runs_as(self, plan: Plan) -> bool:
+        """Whether it would run the same cases with the same implementations and limits, in whatever order of cases."""
+        try:
+            own = self.plan()
+        except UsageError:
+            return False
+        return structs.replace(own, cases=plan.cases) == plan and set(own.cases) == set(plan.cases)
 
     def toggle(self, implementation: str) -> "Draft":
         """Takes an implementation in, or out."""
@@ -121,7 +130,7 @@ class Draft(Struct, frozen=True, kw_only=True):
         )
 
     def title(self) -> str:
-        """The preset's name, with a word if it was changed since."""
+        """The preset's name, with a word if something else would run."""
         if self.preset is None:
             return "unnamed"
         return f"{self.preset}, changed" if self.changed else self.preset

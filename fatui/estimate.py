@@ -1,58 +1,114 @@
-"""How long a run will take here, and what that is based on."""
+"""How long a run takes: estimated from earlier runs before it starts, and from itself while it goes on."""
+
+import math
+from typing import Final
+
+from msgspec import Struct, structs
 
 from attention.plan import Plan
-from attention.report import MIN_ROUNDS, Report
+from attention.report import Report
 from attention.workload import Workload
 from fatui import figures
+from fatui.session import AnySession
 from fatui.settings import Pace
 
-CALLS_OUTSIDE = 8
+CALLS_OUTSIDE: Final = 8
 """Calls of an implementation on a case outside its rounds: first, checked, for memory, warm, timed alone."""
+MIN_ROUNDS: Final = 6
+"""Rounds that are taken however slow a call is."""
+MAX_SCALE: Final = 64.0
+"""A call of this many times more or fewer FLOPs than all known ones is not estimated from them."""
+MAX_SIZES: Final = 16
+"""Sizes that are remembered of one kind of call."""
 
 
-def estimate_s(plan: Plan, pace: Pace) -> float | None:
-    """Seconds at the most, from the last complete run's pace; rounds that are precise enough end sooner.
+def kind(name: str, workload: Workload) -> str:
+    """The calls whose times say something of each other: "poc float16 forward"."""
+    return f"{name} {workload.dtype} {workload.pass_}"
 
-    None where nothing is known of a case's kind: what training in bfloat16 took says nothing of a decode.
-    """
+
+def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
+    """Seconds at the most, as rounds that are precise enough end sooner; None where a call's time is not known."""
+    if not device or pace.device != device:
+        return None
     total = 0.0
     for case in plan.cases:
-        calls = [case.flops / rate for name in plan.ordered if (rate := pace.flops_per_s.get(_kind(name, case)))]
-        if not calls:
+        known = [_call_s(pace.calls.get(kind(name, case), []), case.flops) for name in plan.ordered]
+        calls = [seconds for seconds in known if seconds is not None]
+        if len(calls) < len(known):
             return None
-        calls += [sum(calls) / len(calls)] * (len(plan.ordered) - len(calls))  # those unknown, as the others
-        first = case.flops / (pace.flops_per_s.get(_kind(plan.ordered[0], case)) or case.flops / max(calls))
-        rounds = max(plan.seconds, MIN_ROUNDS * (sum(calls) + first))  # the reference runs twice
+        # The reference is sampled twice, for the noise floor.
+        rounds = max(plan.seconds, MIN_ROUNDS * (sum(calls) + calls[0]))
         total += rounds + CALLS_OUTSIDE * sum(calls) + pace.set_up_s * len(plan.implementations)
     return total
 
 
-def _kind(name: str, case: Workload) -> str:
-    return f"{name} {case.dtype} {case.pass_}"
+def _call_s(known: list[tuple[float, float]], flops: float) -> float | None:
+    """Scale the time of the known call that is nearest in size."""
+    if not known or flops <= 0:
+        return None
+    size, seconds = min(known, key=lambda each: abs(math.log(each[0] / flops)))
+    return seconds * flops / size if 1 / MAX_SCALE <= flops / size <= MAX_SCALE else None
 
 
 def in_words(plan: Plan, pace: Pace, device: str) -> str:
     """One line: the estimate, or why there is none yet."""
-    seconds = estimate_s(plan, pace) if pace.device == device and device else None
+    seconds = estimate_s(plan, pace, device)
     if seconds is not None:
-        return f"takes up to about {figures.duration(seconds)}, going by the last run here"
+        return f"takes up to about {figures.duration(seconds)}, going by earlier runs here"
     rounds = figures.duration(plan.seconds * len(plan.cases))
-    return f"takes up to {rounds} of rounds, and set-up; the first run of this kind will tell how long in all"
+    return f"takes {rounds} of rounds, longer where calls are slow, and set-up; no run like it was timed here yet"
 
 
-def pace_of(report: Report, spent_s: float) -> Pace:
-    """What a complete run teaches about this machine.
+def learn(pace: Pace, report: Report, spent_s: float) -> Pace:
+    """Add what a complete run teaches about this machine; what is known of another device is dropped.
 
     Args:
+        pace: what is known.
         report: the run.
         spent_s: its seconds in rounds, and in what was done once for all.
     """
-    rows = [row for case in report.cases for row in case.rows]
-    rates: dict[str, float] = {}
-    for case in report.cases:
-        for row in case.rows:
-            if row.flops_per_s:
-                kind = _kind(row.implementation, case.workload)
-                rates[kind] = min(row.flops_per_s, rates.get(kind, row.flops_per_s))
+    device = report.environment.device or ""
+    calls = {name: list(sizes) for name, sizes in pace.calls.items()} if pace.device == device else {}
+    rows = [(case.workload, row) for case in report.cases for row in case.rows]
+    for workload, row in rows:
+        if row.call_s is not None:
+            sizes = calls.setdefault(kind(row.implementation, workload), [])
+            sizes[:] = [each for each in sizes if each[0] != workload.flops][1 - MAX_SIZES :]
+            sizes.append((float(workload.flops), row.call_s.median))
     set_up = max(0.0, report.run.seconds - spent_s) / max(1, len(rows))
-    return Pace(device=report.environment.device or "", set_up_s=set_up, flops_per_s=rates)
+    return structs.replace(pace, device=device, set_up_s=set_up, calls=calls)
+
+
+class Left(Struct, frozen=True):
+    """How far a run is."""
+
+    done: float
+    """From 0 to 1."""
+    seconds: float
+    """Until its end; below 0 where it takes longer than was estimated."""
+
+    @property
+    def words(self) -> str:
+        """ "10 s left"."""
+        if self.seconds < 0:
+            return f"{figures.duration(-self.seconds)} over the estimate"
+        return f"{figures.duration(self.seconds)} left"
+
+
+def left(session: AnySession) -> Left | None:
+    """The one estimate that status line and progress bar show; None before there is any.
+
+    It is the worker's, counted down since the worker last gave it. Before a case is complete the worker guesses;
+    until then it is not less than what was estimated before the start.
+    """
+    known = []
+    if session.record.progress is not None:
+        known.append(session.record.progress.remaining_s - session.since_progress_s)
+    if session.expected_s is not None and not session.complete_cases:
+        known.append(session.expected_s + session.once_s - session.elapsed_s)
+    if not known:
+        return None
+    seconds = max(known)
+    whole = session.elapsed_s + max(seconds, 0.0)
+    return Left(min(session.elapsed_s / whole, 0.99) if whole > 0 else 0.0, seconds)

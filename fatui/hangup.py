@@ -16,7 +16,7 @@ HUNG_UP: Final = 128 + signal.SIGHUP
 """The exit code."""
 
 
-def watch_terminal(hung_up: Callable[[], None], abandon: Callable[[], None]) -> None:
+def watch_terminal(hung_up: Callable[[], object], abandon: Callable[[], object]) -> None:
     """Start a thread that ends the process once the terminal on stdin or stderr has hung up.
 
     Textual's reader spins on a terminal at its end, and its writer dies of the first write that fails, after which

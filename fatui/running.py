@@ -79,6 +79,7 @@ class Runs:
             app.make_engine or real_engine,
             command=command_of(plan, app.preset if name else None),
             preset=name,
+            expected_s=estimate.estimate_s(plan, app.remembered.pace, app.device_name),
             clock=app.clock,
             now=app.now,
         )
@@ -131,7 +132,8 @@ class Runs:
                 self.model_reports[screen] = report
             await self.keep(report)
             if session.phase == "done" and screen is None:
-                self._app.remembered.pace = estimate.pace_of(report, session.rounds_s + session.once_s)
+                remembered = self._app.remembered
+                remembered.pace = estimate.learn(remembered.pace, report, session.rounds_s + session.once_s)
         self._app.journal.write(session.finding or f"the run {session.phase}")
 
     async def keep(self, report: Report) -> None:

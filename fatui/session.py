@@ -58,6 +58,8 @@ class RunSession(ABC, Generic[P, C]):
         finding: one line that says what came out; empty until the run has ended.
         rounds_s: seconds that the complete cases spent in their rounds.
         once_s: seconds before cases began anew: the first look and the building, which the next run is spared.
+        expected_s: seconds that the run was estimated to take at the most before it started, or None.
+        complete_cases: how many cases are complete.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class RunSession(ABC, Generic[P, C]):
         *,
         command: str,
         preset: str | None = None,
+        expected_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         self.plan = plan
         self.preset = preset
+        self.expected_s = expected_s
         self.command = command
         self.phase: Phase = "starting"
         self.rates: dict[str, Series] = {}
@@ -91,11 +95,17 @@ class RunSession(ABC, Generic[P, C]):
 
     def _start_clock(self) -> None:
         """Begins all that is timed."""
-        self._began = self._heard = self._step_began = self._case_began = self._clock()
+        self._began = self._heard = self._step_began = self._case_began = self._progress_at = self._clock()
         self._rounds_began: float | None = None
         self._ended: float | None = None
         self.rounds_s = self.once_s = 0.0
         self._silence = Silence(self._clock)
+        self.complete_cases = 0
+
+    @property
+    def since_progress_s(self) -> float:
+        """Seconds since the worker last said how far it is."""
+        return self._clock() - self._progress_at
 
     @property
     def record(self) -> AnyRecord:
@@ -221,9 +231,12 @@ class RunSession(ABC, Generic[P, C]):
             self._step_began = self._heard
             if event.step == "rounds" and self._rounds_began is None:
                 self._rounds_began = self._heard
+        elif isinstance(event, on.Progress):
+            self._progress_at = self._heard
         elif isinstance(event, on.RoundsDone):
             self._follow(event)
         elif isinstance(event, on.CaseDone):
+            self.complete_cases += 1
             self.rounds_s += self._heard - self._rounds_began if self._rounds_began is not None else 0.0
             self._complete.put_nowait(event.case)
 

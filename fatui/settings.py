@@ -32,12 +32,13 @@ class Settings(msgspec.Struct, kw_only=True):
 
 
 class Pace(msgspec.Struct, kw_only=True):
-    """How fast the last complete run went here, from which the next one's time is estimated."""
+    """How fast complete runs went here, from which the next one's time is estimated."""
 
     device: str = ""
     set_up_s: float = 0.0
     """Seconds of a case and implementation outside the rounds."""
-    flops_per_s: dict[str, float] = {}
+    calls: dict[str, list[tuple[float, float]]] = {}
+    """FLOPs and seconds of calls by implementation, dtype and pass: "poc float16 forward"."""
 
 
 class Remembered(msgspec.Struct, kw_only=True):

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from fatui import figures
+from fatui import estimate, figures
 from fatui.session import AnySession
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def right_text(app: "FatuiApp") -> str:
     told = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
     session = app.session
     if session is None:
-        return f"{'opened' if app.report else 'ready'}{told}"
+        return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{told}"
     elapsed = figures.duration(session.elapsed_s)
     if not session.active:
         return f"{session.phase}, {elapsed}{told}"
@@ -41,11 +41,11 @@ def right_text(app: "FatuiApp") -> str:
 
 
 def _phase(session: AnySession) -> str:
-    progress = session.record.progress
-    if session.phase != "running" or progress is None:
+    left = estimate.left(session)
+    if session.phase != "running" or left is None:
         return f"{session.phase}, {figures.duration(session.elapsed_s)}"
     if session.building:
         return f"compiling {session.building} · {figures.duration(session.elapsed_s)}"
     many = len(session.plan.cases)
     case = f" case {(session.case_number or 0) + 1} of {many}" if many > 1 else ""
-    return f"running{case} · {figures.duration(session.elapsed_s)} · {figures.duration(progress.remaining_s)} left"
+    return f"running{case} · {figures.duration(session.elapsed_s)} · {left.words}"

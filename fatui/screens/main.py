@@ -115,17 +115,17 @@ class MainScreen(Screen[None]):
         return {row.implementation: row.path for row in rows if row.path and row.status == "ok"}
 
     def _takes(self) -> str:
-        draft, device = self.app.draft, self.app.advice.device
+        draft = self.app.draft
         if not draft.implementations:
             return "no implementation is chosen; space takes one in"
-        return estimate.in_words(draft.plan(), self.app.remembered.pace, device.name if device else "")
+        return estimate.in_words(draft.plan(), self.app.remembered.pace, self.app.device_name)
 
     def show_run(self) -> None:
         """Draws the run as far as it is, or the report that was opened."""
         if not self.is_mounted:
             return
         session = self.app.session
-        self.query_one(LivePane).show(session)
+        self.query_one(LivePane).show(session, self.app.report)
         comparison = self.query_one(ComparisonPane)
         if session is not None:
             comparison.show_session(session)

@@ -40,7 +40,8 @@ class Presets(Screen[str]):
     def __init__(self) -> None:
         super().__init__(classes="list-screen")
         self._listed: dict[str, presets.Listed] = {}
-        self._deleted: list[Path] = []
+        self._deleted: list[tuple[Path, str | None]] = []
+        """For each its file, and its name where the draft of the main screen was it."""
 
     def compose(self) -> ComposeResult:
         """Yields the list and the preview."""
@@ -109,6 +110,8 @@ class Presets(Screen[str]):
         event.input.remove()
         self.query_one(RowTable).focus()
         if old is not None and new != old and self._try(lambda: presets.rename(old, new)):
+            if self.app.draft.preset == old:
+                self.app.follow_preset(new)
             self._read()
             self.query_one(RowTable).go_to(new)
 
@@ -119,9 +122,11 @@ class Presets(Screen[str]):
             return
 
         def delete() -> None:
-            self._deleted.append(presets.delete(name))
+            self._deleted.append((presets.delete(name), name if self.app.draft.preset == name else None))
 
         if self._try(delete):
+            if self.app.draft.preset == name:
+                self.app.follow_preset(name)  # a bundled one may have come out from behind it
             self._read()
             self.app.tell(f"'{name}' is deleted; {self.app.keys['presets_undo']} brings it back")
 
@@ -130,8 +135,11 @@ class Presets(Screen[str]):
         if not self._deleted:
             self.app.tell("nothing was deleted here")
             return
-        if self._try(lambda: presets.restore(self._deleted[-1])):
+        path, name = self._deleted[-1]
+        if self._try(lambda: presets.restore(path)):
             self._deleted.pop()
+            if name is not None and self.app.draft.preset in (None, name):
+                self.app.follow_preset(name)
             self._read()
 
     def _try(self, act: object) -> bool:

@@ -8,17 +8,17 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n[/b] {no}[/]"
+ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n, enter[/b] {no}[/]"
 
 
 class Question(ModalScreen[bool]):
-    """Asks once; enter or y is yes, escape or n is no, and the key that asked is yes as well."""
+    """Asks once; y is yes, and the key that asked as well; enter, escape or n is no, which changes nothing."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("y,enter,ctrl+c,ctrl+q", "answer(True)", "Yes"),
+        Binding("y,ctrl+c,ctrl+q", "answer(True)", "Yes"),
         Binding("q", "answer(True)", "Yes", id="quit"),
-        Binding("n", "answer(False)", "No"),
+        Binding("n,enter", "answer(False)", "No"),
         Binding("escape", "answer(False)", "No", id="back"),
     ]
 

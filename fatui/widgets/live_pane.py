@@ -6,7 +6,8 @@ from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.widgets import Static
 
-from fatui import figures
+from attention.report import Report
+from fatui import estimate, figures
 from fatui.ascii import literal
 from fatui.comparison_lines import in_step
 from fatui.series import Series
@@ -36,11 +37,13 @@ class LivePane(Vertical, can_focus=True):
         yield TrendChart(Scale("memory", columns=("now", "peak")), id="memory")
         yield Static(id="telemetry", markup=False)
 
-    def show(self, session: Session | None) -> None:
-        """Draws the run, or says that there is none."""
+    def show(self, session: Session | None, opened: Report | None = None) -> None:
+        """Draws the run; without one, says which past run is open, or that there is none."""
         self.set_class(session is None, "-idle")
         if session is None:
             self._set_least(None)
+            self.query_one("#progress", Static).update(opened_line(opened) if opened else IDLE, layout=False)
+            self.border_title = "Live"
             return
         self.query_one("#progress", Static).update(progress_line(session), layout=False)
         trends = rate_trends(session)
@@ -73,6 +76,15 @@ class LivePane(Vertical, can_focus=True):
         self.query_one("#telemetry", Static).update(in_words(reading), layout=False)
 
 
+def opened_line(report: Report) -> str:
+    """Which past run the table shows, instead of the progress of one that goes on."""
+    run = report.run
+    when = run.started[:16].replace("T", " ")
+    broken_off = ", interrupted" if run.interrupted else ""
+    name = f"{run.preset or 'unnamed'}, {run.id} of {when}"
+    return f"A past run is open: {name}; it took {figures.duration(run.seconds)}{broken_off}."
+
+
 def progress_line(session: AnySession) -> str:
     """How far the run is, and what runs now."""
     progress = session.record.progress
@@ -86,11 +98,13 @@ def progress_line(session: AnySession) -> str:
         return (
             f"compiling {session.building}, {figures.duration(session.building_s)} so far; it is kept for the next time"
         )
-    filled = round(progress.done * BAR)
+    left = estimate.left(session)
+    done = left.done if left else 0.0
+    filled = round(done * BAR)
     many = len(session.plan.cases)
     case = f"case {(session.case_number or 0) + 1} of {many} · " if many > 1 else ""
     bar = "█" * filled + "░" * (BAR - filled)
-    return f"{bar} {progress.done:>4.0%}  {figures.duration(progress.remaining_s)} left · {case}{progress.now}"
+    return f"{bar} {done:>4.0%}  {f'{left.words} · ' if left else ''}{case}{progress.now}"
 
 
 def rate_trends(session: AnySession) -> tuple[Trend, ...]:

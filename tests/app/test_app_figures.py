@@ -4,11 +4,12 @@ import pytest
 
 from attention.errors import UsageError
 from attention.plan import Plan
+from attention.report import Case, Environment, Interval, Peaks, Report, Row, Run
 from attention.workload import Workload
 from fatui import stops
 from fatui.ascii import plain
 from fatui.draft import Draft, draft_of
-from fatui.estimate import estimate_s, in_words
+from fatui.estimate import estimate_s, learn
 from fatui.histogram import histogram
 from fatui.journal import Journal
 from fatui.scaling import Point, crossovers
@@ -123,15 +124,52 @@ def test_a_crossover_is_named_only_where_intervals_are_apart():
     assert [(each.faster_before, each.faster_after, each.between) for each in found] == [("a", "b", (1, 4))]
 
 
-def test_the_estimate_grows_with_cases_and_with_slow_calls():
-    pace = Pace(device="x", set_up_s=0.5, flops_per_s={"baseline float16 forward": 1e9})
-    one = Plan(cases=(Workload(seq=64),), implementations=("baseline",), seconds=2)
-    slow = Plan(cases=(Workload(seq=8192),), implementations=("baseline",), seconds=2)
-    assert 2.5 <= estimate_s(one, pace) < 3
-    assert estimate_s(slow, pace) > 100
-    decode = Plan(cases=(Workload(seq=64, pass_="decode"),), implementations=("baseline",), seconds=2)
-    assert estimate_s(decode, pace) is None
-    assert "the first run of this kind" in in_words(decode, pace, "x")
+def plan_of(**fields):
+    return Plan(cases=(Workload(**fields),), implementations=("baseline",), seconds=2)
+
+
+def paced(**fields):
+    """What a run of one call of 10 ms a workload teaches."""
+    workload = Workload(**fields)
+    row = Row(implementation="baseline", status="ok", call_s=Interval(median=0.01, low=0.01, high=0.01))
+    report = Report(
+        run=Run(id="a", started="", seconds=2.5, command=""),
+        environment=Environment(device="x"),
+        peaks=Peaks(),
+        cases=(Case(workload=workload, rows=(row,)),),
+    )
+    return learn(Pace(), report, 2.0)
+
+
+def test_the_estimate_grows_with_slow_calls():
+    pace = paced(seq=512)
+    assert 2.5 <= estimate_s(plan_of(seq=64), pace, "x") < 3
+    assert 4.5 <= estimate_s(plan_of(seq=2048), pace, "x") < 6
+    assert estimate_s(plan_of(seq=64), pace, "y") is None
+
+
+def test_a_training_run_says_nothing_of_decoding():
+    pace = paced(seq=512, dtype="bfloat16", pass_="training")
+    assert estimate_s(plan_of(seq=512, dtype="bfloat16", pass_="training"), pace, "x") is not None
+    assert estimate_s(plan_of(seq=1, kv_seq=512, dtype="bfloat16", pass_="decode"), pace, "x") is None
+    assert estimate_s(plan_of(seq=512, pass_="training"), pace, "x") is None
+
+
+def test_an_estimate_far_beyond_all_known_sizes_is_none():
+    assert estimate_s(plan_of(seq=8192), paced(seq=512), "x") is None
+
+
+def test_a_run_adds_to_what_is_known_of_others():
+    pace = paced(seq=512)
+    workload = Workload(seq=1024, pass_="training")
+    row = Row(implementation="poc", status="ok", call_s=Interval(median=0.1, low=0.1, high=0.1))
+    report = Report(
+        run=Run(id="b", started="", seconds=1, command=""),
+        environment=Environment(device="x"),
+        peaks=Peaks(),
+        cases=(Case(workload=workload, rows=(row,)),),
+    )
+    assert set(learn(pace, report, 1.0).calls) == {"baseline float16 forward", "poc float16 training"}
 
 
 def test_ascii_keeps_every_width():

@@ -2,6 +2,9 @@
 
 from stage import on_stage
 
+from attention import events as on
+from fatui import figures
+from fatui.estimate import estimate_s
 from fatui.history import History
 from fatui.screens.question import Question
 from fatui.widgets.row_table import RowTable
@@ -72,7 +75,7 @@ def test_a_second_start_is_refused_in_words():
 
 def test_the_last_run_teaches_how_long_the_next_takes():
     async def play(stage):
-        assert "run will tell how" in stage.seen()
+        assert "no run like it" in stage.seen()
         await stage.run_to_the_end()
         await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
         stage.app.main.show_draft()
@@ -114,5 +117,68 @@ def test_the_best_rows_have_a_star_also_without_colour():
         await stage.run_to_the_end()
         row = next(line for line in stage.seen().splitlines() if "CPU kernel avx512" in line and "★" in line)
         assert "49" in row
+
+    on_stage(play)
+
+
+def test_the_time_left_is_counted_down_between_events():
+    async def play(stage):
+        await stage.press("r")
+        stage.engine.begin()
+        stage.engine.tell(on.Progress(done=0.5, remaining_s=10, now="baseline: accuracy"))
+        stage.clock.at += 6
+        stage.app.main.show_run()
+        await stage.pilot.pause()
+        assert stage.seen().count("4 s left") == 2, "in the status line and beside the bar"
+        assert "60%" in stage.seen()
+        stage.clock.at += 9
+        stage.app.main.show_run()
+        await stage.pilot.pause()
+        assert stage.seen().count("5 s over the estimate") == 2
+
+    on_stage(play)
+
+
+def test_the_estimate_before_the_start_and_after_it_agree():
+    async def play(stage):
+        await stage.run_to_the_end()
+        await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
+        stage.app.main.show_draft()
+        seconds = estimate_s(stage.app.draft.plan(), stage.app.remembered.pace, "Test CPU")
+        await stage.press("r")
+        stage.engine.begin()
+        stage.engine.tell(on.Progress(done=0.0, remaining_s=2, now="baseline: accuracy"))
+        stage.app.main.show_run()
+        await stage.pilot.pause()
+        words = figures.duration(seconds)
+        assert f"takes up to about {words}" in " ".join(stage.seen().split())
+        assert stage.seen().count(f"{words} left") == 2
+
+    on_stage(play)
+
+
+def test_enter_stays_where_leaving_is_asked_about():
+    async def play(stage):
+        await stage.press("r", "q")
+        assert isinstance(stage.app.screen, Question)
+        await stage.press("enter")
+        assert stage.app.screen is stage.app.main and stage.app.runs.active
+        assert not stage.engine.stopped
+
+    on_stage(play)
+
+
+def test_a_run_that_is_opened_leaves_nothing_of_the_one_before():
+    async def play(stage):
+        await stage.run_to_the_end()
+        past = stage.app.report
+        stage.app.set_draft(stage.app.draft.set_axis("seq", (64,)))
+        await stage.run_to_the_end()
+        assert "done after" in stage.seen()
+        stage.app.runs.open_report(past)
+        await stage.pilot.pause()
+        seen = stage.seen()
+        assert "done after" not in seen and "L=64 " not in seen
+        assert f"run {past.run.id} is open" in seen and "it took" in seen
 
     on_stage(play)
