@@ -40,10 +40,13 @@ class Advice:
         """Whether the answer belongs to the latest question."""
         return self.answer.number == self._number
 
-    def ask(self, workload: Workload, names: tuple[str, ...]) -> None:
-        """Wants the routes of a workload; an older question that was not asked yet is dropped."""
+    def ask(self, workload: Workload, names: tuple[str, ...], others: tuple[Workload, ...] = ()) -> None:
+        """Wants the routes of a workload, and the memory of the others that would run beside it.
+
+        An older question that was not asked yet is dropped.
+        """
         self._number += 1
-        self._wanted = Question(number=self._number, workload=workload, names=names)
+        self._wanted = Question(number=self._number, workload=workload, names=names, others=others)
         self._send()
 
     def _send(self) -> None:

@@ -19,7 +19,10 @@ class Question(msgspec.Struct, kw_only=True):
 
     number: int
     workload: Workload
+    """The one whose paths are shown."""
     names: tuple[str, ...]
+    others: tuple[Workload, ...] = ()
+    """Further cases that would run, for the memory that they need."""
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -32,6 +35,10 @@ class Answer(msgspec.Struct, kw_only=True):
     routes: dict[str, Route] = {}
     problems: dict[str, str] = {}
     """For an implementation without a route, why it has none."""
+    needs: dict[str, tuple[int, ...]] = {}
+    """Bytes that each case would need, inputs included, of those that an implementation takes and predicts."""
+    largest: dict[str, int] = {}
+    """The most bytes above the inputs that an implementation is predicted to need on any case."""
 
 
 def answer(question: Question, device: Device) -> Answer:
@@ -41,9 +48,20 @@ def answer(question: Question, device: Device) -> Answer:
     made = Answer(number=question.number)
     for name in question.names:
         try:
-            made.routes[name] = implementations.get(name).route(question.workload, device)
+            implementation = implementations.get(name)
+            made.routes[name] = implementation.route(question.workload, device)
+            cases = [(case, implementation.route(case, device)) for case in question.others]
         except Exception as error:
             made.problems[name] = str(error) or type(error).__name__
+            continue
+        known = [
+            (case.input_bytes, route.predicted_bytes)
+            for case, route in [(question.workload, made.routes[name]), *cases]
+            if route.supported and route.predicted_bytes is not None
+        ]
+        if known:
+            made.largest[name] = max(predicted for _, predicted in known)
+            made.needs[name] = tuple(inputs + predicted for inputs, predicted in known)
     return made
 
 

@@ -251,13 +251,13 @@ class FatuiApp(App[int]):
         self.main.show_draft()
 
     def ask_advice(self) -> None:
-        """Wants the routes for the workload that the sliders show."""
+        """Wants the routes for the workload that the sliders show, and what all cases need."""
+        from attention.errors import UsageError
         from fatui.offers import names_for
-        from fatui.widgets.workload_pane import shown_workload
 
-        workload = shown_workload(self.draft)
-        if workload is not None:
-            self.advice.ask(workload, names_for(self.draft))
+        with contextlib.suppress(UsageError):
+            first, *others = self.draft.workloads()
+            self.advice.ask(first, names_for(self.draft), tuple(others))
 
     def _advised(self) -> None:
         if self.is_running and self.main.is_mounted:

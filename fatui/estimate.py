@@ -6,7 +6,7 @@ from typing import Final
 from msgspec import Struct, structs
 
 from attention.plan import Plan
-from attention.report import Report
+from attention.report import MIN_ROUNDS, Report
 from attention.workload import Workload
 from fatui import figures
 from fatui.session import AnySession
@@ -14,8 +14,6 @@ from fatui.settings import Pace
 
 CALLS_OUTSIDE: Final = 8
 """Calls of an implementation on a case outside its rounds: first, checked, for memory, warm, timed alone."""
-MIN_ROUNDS: Final = 6
-"""Rounds that are taken however slow a call is."""
 MAX_SCALE: Final = 64.0
 """A call of this many times more or fewer FLOPs than all known ones is not estimated from them."""
 MAX_SIZES: Final = 16

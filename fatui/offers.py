@@ -12,6 +12,8 @@ from fatui.draft import Draft
 from fatui.widgets.implementation_picker import Offer
 
 WAITING = "…"
+TUNED = "tuned: "
+"""How the path of one that chose by trying begins."""
 UNTRIED = "not tried yet"
 """The path of an implementation that finds its way by trying, told by one that has not."""
 
@@ -61,13 +63,19 @@ def words(route: Route, workload: Workload, device: Device | None, draft: Draft)
     """What would happen, and whether it would run at all."""
     if not route.supported:
         return f"cannot: {route.reason}", False
-    most = draft.memory_limit_bytes or (device.available_bytes if device else None)
+    most = _memory(draft, device)
     if route.predicted_bytes is not None and most is not None:
         needed = route.predicted_bytes + workload.input_bytes
         if needed > most:
             return f"will not fit: {_of(figures.size(needed), figures.size(most))}", draft.force
-    named = route.path if "fused" in route.path or not route.fused else f"fused: {route.path}"
-    return named, True
+    path = in_order(route.path)
+    return path if "fused" in path or not route.fused else f"fused: {path}", True
+
+
+def in_order(path: str) -> str:
+    """The path of one that chose it by trying, with what it chose first: "tuned: poc" is "poc, tuned"."""
+    chosen = path.removeprefix(TUNED)
+    return path if chosen == path else f"{chosen}, tuned"
 
 
 def _of(needed: str, most: str) -> str:
@@ -77,10 +85,23 @@ def _of(needed: str, most: str) -> str:
 
 
 def needs_text(draft: Draft, advice: Advice) -> str:
-    """Predicted memory of the chosen ones above the inputs: "needs: baseline 41 MiB, poc 7 MiB"."""
-    parts = []
-    for name in draft.implementations:
-        route = advice.answer.routes.get(name)
-        if route is not None and route.supported:
-            parts.append(f"{name} {figures.size(route.predicted_bytes)}")
-    return f"needs {', '.join(parts)}" if parts else "needs: not known yet"
+    """Predicted memory of the chosen ones above the inputs: "needs baseline 41 MiB, poc 7 MiB".
+
+    Of several cases it is the largest's, and what is beyond the memory here is counted.
+    """
+    answer = advice.answer
+    sizes = {name: answer.largest[name] for name in draft.implementations if name in answer.largest}
+    if not sizes:
+        return "needs: not known yet"
+    several = any(len(answer.needs[name]) > 1 for name in sizes)
+    text = ", ".join(f"{name} {figures.size(size)}" for name, size in sizes.items())
+    most = _memory(draft, advice.device)
+    beyond = {name: sum(size > most for size in answer.needs[name]) for name in sizes} if most and several else {}
+    misfits = [f"{name} {count} of {len(answer.needs[name])}" for name, count in beyond.items() if count]
+    fit = f"; cases that will not fit: {', '.join(misfits)}" if misfits else ""
+    return f"needs {'up to ' if several else ''}{text}{fit}"
+
+
+def _memory(draft: Draft, device: Device | None) -> int | None:
+    """Bytes that a case may take."""
+    return draft.memory_limit_bytes or (device.available_bytes if device else None)

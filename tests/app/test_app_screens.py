@@ -144,7 +144,7 @@ def test_past_runs_are_opened_compared_deleted_and_brought_back():
         await stage.settle(lambda: len(History().runs()) == 2)
         await stage.press("enter")
         await stage.settle(lambda: stage.app.session is None)
-        assert "opened" in stage.seen()
+        assert "is open" in stage.seen()
 
     on_stage(play)
 
