@@ -26,15 +26,20 @@ def kind(name: str, workload: Workload) -> str:
 
 
 def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
-    """Seconds at the most, as rounds that are precise enough end sooner; None where a call's time is not known."""
+    """Seconds at the most, as rounds that are precise enough end sooner.
+
+    None where no call of a case's kind is known: what training in bfloat16 took says nothing of a decode.
+    """
     if not device or pace.device != device:
         return None
     total = 0.0
     for case in plan.cases:
         known = [_call_s(pace.calls.get(kind(name, case), []), case.flops) for name in plan.ordered]
         calls = [seconds for seconds in known if seconds is not None]
-        if len(calls) < len(known):
+        if not calls:
             return None
+        mean = sum(calls) / len(calls)  # of those unknown
+        calls = [mean if seconds is None else seconds for seconds in known]
         # The reference is sampled twice, for the noise floor.
         rounds = max(plan.seconds, MIN_ROUNDS * (sum(calls) + calls[0]))
         total += rounds + CALLS_OUTSIDE * sum(calls) + pace.set_up_s * len(plan.implementations)
@@ -55,7 +60,7 @@ def in_words(plan: Plan, pace: Pace, device: str) -> str:
     if seconds is not None:
         return f"takes up to about {figures.duration(seconds)}, going by earlier runs here"
     rounds = figures.duration(plan.seconds * len(plan.cases))
-    return f"takes {rounds} of rounds, longer where calls are slow, and set-up; no run like it was timed here yet"
+    return f"takes up to {rounds} of rounds, and set-up; the first run of this kind will tell how long in all"
 
 
 def learn(pace: Pace, report: Report, spent_s: float) -> Pace:
