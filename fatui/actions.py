@@ -20,13 +20,14 @@ class Action(Struct, frozen=True):
     """Textual's action."""
 
 
+EXPORT: Final = "Write the run as md, csv, json, html, svg and its log"
 MAIN: Final = (
     Action("run", "r", "Run", "Run what is set up", "app.start_run"),
     Action("stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
     Action("sweep", "s", "Sweep", "Give axes several values to run, or end that", "app.sweep"),
     Action("presets", "p", "Presets", "Open, preview, rename and delete presets", "app.open('presets')"),
     Action("save_as", "w", "Save as", "Save what is set up as a preset", "app.save_as"),
-    Action("export", "e", "Export", "Write the run as md, csv, json, svg and its log", "app.export"),
+    Action("export", "e", "Export", EXPORT, "app.export"),
     Action("copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
     Action("history", "h", "History", "Open, compare and delete past runs", "app.open('history')"),
     Action("scaling", "g", "Scaling", "Heat map and line chart of a sweep", "app.open('scaling')"),
@@ -79,7 +80,7 @@ def _of_models(screen: str) -> tuple[Action, ...]:
         Action(f"{screen}_run", "r", "Run", "Run what is set up here", "screen.run"),
         Action(f"{screen}_stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
         Action(f"{screen}_folder", "n", "Folder", "Take a model from a folder of mlx-lm's", "screen.folder"),
-        Action(f"{screen}_export", "e", "Export", "Write the run as md, csv, json, svg and its log", "app.export"),
+        Action(f"{screen}_export", "e", "Export", EXPORT, "app.export"),
         Action(f"{screen}_copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
         BACK,
     )

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from msgspec import structs
@@ -89,6 +88,7 @@ class FatuiApp(App[int]):
         self._advise = advise
         self._telemetry: Telemetry | None = None
         self._reading = False
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         self._line_filters: list[LineFilter] = []
         self._take_settings(ascii)
 
@@ -121,6 +121,7 @@ class FatuiApp(App[int]):
 
     def on_mount(self) -> None:
         """Leaves everything slow for after the first paint."""
+        self._event_loop = asyncio.get_running_loop()
         self.call_after_refresh(self._begin)
 
     def _begin(self) -> None:
@@ -129,13 +130,9 @@ class FatuiApp(App[int]):
         if self._advise:
             self.run_worker(self.advice.run(), name="advice", exit_on_error=False)
             self.set_interval(self.TELEMETRY_S, self._look_at_machine)
-        loop = asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             for number in (signal.SIGHUP, signal.SIGTERM):
-                loop.add_signal_handler(number, self._hang_up, number)
-        if not self.is_headless:
-            hung_up = partial(loop.call_soon_threadsafe, self._hang_up, signal.SIGHUP)
-            watch_terminal(hung_up, self.runs.kill)
+                asyncio.get_running_loop().add_signal_handler(number, self._hang_up, number)
         preset, run = self._begin_with
         if preset is not None:
             run = load_preset(self, preset) and run
@@ -159,6 +156,11 @@ class FatuiApp(App[int]):
     def _hang_up(self, number: int) -> None:
         """The terminal went away, or the system asks: end the engine, keep what was measured, leave."""
         self.run_worker(self.leave(128 + number, gone=number == signal.SIGHUP), name="leave")
+
+    def terminal_gone(self) -> None:
+        """End in order, asked for by another thread; without effect before the event loop runs."""
+        if self._event_loop is not None:
+            self._event_loop.call_soon_threadsafe(self._hang_up, signal.SIGHUP)
 
     async def leave(self, code: int = 0, *, gone: bool = False) -> None:
         """Ends the run if one goes on, keeps it, and exits; where the terminal is gone, without restoring it."""
@@ -308,6 +310,7 @@ def run_app(preset: str | None = None, run: bool = False, ascii: bool = False) -
     """
     sys.setswitchinterval(SWITCH_S)
     app = FatuiApp(preset=preset, run=run, ascii=ascii)
+    watch_terminal(app.terminal_gone, app.runs.kill)
     result = app.run()
     if app.farewell:
         print(clean(app.farewell), file=sys.stderr)

@@ -18,11 +18,11 @@ COLUMNS: Final = (
     Column(name="per call", title="per call", rank=5, least=7),
     Column(name="speedup", title="speedup", rank=2, least=13),
     Column(name="efficiency", title="eff.", rank=7),
-    Column(name="verdict", title="verdict", right=False, rank=3, least=8, widest=12),
+    Column(name="verdict", title="verdict", right=False, rank=3, least=8, widest=19),
     Column(name="memory", title="memory", rank=8),
     Column(name="max error", title="max error", rank=9),
     Column(name="interval", title="per call, 95 %", rank=10),
-    Column(name="TFLOP/s", title="TFLOP/s", rank=11),
+    Column(name="FLOP/s", title="rate", rank=11),
     Column(name="latency", title="latency", rank=12),
     Column(name="first call", title="first call", rank=13),
     Column(name="predicted", title="predicted", rank=14),
@@ -39,7 +39,7 @@ SORT_FIGURES: Final[dict[str, Callable[[Row], float | str | None]]] = {
     "verdict": lambda row: row.status,
     "memory": lambda row: row.peak_bytes,
     "max error": lambda row: row.max_error,
-    "TFLOP/s": lambda row: row.flops_per_s,
+    "FLOP/s": lambda row: row.flops_per_s,
     "latency": lambda row: row.latency_s,
     "first call": lambda row: row.first_call_s,
     "predicted": lambda row: row.predicted_bytes,
@@ -91,7 +91,9 @@ def _tone(row: Row, fastest: bool) -> str:
 
 
 def _leanest(case: Case) -> tuple[str, ...]:
-    """Rows whose memory is the least, or within 1 % of it; none where all are alike."""
+    """Rows whose memory is the least, or within 1 % of it; none where all are alike, or while rounds are too few."""
+    if any(row.collecting for row in case.rows):
+        return ()
     peaks = {row.implementation: row.peak_bytes for row in case.rows if row.status == "ok" and row.peak_bytes}
     if not peaks:
         return ()
@@ -114,7 +116,7 @@ def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]
         "memory": figures.size(row.peak_bytes) + (STAR if leanest else NO_STAR),
         "max error": figures.error(row.max_error),
         "interval": figures.interval_text(row.call_s),
-        "TFLOP/s": figures.teraflops(row.flops_per_s),
+        "FLOP/s": figures.UNKNOWN if row.flops_per_s is None else f"{figures.flops(row.flops_per_s)}/s",
         "latency": figures.seconds(row.latency_s),
         "first call": figures.seconds(row.first_call_s),
         "predicted": figures.size(row.predicted_bytes),
@@ -137,13 +139,15 @@ def notes(case: Case) -> str:
 
 def in_step(step: str) -> str:
     """What an implementation is at."""
-    return "being compiled" if step == "build" else step
+    return "compiling" if step == "build" else step
 
 
 def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[Line]:
     """Lines of implementations that have no row yet, with the step they are in."""
     return [
-        Line(key=row_key(index, name), cells={"implementation": name, "path": in_step(step) or "…"}, tone="dim")
+        Line(
+            key=row_key(index, name), cells={"implementation": name, "verdict": in_step(step) or "waiting"}, tone="dim"
+        )
         for name, step in names
     ]
 

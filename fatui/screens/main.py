@@ -68,7 +68,8 @@ class MainScreen(Screen[None]):
     def on_mount(self) -> None:
         """Draws the first time, and begins the slow timer."""
         remembered = self.app.remembered
-        self.query_one(ComparisonPane).sort(remembered.sort, remembered.descending)
+        by = remembered.sort if remembered.sort in comparison_lines.SORTABLE else ""
+        self.query_one(ComparisonPane).sort(by, remembered.descending)
         for name in remembered.hidden:
             if name in PANES:
                 self.query_one(f"#{name}").add_class("-away")

@@ -28,7 +28,7 @@ from fatui.widgets.toggles import Toggles
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
 
-IDLE: Final = "{run} runs what is set up above; what comes in is drawn here."
+IDLE: Final = "{run} runs what is set up above; its first timed calls say how long all of it takes."
 ROOMY: Final = 34
 """Rows from which on the charts of a run that is over stay beside its table."""
 FOLDER: Final = "a folder with config.json and weights, enter takes it"
@@ -188,7 +188,8 @@ class ModelScreen(Screen[None]):
     def _show(self) -> None:
         session, report = self.session, self.report
         if session is not None:
-            self.query_one("#progress", Static).update(progress_line(session), layout=False)
+            said = session.record.log[-1].text if session.active and session.record.log else ""
+            self.query_one("#progress", Static).update("\n".join(filter(None, (progress_line(session), said))))
             self.draw(session)
             report = report or session.report()
             number = session.case_number
@@ -196,7 +197,7 @@ class ModelScreen(Screen[None]):
             self.query_one("#live-pane").border_title = literal(f"Live · {label}" if label else "Live")
         else:
             run = self.app.keys[f"{self.NAME}_run"]
-            self.query_one("#progress", Static).update(IDLE.format(run=run), layout=False)
+            self.query_one("#progress", Static).update(IDLE.format(run=run))
         over = session is None or (not session.active and self.app.size.height < ROOMY)
         self.query_one("#live-pane").set_class(over, "-idle")
         self.query_one(StatusLine).show(self.TITLE_TEXT, _phase(session))

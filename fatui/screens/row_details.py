@@ -1,6 +1,6 @@
 """One row in full: its figures, its samples, its reason, and the command that reproduces it."""
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -12,6 +12,15 @@ from attention.report import Case, Row
 from fatui import figures
 from fatui.ascii import literal
 from fatui.histogram import histogram
+
+ENDED_BY: Final = {
+    "precision": "enough for the precision",
+    "time": "until the time was up",
+    "iterations": "all iterations",
+    "interrupted": "until it was interrupted",
+    "failed": "until it failed",
+}
+"""How the rounds of a row ended, in words."""
 
 
 class RowDetails(ModalScreen[None]):
@@ -58,7 +67,7 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("first call", f"{figures.seconds(row.first_call_s)}, with what MLX compiles in it"),
         ("memory", f"{figures.size(row.peak_bytes)} at the peak, {figures.size(row.predicted_bytes)} predicted"),
         ("error", f"{figures.error(row.max_error)} at most, {figures.error(row.rms_error)} rms, against float64"),
-        ("samples", f"{len(row.samples)}, stopped by {row.stopped_by or figures.UNKNOWN}"),
+        ("samples", f"{len(row.samples)}, {ENDED_BY.get(row.stopped_by or '', row.stopped_by or figures.UNKNOWN)}"),
     ]
     return [f"{name:<12}{text}" for name, text in pairs]
 

@@ -10,9 +10,14 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
+from fatui.widgets.row_table import clip
+
 
 class Choice(Widget, can_focus=True):
-    """Chooses one of its options; digits that are typed make an option where `typed_option` is given."""
+    """Chooses one of its options; a number that is typed makes an option where `typed_option` is given.
+
+    In a sweep it shows what will run, and beside it the option under the cursor where that is another.
+    """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"choice--label", "choice--value"}
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -87,8 +92,16 @@ class Choice(Widget, can_focus=True):
         self.refresh()
 
     def on_key(self, event: events.Key) -> None:
-        """Makes an option from typed digits, each of which adds to those before."""
-        if self._typed_option is None or not (event.character or "").isdigit():
+        """Makes an option from typed digits, each of which adds to those before; k after them is 1024 times."""
+        if self._typed_option is None:
+            return
+        if self._typed and event.character in ("k", "K"):
+            event.stop()
+            event.prevent_default()
+            self._go_to(self._typed_option(str(int(self._typed) * 1024)))
+            self._typed = ""
+            return
+        if not (event.character or "").isdigit():
             self._typed = ""
             return
         event.stop()
@@ -125,9 +138,12 @@ class Choice(Widget, can_focus=True):
         left, right = ("‹", "›") if self.has_focus else (" ", " ")
         if not self.sweeping:
             return f"{left}{self.value}{right}"
-        if not self.has_focus:
-            return f" {self.value} " if len(self.values) == 1 else f" {len(self.values)} values"
-        return f"{left}{'●' if self._cursor in self.values else '┼'}{self._cursor}{right}"
+        chosen = self.value if len(self.values) == 1 else f"{len(self.values)} values"
+        if not self.has_focus or self.values == (self._cursor,):
+            return f"{left}{chosen}{right}"
+        cursor = f"{left}{'●' if self._cursor in self.values else '┼'}{self._cursor}{right}"
+        room = self.size.width - len(self.label) - len(cursor) - 3
+        return f" {clip(chosen, room)} {cursor}" if room > 0 else cursor
 
     def render_line(self, y: int) -> Strip:
         """Draws the row."""

@@ -9,6 +9,8 @@ from rich.segment import Segment
 from textual.strip import Strip
 from textual.widget import Widget
 
+from fatui.widgets.row_table import clip
+
 LABEL_WIDTH: Final = 10
 FIGURE_WIDTH: Final = 9
 LEVELS: Final = " ▁▂▃▄▅▆▇█"
@@ -104,7 +106,7 @@ class TrendChart(Widget):
         words = level == 0
         head = Segment(f"{trend.label if words else '':<{LABEL_WIDTH}.{LABEL_WIDTH}} ", label)
         if trend.note and not trend.points:
-            return [head, Segment(trend.note if words else "", note)]
+            return [head, Segment(clip(trend.note, self.size.width - LABEL_WIDTH - 1) if words else "", note)]
         drawn = self._blocks(trend.points, level)
         figures = f" {trend.now:>{FIGURE_WIDTH}}{trend.best:>{FIGURE_WIDTH}}" if words else ""
         return [head, Segment(f"{drawn:<{self._line_width}}", line), Segment(figures, figure)]

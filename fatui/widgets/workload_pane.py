@@ -69,6 +69,7 @@ class WorkloadPane(Vertical):
         for name in ("dtype", "mask", "pass_"):
             self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
         self.border_title = literal(f"Workload · {draft.title()}")
+        self.query_one("#choices").set_class(draft.sweeping, "-sweeping")
         cases = cases_text(draft)
         self._line("cases", cases)
         self.query_one("#workload-cases").set_class(cases.startswith(CANNOT), "-bad")

@@ -175,7 +175,10 @@ def advise(app, **routes):
         name: Route(path=path, fused=name == "poc", reason=f"why {name}", predicted_bytes=2**22)
         for name, path in PATHS.items()
     }
-    app.advice._take(Answer(number=app.advice._number, routes={**made, **routes}))
+    routes = {**made, **routes}
+    largest = {name: route.predicted_bytes for name, route in routes.items() if route.predicted_bytes is not None}
+    needs = {name: (size + 2**21,) for name, size in largest.items()}
+    app.advice._take(Answer(number=app.advice._number, routes=routes, largest=largest, needs=needs))
 
 
 def on_stage(play, size=(120, 40), **options):

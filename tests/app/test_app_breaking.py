@@ -1,9 +1,12 @@
 """Everything that can break in a run, and what only looks so."""
 
 import asyncio
+import os
 import sqlite3
+import sys
 import time
 
+from pty_app import PtyApp
 from stage import on_stage
 
 from attention import events as on
@@ -110,7 +113,7 @@ def test_while_a_kernel_is_compiled_it_says_so_and_its_silence_is_no_alarm():
         stage.app.main._tick()
         await stage.pilot.pause()
         seen = stage.seen()
-        assert "compiling poc, 48 s so far" in seen and "being compiled" in seen and "compiling poc · 48 s" in seen
+        assert "compiling poc, 48 s so far" in seen and "compiling poc · 48 s" in seen
         assert "silent" not in seen
         stage.engine.begin_case()
         stage.app.main._tick()
@@ -133,5 +136,47 @@ def test_an_engine_that_does_not_heed_a_stop_is_killed():
         assert time.perf_counter() - began < 1.5
         stage.engine.end()
         await stage.settle(lambda: not stage.app.runs.active)
+
+    on_stage(play)
+
+
+def test_a_terminal_that_hangs_up_ends_the_app_though_no_signal_comes():
+    with PtyApp("sh", "-c", f"trap '' HUP; exec {sys.executable} -m fatui") as app:
+        assert app.read(20, until="Implementations") is not None
+        os.close(app._file)
+        app._file = -1
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not (ended := os.waitpid(app.pid, os.WNOHANG)[0]):
+            time.sleep(0.05)
+        app.pid = 0 if ended else app.pid
+        assert ended
+
+
+def test_a_failure_that_is_too_long_for_its_row_ends_in_an_ellipsis():
+    async def play(stage):
+        await stage.press("r")
+        stage.engine.begin()
+        stage.engine.begin_case()
+        reason = "the device ran out of memory while the kernel was loading its tiles, twice in a row"
+        stage.engine.tell(on.RowEnded(case=0, implementation="poc", status="failed", reason=reason))
+        stage.app.main.show_run()
+        await stage.pilot.pause()
+        line = next(line for line in stage.seen().splitlines() if "failed: the device" in line)
+        assert "…" in line
+
+    on_stage(play)
+
+
+def test_too_few_rounds_are_said_and_earn_nothing():
+    async def play(stage):
+        await stage.press("r")
+        stage.engine.begin()
+        stage.engine.begin_case()
+        stage.engine.rounds(2)
+        stage.app.main.show_run()
+        await stage.pilot.pause()
+        seen = stage.seen()
+        assert "collecting 2 of 6" in seen
+        assert "★" not in seen and "noise floor" not in seen and "fastest" not in seen
 
     on_stage(play)

@@ -1,5 +1,6 @@
 """Runs: from their start to their end, and what the table shows of them."""
 
+from msgspec import structs
 from stage import on_stage
 
 from attention import events as on
@@ -79,7 +80,7 @@ def test_the_last_run_teaches_how_long_the_next_takes():
         await stage.run_to_the_end()
         await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
         stage.app.main.show_draft()
-        assert "going by the" in stage.seen()
+        assert "going by earlier runs" in " ".join(stage.seen().replace("│", "").split())
 
     on_stage(play)
 
@@ -180,5 +181,51 @@ def test_a_run_that_is_opened_leaves_nothing_of_the_one_before():
         seen = stage.seen()
         assert "done after" not in seen and "L=64 " not in seen
         assert f"run {past.run.id} is open" in seen and "it took" in seen
+
+    on_stage(play)
+
+
+def row_line(stage, name):
+    table = stage.find("#comparison-table", RowTable)
+    return next(line for line in table.lines if line.cells.get("implementation") == name)
+
+
+def test_the_path_stays_in_sight_when_a_speedup_gets_wider():
+    async def play(stage):
+        await stage.run_to_the_end()
+        table = stage.find("#comparison-table", RowTable)
+        row = row_line(stage, "poc")
+        wide = structs.replace(row, cells={**row.cells, "speedup": "1,234.56 to 2,345.67x"})
+        table.show([wide])
+        assert "path" in [column.name for column in table.shown_columns]
+        assert sum(table._fitted(table.shown_columns)) + 2 * (len(table.shown_columns) - 1) <= table._width
+
+    on_stage(play)
+
+
+def test_the_hint_follows_the_page_and_names_a_sort_that_is_out_of_sight():
+    async def play(stage):
+        await stage.run_to_the_end()
+        stage.app.main._sort("tokens/s", True)
+        table = stage.find("#comparison-table", RowTable)
+        table.focus()
+        await stage.press("right")
+        hint = str(stage.find("#comparison").border_subtitle)
+        assert "2 of" in hint and "sorted by tokens/s" in hint
+        await stage.press("o")
+        assert stage.find("#comparison").by in [column.name for column in table.shown_columns]
+
+    on_stage(play)
+
+
+def test_a_stage_stands_under_verdict_and_not_under_path():
+    async def play(stage):
+        await stage.press("r")
+        stage.engine.begin()
+        stage.engine.tell(on.CaseStarted(case=0), on.StepStarted(case=0, implementation="poc", step="build"))
+        stage.app.main.show_run()
+        await stage.pilot.pause()
+        cells = row_line(stage, "poc").cells
+        assert cells["verdict"] == "compiling" and "path" not in cells
 
     on_stage(play)

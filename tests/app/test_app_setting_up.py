@@ -1,8 +1,17 @@
 """Setting up: sliders, choices, implementations, sweeps."""
 
-from stage import advise, on_stage
+from msgspec import structs
+from stage import DEVICE, advise, on_stage
 
+from attention import implementations
 from attention.route import Route
+from attention.workload import Workload
+from fatui import actions, figures, presets
+from fatui.advisor import Question, answer
+from fatui.draft import DEFAULT_AXES, Draft
+from fatui.offers import needs_text
+from fatui.running import load_preset
+from fatui.screens.export import FORMATS
 from fatui.widgets.choice import Choice
 from fatui.widgets.slider import Slider
 
@@ -215,3 +224,102 @@ def test_one_that_tries_says_what_its_last_trial_chose():
         assert "poc, tuned, last run" in stage.seen()
 
     on_stage(play)
+
+
+async def focused_panes(stage, key, count):
+    seen = []
+    for _ in range(count):
+        await stage.press(key)
+        seen.append(stage.app.main._focused_pane().id)
+    return seen
+
+
+def test_bracket_keys_go_through_all_panes_and_round_again():
+    async def play(stage):
+        stage.find("#implementations").focus()
+        order = ["workload", "live", "comparison", "log", "implementations-pane"]
+        assert await focused_panes(stage, "right_square_bracket", 5) == order
+        assert await focused_panes(stage, "left_square_bracket", 2) == ["log", "comparison"]
+
+    on_stage(play)
+
+
+def test_bracket_keys_pass_over_a_hidden_pane():
+    async def play(stage):
+        stage.find("#live").focus()
+        await stage.press("z")
+        assert "Live is hidden; z brings it back" in stage.app.journal.text()
+        stage.find("#axis-seq").focus()
+        assert await focused_panes(stage, "right_square_bracket", 1) == ["comparison"]
+
+    on_stage(play)
+
+
+def test_a_sweep_of_one_value_is_still_the_preset():
+    async def play(stage):
+        load_preset(stage.app, "quick")
+        await stage.press("s")
+        assert stage.app.draft.title() == "quick"
+        await stage.press("r")
+        assert stage.app.session.preset == "quick"
+
+    on_stage(play)
+
+
+def test_a_preset_has_its_name_again_when_a_change_is_taken_back():
+    async def play(stage):
+        load_preset(stage.app, "quick")
+        stage.find("#axis-seq").focus()
+        await stage.press("right")
+        assert stage.app.draft.title() == "quick, changed"
+        await stage.press("left")
+        assert stage.app.draft.title() == "quick"
+
+    on_stage(play)
+
+
+def test_a_choice_in_a_sweep_shows_what_will_run_beside_the_cursor():
+    async def play(stage):
+        await stage.press("s")
+        choice = stage.find("#choice-mask", Choice)
+        choice.focus()
+        await stage.press("right")
+        assert stage.app.draft.mask == "none"
+        assert "none ‹┼causal›" in stage.seen()
+        await stage.press("space")
+        assert "2 values ‹●causal›" in stage.seen()
+
+    on_stage(play)
+
+
+def test_needs_of_a_sweep_are_those_of_its_largest_case():
+    async def play(stage):
+        cases = tuple(Workload(seq=seq) for seq in (64, 128, 256))
+        question = Question(number=1, workload=cases[0], names=("baseline", "practical"), others=cases[1:])
+        made = answer(question, DEVICE)
+        largest = implementations.get("baseline").route(cases[2], DEVICE).predicted_bytes
+        assert made.largest["baseline"] == largest > made.routes["baseline"].predicted_bytes
+        stage.app.draft = Draft(axes={**DEFAULT_AXES, "seq": (64, 128, 256)}, implementations=("baseline",))
+        stage.app.advice.answer = made
+        assert needs_text(stage.app.draft, stage.app.advice) == f"needs up to baseline {figures.size(largest)}"
+        limited = structs.replace(stage.app.draft, memory_limit_bytes=made.needs["baseline"][2] - 1)
+        assert "cases that will not fit: baseline 1 of 3" in needs_text(limited, stage.app.advice)
+
+    on_stage(play)
+
+
+def test_a_deleted_preset_gives_its_name_up_until_it_is_brought_back():
+    async def play(stage):
+        presets.save(structs.replace(presets.load("quick"), name="mine", bundled=False), "mine")
+        load_preset(stage.app, "mine")
+        await stage.press("p", "d")
+        assert stage.app.draft.title() == "unnamed"
+        await stage.press("u")
+        assert stage.app.draft.title() == "mine"
+
+    on_stage(play)
+
+
+def test_every_format_of_an_export_is_named_in_its_help():
+    words = actions.EXPORT.replace(",", "").split()
+    assert set(FORMATS) <= set(words)
