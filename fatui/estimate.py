@@ -102,13 +102,13 @@ class Left(Struct, frozen=True):
 def left(session: AnySession) -> Left | None:
     """The one estimate that status line and progress bar show; None before there is any.
 
-    It is the worker's, counted down since the worker last gave it. Before a case is complete the worker guesses;
-    until then it is not less than what was estimated before the start.
+    It is the worker's, counted down since the worker last gave it; where the end of the case was estimated from earlier
+    runs or by a timed call, it is not less than that.
     """
     known = []
     if session.record.progress is not None:
         known.append(session.record.progress.remaining_s - session.since_progress_s)
-    if session.expected_s is not None and not session.complete_cases:
+    if session.expected_s is not None:
         known.append(session.expected_s + session.once_s - session.elapsed_s)
     if not known:
         return None

@@ -3,6 +3,7 @@
 from attention import events as on
 from attention.plan import FineTuningPlan, GenerationPlan
 from attention.report import FineTuningCase, ModelCase, Report
+from fatui.narrate import expected
 from fatui.series import Series
 from fatui.session import RunSession
 
@@ -12,12 +13,15 @@ class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineT
 
     Attributes:
         losses: the training loss of each implementation so far.
+        said: the latest that the worker said in words: how long a case will take, what would shorten it.
     """
 
     losses: dict[str, Series]
+    said: str
 
     def _start_clock(self) -> None:
         super()._start_clock()
+        self.said = ""
         self.losses = {}
 
     def case(self, index: int) -> ModelCase | FineTuningCase:
@@ -36,6 +40,10 @@ class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineT
 
     def _listen(self, event: on.AnyEvent) -> None:
         super()._listen(event)
+        if isinstance(event, on.Message):
+            self.said = event.text
+        elif isinstance(event, on.Expected):
+            self.said = expected(event)
         if isinstance(event, on.IterationDone) and event.implementation != on.AGAIN:
             tokens = self.plan.cases[event.case].tokens
             if event.number > 1:  # the first one compiles

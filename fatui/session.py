@@ -58,8 +58,8 @@ class RunSession(ABC, Generic[P, C]):
         finding: one line that says what came out; empty until the run has ended.
         rounds_s: seconds that the complete cases spent in their rounds.
         once_s: seconds before cases began anew: the first look and the building, which the next run is spared.
-        expected_s: seconds that the run was estimated to take at the most before it started, or None.
-        complete_cases: how many cases are complete.
+        expected_s: seconds at the most from the start of the run to the end of its case, as estimated before the start
+            or by a timed call; None where there is no such estimate, and once the case is complete.
     """
 
     def __init__(
@@ -100,7 +100,6 @@ class RunSession(ABC, Generic[P, C]):
         self._ended: float | None = None
         self.rounds_s = self.once_s = 0.0
         self._silence = Silence(self._clock)
-        self.complete_cases = 0
 
     @property
     def since_progress_s(self) -> float:
@@ -233,10 +232,12 @@ class RunSession(ABC, Generic[P, C]):
                 self._rounds_began = self._heard
         elif isinstance(event, on.Progress):
             self._progress_at = self._heard
+        elif isinstance(event, on.Expected):
+            self.expected_s = self.elapsed_s - self.once_s + event.seconds
         elif isinstance(event, on.RoundsDone):
             self._follow(event)
         elif isinstance(event, on.CaseDone):
-            self.complete_cases += 1
+            self.expected_s = None
             self.rounds_s += self._heard - self._rounds_began if self._rounds_began is not None else 0.0
             self._complete.put_nowait(event.case)
 

@@ -28,7 +28,7 @@ from fatui.widgets.toggles import Toggles
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
 
-IDLE: Final = "{run} runs what is set up above; its first timed calls say how long all of it takes."
+IDLE: Final = "{run} runs what is set up above; a timed call then says how long it takes, before the rounds begin."
 ROOMY: Final = 34
 """Rows from which on the charts of a run that is over stay beside its table."""
 FOLDER: Final = "a folder with config.json and weights, enter takes it"
@@ -188,7 +188,7 @@ class ModelScreen(Screen[None]):
     def _show(self) -> None:
         session, report = self.session, self.report
         if session is not None:
-            said = session.record.log[-1].text if session.active and session.record.log else ""
+            said = session.said if session.active else ""
             self.query_one("#progress", Static).update("\n".join(filter(None, (progress_line(session), said))))
             self.draw(session)
             report = report or session.report()

@@ -176,6 +176,24 @@ def test_a_folder_that_is_no_model_is_told_and_one_that_is_can_be_chosen(tmp_pat
     on_stage(play)
 
 
+def test_a_model_says_how_long_it_takes_before_its_rounds():
+    async def play(stage):
+        await stage.press("m", "r")
+        stage.engine.begin()
+        stage.engine.tell(
+            on.CaseStarted(case=0),
+            on.Expected(case=0, seconds=2520, implementations=5),
+            on.Progress(done=0.1, remaining_s=32, now="a look at two layers"),
+        )
+        stage.app.screen._show()
+        await stage.pilot.pause()
+        seen = stage.seen()
+        assert "about 42 min 00 s for 5 implementations" in seen
+        assert "42 min 00 s left" in seen and "32 s left" not in seen
+
+    on_stage(play)
+
+
 def test_what_cannot_run_is_told():
     async def play(stage):
         await stage.press("m")
