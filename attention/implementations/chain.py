@@ -40,13 +40,13 @@ class Chain:
         """Returns what the tiles computed, by a node that leads a recursive walk to the first tile first."""
         if not self._anchors:
             return list(arrays)
-        (last,) = _ordered([self._zero], self._anchors)
-        return _ordered([last, *arrays], [self._zero])[1:]
+        (last,) = ordered([self._zero], self._anchors)
+        return ordered([last, *arrays], [self._zero])[1:]
 
     def _anchored(self, arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
-        *ordered, anchor = _ordered([*arrays, self._zero], links)
+        *after, anchor = ordered([*arrays, self._zero], links)
         self._anchors.append(anchor)
-        return ordered
+        return after
 
 
 @mx.custom_function
@@ -62,8 +62,9 @@ def _pass_on(arrays: list[mx.array], links: list[mx.array]) -> list[mx.array]:
 def _pass_on_batched(
     inputs: tuple[list[mx.array], list[mx.array]], axes: tuple[list[int | None], list[int | None]]
 ) -> tuple[list[mx.array], list[int | None]]:
-    return _ordered(*inputs), axes[0]
+    return ordered(*inputs), axes[0]
 
 
-def _ordered(arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
+def ordered(arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
+    """Returns the arrays, not to be read before the links are computed; works under every transform of MLX's."""
     return cast("list[mx.array]", _pass_on(list(arrays), list(links)))

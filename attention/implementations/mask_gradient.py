@@ -15,6 +15,7 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention import masks
+from attention.errors import UnsupportedError
 from attention.implementations.batched import folded
 from attention.implementations.blocks import MIB, Blocks
 from attention.implementations.blockwise import Call, blocks_of, cut, head_groups, tile_scores
@@ -78,7 +79,11 @@ def _node(call: Call) -> Callable[..., mx.array]:
         of_mask = mask_gradient(q, k, v, out, cotangent, structs.replace(call, mask=call.mask.having(mask)), *sinks)
         return [cotangent, *(mx.zeros_like(x) for x in (q, k, v)), of_mask, *(mx.zeros_like(x) for x in sinks)]
 
+    def refuse(primals: object, tangents: object) -> None:
+        raise UnsupportedError("under an additive mask only implementation='baseline' has jvp and second derivatives")
+
     pass_on.vjp(pull_back)
+    pass_on.jvp(refuse)
     pass_on.vmap(folded(pass_on, masks_at=4))
     return cast("Callable[..., mx.array]", pass_on)
 

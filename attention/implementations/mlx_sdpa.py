@@ -78,8 +78,13 @@ def attend_whole(
     widened: bool,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Calls MLX's SDPA, in float32 if it is to be widened, as `is_widened` says of unfused calls."""
+    """Calls MLX's SDPA, in float32 if it is to be widened, as `is_widened` says of unfused calls.
+
+    A negative scale becomes the query's sign, and 0 becomes a query of zeros: cuDNN gives NaN for both under a mask.
+    """
     dtype = q.dtype
+    if scale <= 0:
+        q, scale = (-q, -scale) if scale else (mx.zeros_like(q), 1.0)
     if widened:
         q, k, v = (x.astype(mx.float32) for x in (q, k, v))
     out = sdpa(q, k, v, scale, mask) if sinks is None else _with_sinks(q, k, v, scale, mask, sinks)

@@ -12,6 +12,7 @@ import mlx.core as mx
 from msgspec import Struct
 
 from attention.device import Backend
+from attention.implementations.chain import ordered
 
 AT_ONCE: Final[dict[Backend, float]] = {"cpu": 1.0, "cuda": 2.2, "metal": 12.0}
 """Tiles that may be in memory at once.
@@ -42,7 +43,7 @@ def when_done(arrays: Sequence[mx.array]) -> list[mx.array]:
 
     It is MLX's only wait of this kind, and a slow one: what it asks for, it asks for at intervals that grow.
     """
-    (token,) = mx.depends([mx.array(0.0)], list(arrays))
+    (token,) = ordered([mx.array(0.0)], list(arrays))
     return [mx.add(token, 1.0, stream=mx.cpu)]
 
 
@@ -53,7 +54,7 @@ def when_released(arrays: Sequence[mx.array], behind: int) -> list[mx.array]:
     """
     from attention.kernels.cuda import launcher
 
-    (token,) = mx.depends([mx.array(0.0)], [mx.stop_gradient(array) for array in arrays])
+    (token,) = ordered([mx.array(0.0)], [mx.stop_gradient(array) for array in arrays])
     return [launcher.module().passed(token, behind)]
 
 

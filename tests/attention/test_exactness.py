@@ -197,3 +197,28 @@ def test_torch_refuses_what_it_cannot_do_in_one_line(transform: str) -> None:
     }
     with pytest.raises(UnsupportedError, match=r"torch: .*'baseline'"):
         calls[transform]()
+
+
+@pytest.mark.parametrize("name", ["practical", "poc", "mlx"])
+def test_a_tangent_of_an_additive_mask_is_refused(name: str) -> None:
+    x, mask = mx.random.normal((1, 1, 8, 16)), mx.zeros((8, 8))
+    with pytest.raises(UnsupportedError, match="baseline"):
+        mx.jvp(lambda mask: attention(x, x, x, mask=mask, implementation=name), [mask], [mask])
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_mlx_is_given_positive_scales_only(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    given, inner = [], mx.fast.scaled_dot_product_attention
+
+    def recorded(*arrays: mx.array, scale: float, **more: object) -> mx.array:
+        given.append(scale)
+        return inner(*arrays, scale=scale, **more)
+
+    x = mx.random.normal((1, 2, 40, 16))
+    expected = attention(x, x, x, mask="causal", scale=scale, implementation="baseline")
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", recorded)
+    for implementation in (Practical(), Practical(1 << 14)):
+        out = attention(x, x, x, mask="causal", scale=scale, implementation=implementation)
+        assert float(mx.abs(out - expected).max()) < 1e-5
+    assert given
+    assert min(given) > 0

@@ -32,6 +32,12 @@ class Passed : public mx::Primitive {
     for (; under_way.size() > behind_; under_way.pop_front()) wait(under_way.front());
   }
 
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override {
+    const mx::array& token = inputs[0];
+    return {{mx::array(token.shape(), token.dtype(), std::make_shared<Passed>(stream(), behind_), {token})}, axes};
+  }
+
   const char* name() const override { return "FatuiPassed"; }
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
 
