@@ -50,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--case", type=int, help="one case, in this process, with all that it is made of")
     add("--mode", choices=MODES, default="forward")
     add("--device", choices=("cpu", "gpu"), default="cpu")
-    add("--impl", help="only these, by comma: baseline, poc, practical, practical64k, practical1M, mlx, torch, demo")
+    add(
+        "--impl",
+        help="only these, by comma: a name of the table that a run prints, or FILE.py:CLASS",
+    )
     add("--no-torch", action="store_true", help="leave torch out: its CUDA kernels may end the process")
     add("--processes", type=int, default=1)
     add("--seconds", type=float, default=float("inf"), help="start no case after this time")
@@ -154,7 +157,7 @@ async def _worker(options: argparse.Namespace, tally: Tally, started: float, fir
                 else:
                     at_work = message
         finally:
-            if process.returncode is None and (hung or at_work is not None):
+            if hung or sys.exc_info()[0]:
                 process.kill()
             code = await process.wait()
         said = await stderr
@@ -210,10 +213,7 @@ def outcomes(options: argparse.Namespace, number: int) -> Any:
     if problem is None:
         return
     judge = Judge(problem)
-    chosen = options.impl.split(",") if options.impl else None
-    for name, implementation in implementations(problem, options.mode, not options.no_torch).items():
-        if chosen and name not in chosen:
-            continue
+    for name, implementation in implementations(problem, options.mode, not options.no_torch, options.impl).items():
         running = {"case": number, "implementation": name, "transform": problem.transform, "facts": problem.facts}
         yield running
         outcome = judge.outcome(name, implementation)

@@ -19,7 +19,6 @@ FORWARD_TRANSFORMS: Final = ("plain", "plain", "compile", "vmap", "vmap_q")
 GRADIENT_TRANSFORMS: Final = ("plain", "compile", "checkpoint", "vmap", "vmap_q", "vmap_grad", "grad_compile")
 SEED_OF_FAMILY: Final = 77
 MAX_DEMO_SCORES: Final = 1e5
-SMALL_BUDGETS: Final = (4096, 16384, 65536, 262144)
 
 
 @dataclass
@@ -146,16 +145,19 @@ def first_keys_hidden(draw: Draw) -> Problem:
 
 
 def scores_of_any_size(draw: Draw) -> Problem:
-    """Scores are integers times 2^e, exact in float32, from about 1e-30 to 1e30."""
-    draw.dim = min(draw.dim, 64)
+    """Scores are integers times 2^e, from about 1e-30 to 1e30.
+
+    One dimension makes them, so that scores are equal or far apart, however the factor is rounded.
+    """
     q, k = (np.round(draw.random.uniform(-4, 4, shape)) for shape in (draw.q_shape, draw.k_shape))
+    q[..., 1:] = 0
     exponent = int(draw.random.integers(-100, 94))
     scale = float(2.0**exponent * draw.random.choice([1.0, 1.0, 0.7, 3.0]))
     if draw.dtype != "float16" and draw.chance(0.5):  # large or small numbers, and not a large or small scale
         half = exponent // 2
         q, k, scale = q * 2.0**half, k * 2.0 ** (exponent - half), 1.0
-    if draw.mode == "gradient":  # whose gradients have the size of the scores' factor
-        scale = float(np.clip(scale, 1e-20, 1e20))
+    if draw.mode == "gradient":  # gradients have the size of the factor, and so has the rounding of dP - delta in them
+        draw.dtype, scale = "float32", float(np.clip(scale, 1e-20, 100))
     mask = str(draw.random.choice(["none", "causal"]))
     return draw.problem(q, k, draw.normal(*draw.v_shape), scale=scale, mask=None if mask == "none" else mask)
 
@@ -163,9 +165,13 @@ def scores_of_any_size(draw: Draw) -> Problem:
 def shifted_scores(draw: Draw) -> Problem:
     """All scores of a call are shifted by one number, up or down, which changes nothing."""
     shift = float(draw.random.choice([-1, 1]) * draw.random.choice([10, 100, 1000, 1e5]))
+    if draw.mode == "gradient":  # the shift is a key's element, and so the rounding of dP - delta is that much larger
+        draw.dtype, draw.keys, shift = "float32", max(draw.keys, 64), float(np.clip(shift, -10, 10))
     q, k = (np.round(draw.random.uniform(-2, 2, shape)) for shape in (draw.q_shape, draw.k_shape))
     q[..., 0], k[..., 0] = 1.0, shift if draw.dtype != "float16" else np.clip(shift, -6e4, 6e4)
-    return draw.problem(q, k, draw.normal(*draw.v_shape), scale=1.0, mask="causal" if draw.chance(0.5) else None)
+    made = draw.problem(q, k, draw.normal(*draw.v_shape), scale=1.0, mask="causal" if draw.chance(0.5) else None)
+    made.largest_score = abs(shift)
+    return made
 
 
 def rows_hidden_by_finite_masks(draw: Draw) -> Problem:
@@ -204,12 +210,14 @@ def long_keys(draw: Draw) -> Problem:
     """Many keys and few queries, or a long square, in budgets far below what the scores need."""
     draw.batch, draw.dim, draw.value_dim = 1, 16, int(draw.random.choice([8, 16]))
     draw.kv_heads = draw.heads = 1
-    draw.queries, draw.keys = [(1, 20000), (5, 8193), (700, 700), (257, 2048)][int(draw.random.integers(0, 4))]
+    draw.queries, draw.keys = [(1, 20000), (5, 8193), (300, 300), (129, 1024)][int(draw.random.integers(0, 4))]
     q, k, v = draw.normal(*draw.q_shape), draw.normal(*draw.k_shape), draw.normal(*draw.v_shape)
     mask = "causal" if draw.chance(0.5) else None
     window = int(draw.random.choice([7, 100, 1000])) if draw.chance(0.3) else None
     softcap = 10.0 if draw.chance(0.3) else None
-    return _with_budgets(draw, draw.problem(q, k, v, mask=mask, window=window, softcap=softcap))
+    made = draw.problem(q, k, v, mask=mask, window=window, softcap=softcap)
+    made.budgets = {"practical64k": 65536, "practical256k": 262144}
+    return made
 
 
 def budgets_at_edges(draw: Draw) -> Problem:
@@ -292,12 +300,6 @@ def large_half_precision(draw: Draw) -> Problem:
         mask = draw.array(np.where(draw.random.random((draw.queries, draw.keys)) < 0.5, lowest, 0.0))
     scale = float(draw.random.choice([1.0, 0.125, 4.0]))
     return draw.problem(q, k, draw.normal(*draw.v_shape), mask=mask, scale=scale)
-
-
-def _with_budgets(draw: Draw, made: Problem) -> Problem:
-    chosen = draw.random.choice(SMALL_BUDGETS, 2, replace=False)
-    made.budgets = {f"practical{int(budget) // 1024}k": int(budget) for budget in sorted(chosen)}
-    return made
 
 
 THEMES: Final[tuple[Callable[[Draw], Problem], ...]] = (

@@ -28,6 +28,8 @@ TRANSFORMS: Final = ("plain", "compile", "checkpoint", "vmap", "vmap_q", "vmap_g
 gradient mapped; `grad_compile`: the gradient compiled."""
 OUTPUT_FACTOR: Final = 2
 GRADIENT_FACTOR: Final = 3
+SCORE_ROUNDING: Final = 2**-22
+"""Error of a weight, relative, for each unit of a score: a few roundings of float32."""
 
 
 @dataclass
@@ -39,15 +41,24 @@ class Outcome:
     """One line: the error, or which result is how far off."""
 
 
-def implementations(problem: Problem, mode: Mode, with_torch: bool) -> dict[str, Any]:
-    """Return the implementations to be run: names, or `practical` with a budget of its own."""
+def implementations(problem: Problem, mode: Mode, with_torch: bool, chosen: str | None = None) -> dict[str, Any]:
+    """Return the implementations to be run: names, or `practical` with a budget of its own.
+
+    Args:
+        problem: what they are run on.
+        mode: in which mode; `demo` runs that implementation alone.
+        with_torch: whether torch takes part, forward.
+        chosen: only these, by comma; FILE.py:CLASS is one from outside.
+    """
     if mode == "demo":
         return {"demo": "demo"}
     made: dict[str, Any] = {name: name for name in ("baseline", "poc", "practical", "mlx")}
     made |= {name: Practical(budget) for name, budget in problem.budgets.items()}
     if mode == "forward" and with_torch:
         made["torch"] = "torch"
-    return made
+    if chosen is None:
+        return made
+    return {name: made.get(name, name) for name in chosen.split(",") if name in made or ".py:" in name}
 
 
 class Judge:
@@ -97,6 +108,7 @@ class Judge:
             of_plain = 0.05 * largest + 0.05
         dtype = self.problem.q.dtype
         slack = (2e-6 if dtype == mx.float32 else 2e-3) * (largest + 1)
+        slack += SCORE_ROUNDING * self.problem.largest_score * largest
         return (GRADIENT_FACTOR if index else OUTPUT_FACTOR) * of_plain + rounding(expected, dtype) + slack
 
 

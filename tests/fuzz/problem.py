@@ -33,6 +33,8 @@ class Problem:
     """Whether the gradient of the mask is checked too."""
     may_be_refused: bool = False
     """Whether a usage error is a right answer."""
+    largest_score: float = 0.0
+    """Of scores that are exact by construction: implementations round what plain attention need not."""
     facts: dict[str, object] = field(default_factory=dict)
     """What the case was drawn as, for the log."""
 

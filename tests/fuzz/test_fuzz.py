@@ -1,0 +1,168 @@
+"""The fuzz tests themselves: what a case is, what the judge finds, and a few cases of each kind in every run."""
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from attention import implementations as built_in
+
+from . import cases, edges
+from .__main__ import main
+from .judge import FAILURES, PEERS, Judge, implementations
+from .problem import exact, relaid
+
+FAMILIES = {"broad": cases, "edges": edges}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+def failures(family: str, mode: str, number: int) -> list[str]:
+    problem = FAMILIES[family].problem(1, number, mode)
+    judge = Judge(problem)
+    found = []
+    for name, implementation in implementations(problem, mode, with_torch=False).items():
+        outcome = judge.outcome(name, implementation)
+        if outcome.verdict in FAILURES and name not in PEERS:
+            found.append(f"{name}: {outcome.verdict}: {outcome.detail}")
+    return found
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("mode", ["forward", "gradient"])
+def test_random_calls_are_right(mode, number):
+    assert failures("broad", mode, number) == []
+
+
+@pytest.mark.parametrize("number", range(len(edges.THEMES)), ids=lambda i: edges.THEMES[i].__name__)
+def test_calls_at_the_limits_are_right(number):
+    assert failures("edges", "forward", number) == []
+
+
+@pytest.mark.parametrize("number", [0, 3, 4, 7], ids=lambda i: edges.THEMES[i].__name__)
+def test_gradients_at_the_limits_are_right(number):
+    assert failures("edges", "gradient", number) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("mode", "count"), [("forward", 400), ("gradient", 150), ("demo", 60)])
+def test_many_cases_are_right(family, mode, count):
+    assert main(["--family", family, "--seed", "2", "--mode", mode, "--count", str(count), "--processes", "2"]) == 0
+
+
+def test_a_case_is_the_same_in_every_version():
+    """A seed that is reported has to mean the same call later."""
+    drawn = cases.draw(cases.generator(1, 3))
+    assert (drawn.batch, drawn.kv_heads, drawn.heads, drawn.queries, drawn.keys) == (3, 1, 2, 210, 17)
+    assert (drawn.dim, drawn.value_dim, drawn.dtype, drawn.scale, drawn.mask) == (126, 114, "float32", -0.3, "causal")
+    assert (drawn.content, drawn.layouts) == ("const", (10, 8, 9))
+
+
+@pytest.mark.parametrize("layout", range(9))
+def test_a_layout_changes_no_value(layout):
+    array = mx.random.normal((2, 3, 5, 4), key=mx.random.key(0))
+    assert mx.array_equal(relaid(array, layout), array)
+
+
+class Broken:
+    """The baseline, with one fault."""
+
+    name, title, summary = "broken", "Broken", "wrong on purpose"
+
+    def __init__(self, spoil):
+        self._spoil = spoil
+
+    def route(self, *arguments):
+        return built_in.get("baseline").route(*arguments)
+
+    def __call__(self, q, k, v, **keywords):
+        return self._spoil(built_in.get("baseline")(q, k, v, **keywords), v)
+
+
+def additive_mask_case():
+    for number in range(4, 400, len(edges.THEMES)):
+        problem = edges.problem(1, number, "gradient")
+        if problem.has_mask_gradient and problem.transform == "plain" and problem.mask.shape[-1] > 1:
+            return problem
+    raise AssertionError("no such case")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda output, v: output * 1.01, "output: "),
+        (lambda output, v: output * float("nan"), "output: nan"),
+        (lambda output, v: mx.stop_gradient(output), "dQ: "),
+        (lambda output, v: output - mx.stop_gradient(output) * 0 + (v - mx.stop_gradient(v)).sum(), "dV: "),
+    ],
+)
+def test_the_judge_names_what_is_wrong(spoil, words):
+    outcome = Judge(additive_mask_case()).outcome("broken", Broken(spoil))
+    assert outcome.verdict == "inaccurate"
+    assert outcome.detail.startswith(words)
+
+
+def test_a_result_of_another_shape_is_named():
+    outcome = Judge(cases.problem(1, 3, "forward")).outcome("broken", Broken(lambda output, v: output[:, :, :-1]))
+    assert (outcome.verdict, outcome.detail) == ("inaccurate", "output: shape (3, 2, 209, 114), not (3, 2, 210, 114)")
+
+
+def test_a_mask_whose_gradient_is_left_out_is_found():
+    problem = additive_mask_case()
+
+    class Stopped(Broken):
+        def __call__(self, q, k, v, *, mask, **keywords):
+            from msgspec import structs
+
+            stopped = structs.replace(mask, array=mx.stop_gradient(mask.array))
+            return built_in.get("baseline")(q, k, v, mask=stopped, **keywords)
+
+    outcome = Judge(problem).outcome("stopped", Stopped(None))
+    assert (outcome.verdict, outcome.detail.partition(":")[0]) == ("inaccurate", "dMask")
+    assert Judge(problem).outcome("baseline", "baseline").verdict == "ok"
+
+
+def test_what_an_implementation_raises_is_an_outcome():
+    def spoil(output, v):
+        raise ZeroDivisionError("division by zero")
+
+    outcome = Judge(cases.problem(1, 0, "forward")).outcome("broken", Broken(spoil))
+    assert (outcome.verdict, outcome.detail) == ("exception", "ZeroDivisionError: division by zero")
+
+
+def test_the_gradient_of_a_reference_is_its_difference_quotient():
+    problem = additive_mask_case()
+    judge = Judge(problem)
+    step = 1e-3
+    moved = edges.replace(problem, mask=problem.mask + step)
+    change = ((Judge(moved).expected[0] - judge.expected[0]) * exact(problem.cotangent)).sum() / step
+    assert abs(change - judge.expected[4].sum()) < 1e-2
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_costs_one_case(tmp_path, capsys):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "import os, signal\n"
+        "from attention.implementations import get\n"
+        "class Deadly:\n"
+        "    name, title, summary = 'deadly', 'Deadly', 'dies at single queries'\n"
+        "    def route(self, *a): return get('baseline').route(*a)\n"
+        "    def __call__(self, q, k, v, **more):\n"
+        "        if q.shape[2] == 1: os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "        return get('baseline')(q, k, v, **more)\n"
+    )
+    out = tmp_path / "failures.jsonl"
+    assert main(["--seed", "1", "--count", "12", "--impl", f"{plugin}:Deadly", "--out", str(out)]) == 1
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    single = [i for i in range(12) if cases.draw(cases.generator(1, i)).queries == 1]
+    assert single
+    assert [failure["case"] for failure in found if failure["verdict"] == "crashed"] == single
+    assert "12 cases" in capsys.readouterr().out
