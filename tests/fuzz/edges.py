@@ -128,20 +128,24 @@ def first_keys_hidden(draw: Draw) -> Problem:
     """The first keys are hidden from all or most rows, and what is seen has scores far below 0."""
     draw.keys = max(draw.keys, 200)
     shift = -float(draw.random.choice([50, 110, 300, 2000, 60000]))
+    if draw.mode == "gradient":  # dQ sums multiples of the shift that cancel but for the rounding of the scores
+        draw.dtype, shift = "float32", max(shift, -110.0)
     q, k, v = draw.normal(*draw.q_shape), draw.normal(*draw.k_shape), draw.normal(*draw.v_shape) + 3
     q[..., 0], k[..., 0] = 8.0, shift / 8  # the same for each pair, so that softmax does not change
     hidden = int(draw.random.integers(1, draw.keys))
     key = np.arange(draw.keys)
     kind = str(draw.random.choice(["window", "bool", "additive", "ragged"]))
+    mask, window = mx.array(key >= hidden), None
     if kind == "window":
-        return draw.problem(q, k, v, scale=1.0, window=max(1, draw.keys - hidden))
-    if kind == "ragged":  # another number of keys for each row
-        first = draw.random.integers(0, draw.keys, (draw.queries, 1))
-        return draw.problem(q, k, v, scale=1.0, mask=mx.array(key >= first))
-    seen = key >= hidden
-    if kind == "bool":
-        return draw.problem(q, k, v, scale=1.0, mask=mx.array(seen))
-    return draw.problem(q, k, v, scale=1.0, mask=draw.array(np.where(seen, 0.0, -np.inf)))
+        mask, window = None, max(1, draw.keys - hidden)
+    elif kind == "ragged":  # another number of keys for each row
+        mask = mx.array(key >= draw.random.integers(0, draw.keys, (draw.queries, 1)))
+    elif kind == "additive":
+        mask = draw.array(np.where(key >= hidden, 0.0, -np.inf))
+    made = draw.problem(q, k, v, scale=1.0, mask=mask, window=window)
+    if draw.mode == "gradient":
+        made.largest_score = shift**2 / 8
+    return made
 
 
 def scores_of_any_size(draw: Draw) -> Problem:
@@ -170,7 +174,7 @@ def shifted_scores(draw: Draw) -> Problem:
     q, k = (np.round(draw.random.uniform(-2, 2, shape)) for shape in (draw.q_shape, draw.k_shape))
     q[..., 0], k[..., 0] = 1.0, shift if draw.dtype != "float16" else np.clip(shift, -6e4, 6e4)
     made = draw.problem(q, k, draw.normal(*draw.v_shape), scale=1.0, mask="causal" if draw.chance(0.5) else None)
-    made.largest_score = abs(shift)
+    made.largest_score = shift**2 if draw.mode == "gradient" else abs(shift)
     return made
 
 

@@ -34,7 +34,7 @@ class Problem:
     may_be_refused: bool = False
     """Whether a usage error is a right answer."""
     largest_score: float = 0.0
-    """Of scores that are exact by construction: implementations round what plain attention need not."""
+    """Size of scores that plain attention need not round; in gradients, times that of the keys they are summed with."""
     facts: dict[str, object] = field(default_factory=dict)
     """What the case was drawn as, for the log."""
 
