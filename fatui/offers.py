@@ -43,7 +43,7 @@ def _with_trial(offer: Offer, took: str | None) -> Offer:
     if UNTRIED not in offer.path:
         return offer
     waiting = offer.path.endswith(WAITING)
-    path = f"{took}, last run" if took else "tries them in the run"
+    path = f"{in_order(took)}, last run" if took else "tries them in the run"
     return structs.replace(offer, path=f"{path} {WAITING}" if waiting else path)
 
 
@@ -85,9 +85,10 @@ def _of(needed: str, most: str) -> str:
 
 
 def needs_text(draft: Draft, advice: Advice) -> str:
-    """Predicted memory of the chosen ones above the inputs: "needs baseline 41 MiB, poc 7 MiB".
+    """Predicted memory of the chosen ones above the inputs: "needs up to baseline 41 MiB, poc 7 MiB".
 
-    Of several cases it is the largest's, and what is beyond the memory here is counted.
+    It counts the output and all scratch, that of threads included, of which a call may touch less.
+    Of several cases it is the largest's, and how many of them are beyond the memory here is said.
     """
     answer = advice.answer
     sizes = {name: answer.largest[name] for name in draft.implementations if name in answer.largest}
@@ -99,7 +100,7 @@ def needs_text(draft: Draft, advice: Advice) -> str:
     beyond = {name: sum(size > most for size in answer.needs[name]) for name in sizes} if most and several else {}
     misfits = [f"{name} {count} of {len(answer.needs[name])}" for name, count in beyond.items() if count]
     fit = f"; cases that will not fit: {', '.join(misfits)}" if misfits else ""
-    return f"needs {'up to ' if several else ''}{text}{fit}"
+    return f"needs up to {text}{fit}"
 
 
 def _memory(draft: Draft, device: Device | None) -> int | None:

@@ -56,6 +56,11 @@ class Runs:
         self._ended: asyncio.Event | None = None
 
     @property
+    def going(self) -> AnySession | None:
+        """The run that goes on, of whatever kind."""
+        return self._going if self.active else None
+
+    @property
     def active(self) -> bool:
         """Whether a run goes on, of whatever kind."""
         return self._going is not None and self._going.active

@@ -28,7 +28,10 @@ def right_text(app: "FatuiApp") -> str:
     """The phase, the time, and how many errors there were."""
     errors = app.journal.errors
     told = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
-    session = app.session
+    session, going = app.session, app.runs.going
+    if going is not None and going is not session:
+        left = estimate.left(going)
+        return f"{going.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{told}"
     if session is None:
         return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{told}"
     elapsed = figures.duration(session.elapsed_s)

@@ -48,6 +48,9 @@ class MainScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MAIN)]
     app: "FatuiApp"
 
+    _model_ran = False
+    """Whether a run of a model went on at the last tick, so that its end is shown as well."""
+
     def compose(self) -> ComposeResult:
         """Yields the panes."""
         yield StatusLine()
@@ -82,6 +85,9 @@ class MainScreen(Screen[None]):
         if self.app.session is not None and self.app.session.active:
             self.app.runs.watch_silence()
             self.show_run()
+        elif self.app.runs.active != self._model_ran or self.app.runs.active:
+            self._model_ran = self.app.runs.active
+            self._show_bars()
         self.query_one(LogPane).refresh_lines()
 
     def on_resize(self) -> None:
@@ -140,10 +146,7 @@ class MainScreen(Screen[None]):
         errors = app.journal.errors
         alarm = errors > 0 or bool(app.session and app.session.silent)
         self.query_one(StatusLine).show(left_text(app), right_text(app), alarm=alarm)
-        session = app.session
-        names = (
-            actions.RUNNING_BAR if session and session.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
-        )
+        names = actions.RUNNING_BAR if app.runs.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
         by_name = {action.name: action for action in actions.ACTIONS}
         self.query_one(KeyBar).show(tuple((app.keys[name], by_name[name].label, by_name[name].does) for name in names))
 

@@ -69,6 +69,8 @@ class ComparisonPane(Vertical):
         if session.is_final(index) and index in self._lines:
             return self._lines[index]
         case = session.case(index)
+        if not case.rows and not session.active:
+            return []
         made = [lines_of.block_head(index, case)] if several else []
         made += lines_of.case_lines(index, case, self.by, self.descending)
         if session.is_final(index):

@@ -43,6 +43,7 @@ class LivePane(Vertical, can_focus=True):
         if session is None:
             self._set_least(None)
             self.query_one("#progress", Static).update(opened_line(opened) if opened else IDLE, layout=False)
+            self.query_one("#telemetry", Static).update("", layout=False)
             self.border_title = "Live"
             return
         self.query_one("#progress", Static).update(progress_line(session), layout=False)

@@ -117,6 +117,10 @@ def test_a_run_goes_on_when_its_screen_is_left_and_no_other_starts_meanwhile():
         await stage.press("f", "r")
         await stage.press("escape")
         assert stage.app.screen is stage.app.main
+        stage.app.main._tick()
+        await stage.pilot.pause()
+        status = stage.seen().splitlines()
+        assert "tinyllama-1.1b runs" in status[0] and "x Stop" in status[-1]
         await stage.press("r")
         assert stage.app.session is None, "one run at a time"
         play_tuning(stage.engine)

@@ -181,6 +181,7 @@ def test_a_run_that_is_opened_leaves_nothing_of_the_one_before():
         seen = stage.seen()
         assert "done after" not in seen and "L=64 " not in seen
         assert f"run {past.run.id} is open" in seen and "it took" in seen
+        assert not str(stage.find("#telemetry").content)
 
     on_stage(play)
 
