@@ -158,7 +158,8 @@ def _open_app(arguments: list[str]) -> int:
     given = _app_parser().parse_all(arguments)
     if given.preset is not None:
         _check_preset(given.preset)
-    if not (_is_terminal(sys.stdin) and _is_terminal(sys.stdout)) or os.environ.get("TERM") == "dumb":
+    # Textual reads keys from stdin and draws on stderr.
+    if not all(map(_is_terminal, (sys.stdin, sys.stdout, sys.stderr))) or os.environ.get("TERM") == "dumb":
         from attention.errors import UsageError
 
         raise UsageError("the app needs a terminal; try `fatui bench`, which needs none")

@@ -187,5 +187,8 @@ def shape_of(workload: Workload) -> Shape:
 
 
 def mib(size: int) -> str:
-    """Bytes as people read them."""
+    """Bytes as people read them: in MiB below 10 GiB, beyond in GiB and TiB."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30)):
+        if size >= 10 * factor:
+            return f"{size / factor:,.0f} {unit}"
     return f"{size / MIB:,.0f} MiB"

@@ -180,3 +180,9 @@ def test_too_few_rounds_are_said_and_earn_nothing():
         assert "★" not in seen and "noise floor" not in seen and "fastest" not in seen
 
     on_stage(play)
+
+
+def test_the_app_does_not_draw_into_a_file(tmp_path):
+    with PtyApp("sh", "-c", f"{sys.executable} -m fatui 2>{tmp_path / 'err'}") as app:
+        assert app.ended(20)
+    assert (tmp_path / "err").read_text().startswith("fatui: the app needs a terminal")

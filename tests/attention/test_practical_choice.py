@@ -18,6 +18,7 @@ from attention.implementations.practical import Practical
 from attention.implementations.practical_choice import (
     Choice,
     choice,
+    mib,
     shape_of,
     skipped_share,
 )
@@ -229,3 +230,12 @@ def test_a_gradient_that_mlx_fuses_for_such_rows_only_is_sliced_where_it_is_larg
     assert made.reason == "2047 rows; slices of such rows have one"
     assert asked(structs.replace(workload, batch=1, heads=2, kv_heads=2), 8000).way == "fused"
     assert asked(structs.replace(workload, seq=2048, kv_seq=2048), 8000).way == "fused"
+
+
+def test_a_large_size_is_said_in_a_unit_that_fits_it():
+    assert [mib(size) for size in (2**26, 5 * 2**29, 2**34, 2_747_119 * 2**20)] == [
+        "64 MiB",
+        "2,560 MiB",
+        "16 GiB",
+        "2,683 GiB",
+    ]
