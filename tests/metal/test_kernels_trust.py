@@ -109,7 +109,7 @@ def test_metals_own_error_is_told_by_route_doctor_and_report():
 
 def test_a_report_checks_every_head_dim_and_type_and_names_no_home_folder(monkeypatch, tmp_path):
     told = []
-    monkeypatch.setattr(machine_report.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(machine_report, "home", lambda: tmp_path)
     monkeypatch.setattr(machine_report, "diagnose", lambda measure: [])
     with on_a_mac(Refusing()):
         report = machine_report.make(told.append, measure=True)
