@@ -25,8 +25,11 @@ def visible(problem: Problem) -> tuple[np.ndarray, Floats | None]:
     return keep, np.broadcast_to(exact(problem.mask), shape)
 
 
-def expected(problem: Problem, keep: np.ndarray, added: Floats | None) -> list[Floats]:
-    """Return the output and, with a cotangent, the gradients of q, k, v and, where it is checked, the mask."""
+def expected(problem: Problem, keep: np.ndarray, added: Floats | None, is_sum_in_float32: bool = False) -> list[Floats]:
+    """Return the output and, with a cotangent, the gradients of q, k, v and, where it is checked, the mask.
+
+    `is_sum_in_float32` rounds the sums of scores and mask: beside a mask of -1e9 float32 has no room for a score.
+    """
     q, k, v = exact(problem.q), exact(problem.k), exact(problem.v)
     group = q.shape[1] // k.shape[1]
     keys, values = np.repeat(k, group, 1), np.repeat(v, group, 1)
@@ -37,6 +40,8 @@ def expected(problem: Problem, keep: np.ndarray, added: Floats | None) -> list[F
         scores, slope = problem.softcap * squashed, 1 - squashed * squashed
     if added is not None:
         scores = scores + added
+        if is_sum_in_float32:
+            scores = np.where(np.isinf(added), added, scores).astype(np.float32).astype(np.float64)
     scores = np.where(keep, scores, -np.inf)
     top = scores.max(-1, keepdims=True)
     weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
