@@ -107,9 +107,9 @@ if child == 0:
     try:
         attend()
     except ForkedError as error:
-        print(error)
+        print(error, flush=True)
     else:
-        print("fine")
+        print("fine", flush=True)
     os._exit(0)
 os.waitpid(child, 0)
 attend()
