@@ -7,7 +7,7 @@ from attention import masks
 from attention.errors import NoBackendError, UsageError, suggestion
 from attention.implementations import get
 from attention.implementations.protocol import Implementation
-from attention.masks import Mask
+from attention.masks import Mask, dtype_name
 from attention.workload import DTYPES
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def checked_shapes(q: object, k: object, v: object) -> None:
                 f"{name}: got shape {tuple(array.shape)}; it takes (batch, heads, length, width), none of them 0"
             )
         elif array.dtype not in _taken_types():
-            problems.append(f"{name}: got {_name(array.dtype)}; it takes {', '.join(DTYPES)}")
+            problems.append(f"{name}: got {dtype_name(array.dtype)}; it takes {', '.join(DTYPES)}")
         elif name != "q" and isinstance(q, mx.array) and array.dtype != q.dtype:
-            problems.append(f"{name}: got {_name(array.dtype)}; it takes q's type, {_name(q.dtype)}")
+            problems.append(f"{name}: got {dtype_name(array.dtype)}; it takes q's type, {dtype_name(q.dtype)}")
     if not problems:
         problems = _disagreements(*(tuple(x.shape) for x in (q, k, v)))  # type: ignore[attr-defined]
     if problems:
@@ -154,7 +154,3 @@ def _short(value: object) -> str:
 
 def _kind(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
-
-
-def _name(dtype: "mx.Dtype") -> str:
-    return str(dtype).removeprefix("mlx.core.")

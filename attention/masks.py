@@ -152,7 +152,7 @@ def check_array(array: "mx.array", shape: Shape) -> None:
     problems = []
     if array.dtype not in (mx.bool_, mx.float32, mx.float16, mx.bfloat16):
         problems.append(
-            f"mask: got an array of {_name(array.dtype)}; it takes bool (True is seen), or numbers to add in "
+            f"mask: got an array of {dtype_name(array.dtype)}; it takes bool (True is seen), or numbers to add in "
             f"{', '.join(DTYPES)}"
         )
     sizes = (1,) * (4 - array.ndim) + tuple(array.shape)
@@ -164,5 +164,6 @@ def check_array(array: "mx.array", shape: Shape) -> None:
         raise UsageError(*problems)
 
 
-def _name(dtype: "mx.Dtype") -> str:
+def dtype_name(dtype: "mx.Dtype") -> str:
+    """The name of a type as workloads have it: "float16"."""
     return str(dtype).removeprefix("mlx.core.")

@@ -6,14 +6,14 @@ from typing import Final
 from msgspec import Struct, structs
 
 from attention.plan import Plan
-from attention.report import MIN_ROUNDS, Report
+from attention.report import Report
+from attention.teller import case_s
+from attention.teller import kind as kind_of_case
 from attention.workload import Workload
 from fatui import figures
 from fatui.session import AnySession
 from fatui.settings import Pace
 
-CALLS_OUTSIDE: Final = 8
-"""Calls of an implementation on a case outside its rounds: first, checked, for memory, warm, timed alone."""
 MAX_SCALE: Final = 64.0
 """A call of this many times more or fewer FLOPs than all known ones is not estimated from them."""
 MAX_SIZES: Final = 16
@@ -22,7 +22,7 @@ MAX_SIZES: Final = 16
 
 def kind(name: str, workload: Workload) -> str:
     """The calls whose times say something of each other: "poc float16 forward"."""
-    return f"{name} {workload.dtype} {workload.pass_}"
+    return f"{name} {kind_of_case(workload)}"
 
 
 def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
@@ -40,9 +40,7 @@ def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
             return None
         mean = sum(calls) / len(calls)  # of those unknown
         calls = [mean if seconds is None else seconds for seconds in known]
-        # The reference is sampled twice, for the noise floor.
-        rounds = max(plan.seconds, MIN_ROUNDS * (sum(calls) + calls[0]))
-        total += rounds + CALLS_OUTSIDE * sum(calls) + pace.set_up_s * len(plan.implementations)
+        total += case_s(calls, plan.seconds) + pace.set_up_s * len(plan.implementations)
     return total
 
 
@@ -94,9 +92,7 @@ class Left(Struct, frozen=True):
     @property
     def words(self) -> str:
         """ "10 s left"."""
-        if self.seconds < 0:
-            return f"{figures.duration(-self.seconds)} over the estimate"
-        return f"{figures.duration(self.seconds)} left"
+        return figures.time_left(self.seconds)
 
 
 def left(session: AnySession) -> Left | None:

@@ -95,7 +95,7 @@ def is_call_widened(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> bool:
     """Whether a call is to be widened: where MLX has no fused kernel for it, as `is_widened` says."""
     backend = here()
     if q.dtype != mx.float16:
-        return is_widened(str(q.dtype).removeprefix("mlx.core."), backend)
+        return is_widened(masks.dtype_name(q.dtype), backend)
     return is_unfused(*asked_for(q, k, v, mask, None), backend)
 
 

@@ -64,7 +64,7 @@ def attend_packed(q: mx.array, k: Packed, v: Packed, *, scale: float, mask: Mask
 
     Scores are float32 where those of an unfused path are.
     """
-    if is_widened(str(q.dtype).removeprefix("mlx.core."), here()):
+    if is_widened(masks.dtype_name(q.dtype), here()):
         return attend_packed(q.astype(mx.float32), k, v, scale=scale, mask=mask).astype(q.dtype)
     batch, heads, seq, _ = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]

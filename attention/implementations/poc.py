@@ -9,7 +9,7 @@ from typing import Final, Protocol, cast, runtime_checkable
 import mlx.core as mx
 from msgspec import structs
 
-from attention import watching
+from attention import masks, watching
 from attention.device import Backend, Device
 from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
@@ -163,7 +163,7 @@ class Poc:
                 return out
         if softcap is not None:
             out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
-            watching.ran(named_products(TO_PRACTICAL, str(q.dtype).removeprefix("mlx.core."), here()))
+            watching.ran(named_products(TO_PRACTICAL, masks.dtype_name(q.dtype), here()))
             return out
         watching.ran(_sdpa_path(q, k, v, mask))
         return attend_whole(q, k, v, scale, mask, is_call_widened(q, k, v, mask))

@@ -81,25 +81,16 @@ class Practical:
 
         `sinks` (H,) are scores that join the softmax of every row of a head, without a value.
         """
-        if mask.array is not None and mask.array.dtype != mx.bool_ and not isinstance(k, Packed):
-            return self._with_mask_gradient(q, k, v, scale, mask, softcap, sinks)  # type: ignore[arg-type]
-        return self._attend(q, k, v, scale, mask, softcap, sinks)
-
-    def _with_mask_gradient(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        scale: float,
-        mask: Mask,
-        softcap: float | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        def attend(mask: Mask) -> mx.array:
+        if mask.array is None or mask.array.dtype == mx.bool_ or isinstance(k, Packed) or isinstance(v, Packed):
             return self._attend(q, k, v, scale, mask, softcap, sinks)
-
         return with_mask_gradient(
-            attend, q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks, budget_bytes=self._budget_here()
+            lambda mask: self._attend(q, k, v, scale, mask, softcap, sinks),
+            *(q, k, v),
+            scale=scale,
+            mask=mask,
+            softcap=softcap,
+            sinks=sinks,
+            budget_bytes=self._budget_here(),
         )
 
     def _attend(
@@ -198,7 +189,7 @@ class Practical:
 
 def _widened(choice: Choice, dtype: mx.Dtype, backend: Backend) -> bool:
     """Whether what is left whole is computed in float32."""
-    return choice.way.startswith("whole") and is_widened(str(dtype).removeprefix("mlx.core."), backend)
+    return choice.way.startswith("whole") and is_widened(masks.dtype_name(dtype), backend)
 
 
 def _handed(mask: Mask, dtype: DType, backend: Backend) -> Handed:

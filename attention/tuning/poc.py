@@ -11,7 +11,7 @@ from attention.device import Device, probe
 from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
 from attention.implementations.mask_gradient import with_mask_gradient
-from attention.implementations.poc import MOST_KINDS, Poc, _kernel
+from attention.implementations.poc import MOST_KINDS, TO_PRACTICAL, TO_SDPA, Poc, _kernel
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route, unsupported
 from attention.tuning.store import Store, code_now
@@ -63,7 +63,7 @@ class TunedPoc(Poc):
                 return own
             behind = self._practical.route(workload, device, needs)
             reason = f"{own.reason}; {behind.reason}"
-            return structs.replace(behind, path="falls back: practical", reason=reason, fallback=True)
+            return structs.replace(behind, path=TO_PRACTICAL, reason=reason, fallback=True)
         route = super().route(workload, device, needs)
         if route.fallback or device.backend != "metal":
             return route
@@ -74,7 +74,7 @@ class TunedPoc(Poc):
         if not behind.fused:
             return route
         reason = f"{behind.reason} too, and `{entry.winner}` was the fastest in a trial of demo's here"
-        return structs.replace(behind, path="falls back: MLX SDPA", reason=reason, fallback=True)
+        return structs.replace(behind, path=TO_SDPA, reason=reason, fallback=True)
 
     def __call__(
         self,

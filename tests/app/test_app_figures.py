@@ -130,15 +130,18 @@ def plan_of(**fields):
 
 def paced(**fields):
     """What a run of one call of 10 ms a workload teaches."""
-    workload = Workload(**fields)
-    row = Row(implementation="baseline", status="ok", call_s=Interval(median=0.01, low=0.01, high=0.01))
-    report = Report(
-        run=Run(id="a", started="", seconds=2.5, command=""),
+    return learn(Pace(), report_of("baseline", 0.01, 2.5, **fields), 2.0)
+
+
+def report_of(name, call_s, seconds, **fields):
+    """A run of one row."""
+    row = Row(implementation=name, status="ok", call_s=Interval(median=call_s, low=call_s, high=call_s))
+    return Report(
+        run=Run(id="a", started="", seconds=seconds, command=""),
         environment=Environment(device="x"),
         peaks=Peaks(),
-        cases=(Case(workload=workload, rows=(row,)),),
+        cases=(Case(workload=Workload(**fields), rows=(row,)),),
     )
-    return learn(Pace(), report, 2.0)
 
 
 def test_the_estimate_grows_with_slow_calls():
@@ -161,14 +164,7 @@ def test_an_estimate_far_beyond_all_known_sizes_is_none():
 
 def test_a_run_adds_to_what_is_known_of_others():
     pace = paced(seq=512)
-    workload = Workload(seq=1024, pass_="training")
-    row = Row(implementation="poc", status="ok", call_s=Interval(median=0.1, low=0.1, high=0.1))
-    report = Report(
-        run=Run(id="b", started="", seconds=1, command=""),
-        environment=Environment(device="x"),
-        peaks=Peaks(),
-        cases=(Case(workload=workload, rows=(row,)),),
-    )
+    report = report_of("poc", 0.1, 1, seq=1024, pass_="training")
     assert set(learn(pace, report, 1.0).calls) == {"baseline float16 forward", "poc float16 training"}
 
 
