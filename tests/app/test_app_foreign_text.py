@@ -10,13 +10,14 @@ from fatui.history import History
 from fatui.widgets.row_table import RowTable
 
 
-async def look(stage, *keys):
-    """Presses keys, and returns what is in sight, which holds no control character."""
+async def look(stage, *keys, shows=""):
+    """Press keys, wait until a text is in sight, and check that no control character is."""
     await stage.press(*keys)
     await stage.pilot.pause(0.05)
+    await stage.settle(lambda: shows in stage.seen())
     seen = stage.seen()
+    assert shows in seen
     assert not hostile.unsafe_in(seen)
-    return seen
 
 
 @pytest.mark.parametrize("kind", ["shapes", "model", "finetune"])
@@ -27,15 +28,15 @@ def test_every_screen_shows_a_hostile_run(kind):
     async def play(stage):
         await stage.press("h")
         await stage.settle(lambda: len(stage.find("#runs", RowTable).lines) == 2)
-        assert "[/x]" in await look(stage)
+        await look(stage, shows="[/x]")
         await look(stage, "right", "right", "right")
         await stage.press("space", "down", "c")
         await stage.settle(lambda: "tokens/s before" in stage.seen())
-        assert "[/x][b]" in await look(stage)
+        await look(stage, shows="[/x][b]")
         await look(stage, "right", "right")
         await look(stage, "escape", "enter")
         await stage.pilot.pause(0.3)
-        assert "[/x]" in await look(stage)
+        await look(stage, shows="[/x]")
         if kind == "shapes":
             stage.find("#comparison-table", RowTable).focus()
             for _ in range(3):
@@ -59,13 +60,13 @@ def test_hostile_presets_settings_and_messages_are_shown():
     async def play(stage):
         await look(stage)
         await stage.press("p")
-        assert "a " in await look(stage, "home")
-        assert "[/x][b]\\x1b[2J" in await look(stage)
-        assert "[workload]" in await look(stage, "down")
+        await look(stage, "home", shows="a ")
+        await look(stage, shows="[/x][b]\\x1b[2J")
+        await look(stage, "down", shows="[workload]")
         await look(stage, "up", "enter", "w")
         await look(stage, "escape")
         stage.app.tell(hostile.TEXT, "error")
-        assert "[/x]" in await look(stage)
+        await look(stage, shows="[/x]")
         await look(stage, "ctrl+p")
         await look(stage, "escape")
 
