@@ -1,4 +1,4 @@
-"""What a monitor saw of one kind of call."""
+"""Statistics of one kind of call, as collected by a monitor."""
 
 from collections.abc import Callable
 
@@ -12,26 +12,26 @@ from attention.workload import Workload
 
 
 class Kind(Struct):
-    """All calls of one implementation on one kind of workload."""
+    """All calls of one implementation on one workload."""
 
     implementation: str
     workload: Workload
     ask: Callable[[], Route | None]
-    """Asks for the route: rows do so, since at each length of a decoding loop it would cost more than watching may."""
+    """Returns the route; evaluated only for the rows: per call it would exceed the overhead allowed."""
     calls: int = 0
     samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     ask_at: int = 1
-    """The number of the call from which on it is asked again whether one may be timed."""
+    """Number of the call at which timing is considered again."""
     gap: int = 1
 
     def asked(self, timed: bool, stride: int) -> None:
-        """Sets when it is asked next: soon after a timed call, and ever later where none may be timed."""
+        """Set when timing is considered next: soon after a timed call, with exponential back-off otherwise."""
         self.gap = 1 if timed else min(2 * self.gap, MOST_GAP)
         self.ask_at = self.calls + self.gap * stride
 
     def row(self, estimated: bool) -> Row:
-        """The kind as a row of `fatui bench`; its number of calls may be an estimate."""
+        """Return a result row as a benchmark has it; the number of calls may be an estimate."""
         call = median_interval(self.samples) if self.samples else None
         route = self.ask()
         told = f"; {route.reason}" if route else ""
@@ -50,7 +50,7 @@ class Kind(Struct):
         )
 
     def line(self, estimated: bool) -> str:
-        """The same in a line."""
+        """Return the row as one line of text."""
         row = self.row(estimated)
         timed = f"{row.call_s.median * 1e3:.3f} ms" if row.call_s else "not timed"
         memory = f"{row.peak_bytes / 2**20:.1f} MiB" if row.peak_bytes is not None else "n/a"

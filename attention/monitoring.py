@@ -1,4 +1,4 @@
-"""Attention in a user's own program, watched: calls, shapes, paths, time and memory."""
+"""Monitor attention in a user's own program: calls, shapes, paths, time and memory."""
 
 import threading
 import time
@@ -30,14 +30,14 @@ from attention.route import Needs, Route
 from attention.workload import Workload
 
 SHARE: Final = 0.01
-"""Share of the program's time that watching may take, timed calls included, although their work had to be done."""
+"""Share of the program's time that monitoring may take, timed calls with their own work included."""
 FIRST_S: Final = 0.001
-"""What a kind of call is expected to cost that was never timed."""
+"""Assumed seconds of a kind of call that was never timed."""
 MOST_SAMPLES: Final = 1000
 
 
 class _Inside(threading.local):
-    """Whether this thread is inside of a call that is watched: what that calls is part of it."""
+    """Whether this thread is inside a monitored call: nested calls are part of it."""
 
     watched = False
 
@@ -46,21 +46,21 @@ _inside = _Inside()
 
 
 class Monitor:
-    """Watches attention from enter to exit; a context manager.
+    """Context manager that monitors attention.
 
-    It sees `attention.attention`, calls that a patch takes, and `mx.fast.scaled_dot_product_attention`. A call inside
-    another is part of it. Some calls are evaluated at once to be timed, within `SHARE` of the time that passes; calls
-    that `mx.compile` traces are counted, once, and not timed. Where calls come so fast that looking at each would cost
-    more than that (more than about three in a millisecond), only some are looked at, and each stands for those since
-    the last; passing a call on, which is left then, takes some tenths of a microsecond. A timed call resets MLX's peak
-    memory: `peak_bytes` keeps the highest.
+    It covers `attention.attention`, calls through a patch, and `mx.fast.scaled_dot_product_attention`. A nested call
+    is part of the outer one. Some calls are evaluated at once to be timed, within `SHARE` of elapsed time; calls traced
+    by `mx.compile` are counted once and not timed. If calls come so fast that counting each would cost more than that
+    (more than about three per millisecond), only a sample is counted, and each counted call represents those since the
+    last; an uncounted call costs some tenths of a microsecond. Timing a call resets MLX's peak memory; `peak_bytes`
+    keeps the highest value.
 
     Attributes:
-        peak_bytes: the highest peak of MLX's memory that was seen.
+        peak_bytes: the highest peak of MLX's memory seen.
     """
 
     def __init__(self, share: float = SHARE) -> None:
-        """Sets the share of the program's time that watching may take."""
+        """Set the share of the program's time that monitoring may take."""
         self.peak_bytes = 0
         self._share = share
         self._kinds: dict[tuple[object, ...], Kind | None] = {}
@@ -73,7 +73,7 @@ class Monitor:
         self._device: Device = probe()
 
     def __enter__(self) -> Self:
-        """Begins to watch."""
+        """Start monitoring."""
         self._pace = Pace(self._share, self._look_s(), seams.Seam.passing_s())
         self._started = time.perf_counter()
         watching.watchers.append(self._of_implementation)
@@ -83,7 +83,7 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends it."""
+        """Stop monitoring."""
         seams.fast().remove(watcher=self._of_mlx)
         watching.watchers.remove(self._of_implementation)
         self._ended = time.perf_counter()
@@ -91,16 +91,16 @@ class Monitor:
 
     @property
     def calls(self) -> int:
-        """All calls seen; about so many where they came too fast to look at each."""
+        """Number of calls; an estimate if they came too fast to count each."""
         return sum(kind.calls for kind in self._seen.values())
 
     @property
     def spent_s(self) -> float:
-        """Seconds that watching took, the work of timed calls included."""
+        """Seconds spent on monitoring, the work of timed calls included."""
         return self._pace.watching_s
 
     def report(self) -> Report:
-        """What was seen, in the rows of `fatui bench`; without a reference there are no speedups."""
+        """Return the statistics as a report with the rows of a benchmark; without a reference there are no speedups."""
         kinds = [*self._seen.values()]
         workloads = dict.fromkeys(kind.workload for kind in kinds)
         rows = [(kind.workload, kind.row(self._estimated)) for kind in kinds]
@@ -122,11 +122,11 @@ class Monitor:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the report as JSON; `fatui history add FILE` takes it in."""
+        """Write the report as JSON, in the format of a benchmark's result file."""
         Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self.report()), indent=2))
 
     def summary(self) -> str:
-        """What was seen, in lines: the most frequent first."""
+        """Return the statistics as lines of text, the most frequent call first."""
         kinds = sorted(self._seen.values(), key=lambda kind: -kind.calls)
         return "\n".join(kind.line(self._estimated) for kind in kinds) or "no call of attention was seen"
 
@@ -141,7 +141,7 @@ class Monitor:
         lane = self._mlx
         passed = lane.passed(self._pace)
         lane.turn += seams.fast().pass_on(lane.look_at - lane.turn - 1)
-        if _inside.watched:  # part of another call, as are on average those that it stands for
+        if _inside.watched:  # part of another call, as are on average those that it represents
             return call(q, k, v, **more)
         mask = more.get("mask")
         form = "array" if isinstance(mask, mx.array) else mask
@@ -172,7 +172,7 @@ class Monitor:
     def _counted(
         self, by: Any, key: tuple[object, ...], passed: int, q: mx.array, k: Any, v: Any, mask: Any
     ) -> Kind | None:
-        """Counts the calls that one stands for; their kind if this one may be timed."""
+        """Count the calls that this one represents; return their kind if this one may be timed."""
         try:
             kind = self._kinds[key]
         except KeyError:
@@ -189,7 +189,7 @@ class Monitor:
         return kind if timed else None
 
     def _look_s(self) -> float:
-        """Seconds that looking at a call costs here."""
+        """Measure the seconds of overhead of a counted call."""
         scratch, array = Monitor(self._share), mx.zeros((1, 1, 1, 1))
         key = ("mlx", array.shape, array.shape, array.shape, array.dtype, None)
         scratch._kinds[key] = Kind(implementation="mlx", workload=Workload(seq=1), ask=lambda: None, ask_at=1 << 60)
@@ -221,7 +221,7 @@ class Monitor:
         return out
 
     def _new_kind(self, by: Any, key: tuple[object, ...], q: mx.array, k: Any, v: Any, mask: Any) -> Kind | None:
-        """The kind of a call that is seen for the first time; None for no attention that a workload can be."""
+        """Return the kind of a new call; None if its arguments do not form a workload."""
         name = str(key[0])
         try:
             given = mask if isinstance(mask, Mask) else checked_mask(mask, None, q, k)

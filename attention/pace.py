@@ -1,4 +1,4 @@
-"""How often a monitor looks at calls and times them, so that watching stays within its share of a program's time."""
+"""How often a monitor counts and times calls, so that monitoring stays within its share of a program's time."""
 
 import math
 import random
@@ -9,21 +9,21 @@ from typing import Final
 from attention.measure.clock import Clock
 
 PART: Final = 0.375
-"""Of the share: so much for counting, with what goes by uncounted, and as much for timing.
+"""Part of the share for counting calls (uncounted ones included), and as much again for timing.
 
-The rest is for what neither foresees: caches that they make cold, and waiting that would not have been.
+The rest is a reserve for indirect costs: cold caches and extra synchronisation.
 """
 LEAST: Final = 0.25
-"""Of the first part: what is left to counting, however much calls that go by cost."""
+"""Minimum share of the counting part that remains for counted calls, whatever uncounted ones cost."""
 CALIBRATING: Final = 100
-"""Calls that are timed together to learn what one costs."""
+"""Calls timed together to measure the cost of one."""
 MOST_STRIDE: Final = 1 << 12
 MOST_GAP: Final = 64
-"""Calls that are looked at between two questions whether one may be timed."""
+"""Counted calls between two decisions whether one may be timed."""
 
 
 def cost_s(attend: Callable[..., object], array: object) -> float:
-    """Seconds that a call costs here whose arguments are those of MLX's SDPA: the least of five rounds."""
+    """Return the seconds of overhead of a call with the arguments of MLX's SDPA: the minimum of five rounds."""
     best = math.inf
     for _ in range(5):
         started = time.perf_counter()
@@ -34,21 +34,21 @@ def cost_s(attend: Callable[..., object], array: object) -> float:
 
 
 class Pace:
-    """Says which calls are looked at, every one unless they come too fast for that, and which are timed.
+    """Decide which calls are counted (every one, unless they come too fast) and which are timed.
 
     Attributes:
-        stride: every how manyth call is looked at, on average.
-        looks: how many were looked at.
-        spent_s: seconds that timed calls took, although their work had to be done.
+        stride: one in this many calls is counted, on average.
+        looks: number of calls counted.
+        spent_s: seconds that timed calls took, their own work included.
     """
 
     def __init__(self, share: float, look_s: float, pass_s: float = 0.0, clock: Clock = time.perf_counter) -> None:
-        """Begins now.
+        """Start now.
 
         Args:
-            share: of the time that passes, what watching may take.
-            look_s: seconds that looking at a call costs.
-            pass_s: seconds that a call costs which goes by.
+            share: share of elapsed time that monitoring may take.
+            look_s: seconds of overhead of a counted call.
+            pass_s: seconds of overhead of an uncounted call.
             clock: in seconds.
         """
         self.stride = 1
@@ -60,23 +60,23 @@ class Pace:
         self._draw = random.Random(0)
 
     def next_look(self) -> int:
-        """Counts a look, and says how many calls on the next one is: drawn, lest it be the same layer each time."""
+        """Count a call; return the distance to the next one to count, drawn so as not to hit the same layer."""
         self.looks += 1
         return 1 if self.stride == 1 else self._draw.randint(1, 2 * self.stride - 1)
 
     def may_time(self, cost_s: float) -> bool:
-        """Whether a call that costs about so much may be timed now; adapts the stride on the way."""
+        """Return whether a call of about `cost_s` seconds may be timed now; adapts the stride."""
         now = self._clock()
         self._adapt(now)
         return self.spent_s + cost_s <= PART * self._share * (now - self._began)
 
     @property
     def watching_s(self) -> float:
-        """Seconds that watching took, the work of timed calls included."""
+        """Seconds spent on monitoring, the work of timed calls included."""
         return self.spent_s + self.looks * self._look_s
 
     def _adapt(self, now: float) -> None:
-        """Chooses the stride by how fast calls came since the last time."""
+        """Choose the stride from the rate of calls since the last time."""
         looks, passed = self.looks - self._looks_then, now - self._latest
         if looks < MOST_GAP or passed <= 0:
             return
@@ -88,25 +88,25 @@ class Pace:
         self._latest, self._looks_then = now, self.looks
 
     def _room_s(self, call_s: float) -> float:
-        """Seconds a call that counting may take; where going by alone takes more, counting less would not help."""
+        """Return the seconds per call that counting may take; uncounted calls alone may exceed it."""
         part = PART * self._share * call_s
         return part if self._pass_s > part else max(part - self._pass_s, LEAST * part)
 
 
 class Lane:
-    """Calls that come one way, of which some are looked at.
+    """One stream of calls, of which some are counted.
 
     Attributes:
-        turn: how many came.
-        look_at: the number of the next one that is looked at.
+        turn: number of calls so far.
+        look_at: number of the next call to count.
     """
 
     def __init__(self) -> None:
-        """None came yet, and the first will be looked at."""
+        """Start with no calls; the first one will be counted."""
         self.turn = self.look_at = self._looked = 0
 
     def passed(self, pace: Pace) -> int:
-        """A call is looked at: for how many it stands, those since the last; sets the next one."""
+        """Return how many calls the counted call represents (those since the last), and choose the next one."""
         passed, self._looked = self.turn - self._looked, self.turn
         self.look_at = self.turn + pace.next_look()
         return passed

@@ -1,4 +1,4 @@
-"""Whoever watches the calls that implementations get in a program, outside of any benchmark; and the paths that ran."""
+"""Hooks on the calls of implementations in a program, outside any benchmark; and the paths that ran."""
 
 import threading
 from collections.abc import Callable
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from attention.masks import Mask
 
 Watcher = Callable[..., "mx.array"]
-"""Called with the implementation and the arguments of its call, which it has to make once."""
+"""Called with the implementation and the arguments of a call; it must make that call exactly once."""
 watchers: list[Watcher] = []
 
 
@@ -27,12 +27,12 @@ _latest = _Latest()
 
 
 def ran(path: str) -> None:
-    """Records the path that a call takes; an implementation that chooses among paths does so when it has chosen."""
+    """Record the path that a call takes; called by implementations that choose among paths, after the choice."""
     _latest.path = path
 
 
 def take_path() -> str | None:
-    """Return the path recorded last in this thread and forget it; None where none was recorded."""
+    """Return the path recorded last in this thread and clear it; None if none was recorded."""
     path, _latest.path = _latest.path, None
     return path
 
@@ -40,7 +40,7 @@ def take_path() -> str | None:
 def call(
     implementation: "Implementation", q: "mx.array", k: Any, v: Any, *, scale: float, mask: "Mask", **more: Any
 ) -> "mx.array":
-    """Calls an implementation, through the watcher that came last where there is one.
+    """Call an implementation, through the most recent hook if there is one.
 
     Raises:
         ForkedError: attention was computed before this process was forked.

@@ -1,4 +1,4 @@
-"""What `demo` is made of: candidates, trials, the file that remembers them, and the watch over running calls.
+"""The autotuner `demo`: candidates, trials, the file that stores their results, and drift detection on running calls.
 
-This floor lies above measuring, since a trial checks accuracy, and below the run.
+It depends on `attention.measure` (a trial checks accuracy); the benchmark run depends on it.
 """

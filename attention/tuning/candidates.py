@@ -1,4 +1,4 @@
-"""What `demo` chooses among."""
+"""The candidates that `demo` chooses among."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -18,9 +18,9 @@ from attention.route import Needs
 from attention.workload import Workload
 
 LEANEST: Final = "practical"
-"""Taken where nothing else is predicted to fit."""
+"""The candidate used where no other is predicted to fit in memory."""
 BUDGETS: Final = (32 * MIB, 8 * MIB)
-"""Memory budgets of `practical` besides its own: smaller ones make it take smaller blocks, or blocks at all."""
+"""Memory budgets of `practical`, in bytes, beside its default: smaller ones give smaller blocks."""
 
 
 class CompiledSdpa(MlxSdpa):
@@ -29,7 +29,7 @@ class CompiledSdpa(MlxSdpa):
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Attends; an array mask is part of what is compiled, so that it is never baked in."""
+        """Compute attention; an array mask is an input of the compiled function, not a captured constant."""
         compiled = _compiled(scale, mask.causal, mask.window)
         return compiled(q, k, v) if mask.array is None else compiled(q, k, v, mask.array)
 
@@ -45,7 +45,7 @@ def _compiled(scale: float, causal: bool, window: int | None) -> Callable[..., m
 
 
 def candidates() -> dict[str, Implementation]:
-    """All of them by name: the custom kernel in its variants, practical in its block sizes, MLX's SDPA, baseline."""
+    """Return all candidates by name: the custom kernel's variants, practical's block sizes, MLX's SDPA, baseline."""
     kernels = {f"poc {variant}": Poc(variant) for variant in kernel_variants()}
     blocks = {f"practical {budget // MIB} MiB": Practical(budget) for budget in BUDGETS}
     return {
@@ -60,10 +60,11 @@ def candidates() -> dict[str, Implementation]:
 
 
 def fitting(all_of_them: Mapping[str, Implementation], workload: Workload, device: Device, needs: Needs) -> list[str]:
-    """Those that take a workload and are predicted to fit, fused ones first; the leanest always.
+    """Return the names of candidates that support a workload and are predicted to fit in memory, fused ones first.
 
-    Left out is what falls back, since what it falls back to is here itself, and what takes the very path of another
-    candidate: smaller budgets that change nothing, and `practical` where it is MLX's SDPA.
+    If none fits, the list holds the leanest alone. Candidates that would fall back are left out, because the fallback
+    is itself a candidate, and so are duplicates of another candidate's path: smaller budgets that change nothing, and
+    `practical` where it is MLX's SDPA.
     """
     routes = {name: candidate.route(workload, device, needs) for name, candidate in all_of_them.items()}
     fit = [

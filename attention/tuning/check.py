@@ -1,4 +1,4 @@
-"""How good the choices are: each beside every candidate that comes near it, in interleaved rounds."""
+"""Measure how good the tuner's choices are: each against every close candidate, in interleaved rounds."""
 
 import math
 from collections.abc import Sequence
@@ -21,46 +21,48 @@ from attention.tuning.task import BoundCall, Check, Task
 from attention.workload import Workload
 
 LEAST_SHARE: Final = 0.97
-"""What demo's speed may be of the best candidate's at the least."""
+"""Required speed of demo relative to the best candidate."""
 LEAST_FOUND: Final = 0.95
-"""Share of the cases in which the choice must be the best or inside the noise floor of it."""
+"""Required share of the cases in which the choice is the best or within the noise floor of the best."""
 SAMPLE_S: Final = 0.004
 LONGEST: Final = 4.0
 BEHIND: Final = 1.5
-"""How many times the best a candidate may take to be measured beside it."""
+"""Candidates slower than this multiple of the best are not measured."""
 PRECISION: Final = 0.005
 AGAIN: Final = "(again)"
 DEMO: Final = "(demo)"
 
 
 class Checked(Struct, frozen=True, kw_only=True):
-    """One case."""
+    """The result of checking one case."""
 
     workload: Workload
     chosen: str
     best: str
     """The candidate with the best median."""
     share: Ratio
-    """Demo's speed over the best candidate's, paired; 1 is as fast."""
+    """Demo's speed over the best candidate's, from paired samples; 1 means equal."""
     found: bool
-    """Whether the choice is the best, or not significantly apart from it: inside the noise floor."""
+    """Whether the choice is the best, or within the noise floor of it."""
     floor: float
 
 
 def check(demo: Demo, workload: Workload, seconds: float, seed: int = 0) -> Checked:
-    """Checks the choice for a workload, which is tuned beforehand if it was not.
+    """Check the choice for a workload, tuning it first if necessary.
 
-    Every candidate that fits is called and warmed up; the accurate ones that come within 1.5 times the best of them
-    take part in rounds, with the choice once more as its own noise floor, and with demo as a run calls it.
+    Every candidate that fits is called and warmed up. The accurate ones within 1.5 times the best then run in
+    interleaved rounds, together with a second copy of the choice (for the noise floor) and with `demo` as a run calls
+    it.
 
     Args:
-        demo: what chooses.
+        demo: the tuner.
         workload: the case.
-        seconds: of the rounds; LONGEST times as many where it is open whether demo keeps to LEAST_SHARE.
+        seconds: duration of the rounds; up to LONGEST times as long while it is undecided whether demo reaches
+            LEAST_SHARE.
         seed: of the inputs and of the order.
 
     Raises:
-        RuntimeError: nothing could be run.
+        RuntimeError: no candidate could be run.
     """
     inputs = make_inputs(workload, seed)
     task = Task(workload=workload, inputs=inputs, scale=workload.scale, mask=of_workload(workload))
@@ -78,7 +80,7 @@ def check(demo: Demo, workload: Workload, seconds: float, seed: int = 0) -> Chec
 
 
 def _near(demo: Demo, task: Task, chosen: str) -> list[Arm]:
-    """The choice, and the accurate candidates that come near the best."""
+    """Return the choice and the accurate candidates close to the best."""
     device = probe()
     names = [chosen, *fitting(demo.candidates, task.workload, device, task.needs)]
     sighting = Sighting(math.inf, task.workload.output_bytes, device.backend != "cpu", demo.clock)
@@ -137,11 +139,11 @@ def _judged(workload: Workload, samples: dict[str, list[float]], chosen: str) ->
 
 
 def worst(cases: Sequence[Checked]) -> Checked:
-    """The case in which demo falls behind most."""
+    """Return the case in which demo is slowest relative to the best candidate."""
     return min(cases, key=lambda case: case.share.value)
 
 
 def holds(cases: Sequence[Checked]) -> bool:
-    """Whether demo is never below 0.97 times the best, and finds it in 95 % of the cases."""
+    """Return whether demo is never below 0.97 times the best and finds the best in 95 % of the cases."""
     found = sum(case.found for case in cases)
     return worst(cases).share.value >= LEAST_SHARE and found >= LEAST_FOUND * len(cases)

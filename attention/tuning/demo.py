@@ -1,4 +1,4 @@
-"""The best of the others for each class of workloads: tried on first use, remembered, and watched while it runs."""
+"""The autotuner: picks the fastest candidate per workload class on first use, stores it, and monitors it in use."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,15 +29,15 @@ from attention.workload import Workload
 
 TRIAL_S: Final = 0.5
 IN_USE: Final = 64
-"""Calls after which a class counts as in use, so that a neighbouring one takes over its choice without a trial."""
+"""Calls after which a class counts as in use: a neighbouring class then inherits its choice without a trial."""
 MOST_KEYS: Final = 4096
 
 
 class Demo:
-    """Tries `poc`, `practical`, MLX SDPA plain and compiled, and `baseline`; keeps the best, and keeps watching.
+    """Benchmark `poc`, `practical`, MLX SDPA plain and compiled, and `baseline`; use the fastest and monitor it.
 
-    A call cannot see whether a gradient will be asked of it, and is taken as forward; `Demo(pass_="training")` takes
-    its calls as training, and tries forward and backward together.
+    A call cannot know whether its gradient will be needed, so calls are tuned as forward passes;
+    `Demo(pass_="training")` tunes forward and backward together.
     """
 
     name = NAME
@@ -51,12 +51,12 @@ class Demo:
         budget_s: float = TRIAL_S,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """Knows no workload yet.
+        """Start with no workload tuned.
 
         Args:
-            pass_: what calls are tried as.
-            among: the candidates by name, all there are unless given.
-            store: where trials are remembered, the user's file unless given.
+            pass_: the pass that calls are tuned for.
+            among: the candidates by name; all of them by default.
+            store: where results of trials are stored; the user's file by default.
             budget_s: seconds of a trial.
             clock: in seconds.
         """
@@ -69,7 +69,7 @@ class Demo:
         self._classes: dict[WorkloadClass, Standing] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
-        """What a trial chose; before one, what would be taken where no trial can be made."""
+        """Return the route of the tuned choice; before a trial, the route used where no trial can be made."""
         standing = self._known(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
         if standing is None:
             route = self.candidates[self._by_routes(workload, device, needs)].route(workload, device, needs)
@@ -81,10 +81,10 @@ class Demo:
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Attends; shapes as in the protocol.
+        """Compute attention; shapes as in the protocol.
 
-        Where a function is traced and nothing is known, the trial is made on inputs of its own, in the midst of
-        tracing; after that traced calls are not timed.
+        If the call is being traced and its class is not tuned yet, the trial runs during tracing, on random inputs.
+        Traced calls are not timed.
         """
         key = _key(q, k, v, mask, softcap)
         standing = self._keys.get(key)
@@ -99,16 +99,16 @@ class Demo:
         return out
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
-        """Whether a candidate has to be compiled before a trial is fair."""
+        """Return whether a candidate has to be compiled before a trial is fair."""
         return any(one.needs_building(workload, device) for one in self._built())
 
     def build(self, tell: Callable[[str], None]) -> None:
-        """Compiles what a trial would call."""
+        """Compile what a trial would call."""
         for one in self._built():
             one.build(tell)
 
     def for_training(self) -> "Demo":
-        """The same for calls whose gradients are asked for; trials are remembered together."""
+        """Return a tuner for training calls that shares the store and the choices of this one."""
         other = Demo(
             pass_="training", among=self.candidates, store=self.store, budget_s=self._budget_s, clock=self.clock
         )
@@ -116,12 +116,12 @@ class Demo:
         return other
 
     def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> DemoRunner:
-        """A bound call; a trial, of the workload's own pass, is made here and now, before anything is timed."""
+        """Return a bound call; a trial of the workload's pass, if needed, runs now, before anything is timed."""
         task = Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload))
         return DemoRunner(self, task)
 
     def tune(self, task: Task) -> Entry:
-        """Makes a trial on a task, whatever is remembered, and remembers what it found.
+        """Run a trial on a task, even if its class is tuned already, and store the result.
 
         Raises:
             RuntimeError: no candidate could be run.
@@ -141,7 +141,7 @@ class Demo:
         return entry
 
     def standing(self, task: Task) -> Standing:
-        """The choice for a task, after a trial if there was none."""
+        """Return the choice for a task; runs a trial if there was none."""
         device = probe()
         workload = class_of(task.workload, device, task.needs)
         known = self._known(workload, lambda: self._fitting(task.workload, device, task.needs))
@@ -153,7 +153,7 @@ class Demo:
     def attempt_pair(
         self, standing: Standing, run: Callable[[Implementation], Any], task: Task, *, queued: bool
     ) -> None:
-        """Times the choice against its challenger once, if there is one; `queued` says what `run` runs."""
+        """Time the choice against its challenger once, if there is one; `queued`: `run` runs several queued calls."""
         challenger = standing.watch.challenger
         if challenger is not None:
             standing.pair(challenger, run, Check(task).error, self.candidates, self.clock, queued=queued)
@@ -162,13 +162,13 @@ class Demo:
         return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding)]
 
     def _fitting(self, workload: Workload, device: Device, needs: Needs) -> list[str]:
-        """What fits the longest lengths of the workload's class."""
+        """Return the candidates that fit the longest lengths of the workload's class."""
         return fitting(self.candidates, longest(workload), device, needs)
 
     def _known(self, workload: WorkloadClass, fitting: Callable[[], Sequence[str]]) -> Standing | None:
-        """The choice that this process knows, or the file.
+        """Return the choice known to this process, or the stored one.
 
-        The file's counts for these candidates only: none that was changed since, and none that was never tried.
+        A stored choice counts only if the code of the candidates is unchanged and every fitting candidate was tried.
         """
         standing = self._classes.get(workload)
         if standing is not None:
@@ -184,7 +184,7 @@ class Demo:
     def _admit(
         self, key: object, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
     ) -> Standing:
-        """Finds the choice for a kind of call that was not seen before; slow, and done once."""
+        """Find the choice for a kind of call not seen before; slow, done once per kind."""
         asked, needs = asked_for(q, k, v, mask, softcap)
         workload = structs.replace(asked, pass_=self._pass)
         device = probe()
@@ -206,7 +206,7 @@ class Demo:
         return standing
 
     def _found(self, found: WorkloadClass, task: Task, fit: Sequence[str], device: Device) -> Standing | None:
-        """What is chosen for a class that is not known: a neighbour's choice, or what a trial finds."""
+        """Choose for an unknown class: a neighbouring class's choice, or the result of a trial."""
         if not evaluated(*task.inputs, task.mask.array):
             stand_in = task.stand_in(device.available_bytes // 2)
             if stand_in is None:
@@ -230,7 +230,7 @@ class Demo:
         mask: Mask,
         softcap: float | None,
     ) -> mx.array:
-        """A call that is timed, if inputs have values and it is time for it."""
+        """Make a call; time it if its inputs are not traced and a timing is due."""
         due = standing.due(self.clock())
 
         def attempt(candidate: Implementation) -> mx.array:
@@ -249,7 +249,7 @@ class Demo:
         return out
 
     def _by_routes(self, workload: Workload, device: Device, needs: Needs) -> str:
-        """The first candidate that is fused, and otherwise the leanest."""
+        """Return the first fused candidate, otherwise the leanest."""
         fit = fitting(self.candidates, workload, device, needs)
         fused = (name for name in fit if self.candidates[name].route(workload, device, needs).fused)
         return next(fused, LEANEST if LEANEST in self.candidates else fit[0])
@@ -261,7 +261,7 @@ def _path(choice: str) -> str:
 
 
 def _key(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> object:
-    """What decides over a choice, as cheap as can be: it is made at every call."""
+    """Return the properties of a call that determine its choice; computed at every call, so it must be cheap."""
     batch, heads, seq, head_dim = q.shape
     _, kv_heads, kv_seq, _ = k.shape
     lengths = (seq - 1).bit_length(), (kv_seq - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The choice bound to its inputs, for the clock of a run to repeat."""
+"""A tuned call bound to its inputs, as a benchmark run repeats it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from attention.tuning.demo import Demo
 
 SAMPLES_A_LOOK: Final = 8
-"""Of a run's samples, one in so many is looked at: even some microseconds of each would show."""
+"""One in this many samples is observed by the tuner: a few microseconds in each sample would distort the result."""
 TRY_S: Final = 0.0003
-"""What calls that are tried together take about: long against waiting for them, and short beside a sample."""
+"""Approximate length of a group of calls of a challenger: long against a wait for the device, short beside a sample."""
 
 
 class DemoRunner(MlxRunner):
-    """Repeats the choice; watches by the samples that are taken anyhow, so that nothing is evaluated for its sake."""
+    """Repeat the tuned choice; monitor it with the samples of the run, so that nothing extra is evaluated."""
 
     def __init__(self, demo: "Demo", task: Task) -> None:
-        """Binds the call, after a trial if there was none."""
+        """Bind the call; runs a trial if there was none."""
         super().__init__(demo, task.workload, task.inputs, task.scale)
         self._demo = demo
         self._task = task
@@ -35,7 +35,7 @@ class DemoRunner(MlxRunner):
         self._few = 1
 
     def wait(self, outputs: Sequence[object]) -> None:
-        """Evaluates the outputs of all calls queued; then, within the share of calls for that, tries a challenger."""
+        """Evaluate the outputs of all queued calls; then try a challenger, within the share of calls allowed."""
         super().wait(outputs)
         calls = len(outputs) if isinstance(outputs[0], list) else 1
         self._calls += calls
@@ -47,27 +47,27 @@ class DemoRunner(MlxRunner):
             self.queue = self._queue_first  # type: ignore[method-assign]
 
     def _queue_first(self) -> list[mx.array]:
-        """Queues the first call of a sample that will be looked at; of the others nothing is asked, not even that."""
+        """Queue the first call of an observed sample; the calls of other samples bypass this method altogether."""
         del self.queue
         self._began = self._demo.clock()
         return self.queue()
 
     def _look_at(self, call_s: float, count: int) -> None:
-        """Takes in what a call of a sample took, and how many calls the sample had."""
+        """Record the time of one call of a sample, and the sample's number of calls."""
         standing = self._standing
         standing.calls, self._calls = standing.calls + self._calls, 0
         if count != self._usual:
             self._usual = count
             standing.watch.begin_anew()
         standing.watch.observe(call_s)
-        # Both halves of a pair come on top of the calls that were asked for.
+        # Both halves of a pair are extra calls, beyond those of the run.
         self._few = max(1, min(count, round(TRY_S / max(call_s, SHORTEST_S))))
         if self._watching and standing.watch.may_try(standing.calls // (2 * self._few)):
             self._demo.attempt_pair(standing, self._try, self._task, queued=self._few > 1)
         self._implementation = standing.call
 
     def peak_bytes(self) -> int | None:
-        """Peak memory of the choice alone."""
+        """Return the peak memory of the choice alone, in bytes."""
         self._watching = False
         try:
             return super().peak_bytes()
@@ -75,6 +75,6 @@ class DemoRunner(MlxRunner):
             self._watching = True
 
     def _try(self, candidate: Implementation) -> None:
-        """A few calls of a candidate, queued together as those of a sample are."""
+        """Run a few calls of a candidate, queued together like those of a sample."""
         runner = BoundCall(candidate, self._task)
         runner.wait([runner.queue() for _ in range(self._few)])

@@ -1,8 +1,8 @@
-"""Successive halving: all that stand a chance get some rounds, the better half more, the last two what it takes.
+"""Successive halving: every plausible candidate gets some rounds, the better half more, the last two until decided.
 
-Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", AISTATS 2016; and as
-in "Hoeffding races" (Maron and Moore, NIPS 1993) whoever is surely behind leaves at once, whoever is not stays.
-The rounds are those of a run: interleaved, in an order that changes, samples of queued calls that are paired.
+Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", AISTATS 2016. As in
+"Hoeffding races" (Maron and Moore, NIPS 1993), a candidate that is certainly slower leaves at once.
+The rounds are those of a run: interleaved in changing order, with paired samples of queued calls.
 """
 
 import math
@@ -20,40 +20,40 @@ from attention.statistics import CONFIDENCE, SMALLEST_FLOOR, log_ratios, ratio_i
 from attention.tuning.sighting import SHORTEST_S, Sighting
 
 SAMPLE_S: Final = 0.003
-"""What a sample lasts at least: a call of less is queued several times, as running programs do."""
+"""Minimum length of a sample; shorter calls are queued several times, as running programs do."""
 EXTENDED: Final = 3.0
-"""How many times its budget a trial may take while the best two are not told apart and it would matter."""
+"""Multiple of its budget that a trial may take while the best two are undecided and the difference may matter."""
 LEAST_SHARE: Final = 0.5
-"""Of the budget that is for rounds, though first looks used it all."""
+"""Share of the budget guaranteed to the rounds, even if the prescreening used all of it."""
 IMMATERIAL: Final = SMALLEST_FLOOR
-"""By how much the better of two may be faster without mattering."""
+"""Relative difference between two candidates that does not matter."""
 FEWEST: Final = 12
-"""Rounds without which nobody is surely behind."""
+"""Minimum number of rounds before a candidate is eliminated."""
 LOOK_EVERY: Final = 4
-"""Rounds between looks at who is behind."""
+"""Rounds between two eliminations."""
 SURE: Final = 0.99
-"""Confidence of being behind, or ahead, while there is time for more rounds: there are many looks."""
+"""Confidence of an elimination while there is time for more rounds; high, because there are many comparisons."""
 ALONE: Final = 9
-"""Single calls of each, so that running programs, which are watched by such, are told apart from queues of calls."""
+"""Single calls timed per candidate: drift detection in a program times single calls, not queues of them."""
 
 
 class Found(Struct, frozen=True, kw_only=True):
-    """What came out."""
+    """The result of a trial."""
 
     call_s: dict[str, float]
-    """Seconds a call of each candidate that ran, best first."""
+    """Seconds per call of each candidate that ran, best first."""
     alone_s: dict[str, float] = {}
-    """Seconds of a single call that is waited for, where calls were queued together."""
+    """Seconds of a single call including the wait for it, for candidates whose samples were of several calls."""
     pairs: list[float]
     """Logarithms of the runner-up's time over the winner's, sample by sample."""
     untried: list[str]
-    """Those for which the time did not suffice."""
+    """Candidates for which the time did not suffice."""
     failed: dict[str, str]
-    """Those that raised, and what."""
+    """Candidates that raised, and their errors."""
 
     @property
     def ratio(self) -> Ratio | None:
-        """How many times as fast as the runner-up the winner is; None where no two samples were paired."""
+        """Speedup of the winner over the runner-up; None with fewer than two paired samples."""
         if len(self.pairs) < 2:
             return None
         middle, low, high = ratio_interval(self.pairs)
@@ -61,14 +61,14 @@ class Found(Struct, frozen=True, kw_only=True):
 
 
 class Halving:
-    """One trial of some runners."""
+    """A trial of several runners."""
 
     def __init__(self, budget_s: float, output_bytes: int, on_gpu: bool, clock: Clock) -> None:
-        """Sets the limits; see Sighting.
+        """Set the limits; see Sighting.
 
         Args:
-            budget_s: seconds of a trial, where the best two are told apart by then; EXTENDED times as many at most.
-            output_bytes: what one call returns.
+            budget_s: seconds of a trial; at most EXTENDED times as many while the best two are undecided.
+            output_bytes: size of the output of one call.
             on_gpu: whether it runs on a GPU.
             clock: in seconds.
         """
@@ -80,10 +80,10 @@ class Halving:
         self._until_s = self._stage_s = self._stage_ends_s = 0.0
 
     def run(self, runners: Mapping[str, Runner]) -> Found:
-        """Tries the runners, the most promising first.
+        """Run the trial; runners should come most promising first.
 
         Raises:
-            RuntimeError: none of them could be run.
+            RuntimeError: no runner could be run.
         """
         seen = self._sighting.look(runners)
         raced = self._sighting.warm(seen, SAMPLE_S)
@@ -107,13 +107,13 @@ class Halving:
         )
 
     def _race(self, arms: list[Arm]) -> None:
-        """Takes rounds until one is left, or it does not matter which, or the time is up."""
+        """Run rounds until one is left, the difference does not matter, or the time is up."""
         if len(arms) < 2 or self._spent.seconds >= EXTENDED * self._budget_s:
             return
         numbers = shared_calls([arm.call_s for arm in arms], SAMPLE_S, self._output_bytes)
         for arm, calls in zip(arms, numbers, strict=True):
             arm.calls = calls
-        # Whatever first looks at hopeless ones took, those that stand a chance get their rounds.
+        # Plausible candidates get their rounds, however long the prescreening of the others took.
         self._until_s = max(self._budget_s, self._spent.seconds + LEAST_SHARE * self._budget_s)
         self._stage_s = (self._until_s - self._spent.seconds) / math.ceil(math.log2(len(arms)))
         self._stage_ends_s = self._spent.seconds + self._stage_s
@@ -136,7 +136,7 @@ class Halving:
         )
 
     def _after_round(self, left: list[Arm]) -> str | None:
-        """Takes out who is behind; says why to stop, if there is a reason."""
+        """Eliminate slower candidates; return the reason to stop, if there is one."""
         if any(arm.samples[-1] <= 0 for arm in left):  # the clock was set back
             for arm in left:
                 arm.samples.pop()
@@ -152,7 +152,7 @@ class Halving:
         return "time" if self._spent.seconds >= EXTENDED * self._budget_s else None
 
     def _take_out(self, left: list[Arm]) -> None:
-        """Those that are surely behind; and when a stage is over those of the worse half that are behind at all."""
+        """Eliminate the certainly slower; at the end of a stage also the probably slower of the worse half."""
         ranked = _in_order(left)
         half = len(ranked)
         if self._spent.seconds >= self._stage_ends_s and len(left) > 2:
@@ -164,7 +164,7 @@ class Halving:
                 left.remove(arm)
 
     def _alone(self, arms: list[Arm]) -> dict[str, float]:
-        """What single calls take, where samples were of several."""
+        """Return the time of single calls, for candidates whose samples were of several."""
         several = [arm for arm in arms if arm.calls > 1 and arm.samples]
         took: dict[str, list[float]] = {arm.name: [] for arm in several}
         for _ in range(ALONE):
@@ -175,7 +175,7 @@ class Halving:
 
 
 def _in_order(arms: list[Arm]) -> list[Arm]:
-    """The fastest first, by the rounds that they took together; then those that left, the last one first."""
+    """Sort by speed in the rounds taken together; then the eliminated ones."""
     rounds = max((len(arm.samples) for arm in arms), default=0)
     if not rounds:
         return sorted(arms, key=lambda arm: arm.call_s)
@@ -186,7 +186,7 @@ def _in_order(arms: list[Arm]) -> list[Arm]:
 
 
 def _behind_by(arm: Arm, best: Arm) -> float:
-    """Logarithm of how many times the best's time an arm takes."""
+    """Return the logarithm of an arm's time over the best arm's."""
     pairs = log_ratios(arm.samples, best.samples)
     return median(pairs) if pairs else math.log(_call_s(arm) / _call_s(best))
 
@@ -196,7 +196,7 @@ def _call_s(arm: Arm) -> float:
 
 
 def _at_stake(left: list[Arm], confidence: float) -> float:
-    """By how much another may be faster than the best, as far as it cannot be excluded: 0.01 is 1 %."""
+    """Return by how much another arm may still be faster than the best, within the confidence; 0.01 is 1 %."""
     best, *others = _in_order(left)
     lowest = min(ratio_interval(log_ratios(arm.samples, best.samples), confidence)[1] for arm in others)
     return math.expm1(max(0.0, -lowest))

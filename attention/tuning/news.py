@@ -1,4 +1,4 @@
-"""Who hears of trials and switches: a run's reader where there is one, Python's logging otherwise."""
+"""Delivery of tuning events: to the listeners of a run if there are any, otherwise to Python's logging."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ _listeners: list[Listener] = []
 
 @contextlib.contextmanager
 def heard_by(listener: Listener) -> Iterator[None]:
-    """Lets a listener hear all news of this process, in place of the log."""
+    """Send all tuning events of this process to a listener instead of the log."""
     _listeners.append(listener)
     try:
         yield
@@ -25,7 +25,7 @@ def heard_by(listener: Listener) -> Iterator[None]:
 
 
 def tell(event: on.TuningEvent | on.Message) -> None:
-    """Tells an event to all listeners; without one, the logger `attention` gets it as a line."""
+    """Send an event to all listeners; without any, log it as a line to the logger `attention`."""
     for listener in _listeners:
         listener(event)
     if not _listeners:
@@ -34,7 +34,7 @@ def tell(event: on.TuningEvent | on.Message) -> None:
 
 
 def in_words(event: on.TuningEvent | on.Message) -> str:
-    """An event as a line of a log."""
+    """Return an event as a line of a log."""
     match event:
         case on.TrialStarted():
             return f"{event.implementation} tries {', '.join(event.candidates)} for {event.workload}"

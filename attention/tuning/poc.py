@@ -1,4 +1,4 @@
-"""`poc` as it is asked for by name: it takes attention sinks where its kernel does, and heeds `demo`'s trials."""
+"""`poc` as registered: supports attention sinks where its kernel does, and respects the results of `demo`'s trials."""
 
 from contextlib import suppress
 from functools import cache, partial
@@ -21,7 +21,7 @@ from attention.workload import Workload
 
 @runtime_checkable
 class TakesSinks(Protocol):
-    """A kernel that takes attention sinks."""
+    """A kernel that supports attention sinks."""
 
     def attend_with_sinks(
         self,
@@ -34,29 +34,29 @@ class TakesSinks(Protocol):
         softcap: float | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        """As `Kernel.attend`, with a score for each head that takes part in the softmax and has no value, (H,)."""
+        """As `Kernel.attend`, with `sinks` (H,): one extra logit per head in the softmax, without a value."""
         ...
 
 
 class TunedPoc(Poc):
-    """The custom kernel, where on Metal MLX has a fused kernel too, only if no trial of `demo`'s found another faster.
+    """The custom kernel; on Metal, MLX's fused kernel instead if a trial of `demo` found the custom one slower.
 
-    `demo` itself tries the plain `Poc`, so that the kernel can win again.
+    `demo` itself tries the plain `Poc`, so that the custom kernel can win again.
     """
 
     def __init__(self, store: Store | None = None) -> None:
-        """Takes where trials are remembered, the user's file unless given."""
+        """Create it with a store of trials; the user's file by default."""
         super().__init__()
         self._trials = store or Store()
         self._routes: dict[tuple[Workload, Needs], Route] = {}
 
     @property
     def takes_sinks(self) -> bool:
-        """Whether the kernel for the device that MLX computes on now does; others leave sinks to what is behind."""
+        """Whether the kernel of MLX's current device supports sinks; otherwise calls with sinks fall back."""
         return isinstance(_kernel(here()), TakesSinks)
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
-        """The kernel's path where it takes the workload and is to be preferred; otherwise what is behind, and why."""
+        """Return the kernel's route if it supports the workload and is preferred, otherwise the fallback's."""
         if needs.sinks:
             own = self._own_with_sinks(workload, device, needs)
             if own.supported:
@@ -87,7 +87,7 @@ class TunedPoc(Poc):
         softcap: float | None = None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """Attends; shapes as in the protocol, `sinks` as `practical` has them."""
+        """Compute attention; shapes as in the protocol, `sinks` (H,) as in `practical`."""
         if sinks is None:
             is_plain = here() != "metal" or softcap is not None  # a softcap is nothing that MLX could do better
             if not is_plain and self._route_of(q, k, v, mask, softcap, sinks).fallback:
@@ -106,7 +106,7 @@ class TunedPoc(Poc):
     def _route_of(
         self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None, sinks: mx.array | None
     ) -> Route:
-        """The route of a call on Metal, or of one with sinks; asked once for each kind."""
+        """Return the route of a call on Metal or of one with sinks; cached per kind of call."""
         workload, plain = asked_for(q, k, v, mask, softcap)
         needs = plain if sinks is None else structs.replace(plain, sinks=True)
         found = self._routes.get((workload, needs))
@@ -125,5 +125,5 @@ class TunedPoc(Poc):
 
 @cache
 def _device() -> Device:
-    """The device that MLX computes on, looked at once: how much of its memory is free does not matter here."""
+    """Return MLX's device, probed once: its free memory does not matter here."""
     return probe()

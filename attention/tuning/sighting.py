@@ -1,4 +1,4 @@
-"""First looks: each candidate called once or twice, so that rounds are spent only on those that stand a chance."""
+"""Prescreening: call each candidate once or twice, so that rounds are spent only on plausible ones."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -10,29 +10,29 @@ from attention.measure.clock import Clock, take_sample, warm_up
 from attention.measure.rounds import Arm
 
 HOPELESS: Final = 4.0
-"""How many times the best a candidate may have taken on first sight to be timed further."""
+"""Candidates slower than this multiple of the best in the prescreening are not timed further."""
 WARM_LOOKS: Final = 3
-"""Warm calls of which the fastest counts: whatever else the processor does just then is no candidate's fault."""
+"""Number of warm calls, of which the fastest counts: slower ones are due to other load on the processor."""
 CHEAP_S: Final = 0.005
-"""What a longer call would take several of is too dear; and less disturbs it."""
+"""A call longer than this is not repeated: it is costly, and disturbances matter less to it."""
 LEAST_WARM_UP_S: Final = {True: 0.02, False: 0.002}
-"""Seconds that each candidate warms up on a GPU, and on a CPU."""
+"""Seconds of warm-up per candidate, on a GPU (True) and on a CPU (False)."""
 SHORTEST_S: Final = 1e-9
-"""A clock that was set back says nothing; this stands for it."""
+"""Stands for a time that is not positive because the clock was set back."""
 R = TypeVar("R")
 
 
 class Spending:
-    """How much time a trial has taken, by a clock that may be set back meanwhile."""
+    """Time used by a trial, by a clock that may be set back meanwhile."""
 
     def __init__(self, clock: Clock) -> None:
-        """Nothing is spent yet."""
+        """Start at zero."""
         self.seconds = 0.0
         self._clock = clock
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Counts what is done inside."""
+        """Count the time of the block."""
         started = self._clock()
         try:
             yield
@@ -41,21 +41,21 @@ class Spending:
 
 
 class Sighting:
-    """Calls candidates for the first time.
+    """Call candidates for the first time.
 
     Attributes:
-        spent: the time that counts.
-        failed: those that raised, and what.
+        spent: time used, as far as it counts against the budget.
+        failed: candidates that raised, and their errors.
     """
 
     def __init__(self, budget_s: float, output_bytes: int, on_gpu: bool, clock: Clock) -> None:
-        """Sets the limits.
+        """Set the limits.
 
         Args:
-            budget_s: seconds after which no further candidate is looked at, once one has been seen.
-            output_bytes: what one call returns.
-            on_gpu: there a first call compiles or makes plans, tells nothing, and is outside of the budget; samples
-                follow an untimed one of the same length.
+            budget_s: seconds after which no further candidate is called, once one has run.
+            output_bytes: size of the output of one call.
+            on_gpu: on a GPU the first call compiles kernels, is not representative and does not count against the
+                budget; samples follow an untimed one of the same length.
             clock: in seconds.
         """
         self.spent = Spending(clock)
@@ -66,7 +66,7 @@ class Sighting:
         self._clock = clock
 
     def look(self, runners: Mapping[str, Runner]) -> list[Arm]:
-        """Takes a first look at each, until the time is up; those that run, with what a call took."""
+        """Call each runner until the time is up; return those that ran, with their time per call."""
         seen: list[Arm] = []
         for name, runner in runners.items():
             if seen and self.spent.seconds >= self._budget_s:
@@ -78,9 +78,10 @@ class Sighting:
         return seen
 
     def warm(self, arms: list[Arm], sample_s: float) -> list[Arm]:
-        """Warms up those that stand a chance, and learns what a call takes among others that are queued with it.
+        """Warm up the plausible candidates and measure their time per call in a queue.
 
-        A short call that is waited for tells little of that, whatever it took: it is given up only after this.
+        The time of a single short call, which includes the wait for it, predicts that poorly: short ones are dropped
+        only after this.
         """
         hopeful = _hopeful(arms, sample_s)
         for arm in hopeful:
@@ -89,19 +90,19 @@ class Sighting:
         return _hopeful([arm for arm in hopeful if arm.name not in self.failed])
 
     def tried(self, arm: Arm, call: Callable[[], R]) -> R | None:
-        """Does something with a candidate; None where it raises, which is remembered."""
+        """Run something with a candidate; None if it raises, and the error is recorded."""
         try:
             return call()
-        except Exception as error:  # a candidate that cannot run is out, whatever it says
+        except Exception as error:  # a candidate that cannot run is out, whatever it raises
             self.fail(arm, error)
             return None
 
     def fail(self, arm: Arm, error: BaseException) -> None:
-        """Remembers that a candidate raised."""
+        """Record that a candidate raised."""
         self.failed[arm.name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
     def _sight(self, arm: Arm, best: float) -> bool:
-        """Takes a first look: a cold call, and warm ones while they are cheap or the cold one leaves hope."""
+        """Time a cold call, and warm ones while they are cheap or the candidate is still plausible."""
         before = self.spent.seconds
         arm.call_s = self.once(arm)
         if self._on_gpu:
@@ -115,7 +116,7 @@ class Sighting:
         return True
 
     def once(self, arm: Arm) -> float:
-        """Seconds of a call that is waited for."""
+        """Return the seconds of a single call, the wait for it included."""
         with self.spent.counted():
             return max(take_sample(arm.runner, 1, self._clock), SHORTEST_S)
 
@@ -129,6 +130,6 @@ class Sighting:
 
 
 def _hopeful(arms: list[Arm], cheap_s: float = 0.0) -> list[Arm]:
-    """Those that come near the best, or that cost next to nothing to be looked at again."""
+    """Return the candidates close to the best, and those cheap enough to time again."""
     best = min((arm.call_s for arm in arms), default=0.0)
     return [arm for arm in arms if arm.call_s <= HOPELESS * best or arm.call_s < cheap_s]

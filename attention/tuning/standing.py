@@ -1,4 +1,4 @@
-"""The choice for one class while a program runs: called, timed now and then, changed when it falls behind."""
+"""The choice in use for one class: called, timed now and then, and replaced when another is faster."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,42 +17,42 @@ from attention.tuning.watch import LOOK_EVERY, MARGIN, Watch
 from attention.tuning.workload_class import WorkloadClass
 
 SOON: Final = 4
-"""Calls until it is asked again whether another may be tried."""
+"""Calls until the next check whether another candidate may be tried."""
 UNDECIDED: Final = "its trial left open whether another is faster"
 REST_S: Final = 0.005
-"""Seconds between two looks: what waiting for the device costs, some tens of microseconds, is then 1 % at most."""
+"""Seconds between two timed calls: a wait for the device, some tens of microseconds, is then 1 % at most."""
 
 Attempt = Callable[[Implementation], Any]
-"""Runs a candidate once, evaluated, and returns its result."""
+"""Runs a candidate once, evaluates and returns its result."""
 Judge = Callable[[Implementation], tuple[float, str]]
-"""A candidate's error, and what is wrong with it."""
+"""Returns a candidate's error, and what is wrong with it."""
 
 
 class Standing(Struct, eq=False, kw_only=True):
-    """A choice, and how it does."""
+    """A choice and its statistics."""
 
     workload: WorkloadClass
     name: str
     call: Implementation
     rivals: dict[str, float]
-    """The others, best first, with how many times its time they took in the trial."""
+    """The alternatives, best first, with their time in the trial relative to the choice."""
     watch: Watch
     hidden: dict[str, float] = field(default_factory=dict)
-    """Logarithm of what a call takes in a queue over what it takes alone; nothing where that is the same."""
+    """Logarithm of a call's time in a queue over its time alone; no entry where they are equal."""
     checked: set[str] = field(default_factory=set)
-    """Those whose accuracy is known to be good."""
+    """Candidates found accurate."""
     warm: set[str] = field(default_factory=set)
-    """Those that ran in this process."""
+    """Candidates that ran in this process."""
     calls: int = 0
     look_at: int = LOOK_EVERY
-    """The number of the next call that is more than dispatched."""
+    """Number of the next call that is not merely dispatched."""
     looked_s: float = -math.inf
-    """When the latest look was, by the clock."""
+    """Time of the latest observation, by the clock."""
     turn: bool = False
-    """Who goes first in the next pair."""
+    """Which of the two goes first in the next pair."""
 
     def due(self, now_s: float) -> bool:
-        """Whether a call is to be looked at; sets when it is asked next."""
+        """Return whether a call is to be observed; set when to check next."""
         trying = self.watch.trying
         self.look_at = self.calls + (SOON if trying else LOOK_EVERY)
         if 0 <= now_s - self.looked_s < REST_S or (trying and not self.watch.may_try(self.calls)):
@@ -61,7 +61,7 @@ class Standing(Struct, eq=False, kw_only=True):
         return True
 
     def time(self, attempt: Attempt, judge: Judge, candidates: Mapping[str, Implementation], clock: Clock) -> Any:
-        """Makes a call, timed or beside one of the challenger; returns what the choice computed."""
+        """Make a call, timed or paired with one of the challenger; return the result of the choice."""
         if self.watch.challenger is None:
             started = clock()
             result = attempt(self.call)
@@ -80,10 +80,10 @@ class Standing(Struct, eq=False, kw_only=True):
         clock: Clock,
         queued: bool = False,
     ) -> Any:
-        """Times the choice and a challenger one after the other, and changes the choice where that is due.
+        """Time the choice and a challenger one after the other, and switch if the challenger is faster.
 
-        What they take alone is no measure of what they take among others in a queue, on a GPU least of all: unless an
-        attempt is of queued calls, it is corrected by what the trial found of both.
+        The time of a single call does not predict its time in a queue, least of all on a GPU: unless the attempts are
+        of queued calls, the ratio is corrected by the trial's measurements of both.
         """
         took: dict[str, float] = {}
         results: dict[str, Any] = {}
@@ -144,7 +144,7 @@ class Standing(Struct, eq=False, kw_only=True):
 
 
 def standing_of(entry: Entry, candidates: Mapping[str, Implementation]) -> Standing:
-    """What a trial found, ready to be called; doubted where the trial left open whether another is better."""
+    """Create the choice from a trial's result; alternatives are tried at once if the trial was undecided."""
     others = {
         name: seconds / entry.call_s[entry.winner]
         for name, seconds in entry.call_s.items()
@@ -162,7 +162,7 @@ def standing_of(entry: Entry, candidates: Mapping[str, Implementation]) -> Stand
 
 
 def heir(standing: Standing, workload: WorkloadClass, fit: Sequence[str]) -> Standing:
-    """The choice of a neighbouring class for calls that have grown out of it, doubted from the first."""
+    """Inherit the choice of a neighbouring class, for calls that have outgrown it; alternatives are tried at once."""
     others = {name: price for name, price in standing.rivals.items() if name in fit}
     doubt = f"its lengths went from {standing.workload.label} to {workload.label}"
     return Standing(
@@ -177,7 +177,7 @@ def heir(standing: Standing, workload: WorkloadClass, fit: Sequence[str]) -> Sta
 
 
 def evaluated(*arrays: mx.array | None) -> bool:
-    """Evaluates the inputs of a call; False where a function is being traced, and they have no values yet."""
+    """Evaluate the inputs of a call; return False if they are being traced and have no values."""
     try:
         mx.eval([array for array in arrays if array is not None])
     except (RuntimeError, ValueError):

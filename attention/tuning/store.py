@@ -1,4 +1,4 @@
-"""The file that remembers trials: readable TOML, replaced as a whole, merged with what other processes wrote."""
+"""The file of trial results: readable TOML, replaced atomically, merged with what other processes wrote."""
 
 import contextlib
 import fcntl
@@ -23,9 +23,9 @@ from attention.tuning.workload_class import WorkloadClass
 
 SCHEMA: Final = 2
 OLDER: Final = frozenset({1})
-"""Of which every entry can be read as it is."""
+"""Older schemas whose entries can be read unchanged."""
 LOCK_WAIT_S: Final = 2.0
-"""How long to wait for another process to be done with the file; then the choice stays in this process alone."""
+"""Seconds to wait for another process's lock on the file; after that the choice is kept in this process only."""
 MAX_FILE_BYTES: Final = 2**24
 HEAD: Final = "# What fatui's trials found; `fatui tune --show` prints it, `fatui tune --forget` removes it.\n"
 
@@ -33,34 +33,34 @@ State = Literal["new", "good", "damaged", "newer", "unreadable"]
 
 
 def code_now() -> str:
-    """The mark of the code that candidates are made of: a choice made with another one is tried anew."""
+    """Return the fingerprint of the candidates' code: choices made with another one are tuned again."""
     return code_mark("implementations", "kernels")
 
 
 class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one trial found."""
+    """The result of one trial."""
 
     winner: str
     tuned: datetime
-    """When, by the machine's clock; nothing depends on it."""
+    """Time of the trial by the machine's clock, for display only."""
     ratio: float | None = None
-    """How many times as fast as the runner-up the winner is; None where it had none."""
+    """Speedup of the winner over the runner-up; None without a runner-up."""
     low: float | None = None
     high: float | None = None
     max_error: float | None = None
-    """Largest difference from the reference, of the winner."""
+    """The winner's largest absolute difference from the reference."""
     untried: list[str] = []
-    """Candidates for which the time did not suffice, or that fell out."""
+    """Candidates for which the time did not suffice, or that failed or were inaccurate."""
     call_s: dict[str, float]
-    """Seconds a call of each candidate that was tried, best first; in a queue of several where calls are short."""
+    """Seconds per call of each candidate tried, best first; in a queue of several where calls are short."""
     alone_s: dict[str, float] = {}
-    """Seconds of a single call that is waited for, of those that were timed in queues."""
+    """Seconds of a single call including the wait for it, for candidates timed in queues."""
     made_with: str = ""
-    """`code_now` of then."""
+    """`code_now` at the time of the trial."""
     workload: WorkloadClass
 
     def __post_init__(self) -> None:
-        """Raises ValueError for figures that no trial finds: a file that was damaged or edited."""
+        """Raise ValueError for values that no trial produces: the file was damaged or edited."""
         if self.tuned.tzinfo is None:
             raise ValueError(f"tuned: got {self.tuned}; it takes a time with its zone")
         for name in ("ratio", "low", "high"):
@@ -77,7 +77,7 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def runner_up(self) -> str | None:
-        """The best of the others."""
+        """The second best candidate."""
         return next((name for name in self.call_s if name != self.winner), None)
 
 
@@ -87,48 +87,47 @@ class _File(Struct, kw_only=True, rename={"entries": "class"}, forbid_unknown_fi
 
 
 class Store:
-    """The remembered trials of one file. What goes wrong with it is told once, and then it is done without.
-
+    """The stored trials of one file. A problem with the file is reported once; the store then works without it.
     Attributes:
         path: the file.
     """
 
     def __init__(self, path: Path | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        """Takes the file, `tuning.toml` in fatui's cache folder unless given; reads nothing yet."""
+        """Create it for a file, by default `tuning.toml` in the cache folder; reads nothing yet."""
         self.path = path or cache.folder().parent / "tuning.toml"
         self.now = now
         self._entries: dict[WorkloadClass, Entry] = {}
         self._on_file: dict[WorkloadClass, Entry] = {}
-        """What the file held when its mark was `_seen`."""
+        """Contents of the file when its mark was `_seen`."""
         self._seen: tuple[int, int, int] | None = None
         self._told: set[str] = set()
         self._damage = ""
-        """What is wrong with a damaged file."""
+        """The error found in a damaged file."""
 
     def get(self, workload: WorkloadClass) -> Entry | None:
-        """What is remembered of a class, by this process or another."""
+        """Return the entry of a class, stored by this process or another."""
         self._refresh()
         return self._entries.get(workload)
 
     def entries(self) -> list[Entry]:
-        """All that is remembered, in the file's order."""
+        """Return all entries, in the file's order."""
         self._refresh()
         return list(self._entries.values())
 
     def put(self, entry: Entry) -> None:
-        """Remembers an entry in place of an older one of its class; in this process even where the file cannot be."""
+        """Store an entry, replacing an older one of its class; in this process even if the file cannot be written."""
         self._refresh()
         self._entries[entry.workload] = entry
         self._change(lambda entries: {**entries, entry.workload: entry})
 
     def forget(self, workloads: Iterable[WorkloadClass]) -> bool:
-        """Forgets some classes; whether the file could be changed."""
+        """Remove some classes; return whether the file could be changed."""
         gone = set(workloads)
         self._entries = {each: entry for each, entry in self._entries.items() if each not in gone}
         return self._change(lambda entries: {each: one for each, one in entries.items() if each not in gone})
 
     def _refresh(self) -> None:
-        """Reads the file if it is another one than was read last; what only this process knows stays."""
+        """Read the file if it has changed since; entries known only to this process stay."""
         mark = self._mark()
         if mark is None or mark == self._seen:
             return
@@ -139,7 +138,7 @@ class Store:
             self._change(lambda kept: kept)
 
     def _mark(self) -> tuple[int, int, int] | None:
-        """What tells one version of the file from another; None where there is none to see."""
+        """Return what identifies a version of the file; None if it does not exist or cannot be accessed."""
         try:
             found = self.path.stat()
         except OSError:
@@ -147,7 +146,7 @@ class Store:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _read(self) -> tuple[State, dict[WorkloadClass, Entry]]:
-        """Read the file; a good one that is the one read or written last is not parsed again."""
+        """Read the file; if it is unchanged since it was last read or written, do not parse it again."""
         mark = self._mark()
         if self._on_file and mark == self._seen:
             return "good", self._on_file
@@ -176,7 +175,7 @@ class Store:
             return "damaged", {}
 
     def _change(self, change: Callable[[dict[WorkloadClass, Entry]], dict[WorkloadClass, Entry]]) -> bool:
-        """Reads, changes and replaces the file while no other process does; tells why not where that fails."""
+        """Read, change and replace the file under a lock; report the reason if that fails."""
         try:
             make_folder(self.path.parent)
             with _locked(self.path.with_suffix(".lock")):
@@ -198,7 +197,7 @@ class Store:
         return True
 
     def _set_aside(self) -> None:
-        """Moves a damaged file to a name that is free."""
+        """Rename a damaged file to a free name."""
         stamp = f"{self.now():%Y%m%d-%H%M%S}"
         names = (f"{self.path.stem}.damaged-{stamp}{end}.toml" for end in ("", *(f"-{n}" for n in range(2, 1000))))
         aside = next(path for name in names if not (path := self.path.with_name(name)).exists())
@@ -225,7 +224,7 @@ def _as_text(entries: dict[WorkloadClass, Entry]) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock file. Raises TimeoutError where another process does not let go of it."""
+    """Hold a lock file. Raises TimeoutError if another process keeps it locked."""
     with path.open("a") as file:
         until = time.monotonic() + LOCK_WAIT_S
         while True:
@@ -240,7 +239,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    """Write a file atomically: a reader sees the old or the new contents, never a part."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""One call, bound to its inputs, that candidates are tried on; and whether what they compute is right."""
+"""One call bound to its inputs, on which candidates are tried; and the check of their accuracy."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -18,9 +18,9 @@ from attention.route import PLAIN, Needs
 from attention.workload import Workload
 
 MAX_EQUAL: Final = 0.5
-"""Share of an input that may be one value, zero for instance: one-hot rows have more."""
+"""Maximum share of an input that may be a single value such as zero: one-hot rows exceed it."""
 SCORES: Final = 300_000
-"""Scores that are checked against float64: some tens of milliseconds."""
+"""Number of scores checked against float64: some tens of milliseconds."""
 
 
 class Task(Struct, frozen=True, kw_only=True, eq=False):
@@ -28,29 +28,29 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
 
     workload: Workload
     inputs: Sequence[mx.array]
-    """q, k, v, and in training the output's gradient, evaluated."""
+    """q (B, H, L, D), k and v (B, Hkv, Lk, D), and in training the output's gradient, all evaluated."""
     scale: float
     mask: Mask
     softcap: float | None = None
 
     @property
     def needs(self) -> Needs:
-        """What goes beyond the workload."""
+        """The features used that the workload does not describe."""
         return Needs(softcap=self.softcap is not None, array_mask=self.mask.array is not None)
 
     def complete(self) -> "Task":
-        """The same with an output's gradient, where one is needed and none is given."""
+        """Return the task with an output gradient added if one is needed and missing."""
         if self.workload.pass_ != "training" or len(self.inputs) > 3:
             return self
         q, _, v = self.inputs
         return structs.replace(self, inputs=[*self.inputs, mx.ones((*q.shape[:3], v.shape[3]), q.dtype)])
 
     def telling(self, most_bytes: int | None = None) -> "Task":
-        """Return a task on random inputs where these tell little of accuracy and speed; this one otherwise.
+        """Return a task on random inputs if these inputs are unsuitable for measuring accuracy and speed, else self.
 
-        A warm-up call has zeros or constants, of which wrong weights make the same output; infinities and NaN are right
-        nowhere; and a GPU computes zeros faster than numbers. Where inputs of its own would take more than most_bytes,
-        the task stays as it is.
+        The inputs of a warm-up call are zeros or constants, for which wrong weights give the right output; infinities
+        and NaN make every candidate wrong; and a GPU computes zeros faster than random values. If new inputs would
+        take more than most_bytes, the task stays as it is.
         """
         if most_bytes is not None and self.workload.input_bytes > most_bytes:
             return self
@@ -59,9 +59,9 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
         return structs.replace(self, inputs=make_inputs(self.workload, 0))
 
     def stand_in(self, most_bytes: int) -> "Task | None":
-        """A task of the same shapes for one that is being traced, whose inputs have no values; None if too large.
+        """Return a task of the same shapes on random inputs, for a call being traced; None if too large.
 
-        Nothing keeps MLX from computing arrays of their own in the midst of tracing. A mask lets everything through.
+        MLX can evaluate unrelated arrays during tracing. The stand-in for an array mask hides nothing.
         """
         if self.workload.input_bytes > most_bytes:
             return None
@@ -74,7 +74,7 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
 
 
 def _tells(array: mx.array) -> bool:
-    """Whether an input (B, H, L, D) is finite, has rows that differ, and is not one value in more than half of it."""
+    """Return whether an input (B, H, L, D) is finite, its rows differ, and no value fills more than half of it."""
     finite = mx.isfinite(array).all()
     differ = (array != array[:, :, :1]).any() if array.shape[2] > 1 else mx.array(True)
     mixed = mx.mean((array == array[:1, :1, :1, :1]).astype(mx.float32)) <= MAX_EQUAL
@@ -83,10 +83,10 @@ def _tells(array: mx.array) -> bool:
 
 
 class BoundCall(MlxRunner):
-    """A candidate bound to a task."""
+    """A candidate bound to a task's inputs."""
 
     def __init__(self, candidate: Implementation, task: Task, inputs: Sequence[mx.array] | None = None) -> None:
-        """Binds; other inputs of the same shapes may be given."""
+        """Bind the candidate; `inputs` of the same shapes replace the task's."""
         super().__init__(candidate, task.workload, task.inputs if inputs is None else inputs, task.scale)
         self._mask = task.mask
         self._softcap = task.softcap
@@ -96,18 +96,15 @@ class BoundCall(MlxRunner):
 
 
 class Check:
-    """Judges candidates on one task by FlashAttention 3's rule; what is expected is computed once."""
+    """Check candidates on one task by FlashAttention 3's error rule; the reference is computed once."""
 
     def __init__(self, task: Task) -> None:
-        """Chooses a sample of rows; computes what is expected of it at the first candidate.
-
-        Inputs that tell nothing are replaced by random ones.
-        """
+        """Create it; unsuitable inputs are replaced by random ones, and the reference is computed on first use."""
         self._task = task.telling()
         self._judge: Judge | None = None
 
     def error(self, candidate: Implementation) -> tuple[float, str]:
-        """The largest error of a candidate, and what is wrong with it; an empty text where it is accurate."""
+        """Return a candidate's largest error and what is wrong with it, empty if it is accurate."""
         task = self._task
         results = BoundCall(candidate, task).results()
         if task.needs != PLAIN:
@@ -121,7 +118,7 @@ class Check:
 
 
 def _against_reference(task: Task, output: mx.array) -> tuple[float, str]:
-    """The same rule where a softcap or an array mask is given, on the heads of one group, and on the output alone."""
+    """Apply the same rule with a softcap or an array mask: on the heads of one group, and on the output only."""
     sample = choose_sample(task.workload, 0, SCORES)
     batch, group = sample.groups[0]
     share = task.workload.heads // task.workload.kv_heads

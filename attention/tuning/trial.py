@@ -1,4 +1,4 @@
-"""A trial: halving among the candidates, the winner's accuracy, and what is remembered of both."""
+"""A trial: successive halving among the candidates, the winner's accuracy, and the entry stored of both."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ NAME: Final = "demo"
 
 
 class Trial:
-    """Tries candidates on a task."""
+    """A trial of candidates on a task."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Trial:
         clock: Clock,
         now: Callable[[], datetime],
     ) -> None:
-        """Takes the class that the trial is for, an example of it, and the limits."""
+        """Create a trial for a class, with a task of that class and the limits."""
         self._class = workload
         self._task = task
         self._clock = clock
@@ -40,10 +40,10 @@ class Trial:
         self._halving = Halving(budget_s, task.workload.output_bytes, device.backend != "cpu", clock)
 
     def run(self, candidates: Mapping[str, Implementation]) -> Entry:
-        """Finds the fastest accurate candidate; news tells of the beginning, the end, and of who fell out and why.
+        """Find the fastest accurate candidate; events report start, end, and which candidates dropped out and why.
 
         Raises:
-            RuntimeError: none could be run.
+            RuntimeError: no candidate could be run.
         """
         news.tell(on.TrialStarted(implementation=NAME, workload=self._class.label, candidates=list(candidates)))
         started = self._clock()
@@ -65,7 +65,7 @@ class Trial:
         return entry
 
     def _accurate(self, found: Found, candidates: Mapping[str, Implementation]) -> tuple[str, float, list[str]]:
-        """The first accurate one, its error, and who was found inaccurate; where none is, the least wrong."""
+        """Return the first accurate candidate, its error, and the inaccurate ones; or the least wrong."""
         check = Check(self._task)
         errors: dict[str, float] = {}
         for name in found.call_s:
@@ -104,7 +104,7 @@ class Trial:
 
 
 def ratio_of(entry: Entry) -> Ratio | None:
-    """How many times as fast as the runner-up the winner was, with its interval."""
+    """Return the winner's speedup over the runner-up, with its interval."""
     if entry.ratio is None or entry.low is None or entry.high is None:
         return None
     return Ratio(value=entry.ratio, low=entry.low, high=entry.high, significant=entry.low > 1)

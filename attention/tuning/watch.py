@@ -1,4 +1,4 @@
-"""Whether a choice still holds, judged from few of the calls it is made for: pure arithmetic, no clock of its own."""
+"""Drift detection: decide from a few timed calls whether a choice is still the fastest. Pure; it has no clock."""
 
 import math
 from collections import deque
@@ -10,43 +10,43 @@ from attention.report import Ratio
 from attention.statistics import ratio_interval
 
 SHARE: Final = 0.02
-"""Of all calls, those that may go to another candidate; and of their time, since a slow one counts as several."""
+"""Share of all calls, and of their time, that may go to another candidate: a slow call counts as several."""
 SAVED: Final = 10.0
-"""Such calls that quiet times may save up."""
+"""Maximum number of such calls that can be saved up while none is tried."""
 LOOK_EVERY: Final = 32
-"""Calls between two that are timed."""
+"""Calls between two timed ones."""
 WINDOW: Final = 3
-"""Timed calls whose median counts."""
+"""Number of timed calls in the running median."""
 SLOWER: Final = 1.1
-"""How many times its usual time a call may take before others are tried."""
+"""Multiple of its usual time at which a call counts as slow and alternatives are tried."""
 FEWEST: Final = 6
-"""Pairs without which nothing is decided."""
+"""Minimum number of pairs for a decision."""
 CONFIDENCE: Final = 0.9
-"""Of the interval's two ends; that a candidate is faster, its lower end alone, is then 95 % sure."""
+"""Two-sided confidence of the interval; its lower end alone then holds with 95 %."""
 KEPT: Final = 8
-"""Pairs that are looked at: the latest, so that what was true long ago does not count."""
+"""Number of latest pairs used: older ones may no longer hold."""
 MOST: Final = 16
-"""Pairs after which a candidate that was not found better is given up."""
+"""Pairs after which a candidate not found faster is given up."""
 MARGIN: Final = 0.03
-"""By how much a candidate must surely be faster, so that two equal ones do not take turns."""
+"""Minimum certain gain before a switch, so that two equal candidates do not alternate."""
 LONGEST_REST: Final = 2
-"""How many times longer than the share demands the pause between tries of a former choice may get."""
+"""Limit of the back-off between tries of a former choice, as a multiple of the pause that SHARE demands."""
 
 
 class Watch:
-    """Follows the calls of one class.
+    """Follow the calls of one class.
 
     Attributes:
-        challenger: who is tried against the choice at present, or None while nothing gives reason to.
+        challenger: the candidate being tried against the choice, or None.
         reason: why, in words.
-        tried: calls that went to others so far.
+        tried: calls that went to other candidates so far.
     """
 
     def __init__(self, others: Mapping[str, float], doubt: str = "") -> None:
-        """Takes the others, best first, each with how many times the choice's time it takes.
+        """Create it for the other candidates, best first, each with its time relative to the choice.
 
-        One that takes more than SAVED times as long is never tried, since a try would cost more than all its share.
-        A doubt, in words, has them tried from the beginning.
+        A candidate more than SAVED times as slow is never tried: one try would exceed the whole allowance.
+        With a `doubt` (a reason in words), the others are tried from the beginning.
         """
         self._price = {name: max(1.0, price) for name, price in others.items()}
         self._others = [name for name, price in self._price.items() if price <= SAVED]
@@ -71,7 +71,7 @@ class Watch:
         return self.challenger is not None
 
     def may_try(self, calls: int) -> bool:
-        """Whether one more call may go to the challenger after so many calls; then it counts as gone there."""
+        """Return whether one more call may go to the challenger after `calls` calls; if so, count it."""
         self._allowance = min(SAVED, self._allowance + SHARE * max(0, calls - self._counted))
         self._counted = calls
         if self.challenger is None:
@@ -84,7 +84,7 @@ class Watch:
         return True
 
     def observe(self, seconds: float) -> None:
-        """Takes in what a call of the choice took; nothing where the clock was set back meanwhile."""
+        """Record the time of a call of the choice; ignored if the clock was set back meanwhile."""
         if not seconds > 0:
             return
         self._latest.append(seconds)
@@ -97,15 +97,15 @@ class Watch:
             self._doubt(f"its calls take {now / self._usual_s:.2f} times what they did")
 
     def begin_anew(self) -> None:
-        """Forgets what a call usually takes, when calls of another kind begin."""
+        """Reset the usual time of a call, when calls of another kind begin."""
         self._usual_s = None
         self._latest.clear()
 
     def compare(self, chosen_s: float, challenger_s: float) -> Ratio | None:
-        """Takes in a pair of calls on the same inputs.
+        """Record a pair of calls on the same inputs.
 
         Returns:
-            How many times as fast the challenger is, if it is so surely; the choice is then to be changed.
+            The challenger's speedup if it is certainly faster; the choice should then be changed. Otherwise None.
         """
         if not (self.trying and chosen_s > 0 and challenger_s > 0):
             return None
@@ -121,7 +121,7 @@ class Watch:
         return None
 
     def changed(self, former: str) -> None:
-        """The choice was changed; the former one is tried from time to time, since it may recover."""
+        """Record a change of the choice; the former one is tried from time to time, since it may recover."""
         self._others = [former, *(name for name in self._others if name not in (former, self.challenger))]
         self._price[former] = 1.0
         self._former, self._rest = True, 1
@@ -130,7 +130,7 @@ class Watch:
         self._doubt(f"{former} may have recovered")
 
     def leave_out(self, name: str) -> None:
-        """A challenger that cannot run is never tried again."""
+        """Exclude a challenger that cannot run."""
         self._others = [other for other in self._others if other != name]
         self._calm()
 
@@ -141,7 +141,7 @@ class Watch:
         self.reason = reason
 
     def _give_up(self) -> None:
-        """Goes on to the next challenger; after the last, rests until there is a new reason."""
+        """Go on to the next challenger; after the last, stop until there is a new reason."""
         self._index += 1
         if self._former and self._index:
             self._index = 0
@@ -155,4 +155,4 @@ class Watch:
     def _calm(self) -> None:
         self._index = 0
         self.challenger = None
-        self.begin_anew()  # what it takes now is what it takes
+        self.begin_anew()  # the current time becomes the usual one

@@ -1,4 +1,4 @@
-"""What one trial stands for: a device, a type, head dims, a mask, a pass, and lengths in buckets."""
+"""The class of workloads that one trial covers: device, dtype, head dims, mask, pass, and lengths in buckets."""
 
 from msgspec import Struct, structs
 
@@ -7,14 +7,14 @@ from attention.route import PLAIN, Needs
 from attention.workload import LARGEST, Workload
 
 MAX_BUCKET = 2**40
-"""Beyond what any call has: streams are a batch times heads, which multiply."""
+"""Larger than any call has: streams are batch times heads."""
 
 
 class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forbid_unknown_fields=True):
-    """All calls for which one choice holds. Buckets are powers of two, and named by their upper end."""
+    """All calls that share one choice. Buckets are powers of two, named by their upper end."""
 
     device: str
-    """As people know it: "NVIDIA H200"; of a CPU also how many cores this process may use."""
+    """Product name, "NVIDIA H200"; for a CPU also the number of cores this process may use."""
     mlx: str
     """MLX's version."""
     dtype: str
@@ -28,14 +28,14 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
     pass_: str
     """"forward" or "training"; a decode pass is a forward one of seq 1."""
     streams: int
-    """Batch x heads, a bucket: what can run side by side."""
+    """Batch x heads, a bucket: the available parallelism."""
     seq: int
     """A bucket."""
     kv_seq: int
     """A bucket."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a size that no workload has."""
+        """Raise ValueError for a size that no workload has."""
         for name in ("head_dim", "value_dim", "group", "streams", "seq", "kv_seq"):
             size = getattr(self, name)
             if not 1 <= size <= MAX_BUCKET:
@@ -43,7 +43,7 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
 
     @property
     def label(self) -> str:
-        """The class in a few words; lengths are what they go up to."""
+        """The class in a few words; lengths are the upper ends of their buckets."""
         seq = str(self.seq) if self.seq == self.kv_seq else f"{self.seq}x{self.kv_seq}"
         dim = str(self.head_dim) if self.head_dim == self.value_dim else f"{self.head_dim}/{self.value_dim}"
         parts = [f"BH≤{self.streams} L≤{seq} D={dim}", f"GQA {self.group}" if self.group > 1 else "", self.dtype]
@@ -51,19 +51,19 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
         return " ".join(part for part in [*parts, "training" if self.pass_ == "training" else ""] if part)
 
     def next_to(self, other: "WorkloadClass") -> bool:
-        """Whether a growing or shrinking length leads from one to the other: by one bucket, all else being equal."""
+        """Return whether the lengths are one bucket apart and all else is equal."""
         steps = [max(a, b) / min(a, b) for a, b in ((self.seq, other.seq), (self.kv_seq, other.kv_seq))]
         same = structs.replace(self, seq=other.seq, kv_seq=other.kv_seq) == other
         return same and max(steps) == 2
 
 
 def bucket(size: int) -> int:
-    """The power of two that a size goes up to."""
+    """Round a size up to a power of two."""
     return 1 << (size - 1).bit_length()
 
 
 def class_of(workload: Workload, device: Device, needs: Needs = PLAIN) -> WorkloadClass:
-    """The class that a workload falls into."""
+    """Return the class of a workload."""
     mask = workload.mask if workload.window is None else f"window:{bucket(workload.window)}"
     if needs.array_mask:
         mask = "array" if mask == "none" else f"{mask} + array"
@@ -84,7 +84,7 @@ def class_of(workload: Workload, device: Device, needs: Needs = PLAIN) -> Worklo
 
 
 def longest(workload: Workload) -> Workload:
-    """A workload with its lengths at the upper ends of their buckets: what fits then fits for all of them."""
+    """Return the workload with its lengths rounded up to their buckets: what fits then fits for the whole class."""
     return structs.replace(
         workload,
         seq=min(bucket(workload.seq), LARGEST["seq"]),
