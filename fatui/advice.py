@@ -58,7 +58,7 @@ class Advice:
             process.stdin.write(msgspec.json.encode(self._asked) + b"\n")
 
     async def run(self) -> None:
-        """Keeps an advisor going until cancelled; one that ends by a question is started again without it."""
+        """Keep an advisor going until cancelled; one that ends by a question is started again without it."""
         for _ in range(20):
             await self._run_once()
             if self.problem:

@@ -42,7 +42,7 @@ class Answer(msgspec.Struct, kw_only=True):
 
 
 def answer(question: Question, device: Device) -> Answer:
-    """Asks each implementation; one that breaks says so in its own place."""
+    """Ask each implementation; one that breaks says so in its own place."""
     from attention import implementations
 
     made = Answer(number=question.number)
@@ -66,7 +66,7 @@ def answer(question: Question, device: Device) -> Answer:
 
 
 def main() -> None:
-    """Answers until the questions end."""
+    """Answer until the questions end."""
     try:
         from attention.device import probe
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def diagnose() -> None:
-    """Tells what the doctor finds, one JSON line each."""
+    """Tell what the doctor finds, one JSON line each."""
     from fatui.diagnosis import diagnose as look
 
     for finding in look():

@@ -93,7 +93,7 @@ class FatuiApp(App[int]):
         self._take_settings(ascii)
 
     def _take_settings(self, ascii: bool) -> None:
-        """Draws as the config file, the command line and the last start want it, and tells what is wrong with them."""
+        """Draw as the config file, the command line and the last start want it, and tell what is wrong with them."""
         for problem in [*self.settings.problems, *([self._complaint] if self._complaint else [])]:
             self.journal.write(problem, "warning")
         if ascii or self.settings.ascii:
@@ -120,7 +120,7 @@ class FatuiApp(App[int]):
         return screen
 
     def on_mount(self) -> None:
-        """Leaves everything slow for after the first paint."""
+        """Leave everything slow for after the first paint."""
         self._event_loop = asyncio.get_running_loop()
         self.call_after_refresh(self._begin)
 
@@ -143,7 +143,7 @@ class FatuiApp(App[int]):
             self.runs.start()
 
     def follow_preset(self, name: str | None) -> None:
-        """Looks again at the preset that the draft began as, under a name; a draft without one stays as it is."""
+        """Look again at the preset that the draft began as, under a name; a draft without one stays as it is."""
         from attention.errors import UsageError
         from fatui.presets import load
 
@@ -163,7 +163,7 @@ class FatuiApp(App[int]):
             self._event_loop.call_soon_threadsafe(self._hang_up, signal.SIGHUP)
 
     async def leave(self, code: int = 0, *, gone: bool = False) -> None:
-        """Ends the run if one goes on, keeps it, and exits; where the terminal is gone, without restoring it."""
+        """End the run if one goes on, keep it, and exit; where the terminal is gone, without restoring it."""
         await self.runs.end()
         remember(self)
         if gone:
@@ -186,39 +186,39 @@ class FatuiApp(App[int]):
         return self.advice.device.name if self.advice.device else ""
 
     def action_start_run(self) -> None:
-        """Runs what is set up."""
+        """Run what is set up."""
         self.runs.start()
 
     def action_stop_run(self) -> None:
-        """Stops the run."""
+        """Stop the run."""
         self.runs.stop()
 
     def action_sweep(self) -> None:
-        """Begins or ends a sweep."""
+        """Begin or end a sweep."""
         self.set_draft(self.draft.toggle_sweep())
 
     def action_open(self, name: str) -> None:
-        """Opens a further screen."""
+        """Open a further screen."""
         dialogs.open_screen(self, name)
 
     def action_save_as(self) -> None:
-        """Saves what is set up as a preset."""
+        """Save what is set up as a preset."""
         dialogs.save_as(self)
 
     def action_export(self) -> None:
-        """Writes the run to files."""
+        """Write the run to files."""
         dialogs.export(self)
 
     async def action_copy_table(self) -> None:
-        """Copies the table."""
+        """Copy the table."""
         await dialogs.copy_table(self)
 
     def action_explain_keys(self) -> None:
-        """Opens the help."""
+        """Open the help."""
         dialogs.explain_keys(self)
 
     async def action_leave(self) -> None:
-        """Leaves; asks first while a run goes on."""
+        """Leave; ask first while a run goes on."""
         if not self.runs.active:
             await self.leave()
             return
@@ -232,17 +232,17 @@ class FatuiApp(App[int]):
             self.run_worker(self.leave(), name="leave")
 
     async def action_quit(self) -> None:
-        """Leaves as q does, by Textual's own key as well."""
+        """Leave as q does, by Textual's own key as well."""
         await self.action_leave()
 
     def tell(self, text: str, level: Level = "info") -> None:
-        """Says something in the log and, for a while, on the screen."""
+        """Say something in the log and, for a while, on the screen."""
         self.journal.write(text, level)
         shown = clean(text, MAX_NOTICE)
         self.notify(shown, severity=SEVERITY[level], timeout=6 if level == "info" else 12, markup=False)
 
     def set_draft(self, draft: Draft) -> None:
-        """Takes what was set up, and asks what each implementation would do with it.
+        """Take what was set up, and ask what each implementation would do with it.
 
         A draft that runs what its preset runs, after changes and back or in a sweep of one value, has its name again.
         """
@@ -287,7 +287,7 @@ class FatuiApp(App[int]):
         self.main.query_one(LivePane).show_reading(reading)
 
     def action_change_theme(self) -> None:
-        """Opens the list of themes."""
+        """Open the list of themes."""
         self.search_themes()
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
@@ -301,7 +301,7 @@ class FatuiApp(App[int]):
 
 
 def run_app(preset: str | None = None, run: bool = False, ascii: bool = False) -> int:
-    """Runs the app and returns its exit code.
+    """Run the app and return its exit code.
 
     Args:
         preset: a preset's name or file to begin with.

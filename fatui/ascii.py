@@ -56,7 +56,7 @@ class ControlFilter(LineFilter):
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """Transforms one line."""
+        """Transform one line."""
         if all(control or text.isprintable() for text, _, control in segments):
             return segments
         return [
@@ -69,5 +69,5 @@ class AsciiFilter(LineFilter):
     """Replaces every character that is not ASCII as a line goes to the terminal."""
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """Transforms one line."""
+        """Transform one line."""
         return [Segment(plain(text), style, control) for text, style, control in segments]

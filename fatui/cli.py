@@ -39,13 +39,13 @@ class Parser(argparse.ArgumentParser):
     """Argparse, with mistakes told in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises the mistake, for main to tell with all others."""
+        """Raise the mistake, for main to tell with all others."""
         from attention.errors import UsageError
 
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Reads the arguments; every option that is not known is told, with the nearest that is."""
+        """Read the arguments; every option that is not known is told, with the nearest that is."""
         known, unknown = self.parse_known_args(arguments)
         if not unknown:
             return known
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code; stdout carries results only, stderr the rest."""
+    """Run a command and return the exit code; stdout carries results only, stderr the rest."""
     if not _fill_closed_streams():
         tell("cannot write the results: stdout is closed")
         return FAILED
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fill_closed_streams() -> bool:
-    """Opens /dev/null where a standard stream is closed, lest a file gets its number; whether stdout was open."""
+    """Open /dev/null where a standard stream is closed, lest a file gets its number; whether stdout was open."""
     was_open = sys.stdout is not None
     for number in range(3):
         try:
@@ -90,7 +90,7 @@ def _fill_closed_streams() -> bool:
 
 
 def tell(problem: object) -> None:
-    """Writes one line to stderr, foreign text in it made harmless."""
+    """Write one line to stderr, foreign text in it made harmless."""
     if sys.stderr is None:
         return
     from fatui.foreign_text import MAX_SHOWN, one_line
@@ -112,7 +112,7 @@ def _told(arguments: list[str]) -> int:
 
 
 def _code_of(error: Exception) -> int | None:
-    """Tells a mistake, a missing backend or an unusable history, and returns its exit code; None for what is none."""
+    """Tell a mistake, a missing backend or an unusable history, and return its exit code; None for what is none."""
     from attention.errors import NoBackendError, UsageError
     from fatui.history import HistoryError, UnknownRun
 

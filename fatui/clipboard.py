@@ -17,7 +17,7 @@ PATIENCE_S: Final = 2.0
 
 
 def copy(text: str) -> str | None:
-    """Copies with the first program that is there and works; returns its name, or None where none did."""
+    """Copy with the first program that is there and works; return its name, or None where none did."""
     for program, arguments, needs in PROGRAMS:
         path = shutil.which(program)
         if path is None or (needs and not os.environ.get(needs)):

@@ -23,7 +23,7 @@ class Column(Struct):
     """Cells that it takes unwrapped, in this case and in those it stands under."""
 
     def __post_init__(self) -> None:
-        """Takes the width of the widest text, if none is given."""
+        """Take the width of the widest text, if none is given."""
         self.width = self.width or max(cell_len(text) for text in (self.head, *self.cells))
 
 

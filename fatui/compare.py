@@ -55,7 +55,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
 
 
 def compare(before: Report, after: Report) -> Comparison:
-    """Matches rows by workload and implementation."""
+    """Match rows by workload and implementation."""
     first, second = _rows(before), _rows(after)
     return Comparison(
         before=before,

@@ -47,7 +47,7 @@ class Finding(Struct, frozen=True, kw_only=True):
 
 
 def diagnose(measure: bool = True) -> Iterator[Finding]:
-    """Looks at one thing after another, the slow ones last.
+    """Look at one thing after another, the slow ones last.
 
     Args:
         measure: whether to take half a second to measure the machine's peaks.

@@ -32,7 +32,7 @@ SCREENS: Final = {
 
 
 def open_screen(app: "FatuiApp", name: str) -> None:
-    """Opens one of the further screens, unless it is open."""
+    """Open one of the further screens, unless it is open."""
     if len(app.screen_stack) > 1:
         return
     made: Screen[Any] = getattr(importlib.import_module(f"fatui.screens.{name}"), SCREENS[name])()
@@ -51,7 +51,7 @@ def _take(app: "FatuiApp", name: str, result: object) -> None:
 
 
 def save_as(app: "FatuiApp") -> None:
-    """Asks for a name, and saves what is set up."""
+    """Ask for a name, and save what is set up."""
     from fatui.screens.save_as import SaveAs
 
     try:
@@ -79,7 +79,7 @@ def shown_report(app: "FatuiApp") -> Report | None:
 
 
 def export(app: "FatuiApp") -> None:
-    """Asks where to, and writes the run that is in sight."""
+    """Ask where to, and write the run that is in sight."""
     report = shown_report(app)
     if report is None:
         why = "the run has to end first" if app.runs.active else "nothing was run yet"
@@ -123,7 +123,7 @@ async def _write(app: "FatuiApp", report: Report, stem: Path, endings: tuple[str
 
 
 async def copy_table(app: "FatuiApp") -> None:
-    """Puts the table on the clipboard as Markdown; says so only where a program of the system has taken it."""
+    """Put the table on the clipboard as Markdown; say so only where a program of the system has taken it."""
     from fatui import clipboard
     from fatui import export as formats
 
@@ -143,7 +143,7 @@ async def copy_table(app: "FatuiApp") -> None:
 
 
 def open_row(app: "FatuiApp", index: int, name: str) -> None:
-    """Shows a row in full."""
+    """Show a row in full."""
     from fatui.running import command_of
 
     session, report = app.session, app.report
@@ -165,7 +165,7 @@ def open_row(app: "FatuiApp", index: int, name: str) -> None:
 
 
 def explain_keys(app: "FatuiApp") -> None:
-    """Lists the keys of the screen in sight, as they are set."""
+    """List the keys of the screen in sight, as they are set."""
     from fatui.screens.help import Help
 
     screen, groups = app.screen, []

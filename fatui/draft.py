@@ -68,7 +68,7 @@ class Draft(Struct, frozen=True, kw_only=True):
         return self.change(several=several, **{name: values[0]})
 
     def toggle_sweep(self) -> "Draft":
-        """Begins a sweep, or ends it with the first value of every axis; what runs changes only by other values."""
+        """Begin a sweep, or end it with the first value of every axis; what runs changes only by other values."""
         swept = self.several or any(len(values) > 1 for values in self.axes.values())
         if not self.sweeping or not swept:
             return structs.replace(self, sweeping=not self.sweeping)
@@ -83,7 +83,7 @@ class Draft(Struct, frozen=True, kw_only=True):
         return structs.replace(own, cases=plan.cases) == plan and set(own.cases) == set(plan.cases)
 
     def toggle(self, implementation: str) -> "Draft":
-        """Takes an implementation in, or out."""
+        """Take an implementation in, or out."""
         inside = implementation in self.implementations
         names = [name for name in self.implementations if name != implementation]
         chosen = tuple(names if inside else [*names, implementation])
@@ -137,7 +137,7 @@ class Draft(Struct, frozen=True, kw_only=True):
 
 
 def draft_of(plan: Plan, preset: str | None) -> Draft:
-    """Puts a plan on the sliders; cases that are no full grid are kept as a list of their own."""
+    """Put a plan on the sliders; cases that are no full grid are kept as a list of their own."""
     first = plan.cases[0]
     limits = {
         name: getattr(plan, name)

@@ -83,7 +83,7 @@ class Engine:
     """
 
     def __init__(self, plan: AnyPlan, listener: Listener = lambda event: None, peaks: Peaks | None = None) -> None:
-        """Takes what to run, who listens, and the machine's rates where they were measured already."""
+        """Take what to run, who listens, and the machine's rates where they were measured already."""
         self.record = record_of(plan)
         self.record.peaks = peaks or Peaks()
         self.stopped = False
@@ -97,7 +97,7 @@ class Engine:
         self.silence = Silence()
 
     async def run(self) -> None:
-        """Runs until all cases are complete, nothing can run, or stop() is called; leaves no process behind."""
+        """Run until all cases are complete, nothing can run, or stop() is called; leave no process behind."""
         fruitless = 0
         while not (self.stopped or self.record.done or self.record.refused):
             before = self._assignment
@@ -113,14 +113,14 @@ class Engine:
                 self._tell(on.RunRefused(kind="cannot start", reason=f"{what}: {reason}"))
 
     def stop(self) -> None:
-        """Ends the worker, by force if it has not ended after PATIENCE_S; what was measured stays in the record."""
+        """End the worker, by force if it has not ended after PATIENCE_S; what was measured stays in the record."""
         self.stopped = True
         self._stopping.set()
         if self._process is not None:
             _signal_group(self._process, signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kills the worker and all it started, at once."""
+        """Kill the worker and all it started, at once."""
         self.stop()
         if self._process is not None:
             _signal_group(self._process, signal.SIGKILL)
@@ -132,7 +132,7 @@ class Engine:
         self._listener(event)
 
     async def _run_worker(self) -> str:
-        """Runs one worker to its end and returns in words how it ended."""
+        """Run one worker to its end and return in words how it ended."""
         mark = _mark_file()
         events, events_end = os.pipe()
         errors, errors_end = os.pipe()
@@ -156,7 +156,7 @@ class Engine:
         return self._hung or _how_it_ended(process.returncode or 0, tail.lines)
 
     async def _start(self, mark: int, events: int, errors: int) -> asyncio.subprocess.Process:
-        """Starts a worker that tells its events into one pipe and writes its stderr into another.
+        """Start a worker that tells its events into one pipe and write its stderr into another.
 
         The pipes are not asyncio's own: with those, a process counts as running for as long as any child of it,
         however detached, holds one of them open.
@@ -175,7 +175,7 @@ class Engine:
         return process
 
     async def _follow(self, process: asyncio.subprocess.Process, events: int) -> None:
-        """Reads events until the worker closes its stdout, ends, hangs, or is stopped."""
+        """Read events until the worker closes its stdout, end, hangs, or is stopped."""
         reader = asyncio.StreamReader(limit=LINE_LIMIT)
         protocol = asyncio.StreamReaderProtocol(reader)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(events, "rb", 0))
@@ -212,7 +212,7 @@ class Engine:
             self._tell(event)
 
     async def _wait_for_hang(self) -> None:
-        """Returns once the worker has been silent for so long that it must hang."""
+        """Return once the worker has been silent for so long that it must hang."""
         while self.silence.seconds < self._longest_silence_s() or self.silence.building:
             await asyncio.sleep(1)
         self._hung = f"said nothing for {self.silence.seconds:.0f} s, and was ended"
@@ -226,7 +226,7 @@ class Engine:
         return max(HUNG_S, calls * plan.cases[case].flops / SLOW_FLOPS_PER_S)
 
     def _go_on_after(self, reason: str) -> None:
-        """Fails the row that was running, and makes the assignment for the next worker."""
+        """Fail the row that was running, and make the assignment for the next worker."""
         case = self.record.current_case
         if case is None:
             return
@@ -260,7 +260,7 @@ def _signal_group(process: asyncio.subprocess.Process, number: int) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Waits for the worker; kills it and all it started if it does not end by itself."""
+    """Wait for the worker; kill it and all it started if it does not end by itself."""
     if process.stdin is not None:
         process.stdin.close()
     try:
@@ -274,7 +274,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def _wait_for(process: asyncio.subprocess.Process) -> None:
-    """Returns once a process has ended, whoever still holds its pipes; asyncio's own wait may need them closed."""
+    """Return once a process has ended, whoever still holds its pipes; asyncio's own wait may need them closed."""
     while process.returncode is None:
         await asyncio.sleep(POLL_S)
 

@@ -295,7 +295,7 @@ def _limit_time(database: sqlite3.Connection) -> None:
 
 
 def _prepare(database: sqlite3.Connection, path: Path) -> None:
-    """Makes the table where it is missing, and reads from it once, so that damage shows now."""
+    """Make the table where it is missing, and read from it once, so that damage shows now."""
     found = database.execute("PRAGMA user_version").fetchone()[0]
     if found > VERSION:
         raise HistoryError(f"history: {path} was made by a newer fatui (version {found}, this one reads {VERSION})")
@@ -309,7 +309,7 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
 
 
 def _patiently(database: sqlite3.Connection, statement: str) -> None:
-    """Executes what SQLite does not wait for by itself: a change of the journal's mode."""
+    """Execute what SQLite does not wait for by itself: a change of the journal's mode."""
     end = time.monotonic() + PATIENCE_S
     while True:
         try:

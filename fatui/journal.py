@@ -43,7 +43,7 @@ class Journal:
         self._lines: deque[Line] = deque(maxlen=most)
 
     def write(self, text: str, level: Level = "info") -> None:
-        """Adds a message; each line of it becomes a line of the log."""
+        """Add a message; each line of it becomes a line of the log."""
         at = f"{self._now():%H:%M:%S}"
         self.errors += level == "error"
         for part in text.splitlines() or [""]:

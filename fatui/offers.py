@@ -39,7 +39,7 @@ def make_offers(
 
 
 def _with_trial(offer: Offer, took: str | None) -> Offer:
-    """Says of one that tries what its last trial came to, or that there will be one."""
+    """Say of one that tries what its last trial came to, or that there will be one."""
     if UNTRIED not in offer.path:
         return offer
     waiting = offer.path.endswith(WAITING)

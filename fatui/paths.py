@@ -48,7 +48,7 @@ def _xdg(variable: str, fallback: str) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's text as a whole: on any error the old file stays as it was, and nothing else is left.
+    """Replace a file's text as a whole: on any error the old file stays as it was, and nothing else is left.
 
     Raises:
         OSError: the text could not be written.

@@ -58,7 +58,7 @@ class Preset(Struct, frozen=True, kw_only=True):
 
 
 def parse(text: str, source: Path | None, *, bundled: bool = False) -> Preset:
-    """Reads a preset.
+    """Read a preset.
 
     Args:
         text: its TOML.
@@ -226,7 +226,7 @@ class _Reader:
 
 
 def workloads(shared: Table, axes: Mapping[str, Sequence[Any]]) -> tuple[Workload, ...]:
-    """Makes the cases of a sweep; a decode pass may give its cache's length as kv_seq alone.
+    """Make the cases of a sweep; a decode pass may give its cache's length as kv_seq alone.
 
     Raises:
         UsageError: with the mistakes of all combinations, each told once.
@@ -238,7 +238,7 @@ def workloads(shared: Table, axes: Mapping[str, Sequence[Any]]) -> tuple[Workloa
 
 
 def number_between(value: object, name: str, least: float, most: float) -> float:
-    """Returns a finite number within limits.
+    """Return a finite number within limits.
 
     Raises:
         UsageError: naming `name`, what it got and what it takes.
@@ -249,7 +249,7 @@ def number_between(value: object, name: str, least: float, most: float) -> float
 
 
 def checked_names(names: list[str]) -> tuple[str, ...]:
-    """Returns the implementations' names, each once.
+    """Return the implementations' names, each once.
 
     Raises:
         UsageError: with one problem for each name that is unknown.

@@ -16,7 +16,7 @@ WIDEST_ARRAY: Final = 100
 
 
 def to_toml(preset: Preset) -> str:
-    """Writes a preset so that parse reads the same cases in the same order."""
+    """Write a preset so that parse reads the same cases in the same order."""
     document: Fields = {"schema": SCHEMA}
     document.update({key: text for key in ("title", "summary") if (text := getattr(preset, key))})
     document["implementations"] = list(preset.implementations)
@@ -49,7 +49,7 @@ def given_fields(workload: Workload) -> Fields:
 
 
 def as_product(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]] | None:
-    """Splits cases into shared fields and axes whose product they are, or None where they are no product."""
+    """Split cases into shared fields and axes whose product they are, or None where they are no product."""
     given = [given_fields(case) for case in cases]
     shared = _shared(given)
     varying = [name for name in FIELDS if any(name in fields for fields in given) and name not in shared]

@@ -55,7 +55,7 @@ def _listed(path: Path, bundled: bool) -> Listed:
 
 
 def load(name_or_path: str | Path) -> Preset:
-    """Reads a preset by its name, or from a file where a path is given ("./mine.toml", "folder/mine.toml").
+    """Read a preset by its name, or from a file where a path is given ("./mine.toml", "folder/mine.toml").
 
     Raises:
         UsageError: there is none, or it has mistakes.
@@ -87,7 +87,7 @@ def _read(path: Path, bundled: bool) -> Preset:
 
 
 def save(preset: Preset, name: str, overwrite: bool = False) -> Path:
-    """Writes one of the user's own presets and returns its file; a replaced file is kept aside.
+    """Write one of the user's own presets and return its file; a replaced file is kept aside.
 
     Raises:
         UsageError: the name is not one, or is taken and `overwrite` is not given.
@@ -104,7 +104,7 @@ def save(preset: Preset, name: str, overwrite: bool = False) -> Path:
 
 
 def rename(old: str, new: str) -> Path:
-    """Gives one of the user's own presets another name, and returns its file.
+    """Give one of the user's own presets another name, and return its file.
 
     Raises:
         UsageError: there is no such preset of the user's own, or the new name is taken or is none.
@@ -117,7 +117,7 @@ def rename(old: str, new: str) -> Path:
 
 
 def delete(name: str) -> Path:
-    """Moves one of the user's own presets aside and returns where to; restore() brings it back.
+    """Move one of the user's own presets aside and return where to; restore() brings it back.
 
     Raises:
         UsageError: there is no such preset of the user's own.
@@ -127,7 +127,7 @@ def delete(name: str) -> Path:
 
 
 def restore(path: Path) -> Path:
-    """Brings a preset back that delete() moved aside, and returns its file.
+    """Bring a preset back that delete() moved aside, and return its file.
 
     Raises:
         UsageError: another of its name was made meanwhile, or it is gone.

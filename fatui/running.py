@@ -66,7 +66,7 @@ class Runs:
         return self._going is not None and self._going.active
 
     def start(self) -> None:
-        """Runs what is set up, unless a run goes on or it cannot run."""
+        """Run what is set up, unless a run goes on or it cannot run."""
         app = self._app
         if self._refused():
             return
@@ -94,7 +94,7 @@ class Runs:
         app.main.show_run()
 
     def start_model(self, screen: str, plan: GenerationPlan | FineTuningPlan, command: str) -> None:
-        """Runs what is set up on a screen of models, unless a run goes on."""
+        """Run what is set up on a screen of models, unless a run goes on."""
         app = self._app
         if self._refused():
             return
@@ -142,7 +142,7 @@ class Runs:
         self._app.journal.write(session.finding or f"the run {session.phase}")
 
     async def keep(self, report: Report) -> None:
-        """Puts a report into the history; what goes wrong is told, and the report stays on the screen."""
+        """Put a report into the history; what goes wrong is told, and the report stays on the screen."""
         from fatui.history import History, HistoryError
 
         history = History()
@@ -154,7 +154,7 @@ class Runs:
             self._app.tell(history.notice, "warning")
 
     def stop(self) -> None:
-        """Stops the run."""
+        """Stop the run."""
         if self._going is None or not self.active:
             self._app.tell("nothing runs")
             return
@@ -162,7 +162,7 @@ class Runs:
         self._app.main.show_run()
 
     def watch_silence(self) -> None:
-        """Tells once when the engine has said nothing for long."""
+        """Tell once when the engine has said nothing for long."""
         session = self._going
         if session is None or not session.silent:
             self._told_silence = False
@@ -173,7 +173,7 @@ class Runs:
             self._app.tell(text, "warning")
 
     async def end(self) -> None:
-        """Stops the run, and waits until it is ended and kept."""
+        """Stop the run, and wait until it is ended and kept."""
         if self._going is not None and self.active:
             self._going.stop()
         if self._ended is not None:
@@ -185,7 +185,7 @@ class Runs:
             self._going.kill()
 
     def open_report(self, report: Report) -> None:
-        """Shows a run of the past in the place of the latest, on the screen of its kind."""
+        """Show a run of the past in the place of the latest, on the screen of its kind."""
         screen = "models" if report.models else "finetuning" if report.fine_tunings else None
         if screen is not None:
             self.models.pop(screen, None)
@@ -198,7 +198,7 @@ class Runs:
 
 
 def load_preset(app: "FatuiApp", name: str) -> bool:
-    """Puts a preset on the sliders; says what is wrong with it if it cannot be used."""
+    """Put a preset on the sliders; say what is wrong with it if it cannot be used."""
     from fatui.presets import load
 
     try:
@@ -213,7 +213,7 @@ def load_preset(app: "FatuiApp", name: str) -> bool:
 
 
 def remember(app: "FatuiApp") -> None:
-    """Keeps for the next start how the app was left."""
+    """Keep for the next start how the app was left."""
     kept = app.remembered
     kept.theme, kept.draft, kept.tab, kept.hidden = app.theme, app.draft, app.main.tab, app.main.hidden
     try:

@@ -23,7 +23,7 @@ class Series:
         self._count = 0
 
     def add(self, value: float) -> None:
-        """Takes in one value."""
+        """Take in one value."""
         self.last = value
         self.highest = value if self.highest is None else max(self.highest, value)
         self._sum += value

@@ -35,10 +35,10 @@ class Drives(Protocol):
     process_id: int | None
 
     async def run(self) -> None:
-        """Runs to the end."""
+        """Run to the end."""
 
     def stop(self) -> None:
-        """Ends the run."""
+        """End the run."""
 
 
 Listener = Callable[[on.AnyEvent], None]
@@ -94,7 +94,7 @@ class RunSession(ABC, Generic[P, C]):
         self._start_clock()
 
     def _start_clock(self) -> None:
-        """Begins all that is timed."""
+        """Begin all that is timed."""
         self._began = self._heard = self._step_began = self._case_began = self._progress_at = self._clock()
         self._rounds_began: float | None = None
         self._ended: float | None = None
@@ -142,7 +142,7 @@ class RunSession(ABC, Generic[P, C]):
         return self._clock() - self._step_began if self.building and self.active else 0.0
 
     async def run(self) -> None:
-        """Runs the engine to its end; whatever breaks is told in the journal, and what was measured is kept."""
+        """Run the engine to its end; whatever breaks is told in the journal, and what was measured is kept."""
         finishing = asyncio.create_task(self._finish_cases())
         broke = False
         try:
@@ -172,7 +172,7 @@ class RunSession(ABC, Generic[P, C]):
             self.finding = "stopped before anything was measured"
 
     def stop(self) -> None:
-        """Ends the run; an engine that does not heed it is killed."""
+        """End the run; an engine that does not heed it is killed."""
         if not self.active:
             return
         self.phase = "stopping"
@@ -180,13 +180,13 @@ class RunSession(ABC, Generic[P, C]):
         asyncio.get_running_loop().call_later(KILL_AFTER_S, self.kill)
 
     def kill(self) -> None:
-        """Kills the engine's process and all it started."""
+        """Kill the engine's process and all it started."""
         if self.active and self.engine.process_id is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.engine.process_id, signal.SIGKILL)
 
     def note_memory(self, name: str, value: float | None) -> None:
-        """Takes in a memory figure, in bytes."""
+        """Take in a memory figure, in bytes."""
         if value is not None:
             self.memory.setdefault(name, Series()).add(value)
 
@@ -242,7 +242,7 @@ class RunSession(ABC, Generic[P, C]):
             self._complete.put_nowait(event.case)
 
     def _narrate(self, event: on.AnyEvent) -> None:
-        """Writes what is worth a line; a case that begins anew says so, and repeats no route."""
+        """Write what is worth a line; a case that begins anew says so, and repeats no route."""
         said = narrate(event, self.plan)
         if said is None:
             return
@@ -274,7 +274,7 @@ class RunSession(ABC, Generic[P, C]):
         self.note_memory("MLX peak", event.peak_bytes)
 
     async def _finish_cases(self) -> None:
-        """Makes the final rows of each case as it completes, off the loop: the bootstrap takes tens of milliseconds."""
+        """Make the final rows of each case as it completes, off the loop: the bootstrap takes tens of milliseconds."""
         while True:
             index = await self._complete.get()
             self._final[index] = await asyncio.to_thread(self.record.case, index)

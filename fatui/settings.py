@@ -67,7 +67,7 @@ def state_path() -> Path:
 
 
 def read_settings(actions: Mapping[str, str], themes: tuple[str, ...]) -> Settings:
-    """Reads the config file; every mistake is told in `problems`, and what is right still counts.
+    """Read the config file; every mistake is told in `problems`, and what is right still counts.
 
     Args:
         actions: for every action the screen that its key is for, or an empty string where it is for all.
@@ -142,7 +142,7 @@ def _clash(settings: Settings, action: str, key: str, actions: Mapping[str, str]
 
 
 def read_remembered() -> tuple[Remembered, str | None]:
-    """Reads what the last start left, or begins afresh; the second value says in words why it had to."""
+    """Read what the last start left, or begin afresh; the second value says in words why it had to."""
     path = state_path()
     try:
         return msgspec.json.decode(read_bounded(path, MAX_FILE_BYTES), type=Remembered), None
@@ -154,7 +154,7 @@ def read_remembered() -> tuple[Remembered, str | None]:
 
 
 def write_remembered(remembered: Remembered) -> None:
-    """Keeps it for the next start.
+    """Keep it for the next start.
 
     Raises:
         OSError: it could not be written; what was there is untouched.

@@ -27,7 +27,7 @@ _SIZE: Final = re.compile(r"([0-9]{1,19}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]*)")
 
 
 def parse_size(value: object, name: str) -> int:
-    """Returns the bytes that a number or a text such as "8 GiB" says.
+    """Return the bytes that a number or a text such as "8 GiB" says.
 
     Raises:
         UsageError: naming `name`, what it got and what it takes.
@@ -42,7 +42,7 @@ def parse_size(value: object, name: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """Writes a size so that parse_size reads the same number: "8 GiB", or the plain number of bytes."""
+    """Write a size so that parse_size reads the same number: "8 GiB", or the plain number of bytes."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size % factor == 0:
             return f"{size // factor} {unit}"

@@ -28,7 +28,7 @@ def say(number: int) -> str:
 
 
 def parse(text: str, name: str) -> int:
-    """Reads "512", "8k" or "1 M".
+    """Read "512", "8k" or "1 M".
 
     Raises:
         ValueError: saying what the axis takes.
@@ -43,7 +43,7 @@ def parse(text: str, name: str) -> int:
 
 
 def parse_values(text: str, name: str) -> tuple[int, ...]:
-    """Reads "128, 256" and "128..2k", which doubles from one to the other; sorted, each once.
+    """Read "128, 256" and "128..2k", which doubles from one to the other; sorted, each once.
 
     Raises:
         ValueError: saying what is wrong with it.

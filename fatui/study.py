@@ -97,7 +97,7 @@ class Study(Struct, frozen=True, kw_only=True):
 
 @cache
 def study() -> Study:
-    """Reads the study's figures."""
+    """Read the study's figures."""
     return msgspec.json.decode(Path(__file__).with_name("study.json").read_bytes(), type=Study)
 
 

@@ -50,7 +50,7 @@ class Telemetry:
         psutil.cpu_percent()
 
     def read(self, process_id: int | None) -> Reading:
-        """Takes one look; meant for a thread, and for once a second at most."""
+        """Take one look; meant for a thread, and for once a second at most."""
         return Reading(
             cpu_percent=psutil.cpu_percent() * (psutil.cpu_count() or 1),
             clock_hz=self._clock(),

@@ -21,7 +21,7 @@ class Mistakes:
         self._problems: list[str] = []
 
     def catch(self, read: Callable[[], T]) -> T | None:
-        """Returns what is read, or None where that is a mistake."""
+        """Return what is read, or None where that is a mistake."""
         try:
             return read()
         except UsageError as error:
@@ -29,13 +29,13 @@ class Mistakes:
             return None
 
     def tell(self) -> None:
-        """Raises all of them, if there are any."""
+        """Raise all of them, if there are any."""
         if self._problems:
             raise UsageError(*self._problems)
 
 
 def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
-    """Adds --seconds, --memory-limit and --force.
+    """Add --seconds, --memory-limit and --force.
 
     Args:
         parser: gets them.
@@ -66,7 +66,7 @@ def seconds_of(text: str | None, otherwise: float) -> float:
 def model_plan(
     arguments: argparse.Namespace, read_cases: Callable[[], Sequence[Any]], kind: type[M], otherwise_s: float
 ) -> "tuple[M, list[Delivery]]":
-    """Reads the whole request of a command that measures models, and tells all its mistakes at once.
+    """Read the whole request of a command that measures models, and tell all its mistakes at once.
 
     Args:
         arguments: what was given.

@@ -19,7 +19,7 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage or preset, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's options."""
+    """Add this command's options."""
     from fatui.commands.asking import add_limit_options
     from fatui.commands.delivery import add_export_options
     from fatui.commands.options import add_workload_options
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and prints; returns the exit code.
+    """Measure and print; return the exit code.
 
     Raises:
         UsageError: with everything that is wrong with the request; nothing has run then.
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery]]":
-    """Reads the whole request, and tells all its mistakes at once."""
+    """Read the whole request, and tell all its mistakes at once."""
     from msgspec import structs
 
     from fatui.commands import asking, delivery, options

@@ -20,13 +20,13 @@ both noise floors and beyond what the baseline's own time has changed, and is "â
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's arguments."""
+    """Add this command's arguments."""
     parser.add_argument("before", metavar="ID", help="a run of the history: its id, the beginning of it, last, last~1")
     parser.add_argument("after", metavar="ID", help="another")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints each row's ratio with its interval.
+    """Print each row's ratio with its interval.
 
     Raises:
         HistoryError: the history cannot be used, or has no such run.

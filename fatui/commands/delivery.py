@@ -26,7 +26,7 @@ class Delivery(Struct, frozen=True):
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --json, --csv and --markdown."""
+    """Add --json, --csv and --markdown."""
     group = parser.add_argument_group("exports", "FILE is replaced as a whole; '-' is stdout, in place of the table")
     for name in FORMATS:
         group.add_argument(
@@ -71,7 +71,7 @@ def _is_replaced(path: Path) -> bool:
 
 
 def deliver(delivery: Delivery, report: Report, study: Mapping[str, Any] | None = None) -> str | None:
-    """Writes one export of a run, and returns what went wrong in one line, or None.
+    """Write one export of a run, and return what went wrong in one line, or None.
 
     Raises:
         OSError: stdout could not be written.
@@ -80,7 +80,7 @@ def deliver(delivery: Delivery, report: Report, study: Mapping[str, Any] | None 
 
 
 def put(delivery: Delivery, text: str) -> str | None:
-    """Writes a text where it is to go, and returns what went wrong in one line, or None.
+    """Write a text where it is to go, and return what went wrong in one line, or None.
 
     Raises:
         OSError: stdout could not be written.

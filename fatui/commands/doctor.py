@@ -21,7 +21,7 @@ REPORT: Final = "fatui-report.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's options."""
+    """Add this command's options."""
     parser.add_argument("--no-measure", action="store_true", help="leave out what has to be measured")
     parser.add_argument(
         "--report",
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints one finding after the other; returns 3 where nothing can run."""
+    """Print one finding after the other; return 3 where nothing can run."""
     from rich.padding import Padding
     from rich.text import Text
 

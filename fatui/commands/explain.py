@@ -19,7 +19,7 @@ EXAMPLE: Final = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's options."""
+    """Add this command's options."""
     from fatui.commands.options import add_workload_options
 
     parser.add_argument("preset", nargs="?", metavar="PRESET", help="explain a preset's cases")
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints a block for each case.
+    """Print a block for each case.
 
     Raises:
         UsageError: the request is wrong.

@@ -25,7 +25,7 @@ Exit codes: 0 done, 1 a row failed or is inaccurate, 2 wrong usage, 3 no backend
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's options."""
+    """Add this command's options."""
     from attention.models.configuration import names
     from attention.models.workloads import COMPARED
     from fatui.commands.asking import add_limit_options
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and prints; returns the exit code.
+    """Measure and print; return the exit code.
 
     Raises:
         UsageError: with everything that is wrong with the request; nothing has run then.
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Delivery]]":
-    """Reads the whole request, and tells all its mistakes at once."""
+    """Read the whole request, and tell all its mistakes at once."""
     from attention.plan import FineTuningPlan
     from fatui.commands.asking import model_plan
 

@@ -20,7 +20,7 @@ EXAMPLE: Final = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's arguments."""
+    """Add this command's arguments."""
     from fatui.commands.delivery import add_export_options
 
     parser.add_argument(
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Does one of them.
+    """Do one of them.
 
     Raises:
         UsageError: the request is wrong.

@@ -27,7 +27,7 @@ LONGEST_SHOWN: Final = 40
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
-    """Adds one option for each field of a workload, and --impl."""
+    """Add one option for each field of a workload, and --impl."""
     group = parser.add_argument_group("workload", "each takes one value, or several with commas: a sweep; 4k is 4096")
     for name in FIELDS:
         group.add_argument(f"--{name.replace('_', '-')}", dest=f"field_{name}", metavar="A,B", help=HELP[name])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def measure(plan: "AnyPlan", command: str, preset: str | None, deliveries: "list[Delivery]") -> int:
-    """Runs a plan, delivers, keeps and prints what came out, and returns the exit code.
+    """Run a plan, deliver, keep and print what came out, and return the exit code.
 
     Args:
         plan: what to run.
@@ -37,7 +37,7 @@ def measure(plan: "AnyPlan", command: str, preset: str | None, deliveries: "list
 
 
 def deliver_files(report: "Report", deliveries: "list[Delivery]") -> list[str]:
-    """Writes the exports that go to files; returns what went wrong, in a line each."""
+    """Write the exports that go to files; return what went wrong, in a line each."""
     from fatui.commands.delivery import STDOUT, deliver
 
     study = _study_as_data(report)
@@ -45,7 +45,7 @@ def deliver_files(report: "Report", deliveries: "list[Delivery]") -> list[str]:
 
 
 def print_results(report: "Report", deliveries: "list[Delivery]") -> None:
-    """Prints the table, or the export that goes to stdout in its place."""
+    """Print the table, or the export that goes to stdout in its place."""
     from fatui.commands.delivery import STDOUT, deliver
 
     for item in deliveries:

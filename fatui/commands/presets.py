@@ -15,7 +15,7 @@ EXAMPLE: Final = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's arguments."""
+    """Add this command's arguments."""
     parser.add_argument(
         "action", nargs="?", default="list", metavar="list|show NAME|check FILE", help="what to do (list)"
     )
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Does one of them.
+    """Do one of them.
 
     Raises:
         UsageError: there is no such preset, or it has mistakes.

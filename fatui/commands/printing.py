@@ -49,7 +49,7 @@ def results_width() -> int:
 
 
 def show(*renderables: RenderableType) -> None:
-    """Prints tables and texts on stdout, without blanks at the ends of lines."""
+    """Print tables and texts on stdout, without blanks at the ends of lines."""
     out = console(sys.stdout)
     with out.capture() as captured:
         for renderable in renderables:

@@ -38,7 +38,7 @@ class Narrator:
         self._silence_told_s = 0.0
 
     def __enter__(self) -> Self:
-        """Shows the bar."""
+        """Show the bar."""
         if self._bar:
             self._bar.start()
         return self
@@ -46,12 +46,12 @@ class Narrator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Takes the bar away, so that stderr is left as if it had not been there."""
+        """Take the bar away, so that stderr is left as if it had not been there."""
         if self._bar:
             self._bar.stop()
 
     def listen(self, event: on.AnyEvent) -> None:
-        """Takes in one event."""
+        """Take in one event."""
         match event:
             case on.Progress():
                 self._progress, self._progress_at = event, time.monotonic()
@@ -71,7 +71,7 @@ class Narrator:
                 self._say(event.text if event.level == "info" else f"{event.level}: {event.text}")
 
     def tick(self, silence: Silence) -> None:
-        """Counts down, and says that the engine is silent, first and whenever that has lasted twice as long."""
+        """Count down, and say that the engine is silent, first and whenever that has lasted twice as long."""
         self._draw()
         if self._bar is None and time.monotonic() - self._told_at >= MAX_QUIET_S:
             self._say(self._progress.now if self._progress else "starting the engine")
@@ -93,7 +93,7 @@ class Narrator:
         self._bar.refresh()
 
     def _say(self, text: str) -> None:
-        """Says a line once; a restarted engine begins its case again, which is no news."""
+        """Say a line once; a restarted engine begins its case again, which is no news."""
         if text == self._told:
             return
         self._told, self._told_at = text, time.monotonic()

@@ -22,7 +22,7 @@ that measures it. Charts need matplotlib: pip install 'fatui[report]'."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's arguments."""
+    """Add this command's arguments."""
     parser.add_argument("runs", nargs="*", metavar="RUN", help="an id of the history, last, or a file of --json")
     group = parser.add_argument_group("where it goes", "FILE is replaced as a whole; '-' is stdout")
     group.add_argument("--html", metavar="FILE", help="write a page, with charts")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the report; returns 1 where it cannot be written, or nothing was kept yet.
+    """Write the report; return 1 where it cannot be written, or nothing was kept yet.
 
     Raises:
         UsageError: a file is no run, or cannot be written.

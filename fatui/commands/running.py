@@ -16,7 +16,7 @@ STOPPING: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", 
 
 
 def execute(plan: AnyPlan) -> tuple[AnyRecord, bool]:
-    """Runs a plan to its end or until a signal stops it.
+    """Run a plan to its end or until a signal stops it.
 
     Returns:
         What was measured, and whether it was interrupted.
@@ -40,7 +40,7 @@ async def _run(plan: AnyPlan, narrator: Narrator) -> tuple[AnyRecord, bool]:
 
 
 async def _watch(engine: Engine, narrator: Narrator) -> None:
-    """Lets the narrator tell of a silence, and of the time that passes in it."""
+    """Let the narrator tell of a silence, and of the time that passes in it."""
     while True:
         await asyncio.sleep(WATCH_S)
         narrator.tick(engine.silence)
@@ -48,7 +48,7 @@ async def _watch(engine: Engine, narrator: Narrator) -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Lets no signal break in, for the moment that writing the results takes."""
+    """Let no signal break in, for the moment that writing the results takes."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
     try:
         yield

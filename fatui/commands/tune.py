@@ -35,7 +35,7 @@ Exit codes: 0 done, 1 a case failed or the check does not hold, 2 wrong usage or
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's options."""
+    """Add this command's options."""
     parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"presets' names or files ({DEFAULT_PRESET})")
     parser.add_argument("--seconds", metavar="S", help=f"time for one trial ({BUDGET_S:g}), or a check ({CHECK_S:g})")
     what = parser.add_mutually_exclusive_group()
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Does one of them, and returns the exit code.
+    """Do one of them, and return the exit code.
 
     Raises:
         UsageError: the request is wrong.
@@ -95,7 +95,7 @@ def _tell(event: "TuningEvent | Message") -> None:
 
 
 def _each(cases: "list[Workload]", do: "Callable[[Workload], object]") -> int:
-    """Does something for each case that runs; returns how many failed, and tells why."""
+    """Do something for each case that runs; return how many failed, and tell why."""
     failed = 0
     for number, case in enumerate(cases, 1):
         cli.tell(f"case {number} of {len(cases)}: {case.label}")

@@ -51,7 +51,7 @@ class Sweep(Struct, frozen=True):
 
 
 def fit(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
-    """Fits a power law to positive values; None for fewer than three different points."""
+    """Fit a power law to positive values; None for fewer than three different points."""
     if len(set(xs)) < FEWEST:
         return None
     u, w = [math.log(x) for x in xs], [math.log(y) for y in ys]

@@ -43,7 +43,7 @@ class Compare(Screen[None]):
         self._comparison = compare.compare(before, after)
 
     def compose(self) -> ComposeResult:
-        """Yields the rows, and below them what cannot be compared."""
+        """Yield the rows, and below them what cannot be compared."""
         before, after = self._comparison.before.run, self._comparison.after.run
         yield StatusLine()
         with Vertical(classes="pane half") as pane:
@@ -54,7 +54,7 @@ class Compare(Screen[None]):
         yield KeyBar(keys=actions.bar((actions.BACK,), self.app.keys))
 
     def on_mount(self) -> None:
-        """Fills the table."""
+        """Fill the table."""
         self.query_one(StatusLine).show("Comparison of two runs", "above 1 is faster after")
         lines: list[Line] = []
         label = ""
@@ -72,7 +72,7 @@ class Compare(Screen[None]):
         return notes + ([f"Only after: {_some(made.only_after)}"] if made.only_after else [])
 
     def action_back(self) -> None:
-        """Goes back."""
+        """Go back."""
         self.dismiss()
 
 

@@ -38,7 +38,7 @@ class Doctor(Screen[None]):
         self._findings: list[Finding] = []
 
     def compose(self) -> ComposeResult:
-        """Yields the findings."""
+        """Yield the findings."""
         yield StatusLine()
         with VerticalScroll(classes="pane half") as pane:
             pane.border_title = "Doctor"
@@ -46,11 +46,11 @@ class Doctor(Screen[None]):
         yield KeyBar(keys=actions.bar(actions.DOCTOR, self.app.keys))
 
     def on_mount(self) -> None:
-        """Begins to look."""
+        """Begin to look."""
         self.action_again()
 
     def action_again(self) -> None:
-        """Looks at everything again."""
+        """Look at everything again."""
         self._findings.clear()
         self.run_worker(self._look(), exclusive=True, exit_on_error=False)
 
@@ -95,10 +95,10 @@ class Doctor(Screen[None]):
         return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
 
     def on_resize(self) -> None:
-        """Wraps anew."""
+        """Wrap anew."""
         if self._findings:
             self.call_after_refresh(self._show)
 
     def action_back(self) -> None:
-        """Goes back."""
+        """Go back."""
         self.dismiss()

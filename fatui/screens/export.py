@@ -30,7 +30,7 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
         self._folder, self._name = folder, name
 
     def compose(self) -> ComposeResult:
-        """Yields the fields, and the files that will be written."""
+        """Yield the fields, and the files that will be written."""
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Export the run"
             dialog.border_subtitle = "enter writes · escape does not"
@@ -42,7 +42,7 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
             yield Static(id="outcome", markup=False, classes="answers")
 
     def on_mount(self) -> None:
-        """Names the files, and begins at the name."""
+        """Name the files, and begin at the name."""
         self.query_one("#name", Input).focus()
         self._show()
 
@@ -86,12 +86,12 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
             self.dismiss((self.stem, self.endings))
 
     def action_cancel(self) -> None:
-        """Closes without writing."""
+        """Close without writing."""
         self.dismiss()
 
 
 def write_all(stem: Path, writers: Writers) -> tuple[list[Path], list[str]]:
-    """Writes each text; returns the files written and, in words, what went wrong."""
+    """Write each text; return the files written and, in words, what went wrong."""
     from fatui.paths import write_atomically
 
     written, problems = [], []

@@ -62,7 +62,7 @@ class FineTunings(ModelScreen):
         return finetune_command(plan)
 
     def draw(self, session: ModelSession) -> None:
-        """Draws losses and iterations a second."""
+        """Draw losses and iterations a second."""
         tokens = session.plan.cases[0].tokens
         top = ceiling(max((series.highest or 0.0 for series in session.rates.values()), default=0.0) / tokens)
         rates = tuple(_per_iteration(trend, tokens, session) for trend in rate_trends(session))

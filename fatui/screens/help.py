@@ -27,7 +27,7 @@ class Help(ModalScreen[None]):
         self._groups, self._config = groups, config
 
     def compose(self) -> ComposeResult:
-        """Yields a block for each part of the screen."""
+        """Yield a block for each part of the screen."""
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = "Keys"
             dialog.border_subtitle = "escape closes"
@@ -37,5 +37,5 @@ class Help(ModalScreen[None]):
             yield Static(ABOUT.format(config=self._config), markup=False, classes="hint")
 
     def action_close(self) -> None:
-        """Closes it."""
+        """Close it."""
         self.dismiss()

@@ -50,7 +50,7 @@ class History(Screen[Report]):
         self._deleted: list[Report] = []
 
     def compose(self) -> ComposeResult:
-        """Yields the list."""
+        """Yield the list."""
         yield StatusLine()
         yield Static(classes="notice", markup=False)
         with Vertical(classes="pane half", id="history-pane") as pane:
@@ -59,7 +59,7 @@ class History(Screen[Report]):
         yield KeyBar(keys=(("enter", "Open", "screen.open"), *actions.bar(actions.HISTORY, self.app.keys)))
 
     async def on_mount(self) -> None:
-        """Reads the runs."""
+        """Read the runs."""
         self.query_one(".notice").display = False
         await self._read()
 
@@ -88,7 +88,7 @@ class History(Screen[Report]):
         self.query_one("#history-pane").border_subtitle = self.query_one(RowTable).hint
 
     def on_resize(self) -> None:
-        """Says anew whether there are more columns."""
+        """Say anew whether there are more columns."""
         self.call_after_refresh(self._show_hint)
 
     @property
@@ -104,7 +104,7 @@ class History(Screen[Report]):
 
     @on(RowTable.Chosen)
     async def action_open(self) -> None:
-        """Opens the run on the main screen."""
+        """Open the run on the main screen."""
         if self.app.runs.active:
             self.app.tell("a run goes on; open another when it has ended", "warning")
         elif self._chosen is not None:
@@ -113,7 +113,7 @@ class History(Screen[Report]):
                 self.dismiss(report)
 
     def action_mark(self) -> None:
-        """Marks the run, or takes the mark away; a third mark takes the oldest one's place."""
+        """Mark the run, or take the mark away; a third mark takes the oldest one's place."""
         name = self._chosen
         if name is None:
             return
@@ -123,7 +123,7 @@ class History(Screen[Report]):
         self._show()
 
     async def action_compare(self) -> None:
-        """Compares two runs, the older one first."""
+        """Compare two runs, the older one first."""
         chosen = list(dict.fromkeys([*self._marked, *([self._chosen] if self._chosen else [])]))[:2]
         if len(chosen) < 2:
             self.app.tell(f"mark two runs with {self.app.keys['history_mark']}, or one and stand on another")
@@ -137,7 +137,7 @@ class History(Screen[Report]):
             self.app.push_screen(Compare(before, after))
 
     async def action_delete(self) -> None:
-        """Deletes the run under the cursor."""
+        """Delete the run under the cursor."""
         name = self._chosen
         if name is None:
             return
@@ -153,7 +153,7 @@ class History(Screen[Report]):
         self.app.tell(f"run {name} is deleted{undo}")
 
     async def action_undo(self) -> None:
-        """Brings back what was deleted last."""
+        """Bring back what was deleted last."""
         if not self._deleted:
             self.app.tell("nothing was deleted here")
             return
@@ -166,7 +166,7 @@ class History(Screen[Report]):
         await self._read()
 
     def action_back(self) -> None:
-        """Goes back without opening any."""
+        """Go back without opening any."""
         self.dismiss()
 
 

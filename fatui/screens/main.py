@@ -52,7 +52,7 @@ class MainScreen(Screen[None]):
     """Whether a run of a model went on at the last tick, so that its end is shown as well."""
 
     def compose(self) -> ComposeResult:
-        """Yields the panes."""
+        """Yield the panes."""
         yield StatusLine()
         yield Static(id="too-small", markup=False)
         yield PaneTabs()
@@ -69,7 +69,7 @@ class MainScreen(Screen[None]):
         yield KeyBar()
 
     def on_mount(self) -> None:
-        """Draws the first time, and begins the slow timer."""
+        """Draw the first time, and begin the slow timer."""
         remembered = self.app.remembered
         by = remembered.sort if remembered.sort in comparison_lines.SORTABLE else ""
         self.query_one(ComparisonPane).sort(by, remembered.descending)
@@ -91,7 +91,7 @@ class MainScreen(Screen[None]):
         self.query_one(LogPane).refresh_lines()
 
     def on_resize(self) -> None:
-        """Chooses between panes, tabs, and saying that it is too small."""
+        """Choose between panes, tabs, and saying that it is too small."""
         width, height = self.app.size
         small = width < LEAST[0] or height < LEAST[1]
         wide = width >= WIDE[0] and height >= WIDE[1]
@@ -102,7 +102,7 @@ class MainScreen(Screen[None]):
         self.call_after_refresh(self.show_run)
 
     def show_draft(self) -> None:
-        """Draws what is set up, and what the advisor says of it."""
+        """Draw what is set up, and what the advisor says of it."""
         app = self.app
         workload = shown_workload(app.draft)
         self.query_one(ImplementationPicker).show(
@@ -128,7 +128,7 @@ class MainScreen(Screen[None]):
         return estimate.in_words(draft.plan(), self.app.remembered.pace, self.app.device_name)
 
     def show_run(self) -> None:
-        """Draws the run as far as it is, or the report that was opened."""
+        """Draw the run as far as it is, or the report that was opened."""
         if not self.is_mounted:
             return
         session = self.app.session
@@ -156,7 +156,7 @@ class MainScreen(Screen[None]):
         return self.query_one(PaneTabs).tab
 
     def open_tab(self, tab: str) -> None:
-        """Opens a tab; where all panes are in sight it changes nothing that is seen."""
+        """Open a tab; where all panes are in sight it changes nothing that is seen."""
         for name, _ in TABS:
             self.set_class(name == tab, f"-{name}")
         self.query_one(PaneTabs).show(tab)
@@ -166,7 +166,7 @@ class MainScreen(Screen[None]):
         self.open_tab(event.tab)
 
     def action_pane(self, count: int) -> None:
-        """Goes to the next pane in sight or the one before; where panes are tabs, to the next tab that has one."""
+        """Go to the next pane in sight or the one before; where panes are tabs, to the next tab that has one."""
         panes = [name for name in PANES if not self.query_one(f"#{name}").has_class("-away")]
         if not panes:
             return
@@ -185,7 +185,7 @@ class MainScreen(Screen[None]):
         return next((each for each in node.ancestors_with_self if each.id in PANES), None) if node else None  # type: ignore[return-value]
 
     def action_put_away(self) -> None:
-        """Puts the focused pane away; if any is away already, brings all back."""
+        """Put the focused pane away; if any is away already, bring all back."""
         away = list(self.query(".-away"))
         for each in away:
             each.remove_class("-away")
@@ -202,13 +202,13 @@ class MainScreen(Screen[None]):
         return [pane.id for pane in self.query(".-away") if pane.id]
 
     def action_sort(self) -> None:
-        """Sorts by the next of the columns in sight, and after the last in the plan's own order."""
+        """Sort by the next of the columns in sight, and after the last in the plan's own order."""
         pane = self.query_one(ComparisonPane)
         columns = ["", *(each.name for each in pane.table.shown_columns if each.name in comparison_lines.SORTABLE)]
         self._sort(_neighbour(columns, pane.by, 1) if pane.by in columns else columns[1], pane.descending)
 
     def action_reverse(self) -> None:
-        """Reverses the order."""
+        """Reverse the order."""
         pane = self.query_one(ComparisonPane)
         self._sort(pane.by, not pane.descending)
 
@@ -224,12 +224,12 @@ class MainScreen(Screen[None]):
         self.show_run()
 
     def action_find(self) -> None:
-        """Opens the filter of the log."""
+        """Open the filter of the log."""
         self.open_tab("log")
         self.query_one(LogPane).ask()
 
     def action_pause(self) -> None:
-        """Pauses the log, or goes on."""
+        """Pause the log, or go on."""
         self.query_one(LogPane).toggle_pause()
 
     @on(WorkloadPane.Edited)

@@ -47,7 +47,7 @@ class ModelScreen(Screen[None]):
         super().__init__(classes="list-screen")
 
     def compose(self) -> ComposeResult:
-        """Yields the choices, the run and the table."""
+        """Yield the choices, the run and the table."""
         chosen = self.app.runs.chosen.get(self.NAME, {})
         yield StatusLine()
         with Vertical(classes="pane", id="setup-pane") as pane:
@@ -84,7 +84,7 @@ class ModelScreen(Screen[None]):
 
     @abstractmethod
     def draw(self, session: ModelSession) -> None:
-        """Draws the charts."""
+        """Draw the charts."""
 
     def _model_choice(self, chosen: dict[str, tuple[str, ...]]) -> Choice:
         known = tuple(dict.fromkeys((*names(), *chosen.get("model", ()))))
@@ -96,7 +96,7 @@ class ModelScreen(Screen[None]):
         return choice
 
     def on_mount(self) -> None:
-        """Draws, and begins the slow timer."""
+        """Draw, and begin the slow timer."""
         self.query_one("#folder").display = False
         self.query_one("#model").focus()
         self._show()
@@ -130,7 +130,7 @@ class ModelScreen(Screen[None]):
         return find(self.chosen("model")).layers
 
     def action_run(self) -> None:
-        """Runs what is set up."""
+        """Run what is set up."""
         try:
             check_mlx_lm()
             plan = self.plan()
@@ -141,13 +141,13 @@ class ModelScreen(Screen[None]):
         self._show()
 
     def action_folder(self) -> None:
-        """Asks for a folder."""
+        """Ask for a folder."""
         box = self.query_one("#folder", Input)
         box.display = True
         box.focus()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Takes the folder as one of the models."""
+        """Take the folder as one of the models."""
         choice = self.query_one("#model", Choice)
         try:
             find(event.value)
@@ -161,11 +161,11 @@ class ModelScreen(Screen[None]):
         self._keep()
 
     def on_choice_changed(self) -> None:
-        """Keeps what was chosen."""
+        """Keep what was chosen."""
         self._keep()
 
     def on_toggles_changed(self) -> None:
-        """Keeps what was chosen."""
+        """Keep what was chosen."""
         self._keep()
 
     def _keep(self) -> None:
@@ -173,7 +173,7 @@ class ModelScreen(Screen[None]):
         self.app.runs.chosen[self.NAME] = {**values, "implementations": self.implementations}
 
     def action_back(self) -> None:
-        """Puts the folder's box away, or goes back; a run goes on meanwhile."""
+        """Put the folder's box away, or go back; a run goes on meanwhile."""
         box = self.query_one("#folder", Input)
         if box.display:
             box.display = False
@@ -182,7 +182,7 @@ class ModelScreen(Screen[None]):
             self.dismiss()
 
     def on_resize(self) -> None:
-        """Fits the table."""
+        """Fit the table."""
         self.call_after_refresh(self._show)
 
     def _show(self) -> None:

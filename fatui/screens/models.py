@@ -60,6 +60,6 @@ class Models(ModelScreen):
         return model_command(plan)
 
     def draw(self, session: ModelSession) -> None:
-        """Draws tokens/s."""
+        """Draw tokens/s."""
         top = ceiling(max((series.highest or 0.0 for series in session.rates.values()), default=0.0))
         self.query_one("#model-rates", TrendChart).show(Scale("tokens/s", top, figures.rate(top)), rate_trends(session))

@@ -44,7 +44,7 @@ class Presets(Screen[str]):
         """For each its file, and its name where the draft of the main screen was it."""
 
     def compose(self) -> ComposeResult:
-        """Yields the list and the preview."""
+        """Yield the list and the preview."""
         yield StatusLine()
         with Horizontal(id="split"):
             with Vertical(classes="pane half") as pane:
@@ -56,7 +56,7 @@ class Presets(Screen[str]):
         yield KeyBar(keys=(("enter", "Load", "screen.load"), *actions.bar(actions.PRESETS, self.app.keys)))
 
     def on_mount(self) -> None:
-        """Reads the presets."""
+        """Read the presets."""
         self._read()
         if self.app.draft.preset:
             self.query_one(RowTable).go_to(self.app.draft.preset)
@@ -80,7 +80,7 @@ class Presets(Screen[str]):
 
     @on(RowTable.Chosen)
     def action_load(self) -> None:
-        """Loads the preset under the cursor, if it has no mistakes."""
+        """Load the preset under the cursor, if it has no mistakes."""
         listed = self._listed.get(self._chosen or "")
         if listed is not None and listed.preset is None:
             self.app.tell(f"'{listed.name}' has mistakes and cannot be loaded", "warning")
@@ -88,7 +88,7 @@ class Presets(Screen[str]):
             self.dismiss(listed.name)
 
     def action_back(self) -> None:
-        """Goes back without loading; closes the field for a name first."""
+        """Go back without loading; close the field for a name first."""
         field = self.query("#rename")
         if field:
             field.remove()
@@ -97,7 +97,7 @@ class Presets(Screen[str]):
             self.dismiss()
 
     def action_rename(self) -> None:
-        """Asks for another name below the list."""
+        """Ask for another name below the list."""
         if self._chosen is None or self.query("#rename"):
             return
         field = Input(self._chosen, id="rename", placeholder="new name; escape leaves it")
@@ -116,7 +116,7 @@ class Presets(Screen[str]):
             self.query_one(RowTable).go_to(new)
 
     def action_delete(self) -> None:
-        """Deletes one of the person's own; undo brings it back."""
+        """Delete one of the person's own; undo brings it back."""
         name = self._chosen
         if name is None:
             return
@@ -131,7 +131,7 @@ class Presets(Screen[str]):
             self.app.tell(f"'{name}' is deleted; {self.app.keys['presets_undo']} brings it back")
 
     def action_undo(self) -> None:
-        """Brings back what was deleted last."""
+        """Bring back what was deleted last."""
         if not self._deleted:
             self.app.tell("nothing was deleted here")
             return

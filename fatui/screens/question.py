@@ -27,11 +27,11 @@ class Question(ModalScreen[bool]):
         self._text, self._yes, self._no = text, yes, no
 
     def compose(self) -> ComposeResult:
-        """Yields the question and its answers."""
+        """Yield the question and its answers."""
         with Vertical(classes="dialog"):
             yield Static(self._text, markup=False)
             yield Static(ANSWERS.format(yes=self._yes, no=self._no), classes="answers")
 
     def action_answer(self, yes: bool) -> None:
-        """Answers."""
+        """Answer."""
         self.dismiss(yes)

@@ -39,7 +39,7 @@ class RowDetails(ModalScreen[None]):
         self._case, self._row, self._command = case, row, command
 
     def compose(self) -> ComposeResult:
-        """Yields the figures in two columns, then the samples, then the sentences."""
+        """Yield the figures in two columns, then the samples, then the sentences."""
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = literal(f"{self._row.implementation} on {self._case.workload.label}")
             dialog.border_subtitle = "escape closes"
@@ -49,7 +49,7 @@ class RowDetails(ModalScreen[None]):
             yield Static("\n".join(sentences(self._row, self._command)), markup=False, classes="answers")
 
     def action_close(self) -> None:
-        """Closes it."""
+        """Close it."""
         self.dismiss()
 
 

@@ -28,7 +28,7 @@ class SaveAs(ModalScreen[Preset]):
         self._taken = {listed.name: listed.bundled for listed in presets.list_presets()}
 
     def compose(self) -> ComposeResult:
-        """Yields the fields and a line that says how it stands."""
+        """Yield the fields and a line that says how it stands."""
         origin = self._origin
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Save as a preset"
@@ -42,7 +42,7 @@ class SaveAs(ModalScreen[Preset]):
             yield Static(id="verdict", markup=False)
 
     def on_mount(self) -> None:
-        """Says how the name stands."""
+        """Say how the name stands."""
         self._judge()
 
     @property
@@ -99,5 +99,5 @@ class SaveAs(ModalScreen[Preset]):
             line.update(f"not saved: {why}")
 
     def action_cancel(self) -> None:
-        """Closes without saving."""
+        """Close without saving."""
         self.dismiss()

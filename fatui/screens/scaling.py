@@ -36,7 +36,7 @@ class Scaling(Screen[None]):
         self._logarithmic: bool | None = None
 
     def compose(self) -> ComposeResult:
-        """Yields the map, the chart and the crossovers."""
+        """Yield the map, the chart and the crossovers."""
         yield StatusLine()
         with VerticalScroll(id="scaling-body", can_focus=False):
             with Vertical(classes="pane", id="map-pane"):
@@ -49,21 +49,21 @@ class Scaling(Screen[None]):
         yield KeyBar(keys=actions.bar(actions.SCALING, self.app.keys))
 
     def on_mount(self) -> None:
-        """Draws."""
+        """Draw."""
         self._draw()
 
     def action_turn(self, what: str) -> None:
-        """Goes to the next axis, implementation or part."""
+        """Go to the next axis, implementation or part."""
         self._turns[what] += 1
         self._draw()
 
     def action_logarithmic(self) -> None:
-        """Changes the scale."""
+        """Change the scale."""
         self._logarithmic = not self.query_one(LineChart).logarithmic
         self._draw()
 
     def action_back(self) -> None:
-        """Goes back."""
+        """Go back."""
         self.dismiss()
 
     def _draw(self) -> None:

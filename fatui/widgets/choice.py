@@ -54,7 +54,7 @@ class Choice(Widget, can_focus=True):
         return self.values[0]
 
     def show(self, values: tuple[str, ...], *, sweeping: bool = False) -> None:
-        """Sets what is chosen, without a message."""
+        """Set what is chosen, without a message."""
         if (values, sweeping) == (self.values, self.sweeping):
             return
         self.values, self.sweeping = values, sweeping
@@ -74,12 +74,12 @@ class Choice(Widget, can_focus=True):
         self.refresh()
 
     def action_step(self, count: int) -> None:
-        """Goes to the next option, around the end; from a typed one to the first."""
+        """Go to the next option, around the end; from a typed one to the first."""
         index = self.options.index(self._cursor) + count if self._cursor in self.options else 0
         self._go_to(self.options[index % len(self.options)])
 
     def action_end(self, index: int) -> None:
-        """Goes to the first option or the last."""
+        """Go to the first option or the last."""
         self._go_to(self.options[index])
 
     def action_mark(self) -> None:
@@ -92,7 +92,7 @@ class Choice(Widget, can_focus=True):
         self.refresh()
 
     def on_key(self, event: events.Key) -> None:
-        """Makes an option from typed digits, each of which adds to those before; k after them is 1024 times."""
+        """Make an option from typed digits, each of which adds to those before; k after them is 1024 times."""
         if self._typed_option is None:
             return
         if self._typed and event.character in ("k", "K"):
@@ -110,24 +110,24 @@ class Choice(Widget, can_focus=True):
             self._go_to(self._typed_option(self._typed))
 
     def on_blur(self) -> None:
-        """Ends a typed value."""
+        """End a typed value."""
         self._typed = ""
 
     def on_click(self, event: events.Click) -> None:
-        """Goes to the next option; on the label's side of the word, to the one before; in a sweep, marks."""
+        """Go to the next option; on the label's side of the word, to the one before; in a sweep, mark."""
         if self.sweeping:
             self.action_mark()
         else:
             self.action_step(-1 if event.x <= len(self.label) + 1 else 1)
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        """Goes to the next option."""
+        """Go to the next option."""
         event.stop()
         event.prevent_default()
         self.action_step(1)
 
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """Goes to the option before."""
+        """Go to the option before."""
         event.stop()
         event.prevent_default()
         self.action_step(-1)
@@ -146,7 +146,7 @@ class Choice(Widget, can_focus=True):
         return f" {clip(chosen, room)} {cursor}" if room > 0 else cursor
 
     def render_line(self, y: int) -> Strip:
-        """Draws the row."""
+        """Draw the row."""
         label = self.get_component_rich_style("choice--label")
         value = self.get_component_rich_style("choice--value")
         parts = [Segment(f"{self.label} ", label), Segment(self.value_text, value)]

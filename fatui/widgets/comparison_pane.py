@@ -30,7 +30,7 @@ class ComparisonPane(Vertical):
         self.border_title = "Comparison"
 
     def compose(self) -> ComposeResult:
-        """Yields the table and the line below it."""
+        """Yield the table and the line below it."""
         yield RowTable(lines_of.COLUMNS, empty=EMPTY, id="comparison-table")
         yield Static(id="finding", markup=False)
 
@@ -40,13 +40,13 @@ class ComparisonPane(Vertical):
         return self.query_one(RowTable)
 
     def sort(self, by: str, descending: bool) -> None:
-        """Sets the order of the rows within each case."""
+        """Set the order of the rows within each case."""
         if (by, descending) != (self.by, self.descending):
             self.by, self.descending = by, descending
             self._lines.clear()
 
     def show_session(self, session: Session) -> None:
-        """Draws a run as far as it is."""
+        """Draw a run as far as it is."""
         self._begin(session)
         record, several = session.record, len(session.plan.cases) > 1
         lines: list[Line] = []
@@ -83,7 +83,7 @@ class ComparisonPane(Vertical):
         return made + lines_of.waiting_lines(index, waiting if session.active else [])
 
     def show_report(self, report: Report) -> None:
-        """Draws a run of the past."""
+        """Draw a run of the past."""
         self._begin(report)
         several = len(report.cases) > 1
         lines = lines_of.summary_lines(report.summary, len(report.cases)) if several else []

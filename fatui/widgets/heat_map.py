@@ -56,7 +56,7 @@ class HeatMap(Widget):
         self.data: HeatData | None = None
 
     def show(self, data: HeatData | None) -> None:
-        """Sets what is drawn."""
+        """Set what is drawn."""
         self.data = data
         self.styles.height = len(data.down[1]) + 2 if data else 1
         self.refresh()
@@ -70,7 +70,7 @@ class HeatMap(Widget):
         return self.get_component_rich_style(f"heat--{part}")
 
     def render_line(self, y: int) -> Strip:
-        """Draws the heads, or one value of the axis that runs down."""
+        """Draw the heads, or one value of the axis that runs down."""
         head = self.get_component_rich_style("heat--head")
         if self.data is None:
             return Strip([Segment("A heat map needs a sweep over two axes.", head)])

@@ -55,13 +55,13 @@ class ImplementationPicker(Widget, can_focus=True):
         self._cursor = 0
 
     def show(self, offers: tuple[Offer, ...]) -> None:
-        """Sets the list."""
+        """Set the list."""
         if offers != self.offers:
             self.offers = offers
             self.refresh(layout=False)
 
     def action_move(self, count: int) -> None:
-        """Moves the cursor; past either end the focus goes on to the next control."""
+        """Move the cursor; past either end the focus goes on to the next control."""
         target = self._cursor + count
         if abs(count) == 1 and not 0 <= target < len(self.offers):
             self.screen.focus_next() if count > 0 else self.screen.focus_previous()
@@ -70,12 +70,12 @@ class ImplementationPicker(Widget, can_focus=True):
         self.refresh()
 
     def action_take(self) -> None:
-        """Takes the implementation under the cursor in or out."""
+        """Take the implementation under the cursor in or out."""
         if self.offers:
             self.post_message(self.Toggled(self.offers[self._cursor].name))
 
     def on_click(self, event: events.Click) -> None:
-        """Takes the clicked one in or out."""
+        """Take the clicked one in or out."""
         if event.y < len(self.offers):
             self._cursor = event.y
             self.refresh()
@@ -95,7 +95,7 @@ class ImplementationPicker(Widget, can_focus=True):
         return lines
 
     def render_line(self, y: int) -> Strip:
-        """Draws one implementation, or a line of the reason below them."""
+        """Draw one implementation, or a line of the reason below them."""
         if y < len(self.offers):
             return self._offer(self.offers[y], y == self._cursor and self.has_focus)
         lines = self._reason_lines()

@@ -21,7 +21,7 @@ class KeyBar(Widget):
         self.keys = keys
 
     def show(self, keys: tuple[tuple[str, str, str], ...]) -> None:
-        """Sets the keys: each a key, its label and its action."""
+        """Set the keys: each a key, its label and its action."""
         if keys != self.keys:
             self.keys = keys
             self.refresh()
@@ -36,7 +36,7 @@ class KeyBar(Widget):
         return tuple(fitting)
 
     def render_line(self, y: int) -> Strip:
-        """Draws the row."""
+        """Draw the row."""
         key_style, label_style = (self.get_component_rich_style(f"keys--{part}") for part in ("key", "label"))
         parts = []
         for key, label, _ in self._fitting():
@@ -47,7 +47,7 @@ class KeyBar(Widget):
         return Strip(parts).adjust_cell_length(self.size.width, label_style)
 
     async def on_click(self, event: events.Click) -> None:
-        """Does what was clicked."""
+        """Do what was clicked."""
         at = 0
         for key, label, action in self._fitting():
             at += len(key) + len(label) + 3

@@ -42,7 +42,7 @@ class LineChart(Widget):
         self._drawn: tuple[object, Cells] = (None, [])
 
     def show(self, data: ChartData | None) -> None:
-        """Sets what is drawn."""
+        """Set what is drawn."""
         self.data = data
         self.refresh()
 
@@ -103,7 +103,7 @@ class LineChart(Widget):
             cells[y][x] = glyph, number
 
     def render_line(self, y: int) -> Strip:
-        """Draws one row of the plot, the axis, its values, or the names."""
+        """Draw one row of the plot, the axis, its values, or the names."""
         axis = self.get_component_rich_style("chart--axis")
         data = self.data
         if data is None or not data.lines:

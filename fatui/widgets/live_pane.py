@@ -31,14 +31,14 @@ class LivePane(Vertical, can_focus=True):
         self._least: int | None = None
 
     def compose(self) -> ComposeResult:
-        """Yields progress, two charts and the machine's line."""
+        """Yield progress, two charts and the machine's line."""
         yield Static(IDLE, id="progress", markup=False)
         yield TrendChart(Scale("tokens/s"), id="rates")
         yield TrendChart(Scale("memory", columns=("now", "peak")), id="memory")
         yield Static(id="telemetry", markup=False)
 
     def show(self, session: Session | None, opened: Report | None = None) -> None:
-        """Draws the run; without one, says which past run is open, or that there is none."""
+        """Draw the run; without one, say which past run is open, or that there is none."""
         self.set_class(session is None, "-idle")
         if session is None:
             self._set_least(None)
@@ -67,13 +67,13 @@ class LivePane(Vertical, can_focus=True):
             chart.styles.height = f"{share}fr"
 
     def _set_least(self, rows: int | None) -> None:
-        """Claims the rows that all trends need; a chart's own minimum would push the others out of the pane."""
+        """Claim the rows that all trends need; a chart's own minimum would push the others out of the pane."""
         if rows != self._least:
             self._least = rows
             self.styles.min_height = rows
 
     def show_reading(self, reading: Reading) -> None:
-        """Draws the machine's line."""
+        """Draw the machine's line."""
         self.query_one("#telemetry", Static).update(in_words(reading), layout=False)
 
 

@@ -23,7 +23,7 @@ class LogPane(Vertical):
         self._title = ""
 
     def compose(self) -> ComposeResult:
-        """Yields the lines; the filter is made when it is asked for."""
+        """Yield the lines; the filter is made when it is asked for."""
         yield LogView(self.journal, id="log-view")
 
     @property
@@ -32,7 +32,7 @@ class LogPane(Vertical):
         return self.query_one(LogView)
 
     def refresh_lines(self) -> None:
-        """Takes in new lines and says how it stands."""
+        """Take in new lines and say how it stands."""
         view = self.view
         view.update_lines()
         parts = ["Log"]
@@ -47,12 +47,12 @@ class LogPane(Vertical):
             self.border_title = literal(title)
 
     def toggle_pause(self) -> None:
-        """Pauses, or goes on with all that came in meanwhile."""
+        """Pause, or go on with all that came in meanwhile."""
         self.view.paused = not self.view.paused
         self.refresh_lines()
 
     def ask(self) -> None:
-        """Opens the filter: a word, or a level, or both: "error poc"."""
+        """Open the filter: a word, or a level, or both: "error poc"."""
         if self.query(Input):
             self.query_one(Input).focus()
             return
@@ -77,7 +77,7 @@ class LogPane(Vertical):
         self.view.focus()
 
     def key_escape(self) -> None:
-        """Closes the filter and shows all lines again."""
+        """Close the filter and show all lines again."""
         if self.query(Input):
             self.query_one(Input).remove()
             self.view.filter("", "info")

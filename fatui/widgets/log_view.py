@@ -42,7 +42,7 @@ class LogView(ScrollView, can_focus=True):
         return LEVELS.index(line.level) >= LEVELS.index(self.level) and self.needle.lower() in line.text.lower()
 
     def update_lines(self) -> None:
-        """Takes in what the journal has got since the last time."""
+        """Take in what the journal has got since the last time."""
         if self.paused or self._read == self.journal.count:
             return
         fresh = [line for line in self.journal.since(self._read) if self._passes(line)]
@@ -55,7 +55,7 @@ class LogView(ScrollView, can_focus=True):
         self._lay_out(surplus)
 
     def filter(self, needle: str, level: str) -> None:
-        """Shows other lines."""
+        """Show other lines."""
         if (needle, level) != (self.needle, self.level):
             self.needle, self.level = needle, level
             self._lines = [line for line in self.journal.since(0) if self._passes(line)]
@@ -78,12 +78,12 @@ class LogView(ScrollView, can_focus=True):
         return self.journal.count - self._read
 
     def action_follow(self) -> None:
-        """Goes to the end, and follows it again."""
+        """Go to the end, and follow it again."""
         self._following = True
         self.scroll_end(animate=False)
 
     def watch_scroll_y(self, old: float, new: float) -> None:
-        """Stops following where a person scrolls up, and follows again once they are back at the end."""
+        """Stop following where a person scrolls up, and follow again once they are back at the end."""
         super().watch_scroll_y(old, new)
         if new < old or new >= self.max_scroll_y:
             # Going down short of an end that has moved on meanwhile is no reason to stop.
@@ -94,11 +94,11 @@ class LogView(ScrollView, can_focus=True):
         return self.scrollable_content_region.width
 
     def on_resize(self) -> None:
-        """Stays at the end if it was there."""
+        """Stay at the end if it was there."""
         self._lay_out(0)
 
     def render_line(self, y: int) -> Strip:
-        """Draws one line; its level is said in a word as well as in colour."""
+        """Draw one line; its level is said in a word as well as in colour."""
         width = self._width
         index = y + self.scroll_offset.y
         if index >= len(self._lines):

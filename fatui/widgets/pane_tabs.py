@@ -29,7 +29,7 @@ class PaneTabs(Widget):
         self.tab = TABS[0][0]
 
     def show(self, tab: str) -> None:
-        """Marks a tab as the open one."""
+        """Mark a tab as the open one."""
         self.tab = tab
         self.refresh()
 
@@ -38,7 +38,7 @@ class PaneTabs(Widget):
         return f" [{title}] " if name == tab else f"  {title}  "
 
     def render_line(self, y: int) -> Strip:
-        """Draws the row; the open tab stands in brackets, so that it shows without colour."""
+        """Draw the row; the open tab stands in brackets, so that it shows without colour."""
         opened, other = (self.get_component_rich_style(f"tabs--{part}") for part in ("open", "other"))
         parts = [
             Segment(self._title(name, title, self.tab), opened if name == self.tab else other) for name, title in TABS
@@ -46,7 +46,7 @@ class PaneTabs(Widget):
         return Strip([*parts, Segment("  [ and ] turn", other)]).adjust_cell_length(self.size.width, other)
 
     def on_click(self, event: events.Click) -> None:
-        """Opens the clicked tab."""
+        """Open the clicked tab."""
         at = 0
         for name, title in TABS:
             at += len(self._title(name, title, self.tab))

@@ -114,7 +114,7 @@ class RowTable(ScrollView, can_focus=True):
         self._longest: dict[str, int] = {}
 
     def show(self, lines: Sequence[Line], *, sorted_by: str = "", descending: bool = False) -> None:
-        """Sets what is shown; the cursor stays on its line where that is still there."""
+        """Set what is shown; the cursor stays on its line where that is still there."""
         shown = tuple(lines)
         if (shown, sorted_by, descending) == (self.lines, self.sorted_by, self.descending):
             return
@@ -141,7 +141,7 @@ class RowTable(ScrollView, can_focus=True):
         return self.lines[self._cursor].key if 0 <= self._cursor < len(self.lines) else None
 
     def go_to(self, key: str) -> None:
-        """Moves the cursor to a line."""
+        """Move the cursor to a line."""
         found = next((index for index, line in enumerate(self.lines) if line.key == key), None)
         if found is not None:
             self._put_cursor(found)
@@ -161,7 +161,7 @@ class RowTable(ScrollView, can_focus=True):
         return self._cursor
 
     def action_move(self, count: int) -> None:
-        """Moves the cursor over lines that can be chosen."""
+        """Move the cursor over lines that can be chosen."""
         if not self.lines:
             return
         target = min(max(self._cursor + count, 0), len(self.lines) - 1)
@@ -172,7 +172,7 @@ class RowTable(ScrollView, can_focus=True):
         self._put_cursor(found)
 
     def action_turn(self, count: int) -> None:
-        """Turns to the columns that did not fit, or back."""
+        """Turn to the columns that did not fit, or back."""
         page = min(max(self.page + count, 0), len(self.pages) - 1)
         if page != self.page:
             self.page = page
@@ -180,7 +180,7 @@ class RowTable(ScrollView, can_focus=True):
             self.post_message(self.Turned())
 
     def action_choose(self) -> None:
-        """Chooses the line under the cursor."""
+        """Choose the line under the cursor."""
         if self.key is not None:
             self.post_message(self.Chosen(self, self.key))
 
@@ -231,12 +231,12 @@ class RowTable(ScrollView, can_focus=True):
         return f"{keys}, {page + 1} of {pages}"
 
     def on_resize(self) -> None:
-        """Keeps the page among those there are."""
+        """Keep the page among those there are."""
         self.page = min(self.page, len(self.pages) - 1)
         self.virtual_size = Size(self._width, len(self.lines) + 1)
 
     def on_click(self, event: events.Click) -> None:
-        """Moves the cursor, or tells that a head was clicked."""
+        """Move the cursor, or tell that a head was clicked."""
         if event.y == 0:
             at, columns = 0, self.shown_columns
             for column, width in zip(columns, self._fitted(columns), strict=True):
@@ -271,7 +271,7 @@ class RowTable(ScrollView, can_focus=True):
         return self._text(self.shown_columns, titles)
 
     def render_line(self, y: int) -> Strip:
-        """Draws the head, which stays, or one line."""
+        """Draw the head, which stays, or one line."""
         width = self._width
         if y == 0 and self.lines:
             return self._strip(self._head(), "head")

@@ -68,7 +68,7 @@ class Slider(Widget, can_focus=True):
         self._dragging = False
 
     def show(self, values: tuple[int, ...], *, stops: tuple[int, ...] | None = None, sweeping: bool = False) -> None:
-        """Sets what the slider shows, without a message."""
+        """Set what the slider shows, without a message."""
         stops = stops or self.stops
         if (values, stops, sweeping) == (self.values, self.stops, self.sweeping):
             return
@@ -90,14 +90,14 @@ class Slider(Widget, can_focus=True):
         self.refresh()
 
     def _toggle(self, value: int) -> None:
-        """Marks or unmarks a value; the last one stays."""
+        """Mark or unmark a value; the last one stays."""
         self._cursor = value
         values = set(self.values) ^ {value} or {value}
         self._choose(tuple(sorted(values)))
         self.refresh()
 
     def action_step(self, count: int) -> None:
-        """Goes on by stops; from a value between two stops to the next in that direction."""
+        """Go on by stops; from a value between two stops to the next in that direction."""
         index = bisect_left(self.stops, self._cursor)
         on_stop = index < len(self.stops) and self.stops[index] == self._cursor
         if not on_stop and count > 0:
@@ -105,7 +105,7 @@ class Slider(Widget, can_focus=True):
         self._go_to(self.stops[min(max(index + count, 0), len(self.stops) - 1)])
 
     def action_end(self, direction: int) -> None:
-        """Goes to the first stop or the last."""
+        """Go to the first stop or the last."""
         self._go_to(self.stops[0 if direction < 0 else -1])
 
     def action_mark(self) -> None:
@@ -116,7 +116,7 @@ class Slider(Widget, can_focus=True):
             self._toggle(self._cursor)
 
     def action_commit(self) -> None:
-        """Takes what was typed, or says why not."""
+        """Take what was typed, or say why not."""
         if self.typed is None:
             return
         text, self.typed = self.typed, None
@@ -130,12 +130,12 @@ class Slider(Widget, can_focus=True):
         self._choose(values)
 
     def action_cancel(self) -> None:
-        """Forgets what was typed."""
+        """Forget what was typed."""
         self.typed = None
         self.refresh()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Leaves enter and escape to the screen while nothing is typed, and space while there is no sweep."""
+        """Leave enter and escape to the screen while nothing is typed, and space while there is no sweep."""
         if action in ("commit", "cancel"):
             return self.typed is not None
         return self.sweeping or self.typed is not None if action == "mark" else True
@@ -145,7 +145,7 @@ class Slider(Widget, can_focus=True):
         self.refresh()
 
     def on_key(self, event: events.Key) -> None:
-        """Collects a typed value, which begins with a digit."""
+        """Collect a typed value, which begins with a digit."""
         if event.key == "backspace" and self.typed:
             self.typed = self.typed[:-1] or None
             self.refresh()
@@ -157,7 +157,7 @@ class Slider(Widget, can_focus=True):
         event.prevent_default()
 
     def on_blur(self) -> None:
-        """Takes what was typed when the focus goes elsewhere."""
+        """Take what was typed when the focus goes elsewhere."""
         self.action_commit()
 
     def _stop_at(self, x: int) -> int:
@@ -166,7 +166,7 @@ class Slider(Widget, can_focus=True):
         return self.stops[round(at * (len(self.stops) - 1))]
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
-        """Begins a drag; in a sweep, marks."""
+        """Begin a drag; in a sweep, mark."""
         if event.x <= LABEL_WIDTH or event.x > LABEL_WIDTH + self._track_width:
             return
         if self.sweeping:
@@ -177,23 +177,23 @@ class Slider(Widget, can_focus=True):
         self._go_to(self._stop_at(event.x))
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
-        """Follows a drag."""
+        """Follow a drag."""
         if self._dragging:
             self._go_to(self._stop_at(event.x))
 
     def on_mouse_up(self) -> None:
-        """Ends a drag."""
+        """End a drag."""
         self._dragging = False
         self.release_mouse()
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        """Goes one stop up."""
+        """Go one stop up."""
         event.stop()
         event.prevent_default()
         self.action_step(1)
 
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """Goes one stop down."""
+        """Go one stop down."""
         event.stop()
         event.prevent_default()
         self.action_step(-1)
@@ -230,7 +230,7 @@ class Slider(Widget, can_focus=True):
         return self._say(self.values[0]) if len(self.values) == 1 else f"{len(self.values)} values"
 
     def render_line(self, y: int) -> Strip:
-        """Draws the row."""
+        """Draw the row."""
         label, track, thumb, value = (
             self.get_component_rich_style(f"slider--{part}") for part in ("label", "track", "thumb", "value")
         )

@@ -22,13 +22,13 @@ class StatusLine(Widget):
         self.left, self.right, self.alarm = "", "", False
 
     def show(self, left: str, right: str, *, alarm: bool = False) -> None:
-        """Sets the texts; an alarm stands out."""
+        """Set the texts; an alarm stands out."""
         if (left, right, alarm) != (self.left, self.right, self.alarm):
             self.left, self.right, self.alarm = left, right, alarm
             self.refresh()
 
     def render_line(self, y: int) -> Strip:
-        """Draws the row."""
+        """Draw the row."""
         name, left, right, alarm = (
             self.get_component_rich_style(f"status--{part}") for part in ("name", "left", "right", "alarm")
         )

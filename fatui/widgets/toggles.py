@@ -31,12 +31,12 @@ class Toggles(Widget, can_focus=True):
         self._cursor = 0
 
     def action_move(self, count: int) -> None:
-        """Goes to another word, around the end."""
+        """Go to another word, around the end."""
         self._cursor = (self._cursor + count) % len(self.options)
         self.refresh()
 
     def action_take(self) -> None:
-        """Takes the word under the cursor in or out."""
+        """Take the word under the cursor in or out."""
         word = self.options[self._cursor]
         chosen = tuple(each for each in self.options if (each in self.chosen) != (each == word))
         if chosen:
@@ -45,7 +45,7 @@ class Toggles(Widget, can_focus=True):
         self.refresh()
 
     def on_click(self, event: events.Click) -> None:
-        """Takes the clicked word in or out."""
+        """Take the clicked word in or out."""
         at = 0
         for index, word in enumerate(self.options):
             at += len(word) + 4
@@ -55,15 +55,15 @@ class Toggles(Widget, can_focus=True):
                 return
 
     def on_focus(self) -> None:
-        """Shows the cursor."""
+        """Show the cursor."""
         self.refresh()
 
     def on_blur(self) -> None:
-        """Hides the cursor."""
+        """Hide the cursor."""
         self.refresh()
 
     def render_line(self, y: int) -> Strip:
-        """Draws the row."""
+        """Draw the row."""
         on, off, cursor = (self.get_component_rich_style(f"picker--{part}") for part in ("on", "off", "cursor"))
         parts = []
         for index, word in enumerate(self.options):

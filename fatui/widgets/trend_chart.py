@@ -63,7 +63,7 @@ class TrendChart(Widget):
         self.trends: tuple[Trend, ...] = ()
 
     def show(self, scale: Scale, trends: tuple[Trend, ...]) -> None:
-        """Sets what is drawn."""
+        """Set what is drawn."""
         if (scale, trends) != (self.scale, self.trends):
             self.scale, self.trends = scale, trends
             self.refresh()
@@ -77,7 +77,7 @@ class TrendChart(Widget):
         return min(TALLEST, max(1, (self.size.height - 1) // max(1, len(self.trends))))
 
     def render_line(self, y: int) -> Strip:
-        """Draws the head, or one row of one trend."""
+        """Draw the head, or one row of one trend."""
         if y == 0:
             return self._strip(self._head())
         index, row = divmod(y - 1, self._rows_each)

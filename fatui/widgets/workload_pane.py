@@ -41,7 +41,7 @@ class WorkloadPane(Vertical):
         self.border_title = "Workload"
 
     def compose(self) -> ComposeResult:
-        """Yields the sliders, the choices, and four lines of words."""
+        """Yield the sliders, the choices, and four lines of words."""
         for name in AXES:
             stops = STOPS.get(name, (1,))
             yield Slider(LABELS[name], stops, parse=partial(self._parse, name), say=say, id=f"axis-{name}")
@@ -53,14 +53,14 @@ class WorkloadPane(Vertical):
             yield Static(id=f"workload-{name}", markup=name == "buttons")
 
     def on_mount(self) -> None:
-        """Draws the first draft."""
+        """Draw the first draft."""
         self.show(self.draft)
 
     def _parse(self, name: str, text: str) -> tuple[int, ...]:
         return parse_values(text, name) if self.draft.sweeping else (parse(text, name),)
 
     def show(self, draft: Draft) -> None:
-        """Draws a draft."""
+        """Draw a draft."""
         self.draft = draft
         for name in AXES:
             values = draft.kv_heads if name == "kv_heads" else draft.axes[name]
@@ -76,7 +76,7 @@ class WorkloadPane(Vertical):
         self._line("counts", counts_text(draft))
 
     def show_words(self, needs: str, takes: str, keys: dict[str, str]) -> None:
-        """Draws what the app knows of the draft."""
+        """Draw what the app knows of the draft."""
         self._line("needs", needs)
         self._line("takes", takes)
         sweep = "End sweep" if self.draft.sweeping else "Sweep"
