@@ -1,1 +1,1 @@
-"""The commands, one file each: `EXAMPLE`, `add_arguments(parser)` and `run(arguments)`."""
+"""The commands, one per file; each defines `EXAMPLE`, `add_arguments(parser)` and `run(arguments)`."""

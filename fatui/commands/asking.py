@@ -1,4 +1,4 @@
-"""What a request may get wrong, collected, and the limits that all commands which measure take."""
+"""Options shared by the commands that measure, and a collector that reports all usage errors at once."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ M = TypeVar("M", "GenerationPlan", "FineTuningPlan")
 
 
 class Mistakes:
-    """Collects what is wrong with a request."""
+    """Collect usage errors, to report them together."""
 
     def __init__(self) -> None:
         self._problems: list[str] = []
 
     def catch(self, read: Callable[[], T]) -> T | None:
-        """Return what is read, or None where that is a mistake."""
+        """Return the result of `read`, or record its usage error and return None."""
         try:
             return read()
         except UsageError as error:
@@ -29,7 +29,7 @@ class Mistakes:
             return None
 
     def tell(self) -> None:
-        """Raise all of them, if there are any."""
+        """Raise one UsageError with all problems, if there are any."""
         if self._problems:
             raise UsageError(*self._problems)
 
@@ -38,8 +38,8 @@ def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
     """Add --seconds, --memory-limit and --force.
 
     Args:
-        parser: gets them.
-        seconds: what the seconds are for.
+        parser: the parser to extend.
+        seconds: help text of --seconds.
     """
     parser.add_argument("--seconds", metavar="S", help=seconds)
     parser.add_argument("--memory-limit", metavar="SIZE", help="refuse what needs more than this, such as 8GiB")
@@ -47,10 +47,10 @@ def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
 
 
 def seconds_of(text: str | None, otherwise: float) -> float:
-    """The seconds that an option gives.
+    """Parse the value of --seconds.
 
     Raises:
-        UsageError: it is no number, or none that makes sense.
+        UsageError: the text is not a number, or outside the accepted range.
     """
     from fatui.preset_format import LONGEST_S, SHORTEST_S, number_between
 
@@ -66,16 +66,16 @@ def seconds_of(text: str | None, otherwise: float) -> float:
 def model_plan(
     arguments: argparse.Namespace, read_cases: Callable[[], Sequence[Any]], kind: type[M], otherwise_s: float
 ) -> "tuple[M, list[Delivery]]":
-    """Read the whole request of a command that measures models, and tell all its mistakes at once.
+    """Parse the options of a command that measures models, and report all mistakes at once.
 
     Args:
-        arguments: what was given.
-        read_cases: reads the cases.
-        kind: the plan's.
-        otherwise_s: the seconds unless they are given.
+        arguments: the parsed command line.
+        read_cases: builds the cases from the command line.
+        kind: the type of the plan.
+        otherwise_s: seconds per case unless --seconds is given.
 
     Raises:
-        UsageError: with all mistakes.
+        UsageError: with every mistake.
     """
     from attention.models.workloads import COMPARED
     from fatui.commands.delivery import wanted
@@ -99,10 +99,10 @@ def model_plan(
 
 
 def limit_of(text: str | None, otherwise: int | None = None) -> int | None:
-    """The bytes that an option gives.
+    """Parse the value of --memory-limit into bytes.
 
     Raises:
-        UsageError: it is no size.
+        UsageError: the text is not a size.
     """
     from fatui.sizes import parse_size
 
@@ -110,15 +110,15 @@ def limit_of(text: str | None, otherwise: int | None = None) -> int | None:
 
 
 def whole_numbers(text: str, option: str, *, single: bool = False) -> list[int]:
-    """The whole numbers that an option gives, with commas between.
+    """Parse the comma-separated whole numbers of an option.
 
     Args:
-        text: as it was given.
-        option: its name, for what is told.
-        single: whether it takes one number only.
+        text: the option's value.
+        option: the option's name, for the error message.
+        single: whether exactly one number is accepted.
 
     Raises:
-        UsageError: a part is no whole number, or there are several where one is taken.
+        UsageError: a part is not a whole number, or there are several where one is accepted.
     """
     parts = [part.strip() for part in text.split(",")]
     wrong = [part for part in parts if not (part.isascii() and part.isdigit() and len(part) < 12)]

@@ -1,4 +1,4 @@
-"""`fatui bench`: measures, and prints the table."""
+"""`fatui bench`: measure, and print the table."""
 
 import argparse
 from typing import TYPE_CHECKING, Final
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print; return the exit code.
 
     Raises:
-        UsageError: with everything that is wrong with the request; nothing has run then.
+        UsageError: with every mistake in the request, before anything has run.
     """
     plan, preset, deliveries = request(arguments)
     from fatui.commands.outcome import measure
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery]]":
-    """Read the whole request, and tell all its mistakes at once."""
+    """Build the plan from the command line, and report all mistakes at once."""
     from msgspec import structs
 
     from fatui.commands import asking, delivery, options
@@ -69,7 +69,7 @@ def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery
 
 
 def preset_name(arguments: argparse.Namespace) -> str:
-    """The preset that was named; an empty name is not none."""
+    """Return the preset given on the command line, or the default; an empty name counts as given."""
     return DEFAULT_PRESET if arguments.preset is None else str(arguments.preset)
 
 

@@ -15,8 +15,8 @@ EXAMPLE: Final = """examples:
   fatui compare 3f9c 81d0
 
 Above 1 means that the second run is faster. "times" compares the medians as they are. Between two runs the machine
-differs, so "change" is that of the speedup over the baseline, whose code is taken as unchanged; it counts only beyond
-both noise floors and beyond what the baseline's own time has changed, and is "≈ 1" inside of that."""
+differs, so "change" is that of the speedup over the baseline, whose code is assumed unchanged; it counts only beyond
+both noise floors and beyond the change in the baseline's own time, and is "≈ 1" within them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print each row's ratio with its interval.
+    """Print the ratio and interval of each row.
 
     Raises:
-        HistoryError: the history cannot be used, or has no such run.
+        HistoryError: the history is unusable, or has no such run.
     """
     from fatui.commands.printing import show
     from fatui.compare import compare
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def comparison_table(comparison: "Comparison") -> "RenderableType":
-    """A block for each workload, and what has no partner."""
+    """Render a block per workload, then the rows that only one run has."""
     from rich.console import Group
     from rich.text import Text
 
@@ -90,13 +90,13 @@ def _block(changes: "list[Change]") -> "RenderableType":
 
 
 def _basis(change: "Change") -> str:
-    """What the changes of a case are relative to, and how large they must be."""
+    """Describe the reference of a case's changes, and how large a change must be to count."""
     from fatui import figures
 
     if change.reference is None:
-        return "no common baseline: the machine's own change cannot be told from a row's"
+        return "no common baseline: the machine's own change cannot be separated from a row's"
     if change.drift is None:
-        return f"too few rounds of {change.reference} to tell the machine's own change"
+        return f"too few rounds of {change.reference} to measure the machine's own change"
     factor = change.drift.value
     itself = f"{figures.three(max(factor, 1 / factor))}x as {'fast' if factor > 1 else 'slow'} as before"
     counts = f"a change counts beyond {figures.percent(change.floor)}"

@@ -1,4 +1,4 @@
-"""Where a run's exports go: checked before it starts, written as a whole when it is over."""
+"""Exports of a run: targets are checked before it starts, files are written whole when it has ended."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ FORMATS: Final = ("json", "csv", "markdown")
 
 
 class Delivery(Struct, frozen=True):
-    """One export: its format, and a file or "-" for stdout."""
+    """One export: its format, and its target, a file or "-" for stdout."""
 
     format: str
     target: str
@@ -35,10 +35,10 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def wanted(arguments: argparse.Namespace, formats: Sequence[str] = FORMATS) -> list[Delivery]:
-    """The exports that options ask for; each format is an option's name.
+    """Return the exports requested on the command line; a format is named as its option.
 
     Raises:
-        UsageError: with one problem for each that could not be written, or goes where another goes.
+        UsageError: with one problem for each target that is not writable or is used twice.
     """
     asked = [Delivery(name, getattr(arguments, name)) for name in formats if getattr(arguments, name) is not None]
     problems = [problem for delivery in asked if (problem := _problem(delivery))]
@@ -66,12 +66,12 @@ def _problem(delivery: Delivery) -> str | None:
 
 
 def _is_replaced(path: Path) -> bool:
-    """Whether a path is written by replacing its file; a device or a pipe is written into."""
+    """Whether a path is written by replacing its file; devices and pipes are written to in place."""
     return path.is_file() or not path.exists()
 
 
 def deliver(delivery: Delivery, report: Report, study: Mapping[str, Any] | None = None) -> str | None:
-    """Write one export of a run, and return what went wrong in one line, or None.
+    """Write one export of a run; return an error message of one line, or None.
 
     Raises:
         OSError: stdout could not be written.
@@ -80,7 +80,7 @@ def deliver(delivery: Delivery, report: Report, study: Mapping[str, Any] | None 
 
 
 def put(delivery: Delivery, text: str) -> str | None:
-    """Write a text where it is to go, and return what went wrong in one line, or None.
+    """Write a text to an export's target; return an error message of one line, or None.
 
     Raises:
         OSError: stdout could not be written.

@@ -1,4 +1,4 @@
-"""`fatui doctor`: what this machine has, what is missing, and what to do."""
+"""`fatui doctor`: what this machine has, what is missing, and how to fix it."""
 
 import argparse
 from pathlib import Path
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print one finding after the other; return 3 where nothing can run."""
+    """Print the findings as they come; return 3 if there is no usable backend."""
     from rich.padding import Padding
     from rich.text import Text
 

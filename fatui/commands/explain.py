@@ -81,7 +81,7 @@ def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "R
 
 
 def _chosen(case: "Workload", device: "Device") -> "RenderableType":
-    """What `practical` chose, and why."""
+    """Render what `practical` chose, and why."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

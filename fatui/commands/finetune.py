@@ -1,4 +1,4 @@
-"""`fatui finetune`: a LoRA fine-tuning with each implementation in the place of the model's attention."""
+"""`fatui finetune`: LoRA fine-tuning with each implementation as the model's attention."""
 
 import argparse
 from typing import TYPE_CHECKING, Final
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print; return the exit code.
 
     Raises:
-        UsageError: with everything that is wrong with the request; nothing has run then.
+        UsageError: with every mistake in the request, before anything has run.
         NoBackendError: mlx-lm is not installed.
     """
     plan, deliveries = request(arguments)
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Delivery]]":
-    """Read the whole request, and tell all its mistakes at once."""
+    """Build the plan from the command line, and report all mistakes at once."""
     from attention.plan import FineTuningPlan
     from fatui.commands.asking import model_plan
 

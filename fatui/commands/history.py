@@ -1,4 +1,4 @@
-"""`fatui history`: lists past runs, shows one, removes one, takes in one that a program saved."""
+"""`fatui history`: list, show and remove past runs, or add one that a program saved."""
 
 import argparse
 from typing import TYPE_CHECKING, Final
@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do one of them.
+    """Run the subcommand; return the exit code.
 
     Raises:
         UsageError: the request is wrong.
-        HistoryError: the history cannot be used, or has no such run.
+        HistoryError: the history is unusable, or has no such run.
     """
     from attention.errors import suggestion
     from fatui.history import History

@@ -1,4 +1,4 @@
-"""`fatui model`: a whole model generating, with each implementation in the place of its attention."""
+"""`fatui model`: generation with a whole model, with each implementation as its attention."""
 
 import argparse
 from typing import TYPE_CHECKING, Any, Final
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print; return the exit code.
 
     Raises:
-        UsageError: with everything that is wrong with the request; nothing has run then.
+        UsageError: with every mistake in the request, before anything has run.
         NoBackendError: mlx-lm is not installed.
     """
     plan, deliveries = request(arguments)
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Delivery]]":
-    """Read the whole request, and tell all its mistakes at once."""
+    """Build the plan from the command line, and report all mistakes at once."""
     from attention.plan import GenerationPlan
     from fatui.commands.asking import model_plan
 

@@ -1,4 +1,4 @@
-"""The options that say a workload, shared by the commands that take one; a list of values makes a sweep."""
+"""Workload options, shared by the commands that take one; several values make a sweep."""
 
 import argparse
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ LONGEST_SHOWN: Final = 40
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
-    """Add one option for each field of a workload, and --impl."""
+    """Add one option per workload field, and --impl."""
     group = parser.add_argument_group("workload", "each takes one value, or several with commas: a sweep; 4k is 4096")
     for name in FIELDS:
         group.add_argument(f"--{name.replace('_', '-')}", dest=f"field_{name}", metavar="A,B", help=HELP[name])
@@ -35,7 +35,7 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_values(arguments: argparse.Namespace) -> Values:
-    """The fields that options give, each with its values."""
+    """Return the fields given on the command line, each with its values."""
     texts = {name: getattr(arguments, f"field_{name}") for name in FIELDS}
     return {name: _values(text, name) for name, text in texts.items() if text is not None}
 
@@ -55,19 +55,19 @@ def _number_or_text(text: str, name: str) -> int | str:
 
 
 def implementations(text: str | None, preset: Preset) -> tuple[str, ...]:
-    """The names that --impl gives, or the preset's.
+    """Return the implementations of --impl, or the preset's.
 
     Raises:
-        UsageError: with one problem for each name that is unknown.
+        UsageError: with one problem for each unknown name.
     """
     return preset.implementations if text is None else checked_names([part.strip() for part in text.split(",")])
 
 
 def overridden(cases: Sequence[Workload], values: Values) -> tuple[Workload, ...]:
-    """A preset's cases with the fields that options give in place of its own.
+    """Return a preset's cases with the given fields overridden.
 
     Raises:
-        UsageError: with the mistakes of all combinations, each told once.
+        UsageError: with the mistakes of all combinations, each once.
     """
     if not values:
         return tuple(cases)
@@ -88,7 +88,7 @@ def overridden(cases: Sequence[Workload], values: Values) -> tuple[Workload, ...
 def _one_overridden(case: Workload, values: Values) -> tuple[Workload, ...]:
     base = given_fields(case)
     if case.pass_ == "decode" and ("seq" in values or "pass" in values):
-        base["seq"] = base.pop("kv_seq")  # the length of the cache, under the name that all passes know
+        base["seq"] = base.pop("kv_seq")  # the length of the cache, under the name that all passes use
     if "kv_seq" in values and values.get("pass", [base["pass"]]) == ["decode"] and "seq" not in values:
         base.pop("seq", None)
     count = 1

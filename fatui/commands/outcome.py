@@ -1,4 +1,4 @@
-"""What comes out of a run: measured, delivered, kept, printed, and turned into an exit code."""
+"""Run a plan, export and store its results, print them, and compute the exit code."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def measure(plan: "AnyPlan", command: str, preset: str | None, deliveries: "list[Delivery]") -> int:
-    """Run a plan, deliver, keep and print what came out, and return the exit code.
+    """Run a plan, export, store and print its results; return the exit code.
 
     Args:
         plan: what to run.
-        command: that makes the run again.
-        preset: the preset's name, if it has one.
-        deliveries: where the exports go.
+        command: the command that repeats the run.
+        preset: the preset's name, if any.
+        deliveries: the exports.
     """
     from fatui.commands.running import execute, undisturbed
     from fatui.reproduce import Started
@@ -27,7 +27,7 @@ def measure(plan: "AnyPlan", command: str, preset: str | None, deliveries: "list
     started = Started(command, preset)
     record, interrupted = execute(plan)
     report = record.report(started.run(interrupted))
-    with undisturbed():  # a second Ctrl+C must not cost what the first one kept
+    with undisturbed():  # a second Ctrl+C must not lose what the first one kept
         failures = deliver_files(report, deliveries)
         _keep(report)
     print_results(report, deliveries)
@@ -37,7 +37,7 @@ def measure(plan: "AnyPlan", command: str, preset: str | None, deliveries: "list
 
 
 def deliver_files(report: "Report", deliveries: "list[Delivery]") -> list[str]:
-    """Write the exports that go to files; return what went wrong, in a line each."""
+    """Write the exports that are files; return the error messages, one line each."""
     from fatui.commands.delivery import STDOUT, deliver
 
     study = _study_as_data(report)
@@ -45,7 +45,7 @@ def deliver_files(report: "Report", deliveries: "list[Delivery]") -> list[str]:
 
 
 def print_results(report: "Report", deliveries: "list[Delivery]") -> None:
-    """Print the table, or the export that goes to stdout in its place."""
+    """Print the table, or the export to stdout instead of it."""
     from fatui.commands.delivery import STDOUT, deliver
 
     for item in deliveries:

@@ -1,4 +1,4 @@
-"""`fatui presets`: lists them, shows one, checks a file."""
+"""`fatui presets`: list presets, show one, or check a file."""
 
 import argparse
 from typing import Final
@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do one of them.
+    """Run the subcommand; return the exit code.
 
     Raises:
-        UsageError: there is no such preset, or it has mistakes.
+        UsageError: the preset does not exist, or has mistakes.
     """
     from attention.errors import suggestion
 
@@ -72,7 +72,7 @@ def _show(name: str) -> int:
     preset = load(name)
     assert preset.source is not None
     text = preset.source.read_text(encoding="utf-8")
-    # Into a file it goes as it is; a terminal would obey what its comments may hold.
+    # A file or pipe gets the text unchanged; a terminal would execute escape codes in its comments.
     sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
     return cli.DONE
 

@@ -1,4 +1,4 @@
-"""Results on stdout: as wide as the terminal, 100 columns where there is none."""
+"""Results on stdout, as wide as the terminal, or 100 columns if stdout is not one."""
 
 import os
 import sys
@@ -16,15 +16,15 @@ WIDEST: Final = 140
 
 
 class PlainConsole(Console):
-    """A console that takes no text for markup, an emoji's name or an escape code: table cells hold foreign text."""
+    """A console without markup, emoji names or escape codes, since table cells hold foreign text."""
 
     def render_str(self, text: str, **layout: Any) -> Text:
-        """Make a text of a string as it is, control characters replaced before its width is measured."""
+        """Return a string as plain text, with control characters replaced before its width is measured."""
         given = {name: layout[name] for name in ("style", "justify", "overflow") if layout.get(name)}
         return Text(clean(text, MAX_SHOWN), **given)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render as Rich does, and replace what texts made elsewhere still hold of control characters."""
+        """Render as Rich does, and replace the control characters that are left in the segments."""
         for segment in super().render(renderable, options):
             if segment.control or segment.text == "\n" or segment.text.isprintable():
                 yield segment
@@ -33,7 +33,7 @@ class PlainConsole(Console):
 
 
 def console(stream: TextIO) -> PlainConsole:
-    """A console on a stream; NO_COLOR counts when it is set, even if empty."""
+    """Return a console for a stream; NO_COLOR counts when it is set, even if empty."""
     width = None if stream.isatty() else _columns() or PIPED_WIDTH
     return PlainConsole(file=stream, width=width, no_color="NO_COLOR" in os.environ or None, highlight=False)
 
@@ -44,12 +44,12 @@ def _columns() -> int | None:
 
 
 def results_width() -> int:
-    """Columns that tables on stdout may take."""
+    """Columns available to tables on stdout."""
     return min(console(sys.stdout).width, WIDEST)
 
 
 def show(*renderables: RenderableType) -> None:
-    """Print tables and texts on stdout, without blanks at the ends of lines."""
+    """Print renderables on stdout without trailing blanks."""
     out = console(sys.stdout)
     with out.capture() as captured:
         for renderable in renderables:

@@ -1,4 +1,4 @@
-"""What a run does, on stderr: a bar in a terminal, a line for each case elsewhere."""
+"""Progress of a run on stderr: a bar in a terminal, one line per case elsewhere."""
 
 import sys
 import time
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 REDRAW_S: Final = 0.25
-"""Drawing more often would take time from what is measured."""
+"""Minimum seconds between redraws; drawing more often would take time from the measurement."""
 BAR_WIDTH: Final = 30
 MAX_QUIET_S: Final = 10.0
-"""Without a bar, what the run is at is said after so long without a line."""
+"""Without a bar, the current step is printed after this long without a line."""
 
 
 class Narrator:
-    """Listens to a run's events and says on stderr how far it is."""
+    """Report the progress of a run on stderr, from its events."""
 
     def __init__(self, plan: AnyPlan) -> None:
         self._plan = plan
@@ -38,7 +38,7 @@ class Narrator:
         self._silence_told_s = 0.0
 
     def __enter__(self) -> Self:
-        """Show the bar."""
+        """Start the bar."""
         if self._bar:
             self._bar.start()
         return self
@@ -46,12 +46,12 @@ class Narrator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away, so that stderr is left as if it had not been there."""
+        """Remove the bar, and leave stderr without a trace of it."""
         if self._bar:
             self._bar.stop()
 
     def listen(self, event: on.AnyEvent) -> None:
-        """Take in one event."""
+        """Handle one event."""
         match event:
             case on.Progress():
                 self._progress, self._progress_at = event, time.monotonic()
@@ -64,14 +64,14 @@ class Narrator:
             case on.StepStarted(step="training") if self._bar is None:
                 self._say(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:
-                self._say(f"{event.implementation}: {event.status}")  # the reason stands below the table
+                self._say(f"{event.implementation}: {event.status}")  # the reason is printed below the table
             case on.Tuned() | on.Switched():
                 self._say(in_words(event))
             case on.Message():
                 self._say(event.text if event.level == "info" else f"{event.level}: {event.text}")
 
     def tick(self, silence: Silence) -> None:
-        """Count down, and say that the engine is silent, first and whenever that has lasted twice as long."""
+        """Update the time left; warn that the engine is silent, and again each time the silence has doubled."""
         self._draw()
         if self._bar is None and time.monotonic() - self._told_at >= MAX_QUIET_S:
             self._say(self._progress.now if self._progress else "starting the engine")
@@ -93,7 +93,7 @@ class Narrator:
         self._bar.refresh()
 
     def _say(self, text: str) -> None:
-        """Say a line once; a restarted engine begins its case again, which is no news."""
+        """Print a line unless it repeats the last one, as when a restarted engine begins its case again."""
         if text == self._told:
             return
         self._told, self._told_at = text, time.monotonic()

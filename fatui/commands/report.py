@@ -1,4 +1,4 @@
-"""`fatui report`: writes what past runs found, as a page or as Markdown."""
+"""`fatui report`: write the findings of past runs as an HTML page or as Markdown."""
 
 import argparse
 from typing import TYPE_CHECKING, Final
@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the report; return 1 where it cannot be written, or nothing was kept yet.
+    """Write the report; return 1 if it cannot be written or the history is empty.
 
     Raises:
-        UsageError: a file is no run, or cannot be written.
-        HistoryError: the history cannot be used, or has no such run.
+        UsageError: a file is not a run, or the target is not writable.
+        HistoryError: the history is unusable, or has no such run.
     """
     from fatui.commands.delivery import STDOUT, Delivery, wanted
     from fatui.history import History
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read(name: str, history: "History") -> "Report":
-    """A run from a file where there is one of that name, or else from the history."""
+    """Read a run from a file if there is one of that name, else from the history."""
     from fatui.result_files import read
 
     path = expanded(name)
@@ -61,7 +61,7 @@ def _read(name: str, history: "History") -> "Report":
 
 
 def _latest(history: "History") -> "list[Report]":
-    """All runs that were made where the last one was: the same device and the same versions."""
+    """Return the last run, and all others with its device and versions."""
     lines = history.runs()
     if not lines:
         return []
@@ -72,7 +72,7 @@ def _latest(history: "History") -> "list[Report]":
 
 
 def _readable(name: str, history: "History") -> "Report | None":
-    """A run of the history; one that cannot be read is reported and left out."""
+    """Return a run of the history, or None, with a warning, if it cannot be read."""
     from fatui.history import HistoryError
 
     try:

@@ -1,4 +1,4 @@
-"""Runs a plan headless, and stops within a second when it is told to."""
+"""Run a plan headless; a signal stops it within a second."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ async def _run(plan: AnyPlan, narrator: Narrator) -> tuple[AnyRecord, bool]:
 
 
 async def _watch(engine: Engine, narrator: Narrator) -> None:
-    """Let the narrator tell of a silence, and of the time that passes in it."""
+    """Pass the time and the engine's silence to the narrator, once a second."""
     while True:
         await asyncio.sleep(WATCH_S)
         narrator.tick(engine.silence)
@@ -48,7 +48,7 @@ async def _watch(engine: Engine, narrator: Narrator) -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let no signal break in, for the moment that writing the results takes."""
+    """Ignore stop signals while the results are written."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
     try:
         yield

@@ -1,4 +1,4 @@
-"""`fatui tune`: lets `demo` find the fastest candidate for a preset's cases, shows what it knows, or forgets it."""
+"""`fatui tune`: find the fastest candidate of `demo` for a preset's cases, show the stored choices, or forget them."""
 
 import argparse
 from typing import TYPE_CHECKING, Final
@@ -28,7 +28,7 @@ EXAMPLE: Final = """examples:
   fatui tune --check scaling seed-table  how demo does beside the best of its candidates, case by case
 
 A class, "BH≤8 L≤512 D=64 float16 causal" say, is all calls for which one choice holds: here those of 5 to 8 heads, all
-sequences together, and 257 to 512 rows. A trial takes up to three times its time while the best two are not told apart.
+sequences together, and 257 to 512 rows. A trial takes up to three times its time while the best two are within noise.
 
 Exit codes: 0 done, 1 a case failed or the check does not hold, 2 wrong usage or preset, 3 no backend, 130 interrupted
 (what was found until then is kept)."""
@@ -45,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do one of them, and return the exit code.
+    """Run the requested action; return the exit code.
 
     Raises:
-        UsageError: the request is wrong.
-        NoBackendError: there is nothing to run on.
+        UsageError: the request is invalid.
+        NoBackendError: there is no usable backend.
     """
     if (arguments.show or arguments.forget is not None) and arguments.presets:
         raise UsageError("tune: --show and --forget take no preset")
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             return _forget(arguments.forget)
         from attention.device import probe
 
-        probe()  # says what to install where there is no backend
+        probe()  # raises with what to install if there is no backend
         cases = _cases(arguments.presets or [DEFAULT_PRESET])
         return _check(cases, seconds) if arguments.check else _tune(cases, seconds)
 
@@ -95,7 +95,7 @@ def _tell(event: "TuningEvent | Message") -> None:
 
 
 def _each(cases: "list[Workload]", do: "Callable[[Workload], object]") -> int:
-    """Do something for each case that runs; return how many failed, and tell why."""
+    """Call `do` for each case that fits in memory; return how many failed, and print why."""
     failed = 0
     for number, case in enumerate(cases, 1):
         cli.tell(f"case {number} of {len(cases)}: {case.label}")
@@ -112,7 +112,7 @@ def _each(cases: "list[Workload]", do: "Callable[[Workload], object]") -> int:
 
 
 def _refusal(case: "Workload") -> str | None:
-    """Why a case cannot run at all: its inputs and the leanest candidate do not fit."""
+    """Return why a case cannot run, or None: its inputs and the smallest candidate exceed the free memory."""
     from attention.device import probe
     from attention.implementations import get
     from fatui import figures
@@ -176,7 +176,7 @@ def _store() -> "Store":
 
 
 def _print(entries: "list[Entry]") -> None:
-    """A table of classes and what was found for them."""
+    """Print a table of the classes and the choices found for them."""
     if not entries:
         return
     from rich.table import Table
@@ -206,7 +206,7 @@ def _print(entries: "list[Entry]") -> None:
 
 
 def _estimate(entry: "Entry") -> str:
-    """How far ahead a winner is whose runner-up was out of the race at first sight."""
+    """Estimate a winner's lead over a runner-up that the prescreen eliminated."""
     from fatui import figures
 
     if entry.runner_up is None:
@@ -227,10 +227,10 @@ def _check(cases: "list[Workload]", seconds: float) -> int:
     least, found = worst(checked), sum(case.found for case in checked)
     print(
         f"demo is at least {least.share.value:.3f}x ({least.share.low:.3f} to {least.share.high:.3f}) "
-        f"the best single candidate, at {least.workload.label}; {LEAST_SHARE:g}x is asked"
+        f"the best single candidate, at {least.workload.label}; {LEAST_SHARE:g}x is required"
     )
     share = f"{found} of {len(checked)} cases ({found / len(checked):.0%})"
-    print(f"it found the best, or one inside the noise floor, in {share}; {LEAST_FOUND:.0%} is asked")
+    print(f"it found the best, or one inside the noise floor, in {share}; {LEAST_FOUND:.0%} is required")
     return cli.FAILED if failed or not holds(checked) else cli.DONE
 
 

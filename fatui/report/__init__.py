@@ -1,1 +1,1 @@
-"""The written report: measured rows in, a document of findings, tables and charts out."""
+"""The written report: a document of findings, tables and charts, made from measured rows."""

@@ -1,4 +1,4 @@
-"""How to use what was chosen: snippets that run as they stand."""
+"""How to adopt an implementation: snippets that run as they are."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ PROGRAM = "python -m attention.patch --implementation {name} your_script.py"
 
 
 def adopt(name: str) -> list[Block]:
-    """From one call to a whole program."""
+    """Return snippets for one call, for mlx-lm's models, and for a whole script."""
     quoted = json.dumps(name)
     return [
         Paragraph("In a program of one's own:"),

@@ -1,4 +1,4 @@
-"""What each implementation is, which path it really took, and what it reached."""
+"""What each implementation is, which paths it took, and the throughput it reached."""
 
 import shlex
 from collections import Counter
@@ -14,7 +14,7 @@ from fatui.report.speed import RUN_BENCH, peak_line
 
 
 def approach(cases: Sequence[Case], name: str) -> list[Block]:
-    """One implementation in words and figures."""
+    """Describe one implementation with its figures."""
     entry = next((entry for entry in CATALOGUE if entry.name == name), None)
     about = f"{entry.title}: {entry.summary}." if entry else "An implementation of the user's own."
     found = lines(cases, name)
@@ -48,7 +48,7 @@ def _throughput(found: Sequence[Line], cases: Sequence[Case], name: str) -> list
 
 
 def throughput_table(cases: Sequence[Case], names: Sequence[str]) -> Table:
-    """tokens/s and the time of a call, for each case and implementation."""
+    """Build the table of tokens/s and time per call, one row per case and implementation."""
     rows = []
     for case in cases:
         for row in case.rows:

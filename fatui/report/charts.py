@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn by matplotlib in the page's own colours: they follow light and dark, and need no colour."""
+"""SVG charts drawn by matplotlib in the page's colours, light and dark, and readable without colour."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Series = Mapping[str, Sequence[tuple[float, float, float, float]]]
-"""For each name its points: where, value, low, high."""
+"""The points of each name: x, y, and the interval's low and high."""
 HOW_TO_GET: Final = "pip install 'fatui[report]'"
 INK: Final = "#010203"
-"""Stands for the page's text colour until the SVG is written."""
+"""Placeholder of the page's text colour in the drawing, replaced in the SVG."""
 INKS: Final = ("#11a101", "#11a102", "#11a103", "#11a104", "#11a105", "#11a106")
-"""Stand for the page's six series colours."""
+"""Placeholders of the page's six series colours."""
 MARKERS: Final = "os^Dvp"
 DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 WIDTH_IN, HEIGHT_IN = 7.0, 3.6
@@ -29,14 +29,14 @@ def available() -> bool:
 
 
 def line_chart(series: Series, x: str, y: str, names: Sequence[str], *, logarithmic: bool = True) -> str:
-    """Lines with their intervals, each named at its end, as SVG for an HTML page.
+    """Draw lines with intervals and a legend, as SVG for an HTML page.
 
     Args:
         series: the points of each line, in order.
-        x: what stands below.
-        y: what stands at the left.
-        names: all that may have a line in the report's charts, so that each looks the same in all of them.
-        logarithmic: both axes as powers; otherwise the vertical one begins at 0.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        names: all names with a line in any chart of the report, so that each has the same style in all of them.
+        logarithmic: whether both axes are logarithmic; otherwise both are linear and the vertical one starts at 0.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -101,7 +101,7 @@ def _line(axes: "Axes", index: int, name: str, points: Sequence[tuple[float, flo
 
 
 def _as_svg(figure: "Figure") -> str:
-    """The drawing alone: in the page's colours, as wide as its place, with the ids that it needs itself."""
+    """Return the drawing as an inline SVG: the page's colours, no fixed size, and only the ids that are referenced."""
     out = StringIO()
     figure.savefig(
         out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}

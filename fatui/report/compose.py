@@ -1,4 +1,4 @@
-"""Puts the report together: one part for each machine, each made of its own rows alone."""
+"""Compose the report: one part per machine, made of its own rows only."""
 
 from collections.abc import Sequence
 
@@ -41,7 +41,7 @@ from fatui.report.trouble import trouble
 
 
 def compose(reports: Sequence[Report]) -> Document:
-    """The document of some runs; those of different machines or versions stand apart, and are never compared."""
+    """Compose the document of some runs; different machines or versions are separate parts, never compared."""
     parts = gather([cleaned(report) for report in reports])
     sections: list[Section] = []
     for evidence in parts:
@@ -102,7 +102,7 @@ def _summary(evidence: Evidence) -> list[Block]:
 
 
 def _throughput(evidence: Evidence) -> Finding | None:
-    """The highest rate of all, and who reached it or came inside its interval."""
+    """Return the highest throughput of all, and the implementations that reached it or its interval."""
     lines = [line for name in evidence.implementations if (line := peak_line(evidence.cases, name))]
     if not lines:
         return None

@@ -1,4 +1,4 @@
-"""What a written report is made of, before it is HTML or Markdown."""
+"""The parts of a written report, before it is rendered as HTML or Markdown."""
 
 from collections.abc import Sequence
 
@@ -6,47 +6,47 @@ from msgspec import Struct
 
 
 class Paragraph(Struct, frozen=True):
-    """Text that holds whatever was measured."""
+    """A text that makes no claim about measurements."""
 
     text: str
 
 
 class Finding(Struct, frozen=True):
-    """A claim that what was measured supports, with its figures in it."""
+    """A claim supported by measurements, with its figures."""
 
     text: str
 
 
 class Missing(Struct, frozen=True):
-    """What cannot be said for want of data, and the command that would measure it."""
+    """A statement that cannot be made for lack of data, and the command that would measure it."""
 
     text: str
     command: str | None = None
 
 
 class Table(Struct, frozen=True):
-    """Rows of text; the first column names the row, others are figures unless they are among `words`."""
+    """Rows of text; the first column names the row, others hold figures unless listed in `words`."""
 
     caption: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: frozenset[str] = frozenset()
-    """Heads of the columns that hold words, and stand left."""
+    """Headings of the columns that hold words, left-aligned."""
 
     def is_figures(self, column: int) -> bool:
-        """Whether a column stands right."""
+        """Whether a column holds figures, right-aligned."""
         return column > 0 and self.heads[column] not in self.words
 
 
 class Chart(Struct, frozen=True):
-    """A picture as SVG, and what it shows in words; the words alone where it could not be drawn."""
+    """A chart as SVG, with its title."""
 
     title: str
     svg: str
 
 
 class Code(Struct, frozen=True):
-    """Something to type or to paste."""
+    """A command or snippet to copy."""
 
     text: str
     language: str
@@ -56,7 +56,7 @@ Block = Paragraph | Finding | Missing | Table | Chart | Code
 
 
 class Section(Struct, frozen=True):
-    """A heading and what stands under it."""
+    """A heading and its blocks."""
 
     title: str
     blocks: tuple[Block, ...]
@@ -70,7 +70,7 @@ class Document(Struct, frozen=True):
 
 
 def section(title: str, *parts: Block | Sequence[Block]) -> Section:
-    """A section of single blocks and of runs of them, in order."""
+    """Build a section of single blocks and sequences of blocks, in order."""
     blocks: list[Block] = []
     for part in parts:
         blocks += part if isinstance(part, Sequence) else [part]
@@ -78,10 +78,10 @@ def section(title: str, *parts: Block | Sequence[Block]) -> Section:
 
 
 def joined(words: Sequence[str]) -> str:
-    """Words as a sentence lists them: "a", "a and b", "a, b and c"."""
+    """Join words as in a sentence: "a", "a and b", "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
 
 
 def counted(number: int, word: str) -> str:
-    """A number and its noun: "1 case", "6 cases"."""
+    """Format a number with its noun: "1 case", "6 cases"."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"

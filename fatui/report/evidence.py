@@ -1,4 +1,4 @@
-"""The rows that a report may speak of: of one machine, each case once."""
+"""The rows that a report may use: those of one machine, each case once."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -11,16 +11,16 @@ C = TypeVar("C", Case, ModelCase, FineTuningCase)
 
 
 class Line(Struct, frozen=True):
-    """A row with the case that it stands in."""
+    """A row with its case."""
 
     case: AnyCase
     row: Row
 
 
 class Evidence(Struct, frozen=True):
-    """What was measured on one machine with one set of versions, the newest run last.
+    """The measurements of one machine with one set of versions, newest run last.
 
-    Speedups are those that were measured in pairs, inside a case of one run. Nothing is compared across runs.
+    Speedups are the paired ones, within a case of one run; nothing is compared across runs.
     """
 
     environment: Environment
@@ -29,17 +29,17 @@ class Evidence(Struct, frozen=True):
     models: tuple[ModelCase, ...]
     fine_tunings: tuple[FineTuningCase, ...]
     repeated: int
-    """Cases left out because a later run has measured them again."""
+    """Number of cases left out because a later run measured them again."""
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        """All that appear, in the order of their first appearance."""
+        """All implementations, in the order of their first appearance."""
         everything: tuple[AnyCase, ...] = (*self.cases, *self.models, *self.fine_tunings)
         return tuple(dict.fromkeys(row.implementation for case in everything for row in case.rows))
 
 
 def gather(reports: Sequence[Report]) -> tuple[Evidence, ...]:
-    """The evidence of each machine and its versions, in the order in which they first ran."""
+    """Group reports by machine and versions, in the order of their first run."""
     groups: dict[Environment, list[Report]] = {}
     for report in sorted(reports, key=lambda each: each.run.started):
         groups.setdefault(report.environment, []).append(report)
@@ -62,7 +62,7 @@ def _evidence(environment: Environment, runs: Sequence[Report]) -> Evidence:
 
 
 def newest(cases: Iterable[C]) -> tuple[C, ...]:
-    """Each workload once, as the last of its cases that has figures measured it."""
+    """Return each workload once, as its latest case that has figures, or its latest."""
     found: dict[object, C] = {}
     for case in cases:
         if case.workload not in found or any(row.call_s for row in case.rows):
@@ -71,17 +71,17 @@ def newest(cases: Iterable[C]) -> tuple[C, ...]:
 
 
 def sound(case: AnyCase) -> Iterator[Row]:
-    """The rows that claims may rest on: accurate, and with the figures of enough rounds."""
+    """Yield the rows that can support a claim: accurate, and with enough rounds."""
     return (row for row in case.rows if row.status == "ok" and row.call_s is not None and not row.collecting)
 
 
 def lines(cases: Sequence[AnyCase], name: str) -> list[Line]:
-    """An implementation's sound rows."""
+    """Return an implementation's sound rows."""
     return [Line(case, row) for case in cases for row in sound(case) if row.implementation == name]
 
 
 def compared(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]:
-    """An implementation's speedups, where it is not the reference itself."""
+    """Return an implementation's speedups with their cases, except where it is the reference."""
     return [
         (line.case, line.row.speedup)
         for line in lines(cases, name)
@@ -90,5 +90,5 @@ def compared(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]
 
 
 def unsound(cases: Sequence[AnyCase]) -> list[Line]:
-    """The rows that nothing is claimed from: failed, refused, unsupported, inaccurate, or of too few rounds."""
+    """Return the rows that support no claim: failed, refused, unsupported, inaccurate, or with too few rounds."""
     return [Line(case, row) for case in cases for row in case.rows if row.status != "ok" or row.collecting]

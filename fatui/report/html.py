@@ -1,4 +1,4 @@
-"""A report as one HTML page: no script, nothing loaded from elsewhere; tables scroll in their own place."""
+"""A report as one HTML page, without scripts or external resources; wide tables scroll by themselves."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -31,7 +31,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def to_html(document: Document) -> str:
-    """The document as a page."""
+    """Render the document as an HTML page."""
     return PAGE.format(
         title=html(document.title),
         style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),

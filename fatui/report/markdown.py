@@ -1,11 +1,11 @@
-"""A report as Markdown: the findings and tables; charts are for the HTML."""
+"""A report as Markdown: findings and tables, without charts."""
 
 from fatui.foreign_text import markdown, markdown_block, markdown_cell, markdown_code
 from fatui.report.document import Block, Chart, Code, Document, Finding, Missing, Paragraph, Table
 
 
 def to_markdown(document: Document) -> str:
-    """The document as text that reads in a terminal and on the web."""
+    """Render the document as Markdown that reads well in a terminal too."""
     parts = [f"# {markdown(document.title)}"]
     for each in document.sections:
         parts.append(f"## {markdown(each.title)}")

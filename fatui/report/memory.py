@@ -1,4 +1,4 @@
-"""Memory beside the inputs and beside the reference, from the passes that measured it alone."""
+"""Memory above the inputs and relative to the reference, from the separate memory passes."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -9,11 +9,11 @@ from fatui.report.document import Block, Finding, Missing, Table, counted
 from fatui.report.evidence import Line, sound
 
 MIN_SHARE: Final = 0.05
-"""A smaller part of the reference's memory, saved or taken on top, is of no consequence."""
+"""Minimum difference worth reporting, as a share of the reference's peak."""
 
 
 def memory_table(cases: Sequence[Case], names: Sequence[str]) -> Table:
-    """The peak above the inputs of each implementation, outputs included, and what part of the inputs that is."""
+    """Build the table of peaks above the inputs, outputs included, with their ratio to the inputs."""
     rows = []
     for case in cases:
         peaks = {row.implementation: row.peak_bytes for row in sound(case)}
@@ -29,7 +29,7 @@ def _peak(peak: int | None, inputs: int) -> str:
 
 
 def savings(cases: Sequence[AnyCase], name: str) -> Finding | None:
-    """How much less than the reference an implementation takes over its cases; None where that is next to nothing."""
+    """Return how much less memory than the reference an implementation takes, or None if next to nothing."""
     found = [(saved, line, whole) for case in cases for saved, line, whole in _saved(case, name)]
     if not found:
         return None
@@ -47,14 +47,14 @@ def savings(cases: Sequence[AnyCase], name: str) -> Finding | None:
 
 
 def _less(share: float) -> str:
-    """A part that is saved in words: a percentage, or a factor beyond 2."""
+    """Format a saved share: a percentage, or a factor above 2."""
     if share >= 1:
         return "no measurable memory"
     return f"{f'{figures.three(1 / (1 - share))} times' if share > 0.5 else figures.percent(share)} less memory"
 
 
 def _more(share: float) -> str:
-    """A part that comes on top in words: a percentage, or a factor beyond 2."""
+    """Format an additional share: a percentage, or a factor above 2."""
     return f"{figures.three(1 + share)} times as much" if share > 1 else f"{figures.percent(share)} more"
 
 
@@ -69,14 +69,14 @@ def _saved(case: AnyCase, name: str) -> list[tuple[float, Line, int]]:
 
 
 def largest_saving(cases: Sequence[AnyCase], names: Sequence[str]) -> Finding | None:
-    """The finding of the implementation that saves most on one case."""
+    """Return the memory finding of the implementation with the largest saving on one case."""
     most = {name: max((saved for case in cases for saved, _, _ in _saved(case, name)), default=0.0) for name in names}
     best = max(most, key=lambda name: most[name], default=None)
     return savings(cases, best) if best else None
 
 
 def memory_blocks(cases: Sequence[Case], names: Sequence[str]) -> list[Block]:
-    """The table and what it shows."""
+    """Return the memory table and its findings."""
     if not any(row.peak_bytes is not None for case in cases for row in sound(case)):
         return [Missing("No run has measured memory.", "fatui bench seed-table")]
     found = [finding for name in names if (finding := savings(cases, name))]

@@ -1,4 +1,4 @@
-"""Whole models: generation and fine-tuning with each implementation in them."""
+"""Generation and fine-tuning of whole models with each implementation."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ ESTIMATED = (
 
 
 def model_blocks(cases: Sequence[ModelCase]) -> list[Block]:
-    """What generation showed, or how to measure it."""
+    """Return the findings of generation, or how to measure it."""
     if not cases:
         return [Missing("No model has been measured.", RUN_MODEL)]
     blocks = _blocks(cases)
@@ -27,7 +27,7 @@ def model_blocks(cases: Sequence[ModelCase]) -> list[Block]:
 
 
 def tuning_blocks(cases: Sequence[FineTuningCase]) -> list[Block]:
-    """What fine-tuning showed, or how to measure it."""
+    """Return the findings of fine-tuning, or how to measure it."""
     if not cases:
         return [Missing("No fine-tuning has been measured.", RUN_TUNING)]
     return [*_blocks(cases), *(finding for case in cases if (finding := _agreement(case)))]
@@ -42,7 +42,7 @@ def _blocks(cases: Sequence[ModelCase | FineTuningCase]) -> list[Block]:
 
 
 def _gain(case: AnyCase, name: str) -> Finding | None:
-    """A significant speedup, and the time that it saves or costs."""
+    """Return the finding of a significant speedup, with the time it saves or costs."""
     for _, ratio in compared([case], name):
         if ratio.significant:
             return Finding(f"{case.workload.label}: {name} is {times(ratio)} {case.reference}{_time(ratio.value)}.")
@@ -50,7 +50,7 @@ def _gain(case: AnyCase, name: str) -> Finding | None:
 
 
 def _time(speedup: float) -> str:
-    """What a speedup comes to in time; nothing beyond 2, where the factor itself says it."""
+    """Format a speedup as a change in time; empty above 2, where the factor itself is clearer."""
     if speedup > 2:
         return ""
     if speedup < 0.5:
@@ -68,7 +68,7 @@ def _table(case: ModelCase | FineTuningCase) -> Table:
 
 
 def _agreement(case: FineTuningCase) -> Finding | None:
-    """How far the loss curves lie apart."""
+    """Return the finding of the largest difference between loss curves."""
     apart = [row.loss_difference for row in case.rows if row.status == "ok" and row.loss_difference is not None]
     if not apart or case.reference is None:
         return None

@@ -1,4 +1,4 @@
-"""The study that fatui grew from beside what was measured, and where its 32x comes from."""
+"""The original study's figures beside the measured ones, and where its 32x comes from."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ RUN_STUDY = f"fatui bench {PRESET}"
 
 
 def origin_blocks(evidence: Evidence) -> list[Block]:
-    """The study's figures beside those measured here, and its cold start made visible."""
+    """Return the study's figures beside those measured here, and its cold start."""
     told = study()
     about = f"The study's figures are its own, from an {told.machine}; they were not measured here."
     return [Paragraph(about), *_shapes(told, evidence.cases), *_models(told, evidence), *_tunings(told, evidence)]
@@ -26,7 +26,7 @@ def _shapes(told: Study, cases: Sequence[Case]) -> list[Block]:
 
 
 def _models(told: Study, evidence: Evidence) -> list[Block]:
-    """The study's models: prefill here, since it says only "tokens a second"."""
+    """Compare the study's models with prefill here; the study says only "tokens a second"."""
     rows = [
         (old.model, name, f"about {figures.rate(getattr(old, name))}", case.workload.label, _rate(_row(case, name)))
         for old in told.models
@@ -40,7 +40,7 @@ def _models(told: Study, evidence: Evidence) -> list[Block]:
 
 
 def _tunings(told: Study, evidence: Evidence) -> list[Block]:
-    """The study's fine-tunings, as the time of as many iterations."""
+    """Compare the study's fine-tunings by the time of the same number of iterations."""
     rows = []
     for old in told.fine_tunings:
         for case in evidence.fine_tunings:
@@ -74,7 +74,7 @@ def _rate(row: Row | None) -> str:
 
 
 def cold_start(pairs: Sequence[tuple[StudyRow, Case]]) -> list[Block]:
-    """What a table would show here that set the baseline's first call against another's steady ones."""
+    """Return the speedup that would result from timing the baseline's first call against steady calls."""
     for old, case in pairs:
         rows = {row.implementation: row for row in sound(case)}
         base, other = rows.get("baseline"), rows.get("practical")

@@ -1,4 +1,4 @@
-"""Which charts a report has: throughput and speedup along each sweep, and the losses of each fine-tuning."""
+"""The charts of a report: throughput and speedup along each sweep, and the losses of each fine-tuning."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from fatui.report.trends import AXES, Sweep, sweeps
 
 
 def sweep_charts(reports: Sequence[Report], names: Sequence[str]) -> list[Chart]:
-    """Two charts for each sweep: tokens/s, and speedups over the reference."""
+    """Return two charts per sweep: tokens/s, and speedups over the reference."""
     made = []
     for report in reports:
         for sweep in sweeps(report):
@@ -46,7 +46,7 @@ def _speedups(sweep: Sweep, names: Sequence[str]) -> Chart | None:
 
 
 def loss_charts(cases: Sequence[FineTuningCase], names: Sequence[str]) -> list[Chart]:
-    """The losses of each fine-tuning, one line for each implementation."""
+    """Return one chart of losses per fine-tuning, with a line per implementation."""
     made = []
     for case in cases:
         series = {

@@ -1,4 +1,4 @@
-"""How much faster: each implementation over its case's reference, and which of them to choose when."""
+"""Speedups of each implementation over the reference, and which implementation to choose when."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ RUN_BENCH = "fatui bench seed-table"
 
 
 def mean_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
-    """Geometric mean of an implementation's speedups, of one case its own; None where references differ."""
+    """Return the geometric mean of an implementation's speedups, or its only one; None if the references differ."""
     found = compared(cases, name)
     if len({case.reference for case, _ in found}) != 1:
         return None
@@ -20,9 +20,9 @@ def mean_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
 
 
 def mean_finding(cases: Sequence[AnyCase], name: str, where: str = "") -> Finding | None:
-    """What the mean of the speedups supports: faster, slower, as fast, or nothing.
+    """Return what the mean speedup supports: faster, slower, equally fast, or None.
 
-    A mean is told only if most of its cases say the same by themselves, each beyond its own noise floor.
+    A mean is reported only if most of its cases agree with it, each beyond its own noise floor.
     """
     found, mean = compared(cases, name), mean_speedup(cases, name)
     if mean is None:
@@ -43,12 +43,12 @@ def _agrees(ratio: Ratio, mean: Ratio) -> bool:
 
 
 def times(ratio: Ratio) -> str:
-    """A significant speedup in words, with its interval: "49.6 ±0.4x as fast as"."""
+    """Format a significant speedup with its interval: "49.6 ±0.4x as fast as"."""
     return f"{figures.speedup_text(ratio)} as fast as"
 
 
 def extremes(cases: Sequence[AnyCase], name: str) -> list[Block]:
-    """Where an implementation gains most, and where it gains nothing or loses."""
+    """Return where an implementation gains most, and where it gains nothing or loses."""
     clear = [(case, ratio) for case, ratio in compared(cases, name) if figures.is_clear(ratio)]
     wins = [(case, ratio) for case, ratio in clear if ratio.significant and ratio.value > 1]
     losses = [(case, ratio) for case, ratio in clear if ratio.significant and ratio.value < 1]
@@ -72,7 +72,7 @@ def extremes(cases: Sequence[AnyCase], name: str) -> list[Block]:
 
 
 def speedup_table(cases: Sequence[AnyCase], names: Sequence[str]) -> Table:
-    """A line for each case, a column for each implementation."""
+    """Build the table of speedups: a row per case, a column per implementation."""
     rows = []
     for case in cases:
         cells = {row.implementation: row for row in case.rows}
@@ -92,7 +92,7 @@ def speedup_table(cases: Sequence[AnyCase], names: Sequence[str]) -> Table:
 
 
 def choices(cases: Sequence[AnyCase], names: Sequence[str]) -> list[Block]:
-    """For each implementation the cases in which nothing was measurably faster."""
+    """Return, per implementation, the cases in which nothing was measurably faster."""
     best: dict[str, list[str]] = {name: [] for name in names}
     decided = 0
     for case in cases:
@@ -111,7 +111,7 @@ def choices(cases: Sequence[AnyCase], names: Sequence[str]) -> list[Block]:
 
 
 def leanest(cases: Sequence[AnyCase], names: Sequence[str]) -> Finding | None:
-    """Which implementation needs the least memory, where one does in every case that has figures."""
+    """Return the implementation with the least memory in every case that has figures, or None."""
     known = [case for case in cases if sum(row.peak_bytes is not None for row in sound(case)) > 1]
     for name in names:
         wins = [case for case in known if _is_leanest(case, name)]
@@ -131,6 +131,6 @@ def _is_leanest(case: AnyCase, name: str) -> bool:
 
 
 def peak_line(cases: Sequence[AnyCase], name: str) -> Line | None:
-    """The row with the highest throughput."""
+    """Return the row with the highest throughput."""
     rated = [line for line in lines(cases, name) if line.row.tokens_per_second is not None]
     return max(rated, key=lambda each: each.row.tokens_per_second or 0.0, default=None)

@@ -1,4 +1,4 @@
-"""How times and speedups change along head dim, length and batch: power laws fitted to sweeps of one run."""
+"""Trends of times and speedups along head dim, length and batch: power laws fitted to the sweeps of one run."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from fatui.report.evidence import sound
 
 AXES: Final = {"head_dim": "head dim", "seq": "length", "batch": "batch"}
 FEWEST: Final = 3
-"""Points that a fitted line with an interval takes."""
+"""Minimum number of points for a fit with an interval."""
 RUN_SWEEP: Final = "fatui bench scaling"
 
 
@@ -29,29 +29,29 @@ class PowerLaw(Struct, frozen=True):
 
 
 class Sweep(Struct, frozen=True):
-    """The cases of one run that differ in one axis alone, in its order."""
+    """The cases of one run that differ in one axis only, in the order of its values."""
 
     axis: str
     cases: tuple[Case, ...]
 
     @property
     def ends(self) -> str:
-        """From where to where it goes."""
+        """The range of the axis, as text."""
         return f"{AXES[self.axis]} {self.at(self.cases[0])} to {self.at(self.cases[-1])}"
 
     def at(self, case: Case) -> int:
-        """Where a case stands."""
+        """Return a case's value on the axis."""
         return int(scaling.value(case.workload, self.axis))
 
     @property
     def elsewhere(self) -> str:
-        """The case without this axis, in words."""
+        """The label of the case without this axis."""
         short = {"head_dim": "D=", "seq": "L=", "batch": "B="}[self.axis]
         return " ".join(part for part in self.cases[0].workload.label.split() if not part.startswith(short))
 
 
 def fit(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
-    """Fit a power law to positive values; None for fewer than three different points."""
+    """Fit a power law to positive values; return None for fewer than three different points."""
     if len(set(xs)) < FEWEST:
         return None
     u, w = [math.log(x) for x in xs], [math.log(y) for y in ys]
@@ -65,7 +65,7 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
 
 
 def sweeps(report: Report) -> Iterator[Sweep]:
-    """Every sweep of a run along one of the axes, with as many points as a fit takes."""
+    """Yield every sweep of a run along one axis, with enough points for a fit."""
     for axis in AXES:
         groups: dict[object, list[Case]] = {}
         for case in report.cases:
@@ -77,13 +77,13 @@ def sweeps(report: Report) -> Iterator[Sweep]:
 
 
 def _others(case: Case, axis: str) -> list[str]:
-    """What must be alike in a sweep; a length of keys that follows the length is no axis of its own."""
+    """Return the fields that must be equal in a sweep; a kv_seq that follows seq is not an axis of its own."""
     follows = axis == "seq" and case.workload.kv_seq == case.workload.seq
     return [name for name in scaling.AXES if name != axis and not (follows and name == "kv_seq")]
 
 
 def time_law(sweep: Sweep, name: str) -> PowerLaw | None:
-    """How an implementation's time a call grows along a sweep."""
+    """Fit an implementation's time per call along a sweep."""
     points = [
         (sweep.at(case), row.call_s.median)
         for case in sweep.cases
@@ -94,7 +94,7 @@ def time_law(sweep: Sweep, name: str) -> PowerLaw | None:
 
 
 def speedup_law(sweep: Sweep, name: str) -> PowerLaw | None:
-    """How an implementation's speedup changes along a sweep; None where the reference does."""
+    """Fit an implementation's speedup along a sweep; None if the reference changes."""
     if len({case.reference for case in sweep.cases}) != 1 or name == sweep.cases[0].reference:
         return None
     points = [
@@ -107,7 +107,7 @@ def speedup_law(sweep: Sweep, name: str) -> PowerLaw | None:
 
 
 def effects(reports: Sequence[Report], names: Sequence[str]) -> list[Block]:
-    """What the fitted lines and the crossovers support, axis by axis; for an axis without a sweep what to run."""
+    """Return the trends and crossovers of each axis, or for an axis without a sweep, what to run."""
     found = [sweep for report in reports for sweep in sweeps(report)]
     made: list[Block] = []
     for axis, word in AXES.items():
@@ -140,7 +140,7 @@ def _sweep_findings(sweep: Sweep, names: Sequence[str]) -> list[Finding]:
 
 
 def sweep_power(law: PowerLaw) -> str:
-    """The power with its interval, as it stands in a sentence."""
+    """Format the power with its interval, as used in a sentence."""
     half = law.high - law.slope
     return f"its power {law.slope:.2f} ±{half:.2f}"
 
@@ -150,7 +150,7 @@ def _begin(sweep: Sweep) -> str:
 
 
 def _gain(sweep: Sweep, name: str) -> Finding | None:
-    """Whether the speedup grows or diminishes with each doubling."""
+    """Return the finding that the speedup grows or diminishes with each doubling, or None."""
     law = speedup_law(sweep, name)
     if law is None or law.low <= 0 <= law.high:
         return None

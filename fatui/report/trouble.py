@@ -1,4 +1,4 @@
-"""The rows that nothing is claimed from, and why."""
+"""The rows that support no claim, and why."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from fatui.report.evidence import unsound
 
 
 def trouble(cases: Sequence[AnyCase]) -> list[Block]:
-    """How many rows are not sound, and each of them."""
+    """Count the rows that are not sound, and list them."""
     found = unsound(cases)
     total = sum(len(case.rows) for case in cases)
     if not found:

@@ -1,1 +1,1 @@
-"""The screens of the app, one a file, each with its style sheet beside it."""
+"""The screens of the app, one per file, each with its style sheet beside it."""

@@ -1,4 +1,4 @@
-"""Two runs side by side."""
+"""The screen that compares two runs."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -32,7 +32,7 @@ EMPTY = "These two runs have no workload and implementation in common."
 
 
 class Compare(Screen[None]):
-    """Each row that both have, with the ratio of its times."""
+    """Show each row that both runs have, with the ratio of its times."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings((actions.BACK,)), actions.closing("history_compare")]
@@ -43,7 +43,7 @@ class Compare(Screen[None]):
         self._comparison = compare.compare(before, after)
 
     def compose(self) -> ComposeResult:
-        """Yield the rows, and below them what cannot be compared."""
+        """Yield the table, and below it what cannot be compared."""
         before, after = self._comparison.before.run, self._comparison.after.run
         yield StatusLine()
         with Vertical(classes="pane half") as pane:
@@ -77,7 +77,7 @@ class Compare(Screen[None]):
 
 
 def _some(names: tuple[str, ...]) -> str:
-    """The first few of them, and how many more there are."""
+    """Join the first few names, and say how many more there are."""
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f", and {more} more" if more > 0 else "")
 

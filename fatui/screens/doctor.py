@@ -1,4 +1,4 @@
-"""What is installed and what is missing, found out by a process of its own."""
+"""What is installed and what is missing, diagnosed in a separate process."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ LOOKING: Final = "Looking; the last lines take a second or two, because they are
 
 
 class Doctor(Screen[None]):
-    """Shows one finding after the other as they come."""
+    """Show findings as they come in."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.DOCTOR), actions.closing("doctor")]
@@ -46,11 +46,11 @@ class Doctor(Screen[None]):
         yield KeyBar(keys=actions.bar(actions.DOCTOR, self.app.keys))
 
     def on_mount(self) -> None:
-        """Begin to look."""
+        """Start the diagnosis."""
         self.action_again()
 
     def action_again(self) -> None:
-        """Look at everything again."""
+        """Repeat the diagnosis."""
         self._findings.clear()
         self.run_worker(self._look(), exclusive=True, exit_on_error=False)
 
@@ -95,10 +95,10 @@ class Doctor(Screen[None]):
         return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
 
     def on_resize(self) -> None:
-        """Wrap anew."""
+        """Wrap the findings to the new width."""
         if self._findings:
             self.call_after_refresh(self._show)
 
     def action_back(self) -> None:
-        """Go back."""
+        """Close the screen."""
         self.dismiss()

@@ -1,4 +1,4 @@
-"""Writes a run to files, and says where."""
+"""The dialog that exports a run to files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +15,12 @@ from attention.files import expanded
 from fatui.widgets.choice import Choice
 
 FORMATS: Final = ("md", "csv", "json", "html", "svg", "log")
-"""`html` is the written report of the run; the others are its table, its rows, its picture and its log."""
+"""`html` is the written report of the run; the others are its table, its rows as CSV and JSON, its picture and its log."""
 Writers = dict[str, Callable[[], str]]
 
 
 class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
-    """Asks for a folder and a name; gives back the file's stem and the endings wanted."""
+    """Ask for a folder and a name; the result is the path without suffix, and the chosen suffixes."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not export", id="back")]
@@ -30,7 +30,7 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
         self._folder, self._name = folder, name
 
     def compose(self) -> ComposeResult:
-        """Yield the fields, and the files that will be written."""
+        """Yield the fields, and the list of files to be written."""
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Export the run"
             dialog.border_subtitle = "enter writes · escape does not"
@@ -42,25 +42,25 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
             yield Static(id="outcome", markup=False, classes="answers")
 
     def on_mount(self) -> None:
-        """Name the files, and begin at the name."""
+        """List the files, and focus the name."""
         self.query_one("#name", Input).focus()
         self._show()
 
     @property
     def endings(self) -> tuple[str, ...]:
-        """The endings of what will be written."""
+        """The suffixes of the files to be written."""
         chosen = self.query_one(Choice).value
         return FORMATS if chosen == "all" else (chosen,)
 
     @property
     def stem(self) -> Path:
-        """The path without its ending."""
+        """The path without suffix."""
         name = self.query_one("#name", Input).value.strip()
         return expanded(self.query_one("#folder", Input).value.strip() or ".") / name
 
     @property
     def problem(self) -> str:
-        """What is wrong, or an empty string."""
+        """What is wrong with the input, or an empty string."""
         name = self.query_one("#name", Input).value.strip()
         if not name or "/" in name or name in (".", ".."):
             return "a name is needed, without '/'"
@@ -91,7 +91,7 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
 
 
 def write_all(stem: Path, writers: Writers) -> tuple[list[Path], list[str]]:
-    """Write each text; return the files written and, in words, what went wrong."""
+    """Write each text; return the files written and the error messages."""
     from fatui.paths import write_atomically
 
     written, problems = [], []

@@ -1,4 +1,4 @@
-"""Fine-tunings: set up, loss curves and rates side by side while they run, and the table."""
+"""The fine-tuning screen: setup, loss curves and rates during the run, and the table."""
 
 from typing import ClassVar, Final
 
@@ -20,14 +20,14 @@ TUNED_LAYERS: Final = 16
 
 
 class FineTunings(ModelScreen):
-    """One model fine-tuned with each implementation."""
+    """Fine-tune one model with each implementation."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.FINETUNING), actions.closing("finetuning")]
     TITLE_TEXT = "Fine-tuning"
     NAME = "finetuning"
 
     def choices(self) -> list[Choice]:
-        """Iterations, lengths, batch, rank and type; digits make other values."""
+        """Return the choices of iterations, sequence length, batch, rank and dtype; other values can be typed."""
         return [
             Choice("iters", ("100", "20", "50", "500"), id="iters", typed_option=str),
             Choice("seq", ("512", "128", "1024", "2048"), id="seq", typed_option=str),
@@ -37,11 +37,11 @@ class FineTunings(ModelScreen):
         ]
 
     def charts(self) -> list[Widget]:
-        """The losses, and the rates beside them."""
+        """Return the charts of losses and iterations/s."""
         return [TrendChart(Scale("loss"), id="losses"), TrendChart(Scale("it/s"), id="tuning-rates")]
 
     def plan(self) -> FineTuningPlan:
-        """What is set up."""
+        """Build the plan from the choices."""
         layers = self.model_layers()
         iters, seq, batch, rank = (self.numbers(name)[0] for name in ("iters", "seq", "batch", "rank"))
         case = FineTuning(
@@ -57,12 +57,12 @@ class FineTunings(ModelScreen):
         return FineTuningPlan(cases=(case,), implementations=self.implementations, seconds=SECONDS)
 
     def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
-        """The command that runs it."""
+        """Return the command that runs a plan."""
         assert isinstance(plan, FineTuningPlan)
         return finetune_command(plan)
 
     def draw(self, session: ModelSession) -> None:
-        """Draw losses and iterations a second."""
+        """Draw losses and iterations/s."""
         tokens = session.plan.cases[0].tokens
         top = ceiling(max((series.highest or 0.0 for series in session.rates.values()), default=0.0) / tokens)
         rates = tuple(_per_iteration(trend, tokens, session) for trend in rate_trends(session))
@@ -73,7 +73,7 @@ class FineTunings(ModelScreen):
 
 
 def _per_iteration(trend: Trend, tokens: int, session: ModelSession) -> Trend:
-    """Tokens/s as iterations a second."""
+    """Convert a trend of tokens/s to iterations/s."""
     series = session.rates.get(trend.label)
     if series is None or not trend.points:
         return trend

@@ -1,4 +1,4 @@
-"""The keys of the screen below, as they are set."""
+"""The key bindings of the screen below, as configured."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ ABOUT = "Keys are letters outside inputs; tab goes from one control to the next.
 
 
 class Help(ModalScreen[None]):
-    """Lists keys with a sentence each."""
+    """List keys, each with a sentence."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -27,7 +27,7 @@ class Help(ModalScreen[None]):
         self._groups, self._config = groups, config
 
     def compose(self) -> ComposeResult:
-        """Yield a block for each part of the screen."""
+        """Yield a block per part of the screen."""
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = "Keys"
             dialog.border_subtitle = "escape closes"
@@ -37,5 +37,5 @@ class Help(ModalScreen[None]):
             yield Static(ABOUT.format(config=self._config), markup=False, classes="hint")
 
     def action_close(self) -> None:
-        """Close it."""
+        """Close the screen."""
         self.dismiss()

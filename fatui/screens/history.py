@@ -1,4 +1,4 @@
-"""The runs of the past: open one, compare two, delete."""
+"""The history screen: open, compare or delete past runs."""
 
 import asyncio
 from typing import TYPE_CHECKING, ClassVar
@@ -36,7 +36,7 @@ EMPTY = "No runs yet; each one that is made stands here afterwards."
 
 
 class History(Screen[Report]):
-    """Gives back the report to open."""
+    """List past runs; the result is the report to open."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.HISTORY), actions.closing("history")]
@@ -88,7 +88,7 @@ class History(Screen[Report]):
         self.query_one("#history-pane").border_subtitle = self.query_one(RowTable).hint
 
     def on_resize(self) -> None:
-        """Say anew whether there are more columns."""
+        """Update the hint for more columns."""
         self.call_after_refresh(self._show_hint)
 
     @property
@@ -113,7 +113,7 @@ class History(Screen[Report]):
                 self.dismiss(report)
 
     def action_mark(self) -> None:
-        """Mark the run, or take the mark away; a third mark takes the oldest one's place."""
+        """Mark or unmark the run; a third mark replaces the oldest."""
         name = self._chosen
         if name is None:
             return
@@ -153,7 +153,7 @@ class History(Screen[Report]):
         self.app.tell(f"run {name} is deleted{undo}")
 
     async def action_undo(self) -> None:
-        """Bring back what was deleted last."""
+        """Restore the last deleted run."""
         if not self._deleted:
             self.app.tell("nothing was deleted here")
             return
@@ -166,7 +166,7 @@ class History(Screen[Report]):
         await self._read()
 
     def action_back(self) -> None:
-        """Go back without opening any."""
+        """Close the screen without opening a run."""
         self.dismiss()
 
 

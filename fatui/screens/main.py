@@ -1,4 +1,4 @@
-"""The main screen: what will run on the left, what happens and what came out on the right."""
+"""The main screen: the setup on the left; the live run, the results and the log on the right."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LEAST = (60, 16)
 WIDE = (110, 32)
-"""From this size on all panes stand side by side."""
+"""Minimum size at which all panes are shown side by side."""
 TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
 PANES = {"implementations-pane": "setup", "workload": "setup", "live": "live", "comparison": "results", "log": "log"}
 FOCUS = {
@@ -39,17 +39,17 @@ FOCUS = {
     "comparison": "#comparison-table",
     "log": "#log-view",
 }
-"""For every pane, what takes the focus in it."""
+"""The widget to focus in each pane."""
 
 
 class MainScreen(Screen[None]):
-    """Draws the app's state; it holds none but which tab is open."""
+    """Draw the app's state; the only state of its own is the open tab."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MAIN)]
     app: "FatuiApp"
 
     _model_ran = False
-    """Whether a run of a model went on at the last tick, so that its end is shown as well."""
+    """Whether a model run was active at the last tick, so that its end is shown too."""
 
     def compose(self) -> ComposeResult:
         """Yield the panes."""
@@ -69,7 +69,7 @@ class MainScreen(Screen[None]):
         yield KeyBar()
 
     def on_mount(self) -> None:
-        """Draw the first time, and begin the slow timer."""
+        """Draw the initial state, and start the repaint timer."""
         remembered = self.app.remembered
         by = remembered.sort if remembered.sort in comparison_lines.SORTABLE else ""
         self.query_one(ComparisonPane).sort(by, remembered.descending)
@@ -91,7 +91,7 @@ class MainScreen(Screen[None]):
         self.query_one(LogPane).refresh_lines()
 
     def on_resize(self) -> None:
-        """Choose between panes, tabs, and saying that it is too small."""
+        """Choose between panes, tabs, and the notice that the terminal is too small."""
         width, height = self.app.size
         small = width < LEAST[0] or height < LEAST[1]
         wide = width >= WIDE[0] and height >= WIDE[1]
@@ -102,7 +102,7 @@ class MainScreen(Screen[None]):
         self.call_after_refresh(self.show_run)
 
     def show_draft(self) -> None:
-        """Draw what is set up, and what the advisor says of it."""
+        """Draw the draft and the advice for it."""
         app = self.app
         workload = shown_workload(app.draft)
         self.query_one(ImplementationPicker).show(
@@ -116,7 +116,7 @@ class MainScreen(Screen[None]):
         self._show_bars()
 
     def _took(self, workload: Workload | None) -> dict[str, str]:
-        """The paths that were taken on the workload by the run that is in sight."""
+        """Return the path that each implementation took on the workload in the run shown."""
         cases = self.app.report.cases if self.app.report else ()
         rows = [row for case in cases if case.workload == workload for row in case.rows]
         return {row.implementation: row.path for row in rows if row.path and row.status == "ok"}
@@ -128,7 +128,7 @@ class MainScreen(Screen[None]):
         return estimate.in_words(draft.plan(), self.app.remembered.pace, self.app.device_name)
 
     def show_run(self) -> None:
-        """Draw the run as far as it is, or the report that was opened."""
+        """Draw the current run, or the report that was opened."""
         if not self.is_mounted:
             return
         session = self.app.session
@@ -152,11 +152,11 @@ class MainScreen(Screen[None]):
 
     @property
     def tab(self) -> str:
-        """The tab that is open where panes do not fit."""
+        """The open tab, where panes are tabs."""
         return self.query_one(PaneTabs).tab
 
     def open_tab(self, tab: str) -> None:
-        """Open a tab; where all panes are in sight it changes nothing that is seen."""
+        """Open a tab; without effect where all panes are visible."""
         for name, _ in TABS:
             self.set_class(name == tab, f"-{name}")
         self.query_one(PaneTabs).show(tab)
@@ -166,7 +166,7 @@ class MainScreen(Screen[None]):
         self.open_tab(event.tab)
 
     def action_pane(self, count: int) -> None:
-        """Go to the next pane in sight or the one before; where panes are tabs, to the next tab that has one."""
+        """Focus the next or previous visible pane; where panes are tabs, open the next or previous tab."""
         panes = [name for name in PANES if not self.query_one(f"#{name}").has_class("-away")]
         if not panes:
             return
@@ -185,7 +185,7 @@ class MainScreen(Screen[None]):
         return next((each for each in node.ancestors_with_self if each.id in PANES), None) if node else None  # type: ignore[return-value]
 
     def action_put_away(self) -> None:
-        """Put the focused pane away; if any is away already, bring all back."""
+        """Hide the focused pane; if any is hidden already, show all again."""
         away = list(self.query(".-away"))
         for each in away:
             each.remove_class("-away")
@@ -198,17 +198,17 @@ class MainScreen(Screen[None]):
 
     @property
     def hidden(self) -> list[str]:
-        """The panes that are put away."""
+        """The names of the hidden panes."""
         return [pane.id for pane in self.query(".-away") if pane.id]
 
     def action_sort(self) -> None:
-        """Sort by the next of the columns in sight, and after the last in the plan's own order."""
+        """Sort by the next visible column; after the last, by the plan's own order."""
         pane = self.query_one(ComparisonPane)
         columns = ["", *(each.name for each in pane.table.shown_columns if each.name in comparison_lines.SORTABLE)]
         self._sort(_neighbour(columns, pane.by, 1) if pane.by in columns else columns[1], pane.descending)
 
     def action_reverse(self) -> None:
-        """Reverse the order."""
+        """Reverse the sort order."""
         pane = self.query_one(ComparisonPane)
         self._sort(pane.by, not pane.descending)
 
@@ -229,7 +229,7 @@ class MainScreen(Screen[None]):
         self.query_one(LogPane).ask()
 
     def action_pause(self) -> None:
-        """Pause the log, or go on."""
+        """Pause or resume the log."""
         self.query_one(LogPane).toggle_pause()
 
     @on(WorkloadPane.Edited)
@@ -251,5 +251,5 @@ class MainScreen(Screen[None]):
 
 
 def _neighbour(names: list[str], here: str | None, count: int) -> str:
-    """The name that stands `count` places on from `here`, around the end; the first where `here` is none of them."""
+    """Return the name `count` places after `here`, wrapping around, or the first if `here` is not in the list."""
     return names[(names.index(here) + count) % len(names)] if here in names else names[0]

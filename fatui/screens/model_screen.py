@@ -1,4 +1,4 @@
-"""What the screens of models share: what is set up on top, the run below it, the table at the bottom."""
+"""What the model screens share: the setup at the top, the run below it, the table at the bottom."""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 IDLE: Final = "{run} runs what is set up above; a timed call then says how long it takes, before the rounds begin."
 ROOMY: Final = 34
-"""Rows from which on the charts of a run that is over stay beside its table."""
+"""Minimum terminal rows at which the charts of a finished run stay visible above its table."""
 FOLDER: Final = "a folder with config.json and weights, enter takes it"
 
 
 class ModelScreen(Screen[None]):
-    """Sets up a model, runs it, and shows it live; what was chosen and run stays when the screen is left."""
+    """Set up, run and show a model; the choices and the last run survive when the screen is closed."""
 
     CSS_PATH: ClassVar = ["list.tcss", "model_screen.tcss"]
     TITLE_TEXT: ClassVar[str]
     NAME: ClassVar[str]
-    """As the app's actions call the screen."""
+    """The screen's name in the app's actions."""
     app: "FatuiApp"
 
     def __init__(self) -> None:
@@ -68,23 +68,23 @@ class ModelScreen(Screen[None]):
 
     @abstractmethod
     def choices(self) -> list[Choice]:
-        """What is chosen besides the model and the implementations."""
+        """Return the choices besides the model and the implementations."""
 
     @abstractmethod
     def charts(self) -> list[Widget]:
-        """What is drawn of a run."""
+        """Return the charts of a run."""
 
     @abstractmethod
     def plan(self) -> GenerationPlan | FineTuningPlan:
-        """What is set up; raises UsageError where it cannot run."""
+        """Build the plan from the choices; raise UsageError if it cannot run."""
 
     @abstractmethod
     def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
-        """The command that runs it."""
+        """Return the command that runs a plan."""
 
     @abstractmethod
     def draw(self, session: ModelSession) -> None:
-        """Draw the charts."""
+        """Draw the charts of a run."""
 
     def _model_choice(self, chosen: dict[str, tuple[str, ...]]) -> Choice:
         known = tuple(dict.fromkeys((*names(), *chosen.get("model", ()))))
@@ -96,7 +96,7 @@ class ModelScreen(Screen[None]):
         return choice
 
     def on_mount(self) -> None:
-        """Draw, and begin the slow timer."""
+        """Draw the initial state, and start the repaint timer."""
         self.query_one("#folder").display = False
         self.query_one("#model").focus()
         self._show()
@@ -104,33 +104,33 @@ class ModelScreen(Screen[None]):
 
     @property
     def session(self) -> ModelSession | None:
-        """The run that goes on here or was made last."""
+        """The current or last run of this screen."""
         return self.app.runs.models.get(self.NAME)
 
     @property
     def report(self) -> Report | None:
-        """What export and copy are about: a run that has ended."""
+        """The report that export and copy use, of a finished run."""
         return self.app.runs.model_reports.get(self.NAME)
 
     def chosen(self, name: str) -> str:
-        """The value of a choice."""
+        """Return the value of a choice."""
         return self.query_one(f"#{name}", Choice).value
 
     def numbers(self, name: str) -> list[int]:
-        """The whole numbers of a choice."""
+        """Return the comma-separated whole numbers of a choice."""
         return [int(part) for part in self.chosen(name).split(",")]
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        """Those that are taken in."""
+        """The selected implementations."""
         return self.query_one(Toggles).chosen
 
     def model_layers(self) -> int:
-        """Layers of the model that is chosen."""
+        """Return the number of layers of the chosen model."""
         return find(self.chosen("model")).layers
 
     def action_run(self) -> None:
-        """Run what is set up."""
+        """Run the plan that is set up."""
         try:
             check_mlx_lm()
             plan = self.plan()
@@ -141,13 +141,13 @@ class ModelScreen(Screen[None]):
         self._show()
 
     def action_folder(self) -> None:
-        """Ask for a folder."""
+        """Show the input for a model folder."""
         box = self.query_one("#folder", Input)
         box.display = True
         box.focus()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Take the folder as one of the models."""
+        """Add the folder to the models, and choose it."""
         choice = self.query_one("#model", Choice)
         try:
             find(event.value)
@@ -161,11 +161,11 @@ class ModelScreen(Screen[None]):
         self._keep()
 
     def on_choice_changed(self) -> None:
-        """Keep what was chosen."""
+        """Remember the choices."""
         self._keep()
 
     def on_toggles_changed(self) -> None:
-        """Keep what was chosen."""
+        """Remember the choices."""
         self._keep()
 
     def _keep(self) -> None:
@@ -173,7 +173,7 @@ class ModelScreen(Screen[None]):
         self.app.runs.chosen[self.NAME] = {**values, "implementations": self.implementations}
 
     def action_back(self) -> None:
-        """Put the folder's box away, or go back; a run goes on meanwhile."""
+        """Hide the folder input, or close the screen; a run continues."""
         box = self.query_one("#folder", Input)
         if box.display:
             box.display = False
@@ -182,7 +182,7 @@ class ModelScreen(Screen[None]):
             self.dismiss()
 
     def on_resize(self) -> None:
-        """Fit the table."""
+        """Fit the table to the new width."""
         self.call_after_refresh(self._show)
 
     def _show(self) -> None:

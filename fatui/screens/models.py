@@ -1,4 +1,4 @@
-"""Whole models that generate: set up, tokens/s live, and the table."""
+"""The models screen: generation with whole models, tokens/s during the run, and the table."""
 
 from typing import ClassVar, Final
 
@@ -20,14 +20,14 @@ SECONDS: Final = 10.0
 
 
 class Models(ModelScreen):
-    """Prefill and decode with each implementation in a model."""
+    """Measure prefill and decode of a model with each implementation."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MODELS), actions.closing("models")]
     TITLE_TEXT = "Models"
     NAME = "models"
 
     def choices(self) -> list[Choice]:
-        """Prompt lengths, tokens to make, batch, layers and type; digits make other values."""
+        """Return the choices of prompt lengths, generated tokens, layers, batch and dtype; other values can be typed."""
         return [
             Choice("prompt", ("512", "128", "2048", "8192", "512,2048", "2048,8192"), id="prompt", typed_option=str),
             Choice("generate", ("64", "8", "16", "256"), id="generate", typed_option=str),
@@ -37,11 +37,11 @@ class Models(ModelScreen):
         ]
 
     def charts(self) -> list[Widget]:
-        """Tokens/s of the phase that runs."""
+        """Return the chart of the current phase's tokens/s."""
         return [TrendChart(Scale("tokens/s"), id="model-rates")]
 
     def plan(self) -> GenerationPlan:
-        """What is set up."""
+        """Build the plan from the choices."""
         layers = self.chosen("layers")
         cases = generations(
             self.model_layers(),
@@ -55,7 +55,7 @@ class Models(ModelScreen):
         return GenerationPlan(cases=cases, implementations=self.implementations, seconds=SECONDS)
 
     def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
-        """The command that runs it."""
+        """Return the command that runs a plan."""
         assert isinstance(plan, GenerationPlan)
         return model_command(plan)
 

@@ -1,4 +1,4 @@
-"""The presets: bundled and own, with a preview of each."""
+"""The presets screen: bundled presets and the user's own, with a preview of each."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -31,7 +31,7 @@ EMPTY = "There are no presets; one is made from what is set up on the main scree
 
 
 class Presets(Screen[str]):
-    """Gives back the name of the preset to load."""
+    """List presets; the result is the name of the one to load."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.PRESETS), actions.closing("presets")]
@@ -41,7 +41,7 @@ class Presets(Screen[str]):
         super().__init__(classes="list-screen")
         self._listed: dict[str, presets.Listed] = {}
         self._deleted: list[tuple[Path, str | None]] = []
-        """For each its file, and its name where the draft of the main screen was it."""
+        """The file of each deleted preset, and its name if the draft was made from it."""
 
     def compose(self) -> ComposeResult:
         """Yield the list and the preview."""
@@ -80,7 +80,7 @@ class Presets(Screen[str]):
 
     @on(RowTable.Chosen)
     def action_load(self) -> None:
-        """Load the preset under the cursor, if it has no mistakes."""
+        """Load the preset under the cursor, unless it has mistakes."""
         listed = self._listed.get(self._chosen or "")
         if listed is not None and listed.preset is None:
             self.app.tell(f"'{listed.name}' has mistakes and cannot be loaded", "warning")
@@ -88,7 +88,7 @@ class Presets(Screen[str]):
             self.dismiss(listed.name)
 
     def action_back(self) -> None:
-        """Go back without loading; close the field for a name first."""
+        """Close the rename field if it is open, else the screen."""
         field = self.query("#rename")
         if field:
             field.remove()
@@ -97,7 +97,7 @@ class Presets(Screen[str]):
             self.dismiss()
 
     def action_rename(self) -> None:
-        """Ask for another name below the list."""
+        """Open the rename field below the list."""
         if self._chosen is None or self.query("#rename"):
             return
         field = Input(self._chosen, id="rename", placeholder="new name; escape leaves it")
@@ -116,7 +116,7 @@ class Presets(Screen[str]):
             self.query_one(RowTable).go_to(new)
 
     def action_delete(self) -> None:
-        """Delete one of the person's own; undo brings it back."""
+        """Delete a preset of the user's own; undo restores it."""
         name = self._chosen
         if name is None:
             return
@@ -126,12 +126,12 @@ class Presets(Screen[str]):
 
         if self._try(delete):
             if self.app.draft.preset == name:
-                self.app.follow_preset(name)  # a bundled one may have come out from behind it
+                self.app.follow_preset(name)  # a bundled preset of the same name may have become visible
             self._read()
             self.app.tell(f"'{name}' is deleted; {self.app.keys['presets_undo']} brings it back")
 
     def action_undo(self) -> None:
-        """Bring back what was deleted last."""
+        """Restore the last deleted preset."""
         if not self._deleted:
             self.app.tell("nothing was deleted here")
             return

@@ -1,4 +1,4 @@
-"""A question with two answers."""
+"""A dialog with a yes-or-no question."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answ
 
 
 class Question(ModalScreen[bool]):
-    """Asks once; y is yes, and the key that asked as well; enter, escape or n is no, which changes nothing."""
+    """Ask a question; y or the key that opened the dialog is yes; enter, escape or n is no, which changes nothing."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -27,11 +27,11 @@ class Question(ModalScreen[bool]):
         self._text, self._yes, self._no = text, yes, no
 
     def compose(self) -> ComposeResult:
-        """Yield the question and its answers."""
+        """Yield the question and its two answers."""
         with Vertical(classes="dialog"):
             yield Static(self._text, markup=False)
             yield Static(ANSWERS.format(yes=self._yes, no=self._no), classes="answers")
 
     def action_answer(self, yes: bool) -> None:
-        """Answer."""
+        """Close with the answer."""
         self.dismiss(yes)

@@ -1,4 +1,4 @@
-"""One row in full: its figures, its samples, its reason, and the command that reproduces it."""
+"""The details of one row: figures, samples, reason, and the command that reproduces it."""
 
 from typing import ClassVar, Final
 
@@ -20,11 +20,11 @@ ENDED_BY: Final = {
     "interrupted": "until it was interrupted",
     "failed": "until it failed",
 }
-"""How the rounds of a row ended, in words."""
+"""Why the rounds of a row ended, by its `stopped_by`."""
 
 
 class RowDetails(ModalScreen[None]):
-    """Shows a row; escape closes it."""
+    """Show the details of a row."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -34,12 +34,12 @@ class RowDetails(ModalScreen[None]):
     ]
 
     def __init__(self, case: Case, row: Row, command: str) -> None:
-        """Take a row, its case, and the command that measures it again."""
+        """Create the dialog for a row, its case, and the command that measures it again."""
         super().__init__()
         self._case, self._row, self._command = case, row, command
 
     def compose(self) -> ComposeResult:
-        """Yield the figures in two columns, then the samples, then the sentences."""
+        """Yield the figures in two columns, the samples, and the notes."""
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = literal(f"{self._row.implementation} on {self._case.workload.label}")
             dialog.border_subtitle = "escape closes"
@@ -49,12 +49,12 @@ class RowDetails(ModalScreen[None]):
             yield Static("\n".join(sentences(self._row, self._command)), markup=False, classes="answers")
 
     def action_close(self) -> None:
-        """Close it."""
+        """Close the dialog."""
         self.dismiss()
 
 
 def figure_lines(row: Row, case: Case) -> list[str]:
-    """All figures, with their names."""
+    """Return one line per figure, with its name."""
     pairs = [
         ("path", f"{row.path or figures.UNKNOWN}{_fused(row)}"),
         ("verdict", figures.verdict(row, case)),
@@ -77,7 +77,7 @@ def _fused(row: Row) -> str:
 
 
 def sample_lines(row: Row) -> list[str]:
-    """The samples as a small histogram, with its ends named."""
+    """Return the samples as a small histogram with its range."""
     low, high = min(row.samples), max(row.samples)
     left, right = figures.seconds(low), figures.seconds(high)
     bars = histogram(row.samples, width=56, height=4)
@@ -85,7 +85,7 @@ def sample_lines(row: Row) -> list[str]:
 
 
 def sentences(row: Row, command: str) -> list[str]:
-    """Why this path, whether the machine slowed down, and how to measure it again."""
+    """Return the reason for the path, a note on throttling, and the command that measures it again."""
     lines = [row.reason] if row.reason else []
     if row.throttled:
         lines.append("The reference slowed down while this case ran: the machine throttles, or was busy.")

@@ -1,4 +1,4 @@
-"""Saves what is set up as a preset; says what is wrong with the name while it is typed."""
+"""The dialog that saves the setup as a preset; the name is checked while it is typed."""
 
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from fatui.preset_format import Preset
 
 
 class SaveAs(ModalScreen[Preset]):
-    """Asks for a name, a title and a summary; gives back the preset that was saved."""
+    """Ask for a name, a title and a summary; the result is the saved preset."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not save", id="back")]
@@ -28,7 +28,7 @@ class SaveAs(ModalScreen[Preset]):
         self._taken = {listed.name: listed.bundled for listed in presets.list_presets()}
 
     def compose(self) -> ComposeResult:
-        """Yield the fields and a line that says how it stands."""
+        """Yield the fields, and a line with the outcome or the problem."""
         origin = self._origin
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Save as a preset"
@@ -42,7 +42,7 @@ class SaveAs(ModalScreen[Preset]):
             yield Static(id="verdict", markup=False)
 
     def on_mount(self) -> None:
-        """Say how the name stands."""
+        """Check the initial name."""
         self._judge()
 
     @property

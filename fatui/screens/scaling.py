@@ -1,4 +1,4 @@
-"""How a sweep scales: a heat map of speedups over two axes, tokens/s over one, and the crossovers in words."""
+"""How a sweep scales: a heat map of speedups over two axes, tokens/s over one, and the crossovers."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,7 +24,7 @@ NO_RUN = "No run yet. A sweep that was run, or opened from the history, is drawn
 
 
 class Scaling(Screen[None]):
-    """Draws the report; keys go through axes, implementations and parts."""
+    """Draw the scaling of the shown report; keys cycle through axes, implementations and slices."""
 
     CSS_PATH: ClassVar = ["list.tcss", "scaling.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.SCALING), actions.closing("scaling")]
@@ -36,7 +36,7 @@ class Scaling(Screen[None]):
         self._logarithmic: bool | None = None
 
     def compose(self) -> ComposeResult:
-        """Yield the map, the chart and the crossovers."""
+        """Yield the heat map, the chart and the crossovers."""
         yield StatusLine()
         with VerticalScroll(id="scaling-body", can_focus=False):
             with Vertical(classes="pane", id="map-pane"):
@@ -49,21 +49,21 @@ class Scaling(Screen[None]):
         yield KeyBar(keys=actions.bar(actions.SCALING, self.app.keys))
 
     def on_mount(self) -> None:
-        """Draw."""
+        """Draw the initial state."""
         self._draw()
 
     def action_turn(self, what: str) -> None:
-        """Go to the next axis, implementation or part."""
+        """Show the next axis, implementation or slice."""
         self._turns[what] += 1
         self._draw()
 
     def action_logarithmic(self) -> None:
-        """Change the scale."""
+        """Switch between a linear and a logarithmic scale."""
         self._logarithmic = not self.query_one(LineChart).logarithmic
         self._draw()
 
     def action_back(self) -> None:
-        """Go back."""
+        """Close the screen."""
         self.dismiss()
 
     def _draw(self) -> None:

@@ -1,4 +1,4 @@
-"""A choice of one word among a few, on one row; in a sweep it marks several of them."""
+"""A one-row choice among a few words; in a sweep several can be marked."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -14,9 +14,9 @@ from fatui.widgets.row_table import clip
 
 
 class Choice(Widget, can_focus=True):
-    """Chooses one of its options; a number that is typed makes an option where `typed_option` is given.
+    """Choose one of the options; with `typed_option`, typed digits make a further option.
 
-    In a sweep it shows what will run, and beside it the option under the cursor where that is another.
+    In a sweep it shows the marked options, and beside them the option under the cursor if it is another.
     """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"choice--label", "choice--value"}
@@ -30,7 +30,7 @@ class Choice(Widget, can_focus=True):
     DEFAULT_CSS = "Choice { height: 1; }"
 
     class Changed(Message):
-        """The person chose another option, or others."""
+        """Posted when the user chose another option, or marked others."""
 
         def __init__(self, choice: "Choice", values: tuple[str, ...]) -> None:
             super().__init__()
@@ -54,7 +54,7 @@ class Choice(Widget, can_focus=True):
         return self.values[0]
 
     def show(self, values: tuple[str, ...], *, sweeping: bool = False) -> None:
-        """Set what is chosen, without a message."""
+        """Set the chosen options without posting a message."""
         if (values, sweeping) == (self.values, self.sweeping):
             return
         self.values, self.sweeping = values, sweeping
@@ -74,7 +74,7 @@ class Choice(Widget, can_focus=True):
         self.refresh()
 
     def action_step(self, count: int) -> None:
-        """Go to the next option, around the end; from a typed one to the first."""
+        """Go to the next option, wrapping around; from a typed one, to the first."""
         index = self.options.index(self._cursor) + count if self._cursor in self.options else 0
         self._go_to(self.options[index % len(self.options)])
 
@@ -83,7 +83,7 @@ class Choice(Widget, can_focus=True):
         self._go_to(self.options[index])
 
     def action_mark(self) -> None:
-        """In a sweep, takes the option under the cursor in or out, the last one stays; else goes to the next."""
+        """Go to the next option; in a sweep, toggle the mark of the one under the cursor, except on the last one."""
         if not self.sweeping:
             self.action_step(1)
             return
@@ -92,7 +92,7 @@ class Choice(Widget, can_focus=True):
         self.refresh()
 
     def on_key(self, event: events.Key) -> None:
-        """Make an option from typed digits, each of which adds to those before; k after them is 1024 times."""
+        """Collect typed digits into an option; k after them multiplies by 1024."""
         if self._typed_option is None:
             return
         if self._typed and event.character in ("k", "K"):
@@ -110,11 +110,11 @@ class Choice(Widget, can_focus=True):
             self._go_to(self._typed_option(self._typed))
 
     def on_blur(self) -> None:
-        """End a typed value."""
+        """Finish the typed value."""
         self._typed = ""
 
     def on_click(self, event: events.Click) -> None:
-        """Go to the next option; on the label's side of the word, to the one before; in a sweep, mark."""
+        """Go to the next option, or on the label's side of the word to the previous one; in a sweep, mark."""
         if self.sweeping:
             self.action_mark()
         else:
@@ -127,14 +127,14 @@ class Choice(Widget, can_focus=True):
         self.action_step(1)
 
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """Go to the option before."""
+        """Go to the previous option."""
         event.stop()
         event.prevent_default()
         self.action_step(-1)
 
     @property
     def value_text(self) -> str:
-        """What stands beside the label."""
+        """The text beside the label."""
         left, right = ("‹", "›") if self.has_focus else (" ", " ")
         if not self.sweeping:
             return f"{left}{self.value}{right}"

@@ -1,4 +1,4 @@
-"""The comparison: a block of rows for each case, filling as they come in, and the means of a sweep."""
+"""The comparison table: a block of rows per case, filled during the run, and the means of a sweep."""
 
 from textual import on
 from textual.app import ComposeResult
@@ -17,7 +17,7 @@ EMPTY = "No rows yet. r runs what is set up; each row stands here as soon as it 
 
 
 class ComparisonPane(Vertical):
-    """Shows the rows of a run that goes on, or of a report that was opened."""
+    """Show the rows of the current run, or of a past run."""
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="pane")
@@ -30,7 +30,7 @@ class ComparisonPane(Vertical):
         self.border_title = "Comparison"
 
     def compose(self) -> ComposeResult:
-        """Yield the table and the line below it."""
+        """Yield the table and the finding below it."""
         yield RowTable(lines_of.COLUMNS, empty=EMPTY, id="comparison-table")
         yield Static(id="finding", markup=False)
 
@@ -46,7 +46,7 @@ class ComparisonPane(Vertical):
             self._lines.clear()
 
     def show_session(self, session: Session) -> None:
-        """Draw a run as far as it is."""
+        """Draw the current run."""
         self._begin(session)
         record, several = session.record, len(session.plan.cases) > 1
         lines: list[Line] = []
@@ -83,7 +83,7 @@ class ComparisonPane(Vertical):
         return made + lines_of.waiting_lines(index, waiting if session.active else [])
 
     def show_report(self, report: Report) -> None:
-        """Draw a run of the past."""
+        """Draw a past run."""
         self._begin(report)
         several = len(report.cases) > 1
         lines = lines_of.summary_lines(report.summary, len(report.cases)) if several else []
@@ -110,7 +110,7 @@ class ComparisonPane(Vertical):
         below = self.query_one("#finding", Static)
         below.display = bool(finding)
         below.update(finding)
-        # How many columns fit is known only once the pane is laid out.
+        # The number of visible columns is known only after layout.
         self.call_after_refresh(self._show_hint)
 
     @on(RowTable.Turned)

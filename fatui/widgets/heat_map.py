@@ -1,4 +1,4 @@
-"""Speedups over two axes, each a number on a shade."""
+"""A heat map of speedups over two axes, with the figure in each cell."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -19,7 +19,7 @@ HEAD = 10
 
 
 class HeatData(Struct, frozen=True):
-    """What is drawn."""
+    """The two axes and the row of each cell."""
 
     across: tuple[str, tuple[Value, ...]]
     down: tuple[str, tuple[Value, ...]]
@@ -27,12 +27,12 @@ class HeatData(Struct, frozen=True):
 
 
 def say_value(value: Value) -> str:
-    """A value of an axis as people say it."""
+    """Format a value of an axis."""
     return say(value) if isinstance(value, int) else value
 
 
 def cell_text(row: Row | None) -> str:
-    """A cell in words: the speedup, or what came in its place."""
+    """Format a cell: the speedup, or the row's status."""
     if row is None:
         return "·"
     if row.status != "ok":
@@ -45,7 +45,7 @@ def cell_text(row: Row | None) -> str:
 
 
 class HeatMap(Widget):
-    """Draws a grid; the shade follows the speedup, and the number says it."""
+    """Draw a grid of speedups; the shade repeats the figure."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         *("heat--head", "heat--none", "heat--slower", "heat--same", "heat--faster", "heat--much-faster"),
@@ -56,7 +56,7 @@ class HeatMap(Widget):
         self.data: HeatData | None = None
 
     def show(self, data: HeatData | None) -> None:
-        """Set what is drawn."""
+        """Set the data."""
         self.data = data
         self.styles.height = len(data.down[1]) + 2 if data else 1
         self.refresh()
@@ -70,7 +70,7 @@ class HeatMap(Widget):
         return self.get_component_rich_style(f"heat--{part}")
 
     def render_line(self, y: int) -> Strip:
-        """Draw the heads, or one value of the axis that runs down."""
+        """Draw a heading row, or one row of cells."""
         head = self.get_component_rich_style("heat--head")
         if self.data is None:
             return Strip([Segment("A heat map needs a sweep over two axes.", head)])

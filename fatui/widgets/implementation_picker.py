@@ -1,4 +1,4 @@
-"""The list of implementations: which will run, and in words what each would do with the workload."""
+"""The list of implementations: which are selected, and the path each would take for the workload."""
 
 from typing import ClassVar, Final
 
@@ -16,20 +16,20 @@ NAME_WIDTH: Final = 9
 
 
 class Offer(Struct, frozen=True):
-    """One implementation as the list shows it."""
+    """One implementation of the list."""
 
     name: str
     chosen: bool
     path: str
-    """What it would do, in a few words; "…" while that is being found out."""
+    """The path it would take, in a few words; "…" until it is known."""
     reason: str = ""
-    """Why, in a sentence."""
+    """Why it would take that path, in a sentence."""
     able: bool = True
     """Whether it would run at all."""
 
 
 class ImplementationPicker(Widget, can_focus=True):
-    """Space or a click takes an implementation in or out; the lines below say why it would go that way."""
+    """Select or deselect implementations with space or a click; the lines below give the reason for the path."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         *("picker--on", "picker--off", "picker--cursor", "picker--path", "picker--unable", "picker--reason"),
@@ -43,7 +43,7 @@ class ImplementationPicker(Widget, can_focus=True):
     ]
 
     class Toggled(Message):
-        """An implementation was taken in or out."""
+        """Posted when an implementation was selected or deselected."""
 
         def __init__(self, name: str) -> None:
             super().__init__()
@@ -61,7 +61,7 @@ class ImplementationPicker(Widget, can_focus=True):
             self.refresh(layout=False)
 
     def action_move(self, count: int) -> None:
-        """Move the cursor; past either end the focus goes on to the next control."""
+        """Move the cursor; past either end, focus the next or previous widget."""
         target = self._cursor + count
         if abs(count) == 1 and not 0 <= target < len(self.offers):
             self.screen.focus_next() if count > 0 else self.screen.focus_previous()
@@ -70,19 +70,19 @@ class ImplementationPicker(Widget, can_focus=True):
         self.refresh()
 
     def action_take(self) -> None:
-        """Take the implementation under the cursor in or out."""
+        """Select or deselect the implementation under the cursor."""
         if self.offers:
             self.post_message(self.Toggled(self.offers[self._cursor].name))
 
     def on_click(self, event: events.Click) -> None:
-        """Take the clicked one in or out."""
+        """Select or deselect the clicked implementation."""
         if event.y < len(self.offers):
             self._cursor = event.y
             self.refresh()
             self.action_take()
 
     def _reason_lines(self) -> list[str]:
-        """The reason of the one under the cursor, as much of it as there is room for."""
+        """Wrap the reason of the implementation under the cursor to the space left, cut with an ellipsis."""
         if not self.offers:
             return []
         import textwrap
@@ -95,7 +95,7 @@ class ImplementationPicker(Widget, can_focus=True):
         return lines
 
     def render_line(self, y: int) -> Strip:
-        """Draw one implementation, or a line of the reason below them."""
+        """Draw one implementation, or a line of the reason below the list."""
         if y < len(self.offers):
             return self._offer(self.offers[y], y == self._cursor and self.has_focus)
         lines = self._reason_lines()

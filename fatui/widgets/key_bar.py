@@ -1,4 +1,4 @@
-"""The bottom row: the keys that matter now, the first ones where not all fit."""
+"""The bottom row: the keys of the current context, as many as fit, the most important first."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ PALETTE = "^p Palette"
 
 
 class KeyBar(Widget):
-    """Shows keys with their labels; a click does what the key does."""
+    """Show keys with their labels; a click runs the key's action."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"keys--key", "keys--label"}
     DEFAULT_CSS = "KeyBar { height: 1; dock: bottom; }"
@@ -21,7 +21,7 @@ class KeyBar(Widget):
         self.keys = keys
 
     def show(self, keys: tuple[tuple[str, str, str], ...]) -> None:
-        """Set the keys: each a key, its label and its action."""
+        """Set the keys, each a tuple of key, label and action."""
         if keys != self.keys:
             self.keys = keys
             self.refresh()
@@ -47,7 +47,7 @@ class KeyBar(Widget):
         return Strip(parts).adjust_cell_length(self.size.width, label_style)
 
     async def on_click(self, event: events.Click) -> None:
-        """Do what was clicked."""
+        """Run the clicked action."""
         at = 0
         for key, label, action in self._fitting():
             at += len(key) + len(label) + 3

@@ -1,4 +1,4 @@
-"""tokens/s over one axis: a line for each implementation, with its interval, on a zero-based or logarithmic scale."""
+"""tokens/s over one axis: a line per implementation, with intervals, on a zero-based or logarithmic scale."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ LEFT: Final = 9
 MARKS: Final = "●■▲◆✚✖○□△◇"
 COLOURS: Final = 6
 Cells = list[list[tuple[str, int]]]
-"""Rows of glyphs, each with the number of its line, -1 for none."""
+"""Rows of (glyph, line number), -1 for no line."""
 
 
 class ChartData(Struct, frozen=True):
-    """What is drawn: the axis with its values, and for each name its points."""
+    """The axis with its values, and the points of each name."""
 
     axis: str
     values: tuple[Value, ...]
@@ -32,7 +32,7 @@ class ChartData(Struct, frozen=True):
 
 
 class LineChart(Widget):
-    """Draws marks at the values and dots between them; a mark's interval is a bar where it is taller than the mark."""
+    """Draw a mark at each value and dots between; an interval is a bar where it is taller than its mark."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"chart--axis", *(f"chart--line-{index}" for index in range(COLOURS))}
 
@@ -42,13 +42,13 @@ class LineChart(Widget):
         self._drawn: tuple[object, Cells] = (None, [])
 
     def show(self, data: ChartData | None) -> None:
-        """Set what is drawn."""
+        """Set the data."""
         self.data = data
         self.refresh()
 
     @property
     def logarithmic(self) -> bool:
-        """Whether the scale is logarithmic now."""
+        """Whether the scale is logarithmic."""
         return self.data is not None and self.data.logarithmic
 
     @property
@@ -62,7 +62,7 @@ class LineChart(Widget):
         return (min(lows, default=0.1) * 0.9 if data.logarithmic else 0.0), high * 1.02
 
     def _row(self, rate: float, data: ChartData) -> int:
-        """Rows from the top."""
+        """Return the row of a rate, counted from the top."""
         low, high = self._scale(data)
         part = (rate - low) / (high - low)
         if data.logarithmic:
@@ -95,7 +95,7 @@ class LineChart(Widget):
                 self._put(cells, y, x, "│", number)
             row = cells[self._row(point.rate, data)]
             free = next((each for each in range(x, min(x + len(MARKS), len(row))) if row[each][0] not in MARKS), x)
-            row[free] = MARKS[number % len(MARKS)], number  # beside another one's, so that both are seen
+            row[free] = MARKS[number % len(MARKS)], number  # beside a mark already there, so that both are visible
 
     @staticmethod
     def _put(cells: Cells, y: int, x: int, glyph: str, number: int) -> None:
@@ -103,7 +103,7 @@ class LineChart(Widget):
             cells[y][x] = glyph, number
 
     def render_line(self, y: int) -> Strip:
-        """Draw one row of the plot, the axis, its values, or the names."""
+        """Draw one row of the plot, the axis, its values, or the legend."""
         axis = self.get_component_rich_style("chart--axis")
         data = self.data
         if data is None or not data.lines:

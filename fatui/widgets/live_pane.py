@@ -1,4 +1,4 @@
-"""What happens now: progress, tokens/s of each implementation, memory, and the machine."""
+"""The live view of a run: progress, tokens/s of each implementation, memory, and the machine's state."""
 
 import math
 
@@ -19,11 +19,11 @@ IDLE = "Nothing runs. r runs what is set up; tokens/s, memory and progress are d
 MEMORY = ("MLX active", "MLX peak", "process", "device")
 BAR = 24
 AROUND = 8
-"""Rows of the pane beside its trends: border, progress, the heads of two charts, the machine's line."""
+"""Rows of the pane besides the trends: borders, progress, the headings of two charts, the telemetry line."""
 
 
 class LivePane(Vertical, can_focus=True):
-    """Draws a session's trends."""
+    """Draw the trends of a session."""
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="pane")
@@ -31,14 +31,14 @@ class LivePane(Vertical, can_focus=True):
         self._least: int | None = None
 
     def compose(self) -> ComposeResult:
-        """Yield progress, two charts and the machine's line."""
+        """Yield the progress, two charts and the telemetry line."""
         yield Static(IDLE, id="progress", markup=False)
         yield TrendChart(Scale("tokens/s"), id="rates")
         yield TrendChart(Scale("memory", columns=("now", "peak")), id="memory")
         yield Static(id="telemetry", markup=False)
 
     def show(self, session: Session | None, opened: Report | None = None) -> None:
-        """Draw the run; without one, say which past run is open, or that there is none."""
+        """Draw the run; without one, say which past run is open, or that none is."""
         self.set_class(session is None, "-idle")
         if session is None:
             self._set_least(None)
@@ -67,18 +67,18 @@ class LivePane(Vertical, can_focus=True):
             chart.styles.height = f"{share}fr"
 
     def _set_least(self, rows: int | None) -> None:
-        """Claim the rows that all trends need; a chart's own minimum would push the others out of the pane."""
+        """Set the pane's minimum height to fit all trends; a minimum on one chart would push the others out."""
         if rows != self._least:
             self._least = rows
             self.styles.min_height = rows
 
     def show_reading(self, reading: Reading) -> None:
-        """Draw the machine's line."""
+        """Draw the telemetry line."""
         self.query_one("#telemetry", Static).update(in_words(reading), layout=False)
 
 
 def opened_line(report: Report) -> str:
-    """Which past run the table shows, instead of the progress of one that goes on."""
+    """Format the line shown instead of the progress while a past run is open."""
     run = report.run
     when = run.started[:16].replace("T", " ")
     broken_off = ", interrupted" if run.interrupted else ""
@@ -87,7 +87,7 @@ def opened_line(report: Report) -> str:
 
 
 def progress_line(session: AnySession) -> str:
-    """How far the run is, and what runs now."""
+    """Format the progress of the run and its current step."""
     progress = session.record.progress
     if not session.active:
         return f"{session.phase} after {figures.duration(session.elapsed_s)}"
@@ -109,7 +109,7 @@ def progress_line(session: AnySession) -> str:
 
 
 def rate_trends(session: AnySession) -> tuple[Trend, ...]:
-    """One trend for each implementation of the plan, with a word where there are no points."""
+    """Return one trend per implementation of the plan, with a note where there are no points."""
     index = session.case_number
     rows = session.record.cases[index].rows if index is not None else {}
     trends = []
@@ -126,7 +126,7 @@ def rate_trends(session: AnySession) -> tuple[Trend, ...]:
 
 
 def memory_trends(session: Session) -> tuple[Trend, ...]:
-    """One trend for each memory figure that the system gives."""
+    """Return one trend per memory figure that the system reports."""
     known = [(name, session.memory[name]) for name in MEMORY if name in session.memory]
     return tuple(_trend(name, series, figures.size) for name, series in known) or (Trend("", note="no figures yet"),)
 
@@ -137,7 +137,7 @@ def _trend(name: str, series: Series, say: "type[str] | object") -> Trend:
 
 
 def ceiling(highest: float) -> float:
-    """The next of 1, 1.2, 1.6, 2, 3, 4, 6, 8 times a power of ten, so that the scale seldom changes."""
+    """Round up to 1, 1.2, 1.6, 2, 3, 4, 6 or 8 times a power of ten, so that the scale seldom changes."""
     if highest <= 0:
         return 0.0
     power: float = 10 ** math.floor(math.log10(highest))
@@ -145,5 +145,5 @@ def ceiling(highest: float) -> float:
 
 
 def ceiling_bytes(highest: float) -> float:
-    """The next power of two."""
+    """Round up to a power of two."""
     return float(2 ** math.ceil(math.log2(highest))) if highest > 1 else highest

@@ -1,4 +1,4 @@
-"""The log with its filter, which opens above it."""
+"""The log and its filter, which opens above it."""
 
 from textual import on
 from textual.app import ComposeResult
@@ -13,7 +13,7 @@ HINT = "word to find; begin with warning: or error: for a level"
 
 
 class LogPane(Vertical):
-    """Shows the journal; the title says what is filtered and how much is held back."""
+    """Show the journal; the title gives the filter and the number of lines held back."""
 
     DEFAULT_CSS = "LogPane Input { height: 1; border: none; padding: 0 1; } LogPane LogView { height: 1fr; }"
 
@@ -23,16 +23,16 @@ class LogPane(Vertical):
         self._title = ""
 
     def compose(self) -> ComposeResult:
-        """Yield the lines; the filter is made when it is asked for."""
+        """Yield the lines; the filter is mounted when it is opened."""
         yield LogView(self.journal, id="log-view")
 
     @property
     def view(self) -> LogView:
-        """The lines."""
+        """The view of the lines."""
         return self.query_one(LogView)
 
     def refresh_lines(self) -> None:
-        """Take in new lines and say how it stands."""
+        """Show new lines and update the title."""
         view = self.view
         view.update_lines()
         parts = ["Log"]
@@ -47,12 +47,12 @@ class LogPane(Vertical):
             self.border_title = literal(title)
 
     def toggle_pause(self) -> None:
-        """Pause, or go on with all that came in meanwhile."""
+        """Pause, or continue and show what was held back."""
         self.view.paused = not self.view.paused
         self.refresh_lines()
 
     def ask(self) -> None:
-        """Open the filter: a word, or a level, or both: "error poc"."""
+        """Open the filter, which takes a word, a level, or both: "error: poc"."""
         if self.query(Input):
             self.query_one(Input).focus()
             return
@@ -77,7 +77,7 @@ class LogPane(Vertical):
         self.view.focus()
 
     def key_escape(self) -> None:
-        """Close the filter and show all lines again."""
+        """Close the filter and show all lines."""
         if self.query(Input):
             self.query_one(Input).remove()
             self.view.filter("", "info")

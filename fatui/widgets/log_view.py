@@ -1,4 +1,4 @@
-"""The lines of the journal: filtered, paused, and keeping their place when scrolled up."""
+"""The lines of the journal: filtered, paused, and scrolled without losing their place."""
 
 from typing import ClassVar, Final
 
@@ -15,11 +15,11 @@ LEVELS: Final = ("info", "warning", "error")
 
 
 class LogView(ScrollView, can_focus=True):
-    """Shows a journal; follows its end until it is scrolled up or paused, while lines still come in.
+    """Show a journal and follow its end, unless scrolled up or paused.
 
     Attributes:
-        needle: only lines that contain it are shown, upper and lower case alike.
-        level: only lines of that level and above are shown.
+        needle: only lines that contain it are shown, case-insensitively.
+        level: only lines of this level or a higher one are shown.
     """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"log--time", "log--info", "log--warning", "log--error"}
@@ -42,7 +42,7 @@ class LogView(ScrollView, can_focus=True):
         return LEVELS.index(line.level) >= LEVELS.index(self.level) and self.needle.lower() in line.text.lower()
 
     def update_lines(self) -> None:
-        """Take in what the journal has got since the last time."""
+        """Show the lines added to the journal since the last call."""
         if self.paused or self._read == self.journal.count:
             return
         fresh = [line for line in self.journal.since(self._read) if self._passes(line)]
@@ -55,7 +55,7 @@ class LogView(ScrollView, can_focus=True):
         self._lay_out(surplus)
 
     def filter(self, needle: str, level: str) -> None:
-        """Show other lines."""
+        """Show only the lines that match a word and a level."""
         if (needle, level) != (self.needle, self.level):
             self.needle, self.level = needle, level
             self._lines = [line for line in self.journal.since(0) if self._passes(line)]
@@ -66,7 +66,7 @@ class LogView(ScrollView, can_focus=True):
     def _lay_out(self, removed: int) -> None:
         self.virtual_size = Size(self._width, len(self._lines))
         if self._following:
-            # The largest offset is known only after the new size is laid out.
+            # The maximum offset is known only after the new size is laid out.
             self.call_after_refresh(self.scroll_end, animate=False, immediate=True)
         elif removed:
             self.scroll_to(y=max(0, self.scroll_offset.y - removed), animate=False, immediate=True)
@@ -74,19 +74,19 @@ class LogView(ScrollView, can_focus=True):
 
     @property
     def held_back(self) -> int:
-        """Lines that came in while it was paused."""
+        """Number of lines held back while paused."""
         return self.journal.count - self._read
 
     def action_follow(self) -> None:
-        """Go to the end, and follow it again."""
+        """Scroll to the end, and follow it again."""
         self._following = True
         self.scroll_end(animate=False)
 
     def watch_scroll_y(self, old: float, new: float) -> None:
-        """Stop following where a person scrolls up, and follow again once they are back at the end."""
+        """Stop following when scrolled up; follow again at the end."""
         super().watch_scroll_y(old, new)
         if new < old or new >= self.max_scroll_y:
-            # Going down short of an end that has moved on meanwhile is no reason to stop.
+            # Scrolling down without reaching an end that has moved is not a reason to stop following.
             self._following = new >= self.max_scroll_y
 
     @property
@@ -94,11 +94,11 @@ class LogView(ScrollView, can_focus=True):
         return self.scrollable_content_region.width
 
     def on_resize(self) -> None:
-        """Stay at the end if it was there."""
+        """Stay at the end if following."""
         self._lay_out(0)
 
     def render_line(self, y: int) -> Strip:
-        """Draw one line; its level is said in a word as well as in colour."""
+        """Draw one line; the level is shown as a word as well as by colour."""
         width = self._width
         index = y + self.scroll_offset.y
         if index >= len(self._lines):

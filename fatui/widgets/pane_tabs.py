@@ -1,4 +1,4 @@
-"""The tabs that stand in for panes where there is room for one column only."""
+"""The tabs that replace panes when only one column fits."""
 
 from typing import ClassVar
 
@@ -12,13 +12,13 @@ TABS = (("setup", "Set up"), ("live", "Live"), ("results", "Results"), ("log", "
 
 
 class PaneTabs(Widget):
-    """Shows which tab is open; a click opens another."""
+    """Show the open tab; a click opens another."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"tabs--open", "tabs--other"}
     DEFAULT_CSS = "PaneTabs { height: 1; }"
 
     class Opened(Message):
-        """A tab was clicked."""
+        """Posted when a tab was clicked."""
 
         def __init__(self, tab: str) -> None:
             super().__init__()
@@ -29,7 +29,7 @@ class PaneTabs(Widget):
         self.tab = TABS[0][0]
 
     def show(self, tab: str) -> None:
-        """Mark a tab as the open one."""
+        """Mark a tab as open."""
         self.tab = tab
         self.refresh()
 
@@ -38,7 +38,7 @@ class PaneTabs(Widget):
         return f" [{title}] " if name == tab else f"  {title}  "
 
     def render_line(self, y: int) -> Strip:
-        """Draw the row; the open tab stands in brackets, so that it shows without colour."""
+        """Draw the row; brackets mark the open tab without colour."""
         opened, other = (self.get_component_rich_style(f"tabs--{part}") for part in ("open", "other"))
         parts = [
             Segment(self._title(name, title, self.tab), opened if name == self.tab else other) for name, title in TABS

@@ -1,4 +1,4 @@
-"""A table of many rows that draws only those in sight, and goes over several pages of columns where it is narrow."""
+"""A table that draws only its visible rows, and pages through its columns when they do not all fit."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,41 +19,41 @@ GAP: Final = 2
 
 
 class Column(Struct, frozen=True, kw_only=True):
-    """One column; of two that do not both fit, the one with the lower rank is shown."""
+    """One column; when two do not both fit, the one with the lower rank is shown."""
 
     name: str
     title: str
     rank: int = 0
-    """0 is always shown."""
+    """0: always shown."""
     right: bool = True
-    """Whether its text stands to the right."""
+    """Whether cells are right-aligned."""
     least: int = 0
-    """Width that it has even where its texts are shorter, so that it does not grow while figures come in."""
+    """Minimum width, so that the column does not grow while figures come in."""
     widest: int = 40
     narrowest: int | None = None
-    """Width to which it shrinks, its texts cut, rather than leave the page; None for a column that keeps its width."""
+    """Width to which the column may shrink, cutting its texts, rather than leave the page; None: it keeps its width."""
 
 
 class Line(Struct, frozen=True, kw_only=True):
-    """A row, or the head of a block of rows."""
+    """A row, or the heading of a block of rows."""
 
     key: str | None = None
-    """What a person chooses by it; None for a line that cannot be chosen."""
+    """Identifies the line when chosen; None for a line that cannot be chosen."""
     cells: Mapping[str, str] = {}
     span: str | None = None
-    """One text over the whole width, in place of cells."""
+    """One text over the whole width, instead of cells."""
     tone: str = ""
     """"head", "dim", "good" or "bad"."""
 
 
 def clip(text: str, width: int) -> str:
-    """The text as one harmless line, ended by an ellipsis where it is too long."""
+    """Return the text as a single line without control characters, cut with an ellipsis if too long."""
     text = one_line(text)
     return text if len(text) <= width else text[: max(0, width - 1)] + "…" if width > 0 else ""
 
 
 class RowTable(ScrollView, can_focus=True):
-    """Shows lines of cells; up and down move the cursor, left and right turn to columns that do not fit."""
+    """Show lines of cells; up and down move the cursor, left and right page through the columns."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         *("table--head", "table--cursor", "table--cursor-unfocused", "table--row", "table--dim"),
@@ -72,7 +72,7 @@ class RowTable(ScrollView, can_focus=True):
     ]
 
     class Highlighted(Message):
-        """The cursor moved to another line."""
+        """Posted when the cursor moved to another line."""
 
         def __init__(self, table: "RowTable", key: str | None) -> None:
             super().__init__()
@@ -84,13 +84,13 @@ class RowTable(ScrollView, can_focus=True):
             return self.table
 
     class Chosen(Highlighted):
-        """Enter was pressed on a line, or it was clicked twice."""
+        """Posted when enter was pressed on a line, or it was double-clicked."""
 
     class Turned(Message):
-        """Other columns are in sight."""
+        """Posted when another page of columns is shown."""
 
     class HeadClicked(Message):
-        """The head of a column was clicked."""
+        """Posted when the heading of a column was clicked."""
 
         def __init__(self, table: "RowTable", column: str) -> None:
             super().__init__()
@@ -114,7 +114,7 @@ class RowTable(ScrollView, can_focus=True):
         self._longest: dict[str, int] = {}
 
     def show(self, lines: Sequence[Line], *, sorted_by: str = "", descending: bool = False) -> None:
-        """Set what is shown; the cursor stays on its line where that is still there."""
+        """Set the lines; the cursor stays on its line if that still exists."""
         shown = tuple(lines)
         if (shown, sorted_by, descending) == (self.lines, self.sorted_by, self.descending):
             return
@@ -141,7 +141,7 @@ class RowTable(ScrollView, can_focus=True):
         return self.lines[self._cursor].key if 0 <= self._cursor < len(self.lines) else None
 
     def go_to(self, key: str) -> None:
-        """Move the cursor to a line."""
+        """Move the cursor to the line with a key."""
         found = next((index for index, line in enumerate(self.lines) if line.key == key), None)
         if found is not None:
             self._put_cursor(found)
@@ -153,7 +153,7 @@ class RowTable(ScrollView, can_focus=True):
         self.post_message(self.Highlighted(self, self.key))
 
     def _nearest(self, index: int, direction: int) -> int:
-        """The first line from an index on that can be chosen; the cursor's own where there is none."""
+        """Return the first selectable line from an index on, or the cursor's own if there is none."""
         while 0 <= index < len(self.lines):
             if self.lines[index].key is not None:
                 return index
@@ -161,7 +161,7 @@ class RowTable(ScrollView, can_focus=True):
         return self._cursor
 
     def action_move(self, count: int) -> None:
-        """Move the cursor over lines that can be chosen."""
+        """Move the cursor over selectable lines."""
         if not self.lines:
             return
         target = min(max(self._cursor + count, 0), len(self.lines) - 1)
@@ -172,7 +172,7 @@ class RowTable(ScrollView, can_focus=True):
         self._put_cursor(found)
 
     def action_turn(self, count: int) -> None:
-        """Turn to the columns that did not fit, or back."""
+        """Turn to the next or previous page of columns."""
         page = min(max(self.page + count, 0), len(self.pages) - 1)
         if page != self.page:
             self.page = page
@@ -186,7 +186,7 @@ class RowTable(ScrollView, can_focus=True):
 
     @property
     def pages(self) -> list[tuple[Column, ...]]:
-        """The columns in groups that fit, by rank; the first column opens each group."""
+        """Group the columns into pages that fit, by rank; each page starts with the first column."""
         first, rest = self.columns[0], sorted(self.columns[1:], key=lambda column: column.rank)
         groups, room = [[first]], self._width - self._width_of(first)
         for column in rest:
@@ -205,7 +205,7 @@ class RowTable(ScrollView, can_focus=True):
         return self._widths.get(column.name, len(column.title))
 
     def _fitted(self, columns: Sequence[Column]) -> list[int]:
-        """The width of each column of a page; one that can shrink takes the room that the others leave."""
+        """Return the width of each column of a page; a shrinkable column takes the space that the others leave."""
         widths = [self._width_of(each) for each in columns]
         spare = self._width - sum(widths) - GAP * (len(columns) - 1)
         for index, column in enumerate(columns):
@@ -216,13 +216,13 @@ class RowTable(ScrollView, can_focus=True):
 
     @property
     def shown_columns(self) -> tuple[Column, ...]:
-        """The columns in sight."""
+        """The visible columns."""
         pages = self.pages
         return pages[min(self.page, len(pages) - 1)]
 
     @property
     def hint(self) -> str:
-        """How to see the other columns, and where one stands among them; empty where all are in sight."""
+        """The keys that show the other columns, and the page; empty if all columns are visible."""
         pages = len(self.pages)
         if pages == 1 or not self.lines:
             return ""
@@ -231,12 +231,12 @@ class RowTable(ScrollView, can_focus=True):
         return f"{keys}, {page + 1} of {pages}"
 
     def on_resize(self) -> None:
-        """Keep the page among those there are."""
+        """Keep the page number in range."""
         self.page = min(self.page, len(self.pages) - 1)
         self.virtual_size = Size(self._width, len(self.lines) + 1)
 
     def on_click(self, event: events.Click) -> None:
-        """Move the cursor, or tell that a head was clicked."""
+        """Move the cursor, or post that a heading was clicked."""
         if event.y == 0:
             at, columns = 0, self.shown_columns
             for column, width in zip(columns, self._fitted(columns), strict=True):
@@ -271,7 +271,7 @@ class RowTable(ScrollView, can_focus=True):
         return self._text(self.shown_columns, titles)
 
     def render_line(self, y: int) -> Strip:
-        """Draw the head, which stays, or one line."""
+        """Draw the heading, which does not scroll, or one line."""
         width = self._width
         if y == 0 and self.lines:
             return self._strip(self._head(), "head")

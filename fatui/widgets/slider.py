@@ -1,4 +1,4 @@
-"""A slider over discrete stops, one row high; in a sweep it marks several of them."""
+"""A one-row slider over discrete stops; in a sweep several values can be marked."""
 
 import math
 from bisect import bisect_left
@@ -21,7 +21,7 @@ Say = Callable[[int], str]
 
 
 class Slider(Widget, can_focus=True):
-    """Chooses one number, or several in a sweep; a typed value takes any number that `parse` does."""
+    """Choose one number, or several in a sweep; any number that `parse` accepts can be typed."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"slider--label", "slider--track", "slider--thumb", "slider--value"}
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -38,7 +38,7 @@ class Slider(Widget, can_focus=True):
     DEFAULT_CSS = "Slider { height: 1; }"
 
     class Changed(Message):
-        """The person chose other values."""
+        """Posted when the user chose other values."""
 
         def __init__(self, slider: "Slider", values: tuple[int, ...]) -> None:
             super().__init__()
@@ -50,7 +50,7 @@ class Slider(Widget, can_focus=True):
             return self.slider
 
     class Refused(Message):
-        """What was typed is no value."""
+        """Posted when the typed text is not a value."""
 
         def __init__(self, slider: "Slider", reason: str) -> None:
             super().__init__()
@@ -68,7 +68,7 @@ class Slider(Widget, can_focus=True):
         self._dragging = False
 
     def show(self, values: tuple[int, ...], *, stops: tuple[int, ...] | None = None, sweeping: bool = False) -> None:
-        """Set what the slider shows, without a message."""
+        """Set the values without posting a message."""
         stops = stops or self.stops
         if (values, stops, sweeping) == (self.values, self.stops, self.sweeping):
             return
@@ -90,14 +90,14 @@ class Slider(Widget, can_focus=True):
         self.refresh()
 
     def _toggle(self, value: int) -> None:
-        """Mark or unmark a value; the last one stays."""
+        """Mark or unmark a value, though never the last one marked."""
         self._cursor = value
         values = set(self.values) ^ {value} or {value}
         self._choose(tuple(sorted(values)))
         self.refresh()
 
     def action_step(self, count: int) -> None:
-        """Go on by stops; from a value between two stops to the next in that direction."""
+        """Move by a number of stops; from between two stops, first to the next one in that direction."""
         index = bisect_left(self.stops, self._cursor)
         on_stop = index < len(self.stops) and self.stops[index] == self._cursor
         if not on_stop and count > 0:
@@ -105,18 +105,18 @@ class Slider(Widget, can_focus=True):
         self._go_to(self.stops[min(max(index + count, 0), len(self.stops) - 1)])
 
     def action_end(self, direction: int) -> None:
-        """Go to the first stop or the last."""
+        """Go to the first or the last stop."""
         self._go_to(self.stops[0 if direction < 0 else -1])
 
     def action_mark(self) -> None:
-        """In a sweep, takes the value under the cursor in or out."""
+        """In a sweep, mark or unmark the value under the cursor."""
         if self.typed is not None:
             self._type(" ")
         elif self.sweeping:
             self._toggle(self._cursor)
 
     def action_commit(self) -> None:
-        """Take what was typed, or say why not."""
+        """Apply the typed text, or post why it was refused."""
         if self.typed is None:
             return
         text, self.typed = self.typed, None
@@ -130,12 +130,12 @@ class Slider(Widget, can_focus=True):
         self._choose(values)
 
     def action_cancel(self) -> None:
-        """Forget what was typed."""
+        """Discard the typed text."""
         self.typed = None
         self.refresh()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Leave enter and escape to the screen while nothing is typed, and space while there is no sweep."""
+        """Leave enter and escape to the screen unless text is typed, and space unless sweeping or typing."""
         if action in ("commit", "cancel"):
             return self.typed is not None
         return self.sweeping or self.typed is not None if action == "mark" else True
@@ -145,7 +145,7 @@ class Slider(Widget, can_focus=True):
         self.refresh()
 
     def on_key(self, event: events.Key) -> None:
-        """Collect a typed value, which begins with a digit."""
+        """Collect a typed value, which starts with a digit."""
         if event.key == "backspace" and self.typed:
             self.typed = self.typed[:-1] or None
             self.refresh()
@@ -157,7 +157,7 @@ class Slider(Widget, can_focus=True):
         event.prevent_default()
 
     def on_blur(self) -> None:
-        """Take what was typed when the focus goes elsewhere."""
+        """Apply the typed text when the focus leaves."""
         self.action_commit()
 
     def _stop_at(self, x: int) -> int:
@@ -166,7 +166,7 @@ class Slider(Widget, can_focus=True):
         return self.stops[round(at * (len(self.stops) - 1))]
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
-        """Begin a drag; in a sweep, mark."""
+        """Start a drag; in a sweep, mark."""
         if event.x <= LABEL_WIDTH or event.x > LABEL_WIDTH + self._track_width:
             return
         if self.sweeping:
@@ -177,23 +177,23 @@ class Slider(Widget, can_focus=True):
         self._go_to(self._stop_at(event.x))
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
-        """Follow a drag."""
+        """Follow the drag."""
         if self._dragging:
             self._go_to(self._stop_at(event.x))
 
     def on_mouse_up(self) -> None:
-        """End a drag."""
+        """End the drag."""
         self._dragging = False
         self.release_mouse()
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        """Go one stop up."""
+        """Go up one stop."""
         event.stop()
         event.prevent_default()
         self.action_step(1)
 
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """Go one stop down."""
+        """Go down one stop."""
         event.stop()
         event.prevent_default()
         self.action_step(-1)
@@ -203,7 +203,7 @@ class Slider(Widget, can_focus=True):
         return max(3, self.size.width - LABEL_WIDTH - VALUE_WIDTH - 2)
 
     def _column(self, value: int) -> int:
-        """Where a value stands on the track; between two stops by its logarithm."""
+        """Return the column of a value on the track; between two stops, interpolate its logarithm."""
         index = min(max(bisect_left(self.stops, value), 0), len(self.stops) - 1)
         place = float(index)
         if index > 0 and self.stops[index] > value:
@@ -224,7 +224,7 @@ class Slider(Widget, can_focus=True):
 
     @property
     def value_text(self) -> str:
-        """What stands to the right of the track."""
+        """The text to the right of the track."""
         if self.typed is not None:
             return f"{self.typed[-VALUE_WIDTH + 1 :]}▏"
         return self._say(self.values[0]) if len(self.values) == 1 else f"{len(self.values)} values"

@@ -1,4 +1,4 @@
-"""The top row: what is set up and where, and on the right the phase."""
+"""The top row: what is set up and on which machine, with the phase on the right."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ GAP = 2
 
 
 class StatusLine(Widget):
-    """Shows two texts; where both do not fit the left one is cut."""
+    """Show two texts; the left one is cut if both do not fit."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"status--name", "status--left", "status--right", "status--alarm"}
     DEFAULT_CSS = "StatusLine { height: 1; dock: top; }"
@@ -22,7 +22,7 @@ class StatusLine(Widget):
         self.left, self.right, self.alarm = "", "", False
 
     def show(self, left: str, right: str, *, alarm: bool = False) -> None:
-        """Set the texts; an alarm stands out."""
+        """Set the texts; an alarm is highlighted."""
         if (left, right, alarm) != (self.left, self.right, self.alarm):
             self.left, self.right, self.alarm = left, right, alarm
             self.refresh()

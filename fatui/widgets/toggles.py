@@ -1,4 +1,4 @@
-"""Several words on one row, each in or out."""
+"""Several words on one row, each selected or not."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from textual.widget import Widget
 
 
 class Toggles(Widget, can_focus=True):
-    """Left and right go from word to word; space or a click takes one in or out, and the last one stays."""
+    """Move with left and right; space or a click selects or deselects a word, though never the last one selected."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"picker--on", "picker--off", "picker--cursor"}
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -22,7 +22,7 @@ class Toggles(Widget, can_focus=True):
     DEFAULT_CSS = "Toggles { height: 1; }"
 
     class Changed(Message):
-        """A word was taken in or out."""
+        """Posted when a word was selected or deselected."""
 
     def __init__(self, options: tuple[str, ...], chosen: tuple[str, ...], *, id: str) -> None:
         super().__init__(id=id)
@@ -31,12 +31,12 @@ class Toggles(Widget, can_focus=True):
         self._cursor = 0
 
     def action_move(self, count: int) -> None:
-        """Go to another word, around the end."""
+        """Move to another word, wrapping around."""
         self._cursor = (self._cursor + count) % len(self.options)
         self.refresh()
 
     def action_take(self) -> None:
-        """Take the word under the cursor in or out."""
+        """Select or deselect the word under the cursor."""
         word = self.options[self._cursor]
         chosen = tuple(each for each in self.options if (each in self.chosen) != (each == word))
         if chosen:
@@ -45,7 +45,7 @@ class Toggles(Widget, can_focus=True):
         self.refresh()
 
     def on_click(self, event: events.Click) -> None:
-        """Take the clicked word in or out."""
+        """Select or deselect the clicked word."""
         at = 0
         for index, word in enumerate(self.options):
             at += len(word) + 4

@@ -1,4 +1,4 @@
-"""Trends of several values on one zero-based scale, each a row of blocks with its figures beside it."""
+"""Trends of several values on a common zero-based scale, each drawn in blocks with its figures beside it."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,11 +15,11 @@ LABEL_WIDTH: Final = 10
 FIGURE_WIDTH: Final = 9
 LEVELS: Final = " ▁▂▃▄▅▆▇█"
 TALLEST: Final = 4
-"""Rows of one trend at the most, however large the terminal is."""
+"""Maximum rows of one trend, however large the terminal."""
 
 
 class Trend(Struct, frozen=True):
-    """One row: what it is, its points, and its figures in words."""
+    """One trend: its label, its points, and its formatted figures."""
 
     label: str
     points: tuple[float, ...] = ()
@@ -30,7 +30,7 @@ class Trend(Struct, frozen=True):
 
 
 class Scale(Struct, frozen=True):
-    """The head of the chart: what is drawn, and what its right end stands for."""
+    """The heading of the chart: its title, and the value at the right end of the scale."""
 
     title: str
     highest: float = 0.0
@@ -39,7 +39,7 @@ class Scale(Struct, frozen=True):
 
 
 def resample(points: Sequence[float], width: int) -> list[float]:
-    """Means of equal stretches, so that `width` columns show all points; fewer points stay as they are."""
+    """Average equal stretches, so that `width` columns show all points; fewer points are returned unchanged."""
     if len(points) <= width:
         return list(points)
     edges = [round(index * len(points) / width) for index in range(width + 1)]
@@ -47,7 +47,7 @@ def resample(points: Sequence[float], width: int) -> list[float]:
 
 
 class TrendChart(Widget):
-    """Draws trends from plain data; a finite value of 0 or more each."""
+    """Draw trends of finite, non-negative values."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "trend--head",
@@ -63,7 +63,7 @@ class TrendChart(Widget):
         self.trends: tuple[Trend, ...] = ()
 
     def show(self, scale: Scale, trends: tuple[Trend, ...]) -> None:
-        """Set what is drawn."""
+        """Set the scale and the trends."""
         if (scale, trends) != (self.scale, self.trends):
             self.scale, self.trends = scale, trends
             self.refresh()
@@ -77,7 +77,7 @@ class TrendChart(Widget):
         return min(TALLEST, max(1, (self.size.height - 1) // max(1, len(self.trends))))
 
     def render_line(self, y: int) -> Strip:
-        """Draw the head, or one row of one trend."""
+        """Draw the heading, or one row of one trend."""
         if y == 0:
             return self._strip(self._head())
         index, row = divmod(y - 1, self._rows_each)
@@ -99,7 +99,7 @@ class TrendChart(Widget):
         return [Segment(text, style)]
 
     def _trend(self, trend: Trend, level: int) -> list[Segment]:
-        """One row of a trend; level 0 is its lowest row, which carries the words."""
+        """Draw one row of a trend; level 0 is the lowest, which has the label and the figures."""
         label, line, figure, note = (
             self.get_component_rich_style(f"trend--{part}") for part in ("label", "line", "figure", "note")
         )

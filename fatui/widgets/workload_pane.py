@@ -1,4 +1,4 @@
-"""The workload: sliders and choices, and below them what they come to."""
+"""The workload: sliders and choices, and below them the resulting cases, FLOPs, memory and time."""
 
 from functools import partial
 from typing import Final
@@ -26,10 +26,10 @@ BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app
 
 
 class WorkloadPane(Vertical):
-    """Edits a draft; tells of each change, and draws the draft it is given."""
+    """Edit a draft; post each change, and draw the draft that is set."""
 
     class Edited(Message):
-        """The person changed the draft."""
+        """Posted when the user changed the draft."""
 
         def __init__(self, draft: Draft) -> None:
             super().__init__()
@@ -41,7 +41,7 @@ class WorkloadPane(Vertical):
         self.border_title = "Workload"
 
     def compose(self) -> ComposeResult:
-        """Yield the sliders, the choices, and four lines of words."""
+        """Yield the sliders, the choices, and the lines below them."""
         for name in AXES:
             stops = STOPS.get(name, (1,))
             yield Slider(LABELS[name], stops, parse=partial(self._parse, name), say=say, id=f"axis-{name}")
@@ -53,7 +53,7 @@ class WorkloadPane(Vertical):
             yield Static(id=f"workload-{name}", markup=name == "buttons")
 
     def on_mount(self) -> None:
-        """Draw the first draft."""
+        """Draw the initial draft."""
         self.show(self.draft)
 
     def _parse(self, name: str, text: str) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ class WorkloadPane(Vertical):
         self._line("counts", counts_text(draft))
 
     def show_words(self, needs: str, takes: str, keys: dict[str, str]) -> None:
-        """Draw what the app knows of the draft."""
+        """Draw the memory and time estimates and the buttons."""
         self._line("needs", needs)
         self._line("takes", takes)
         sweep = "End sweep" if self.draft.sweeping else "Sweep"
@@ -106,7 +106,7 @@ class WorkloadPane(Vertical):
 
 
 def shown_workload(draft: Draft) -> Workload | None:
-    """The first case, which the words are about; None where there is none."""
+    """Return the first case, which the estimates are about, or None if there is none."""
     try:
         return draft.workloads()[0]
     except UsageError:
@@ -114,7 +114,7 @@ def shown_workload(draft: Draft) -> Workload | None:
 
 
 def cases_text(draft: Draft) -> str:
-    """What the sliders cannot show: a preset's own cases, the values of a sweep, and what is wrong."""
+    """Describe what the sliders cannot show: a preset's own cases, the values of a sweep, and errors."""
     try:
         count = len(draft.workloads())
     except UsageError as error:
@@ -133,7 +133,7 @@ def cases_text(draft: Draft) -> str:
 
 
 def counts_text(draft: Draft) -> str:
-    """FLOPs and bytes of one call, or their range over the cases."""
+    """Format FLOPs and bytes of one call, or their range over the cases."""
     try:
         cases = draft.workloads()
     except UsageError:
