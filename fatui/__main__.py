@@ -1,4 +1,4 @@
-"""Makes `python -m fatui` the same as `fatui`."""
+"""Make `python -m fatui` the same as `fatui`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Everything a person can do, said once; keys, key bar, palette, help and config file are made from it."""
+"""Every user action, defined once; bindings, key bar, palette, help and config keys are made from it."""
 
 from typing import Final
 
@@ -7,17 +7,17 @@ from textual.binding import Binding
 
 
 class Action(Struct, frozen=True):
-    """One thing to do."""
+    """One user action."""
 
     name: str
-    """Its id, by which the config file gives it other keys."""
+    """Identifies the action in the config file's [keys]."""
     key: str
     label: str
-    """A word or two for the key bar."""
+    """A word or two, for the key bar."""
     words: str
-    """A sentence for the palette and the help."""
+    """A sentence, for the palette and the help."""
     does: str
-    """Textual's action."""
+    """The Textual action."""
 
 
 EXPORT: Final = "Write the run as md, csv, json, html, svg and its log"
@@ -75,7 +75,7 @@ SCALING: Final = (
 
 
 def _of_models(screen: str) -> tuple[Action, ...]:
-    """What can be done on a screen of models."""
+    """Return the actions of a models screen."""
     return (
         Action(f"{screen}_run", "r", "Run", "Run what is set up here", "screen.run"),
         Action(f"{screen}_stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
@@ -104,7 +104,7 @@ SCOPES: Final[dict[str, str]] = {
     **{action.name: scope for scope, group in FURTHER.items() for action in group},
     **{action.name: "" for action in (*ANYWHERE, BACK)},
 }
-"""For every action the screen that it belongs to; empty for those that are anywhere."""
+"""The screen of each action; empty for actions available on all of them."""
 SHOWN_KEYS: Final = {
     "question_mark": "?",
     "slash": "/",
@@ -117,7 +117,7 @@ DONE_BAR: Final = ("run", "export", "copy", "presets", "history", "scaling", "he
 
 
 def bindings(actions: tuple[Action, ...]) -> list[Binding]:
-    """Textual's bindings, each with its id."""
+    """Return Textual bindings, each with its id."""
     return [
         Binding(action.key, action.does, action.label, show=False, id=action.name, tooltip=action.words)
         for action in actions
@@ -125,26 +125,26 @@ def bindings(actions: tuple[Action, ...]) -> list[Binding]:
 
 
 def closing(name: str, action: str = "back") -> Binding:
-    """The key that opened a screen closes it as well, whichever it is."""
+    """Bind the key that opened a screen to close it too, even when remapped."""
     key = next(each.key for each in ALL if each.name == name)
     return Binding(key, action, "Back", show=False, id=name, tooltip=BACK.words)
 
 
 def bar(actions: tuple[Action, ...], keys: dict[str, str]) -> tuple[tuple[str, str, str], ...]:
-    """What a key bar shows of some actions."""
+    """Return the entries of a key bar for some actions."""
     return tuple((keys[action.name], action.label, action.does) for action in actions)
 
 
 def shown(key: str) -> str:
-    """A key as people call it."""
+    """Format a key for display."""
     return SHOWN_KEYS.get(key.strip(), key.strip())
 
 
 def shown_key(action: Action, keys: dict[str, str]) -> str:
-    """The key that a person presses for an action, as the config file has it."""
+    """Return the key of an action as configured, for display."""
     return shown(keys.get(action.name, action.key).split(",")[0])
 
 
 def shown_keys(keys: dict[str, str]) -> dict[str, str]:
-    """The key of every action."""
+    """Return the key of every action, for display."""
     return {action.name: shown_key(action, keys) for action in ALL}

@@ -1,4 +1,4 @@
-"""Asks the advisor without ever waiting for it; of several questions only the latest is asked."""
+"""A non-blocking client of the advisor process; of several pending questions only the latest is sent."""
 
 import asyncio
 import contextlib
@@ -16,13 +16,13 @@ LINE_LIMIT: Final = 2**22
 
 
 class Advice:
-    """The latest answer about the workload on the sliders.
+    """The latest routes for the workload on the sliders.
 
     Attributes:
-        device: where it would run; None until the advisor has told.
+        device: where it would run; None until the advisor has reported it.
         problem: why nothing can run here, or an empty string.
         answer: the latest routes.
-        current: whether they belong to what was asked last.
+        current: whether they belong to the latest question.
     """
 
     def __init__(self, changed: Callable[[], None]) -> None:
@@ -41,9 +41,9 @@ class Advice:
         return self.answer.number == self._number
 
     def ask(self, workload: Workload, names: tuple[str, ...], others: tuple[Workload, ...] = ()) -> None:
-        """Wants the routes of a workload, and the memory of the others that would run beside it.
+        """Request the routes of a workload, and the memory that the other cases need.
 
-        An older question that was not asked yet is dropped.
+        An older question that was not sent yet is dropped.
         """
         self._number += 1
         self._wanted = Question(number=self._number, workload=workload, names=names, others=others)
@@ -58,7 +58,7 @@ class Advice:
             process.stdin.write(msgspec.json.encode(self._asked) + b"\n")
 
     async def run(self) -> None:
-        """Keep an advisor going until cancelled; one that ends by a question is started again without it."""
+        """Keep an advisor running until cancelled; when a question crashes it, restart it without that question."""
         for _ in range(20):
             await self._run_once()
             if self.problem:

@@ -1,8 +1,8 @@
-"""A process that knows the device: it is asked with workloads, and answers what each implementation would do.
+"""A process that knows the device, and answers which path each implementation would take for a workload.
 
-It is apart from the app, so that importing MLX costs the screen nothing and a crash there takes nothing down.
-Run as `python -m fatui.advisor`: one JSON line in for each question, one out for each answer, the device first;
-as `python -m fatui.advisor diagnose`: one JSON line for each thing that the doctor finds.
+It is separate from the app, so that importing MLX does not delay the screen, and a crash does not end the app.
+Run as `python -m fatui.advisor`: one JSON line in per question, one out per answer, the device first;
+as `python -m fatui.advisor diagnose`: one JSON line per finding of the doctor.
 """
 
 import sys
@@ -15,18 +15,18 @@ from attention.workload import Workload
 
 
 class Question(msgspec.Struct, kw_only=True):
-    """What would these implementations do?"""
+    """Ask which path some implementations would take."""
 
     number: int
     workload: Workload
-    """The one whose paths are shown."""
+    """The case whose paths are shown."""
     names: tuple[str, ...]
     others: tuple[Workload, ...] = ()
-    """Further cases that would run, for the memory that they need."""
+    """Further cases of the plan, for the memory that they need."""
 
 
 class Answer(msgspec.Struct, kw_only=True):
-    """Their routes; with neither routes nor problems it tells the device alone."""
+    """The routes; with neither routes nor problems, only the device."""
 
     number: int = 0
     device: Device | None = None
@@ -34,15 +34,15 @@ class Answer(msgspec.Struct, kw_only=True):
     """Why nothing can run here."""
     routes: dict[str, Route] = {}
     problems: dict[str, str] = {}
-    """For an implementation without a route, why it has none."""
+    """Error message of each implementation that has no route."""
     needs: dict[str, tuple[int, ...]] = {}
-    """Bytes that each case would need, inputs included, of those that an implementation takes and predicts."""
+    """Bytes that each case would need, inputs included; only cases that the implementation supports and predicts."""
     largest: dict[str, int] = {}
-    """The most bytes above the inputs that an implementation is predicted to need on any case."""
+    """The largest number of bytes above the inputs that each implementation is predicted to need in any case."""
 
 
 def answer(question: Question, device: Device) -> Answer:
-    """Ask each implementation; one that breaks says so in its own place."""
+    """Route each implementation; an exception becomes its entry in `problems`."""
     from attention import implementations
 
     made = Answer(number=question.number)
@@ -66,7 +66,7 @@ def answer(question: Question, device: Device) -> Answer:
 
 
 def main() -> None:
-    """Answer until the questions end."""
+    """Answer questions until stdin ends."""
     try:
         from attention.device import probe
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def diagnose() -> None:
-    """Tell what the doctor finds, one JSON line each."""
+    """Print the doctor's findings, one JSON line each."""
     from fatui.diagnosis import diagnose as look
 
     for finding in look():

@@ -1,4 +1,4 @@
-"""The terminal app: it holds what is set up, the run and the log; screens draw them."""
+"""The terminal app: it holds the draft, the run and the log; screens draw them."""
 
 import asyncio
 import contextlib
@@ -37,10 +37,10 @@ Severity = Literal["information", "warning", "error"]
 SEVERITY: dict[Level, Severity] = {"info": "information", "warning": "warning", "error": "error"}
 
 SWITCH_S: Final = 0.0005
-"""How long a thread that makes final rows may keep Python from the one that draws; a repaint changes hands often."""
+"""Python's thread switch interval, short so that threads that compute final rows do not delay repaints."""
 
 MAX_NOTICE: Final = 400
-"""Characters of a notice over the screen; the log has all of it."""
+"""Maximum characters of a notification; the log has the whole text."""
 
 
 class FatuiApp(App[int]):
@@ -48,11 +48,11 @@ class FatuiApp(App[int]):
 
     Attributes:
         draft: what is set up to run.
-        preset: the preset that the draft began as, or None.
-        runs: the run that goes on, and what came out of it.
+        preset: the preset that the draft was made from, or None.
+        runs: the current run and its results.
         journal: the log.
-        keys: the key of every action, as shown.
-        farewell: what is left to say on stderr when the screen is gone.
+        keys: the key of every action, for display.
+        farewell: a message printed on stderr when the app has closed.
     """
 
     TITLE = "fatui"
@@ -93,7 +93,7 @@ class FatuiApp(App[int]):
         self._take_settings(ascii)
 
     def _take_settings(self, ascii: bool) -> None:
-        """Draw as the config file, the command line and the last start want it, and tell what is wrong with them."""
+        """Apply the config file, the command line and the remembered state, and log their problems."""
         for problem in [*self.settings.problems, *([self._complaint] if self._complaint else [])]:
             self.journal.write(problem, "warning")
         if ascii or self.settings.ascii:
@@ -105,22 +105,22 @@ class FatuiApp(App[int]):
         self.set_keymap(self.settings.keys)
 
     def get_default_screen(self) -> Screen[object]:
-        """The main screen."""
+        """Return the main screen."""
         return MainScreen()  # type: ignore[return-value]
 
     def get_line_filters(self) -> list[LineFilter]:
-        """Textual's filters, and the one for plain ASCII."""
+        """Return Textual's filters, the one for control characters, and the one for ASCII if chosen."""
         return [*super().get_line_filters(), ControlFilter(), *self._line_filters]
 
     @property
     def main(self) -> MainScreen:
-        """The main screen, whichever is on top."""
+        """The main screen, even when another is on top."""
         screen = self.screen_stack[0]
         assert isinstance(screen, MainScreen)
         return screen
 
     def on_mount(self) -> None:
-        """Leave everything slow for after the first paint."""
+        """Defer everything slow until after the first paint."""
         self._event_loop = asyncio.get_running_loop()
         self.call_after_refresh(self._begin)
 
@@ -143,7 +143,7 @@ class FatuiApp(App[int]):
             self.runs.start()
 
     def follow_preset(self, name: str | None) -> None:
-        """Look again at the preset that the draft began as, under a name; a draft without one stays as it is."""
+        """Reload the preset that the draft was made from, under a name; without effect on a draft without one."""
         from attention.errors import UsageError
         from fatui.presets import load
 
@@ -154,39 +154,39 @@ class FatuiApp(App[int]):
         self.set_draft(structs.replace(self.draft, preset=self.preset and self.preset.name))
 
     def _hang_up(self, number: int) -> None:
-        """The terminal went away, or the system asks: end the engine, keep what was measured, leave."""
+        """End the engine, keep what was measured, and exit: the terminal was closed, or the system sent a signal."""
         self.run_worker(self.leave(128 + number, gone=number == signal.SIGHUP), name="leave")
 
     def terminal_gone(self) -> None:
-        """End in order, asked for by another thread; without effect before the event loop runs."""
+        """Shut down in order, from another thread; without effect before the event loop runs."""
         if self._event_loop is not None:
             self._event_loop.call_soon_threadsafe(self._hang_up, signal.SIGHUP)
 
     async def leave(self, code: int = 0, *, gone: bool = False) -> None:
-        """End the run if one goes on, keep it, and exit; where the terminal is gone, without restoring it."""
+        """End an active run, store it, and exit; if the terminal is gone, without restoring it."""
         await self.runs.end()
         remember(self)
         if gone:
-            os._exit(code)  # Textual would wait for a terminal that takes no more output
+            os._exit(code)  # Textual would wait for a terminal that no longer accepts output
         self.exit(code, return_code=code)
 
     @property
     def session(self) -> Session | None:
-        """The run that goes on or was made last."""
+        """The current or last run."""
         return self.runs.session
 
     @property
     def report(self) -> Report | None:
-        """What export, copy and the further screens are about."""
+        """The report that export, copy and the other screens use."""
         return self.runs.report
 
     @property
     def device_name(self) -> str:
-        """Where runs go, an empty string until the advisor has said it."""
+        """The device's name, or an empty string until the advisor has reported it."""
         return self.advice.device.name if self.advice.device else ""
 
     def action_start_run(self) -> None:
-        """Run what is set up."""
+        """Run the draft."""
         self.runs.start()
 
     def action_stop_run(self) -> None:
@@ -198,15 +198,15 @@ class FatuiApp(App[int]):
         self.set_draft(self.draft.toggle_sweep())
 
     def action_open(self, name: str) -> None:
-        """Open a further screen."""
+        """Open one of the other screens."""
         dialogs.open_screen(self, name)
 
     def action_save_as(self) -> None:
-        """Save what is set up as a preset."""
+        """Save the draft as a preset."""
         dialogs.save_as(self)
 
     def action_export(self) -> None:
-        """Write the run to files."""
+        """Export the run to files."""
         dialogs.export(self)
 
     async def action_copy_table(self) -> None:
@@ -214,7 +214,7 @@ class FatuiApp(App[int]):
         await dialogs.copy_table(self)
 
     def action_explain_keys(self) -> None:
-        """Open the help."""
+        """Open the key help."""
         dialogs.explain_keys(self)
 
     async def action_leave(self) -> None:
@@ -232,19 +232,19 @@ class FatuiApp(App[int]):
             self.run_worker(self.leave(), name="leave")
 
     async def action_quit(self) -> None:
-        """Leave as q does, by Textual's own key as well."""
+        """Exit as q does, also for Textual's own key."""
         await self.action_leave()
 
     def tell(self, text: str, level: Level = "info") -> None:
-        """Say something in the log and, for a while, on the screen."""
+        """Write a message to the log, and show it as a notification."""
         self.journal.write(text, level)
         shown = clean(text, MAX_NOTICE)
         self.notify(shown, severity=SEVERITY[level], timeout=6 if level == "info" else 12, markup=False)
 
     def set_draft(self, draft: Draft) -> None:
-        """Take what was set up, and ask what each implementation would do with it.
+        """Set the draft, and request the routes of its workload.
 
-        A draft that runs what its preset runs, after changes and back or in a sweep of one value, has its name again.
+        The draft keeps its preset's name as long as it runs the same, even after changes that were reverted.
         """
         if self.preset is not None and draft.preset == self.preset.name:
             draft = structs.replace(draft, changed=not draft.runs_as(self.preset.plan()))
@@ -253,7 +253,7 @@ class FatuiApp(App[int]):
         self.main.show_draft()
 
     def ask_advice(self) -> None:
-        """Wants the routes for the workload that the sliders show, and what all cases need."""
+        """Request the routes for the workload on the sliders, and the memory of all cases."""
         from attention.errors import UsageError
         from fatui.offers import names_for
 
@@ -287,11 +287,11 @@ class FatuiApp(App[int]):
         self.main.query_one(LivePane).show_reading(reading)
 
     def action_change_theme(self) -> None:
-        """Open the list of themes."""
+        """Open the theme picker."""
         self.search_themes()
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """Every action, for the palette."""
+        """Yield every action for the command palette."""
         for action in actions.ACTIONS if screen is self.main else actions.ANYWHERE:
             yield SystemCommand(
                 f"{action.label} ({self.keys[action.name]})",
@@ -304,7 +304,7 @@ def run_app(preset: str | None = None, run: bool = False, ascii: bool = False) -
     """Run the app and return its exit code.
 
     Args:
-        preset: a preset's name or file to begin with.
+        preset: name or file of a preset to load.
         run: whether to run it at once.
         ascii: whether to draw with ASCII characters only.
     """

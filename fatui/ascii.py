@@ -1,4 +1,4 @@
-"""Filters of the lines that go to the terminal: without control characters, or with ASCII alone."""
+"""Filters of terminal output: one removes control characters, one reduces the output to ASCII."""
 
 from typing import Final
 
@@ -34,7 +34,7 @@ TABLE: Final = _table()
 
 
 def plain(text: str) -> str:
-    """The text with each other character replaced by an ASCII one, of the same width."""
+    """Return the text with each non-ASCII character replaced by an ASCII one of the same width."""
     return text if text.isascii() else "".join(_letter(each) for each in text)
 
 
@@ -45,18 +45,18 @@ def _letter(glyph: str) -> str:
 
 
 def literal(text: str) -> Content:
-    """A title as one line whose brackets are no markup."""
+    """Return a title as one line without markup."""
     return Content(one_line(text))
 
 
 class ControlFilter(LineFilter):
-    """Drops control characters that a text still holds, so that no escape code of foreign text reaches the terminal.
+    """Remove control characters, so that no escape code in foreign text reaches the terminal.
 
-    Those that it may hold have no width; they are made visible where texts come in, before lines are laid out.
+    Only characters without width are left here: others are made visible before lines are laid out.
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """Transform one line."""
+        """Filter one line."""
         if all(control or text.isprintable() for text, _, control in segments):
             return segments
         return [
@@ -66,8 +66,8 @@ class ControlFilter(LineFilter):
 
 
 class AsciiFilter(LineFilter):
-    """Replaces every character that is not ASCII as a line goes to the terminal."""
+    """Replace every character that is not ASCII."""
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """Transform one line."""
+        """Filter one line."""
         return [Segment(plain(text), style, control) for text, style, control in segments]

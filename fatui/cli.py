@@ -1,4 +1,4 @@
-"""The command line: finds the command, and turns what goes wrong into one clear line and an exit code."""
+"""The command line: dispatch to commands, and turn errors into one-line messages and exit codes."""
 
 import argparse
 import contextlib
@@ -36,16 +36,16 @@ EXAMPLE: Final = """examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse, with mistakes told in one line."""
+    """An argparse parser that reports mistakes in one line each."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the mistake, for main to tell with all others."""
+        """Raise the mistake as a UsageError, for main to report."""
         from attention.errors import UsageError
 
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Read the arguments; every option that is not known is told, with the nearest that is."""
+        """Parse the arguments; report every unknown option with the nearest known one."""
         known, unknown = self.parse_known_args(arguments)
         if not unknown:
             return known
@@ -57,12 +57,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code; stdout carries results only, stderr the rest."""
+    """Run a command and return the exit code; stdout carries only results, stderr everything else."""
     if not _fill_closed_streams():
         tell("cannot write the results: stdout is closed")
         return FAILED
     for stream in (sys.stdout, sys.stderr):
-        # Where the terminal's encoding has no ±, it prints a question mark and goes on.
+        # Characters that the terminal's encoding lacks, such as ±, are printed as question marks.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fill_closed_streams() -> bool:
-    """Open /dev/null where a standard stream is closed, lest a file gets its number; whether stdout was open."""
+    """Open /dev/null for closed standard streams, so that no file gets their numbers; return whether stdout was open."""
     was_open = sys.stdout is not None
     for number in range(3):
         try:
@@ -90,7 +90,7 @@ def _fill_closed_streams() -> bool:
 
 
 def tell(problem: object) -> None:
-    """Write one line to stderr, foreign text in it made harmless."""
+    """Print one line on stderr, with control characters replaced."""
     if sys.stderr is None:
         return
     from fatui.foreign_text import MAX_SHOWN, one_line
@@ -112,7 +112,7 @@ def _told(arguments: list[str]) -> int:
 
 
 def _code_of(error: Exception) -> int | None:
-    """Tell a mistake, a missing backend or an unusable history, and return its exit code; None for what is none."""
+    """Report a usage error, a missing backend or an unusable history; return its exit code, or None for other errors."""
     from attention.errors import NoBackendError, UsageError
     from fatui.history import HistoryError, UnknownRun
 
@@ -130,7 +130,7 @@ def _code_of(error: Exception) -> int | None:
 
 
 def _silenced(code: int) -> int:
-    """Points stdout at nothing, so that the interpreter's last flush cannot fail."""
+    """Redirect stdout to /dev/null, so that the interpreter's last flush cannot fail."""
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Puts text on the system's clipboard, and knows whether it did."""
+"""Copy text to the system's clipboard."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ PATIENCE_S: Final = 2.0
 
 
 def copy(text: str) -> str | None:
-    """Copy with the first program that is there and works; return its name, or None where none did."""
+    """Copy with the first program that is installed and works; return its name, or None if none did."""
     for program, arguments, needs in PROGRAMS:
         path = shutil.which(program)
         if path is None or (needs and not os.environ.get(needs)):

@@ -1,8 +1,8 @@
-"""Two runs side by side: how much each row changed beyond what the machine did.
+"""Comparison of two runs: how much each row changed, beyond the change of the machine.
 
 Between two runs the machine differs, by load, clocks or temperature, and all rows with it. The reference, whose code is
-taken as unchanged, tells by how much: a row's change is that of its speedup over the reference, and it counts only
-beyond the noise of both runs and beyond what the reference's own time has changed.
+assumed unchanged, measures by how much: a row's change is that of its speedup over the reference, and it counts only
+beyond the noise of both runs and beyond the change in the reference's own time.
 """
 
 import math
@@ -29,29 +29,29 @@ class Change(Struct, frozen=True, kw_only=True):
     times: Ratio | None
     """Median time before over median time after, the machine's change included; None for too few rounds."""
     ratio: Ratio | None
-    """Speedup over the reference after, over that before; above 1 is faster after.
+    """Speedup over the reference after, divided by that before; above 1 is faster after.
 
-    None where one of the runs has no speedup for it, or the two have other references; 1 for the reference itself.
+    None if one run has no speedup for it, or the references differ; 1 for the reference itself.
     """
     floor: float
     """The largest of both noise floors and the change of the reference's time; a ratio inside it is printed as ≈ 1."""
     reference: str | None
-    """What both runs are relative to; None where they have no reference in common."""
+    """The reference of both runs; None if they have none in common."""
     drift: Ratio | None
     """The change of the reference's own time."""
 
 
 class Comparison(Struct, frozen=True, kw_only=True):
-    """All that two reports have in common, and what only one of them has."""
+    """The rows that two reports have in common, and those that only one has."""
 
     before: Report
     after: Report
     changes: tuple[Change, ...]
     only_before: tuple[str, ...]
-    """Rows without a partner: "baseline on B=1 L=64 ..."."""
+    """Rows without a counterpart: "baseline on B=1 L=64 ..."."""
     only_after: tuple[str, ...]
     differences: tuple[str, ...]
-    """What differs between where they ran: "mlx: 0.32.4, then 0.33.0"."""
+    """Differences between the environments: "mlx: 0.32.4, then 0.33.0"."""
 
 
 def compare(before: Report, after: Report) -> Comparison:

@@ -1,4 +1,4 @@
-"""The rows of a run as lines of the comparison table: their texts, their order, their stars."""
+"""The rows of a run as lines of the comparison table: cells, order and stars."""
 
 import math
 from collections.abc import Callable
@@ -50,18 +50,18 @@ SORTABLE: Final = ("", *SORT_FIGURES)
 
 
 def row_key(case: int, implementation: str) -> str:
-    """The key of a row's line."""
+    """Return the key of a row's line."""
     return f"{case}:{implementation}"
 
 
 def split_key(key: str) -> tuple[int, str]:
-    """Case and implementation of a key."""
+    """Return the case and the implementation of a key."""
     case, _, implementation = key.partition(":")
     return int(case), implementation
 
 
 def sorted_rows(rows: tuple[Row, ...], by: str, descending: bool) -> list[Row]:
-    """Rows by a column; those without a figure come last either way."""
+    """Sort rows by a column; rows without a figure come last in either order."""
     figure = SORT_FIGURES.get(by)
     if figure is None:
         return list(rows)
@@ -71,7 +71,7 @@ def sorted_rows(rows: tuple[Row, ...], by: str, descending: bool) -> list[Row]:
 
 
 def case_lines(index: int, case: Case, by: str, descending: bool) -> list[Line]:
-    """The lines of one case's rows."""
+    """Return the lines of one case's rows."""
     fastest = figures.best_of(case)
     leanest = _leanest(case)
     return [
@@ -91,7 +91,7 @@ def _tone(row: Row, fastest: bool) -> str:
 
 
 def _leanest(case: Case) -> tuple[str, ...]:
-    """Rows whose memory is the least, or within 1 % of it; none where all are alike, or while rounds are too few."""
+    """Return the rows with the least memory, or within 1 % of it; none if all are alike, or with too few rounds."""
     if any(row.collecting for row in case.rows):
         return ()
     peaks = {row.implementation: row.peak_bytes for row in case.rows if row.status == "ok" and row.peak_bytes}
@@ -126,24 +126,24 @@ def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]
 
 
 def block_head(index: int, case: Case) -> Line:
-    """The line above the rows of one case of several."""
+    """Return the heading of one case in a run of several."""
     return Line(span=f"{index + 1}. {case.workload.label}{notes(case)}", tone="head")
 
 
 def notes(case: Case) -> str:
-    """What speedups are relative to, where that is not the baseline, and the noise floor, where it is known."""
+    """Format the reference, unless it is the baseline, and the noise floor, if known."""
     floor, change = case.noise_floor, figures.reference_change(case)
     text = f" · {change}" if change else ""
     return f"{text} · noise floor {figures.percent(floor.floor)}" if floor and math.isfinite(floor.floor) else text
 
 
 def in_step(step: str) -> str:
-    """What an implementation is at."""
+    """Format the current step of an implementation."""
     return "compiling" if step == "build" else step
 
 
 def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[Line]:
-    """Lines of implementations that have no row yet, with the step they are in."""
+    """Return the lines of implementations that have no row yet, with their current step."""
     return [
         Line(
             key=row_key(index, name), cells={"implementation": name, "verdict": in_step(step) or "waiting"}, tone="dim"
@@ -153,7 +153,7 @@ def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[Line]:
 
 
 def summary_lines(summary: tuple[Summary, ...], total: int) -> list[Line]:
-    """The geometric mean of each implementation over the cases that are complete."""
+    """Return the geometric mean of each implementation over the complete cases."""
     if not summary:
         return []
     head = Line(span=f"Geometric mean of the speedups, {counted(total, 'case')} complete", tone="head")

@@ -1,4 +1,4 @@
-"""What this machine has for fatui, what is missing, and what to do about it."""
+"""What this machine has for fatui, what is missing, and how to fix it."""
 
 import importlib.util
 import os
@@ -29,7 +29,7 @@ COMPILERS: Final = {
     "xcrun": "Apple's tools; the Metal kernel compiles without them",
 }
 TYPICAL: Final = Workload(seq=1024, mask="causal")
-"""The shape whose route stands for whether an implementation is there."""
+"""The shape whose route decides whether an implementation is available."""
 MATMUL_SIZE: Final = 768
 PRELOAD: Final = (
     "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0), "
@@ -38,16 +38,16 @@ PRELOAD: Final = (
 
 
 class Finding(Struct, frozen=True, kw_only=True):
-    """One thing that was looked at."""
+    """One result of the diagnosis."""
 
     topic: str
     text: str
     advice: str | None = None
-    """What to do, where something should be done."""
+    """What to do, if something should be done."""
 
 
 def diagnose(measure: bool = True) -> Iterator[Finding]:
-    """Look at one thing after another, the slow ones last.
+    """Yield the findings, the slow ones last.
 
     Args:
         measure: whether to take half a second to measure the machine's peaks.
@@ -119,7 +119,7 @@ def _availability(name: str, device: Device) -> tuple[str, str | None]:
 
 
 def _metal_kernels() -> Finding:
-    """What the kernels' checks on first use have come to, and what nobody knows of them."""
+    """Summarise the first-use checks of the Metal kernels, and what is unverified."""
     from attention.kernels.metal import verdicts
 
     text, wrong = verdicts.summary()
@@ -153,7 +153,7 @@ def _folders() -> Iterator[Finding]:
 
 
 def _folder(topic: str, folder: Path) -> Finding:
-    """A folder with its size; where it cannot be used or made, what to do."""
+    """Report a folder and its size, or what to do if it cannot be used or created."""
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     if not there.is_dir():
         return Finding(topic=topic, text=f"{there} is no folder", advice="move it away; nothing can be kept there")
@@ -169,7 +169,7 @@ def _folder(topic: str, folder: Path) -> Finding:
 
 
 def _settings() -> Iterator[Finding]:
-    """What is wrong with the config file; key names and themes are the app's to check."""
+    """Report what is wrong with the config file; key names and themes are checked by the app."""
     content, problem = settings.read_config()
     unknown = [f"{settings.config_path()}: {settings.unknown(key)}" for key in content if key not in settings.KEYS]
     for text in [problem] if problem else unknown:
@@ -202,7 +202,7 @@ def _speed(device: Device) -> Iterator[Finding]:
 
 
 def _blas() -> Finding:
-    """Which BLAS MLX's matrix products go to, beside numpy's on the same product: what the slow one costs."""
+    """Compare MLX's BLAS with numpy's on the same product, which shows the cost of a slow one."""
     import mlx.core as mx
     import numpy as np
 
@@ -221,7 +221,7 @@ def _blas() -> Finding:
 
 
 def _rate(product: Callable[[], object]) -> float:
-    """FLOP/s of the faster of two products, after one that is not timed."""
+    """Return FLOP/s of the faster of two products, after an untimed one."""
     product()
     times = []
     for _ in range(2):

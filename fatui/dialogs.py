@@ -1,4 +1,4 @@
-"""What opens over the main screen, and what follows from it; every screen is imported when it is first opened."""
+"""The screens and dialogs over the main screen and the actions on their results; each is imported on first use."""
 
 import asyncio
 import importlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fatui.preset_format import Preset
 
 NOT_OURS: Final = ("Page Left", "Page Right")
-"""Textual's own, which do nothing here."""
+"""Textual's own bindings, which have no effect here."""
 SCREENS: Final = {
     "presets": "Presets",
     "history": "History",
@@ -32,7 +32,7 @@ SCREENS: Final = {
 
 
 def open_screen(app: "FatuiApp", name: str) -> None:
-    """Open one of the further screens, unless it is open."""
+    """Open one of the other screens, unless one is open."""
     if len(app.screen_stack) > 1:
         return
     made: Screen[Any] = getattr(importlib.import_module(f"fatui.screens.{name}"), SCREENS[name])()
@@ -51,7 +51,7 @@ def _take(app: "FatuiApp", name: str, result: object) -> None:
 
 
 def save_as(app: "FatuiApp") -> None:
-    """Ask for a name, and save what is set up."""
+    """Ask for a name, and save the draft as a preset."""
     from fatui.screens.save_as import SaveAs
 
     try:
@@ -71,7 +71,7 @@ def _saved(app: "FatuiApp", preset: "Preset | None") -> None:
 
 
 def shown_report(app: "FatuiApp") -> Report | None:
-    """The report of the screen in sight: a model's, or the one over attention shapes."""
+    """Return the report of the current screen: a model's, or the one over attention shapes."""
     from fatui.screens.model_screen import ModelScreen
 
     screen: Screen[Any] = app.screen
@@ -79,7 +79,7 @@ def shown_report(app: "FatuiApp") -> Report | None:
 
 
 def export(app: "FatuiApp") -> None:
-    """Ask where to, and write the run that is in sight."""
+    """Ask for a path, and export the report of the current screen."""
     report = shown_report(app)
     if report is None:
         why = "the run has to end first" if app.runs.active else "nothing was run yet"
@@ -94,7 +94,7 @@ def export(app: "FatuiApp") -> None:
 
 def _exported(app: "FatuiApp", report: Report, asked: tuple[Path, tuple[str, ...]] | None) -> None:
     if asked is not None:
-        # After the dialog is gone from the screen, so that it is not in the picture.
+        # Written once the dialog has closed, so that it is not in the picture.
         app.call_after_refresh(_write, app, report, *asked)
 
 
@@ -123,7 +123,7 @@ async def _write(app: "FatuiApp", report: Report, stem: Path, endings: tuple[str
 
 
 async def copy_table(app: "FatuiApp") -> None:
-    """Put the table on the clipboard as Markdown; say so only where a program of the system has taken it."""
+    """Copy the table as Markdown; report success only if a system program accepted it."""
     from fatui import clipboard
     from fatui import export as formats
 
@@ -143,7 +143,7 @@ async def copy_table(app: "FatuiApp") -> None:
 
 
 def open_row(app: "FatuiApp", index: int, name: str) -> None:
-    """Show a row in full."""
+    """Show the details of a row."""
     from fatui.running import command_of
 
     session, report = app.session, app.report
@@ -165,7 +165,7 @@ def open_row(app: "FatuiApp", index: int, name: str) -> None:
 
 
 def explain_keys(app: "FatuiApp") -> None:
-    """List the keys of the screen in sight, as they are set."""
+    """Show the keys of the current screen, as configured."""
     from fatui.screens.help import Help
 
     screen, groups = app.screen, []
@@ -184,7 +184,7 @@ def explain_keys(app: "FatuiApp") -> None:
 
 
 def _keys_of(app: "FatuiApp", node: "DOMNode") -> list[tuple[str, str]]:
-    """The bindings of a screen or a widget, those of the same meaning together, with the keys that they have now."""
+    """Return the bindings of a screen or widget as configured, merging those with the same meaning."""
     merged: dict[str, dict[str, None]] = {}
     for _, binding in node._bindings:
         words = binding.tooltip or binding.description

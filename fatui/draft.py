@@ -1,4 +1,4 @@
-"""What is set up to run: the values on the sliders, or the cases of a preset that no sliders can show."""
+"""The draft of a run: the values on the sliders, or a preset's cases that the sliders cannot represent."""
 
 from typing import Any, Final
 
@@ -16,20 +16,20 @@ SHARED: Final = ("dtype", "mask", "pass_")
 
 
 class Draft(Struct, frozen=True, kw_only=True):
-    """A plan in the making; every change gives a new one."""
+    """An immutable draft of a plan; every change returns a new one."""
 
     axes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(DEFAULT_AXES))
-    """For each axis its values, one unless sweeping; no kv_heads means as many as heads."""
+    """The values of each axis, one unless sweeping; no kv_heads means as many as heads."""
     dtype: DType = "float16"
     mask: str = "none"
     pass_: Pass = "forward"
     kv_seq: int | None = None
-    """Keys, where a preset has another number than seq; decode takes seq as the length of its cache."""
+    """Number of keys, if a preset has another than seq; in decode, seq is the length of the cache."""
     value_dim: int | None = None
-    """Width of a value, where a preset has another than head_dim."""
+    """Width of a value, if a preset has another than head_dim."""
     sweeping: bool = False
     several: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """The values of dtype, mask and pass where a sweep has more than one of them."""
+    """The values of dtype, mask and pass for which a sweep has more than one."""
     cases: tuple[Workload, ...] = ()
     """A preset's own list of cases; the sliders show the first. Empty once a slider was moved."""
     implementations: tuple[str, ...] = DEFAULT_IMPLEMENTATIONS
@@ -40,14 +40,14 @@ class Draft(Struct, frozen=True, kw_only=True):
     seed: int = 0
     preset: str | None = None
     changed: bool = False
-    """Whether it differs from the preset it began as."""
+    """Whether it differs from the preset it was made from."""
 
     def change(self, **fields: Any) -> "Draft":
-        """The draft with fields replaced; a preset's own list of cases is left behind."""
+        """Return the draft with fields replaced, and without a preset's own list of cases."""
         return structs.replace(self, cases=(), changed=True, **fields)
 
     def set_axis(self, name: str, values: tuple[int, ...]) -> "Draft":
-        """The draft with other values on one axis; K/V heads that no longer divide heads follow them."""
+        """Return the draft with other values on one axis; K/V heads that no longer divide heads are reset to follow them."""
         axes = {**self.axes, name: values}
         if name == "kv_heads" and values == axes["heads"]:
             axes["kv_heads"] = ()
@@ -57,25 +57,25 @@ class Draft(Struct, frozen=True, kw_only=True):
         return self.change(axes=axes, **forget)
 
     def choices(self, name: str) -> tuple[str, ...]:
-        """The values of dtype, mask or pass."""
+        """Return the values of dtype, mask or pass."""
         return self.several.get(name) or (getattr(self, name),)
 
     def set_choice(self, name: str, values: tuple[str, ...]) -> "Draft":
-        """The draft with another dtype, mask or pass, or with several."""
+        """Return the draft with another dtype, mask or pass, or several of them."""
         several = {each: chosen for each, chosen in self.several.items() if each != name}
         if len(values) > 1:
             several[name] = values
         return self.change(several=several, **{name: values[0]})
 
     def toggle_sweep(self) -> "Draft":
-        """Begin a sweep, or end it with the first value of every axis; what runs changes only by other values."""
+        """Start a sweep, or end it with the first value of each axis; the draft counts as changed only if values do."""
         swept = self.several or any(len(values) > 1 for values in self.axes.values())
         if not self.sweeping or not swept:
             return structs.replace(self, sweeping=not self.sweeping)
         return self.change(sweeping=False, several={}, axes={name: values[:1] for name, values in self.axes.items()})
 
     def runs_as(self, plan: Plan) -> bool:
-        """Whether it would run the same cases with the same implementations and limits, in whatever order of cases."""
+        """Whether it would run the same cases, in any order, with the same implementations and limits."""
         try:
             own = self.plan()
         except UsageError:
@@ -83,7 +83,7 @@ class Draft(Struct, frozen=True, kw_only=True):
         return structs.replace(own, cases=plan.cases) == plan and set(own.cases) == set(plan.cases)
 
     def toggle(self, implementation: str) -> "Draft":
-        """Take an implementation in, or out."""
+        """Select or deselect an implementation."""
         inside = implementation in self.implementations
         names = [name for name in self.implementations if name != implementation]
         chosen = tuple(names if inside else [*names, implementation])
@@ -95,7 +95,7 @@ class Draft(Struct, frozen=True, kw_only=True):
         return self.axes["kv_heads"] or self.axes["heads"]
 
     def workloads(self) -> tuple[Workload, ...]:
-        """All cases that would run.
+        """Return all cases that would run.
 
         Raises:
             UsageError: with every mistake in them.
@@ -112,7 +112,7 @@ class Draft(Struct, frozen=True, kw_only=True):
         return expand(base, {name: values for name, values in {**self.axes, **self.several}.items() if values})
 
     def plan(self) -> Plan:
-        """The plan that would run.
+        """Return the plan that would run.
 
         Raises:
             UsageError: with every mistake in it.
@@ -130,14 +130,14 @@ class Draft(Struct, frozen=True, kw_only=True):
         )
 
     def title(self) -> str:
-        """The preset's name, with a word if something else would run."""
+        """Return the preset's name, marked if the draft has changed."""
         if self.preset is None:
             return "unnamed"
         return f"{self.preset}, changed" if self.changed else self.preset
 
 
 def draft_of(plan: Plan, preset: str | None) -> Draft:
-    """Put a plan on the sliders; cases that are no full grid are kept as a list of their own."""
+    """Make a draft of a plan; cases that do not form a full grid are kept as a list."""
     first = plan.cases[0]
     limits = {
         name: getattr(plan, name)

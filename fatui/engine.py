@@ -1,4 +1,4 @@
-"""Runs a plan in a process of its own, begins anew when an implementation takes it down, and ends it for certain."""
+"""Run a plan in a worker process, restart it when an implementation crashes it, and guarantee that it ends."""
 
 import asyncio
 import contextlib
@@ -24,27 +24,27 @@ from fatui.foreign_text import MAX_SHOWN, cleaned
 
 LINE_LIMIT: Final = 2**26
 PATIENCE_S: Final = 0.5
-"""How long a worker may take to end by itself before it is killed."""
+"""Seconds that a worker may take to exit before it is killed."""
 POLL_S: Final = 0.1
 STDERR_BYTES: Final = 2**16
-"""What is kept of the end of a worker's stderr."""
+"""Bytes kept from the end of a worker's stderr."""
 SILENCE_S: Final = 30.0
 BUILD_SILENCE_S: Final = 300.0
-"""A compiler says nothing while it is at work."""
+"""Longer than SILENCE_S, since a compiler reports nothing while it works."""
 HUNG_S: Final = 600.0
-"""A worker that says nothing for this long hangs, unless its case is so large that a slow call explains it."""
+"""Seconds of silence after which a worker counts as hung, unless its case is large enough to explain a slow call."""
 SLOW_FLOPS_PER_S: Final = 3e7
-"""No implementation is as slow as this."""
+"""A lower bound on the rate of any implementation."""
 Listener = Callable[[on.AnyEvent], None]
 
 
 class Silence:
-    """How long a worker has told nothing, and whether what it does explains that.
+    """Measure how long a worker has been silent, and whether its current step explains that.
 
     Attributes:
-        heard: when it last told anything, by the clock.
-        step: what it began last, in words.
-        building: the implementation that is being compiled, or an empty string.
+        heard: clock reading at the last event.
+        step: the current step, as text.
+        building: the implementation being compiled, or an empty string.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -53,7 +53,7 @@ class Silence:
         self.step = self.building = ""
 
     def hear(self, event: on.AnyEvent) -> None:
-        """Take in an event."""
+        """Handle an event."""
         self.heard = self._clock()
         if isinstance(event, on.CaseStarted):
             self.step = self.building = ""
@@ -63,12 +63,12 @@ class Silence:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the worker last told anything."""
+        """Seconds since the worker's last event."""
         return self._clock() - self.heard
 
     @property
     def unexplained(self) -> bool:
-        """Whether it has lasted longer than what the worker does explains."""
+        """Whether the silence is longer than the current step explains."""
         return self.seconds >= (BUILD_SILENCE_S if self.building else SILENCE_S)
 
 
@@ -76,14 +76,14 @@ class Engine:
     """One run of a plan.
 
     Attributes:
-        record: everything that is known of the run, changed as events arrive.
+        record: the run's record, updated as events arrive.
         stopped: whether stop() was called.
         process_id: the worker's, or None while there is none.
-        silence: how long the worker has told nothing.
+        silence: how long the worker has been silent.
     """
 
     def __init__(self, plan: AnyPlan, listener: Listener = lambda event: None, peaks: Peaks | None = None) -> None:
-        """Take what to run, who listens, and the machine's rates where they were measured already."""
+        """Prepare a run of a plan; `peaks` are the machine's rates if already measured."""
         self.record = record_of(plan)
         self.record.peaks = peaks or Peaks()
         self.stopped = False
@@ -97,7 +97,7 @@ class Engine:
         self.silence = Silence()
 
     async def run(self) -> None:
-        """Run until all cases are complete, nothing can run, or stop() is called; leave no process behind."""
+        """Run until all cases are complete, nothing can run, or stop() is called; leave no process running."""
         fruitless = 0
         while not (self.stopped or self.record.done or self.record.refused):
             before = self._assignment
@@ -113,14 +113,14 @@ class Engine:
                 self._tell(on.RunRefused(kind="cannot start", reason=f"{what}: {reason}"))
 
     def stop(self) -> None:
-        """End the worker, by force if it has not ended after PATIENCE_S; what was measured stays in the record."""
+        """End the worker, by force after PATIENCE_S; what was measured stays in the record."""
         self.stopped = True
         self._stopping.set()
         if self._process is not None:
             _signal_group(self._process, signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill the worker and all it started, at once."""
+        """Kill the worker and its children at once."""
         self.stop()
         if self._process is not None:
             _signal_group(self._process, signal.SIGKILL)
@@ -132,7 +132,7 @@ class Engine:
         self._listener(event)
 
     async def _run_worker(self) -> str:
-        """Run one worker to its end and return in words how it ended."""
+        """Run one worker to its end, and return a description of how it ended."""
         mark = _mark_file()
         events, events_end = os.pipe()
         errors, errors_end = os.pipe()
@@ -156,10 +156,10 @@ class Engine:
         return self._hung or _how_it_ended(process.returncode or 0, tail.lines)
 
     async def _start(self, mark: int, events: int, errors: int) -> asyncio.subprocess.Process:
-        """Start a worker that tells its events into one pipe and write its stderr into another.
+        """Start a worker that writes its events to one pipe and its stderr to another.
 
-        The pipes are not asyncio's own: with those, a process counts as running for as long as any child of it,
-        however detached, holds one of them open.
+        The pipes are not asyncio's own: with those, a process counts as running while any of its children, even a
+        detached one, holds a pipe open.
         """
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "attention.worker", "--mark", str(mark)),
@@ -175,7 +175,7 @@ class Engine:
         return process
 
     async def _follow(self, process: asyncio.subprocess.Process, events: int) -> None:
-        """Read events until the worker closes its stdout, end, hangs, or is stopped."""
+        """Read events until the worker closes its stdout, ends, hangs, or is stopped."""
         reader = asyncio.StreamReader(limit=LINE_LIMIT)
         protocol = asyncio.StreamReaderProtocol(reader)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(events, "rb", 0))
@@ -185,7 +185,7 @@ class Engine:
         others = (ended, asyncio.create_task(self._stopping.wait()), asyncio.create_task(self._wait_for_hang()))
         try:
             await asyncio.wait({reading, *others}, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():  # what stands in the pipe is still to be read; a child may hold it open, too
+            if ended.done():  # the rest of the pipe is still to be read; a child may hold it open
                 await asyncio.wait({reading}, timeout=PATIENCE_S)
             if reading.done():
                 reading.result()
@@ -212,13 +212,13 @@ class Engine:
             self._tell(event)
 
     async def _wait_for_hang(self) -> None:
-        """Return once the worker has been silent for so long that it must hang."""
+        """Return once the silence is so long that the worker must have hung."""
         while self.silence.seconds < self._longest_silence_s() or self.silence.building:
             await asyncio.sleep(1)
         self._hung = f"said nothing for {self.silence.seconds:.0f} s, and was ended"
 
     def _longest_silence_s(self) -> float:
-        """Seconds of silence that the case at work may explain: a round of very slow calls; no limit in models."""
+        """Return the seconds of silence that the current case explains, a round of very slow calls; no limit for models."""
         plan, case = self.record.plan, self.record.current_case
         if not isinstance(plan, Plan) or case is None:
             return math.inf if not isinstance(plan, Plan) else HUNG_S
@@ -226,7 +226,7 @@ class Engine:
         return max(HUNG_S, calls * plan.cases[case].flops / SLOW_FLOPS_PER_S)
 
     def _go_on_after(self, reason: str) -> None:
-        """Fail the row that was running, and make the assignment for the next worker."""
+        """Fail the row that was running, and create the assignment of the next worker."""
         case = self.record.current_case
         if case is None:
             return
@@ -249,7 +249,7 @@ class Engine:
 
 
 def _marked(mark: int, names: tuple[str, ...]) -> str | None:
-    """The implementation that the worker was busy with; it writes its number, from 1, before each step."""
+    """Return the implementation that the worker was running; it writes its number, from 1, before each step."""
     number = int.from_bytes(os.pread(mark, 1, 0), "little")
     return names[number - 1] if number else None
 
@@ -260,7 +260,7 @@ def _signal_group(process: asyncio.subprocess.Process, number: int) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Wait for the worker; kill it and all it started if it does not end by itself."""
+    """Wait for the worker to exit; kill it and its children if it does not."""
     if process.stdin is not None:
         process.stdin.close()
     try:
@@ -274,27 +274,27 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def _wait_for(process: asyncio.subprocess.Process) -> None:
-    """Return once a process has ended, whoever still holds its pipes; asyncio's own wait may need them closed."""
+    """Wait for a process to end, even if its pipes are still open, which asyncio's own wait may wait for."""
     while process.returncode is None:
         await asyncio.sleep(POLL_S)
 
 
 class Tail:
-    """Reads a pipe as long as the loop runs, and keeps the end of what came.
+    """Read a pipe while the loop runs, and keep the last STDERR_BYTES.
 
-    Lines may be of any length, and whoever holds the pipe open is not waited for.
+    Lines may be of any length; other processes that hold the pipe open are not waited for.
     """
 
     def __init__(self, pipe: int) -> None:
-        """Take the end to read from, which close() closes."""
+        """Read from the given end of a pipe, which close() closes."""
         self._pipe, self._kept = pipe, bytearray()
         os.set_blocking(pipe, False)
         asyncio.get_running_loop().add_reader(pipe, self._read)
 
     def close(self) -> None:
-        """Read what stands in the pipe, and close it."""
+        """Read what is left in the pipe, and close it."""
         asyncio.get_running_loop().remove_reader(self._pipe)
-        for _ in range(STDERR_BYTES // 4096):  # a child that writes on must not keep this going
+        for _ in range(STDERR_BYTES // 4096):  # a child that keeps writing must not keep this loop going
             if not self._read():
                 break
         os.close(self._pipe)
@@ -305,7 +305,7 @@ class Tail:
         return bytes(self._kept).decode(errors="replace").splitlines()
 
     def _read(self) -> bool:
-        """Take in what stands there; whether that may be not all."""
+        """Read one chunk; return whether there may be more."""
         try:
             chunk = os.read(self._pipe, STDERR_BYTES)
         except BlockingIOError:
@@ -318,7 +318,7 @@ class Tail:
 
 
 def _mark_file() -> int:
-    """A file of one byte, in memory where that can be: a full disk must not cost the mark."""
+    """Create a file of one byte, in memory where possible: a full disk must not lose the mark."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("fatui-mark")
     with tempfile.TemporaryFile() as file:

@@ -15,7 +15,7 @@ from attention.files import expanded
 from fatui.widgets.choice import Choice
 
 FORMATS: Final = ("md", "csv", "json", "html", "svg", "log")
-"""`html` is the written report of the run; the others are its table, its rows as CSV and JSON, its picture and its log."""
+"""`html` is the written report of the run; the others are its table, its rows (csv, json), its picture and its log."""
 Writers = dict[str, Callable[[], str]]
 
 

@@ -27,7 +27,7 @@ class Models(ModelScreen):
     NAME = "models"
 
     def choices(self) -> list[Choice]:
-        """Return the choices of prompt lengths, generated tokens, layers, batch and dtype; other values can be typed."""
+        """Return the choices of prompt lengths, generated tokens, layers, batch and dtype; others can be typed."""
         return [
             Choice("prompt", ("512", "128", "2048", "8192", "512,2048", "2048,8192"), id="prompt", typed_option=str),
             Choice("generate", ("64", "8", "16", "256"), id="generate", typed_option=str),
