@@ -218,7 +218,7 @@ class FatuiApp(App[int]):
         dialogs.explain_keys(self)
 
     async def action_leave(self) -> None:
-        """Leave; ask first while a run goes on."""
+        """Exit; ask first if a run is active."""
         if not self.runs.active:
             await self.leave()
             return

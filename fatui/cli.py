@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fill_closed_streams() -> bool:
-    """Open /dev/null for closed standard streams, so that no file gets their numbers; return whether stdout was open."""
+    """Open /dev/null for closed standard streams, so that no file gets their numbers; return if stdout was open."""
     was_open = sys.stdout is not None
     for number in range(3):
         try:
@@ -112,7 +112,7 @@ def _told(arguments: list[str]) -> int:
 
 
 def _code_of(error: Exception) -> int | None:
-    """Report a usage error, a missing backend or an unusable history; return its exit code, or None for other errors."""
+    """Report a usage error, a missing backend or an unusable history; return its exit code, or None if it is none."""
     from attention.errors import NoBackendError, UsageError
     from fatui.history import HistoryError, UnknownRun
 

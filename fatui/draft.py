@@ -47,7 +47,7 @@ class Draft(Struct, frozen=True, kw_only=True):
         return structs.replace(self, cases=(), changed=True, **fields)
 
     def set_axis(self, name: str, values: tuple[int, ...]) -> "Draft":
-        """Return the draft with other values on one axis; K/V heads that no longer divide heads are reset to follow them."""
+        """Return the draft with other values on one axis; K/V heads that no longer divide heads follow heads again."""
         axes = {**self.axes, name: values}
         if name == "kv_heads" and values == axes["heads"]:
             axes["kv_heads"] = ()

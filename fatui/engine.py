@@ -218,7 +218,7 @@ class Engine:
         self._hung = f"said nothing for {self.silence.seconds:.0f} s, and was ended"
 
     def _longest_silence_s(self) -> float:
-        """Return the seconds of silence that the current case explains, a round of very slow calls; no limit for models."""
+        """Return the seconds of silence that the case explains, by a round of very slow calls; infinite for models."""
         plan, case = self.record.plan, self.record.current_case
         if not isinstance(plan, Plan) or case is None:
             return math.inf if not isinstance(plan, Plan) else HUNG_S

@@ -1,4 +1,4 @@
-"""How long a run takes: estimated from earlier runs before it starts, and from itself while it goes on."""
+"""Run time estimates: from earlier runs before a run starts, and from its own progress while it is active."""
 
 import math
 from typing import Final
@@ -17,18 +17,18 @@ from fatui.settings import Pace
 MAX_SCALE: Final = 64.0
 """A call of this many times more or fewer FLOPs than all known ones is not estimated from them."""
 MAX_SIZES: Final = 16
-"""Sizes that are remembered of one kind of call."""
+"""Number of sizes remembered per kind of call."""
 
 
 def kind(name: str, workload: Workload) -> str:
-    """The calls whose times say something of each other: "poc float16 forward"."""
+    """Return the kind of calls that can be estimated from each other: "poc float16 forward"."""
     return f"{name} {kind_of_case(workload)}"
 
 
 def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
-    """Seconds at the most, as rounds that are precise enough end sooner.
+    """Estimate the maximum seconds of a run; rounds that reach their precision end earlier.
 
-    None where no call of a case's kind is known: what training in bfloat16 took says nothing of a decode.
+    None if no call of a case's kind is known: times of training in bfloat16 do not predict those of decode.
     """
     if not device or pace.device != device:
         return None
@@ -38,14 +38,14 @@ def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
         calls = [seconds for seconds in known if seconds is not None]
         if not calls:
             return None
-        mean = sum(calls) / len(calls)  # of those unknown
+        mean = sum(calls) / len(calls)  # stands for the unknown ones
         calls = [mean if seconds is None else seconds for seconds in known]
         total += case_s(calls, plan.seconds) + pace.set_up_s * len(plan.implementations)
     return total
 
 
 def _call_s(known: list[tuple[float, float]], flops: float) -> float | None:
-    """Scale the time of the known call that is nearest in size."""
+    """Scale the time of the known call nearest in size."""
     if not known or flops <= 0:
         return None
     size, seconds = min(known, key=lambda each: abs(math.log(each[0] / flops)))
@@ -53,7 +53,7 @@ def _call_s(known: list[tuple[float, float]], flops: float) -> float | None:
 
 
 def in_words(plan: Plan, pace: Pace, device: str) -> str:
-    """One line: the estimate, or why there is none yet."""
+    """Format the estimate, or the reason why there is none, in one line."""
     seconds = estimate_s(plan, pace, device)
     if seconds is not None:
         return f"takes up to about {figures.duration(seconds)}, going by earlier runs here"
@@ -62,12 +62,12 @@ def in_words(plan: Plan, pace: Pace, device: str) -> str:
 
 
 def learn(pace: Pace, report: Report, spent_s: float) -> Pace:
-    """Add what a complete run teaches about this machine; what is known of another device is dropped.
+    """Add the timings of a complete run; those of another device are dropped.
 
     Args:
-        pace: what is known.
+        pace: the known timings.
         report: the run.
-        spent_s: its seconds in rounds, and in what was done once for all.
+        spent_s: the seconds it spent in rounds and in steps done once per run.
     """
     device = report.environment.device or ""
     calls = {name: list(sizes) for name, sizes in pace.calls.items()} if pace.device == device else {}
@@ -82,24 +82,24 @@ def learn(pace: Pace, report: Report, spent_s: float) -> Pace:
 
 
 class Left(Struct, frozen=True):
-    """How far a run is."""
+    """The progress of a run, and its time left."""
 
     done: float
-    """From 0 to 1."""
+    """Completed fraction, 0 to 1."""
     seconds: float
-    """Until its end; below 0 where it takes longer than was estimated."""
+    """Seconds to the end; negative if the run takes longer than estimated."""
 
     @property
     def words(self) -> str:
-        """ "10 s left"."""
+        """The time left as text: "10 s left"."""
         return figures.time_left(self.seconds)
 
 
 def left(session: AnySession) -> Left | None:
-    """The one estimate that status line and progress bar show; None before there is any.
+    """Return the estimate shown by both status line and progress bar; None before there is any.
 
-    It is the worker's, counted down since the worker last gave it; where the end of the case was estimated from earlier
-    runs or by a timed call, it is not less than that.
+    It is the worker's last estimate, counted down, but not less than an estimate of the case from earlier runs or a
+    timed call.
     """
     known = []
     if session.record.progress is not None:

@@ -1,4 +1,4 @@
-"""A report as JSON, CSV and Markdown, each made from the rows and from nothing else."""
+"""A report as JSON, CSV and Markdown, made from its rows only."""
 
 import csv
 import io
@@ -40,22 +40,22 @@ HEADS: Final = (
 
 
 def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
-    """The whole report; figures that are not known are null.
+    """Encode the whole report; unknown figures are null.
 
     Args:
-        report: what to write.
-        study: the study's own figures, put under the key `study`.
+        report: the report to write.
+        study: the study's own figures, written under the key `study`.
     """
     report = cleaned(report)
     document: object = {**msgspec.to_builtins(report), "study": study} if study else report
-    # The encoder writes infinite numbers and those that are none as null.
+    # The encoder writes infinities and NaNs as null.
     return msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n"
 
 
 def to_csv(report: Report) -> str:
-    """One line for each row, unrounded; what is not known is empty.
+    """Write one line per row, unrounded; unknown values are empty.
 
-    A text that a spreadsheet would take for a formula has an apostrophe before it.
+    A text that a spreadsheet would take for a formula is prefixed with an apostrophe.
     """
     out = io.StringIO()
     columns = GENERATION_COLUMNS if report.models else FINE_TUNING_COLUMNS if report.fine_tunings else COLUMNS
@@ -103,7 +103,7 @@ def _cell(value: object) -> object:
 
 
 def to_markdown(report: Report) -> str:
-    """A table for each case, for people to paste where they report."""
+    """Format a table per case, to paste into issues and documents."""
     return "\n\n".join([_heading(report), *(_case(case) for case in report.all_cases), *_summary(report)]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Figures as people read them, and rows in words: three figures and a unit, n/a where nothing is known."""
+"""Formatting of figures and rows: three significant figures with a unit, and n/a for unknown values."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,21 +12,21 @@ UNKNOWN: Final = "n/a"
 STAR: Final = "★"
 OK: Final = "ok"
 WIDE: Final = 0.25
-"""An interval wider than this on either side, relative to its middle, is shown by its ends, and earns no star."""
+"""Relative half width of an interval, above which its ends are shown instead of ±, and it gets no star."""
 DECIMAL: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"), (1.0, ""))
 BINARY: Final = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
 def three(value: float) -> str:
-    """Three significant figures without an exponent: "0.0148", "1.40", "36.2", "412"."""
+    """Format three significant figures without an exponent: "0.0148", "1.40", "36.2", "412"."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:,.{decimals(value)}f}"
 
 
 def decimals(value: float) -> int:
-    """Decimals that show three significant figures of a value, after rounding to them."""
+    """Return the decimals that show three significant figures of a value, after rounding."""
     if value == 0:
         return 2
     exponent = int(f"{abs(value):.2e}".partition("e")[2])
@@ -34,7 +34,7 @@ def decimals(value: float) -> int:
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
-    """The factor and the name of the largest unit in which a value is at least 1, after rounding."""
+    """Return factor and name of the largest unit in which a value is at least 1, after rounding."""
     for factor, unit in units:
         if float(f"{abs(value) / factor:.2e}") >= 1:
             return factor, unit
@@ -42,7 +42,7 @@ def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, 
 
 
 def rate(value: float | None) -> str:
-    """Something a second, with a prefix: "1.40 M"."""
+    """Format a rate with a decimal prefix and no unit: "1.40 M"."""
     if value is None:
         return UNKNOWN
     factor, unit = _scaled(value, DECIMAL)
@@ -50,17 +50,17 @@ def rate(value: float | None) -> str:
 
 
 def tokens_per_second(value: float | None) -> str:
-    """Tokens a second: "28.0 K", "1.40 M"."""
+    """Format tokens/s: "28.0 K", "1.40 M"."""
     return rate(value)
 
 
 def flops(value: float | None) -> str:
-    """Floating-point operations: "268 MFLOP"; with "/s" appended by the caller, a rate."""
+    """Format floating-point operations: "268 MFLOP"; with "/s" appended by the caller, a rate."""
     return UNKNOWN if value is None else _with_unit(rate(value), "FLOP")
 
 
 def bytes_per_second(value: float | None) -> str:
-    """A rate of memory traffic, in powers of ten as data sheets have it: "38.1 GB/s"."""
+    """Format memory traffic with decimal prefixes, as data sheets do: "38.1 GB/s"."""
     return UNKNOWN if value is None else _with_unit(rate(value), "B/s")
 
 
@@ -69,17 +69,17 @@ def _with_unit(text: str, unit: str) -> str:
 
 
 def per(value: float | None, unit: float) -> str:
-    """A value in a unit that its column names, as a bare number: "0.0148"."""
+    """Format a value in the unit that its column names, as a bare number: "0.0148"."""
     return UNKNOWN if value is None else three(value / unit)
 
 
 def teraflops(value: float | None) -> str:
-    """TFLOP/s as a bare number; "<0.001" where three digits would mostly be zeros."""
+    """Format TFLOP/s as a bare number; "<0.001" where three digits would mostly be zeros."""
     return "<0.001" if value and value < 1e9 else per(value, 1e12)
 
 
 def seconds(value: float | None) -> str:
-    """A time: "36.2 ms", "1.21 s"."""
+    """Format a time: "36.2 ms", "1.21 s"."""
     if value is None:
         return UNKNOWN
     factor, unit = _scaled(value, TIMES)
@@ -87,7 +87,7 @@ def seconds(value: float | None) -> str:
 
 
 def duration(value: float) -> str:
-    """A time to wait, in words that do not tremble: "9 s", "2 min 05 s", "1 h 02 min"."""
+    """Format a time to wait, rounded up so that it changes at most once a second: "9 s", "2 min 05 s", "1 h 02 min"."""
     whole = math.ceil(max(value, 0.0))
     if whole < 60:
         return f"{whole} s"
@@ -96,12 +96,12 @@ def duration(value: float) -> str:
 
 
 def time_left(value: float) -> str:
-    """Seconds to the estimated end, below zero where that has passed: "9 s left", "5 s over the estimate"."""
+    """Format the seconds to the estimated end: "9 s left", or if negative, "5 s over the estimate"."""
     return f"{duration(value)} left" if value >= 0 else f"{duration(-value)} over the estimate"
 
 
 def size(value: float | None) -> str:
-    """Bytes in powers of two, a round number without decimals: "41 MiB", "1.25 GiB"."""
+    """Format bytes with binary prefixes, round numbers without decimals: "41 MiB", "1.25 GiB"."""
     if value is None:
         return UNKNOWN
     factor, unit = next(((f, u) for f, u in BINARY if abs(value) >= 1000 * f / 1024), BINARY[-1])
@@ -110,7 +110,7 @@ def size(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A fraction as a percentage: "62 %", "0.8 %", "0.04 %"."""
+    """Format a fraction as a percentage: "62 %", "0.8 %", "0.04 %"."""
     if value is None:
         return UNKNOWN
     shown = 100 * value
@@ -120,9 +120,9 @@ def percent(value: float | None) -> str:
 
 
 def share_text(share: Share | None) -> str:
-    """A part of a time with its interval: "31 ±2 %"; "< 3 %" where the interval reaches down to nothing.
+    """Format a share of time with its interval: "31 ±2 %"; "< 3 %" if the interval includes 0.
 
-    Unknown where the interval reaches from nothing to the whole.
+    "n/a" if the interval spans 0 to 1.
     """
     if share is None or (share.low <= 0 and share.high >= 1):
         return UNKNOWN
@@ -134,7 +134,7 @@ def share_text(share: Share | None) -> str:
 
 
 def error(value: float | None) -> str:
-    """A numerical error: "1.2e-3", and "0" where there is none."""
+    """Format a numerical error: "1.2e-3"; "0" for none."""
     if value is None:
         return UNKNOWN
     mantissa, _, exponent = f"{value:.1e}".partition("e")
@@ -142,9 +142,9 @@ def error(value: float | None) -> str:
 
 
 def interval_text(interval: Interval | None) -> str:
-    """A time with its interval in the same unit: "36.2 ±0.3 ms".
+    """Format a time with its interval in the same unit: "36.2 ±0.3 ms".
 
-    "61 to 143 ms" where the interval is too wide for ± to describe it; the median alone where there is no interval.
+    "61 to 143 ms" if the interval is too wide for ±; only the median if there is no interval.
     """
     if interval is None:
         return UNKNOWN
@@ -158,7 +158,7 @@ def interval_text(interval: Interval | None) -> str:
 
 
 def _span(low: float, high: float) -> str:
-    """An interval by its ends, rounded outward to two significant figures: "0.43 to 1.9"."""
+    """Format the ends of an interval, rounded outward to two significant figures: "0.43 to 1.9"."""
     return f"{_two(low, math.floor)} to {_two(high, math.ceil)}"
 
 
@@ -171,26 +171,26 @@ def _two(value: float, towards: Callable[[float], int]) -> str:
 
 
 def _outward(half: float, places: int) -> str:
-    """Half an interval's width, rounded up to the places that the value itself is shown with."""
+    """Format half an interval's width, rounded up to the given decimals."""
     step = 10.0**places
     return f"{math.ceil(round(half * step, 6)) / step:,.{places}f}"
 
 
 def half_width(ratio: Ratio) -> float:
-    """The larger distance from a ratio to an end of its interval."""
+    """Return the larger distance from a ratio to an end of its interval."""
     return max(ratio.high - ratio.value, ratio.value - ratio.low)
 
 
 def is_clear(ratio: Ratio) -> bool:
-    """Whether a ratio says anything: it is significant, or its interval is narrow around 1."""
+    """Whether a ratio is conclusive: significant, or with a narrow interval around 1."""
     return ratio.significant or half_width(ratio) <= WIDE * ratio.value
 
 
 def speedup_text(ratio: Ratio | None) -> str:
-    """A speedup with its interval, "≈ 1" inside the noise floor, "1" for the reference itself.
+    """Format a speedup with its interval; "≈ 1" inside the noise floor, "1" for the reference itself.
 
-    A wide interval is shown by its ends, "30 to 52x"; one too wide to tell faster from slower has a question mark
-    as well: "0.6 to 1.9x?".
+    A wide interval is shown by its ends, "30 to 52x"; if it is too wide to separate faster from slower, a question mark
+    follows: "0.6 to 1.9x?".
     """
     if ratio is None:
         return UNKNOWN
@@ -207,11 +207,11 @@ def speedup_text(ratio: Ratio | None) -> str:
 
 
 def best_of(case: AnyCase) -> tuple[str, ...]:
-    """The fastest accurate implementations: the one with the best median and all that equal it.
+    """Return the fastest accurate implementations: the one with the best median and all that equal it.
 
-    A row equals the best if its interval reaches the best one's, or their medians differ by no more than the noise
-    floor. Nothing is best while a row is collecting, where the best interval is wide, and where all are equal and none
-    is significantly apart from the reference.
+    A row equals the best if its interval reaches the best one's, or their medians differ by at most the noise floor.
+    None is best while a row has too few rounds, if the best interval is wide, or if all are equal and none differs
+    significantly from the reference.
     """
     rows = [row for row in case.rows if row.status == OK and row.call_s]
     if not rows or any(row.collecting for row in rows):
@@ -226,7 +226,7 @@ def best_of(case: AnyCase) -> tuple[str, ...]:
 
 
 def reference_change(case: AnyCase) -> str | None:
-    """Why speedups are relative to another than the baseline, the first row; None where they are not."""
+    """Format why speedups are not relative to the first row, the baseline; None if they are."""
     first = case.rows[0] if case.rows else None
     if first is None or case.reference in (None, first.implementation) or first.status == OK:
         return None
@@ -245,7 +245,7 @@ def _equals(interval: Interval | None, best: Interval | None, floor: float) -> b
 
 
 def word(row: Row, case: AnyCase) -> str:
-    """The verdict in one word or two, for a narrow column; "collecting 2 of 6" before there is one."""
+    """Return the verdict as a word or two, for a narrow column; "collecting 2 of 6" before there is one."""
     if row.status != OK:
         return row.status
     if row.collecting:
@@ -269,7 +269,7 @@ def _beats_another(row: Row, case: AnyCase) -> bool:
 
 
 def verdict(row: Row, case: AnyCase) -> str:
-    """The verdict in a few words: "fastest", "1.9x faster", "same as baseline", "failed: killed by signal 9"."""
+    """Return the verdict in a few words: "fastest", "1.9x faster", "same as baseline", "failed: killed by signal 9"."""
     if row.status == "inaccurate":
         return f"inaccurate: {error(row.max_error) if type(row) is Row else row.reason}"
     if row.status != OK:
@@ -296,7 +296,7 @@ def _standing(row: Row, case: AnyCase) -> str:
 
 
 def finding(report: Report) -> str:
-    """One line that says what a run found: "poc is 49.6 ±0.4x baseline; memory 7 instead of 41 MiB; all accurate"."""
+    """Summarise a run in one line: "poc is 49.6 ±0.4x baseline; memory 7 instead of 41 MiB; all accurate"."""
     if report.cases:
         return "; ".join([*_of_cases(report.cases, report.summary), *_accuracy(report)])
     phases: dict[str, Sequence[AnyCase]] = {

@@ -1,7 +1,7 @@
-"""Text from outside (result files, presets, plugins, the system) made harmless for a terminal, a page, a spreadsheet.
+"""Escaping of foreign text (result files, presets, plugins, the system) for terminals, web pages and spreadsheets.
 
-A terminal obeys escape codes, Rich and Textual read "[...]" as markup, Markdown has its own signs, and a spreadsheet
-runs a cell that begins with "=". Everything that fatui shows and did not write itself goes through here.
+Terminals execute escape codes, Rich and Textual read "[...]" as markup, Markdown has its own syntax, and spreadsheets
+evaluate cells that begin with "=". All text shown that fatui did not write itself passes through here.
 """
 
 import re
@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 T = TypeVar("T")
 MAX_SHOWN: Final = 4_000
-"""Characters of one text that a message or a cell of a table has room for."""
+"""Maximum characters of one text in a message or a table cell."""
 UNSAFE: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories of control characters, of those that hide, reorder or join others, and of lone surrogates."""
 FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
@@ -21,7 +21,7 @@ MARKDOWN_SIGNS: Final = re.compile(r"([\\`*_<>\[\]#|~&])")
 
 
 def clean(text: str, limit: int | None = None) -> str:
-    r"""Replace what a terminal would obey by its escape, such as "\x1b" or "\u202e", and cut a text to `limit`.
+    r"""Replace unsafe characters by their escapes, such as "\x1b" or "\u202e", and cut a text to `limit`.
 
     Line feeds stay, a tab becomes a blank. The result holds no control character but line feeds, no bidi control and
     no lone surrogate, and can be encoded as UTF-8.
@@ -40,7 +40,7 @@ def one_line(text: str, limit: int | None = None) -> str:
 
 
 def is_safe(character: str) -> bool:
-    """Whether a character is no control character, and neither hides nor reorders others."""
+    """Whether a character is neither a control character nor one that hides or reorders others."""
     return unicodedata.category(character) not in UNSAFE
 
 
@@ -51,7 +51,7 @@ def _visible(character: str) -> str:
 
 
 def cleaned(value: T, limit: int | None = None) -> T:
-    """Clean every text inside structs, tuples, lists and dicts; what holds none comes back as it is."""
+    """Clean every text inside structs, tuples, lists and dicts; values without unsafe text are returned as they are."""
     made: Any = value
     if isinstance(value, str):
         made = clean(value, limit)
@@ -72,12 +72,12 @@ def cleaned(value: T, limit: int | None = None) -> T:
 
 
 def html(text: str) -> str:
-    """Escape a text for an HTML page, in elements and in attributes."""
+    """Escape a text for HTML, in elements and attributes."""
     return escape(clean(text))
 
 
 def markdown(text: str) -> str:
-    """Escape a text for a line of Markdown, so that its characters mean themselves."""
+    """Escape a text for a line of Markdown, so that it is shown literally."""
     return MARKDOWN_SIGNS.sub(r"\\\1", one_line(text))
 
 
@@ -87,7 +87,7 @@ def markdown_cell(text: str) -> str:
 
 
 def markdown_code(text: str) -> str:
-    """Put a text into an inline code span, whatever backticks it holds."""
+    """Format a text as an inline code span, even if it contains backticks."""
     shown = one_line(text)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     blank = " " if "`" in shown else ""
@@ -95,12 +95,12 @@ def markdown_code(text: str) -> str:
 
 
 def markdown_block(text: str, language: str = "") -> str:
-    """Put lines into a fenced code block, whatever backticks they hold."""
+    """Format lines as a fenced code block, even if they contain backticks."""
     shown = clean(text)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     return f"{fence}{language}\n{shown}\n{fence}"
 
 
 def spreadsheet(text: str) -> str:
-    """Clean a text for a cell of a CSV file; an apostrophe goes before one that a spreadsheet would run."""
+    """Clean a text for a CSV cell; one that a spreadsheet would evaluate is prefixed with an apostrophe."""
     return f"'{clean(text)}" if text.startswith(FORMULA_STARTS) else clean(text)

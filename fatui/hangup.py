@@ -1,4 +1,4 @@
-"""Notices that the terminal is gone, also where no SIGHUP comes and the event loop waits for output to be taken."""
+"""Detection of a closed terminal, even without a SIGHUP or while the event loop is blocked on output."""
 
 import os
 import select
@@ -11,20 +11,20 @@ from typing import Final
 
 POLL_MS: Final = 500
 GRACE_S: Final = 3.0
-"""Time for an orderly end: the run is stopped and kept, the layout written."""
+"""Seconds for an orderly end: the run is stopped and stored, the layout saved."""
 HUNG_UP: Final = 128 + signal.SIGHUP
-"""The exit code."""
+"""The exit code after a hang-up."""
 
 
 def watch_terminal(hung_up: Callable[[], object], abandon: Callable[[], object]) -> None:
     """Start a thread that ends the process once the terminal on stdin or stderr has hung up.
 
     Textual's reader spins on a terminal at its end, and its writer dies of the first write that fails, after which
-    the event loop may wait for ever to hand over its output. Neither tells the app, so a thread of its own watches.
+    the event loop may block forever on its output. Neither notifies the app, so a separate thread watches.
 
     Args:
-        hung_up: called from that thread; asks the event loop for an orderly end.
-        abandon: called where the process still lives after `GRACE_S`; kills what must not outlive it.
+        hung_up: called from that thread; requests an orderly end from the event loop.
+        abandon: called if the process still runs after `GRACE_S`; kills the child processes that must not outlive it.
     """
     files = [stream.fileno() for stream in (sys.__stdin__, sys.__stderr__) if stream is not None and stream.isatty()]
     if not files or not hasattr(select, "poll"):

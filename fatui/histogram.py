@@ -1,4 +1,4 @@
-"""Samples as blocks: how many fall where."""
+"""A histogram drawn with block characters."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -7,7 +7,7 @@ BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 
 
 def histogram(samples: Sequence[float], *, width: int, height: int) -> list[str]:
-    """Rows of blocks from the top down; the fullest bin reaches the top, and any sample shows."""
+    """Return rows of blocks from the top down; the fullest bin reaches the top, and no sample is invisible."""
     low, high = min(samples), max(samples)
     counts = [0] * width
     for sample in samples:

@@ -1,4 +1,4 @@
-"""Every finished run, kept in one SQLite file that several processes may write at once."""
+"""The history of runs: one SQLite file, safe for several writing processes."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 VERSION: Final = 1
 PATIENCE_S: Final = 10.0
-"""How long to wait for another process that writes."""
+"""Seconds to wait for another process that is writing."""
 MAX_QUERY_S: Final = 60.0
 MAX_LINE_BYTES: Final = 100_000
 MAX_RUNS: Final = 100_000
@@ -40,15 +40,15 @@ TABLE: Final = """
 
 
 class HistoryError(RuntimeError):
-    """The history cannot be read or written; one line says why."""
+    """The history cannot be read or written; the message is one line."""
 
 
 class UnknownRun(HistoryError):
-    """The history has no such run, or several; a mistake of the request."""
+    """The history has no such run, or several; a usage error."""
 
 
 class RunLine(Struct, frozen=True, kw_only=True):
-    """A run as a list shows it."""
+    """The summary of a run, for lists."""
 
     id: str
     started: str
@@ -63,7 +63,7 @@ class RunLine(Struct, frozen=True, kw_only=True):
 
 
 def line_of(report: Report) -> RunLine:
-    """The line that a list shows for a report."""
+    """Summarise a report for lists."""
     names = dict.fromkeys(row.implementation for case in report.all_cases for row in case.rows)
     return RunLine(
         id=report.run.id,
@@ -80,11 +80,11 @@ def line_of(report: Report) -> RunLine:
 
 
 class History:
-    """The runs of this user; a damaged file is set aside under another name, never lost.
+    """The user's runs; a damaged file is moved aside, never deleted.
 
     Attributes:
         path: the file.
-        notice: what had to be told when the file was opened, or None.
+        notice: a warning from opening the file, or None.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -93,10 +93,10 @@ class History:
         self._seen: tuple[int, int] | None = None
 
     def add(self, report: Report) -> None:
-        """Keep a report.
+        """Store a report.
 
         Raises:
-            HistoryError: the file cannot be written, has a run of this id, or is of a newer fatui.
+            HistoryError: the file cannot be written, already has a run of this id, or belongs to a newer fatui.
         """
         line, content = msgspec.json.encode(line_of(report)), msgspec.json.encode(report)
 
@@ -109,10 +109,10 @@ class History:
             raise HistoryError(f"history: there is a run '{one_line(report.run.id)}' already") from None
 
     def runs(self) -> list[RunLine]:
-        """All runs, the latest first; `notice` says how many lines could not be read and are left out.
+        """Return all runs, latest first; `notice` gives the number of unreadable ones, which are left out.
 
         Raises:
-            HistoryError: the file cannot be read, or is of a newer fatui.
+            HistoryError: the file cannot be read, or belongs to a newer fatui.
         """
         if not self._exists():
             return []
@@ -124,10 +124,10 @@ class History:
         return lines
 
     def get(self, name: str) -> Report:
-        """Return the run with an id, the only one whose id begins so, "last", or "last~1" for the one before.
+        """Return the run with an id or a unique prefix of it, "last", or "last~1" for the one before.
 
         Raises:
-            UnknownRun: there is none, or more than one.
+            UnknownRun: there is no such run, or more than one.
             HistoryError: the file or the run cannot be read.
         """
         identity = self.find(name)
@@ -140,10 +140,10 @@ class History:
             raise HistoryError(f"history: run '{one_line(identity, 80)}' cannot be read: {error}") from error
 
     def find(self, name: str) -> str:
-        """Return the id of the run that a name stands for, as get() takes it.
+        """Return the id of the run with a name as accepted by get().
 
         Raises:
-            UnknownRun: there is none, or more than one.
+            UnknownRun: there is no such run, or more than one.
             HistoryError: the file cannot be read.
         """
         if not self._exists():
@@ -151,10 +151,10 @@ class History:
         return self._use(lambda database: _find(database, name), reading=True)
 
     def remove(self, name: str) -> Report | None:
-        """Remove a run, named as for get(), and return it, so that add() can bring it back; None if it is unreadable.
+        """Remove a run, named as for get(), and return it, so that add() can restore it; None if it is unreadable.
 
         Raises:
-            UnknownRun: there is none, or more than one.
+            UnknownRun: there is no such run, or more than one.
             HistoryError: the file cannot be written.
         """
         identity, report = self.find(name), None
@@ -173,10 +173,10 @@ class History:
         return True
 
     def _use(self, work: Callable[[sqlite3.Connection], T], *, reading: bool = False) -> T:
-        """Do some work in one transaction, making the file where it is missing, beginning a new one if it is damaged.
+        """Run `work` in one transaction; create the file if it is missing, and replace it if it is damaged.
 
         Raises:
-            HistoryError: the file cannot be used; one line says why.
+            HistoryError: the file cannot be used.
             sqlite3.IntegrityError: the work violates a constraint.
         """
         try:
@@ -201,12 +201,12 @@ class History:
             return work(database)
 
     def _recover(self, error: Exception) -> None:
-        """Set the damaged file aside, unless another process has done so, and take over the runs that can be read."""
+        """Move the damaged file aside, unless another process has done so, and copy the readable runs to a new one."""
         if _identity(self.path) != self._seen:
             return
         aside = self._set_aside()
         kept = 0
-        for order in ("ASC", "DESC"):  # up to the damage, from either side
+        for order in ("ASC", "DESC"):  # from both ends, up to the damage
             rows: list[tuple[object, ...]] = []
             with (
                 contextlib.suppress(sqlite3.Error, UnicodeDecodeError),
@@ -239,7 +239,7 @@ def _take_over(database: sqlite3.Connection, rows: Sequence[tuple[object, ...]])
 def _is_damage(error: Exception) -> bool:
     """Whether the file itself is broken, rather than locked, read-only or on a full disk.
 
-    A damaged schema may be quoted in SQLite's message, which Python then cannot decode.
+    SQLite's message may quote a damaged schema, which Python then cannot decode.
     """
     if isinstance(error, UnicodeDecodeError):
         return True
@@ -247,7 +247,7 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _line(identity: object, content: object) -> RunLine | None:
-    """A line of the list, or None where it cannot be read."""
+    """Decode a run's summary; return None if it cannot be read."""
     if not isinstance(content, bytes):
         return None
     try:
@@ -272,7 +272,7 @@ def _connect(path: Path, reading: bool) -> sqlite3.Connection:
     except sqlite3.OperationalError:
         if not reading or os.access(path.parent, os.W_OK):
             raise
-    # In a folder that cannot be written SQLite has no place for the files beside the database, and does without.
+    # In a read-only folder SQLite cannot create its auxiliary files; an immutable database needs none.
     address = f"file:{quote(str(path))}?mode=ro&immutable=1"
     return _prepared(sqlite3.connect(address, timeout=PATIENCE_S, uri=True), path)
 
@@ -289,13 +289,13 @@ def _prepared(database: sqlite3.Connection, path: Path) -> sqlite3.Connection:
 
 
 def _limit_time(database: sqlite3.Connection) -> None:
-    """Interrupt a query that takes too long, as one over a view of somebody's making may."""
+    """Interrupt queries that take too long, such as one over a maliciously made view."""
     end = time.monotonic() + MAX_QUERY_S
     database.set_progress_handler(lambda: time.monotonic() > end, 100_000)
 
 
 def _prepare(database: sqlite3.Connection, path: Path) -> None:
-    """Make the table where it is missing, and read from it once, so that damage shows now."""
+    """Create the table if it is missing, and read from it once, so that damage shows immediately."""
     found = database.execute("PRAGMA user_version").fetchone()[0]
     if found > VERSION:
         raise HistoryError(f"history: {path} was made by a newer fatui (version {found}, this one reads {VERSION})")
@@ -309,7 +309,7 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
 
 
 def _patiently(database: sqlite3.Connection, statement: str) -> None:
-    """Execute what SQLite does not wait for by itself: a change of the journal's mode."""
+    """Execute a statement that SQLite does not retry by itself: a change of the journal mode."""
     end = time.monotonic() + PATIENCE_S
     while True:
         try:

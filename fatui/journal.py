@@ -1,4 +1,4 @@
-"""The log of the app: timestamped lines in a bounded buffer, the engine's and the app's own."""
+"""The app's log: timestamped lines of the engine and the app, in a bounded buffer."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,17 +23,17 @@ class Line(Struct, frozen=True):
     text: str
 
     def __str__(self) -> str:
-        """The line as it is exported."""
+        """Format the line as in an export."""
         level = "" if self.level == "info" else f"{self.level}: "
         return f"{self.at}  {level}{self.text}"
 
 
 class Journal:
-    """The latest lines, and how many there ever were.
+    """The latest lines of the log, and counts of all.
 
     Attributes:
-        count: all lines ever written; those before `count - len(journal)` are gone.
-        errors: all lines ever written at level error.
+        count: number of lines ever written; those before `count - len(journal)` have been dropped.
+        errors: number of messages ever written at level error.
     """
 
     def __init__(self, now: Callable[[], datetime] = datetime.now, most: int = MOST_LINES) -> None:
@@ -43,7 +43,7 @@ class Journal:
         self._lines: deque[Line] = deque(maxlen=most)
 
     def write(self, text: str, level: Level = "info") -> None:
-        """Add a message; each line of it becomes a line of the log."""
+        """Add a message; each of its lines becomes a line of the log."""
         at = f"{self._now():%H:%M:%S}"
         self.errors += level == "error"
         for part in text.splitlines() or [""]:
@@ -51,14 +51,14 @@ class Journal:
             self.count += 1
 
     def __len__(self) -> int:
-        """Lines that are still there."""
+        """Number of lines still held."""
         return len(self._lines)
 
     def since(self, number: int) -> Iterator[Line]:
-        """The lines from the one with that number on, counted from 0 over all ever written."""
+        """Iterate over the lines from a number on, counted from 0 over all ever written."""
         gone = self.count - len(self._lines)
         return islice(self._lines, max(0, number - gone), None)
 
     def text(self) -> str:
-        """All lines that are still there, as a file has them."""
+        """Format all lines still held, as in an export."""
         return "".join(f"{line}\n" for line in self._lines)

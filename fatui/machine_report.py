@@ -1,4 +1,4 @@
-"""A file about this machine to attach to a bug report: what the doctor finds, and all checks of kernels."""
+"""A report about this machine to attach to a bug report: the doctor's findings, and all kernel checks."""
 
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -13,11 +13,11 @@ PERSONAL: Final = ("config", "data", "cache", "presets", "history")
 
 
 def make(tell: Callable[[str], None], measure: bool) -> str:
-    """The report's text, in Markdown.
+    """Return the report as Markdown.
 
     Args:
-        tell: told in a line what takes the time.
-        measure: whether to take time: to measure peaks, and on a Mac to check kernels that were never used.
+        tell: called with one line before each slow step.
+        measure: whether to measure peaks, and on a Mac to check kernels that were never used.
     """
     found = [finding for finding in diagnose(measure=measure) if finding.topic not in PERSONAL]
     lines = [f"# fatui {__version__}: report of a machine", "", *_of_findings(found), "", "## Metal kernels", ""]
@@ -25,7 +25,7 @@ def make(tell: Callable[[str], None], measure: bool) -> str:
 
 
 def without_home(text: str) -> str:
-    """A text in which the home folder, and so most often the user's name, is not told."""
+    """Replace the home folder, which usually contains the user's name, with "~"."""
     folder = str(home())
     return text.replace(folder, "~") if len(folder) > 1 else text
 

@@ -1,4 +1,4 @@
-"""The columns of models that generate and of fine-tunings, and what their tables have no room for."""
+"""Table columns of generation and fine-tuning, and the notes below the tables."""
 
 from typing import Final
 
@@ -13,7 +13,7 @@ CURVE_WIDTH: Final = 40
 
 
 def model_columns(case: ModelCase | FineTuningCase) -> list[Column]:
-    """The columns of a case."""
+    """Return the columns of a case."""
     return _generation(case) if isinstance(case, ModelCase) else _fine_tuning(case)
 
 
@@ -54,13 +54,13 @@ def _stars(case: ModelCase | FineTuningCase) -> tuple[str, ...]:
 
 
 def loss_text(row: FineTuningRow) -> str:
-    """The first loss and the last."""
+    """Format the first and the last loss."""
     known = [loss for loss in row.losses if loss is not None]
     return f"{known[0]:.3f} → {known[-1]:.3f}" if known else figures.UNKNOWN
 
 
 def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
-    """What stands under the table: what was estimated, the calls that were counted, and the curves of the losses."""
+    """Return the notes below the table: estimates, call counts, and loss curves."""
     notes = []
     if case.weights_bytes:
         notes.append(f"weights {figures.size(case.weights_bytes)}; memory is on top of them")
@@ -83,7 +83,7 @@ def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
 
 
 def _layer_notes(case: ModelCase) -> list[str]:
-    """What one layer takes and what all else, where the whole model was estimated from them."""
+    """Return the time of one layer and of the rest, if the whole model was estimated from them."""
     known = [row for row in case.rows if row.layer_s is not None and row.fixed_s is not None]
     if not known:
         return []
@@ -98,7 +98,7 @@ def _rest(row: ModelRow) -> str:
 
 
 def curve(row: FineTuningRow, width: int = CURVE_WIDTH) -> str:
-    """The losses as bars, from the least to the largest of them; a gap where one is no number."""
+    """Draw the losses as bars, scaled from the smallest to the largest; a gap where one is not a number."""
     losses = row.losses
     picked = [losses[index * len(losses) // width] for index in range(width)] if len(losses) > width else losses
     known = [loss for loss in picked if loss is not None]

@@ -1,4 +1,4 @@
-"""A run of a model as the app follows it."""
+"""The app's view of a model run."""
 
 from attention import events as on
 from attention.plan import FineTuningPlan, GenerationPlan
@@ -9,11 +9,11 @@ from fatui.session import RunSession
 
 
 class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineTuningCase]):
-    """A model that generates, or a fine-tuning.
+    """A run of generation or fine-tuning.
 
     Attributes:
-        losses: the training loss of each implementation so far.
-        said: the latest that the worker said in words: how long a case will take, what would shorten it.
+        losses: the training losses of each implementation so far.
+        said: the worker's latest message: the expected time of a case, or how to shorten it.
     """
 
     losses: dict[str, Series]
@@ -25,13 +25,13 @@ class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineT
         self.losses = {}
 
     def case(self, index: int) -> ModelCase | FineTuningCase:
-        """The rows of one case."""
+        """Return the rows of one case."""
         final = self._final.get(index)
         made: ModelCase | FineTuningCase = final if final else self.record.case(index)
         return made
 
     def report(self) -> Report:
-        """The run as the history and all exports have it, as far as it is."""
+        """Return the report of the run so far, as stored in the history and in exports."""
         return self.record.report(self._of_run())
 
     def _begin_case(self, case: int) -> None:

@@ -1,4 +1,4 @@
-"""Events as lines of the log; figures that stand in the table are not repeated here."""
+"""Events as lines of the log; figures shown in the table are not repeated."""
 
 from typing import Final
 
@@ -13,7 +13,7 @@ SILENT: Final = None
 
 
 def narrate(event: on.AnyEvent, plan: AnyPlan) -> Said:
-    """The line for an event, with its level, or None for what needs none."""
+    """Return the log line of an event and its level, or None for events that are not logged."""
     match event:
         case on.RunStarted():
             where = event.environment
@@ -64,6 +64,6 @@ def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> Said:
 
 
 def expected(event: on.Expected) -> str:
-    """An estimate in words: "about 4 min 20 s for 5 implementations"."""
+    """Format an estimate: "about 4 min 20 s for 5 implementations"."""
     count = event.implementations
     return f"about {figures.duration(event.seconds)} for {count} implementation{'s' if count > 1 else ''}"

@@ -1,4 +1,4 @@
-"""What each implementation would do with the workload, in the words of the picker."""
+"""The entries of the implementation picker: what each implementation would do with the workload."""
 
 from msgspec import structs
 
@@ -13,25 +13,25 @@ from fatui.widgets.implementation_picker import Offer
 
 WAITING = "…"
 TUNED = "tuned: "
-"""How the path of one that chose by trying begins."""
+"""Prefix of the path of an implementation that was tuned."""
 UNTRIED = "not tried yet"
-"""The path of an implementation that finds its way by trying, told by one that has not."""
+"""The path of an implementation that tunes itself, before its first trial."""
 
 
 def names_for(draft: Draft) -> tuple[str, ...]:
-    """The catalogue, and those of the person's own that the draft has."""
+    """Return the catalogue's names, and those of the user's own in the draft."""
     return tuple(dict.fromkeys([*(entry.name for entry in CATALOGUE), *draft.implementations]))
 
 
 def make_offers(
     draft: Draft, workload: Workload | None, advice: Advice, took: dict[str, str] | None = None
 ) -> tuple[Offer, ...]:
-    """One line for each implementation.
+    """Return one entry per implementation.
 
     Args:
-        draft: what is set up.
-        workload: the one that is shown, or None where there is none.
-        advice: what the advisor told.
+        draft: the draft.
+        workload: the workload shown, or None if there is none.
+        advice: the advisor's answers.
         took: the paths that the latest run took on this workload.
     """
     made = (_offer(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft))
@@ -39,7 +39,7 @@ def make_offers(
 
 
 def _with_trial(offer: Offer, took: str | None) -> Offer:
-    """Say of one that tries what its last trial came to, or that there will be one."""
+    """For an implementation that tunes itself, show the result of its last trial, or that the run will try."""
     if UNTRIED not in offer.path:
         return offer
     waiting = offer.path.endswith(WAITING)
@@ -60,7 +60,7 @@ def _offer(name: str, chosen: bool, workload: Workload | None, draft: Draft, adv
 
 
 def words(route: Route, workload: Workload, device: Device | None, draft: Draft) -> tuple[str, bool]:
-    """What would happen, and whether it would run at all."""
+    """Return the path or the obstacle as text, and whether it would run at all."""
     if not route.supported:
         return f"cannot: {route.reason}", False
     most = _memory(draft, device)
@@ -73,22 +73,22 @@ def words(route: Route, workload: Workload, device: Device | None, draft: Draft)
 
 
 def in_order(path: str) -> str:
-    """The path of one that chose it by trying, with what it chose first: "tuned: poc" is "poc, tuned"."""
+    """Put the tuned choice first: "tuned: poc" becomes "poc, tuned"."""
     chosen = path.removeprefix(TUNED)
     return path if chosen == path else f"{chosen}, tuned"
 
 
 def _of(needed: str, most: str) -> str:
-    """ "41 GiB of 22": the unit once where both have the same."""
+    """Format a size and its limit, with a common unit once: "41 GiB of 22"."""
     number, _, unit = most.partition(" ")
     return f"{needed} of {number if needed.endswith(f' {unit}') else most}"
 
 
 def needs_text(draft: Draft, advice: Advice) -> str:
-    """Predicted memory of the chosen ones above the inputs: "needs up to baseline 41 MiB, poc 7 MiB".
+    """Format the predicted memory of the selected ones above the inputs: "needs up to baseline 41 MiB, poc 7 MiB".
 
-    It counts the output and all scratch, that of threads included, of which a call may touch less.
-    Of several cases it is the largest's, and how many of them are beyond the memory here is said.
+    It includes the output and all scratch memory, also per thread, of which a call may touch less.
+    With several cases it is the largest, followed by the number of cases that exceed the memory here.
     """
     answer = advice.answer
     sizes = {name: answer.largest[name] for name in draft.implementations if name in answer.largest}
@@ -104,5 +104,5 @@ def needs_text(draft: Draft, advice: Advice) -> str:
 
 
 def _memory(draft: Draft, device: Device | None) -> int | None:
-    """Bytes that a case may take."""
+    """Return the bytes available to a case."""
     return draft.memory_limit_bytes or (device.available_bytes if device else None)

@@ -1,4 +1,4 @@
-"""Where fatui's files live, and how one is replaced without ever being half written."""
+"""Paths of fatui's files, and atomic replacement of a file."""
 
 import contextlib
 import os
@@ -13,42 +13,42 @@ NEW_FILE_MODE: Final = 0o666
 
 
 def config_dir() -> Path:
-    """The folder of presets and settings: $XDG_CONFIG_HOME/fatui, or ~/.config/fatui."""
+    """Return the folder of presets and settings: $XDG_CONFIG_HOME/fatui, or ~/.config/fatui."""
     return _xdg("XDG_CONFIG_HOME", ".config")
 
 
 def data_dir() -> Path:
-    """The folder of the history: $XDG_DATA_HOME/fatui, or ~/.local/share/fatui."""
+    """Return the folder of the history: $XDG_DATA_HOME/fatui, or ~/.local/share/fatui."""
     return _xdg("XDG_DATA_HOME", ".local/share")
 
 
 def cache_dir() -> Path:
-    """The folder of compiled kernels: $FATUI_CACHE_DIR, $XDG_CACHE_HOME/fatui, or ~/.cache/fatui."""
+    """Return the folder of compiled kernels: $FATUI_CACHE_DIR, $XDG_CACHE_HOME/fatui, or ~/.cache/fatui."""
     given = os.environ.get("FATUI_CACHE_DIR")
     return expanded(given) if given else _xdg("XDG_CACHE_HOME", ".cache")
 
 
 def bundled_presets() -> Path:
-    """The folder of the presets that come with fatui, in a wheel or in a checkout."""
+    """Return the folder of the bundled presets, in a wheel or in a checkout."""
     here = Path(__file__).resolve().parent
     packed = here / "_presets"
     return packed if packed.is_dir() else here.parent / "presets"
 
 
 def own_presets() -> Path:
-    """The folder of the user's own presets."""
+    """Return the folder of the user's own presets."""
     return config_dir() / "presets"
 
 
 def _xdg(variable: str, fallback: str) -> Path:
     given = os.environ.get(variable, "")
-    # The XDG specification: a relative path is to be ignored.
+    # The XDG specification says to ignore relative paths.
     root = Path(given) if given and Path(given).is_absolute() else home() / fallback
     return root / NAME
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text as a whole: on any error the old file stays as it was, and nothing else is left.
+    """Replace a file's text as a whole; on any error the old file is unchanged, and no temporary file is left.
 
     Raises:
         OSError: the text could not be written.

@@ -1,4 +1,4 @@
-"""What a preset says, and its TOML: read with every mistake told at once, and written for people to read."""
+"""The format of presets, and a TOML reader that reports all mistakes at once."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ Table = Mapping[str, Any]
 
 
 class Preset(Struct, frozen=True, kw_only=True):
-    """A named plan: what to measure, and what it is good for."""
+    """A named plan: what to measure, and its purpose."""
 
     name: str
     title: str = ""
@@ -36,17 +36,17 @@ class Preset(Struct, frozen=True, kw_only=True):
     source: Path | None = None
     """The file it was read from."""
     bundled: bool = False
-    """Whether it came with fatui."""
+    """Whether it is bundled with fatui."""
     cases: tuple[Workload, ...]
     implementations: tuple[str, ...] = FOUR
     seconds: float = 6.0
-    """Time for the rounds of one case."""
+    """Seconds for the rounds of one case."""
     precision: float = 0.01
     memory_limit_bytes: int | None = None
     seed: int = 0
 
     def plan(self) -> Plan:
-        """The plan that a run of this preset follows."""
+        """Return the plan of this preset."""
         return Plan(
             cases=self.cases,
             implementations=self.implementations,
@@ -58,12 +58,12 @@ class Preset(Struct, frozen=True, kw_only=True):
 
 
 def parse(text: str, source: Path | None, *, bundled: bool = False) -> Preset:
-    """Read a preset.
+    """Parse a preset.
 
     Args:
         text: its TOML.
-        source: the file it is in, for its name and for messages.
-        bundled: whether it came with fatui.
+        source: its file, for its name and for messages.
+        bundled: whether it is bundled with fatui.
 
     Raises:
         UsageError: with all mistakes, each naming the file and the key.
@@ -83,7 +83,7 @@ def _document(text: str, source: Path | None) -> dict[str, Any]:
 
 
 class _Reader:
-    """Reads a document key by key, and keeps what is wrong with it."""
+    """Read a document key by key, and collect its problems."""
 
     def __init__(self, document: Table) -> None:
         self.document = document
@@ -226,10 +226,10 @@ class _Reader:
 
 
 def workloads(shared: Table, axes: Mapping[str, Sequence[Any]]) -> tuple[Workload, ...]:
-    """Make the cases of a sweep; a decode pass may give its cache's length as kv_seq alone.
+    """Build the cases of a sweep; in a decode pass kv_seq alone may give the length of the cache.
 
     Raises:
-        UsageError: with the mistakes of all combinations, each told once.
+        UsageError: with the mistakes of all combinations, each once.
     """
     given = {*shared, *axes}
     if shared.get("pass") == "decode" and "kv_seq" in given and "seq" not in given:
@@ -241,7 +241,7 @@ def number_between(value: object, name: str, least: float, most: float) -> float
     """Return a finite number within limits.
 
     Raises:
-        UsageError: naming `name`, what it got and what it takes.
+        UsageError: naming the option, the value and the accepted range.
     """
     if type(value) in (int, float) and least <= value <= most:  # type: ignore[operator]
         return float(value)  # type: ignore[arg-type]
@@ -249,10 +249,10 @@ def number_between(value: object, name: str, least: float, most: float) -> float
 
 
 def checked_names(names: list[str]) -> tuple[str, ...]:
-    """Return the implementations' names, each once.
+    """Return the implementations' names without duplicates.
 
     Raises:
-        UsageError: with one problem for each name that is unknown.
+        UsageError: with one problem for each unknown name.
     """
     problems: list[str] = []
     for name in dict.fromkeys(names):

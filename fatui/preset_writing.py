@@ -1,4 +1,4 @@
-"""A preset as TOML: what all cases share in one table, the rest as a sweep where it is one, as cases where not."""
+"""A preset as TOML: shared fields in one table, the rest as a sweep if it is one, else as a list of cases."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ WIDEST_ARRAY: Final = 100
 
 
 def to_toml(preset: Preset) -> str:
-    """Write a preset so that parse reads the same cases in the same order."""
+    """Write a preset as TOML that parses to the same cases in the same order."""
     document: Fields = {"schema": SCHEMA}
     document.update({key: text for key in ("title", "summary") if (text := getattr(preset, key))})
     document["implementations"] = list(preset.implementations)
@@ -32,12 +32,12 @@ def to_toml(preset: Preset) -> str:
 
 
 def _default_of(key: str) -> Any:
-    """The value that a key of a preset has when the file does not say it."""
+    """Return the default value of a key of a preset."""
     return next(field.default for field in structs.fields(Preset) if field.name == key)
 
 
 def given_fields(workload: Workload) -> Fields:
-    """The fields that say a workload completely, without those that follow from another field."""
+    """Return the fields that define a workload, without those that follow from another field."""
     fields = {name: getattr(workload, "pass_" if name == "pass" else name) for name in FIELDS}
     if workload.pass_ == "decode":
         del fields["seq"]
@@ -49,7 +49,7 @@ def given_fields(workload: Workload) -> Fields:
 
 
 def as_product(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]] | None:
-    """Split cases into shared fields and axes whose product they are, or None where they are no product."""
+    """Split cases into shared fields and axes whose product they are; return None if they are not a product."""
     given = [given_fields(case) for case in cases]
     shared = _shared(given)
     varying = [name for name in FIELDS if any(name in fields for fields in given) and name not in shared]
@@ -60,7 +60,7 @@ def as_product(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]]
         return None
     try:
         return (shared, axes) if workloads(shared, axes) == tuple(cases) else None
-    except UsageError:  # some combination is none, so that the cases are not all of them
+    except UsageError:  # some combination is invalid, so that the cases are not all of them
         return None
 
 
@@ -89,7 +89,7 @@ def _dumps(document: Fields) -> str:
 def _short_arrays_on_one_line(text: str) -> str:
     lines: list[str] = []
     array: list[str] = []
-    for line in text.rstrip("\n").split("\n"):  # not splitlines, which also splits inside of quoted texts
+    for line in text.rstrip("\n").split("\n"):  # not splitlines, which also splits inside quoted texts
         if array:
             array.append(line.strip())
             if line == "]":

@@ -1,4 +1,4 @@
-"""The presets on this machine: those that come with fatui, and the user's own."""
+"""The presets on this machine: the bundled ones, and the user's own."""
 
 import re
 import shutil
@@ -22,18 +22,18 @@ ASIDE: Final = ".deleted"
 
 
 class Listed(Struct, frozen=True, kw_only=True):
-    """A preset as the picker shows it, also one that cannot be used."""
+    """A preset in the list, including one with mistakes."""
 
     name: str
     source: Path
     bundled: bool
     preset: Preset | None = None
-    """None where the file has mistakes."""
+    """None if the file has mistakes."""
     problems: tuple[str, ...] = ()
 
 
 def list_presets() -> list[Listed]:
-    """All presets by name; the user's own comes before a bundled one of the same name."""
+    """Return all presets sorted by name; one of the user's own hides a bundled one of the same name."""
     found = {path.stem: (path, True) for path in _files(paths.bundled_presets())}
     found.update({path.stem: (path, False) for path in _files(paths.own_presets())})
     return [_listed(*found[name]) for name in sorted(found)]
@@ -55,10 +55,10 @@ def _listed(path: Path, bundled: bool) -> Listed:
 
 
 def load(name_or_path: str | Path) -> Preset:
-    """Read a preset by its name, or from a file where a path is given ("./mine.toml", "folder/mine.toml").
+    """Load a preset by name, or from a file if a path is given ("./mine.toml", "folder/mine.toml").
 
     Raises:
-        UsageError: there is none, or it has mistakes.
+        UsageError: there is no such preset, or it has mistakes.
     """
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or text.endswith(".toml"):
@@ -90,8 +90,8 @@ def save(preset: Preset, name: str, overwrite: bool = False) -> Path:
     """Write one of the user's own presets and return its file; a replaced file is kept aside.
 
     Raises:
-        UsageError: the name is not one, or is taken and `overwrite` is not given.
-        OSError: the file could not be written; what was there is untouched.
+        UsageError: the name is invalid, or taken and `overwrite` is false.
+        OSError: the file could not be written; the old one is unchanged.
     """
     target = _own(name)
     if target.exists() and not overwrite:
@@ -104,7 +104,7 @@ def save(preset: Preset, name: str, overwrite: bool = False) -> Path:
 
 
 def rename(old: str, new: str) -> Path:
-    """Give one of the user's own presets another name, and return its file.
+    """Rename one of the user's own presets, and return its new file.
 
     Raises:
         UsageError: there is no such preset of the user's own, or the new name is taken or is none.
@@ -117,7 +117,7 @@ def rename(old: str, new: str) -> Path:
 
 
 def delete(name: str) -> Path:
-    """Move one of the user's own presets aside and return where to; restore() brings it back.
+    """Move one of the user's own presets aside, and return where; restore() brings it back.
 
     Raises:
         UsageError: there is no such preset of the user's own.
@@ -127,10 +127,10 @@ def delete(name: str) -> Path:
 
 
 def restore(path: Path) -> Path:
-    """Bring a preset back that delete() moved aside, and return its file.
+    """Restore a preset that delete() moved aside, and return its file.
 
     Raises:
-        UsageError: another of its name was made meanwhile, or it is gone.
+        UsageError: a preset of that name exists again, or the file is gone.
         OSError: the folder cannot be written.
     """
     name = path.name.rsplit(".", 2)[0]

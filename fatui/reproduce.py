@@ -1,4 +1,4 @@
-"""What a run is called, and the command that makes it again."""
+"""Run identities, and the commands that reproduce runs."""
 
 import secrets
 import shlex
@@ -16,7 +16,7 @@ from fatui.sizes import size_text
 
 
 class Started:
-    """A run that has begun: its name and its clock."""
+    """A started run: its id, command and clock."""
 
     def __init__(self, command: str, preset: str | None) -> None:
         self._command, self._preset = command, preset
@@ -25,7 +25,7 @@ class Started:
         self._clock = time.monotonic()
 
     def run(self, interrupted: bool = False) -> Run:
-        """What a report says of the run, as of now."""
+        """Return the run as described in a report, up to now."""
         return Run(
             id=self._id,
             started=self._at,
@@ -37,12 +37,12 @@ class Started:
 
 
 def bench_command(preset: str | None, values: Mapping[str, Sequence[Any]], options: Mapping[str, object]) -> str:
-    """A `fatui bench` command line from a preset's name, fields with their values, and further options.
+    """Build a `fatui bench` command line from a preset's name, workload fields, and further options.
 
     Args:
         preset: a name or a file, or None.
-        values: workload fields by their names in presets.
-        options: further options by their names without dashes; True for one without a value, None and False for none.
+        values: workload fields, each with its values, named as in presets.
+        options: further options, named without dashes; True for a flag, None or False to omit.
     """
     fields = {name.replace("_", "-"): ",".join(map(str, several)) for name, several in values.items()}
     return _command(["fatui", "bench", *([preset] if preset else [])], {**fields, **options})
@@ -56,7 +56,7 @@ def _command(words: list[str], options: Mapping[str, object]) -> str:
 
 
 def model_command(plan: GenerationPlan) -> str:
-    """The command that measures a model again."""
+    """Return the command that repeats a model run."""
     first = plan.cases[0]
     options = {
         "prompt": ",".join(map(str, dict.fromkeys(case.prompt for case in plan.cases))),
@@ -70,14 +70,14 @@ def model_command(plan: GenerationPlan) -> str:
 
 
 def finetune_command(plan: FineTuningPlan) -> str:
-    """The command that makes a fine-tuning again."""
+    """Return the command that repeats a fine-tuning run."""
     case = plan.cases[0]
     options = {name: getattr(case, name) for name in ("iters", "seq", "batch", "rank", "dtype", "data")}
     return _command(["fatui", "finetune", case.model], {**options, "lora-layers": case.tuned_layers, **_limits(plan)})
 
 
 def _limits(plan: Asked) -> dict[str, object]:
-    """The options that all commands which measure take."""
+    """Return the options that all commands that measure accept."""
     limit = plan.memory_limit_bytes
     return {
         "impl": ",".join(plan.implementations),
@@ -88,11 +88,11 @@ def _limits(plan: Asked) -> dict[str, object]:
 
 
 def command_for(plan: Plan, preset: Preset | None = None) -> str:
-    """The command that measures a plan again.
+    """Return the command that repeats a plan.
 
     Args:
-        plan: what runs.
-        preset: the preset that it was made from, if any; named in the command where its cases are the plan's.
+        plan: the plan.
+        preset: the preset it was made from, if any; the command names it if the cases are still the plan's.
 
     Raises:
         UsageError: the cases are neither a preset's nor a sweep; save them as a preset first.
@@ -113,7 +113,7 @@ def command_for(plan: Plan, preset: Preset | None = None) -> str:
 
 
 def _options(plan: Plan, preset: Preset | None) -> dict[str, object]:
-    """The options in which a plan differs from a preset; all that matter where there is none."""
+    """Return the options in which a plan differs from a preset, or all relevant ones without a preset."""
     options: dict[str, object] = {}
     if preset is None or plan.implementations != preset.implementations:
         options["impl"] = ",".join(plan.implementations)

@@ -1,4 +1,4 @@
-"""Result files: read within bounds, and refused in one line where a figure or a name cannot be true."""
+"""Result files, read with limits on their size and checks of their values."""
 
 import re
 from collections.abc import Iterator
@@ -15,26 +15,26 @@ from fatui.foreign_text import cleaned, one_line
 
 MAX_FILE_BYTES: Final = 2**26
 MAX_OBJECTS: Final = 200_000
-"""JSON objects of a file; a run of 1,000 cases and 10 implementations has about 50,000."""
+"""Maximum JSON objects in a file; a run of 1,000 cases and 10 implementations has about 50,000."""
 MAX_VALUES: Final = 4_000_000
-"""JSON values of a file, samples for the most part."""
+"""Maximum JSON values in a file, most of which are samples."""
 MAX_TEXT: Final = 10_000
-"""Characters of one text."""
+"""Maximum characters of one text."""
 RUN_ID: Final = re.compile(r"(?!last(~|\Z))[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_SECONDS: Final = 1e9
 MAX_RATIO: Final = 1e12
 MAX_FIGURE: Final = 1e30
-"""Of rates and errors."""
+"""Largest plausible rate or error."""
 MAX_SHOWN_NUMBER: Final = 1e300
-"""Beyond it an integer cannot be printed as a float."""
+"""Larger integers cannot be printed as floats."""
 TINY: Final = 1e-15
 
 
 def read(path: Path) -> Report:
-    """Read a run that `--json`, an export or `attention.monitor` wrote.
+    """Read a run written by `--json`, an export or `attention.monitor`.
 
     Raises:
-        UsageError: the file cannot be read, or holds no run; one line says why.
+        UsageError: the file cannot be read, or is not a run; the message is one line.
     """
     try:
         content = read_bounded(path, MAX_FILE_BYTES)
@@ -46,10 +46,10 @@ def read(path: Path) -> Report:
 
 
 def decode(content: bytes) -> Report:
-    """Read a run from JSON; its texts come back without control characters.
+    """Decode a run from JSON, without control characters in its texts.
 
     Raises:
-        ValueError: it is none, or has figures or names that cannot be; the message is one line.
+        ValueError: it is not a run, or has impossible values or names; the message is one line.
     """
     if content.count(b"{") > MAX_OBJECTS or content.count(b",") > MAX_VALUES:
         raise ValueError(f"more than {MAX_OBJECTS:,} rows and figures, or more than {MAX_VALUES:,} values")
@@ -71,7 +71,7 @@ def decode(content: bytes) -> Report:
 
 
 def _identity_problems(report: Report) -> Iterator[str]:
-    """What is wrong with the names by which runs and rows are found."""
+    """Yield the problems with the names that identify runs and rows."""
     if not RUN_ID.fullmatch(report.run.id):
         takes = "letters, digits, '.', '_' and '-', at most 64, and is not 'last'"
         yield f"run.id: got '{one_line(report.run.id, 60)}'; it takes {takes}"
@@ -86,7 +86,7 @@ def _identity_problems(report: Report) -> Iterator[str]:
 
 
 def _number_problems(value: Any, where: str) -> Iterator[str]:
-    """Every number that lies outside what its field can hold."""
+    """Yield the problems with numbers outside the range of their field."""
     for name in value.__struct_fields__:
         field, path = getattr(value, name), f"{where}{name}"
         if isinstance(field, Struct):
@@ -118,7 +118,7 @@ def _problem(number: float, path: str, least: float, most: float) -> Iterator[st
 
 
 def _limits(owner: object, name: str) -> tuple[float, float]:
-    """The least and the largest number that a field of a report can hold."""
+    """Return the smallest and the largest value of a field of a report."""
     match owner, name:
         case Interval(), "median":
             return TINY, MAX_SECONDS

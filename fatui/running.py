@@ -1,4 +1,4 @@
-"""What the app does about runs: start one, stop it, keep it, and leave."""
+"""The app's runs: start, stop and store them."""
 
 import asyncio
 from typing import TYPE_CHECKING
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def real_engine(plan: AnyPlan, listener: Listener) -> Drives:
-    """The engine that runs in a process of its own."""
+    """Create the engine that runs a plan in a worker process."""
     from fatui.engine import Engine
 
     return Engine(plan, listener)
 
 
 def command_of(plan: Plan, preset: "Preset | None") -> str:
-    """The command that makes a run again, or a word on why there is none."""
+    """Return the command that repeats a run, or a comment that says why there is none."""
     from fatui.reproduce import command_for
 
     try:
@@ -34,14 +34,14 @@ def command_of(plan: Plan, preset: "Preset | None") -> str:
 
 
 class Runs:
-    """The runs of an app, one after the other.
+    """The runs of an app, one at a time.
 
     Attributes:
-        session: the run over attention shapes that goes on or was made last, or None.
-        report: what export, copy and the further screens are about, or None.
-        models: the run of each screen of models that goes on or was made last, by the screen's name.
-        model_reports: what those screens show, by their names.
-        chosen: what was chosen on them, by the names of screen and choice.
+        session: the current or last run over attention shapes, or None.
+        report: the report that export, copy and the other screens use, or None.
+        models: the current or last run of each models screen, by the screen's name.
+        model_reports: the reports that those screens show, by screen name.
+        chosen: the values chosen on them, by screen name and choice.
     """
 
     def __init__(self, app: "FatuiApp") -> None:
@@ -57,16 +57,16 @@ class Runs:
 
     @property
     def going(self) -> AnySession | None:
-        """The run that goes on, of whatever kind."""
+        """The active run, of any kind, or None."""
         return self._going if self.active else None
 
     @property
     def active(self) -> bool:
-        """Whether a run goes on, of whatever kind."""
+        """Whether a run of any kind is active."""
         return self._going is not None and self._going.active
 
     def start(self) -> None:
-        """Run what is set up, unless a run goes on or it cannot run."""
+        """Run the draft, unless a run is active or the draft cannot run."""
         app = self._app
         if self._refused():
             return
@@ -94,7 +94,7 @@ class Runs:
         app.main.show_run()
 
     def start_model(self, screen: str, plan: GenerationPlan | FineTuningPlan, command: str) -> None:
-        """Run what is set up on a screen of models, unless a run goes on."""
+        """Run a plan of a models screen, unless a run is active."""
         app = self._app
         if self._refused():
             return
@@ -108,7 +108,7 @@ class Runs:
         self._go(session, screen)
 
     def _refused(self) -> bool:
-        """Whether a run goes on, which is told."""
+        """Whether a run is active; if so, say so."""
         if self.active:
             self._app.tell(f"a run goes on; {self._app.keys['stop']} stops it", "warning")
         return self.active
@@ -142,7 +142,7 @@ class Runs:
         self._app.journal.write(session.finding or f"the run {session.phase}")
 
     async def keep(self, report: Report) -> None:
-        """Put a report into the history; what goes wrong is told, and the report stays on the screen."""
+        """Store a report in the history; errors are shown, and the report stays on the screen."""
         from fatui.history import History, HistoryError
 
         history = History()
@@ -162,7 +162,7 @@ class Runs:
         self._app.main.show_run()
 
     def watch_silence(self) -> None:
-        """Tell once when the engine has said nothing for long."""
+        """Warn once if the engine has been silent for long."""
         session = self._going
         if session is None or not session.silent:
             self._told_silence = False
@@ -173,19 +173,19 @@ class Runs:
             self._app.tell(text, "warning")
 
     async def end(self) -> None:
-        """Stop the run, and wait until it is ended and kept."""
+        """Stop the run, and wait until it has ended and is stored."""
         if self._going is not None and self.active:
             self._going.stop()
         if self._ended is not None:
             await self._ended.wait()
 
     def kill(self) -> None:
-        """Kill the worker's process at once, and all that it started."""
+        """Kill the worker process and its children at once."""
         if self._going is not None:
             self._going.kill()
 
     def open_report(self, report: Report) -> None:
-        """Show a run of the past in the place of the latest, on the screen of its kind."""
+        """Show a past run instead of the latest, on the screen of its kind."""
         screen = "models" if report.models else "finetuning" if report.fine_tunings else None
         if screen is not None:
             self.models.pop(screen, None)
@@ -198,7 +198,7 @@ class Runs:
 
 
 def load_preset(app: "FatuiApp", name: str) -> bool:
-    """Put a preset on the sliders; say what is wrong with it if it cannot be used."""
+    """Load a preset into the draft; show its problems and return False if it cannot be used."""
     from fatui.presets import load
 
     try:
@@ -213,7 +213,7 @@ def load_preset(app: "FatuiApp", name: str) -> bool:
 
 
 def remember(app: "FatuiApp") -> None:
-    """Keep for the next start how the app was left."""
+    """Save the app's state for the next start."""
     kept = app.remembered
     kept.theme, kept.draft, kept.tab, kept.hidden = app.theme, app.draft, app.main.tab, app.main.hidden
     try:

@@ -1,4 +1,4 @@
-"""What a sweep says about scaling: speedups over two axes, tokens/s over one, and where one overtakes another."""
+"""Scaling over a sweep: speedups over two axes, tokens/s over one, and crossovers."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +15,7 @@ Value = int | str
 
 
 class Point(Struct, frozen=True):
-    """tokens/s of one implementation on one case, with the interval that its times give."""
+    """tokens/s of one implementation on one case, with the interval of its times."""
 
     at: Value
     rate: float
@@ -24,7 +24,7 @@ class Point(Struct, frozen=True):
 
 
 class Crossover(Struct, frozen=True):
-    """Between two neighbouring values of the axis another implementation becomes the faster one."""
+    """Two neighbouring values of an axis between which another implementation becomes the faster one."""
 
     faster_before: str
     faster_after: str
@@ -32,13 +32,13 @@ class Crossover(Struct, frozen=True):
 
 
 def value(workload: Workload, axis: str) -> Value:
-    """Where a workload stands on an axis."""
+    """Return a workload's value on an axis."""
     found: Value = getattr(workload, axis)
     return found
 
 
 def swept_axes(report: Report) -> tuple[str, ...]:
-    """The axes on which the cases differ; those that only follow another are left out."""
+    """Return the axes on which the cases differ, without those that only follow another."""
     columns = {axis: [value(case.workload, axis) for case in report.cases] for axis in AXES}
     axes = [axis for axis in AXES if len(set(columns[axis])) > 1]
     for follower, leader in (("kv_seq", "seq"), ("kv_heads", "heads")):
@@ -48,13 +48,13 @@ def swept_axes(report: Report) -> tuple[str, ...]:
 
 
 def values_on(report: Report, axis: str) -> tuple[Value, ...]:
-    """The values of an axis, in order."""
+    """Return the values of an axis, sorted."""
     found = {value(case.workload, axis) for case in report.cases}
     return tuple(sorted(found, key=lambda each: (isinstance(each, str), each)))
 
 
 def slices(report: Report, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """In words, what else differs between cases that stand at the same place of the axes; one for each such part."""
+    """Describe each set of values of the other swept axes; each is one slice of the run."""
     others = [axis for axis in swept_axes(report) if axis not in axes]
     return tuple(dict.fromkeys(_words(case.workload, others) for case in report.cases))
 
@@ -64,18 +64,18 @@ def _words(workload: Workload, axes: list[str]) -> str:
 
 
 def cases_of(report: Report, axes: tuple[str, ...], part: str) -> list[Case]:
-    """The cases of one part."""
+    """Return the cases of one slice."""
     others = [axis for axis in swept_axes(report) if axis not in axes]
     return [case for case in report.cases if _words(case.workload, others) == part]
 
 
 def row_of(case: Case, name: str) -> Row | None:
-    """An implementation's row."""
+    """Return an implementation's row, or None."""
     return next((row for row in case.rows if row.implementation == name), None)
 
 
 def grid(report: Report, name: str, across: str, down: str, part: str) -> dict[tuple[Value, Value], Row]:
-    """One implementation's rows by place: (across, down)."""
+    """Return one implementation's rows by their values on two axes, (across, down)."""
     found = {}
     for case in cases_of(report, (across, down), part):
         row = row_of(case, name)
@@ -85,14 +85,14 @@ def grid(report: Report, name: str, across: str, down: str, part: str) -> dict[t
 
 
 def curves(report: Report, axis: str, part: str) -> dict[str, list[Point]]:
-    """tokens/s of each implementation over one axis, in one part of a run."""
+    """Return tokens/s of each implementation over one axis, in one slice of a run."""
     order = values_on(report, axis)
     cases = sorted(cases_of(report, (axis,), part), key=lambda each: order.index(value(each.workload, axis)))
     return curves_of(cases, axis)
 
 
 def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[Point]]:
-    """tokens/s of each implementation over cases that stand in the order of an axis."""
+    """Return tokens/s of each implementation over cases sorted by an axis."""
     made: dict[str, list[Point]] = {}
     for case in cases:
         for row in case.rows:
@@ -107,18 +107,18 @@ def _sound(row: Row) -> bool:
 
 def _point(case: Case, axis: str, call: Interval) -> Point:
     tokens = case.workload.tokens
-    low, high = call.low or call.median, call.high or call.median  # none while there are too few rounds
+    low, high = call.low or call.median, call.high or call.median  # no interval with too few rounds
     return Point(value(case.workload, axis), tokens / call.median, tokens / high, tokens / low)
 
 
 def spans_much(lines: dict[str, list[Point]]) -> bool:
-    """Whether a scale from 0 would press the slower lines flat."""
+    """Whether the rates span so much that a zero-based scale would flatten the slower lines."""
     rates = [point.rate for points in lines.values() for point in points]
     return bool(rates) and max(rates) > MUCH * min(rates)
 
 
 def crossovers(lines: dict[str, list[Point]]) -> list[Crossover]:
-    """Where a pair changes order between two neighbouring values, clearly on both sides: the intervals are apart."""
+    """Return where two implementations change order between neighbouring values, with disjoint intervals on both."""
     found = []
     names = list(lines)
     for index, first in enumerate(names):

@@ -1,4 +1,4 @@
-"""Values over time in a bounded buffer: when it is full, neighbours are merged and it goes on at half the detail."""
+"""A time series in a bounded buffer; when it is full, neighbours are merged and the resolution halves."""
 
 from typing import Final
 
@@ -6,11 +6,11 @@ MOST_POINTS: Final = 512
 
 
 class Series:
-    """A trend of what was measured.
+    """A time series of a measured value.
 
     Attributes:
-        points: the trend so far, oldest first; each the mean of `per_point` values.
-        last, highest: the latest and the highest single value, None before the first.
+        points: the series so far, oldest first; each point is the mean of `per_point` values.
+        last, highest: the latest and the highest single value; None before the first.
     """
 
     def __init__(self, most: int = MOST_POINTS) -> None:
@@ -23,7 +23,7 @@ class Series:
         self._count = 0
 
     def add(self, value: float) -> None:
-        """Take in one value."""
+        """Add a value."""
         self.last = value
         self.highest = value if self.highest is None else max(self.highest, value)
         self._sum += value

@@ -1,4 +1,4 @@
-"""One run as the app follows it: its engine, its phase, its rows and its trends."""
+"""One run as seen by the app: its engine, phase, rows and trends."""
 
 import asyncio
 import contextlib
@@ -25,11 +25,11 @@ from fatui.series import Series
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
 ENDED: Final = ("done", "stopped", "refused", "failed")
 KILL_AFTER_S: Final = 0.6
-"""How long after a stop an engine that does not heed it is killed."""
+"""Seconds after a stop until an engine that has not stopped is killed."""
 
 
 class Drives(Protocol):
-    """What the app needs of an engine."""
+    """The interface of an engine that the app uses."""
 
     record: AnyRecord
     process_id: int | None
@@ -38,7 +38,7 @@ class Drives(Protocol):
         """Run to the end."""
 
     def stop(self) -> None:
-        """End the run."""
+        """Stop the run."""
 
 
 Listener = Callable[[on.AnyEvent], None]
@@ -48,18 +48,18 @@ C = TypeVar("C")
 
 
 class RunSession(ABC, Generic[P, C]):
-    """A run, from its start until another takes its place; what its cases are, is its subclasses'.
+    """A run from its start until another replaces it; subclasses define its cases.
 
     Attributes:
-        phase: where it is.
-        rates: tokens/s of each implementation on the case that runs now.
-        memory: bytes by name: "MLX active", "MLX peak", "process", and "device" where there is one.
+        phase: the current phase.
+        rates: tokens/s of each implementation on the current case.
+        memory: bytes by name: "MLX active", "MLX peak", "process", and "device" if there is one.
         case_number: the case that the trends belong to, or None.
-        finding: one line that says what came out; empty until the run has ended.
+        finding: one line with the result; empty until the run has ended.
         rounds_s: seconds that the complete cases spent in their rounds.
-        once_s: seconds before cases began anew: the first look and the building, which the next run is spared.
-        expected_s: seconds at the most from the start of the run to the end of its case, as estimated before the start
-            or by a timed call; None where there is no such estimate, and once the case is complete.
+        once_s: seconds before cases were restarted: provisional rounds and compilation, not repeated by the next run.
+        expected_s: estimated maximum seconds from the start of the run to the end of its case, from earlier runs or a
+            timed call; None without such an estimate, and once the case is complete.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RunSession(ABC, Generic[P, C]):
         self._start_clock()
 
     def _start_clock(self) -> None:
-        """Begin all that is timed."""
+        """Reset everything that is timed."""
         self._began = self._heard = self._step_began = self._case_began = self._progress_at = self._clock()
         self._rounds_began: float | None = None
         self._ended: float | None = None
@@ -103,12 +103,12 @@ class RunSession(ABC, Generic[P, C]):
 
     @property
     def since_progress_s(self) -> float:
-        """Seconds since the worker last said how far it is."""
+        """Seconds since the worker's last progress event."""
         return self._clock() - self._progress_at
 
     @property
     def record(self) -> AnyRecord:
-        """All that the engine has told."""
+        """Everything the engine has reported."""
         return self.engine.record
 
     @property
@@ -123,26 +123,26 @@ class RunSession(ABC, Generic[P, C]):
 
     @property
     def building(self) -> str:
-        """The implementation that is being compiled, or an empty string."""
+        """The implementation being compiled, or an empty string."""
         return self._silence.building
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the engine last told anything; 0 when it has ended."""
+        """Seconds since the engine's last event; 0 when it has ended."""
         return self._silence.seconds if self.active else 0.0
 
     @property
     def silent(self) -> bool:
-        """Whether the engine has said nothing for longer than what it does explains."""
+        """Whether the engine has been silent for longer than its current step explains."""
         return self.active and self._silence.unexplained
 
     @property
     def building_s(self) -> float:
-        """Seconds that the building has taken so far."""
+        """Seconds that the compilation has taken so far."""
         return self._clock() - self._step_began if self.building and self.active else 0.0
 
     async def run(self) -> None:
-        """Run the engine to its end; whatever breaks is told in the journal, and what was measured is kept."""
+        """Run the engine to its end; exceptions are logged in the journal, and what was measured is kept."""
         finishing = asyncio.create_task(self._finish_cases())
         broke = False
         try:
@@ -172,7 +172,7 @@ class RunSession(ABC, Generic[P, C]):
             self.finding = "stopped before anything was measured"
 
     def stop(self) -> None:
-        """End the run; an engine that does not heed it is killed."""
+        """Stop the run; an engine that does not respond is killed."""
         if not self.active:
             return
         self.phase = "stopping"
@@ -180,35 +180,35 @@ class RunSession(ABC, Generic[P, C]):
         asyncio.get_running_loop().call_later(KILL_AFTER_S, self.kill)
 
     def kill(self) -> None:
-        """Kill the engine's process and all it started."""
+        """Kill the engine's process and its children."""
         if self.active and self.engine.process_id is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.engine.process_id, signal.SIGKILL)
 
     def note_memory(self, name: str, value: float | None) -> None:
-        """Take in a memory figure, in bytes."""
+        """Record a memory figure, in bytes."""
         if value is not None:
             self.memory.setdefault(name, Series()).add(value)
 
     @abstractmethod
     def case(self, index: int) -> C:
-        """The rows of one case: final once it is complete, provisional while it runs."""
+        """Return the rows of one case: final once it is complete, provisional while it runs."""
 
     def is_final(self, index: int) -> bool:
-        """Whether the rows of a case will not change any more."""
+        """Whether the rows of a case are final."""
         return index in self._final
 
     @property
     def any_rows(self) -> bool:
-        """Whether the run, now ended, has anything to show."""
+        """Whether the finished run has any rows."""
         return bool(self._final)
 
     @abstractmethod
     def report(self) -> Report:
-        """The run as the history and all exports have it."""
+        """Return the report of the run, as stored in the history and in exports."""
 
     def _of_run(self) -> Run:
-        """The head of the report."""
+        """Return the description of the run for the report."""
         return Run(
             id=self._id,
             started=self._started,
@@ -242,7 +242,7 @@ class RunSession(ABC, Generic[P, C]):
             self._complete.put_nowait(event.case)
 
     def _narrate(self, event: on.AnyEvent) -> None:
-        """Write what is worth a line; a case that begins anew says so, and repeats no route."""
+        """Log an event if it is worth a line; note a restarted case, and do not repeat routes."""
         said = narrate(event, self.plan)
         if said is None:
             return
@@ -268,13 +268,13 @@ class RunSession(ABC, Generic[P, C]):
             if name not in (on.AGAIN, on.WITHOUT):
                 series = self.rates.setdefault(name, Series())
                 for seconds in samples:
-                    if seconds is not None:  # None: the round was sat out
+                    if seconds is not None:  # None: the implementation took no part in the round
                         series.add(tokens / seconds)
         self.note_memory("MLX active", event.active_bytes)
         self.note_memory("MLX peak", event.peak_bytes)
 
     async def _finish_cases(self) -> None:
-        """Make the final rows of each case as it completes, off the loop: the bootstrap takes tens of milliseconds."""
+        """Compute the final rows of each case when it completes, off the event loop."""
         while True:
             index = await self._complete.get()
             self._final[index] = await asyncio.to_thread(self.record.case, index)
@@ -294,7 +294,7 @@ class Session(RunSession[Plan, Case]):
     """A run over attention shapes."""
 
     def case(self, index: int) -> Case:
-        """The rows of one case: final once it is complete, provisional while it runs."""
+        """Return the rows of one case: final once it is complete, provisional while it runs."""
         final = self._final.get(index)
         if final:
             return final
@@ -305,7 +305,7 @@ class Session(RunSession[Plan, Case]):
         return structs.replace(case, rows=tuple(going_on))
 
     def report(self) -> Report:
-        """The run as the history and all exports have it."""
+        """Return the report of the run, as stored in the history and in exports."""
         cases = tuple(self._final.get(index) or self.record.case(index) for index in range(len(self.record.cases)))
         return Report(
             run=self._of_run(),

@@ -1,4 +1,4 @@
-"""What a person set in the config file, and what the app remembers from its last start."""
+"""The config file, and the state that the app remembers between starts."""
 
 import re
 from collections.abc import Mapping
@@ -17,61 +17,61 @@ STATE_NAME: Final = "app.json"
 MAX_FILE_BYTES: Final = 2**20
 KEYS: Final = ("theme", "ascii", "keys")
 KEY: Final = re.compile(r"[A-Za-z0-9_+-]{1,40}|[!-~]")
-"""A key as Textual names it, or its one character."""
+"""A key as named by Textual, or a single character."""
 DEFAULT_THEME: Final = "textual-dark"
 
 
 class Settings(msgspec.Struct, kw_only=True):
-    """The config file, read; a mistake in it costs only the setting that it is in."""
+    """The settings of the config file; a mistake affects only its own setting."""
 
     theme: str | None = None
     ascii: bool = False
     keys: dict[str, str] = {}
-    """For each action its key or keys, with commas between."""
+    """The key or keys of each action, separated by commas."""
     problems: list[str] = []
 
 
 class Pace(msgspec.Struct, kw_only=True):
-    """How fast complete runs went here, from which the next one's time is estimated."""
+    """Timings of complete runs on this machine, from which the time of the next one is estimated."""
 
     device: str = ""
     set_up_s: float = 0.0
-    """Seconds of a case and implementation outside the rounds."""
+    """Seconds per case and implementation outside the rounds."""
     calls: dict[str, list[tuple[float, float]]] = {}
-    """FLOPs and seconds of calls by implementation, dtype and pass: "poc float16 forward"."""
+    """(FLOPs, seconds) of calls by implementation, dtype and pass: "poc float16 forward"."""
 
 
 class Remembered(msgspec.Struct, kw_only=True):
-    """What comes back at the next start."""
+    """The state restored at the next start."""
 
     theme: str = DEFAULT_THEME
     draft: Draft = msgspec.field(default_factory=Draft)
     tab: str = "setup"
     hidden: list[str] = []
-    """Panes that are put away."""
+    """The panes that are hidden."""
     sort: str = ""
-    """Column that the comparison is sorted by; the plan's own order when empty."""
+    """The column that the comparison is sorted by; empty for the plan's own order."""
     descending: bool = True
     export_folder: str = ""
     pace: Pace = msgspec.field(default_factory=Pace)
 
 
 def config_path() -> Path:
-    """Where the config file is looked for."""
+    """Return the path of the config file."""
     return paths.config_dir() / CONFIG_NAME
 
 
 def state_path() -> Path:
-    """Where the app keeps what it remembers."""
+    """Return the path of the remembered state."""
     return paths.data_dir() / STATE_NAME
 
 
 def read_settings(actions: Mapping[str, str], themes: tuple[str, ...]) -> Settings:
-    """Read the config file; every mistake is told in `problems`, and what is right still counts.
+    """Read the config file; mistakes are listed in `problems`, and valid settings still apply.
 
     Args:
-        actions: for every action the screen that its key is for, or an empty string where it is for all.
-        themes: the themes that there are.
+        actions: the screen of each action, or an empty string for actions available on all.
+        themes: the available themes.
     """
     path = config_path()
     content, problem = read_config()
@@ -83,7 +83,7 @@ def read_settings(actions: Mapping[str, str], themes: tuple[str, ...]) -> Settin
 
 
 def read_config() -> tuple[dict[str, Any], str | None]:
-    """The config file as it is, empty where there is none; the second value says why it cannot be read."""
+    """Parse the config file; return an empty table if there is none, and an error message if it cannot be read."""
     path = config_path()
     try:
         return parse_toml(read_bounded(path, MAX_FILE_BYTES).decode()), None
@@ -96,7 +96,7 @@ def read_config() -> tuple[dict[str, Any], str | None]:
 
 
 def unknown(key: str) -> str:
-    """What is wrong with a setting that there is not."""
+    """Format the problem of an unknown setting."""
     return f"{key}: no such setting{suggestion(key, KEYS)}"
 
 
@@ -133,7 +133,7 @@ def _take_keys(settings: Settings, table: Any, actions: Mapping[str, str]) -> li
 
 
 def _clash(settings: Settings, action: str, key: str, actions: Mapping[str, str]) -> str | None:
-    """The action of the same screen, or of all, that was given the same key."""
+    """Return an action of the same screen, or of all, that has the same key."""
     for other, taken in settings.keys.items():
         together = actions[other] == actions[action] or not (actions[other] and actions[action])
         if taken == key and together:
@@ -142,7 +142,7 @@ def _clash(settings: Settings, action: str, key: str, actions: Mapping[str, str]
 
 
 def read_remembered() -> tuple[Remembered, str | None]:
-    """Read what the last start left, or begin afresh; the second value says in words why it had to."""
+    """Read the state of the last start, or the defaults, with an error message if it cannot be read."""
     path = state_path()
     try:
         return msgspec.json.decode(read_bounded(path, MAX_FILE_BYTES), type=Remembered), None
@@ -154,10 +154,10 @@ def read_remembered() -> tuple[Remembered, str | None]:
 
 
 def write_remembered(remembered: Remembered) -> None:
-    """Keep it for the next start.
+    """Save the state for the next start.
 
     Raises:
-        OSError: it could not be written; what was there is untouched.
+        OSError: it could not be written; the old file is unchanged.
     """
     path = state_path()
     make_folder(path.parent)

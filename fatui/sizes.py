@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them: "8 GiB", "512M", "1000000"."""
+"""Sizes in bytes with units: "8 GiB", "512M", "1000000"."""
 
 import re
 from fractions import Fraction
@@ -27,10 +27,10 @@ _SIZE: Final = re.compile(r"([0-9]{1,19}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]*)")
 
 
 def parse_size(value: object, name: str) -> int:
-    """Return the bytes that a number or a text such as "8 GiB" says.
+    """Parse a size, a number or a text such as "8 GiB", into bytes.
 
     Raises:
-        UsageError: naming `name`, what it got and what it takes.
+        UsageError: naming the option, the value and the accepted format.
     """
     text = str(value) if type(value) in (int, str) else ""
     match = _SIZE.fullmatch(text.strip())
@@ -42,7 +42,7 @@ def parse_size(value: object, name: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """Write a size so that parse_size reads the same number: "8 GiB", or the plain number of bytes."""
+    """Format a size so that parse_size returns the same number: "8 GiB", or a plain number of bytes."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size % factor == 0:
             return f"{size // factor} {unit}"

@@ -12,7 +12,7 @@ SPINNER: Final = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 def left_text(app: "FatuiApp") -> str:
-    """What is set up, and where: "quick · AMD EPYC, 2 cores · MLX 0.32.4"."""
+    """Format what is set up and on which machine: "quick · AMD EPYC, 2 cores · MLX 0.32.4"."""
     parts = [app.session.preset or "unnamed" if app.session and app.session.active else app.draft.title()]
     advice = app.advice
     if advice.device is not None:
@@ -25,7 +25,7 @@ def left_text(app: "FatuiApp") -> str:
 
 
 def right_text(app: "FatuiApp") -> str:
-    """The phase, the time, and how many errors there were."""
+    """Format the phase, the time, and the number of errors."""
     errors = app.journal.errors
     told = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
     session, going = app.session, app.runs.going

@@ -1,4 +1,4 @@
-"""The numbers that a slider stops at, and numbers as people say and type them."""
+"""The values that a slider stops at, and how numbers are shown and typed."""
 
 from typing import Final
 
@@ -11,16 +11,16 @@ STOPS: Final[dict[str, tuple[int, ...]]] = {
     "heads": (1, 2, 4, 6, 8, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128),
 }
 MOST_VALUES: Final = 32
-"""A sweep takes no more values than this on one axis."""
+"""Maximum number of values of one axis in a sweep."""
 
 
 def divisors(number: int) -> tuple[int, ...]:
-    """The numbers of K/V heads that a number of heads allows."""
+    """Return the possible numbers of K/V heads for a number of heads."""
     return tuple(each for each in range(1, number + 1) if number % each == 0)
 
 
 def say(number: int) -> str:
-    """512, 8 K, 1 M: in powers of 1024 where that is exact, else with commas."""
+    """Format a number: 512, 8 K, 1 M; in powers of 1024 if exact, else with commas."""
     for size, letter in ((2**20, "M"), (2**10, "K")):
         if number >= size and number % size == 0:
             return f"{number // size} {letter}"
@@ -28,10 +28,10 @@ def say(number: int) -> str:
 
 
 def parse(text: str, name: str) -> int:
-    """Read "512", "8k" or "1 M".
+    """Parse "512", "8k" or "1 M".
 
     Raises:
-        ValueError: saying what the axis takes.
+        ValueError: saying what the axis accepts.
     """
     word = text.strip().lower().replace(" ", "").replace("_", "")
     factor = {"k": 2**10, "m": 2**20}.get(word[-1:], 1)
@@ -43,10 +43,10 @@ def parse(text: str, name: str) -> int:
 
 
 def parse_values(text: str, name: str) -> tuple[int, ...]:
-    """Read "128, 256" and "128..2k", which doubles from one to the other; sorted, each once.
+    """Parse "128, 256" and "128..2k", which doubles from the first to the last; sorted, without duplicates.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: saying what is wrong.
     """
     values: set[int] = set()
     for part in text.split(","):
@@ -66,5 +66,5 @@ def parse_values(text: str, name: str) -> tuple[int, ...]:
 
 
 def say_values(values: tuple[int, ...]) -> str:
-    """128, 256, 512."""
+    """Format several values: "128, 256, 512"."""
     return ", ".join(say(value) for value in values)

@@ -1,4 +1,4 @@
-"""The figures of the study that fatui grew from, shipped as data beside this file."""
+"""The figures of the original study, shipped as data beside this file."""
 
 from functools import cache
 from pathlib import Path
@@ -14,11 +14,11 @@ from fatui import figures
 PRESET: Final = "seed-table"
 """The preset whose cases are the study's rows."""
 SHOWN: Final = ("baseline", "practical", "demo")
-"""The implementations that the study has figures of."""
+"""The implementations with figures in the study."""
 
 
 class StudyRow(Struct, frozen=True, kw_only=True):
-    """One configuration: tokens a second and speedups over the study's baseline, as the study prints them."""
+    """One configuration: tokens/s and speedups over the study's baseline, as the study prints them."""
 
     batch: int
     seq: int
@@ -29,26 +29,26 @@ class StudyRow(Struct, frozen=True, kw_only=True):
     practical_speedup: float | None
     demo_speedup: float | None
     cold_start: bool
-    """Whether the baseline's first call stood inside the timing."""
+    """Whether the timing included the baseline's first call."""
 
     def tokens_per_second(self, implementation: str) -> float | None:
-        """What the study gives for an implementation, or None."""
+        """Return the study's tokens/s of an implementation, or None."""
         known = {"baseline": self.baseline, "practical": self.practical, "demo": self.demo}
         return known.get(implementation)
 
     def speedup(self, implementation: str) -> float | None:
-        """What the study gives for an implementation over its baseline, or None."""
+        """Return the study's speedup of an implementation over its baseline, or None."""
         return {"practical": self.practical_speedup, "demo": self.demo_speedup}.get(implementation)
 
 
 def rate_text(row: StudyRow, name: str) -> str:
-    """Tokens a second as the study prints them, not rounded again; a star marks a cold start."""
+    """Format tokens/s as the study prints them, not rounded again; a star marks a cold start."""
     value = row.tokens_per_second(name)
     return (figures.UNKNOWN if value is None else f"{value:,.0f}") + _mark(row)
 
 
 def times_text(row: StudyRow, name: str) -> str:
-    """A speedup as the study prints it; a star marks a cold start."""
+    """Format a speedup as the study prints it; a star marks a cold start."""
     value = row.speedup(name)
     if value is None:
         return ("1" if name == SHOWN[0] else figures.UNKNOWN) + _mark(row)
@@ -60,7 +60,7 @@ def _mark(row: StudyRow) -> str:
 
 
 class StudyModel(Struct, frozen=True, kw_only=True):
-    """Tokens a second of a model, which the study gives as about so many, without the prompt or the batch."""
+    """Approximate tokens/s of a model, for which the study states neither prompt nor batch."""
 
     model: str
     baseline: float
@@ -69,13 +69,13 @@ class StudyModel(Struct, frozen=True, kw_only=True):
 
 
 class StudyFineTuning(StudyModel, frozen=True, kw_only=True):
-    """Seconds of a fine-tuning, of which the study estimated the baseline's."""
+    """Seconds of a fine-tuning run; the study estimated the baseline's."""
 
     iterations: int
 
 
 class Study(Struct, frozen=True, kw_only=True):
-    """The study's table of speedups, and where it was measured."""
+    """The study's table of speedups, and the machine it was measured on."""
 
     title: str
     machine: str
@@ -87,7 +87,7 @@ class Study(Struct, frozen=True, kw_only=True):
     fine_tunings: tuple[StudyFineTuning, ...]
 
     def row_for(self, workload: Workload) -> StudyRow | None:
-        """The study's row of a workload, or None where it has none."""
+        """Return the study's row of a workload, or None."""
         for row in self.rows:
             shape = Workload(batch=row.batch, seq=row.seq, head_dim=row.head_dim, heads=self.heads, dtype=self.dtype)
             if workload == shape:
@@ -102,7 +102,7 @@ def study() -> Study:
 
 
 def beside(report: Report) -> Study | None:
-    """The study's figures where a run was made from its preset and has one of its rows, or None."""
+    """Return the study's figures if a run was made from its preset and has one of its rows, else None."""
     if report.run.preset != PRESET:
         return None
     return study() if any(study().row_for(case.workload) for case in report.cases) else None

@@ -1,4 +1,4 @@
-"""The study's figures beside today's, marked as the study's."""
+"""A table of the study's figures beside the measured ones."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,7 +10,7 @@ from fatui.study import SHOWN, Study, StudyRow, rate_text, times_text
 
 
 def study_table(study: Study, report: Report) -> RenderableType:
-    """A line for each case that the study has: its tokens/s and speedup, then today's, for each implementation."""
+    """Build a block per case of the study: its tokens/s and speedup, then the measured ones, per implementation."""
     title = Text(study.title, style="bold").append(f" · {study.machine} · not measured here", style="not bold dim")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     table.add_column("")
@@ -28,7 +28,7 @@ def _add(table: Table, row: StudyRow, case: Case) -> None:
     shape = f"B={row.batch} L={row.seq} D={row.head_dim}"
     for name in SHOWN:
         line = today.get(name)
-        gap = "" if row.cold_start else " "  # in the place of the star, so that figures stand under each other
+        gap = "" if row.cold_start else " "  # the width of the star, so that figures align
         table.add_row(
             shape if name == SHOWN[0] else "",
             name,

@@ -1,4 +1,4 @@
-"""A report as tables for a terminal: 100 columns hold all of it, fewer drop columns and say so."""
+"""A report as tables for a terminal: they fit in 100 columns; a narrower one drops columns, with a note."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -17,7 +17,7 @@ from fatui.study import Study
 WIDTH: Final = 100
 NARROWEST_PATH: Final = 8
 SMALL_RATE: Final = 1e12
-"""Below this many FLOP/s a figure in TFLOP/s would be mostly zeros."""
+"""Rates below this many FLOP/s are shown in GFLOP/s, since they would be mostly zeros in TFLOP/s."""
 DROPPED_FIRST: Final = (
     *(("TFLOP/s", "GFLOP/s"), ("error", "off"), ("eff.", "loss"), ("path",)),
     *(("per call", "to 1st token", "per token", "per iteration"), ("memory",)),
@@ -27,7 +27,7 @@ STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow",
 
 
 def report_table(report: Report, study: Study | None = None, width: int = WIDTH) -> RenderableType:
-    """All cases of a report, their geometric means, the study's figures where given, and the finding."""
+    """Render all cases of a report, their geometric means, the study's figures if given, and the finding."""
     report = cleaned(report)
     cases, count = report.all_cases, len(report.all_cases)
     parts: list[RenderableType] = []
@@ -61,7 +61,7 @@ def _columns(case: Case, rate_unit: tuple[float, str]) -> list[Column]:
     rows, (factor, unit) = case.rows, rate_unit
     best = figures.best_of(case)
     if len(best) == sum(row.status == figures.OK for row in rows):
-        best = ()  # a star on every row tells nothing
+        best = ()  # a star on every row would say nothing
     return [
         Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
         Column("path", [row.path or figures.UNKNOWN for row in rows]),
@@ -77,13 +77,13 @@ def _columns(case: Case, rate_unit: tuple[float, str]) -> list[Column]:
 
 
 def _rate_unit(cases: Sequence[AnyCase]) -> tuple[float, str]:
-    """TFLOP/s, or GFLOP/s where all rates are small."""
+    """Return the unit of rates: TFLOP/s, or GFLOP/s if all are small."""
     largest = max((row.flops_per_s or 0.0 for case in cases for row in case.rows), default=0.0)
     return (1e9, "GFLOP/s") if 0 < largest < SMALL_RATE else (1e12, "TFLOP/s")
 
 
 def _fitted(columns: list[Column], width: int) -> tuple[list[Column], int]:
-    """The columns that fit, and the gap between them: first the gap narrows, then the path wraps, then columns go."""
+    """Return the columns that fit, and their gap; first the gap narrows, then the path wraps, then columns go."""
     for dropped in range(len(DROPPED_FIRST) + 1):
         gone = [head for heads in DROPPED_FIRST[:dropped] for head in heads]
         kept = [column for column in columns if column.head not in gone]
@@ -124,7 +124,7 @@ def _title(case: AnyCase, number: int | None, count: int) -> Text:
 
 
 def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
-    """What the table has no room for: why rows have no figures, drift, names cut short, columns left out."""
+    """Return the notes below a table: rows without figures, drift, shortened names, and dropped columns."""
     notes = [
         f"{row.implementation}: {figures.verdict(row, case)}"
         for row in case.rows
@@ -148,7 +148,7 @@ def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
 
 
 def summary_table(report: Report) -> RenderableType:
-    """The geometric mean of each implementation's speedups over all cases that it ran accurately."""
+    """Build the table of geometric means of speedups, over the cases that each implementation ran accurately."""
     title = Text(f"geometric mean over {len(report.cases)} cases", style="bold")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     table.add_column("")

@@ -1,4 +1,4 @@
-"""What the machine says of itself without root: load, clock, temperature, power; None where it does not."""
+"""Machine readings that need no root: load, clock, temperature, power; None if unavailable."""
 
 import contextlib
 import time
@@ -16,10 +16,10 @@ WRAP: Final = Path("/sys/class/powercap/intel-rapl:0/max_energy_range_uj")
 
 
 class Reading(Struct, frozen=True, kw_only=True):
-    """One look at the machine."""
+    """One reading of the machine."""
 
     cpu_percent: float | None = None
-    """Of one core, so that two busy cores are 200."""
+    """In percent of one core, so that two busy cores are 200."""
     clock_hz: float | None = None
     temperature_c: float | None = None
     power_w: float | None = None
@@ -29,7 +29,7 @@ class Reading(Struct, frozen=True, kw_only=True):
 
 
 class Gpu(Struct, frozen=True, kw_only=True):
-    """One look at a CUDA device."""
+    """One reading of a CUDA device."""
 
     load_percent: float | None = None
     clock_hz: float | None = None
@@ -39,7 +39,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
 
 
 class Telemetry:
-    """Reads the machine; what cannot be read once is not asked for again."""
+    """Read the machine's state; readings that fail once are not tried again."""
 
     def __init__(self) -> None:
         self._process: psutil.Process | None = None
@@ -50,7 +50,7 @@ class Telemetry:
         psutil.cpu_percent()
 
     def read(self, process_id: int | None) -> Reading:
-        """Take one look; meant for a thread, and for once a second at most."""
+        """Take one reading; call it from a thread, at most once a second."""
         return Reading(
             cpu_percent=psutil.cpu_percent() * (psutil.cpu_count() or 1),
             clock_hz=self._clock(),
@@ -70,7 +70,7 @@ class Telemetry:
         return None
 
     def _clock(self) -> float | None:
-        with contextlib.suppress(Exception):  # psutil raises what the system's files make it raise
+        with contextlib.suppress(Exception):  # psutil raises whatever the system's files lead to
             frequency = psutil.cpu_freq()
             return frequency.current * 1e6 if frequency and frequency.current > 0 else None
         return None
@@ -87,7 +87,7 @@ class Telemetry:
         return None
 
     def _power(self) -> float | None:
-        """Mean power since the last look, from the package's energy counter where it may be read."""
+        """Return the mean power since the last reading, from the package's energy counter if readable."""
         try:
             now = time.monotonic(), int(RAPL.read_text())
             before, self._energy = self._energy, now
@@ -130,7 +130,7 @@ class Telemetry:
 
 
 def in_words(reading: Reading) -> str:
-    """The line under the trends: "CPU 198 %   clock 3.4 GHz   temperature n/a   power n/a"."""
+    """Format the telemetry line: "CPU 198 %   clock 3.4 GHz   temperature n/a   power n/a"."""
     return "   ".join([*_device_words("CPU", reading.cpu_percent, reading), *(_gpu_words(reading.gpu))])
 
 
