@@ -1,4 +1,4 @@
-"""Make `python -m fatui` the same as `fatui`."""
+"""Entry point of `python -m fatui`, the same as `fatui`."""
 
 import sys
 

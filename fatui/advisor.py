@@ -1,4 +1,4 @@
-"""A process that knows the device, and answers which path each implementation would take for a workload.
+"""Advisor process: reads questions (workloads) as JSON lines, and writes the route of each implementation.
 
 It is separate from the app, so that importing MLX does not delay the screen, and a crash does not end the app.
 Run as `python -m fatui.advisor`: one JSON line in per question, one out per answer, the device first;
@@ -15,7 +15,7 @@ from attention.workload import Workload
 
 
 class Question(msgspec.Struct, kw_only=True):
-    """Ask which path some implementations would take."""
+    """A request for the routes of some implementations on a workload."""
 
     number: int
     workload: Workload

@@ -1,4 +1,4 @@
-"""The terminal app: it holds the draft, the run and the log; screens draw them."""
+"""The terminal app: the draft, the run and the log, which its screens draw."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ MAX_NOTICE: Final = 400
 
 
 class FatuiApp(App[int]):
-    """fatui in a terminal.
+    """fatui's terminal app.
 
     Attributes:
         draft: what is set up to run.

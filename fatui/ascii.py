@@ -50,7 +50,7 @@ def literal(text: str) -> Content:
 
 
 class ControlFilter(LineFilter):
-    """Remove control characters, so that no escape code in foreign text reaches the terminal.
+    """Filter that removes control characters, so that no escape code in foreign text reaches the terminal.
 
     Only characters without width are left here: others are made visible before lines are laid out.
     """
@@ -66,7 +66,7 @@ class ControlFilter(LineFilter):
 
 
 class AsciiFilter(LineFilter):
-    """Replace every character that is not ASCII."""
+    """Filter that replaces every character that is not ASCII."""
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         """Filter one line."""

@@ -1,4 +1,4 @@
-"""The command line: dispatch to commands, and turn errors into one-line messages and exit codes."""
+"""The command line: dispatch to commands, and conversion of errors to one-line messages and exit codes."""
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ EXAMPLE: Final = """examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that reports mistakes in one line each."""
+    """ArgumentParser that raises UsageError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         """Raise the mistake as a UsageError, for main to report."""
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fill_closed_streams() -> bool:
-    """Open /dev/null for closed standard streams, so that no file gets their numbers; return if stdout was open."""
+    """Open /dev/null in place of closed standard streams, so that no file reuses their numbers; return if stdout was open."""
     was_open = sys.stdout is not None
     for number in range(3):
         try:

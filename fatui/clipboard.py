@@ -1,4 +1,4 @@
-"""Copy text to the system's clipboard."""
+"""Copying of text to the system's clipboard."""
 
 import os
 import shutil

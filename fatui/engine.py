@@ -1,4 +1,4 @@
-"""Run a plan in a worker process, restart it when an implementation crashes it, and guarantee that it ends."""
+"""Run of a plan in a worker process, restarted after a crash and always terminated."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ Listener = Callable[[on.AnyEvent], None]
 
 
 class Silence:
-    """Measure how long a worker has been silent, and whether its current step explains that.
+    """Time since the worker's last event, and whether its current step accounts for it.
 
     Attributes:
         heard: clock reading at the last event.
@@ -68,7 +68,7 @@ class Silence:
 
     @property
     def unexplained(self) -> bool:
-        """Whether the silence is longer than the current step explains."""
+        """Whether the silence is longer than the current step accounts for."""
         return self.seconds >= (BUILD_SILENCE_S if self.building else SILENCE_S)
 
 
@@ -280,7 +280,7 @@ async def _wait_for(process: asyncio.subprocess.Process) -> None:
 
 
 class Tail:
-    """Read a pipe while the loop runs, and keep the last STDERR_BYTES.
+    """Reader of a pipe while the event loop runs; keeps the last STDERR_BYTES.
 
     Lines may be of any length; other processes that hold the pipe open are not waited for.
     """

@@ -38,7 +38,7 @@ def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
         calls = [seconds for seconds in known if seconds is not None]
         if not calls:
             return None
-        mean = sum(calls) / len(calls)  # stands for the unknown ones
+        mean = sum(calls) / len(calls)  # used for the unknown ones
         calls = [mean if seconds is None else seconds for seconds in known]
         total += case_s(calls, plan.seconds) + pace.set_up_s * len(plan.implementations)
     return total

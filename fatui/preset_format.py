@@ -83,7 +83,7 @@ def _document(text: str, source: Path | None) -> dict[str, Any]:
 
 
 class _Reader:
-    """Read a document key by key, and collect its problems."""
+    """Reader of a document, key by key, which collects its problems."""
 
     def __init__(self, document: Table) -> None:
         self.document = document

@@ -1,4 +1,4 @@
-"""The app's runs: start, stop and store them."""
+"""Run control of the app: start, stop, save to history, quit."""
 
 import asyncio
 from typing import TYPE_CHECKING

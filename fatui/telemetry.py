@@ -39,7 +39,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
 
 
 class Telemetry:
-    """Read the machine's state; readings that fail once are not tried again."""
+    """Reader of the machine's state; readings that fail once are not tried again."""
 
     def __init__(self) -> None:
         self._process: psutil.Process | None = None
@@ -70,7 +70,7 @@ class Telemetry:
         return None
 
     def _clock(self) -> float | None:
-        with contextlib.suppress(Exception):  # psutil raises whatever the system's files lead to
+        with contextlib.suppress(Exception):  # psutil raises different errors for different system files
             frequency = psutil.cpu_freq()
             return frequency.current * 1e6 if frequency and frequency.current > 0 else None
         return None

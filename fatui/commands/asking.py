@@ -15,7 +15,7 @@ M = TypeVar("M", "GenerationPlan", "FineTuningPlan")
 
 
 class Mistakes:
-    """Collect usage errors, to report them together."""
+    """Collector of usage errors, to report them together."""
 
     def __init__(self) -> None:
         self._problems: list[str] = []

@@ -1,4 +1,4 @@
-"""Run a plan, export and store its results, print them, and compute the exit code."""
+"""Run of a plan from start to exit code: exports, history, and the printed table."""
 
 from typing import TYPE_CHECKING, Any
 

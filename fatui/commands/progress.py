@@ -24,7 +24,7 @@ MAX_QUIET_S: Final = 10.0
 
 
 class Narrator:
-    """Report the progress of a run on stderr, from its events."""
+    """Reporter of a run's progress on stderr, from its events."""
 
     def __init__(self, plan: AnyPlan) -> None:
         self._plan = plan

@@ -1,4 +1,4 @@
-"""Run a plan headless; a signal stops it within a second."""
+"""Headless run of a plan; a signal stops it within a second."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Compose the report: one part per machine, made of its own rows only."""
+"""Composition of the report: one part per machine, made of its own rows only."""
 
 from collections.abc import Sequence
 

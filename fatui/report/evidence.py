@@ -81,7 +81,7 @@ def lines(cases: Sequence[AnyCase], name: str) -> list[Line]:
 
 
 def compared(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]:
-    """Return an implementation's speedups with their cases, except where it is the reference."""
+    """Return an implementation's speedups with their cases, without those in which it is the reference."""
     return [
         (line.case, line.row.speedup)
         for line in lines(cases, name)

@@ -32,7 +32,7 @@ EMPTY = "These two runs have no workload and implementation in common."
 
 
 class Compare(Screen[None]):
-    """Show each row that both runs have, with the ratio of its times."""
+    """Screen of the rows that two runs have in common, with the ratios of their times."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings((actions.BACK,)), actions.closing("history_compare")]

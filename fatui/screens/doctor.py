@@ -1,4 +1,4 @@
-"""What is installed and what is missing, diagnosed in a separate process."""
+"""The doctor screen: what is installed and what is missing, diagnosed in a separate process."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ LOOKING: Final = "Looking; the last lines take a second or two, because they are
 
 
 class Doctor(Screen[None]):
-    """Show findings as they come in."""
+    """Screen of the doctor's findings, shown as they come in."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.DOCTOR), actions.closing("doctor")]

@@ -20,7 +20,7 @@ Writers = dict[str, Callable[[], str]]
 
 
 class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
-    """Ask for a folder and a name; the result is the path without suffix, and the chosen suffixes."""
+    """Dialog for a folder and a name; the result is the path without suffix, and the chosen suffixes."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not export", id="back")]

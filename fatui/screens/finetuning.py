@@ -20,7 +20,7 @@ TUNED_LAYERS: Final = 16
 
 
 class FineTunings(ModelScreen):
-    """Fine-tune one model with each implementation."""
+    """Screen that fine-tunes one model with each implementation."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.FINETUNING), actions.closing("finetuning")]
     TITLE_TEXT = "Fine-tuning"

@@ -1,4 +1,4 @@
-"""The key bindings of the screen below, as configured."""
+"""The help dialog: the key bindings of the screen below, as configured."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ ABOUT = "Keys are letters outside inputs; tab goes from one control to the next.
 
 
 class Help(ModalScreen[None]):
-    """List keys, each with a sentence."""
+    """List of keys, each with a sentence."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [

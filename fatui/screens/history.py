@@ -36,7 +36,7 @@ EMPTY = "No runs yet; each one that is made stands here afterwards."
 
 
 class History(Screen[Report]):
-    """List past runs; the result is the report to open."""
+    """Screen of past runs; the result is the report to open."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.HISTORY), actions.closing("history")]

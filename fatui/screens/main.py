@@ -43,7 +43,7 @@ FOCUS = {
 
 
 class MainScreen(Screen[None]):
-    """Draw the app's state; the only state of its own is the open tab."""
+    """Main screen of the app's state; the only state of its own is the open tab."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MAIN)]
     app: "FatuiApp"

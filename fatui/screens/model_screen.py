@@ -1,4 +1,4 @@
-"""What the model screens share: the setup at the top, the run below it, the table at the bottom."""
+"""The layout shared by the model screens: the setup at the top, the run below it, the table at the bottom."""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -35,7 +35,7 @@ FOLDER: Final = "a folder with config.json and weights, enter takes it"
 
 
 class ModelScreen(Screen[None]):
-    """Set up, run and show a model; the choices and the last run survive when the screen is closed."""
+    """Screen that sets up, runs and shows a model; the choices and the last run survive when it is closed."""
 
     CSS_PATH: ClassVar = ["list.tcss", "model_screen.tcss"]
     TITLE_TEXT: ClassVar[str]

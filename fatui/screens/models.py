@@ -20,7 +20,7 @@ SECONDS: Final = 10.0
 
 
 class Models(ModelScreen):
-    """Measure prefill and decode of a model with each implementation."""
+    """Screen that measures prefill and decode of a model with each implementation."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MODELS), actions.closing("models")]
     TITLE_TEXT = "Models"

@@ -31,7 +31,7 @@ EMPTY = "There are no presets; one is made from what is set up on the main scree
 
 
 class Presets(Screen[str]):
-    """List presets; the result is the name of the one to load."""
+    """Screen of the presets; the result is the name of the one to load."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.PRESETS), actions.closing("presets")]

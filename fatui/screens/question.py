@@ -12,7 +12,7 @@ ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answ
 
 
 class Question(ModalScreen[bool]):
-    """Ask a question; y or the key that opened the dialog is yes; enter, escape or n is no, which changes nothing."""
+    """Yes-or-no dialog: y or the key that opened it is yes; enter, escape or n is no, which changes nothing."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [

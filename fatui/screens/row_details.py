@@ -24,7 +24,7 @@ ENDED_BY: Final = {
 
 
 class RowDetails(ModalScreen[None]):
-    """Show the details of a row."""
+    """Dialog with the details of a row."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [

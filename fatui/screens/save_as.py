@@ -17,7 +17,7 @@ from fatui.preset_format import Preset
 
 
 class SaveAs(ModalScreen[Preset]):
-    """Ask for a name, a title and a summary; the result is the saved preset."""
+    """Dialog for a name, a title and a summary; the result is the saved preset."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not save", id="back")]

@@ -24,7 +24,7 @@ NO_RUN = "No run yet. A sweep that was run, or opened from the history, is drawn
 
 
 class Scaling(Screen[None]):
-    """Draw the scaling of the shown report; keys cycle through axes, implementations and slices."""
+    """Screen of the shown report's scaling; keys cycle through axes, implementations and slices."""
 
     CSS_PATH: ClassVar = ["list.tcss", "scaling.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.SCALING), actions.closing("scaling")]

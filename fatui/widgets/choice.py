@@ -14,7 +14,7 @@ from fatui.widgets.row_table import clip
 
 
 class Choice(Widget, can_focus=True):
-    """Choose one of the options; with `typed_option`, typed digits make a further option.
+    """Choice of one option; with `typed_option`, typed digits make a further option.
 
     In a sweep it shows the marked options, and beside them the option under the cursor if it is another.
     """

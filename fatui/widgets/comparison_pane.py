@@ -17,7 +17,7 @@ EMPTY = "No rows yet. r runs what is set up; each row stands here as soon as it 
 
 
 class ComparisonPane(Vertical):
-    """Show the rows of the current run, or of a past run."""
+    """Pane with the rows of the current run, or of a past run."""
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="pane")

@@ -45,7 +45,7 @@ def cell_text(row: Row | None) -> str:
 
 
 class HeatMap(Widget):
-    """Draw a grid of speedups; the shade repeats the figure."""
+    """Grid of speedups; the shade repeats the figure."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         *("heat--head", "heat--none", "heat--slower", "heat--same", "heat--faster", "heat--much-faster"),

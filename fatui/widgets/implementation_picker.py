@@ -29,7 +29,7 @@ class Offer(Struct, frozen=True):
 
 
 class ImplementationPicker(Widget, can_focus=True):
-    """Select or deselect implementations with space or a click; the lines below give the reason for the path."""
+    """List from which space or a click selects implementations; the lines below give the reason for the path."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         *("picker--on", "picker--off", "picker--cursor", "picker--path", "picker--unable", "picker--reason"),

@@ -11,7 +11,7 @@ PALETTE = "^p Palette"
 
 
 class KeyBar(Widget):
-    """Show keys with their labels; a click runs the key's action."""
+    """Row of keys with their labels; a click runs the key's action."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"keys--key", "keys--label"}
     DEFAULT_CSS = "KeyBar { height: 1; dock: bottom; }"

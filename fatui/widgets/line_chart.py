@@ -32,7 +32,7 @@ class ChartData(Struct, frozen=True):
 
 
 class LineChart(Widget):
-    """Draw a mark at each value and dots between; an interval is a bar where it is taller than its mark."""
+    """Chart with a mark at each value and dots between; an interval is a bar if it is taller than its mark."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"chart--axis", *(f"chart--line-{index}" for index in range(COLOURS))}
 

@@ -23,7 +23,7 @@ AROUND = 8
 
 
 class LivePane(Vertical, can_focus=True):
-    """Draw the trends of a session."""
+    """Pane with the trends of a session."""
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="pane")

@@ -13,7 +13,7 @@ HINT = "word to find; begin with warning: or error: for a level"
 
 
 class LogPane(Vertical):
-    """Show the journal; the title gives the filter and the number of lines held back."""
+    """Pane with the journal; the title gives the filter and the number of lines held back."""
 
     DEFAULT_CSS = "LogPane Input { height: 1; border: none; padding: 0 1; } LogPane LogView { height: 1fr; }"
 

@@ -15,7 +15,7 @@ LEVELS: Final = ("info", "warning", "error")
 
 
 class LogView(ScrollView, can_focus=True):
-    """Show a journal and follow its end, unless scrolled up or paused.
+    """View of a journal that follows its end, unless scrolled up or paused.
 
     Attributes:
         needle: only lines that contain it are shown, case-insensitively.
@@ -66,7 +66,7 @@ class LogView(ScrollView, can_focus=True):
     def _lay_out(self, removed: int) -> None:
         self.virtual_size = Size(self._width, len(self._lines))
         if self._following:
-            # The maximum offset is known only after the new size is laid out.
+            # The maximum offset is known only after layout with the new size.
             self.call_after_refresh(self.scroll_end, animate=False, immediate=True)
         elif removed:
             self.scroll_to(y=max(0, self.scroll_offset.y - removed), animate=False, immediate=True)

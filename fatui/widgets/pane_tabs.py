@@ -1,4 +1,4 @@
-"""The tabs that replace panes when only one column fits."""
+"""Tabs shown instead of side-by-side panes on narrow terminals."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ TABS = (("setup", "Set up"), ("live", "Live"), ("results", "Results"), ("log", "
 
 
 class PaneTabs(Widget):
-    """Show the open tab; a click opens another."""
+    """Row of tabs; a click opens one."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"tabs--open", "tabs--other"}
     DEFAULT_CSS = "PaneTabs { height: 1; }"

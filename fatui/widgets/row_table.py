@@ -53,7 +53,7 @@ def clip(text: str, width: int) -> str:
 
 
 class RowTable(ScrollView, can_focus=True):
-    """Show lines of cells; up and down move the cursor, left and right page through the columns."""
+    """Table of lines; up and down move the cursor, left and right page through the columns."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         *("table--head", "table--cursor", "table--cursor-unfocused", "table--row", "table--dim"),
@@ -186,7 +186,7 @@ class RowTable(ScrollView, can_focus=True):
 
     @property
     def pages(self) -> list[tuple[Column, ...]]:
-        """Group the columns into pages that fit, by rank; each page starts with the first column."""
+        """The columns, grouped by rank into pages that fit; each page starts with the first column."""
         first, rest = self.columns[0], sorted(self.columns[1:], key=lambda column: column.rank)
         groups, room = [[first]], self._width - self._width_of(first)
         for column in rest:

@@ -21,7 +21,7 @@ Say = Callable[[int], str]
 
 
 class Slider(Widget, can_focus=True):
-    """Choose one number, or several in a sweep; any number that `parse` accepts can be typed."""
+    """Slider for one number, or several in a sweep; any number that `parse` accepts can be typed."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"slider--label", "slider--track", "slider--thumb", "slider--value"}
     BINDINGS: ClassVar[list[BindingType]] = [

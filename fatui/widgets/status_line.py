@@ -12,7 +12,7 @@ GAP = 2
 
 
 class StatusLine(Widget):
-    """Show two texts; the left one is cut if both do not fit."""
+    """Row of two texts; the left one is cut if both do not fit."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"status--name", "status--left", "status--right", "status--alarm"}
     DEFAULT_CSS = "StatusLine { height: 1; dock: top; }"

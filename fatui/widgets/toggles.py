@@ -11,7 +11,7 @@ from textual.widget import Widget
 
 
 class Toggles(Widget, can_focus=True):
-    """Move with left and right; space or a click selects or deselects a word, though never the last one selected."""
+    """Row of words; left and right move, space or a click selects or deselects, though never the last one selected."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"picker--on", "picker--off", "picker--cursor"}
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -47,7 +47,7 @@ def resample(points: Sequence[float], width: int) -> list[float]:
 
 
 class TrendChart(Widget):
-    """Draw trends of finite, non-negative values."""
+    """Chart of trends of finite, non-negative values."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "trend--head",

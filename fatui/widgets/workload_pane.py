@@ -26,7 +26,7 @@ BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app
 
 
 class WorkloadPane(Vertical):
-    """Edit a draft; post each change, and draw the draft that is set."""
+    """Editor of a draft; it posts each change, and draws the draft that is set."""
 
     class Edited(Message):
         """Posted when the user changed the draft."""
