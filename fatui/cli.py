@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fill_closed_streams() -> bool:
-    """Open /dev/null in place of closed standard streams, so that no file reuses their numbers; return if stdout was open."""
+    """Open /dev/null for closed standard streams, so that no file reuses their numbers; return if stdout was open."""
     was_open = sys.stdout is not None
     for number in range(3):
         try:
