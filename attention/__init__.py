@@ -1,6 +1,6 @@
-"""The attention engine: implementations, kernels, and an honest way of measuring them.
+"""The attention engine: implementations, kernels, and benchmarking.
 
-Importing this imports neither MLX nor numpy; a call does.
+Importing this package imports neither MLX nor numpy; the first call does.
 """
 
 from typing import TYPE_CHECKING
@@ -38,25 +38,25 @@ def attention(
     softcap: float | None = None,
     implementation: "str | Implementation" = "practical",
 ) -> "mx.array":
-    """Attends: softmax(mask(softcap(scale q k^T))) v.
+    """Compute softmax(mask(softcap(scale q k^T))) v.
 
     Args:
         q: query (B, H, Lq, D), in float32, float16 or bfloat16.
         k: key (B, Hkv, Lk, D), Hkv a divisor of H.
         v: value (B, Hkv, Lk, Dv).
-        scale: factor of the scores; 1 / sqrt(D) unless given.
+        scale: factor of the scores; 1 / sqrt(D) by default.
         mask: None, "causal" (lower-right aligned), or an array that broadcasts to (B, H, Lq, Lk): bool, True where a
-            pair may be seen, or numbers to add to the scores. An array of numbers gets its gradient.
-        window: a query sees only the last `window` keys that end at its own position; implies causal.
-        softcap: squashes scaled scores s to softcap * tanh(s / softcap), before the mask.
+            query attends to a key, or numbers added to the scores. An additive mask is differentiable.
+        window: each query attends to the last `window` keys up to its own position; implies causal.
+        softcap: replaces scaled scores s by softcap * tanh(s / softcap), before the mask.
         implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.
 
     Returns:
-        (B, H, Lq, Dv) in the query's type; rows that may see nothing are 0.
+        (B, H, Lq, Dv) in the query's dtype; fully masked rows are 0.
 
     Raises:
-        UsageError: an argument is wrong; it says which, what it got and what it takes, one line each.
-        UnsupportedError: the implementation does not take this, as its route says.
+        UsageError: invalid arguments; one line each with the name, the value and what is accepted.
+        UnsupportedError: the implementation does not support this call; the message is its route's reason.
         NoBackendError: MLX cannot be imported.
         ForkedError: attention was computed before this process was forked; MLX would hang.
     """
@@ -70,11 +70,11 @@ def attention(
 
 
 def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "ModelPatch":
-    """Replaces attention in every model of mlx-lm, loaded or yet to be, while the context is open.
+    """Replace attention in every mlx-lm model, loaded now or later, while the context is open.
 
-    A context manager and a decorator. Entering gives an object that counts: `calls_taken` and `taken` by path,
-    `calls_handed` and `handed` by the reason why the calls went to MLX's own, `summary()` in words.
-    What `mx.compile` traces meanwhile stays as it was traced.
+    A context manager and a decorator. Entering it returns an object with counters: `calls_taken` and `taken` (by path),
+    `calls_handed` and `handed` (calls passed to MLX's own function, by reason), and `summary()` as text.
+    Functions traced by `mx.compile` in the meantime keep what was traced.
 
     Args:
         implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.
@@ -89,13 +89,13 @@ def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "Model
 
 
 def monitor(share: float = 0.01) -> "Monitor":
-    """Watches attention in a program while the context is open: calls, shapes, paths, time and memory.
+    """Record the attention calls of a program while the context is open: counts, shapes, paths, time and memory.
 
-    Afterwards `summary()` says it in lines, `report()` in the rows of `fatui bench`, and `save(FILE)` keeps these for
-    `fatui history add FILE`.
+    Afterwards `summary()` returns lines of text, `report()` a report in the format of a benchmark, and `save(FILE)`
+    writes that report as JSON.
 
     Args:
-        share: share of the program's time that watching may take; it bounds how many calls are timed.
+        share: share of the program's run time that monitoring may take; it bounds how many calls are timed.
     """
     from attention.monitoring import Monitor
 

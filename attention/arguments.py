@@ -1,4 +1,4 @@
-"""What `attention()` is given, checked: every mistake names the argument, what it got and what it takes."""
+"""Validation of the arguments of `attention()`; each error names the argument, its value and what is accepted."""
 
 from functools import cache
 from typing import TYPE_CHECKING, Final, cast
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 MAX_SCALE: Final = 1e38
 MIN_SOFTCAP, MAX_SOFTCAP = 1e-30, 1e30
-"""Between these float32 has room for scores and for their quotients with a softcap."""
+"""Within these bounds scores and their quotients by a softcap stay in float32's range."""
 MAX_SHOWN: Final = 60
-"""Characters of a wrong value that a message shows."""
+"""Maximum number of characters of an invalid value in a message."""
 
 
 def find(implementation: object) -> Implementation:
-    """The implementation of a name, or the one that was given.
+    """Return the implementation with a name, or the given implementation itself.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the argument is neither.
         NoBackendError: MLX cannot be imported.
     """
     try:
@@ -41,12 +41,12 @@ def find(implementation: object) -> Implementation:
 
 
 def _is_implementation(given: object) -> bool:
-    """Whether it has all that the protocol asks for; `isinstance` would find the same, in ten times the time."""
+    """Return whether an object satisfies the protocol; ten times as fast as `isinstance`."""
     return callable(given) and hasattr(given, "name") and hasattr(given, "route")
 
 
 def checked_shapes(q: object, k: object, v: object) -> None:
-    """Raises UsageError unless the three are 4-D, of one floating type, and their shapes go together."""
+    """Raise UsageError unless q, k and v are 4-D, of one floating dtype and of compatible shapes."""
     import mlx.core as mx
 
     problems = []
@@ -81,10 +81,10 @@ def _disagreements(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -
 
 
 def checked_numbers(scale: object, softcap: object, head_dim: int) -> tuple[float, float | None]:
-    """The scale, 1 / sqrt(head_dim) unless given, and the softcap.
+    """Return the scale, 1 / sqrt(head_dim) by default, and the softcap.
 
     Raises:
-        UsageError: the scale or the softcap is no number, or none that float32 can compute with.
+        UsageError: the scale or the softcap is not a number or out of float32's useful range.
     """
     problems = []
     if scale is not None and not (_is_number(scale) and abs(scale) <= MAX_SCALE):  # type: ignore[arg-type]
@@ -103,10 +103,10 @@ def checked_numbers(scale: object, softcap: object, head_dim: int) -> tuple[floa
 
 
 def checked_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> Mask:
-    """The mask of a call.
+    """Return the mask of a call.
 
     Raises:
-        UsageError: the mask is of no known kind, type or shape, or the window no whole number from 1.
+        UsageError: the mask's kind, dtype or shape is invalid, or the window is not a whole number from 1.
     """
     problems = []
     if window is not None and (type(window) is not int or window < 1):
@@ -144,7 +144,7 @@ def _is_number(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    """A wrong value as it was given, cut where it is long; Python refuses to print integers of thousands of digits."""
+    """Format an invalid value, truncated; Python refuses to print integers of thousands of digits."""
     try:
         text = repr(value)
     except ValueError:

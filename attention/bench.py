@@ -1,4 +1,4 @@
-"""Runs attention shapes: cases one after the other, every implementation on each, told as events."""
+"""Benchmark attention shapes: measure every implementation on each case and emit events."""
 
 from statistics import median
 from typing import TYPE_CHECKING, Final
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from attention.measure.prepare import CaseSetting
 
 ROUNDS_WANTED: Final = 400
-"""Many short samples beat few long ones: the two of a pair then find the machine in the same state."""
+"""Target number of rounds. Many short samples beat few long ones: both of a pair then see the same machine state."""
 SHORTEST_SAMPLE_S: Final = 0.005
 LONGEST_SAMPLE_S: Final = 0.1
 FIRST_LOOK_S: Final = 1.0
 SHARE_OF_SLOWEST: Final = 0.05
-"""Of the slowest call: how long the samples of fast calls last beside it, which is cheap there and steadies them."""
+"""Minimum length of fast calls' samples, as a share of the slowest call: cheap, and it reduces their noise."""
 
 
 class Bench(CaseRunner[Plan]):
-    """One worker's share of a run over attention shapes."""
+    """The part of a run over attention shapes that one worker executes."""
 
     def _prepare_all(self, device: Device) -> None:
         if self._assignment.peaks is None:
             self._measure_peaks(device)
 
     def _hear(self, event: on.TuningEvent | on.Message) -> None:
-        """Tells of a switch also the path that is taken now."""
+        """Emit the event; after a switch also the route now in use."""
         super()._hear(event)
         if isinstance(event, on.Switched):
             workload = self._plan.cases[self._teller.case]
@@ -65,7 +65,7 @@ class Bench(CaseRunner[Plan]):
         return self._run_rounds(arms, self._plan.seconds) if arms else "failed"
 
     def _is_to_run(self, name: str, workload: Workload, device: Device) -> bool:
-        """Asks an implementation for its route; ends its row where it does not take the case, or will not fit."""
+        """Query an implementation's route; end its row if the case is unsupported or will not fit in memory."""
         route = self._taken_route(name, workload, device)
         if route is None:
             return False
@@ -77,7 +77,7 @@ class Bench(CaseRunner[Plan]):
         return True
 
     def _first_look(self, ready: list[str], setting: "CaseSetting") -> None:
-        """Shows what the others do while there is nothing else to see; none of it enters the result."""
+        """Report provisional speeds of the ready implementations while the others compile; not part of the result."""
         arms = self._arms(ready, setting)
         if arms:
             self._run_rounds(arms, FIRST_LOOK_S, min_rounds=1)
@@ -121,7 +121,7 @@ class Bench(CaseRunner[Plan]):
             return None
 
     def _tell_of(self, arm: Arm) -> None:
-        """A sample of one call is a latency too: for slow calls the only one, for others the surer one."""
+        """Record samples of single calls as latencies: the only ones for slow calls, the more reliable for others."""
         if arm.calls == 1 and arm.taken:
             seconds = median(arm.taken)
             self._teller.emit(on.LatencyMeasured(case=self._teller.case, implementation=arm.name, seconds=seconds))

@@ -1,4 +1,4 @@
-"""What every kind of run does: cases one after the other, rows that fail, kernels that are built, rounds."""
+"""The loop shared by all kinds of runs: cases in order, failed rows, kernel builds, timing rounds."""
 
 import math
 import time
@@ -25,29 +25,29 @@ P = TypeVar("P", bound=AnyPlan)
 M = TypeVar("M")
 Mark = Callable[[int], None]
 LONGER: Final = 1.5
-"""A case whose fewest rounds take so many times its seconds says so before they begin."""
+"""If the minimum number of rounds takes this multiple of a case's time limit, that is announced beforehand."""
 UNMARKED: Final[Mark] = lambda number: None  # noqa: E731
 
 
 class DeviceUncertain(RuntimeError):
-    """A failure after which the device may be in an unknown state; only a new process can go on."""
+    """The device may be in an undefined state; the run must continue in a new process."""
 
 
 class CaseRunner(ABC, Generic[P]):
-    """One worker's share of a run; what a case is, is its subclasses'."""
+    """The part of a run that one worker executes; subclasses define what a case is."""
 
     def __init__(self, assignment: Assignment, plan: P, emit: Emit, mark: Mark = UNMARKED) -> None:
-        """Takes what to run, where to tell of it, and where to mark the number of the implementation at work."""
+        """Create it with the assignment, the plan, the sink for events and the marker of the running implementation."""
         self._assignment = assignment
         self._plan = plan
         self._teller = Teller(plan, assignment.first_case, emit, mark)
 
     def run(self) -> None:
-        """Measures all remaining cases.
+        """Measure all remaining cases.
 
         Raises:
             UsageError, NoBackendError: nothing can run.
-            DeviceUncertain: a row was told as failed, and this process must not go on.
+            DeviceUncertain: a row was reported as failed, and this process must not continue.
         """
         self._backend = (device := probe()).backend
         for name in self._plan.ordered:
@@ -63,21 +63,21 @@ class CaseRunner(ABC, Generic[P]):
         self._teller.emit(on.RunDone())
 
     def _hear(self, event: on.TuningEvent | on.Message) -> None:
-        """Passes on what an implementation that chooses among others tells of it."""
+        """Emit an event of an autotuning implementation."""
         self._teller.emit(event)
         if isinstance(event, on.TrialStarted):
             self._teller.progress(f"{event.implementation}: tries {len(event.candidates)} candidates")
 
     @abstractmethod
     def _prepare_all(self, device: Device) -> None:
-        """Does what has to be done once, before the first case."""
+        """Set up once, before the first case."""
 
     @abstractmethod
     def _run_case(self, case: int) -> str:
-        """Measures one case, and says in a word what ended it."""
+        """Measure one case; return the reason it ended, in a word."""
 
     def _taken_route(self, name: str, workload: Workload, device: Device) -> Route | None:
-        """Tells an implementation's route; where it fails or does not take the workload, ends its row: None."""
+        """Emit and return an implementation's route; if it fails or is unsupported, end the row and return None."""
         self._teller.at_work(name)
         try:
             route = checked(implementations.get(name).route(workload, device))
@@ -91,7 +91,7 @@ class CaseRunner(ABC, Generic[P]):
         return None
 
     def _shared(self, names: Sequence[str], make: Callable[[], M]) -> M | None:
-        """What all rows of a case share, outside of any row's own work; where that fails, all of them fail: None."""
+        """Make what all rows of a case share; if that fails, all rows fail and None is returned."""
         self._teller.at_rest()
         try:
             return make()
@@ -105,7 +105,7 @@ class CaseRunner(ABC, Generic[P]):
         return isinstance(implementation, NeedsBuilding) and implementation.needs_building(workload, device)
 
     def _build(self, names: Sequence[str], workload: Workload, device: Device) -> None:
-        """Lets implementations compile, outside every clock but their own."""
+        """Compile implementations, timed separately from the measurement."""
         for name in names:
             implementation = implementations.get(name)
             assert isinstance(implementation, NeedsBuilding)
@@ -122,7 +122,7 @@ class CaseRunner(ABC, Generic[P]):
     def _run_rounds(
         self, arms: Sequence[Arm], seconds: float, beside: Sequence[Arm] = (), min_rounds: int = MIN_ROUNDS
     ) -> str:
-        """Takes samples of the implementations, the first of them twice, and of what is measured beside them."""
+        """Sample the implementations in rounds, the first of them twice, together with the `beside` arms."""
         reference = arms[0]
         again = structs.replace(reference, name=on.AGAIN, samples=[])
         rows = {id(arm) for arm in arms}
@@ -164,10 +164,10 @@ class CaseRunner(ABC, Generic[P]):
             self._teller.say(f"{arm.name} could not be measured any further: {in_a_line(error)}")
 
     def _tell_of(self, arm: Arm) -> None:
-        """Tells what else an arm knows when the rounds are over."""
+        """Emit an arm's further results after the rounds."""
 
     def _fail(self, name: str, error: BaseException) -> None:
-        """Ends a row; raises DeviceUncertain where the device or the inputs may be broken for the others too."""
+        """End a row; raise DeviceUncertain if the device or the inputs may be broken for the other rows too."""
         self._teller.end_row(name, "failed", in_a_line(error))
         broken = self._backend == "cuda" and isinstance(error, RuntimeError)
         if broken or isinstance(error, InputsOverwrittenError):
@@ -176,10 +176,10 @@ class CaseRunner(ABC, Generic[P]):
 
 
 class SampleStream:
-    """Collects the rounds' samples and tells them a few times a second, so that telling does not disturb the clock."""
+    """Collect the rounds' samples and emit them a few times a second, so that emitting does not disturb the timing."""
 
     def __init__(self, teller: Teller, lasts_s: float) -> None:
-        """Take the teller, and the seconds that the rounds may last; MLX's peak memory is counted from here on."""
+        """Create it with the progress reporter and the rounds' time limit in seconds; resets MLX's peak memory."""
         import mlx.core as mx
 
         self._teller = teller
@@ -190,13 +190,13 @@ class SampleStream:
         mx.reset_peak_memory()
 
     def take(self, arms: list[Arm]) -> None:
-        """Takes in what the arms hold after a round; tells it if it is time to."""
+        """Collect the arms' samples after a round; emit them if due."""
         self._arms = list(arms)
         if time.perf_counter() - self._last >= TELL_EVERY_S:
             self.flush()
 
     def flush(self) -> None:
-        """Tells what has not been told."""
+        """Emit the samples not yet emitted."""
         import mlx.core as mx
 
         self._last = time.perf_counter()
@@ -211,5 +211,5 @@ class SampleStream:
 
 
 def _sendable(samples: Sequence[float]) -> list[float | None]:
-    """Samples as JSON has them: None for NaN."""
+    """Return samples with None for NaN, which JSON lacks."""
     return [None if math.isnan(sample) else sample for sample in samples]

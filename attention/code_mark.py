@@ -1,4 +1,4 @@
-"""Which code something was found out with: it says nothing of what was changed since."""
+"""Fingerprint of source code, to detect that stored results were made with other code."""
 
 import hashlib
 from functools import cache
@@ -10,7 +10,7 @@ KINDS: Final = frozenset({".py", ".cpp", ".hpp", ".cu", ".cuh", ".metal"})
 
 @cache
 def code_mark(*rooms: str) -> str:
-    """A digest of the texts in these folders of `attention`; some milliseconds, once a process."""
+    """Return a digest of the source files in these folders of `attention`; some milliseconds, cached."""
     root = Path(__file__).parent
     sha = hashlib.sha256()
     for path in sorted(path for room in rooms for path in (root / room).rglob("*") if path.suffix in KINDS):

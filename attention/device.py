@@ -1,4 +1,4 @@
-"""The machine: its backend, its memory, and what is installed on it."""
+"""The machine: MLX's backend, memory, processor and installed libraries."""
 
 import os
 import platform
@@ -18,28 +18,28 @@ INSTALL: Final = "install one: pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fat
 
 
 class Device(Struct, frozen=True, kw_only=True):
-    """What a route needs to know about where it would run."""
+    """The device that MLX computes on."""
 
     backend: Backend
     name: str
-    """As people know it: "Apple M3 Max", "NVIDIA H200", "AMD EPYC 9R14"."""
+    """Product name: "Apple M3 Max", "NVIDIA H200", "AMD EPYC 9R14"."""
     cores: int
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     memory_bytes: int
-    """All memory that the backend computes in."""
+    """Total memory of the backend."""
     available_bytes: int
-    """What a run may take of it now."""
+    """Memory that a run may use now."""
     architecture: str = ""
-    """MLX's own name for it: "x86_64", "applegpu_g15s", "sm_90a"."""
+    """Architecture as MLX names it: "x86_64", "applegpu_g15s", "sm_90a"."""
     mlx: str = ""
     """MLX's version."""
 
 
 def probe() -> Device:
-    """Looks at the machine that MLX would run on.
+    """Return the device that MLX runs on.
 
     Raises:
-        NoBackendError: MLX is missing or has no backend; the message says what to install.
+        NoBackendError: MLX is missing or has no backend; the message names what to install.
     """
     try:
         import mlx.core as mx
@@ -64,7 +64,7 @@ def probe() -> Device:
 
 
 def _memory(backend: Backend, info: dict[str, int]) -> tuple[int, int]:
-    """Total and available bytes of the memory that the backend computes in."""
+    """Return total and available bytes of the backend's memory."""
     import psutil
 
     system = psutil.virtual_memory()
@@ -78,7 +78,7 @@ def _memory(backend: Backend, info: dict[str, int]) -> tuple[int, int]:
 
 
 def container_limit() -> int | None:
-    """Memory limit of the control group that this process runs in, in bytes, or None."""
+    """Return the memory limit of this process's control group in bytes, or None."""
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             return int(Path(name).read_text())
@@ -88,12 +88,12 @@ def container_limit() -> int | None:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on."""
+    """Return the number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor_name() -> str:
-    """The CPU's name as its maker gives it."""
+    """Return the CPU's product name."""
     try:
         if sys.platform == "darwin":
             import subprocess
@@ -107,9 +107,9 @@ def processor_name() -> str:
 
 
 def blas() -> str | None:
-    """The BLAS that MLX's CPU matrix products go to, read from the libraries that are loaded; None if unknown.
+    """Return the BLAS library used by MLX's CPU matrix products, found among the loaded libraries; None if unknown.
 
-    Call it after MLX was imported. numpy, scipy and torch bring their own, which MLX does not use.
+    Call it after importing MLX. numpy, scipy and torch load their own, which MLX does not use.
     """
     if sys.platform == "darwin":
         return "Accelerate"
@@ -124,7 +124,7 @@ def blas() -> str | None:
 
 
 def environment(device: Device) -> Environment:
-    """What a report says of where it was made; its version of fatui is the face's to add."""
+    """Return the environment of a report; the application adds its own version."""
     return Environment(
         mlx=device.mlx,
         backend=device.backend,

@@ -1,17 +1,17 @@
-"""What can be wrong with a request, said in one line each."""
+"""Exceptions of the engine; each message is one line per problem."""
 
 from collections.abc import Iterable
 from typing import Final
 
 MAX_REASON: Final = 300
-"""Characters of a reason that is told."""
+"""Maximum number of characters of a reported reason."""
 
 
 class UsageError(ValueError):
-    """One or more mistakes in what was asked for; every one of them is told.
+    """One or more mistakes in a request, all reported together.
 
     Attributes:
-        problems: one sentence for each mistake: what was named, what it got, what it takes.
+        problems: one sentence per mistake: the name, the value, and what is accepted.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -20,11 +20,11 @@ class UsageError(ValueError):
 
 
 class UnsupportedError(ValueError):
-    """An implementation was asked for something that its route says it does not take."""
+    """An implementation was called with arguments that it does not support, as its route says."""
 
 
 class NoBackendError(RuntimeError):
-    """MLX is not installed, or has no backend to run on."""
+    """MLX is not installed or has no backend."""
 
 
 class ForkedError(RuntimeError):
@@ -32,11 +32,11 @@ class ForkedError(RuntimeError):
 
 
 class KernelUnavailable(RuntimeError):
-    """A custom kernel cannot be used on this machine; the message is the reason, in one line."""
+    """A custom kernel cannot be used on this machine; the message is the reason in one line."""
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Returns " (did you mean 'x'?)" for the nearest known word, or an empty string."""
+    """Return " (did you mean 'x'?)" for the closest known word, or an empty string."""
     import difflib
 
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -53,9 +53,9 @@ def in_a_line(error: BaseException) -> str:
 
 
 def shortened(line: str) -> str:
-    """Return a line of at most MAX_REASON characters; one that is cut ends in "…"."""
+    """Truncate a line to MAX_REASON characters, ending in "…"."""
     return line if len(line) <= MAX_REASON else line[: MAX_REASON - 1] + "…"
 
 
 class InputsOverwrittenError(RuntimeError):
-    """An implementation wrote into memory that all implementations of a case share."""
+    """An implementation wrote into inputs that all implementations of a case share."""

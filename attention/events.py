@@ -1,4 +1,4 @@
-"""What a worker tells while it runs: one JSON line for each event."""
+"""Events of a worker, one JSON line each."""
 
 from typing import Literal, get_args
 
@@ -10,17 +10,17 @@ from attention.route import Route
 Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training"]
 Ending = Literal["failed", "refused", "unsupported"]
 AGAIN = "(again)"
-"""The name under which the reference's second arm, the noise floor, stands among the samples."""
+"""Name of the reference's second arm among the samples; it gives the noise floor."""
 WITHOUT = "(no attention)"
-"""The name under which a model whose attention does nothing stands among the samples."""
+"""Name, among the samples, of the model whose attention returns its query unchanged."""
 
 
 class Event(msgspec.Struct, kw_only=True, tag_field="event"):
-    """The root of all events."""
+    """Base class of all events."""
 
 
 class RunStarted(Event, tag="run_started"):
-    """The worker is up, and says where."""
+    """The worker has started; carries its environment."""
 
     environment: Environment
 
@@ -46,7 +46,7 @@ class RouteFound(Event, tag="route_found"):
 
 
 class StepStarted(Event, tag="step_started"):
-    """An implementation begins a step; if the worker dies now, this is where."""
+    """An implementation begins a step; a crash of the worker is attributed to it."""
 
     case: int
     implementation: str
@@ -54,7 +54,7 @@ class StepStarted(Event, tag="step_started"):
 
 
 class RowEnded(Event, tag="row_ended"):
-    """An implementation is out of the case: refused, unsupported, failed."""
+    """An implementation's row has ended without result: refused, unsupported, failed."""
 
     case: int
     implementation: str
@@ -76,15 +76,15 @@ class Checked(Event, tag="checked"):
     case: int
     implementation: str
     max_error: float | None
-    """None where the result holds NaN or infinity."""
+    """None if the result contains NaN or infinity."""
     rms_error: float | None
     accurate: bool
     detail: str
-    """Which tensor was worst, and what it was allowed."""
+    """The tensor with the largest error, and its tolerance."""
 
 
 class MemoryMeasured(Event, tag="memory_measured"):
-    """Peak memory above the inputs in a pass of its own."""
+    """Peak memory above the inputs, measured in a separate pass."""
 
     case: int
     implementation: str
@@ -100,18 +100,18 @@ class LatencyMeasured(Event, tag="latency_measured"):
 
 
 class ReferenceChosen(Event, tag="reference_chosen"):
-    """What the speedups of a case are relative to."""
+    """The reference of a case's speedups was chosen."""
 
     case: int
     implementation: str
 
 
 class RoundsDone(Event, tag="rounds_done"):
-    """New samples, in round order; the same number for every implementation that is still in."""
+    """New samples, in round order; the same number for every implementation still measured."""
 
     case: int
     samples: dict[str, list[float | None]]
-    """Seconds a call, None for a round that was sat out; the noise floor's arm under AGAIN."""
+    """Seconds per call, None for a round without a sample; the noise floor's arm is under AGAIN."""
     active_bytes: int
     """MLX's active memory after the last round."""
     peak_bytes: int
@@ -119,39 +119,39 @@ class RoundsDone(Event, tag="rounds_done"):
 
 
 class WeightsMade(Event, tag="weights_made"):
-    """The model of a case is there."""
+    """The weights of a case's model are in memory."""
 
     case: int
     weights_bytes: int
-    """Of the whole model, whatever part of it runs."""
+    """Size of the whole model, even if only some layers run."""
 
 
 class CallsCounted(Event, tag="calls_counted"):
-    """How often a model called attention in its first run or trace, and who computed it."""
+    """Number of attention calls in a model's first run or trace, by what computed them."""
 
     case: int
     implementation: str
     replaced: int
-    """Computed by the implementation."""
+    """Calls computed by the implementation."""
     passed_on: int
-    """Not taken by it, and computed by MLX's own."""
+    """Calls it does not support, computed by MLX's own function."""
     reason: str | None = None
     """Why calls were passed on."""
     path: str | None = None
-    """The path that most of the computed calls took; None where none was computed."""
+    """The path of most of the computed calls; None without any."""
 
 
 class Expected(Event, tag="expected"):
-    """How long a case will take from here, by what one timed call took; told before its rounds."""
+    """Estimated time of a case from one timed call; emitted before its rounds."""
 
     case: int
     seconds: float
-    """Of all implementations, preparation and rounds."""
+    """Seconds for all implementations, preparation and rounds."""
     implementations: int
 
 
 class LayersTimed(Event, tag="layers_timed"):
-    """What two numbers of layers say: the time of one layer, and of everything else."""
+    """Time of one layer and of everything else, from runs with two numbers of layers."""
 
     case: int
     implementation: str
@@ -168,14 +168,14 @@ class IterationDone(Event, tag="iteration_done"):
     number: int
     """From 1; the first one compiles."""
     loss: float | None
-    """None where it is no number."""
+    """None if it is not finite."""
     seconds: float
     active_bytes: int
     peak_bytes: int
 
 
 class Progress(Event, tag="progress"):
-    """How far the run is."""
+    """Progress of the run."""
 
     done: float
     """From 0 to 1."""
@@ -192,46 +192,46 @@ class CaseDone(Event, tag="case_done"):
 
 
 class Message(Event, tag="message"):
-    """Something worth a line in the log."""
+    """A log message."""
 
     level: Literal["info", "warning", "error"]
     text: str
 
 
 class TrialStarted(Event, tag="trial_started"):
-    """An implementation that chooses among others begins to try them."""
+    """An autotuning implementation begins a trial."""
 
     implementation: str
     workload: str
-    """What the choice will hold for, in words."""
+    """The workload class of the trial, as text."""
     candidates: list[str]
 
 
 class Tuned(Event, tag="tuned"):
-    """A trial is over."""
+    """A trial has ended."""
 
     implementation: str
     workload: str
     winner: str
     runner_up: str | None
-    """None where nothing else ran."""
+    """None if nothing else ran."""
     ratio: Ratio | None
-    """How many times as fast as the runner-up, from interleaved pairs."""
+    """Speedup over the runner-up, from interleaved pairs."""
     seconds: float
-    """What the trial took."""
+    """Duration of the trial."""
 
 
 class Switched(Event, tag="switched"):
-    """A choice was changed while calls were running."""
+    """A tuned choice was replaced in use."""
 
     implementation: str
     workload: str
     before: str
     after: str
     ratio: Ratio
-    """How many times as fast as before, from pairs of calls."""
+    """Speedup over the former choice, from pairs of calls."""
     reason: str
-    """Why it was tried at all."""
+    """Why the alternative was tried."""
 
 
 class RunDone(Event, tag="run_done"):
@@ -239,13 +239,13 @@ class RunDone(Event, tag="run_done"):
 
 
 class WorkerUnusable(Event, tag="worker_unusable"):
-    """The device is in an unknown state after a failure; a new worker must go on."""
+    """The device is in an undefined state after a failure; a new worker must continue."""
 
     case: int
 
 
 class RunRefused(Event, tag="run_refused"):
-    """Nothing can run here; the reason is the user's to read."""
+    """Nothing can run here; carries the reason for the user."""
 
     kind: Literal["usage", "no backend", "cannot start"]
     reason: str
@@ -281,7 +281,7 @@ _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
 
 def encode(event: AnyEvent) -> bytes:
-    """Writes an event as one line of JSON; what is no valid text in it is replaced."""
+    """Encode an event as one line of JSON; invalid text is replaced."""
     try:
         return _encoder.encode(event) + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, in an exception's text, say
@@ -297,10 +297,10 @@ def _valid(value: object) -> object:
 
 
 def decode(line: bytes) -> AnyEvent:
-    """Reads one line; an event of a kind that is not known here becomes a message that says so.
+    """Decode one line; an event of an unknown kind becomes a message saying so.
 
     Raises:
-        msgspec.DecodeError: the line is no event.
+        msgspec.DecodeError: the line is not an event.
     """
     try:
         return _decoder.decode(line)

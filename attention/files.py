@@ -1,4 +1,4 @@
-"""Files of the user, read within bounds: whatever a path names, and whatever a TOML file nests."""
+"""Bounded reading of user files: of any size, of any file type, of any depth of TOML nesting."""
 
 import errno
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 NOWHERE: Final = Path("/nonexistent")
-"""The home of an account that has none, as Debian names it."""
+"""Home folder of an account without one, as in Debian."""
 MAX_KEY_PARTS: Final = 100
-"""Of a dotted TOML key: the time that tomllib takes grows with the square of them."""
+"""Maximum parts of a dotted TOML key: tomllib's time is quadratic in their number."""
 QUOTED: Final = re.compile(r"""\"(?:[^"\\]|\\.)*"|'[^']*'""")
 
 
 def home() -> Path:
-    """The user's home folder; one that does not exist where the account has none, or $HOME is relative."""
+    """Return the user's home folder; NOWHERE if the account has none or $HOME is relative."""
     try:
         found = Path.home()
     except RuntimeError:
@@ -25,7 +25,7 @@ def home() -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """Replace a leading "~" or "~name"; where there is no such user the path stays as it is."""
+    """Expand a leading "~" or "~name"; the path is unchanged if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -33,10 +33,10 @@ def expanded(path: str | Path) -> Path:
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:
-    """Make a folder and its parents where they are missing, but never the home folder itself.
+    """Create a folder and its missing parents, but never the home folder itself.
 
     Raises:
-        OSError: it cannot be made, or there is no home folder to make it in.
+        OSError: the folder cannot be created, or there is no home folder.
     """
     root = home()
     if root in folder.parents and not root.is_dir():
@@ -45,10 +45,10 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Read a regular file; a pipe or a device is refused without waiting for it.
+    """Read a regular file; pipes and devices are refused without blocking.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or holds more than `limit` bytes.
+        OSError: the file cannot be read, is not regular, or is larger than `limit` bytes.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(handle, "rb", closefd=True) as file:
@@ -64,10 +64,10 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Read a TOML document in a time that grows with its size alone.
+    """Parse a TOML document in time linear in its size.
 
     Raises:
-        ValueError: it is no TOML, or is nested beyond what can be read; the message says which in one line.
+        ValueError: it is not TOML, or is nested too deeply; the message is one line.
     """
     for number, line in enumerate(text.split("\n"), start=1):
         if line.count(".") > MAX_KEY_PARTS and QUOTED.sub("", line).count(".") > MAX_KEY_PARTS:

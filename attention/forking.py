@@ -1,4 +1,4 @@
-"""MLX does not survive a fork: its threads stay in the parent, and a child that evaluates waits for them for ever."""
+"""Detection of fork: MLX's threads stay in the parent, so an evaluation in the child would hang."""
 
 import os
 
@@ -8,10 +8,10 @@ _used = _forked = False
 
 
 def check() -> None:
-    """See to it that attention can be computed in this process; called first by everything that attends.
+    """Check that attention can be computed in this process; called first by every entry point.
 
     Raises:
-        ForkedError: attention was computed in the process that this one was forked from.
+        ForkedError: attention was computed in the parent process before the fork.
     """
     global _used  # noqa: PLW0603  about the process
     if _forked:

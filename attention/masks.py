@@ -1,4 +1,4 @@
-"""What a query may see: the meaning of every mask, in one place."""
+"""Attention masks: which keys each query attends to, and operations on masks."""
 
 from typing import TYPE_CHECKING
 
@@ -14,34 +14,34 @@ Shape = tuple[int, int, int, int]
 
 
 class Mask(Struct, frozen=True, kw_only=True, eq=False):
-    """Which keys each query attends to. All parts that are given must let a pair through.
+    """The keys each query attends to: the intersection of all parts that are given.
 
-    Query row i of Lq stands at position i + Lk - Lq among the Lk keys (lower-right alignment).
+    Query row i of Lq has position i + Lk - Lq among the Lk keys (lower-right alignment).
     """
 
     causal: bool = False
-    """A query sees no key after its own position."""
+    """A query attends to no key after its own position."""
     window: int | None = None
-    """A query sees only the last `window` keys that end at its own position; implies causal."""
+    """A query attends to the last `window` keys up to its own position; implies causal."""
     array: "mx.array | None" = None
-    """Broadcastable to (B, H, Lq, Lk): bool, True where a pair may be seen, or numbers that are added to the scores."""
+    """Broadcastable to (B, H, Lq, Lk): bool, True where a query attends to a key, or added to the scores."""
 
     def __post_init__(self) -> None:
-        """Gives an array of fewer axes the two of queries and keys."""
+        """Reshape an array of fewer than two axes to the axes of queries and keys."""
         if self.array is not None and self.array.ndim < 2:
             structs.force_setattr(self, "array", self.array.reshape((1,) * (2 - self.array.ndim) + self.array.shape))
 
     def having(self, array: "list[mx.array]") -> "Mask":
-        """Returns the same mask with another array in it, if there is one."""
+        """Return the mask with its array replaced, if it has one."""
         return structs.replace(self, array=array[0]) if array else self
 
     @property
     def positional(self) -> bool:
-        """Whether positions alone rule pairs out."""
+        """Whether the mask depends on positions (causal or window)."""
         return self.causal or self.window is not None
 
     def visible_keys(self, rows: range, seq: int, kv_seq: int) -> range:
-        """The smallest run of keys that holds every key some of the rows may see by their positions; may be empty."""
+        """Return the smallest range of keys that contains all keys visible to the rows by position; may be empty."""
         if not self.positional or not rows:
             return range(kv_seq if rows else 0)
         shift = kv_seq - seq
@@ -50,14 +50,14 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
         return range(min(start, stop), stop)
 
     def cuts(self, rows: range, keys: range, seq: int, kv_seq: int) -> bool:
-        """Whether positions rule out any pair of a tile."""
+        """Return whether positions mask any pair of a tile."""
         if not self.positional or not rows or not keys:
             return False
         first, last = rows.start + kv_seq - seq, rows.stop - 1 + kv_seq - seq
         return keys.stop - 1 > first or (self.window is not None and keys.start <= last - self.window)
 
     def tile(self, rows: range, keys: range, seq: int, kv_seq: int) -> "mx.array | None":
-        """The positional part for one tile: bool (len(rows), len(keys)), or None where every pair is let through."""
+        """Return the positional mask of one tile: bool (len(rows), len(keys)), or None if nothing is masked."""
         import mlx.core as mx
 
         if not self.cuts(rows, keys, seq, kv_seq):
@@ -68,21 +68,21 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
         return seen if self.window is None else seen & (key > position - self.window)
 
     def blind_rows(self, seq: int, kv_seq: int) -> int:
-        """How many leading query rows stand before the first key and so see nothing."""
+        """Return the number of leading query rows before the first key, which are fully masked."""
         return max(0, seq - kv_seq) if self.positional else 0
 
     def whole(self, seq: int, kv_seq: int) -> "mx.array | None":
-        """All parts as one array, broadcastable to (B, H, Lq, Lk), bool or additive; None where all is seen."""
+        """Return all parts as one array that broadcasts to (B, H, Lq, Lk), bool or additive; None if all is visible."""
         return combine(self.tile(range(seq), range(kv_seq), seq, kv_seq), self.array)
 
 
 def of_workload(workload: Workload) -> Mask:
-    """The mask that a workload names."""
+    """Return the mask of a workload."""
     return Mask(causal=workload.causal, window=workload.window)
 
 
 def combine(allowed: "mx.array | None", array: "mx.array | None") -> "mx.array | None":
-    """Joins a bool array with a bool or additive one of a shape that broadcasts with it; None lets all through."""
+    """Combine a bool array with a bool or additive one of a broadcastable shape; None masks nothing."""
     import mlx.core as mx
 
     if allowed is None or array is None:
@@ -91,7 +91,7 @@ def combine(allowed: "mx.array | None", array: "mx.array | None") -> "mx.array |
 
 
 def apply(scores: "mx.array", mask: "mx.array | None", factor: float = 1.0) -> "mx.array":
-    """Hides what a bool mask rules out (-inf), or adds an additive mask times a factor, in the scores' type."""
+    """Apply a bool mask (-inf where False) or add an additive mask times a factor, in the scores' dtype."""
     import mlx.core as mx
 
     if mask is None:
@@ -102,10 +102,10 @@ def apply(scores: "mx.array", mask: "mx.array | None", factor: float = 1.0) -> "
 
 
 def in_type(mask: "mx.array", dtype: "mx.Dtype", factor: float = 1.0) -> "mx.array":
-    """An additive mask times a factor in a type; finite numbers stay finite, so that -1e9 blinds no row.
+    """Convert an additive mask times a factor to a dtype; finite values stay finite, so that -1e9 masks no row fully.
 
-    Numbers are clipped to half of the type's range, so that a score can be added to them. In float32 and bfloat16 only
-    scores beyond 1e31 would need that.
+    Values are clipped to half of the dtype's range, so that a score can be added. In float32 and bfloat16 only scores
+    beyond 1e31 would need that.
     """
     import mlx.core as mx
 
@@ -117,7 +117,7 @@ def in_type(mask: "mx.array", dtype: "mx.Dtype", factor: float = 1.0) -> "mx.arr
 
 
 def sighted(mask: "mx.array") -> "mx.array":
-    """The rows of a bool or additive mask that see any key at all: bool, the last axis kept with length 1."""
+    """Return which rows of a bool or additive mask are not fully masked: bool, the last axis kept with length 1."""
     import mlx.core as mx
 
     if mask.dtype == mx.bool_:
@@ -126,7 +126,7 @@ def sighted(mask: "mx.array") -> "mx.array":
 
 
 def open_blind(mask: "mx.array", seeing: "mx.array") -> "mx.array":
-    """Lets blind rows see everything, so that a softmax over them is no NaN; their output is then set to 0."""
+    """Unmask fully masked rows so that their softmax is finite; the caller sets their output to 0."""
     import mlx.core as mx
 
     if mask.dtype == mx.bool_:
@@ -135,18 +135,18 @@ def open_blind(mask: "mx.array", seeing: "mx.array") -> "mx.array":
 
 
 def part(array: "mx.array", batches: slice, heads: slice, rows: slice, keys: slice) -> "mx.array":
-    """Cuts a 4-D mask to one tile; an axis of length 1 is broadcast and stays whole."""
+    """Slice a 4-D mask to one tile; axes of length 1 (broadcast) are not sliced."""
     wanted = (batches, heads, rows, keys)
     return array[tuple(cut if size > 1 else slice(None) for cut, size in zip(wanted, array.shape, strict=True))]
 
 
 def as_4d(array: "mx.array") -> "mx.array":
-    """The same mask with leading axes of length 1 up to four."""
+    """Return the mask with leading axes of length 1 added up to four."""
     return array.reshape((1,) * (4 - array.ndim) + array.shape) if array.ndim < 4 else array
 
 
 def check_array(array: "mx.array", shape: Shape) -> None:
-    """Raises UsageError unless the array is bool, or of a type that queries have, and broadcasts to (B, H, Lq, Lk)."""
+    """Raise UsageError unless the array is bool or of a supported dtype and broadcasts to (B, H, Lq, Lk)."""
     import mlx.core as mx
 
     problems = []
@@ -165,5 +165,5 @@ def check_array(array: "mx.array", shape: Shape) -> None:
 
 
 def dtype_name(dtype: "mx.Dtype") -> str:
-    """The name of a type as workloads have it: "float16"."""
+    """Return the name of a dtype as in workloads: "float16"."""
     return str(dtype).removeprefix("mlx.core.")

@@ -1,4 +1,4 @@
-"""What to measure: cases, implementations, and how long."""
+"""The plan of a run: cases, implementations and limits."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,24 +15,24 @@ REFERENCE = "baseline"
 
 
 class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every kind of run is told: the implementations, and the limits it must keep."""
+    """Options of every kind of run: the implementations and the limits."""
 
     implementations: tuple[str, ...]
-    """Names from the catalogue, or "FILE.py:NAME" and "package.module:NAME" for one of the user's own."""
+    """Names from the catalogue, or "FILE.py:NAME" and "package.module:NAME" for a plugin."""
     seconds: float = 6.0
-    """Time for the rounds of one case, in seconds."""
+    """Time limit of the rounds of one case, in seconds."""
     precision: float = 0.01
     """Rounds stop early when every speedup's interval is narrower than this, relative (0.01 is 1 %)."""
     memory_limit_bytes: int | None = None
-    """A case that is predicted to need more is refused; None takes what the device has free."""
+    """Cases predicted to need more are refused; None uses the device's free memory."""
     force: bool = False
-    """Run also what is predicted not to fit."""
+    """Run cases even if they are predicted not to fit."""
     seed: int = 0
     """Seed of the random inputs."""
 
     @property
     def ordered(self) -> tuple[str, ...]:
-        """The implementations, the reference first."""
+        """Return the implementations, the reference first."""
         return tuple(sorted(dict.fromkeys(self.implementations), key=lambda name: name != REFERENCE))
 
 
@@ -61,30 +61,30 @@ AnyPlan = Plan | GenerationPlan | FineTuningPlan
 
 
 class Assignment(Struct, frozen=True, kw_only=True):
-    """What one worker is given: a plan, and where an earlier worker left it."""
+    """The assignment of one worker: a plan, and how far an earlier worker got."""
 
     plan: AnyPlan
     first_case: int = 0
-    """The case to begin with; those before it are complete."""
+    """Index of the first case to run; earlier ones are complete."""
     skip: dict[int, tuple[str, ...]] = {}
-    """For each case, the implementations that are out of it: they took an earlier worker down."""
+    """Implementations to skip per case, because they crashed an earlier worker."""
     peaks: Peaks | None = None
-    """The machine's rates, where an earlier worker measured them."""
+    """The machine's peak rates, if an earlier worker measured them."""
 
     def remaining(self, case: int) -> tuple[str, ...]:
-        """The implementations to run on one case, the reference first."""
+        """Return the implementations to run on one case, the reference first."""
         return tuple(name for name in self.plan.ordered if name not in self.skip.get(case, ()))
 
 
 def expand(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> tuple[Workload, ...]:
-    """Makes a workload for each combination of the axes' values, the last axis moving fastest.
+    """Return a workload for each combination of the axes' values, the last axis varying fastest.
 
     Args:
-        base: fields that all cases share.
-        axes: for each swept field its values.
+        base: fields common to all cases.
+        axes: the values of each swept field.
 
     Raises:
-        UsageError: with the mistakes of all combinations, each told once.
+        UsageError: the mistakes of all combinations, each reported once.
     """
     cases: list[Workload] = []
     problems: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""Events in, rows out: everything that a run has told so far, at any moment of it."""
+"""The state of a run: built from events, turned into result rows at any time."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,42 +17,42 @@ from attention.route import Route
 LOG_LINES: Final = 10_000
 INTERRUPTED: Final = "interrupted"
 HIGHEST_EFFICIENCY: Final = 1.05
-"""A little above 1 is noise; more says that the peak was none, as for a matrix unit beside float32 rates."""
+"""Above this the measured peak is not the device's peak (a matrix unit beside float32 rates); below it is noise."""
 UNITY: Final = Ratio(value=1.0, low=1.0, high=1.0)
 
 
 class Measured(Struct):
-    """What is known of one implementation on one case."""
+    """Everything measured of one implementation on one case."""
 
     implementation: str
     route: Route | None = None
     step: str | None = None
-    """The step it is in, as long as it is in one."""
+    """The current step, if any."""
     first_call_s: float | None = None
     latency_s: float | None = None
     check: on.Checked | None = None
     peak_bytes: int | None = None
     samples: list[float] = field(default_factory=list)
-    """Seconds a call, one for each round; NaN for a round that the implementation sat out."""
+    """Seconds per call, one for each round; NaN for a round without a sample."""
     losses: list[float | None] = field(default_factory=list)
     calls: on.CallsCounted | None = None
     layers: on.LayersTimed | None = None
     ended: on.RowEnded | None = None
 
     def forget_times(self) -> None:
-        """Drops what a repeated case will measure again; a row that has ended stays."""
+        """Drop what a repeated case will measure again; a row that has ended is unchanged."""
         if self.ended is None:
             self.step, self.samples, self.losses = None, [], []
 
 
 class CaseRecord(Struct):
-    """What is known of one case."""
+    """Everything measured on one case."""
 
     rows: dict[str, Measured]
     reference: str | None = None
     again: list[float] = field(default_factory=list)
     without: list[float] = field(default_factory=list)
-    """Of a model whose attention does nothing."""
+    """Samples of the model whose attention returns its query unchanged."""
     weights_bytes: int | None = None
     stopped_by: str | None = None
     started: bool = False
@@ -63,17 +63,17 @@ C = TypeVar("C")
 
 
 class RunRecord(ABC, Generic[P, C]):
-    """The state of a run, changed only by events; what its rows are, is its subclasses'.
+    """The state of a run, changed only by events; subclasses define its rows.
 
     Attributes:
-        plan: what was asked for.
+        plan: the plan of the run.
         cases: one entry for each case of the plan.
-        environment, peaks: empty until the worker has told them.
-        progress: the last one told, or None.
-        last_rounds: the last RoundsDone told, with the memory figures of the moment.
+        environment, peaks: empty until the worker reports them.
+        progress: the latest Progress event, or None.
+        last_rounds: the latest RoundsDone event, with its memory figures.
         log: the latest messages, at most LOG_LINES.
         refused: why nothing could run, or None.
-        done: whether the worker said that all is complete.
+        done: whether the worker reported completion.
     """
 
     def __init__(self, plan: P) -> None:
@@ -91,7 +91,7 @@ class RunRecord(ABC, Generic[P, C]):
         self.done = False
 
     def apply(self, event: on.AnyEvent) -> None:
-        """Takes in one event."""
+        """Apply one event."""
         match event:
             case on.RunStarted():
                 self.environment = event.environment
@@ -216,7 +216,7 @@ class Record(RunRecord[Plan, Case]):
 
 
 def _with_rates(row: Row, flops: int, peaks: Peaks) -> Row:
-    """A row with its FLOP/s, and what part of the best rate they are."""
+    """Return the row with its FLOP/s and its efficiency."""
     if row.call_s is None:
         return row
     flops_per_s = flops / row.call_s.median
@@ -226,7 +226,7 @@ def _with_rates(row: Row, flops: int, peaks: Peaks) -> Row:
 def timed_row(
     measured: Measured, record: CaseRecord, *, tokens: int, speedup: Ratio | None, throttled: bool | None
 ) -> Row | None:
-    """What all kinds of rows have, for calls that make so many tokens; None where there is nothing to show yet."""
+    """Return the fields common to all rows, for calls that produce `tokens` tokens; None if there are none yet."""
     ended, route, check = measured.ended, measured.route, measured.check
     if ended is None and all(map(math.isnan, measured.samples)):
         return None
@@ -270,7 +270,7 @@ def _reason(measured: Measured) -> str | None:
 
 
 def summarise(cases: Sequence[AnyCase], implementations: tuple[str, ...]) -> tuple[Summary, ...]:
-    """Makes one line for each implementation: the geometric mean of its speedups over the cases it ran accurately."""
+    """Return one summary per implementation: the geometric mean of its speedups over the cases it ran accurately."""
     lines = []
     for name in implementations:
         rows = [row for case in cases for row in case.rows if row.implementation == name]

@@ -1,7 +1,7 @@
-"""The float64 oracle: attention and its gradients, in numpy, sharing no code with what it judges.
+"""The float64 reference: attention and its gradients in numpy, independent of the code it checks.
 
-All functions take one query head; batches and heads are the caller's loop. MLX's own float64 exp is only as exact as
-float32 on the CPU, so nothing here uses MLX.
+All functions take one query head; the caller loops over batches and heads. MLX's float64 exp has only float32 accuracy
+on the CPU, so nothing here uses MLX.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ Array = NDArray[np.float64]
 
 
 class Rules(Struct, frozen=True, kw_only=True):
-    """What shapes the scores of one head."""
+    """Scale, mask and softcap of one head's scores."""
 
     scale: float
     causal: bool = False
@@ -25,28 +25,28 @@ class Rules(Struct, frozen=True, kw_only=True):
 
 
 class Result(Struct, frozen=True):
-    """What one query head gives. Rows are those that were asked for."""
+    """The result of one query head, for the selected rows."""
 
     output: Array
     """(rows, Dv)"""
     probabilities: Array
     """(rows, Lk)"""
     slope: Array | float
-    """Derivative of the capped score by the scaled one, (rows, Lk) or 1."""
+    """Derivative of the capped score with respect to the scaled one, (rows, Lk) or 1."""
 
 
 def forward(q: Array, k: Array, v: Array, rules: Rules, rows: NDArray[np.intp] | None = None) -> Result:
-    """Attends with one query head.
+    """Compute attention for one query head.
 
     Args:
         q: (Lq, D).
         k: (Lk, D).
         v: (Lk, Dv).
         rules: scale, masks and softcap.
-        rows: the query rows to compute; all unless given.
+        rows: the query rows to compute; all by default.
 
     Returns:
-        The output, zero in rows that see nothing, and what a backward pass needs.
+        The output, zero in fully masked rows, and what the backward pass needs.
     """
     rows = np.arange(len(q)) if rows is None else rows
     scores = (q[rows] @ k.T) * rules.scale
@@ -68,7 +68,7 @@ def forward(q: Array, k: Array, v: Array, rules: Rules, rows: NDArray[np.intp] |
 def gradients(
     q: Array, k: Array, v: Array, cotangent: Array, rules: Rules, rows: NDArray[np.intp] | None = None
 ) -> tuple[Array, Array, Array]:
-    """Differentiates sum(output * cotangent), where the cotangent is zero outside the rows that are given.
+    """Differentiate sum(output * cotangent), where the cotangent is zero outside the given rows.
 
     Args:
         q: (Lq, D).
@@ -76,7 +76,7 @@ def gradients(
         v: (Lk, Dv).
         cotangent: (Lq, Dv).
         rules: scale, masks and softcap.
-        rows: the query rows whose cotangent is not zero; all unless given.
+        rows: the query rows whose cotangent is not zero; all by default.
 
     Returns:
         dQ (rows, D), dK (Lk, D), dV (Lk, Dv).

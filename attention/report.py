@@ -1,4 +1,4 @@
-"""The rows: what the table, the history and every export are made from. Unknown figures are None."""
+"""Result rows, from which the table, the history and all exports are made. Unknown values are None."""
 
 from typing import Final, Literal, cast
 
@@ -9,9 +9,9 @@ from attention.workload import Workload
 
 SCHEMA: Final = 1
 COMPLETE: Final = ("precision", "time", "iterations")
-"""What stopped the rounds of a row that was not broken off."""
+"""Values of `stopped_by` of a row that was completed."""
 MIN_ROUNDS: Final = 6
-"""The fewest samples whose range is a 95 % interval of their median; with fewer there is no interval and no verdict."""
+"""Minimum samples whose range is a 95 % interval of their median; below it there is no interval and no verdict."""
 Status = Literal["ok", "failed", "refused", "unsupported", "inaccurate"]
 
 
@@ -44,7 +44,7 @@ class NoiseFloor(Struct, frozen=True, kw_only=True):
     """The reference measured against itself in the same rounds, with a 99 % interval."""
 
     value: float
-    """Median of the ratios; 1 but for noise."""
+    """Median of the ratios; 1 except for noise."""
     low: float
     high: float
     floor: float
@@ -59,35 +59,35 @@ class Row(Struct, frozen=True, kw_only=True):
     path: str | None = None
     fused: bool | None = None
     reason: str | None = None
-    """Why this path was taken, or why there are no figures."""
+    """Why this path was taken, or why there are no results."""
     tokens_per_second: float | None = None
     call_s: Interval | None = None
-    """Seconds a call, from many calls queued and evaluated together."""
+    """Seconds per call, from many calls queued and evaluated together."""
     latency_s: float | None = None
     """Seconds of one evaluated and synchronised call, median."""
     first_call_s: float | None = None
-    """Seconds of the very first call; what was compiled before it is not in it."""
+    """Seconds of the very first call; kernels compiled before it are excluded."""
     speedup: Ratio | None = None
-    """Against the case's reference."""
+    """Relative to the case's reference."""
     flops_per_s: float | None = None
     efficiency: float | None = None
-    """Achieved FLOP/s over the best rate measured in the same run; None beyond that rate, which is then no peak."""
+    """Achieved FLOP/s over the best rate measured in the same run; None above that rate, which is then not a peak."""
     peak_bytes: int | None = None
-    """Memory above the inputs while one call runs, outputs included, measured in a pass of its own, scratch too."""
+    """Peak memory above the inputs during one call, outputs and scratch included, measured in a separate pass."""
     predicted_bytes: int | None = None
-    """The same, as the route predicted it."""
+    """The route's prediction of `peak_bytes`."""
     max_error: float | None = None
     """Largest absolute difference from the float64 reference."""
     rms_error: float | None = None
     samples: tuple[float, ...] = ()
-    """Seconds a call, one sample a round, in the order they were taken."""
+    """Seconds per call, one sample per round, in the order taken."""
     stopped_by: str | None = None
     """"precision", "time", or what broke in: "interrupted", "failed"."""
     throttled: bool | None = None
     """Whether the reference slowed by more than the noise floor between the first rounds and the last."""
 
     def __post_init__(self) -> None:
-        """Drop what fewer than MIN_ROUNDS samples cannot support, in rows read from a file too."""
+        """Drop values that fewer than MIN_ROUNDS samples cannot support, also in rows read from a file."""
         if self.too_few_rounds:
             structs.force_setattr(self, "speedup", None)
             if self.call_s is not None:
@@ -100,9 +100,9 @@ class Row(Struct, frozen=True, kw_only=True):
 
     @property
     def collecting(self) -> str | None:
-        """What stands in place of a verdict while there are too few rounds for one; None once there are enough.
+        """The text shown instead of a verdict while there are too few rounds; None once there are enough.
 
-        "collecting 2 of 6" of a run that goes on or was broken off, "only 2 of 6" where no more were to be made.
+        "collecting 2 of 6" for a run in progress or interrupted, "only 2 of 6" if no more rounds were planned.
         """
         if self.status not in ("ok", "inaccurate") or not self.too_few_rounds:
             return None
@@ -111,10 +111,10 @@ class Row(Struct, frozen=True, kw_only=True):
 
 
 class CaseRows(Struct, frozen=True, kw_only=True):
-    """The root of all cases: keeps a noise floor only where the reference's samples support it."""
+    """Base class of cases: keeps a noise floor only if the reference's samples support it."""
 
     def __post_init__(self) -> None:
-        """Drop a noise floor of too few rounds, in cases read from a file too."""
+        """Drop a noise floor of too few rounds, also in cases read from a file."""
         case = cast("AnyCase", self)
         if any(row.implementation == case.reference and row.too_few_rounds for row in case.rows):
             structs.force_setattr(self, "noise_floor", None)
@@ -125,13 +125,13 @@ class Case(CaseRows, frozen=True, kw_only=True):
 
     workload: Workload
     reference: str | None = None
-    """What speedups are relative to: the baseline, or the first that ran where the baseline could not."""
+    """The reference of speedups: the baseline, or the first implementation that ran if the baseline could not."""
     noise_floor: NoiseFloor | None = None
     rows: tuple[Row, ...] = ()
 
 
 class Share(Struct, frozen=True, kw_only=True):
-    """A part of a time, from 0 to 1, with a 95 % interval."""
+    """A share of a time, from 0 to 1, with a 95 % interval."""
 
     value: float
     low: float
@@ -141,21 +141,21 @@ class Share(Struct, frozen=True, kw_only=True):
 class ModelRow(Row, frozen=True, kw_only=True):
     """One implementation in a model that generates; `call_s` is one whole prompt, or one token of a decode.
 
-    Where fewer layers ran than the model has, times, rates and memory are estimates of the whole model.
+    If fewer layers ran than the model has, times, rates and memory are estimates for the whole model.
     """
 
     attention_share: Share | None = None
-    """Time that the model is spared when attention returns its query at once, as a part of its whole time."""
+    """Share of the model's time that is saved if attention returns its query unchanged."""
     layer_s: float | None = None
-    """Seconds of one layer, where two numbers of layers were measured."""
+    """Seconds of one layer, if two numbers of layers were measured."""
     fixed_s: float | None = None
-    """Seconds of everything else, where two numbers of layers were measured."""
+    """Seconds of everything else, if two numbers of layers were measured."""
     replaced_calls: int | None = None
-    """Calls of attention that the implementation computed in the first run; of `mlx` those that the model made."""
+    """Attention calls computed by the implementation in the first run; for `mlx` the calls made by the model."""
     passed_on_calls: int | None = None
-    """Calls that it does not take, which went to MLX's own."""
+    """Calls that it does not support, computed by MLX's own function."""
     logits_error: float | None = None
-    """Root mean square difference of the last logits from the reference's, relative to theirs."""
+    """RMS difference of the last logits from the reference's, relative to the RMS of the reference's."""
 
     def __post_init__(self) -> None:
         """Drop what fewer than MIN_ROUNDS samples cannot support."""
@@ -171,22 +171,22 @@ class ModelCase(CaseRows, frozen=True, kw_only=True):
     reference: str | None = None
     noise_floor: NoiseFloor | None = None
     weights_bytes: int | None = None
-    """Of the whole model; a row's `peak_bytes` comes on top, with the cache of keys and values in it."""
+    """Size of the whole model; a row's `peak_bytes`, which includes the KV cache, is in addition."""
     rows: tuple[ModelRow, ...] = ()
 
 
 class FineTuningRow(Row, frozen=True, kw_only=True):
-    """One implementation in a fine-tuning; `call_s` is one iteration, and the first one stands apart."""
+    """One implementation in a fine-tuning; `call_s` is one iteration, the first one excluded."""
 
     iterations_per_second: float | None = None
     losses: tuple[float | None, ...] = ()
-    """The training loss of each iteration; None where it is no number."""
+    """The training loss of each iteration; None if it is not finite."""
     loss_difference: float | None = None
-    """The largest difference from the reference's losses, relative to theirs; a row beyond the tolerance is marked."""
+    """The largest relative difference from the reference's losses; a row beyond the tolerance is inaccurate."""
     replaced_calls: int | None = None
-    """Calls of attention that the implementation computed while the step was traced."""
+    """Attention calls computed by the implementation while the step was traced."""
     passed_on_calls: int | None = None
-    """Calls that it does not take, which went to MLX's own."""
+    """Calls that it does not support, computed by MLX's own function."""
 
 
 class FineTuningCase(CaseRows, frozen=True, kw_only=True):
@@ -195,40 +195,40 @@ class FineTuningCase(CaseRows, frozen=True, kw_only=True):
     workload: FineTuning
     reference: str | None = None
     noise_floor: NoiseFloor | None = None
-    """The reference's fine-tuning against its second one, after all others."""
+    """The reference's fine-tuning against a second one after all others."""
     weights_bytes: int | None = None
-    """Of the model; a row's `peak_bytes` comes on top."""
+    """Size of the model; a row's `peak_bytes` is in addition."""
     rows: tuple[FineTuningRow, ...] = ()
 
 
 class Summary(Struct, frozen=True, kw_only=True):
-    """One implementation over all cases that it ran."""
+    """Summary of one implementation over all cases that it ran."""
 
     implementation: str
     cases: int
-    """Cases with a speedup; the geometric mean is over these."""
+    """Number of cases with a speedup, over which the geometric mean is taken."""
     speedup: Ratio | None = None
     not_ok: int = 0
-    """Cases whose status is not ok."""
+    """Number of cases whose status is not ok."""
 
 
 class Peaks(Struct, frozen=True, kw_only=True):
-    """The best rates that this machine reached in this run."""
+    """The best rates measured on this machine in this run."""
 
     matmul_flops_per_s: float | None = None
     fma_flops_per_s: float | None = None
-    """Float32 multiply-adds in registers, on a CPU whose kernel is compiled."""
+    """Rate of float32 multiply-adds in registers, on a CPU whose kernel is compiled."""
     copy_bytes_per_s: float | None = None
-    """Bytes read plus bytes written, over time."""
+    """Bytes read plus bytes written per second."""
 
     @property
     def flops_per_s(self) -> float | None:
-        """The best of the measured rates: what 100 % efficiency is."""
+        """The best measured rate, which defines 100 % efficiency."""
         return max(filter(None, (self.matmul_flops_per_s, self.fma_flops_per_s)), default=None)
 
 
 class Environment(Struct, frozen=True, kw_only=True):
-    """Where a run was made."""
+    """The machine and the software of a run."""
 
     fatui: str | None = None
     mlx: str | None = None
@@ -241,7 +241,7 @@ class Environment(Struct, frozen=True, kw_only=True):
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """Which run it was."""
+    """The identity of a run."""
 
     id: str
     started: str
@@ -254,7 +254,7 @@ class Run(Struct, frozen=True, kw_only=True):
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """A whole run."""
+    """The results of a whole run."""
 
     schema: int = SCHEMA
     run: Run
@@ -267,7 +267,7 @@ class Report(Struct, frozen=True, kw_only=True):
 
     @property
     def all_cases(self) -> "tuple[AnyCase, ...]":
-        """The cases, of whatever kind the run was."""
+        """All cases, for any kind of run."""
         return (*self.cases, *self.models, *self.fine_tunings)
 
 

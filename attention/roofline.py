@@ -1,4 +1,4 @@
-"""The best rates that a machine reaches: measured, never taken from a data sheet."""
+"""Measured peak rates of a machine: matrix products, multiply-adds and copies."""
 
 import time
 from collections.abc import Callable
@@ -24,15 +24,15 @@ REPEATS: Final = 3
 
 
 def measure_peaks(device: Device, seconds: float = 0.6) -> Peaks:
-    """Measures the best matrix product over several sizes and types, and the best copy.
+    """Measure the best matrix product over several sizes and dtypes, and the best copy.
 
     Args:
-        device: where MLX runs.
-        seconds: about how long it may take; sizes that would take longer are left out.
+        device: the device that MLX runs on.
+        seconds: approximate time limit; sizes that would take longer are skipped.
 
     Returns:
-        FLOP/s of the fastest square matmul of any library here, on the CPU numpy's too; and bytes read plus written
-        a second of the fastest copy.
+        FLOP/s of the fastest square matmul of any library (on the CPU numpy's too), and the bytes read plus written
+        per second of the fastest copy.
     """
     matmul = _best_matmul(device, seconds * 0.8)
     if device.backend == "cpu":
@@ -59,7 +59,7 @@ def _best_matmul(device: Device, seconds: float) -> float:
 
 
 def _fma(device: Device) -> float | None:
-    """FLOP/s of multiply-adds in registers, if the CPU kernel that can measure them is compiled."""
+    """Return FLOP/s of multiply-adds in registers, if the CPU kernel that measures them is compiled."""
     if device.backend != "cpu" or not (cpu.availability()[0] and cpu.is_compiled()):
         return None
     try:
@@ -69,7 +69,7 @@ def _fma(device: Device) -> float | None:
 
 
 def _numpy_matmul() -> float:
-    """FLOP/s of numpy's float32 product on all cores."""
+    """Return FLOP/s of numpy's float32 matrix product on all cores."""
     a, b = np.random.default_rng(0).standard_normal((2, NUMPY_SIZE, NUMPY_SIZE)).astype(np.float32)
     product = np.empty_like(a)
     return float(2 * NUMPY_SIZE**3 / _fastest(lambda: np.matmul(a, b, out=product), NUMPY_REPEATS))
@@ -82,7 +82,7 @@ def _evaluate_product(a: "mx.array", b: "mx.array") -> None:
 
 
 def _best_copy(device: Device) -> float:
-    """The faster of MLX's copy and, where MLX computes in the CPU's memory, the C library's."""
+    """Return bytes per second of the faster of MLX's copy and, on the CPU, the C library's."""
     import mlx.core as mx
 
     size = COPY_BYTES[device.backend]
@@ -98,7 +98,7 @@ def _best_copy(device: Device) -> float:
 
 
 def _fastest(call: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Seconds of the fastest of a few calls, after one that is not timed."""
+    """Return the seconds of the fastest of a few calls, after an untimed one."""
     call()
     times = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Which code path an implementation takes for a workload, and why."""
+"""Routes: the code path of an implementation for a workload, and the reason."""
 
 from typing import Final
 
@@ -8,48 +8,48 @@ LONGEST_PATH: Final = 22
 
 
 class Needs(Struct, frozen=True, kw_only=True):
-    """What a call asks for beyond what a Workload says; a route must take it or refuse it."""
+    """Features of a call that a Workload does not describe; a route must support or refuse them."""
 
     softcap: bool = False
-    """Scores are squashed to softcap * tanh(scores / softcap) before the mask."""
+    """Scores are replaced by softcap * tanh(scores / softcap) before the mask."""
     array_mask: bool = False
-    """A bool or additive array is given as mask."""
+    """The mask has a bool or additive array."""
     sinks: bool = False
-    """Each head has a score that takes part in the softmax and has no value."""
+    """Attention sinks: each head has an extra logit in the softmax, without a value."""
 
 
 PLAIN: Final = Needs()
 
 
 class Route(Struct, frozen=True, kw_only=True):
-    """The path that would run, told before it runs."""
+    """The code path that a call would take."""
 
     path: str
-    """The path in at most 22 characters, as the table's column shows it: "MLX SDPA, unfused"."""
+    """Name of the path in at most 22 characters, for a table's column: "MLX SDPA, unfused"."""
     fused: bool
-    """Whether one kernel does the whole attention, so that the score matrix never reaches memory."""
+    """Whether one kernel computes the whole attention, so that the score matrix is never in memory."""
     reason: str
-    """Why this path and no other, in one sentence."""
+    """Why this path is taken, in one sentence."""
     supported: bool = True
-    """Whether the implementation takes the workload at all; if not, `reason` says what it does not take."""
+    """Whether the implementation supports the workload; if not, `reason` names what it does not support."""
     fallback: bool = False
-    """Whether this is not the implementation's own path but what it takes where that cannot run."""
+    """Whether this is a fallback, because the implementation's own path cannot run."""
     predicted_bytes: int | None = None
-    """Peak memory above the inputs while one call runs, outputs included; None where it cannot be known."""
+    """Peak memory above the inputs during one call, outputs included; None if unknown."""
     scratch_bytes: int = 0
-    """What of it is allocated outside of MLX, as threads' tiles are, and so is missing in MLX's own peak."""
+    """The part of it allocated outside MLX (tiles of threads), which MLX's peak does not include."""
 
 
 def unsupported(reason: str) -> Route:
-    """A route for what an implementation does not take."""
+    """Return the route of an unsupported workload."""
     return Route(path="-", fused=False, reason=reason, supported=False)
 
 
 def checked(route: object) -> Route:
-    """Return what an implementation gave as its route, with a path that fits its column.
+    """Validate what an implementation returned as its route; a long path is truncated to its column.
 
     Raises:
-        TypeError: it is no route, or one whose fields are of other types than they should be.
+        TypeError: it is not a Route, or a field has the wrong type.
     """
     if not isinstance(route, Route):
         raise TypeError(f"route() returned {type(route).__name__}; it must return an attention.route.Route")

@@ -1,4 +1,4 @@
-"""Intervals for what was measured: paired and unpaired ratios, medians, and when a difference is one."""
+"""Confidence intervals of medians and of paired and unpaired ratios, and their significance."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from attention.report import MIN_ROUNDS, Interval, NoiseFloor, Ratio
 
 CONFIDENCE: Final = 0.95
 FLOOR_CONFIDENCE: Final = 0.99
-"""Of the noise floor: what is called a win must lie outside of it, so it is drawn with more care."""
+"""Confidence of the noise floor, higher because a difference must lie outside it to be significant."""
 SMALLEST_FLOOR: Final = 0.005
-"""No difference under half a percent is called one: code and data alignment alone move a time by that much."""
+"""Smallest relative difference that can be significant: code and data alignment alone cause as much."""
 
 
 def student_t(probability: float, freedom: float) -> float:
-    """Quantile of Student's t distribution for a probability above 0.5.
+    """Return the quantile of Student's t distribution for a probability above 0.5.
 
     Hill, "Algorithm 396: Student's t-quantiles", CACM 13 (1970); exact forms for one and two degrees of freedom.
     """
@@ -45,25 +45,25 @@ def student_t(probability: float, freedom: float) -> float:
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Interval of a mean by Student's t, 95 % unless given; for two values or more."""
+    """Return the interval of a mean by Student's t, 95 % by default; for two values or more."""
     half = student_t((1 + confidence) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
 
 
 def log_ratios(reference: Sequence[float], times: Sequence[float]) -> list[float]:
-    """Logarithms of reference time over time, round by round; above 0 is faster than the reference.
+    """Return the logarithms of reference time over time, round by round; above 0 is faster than the reference.
 
-    A round that one of them sat out is NaN there, and gives no pair.
+    A round without a sample of either is NaN there and gives no pair.
     """
     return [math.log(a / b) for a, b in zip(reference, times, strict=False) if a == a and b == b]
 
 
 def ratio_interval(logs: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Middle, low and high of paired log ratios: the median with its order-statistic interval, for two or more.
+    """Return middle, low and high of paired log ratios: the median with its order-statistic interval.
 
-    A machine that others share too runs in phases, fast and slow ones, and the pairs that straddle a change are far out
-    on either side: a mean moves with them, the median does not, and its interval assumes nothing of the distribution.
-    So few pairs that even their whole range is no such interval take the mean and Student's t.
+    A shared machine alternates between fast and slow phases, and pairs that straddle a change are outliers on either
+    side: they move a mean but not the median, whose interval makes no assumption about the distribution. If there are
+    too few pairs for such an interval (but at least two), the mean and Student's t are used.
     """
     if 2 * 0.5 ** len(logs) > 1 - confidence:
         return fmean(logs), *mean_interval(logs, confidence)
@@ -71,7 +71,7 @@ def ratio_interval(logs: Sequence[float], confidence: float = CONFIDENCE) -> tup
 
 
 def noise_floor(reference: Sequence[float], again: Sequence[float]) -> NoiseFloor | None:
-    """The reference against itself with a 99 % interval, or None for fewer than MIN_ROUNDS rounds."""
+    """Return the reference against itself with a 99 % interval, or None for fewer than MIN_ROUNDS rounds."""
     logs = log_ratios(reference, again)
     if len(logs) < MIN_ROUNDS:
         return None
@@ -81,9 +81,9 @@ def noise_floor(reference: Sequence[float], again: Sequence[float]) -> NoiseFloo
 
 
 def speedup(reference: Sequence[float], times: Sequence[float], floor: NoiseFloor | None) -> Ratio | None:
-    """Paired speedup over the reference with its interval, or None for fewer than MIN_ROUNDS rounds.
+    """Return the paired speedup over the reference with its interval, or None for fewer than MIN_ROUNDS rounds.
 
-    It is significant when the whole interval lies outside the noise floor; never without a floor.
+    It is significant if the whole interval lies outside the noise floor; never without a floor.
     """
     logs = log_ratios(reference, times)
     if len(logs) < MIN_ROUNDS:
@@ -92,7 +92,7 @@ def speedup(reference: Sequence[float], times: Sequence[float], floor: NoiseFloo
 
 
 def unpaired_ratio(before: Sequence[float], after: Sequence[float], floor: float = SMALLEST_FLOOR) -> Ratio | None:
-    """Ratio of two runs' times, before over after, by Welch's interval on logarithms; above 1 is faster after.
+    """Return the ratio of two runs' times, before over after, by Welch's interval on logarithms; above 1 means faster.
 
     None for fewer than MIN_ROUNDS samples on either side.
     """
@@ -111,19 +111,19 @@ def _welch(before: Sequence[float], after: Sequence[float], floor: float) -> Rat
 
 
 def ratio_of_medians(before: Interval, after: Interval, floor: float) -> Ratio | None:
-    """Ratio of two medians, before over after, from their intervals; None where one has no interval."""
+    """Return the ratio of two medians, before over after, from their intervals; None if one has no interval."""
     if before.low is None or before.high is None or after.low is None or after.high is None:
         return None
     return _quotient((before.median, before.low, before.high), (after.median, after.low, after.high), floor)
 
 
 def ratio_of_speedups(before: Ratio, after: Ratio, floor: float) -> Ratio | None:
-    """How many times as large a speedup has become: what both share, as the machine's own speed, cancels."""
+    """Return the ratio of two speedups, after over before: common factors such as the machine's speed cancel."""
     return _quotient((after.value, after.low, after.high), (before.value, before.low, before.high), floor)
 
 
 def _quotient(above: tuple[float, float, float], below: tuple[float, float, float], floor: float) -> Ratio | None:
-    """Quotient of two independent estimates, each given as middle, low and high; None where one is not positive.
+    """Return the quotient of two independent estimates (middle, low, high); None if one is not positive.
 
     Its interval combines theirs on logarithms: Zou and Donner, "Construction of confidence limits about effect
     measures: a general approach", Statistics in Medicine 27 (2008).
@@ -144,9 +144,9 @@ def _ratio(middle: float, low: float, high: float, floor: float) -> Ratio:
 
 
 def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Median with its interval (95 % unless given) from order statistics, whatever the distribution.
+    """Return the median with its interval (95 % by default) from order statistics, for any distribution.
 
-    Below MIN_ROUNDS samples the median alone: not even their whole range is a 95 % interval.
+    Below MIN_ROUNDS samples there is no interval: not even their whole range covers 95 %.
     """
     if len(samples) < MIN_ROUNDS:
         return Interval(median=median(samples))
@@ -155,7 +155,7 @@ def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) ->
 
 
 def _median_bounds(samples: Sequence[float], confidence: float) -> tuple[float, float, float]:
-    """Median, low and high. Conover, "Practical Nonparametric Statistics", 3.2."""
+    """Return median, low and high. Conover, "Practical Nonparametric Statistics", 3.2."""
     ordered = sorted(samples)
     rank = _rank_below_median(len(ordered), confidence)
     return median(ordered), ordered[rank], ordered[-1 - rank]
@@ -163,8 +163,8 @@ def _median_bounds(samples: Sequence[float], confidence: float) -> tuple[float, 
 
 @lru_cache(maxsize=4096)
 def _rank_below_median(count: int, confidence: float) -> int:
-    """Largest r for which the r-th smallest and r-th largest of count values enclose the median that surely."""
-    if count > 200:  # the binomial is normal enough, and its terms would leave a float's range
+    """Return the largest r for which the r-th smallest and r-th largest value enclose the median that surely."""
+    if count > 200:  # the normal approximation holds, and binomial terms would leave a float's range
         return int((count - NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(count)) / 2) - 1
     below = 0.0
     for rank in range(count // 2):
@@ -175,16 +175,16 @@ def _rank_below_median(count: int, confidence: float) -> int:
 
 
 def drifted(times: Sequence[float], floor: float) -> bool:
-    """Whether the last third of the samples is slower than the first third by more than the floor, with confidence."""
+    """Return whether the last third of the samples is significantly slower than the first third, beyond the floor."""
     third = len(times) // 3
     ratio = _welch(times[:third], times[-third:], floor) if third >= 2 else None
     return ratio is not None and ratio.significant and ratio.value < 1
 
 
 def geometric_mean(ratios: Sequence[Ratio]) -> Ratio | None:
-    """Geometric mean of the cases' speedups; its interval takes the cases' own as independent and normal.
+    """Return the geometric mean of the cases' speedups; its interval treats theirs as independent and normal.
 
-    It is significant when the interval excludes 1 by more than the smallest floor.
+    It is significant if the interval excludes 1 by more than the smallest floor.
     """
     if not ratios:
         return None

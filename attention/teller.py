@@ -1,4 +1,4 @@
-"""What a worker says while it works: events, the mark of who is at work, and how long it will still take."""
+"""Progress of a worker: its events, the marker of the running implementation, and the estimated time left."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from attention.workload import Workload
 Emit = Callable[[on.AnyEvent], None]
 TELL_EVERY_S: Final = 0.25
 PREPARATION_SHARE: Final = 0.6
-"""Time of a case outside calls and rounds, as a share of that of its rounds, until a case has been measured."""
+"""Assumed time of a case outside calls and rounds, as a share of its rounds, until a case has been measured."""
 CALLS_OUTSIDE: Final = 8
-"""Calls of an implementation on a case outside its rounds: first, checked, for memory, warm, timed alone."""
+"""Calls of an implementation on a case outside its rounds: first, accuracy, memory, warm-up, latency."""
 
 
 def rounds_s(call_s: Sequence[float], seconds: float) -> float:
-    """Estimate the seconds of a case's rounds; the reference, the first, is sampled twice in each."""
+    """Estimate the seconds of a case's rounds; the reference (the first) is sampled twice in each."""
     return max(seconds, MIN_ROUNDS * (sum(call_s) + sum(call_s[:1])))
 
 
@@ -26,54 +26,54 @@ def case_s(call_s: Sequence[float], seconds: float) -> float:
     """Estimate the seconds of a case's calls: those before its rounds, and the rounds.
 
     Args:
-        call_s: seconds of a call, of each implementation; the first is the reference.
-        seconds: that the rounds are given; MIN_ROUNDS of them are made however long that takes.
+        call_s: seconds per call of each implementation; the first is the reference.
+        seconds: time limit of the rounds; at least MIN_ROUNDS are made however long they take.
     """
     return CALLS_OUTSIDE * sum(call_s) + rounds_s(call_s, seconds)
 
 
 def kind(case: object) -> str:
-    """Name the cases whose calls say something of each other's: "float16 forward"; one kind for all else."""
+    """Return a key of cases whose call times predict each other: "float16 forward"; one key for all other cases."""
     return f"{case.dtype} {case.pass_}" if isinstance(case, Workload) else ""
 
 
 class Forecast:
-    """How long the cases of a run take, from how long calls took so far.
+    """Estimate how long the cases of a run take, from the times of calls so far.
 
-    What nothing is known of takes the seconds of its rounds, and what comes before them.
+    A case without any data is assumed to take the seconds of its rounds and of the preparation.
     """
 
     def __init__(self, plan: AnyPlan) -> None:
         self._plan = plan
         self._per_flop: dict[tuple[str, str], float] = {}
-        """Seconds of a call for each unit of a case's size, by kind and implementation."""
+        """Seconds of a call per unit of a case's size, by kind and implementation."""
         self._out: set[tuple[int, str]] = set()
         self._further_s: list[float] = []
         """Seconds of each complete case beyond calls and rounds: below zero where rounds ended early."""
 
     def learn_call(self, case: int, name: str, seconds: float) -> None:
-        """Take in how long a call takes."""
+        """Record the time of a call."""
         self._per_flop[kind(self._plan.cases[case]), name] = seconds / self._size(case)
 
     def learn_case(self, case: int, seconds: float) -> None:
-        """Take in how long a case took."""
+        """Record the time of a case."""
         self._further_s.append(seconds - case_s(self._calls(case), self._plan.seconds))
 
     def leave_out(self, case: int, name: str) -> None:
-        """Take in that an implementation is out of a case."""
+        """Record that an implementation has left a case."""
         self._out.add((case, name))
 
     def whole_s(self, case: int) -> float:
-        """Seconds of a case."""
+        """Return the estimated seconds of a case."""
         further = self._further_s or [PREPARATION_SHARE * self._plan.seconds]
         return max(0.0, case_s(self._calls(case), self._plan.seconds) + sum(further) / len(further))
 
     def rounds_s(self, case: int) -> float:
-        """Seconds of a case's rounds."""
+        """Return the estimated seconds of a case's rounds."""
         return rounds_s(self._calls(case), self._plan.seconds)
 
     def _calls(self, case: int) -> list[float]:
-        """Seconds of a call of each implementation; one that is not known counts as the mean of the others."""
+        """Return the seconds of a call of each implementation; an unknown one counts as the mean of the others."""
         names = [name for name in self._plan.ordered if (case, name) not in self._out]
         of_kind = kind(self._plan.cases[case])
         known = [self._per_flop[of_kind, name] for name in names if (of_kind, name) in self._per_flop]
@@ -88,14 +88,14 @@ class Forecast:
 
 
 class Teller:
-    """The bench's voice.
+    """Report the progress of a worker.
 
     Attributes:
-        emit: takes an event to whoever listens.
+        emit: sends an event.
     """
 
     def __init__(self, plan: AnyPlan, first_case: int, emit: Emit, mark: Callable[[int], None]) -> None:
-        """Takes the plan, the case to begin with, where events go, and where the number at work is marked."""
+        """Create it with the plan, the first case, the sink for events and the marker of the running implementation."""
         self.emit = emit
         self._mark = mark
         self._numbers = {name: number for number, name in enumerate(plan.ordered, 1)}
@@ -105,45 +105,45 @@ class Teller:
         self._forecast = Forecast(plan)
 
     def begin(self, case: int) -> None:
-        """Tells that a case begins."""
+        """Report that a case begins."""
         self._case, self._case_started = case, time.perf_counter()
         self.emit(on.CaseStarted(case=case))
 
     def end(self, stopped_by: str) -> None:
-        """Tells that the case is complete, and learns from it how long the others will take."""
+        """Report that the case is complete, and update the estimates of the other cases."""
         self.at_rest()
         self.emit(on.CaseDone(case=self._case, stopped_by=stopped_by))
         self._forecast.learn_case(self._case, time.perf_counter() - self._case_started)
 
     def at_work(self, name: str) -> None:
-        """Marks who is at work, so that a death is laid at the right door."""
+        """Record which implementation is running, so that a crash is attributed to it."""
         self._mark(self._numbers[name])
 
     def at_rest(self) -> None:
-        """Marks that nobody is at work."""
+        """Record that no implementation is running."""
         self._mark(0)
 
     def step(self, name: str, step: on.Step) -> None:
-        """Tells that an implementation begins a step of the case."""
+        """Report that an implementation begins a step of the case."""
         self.at_work(name)
         self.emit(on.StepStarted(case=self._case, implementation=name, step=step))
         self.progress(f"{name}: {step}")
 
     def say(self, text: str) -> None:
-        """Tells something worth a line in the log."""
+        """Report a log message."""
         self.emit(on.Message(level="info", text=text))
 
     def end_row(self, name: str, status: on.Ending, reason: str) -> None:
-        """Tells that an implementation is out of the case."""
+        """Report that an implementation's row has ended without result."""
         self._forecast.leave_out(self._case, name)
         self.emit(on.RowEnded(case=self._case, implementation=name, status=status, reason=reason))
 
     def call_takes(self, name: str, seconds: float) -> None:
-        """Takes in how long an implementation's call takes on this case, for what is told of the time left."""
+        """Record the time of an implementation's call on this case, for the estimate of the time left."""
         self._forecast.learn_call(self._case, name, seconds)
 
     def progress(self, now: str, remaining_s: float | None = None) -> None:
-        """Tells what runs now, and how far the run is; how long the case will still take, where that is known."""
+        """Report what runs now and the progress of the run; `remaining_s`: the time left of the case, if known."""
         passed = time.perf_counter()
         if remaining_s is None:  # before the rounds, all of which are still to come
             elapsed = passed - self._case_started
@@ -156,5 +156,5 @@ class Teller:
 
     @property
     def case(self) -> int:
-        """The case that is being measured."""
+        """Index of the current case."""
         return self._case

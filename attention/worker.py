@@ -1,4 +1,4 @@
-"""The process's entry: reads an assignment from stdin, writes events to stdout, ends when its parent does."""
+"""Entry point of the worker process: reads an assignment from stdin, writes events to stdout, ends with its parent."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ from attention.teller import Emit
 
 
 def main() -> int:
-    """Runs one assignment; 0 when it is complete, 1 when this process must not go on."""
+    """Run one assignment; return 0 if it is complete, 1 if this process must not continue."""
     parser = argparse.ArgumentParser(prog="python -m attention.worker", description=__doc__)
     parser.add_argument("--mark", type=int, help="file descriptor that holds the number of who is at work")
     mark_file: int | None = parser.parse_args().mark
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _runner(assignment: Assignment, emit: Emit, mark: Mark) -> CaseRunner[Any]:
-    """Whoever runs a plan of its kind, imported only now: models need mlx-lm, which may not be there."""
+    """Return the runner of a plan, imported lazily: models need mlx-lm, which may not be installed."""
     match assignment.plan:
         case Plan() as plan:
             from attention.bench import Bench
@@ -64,21 +64,21 @@ def _runner(assignment: Assignment, emit: Emit, mark: Mark) -> CaseRunner[Any]:
 
 
 def _private_stdout() -> BinaryIO:
-    """Keeps stdout for events alone: whatever else is printed in this process goes to stderr."""
+    """Reserve stdout for events: redirect everything else printed in this process to stderr."""
     stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return stream
 
 
 def _end_with_parent() -> None:
-    """Ends this process when stdin closes, however the parent went."""
+    """End this process when stdin closes, however the parent ended."""
     while os.read(0, 4096):  # not through sys.stdin, whose lock this thread would hold when the interpreter ends
         pass
     os._exit(1)
 
 
 def _be_the_first_to_go() -> None:
-    """When memory runs out, Linux shall end this process and not the one that holds the results."""
+    """Make Linux's out-of-memory killer prefer this process over the one that holds the results."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 

@@ -1,4 +1,4 @@
-"""One attention shape, and everything that can be counted about it without running it."""
+"""An attention shape, with its FLOPs, bytes and number of unmasked pairs."""
 
 from typing import Any, Final, Literal, cast
 
@@ -34,23 +34,23 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
     is then the length of that cache, and `seq` becomes 1.
 
     Raises:
-        UsageError: naming every field that is wrong, what it got and what it takes.
+        UsageError: names every invalid field, its value and what is accepted.
     """
 
     batch: int = 1
     """Independent sequences."""
     seq: int = _DEFAULTED
-    """Query rows of each sequence; 512 unless given."""
+    """Query rows of each sequence; 512 by default."""
     kv_seq: int = _DEFAULTED
-    """Keys of each sequence; seq unless given."""
+    """Keys of each sequence; seq by default."""
     heads: int = 8
     """Query heads."""
     kv_heads: int = _DEFAULTED
-    """Key and value heads, a divisor of heads; heads unless given."""
+    """Key and value heads, a divisor of heads; heads by default."""
     head_dim: int = 64
     """Width of a query and of a key."""
     value_dim: int = _DEFAULTED
-    """Width of a value; head_dim unless given."""
+    """Width of a value; head_dim by default."""
     dtype: DType = "float16"
     """Type of inputs and outputs."""
     mask: str = "none"
@@ -59,7 +59,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
     """"forward", "training" (forward and backward) or "decode"."""
 
     def __post_init__(self) -> None:
-        """Resolves the defaulted fields, then checks all of them."""
+        """Resolve the defaulted fields, then validate all fields."""
         if self.pass_ == "decode":
             self._become_decode()
         if cast("int | None", self.seq) is None:
@@ -72,7 +72,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
             raise UsageError(*problems)
 
     def _become_decode(self) -> None:
-        """Takes a seq without kv_seq as the length of the cache, and makes the query one row."""
+        """Use a seq without kv_seq as the length of the cache, with a query of one row."""
         seq, kv_seq = cast("int | None", self.seq), cast("int | None", self.kv_seq)
         if kv_seq is None:
             structs.force_setattr(self, "kv_seq", SEQ if seq is None else seq)
@@ -82,12 +82,12 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def window(self) -> int | None:
-        """Keys that a query sees in a window mask, or None."""
+        """Number of keys in a query's window, or None without a window mask."""
         return int(self.mask.removeprefix("window:")) if self.mask.startswith("window:") else None
 
     @property
     def causal(self) -> bool:
-        """Whether a query sees no later key than its own position."""
+        """Whether a query attends to no key after its own position."""
         return self.mask != "none"
 
     @property
@@ -97,7 +97,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def label(self) -> str:
-        """The shape in a few words, as tables and logs show it."""
+        """The shape in a few words, for tables and logs."""
         seq = str(self.seq) if self.seq == self.kv_seq else f"{self.seq}x{self.kv_seq}"
         dim = str(self.head_dim) if self.head_dim == self.value_dim else f"{self.head_dim}/{self.value_dim}"
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
@@ -107,12 +107,12 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def tokens(self) -> int:
-        """Tokens that one call produces: batch x seq, and the batch alone in a decode pass."""
+        """Tokens produced by one call: batch x seq, or batch in a decode pass."""
         return self.batch * self.seq
 
     @property
     def pairs(self) -> int:
-        """(query, key) pairs of one head of one sequence that the mask lets through, exactly."""
+        """Exact number of unmasked (query, key) pairs of one head of one sequence."""
         return unmasked_pairs(self.seq, self.kv_seq, self.causal, self.window)
 
     @property
@@ -144,37 +144,37 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def input_bytes(self) -> int:
-        """Bytes that a call is given: query, key, value, and in training the output's gradient."""
+        """Bytes of a call's inputs: query, key, value, and in training the output's gradient."""
         gradient = self.result_bytes if self.pass_ == "training" else 0
         return self.query_bytes + self.key_value_bytes + gradient
 
     @property
     def output_bytes(self) -> int:
-        """Bytes that a call returns: the output, and in training the gradients of query, key and value."""
+        """Bytes of a call's outputs: the output, and in training the gradients of query, key and value."""
         gradients = self.query_bytes + self.key_value_bytes if self.pass_ == "training" else 0
         return self.result_bytes + gradients
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that a fused kernel has to move at the least: every input read once, every output written once."""
+        """Minimum bytes moved by a fused kernel: every input read once, every output written once."""
         return self.input_bytes + self.output_bytes
 
     @property
     def scores(self) -> int:
-        """Entries of the whole score matrix, batch x heads x seq x kv_seq, which an unfused path builds."""
+        """Entries of the score matrix, batch x heads x seq x kv_seq, which an unfused path materialises."""
         return self.batch * self.heads * self.seq * self.kv_seq
 
 
 def unmasked_pairs(seq: int, kv_seq: int, causal: bool, window: int | None) -> int:
-    """Counts the (query, key) pairs that are attended to, in constant time.
+    """Count the unmasked (query, key) pairs in constant time.
 
-    Query row i stands at position i + kv_seq - seq (lower-right alignment) and sees min(window, position + 1) keys.
+    Query row i has position i + kv_seq - seq (lower-right alignment) and attends to min(window, position + 1) keys.
     """
     if not causal:
         return seq * kv_seq
     most = min(window or kv_seq, kv_seq)
-    last = kv_seq  # keys that the last row would see without a window
-    first = max(1, kv_seq - seq + 1)  # the first row that sees any key sees this many
+    last = kv_seq  # keys visible to the last row without a window
+    first = max(1, kv_seq - seq + 1)  # keys visible to the first row that sees any
     ramp_end = min(last, most)
     ramp = (first + ramp_end) * (ramp_end - first + 1) // 2 if ramp_end >= first else 0
     return ramp + most * (last - max(ramp_end, first - 1))
@@ -185,7 +185,7 @@ def _size_problems(workload: Workload) -> list[str]:
     for name, largest in LARGEST.items():
         value: object = getattr(workload, name)
         if name in DEFAULT_FROM and value is getattr(workload, DEFAULT_FROM[name]):
-            continue  # told once, under the name that was given
+            continue  # reported once, under the name that was given
         if type(value) is not int or not 1 <= value <= largest:
             problems.append(f"{name}: got {value!r}; it takes a whole number from 1 to {largest:,}")
     if not problems and workload.heads % workload.kv_heads:
