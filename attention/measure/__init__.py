@@ -1,1 +1,1 @@
-"""Measuring: the clock, the rounds, accuracy."""
+"""Measurement: clock, rounds and accuracy."""

@@ -1,4 +1,4 @@
-"""Whether a result may be called right: FlashAttention 3's rule against float64.
+"""Accuracy: FlashAttention 3's error rule against a float64 reference.
 
 A result o passes if max|o - ref| <= 2 max|o_pt - ref| + atol, where ref is exact, o_pt is plain attention in the same
 precision on the same inputs, and atol = 2 max|ref + 0.3 - 0.3 - ref| in that precision; for gradients 3 in place of the
@@ -19,37 +19,37 @@ from attention.workload import Workload
 FORWARD_FACTOR: Final = 2.0
 GRADIENT_FACTOR: Final = 3.0
 SCORES: Final = 4_000_000
-"""Scores that the reference computes at most; about half a second in float64."""
+"""Maximum number of scores computed by the reference; about half a second in float64."""
 HEADS: Final = 64
-"""Query heads that are compared at most."""
+"""Maximum number of query heads compared."""
 NAMES: Final = ("output", "dQ", "dK", "dV")
 
 Array = NDArray[np.float64]
 
 
 class Judgement(Struct, frozen=True, kw_only=True):
-    """What came of a comparison."""
+    """The result of a comparison."""
 
     max_error: float
-    """Largest absolute difference from float64, over all tensors that were compared."""
+    """Largest absolute difference from float64 over all compared tensors."""
     rms_error: float
-    """Over all tensors that were compared."""
+    """Root mean square difference over all compared tensors."""
     accurate: bool
     detail: str
-    """The tensor that came nearest to what it was allowed, or passed it, and by how much."""
+    """The tensor with the largest error relative to its tolerance, with both values."""
 
 
 class Sample(Struct, frozen=True):
-    """Which part of a workload is compared."""
+    """The part of a workload that is compared."""
 
     groups: tuple[tuple[int, int], ...]
     """(sequence, key head); all query heads that share the key head are compared."""
     rows: NDArray[np.intp]
-    """Query rows, rising."""
+    """Query rows in ascending order."""
 
 
 class Expected(Struct, frozen=True):
-    """One tensor of one group: the exact values, and how far a result may be from them."""
+    """Reference values of one tensor of one group, with the tolerance."""
 
     exact: Array
     plain_error: float
@@ -57,10 +57,10 @@ class Expected(Struct, frozen=True):
 
 
 class Judge:
-    """Judges the results of any number of implementations on one case; what is expected is computed once.
+    """Compare the results of implementations on one case with a reference that is computed once.
 
-    dK and dV depend on every query row. Where a case is too large to compute all rows in float64, they can only be
-    compared on inputs whose output gradient is zero outside the sampled rows: `row_inputs`, None where not needed.
+    dK and dV depend on every query row. If a case is too large to compute all rows in float64, they can only be
+    compared on inputs whose output gradient is zero outside the sampled rows: `row_inputs`, None if not needed.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Judge:
         seed: int = 0,
         scores: int = SCORES,
     ) -> None:
-        """Chooses the sample, and computes what is expected of it.
+        """Choose the sample and compute its reference.
 
         Args:
             workload: the case.
             inputs: q, k, v, and in training the output's gradient.
-            scale: factor of the scores, the workload's unless given.
+            scale: factor of the scores, the workload's by default.
             seed: of the choice of rows and heads.
-            scores: what the reference computes at most; fewer rows are compared then.
+            scores: maximum number of scores the reference computes; it limits the rows compared.
         """
         self.workload = workload
         self.sample = choose_sample(workload, seed, scores)
@@ -89,12 +89,12 @@ class Judge:
         self._expected = [self._of_group(inputs, group, scale) for group in self.sample.groups]
 
     def check(self, results: Sequence[mx.array], row_results: Sequence[mx.array] | None = None) -> Judgement:
-        """Compares what an implementation computed.
+        """Compare the results of an implementation.
 
         Args:
             results: the output, and in training dQ, dK and dV, from the inputs.
-            row_results: the same from `row_inputs`; without them dK and dV of a large case are only looked
-                through for NaN and infinity, and the detail says so.
+            row_results: the same from `row_inputs`; without them dK and dV of a large case are only checked
+                for NaN and infinity, and the detail says so.
         """
         compared = list(results)
         unseen = ""
@@ -119,7 +119,7 @@ class Judge:
         )
 
     def _compare(self, index: int, result: mx.array) -> tuple[Array, float]:
-        """All differences of one tensor's sample, and how large they may be."""
+        """Return the differences of one tensor's sample, and its tolerance."""
         expected = [group[index] for group in self._expected]
         found = [self._part(index, result, group) for group in self.sample.groups]
         differences = [(a - b.exact).ravel() for a, b in zip(found, expected, strict=True)]
@@ -133,12 +133,12 @@ class Judge:
         return [Expected(a, _largest(_numpy(b) - a), _rounding(a, b.dtype)) for a, b in zip(exact, plain, strict=True)]
 
     def _cut(self, index: int, array: mx.array, group: tuple[int, int]) -> mx.array:
-        """An input's part in a group: (query heads or 1, length, width)."""
+        """Return an input's part in a group: (query heads or 1, length, width)."""
         share = self.workload.heads // self.workload.kv_heads if index in (0, 3) else 1
         return array[group[0], group[1] * share : (group[1] + 1) * share]
 
     def _part(self, index: int, result: mx.array, group: tuple[int, int]) -> Array:
-        """A result's part in a group, and of output and dQ only the sampled rows."""
+        """Return a result's part in a group; of output and dQ only the sampled rows."""
         share = self.workload.heads // self.workload.kv_heads if index < 2 else 1
         part = result[group[0], group[1] * share : (group[1] + 1) * share]
         return _numpy(part[:, mx.array(self.sample.rows)] if index < 2 else part)
@@ -151,7 +151,7 @@ class Judge:
 
 
 def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> Sample:
-    """Chooses all of a small workload; of a large one the first and the last row and others at random, of few heads."""
+    """Choose all of a small workload; of a large one the first, the last and random rows, of few heads."""
     random = np.random.default_rng(seed)
     share = workload.heads // workload.kv_heads
     pairs = [(b, h) for b in range(min(workload.batch, HEADS)) for h in range(min(workload.kv_heads, HEADS))]
@@ -168,7 +168,7 @@ def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> Sample
 
 
 def _exact(arrays: Sequence[Array], rules: Rules, rows: NDArray[np.intp]) -> list[Array]:
-    """Output, and in training dQ, dK, dV, of the query heads of one group: (heads or 1, rows or Lk, width)."""
+    """Return output, and in training dQ, dK, dV, of the query heads of one group: (heads or 1, rows or Lk, width)."""
     q, k, v = arrays[0], arrays[1][0], arrays[2][0]
     output = np.stack([forward(head, k, v, rules, rows).output for head in q])
     if len(arrays) < 4:
@@ -179,7 +179,7 @@ def _exact(arrays: Sequence[Array], rules: Rules, rows: NDArray[np.intp]) -> lis
 
 
 def _plain(arrays: Sequence[mx.array], scale: float, seen: mx.array, rows: NDArray[np.intp]) -> list[mx.array]:
-    """The same by plain attention in the inputs' own precision."""
+    """Return the same by unfused attention in the inputs' precision."""
     chosen = mx.array(rows)
     sighted = seen.any(axis=-1, keepdims=True)
     opened = seen | ~sighted
@@ -208,12 +208,12 @@ def _only_rows(array: mx.array, rows: NDArray[np.intp]) -> mx.array:
 
 
 def _allowed(expected: Sequence[Expected], factor: float) -> float:
-    """The rule, over all groups together as over one tensor."""
+    """Return the tolerance, with all groups together treated as one tensor."""
     return factor * max(e.plain_error for e in expected) + max(e.rounding for e in expected)
 
 
 def _rounding(exact: Array, dtype: mx.Dtype) -> float:
-    """atol: 2 max|ref + 0.3 - 0.3 - ref| in the precision in question."""
+    """Return atol: 2 max|ref + 0.3 - 0.3 - ref| in the given precision."""
     low = mx.array(exact.astype(np.float32)).astype(dtype)
     shifted = _numpy((low + mx.array(0.3, dtype)) - mx.array(0.3, dtype))
     return 2.0 * _largest(shifted - _numpy(low))

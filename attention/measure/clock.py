@@ -1,4 +1,4 @@
-"""How long one call takes: queued calls evaluated together, and single calls evaluated by themselves."""
+"""Timing of calls: samples of queued calls evaluated together, and single calls."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,34 +8,34 @@ from typing import Final
 from attention.implementations.protocol import Runner
 
 QUEUED_BYTES: Final = 2**28
-"""Outputs that the calls of one sample may hold together."""
+"""Maximum total size of the outputs of one sample's calls."""
 MOST_CALLS: Final = 1000
 SETTLED: Final = 0.03
 ALIKE: Final = 1.6
-"""Runners whose calls differ by less than this factor take samples of as many calls."""
+"""Runners whose call times differ by less than this factor use the same number of calls per sample."""
 LATENCY_CALLS: Final = 30
 
 Clock = Callable[[], float]
-"""Seconds since whenever."""
+"""Returns seconds since an arbitrary start."""
 
 
 def take_sample(runner: Runner, calls: int, clock: Clock = time.perf_counter) -> float:
-    """Queues some independent calls, evaluates every output, and returns the seconds that one of them took."""
+    """Queue independent calls, evaluate every output, and return the seconds per call."""
     started = clock()
     runner.wait([runner.queue() for _ in range(calls)])
     return (clock() - started) / calls
 
 
 def calls_for(call_s: float, sample_s: float, output_bytes: int) -> int:
-    """Calls that make a sample last about sample_s seconds without holding too much memory in their outputs."""
+    """Return the number of calls for a sample of about sample_s seconds, limited by the memory of their outputs."""
     by_time = round(sample_s / call_s)
     return max(1, min(by_time, QUEUED_BYTES // output_bytes, MOST_CALLS))
 
 
 def shared_calls(call_s: Sequence[float], sample_s: float, output_bytes: int) -> list[int]:
-    """Calls of a sample for several runners at once: those of about one speed get the same number.
+    """Return the number of calls per sample for several runners: runners of similar speed get the same number.
 
-    What a sample costs beyond its calls is shared among them: with other numbers, two equal runners seem to differ.
+    A sample's fixed cost is spread over its calls: with different numbers, two equal runners would seem to differ.
     """
     calls = [0] * len(call_s)
     head_s, shared = 0.0, 0
@@ -54,18 +54,18 @@ def warm_up(
     output_bytes: int,
     clock: Clock = time.perf_counter,
 ) -> float:
-    """Repeats calls until two samples in a row agree, for at least least_s and at most ten times as long.
+    """Repeat calls until two consecutive samples agree, for at least least_s and at most ten times as long.
 
     Args:
         runner: the bound call.
-        call_s: seconds that a call took so far.
-        least_s: seconds to warm up at the least.
+        call_s: seconds per call so far.
+        least_s: minimum seconds of warm-up.
         sample_s: seconds of one sample.
-        output_bytes: what one call returns.
+        output_bytes: size of the output of one call.
         clock: in seconds.
 
     Returns:
-        Seconds a call.
+        Seconds per call.
     """
     started = clock()
     while True:
@@ -78,7 +78,7 @@ def warm_up(
 
 
 def latency(runner: Runner, seconds: float, clock: Clock = time.perf_counter) -> float:
-    """Median seconds of single calls, each evaluated and waited for before the next, within about `seconds`."""
+    """Return the median seconds of single calls, each evaluated before the next, within about `seconds`."""
     times: list[float] = []
     started = clock()
     while len(times) < LATENCY_CALLS and (len(times) < 3 or clock() - started < seconds):

@@ -1,4 +1,4 @@
-"""What comes before the rounds: the first call, accuracy, memory, warm-up and latency of one implementation."""
+"""Preparation of one implementation before the rounds: first call, accuracy, memory, warm-up and latency."""
 
 import math
 import time
@@ -27,7 +27,7 @@ LATENCY_S: Final = 0.1
 
 
 class SharedInputs:
-    """The inputs of a case, in memory that all its implementations share, and what they held when they were made.
+    """The inputs of a case in memory shared by all implementations, with fingerprints to detect changes.
 
     Attributes:
         arrays: q, k, v, and in training the output's gradient, evaluated.
@@ -38,14 +38,14 @@ class SharedInputs:
         self._held = [_fingerprint(array) for array in arrays]
 
     def views(self) -> list[mx.array]:
-        """Return arrays of their own on the same memory: `q *= scale` in an implementation changes only its own."""
+        """Return new arrays on the same memory: `q *= scale` in an implementation then rebinds only its own array."""
         return views_of(self.arrays)
 
     def check(self, views: Sequence[mx.array]) -> None:
-        """Check that an implementation has left its views, and the memory below them, as they were.
+        """Check that an implementation has not changed its views or the shared memory.
 
         Raises:
-            InputsOverwrittenError: the shared memory was written into.
+            InputsOverwrittenError: the shared memory was written to.
             ValueError: only the views were changed.
         """
         text = "it wrote into its inputs; q, k and v must be left as they are"
@@ -56,14 +56,14 @@ class SharedInputs:
 
 
 def views_of(arrays: Sequence[mx.array]) -> list[mx.array]:
-    """Return other arrays on the same memory."""
+    """Return new arrays on the same memory."""
     views = [array[...] for array in arrays]
     mx.eval(views)
     return views
 
 
 def _fingerprint(array: mx.array) -> int:
-    """Sum an array's bits, modulo 2^32; without a copy, and on the device."""
+    """Sum an array's bits modulo 2^32, on the device and without a copy."""
     bits = mx.view(array, mx.uint32 if array.dtype == mx.float32 else mx.uint16)
     return cast("int", mx.sum(bits).item())
 
@@ -81,12 +81,12 @@ class CaseSetting(Struct, frozen=True, kw_only=True, eq=False):
 
 
 def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> Arm:
-    """Takes an implementation through everything but the rounds, and returns its arm.
+    """Run an implementation through all steps before the rounds, and return its arm.
 
     Raises:
         Exception: whatever the implementation raises.
     """
-    setting.teller.at_work(name)  # one that chooses among others tries them while it is bound
+    setting.teller.at_work(name)  # an autotuning implementation runs its trial while it is bound
     inputs = setting.inputs.views()
     runner = _bind(implementation, setting, inputs)
     results, call_s = _first_call(name, runner, setting)
@@ -114,7 +114,7 @@ def _bind(implementation: Implementation, setting: CaseSetting, inputs: list[mx.
 
 
 def _first_call(name: str, runner: Runner, setting: CaseSetting) -> tuple[list[mx.array], float]:
-    """Returns what the very first call computed, and the seconds it took."""
+    """Return the results of the very first call and its seconds."""
     setting.teller.step(name, "first call")
     started = time.perf_counter()
     results = runner.results()
@@ -126,7 +126,7 @@ def _first_call(name: str, runner: Runner, setting: CaseSetting) -> tuple[list[m
 
 
 def _check_output(output: object, workload: Workload) -> None:
-    """Raises TypeError or ValueError, in one line, for what cannot be an attention output."""
+    """Raise TypeError or ValueError, with a message of one line, if this cannot be an attention output."""
     if not isinstance(output, mx.array):
         raise TypeError(f"it returned {type(output).__name__}; an MLX array is expected")
     shape = (workload.batch, workload.heads, workload.seq, workload.value_dim)
@@ -135,7 +135,7 @@ def _check_output(output: object, workload: Workload) -> None:
 
 
 def _check(name: str, implementation: Implementation, results: list[mx.array], setting: CaseSetting) -> None:
-    """Compares the results with float64, and tells."""
+    """Compare the results with float64 and emit the outcome."""
     teller, judge = setting.teller, setting.judge
     teller.step(name, "accuracy")
     of_rows = _bind(implementation, setting, views_of(judge.row_inputs)).results() if judge.row_inputs else None
@@ -153,19 +153,19 @@ def _check(name: str, implementation: Implementation, results: list[mx.array], s
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Return None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
 def _tell_route_again(name: str, implementation: Implementation, setting: CaseSetting) -> Route:
-    """An implementation that chooses on first use knows its path only now."""
+    """Emit the route again: an autotuning implementation knows its path only after the first call."""
     route = checked(implementation.route(setting.workload, setting.device))
     setting.teller.emit(on.RouteFound(case=setting.teller.case, implementation=name, route=route))
     return route
 
 
 def _settle(name: str, runner: Runner, call_s: float, setting: CaseSetting) -> float:
-    """Warms up, measures latency, and returns the seconds that a call takes now."""
+    """Warm up, measure latency, and return the seconds per call."""
     teller, workload = setting.teller, setting.workload
     teller.step(name, "warm up")
     least_s = WARM_UP_S[setting.device.backend]

@@ -1,6 +1,6 @@
-"""Interleaved rounds: every implementation once a round, in an order that changes, until the speedups are known.
+"""Interleaved rounds: every implementation once per round, in random order, until the speedups are precise enough.
 
-Where a case's time allows few rounds, an arm much slower than the reference takes part in some of them only.
+If a case's time allows few rounds, an arm much slower than the reference takes part in some of them only.
 """
 
 import gc
@@ -20,9 +20,9 @@ from attention.report import MIN_ROUNDS
 from attention.statistics import log_ratios, ratio_interval
 
 PLENTY_OF_ROUNDS: Final = 30
-"""Rounds that a case's time must allow for every arm to take part in each of them."""
+"""If a case's time allows this many rounds, every arm takes part in each of them."""
 FEWEST_FOR_PRECISION: Final = 10
-"""Rounds between looks at the intervals: fewer agree by chance too often, and looking takes time."""
+"""Rounds between checks of the intervals: with fewer they are narrow by chance too often, and a check takes time."""
 
 
 class Arm(Struct, kw_only=True, eq=False):
@@ -31,48 +31,48 @@ class Arm(Struct, kw_only=True, eq=False):
     name: str
     runner: Runner
     call_s: float
-    """Seconds that a call took before the rounds."""
+    """Seconds per call measured before the rounds."""
     calls: int = 1
-    """Calls of one sample."""
+    """Number of calls per sample."""
     lead_in: bool = False
-    """Whether each sample follows an untimed one of the same length, so that all find the same clocks and power."""
+    """Whether an untimed sample of the same length precedes each sample, to equalise clocks and power."""
     stride: int = 1
-    """The arm takes part in one of so many rounds."""
+    """The arm takes part in one round of this many."""
     samples: list[float] = field(default_factory=list)
-    """Seconds a call, one for each round; NaN for a round that the arm sat out."""
+    """Seconds per call, one for each round; NaN for a round without a sample."""
     clock: Clock = time.perf_counter
 
     @property
     def taken(self) -> list[float]:
-        """The samples without the rounds sat out."""
+        """The samples without NaN."""
         return [sample for sample in self.samples if not math.isnan(sample)]
 
     @property
     def sample_s(self) -> float:
-        """Seconds that one sample is expected to take."""
+        """Expected seconds of one sample."""
         return self.calls * self.call_s * (2 if self.lead_in else 1)
 
     def sample(self) -> None:
-        """Adds one sample, in seconds a call."""
+        """Append one sample, in seconds per call."""
         if self.lead_in:
             take_sample(self.runner, self.calls, self.clock)
         self.samples.append(take_sample(self.runner, self.calls, self.clock))
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """When the rounds end."""
+    """Conditions that end the rounds."""
 
     seconds: float
     precision: float
-    """Relative width of an interval that is narrow enough; 0.01 is 1 %."""
+    """Relative interval width at which the rounds end; 0.01 is 1 %."""
     min_rounds: int = MIN_ROUNDS
-    """Samples that every arm takes, however long that lasts."""
+    """Minimum number of samples of every arm, however long they take."""
 
 
 def set_strides(arms: Sequence[Arm], seconds: float) -> None:
-    """Let arms slower than the reference, the first, sit out rounds where `seconds` allows few of them.
+    """Let arms slower than the reference (the first) skip rounds if `seconds` allows few of them.
 
-    The slower the arm, the more it sits out, as long as it still gets MIN_ROUNDS samples in that time.
+    The slower the arm, the more rounds it skips, as long as it still gets MIN_ROUNDS samples in that time.
     """
     reference_s = arms[0].sample_s
     if sum(arm.sample_s for arm in arms) * PLENTY_OF_ROUNDS <= seconds:
@@ -84,7 +84,7 @@ def set_strides(arms: Sequence[Arm], seconds: float) -> None:
 
 
 def least_s(arms: Sequence[Arm], min_rounds: int = MIN_ROUNDS) -> float:
-    """Seconds that the fewest rounds are expected to take."""
+    """Return the expected seconds of the minimum number of rounds."""
     return min_rounds * sum(arm.sample_s for arm in arms)
 
 
@@ -99,20 +99,20 @@ def run_rounds(
     catch: type[BaseException] = Exception,
     clock: Clock = time.perf_counter,
 ) -> str:
-    """Takes samples round by round; the first arm is the reference.
+    """Sample all arms round by round; the first arm is the reference.
 
     Args:
-        arms: taken in a new random order each round, as their strides say; one that raises is dropped.
-        limits: when to stop.
+        arms: sampled in a new random order each round, according to their strides; an arm that raises is dropped.
+        limits: conditions that end the rounds.
         seed: of the order.
         before: called before each sample.
-        failed: called with an arm that raised, and what it raised.
-        after: called with the arms that are still in, after each round; it may take some out, or say why to stop.
-        catch: what counts as an arm's failure when it is raised.
+        failed: called with an arm that raised, and the exception.
+        after: called after each round with the remaining arms; it may remove some, or return a reason to stop.
+        catch: exception types that count as an arm's failure.
         clock: in seconds.
 
     Returns:
-        "precision", "time", what `after` said, or "failed" when no arm is left.
+        "precision", "time", the reason returned by `after`, or "failed" if no arm is left.
     """
     draw = random.Random(seed)
     started = clock()
@@ -148,12 +148,12 @@ def run_rounds(
 
 
 def _takes_part(arm: Arm, count: int, late: bool, limits: Limits) -> bool:
-    """Whether a round is an arm's turn; once the time is up, only arms that lack samples go on."""
+    """Return whether an arm takes part in a round; once the time is up, only arms that lack samples do."""
     return len(arm.taken) < limits.min_rounds if late else (count - 1) % arm.stride == 0
 
 
 def narrow_enough(arms: list[Arm], precision: float) -> bool:
-    """Whether the interval of every arm's ratio to the first is narrower than the precision."""
+    """Return whether the interval of every arm's ratio to the first is narrower than the precision."""
     reference = arms[0].samples
     for arm in arms[1:]:
         _, low, high = ratio_interval(log_ratios(reference, arm.samples))

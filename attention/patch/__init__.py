@@ -1,4 +1,4 @@
-"""MLX's attention in mlx-lm's models, replaced by an implementation while a context is open.
+"""Replace MLX's attention in mlx-lm's models by an implementation while a context is open.
 
-`attention.patch_mlx_lm` opens it in a program; `python -m attention.patch SCRIPT` does so around a program as it is.
+In a program use `attention.patch_mlx_lm`; `python -m attention.patch SCRIPT` runs an unmodified program patched.
 """

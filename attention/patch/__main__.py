@@ -1,4 +1,4 @@
-"""`python -m attention.patch SCRIPT ...`: runs a program as it is, with attention in mlx-lm's models replaced."""
+"""`python -m attention.patch SCRIPT ...`: run an unmodified program with attention in mlx-lm's models replaced."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A call of mlx-lm's attention, and what an implementation can be given of it."""
+"""Translation of mlx-lm's attention calls into arguments of an implementation."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,26 +15,26 @@ from attention.implementations.protocol import Implementation
 from attention.masks import Mask
 
 KNOWN_SHAPES = 4096
-"""Kinds of call whose path is remembered; a decoding loop makes a new one at each length."""
+"""Maximum number of kinds of call whose path is cached; a decoding loop makes a new one at each length."""
 device = lru_cache(maxsize=1)(probe)
 
 
 class ModelCall(NamedTuple):
-    """What a model asks for."""
+    """The arguments of a model's attention call."""
 
     q: mx.array
     k: Any
-    """(B, Hkv, Lk, D), or the three arrays that `mx.quantize` makes of that."""
+    """(B, Hkv, Lk, D), or the three arrays of `mx.quantize`."""
     v: Any
     scale: float
     mask: mx.array | str | None
     sinks: mx.array | None = None
     packing: tuple[int, int] | None = None
-    """Group size and bits of packed keys and values."""
+    """Group size and bits of quantized keys and values."""
 
 
 class Offer(NamedTuple):
-    """The same as an implementation takes it."""
+    """The arguments passed to the implementation."""
 
     k: Any
     v: Any
@@ -43,27 +43,27 @@ class Offer(NamedTuple):
 
 
 class Verdict(Struct, frozen=True):
-    """Whether calls of a kind are taken: by which path, or why not."""
+    """Whether calls of a kind are supported: by which path, or why not."""
 
     path: str | None
     reason: str = ""
 
 
 class Offers:
-    """What an implementation takes of the calls that models make."""
+    """Decide which calls of models an implementation supports, and translate their arguments."""
 
     def __init__(self, implementation: Implementation) -> None:
-        """Takes the implementation."""
+        """Create it for an implementation."""
         self._implementation = implementation
         self._takes_sinks = bool(getattr(implementation, "takes_sinks", False))
         self._takes_packed = bool(getattr(implementation, "takes_packed", False))
         self._verdicts: dict[tuple[object, ...], Verdict] = {}
 
     def of(self, call: ModelCall) -> Offer:
-        """What the implementation is given.
+        """Return the arguments for the implementation.
 
         Raises:
-            UnsupportedError: it does not take the call; the message is the reason, without what this call alone has.
+            UnsupportedError: it does not support the call; the reason contains no values particular to this call.
         """
         if call.sinks is not None and not self._takes_sinks:
             raise UnsupportedError("attention sinks")
@@ -76,7 +76,7 @@ class Offers:
         return Offer(k, v, mask, verdict.path)
 
     def _unpacked(self, call: ModelCall) -> tuple[Any, Any]:
-        """Quantised keys and values: packed as they are, or as plain arrays in the query's type."""
+        """Return quantized keys and values unchanged, or dequantized to the query's dtype."""
         assert call.packing is not None
         group_size, bits = call.packing
         (k, k_scales, k_biases), (v, v_scales, v_biases) = call.k, call.v
@@ -87,7 +87,7 @@ class Offers:
         return key.unpacked().astype(call.q.dtype), value.unpacked().astype(call.q.dtype)
 
     def _verdict(self, call: ModelCall, k: Any, v: Any) -> Verdict:
-        """Looked at once for each kind of call: decoding, every layer asks again."""
+        """Return the verdict, cached per kind of call: in decoding every layer makes the same call."""
         mask = call.mask
         array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else mask
         types = call.q.dtype, k.dtype, v.dtype
@@ -121,6 +121,6 @@ def _asked(call: ModelCall, k: Any, v: Any, mask: Mask) -> tuple[Any, Any, Any]:
 
 
 def _kind(error: UsageError) -> str:
-    """The first problem, without what this call alone has."""
+    """Return the first problem without the values particular to this call."""
     name, _, rest = error.problems[0].partition(": got ")
     return f"{name}: {rest.partition('; ')[2] or rest}"

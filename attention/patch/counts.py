@@ -1,17 +1,17 @@
-"""What became of the calls that a patch saw."""
+"""Counters of the calls that reach a patch."""
 
 import threading
 from collections import Counter
 
 
 class Counts:
-    """How many calls an implementation took, by path, and how many MLX's own got, by reason.
+    """Counters of calls computed by an implementation, by path, and of calls passed on to MLX, by reason.
 
-    A call is one in Python: what `mx.compile` has traced runs again without another.
+    Only calls in Python count: a function compiled by `mx.compile` runs again without one.
 
     Attributes:
-        taken: calls that the implementation took, by the path that ran.
-        handed: calls that went to MLX's own, by the reason.
+        taken: calls computed by the implementation, by path.
+        handed: calls passed on to MLX's own function, by reason.
     """
 
     def __init__(self) -> None:
@@ -20,27 +20,27 @@ class Counts:
         self._lock = threading.Lock()
 
     def take(self, path: str) -> None:
-        """Counts a call that the implementation took."""
+        """Count a call computed by the implementation."""
         with self._lock:
             self.taken[path] += 1
 
     def hand(self, reason: str) -> None:
-        """Counts a call that went to MLX's own."""
+        """Count a call passed on to MLX's own function."""
         with self._lock:
             self.handed[reason] += 1
 
     @property
     def calls_taken(self) -> int:
-        """All calls that the implementation took."""
+        """Number of calls computed by the implementation."""
         return self.taken.total()
 
     @property
     def calls_handed(self) -> int:
-        """All calls that went to MLX's own."""
+        """Number of calls passed on to MLX's own function."""
         return self.handed.total()
 
     def lines(self, name: str) -> list[str]:
-        """The counts in words, the most frequent first."""
+        """Return the counts as lines of text, the most frequent first."""
         if not (self.taken or self.handed):
             return [f"{name}: no call of mlx-lm's attention was seen"]
         taken = [f"{name} took {count:,} as {path}" for path, count in self.taken.most_common()]

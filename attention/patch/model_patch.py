@@ -1,4 +1,4 @@
-"""The patch: an implementation in the place of MLX's attention in every model of mlx-lm."""
+"""The patch that replaces MLX's attention in every model of mlx-lm by an implementation."""
 
 import inspect
 import sys
@@ -24,29 +24,29 @@ OWN_MODULES: Final = "attention.patch."
 
 
 class _Inside(threading.local):
-    """What this thread is inside of already: what is called of MLX's there is no call of a model."""
+    """What this thread is executing: MLX functions called there are not calls of a model."""
 
     taken = False
-    """A call that is offered or taken: what an implementation and its route call is part of that, and nobody's else."""
+    """Inside the implementation or its route: nested calls are part of it."""
     handed = False
-    """A call that went to mlx-lm's own function, which calls MLX's."""
+    """Inside mlx-lm's own function, which calls MLX's."""
 
 
 _inside = _Inside()
 
 
 class ModelPatch(Counts):
-    """Replaces attention in mlx-lm's models from enter to exit; a context manager and a decorator.
+    """Context manager and decorator that replaces attention in mlx-lm's models.
 
-    It holds for the whole process, whichever thread enters. Of several that are open, the one that was entered last
-    takes the calls; the same one may be entered again. What the implementation does not take goes to MLX's own.
+    It applies to the whole process, whichever thread enters it. If several patches are open, the one entered last
+    gets the calls; a patch may be entered more than once. Unsupported calls are passed on to MLX's own function.
 
     Attributes:
-        implementation: what takes the calls.
+        implementation: the implementation that computes the calls.
     """
 
     def __init__(self, implementation: str | Implementation) -> None:
-        """Finds the implementation; nothing is replaced yet.
+        """Look up the implementation; nothing is replaced yet.
 
         Raises:
             UsageError: there is no such implementation.
@@ -58,7 +58,7 @@ class ModelPatch(Counts):
         self._entered = 0
 
     def __enter__(self) -> Self:
-        """Replaces; raises UsageError where mlx-lm is missing."""
+        """Replace the functions; raises UsageError if mlx-lm is missing."""
         models, fast = seams.of_models(), seams.fast()
         models.add(taker=self._attend)
         fast.add(taker=self._attend_directly)
@@ -68,13 +68,13 @@ class ModelPatch(Counts):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Undoes what the latest enter did."""
+        """Undo the latest enter."""
         self._entered -= 1
         seams.fast().remove(taker=self._attend_directly)
         seams.of_models().remove(taker=self._attend)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorates a function, generator or coroutine: the patch is open while it runs."""
+        """Decorate a function, generator or coroutine: the patch is open while it runs."""
         if inspect.isasyncgenfunction(function):
             return cast("Callable[P, R]", self._around_async_generator(function))
         if inspect.iscoroutinefunction(function):
@@ -91,11 +91,11 @@ class ModelPatch(Counts):
 
     @property
     def is_open(self) -> bool:
-        """Whether it replaces anything now."""
+        """Whether the patch is in effect."""
         return self._entered > 0
 
     def summary(self) -> str:
-        """What was taken, and what was not and why, in lines."""
+        """Return lines of text: calls computed, and calls passed on with the reasons."""
         return "\n".join(self.lines(self.implementation.name))
 
     def _attend(
@@ -108,7 +108,7 @@ class ModelPatch(Counts):
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """In the place of mlx-lm's function, with its arguments."""
+        """Replacement of mlx-lm's function, with the same arguments."""
         packing = (cache.group_size, cache.bits) if hasattr(cache, "bits") else None
         call = ModelCall(queries, keys, values, scale, mask, sinks, packing)
         taken = self._taken(call)
@@ -117,7 +117,7 @@ class ModelPatch(Counts):
         return _as_it_is(seams.of_models().original, queries, keys, values, cache, scale, mask, sinks)
 
     def _attend_directly(self, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
-        """In the place of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are taken."""
+        """Replacement of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are intercepted."""
         if _inside.taken:
             return cast("mx.array", seams.fast().original(q, k, v, **kwargs))
         if not _inside.handed and _caller().partition(".")[0] == seams.PACKAGE:
@@ -131,12 +131,12 @@ class ModelPatch(Counts):
         return cast("mx.array", seams.fast().watched(q, k, v, **kwargs))
 
     def _taken(self, call: ModelCall) -> mx.array | None:
-        """The implementation's output, or None where it does not take the call."""
+        """Return the implementation's output, or None if it does not support the call."""
         before, _inside.taken = _inside.taken, True
         try:
             offer = self._offers.of(call)
             more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
-            watching.take_path()  # what an earlier call left
+            watching.take_path()  # clear what an earlier call left
             out = watching.call(
                 self.implementation, call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask, **more
             )
@@ -145,7 +145,7 @@ class ModelPatch(Counts):
             return None
         finally:
             _inside.taken = before
-        # One that takes the same path for all its calls records none: what its route says is what ran.
+        # An implementation with a single path records none: its route names what ran.
         self.take(watching.take_path() or offer.path)
         return out
 
@@ -176,7 +176,7 @@ class ModelPatch(Counts):
 
 
 def _as_it_is(function: Callable[..., mx.array], *args: Any) -> mx.array:
-    """Calls mlx-lm's own function, whose call of MLX's is then none to be taken."""
+    """Call mlx-lm's own function without intercepting its call of MLX's function."""
     before, _inside.handed = _inside.handed, True
     try:
         return function(*args)
@@ -185,7 +185,7 @@ def _as_it_is(function: Callable[..., mx.array], *args: Any) -> mx.array:
 
 
 def _caller() -> str:
-    """The module that called, beyond those that stand between."""
+    """Return the name of the calling module, skipping frames of this package."""
     frame = sys._getframe(1)
     name = ""
     while frame.f_back is not None:

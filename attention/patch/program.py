@@ -1,4 +1,4 @@
-"""A program run as it is, inside a patch: its arguments, exit code and tracebacks are its own."""
+"""Run an unmodified program inside a patch, with its own arguments, exit code and tracebacks."""
 
 import atexit
 import runpy
@@ -29,7 +29,7 @@ NO_BACKEND: Final = 3
 
 
 class Program(Struct, frozen=True):
-    """What to run."""
+    """The program to run."""
 
     implementation: str
     name: str
@@ -39,7 +39,7 @@ class Program(Struct, frozen=True):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the program in this process; returns only when it ends by itself, or when nothing could be run."""
+    """Run the program in this process; returns only if it ends normally or could not be started."""
     if argv[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return 0
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     except (UsageError, NoBackendError) as error:
         print(*(f"attention.patch: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return NO_BACKEND if isinstance(error, NoBackendError) else WRONG_USAGE
-    # Open until the interpreter ends: the program's threads and exit handlers are its own calls too.
+    # Open until the interpreter exits, so that the program's threads and exit handlers are patched too.
     atexit.register(lambda: print(patch.summary(), file=sys.stderr, flush=True))
     try:
         _run(program)
@@ -60,10 +60,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read(argv: Sequence[str]) -> Program:
-    """Reads the command line up to the program's name; what follows is the program's.
+    """Parse the command line up to the program's name; the rest belongs to the program.
 
     Raises:
-        UsageError: no program is named, there is none of that name, or an option is not known.
+        UsageError: no program is named, it does not exist, or an option is unknown.
     """
     words = [*argv]
     implementation = "practical"
@@ -101,7 +101,7 @@ def _run(program: Program) -> None:
 
 
 def _show_own_frames_only() -> None:
-    """Lets whatever shows an exception at the end leave out the frames that stand before the program's."""
+    """Make sys.excepthook omit the frames before the program's."""
     shown = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

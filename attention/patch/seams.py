@@ -1,9 +1,9 @@
-"""The functions that attention goes through in a program, each replaced while somebody takes or watches its calls.
+"""Patch points: the attention functions of MLX and mlx-lm, replaced while an interceptor or observer is registered.
 
-A function is replaced wherever a loaded module binds it, so that `from .base import scaled_dot_product_attention` is
-no way around. A module that is loaded later binds the replacement. When the last one leaves, every name that holds
-the replacement gets the function back, also in modules that came meanwhile. What kept the replacement elsewhere, in a
-closure say, is none the worse: with nobody there it calls the function itself.
+A function is replaced wherever a loaded module binds it, so `from .base import scaled_dot_product_attention` is too.
+A module loaded later binds the replacement. When the last registration is removed, every name bound to the
+replacement gets the function back, also in modules loaded meanwhile. References to the replacement held elsewhere, in
+a closure for example, keep working: without registrations it calls the original function.
 """
 
 import sys
@@ -18,10 +18,10 @@ from attention.pace import cost_s
 
 Function = Callable[..., Any]
 Taker = Callable[..., Any]
-"""Called in the function's place, with its arguments."""
+"""An interceptor: called instead of the function, with its arguments."""
 Watcher = Callable[..., Any]
-"""Called with what would be called, and its arguments; it has to call it once and return what that returns. It sees the
-calls that no taker keeps."""
+"""An observer: called with the function and its arguments; it must call it exactly once and return the result. It sees
+the calls that no interceptor keeps."""
 
 PACKAGE: Final = "mlx_lm"
 MLX_LM_MISSING: Final = "mlx-lm is not installed; pip install 'fatui[models]' brings it, or pip install 'mlx-lm>=0.32'"
@@ -29,16 +29,16 @@ _lock = threading.RLock()
 
 
 class Seam:
-    """One function, and who takes or watches its calls; those who came last come first.
+    """One function with its interceptors and observers; the latest registration is called first.
 
     Attributes:
-        original: the function as it is.
-        replacement: what stands in its place while somebody is here.
-        watched: the function, seen by those who watch it: where a taker hands on what it does not keep.
+        original: the original function.
+        replacement: bound in its place while anything is registered.
+        watched: the original wrapped by the observers; interceptors pass calls on to it.
     """
 
     def __init__(self, home: ModuleType, name: str) -> None:
-        """Finds the function; nothing is replaced yet."""
+        """Look up the function; nothing is replaced yet."""
         self.original: Function = getattr(home, name)
         self._call = self.watched = self.original
         self._unseen = 0
@@ -49,7 +49,7 @@ class Seam:
         self._bound: list[tuple[dict[str, Any], str]] = []
 
     def add(self, *, taker: Taker | None = None, watcher: Watcher | None = None) -> None:
-        """Lets somebody in; the first one replaces the function."""
+        """Register an interceptor or an observer; the first registration replaces the function."""
         with _lock:
             if not (self._takers or self._watchers):
                 self._bound = [*_bindings(self.original, self._home, self._name)]
@@ -59,7 +59,7 @@ class Seam:
             self._compose()
 
     def remove(self, *, taker: Taker | None = None, watcher: Watcher | None = None) -> None:
-        """Lets somebody out, in any order; the last one puts the function back."""
+        """Remove a registration, in any order; removing the last one restores the function."""
         with _lock:
             self._takers = _without(self._takers, taker)
             self._watchers = _without(self._watchers, watcher)
@@ -71,17 +71,17 @@ class Seam:
                 self._bound = []
 
     def pass_on(self, calls: int) -> int:
-        """Lets so many calls go by at hardly any cost, unseen by the watcher that asks; none where it is not alone."""
+        """Skip the observer for the next `calls` calls, at almost no cost; returns 0 if it is not the only one."""
         self._unseen = calls if len(self._watchers) == 1 and not self._takers else 0
         return self._unseen
 
     @classmethod
     def passing_s(cls) -> float:
-        """Seconds that a call costs here which goes by unseen."""
+        """Measure the seconds of overhead of a skipped call."""
         home = ModuleType("scratch")
         vars(home)["call"] = lambda q, k, v, **more: q
         scratch = cls(home, "call")
-        scratch._unseen = 1 << 60  # more than ever come
+        scratch._unseen = 1 << 60  # never reached
         return max(0.0, cost_s(scratch.replacement, 0) - cost_s(scratch.original, 0))
 
     def _made(self) -> Function:
@@ -104,7 +104,7 @@ class Seam:
 
 
 def _without(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[Function, ...]:
-    """All but the latest of one; the same one may be there several times."""
+    """Remove the latest occurrence of one; it may occur several times."""
     for index in reversed(range(len(all_of_them))):
         if all_of_them[index] == one:
             return all_of_them[:index] + all_of_them[index + 1 :]
@@ -112,11 +112,11 @@ def _without(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[F
 
 
 def _bindings(function: Function, home: ModuleType, name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where loaded modules bind a function: under its own name, and in mlx-lm's modules under any."""
+    """Yield a function's bindings in loaded modules: under its own name, and in mlx-lm's modules under any name."""
     loaded: list[object] = [home, *sys.modules.values()]
     for module in loaded:
         if not isinstance(module, ModuleType):
-            continue  # a program may put anything there
+            continue  # programs put arbitrary objects into sys.modules
         names = vars(module)
         if names.get(name) is function:
             yield names, name
