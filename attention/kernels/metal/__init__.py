@@ -1,6 +1,6 @@
-"""The fused Metal kernels: flash attention in Metal's language, compiled by MLX and checked at first use.
+"""FlashAttention kernels in Metal, compiled by MLX and checked against float64 on first use.
 
-Importing this costs nothing: MLX comes in only when something is called.
+Importing this package does not import MLX; the first call does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["KernelUnavailable", "availability", "flash_attention", "flash_attent
 
 
 def availability() -> tuple[bool, str]:
-    """Whether the kernels can be tried on this machine, and why (not), in one line; compiles nothing."""
+    """Return whether the kernels can be used on this machine, and the reason in one line; compiles nothing."""
     from attention.kernels.metal import machine
 
     try:
@@ -37,26 +37,26 @@ def flash_attention(
     softcap: float | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """softmax(softcap * tanh(q k' * scale / softcap) + mask) v, without the score matrix (Dao et al., 2022).
+    """Compute softmax(softcap * tanh(q k' * scale / softcap) + mask) v without the score matrix (Dao et al., 2022).
 
     Args:
         q: queries (B, H, Lq, D), any strides; D in 32, 64, 80, 96, 128, 192, 256; float32, float16 or bfloat16.
-        k: keys (B, Hkv, Lk, D), H a multiple of Hkv, in the type of q.
-        v: values (B, Hkv, Lk, D), in the type of q.
-        scale: what the dot products are multiplied by, usually D ** -0.5.
-        causal: query i sees keys up to i + Lk - Lq (lower-right aligned).
-        window: a query sees the last `window` of those keys only; implies causal.
-        mask: bool (true = attend) or additive, broadcast to (B, H, Lq, Lk); may go with causal and window.
+        k: keys (B, Hkv, Lk, D), H a multiple of Hkv, in the dtype of q.
+        v: values (B, Hkv, Lk, D), in the dtype of q.
+        scale: factor of the dot products, usually D ** -0.5.
+        causal: query i attends to keys up to i + Lk - Lq (lower-right aligned).
+        window: a query attends to the last `window` of those keys only; implies causal.
+        mask: bool (true = attend) or additive, broadcast to (B, H, Lq, Lk); may be combined with causal and window.
         softcap: bound of the scores, applied before the mask.
-        sinks: (H,), a score for each head that takes part in the softmax and has no value.
+        sinks: (H,), one extra logit per head in the softmax, without a value.
 
     Returns:
-        (B, H, Lq, D) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k, v, the sinks
-        and an additive mask, the last by way of the score matrix.
+        (B, H, Lq, D) in the dtype of q; fully masked rows are 0. It is differentiable in q, k, v, the sinks and
+        an additive mask, the last through the score matrix.
 
     Raises:
-        ValueError: for shapes, types or values that do not fit or are not taken.
-        KernelUnavailable: there is no Metal here, or the kernel has not shown that it is right.
+        ValueError: shapes, dtypes or values are invalid or unsupported.
+        KernelUnavailable: there is no Metal device, or the kernel failed its self-check.
     """
     from attention.kernels.metal import attend
 
@@ -75,15 +75,15 @@ def flash_attention_with_logsumexp(
     softcap: float | None = None,
     sinks: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """`flash_attention`, and the natural logarithm of each row's sum of exponentials, the sink's among them.
+    """Compute `flash_attention` and the natural logarithm of each row's sum of exponentials, sinks included.
 
     Returns:
-        The output (B, H, Lq, D), and the logsumexp (B, H, Lq) in float32, -inf for a row with nothing to attend to.
-        Gradients flow through both.
+        The output (B, H, Lq, D), and the logsumexp (B, H, Lq) in float32, -inf for a fully masked row. Both are
+        differentiable.
 
     Raises:
-        ValueError: for shapes, types or values that do not fit or are not taken.
-        KernelUnavailable: there is no Metal here, or the kernel has not shown that it is right.
+        ValueError: shapes, dtypes or values are invalid or unsupported.
+        KernelUnavailable: there is no Metal device, or the kernel failed its self-check.
     """
     from attention.kernels.metal import attend
 

@@ -1,4 +1,4 @@
-"""From a call to its kernels: checked on first use, differentiable, decided once for each shape."""
+"""Dispatch of a call to its kernels: self-check on first use, gradient, one cached decision per shape."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ from attention.kernels.metal.gradient import gradients
 
 Attend = Callable[..., Sequence[mx.array]]
 KEYS = 83
-"""Keys of a check."""
+"""Number of keys in a self-check."""
 SPLIT_KEYS = 523
-"""The same where they are to be split."""
+"""Number of keys in a self-check of split keys."""
 
 
 def attend(
@@ -30,11 +30,11 @@ def attend(
     sinks: mx.array | None,
     with_logsumexp: bool,
 ) -> Sequence[mx.array]:
-    """Output and logsumexp; arguments as `flash_attention` has them.
+    """Return output and logsumexp; arguments as in `flash_attention`.
 
     Raises:
-        ValueError: for shapes, types or values that do not fit or are not taken.
-        KernelUnavailable: there is no Metal here, or the kernel has not shown that it is right.
+        ValueError: shapes, dtypes or values are invalid or unsupported.
+        KernelUnavailable: there is no Metal device, or the kernel failed its self-check.
     """
     shape = shape_of(q, k, v)
     if sinks is not None and sinks.shape != (shape.heads,):
@@ -48,13 +48,13 @@ def attend(
 
 
 def special_of(shape: Shape, call: Call) -> Specialisation:
-    """The specialisation of a call's forward pass."""
+    """Return the specialisation of a call's forward kernel."""
     return specialisation("decode" if shape.few else "forward", shape, call)
 
 
 @functools.lru_cache(maxsize=256)
 def _function(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
-    """The call with its gradient and under vmap; the logsumexp is made in any case: the backward pass needs it."""
+    """Return the differentiable, vmappable function; it always computes the logsumexp for the backward pass."""
     machine.look()
     check(shape, call)
 
@@ -75,10 +75,10 @@ def _function(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
 
 
 def check(shape: Shape, call: Call) -> None:
-    """Sees to it that the kernel of a call has shown on this machine that it is right.
+    """Run the self-check of a call's kernel, unless it has passed on this machine before.
 
     Raises:
-        KernelUnavailable: it cannot be compiled, or is wrong.
+        KernelUnavailable: the kernel cannot be compiled, or its results are wrong.
     """
     special = special_of(shape, call)
 
@@ -96,7 +96,7 @@ def check(shape: Shape, call: Call) -> None:
 
 
 def _small(shape: Shape, special: Specialisation) -> list[Shape]:
-    """Shapes that run the kernel of another: of few queries once with the keys split, and once whole."""
+    """Return small shapes that run the same kernel: for few queries, one with split keys and one without."""
     if special.tile.kind == "decode":
         few = replace(shape, batch=1, heads=4, kv_heads=2, queries=special.tile.block_q // 2)
         return [replace(few, keys=SPLIT_KEYS), replace(few, keys=KEYS)]

@@ -1,4 +1,4 @@
-"""What a call asks for, in its normal form, and what is taken of it."""
+"""The normal form of a call, and which calls the kernels support."""
 
 import math
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 MaskKind = Literal["none", "bool", "float32", "float16", "bfloat16"]
-"""None, or the type of an array; numbers are added to the scores."""
+"""No mask, a bool one, or the dtype of an additive one."""
 FEW_ROWS: Final = 32
-"""Query rows that share a key head, up to which the keys are split and the heads packed."""
+"""Maximum number of query rows per key head for which the keys are split and the heads packed."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,18 @@ class Shape:
 
     @property
     def group(self) -> int:
-        """Query heads that share one key and value head."""
+        """Number of query heads per key and value head."""
         return self.heads // self.kv_heads
 
     @property
     def few(self) -> bool:
-        """Whether the call has so few queries that its keys are split."""
+        """Whether the call has few enough queries for its keys to be split."""
         return self.group * self.queries <= FEW_ROWS
 
 
 @dataclass(frozen=True)
 class Call:
-    """The keywords of a call, in their normal form: a window implies causal, and one of all keys is none."""
+    """The keywords of a call in normal form: a window implies causal, and a window of all keys is dropped."""
 
     scale: float
     causal: bool = False
@@ -55,7 +55,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Specialisation:
-    """One kernel as Metal compiles it: what is a constant in its text."""
+    """The compile-time constants of one kernel."""
 
     tile: Tile
     dtype: str
@@ -65,11 +65,11 @@ class Specialisation:
     mask: MaskKind
     sinks: bool
     logsumexp: bool = False
-    """Of backward kernels: whether the logsumexp has a cotangent."""
+    """For backward kernels: whether the logsumexp has a cotangent."""
 
     @property
     def name(self) -> str:
-        """In words: "forward float16 D=128 causal window"."""
+        """Readable name: "forward float16 D=128 causal window"."""
         flags = {"causal": self.causal and not self.window, "window": self.window, "softcap": self.softcap}
         words = [word for word, on in flags.items() if on]
         words += [f"{self.mask} mask"] if self.mask != "none" else []
@@ -81,7 +81,7 @@ class Specialisation:
 
 
 def specialisation(kind: Kind, shape: Shape, call: Call, logsumexp: bool = False) -> Specialisation:
-    """The kernel of a kind for a call; `logsumexp` says of a backward kernel whether that has a cotangent."""
+    """Return the specialisation of a kind of kernel for a call; `logsumexp`: it has a cotangent (backward only)."""
     tile = tile_of(kind, shape.head_dim, shape.dtype, shape.group * shape.queries)
     sinks = call.sinks and kind in ("forward", "decode")
     window, softcap = call.window is not None, call.softcap is not None
@@ -97,10 +97,10 @@ def normal(
     mask: MaskKind = "none",
     sinks: bool = False,
 ) -> Call:
-    """Checks the keywords of a call and brings them to normal form.
+    """Validate the keywords of a call and return their normal form.
 
     Raises:
-        ValueError: naming the keyword that does not fit.
+        ValueError: names the invalid keyword.
     """
     if not math.isfinite(scale):
         raise ValueError(f"[flash_attention] scale is finite; got {scale}.")
@@ -110,7 +110,7 @@ def normal(
 
 
 def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
-    """Why the kernels do not take a call, in one line, or None if they do."""
+    """Return why the kernels do not support a call, in one line, or None if they do."""
     if dtype not in SIZES:
         return f"the Metal kernels are for {', '.join(SIZES)}, not {dtype}"
     if value_dim != head_dim:
@@ -121,12 +121,12 @@ def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
 
 
 def refusal_of(workload: Workload) -> str | None:
-    """The same for a workload."""
+    """Return why the kernels do not support a workload, in one line, or None if they do."""
     return refusal(workload.dtype, workload.head_dim, workload.value_dim)
 
 
 def of_workload(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
-    """A workload in the kernels' terms; of an array mask only its kind matters, and bool stands for it."""
+    """Translate a workload into shape and call; an array mask counts as a bool one."""
     w = workload
     shape = Shape(w.batch, w.heads, w.kv_heads, w.seq, w.kv_seq, w.head_dim, w.dtype)
     softcap = 1.0 if needs.softcap else None
@@ -135,10 +135,10 @@ def of_workload(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
 
 
 def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> Shape:
-    """The shape of a call.
+    """Return the shape of a call.
 
     Raises:
-        ValueError: shapes or types do not fit together, or are not taken.
+        ValueError: shapes or dtypes are inconsistent or unsupported.
     """
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) != 4 or len(k_shape) != 4 or len(v_shape) != 4:
@@ -157,10 +157,10 @@ def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> Shape:
 
 
 def mask_kind(mask: "mx.array | None", shape: Shape) -> MaskKind:
-    """What a mask is to the kernels.
+    """Return the kind of a mask.
 
     Raises:
-        ValueError: it is no mask, or does not broadcast to (B, H, Lq, Lk).
+        ValueError: it is not a mask, or does not broadcast to (B, H, Lq, Lk).
     """
     if mask is None:
         return "none"

@@ -1,4 +1,4 @@
-"""The backward pass: by our kernels where they have shown that they are right, else through the score matrix."""
+"""The backward pass: by the Metal kernels if they passed their self-check, else through the score matrix."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from attention.kernels.metal.transforms import SINKS, Function, folded, refuse_s
 
 
 def refusal(shape: Shape, call: Call) -> str | None:
-    """Why gradients go through the score matrix, in one line, or None if our kernels make them, as far as is known."""
+    """Return why gradients go through the score matrix, in one line, or None if the kernels are expected to work."""
     return trust.distrust(specialisation("backward_key", shape, call))
 
 
@@ -27,17 +27,18 @@ def gradients(
     shape: Shape,
     call: Call,
 ) -> tuple[mx.array, ...]:
-    """The gradients of q, k, v, mask and sinks.
+    """Return the gradients of q, k, v, mask and sinks.
 
-    That of an additive mask goes through the score matrix, if somebody evaluates it; that of a bool mask is 0.
+    The gradient of an additive mask goes through the score matrix, and only if it is evaluated; that of a bool mask
+    is 0.
 
     Args:
         primals: q, k, v, mask and sinks.
-        d_o: cotangent of the output, in its type.
-        d_lse: of the logsumexp, if that was asked for.
-        outputs: what the forward pass made.
+        d_o: cotangent of the output, in the output's dtype.
+        d_lse: cotangent of the logsumexp, if it was returned.
+        outputs: outputs of the forward pass.
         shape: of the arrays.
-        call: what was computed.
+        call: keywords of the call.
     """
     if not _taken(shape, call, d_lse is not None):
         return plain_gradients(primals, d_o, d_lse, call)
@@ -62,7 +63,7 @@ def by_kernel(
     shape: Shape,
     call: Call,
 ) -> tuple[mx.array, ...]:
-    """The gradients of q, k, v and sinks by our kernels; arguments as `gradients` has them."""
+    """Return the gradients of q, k, v and sinks by the Metal kernels; arguments as in `gradients`."""
     more = () if d_lse is None else (d_lse,)
     d_q, d_k, d_v, delta = _backward(shape, call)(*primals, *outputs, d_o, *more)
     sinks = primals[SINKS]
@@ -72,7 +73,7 @@ def by_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _backward(shape: Shape, call: Call) -> Function:
-    """The backward kernels as a function of q, k, v, mask, sinks, the outputs and their cotangents."""
+    """Return the backward kernels as a function of q, k, v, mask, sinks, the outputs and their cotangents."""
 
     @mx.custom_function
     def function(*arrays: mx.array) -> tuple[mx.array, ...]:
@@ -86,9 +87,9 @@ def _backward(shape: Shape, call: Call) -> Function:
 
 
 def of_sinks(sinks: mx.array, outputs: Sequence[mx.array], delta: mx.array) -> mx.array:
-    """What each row adds to the gradient of its head's sink, (B, H, Lq): a sink is a key with the value 0.
+    """Return each row's contribution to the gradient of its head's sink, (B, H, Lq): a sink is a key with value 0.
 
-    dS = P (dP - delta), where dP is 0. A row with nothing at all, whose logsumexp is -inf, adds 0.
+    dS = P (dP - delta) with dP = 0. A fully masked row, whose logsumexp is -inf, contributes 0.
     """
     _, logsumexp, rest = outputs
     weights = mx.where(mx.isneginf(logsumexp), 0.0, mx.exp(sinks[:, None] - logsumexp - rest))
@@ -96,15 +97,15 @@ def of_sinks(sinks: mx.array, outputs: Sequence[mx.array], delta: mx.array) -> m
 
 
 def check(shape: Shape, call: Call, logsumexp: bool = False) -> None:
-    """Sees to it that both kernels have shown on this machine that they are right.
+    """Run the self-checks of both kernels, unless they have passed on this machine before.
 
     Args:
         shape: of the arrays.
-        call: what is asked for.
-        logsumexp: whether that has a cotangent.
+        call: keywords of the call.
+        logsumexp: whether the logsumexp has a cotangent.
 
     Raises:
-        KernelUnavailable: one cannot be compiled, or is wrong.
+        KernelUnavailable: a kernel cannot be compiled, or its results are wrong.
     """
     small = replace(shape, batch=1, heads=4, kv_heads=2, queries=70, keys=83)
     asked = selfcheck.tried(call, small)

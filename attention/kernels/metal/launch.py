@@ -1,4 +1,4 @@
-"""Launching the kernels' texts through mx.fast.metal_kernel, which compiles them at first use."""
+"""Launching the kernels through mx.fast.metal_kernel, which compiles their sources on first use."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ INPUTS: Final = {
     "backward_key": ("q", "k", "v", "lse", "rest", "delta", "d_o", "mask", *SCALARS),
     "join": ("parts", "lses", "rests"),
 }
-"""The arrays of each text."""
+"""Names of the arrays of each source."""
 OUTPUTS: Final = {
     "forward": ("o", "lse", "rest"),
     "backward_query": ("d_q", "delta"),
@@ -26,28 +26,28 @@ OUTPUTS: Final = {
     "join": ("o", "lse", "rest"),
 }
 SPLIT_KEYS: Final = 256
-"""Keys of a split at least. A choice, not a measurement; `MOST_SPLITS` and `GROUPS_WANTED` as well."""
+"""Minimum number of keys per split. Chosen, not measured, like `MOST_SPLITS` and `GROUPS_WANTED`."""
 MOST_SPLITS: Final = 32
 GROUPS_WANTED: Final = 256
-"""Threadgroups of a call with few queries, above which its keys are not split further."""
+"""Number of threadgroups above which the keys of a call with few queries are not split further."""
 FEWEST: Final = 8
-"""Elements from which MLX passes an array as device memory."""
+"""Minimum number of elements for which MLX passes an array as device memory."""
 
 Kernel = Callable[..., list[mx.array]]
 Forward = tuple[mx.array, mx.array, mx.array]
-"""Output, logsumexp, and what float32 loses of the latter: the two together are exact beside a mask of -1e9."""
+"""Output, logsumexp, and its float32 rounding residual: both together are exact even with a mask of -1e9."""
 metal_kernel: Callable[..., Kernel] = cast("Callable[..., Kernel]", mx.fast.metal_kernel)
-"""What makes a kernel of a text: the one place where Metal comes in."""
+"""Creates a kernel from a source; the only access to Metal."""
 
 
 def source(text: str) -> str:
-    """The text of a kernel's body."""
+    """Return the source of a kernel's body."""
     return (FOLDER / f"{text}.metal").read_text(encoding="ascii")
 
 
 @functools.cache
 def _kernel(text: str) -> Kernel:
-    """A text as a kernel; MLX compiles it, under a name of its own, for all types of inputs and constants it meets."""
+    """Create a kernel from a source; MLX compiles it for each combination of input dtypes and constants."""
     return metal_kernel(
         name=f"fatui_{text}",
         input_names=list(INPUTS[text]),
@@ -59,13 +59,13 @@ def _kernel(text: str) -> Kernel:
 
 
 def queue(text: str, inputs: Sequence[mx.array], **call: Any) -> list[mx.array]:
-    """Queues a kernel and returns its outputs; Metal's own error, if it has one, comes when they are evaluated."""
+    """Queue a kernel and return its outputs; an error of Metal is raised when they are evaluated."""
     return _kernel(text)(inputs=list(inputs), **call)
 
 
 @functools.lru_cache(maxsize=1024)
 def scalars(call: Call, *more: int) -> tuple[mx.array, ...]:
-    """The scalars of a call, and others, as arrays of no axes."""
+    """Return the scalars of a call, and further ones, as arrays without axes."""
     floats = [mx.array(x, mx.float32) for x in (call.scale, call.softcap or 0.0)]
     made = (*floats, *(mx.array(x, mx.int32) for x in (call.window or 0, *more)))
     mx.eval(*made)
@@ -74,22 +74,22 @@ def scalars(call: Call, *more: int) -> tuple[mx.array, ...]:
 
 @functools.cache
 def absent(axes: int) -> mx.array:
-    """What stands for an array that a call does not have; no kernel reads it."""
+    """Return a placeholder for an absent array; no kernel reads it."""
     made = mx.zeros((1,) * axes, mx.float32)
     mx.eval(made)
     return made
 
 
 def in_device(array: mx.array) -> mx.array:
-    """An array with a last axis that repeats it.
+    """Return the array with a last axis that repeats it.
 
-    MLX passes what has fewer than 8 elements as constant memory, which is another text than the one that was checked.
+    MLX passes arrays of fewer than 8 elements as constant memory, which would change the kernel that was checked.
     """
     return mx.broadcast_to(array[..., None], (*array.shape, FEWEST))
 
 
 def constants(special: Specialisation) -> list[tuple[str, Any]]:
-    """The template arguments that all kernels of attention have."""
+    """Return the template arguments common to all attention kernels."""
     tile = special.tile
     return [
         ("T", getattr(mx, special.dtype)),
@@ -108,7 +108,7 @@ def constants(special: Specialisation) -> list[tuple[str, Any]]:
 def forward(
     q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, shape: Shape, call: Call
 ) -> Forward:
-    """Attend; a call with few queries has its keys split, and its parts joined."""
+    """Compute the forward pass; the keys of a call with few queries are split and the parts joined."""
     if not shape.few:
         o, lse, rest = _attend("forward", (q, k, v, mask, sinks), shape, call, 1, shape.keys)
         return o[0], lse[0], rest[0]
@@ -118,7 +118,7 @@ def forward(
 
 
 def splitting(shape: Shape, call: Call) -> tuple[int, int]:
-    """How many spans the keys of a call with few queries are cut into, and the keys of a span: whole tiles."""
+    """Return the number of key splits of a call with few queries, and the keys per split, a multiple of the tile."""
     tile = specialisation("decode", shape, call).tile
     groups = shape.batch * shape.kv_heads * _ceil(shape.group * shape.queries, tile.block_q)
     splits = max(1, min(_ceil(GROUPS_WANTED, groups), MOST_SPLITS, shape.keys // SPLIT_KEYS))
@@ -127,7 +127,7 @@ def splitting(shape: Shape, call: Call) -> tuple[int, int]:
 
 
 def _attend(kind: Kind, arrays: Sequence[mx.array], shape: Shape, call: Call, splits: int, span: int) -> Forward:
-    """Outputs (splits, B, H, Lq, D); logsumexps and their rests (splits, B, H, Lq)."""
+    """Return outputs (splits, B, H, Lq, D), and logsumexps and their residuals (splits, B, H, Lq)."""
     special = specialisation(kind, shape, call)
     tile, packed = special.tile, kind == "decode"
     q, k, v, mask, sinks = arrays
@@ -148,7 +148,7 @@ def _attend(kind: Kind, arrays: Sequence[mx.array], shape: Shape, call: Call, sp
 
 
 def join(parts: mx.array, lses: mx.array, rests: mx.array, shape: Shape) -> Forward:
-    """Joins the parts of a call whose keys were split; a simdgroup a row."""
+    """Join the parts of a call with split keys; one simdgroup per row."""
     dtype = getattr(mx, shape.dtype)
     o, lse, rest = queue(
         "join",
@@ -171,7 +171,7 @@ def backward(
     shape: Shape,
     call: Call,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """dQ, dK, dV, and each row's delta, (B, H, Lq); the second kernel needs what the first makes of it."""
+    """Return dQ, dK, dV and each row's delta (B, H, Lq); the second kernel reads the delta computed by the first."""
     d_q, delta = _of_queries(primals, outputs, d_o, d_lse, mask, shape, call)
     d_k, d_v = _of_keys(primals, outputs, delta, d_o, mask, shape, call)
     return d_q, d_k, d_v, delta
@@ -186,7 +186,7 @@ def _of_queries(
     shape: Shape,
     call: Call,
 ) -> list[mx.array]:
-    """The gradient of q, and delta."""
+    """Return the gradient of q, and delta."""
     special = specialisation("backward_query", shape, call)
     by_sum = absent(3) if d_lse is None else in_device(d_lse)
     return queue(
@@ -212,7 +212,7 @@ def _of_keys(
     shape: Shape,
     call: Call,
 ) -> list[mx.array]:
-    """The gradients of k and v."""
+    """Return the gradients of k and v."""
     special = specialisation("backward_key", shape, call)
     return queue(
         "backward_key",

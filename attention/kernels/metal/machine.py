@@ -1,4 +1,4 @@
-"""What this machine has of what the kernels need, asked without compiling or running anything."""
+"""Requirements of the kernels on this machine, checked without compiling or running anything."""
 
 import platform
 from functools import cache
@@ -8,15 +8,15 @@ from attention.errors import KernelUnavailable
 from attention.kernels import cache as folder
 
 OLDEST_MACOS = 14
-"""MLX's own floor; its Metal (3.1) has bfloat16 and matrices of simdgroups."""
+"""Oldest macOS version that MLX supports; its Metal 3.1 has bfloat16 and simdgroup matrices."""
 
 
 @cache
 def look() -> str:
-    """GPU and system in a few words.
+    """Return GPU and system in a few words.
 
     Raises:
-        KernelUnavailable: naming the first thing that is missing.
+        KernelUnavailable: names the first missing requirement.
     """
     if platform.system() != "Darwin":
         raise KernelUnavailable(f"the Metal kernels run on macOS only, not on {platform.system()}")
@@ -32,7 +32,7 @@ def look() -> str:
 
 @cache
 def mark() -> str:
-    """What a verdict holds for: the GPU, the system, whose part Metal's compiler is, and MLX."""
+    """Return what a self-check's result is valid for: GPU, system (with its Metal compiler) and MLX version."""
     import mlx.core as mx
 
     info = mx.device_info(mx.default_device())

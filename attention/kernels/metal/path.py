@@ -1,4 +1,4 @@
-"""The Metal kernels as a path of the engine: what they take, what they need, and the call."""
+"""The Metal kernels as a path of the engine: route, build and call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNKNOWN: Final = "how fast it is on a Mac was never measured by its authors; `de
 
 
 def route(workload: Workload, needs: Needs) -> Route:
-    """The kernels' path, or a route that is not supported, with the reason; compiles nothing."""
+    """Return the kernels' route, or an unsupported one with the reason; compiles nothing."""
     from attention.kernels.metal import machine, trust
 
     refusal = refusal_of(workload)
@@ -46,15 +46,15 @@ def route(workload: Workload, needs: Needs) -> Route:
 
 
 def is_built() -> bool:
-    """Whether a call would not have to compile first, as far as that takes long: Metal compiles a kind at first use."""
+    """Return whether no long compilation precedes a call: Metal compiles each kernel on first use, quickly."""
     return True
 
 
 def build(tell: Callable[[str], None]) -> None:
-    """Makes sure that there is a Metal GPU to compile for.
+    """Check that there is a Metal GPU to compile for.
 
     Raises:
-        KernelUnavailable: with the reason; routes say it from then on.
+        KernelUnavailable: the reason, which routes report from then on.
     """
     from attention.kernels.metal import machine
 
@@ -62,10 +62,10 @@ def build(tell: Callable[[str], None]) -> None:
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
-    """Attends; shapes as in the implementations' protocol.
+    """Compute attention; shapes as in `Implementation.__call__`.
 
     Raises:
-        KernelUnavailable: Metal does not compile the kernel, or it does not agree with the reference.
+        KernelUnavailable: Metal cannot compile the kernel, or it disagrees with the reference.
     """
     return attend_with_sinks(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=None)
 
@@ -73,7 +73,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
 def attend_with_sinks(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None, sinks: mx.array | None
 ) -> mx.array:
-    """The same, with a score for each head that takes part in the softmax and has no value, (H,)."""
+    """Compute attention with `sinks` (H,): one extra logit per head in the softmax, without a value."""
     from attention.kernels import metal
 
     return metal.flash_attention(
@@ -89,7 +89,7 @@ def _of_gradients(shape: Shape, call: Call) -> str:
 
 
 def _predicted(workload: Workload, shape: Shape, call: Call) -> int | None:
-    """Outputs and logsumexp; of few queries also the parts in float32; of a training pass delta."""
+    """Return the bytes of outputs and logsumexp, of float32 parts if keys are split, and of delta in training."""
     from attention.kernels.metal.gradient import refusal
     from attention.kernels.metal.launch import splitting
 

@@ -1,4 +1,4 @@
-"""Gradients by way of the whole score matrix, in MLX's operations, for where the backward kernels are not trusted."""
+"""Gradients through the score matrix in MLX operations, used if the backward kernels failed their self-check."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from attention.masks import Mask
 def plain_gradients(
     primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: Call
 ) -> tuple[mx.array, ...]:
-    """The gradients of q, k, v, mask and sinks; arguments as `gradient.gradients` has them."""
+    """Return the gradients of q, k, v, mask and sinks; arguments as in `gradient.gradients`."""
     q, k, v, mask, sinks = primals
 
     def attend(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> list[mx.array]:
@@ -22,7 +22,7 @@ def plain_gradients(
 
 
 def mask_gradient(primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: Call) -> mx.array:
-    """The gradient of the mask, 0 unless it is additive; nothing is computed unless it is evaluated."""
+    """Return the gradient of the mask, 0 unless it is additive; computed only if it is evaluated."""
     q, k, v, mask, sinks = primals
     if call.mask in ("none", "bool"):
         return mx.zeros_like(mask)
@@ -40,7 +40,7 @@ def _of_logsumexp(d_lse: mx.array | None, q: mx.array) -> mx.array:
 def plain_attention(
     q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, call: Call
 ) -> tuple[mx.array, mx.array]:
-    """Output and logsumexp, in float32 inside; rows that see nothing give 0 and -inf."""
+    """Return output and logsumexp, computed in float32; fully masked rows give 0 and -inf."""
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, dim).astype(mx.float32)
@@ -55,7 +55,7 @@ def plain_attention(
         added = mx.zeros_like(scores) if call.mask == "bool" else by_group.astype(mx.float32)
         scores = mx.maximum(scores + mx.where(seen, added, 0.0), mx.finfo(mx.float32).min)
     sees = mx.any(seen, axis=-1, keepdims=True)
-    scores = mx.where(seen, scores, mx.where(sees, -mx.inf, 0.0))  # blind rows: anything finite, and 0 below
+    scores = mx.where(seen, scores, mx.where(sees, -mx.inf, 0.0))  # fully masked rows: any finite value, set to 0 below
     weights, logsumexp = mx.softmax(scores, axis=-1), mx.logsumexp(scores, axis=-1, keepdims=True)
     weights, logsumexp = mx.where(sees, weights, 0.0), mx.where(sees, logsumexp, -mx.inf)
     if call.sinks:
@@ -66,9 +66,9 @@ def plain_attention(
 
 
 def _with_sink(weights: mx.array, logsumexp: mx.array, sink: mx.array, sees: mx.array) -> tuple[mx.array, mx.array]:
-    """Weights and logsumexp where a score without a value takes part; `sees` tells the rows that see any key."""
+    """Return weights and logsumexp with a sink; `sees`: the rows that are not fully masked."""
     some = sees | ~mx.isneginf(sink)
-    sink = mx.where(some, sink, 0.0)  # a blind row without a sink: anything finite, and -inf below
+    sink = mx.where(some, sink, 0.0)  # a fully masked row without a sink: any finite value, -inf below
     whole = mx.logaddexp(mx.where(sees, logsumexp, sink), sink)
     joined = mx.where(sees, whole, sink)
     share = mx.where(sees, mx.exp(mx.where(sees, logsumexp, joined) - joined), 0.0)

@@ -1,4 +1,4 @@
-"""Small inputs, and the answer in float64, for the check on first use."""
+"""Small inputs and float64 results for the self-check on first use."""
 
 import math
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from attention.kernels.metal.launch import absent
 
 Floats = NDArray[np.float64]
 TOLERANCE = {"bfloat16": 1.2e-2, "float16": 1.5e-3, "float32": 2e-5}
-"""Of a whole result, relative to its norm: a few times what rounding of its elements makes."""
+"""Tolerance of a result relative to its norm: a few times the rounding error of its elements."""
 LOGSUMEXP_TOLERANCE = 1e-3
-"""Of a logsumexp, relative where it is larger than 1."""
+"""Tolerance of a logsumexp, relative if it is larger than 1."""
 COVER = {"float32": -1e9, "bfloat16": -1e9, "float16": -6e4}
-"""Large finite numbers of additive masks, by their type."""
+"""Large finite values of additive masks, by dtype."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a check computes with; `mask` and `sinks` where the call has them."""
+    """Inputs of a self-check; `mask` and `sinks` if the call has them."""
 
     q: mx.array
     k: mx.array
@@ -33,23 +33,23 @@ class Inputs:
     logsumexp_cotangent: mx.array | None = None
 
     def arrays(self, shape: Shape) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-        """The arrays that the forward kernel takes."""
+        """Return the arguments of the forward kernel."""
         whole = (shape.batch, shape.heads, shape.queries, shape.keys)
         mask = absent(4) if self.mask is None else mx.broadcast_to(self.mask, whole)
         return self.q, self.k, self.v, mask, absent(1) if self.sinks is None else self.sinks
 
 
 def tried(call: Call, small: Shape) -> Call:
-    """The call that stands for another in a check: the same constants, other numbers."""
+    """Return the call used to check another: equal compile-time constants, other values."""
     return replace(call, scale=small.head_dim**-0.5, window=None if call.window is None else 40)
 
 
 def inputs(shape: Shape, call: Call, seed: int = 7, logsumexp: bool = False) -> Inputs:
-    """Random inputs, with a cotangent of the logsumexp or without.
+    """Return random inputs, optionally with a cotangent of the logsumexp.
 
-    The mask blinds row 0. An additive one covers row 1 with a large finite number, and the query there is 0, so that
-    the weights are equal. None of the arrays lies in one piece: q is a slice within its rows, k and the cotangent have
-    their heads inside of the rows, as models have, and the columns of v lie apart.
+    The mask hides all of row 0. An additive one fills row 1 with a large finite value, where the query is 0, so that
+    the weights are equal. No array is contiguous: q is a slice within its rows, k and the cotangent have the heads
+    axis inside the rows, as in models, and the columns of v are strided.
     """
     random = np.random.default_rng(seed)
     batch, dim, dtype = shape.batch, shape.head_dim, getattr(mx, shape.dtype)
@@ -75,12 +75,12 @@ def inputs(shape: Shape, call: Call, seed: int = 7, logsumexp: bool = False) -> 
 
 
 def exact(array: mx.array) -> Floats:
-    """An array's values in float64."""
+    """Return an array's values in float64."""
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
 def weights(given: Inputs, call: Call) -> tuple[Floats, Floats, Floats]:
-    """The softmax's weights, the logsumexp, and the derivative of the capped scores by the dot products."""
+    """Return softmax weights, logsumexp, and the derivative of the capped scores by the dot products."""
     q, k = exact(given.q), exact(given.k)
     scores = q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(-1, -2) * call.scale
     slope = np.full_like(scores, call.scale)
@@ -107,14 +107,14 @@ def weights(given: Inputs, call: Call) -> tuple[Floats, Floats, Floats]:
 
 
 def reference(given: Inputs, call: Call) -> tuple[Floats, Floats]:
-    """Output and logsumexp; rows that see nothing give 0 and -inf."""
+    """Return output and logsumexp; fully masked rows give 0 and -inf."""
     found, logsumexp, _ = weights(given, call)
     v = exact(given.v)
     return found @ np.repeat(v, found.shape[1] // v.shape[1], axis=1), logsumexp
 
 
 def reference_gradients(given: Inputs, call: Call) -> list[Floats]:
-    """The gradients of q, k and v, and, if there are sinks, what each row adds to theirs, (B, H, Lq)."""
+    """Return the gradients of q, k and v, and with sinks each row's contribution to theirs, (B, H, Lq)."""
     q, k, v, cotangent = (exact(x) for x in (given.q, given.k, given.v, given.cotangent))
     batch, kv_heads = k.shape[:2]
     group = q.shape[1] // kv_heads
@@ -136,20 +136,20 @@ def reference_gradients(given: Inputs, call: Call) -> list[Floats]:
 
 
 def relative_error(found: mx.array, expected: Floats, floor: float = 1e-30) -> float:
-    """||found - expected|| / ||expected||, elements of the latter counted as the floor at least; NaN if anything is."""
+    """Return ||found - expected|| / ||expected||, elements of the latter at least `floor`; NaN if any element is."""
     whole = max(float(np.linalg.norm(expected)), floor * math.sqrt(expected.size))
     return float(np.linalg.norm(exact(found) - expected)) / whole
 
 
 def logsumexp_gap(found: Floats, expected: Floats) -> float:
-    """The largest difference, relative where the expected one is larger than 1; rows that see nothing left out."""
+    """Return the largest difference, relative if the expected value exceeds 1, without fully masked rows."""
     right = np.where(np.isneginf(expected), 0, expected)
     apart = np.where(np.isneginf(expected), 0, found) - right
     return float((np.abs(apart) / np.maximum(1, np.abs(right))).max())
 
 
 def disagreement(given: Inputs, call: Call, output: mx.array, logsumexp: mx.array) -> str | None:
-    """What is wrong with the results of a call, in one line, or None."""
+    """Return what is wrong with a call's results, in one line, or None."""
     expected, expected_logsumexp = reference(given, call)
     dtype = str(given.q.dtype).removeprefix("mlx.core.")
     error = relative_error(output, expected)
@@ -163,7 +163,7 @@ def disagreement(given: Inputs, call: Call, output: mx.array, logsumexp: mx.arra
 
 
 def gradient_disagreement(given: Inputs, call: Call, found: Sequence[mx.array]) -> str | None:
-    """What is wrong with the gradients of q, k, v and, if there are any, the sinks, in one line, or None."""
+    """Return what is wrong with the gradients of q, k, v and the sinks if present, in one line, or None."""
     dtype = str(given.q.dtype).removeprefix("mlx.core.")
     names = ("dQ", "dK", "dV", "the gradient of the sinks")
     expected = reference_gradients(given, call)

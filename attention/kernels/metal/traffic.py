@@ -1,7 +1,7 @@
-"""What a kernel reads from global memory, writes to it, and multiplies, counted tile by tile for a whole call.
+"""Global memory traffic and matrix products of a kernel, counted tile by tile for a whole call.
 
-The counts are those of the texts, walked in the same order: a row past the end of an array is never read, a tile that
-no query may see is never loaded, and a mask is read where positions let a pair through.
+The counts follow the kernels' loops: a row past the end of an array is never read, a fully masked tile is never
+loaded, and a mask is read only for pairs that positions leave visible.
 """
 
 from collections.abc import Iterator
@@ -13,33 +13,33 @@ from attention.kernels.metal.tiles import EDGE, Kind, Tile
 
 @dataclass
 class Traffic:
-    """Elements by array, and products of two 8 x 8 matrices."""
+    """Elements read and written by array, and number of 8 x 8 matrix products."""
 
     reads: dict[str, int] = field(default_factory=dict)
     writes: dict[str, int] = field(default_factory=dict)
     products: int = 0
     barriers: int = 0
-    """Of a threadgroup, summed over all of them."""
+    """Barriers, summed over all threadgroups."""
 
     def read(self, name: str, elements: int) -> None:
-        """Counts elements of an array that are read."""
+        """Count elements read of an array."""
         self.reads[name] = self.reads.get(name, 0) + elements
 
     @property
     def flops(self) -> int:
-        """FLOPs of the products."""
+        """FLOPs of the matrix products."""
         return 2 * EDGE**3 * self.products
 
 
 def traffic(kind: Kind, shape: Shape, call: Call, splits: int = 1, span: int | None = None) -> Traffic:
-    """What one launch of a kernel does.
+    """Count the traffic of one launch of a kernel.
 
     Args:
-        kind: which kernel.
+        kind: of the kernel.
         shape: of the arrays.
-        call: what is asked for.
-        splits: spans of keys, of a call with few queries.
-        span: keys of each.
+        call: keywords of the call.
+        splits: number of key splits, for a call with few queries.
+        span: keys per split.
     """
     tile = specialisation(kind, shape, call).tile
     if kind == "backward_key":
@@ -48,7 +48,7 @@ def traffic(kind: Kind, shape: Shape, call: Call, splits: int = 1, span: int | N
 
 
 def _of_queries(tile: Tile, shape: Shape, call: Call, splits: int, span: int) -> Traffic:
-    """Kernels whose threadgroups own query rows: forward, decode and dQ."""
+    """Count for kernels whose threadgroups own query rows: forward, decode and dQ."""
     found = Traffic()
     packed = tile.kind == "decode"
     planes, rows = (shape.kv_heads, shape.group * shape.queries) if packed else (shape.heads, shape.queries)
@@ -95,7 +95,7 @@ def _block_of_queries(
 
 
 def _of_keys(tile: Tile, shape: Shape, call: Call) -> Traffic:
-    """The kernel of dK and dV, whose threadgroups own keys."""
+    """Count for the dK and dV kernel, whose threadgroups own keys."""
     found = Traffic()
     planes = shape.batch * shape.heads
     for key0 in range(0, shape.keys, tile.block_k):
@@ -117,7 +117,7 @@ def _of_keys(tile: Tile, shape: Shape, call: Call) -> Traffic:
 
 
 def _key_tiles(tile: Tile, shape: Shape, call: Call, queries: range, span: tuple[int, int]) -> Iterator[range]:
-    """The tiles of keys that a block of queries walks over."""
+    """Yield the key tiles of a query block's loop."""
     shift = shape.keys - shape.queries
     start = 0 if call.window is None else max(0, queries[0] + shift - call.window + 1) // tile.block_k * tile.block_k
     end = min(shape.keys, max(0, queries[-1] + shift + 1)) if call.causal else shape.keys
@@ -126,7 +126,7 @@ def _key_tiles(tile: Tile, shape: Shape, call: Call, queries: range, span: tuple
 
 
 def _query_tiles(tile: Tile, shape: Shape, call: Call, keys: range) -> Iterator[range]:
-    """The tiles of queries that a block of keys walks over."""
+    """Yield the query tiles of a key block's loop."""
     shift = shape.keys - shape.queries
     start = max(0, keys[0] - shift) // tile.block_q * tile.block_q if call.causal else 0
     end = shape.queries if call.window is None else min(shape.queries, keys[-1] - shift + call.window)
@@ -135,7 +135,7 @@ def _query_tiles(tile: Tile, shape: Shape, call: Call, keys: range) -> Iterator[
 
 
 def _seen_by(call: Call, shape: Shape, query: int, keys: range) -> int:
-    """How many of the keys positions let a query see."""
+    """Return how many of the keys are visible to a query by position."""
     position = query + shape.keys - shape.queries
     stop = min(keys.stop, position + 1) if call.causal else keys.stop
     start = keys.start if call.window is None else max(keys.start, position - call.window + 1)

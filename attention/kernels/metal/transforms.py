@@ -1,4 +1,4 @@
-"""The kernels under MLX's other transformations: `mx.vmap`, forward mode, second derivatives."""
+"""Rules of the kernels for MLX's other transformations: `mx.vmap`, jvp, second derivatives."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,9 +9,9 @@ import mlx.core as mx
 from attention.kernels.metal.call import Shape
 
 MASK: Final = 3
-"""The argument that is a mask, whose batch may be 1 where that of the others is not."""
+"""Index of the mask argument, whose batch may be 1."""
 SINKS: Final = 4
-"""The argument without a batch."""
+"""Index of the sinks argument, which has no batch."""
 
 Function = Callable[..., Sequence[mx.array]]
 Rule = Callable[[Sequence[mx.array], Sequence[int | None]], tuple[list[mx.array], list[int]]]
@@ -20,11 +20,11 @@ Rule = Callable[[Sequence[mx.array], Sequence[int | None]], tuple[list[mx.array]
 def folded(shape: Shape, function_of: Callable[[Shape], Function]) -> Rule:
     """Return the vmap rule of a function of (q, k, v, mask, sinks, more ...): the mapped axis joins the batch.
 
-    Where the sinks are mapped there is a call for each index instead.
+    If the sinks are mapped, each index is a separate call.
 
     Args:
         shape: of the arrays of one call.
-        function_of: gives the function of arrays of another shape.
+        function_of: returns the function for arrays of another shape.
     """
 
     def rule(inputs: Sequence[mx.array], axes: Sequence[int | None]) -> tuple[list[mx.array], list[int]]:

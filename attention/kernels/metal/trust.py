@@ -1,4 +1,4 @@
-"""Which kernels have shown on this Mac that they are right: `first_use` for what Metal compiles of the texts."""
+"""Records of the kernels' self-checks on this Mac, one per specialisation; see `first_use`."""
 
 import hashlib
 from functools import cache as once
@@ -10,35 +10,35 @@ from attention.kernels.metal.call import Specialisation
 from attention.kernels.metal.machine import mark
 
 PREFIX: Final = "metal-"
-"""Of the keys of all records."""
+"""Prefix of the keys of all records."""
 
 
 @once
 def key_of(special: Specialisation) -> str:
-    """The name that a specialisation's record has: its constants, and the code that a verdict is of."""
+    """Return the key of a specialisation's record: its constants and the fingerprint of its code."""
     return PREFIX + hashlib.sha256(f"{special}{code_mark('kernels/metal')}".encode()).hexdigest()[:32]
 
 
 def distrust(special: Specialisation) -> str | None:
-    """Why a specialisation is not to be used on this machine, in one line, if that is known."""
+    """Return why a specialisation must not be used on this machine, in one line, or None if unknown."""
     reason = checks.distrust(key_of(special))
     return f"{special.name}: {reason}" if reason else None
 
 
 def is_trusted(special: Specialisation) -> bool:
-    """Whether a specialisation has shown on this machine that it is right."""
+    """Return whether a specialisation has passed its self-check on this machine."""
     return checks.verdict(key_of(special)) == PASSED
 
 
 def ensure(special: Specialisation, check: Check) -> None:
-    """Checks a specialisation unless that has been done on this machine before.
+    """Run the self-check of a specialisation unless it has been run on this machine before.
 
     Args:
-        special: what the verdict is kept for.
-        check: runs the kernel and returns what is wrong with its results, or None; Metal compiles it meanwhile.
+        special: the specialisation.
+        check: runs the kernel (Metal compiles it) and returns what is wrong with its results, or None.
 
     Raises:
-        KernelUnavailable: the check failed, now or before.
+        KernelUnavailable: the self-check failed, now or before.
     """
     checks.ensure(key_of(special), special.name, check)
 

@@ -1,4 +1,4 @@
-"""What the checks of the kernels came to on this machine: for the doctor, and for a report that a user can send."""
+"""Results of the kernels' self-checks on this machine, for diagnostics and bug reports."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,13 +19,13 @@ UNKNOWN: Final = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """One specialisation, and what its check came to."""
+    """The result of one specialisation's self-check."""
 
     name: str
     text: str
-    """ "passed", or the error with all its lines, as far as `first_use` keeps it."""
+    """ "passed", or the whole error, as far as `first_use` stores it."""
     machine: str
-    """GPU, macOS and MLX that it holds for."""
+    """GPU, macOS and MLX version that it is valid for."""
 
     @property
     def passed(self) -> bool:
@@ -34,7 +34,7 @@ class Verdict:
 
 
 def known() -> list[Verdict]:
-    """The verdicts of all checks that were ever made with this cache folder, by name."""
+    """Return all self-check results stored in this cache folder, by name."""
     made = [
         Verdict(str(record.get("name")), str(text), where)
         for record in cache.records(trust.PREFIX)
@@ -44,7 +44,7 @@ def known() -> list[Verdict]:
 
 
 def summary() -> tuple[str, str | None]:
-    """The state of the checks on this machine in a line, and of the first that failed its error."""
+    """Return the state of the self-checks on this machine in a line, and the error of the first that failed."""
     here = [verdict for verdict in known() if verdict.machine == machine.mark()]
     failed = [verdict for verdict in here if not verdict.passed]
     if not here:
@@ -54,10 +54,10 @@ def summary() -> tuple[str, str | None]:
 
 
 def check_all() -> Iterator[str]:
-    """Checks a causal forward, decode and backward kernel of every head dim and type; gives the name of each before.
+    """Self-check a causal forward, decode and backward kernel of every head dim and dtype; yields each name first.
 
     Raises:
-        KernelUnavailable: there is no Metal here.
+        KernelUnavailable: there is no Metal device.
     """
     machine.look()
     from attention.kernels.metal import attend, gradient
@@ -73,5 +73,5 @@ def check_all() -> Iterator[str]:
                 (specialisation("backward_key", many, call), many, gradient.check),
             ):
                 yield special.name
-                with suppress(KernelUnavailable):  # kept with its reason, as one that passes is
+                with suppress(KernelUnavailable):  # stored with its reason, like one that passes
                     check(shape, call)
