@@ -1,1 +1,1 @@
-"""The custom kernels: for each backend, its text in its own language beside the Python that builds and launches it."""
+"""Custom kernels: for each backend the kernel sources and the Python code that builds and launches them."""

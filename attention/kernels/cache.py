@@ -1,11 +1,11 @@
-"""The cache folder of compiled kernels: the user's alone, written atomically, trusted only while the hashes match.
+"""The cache folder of compiled kernels: private to the user, written atomically, verified by hashes.
 
-For each key there are the compiled code and `<key>.json`, its record: the code's SHA-256, and what checking it came to.
-What nobody has used for long is removed when something new is recorded.
+Each key has its compiled code and `<key>.json`, its record: the code's SHA-256 and the results of its self-checks.
+Entries unused for long are removed when something new is recorded.
 
-Nothing is read from a folder that belongs to another user or that others may write, nor a file of which that is true:
-code from it would run with the user's rights, and its record is as easily forged as the code. A symbolic link counts
-as no file. All names are made from keys; a record names no file.
+Files and folders that belong to another user or are writable by others are never read: their code would run with the
+user's rights, and the record is as easily forged as the code. A symbolic link counts as missing. File names are
+derived from keys; a record contains no file name.
 """
 
 import contextlib
@@ -29,34 +29,34 @@ from attention.files import expanded, home, make_folder
 
 DAY_S: Final = 86400.0
 UNUSED_S: Final = 90 * DAY_S
-"""What was not used for so long is removed: kernels of another version, of another MLX, of a machine that is gone."""
+"""Entries unused for this long are removed: kernels of other versions, of other MLX versions, of former machines."""
 RETRY_S: Final = 600.0
-"""How long a process remembers a failure that could not be recorded: no room on the disk, say."""
+"""Seconds for which a process remembers a failure that could not be recorded, e.g. on a full disk."""
 MAX_RECORD_BYTES: Final = 1 << 20
 MAX_REASON_LENGTH: Final = 300
 OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 _unrecorded: dict[Path, tuple[float, str]] = {}
-"""Failures that could not be recorded, by the path of the record: when, and why."""
+"""Failures that could not be recorded, by path of the record: time and reason."""
 
 
 class Record(TypedDict, total=False):
-    """What is known of a key; a record with any other type in these places counts as damaged, and as empty."""
+    """The record of a key; a record with other types in these fields counts as damaged and is treated as empty."""
 
     sha256: str
-    """Of the code."""
+    """Hash of the code."""
     failure: str
-    """Why there is no code."""
+    """Reason why there is no code."""
     time: float
-    """Of the failure, in seconds since 1970."""
+    """Time of the failure, in seconds since 1970."""
     name: str
-    """What a report calls the kernel."""
+    """Name of the kernel for reports."""
     checked: dict[str, str]
-    """What checking the kernel came to, by machine."""
+    """Results of the kernel's self-checks, by machine."""
 
 
 def folder() -> Path:
-    """Where compiled kernels live: `$FATUI_CACHE_DIR`, `$XDG_CACHE_HOME/fatui` or `~/.cache/fatui`, then `kernels`."""
+    """Return the cache folder: `kernels` in `$FATUI_CACHE_DIR`, `$XDG_CACHE_HOME/fatui` or `~/.cache/fatui`."""
     own = os.environ.get("FATUI_CACHE_DIR")
     if own:
         return expanded(own) / "kernels"
@@ -65,10 +65,10 @@ def folder() -> Path:
 
 
 def ready_folder() -> Path:
-    """The folder, made if need be, open to its owner alone (0700).
+    """Return the folder, created with mode 0700 if missing.
 
     Raises:
-        KernelUnavailable: if it cannot be made or written, belongs to another user, or can be written by others.
+        KernelUnavailable: it cannot be created or written, belongs to another user, or is writable by others.
     """
     path = folder()
     try:
@@ -87,7 +87,7 @@ def ready_folder() -> Path:
 
 
 def _distrust(state: os.stat_result) -> str | None:
-    """Why a file or folder cannot be trusted, or None."""
+    """Return why a file or folder cannot be trusted, or None."""
     if state.st_uid != os.getuid():
         return "belongs to another user"
     if state.st_mode & OTHERS_WRITE:
@@ -97,10 +97,10 @@ def _distrust(state: os.stat_result) -> str | None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    """Opens a file of the folder to be read.
+    """Open a file of the folder for reading.
 
     Raises:
-        OSError: it is not there, or it, or its folder, cannot be trusted.
+        OSError: the file is missing, or it or its folder cannot be trusted.
     """
     problem = _distrust(path.parent.stat())
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -113,7 +113,7 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_record(key: str) -> Record:
-    """What is known of a key; empty if nothing is, or if the record is damaged or cannot be trusted."""
+    """Return the record of a key, empty if it is missing, damaged or untrusted."""
     path = folder() / f"{key}.json"
     record = _read_record(path)
     if record:
@@ -133,7 +133,7 @@ def _read_record(path: Path) -> Record:
 
 
 def records(prefix: str) -> Iterator[Record]:
-    """What is known of every key that begins so, for a report."""
+    """Yield the records of all keys with a prefix, for a report."""
     for path in sorted(folder().glob(f"{prefix}*.json")):
         record = _read_record(path)
         if record:
@@ -141,7 +141,7 @@ def records(prefix: str) -> Iterator[Record]:
 
 
 def write_record(key: str, record: Record) -> None:
-    """Remembers what is known of a key.
+    """Write the record of a key.
 
     Raises:
         KernelUnavailable: the folder cannot be used.
@@ -154,7 +154,7 @@ def write_record(key: str, record: Record) -> None:
 
 
 def write_failure(key: str, reason: str) -> None:
-    """Remembers why something could not be had: for a day, or in this process alone if that cannot be recorded."""
+    """Record a failure for a day, or only in this process if it cannot be written."""
     try:
         write_record(key, {"failure": reason, "time": time.time()})
     except (OSError, KernelUnavailable):
@@ -162,9 +162,9 @@ def write_failure(key: str, reason: str) -> None:
 
 
 def failure(key: str) -> str | None:
-    """Why something could not be had, in one line, if that is known.
+    """Return the recorded failure of a key in one line, or None.
 
-    It is known for a day: a full disk, or a compiler that was killed, may be so no longer.
+    A failure is remembered for a day: its cause, such as a full disk or a killed compiler, may be gone by then.
     """
     when, reason = _unrecorded.get(folder() / f"{key}.json", (0.0, ""))
     if reason and 0 <= time.time() - when < RETRY_S:
@@ -180,39 +180,39 @@ def _one_line(text: str) -> str:
 
 
 def mark_used(path: Path) -> None:
-    """Says that a file is still wanted: its time becomes now, to a day."""
+    """Mark a file as used: set its time to now, at most once a day."""
     with contextlib.suppress(OSError):
         if time.time() - path.lstat().st_mtime > DAY_S:
             os.utime(path, follow_symlinks=False)
 
 
 def _remove_unused() -> None:
-    """Removes files unused for long, and what a killed process left behind."""
+    """Remove files unused for long, and leftovers of killed processes."""
     for path in folder().iterdir():
         unfinished = path.name.startswith(".")
-        with contextlib.suppress(OSError):  # another process may be quicker
+        with contextlib.suppress(OSError):  # another process may have removed it
             state = path.lstat()
             if time.time() - state.st_mtime > (DAY_S if unfinished else UNUSED_S):
                 shutil.rmtree(path) if stat.S_ISDIR(state.st_mode) else path.unlink()
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file of the folder, in hexadecimal.
+    """Return the SHA-256 of a file of the folder, in hexadecimal.
 
     Raises:
-        OSError: it is not there, or cannot be trusted.
+        OSError: the file is missing or untrusted.
     """
     with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def library_path(key: str) -> Path:
-    """Where the compiled library of a key lies."""
+    """Return the path of a key's compiled library."""
     return folder() / f"{key}.so"
 
 
 def library(key: str) -> Path | None:
-    """The compiled library of a key, if it is still what was recorded and can be trusted."""
+    """Return the compiled library of a key, if it matches its record and can be trusted."""
     path = library_path(key)
     mark_used(path)
     try:
@@ -222,7 +222,7 @@ def library(key: str) -> Path | None:
 
 
 def read_code(key: str) -> bytes | None:
-    """The machine code of a key, if it is still what was recorded and can be trusted."""
+    """Return the machine code of a key, if it matches its record and can be trusted."""
     path = folder() / f"{key}.cubin"
     try:
         with _opened(path) as file:
@@ -234,17 +234,17 @@ def read_code(key: str) -> bytes | None:
 
 
 def write_code(key: str, code: bytes) -> None:
-    """Keeps machine code and its hash, if there is room; what was known of older code under this key is forgotten."""
-    with contextlib.suppress(OSError):  # it is used all the same, by this process
+    """Store machine code and its hash, if there is space; the record of older code under this key is replaced."""
+    with contextlib.suppress(OSError):  # this process uses it anyway
         _write(ready_folder() / f"{key}.cubin", code)
         write_record(key, {"sha256": hashlib.sha256(code).hexdigest()})
 
 
 def require_room(size: int) -> None:
-    """See to it that so many bytes can be written into the folder now.
+    """Check that `size` bytes can be written into the folder now.
 
     Raises:
-        OSError: they cannot.
+        OSError: there is not enough space.
     """
     if not hasattr(os, "posix_fallocate"):
         return
@@ -252,15 +252,15 @@ def require_room(size: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot tell
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system does not support preallocation
                 raise
 
 
 @contextlib.contextmanager
 def lock(key: str) -> Iterator[None]:
-    """One process at a time works on a key; the others wait here and then find its work done.
+    """Hold the lock of a key: one process at a time works on it, the others wait and then use the result.
 
-    The file's time becomes now, so that nobody removes it as unused while it is held.
+    The lock file's time is set to now, so that it is not removed as unused while it is held.
 
     Raises:
         KernelUnavailable: the folder cannot be used.
@@ -271,7 +271,7 @@ def lock(key: str) -> Iterator[None]:
 
 
 def is_locked(key: str) -> bool:
-    """Whether a process works on a key now."""
+    """Return whether a process holds the lock of a key."""
     with _lock_file(key) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -296,7 +296,7 @@ def _lock_file(key: str) -> Iterator[int]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    """Write a file atomically: a reader sees the old or the new contents, never a part."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,13 +1,13 @@
-"""What all kernels ask of the keywords of a call."""
+"""Validation of keywords common to all kernels."""
 
 import math
 
 
 def check_bounds(window: int | None, softcap: float | None) -> None:
-    """Checks the keywords that every kernel has.
+    """Validate the keywords that every kernel has.
 
     Raises:
-        ValueError: naming the keyword that does not fit.
+        ValueError: names the invalid keyword.
     """
     if window is not None and window < 1:
         raise ValueError(f"[flash_attention] window is at least 1; got {window}.")

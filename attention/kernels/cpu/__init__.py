@@ -1,6 +1,6 @@
-"""The fused CPU kernel: flash attention in C++, compiled at first use for the very machine, a true MLX primitive.
+"""FlashAttention for CPUs in C++, an MLX primitive compiled on first use for this machine's instruction set.
 
-Importing this costs nothing: MLX, nanobind and the compiler come in only when something is called.
+Importing this package imports neither MLX nor nanobind; the first call does.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ _module: Any = None
 
 
 def availability() -> tuple[bool, str]:
-    """Whether the kernel can be used on this machine, and why (not), in one line; milliseconds, compiles nothing."""
+    """Return whether the kernel can be used on this machine, and the reason in one line; fast, compiles nothing."""
     from attention.kernels.cpu import library
 
     return library.availability()
 
 
 def is_compiled() -> bool:
-    """Whether a library compiled for this machine and this MLX lies ready, so that `load` takes milliseconds."""
+    """Return whether a library compiled for this machine and MLX is cached, so that `load` takes milliseconds."""
     from attention.kernels.cpu import library
 
     return library.is_compiled()
 
 
 def is_loaded() -> bool:
-    """Whether the kernel is in this process already."""
+    """Return whether the kernel is loaded in this process."""
     return _module is not None
 
 
 def fma_peak() -> float:
-    """FLOP/s of float32 multiply-adds in registers on all threads, measured now.
+    """Measure the FLOP/s of float32 multiply-adds in registers on all threads.
 
     Raises:
-        KernelUnavailable: if the kernel cannot run on this machine.
+        KernelUnavailable: the kernel cannot run on this machine.
     """
     if _module is None:
         load()
@@ -63,20 +63,20 @@ def fma_peak() -> float:
 
 
 def variant() -> str:
-    """Which text this processor gets: "amx", "avx512_bf16", "avx512", "avx2", "neon" or "plain"."""
+    """Return the source variant for this processor: "amx", "avx512_bf16", "avx512", "avx2", "neon" or "plain"."""
     from attention.kernels.cpu import toolchain
 
     return toolchain.variant()
 
 
 def load(on_message: Callable[[str], None] | None = None) -> None:
-    """Make the kernel ready: compile it if need be, check its recorded hash, load it, try it once.
+    """Load the kernel: compile it if necessary, verify its recorded hash, import it, run its self-check.
 
     Args:
-        on_message: gets a line before a compilation begins, and one when it has ended.
+        on_message: called with a line before a compilation and one after it.
 
     Raises:
-        KernelUnavailable: with the reason.
+        KernelUnavailable: the kernel cannot be compiled, loaded or trusted; the message is the reason.
     """
     from attention.kernels.cpu import library
 
@@ -102,26 +102,26 @@ def flash_attention(
     softcap: float | None = None,
     items: int = 0,
 ) -> mx.array:
-    """softmax(softcap * tanh(q k' * scale / softcap) + mask) v, without the score matrix (Dao et al., 2022).
+    """Compute softmax(softcap * tanh(q k' * scale / softcap) + mask) v without the score matrix (Dao et al., 2022).
 
     Args:
         q: queries (B, H, Lq, D), D from 1 to 512, any strides; float32, float16 or bfloat16, as k and v.
         k: keys (B, Hkv, Lk, D), H a multiple of Hkv.
         v: values (B, Hkv, Lk, Dv), Dv from 1 to 512.
-        scale: what the dot products are multiplied by, usually D ** -0.5.
-        causal: query i sees keys up to i + Lk - Lq (lower-right aligned).
-        window: a query sees the last `window` of those keys only; implies causal.
-        mask: boolean (true = attend) or additive, broadcast to (B, H, Lq, Lk); may go with causal and window.
+        scale: factor of the dot products, usually D ** -0.5.
+        causal: query i attends to keys up to i + Lk - Lq (lower-right aligned).
+        window: a query attends to the last `window` of those keys only; implies causal.
+        mask: boolean (true = attend) or additive, broadcast to (B, H, Lq, Lk); may be combined with causal and window.
         softcap: bound of the scores, applied before the mask.
-        items: pieces of work that a call is cut into at least, where it can be: few are taller, and read keys and
-            values less often; many keep more threads at work. 0 lets the kernel choose, from the shape alone.
+        items: minimum number of work items that a call is split into if possible: few items are taller and read keys
+            and values less often, many occupy more threads. 0 chooses by the shape.
 
     Returns:
-        (B, H, Lq, Dv) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k and v.
+        (B, H, Lq, Dv) in the dtype of q; fully masked rows are 0. It is differentiable in q, k and v.
 
     Raises:
-        ValueError: for shapes, types or values that do not fit.
-        KernelUnavailable: if the kernel cannot run on this machine.
+        ValueError: shapes, dtypes or values are invalid.
+        KernelUnavailable: the kernel cannot run on this machine.
         ForkedError: attention was computed before this process was forked.
     """
     forking.check()
@@ -144,15 +144,15 @@ def flash_attention_with_logsumexp(
     mask: mx.array | None = None,
     softcap: float | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """`flash_attention`, and the natural logarithm of each row's sum of exponentials.
+    """Compute `flash_attention` and the natural logarithm of each row's sum of exponentials.
 
     Returns:
-        The output (B, H, Lq, Dv), and the logsumexp (B, H, Lq) in float32, -inf for a row with nothing to attend to.
-        Gradients flow through both.
+        The output (B, H, Lq, Dv), and the logsumexp (B, H, Lq) in float32, -inf for a fully masked row. Both are
+        differentiable.
 
     Raises:
-        ValueError: for shapes, types or values that do not fit.
-        KernelUnavailable: if the kernel cannot run on this machine.
+        ValueError: shapes, dtypes or values are invalid.
+        KernelUnavailable: the kernel cannot run on this machine.
         ForkedError: attention was computed before this process was forked.
     """
     forking.check()
@@ -173,17 +173,17 @@ def workspace_bytes(
     dtype: mx.Dtype,
     training: bool = False,
 ) -> int:
-    """Bytes that a call allocates above its inputs and outputs, all threads together.
+    """Return the bytes that a call allocates beyond inputs and outputs, all threads together.
 
     Args:
         q_shape: (B, H, Lq, D).
         k_shape: (B, Hkv, Lk, D).
         v_shape: (B, Hkv, Lk, Dv).
         dtype: of all three.
-        training: the greater of forward and backward; the 12 bytes that it keeps of each row are outputs, not counted.
+        training: the maximum of forward and backward; the 12 bytes kept per row are outputs and not counted.
 
     Raises:
-        KernelUnavailable: if the kernel cannot run on this machine.
+        KernelUnavailable: the kernel cannot run on this machine.
     """
     import mlx.core
 

@@ -1,4 +1,4 @@
-"""Compiling the kernel for the very machine: each text once, in parallel, then one link."""
+"""Compilation of the kernel for this machine: each source once, in parallel, then one link."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ MODULE = "fatui_cpu_kernel"
 KERNEL = ("forward", "forward_bfloat16", "backward", "backward_bfloat16", "scores", "pool", "measure")
 BINDING = ("primitive", "operation", "module")
 ROOM_BYTES = 16 << 20
-"""What compiling writes at the most: assembly of two texts at a time, objects and the library."""
+"""Maximum bytes written by a compilation: assembly of two sources at a time, objects and the library."""
 _HASH_LENGTH = 24
 """Hexadecimal digits of an object's hash."""
 
@@ -30,12 +30,12 @@ _SHARED_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden")
 
 
 def extra_flags() -> tuple[str, ...]:
-    """`$FATUI_KERNEL_CXXFLAGS`: added to every compilation and to the link (the sanitizers' build uses it)."""
+    """Return `$FATUI_KERNEL_CXXFLAGS`, added to every compilation and the link (used by the sanitizer build)."""
     return tuple(shlex.split(os.environ.get("FATUI_KERNEL_CXXFLAGS", "")))
 
 
 def kernel_flags() -> tuple[str, ...]:
-    """How the kernel's own texts are compiled, whatever the processor."""
+    """Return the compiler flags of the kernel's sources, independent of the processor."""
     return _KERNEL_FLAGS
 
 
@@ -72,20 +72,20 @@ def _texts() -> list[Path]:
 
 
 def file_mark(path: Path) -> str:
-    """A file's place, size and time: it changes when the file does."""
+    """Return a file's path, size and time, which change with the file."""
     state = path.stat()
     return f"{path}:{state.st_size}:{state.st_mtime_ns}"
 
 
 def _ground(tools: Toolchain) -> bytes:
-    """What everything compiled depends on besides its text and command: compiler, MLX, nanobind, Python, processor."""
+    """Return what all objects depend on besides source and command: compiler, MLX, nanobind, Python, processor."""
     files = [Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h"]
     marks = [*map(file_mark, files), str(sys.implementation.cache_tag), toolchain.cpu_mark()]
     return "\0".join(marks).encode()
 
 
 def key(tools: Toolchain) -> str:
-    """What a compiled library depends on: source, compiler, flags, MLX, nanobind, Python and processor."""
+    """Return the key of a library: a digest of source, compiler, flags, MLX, nanobind, Python and processor."""
     sha = hashlib.sha256()
     for path in _texts():
         sha.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -96,10 +96,10 @@ def key(tools: Toolchain) -> str:
 
 
 def run(command: tuple[str, ...]) -> None:
-    """Runs a compiler.
+    """Run a compiler.
 
     Raises:
-        KernelUnavailable: with its first error.
+        KernelUnavailable: the compilation failed; the message is its first error.
     """
     environment = {**os.environ, "TMPDIR": str(cache.folder())}
     try:
@@ -113,7 +113,7 @@ def run(command: tuple[str, ...]) -> None:
 
 
 def _object_name(command: tuple[str, ...], text: Path, tools: Toolchain) -> str:
-    """Objects are kept by what they depend on, so that a changed kernel does not recompile the slow binding."""
+    """Return an object's cache name, made of its dependencies: a changed kernel does not recompile the binding."""
     sha = hashlib.sha256("\0".join((*command, str(text))).encode())
     sha.update(_ground(tools))
     own = text.parent == SOURCES
@@ -123,7 +123,7 @@ def _object_name(command: tuple[str, ...], text: Path, tools: Toolchain) -> str:
 
 
 def _kept_object(name: str) -> Path | None:
-    """The object of that name, if it is unharmed: the end of the file's name is the hash of what it holds."""
+    """Return the cached object of that name if it is intact: the end of the file name is the hash of its contents."""
     for path in cache.folder().glob(f"{name}-*.o"):
         with contextlib.suppress(OSError):
             if path.stem == f"{name}-{cache.digest(path)[:_HASH_LENGTH]}":
@@ -154,11 +154,11 @@ def _jobs(tools: Toolchain) -> list[tuple[tuple[str, ...], Path]]:
 
 
 def compile_library(tools: Toolchain, key: str) -> Path:
-    """Compile and link into the cache folder; returns the library of that key.
+    """Compile and link into the cache folder; return the path of the library of that key.
 
     Raises:
-        KernelUnavailable: with the compiler's first error.
-        OSError: there is no room for it, which is found out before anything is compiled.
+        KernelUnavailable: the compilation failed; the message is the compiler's first error.
+        OSError: there is not enough disk space, checked before anything is compiled.
     """
     toolchain.check_abi(tools)
     cache.require_room(ROOM_BYTES)

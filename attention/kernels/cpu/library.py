@@ -1,4 +1,4 @@
-"""The compiled kernel in this process: found or compiled, checked, loaded, tried once."""
+"""Loading of the compiled kernel: look up or compile, verify, import, self-check."""
 
 import importlib.machinery
 import importlib.util
@@ -17,7 +17,7 @@ _loading = threading.Lock()
 
 
 def availability() -> tuple[bool, str]:
-    """Whether the kernel can be used here, and in one line why (not); compiles nothing, imports nothing heavy."""
+    """Return whether the kernel can be used, and the reason in one line; compiles nothing, imports nothing heavy."""
     if _loaded is not None:
         return True, f"loaded ({toolchain.variant()})"
     try:
@@ -33,7 +33,7 @@ def availability() -> tuple[bool, str]:
 
 
 def is_compiled() -> bool:
-    """Whether a library for this machine, and this MLX, lies ready in the cache folder."""
+    """Return whether the cache folder has a library for this machine and MLX."""
     if _loaded is not None:
         return True
     try:
@@ -62,13 +62,13 @@ def _import(path: Path) -> ModuleType:
 
 
 def _kept(key: str) -> ModuleType | None:
-    """The library that was kept, if it is unharmed and loads."""
+    """Return the cached library if it is intact and loads."""
     path = cache.library(key)
     if path is None:
         return None
     try:
         return _import(path)
-    except KernelUnavailable:  # the system's own libraries have changed, perhaps: it is linked anew
+    except KernelUnavailable:  # perhaps a system library has changed: link again
         return None
 
 
@@ -114,15 +114,14 @@ def _load(on_message: Callable[[str], None]) -> ModuleType:
 
 
 def load(on_message: Callable[[str], None] | None = None) -> ModuleType:
-    """The kernel's module, compiled if this machine has none yet.
+    """Return the kernel's module, compiling it if there is none for this machine.
 
     Args:
-        on_message: gets a line before a compilation begins, and one when it has ended: how long it took, and whether
-            the library was kept.
+        on_message: called with a line before a compilation and one after it: how long it took, and whether the
+            library was cached.
 
     Raises:
-        KernelUnavailable: with the reason; a failure to compile or to agree with the reference is remembered
-            for a day.
+        KernelUnavailable: the message is the reason; a failed compilation or self-check is remembered for a day.
     """
     global _loaded  # noqa: PLW0603  one library a process
     if _loaded is None:

@@ -1,4 +1,4 @@
-"""The CPU kernel as a path of the engine: what it takes, what it needs, and the call."""
+"""The CPU kernel as a path of the engine: route, build and call."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     Attend = Callable[..., mx.array]
 
 WIDEST: Final = 512
-"""Head dims beyond this are not taken."""
+"""Maximum supported head dim."""
 THREAD_BYTES: Final = 4 * 2**20
-"""What a thread's tiles take at the most; said in place of the exact figure until the kernel is compiled."""
+"""Upper bound of a thread's tiles in bytes; used instead of the exact figure until the kernel is compiled."""
 ROW_BYTES: Final = 12
-"""What training keeps of a row besides the output: logsumexp, reference and sum."""
+"""Bytes kept per row for the backward pass besides the output: logsumexp, maximum and sum."""
 TALLEST, ITEMS = 256, 64
-"""Most rows of an item, and items that the kernel wants of a call, as schedule.hpp has them."""
+"""Maximum rows per work item, and desired number of items per call; as in schedule.hpp."""
 VARIANTS: Final = ("tall",)
 
 
 def route(workload: Workload, needs: Needs) -> Route:
-    """The kernel's path, or a route that is not supported, with the reason; compiles nothing."""
+    """Return the kernel's route, or an unsupported one with the reason; compiles nothing."""
     width = max(workload.head_dim, workload.value_dim)
     if width > WIDEST:
         return unsupported(f"the CPU kernel takes head dims to {WIDEST}, not {width}")
@@ -50,24 +50,24 @@ def route(workload: Workload, needs: Needs) -> Route:
 
 
 def is_built() -> bool:
-    """Whether a call would not have to compile first."""
+    """Return whether a call can run without compiling first."""
     return cpu.is_compiled()
 
 
 def build(tell: Callable[[str], None]) -> None:
-    """Compiles and checks the kernel if this machine has none yet.
+    """Compile and self-check the kernel if there is none for this machine.
 
     Raises:
-        KernelUnavailable: with the reason; routes say it from then on.
+        KernelUnavailable: the reason, which routes report from then on.
     """
     cpu.load(tell)
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
-    """Attends; shapes as in the implementations' protocol.
+    """Compute attention; shapes as in `Implementation.__call__`.
 
     Raises:
-        KernelUnavailable: it could not be compiled, loaded, or does not agree with the reference.
+        KernelUnavailable: the kernel cannot be compiled or loaded, or failed its self-check.
     """
     return cpu.flash_attention(
         q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap
@@ -75,9 +75,9 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
 
 
 def variants(workload: Workload) -> dict[str, Attend]:
-    """Items of 256 rows, "tall", where the kernel would take fewer to have work for many threads.
+    """Return the "tall" variant, with items of 256 rows, if the kernel's default uses fewer rows for more parallelism.
 
-    They read keys and values less often; bfloat16, which has fewer of them to read, gains nothing by it.
+    Tall items read keys and values less often; bfloat16, with fewer bytes to read, gains nothing.
     """
     few = workload.batch * workload.heads * (workload.seq // TALLEST) < ITEMS
     return {"tall": _tall} if few and workload.seq >= TALLEST and workload.dtype != "bfloat16" else {}
@@ -90,7 +90,7 @@ def _tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, so
 
 
 def _predicted(workload: Workload) -> int:
-    """Outputs, what training keeps of each row, and the tiles."""
+    """Return the bytes of outputs, of rows' statistics in training, and of the tiles."""
     training = workload.pass_ == "training"
     rows = workload.batch * workload.heads * workload.seq
     return workload.output_bytes + (ROW_BYTES * rows if training else 0) + _tiles(workload, training)

@@ -1,4 +1,4 @@
-"""The check on first use: small inputs, forward and gradients, against plain attention in MLX's operations."""
+"""The self-check on first use: small inputs, forward and gradients, against unfused attention in MLX operations."""
 
 from types import ModuleType
 
@@ -19,7 +19,7 @@ def _plain(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 
 
 def _disagreement(module: ModuleType, dtype: mx.Dtype) -> float:
-    """The largest difference over output and gradients of a causal call with shared K/V heads and odd lengths."""
+    """Return the largest difference in output and gradients of a causal call with shared K/V heads and odd lengths."""
     keys = mx.random.split(mx.random.key(7), 4)
     shapes = [(1, 4, 37, 24), (1, 2, 83, 24), (1, 2, 83, 20), (1, 4, 37, 20)]
     q, k, v, cotangent = (mx.random.normal(s, key=key).astype(dtype) for s, key in zip(shapes, keys, strict=True))
@@ -36,14 +36,14 @@ def _disagreement(module: ModuleType, dtype: mx.Dtype) -> float:
     out, gradients = mx.vjp(theirs, wide[:3], [wide[3]])
     pairs = zip([*got_out, *got_gradients], [*out, *gradients], strict=True)
     worst = mx.max(mx.stack([mx.max(mx.abs(a.astype(mx.float32) - b)) for a, b in pairs]))
-    return float(worst)  # NaN, if there is one: it compares as no agreement
+    return float(worst)  # NaN fails every comparison
 
 
 def run(module: ModuleType) -> None:
-    """Try the freshly compiled kernel in all three types.
+    """Check a compiled kernel in all three dtypes.
 
     Raises:
-        KernelUnavailable: if any result is further from plain attention than rounding explains.
+        KernelUnavailable: a result differs from unfused attention by more than rounding.
     """
     with mx.stream(mx.cpu):
         for dtype, tolerance in _TOLERANCE.items():

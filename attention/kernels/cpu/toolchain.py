@@ -1,4 +1,4 @@
-"""What compiling the kernel needs, and whether this machine has it: compiler, headers, one ABI, processor."""
+"""The toolchain for compiling the kernel: compiler, headers, a matching ABI, processor."""
 
 import functools
 import importlib.util
@@ -21,7 +21,7 @@ _MODEL = ("model name", "cpu family", "model", "stepping", "CPU implementer", "C
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Where everything is that the compilation reads."""
+    """Paths of everything that a compilation reads."""
 
     compiler: tuple[str, ...]
     python_include: Path
@@ -54,7 +54,7 @@ def find() -> Toolchain:
     """Find compiler, headers and packages.
 
     Raises:
-        KernelUnavailable: naming the first thing that is missing.
+        KernelUnavailable: names the first missing one.
     """
     if sys.platform not in ("linux", "darwin"):
         raise KernelUnavailable(f"the kernel is built on Linux and macOS only, not on {sys.platform}")
@@ -73,20 +73,20 @@ def find() -> Toolchain:
 
 
 def _abi_tag(module: Path) -> str:
-    """Nanobind's mark in a compiled module: platform, C++ library and the number of its internals."""
+    """Return nanobind's ABI tag of a compiled module: platform, C++ library and the version of its internals."""
     found = re.search(rb"nanobind_[a-z0-9_]+_v[0-9]+[a-z0-9_]*", module.read_bytes())
     return found[0].decode() if found else "unknown"
 
 
 def check_abi(tools: Toolchain, module: Path | None = None) -> None:
-    """Compare nanobind's ABI with the one that MLX was built with: types are shared only if they agree.
+    """Compare nanobind's ABI with that of MLX's build: types are shared only if they agree.
 
     Args:
-        tools: where nanobind and MLX are.
-        module: a module already built, whose whole mark must be MLX's; without one only the numbers are compared.
+        tools: paths of nanobind and MLX.
+        module: a compiled module, whose whole tag must equal MLX's; without it only the versions are compared.
 
     Raises:
-        KernelUnavailable: with both, if they differ.
+        KernelUnavailable: they differ; the message has both.
     """
     theirs = _abi_tag(tools.mlx_module)
     if module is not None:
@@ -102,7 +102,7 @@ def check_abi(tools: Toolchain, module: Path | None = None) -> None:
 
 @functools.cache
 def _first_processor() -> dict[str, str]:
-    """What Linux says of the first processor; empty on other systems."""
+    """Return the first processor's entry of /proc/cpuinfo; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -112,7 +112,7 @@ def _first_processor() -> dict[str, str]:
 
 
 def cpu_features() -> frozenset[str]:
-    """The processor's instruction sets, in Linux's names; of an ARM processor just `neon`."""
+    """Return the processor's instruction sets by Linux's names; on ARM just `neon`."""
     if platform.machine() in ("arm64", "aarch64"):
         return frozenset({"neon"})
     return frozenset(_first_processor().get("flags", "").split())
@@ -120,19 +120,19 @@ def cpu_features() -> frozenset[str]:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's model, down to what its maker revises."""
+    """Return the processor's model, down to the stepping."""
     fields = _first_processor()
     return " ".join(fields[name] for name in _MODEL if name in fields) or processor_name()
 
 
 def cpu_mark() -> str:
-    """What code for this machine depends on: model, and instruction sets, of which a virtual machine may hide some."""
+    """Return what machine code depends on: the model, and the instruction sets (a virtual machine may hide some)."""
     fields = _first_processor()
     return f"{cpu_name()} {fields.get('flags') or fields.get('Features', '')}"
 
 
 def variant() -> str:
-    """Which of the kernel's texts this processor gets: amx, avx512_bf16, avx512, avx2, neon or plain."""
+    """Return the source variant for this processor: amx, avx512_bf16, avx512, avx2, neon or plain."""
     features = cpu_features()
     for name, needed in (
         ("amx", {"amx_bf16", "avx512_bf16"}),

@@ -1,4 +1,4 @@
-"""The CPU kernel against torch's and MLX's attention and against the machine, and what was asked of it.
+"""Benchmark of the CPU kernel against torch's and MLX's attention, the machine's peak, and its performance targets.
 
-`python -m attention.kernels.cpu.benchmark` measures everything in one run and says of each figure whether it holds.
+`python -m attention.kernels.cpu.benchmark` measures everything in one run and prints whether each target holds.
 """

@@ -1,4 +1,4 @@
-"""Measures everything and prints it; `--json` prints the figures for machines."""
+"""Measure everything and print it; `--json` prints the results as JSON."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from attention.kernels.cpu.benchmark.runs import threads
 from attention.kernels.cpu.benchmark.shapes import DECODE, SHAPES, TYPES
 
 BUSY: Final = 0.5
-"""Programs that ran besides this one, on average, above which the table says so."""
+"""Load average above which the table warns of other programs."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -52,7 +52,7 @@ def _table(found: list[Claim]) -> str:
 
 
 def _measure(arguments: argparse.Namespace, report: Report) -> None:
-    """Fills the report; each row is told on stderr as it comes."""
+    """Fill the report; each row is printed to stderr as it is measured."""
     for dtype in arguments.types:
         for backward in (False, True):
             for shape in SHAPES:
@@ -68,7 +68,7 @@ def _measure(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def main() -> None:
-    """Measure, and print the table of what was asked."""
+    """Measure, and print the table of targets."""
     arguments = _arguments()
     mx.set_default_device(mx.cpu)
     cpu.load(lambda message: print(message, file=sys.stderr))

@@ -1,4 +1,4 @@
-"""What was asked of the kernel, what was measured, and whether it holds on this machine."""
+"""Performance targets of the kernel: target, measured value, and whether it holds on this machine."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from attention.kernels.cpu.benchmark.shapes import LONG, SHAPES
 
 @dataclass
 class Report:
-    """Everything that one run measured."""
+    """All measurements of one run."""
 
     cpu: str
     variant: str
     threads: int
-    load: float  # programs that ran before it began, on average over a minute
+    load: float  # one-minute load average before it began
     rows: list[Row] = field(default_factory=list)
     decode: list[DecodeRow] = field(default_factory=list)
     tiny: TinyCall | None = None
@@ -26,7 +26,7 @@ class Report:
 
 @dataclass
 class Claim:
-    """One line of the table; `holds` is None where this machine cannot tell."""
+    """One line of the table; `holds` is None if it cannot be decided on this machine."""
 
     what: str
     target: str
@@ -40,7 +40,7 @@ def _ratios(report: Report, peer: str, dtype: str, backward: bool = False) -> li
 
 
 def _mean(what: str, ratios: list[float], target: float) -> list[Claim]:
-    if not ratios:  # no torch here, or the type was not measured
+    if not ratios:  # torch is missing, or the dtype was not measured
         return []
     found = statistics.geometric_mean(ratios)
     return [Claim(f"{what}, geometric mean", f">= {target:g}x", f"{found:.2f}x", found >= target)]
@@ -58,7 +58,7 @@ def _speedups(report: Report) -> list[Claim]:
     claims += _least("float32 forward against torch", forward, 1.15)
     for claim in _mean("bfloat16 forward against torch", _ratios(report, "torch", "bfloat16"), 2.0):
         if report.variant not in ("amx", "avx512_bf16"):
-            claim.holds = None  # asked of processors with AVX-512 BF16
+            claim.holds = None  # a target for processors with AVX-512 BF16 only
         claims.append(claim)
     for dtype in ("float32", "bfloat16"):
         claims += _mean(f"{dtype} forward and backward against torch", _ratios(report, "torch", dtype, True), 1.3)
@@ -101,5 +101,5 @@ def _costs(report: Report) -> list[Claim]:
 
 
 def claims(report: Report) -> list[Claim]:
-    """Every figure that was asked for, as far as the run measured it."""
+    """Return every target that the run measured."""
     return _speedups(report) + _shares(report) + _costs(report)

@@ -1,4 +1,4 @@
-"""What a call costs apart from its arithmetic: the tiny call, the first use, a later start, memory."""
+"""Costs of a call apart from its arithmetic: a tiny call, the first use, a later start, memory."""
 
 import os
 import statistics
@@ -18,7 +18,7 @@ from attention.statistics import noise_floor
 
 @dataclass
 class TinyCall:
-    """Microseconds, medians; our cost over mx.add's, and by how much mx.add may differ from itself."""
+    """Median microseconds; the kernel's cost over mx.add's, and the noise of mx.add against itself."""
 
     ours_us: float
     add_us: float
@@ -27,7 +27,7 @@ class TinyCall:
 
 
 def tiny_call(rounds: int = 40, calls: int = 200) -> TinyCall:
-    """One evaluated call on a 1/1/4/8 input, one evaluated mx.add, and the same again, in turns."""
+    """Time one evaluated call on a 1/1/4/8 input and one evaluated mx.add, alternating."""
     x = mx.zeros((1, 1, 4, 8))
     mx.eval(x)
     runs: dict[str, Run] = {
@@ -58,7 +58,7 @@ _START = (
 
 
 def start_times() -> tuple[float, float]:
-    """Seconds until the kernel is ready: the first time (compiling, in an empty folder), and in a later process."""
+    """Return the seconds until the kernel is loaded: first time (compiling), and a later process."""
     with tempfile.TemporaryDirectory() as room:
         environment = {**os.environ, "FATUI_CACHE_DIR": room}
         command = [sys.executable, "-c", _START]
@@ -68,7 +68,7 @@ def start_times() -> tuple[float, float]:
 
 
 def memory_per_thread() -> float:
-    """The most bytes a thread that any default shape takes above its inputs and outputs, in any type, training too."""
+    """Return the maximum bytes per thread above inputs and outputs, over all default shapes, dtypes and passes."""
     sizes = [
         cpu.workspace_bytes(shape.query_shape, shape.key_shape, shape.key_shape, dtype=dtype, training=training)
         for shape in (*SHAPES, DECODE)

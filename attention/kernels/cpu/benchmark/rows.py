@@ -1,4 +1,4 @@
-"""One row a shape: seconds of each implementation, ratios formed within the rounds, and the share of the machine."""
+"""One row per shape: seconds of each implementation, ratios within rounds, and the share of the machine's peak."""
 
 import statistics
 from collections.abc import Callable
@@ -16,7 +16,7 @@ PASSES_OF_DECODE = 4
 
 @dataclass
 class Row:
-    """Medians: seconds a call of each implementation, how many times ours each takes, and our share of the peak."""
+    """Medians: seconds per call of each implementation, their ratio to the kernel's, and the kernel's share of peak."""
 
     shape: str
     dtype: str
@@ -30,7 +30,7 @@ class Row:
 
 @dataclass
 class DecodeRow:
-    """Bytes/s of K and V while decoding and of a plain loop that reads the same arrays; torch's time over ours."""
+    """Bytes/s of K and V in decoding and in a plain loop that reads the same arrays; torch's time over the kernel's."""
 
     dtype: str
     bytes_per_s: float
@@ -44,7 +44,7 @@ def _ratio(theirs: list[float], mine: list[float]) -> float:
 
 
 def measure(shape: Shape, dtype: str, backward: bool, rounds: int, seconds: float = 0.03) -> Row:
-    """One shape in interleaved rounds, the machine's float32 peak measured in each; a sample lasts about `seconds`."""
+    """Measure one shape in interleaved rounds, each with the machine's float32 peak; samples of about `seconds`."""
     run, torch_run = ours(shape, dtype, backward), torchs(shape, dtype, backward)
     runs = {"ours": run} if torch_run is None else {"ours": run, "torch": torch_run}
     calls = calls_for(run, seconds)
@@ -67,7 +67,7 @@ def measure(shape: Shape, dtype: str, backward: bool, rounds: int, seconds: floa
 
 
 def _against_mlx(row: Row, shape: Shape, run: Run, calls: int, seconds: float) -> None:
-    """MLX's own attention takes tens of times longer: few rounds, and of a long call two."""
+    """Measure against MLX's own attention, which is tens of times slower: few rounds, two for a long call."""
     mlx = ours(shape, row.dtype, fused=False)
     mlx_calls = calls_for(mlx, seconds)
     rounds = 2 if mlx_calls == 1 else 5
@@ -77,7 +77,7 @@ def _against_mlx(row: Row, shape: Shape, run: Run, calls: int, seconds: float) -
 
 
 def decode(dtype: str, rounds: int) -> DecodeRow:
-    """Decoding beside a plain loop that reads the same K and V, in turns."""
+    """Measure decoding, alternating with a plain loop that reads the same K and V."""
     q, k, v, _ = (mx.array(x).astype(TYPES[dtype]) for x in DECODE.numbers())
     mx.eval(q, k, v)
     runs: dict[str, Run] = {"ours": lambda: cpu.flash_attention(q, k, v, scale=DECODE.head_dim**-0.5)}
@@ -103,6 +103,6 @@ def decode(dtype: str, rounds: int) -> DecodeRow:
 
 
 def _plain_loop(k: mx.array, v: mx.array) -> Callable[[], float]:
-    """Reads both arrays once, on all threads; bytes/s."""
+    """Return a function that reads both arrays once on all threads and returns bytes/s."""
     module = library.load()
     return lambda: float(module.read_bandwidth(k, v))

@@ -1,4 +1,4 @@
-"""Calls of each implementation, and timing them in turns."""
+"""Calls of each implementation, and alternating timing."""
 
 import os
 import time
@@ -14,11 +14,11 @@ from attention.kernels.cpu.benchmark.shapes import TYPES, Shape
 Run = Callable[[], object]
 
 SETTLE_S: Final = 0.012
-"""For 7 ms after a call torch's threads look for more work: whoever came next would have half a processor less."""
+"""Torch's threads spin for 7 ms after a call, which would take half a processor from the next sample."""
 
 
 def ours(shape: Shape, dtype: str, backward: bool = False, fused: bool = True) -> Run:
-    """Our kernel's call; with `fused` false that of MLX's own attention."""
+    """Return a call of the CPU kernel, or of MLX's own attention if `fused` is false."""
     q, k, v, cotangent = (mx.array(x).astype(TYPES[dtype]) for x in shape.numbers())
     mx.eval(q, k, v, cotangent)
     scale = shape.head_dim**-0.5
@@ -35,7 +35,7 @@ def ours(shape: Shape, dtype: str, backward: bool = False, fused: bool = True) -
 
 
 def torchs(shape: Shape, dtype: str, backward: bool = False) -> Run | None:
-    """Torch's call on as many threads, or None where there is no torch."""
+    """Return torch's call on as many threads, or None without torch."""
     try:
         import torch
     except ImportError:
@@ -51,12 +51,12 @@ def torchs(shape: Shape, dtype: str, backward: bool = False) -> Run | None:
 
 
 def threads() -> int:
-    """Threads that the kernel uses."""
+    """Return the number of threads that the kernel uses."""
     return int(os.environ.get("FATUI_THREADS") or usable_cores())
 
 
 def sample(run: Run, calls: int) -> float:
-    """Seconds a call, of several independent ones that MLX evaluates together."""
+    """Return seconds per call, of several independent calls evaluated together."""
     start = time.perf_counter()
     outputs = [run() for _ in range(calls)]
     first = outputs[0][0] if isinstance(outputs[0], list) else outputs[0]
@@ -66,7 +66,7 @@ def sample(run: Run, calls: int) -> float:
 
 
 def settled_sample(run: Run, calls: int, lead_in: bool = True) -> float:
-    """A sample after other libraries' threads have gone to sleep, and after one call of its own."""
+    """Take a sample after other libraries' threads have gone to sleep, and after an untimed call."""
     time.sleep(SETTLE_S)
     if lead_in:
         sample(run, 1)
@@ -74,18 +74,18 @@ def settled_sample(run: Run, calls: int, lead_in: bool = True) -> float:
 
 
 def calls_for(run: Run, seconds: float) -> int:
-    """So many calls that a sample lasts about so long; one if a call does."""
+    """Return the number of calls for a sample of about `seconds`; at least one."""
     once = sample(run, 1)
     return 1 if once > 4 * seconds else max(1, min(200, round(seconds / max(1e-6, sample(run, 2)))))
 
 
 def in_turn(names: Iterable[str], number: int) -> list[str]:
-    """The names in the order of one round: each round begins with the next of them."""
+    """Return the names in the order of one round: each round begins with the next one."""
     order = list(names)
     first = number % len(order)
     return order[first:] + order[:first]
 
 
 def one_round(runs: dict[str, Run], calls: int, number: int) -> dict[str, float]:
-    """Seconds a call of each, in the order of the round."""
+    """Return seconds per call of each, measured in the order of the round."""
     return {name: settled_sample(runs[name], calls) for name in in_turn(runs, number)}

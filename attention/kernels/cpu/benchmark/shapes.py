@@ -1,4 +1,4 @@
-"""What is measured: the default shapes, and their inputs."""
+"""The default shapes and their inputs."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,13 +23,13 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """As the table shows it."""
+        """Name for the table."""
         if self.keys:
             return f"{self.batch}/{self.heads}({self.kv_heads})/1x{self.keys}/{self.head_dim}"
         return f"{self.batch}/{self.heads}/{self.queries}/{self.head_dim}" + (" causal" if self.causal else "")
 
     def flops(self, backward: bool) -> float:
-        """4 B H P D, P the pairs that the mask leaves; 3.5 times that with the backward pass."""
+        """Return 4 B H P D with P the unmasked pairs; 3.5 times that with the backward pass."""
         keys = self.keys or self.queries
         pairs = self.queries * (self.queries + 1) // 2 if self.causal else self.queries * keys
         return 4.0 * self.batch * self.heads * pairs * self.head_dim * (3.5 if backward else 1.0)
@@ -41,11 +41,11 @@ class Shape:
 
     @property
     def key_shape(self) -> tuple[int, int, int, int]:
-        """(B, Hkv, Lk, D), of the values too."""
+        """(B, Hkv, Lk, D), also the shape of the values."""
         return (self.batch, self.kv_heads or self.heads, self.keys or self.queries, self.head_dim)
 
     def numbers(self) -> list[np.ndarray[Any, Any]]:
-        """Random q, k, v and a gradient of the output, in float32."""
+        """Return random q, k, v and an output gradient, in float32."""
         random = np.random.default_rng(0)
         shapes = (self.query_shape, self.key_shape, self.key_shape, self.query_shape)
         return [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
@@ -63,4 +63,4 @@ SHAPES: Final = (
 )
 DECODE: Final = Shape(1, 32, 1, 128, kv_heads=8, keys=8192)
 LONG: Final = 2048
-"""From this length on the share of the machine's peak counts."""
+"""Minimum length for the target of the share of the machine's peak."""
