@@ -24,43 +24,41 @@ EXPORT: Final = "Write the run as md, csv, json, html, svg and its log"
 MAIN: Final = (
     Action("run", "r", "Run", "Run what is set up", "app.start_run"),
     Action("stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
-    Action("sweep", "s", "Sweep", "Give axes several values to run, or end that", "app.sweep"),
+    Action("sweep", "s", "Sweep", "Start or end a sweep over several values", "app.sweep"),
     Action("presets", "p", "Presets", "Open, preview, rename and delete presets", "app.open('presets')"),
     Action("save_as", "w", "Save as", "Save what is set up as a preset", "app.save_as"),
     Action("export", "e", "Export", EXPORT, "app.export"),
     Action("copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
     Action("history", "h", "History", "Open, compare and delete past runs", "app.open('history')"),
     Action("scaling", "g", "Scaling", "Heat map and line chart of a sweep", "app.open('scaling')"),
-    Action("models", "m", "Models", "Measure whole models, with each implementation in them", "app.open('models')"),
-    Action(
-        "finetuning", "f", "Fine-tune", "Fine-tune a model, with each implementation in it", "app.open('finetuning')"
-    ),
+    Action("models", "m", "Models", "Measure whole models with each implementation", "app.open('models')"),
+    Action("finetuning", "f", "Fine-tune", "Fine-tune a model with each implementation", "app.open('finetuning')"),
     Action("doctor", "d", "Doctor", "What is installed, and what is missing", "app.open('doctor')"),
     Action("sort", "o", "Sort", "Sort the table by the next column", "screen.sort"),
     Action("reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
     Action("find", "slash", "Filter log", "Filter the log by a word and a level", "screen.find"),
-    Action("pause", "l", "Pause log", "Pause the log, or go on; nothing is lost meanwhile", "screen.pause"),
+    Action("pause", "l", "Pause log", "Pause or resume the log; nothing is lost", "screen.pause"),
     Action("next_pane", "right_square_bracket", "Next pane", "Go to the next pane", "screen.pane(1)"),
-    Action("previous_pane", "left_square_bracket", "Previous pane", "Go to the pane before", "screen.pane(-1)"),
-    Action("put_away", "z", "Hide", "Hide the focused pane, or bring all back", "screen.put_away"),
+    Action("previous_pane", "left_square_bracket", "Previous pane", "Go to the previous pane", "screen.pane(-1)"),
+    Action("put_away", "z", "Hide", "Hide the focused pane, or show all again", "screen.put_away"),
 )
 ANYWHERE: Final = (
     Action("theme", "t", "Theme", "Choose a theme", "app.change_theme"),
     Action("help", "question_mark", "Help", "The keys of this screen", "app.explain_keys"),
-    Action("quit", "q", "Quit", "Leave; asks once while a run is on", "app.leave"),
+    Action("quit", "q", "Quit", "Quit; asks first while a run is active", "app.leave"),
 )
-BACK: Final = Action("back", "escape", "Back", "Back, without doing anything", "screen.back")
+BACK: Final = Action("back", "escape", "Back", "Go back", "screen.back")
 PRESETS: Final = (
-    Action("presets_rename", "n", "Rename", "Give one of your own another name", "screen.rename"),
-    Action("presets_delete", "d,delete", "Delete", "Delete one of your own, until it is undone", "screen.delete"),
-    Action("presets_undo", "u", "Undo", "Bring back what was deleted last", "screen.undo"),
+    Action("presets_rename", "n", "Rename", "Rename one of your own", "screen.rename"),
+    Action("presets_delete", "d,delete", "Delete", "Delete one of your own; can be undone", "screen.delete"),
+    Action("presets_undo", "u", "Undo", "Restore what was deleted last", "screen.undo"),
     BACK,
 )
 HISTORY: Final = (
     Action("history_mark", "space", "Mark", "Mark the run for a comparison, two at most", "screen.mark"),
     Action("history_compare", "c", "Compare", "Compare the marked runs, or the marked one and this", "screen.compare"),
-    Action("history_delete", "d,delete", "Delete", "Delete the run, until it is undone", "screen.delete"),
-    Action("history_undo", "u", "Undo", "Bring back what was deleted last", "screen.undo"),
+    Action("history_delete", "d,delete", "Delete", "Delete the run; can be undone", "screen.delete"),
+    Action("history_undo", "u", "Undo", "Restore what was deleted last", "screen.undo"),
     BACK,
 )
 SCALING: Final = (
@@ -79,7 +77,7 @@ def _of_models(screen: str) -> tuple[Action, ...]:
     return (
         Action(f"{screen}_run", "r", "Run", "Run what is set up here", "screen.run"),
         Action(f"{screen}_stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
-        Action(f"{screen}_folder", "n", "Folder", "Take a model from a folder of mlx-lm's", "screen.folder"),
+        Action(f"{screen}_folder", "n", "Folder", "Use a model from an mlx-lm folder", "screen.folder"),
         Action(f"{screen}_export", "e", "Export", EXPORT, "app.export"),
         Action(f"{screen}_copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
         BACK,
@@ -88,7 +86,7 @@ def _of_models(screen: str) -> tuple[Action, ...]:
 
 MODELS: Final = _of_models("models")
 FINETUNING: Final = _of_models("finetuning")
-DOCTOR: Final = (Action("doctor_again", "r", "Look again", "Look at everything again", "screen.again"), BACK)
+DOCTOR: Final = (Action("doctor_again", "r", "Look again", "Repeat the diagnosis", "screen.again"), BACK)
 ACTIONS: Final = MAIN + ANYWHERE
 FURTHER: Final = {
     "presets": PRESETS,

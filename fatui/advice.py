@@ -64,7 +64,7 @@ class Advice:
             if self.problem:
                 return
             if self._asked is not None:
-                problem = "asking for its route ended the process that was asked"
+                problem = "finding its route crashed the advisor process"
                 self._take(Answer(number=self._asked.number, problems=dict.fromkeys(self._asked.names, problem)))
             self.device = None
 

@@ -224,7 +224,7 @@ class FatuiApp(App[int]):
             return
         from fatui.screens.question import Question
 
-        text = "A run goes on. Stop it, keep what was measured, and leave?"
+        text = "A run is in progress. Stop it, keep its results, and leave?"
         self.push_screen(Question(text, yes="Leave", no="Stay"), self._leave_if)
 
     def _leave_if(self, yes: bool | None) -> None:

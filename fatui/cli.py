@@ -18,10 +18,10 @@ INTERRUPTED: Final = 130
 
 COMMANDS: Final = {
     "bench": "measure a preset, or the shapes that options give, and print the table",
-    "model": "measure a whole model: tokens/s of prompts and of decoding, with each implementation in it",
-    "finetune": "fine-tune a model with each implementation in it: iterations/s, memory, loss curves",
-    "doctor": "say what this machine has, what is missing, and what to do",
-    "explain": "say which path each implementation would take, and why, without running it",
+    "model": "measure a whole model with each implementation: tokens/s of prefill and decode",
+    "finetune": "fine-tune a model with each implementation: iterations/s, memory, loss curves",
+    "doctor": "report what this machine has, what is missing, and how to fix it",
+    "explain": "show which path each implementation would take, and why, without running it",
     "presets": "list presets, show one, or check a file",
     "history": "list past runs, show one, or remove one",
     "compare": "compare two past runs, row by row",
@@ -170,7 +170,7 @@ def _open_app(arguments: list[str]) -> int:
             raise
         from attention.errors import UsageError
 
-        raise UsageError("the app is not there yet; `fatui bench` measures without it") from None
+        raise UsageError("the app is not installed; `fatui bench` measures without it") from None
     return int(run_app(given.preset, given.run, given.ascii))
 
 

@@ -140,8 +140,8 @@ def _first_line(program: str) -> str:
     try:
         done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.SubprocessError):
-        return "does not answer"
-    return next((line.strip() for line in done.stdout.splitlines() if line.strip()), "no version told")
+        return "does not respond"
+    return next((line.strip() for line in done.stdout.splitlines() if line.strip()), "no version reported")
 
 
 def _folders() -> Iterator[Finding]:
@@ -156,15 +156,15 @@ def _folder(topic: str, folder: Path) -> Finding:
     """Report a folder and its size, or what to do if it cannot be used or created."""
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     if not there.is_dir():
-        return Finding(topic=topic, text=f"{there} is no folder", advice="move it away; nothing can be kept there")
+        return Finding(topic=topic, text=f"{there} is not a folder", advice="move it away; nothing can be stored there")
     if there != folder:
         advice = None if home().is_dir() else f"set HOME to a folder that exists; there is no {home()}"
-        return Finding(topic=topic, text=f"{folder} (not made yet)", advice=advice)
+        return Finding(topic=topic, text=f"{folder} (not created yet)", advice=advice)
     try:
         size = figures.size(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
     except OSError as error:
         size = error.strerror or str(error)
-    advice = None if os.access(folder, os.W_OK | os.X_OK) else "it cannot be written: nothing new is kept there"
+    advice = None if os.access(folder, os.W_OK | os.X_OK) else "it is not writable: nothing new is stored there"
     return Finding(topic=topic, text=f"{folder} ({size})", advice=advice)
 
 
@@ -173,13 +173,13 @@ def _settings() -> Iterator[Finding]:
     content, problem = settings.read_config()
     unknown = [f"{settings.config_path()}: {settings.unknown(key)}" for key in content if key not in settings.KEYS]
     for text in [problem] if problem else unknown:
-        yield Finding(topic="config", text=text, advice="mend the file, or move it away")
+        yield Finding(topic="config", text=text, advice="fix the file, or move it away")
 
 
 def _presets() -> Iterator[Finding]:
     for listed in presets.list_presets():
         for problem in listed.problems:
-            yield Finding(topic="presets", text=problem, advice=f"mend it: fatui presets check {listed.source}")
+            yield Finding(topic="presets", text=problem, advice=f"fix it: fatui presets check {listed.source}")
 
 
 def _history() -> Iterator[Finding]:
@@ -187,7 +187,7 @@ def _history() -> Iterator[Finding]:
     try:
         count = len(history.runs())
     except HistoryError as error:
-        yield Finding(topic="history", text=str(error), advice="until it can be used, runs are not kept")
+        yield Finding(topic="history", text=str(error), advice="until it can be used, runs are not stored")
         return
     yield Finding(topic="history", text=f"{count} run{'s' * (count != 1)}", advice=history.notice)
 

@@ -118,7 +118,7 @@ class Draft(Struct, frozen=True, kw_only=True):
             UsageError: with every mistake in it.
         """
         if not self.implementations:
-            raise UsageError("no implementation is chosen; space toggles the one under the cursor")
+            raise UsageError("no implementation is selected; space toggles the one under the cursor")
         return Plan(
             cases=self.workloads(),
             implementations=self.implementations,

@@ -200,7 +200,7 @@ class Engine:
             try:
                 line = await reader.readline()
             except ValueError:
-                self._tell(on.Message(level="warning", text="a line of the engine was too long, and is left out"))
+                self._tell(on.Message(level="warning", text="a line of the engine was too long, and is ignored"))
                 continue
             if not line:
                 return
@@ -215,7 +215,7 @@ class Engine:
         """Return once the silence is so long that the worker must have hung."""
         while self.silence.seconds < self._longest_silence_s() or self.silence.building:
             await asyncio.sleep(1)
-        self._hung = f"said nothing for {self.silence.seconds:.0f} s, and was ended"
+        self._hung = f"was silent for {self.silence.seconds:.0f} s, and was terminated"
 
     def _longest_silence_s(self) -> float:
         """Return the seconds of silence that the case explains, by a round of very slow calls; infinite for models."""
@@ -245,7 +245,7 @@ class Engine:
     def _fail(self, case: int, name: str, reason: str) -> None:
         if self.record.cases[case].rows[name].ended is None:
             self._tell(on.RowEnded(case=case, implementation=name, status="failed", reason=reason))
-        self._tell(on.Message(level="info", text=f"{name} ended the engine; it is started again without it"))
+        self._tell(on.Message(level="info", text=f"{name} crashed the engine; it is restarted without it"))
 
 
 def _marked(mark: int, names: tuple[str, ...]) -> str | None:

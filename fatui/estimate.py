@@ -56,9 +56,9 @@ def in_words(plan: Plan, pace: Pace, device: str) -> str:
     """Format the estimate, or the reason why there is none, in one line."""
     seconds = estimate_s(plan, pace, device)
     if seconds is not None:
-        return f"takes up to about {figures.duration(seconds)}, going by earlier runs here"
+        return f"takes up to about {figures.duration(seconds)}, judging by earlier runs here"
     rounds = figures.duration(plan.seconds * len(plan.cases))
-    return f"takes up to {rounds} of rounds, and set-up; the first run of this kind will tell how long in all"
+    return f"takes up to {rounds} of rounds, and set-up; the total is known after the first run of this kind"
 
 
 def learn(pace: Pace, report: Report, spent_s: float) -> Pace:

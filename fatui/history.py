@@ -217,7 +217,7 @@ class History:
             kept += self._transaction(partial(_take_over, rows=rows), reading=False)
         self.notice = (
             f"history: {self.path} is damaged ({error}); it is kept as {aside}, "
-            f"and a new one is begun with the {kept} runs that could be read"
+            f"and a new one was started with the {kept} runs that could be read"
         )
 
     def _set_aside(self) -> Path:

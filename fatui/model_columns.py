@@ -69,10 +69,10 @@ def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
     counted = [row for row in case.rows if row.replaced_calls]
     if counted:
         computed = ", ".join(f"{shortened(row.implementation)} {row.replaced_calls:,}" for row in counted)
-        notes.append(f"calls of attention that reached it, as counted: {computed}")
+        notes.append(f"attention calls that reached it: {computed}")
     for row in case.rows:
         if row.path == NEVER_CALLED:
-            notes.append(f"{shortened(row.implementation)}: no call reached it; the model attends by itself")
+            notes.append(f"{shortened(row.implementation)}: no call reached it; the model computes attention itself")
         if row.passed_on_calls:
             total = row.passed_on_calls + (row.replaced_calls or 0)
             notes.append(f"{shortened(row.implementation)}: {row.passed_on_calls} of {total} calls went to MLX's own")
@@ -90,11 +90,11 @@ def _layer_notes(case: ModelCase) -> list[str]:
     layers = ", ".join(f"{shortened(row.implementation)} {figures.seconds(row.layer_s)}" for row in known)
     rests = ", ".join(f"{shortened(row.implementation)} {_rest(row)}" for row in known)
     part = f"{case.workload.running_layers} of {case.workload.layers} layers ran"
-    return [f"{part}; a layer takes: {layers}", f"all else takes: {rests}"]
+    return [f"{part}; a layer takes: {layers}", f"the rest takes: {rests}"]
 
 
 def _rest(row: ModelRow) -> str:
-    return figures.seconds(row.fixed_s) if row.fixed_s and row.fixed_s > 0 else "too little to tell"
+    return figures.seconds(row.fixed_s) if row.fixed_s and row.fixed_s > 0 else "too little to measure"
 
 
 def curve(row: FineTuningRow, width: int = CURVE_WIDTH) -> str:

@@ -30,7 +30,7 @@ def narrate(event: on.AnyEvent, plan: AnyPlan) -> Said:
         case on.RunDone():
             return "all cases complete", "info"
         case on.WorkerUnusable():
-            return "the device is in an unknown state; the engine is started again", "warning"
+            return "the device is in an unknown state; the engine is restarted", "warning"
         case on.TrialStarted() | on.Tuned() | on.Switched():
             return in_words(event), "info"
         case on.Progress():

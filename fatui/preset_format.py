@@ -126,7 +126,7 @@ class _Reader:
         got = self.document.get(key, "")
         if isinstance(got, str):
             return got
-        self.problems.append(f"{key}: got {got!r}; it takes a text in quotes")
+        self.problems.append(f"{key}: got {got!r}; it takes a quoted string")
         return ""
 
     def _number(self, key: str, default: float, least: float, most: float) -> float:
@@ -195,7 +195,7 @@ class _Reader:
     def _explicit(self) -> list[tuple[str, Table]]:
         got = self.document.get("case", [])
         if not isinstance(got, list) or not all(isinstance(table, dict) for table in got):
-            self.problems.append("case: it takes tables, each begun by [[case]]")
+            self.problems.append("case: it takes tables, each starting with [[case]]")
             return []
         groups: list[tuple[str, Table]] = []
         for number, table in enumerate(got, start=1):

@@ -152,7 +152,7 @@ def _existing(name: str) -> Path:
     path = _own(name)
     if not path.is_file():
         bundled = (paths.bundled_presets() / path.name).is_file()
-        why = "comes with fatui and stays as it is; save it under another name" if bundled else "is not one of your own"
+        why = "is bundled and cannot be changed; save it under another name" if bundled else "is not one of your own"
         raise UsageError(f"preset: '{name}' {why}")
     return path
 

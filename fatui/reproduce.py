@@ -106,7 +106,7 @@ def command_for(plan: Plan, preset: Preset | None = None) -> str:
         return bench_command(name, {}, _options(plan, preset))
     product = as_product(plan.cases)
     if product is None:
-        raise UsageError("these cases are no sweep; saved as a preset they can be named in a command")
+        raise UsageError("these cases are not a sweep; save them as a preset to name them in a command")
     shared, axes = product
     values = {name: axes.get(name, [shared[name]] if name in shared else []) for name in FIELDS}
     return bench_command(None, {name: several for name, several in values.items() if several}, _options(plan, None))

@@ -42,7 +42,7 @@ def read(path: Path) -> Report:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise UsageError(f"{path} is no run as `fatui bench --json` writes it: {error}") from error
+        raise UsageError(f"{path} is not a run written by `fatui bench --json`: {error}") from error
 
 
 def decode(content: bytes) -> Report:
@@ -80,9 +80,9 @@ def _identity_problems(report: Report) -> Iterator[str]:
         if "" in names:
             yield f"case {number + 1}: a row without an implementation"
         for name in sorted({name for name in names if names.count(name) > 1}):
-            yield f"case {number + 1}: '{one_line(name, 60)}' stands there twice"
+            yield f"case {number + 1}: '{one_line(name, 60)}' occurs twice"
         if case.reference is not None and case.reference not in names:
-            yield f"case {number + 1}: its reference '{one_line(case.reference, 60)}' is none of its rows"
+            yield f"case {number + 1}: its reference '{one_line(case.reference, 60)}' is not one of its rows"
 
 
 def _number_problems(value: Any, where: str) -> Iterator[str]:
@@ -108,7 +108,7 @@ def _number_problems(value: Any, where: str) -> Iterator[str]:
         elif any(0 < abs(end) < TINY for end in (low, high)):
             yield f"{where[:-1]}: got {low:g} to {high:g}; an end is 0 or at least {TINY:g}"
         elif not low <= middle <= high:
-            yield f"{where[:-1]}: got {middle:g} outside of its interval {low:g} to {high:g}"
+            yield f"{where[:-1]}: got {middle:g} outside its interval {low:g} to {high:g}"
 
 
 def _problem(number: float, path: str, least: float, most: float) -> Iterator[str]:

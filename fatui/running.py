@@ -110,7 +110,7 @@ class Runs:
     def _refused(self) -> bool:
         """Whether a run is active; if so, say so."""
         if self.active:
-            self._app.tell(f"a run goes on; {self._app.keys['stop']} stops it", "warning")
+            self._app.tell(f"a run is in progress; {self._app.keys['stop']} stops it", "warning")
         return self.active
 
     def _go(self, session: AnySession, screen: str | None = None) -> None:
@@ -149,7 +149,7 @@ class Runs:
         try:
             await asyncio.to_thread(history.add, report)
         except HistoryError as error:
-            self._app.tell(f"not kept: {error}; {self._app.keys['export']} writes it to files", "error")
+            self._app.tell(f"not stored: {error}; {self._app.keys['export']} writes it to files", "error")
         if history.notice:
             self._app.tell(history.notice, "warning")
 
@@ -169,7 +169,7 @@ class Runs:
         elif not self._told_silence:
             self._told_silence = True
             stop = self._app.keys["stop"]
-            text = f"the engine has been silent for {session.silent_s:.0f} s; {stop} stops it, what was measured stays"
+            text = f"the engine has been silent for {session.silent_s:.0f} s; {stop} stops it and keeps the results"
             self._app.tell(text, "warning")
 
     async def end(self) -> None:
@@ -219,4 +219,4 @@ def remember(app: "FatuiApp") -> None:
     try:
         settings.write_remembered(kept)
     except OSError as error:
-        app.farewell = f"fatui: the layout was not kept: {settings.state_path()}: {error.strerror or error}"
+        app.farewell = f"fatui: the layout was not saved: {settings.state_path()}: {error.strerror or error}"

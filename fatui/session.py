@@ -149,7 +149,7 @@ class RunSession(ABC, Generic[P, C]):
             await self.engine.run()
         except Exception as error:
             broke = True
-            self._journal.write(f"the engine's driver broke: {type(error).__name__}: {error}", "error")
+            self._journal.write(f"the engine's driver failed: {type(error).__name__}: {error}", "error")
         finally:
             finishing.cancel()
             self._ended = self._clock()
@@ -251,7 +251,7 @@ class RunSession(ABC, Generic[P, C]):
                 return
             self._routes.add(said[0])
         if isinstance(event, on.CaseStarted) and event.case == self.case_number:
-            said = f"case {event.case + 1} begins anew, to measure all of them together", "info"
+            said = f"case {event.case + 1} is restarted, to measure all of them together", "info"
         self._journal.write(*said)
 
     def _begin_case(self, case: int) -> None:

@@ -78,7 +78,7 @@ def read_settings(actions: Mapping[str, str], themes: tuple[str, ...]) -> Settin
     settings = Settings(problems=[f"{problem}; the defaults are used"] if problem else [])
     for key, value in content.items():
         mistakes = _take(settings, key, value, actions, themes)
-        settings.problems.extend(f"{path}: {each}; left as it was" for each in mistakes)
+        settings.problems.extend(f"{path}: {each}; ignored" for each in mistakes)
     return settings
 
 

@@ -20,7 +20,7 @@ def left_text(app: "FatuiApp") -> str:
         parts += [f"{device.name}, {device.cores} cores" if device.backend == "cpu" else device.name]
         parts += [f"MLX {device.mlx}"] if device.mlx else []
     else:
-        parts.append(advice.problem.splitlines()[0] if advice.problem else "looking at the device")
+        parts.append(advice.problem.splitlines()[0] if advice.problem else "probing the device")
     return " · ".join(parts)
 
 

@@ -141,7 +141,7 @@ def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
     if any(row.throttled for row in case.rows):
         notes.append(f"throttled: {case.reference} slowed down during the rounds by more than the noise floor")
     if any(row.stopped_by == "interrupted" for row in case.rows):
-        notes.append("interrupted: what was measured until then")
+        notes.append("interrupted: measured until then")
     if dropped:
         notes.append(f"no room for {', '.join(dropped)}: widen the terminal, or export with --markdown")
     return notes

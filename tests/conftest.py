@@ -1,4 +1,4 @@
-"""One cache folder for the whole run, so that the kernel is compiled once and nothing of the user's is touched."""
+"""One cache folder for the whole session, so that the kernel is compiled once and the user's files are untouched."""
 
 import os
 import shutil
@@ -11,13 +11,13 @@ _made = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes the folder, unless one is given; workers find it in the environment that they inherit."""
+    """Create the folder, unless one is given; workers inherit it through the environment."""
     if FOLDER not in os.environ:
         os.environ[FOLDER] = config.stash[_made] = tempfile.mkdtemp(prefix="fatui-tests-")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Removes what this process made."""
+    """Remove the folder that this process created."""
     if _made in config.stash:
         shutil.rmtree(config.stash[_made], ignore_errors=True)
         del os.environ[FOLDER]

@@ -1,4 +1,4 @@
-"""Runs and presets whose every text holds markup, escape codes, bidi controls and signs of Markdown, HTML, formulas."""
+"""Runs and presets whose every text has markup, escape codes, bidi controls, and Markdown, HTML and formula syntax."""
 
 import itertools
 import unicodedata
@@ -32,12 +32,12 @@ INTERVAL = Interval(median=0.010, low=0.0099, high=0.0101)
 
 
 def unsafe_in(text: str) -> set[str]:
-    """The characters of a text that no output may hold."""
+    """The characters of a text that no output may contain."""
     return {each for each in text if each != "\n" and unicodedata.category(each) in UNSAFE}
 
 
 def planted(value: Any, count: "itertools.count[int] | None" = None) -> Any:
-    """A struct with TEXT in every field that takes any text, found by its type; each with a number of its own."""
+    """Build a struct with TEXT and a distinct number in every field that accepts any text, found by its type."""
     count = count or itertools.count()
     hints = get_type_hints(type(value))
     changed: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def report(kind: str, identity: str) -> Report:
 
 
 def _named(made: Report, identity: str, field: str) -> Report:
-    """The report with an id that can be, and names of rows that fit together."""
+    """Return the report with a valid id, and consistent names of rows."""
     cases = tuple(
         structs.replace(
             case,

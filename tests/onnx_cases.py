@@ -1,4 +1,4 @@
-"""The ONNX Attention operator's own cases, opset 23, and an adapter that asks attention for what they ask.
+"""The ONNX Attention operator's own cases, opset 23, and an adapter to attention functions.
 
 The operator differs in its clothes, which the adapter takes off: 3-D inputs with the heads side by side, a past that is
 put before keys and values, masks shorter than the keys, and a causal mask whose first row stands at the first new key
@@ -72,7 +72,7 @@ def mask_of(mask: mx.array | None, causal: bool, queries: int, keys: int, past: 
 def run(
     case: Case, attend: Callable[..., mx.array], dtype: mx.Dtype | None = None, causal_word: str | None = None
 ) -> dict[str, mx.array]:
-    """Runs a case and names its outputs.
+    """Run a case and return its outputs by name.
 
     Args:
         case: which.
@@ -99,7 +99,7 @@ def run(
 
 
 def with_scale(attend: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """A function that has to be told the scale, told the operator's own where a case has none."""
+    """Wrap a function that requires the scale, with the operator's default for cases without one."""
 
     def told(q: mx.array, k: mx.array, v: mx.array, *, scale: float | None, **more: Any) -> mx.array:
         return attend(q, k, v, scale=scale or q.shape[3] ** -0.5, **more)

@@ -22,7 +22,7 @@ from attention.workload import Workload
 
 
 class Planted(Baseline):
-    """The baseline under another name, with something done before each call."""
+    """The baseline under another name, with planted behaviour before each call."""
 
     name = "planted"
 
@@ -38,15 +38,15 @@ class Planted(Baseline):
         return self.change(super().__call__(q, k, v, scale=scale, mask=mask, softcap=softcap))
 
     def before_call(self) -> None:
-        """Does what was planted."""
+        """Run the planted behaviour."""
 
     def change(self, output: mx.array) -> mx.array:
-        """Changes the result, where that was planted."""
+        """Change the result, if that is planted."""
         return output
 
 
 class KilledInRounds(Planted):
-    """Dies as if the system had killed it, once the rounds have begun."""
+    """Dies as if killed by the system, once the rounds have started."""
 
     def before_call(self) -> None:
         if self.calls == 40:
@@ -54,21 +54,21 @@ class KilledInRounds(Planted):
 
 
 class KilledAtOnce(Planted):
-    """Dies of a bad memory access at its first call."""
+    """Dies of an invalid memory access at the first call."""
 
     def before_call(self) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
 class Raises(Planted):
-    """Raises at its first call."""
+    """Raises at the first call."""
 
     def before_call(self) -> None:
         raise RuntimeError("planted failure\nwith a second line")
 
 
 class RaisesInRounds(Planted):
-    """Raises once the rounds have begun."""
+    """Raises once the rounds have started."""
 
     def before_call(self) -> None:
         if self.calls == 40:
@@ -76,7 +76,7 @@ class RaisesInRounds(Planted):
 
 
 class BreaksTheGpu(Planted):
-    """Fails as a CUDA kernel does that touched bad memory; where there is no GPU, its runner is told that there is."""
+    """Fails like a CUDA kernel after an invalid memory access; without a GPU, the runner is told there is one."""
 
     def before_call(self) -> None:
         if mx.default_device() == mx.Device(mx.cpu):
@@ -98,7 +98,7 @@ class BreaksTheGpu(Planted):
 
 
 class Wrong(Planted):
-    """Returns a result that is a little off."""
+    """Returns a result that is slightly off."""
 
     def change(self, output: mx.array) -> mx.array:
         return output + 0.05
@@ -112,7 +112,7 @@ class NotANumber(Planted):
 
 
 class Stuck(Planted):
-    """Never returns from its first call."""
+    """Never returns from the first call."""
 
     def before_call(self) -> None:
         time.sleep(3600)
@@ -126,21 +126,21 @@ class Prints(Planted):
 
 
 class Refuses(Planted):
-    """Takes no workload at all."""
+    """Supports no workload."""
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         return Route(path="-", fused=False, reason="it takes nothing", supported=False)
 
 
 class Hungry(Planted):
-    """Says that it needs a tebibyte."""
+    """Predicts that it needs a tebibyte."""
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         return Route(path="hungry", fused=False, reason="it is hungry", predicted_bytes=2**40)
 
 
 class Leaves(Planted):
-    """Ends the process with an exit code and a word on stderr."""
+    """Exits the process with a code and a word on stderr."""
 
     def before_call(self) -> None:
         os.write(2, b"planted last words\n")
@@ -148,16 +148,16 @@ class Leaves(Planted):
 
 
 class Builds(Planted):
-    """Has to be built before its first call."""
+    """Requires a build before the first call."""
 
     built = False
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
-        """Whether build() was not called yet."""
+        """Whether build() has not been called yet."""
         return not self.built
 
     def build(self, tell: Callable[[str], None]) -> None:
-        """Takes its time, and says so."""
+        """Take a while, and report it."""
         tell("planted building")
         time.sleep(0.4)
         self.built = True
@@ -173,13 +173,13 @@ class SlowerRunner(MlxRunner):
     share = 0.0
 
     def queue(self) -> list[mx.array]:
-        """Queues a call; the first of a sample starts the stopwatch."""
+        """Queue a call; the first of a sample starts the stopwatch."""
         if self.started is None:
             self.started = time.perf_counter()
         return super().queue()
 
     def wait(self, outputs: Sequence[object]) -> None:
-        """Evaluates, then spins for the share; sleeping is not exact enough for a thousandth."""
+        """Evaluate, then spin for the share; sleeping is not exact enough for a thousandth."""
         super().wait(outputs)
         now = time.perf_counter()
         until = now + (now - (self.started or now)) * self.share
@@ -191,26 +191,26 @@ class SlowerRunner(MlxRunner):
 
 
 class Slower5Percent(Baseline):
-    """The baseline, and five percent of its time more."""
+    """The baseline, slower by five percent."""
 
     name = "planted"
     share = 0.05
 
     def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> SlowerRunner:
-        """Binds the call to a runner that adds the share."""
+        """Bind the call to a runner that adds the share."""
         bound = SlowerRunner(self, workload, inputs, scale)
         bound.share = self.share
         return bound
 
 
 class SlowerATenthOfAPercent(Slower5Percent):
-    """The baseline, and a thousandth of its time more."""
+    """The baseline, slower by a thousandth."""
 
     share = 0.001
 
 
 class IgnoresSignals(Planted):
-    """Does not end on SIGTERM, and never returns."""
+    """Ignores SIGTERM, and never returns."""
 
     def before_call(self) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -219,14 +219,14 @@ class IgnoresSignals(Planted):
 
 
 class Pauses(Planted):
-    """Stops its own process."""
+    """Stops the own process."""
 
     def before_call(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class LeavesAChild(Planted):
-    """Starts a process that outlives it for a while and holds its pipes open."""
+    """Starts a process that outlives this one for a while and holds its pipes open."""
 
     def before_call(self) -> None:
         if self.calls == 1:
@@ -234,7 +234,7 @@ class LeavesAChild(Planted):
 
 
 class WritesALongLine(Planted):
-    """Writes more into stderr than a line may have."""
+    """Writes more to stderr than a line may contain."""
 
     def before_call(self) -> None:
         if self.calls == 1:
@@ -242,7 +242,7 @@ class WritesALongLine(Planted):
 
 
 class ChangesItsInputs(Planted):
-    """Scales the query in place, as many do by mistake."""
+    """Scales the query in place, a common mistake."""
 
     def __call__(self, q: mx.array, *arrays: mx.array, **options: Any) -> mx.array:
         q *= 2.0
@@ -258,14 +258,14 @@ class WritesIntoMemory(Planted):
 
 
 class HasNoRoute(Planted):
-    """Forgets to return its route."""
+    """Returns no route."""
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         return None  # type: ignore[return-value]
 
 
 class Exits(Planted):
-    """Leaves by sys.exit, once the rounds have begun."""
+    """Calls sys.exit once the rounds have started."""
 
     def before_call(self) -> None:
         if self.calls == 40:
@@ -273,21 +273,21 @@ class Exits(Planted):
 
 
 class RaisesNoText(Planted):
-    """Raises with a text that UTF-8 does not have."""
+    """Raises with a text that UTF-8 cannot encode."""
 
     def before_call(self) -> None:
         raise ValueError("\udcff bad")
 
 
 class ReturnsNothing(Planted):
-    """Forgets to return its output."""
+    """Returns no output."""
 
     def change(self, output: mx.array) -> mx.array:
         return None  # type: ignore[return-value]
 
 
 class KeepsScratch(Planted):
-    """Says that a call takes a MiB outside of MLX."""
+    """Reports that a call takes a MiB outside MLX."""
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
         return structs.replace(super().route(workload, device, needs), scratch_bytes=2**20)

@@ -1,4 +1,4 @@
-"""Whether the numbers can be believed; slow, and only meaningful on a machine that does nothing else."""
+"""Whether the measurements can be trusted; slow, and only meaningful on an otherwise idle machine."""
 
 import asyncio
 import time
@@ -65,7 +65,7 @@ class OneProduct:
 
 
 def bare_loop(call: Callable[[], mx.array]) -> float:
-    """Seconds a call of the loop that anybody would write: evaluate, and look at the watch."""
+    """Return seconds per call of the naive loop: evaluate each call, and read the clock."""
     times = []
     for _ in range(20):
         started = time.perf_counter()
@@ -75,7 +75,7 @@ def bare_loop(call: Callable[[], mx.array]) -> float:
 
 
 def bare_queue(call: Callable[[], mx.array]) -> float:
-    """Seconds a call where twenty are queued and evaluated together."""
+    """Return seconds per call if twenty are queued and evaluated together."""
     started = time.perf_counter()
     mx.eval([call() for _ in range(20)])
     return (time.perf_counter() - started) / 20

@@ -42,8 +42,8 @@ def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
         seconds: help text of --seconds.
     """
     parser.add_argument("--seconds", metavar="S", help=seconds)
-    parser.add_argument("--memory-limit", metavar="SIZE", help="refuse what needs more than this, such as 8GiB")
-    parser.add_argument("--force", action="store_true", help="run also what is predicted not to fit")
+    parser.add_argument("--memory-limit", metavar="SIZE", help="refuse cases that need more memory, such as 8GiB")
+    parser.add_argument("--force", action="store_true", help="also run cases predicted not to fit in memory")
 
 
 def seconds_of(text: str | None, otherwise: float) -> float:
@@ -123,6 +123,6 @@ def whole_numbers(text: str, option: str, *, single: bool = False) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     wrong = [part for part in parts if not (part.isascii() and part.isdigit() and len(part) < 12)]
     if wrong or (single and len(parts) > 1):
-        takes = "one whole number" if single else "whole numbers with commas between"
+        takes = "one whole number" if single else "comma-separated whole numbers"
         raise UsageError(f"{option}: got '{text[:40]}'; it takes {takes}")
     return [int(part) for part in parts]

@@ -21,7 +21,7 @@ both noise floors and beyond the change in the baseline's own time, and is "≈ 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("before", metavar="ID", help="a run of the history: its id, the beginning of it, last, last~1")
+    parser.add_argument("before", metavar="ID", help="a run of the history: its id or the start of it, last, last~1")
     parser.add_argument("after", metavar="ID", help="another")
 
 

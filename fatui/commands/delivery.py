@@ -46,7 +46,7 @@ def wanted(arguments: argparse.Namespace, formats: Sequence[str] = FORMATS) -> l
     for number, item in enumerate(asked):
         if targets[number] in targets[:number]:
             first = asked[targets.index(targets[number])].format
-            problems.append(f"--{item.format}: '{item.target}' is what --{first} writes already")
+            problems.append(f"--{item.format}: '{item.target}' is already the file of --{first}")
     if problems:
         raise UsageError(*problems)
     return asked
@@ -95,7 +95,7 @@ def put(delivery: Delivery, text: str) -> str | None:
         else:
             path.write_text(text, encoding="utf-8")
     except OSError as error:
-        kept = "; the file that was there is as it was" if path.is_file() else ""
+        kept = "; the existing file is unchanged" if path.is_file() else ""
         return f"--{delivery.format}: {path} could not be written: {error.strerror or error}{kept}"
     return None
 

@@ -22,7 +22,7 @@ REPORT: Final = "fatui-report.md"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument("--no-measure", action="store_true", help="leave out what has to be measured")
+    parser.add_argument("--no-measure", action="store_true", help="skip what has to be measured")
     parser.add_argument(
         "--report",
         nargs="?",

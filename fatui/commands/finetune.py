@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fatui.commands.delivery import add_export_options
 
     parser.epilog = EXAMPLE.format(models=", ".join(names()))
-    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or a folder of mlx-lm's")
+    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
     parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(COMPARED)})")
     parser.add_argument("--iters", metavar="N", default="100", help="iterations (100)")
     parser.add_argument("--seq", metavar="N", default="512", help="tokens of each sequence (512)")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora-layers", metavar="N", default="16", help="the last layers are tuned (16, as mlx-lm)")
     parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
     parser.add_argument("--data", metavar="FILE", help="a text file to learn")
-    add_limit_options(parser, f"each fine-tuning ends after so long ({SECONDS:g})")
+    add_limit_options(parser, f"time limit of each fine-tuning ({SECONDS:g})")
     add_export_options(parser)
 
 

@@ -14,7 +14,7 @@ ACTIONS: Final = ("list", "show", "rm", "add")
 EXAMPLE: Final = """examples:
   fatui history
   fatui history show last
-  fatui history show 3f9c --csv run.csv     the id, or as much of it as tells it from others
+  fatui history show 3f9c --csv run.csv     the id, or a unique start of it
   fatui history rm 3f9c
   fatui history add monitor.json            what attention.monitor().save() wrote"""
 

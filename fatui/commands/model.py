@@ -32,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fatui.commands.delivery import add_export_options
 
     parser.epilog = EXAMPLE.format(models=", ".join(names()))
-    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or a folder of mlx-lm's")
+    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
     parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(COMPARED)})")
     parser.add_argument("--prompt", metavar="A,B", default=PROMPTS, help=f"tokens of each prompt ({PROMPTS})")
     parser.add_argument("--generate", metavar="N", default=GENERATE, help=f"tokens of a decode sample ({GENERATE})")
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
-    parser.add_argument("--layers", metavar="N", help="run so many layers, and estimate the whole model")
+    parser.add_argument("--layers", metavar="N", help="run only N layers, and estimate the whole model")
     parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
     add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({SECONDS:g})")
     add_export_options(parser)

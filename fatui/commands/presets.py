@@ -85,5 +85,5 @@ def _check(name: str) -> int:
 
     preset = load(Path(name))
     count = len(preset.cases)
-    show(f"{name}: in order: {count} case{'s' * (count != 1)} with {', '.join(preset.implementations)}")
+    show(f"{name}: valid: {count} case{'s' * (count != 1)} with {', '.join(preset.implementations)}")
     return cli.DONE

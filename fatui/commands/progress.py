@@ -81,7 +81,7 @@ class Narrator:
             self._silence_told_s = silence.seconds
             at = f" ({silence.step})" if silence.step else ""
             lasted = figures.duration(silence.seconds)
-            self._say(f"the engine has been silent for {lasted}{at}; ctrl+c stops it, what was measured stays")
+            self._say(f"the engine has been silent for {lasted}{at}; ctrl+c stops it and keeps the results")
 
     def _draw(self) -> None:
         now, event = time.monotonic(), self._progress

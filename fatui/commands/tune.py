@@ -21,11 +21,11 @@ CHECK_S: Final = 2.0
 STALE: Final = " *"
 LONGEST_S: Final = 600.0
 EXAMPLE: Final = """examples:
-  fatui tune scaling                     try the candidates for each case, and remember the best
+  fatui tune scaling                     try the candidates for each case, and store the best
   fatui tune llama-7b --seconds 2        take more time for each
-  fatui tune --show                      what is remembered
+  fatui tune --show                      show the stored choices
   fatui tune --forget training           forget the classes whose name holds "training"; without a word, all
-  fatui tune --check scaling seed-table  how demo does beside the best of its candidates, case by case
+  fatui tune --check scaling seed-table  compare demo with the best of its candidates, case by case
 
 A class, "BH≤8 L≤512 D=64 float16 causal" say, is all calls for which one choice holds: here those of 5 to 8 heads, all
 sequences together, and 257 to 512 rows. A trial takes up to three times its time while the best two are within noise.
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"presets' names or files ({DEFAULT_PRESET})")
     parser.add_argument("--seconds", metavar="S", help=f"time for one trial ({BUDGET_S:g}), or a check ({CHECK_S:g})")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--show", action="store_true", help="print what is remembered, and run nothing")
+    what.add_argument("--show", action="store_true", help="print the stored choices, and run nothing")
     what.add_argument("--forget", nargs="?", const="", metavar="WORD", help="forget all, or classes named with WORD")
-    what.add_argument("--check", action="store_true", help="measure demo beside its candidates; tunes what is not yet")
+    what.add_argument("--check", action="store_true", help="measure demo against its candidates; tunes first if needed")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -135,7 +135,7 @@ def _tune(cases: "list[Workload]", seconds: float) -> int:
     finally:
         _print(entries)
     if entries:
-        cli.tell(f"demo takes these from now on; they are remembered in {demo.store.path}")
+        cli.tell(f"demo uses these from now on; they are stored in {demo.store.path}")
     return cli.FAILED if failed else cli.DONE
 
 
@@ -153,7 +153,7 @@ def _show() -> int:
     if entries:
         _print(entries)
     else:
-        cli.tell(f"nothing is remembered in {store.path}; `fatui tune PRESET` makes trials")
+        cli.tell(f"nothing is stored in {store.path}; `fatui tune PRESET` runs trials")
     return cli.DONE
 
 
@@ -161,11 +161,11 @@ def _forget(word: str) -> int:
     store = _store()
     gone = [entry.workload for entry in store.entries() if word in entry.workload.label or word == entry.winner]
     if not gone:
-        cli.tell(f"nothing {f'named with {word!r} ' if word else ''}is remembered in {store.path}")
+        cli.tell(f"nothing {f'named with {word!r} ' if word else ''}is stored in {store.path}")
         return cli.DONE
     if not store.forget(gone):
         return cli.FAILED
-    cli.tell(f"forgot {len(gone)} of what is remembered in {store.path}")
+    cli.tell(f"forgot {len(gone)} of the choices stored in {store.path}")
     return cli.DONE
 
 
@@ -202,7 +202,7 @@ def _print(entries: "list[Entry]") -> None:
         table.add_row(entry.workload.label, entry.winner + mark, call, entry.runner_up or "-", ahead, error)
     show(table)
     if any(entry.made_with != code_now() for entry in entries):
-        cli.tell(f"{STALE.strip()} tried with other kernels than today's: will be tried again when next used")
+        cli.tell(f"{STALE.strip()} tried with other kernels than the current ones: will be tried again on next use")
 
 
 def _estimate(entry: "Entry") -> str:

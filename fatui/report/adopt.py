@@ -19,10 +19,10 @@ def adopt(name: str) -> list[Block]:
     """Return snippets for one call, for mlx-lm's models, and for a whole script."""
     quoted = json.dumps(name)
     return [
-        Paragraph("In a program of one's own:"),
+        Paragraph("In your own program:"),
         Code(CALL.format(quoted=quoted), "python"),
-        Paragraph("In mlx-lm's models, as long as the context is open:"),
+        Paragraph("In mlx-lm's models, while the context is open:"),
         Code(MODEL.format(quoted=quoted), "python"),
-        Paragraph("Or around a script as it is:"),
+        Paragraph("Or around an unmodified script:"),
         Code(PROGRAM.format(name=shlex.quote(name)), "sh"),
     ]

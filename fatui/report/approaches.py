@@ -16,7 +16,7 @@ from fatui.report.speed import RUN_BENCH, peak_line
 def approach(cases: Sequence[Case], name: str) -> list[Block]:
     """Describe one implementation with its figures."""
     entry = next((entry for entry in CATALOGUE if entry.name == name), None)
-    about = f"{entry.title}: {entry.summary}." if entry else "An implementation of the user's own."
+    about = f"{entry.title}: {entry.summary}." if entry else "A user-defined implementation."
     found = lines(cases, name)
     if not found:
         command = f"{RUN_BENCH} --impl {shlex.quote(name)}"
@@ -27,7 +27,7 @@ def approach(cases: Sequence[Case], name: str) -> list[Block]:
 def _paths(found: Sequence[Line], name: str) -> Finding:
     paths = Counter(line.row.path or "an unknown path" for line in found)
     told = [f"{path} in {counted(count, 'case')}" for path, count in paths.most_common()]
-    return Finding(f"{name} really took {joined(told)}.")
+    return Finding(f"{name} took {joined(told)}.")
 
 
 def _throughput(found: Sequence[Line], cases: Sequence[Case], name: str) -> list[Block]:

@@ -95,10 +95,8 @@ def _summary(evidence: Evidence) -> list[Block]:
     told: list[Block] = [finding for finding in found if finding]
     refused = len(unsound(_everything(evidence)))
     if refused:
-        told.append(
-            Paragraph(f"{counted(refused, 'row')} of these runs gave nothing to claim; see “What is not claimed”.")
-        )
-    return told or [Missing("No claim is supported by the rows at hand.", RUN_BENCH)]
+        told.append(Paragraph(f"{counted(refused, 'row')} of these runs support no claim; see “What is not claimed”."))
+    return told or [Missing("No claim is supported by these rows.", RUN_BENCH)]
 
 
 def _throughput(evidence: Evidence) -> Finding | None:
@@ -165,7 +163,7 @@ def _rows(evidence: Evidence) -> list[Block]:
     return [
         *made,
         Table(
-            "The runs, and the commands that make them again",
+            "The runs, and the commands that reproduce them",
             ("run", "started", "took", "command"),
             runs,
             frozenset({"started", "command"}),

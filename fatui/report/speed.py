@@ -59,7 +59,7 @@ def extremes(cases: Sequence[AnyCase], name: str) -> list[Block]:
         least_case, least = min(wins, key=lambda each: each[1].value)
         text = f"{name} gains most on {case.workload.label}: {times(ratio)} {case.reference}"
         if len(wins) > 1:
-            text += f"; of the cases that it wins, least on {least_case.workload.label}: {times(least)} it"
+            text += f"; of its wins, least on {least_case.workload.label}: {times(least)} it"
         made.append(Finding(f"{text}."))
     if losses:
         case, ratio = min(losses, key=lambda each: each[1].value)
@@ -84,8 +84,8 @@ def speedup_table(cases: Sequence[AnyCase], names: Sequence[str]) -> Table:
         floor = figures.percent(case.noise_floor.floor if case.noise_floor else None)
         rows.append((case.workload.label, case.reference or figures.UNKNOWN, *texts, floor))
     caption = (
-        "Median of paired ratios to the reference with a 95 % interval; ≈ 1 lies inside the noise floor, "
-        "a question mark says that the interval is too wide to tell"
+        "Median of paired ratios to the reference with a 95 % interval; ≈ 1 is inside the noise floor, "
+        "a question mark means that the interval is too wide for a verdict"
     )
     heads = ("case", "reference", *names, "noise floor")
     return Table(caption, heads, tuple(rows), frozenset({"reference"}))

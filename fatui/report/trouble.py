@@ -14,7 +14,7 @@ def trouble(cases: Sequence[AnyCase]) -> list[Block]:
     found = unsound(cases)
     total = sum(len(case.rows) for case in cases)
     if not found:
-        return [Paragraph(f"All of {counted(total, 'row')} ran and passed the check of their accuracy.")]
+        return [Paragraph(f"All of {counted(total, 'row')} ran and passed the accuracy check.")]
     counts = Counter("with too few rounds" if line.row.collecting else line.row.status for line in found)
     told = joined([f"{count} {status}" for status, count in counts.most_common()])
     rows = tuple(

@@ -67,7 +67,7 @@ class Compare(Screen[None]):
 
     def _notes(self) -> list[str]:
         made = self._comparison
-        notes = [f"Where they ran differs: {'; '.join(made.differences)}"] if made.differences else []
+        notes = [f"Environments differ: {'; '.join(made.differences)}"] if made.differences else []
         notes += [f"Only before: {_some(made.only_before)}"] if made.only_before else []
         return notes + ([f"Only after: {_some(made.only_after)}"] if made.only_after else [])
 

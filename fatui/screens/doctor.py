@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TOPIC_WIDTH: Final = 16
 LINE_LIMIT: Final = 2**20
-LOOKING: Final = "Looking; the last lines take a second or two, because they are measured."
+LOOKING: Final = "Checking; the last lines take a second or two, because they are measured."
 
 
 class Doctor(Screen[None]):
@@ -75,7 +75,7 @@ class Doctor(Screen[None]):
                 process.kill()
             code = await process.wait()
         advised = sum(finding.advice is not None for finding in self._findings)
-        ended = f"; it ended with code {code} before it was through" if code not in (0, -9) else ""
+        ended = f"; it ended early with code {code}" if code not in (0, -9) else ""
         status.show("Doctor", (f"{advised} to look at" if advised else "all well") + ended, alarm=bool(ended))
 
     def _show(self) -> None:

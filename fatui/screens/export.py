@@ -36,7 +36,7 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
             dialog.border_subtitle = "enter writes · escape does not"
             yield Static("Folder")
             yield Input(self._folder, id="folder")
-            yield Static("Name, without its ending")
+            yield Static("Name, without suffix")
             yield Input(self._name, id="name")
             yield Choice("write", ("all", *FORMATS), id="formats")
             yield Static(id="outcome", markup=False, classes="answers")

@@ -8,7 +8,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-ABOUT = "Keys are letters outside inputs; tab goes from one control to the next. [keys] in {config} gives them others."
+ABOUT = "Letter keys work outside inputs; tab moves to the next control. [keys] in {config} remaps them."
 
 
 class Help(ModalScreen[None]):

@@ -32,7 +32,7 @@ COLUMNS = (
     Column(name="device", title="device", right=False, rank=5, widest=28),
     Column(name="id", title="id", right=False, rank=6),
 )
-EMPTY = "No runs yet; each one that is made stands here afterwards."
+EMPTY = "No runs yet; finished runs appear here."
 
 
 class History(Screen[Report]):
@@ -106,7 +106,7 @@ class History(Screen[Report]):
     async def action_open(self) -> None:
         """Open the run on the main screen."""
         if self.app.runs.active:
-            self.app.tell("a run goes on; open another when it has ended", "warning")
+            self.app.tell("a run is in progress; open another when it has ended", "warning")
         elif self._chosen is not None:
             report = await self._get(self._chosen)
             if report is not None:
@@ -126,7 +126,7 @@ class History(Screen[Report]):
         """Compare two runs, the older one first."""
         chosen = list(dict.fromkeys([*self._marked, *([self._chosen] if self._chosen else [])]))[:2]
         if len(chosen) < 2:
-            self.app.tell(f"mark two runs with {self.app.keys['history_mark']}, or one and stand on another")
+            self.app.tell(f"mark two runs with {self.app.keys['history_mark']}, or mark one and move to another")
             return
         order = [run.id for run in self._runs]
         newer, older = sorted(chosen, key=order.index)

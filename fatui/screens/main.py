@@ -124,7 +124,7 @@ class MainScreen(Screen[None]):
     def _takes(self) -> str:
         draft = self.app.draft
         if not draft.implementations:
-            return "no implementation is chosen; space takes one in"
+            return "no implementation is selected; space selects one"
         return estimate.in_words(draft.plan(), self.app.remembered.pace, self.app.device_name)
 
     def show_run(self) -> None:

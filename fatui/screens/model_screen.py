@@ -28,10 +28,10 @@ from fatui.widgets.toggles import Toggles
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
 
-IDLE: Final = "{run} runs what is set up above; a timed call then says how long it takes, before the rounds begin."
+IDLE: Final = "{run} runs the setup above; a timed call then estimates the total, before the rounds start."
 ROOMY: Final = 34
 """Minimum terminal rows at which the charts of a finished run stay visible above its table."""
-FOLDER: Final = "a folder with config.json and weights, enter takes it"
+FOLDER: Final = "a folder with config.json and weights; enter adds it"
 
 
 class ModelScreen(Screen[None]):
@@ -203,7 +203,7 @@ class ModelScreen(Screen[None]):
         self.query_one(StatusLine).show(self.TITLE_TEXT, _phase(session))
         pane = self.query_one("#table-pane")
         width = max(40, pane.content_size.width - 2)  # a scroll bar may come
-        shown = report_table(report, width=width) if report and report.all_cases else "Nothing was measured yet."
+        shown = report_table(report, width=width) if report and report.all_cases else "Nothing measured yet."
         self.query_one("#model-table", Static).update(shown)
 
 

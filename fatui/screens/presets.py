@@ -27,7 +27,7 @@ COLUMNS = (
     Column(name="title", title="title", right=False, rank=3, widest=48),
 )
 MAX_PREVIEW = 20_000
-EMPTY = "There are no presets; one is made from what is set up on the main screen, by 'Save as'."
+EMPTY = "There are no presets; 'Save as' on the main screen makes one."
 
 
 class Presets(Screen[str]):
@@ -100,7 +100,7 @@ class Presets(Screen[str]):
         """Open the rename field below the list."""
         if self._chosen is None or self.query("#rename"):
             return
-        field = Input(self._chosen, id="rename", placeholder="new name; escape leaves it")
+        field = Input(self._chosen, id="rename", placeholder="new name; escape cancels")
         self.query_one("#preset-list").parent.mount(field)  # type: ignore[union-attr]
         field.focus()
 
@@ -163,7 +163,7 @@ def _line(listed: presets.Listed) -> Line:
 
 def _preview_text(listed: presets.Listed) -> str:
     if listed.preset is None:
-        return clean("\n".join(["It cannot be used:", "", *listed.problems]), MAX_PREVIEW)
+        return clean("\n".join(["This preset has mistakes:", "", *listed.problems]), MAX_PREVIEW)
     made = listed.preset
     limit = f"up to {made.seconds:g} s a case; {', '.join(made.implementations)}"
     head = [text for text in (made.title, made.summary, limit, str(listed.source)) if text]

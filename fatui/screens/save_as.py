@@ -35,9 +35,9 @@ class SaveAs(ModalScreen[Preset]):
             dialog.border_subtitle = "enter saves · escape does not"
             yield Static("Name")
             yield Input(origin.name if origin and not origin.bundled else "", placeholder="my-model", id="name")
-            yield Static("Title, if you like")
+            yield Static("Title (optional)")
             yield Input(origin.title if origin else "", id="title")
-            yield Static("Summary, if you like")
+            yield Static("Summary (optional)")
             yield Input(origin.summary if origin else "", id="summary")
             yield Static(id="verdict", markup=False)
 
@@ -52,7 +52,7 @@ class SaveAs(ModalScreen[Preset]):
         if not name:
             return "a name is needed"
         if not presets.NAME.fullmatch(name) or name.endswith(".toml"):
-            return "a name takes letters, digits, '.', '_' and '-', begins with a letter or digit, and has 64 at most"
+            return "a name takes letters, digits, '.', '_' and '-', starts with a letter or digit, and has 64 at most"
         return ""
 
     @on(Input.Changed)
@@ -66,7 +66,7 @@ class SaveAs(ModalScreen[Preset]):
         count = len(self._plan.cases)
         text = f"writes {own_presets() / name}.toml: {count} case{'s' if count > 1 else ''}"
         if name in self._taken:
-            text += "; stands in for the bundled one" if self._taken[name] else "; replaces yours, which is kept aside"
+            text += "; hides the bundled one" if self._taken[name] else "; replaces yours, which is kept aside"
         return text
 
     @on(Input.Submitted)

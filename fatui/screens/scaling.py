@@ -19,8 +19,8 @@ from fatui.widgets.status_line import StatusLine
 if TYPE_CHECKING:
     from fatui.app import FatuiApp
 
-NO_SWEEP = "This run has one case. {sweep} on the main screen begins a sweep; so does the preset 'scaling'."
-NO_RUN = "No run yet. A sweep that was run, or opened from the history, is drawn here."
+NO_SWEEP = "This run has one case. {sweep} on the main screen starts a sweep; the preset 'scaling' is one."
+NO_RUN = "No run yet. A sweep is drawn here once it has run or is opened from the history."
 
 
 class Scaling(Screen[None]):
@@ -123,7 +123,7 @@ def _crossover_words(lines: dict[str, list[scaling.Point]], axis: str) -> list[s
     found = scaling.crossovers(lines)
     name = axis.rstrip("_")
     if not found:
-        return [f"No implementation overtakes another over {name}, as far as the intervals tell."]
+        return [f"No implementation overtakes another over {name} beyond the intervals."]
     return [
         f"{each.faster_after} overtakes {each.faster_before} between {name} {say_value(each.between[0])}"
         f" and {say_value(each.between[1])}"

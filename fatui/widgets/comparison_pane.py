@@ -13,7 +13,7 @@ from fatui.ascii import literal
 from fatui.session import Session
 from fatui.widgets.row_table import Line, RowTable
 
-EMPTY = "No rows yet. r runs what is set up; each row stands here as soon as it is measured."
+EMPTY = "No rows yet. Press r to run; rows appear as they are measured."
 
 
 class ComparisonPane(Vertical):

@@ -39,7 +39,7 @@ class ImplementationPicker(Widget, can_focus=True):
         Binding("down", "move(1)", "Down", show=False),
         Binding("home", "move(-100)", "First", show=False),
         Binding("end", "move(100)", "Last", show=False),
-        Binding("space,enter", "take", "Take in or out", show=False),
+        Binding("space,enter", "take", "Select or deselect", show=False),
     ]
 
     class Toggled(Message):

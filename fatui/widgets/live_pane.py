@@ -15,7 +15,7 @@ from fatui.session import AnySession, Session
 from fatui.telemetry import Reading, in_words
 from fatui.widgets.trend_chart import Scale, Trend, TrendChart
 
-IDLE = "Nothing runs. r runs what is set up; tokens/s, memory and progress are drawn here while it does."
+IDLE = "No run yet. Press r to run; tokens/s, memory and progress appear here."
 MEMORY = ("MLX active", "MLX peak", "process", "device")
 BAR = 24
 AROUND = 8
@@ -96,9 +96,7 @@ def progress_line(session: AnySession) -> str:
     if progress is None:
         return "starting the engine"
     if session.building:
-        return (
-            f"compiling {session.building}, {figures.duration(session.building_s)} so far; it is kept for the next time"
-        )
+        return f"compiling {session.building}, {figures.duration(session.building_s)} so far; cached for the next run"
     left = estimate.left(session)
     done = left.done if left else 0.0
     filled = round(done * BAR)

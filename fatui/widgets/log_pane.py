@@ -9,7 +9,7 @@ from fatui.ascii import literal
 from fatui.journal import Journal
 from fatui.widgets.log_view import LEVELS, LogView
 
-HINT = "word to find; begin with warning: or error: for a level"
+HINT = "word to find; start with warning: or error: for a level"
 
 
 class LogPane(Vertical):

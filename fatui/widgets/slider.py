@@ -32,8 +32,8 @@ class Slider(Widget, can_focus=True):
         Binding("pageup", f"step({PAGE})", "Much more", show=False),
         Binding("pagedown", f"step(-{PAGE})", "Much less", show=False),
         Binding("space", "mark", "Mark for the sweep", show=False),
-        Binding("enter", "commit", "Take what was typed", show=False),
-        Binding("escape", "cancel", "Forget what was typed", show=False),
+        Binding("enter", "commit", "Apply the typed value", show=False),
+        Binding("escape", "cancel", "Discard the typed value", show=False),
     ]
     DEFAULT_CSS = "Slider { height: 1; }"
 

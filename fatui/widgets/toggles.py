@@ -17,7 +17,7 @@ class Toggles(Widget, can_focus=True):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "move(-1)", "Previous", show=False),
         Binding("right", "move(1)", "Next", show=False),
-        Binding("space,enter", "take", "Take in or out", show=False),
+        Binding("space,enter", "take", "Select or deselect", show=False),
     ]
     DEFAULT_CSS = "Toggles { height: 1; }"
 

@@ -120,7 +120,7 @@ def cases_text(draft: Draft) -> str:
     except UsageError as error:
         return f"{CANNOT}: {'; '.join(error.problems)}"
     if draft.cases:
-        return f"{count} cases of the preset, the sliders show the first; moving one leaves the rest behind"
+        return f"{count} cases of the preset, the sliders show the first; moving one drops the others"
     parts = [f"{LABELS[name]} {say_values(values)}" for name, values in draft.axes.items() if len(values) > 1]
     parts += [f"{name.rstrip('_')} {', '.join(values)}" for name, values in draft.several.items()]
     if draft.sweeping:

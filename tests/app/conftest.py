@@ -3,7 +3,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def private_folders(tmp_path, monkeypatch):
-    """No test reads or writes the files of whoever runs it."""
+    """Isolate every test from the user's own files."""
     for name in ("CONFIG", "DATA", "CACHE"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name.lower()))
     for name in ("NO_COLOR", "TMUX", "DISPLAY", "WAYLAND_DISPLAY", "COLUMNS", "LINES"):

@@ -1,4 +1,4 @@
-"""A program in a pty, timed by what it writes."""
+"""A program in a pty, timed by its output."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ SIZE = 120, 40
 
 
 class PtyApp:
-    """Starts a program in a pty; closing it leaves no process behind."""
+    """A program started in a pty; closing it ends its processes."""
 
     def __init__(self, *command):
         self.began = time.monotonic()
@@ -33,7 +33,7 @@ class PtyApp:
         self.close()
 
     def read(self, seconds, until=None):
-        """Reads for a while, or until a text comes; returns how long that took, None where it did not come."""
+        """Read for a while, or until a text appears; return the seconds that took, or None if it did not appear."""
         began, seen = time.monotonic(), b""
         while (left := began + seconds - time.monotonic()) > 0:
             if not select.select([self._file], [], [], left)[0]:
@@ -50,7 +50,7 @@ class PtyApp:
         os.write(self._file, keys.encode())
 
     def ended(self, seconds=5.0):
-        """Whether the program ends by itself within that time."""
+        """Whether the program exits by itself within a time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.read(0.05)
@@ -60,7 +60,7 @@ class PtyApp:
         return False
 
     def leave(self):
-        """Ends a run and the app as a person would."""
+        """Stop a run and quit the app, as a user would."""
         self.press("x")
         self.read(1.5)
         self.press("q")

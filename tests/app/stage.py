@@ -1,4 +1,4 @@
-"""The app on a stage: an engine that plays what a test tells it, a clock that a test moves, and a pilot."""
+"""Test stage of the app: a scripted engine, a clock moved by the test, and a pilot."""
 
 import asyncio
 import random
@@ -40,7 +40,7 @@ class Clock:
 
 
 class ScriptedEngine:
-    """Has what the app needs of an engine, and does only what a test says."""
+    """An engine with the interface that the app needs, which does only what a test requests."""
 
     def __init__(self, plan, listener):
         self.record = record_of(plan)
@@ -102,14 +102,14 @@ class ScriptedEngine:
         self.tell(on.CaseDone(case=case, stopped_by="precision"))
 
     def finish(self):
-        """Plays the rest of the first case, and ends the run."""
+        """Play the rest of the first case, and end the run."""
         self.rounds()
         self.end_case()
         self.tell(on.RunDone())
         self.end()
 
     def play(self, factor=None):
-        """Plays a whole run, without its end."""
+        """Play a whole run except its end."""
         self.begin()
         for case in range(len(self.record.cases)):
             self.begin_case(case)
@@ -119,7 +119,7 @@ class ScriptedEngine:
 
 
 class Stage:
-    """The app, its pilot, its clock, and the engine of the run that goes on."""
+    """The app, its pilot, its clock, and the engine of the active run."""
 
     def __init__(self, app, pilot, clock, engines):
         self.app, self.pilot, self.clock, self._engines = app, pilot, clock, engines
@@ -136,7 +136,7 @@ class Stage:
         return self.app.screen.query_one(what, kind) if kind else self.app.screen.query_one(what)
 
     async def settle(self, until=lambda: True, seconds=5.0):
-        """Lets the app go on until something holds."""
+        """Let the app run until a condition holds."""
         for _ in range(int(seconds / 0.02)):
             await self.pilot.pause(0.02)
             if until():
@@ -152,7 +152,7 @@ class Stage:
         await self.pilot.pause()
 
     def seen(self):
-        """All that is on the screen, as lines of text."""
+        """All text on the screen, as lines."""
         lines = self.app.screen._compositor.render_strips()
         return "\n".join("".join(segment.text for segment in strip) for strip in lines)
 
@@ -170,7 +170,7 @@ def make_app(clock=None, engines=None, **options):
 
 
 def advise(app, **routes):
-    """Answers as the advisor would."""
+    """Answer as the advisor would."""
     made = {
         name: Route(path=path, fused=name == "poc", reason=f"why {name}", predicted_bytes=2**22)
         for name, path in PATHS.items()
@@ -182,7 +182,7 @@ def advise(app, **routes):
 
 
 def on_stage(play, size=(120, 40), **options):
-    """Runs an async function with a Stage, and leaves the app as a person would."""
+    """Run an async function with a Stage, and quit the app as a user would."""
 
     async def go():
         clock, engines = Clock(), []

@@ -1,4 +1,4 @@
-"""Long runs: memory stays within its buffers, and drawing takes no longer."""
+"""Long runs: memory stays within its buffers, and drawing does not slow down."""
 
 import asyncio
 import gc
@@ -18,7 +18,7 @@ MOST_BYTES = 24 * 2**20
 
 
 async def repaint_s(stage):
-    """Median time to take in what is new and to draw it."""
+    """Median time to process and draw new events."""
     taken = []
     for _ in range(5):
         stage.engine.rounds(1, case=stage.app.session.case_number)

@@ -1,4 +1,4 @@
-"""Everything that can break in a run, and what only looks so."""
+"""Failures during a run, and events that only look like failures."""
 
 import asyncio
 import os
@@ -52,7 +52,7 @@ def test_a_driver_that_breaks_leaves_the_app_and_the_rows():
         stage.engine.end()
         await stage.settle(lambda: stage.app.report is not None)
         assert stage.app.session.phase == "failed"
-        assert "the engine's driver broke: KeyError" in stage.app.journal.text()
+        assert "the engine's driver failed: KeyError" in stage.app.journal.text()
 
     on_stage(play)
 

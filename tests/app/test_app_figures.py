@@ -129,12 +129,12 @@ def plan_of(**fields):
 
 
 def paced(**fields):
-    """What a run of one call of 10 ms a workload teaches."""
+    """Learn from a run with one call of 10 ms per workload."""
     return learn(Pace(), report_of("baseline", 0.01, 2.5, **fields), 2.0)
 
 
 def report_of(name, call_s, seconds, **fields):
-    """A run of one row."""
+    """Make a run of one row."""
     row = Row(implementation=name, status="ok", call_s=Interval(median=call_s, low=call_s, high=call_s))
     return Report(
         run=Run(id="a", started="", seconds=seconds, command=""),

@@ -1,4 +1,4 @@
-"""Runs and presets of others in every screen: their text is read, and neither markup nor an escape code is obeyed."""
+"""Hostile runs and presets on every screen: their text is shown, and neither markup nor escape codes take effect."""
 
 import hostile
 import pytest
@@ -11,7 +11,7 @@ from fatui.widgets.row_table import RowTable
 
 
 async def look(stage, *keys, shows=""):
-    """Press keys, wait until a text is in sight, and check that no control character is."""
+    """Press keys, wait until a text is visible, and check that no control character is."""
     await stage.press(*keys)
     await stage.pilot.pause(0.05)
     await stage.settle(lambda: shows in stage.seen())

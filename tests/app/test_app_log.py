@@ -1,4 +1,4 @@
-"""The log: it keeps its place, is filtered, and can be held."""
+"""The log: it keeps its scroll position, can be filtered, and can be paused."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The screens of models: set up, followed live, kept, exported, and opened again from the history."""
+"""The model screens: setup, live view, storage, export, and reopening from the history."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How the app looks, as pictures that are compared."""
+"""Snapshots of the app."""
 
 import pytest
 from stage import Clock, advise, make_app

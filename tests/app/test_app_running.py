@@ -1,4 +1,4 @@
-"""Runs: from their start to their end, and what the table shows of them."""
+"""Runs from start to end, and what the table shows of them."""
 
 from msgspec import structs
 from stage import on_stage
@@ -69,7 +69,7 @@ def test_quit_without_a_run_does_not_ask():
 def test_a_second_start_is_refused_in_words():
     async def play(stage):
         await stage.press("r", "r")
-        assert "a run goes on" in stage.app.journal.text()
+        assert "a run is in progress" in stage.app.journal.text()
 
     on_stage(play)
 

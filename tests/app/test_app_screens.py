@@ -1,4 +1,4 @@
-"""The further screens, and the dialogs."""
+"""The other screens, and the dialogs."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ def test_a_name_is_judged_while_it_is_typed():
         assert not presets._files(paths.own_presets())
         stage.find("#name", Input).value = "quick"
         await stage.pilot.pause()
-        assert "stands in for the bundled one" in str(verdict.content)
+        assert "hides the bundled one" in str(verdict.content)
 
     on_stage(play)
 
@@ -91,7 +91,7 @@ def test_a_bundled_preset_is_not_deleted_and_a_broken_one_is_shown():
         await stage.press("p")
         stage.find("#preset-list", RowTable).go_to("broken")
         await stage.pilot.pause()
-        assert "It cannot be used" in stage.seen() and "secnds" in stage.seen()
+        assert "This preset has mistakes" in stage.seen() and "secnds" in stage.seen()
         await stage.press("enter")
         assert "has mistakes" in stage.app.journal.text()
         stage.find("#preset-list", RowTable).go_to("quick")

@@ -1,4 +1,4 @@
-"""Setting up: sliders, choices, implementations, sweeps."""
+"""Setup: sliders, choices, implementations, sweeps."""
 
 from msgspec import structs
 from stage import DEVICE, advise, on_stage

@@ -1,4 +1,4 @@
-"""The config file, what comes back at the next start, and sizes."""
+"""The config file, the state restored at the next start, and sizes."""
 
 import pytest
 from stage import on_stage

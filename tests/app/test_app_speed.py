@@ -1,4 +1,4 @@
-"""How fast the app is, and how little it takes from what it measures; in a pty, on the real engine.
+"""Speed of the app, and its overhead on what it measures; in a pty, on the real engine.
 
 Figures are printed: pytest -m slow -n 0 -s tests/app/test_app_speed.py. They need a machine with nothing else to do.
 """
@@ -26,7 +26,7 @@ PAIRS = 5
 
 
 def seconds_to(text, *command):
-    """From the start of a program to a text on its screen."""
+    """Seconds from the start of a program to a text on its screen."""
     with PtyApp(*command) as app:
         assert app.read(20, until=text) is not None
         return time.monotonic() - app.began
@@ -65,7 +65,7 @@ def test_a_key_is_repainted_within_100_ms_while_the_engine_is_busy():
 
 
 def run_in_the_app():
-    """Runs `quick` in the app, and returns what came out."""
+    """Run `quick` in the app, and return the report."""
     before = len(History().runs())
     with PtyApp(*FATUI, "quick", "--run") as app:
         end = time.monotonic() + 300
@@ -78,7 +78,7 @@ def run_in_the_app():
 
 
 def run_on_the_command_line():
-    """Runs `fatui bench quick`, and returns what came out."""
+    """Run `fatui bench quick`, and return the report."""
     subprocess.run([*FATUI, "bench", "quick"], cwd=ROOT, capture_output=True, check=True, timeout=300)
     return History().get("last")
 

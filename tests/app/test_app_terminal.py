@@ -1,4 +1,4 @@
-"""The real app on the real engine in a real terminal, which is tmux."""
+"""The real app with the real engine in a real terminal, tmux."""
 
 import json
 import os

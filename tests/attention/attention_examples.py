@@ -1,4 +1,4 @@
-"""Small attention calls, and what float64 says of them."""
+"""Small attention calls, and their float64 references."""
 
 import importlib.util
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ CPU = Device(backend="cpu", name="any", cores=2, memory_bytes=2**34, available_b
 
 @dataclass(frozen=True)
 class Example:
-    """A call with everything that an implementation may have to take."""
+    """A call with every feature that an implementation may support."""
 
     batch: int = 2
     heads: int = 4
@@ -92,7 +92,7 @@ class Example:
         return Mask(causal=self.causal, window=self.window, array=array)
 
     def exact(self, inputs: list[mx.array]) -> list[np.ndarray]:
-        """Output, dQ, dK and dV of all heads in float64."""
+        """Return output, dQ, dK and dV of all heads in float64."""
         q, k, v, up = (to_numpy(x) for x in inputs)
         shape = (self.batch, self.heads, self.seq, self.kv_seq)
         whole = None

@@ -1,4 +1,4 @@
-"""A device on which small calls are bound by launching: noisy, cold at first, and in phases that last for seconds."""
+"""A simulated device on which small calls are launch-bound: noisy, cold at first, with phases of several seconds."""
 
 import math
 import random
@@ -9,7 +9,7 @@ from tuning_examples import FakeTime
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
-    """What one call costs, in seconds."""
+    """Cost of one call, in seconds."""
 
     host_s: float
     """On the processor: Python, and what queues the launch."""
@@ -22,12 +22,12 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
     @property
     def call_s(self) -> float:
-        """In a long queue."""
+        """Cost in a long queue."""
         return max(self.host_s, self.device_s)
 
 
 class Weather(Struct, frozen=True, kw_only=True):
-    """What disturbs."""
+    """Disturbances."""
 
     noise: float = 0.02
     """Relative spread of one sample."""
@@ -45,7 +45,7 @@ class Weather(Struct, frozen=True, kw_only=True):
 
 
 class LaunchBound:
-    """The device: a clock that moves on by what the calls of its candidates cost."""
+    """The device: a clock advanced by the costs of its candidates' calls."""
 
     def __init__(self, seed: int, weather: Weather) -> None:
         self.clock = FakeTime()
@@ -55,14 +55,14 @@ class LaunchBound:
         self.slowness, self.until, self.warmth = 1.0, self.began, 0.0
 
     def host(self) -> float:
-        """How many times its time the processor takes now."""
+        """Current slowdown of the CPU, as a factor."""
         if self.clock.now >= self.until:
             self.slowness = 1 + self.weather.phases * self.draw.random()
             self.until = self.clock.now + self.weather.phase_s * self.draw.expovariate(1.0)
         return self.slowness
 
     def gpu(self) -> float:
-        """The same of the GPU."""
+        """Current slowdown of the GPU, as a factor."""
         worked = self.clock.now - self.began
         return 1 + self.weather.ramp * math.exp(-worked / self.weather.ramp_s) + self.weather.heat * self.warmth
 

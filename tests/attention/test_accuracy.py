@@ -1,4 +1,4 @@
-"""The judge passes what is right, and nothing else."""
+"""The accuracy check accepts correct results and nothing else."""
 
 import mlx.core as mx
 import numpy as np

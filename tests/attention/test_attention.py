@@ -1,4 +1,4 @@
-"""The face: what `attention()` takes, and what it says to what it does not."""
+"""The public function: what `attention()` accepts, and how it reports what it does not."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Block sizes: pure arithmetic, whatever the shape."""
+"""Block sizes: pure arithmetic, for any shape."""
 
 from hypothesis import given
 from hypothesis import strategies as st

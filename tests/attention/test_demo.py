@@ -1,4 +1,4 @@
-"""Demo tries what fits, keeps the fastest that is accurate, remembers it, and says so."""
+"""The autotuner tries candidates that fit, keeps the fastest accurate one, stores it, and reports it."""
 
 import time
 from collections.abc import Iterator
@@ -89,7 +89,7 @@ TELL_NOTHING = {
 @pytest.mark.parametrize("content", TELL_NOTHING)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_inputs_that_tell_nothing_settle_no_choice(store: Store, heard: Heard, content: str, dtype: mx.Dtype) -> None:
-    """A candidate whose weights are wrong is right about constant values, and as right as any about NaN."""
+    """A candidate with wrong weights is correct for constant values, and as correct as any for NaN."""
 
     class Uniform(Timed):
         def __call__(self, q: mx.array, k: mx.array, v: mx.array, **more: object) -> mx.array:

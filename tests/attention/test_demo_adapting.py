@@ -1,4 +1,4 @@
-"""Demo leaves a choice that gets slow, comes back to one that recovers, and takes its time from few calls."""
+"""The autotuner drops a choice that slows down, returns to one that recovers, and spends time on few calls."""
 
 import time
 from collections.abc import Iterator
@@ -164,7 +164,7 @@ def test_in_a_run_the_samples_are_watched_and_the_choice_changed(tmp_path: Path,
 
 
 def told_apart(alone_s: dict[str, float], queued_s: dict[str, float], queued: bool = False) -> str:
-    """Which of two is taken in the end after so many pairs, `poc` having been taken first."""
+    """Return the final choice after a number of pairs, with `poc` as the first choice."""
     entry = structs.replace(an_entry(), call_s=queued_s, alone_s=alone_s, ratio=1.3, low=1.2, high=1.4)
     clock = FakeTime()
     candidates = {name: Timed(name, 0.0) for name in queued_s}
@@ -198,7 +198,7 @@ def test_a_choice_that_its_trial_left_open_is_doubted_from_the_beginning(
 
 
 class Delayed:
-    """A real candidate that a test can slow down: it waits for its result, and then spends a share of that time."""
+    """A real candidate that can be slowed down: it waits for its result, then spins for a share of that time."""
 
     def __init__(self, clock: Clock) -> None:
         self.inner, self.delay, self.name, self.clock = MlxSdpa(), 0.0, "delayed", clock
@@ -217,7 +217,7 @@ class Delayed:
 
 
 class RealMachine:
-    """Two of the same real candidate, each as slow as a test wants."""
+    """Two instances of the same real candidate, each with its own slowdown."""
 
     def __init__(self, path: Path, clock: Clock, second_delay: float = 0.0) -> None:
         self.among = {"first": Delayed(clock), "second": Delayed(clock)}

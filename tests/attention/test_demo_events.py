@@ -1,4 +1,4 @@
-"""What a run tells of tuning and switching, and how readers take it."""
+"""Events of tuning and switching, and how their readers handle them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Results that do not depend on the size of a call: the same within a budget and beyond it."""
+"""Results do not depend on the size of a call: they are equal within and beyond a memory budget."""
 
 import threading
 from collections.abc import Callable

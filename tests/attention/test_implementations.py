@@ -1,4 +1,4 @@
-"""Every implementation against float64: either the right answer, or a route that says no."""
+"""Every implementation against float64: either a correct result, or a route that declines."""
 
 import importlib.util
 from typing import Any
@@ -24,7 +24,7 @@ from attention.workload import Workload
 
 
 class InBlocks(Practical):
-    """Practical, made to cut everything into small tiles."""
+    """Practical, forced to cut everything into small tiles."""
 
     def __init__(self, keys: int, sums_queries: bool = False) -> None:
         super().__init__(budget_bytes=1)
@@ -35,7 +35,7 @@ class InBlocks(Practical):
 
 
 class InSlices(Practical):
-    """Practical, made to take slices as on a GPU, each waiting for the one before it where that is asked."""
+    """Practical, forced to use slices as on a GPU, each optionally waiting for the previous one."""
 
     def __init__(self, way: Way, waits: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a mask means, against brute force over single pairs."""
+"""Masks, against brute force over single pairs."""
 
 import mlx.core as mx
 import numpy as np

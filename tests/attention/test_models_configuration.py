@@ -1,4 +1,4 @@
-"""The models that need no download, and those of a folder: their shapes and what they will need."""
+"""Models without a download and models of a folder: shapes and predicted memory."""
 
 import json
 

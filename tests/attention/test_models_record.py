@@ -1,4 +1,4 @@
-"""Rows of models: what is made of the events that were told of them."""
+"""Rows of models, made from events."""
 
 import math
 from typing import Any

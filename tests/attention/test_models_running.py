@@ -1,4 +1,4 @@
-"""Models that really run, small ones: what is measured of them, and that a wrong implementation is found out."""
+"""Small models that really run: their measurements, and detection of wrong implementations."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ NAMES = ("baseline", "mlx", WRONG)
 
 @pytest.fixture
 def uncompiled():
-    """Compiling a training step takes seconds on a CPU, and changes nothing that is tested here."""
+    """Disable compilation of training steps: it takes seconds on a CPU and does not affect these tests."""
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -29,7 +29,7 @@ def run(bench, plan):
 
 
 def watched(bench, plan):
-    """The record of a run, and all events of it."""
+    """The record of a run, and all its events."""
     record, told = record_of(plan), []
 
     def listen(event):
@@ -42,7 +42,7 @@ def watched(bench, plan):
 
 
 def estimates_before(told, kind):
-    """The estimates of a run's cases, each told before the first event of a kind in its case."""
+    """Check that each case's estimate precedes its first event of a kind, and return the estimates."""
     estimates = {event.case: event for event in told if isinstance(event, on.Expected)}
     for case, estimate in estimates.items():
         first = next(event for event in told if isinstance(event, kind) and event.case == case)

@@ -1,4 +1,4 @@
-"""Every run of a model starts from the same state, whatever its caches and layers are; a run that would not fails."""
+"""Every run of a model starts from the same state, whatever its caches and layers; one that would not fails."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The monitor counts every call once, times some, and its report is one that fatui keeps."""
+"""The monitor counts every call once, times some, and writes a report that fatui can store."""
 
 import contextlib
 import time
@@ -60,7 +60,7 @@ def test_calls_of_a_patched_model_are_the_implementations() -> None:
 
 
 def a_models_direct_call(*arrays: mx.array, **more: object) -> mx.array:
-    """A call of MLX's function by a module of mlx-lm's."""
+    """A call of MLX's function by a module of mlx-lm."""
     names = {"__name__": "mlx_lm.models.direct", "mx": mx}
     exec("def call(*arrays, **more): return mx.fast.scaled_dot_product_attention(*arrays, scale=1.0, **more)", names)
     called: mx.array = names["call"](*arrays, **more)  # type: ignore[operator]
@@ -90,7 +90,7 @@ def test_what_a_patch_hands_to_mlx_lms_own_function_is_mlxs() -> None:
 
 
 class Asked(Baseline):
-    """Counts how often it is asked for its route."""
+    """An implementation that counts the requests for its route."""
 
     name = "asked"
     times = 0
@@ -164,7 +164,7 @@ def test_a_saved_run_is_shown_by_the_history(
 
 
 class Program:
-    """Calls of one length in a row on a clock of its own, which looking and timing move on too."""
+    """A series of calls of one length on a fake clock, which inspecting and timing advance too."""
 
     LOOK_S = 1.5e-6
 
@@ -175,7 +175,7 @@ class Program:
         self.watching_s, self.timed, self.look_in = 0.0, 0, 1
 
     def run(self, calls: int) -> float:
-        """The share of the time that went into watching."""
+        """The share of the time spent on monitoring."""
         began = self.clock.now
         self.watching_s = 0.0
         for number in range(calls):
@@ -265,7 +265,7 @@ def test_watching_a_real_program_costs_at_most_its_share(seq: int) -> None:
 
 
 def watched_over_not(seq: int) -> float:
-    """The processor's time of a program that is watched over that of the same one by itself."""
+    """Return the CPU time of a monitored program relative to the same program unmonitored."""
     q, k, v = arrays(seq)
     ratios = []
     for number in range(81 if seq == 32 else 41):  # the shorter a call, the more it varies

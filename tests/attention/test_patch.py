@@ -1,4 +1,4 @@
-"""The patch takes every kind of call, leaves what is not taken to MLX, and leaves nothing behind."""
+"""The patch takes every kind of call, passes unsupported calls on to MLX, and is completely undone."""
 
 import asyncio
 import gc
@@ -28,7 +28,7 @@ LATER = "mlx_lm.models.granite"
 
 
 class Picky(Baseline):
-    """Refuses causal calls."""
+    """An implementation that declines causal calls."""
 
     name = "picky"
 
@@ -64,7 +64,7 @@ def arrays(seq: int, kv_seq: int, width: int = 64, value_width: int = 64) -> tup
 
 
 def band(*shape: int) -> mx.array:
-    """A bool mask in which every row sees something."""
+    """A bool mask without fully masked rows."""
     return (mx.random.uniform(shape=shape, key=mx.random.key(9)) > 0.4) | (mx.arange(shape[-1]) == 0)
 
 
@@ -134,7 +134,7 @@ def test_what_is_not_taken_goes_to_mlx_and_is_counted_with_the_reason() -> None:
 
 
 def test_the_path_counted_is_the_path_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An additive mask of another type than the query's takes memory that the route of its shape knows nothing of."""
+    """An additive mask of another type than the query's needs memory that the route of its shape does not predict."""
     mask = mx.where(mx.tril(mx.ones((200, 200), mx.bool_)), 0.0, -1e9).astype(mx.float32)
     q = mx.random.normal((1, 4, 200, 16), key=mx.random.key(0)).astype(mx.float16)
     in_blocks = Practical._in_blocks

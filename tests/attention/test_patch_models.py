@@ -37,12 +37,12 @@ TOLERANCE = {mx.float32: 2e-5, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 
 def patched(name: str) -> Any:
-    """A patch; in blocks every call is cut into tiles of one row and one key upwards."""
+    """A patch; "blocks" cuts every call into tiles from one row and one key upwards."""
     return attention.patch_mlx_lm(Practical(64 << 10) if name == "practical in blocks" else name)
 
 
 def logits(model: Any, cache_name: str) -> np.ndarray:
-    """Logits of a prompt in two chunks and of three single tokens after it; what stands on padding is left out."""
+    """Return the logits of a prompt in two chunks and of three single tokens after it, without padding positions."""
     cache = [CACHES[cache_name]() for _ in range(LAYERS)]
     prompt = tokens(2, 43)
     parts = [model(prompt[:, :29], cache=cache)[:, max(LEFT_PADDING) :], model(prompt[:, 29:40], cache=cache)]
@@ -74,7 +74,7 @@ def test_half_precision_stays_within_its_tolerance(dtype: mx.Dtype, cache: str) 
 
 
 class Losses(TrainingCallback):
-    """Keeps the curve."""
+    """A callback that keeps the loss curve."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -87,14 +87,14 @@ class Losses(TrainingCallback):
 
 
 class Sequences(list[list[int]]):
-    """Token lists as mlx-lm's CacheDataset takes them."""
+    """Token lists as accepted by mlx-lm's CacheDataset."""
 
     def process(self, item: list[int]) -> tuple[list[int], int]:
         return item, 0
 
 
 def lora_losses(model_name: str, folder: Any) -> list[float]:
-    """The losses of a few steps of mlx-lm's own LoRA training, whose step is compiled."""
+    """Return the losses of a few steps of mlx-lm's LoRA training, whose step is compiled."""
     model = tiny(model_name)
     model.freeze()
     mx.random.seed(1)
@@ -171,7 +171,7 @@ def test_a_compiled_training_step_gives_the_same_losses(implementation: str) -> 
 
 
 def gradients_of_latent_attention() -> dict[str, np.ndarray]:
-    """Gradients of all weights of a model whose rotary scores reach attention as an additive mask."""
+    """Return the gradients of all weights of a model whose rotary scores reach attention as an additive mask."""
     model, data = tiny("deepseek_v3"), tokens(2, 49)
 
     def loss(parameters: dict[str, Any]) -> mx.array:
@@ -184,7 +184,7 @@ def gradients_of_latent_attention() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def unpatched_gradients() -> dict[str, np.ndarray]:
-    """Those of MLX's own attention."""
+    """Return the gradients with MLX's own attention."""
     gradients = gradients_of_latent_attention()
     assert np.abs(gradients["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"][-8:]).max() > 1e-3
     return gradients

@@ -1,4 +1,4 @@
-"""A program of mlx-lm runs as it is with attention replaced, and ends with a report."""
+"""An unmodified mlx-lm program runs with attention replaced, and prints a report at its end."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Practical stays within its memory budget, measured, and says what it does."""
+"""Practical stays within its memory budget, as measured, and reports its choices."""
 
 import mlx.core as mx
 import pytest
@@ -13,7 +13,7 @@ from attention.workload import Workload
 
 
 def excess(implementation: Practical, workload: Workload) -> int:
-    """Peak bytes above inputs and outputs."""
+    """Return the peak bytes above inputs and outputs."""
     runner = runner_for(implementation, workload, make_inputs(workload, 0), workload.scale)
     peak = runner.peak_bytes()
     assert peak is not None

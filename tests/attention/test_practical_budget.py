@@ -1,4 +1,4 @@
-"""Practical's promise of memory: whatever the shape, no call takes more than the budget above inputs and outputs."""
+"""Practical's memory guarantee: for any shape, no call uses more than the budget above inputs and outputs."""
 
 import time
 from statistics import median
@@ -19,7 +19,7 @@ from attention.workload import DType, Workload
 
 
 def excess(implementation: Implementation, workload: Workload) -> int:
-    """Peak bytes above inputs and outputs."""
+    """Return the peak bytes above inputs and outputs."""
     peak = runner_for(implementation, workload, make_inputs(workload, 0), workload.scale).peak_bytes()
     assert peak is not None
     return peak - workload.output_bytes
@@ -98,7 +98,7 @@ def test_training_at_4096_peaks_at_a_third_of_mlxs_at_most() -> None:
 
 
 def times_as_fast(practical: Practical, workload: Workload, rounds: int) -> float:
-    """How many times as fast as the unfused path, by processor time, which is the same beside others on a machine."""
+    """Return the speedup over the unfused path in CPU time, which other processes do not affect."""
     inputs = make_inputs(workload, 0)
     runners = [runner_for(one, workload, inputs, workload.scale) for one in (practical, MlxSdpa())]
     ratios = []

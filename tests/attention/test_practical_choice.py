@@ -1,4 +1,4 @@
-"""What practical takes on a GPU, decided without one: slices within the budget, where the whole does not fit it."""
+"""Practical's choices for a GPU, made without one: slices within the budget if the whole call does not fit."""
 
 import math
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def asked(workload: Workload, mebibytes: int, needs: Needs = PLAIN) -> Choice:
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, why_unfused: Callable[..., str | None]) -> None:
-    """Lets MLX's SDPA have fused kernels for other shapes."""
+    """Pretend that MLX's SDPA has fused kernels for other shapes."""
     for module in ("practical_choice", "slice_size"):
         monkeypatch.setattr(f"attention.implementations.{module}.why_unfused", why_unfused)
 
@@ -205,7 +205,7 @@ def test_waiting_gives_something_that_can_be_waited_for_in_any_function() -> Non
 
 
 def fuses_multiples_of_128(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> str | None:
-    """What MLX's CUDA backend says of a training pass."""
+    """The message of MLX's CUDA backend about a training pass."""
     return f"{workload.seq} rows" if workload.pass_ == "training" and workload.seq % 128 else None
 
 

@@ -1,4 +1,4 @@
-"""Practical's promise of memory on a GPU: no call takes more than the budget above inputs and outputs."""
+"""Practical's memory guarantee on a GPU: no call uses more than the budget above inputs and outputs."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ SMALL = 64 * MIB
 
 
 class Bound(MlxRunner):
-    """A call with a mask of its own, and sinks."""
+    """A call with an array mask and sinks."""
 
     def __init__(self, practical: Practical, workload: Workload, inputs: list[Any], mask: Mask, **more: Any) -> None:
         super().__init__(practical, workload, inputs, workload.scale)
@@ -33,7 +33,7 @@ class Bound(MlxRunner):
 
 
 def excess(practical: Practical, workload: Workload, mask: Mask | None = None, **more: Any) -> int:
-    """Peak bytes above inputs and outputs; the second call counts, since the first one may compile."""
+    """Return the peak bytes above inputs and outputs of the second call, since the first one may compile."""
     inputs = make_inputs(workload, 0)
     runner = Bound(practical, workload, inputs, mask or of_workload(workload), **more)
     runner.results()

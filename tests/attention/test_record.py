@@ -1,4 +1,4 @@
-"""Events in, rows out."""
+"""Rows made from events."""
 
 import msgspec
 import pytest
@@ -18,7 +18,7 @@ FUSED = Route(path="kernel", fused=True, reason="there is one", predicted_bytes=
 
 
 def measured(record: Record, case: int = 0, faster: float = 2.0) -> None:
-    """Tells a record of one complete case in which mlx is faster than the baseline."""
+    """Feed a record with one complete case in which mlx is faster than the baseline."""
     record.apply(on.CaseStarted(case=case))
     for name in ("baseline", "mlx"):
         record.apply(on.RouteFound(case=case, implementation=name, route=FUSED))

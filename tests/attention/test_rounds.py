@@ -1,4 +1,4 @@
-"""The rounds: order, pairing, stopping, and what one implementation's failure leaves to the others."""
+"""The rounds: order, pairing, stopping, and the effect of one implementation's failure on the others."""
 
 import math
 import time
@@ -16,7 +16,7 @@ NOW = FakeTime()
 
 
 class Calls:
-    """A call that moves the clock on by the time it is told, once it is waited for."""
+    """A call that advances the clock by a given time when it is waited for."""
 
     def __init__(self, seconds: float, fails_at: int | None = None) -> None:
         self.seconds, self.fails_at, self.calls = seconds, fails_at, 0
@@ -194,7 +194,7 @@ def test_the_clock_is_the_machines_unless_another_is_given() -> None:
 
 
 class Sleeping(Calls):
-    """A call that takes its time for real."""
+    """A call that takes real time."""
 
     def __init__(self) -> None:
         super().__init__(0.002)

@@ -1,4 +1,4 @@
-"""Attention in slices: what they are, and wait for. That they are right is tested with the other implementations."""
+"""Attention in slices: their boundaries and dependencies. Their results are tested with the other implementations."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Intervals hold what they promise: checked against scipy, and by simulation."""
+"""Coverage of the intervals, checked against scipy and by simulation."""
 
 import math
 import random
@@ -30,7 +30,7 @@ def test_mean_interval_agrees_with_scipy() -> None:
 
 
 def two_phases(draw: random.Random, rounds: int) -> tuple[list[float], list[float]]:
-    """Two arms of one speed on a machine that is half again as slow for a while, and then fast again."""
+    """Two arms of equal speed on a machine that is 1.5 times as slow for a while, and then fast again."""
     slow, pairs = False, []
     for _ in range(rounds):
         pair = []

@@ -1,4 +1,4 @@
-"""How long a run will still take: told by the worker, from how long calls took so far."""
+"""The worker's estimate of the time left, from the times of calls so far."""
 
 import pytest
 

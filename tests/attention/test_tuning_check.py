@@ -1,4 +1,4 @@
-"""The check tells a good choice from a bad one."""
+"""The check separates a good choice from a bad one."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""On a device where small calls are bound by launching, disturbed in many ways, a trial still finds the best."""
+"""On a launch-bound device with many kinds of disturbances, a trial still finds the best candidate."""
 
 from collections.abc import Iterator, Mapping
 

@@ -1,4 +1,4 @@
-"""A trial finds the fastest within its time."""
+"""A trial finds the fastest candidate within its time."""
 
 import pytest
 from tuning_examples import FakeTime
@@ -7,7 +7,7 @@ from attention.tuning.halving import Halving
 
 
 class FakeRunner:
-    """Moves a fake clock on by what a call takes."""
+    """A candidate that advances a fake clock by the cost of a call."""
 
     def __init__(self, clock: FakeTime, seconds: float, cold_s: float = 0.0, fails_after: int = 10**9) -> None:
         self.clock, self.seconds, self.cold_s, self.fails_after = clock, seconds, cold_s, fails_after

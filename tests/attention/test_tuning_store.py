@@ -1,4 +1,4 @@
-"""What is remembered survives damage, newer versions, read-only folders, other processes and clocks set back."""
+"""Stored choices survive damage, newer versions, read-only folders, other processes and clocks set back."""
 
 import contextlib
 import fcntl
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that others may enter and read, so that a test may become nobody."""
+    """A folder that other users may enter and read, so that a test can drop its privileges."""
     folder = Path(tempfile.mkdtemp(prefix="fatui-open-"))
     folder.chmod(0o755)
     yield folder
@@ -46,7 +46,7 @@ def open_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def without_rights(folder: Path) -> Iterator[None]:
-    """Takes the right to write in a folder, from root too."""
+    """Remove the permission to write in a folder, also for root."""
     root = os.geteuid() == 0
     folder.chmod(0o555)
     if root:

@@ -1,4 +1,4 @@
-"""A choice is doubted for a reason, others are tried within their share, and it changes only for a sure gain."""
+"""A choice is questioned for a reason, others are tried within their share, and it changes only for a clear gain."""
 
 import random
 

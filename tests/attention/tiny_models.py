@@ -1,4 +1,4 @@
-"""Models of mlx-lm with a few thousand random weights: a Qwen2, a Llama, and a DeepSeek-V3 with dense layers."""
+"""mlx-lm models with a few thousand random weights: a Qwen2, a Llama, and a DeepSeek-V3 with dense layers."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ LATENT: dict[str, Any] = {
 
 
 def tiny(name: str, dtype: mx.Dtype = mx.float32) -> Any:
-    """A model with the same weights each time: 4 query heads, head_dim 32, and 2 key heads or latent keys."""
+    """Return a model with reproducible weights: 4 query heads, head_dim 32, and 2 key heads or latent keys."""
     mx.random.seed(7)
     module = {"qwen2": qwen2, "llama": llama, "deepseek_v3": deepseek_v3}[name]
     sizes = SIZES | LATENT if name == "deepseek_v3" else SIZES
@@ -45,5 +45,5 @@ def tiny(name: str, dtype: mx.Dtype = mx.float32) -> Any:
 
 
 def tokens(*shape: int) -> mx.array:
-    """Random tokens, the same each time."""
+    """Return reproducible random tokens."""
     return mx.random.randint(0, VOCABULARY, shape, key=mx.random.key(3))

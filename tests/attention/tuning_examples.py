@@ -1,4 +1,4 @@
-"""Classes, entries and candidates for the tests of tuning."""
+"""Workload classes, entries and candidates for the tests of tuning."""
 
 import time
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def an_entry(workload: WorkloadClass = A_CLASS, winner: str = "poc") -> Entry:
 
 
 class FakeTime:
-    """A clock that moves only when it is told to."""
+    """A clock that moves only when advanced."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -51,7 +51,7 @@ class FakeTime:
 
 
 class Timed:
-    """MLX's SDPA, which moves a fake clock on at each call, or takes its time for real."""
+    """MLX's SDPA, which advances a fake clock at each call, or takes real time."""
 
     def __init__(self, name: str, seconds: float | Callable[[], float], clock: FakeTime | None = None) -> None:
         self.name, self.seconds, self.calls = name, seconds, 0
@@ -73,7 +73,7 @@ class Timed:
 
 
 class Wrong(Timed):
-    """Fast, and off by a little more than rounding."""
+    """A fast candidate that is off by a little more than rounding."""
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
@@ -82,7 +82,7 @@ class Wrong(Timed):
 
 
 class Broken(Baseline):
-    """Raises at every call."""
+    """A candidate that raises at every call."""
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None

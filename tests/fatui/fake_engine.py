@@ -1,4 +1,4 @@
-"""An engine that tells a scripted run; as a script, fatui's command line on top of it."""
+"""An engine that emits a scripted run; as a script, fatui's command line on top of it."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ ENDINGS = {
 
 
 class FakeEngine:
-    """Plays events_of; FAKE_ENDING adds an event, FAKE_PAUSE waits so many seconds between two events."""
+    """An engine that emits events_of(); FAKE_ENDING adds an event, FAKE_PAUSE is the pause between events (s)."""
 
     def __init__(self, plan: Plan, listener: Callable[[on.AnyEvent], None] = lambda event: None) -> None:
         self.record, self.stopped, self._listener = Record(plan), False, listener

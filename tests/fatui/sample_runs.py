@@ -1,4 +1,4 @@
-"""Runs that never ran: records fed with events, for tests of everything that reads a report."""
+"""Fabricated runs: records fed with events, for tests of everything that reads a report."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -34,13 +34,13 @@ def plan_of(cases: Sequence[Workload] = (Workload(seq=128),), names: Sequence[st
 
 
 def run_of(preset: str | None = None, identity: str = "0a1b2c3d") -> Run:
-    """The head of a run."""
+    """The description of a run."""
     started = "2026-01-02T03:04:05+00:00"
     return Run(id=identity, started=started, seconds=12.3, command="fatui bench quick", preset=preset)
 
 
 def events_of(plan: Plan, seed: int = 0, noise: float = 0.004) -> Iterator[on.AnyEvent]:
-    """The events of a run in which nothing goes wrong."""
+    """The events of a run without failures."""
     draw = random.Random(seed)
     yield on.RunStarted(environment=ENVIRONMENT)
     yield on.PeaksMeasured(peaks=Peaks(matmul_flops_per_s=1.3e11, copy_bytes_per_s=2.1e10))
@@ -60,7 +60,7 @@ def events_of(plan: Plan, seed: int = 0, noise: float = 0.004) -> Iterator[on.An
 
 
 def preparation(number: int, workload: Workload, name: str) -> Iterator[on.AnyEvent]:
-    """What is told of an implementation before its rounds."""
+    """The events of an implementation before its rounds."""
     path, _ = PATHS.get(name, ("blocks 2048 x 2048, g8", 1.0))
     route = Route(path=path, fused=name == "poc", reason="as the test says", predicted_bytes=workload.scores * 4)
     yield on.RouteFound(case=number, implementation=name, route=route)

@@ -1,4 +1,4 @@
-"""`fatui bench` on the real engine, in a process of its own."""
+"""`fatui bench` on the real engine, in a separate process."""
 
 import importlib.util
 import json

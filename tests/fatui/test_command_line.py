@@ -25,7 +25,7 @@ def fake_engine(monkeypatch):
 
 
 def fatui(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-    """fatui in a process of its own, on the fake engine."""
+    """Run fatui in a separate process on the fake engine."""
     return subprocess.Popen(
         [sys.executable, str(HERE / "fake_engine.py"), *arguments],
         stdout=subprocess.PIPE,
@@ -77,7 +77,7 @@ def test_help_and_version(capsys):
         (["--memory-limit", "lots"], "--memory-limit: got 'lots'"),
         (["--json", "nowhere/x.json"], "--json: nowhere/x.json cannot be written: there is no folder"),
         (["--json", "."], "--json: got '.'; it takes a file"),
-        (["--json", "-", "--csv", "-"], "--csv: '-' is what --json writes already"),
+        (["--json", "-", "--csv", "-"], "--csv: '-' is already the file of --json"),
         (["--jsno", "x"], "--jsno: not known here (did you mean '--json'?)"),
         (["--batch"], "argument --batch: expected one argument"),
         (["--batch", ",".join(map(str, range(1, 2000)))], "1,999 cases"),
@@ -236,7 +236,7 @@ def test_a_full_disk_on_export_keeps_the_old_file_and_still_prints_the_table(tmp
     out, err = process.communicate(timeout=20)
     assert process.returncode == 1, err
     assert b"geometric mean" in out
-    assert b"out.json could not be written: File too large; the file that was there is as it was" in err
+    assert b"out.json could not be written: File too large; the existing file is unchanged" in err
     assert b"Traceback" not in err
     assert target.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["out.json"]

@@ -34,7 +34,7 @@ def test_the_floor_is_at_least_the_larger_of_both():
 
 
 def under_load(report: Report, slower: dict[str, float]) -> Report:
-    """A run in which each implementation took so many times as long."""
+    """A run in which each implementation took the given multiple of the time."""
     record = Record(plan_of(names=tuple(slower)))
     base = report.cases[0].rows
     record.apply(on.CaseStarted(case=0))

@@ -1,4 +1,4 @@
-"""Files that were damaged or made up: read within bounds, refused in one line, and never a traceback."""
+"""Damaged and fabricated files: read within limits, refused in one line, and never a traceback."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ ROUNDS = 60
 
 
 def leaves(document):
-    """Every place of a JSON document: its container and its key."""
+    """Yield every position of a JSON document: its container and its key."""
     found, open_ = [], [document]
     while open_:
         holder = open_.pop()
@@ -61,7 +61,7 @@ def leaves(document):
 
 
 def mutated_document(document, draw):
-    """A copy with one to three places changed, dropped or doubled."""
+    """Return a copy with one to three positions changed, dropped or duplicated."""
     made = copy.deepcopy(document)
     for _ in range(draw.randint(1, 3)):
         holder, key = draw.choice(leaves(made))
@@ -76,7 +76,7 @@ def mutated_document(document, draw):
 
 
 def mutated_bytes(content, draw):
-    """A copy with some bytes changed, cut, or written twice."""
+    """Return a copy with some bytes changed, cut, or written twice."""
     made = bytearray(content)
     for _ in range(draw.randint(1, 8)):
         at = draw.randrange(len(made) + 1)
@@ -95,7 +95,7 @@ def mutated_bytes(content, draw):
 
 
 def shown(report):
-    """Everything that is made of a report."""
+    """Make everything that can be made from a report."""
     from fatui.commands.compare import comparison_table
     from fatui.commands.printing import console
 
@@ -217,7 +217,7 @@ RUN = {"id": "a", "started": "2026-01-02", "seconds": 1.0, "command": "c"}
 
 
 def with_figure(path, value):
-    """A valid run with one figure of its last row replaced."""
+    """Return a valid run with one figure of its last row replaced."""
     document = json.loads(msgspec.json.encode(report_of()))
     holder = document["cases"][0]["rows"][1]
     *front, last = path.split(".")
@@ -252,7 +252,7 @@ def with_figure(path, value):
     ],
 )
 def test_a_figure_or_name_that_cannot_be_is_refused_in_one_line(path, value):
-    with pytest.raises(ValueError, match=r"got|stands there twice|without an implementation|one end") as caught:
+    with pytest.raises(ValueError, match=r"got|occurs twice|without an implementation|one end") as caught:
         result_files.decode(with_figure(path, value))
     one_line(caught.value)
 

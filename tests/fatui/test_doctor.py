@@ -9,7 +9,7 @@ from fatui.cli import main
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    """The peaks are not worth measuring here."""
+    """Skip measuring the peaks."""
     monkeypatch.setattr(diagnosis, "measure_peaks", lambda device: Peaks(matmul_flops_per_s=1e9))
 
 
@@ -111,7 +111,7 @@ def test_a_broken_preset_is_found():
 def test_a_data_folder_that_is_a_file_is_found():
     paths.data_dir().parent.mkdir(parents=True, exist_ok=True)
     paths.data_dir().write_text("")
-    assert "is no folder" in advised("data")[0].text
+    assert "is not a folder" in advised("data")[0].text
     assert "Not a directory" in advised("history")[0].text
 
 

@@ -1,4 +1,4 @@
-"""The engine on the real worker: what one implementation does costs its own row, and nothing is left behind."""
+"""The engine on the real worker: a misbehaving implementation costs only its own row, and no process is left over."""
 
 import asyncio
 import os
@@ -239,7 +239,7 @@ def test_a_hung_worker_is_ended_and_costs_its_row(monkeypatch: pytest.MonkeyPatc
     case = run(plan("IgnoresSignals")).record.case(0)
     assert row(case, "baseline").status == "ok"
     assert row(case, "IgnoresSignals").status == "failed"
-    assert row(case, "IgnoresSignals").reason.startswith("said nothing for ")
+    assert row(case, "IgnoresSignals").reason.startswith("was silent for ")
 
 
 def test_a_silence_is_unexplained_after_half_a_minute_unless_something_is_built() -> None:
@@ -255,7 +255,7 @@ def test_a_silence_is_unexplained_after_half_a_minute_unless_something_is_built(
 
 
 async def _stop_when(engine: Engine, kind: type[on.Event]) -> float:
-    """Runs until the first event of a kind was told, stops, and returns the seconds that stopping took."""
+    """Run until the first event of a kind, stop, and return the seconds that stopping took."""
     seen = asyncio.Event()
     engine._listener = lambda event: seen.set() if isinstance(event, kind) else None
     running = asyncio.create_task(engine.run())

@@ -19,7 +19,7 @@ TWO = (Workload(seq=64), Workload(seq=128))
 
 
 def partial_report():
-    """One row refused, one whose error is no number."""
+    """A report with one refused row, and one whose error is NaN."""
     record = record_of(plan_of(TWO))
     record.apply(on.RowEnded(case=0, implementation="poc", status="refused", reason="needs 41 GiB of 22 | a\nb"))
     error = float("nan")

@@ -124,7 +124,7 @@ def test_what_went_wrong_is_in_the_verdict_and_never_the_best(event, expected):
 
 
 def interrupted_after(rounds: int) -> Report:
-    """A run of one case, stopped after so many rounds."""
+    """A run of one case, stopped after a number of rounds."""
     names = ("baseline", "poc")
     record = Record(plan_of(names=names))
     record.apply(on.CaseStarted(case=0))

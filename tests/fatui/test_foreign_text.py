@@ -1,4 +1,4 @@
-"""Text from outside is read and nothing else: in every command and export, in every field of a run and a preset."""
+"""Foreign text has no effect: in every command and export, in every field of a run and a preset."""
 
 import csv
 import io
@@ -55,7 +55,7 @@ def test_a_cell_that_a_spreadsheet_would_run_is_quoted(text):
 
 @pytest.fixture
 def kept(tmp_path):
-    """A history of six hostile runs, two of each kind, taken in from files."""
+    """A history of six hostile runs, two of each kind, imported from files."""
     for kind in KINDS:
         for number in (1, 2):
             path = tmp_path / f"{kind}{number}.json"
@@ -64,7 +64,7 @@ def kept(tmp_path):
 
 
 def as_html(text):
-    """Markdown as a page that lets HTML in it through."""
+    """Render Markdown as a page that allows inline HTML."""
     return MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(text)
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def cpu_seconds(program: str) -> float:
-    """The least CPU time of a few processes that run a program."""
+    """Return the minimum CPU time of a few processes that run a program."""
     times = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""Runs made on other machines, kept as evidence: they still read, and what is said of them holds."""
+"""Stored runs of other machines: they still load, and statements about them hold."""
 
 from pathlib import Path
 

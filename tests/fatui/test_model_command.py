@@ -1,4 +1,4 @@
-"""`fatui model` and `fatui finetune`: what they take, what they print, and, slowly, what they measure."""
+"""`fatui model` and `fatui finetune`: options, output, and, in slow tests, measurements."""
 
 import csv
 import io
@@ -121,7 +121,7 @@ def test_the_table_marks_an_estimate_and_says_what_attention_costs():
     assert "60.0 ±" in text, "the baseline's attention takes six tenths of its time"
     assert "2.00 ±" in text
     assert "4 of 22 layers ran; a layer takes: baseline 10.0 ms, poc 10.0 ms" in text
-    assert "all else takes: baseline too little to tell" in text
+    assert "the rest takes: baseline too little to measure" in text
     assert "poc: 1 of 4 calls went to MLX's own" in text
     assert "tinyllama-1.1b prefill: poc is 2.00 ±" in text
 

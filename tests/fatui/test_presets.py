@@ -234,5 +234,5 @@ def test_renaming_keeps_what_is_there():
         presets.rename("a", "b")
     presets.rename("a", "c")
     assert presets.load("c")
-    with pytest.raises(UsageError, match="comes with fatui"):
+    with pytest.raises(UsageError, match="is bundled"):
         presets.rename("quick", "d")

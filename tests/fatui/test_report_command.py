@@ -67,4 +67,4 @@ def test_a_file_that_is_no_run_is_wrong_usage(tmp_path, capsys):
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"rows": []}')
     assert main(["report", str(wrong)]) == 2
-    assert "is no run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err

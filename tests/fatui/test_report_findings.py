@@ -1,4 +1,4 @@
-"""Each sentence of a report appears when the rows support it, and not otherwise."""
+"""Each sentence of a report appears if and only if the rows support it."""
 
 import re
 
@@ -18,7 +18,7 @@ SWEEP = tuple(Workload(seq=seq) for seq in (128, 256, 512, 1024))
 
 
 def with_rows(report, change):
-    """A report whose rows are what `change` makes of them."""
+    """A report whose rows are transformed by `change`."""
     cases = [structs.replace(case, rows=tuple(change(row) for row in case.rows)) for case in report.cases]
     return structs.replace(report, cases=tuple(cases))
 
@@ -42,7 +42,7 @@ def ratio(value, low, high, *, significant):
 
 
 def planted(value, low, high, *, significant):
-    """A run in which `practical` has that speedup."""
+    """A run in which `practical` has the given speedup."""
     wanted = ratio(value, low, high, significant=significant)
 
     def change(row):

@@ -1,4 +1,4 @@
-"""The page in a real browser, at the width of a desk and of a phone."""
+"""The page in a real browser, at the widths of a desktop and a phone."""
 
 import json
 import re

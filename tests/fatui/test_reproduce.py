@@ -15,7 +15,7 @@ NAMES = ("baseline", "poc")
 
 
 def plan_from(command: str) -> Plan:
-    """The plan that a command line asks for."""
+    """Return the plan of a command line."""
     words = shlex.split(command)
     assert words[:2] == ["fatui", "bench"]
     parser = Parser(prog="fatui bench", allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""`fatui tune` tries, shows, forgets and checks, and says what is wrong with a request."""
+"""`fatui tune` runs trials, shows, forgets and checks choices, and reports invalid requests."""
 
 import tomllib
 from pathlib import Path
@@ -27,7 +27,7 @@ def preset(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Its own folder, with the kernels that the whole run shares."""
+    """A separate cache folder, with the session's compiled kernels."""
     from attention.kernels import cache
 
     kernels = cache.folder()
@@ -45,7 +45,7 @@ def test_it_tries_each_case_shows_what_it_found_and_forgets(
     assert main(["tune", preset, "--seconds", "0.05"]) == 0
     captured = capsys.readouterr()
     table = captured.out
-    assert f"demo takes these from now on; they are remembered in {file}" in captured.err
+    assert f"demo uses these from now on; they are stored in {file}" in captured.err
     assert [line.split()[:2] for line in table.splitlines()[1:]] == [["BH≤1", "L≤8"], ["BH≤1", "L≤32"]]
     assert len(tomllib.loads(file.read_text())["class"]) == 2
     assert main(["tune", "--show"]) == 0
@@ -57,7 +57,7 @@ def test_it_tries_each_case_shows_what_it_found_and_forgets(
     assert main(["tune", "--show"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "nothing is remembered" in captured.err
+    assert "nothing is stored" in captured.err
 
 
 def test_the_check_prints_two_figures(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,8 +68,8 @@ def test_the_check_prints_two_figures(preset: str, capsys: pytest.CaptureFixture
     assert "the best single candidate, at B=1 L=" in first
     assert second.startswith("it found the best, or one inside the noise floor, in ")
     assert "of 2 cases" in second
-    assert first.endswith("; 0.97x is asked")
-    assert second.endswith("; 95% is asked")
+    assert first.endswith("; 0.97x is required")
+    assert second.endswith("; 95% is required")
 
 
 def test_choices_that_other_kernels_were_tried_for_are_marked(

@@ -1,4 +1,4 @@
-"""Command line of the fuzz tests: draws cases, runs them in processes of their own, and counts the outcomes.
+"""Command line of the fuzz tests: draw cases, run them in separate processes, and count the outcomes.
 
 Exit code 0 if everything but the peers held, 1 if not, 2 for wrong usage.
 """
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class Tally:
-    """Counts outcomes by implementation and keeps the failures."""
+    """Outcome counts by implementation, and the failures."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -202,7 +202,7 @@ def _work(options: argparse.Namespace) -> int:
 
 
 def outcomes(options: argparse.Namespace, number: int) -> Any:
-    """Yield what is about to run and what came of it, implementation by implementation."""
+    """Yield what is about to run, and its outcome, for each implementation."""
     import mlx.core as mx
 
     from . import cases, edges
@@ -221,7 +221,7 @@ def outcomes(options: argparse.Namespace, number: int) -> Any:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    """Run one case in this process and print what it is and what came of it."""
+    """Run one case in this process, and print its description and its outcomes."""
     from .judge import FAILURES
 
     faulthandler.enable()

@@ -40,7 +40,7 @@ GRADIENT_TRANSFORMS: Final = ("plain", "compile", "checkpoint", "vmap", "grad_co
 
 @dataclass
 class Case:
-    """What a case was drawn as."""
+    """The parameters that a case was drawn with."""
 
     batch: int
     kv_heads: int
@@ -65,12 +65,12 @@ class Case:
 
 
 def generator(seed: int, number: int) -> Generator:
-    """Return the source of random numbers of a case."""
+    """Return the random number generator of a case."""
     return np.random.default_rng(seed * SEED_STRIDE + number)
 
 
 def problem(seed: int, number: int, mode: Mode) -> Problem | None:
-    """Make case `number` of a seed; None where the mode leaves it out."""
+    """Make case `number` of a seed; None if the mode excludes it."""
     random = generator(seed, number)
     case = draw(random)
     if mode == "demo" and case.batch * case.heads * case.queries * case.keys > MAX_DEMO_SCORES:
@@ -180,7 +180,7 @@ def arrays(random: Generator, case: Case) -> list[mx.array]:
 
 
 def array_mask(random: Generator, case: Case) -> mx.array | None:
-    """Draw the array mask, or return None where the case has none."""
+    """Draw the array mask, or return None if the case has none."""
     if case.mask not in ("bool", "add"):
         return None
     whole = (case.batch, case.heads, case.queries, case.keys)

@@ -1,4 +1,4 @@
-"""The family at the limits: one theme a case, each of them where an algorithm changes its way or a number its scale.
+"""The family of edge cases: one theme per case, each at a point where an algorithm branches or a number changes scale.
 
 Case n has theme n modulo their number, so that every theme has its share of any run. The scores are often exact by
 construction (small integers times powers of two, or constants), so that the judge allows little.
@@ -23,7 +23,7 @@ MAX_DEMO_SCORES: Final = 1e5
 
 @dataclass
 class Draw:
-    """Sizes of a case, its type, and where the numbers come from."""
+    """Sizes and dtype of a case, and its random number generator."""
 
     random: Generator
     mode: Mode
@@ -125,7 +125,7 @@ def _sizes(random: Generator, mode: Mode) -> Draw:
 
 
 def first_keys_hidden(draw: Draw) -> Problem:
-    """The first keys are hidden from all or most rows, and what is seen has scores far below 0."""
+    """Mask the first keys for all or most rows, with scores far below 0 for the rest."""
     draw.keys = max(draw.keys, 200)
     shift = -float(draw.random.choice([50, 110, 300, 2000, 60000]))
     if draw.mode == "gradient":  # dQ sums multiples of the shift that cancel but for the rounding of the scores
@@ -149,7 +149,7 @@ def first_keys_hidden(draw: Draw) -> Problem:
 
 
 def scores_of_any_size(draw: Draw) -> Problem:
-    """Scores are integers times 2^e, from about 1e-30 to 1e30.
+    """Make scores integers times 2^e, from about 1e-30 to 1e30.
 
     One dimension makes them, so that scores are equal or far apart, however the factor is rounded.
     """
@@ -167,7 +167,7 @@ def scores_of_any_size(draw: Draw) -> Problem:
 
 
 def shifted_scores(draw: Draw) -> Problem:
-    """All scores of a call are shifted by one number, up or down, which changes nothing."""
+    """Shift all scores of a call by one number, up or down, which changes nothing."""
     shift = float(draw.random.choice([-1, 1]) * draw.random.choice([10, 100, 1000, 1e5]))
     if draw.mode == "gradient":  # the shift is a key's element, and so the rounding of dP - delta is that much larger
         draw.dtype, draw.keys, shift = "float32", max(draw.keys, 64), float(np.clip(shift, -10, 10))
@@ -179,7 +179,7 @@ def shifted_scores(draw: Draw) -> Problem:
 
 
 def rows_hidden_by_finite_masks(draw: Draw) -> Problem:
-    """Large finite numbers of a mask cover whole rows, whose scores are equal: the mean of the values is right."""
+    """Cover whole rows with large finite mask values, whose scores are equal: the result is the mean of the values."""
     name = str(draw.random.choice(["float32", "float16", "bfloat16", draw.dtype]))
     smallest = float(mx.finfo(DTYPES[name]).min)
     value = float(draw.random.choice([-1e4, -1e9 if name != "float16" else -6e4, smallest, smallest / 2]))
@@ -195,7 +195,7 @@ def rows_hidden_by_finite_masks(draw: Draw) -> Problem:
 
 
 def additive_masks(draw: Draw) -> Problem:
-    """Masks of ordinary numbers, of all shapes, some pairs and rows hidden."""
+    """Draw masks of ordinary numbers and all shapes, with some pairs and rows hidden."""
     q, k, v = draw.normal(*draw.q_shape), draw.normal(*draw.k_shape), draw.normal(*draw.v_shape)
     shape = draw.mask_shape()
     mask = draw.normal(*shape)
@@ -211,7 +211,7 @@ def additive_masks(draw: Draw) -> Problem:
 
 
 def long_keys(draw: Draw) -> Problem:
-    """Many keys and few queries, or a long square, in budgets far below what the scores need."""
+    """Draw many keys and few queries, or a long square, in budgets far below the size of the scores."""
     draw.batch, draw.dim, draw.value_dim = 1, 16, int(draw.random.choice([8, 16]))
     draw.kv_heads = draw.heads = 1
     draw.queries, draw.keys = [(1, 20000), (5, 8193), (300, 300), (129, 1024)][int(draw.random.integers(0, 4))]
@@ -225,7 +225,7 @@ def long_keys(draw: Draw) -> Problem:
 
 
 def budgets_at_edges(draw: Draw) -> Problem:
-    """Budgets at and on both sides of what the scores need, in the type of the call and in float32."""
+    """Draw budgets at and around the size of the scores, in the type of the call and in float32."""
     q, k, v = draw.normal(*draw.q_shape), draw.normal(*draw.k_shape), draw.normal(*draw.v_shape)
     kind = str(draw.random.choice(["none", "causal", "bool", "softcap"]))
     mask: mx.array | str | None = "causal" if kind == "causal" else None
@@ -239,7 +239,7 @@ def budgets_at_edges(draw: Draw) -> Problem:
 
 
 def constants(draw: Draw) -> Problem:
-    """Zeros, or one number everywhere, as in a warm-up call."""
+    """Draw zeros, or one number everywhere, as in a warm-up call."""
     q, k, v = (
         np.full(shape, float(draw.random.choice([0.0, 0.0, 1.0, -2.0, 1e-30 if draw.dtype != "float16" else 1e-7])))
         for shape in (draw.q_shape, draw.k_shape, draw.v_shape)
@@ -248,7 +248,7 @@ def constants(draw: Draw) -> Problem:
 
 
 def unusual_masks(draw: Draw) -> Problem:
-    """Masks of no or one axis, of float64, and bool masks that hide all or nothing: right, or refused in one line."""
+    """Draw masks of no or one axis, of float64, and bool masks that hide all or nothing; some are refused."""
     q, k, v = draw.normal(*draw.q_shape), draw.normal(*draw.k_shape), draw.normal(*draw.v_shape)
     kind = str(draw.random.choice(["0-d", "1-d", "float64", "bool"]))
     name = str(draw.random.choice(["float32", "float16", "bool"]))
@@ -268,7 +268,7 @@ def unusual_masks(draw: Draw) -> Problem:
 
 
 def layouts(draw: Draw) -> Problem:
-    """Arrays strided along any axis, reversed, shifted or repeated."""
+    """Draw arrays strided along any axis, reversed, shifted or repeated."""
 
     def laid(values: Floats) -> mx.array:
         array = draw.array(values)
@@ -293,7 +293,7 @@ def layouts(draw: Draw) -> Problem:
 
 
 def large_half_precision(draw: Draw) -> Problem:
-    """16-bit types whose dot products overflow their own type, or whose scores with a mask do."""
+    """Draw 16-bit inputs whose dot products, or whose scores with a mask, overflow their type."""
     draw.dtype = str(draw.random.choice(["float16", "bfloat16"]))
     size = float(draw.random.choice([30, 200]))
     q = np.round(draw.random.uniform(-1, 1, draw.q_shape)) * size

@@ -1,4 +1,4 @@
-"""Runs one implementation on a problem and judges what comes out, by FlashAttention 3's rule.
+"""Accuracy checks of one implementation on a problem, by FlashAttention 3's rule.
 
 An output may be off by twice the error of plain attention in the same type, a gradient by three times, and by the
 rounding of the result. Plain attention in 16 bits clips a large mask; what float32 loses beside it counts as well.
@@ -34,7 +34,7 @@ SCORE_ROUNDING: Final = 2**-22
 
 @dataclass
 class Outcome:
-    """What one implementation made of a problem."""
+    """The outcome of one implementation on a problem."""
 
     verdict: Verdict
     detail: str = ""
@@ -42,7 +42,7 @@ class Outcome:
 
 
 def implementations(problem: Problem, mode: Mode, with_torch: bool, chosen: str | None = None) -> dict[str, Any]:
-    """Return the implementations to be run: names, or `practical` with a budget of its own.
+    """Return the implementations to be run: names, or `practical` with a given budget.
 
     Args:
         problem: what they are run on.
@@ -62,7 +62,7 @@ def implementations(problem: Problem, mode: Mode, with_torch: bool, chosen: str 
 
 
 class Judge:
-    """What is right for a problem, computed once for all implementations."""
+    """The references of a problem, computed once for all implementations."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -75,7 +75,7 @@ class Judge:
                 self.in_float32 = reference.expected(problem, keep, added, is_sum_in_float32=True)
 
     def outcome(self, name: str, implementation: Any) -> Outcome:
-        """Run an implementation and judge it; whatever it raises is an outcome."""
+        """Run an implementation and check its result; an exception is an outcome."""
         try:
             results = run(self.problem, implementation)
             mx.eval(results)
@@ -117,13 +117,13 @@ class Judge:
 
 
 def _one_line(verdict: Verdict, error: Exception) -> Outcome:
-    """A refusal has to be one line."""
+    """Whether a refusal is one line."""
     text = str(error)
     return Outcome("exception", f"a refusal of several lines: {text!r}") if "\n" in text else Outcome(verdict, text)
 
 
 def rounding(expected: Floats, dtype: mx.Dtype) -> float:
-    """Return 2 max|x + 0.3 - 0.3 - x| in a type, as FlashAttention's tests have it."""
+    """Return 2 max|x + 0.3 - 0.3 - x| in a type, as in FlashAttention's tests."""
     low = mx.array(expected.astype(np.float32)).astype(dtype)
     return float(2 * np.abs(exact((low + mx.array(0.3, dtype)) - mx.array(0.3, dtype)) - exact(low)).max(initial=0))
 

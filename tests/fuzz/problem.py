@@ -1,4 +1,4 @@
-"""One call of `attention()` to be checked, and the arrays that it is made of."""
+"""One call of `attention()` to be checked, and its arrays."""
 
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -15,7 +15,7 @@ NUM_LAYOUTS: Final = 9
 
 @dataclass
 class Problem:
-    """The arguments of a call, the transformation that it runs under, and the budgets that `practical` is given."""
+    """The arguments of a call, the transformation that it runs under, and the budgets given to `practical`."""
 
     q: mx.array
     k: mx.array

@@ -1,4 +1,4 @@
-"""The fuzz tests themselves: what a case is, what the judge finds, and a few cases of each kind in every run."""
+"""Tests of the fuzz tests: what a case is, what the check finds, and a few cases of each kind."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_many_cases_are_right(family, mode, count):
 
 
 def test_a_case_is_the_same_in_every_version():
-    """A seed that is reported has to mean the same call later."""
+    """A reported seed must reproduce the same call later."""
     drawn = cases.draw(cases.generator(1, 3))
     assert (drawn.batch, drawn.kv_heads, drawn.heads, drawn.queries, drawn.keys) == (3, 1, 2, 210, 17)
     assert (drawn.dim, drawn.value_dim, drawn.dtype, drawn.scale, drawn.mask) == (126, 114, "float32", -0.3, "causal")

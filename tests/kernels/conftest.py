@@ -1,4 +1,4 @@
-"""One compiled kernel for the whole session, in a cache folder of its own (or in $FATUI_CACHE_DIR, if set)."""
+"""One compiled kernel for the whole session, in a separate cache folder (or in $FATUI_CACHE_DIR, if set)."""
 
 import os
 from collections.abc import Iterator

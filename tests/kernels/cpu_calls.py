@@ -1,4 +1,4 @@
-"""Random calls of the CPU kernel: shapes, masks, options and how the inputs lie in memory."""
+"""Random calls of the CPU kernel: shapes, masks, options and memory layouts of the inputs."""
 
 import kernel_oracle as oracle
 import mlx.core as mx
@@ -38,7 +38,7 @@ def calls(draw):
 
 
 def laid_out(x, layout):
-    """The same array, lying differently in memory: as it is, (B, L, H, D), (B, H, D, L), or a slice of a cache."""
+    """Return the array in another memory layout: unchanged, (B, L, H, D), (B, H, D, L), or a slice of a cache."""
     if layout == 1:
         return mx.contiguous(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
     if layout == 2:
@@ -49,14 +49,14 @@ def laid_out(x, layout):
 
 
 def largest_product(q, k):
-    """The largest sum of |q| |k|: roundings of the scores are to be seen against it."""
+    """Return the largest sum of |q| |k|, the scale of rounding errors of the scores."""
     group = q.shape[1] // k.shape[1]
     products = np.abs(oracle.numbers(q)) @ np.repeat(np.abs(oracle.numbers(k)), group, 1).swapaxes(-1, -2)
     return products.max()
 
 
 def exact_scores(seed, shape, exponent, dtype, negative=False):
-    """q, k and v whose scores, times a scale of 1/4, are exact in float32: integers up to 256 times 2**exponent.
+    """Return q, k and v whose scores, times 1/4, are exact in float32: integers up to 256 times 2**exponent.
 
     So are ties among them; `negative` makes all scores negative.
     """

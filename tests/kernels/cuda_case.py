@@ -1,4 +1,4 @@
-"""Calls of the CUDA kernels; one on random arrays, and what float64 and FlashAttention 3's rule say of it."""
+"""Calls of the CUDA kernels, and one on random arrays with its checks against float64 by FlashAttention 3's rule."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ CALLS = {
 
 
 class Case:
-    """Random arrays of a call, as it takes them and in float64, and the kernel that should take it."""
+    """Random arrays of a call, in its dtype and in float64, and the kernel expected for it."""
 
     def __init__(self, size, dims, dtype, kind, seed, layout="bhld", path="general"):
         self.path = path
@@ -115,7 +115,7 @@ class Case:
 
 
 def laid_out(x, layout):
-    """The same values with other strides."""
+    """Return the array with other strides."""
     if layout == "blhd":  # as a projection leaves them
         return mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2)
     if layout == "cut":  # out of a larger array, as from a cache with room for more, or from q, k and v side by side

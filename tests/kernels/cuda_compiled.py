@@ -1,4 +1,4 @@
-"""What NVRTC's assembler says of a kernel, without a GPU; and the mark of tests that need NVRTC."""
+"""Resource usage of compiled kernels, reported by NVRTC's assembler without a GPU; mark for tests that need NVRTC."""
 
 import re
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ needs_nvrtc = pytest.mark.skipif(not _is_there(), reason="NVRTC is not installed
 
 @dataclass(frozen=True)
 class Report:
-    """Of a thread: its registers, bytes of its stack, and bytes of registers spilled there, stored or loaded."""
+    """Per thread: registers, bytes of stack, and bytes of registers spilled, stored and loaded."""
 
     registers: int
     stack: int

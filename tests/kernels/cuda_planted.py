@@ -1,4 +1,4 @@
-"""Made-up GPUs, a launcher that only keeps what it is told, and what a kernel's text says of its parameters."""
+"""Simulated GPUs, a launcher that only records its calls, and the parameters in a kernel's source."""
 
 import re
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ GPUS = {
 
 
 class Recorder:
-    """Stands in for the compiled launcher: keeps the plans, and answers calls with zeros."""
+    """A fake of the compiled launcher: it records the plans, and answers calls with zeros."""
 
     def __init__(self):
         self.plans, self.calls = [], {}
@@ -58,7 +58,7 @@ class Recorder:
 
 
 def forget():
-    """All that these modules keep: it is of a GPU that is about to come or to go."""
+    """Clear everything these modules cache about a GPU."""
     cuda.forget_calls()
     for module in (attend, general_gradient, general_launch, gradient, launch, program, pullback, stages):
         for function in vars(module).values():
@@ -67,7 +67,7 @@ def forget():
 
 
 def planted(monkeypatch):
-    """For a fixture: makes a GPU up, by name; what is wrong with its kernels, by theirs, can be planted in `wrong`."""
+    """Simulate a GPU by name, for a fixture; faults of its kernels can be planted in `wrong`, by kernel name."""
     found = SimpleNamespace(wrong={}, recorder=Recorder())
 
     def make(name):
@@ -94,7 +94,7 @@ def planted(monkeypatch):
 
 
 def signature(program):
-    """The kinds of a kernel's parameters, in their order."""
+    """Return the kinds of a kernel's parameters, in order."""
     text, constants = program.source, dict(program.constants)
     parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
     for condition, holds in (("MASK", constants.get("MASK")), ("!SPLIT", not constants.get("SPLIT"))):

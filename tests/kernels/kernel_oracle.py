@@ -1,4 +1,4 @@
-"""Attention in float64, its gradients, and FlashAttention 3's rule for how near a kernel must come."""
+"""Attention and its gradients in float64, and FlashAttention 3's rule for the accepted error of a kernel."""
 
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ def visible(options: Options, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def attention(q, k, v, options: Options, rounded=lambda x: x):
-    """Output, logsumexp and what the gradients need; `rounded` imitates plain attention in a lower precision."""
+    """Return output, logsumexp and intermediates for gradients; `rounded` emulates a lower precision."""
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     s = rounded(rounded(q * options.scale) @ k.swapaxes(-1, -2))
@@ -75,7 +75,7 @@ def gradients(q, k, v, do, options: Options, rounded=lambda x: x):
 
 
 def gradient_sums(q, k, v, do, options: Options):
-    """What dq, dk and dv would be if all their addends were positive: what roundings are relative to."""
+    """Return dq, dk and dv with all addends positive, the scale of their rounding errors."""
     _, _, (p, slope, wide_k, wide_v) = attention(q, k, v, options)
     dp = np.abs(do) @ np.abs(wide_v).swapaxes(-1, -2)
     ds = p * (dp + (dp * p).sum(-1, keepdims=True)) * np.abs(slope) * abs(options.scale)
@@ -91,7 +91,7 @@ def rounding(dtype: mx.Dtype):
 
 
 def plain_attention(q, k, v, options: Options, dtype: mx.Dtype) -> np.ndarray:
-    """Attention as one writes it in this precision: every step rounded."""
+    """Plain attention in this precision, with every step rounded."""
     round_ = rounding(dtype)
     return attention(round_(q), round_(k), round_(v), options, round_)[0]
 
@@ -115,6 +115,6 @@ def assert_near(
 
 
 def poison() -> None:
-    """Fills MLX's cache of freed memory with NaN, so that an element nobody writes is seen."""
+    """Fill MLX's cache of freed memory with NaN, so that unwritten elements are detected."""
     made = [mx.full((1 << power,), float("nan"), mx.float32) for power in range(8, 23) for _ in range(6)]
     mx.eval(made)

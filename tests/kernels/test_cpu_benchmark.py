@@ -1,4 +1,4 @@
-"""The CPU kernel's benchmark: rounds that are fair, and a table that says of each figure whether it holds."""
+"""The CPU kernel's benchmark: fair rounds, and a table with a verdict for each figure."""
 
 import pytest
 
@@ -12,7 +12,7 @@ SMALL = Shape(1, 2, 16, 8)
 
 
 def report(variant: str = "avx512_bf16", **changes: float) -> Report:
-    """Every figure just as good as was asked, but for the changes."""
+    """Figures exactly as good as required, except for the changes."""
     figures = {"torch": 2.01, "mlx": 30.0, "peak": 0.75, "decode": 0.8, "first": 29.0, "later": 0.049, "tiny": 1.02}
     figures = {**figures, "memory": 3.0 * 2**20, **changes}
     made = Report("a processor", variant, 2, 0.0)

@@ -1,4 +1,4 @@
-"""Compiling, caching and refusing: what the user sees when there is no compiler, no folder, a foreign library."""
+"""Compiling, caching and refusing: messages for a missing compiler, a missing folder, a foreign library."""
 
 import errno
 import json
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("compiled_kernel")
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """As in a process that has not loaded the kernel yet."""
+    """Simulate a process that has not loaded the kernel yet."""
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr(cpu, "_module", None)
 
 
 @pytest.fixture
 def own_folder(fresh, tmp_path, monkeypatch):
-    """A cache folder with the objects compiled and nothing linked, so that a test links in a moment."""
+    """A cache folder with compiled objects and nothing linked, so that a test links quickly."""
     shutil.copytree(cache.folder(), tmp_path / "kernels", ignore=shutil.ignore_patterns("*.json", "*.so"))
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
     return tmp_path / "kernels"
@@ -297,7 +297,7 @@ def test_what_the_compiler_leaves_open_to_others_is_closed(own_folder):
 
 
 def planted(folder: Path, key: str) -> Path:
-    """A library and a record that agree, as somebody else would forge them."""
+    """A library and a record that agree, as forged by another user."""
     folder.mkdir(mode=0o700, exist_ok=True)
     (folder / f"{key}.so").write_bytes(b"code")
     cache.write_record(key, {"sha256": cache.digest(folder / f"{key}.so")})

@@ -15,7 +15,7 @@ dtypes = pytest.mark.parametrize("dtype", oracle.DTYPES.values(), ids=oracle.DTY
 
 
 def assert_right(q, k, v, options, rounding=0):
-    """`rounding` is what scores may be off by, and so the logsumexp of a row, and the values' weights."""
+    """`rounding` is the accepted error of the scores, and so of a row's logsumexp and of the values' weights."""
     o, logsumexp = cpu.flash_attention_with_logsumexp(q, k, v, **options.keywords())
     arrays = [oracle.numbers(x) for x in (q, k, v)]
     exact, exact_logsumexp, _ = oracle.attention(*arrays, options)

@@ -1,4 +1,4 @@
-"""What a compiled CPU kernel is kept for: its text, flags and tools, and the very processor."""
+"""The cache key of a compiled CPU kernel: its source, flags and tools, and the exact processor."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd{}\nCPU implementer\t: 0x41\nCPU part
 
 @pytest.fixture
 def places(monkeypatch):
-    """Where the library and its first object would lie on a processor that Linux describes so."""
+    """Return the paths of the library and its first object for a processor, given its description by Linux."""
     read = Path.read_text
     cached = [known for known in vars(toolchain).values() if hasattr(known, "cache_clear")]
 

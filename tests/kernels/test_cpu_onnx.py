@@ -1,4 +1,4 @@
-"""The ONNX Attention operator's own cases, opset 23, straight through the CPU kernel.
+"""The ONNX Attention operator's own cases, opset 23, directly through the CPU kernel.
 
 By way of `poc` they are in every run (tests/attention/test_onnx_attention.py); here they run under the sanitizers.
 """

@@ -1,4 +1,4 @@
-"""The kernel's tests again, with the library built under the compiler's sanitizers: `pytest -m slow` runs them."""
+"""The kernel's tests again, with the library built under the compiler's sanitizers; run with `pytest -m slow`."""
 
 import os
 import subprocess

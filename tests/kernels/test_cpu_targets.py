@@ -1,4 +1,4 @@
-"""The kernel's core built for other processors and by another compiler, and run: by this processor, or in an emulator.
+"""The kernel's core built for other processors and by another compiler, and run natively or in an emulator.
 
 One text serves them all; here each gets its own vectors, registers and conversions. The matrix unit (AMX), which no
 emulator at hand has, is done in software.
@@ -84,7 +84,7 @@ def compile_core(target: Target, folder: Path) -> Path:
 
 @pytest.fixture(scope="module", params=TARGETS)
 def core(request, tmp_path_factory) -> list[str]:
-    """The command that runs the core of one target."""
+    """Return the command that runs the core of one target."""
     target = TARGETS[request.param]
     for tool in (target.compiler, *target.emulator):
         if shutil.which(tool) is None:

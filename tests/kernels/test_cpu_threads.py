@@ -1,4 +1,4 @@
-"""The CPU kernel's threads: same bits with any number of them, correct after a fork, little memory."""
+"""The CPU kernel's threads: identical bits for any number of them, correct after a fork, little memory."""
 
 import os
 import subprocess

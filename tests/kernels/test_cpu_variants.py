@@ -1,4 +1,4 @@
-"""The CPU kernel cut into other items of work: the same results, offered where it makes a difference."""
+"""The CPU kernel with other sizes of work items: equal results, offered if it makes a difference."""
 
 import mlx.core as mx
 import numpy as np

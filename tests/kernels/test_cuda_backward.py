@@ -1,4 +1,4 @@
-"""The backward kernels: what they compile to (needs NVRTC), how calls are dealt out, what they compute (on a GPU)."""
+"""The backward kernels: compilation (needs NVRTC), scheduling, and results (on a GPU)."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""Which kernels take a call, on made-up GPUs, and what the launcher is told of the general ones; needs no GPU."""
+"""Kernel selection on simulated GPUs, and the launch arguments of the portable kernels; needs no GPU."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What the CUDA kernels are compiled to: needs NVRTC, no GPU."""
+"""Compilation of the CUDA kernels; needs NVRTC, no GPU."""
 
 from dataclasses import replace
 

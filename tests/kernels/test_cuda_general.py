@@ -1,4 +1,4 @@
-"""What the general kernels compute, by FlashAttention 3's rule, and that nothing is left unwritten; needs a GPU.
+"""Results of the portable kernels by FlashAttention 3's rule, without unwritten elements; needs a GPU.
 
 On Hopper, too, every call here takes them, whatever the GPU's own kernels would have taken.
 """

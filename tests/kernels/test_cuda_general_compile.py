@@ -1,4 +1,4 @@
-"""The general kernels from Ampere on: their tiles fit and (with NVRTC; no GPU) they compile in few registers."""
+"""The portable kernels, from Ampere on: their tiles fit, and (with NVRTC, no GPU) they compile with few registers."""
 
 from dataclasses import replace
 from itertools import product
@@ -62,7 +62,7 @@ def test_tiles_take_the_shared_memory_that_is_counted_by_hand():
 
 
 def test_threads_copy_a_tile_in_whole_passes():
-    """What general_tiles.cuh asserts: as many threads lie side by side as units of 16 bytes, in powers of two."""
+    """The assertions of general_tiles.cuh: units of 16 bytes per row of threads, in powers of two."""
     for kernel in ALL:
         tiles = kernel.tiles
         of_queries = tiles.block_m if isinstance(tiles, ForwardTiles) else tiles.block_q

@@ -1,4 +1,4 @@
-"""Launching several kernels as one operation: what is told to the launcher, and what happens without one; no GPU."""
+"""Several kernels launched as one operation: the launcher's arguments, and the fallback without it; needs no GPU."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def forget():
 
 
 class Recorder:
-    """Stands in for the compiled module and keeps what it is told."""
+    """A fake of the compiled module, which records its calls."""
 
     def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
         self.arguments = [step[-1] for step in steps]

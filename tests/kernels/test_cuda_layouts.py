@@ -1,4 +1,4 @@
-"""Arrays as they lie, and tiles whose keys are dealt out, on a GPU; needs a CUDA device."""
+"""Memory layouts, and tiles whose keys are split; needs a CUDA device."""
 
 import pytest
 
@@ -16,12 +16,12 @@ FULL = Call(scale=0.125, causal=False, window=None, softcap=None)
 
 
 def transposed(x):
-    """(batch, rows, heads, columns) in memory, as projections leave it."""
+    """Return (batch, rows, heads, columns) in memory, as projections produce it."""
     return mx.contiguous(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
 
 
 def sliced(x):
-    """The beginning of a larger cache whose rest is not a number."""
+    """Return the start of a larger cache whose rest is NaN."""
     cache = mx.full((*x.shape[:2], x.shape[2] + 56, x.shape[3]), mx.nan, x.dtype)
     cache[:, :, : x.shape[2]] = x
     mx.eval(cache)
@@ -29,14 +29,14 @@ def sliced(x):
 
 
 def unaligned(x):
-    """Rows that begin three elements off."""
+    """Return rows that start at an offset of three elements."""
     wide = mx.concatenate([mx.zeros((*x.shape[:3], 3), x.dtype), x], axis=3)
     mx.eval(wide)
     return wide[..., 3:]
 
 
 def spread(x):
-    """The same head in memory for all of the batch, to be copied."""
+    """Return an array whose batch entries share the memory of one head, so that it must be copied."""
     return mx.broadcast_to(x[:1], x.shape)
 
 

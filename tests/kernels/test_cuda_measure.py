@@ -1,4 +1,4 @@
-"""What the commands that time the CUDA kernels measure, and keep; needs no GPU, for the timings are made up."""
+"""Results and storage of the commands that time the CUDA kernels; needs no GPU, since the timings are fabricated."""
 
 import json
 
@@ -11,7 +11,7 @@ from attention.kernels.cuda import measure, measure_backward, measure_general
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What was measured, in its order."""
+    """The measurements, in order."""
     made = []
 
     def part(name):

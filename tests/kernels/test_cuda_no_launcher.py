@@ -1,4 +1,4 @@
-"""Calls where the launcher cannot be compiled: kernel by kernel through MLX's own operation; needs no GPU."""
+"""Calls without a compiled launcher: each kernel through MLX's own operation; needs no GPU."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def on(monkeypatch):
 
 @pytest.fixture
 def launched(on, monkeypatch):
-    """What MLX's own operation was given, a kernel at a time."""
+    """The arguments of MLX's own operation, one kernel at a time."""
     on("A100")
     made = []
 

@@ -1,4 +1,4 @@
-"""The ONNX Attention operator's own cases, opset 23, through the CUDA kernels in the types they take; needs a GPU."""
+"""The ONNX Attention operator's own cases, opset 23, through the CUDA kernels in their types; needs a GPU."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], re
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 3e-3), ("bfloat16", 2e-2)])
 def test_all_69_cases_agree(dtype, tolerance):
-    """The cases are in float32 mostly, so that what rounding their inputs makes has to be let through."""
+    """The cases are mostly in float32, so that the error from rounding their inputs must be accepted."""
     assert len(onnx_cases.cases()) == 69
     for case in onnx_cases.cases():
         got = onnx_cases.run(case, onnx_cases.with_scale(cuda.flash_attention), getattr(mx, dtype))["Y"]

@@ -1,4 +1,4 @@
-"""What calls ask of the launcher, on a made-up Hopper GPU: stages, and parameters of the kernels; needs no GPU."""
+"""Launch plans on a simulated Hopper GPU: stages, and kernel parameters; needs no GPU."""
 
 import re
 import struct
@@ -43,7 +43,7 @@ def kernels(plan):
 
 
 def parameters(kernel):
-    """Of a kernel's signature: the kind of each, in their order."""
+    """The kinds of the parameters in a kernel's signature, in order."""
     signature = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", (TEXTS / FILES[kernel]).read_text(), re.DOTALL)[1]
     return [kind_of(parameter) for parameter in signature.split(",")]
 

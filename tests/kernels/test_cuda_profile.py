@@ -1,4 +1,4 @@
-"""What is read from Nsight Compute's tables; needs no GPU."""
+"""Parsing of Nsight Compute's tables; needs no GPU."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the CUDA kernels compute, against float64; needs a CUDA device."""
+"""Results of the CUDA kernels against float64; needs a CUDA device."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which block of the Hopper forward kernel computes what; needs no GPU."""
+"""The tile schedule of the Hopper forward kernel; needs no GPU."""
 
 from collections import Counter, defaultdict
 
@@ -27,7 +27,7 @@ def works_of(dim, causal, window, planes, queries, keys):
 
 
 def parts(word):
-    """As join.cuh reads them: the parts before, how many of this tile, and which."""
+    """Return, as join.cuh reads them, the parts before a tile, their number for the tile, and which they are."""
     return word >> 8, word >> 4 & 15, word & 15
 
 

@@ -1,4 +1,4 @@
-"""How a kernel earns trust on first use; a made-up GPU, no compiler."""
+"""First-use self-checks of kernels on a simulated GPU; needs no compiler."""
 
 import pytest
 

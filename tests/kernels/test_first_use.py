@@ -1,4 +1,4 @@
-"""The check on first use, whatever it checks: what is kept of it, and for whom. Nothing is compiled."""
+"""The first-use check in general: what is stored, and for which machine; nothing is compiled."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def own_folder(monkeypatch, tmp_path):
 
 
 def here():
-    """What a new process knows on one machine, or another."""
+    """The state of a new process on one machine, or another."""
     return FirstUse(lambda: "here")
 
 

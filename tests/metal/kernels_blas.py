@@ -1,4 +1,4 @@
-"""One thread for numpy's products: of arrays as small as here OpenBLAS's other threads do little but spin."""
+"""Numpy's products on one thread: for arrays this small, OpenBLAS's other threads only spin."""
 
 import ctypes
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @cache
 def _openblas() -> ctypes.CDLL | None:
-    """The library that numpy has loaded, where that is the one of its Linux wheels."""
+    """Return the library that numpy has loaded, if it is the one of its Linux wheels."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     path = next((line.split()[-1] for line in lines if "libscipy_openblas64_" in line), None)
@@ -18,7 +18,7 @@ def _openblas() -> ctypes.CDLL | None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sets it, and sets back what was before."""
+    """Set the number of threads, and restore it afterwards."""
     library = _openblas()
     if library is None:
         yield

@@ -1,4 +1,4 @@
-"""One call of the kernels on random inputs, forward and backward, and what is wrong with it."""
+"""One call of the kernels on random inputs, forward and backward, and its problems."""
 
 import random
 import zlib
@@ -21,7 +21,7 @@ LONGEST: Final = 200
 
 @dataclass(frozen=True)
 class Kind:
-    """The features of a call; a mask of its own type is additive, in the type of the queries."""
+    """The features of a call; its mask is additive, in the type of the queries."""
 
     causal: bool = False
     window: int | None = None
@@ -49,7 +49,7 @@ KINDS: Final = {
 
 
 class Run(NamedTuple):
-    """How the threads are run, and where the arrays lie."""
+    """The order in which threads run, and the alignment of the arrays."""
 
     is_reversed: bool
     is_misaligned: bool
@@ -59,7 +59,7 @@ RUNS: Final = [Run(is_reversed, is_misaligned) for is_reversed in (False, True) 
 
 
 def problems(shape: Shape, kind: Kind, backward: bool = True, seed: int = 3) -> list[str]:
-    """What is wrong with output, logsumexp and gradients; findings of the verifier are raised."""
+    """Return the problems of output, logsumexp and gradients; findings of the verifier are raised."""
     call = kind.call(shape.head_dim, shape.dtype)
     given = selfcheck.inputs(shape, call, seed, logsumexp=kind.logsumexp)
     arrays = given.arrays(shape)
@@ -89,7 +89,7 @@ def random_lengths(name: str) -> Iterator[tuple[int, int]]:
 
 
 def problems_in_all_runs(head_dim: int, dtype: str, kind: str) -> dict[str, list[str]]:
-    """What is wrong with a specialisation: in each schedule, at each alignment, each time at another random shape."""
+    """Return the problems of a specialisation in each schedule and alignment, each time with another random shape."""
     wrong = {}
     for run, (queries, keys) in zip(RUNS, random_lengths(f"{head_dim} {dtype} {kind}"), strict=False):
         heads = 2 if run.is_reversed == run.is_misaligned else 1  # of one key head
@@ -101,7 +101,7 @@ def problems_in_all_runs(head_dim: int, dtype: str, kind: str) -> dict[str, list
 
 
 def problems_of_few_in_all_runs(head_dim: int, dtype: str, rows: int, kind: str) -> dict[str, list[str]]:
-    """The same, forward, for so few queries that a tile of so many rows holds them; every other run splits the keys."""
+    """Return the forward problems for so few queries that one tile holds them; every other run splits the keys."""
     wrong = {}
     draw = random.Random(zlib.crc32(f"{head_dim} {dtype} {rows} {kind}".encode()))
     for number, run in enumerate(RUNS):

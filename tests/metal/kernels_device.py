@@ -1,4 +1,4 @@
-"""A stand-in for the Metal device alone: it takes what the launcher hands to MLX, and runs the text in the verifier."""
+"""A fake of the Metal device only: it takes what the launcher passes to MLX, and runs the kernel in the verifier."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ MARK = "Planted GPU, applegpu_x, macOS 15.0, MLX 0"
 
 @dataclass
 class Launched:
-    """One launch; the counts are the verifier's."""
+    """One launch, with the verifier's counts."""
 
     kernel: str
     keywords: dict[str, Any]
@@ -29,7 +29,7 @@ class Launched:
 
 @dataclass
 class Device:
-    """How the texts are run, and what was."""
+    """How the kernels are run, and the launches."""
 
     is_reversed: bool = False
     is_misaligned: bool = False
@@ -38,7 +38,7 @@ class Device:
     launches: list[Launched] = field(default_factory=list)
 
     def metal_kernel(self, *, name: str, **made: Any) -> Callable[..., list[mx.array]]:
-        """What mx.fast.metal_kernel is to the launcher."""
+        """A fake of mx.fast.metal_kernel for the launcher."""
         kernel = mx.fast.metal_kernel(name=name, **made)
         short = name.removeprefix("fatui_")
 
@@ -70,7 +70,7 @@ class Device:
 
 
 def _are_known(inputs: Sequence[mx.array]) -> bool:
-    """Whether arrays can be evaluated, and are not those of a trace."""
+    """Whether arrays can be evaluated, and are not traced."""
     try:
         mx.eval(*inputs)
     except ValueError as error:
@@ -82,7 +82,7 @@ def _are_known(inputs: Sequence[mx.array]) -> bool:
 
 @contextmanager
 def on_a_mac(device: Device) -> Iterator[Device]:
-    """Everything as on a Mac, but for the GPU."""
+    """Set up everything as on a Mac, except the GPU."""
     forget()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "metal_kernel", device.metal_kernel)
@@ -94,7 +94,7 @@ def on_a_mac(device: Device) -> Iterator[Device]:
 
 
 def forget() -> None:
-    """As in a new process."""
+    """Reset the state as in a new process."""
     trust.checks.forget()
     launch._kernel.cache_clear()
     attend._function.cache_clear()

@@ -18,7 +18,7 @@ NAMES = ("output", "dQ", "dK", "dV", "rows of the sinks' gradient")
 
 
 def wrong(given: Inputs, call: Call, found: Sequence[mx.array]) -> list[str]:
-    """What breaks the rule: output, dQ, dK, dV, and the rows of the sinks' gradient, as far as they are given."""
+    """Return the results that break the rule, of output, dQ, dK, dV, and the rows of the sinks' gradient, if given."""
     right = [selfcheck.reference(given, call)[0], *selfcheck.reference_gradients(given, call)][: len(found)]
     plain = plain_results(given, call)
     problems = []
@@ -31,7 +31,7 @@ def wrong(given: Inputs, call: Call, found: Sequence[mx.array]) -> list[str]:
 
 
 def plain_results(given: Inputs, call: Call) -> list[mx.array]:
-    """Output and gradients by plain attention in the inputs' own precision, in the order of `NAMES`."""
+    """Return output and gradients of plain attention in the inputs' own precision, in the order of `NAMES`."""
     group = given.q.shape[1] // given.k.shape[1]
     seen, sighted = _seen(given, call)
 
@@ -58,7 +58,7 @@ def plain_results(given: Inputs, call: Call) -> list[mx.array]:
 
 
 def _seen(given: Inputs, call: Call) -> tuple[mx.array, mx.array]:
-    """Which keys each query sees, and which queries see anything; a sink is always seen."""
+    """Return the keys that each query attends to, and the queries that attend to any; a sink is always attended to."""
     whole = Mask(causal=call.causal, window=call.window).whole(given.q.shape[2], given.k.shape[2])
     seen = mx.ones((given.q.shape[2], given.k.shape[2]), mx.bool_) if whole is None else whole
     if given.mask is not None:
@@ -67,7 +67,7 @@ def _seen(given: Inputs, call: Call) -> tuple[mx.array, mx.array]:
 
 
 def rounding(expected: Floats, dtype: mx.Dtype) -> float:
-    """2 max|ref + 0.3 - 0.3 - ref| in the precision in question."""
+    """Return 2 max|ref + 0.3 - 0.3 - ref| in the given precision."""
     low = mx.array(expected.astype(np.float32)).astype(dtype)
     return 2 * largest(exact((low + mx.array(0.3, dtype)) - mx.array(0.3, dtype)) - exact(low))
 

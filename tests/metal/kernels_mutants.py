@@ -1,5 +1,5 @@
 # ruff: noqa: E501  one fault a line, as in a table
-"""Faults planted in the kernels' texts, and what each has to be found by: a finding of the verifier, or a wrong result."""
+"""Faults planted in the kernels' sources, and how each must be found: by a finding of the verifier, or a wrong result."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +17,7 @@ WIDE: Final = Shape(1, 1, 1, 20, 25, 256, "float32")
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: where, what stands there, what is put in its place, and how that has to show.
+    """One fault: the file, the original text, its replacement, and how it must be found.
 
     `found_by` is the start of a finding ("race: key_tile") or of a wrong result ("dQ"); `kind` is one of `KINDS`.
     """
@@ -31,7 +31,7 @@ class Mutant:
     shape: Shape = MANY
 
     def edit(self, kernel: str, text: str) -> str:
-        """The text with the fault in it."""
+        """Return the source with the fault."""
         if kernel != self.kernel:
             return text
         assert self.old in text, self.old
@@ -42,7 +42,7 @@ BARRIER: Final = "threadgroup_barrier(mem_flags::mem_threadgroup);  // "
 
 
 def no_barrier(kernel: str, mark: str, tile: str, shape: Shape = MANY) -> Mutant:
-    """A barrier is left out, and accesses to a tile are no longer ordered."""
+    """A missing barrier, so that accesses to a tile are unordered."""
     return Mutant(
         f"{kernel}: no barrier {mark}", kernel, f"{BARRIER}{mark}:", f"// {mark}:", f"race: {tile}", shape=shape
     )

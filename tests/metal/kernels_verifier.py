@@ -1,4 +1,4 @@
-"""The verifier as the kernels' tests need it; importing this skips a test where nothing can be compiled."""
+"""The verifier for the kernels' tests; importing this skips a test if nothing can be compiled."""
 
 import pytest
 from verifier import Finding, address_spaces, building, verify

@@ -1,4 +1,4 @@
-"""Every specialisation in bfloat16: clean in both schedules, aligned and not, and right by FlashAttention 3's rule."""
+"""Every specialisation in bfloat16: clean in both schedules, aligned or not, accurate by FlashAttention 3's rule."""
 
 import pytest
 from kernels_case import KINDS, problems_in_all_runs

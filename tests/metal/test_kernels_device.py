@@ -1,4 +1,4 @@
-"""The stand-in for the Metal device: in the verifier here, and on a Mac the GPU itself."""
+"""The fake of the Metal device: in the verifier here, and on a Mac the GPU itself."""
 
 import kernels_device
 import mlx.core as mx
@@ -14,7 +14,7 @@ SHAPE = Shape(1, 2, 1, 40, 37, 32, "float32")
 
 
 def test_on_a_mac_the_gpu_runs_the_kernels(monkeypatch):
-    """There is none here; one that is made up shows that all goes to it, as the launcher hands it out."""
+    """A simulated device shows that every launch reaches it as the launcher passes it."""
     seen = []
 
     def metal_kernel(**made):

@@ -1,4 +1,4 @@
-"""The judge of the kernels' tests: FlashAttention 3's rule allows what plain attention does, and little more."""
+"""FlashAttention 3's rule in the kernels' tests accepts plain attention's error, and little more."""
 
 import mlx.core as mx
 import pytest

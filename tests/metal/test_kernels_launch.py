@@ -1,4 +1,4 @@
-"""What the launcher makes of a call: strides, masks of all shapes, small arrays, gradients; run in the verifier."""
+"""Launch arguments: strides, masks of all shapes, small arrays, gradients; run in the verifier."""
 
 import re
 
@@ -64,7 +64,7 @@ def test_a_mask_may_have_any_shape_that_broadcasts(shape):
 
 @needs_verifier
 def test_small_arrays_are_device_memory_as_in_the_texts_that_were_checked(device):
-    """MLX passes what has fewer than 8 elements as constant memory, which makes another text, unless prevented."""
+    """MLX passes arrays of fewer than 8 elements as constant memory, which changes the source unless prevented."""
     q, k, v = arrays((1, 1, 1, 32), (1, 1, 5, 32), (1, 1, 5, 32))
     mask, sinks = mx.array([True, False, True, True, False]), mx.array([-50.0])
 

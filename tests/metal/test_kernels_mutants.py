@@ -1,4 +1,4 @@
-"""Every fault that is planted in a kernel is found, and by what it has to be found by; without a fault nothing is."""
+"""Every fault planted in a kernel is found in the expected way, and nothing is found without a fault."""
 
 import re
 
@@ -13,7 +13,7 @@ QUICK = MUTANTS[::9]
 
 
 def found_in(mutant: Mutant) -> list[str]:
-    """The findings or, where there is none, the wrong results."""
+    """Return the findings, or if there are none, the wrong results."""
     from kernels_verifier import Finding
 
     with on_a_mac(Device(edit=mutant.edit)) as device:

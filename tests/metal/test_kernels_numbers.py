@@ -1,4 +1,4 @@
-"""Scores of any size, rows that masks hide, and gradients of masks; each has a value that is known exactly."""
+"""Scores of any size, rows hidden by masks, and gradients of masks, each with an exactly known value."""
 
 import mlx.core as mx
 import numpy as np
@@ -36,7 +36,7 @@ def weights(scores):
 @pytest.mark.parametrize("queries", [FEW, MANY])
 @pytest.mark.parametrize("shift", [-200.0, -5000.0])
 def test_first_keys_hidden_and_low_scores(queries, shift):
-    """Of 600 keys the first 400, which are whole tiles and a whole split, are hidden; all scores are the shift."""
+    """The first 400 of 600 keys, which are whole tiles and a whole split, are hidden; all scores equal the shift."""
     q, k, v = mx.ones((1, 1, queries, 32)), mx.full((1, 1, 600, 32), shift / 32), values(1, 1, 600, 32)
     found = metal.flash_attention(q, k, v, scale=1.0, mask=mx.arange(600) >= 400)
     assert np.allclose(np.array(found), np.array(v[:, :, 400:].mean(axis=2, keepdims=True)), atol=2e-6)
@@ -54,7 +54,7 @@ def test_scores_of_any_size(queries, scale):
 
 @pytest.mark.parametrize("value", [-1e9, float(mx.finfo(mx.float32).min)])
 def test_a_row_that_a_finite_mask_hides_is_a_mean(value):
-    """Keys are split into spans of unequal lengths, each of which has a share of the mean by its length."""
+    """Keys are split into spans of unequal lengths, each weighted by its length in the mean."""
     q, k, v = mx.zeros((1, 1, FEW, 32)), values(1, 1, 523, 32, seed=3), values(1, 1, 523, 32)
     found = metal.flash_attention(q, k, v, scale=1.0, mask=mx.full((523,), value))
     assert np.allclose(np.array(found), np.array(v.mean(axis=2, keepdims=True)), atol=2e-6)
@@ -62,7 +62,7 @@ def test_a_row_that_a_finite_mask_hides_is_a_mean(value):
 
 @pytest.mark.parametrize("value", [-1e9, float(mx.finfo(mx.float32).min)])
 def test_gradients_of_rows_that_a_finite_mask_hides(value):
-    """The weights of such a row sum to 1, and so does what its cotangent of 1 gives to the values."""
+    """The weights of such a row sum to 1, and so does its contribution to dV for a cotangent of 1."""
     q, k, v = mx.zeros((1, 1, MANY, 32)), values(1, 1, 70, 32, seed=3), values(1, 1, 70, 32)
     mask = mx.full((MANY, 70), value)
     d_q, d_v = mx.grad(lambda q, v: metal.flash_attention(q, k, v, scale=1.0, mask=mask).sum(), argnums=(0, 1))(q, v)
@@ -73,7 +73,7 @@ def test_gradients_of_rows_that_a_finite_mask_hides(value):
 
 
 def test_sinks_as_low_as_a_finite_mask_get_their_share():
-    """A sink and 70 keys at -1e9 each: the sink has 1/71 of every row, its gradient is that of a key with value 0."""
+    """A sink and 70 keys at -1e9 each: the sink has 1/71 of every row, and the gradient of a key with value 0."""
     q, k, v = mx.zeros((1, 1, MANY, 32)), values(1, 1, 70, 32, seed=3), mx.ones((1, 1, 70, 32))
     mask, sinks = mx.full((70,), -1e9), mx.array([-1e9])
 

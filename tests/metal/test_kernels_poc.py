@@ -1,4 +1,4 @@
-"""`poc` on a Mac: it takes what the kernels take, sinks among it, and where MLX is fused too it heeds demo's trials."""
+"""`poc` on a Mac: it supports what the kernels do, sinks included, and follows the autotuner where MLX is fused too."""
 
 from datetime import UTC, datetime
 
@@ -43,7 +43,7 @@ def close(a, b):
 
 
 def tried(tmp_path, winner, call_s, made_with=None):
-    """What demo remembers after a trial of the workload, by these kernels unless others are named."""
+    """The stored result of a trial of the workload, for these kernels unless others are named."""
     store = Store(tmp_path / "tuning.toml")
     found = Entry(
         winner=winner,

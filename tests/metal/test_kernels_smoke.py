@@ -1,4 +1,4 @@
-"""The kernels, a few of each kind, run thread by thread: the part of the whole that every run affords."""
+"""A few kernels of each kind, run thread by thread: the part that every test run can afford."""
 
 import time
 
@@ -63,7 +63,7 @@ def test_queries_that_see_a_single_key_have_no_gradient_and_give_it_none(device,
     ("dtype", "kind"), [*((dtype, "all at once") for dtype in ("float32", "float16", "bfloat16")), ("float16", "full")]
 )
 def test_no_pointer_is_in_the_wrong_address_space_and_no_buffer_too_many(device, dtype, kind):
-    """Of what a call does not have, which is most where the kind is "full", a text gets a number in constant memory."""
+    """For arguments that a call lacks, fewest for the kind "full", the source has a number in constant memory."""
     from kernels_verifier import address_spaces
 
     for queries in (40, 2):

@@ -1,4 +1,4 @@
-"""What the verifier counts is what the table of tiles says: bytes from global memory, products, barriers, memory."""
+"""The verifier's counts match the table of tiles: bytes from global memory, products, barriers, memory."""
 
 import pytest
 from kernels_case import KINDS, Kind, problems

@@ -1,4 +1,4 @@
-"""The kernels under `mx.vmap`, mapped before and after the gradient is taken; and what they refuse, in one line."""
+"""The kernels under `mx.vmap`, mapped before and after the gradient; unsupported transformations raise one line."""
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ def device(monkeypatch, tmp_path):
 
 
 def given(axes):
-    """q, k, v, a mask and sinks, mapped along an axis of length 2 where `axes` has one."""
+    """Return q, k, v, a mask and sinks, mapped along an axis of length 2 where `axes` has one."""
     shapes = ((2, 2, 33, 32), (2, 1, 40, 32), (2, 1, 40, 32), (2, 1, 33, 40), (2,))
     whole = [
         shape if axis is None else (*shape[:axis], 2, *shape[axis:]) for shape, axis in zip(shapes, axes, strict=True)
@@ -37,7 +37,7 @@ def loss(*arrays):
 
 
 def one_by_one(function, arrays, axes):
-    """What `mx.vmap` has to give."""
+    """Return the expected result of `mx.vmap`."""
     pairs = [list(zip(arrays, axes, strict=True))] * 2
     calls = [
         function(*(x if axis is None else mx.take(x, i, axis) for x, axis in each)) for i, each in enumerate(pairs)

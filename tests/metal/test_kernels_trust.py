@@ -1,4 +1,4 @@
-"""How the Metal kernels earn trust on first use, and what happens where one does not; only the GPU is made up."""
+"""First-use self-checks of the Metal kernels, and what follows from a failure; only the GPU is simulated."""
 
 import shutil
 from pathlib import Path
@@ -49,7 +49,7 @@ def close(a, b, by=1e-5):
 
 
 class Refusing(Device):
-    """A Metal compiler that takes no text."""
+    """A Metal compiler that accepts no source."""
 
     def metal_kernel(self, **made):
         def call(**keywords):

@@ -1,4 +1,4 @@
-"""What is right passes: a small kernel in both schedules, and MLX's own attention from the headers of its wheel."""
+"""Correct kernels pass: a small one in both schedules, and MLX's own attention from the headers of its wheel."""
 
 import ctypes
 from pathlib import Path

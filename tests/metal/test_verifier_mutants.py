@@ -1,4 +1,4 @@
-"""Faults planted in a right kernel: the verifier has to find each, and name its kind."""
+"""Faults planted in a correct kernel: the verifier must find each, and name its kind."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from verifier.building import CompileError
 
 
 class Mutant(NamedTuple):
-    """A text to replace, what stands there then, and the kind of what is found."""
+    """A text to replace, its replacement, and the kind of the expected finding."""
 
     name: str
     old: str

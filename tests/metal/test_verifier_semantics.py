@@ -1,4 +1,4 @@
-"""What the stand-in for Metal means by each construct, in kernels of a few lines."""
+"""The meaning of each construct in the Metal emulation, in kernels of a few lines."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""A small flash attention forward in MSL, for the verifier to be tried on: one simdgroup for eight query rows."""
+"""A small flash attention forward in MSL to test the verifier: one simdgroup for eight query rows."""
 
 from typing import Any
 
@@ -123,14 +123,14 @@ SOURCE = r"""
 
 
 def make() -> Any:
-    """The kernel as MLX makes it."""
+    """Return the kernel as made by MLX."""
     return mx.fast.metal_kernel(
         name="flash_forward", input_names=list(NAMES), output_names=["o", "lse"], header=HEADER, source=SOURCE
     )
 
 
 def call(q: mx.array, causal: bool, block_q: int = 32, block_k: int = 16) -> dict[str, Any]:
-    """The launch for a query (B, H, L, D)."""
+    """Return the launch for a query (B, H, L, D)."""
     batch, heads, length, dim = q.shape
     return {
         "output_names": ["o", "lse"],
@@ -145,7 +145,7 @@ def call(q: mx.array, causal: bool, block_q: int = 32, block_k: int = 16) -> dic
 def inputs(
     shape: tuple[int, int, int, int] = (1, 2, 77, 64), keys: int | None = None, dtype: mx.Dtype = mx.float32
 ) -> list[mx.array]:
-    """Random query, key and value, and the scale."""
+    """Return random query, key and value, and the scale."""
     batch, heads, length, dim = shape
     mx.random.seed(0)
     q, k, v = (mx.random.normal((batch, heads, n, dim)).astype(dtype) for n in (length, keys or length, keys or length))
@@ -153,7 +153,7 @@ def inputs(
 
 
 def run(arrays: list[mx.array], causal: bool, **changed: Any) -> list[mx.array]:
-    """Runs it on the verifier, with some of the launch changed."""
+    """Run the kernel in the verifier, with some launch arguments changed."""
     return verifier.verify(make(), NAMES, arrays, **{**call(arrays[0], causal), **changed}).outputs
 
 

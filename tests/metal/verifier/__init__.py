@@ -1,4 +1,4 @@
-"""Runs Metal kernels on the CPU; finds races, missing barriers, out-of-bounds and uninitialised reads."""
+"""Metal kernels on the CPU, with detection of races, missing barriers, out-of-bounds and uninitialised reads."""
 
 from verifier.running import Counts, Finding, Launched, verify
 from verifier.source import generated_text

@@ -1,4 +1,4 @@
-"""One launch: arrays in, arrays and counts out, or a Finding with everything that was wrong."""
+"""One launch: arrays in, arrays and counts out, or a Finding with all errors."""
 
 import ctypes
 import re
@@ -18,7 +18,7 @@ LINES: Final = re.compile(r"\blines? (\d+)(?: and (\d+))?")
 
 
 class Finding(AssertionError):
-    """What was found: each item a kind, what happened, the kernel's line, and the thread."""
+    """The errors found: for each a kind, a description, the kernel's line, and the thread."""
 
     def __init__(self, *items: str) -> None:
         super().__init__("\n".join(items))
@@ -34,7 +34,7 @@ class Buffer(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What one launch did."""
+    """The counts of one launch."""
 
     reads: dict[str, int]
     """Elements, by buffer."""
@@ -48,7 +48,7 @@ class Counts(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """What came of one launch."""
+    """The result of one launch."""
 
     outputs: list[mx.array]
     text: str
@@ -56,7 +56,7 @@ class Launched(NamedTuple):
 
 
 class _Buffer(ctypes.Structure):
-    """As BufferOfLaunch in runtime/launch.cpp."""
+    """The struct BufferOfLaunch in runtime/launch.cpp."""
 
     _fields_ = (
         ("name", ctypes.c_char_p),
@@ -71,7 +71,7 @@ class _Buffer(ctypes.Structure):
 
 
 class _Launch(ctypes.Structure):
-    """As Launch in runtime/launch.cpp."""
+    """The struct Launch in runtime/launch.cpp."""
 
     _fields_ = (
         ("kernel", ctypes.c_void_p),
@@ -105,7 +105,7 @@ def verify(
     is_misaligned: bool = False,
     edit: Callable[[str], str] | None = None,
 ) -> Launched:
-    """Runs what mx.fast.metal_kernel made, as MLX would launch it.
+    """Run a kernel made by mx.fast.metal_kernel, as MLX would launch it.
 
     Args:
         kernel: what mx.fast.metal_kernel made.
@@ -137,7 +137,7 @@ def verify(
 def _results(
     names: Sequence[str], shapes: Sequence[Sequence[int]], dtypes: Sequence[mx.Dtype], init_value: float | None
 ) -> dict[str, Buffer]:
-    """Room for the outputs; what they hold before the launch is undefined unless a value is given."""
+    """Allocate the outputs; their contents before the launch are undefined unless a value is given."""
     made = {}
     for name, shape, dtype in zip(names, shapes, dtypes, strict=True):
         value = mx.zeros(shape, dtype) if init_value is None else mx.full(shape, init_value, dtype=dtype)
@@ -147,7 +147,7 @@ def _results(
 
 
 def _inputs(names: Sequence[str], arrays: Sequence[mx.array]) -> dict[str, Buffer]:
-    """Each input as it lies in memory with its real strides, and what MLX passes beside it."""
+    """Return each input as stored in memory with its real strides, and the arguments that MLX passes with it."""
     made = {}
     for name, array in zip(names, arrays, strict=True):
         mx.eval(array)
@@ -172,7 +172,7 @@ def launch(
     is_misaligned: bool = False,
     text: str = "",
 ) -> Counts:
-    """Runs a kernel's library; what it writes is in the buffers afterwards.
+    """Run a kernel's library; its results are in the buffers afterwards.
 
     Args:
         library: of the kernel.
@@ -208,7 +208,7 @@ def launch(
 
 
 def _described(buffers: Mapping[str, Buffer]) -> "ctypes.Array[_Buffer]":
-    """The buffers as the runtime takes them."""
+    """Return the buffers in the runtime's format."""
     told = (_Buffer * len(buffers))()
     for place, (name, held) in zip(told, buffers.items(), strict=True):
         place.name, place.data = name.encode(), held.data.ctypes.data
@@ -218,7 +218,7 @@ def _described(buffers: Mapping[str, Buffer]) -> "ctypes.Array[_Buffer]":
 
 
 def _item(item: str, library: Path, lines: Sequence[str]) -> str:
-    """A finding with the kernel's own line: of the access, or of the operations that its sentence names by number."""
+    """Return a finding with the kernel's line: of the access, or of the operations that its text names by number."""
     kind, offset, what, *where = item.split("|")
     number = kernel_line(library, offset) if offset != "0" else None
     at = f" at {_line(number, lines)}" if number else ""
@@ -228,5 +228,5 @@ def _item(item: str, library: Path, lines: Sequence[str]) -> str:
 
 
 def _line(number: int, lines: Sequence[str]) -> str:
-    """ "line 7: `x = 1;`", the text where there is one."""
+    """Format a line of source: "line 7: `x = 1;`", with its text if there is one."""
     return f"line {number}: `{lines[number - 1].strip()}`" if 0 < number <= len(lines) else f"line {number}"

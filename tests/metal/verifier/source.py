@@ -1,4 +1,4 @@
-"""The text that MLX would hand to Metal's compiler, taken apart for the compiler of the CPU."""
+"""Translation of the source that MLX would pass to Metal's compiler for the CPU's compiler."""
 
 import ctypes
 import os
@@ -29,7 +29,7 @@ class Parameter(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """A kernel's function with its template arguments, its parameters, and the text without the instantiation."""
+    """A kernel's function with its template arguments, its parameters, and the source without the instantiation."""
 
     function: str
     parameters: list[Parameter]
@@ -37,7 +37,7 @@ class Parsed(NamedTuple):
 
 
 def generated_text(kernel: Any, arrays: Sequence[mx.array], **call: Any) -> str:
-    """What MLX writes around a kernel's source, also on a machine without Metal.
+    """Return the code that MLX generates around a kernel's source, also on a machine without Metal.
 
     Exporting traces the kernel without running it, and verbose=True prints the text.
     """
@@ -57,7 +57,7 @@ def generated_text(kernel: Any, arrays: Sequence[mx.array], **call: Any) -> str:
 
 
 def parse(text: str) -> Parsed:
-    """Finds the kernel, its parameters, and the explicit instantiation of a template."""
+    """Find the kernel, its parameters, and the explicit instantiation of a template."""
     found = KERNEL.search(text)
     assert found, "no kernel in the text"
     matches = [PARAMETER.match(line) for line in found[2].splitlines()]
@@ -68,7 +68,7 @@ def parse(text: str) -> Parsed:
 
 
 def place_threadgroup_arrays(text: str) -> str:
-    """`threadgroup T x[N];` becomes a reference into the group's checked memory, on the same line.
+    """Replace `threadgroup T x[N];` by a reference into the group's checked memory, on the same line.
 
     Raises:
         ValueError: a declaration of another form.

@@ -1,4 +1,4 @@
-"""Address spaces, checked by clang's front end for C++ for OpenCL: MSL's rules are all but the same there."""
+"""Address spaces, checked by clang's front end for C++ for OpenCL, whose rules are almost those of MSL."""
 
 import re
 from typing import Any, Final
@@ -16,7 +16,7 @@ ERROR: Final = 3
 
 
 def address_spaces(text: str) -> list[str]:
-    """What is wrong with a generated text's address spaces, a line each.
+    """Return the address space errors of a generated source, one per line.
 
     A pointer without an address space is an error in MSL, where OpenCL would make it generic.
     """
@@ -39,7 +39,7 @@ def _is_generic(node: Any, cindex: Any) -> bool:
 
 
 def _as_opencl(text: str) -> str:
-    """OpenCL's kernels cannot be templates: the arguments become a type and constants before the kernel."""
+    """Replace template arguments by a type and constants before the kernel: OpenCL's kernels cannot be templates."""
     function, _, body = parse(text)
     found = re.search(r"template <([^>]*)>\n\[\[kernel\]\]", body)
     if found:
