@@ -1,4 +1,4 @@
-"""Models by name or folder: their shapes, read without MLX and without mlx-lm."""
+"""Model configurations by name or folder, read without MLX and without mlx-lm."""
 
 import json
 import tomllib
@@ -17,19 +17,19 @@ from attention.workload import ITEM_BYTES, DType, Pass, Workload
 FILE: Final = Path(__file__).with_name("configurations.toml")
 SHAPES: Final = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 ALIASES: Final = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-"""What GPT-2 and its kin call them."""
+"""GPT-2's names of these fields."""
 INSTALL: Final = "models need mlx-lm, which is not installed: pip install 'fatui[models]'"
 
 
 class Configuration(Struct, frozen=True):
-    """A model's shapes."""
+    """The shapes of a model."""
 
     name: str
-    """A name of configurations.toml, or the folder as it was given."""
+    """A name in configurations.toml, or the folder as given."""
     fields: Mapping[str, Any]
-    """As config.json has them."""
+    """The fields of config.json."""
     folder: Path | None = None
-    """Where its weights are; None for random ones."""
+    """Folder of the weights; None for random weights."""
 
     @property
     def layers(self) -> int:
@@ -52,7 +52,7 @@ class Configuration(Struct, frozen=True):
         return int(self.fields.get("head_dim") or self.fields["hidden_size"] // self.heads)
 
     def workload(self, pass_: Pass, dtype: DType, *, batch: int, seq: int, kv_seq: int | None = None) -> Workload:
-        """What one layer asks of attention."""
+        """Return the attention workload of one layer."""
         return Workload(
             batch=batch,
             seq=seq,
@@ -66,11 +66,11 @@ class Configuration(Struct, frozen=True):
         )
 
     def cache_bytes(self, layers: int, batch: int, length: int, dtype: DType) -> int:
-        """Bytes of the keys and values that generation keeps."""
+        """Return the bytes of the KV cache."""
         return 2 * layers * batch * self.kv_heads * length * self.head_dim * ITEM_BYTES[dtype]
 
     def working_bytes(self, tokens: int, dtype: DType) -> int:
-        """Bytes of what one layer has in memory at once besides attention, about: its MLP's three and a few more."""
+        """Estimate the bytes of a layer's activations besides attention: three of the MLP and a few more."""
         wide, narrow = self.fields.get("intermediate_size", 0), self.fields["hidden_size"]
         return tokens * (3 * int(wide) + 6 * int(narrow)) * ITEM_BYTES[dtype]
 
@@ -81,15 +81,15 @@ def _bundled() -> dict[str, dict[str, Any]]:
 
 
 def names() -> tuple[str, ...]:
-    """The models that need no download."""
+    """Return the names of the bundled configurations, which need no download."""
     return tuple(_bundled())
 
 
 def find(model: str) -> Configuration:
-    """Returns the model of a name or of a folder of mlx-lm's.
+    """Return the configuration of a bundled name or of an mlx-lm model folder.
 
     Raises:
-        UsageError: there is none, or its config.json lacks a shape.
+        UsageError: it does not exist, or its config.json lacks a shape.
     """
     if model in _bundled():
         return Configuration(model, _bundled()[model])
@@ -117,15 +117,15 @@ def _missing(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _with_text_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a model that also sees, say: those of its language model come first."""
+    """Merge the fields of a multimodal model: those of its language model take precedence."""
     text = fields.get("text_config")
     return {**fields, **text} if isinstance(text, dict) else dict(fields)
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same as mlx-lm completes them: a config.json need not say what is the default of its kind of model.
+    """Complete the fields with mlx-lm's defaults: a config.json may omit the defaults of its model type.
 
-    This imports mlx-lm, and MLX with it.
+    This imports mlx-lm, and with it MLX.
     """
     if find_spec("mlx_lm") is None or type(fields.get("model_type")) is not str:
         return {}
@@ -134,7 +134,7 @@ def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
     try:
         model_class, args_class = utils._get_classes(fields)  # what load_model takes
         model = model_class(args_class.from_dict(fields))  # makes no weights: MLX is lazy
-    except Exception:  # whatever mlx-lm's models raise for fields that they cannot take; loading will say it
+    except Exception:  # mlx-lm's models raise anything for invalid fields; loading reports it
         return {}
     parts = (model, getattr(model, "language_model", None), getattr(model, "model", None))
     made: dict[str, Any] = {}
@@ -144,12 +144,12 @@ def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(arguments: Any) -> dict[str, Any]:
-    """A model's arguments by the names that config.json has for them."""
+    """Return a model's arguments by their names in config.json."""
     fields = _with_text_config(dict(getattr(arguments, "__dict__", {})))
     return fields | {name: fields[other] for name, other in ALIASES.items() if name not in fields and other in fields}
 
 
 def check_mlx_lm() -> None:
-    """Raises NoBackendError, saying how to get it, unless mlx-lm is installed."""
+    """Raise NoBackendError, with the way to install it, unless mlx-lm is installed."""
     if find_spec("mlx_lm") is None:
         raise NoBackendError(INSTALL)

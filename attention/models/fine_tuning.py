@@ -1,4 +1,4 @@
-"""Runs fine-tunings: one implementation after the other on the same batches, the first of them twice."""
+"""Benchmark fine-tuning: one implementation after the other on the same batches, the first one twice."""
 
 import math
 from collections.abc import Callable
@@ -22,14 +22,14 @@ from attention.workload import Workload
 
 AGAIN_SHARE: Final = 4
 FEWEST_AGAIN: Final = 10
-"""The reference's second fine-tuning, the noise floor, makes a quarter of the iterations, but at least ten."""
+"""The reference's second fine-tuning, for the noise floor, runs a quarter of the iterations but at least ten."""
 WARM_UP_ITERATIONS: Final = 2
 LOGIT_BYTES: Final = 12
-"""Of each entry of the logits: in the model's type, in float32, and their gradient."""
+"""Bytes per entry of the logits: in the model's dtype, in float32, and their gradient."""
 
 
 class FineTuningBench(CaseRunner[FineTuningPlan]):
-    """One worker's share of a run of fine-tunings."""
+    """The part of a run of fine-tunings that one worker executes."""
 
     def _prepare_all(self, device: Device) -> None:
         first = self._plan.cases[0]
@@ -68,7 +68,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         return True
 
     def _needed(self, work: FineTuning) -> int:
-        """Bytes of weights, of what is kept for the gradient, and of the logits; attention's own come on top."""
+        """Return the bytes of weights, activations kept for the gradient and logits, without attention's."""
         kept = work.tuned_layers * self._configuration.working_bytes(work.tokens, work.dtype)
         logits = work.tokens * int(self._configuration.fields.get("vocab_size", 0)) * LOGIT_BYTES
         return self._network.weights_bytes + kept + logits
@@ -102,7 +102,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         return "iterations" if complete else "time"
 
     def _warm_up(self, work: FineTuning) -> None:
-        """Run two iterations with mlx-lm's own attention: one compiles what all share, and one is timed."""
+        """Run two iterations with mlx-lm's own attention: one compiles the shared kernels, one is timed."""
         self._teller.progress("compiling what all share")
         self._teller.say("compiling what all implementations share, and timing an iteration")
         times: list[float] = []
@@ -118,12 +118,12 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         self._teller.emit(on.Expected(case=self._teller.case, seconds=seconds, implementations=count))
 
     def _left_s(self, iteration_s: float) -> float:
-        """Seconds of the fine-tunings to come; the time of each is limited after its first iteration."""
+        """Estimate the seconds of the remaining fine-tunings; each one's time is limited after its first iteration."""
         each = (min((iters - 1) * iteration_s, self._plan.seconds) for iters in self._to_come)
         return sum(self._compiling_s + seconds for seconds in each)
 
     def _train(self, name: str, work: FineTuning) -> bool | None:
-        """Fine-tunes with an implementation; says whether all iterations were made, None where it failed."""
+        """Fine-tune with an implementation; return whether all iterations were made, None if it failed."""
         self._teller.step(name, "training")
         mx.clear_cache()
         calls, base = Calls(name, training=True), mx.get_active_memory()
@@ -137,11 +137,11 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         case, peak = self._teller.case, max(0, mx.get_peak_memory() - base)
         self._teller.emit(calls.event(case, self._paths.get(name)))
         self._teller.emit(on.MemoryMeasured(case=case, implementation=name, peak_bytes=peak))
-        self._taken_route(name, self._layer(work), probe())  # one that chooses on first use knows its path only now
+        self._taken_route(name, self._layer(work), probe())  # an autotuner knows its path only now
         return complete
 
     def _train_again(self, reference: str, work: FineTuning) -> None:
-        """The reference once more, after all others: what it differs from itself by is the noise floor."""
+        """Repeat the reference after all others; the difference from its first run is the noise floor."""
         self._teller.at_rest()
         iters = _iterations_again(work)
         try:
@@ -164,7 +164,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         )
 
     def _begin(self, digest: str) -> None:
-        """Raises StateChanged where a fine-tuning starts from another state than the first one of the case."""
+        """Raise StateChanged if a fine-tuning starts from another state than the first one of the case."""
         if self._start is None:
             self._start = digest
         elif digest != self._start:

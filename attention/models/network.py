@@ -1,4 +1,4 @@
-"""A model of mlx-lm's: made with random weights or read from a folder, whole or with its first layers alone."""
+"""An mlx-lm model with random weights or loaded from a folder, whole or with its first layers only."""
 
 import importlib
 from collections.abc import Iterator
@@ -17,18 +17,18 @@ SEED: Final = 0
 
 
 class Network:
-    """A model, its weights still to be made or read.
+    """A model whose weights are made or loaded on demand.
 
     Attributes:
-        model: mlx-lm's; it keeps no more than the first `layers` layers.
-        weights_bytes: of the whole model.
-        own_bytes: of what is kept of it.
-        layer_bytes: of its first layer.
-        made: whether the weights are there.
+        model: the mlx-lm model, reduced to its first `layers` layers.
+        weights_bytes: size of the whole model.
+        own_bytes: size of the kept part.
+        layer_bytes: size of its first layer.
+        made: whether the weights are in memory.
     """
 
     def __init__(self, configuration: Configuration, dtype: DType, layers: int | None = None, seed: int = SEED) -> None:
-        """Builds the model; nothing of its size is in memory yet.
+        """Build the model without allocating its weights.
 
         Args:
             configuration: what to build.
@@ -53,27 +53,27 @@ class Network:
 
     @property
     def layers(self) -> int:
-        """Layers that are kept."""
+        """Number of kept layers."""
         return len(self._holder[self._key])
 
     def cache(self) -> list[Any]:
-        """An empty cache for each layer, as mlx-lm makes them for this model.
+        """Return an empty cache for each layer, as mlx-lm makes them for this model.
 
-        Gemma 3 makes its masks with the cache of its first layer of full attention, also where no such layer runs.
+        Gemma 3 builds its masks from the cache of its first full-attention layer, even if no such layer runs.
         """
         made: list[Any] = make_prompt_cache(self.model)
         missing = getattr(self._holder, "sliding_window_pattern", 0) - len(made)
         return [*made, *(KVCache() for _ in range(missing))]  # type: ignore[no-untyped-call]
 
     def make(self) -> None:
-        """Makes or reads the weights, a few at a time so that nothing is needed twice."""
+        """Make or load the weights, a few at a time to avoid a second copy in memory."""
         for array in _arrays(self.model):
             mx.eval(array)
         self.made = True
 
     @contextmanager
     def shortened(self, layers: int) -> Iterator[Any]:
-        """The model with its first layers alone, as long as the context lasts."""
+        """Reduce the model to its first layers within the context."""
         whole = self._holder[self._key]
         self._holder[self._key] = whole[:layers]
         try:
@@ -95,7 +95,7 @@ def _built(configuration: Configuration) -> Any:
 
 
 def _holder_of_layers(model: Any, name: str) -> tuple[Any, str]:
-    """The part of a model that owns the list of its layers, and the list's name there."""
+    """Return the module that owns the list of layers, and the attribute's name."""
     layers = list(getattr(model, "layers", ()))
     for _, part in model.named_modules():
         for key, value in part.items():

@@ -1,4 +1,4 @@
-"""Rows of models, from what was told of them."""
+"""Result rows of model runs, built from events."""
 
 import math
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ PASSED_ON: Final = "passed on to MLX's own"
 NEVER_CALLED: Final = "never called"
 NO_CALL: Final = "no call of attention reached it: the model attends by itself, and that is what was timed"
 LOSS_TOLERANCE: Final = {"float32": 3e-4, "float16": 3e-3, "bfloat16": 3e-3}
-"""Difference of a loss from the reference's, relative to it, that rounding may make at the start of a fine-tuning."""
+"""Relative difference of a loss from the reference's that rounding may cause at the start of a fine-tuning."""
 GROWTH: Final = 10
-"""Iterations after which it may be twice that, and so on: each step begins where rounding has led the last one."""
+"""The tolerance grows by itself per this many iterations: each step starts from the rounding of the last."""
 
 
 def record_of(plan: AnyPlan) -> AnyRecord:
-    """An empty record for a plan of any kind."""
+    """Return an empty record for a plan of any kind."""
     match plan:
         case GenerationPlan():
             return GenerationRecord(plan)
@@ -45,16 +45,16 @@ def record_of(plan: AnyPlan) -> AnyRecord:
 
 
 class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
-    """The state of a run of a model that generates."""
+    """The state of a generation run."""
 
     def report(self, run: Run) -> Report:
-        """Makes the report of what is known so far; cases that have nothing to show yet are left out."""
+        """Return the report so far; cases without results are omitted."""
         cases = tuple(self.case(index) for index in range(len(self.cases)))
         shown = tuple(case for case in cases if case.rows)
         return Report(run=run, environment=self.environment, peaks=self.peaks, models=shown)
 
     def case(self, index: int) -> ModelCase:
-        """Makes the rows of one case from what is known so far."""
+        """Return the rows of one case so far."""
         work, record = self.plan.cases[index], self.cases[index]
         reference = record.rows[record.reference].samples if record.reference else []
         floor = statistics.noise_floor(reference, record.again)
@@ -88,7 +88,7 @@ def _model_row(row: Row, measured: Measured, record: CaseRecord) -> ModelRow:
 
 
 def _fields(row: Row, measured: Measured) -> dict[str, Any]:
-    """What both kinds of rows have: all that every row has, and whose calls were replaced."""
+    """Return the fields common to both kinds of rows: those of every row, and the call counts."""
     calls = measured.calls
     return {
         **structs.asdict(row),
@@ -100,7 +100,7 @@ def _fields(row: Row, measured: Measured) -> dict[str, Any]:
 
 
 def _observed(row: Row, calls: on.CallsCounted) -> dict[str, Any]:
-    """The path that ran, where it is another one than the route of a layer's shape foretold."""
+    """Return the path that ran, if it differs from the route predicted for a layer."""
     if calls.replaced:
         path = calls.path or row.path
         return {"path": path, "fused": row.fused if path == row.path else None}
@@ -110,7 +110,7 @@ def _observed(row: Row, calls: on.CallsCounted) -> dict[str, Any]:
 
 
 def attention_share(times: Sequence[float], without: Sequence[float]) -> Share | None:
-    """The part of a model's time that it is spared without attention, from paired rounds; None below MIN_ROUNDS."""
+    """Return the share of a model's time saved without attention, from paired rounds; None below MIN_ROUNDS."""
     logs = statistics.log_ratios(times, without)
     if len(logs) < MIN_ROUNDS:
         return None
@@ -122,15 +122,15 @@ class FineTuningRecord(RunRecord[FineTuningPlan, FineTuningCase]):
     """The state of a run of fine-tunings."""
 
     def report(self, run: Run) -> Report:
-        """Makes the report of what is known so far; cases that have nothing to show yet are left out."""
+        """Return the report so far; cases without results are omitted."""
         cases = tuple(self.case(index) for index in range(len(self.cases)))
         shown = tuple(case for case in cases if case.rows)
         return Report(run=run, environment=self.environment, peaks=self.peaks, fine_tunings=shown)
 
     def case(self, index: int) -> FineTuningCase:
-        """Makes the rows of one case from what is known so far.
+        """Return the rows of one case so far.
 
-        Fine-tunings run one after the other, so their times are not paired: speedups are ratios of two runs.
+        Fine-tunings run one after the other, so their times are unpaired: speedups are ratios of two runs.
         """
         work, record = self.plan.cases[index], self.cases[index]
         reference = record.rows[record.reference] if record.reference else None
@@ -180,7 +180,7 @@ def _tuning_row(row: Row, measured: Measured, reference: Measured | None, tolera
 
 
 def loss_differences(reference: Sequence[float | None], losses: Sequence[float | None]) -> list[float]:
-    """Relative differences of two loss curves, as far as both go; infinite where one is no number."""
+    """Return the relative differences of two loss curves up to the shorter one; infinite if a loss is not finite."""
     return [
         math.inf if first is None or loss is None else abs(loss - first) / max(abs(first), 1e-9)
         for first, loss in zip(reference, losses, strict=False)
@@ -188,7 +188,7 @@ def loss_differences(reference: Sequence[float | None], losses: Sequence[float |
 
 
 def _first_apart(differences: Sequence[float], tolerance: float) -> str | None:
-    """Says where a curve first leaves the reference's by more than rounding explains, if it does."""
+    """Describe where a curve first departs from the reference's by more than rounding, or return None."""
     for index, difference in enumerate(differences):
         allowed = tolerance * (1 + index / GROWTH)
         if difference > allowed:

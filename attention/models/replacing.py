@@ -1,4 +1,4 @@
-"""What attends in a model: its own attention, an implementation in its place, or nothing at all."""
+"""Replacement of a model's attention by an implementation or by nothing, and counts of its calls."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ from attention.patch import seams
 from attention.patch.model_patch import ModelPatch
 
 UNTOUCHED: Final = "mlx"
-"""The peer as it is: in a model that is mlx-lm as it is. Whatever a patch costs, only those who need one pay it."""
+"""The implementation for which mlx-lm runs unpatched, without any overhead of a patch."""
 
 
 def replaced(name: str, *, training: bool = False) -> AbstractContextManager[object]:
-    """A context in which models attend by an implementation; it may want to know that they are trained."""
+    """Return a context in which models use an implementation; `training` selects its training variant."""
     if name == UNTOUCHED:
         return nullcontext()
     return _nothing() if name == WITHOUT else _patch(name, training)
@@ -28,7 +28,7 @@ def replaced(name: str, *, training: bool = False) -> AbstractContextManager[obj
 
 @cache
 def _patch(name: str, training: bool) -> ModelPatch:
-    """The same one each time, since it remembers its routes."""
+    """Return the cached patch, which caches routes."""
     implementation = implementations.get(name)
     return ModelPatch(
         implementation.for_training() if training and isinstance(implementation, TellsPasses) else implementation
@@ -37,7 +37,7 @@ def _patch(name: str, training: bool) -> ModelPatch:
 
 @contextmanager
 def _nothing() -> Iterator[None]:
-    """Attention returns its query at once; key and value are computed as for all others, and not used."""
+    """Make attention return its query unchanged; key and value are still computed."""
     places = seams.of_models(), seams.fast()
     for place in places:
         place.add(taker=_query_alone)
@@ -49,7 +49,7 @@ def _nothing() -> Iterator[None]:
 
 
 def _query_alone(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **named: Any) -> mx.array:
-    """The query (B, H, Lq, D) in the output's shape (B, H, Lq, Dv), once the key and the value are there."""
+    """Return the query (B, H, Lq, D) in the output's shape (B, H, Lq, Dv), depending on key and value."""
     width = v.shape[3]
     shaped = q if width == q.shape[3] else mx.broadcast_to(q[..., :1], (*q.shape[:3], width))
     kept: mx.array = mx.depends(shaped, [k, v])
@@ -57,10 +57,10 @@ def _query_alone(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **named: Any
 
 
 class Calls:
-    """Counts the calls of attention that reach an implementation while it is entered; a context manager."""
+    """Context manager that counts the attention calls that reach an implementation."""
 
     def __init__(self, name: str, *, training: bool = False) -> None:
-        """Takes the same arguments as `replaced`."""
+        """Create it with the arguments of `replaced`."""
         self._name = name
         self._patch = None if name == UNTOUCHED else _patch(name, training)
         self._own = 0
@@ -69,7 +69,7 @@ class Calls:
         self._handed_before: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
-        """Begins to count."""
+        """Start counting."""
         if self._patch:
             self._before, self._handed_before = self._patch.taken.copy(), self._patch.handed.copy()
         else:
@@ -80,13 +80,13 @@ class Calls:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends it."""
+        """Stop counting."""
         if self._patch is None:
             for place in (seams.of_models(), seams.fast()):
                 place.remove(watcher=self._count)
 
     def _count(self, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Counts a call of mlx-lm's own; MLX's function inside of it is no second one."""
+        """Count a call of mlx-lm's function; the nested call of MLX's function does not count."""
         if self._inside:
             return call(*args, **named)
         self._own += 1
@@ -97,7 +97,7 @@ class Calls:
             self._inside = False
 
     def event(self, case: int, path: str | None = None) -> CallsCounted:
-        """What was counted; of mlx-lm as it is, `path` is what its calls take."""
+        """Return the counts as an event; `path` is the path of unpatched mlx-lm's calls."""
         if self._patch is None:
             return CallsCounted(
                 case=case,

@@ -1,4 +1,4 @@
-"""What a model holds between runs: exact copies of its caches, and digests that tell whether two states are equal."""
+"""A model's state between runs: exact copies of its caches, and digests to compare states."""
 
 import copy
 import hashlib
@@ -9,11 +9,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 WORDS: Final = {8: mx.uint32, 4: mx.uint32, 2: mx.uint16, 1: mx.uint8}
-"""By bytes of an item, what its bits are summed as."""
+"""Dtype used to sum an array's bits, by item size in bytes."""
 
 
 class StateChanged(Exception):
-    """A run would not start from the state that the first one started from."""
+    """A run would start from another state than the first one."""
 
 
 def copied(cache: Any) -> Any:

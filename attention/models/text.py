@@ -1,4 +1,4 @@
-"""What models are fine-tuned on: the bundled text or one of the user's, as sequences of tokens of one length."""
+"""Training data for fine-tuning: the bundled text or a user's file, as token sequences of equal length."""
 
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -11,36 +11,36 @@ BUNDLED: Final = Path(__file__).with_name("declaration.txt")
 """The United States Declaration of Independence, 1776."""
 END: Final = 256
 Sequence = tuple[list[int], int]
-"""Tokens, and how many of them at the start are not learnt: what mlx-lm's trainer takes."""
+"""Tokens, and the number of leading tokens without a loss, as mlx-lm's trainer expects."""
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer."""
+    """The interface of a tokenizer used here."""
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text."""
+        """Return the tokens of a text."""
         ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens, for models with random weights: any vocabulary of 257 or more can take them."""
+    """UTF-8 bytes as tokens, for models with random weights and a vocabulary of at least 257."""
 
     eos_token_id = END
 
     def encode(self, text: str) -> list[int]:
-        """Returns the bytes of a text, and the token that ends it."""
+        """Return the bytes of a text and the end token."""
         return [*text.encode(), END]
 
     def decode(self, tokens: list[int]) -> str:
-        """Returns the text of some tokens."""
+        """Return the text of tokens."""
         return bytes(token for token in tokens if token < END).decode(errors="replace")
 
 
 def tokenizer_of(configuration: Configuration) -> Tokenizer:
-    """A folder's own tokenizer; bytes where the weights are random.
+    """Return a folder's tokenizer, or bytes for random weights.
 
     Raises:
-        UsageError: the folder's cannot be loaded, or bytes are too many for the vocabulary.
+        UsageError: the folder's tokenizer cannot be loaded, or the vocabulary is too small for bytes.
     """
     if configuration.folder is None:
         vocabulary = configuration.fields.get("vocab_size", 0)
@@ -51,7 +51,7 @@ def tokenizer_of(configuration: Configuration) -> Tokenizer:
 
     try:
         loaded: Any = load_tokenizer(configuration.folder)  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever transformers raises for a folder that is not as it should be
+    except Exception as error:  # transformers raises anything for a broken folder
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(f"model: the tokenizer of {configuration.folder} cannot be loaded: {first}") from error
     tokenizer: Tokenizer = loaded
@@ -59,7 +59,7 @@ def tokenizer_of(configuration: Configuration) -> Tokenizer:
 
 
 def read(data: str | None) -> str:
-    """The text of a file, or the bundled one.
+    """Return the text of a file, or the bundled one.
 
     Raises:
         UsageError: the file cannot be read, or is empty.
@@ -75,12 +75,12 @@ def read(data: str | None) -> str:
 
 
 def sequences(tokens: list[int], length: int, least: int) -> list[Sequence]:
-    """Cuts a text into sequences of one length, at least so many: a short text overlaps itself, or is repeated.
+    """Split a text into at least `least` sequences of equal length; a short text overlaps or is repeated.
 
     Args:
-        tokens: the whole text's.
-        length: tokens of each sequence that are predicted; one more is the first one's context.
-        least: sequences that are needed.
+        tokens: tokens of the whole text.
+        length: predicted tokens per sequence; one more is the context of the first.
+        least: minimum number of sequences.
     """
     wanted = length + 1
     while len(tokens) < wanted:

@@ -1,4 +1,4 @@
-"""One LoRA fine-tuning by mlx-lm's own trainer, told iteration by iteration."""
+"""A LoRA fine-tuning by mlx-lm's trainer, with a callback per iteration."""
 
 import contextlib
 import os
@@ -22,18 +22,18 @@ from attention.models.text import Sequence
 from attention.models.workloads import FineTuning
 
 SCALE: Final = 20.0
-"""mlx-lm's own, as are the kinds of layers that get LoRA weights and the absence of dropout."""
+"""mlx-lm's default, like the types of layers that get LoRA weights and the absence of dropout."""
 LEARNING_RATE: Final = 1e-4
 Told = Callable[[float, float], None]
-"""Takes the loss of an iteration, and its seconds."""
+"""Called with the loss of an iteration and its seconds."""
 
 
 class OutOfTime(Exception):
-    """A fine-tuning was ended by its limit."""
+    """A fine-tuning reached its time limit."""
 
 
 class _Teller(TrainingCallback):
-    """Passes each iteration on, and ends the training when its time is up."""
+    """Forward each iteration, and end the training when its time is up."""
 
     def __init__(self, told: Told, seconds: float) -> None:
         self._told, self._seconds = told, seconds
@@ -42,7 +42,7 @@ class _Teller(TrainingCallback):
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         self._told(train_info["train_loss"], 1 / train_info["iterations_per_second"])
         if self._end is None:
-            self._end = time.perf_counter() + self._seconds  # the first one compiles, and is not what is measured
+            self._end = time.perf_counter() + self._seconds  # the first one compiles and is not measured
         elif time.perf_counter() > self._end:
             raise OutOfTime
 
@@ -58,17 +58,18 @@ def fine_tune(
     told: Told,
     begin: Callable[[str], None],
 ) -> bool:
-    """Trains new LoRA weights from the seed, on the same batches each time; the model is then as it was.
+    """Train new LoRA weights from the seed, on the same batches each time, and restore the model.
 
     Args:
-        network, work, data: the model with its weights, what to do with it, and the sequences to learn.
-        iters: iterations.
-        seconds: after the first iteration, which compiles, at whose end the training ends with the iteration.
+        network, work, data: the model with its weights, the workload, and the training sequences.
+        iters: number of iterations.
+        seconds: time limit after the first iteration, which compiles; checked after each iteration.
         seed: of the LoRA weights and of the order of the batches.
-        told: takes every iteration.
-        begin: takes a digest of all that the training starts from; it may raise.
+        told: called after every iteration.
+        begin: called with a digest of the state that the training starts from; it may raise.
 
-    Returns whether all iterations were made.
+    Returns:
+        Whether all iterations were made.
     """
     with _lora(network.model, work, seed), tempfile.TemporaryDirectory() as folder, _silence():
         np.random.seed(seed)  # the trainer draws the order of its batches from here
@@ -90,7 +91,7 @@ def fine_tune(
 
 
 def _digest_of_start(model: Any, optimizer: Adam, data: list[Sequence]) -> str:
-    """Of weights old and new, the optimizer, both sources of random numbers, and the sequences."""
+    """Return a digest of all weights, the optimizer, both random number generators, and the sequences."""
     arrays: Any = {"weights": model.parameters(), "optimizer": optimizer.state, "mlx": mx.random.state}
     named: Any = tree_flatten(arrays)
     return digest([*named, ("numpy", np.random.get_state()), ("data", data)])
@@ -98,9 +99,9 @@ def _digest_of_start(model: Any, optimizer: Adam, data: list[Sequence]) -> str:
 
 @contextlib.contextmanager
 def _lora(model: Any, work: FineTuning, seed: int) -> Iterator[None]:
-    """The model with LoRA weights that learn, and with all others frozen; its own modules are put back afterwards.
+    """Add trainable LoRA weights and freeze all others; the original modules are restored on exit.
 
-    mlx-lm's `remove_lora_layers` puts back linear layers alone: experts and embeddings would go on learning.
+    mlx-lm's `remove_lora_layers` restores linear layers only: experts and embeddings would keep their LoRA weights.
     """
     own = dict(model.named_modules())
     model.freeze()
@@ -115,10 +116,10 @@ def _lora(model: Any, work: FineTuning, seed: int) -> Iterator[None]:
 
 
 def _put_back(model: Any, own: dict[str, Any]) -> None:
-    """Puts modules back wherever another one stands now."""
+    """Restore modules wherever they have been replaced."""
     now = dict(model.named_modules())
     replaced = [name for name, module in own.items() if now.get(name) is not module]
-    # A module brings its parts with it.
+    # Restoring a module restores its submodules.
     outermost = [name for name in replaced if not any(name.startswith(f"{other}.") for other in replaced)]
     if outermost:
         model.update_modules(tree_unflatten([(name, own[name]) for name in outermost]))
@@ -126,6 +127,6 @@ def _put_back(model: Any, own: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """The trainer prints a table of its own, which is told here otherwise."""
+    """Suppress the trainer's output on stdout."""
     with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):  # noqa: PTH123
         yield
