@@ -123,7 +123,7 @@ def _crossover_words(lines: dict[str, list[scaling.Point]], axis: str) -> list[s
     found = scaling.crossovers(lines)
     name = axis.rstrip("_")
     if not found:
-        return [f"No implementation overtakes another over {name} beyond the intervals."]
+        return [f"No implementation clearly overtakes another over {name}."]
     return [
         f"{each.faster_after} overtakes {each.faster_before} between {name} {say_value(each.between[0])}"
         f" and {say_value(each.between[1])}"

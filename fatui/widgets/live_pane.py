@@ -15,7 +15,7 @@ from fatui.session import AnySession, Session
 from fatui.telemetry import Reading, in_words
 from fatui.widgets.trend_chart import Scale, Trend, TrendChart
 
-IDLE = "No run yet. Press r to run; tokens/s, memory and progress appear here."
+IDLE = "No run yet. Press r to run; tokens/s, memory and progress are shown here during the run."
 MEMORY = ("MLX active", "MLX peak", "process", "device")
 BAR = 24
 AROUND = 8

@@ -118,7 +118,7 @@ def test_while_a_kernel_is_compiled_it_says_so_and_its_silence_is_no_alarm():
         stage.engine.begin_case()
         stage.app.main._tick()
         await stage.pilot.pause()
-        assert "case 1 begins anew" in stage.app.journal.text() and "compiling" not in stage.seen()
+        assert "case 1 is restarted" in stage.app.journal.text() and "compiling" not in stage.seen()
         assert stage.app.session.once_s == 48
 
     on_stage(play)

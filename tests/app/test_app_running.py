@@ -76,11 +76,11 @@ def test_a_second_start_is_refused_in_words():
 
 def test_the_last_run_teaches_how_long_the_next_takes():
     async def play(stage):
-        assert "kind will tell how" in " ".join(stage.seen().replace("│", "").split())
+        assert "known after the first run" in " ".join(stage.seen().replace("│", "").split())
         await stage.run_to_the_end()
         await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
         stage.app.main.show_draft()
-        assert "going by earlier runs" in " ".join(stage.seen().replace("│", "").split())
+        assert "judging by earlier runs" in " ".join(stage.seen().replace("│", "").split())
 
     on_stage(play)
 

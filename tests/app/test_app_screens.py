@@ -96,7 +96,7 @@ def test_a_bundled_preset_is_not_deleted_and_a_broken_one_is_shown():
         assert "has mistakes" in stage.app.journal.text()
         stage.find("#preset-list", RowTable).go_to("quick")
         await stage.press("d")
-        assert "comes with fatui" in stage.app.journal.text()
+        assert "is bundled" in stage.app.journal.text()
 
     on_stage(play)
 
