@@ -2,7 +2,11 @@
 
 import asyncio
 import random
+from contextlib import nullcontext
 from datetime import datetime
+from unittest.mock import patch
+
+from textual._compositor import Compositor
 
 from attention import events as on
 from attention.device import Device
@@ -181,8 +185,20 @@ def advise(app, **routes):
     app.advice._take(Answer(number=app.advice._number, routes=routes, largest=largest, needs=needs))
 
 
-def on_stage(play, size=(120, 40), **options):
-    """Run an async function with a Stage, and quit the app as a user would."""
+def not_painted(compositor, **options):
+    """Skip the partial repaints of a headless app, about half of its time; `Stage.seen` renders the whole screen."""
+    compositor._dirty_regions.clear()
+
+
+def on_stage(play, size=(120, 40), paints=False, **options):
+    """Run an async function with a Stage, and quit the app as a user would.
+
+    Args:
+        play: called with the stage.
+        size: columns and lines of the screen.
+        paints: repaint on each change, as in a terminal; otherwise only `Stage.seen` and the end of the test render.
+        options: of the app.
+    """
 
     async def go():
         clock, engines = Clock(), []
@@ -191,7 +207,10 @@ def on_stage(play, size=(120, 40), **options):
             await pilot.pause()
             stage = Stage(app, pilot, clock, engines)
             await play(stage)
+            if app.is_running and not paints:
+                stage.seen()
             if app.runs.active:
                 await app.runs.end()
 
-    asyncio.run(go())
+    with nullcontext() if paints else patch.object(Compositor, "render_update", not_painted):
+        asyncio.run(go())

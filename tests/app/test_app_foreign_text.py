@@ -70,7 +70,7 @@ def test_hostile_presets_settings_and_messages_are_shown():
         await look(stage, "ctrl+p")
         await look(stage, "escape")
 
-    on_stage(play)
+    on_stage(play, paints=True)
 
 
 def test_what_an_engine_says_is_shown():
@@ -90,4 +90,4 @@ def test_what_an_engine_says_is_shown():
         stage.find("#comparison-table", RowTable).focus()
         await look(stage, "down", "enter")
 
-    on_stage(play)
+    on_stage(play, paints=True)

@@ -24,8 +24,8 @@ class Example:
     """A call with every feature that an implementation may support."""
 
     batch: int = 2
-    heads: int = 4
-    kv_heads: int = 4
+    heads: int = 2
+    kv_heads: int = 2
     seq: int = 33
     kv_seq: int = 33
     head_dim: int = 8
@@ -124,7 +124,7 @@ EXAMPLES = [
     Example(label="plain"),
     Example(label="one key", kv_seq=1),
     Example(label="one query", seq=1),
-    Example(label="grouped heads", kv_heads=2),
+    Example(label="grouped heads", heads=4, kv_heads=2),
     Example(label="one key head", kv_heads=1, causal=True),
     Example(label="wide values", value_dim=12),
     Example(label="narrow values, half", value_dim=4, dtype="float16", causal=True),
@@ -133,16 +133,16 @@ EXAMPLES = [
     Example(label="causal, more queries", causal=True, seq=41, kv_seq=20),
     Example(label="window", window=7),
     Example(label="window of one", window=1),
-    Example(label="window beyond all keys", window=500, kv_heads=2),
+    Example(label="window beyond all keys", window=500, heads=4, kv_heads=2),
     Example(label="window, more queries", window=4, seq=41, kv_seq=20, value_dim=12),
     Example(label="bool array", array="bool"),
-    Example(label="bool array of keys", array="keys", kv_heads=2),
+    Example(label="bool array of keys", array="keys", heads=4, kv_heads=2),
     Example(label="bool array and causal", array="bool", causal=True, seq=20, kv_seq=33),
-    Example(label="additive array", array="additive", kv_heads=2),
+    Example(label="additive array", array="additive", heads=4, kv_heads=2),
     Example(label="additive array and window", array="additive", window=9, dtype="bfloat16"),
     Example(label="softcap", softcap=1.5),
-    Example(label="softcap, causal, grouped", softcap=2.0, causal=True, kv_heads=2, seq=20),
+    Example(label="softcap, causal, grouped", softcap=2.0, causal=True, heads=4, kv_heads=2, seq=20),
     Example(label="softcap, additive", softcap=2.0, array="additive", value_dim=5),
-    Example(label="half", dtype="float16", kv_heads=2),
+    Example(label="half", dtype="float16", heads=4, kv_heads=2),
     Example(label="bfloat", dtype="bfloat16", window=6),
 ]

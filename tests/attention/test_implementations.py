@@ -20,6 +20,7 @@ from attention.implementations.protocol import Implementation
 from attention.implementations.torch_sdpa import TorchSdpa
 from attention.masks import Mask
 from attention.route import Needs
+from attention.tuning.demo import Demo
 from attention.workload import Workload
 
 
@@ -28,7 +29,7 @@ class InBlocks(Practical):
 
     def __init__(self, keys: int, sums_queries: bool = False) -> None:
         super().__init__(budget_bytes=1)
-        self._tile = Blocks(batches=1, kv_heads=1, rows=8, keys=keys, sums_queries=sums_queries)
+        self._tile = Blocks(batches=1, kv_heads=1, rows=16, keys=keys, sums_queries=sums_queries)
 
     def _choose(self, *asked: Any) -> Choice:
         return structs.replace(super()._choose(*asked), blocks=self._tile, backward=self._tile)
@@ -40,7 +41,7 @@ class InSlices(Practical):
     def __init__(self, way: Way, waits: bool = False) -> None:
         super().__init__()
         self._way, self._waits = way, waits
-        self._slice = Blocks(batches=1, kv_heads=1, rows=8, keys=1)
+        self._slice = Blocks(batches=1, kv_heads=1, rows=16, keys=1)
 
     def _choose(self, workload: Workload, backend: Backend, needs: Needs, *more: Any) -> Choice:
         made = super()._choose(workload, backend, needs, *more)
@@ -55,9 +56,10 @@ class InSlices(Practical):
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     **{name: get(name) for name in INSTALLED},
+    "demo": Demo(budget_s=0.02),  # a trial for each kind of call
     "blocks of all keys": InBlocks(1000),
-    "blocks of few keys": InBlocks(6),
-    "blocks of few keys, seen once": InBlocks(6, sums_queries=True),
+    "blocks of few keys": InBlocks(12),
+    "blocks of few keys, seen once": InBlocks(12, sums_queries=True),
     "slices": InSlices("slices"),
     "slices that wait": InSlices("slices", waits=True),
     "slices behind": InSlices("whole, slices behind"),
@@ -135,7 +137,7 @@ def test_a_hugely_negative_additive_mask_hides_without_blinding(name: str) -> No
 )
 def test_works_under_grad_value_and_grad_and_compile(name: str) -> None:
     implementation = IMPLEMENTATIONS[name]
-    example = Example(causal=True, kv_heads=2)
+    example = Example(batch=1, heads=2, kv_heads=1, seq=9, kv_seq=13, causal=True)  # few tiles: each is C++ to compile
     q, k, v, _ = example.inputs()
     mask = example.mask()
 

@@ -1,5 +1,6 @@
 """Every run of a model starts from the same state, whatever its caches and layers; one that would not fails."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -66,6 +67,15 @@ def decoding(name: str) -> tuple[DecodeRun, list[Any]]:
     return DecodeRun(network, cache, token, steps=5, layers=4), cache
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Do without `mx.compile`, for which a C++ compiler runs on the CPU."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", ["mlx", "poc"])
 def test_calls_of_a_model_that_attends_by_itself_are_none(name: str) -> None:
     fields = COMMON | {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16}
@@ -77,6 +87,7 @@ def test_calls_of_a_model_that_attends_by_itself_are_none(name: str) -> None:
     assert (event.replaced, event.passed_on, event.path) == (0, 0, None)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_decode_run_starts_from_the_prompts_state(name: str) -> None:
     run, cache = decoding(name)

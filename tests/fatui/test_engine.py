@@ -58,24 +58,29 @@ def test_a_worker_that_dies_costs_one_row_and_the_others_go_on(planted: str, rea
     assert any("started again" in message.text for message in engine.record.log)
 
 
-@pytest.mark.parametrize(
-    ("planted", "reason"),
-    [
-        ("Raises", "RuntimeError: planted failure"),
-        ("RaisesInRounds", "RuntimeError: planted late"),
-        ("Exits", "SystemExit: 0"),
-        ("RaisesNoText", "ValueError: ? bad"),
-        ("HasNoRoute", "TypeError: route() returned NoneType; it must return an attention.route.Route"),
-        ("ReturnsNothing", "TypeError: it returned NoneType; an MLX array is expected"),
-        ("ChangesItsInputs", "ValueError: it wrote into its inputs; q, k and v must be left as they are"),
-    ],
-)
-def test_an_exception_costs_one_row_without_a_new_worker(planted: str, reason: str) -> None:
-    engine = run(plan(planted))
-    case = engine.record.case(0)
+FAILING = {
+    "Raises": "RuntimeError: planted failure",
+    "RaisesInRounds": "RuntimeError: planted late",
+    "Exits": "SystemExit: 0",
+    "RaisesNoText": "ValueError: ? bad",
+    "HasNoRoute": "TypeError: route() returned NoneType; it must return an attention.route.Route",
+    "ReturnsNothing": "TypeError: it returned NoneType; an MLX array is expected",
+    "ChangesItsInputs": "ValueError: it wrote into its inputs; q, k and v must be left as they are",
+}
+
+
+@pytest.fixture(scope="module")
+def one_run() -> Engine:
+    """One run of one worker with all that costs at most its own row."""
+    return run(plan(*FAILING, "Wrong", "NotANumber", "Prints", "KeepsScratch", "Planted", seconds=1.5))
+
+
+@pytest.mark.parametrize(("planted", "reason"), FAILING.items())
+def test_an_exception_costs_one_row_without_a_new_worker(one_run: Engine, planted: str, reason: str) -> None:
+    case = one_run.record.case(0)
     assert (row(case, planted).status, row(case, planted).reason) == ("failed", reason)
     assert row(case, "baseline").status == "ok"
-    assert not engine.record.log
+    assert not one_run.record.log
 
 
 @pytest.mark.parametrize(
@@ -131,8 +136,8 @@ def test_a_bad_memory_access_on_a_real_gpu_costs_one_row() -> None:
 
 
 @pytest.mark.parametrize("planted", ["Wrong", "NotANumber"])
-def test_a_wrong_result_is_marked_whatever_its_speed(planted: str) -> None:
-    case = run(plan(planted)).record.case(0)
+def test_a_wrong_result_is_marked_whatever_its_speed(one_run: Engine, planted: str) -> None:
+    case = one_run.record.case(0)
     assert row(case, planted).status == "inaccurate"
     assert row(case, planted).samples
 
@@ -146,9 +151,9 @@ def test_what_does_not_fit_or_is_not_taken_never_starts() -> None:
     assert row(case, "baseline").status == "ok"
 
 
-def test_scratch_outside_of_mlx_counts_as_memory() -> None:
-    case = run(plan("Planted", "KeepsScratch")).record.case(0)
-    plain, scratch = row(case, "Planted").peak_bytes, row(case, "KeepsScratch").peak_bytes
+def test_scratch_outside_of_mlx_counts_as_memory(one_run: Engine) -> None:
+    case = one_run.record.case(0)
+    plain, scratch = row(case, ":Planted").peak_bytes, row(case, "KeepsScratch").peak_bytes
     assert plain is not None and scratch is not None
     assert plain < 2**20 <= scratch < 2**21 + plain
 
@@ -158,10 +163,9 @@ def test_force_runs_what_is_predicted_not_to_fit() -> None:
     assert row(case, "Hungry").status == "ok"
 
 
-def test_what_an_implementation_prints_does_not_reach_the_events() -> None:
-    engine = run(plan("Prints"))
-    assert row(engine.record.case(0), "Prints").status == "ok"
-    assert not engine.record.log
+def test_what_an_implementation_prints_does_not_reach_the_events(one_run: Engine) -> None:
+    assert row(one_run.record.case(0), "Prints").status == "ok"
+    assert not one_run.record.log
 
 
 def test_what_has_to_be_built_is_built_once_while_the_others_give_a_first_look() -> None:
@@ -184,9 +188,9 @@ def test_an_unknown_implementation_is_refused_with_a_hint() -> None:
     assert "did you mean 'baseline'?" in engine.record.refused.reason
 
 
-def test_every_row_carries_what_the_table_needs() -> None:
-    case = run(plan("Planted")).record.case(0)
-    planted = row(case, "Planted")
+def test_every_row_carries_what_the_table_needs(one_run: Engine) -> None:
+    case = one_run.record.case(0)
+    planted = row(case, ":Planted")
     assert case.reference == "baseline"
     assert case.noise_floor is not None
     assert planted.speedup is not None

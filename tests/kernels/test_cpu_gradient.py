@@ -68,9 +68,7 @@ def test_gradients_are_as_near_to_float64_as_flash_attention_3_asks(dtype, shape
 ONE_ROUNDING = {"float32": 2**-23, "float16": 2**-11, "bfloat16": 2**-8}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(call=calls(), name=st.sampled_from(sorted(oracle.DTYPES)))
-def test_gradients_of_any_shape_stride_and_mask(call, name):
+def assert_right_at_random(call, name):
     shape, options, seed, layout = call
     dtype = oracle.DTYPES[name]
     q, k, v = (laid_out(x, layout) for x in qkv(*shape, dtype, seed))
@@ -80,6 +78,19 @@ def test_gradients_of_any_shape_stride_and_mask(call, name):
     rounding = ONE_ROUNDING[name] + 2**-23 * abs(options.scale) * largest_product(q, k)
     sums = oracle.gradient_sums(*(oracle.numbers(x) for x in (q, k, v, do)), options)
     assert_right(q, k, v, do, options, [rounding * x.max(initial=0) for x in sums])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(call=calls(), name=st.sampled_from(sorted(oracle.DTYPES)))
+def test_gradients_of_any_shape_stride_and_mask(call, name):
+    assert_right_at_random(call, name)
+
+
+@pytest.mark.slow
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(call=calls(), name=st.sampled_from(sorted(oracle.DTYPES)))
+def test_gradients_of_many_shapes_strides_and_masks(call, name):
+    assert_right_at_random(call, name)
 
 
 @pytest.mark.parametrize(("dtype", "exponent"), SCORE_EXPONENTS, ids=str)

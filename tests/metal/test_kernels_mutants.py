@@ -5,11 +5,13 @@ import re
 import pytest
 from kernels_case import KINDS, problems
 from kernels_device import Device, needs_verifier, on_a_mac
-from kernels_mutants import BARRIERS, MUTANTS, Mutant
+from kernels_mutants import BARRIERS, FEW, MANY, MUTANTS, Mutant
 
 pytestmark = needs_verifier
 QUICK = MUTANTS[::9]
 """The few that every run tries."""
+QUICK_PLACES = (("causal", MANY), ("full", FEW))
+"""Where every run tries the texts without a fault."""
 
 
 def found_in(mutant: Mutant) -> list[str]:
@@ -55,8 +57,14 @@ def test_a_missing_barrier_is_reported_with_the_kernels_own_line():
     assert re.search(rf"read while thread \d+ wrote it, with no barrier between at line \d+: `{re.escape(own)}`", race)
 
 
-@pytest.mark.parametrize("shape", dict.fromkeys(mutant.shape for mutant in MUTANTS), ids=str)
-def test_the_texts_as_they_are_pass_where_mutants_are_tried(shape):
-    kinds = {mutant.kind for mutant in MUTANTS if mutant.shape == shape}
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        pytest.param(*where, marks=() if where in QUICK_PLACES else pytest.mark.slow)
+        for where in dict.fromkeys((mutant.kind, mutant.shape) for mutant in MUTANTS)
+    ],
+    ids=str,
+)
+def test_the_texts_as_they_are_pass_where_mutants_are_tried(kind, shape):
     with on_a_mac(Device()):
-        assert {kind: problems(shape, KINDS[kind]) for kind in kinds} == {kind: [] for kind in kinds}
+        assert problems(shape, KINDS[kind]) == []

@@ -91,8 +91,21 @@ def test_a_mask_and_a_score_whose_sum_overflows_hide_no_row():
     assert np.allclose(np.array(found), np.array(v.mean(axis=2, keepdims=True)), atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [(MANY, 37), (37,), (2, 1, 1, 37), (1, 4, MANY, 1)], ids=str)
-@pytest.mark.parametrize("transform", ["plain", "checkpoint"])
+@pytest.mark.parametrize(
+    ("transform", "shape"),
+    [
+        ("plain", (MANY, 37)),
+        ("checkpoint", (1, 4, MANY, 1)),
+        pytest.param("plain", (1, 4, MANY, 1), marks=pytest.mark.slow),
+        *(
+            pytest.param(transform, shape, marks=pytest.mark.slow)
+            for transform in ("plain", "checkpoint")
+            for shape in ((37,), (2, 1, 1, 37))
+        ),
+        pytest.param("checkpoint", (MANY, 37), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_an_additive_mask_gets_its_gradient(shape, transform):
     q, k, v = values(2, 4, MANY, 32, seed=1), values(2, 2, 37, 32, seed=2), values(2, 2, 37, 32)
     mask, cotangent = values(*shape, seed=4), values(2, 4, MANY, 32, seed=5)

@@ -45,7 +45,14 @@ def test_forward_of_128_queries_takes_less_than_a_second(device):
     assert time.perf_counter() - started < 1
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(192, "float32"), (64, "float16"), (96, "bfloat16")])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        pytest.param(192, "float32", marks=pytest.mark.slow),
+        (64, "float16"),
+        pytest.param(96, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_queries_that_see_a_single_key_have_no_gradient_and_give_it_none(device, head_dim, dtype):
     shape = Shape(1, 2, 1, 41, 50, head_dim, dtype)
     call = Kind(causal=True, window=1).call(head_dim, dtype)
@@ -60,7 +67,12 @@ def test_queries_that_see_a_single_key_have_no_gradient_and_give_it_none(device,
 
 @needs_verifier
 @pytest.mark.parametrize(
-    ("dtype", "kind"), [*((dtype, "all at once") for dtype in ("float32", "float16", "bfloat16")), ("float16", "full")]
+    ("dtype", "kind"),
+    [
+        ("float16", "all at once"),
+        *(pytest.param(dtype, "all at once", marks=pytest.mark.slow) for dtype in ("float32", "bfloat16")),
+        pytest.param("float16", "full", marks=pytest.mark.slow),
+    ],
 )
 def test_no_pointer_is_in_the_wrong_address_space_and_no_buffer_too_many(device, dtype, kind):
     """For arguments that a call lacks, fewest for the kind "full", the source has a number in constant memory."""

@@ -34,7 +34,7 @@ def launches(shape: Shape, kind: Kind) -> list[Launched]:
 
 @pytest.mark.parametrize("kind", [KINDS["full"], WINDOW_AND_MASK], ids=["full", "window and mask"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (256, "float32")])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), pytest.param(256, "float32", marks=pytest.mark.slow)])
 def test_counts_are_those_of_the_arithmetic(head_dim, dtype, shape, kind):
     whole = Shape(*SHAPES[shape], head_dim, dtype)
     for one in launches(whole, kind):
