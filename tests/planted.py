@@ -60,6 +60,13 @@ class KilledAtOnce(Planted):
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
+class Sleeps(Planted):
+    """Takes 20 ms more than the baseline."""
+
+    def before_call(self) -> None:
+        time.sleep(0.02)
+
+
 class Raises(Planted):
     """Raises at the first call."""
 

@@ -34,8 +34,26 @@ class Layers(Struct, frozen=True):
         return many - (self.many - self.unfinished) * self.each(few, many)
 
 
+class Observer(Protocol):
+    """Follows a run of a model, and learns which calls of attention are evaluated."""
+
+    def needed(self) -> None:
+        """What comes next reads the output of the latest call of attention."""
+        ...
+
+    def unneeded(self) -> None:
+        """Nothing reads the output of the latest call of attention."""
+        ...
+
+
 class ModelRun(Runner, Protocol):
-    """A run of a model, which the clock can repeat from the same state."""
+    """A run of a model, which the clock can repeat from the same state.
+
+    Attributes:
+        observer: who follows it, if anyone does.
+    """
+
+    observer: Observer | None
 
     def prepare(self) -> None:
         """Restores the state that the next run starts from; outside of any clock.
@@ -85,7 +103,12 @@ class ModelArm(Arm, kw_only=True, eq=False):
             many = self._timed(self.runner)
             if self.peak_bytes is None:
                 self.peak_bytes = max(0, mx.get_peak_memory() - self.base_bytes) + self.further_bytes
-            few = self._timed(self.short) if self.short else many
+            few = self._timed(self.short) if self.short else None
+        self.take(many, few)
+
+    def take(self, many: float, few: float | None) -> None:
+        """Add a sample from the seconds of a step with all layers that are there, and with fewer where those run."""
+        few = many if few is None else few
         self.many_s.append(many)
         self.few_s.append(few)
         self.samples.append(self.layers.estimate(few, many) if self.short else many)

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Final
 
 import mlx.core as mx
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention import events as on
-from attention.case_runner import CaseRunner
+from attention.case_runner import LONGER, CaseRunner
 from attention.device import Device, probe
+from attention.errors import in_a_line
 from attention.measure.clock import take_sample
 from attention.measure.prepare import SLOW_CALL_S
 from attention.measure.rounds import Arm
@@ -19,6 +20,7 @@ from attention.models.fitting import Needed
 from attention.models.generation import PREFILL_STEP, DecodeRun, PrefillRun, Prompts
 from attention.models.network import Network
 from attention.models.replacing import Calls, replaced
+from attention.models.shared_pass import SharedArm, SharedPass
 from attention.models.state import StateChanged, digest_of_weights
 from attention.models.workloads import Generation
 from attention.plan import GenerationPlan
@@ -82,7 +84,10 @@ class GenerationBench(CaseRunner[GenerationPlan]):
                 self._expect(arm, len(names), left=len(names) - index - 1, first=len(arms) == 1)
         if not arms:
             return "failed"
-        return self._run_rounds(arms, self._plan.seconds, beside=[_arm(on.WITHOUT, setting, arms[0].call_s)])
+        beside = _arm(on.WITHOUT, setting, arms[0].call_s)
+        if self._takes_long(arms[0].sample_s, len(arms)):
+            *arms, beside = self._sharing([*arms, beside], setting)
+        return self._run_rounds(arms, self._plan.seconds, beside=[beside])
 
     def _layer(self, work: Generation) -> Workload:
         """What a layer asks of attention: a prefill at its largest, a decode at its first token."""
@@ -160,7 +165,10 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         self._compare(name, logits, setting)
         # One that chooses on first use knows its path only now.
         self._taken_route(name, self._layer(setting.case), probe())
-        if call_s < SLOW_CALL_S or setting.case.phase == "decode":
+        run_s = call_s * (setting.case.generate if setting.case.phase == "decode" else 1)
+        if self._takes_long(run_s, len(self._plan.implementations)):
+            call_s = run_s  # a shared pass warms all of them up at once
+        elif call_s < SLOW_CALL_S or setting.case.phase == "decode":
             teller.step(name, "warm up")
             setting.run.prepare()
             with replaced(name):
@@ -168,6 +176,40 @@ class GenerationBench(CaseRunner[GenerationPlan]):
                 setting.run.wait(setting.run.queue())
                 call_s = time.perf_counter() - started
         return _arm(name, setting, call_s)
+
+    def _takes_long(self, run_s: float, count: int) -> bool:
+        """Whether the fewest rounds would take too long if each of so many implementations ran by itself.
+
+        Only a device that runs one operation at a time lets them share a pass.
+        """
+        return self._backend == "cpu" and MIN_ROUNDS * run_s * (count + 2) > LONGER * self._plan.seconds
+
+    def _sharing(self, arms: list[ModelArm], setting: Setting) -> list[ModelArm]:
+        """Let the arms of a case share their passes, if the model can be run so; warms them up."""
+        self._teller.progress("a pass that all implementations share")
+        runs = {"many": setting.run, **({"few": setting.short} if setting.short else {})}
+        names = {arm.name: arm.implementation for arm in arms}
+        names = {arms[0].name: arms[0].implementation, on.AGAIN: arms[0].implementation, **names}
+        shared = SharedPass(runs, names, seed=self._plan.seed, at_work=self._attends)
+        try:
+            shared.warm_up()
+        except Exception as error:  # each then runs by itself, and fails there if it has to
+            self._teller.say(f"the implementations cannot share passes: {in_a_line(error)}")
+            return arms
+        finally:
+            self._teller.at_rest()
+        self._teller.say(
+            f"a pass takes {shared.seconds:.3g} s: all implementations attend in the same passes, one after another, "
+            "and share the time of the rest"
+        )
+        for_each_s = shared.seconds / len(names)
+        return [SharedArm(**{**structs.asdict(arm), "shared": shared, "call_s": for_each_s}) for arm in arms]
+
+    def _attends(self, name: str) -> None:
+        if name in self._plan.implementations:
+            self._teller.at_work(name)
+        else:
+            self._teller.at_rest()
 
     def _compare(self, name: str, logits: mx.array, setting: Setting) -> None:
         """Compares the first token's logits with those of the first implementation that ran."""
@@ -194,7 +236,9 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         """Times two layers, of which a prefill finishes one, and tells what would shorten a case that takes long."""
         self._teller.progress("a look at two layers")
         look = PrefillRun(self._network, self._prompts(work), layers=2)
-        seconds = take_sample(look, 1) * (work.layers - 1) * (count + MIN_ROUNDS * (count + 2))
+        whole_s = take_sample(look, 1) * (work.layers - 1)
+        passes = 1 if self._takes_long(whole_s, count) else count + 2
+        seconds = whole_s * (count + MIN_ROUNDS * passes)
         if seconds > LONG_S:
             text = f"the whole model takes {seconds / 60:.0f} minutes or more for this prompt"
             self._teller.say(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
@@ -210,7 +254,8 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         """
         layers = arm.layers
         shorter = (layers.few - layers.unfinished) / (layers.many - layers.unfinished) if arm.short else 0.0
-        a_round = arm.sample_s * (1 + shorter) * (count + 2)
+        share = self._takes_long(arm.sample_s, count)
+        a_round = arm.sample_s * (1 + shorter) * (1 if share else count + 2)
         # An implementation's preparation is its first call and, unless that was slow, another one to warm up.
         seconds = 2 * arm.call_s * left + max(self._plan.seconds, MIN_ROUNDS * a_round)
         self._teller.progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 
+from attention.models.arm import Observer
 from attention.models.network import Network
 from attention.models.state import StateChanged, copied, digest_of_caches
 from attention.models.workloads import Generation
@@ -22,7 +23,7 @@ class Prompts:
         self.tokens = mx.random.randint(0, vocabulary, (case.batch, case.prompt), key=mx.random.key(seed))
         mx.eval(self.tokens)
 
-    def take_in(self, model: Any, cache: list[Any]) -> Logits:
+    def take_in(self, model: Any, cache: list[Any], observer: Observer | None = None) -> Logits:
         """Fills a cache, and returns the logits of the first token after the prompts: (batch, vocabulary).
 
         All tokens but the last only leave their keys and values; what a last layer would compute beyond them, mlx-lm
@@ -31,18 +32,24 @@ class Prompts:
         last = self.tokens.shape[1] - 1
         for start in range(0, last, PREFILL_STEP):
             model(self.tokens[:, start : min(start + PREFILL_STEP, last)], cache=cache)
+            if observer:
+                observer.unneeded()
             mx.eval([each.state for each in cache])
             mx.clear_cache()
-        return _next_logits(model, cache, self.tokens[:, last])
+        return _next_logits(model, cache, self.tokens[:, last], observer)
 
 
-def _next_logits(model: Any, cache: list[Any], token: mx.array) -> Logits:
+def _next_logits(model: Any, cache: list[Any], token: mx.array, observer: Observer | None = None) -> Logits:
     logits: mx.array = model(token[:, None], cache=cache)[:, -1]
+    if observer:
+        observer.needed()
     return logits
 
 
 class PrefillRun:
     """Takes the prompts in, with a cache of its own each time."""
+
+    observer: Observer | None = None
 
     def __init__(self, network: Network, prompts: Prompts, layers: int) -> None:
         """Binds the model's first layers to the prompts."""
@@ -54,7 +61,7 @@ class PrefillRun:
     def queue(self) -> list[mx.array]:
         """Queues the last step; those before it are waited for, one by one."""
         with self._network.shortened(self._layers) as model:
-            return [self._prompts.take_in(model, self._network.cache())]
+            return [self._prompts.take_in(model, self._network.cache(), self.observer)]
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluates the logits."""
@@ -76,6 +83,8 @@ class DecodeRun:
     Every run works on a copy of the caches that the prompts left. mlx-lm can take tokens back from some caches only: a
     window that has wrapped and a recurrent state keep what was made.
     """
+
+    observer: Observer | None = None
 
     def __init__(self, network: Network, cache: list[Any], token: mx.array, steps: int, layers: int) -> None:
         """Binds the model's first layers to a filled cache.
@@ -115,9 +124,9 @@ class DecodeRun:
         """Makes all tokens; the last one is read, so that nothing is left to wait for."""
         cache = self._taken()
         with self._network.shortened(self._layers) as model:
-            token = _queued(model, cache, self._token)
+            token = self._queued(model, cache, self._token)
             for left in reversed(range(self._steps)):
-                following = _queued(model, cache, token) if left else token
+                following = self._queued(model, cache, token) if left else token
                 token.tolist()
                 token = following
         return [token]
@@ -136,8 +145,7 @@ class DecodeRun:
     def peak_bytes(self) -> int | None:
         """Not known here: the rounds measure it."""
 
-
-def _queued(model: Any, cache: list[Any], token: mx.array) -> mx.array:
-    following = mx.argmax(_next_logits(model, cache, token), axis=-1)
-    mx.async_eval(following)  # type: ignore[no-untyped-call]
-    return following
+    def _queued(self, model: Any, cache: list[Any], token: mx.array) -> mx.array:
+        following = mx.argmax(_next_logits(model, cache, token, self.observer), axis=-1)
+        mx.async_eval(following)  # type: ignore[no-untyped-call]
+        return following

@@ -6,9 +6,15 @@ import mlx.core as mx
 import pytest
 
 from attention import events as on
+from attention.measure.clock import take_sample
+from attention.models import configuration
 from attention.models.bench import GenerationBench
 from attention.models.fine_tuning import FineTuningBench
+from attention.models.generation import PrefillRun, Prompts
+from attention.models.network import Network
 from attention.models.record import record_of
+from attention.models.replacing import replaced
+from attention.models.shared_pass import SharedPass
 from attention.models.workloads import FineTuning, generations
 from attention.plan import Assignment, FineTuningPlan, GenerationPlan
 
@@ -132,3 +138,60 @@ def test_demo_is_tuned_for_training_by_the_step_that_trains(uncompiled):
     assert demo.path.startswith("tuned: ")
     assert demo.loss_difference < 1e-4
     assert demo.replaced_calls == 4 * len(demo.losses)
+
+
+def shared(arms, prompt=24, layers=4, **fields):
+    """A shared pass of a tiny model's prefill, and the run that it samples."""
+    configured = configuration.find("tiny-llama")
+    network = Network(configured, "float32", layers)
+    network.make()
+    (work, _) = generations(layers, model="tiny-llama", prompts=[prompt], batches=[1], dtype="float32")
+    sampled = PrefillRun(network, Prompts(work, 101, 0), layers)
+    return SharedPass({"many": sampled}, {arm: arm for arm in arms}, seed=0, **fields), sampled
+
+
+def test_a_shared_pass_lets_every_arm_attend_in_every_evaluated_call():
+    """The last layer of the prompt's step leaves its keys and values alone, the last token runs through all."""
+    at_work = []
+    passes, _ = shared(["baseline", "mlx", "poc"], at_work=at_work.append)
+    passes.warm_up()
+    assert {name: at_work.count(name) for name in ("baseline", "mlx", "poc")} == dict.fromkeys(
+        ("baseline", "mlx", "poc"), 3 + 4
+    )
+
+
+def test_arms_of_a_shared_pass_differ_by_their_own_attention_alone():
+    slow = f"{Path(__file__).parents[1] / 'planted.py'}:Sleeps"
+    passes, alone = shared(["mlx", slow, on.WITHOUT])
+    passes.warm_up()
+    times = {arm: passes.sample(arm)[0]["many"] for arm in ("mlx", slow, on.WITHOUT)}
+    calls = 3 + 4
+    assert times[on.WITHOUT] < times["mlx"] < times[slow]
+    assert times[slow] - times["mlx"] == pytest.approx(calls * 0.02, rel=0.3)
+    with replaced(slow):
+        assert times[slow] == pytest.approx(take_sample(alone, 1), rel=0.5)
+
+
+def test_a_shared_pass_goes_on_without_an_arm_that_fails():
+    broken = f"{Path(__file__).parents[1] / 'planted.py'}:Raises"
+    for arms in ([broken, "mlx", "poc"], ["mlx", broken, "poc"]):
+        passes, _ = shared(arms)
+        passes.warm_up()
+        assert passes.sample("mlx")[0]["many"] > 0
+        assert passes.sample("poc")[1] > 0
+        with pytest.raises(RuntimeError):
+            passes.sample(broken)
+
+
+def test_long_passes_are_shared_and_give_six_rounds_of_every_row():
+    cases = generations(4, model="tiny-llama", prompts=[64], batches=[1], generate=3, measured_layers=2)
+    names = ("baseline", "mlx", "poc")
+    record, told = watched(GenerationBench, GenerationPlan(cases=cases, implementations=names, seconds=1e-4))
+    said = [event.text for event in told if isinstance(event, on.Message)]
+    assert sum("all implementations attend in the same passes" in text for text in said) == 2
+    for index in range(2):
+        case = record.case(index)
+        assert [row.status for row in case.rows] == ["ok"] * 3
+        assert all(row.peak_bytes > 0 and not row.too_few_rounds for row in case.rows)
+        assert all(row.replaced_calls > 0 and row.layer_s > 0 for row in case.rows)
+        assert case.noise_floor
