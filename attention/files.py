@@ -32,6 +32,19 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def xdg(variable: str, fallback: str) -> Path:
+    """Return a base folder of the XDG specification, or a folder in the home folder; relative paths are ignored."""
+    given = Path(os.environ.get(variable, ""))
+    return given if given.is_absolute() else home() / fallback
+
+
+def cache_folder() -> Path:
+    """Return the cache: $FATUI_CACHE_DIR, $XDG_CACHE_HOME/fatui or ~/.cache/fatui; "~name" of nobody is ignored."""
+    given = expanded(os.environ.get("FATUI_CACHE_DIR", ""))
+    named = given.parts and not given.parts[0].startswith("~")
+    return given if named else xdg("XDG_CACHE_HOME", ".cache") / "fatui"
+
+
 def make_folder(folder: Path, mode: int = 0o777) -> None:
     """Create a folder and its missing parents, but never the home folder itself.
 

@@ -14,6 +14,12 @@ class Needs(Struct, frozen=True, kw_only=True):
     """Scores are replaced by softcap * tanh(scores / softcap) before the mask."""
     array_mask: bool = False
     """The mask has a bool or additive array."""
+    mask_batches: int = 1
+    """Batches of the array mask: 1 if it is the same for all."""
+    mask_heads: int = 1
+    """Heads of the array mask."""
+    mask_dtype: str | None = None
+    """Type of the array mask; None is bool or the query's."""
     sinks: bool = False
     """Attention sinks: each head has an extra logit in the softmax, without a value."""
 
@@ -45,6 +51,11 @@ def unsupported(reason: str) -> Route:
     return Route(path="-", fused=False, reason=reason, supported=False)
 
 
+def fitted(path: str) -> str:
+    """Truncate a path to its column, ending in "…"."""
+    return path if len(path) <= LONGEST_PATH else path[: LONGEST_PATH - 1] + "…"
+
+
 def checked(route: object) -> Route:
     """Validate what an implementation returned as its route; a long path is truncated to its column.
 
@@ -59,6 +70,4 @@ def checked(route: object) -> Route:
         raise TypeError(f"route() returned a Route with a wrong field: {error}") from None
     if made.predicted_bytes is not None and made.predicted_bytes < 0:
         raise TypeError(f"route() returned a Route that predicts {made.predicted_bytes} bytes")
-    if len(made.path) > LONGEST_PATH:
-        made = structs.replace(made, path=made.path[: LONGEST_PATH - 1] + "…")
-    return made
+    return structs.replace(made, path=fitted(made.path))

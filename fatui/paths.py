@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from attention.files import expanded, home
+from attention.files import cache_folder, xdg
 
 NAME: Final = "fatui"
 NEW_FILE_MODE: Final = 0o666
@@ -24,8 +24,7 @@ def data_dir() -> Path:
 
 def cache_dir() -> Path:
     """Return the folder of compiled kernels: $FATUI_CACHE_DIR, $XDG_CACHE_HOME/fatui, or ~/.cache/fatui."""
-    given = os.environ.get("FATUI_CACHE_DIR")
-    return expanded(given) if given else _xdg("XDG_CACHE_HOME", ".cache")
+    return cache_folder()
 
 
 def bundled_presets() -> Path:
@@ -41,10 +40,7 @@ def own_presets() -> Path:
 
 
 def _xdg(variable: str, fallback: str) -> Path:
-    given = os.environ.get(variable, "")
-    # The XDG specification says to ignore relative paths.
-    root = Path(given) if given and Path(given).is_absolute() else home() / fallback
-    return root / NAME
+    return xdg(variable, fallback) / NAME
 
 
 def write_atomically(path: Path, text: str) -> None:

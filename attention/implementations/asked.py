@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from attention.device import Backend
 from attention.errors import UnsupportedError, UsageError
-from attention.masks import Mask
+from attention.masks import Mask, as_4d, dtype_name
 from attention.route import Needs
 from attention.workload import DTYPES, DType, Workload
 
@@ -20,8 +20,17 @@ def asked_for(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float 
     for name in DTYPES:
         if q.dtype == getattr(mx, name):
             workload = _workload(tuple(q.shape), tuple(k.shape), v.shape[3], name, mask.causal, mask.window)
-            return workload, Needs(softcap=softcap is not None, array_mask=mask.array is not None)
+            return workload, needs_of(softcap is not None, mask.array)
     raise UnsupportedError(f"q: got {q.dtype}; it takes {', '.join(DTYPES)}")
+
+
+def needs_of(softcap: bool, array: mx.array | None) -> Needs:
+    """Return what goes beyond a workload: a softcap, an array mask and its size."""
+    if array is None:
+        return Needs(softcap=softcap)
+    batches, heads = as_4d(array).shape[:2]
+    dtype = dtype_name(array.dtype)
+    return Needs(softcap=softcap, array_mask=True, mask_batches=batches, mask_heads=heads, mask_dtype=dtype)
 
 
 def here() -> Backend:

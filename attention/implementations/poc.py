@@ -18,7 +18,7 @@ from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole
 from attention.implementations.practical import Practical
 from attention.implementations.unfused import named_products, whole_bytes
 from attention.masks import Mask
-from attention.route import PLAIN, Needs, Route, unsupported
+from attention.route import PLAIN, Needs, Route, fitted, unsupported
 from attention.workload import Workload
 
 KERNELS: Final[dict[Backend, str]] = {
@@ -184,7 +184,7 @@ class Poc:
 
 
 def _variant_path(path: str, variant: str | None) -> str:
-    return f"{path}, {variant}"[:22]
+    return fitted(f"{path}, {variant}")
 
 
 def _sdpa_path(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> str:

@@ -25,7 +25,7 @@ from attention.implementations.unfused import is_widened, named_products, whole_
 from attention.implementations.waiting import AT_ONCE, QUEUED, at_once, turns
 from attention.masks import Mask
 from attention.route import PLAIN, Needs, Route
-from attention.workload import DType, Workload
+from attention.workload import ITEM_BYTES, DType, Workload
 
 MOST_CHOICES: Final = 4096
 """Choices that are remembered; a decoding loop asks for a new one at each length."""
@@ -44,7 +44,7 @@ class Practical:
     def __init__(self, budget_bytes: int | None = None) -> None:
         """Sets the memory that a call may take above its inputs and outputs; None lets the machine decide."""
         self.budget_bytes = budget_bytes
-        self._choices: OrderedDict[tuple[Workload, Needs, Backend, int, Handed], Choice] = OrderedDict()
+        self._choices: OrderedDict[tuple[Workload, Needs, Backend, int], Choice] = OrderedDict()
         self._plain: dict[object, tuple[str, bool]] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
@@ -113,7 +113,7 @@ class Practical:
         workload, needs = asked_for(q, k, v, mask, softcap)  # type: ignore[arg-type]
         needs = needs if sinks is None else structs.replace(needs, sinks=True)
         backend = here()
-        choice = self._choose(workload, backend, needs, self._budget_here(), _handed(mask, workload.dtype, backend))
+        choice = self._choose(workload, backend, needs, self._budget_here())
         if simple and choice.way in ("fused", "whole"):
             if len(self._plain) >= MOST_CHOICES:
                 self._plain.clear()
@@ -176,14 +176,13 @@ class Practical:
     def _budget_here(self) -> int:
         return self.budget_bytes or default_budget(here(), _memory())
 
-    def _choose(
-        self, workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING
-    ) -> Choice:
-        key = (workload, needs, backend, budget, handed)
+    def _choose(self, workload: Workload, backend: Backend, needs: Needs, budget: int) -> Choice:
+        """Choose for a route and for a call alike, from what both know."""
+        key = (workload, needs, backend, budget)
         if key not in self._choices:
             if len(self._choices) >= MOST_CHOICES:
                 self._choices.popitem(last=False)
-            self._choices[key] = choice(workload, backend, needs, budget, handed)
+            self._choices[key] = choice(workload, backend, needs, budget, _handed(needs, workload.dtype, backend))
         return self._choices[key]
 
 
@@ -192,14 +191,14 @@ def _widened(choice: Choice, dtype: mx.Dtype, backend: Backend) -> bool:
     return choice.way.startswith("whole") and is_widened(masks.dtype_name(dtype), backend)
 
 
-def _handed(mask: Mask, dtype: DType, backend: Backend) -> Handed:
+def _handed(needs: Needs, dtype: DType, backend: Backend) -> Handed:
     """An opened copy of an array mask; numbers in another type than the scores' are clipped in float32 first."""
-    if mask.array is None:
+    if not needs.array_mask:
         return NOTHING
-    batches, heads = masks.as_4d(mask.array).shape[:2]
-    scores = mx.float32 if is_widened(dtype, backend) else getattr(mx, dtype)
-    kept = mask.array.dtype in (mx.bool_, scores)
-    return Handed(batches, heads, 2 * mask.array.dtype.size if kept else 12)
+    scores: DType = "float32" if is_widened(dtype, backend) else dtype
+    own = needs.mask_dtype or dtype
+    item_bytes = 1 if own == "bool" else ITEM_BYTES[scores]
+    return Handed(needs.mask_batches, needs.mask_heads, 2 * item_bytes if own in ("bool", scores) else 12)
 
 
 @lru_cache(maxsize=1)

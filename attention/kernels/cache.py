@@ -25,7 +25,7 @@ from typing import Final, TypedDict
 import msgspec
 
 from attention.errors import KernelUnavailable
-from attention.files import expanded, home, make_folder
+from attention.files import cache_folder, make_folder
 
 DAY_S: Final = 86400.0
 UNUSED_S: Final = 90 * DAY_S
@@ -57,11 +57,7 @@ class Record(TypedDict, total=False):
 
 def folder() -> Path:
     """Return the cache folder: `kernels` in `$FATUI_CACHE_DIR`, `$XDG_CACHE_HOME/fatui` or `~/.cache/fatui`."""
-    own = os.environ.get("FATUI_CACHE_DIR")
-    if own:
-        return expanded(own) / "kernels"
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else home() / ".cache") / "fatui" / "kernels"
+    return cache_folder() / "kernels"
 
 
 def ready_folder() -> Path:

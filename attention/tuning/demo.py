@@ -15,7 +15,7 @@ from attention.implementations.asked import asked_for, here
 from attention.implementations.protocol import Implementation, NeedsBuilding
 from attention.masks import Mask, of_workload
 from attention.measure.clock import Clock
-from attention.route import PLAIN, Needs, Route
+from attention.route import PLAIN, Needs, Route, fitted
 from attention.tuning import news
 from attention.tuning.candidates import LEANEST, candidates, fitting
 from attention.tuning.demo_runner import DemoRunner
@@ -257,7 +257,7 @@ class Demo:
 
 @lru_cache(maxsize=256)
 def _path(choice: str) -> str:
-    return f"tuned: {choice}"[:22]
+    return fitted(f"tuned: {choice}")
 
 
 def _key(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> object:

@@ -8,6 +8,7 @@ import numpy as np
 from msgspec import Struct, structs
 
 from attention import masks
+from attention.implementations.asked import needs_of
 from attention.implementations.baseline import Baseline
 from attention.implementations.protocol import Implementation
 from attention.implementations.runner import MlxRunner, make_inputs
@@ -36,7 +37,7 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
     @property
     def needs(self) -> Needs:
         """The features used that the workload does not describe."""
-        return Needs(softcap=self.softcap is not None, array_mask=self.mask.array is not None)
+        return needs_of(self.softcap is not None, self.mask.array)
 
     def complete(self) -> "Task":
         """Return the task with an output gradient added if one is needed and missing."""

@@ -15,6 +15,7 @@ from attention import code_mark
 from attention import events as on
 from attention.device import probe
 from attention.implementations.baseline import Baseline
+from attention.implementations.poc import _variant_path
 from attention.implementations.practical import Practical
 from attention.implementations.protocol import Implementation
 from attention.implementations.runner import make_inputs, runner_for
@@ -22,7 +23,7 @@ from attention.masks import Mask
 from attention.route import PLAIN
 from attention.tuning import news
 from attention.tuning.candidates import candidates, fitting
-from attention.tuning.demo import Demo
+from attention.tuning.demo import Demo, _path
 from attention.tuning.store import Store
 from attention.tuning.task import Check, Task
 from attention.workload import Workload
@@ -327,3 +328,9 @@ def test_what_looks_cost_is_bounded_by_the_clock(store: Store) -> None:
     for _ in range(5000):
         demo(q, k, v, scale=0.5, mask=Mask())
     assert 1 <= looks <= 2  # 5000 calls of 1 us are one rest of 5 ms
+
+
+def test_a_path_of_many_letters_ends_in_an_ellipsis() -> None:
+    assert _path("practical 1024 MiB") == "tuned: practical 1024…"
+    assert _variant_path("CUDA kernel sm90", "two tiles") == "CUDA kernel sm90, two…"
+    assert _path("poc") == "tuned: poc"

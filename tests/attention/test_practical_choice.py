@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from attention import watching
 from attention.device import Backend
+from attention.implementations.asked import asked_for
 from attention.implementations.blocks import MIB, Blocks, tile_bytes
 from attention.implementations.mlx_sdpa import fused_bytes
 from attention.implementations.practical import Practical
@@ -23,8 +25,10 @@ from attention.implementations.practical_choice import (
     skipped_share,
 )
 from attention.implementations.practical_facts import facts
+from attention.implementations.runner import make_inputs
 from attention.implementations.slice_size import Handed, slice_size, slices_bytes
 from attention.implementations.waiting import AT_ONCE, QUEUED, turns, when_done
+from attention.masks import Mask
 from attention.route import PLAIN, Needs
 from attention.workload import Workload
 
@@ -239,3 +243,17 @@ def test_a_large_size_is_said_in_a_unit_that_fits_it():
         "16 GiB",
         "2,683 GiB",
     ]
+
+
+@pytest.mark.parametrize("dtype", [mx.bool_, mx.float32, mx.float16], ids=str)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_route_of_an_array_mask_is_the_path_that_runs(dtype: mx.Dtype, heads: int) -> None:
+    workload = Workload(seq=300, heads=4, head_dim=16, dtype="float16")
+    q, k, v = make_inputs(workload, 0)
+    mask = Mask(array=mx.zeros((1, heads, 300, 300), dtype))
+    asked, needs = asked_for(q, k, v, mask, None)
+    for kibibytes in range(500, 18_000, 700):
+        practical = Practical(kibibytes * 1024)
+        watching.take_path()
+        mx.eval(practical(q, k, v, scale=0.25, mask=mask))
+        assert watching.take_path() == practical.route(asked, CPU, needs).path, kibibytes

@@ -20,6 +20,7 @@ from attention.kernels import cache, cpu
 from attention.kernels.cpu import build, library, selfcheck, toolchain
 from attention.masks import Mask
 from attention.workload import Workload
+from fatui import paths
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel")
 
@@ -420,3 +421,15 @@ def test_a_kernel_that_disagrees_with_the_reference_is_not_used(own_folder, monk
     with pytest.raises(cpu.KernelUnavailable, match=r"disagrees with the reference by 0\.0"):
         cpu.load()
     assert "disagrees" in cpu.availability()[1]
+
+
+@pytest.mark.parametrize("variable", ["FATUI_CACHE_DIR", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("value", ["~nouser/x", ""])
+def test_a_cache_folder_of_nobody_is_ignored(variable, value, monkeypatch):
+    for name in ("FATUI_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    usual = cache.folder()
+    monkeypatch.setenv(variable, value)
+    assert cache.folder() == usual
+    assert cache.folder().is_absolute()
+    assert paths.cache_dir() == usual.parent

@@ -3,7 +3,6 @@
 import importlib.machinery
 import importlib.util
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +74,6 @@ def _kept(key: str) -> ModuleType | None:
 def _compile_and_try(tools: toolchain.Toolchain, key: str, on_message: Callable[[str], None]) -> ModuleType:
     from attention.kernels.cpu import selfcheck
 
-    started = time.perf_counter()
     try:
         path = build.compile_library(tools, key)
         module = _import(path)
@@ -85,7 +83,7 @@ def _compile_and_try(tools: toolchain.Toolchain, key: str, on_message: Callable[
         cache.write_failure(key, reason)
         on_message(f"The CPU attention kernel is not used: {reason}")
         raise KernelUnavailable(reason) from error
-    ready = f"The CPU attention kernel is ready after {time.perf_counter() - started:.0f} s"
+    ready = "The CPU attention kernel is ready"
     try:
         cache.write_record(key, {"sha256": cache.digest(path)})
     except (KernelUnavailable, OSError) as error:

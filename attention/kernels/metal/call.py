@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, Literal, cast
 
 from attention.kernels.keywords import check_bounds
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES, Kind, Tile, tile_of
+from attention.masks import dtype_name
 from attention.route import PLAIN, Needs
 from attention.workload import Workload
 
@@ -149,7 +150,7 @@ def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> Shape:
         raise ValueError(f"[flash_attention] shapes do not fit: q {q_shape}, k {k_shape}, v {v_shape}.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"[flash_attention] q, k and v have one type; got {q.dtype}, {k.dtype}, {v.dtype}.")
-    dtype = str(q.dtype).removeprefix("mlx.core.")
+    dtype = dtype_name(q.dtype)
     reason = refusal(dtype, q_shape[3], v_shape[3])
     if reason:
         raise ValueError(f"[flash_attention] {reason}.")
@@ -167,7 +168,7 @@ def mask_kind(mask: "mx.array | None", shape: Shape) -> MaskKind:
     whole = (shape.batch, shape.heads, shape.queries, shape.keys)
     if mask.ndim > 4 or any(a not in (1, b) for a, b in zip(reversed(mask.shape), reversed(whole), strict=False)):
         raise ValueError(f"[flash_attention] mask {mask.shape} does not broadcast to {whole}.")
-    name = str(mask.dtype).removeprefix("mlx.core.")
+    name = dtype_name(mask.dtype)
     if name != "bool" and name not in SIZES:
         raise ValueError(f"[flash_attention] mask is bool, {', '.join(SIZES)}; got {name}.")
     return cast("MaskKind", name)

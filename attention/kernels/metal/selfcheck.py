@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from attention.kernels.metal.call import Call, Shape
 from attention.kernels.metal.launch import absent
+from attention.masks import dtype_name
 
 Floats = NDArray[np.float64]
 TOLERANCE = {"bfloat16": 1.2e-2, "float16": 1.5e-3, "float32": 2e-5}
@@ -151,7 +152,7 @@ def logsumexp_gap(found: Floats, expected: Floats) -> float:
 def disagreement(given: Inputs, call: Call, output: mx.array, logsumexp: mx.array) -> str | None:
     """Return what is wrong with a call's results, in one line, or None."""
     expected, expected_logsumexp = reference(given, call)
-    dtype = str(given.q.dtype).removeprefix("mlx.core.")
+    dtype = dtype_name(given.q.dtype)
     error = relative_error(output, expected)
     if not error <= TOLERANCE[dtype]:
         return f"its output disagrees with the reference by {error:.2g}"
@@ -164,7 +165,7 @@ def disagreement(given: Inputs, call: Call, output: mx.array, logsumexp: mx.arra
 
 def gradient_disagreement(given: Inputs, call: Call, found: Sequence[mx.array]) -> str | None:
     """Return what is wrong with the gradients of q, k, v and the sinks if present, in one line, or None."""
-    dtype = str(given.q.dtype).removeprefix("mlx.core.")
+    dtype = dtype_name(given.q.dtype)
     names = ("dQ", "dK", "dV", "the gradient of the sinks")
     expected = reference_gradients(given, call)
     expected = [*expected[:3], *(rows.sum(axis=(0, 2)) for rows in expected[3:])]
