@@ -127,6 +127,8 @@ class CaseRunner(ABC, Generic[P]):
         again = structs.replace(reference, name=on.AGAIN, samples=[])
         rows = {id(arm) for arm in arms}
         self._teller.emit(on.ReferenceChosen(case=self._teller.case, implementation=reference.name))
+        for arm in arms:
+            self._teller.emit(on.StepStarted(case=self._teller.case, implementation=arm.name, step="rounds"))
         running = [reference, again, *arms[1:], *beside]
         set_strides(running, seconds)
         lasts_s = max(seconds, least_s(running, min_rounds))

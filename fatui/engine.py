@@ -2,21 +2,23 @@
 
 import asyncio
 import contextlib
-import math
 import os
 import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from typing import Final
 
 import msgspec
+import psutil
 from msgspec import structs
 
 from attention import events as on
 from attention.errors import shortened
 from attention.models.record import record_of
+from attention.models.workloads import FineTuning, Generation
 from attention.plan import AnyPlan, Assignment, Plan
 from attention.report import Peaks
 from fatui import __version__
@@ -35,6 +37,14 @@ HUNG_S: Final = 600.0
 """Seconds of silence after which a worker counts as hung, unless its case is large enough to explain a slow call."""
 SLOW_FLOPS_PER_S: Final = 3e7
 """A lower bound on the rate of any implementation."""
+SLOW_MODEL_FLOPS_PER_S: Final = 1e8
+"""A lower bound on the rate of a model's matrix products: a tenth of what MLX's slowest ones reach on one core."""
+SLOW_WEIGHTS_PER_S: Final = 1e7
+"""A lower bound on the rate at which weights are made or read, in bytes per second."""
+LATE: Final = 4
+"""Multiple of a model case's estimated time that a silence in it may last."""
+RUN_MARK: Final = "FATUI_RUN"
+"""Environment variable that marks a worker's processes, whichever session they are in."""
 Listener = Callable[[on.AnyEvent], None]
 
 
@@ -45,20 +55,26 @@ class Silence:
         heard: clock reading at the last event.
         step: the current step, as text.
         building: the implementation being compiled, or an empty string.
+        expected_s: the worker's estimate of the current case; None before there is one.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.heard = clock()
         self.step = self.building = ""
+        self.expected_s: float | None = None
 
     def hear(self, event: on.AnyEvent) -> None:
         """Handle an event."""
         self.heard = self._clock()
         if isinstance(event, on.CaseStarted):
             self.step = self.building = ""
+            self.expected_s = None
+        elif isinstance(event, on.Expected):
+            self.expected_s = event.seconds
         elif isinstance(event, on.StepStarted):
-            self.step = f"{event.implementation}: {event.step}"
+            # In the rounds all take their turns.
+            self.step = event.step if event.step == "rounds" else f"{event.implementation}: {event.step}"
             self.building = event.implementation if event.step == "build" else ""
 
     @property
@@ -90,6 +106,7 @@ class Engine:
         self.process_id: int | None = None
         self._assignment = Assignment(plan=plan, peaks=peaks)
         self._listener = listener
+        self._run = uuid.uuid4().hex
         self._process: asyncio.subprocess.Process | None = None
         self._culprit: str | None = None
         self._stopping = asyncio.Event()
@@ -148,6 +165,7 @@ class Engine:
                 await self._follow(process, events)
             finally:
                 await _end(process)
+                _kill_marked(self._run)
                 self._process = self.process_id = None
             self._culprit = _marked(mark, self.record.plan.ordered)
         finally:
@@ -168,6 +186,7 @@ class Engine:
             stderr=errors,
             pass_fds=(mark,),
             start_new_session=True,
+            env={**os.environ, RUN_MARK: self._run},
         )
         self._process, self.process_id = process, process.pid
         assert process.stdin is not None
@@ -218,12 +237,21 @@ class Engine:
         self._hung = f"was silent for {self.silence.seconds:.0f} s, and was terminated"
 
     def _longest_silence_s(self) -> float:
-        """Return the seconds of silence that the case explains, by a round of very slow calls; infinite for models."""
+        """Seconds of silence that the current case accounts for: a round of very slow calls, or a model's pass."""
         plan, case = self.record.plan, self.record.current_case
-        if not isinstance(plan, Plan) or case is None:
-            return math.inf if not isinstance(plan, Plan) else HUNG_S
-        calls = 2 * (len(plan.ordered) + 1)
-        return max(HUNG_S, calls * plan.cases[case].flops / SLOW_FLOPS_PER_S)
+        if case is None:
+            return HUNG_S
+        if isinstance(plan, Plan):
+            calls = 2 * (len(plan.ordered) + 1)
+            return max(HUNG_S, calls * plan.cases[case].flops / SLOW_FLOPS_PER_S)
+        if self.silence.expected_s is not None:
+            return max(HUNG_S, LATE * self.silence.expected_s)
+        weights = self.record.cases[case].weights_bytes or 0
+        making_s, pass_s = (
+            weights / SLOW_WEIGHTS_PER_S,
+            _model_flops(plan.cases[case], weights) / SLOW_MODEL_FLOPS_PER_S,
+        )
+        return max(HUNG_S, making_s + pass_s)
 
     def _go_on_after(self, reason: str) -> None:
         """Fail the row that was running, and create the assignment of the next worker."""
@@ -248,6 +276,13 @@ class Engine:
         self._tell(on.Message(level="info", text=f"{name} crashed the engine; it is restarted without it"))
 
 
+def _model_flops(work: Generation | FineTuning, weights_bytes: int) -> float:
+    """Return at least the FLOPs of a model's pass over its prompts, or of a training step, at two bytes a weight."""
+    if isinstance(work, FineTuning):
+        return 3.0 * work.tokens * weights_bytes
+    return float(work.batch * work.prompt * weights_bytes)
+
+
 def _marked(mark: int, names: tuple[str, ...]) -> str | None:
     """Return the implementation that the worker was running; it writes its number, from 1, before each step."""
     number = int.from_bytes(os.pread(mark, 1, 0), "little")
@@ -257,6 +292,17 @@ def _marked(mark: int, names: tuple[str, ...]) -> str | None:
 def _signal_group(process: asyncio.subprocess.Process, number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
+
+
+def _kill_marked(run: str) -> None:
+    """Kill the processes of a run that left the worker's session; what they start inherits the mark.
+
+    A process whose environment cannot be read, another user's say, is none of them.
+    """
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(RUN_MARK) == run:
+                process.kill()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -240,6 +240,21 @@ class LeavesAChild(Planted):
             subprocess.Popen(["sleep", "20"], start_new_session=True)
 
 
+class LeavesAnOrphan(Planted):
+    """Starts a process in a session of its own, through one that ends at once, and notes its id."""
+
+    def before_call(self) -> None:
+        if self.calls == 1:
+            script = 'sleep 300 & echo $! > "$PLANTED_PID"'
+            subprocess.run(
+                ["sh", "-c", script],
+                check=True,
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+
 class WritesALongLine(Planted):
     """Writes more to stderr than a line may contain."""
 

@@ -12,7 +12,8 @@ import pytest
 from msgspec import structs
 
 from attention import events as on
-from attention.plan import Plan
+from attention.models.workloads import FineTuning, Generation, generations
+from attention.plan import FineTuningPlan, GenerationPlan, Plan
 from attention.report import Case, Peaks, Row
 from attention.workload import Workload
 from fatui import engine as engine_module
@@ -20,6 +21,8 @@ from fatui.engine import Engine, Silence
 
 PLANTED = Path(__file__).parents[1] / "planted.py"
 PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
+GENERATIONS = generations(22, model="tinyllama-1.1b", prompts=[512], batches=[1])
+TUNING = FineTuning(model="tinyllama-1.1b", tuned_layers=22, layers=22)
 SMALL = Workload(seq=32, heads=2, head_dim=16, dtype="float32")
 
 
@@ -244,6 +247,61 @@ def test_a_hung_worker_is_ended_and_costs_its_row(monkeypatch: pytest.MonkeyPatc
     assert row(case, "baseline").status == "ok"
     assert row(case, "IgnoresSignals").status == "failed"
     assert row(case, "IgnoresSignals").reason.startswith("was silent for ")
+
+
+def test_a_hung_call_in_a_model_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlx_lm")
+
+    def hurry(event: on.AnyEvent) -> None:
+        if isinstance(event, on.StepStarted) and event.implementation == names[1]:
+            monkeypatch.setattr(engine_module, "HUNG_S", 3.0)
+            monkeypatch.setattr(engine_module, "LATE", 0.1)
+        elif isinstance(event, on.RowEnded):
+            monkeypatch.undo()
+
+    cases = generations(2, model="tiny-llama", prompts=[16], batches=[1], generate=2, dtype="float32")[:1]
+    names = ("baseline", f"{PLANTED}:IgnoresSignals")
+    engine = Engine(GenerationPlan(cases=cases, implementations=names, seconds=0.2), hurry)
+    asyncio.run(asyncio.wait_for(engine.run(), 100))
+    rows = engine.record.case(0).rows
+    assert [each.status for each in rows] == ["ok", "failed"]
+    assert (rows[1].reason or "").startswith("said nothing for ")
+
+
+@pytest.mark.parametrize("work", [*GENERATIONS, TUNING])
+def test_a_silence_in_a_model_is_bounded_before_and_after_the_estimate(work: Generation | FineTuning) -> None:
+    kind = GenerationPlan if isinstance(work, Generation) else FineTuningPlan
+    engine = Engine(kind(cases=(work,), implementations=("baseline",)))
+    engine._tell(on.CaseStarted(case=0))
+    engine._tell(on.WeightsMade(case=0, weights_bytes=2 * 10**9))
+    before = engine._longest_silence_s()
+    assert 600 < before < 48 * 3600
+    engine.silence.hear(on.Expected(case=0, seconds=1000, implementations=1))
+    assert engine._longest_silence_s() == 4000
+    engine.silence.hear(on.CaseStarted(case=0))
+    assert engine._longest_silence_s() == before
+
+
+def test_a_silence_in_the_rounds_names_them() -> None:
+    heard: list[on.AnyEvent] = []
+    engine = Engine(plan("Planted"), heard.append, peaks=PEAKS)
+    asyncio.run(asyncio.wait_for(engine.run(), 60))
+    begun = next(index for index, event in enumerate(heard) if isinstance(event, on.RoundsDone))
+    silence = Silence()
+    for event in heard[:begun]:
+        silence.hear(event)
+    assert silence.step == "rounds"
+
+
+def test_a_child_in_a_session_of_its_own_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = tmp_path / "pid"
+    monkeypatch.setenv("PLANTED_PID", str(noted))
+    run(plan("LeavesAnOrphan"))
+    child = int(noted.read_text())
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_silence_is_unexplained_after_half_a_minute_unless_something_is_built() -> None:
