@@ -265,7 +265,7 @@ def test_a_hung_call_in_a_model_costs_its_row(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(asyncio.wait_for(engine.run(), 100))
     rows = engine.record.case(0).rows
     assert [each.status for each in rows] == ["ok", "failed"]
-    assert (rows[1].reason or "").startswith("said nothing for ")
+    assert (rows[1].reason or "").startswith("was silent for ")
 
 
 @pytest.mark.parametrize("work", [*GENERATIONS, TUNING])
