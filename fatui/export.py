@@ -130,15 +130,18 @@ def _case(case: AnyCase) -> str:
 
 def _rows(case: AnyCase) -> str:
     if isinstance(case, Case):
-        return _table(HEADS, [_cells(row, case) for row in case.rows])
+        return _noted(_table(HEADS, [_cells(row, case) for row in case.rows]), figures.same_paths(case))
     columns = model_columns(case)
     lines = [
         (*cells[:-1], figures.verdict(row, case))
         for row, cells in zip(case.rows, zip(*(column.cells for column in columns), strict=True), strict=True)
     ]
     heads = ("implementation", *(column.head for column in columns[1:]))
-    notes = "\n".join(f"- {markdown(note)}" for note in model_notes(case))
-    return f"{_table(heads, lines)}\n\n{notes}".rstrip()
+    return _noted(_table(heads, lines), [*model_notes(case), *figures.same_paths(case)])
+
+
+def _noted(table: str, notes: Sequence[str]) -> str:
+    return "\n\n".join([table, *(["\n".join(f"- {markdown(note)}" for note in notes)] if notes else [])])
 
 
 def _cells(row: Row, case: Case) -> tuple[str, ...]:

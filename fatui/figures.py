@@ -10,6 +10,8 @@ from attention.report import AnyCase, Interval, Ratio, Report, Row, Share, Summa
 
 UNKNOWN: Final = "n/a"
 STAR: Final = "★"
+TUNED: Final = "tuned: "
+"""Begins the path of an implementation that chose another one."""
 OK: Final = "ok"
 WIDE: Final = 0.25
 """Relative half width of an interval, above which its ends are shown instead of ±, and it gets no star."""
@@ -211,7 +213,7 @@ def best_of(case: AnyCase) -> tuple[str, ...]:
 
     A row equals the best if its interval reaches the best one's, or their medians differ by at most the noise floor.
     None is best while a row has too few rounds, if the best interval is wide, or if all are equal and none differs
-    significantly from the reference.
+    significantly from the reference. A row that ran another row's implementation is best along with it.
     """
     rows = [row for row in case.rows if row.status == OK and row.call_s]
     if not rows or any(row.collecting for row in rows):
@@ -220,9 +222,32 @@ def best_of(case: AnyCase) -> tuple[str, ...]:
     if not _is_narrow(best):
         return ()
     floor = case.noise_floor.floor if case.noise_floor else 0.0
-    names = tuple(row.implementation for row in rows if _is_narrow(row) and _equals(row.call_s, best.call_s, floor))
+    equal = {row.implementation for row in rows if _is_narrow(row) and _equals(row.call_s, best.call_s, floor)}
+    for row in rows:
+        chosen = chosen_row(row, case)
+        if chosen and {row.implementation, chosen.implementation} & equal:
+            equal |= {row.implementation, chosen.implementation}
+    names = tuple(row.implementation for row in rows if row.implementation in equal)
     apart = any(row.speedup and row.speedup.significant for row in rows)
     return names if apart or len(names) < len(rows) else ()
+
+
+def chosen_row(row: Row, case: AnyCase) -> Row | None:
+    """Return the row of the implementation that an autotuned row ran; None if there is none."""
+    if row.status != OK or not (row.path or "").startswith(TUNED):
+        return None
+    name = (row.path or "").removeprefix(TUNED)
+    return next((other for other in case.rows if other.implementation == name and other.status == OK), None)
+
+
+def same_paths(case: AnyCase) -> list[str]:
+    """Format a note for each autotuned row whose implementation has a row with another median."""
+    return [
+        f"{row.implementation} ran {chosen.implementation}: the difference between their times is noise or dispatch"
+        for row in case.rows
+        if (chosen := chosen_row(row, case))
+        if row.call_s and chosen.call_s and row.call_s.median != chosen.call_s.median
+    ]
 
 
 def reference_change(case: AnyCase) -> str | None:

@@ -138,6 +138,7 @@ def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
     ]
     if change := figures.reference_change(case):
         notes.insert(0, change)
+    notes += figures.same_paths(case)
     if any(row.throttled for row in case.rows):
         notes.append(f"throttled: {case.reference} slowed down during the rounds by more than the noise floor")
     if any(row.stopped_by == "interrupted" for row in case.rows):

@@ -1,5 +1,6 @@
 """The details of one row: figures, samples, reason, and the command that reproduces it."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from textual.app import ComposeResult
@@ -37,6 +38,7 @@ class RowDetails(ModalScreen[None]):
         """Create the dialog for a row, its case, and the command that measures it again."""
         super().__init__()
         self._case, self._row, self._command = case, row, command
+        self._notes = [note for note in figures.same_paths(case) if note.startswith(f"{row.implementation} ")]
 
     def compose(self) -> ComposeResult:
         """Yield the figures in two columns, the samples, and the notes."""
@@ -46,7 +48,7 @@ class RowDetails(ModalScreen[None]):
             yield Static("\n".join(figure_lines(self._row, self._case)), markup=False)
             if self._row.samples:
                 yield Static("\n".join(sample_lines(self._row)), markup=False, classes="answers")
-            yield Static("\n".join(sentences(self._row, self._command)), markup=False, classes="answers")
+            yield Static("\n".join(sentences(self._row, self._command, self._notes)), markup=False, classes="answers")
 
     def action_close(self) -> None:
         """Close the dialog."""
@@ -84,9 +86,9 @@ def sample_lines(row: Row) -> list[str]:
     return [*bars, f"{left}{'a call':^{max(6, 56 - len(left) - len(right))}}{right}"]
 
 
-def sentences(row: Row, command: str) -> list[str]:
-    """Return the reason for the path, a note on throttling, and the command that measures it again."""
-    lines = [row.reason] if row.reason else []
+def sentences(row: Row, command: str, notes: Sequence[str] = ()) -> list[str]:
+    """Return the reason for the path, further notes, one on throttling, and the command that measures it again."""
+    lines = [row.reason, *notes] if row.reason else [*notes]
     if row.throttled:
         lines.append("The reference slowed down while this case ran: the machine throttles, or was busy.")
     return [*lines, "", command]

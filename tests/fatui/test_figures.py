@@ -212,3 +212,24 @@ def test_another_reference_than_the_baseline_is_named_with_its_cause():
     printed = io.StringIO()
     Console(file=printed, width=120).print(report_table(report))
     assert note in printed.getvalue()
+
+
+def test_a_row_that_ran_another_rows_implementation_shares_its_star():
+    report = report_of(plan_of(names=("baseline", "poc", "demo")))
+    (case,) = report.cases
+    base, poc, demo = case.rows
+    faster = structs.replace(
+        demo, path="tuned: poc", call_s=Interval(median=poc.call_s.median / 2, low=1e-9, high=poc.call_s.median / 1.9)
+    )
+    faster = structs.replace(faster, call_s=structs.replace(faster.call_s, low=faster.call_s.median * 0.99))
+    case = structs.replace(case, rows=(base, poc, structs.replace(faster, speedup=poc.speedup)))
+    assert figures.best_of(case) == ("poc", "demo")
+    assert [figures.word(row, case) for row in case.rows] == ["base", "fastest", "fastest"]
+    note = "demo ran poc: the difference between their times is noise or dispatch"
+    printed = io.StringIO()
+    Console(file=printed, width=140).print(report_table(structs.replace(report, cases=(case,))))
+    assert note in printed.getvalue()
+    assert note in to_markdown(structs.replace(report, cases=(case,)))
+    other = structs.replace(case, rows=(base, poc, structs.replace(case.rows[2], path="MLX SDPA, unfused")))
+    assert figures.best_of(other) == ("demo",)
+    assert figures.same_paths(other) == []
