@@ -86,7 +86,7 @@ def tuning_report(off: float = 0.0) -> Report:
     ("arguments", "told"),
     [
         (["model", "tinylama-1.1b"], "did you mean 'tinyllama-1.1b'?"),
-        (["model", "tiny-llama", "--prompt", "12x"], "--prompt: got '12x'; it takes whole numbers"),
+        (["model", "tiny-llama", "--prompt", "12x"], "--prompt: got '12x'; it takes comma-separated whole numbers"),
         (["model", "tiny-llama", "--layers", "1"], "layers: got 1; it takes a whole number from 2"),
         (["model", "tiny-llama", "--impl", "basline"], "did you mean 'baseline'?"),
         (["finetune", "tiny-llama", "--iters", "1,2"], "--iters: got '1,2'; it takes one whole number"),
