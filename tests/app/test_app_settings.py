@@ -164,7 +164,7 @@ def test_keys_of_the_further_screens_are_other_ones_and_the_help_tells_them():
         assert "is bundled" in stage.app.journal.text()
         await stage.press("question_mark")
         assert "f8            Delete one of your own" in stage.seen()
-        assert "f10, f7       Back" in stage.seen()
+        assert "f10, f7       Go back" in stage.seen()
         await stage.press("f10")
         assert not isinstance(stage.app.screen, Help)
         await stage.press("f7")
