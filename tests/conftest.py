@@ -1,8 +1,12 @@
-"""One cache folder for the whole session, so that the kernel is compiled once and the user's files are untouched."""
+"""One cache folder for the whole session, so that the kernel is compiled once and the user's files are untouched.
+
+Compiled objects outlive the session, in pytest's own cache folder; their names are hashes of what they depend on.
+"""
 
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -10,14 +14,34 @@ FOLDER = "FATUI_CACHE_DIR"
 _made = pytest.StashKey[str]()
 
 
+def _copy_objects(source: Path, to: Path) -> None:
+    """Copy compiled objects that a folder does not have yet."""
+    to.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in source.glob("*.o"):
+        if not (to / path.name).exists():
+            shutil.copy2(path, to / path.name)
+
+
+def _kept(config: pytest.Config) -> Path | None:
+    cache = getattr(config, "cache", None)
+    return cache.mkdir("kernels") if cache else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Create the folder, unless one is given; workers inherit it through the environment."""
+    """Make the folder, unless one is given; workers find it in the environment that they inherit."""
     if FOLDER not in os.environ:
         os.environ[FOLDER] = config.stash[_made] = tempfile.mkdtemp(prefix="fatui-tests-")
+        kept = _kept(config)
+        if kept:
+            _copy_objects(kept, Path(config.stash[_made]) / "kernels")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the folder that this process created."""
+    """Keep the objects for the next run, and remove the folder that this process made."""
     if _made in config.stash:
+        kept, used = _kept(config), Path(config.stash[_made]) / "kernels"
+        if kept and used.is_dir():
+            shutil.rmtree(kept)
+            _copy_objects(used, kept)
         shutil.rmtree(config.stash[_made], ignore_errors=True)
         del os.environ[FOLDER]

@@ -127,6 +127,7 @@ class Stage:
 
     def __init__(self, app, pilot, clock, engines):
         self.app, self.pilot, self.clock, self._engines = app, pilot, clock, engines
+        self.is_rendered = False
 
     @property
     def engine(self):
@@ -157,6 +158,7 @@ class Stage:
 
     def seen(self):
         """All text on the screen, as lines."""
+        self.is_rendered = True
         lines = self.app.screen._compositor.render_strips()
         return "\n".join("".join(segment.text for segment in strip) for strip in lines)
 
@@ -196,7 +198,7 @@ def on_stage(play, size=(120, 40), paints=False, **options):
     Args:
         play: called with the stage.
         size: columns and lines of the screen.
-        paints: repaint on each change, as in a terminal; otherwise only `Stage.seen` and the end of the test render.
+        paints: repaint on each change, as in a terminal; otherwise only `Stage.seen` renders, once at least.
         options: of the app.
     """
 
@@ -207,7 +209,7 @@ def on_stage(play, size=(120, 40), paints=False, **options):
             await pilot.pause()
             stage = Stage(app, pilot, clock, engines)
             await play(stage)
-            if app.is_running and not paints:
+            if app.is_running and not (paints or stage.is_rendered):
                 stage.seen()
             if app.runs.active:
                 await app.runs.end()

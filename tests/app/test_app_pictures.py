@@ -1,5 +1,7 @@
 """Snapshots of the app."""
 
+from itertools import product
+
 import pytest
 from stage import Clock, advise, make_app
 
@@ -61,8 +63,16 @@ async def scaled(app, pilot, engines, clock):
     await pilot.press("g", "a")
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("steps", [idle, running, done], ids=lambda steps: steps.__name__)
+@pytest.mark.parametrize(
+    ("steps", "size"),
+    [
+        pytest.param(
+            steps, size, marks=() if number % 2 else pytest.mark.slow, id=f"{steps.__name__}-{columns}x{lines}"
+        )
+        for number, (steps, size) in enumerate(product((idle, running, done), SIZES))
+        for columns, lines in (size,)
+    ],
+)
 def test_main_screen(snap_compare, size, steps):
     picture(snap_compare, size, steps)
 

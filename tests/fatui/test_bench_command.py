@@ -94,7 +94,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path):
         assert process.stderr is not None
         while "case 1 of 1" not in process.stderr.readline():
             pass
-        time.sleep(2)
+        time.sleep(1)
         workers = workers_of(process)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)

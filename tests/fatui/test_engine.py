@@ -58,7 +58,7 @@ def test_a_worker_that_dies_costs_one_row_and_the_others_go_on(planted: str, rea
         assert row(case, planted).reason == reason
         assert row(case, "baseline").status == "ok"
         assert row(case, "baseline").stopped_by in ("precision", "time")
-    assert any("started again" in message.text for message in engine.record.log)
+    assert any("is restarted without it" in message.text for message in engine.record.log)
 
 
 FAILING = {
@@ -173,7 +173,7 @@ def test_what_an_implementation_prints_does_not_reach_the_events(one_run: Engine
 
 def test_what_has_to_be_built_is_built_once_while_the_others_give_a_first_look() -> None:
     told: list[on.AnyEvent] = []
-    engine = Engine(plan("Builds", cases=(SMALL, structs.replace(SMALL, seq=16))), told.append)
+    engine = Engine(plan("Builds", cases=(SMALL, structs.replace(SMALL, seq=16))), told.append, peaks=PEAKS)
     asyncio.run(asyncio.wait_for(engine.run(), 60))
     lines = [message.text for message in engine.record.log]
     assert lines[0].startswith("a first look: baseline ")
