@@ -137,7 +137,7 @@ class CaseRunner(ABC, Generic[P]):
                 f"{min_rounds} rounds of these take about {lasts_s:.0f} s, longer than the {seconds:g} s of a case; "
                 "fewer would support no verdict"
             )
-        stream = SampleStream(self._teller, lasts_s)
+        stream = SampleStream(self._teller, seconds, lasts_s, min_rounds)
         try:
             return run_rounds(
                 running,
@@ -180,12 +180,20 @@ class CaseRunner(ABC, Generic[P]):
 class SampleStream:
     """Collect the rounds' samples and emit them a few times a second, so that emitting does not disturb the timing."""
 
-    def __init__(self, teller: Teller, lasts_s: float) -> None:
-        """Create it with the progress reporter and the rounds' time limit in seconds; resets MLX's peak memory."""
+    def __init__(self, teller: Teller, seconds: float, lasts_s: float, min_rounds: int = MIN_ROUNDS) -> None:
+        """Create it at the start of the rounds; resets MLX's peak memory.
+
+        Args:
+            teller: the progress reporter.
+            seconds: time limit of the rounds.
+            lasts_s: estimated seconds of the rounds, used until all implementations have a sample.
+            min_rounds: samples that every implementation takes, however long that lasts.
+        """
         import mlx.core as mx
 
         self._teller = teller
-        self._ends = time.perf_counter() + lasts_s
+        self._seconds, self._lasts_s, self._min_rounds = seconds, lasts_s, min_rounds
+        self._began = time.perf_counter()
         self._told: dict[str, int] = {}
         self._arms: list[Arm] = []
         self._last = time.perf_counter()
@@ -209,7 +217,15 @@ class SampleStream:
             active, peak = mx.get_active_memory(), mx.get_peak_memory()
             event = on.RoundsDone(case=self._teller.case, samples=fresh, active_bytes=active, peak_bytes=peak)
             self._teller.emit(event)
-            self._teller.progress(f"round {rounds}", max(0.0, self._ends - self._last))
+            self._teller.progress(f"round {rounds}", self._left_s())
+
+    def _left_s(self) -> float:
+        """Estimate the seconds left: of the time limit, or of the rounds still missing at the pace so far."""
+        elapsed = self._last - self._began
+        taken = min(len(arm.taken) for arm in self._arms)
+        missing = max(0, self._min_rounds - taken)
+        rounds_s = missing * elapsed / taken if taken else self._lasts_s - elapsed
+        return max(0.0, self._seconds - elapsed, rounds_s)
 
 
 def _sendable(samples: Sequence[float]) -> list[float | None]:

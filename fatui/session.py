@@ -235,6 +235,7 @@ class RunSession(ABC, Generic[P, C]):
         elif isinstance(event, on.Expected):
             self.expected_s = self.elapsed_s - self.once_s + event.seconds
         elif isinstance(event, on.RoundsDone):
+            self.expected_s = None  # the worker goes by the pace of the rounds from here on
             self._follow(event)
         elif isinstance(event, on.CaseDone):
             self.expected_s = None

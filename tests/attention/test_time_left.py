@@ -3,6 +3,8 @@
 import pytest
 
 from attention import events as on
+from attention.case_runner import SampleStream
+from attention.measure.rounds import Arm
 from attention.plan import Plan
 from attention.teller import Forecast, Teller, case_s
 from attention.workload import Workload
@@ -63,3 +65,20 @@ def test_before_the_rounds_all_of_them_are_left(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(event, on.Progress)
     assert event.remaining_s >= 2.0 + 6 * 3 * 1.0
     assert event.done == pytest.approx(60.0 / (60.0 + event.remaining_s))
+
+
+@pytest.mark.parametrize("pace", [1.0, 3.0])
+def test_rounds_go_by_their_own_pace(pace: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("attention.case_runner.time.perf_counter", lambda: now)
+    told: list[on.AnyEvent] = []
+    teller = Teller(plan_of(SMALL), 0, told.append, lambda number: None)
+    stream = SampleStream(teller, 2.0, 60.0, 6)  # 10 s a round were expected
+    arms = [Arm(name=name, runner=None, call_s=5.0) for name in ("baseline", "poc")]  # type: ignore[arg-type]
+    for count in range(1, 4):
+        now += 10 * pace
+        for arm in arms:
+            arm.samples.append(5 * pace)
+        stream.take(arms)
+        left = [event.remaining_s for event in told if isinstance(event, on.Progress)][-1]
+        assert left == pytest.approx((6 - count) * 10 * pace)
