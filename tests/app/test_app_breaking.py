@@ -69,7 +69,7 @@ def test_a_run_that_is_refused_says_why():
     on_stage(play)
 
 
-def test_a_history_of_a_newer_version_is_told_and_the_report_stays():
+def test_a_newer_history_is_reported_and_the_report_stays():
     async def play(stage):
         folder = paths.data_dir()
         folder.mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_a_history_of_a_newer_version_is_told_and_the_report_stays():
     on_stage(play)
 
 
-def test_a_broken_line_of_the_engine_is_told_and_the_run_goes_on():
+def test_a_broken_engine_line_is_reported_and_the_run_goes_on():
     async def play(stage):
         await stage.press("r")
         stage.engine.begin()
@@ -102,7 +102,7 @@ def test_a_broken_line_of_the_engine_is_told_and_the_run_goes_on():
     on_stage(play)
 
 
-def test_while_a_kernel_is_compiled_it_says_so_and_its_silence_is_no_alarm():
+def test_compiling_is_shown_and_its_silence_is_no_alarm():
     async def play(stage):
         await stage.press("r")
         stage.engine.begin()
@@ -140,7 +140,7 @@ def test_an_engine_that_does_not_heed_a_stop_is_killed():
     on_stage(play)
 
 
-def test_a_terminal_that_hangs_up_ends_the_app_though_no_signal_comes():
+def test_a_terminal_that_hangs_up_without_signal_ends_the_app():
     with PtyApp("sh", "-c", f"trap '' HUP; exec {sys.executable} -m fatui") as app:
         assert app.read(20, until="Implementations") is not None
         os.close(app._file)
@@ -152,7 +152,7 @@ def test_a_terminal_that_hangs_up_ends_the_app_though_no_signal_comes():
         assert ended
 
 
-def test_a_failure_that_is_too_long_for_its_row_ends_in_an_ellipsis():
+def test_a_failure_too_long_for_its_row_ends_in_an_ellipsis():
     async def play(stage):
         await stage.press("r")
         stage.engine.begin()

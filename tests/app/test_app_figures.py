@@ -34,7 +34,7 @@ def test_a_range_doubles():
     assert stops.parse_values("128, 256..2k", "seq") == (128, 256, 512, 1024, 2048)
 
 
-def test_numbers_are_said_in_powers_of_1024_only_where_that_is_exact():
+def test_numbers_use_powers_of_1024_only_where_exact():
     assert [stops.say(number) for number in (512, 1000, 1024, 8192, 2**20, 1536)] == [
         "512",
         "1,000",
@@ -51,12 +51,12 @@ def test_key_heads_follow_heads_until_they_are_set():
     assert draft.set_axis("kv_heads", (8,)).workloads()[0].kv_heads == 8
 
 
-def test_key_heads_that_no_longer_divide_heads_follow_them_again():
+def test_kv_heads_that_no_longer_divide_heads_follow_them():
     draft = Draft().set_axis("heads", (32,)).set_axis("kv_heads", (8,)).set_axis("heads", (12,))
     assert draft.workloads()[0].kv_heads == 12
 
 
-def test_a_grid_of_cases_becomes_a_sweep_and_other_cases_stay_a_list():
+def test_a_grid_of_cases_becomes_a_sweep_and_others_a_list():
     grid = tuple(Workload(seq=seq, batch=batch) for batch in (1, 2) for seq in (64, 128))
     swept = draft_of(Plan(cases=grid, implementations=("baseline",)), "grid")
     assert swept.sweeping and set(swept.workloads()) == set(grid)
@@ -90,7 +90,7 @@ def test_a_series_keeps_its_bound_its_mean_and_its_extremes():
     assert sum(series.points) / len(series.points) == pytest.approx(5000, rel=0.05)
 
 
-def test_a_journal_of_100_000_lines_keeps_the_last_and_counts_all():
+def test_a_journal_keeps_the_last_lines_and_counts_all():
     journal = Journal(most=1000)
     for number in range(100_000):
         journal.write(f"line {number}")

@@ -9,7 +9,7 @@ from attention.report import Ratio
 from fatui.widgets.log_view import LogView
 
 
-def test_a_log_of_100_000_lines_keeps_its_place_when_scrolled_up():
+def test_a_long_log_keeps_its_place_when_scrolled_up():
     async def play(stage):
         view = stage.find("#log-view", LogView)
         for number in range(2000):

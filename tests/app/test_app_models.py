@@ -91,7 +91,7 @@ def test_a_model_is_set_up_run_shown_kept_and_exported():
     on_stage(play)
 
 
-def test_loss_curves_and_rates_stand_side_by_side_while_a_model_is_fine_tuned():
+def test_fine_tuning_shows_loss_curves_beside_rates():
     async def play(stage):
         await stage.press("f")
         assert isinstance(stage.app.screen, FineTunings)
@@ -112,7 +112,7 @@ def test_loss_curves_and_rates_stand_side_by_side_while_a_model_is_fine_tuned():
     on_stage(play)
 
 
-def test_a_run_goes_on_when_its_screen_is_left_and_no_other_starts_meanwhile():
+def test_a_run_goes_on_without_its_screen_and_blocks_others():
     async def play(stage):
         await stage.press("f", "r")
         await stage.press("escape")
@@ -147,7 +147,7 @@ def test_stopping_keeps_what_was_measured():
     on_stage(play)
 
 
-def test_what_was_chosen_is_there_again_when_the_screen_is_opened_again():
+def test_reopening_the_screen_restores_its_choices():
     async def play(stage):
         await stage.press("m")
         stage.find("#model", Choice).focus()
@@ -161,7 +161,7 @@ def test_what_was_chosen_is_there_again_when_the_screen_is_opened_again():
     on_stage(play)
 
 
-def test_a_folder_that_is_no_model_is_told_and_one_that_is_can_be_chosen(tmp_path):
+def test_a_models_folder_is_accepted_and_another_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     fields = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     (tmp_path / "mine" / "config.json").write_text(json.dumps(fields))

@@ -204,7 +204,7 @@ def test_the_path_stays_in_sight_when_a_speedup_gets_wider():
     on_stage(play)
 
 
-def test_the_hint_follows_the_page_and_names_a_sort_that_is_out_of_sight():
+def test_the_hint_follows_the_page_and_names_a_hidden_sort():
     async def play(stage):
         await stage.run_to_the_end()
         stage.app.main._sort("tokens/s", True)

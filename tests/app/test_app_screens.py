@@ -83,7 +83,7 @@ def test_escape_leaves_the_renaming_before_the_screen():
     on_stage(play)
 
 
-def test_a_bundled_preset_is_not_deleted_and_a_broken_one_is_shown():
+def test_bundled_presets_stay_and_broken_ones_are_shown():
     async def play(stage):
         folder = paths.own_presets()
         folder.mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_a_preset_given_at_the_start_is_loaded_and_run():
     on_stage(play, preset="seed-table", run=True)
 
 
-def test_a_preset_that_there_is_none_of_is_told_and_nothing_runs():
+def test_an_unknown_preset_is_reported_and_nothing_runs():
     async def play(stage):
         await stage.settle(lambda: "none named 'quik'" in stage.app.journal.text())
         assert stage.app.session is None

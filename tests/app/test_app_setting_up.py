@@ -82,7 +82,7 @@ class Wheel:
         pass
 
 
-def test_letters_do_nothing_to_a_slider_and_digits_no_app_action():
+def test_a_slider_ignores_letters_and_keeps_digits_to_itself():
     async def play(stage):
         stage.find("#axis-batch", Slider).focus()
         await stage.press("6")
@@ -266,7 +266,7 @@ def test_a_sweep_of_one_value_is_still_the_preset():
     on_stage(play)
 
 
-def test_a_preset_has_its_name_again_when_a_change_is_taken_back():
+def test_a_reverted_change_restores_the_presets_name():
     async def play(stage):
         load_preset(stage.app, "quick")
         stage.find("#axis-seq").focus()
@@ -278,7 +278,7 @@ def test_a_preset_has_its_name_again_when_a_change_is_taken_back():
     on_stage(play)
 
 
-def test_a_choice_in_a_sweep_shows_what_will_run_beside_the_cursor():
+def test_a_choice_in_a_sweep_shows_what_will_run():
     async def play(stage):
         await stage.press("s")
         choice = stage.find("#choice-mask", Choice)
@@ -308,7 +308,7 @@ def test_needs_of_a_sweep_are_those_of_its_largest_case():
     on_stage(play)
 
 
-def test_a_deleted_preset_gives_its_name_up_until_it_is_brought_back():
+def test_a_deleted_presets_name_is_free_until_undo():
     async def play(stage):
         presets.save(structs.replace(presets.load("quick"), name="mine", bundled=False), "mine")
         load_preset(stage.app, "mine")

@@ -29,7 +29,7 @@ def test_keys_are_other_ones_where_the_config_file_says_so():
     on_stage(play)
 
 
-def test_every_mistake_of_the_config_file_is_told_and_the_rest_counts():
+def test_config_errors_are_all_reported_and_the_rest_applies():
     config("theme = 'gruvbx'\nascii = 3\ncolour = 1\n[keys]\nrnu = 'r'\nrun = 7\nstop = 'f6'\n")
 
     async def play(stage):
@@ -48,7 +48,7 @@ def test_every_mistake_of_the_config_file_is_told_and_the_rest_counts():
 
 
 @pytest.mark.parametrize("text", ["theme = [", "\xff\xfe", "keys = 3", "[keys]\nrun='a'\nstop='a'"])
-def test_a_config_file_that_is_no_toml_is_told_and_the_app_starts(text):
+def test_the_app_starts_with_a_config_file_that_is_no_toml(text):
     config("")
     settings.config_path().write_bytes(text.encode("latin-1"))
 
@@ -78,7 +78,7 @@ def test_layout_theme_and_workload_come_back():
     on_stage(second)
 
 
-def test_a_damaged_memory_of_the_last_start_is_told_and_replaced():
+def test_a_damaged_state_file_is_reported_and_replaced():
     path = settings.state_path()
     path.parent.mkdir(parents=True)
     path.write_text('{"draft": {"axes": 3}}')
@@ -151,7 +151,7 @@ def test_every_action_has_its_own_key():
     assert len(keys) == len(set(keys))
 
 
-def test_keys_of_the_further_screens_are_other_ones_and_the_help_tells_them():
+def test_configured_keys_of_screens_work_and_show_in_help():
     config("[keys]\npresets_delete = 'f8'\nhistory_delete = 'f8'\nback = 'f10'\npresets = 'f7'\n")
 
     async def play(stage):

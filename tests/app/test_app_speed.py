@@ -32,7 +32,7 @@ def seconds_to(text, *command):
         return time.monotonic() - app.began
 
 
-def test_the_first_paint_comes_little_later_than_that_of_an_empty_app():
+def test_the_first_paint_is_little_later_than_an_empty_apps():
     seconds_to(PAINTED, *FATUI)  # compiles what Python has not compiled yet
     empty, ours = [], []
     for _ in range(7):
@@ -43,7 +43,7 @@ def test_the_first_paint_comes_little_later_than_that_of_an_empty_app():
     assert statistics.median(ours) <= most
 
 
-def test_a_key_is_repainted_within_100_ms_while_the_engine_is_busy():
+def test_a_key_repaints_within_100_ms_beside_a_busy_engine():
     took = []
     with PtyApp(*FATUI, "seed-table", "--run") as app:
         assert app.read(20, until=PAINTED) is not None
@@ -95,7 +95,7 @@ def rates(report):
     }
 
 
-def test_the_app_takes_no_more_than_3_per_cent_of_what_it_measures():
+def test_the_app_takes_at_most_3_percent_of_what_it_measures():
     run_on_the_command_line()  # compiles the kernel
     in_app, on_line = [], []
     for pair in range(PAIRS):

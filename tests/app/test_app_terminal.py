@@ -118,7 +118,7 @@ def test_a_person_runs_saves_loads_exports_and_quits(open_terminal, tmp_path):
     assert preset["workload"]["seq"] == 128
 
 
-def test_a_terminal_that_closes_in_mid_run_leaves_no_process_and_keeps_the_rows(open_terminal):
+def test_closing_the_terminal_ends_the_run_and_keeps_its_rows(open_terminal):
     terminal = open_terminal("seed-table", "--run")
     terminal.wait_for("noise floor", 60)
     app, worker = terminal.process, terminal.worker()
@@ -128,7 +128,7 @@ def test_a_terminal_that_closes_in_mid_run_leaves_no_process_and_keeps_the_rows(
     assert History().runs()[0].interrupted
 
 
-def test_an_engine_that_is_killed_costs_a_row_and_the_run_goes_on(open_terminal):
+def test_a_killed_engine_costs_a_row_and_the_run_goes_on(open_terminal):
     terminal = open_terminal("seed-table", "--run")
     terminal.wait_for("noise floor", 60)
     terminal.worker().send_signal(signal.SIGKILL)

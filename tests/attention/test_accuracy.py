@@ -49,7 +49,7 @@ def test_nan_and_infinity_never_pass(poison: float) -> None:
     assert verdict.detail == "output: NaN or infinity"
 
 
-def test_a_large_training_case_is_compared_on_rows_and_says_what_was_not() -> None:
+def test_a_large_training_case_is_compared_on_rows_and_says_so() -> None:
     inputs = make_inputs(LARGE, 0)
     judge = Judge(LARGE, inputs)
     assert judge.row_inputs is not None

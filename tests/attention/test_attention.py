@@ -14,7 +14,7 @@ from attention.implementations.baseline import Baseline
 Q, K, V = mx.ones((2, 4, 5, 8)), mx.ones((2, 2, 7, 8)), mx.ones((2, 2, 7, 3))
 
 
-def test_importing_attention_imports_neither_mlx_nor_numpy_nor_textual() -> None:
+def test_importing_attention_imports_no_mlx_numpy_or_textual() -> None:
     heavy = ("mlx", "mlx.core", "numpy", "textual", "torch")
     code = f"import attention, sys; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -25,7 +25,7 @@ def test_the_implementations_are_named() -> None:
     assert NAMES == ("baseline", "poc", "practical", "demo", "mlx", "torch")
 
 
-def test_the_shape_follows_query_and_value_and_the_type_the_query() -> None:
+def test_the_shape_follows_q_and_v_and_the_type_follows_q() -> None:
     out = attention(Q.astype(mx.bfloat16), K.astype(mx.bfloat16), V.astype(mx.bfloat16))
     assert (out.shape, out.dtype) == ((2, 4, 5, 3), mx.bfloat16)
 
@@ -67,7 +67,7 @@ def test_a_window_implies_causal() -> None:
         ({"implementation": None}, "implementation: got None"),
     ],
 )
-def test_a_mistake_names_the_argument_what_it_got_and_what_it_takes(change: dict[str, Any], words: str) -> None:
+def test_an_error_names_the_argument_its_value_and_the_valid(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as error:
         attention(**{"q": Q, "k": K, "v": V, **change})
     assert words in str(error.value)

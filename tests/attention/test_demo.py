@@ -155,7 +155,7 @@ def test_what_cannot_run_falls_out_with_a_message(store: Store, heard: Heard) ->
     assert any(isinstance(each, on.Message) and "broken is out" in each.text for each in heard)
 
 
-def test_the_runner_tries_the_pass_that_it_runs_before_the_clock_starts(store: Store) -> None:
+def test_the_runner_tunes_its_pass_before_the_clock_starts(store: Store) -> None:
     device = probe()
     demo = make(store)
     training = structs.replace(WORKLOAD, pass_="training")
@@ -205,7 +205,7 @@ def test_the_code_mark_changes_with_a_kernel(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     "array", [mx.float32, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, mx.bool_))], ids=str
 )
-def test_a_function_traced_before_any_trial_gets_one_on_inputs_of_its_own(store: Store, array: mx.Dtype | None) -> None:
+def test_tracing_before_any_trial_runs_one_on_own_inputs(store: Store, array: mx.Dtype | None) -> None:
     slow, fast = Timed("slow", 0.004), Timed("fast", 0.001)
     demo = make(store, slow=slow, fast=fast)
     inputs = make_inputs(WORKLOAD, 0)
@@ -223,7 +223,7 @@ def test_a_function_traced_before_any_trial_gets_one_on_inputs_of_its_own(store:
     assert entry.workload.mask == ("none" if array is None else "array")
 
 
-def test_a_training_step_traced_before_any_trial_gets_one_forward_and_back(store: Store) -> None:
+def test_tracing_a_training_step_runs_a_trial_of_both_passes(store: Store) -> None:
     demo = make(store).for_training()
     q, k, v = make_inputs(WORKLOAD, 0)
 
@@ -245,9 +245,7 @@ def test_what_was_tried_for_training_shows_in_the_route(store: Store) -> None:
     assert demo.route(WORKLOAD, probe()).path == "not tried yet"
 
 
-def test_inputs_of_its_own_must_fit_and_otherwise_the_routes_decide(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_memory_for_own_inputs_the_routes_decide(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = make(store, practical=Practical(), other=Timed("other", 0.0))
     tight = structs.replace(probe(), available_bytes=2 * WORKLOAD.input_bytes - 1)
     monkeypatch.setattr("attention.tuning.demo.probe", lambda: tight)
@@ -298,7 +296,7 @@ def test_dispatch_costs_less_than_5_us(store: Store) -> None:
     demo(q, k, v, scale=0.5, mask=mask)
     (standing,) = demo._keys.values()
     pairs = []
-    for number in range(4000):
+    for number in range(1000):
         took = {}
         for one in (demo, standing.call) if number % 2 else (standing.call, demo):
             started = time.perf_counter()

@@ -53,9 +53,7 @@ class Machine:
         return standing.name
 
 
-def test_a_choice_that_gets_30_percent_slower_is_left_within_200_calls(
-    tmp_path: Path, switches: list[on.Switched]
-) -> None:
+def test_a_30_percent_slower_choice_is_left_within_200_calls(tmp_path: Path, switches: list[on.Switched]) -> None:
     machine = Machine(tmp_path)
     machine.run(200)
     assert machine.choice == "a"
@@ -132,9 +130,7 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path: Path, switches: list
     assert machine.choice == "b"
 
 
-def test_lengths_that_grow_into_the_next_bucket_take_the_choice_along(
-    tmp_path: Path, switches: list[on.Switched]
-) -> None:
+def test_lengths_growing_into_the_next_bucket_keep_the_choice(tmp_path: Path, switches: list[on.Switched]) -> None:
     clock = FakeTime()
     a, b = Timed("a", 1e-3, clock), Timed("b", 1.2e-3, clock)
     demo = Demo(store=Store(tmp_path / "tuning.toml"), among={"a": a, "b": b}, clock=clock, budget_s=0.05)
@@ -152,7 +148,7 @@ def test_lengths_that_grow_into_the_next_bucket_take_the_choice_along(
     assert "its lengths went from" in switches[0].reason
 
 
-def test_in_a_run_the_samples_are_watched_and_the_choice_changed(tmp_path: Path, switches: list[on.Switched]) -> None:
+def test_in_a_run_samples_show_drift_and_the_choice_changes(tmp_path: Path, switches: list[on.Switched]) -> None:
     machine = Machine(tmp_path)
     runner = machine.demo.runner(WORKLOAD, machine.inputs, 0.5)
     for _ in range(60):
@@ -181,16 +177,14 @@ def told_apart(alone_s: dict[str, float], queued_s: dict[str, float], queued: bo
     return standing.name
 
 
-def test_what_calls_take_alone_does_not_mislead_about_what_they_take_in_a_queue() -> None:
+def test_latency_does_not_mislead_about_time_in_a_queue() -> None:
     queued_s = {"poc": 10e-6, "mlx": 15e-6}
     assert told_apart({"poc": 90e-6, "mlx": 76e-6}, queued_s) == "poc"
     assert told_apart({}, {"poc": 90e-6, "mlx": 76e-6}, queued=True) == "mlx"
     assert told_apart({"poc": 90e-6, "mlx": 76e-6}, queued_s, queued=True) == "poc"
 
 
-def test_a_choice_that_its_trial_left_open_is_doubted_from_the_beginning(
-    tmp_path: Path, switches: list[on.Switched]
-) -> None:
+def test_a_choice_left_open_by_its_trial_is_doubted_at_once(tmp_path: Path, switches: list[on.Switched]) -> None:
     sure, unsure = (structs.replace(an_entry(), ratio=1.01, low=low, high=1.06) for low in (0.99, 0.93))
     among = {name: Timed(name, 0.0) for name in sure.call_s}
     assert not standing_of(sure, among).watch.trying
@@ -262,7 +256,7 @@ def comes_back(path: Path, clock: Clock, switches: list[on.Switched]) -> bool:
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
-def test_a_real_choice_that_gets_30_percent_slower_is_left_within_200_calls(
+def test_a_real_30_percent_slower_choice_is_left_in_200_calls(
     clock: Clock, tmp_path: Path, switches: list[on.Switched]
 ) -> None:
     assert any(leaves_within_200_calls(tmp_path / str(number), clock, switches) for number in range(TRIES))

@@ -47,7 +47,7 @@ def test_a_tile_is_cut_out_of_the_whole(tile: tuple[Mask, int, int, range, range
 
 
 @given(tiles())
-def test_visible_keys_hold_every_seen_key_and_no_more_at_their_ends(tile: tuple[Mask, int, int, range, range]) -> None:
+def test_visible_keys_begin_and_end_with_a_seen_key(tile: tuple[Mask, int, int, range, range]) -> None:
     mask, seq, kv_seq, rows, _ = tile
     seen = brute(mask, seq, kv_seq)[rows.start : rows.stop].any(axis=0)
     visible = mask.visible_keys(rows, seq, kv_seq)

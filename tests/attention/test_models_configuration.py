@@ -14,7 +14,7 @@ PUBLISHED = {"tinyllama-1.1b": 1_100_048_384, "qwen2.5-1.5b": 1_543_714_304, "ll
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_configuration_has_as_many_parameters_as_its_maker_published(name):
+def test_a_configuration_has_the_published_parameter_count(name):
     assert Network(find(name), "bfloat16").weights_bytes == 2 * PUBLISHED[name]
 
 
@@ -56,7 +56,7 @@ def test_a_folder_says_its_shapes_and_what_it_lacks(tmp_path):
 TEXT_CONFIG = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
 
 
-def test_a_folder_of_a_model_that_also_sees_has_its_text_models_shapes(tmp_path):
+def test_a_vision_models_folder_has_its_text_models_shapes(tmp_path):
     text = TEXT_CONFIG | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
     found = find(str(tmp_path))
@@ -100,7 +100,7 @@ def test_layers_are_found_wherever_a_model_keeps_them(fields):
     assert logits.shape[:2] == (1, 2)
 
 
-def test_what_will_not_fit_is_refused_with_both_figures_and_the_layers_that_would():
+def test_a_refusal_gives_both_figures_and_layers_that_fit():
     work = Generation(model="llama-7b-like", phase="prefill", prompt=512, layers=32)
     needed = Needed.of(find(work.model), work, Network(find(work.model), "bfloat16"), 0)
     assert 13e9 < needed.whole < 15e9

@@ -136,7 +136,7 @@ def test_a_loss_that_is_no_number_marks_a_row():
     assert loss_differences([], [1.0]) == []
 
 
-def test_a_fine_tuning_is_faster_only_beyond_what_the_reference_differs_from_itself():
+def test_a_fine_tuning_is_faster_only_beyond_the_noise_floor():
     curve = [3.0 - 0.1 * index for index in range(12)]
     curves = {"baseline": curve, "poc": curve, on.AGAIN: curve}
     near = tuned(curves, {"poc": 0.0999, on.AGAIN: 0.1001}).case(0)

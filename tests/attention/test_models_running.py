@@ -56,7 +56,7 @@ def estimates_before(told, kind):
     return estimates
 
 
-def test_both_phases_are_measured_with_every_implementation_in_the_model():
+def test_both_phases_are_measured_with_every_implementation():
     cases = generations(
         4, model="tiny-llama", prompts=[24], batches=[2], generate=3, measured_layers=2, dtype="float32"
     )
@@ -78,7 +78,7 @@ def test_both_phases_are_measured_with_every_implementation_in_the_model():
     assert record.case(1).rows[0].tokens_per_second == pytest.approx(2 / record.case(1).rows[0].call_s.median)
 
 
-def test_what_will_not_fit_is_refused_before_any_weights_are_made():
+def test_what_will_not_fit_is_refused_before_weights_are_made():
     cases = generations(22, model="tinyllama-1.1b", prompts=[16], batches=[1], dtype="bfloat16")
     plan = GenerationPlan(cases=cases, implementations=("baseline",), memory_limit_bytes=2**30)
     (row,) = run(GenerationBench, plan).case(0).rows
@@ -106,7 +106,7 @@ def test_decoding_leaves_the_cache_as_it_found_it():
     assert mx.allclose(first, decode.results()[0])
 
 
-def test_every_implementation_learns_the_same_from_the_same_batches(uncompiled):
+def test_every_implementation_learns_the_same(uncompiled):
     work = FineTuning(model="tiny-llama", seq=8, batch=1, iters=7, rank=2, layers=4, tuned_layers=1, dtype="float32")
     record, told = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=NAMES, seconds=60))
     (estimate,) = estimates_before(told, on.IterationDone).values()
@@ -150,7 +150,7 @@ def shared(arms, prompt=24, layers=4, **fields):
     return SharedPass({"many": sampled}, {arm: arm for arm in arms}, seed=0, **fields), sampled
 
 
-def test_a_shared_pass_lets_every_arm_attend_in_every_evaluated_call():
+def test_in_a_shared_pass_every_arm_attends_in_every_call():
     """The last layer of the prompt's step leaves its keys and values alone, the last token runs through all."""
     at_work = []
     passes, _ = shared(["baseline", "mlx", "poc"], at_work=at_work.append)
@@ -160,7 +160,7 @@ def test_a_shared_pass_lets_every_arm_attend_in_every_evaluated_call():
     )
 
 
-def test_arms_of_a_shared_pass_differ_by_their_own_attention_alone():
+def test_arms_of_a_shared_pass_differ_by_attention_alone():
     slow = f"{Path(__file__).parents[1] / 'planted.py'}:Sleeps"
     passes, alone = shared(["mlx", slow, on.WITHOUT])
     passes.warm_up()
@@ -183,7 +183,7 @@ def test_a_shared_pass_goes_on_without_an_arm_that_fails():
             passes.sample(broken)
 
 
-def test_long_passes_are_shared_and_give_six_rounds_of_every_row():
+def test_long_passes_are_shared_and_give_six_rounds_a_row():
     cases = generations(4, model="tiny-llama", prompts=[64], batches=[1], generate=3, measured_layers=2)
     names = ("baseline", "mlx", "poc")
     record, told = watched(GenerationBench, GenerationPlan(cases=cases, implementations=names, seconds=1e-4))

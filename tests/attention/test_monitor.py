@@ -68,7 +68,7 @@ def a_models_direct_call(*arrays: mx.array, **more: object) -> mx.array:
 
 
 @pytest.mark.parametrize("monitored_first", [True, False])
-def test_a_patch_takes_what_models_call_directly_and_the_monitor_sees_it_once(monitored_first: bool) -> None:
+def test_a_patched_direct_call_is_monitored_once(monitored_first: bool) -> None:
     pytest.importorskip("mlx_lm")
     monitor, patch = attention.monitor(), attention.patch_mlx_lm("practical")
     with monitor if monitored_first else patch, patch if monitored_first else monitor:
@@ -100,7 +100,7 @@ class Asked(Baseline):
         return super().route(workload, device, needs)
 
 
-def test_no_route_is_asked_for_while_lengths_grow_and_every_row_tells_one() -> None:
+def test_growing_lengths_need_no_route_until_the_report() -> None:
     asked = Asked()
     with attention.monitor() as monitor:
         for seq in range(1, 40):
@@ -200,7 +200,7 @@ class Program:
 
 
 @pytest.mark.parametrize("call_s", [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2])
-def test_watching_stays_within_its_share_however_short_the_calls_are(call_s: float) -> None:
+def test_monitoring_stays_within_its_share_for_short_calls(call_s: float) -> None:
     program = Program(call_s)
     program.run(2000)  # until it has found its pace
     assert program.run(20_000) <= SHARE + 1e-9
@@ -216,13 +216,13 @@ def test_what_calls_cost_that_go_by_leaves_less_for_looking() -> None:
     assert costly.pace.stride > free.pace.stride
 
 
-def test_where_going_by_costs_more_than_the_share_looks_are_not_given_up() -> None:
+def test_sampling_goes_on_where_the_hook_exceeds_the_share() -> None:
     program = Program(2e-6, pass_s=2.5e-7)
     program.run(20_000)
     assert program.pace.stride <= 256
 
 
-def test_all_calls_are_looked_at_where_they_are_long_enough_and_fewer_where_they_get_short() -> None:
+def test_long_calls_are_all_sampled_and_short_ones_less_often() -> None:
     program = Program(1e-3)
     program.run(1000)
     assert program.pace.stride == 1
@@ -235,7 +235,7 @@ def test_all_calls_are_looked_at_where_they_are_long_enough_and_fewer_where_they
     assert program.pace.stride == 1
 
 
-def test_calls_inside_of_others_are_not_counted_however_fast_they_come() -> None:
+def test_nested_calls_are_not_counted_however_fast() -> None:
     q, k, v = arrays()
     with attention.monitor() as monitor:
         for _ in range(10_000):
@@ -244,7 +244,7 @@ def test_calls_inside_of_others_are_not_counted_however_fast_they_come() -> None
     assert monitor.calls == pytest.approx(10_000, rel=0.1)
 
 
-def test_where_only_some_are_looked_at_each_stands_for_those_before_it() -> None:
+def test_a_sampled_call_stands_for_those_before_it() -> None:
     q, k, v = arrays()
     calls = 20_000
     with attention.monitor() as monitor:

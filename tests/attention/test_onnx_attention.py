@@ -21,7 +21,7 @@ def test_there_are_69_cases() -> None:
     assert len(cases()) == 69
 
 
-def test_what_cannot_be_expressed_is_the_score_matrix_as_an_output() -> None:
+def test_only_the_score_matrix_output_cannot_be_expressed() -> None:
     asking = [case.name for case in cases() if MATRIX in case.expected]
     assert len(asking) == 15
     assert all("qk_matmul" in name for name in asking)

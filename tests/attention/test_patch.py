@@ -118,7 +118,7 @@ def test_sinks_have_mlxs_gradient_in_blocks() -> None:
         np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-4)
 
 
-def test_what_is_not_taken_goes_to_mlx_and_is_counted_with_the_reason() -> None:
+def test_what_is_not_taken_goes_to_mlx_with_a_counted_reason() -> None:
     q, k, v = arrays(9, 33)
     sinks = mx.zeros((4,))
     wanted = llama.scaled_dot_product_attention(q, k, v, None, 0.2, "causal")

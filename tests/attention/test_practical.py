@@ -28,7 +28,7 @@ def test_scores_of_64_mib_stay_within_a_budget_of_4(pass_: str, mask: str) -> No
     assert excess(Practical(4 * MIB), workload) <= 4 * MIB
 
 
-def test_scores_of_256_mib_stay_within_a_budget_of_16_in_training() -> None:
+def test_scores_of_256_mib_train_within_a_budget_of_16() -> None:
     workload = Workload(seq=8192, heads=1, head_dim=4, dtype="float32", mask="causal", pass_="training")
     assert workload.scores * 4 == 256 * MIB
     assert excess(Practical(16 * MIB), workload) <= 16 * MIB

@@ -114,12 +114,12 @@ def test_no_other_slices_would_be_fewer(mebibytes: int, pass_: Literal["forward"
     assert count(made) == min(map(count, fitting))
 
 
-def test_where_only_the_gradient_is_too_much_only_that_is_sliced() -> None:
+def test_where_only_the_gradient_is_too_large_it_is_sliced() -> None:
     made = asked(structs.replace(LONG, seq=8192, kv_seq=8192), 3000)
     assert (made.way, made.waits) == ("whole, slices behind", True)
 
 
-def test_what_fits_forward_is_not_cut_for_what_a_mask_would_let_slices_skip() -> None:
+def test_what_fits_forward_is_not_sliced_for_its_mask() -> None:
     causal = structs.replace(LONG, seq=8192, kv_seq=8192, mask="causal")
     assert skipped_share(causal, Blocks(batches=1, kv_heads=1, rows=128, keys=1)) > 0.4
     assert asked(causal, 30_000).way == "whole"
@@ -146,7 +146,7 @@ def test_sinks_are_told_as_the_blocks_that_take_them() -> None:
     assert told.predicted_bytes == LONG.output_bytes + 4 * LONG.heads * LONG.seq + int(AT_ONCE["cuda"] * tile)
 
 
-def test_where_only_the_gradient_is_cut_its_slices_are_explained() -> None:
+def test_slices_of_the_gradient_alone_are_explained() -> None:
     workload = structs.replace(LONG, seq=8192, kv_seq=8192)
     told = {fact.what: fact for fact in facts(Practical(3000 * MIB), workload, GPU)}
     behind = slice_size(structs.replace(workload, pass_="training"), "cuda", PLAIN, 3000 * MIB)
@@ -156,7 +156,7 @@ def test_where_only_the_gradient_is_cut_its_slices_are_explained() -> None:
     assert (told["rows"].value, told["heads"].value) == (f"{behind.rows:,}", f"1 x {behind.kv_heads}")
 
 
-def test_a_gradient_is_cut_where_mlx_fuses_it_and_takes_more_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_gradient_beyond_the_budget_is_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, lambda *asked: None)
     many = Workload(batch=4, seq=8192, heads=32, head_dim=128, dtype="bfloat16", mask="causal")
     few_keys = structs.replace(many, kv_seq=4)
@@ -169,7 +169,7 @@ def test_a_gradient_is_cut_where_mlx_fuses_it_and_takes_more_than_the_budget(mon
 
 @pytest.mark.parametrize("backend", ["cuda", "metal"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_what_is_handed_to_mlx_beside_a_mask_of_every_head_counts(
+def test_arrays_beside_a_mask_of_every_head_count(
     fused: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = None if fused else "no"
@@ -183,7 +183,7 @@ def test_what_is_handed_to_mlx_beside_a_mask_of_every_head_counts(
     assert slices_bytes(workload, made.slices, backend, needs, converted) <= budget
 
 
-def test_a_bool_mask_of_a_fused_call_counts_with_what_mlx_makes_of_it_on_cuda() -> None:
+def test_a_bool_mask_counts_as_mlx_converts_it_on_cuda() -> None:
     window = structs.replace(LONG, head_dim=64, value_dim=64, mask="window:100")
     scores = window.scores * 2
     assert fused_bytes(window, "cuda") - window.output_bytes > 2 * scores
@@ -195,7 +195,7 @@ def test_only_on_cuda_evaluation_waits_for_what_is_done() -> None:
     assert turns("metal") is turns("cpu") is QUEUED
 
 
-def test_waiting_gives_something_that_can_be_waited_for_in_any_function() -> None:
+def test_the_fence_works_in_any_function() -> None:
     def function(x: mx.array) -> mx.array:
         total = x
         for _ in range(3):
@@ -214,9 +214,7 @@ def fuses_multiples_of_128(workload: Workload, backend: Backend, needs: Needs = 
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 3000, 3072])
-def test_backward_a_slice_has_the_rows_that_mlx_fuses_and_the_rest_is_another(
-    rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backward_slice_has_rows_that_mlx_fuses(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, fuses_multiples_of_128)
     workload = Workload(seq=rows, heads=2, head_dim=64, mask="causal", pass_="training")
     size = slice_size(workload, "cuda", PLAIN, 10_000 * MIB)
@@ -224,7 +222,7 @@ def test_backward_a_slice_has_the_rows_that_mlx_fuses_and_the_rest_is_another(
     assert size.rows == (rows if rows < 128 else rows - rows % 128)
 
 
-def test_a_gradient_that_mlx_fuses_for_such_rows_only_is_sliced_where_it_is_large(
+def test_a_gradient_fused_for_few_rows_is_sliced_where_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plant(monkeypatch, fuses_multiples_of_128)

@@ -106,7 +106,7 @@ def test_a_softcap_and_sinks_stay_within_the_budget() -> None:
     assert is_within(workload, sinks=mx.zeros((4,)))
 
 
-def test_keys_too_long_for_the_sums_of_their_gradients_stay_within_the_budget() -> None:
+def test_sums_of_key_gradients_stay_within_the_budget() -> None:
     workload = Workload(seq=256, kv_seq=12_000, heads=4, head_dim=512, dtype="bfloat16", pass_="training")
     assert Practical(SMALL).choice(workload, probe()).way.endswith("blocks behind")
     assert is_within(workload)
@@ -114,7 +114,7 @@ def test_keys_too_long_for_the_sums_of_their_gradients_stay_within_the_budget() 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="evaluation waits for a GPU on CUDA alone")
 @pytest.mark.parametrize(("which", "tiles"), [("next", 2), ("alone", 1)])
-def test_tiles_that_follow_each_other_are_in_memory_two_at_a_time_or_alone(which: str, tiles: int) -> None:
+def test_ordered_tiles_are_in_memory_at_most_two_at_a_time(which: str, tiles: int) -> None:
     assert launcher.missing() is None
     follow: Passed = getattr(turns("cuda"), which)
 

@@ -56,7 +56,7 @@ def arm(name: str, seconds: float = 0.001, fails_at: int | None = None, lead_in:
     return Arm(name=name, runner=Calls(seconds, fails_at), call_s=seconds, lead_in=lead_in, clock=NOW)
 
 
-def test_each_round_takes_every_arm_once_in_an_order_that_changes() -> None:
+def test_each_round_takes_every_arm_once_in_changing_order() -> None:
     _, order, _ = rounds([arm("a"), arm("b"), arm("c")], precision=0)
     in_rounds = [tuple(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert all(sorted(names) == ["a", "b", "c"] for names in in_rounds)
@@ -104,7 +104,7 @@ def test_a_slow_reference_still_gives_six_rounds() -> None:
     assert [len(each.taken) for each in arms] == [MIN_ROUNDS] * 3
 
 
-def test_rounds_stop_when_they_are_told_to_and_go_on_without_who_is_taken_out() -> None:
+def test_rounds_stop_on_request_and_go_on_without_a_removed_arm() -> None:
     arms = [arm("a"), arm("b")]
 
     def after(left: list[Arm]) -> str | None:
@@ -134,14 +134,14 @@ def test_rounds_end_when_no_arm_is_left() -> None:
     assert len(failures) == 1
 
 
-def test_a_lead_in_is_as_long_as_the_sample_and_outside_the_clock() -> None:
+def test_a_lead_in_is_as_long_as_the_sample_and_untimed() -> None:
     with_lead_in = arm("a", 0.002, lead_in=True)
     with_lead_in.sample()
     assert with_lead_in.runner.calls == 2  # type: ignore[attr-defined]
     assert with_lead_in.samples[0] == pytest.approx(0.002)
 
 
-def test_calls_of_a_sample_fill_its_time_within_the_memory_of_their_outputs() -> None:
+def test_calls_of_a_sample_fill_its_time_within_memory() -> None:
     assert clock.calls_for(0.001, 0.02, output_bytes=1) == 20
     assert clock.calls_for(3.0, 0.02, output_bytes=1) == 1
     assert clock.calls_for(1e-6, 0.02, output_bytes=1) == clock.MOST_CALLS
@@ -149,12 +149,12 @@ def test_calls_of_a_sample_fill_its_time_within_the_memory_of_their_outputs() ->
     assert clock.calls_for(1e-6, 0.02, output_bytes=2**30) == 1
 
 
-def test_runners_of_about_one_speed_take_samples_of_as_many_calls() -> None:
+def test_runners_of_equal_speed_take_samples_of_as_many_calls() -> None:
     assert clock.shared_calls([0.0030, 0.0036, 0.0004, 0.02], 0.005, output_bytes=1) == [2, 2, 12, 1]
     assert clock.shared_calls([], 0.005, output_bytes=1) == []
 
 
-def test_warming_up_lasts_until_two_samples_agree_and_as_long_as_it_must() -> None:
+def test_warm_up_lasts_until_two_samples_agree_and_its_minimum() -> None:
     class Warming(Calls):
         def wait(self, outputs: Sequence[object]) -> None:
             self.seconds = max(0.001, 0.8 * self.seconds)

@@ -25,7 +25,7 @@ def arrays() -> list[mx.array]:
     return made
 
 
-def test_a_backward_pass_waits_for_the_output_of_the_forward_pass_whatever_its_cotangent() -> None:
+def test_backward_waits_for_forward_whatever_the_cotangent() -> None:
     alone: list[mx.array] = []
     following: list[mx.array] = []
 
@@ -54,7 +54,7 @@ def test_what_makes_a_last_slice_odd_is_one_by_itself() -> None:
     assert list(row_blocks(1500, 1408)) == [range(1408), range(1408, 1500)]
 
 
-def test_slices_of_a_window_take_multiples_of_16_keys_where_there_are_as_many() -> None:
+def test_slices_of_a_window_take_multiples_of_16_keys() -> None:
     call = Slices(
         scale=1.0, mask=Mask(window=701), blocks=Blocks(batches=1, kv_heads=1, rows=384, keys=1), turns=QUEUED
     )
@@ -64,7 +64,7 @@ def test_slices_of_a_window_take_multiples_of_16_keys_where_there_are_as_many() 
     assert all(each.rows.start - 700 - 16 < each.keys.start <= max(0, each.rows.start - 700) for each in made)
 
 
-def test_the_mask_of_a_window_is_not_made_before_its_slice_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mask_of_a_window_is_made_with_its_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[tuple[int, ...]] = []
 
     after = Chain.after

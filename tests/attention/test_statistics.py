@@ -41,7 +41,7 @@ def two_phases(draw: random.Random, rounds: int) -> tuple[list[float], list[floa
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def test_a_ratios_interval_covers_1_on_a_machine_that_runs_in_phases() -> None:
+def test_a_ratios_interval_covers_1_on_a_drifting_machine() -> None:
     covered, widths = 0, []
     for seed in range(400):
         _, low, high = statistics.ratio_interval(statistics.log_ratios(*two_phases(random.Random(seed), 100)))
@@ -154,7 +154,7 @@ def test_an_unpaired_ratio_agrees_with_scipys_welch() -> None:
     assert (math.log(ratio.low), math.log(ratio.high)) == pytest.approx((low, high), rel=1e-3)
 
 
-def test_drift_is_told_when_the_last_rounds_are_slower_than_the_floor() -> None:
+def test_drift_is_reported_when_last_rounds_exceed_the_floor() -> None:
     draw = random.Random(6)
     steady = [draw.gauss(1, 0.01) for _ in range(30)]
     assert not statistics.drifted(steady, 0.01)

@@ -69,7 +69,7 @@ def test_first_calls_are_outside_of_the_figures(tmp_path: Path) -> None:
     assert checked.share.value == pytest.approx(1.0)
 
 
-def test_it_goes_on_while_it_is_open_whether_demo_keeps_to_its_share(tmp_path: Path) -> None:
+def test_the_check_continues_while_demos_share_is_undecided(tmp_path: Path) -> None:
     def taken(spread: float, seed: int) -> float:
         draw, machine = random.Random(seed), Machine(tmp_path, a=1e-3)
         machine.check()
@@ -96,7 +96,7 @@ def test_what_cannot_run_any_more_is_told(tmp_path: Path) -> None:
         machine.check()
 
 
-def test_the_bound_is_097_of_the_best_and_95_percent_of_the_cases(tmp_path: Path) -> None:
+def test_the_bound_is_097_of_the_best_in_95_percent_of_cases(tmp_path: Path) -> None:
     good = Machine(tmp_path, a=1e-3).check()
     short = structs.replace(good, share=structs.replace(good.share, value=0.969))
     missed = structs.replace(good, found=False)

@@ -71,7 +71,7 @@ def outcomes(field: str, sky: str) -> Iterator[Outcome]:
 
 @pytest.mark.parametrize("sky", SKIES)
 @pytest.mark.parametrize("field", FIELDS)
-def test_the_best_is_found_in_95_percent_and_never_missed_by_more_than_4(field: str, sky: str) -> None:
+def test_the_best_is_found_in_95_percent_or_missed_by_4(field: str, sky: str) -> None:
     all_of_them = [*outcomes(field, sky)]
     found = sum(one.share > 1 - SMALLEST_FLOOR for one in all_of_them)
     assert found >= 0.95 * len(all_of_them)
@@ -79,7 +79,7 @@ def test_the_best_is_found_in_95_percent_and_never_missed_by_more_than_4(field: 
 
 
 @pytest.mark.parametrize("sky", SKIES)
-def test_a_clear_case_takes_no_longer_than_its_budget_and_a_close_one_three_times_that(sky: str) -> None:
+def test_a_clear_case_keeps_its_budget_and_a_close_one_thrice(sky: str) -> None:
     slack = 1.15  # of what a last round and the first warm calls may take
     assert max(one.seconds for one in outcomes("10 % apart, slower alone", "quiet")) <= slack * BUDGET_S
     for field in FIELDS:

@@ -56,7 +56,7 @@ def test_the_hopeless_is_called_once(clock: FakeTime) -> None:
     assert given["slow"].calls == 1
 
 
-def test_where_first_calls_compile_everyone_gets_a_second_outside_of_the_time(clock: FakeTime) -> None:
+def test_compiling_first_calls_get_a_second_call_off_the_clock(clock: FakeTime) -> None:
     given = {"plain": FakeRunner(clock, 0.002), "compiled": FakeRunner(clock, 0.001, cold_s=3.0)}
     found = halving(clock, on_gpu=True).run(given)
     assert next(iter(found.call_s)) == "compiled"
@@ -70,7 +70,7 @@ def test_it_keeps_to_its_time(clock: FakeTime, count: int) -> None:
     assert clock.now - before <= 0.5 + 0.05
 
 
-def test_when_the_time_is_up_nothing_more_is_begun_and_that_is_told(clock: FakeTime) -> None:
+def test_after_its_time_nothing_begins_and_the_result_says_so(clock: FakeTime) -> None:
     given = runners(clock, first=0.6, second=0.7)
     found = halving(clock).run(given)
     assert found.untried == ["second"]
@@ -86,7 +86,7 @@ def test_what_raises_is_out_whenever_it_does(clock: FakeTime, after: int) -> Non
 
 
 @pytest.mark.parametrize("after", [5, 30])
-def test_where_all_that_stood_a_chance_raise_the_best_of_the_others_is_taken(clock: FakeTime, after: int) -> None:
+def test_where_all_leaders_raise_the_best_of_the_others_wins(clock: FakeTime, after: int) -> None:
     broken = {name: FakeRunner(clock, 0.001, fails_after=after) for name in ("one", "other")}
     found = halving(clock).run(broken | runners(clock, slower=0.03, slow=0.02))
     assert list(found.call_s) == ["slow", "slower"]

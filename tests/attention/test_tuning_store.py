@@ -157,7 +157,7 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path, told: list[str]) ->
     assert len(told) == 1
 
 
-def test_a_file_of_an_older_version_is_read_and_goes_on_in_todays_form(path: Path, told: list[str]) -> None:
+def test_a_file_of_an_older_version_is_read_and_upgraded(path: Path, told: list[str]) -> None:
     Store(path).put(an_entry())
     of_today = path.read_text()
     older = of_today.replace("schema = 2", "schema = 1").replace('made_with = ""\n', "")

@@ -30,7 +30,7 @@ def test_others_get_2_percent_of_the_calls_and_no_more() -> None:
     assert 0.9 * SHARE * 10_000 <= tried <= SHARE * 10_000
 
 
-def test_a_slow_one_counts_as_several_and_a_hopeless_one_is_never_tried() -> None:
+def test_slow_ones_count_several_and_hopeless_ones_are_skipped() -> None:
     watch = Watch({"b": 5.0}, doubt="the test says so")
     assert sum(watch.may_try(calls) for calls in range(1, 10_001)) <= SHARE * 10_000 / 5
     assert not Watch({"b": 50.0}, doubt="the test says so").trying
@@ -69,7 +69,7 @@ def test_one_that_is_not_better_is_given_up_and_the_next_tried() -> None:
     assert not watch.trying
 
 
-def test_a_former_choice_is_tried_again_and_again_but_less_often() -> None:
+def test_a_former_choice_is_retried_less_and_less_often() -> None:
     watch = Watch({"b": 1.0}, doubt="the test says so")
     watch.changed("a")
     for _ in range(50):

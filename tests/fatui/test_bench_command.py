@@ -56,7 +56,7 @@ def test_a_small_case_gives_rows_that_say_what_ran():
     assert document["peaks"]["matmul_flops_per_s"] > 0
 
 
-def test_what_will_not_fit_is_refused_with_both_figures_and_is_no_failure():
+def test_what_will_not_fit_is_refused_and_is_no_failure():
     done = bench("quick", *SMALL, "--impl", "baseline", "--memory-limit", "1KiB", "--seconds", "0.3")
     assert done.returncode == 0, done.stderr
     assert "baseline: refused: needs" in done.stdout
@@ -108,7 +108,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_newcomer_has_a_first_look_within_ten_seconds_and_every_later_run_is_done_by_then(tmp_path, monkeypatch):
+def test_a_first_look_or_a_later_run_takes_ten_seconds(tmp_path, monkeypatch):
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path / "empty"))  # nothing is compiled yet
     with subprocess.Popen(
         [*COMMAND, "quick"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -128,7 +128,7 @@ def test_a_newcomer_has_a_first_look_within_ten_seconds_and_every_later_run_is_d
 
 
 @pytest.mark.slow
-def test_the_seed_table_is_done_within_90_seconds_with_every_row_in_order():
+def test_the_seed_table_is_done_within_90_seconds():
     started = time.monotonic()
     done = bench("seed-table", "--json", "-", timeout=120)
     assert time.monotonic() - started < 90

@@ -199,7 +199,7 @@ def test_a_history_that_cannot_be_used_costs_no_result(capsys, tmp_path, monkeyp
     assert "not kept in the history" in captured.err
 
 
-def test_a_damaged_history_is_told_and_the_run_is_kept_in_a_new_one(capsys):
+def test_a_damaged_history_is_reported_and_replaced(capsys):
     path = History().path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"nonsense " * 1000)
@@ -223,7 +223,7 @@ def test_exports_are_written_and_say_what_the_table_says(capsys, tmp_path):
     assert "| poc | CPU kernel avx512 |" in targets[2].read_text()
 
 
-def test_a_full_disk_on_export_keeps_the_old_file_and_still_prints_the_table(tmp_path):
+def test_a_full_disk_on_export_keeps_the_old_file(tmp_path):
     target = tmp_path / "out.json"
     target.write_text("old")
     process = subprocess.Popen(
@@ -287,7 +287,7 @@ def test_stdout_on_a_full_device_is_told():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_within_a_second_and_keeps_what_was_measured(number, tmp_path):
+def test_a_signal_stops_within_a_second_and_keeps_results(number, tmp_path):
     target = tmp_path / "out.json"
     process = fatui("bench", "scaling", "--json", str(target), FAKE_PAUSE="0.02")
     assert process.stderr is not None

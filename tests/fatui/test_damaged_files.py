@@ -324,7 +324,7 @@ def test_dots_inside_of_texts_are_no_key():
     assert parse_toml(f'title = "{"a." * 500}"')["title"] == "a." * 500
 
 
-def test_every_mistake_of_a_preset_is_told_even_with_absurd_numbers(tmp_path):
+def test_all_errors_of_a_preset_are_reported_even_absurd_ones(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
         f'schema = 1\nseed = -1\nseconds = 1e400\n[workload]\nmask = "window:{"9" * 5000}"\nseq = {10**400}\n'

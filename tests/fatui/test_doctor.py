@@ -73,7 +73,7 @@ def test_explaining_nothing_legal_is_told(capsys):
     assert "must divide" in capsys.readouterr().err
 
 
-def test_a_report_is_written_for_a_bug_report_and_tells_no_folder(capsys, monkeypatch, tmp_path):
+def test_a_bug_reports_file_names_no_folder(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path / "cache"))
     assert main(["doctor", "--no-measure", "--report", str(tmp_path / "report.md")]) == 0
     text = (tmp_path / "report.md").read_text()

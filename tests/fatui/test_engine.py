@@ -101,7 +101,7 @@ def test_a_file_that_exits_on_import_is_named(tmp_path: Path, text: str, reason:
     assert engine.record.refused.reason == f"implementation: '{name}' cannot be loaded: {reason}"
 
 
-def test_a_broken_gpu_costs_one_row_and_the_others_go_on_in_a_new_process() -> None:
+def test_a_broken_gpu_costs_one_row_and_a_new_process_goes_on() -> None:
     heard: list[on.AnyEvent] = []
     engine = Engine(plan("BreaksTheGpu", cases=(SMALL, SMALL)), heard.append, peaks=PEAKS)
     asyncio.run(asyncio.wait_for(engine.run(), 60))
@@ -166,12 +166,12 @@ def test_force_runs_what_is_predicted_not_to_fit() -> None:
     assert row(case, "Hungry").status == "ok"
 
 
-def test_what_an_implementation_prints_does_not_reach_the_events(one_run: Engine) -> None:
+def test_what_an_implementation_prints_is_no_event(one_run: Engine) -> None:
     assert row(one_run.record.case(0), "Prints").status == "ok"
     assert not one_run.record.log
 
 
-def test_what_has_to_be_built_is_built_once_while_the_others_give_a_first_look() -> None:
+def test_building_happens_once_after_a_first_look_at_the_others() -> None:
     told: list[on.AnyEvent] = []
     engine = Engine(plan("Builds", cases=(SMALL, structs.replace(SMALL, seq=16))), told.append, peaks=PEAKS)
     asyncio.run(asyncio.wait_for(engine.run(), 60))
@@ -208,7 +208,7 @@ def test_every_row_carries_what_the_table_needs(one_run: Engine) -> None:
     assert len(planted.samples) == len(row(case, "baseline").samples) >= 3
 
 
-def test_stopping_ends_the_worker_within_a_second_and_keeps_what_was_measured() -> None:
+def test_stopping_ends_the_worker_in_a_second_and_keeps_rows() -> None:
     engine = Engine(plan("Planted", seconds=60, precision=0), peaks=PEAKS)
     took = asyncio.run(_stop_when(engine, on.RoundsDone))
     assert took < 1
@@ -224,7 +224,7 @@ def test_stopping_ends_a_worker_that_is_stuck_in_a_call(planted: str) -> None:
     assert engine.process_id is None
 
 
-def test_a_worker_killed_from_outside_in_mid_run_is_told_and_replaced() -> None:
+def test_a_worker_killed_in_mid_run_is_reported_and_replaced() -> None:
     engine = Engine(plan("Planted", seconds=1.5, precision=0), peaks=PEAKS)
 
     async def kill_once() -> None:
@@ -269,7 +269,7 @@ def test_a_hung_call_in_a_model_costs_its_row(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("work", [*GENERATIONS, TUNING])
-def test_a_silence_in_a_model_is_bounded_before_and_after_the_estimate(work: Generation | FineTuning) -> None:
+def test_silence_in_a_model_is_bounded_around_the_estimate(work: Generation | FineTuning) -> None:
     kind = GenerationPlan if isinstance(work, Generation) else FineTuningPlan
     engine = Engine(kind(cases=(work,), implementations=("baseline",)))
     engine._tell(on.CaseStarted(case=0))
@@ -304,7 +304,7 @@ def test_a_child_in_a_session_of_its_own_ends_with_the_run(tmp_path: Path, monke
         time.sleep(0.05)
 
 
-def test_a_silence_is_unexplained_after_half_a_minute_unless_something_is_built() -> None:
+def test_silence_is_unexplained_after_30_s_unless_building() -> None:
     now = 0.0
     silence = Silence(lambda: now)
     silence.hear(on.StepStarted(case=0, implementation="poc", step="build"))

@@ -40,7 +40,7 @@ def test_json_has_the_schema_and_null_for_what_is_not_known():
     assert document["cases"][0]["workload"]["pass"] == "forward"
 
 
-def test_json_carries_the_studys_figures_under_a_key_of_their_own():
+def test_json_has_the_studys_figures_under_their_own_key():
     document = json.loads(export.to_json(report_of(), {"machine": "M3 Max"}))
     assert document["study"] == {"machine": "M3 Max"}
 
@@ -58,7 +58,7 @@ def test_csv_has_a_line_for_each_row_with_the_rows_own_figures():
     assert (lines[4]["seq"], lines[4]["fused"], lines[5]["fused"]) == ("128", "false", "true")
 
 
-def test_markdown_has_a_table_for_each_case_with_as_many_cells_in_every_line():
+def test_markdown_tables_have_as_many_cells_in_every_line():
     text = export.to_markdown(partial_report())
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
     assert len(tables) == 3

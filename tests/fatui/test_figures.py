@@ -198,7 +198,7 @@ def test_a_finding_says_who_won_and_what_it_takes():
     assert figures.finding(empty)
 
 
-def test_another_reference_than_the_baseline_is_named_with_its_cause():
+def test_a_reference_other_than_the_baseline_is_explained():
     record = Record(plan_of(names=("baseline", "poc", "demo")))
     record.apply(on.CaseStarted(case=0))
     record.apply(on.RowEnded(case=0, implementation="baseline", status="failed", reason="planted"))
@@ -214,7 +214,7 @@ def test_another_reference_than_the_baseline_is_named_with_its_cause():
     assert note in printed.getvalue()
 
 
-def test_a_row_that_ran_another_rows_implementation_shares_its_star():
+def test_rows_of_the_same_implementation_share_a_star():
     report = report_of(plan_of(names=("baseline", "poc", "demo")))
     (case,) = report.cases
     base, poc, demo = case.rows

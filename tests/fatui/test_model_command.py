@@ -115,7 +115,7 @@ def test_the_help_names_the_models_that_need_no_download(command, capsys):
     assert "tinyllama-1.1b, qwen2.5-1.5b, llama-7b-like, tiny-llama" in text
 
 
-def test_the_table_marks_an_estimate_and_says_what_attention_costs():
+def test_the_table_marks_estimates_and_attentions_share():
     text = " ".join(shown(generation_report()).split())
     assert "tinyllama-1.1b prefill 128 B=1 bfloat16, estimated from 4 of 22 layers" in text
     assert "60.0 ±" in text, "the baseline's attention takes six tenths of its time"
@@ -174,7 +174,7 @@ def test_the_estimate_is_told_in_words(capsys):
 
 
 @pytest.mark.slow
-def test_what_will_not_fit_is_refused_with_both_figures_and_the_advice():
+def test_what_will_not_fit_is_refused_with_advice():
     done = fatui("model", "tinyllama-1.1b", "--memory-limit", "1GiB", "--impl", "baseline", "--prompt", "16")
     assert done.returncode == 0
     assert " GiB of 1; --layers 8 would fit, and estimate the whole model" in " ".join(done.stdout.split())
@@ -198,7 +198,7 @@ def test_two_layers_of_tinyllama_take_less_than_two_minutes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loss_curves_of_twenty_iterations_are_equal_within_tolerance():
+def test_loss_curves_of_twenty_iterations_agree():
     names = ["baseline", "practical", "poc", "demo"]
     options = ["--iters", "20", "--seq", "128", "--dtype", "float32", "--impl", ",".join(names)]
     done = fatui("finetune", "tiny-llama", *options, "--json", "-")
@@ -214,7 +214,7 @@ def test_the_loss_curves_of_twenty_iterations_are_equal_within_tolerance():
 
 
 @pytest.mark.slow
-def test_an_interrupted_fine_tuning_keeps_what_is_there_and_exits_130():
+def test_an_interrupted_fine_tuning_keeps_rows_and_exits_130():
     command = [sys.executable, "-m", "fatui", "finetune", "tiny-llama", "--iters", "5000", "--impl", "baseline,poc"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(45)
@@ -228,7 +228,7 @@ def test_an_interrupted_fine_tuning_keeps_what_is_there_and_exits_130():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["model", "finetune"])
-def test_an_implementation_that_takes_the_worker_down_costs_its_own_row(command):
+def test_an_implementation_that_crashes_costs_its_own_row(command):
     names = f"baseline,{ROOT / 'tests' / 'planted.py'}:KilledAtOnce,mlx"
     few = (
         ["--prompt", "16", "--seconds", "1"] if command == "model" else ["--seq", "16", "--batch", "1", "--iters", "3"]

@@ -203,7 +203,7 @@ def test_a_file_that_is_no_preset_is_told_in_one_line(tmp_path):
             presets.load(tmp_path / name)
 
 
-def test_saving_never_replaces_unasked_and_keeps_what_it_replaces():
+def test_saving_never_overwrites_silently_and_keeps_a_backup():
     preset = presets.load("quick")
     first = own("mine", "schema = 1 # by hand\n[workload]\n")
     with pytest.raises(UsageError, match="already"):

@@ -67,7 +67,7 @@ def test_an_interval_that_spans_one_claims_no_difference(low, high):
     assert not any(re.search(r"practical (is [\d.]+ ±|gains|is slower|is as fast)", text) for text in told)
 
 
-def test_a_mean_is_claimed_only_if_most_of_its_cases_say_so_themselves():
+def test_a_mean_is_claimed_only_if_most_cases_agree():
     report = report_of(plan_of(SWEEP[:2]))
     unclear = ratio(1.6, 1.5, 1.7, significant=False)  # inside a wide noise floor
     doubtful = with_rows(
@@ -94,7 +94,7 @@ def test_a_run_in_which_all_failed_claims_nothing():
     assert "fatui bench" in to_markdown(document)
 
 
-def test_what_was_not_measured_comes_with_the_command_that_measures_it():
+def test_unmeasured_findings_name_the_command_to_measure():
     commands = [block.command for block in blocks(compose([report_of()]), Missing)]
     for wanted in ("fatui bench scaling", "fatui model tinyllama-1.1b", "fatui finetune", "fatui bench seed-table"):
         assert any(command.startswith(wanted) for command in commands), wanted
@@ -142,7 +142,7 @@ def test_the_growth_of_a_sweep_is_told_with_its_power():
     assert "Length 128 to 1024" in grown
 
 
-def test_a_speedup_that_falls_with_length_is_told_as_diminishing():
+def test_a_speedup_falling_with_length_is_called_diminishing():
     report = report_of(plan_of(SWEEP))
     cases = []
     for number, case in enumerate(report.cases):
@@ -153,7 +153,7 @@ def test_a_speedup_that_falls_with_length_is_told_as_diminishing():
     assert any("speedup of poc over baseline diminishes: 0.50 times" in text for text in told)
 
 
-def test_a_crossover_is_told_with_the_two_lengths_between_which_it_lies():
+def test_a_crossover_names_the_two_lengths_around_it():
     report = report_of(plan_of(SWEEP, ("baseline", "practical")))
     cases = []
     for number, case in enumerate(report.cases):
@@ -165,13 +165,13 @@ def test_a_crossover_is_told_with_the_two_lengths_between_which_it_lies():
     assert any("baseline is the faster up to 256, practical from 512 on" in text for text in told)
 
 
-def test_sweeps_leave_out_cases_that_differ_in_more_than_one_axis():
+def test_sweeps_omit_cases_that_differ_in_several_axes():
     cases = (*SWEEP, Workload(seq=2048, head_dim=128))
     (sweep,) = sweeps(report_of(plan_of(cases)))
     assert len(sweep.cases) == len(SWEEP)
 
 
-def test_the_study_s_cold_start_is_shown_from_first_call_and_steady_state():
+def test_the_studys_cold_start_is_shown():
     told = texts(compose([report_of(plan_of((Workload(seq=64, head_dim=32),)))]), "study")
     assert len(told) == 1
     assert told[0].startswith(
@@ -179,7 +179,7 @@ def test_the_study_s_cold_start_is_shown_from_first_call_and_steady_state():
     )
 
 
-def test_memory_is_compared_with_the_inputs_and_with_the_reference():
+def test_memory_is_compared_with_inputs_and_reference():
     def change(row):
         return structs.replace(row, peak_bytes=2**20 if row.implementation == "poc" else 2**22)
 
@@ -229,7 +229,7 @@ def test_nothing_is_claimed_of_too_few_rounds():
     assert {row[-1] for row in table.rows} == {"only 3 of 6"}
 
 
-def test_nothing_is_claimed_without_a_reference_or_of_failed_rows():
+def test_nothing_is_claimed_without_reference_or_of_failures():
     report = report_of(plan_of(SWEEP))
     failed = with_rows(report, lambda row: structs.replace(row, status="failed", reason="it broke", speedup=None))
     assert texts(compose([failed])) == []
@@ -262,7 +262,7 @@ def test_a_sweep_is_drawn_in_the_page_s_own_colours_and_markers():
         assert "poc" in chart.svg
 
 
-def test_without_matplotlib_the_report_says_how_to_get_the_charts(monkeypatch):
+def test_without_matplotlib_the_report_says_how_to_get_charts(monkeypatch):
     monkeypatch.setattr("fatui.report.charts.available", lambda: False)
     document = compose([report_of(plan_of(SWEEP))])
     assert blocks(document, Chart) == []

@@ -50,7 +50,7 @@ def python(code: str, **environment: str) -> subprocess.Popen:
     )
 
 
-def test_asking_whether_it_is_available_imports_no_mlx_and_takes_milliseconds():
+def test_availability_takes_milliseconds_and_imports_no_mlx():
     code = (
         "import sys, time; from attention.kernels import cpu; cpu.availability(); t = time.perf_counter();"
         "answer = cpu.availability(); t = time.perf_counter() - t;"
@@ -85,7 +85,7 @@ def test_the_folder_is_the_users_alone(own_folder):
     assert stat.S_IMODE(own_folder.stat().st_mode) == 0o700
 
 
-def test_a_library_that_was_changed_is_not_loaded_but_built_anew(own_folder):
+def test_a_changed_library_is_rebuilt_and_not_loaded(own_folder):
     cpu.load()
     path = record(own_folder).with_suffix(".so")
     path.unlink()
@@ -97,7 +97,7 @@ def test_a_library_that_was_changed_is_not_loaded_but_built_anew(own_folder):
     assert cache.digest(path) == json.loads(record(own_folder).read_text())["sha256"]
 
 
-def test_what_nobody_used_for_long_is_removed_when_something_new_is_compiled(own_folder):
+def test_compiling_removes_what_was_long_unused(own_folder):
     long_ago = time.time() - 100 * 86400
     stale, leftover, foreign = own_folder / "0123.so", own_folder / ".building-x", own_folder / "fresh.cubin"
     for path in (stale, leftover / "out.o", foreign):
@@ -135,7 +135,7 @@ def test_a_lock_that_is_held_stays_however_old_its_file_is(fresh, tmp_path, monk
     assert not (tmp_path / "kernels" / "key.lock").exists()
 
 
-def test_two_processes_that_compile_at_once_both_end_with_a_kernel(own_folder):
+def test_two_processes_compiling_at_once_both_get_a_kernel(own_folder):
     code = "from attention.kernels import cpu; cpu.load(); print('ready')"
     both = [python(code, FATUI_CACHE_DIR=str(own_folder.parent)) for _ in range(2)]
     assert [p.communicate(timeout=120)[0].strip() for p in both] == ["ready", "ready"]
@@ -187,7 +187,7 @@ def test_a_folder_of_another_user_is_refused(fresh, monkeypatch, tmp_path):
     assert cpu.availability() == (False, f"the cache folder {tmp_path}/kernels belongs to another user")
 
 
-def test_what_cannot_be_had_is_said_in_the_route_and_mlx_attends(fresh, monkeypatch):
+def test_the_route_names_what_is_missing_and_mlx_attends(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     route = Poc().route(Workload(dtype="float32"), probe())
     assert (route.path, route.fallback) == ("falls back: MLX SDPA", True)
@@ -202,7 +202,7 @@ def test_a_different_abi_is_refused_with_both_numbers(own_folder, monkeypatch):
         cpu.load()
 
 
-def test_a_failed_compilation_is_remembered_with_the_compilers_words(own_folder, monkeypatch):
+def test_a_failed_compilation_is_stored_with_its_message(own_folder, monkeypatch):
     monkeypatch.setenv("FATUI_KERNEL_CXXFLAGS", "-fno-such-option")
     with pytest.raises(cpu.KernelUnavailable, match="no-such-option"):
         cpu.load()
@@ -211,7 +211,7 @@ def test_a_failed_compilation_is_remembered_with_the_compilers_words(own_folder,
     assert "no-such-option" in reason
 
 
-def test_a_failure_may_not_last_so_it_is_tried_again_a_day_later(own_folder, monkeypatch):
+def test_a_failure_is_tried_again_a_day_later(own_folder, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr(build, "_kernel_command", lambda tools: ("false",))
         key = build.key(toolchain.find())
@@ -267,7 +267,7 @@ def test_no_room_is_found_out_before_anything_is_compiled(own_folder, monkeypatc
     assert not list(own_folder.glob("*.o"))
 
 
-def test_a_kernel_that_cannot_be_recorded_is_used_and_not_called_kept(own_folder, monkeypatch):
+def test_a_kernel_that_cannot_be_recorded_is_used_all_the_same(own_folder, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

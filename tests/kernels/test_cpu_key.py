@@ -44,7 +44,7 @@ def places(monkeypatch):
         known.cache_clear()
 
 
-def test_instructions_that_a_virtual_machine_hides_make_it_another_processor(places):
+def test_hidden_instructions_make_another_processor(places):
     assert not set(places(X86.format(""))) & set(places(X86.format(" amx_bf16")))
 
 

@@ -28,7 +28,7 @@ def workload(**fields):
 
 
 @pytest.mark.parametrize("gpu", ["A100", "RTX 4090", "B200"])
-def test_without_a_hopper_gpu_the_general_kernel_takes_many_queries(on, gpu):
+def test_without_hopper_the_general_kernel_takes_many_queries(on, gpu):
     on(gpu)
     for case in (workload(), workload(mask="causal", head_dim=256), workload(head_dim=192, value_dim=128)):
         assert path.route(case, PLAIN).path == "CUDA kernel, general"
@@ -41,20 +41,20 @@ def test_on_hopper_its_own_kernel_comes_first(on):
 
 
 @pytest.mark.parametrize("fields", [{}, {"pass_": "decode"}, {"seq": 5, "kv_seq": 900}])
-def test_on_hopper_the_general_kernel_takes_array_masks_and_other_widths(on, fields):
+def test_on_hopper_array_masks_go_to_the_general_kernel(on, fields):
     on("H100")
     assert path.route(workload(**fields), MASKED).path == "CUDA kernel, general"
     assert path.route(workload(**fields, value_dim=80), PLAIN).path == "CUDA kernel, general"
 
 
-def test_what_a_distrusted_kernel_would_have_taken_goes_to_the_general_one_and_the_route_says_why(on):
+def test_a_distrusted_kernels_calls_go_to_the_general_one(on):
     on("H100").wrong["flash_forward"] = "its output disagrees with the reference by 0.3"
     route = path.route(workload(), PLAIN)
     assert route.path == "CUDA kernel, general"
     assert "flash_forward: its output disagrees with the reference by 0.3" in route.reason
 
 
-def test_where_no_kernel_is_trusted_route_and_call_say_why_of_each(on):
+def test_with_no_trusted_kernel_route_and_call_say_why(on):
     on("H100").wrong.update(flash_forward="off by 3", flash_general="off by 2")
     route = path.route(workload(), PLAIN)
     assert not route.supported
@@ -64,7 +64,7 @@ def test_where_no_kernel_is_trusted_route_and_call_say_why_of_each(on):
         cuda.flash_attention(q, q, q, scale=0.125)
 
 
-def test_a_check_that_fails_at_the_first_call_sends_that_call_to_the_general_kernel(on):
+def test_a_failed_check_sends_the_call_to_the_general_kernel(on):
     found = on("H100")
     found.wrong["flash_forward"] = "off by 3"
     q = mx.zeros((1, 2, 300, 64), mx.float16)
@@ -87,7 +87,7 @@ def test_what_is_not_taken_is_told_in_a_line(on, fields, told):
     assert told in route.reason
 
 
-def test_gradients_that_the_hopper_kernel_does_not_make_are_made_by_the_general_one(on):
+def test_the_general_kernel_makes_gradients_that_hopper_lacks(on):
     found = on("H100")
     for case, needs in ((workload(), MASKED), (workload(value_dim=80), PLAIN), (workload(head_dim=256), PLAIN)):
         assert path.backward_refusal(case, needs) is None
@@ -108,7 +108,7 @@ def test_a_training_pass_counts_dq_in_float32(on):
 
 @pytest.mark.parametrize("gpu", ["A100", "H100"])
 @pytest.mark.parametrize("dim", [32, 64, 80, 128, 256])
-def test_a_training_pass_counts_what_its_kernels_hand_to_each_other(on, gpu, dim):
+def test_a_training_pass_counts_buffers_between_kernels(on, gpu, dim):
     found = on(gpu)
     case = workload(head_dim=dim, seq=300)
     both, forward = (path.route(workload(head_dim=dim, seq=300, pass_=p), PLAIN) for p in ("training", "forward"))
@@ -120,7 +120,7 @@ def test_a_training_pass_counts_what_its_kernels_hand_to_each_other(on, gpu, dim
     assert both.predicted_bytes - forward.predicted_bytes == written
 
 
-def test_a_head_dim_that_is_no_multiple_of_8_is_filled_up_and_counted(on):
+def test_a_head_dim_is_padded_to_8_and_the_copy_counted(on):
     on("A100")
     narrow = workload(head_dim=60)
     wide = workload(head_dim=64)
@@ -189,7 +189,7 @@ def test_few_rows_are_split_among_blocks_and_many_are_not(on):
     assert kernels(found) == ["flash_general"]
 
 
-def test_without_the_launcher_hopper_falls_back_to_the_general_kernel(on, monkeypatch):
+def test_without_the_launcher_hopper_uses_the_general_kernel(on, monkeypatch):
     on("H100")
     monkeypatch.setattr(launcher, "obstacle", lambda: "there is no C++ compiler")
     monkeypatch.setattr(launcher, "missing", lambda: "there is no C++ compiler")

@@ -47,7 +47,7 @@ def test_decode_fits_shared_memory(kernel):
 
 @needs_nvrtc
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
-def test_programs_compile_and_spill_nothing_and_products_run_beside_other_work(program):
+def test_programs_spill_nothing_and_overlap_products(program):
     found = report(program)
     assert found.stack == found.spilled == 0, found.log
     assert "serialized" not in found.log
@@ -92,7 +92,7 @@ def test_no_two_programs_share_a_name():
     assert len({program.entry for program in PROGRAMS}) == len(PROGRAMS)
 
 
-def test_an_nvrtc_that_is_too_old_is_told_before_anything_is_to_be_compiled(monkeypatch):
+def test_an_old_nvrtc_is_reported_before_compiling(monkeypatch):
     monkeypatch.setattr(nvrtc, "_library", lambda: None)
     monkeypatch.setattr(nvrtc, "version", lambda: (12, 4))
     for ask in (nvrtc.find, lambda: nvrtc.compile_program("", [])):

@@ -158,7 +158,7 @@ def test_the_passes_before_and_after_compile(architecture):
 
 
 @needs_nvrtc
-def test_a_gpu_that_nvrtc_does_not_know_gets_the_nearest_lower_code(monkeypatch):
+def test_a_gpu_unknown_to_nvrtc_gets_the_nearest_lower_code(monkeypatch):
     monkeypatch.setattr(nvrtc, "targets", lambda: (75, 80, 86, 90, 100))
     expected = {"sm_80": "sm_80", "sm_87": "sm_86", "sm_89": "sm_86", "sm_90a": "sm_90a", "sm_103": "sm_100"}
     assert {name: nvrtc.target_for(name) for name in expected} == expected

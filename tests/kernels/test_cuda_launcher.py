@@ -72,13 +72,13 @@ def told(monkeypatch):
 X, Y, CONSTANT, OUT, SUMS, MORE, LAST = range(7)
 
 
-def test_arguments_are_inputs_then_constants_then_outputs_then_numbers(told):
+def test_arguments_are_inputs_constants_outputs_numbers(told):
     addresses = [[POINTER, X], [POINTER, Y], [POINTER, CONSTANT], [POINTER, SUMS]]
     assert told.arguments[0] == [*addresses, [NUMBER, 7], [NUMBER, 8]]
     assert told.arguments[1] == [[POINTER, Y], [POINTER, SUMS], [POINTER, OUT], [POINTER, MORE]]
 
 
-def test_arrays_are_handed_over_as_maps_with_strides_or_not_at_all(told):
+def test_arrays_are_passed_as_maps_with_strides_or_not_at_all(told):
     map_of_x = [MAP, X, 64, 64, 128]
     strides = [[STRIDE, Y, axis] for axis in range(3)]
     assert told.arguments[2] == [map_of_x, [POINTER, Y], [POINTER, LAST], [NOTHING], *strides, [SERIAL]]
@@ -89,7 +89,7 @@ def test_what_is_changed_in_place_counts_as_written(told):
     assert told.writes == [[SUMS], [SUMS, OUT, MORE], [LAST]]
 
 
-def test_wanted_outputs_come_first_and_keep_their_shapes_and_types(told):
+def test_wanted_outputs_come_first_with_shapes_and_types(told):
     assert told.shapes == [[4], [2, 3], [1], [1]]
     assert told.types == [mx.bfloat16, mx.float32, mx.uint8, mx.uint8]
 
@@ -98,7 +98,7 @@ def test_blocks_are_those_of_each_launch(told):
     assert told.blocks == [5, 9, 1]
 
 
-def test_without_a_compiler_the_reason_says_so_and_nothing_is_compiled(monkeypatch):
+def test_without_a_compiler_nothing_is_compiled_and_it_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert launcher.obstacle() == "no C++ compiler found (no-such-compiler)"
     assert launcher.missing() == launcher.obstacle()
@@ -141,7 +141,7 @@ def test_a_full_disk_is_a_reason(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(cuda.availability()[0], reason="this MLX computes on CUDA")
-def test_an_mlx_without_cuda_compiles_it_and_says_that_it_does_not_load():
+def test_without_mlx_cuda_it_compiles_and_says_it_cannot_load():
     assert "does not load" in (launcher.missing() or "")
     assert "does not load" in (launcher.obstacle() or "")
 

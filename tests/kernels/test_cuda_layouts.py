@@ -78,7 +78,7 @@ def test_strided_arrays_are_not_copied(lay, size):
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_a_slice_that_changes_its_strides_from_call_to_call_is_followed(dim):
+def test_a_slice_with_changing_strides_is_followed(dim):
     shape = Shape(1, 2, 2, 130, 130, dim, "bf16")
     for seed, lay in enumerate([mx.contiguous, sliced, transposed, sliced, mx.contiguous]):
         made = selfcheck.inputs(shape, seed)
@@ -90,7 +90,7 @@ def test_a_slice_that_changes_its_strides_from_call_to_call_is_followed(dim):
 @pytest.mark.parametrize(
     ("size", "call"), [((1, 3, 1, 500, 2900), FULL), ((1, 2, 1, 1500, 2500), FULL), ((1, 2, 1, 77, 5000), CAUSAL)]
 )
-def test_tiles_whose_keys_are_dealt_out_are_added_up_to_the_same_bits(dim, size, call):
+def test_split_tiles_add_up_to_the_same_bits(dim, size, call):
     shape = Shape(*size, dim, "bf16")
     made = launch.forward(shape, call, launch.forward_kernel(shape, call))
     assert made.keywords["output_shapes"][2][0] > 0  # there are parts

@@ -45,7 +45,7 @@ def test_the_parts_named_are_measured_or_all_and_kept(measured, monkeypatch, tmp
     assert json.loads((tmp_path / "kept.json").read_text()) == [{"label": part} for part in parts]
 
 
-def test_the_backward_pass_is_measured_at_the_dims_and_lengths_named(measured, monkeypatch, tmp_path):
+def test_backward_is_measured_at_the_named_dims_and_lengths(measured, monkeypatch, tmp_path):
     run(monkeypatch, measure_backward, 64, 8192, 2048, "--json", tmp_path / "256")
     assert measured == [(64, length, causal) for causal in (False, True) for length in (2048, 8192)]
     assert len(json.loads((tmp_path / "256").read_text())) == 4

@@ -46,7 +46,7 @@ def arrays_of(queries):
 
 @pytest.mark.parametrize("queries", [300, 2])
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_kernel_gets_the_parameters_of_its_signature_and_gradients_are_made(launched, queries, masked):
+def test_kernels_get_their_signatures_parameters(launched, queries, masked):
     *primals, cotangent = arrays_of(queries)
     mask = [mx.zeros((2, 4, queries, 300), mx.float16)] if masked else []
 
@@ -73,7 +73,7 @@ def test_a_shape_is_replayed_from_its_third_call_on(launched):
         assert len(launched) == calls
 
 
-def test_the_strides_that_kernels_are_told_are_those_of_dense_arrays():
+def test_strides_passed_to_kernels_are_those_of_dense_arrays():
     shape, call = Shape(2, 4, 2, 30, 70, 64, "bf16", 128), Call(0.1, False, None, None, "bool")
     sizes = [(2, 4, 30, 64), (2, 2, 70, 64), (2, 2, 70, 128), (2, 4, 30, 128)]
     strides = [step for size in sizes for step in np.zeros(size, np.int8).strides[:3]]

@@ -138,7 +138,7 @@ def test_a_gradient_has_no_gradient(recorder):
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-46, 1e300])
-def test_scales_that_float32_has_no_number_for_become_the_nearest(scale):
+def test_scales_outside_float32_become_the_nearest(scale):
     factor = struct.unpack("f", struct.pack("i", launch.scalars_of(Call(scale, False, None, None))[0]))[0]
     assert factor == (2.0**-126 if scale < 1 else 2.0**126)
 

@@ -44,7 +44,7 @@ def test_every_key_that_a_tile_needs_is_some_blocks_work_once(dim, causal, windo
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_tile_is_there_even_if_it_sees_no_keys_and_every_list_ends(shape):
+def test_every_tile_is_listed_and_every_list_ends(shape):
     (table, _), ranges = works_of(64, True, 0, *shape)
     tiles = {work[:2] for row in table for work in row if work[0] >= 0}
     assert tiles == {(plane, tile) for plane in range(shape[0]) for tile in range(len(ranges))}

@@ -56,7 +56,7 @@ def test_a_failed_launch_is_a_failed_check():
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-def test_a_check_that_took_the_process_down_twice_is_a_failed_check(compiles):
+def test_a_check_that_crashed_the_process_twice_has_failed(compiles):
     def crash():
         if compiles:
             machine_code(PROGRAM)

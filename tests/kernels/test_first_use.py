@@ -26,7 +26,7 @@ def interrupted():
     raise KeyboardInterrupt
 
 
-def test_a_check_that_somebody_interrupted_says_nothing_of_the_kernel():
+def test_an_interrupted_check_is_no_verdict_on_the_kernel():
     there().judged(KEY, NAME, lambda: "off by 3")
     with pytest.raises(KeyboardInterrupt):
         here().judged(KEY, NAME, interrupted)
@@ -49,7 +49,7 @@ def test_a_check_whose_process_was_stopped_is_made_once_more():
     assert here().verdict(KEY) == "passed"
 
 
-def test_one_that_is_stopped_and_then_interrupted_has_not_failed():
+def test_a_stopped_then_interrupted_check_has_not_failed():
     with pytest.raises(SystemExit):
         here().judged(KEY, NAME, stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -65,7 +65,7 @@ def test_one_that_is_stopped_and_then_interrupted_has_not_failed():
         "[malloc] Unable to allocate 4096 bytes.",
     ],
 )
-def test_no_memory_for_a_check_is_a_reason_for_this_process_only(error):
+def test_no_memory_for_a_check_counts_for_this_process_only(error):
     def starve():
         raise RuntimeError(error)
 
@@ -89,7 +89,7 @@ def test_each_machine_has_its_verdict_in_the_same_record():
     assert record["checked"] == {"there": "off by 3", "here": "passed"}
 
 
-def test_where_nothing_can_be_written_the_verdict_holds_for_this_process(monkeypatch):
+def test_an_unrecorded_verdict_holds_for_this_process(monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
@@ -99,7 +99,7 @@ def test_where_nothing_can_be_written_the_verdict_holds_for_this_process(monkeyp
     assert here().verdict(KEY) is None
 
 
-def test_an_error_is_kept_with_all_its_lines_and_told_in_the_one_that_says_most():
+def test_an_error_is_stored_whole_and_shown_in_its_main_line():
     error = "cannot build\nprogram_source:3:1: error: nonsense\n" + "note\n" * 500
 
     def compile_nonsense():

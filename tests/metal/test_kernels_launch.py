@@ -63,7 +63,7 @@ def test_a_mask_may_have_any_shape_that_broadcasts(shape):
 
 
 @needs_verifier
-def test_small_arrays_are_device_memory_as_in_the_texts_that_were_checked(device):
+def test_small_arrays_are_device_memory(device):
     """MLX passes arrays of fewer than 8 elements as constant memory, which changes the source unless prevented."""
     q, k, v = arrays((1, 1, 1, 32), (1, 1, 5, 32), (1, 1, 5, 32))
     mask, sinks = mx.array([True, False, True, True, False]), mx.array([-50.0])
@@ -86,7 +86,7 @@ def test_sinks_may_be_a_slice():
 
 
 @pytest.mark.parametrize("by", ["kernel", "score matrix"])
-def test_a_sink_of_minus_infinity_is_none_for_rows_that_see_nothing_too(by):
+def test_a_sink_of_minus_infinity_is_none_for_empty_rows_too(by):
     shape = Shape(1, 2, 1, 40, 37, 32, "float32")  # causal, so the first three queries see nothing
     call, without = (Call(0.2, causal=True, sinks=sinks) for sinks in (True, False))
     q, k, v, d_o = arrays((1, 2, 40, 32), (1, 1, 37, 32), (1, 1, 37, 32), (1, 2, 40, 32))

@@ -50,7 +50,7 @@ def test_there_are_more_than_forty_and_no_two_are_the_same():
 
 
 @pytest.mark.slow
-def test_a_missing_barrier_is_reported_with_the_kernels_own_line():
+def test_a_missing_barrier_is_reported_with_its_line():
     (mutant,) = (one for one in BARRIERS if one.name == "backward_key: no barrier B3")
     own = "const float2 passed = shared[j * 32];"
     (race,) = (item for item in found_in(mutant) if item.startswith("race: weights"))

@@ -75,7 +75,7 @@ def mlx_is_fused(monkeypatch):
     ],
     ids=str,
 )
-def test_the_kernel_is_taken_where_mlx_has_no_fused_one_and_demo_tries_it(workload, needs):
+def test_the_kernel_is_used_and_tried_where_mlx_fuses_none(workload, needs):
     with on_a_mac(Device()):
         route = tuned.TunedPoc().route(workload, MAC, needs)
         assert route.fused
@@ -105,7 +105,7 @@ def test_where_mlx_is_fused_too_a_trial_decides(monkeypatch, tmp_path, winner, p
             )
 
 
-def test_before_a_trial_the_kernel_is_taken_where_mlx_is_fused_too(monkeypatch, tmp_path):
+def test_before_a_trial_the_kernel_is_used_where_mlx_fuses_too(monkeypatch, tmp_path):
     mlx_is_fused(monkeypatch)
     with on_a_mac(Device()):
         assert tuned.TunedPoc(Store(tmp_path / "tuning.toml")).route(WORKLOAD, MAC).path == "Metal kernel"
@@ -124,7 +124,7 @@ def test_where_mlx_is_not_fused_no_trial_takes_the_kernel_away(tmp_path):
         assert by_trial.route(WORKLOAD, MAC).path == "Metal kernel"
 
 
-def test_demos_own_candidate_heeds_no_trial_so_that_it_can_be_tried_again(monkeypatch, tmp_path):
+def test_demos_candidate_ignores_trials_and_can_be_retried(monkeypatch, tmp_path):
     mlx_is_fused(monkeypatch)
     tried(tmp_path, "mlx", {"mlx": 1e-4})  # where the user's own file lies
     with on_a_mac(Device()):
@@ -180,7 +180,7 @@ def test_models_with_sinks_are_offered_to_it_on_metal_alone(monkeypatch):
     assert not tuned.TunedPoc().takes_sinks
 
 
-def test_a_device_whose_kernel_takes_no_sinks_leaves_them_to_practical(monkeypatch):
+def test_where_the_kernel_takes_no_sinks_practical_does(monkeypatch):
     monkeypatch.setattr(tuned, "here", lambda: "cpu")
     q, k, v = arrays()
     sinks = mx.array([0.5, -1.0])

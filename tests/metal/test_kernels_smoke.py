@@ -53,7 +53,7 @@ def test_forward_of_128_queries_takes_less_than_a_second(device):
         pytest.param(96, "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_queries_that_see_a_single_key_have_no_gradient_and_give_it_none(device, head_dim, dtype):
+def test_queries_of_a_single_key_have_no_gradient(device, head_dim, dtype):
     shape = Shape(1, 2, 1, 41, 50, head_dim, dtype)
     call = Kind(causal=True, window=1).call(head_dim, dtype)
     given = selfcheck.inputs(shape, call)
@@ -74,7 +74,7 @@ def test_queries_that_see_a_single_key_have_no_gradient_and_give_it_none(device,
         pytest.param("float16", "full", marks=pytest.mark.slow),
     ],
 )
-def test_no_pointer_is_in_the_wrong_address_space_and_no_buffer_too_many(device, dtype, kind):
+def test_address_spaces_are_right_and_buffers_few_enough(device, dtype, kind):
     """For arguments that a call lacks, fewest for the kind "full", the source has a number in constant memory."""
     from kernels_verifier import address_spaces
 

@@ -107,7 +107,7 @@ def test_metals_own_error_is_told_by_route_doctor_and_report():
         assert f"forward float32 D=32 causal ({MARK}): FAILED" in report
 
 
-def test_a_report_checks_every_head_dim_and_type_and_names_no_home_folder(monkeypatch, tmp_path):
+def test_a_report_checks_all_head_dims_and_hides_home_folders(monkeypatch, tmp_path):
     told = []
     monkeypatch.setattr(machine_report, "home", lambda: tmp_path)
     monkeypatch.setattr(machine_report, "diagnose", lambda measure: [])
@@ -119,7 +119,7 @@ def test_a_report_checks_every_head_dim_and_type_and_names_no_home_folder(monkey
 
 
 @needs_verifier
-def test_a_wrong_backward_kernel_leaves_the_gradients_to_the_score_matrix():
+def test_a_wrong_backward_kernel_leaves_gradients_to_plain():
     with on_a_mac(Device(edit=wrong_gradient)):
         q, k, v = arrays()
 
@@ -133,7 +133,7 @@ def test_a_wrong_backward_kernel_leaves_the_gradients_to_the_score_matrix():
         assert "gradients go through the score matrix: backward float32 D=32 causal: its dK disagrees" in reason
 
 
-def test_a_check_that_took_the_process_down_twice_is_a_failed_check():
+def test_a_check_that_crashed_the_process_twice_has_failed():
     class Crashing(Refusing):
         def metal_kernel(self, **made):
             raise SystemExit

@@ -56,7 +56,7 @@ def test_atomics_add_up_and_are_no_race() -> None:
 
 
 @pytest.mark.slow
-def test_a_grid_that_is_no_multiple_of_the_threadgroup_ends_with_a_smaller_one() -> None:
+def test_an_uneven_grid_ends_with_a_smaller_threadgroup() -> None:
     output = run("y[thread_position_in_grid.x] = threads_per_threadgroup.x;", 40, 40)
     assert output.tolist() == [32] * 32 + [8] * 8
 
@@ -187,7 +187,7 @@ def test_a_broken_rule_is_found(kind: str, source: str, size: int, call: dict[st
 
 
 @pytest.mark.slow
-def test_an_operation_that_not_all_reach_is_reported_with_both_lines():
+def test_a_divergent_operation_is_reported_with_both_lines():
     source = "if (thread_index_in_simdgroup < 9) y[0] = simd_sum(x[0]);\nelse y[1] = simd_max(x[1]);"
     with pytest.raises(Finding) as found:
         run(source, 2)
