@@ -44,7 +44,7 @@ SLOW_WEIGHTS_PER_S: Final = 1e7
 LATE: Final = 4
 """Multiple of a model case's estimated time that a silence in it may last."""
 RUN_MARK: Final = "FATUI_RUN"
-"""Environment variable that marks a worker's processes, whichever session they are in."""
+"""Environment variable that marks a worker's processes, in any session."""
 Listener = Callable[[on.AnyEvent], None]
 
 

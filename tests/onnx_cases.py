@@ -1,8 +1,8 @@
 """The ONNX Attention operator's own cases, opset 23, and an adapter to attention functions.
 
-The operator differs in its clothes, which the adapter takes off: 3-D inputs with the heads side by side, a past that is
-put before keys and values, masks shorter than the keys, and a causal mask whose first row stands at the first new key
-(upper-left). What cannot be asked is the operator's optional matrix output.
+The operator differs in form, which the adapter converts: 3-D inputs with the heads side by side, a past that is put
+before keys and values, masks shorter than the keys, and a causal mask whose first row is at the first new key
+(upper-left). Its optional matrix output is not supported.
 """
 
 import importlib
@@ -17,7 +17,7 @@ import numpy as np
 
 MATRIX = "qk_matmul_output"
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
-"""Of results in each type: ONNX's own of 1e-7 is below what half types resolve where terms cancel."""
+"""Tolerances of results in each type: ONNX's own 1e-7 is below the resolution of half types where terms cancel."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Case:
     given: dict[str, np.ndarray]
     options: dict[str, Any]
     expected: dict[str, np.ndarray]
-    """By the outputs' names; the first one is Y."""
+    """The outputs by name; the first one is Y."""
     rtol: float
 
 
@@ -77,10 +77,10 @@ def run(
     """Run a case and return its outputs by name.
 
     Args:
-        case: which.
-        attend: called with q, k, v, and by name scale, mask and softcap, each None where the case has none.
-        dtype: of the inputs (but no mask), if not their own.
-        causal_word: what `attend` takes for a causal mask and nothing else, where its last row stands at the last key.
+        case: the case.
+        attend: called with q, k, v, and by name scale, mask and softcap, each None if the case has none.
+        dtype: dtype of the inputs (except masks), if not their own.
+        causal_word: the argument with which `attend` is causal, with its last row at the last key.
     """
     given, options = {name: to_mlx(x) for name, x in case.given.items()}, case.options
     if dtype is not None:

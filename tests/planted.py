@@ -241,7 +241,7 @@ class LeavesAChild(Planted):
 
 
 class LeavesAnOrphan(Planted):
-    """Starts a process in a session of its own, through one that ends at once, and notes its id."""
+    """Starts a process in a new session, through one that exits immediately, and records its id."""
 
     def before_call(self) -> None:
         if self.calls == 1:

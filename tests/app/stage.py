@@ -198,8 +198,8 @@ def on_stage(play, size=(120, 40), paints=False, **options):
     Args:
         play: called with the stage.
         size: columns and lines of the screen.
-        paints: repaint on each change, as in a terminal; otherwise only `Stage.seen` renders, once at least.
-        options: of the app.
+        paints: repaint on each change, as in a terminal; otherwise only `Stage.seen` renders, at least once.
+        options: arguments of the app.
     """
 
     async def go():

@@ -12,9 +12,9 @@ from stage import on_stage
 from fatui.widgets.log_view import LogView
 
 ROUNDS = 35
-"""Events of rounds in a case, which make it 50 in all with those that are there in any case."""
+"""Events of rounds added to a case, 50 events in all with the others."""
 MOST_BYTES = 24 * 2**20
-"""What all of it may add: 200 cases with their rows and samples, 10,000 lines of log, 512 points a trend."""
+"""Maximum bytes for all of it: 200 cases with their rows and samples, 10,000 lines of log, 512 points per trend."""
 
 
 async def repaint_s(stage):

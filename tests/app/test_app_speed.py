@@ -1,6 +1,6 @@
 """Speed of the app, and its overhead on what it measures; in a pty, on the real engine.
 
-Figures are printed: pytest -m slow -n 0 -s tests/app/test_app_speed.py. They need a machine with nothing else to do.
+Figures are printed: pytest -m slow -n 0 -s tests/app/test_app_speed.py. They need an otherwise idle machine.
 """
 
 import math
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 FATUI = (sys.executable, "-m", "fatui")
 EMPTY = "from textual.app import App; App().run()"
 LAST_CELL = "\x1b[40;1H"
-"""An empty app draws every line; this is how it goes to the last."""
+"""Escape sequence that moves to the last line: an empty app draws every line."""
 PAINTED = "Palette"
 PAIRS = 5
 

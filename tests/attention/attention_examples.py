@@ -15,7 +15,7 @@ from attention.route import Needs
 from attention.workload import Workload
 
 INSTALLED = tuple(name for name in NAMES if name != "torch" or importlib.util.find_spec("torch"))
-"""The implementations that can run here: all, but for torch where it is not installed."""
+"""The implementations that can run here: all, except torch if it is not installed."""
 CPU = Device(backend="cpu", name="any", cores=2, memory_bytes=2**34, available_bytes=2**33)
 
 
@@ -34,7 +34,7 @@ class Example:
     causal: bool = False
     window: int | None = None
     array: str = ""
-    """"", "bool" or "additive", with some rows that see nothing; "keys" for one that depends on the key alone."""
+    """"", "bool" or "additive", with some fully masked rows; "keys": depends on the key only."""
     softcap: float | None = None
     label: str = field(default="", compare=False)
 

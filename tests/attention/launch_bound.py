@@ -12,13 +12,13 @@ class Candidate(Struct, frozen=True, kw_only=True):
     """Cost of one call, in seconds."""
 
     host_s: float
-    """On the processor: Python, and what queues the launch."""
+    """CPU time of a call: Python, and queueing the launch."""
     device_s: float = 3e-6
-    """On the GPU, which works through what is queued meanwhile."""
+    """GPU time of a call, while further calls are queued."""
     first_s: float = 0.3
-    """Of the very first call: compiling, plans."""
+    """Extra time of the first call: compilation, plans."""
     fixed_s: float = 0.0
-    """More of a sample's fixed cost than others have: what a single call shows, and a queue of them hides."""
+    """Fixed cost of a sample beyond that of other candidates: visible in a single call, hidden in a queue of calls."""
 
     @property
     def call_s(self) -> float:
@@ -32,16 +32,16 @@ class Weather(Struct, frozen=True, kw_only=True):
     noise: float = 0.02
     """Relative spread of one sample."""
     stalls: float = 0.03
-    """Share of the samples in which something else takes the processor."""
+    """Share of the samples in which another process takes the CPU."""
     stall_s: float = 1e-3
     phases: float = 0.3
-    """How much slower the processor is at most, for a while at a time."""
+    """Maximum temporary slowdown of the CPU."""
     phase_s: float = 0.3
     ramp: float = 1.0
-    """How much slower the GPU is before its clock is up."""
+    """Slowdown of the GPU before its clock is up."""
     ramp_s: float = 0.1
     heat: float = 0.0
-    """How much slower a call of the GPU is right after one that draws all its power."""
+    """Slowdown of a GPU call right after one that draws full power."""
 
 
 class LaunchBound:
@@ -72,7 +72,7 @@ class DeviceRunner:
 
     SYNC_S = 3e-5
     GROWTH = 3
-    """Samples of a new length until the memory of all their outputs is there."""
+    """Samples of a new length until the memory of all their outputs is allocated."""
 
     def __init__(self, device: LaunchBound, candidate: Candidate) -> None:
         self.device, self.candidate = device, candidate

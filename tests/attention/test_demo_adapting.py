@@ -235,7 +235,7 @@ CLOCKS = [
 
 
 TRIES = 3
-"""A disturbance just then may hide a difference of 30 %; without watching it is never found."""
+"""A disturbance at that moment may hide a difference of 30 %; without monitoring it is never found."""
 
 
 def leaves_within_200_calls(path: Path, clock: Clock, switches: list[on.Switched]) -> bool:

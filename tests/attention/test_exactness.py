@@ -11,7 +11,7 @@ from attention import UnsupportedError, attention
 from attention.implementations.practical import Practical
 
 BUDGETS = [None, 1 << 16]
-"""What a small call fits, and what cuts it into blocks."""
+"""A budget that a small call fits, and one that cuts it into blocks."""
 
 
 def normal(*shape: int, key: int = 0) -> mx.array:

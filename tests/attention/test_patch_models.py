@@ -19,7 +19,7 @@ from attention.implementations.practical import Practical
 
 IMPLEMENTATIONS = ["baseline", "poc", "practical", "demo", "practical in blocks"]
 COMPILED = ("poc", "practical in blocks")
-"""Of these a compiled step is tried in every run of the tests."""
+"""The ones whose compiled step is tested in every run."""
 LEFT_PADDING = [5, 0]
 CACHES: dict[str, Callable[[], Any]] = {
     "plain": KVCache,

@@ -54,7 +54,7 @@ def test_no_shape_takes_more_than_its_budget(workload: Workload, mebibytes: int)
 def test_an_array_mask_for_every_head_stays_within_the_budget(
     dtype: mx.Dtype, query_type: DType, backend: Backend, mebibytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # as a GPU would be asked, computed here: what is not waited for takes no less there
+    # decided as for a GPU, computed here: without waiting, the memory use is at least as large
     monkeypatch.setattr("attention.implementations.practical.here", lambda: backend)
     workload = Workload(seq=900, heads=4, head_dim=16, dtype=query_type)
     q, k, v = make_inputs(workload, 0)

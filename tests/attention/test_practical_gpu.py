@@ -18,7 +18,7 @@ from attention.workload import Workload
 ON_GPU = mx.default_device() != mx.Device(mx.cpu)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="MLX computes on the CPU here")]
 SMALL = 64 * MIB
-"""A budget that none of the score matrices below fits."""
+"""A budget smaller than any score matrix below."""
 
 
 class Bound(MlxRunner):

@@ -13,7 +13,7 @@ BUDGET_S = 0.5
 US = 1e-6
 SEEDS = range(60)
 FIELDS = {
-    # What an H200 does: queued calls 10 % apart, of which the faster one is slower when it is waited for.
+    # As on an H200: queued calls 10 % apart, where the faster candidate is slower when each call is waited for.
     "10 % apart, slower alone": {
         "poc": Candidate(host_s=13 * US, fixed_s=30 * US),
         "mlx": Candidate(host_s=14.4 * US, first_s=1.0),
@@ -49,9 +49,9 @@ SKIES = {
 class Outcome(Struct):
     winner: str
     share: float
-    """The winner's speed over the best's."""
+    """Speed of the winner relative to the best."""
     seconds: float
-    """What it took, first calls apart."""
+    """Duration, without first calls."""
     found: Found
 
 

@@ -30,7 +30,7 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 32,
     "n_routed_experts": None,
 }
-"""Of multi-head latent attention, which hands its rotary scores to attention as an additive mask."""
+"""Multi-head latent attention, which passes its rotary scores to attention as an additive mask."""
 
 
 def tiny(name: str, dtype: mx.Dtype = mx.float32) -> Any:

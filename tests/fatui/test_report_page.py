@@ -56,7 +56,7 @@ addEventListener("load", () => setTimeout(() => {{
   document.body.append(page.querySelector("#told"));
 }}, 500));
 </script></body>"""
-"""A window has a least width of its own, a frame has not."""
+"""A window has a minimum width, a frame has none."""
 OPTIONS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=5000"),
     *("--allow-file-access-from-files", "--enable-logging=stderr"),

@@ -1,6 +1,6 @@
 """Command line of the fuzz tests: draw cases, run them in separate processes, and count the outcomes.
 
-Exit code 0 if everything but the peers held, 1 if not, 2 for wrong usage.
+Exit code 0 if everything but the peers passed, 1 if not, 2 for wrong usage.
 """
 
 import argparse
@@ -17,10 +17,10 @@ from typing import Any, Final
 FAMILIES: Final = ("broad", "edges")
 MODES: Final = ("forward", "gradient", "demo")
 MAX_SILENCE_S: Final = 300.0
-"""Seconds without a word after which a process is taken to hang."""
+"""Seconds without output after which a process counts as hung."""
 CLEAR_CACHE_EVERY: Final = 50
 MAX_SHOWN: Final = 30
-"""Failures that are printed; a file has all of them."""
+"""Maximum number of failures printed; the file has all of them."""
 
 
 def main(words: list[str] | None = None) -> int:

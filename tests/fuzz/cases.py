@@ -17,7 +17,7 @@ MAX_DIM: Final = 300
 SEED_STRIDE: Final = 1_000_003
 """Case n of seed s draws from the generator of seed s * SEED_STRIDE + n."""
 MAX_DEMO_SCORES: Final = 1e6
-"""Scores of a case for `demo`, which tries every candidate."""
+"""Maximum scores of a case for `demo`, which tries every candidate."""
 LENGTHS_Q: Final = (1, 1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300)
 LENGTHS_K: Final = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300)
 DIMS: Final = (1, 2, 8, 16, 31, 32, 33, 64, 80, 96, 128, 192, 256)

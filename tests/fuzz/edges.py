@@ -1,7 +1,7 @@
 """The family of edge cases: one theme per case, each at a point where an algorithm branches or a number changes scale.
 
-Case n has theme n modulo their number, so that every theme has its share of any run. The scores are often exact by
-construction (small integers times powers of two, or constants), so that the judge allows little.
+Case n has theme n modulo their number, so that every theme has an equal share of any run. The scores are often exact by
+construction (small integers times powers of two, or constants), so that the accepted error is small.
 """
 
 from collections.abc import Callable
@@ -151,7 +151,7 @@ def first_keys_hidden(draw: Draw) -> Problem:
 def scores_of_any_size(draw: Draw) -> Problem:
     """Make scores integers times 2^e, from about 1e-30 to 1e30.
 
-    One dimension makes them, so that scores are equal or far apart, however the factor is rounded.
+    One dimension produces them, so that scores are equal or far apart, however the factor is rounded.
     """
     q, k = (np.round(draw.random.uniform(-4, 4, shape)) for shape in (draw.q_shape, draw.k_shape))
     q[..., 1:] = 0

@@ -1,6 +1,6 @@
 """Accuracy checks of one implementation on a problem, by FlashAttention 3's rule.
 
-An output may be off by twice the error of plain attention in the same type, a gradient by three times, and by the
+The accepted error of an output is twice that of plain attention in the same type, of a gradient three times, plus the
 rounding of the result. Plain attention in 16 bits clips a large mask; what float32 loses beside it counts as well.
 """
 
@@ -21,15 +21,15 @@ Verdict = Literal["ok", "unsupported", "inaccurate", "refused", "exception", "cr
 VERDICTS: Final[tuple[Verdict, ...]] = ("ok", "unsupported", "inaccurate", "refused", "exception", "crashed")
 FAILURES: Final = ("inaccurate", "refused", "exception", "crashed")
 PEERS: Final = ("mlx", "torch")
-"""Implementations that are measured as they are: what they get wrong is no fault of the project."""
+"""Implementations that are tested unmodified: their errors are not the project's."""
 NAMES: Final = ("output", "dQ", "dK", "dV", "dMask")
 TRANSFORMS: Final = ("plain", "compile", "checkpoint", "vmap", "vmap_q", "vmap_grad", "grad_compile")
-"""What a call runs under. `vmap`: mapped, and then differentiated; `vmap_q`: with q alone mapped; `vmap_grad`: the
+"""Transformations of a call. `vmap`: mapped, and then differentiated; `vmap_q`: with q alone mapped; `vmap_grad`: the
 gradient mapped; `grad_compile`: the gradient compiled."""
 OUTPUT_FACTOR: Final = 2
 GRADIENT_FACTOR: Final = 3
 SCORE_ROUNDING: Final = 2**-22
-"""Error of a weight, relative, for each unit of a score: a few roundings of float32."""
+"""Relative error of a weight per unit of a score: a few roundings of float32."""
 
 
 @dataclass
@@ -38,17 +38,17 @@ class Outcome:
 
     verdict: Verdict
     detail: str = ""
-    """One line: the error, or which result is how far off."""
+    """One line: the error, or the result that is off and by how much."""
 
 
 def implementations(problem: Problem, mode: Mode, with_torch: bool, chosen: str | None = None) -> dict[str, Any]:
     """Return the implementations to be run: names, or `practical` with a given budget.
 
     Args:
-        problem: what they are run on.
-        mode: in which mode; `demo` runs that implementation alone.
-        with_torch: whether torch takes part, forward.
-        chosen: only these, by comma; FILE.py:CLASS is one from outside.
+        problem: the problem to run.
+        mode: the mode; `demo` runs only that implementation.
+        with_torch: whether torch is included, forward only.
+        chosen: only these, comma-separated; FILE.py:CLASS is an external one.
     """
     if mode == "demo":
         return {"demo": "demo"}

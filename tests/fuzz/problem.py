@@ -25,18 +25,18 @@ class Problem:
     window: int | None
     softcap: float | None
     cotangent: mx.array | None = None
-    """Of the output, where gradients are checked."""
+    """Cotangent of the output, if gradients are checked."""
     transform: str = "plain"
     """One of `judge.TRANSFORMS`."""
     budgets: dict[str, int] = field(default_factory=lambda: {"practical64k": 65536, "practical1M": 1 << 20})
     has_mask_gradient: bool = False
     """Whether the gradient of the mask is checked too."""
     may_be_refused: bool = False
-    """Whether a usage error is a right answer."""
+    """Whether a usage error is a correct result."""
     largest_score: float = 0.0
     """Size of scores that plain attention need not round; in gradients, times that of the keys they are summed with."""
     facts: dict[str, object] = field(default_factory=dict)
-    """What the case was drawn as, for the log."""
+    """The parameters the case was drawn with, for the log."""
 
     @property
     def factor(self) -> float:

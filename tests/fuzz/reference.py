@@ -28,7 +28,7 @@ def visible(problem: Problem) -> tuple[np.ndarray, Floats | None]:
 def expected(problem: Problem, keep: np.ndarray, added: Floats | None, is_sum_in_float32: bool = False) -> list[Floats]:
     """Return the output and, with a cotangent, the gradients of q, k, v and, where it is checked, the mask.
 
-    `is_sum_in_float32` rounds the sums of scores and mask: beside a mask of -1e9 float32 has no room for a score.
+    `is_sum_in_float32` rounds the sums of scores and mask: beside a mask of -1e9 float32 cannot represent a score.
     """
     q, k, v = exact(problem.q), exact(problem.k), exact(problem.v)
     group = q.shape[1] // k.shape[1]

@@ -58,7 +58,7 @@ def largest_product(q, k):
 def exact_scores(seed, shape, exponent, dtype, negative=False):
     """Return q, k and v whose scores, times 1/4, are exact in float32: integers up to 256 times 2**exponent.
 
-    So are ties among them; `negative` makes all scores negative.
+    Ties among them are exact too; `negative` makes all scores negative.
     """
     b, h, hkv, lq, lk, d = shape
     random = np.random.default_rng(seed)
@@ -75,6 +75,6 @@ def exact_scores(seed, shape, exponent, dtype, negative=False):
 
 SCORE_EXPONENTS = [(mx.float32, e) for e in (-100, -20, 8, 13, 20, 33, 66, 93)]
 SCORE_EXPONENTS += [(mx.bfloat16, e) for e in (-60, 8, 13, 33, 60)] + [(mx.float16, e) for e in (-8, 8, 18)]
-"""Sizes of scores for `exact_scores`, as far as the inputs of each type reach."""
+"""Exponents of scores for `exact_scores`, over the range of each input type."""
 SCORE_SHAPES = [(1, 2, 2, 70, 300, 16), (1, 4, 2, 1, 90, 16), (1, 1, 1, 3, 3000, 16)]
-"""Many queries; few; few against spans of keys that are joined."""
+"""Many queries; few; few with spans of keys that are joined."""

@@ -10,7 +10,7 @@ from attention.kernels import cuda
 from attention.kernels.cuda import choice, pullback
 from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Call, Shape, check_arrays, normal
 
-KINDS = {  # what a call asks for besides its arrays; of a mask the shape, 1 where it broadcasts, and the type
+KINDS = {  # options of a call besides its arrays; for a mask its shape, 1 where it broadcasts, and its type
     "full": {},
     "causal": {"causal": True},
     "window": {"causal": True, "window": 37},

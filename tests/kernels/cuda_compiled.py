@@ -9,7 +9,7 @@ from attention.errors import KernelUnavailable
 from attention.kernels.cuda import nvrtc
 
 REGISTERS = 65_536
-"""Of a multiprocessor."""
+"""Per multiprocessor."""
 
 
 def _is_there():

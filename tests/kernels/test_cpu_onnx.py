@@ -1,6 +1,6 @@
 """The ONNX Attention operator's own cases, opset 23, directly through the CPU kernel.
 
-By way of `poc` they are in every run (tests/attention/test_onnx_attention.py); here they run under the sanitizers.
+Every run includes them through `poc` (tests/attention/test_onnx_attention.py); here they run under the sanitizers.
 """
 
 import mlx.core as mx

@@ -1,7 +1,7 @@
 """The kernel's core built for other processors and by another compiler, and run natively or in an emulator.
 
-One text serves them all; here each gets its own vectors, registers and conversions. The matrix unit (AMX), which no
-emulator at hand has, is done in software.
+One source serves all targets; each has its own vectors, registers and conversions. The matrix unit (AMX), which no
+available emulator has, is emulated in software.
 """
 
 import os

@@ -14,7 +14,7 @@ import pytest
 from attention.kernels import cpu
 
 TASKS = Path("/proc/self/task")
-"""One entry a thread of this process, whoever made it."""
+"""One entry per thread of this process, whatever created it."""
 
 pytestmark = pytest.mark.usefixtures("kernel")
 

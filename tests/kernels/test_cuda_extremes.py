@@ -47,7 +47,7 @@ def test_scores_of_any_size_give_the_right_output(dim, factor, size, kernels):
         output = found(made, call)
     wrong = np.abs(exact(output) - reference(*(exact(x) for x in made[:3]), call)[0]).max(axis=-1)
     assert np.isfinite(wrong).all()
-    # a few rows have scores that differ by less than float32 can say of such large ones
+    # a few rows have scores that differ by less than float32 can resolve at this size
     assert np.quantile(wrong, 0.98) < 0.05
 
 

@@ -1,6 +1,6 @@
 """Results of the portable kernels by FlashAttention 3's rule, without unwritten elements; needs a GPU.
 
-On Hopper, too, every call here takes them, whatever the GPU's own kernels would have taken.
+Every call here uses them, also on Hopper, instead of the GPU's own kernels.
 """
 
 from itertools import product

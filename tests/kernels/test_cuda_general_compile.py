@@ -11,11 +11,11 @@ from attention.kernels.cuda.general import WIDTHS, ForwardTiles, GeneralForward,
 from attention.kernels.cuda.general_backward import GeneralBackward, backward_tiles_for, widths_of
 
 LIMITS = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90a": 232_448, "sm_100": 232_448, "sm_120": 101_376}
-"""Bytes of shared memory that a block may have on each of the architectures."""
+"""Bytes of shared memory available to a block on each architecture."""
 SPILLED, SPILLED_BY_OTHERS = 128, 192
-"""Bytes of a thread that may be kept in memory: pointers and numbers that a tile needs once, never an accumulator.
+"""Bytes per thread that may be spilled: pointers and numbers that a tile needs once, never an accumulator.
 
-With the compiler that MLX's CUDA build brings, NVRTC 13.0, and with later ones: 13.5 keeps up to 180 in five kernels.
+Measured with NVRTC 13.0 of MLX's CUDA build and later ones: 13.5 spills up to 180 in five kernels.
 """
 MASKS = (None, "bool", "float32")
 PAIRS = [*((width, width) for width in WIDTHS), (192, 128), (64, 256), (256, 64), (96, 128)]
@@ -53,7 +53,7 @@ def test_the_blocks_of_a_multiprocessor_fit_its_shared_memory(architecture):
 
 def test_tiles_take_the_shared_memory_that_is_counted_by_hand():
     tiles = ForwardTiles(warps=4, row_tiles=2, block_n=64, stages=2, blocks=2)
-    row = 128 * 2 + 16  # 128 elements and 16 bytes behind them
+    row = 128 * 2 + 16  # 128 elements and 16 bytes of padding
     assert tiles.shared_memory(128, 128, split=False) == 128 * row + 2 * (64 + 64) * row == 104_448
     assert tiles.shared_memory(64, 128, split=False) == 128 * row + 2 * 64 * (
         row + 144

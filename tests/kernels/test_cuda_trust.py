@@ -92,7 +92,7 @@ def test_a_gpu_that_no_longer_answers_is_told_as_such(monkeypatch):
     monkeypatch.setattr(trust, "_gpu_answers", lambda: False)
     with pytest.raises(RuntimeError, match="broke this process's use of the GPU") as told:
         trust.judged(PROGRAM, launch)
-    assert not isinstance(told.value, KernelUnavailable)  # which would have the call go on with another kernel
+    assert not isinstance(told.value, KernelUnavailable)  # which would let the call fall back to another kernel
     a_new_process()
     assert trust.distrust(PROGRAM) == "an illegal memory access"
 

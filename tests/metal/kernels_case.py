@@ -16,7 +16,7 @@ from attention.kernels.metal import gradient, launch, selfcheck
 from attention.kernels.metal.call import Call, MaskKind, Shape
 
 LONGEST: Final = 200
-"""Queries and keys of a random shape at most."""
+"""Maximum queries and keys of a random shape."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from attention.kernels.first_use import FirstUse
 from attention.kernels.metal import attend, gradient, launch, machine, trust
 
 ON_A_GPU = mx.metal.is_available()
-"""On a Mac the kernels run on its GPU, which counts nothing and finds nothing."""
+"""Whether the kernels run on a Mac's GPU, which has no counts and no findings."""
 needs_verifier = pytest.mark.skipif(ON_A_GPU, reason="a GPU does not say what it found or counted")
 MARK = "Planted GPU, applegpu_x, macOS 15.0, MLX 0"
 
@@ -34,7 +34,7 @@ class Device:
     is_reversed: bool = False
     is_misaligned: bool = False
     edit: Callable[[str, str], str] = lambda kernel, text: text
-    """Changes a kernel's text, to plant a fault: gets the kernel's name ("forward") and the text."""
+    """Edits a kernel's source, to plant a fault; called with the kernel's name ("forward") and the source."""
     launches: list[Launched] = field(default_factory=list)
 
     def metal_kernel(self, *, name: str, **made: Any) -> Callable[..., list[mx.array]]:

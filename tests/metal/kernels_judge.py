@@ -1,6 +1,6 @@
 """FlashAttention 3's rule for every kind of call: at most twice the error of plain attention in the same precision.
 
-Rounding is added, and for gradients it is three times. What is exact is computed in float64.
+Rounding is added, and for gradients the factor is three. The exact results are computed in float64.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from attention.kernels.metal.selfcheck import Floats, Inputs, exact
 from attention.masks import Mask, in_type
 
 NAMES = ("output", "dQ", "dK", "dV", "rows of the sinks' gradient")
-"""Of the sinks, of which there are few, what each row adds: a sum over all rows may be right by luck, or wrong."""
+"""For sinks, which are few, the contribution of each row: a sum over all rows may be right or wrong by chance."""
 
 
 def wrong(given: Inputs, call: Call, found: Sequence[mx.array]) -> list[str]:

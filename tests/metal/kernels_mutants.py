@@ -10,9 +10,9 @@ MANY: Final = Shape(1, 2, 1, 45, 70, 64, "float16")
 FEW: Final = Shape(1, 4, 2, 3, 600, 64, "float16")
 LONG: Final = Shape(1, 1, 1, 64, 128, 64, "float16")
 SPLIT: Final = Shape(1, 4, 2, 3, 523, 64, "float32")
-"""Keys that are split into parts of unequal lengths."""
+"""Keys split into parts of unequal lengths."""
 WIDE: Final = Shape(1, 1, 1, 20, 25, 256, "float32")
-"""So wide that the backward kernels take their tiles in chunks, and that float32 is summed in parts."""
+"""So wide that the backward kernels load tiles in chunks, and that float32 is summed in parts."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Few queries, whose keys are split: every head dim, type and kind is clean and accurate, and joined if split.
 
-The number of rows that a tile holds changes from one to the next; all three together with all the others would take
+The number of rows of a tile alternates between cases; all three numbers with all the others would take
 three times as long.
 """
 

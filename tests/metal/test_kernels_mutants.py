@@ -9,9 +9,9 @@ from kernels_mutants import BARRIERS, FEW, MANY, MUTANTS, Mutant
 
 pytestmark = needs_verifier
 QUICK = MUTANTS[::9]
-"""The few that every run tries."""
+"""The few that every test run includes."""
 QUICK_PLACES = (("causal", MANY), ("full", FEW))
-"""Where every run tries the texts without a fault."""
+"""Where every test run checks the sources without a fault."""
 
 
 def found_in(mutant: Mutant) -> list[str]:

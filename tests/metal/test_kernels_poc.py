@@ -126,7 +126,7 @@ def test_where_mlx_is_not_fused_no_trial_takes_the_kernel_away(tmp_path):
 
 def test_demos_candidate_ignores_trials_and_can_be_retried(monkeypatch, tmp_path):
     mlx_is_fused(monkeypatch)
-    tried(tmp_path, "mlx", {"mlx": 1e-4})  # where the user's own file lies
+    tried(tmp_path, "mlx", {"mlx": 1e-4})  # at the path of the user's own file
     with on_a_mac(Device()):
         assert candidates()["poc"].route(WORKLOAD, MAC).path == "Metal kernel"
         implementations.get.cache_clear()

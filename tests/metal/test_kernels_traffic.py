@@ -11,7 +11,7 @@ from attention.kernels.metal.traffic import traffic
 
 pytestmark = needs_verifier
 SHAPES = {"many queries": (2, 4, 2, 45, 70), "few queries": (1, 4, 2, 2, 530)}
-"""Batch, heads, heads of keys, queries, keys."""
+"""Batch, heads, key heads, queries, keys."""
 WINDOW_AND_MASK = Kind(causal=True, window=21, mask="bool")
 
 

@@ -108,7 +108,7 @@ WRONG = (
 
 
 ALWAYS = ("rows beyond the end are written", "a tile that is not filled", "a barrier that one simdgroup passes by")
-"""One fault of each kind that every run of the tests tries; a race is tried below."""
+"""One fault of each kind for every test run; a race is tested below."""
 
 
 def planted(mutant: Mutant) -> Callable[[str], str]:

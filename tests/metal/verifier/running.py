@@ -37,14 +37,14 @@ class Counts(NamedTuple):
     """The counts of one launch."""
 
     reads: dict[str, int]
-    """Elements, by buffer."""
+    """Elements, per buffer."""
     writes: dict[str, int]
     products: int
-    """Of two 8 x 8 matrices, by a simdgroup."""
+    """Products of two 8 x 8 matrices, per simdgroup."""
     barriers: int
-    """Of a threadgroup, counted for each threadgroup that passed one."""
+    """Barriers of a threadgroup, counted for each threadgroup that passed one."""
     threadgroup_bytes: int
-    """Threadgroup memory of the kernel's arrays."""
+    """Bytes of threadgroup memory of the kernel's arrays."""
 
 
 class Launched(NamedTuple):
@@ -108,16 +108,16 @@ def verify(
     """Run a kernel made by mx.fast.metal_kernel, as MLX would launch it.
 
     Args:
-        kernel: what mx.fast.metal_kernel made.
-        names, inputs: the inputs, of any strides.
-        output_names, output_shapes, output_dtypes, grid, threadgroup, template, init_value: as MLX takes them.
-        is_reversed: the schedule: threads in order, or from the last to the first.
+        kernel: an object made by mx.fast.metal_kernel.
+        names, inputs: the inputs, with any strides.
+        output_names, output_shapes, output_dtypes, grid, threadgroup, template, init_value: as accepted by MLX.
+        is_reversed: the schedule: threads in order, or in reverse order.
         is_misaligned: whether each buffer starts one element past a page.
-        edit: changes the generated text before it is compiled.
+        edit: edits the generated source before compilation.
 
     Raises:
-        Finding: with everything that was found.
-        CompileError: the text does not compile.
+        Finding: with all errors found.
+        CompileError: the source does not compile.
     """
     call = {"output_shapes": output_shapes, "output_dtypes": output_dtypes, "grid": grid, "threadgroup": threadgroup}
     text = generated_text(kernel, inputs, **call, **({"template": template} if template else {}))
@@ -175,14 +175,14 @@ def launch(
     """Run a kernel's library; its results are in the buffers afterwards.
 
     Args:
-        library: of the kernel.
+        library: the kernel's library.
         buffers: in the order of its parameters.
-        grid, threadgroup: threads.
-        is_reversed, is_misaligned: as `verify` has them.
-        text: the kernel's, for the lines that findings stand in.
+        grid, threadgroup: numbers of threads.
+        is_reversed, is_misaligned: as in `verify`.
+        text: the kernel's source, for the lines in findings.
 
     Raises:
-        Finding: with everything that was found.
+        Finding: with all errors found.
     """
     if len(buffers) > MOST_BUFFERS:
         raise Finding(f"limit: {len(buffers)} buffers, Metal takes {MOST_BUFFERS}")

@@ -39,7 +39,7 @@ class Parsed(NamedTuple):
 def generated_text(kernel: Any, arrays: Sequence[mx.array], **call: Any) -> str:
     """Return the code that MLX generates around a kernel's source, also on a machine without Metal.
 
-    Exporting traces the kernel without running it, and verbose=True prints the text.
+    Exporting traces the kernel without running it, and verbose=True prints the source.
     """
     with tempfile.TemporaryFile() as taken, tempfile.NamedTemporaryFile(suffix=".mlxfn") as file:
         sys.stdout.flush()
