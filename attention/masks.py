@@ -1,6 +1,6 @@
 """Attention masks: which keys each query attends to, and operations on masks."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct, structs
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 Shape = tuple[int, int, int, int]
+SHIFTED: Final = (2.0**10, 2.0**30)
+"""Range of magnitudes of a row's maximum that `shift` subtracts from an additive mask."""
 
 
 class Mask(Struct, frozen=True, kw_only=True, eq=False):
@@ -90,48 +92,75 @@ def combine(allowed: "mx.array | None", array: "mx.array | None") -> "mx.array |
     return allowed & array if array.dtype == mx.bool_ else mx.where(allowed, array, mx.array(-mx.inf, array.dtype))
 
 
-def apply(scores: "mx.array", mask: "mx.array | None", factor: float = 1.0) -> "mx.array":
-    """Apply a bool mask (-inf where False) or add an additive mask times a factor, in the scores' dtype."""
+def apply(scores: "mx.array", mask: "mx.array | None") -> "mx.array":
+    """Apply a bool mask (-inf where False) or add an additive mask, in the scores' dtype."""
     import mlx.core as mx
 
     if mask is None:
         return scores
     if mask.dtype == mx.bool_:
         return mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
-    return scores + in_type(mask, scores.dtype, factor)
+    return scores + in_type(mask, scores.dtype)
 
 
-def in_type(mask: "mx.array", dtype: "mx.Dtype", factor: float = 1.0) -> "mx.array":
-    """Convert an additive mask times a factor to a dtype; finite values stay finite, so that -1e9 masks no row fully.
+def in_type(mask: "mx.array", dtype: "mx.Dtype") -> "mx.array":
+    """Convert an additive mask to a dtype; finite values stay finite, so that -1e9 masks no row fully.
 
     Values are clipped to half of the dtype's range, so that a score can be added. In float32 and bfloat16 only scores
     beyond 1e31 would need that.
     """
     import mlx.core as mx
 
-    if mask.dtype == dtype != mx.float16 and factor == 1.0:
+    if mask.dtype == dtype != mx.float16:
         return mask
     most = float(mx.finfo(dtype).max) / 2
-    clipped = mx.clip(mask.astype(mx.float32), -most / factor, most / factor) * factor
+    clipped = mx.clip(mask.astype(mx.float32), -most, most)
     return mx.where(mx.isinf(mask), mask, clipped).astype(dtype)
 
 
-def sighted(mask: "mx.array") -> "mx.array":
-    """Return which rows of a bool or additive mask are not fully masked: bool, the last axis kept with length 1."""
+def has_shift(mask: "mx.array") -> bool:
+    """Return whether values of an additive mask can exceed what float32 can hold beside a score: not in float16."""
+    import mlx.core as mx
+
+    return mask.dtype in (mx.float32, mx.bfloat16)
+
+
+def shift(top: "mx.array") -> "mx.array":
+    """Return what to subtract from each row of an additive mask, which does not change the softmax.
+
+    Next to -1e9, float32 rounds a score to a multiple of 64, and a row that is -1e9 throughout would lose its scores.
+    Inputs in half precision, computed in float32, keep them: the row's maximum is subtracted if its magnitude is
+    between 2^10 and 2^30. Beyond that float64 loses scores too. float32 inputs are not shifted: as in plain attention,
+    their sum with -1e9 is what float32 makes of it, and such a row is the mean of the values.
+
+    Args:
+        top: maximum of each row of the mask over the keys that the row may see.
+    """
+    import mlx.core as mx
+
+    size = mx.abs(top)
+    return mx.stop_gradient(mx.where((size > SHIFTED[0]) & (size < SHIFTED[1]), top, mx.zeros((), top.dtype)))
+
+
+def opened(mask: "mx.array", shifted: bool = False) -> "tuple[mx.array, mx.array]":
+    """Return a mask whose softmax is finite in every row, and which rows are not fully masked.
+
+    Fully masked rows are unmasked; the caller sets their output to 0. The second array is bool, the last axis kept with
+    length 1.
+
+    Args:
+        mask: bool or additive, with all keys of each row.
+        shifted: subtract `shift`.
+    """
     import mlx.core as mx
 
     if mask.dtype == mx.bool_:
-        return mask.any(axis=-1, keepdims=True)
-    return mask.max(axis=-1, keepdims=True) > -mx.inf
-
-
-def open_blind(mask: "mx.array", seeing: "mx.array") -> "mx.array":
-    """Unmask fully masked rows so that their softmax is finite; the caller sets their output to 0."""
-    import mlx.core as mx
-
-    if mask.dtype == mx.bool_:
-        return mask | ~seeing
-    return mx.where(seeing, mask, mx.zeros((), mask.dtype))
+        seeing = mask.any(axis=-1, keepdims=True)
+        return mask | ~seeing, seeing
+    top = mask.max(axis=-1, keepdims=True)
+    seeing = top > -mx.inf
+    lessened = mask - shift(top) if shifted and has_shift(mask) else mask
+    return mx.where(seeing, lessened, mx.zeros((), mask.dtype)), seeing
 
 
 def part(array: "mx.array", batches: slice, heads: slice, rows: slice, keys: slice) -> "mx.array":

@@ -39,8 +39,8 @@ Arithmetic = Literal["exact", "native"]
 class Call(Struct, frozen=True, eq=False):
     """Everything about a call but its arrays.
 
-    `arithmetic` "exact" computes in float32 with base 2 exponentials, which on MLX's CPU backend is faster as well: its
-    exp is a slow one, and half precision is emulated there. "native" multiplies matrices in the inputs' type.
+    `arithmetic` "exact" computes in float32, where MLX's CPU backend is faster: it emulates half precision. "native"
+    multiplies matrices in the inputs' type.
     """
 
     scale: float
@@ -50,26 +50,22 @@ class Call(Struct, frozen=True, eq=False):
     arithmetic: Arithmetic
     passed: Passed = at_once
     """How tiles follow each other."""
-
-    @property
-    def base2(self) -> float:
-        """Factor that turns scores into exponents of the base in use."""
-        return LOG2E if self.arithmetic == "exact" else 1.0
+    shifted: bool = False
+    """Whether to subtract `masks.shift` from the rows of an additive mask, as for inputs in half precision."""
 
     @property
     def factor(self) -> float:
         """What a query is multiplied with before it meets the keys."""
         if self.softcap is None:
-            return self.scale * self.base2
+            return self.scale
         return max(-MAX_CAPPED_FACTOR, min(MAX_CAPPED_FACTOR, self.scale / self.softcap))
 
-    def power(self, exponent: mx.array) -> mx.array:
-        """The base in use to the power of the exponent; 0 for -inf."""
-        return mx.power(2.0, exponent) if self.arithmetic == "exact" else mx.exp(exponent)
+    def exp(self, exponent: mx.array) -> mx.array:
+        """e to the power of a difference of scores; 0 for -inf.
 
-    def log(self, value: mx.array) -> mx.array:
-        """The inverse of power."""
-        return mx.log2(value) if self.arithmetic == "exact" else mx.log(value)
+        MLX's exp is slow on the CPU. The factor of the base 2 comes last: in the query it would round every score.
+        """
+        return mx.power(2.0, exponent * LOG2E) if self.arithmetic == "exact" else mx.exp(exponent)
 
     def operand(self, x: mx.array) -> mx.array:
         """An array in the type that matrices are multiplied in."""
@@ -109,11 +105,15 @@ class Heads(Struct, frozen=True):
         x = x[cut(self.batches), self.heads, cut(rows)]
         return x.reshape(len(self.batches), len(self.kv_heads), self.group * len(rows), x.shape[-1])
 
-    def sinks(self, sinks: mx.array, rows: int) -> mx.array:
-        """A number for each head as `rows` stacks them: (1, kv_heads, group x rows, 1), in float32."""
-        mine = sinks[self.heads].astype(mx.float32).reshape(1, len(self.kv_heads), self.group, 1)
-        shape = (1, len(self.kv_heads), self.group, rows)
-        return mx.broadcast_to(mine, shape).reshape(1, len(self.kv_heads), -1, 1)
+    def sinks(self, sinks: mx.array, rows: int, shift: mx.array | None) -> mx.array:
+        """Sinks minus the rows' shift, stacked as `rows` stacks heads.
+
+        In float32, (1 or batches, kv_heads, group x rows, 1).
+        """
+        mine = sinks[self.heads].astype(mx.float32)[None, :, None, None]
+        mine = mine if shift is None else mine - shift
+        whole = mx.broadcast_to(mine, (mine.shape[0], mine.shape[1], rows, 1))
+        return whole.reshape(mine.shape[0], len(self.kv_heads), -1, 1)
 
     def split(self, x: mx.array, rows: int) -> mx.array:
         """Undoes the stacking of `rows`: (batches, heads, rows, width)."""
@@ -153,8 +153,8 @@ def forward(
 
     Returns:
         The output (B, H, Lq, Dv) in the query's type; and the statistics of each row, (B, H, Lq, 2) in float32: the
-        maximum of its scores and the logarithm of the sum of its weights, in the base that `call` uses; +inf and 0 for
-        rows that see nothing.
+        maximum of its scores, less the row's shift, and the logarithm of the sum of its weights; +inf and 0 for rows
+        that see nothing.
     """
     chain = Chain()
     output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
@@ -165,7 +165,7 @@ def forward(
             if state is None:
                 continue  # the mask rules out every key
             tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
-            parts = [heads.split(part, len(rows)) for part in (_finished(state), _kept(state, call))]
+            parts = [heads.split(part, len(rows)) for part in (_finished(state), _kept(state))]
             written = [
                 whole.write(heads.place(rows), part, tiles)
                 for whole, part in zip((output, statistics), parts, strict=True)
@@ -184,7 +184,7 @@ def row_statistics(q: mx.array, k: mx.array, call: Call, sinks: mx.array | None 
             state = _row_block(q, k, None, call, heads, rows, sinks, chain)
             if state is not None:
                 tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
-                part = heads.split(_kept(state, call), len(rows))
+                part = heads.split(_kept(state), len(rows))
                 chain.links = call.passed([statistics.write(heads.place(rows), part, tiles)])
     return chain.results(statistics.array)[0]
 
@@ -224,16 +224,18 @@ def _row_block(
     chain: Chain,
 ) -> Online | None:
     state: Online | None = None
-    for keys in key_blocks(call, rows, q.shape[2], k.shape[2]):
+    lengths = q.shape[2], k.shape[2]
+    shift = row_shift(call, heads, rows, lengths)
+    for keys in key_blocks(call, rows, *lengths):
         of_key, of_value = _cut_keys(k, heads, keys), [] if v is None else _cut_keys(v, heads, keys)
         query, *sides = chain.after(heads.rows(q, rows), *of_key, *of_value)
         key = _side(k, sides[: len(of_key)], query)
         value = None if v is None else _side(v, sides[len(of_key) :], query)
         query = call.of_sums(query) * call.factor
         product = _product(query, key, call)
-        scores, _ = tile_scores(product, call, heads, rows, keys, (q.shape[2], k.shape[2]))
+        scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
         if state is None and sinks is not None:
-            state = _sunk(heads.sinks(sinks, len(rows)) * call.base2, scores, None if v is None else v.shape[3])
+            state = _sunk(heads.sinks(sinks, len(rows), shift), scores, None if v is None else v.shape[3])
         state = _absorb(state, scores, call.of_sums(value) if isinstance(value, mx.array) else value, call)
         chain.links = call.passed(state.arrays)
     return state
@@ -269,11 +271,11 @@ def _finished(state: Online) -> mx.array:
     return state.output / mx.where(state.total == 0, 1.0, state.total)
 
 
-def _kept(state: Online, call: Call) -> mx.array:
+def _kept(state: Online) -> mx.array:
     """The statistics of a block of rows."""
     blind = state.total == 0
     top = mx.where(blind, mx.inf, state.top)
-    return mx.concatenate([top, call.log(mx.where(blind, 1.0, state.total))], axis=-1)
+    return mx.concatenate([top, mx.log(mx.where(blind, 1.0, state.total))], axis=-1)
 
 
 def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue | None, call: Call) -> Online:
@@ -284,12 +286,12 @@ def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue | None, ca
         top = mx.maximum(top, state.top)
     # The maximum of a row that has seen nothing yet is -inf: any other stand-in could lie above all of its scores.
     finite = mx.where(top == -mx.inf, 0.0, top)
-    weights = call.power(scores - finite)
+    weights = call.exp(scores - finite)
     total = weights.sum(axis=-1, keepdims=True)
     output = None if value is None else _weighted(weights, value)
     if state is None:
         return Online(top, total, output)
-    shrink = call.power(state.top - finite)
+    shrink = call.exp(state.top - finite)
     if state.output is not None and output is not None:
         output = state.output * shrink + output
     return Online(top, state.total * shrink + total, output)
@@ -303,27 +305,65 @@ def _weighted(weights: mx.array, value: KeyOrValue) -> mx.array:
 
 
 def tile_scores(
-    product: mx.array, call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]
+    product: mx.array,
+    call: Call,
+    heads: Heads,
+    rows: range,
+    keys: range,
+    lengths: tuple[int, int],
+    shift: mx.array | None,
 ) -> tuple[mx.array, mx.array | None]:
-    """The masked scores of one tile, as exponents of the base in use; and tanh of the capped ones, for the gradient.
+    """The masked scores of one tile minus `row_shift`; and tanh of the capped ones, for the gradient.
 
     The product is that of the keys and the query times `call.factor`.
     """
     if call.softcap is None:
-        return _masked(product, call, heads, rows, keys, lengths), None
+        return _masked(product, call, heads, rows, keys, lengths, shift), None
     capped = mx.tanh(product)
-    return _masked(capped * (call.softcap * call.base2), call, heads, rows, keys, lengths), capped
+    return _masked(capped * call.softcap, call, heads, rows, keys, lengths, shift), capped
 
 
-def _masked(scores: mx.array, call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]) -> mx.array:
-    tile = call.mask.tile(rows, keys, *lengths)
-    if call.mask.array is not None:
-        given = masks.part(masks.as_4d(call.mask.array), cut(heads.batches), heads.heads, cut(rows), cut(keys))
-        tile = masks.combine(tile, given)
+def row_shift(call: Call, heads: Heads, rows: range, lengths: tuple[int, int]) -> mx.array | None:
+    """Return `masks.shift` of some rows over all keys that they may see, or None.
+
+    In the mask's type, (batches or 1, heads or 1, rows or 1, 1).
+    """
+    array = call.mask.array
+    if array is None or not call.shifted or not masks.has_shift(array):
+        return None
+    tiles = [_mask_tile(call, heads, rows, keys, lengths) for keys in key_blocks(call, rows, *lengths)]
+    tops = [tile.max(axis=-1, keepdims=True) for tile in tiles if tile is not None]
+    if len(tops) > 1:
+        shape = mx.broadcast_arrays(*tops)[0].shape
+        tops = [mx.concatenate([mx.broadcast_to(top, shape) for top in tops], axis=-1).max(axis=-1, keepdims=True)]
+    return masks.shift(tops[0]) if tops else None
+
+
+def _masked(
+    scores: mx.array,
+    call: Call,
+    heads: Heads,
+    rows: range,
+    keys: range,
+    lengths: tuple[int, int],
+    shift: mx.array | None,
+) -> mx.array:
+    tile = _mask_tile(call, heads, rows, keys, lengths)
     if tile is None:
         return scores
+    if shift is not None:
+        tile = tile - shift
     shape = (len(heads.batches), len(heads.kv_heads) * heads.group, len(rows), len(keys))
-    return masks.apply(scores.reshape(shape), tile, call.base2).reshape(scores.shape)
+    return masks.apply(scores.reshape(shape), tile).reshape(scores.shape)
+
+
+def _mask_tile(call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]) -> mx.array | None:
+    """All parts of the mask for one tile, broadcastable to (batches, heads, rows, keys)."""
+    tile = call.mask.tile(rows, keys, *lengths)
+    if call.mask.array is None:
+        return tile
+    given = masks.part(masks.as_4d(call.mask.array), cut(heads.batches), heads.heads, cut(rows), cut(keys))
+    return masks.combine(tile, given)
 
 
 def cut(run: range) -> slice:

@@ -22,6 +22,7 @@ from attention.implementations.blockwise import (
     cut,
     head_groups,
     key_blocks,
+    row_shift,
     tile_scores,
 )
 from attention.implementations.chain import Chain
@@ -64,6 +65,8 @@ class RowSide(Struct, frozen=True):
     statistics: mx.array
     delta: mx.array
     """rowsum(dO * O) - dL, float32."""
+    shift: mx.array | None
+    """Of `row_shift`."""
 
 
 class KeySide(Struct, frozen=True):
@@ -100,7 +103,10 @@ def sink_gradient(saved: Saved, sinks: mx.array, call: Call) -> mx.array:
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         chain.links = [total]
         statistics, delta = _of_rows(saved, call, chain, itemgetter((slice(None), slice(None), cut(rows))))[2:]
-        weights = _weights(sinks.astype(mx.float32)[None, :, None, None] * call.base2, statistics, call)
+        everything = Heads(range(saved.q.shape[0]), range(saved.k.shape[1]), saved.q.shape[1] // saved.k.shape[1])
+        shift = row_shift(call, everything, rows, saved.lengths)
+        score = sinks.astype(mx.float32)[None, :, None, None]
+        weights = _weights(score if shift is None else score - shift, statistics, call)
         total = total - (weights * delta).sum(axis=(0, 2, 3))
     return chain.results(total)[0].astype(sinks.dtype)
 
@@ -173,7 +179,8 @@ def _write_d_query(sums: Sums, total: mx.array, call: Call, heads: Heads, rows: 
 def _row_side(saved: Saved, call: Call, heads: Heads, rows: range, chain: Chain) -> RowSide:
     """Cuts what tiles of some rows need, after all that is in the chain."""
     query, cotangent, statistics, delta = _of_rows(saved, call, chain, lambda x: heads.rows(x, rows))
-    return RowSide(rows, call.operand(query), call.operand(cotangent), statistics, delta)
+    shift = row_shift(call, heads, rows, saved.lengths)
+    return RowSide(rows, call.operand(query), call.operand(cotangent), statistics, delta, shift)
 
 
 def _of_rows(
@@ -186,7 +193,7 @@ def _of_rows(
     )
     delta = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
     # Weights depend on the maximum and the logarithm by their sum alone: either's gradient is the logsumexp's.
-    return query, cotangent, statistics, delta - more[0][..., 1:] * call.base2 if more else delta
+    return query, cotangent, statistics, delta - more[0][..., 1:] if more else delta
 
 
 def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: Chain) -> KeySide:
@@ -199,7 +206,7 @@ def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: Chain)
 def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -> tuple[mx.array, mx.array]:
     """P and dS of one tile, in the type that matrices are multiplied in."""
     product = (call.of_sums(row.query) * call.factor) @ side.key_t
-    scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths)
+    scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths, row.shift)
     weights = _weights(scores.astype(mx.float32), row.statistics, call)
     d_scores = weights * ((row.cotangent @ side.value_t).astype(mx.float32) - row.delta)
     if capped is not None:
@@ -213,7 +220,7 @@ def _weights(scores: mx.array, statistics: mx.array, call: Call) -> mx.array:
     A score that is computed again, in a tile of another shape, may come out above the maximum: at 1e9 by 64. It is
     the second argument of the minimum that gets the gradient where both are equal.
     """
-    return call.power(mx.minimum(0.0, scores - statistics[..., :1]) - statistics[..., 1:])
+    return call.exp(mx.minimum(0.0, scores - statistics[..., :1]) - statistics[..., 1:])
 
 
 def _placed(share: mx.array, seen: range, keys: range) -> mx.array:

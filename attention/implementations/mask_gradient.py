@@ -18,7 +18,7 @@ from attention import masks
 from attention.errors import UnsupportedError
 from attention.implementations.batched import folded
 from attention.implementations.blocks import MIB, Blocks
-from attention.implementations.blockwise import Call, blocks_of, cut, head_groups, tile_scores
+from attention.implementations.blockwise import Call, blocks_of, cut, head_groups, row_shift, tile_scores
 from attention.implementations.chain import Chain
 from attention.implementations.written import Written
 from attention.masks import Mask
@@ -61,7 +61,7 @@ def with_mask_gradient(
     keys = k.shape[2]
     rows = max(1, min(budget_bytes, SLAB_BYTES) // (4 * SLAB_ARRAYS * keys * (q.shape[1] // k.shape[1])))
     slab = Blocks(batches=1, kv_heads=1, rows=min(rows, q.shape[2]), keys=keys)
-    call = Call(scale, mask, softcap, slab, "exact")
+    call = Call(scale, mask, softcap, slab, "exact", shifted=q.dtype != mx.float32)
     return _node(call)(out, q, k, v, [masks.as_4d(mask.array)], [] if sinks is None else [sinks])
 
 
@@ -113,9 +113,10 @@ def mask_gradient(
             cuts = chain.after(*sides, heads.keys(k, keys), heads.keys(v, keys))
             query, output, upstream, key, value = (x.astype(mx.float32) for x in cuts)
             product = (query * call.factor) @ call.transposed(key)
-            scores, _ = tile_scores(product, call, heads, rows, keys, lengths)
+            shift = row_shift(call, heads, rows, lengths)
+            scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
             d_weights = upstream @ call.transposed(value) - (upstream * output).sum(axis=-1, keepdims=True)
-            sunk = None if sinks is None else heads.sinks(sinks, len(rows)) * call.base2
+            sunk = None if sinks is None else heads.sinks(sinks, len(rows), shift)
             slab = _softmax(scores, call, sunk) * d_weights
             slab = slab.reshape(len(heads.batches), -1, len(rows), len(keys))
             summed = [axis for axis in range(4) if array.shape[axis] == 1]
@@ -127,11 +128,11 @@ def mask_gradient(
 
 
 def _softmax(scores: mx.array, call: Call, sinks: mx.array | None) -> mx.array:
-    """Of exponents of the base in use; 0 in rows that see nothing."""
+    """Of scores; 0 in rows that see nothing."""
     top = scores.max(axis=-1, keepdims=True)
     top = top if sinks is None else mx.maximum(top, sinks)
     top = mx.where(top == -mx.inf, 0.0, top)
-    weights = call.power(scores - top)
+    weights = call.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
-    total = total if sinks is None else total + call.power(sinks - top)
+    total = total if sinks is None else total + call.exp(sinks - top)
     return weights / mx.where(total == 0, 1.0, total)

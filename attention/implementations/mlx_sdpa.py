@@ -57,10 +57,13 @@ class MlxSdpa:
         return with_mask_gradient(lambda mask: sdpa(q, k, v, scale, mask), q, k, v, scale=scale, mask=mask)
 
 
-def sdpa(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
-    """Calls MLX's SDPA; rows that see nothing are 0, and a mask's gradient is MLX's: on some paths there is none."""
+def sdpa(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, shifted: bool = False) -> mx.array:
+    """Calls MLX's SDPA; rows that see nothing are 0, and a mask's gradient is MLX's: on some paths there is none.
+
+    `shifted`: subtract `masks.shift` from an additive mask.
+    """
     if mask.array is not None:
-        return _with_array(q, k, v, scale, mask)
+        return _with_array(q, k, v, scale, mask, shifted)
     seq, kv_seq = q.shape[2], k.shape[2]
     blind = mask.blind_rows(seq, kv_seq)
     if blind:
@@ -87,7 +90,11 @@ def attend_whole(
         q, scale = (-q, -scale) if scale else (mx.zeros_like(q), 1.0)
     if widened:
         q, k, v = (x.astype(mx.float32) for x in (q, k, v))
-    out = sdpa(q, k, v, scale, mask) if sinks is None else _with_sinks(q, k, v, scale, mask, sinks)
+    out = (
+        sdpa(q, k, v, scale, mask, widened and dtype != mx.float32)
+        if sinks is None
+        else _with_sinks(q, k, v, scale, mask, sinks)
+    )
     return out.astype(dtype)
 
 
@@ -122,13 +129,12 @@ def _plain_mask(mask: Mask, seq: int, kv_seq: int) -> mx.array | str | None:
     return "causal" if mask.causal else None
 
 
-def _with_array(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
+def _with_array(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, shifted: bool) -> mx.array:
     whole = mask.whole(q.shape[2], k.shape[2])
     assert whole is not None
     if whole.dtype != mx.bool_:
         whole = masks.in_type(whole, q.dtype)
-    seeing = masks.sighted(whole)
-    opened = masks.open_blind(whole, seeing)
+    opened, seeing = masks.opened(whole, shifted)
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=opened)
     return mx.where(masks.as_4d(seeing), out, mx.zeros((), out.dtype))
 

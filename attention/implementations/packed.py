@@ -71,8 +71,9 @@ def attend_packed(q: mx.array, k: Packed, v: Packed, *, scale: float, mask: Mask
     grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
     scores = k.spread().multiplied(grouped, True).reshape(batch, heads, seq, kv_seq)
     whole = mask.whole(seq, kv_seq)
-    seeing = None if whole is None or (seq == 1 and mask.array is None) else masks.sighted(whole)
-    opened = whole if whole is None or seeing is None else masks.open_blind(whole, seeing)
+    opened, seeing = whole, None
+    if whole is not None and not (seq == 1 and mask.array is None):
+        opened, seeing = masks.opened(whole)
     weights = mx.softmax(masks.apply(scores, opened), axis=-1, precise=True)
     out = v.spread().multiplied(weights.reshape(*grouped.shape[:-1], kv_seq), False).reshape(batch, heads, seq, -1)
     return out if seeing is None else mx.where(seeing, out, mx.zeros((), out.dtype))

@@ -123,19 +123,20 @@ class Practical:
             watching.ran(path)
             return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
         watching.ran(_forward_path(choice, workload, needs, backend, isinstance(k, Packed)))
+        shifted = q.dtype != mx.float32
         if isinstance(k, Packed) and isinstance(v, Packed):
-            call, _ = self._calls(choice, backend, scale, mask, softcap)
+            call, _ = self._calls(choice, backend, scale, mask, softcap, shifted)
             if sinks is None and softcap is None and choice.fits_forward:
                 return attend_packed(q, k, v, scale=scale, mask=mask)
             return forward(q, k, v, call, sinks)[0]
         if simple and choice.slices is not None:
-            made = self._in_slices(choice, backend, scale, mask)
+            made = self._in_slices(choice, backend, scale, mask, shifted)
         else:
-            made = self._in_blocks(choice, backend, scale, mask, softcap)
+            made = self._in_blocks(choice, backend, scale, mask, softcap, shifted)
         array = [] if mask.array is None else [masks.as_4d(mask.array)]
         return made(q, k, v, array, [] if sinks is None else [sinks])
 
-    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask) -> Attend:
+    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask, shifted: bool) -> Attend:
         follow = turns(backend) if choice.waits else QUEUED
 
         def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, _: Arrays) -> mx.array:
@@ -144,19 +145,21 @@ class Practical:
             return attend_whole(q, k, v, scale, mask.having(array), _widened(choice, q.dtype, backend))
 
         if choice.backward_slices is None:
-            return blocks_behind(whole, *self._calls(choice, backend, scale, mask, None))
+            return blocks_behind(whole, *self._calls(choice, backend, scale, mask, None, shifted))
         return slicing.sliced_behind(whole, Slices(scale, mask, choice.backward_slices, follow))
 
     def _calls(
-        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None
+        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None, shifted: bool
     ) -> tuple[Call, Call]:
         """Of blocks, forward and backward."""
         arithmetic, follow = ("exact", at_once) if backend == "cpu" else ("native", turns(backend).next)
-        call = Call(scale, mask, softcap, choice.blocks, arithmetic, follow)  # type: ignore[arg-type]
+        call = Call(scale, mask, softcap, choice.blocks, arithmetic, follow, shifted)  # type: ignore[arg-type]
         return call, structs.replace(call, blocks=choice.backward)
 
-    def _in_blocks(self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None) -> Attend:
-        call, backward = self._calls(choice, backend, scale, mask, softcap)
+    def _in_blocks(
+        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None, shifted: bool
+    ) -> Attend:
+        call, backward = self._calls(choice, backend, scale, mask, softcap, shifted)
         if choice.cuts_forward:
             return blockwise(call, backward)
 

@@ -83,8 +83,7 @@ class Bound:
         if whole is None:
             return
         if mask.array is not None or mask.blind_rows(seq, kv_seq):
-            seeing = masks.sighted(whole)
-            whole = masks.open_blind(whole, seeing)
+            whole, seeing = masks.opened(whole)
             self.seeing = to_torch(masks.as_4d(seeing), place)
         self.mask = to_torch(whole if whole.dtype == mx.bool_ else masks.in_type(whole, dtype), place)
 

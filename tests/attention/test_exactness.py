@@ -222,3 +222,44 @@ def test_mlx_is_given_positive_scales_only(monkeypatch: pytest.MonkeyPatch, scal
         assert float(mx.abs(out - expected).max()) < 1e-5
     assert given
     assert min(given) > 0
+
+
+EVERY = ["baseline", Practical(), Practical(1 << 16), "poc"]
+every_implementation = pytest.mark.parametrize("implementation", EVERY, ids=["baseline", "whole", "blocks", "poc"])
+
+
+@every_implementation
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_row_that_one_number_covers_keeps_its_scores(implementation: object, causal: bool, dtype: mx.Dtype) -> None:
+    """float32 rounds to multiples of 64 near -1e9, and the scores lie 10 apart."""
+    q, k = mx.full((1, 2, 40, 16), 2.5), mx.broadcast_to((mx.arange(100) % 3)[:, None] * 2.5, (1, 2, 100, 16))
+    q, k, v = (x.astype(dtype) for x in (q, k, normal(1, 2, 100, 8)))
+    hidden = mx.where(mx.arange(100) < 61, -1e9, 0.0 if causal else -1e9)  # causal: row 0 sees the first 61 keys
+    more = {"mask": hidden[None].astype(mx.float32), "window": 1000 if causal else None}
+    got = attention(q, k, v, scale=0.1, implementation=implementation, **more)[:, :, :1]  # type: ignore[arg-type]
+    seen = 61 if causal else 100
+    weights = mx.softmax((mx.arange(seen) % 3) * 10.0)
+    wanted = (weights @ v.astype(mx.float32)[:, :, :seen])[:, :, None]
+    assert np.allclose(np.array(got.astype(mx.float32)), np.array(wanted), atol=2e-2)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_float32_scores_are_no_less_exact_in_blocks(budget: int | None) -> None:
+    """Scores near 1500 are rounded by 6e-5, and each further rounding of them shows in the output."""
+    q, k, v = (8 * normal(2, 1, 256, 24, key=key) for key in range(3))
+    wanted = attention(q, k, v, scale=1.0, implementation="baseline")
+    got = attention(q, k, v, scale=1.0, implementation=Practical(budget))
+    assert np.abs(np.array(got) - np.array(wanted)).max() < 5e-5
+
+
+def test_a_number_of_a_mask_that_is_clipped_has_its_gradient() -> None:
+    q, k, v = (normal(1, 1, 8, 16, key=key).astype(mx.bfloat16) for key in range(3))
+    mask = mx.full((8, 8), float(np.finfo(np.float32).min))
+
+    def gradient(name: str) -> np.ndarray:
+        of_mask = mx.grad(lambda m: (attention(q, k, v, mask=m, implementation=name) ** 2).sum())(mask)
+        return np.array(of_mask)
+
+    assert np.abs(gradient("practical")).max() > 0.01
+    assert np.allclose(gradient("baseline"), gradient("practical"), atol=0.02)

@@ -51,7 +51,7 @@ int main(int count, char** arguments) {
   Problem& p = back.problem;
   p.batch = n[0], p.heads = n[1], p.kv_heads = n[2], p.queries = n[3], p.keys = n[4];
   p.head_dim = n[5], p.value_dim = n[6], p.causal = n[8] != 0, p.window = n[9];
-  p.scale = float(real[0]), p.softcap = float(real[1]);
+  p.scale = real[0], p.softcap = float(real[1]);
   p.query = take(p.heads, p.queries, p.head_dim);
   p.key = take(p.kv_heads, p.keys, p.head_dim);
   p.value = take(p.kv_heads, p.keys, p.value_dim);
@@ -60,11 +60,11 @@ int main(int count, char** arguments) {
     p.mask.data = at, p.mask.element = Element(n[10]);
     for (int i = 0; i < 4; i++) p.mask.stride[i] = n[11 + i];
   }
-  Bytes o(queries * p.value_dim * size), l(queries * 4), s(queries * 8), dq(queries * p.head_dim * size);
+  Bytes o(queries * p.value_dim * size), l(queries * 4), s(queries * sizeof(RowStatistics)), dq(queries * p.head_dim * size);
   Bytes dk(keys * p.head_dim * size), dv(keys * p.value_dim * size);
   forward({p, o.data(), reinterpret_cast<float*>(l.data()), reinterpret_cast<float*>(s.data())});
   back.output = tensor(o.data(), element, p.heads, p.queries, p.value_dim, false);
-  back.statistics = tensor(s.data(), Element::float32, p.heads, p.queries, 2, false);
+  back.statistics = tensor(s.data(), Element::float32, p.heads, p.queries, 3, false);
   back.query_gradient = dq.data(), back.key_gradient = dk.data(), back.value_gradient = dv.data();
   backward(back);
   std::FILE* file = std::fopen(arguments[2], "wb");

@@ -4,7 +4,7 @@ import kernel_oracle as oracle
 import mlx.core as mx
 import numpy as np
 import pytest
-from cpu_calls import SCORE_EXPONENTS, SCORE_SHAPES, calls, exact_scores, laid_out, largest_product, qkv
+from cpu_calls import SCORE_EXPONENTS, SCORE_SHAPES, calls, exact_scores, laid_out, largest_product, normal, qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -212,3 +212,21 @@ def test_wrong_values_are_refused_with_a_reason():
         cpu.flash_attention(q, k, v, scale=1.0, mask=mx.ones((3, 4)))
     with pytest.raises(ValueError, match="boolean"):
         cpu.flash_attention(q, k, v, scale=1.0, mask=mx.ones((4, 4), dtype=mx.int32))
+
+
+@pytest.mark.parametrize("queries", [3, 200])
+@pytest.mark.parametrize("softcap", [None, 1e4])
+def test_large_float32_scores_are_summed_in_double(queries, softcap):
+    """Scores near 1500 are rounded by 6e-5 in float32, and sums of products by a multiple of that."""
+    q, k, v = (8 * normal(seed, 1, 4, n, 31) for seed, n in enumerate((queries, 187, 187)))
+    options = oracle.Options(scale=0.9, causal=True, softcap=softcap)
+    got = cpu.flash_attention(q, k, v, **options.keywords())
+    exact, *_ = oracle.attention(*(oracle.numbers(x) for x in (q, k, v)), options)
+    assert np.abs(np.array(got) - exact).max() < 1e-5
+
+
+@pytest.mark.parametrize("queries", [2, 90])
+def test_an_output_that_one_key_decides_is_its_value(queries):
+    q, k, v = (3 * normal(seed, 1, 2, n, 40) for seed, n in enumerate((queries, 90, 90)))
+    got = cpu.flash_attention(q, k, v, scale=0.3, window=1)
+    assert mx.array_equal(got, v[:, :, -queries:])

@@ -207,3 +207,37 @@ def test_a_mask_whose_gradient_is_stopped_is_no_obstacle():
     _, (dq, dm) = mx.vjp(attend_stopped, [q, mx.zeros((8, 8))], [do])
     assert mx.any(dq != 0)
     assert mx.all(dm == 0)
+
+
+@pytest.mark.parametrize("queries", [3, 7, 16, 100])
+@pytest.mark.parametrize(
+    ("keys", "keywords"), [(1, {}), (20, {}), (100, {"window": 1})], ids=["one key", "equal values", "window of one"]
+)
+def test_gradients_that_cancel_are_exactly_zero(queries, keys, keywords):
+    """dP = delta where all that a query sees has one value, and then dQ and dK are 0 however large the numbers are."""
+    q, k, v, do = inputs(1, 4, 2, queries, keys, 20, 17)
+    v = v if keywords else mx.broadcast_to(v[:, :, :1], v.shape)
+    q, k, v, do = (8 * x for x in (q, k, v, do))
+    _, got = mx.vjp(lambda *x: cpu.flash_attention(*x, scale=0.3, **keywords), [q, k, v], [do])
+    assert [float(mx.abs(x).max()) for x in got[:2]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("rows", [8, 40])
+def test_ties_of_large_scores_have_the_gradients_of_the_mean(rows):
+    """Scores are multiples of 100 to both sides of 1024: rows of a tile must not be rounded in two ways."""
+    random = np.random.default_rng(3)
+    q, k = (mx.array(np.round(random.uniform(-4, 4, (1, 1, n, 80)))).astype(mx.float32) for n in (rows, 257))
+    q[..., 1:], k[..., 1:] = 0, 0
+    _, _, v, do = inputs(1, 1, 1, rows, 257, 80, 80)
+    options = oracle.Options(scale=100.0, causal=True)
+    _, got = mx.vjp(lambda *x: cpu.flash_attention(*x, **options.keywords()), [q, k, v], [do])
+    exact = oracle.gradients(*(oracle.numbers(x) for x in (q, k, v, do)), options)
+    for a, b, tolerance in zip(got, exact, (5e-6, 4e-7, 4e-7), strict=True):  # what cancels in dQ is large
+        assert np.abs(np.array(a) - b).max() < tolerance * np.abs(b).max()
+
+
+def test_equal_products_do_not_drift_in_the_backward_pass():
+    """A sum of 300 equal products in one go is off by 7e-6, and so would be the weight of the only key."""
+    q, k, v, do = (mx.full(shape, 0.5) for shape in ((1, 1, 8, 300), (1, 1, 1, 300), (1, 1, 1, 6), (1, 1, 8, 6)))
+    _, got = mx.vjp(lambda *x: cpu.flash_attention(*x, scale=300**-0.5), [q, k, v], [do])
+    assert np.abs(np.array(got[2]) - 4.0).max() < 1e-5

@@ -180,7 +180,7 @@ def workspace_bytes(
         k_shape: (B, Hkv, Lk, D).
         v_shape: (B, Hkv, Lk, Dv).
         dtype: of all three.
-        training: the maximum of forward and backward; the 12 bytes kept per row are outputs and not counted.
+        training: the maximum of forward and backward; the 16 bytes kept per row are outputs and not counted.
 
     Raises:
         KernelUnavailable: the kernel cannot run on this machine.

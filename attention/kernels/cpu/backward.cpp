@@ -36,6 +36,8 @@ class FloatTiles {
   }
 
   [[gnu::noinline]] void open_keys(int64_t batch, int64_t kv_head, int64_t key, int64_t keys) {
+    if (std::exchange(head_, batch * p_.kv_heads + kv_head) != batch * p_.kv_heads + kv_head)
+      one_value_ = is_one_value(batch, kv_head);
     k_ = floats_of<T>(p_.key, batch, kv_head, key, keys, p_.head_dim, key_, d_);
     v_ = floats_of<T>(p_.value, batch, kv_head, key, keys, p_.value_dim, value_, dv_);
   }
@@ -47,11 +49,11 @@ class FloatTiles {
     rows_ = reinterpret_cast<RowNumbers*>(gradient_turned_ + query_tile * dv_);
     if (holds_[slot] != tile) {
       holds_[slot] = tile;
-      read_rows<T>(call_, item, *rows_);
+      read_statistics(call_, item, *rows_);
       turn(rows_of<T>(p_.query, item), p_.head_dim, width, query_turned_, p_.scale);
       turn(rows_of<T>(call_.output_gradient, item), p_.value_dim, width, gradient_turned_);
       for (int64_t d = 0; d < p_.value_dim; d++) divide(gradient_turned_ + d * query_tile, width);
-      divide(rows_->delta, query_tile);
+      make_deltas(item, width);
     }
     // Q as it lies only where whole vectors of columns can be read.
     q_ = floats_of<T>(p_.query, item.batch, item.head, item.query, item.queries, p_.head_dim, query_, d_,
@@ -66,14 +68,17 @@ class FloatTiles {
   void step(const TileStep& t) {
     const int64_t width = round_up(t.item.queries, lanes);
     const float *k = k_.data + t.row * k_.stride, *v = v_.data + t.row * v_.stride;
-    multiply<Layout::depth_contiguous, Update::overwrite>(
-        {k, k_.stride, query_turned_, query_tile, p_.head_dim, scores_, query_tile, nullptr}, t.keys, width);
+    multiply_scores({k, k_.stride, query_turned_, query_tile, p_.head_dim, scores_, query_tile, nullptr}, t.keys, width);
     multiply<Layout::depth_contiguous, Update::overwrite>(
         {v, v_.stride, gradient_turned_, query_tile, p_.value_dim, score_gradients_, query_tile, nullptr}, t.keys,
         width);
     if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, inside_cap(p_));
     finish_scores({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, t.bounds);
-    score_gradients(t.keys, width);
+    const bool fine = std::any_of(rows_->reference, rows_->reference + t.item.queries,
+                                  [&](float m) { return Coarse(p_).has(m); });
+    if (fine) finish_in_double({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, {k, k_.stride},
+                               {rows_->reference, rows_->fine});
+    score_gradients(t.keys, width, fine);
     if (t.key_sums != nullptr) add_to_keys(t);
     if (t.query_sums != nullptr)
       multiply<Layout::rows_contiguous, Update::add>(
@@ -86,6 +91,39 @@ class FloatTiles {
     for (int64_t i = 0; i < width; i += lanes) store(x + i, load(x + i) * load(rows_->inverse + i));
   }
 
+  // Whether all keys of a head have one value.
+  bool is_one_value(int64_t batch, int64_t kv_head) const {
+    const Tensor& v = p_.value;
+    const T* data = static_cast<const T*>(v.data) + batch * v.stride[0] + kv_head * v.stride[1];
+    for (int64_t j = 1; j < p_.keys; j++)
+      for (int64_t d = 0; d < p_.value_dim; d++)
+        if (std::memcmp(data + d * v.stride[3], data + j * v.stride[2] + d * v.stride[3], sizeof(T)) != 0) return false;
+    return true;
+  }
+
+  // delta = dO . O in the order in which dP = dO . V is summed, so that they are equal where O is a value: where one key
+  // has all the weight, and where all keys have one value, which O, a rounded sum, need not be.
+  void make_deltas(const Item& item, int64_t width) const {
+    Rows<T> rows = rows_of<T>(one_value_ ? p_.value : call_.output, item);
+    if (one_value_) {
+      const Tensor& v = p_.value;
+      std::fill_n(rows.row, rows.count, static_cast<const T*>(v.data) + item.batch * v.stride[0] + item.kv_head * v.stride[1]);
+    }
+    std::fill_n(rows_->delta, query_tile, 0.0f);
+    for (int64_t i = 0; i < width; i += lanes) {
+      Vector sum{};
+      for (int64_t d = 0; d < p_.value_dim; d += lanes) {
+        Vector x[lanes];
+        load_turned(rows, i, d, p_.value_dim, x);
+        const int64_t some = std::min<int64_t>(lanes, p_.value_dim - d);
+        for (int64_t c = 0; c < some; c++) sum = fused(sum, x[c], load(gradient_turned_ + (d + c) * query_tile + i));
+      }
+      store(rows_->delta + i, sum);
+    }
+    for (int64_t i = 0; i < item.queries; i++)
+      rows_->delta[i] -= logsumexp_gradient(call_, item, i) * rows_->inverse[i];
+  }
+
   void add_to_keys(const TileStep& t) const {
     multiply<Layout::depth_contiguous, Update::add>(
         {scores_, query_tile, gradient_, dv_, t.item.queries, t.value_sums, dv_, nullptr}, t.keys, dv_);
@@ -94,15 +132,14 @@ class FloatTiles {
   }
 
   // P' from S', and dS' from dP', in place.
-  void score_gradients(int64_t keys, int64_t width) const {
-    const bool capped = p_.softcap > 0, subtracted = subtract_first(scores_, keys, width, 1.0f, *rows_);
-    const float factor = subtracted ? 1.0f : log2_e;
+  void score_gradients(int64_t keys, int64_t width, bool subtracted) const {
+    const bool capped = p_.softcap > 0;
     for (int64_t i = 0; i < width; i += lanes) {
-      const Vector offset = subtracted ? Vector{} : in_register(load(rows_->reference + i) * log2_e);
+      const Vector reference = subtracted ? Vector{} : load(rows_->reference + i);
       const Vector delta = load(rows_->delta + i);
       for (int64_t j = 0; j < keys; j++) {
         const int64_t at = j * query_tile + i;
-        const Vector probability = exp2(load(scores_ + at) * factor - offset);
+        const Vector probability = exp2((load(scores_ + at) - reference) * log2_e);
         const Vector gradient = probability * (load(score_gradients_ + at) - delta);
         store(scores_ + at, probability);
         store(score_gradients_ + at, capped ? gradient * load(slopes_ + at) : gradient);
@@ -112,7 +149,8 @@ class FloatTiles {
 
   const BackwardCall& call_;
   const Problem& p_;
-  int64_t d_, dv_;
+  int64_t d_, dv_, head_ = -1;
+  bool one_value_ = false;  // of the head whose keys are open
   std::vector<int64_t> holds_;
   float *scores_, *score_gradients_, *slopes_, *key_, *value_, *query_, *gradient_, *slots_;
   float *query_turned_ = nullptr, *gradient_turned_ = nullptr;

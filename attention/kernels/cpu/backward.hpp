@@ -55,40 +55,35 @@ struct BackwardPlan {
 // What a row's P and dS are made with: P = e^(S - reference) inverse, dS = P (dP - delta).
 struct RowNumbers {
   float reference[query_tile];  // infinite where there is nothing to attend to, or no row: then P is 0
+  float fine[query_tile];       // added to the reference where scores are in double
   float inverse[query_tile];    // of the sum
   float delta[query_tile];      // dO . O, less the logsumexp's own gradient
 };
 constexpr int64_t row_numbers = sizeof(RowNumbers) / sizeof(float);
 
-template <class T>
-void read_rows(const BackwardCall& call, const Item& item, RowNumbers& rows) {
-  const auto offset = [&](const Tensor& t, int64_t i) {
-    return item.batch * t.stride[0] + item.head * t.stride[1] + (item.query + i) * t.stride[2];
-  };
-  const Tensor &o = call.output, &g = call.output_gradient, &l = call.statistics, &dl = call.logsumexp_gradient;
-  const int64_t columns = call.problem.value_dim;
+inline int64_t row_offset(const Tensor& t, const Item& item, int64_t row) {
+  return item.batch * t.stride[0] + item.head * t.stride[1] + (item.query + row) * t.stride[2];
+}
+
+// What delta is lessened by, the gradient of a row's logsumexp.
+inline float logsumexp_gradient(const BackwardCall& call, const Item& item, int64_t row) {
+  const Tensor& t = call.logsumexp_gradient;
+  return t.data == nullptr ? 0.0f : static_cast<const float*>(t.data)[row_offset(t, item, row)];
+}
+
+// Reference and inverse of each row.
+inline void read_statistics(const BackwardCall& call, const Item& item, RowNumbers& rows) {
+  const Tensor& l = call.statistics;
   for (int64_t i = 0; i < item.queries; i++) {
-    const T *a = static_cast<const T*>(o.data) + offset(o, i), *b = static_cast<const T*>(g.data) + offset(g, i);
-    Vector sum{};
-    for (int64_t d = 0; d < columns; d += lanes)
-      sum += widen_strided(a + d * o.stride[3], o.stride[3], columns - d) *
-             widen_strided(b + d * g.stride[3], g.stride[3], columns - d);
-    rows.delta[i] = sum_of(sum) - (dl.data == nullptr ? 0.0f : static_cast<const float*>(dl.data)[offset(dl, i)]);
-    const float* statistics = static_cast<const float*>(l.data) + offset(l, i);
+    const float* statistics = static_cast<const float*>(l.data) + row_offset(l, item, i);
     const bool some = statistics[1] != 0;
     rows.reference[i] = some ? statistics[0] : infinity;
     rows.inverse[i] = some ? 1.0f / statistics[1] : 0.0f;
+    rows.fine[i] = statistics[2];
   }
   std::fill(rows.reference + item.queries, rows.reference + query_tile, infinity);
+  std::fill(rows.fine + item.queries, rows.fine + query_tile, 0.0f);
   std::fill(rows.inverse + item.queries, rows.inverse + query_tile, 0.0f);
-  std::fill(rows.delta + item.queries, rows.delta + query_tile, 0.0f);
-}
-
-// The reference subtracted first where it must be, as in the forward pass; returns whether it was.
-inline bool subtract_first(float* s, int64_t keys, int64_t width, float factor, const RowNumbers& rows) {
-  const bool first = std::any_of(rows.reference, rows.reference + query_tile, beyond_offset);
-  for (int64_t i = 0; i < width && first; i += lanes) subtract<1>(s + i, keys, factor, {load(rows.reference + i)});
-  return first;
 }
 
 // 1 - tanh^2: the slope of the softcap.

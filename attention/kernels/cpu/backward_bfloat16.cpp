@@ -18,6 +18,29 @@ int64_t backward_bfloat16_workspace(const Problem&) { return 0; }
 #else
 namespace {
 
+// The reference subtracted first where it must be, as in the forward pass; returns whether it was.
+inline bool subtract_first(float* s, int64_t keys, int64_t width, float factor, const RowNumbers& rows) {
+  const bool first = std::any_of(rows.reference, rows.reference + query_tile, beyond_offset);
+  for (int64_t i = 0; i < width && first; i += lanes) subtract<1>(s + i, keys, factor, {load(rows.reference + i)});
+  return first;
+}
+
+// dO . O of each row, less the logsumexp's own gradient.
+void read_deltas(const BackwardCall& call, const Item& item, RowNumbers& rows) {
+  const Tensor &o = call.output, &g = call.output_gradient;
+  const int64_t columns = call.problem.value_dim;
+  for (int64_t i = 0; i < item.queries; i++) {
+    const auto* a = static_cast<const bfloat16_t*>(o.data) + row_offset(o, item, i);
+    const auto* b = static_cast<const bfloat16_t*>(g.data) + row_offset(g, item, i);
+    Vector sum{};
+    for (int64_t d = 0; d < columns; d += lanes)
+      sum += widen_strided(a + d * o.stride[3], o.stride[3], columns - d) *
+             widen_strided(b + d * g.stride[3], g.stride[3], columns - d);
+    rows.delta[i] = sum_of(sum) - logsumexp_gradient(call, item, i);
+  }
+  std::fill(rows.delta + item.queries, rows.delta + query_tile, 0.0f);
+}
+
 class PairTiles {
  public:
   // In words: three tiles of float32 and three of bfloat16, K, V and KT of the block, and room to turn a tile.
@@ -63,7 +86,8 @@ class PairTiles {
     turn_pairs(g, p_.value_dim, 2 * dv_, width, gradient_turned_, halves(copy_));
     pair_rows(q, p_.head_dim, query_rows_, 2 * d_);
     pair_rows(g, p_.value_dim, gradient_row_pairs_, 2 * dv_);
-    read_rows<bfloat16_t>(call_, item, *rows_);
+    read_statistics(call_, item, *rows_);
+    read_deltas(call_, item, *rows_);
   }
 
   void step(const TileStep& t) {

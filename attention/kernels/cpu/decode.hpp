@@ -55,7 +55,6 @@ struct FewRows {
       Ahead(lines(p.key, begin, std::min(tile, end - begin), p.head_dim, key_length, key_copy)).ask_for_all();
     read_queries();
     std::fill_n(output, rows * dv, 0.0f);
-    std::fill_n(state.offset, rows, 0.0f);
     for (int64_t key = begin; key < end; key += tile) {
       const int64_t count = std::min(tile, end - key);
       const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
@@ -76,7 +75,7 @@ struct FewRows {
       else
         for (int64_t c = 0; c < p.head_dim; c += lanes)
           store(query + r * key_length + c,
-                widen_strided(q.row[r] + c * q.stride, q.stride, p.head_dim - c) * p.scale);
+                widen_strided(q.row[r] + c * q.stride, q.stride, p.head_dim - c) * float(p.scale));
   }
 
   Lines<Element> lines(const Tensor& t, int64_t key, int64_t count, int64_t dim, int64_t length, float* copy) const {
@@ -133,14 +132,10 @@ struct FewRows {
     for (int64_t j = 0; j < last; j += lanes) top = larger(load(s + j), top);
     const float highest = max_of(top) * factor;
     if (highest > state.maximum[row] + most_outgrown) move_reference(row, highest);
-    float offset = state.offset[row];
-    if (offset == infinity) {
-      subtract(row, end, factor);
-      factor = 1.0f, offset = 0.0f;
-    } else {
-      factor *= log2_e;
-    }
-    for (int64_t j = 0; j < end; j += lanes) sum += probabilities(row, j, load(s + j) * factor - offset);
+    // The product is rounded as the maximum's was: drawn into the subtraction it would lie apart from it.
+    const float m = std::max(state.maximum[row], -largest);
+    for (int64_t j = 0; j < end; j += lanes)
+      sum += probabilities(row, j, (in_register(load(s + j) * factor) - m) * log2_e);
     state.sum[row] += sum_of(sum);
   }
 
@@ -166,17 +161,9 @@ struct FewRows {
 
   [[gnu::noinline]] void move_reference(int64_t row, float now) {
     const float before = std::exchange(state.maximum[row], now);
-    const bool subtracted = beyond_offset(now);
-    const Vector offset = in_register(broadcast(now) * log2_e), offset_before = in_register(broadcast(before) * log2_e);
-    const float correction = exp2(subtracted ? broadcast((before - now) * log2_e) : offset_before - offset)[0];
+    const float correction = exp2(broadcast((before - now) * log2_e))[0];
     for (float* o = output + row * dv; o < output + (row + 1) * dv; o += lanes) store(o, load(o) * correction);
     state.sum[row] *= correction;
-    state.offset[row] = subtracted ? infinity : offset[0];
-  }
-
-  [[gnu::noinline]] void subtract(int64_t row, int64_t end, float factor) {
-    for (float* s = scores + row * score_line; s < scores + row * score_line + end; s += lanes)
-      store(s, (in_register(load(s) * factor) - state.maximum[row]) * log2_e);
   }
 
   void order_dims() {

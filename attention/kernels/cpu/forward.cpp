@@ -81,11 +81,13 @@ struct Panel {
  private:
   void part(const Problem& p, const Floats& k, const Floats& v, const Scores& tile) {
     const int64_t i = tile.begin;
-    multiply<Layout::depth_contiguous, Update::overwrite>(
-        {k.data, k.stride, room.query + i, query_tile, p.head_dim, room.scores + i, query_tile, nullptr}, tile.keys,
-        tile.width());
+    multiply_scores({k.data, k.stride, room.query + i, query_tile, p.head_dim, room.scores + i, query_tile, nullptr},
+                    tile.keys, tile.width());
     finish_scores(tile, p, item, bounds);
-    softmax_step(tile, state);
+    softmax_step(tile, state, Coarse(p), [&](int64_t column, int64_t columns) {
+      finish_in_double({tile.s, tile.key, tile.keys, column, column + columns, tile.seen}, p, item, k,
+                       {state.maximum, state.fine}, state.correction);
+    });
     const Operands to_output{v.data,          v.stride,   room.scores + i,     query_tile, tile.keys,
                              room.output + i, query_tile, state.correction + i};
     if (started[i / half_tile])
@@ -126,10 +128,13 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
 // Scores beyond this are rounded by so much that another order of their sums gives other probabilities.
 constexpr float largest_reordered = 0x1p12f;
 
-// Whether the backward pass, which sums scores as `attend_panels` does, will find other ones than `attend_few` did.
-inline bool backward_differs(const ForwardCall& call, const Item& item, const Softmax& state) {
-  if (call.statistics == nullptr) return false;
-  const auto beyond = [](float x) { return std::abs(x) > largest_reordered && x != -infinity; };
+// Whether `attend_panels` has to do it again: its scores are finer, and the backward pass sums them as it does.
+inline bool wants_panels(const ForwardCall& call, const Item& item, const Softmax& state) {
+  const Coarse coarse(call.problem);
+  const auto beyond = [&](float x) {
+    return coarse.has(x) ||
+           (call.statistics != nullptr && std::abs(x) > largest_reordered && x != -infinity);
+  };
   return std::any_of(state.maximum, state.maximum + item.rows(), beyond);
 }
 
@@ -142,7 +147,7 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   state.reset();
   FewRows<T, reading> few{p, item, bounds, state, room.query, room.scores, spare.output, room.key, room.value};
   few.attend(std::max(item.key_begin, bounds.whole.any_first), std::min(item.key_end, bounds.whole.any_last + 1));
-  if (backward_differs(call, item, state)) {
+  if (wants_panels(call, item, state)) {
     if constexpr (bfloat16_pairs && std::is_same_v<T, bfloat16_t>) return attend_bfloat16(call, item, partials);
     else return attend_panels<T>(call, item, partials);
   }

@@ -51,8 +51,8 @@ void write_rows(const ForwardCall& call, const Item& item, const float* turned, 
         narrow_some(static_cast<T*>(call.output) + place(row + r) * dv + d, x[r], dv - d);
     }
     for (int64_t r = row; r < row + some && call.logsumexp != nullptr; r++) {
-      call.logsumexp[place(r)] = state.sum[r] == 0 ? -infinity : state.maximum[r] + std::log(state.sum[r]);
-      reinterpret_cast<RowStatistics*>(call.statistics)[place(r)] = {state.maximum[r], state.sum[r]};
+      call.logsumexp[place(r)] = state.sum[r] == 0 ? -infinity : state.maximum[r] + (state.fine[r] + std::log(state.sum[r]));
+      reinterpret_cast<RowStatistics*>(call.statistics)[place(r)] = {state.maximum[r], state.sum[r], state.fine[r]};
     }
   }
 }
@@ -72,9 +72,12 @@ class Partials {
 
   void keep(const Item& item, const float* turned, const Softmax& state) {
     float* to = at(item.tile, item.span);
-    for (int64_t d = 0; d < dv_; d++) std::copy_n(turned + d * query_tile, width_, to + d * width_);
     std::copy_n(state.maximum, width_, to + dv_ * width_);
-    std::copy_n(state.sum, width_, to + (dv_ + 1) * width_);
+    for (int64_t i = 0; i < width_; i += lanes) {  // a span has no place for what its maximum lacks
+      const Vector fine = exp2(load(state.fine + i) * log2_e);
+      for (int64_t d = 0; d < dv_; d++) store(to + d * width_ + i, load(turned + d * query_tile + i) * fine);
+      store(to + (dv_ + 1) * width_ + i, load(state.sum + i) * fine);
+    }
   }
 
   template <class T>
@@ -82,6 +85,7 @@ class Partials {
     const auto join_tile = [&](int64_t tile) {
       const Item item = s.item(call.problem, tile * s.spans);
       Softmax state;
+      state.reset();
       for (int64_t i = 0; i < width_; i += lanes) join(tile, i, state);
       write_rows<T>(call, item, at(tile, 0), width_, state);
     };

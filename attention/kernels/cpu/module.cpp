@@ -17,12 +17,12 @@ namespace {
 
 using MaybeArray = std::optional<mx::array>;
 
-mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal,
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, double scale, bool causal,
                     int64_t window, float softcap, const MaybeArray& mask, int64_t items) {
   return fatui::flash_attention(q, k, v, {scale, softcap, causal, window, items}, mask, false)[0];
 }
 
-std::pair<mx::array, mx::array> with_logsumexp(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+std::pair<mx::array, mx::array> with_logsumexp(const mx::array& q, const mx::array& k, const mx::array& v, double scale,
                                                bool causal, int64_t window, float softcap, const MaybeArray& mask) {
   auto out = fatui::flash_attention(q, k, v, {scale, softcap, causal, window}, mask, true);
   return {out[0], out[1]};

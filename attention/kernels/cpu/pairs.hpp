@@ -125,6 +125,47 @@ FATUI_INLINE bool move_reference(const Vector (&top)[N], Softmax& state, int64_t
   return moved;
 }
 
+// The exponents of probabilities, exp2(s * factor - offset), in one multiply-add, in which m log2(e) is rounded and
+// s log2(e) is not: near 1e10 they lie apart by up to 500. So where m is large it is subtracted first.
+template <int N>
+struct Exponents {
+  float factor;
+  Vector offset[N];
+};
+
+constexpr float largest_offset = 0x1p10f;  // both ways agree to 1e-4 here, which bfloat16 does not show
+inline bool beyond_offset(float m) { return std::abs(m) > largest_offset && std::abs(m) < infinity; }
+
+// In place, m subtracted first: s becomes (s * factor - m) log2(e).
+template <int N>
+void subtract(float* s, int64_t keys, float factor, const Vector (&m)[N]) {
+  for (int64_t j = 0; j < keys; j++, s += query_tile)
+    for (int v = 0; v < N; v++)
+      store(s + v * lanes, (in_register(load(s + v * lanes) * factor) - m[v]) * log2_e);
+}
+
+// The exponents of N vectors of queries; the correction follows from the m before.
+template <int N>
+FATUI_INLINE Exponents<N> exponents(float* s, int64_t keys, float factor, Vector (&m)[N], const Vector (&before)[N],
+                                    float* correction) {
+  Exponents<N> e;
+  Vector size{};
+  FATUI_UNROLL for (int v = 0; v < N; v++) {
+    m[v] = or_zero(m[v]);
+    size = larger(magnitude(m[v]), size);
+  }
+  const bool first = max_of(size) > largest_offset;
+  if (first) subtract(s, keys, factor, m);
+  e.factor = first ? 1.0f : factor * log2_e;
+  FATUI_UNROLL for (int v = 0; v < N; v++) {
+    const Vector offset = in_register(m[v] * log2_e);
+    e.offset[v] = first ? Vector{} : offset;
+    store(correction + v * lanes,
+          exp2(first ? (before[v] - m[v]) * log2_e : in_register(before[v] * log2_e) - offset));
+  }
+  return e;
+}
+
 // Scores S[key][query], times the factor, to pairs of probabilities PP[key / 2][query], with zeros up to padded_keys.
 template <int N>
 FATUI_INLINE bool softmax_pairs(float* s, int64_t keys, int64_t padded_keys, float factor, Softmax& state,

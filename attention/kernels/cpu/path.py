@@ -22,8 +22,8 @@ WIDEST: Final = 512
 """Maximum supported head dim."""
 THREAD_BYTES: Final = 4 * 2**20
 """Upper bound of a thread's tiles in bytes; used instead of the exact figure until the kernel is compiled."""
-ROW_BYTES: Final = 12
-"""Bytes kept per row for the backward pass besides the output: logsumexp, maximum and sum."""
+ROW_BYTES: Final = 16
+"""Bytes kept per row for the backward pass besides the output: logsumexp, maximum with its remainder, and sum."""
 TALLEST, ITEMS = 256, 64
 """Maximum rows per work item, and desired number of items per call; as in schedule.hpp."""
 VARIANTS: Final = ("tall",)

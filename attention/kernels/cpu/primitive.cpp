@@ -143,7 +143,7 @@ bool FlashForward::is_equivalent(const mx::Primitive& other) const {
 std::vector<mx::Shape> FlashForward::output_shapes(const Arrays& inputs) {
   const auto& q = inputs[0];
   const mx::Shape rows{q.shape(0), q.shape(1), q.shape(2)};
-  return {{rows[0], rows[1], rows[2], inputs[2].shape(3)}, rows, {rows[0], rows[1], rows[2], 2}};
+  return {{rows[0], rows[1], rows[2], inputs[2].shape(3)}, rows, {rows[0], rows[1], rows[2], 3}};
 }
 
 void FlashBackward::eval_cpu(const Arrays& inputs, Arrays& outputs) {

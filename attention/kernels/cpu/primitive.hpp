@@ -15,14 +15,15 @@ namespace fatui {
 namespace mx = mlx::core;
 
 struct Options {
-  float scale = 1.0f, softcap = 0.0f;
+  double scale = 1.0;
+  float softcap = 0.0f;
   bool causal = false;
   int64_t window = 0, items = 0;
   bool operator==(const Options&) const = default;
 };
 
 // Inputs q, k, v and perhaps a mask of four dimensions; outputs o and, where a gradient may be asked for, logsumexp and
-// statistics (B, H, Lq, 2), which are for the backward pass alone.
+// statistics (B, H, Lq, 3), which are for the backward pass alone.
 class FlashForward : public mx::Primitive {
  public:
   FlashForward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}

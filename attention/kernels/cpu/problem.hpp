@@ -19,7 +19,7 @@ struct Tensor {
 struct Problem {
   Tensor query, key, value, mask;  // mask.data is null when there is none; a boolean mask says true = attend
   int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
-  float scale = 1.0f;
+  double scale = 1.0;  // as it was given: the square root of a head dim in float32 is off by 2^-25
   float softcap = 0.0f;  // 0: none
   bool causal = false;   // lower-right: query i sees keys up to i + keys - queries
   int64_t window = 0;    // 0: none; N: only the last N of those
@@ -33,17 +33,18 @@ struct ForwardCall {
   float* statistics = nullptr;  // contiguous, for the backward pass, see RowStatistics; null with the logsumexp
 };
 
-// Two numbers a row, apart: near 1e9, where a mask may put all scores of a row, a float32 logsumexp has no room for the
+// Numbers of a row, apart: near 1e9, where a mask may put all scores of a row, a float32 logsumexp has no room for the
 // logarithm of the sum.
 struct RowStatistics {
   float reference;  // subtracted from the scores: their maximum, or a little less
-  float sum;        // of e^(score - reference); 0 where a row has nothing to attend to
+  float sum;        // of e^(score - reference - fine); 0 where a row has nothing to attend to
+  float fine;       // what the reference lacks where scores are computed in double, else 0
 };
 
 struct BackwardCall {
   Problem problem;
   Tensor output, output_gradient;
-  Tensor statistics, logsumexp_gradient;  // one RowStatistics a row, its two numbers adjacent; the gradient may be null
+  Tensor statistics, logsumexp_gradient;  // one RowStatistics a row, its numbers adjacent; the gradient may be null
   void* query_gradient = nullptr;        // contiguous, the element of the query
   void* key_gradient = nullptr;
   void* value_gradient = nullptr;

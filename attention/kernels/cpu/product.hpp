@@ -9,6 +9,8 @@
 //   register |                                   |                 A is read where it lies: a key or a value tile
 //            +-----------------------------------+                 needs no packing, whatever its row stride.
 #pragma once
+#include <algorithm>
+
 #include "vector.hpp"
 
 namespace fatui {
@@ -34,12 +36,26 @@ FATUI_INLINE Vector spread(const float* p) {
   }
 }
 
+// c + a b, rounded once where the processor can, and not only where the compiler finds it quicker: sums that are made of
+// the same numbers in the same order are equal, whatever else is summed beside them.
+FATUI_INLINE Vector fused(Vector c, Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return c + a * b;
+#endif
+}
+
 template <Numbers numbers>
 FATUI_INLINE Vector multiply_add(Vector c, Vector a, Vector b) {
 #if defined(__AVX512BF16__)
   if constexpr (numbers == Numbers::pairs) return (Vector)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 #endif
-  return c + a * b;
+  return fused(c, a, b);
 }
 
 struct Operands {
@@ -98,6 +114,19 @@ void multiply(const Operands& o, int64_t rows, int64_t columns) {
   for (; column + 2 * lanes <= columns; column += 2 * lanes)
     panel<narrow_rows, 2, layout, update, numbers>(o, 0, rows, column);
   if (column < columns) panel<12, 1, layout, update, numbers>(o, 0, rows, column);
+}
+
+constexpr int64_t depth_at_once = 64;
+
+// Dot products of queries and keys, so many dims at a time: a sum of many equal numbers drifts by a rounding for each.
+inline void multiply_scores(Operands o, int64_t rows, int64_t columns) {
+  const int64_t depth = o.depth;
+  o.depth = std::min(depth, depth_at_once);
+  multiply<Layout::depth_contiguous, Update::overwrite>(o, rows, columns);
+  for (int64_t d = depth_at_once; d < depth; d += depth_at_once) {
+    o.a += depth_at_once, o.b += depth_at_once * o.b_stride, o.depth = std::min(depth - d, depth_at_once);
+    multiply<Layout::depth_contiguous, Update::add>(o, rows, columns);
+  }
 }
 
 }  // namespace fatui

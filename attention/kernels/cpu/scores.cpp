@@ -1,3 +1,5 @@
+#include <vector>
+
 #include "scores.hpp"
 
 namespace fatui {
@@ -71,6 +73,127 @@ float finish_raw_scores(const Scores& t, const Problem& p, const Item& item, con
   scale_scores(t, p.scale);
   finish_scores(t, p, item, b);
   return 1.0f;
+}
+
+namespace {
+constexpr int halves = 2, keys_at_once = 4;
+typedef double Doubles __attribute__((vector_size(lanes * 4)));  // half as many as floats
+constexpr int per_half = lanes / halves;
+constexpr double most_above = 80;  // e^80 is finite; only a maximum that was rounded otherwise lies below a score at all
+
+double number_of(const Tensor& t, int64_t at) {
+  const auto halves_to_double = [](auto* data) { return double(widen_some(data, 1)[0]); };
+  switch (t.element) {
+    case Element::float16: return halves_to_double(static_cast<const float16_t*>(t.data) + at);
+    case Element::bfloat16: return halves_to_double(static_cast<const bfloat16_t*>(t.data) + at);
+    case Element::float32: return static_cast<const float*>(t.data)[at];
+    case Element::boolean: return static_cast<const uint8_t*>(t.data)[at];
+  }
+  return 0;
+}
+
+// One vector of queries of a tile, column by column [column, column + lanes).
+struct InDouble {
+  const Scores& t;
+  const Problem& p;
+  const Item& item;
+  const Floats& key;
+  int64_t column;
+  std::vector<Doubles> query, scores;  // [d][half], not scaled; [key][half]
+
+  InDouble(const Scores& t, const Problem& p, const Item& item, const Floats& key, int64_t column)
+      : t(t), p(p), item(item), key(key), column(column), query(p.head_dim * halves), scores(t.keys * halves) {
+    for (int i = 0; i < lanes && column + i < item.rows(); i++)
+      for (int64_t d = 0; d < p.head_dim; d++)
+        query[d * halves + i / per_half][i % per_half] =
+            number_of(p.query, at(p.query, column + i) + d * p.query.stride[3]);
+    for (int64_t j = 0; j < t.keys; j += keys_at_once) products(j);
+    for (int64_t j = 0; j < t.keys; j++)
+      for (int i = 0; i < lanes && column + i < item.rows(); i++) score(j, i) = finished(j, column + i, score(j, i));
+  }
+
+  double get(int64_t j, int i) const { return scores[j * halves + i / per_half][i % per_half]; }
+
+  double highest(int i) const {
+    double top = -infinity;
+    for (int64_t j = 0; j < t.keys; j++) top = std::max(top, get(j, i));
+    return top;
+  }
+
+  // The scores of one query become what they are above m, as they were or as they are in double.
+  void write(int i, double m, bool in_double) const {
+    for (int64_t j = 0; j < t.keys; j++) {
+      float& s = *t.at(j, column + i);
+      const double above = (in_double ? get(j, i) : s) - m;
+      s = s == -infinity ? s : float(std::min(above, most_above));
+    }
+  }
+
+ private:
+  int64_t at(const Tensor& t, int64_t row) const {
+    return item.batch * t.stride[0] + (item.head + row / item.queries) * t.stride[1] +
+           (item.query + row % item.queries) * t.stride[2];
+  }
+
+  void products(int64_t j) {
+    Doubles sum[keys_at_once][halves] = {};
+    const float* k[keys_at_once];
+    for (int n = 0; n < keys_at_once; n++) k[n] = key.data + std::min(j + n, t.keys - 1) * key.stride;
+    for (int64_t d = 0; d < p.head_dim; d++)
+      FATUI_UNROLL for (int n = 0; n < keys_at_once; n++)
+        FATUI_UNROLL for (int h = 0; h < halves; h++) sum[n][h] += double(k[n][d]) * query[d * halves + h];
+    for (int n = 0; n < keys_at_once && j + n < t.keys; n++)
+      for (int h = 0; h < halves; h++) scores[(j + n) * halves + h] = sum[n][h] * p.scale;
+  }
+
+  // Softcap, mask array, causal and window of one score.
+  double finished(int64_t j, int64_t row, double score) const {
+    const Visible seen = visible(p, item.query + row % item.queries);
+    if (t.key + j < seen.first || t.key + j > seen.last) return -infinity;
+    if (p.softcap > 0) score = std::tanh(score / p.softcap) * p.softcap;
+    if (p.mask.data == nullptr) return score;
+    const double number = number_of(p.mask, at(p.mask, row) + (t.key + j) * p.mask.stride[3]);
+    if (p.mask.element == Element::boolean) return number == 0 ? -infinity : score;
+    return score + number;
+  }
+
+  double& score(int64_t j, int i) {
+    return reinterpret_cast<double*>(scores.data() + j * halves)[i];
+  }
+};
+}  // namespace
+
+[[gnu::cold]] void finish_in_double(const Scores& t, const Problem& p, const Item& item, const Floats& key,
+                                    const Maxima& maxima, float* correction) {
+  const Coarse coarse(p);
+  for (int64_t column = t.begin; column < t.end; column += lanes) {
+    const InDouble some(t, p, item, key, column);
+    for (int i = 0; i < lanes; i++) {
+      float &m = maxima.maximum[column + i], &fine = maxima.fine[column + i];
+      const double before = double(m) + fine;
+      double now = std::max(some.highest(i), before);
+      const bool in_double = column + i < item.rows() && std::abs(now) < coarse.to;
+      if (!in_double) {
+        now = before;
+        for (int64_t j = 0; j < t.keys; j++) now = std::max<double>(now, *t.at(j, column + i));
+      }
+      m = float(now), fine = in_double ? float(now - m) : 0.0f;
+      correction[column + i] = now > before ? float(std::exp(before - now)) : 1.0f;
+      some.write(i, std::max<double>(now, -largest), in_double);
+    }
+  }
+}
+
+[[gnu::cold]] void finish_in_double(const Scores& t, const Problem& p, const Item& item, const Floats& key,
+                                    const Maxima& known) {
+  const Coarse coarse(p);
+  for (int64_t column = t.begin; column < t.end; column += lanes) {
+    const InDouble some(t, p, item, key, column);
+    for (int i = 0; i < lanes; i++) {
+      const float m = known.maximum[column + i];
+      some.write(i, double(m) + known.fine[column + i], column + i < item.rows() && std::abs(m) < coarse.to);
+    }
+  }
 }
 
 }  // namespace fatui

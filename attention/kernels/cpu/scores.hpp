@@ -62,4 +62,33 @@ void finish_scores(const Scores& t, const Problem& p, const Item& item, const Bo
 // applies for nothing (in the multiply-add that subtracts the maximum).
 float finish_raw_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b);
 
+// Scores are as coarse as their size: float32 rounds one near 100 by up to 4e-6, which is its weight's relative error. In
+// this range of their maximum they are computed again, in double. To 2^30, as a float32 maximum is no nearer than 64 to a
+// score there, and e^64 is finite. The inputs' own rounding is larger in half precision, but a mask of -1e9 leaves nothing
+// of a score in float32; with float32 inputs that is what the sum says, in plain attention too.
+struct Coarse {
+  float from, to;
+
+  explicit Coarse(const Problem& p) {
+    const bool added = p.mask.data != nullptr && p.mask.element != Element::boolean;
+    const bool float32 = p.query.element == Element::float32;
+    from = float32 ? 0x1p6f : added ? 0x1p12f : infinity;
+    to = float32 && added ? 0x1p20f : 0x1p30f;
+  }
+  bool has(float maximum) const { return std::abs(maximum) > from && std::abs(maximum) < to; }
+};
+
+// What is subtracted from the scores of each query: maximum + fine.
+struct Maxima {
+  float *maximum, *fine;
+};
+
+// Scores of the tile's columns anew, in double from the dot product to the last bound, less the maxima. Those of a query
+// whose maximum is larger are taken as they are.
+void finish_in_double(const Scores& t, const Problem& p, const Item& item, const Floats& key, const Maxima& known);
+
+// The same where the maxima are not known yet: they take these scores in, and `correction` is e^(before - now).
+void finish_in_double(const Scores& t, const Problem& p, const Item& item, const Floats& key, const Maxima& maxima,
+                      float* correction);
+
 }  // namespace fatui

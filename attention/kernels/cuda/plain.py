@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from attention.kernels.cuda.call import Call
-from attention.masks import Mask, apply, open_blind, sighted
+from attention.masks import Mask, apply, opened
 
 
 def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: Call) -> list[mx.array]:
@@ -44,7 +44,7 @@ def plain_attention(
     whole = Mask(causal=call.causal, window=call.window, array=mask).whole(queries, keys)
     if whole is None:
         return (mx.softmax(scores, axis=-1) @ wide_v).astype(q.dtype), mx.logsumexp(scores, axis=-1)
-    sees = sighted(mx.stop_gradient(whole))
-    scores = apply(scores, open_blind(whole, sees))
+    allowed, sees = opened(whole, shifted=False)  # of which the logsumexp would lack what is taken off
+    scores = apply(scores, allowed)
     out = mx.where(sees, mx.softmax(scores, axis=-1) @ wide_v, 0.0)
     return out.astype(q.dtype), mx.where(sees[..., 0], mx.logsumexp(scores, axis=-1), -mx.inf)
