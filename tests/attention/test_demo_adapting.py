@@ -255,6 +255,7 @@ def comes_back(path: Path, clock: Clock, switches: list[on.Switched]) -> bool:
     return [event.after for event in switches] == ["second", "first"]
 
 
+@pytest.mark.slow  # real calls for seconds; the same with a made-up clock is in every run
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_a_real_30_percent_slower_choice_is_left_in_200_calls(
     clock: Clock, tmp_path: Path, switches: list[on.Switched]

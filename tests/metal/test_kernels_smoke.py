@@ -10,6 +10,9 @@ from kernels_device import Device, needs_verifier, on_a_mac
 from attention.kernels.metal import launch, selfcheck
 from attention.kernels.metal.call import Shape
 
+IN_ALL = ("window", "softcap", "sinks")
+"""Kinds whose feature "all at once" has too; each is a text of its own to compile."""
+
 
 @pytest.fixture
 def device():
@@ -17,7 +20,9 @@ def device():
         yield made
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in IN_ALL else kind for kind in KINDS]
+)
 def test_forward_and_gradients_are_right_and_clean(device, kind):
     assert problems(Shape(1, 4, 2, 37, 51, 64, "float16"), KINDS[kind]) == []
 
