@@ -126,6 +126,12 @@ class WeightsMade(Event, tag="weights_made"):
     """Size of the whole model, even if only some layers run."""
 
 
+class PassesShared(Event, tag="passes_shared"):
+    """All implementations of a case attend in the same passes of its model, and share the time of the rest."""
+
+    case: int
+
+
 class CallsCounted(Event, tag="calls_counted"):
     """Number of attention calls in a model's first run or trace, by what computed them."""
 
@@ -258,6 +264,7 @@ CaseEvent = (
     | ReferenceChosen
     | RoundsDone
     | WeightsMade
+    | PassesShared
     | Expected
     | IterationDone
     | CaseDone

