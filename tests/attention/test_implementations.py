@@ -66,8 +66,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "slices, blocks behind": InSlices("slices, blocks behind"),
 }
 DIFFERENTIABLE = [name for name in IMPLEMENTATIONS if name != "torch"]
-FEW_KEYS = ("blocks of few keys", "blocks of few keys, seen once")
-"""Many blocks are a large graph, which takes the C++ compiler seconds."""
+LARGE_GRAPHS = ("blocks of all keys", "blocks of few keys", "blocks of few keys, seen once", "slices, blocks behind")
+"""Blocks make a large graph, which takes the C++ compiler seconds."""
 
 
 def labels(example: object) -> str:
@@ -133,7 +133,7 @@ def test_a_hugely_negative_additive_mask_hides_without_blinding(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in FEW_KEYS else n for n in DIFFERENTIABLE]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE_GRAPHS else n for n in DIFFERENTIABLE]
 )
 def test_works_under_grad_value_and_grad_and_compile(name: str) -> None:
     implementation = IMPLEMENTATIONS[name]
