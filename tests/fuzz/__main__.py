@@ -18,6 +18,8 @@ FAMILIES: Final = ("broad", "edges")
 MODES: Final = ("forward", "gradient", "demo")
 MAX_SILENCE_S: Final = 300.0
 """Seconds without output after which a process counts as hung."""
+MAX_OVERTIME_S: Final = 60.0
+"""Seconds that a case may go on after `--seconds`; it is then ended, named and not counted."""
 CLEAR_CACHE_EVERY: Final = 50
 MAX_SHOWN: Final = 30
 """Maximum number of failures printed; the file has all of them."""
@@ -137,14 +139,17 @@ async def _worker(options: argparse.Namespace, tally: Tally, started: float, fir
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=2**24,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # as pytest imports this package
         )
         at_work: dict[str, Any] | None = None
         stderr = asyncio.create_task(_tail(process.stderr))
         hung = False
         try:
             while True:
+                left = options.seconds - (time.monotonic() - started)
+                silence_s = min(MAX_SILENCE_S, max(left, 0.0) + MAX_OVERTIME_S)
                 try:
-                    line = await asyncio.wait_for(process.stdout.readline(), MAX_SILENCE_S)  # type: ignore[union-attr]
+                    line = await asyncio.wait_for(process.stdout.readline(), silence_s)  # type: ignore[union-attr]
                 except TimeoutError:
                     hung = True
                     break
@@ -162,6 +167,9 @@ async def _worker(options: argparse.Namespace, tally: Tally, started: float, fir
             code = await process.wait()
         said = await stderr
         if code == 0 and not hung:
+            return
+        if hung and silence_s < MAX_SILENCE_S:
+            print(f"still running when the time was up, not counted: {at_work or 'start-up'}", file=sys.stderr)
             return
         if at_work is None:
             raise RuntimeError(f"a process of the fuzz tests ended with {code}: {said}")

@@ -7,6 +7,7 @@ import pytest
 
 from attention import implementations as built_in
 
+from . import __main__ as program
 from . import cases, edges
 from .__main__ import main
 from .judge import FAILURES, PEERS, Judge, implementations
@@ -170,3 +171,18 @@ def test_a_process_that_dies_costs_one_case(tmp_path, capsys):
     assert single
     assert [failure["case"] for failure in found if failure["verdict"] == "crashed"] == single
     assert "12 cases" in capsys.readouterr().out
+
+
+def test_a_run_ends_soon_after_its_time(tmp_path, capsys, monkeypatch):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "import time\n"
+        "from attention.implementations import get\n"
+        "class Slow:\n"
+        "    name, title, summary = 'slow', 'Slow', 'does not end'\n"
+        "    def route(self, *a): return get('baseline').route(*a)\n"
+        "    def __call__(self, *a, **more): time.sleep(600)\n"
+    )
+    monkeypatch.setattr(program, "MAX_OVERTIME_S", 1.0)
+    assert main(["--count", "1", "--seconds", "5", "--impl", f"{plugin}:Slow"]) == 0
+    assert "still running when the time was up" in capsys.readouterr().err
