@@ -1,4 +1,4 @@
-"""The implementations by name; importing this imports none of them, and no MLX."""
+"""The catalogue of implementations by name. Importing it imports none of them, and no MLX."""
 
 import importlib
 import importlib.util
@@ -13,12 +13,12 @@ from attention.implementations.protocol import Implementation
 
 
 class Entry(Struct, frozen=True):
-    """One line of the catalogue."""
+    """One entry of the catalogue."""
 
     name: str
     title: str
     summary: str
-    """One line, for the picker."""
+    """Description in one line."""
     location: str
     """module:Class"""
 
@@ -65,7 +65,7 @@ NAMES: Final = tuple(entry.name for entry in CATALOGUE)
 
 
 def check_name(name: str) -> None:
-    """Raises UsageError unless the name is in the catalogue or points at a class of the user's own."""
+    """Raise UsageError unless the name is in the catalogue or has the form of a plugin."""
     if not name.isprintable():
         raise UsageError(f"implementation: got {name!r}; a name has no control characters")
     if name not in NAMES and ":" not in name:
@@ -76,13 +76,13 @@ def check_name(name: str) -> None:
 
 @cache
 def get(name: str) -> Implementation:
-    """Loads an implementation; one instance a process.
+    """Return an implementation; one instance per process.
 
     Args:
-        name: a name of the catalogue, "package.module:CLASS", or "path/to/file.py:CLASS".
+        name: a name in the catalogue, "package.module:CLASS", or "path/to/file.py:CLASS".
 
     Raises:
-        UsageError: there is none of that name, or what is there is no implementation.
+        UsageError: the name does not exist, or the object is not an implementation.
     """
     check_name(name)
     location = next((entry.location for entry in CATALOGUE if entry.name == name), name)
@@ -94,7 +94,7 @@ def get(name: str) -> Implementation:
         if name in NAMES:
             raise
         raise UsageError(f"implementation: '{name}' cannot be loaded: {error}") from error
-    except BaseException as error:  # a file of the user's own may raise anything, SystemExit too
+    except BaseException as error:  # a plugin may raise anything, even SystemExit
         if name in NAMES or isinstance(error, KeyboardInterrupt):
             raise
         raise UsageError(f"implementation: '{name}' cannot be loaded: {in_a_line(error)}") from error

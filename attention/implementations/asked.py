@@ -1,4 +1,4 @@
-"""What a call asks for, read off its arrays."""
+"""The signature of a call, derived from its arrays."""
 
 from functools import lru_cache
 
@@ -12,10 +12,10 @@ from attention.workload import DTYPES, DType, Workload
 
 
 def asked_for(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> tuple[Workload, Needs]:
-    """The workload, as a forward pass, and what goes beyond it.
+    """Return the workload of a call, as a forward pass, and the features that it does not describe.
 
     Raises:
-        UnsupportedError: the type of the query is none that a workload can have.
+        UnsupportedError: the query's dtype is not supported.
     """
     for name in DTYPES:
         if q.dtype == getattr(mx, name):
@@ -25,7 +25,7 @@ def asked_for(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float 
 
 
 def needs_of(softcap: bool, array: mx.array | None) -> Needs:
-    """Return what goes beyond a workload: a softcap, an array mask and its size."""
+    """Return the features that a workload does not describe: a softcap, an array mask and its size."""
     if array is None:
         return Needs(softcap=softcap)
     batches, heads = as_4d(array).shape[:2]
@@ -34,7 +34,7 @@ def needs_of(softcap: bool, array: mx.array | None) -> Needs:
 
 
 def here() -> Backend:
-    """The backend that MLX computes on now."""
+    """Return the backend of MLX's current default device."""
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
@@ -51,10 +51,10 @@ def _workload(
 
 
 class _Unlimited(Workload, frozen=True, kw_only=True):
-    """A call that a benchmark would not measure: its limits are not those of `attention()`."""
+    """A workload without the benchmark's limits, which do not apply to `attention()`."""
 
     def __post_init__(self) -> None:
-        """Checks nothing: all fields are given, from arrays that were checked."""
+        """Skip validation: all fields come from validated arrays."""
 
 
 def _made(

@@ -1,4 +1,4 @@
-"""Attention by hand: five steps that build the whole score matrix."""
+"""Unfused attention in five MLX operations; materialises the score matrix."""
 
 import mlx.core as mx
 
@@ -11,15 +11,15 @@ from attention.workload import Workload
 
 
 class Baseline:
-    """Matmul, scale, softcap, mask, softmax, matmul; the softmax computes in float32, and in float16 everything does.
+    """Matmul, scale, softcap, mask, softmax, matmul. The softmax is float32; for float16 inputs everything is.
 
-    Scores in float16 overflow from 65,520.
+    Float16 scores would overflow from 65,520.
     """
 
     name = "baseline"
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
-        """Always the same path, and it takes everything."""
+        """Return the route, which is the same for every workload."""
         return Route(
             path=named_products("manual, unfused", workload.dtype, device.backend),
             fused=False,
@@ -32,7 +32,7 @@ class Baseline:
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Attends; shapes as in the protocol."""
+        """Compute attention; shapes as in `Implementation.__call__`."""
         shifted = q.dtype != mx.float32
         if q.dtype == mx.float16:
             wide_q, wide_k, wide_v = (x.astype(mx.float32) for x in (q, k, v))
@@ -45,7 +45,7 @@ def _attend(
 ) -> mx.array:
     batch, heads, seq, _ = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]
-    # Query heads that share a key head go side by side, so that K and V are never repeated.
+    # Query heads that share a key head are stacked, so that K and V are never repeated.
     grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
     scores = grouped @ k[:, :, None].swapaxes(-1, -2)
     if softcap is not None:
@@ -61,7 +61,7 @@ def _attend(
 def _opened(
     mask: Mask, seq: int, kv_seq: int, dtype: mx.Dtype, shifted: bool
 ) -> tuple[mx.array | None, mx.array | None]:
-    """The whole mask with blind rows opened, and which rows see; None where all do for certain."""
+    """Return the mask with fully masked rows unmasked, and which rows are not fully masked (None if surely all)."""
     whole = mask.whole(seq, kv_seq)
     if whole is None or (mask.array is None and not mask.blind_rows(seq, kv_seq)):
         return whole, None

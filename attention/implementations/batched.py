@@ -1,4 +1,4 @@
-"""`mx.vmap` of attention: the mapped axis becomes part of the batch."""
+"""`mx.vmap` rules of attention: the mapped axis becomes part of the batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +10,13 @@ Rule = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def folded(function: Callable[..., Any], masks_at: int | None = None) -> Rule:
-    """Returns the vmap rule of a function of arrays (batch, ...) and lists of such, to arrays (batch, ...).
+    """Return the vmap rule of a function from arrays (batch, ...) and lists of them to arrays (batch, ...).
 
-    Where an array without a batch is mapped, such as sinks (H,), there is a call for each index instead.
+    If an array without a batch axis is mapped, such as sinks (H,), each index is a separate call.
 
     Args:
-        function: takes two arguments or more, the first of them the query or a list that begins with it.
-        masks_at: the argument that is a list of masks, whose batch may be 1 where the query's is not.
+        function: takes at least two arguments, the first of them the query or a list beginning with it.
+        masks_at: index of the argument that is a list of masks, whose batch may be 1.
     """
 
     def rule(inputs: Any, axes: Any) -> tuple[Any, Any]:
@@ -46,7 +46,7 @@ def folded(function: Callable[..., Any], masks_at: int | None = None) -> Rule:
 
 
 def _mapped(inputs: Any, axes: Any) -> list[tuple[mx.array, int]]:
-    """The arrays that are mapped, with their axes."""
+    """Return the mapped arrays with their axes."""
     pairs: list[tuple[mx.array, int]] = []
     tree_map(lambda x, axis: None if axis is None else pairs.append((x, axis)), inputs, axes)
     return pairs

@@ -1,4 +1,4 @@
-"""What a machine lets a blockwise attention take: memory in all, and for one tile."""
+"""Memory budgets of a machine: of a whole call, and of one tile."""
 
 import subprocess
 import sys
@@ -10,22 +10,22 @@ from attention.device import Backend
 from attention.implementations.blocks import DEFAULT_BUDGET_BYTES, MIB
 
 GPU_SHARE: Final = 32
-"""A GPU's budget is its memory over this: every tile costs a dozen launches, so that tiles have to be large."""
+"""A GPU's budget is its memory divided by this: a tile costs a dozen launches, so tiles must be large."""
 LARGEST_COMFORT: Final = 32 * MIB
-"""Beyond this a tile gains nothing, however large a cache is: others use it too."""
+"""Tile size beyond which there is no gain, however large the cache: it is shared."""
 SMALLEST_COMFORT: Final = 4 * MIB
 CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def default_budget(backend: Backend, memory_bytes: int) -> int:
-    """Bytes that a call may take above its inputs and outputs unless the user chooses."""
+    """Return the default budget of a call in bytes above inputs and outputs."""
     if backend == "cpu":
         return DEFAULT_BUDGET_BYTES
     return max(DEFAULT_BUDGET_BYTES, memory_bytes // GPU_SHARE)
 
 
 def comfort(backend: Backend) -> int | None:
-    """Bytes that a tile should not outgrow by choice, or None where only the budget counts."""
+    """Return the preferred maximum size of a tile in bytes, or None if only the budget counts."""
     if backend != "cpu":
         return None
     return min(max(last_cache() or LARGEST_COMFORT, SMALLEST_COMFORT), LARGEST_COMFORT)
@@ -33,7 +33,7 @@ def comfort(backend: Backend) -> int | None:
 
 @cache
 def last_cache() -> int | None:
-    """Bytes of the processor's largest cache, or None where the system does not tell."""
+    """Return the size of the last-level cache in bytes, or None if the system does not report it."""
     try:
         if sys.platform == "darwin":
             told = subprocess.run(

@@ -1,8 +1,8 @@
-"""A forward pass, and the gradient that blocks compute for it.
+"""Forward passes with a blockwise backward pass.
 
-Beside q, k and v, the array of a mask, 4-D, and sinks are inputs of what MLX transforms, each in a list that is empty
-where there is none: what a function takes from its surroundings, `mx.vmap` does not see. The gradient of a mask is
-`mask_gradient`'s.
+Besides q, k and v, the 4-D array of a mask and the sinks are explicit inputs of the functions that MLX transforms, each
+in a list that may be empty, because `mx.vmap` does not see variables captured by a function. The gradient of a mask is
+in `mask_gradient`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ MASK: Final = 3
 
 
 def blockwise(call: Call, backward: Call) -> Attend:
-    """Attends in blocks, forward and backward; of `Inputs`."""
+    """Return a function of `Inputs` that computes attention blockwise, forward and backward."""
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> tuple[mx.array, mx.array]:
@@ -38,7 +38,7 @@ def blockwise(call: Call, backward: Call) -> Attend:
 
 
 def blocks_behind(whole: Attend, call: Call, backward: Call) -> Attend:
-    """Attends as a whole; the backward pass is one of blocks, which recomputes the statistics of rows."""
+    """Return `whole` with a blockwise backward pass, which recomputes the row statistics."""
 
     def pull_back(inputs: Inputs, cotangent: mx.array, output: mx.array) -> Arrays:
         q, k, _, mask, sinks = inputs
@@ -49,7 +49,7 @@ def blocks_behind(whole: Attend, call: Call, backward: Call) -> Attend:
 
 
 def differentiable(whole: Attend, pull_back: Callable[[Inputs, mx.array, mx.array], Arrays]) -> Attend:
-    """Attends as a whole, of `Inputs`; `pull_back` gives their gradients, one for each array."""
+    """Return `whole`, a function of `Inputs`, with the gradients of `pull_back`, one for each array."""
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> mx.array:

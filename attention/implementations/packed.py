@@ -1,4 +1,4 @@
-"""Keys or values as a quantised cache holds them."""
+"""Quantized keys or values, as in a quantized KV cache."""
 
 from typing import Final
 
@@ -11,11 +11,11 @@ from attention.implementations.unfused import is_widened
 from attention.masks import Mask
 
 FEW_ROWS: Final = 32
-"""Query rows from which on a tile is unpacked once rather than read packed by every row."""
+"""Number of query rows from which a tile is dequantized once instead of being read quantized by every row."""
 
 
 class Packed(Struct, frozen=True, eq=False):
-    """What `mx.quantize` made of an array (B, Hkv, Lk, D): each group of its numbers has a scale and a bias."""
+    """An array (B, Hkv, Lk, D) quantized by `mx.quantize`: each group of values has a scale and a bias."""
 
     numbers: mx.array
     scales: mx.array
@@ -25,33 +25,33 @@ class Packed(Struct, frozen=True, eq=False):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
+        """Shape of the array."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group_size)
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The type of the array."""
+        """Dtype of the array."""
         return self.scales.dtype
 
     @property
     def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
-        """What it is made of."""
+        """The quantized values, scales and biases."""
         return self.numbers, self.scales, self.biases
 
     def of(self, numbers: mx.array, scales: mx.array, biases: mx.array) -> "Packed":
-        """Another part of the same array."""
+        """Return a part of the array with these values, scales and biases."""
         return Packed(numbers, scales, biases, self.group_size, self.bits)
 
     def spread(self) -> "Packed":
-        """The same with an axis for the query heads that share a key head: (B, Hkv, 1, Lk, D)."""
+        """Return it with an axis for the query heads that share a key head: (B, Hkv, 1, Lk, D)."""
         return self.of(*(array[:, :, None] for array in self.arrays))
 
     def unpacked(self) -> mx.array:
-        """The array."""
+        """Return the dequantized array."""
         return mx.dequantize(self.numbers, self.scales, self.biases, self.group_size, self.bits)
 
     def multiplied(self, x: mx.array, transpose: bool) -> mx.array:
-        """The product of x and the array, or its transpose, in x's type, read packed."""
+        """Return the product of x and the quantized array, or its transpose, in x's dtype."""
         scales, biases = self.scales.astype(x.dtype), self.biases.astype(x.dtype)
         return mx.quantized_matmul(x, self.numbers, scales, biases, transpose, self.group_size, self.bits)
 
@@ -60,9 +60,9 @@ KeyOrValue = mx.array | Packed
 
 
 def attend_packed(q: mx.array, k: Packed, v: Packed, *, scale: float, mask: Mask) -> mx.array:
-    """Attends as mlx-lm does with a quantised cache: the whole score matrix, keys and values read packed.
+    """Compute attention like mlx-lm with a quantized cache: materialise the scores, read keys and values quantized.
 
-    Scores are float32 where those of an unfused path are.
+    Scores are float32 in the cases in which an unfused path uses float32.
     """
     if is_widened(masks.dtype_name(q.dtype), here()):
         return attend_packed(q.astype(mx.float32), k, v, scale=scale, mask=mask).astype(q.dtype)

@@ -1,4 +1,4 @@
-"""How `practical` computes a call: as a whole, in slices or in blocks, and how large these are."""
+"""The policy of `practical`: compute a call as a whole, in slices or in blocks, and of which size."""
 
 from typing import Final, Literal, cast
 
@@ -17,15 +17,15 @@ from attention.route import PLAIN, Needs
 from attention.workload import ITEM_BYTES, Workload
 
 FORWARD_ARRAYS: Final = 8
-"""Score-sized float32 arrays alive at once in a forward tile, measured: MLX allocates some operations ahead."""
+"""Score-sized float32 arrays alive at once in a forward tile, measured: MLX allocates a few operations ahead."""
 TRAINING_ARRAYS: Final = 20
-"""The same in a backward tile under mx.compile, which shares less memory; without it there are about 11."""
+"""Score-sized float32 arrays alive at once in a backward tile under mx.compile; about 11 without it."""
 WORTHWHILE_SKIP: Final = 0.1
-"""Share of the scores that must be skipped for blocks to be chosen on a CPU where the whole score matrix would fit."""
+"""Minimum share of skipped scores for blocks on a CPU if the whole score matrix would fit."""
 WORTHWHILE_BACKWARD_BYTES: Final = 256 * MIB
-"""A smaller gradient is left whole where MLX can only fuse it for a multiple of 128 rows."""
+"""A smaller gradient is computed as a whole if MLX can fuse it only for a multiple of 128 rows."""
 SURE: Final = 1.5
-"""How many times what is predicted of an unfused path must fit: its peak depends on the order that MLX finds."""
+"""Safety factor on the predicted bytes of an unfused path, whose peak depends on MLX's evaluation order."""
 FUSED: Final = "MLX has a fused kernel for this shape, backward too"
 
 Way = Literal[
@@ -42,35 +42,35 @@ Way = Literal[
 
 
 class Choice(Struct, frozen=True):
-    """How a call will be computed."""
+    """The strategy for a call."""
 
     way: Way
     blocks: Blocks
-    """The tile, where blocks are taken: also for what slices cannot do."""
+    """Tile of blocks, used also for what slices cannot do."""
     backward: Blocks
-    """The tile of a training pass."""
+    """Tile of the backward pass."""
     reason: str
     fits_forward: bool = False
-    """Whether the whole score matrix would fit the budget without a gradient."""
+    """Whether the whole score matrix fits the budget without a gradient."""
     slices: Blocks | None = None
-    """The size of a slice, and of one of a training pass, where slices are taken."""
+    """Size of a slice, forward and training, if slices are used."""
     backward_slices: Blocks | None = None
     waits: bool = False
-    """Whether slices have to wait for each other, since all of them together would not fit."""
+    """Whether slices must run one after another because they do not fit in memory together."""
 
     @property
     def cuts_forward(self) -> bool:
-        """Whether the forward pass is cut too, into slices or blocks."""
+        """Whether the forward pass is also split into slices or blocks."""
         return self.way.startswith(("slices", "blocks"))
 
 
 def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING) -> Choice:
-    """How a call is computed within a budget.
+    """Choose the strategy of a call within a budget.
 
     Args:
         workload: the call.
-        backend: where.
-        needs: what goes beyond the workload.
+        backend: the backend it runs on.
+        needs: features that the workload does not describe.
         budget: bytes above inputs and outputs.
         handed: what MLX's SDPA is handed beside an array mask.
     """
@@ -79,11 +79,11 @@ def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, hand
 
 
 class _Question:
-    """What is asked, and what MLX would do with it."""
+    """A call with its budget, and how MLX would compute it."""
 
     def __init__(self, workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed) -> None:
         self.workload, self.backend, self.needs, self.budget, self.handed = workload, backend, needs, budget, handed
-        # A call cannot see whether a gradient will be asked of it: what it takes must hold for both passes.
+        # A call cannot know whether its gradient will be needed: the strategy must hold for both passes.
         self.forward, self.training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
         self.fits_forward = surely(self.forward, backend, needs) + handed.size(workload) <= budget
         self.excess = surely(self.training, backend, needs) + handed.size(workload)
@@ -116,7 +116,7 @@ class _Question:
 
 
 def _ask_cpu(asked: _Question) -> Choice:
-    """Blocks with an online softmax: they are what a CPU's caches like; anywhere, what MLX's SDPA cannot do."""
+    """Choose blocks with an online softmax, which suit a CPU's caches, unless the whole call is better."""
     if asked.needs.softcap:
         return asked.told("blocks", "MLX's SDPA has no softcap")
     if not asked.behind:
@@ -130,7 +130,7 @@ def _ask_cpu(asked: _Question) -> Choice:
 
 
 def _ask_gpu(asked: _Question) -> Choice:
-    """Slices, as large as the budget lets them be, where the whole does not fit: a GPU wants few and large kernels."""
+    """Choose the largest slices that fit the budget if the whole call does not: a GPU prefers few, large kernels."""
     forward, training = (
         beside(one, asked.backend, asked.needs, refusal, asked.handed)
         for one, refusal in ((asked.forward, asked.refusal), (asked.training, asked.behind))
@@ -153,24 +153,24 @@ def _ask_gpu(asked: _Question) -> Choice:
 
 
 def tile(workload: Workload, backend: Backend, budget: int) -> Blocks:
-    """The tile of blocks for a workload."""
+    """Return the tile size of blocks for a workload."""
     return choose(shape_of(workload), int(budget / AT_ONCE[backend]), comfort(backend))
 
 
 def surely(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
-    """Bytes above inputs and outputs that an unfused path stays within."""
+    """Return an upper bound of an unfused path's bytes above inputs and outputs."""
     return int(SURE * (whole_bytes(workload, backend, needs) - workload.output_bytes))
 
 
 def skipped_share(workload: Workload, blocks: Blocks) -> float:
-    """The share of the score matrix that lies in no tile because the mask rules it out."""
+    """Return the share of the score matrix in tiles that are skipped because they are fully masked."""
     mask, seq, kv_seq = of_workload(workload), workload.seq, workload.kv_seq
     computed = sum(len(rows) * len(mask.visible_keys(rows, seq, kv_seq)) for rows in blocks_of(seq, blocks.rows))
     return 1.0 - computed / (seq * kv_seq)
 
 
 def shape_of(workload: Workload) -> Shape:
-    """What block sizes depend on."""
+    """Return the sizes that block sizes depend on."""
     training = workload.pass_ == "training"
     return Shape(
         batch=workload.batch,
@@ -187,7 +187,7 @@ def shape_of(workload: Workload) -> Shape:
 
 
 def mib(size: int) -> str:
-    """Bytes as people read them: in MiB below 10 GiB, beyond in GiB and TiB."""
+    """Format bytes: in MiB below 10 GiB, beyond in GiB and TiB."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30)):
         if size >= 10 * factor:
             return f"{size / factor:,.0f} {unit}"

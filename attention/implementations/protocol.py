@@ -1,4 +1,4 @@
-"""What an implementation is: a name, the route it would take, and the call."""
+"""Interfaces of implementations: name, route and call, and optional extensions."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -15,79 +15,79 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Implementation(Protocol):
-    """An attention implementation. One of the user's own needs no more than this to be measured beside the others."""
+    """An attention implementation. A plugin needs no more than this to be measured beside the others."""
 
     name: str
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
-        """Returns the path that would run, without running anything of the workload's size."""
+        """Return the path that a call would take, without running anything of the workload's size."""
         ...
 
     def __call__(
         self, q: "mx.array", k: "mx.array", v: "mx.array", *, scale: float, mask: "Mask", softcap: float | None = None
     ) -> "mx.array":
-        """Attends.
+        """Compute attention.
 
         Args:
             q: query (B, H, Lq, D).
             k: key (B, Hkv, Lk, D), Hkv a divisor of H.
             v: value (B, Hkv, Lk, Dv).
             scale: factor of the scores.
-            mask: what each query may see.
-            softcap: squashes the scaled scores s to softcap * tanh(s / softcap), before the mask.
+            mask: the keys each query attends to.
+            softcap: replaces scaled scores s by softcap * tanh(s / softcap), before the mask.
 
         Returns:
-            (B, H, Lq, Dv) in the query's dtype; rows that may see nothing are 0.
+            (B, H, Lq, Dv) in the query's dtype; fully masked rows are 0.
         """
         ...
 
 
 class Runner(Protocol):
-    """A bound call that the clock can repeat: inputs made and converted, nothing queued yet."""
+    """A call bound to converted inputs, which can be timed repeatedly."""
 
     def queue(self) -> object:
-        """Queues one independent call and returns its outputs, unevaluated."""
+        """Queue one independent call and return its outputs, unevaluated."""
         ...
 
     def wait(self, outputs: Sequence[object]) -> None:
-        """Evaluates all outputs of the calls queued, and waits until the device has done so."""
+        """Evaluate all outputs of the queued calls and wait for the device."""
         ...
 
     def results(self) -> "list[mx.array]":
-        """Runs one call and returns what it computes, evaluated: the output, and in training dQ, dK and dV."""
+        """Run one call and return its evaluated results: the output, and in training dQ, dK and dV."""
         ...
 
     def peak_bytes(self) -> int | None:
-        """Runs one call and returns the peak memory above the inputs, or None where it cannot be known."""
+        """Run one call and return the peak memory above the inputs in bytes, or None if unknown."""
         ...
 
 
 @runtime_checkable
 class NeedsBuilding(Protocol):
-    """An implementation that has to be made ready once on a machine, by compiling, say."""
+    """An implementation that must be built once per machine, for example compiled."""
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
-        """Whether a first call would have to build now; quick."""
+        """Return whether a first call would have to build; quick."""
         ...
 
     def build(self, tell: Callable[[str], None]) -> None:
-        """Builds, telling in a line what takes the time; where that fails, the route says why from then on."""
+        """Build; `tell` receives a line before long steps. If it fails, routes report the reason from then on."""
         ...
 
 
 @runtime_checkable
 class BringsRunner(Protocol):
-    """An implementation outside MLX, which brings its own way of being repeated."""
+    """An implementation outside MLX with its own runner."""
 
     def runner(self, workload: Workload, inputs: "Sequence[mx.array]", scale: float) -> Runner:
-        """Converts the inputs (q, k, v, and in training the output's gradient), and returns the bound call."""
+        """Convert the inputs (q, k, v, and in training the output's gradient) and return the bound call."""
         ...
 
 
 @runtime_checkable
 class TellsPasses(Protocol):
-    """An implementation that does otherwise in training, which no call can see of itself."""
+    """An implementation that behaves differently in training, which a call cannot detect."""
 
     def for_training(self) -> Implementation:
-        """The same for calls whose gradients are asked for."""
+        """Return the implementation for calls whose gradients are needed."""
         ...

@@ -1,4 +1,4 @@
-"""A call bound to its inputs, for the clock to repeat."""
+"""Calls bound to their inputs, for repeated timing."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -11,16 +11,16 @@ from attention.workload import Workload
 
 
 class MlxRunner:
-    """Repeats an MLX implementation on one set of evaluated inputs."""
+    """Runner of an MLX implementation on one set of evaluated inputs."""
 
     def __init__(
         self, implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float
     ) -> None:
-        """Binds the call.
+        """Bind the call.
 
         Args:
-            implementation: what to call.
-            workload: says the mask, and whether gradients are computed too.
+            implementation: the implementation to call.
+            workload: gives the mask, and whether gradients are computed.
             inputs: q, k, v, and in training the output's gradient, evaluated.
             scale: factor of the scores.
         """
@@ -31,28 +31,28 @@ class MlxRunner:
         self._mask = of_workload(workload)
 
     def queue(self) -> list[mx.array]:
-        """Queues one call: the output, and in training dQ, dK and dV, unevaluated."""
+        """Queue one call; return the output, and in training dQ, dK and dV, unevaluated."""
         if not self._training:
             return [self._attend(*self._inputs[:3])]
         outputs, gradients = mx.vjp(self._attend, self._inputs[:3], self._inputs[3:4])
         return [*outputs, *gradients]
 
     def wait(self, outputs: Sequence[object]) -> None:
-        """Evaluates the outputs of all calls queued, which waits until they are there."""
+        """Evaluate the outputs of all queued calls."""
         mx.eval(cast("list[mx.array]", list(outputs)))
 
     def results(self) -> list[mx.array]:
-        """Runs one call and returns what it computes, evaluated."""
+        """Run one call and return its evaluated results."""
         outputs = self.queue()
         self.wait(outputs)
         return outputs
 
     def peak_bytes(self) -> int | None:
-        """Runs one call with an empty cache and returns MLX's peak memory above what was active before."""
+        """Run one call with an empty cache and return MLX's peak memory above the memory active before, in bytes."""
         mx.synchronize()
         mx.clear_cache()
         before = mx.get_active_memory()
-        mx.reset_peak_memory()  # sets the peak to 0, not to what is active
+        mx.reset_peak_memory()  # sets the peak to 0, not to the active memory
         self.results()
         return max(0, mx.get_peak_memory() - before)
 
@@ -61,7 +61,7 @@ class MlxRunner:
 
 
 def make_inputs(workload: Workload, seed: int) -> list[mx.array]:
-    """Makes normally distributed inputs, evaluated: q, k, v, and in training the output's gradient."""
+    """Return normally distributed, evaluated inputs: q, k, v, and in training the output's gradient."""
     shapes = [
         (workload.batch, workload.heads, workload.seq, workload.head_dim),
         (workload.batch, workload.kv_heads, workload.kv_seq, workload.head_dim),
@@ -79,7 +79,7 @@ def make_inputs(workload: Workload, seed: int) -> list[mx.array]:
 
 
 def runner_for(implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float) -> Runner:
-    """Binds an implementation to its inputs, in its own way where it brings one."""
+    """Bind an implementation to its inputs, with its own runner if it has one."""
     if isinstance(implementation, BringsRunner):
         return implementation.runner(workload, inputs, scale)
     return MlxRunner(implementation, workload, inputs, scale)

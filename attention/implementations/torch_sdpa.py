@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention, on the device that MLX computes on as far as torch has it."""
+"""torch's scaled_dot_product_attention, on MLX's device if torch supports it."""
 
 import importlib.metadata
 import importlib.util
@@ -30,14 +30,14 @@ class TorchSdpa:
     name = "torch"
 
     def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
-        """Says where torch will run; it takes its fused kernels where query and value are equally wide."""
+        """Return the route; torch's kernels are fused if query and value have equal head dims."""
         if importlib.util.find_spec("torch") is None:
             return unsupported(MISSING)
         if needs.softcap:
             return unsupported(NO_SOFTCAP)
         version = importlib.metadata.version("torch")
         place = "CPU" if device.backend == "cpu" or version.endswith("+cpu") else TORCH_DEVICES[device.backend].upper()
-        # torch's CPU flash kernel takes every type and mask, but only values as wide as queries.
+        # torch's CPU flash kernel supports every dtype and mask, but only equal head dims of query and value.
         fused = place == "CPU" and workload.value_dim == workload.head_dim
         reason = "torch chooses its own kernel" if place != "CPU" else _cpu_reason(fused)
         return Route(
@@ -50,7 +50,7 @@ class TorchSdpa:
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Attends, converting there and back; shapes as in the protocol. Gradients are torch's own.
+        """Compute attention by torch, converting to and from it; shapes as in `Implementation.__call__`.
 
         Raises:
             UnsupportedError: torch is not installed, a softcap is given, or `mx.compile` or `mx.vmap` traces the call.
@@ -66,16 +66,16 @@ class TorchSdpa:
         return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask)
 
     def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> "TorchRunner":
-        """Converts the inputs, and binds the call."""
+        """Convert the inputs and bind the call."""
         return TorchRunner(workload, inputs, scale)
 
 
 class Bound:
-    """What torch needs beside q, k and v, converted once."""
+    """The arguments of torch's SDPA other than q, k and v, converted once."""
 
     def __init__(self, seq: int, kv_seq: int, mask: Mask, place: str, dtype: mx.Dtype) -> None:
-        """Builds the mask that torch takes: none, its own causal one, or an array."""
-        # torch's is_causal is upper-left aligned: the same only for square scores.
+        """Convert the mask to none, torch's causal flag, or an array."""
+        # torch's is_causal is upper-left aligned, which is equal only for square scores.
         self.is_causal = mask.causal and mask.window is None and mask.array is None and seq == kv_seq
         whole = None if self.is_causal else mask.whole(seq, kv_seq)
         self.mask: Tensor = None
@@ -88,10 +88,10 @@ class Bound:
         self.mask = to_torch(whole if whole.dtype == mx.bool_ else masks.in_type(whole, dtype), place)
 
     def attend(self, primals: Sequence[Tensor], scale: float) -> Tensor:
-        """Calls torch's SDPA; rows that see nothing give 0."""
+        """Call torch's SDPA; fully masked rows give 0."""
         torch = _torch()
         q, k, v = primals
-        if scale < 0:  # of which torch's CPU flash kernel makes NaN under a causal mask
+        if scale < 0:  # torch's CPU flash kernel returns NaN for it under a causal mask
             q, scale = -q, -scale
         grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -101,10 +101,10 @@ class Bound:
 
 
 class TorchRunner:
-    """Repeats torch's SDPA on inputs that were converted beforehand."""
+    """Runner of torch's SDPA on converted inputs."""
 
     def __init__(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> None:
-        """Converts the inputs: q, k, v, and in training the output's gradient."""
+        """Convert the inputs: q, k, v, and in training the output's gradient."""
         self._place = _place()
         self._inputs = [to_torch(x, self._place) for x in inputs]
         self._scale = scale
@@ -114,7 +114,7 @@ class TorchRunner:
             x.requires_grad_(self._training)
 
     def queue(self) -> list[Tensor]:
-        """Starts one call: the output, and in training dQ, dK and dV. On the CPU torch computes at once."""
+        """Start one call; return the output, and in training dQ, dK and dV. On the CPU torch is synchronous."""
         primals = self._inputs[:3]
         out = self._bound.attend(primals, self._scale)
         if not self._training:
@@ -122,20 +122,20 @@ class TorchRunner:
         return [out.detach(), *_torch().autograd.grad(out, primals, self._inputs[3])]
 
     def wait(self, outputs: Sequence[object]) -> None:
-        """Waits for the device."""
+        """Wait for the device."""
         if self._place == "cuda":
             _torch().cuda.synchronize()
         elif self._place == "mps":
             _torch().mps.synchronize()
 
     def results(self) -> list[mx.array]:
-        """Runs one call and converts what it computes."""
+        """Run one call and convert its results."""
         outputs = self.queue()
         self.wait(outputs)
         return [to_mlx(x) for x in outputs]
 
     def peak_bytes(self) -> int | None:
-        """Runs one call and returns CUDA's peak above the inputs; torch does not count memory elsewhere."""
+        """Run one call and return CUDA's peak memory above the inputs; None on other devices."""
         if self._place != "cuda":
             return None
         torch = _torch()
@@ -150,7 +150,7 @@ T = TypeVar("T")
 
 
 def _differentiable(bound: Bound, scale: float, place: str) -> Callable[..., mx.array]:
-    """torch's SDPA of q, k and v, which computes at once, with the gradient that torch gives it."""
+    """Return torch's SDPA as a function of q, k and v, evaluated eagerly, with torch's gradient."""
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -180,7 +180,7 @@ def _differentiable(bound: Bound, scale: float, place: str) -> Callable[..., mx.
 
 
 def _computed(convert: Callable[[], T]) -> T:
-    """What a conversion gives that needs the numbers of MLX arrays, which `mx.compile` and `mx.vmap` do not have."""
+    """Run a conversion that needs evaluated MLX arrays; raises UnsupportedError under `mx.compile` and `mx.vmap`."""
     try:
         return convert()
     except ValueError as error:
@@ -192,7 +192,7 @@ def _computed(convert: Callable[[], T]) -> T:
 
 
 def to_torch(array: mx.array, place: str) -> Tensor:
-    """Copies an MLX array; bfloat16, which numpy lacks, by its bits."""
+    """Copy an MLX array to torch; bfloat16, which numpy lacks, by its bits."""
     torch = _torch()
     if array.dtype == mx.bfloat16:
         return torch.from_numpy(np.array(array.view(mx.int16))).view(torch.bfloat16).to(place)
@@ -200,7 +200,7 @@ def to_torch(array: mx.array, place: str) -> Tensor:
 
 
 def to_mlx(tensor: Tensor) -> mx.array:
-    """Copies a torch tensor back."""
+    """Copy a torch tensor to MLX."""
     torch = _torch()
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
@@ -225,7 +225,7 @@ def _cpu_reason(fused: bool) -> str:
 
 
 def _predicted(workload: Workload, fused: bool) -> int:
-    """Outputs, an explicit mask where torch has none of its own, and unfused its float32 scores and probabilities."""
+    """Return the bytes of outputs, of an explicit mask if needed, and, unfused, of float32 scores and probabilities."""
     explicit = workload.window is not None or (workload.causal and workload.seq != workload.kv_seq)
     scores = 0 if fused else 4 * workload.scores * (4 if workload.pass_ == "training" else 2)
     return workload.output_bytes + scores + (4 * workload.seq * workload.kv_seq if explicit else 0)

@@ -1,7 +1,7 @@
-"""Letting a GPU finish, and let go of memory, before more is queued.
+"""Memory fences: wait until a GPU has finished and freed memory before queueing more.
 
-MLX keeps every buffer that a kernel reads until its command buffer is done, and on CUDA queues up to ten of these, each
-of a gigabyte, ahead of the GPU: whatever tiles are meant to follow each other, all of them are in memory then.
+MLX keeps every buffer that a kernel reads until its command buffer is done, and on CUDA queues up to ten command
+buffers of a gigabyte each ahead of the GPU: without a fence, tiles meant to run one after another are all in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,42 +15,42 @@ from attention.device import Backend
 from attention.implementations.chain import ordered
 
 AT_ONCE: Final[dict[Backend, float]] = {"cpu": 1.0, "cuda": 2.2, "metal": 12.0}
-"""Tiles that may be in memory at once.
+"""Number of tiles that may be in memory at once.
 
-On CUDA the next one is queued while one runs. On Metal, where MLX does not wait like that, there are as many as command
-buffers under way: ten, one that is being filled, and one that is let go; read from MLX's source, not measured.
+On CUDA the next tile is queued while one runs. On Metal, without such a fence, it is the number of command buffers in
+flight: ten, one being filled and one being released; derived from MLX's source, not measured.
 """
 Passed = Callable[[Sequence[mx.array]], list[mx.array]]
-"""What later tiles have to wait for, given what earlier ones computed."""
+"""Returns arrays that later tiles depend on, given the arrays computed by earlier tiles."""
 
 
 class Turns(Struct, frozen=True):
-    """How tiles follow each other."""
+    """The ordering of tiles."""
 
     next: Passed
-    """For a tile that may be in memory together with the last one."""
+    """Used before a tile that may be in memory together with the previous one."""
     alone: Passed
-    """For one that may not."""
+    """Used before a tile that may not."""
 
 
 def at_once(arrays: Sequence[mx.array]) -> list[mx.array]:
-    """The arrays themselves: nothing is waited for but their being queued."""
+    """Return the arrays themselves: later tiles wait only until these are queued."""
     return list(arrays)
 
 
 def when_done(arrays: Sequence[mx.array]) -> list[mx.array]:
-    """A number that the processor makes once the arrays are there; on CUDA nothing that needs it is queued before.
+    """Return a scalar computed on the CPU stream after the arrays; on CUDA it fences whatever depends on it.
 
-    It is MLX's only wait of this kind, and a slow one: what it asks for, it asks for at intervals that grow.
+    It is MLX's only fence of this kind, and a slow one: it polls at growing intervals.
     """
     (token,) = ordered([mx.array(0.0)], list(arrays))
     return [mx.add(token, 1.0, stream=mx.cpu)]
 
 
 def when_released(arrays: Sequence[mx.array], behind: int) -> list[mx.array]:
-    """A number that is there once MLX has let go of what the arrays were made from, by the CUDA launcher.
+    """Return a scalar, made by the CUDA launcher, that is available once MLX has freed the arrays' inputs.
 
-    `behind` is how many such waits before this one need not be over: their tiles may still be in memory.
+    `behind`: number of preceding fences that may still be pending, whose tiles may still be in memory.
     """
     from attention.kernels.cuda import launcher
 
@@ -59,17 +59,17 @@ def when_released(arrays: Sequence[mx.array], behind: int) -> list[mx.array]:
 
 
 QUEUED: Final = Turns(at_once, at_once)
-"""Tiles that may all be in memory together."""
+"""Ordering of tiles that may all be in memory together."""
 
 
 def turns(backend: Backend) -> Turns:
-    """How tiles that must not all be in memory together follow each other on a backend."""
+    """Return the ordering of tiles that must not all be in memory together, on a backend."""
     return _on_cuda() if backend == "cuda" else QUEUED
 
 
 @cache
 def _on_cuda() -> Turns:
-    """By the launcher, which is compiled at first use, or else by MLX's own means."""
+    """Return the launcher's fences (compiled on first use), or MLX's if the launcher is unavailable."""
     from attention.kernels.cuda import launcher
 
     if not mx.cuda.is_available() or launcher.missing():

@@ -1,4 +1,4 @@
-"""Arrays that tiles are written into, one after the other."""
+"""Output arrays that tiles are written into one after another."""
 
 from typing import Final
 
@@ -7,25 +7,25 @@ import mlx.core as mx
 from attention.implementations.chain import Chain
 
 VIEWS: Final = 12
-"""Pairs of views that are as long as a tile: each is two nodes of a graph."""
+"""Pairs of views that equal the depth of a tile's graph; each pair is two nodes."""
 TILES: Final = 8
-"""Tiles after which the views get an anchor."""
+"""Number of tiles after which the views get an anchor."""
 
 
 class Written:
-    """An array that blocks are written into, in place, as long as nothing else holds it: not even a chain may.
+    """An array that blocks are written into in place, which requires that nothing else references it, not even a chain.
 
-    MLX orders a graph by its breadth, seen from the end: writes, which only wait for one another, would all come last,
-    when every block is there at once. Views between two writes make that way as long as the way through the tiles.
+    MLX evaluates a graph breadth-first from its outputs: writes, which depend only on one another, would all come last,
+    when every block is in memory. Views between two writes make their path as deep as the path through the tiles.
     """
 
     def __init__(self, zeros: mx.array, chain: Chain) -> None:
-        """Takes the array, filled with what stands where nothing is written."""
+        """Create it with the initial array."""
         self.array = zeros
         self._chain = chain
 
     def write(self, place: tuple[slice, ...], part: mx.array, tiles: int) -> mx.array:
-        """Writes a part that took some tiles to compute; returns it in the array's type, for a chain to hold."""
+        """Write a part computed from `tiles` tiles; return it in the array's dtype, for a chain to hold."""
         part = part.astype(self.array.dtype)
         self._wait(tiles)
         self.array[place] = part
@@ -33,7 +33,7 @@ class Written:
         return part
 
     def add(self, place: tuple[slice, ...], part: mx.array, tiles: int) -> mx.array:
-        """The same, added to what stands there."""
+        """Add a part to the current contents; arguments as in `write`."""
         part = part.astype(self.array.dtype)
         self._wait(tiles)
         self.array = self._chain.anchor(self.array.at[place].add(part))
