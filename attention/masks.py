@@ -103,17 +103,17 @@ def apply(scores: "mx.array", mask: "mx.array | None") -> "mx.array":
     return scores + in_type(mask, scores.dtype)
 
 
-def in_type(mask: "mx.array", dtype: "mx.Dtype") -> "mx.array":
+def in_type(mask: "mx.array", dtype: "mx.Dtype", *, summed: bool = True) -> "mx.array":
     """Convert an additive mask to a dtype; finite values stay finite, so that -1e9 masks no row fully.
 
-    Values are clipped to half of the dtype's range, so that a score can be added. In float32 and bfloat16 only scores
-    beyond 1e31 would need that.
+    If scores are added in that dtype (`summed`), values are clipped to half of its range, so that a score can be added.
+    In float32 and bfloat16 only scores beyond 1e31 would need that.
     """
     import mlx.core as mx
 
-    if mask.dtype == dtype != mx.float16:
+    if mask.dtype == dtype and not (summed and dtype == mx.float16):
         return mask
-    most = float(mx.finfo(dtype).max) / 2
+    most = float(mx.finfo(dtype).max) / (2 if summed else 1)
     clipped = mx.clip(mask.astype(mx.float32), -most, most)
     return mx.where(mx.isinf(mask), mask, clipped).astype(dtype)
 

@@ -23,9 +23,11 @@ import mlx.core as mx
 from msgspec import Struct
 
 from attention import masks
+from attention.device import Backend
 from attention.implementations.blocks import Blocks
 from attention.implementations.chain import Chain
 from attention.implementations.packed import FEW_ROWS, KeyOrValue, Packed
+from attention.implementations.unfused import in_tf32
 from attention.implementations.waiting import Passed, at_once
 from attention.implementations.written import Written
 from attention.masks import Mask
@@ -33,14 +35,16 @@ from attention.masks import Mask
 LOG2E: Final = math.log2(math.e)
 MAX_CAPPED_FACTOR: Final = 1e18
 """Largest factor of a score in tanh: beyond it tanh is saturated for every score that differs from 0."""
-Arithmetic = Literal["exact", "native"]
+Arithmetic = Literal["exact", "native", "wide", "wide float32"]
 
 
 class Call(Struct, frozen=True, eq=False):
     """Everything about a call but its arrays.
 
     `arithmetic` "exact" computes in float32, where MLX's CPU backend is faster: it emulates half precision. "native"
-    multiplies matrices in the inputs' type.
+    multiplies matrices in the inputs' type. On CUDA "wide" multiplies matrices in float32 for inputs in half precision:
+    TF32 rounds no product of two of these, and scores stay float32. "wide float32" is for float32 inputs there, which
+    TF32 would round: see `exact_product`.
     """
 
     scale: float
@@ -55,10 +59,21 @@ class Call(Struct, frozen=True, eq=False):
 
     @property
     def factor(self) -> float:
-        """What a query is multiplied with before it meets the keys."""
+        """What the product of a query and a key is multiplied with."""
         if self.softcap is None:
             return self.scale
         return max(-MAX_CAPPED_FACTOR, min(MAX_CAPPED_FACTOR, self.scale / self.softcap))
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """The factor as one of the query and one of the product.
+
+        The former is a power of 2 if matrices are wide: it adds no bits to a number in half precision.
+        """
+        if not self.arithmetic.startswith("wide"):
+            return self.factor, 1.0
+        mantissa, exponent = math.frexp(self.factor)
+        return math.ldexp(1.0, exponent), mantissa
 
     def exp(self, exponent: mx.array) -> mx.array:
         """e to the power of a difference of scores; 0 for -inf.
@@ -69,7 +84,7 @@ class Call(Struct, frozen=True, eq=False):
 
     def operand(self, x: mx.array) -> mx.array:
         """An array in the type that matrices are multiplied in."""
-        return x.astype(mx.float32) if self.arithmetic == "exact" else x
+        return x if self.arithmetic == "native" else x.astype(mx.float32)
 
     def of_sums(self, x: mx.array) -> mx.array:
         """A query, key or value in the type that sums over many products are computed in.
@@ -83,6 +98,23 @@ class Call(Struct, frozen=True, eq=False):
         x = x.swapaxes(-1, -2)
         # The reference BLAS takes dot products of rows at half the rate of sums of columns.
         return mx.contiguous(x) if self.arithmetic == "exact" else x
+
+    def product(self, a: mx.array, b: mx.array) -> mx.array:
+        """The matrix product of two arrays in the type that matrices are multiplied in."""
+        return exact_product(a, b) if self.arithmetic == "wide float32" else a @ b
+
+    def scores(self, query: mx.array, transposed: mx.array) -> mx.array:
+        """The product of a query and transposed keys, times the factor."""
+        of_query, of_product = self.factors
+        product = self.product(query * of_query, transposed)
+        return product if of_product == 1.0 else product * of_product
+
+
+def arithmetic_of(dtype: mx.Dtype, backend: Backend) -> Arithmetic:
+    """How blocks compute with inputs of a type."""
+    if backend != "cuda":
+        return "exact" if backend == "cpu" else "native"
+    return "wide float32" if in_tf32(masks.dtype_name(dtype), backend) else "wide"
 
 
 class Heads(Struct, frozen=True):
@@ -231,8 +263,7 @@ def _row_block(
         query, *sides = chain.after(heads.rows(q, rows), *of_key, *of_value)
         key = _side(k, sides[: len(of_key)], query)
         value = None if v is None else _side(v, sides[len(of_key) :], query)
-        query = call.of_sums(query) * call.factor
-        product = _product(query, key, call)
+        product = _product(call.of_sums(query), key, call)
         scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
         if state is None and sinks is not None:
             state = _sunk(heads.sinks(sinks, len(rows), shift), scores, None if v is None else v.shape[3])
@@ -242,7 +273,9 @@ def _row_block(
 
 
 def _product(query: mx.array, key: KeyOrValue, call: Call) -> mx.array:
-    return key.multiplied(query, True) if isinstance(key, Packed) else query @ call.transposed(call.of_sums(key))
+    if isinstance(key, Packed):
+        return key.multiplied(query * call.factor, True)
+    return call.scores(query, call.transposed(call.of_sums(key)))
 
 
 def _cut_keys(x: KeyOrValue, heads: Heads, keys: range) -> list[mx.array]:
@@ -288,7 +321,7 @@ def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue | None, ca
     finite = mx.where(top == -mx.inf, 0.0, top)
     weights = call.exp(scores - finite)
     total = weights.sum(axis=-1, keepdims=True)
-    output = None if value is None else _weighted(weights, value)
+    output = None if value is None else _weighted(weights, value, call)
     if state is None:
         return Online(top, total, output)
     shrink = call.exp(state.top - finite)
@@ -297,11 +330,20 @@ def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue | None, ca
     return Online(top, state.total * shrink + total, output)
 
 
-def _weighted(weights: mx.array, value: KeyOrValue) -> mx.array:
+def _weighted(weights: mx.array, value: KeyOrValue, call: Call) -> mx.array:
     """The sum of values by weight, in float32."""
     if isinstance(value, Packed):
         return value.multiplied(weights, False)
-    return (weights.astype(value.dtype) @ value).astype(mx.float32)
+    return call.product(weights.astype(value.dtype), value).astype(mx.float32)
+
+
+def exact_product(a: mx.array, b: mx.array) -> mx.array:
+    """The product of two float32 matrices in float32, where MLX's own would be in TF32.
+
+    On CUDA MLX rounds float32 to TF32 in products of two matrices, but not in those of a matrix and a vector. So each
+    row of `a` is a vector, and the columns of `b` are the matrix's rows: slower, but not off by 1e-3.
+    """
+    return (mx.contiguous(b.swapaxes(-1, -2))[..., None, :, :] @ a[..., None])[..., 0]
 
 
 def tile_scores(

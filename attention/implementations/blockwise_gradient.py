@@ -139,11 +139,14 @@ def _key_block(
         else:
             key_side = whole = whole or _key_side(saved, call, heads, keys, chain)
         weights, d_scores = _tile(saved, call, heads, row_side, key_side)
-        made = (d_scores.swapaxes(-1, -2) @ row_side.query, weights.swapaxes(-1, -2) @ row_side.cotangent)
+        made = [
+            call.product(x.swapaxes(-1, -2), of_rows)
+            for x, of_rows in ((d_scores, row_side.query), (weights, row_side.cotangent))
+        ]
         of_keys = _added(of_keys, [_placed(share.astype(mx.float32), seen, keys) for share in made])
         chain.links = call.passed(of_keys)
         if shares is not None:
-            share = (d_scores @ key_side.key).astype(mx.float32)
+            share = call.product(d_scores, key_side.key).astype(mx.float32)
             share = shares.pop(rows.start) + share if rows.start in shares else share
             if visible.stop <= keys.stop:
                 chain.links += call.passed([_write_d_query(sums, share, call, heads, rows, 1)])
@@ -165,7 +168,7 @@ def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: Chain
             row_side = _row_side(saved, call, heads, rows, chain)
             key_side = _key_side(saved, call, heads, keys, chain)
             _, d_scores = _tile(saved, call, heads, row_side, key_side)
-            total = _added(total, [(d_scores @ key_side.key).astype(mx.float32)])
+            total = _added(total, [call.product(d_scores, key_side.key).astype(mx.float32)])
             chain.links = call.passed(total)
             tiles += 1
         if total:
@@ -205,10 +208,10 @@ def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: Chain)
 
 def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -> tuple[mx.array, mx.array]:
     """P and dS of one tile, in the type that matrices are multiplied in."""
-    product = (call.of_sums(row.query) * call.factor) @ side.key_t
+    product = call.scores(call.of_sums(row.query), side.key_t)
     scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths, row.shift)
     weights = _weights(scores.astype(mx.float32), row.statistics, call)
-    d_scores = weights * ((row.cotangent @ side.value_t).astype(mx.float32) - row.delta)
+    d_scores = weights * (call.product(row.cotangent, side.value_t).astype(mx.float32) - row.delta)
     if capped is not None:
         d_scores = d_scores * (1.0 - mx.square(capped.astype(mx.float32)))
     return weights.astype(row.query.dtype), d_scores.astype(row.query.dtype)

@@ -62,7 +62,18 @@ def _pass_on(arrays: list[mx.array], links: list[mx.array]) -> list[mx.array]:
 def _pass_on_batched(
     inputs: tuple[list[mx.array], list[mx.array]], axes: tuple[list[int | None], list[int | None]]
 ) -> tuple[list[mx.array], list[int | None]]:
-    return ordered(*inputs), axes[0]
+    """Maps every array, also one that is not mapped itself: MLX takes all outputs of a node for mapped if one is."""
+    size = next(
+        x.shape[axis]
+        for xs, its in zip(inputs, axes, strict=True)
+        for x, axis in zip(xs, its, strict=True)
+        if axis is not None
+    )
+    arrays = [
+        x if axis is not None else mx.broadcast_to(x, (size, *x.shape))
+        for x, axis in zip(inputs[0], axes[0], strict=True)
+    ]
+    return ordered(arrays, inputs[1]), [axis or 0 for axis in axes[0]]
 
 
 def ordered(arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:

@@ -16,9 +16,18 @@ from msgspec import structs
 
 from attention import masks
 from attention.errors import UnsupportedError
+from attention.implementations.asked import here
 from attention.implementations.batched import folded
 from attention.implementations.blocks import MIB, Blocks
-from attention.implementations.blockwise import Call, blocks_of, cut, head_groups, row_shift, tile_scores
+from attention.implementations.blockwise import (
+    Call,
+    arithmetic_of,
+    blocks_of,
+    cut,
+    head_groups,
+    row_shift,
+    tile_scores,
+)
 from attention.implementations.chain import Chain
 from attention.implementations.written import Written
 from attention.masks import Mask
@@ -61,7 +70,9 @@ def with_mask_gradient(
     keys = k.shape[2]
     rows = max(1, min(budget_bytes, SLAB_BYTES) // (4 * SLAB_ARRAYS * keys * (q.shape[1] // k.shape[1])))
     slab = Blocks(batches=1, kv_heads=1, rows=min(rows, q.shape[2]), keys=keys)
-    call = Call(scale, mask, softcap, slab, "exact", shifted=q.dtype != mx.float32)
+    backend = here()
+    arithmetic = arithmetic_of(q.dtype, backend) if backend == "cuda" else "exact"
+    call = Call(scale, mask, softcap, slab, arithmetic, shifted=q.dtype != mx.float32)
     return _node(call)(out, q, k, v, [masks.as_4d(mask.array)], [] if sinks is None else [sinks])
 
 
@@ -112,10 +123,11 @@ def mask_gradient(
             sides = (heads.rows(x, rows) for x in (q, out, cotangent))
             cuts = chain.after(*sides, heads.keys(k, keys), heads.keys(v, keys))
             query, output, upstream, key, value = (x.astype(mx.float32) for x in cuts)
-            product = (query * call.factor) @ call.transposed(key)
+            product = call.scores(query, call.transposed(key))
             shift = row_shift(call, heads, rows, lengths)
             scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
-            d_weights = upstream @ call.transposed(value) - (upstream * output).sum(axis=-1, keepdims=True)
+            d_weights = call.product(upstream, call.transposed(value))
+            d_weights = d_weights - (upstream * output).sum(axis=-1, keepdims=True)
             sunk = None if sinks is None else heads.sinks(sinks, len(rows), shift)
             slab = _softmax(scores, call, sunk) * d_weights
             slab = slab.reshape(len(heads.batches), -1, len(rows), len(keys))

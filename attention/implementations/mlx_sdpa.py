@@ -57,18 +57,21 @@ class MlxSdpa:
         return with_mask_gradient(lambda mask: sdpa(q, k, v, scale, mask), q, k, v, scale=scale, mask=mask)
 
 
-def sdpa(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, shifted: bool = False) -> mx.array:
+def sdpa(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, shifted: bool = False, *, sums_wide: bool = False
+) -> mx.array:
     """Calls MLX's SDPA; rows that see nothing are 0, and a mask's gradient is MLX's: on some paths there is none.
 
-    `shifted`: subtract `masks.shift` from an additive mask.
+    `shifted`: subtract `masks.shift` from an additive mask. `sums_wide`: scores and an additive mask are added in
+    float32, whatever their type.
     """
     if mask.array is not None:
-        return _with_array(q, k, v, scale, mask, shifted)
+        return _with_array(q, k, v, scale, mask, shifted, sums_wide)
     seq, kv_seq = q.shape[2], k.shape[2]
     blind = mask.blind_rows(seq, kv_seq)
     if blind:
         q = q[:, :, blind:]
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=_plain_mask(mask, seq - blind, kv_seq))
+    out = _of_mlx(q, k, v, scale, _plain_mask(mask, seq - blind, kv_seq))
     return mx.pad(out, [(0, 0), (0, 0), (blind, 0), (0, 0)]) if blind else out
 
 
@@ -90,8 +93,9 @@ def attend_whole(
         q, scale = (-q, -scale) if scale else (mx.zeros_like(q), 1.0)
     if widened:
         q, k, v = (x.astype(mx.float32) for x in (q, k, v))
+    wide = dtype == mx.float16 and not widened and here() == "cuda"  # then it is fused, and cuDNN adds in float32
     out = (
-        sdpa(q, k, v, scale, mask, widened and dtype != mx.float32)
+        sdpa(q, k, v, scale, mask, widened and dtype != mx.float32, sums_wide=wide)
         if sinks is None
         else _with_sinks(q, k, v, scale, mask, sinks)
     )
@@ -119,7 +123,26 @@ def _with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask,
     whole = "causal" if named else mask.whole(*lengths)
     if isinstance(whole, mx.array) and whole.dtype != mx.bool_:
         whole = masks.in_type(whole, q.dtype)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=whole, sinks=sinks.astype(q.dtype))
+    return _of_mlx(q, k, v, scale, whole, sinks.astype(q.dtype))
+
+
+def _of_mlx(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """MLX's SDPA; on CUDA arrays in a layout that it fails on are copied first."""
+    if here() != "cuda" or not mx.cuda.is_available():
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    from attention.kernels.cuda.layout import laid_out, of_sdpa
+
+    q, k, v = laid_out(q, k, v)
+    if isinstance(mask, mx.array):
+        (mask,) = laid_out(mask)
+    return of_sdpa(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks))
 
 
 def _plain_mask(mask: Mask, seq: int, kv_seq: int) -> mx.array | str | None:
@@ -129,13 +152,15 @@ def _plain_mask(mask: Mask, seq: int, kv_seq: int) -> mx.array | str | None:
     return "causal" if mask.causal else None
 
 
-def _with_array(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, shifted: bool) -> mx.array:
+def _with_array(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, shifted: bool, sums_wide: bool
+) -> mx.array:
     whole = mask.whole(q.shape[2], k.shape[2])
     assert whole is not None
     if whole.dtype != mx.bool_:
-        whole = masks.in_type(whole, q.dtype)
+        whole = masks.in_type(whole, q.dtype, summed=not sums_wide)
     opened, seeing = masks.opened(whole, shifted)
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=opened)
+    out = _of_mlx(q, k, v, scale, opened)
     return mx.where(masks.as_4d(seeing), out, mx.zeros((), out.dtype))
 
 

@@ -9,7 +9,7 @@ from typing import Final, Protocol, cast, runtime_checkable
 import mlx.core as mx
 from msgspec import structs
 
-from attention import masks, watching
+from attention import watching
 from attention.device import Backend, Device
 from attention.errors import KernelUnavailable
 from attention.implementations.asked import asked_for, here
@@ -110,7 +110,7 @@ class Poc:
             if not behind.fused:
                 behind = structs.replace(behind, predicted_bytes=whole_bytes(workload, device.backend, needs))
             path, reason = TO_SDPA, f"{own.reason}; {behind.reason}"
-        if not behind.fused:
+        if not (behind.fused or needs.softcap):
             path = named_products(path, workload.dtype, device.backend)
         return structs.replace(behind, path=path, reason=reason, fallback=True)
 
@@ -163,7 +163,7 @@ class Poc:
                 return out
         if softcap is not None:
             out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
-            watching.ran(named_products(TO_PRACTICAL, masks.dtype_name(q.dtype), here()))
+            watching.ran(TO_PRACTICAL)
             return out
         watching.ran(_sdpa_path(q, k, v, mask))
         return attend_whole(q, k, v, scale, mask, is_call_widened(q, k, v, mask))

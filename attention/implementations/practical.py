@@ -12,7 +12,7 @@ from attention.device import Backend, Device, probe
 from attention.implementations import slicing
 from attention.implementations.asked import asked_for, here
 from attention.implementations.blocks import Blocks, seen_keys, tile_bytes
-from attention.implementations.blockwise import Call, forward
+from attention.implementations.blockwise import Call, arithmetic_of, forward
 from attention.implementations.budget import default_budget
 from attention.implementations.differentiable import Arrays, Attend, blocks_behind, blockwise
 from attention.implementations.mask_gradient import with_mask_gradient
@@ -123,20 +123,19 @@ class Practical:
             watching.ran(path)
             return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
         watching.ran(_forward_path(choice, workload, needs, backend, isinstance(k, Packed)))
-        shifted = q.dtype != mx.float32
         if isinstance(k, Packed) and isinstance(v, Packed):
-            call, _ = self._calls(choice, backend, scale, mask, softcap, shifted)
+            call, _ = self._calls(choice, backend, scale, mask, softcap, q.dtype)
             if sinks is None and softcap is None and choice.fits_forward:
                 return attend_packed(q, k, v, scale=scale, mask=mask)
             return forward(q, k, v, call, sinks)[0]
         if simple and choice.slices is not None:
-            made = self._in_slices(choice, backend, scale, mask, shifted)
+            made = self._in_slices(choice, backend, scale, mask, q.dtype)
         else:
-            made = self._in_blocks(choice, backend, scale, mask, softcap, shifted)
+            made = self._in_blocks(choice, backend, scale, mask, softcap, q.dtype)
         array = [] if mask.array is None else [masks.as_4d(mask.array)]
         return made(q, k, v, array, [] if sinks is None else [sinks])
 
-    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask, shifted: bool) -> Attend:
+    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
         follow = turns(backend) if choice.waits else QUEUED
 
         def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, _: Arrays) -> mx.array:
@@ -145,21 +144,22 @@ class Practical:
             return attend_whole(q, k, v, scale, mask.having(array), _widened(choice, q.dtype, backend))
 
         if choice.backward_slices is None:
-            return blocks_behind(whole, *self._calls(choice, backend, scale, mask, None, shifted))
+            return blocks_behind(whole, *self._calls(choice, backend, scale, mask, None, dtype))
         return slicing.sliced_behind(whole, Slices(scale, mask, choice.backward_slices, follow))
 
     def _calls(
-        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None, shifted: bool
+        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
     ) -> tuple[Call, Call]:
         """Of blocks, forward and backward."""
-        arithmetic, follow = ("exact", at_once) if backend == "cpu" else ("native", turns(backend).next)
-        call = Call(scale, mask, softcap, choice.blocks, arithmetic, follow, shifted)  # type: ignore[arg-type]
+        follow = at_once if backend == "cpu" else turns(backend).next
+        shifted = dtype != mx.float32
+        call = Call(scale, mask, softcap, choice.blocks, arithmetic_of(dtype, backend), follow, shifted)
         return call, structs.replace(call, blocks=choice.backward)
 
     def _in_blocks(
-        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None, shifted: bool
+        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
     ) -> Attend:
-        call, backward = self._calls(choice, backend, scale, mask, softcap, shifted)
+        call, backward = self._calls(choice, backend, scale, mask, softcap, dtype)
         if choice.cuts_forward:
             return blockwise(call, backward)
 
@@ -228,7 +228,7 @@ def _whole_path(whole: str, dtype: DType, backend: Backend) -> str:
 
 def _cut_path(kind: str, parts: Blocks, workload: Workload, backend: Backend) -> str:
     path = f"{kind} {parts.rows} x {seen_keys(shape_of(workload), parts)}"
-    return named_products(path, workload.dtype, backend)
+    return named_products(path, workload.dtype, backend) if kind == "slices" else path
 
 
 def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> tuple[str, Blocks, int]:

@@ -121,7 +121,9 @@ def slices_bytes(workload: Workload, blocks: Blocks, backend: Backend, needs: Ne
     sums = 0
     if workload.pass_ == "training":
         width = workload.head_dim + workload.value_dim
-        sums = 3 * 4 * blocks.batches * blocks.kv_heads * workload.kv_seq * width
+        # the sums, and a share of each of the two slices under way; in half precision another one, converted: measured
+        copies = 3 if workload.dtype == "float32" else 4
+        sums = copies * 4 * blocks.batches * blocks.kv_heads * workload.kv_seq * width
     return int(AT_ONCE[backend] * own) + sums
 
 

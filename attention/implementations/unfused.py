@@ -35,8 +35,12 @@ def named_products(path: str, dtype: str, backend: Backend) -> str:
     They keep 10 bits of a float32's 23, which costs about 1e-3 of the output, unless MLX_ENABLE_TF32=0 was in the
     environment when the process began.
     """
-    in_tf32 = backend == "cuda" and dtype == "float32" and os.environ.get("MLX_ENABLE_TF32", "1") != "0"
-    return f"{path}, TF32" if in_tf32 else path
+    return f"{path}, TF32" if in_tf32(dtype, backend) else path
+
+
+def in_tf32(dtype: str, backend: Backend) -> bool:
+    """Whether MLX multiplies matrices of a type in TF32."""
+    return backend == "cuda" and dtype == "float32" and os.environ.get("MLX_ENABLE_TF32", "1") != "0"
 
 
 def is_widened(dtype: str, backend: Backend) -> bool:

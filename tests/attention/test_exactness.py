@@ -1,5 +1,6 @@
 """Results do not depend on the size of a call: they are equal within and beyond a memory budget."""
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 
 from attention import UnsupportedError, attention
+from attention.implementations.blocks import Blocks
+from attention.implementations.blockwise import Call, exact_product
 from attention.implementations.practical import Practical
+from attention.masks import Mask
 
 BUDGETS = [None, 1 << 16]
 """A budget that a small call fits, and one that cuts it into blocks."""
@@ -263,3 +267,36 @@ def test_a_number_of_a_mask_that_is_clipped_has_its_gradient() -> None:
 
     assert np.abs(gradient("practical")).max() > 0.01
     assert np.allclose(gradient("baseline"), gradient("practical"), atol=0.02)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("arithmetic", ["wide", "wide float32"])
+def test_blocks_as_on_cuda_are_right(monkeypatch: pytest.MonkeyPatch, arithmetic: str, softcap: float | None) -> None:
+    q, k, v = normal(2, 4, 33, 16), normal(2, 2, 70, 16, key=1), normal(2, 2, 70, 8, key=2)
+
+    def results() -> list[mx.array]:
+        def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return attention(q, k, v, scale=-0.3, softcap=softcap, mask="causal", implementation=Practical(1 << 16))
+
+        outputs, gradients = mx.vjp(attend, [q, k, v], [normal(2, 4, 33, 8, key=3)])
+        return [*outputs, *gradients]
+
+    expected = results()
+    monkeypatch.setattr("attention.implementations.practical.arithmetic_of", lambda dtype, backend: arithmetic)
+    for one, other in zip(results(), expected, strict=True):
+        assert np.allclose(np.array(one), np.array(other), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.3, -2.0, 0.0, 1e30, 1e-30])
+def test_the_factor_of_a_wide_query_is_a_power_of_2(scale: float) -> None:
+    of_query, of_product = Call(scale, Mask(), None, Blocks(batches=1, kv_heads=1, rows=1, keys=1), "wide").factors
+    assert of_query * of_product == scale
+    assert math.frexp(of_query)[0] == 0.5
+
+
+@pytest.mark.parametrize(("a", "b"), [((5, 7), (7, 4)), ((1, 1), (1, 4)), ((2, 3, 5, 1), (2, 1, 1, 6))])
+def test_a_product_by_rows_is_the_product(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    one, other = normal(*a), normal(*b, key=1)
+    assert np.allclose(np.array(exact_product(one, other)), np.array(one @ other), atol=1e-5)
+    turned = exact_product(other.swapaxes(-1, -2), one.swapaxes(-1, -2))
+    assert np.allclose(np.array(turned), np.array((one @ other).swapaxes(-1, -2)), atol=1e-5)

@@ -50,8 +50,8 @@ class InSlices(Practical):
         behind = None if "blocks" in self._way else self._slice
         return structs.replace(made, way=self._way, slices=self._slice, backward_slices=behind, waits=self._waits)
 
-    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask) -> Attend:
-        return super()._in_slices(choice, "cuda", scale, mask)  # waits, where it waits, as there
+    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
+        return super()._in_slices(choice, "cuda", scale, mask, dtype)  # waits, where it waits, as there
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -182,6 +182,12 @@ def test_float32_products_in_tf32_are_named(
         assert get(name).route(workload, cuda).path.endswith(", TF32") == named
     assert "TF32" not in get(name).route(Workload(seq=64, dtype="bfloat16"), cuda).path
     assert "TF32" not in get(name).route(Workload(seq=64, dtype="float32"), CPU).path
+
+
+@pytest.mark.parametrize("name", ["poc", "practical"])
+def test_float32_in_blocks_is_not_in_tf32(name: str) -> None:
+    cuda = structs.replace(CPU, backend="cuda")
+    assert "TF32" not in get(name).route(Workload(seq=64, dtype="float32"), cuda, Needs(softcap=True)).path
 
 
 def test_poc_says_that_it_falls_back() -> None:

@@ -10,7 +10,7 @@ import pytest
 from attention.implementations import slicing
 from attention.implementations.blocks import Blocks
 from attention.implementations.blockwise import Heads
-from attention.implementations.chain import Chain
+from attention.implementations.chain import Chain, ordered
 from attention.implementations.slicing import Slices, row_blocks, sliced_behind, slices_of
 from attention.implementations.waiting import QUEUED, Turns, when_done
 from attention.masks import Mask
@@ -80,3 +80,11 @@ def test_the_mask_of_a_window_is_made_with_its_slice(monkeypatch: pytest.MonkeyP
     assert waiting == [(16, 32), (16, 48), (16, 48), *[(16, 16), (16, 32), (16, 48), (16, 48)]]
     whole = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=Mask(window=20).whole(64, 64))
     assert mx.allclose(made, whole, atol=1e-5)
+
+
+def test_arrays_that_wait_for_mapped_ones_are_mapped() -> None:
+    def of_two(x: mx.array) -> mx.array:
+        (kept,) = ordered([mx.arange(128.0).reshape(1, 2, 16, 4)], [x])
+        return x + mx.unflatten(kept, 1, (1, 2)).sum()
+
+    assert mx.vmap(of_two)(mx.array([1.0, 2.0])).tolist() == [8129.0, 8130.0]

@@ -21,6 +21,9 @@ MAX_SILENCE_S: Final = 300.0
 MAX_OVERTIME_S: Final = 60.0
 """Seconds that a case may go on after `--seconds`; it is then ended, named and not counted."""
 CLEAR_CACHE_EVERY: Final = 50
+COMPILED_ON_GPU: Final = 25
+"""One of so many cases may run under `mx.compile` on a GPU, where MLX compiles for up to minutes: seconds a kernel."""
+UNCOMPILED: Final = {"compile": "plain", "grad_compile": "plain"}
 MAX_SHOWN: Final = 30
 """Maximum number of failures printed; the file has all of them."""
 
@@ -220,6 +223,8 @@ def outcomes(options: argparse.Namespace, number: int) -> Any:
     problem = {"broad": cases, "edges": edges}[options.family].problem(options.seed, number, options.mode)
     if problem is None:
         return
+    if options.device == "gpu" and options.case is None and number % COMPILED_ON_GPU:
+        problem.transform = UNCOMPILED.get(problem.transform, problem.transform)
     judge = Judge(problem)
     for name, implementation in implementations(problem, options.mode, not options.no_torch, options.impl).items():
         running = {"case": number, "implementation": name, "transform": problem.transform, "facts": problem.facts}

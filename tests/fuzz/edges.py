@@ -268,7 +268,9 @@ def unusual_masks(draw: Draw) -> Problem:
 
 
 def layouts(draw: Draw) -> Problem:
-    """Draw arrays strided along any axis, reversed, shifted or repeated."""
+    """Draw arrays strided along any axis, reversed, shifted or repeated; some with a single query."""
+    if draw.chance(0.3):
+        draw.queries, draw.keys = 1, int(draw.random.choice([256, 300, 1025]))
 
     def laid(values: Floats) -> mx.array:
         array = draw.array(values)

@@ -2,6 +2,7 @@
 
 The accepted error of an output is twice that of plain attention in the same type, of a gradient three times, plus the
 rounding of the result. Plain attention in 16 bits clips a large mask; what float32 loses beside it counts as well.
+On CUDA the error of TF32 counts too: MLX multiplies float32 matrices in TF32 there if cuBLAS chooses to.
 """
 
 from collections.abc import Callable
@@ -70,6 +71,9 @@ class Judge:
         with np.errstate(all="ignore"):
             self.expected = reference.expected(problem, keep, added)
             self.plain = reference.plain_results(problem, keep, added)
+            self.in_tf32 = self.expected
+            if reference.multiplies_in_tf32(problem):
+                self.in_tf32 = reference.expected(problem, keep, added, is_product_in_tf32=True)
             self.in_float32 = self.expected
             if added is not None:
                 self.in_float32 = reference.expected(problem, keep, added, is_sum_in_float32=True)
@@ -105,7 +109,8 @@ class Judge:
         """Return the largest error that is accepted of a result."""
         largest = float(np.abs(expected).max(initial=0))
         of_plain = float(np.abs(plain - expected).max(initial=0))
-        of_plain = np.maximum(of_plain, np.abs(self.in_float32[index] - expected).max(initial=0))  # NaN stays NaN
+        for rounded in (self.in_float32, self.in_tf32):
+            of_plain = np.maximum(of_plain, np.abs(rounded[index] - expected).max(initial=0))  # NaN stays NaN
         if not np.isfinite(of_plain):  # plain attention overflowed in its type; float32 inside would not have
             if name in PEERS:
                 return np.inf

@@ -1,5 +1,6 @@
 """Attention and its gradients in float64, and plain attention in the inputs' own precision."""
 
+import os
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -25,15 +26,39 @@ def visible(problem: Problem) -> tuple[np.ndarray, Floats | None]:
     return keep, np.broadcast_to(exact(problem.mask), shape)
 
 
-def expected(problem: Problem, keep: np.ndarray, added: Floats | None, is_sum_in_float32: bool = False) -> list[Floats]:
+def multiplies_in_tf32(problem: Problem) -> bool:
+    """Return whether implementations may multiply the matrices of a problem in TF32: on CUDA, where MLX does.
+
+    float16 is widened to float32 where its scores could overflow.
+    """
+    on_cuda = mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
+    is_on = os.environ.get("MLX_ENABLE_TF32", "1") != "0"
+    return on_cuda and is_on and problem.q.dtype in (mx.float32, mx.float16)
+
+
+def in_tf32(x: Floats) -> Floats:
+    """Round to the 10 bits of TF32's fraction."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+
+
+def expected(
+    problem: Problem,
+    keep: np.ndarray,
+    added: Floats | None,
+    is_sum_in_float32: bool = False,
+    is_product_in_tf32: bool = False,
+) -> list[Floats]:
     """Return the output and, with a cotangent, the gradients of q, k, v and, where it is checked, the mask.
 
     `is_sum_in_float32` rounds the sums of scores and mask: beside a mask of -1e9 float32 cannot represent a score.
+    `is_product_in_tf32` rounds the factors of all matrix products, and the query times the scale.
     """
-    q, k, v = exact(problem.q), exact(problem.k), exact(problem.v)
+    rounded = in_tf32 if is_product_in_tf32 else lambda x: x
+    q, k, v = (rounded(exact(x)) for x in (problem.q, problem.k, problem.v))
     group = q.shape[1] // k.shape[1]
     keys, values = np.repeat(k, group, 1), np.repeat(v, group, 1)
-    scores = (q @ keys.swapaxes(-1, -2)) * problem.factor
+    scores = rounded(exact(problem.q) * problem.factor) @ keys.swapaxes(-1, -2)
     slope: Floats | float = 1.0
     if problem.softcap is not None:
         squashed = np.tanh(scores / problem.softcap)
@@ -47,10 +72,10 @@ def expected(problem: Problem, keep: np.ndarray, added: Floats | None, is_sum_in
     weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
     total = weights.sum(-1, keepdims=True)
     weights = weights / np.where(total == 0, 1, total)
-    output = weights @ values
+    output = rounded(weights) @ values
     if problem.cotangent is None:
         return [output]
-    cotangent = exact(problem.cotangent)
+    cotangent = rounded(exact(problem.cotangent))
     by_weight = cotangent @ values.swapaxes(-1, -2)
     by_masked = weights * (by_weight - (by_weight * weights).sum(-1, keepdims=True))
     by_score = by_masked * slope * problem.factor
@@ -58,8 +83,9 @@ def expected(problem: Problem, keep: np.ndarray, added: Floats | None, is_sum_in
     def of_shared(x: Floats) -> Floats:  # summed over the heads that share a key head
         return np.asarray(x.reshape(x.shape[0], k.shape[1], group, *x.shape[2:]).sum(2))
 
-    by_key, by_value = by_score.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ cotangent
-    made = [output, by_score @ keys, of_shared(by_key), of_shared(by_value)]
+    by_key = rounded(by_score).swapaxes(-1, -2) @ q
+    by_value = rounded(weights).swapaxes(-1, -2) @ cotangent
+    made = [output, rounded(by_score) @ keys, of_shared(by_key), of_shared(by_value)]
     if problem.has_mask_gradient and isinstance(problem.mask, mx.array):
         made.append(reduced(by_masked, problem.mask.shape))
     return made

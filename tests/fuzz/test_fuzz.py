@@ -24,8 +24,8 @@ def on_the_cpu():
     mx.set_default_device(before)
 
 
-def failures(family: str, mode: str, number: int) -> list[str]:
-    problem = FAMILIES[family].problem(1, number, mode)
+def failures(family: str, mode: str, number: int, seed: int = 1) -> list[str]:
+    problem = FAMILIES[family].problem(seed, number, mode)
     judge = Judge(problem)
     found = []
     for name, implementation in implementations(problem, mode, with_torch=False).items():

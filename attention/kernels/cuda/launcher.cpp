@@ -5,9 +5,8 @@
 #include <atomic>
 #include <random>
 
-#include <mlx/ops.h>
-
 #include "launcher_known.hpp"
+#include "launcher_layout.hpp"
 #include "launcher_plan.hpp"
 #include "launcher_waiting.hpp"
 
@@ -30,18 +29,6 @@ void allocate(mx::array& out, mx::Stream stream) {
   if (made[0].buffer().ptr() == nullptr) throw std::runtime_error("MLX hands out no device memory");
   flags.col_contiguous = out.size() <= 1 || out.ndim() == 1;
   out.copy_shared_buffer(made[0], out.strides(), flags, out.size());
-}
-
-// A dense copy of an input, alive until the kernels have run.
-mx::array copied(const mx::array& a, mx::Stream stream, mx::cu::CommandEncoder& encoder) {
-  mx::array view(a.shape(), a.dtype(), nullptr, {});
-  auto flags = a.flags();
-  flags.row_contiguous = flags.col_contiguous = false;  // lest MLX share the memory, if it is only off the alignment
-  view.copy_shared_buffer(a, a.strides(), flags, a.data_size());
-  Arrays copy{mx::contiguous(view, false, stream)};
-  copy[0].primitive().eval_gpu({view}, copy);
-  encoder.add_completed_handler([kept = copy[0]] {});
-  return copy[0];
 }
 
 // ---- the primitive -----------------------------------------------------------------------------------------------
@@ -211,6 +198,11 @@ void define_calls(nb::module_& m) {
   m.def("forget_calls", [] { known_calls().clear(); });
 }
 
+void define_layout(nb::module_& m) {
+  m.def("laid_out", &fatui::laid_out, nb::arg("arrays"), nb::arg("given"),
+        "The arrays, which are given to MLX's SDPA or come from it, copied where MLX's SDPA does not take them as they lie; what is copied is decided when they are computed.");
+}
+
 void define_waiting(nb::module_& m) {
   m.def("passed", &fatui::passed, nb::arg("token"), nb::arg("behind"),
         "The token, there once the GPU has done what was queued before it, but for what the last `behind` tokens followed.");
@@ -220,5 +212,6 @@ void define_waiting(nb::module_& m) {
 NB_MODULE(fatui_cuda_launcher, m) {
   define_plans(m);
   define_calls(m);
+  define_layout(m);
   define_waiting(m);
 }

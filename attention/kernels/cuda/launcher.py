@@ -22,6 +22,7 @@ TEXTS = (
     "launcher_maps.hpp",
     "launcher_plan.hpp",
     "launcher_known.hpp",
+    "launcher_layout.hpp",
     "launcher_waiting.hpp",
     "launcher.cpp",
 )

@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from attention.kernels.cuda.call import Call
+from attention.kernels.cuda.layout import laid_out, of_sdpa
 from attention.masks import Mask, apply, opened
 
 
@@ -23,7 +24,8 @@ def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: Call)
     def sdpa(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
         window = Mask(window=call.window).whole(queries, keys) if call.window else None
         mask = window if window is not None else "causal" if call.causal else None
-        return [mx.fast.scaled_dot_product_attention(q, k, v, scale=call.scale, mask=mask)]
+        q, k, v = laid_out(q, k, v)
+        return [of_sdpa(mx.fast.scaled_dot_product_attention(q, k, v, scale=call.scale, mask=mask))]
 
     def unfused(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> list[mx.array]:
         return list(plain_attention(q, k, v, call, mask))[: len(cotangents)]

@@ -1,0 +1,60 @@
+"""Cases of the fuzz tests that failed on a GPU, by what was wrong."""
+
+import mlx.core as mx
+import pytest
+
+from . import test_fuzz
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.gpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("broad", 32, 192),
+        ("broad", 33, 87),
+        ("broad", 37, 12),
+        ("broad", 32, 11),
+        ("broad", 36, 196),
+        ("broad", 39, 126),
+        ("broad", 54, 11),
+        ("broad", 61, 379),
+        ("broad", 61, 418),
+    ],
+    ids=str,
+)
+def test_scores_of_half_precision_in_blocks_are_not_rounded(case):
+    assert failures(*case) == []
+
+
+@pytest.mark.parametrize("case", [("broad", 61, 97), ("broad", 61, 139), ("broad", 61, 337)], ids=str)
+def test_float32_in_blocks_is_not_rounded(case, monkeypatch):
+    monkeypatch.setattr("tests.fuzz.reference.multiplies_in_tf32", lambda problem: False)
+    assert failures(*case) == []
+
+
+@pytest.mark.parametrize("case", [("edges", 61, 32), ("edges", 66, 54)], ids=str)
+def test_large_scores_in_float16_are_right(case):
+    assert failures(*case) == []
+
+
+@pytest.mark.parametrize("case", [("edges", 61, 48), ("edges", 61, 72), ("edges", 61, 88)], ids=str)
+def test_slices_are_mapped(case):
+    assert failures(*case) == []
+
+
+@pytest.mark.parametrize("case", [("edges", 62, 0), ("edges", 62, 33), ("edges", 62, 54)], ids=str)
+def test_gradients_are_right(case):
+    assert failures(*case, "gradient") == []
+
+
+def failures(family: str, seed: int, number: int, mode: str = "forward") -> list[str]:
+    return test_fuzz.failures(family, mode, number, seed)
