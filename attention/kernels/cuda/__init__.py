@@ -1,6 +1,6 @@
-"""The fused CUDA kernels: flash attention in CUDA C++, compiled at first use with NVRTC, launched through MLX.
+"""FlashAttention in CUDA C++, compiled on first use with NVRTC and launched through MLX.
 
-Importing this costs nothing: MLX, NVRTC and the driver come in only when something is called.
+Importing this package is cheap: MLX, NVRTC and the driver are loaded on the first call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def availability() -> tuple[bool, str]:
-    """Whether the kernels can be used on this machine, and why (not), in one line; compiles nothing."""
+    """Return whether the kernels can run on this machine, with a one-line reason; compiles nothing."""
     from attention.kernels.cuda import machine
 
     try:
@@ -40,17 +40,17 @@ def availability() -> tuple[bool, str]:
 
 
 def variant() -> str:
-    """Which kernels this GPU gets: "hopper" (its own too), "ampere" (the general ones, sm_80 and later), or "none"."""
+    """Return the kernels for this GPU: "hopper" (general and Hopper), "ampere" (general, sm_80 and later) or "none"."""
     from attention.kernels.cuda import machine
 
     return machine.variant()
 
 
 def load(on_message: Callable[[str], None] | None = None) -> None:
-    """Compiles the launcher, if this machine has none yet; each kernel is compiled at its first use.
+    """Compile the launcher unless it is cached; each kernel is compiled on its first use.
 
     Args:
-        on_message: told in one line what will be compiled.
+        on_message: called with a one-line message before compilation starts.
 
     Raises:
         KernelUnavailable: with the reason.
@@ -60,11 +60,11 @@ def load(on_message: Callable[[str], None] | None = None) -> None:
     found = machine.look()
     if on_message is not None and not launcher.is_settled():
         on_message(f"Compiling the launcher of the CUDA kernels (once, about ten seconds; {found}) ...")
-    launcher.missing()  # without it they are launched through MLX's own operation
+    launcher.missing()  # without the launcher, kernels are launched through MLX's precompiled-kernel operation
 
 
 def supports(workload: Workload, needs: Needs = PLAIN) -> str | None:
-    """Why the kernels do not take a workload here, in one line, or None if they do; compiles and runs nothing."""
+    """Return None if the kernels support a workload on this machine, else a one-line reason; compiles nothing."""
     from attention.kernels.cuda import machine
 
     return machine.refusal_here(workload, needs)
@@ -81,32 +81,32 @@ def flash_attention(
     mask: mx.array | None = None,
     softcap: float | None = None,
 ) -> mx.array:
-    """softmax(softcap * tanh(q k' * scale / softcap) + mask) v, without the score matrix (Dao et al., 2022).
+    """Compute softmax(softcap * tanh(q k' * scale / softcap) + mask) v without the score matrix (Dao et al., 2022).
 
     Args:
-        q: queries (B, H, Lq, D), D up to 256; float16 or bfloat16, as k and v. Not copied, however they are strided, if
-            the last axis is dense and the others go by multiples of 8 elements.
+        q: queries (B, H, Lq, D), D up to 256; float16 or bfloat16, as k and v. Strided inputs are not copied if the
+            last axis is contiguous and the other strides are multiples of 8 elements.
         k: keys (B, Hkv, Lk, D), H a multiple of Hkv.
         v: values (B, Hkv, Lk, Dv), Dv up to 256.
-        scale: what the dot products are multiplied by, usually D ** -0.5; positive.
-        causal: query i sees keys up to i + Lk - Lq (lower-right aligned).
-        window: a query sees the last `window` of those keys only; implies causal.
-        mask: broadcasts to (B, H, Lq, Lk): bool, true where a query sees a key, or float16, bfloat16 or float32, added
-            to the scores; read as it lies. It may go with causal and window.
+        scale: factor of the dot products, usually D ** -0.5; positive.
+        causal: query i attends to keys up to i + Lk - Lq (lower-right aligned).
+        window: a query attends to the last `window` of those keys only; implies causal.
+        mask: broadcasts to (B, H, Lq, Lk): bool, true where a query attends to a key, or float16, bfloat16 or float32,
+            added to the scores; read with its own strides. Combines with causal and window.
         softcap: bound of the scores, applied before the mask.
 
     Returns:
-        (B, H, Lq, Dv) in the type of q; rows with nothing to attend to are 0. Gradients go to q, k and v, and to a mask
-        that is added, which alone takes the whole score matrix.
+        (B, H, Lq, Dv) in the dtype of q; fully masked rows are 0. Differentiable in q, k, v and an additive mask; only
+        the gradient of the mask materialises the score matrix.
 
     Raises:
-        ValueError: for shapes, types or values that do not fit or are not taken (`supports` tells beforehand).
-        KernelUnavailable: if the kernel cannot run on this machine.
+        ValueError: shapes, dtypes or values are inconsistent or unsupported (`supports` checks a workload).
+        KernelUnavailable: the kernel cannot run on this machine.
     """
     if mask is None:
         try:
             found = _find_call(q, k, v, scale, causal, window, softcap)
-        except TypeError:  # something that is not what it should be: to be told in words below
+        except TypeError:  # an argument of the wrong type: reported by the checks of `_look_up`
             found = None
         if found is not None:
             return found
@@ -124,15 +124,15 @@ def flash_attention_with_logsumexp(
     mask: mx.array | None = None,
     softcap: float | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """`flash_attention`, and the natural logarithm of each row's sum of exponentials.
+    """Compute `flash_attention` and the logsumexp (natural logarithm) of each row of scores.
 
     Returns:
-        The output (B, H, Lq, Dv), and the logsumexp (B, H, Lq) in float32, -inf for a row with nothing to attend to.
-        Gradients flow through both.
+        The output (B, H, Lq, Dv), and the logsumexp (B, H, Lq) in float32, -inf for a fully masked row. Both are
+        differentiable.
 
     Raises:
-        ValueError: for shapes, types or values that do not fit or are not taken.
-        KernelUnavailable: if the kernel cannot run on this machine.
+        ValueError: shapes, dtypes or values are inconsistent or unsupported.
+        KernelUnavailable: the kernel cannot run on this machine.
     """
     output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, True)[:2]
     return output, logsumexp
@@ -169,11 +169,11 @@ def _find_nothing(*_: object) -> mx.array | None:
 
 
 _find_call: Callable[..., mx.array | None] = _find_nothing
-"""The launcher's own table of calls, once it keeps one: faster than a key made in Python."""
+"""Lookup in the launcher's table of repeated calls, once it has an entry: faster than a key built in Python."""
 
 
 def forget_calls() -> None:
-    """Forgets what known calls take, for where that is to change."""
+    """Clear the cache of repeated calls, so that their kernels are selected again."""
     _known.clear()
     if _find_call is not _find_nothing:
         from attention.kernels.cuda import launcher
@@ -192,12 +192,12 @@ def _look_up(
     softcap: float | None,
     with_logsumexp: bool,
 ) -> Attend:
-    """What a call takes, decided now; the launcher is told too, if that is all its own."""
+    """Select the kernels of a call; a plan without mask or logsumexp is also added to the launcher's table."""
     from attention.kernels.cuda import launcher
     from attention.kernels.cuda.attend import repeated
     from attention.kernels.cuda.call import check_arrays, normal
 
-    global _find_call  # noqa: PLW0603  what every call begins with
+    global _find_call  # noqa: PLW0603  the fast path of every call
     dtype, kind = check_arrays(q, k, v, mask)
     call = normal(scale, causal, window, softcap, k.shape[2], kind)
     made = repeated(q.shape, k.shape, v.shape[3], dtype, call, with_logsumexp)

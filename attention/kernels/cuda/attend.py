@@ -1,4 +1,4 @@
-"""From a call to its kernels: which of them, checked on first use, differentiable, cheap to repeat."""
+"""Dispatch of a call to its kernels: selection, first-use self-check, gradient, vmap, and a cache of repeated calls."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ from attention.kernels.cuda.stages import few_stages, forward_stages
 from attention.masks import as_4d
 
 TRACE_AFTER = 2
-"""Calls of a shape after which MLX keeps their graph; a decoding loop, with more keys each time, never gets there."""
+"""Calls of a shape before `mx.compile` traces it; a decode loop, whose key length grows, is never traced."""
 
 Attend = Callable[..., Sequence[mx.array]]
-"""A call of q, k, v and, if it has one, a mask (batch, heads, queries, keys)."""
+"""A prepared call: takes q, k, v and, if the call has one, a mask (batch, heads, queries, keys)."""
 
 
 def stages(shape: Shape, call: Call, path: Path, with_logsumexp: bool = True) -> list[Stage]:
-    """The launches of a call by a kernel; the general one makes the logsumexp in any case."""
+    """Return the launches of a call on a path; the general kernel always writes the logsumexp."""
     match path:
         case "forward":
             return forward_stages(shape, call, with_logsumexp)
@@ -36,10 +36,10 @@ def stages(shape: Shape, call: Call, path: Path, with_logsumexp: bool = True) ->
 
 
 def checked(shape: Shape, call: Call) -> Path:
-    """The first kernel for a call that has shown on this GPU, now or before, that it is right.
+    """Return the first candidate path whose kernel passes its self-check on this GPU (cached or run now).
 
     Raises:
-        KernelUnavailable: there is none; each with its reason.
+        KernelUnavailable: no candidate passes; the message has the reason for each.
     """
     reasons: list[str] = []
     for path in candidates(shape, call):
@@ -52,7 +52,7 @@ def checked(shape: Shape, call: Call) -> Path:
 
 
 def _compare(shape: Shape, call: Call, path: Path) -> str | None:
-    """Runs the very kernel of a call on small inputs; what is wrong with its results, or None."""
+    """Run the specialisation of a call on small inputs; return an error in its results, or None."""
     few = path == "decode" or (path == "general" and divided(shape, call).kernel.packed)
     small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=shape.queries if few else 300, keys=523)
     tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
@@ -65,7 +65,7 @@ def _compare(shape: Shape, call: Call, path: Path) -> str | None:
             kernel = general_launch.same_kernel(divided(shape, call), small, tried)
             made = general_launch.stages(small, tried, kernel)
     given, mask = selfcheck.inputs(small), selfcheck.random_mask(small, tried)
-    if path == "general":  # as models hand them over: heads beside each other
+    if path == "general":  # in the layout that models pass: (batch, rows, heads, columns), transposed
         given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in given]
     found = run_of(_inputs(call), OUTPUTS, made)([*given[:3], *(spread(x, small) for x in mask)])
     return selfcheck.disagreement(small, tried, found[0], found[1], given, mask)
@@ -76,12 +76,12 @@ def _inputs(call: Call) -> tuple[str, ...]:
 
 
 def spread(mask: mx.array, shape: Shape) -> mx.array:
-    """A mask as the kernels take it without the launcher: (batch, heads, queries, keys), without copying it."""
+    """Broadcast a mask to (batch, heads, queries, keys), as launches without the launcher require; no copy."""
     return mx.broadcast_to(mask, (shape.batch, shape.heads, shape.queries, shape.keys))
 
 
 def planned(shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> Run:
-    """The launches of a call as one operation, with its gradient: of the output, or of the logsumexp too."""
+    """Return a call as one MLX primitive, differentiable in its output and, if requested, its logsumexp."""
     launcher.module().set_transforms(_gradients_of, _batched)
     untraced = None
     if not with_logsumexp:
@@ -97,7 +97,7 @@ def _differentiable_plan(shape: Shape, call: Call, path: Path, with_logsumexp: b
 def _gradients_of(
     label: str, primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
 ) -> list[mx.array]:
-    """What launcher.cpp calls for the gradient of a plan; without the logsumexp its cotangent is zeros, of no use."""
+    """Compute the vjp of a plan (callback of launcher.cpp); an unrequested logsumexp has a cotangent of zeros."""
     kind, shape, call, with_logsumexp = read_label(label)
     if kind != "forward":
         raise ValueError("[flash_attention] There is no second derivative.")
@@ -106,10 +106,10 @@ def _gradients_of(
 
 
 def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.array]:
-    """What launcher.cpp calls for a plan under vmap: the plan for the vmapped axis and the batch as one.
+    """Run a plan under vmap (callback of launcher.cpp): the vmapped axis is folded into the batch.
 
     Returns:
-        The first outputs, with the vmapped axis in front.
+        The first outputs, with the vmapped axis first.
     """
     kind, shape, call, with_logsumexp = read_label(label)
     count = vmapped_length(inputs, axes)
@@ -126,12 +126,12 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
 
 
 def vmapped_length(inputs: Sequence[mx.array], axes: Sequence[int]) -> int:
-    """The length of the axis that is vmapped, of inputs some of which have none (-1)."""
+    """Return the length of the vmapped axis; inputs with axis -1 are not vmapped."""
     return next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis >= 0)
 
 
 def folded_inputs(inputs: Sequence[mx.array], axes: Sequence[int], shape: Shape, call: Call) -> list[mx.array]:
-    """A plan's inputs with the vmapped axis and the batch as one; a mask, the last, stays as small as it may."""
+    """Fold the vmapped axis of a plan's inputs into the batch; a mask (the last input) stays broadcast if possible."""
     count = vmapped_length(inputs, axes)
     folded = []
     for i, (x, axis) in enumerate(zip(inputs, axes, strict=True)):
@@ -153,12 +153,12 @@ def repeated(
     call: Call,
     with_logsumexp: bool,
 ) -> Attend:
-    """The calls of a shape, given as the shapes of q and k and the width of v: decided and checked once.
+    """Select, check and cache the kernels for a shape: the shapes of q and k, and the width of v.
 
     Raises:
-        KernelUnavailable: no kernel of ours takes them, or none has passed its check.
+        KernelUnavailable: no kernel supports the call, or none passed its self-check.
     """
-    launcher.missing()  # compiles it, if need be
+    launcher.missing()  # compiles the launcher if needed
     dims = [DIM_STEP * -(-dim // DIM_STEP) for dim in (q[3], value_dim)]
     shape = Shape(q[0], q[1], k[1], q[2], k[2], dims[0], ELEMENTS[dtype], dims[1])
     path = checked(shape, call)
@@ -175,7 +175,7 @@ def _with_mask(made: Attend, shape: Shape, whole: bool) -> Attend:
 
 
 def _filled_up(made: Attend, dims: Sequence[int], value_dim: int) -> Attend:
-    """The call with its last axes filled up with zeros, which change no product."""
+    """Zero-pad the head dims of a call to the kernel's dims; zeros do not change the products."""
 
     def wide(x: mx.array, dim: int) -> mx.array:
         return x if x.shape[3] == dim else mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, dim - x.shape[3])])
@@ -188,14 +188,14 @@ def _filled_up(made: Attend, dims: Sequence[int], value_dim: int) -> Attend:
 
 
 class Repeated:
-    """The calls of one shape without our launcher: from the third on replayed from a graph that MLX keeps."""
+    """Calls of one shape without the launcher; from the third on under `mx.compile`."""
 
     def __init__(self, shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> None:
         self._calls = 0
         self._function = _differentiable(shape, call, path, with_logsumexp)
 
     def __call__(self, *arrays: mx.array) -> Sequence[mx.array]:
-        """Queues the call: output, and logsumexp."""
+        """Queue the call; return output, logsumexp and stats."""
         if self._calls <= TRACE_AFTER:
             self._calls += 1
             if self._calls > TRACE_AFTER:
@@ -204,7 +204,7 @@ class Repeated:
 
 
 def _differentiable(shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> Attend:
-    """The call with its gradient; the logsumexp is made in any case, since the backward pass needs it."""
+    """Return a call as a custom function with vjp and vmap; its logsumexp is always written, for the backward pass."""
     run = run_of(_inputs(call), OUTPUTS, stages(shape, call, path))
 
     @mx.custom_function

@@ -1,4 +1,4 @@
-"""The backward kernels on Hopper: what a specialisation is made for. No MLX needed to compile."""
+"""Specialisations of the Hopper backward kernels (backward.cu). Compiling them does not need MLX."""
 
 import functools
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from attention.kernels.cuda.program import Program
 from attention.kernels.cuda.wgmma import wgmma
 
 WIDTHS: Final = (64, 128, 192, 256)
-"""Head dims that there are kernels for; others take the next one."""
+"""Head dims of the kernels; inputs use the next larger one."""
 LARGEST_HEAD_DIM: Final = WIDTHS[-1]
 BLOCK_Q: Final = 64
-"""Queries in a tile."""
+"""Queries per tile."""
 STAGES: Final = 2
-"""Tiles of queries that are there at a time."""
+"""Query tiles in the shared-memory ring."""
 ROW_NUMBERS: Final = 3 * BLOCK_Q + 4
-"""Floats that backward_rows.cu makes for a tile of queries."""
+"""Floats that backward_rows.cu writes per query tile."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Backward:
     """A specialisation of backward.cu."""
 
     head_dim: int
-    """64, 128, 192 or 256: inputs may be narrower."""
+    """64, 128, 192 or 256; inputs may be narrower."""
     causal: bool
     element: Element
     window: bool
@@ -32,28 +32,28 @@ class Backward:
 
     @property
     def wide(self) -> bool:
-        """Which layout: a consumer has all keys of a tile and half of the columns, or half of the keys."""
+        """Whether the wide layout is used: consumers split the columns of a tile, not its keys."""
         return self.head_dim > 128
 
     @property
     def block_k(self) -> int:
-        """Keys in a tile."""
+        """Keys per tile."""
         return 64 if self.wide else 128
 
     @property
     def buffers(self) -> int:
-        """Tiles of dS; where P goes through shared memory, too, two of each."""
+        """Shared-memory buffers: three of dS, or two each of P and dS if P goes through shared memory."""
         return 4 if self.wide else 3
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: barriers, K and V, the ring of Q and dO, tiles of P or dS, and the rows' numbers."""
+        """Bytes: barriers, K and V, the ring of Q and dO, tiles of P or dS, and the row statistics."""
         rows = 2 * self.block_k + 2 * BLOCK_Q * STAGES
         return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + 4 * ROW_NUMBERS * STAGES
 
     @functools.cached_property
     def program(self) -> Program:
-        """The kernel's text."""
+        """The source of the kernel."""
         constants = {
             "HEAD_DIM": self.head_dim,
             "BLOCK_K": self.block_k,
@@ -84,7 +84,7 @@ class Backward:
         )
 
     def _products(self) -> tuple[str, ...]:
-        """The matrix instructions: S^T and dP^T, dK and dV, dQ; of the last two half in the wide layout."""
+        """The wgmma wrappers for S^T and dP^T, dK and dV, and dQ; the last two by column halves in the wide layout."""
         products: list[tuple[str, int, dict[str, bool]]] = []
         held, outputs = {"a_in_registers": True}, {"a_in_registers": False, "transpose_b": True}
         queries = {**outputs, "transpose_a": True}
@@ -101,7 +101,7 @@ class Backward:
         )
 
     def tile_costs(self, queries: int, keys: int, window: int) -> tuple[int, ...]:
-        """The tiles of queries that see any of each tile of keys, as the kernel counts them."""
+        """Return, per key tile, the number of query tiles that attend to it, counted as in the kernel."""
         shift, costs = keys - queries, []
         for key in range(0, keys, self.block_k):
             first = max(0, key - shift) // BLOCK_Q if self.causal else 0
@@ -111,24 +111,24 @@ class Backward:
 
 
 def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Backward:
-    """The specialisation for a call of this kind."""
+    """Return the specialisation for a call with these properties."""
     width = next(width for width in WIDTHS if head_dim <= width)
     return Backward(width, causal, element, window, softcap)
 
 
 def query_tiles(queries: int) -> int:
-    """Tiles of queries in a plane."""
+    """Return the query tiles per plane (one batch entry and head)."""
     return -(-queries // BLOCK_Q)
 
 
 def rows_program(kernel: Backward, logsumexp_cotangent: bool) -> Program:
-    """The text of backward_rows.cu."""
+    """Return the program of backward_rows.cu."""
     constants = {"HEAD_DIM": kernel.head_dim, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}
     return _pass_program(kernel, "rows", constants)
 
 
 def finish_program(kernel: Backward) -> Program:
-    """The text of backward_finish.cu."""
+    """Return the program of backward_finish.cu."""
     return _pass_program(kernel, "finish", {"HEAD_DIM": kernel.head_dim})
 
 

@@ -1,4 +1,4 @@
-"""What a call asks for besides its arrays, and what is taken of it."""
+"""Parameters and shapes of a call, and the checks of what the kernels support."""
 
 import math
 import struct
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 LARGEST_HEAD_DIM: Final = 256
 MIN_FLOAT, MAX_FLOAT = 2.0**-126, 2.0**126
 DIM_STEP: Final = 8
-"""Kernels load so many elements at once; other head dims are filled up with zeros before."""
+"""Elements per load; head dims that are not a multiple of it are zero-padded."""
 LOG2_E: Final = math.log2(math.e)
 MAX_SOFTCAP: Final = 11_000.0
-"""Beyond it 1 - 2 / (1 + e^2x) in float32 is too coarse a tanh. Exponents stay below LARGE_EXPONENT of common.cuh."""
+"""Largest softcap for which tanh as 1 - 2 / (1 + e^2x) is accurate enough in float32; exponents stay below
+LARGE_EXPONENT of common.cuh."""
 ELEMENTS: Final[dict[str, Element]] = {"bfloat16": "bf16", "float16": "f16"}
 MaskKind = Literal["bool", "bfloat16", "float16", "float32"]
 MASK_KINDS: Final[tuple[MaskKind, ...]] = get_args(MaskKind)
@@ -26,25 +27,25 @@ MASK_KINDS: Final[tuple[MaskKind, ...]] = get_args(MaskKind)
 
 @dataclass(frozen=True)
 class Call:
-    """The keywords of a call, in their normal form: a window implies causal, and one of all keys is none."""
+    """Parameters of a call in normal form: a window implies causal, and a window over all keys is None."""
 
     scale: float
     causal: bool
     window: int | None
     softcap: float | None
     mask: MaskKind | None = None
-    """The type of an array (batch, heads, queries, keys) that says what is seen, or is added to the scores."""
+    """Dtype of the array mask (batch, heads, queries, keys): bool, or added to the scores; None without a mask."""
 
     @property
     def adds_mask(self) -> bool:
-        """Whether a mask is added to the scores."""
+        """Whether the mask is added to the scores."""
         return self.mask is not None and self.mask != "bool"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The arrays of a call: q (batch, heads, queries, head_dim), k (batch, kv_heads, keys, head_dim), and v, whose
-    value_dim is that of the output too."""
+    """Shapes of a call: q (batch, heads, queries, head_dim), k (batch, kv_heads, keys, head_dim), v (batch, kv_heads,
+    keys, value_dim), output (batch, heads, queries, value_dim)."""
 
     batch: int
     heads: int
@@ -54,10 +55,10 @@ class Shape:
     head_dim: int
     element: Element
     value_dim: int = 0
-    """0 stands for head_dim."""
+    """0 means head_dim."""
 
     def __post_init__(self) -> None:
-        """Resolves the default."""
+        """Resolve the default of value_dim."""
         object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
 
     @property
@@ -69,10 +70,10 @@ class Shape:
 def normal(
     scale: float, causal: bool, window: int | None, softcap: float | None, keys: int, mask: MaskKind | None = None
 ) -> Call:
-    """Checks the keywords of a call and brings them to normal form.
+    """Validate the keywords of a call and return them in normal form.
 
     Raises:
-        ValueError: naming the keyword that does not fit.
+        ValueError: a keyword is invalid; the message names it.
     """
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"[flash_attention] scale is positive; got {scale}.")
@@ -84,7 +85,7 @@ def normal(
 
 
 def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
-    """Why the kernels do not take a call, in one line, or None if they do."""
+    """Return None if the kernels support the dtype and head dims, else a one-line reason."""
     if dtype == "float32":
         return "the CUDA kernels are for bfloat16 and float16; MLX's own float32 products may round to TF32"
     if dtype not in ELEMENTS:
@@ -95,23 +96,23 @@ def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
 
 
 def refusal_of(workload: Workload) -> str | None:
-    """The same for a workload."""
+    """Return None if the kernels support the dtype and head dims of a workload, else a one-line reason."""
     return refusal(workload.dtype, workload.head_dim, workload.value_dim)
 
 
 def float_bits(x: float) -> int:
-    """A positive float32 as the int32 of the same bits: MLX's precompiled kernels take no float scalars (0.32.4).
+    """Return the bits of a positive float32 as an int: MLX's precompiled kernels have no float scalars (0.32.4).
 
-    What float32 has no normal number for becomes the nearest one: hidden scores are -inf, and -inf * 0 is NaN.
+    Values outside the normal range are clamped to it: masked scores are -inf, and -inf * 0 would be NaN.
     """
     return int(struct.unpack("i", struct.pack("f", min(max(x, MIN_FLOAT), MAX_FLOAT)))[0])
 
 
 def check_arrays(q: "mx.array", k: "mx.array", v: "mx.array", mask: "mx.array | None") -> tuple[str, MaskKind | None]:
-    """The names of the arrays' type and of the mask's.
+    """Validate the arrays of a call; return the names of their dtype and of the mask's.
 
     Raises:
-        ValueError: shapes or types do not fit together, or are not taken.
+        ValueError: shapes or dtypes are inconsistent or unsupported.
     """
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) != 4 or len(k_shape) != 4 or len(v_shape) != 4:
@@ -131,10 +132,10 @@ def check_arrays(q: "mx.array", k: "mx.array", v: "mx.array", mask: "mx.array | 
 
 
 def mask_kind(mask: "mx.array", scores: tuple[int, ...]) -> MaskKind:
-    """The name of a mask's type; `scores` is the shape (batch, heads, queries, keys) that it has to broadcast to.
+    """Return the name of a mask's dtype; `scores` is the shape (batch, heads, queries, keys) it must broadcast to.
 
     Raises:
-        ValueError: it does not, or is of a type that is not taken.
+        ValueError: the mask does not broadcast to `scores`, or its dtype is unsupported.
     """
     sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
     if mask.ndim > 4 or any(size not in (1, whole) for size, whole in zip(sizes, scores, strict=True)):

@@ -1,4 +1,4 @@
-"""Which kernel takes a call: the GPU's own where there is one and it is trusted, else the general one."""
+"""Kernel selection: the Hopper or split-K kernel if it supports the call and passed its check, else the general one."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -17,13 +17,13 @@ _own_left_out = False
 
 
 def set_own_left_out(left_out: bool) -> None:
-    """Whether all calls are to go to the general kernels."""
+    """Set whether all calls use the general kernels."""
     global _own_left_out  # noqa: PLW0603  for tests and measurements
     _own_left_out = left_out
 
 
 def own_refusal(shape: Shape, call: Call) -> str | None:
-    """Why the kernels that are not general do not take a call, as far as its form goes, or None."""
+    """Return why only the general kernels support a call, judging by its parameters and shapes, or None."""
     if _own_left_out:
         return "the general kernels are to be used"
     if call.mask is not None:
@@ -34,8 +34,8 @@ def own_refusal(shape: Shape, call: Call) -> str | None:
 
 
 def candidates(shape: Shape, call: Call) -> Iterator[Path]:
-    """The kernels that could take a call, the fastest first."""
-    # tensor maps and serial numbers, which all but the general kernels take, come from the launcher alone
+    """Yield the paths that support a call, fastest first."""
+    # the specialised kernels need tensor maps and serial numbers, which only the launcher provides
     if own_refusal(shape, call) is None and launcher.obstacle() is None:
         if shape.group * shape.queries <= MOST_ROWS:
             yield "decode"
@@ -45,10 +45,10 @@ def candidates(shape: Shape, call: Call) -> Iterator[Path]:
 
 
 def path_of(shape: Shape, call: Call) -> tuple[Path, list[str]]:
-    """The kernel that a call takes as far as is known, and why those before it are not trusted.
+    """Return the path of a call according to the checks so far, and why faster paths are not trusted.
 
     Raises:
-        KernelUnavailable: none is.
+        KernelUnavailable: no path is trusted.
     """
     reasons: list[str] = []
     for path in candidates(shape, call):
@@ -60,7 +60,7 @@ def path_of(shape: Shape, call: Call) -> tuple[Path, list[str]]:
 
 
 def program_of(shape: Shape, call: Call, path: Path) -> Program:
-    """The program of a kernel that does the most of a call."""
+    """Return the program of the main kernel of a path."""
     match path:
         case "forward":
             return launch.forward_kernel(shape, call).program
@@ -71,5 +71,5 @@ def program_of(shape: Shape, call: Call, path: Path) -> Program:
 
 
 def divided(shape: Shape, call: Call) -> Division:
-    """How the general kernel divides a call, here."""
+    """Return the work division of the general kernel for a call on this machine."""
     return general_launch.division(shape, call, launcher.obstacle() is not None)

@@ -1,4 +1,4 @@
-"""The kernel for few queries: what a specialisation is made for, and how the keys are split."""
+"""Specialisations of the split-K kernel for few queries (decode.cu), and how the keys are split."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -8,18 +8,18 @@ from attention.kernels.cuda.forward import Element
 from attention.kernels.cuda.program import Program
 
 ROWS, STEP = 16, 16
-"""Query rows of a block, and keys of a warp's step."""
+"""Query rows per block, and keys per step of a warp."""
 MOST_ROWS = 64
-"""Rows (queries times heads that share a key head) up to which this kernel is taken."""
+"""Largest number of rows (queries times heads that share a key head) for this kernel."""
 MOST_SPLITS: Final = 128
 BLOCKS_AT_ONCE = 2
-"""Blocks that fit on a multiprocessor: one starts or ends while the other loads."""
+"""Resident blocks per multiprocessor: one loads during the prologue or epilogue of the other."""
 LONG: Final = 4096
-"""Keys of a split from which on a block has a multiprocessor for itself: the rate of long loads decides then."""
+"""Keys per split from which a block has a multiprocessor to itself, because sustained bandwidth dominates."""
 _OVERHEAD = 3.0
-"""Start and end of a block, in rounds of its warps; an assumption, to be measured."""
+"""Prologue and epilogue of a block, in rounds of its warps; an assumption, not measured."""
 _JOIN = 2.0
-"""Joining the parts, likewise."""
+"""Combining the splits, in rounds of a block's warps; an assumption, not measured."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Decode:
     """A specialisation of decode.cu."""
 
     head_dim: int
-    """64, 128, 192 or 256: inputs may be narrower, the rest reads as zero."""
+    """64, 128, 192 or 256; narrower inputs are zero-filled on load."""
     causal: bool
     element: Element
     window: bool
@@ -39,7 +39,7 @@ class Decode:
 
     @property
     def warps(self) -> int:
-        """Warps of a block: as many as have two buffers each in a block's share of shared memory, up to a limit."""
+        """Warps per block: at most `most_warps`, with two buffers each in the block's share of shared memory."""
         warps = self.most_warps
         while warps > 1 and self._ring(warps, 2) > self._share:
             warps //= 2
@@ -47,7 +47,7 @@ class Decode:
 
     @property
     def stages(self) -> int:
-        """Buffers of a warp, as shared memory allows."""
+        """Buffers per warp: as many as shared memory permits, 2 to 8."""
         return max(stages for stages in range(2, 9) if stages == 2 or self._ring(self.warps, stages) <= self._share)
 
     @property
@@ -56,12 +56,12 @@ class Decode:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: queries and the warps' rings, or what the warps leave at the end."""
+        """Bytes: the queries and the rings of the warps, or the partial results of the warps if larger."""
         return max(self._ring(self.warps, self.stages), self.warps * ROWS * (self.head_dim + 2) * 4)
 
     @property
     def round_keys(self) -> int:
-        """Keys that all warps of a block take in a round; a split is a multiple of it."""
+        """Keys per round of all warps of a block; a split is a multiple of it."""
         return STEP * self.warps
 
     def _ring(self, warps: int, stages: int) -> int:
@@ -69,7 +69,7 @@ class Decode:
 
     @functools.cached_property
     def program(self) -> Program:
-        """The kernel's text."""
+        """The source of the kernel."""
         constants = {
             "HEAD_DIM": self.head_dim,
             "WARPS": self.warps,
@@ -91,23 +91,24 @@ class Decode:
 
     @property
     def alone(self) -> "Decode":
-        """The same with a multiprocessor for each block, which has twice the warps then."""
+        """This specialisation with one block per multiprocessor and twice the warps."""
         return replace(self, blocks_at_once=1, most_warps=2 * self.most_warps)
 
     @property
     def part_floats(self) -> int:
-        """What a split leaves of a tile of rows: output, maximum and sum of each."""
+        """Floats of the partial result of a split: output, maximum and sum of each row of a tile."""
         return ROWS * (self.head_dim + 2)
 
     def splits(self, tiles: int, keys: int, multiprocessors: int) -> tuple[int, int]:
-        """How many splits, and the keys of each, for so many tiles of rows: the least rounds of one multiprocessor.
+        """Return the number of splits and the keys per split that minimise the rounds of a multiprocessor.
 
-        One block on each has enough bytes on their way; the second place is for the next call's, or another stream's.
+        One block per multiprocessor keeps enough loads in flight; the second slot is for the next call or another
+        stream.
 
         Args:
-            tiles: blocks that there are without splitting.
-            keys: of a plane.
-            multiprocessors: of the GPU.
+            tiles: blocks without splitting.
+            keys: keys per plane.
+            multiprocessors: multiprocessors of the GPU.
         """
         most = max(1, -(-keys // self.round_keys))
 

@@ -1,4 +1,4 @@
-"""The forward kernel on Hopper: what a specialisation is made for, and how it is launched. No MLX needed to compile."""
+"""Specialisations of the Hopper forward kernel (forward.cu) and their tile counts. Compiling does not need MLX."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -10,42 +10,42 @@ from attention.kernels.cuda.wgmma import wgmma
 Element = Literal["bf16", "f16"]
 TEXTS = ("tiles.cuh", "join.cuh", "pipeline.cuh", "forward.cu")
 WARPGROUP_ROWS = 64
-"""Queries of a consumer."""
+"""Queries per consumer warpgroup."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A specialisation; `overlap` is explained at the top of forward.cu."""
+    """A specialisation of forward.cu; `overlap` is explained at the top of that file."""
 
     head_dim: int
-    """64, 128, 192 or 256: inputs may be narrower, the copy engine fills up with zeros."""
+    """64, 128, 192 or 256; narrower inputs are zero-filled by TMA."""
     causal: bool
     element: Element
     window: bool = False
     softcap: bool = False
     consumers: int = 2
-    """Warpgroups that compute, 64 queries each."""
+    """Consumer warpgroups, 64 queries each."""
     block_n: int = 128
-    """Keys in a tile."""
+    """Keys per tile."""
     stages: int = 2
-    """Buffers for K, and for V."""
+    """Buffers for K, and as many for V."""
     query_stages: int = 1
-    """Buffers for the queries: with two the next tile's come early."""
+    """Buffers for Q; with two, the next tile of queries is prefetched."""
     overlap: bool = True
 
     @property
     def block_m(self) -> int:
-        """Queries in a tile."""
+        """Queries per tile."""
         return WARPGROUP_ROWS * self.consumers
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: the barriers' page, the queries, and the K and V buffers."""
+        """Bytes: 1 KiB of barriers, the Q buffers, and the K and V buffers."""
         return 1024 + 2 * self.head_dim * (self.query_stages * self.block_m + 2 * self.stages * self.block_n)
 
     @functools.cached_property
     def program(self) -> Program:
-        """The kernel's text."""
+        """The source of the kernel."""
         constants = {
             "HEAD_DIM": self.head_dim,
             "BLOCK_N": self.block_n,
@@ -72,7 +72,7 @@ class Forward:
         )
 
     def tile_ranges(self, queries: int, keys: int, window: int) -> tuple[tuple[int, int], ...]:
-        """The tiles of keys, from and to, that each tile of queries needs, as the kernel counts them."""
+        """Return the half-open range of key tiles of each query tile, counted as in the kernel."""
         ranges = []
         for first in range(0, queries, self.block_m):
             end = min(queries, first + self.block_m)
@@ -83,26 +83,26 @@ class Forward:
 
     @property
     def part_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What a part of a tile leaves for the block that adds the parts up: numbers in float32, and marks in int64."""
+        """Shapes of the partial result of a split tile: values (float32) and completion flags (int64)."""
         warps = 4 * self.consumers
         return (warps, self.head_dim // 8 + 1, 32, 4), (warps,)
 
     @property
     def joining(self) -> float:
-        """What it takes to add up the parts of tiles, in tiles of keys (measured: 2048 to 16384 keys)."""
+        """Cost of combining the parts of a tile, in key tiles (measured with 2048 to 16384 keys)."""
         return {64: 2.5, 128: 4.0, 192: 8.0, 256: 12.0}[self.head_dim]
 
     @property
     def step_time(self) -> float:
-        """A tile of keys with so many consumers, against as many as are fastest when there is much to do (measured)."""
+        """Time per key tile, relative to the consumer count that is fastest for large problems (measured)."""
         return {1: 0.57, 2: 0.75, 3: 1.0}[self.consumers] if self.head_dim <= 128 else {1: 0.65, 2: 1.0}[self.consumers]
 
 
 @functools.cache
 def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Forward:
-    """The fastest specialisation known for a head dimension up to 256 and much to do (measured: see README.md)."""
+    """Return the fastest specialisation for large problems and a head dim up to 256 (measured: see README.md)."""
     made = functools.partial(Forward, causal=causal or window, element=element, window=window, softcap=softcap)
-    if head_dim <= 128 and softcap:  # three consumers have no registers left for the cap
+    if head_dim <= 128 and softcap:  # with three consumers the softcap would spill registers
         return made(64 if head_dim <= 64 else 128, consumers=2, block_n=128, query_stages=2)
     if head_dim <= 64:
         return made(64, consumers=3, block_n=128, query_stages=2)
@@ -116,5 +116,5 @@ def specialise(head_dim: int, causal: bool, element: Element, window: bool = Fal
 
 
 def smaller(kernel: Forward) -> list[Forward]:
-    """The same with fewer consumers, for little to do: the tiles are smaller, and there are more of them."""
+    """Return the variants with fewer consumers, for small problems: smaller tiles, and more of them."""
     return [replace(kernel, consumers=count, overlap=True) for count in range(1, kernel.consumers)]

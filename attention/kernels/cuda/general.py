@@ -1,4 +1,4 @@
-"""The general forward kernel: its tiles, and what a specialisation is made for. No MLX needed to compile."""
+"""Tilings and specialisations of the general forward kernel (general_forward.cu). Compiling does not need MLX."""
 
 import functools
 from collections.abc import Iterator
@@ -10,65 +10,65 @@ from attention.kernels.cuda.forward import Element
 from attention.kernels.cuda.program import Program
 
 WIDTHS: Final = (32, 64, 80, 96, 128, 192, 256)
-"""Head dims that kernels are made for; inputs may be narrower, the rest reads as zero."""
+"""Head dims of the kernels; narrower inputs are zero-filled on load."""
 FEW_ROWS: Final = 64
-"""Rows (queries times heads that share a key head) up to which a block takes all heads that share its keys."""
+"""Largest number of rows (queries times heads that share a key head) for GQA row packing."""
 MOST_SPLITS: Final = 64
 TEXTS: Final = ("common.cuh", "mma.cuh", "general_steps.cuh", "general_tiles.cuh", "general_mask.cuh")
 _OVERHEAD, _JOIN = 3.0, 4.0
-"""Start and end of a block, and the second pass, in tiles of keys; assumptions."""
+"""Cost of a block's prologue and epilogue, and of the join pass, in key tiles; assumptions, not measured."""
 
 
 def width_of(dim: int) -> int:
-    """The kernels' width for a head dim."""
+    """Return the kernel width for a head dim."""
     return next(width for width in WIDTHS if width >= dim)
 
 
 def tile_bytes(rows: int, width: int) -> int:
-    """Shared memory of a tile: each row is followed by 16 bytes, so that rows begin in different banks."""
+    """Return the bytes of a tile in shared memory; 16 bytes of padding per row avoid bank conflicts."""
     return rows * (2 * width + 16)
 
 
 def share_of(limit: int, blocks: int) -> int:
-    """Shared memory that each of so many blocks on a multiprocessor can have, where one alone can have `limit` bytes.
+    """Return the shared memory per block, in bytes, if `blocks` are resident per multiprocessor.
 
-    The driver keeps 1 KiB of each block for itself.
+    `limit` is the maximum of a single block; the driver reserves 1 KiB per block.
     """
     return (limit + 1024) // blocks - 1024
 
 
 @dataclass(frozen=True)
 class ForwardTiles:
-    """How a block divides its work."""
+    """Tiling of a block of the forward kernel."""
 
     warps: int
     row_tiles: int
-    """Times 16: the rows of a warp."""
+    """Tiles of 16 rows per warp."""
     block_n: int
-    """Keys in a tile."""
+    """Keys per tile."""
     stages: int
-    """Tiles of keys and values in shared memory."""
+    """K/V tiles in shared memory."""
     blocks: int
-    """Of them at once on a multiprocessor."""
+    """Resident blocks per multiprocessor."""
     queries_in_registers: bool = False
 
     @property
     def block_m(self) -> int:
-        """Rows of a block."""
+        """Rows per block."""
         return 16 * self.row_tiles * self.warps
 
     def shared_memory(self, head_dim: int, value_dim: int, split: bool) -> int:
-        """Bytes: the queries, whose place the output takes at the end, and the stages."""
+        """Return the bytes of the queries (reused for the output in the epilogue) and of the K/V stages."""
         queries = tile_bytes(self.block_m, head_dim if split else max(head_dim, value_dim))
         return queries + self.stages * (tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, value_dim))
 
     def fits(self, head_dim: int, value_dim: int, limit: int) -> bool:
-        """Whether so many blocks have room on a multiprocessor, split or not."""
+        """Return whether `blocks` blocks fit on a multiprocessor, with or without split K."""
         return self.shared_memory(head_dim, value_dim, split=False) <= share_of(limit, self.blocks)
 
 
 def _many(widest: int, mask: bool) -> Iterator[ForwardTiles]:
-    """Tilings for a kernel's wider head dim, the fastest first. The elements of a mask want registers."""
+    """Yield the tilings for the larger of the two widths, fastest first; array masks need additional registers."""
     if widest > 128:
         if widest <= 192 and not mask:
             yield ForwardTiles(4, 1, 64, 1, 2)
@@ -83,7 +83,7 @@ def _many(widest: int, mask: bool) -> Iterator[ForwardTiles]:
 
 
 def _few(rows: int, widest: int) -> Iterator[ForwardTiles]:
-    """Tilings for few rows, whose keys are split: small blocks, and many of them, to have many bytes on their way."""
+    """Yield the tilings for few rows with split keys: many small blocks, to keep many loads in flight."""
     warps = 1 if rows <= 16 else 2 if rows <= 32 else 4
     for blocks in range(8 // warps, 0, -1):
         for block_n in (64, 32) if widest <= 128 else (32,):
@@ -92,7 +92,7 @@ def _few(rows: int, widest: int) -> Iterator[ForwardTiles]:
 
 @dataclass(frozen=True)
 class General:
-    """What a specialisation is made for, forward or backward: widths, masking and type."""
+    """Properties shared by the forward and backward specialisations: widths, masking and element type."""
 
     head_dim: int
     value_dim: int
@@ -104,7 +104,7 @@ class General:
 
     @property
     def mask_constants(self) -> dict[str, int]:
-        """What general_mask.cuh is compiled for."""
+        """Compile-time constants of general_mask.cuh."""
         kind = 0 if self.mask is None else 1 + MASK_KINDS.index(self.mask)
         return {"CAUSAL": self.causal, "WINDOW": self.window, "SOFTCAP": self.softcap, "MASK": kind}
 
@@ -114,17 +114,17 @@ class GeneralForward(General):
     """A specialisation of general_forward.cu."""
 
     packed: bool
-    """Whether a block's rows are those of all heads that share its keys."""
+    """Whether a block computes the rows of all heads that share its keys (GQA row packing)."""
     split: bool
-    """Whether the keys are dealt out to several blocks."""
+    """Whether the keys are split over several blocks."""
     narrow_steps: bool
-    """Whether strides come as 32-bit numbers, as MLX's own operation hands them over."""
+    """Whether strides are 32-bit, the scalar type of MLX's precompiled-kernel operation."""
     tiles: ForwardTiles
     architecture: str
 
     @functools.cached_property
     def program(self) -> Program:
-        """The kernel's text."""
+        """The source of the kernel."""
         constants = {
             "HEAD_DIM": self.head_dim,
             "VALUE_DIM": self.value_dim,
@@ -151,28 +151,28 @@ class GeneralForward(General):
 
     @property
     def join_program(self) -> Program:
-        """The text of general_join.cu, which adds up what the splits found."""
+        """The program of general_join.cu, which combines the partial results of the splits."""
         constants = (("BFLOAT16", int(self.element == "bf16")),)
         return Program("flash_general_join", self.architecture, constants, ("common.cuh", "general_join.cu"), 128, 0)
 
     def blocks_of(self, rows: int) -> int:
-        """Blocks that so many rows of a plane take, without splitting."""
+        """Return the blocks for `rows` rows of a plane, without splitting."""
         return -(-rows // self.tiles.block_m)
 
 
 @functools.cache
 def tiles_for(head_dim: int, value_dim: int, rows: int, mask: bool, limit: int) -> ForwardTiles:
-    """The tiling for a call.
+    """Return the tiling for a call.
 
     Args:
-        head_dim: of the kernel, one of WIDTHS.
-        value_dim: likewise.
-        rows: of a plane; up to FEW_ROWS their keys are split.
-        mask: whether an array masks.
-        limit: bytes of shared memory that a block may have.
+        head_dim: key width of the kernel, one of WIDTHS.
+        value_dim: value width of the kernel, one of WIDTHS.
+        rows: rows per plane; up to FEW_ROWS their keys are split.
+        mask: whether the call has an array mask.
+        limit: maximum shared memory per block, in bytes.
 
     Raises:
-        ValueError: no tiling fits, as on no GPU from Ampere on.
+        ValueError: no tiling fits; this does not happen on Ampere and later GPUs.
     """
     widest = max(head_dim, value_dim)
     for tiles in _few(rows, widest) if rows <= FEW_ROWS else _many(widest, mask):
@@ -182,12 +182,12 @@ def tiles_for(head_dim: int, value_dim: int, rows: int, mask: bool, limit: int) 
 
 
 def split_keys(tiles: int, blocks: int, slots: int) -> int:
-    """Tiles of keys of each split: the least rounds of the busiest slot.
+    """Return the key tiles per split that minimise the rounds of the busiest slot.
 
     Args:
-        tiles: of keys, in a plane.
-        blocks: there are without splitting.
-        slots: blocks that run at once.
+        tiles: key tiles per plane.
+        blocks: blocks without splitting.
+        slots: resident blocks on the whole GPU.
     """
 
     def rounds(splits: int) -> float:

@@ -1,4 +1,4 @@
-"""Leaving the GPU's own kernels out, to test and to measure the general ones where there are others."""
+"""Restriction to the general kernels, to test and benchmark them on GPUs that also have specialised kernels."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from attention.kernels.cuda import attend, choice, pullback
 
 @contextlib.contextmanager
 def general_alone() -> Iterator[None]:
-    """Every call goes to the general kernels, forward and backward."""
+    """Use the general kernels for every call, forward and backward, while the context is open."""
     choice.set_own_left_out(True)
     _forget()
     try:
@@ -20,7 +20,7 @@ def general_alone() -> Iterator[None]:
 
 
 def _forget() -> None:
-    """What was chosen before."""
+    """Clear the cached selections."""
     cuda.forget_calls()
     for kept in (attend.repeated, pullback._own_is_taken, pullback._general_is_taken):
         kept.cache_clear()

@@ -1,4 +1,4 @@
-"""The general backward kernel: its tiles, and what a specialisation is made for. No MLX needed to compile."""
+"""Tilings and specialisations of the general backward kernel (general_backward.cu). Compiling does not need MLX."""
 
 import functools
 from collections.abc import Iterator
@@ -9,65 +9,65 @@ from attention.kernels.cuda.general import TEXTS, General, share_of, tile_bytes,
 from attention.kernels.cuda.program import Program
 
 PADDED: Final = 64
-"""Queries come in tiles of so many in what the kernels hand to each other."""
+"""Query tile size of the intermediate arrays; their rows are padded to a multiple of it."""
 
 
 @dataclass(frozen=True)
 class BackwardTiles:
-    """How a block divides its work."""
+    """Tiling of a block of the backward kernel."""
 
     bands: int
-    """Of keys, one behind the other."""
+    """Consecutive bands of keys per block."""
     column_warps: int
-    """Warps that share a band: each has as large a part of the columns of dK and dV."""
+    """Warps per band; each owns an equal part of the columns of dK and dV."""
     band_tiles: int
-    """Times 16: the keys of a band."""
+    """Tiles of 16 keys per band."""
     block_q: int
-    """Queries in a tile."""
+    """Queries per tile."""
     part_q: int
-    """Of which a warp that has its band alone looks at so many at once."""
+    """Queries per step of a warp if `column_warps` is 1."""
     query_warps: int
-    """Warps that share a tile's queries when dQ is made; the others share its columns."""
+    """Warps that split the queries of a tile for dQ; the remaining factor splits its columns."""
     stages: int
-    """Tiles of queries in shared memory."""
+    """Query tiles in shared memory."""
     blocks: int
-    """Of them at once on a multiprocessor."""
+    """Resident blocks per multiprocessor."""
 
     @property
     def warps(self) -> int:
-        """Warps of a block."""
+        """Warps per block."""
         return self.bands * self.column_warps
 
     @property
     def block_k(self) -> int:
-        """Keys of a block."""
+        """Keys per block."""
         return 16 * self.band_tiles * self.bands
 
     def shared_memory(self, head_dim: int, value_dim: int) -> int:
-        """Bytes: keys and values, the stages with three numbers a query, dS, and P where two warps share a band."""
+        """Return the bytes of K and V, the stages (with 3 floats per query), dS, and P if two warps share a band."""
         keys = tile_bytes(self.block_k, head_dim) + tile_bytes(self.block_k, value_dim)
         stage = tile_bytes(self.block_q, head_dim) + tile_bytes(self.block_q, value_dim) + 12 * self.block_q
         return keys + self.stages * stage + tile_bytes(self.block_k, self.block_q) * (1 + (self.column_warps > 1))
 
     def fits(self, head_dim: int, value_dim: int, limit: int) -> bool:
-        """Whether so many blocks have room on a multiprocessor."""
+        """Return whether `blocks` blocks fit on a multiprocessor."""
         return self.shared_memory(head_dim, value_dim) <= share_of(limit, self.blocks)
 
 
 def widths_of(head_dim: int, value_dim: int) -> tuple[int, int]:
-    """The kernel's widths for these dims: where two warps share columns, a half of 80 would be no whole matrices."""
+    """Return the kernel widths for these dims; 80 becomes 96 if two warps split the columns (80 / 2 is not whole)."""
     keys, values = width_of(head_dim), width_of(value_dim)
     return (max(96, keys), max(96, values)) if 80 in (keys, values) and max(keys, values) > 80 else (keys, values)
 
 
 def _query_warps(head_dim: int, warps: int, block_q: int) -> int:
-    """The fewest warps that share a tile's queries, so that the others share the columns of dQ in whole matrices."""
+    """Return the smallest split of the queries for which the columns of dQ divide into whole mma tiles."""
     fits = (n for n in (2, 4) if head_dim * n % (16 * warps) == 0 and block_q % (16 * n) == 0)
     return next(fits)
 
 
 def _tilings(head_dim: int, value_dim: int) -> Iterator[BackwardTiles]:
-    """Tilings for a kernel's widths, the fastest first."""
+    """Yield the tilings for the kernel widths, fastest first."""
     widest = max(head_dim, value_dim)
     if widest <= 64:
         for stages, blocks in ((2, 2), (1, 2), (2, 1), (1, 1)):
@@ -86,10 +86,10 @@ def _tilings(head_dim: int, value_dim: int) -> Iterator[BackwardTiles]:
 
 @functools.cache
 def backward_tiles_for(head_dim: int, value_dim: int, limit: int) -> BackwardTiles:
-    """The tiling for a kernel of these widths, and bytes of shared memory that a block may have.
+    """Return the tiling for these kernel widths; `limit` is the maximum shared memory per block, in bytes.
 
     Raises:
-        ValueError: none fits, as on no GPU from Ampere on.
+        ValueError: no tiling fits; this does not happen on Ampere and later GPUs.
     """
     for tiles in _tilings(head_dim, value_dim):
         if tiles.fits(head_dim, value_dim, limit):
@@ -102,15 +102,15 @@ class GeneralBackward(General):
     """A specialisation of general_backward.cu, general_rows.cu and general_finish.cu."""
 
     narrow_steps: bool
-    """Whether strides come as 32-bit numbers."""
+    """Whether strides are 32-bit."""
     tiles: BackwardTiles
     architecture: str
     vector_sums: bool
-    """Whether the GPU adds four floats to memory at once, as from Hopper on."""
+    """Whether the GPU has vectorised atomic adds of four floats (Hopper and later)."""
 
     @functools.cached_property
     def program(self) -> Program:
-        """The text of the kernel that does the most."""
+        """The program of general_backward.cu."""
         tiles = self.tiles
         constants = {
             "HEAD_DIM": self.head_dim,
@@ -133,13 +133,13 @@ class GeneralBackward(General):
         return self._made("backward", constants, texts, 32 * tiles.warps, shared)
 
     def rows_program(self, logsumexp_cotangent: bool) -> Program:
-        """The text of general_rows.cu."""
+        """Return the program of general_rows.cu."""
         constants = {**self._common, "LOGSUMEXP_COTANGENT": logsumexp_cotangent}
         return self._made("rows", constants, ("common.cuh", "general_steps.cuh", "general_rows.cu"), 128, 0)
 
     @property
     def finish_program(self) -> Program:
-        """The text of general_finish.cu."""
+        """The program of general_finish.cu."""
         return self._made("finish", self._common, ("common.cuh", "general_finish.cu"), 256, 0)
 
     @property

@@ -1,4 +1,4 @@
-"""Gradients by the general backward kernel: three launches, one after the other."""
+"""Gradients by the general backward kernels: three launches in sequence."""
 
 import functools
 import math
@@ -16,11 +16,11 @@ from attention.kernels.cuda.plan import Run, Stage, plan_label
 from attention.kernels.cuda.running import run_of
 
 FIRST_VECTOR_SUMS = (9, 0)
-"""The first GPU that adds four floats to memory at once."""
+"""First compute capability with vectorised atomic adds of four floats."""
 
 
 def kernel_of(shape: Shape, call: Call) -> GeneralBackward:
-    """The specialisation for a call, here."""
+    """Return the specialisation for a call on this machine."""
     return _kernel(shape, call, launcher.obstacle() is not None)
 
 
@@ -44,7 +44,7 @@ def _kernel(shape: Shape, call: Call, narrow_steps: bool) -> GeneralBackward:
 def gradients(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> list[mx.array]:
-    """The gradients of q, k and v; what is given is as for `pullback.gradients`."""
+    """Return the gradients of q, k and v. Arguments: see `pullback.gradients`."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
     arrays = [*primals[:3], outputs[0], cotangent, outputs[2], of_logsumexp, *primals[3:]]
@@ -53,10 +53,10 @@ def gradients(
 
 @functools.lru_cache(maxsize=128)
 def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
-    """The three launches as one operation.
+    """Return the three launches as one operation.
 
-    The first clears the sums of dQ; the second adds to them in place, though MLX counts them among its inputs; the
-    third, which waits for dK, rounds them. Nobody else ever sees that array.
+    The first launch zeroes the float32 accumulator of dQ; the second adds to it in place, although it is an input for
+    MLX; the third depends on dK and rounds the accumulator to dQ. The accumulator is not visible outside.
     """
     masks = ("mask",) if call.mask else ()
     inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp", *masks)
@@ -77,18 +77,18 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
 
 
 def padded(shape: Shape) -> int:
-    """Queries of a plane in what the kernels hand to each other."""
+    """Return the padded queries per plane of the intermediate arrays."""
     return PADDED * math.ceil(shape.queries / PADDED)
 
 
 def scratch_bytes(shape: Shape) -> int:
-    """Device memory that a backward pass takes besides its results: three numbers a query, and dQ in float32."""
+    """Return the scratch memory of a backward pass in bytes: 3 floats per query, and dQ in float32."""
     return 4 * shape.batch * shape.heads * padded(shape) * (3 + widths_of(shape.head_dim, shape.value_dim)[0])
 
 
 @functools.lru_cache(maxsize=128)
 def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
-    """The launch of the first kernel: exponents and delta of each query, in padded tiles, and cleared sums."""
+    """Return the first launch: exponents and delta per query, in padded tiles, and the zeroed accumulator of dQ."""
     kernel = kernel_of(shape, call)
     program = kernel.rows_program(with_logsumexp)
     planes = shape.batch * shape.heads
@@ -102,7 +102,7 @@ def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
 
 @functools.lru_cache(maxsize=128)
 def backward_launch(shape: Shape, call: Call) -> Launch:
-    """The launch for q, k, v, cotangent, rows, a mask, and sums; it gives dK and dV."""
+    """Return the main launch: reads q, k, v, cotangent, rows, mask and sums; writes dK and dV."""
     kernel = kernel_of(shape, call)
     keys = (shape.batch, shape.kv_heads, shape.keys)
     outputs = [((*keys, dim), dtype_of(shape)) for dim in (shape.head_dim, shape.value_dim)]
@@ -116,7 +116,7 @@ def backward_launch(shape: Shape, call: Call) -> Launch:
 
 @functools.lru_cache(maxsize=128)
 def finish_launch(shape: Shape, call: Call) -> Launch:
-    """The launch of the last kernel, for the sums and an output of the second; it gives dQ."""
+    """Return the last launch: reads the sums and an output of the main launch; writes dQ."""
     kernel = kernel_of(shape, call)
     program = kernel.finish_program
     planes = shape.batch * shape.heads

@@ -1,4 +1,4 @@
-"""Launching the general forward kernel: how a call is divided, and its launches as stages of a plan."""
+"""Launches of the general forward kernel: work division of a call, and its launches as plan stages."""
 
 import functools
 import math
@@ -18,20 +18,20 @@ LARGEST_NARROW_STEP = 2**31 - 1
 
 @dataclass(frozen=True)
 class Division:
-    """How a call's work is dealt out to blocks."""
+    """Division of a call's work into blocks."""
 
     kernel: GeneralForward
     blocks: int
-    """Without splitting the keys."""
+    """Blocks without splitting the keys."""
     first_key: int
-    """The first that any query sees, at the beginning of a tile."""
+    """First key that any query attends to, rounded down to a tile."""
     split_keys: int
     splits: int
 
 
 @functools.lru_cache(maxsize=1024)
 def division(shape: Shape, call: Call, narrow_steps: bool) -> Division:
-    """The specialisation for a call, and its blocks: the keys are split where there are fewer than the GPU holds."""
+    """Return the specialisation and blocks of a call; the keys are split if the blocks do not fill the GPU."""
     few = shape.group * shape.queries <= FEW_ROWS
     rows, planes = shape.queries, shape.batch * shape.heads
     if few:
@@ -65,7 +65,7 @@ def _dealt(kernel: GeneralForward, blocks: int, first_key: int, key_tiles: int, 
 
 
 def same_kernel(wanted: Division, shape: Shape, call: Call) -> Division:
-    """The division of another call for the very kernel of one: in three splits if that one makes several."""
+    """Return the division of a call with the kernel of another division: three splits if that one is split."""
     other = division(shape, call, wanted.kernel.narrow_steps)
     rows = shape.group * shape.queries if wanted.kernel.packed else shape.queries
     planes = shape.batch * (shape.kv_heads if wanted.kernel.packed else shape.heads)
@@ -78,7 +78,7 @@ def same_kernel(wanted: Division, shape: Shape, call: Call) -> Division:
 
 @functools.lru_cache(maxsize=256)
 def forward(shape: Shape, call: Call, divided: Division) -> Launch:
-    """The launch for q, k, v and a mask; it gives output, logsumexp, stats, or each split's output, maximum, sum."""
+    """Return the launch for q, k, v and mask: writes output, logsumexp, stats, or output, maximum and sum per split."""
     rows = (shape.batch, shape.heads, shape.queries)
     outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
     if divided.kernel.split:
@@ -92,7 +92,7 @@ def forward(shape: Shape, call: Call, divided: Division) -> Launch:
 
 
 def stages(shape: Shape, call: Call, divided: Division) -> list[Stage]:
-    """The launches of a call."""
+    """Return the launches of a call as plan stages."""
     made = forward(shape, call, divided)
     reads, masks = (*INPUTS, "mask") if call.mask else INPUTS, ("mask",) if call.mask else ()
     if not divided.kernel.split:
@@ -104,7 +104,7 @@ def stages(shape: Shape, call: Call, divided: Division) -> list[Stage]:
 
 @functools.lru_cache(maxsize=256)
 def join(shape: Shape, call: Call, splits: int, kernel: GeneralForward) -> Launch:
-    """The launch of the second pass, over what several splits gave."""
+    """Return the launch of the join pass, which combines the partial results of the splits."""
     rows = (shape.batch, shape.heads, shape.queries)
     outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
     program, count = kernel.join_program, math.prod(rows)
@@ -113,10 +113,10 @@ def join(shape: Shape, call: Call, splits: int, kernel: GeneralForward) -> Launc
 
 
 def dense_steps(shape: Shape, call: Call, arrays: str) -> list[int]:
-    """The strides that dense arrays have: of q, k, v and o (the output) as named, then of the mask.
+    """Return the strides of contiguous arrays, in the order of `arrays` (of "q", "k", "v", "o"), then of the mask.
 
     Raises:
-        KernelUnavailable: they do not fit into what MLX's own operation hands over.
+        KernelUnavailable: a stride exceeds the 32-bit scalars of MLX's precompiled-kernel operation.
     """
     rows = {"q": (shape.heads, shape.queries, shape.head_dim), "k": (shape.kv_heads, shape.keys, shape.head_dim)}
     rows |= {"v": (*rows["k"][:2], shape.value_dim), "o": (*rows["q"][:2], shape.value_dim)}

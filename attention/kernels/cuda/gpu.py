@@ -1,4 +1,4 @@
-"""What the CUDA driver says about the GPU that MLX computes on (device 0), asked without MLX."""
+"""Properties of CUDA device 0, the device of MLX, queried from the driver without MLX."""
 
 import ctypes
 import functools
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from attention.errors import KernelUnavailable
 
-_MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_MEMORY = 16, 75, 76, 97  # of cuDeviceGetAttribute
+_MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_MEMORY = 16, 75, 76, 97  # CUdevice_attribute values
 
 
 @dataclass(frozen=True)
@@ -17,25 +17,25 @@ class Gpu:
     capability: tuple[int, int]
     multiprocessors: int
     shared_memory_limit: int
-    """Bytes that a block may have at most."""
+    """Maximum shared memory per block, in bytes."""
     driver: int
     """CUDA version that the driver supports, 1000 * major + 10 * minor."""
 
     @property
     def architecture(self) -> str:
-        """What to compile for: Hopper's own instructions are in "sm_90a" alone."""
+        """Compilation target; "sm_90a" on Hopper, for wgmma and TMA."""
         name = f"sm_{self.capability[0]}{self.capability[1]}"
         return "sm_90a" if self.capability == (9, 0) else name
 
     @property
     def mark(self) -> str:
-        """What the outcome of a check depends on, besides the code."""
+        """Identity of GPU and driver, part of the key of stored self-check results."""
         return f"{self.name}, {self.architecture}, driver {self.driver}"
 
 
 @functools.cache
 def gpu() -> Gpu:
-    """The first GPU.
+    """Return the properties of device 0.
 
     Raises:
         KernelUnavailable: there is no driver, or it finds no GPU.

@@ -1,4 +1,4 @@
-"""The backward pass by the Hopper kernels."""
+"""Gradients by the Hopper backward kernels: three launches in sequence."""
 
 import functools
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from attention.kernels.cuda.schedule import make_schedule
 from attention.kernels.cuda.stages import forward_plan
 
 L2_BYTES_OF_ELEMENT: Final = 16
-"""Of a head that is worked on: queries, cotangents and, in float32, the sums of dQ; these count three times, since all
-blocks add to them. With 8 bytes a head dim of 256 was 7 % slower (causal, L = 2048), others the same."""
+"""L2 bytes per query element of a head in flight: Q, dO, and the float32 accumulator of dQ counted three times, because
+all blocks add to it. With 8 bytes, head dim 256 was 7 % slower (causal, L = 2048); other head dims did not change."""
 
 
 def refusal(shape: Shape, call: Call) -> str | None:
-    """Why these kernels do not make the gradients of a call, in one line, or None if they do."""
+    """Return None if the Hopper kernels compute the gradients of a call, else a one-line reason."""
     if gpu().architecture != "sm_90a":
         return "the backward kernel needs a Hopper GPU"
     if shape.head_dim > LARGEST_HEAD_DIM:
@@ -41,7 +41,7 @@ def refusal(shape: Shape, call: Call) -> str | None:
 
 @functools.cache
 def kernel_of(shape: Shape, call: Call) -> Backward:
-    """The specialisation for a call."""
+    """Return the specialisation for a call."""
     window, softcap = call.window is not None, call.softcap is not None
     return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
 
@@ -49,7 +49,7 @@ def kernel_of(shape: Shape, call: Call) -> Backward:
 def by_kernel(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> tuple[mx.array, ...]:
-    """The gradients of q, k and v; what is given is as for `pullback.gradients`, without a mask."""
+    """Return the gradients of q, k and v. Arguments: see `pullback.gradients`, without a mask."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
     arrays = [*primals, outputs[0], cotangent, outputs[2], of_logsumexp]
@@ -59,10 +59,10 @@ def by_kernel(
 
 @functools.lru_cache(maxsize=128)
 def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
-    """The three launches as one operation.
+    """Return the three launches as one operation.
 
-    The first clears the sums of dQ; the second adds to them in place; the third, which waits for dK, rounds them.
-    Nobody else ever sees that array.
+    The first launch zeroes the float32 accumulator of dQ; the second adds to it in place; the third depends on dK and
+    rounds the accumulator to dQ. The accumulator is not visible outside.
     """
     inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp")
     queries, keys = Box(BLOCK_Q), Box(kernel_of(shape, call).block_k)
@@ -82,14 +82,14 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
 
 
 def scratch_bytes(shape: Shape, call: Call) -> int:
-    """Device memory that a backward pass takes besides its results: three numbers a query, and dQ in float32."""
+    """Return the scratch memory of a backward pass in bytes: the row statistics, and dQ in float32."""
     tile = ROW_NUMBERS + BLOCK_Q * kernel_of(shape, call).head_dim
     return 4 * shape.batch * shape.heads * query_tiles(shape.queries) * tile
 
 
 @functools.lru_cache(maxsize=128)
 def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
-    """The launch of the first kernel: exponents and delta of each row, in padded tiles, and dQ's sums cleared."""
+    """Return the first launch: exponents and delta per row, in padded tiles, and the zeroed accumulator of dQ."""
     kernel = kernel_of(shape, call)
     planes, tiles = shape.batch * shape.heads, query_tiles(shape.queries)
     outputs = [((planes, tiles, ROW_NUMBERS), mx.float32), ((planes, tiles, BLOCK_Q * kernel.head_dim), mx.float32)]
@@ -99,7 +99,7 @@ def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
 
 @functools.lru_cache(maxsize=128)
 def backward_launch(shape: Shape, call: Call) -> Launch:
-    """The launch for q, k, v, cotangent, rows and dQ's sums; it gives dK and dV."""
+    """Return the main launch: reads q, k, v, cotangent, rows and sums; writes dK and dV."""
     kernel = kernel_of(shape, call)
     key_planes = shape.batch * shape.kv_heads
     costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
@@ -114,7 +114,7 @@ def backward_launch(shape: Shape, call: Call) -> Launch:
 
 @functools.lru_cache(maxsize=128)
 def finish_launch(shape: Shape, call: Call) -> Launch:
-    """The launch of the last kernel, for dQ's sums and an output of the second; it gives dQ."""
+    """Return the last launch: reads the sums and an output of the main launch; writes dQ."""
     kernel = kernel_of(shape, call)
     program, tiles = finish_program(kernel), query_tiles(shape.queries)
     threads = shape.batch * shape.heads * tiles * BLOCK_Q * kernel.head_dim // 16
@@ -124,7 +124,7 @@ def finish_launch(shape: Shape, call: Call) -> Launch:
 
 
 def check(shape: Shape, call: Call) -> None:
-    """Tries the kernel of a call on this GPU, once; a failure is kept, and `refusal` tells it from then on."""
+    """Self-check the kernel of a call on this GPU, once; `refusal` returns a stored failure."""
     small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=200, keys=331)
     tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
 

@@ -1,4 +1,4 @@
-"""Launching the kernels through MLX."""
+"""Launch parameters of the Hopper forward and split-K kernels, and kernel launches through MLX."""
 
 import functools
 import math
@@ -18,14 +18,14 @@ from attention.kernels.cuda.schedule import make_works, makespan
 
 @dataclass(frozen=True)
 class Launch:
-    """All of a launch but the input arrays, so that a repeated call decides nothing anew."""
+    """Everything of a launch except the input arrays, computed once per shape."""
 
     constants: tuple[mx.array, ...]
-    """Inputs after the caller's own."""
+    """Constant inputs, appended to the caller's."""
     keywords: dict[str, Any]
 
     def __call__(self, *inputs: mx.array) -> list[mx.array]:
-        """Queues the kernel and returns its outputs."""
+        """Queue the kernel and return its outputs."""
         made: list[mx.array] = mx.fast.precompiled_cuda_kernel(inputs=[*inputs, *self.constants], **self.keywords)
         return made
 
@@ -37,7 +37,7 @@ def prepare(
     scalars: list[int],
     constants: tuple[mx.array, ...] = (),
 ) -> Launch:
-    """A launch of so many blocks, whose outputs have these shapes and types; compiles the program if need be."""
+    """Return a launch of `blocks` blocks with outputs of these shapes and dtypes; compiles the program if needed."""
     return Launch(
         constants,
         {
@@ -55,9 +55,9 @@ def prepare(
 
 
 def scalars_of(call: Call) -> tuple[int, int]:
-    """What the kernels' Problem multiplies scores by, and `into_cap`, as bits (a softcap takes the scale's place).
+    """Return the score factor and `into_cap` of the kernels' Problem, as bits; with a softcap, it replaces the scale.
 
-    The former turns scores into exponents of 2, unless a mask is added to the product.
+    The score factor includes log2(e), so that scores are exponents of 2, unless a mask is added to the product.
     """
     units = 1.0 if call.adds_mask else LOG2_E
     if call.softcap is None:
@@ -66,18 +66,18 @@ def scalars_of(call: Call) -> tuple[int, int]:
 
 
 def exponent_factor(call: Call) -> int:
-    """What turns a row's maximum into an exponent of 2, as bits."""
+    """Return the factor that turns a row maximum into an exponent of 2, as bits."""
     return float_bits(LOG2_E) if call.adds_mask else scalars_of(call)[0]
 
 
 def dtype_of(shape: Shape) -> mx.Dtype:
-    """MLX's type of the inputs."""
+    """Return the MLX dtype of the inputs."""
     return mx.bfloat16 if shape.element == "bf16" else mx.float16
 
 
 @functools.lru_cache(maxsize=256)
 def forward_kernel(shape: Shape, call: Call) -> Forward:
-    """The specialisation of the Hopper kernel for a call: of those of fewer consumers, the one that ends first."""
+    """Return the Hopper specialisation for a call: the consumer count with the smallest estimated makespan."""
     window, softcap = call.window is not None, call.softcap is not None
     largest = specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
 
@@ -91,7 +91,7 @@ def forward_kernel(shape: Shape, call: Call) -> Forward:
 
 @functools.lru_cache(maxsize=256)
 def forward(shape: Shape, call: Call, kernel: Forward) -> Launch:
-    """The launch of the Hopper kernel; it gives output, logsumexp and stats, and parts of tiles with their marks."""
+    """Return the launch of the Hopper kernel: writes output, logsumexp, stats, and tile parts with their flags."""
     planes = shape.batch * shape.heads
     ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
@@ -115,7 +115,7 @@ def forward(shape: Shape, call: Call, kernel: Forward) -> Launch:
 
 
 def on_device(table: tuple[object, ...]) -> tuple[mx.array]:
-    """A table of integers in the GPU's own memory: arrays made from Python's lists lie where both processors reach."""
+    """Return an int32 table in device memory; arrays built from Python lists are in managed memory."""
     copy = mx.array(table, dtype=mx.int32) + 0
     mx.eval(copy)
     return (copy,)
@@ -123,11 +123,11 @@ def on_device(table: tuple[object, ...]) -> tuple[mx.array]:
 
 @dataclass(frozen=True)
 class Splitting:
-    """How the keys of a call of few queries are dealt out."""
+    """Split of the keys of a call with few queries."""
 
     kernel: Decode
     tiles: int
-    """Tiles of rows, of all planes."""
+    """Row tiles of all planes."""
     first_key: int
     splits: int
     split_keys: int
@@ -135,9 +135,9 @@ class Splitting:
 
 @functools.lru_cache(maxsize=1024)
 def splitting(shape: Shape, call: Call) -> Splitting:
-    """The specialisation for few queries, and its splits."""
+    """Return the split-K specialisation for a call, and its splits."""
     width = 64 * -(-shape.head_dim // 64)
-    # a single query at the end sees all keys: nothing to mask but the window, which the first key sees to
+    # a single query attends to all keys up to the last: the window is applied by the first key, without masking
     alone = shape.queries == 1
     window, causal = call.window is not None and not alone, call.causal and not alone
     first_seen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
@@ -152,7 +152,7 @@ def splitting(shape: Shape, call: Call) -> Splitting:
 
 
 def same_kernel(plan: Splitting, shape: Shape, call: Call) -> Splitting:
-    """The splitting of another call for the very kernel of a plan, into three."""
+    """Return the splitting of a call with the kernel of another one, in three splits."""
     other = splitting(shape, call)
     keys = shape.keys - other.first_key
     round_keys = plan.kernel.round_keys
@@ -162,7 +162,7 @@ def same_kernel(plan: Splitting, shape: Shape, call: Call) -> Splitting:
 
 @functools.lru_cache(maxsize=256)
 def decode(shape: Shape, call: Call, plan: Splitting) -> Launch:
-    """The launch of the kernel for few queries; it gives output, logsumexp and stats, and parts with their marks."""
+    """Return the launch of the split-K kernel: writes output, logsumexp, stats, and partial results with flags."""
     rows = (shape.batch, shape.heads, shape.queries)
     parts = plan.tiles * plan.splits if plan.splits > 1 else 0
     outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]

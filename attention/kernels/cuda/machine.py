@@ -1,4 +1,4 @@
-"""What this machine has of what the kernels need, asked without compiling or running anything."""
+"""Availability of the kernels on this machine and their workspace, determined without compiling or running anything."""
 
 import functools
 import math
@@ -20,17 +20,17 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def look() -> str:
-    """GPU and compiler in a few words.
+    """Return a short description of GPU and compiler.
 
     Raises:
-        KernelUnavailable: naming the first thing that is missing.
+        KernelUnavailable: a requirement is missing; the message names the first one.
     """
     return _found(cache.folder())
 
 
 @functools.cache
 def _found(folder: Path) -> str:
-    """The same for a cache folder; what is missing is looked for each time anew."""
+    """Return the description for a cache folder; only success is cached, failures are re-evaluated."""
     if not sys.platform.startswith("linux"):
         raise KernelUnavailable(f"the CUDA kernels run on Linux only, not on {sys.platform}")
     found = gpu()
@@ -44,7 +44,7 @@ def _found(folder: Path) -> str:
 
 
 def variant() -> str:
-    """ "hopper", "ampere" or "none"."""
+    """Return "hopper", "ampere" or "none"."""
     try:
         look()
     except KernelUnavailable:
@@ -61,7 +61,7 @@ def _mlx_computes_on_cuda() -> bool:
 
 
 def shape_and_call(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
-    """A workload in the kernels' terms; head dims filled up, and an array mask, whose type it does not say, as bool."""
+    """Return the shape and call of a workload: padded head dims; an array mask, of unknown dtype, counts as bool."""
     dims = [DIM_STEP * -(-dim // DIM_STEP) for dim in (workload.head_dim, workload.value_dim)]
     shape = Shape(
         workload.batch,
@@ -79,7 +79,7 @@ def shape_and_call(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Cal
 
 
 def refusal_here(workload: Workload, needs: Needs = PLAIN) -> str | None:
-    """Why the kernels do not take a workload on this machine, or None."""
+    """Return None if the kernels support a workload on this machine, else a one-line reason."""
     reason = refusal_of(workload)
     if reason:
         return reason
@@ -94,10 +94,10 @@ def refusal_here(workload: Workload, needs: Needs = PLAIN) -> str | None:
 
 
 def workspace_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
-    """Bytes of one forward call above inputs and output: what its launches write, and copies of head dims filled up.
+    """Return the bytes of a forward call above inputs and output: intermediate arrays, and zero-padded copies.
 
     Raises:
-        KernelUnavailable: the workload is not taken here.
+        KernelUnavailable: the workload is not supported on this machine.
     """
     reason = refusal_here(workload, needs)
     if reason:

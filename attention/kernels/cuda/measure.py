@@ -1,7 +1,7 @@
-"""Times the kernels against MLX's SDPA and PyTorch's cuDNN, on a GPU: `python -m attention.kernels.cuda.measure PART`.
+"""Benchmarks against MLX's SDPA and PyTorch's cuDNN, on a GPU: `python -m attention.kernels.cuda.measure PART`.
 
-Parts: small, decode, training, prefill, dims; `--json PATH` keeps the seconds. How it is timed: see timing.py. Each
-part ends with the figures that are asked of it, and whether they hold. What the profiler says: see profile.py.
+Parts: small, decode, training, prefill, dims; `--json PATH` writes the timings. Method: see timing.py. Each part ends
+with its target figures and whether they are met. Profiler counters: see profile.py.
 """
 
 import functools
@@ -32,11 +32,11 @@ Rows = list[dict[str, Any]]
 SEED_TABLE = [(1, 8, 64, 32), (1, 8, 64, 64), (1, 8, 128, 32), (1, 8, 128, 64), (2, 8, 128, 32), (4, 8, 256, 32)]
 """presets/seed-table.toml, in float16."""
 SMALL = [(1, 8, 64, 32), (1, 8, 64, 64), (4, 8, 256, 64), (1, 8, 512, 128), (1, 4, 1024, 256)]
-"""The same in bfloat16."""
+"""Small shapes in bfloat16."""
 
 
 def ours_and_mlx(sets: Sequence[Sequence[mx.array]], causal: bool) -> dict[str, Run]:
-    """Our forward pass and MLX's, going round sets of q, k and v."""
+    """Return timed runs of this package's forward pass and MLX's SDPA, cycling through sets of q, k and v."""
     scale, mask = sets[0][0].shape[-1] ** -0.5, "causal" if causal else None
     ours = functools.partial(flash_attention, scale=scale, causal=causal)
     theirs = functools.partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
@@ -45,13 +45,13 @@ def ours_and_mlx(sets: Sequence[Sequence[mx.array]], causal: bool) -> dict[str, 
 
 
 def least(rows: Rows, over: str) -> float:
-    """The least ratio to another's speed."""
+    """Return the smallest speedup over another implementation."""
     ratios: list[float] = [row["seconds"][over] / row["seconds"]["ours"] for row in rows]
     return min(ratios)
 
 
 def small() -> Rows:
-    """Shapes bound by launching: queued back to back, and one evaluated call at a time."""
+    """Benchmark launch-bound shapes: calls queued back to back, and one evaluated call at a time."""
     queued, single = [], []
     for shape, dtype in [(s, mx.float16) for s in SEED_TABLE] + [(s, mx.bfloat16) for s in SMALL]:
         runs = ours_and_mlx([drawn(shape, shape, shape, dtype=dtype)], False)
@@ -67,7 +67,7 @@ def small() -> Rows:
 
 
 def decode() -> Rows:
-    """32 query and 8 key heads, D = 128; and plain copies, the faster of which is the ceiling. Inputs go round."""
+    """Benchmark decode (32 query and 8 key heads, D = 128, cycling inputs); the faster plain copy is the ceiling."""
     rows, rates = [_copies()], {}
     ceiling = max(2 * 2**30 / s / 1e9 for s in rows[0]["seconds"].values())
     for batch, keys, sets in ((1, 8192, 8), (1, 32768, 4), (1, 131072, 3), (16, 8192, 3)):
@@ -84,12 +84,12 @@ def decode() -> Rows:
 
 
 def _cache_bytes(batch: int, keys: int) -> int:
-    """Of keys and values, 8 heads of 128 in bfloat16."""
+    """Return the bytes of keys and values: 8 heads of 128 in bfloat16."""
     return 2 * 2 * batch * 8 * keys * 128
 
 
 def _decode_rows(batch: int, keys: int, sets: int) -> Rows:
-    """Dense keys and values, and slices of a larger cache as mlx-lm makes them; of the shortest also single calls."""
+    """Benchmark contiguous K/V and slices of a larger cache (as in mlx-lm); for the shortest, single calls too."""
     cache = (batch, 8, keys + 256, 128)
     arrays = [drawn((batch, 32, 1, 128), cache, cache) for _ in range(sets)]
     sliced = [(q, k[:, :, :keys], v[:, :, :keys]) for q, k, v in arrays]
@@ -116,7 +116,7 @@ def _copies() -> dict[str, Any]:
 
 
 def prefill(dims: tuple[int, ...] = (64, 128, 256), lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)) -> Rows:
-    """B * L = 16384 tokens, 2048 hidden."""
+    """Benchmark prefill: B * L = 16384 tokens, hidden size 2048."""
     by_kind: dict[tuple[int, bool], Rows] = {}
     for dim in dims:
         for causal in (False, True):
@@ -143,7 +143,7 @@ def prefill(dims: tuple[int, ...] = (64, 128, 256), lengths: tuple[int, ...] = (
 
 
 def _memory_beside_output() -> float:
-    """MiB of one call of 16384 tokens and 8 heads of 256 above its inputs and its output."""
+    """Return the MiB of a call (16384 tokens, 8 heads of 256) above its inputs and output."""
     shape = (1, 8, 16384, 256)
     q, k, v = drawn(shape, shape, shape)
     mx.eval(flash_attention(q, k, v, scale=1 / 16))
@@ -155,7 +155,7 @@ def _memory_beside_output() -> float:
 
 
 def dims() -> Rows:
-    """All head dimensions, 16 heads of 4096 tokens, against the next larger that has tiles of its own."""
+    """Benchmark all head dims (16 heads, 4096 tokens) against the next larger one with its own tiling."""
     rows, wanted = {}, []
     for causal in (False, True):
         for dim in (32, 64, 80, 96, 128, 192, 256):
@@ -171,7 +171,7 @@ def dims() -> Rows:
 
 
 def training() -> Rows:
-    """Forward and backward together, and the backward pass alone: what is left without the forward pass."""
+    """Benchmark forward plus backward, and the backward pass alone: the difference to a forward pass."""
     rows, backward = [], []
     for dim in (64, 128, 256):
         for causal in (False, True):
@@ -181,7 +181,7 @@ def training() -> Rows:
                 backward.append(alone["seconds"])
                 mx.clear_cache()
     ratios = [s["cudnn"] / s["ours"] for s in backward]
-    over = statistics.geometric_mean(ratios) if min(ratios) > 0 else math.nan  # a difference of noise has no ratio
+    over = statistics.geometric_mean(ratios) if min(ratios) > 0 else math.nan  # no ratio if the difference is noise
     return [*rows, asked("backward, geometric mean over cuDNN", 1.0, over)]
 
 
@@ -203,7 +203,7 @@ def _training(batch: int, heads: int, length: int, dim: int, causal: bool) -> tu
 
 
 def _passes(attend: Callable[..., mx.array], arrays: list[mx.array]) -> dict[str, Run]:
-    """Forward as it is where a gradient follows, and both passes."""
+    """Return timed runs of the forward pass under `vjp`, and of both passes."""
     return {
         "forward": timed_mlx(lambda: mx.vjp(attend, arrays[:3], arrays[3:])[0]),
         "both": timed_mlx(lambda: mx.vjp(attend, arrays[:3], arrays[3:])[1]),
@@ -229,7 +229,7 @@ PARTS = {"small": small, "decode": decode, "training": training, "prefill": pref
 
 
 def main() -> None:
-    """Measures the parts named, or all; `--json PATH` keeps the seconds."""
+    """Run the named parts, or all; `--json PATH` writes the timings."""
     words, path = asked_for(PARTS)
     rows = [row for name in PARTS if name in words or not words for row in PARTS[name]()]
     missed = [row["asked"] for row in rows if row.get("holds") is False]

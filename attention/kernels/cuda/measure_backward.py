@@ -1,7 +1,7 @@
-"""Times the backward pass by itself against cuDNN's, on Hopper: `python -m attention.kernels.cuda.measure_backward`.
+"""Benchmark of the backward pass against cuDNN's, on Hopper: `python -m attention.kernels.cuda.measure_backward`.
 
-Head dims and lengths as words (`64 256 2048`) take of the table only what has one of either; `--json PATH` keeps the
-seconds. measure.py's `training` has the whole step.
+Head dims and lengths as arguments (`64 256 2048`) restrict the table to them; `--json PATH` writes the timings. The
+`training` part of measure.py times forward plus backward.
 """
 
 import math
@@ -19,7 +19,7 @@ DIMS, LENGTHS = (64, 128, 192, 256), (2048, 4096, 8192, 16384)
 
 
 def ours(arrays: list[mx.array], shape: Shape, call: Call) -> Run:
-    """The three kernels of the backward pass; `arrays` are q, k, v and the output's gradient."""
+    """Return a timed run of the three backward kernels; `arrays` are q, k, v and the cotangent of the output."""
     output, logsumexp = forward_plan(shape, call)(arrays[:3])[:2]
     given = [*arrays[:3], output, arrays[3], logsumexp, logsumexp]
     mx.eval(given)
@@ -28,7 +28,7 @@ def ours(arrays: list[mx.array], shape: Shape, call: Call) -> Run:
     def run(count: int) -> float:
         mx.synchronize()
         start = time.perf_counter()
-        for _ in range(count):  # one after the other: no more memory than one call takes
+        for _ in range(count):  # evaluated one by one, so that memory does not exceed that of one call
             mx.async_eval(plan(given)[:3])  # type: ignore[no-untyped-call]
         mx.synchronize()
         return (time.perf_counter() - start) / count
@@ -37,7 +37,7 @@ def ours(arrays: list[mx.array], shape: Shape, call: Call) -> Run:
 
 
 def cudnn(arrays: list[mx.array], causal: bool) -> Run:
-    """PyTorch's, by cuDNN, of a graph that is kept."""
+    """Return a timed run of PyTorch's cuDNN backward pass on a retained graph."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -49,7 +49,7 @@ def cudnn(arrays: list[mx.array], causal: bool) -> Run:
 
 
 def measured(dim: int, length: int, causal: bool) -> dict[str, Any]:
-    """A row of the table: B * L = 16384 tokens, about 2048 hidden."""
+    """Return a row of the table: B * L = 16384 tokens, hidden size about 2048."""
     batch, heads = 16384 // length, 2048 // dim
     shape = Shape(batch, heads, heads, length, length, dim, "bf16")
     arrays = drawn(*[(batch, heads, length, dim)] * 4)
@@ -59,7 +59,7 @@ def measured(dim: int, length: int, causal: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, and prints the geometric mean of the ratios."""
+    """Run the benchmark and print the geometric mean of the speedups."""
     words, path = asked_for(DIMS + LENGTHS)
     dims = [dim for dim in DIMS if str(dim) in words] or DIMS
     lengths = [length for length in LENGTHS if str(length) in words] or LENGTHS

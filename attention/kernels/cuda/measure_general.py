@@ -1,6 +1,6 @@
-"""Timings of the general kernels on a GPU: `python -m attention.kernels.cuda.measure_general [forward backward masks]`.
+"""Benchmarks of the general kernels: `python -m attention.kernels.cuda.measure_general [forward backward masks]`.
 
-Against PyTorch's FlashAttention 2 (its flash backend) and, where an array masks, MLX's SDPA; sampled as in measure.py.
+Peers are PyTorch's FlashAttention 2 (its flash backend) and, with array masks, MLX's SDPA. Method: see timing.py.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ OTHERS = [(dim, causal, 4096) for dim in (32, 80, 96, 192, 256) for causal in (F
 
 
 def flash_2(arrays: list[mx.array], causal: bool) -> tuple[Run, Run]:
-    """PyTorch's SDPA on its flash backend: the forward pass, and the backward pass alone."""
+    """Return timed runs of PyTorch's flash backend: the forward pass, and the backward pass alone."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,14 +38,14 @@ def flash_2(arrays: list[mx.array], causal: bool) -> tuple[Run, Run]:
 
 
 def _case(dim: int, causal: bool, length: int) -> tuple[tuple[int, ...], str, float]:
-    """Shape of B * L = 16384 tokens, 2048 hidden; a label; 1e12 FLOPs of a product of the scores' size."""
+    """Return the shape (B * L = 16384 tokens, hidden size 2048), a label, and the TFLOPs of one L x L product."""
     shape = (16384 // length, 2048 // dim, length, dim)
     work = 2 * shape[0] * shape[1] * length**2 * dim / (2 if causal else 1) / 1e12
     return shape, f"{shape} {'causal' if causal else 'full'}", work
 
 
 def forward() -> list[Any]:
-    """The forward pass."""
+    """Benchmark the forward pass."""
     rows = []
     for dim, causal, length in SHAPES + OTHERS:
         shape, label, work = _case(dim, causal, length)
@@ -63,7 +63,7 @@ def forward() -> list[Any]:
 
 
 def backward() -> list[Any]:
-    """The backward pass alone, the forward pass done before."""
+    """Benchmark the backward pass alone, after an untimed forward pass."""
     from attention.kernels.cuda import general_gradient
     from attention.kernels.cuda.call import Call, Shape
 
@@ -91,7 +91,7 @@ def _with_logsumexp(arrays: list[mx.array], call: Any) -> Any:
     return flash_attention_with_logsumexp(*arrays, scale=call.scale, causal=call.causal)
 
 
-MASKED = [  # batch, heads, kv_heads, queries, keys, dim; mask: which of its axes are not broadcast
+MASKED = [  # batch, heads, kv_heads, queries, keys, dim; the axes of the mask that are not broadcast
     (1, 32, 8, 1, 8192, 128, "k"),
     (8, 32, 8, 1, 8192, 128, "bk"),
     (16, 32, 8, 1, 2048, 128, "bk"),
@@ -105,7 +105,7 @@ MASKED = [  # batch, heads, kv_heads, queries, keys, dim; mask: which of its axe
 
 
 def masks() -> list[Any]:
-    """Array masks, bool and added, with few queries and with many."""
+    """Benchmark array masks, bool and additive, with few and many queries."""
     rows = []
     for batch, heads, kv_heads, queries, keys, dim, axes in MASKED:
         shape, kept = (batch, heads, queries, dim), (batch, kv_heads, keys, dim)
@@ -133,7 +133,7 @@ PARTS: dict[str, Callable[[], list[Any]]] = {"forward": forward, "backward": bac
 
 
 def main() -> None:
-    """Measures the parts named, or all; `--json PATH` keeps the seconds."""
+    """Run the named parts, or all; `--json PATH` writes the timings."""
     words, path = asked_for(PARTS)
     with general_alone():
         rows = [row for name, part in PARTS.items() if name in words or not words for row in part()]

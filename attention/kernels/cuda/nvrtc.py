@@ -1,4 +1,4 @@
-"""Compiles CUDA C++ to machine code with NVRTC, which needs no GPU."""
+"""Compilation of CUDA C++ to machine code with NVRTC; needs no GPU."""
 
 import ctypes
 import functools
@@ -9,18 +9,19 @@ from pathlib import Path
 from attention.errors import KernelUnavailable
 
 OLDEST = (12, 5)
-"""What tensor maps that a kernel made itself needed; no older version has been tried since the host makes them."""
+"""Oldest version tested: it was required by tensor maps built in a kernel. Now the host builds them, but older versions
+have not been tested."""
 
 
 class CompileError(KernelUnavailable):
-    """NVRTC refuses a program; the message is its log."""
+    """Compilation error; the message is NVRTC's log."""
 
 
 def find() -> str:
-    """The library, as MLX's CUDA build or PyTorch brings it, or as it is installed; loads nothing but that.
+    """Load NVRTC (from the system, MLX's CUDA build or PyTorch) and return its name and version.
 
     Raises:
-        KernelUnavailable: there is none, or it is too old.
+        KernelUnavailable: NVRTC is missing or too old.
     """
     _library()
     found = "{}.{}".format(*version())
@@ -31,7 +32,7 @@ def find() -> str:
 
 @functools.cache
 def version() -> tuple[int, int]:
-    """Major and minor version of NVRTC."""
+    """Return the major and minor version of NVRTC."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_library(), _library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     return major.value, minor.value
@@ -39,7 +40,7 @@ def version() -> tuple[int, int]:
 
 @functools.cache
 def targets() -> tuple[int, ...]:
-    """The architectures that NVRTC compiles for: 90 stands for sm_90."""
+    """Return the architectures that NVRTC supports, as numbers: 90 is sm_90."""
     count = ctypes.c_int()
     _check(_library(), _library().nvrtcGetNumSupportedArchs(ctypes.byref(count)))
     made = (ctypes.c_int * count.value)()
@@ -48,13 +49,13 @@ def targets() -> tuple[int, ...]:
 
 
 def target_for(architecture: str) -> str:
-    """What to compile for a GPU, "sm_86" say: itself, or the nearest lower that its machine code can be of.
+    """Return the target for a GPU's architecture ("sm_86"): itself, or the nearest lower one of its family.
 
-    Where NVRTC knows none of its family, as with a GPU younger than it, that is a virtual architecture ("compute_120"),
-    whose text the driver compiles.
+    If NVRTC supports no architecture of the family (a GPU newer than NVRTC), the target is a virtual architecture
+    ("compute_120"), whose PTX the driver compiles.
 
     Raises:
-        KernelUnavailable: NVRTC knows nothing as old as this GPU.
+        KernelUnavailable: every architecture that NVRTC supports is newer than this GPU.
     """
     number = int(architecture.removeprefix("sm_").rstrip("abcdef"))
     if number in targets():
@@ -66,21 +67,21 @@ def target_for(architecture: str) -> str:
 
 
 def compile_program(source: str, options: Sequence[str]) -> bytes:
-    """Machine code of a program whose kernels are `extern "C"`, or PTX for a virtual architecture.
+    """Compile a program whose kernels are `extern "C"`; return its cubin, or PTX for a virtual architecture.
 
     Raises:
-        CompileError: with NVRTC's log.
-        KernelUnavailable: there is no NVRTC, or it is too old.
+        CompileError: compilation failed; the message is NVRTC's log.
+        KernelUnavailable: NVRTC is missing or too old.
     """
     return build(source, options)[0]
 
 
 def build(source: str, options: Sequence[str]) -> tuple[bytes, str]:
-    """The same, and NVRTC's log: with the option "--ptxas-options=-v" it tells registers and spills.
+    """Compile a program; return its code and NVRTC's log ("--ptxas-options=-v" adds registers and spills to it).
 
     Raises:
-        CompileError: with NVRTC's log.
-        KernelUnavailable: there is no NVRTC, or it is too old.
+        CompileError: compilation failed; the message is NVRTC's log.
+        KernelUnavailable: NVRTC is missing or too old.
     """
     find()
     nvrtc = _library()
@@ -118,7 +119,7 @@ def _library() -> ctypes.CDLL:
 
 def _candidates() -> Iterator[str]:
     yield from ("libnvrtc.so.13", "libnvrtc.so.12")
-    spec = importlib.util.find_spec("nvidia")  # the folder that all of NVIDIA's packages share
+    spec = importlib.util.find_spec("nvidia")  # namespace package of NVIDIA's wheels
     for place in (spec.submodule_search_locations or []) if spec else []:
         yield from map(str, sorted(Path(place).glob("*/lib/libnvrtc.so.1[23]"), reverse=True))
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels as a path of the engine: what they take, what they need, and the call."""
+"""The CUDA kernels as a code path of the engine: route, build and call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES: Final = {
 
 
 def route(workload: Workload, needs: Needs) -> Route:
-    """The kernels' path, or a route that is not supported, with the reason; runs nothing."""
+    """Return the route of a workload through the kernels, or an unsupported route with the reason; runs nothing."""
     refusal = cuda.supports(workload, needs)
     if refusal:
         return unsupported(refusal)
@@ -48,7 +48,7 @@ def route(workload: Workload, needs: Needs) -> Route:
 
 
 def backward_refusal(workload: Workload, needs: Needs) -> str | None:
-    """Why gradients of a workload that the kernels take go through MLX's own path, or None if ours make them."""
+    """Return why the gradients of a supported workload fall back to MLX, or None if the kernels compute them."""
     from attention.kernels.cuda import pullback
     from attention.kernels.cuda.machine import shape_and_call
 
@@ -56,24 +56,24 @@ def backward_refusal(workload: Workload, needs: Needs) -> str | None:
 
 
 def is_built() -> bool:
-    """Whether a call would not have to compile the launcher first; a kernel takes a second, which does not count."""
+    """Return whether the launcher is already compiled; kernels (about a second each) are not considered."""
     return launcher.is_settled()
 
 
 def build(tell: Callable[[str], None]) -> None:
-    """Compiles the launcher, and makes sure that kernels can be compiled.
+    """Compile the launcher and check that kernels can be compiled; `tell` is called with progress messages.
 
     Raises:
-        KernelUnavailable: with the reason; routes say it from then on.
+        KernelUnavailable: compilation is not possible; later routes report the reason.
     """
     cuda.load(tell)
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
-    """Attends; shapes as in the implementations' protocol.
+    """Compute attention. Shapes: see `Implementation.__call__`.
 
     Raises:
-        KernelUnavailable: it could not be compiled, does not agree with the reference, or the scale is not positive.
+        KernelUnavailable: the kernel cannot be compiled, fails its self-check, or the scale is not positive.
     """
     if not scale > 0:
         raise KernelUnavailable(f"the CUDA kernels take positive scales, not {scale}")
@@ -85,7 +85,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
 
 
 def _predicted(workload: Workload, needs: Needs, backward_refusal: str | None) -> int | None:
-    """Outputs and workspace; of a training pass also dQ in float32 and the rows' numbers, where our kernels make it."""
+    """Return the bytes of outputs and workspace; None for a training pass whose gradients fall back to MLX."""
     from attention.kernels.cuda import pullback
     from attention.kernels.cuda.machine import shape_and_call, workspace_bytes
 

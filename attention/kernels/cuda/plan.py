@@ -1,4 +1,4 @@
-"""Several launches as one MLX primitive (launcher.cpp), their arrays told apart by name."""
+"""Plans: several launches as one MLX primitive (launcher.cpp), with arrays identified by name."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,51 +12,51 @@ from attention.kernels.cuda.call import Call, Shape
 from attention.kernels.cuda.launch import Launch
 
 POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING = range(6)
-"""Kinds of arguments, as launcher.cpp numbers them."""
+"""Argument kinds, numbered as in launcher.cpp."""
 
 PlanKind = Literal["forward", "own gradient", "general gradient"]
-"""What a plan computes."""
+"""Computation of a plan."""
 Run = Callable[..., list[mx.array]]
-"""What is called with arrays, or with one list of them."""
+"""A prepared operation, called with arrays or with one list of them."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """What the copy engine moves at once of an array (batch, heads, rows, columns): so much of one head."""
+    """TMA box of an array (batch, heads, rows, columns): the rows and columns of one head per copy."""
 
     rows: int
     columns: int = 64
     swizzle: int = 128
-    """Bytes, or 0 for none."""
+    """Swizzle mode in bytes, or 0 for none."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A launch, the arrays it reads and writes, and how its kernel takes them.
+    """A launch, the arrays it reads and writes, and how they are passed to the kernel.
 
-    The kernel's parameters are what is read, the launch's constants, what is written, the launch's scalars, the strides
-    (batch, head, row; 64 bits, in elements) of each `strided` name, and the serial number.
+    The kernel parameters are, in order: arrays read, constants of the launch, arrays written, scalars of the launch,
+    strides (batch, head, row; 64 bits, in elements) of each `strided` array, strides of masks, and the serial number.
     """
 
     launch: Launch
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     updates: frozenset[str] = frozenset()
-    """Those of `reads` that it changes in place."""
+    """Arrays of `reads` that are updated in place."""
     maps: Mapping[str, Box] = field(default_factory=dict)
-    """Arrays that it takes as a tensor map (`const __grid_constant__`, 128 bytes) instead of an address."""
+    """Arrays passed as a tensor map (`const __grid_constant__`, 128 bytes) instead of an address."""
     strided: tuple[str, ...] = ()
-    """Arrays whose strides it takes as numbers. Mapped and strided arrays are not copied to be dense."""
+    """Arrays passed with their strides. Mapped and strided arrays are not made contiguous."""
     masks: tuple[str, ...] = ()
-    """Arrays that it takes however they lie, and their strides on all four axes, after those of the strided."""
+    """Arrays of any layout, passed with the strides of all four axes, after those of `strided`."""
     omitted: frozenset[str] = frozenset()
-    """Names that are not there or not wanted: it gets null pointers."""
+    """Arrays that do not exist or are not requested; passed as null pointers."""
     serial: bool = False
-    """Whether it takes a 64-bit number that no two launches share."""
+    """Whether the kernel takes a 64-bit serial number, unique per launch."""
 
     @property
     def written(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
-        """Shape and type of the arrays that it makes."""
+        """Shape and dtype of the arrays that the launch creates, by name."""
         keywords = self.launch.keywords
         described = zip(self.writes, keywords["output_shapes"], keywords["output_dtypes"], strict=True)
         return {name: (shape, dtype) for name, shape, dtype in described if name not in self.omitted}
@@ -65,15 +65,14 @@ class Stage:
 def make_plan(
     inputs: Sequence[str], outputs: Sequence[str], stages: Sequence[Stage], label: str = "", untraced: Run | None = None
 ) -> Run:
-    """The launches one after the other.
+    """Return a primitive that runs the launches in sequence.
 
     Args:
-        inputs: names of the arrays it is called with.
-        outputs: names of those that are wanted; it returns them first, and after them what else the stages write.
+        inputs: names of the input arrays.
+        outputs: names of the requested outputs; they are returned first, followed by the other arrays written.
         stages: the launches.
-        label: of `plan_label`; empty if nothing ever transforms it.
-        untraced: a plan that takes its place where no transformation of MLX's is at work, so that no gradient can be
-            asked for.
+        label: result of `plan_label`, or empty if the plan is never transformed.
+        untraced: plan used instead outside MLX's transformations, where no gradient can be requested.
 
     Raises:
         KernelUnavailable: the launcher cannot be compiled here.
@@ -94,18 +93,18 @@ def make_plan(
 
 
 def plan_label(kind: PlanKind, shape: Shape, call: Call, with_logsumexp: bool) -> str:
-    """What the transformations of a plan are found by: enough to make the plan for another batch, or its gradient."""
+    """Encode what the transformations of a plan need to rebuild it for another batch size, or to differentiate it."""
     return json.dumps([kind, asdict(shape), asdict(call), with_logsumexp])
 
 
 def read_label(label: str) -> tuple[PlanKind, Shape, Call, bool]:
-    """The arguments of `plan_label`."""
+    """Decode the arguments of `plan_label`."""
     kind, shape, call, with_logsumexp = json.loads(label)
     return kind, Shape(**shape), Call(**call), with_logsumexp
 
 
 def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object, ...]:
-    """A launch as launcher.cpp wants it; `constant` is the place of its first constant."""
+    """Return a launch in the format of launcher.cpp; `constant` is the index of its first constant."""
     keywords = stage.launch.keywords
     taken = [_argument(stage, name, place) for name in stage.reads]
     taken += [[POINTER, constant + i] for i in range(len(stage.launch.constants))]
@@ -124,7 +123,7 @@ def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object
 
 
 def _argument(stage: Stage, name: str, place: Mapping[str, int]) -> list[int]:
-    """How a kernel takes an array."""
+    """Return the argument descriptor of an array of a stage."""
     if name in stage.omitted:
         return [NOTHING]
     if name not in stage.maps:
@@ -135,4 +134,4 @@ def _argument(stage: Stage, name: str, place: Mapping[str, int]) -> list[int]:
 
 INPUTS: Final = ("q", "k", "v")
 OUTPUTS: Final = ("output", "logsumexp", "stats")
-"""Stats, (batch, heads, queries, 2), are what the gradient takes: each row's maximum, and log2 of its sum."""
+"""`stats` (batch, heads, queries, 2) is input of the backward pass: row maximum, and log2 of the row sum."""

@@ -1,6 +1,6 @@
-"""What NVIDIA's profiler says of one call of each kind, on a GPU: `python -m attention.kernels.cuda.profile`.
+"""Nsight Compute counters of one call of each kind, on a GPU: `python -m attention.kernels.cuda.profile`.
 
-It needs Nsight Compute (`ncu`) and a machine that lets it read the counters. Exit code 3: there is no ncu or no GPU.
+Requires `ncu` and permission to read the performance counters. Exit code 3: no ncu or no GPU.
 """
 
 import csv
@@ -34,7 +34,7 @@ WANTED: Final = (  # as Nsight Compute names them
 
 
 def call(name: str) -> None:
-    """Runs a call a few times."""
+    """Run a call three times."""
     import mlx.core as mx
 
     batch, heads, kv_heads, queries, keys, dim = SHAPES[name]
@@ -45,9 +45,9 @@ def call(name: str) -> None:
 
 
 def profiled(ncu: str, name: str) -> dict[str, str]:
-    """What was counted of the last launch of a call: values with their units, by their names.
+    """Profile the last launch of a call; return the metrics as values with units, by name.
 
-    The caches are emptied before a decode step is measured: in a model its cache comes from memory.
+    Caches are flushed before a decode step: in a model, its K/V cache is read from device memory.
     """
     cache = "all" if "decode" in name else "none"
     command = [ncu, "--csv", "--clock-control", "none", "--cache-control", cache, "-k", "regex:flash"]
@@ -65,7 +65,7 @@ def profiled(ncu: str, name: str) -> dict[str, str]:
 
 
 def last_launch(text: str) -> dict[str, str]:
-    """The metrics of the last kernel in what Nsight Compute wrote as CSV, after whatever else was printed."""
+    """Return the metrics of the last kernel in Nsight Compute's CSV output; other lines are ignored."""
     rows = list(csv.DictReader(line for line in text.splitlines() if line.startswith('"')))
     if not rows:
         raise RuntimeError("Nsight Compute saw no launch of a kernel whose name has `flash` in it")
@@ -74,7 +74,7 @@ def last_launch(text: str) -> dict[str, str]:
 
 
 def main() -> int:
-    """Prints a line for each call."""
+    """Print one line per call."""
     usable, reason = cuda.availability()
     ncu = shutil.which("ncu")
     if not usable or ncu is None:

@@ -1,4 +1,4 @@
-"""A kernel as text, and the machine code made of it: compiled at first use, kept in the cache folder."""
+"""Kernel programs: source, constants and options, compiled to machine code on first use and cached on disk."""
 
 import functools
 import hashlib
@@ -10,65 +10,65 @@ from attention.kernels.cuda import nvrtc
 
 TEXTS = Path(__file__).parent
 SHARED_MEMORY_LIMIT = 232_448
-"""Bytes of shared memory that a block may have on Hopper."""
+"""Maximum shared memory per block on Hopper, in bytes."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """All that machine code depends on, and what launching it takes."""
+    """Everything that the machine code of a kernel depends on, and its launch parameters."""
 
     name: str
-    """Of the kernel; in the text it is KERNEL_NAME."""
+    """Name of the kernel; KERNEL_NAME in the source."""
     architecture: str
-    """The GPU's: "sm_90a" """
+    """Architecture of the GPU, such as "sm_90a"."""
     constants: tuple[tuple[str, int], ...]
-    """Compile-time numbers; booleans are 0 and 1."""
+    """Compile-time integers; booleans are 0 and 1."""
     texts: tuple[str, ...]
-    """Files in this folder, or C++ text, in their order."""
+    """Files in this folder, or C++ source, in order."""
     threads: int
     shared_memory: int
 
     @functools.cached_property
     def source(self) -> str:
-        """The whole program, but for the kernel's name."""
+        """The complete source, except for the definition of KERNEL_NAME."""
         constants = [f"#define {name} {value}" for name, value in self.constants]
         texts = [(TEXTS / text).read_text() if text.endswith((".cu", ".cuh")) else text for text in self.texts]
         return "\n".join([*constants, *texts])
 
     @property
     def options(self) -> tuple[str, ...]:
-        """What NVRTC is told."""
+        """Options of NVRTC."""
         return (f"--gpu-architecture={nvrtc.target_for(self.architecture)}", "--std=c++17")
 
     @property
     def key(self) -> str:
-        """Names the machine code: text, options and compiler."""
+        """Cache key of the machine code: a hash of source, options and compiler version."""
         return _key_of(self)
 
     @property
     def entry(self) -> str:
-        """The kernel's name in the machine code. MLX keeps modules by it, so no two programs may share one."""
+        """Name of the kernel in the machine code; unique per program, because MLX caches modules by it."""
         return self.key.replace("-", "_")
 
 
 @functools.lru_cache(maxsize=256)
 def _key_of(program: Program) -> str:
-    """Read and hashed once: a decoding loop asks for an equal program at each length."""
+    """Return the key of a program; cached, because a decode loop requests an equal program at each key length."""
     whole = repr((program.source, program.options, nvrtc.version()))
     return f"{program.name}-{hashlib.sha256(whole.encode()).hexdigest()[:24]}"
 
 
 @functools.lru_cache(maxsize=128)
 def machine_code(program: Program) -> bytes:
-    """The program's cubin, from the cache folder if it lies there unharmed, else compiled now.
+    """Return the program's cubin from the cache folder, or compile it if it is missing or damaged there.
 
     Raises:
-        KernelUnavailable: no NVRTC, a text that it refuses, or a cache folder that cannot be used.
+        KernelUnavailable: NVRTC is missing, the source does not compile, or the cache folder is unusable.
     """
     code = cache.read_code(program.key)
     if code is None:
         with cache.lock(program.key):
-            code = cache.read_code(program.key)  # another process may have been faster
+            code = cache.read_code(program.key)  # another process may have compiled it meanwhile
             if code is None:
                 code = nvrtc.compile_program(f"#define KERNEL_NAME {program.entry}\n{program.source}", program.options)
                 cache.write_code(program.key, code)

@@ -1,4 +1,4 @@
-"""The backward pass: by the GPU's own kernel where it takes the call, else by the general one, else by MLX's path."""
+"""Dispatch of the backward pass: the Hopper kernel if it supports the call, else the general one, else MLX."""
 
 import functools
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from attention.kernels.cuda.plain import through_mlx
 
 
 def refusal(shape: Shape, call: Call) -> str | None:
-    """Why gradients go through MLX's own path, in one line, or None if our kernels make them, as far as is known."""
+    """Return why gradients fall back to MLX, in one line, or None if the kernels compute them (by checks so far)."""
     own = _refusal_of_own(shape, call)
     general = trust.distrust(general_gradient.kernel_of(shape, call).program) if own else None
     return f"{own}; the general kernel: {general}" if general else None
 
 
 def scratch_bytes(shape: Shape, call: Call) -> int:
-    """Device memory that the backward pass takes besides its results, by those of our kernels that make it."""
+    """Return the scratch memory of the backward pass, in bytes, for the kernel that computes it."""
     own = _refusal_of_own(shape, call) is None
     return gradient.scratch_bytes(shape, call) if own else general_gradient.scratch_bytes(shape)
 
@@ -29,14 +29,14 @@ def scratch_bytes(shape: Shape, call: Call) -> int:
 def gradients(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
 ) -> list[mx.array]:
-    """The gradients of q, k and v, and of a mask.
+    """Return the gradients of q, k and v, and of a mask.
 
     Args:
         primals: q, k, v, and a mask (batch, heads, queries, keys) if the call has one.
-        cotangents: of the output, and of the logsumexp if that was asked for.
-        outputs: what the forward pass made: output, logsumexp and stats.
-        shape: of the arrays.
-        call: what was computed.
+        cotangents: cotangents of the output, and of the logsumexp if it was requested.
+        outputs: outputs of the forward pass: output, logsumexp and stats.
+        shape: shapes of the arrays.
+        call: parameters of the call.
     """
     if _own_is_taken(shape, call):
         return list(gradient.by_kernel(primals, cotangents, outputs, shape, call))
@@ -47,14 +47,14 @@ def gradients(
 
 
 def _of_mask(primals: Sequence[mx.array], cotangents: Sequence[mx.array], call: Call) -> list[mx.array]:
-    """A mask's gradient, in MLX's operations: they are lazy, so it costs nothing where nobody asks for it."""
+    """Return the gradient of a mask, in MLX operations; they are lazy, so an unused gradient costs nothing."""
     if call.mask == "bool":
         return [mx.zeros_like(primals[3])]
     return through_mlx(list(primals), list(cotangents), call)[3:]
 
 
 def _refusal_of_own(shape: Shape, call: Call) -> str | None:
-    """Why the Hopper kernel does not make the gradients of a call, or None if it does, as far as is known."""
+    """Return why the Hopper kernel does not compute the gradients of a call, or None (by checks so far)."""
     if launcher.obstacle() is not None:
         return "the Hopper kernel needs the launcher"
     return choice.own_refusal(shape, call) or gradient.refusal(shape, call)
@@ -73,11 +73,11 @@ def _general_is_taken(shape: Shape, call: Call) -> bool:
 
 
 def _compare(shape: Shape, call: Call) -> str | None:
-    """Runs the general kernel of a call on small inputs; what is wrong with its results, or None."""
+    """Run the general kernel of a call on small inputs; return an error in its results, or None."""
     small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=200, keys=331)
     tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
     made, mask = selfcheck.inputs(small), selfcheck.random_mask(small, tried)
-    given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in made]  # as models hand them over
+    given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in made]  # in the layout that models pass
     q, k, v = (selfcheck.exact(x) for x in made[:3])
     output, logsumexp = selfcheck.reference(q, k, v, tried, selfcheck.added(mask))
     stats = np.stack([np.zeros_like(logsumexp), logsumexp * LOG2_E], axis=-1)

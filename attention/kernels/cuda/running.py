@@ -1,4 +1,4 @@
-"""Stages as one operation: a plan of the launcher's, or without one each launch through MLX's own operation."""
+"""Stages as one operation: a plan of the launcher, or without it one MLX operation per launch."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ from attention.kernels.cuda.plan import Run, Stage, make_plan
 
 
 def run_of(inputs: Sequence[str], outputs: Sequence[str], stages: Sequence[Stage], label: str = "") -> Run:
-    """The launches one after the other, without a gradient.
+    """Return an operation that runs the launches in sequence; not differentiable without a label.
 
     Args:
-        inputs: names of the arrays it is called with.
-        outputs: names of those that it returns first; others may follow.
+        inputs: names of the input arrays.
+        outputs: names of the arrays returned first; others may follow.
         stages: the launches.
-        label: of the plan, see `plan_label`.
+        label: label of the plan, see `plan_label`.
     """
     if launcher.missing() is None:
         return make_plan(inputs, outputs, stages, label)

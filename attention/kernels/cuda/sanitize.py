@@ -1,6 +1,6 @@
-"""NVIDIA's compute-sanitizer over a small call of each kind, on a GPU: `python -m attention.kernels.cuda.sanitize`.
+"""compute-sanitizer on a small call of each kind, on a GPU: `python -m attention.kernels.cuda.sanitize`.
 
-Exit code 0: nothing found; 1: something was, and is printed; 3: there is no compute-sanitizer or no GPU.
+Exit code 0: nothing found; 1: errors found and printed; 3: no compute-sanitizer or no GPU.
 """
 
 import functools
@@ -17,7 +17,7 @@ from attention.kernels.cuda.call import MaskKind
 TOOLS: Final = ("memcheck", "racecheck")
 DIMS: Final = (64, 128, 192, 256)
 SIZES: Final = ((150, 170), (1, 900))
-"""Queries and keys: of no whole tiles, and few queries to keys that are split."""
+"""Queries and keys: partial tiles, and few queries with split keys."""
 GENERAL: Final[tuple[tuple[tuple[int, int], MaskKind | None, tuple[int, int]], ...]] = (
     ((64, 64), None, SIZES[0]),
     ((128, 128), "bool", SIZES[0]),
@@ -26,14 +26,14 @@ GENERAL: Final[tuple[tuple[tuple[int, int], MaskKind | None, tuple[int, int]], .
     ((192, 128), "float32", SIZES[0]),
     ((256, 256), None, SIZES[0]),
 )
-"""Widths of keys and values, the kind of mask, and a size, for the general kernels."""
+"""Cases of the general kernels: key and value width, mask dtype, and size."""
 
 
 def calls(dim: int) -> None:
-    """One call of each kind at a head dimension, and its gradients.
+    """Run one call of each kind at a head dimension, and its gradients.
 
     Raises:
-        RuntimeError: our own kernels do not make those gradients, so nothing would have been looked at.
+        RuntimeError: the Hopper kernels do not compute those gradients, so the sanitizer would check nothing.
     """
     import mlx.core as mx
 
@@ -62,7 +62,7 @@ def calls(dim: int) -> None:
 
 
 def general_calls() -> None:
-    """Calls of the general kernels, forward and backward: their tilings, masks of each kind, keys that are split."""
+    """Run calls of the general kernels, forward and backward: tilings, mask dtypes, split keys."""
     import mlx.core as mx
 
     from attention.kernels.cuda import selfcheck
@@ -85,7 +85,7 @@ def general_calls() -> None:
 
 
 def main() -> int:
-    """Runs every tool over the Hopper kernels at every head dimension, where there are any, and the general kernels."""
+    """Run every tool on the general kernels and, on Hopper, on the Hopper kernels at every head dimension."""
     usable, reason = cuda.availability()
     sanitizer = shutil.which("compute-sanitizer")
     if not usable or sanitizer is None:
@@ -94,14 +94,14 @@ def main() -> int:
         )
         return 3
     parts = (*(map(str, DIMS) if cuda.variant() == "hopper" else ()), "general")
-    with ThreadPoolExecutor(len(parts)) as pool:  # a tool slows a process down, and leaves most of the GPU idle
+    with ThreadPoolExecutor(len(parts)) as pool:  # under a sanitizer a process leaves most of the GPU idle
         return max(pool.map(functools.partial(sanitized, sanitizer), parts))
 
 
 def sanitized(sanitizer: str, part: str) -> int:
-    """Runs every tool over one part, prints what each found, and returns 1 if that is anything."""
+    """Run every tool on one part and print its findings; return 1 if there are any, else 0."""
     own = (sys.executable, "-m", "attention.kernels.cuda.sanitize", part)
-    subprocess.run(own, check=True)  # compiles and checks, which takes long under a sanitizer
+    subprocess.run(own, check=True)  # compilation and self-checks would be slow under a sanitizer
     found = 0
     for tool in TOOLS:
         command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *own)

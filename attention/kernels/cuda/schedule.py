@@ -1,4 +1,4 @@
-"""Which block computes which tiles: a dynamic scheduler, played on the host once for each shape."""
+"""Static tile schedule: a dynamic scheduler simulated on the host, once per shape."""
 
 import bisect
 import functools
@@ -6,29 +6,29 @@ import heapq
 from typing import Final
 
 L2_BYTES: Final = 32 * 2**20
-"""What the keys and values of heads in flight may take, of the H200's 60 MB."""
+"""Budget for the keys and values of heads in flight, of the H200's 60 MB of L2."""
 TILE_OVERHEAD: Final = 1.2
-"""Start and end of a tile, in tiles of keys (from timings of short against long sequences)."""
+"""Prologue and epilogue of a tile, in key tiles (from timings of short against long sequences)."""
 MOST_SHARES: Final = 8
-"""Blocks that share a tile, on average, at most."""
+"""Maximum number of blocks per split tile, on average."""
 
 Piece = tuple[int, int, int, int]
-"""Tile of all planes, the tiles of keys from and to, and the part (see `part_word`)."""
+"""Tile index over all planes, first and end key tile, and part (see `part_word`)."""
 Work = tuple[int, ...]
-"""Plane, tile of its queries, the tiles of keys from and to, the part (see `part_word`); and zeros up to 32 bytes."""
+"""Plane, query tile, first and end key tile, part (see `part_word`); zero-padded to 32 bytes."""
 NO_WORK: Final[Work] = (-1, 0, 0, 0, 0, 0, 0, 0)
 
 
 @functools.lru_cache(maxsize=256)
 def make_schedule(blocks: int, planes: int, costs: tuple[int, ...], plane_bytes: int) -> tuple[tuple[int, ...], ...]:
-    """A table (rounds x blocks) of tile numbers, plane * len(costs) + tile of the plane; -1 ends a block's list.
+    """Return a table (rounds x blocks) of tile indices, plane * len(costs) + tile of the plane; -1 ends a block's list.
 
-    `costs` are the key blocks of each tile of a plane, `plane_bytes` the size of a plane's keys and values. Planes are
-    taken in groups whose keys and values fit in the L2 cache; in a group long tiles go first; each tile goes to the
-    block that is free first. Of the larger groups that fit, the one that ends first is taken.
+    `costs` are the key tiles of each query tile of a plane, `plane_bytes` the size of a plane's keys and values. Planes
+    are processed in groups whose keys and values fit in the L2 cache. Within a group, tiles are assigned longest first,
+    each to the block that is free first. Several group sizes are simulated, and the smallest makespan is chosen.
     """
     if len(set(costs)) == 1:
-        sizes = [1]  # nothing to balance: head after head
+        sizes = [1]  # uniform tiles need no balancing: one plane at a time
     else:
         largest = max(1, min(planes, L2_BYTES // max(1, plane_bytes)))
         sizes = sorted({largest - largest * i // 12 for i in range(7)}, reverse=True)
@@ -38,7 +38,7 @@ def make_schedule(blocks: int, planes: int, costs: tuple[int, ...], plane_bytes:
 
 
 def _play(blocks: int, planes: int, costs: tuple[int, ...], group: int) -> tuple[float, list[list[int]]]:
-    """When the last block ends, and the tiles of each block, for one group size."""
+    """Simulate the schedule for one group size; return the makespan and the tiles of each block."""
     longest_first = sorted(range(len(costs)), key=lambda tile: -costs[tile])
     free = [(0.0, block) for block in range(blocks)]
     lists: list[list[int]] = [[] for _ in range(blocks)]
@@ -55,16 +55,16 @@ def _play(blocks: int, planes: int, costs: tuple[int, ...], group: int) -> tuple
 def make_works(
     blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], plane_bytes: int, joining: float
 ) -> tuple[tuple[tuple[Work, ...], ...], int]:
-    """The forward kernel's table (blocks x rounds), and how many parts of tiles there are in it.
+    """Return the work table of the forward kernel (blocks x rounds), and the number of tile parts in it.
 
-    If all tiles cost the same, and do not fill the last round well, its tiles are dealt out by their keys.
+    If all tiles cost the same and the last round is not full, the tiles of that round are split along their keys.
 
     Args:
-        blocks: that run at once; fewer are made if there is less to do.
-        planes: of queries.
-        ranges: the tiles of keys of each tile of a plane, from and to.
-        plane_bytes: the size of a plane's keys and values.
-        joining: what it takes to add up the parts of tiles, in tiles of keys.
+        blocks: concurrent blocks; fewer are used if there is less work.
+        planes: planes of queries.
+        ranges: half-open range of key tiles of each query tile of a plane.
+        plane_bytes: size of a plane's keys and values.
+        joining: cost of combining the parts of a tile, in key tiles.
     """
     tiles = planes * len(ranges)
     if len(set(ranges)) == 1:
@@ -90,7 +90,7 @@ def _table(lists: list[list[Piece]], row_blocks: int) -> tuple[tuple[Work, ...],
 
 
 def _deal_out(blocks: int, tiles: int, keys: tuple[int, int], joining: float) -> tuple[list[list[Piece]], int]:
-    """Equal tiles: whole rounds, and the rest cut into pieces. No parts, if that would end no sooner."""
+    """Assign equal tiles in whole rounds and split the remaining ones; no parts if splitting is not faster."""
     whole, left = divmod(tiles, blocks)
     if not left or _cost(keys) < 2:
         return [], 0
@@ -105,7 +105,7 @@ def _deal_out(blocks: int, tiles: int, keys: tuple[int, int], joining: float) ->
 
 
 def makespan(blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], joining: float) -> float:
-    """About when the last block ends, in tiles of keys."""
+    """Return the estimated makespan in key tiles."""
     costs = [_cost(keys) + TILE_OVERHEAD for keys in ranges]
     if len(set(ranges)) > 1:
         return max(*costs, planes * sum(costs) / blocks)
@@ -115,12 +115,12 @@ def makespan(blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], join
 
 
 def part_word(first: int, count: int, index: int) -> int:
-    """A part as join.cuh reads it: the parts of all tiles before, how many this tile has, and which of them it is."""
+    """Encode a part for join.cuh: the number of parts of all earlier tiles, the parts of this tile, and its index."""
     return first << 8 | count << 4 | index
 
 
 def _cut(blocks: int, first_tile: int, tiles: int, keys: tuple[int, int]) -> tuple[dict[int, list[Piece]], int]:
-    """The keys of some tiles, laid end to end and cut into equal shares: the blocks' pieces, and how many are parts."""
+    """Concatenate the keys of `tiles` tiles and cut them into equal shares; return pieces per block, and part count."""
     first, end = keys
     cost = end - first
     cuts = [_smoothed(tiles * cost * block // blocks, cost) for block in range(blocks + 1)]
@@ -140,7 +140,7 @@ def _cut(blocks: int, first_tile: int, tiles: int, keys: tuple[int, int]) -> tup
 
 
 def _smoothed(cut: int, cost: int) -> int:
-    """A cut moved to the end of a tile that it would leave a sliver of."""
+    """Move a cut that is one key tile from a tile boundary onto the boundary."""
     beyond = cut % cost
     if cost > 2 and beyond == 1:
         return cut - 1

@@ -1,4 +1,4 @@
-"""Small inputs, and the answer in float64, for the check on first use."""
+"""Inputs and float64 reference of the first-use self-check."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from attention.kernels.cuda.call import Call, Shape
 
 Floats = NDArray[np.float64]
 TOLERANCE = {"bf16": 1.2e-2, "f16": 1.5e-3}
-"""Of the whole output, relative to its norm: four times what rounding of inputs and weights makes."""
+"""Relative error of the output (by its norm): four times the error from rounding inputs and weights."""
 LOGSUMEXP_TOLERANCE = 1e-3
 
 
 def inputs(shape: Shape, seed: int = 7) -> list[mx.array]:
-    """Random q, k and v, and a gradient of the output."""
+    """Return random q, k and v, and a cotangent of the output."""
     random = np.random.default_rng(seed)
     rows, keys = (shape.batch, shape.heads, shape.queries), (shape.batch, shape.kv_heads, shape.keys)
     dtype = mx.bfloat16 if shape.element == "bf16" else mx.float16
@@ -25,7 +25,7 @@ def inputs(shape: Shape, seed: int = 7) -> list[mx.array]:
 
 
 def random_mask(shape: Shape, call: Call, seed: int = 7) -> list[mx.array]:
-    """A mask of the call's type, the same for all sequences, that hides a quarter of the pairs; none if it has none."""
+    """Return a mask of the call's dtype, shared by the batch, that masks a quarter of the pairs; empty without one."""
     if call.mask is None:
         return []
     random = np.random.default_rng(seed)
@@ -38,12 +38,12 @@ def random_mask(shape: Shape, call: Call, seed: int = 7) -> list[mx.array]:
 
 
 def exact(array: mx.array) -> Floats:
-    """An array's values in float64."""
+    """Convert an array to float64."""
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
 def weights(q: Floats, k: Floats, call: Call, mask: Floats | None = None) -> tuple[Floats, Floats, Floats]:
-    """The softmax's weights, the logsumexp, and the derivative of the capped scores by the scores."""
+    """Return the softmax weights, the logsumexp, and the derivative of the capped scores with respect to the scores."""
     scores = q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(-1, -2) * call.scale
     slope = np.ones_like(scores)
     if call.softcap is not None:
@@ -65,14 +65,14 @@ def weights(q: Floats, k: Floats, call: Call, mask: Floats | None = None) -> tup
 
 
 def added(mask: Sequence[mx.array]) -> Floats | None:
-    """What a mask adds to the scores, in float64."""
+    """Return a mask as an additive float64 array, or None without a mask."""
     if not mask:
         return None
     return np.where(np.array(mask[0]), 0, -np.inf) if mask[0].dtype == mx.bool_ else exact(mask[0])
 
 
 def reference(q: Floats, k: Floats, v: Floats, call: Call, mask: Floats | None = None) -> tuple[Floats, Floats]:
-    """Output and logsumexp; rows that see nothing give 0 and -inf."""
+    """Return output and logsumexp; fully masked rows are 0 and -inf."""
     found, logsumexp, _ = weights(q, k, call, mask)
     return found @ np.repeat(v, q.shape[1] // k.shape[1], axis=1), logsumexp
 
@@ -80,7 +80,7 @@ def reference(q: Floats, k: Floats, v: Floats, call: Call, mask: Floats | None =
 def reference_gradients(
     q: Floats, k: Floats, v: Floats, cotangent: Floats, call: Call, mask: Floats | None = None
 ) -> list[Floats]:
-    """The gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     batch, kv_heads = k.shape[:2]
     group = q.shape[1] // kv_heads
     found, _, slope = weights(q, k, call, mask)
@@ -98,7 +98,7 @@ def reference_gradients(
 def gradient_disagreement(
     shape: Shape, call: Call, found: Sequence[mx.array], made: Sequence[mx.array], mask: Sequence[mx.array] = ()
 ) -> str | None:
-    """What is wrong with the gradients of a call on `made`, in one line, or None."""
+    """Compare the gradients of a call on `made` with the reference; return a one-line error, or None."""
     q, k, v, cotangent = (exact(x) for x in made)
     expected = reference_gradients(q, k, v, cotangent, call, added(mask))
     for name, gradient, right in zip(("dQ", "dK", "dV"), found, expected, strict=True):
@@ -109,7 +109,7 @@ def gradient_disagreement(
 
 
 def relative_error(found: mx.array, expected: Floats, floor: float = 1e-30) -> float:
-    """||found - expected|| / ||expected||, elements of the latter counted as the floor at least; NaN if anything is."""
+    """Return ||found - expected|| / max(||expected||, floor * sqrt(size)); NaN if any element is NaN."""
     whole = max(float(np.linalg.norm(expected)), floor * math.sqrt(expected.size))
     return float(np.linalg.norm(exact(found) - expected)) / whole
 
@@ -122,7 +122,7 @@ def disagreement(
     made: Sequence[mx.array],
     mask: Sequence[mx.array] = (),
 ) -> str | None:
-    """What is wrong with the results of a call on `made`, in one line, or None."""
+    """Compare output and logsumexp of a call on `made` with the reference; return a one-line error, or None."""
     q, k, v = (exact(x) for x in made[:3])
     expected, expected_logsumexp = reference(q, k, v, call, added(mask))
     error = relative_error(output, expected)

@@ -1,8 +1,8 @@
-"""How calls are timed on a GPU: in turns, in an order that changes, each sample after a lead-in of its own.
+"""Timing of calls on a GPU: interleaved in random order, each sample preceded by a lead-in of the same call.
 
-Under a power limit the clock depends on what ran just before, so each sample is preceded by as long an untimed run of
-the same calls. Reported are medians. Where the L2 cache would flatter, as inputs of a few calls fit in it, calls take
-turns at several sets of inputs.
+Under a power limit the clock depends on the preceding load, so an untimed run of the same length and calls precedes
+each sample. Medians are reported. If the inputs of a few calls fit in the L2 cache, calls cycle through several sets of
+inputs.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import mlx.core as mx
 
 Call = Callable[[], Any]
 Run = Callable[[int], float]
-"""Seconds a call, of so many."""
+"""Runs the given number of calls and returns the seconds per call."""
 ROUNDS, SAMPLE_S, MOST_CALLS = 7, 0.03, 1000
 
 
 def timed_mlx(*calls: Call) -> Run:
-    """Seconds a call, of k calls queued and evaluated together; they go round the given ones."""
+    """Return a run of MLX calls, queued and evaluated together, that cycles through the given ones."""
 
     def run(count: int) -> float:
         mx.synchronize()
@@ -36,7 +36,7 @@ def timed_mlx(*calls: Call) -> Run:
 
 
 def timed_torch(*calls: Call) -> Run:
-    """The same for PyTorch."""
+    """Return a run of PyTorch calls that cycles through the given ones."""
     import torch
 
     def run(count: int) -> float:
@@ -51,10 +51,10 @@ def timed_torch(*calls: Call) -> Run:
 
 
 def medians(runs: dict[str, Run]) -> dict[str, float]:
-    """Seconds of each call, interleaved, each sample with a lead-in of its own."""
+    """Return the median seconds per call of each run, interleaved, with a lead-in before each sample."""
     counts = {}
     for name, run in runs.items():
-        for _ in range(3):  # the third call is traced, where there is no launcher
+        for _ in range(3):  # without the launcher, the third call is traced by `mx.compile`
             run(1)
         counts[name] = max(1, min(MOST_CALLS, round(SAMPLE_S / min(run(1), run(3)))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -67,7 +67,7 @@ def medians(runs: dict[str, Run]) -> dict[str, float]:
 
 
 def one_at_a_time(runs: dict[str, Run], count: int = 200) -> dict[str, float]:
-    """Seconds of one call made and evaluated, interleaved."""
+    """Return the median seconds of one queued and evaluated call of each run, interleaved."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order, names = random.Random(1), list(runs)
     for _ in range(count):
@@ -77,14 +77,14 @@ def one_at_a_time(runs: dict[str, Run], count: int = 200) -> dict[str, float]:
 
 
 def drawn(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> list[mx.array]:
-    """Random arrays."""
+    """Return random normal arrays, evaluated."""
     arrays = [mx.random.normal(shape).astype(dtype) for shape in shapes]
     mx.eval(arrays)
     return arrays
 
 
 def in_torch(arrays: Sequence[mx.array]) -> list[Any]:
-    """The same values in PyTorch; they are bfloat16."""
+    """Copy bfloat16 arrays to PyTorch on the GPU."""
     import numpy as np
     import torch
 
@@ -92,7 +92,7 @@ def in_torch(arrays: Sequence[mx.array]) -> list[Any]:
 
 
 def cudnn(sets: Sequence[Sequence[mx.array]], causal: bool) -> Run:
-    """PyTorch's SDPA on cuDNN, going round sets of q, k and v."""
+    """Return a run of PyTorch's SDPA on cuDNN that cycles through sets of q, k and v."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -107,7 +107,7 @@ def cudnn(sets: Sequence[Sequence[mx.array]], causal: bool) -> Run:
 
 
 def report(label: str, seconds: dict[str, float], work: float, unit: str) -> dict[str, Any]:
-    """Prints a row; `work` is in units of 1 a second, `unit` says of what."""
+    """Print and return a row; `work` is the work per call, in `unit` times seconds."""
     rates = " ".join(f"{name} {work / s:.4g}" for name, s in seconds.items())
     ratios = " ".join(f"/{name} {s / seconds['ours']:.2f}" for name, s in seconds.items() if name != "ours")
     print(f"{label:34} {rates} {unit}  {ratios}", flush=True)
@@ -115,17 +115,17 @@ def report(label: str, seconds: dict[str, float], work: float, unit: str) -> dic
 
 
 def asked(text: str, least: float, measured: float) -> dict[str, Any]:
-    """Prints whether a figure that was asked for holds."""
+    """Print and return whether a target figure is met."""
     holds = measured >= least
     print(f"asked: {text}: at least {least:.4g}; measured {measured:.4g}: {'holds' if holds else 'MISSED'}", flush=True)
     return {"asked": text, "least": least, "measured": measured, "holds": holds}
 
 
 def asked_for(words: Iterable[object]) -> tuple[list[str], Path | None]:
-    """Which of these words the command line names, and the file that `--json` gives for the seconds.
+    """Parse the command line; return the selected words and the file of `--json`.
 
     Raises:
-        SystemExit: it names another.
+        SystemExit: a word is unknown.
     """
     known = [str(word) for word in words]
     parser = argparse.ArgumentParser()
@@ -133,12 +133,12 @@ def asked_for(words: Iterable[object]) -> tuple[list[str], Path | None]:
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to keep the seconds")
     found = parser.parse_args()
     for word in found.words:
-        if word not in known:  # not by `choices`, of which Python 3.11 wants one at least
+        if word not in known:  # not `choices`: with nargs="*", Python 3.11 then requires a word
             parser.error(f"{word} is none of {', '.join(known)}")
     return found.words, found.json
 
 
 def keep(rows: Sequence[object], path: Path | None) -> None:
-    """Writes rows to a file, if there is one."""
+    """Write rows to a JSON file, if a path is given."""
     if path:
         path.write_text(json.dumps(rows, indent=1))

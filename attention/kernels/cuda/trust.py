@@ -1,4 +1,4 @@
-"""Which kernels have shown on this GPU that they are right: `first_use` for the programs that NVRTC compiles."""
+"""First-use self-checks (`first_use`) of the programs compiled by NVRTC."""
 
 import functools
 from importlib import metadata
@@ -12,19 +12,19 @@ from attention.kernels.first_use import Check, FirstUse
 
 
 def distrust(program: Program) -> str | None:
-    """Why a program is not to be used on this GPU, if that is known."""
+    """Return why a program must not be used on this GPU, or None if unknown."""
     return checks.distrust(program.key)
 
 
 def judged(program: Program, check: Check) -> str | None:
-    """Checks a program unless that has been done on this GPU before; why it is not to be used, or None.
+    """Self-check a program unless it was checked on this GPU before; return why it must not be used, or None.
 
     Args:
-        program: what the verdict is kept for.
-        check: runs the kernel and returns what is wrong with its results, or None.
+        program: program to check; its verdict is stored.
+        check: runs the kernel and returns an error in its results, or None.
 
     Raises:
-        RuntimeError: its launch failed now, and with it all that this process asks of the GPU from here on.
+        RuntimeError: the launch failed, and the CUDA context of this process is no longer usable.
     """
     reason = checks.judged(program.key, program.name, check, prepare=lambda: machine_code(program))
     if reason is not None and not _gpu_answers():
@@ -33,7 +33,7 @@ def judged(program: Program, check: Check) -> str | None:
 
 
 def mark() -> str:
-    """What a verdict holds for: GPU, driver, the MLX that launches, and the code that does and that checks."""
+    """Return the key of a verdict: GPU, driver, MLX version, and a fingerprint of the code in this package."""
     return f"{gpu().mark}, MLX {_mlx_version()}, code {code_mark('kernels/cuda')}"
 
 
@@ -43,7 +43,7 @@ def _mlx_version() -> str:
 
 
 def _gpu_answers() -> bool:
-    """Whether MLX can still compute; after a bad memory access CUDA refuses everything."""
+    """Return whether MLX can still compute; after an illegal memory access, every CUDA call fails."""
     try:
         mx.eval(mx.zeros(1) + 1)
     except RuntimeError:
