@@ -18,7 +18,7 @@ import attention
 from attention.implementations.practical import Practical
 
 IMPLEMENTATIONS = ["baseline", "poc", "practical", "demo", "practical in blocks"]
-COMPILED = "poc"
+COMPILED = ("poc",)
 """The ones whose compiled step is tested in every run."""
 LEFT_PADDING = [5, 0]
 CACHES: dict[str, Callable[[], Any]] = {
