@@ -99,7 +99,7 @@ def apply(scores: "mx.array", mask: "mx.array | None") -> "mx.array":
     if mask is None:
         return scores
     if mask.dtype == mx.bool_:
-        return mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
+        return mx.where(mask, scores, mx.array([-mx.inf], scores.dtype))
     return scores + in_type(mask, scores.dtype)
 
 

@@ -1,10 +1,12 @@
 """How large the blocks of a blockwise attention may be: pure arithmetic."""
 
-import math
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from msgspec import Struct, structs
+
+from attention.masks import Mask
 
 MIB: Final = 1 << 20
 DEFAULT_BUDGET_BYTES: Final = 256 * MIB
@@ -13,8 +15,16 @@ ROWS: Final = 256
 SMALLEST_ROWS: Final = 32
 SMALLEST_KEYS: Final = 256
 MAX_TINY_TILES: Final = 1024
-TINY_BYTES: Final = MIB
-"""A tile of less grows beyond the budget where there are more than so many."""
+TINY_BYTES: Final = 4 * MIB
+"""A budget of less is exceeded where it would give more tiles than that."""
+GRAPH_BYTES: Final = 64 * 1024
+"""Memory of the hundred nodes of a traced tile, measured, before mx.compile takes three times as much."""
+MAX_GRAPH_BYTES: Final = 256 * MIB
+"""A graph of more is as large as a tile at most."""
+MAX_FLAT_TILES: Final = 512
+"""More tiles than that are made as square as they may be: the same scores then need fewer keys and rows."""
+SAMPLED_ROWS: Final = 16
+"""Blocks of rows of which the tiles are counted, evenly spaced."""
 SUMS_SHARE: Final = 0.25
 """Share of the budget that a backward pass may spend on sums of dQ, which save it a second look at every tile."""
 
@@ -32,6 +42,7 @@ class Shape(Struct, frozen=True, kw_only=True):
     value_dim: int
     score_bytes: int
     """Bytes alive for each score of a block: how many score-sized arrays a tile holds, times their items' size."""
+    causal: bool = False
     window: int | None = None
     """Keys that a row sees at most, where a mask says so."""
     training: bool = False
@@ -55,32 +66,78 @@ def choose(shape: Shape, budget_bytes: int, comfort_bytes: int | None = None) ->
     rows not below what a matrix product likes while there are keys to halve. Then the tile takes in more heads,
     more sequences and more rows while it stays within comfort, which is the budget unless given: on a CPU a tile gains
     nothing from outgrowing the caches.
+    Where that would give hundreds of tiles, they are as square as they may be.
     A tile never gets smaller than one row and one key, so a budget below `tile_bytes` of that cannot be kept. Nor can
-    one that would cut a call into more than `MAX_TINY_TILES` of less than `TINY_BYTES`: their graph would take minutes.
+    one that would give too many tiles (`is_affordable`): their graph would take more memory than they do, and minutes
+    to trace and compile. The budget is then exceeded by as little as helps; memory grows with the root of the scores.
     """
-    comfort = budget_bytes if comfort_bytes is None else min(comfort_bytes, budget_bytes)
+    allowed, comfort = budget_bytes, budget_bytes if comfort_bytes is None else min(comfort_bytes, budget_bytes)
+    while True:
+        blocks = _fitting(shape, allowed, comfort)
+        count = visible_tiles(shape, blocks)
+        if count <= 1 or is_affordable(count, allowed):
+            return blocks
+        allowed, comfort = raised(allowed), raised(comfort)
+
+
+def is_affordable(tiles: int, budget_bytes: int) -> bool:
+    """Whether so many tiles may be in one graph, within a budget for each."""
+    if tiles <= MAX_TINY_TILES:
+        return True
+    return budget_bytes >= TINY_BYTES and tiles * GRAPH_BYTES <= max(budget_bytes, MAX_GRAPH_BYTES)
+
+
+def raised(budget_bytes: int) -> int:
+    """The next larger budget to try."""
+    return min(2 * budget_bytes, TINY_BYTES) if budget_bytes < TINY_BYTES else budget_bytes + budget_bytes // 4
+
+
+def _fitting(shape: Shape, budget_bytes: int, comfort_bytes: int) -> Blocks:
+    """A tile for a budget, however many it takes."""
     blocks = Blocks(batches=1, kv_heads=1, rows=min(shape.seq, ROWS), keys=shape.kv_seq)
     blocks = _halved(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
     if shape.training and blocks.keys < shape.kv_seq and query_sum_bytes(shape, blocks) <= SUMS_SHARE * budget_bytes:
         blocks = structs.replace(blocks, sums_queries=True)
         blocks = _halved(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
-    wholes = {"kv_heads": shape.kv_heads, "batches": shape.batch, "rows": shape.seq, "keys": shape.kv_seq}
-    for axis in ("kv_heads", "batches", "rows"):
-        blocks = _grown(blocks, axis, wholes[axis], lambda candidate: tile_bytes(shape, candidate) <= comfort)
-    while tile_count(shape, blocks) > MAX_TINY_TILES:
-        larger = blocks
-        for axis in ("rows", "keys"):
-            larger = structs.replace(larger, **{axis: min(wholes[axis], 2 * getattr(larger, axis))})
-        if larger == blocks or tile_bytes(shape, larger) > TINY_BYTES:
-            break
-        blocks = larger
+    wholes = {"kv_heads": shape.kv_heads, "batches": shape.batch, "rows": shape.seq}
+    for axis, whole in wholes.items():
+        blocks = _grown(blocks, axis, whole, lambda candidate: tile_bytes(shape, candidate) <= comfort_bytes)
+    if visible_tiles(shape, blocks) > MAX_FLAT_TILES:
+        blocks = min([blocks, *_square(shape, budget_bytes)], key=lambda one: visible_tiles(shape, one))
     return blocks
 
 
-def tile_count(shape: Shape, blocks: Blocks) -> int:
-    """How many tiles there are, those that a mask hides included."""
-    axes = ((shape.batch, blocks.batches), (shape.kv_heads, blocks.kv_heads), (shape.seq, blocks.rows))
-    return math.prod(-(-whole // part) for whole, part in (*axes, (shape.kv_seq, blocks.keys)))
+def _square(shape: Shape, budget_bytes: int) -> Iterator[Blocks]:
+    """Tiles of one key head, of any number of rows by doubling and as many keys as fit."""
+    rows = min(shape.seq, SMALLEST_ROWS)
+    while True:
+        for sums in (False, True) if shape.training else (False,):
+            blocks = Blocks(batches=1, kv_heads=1, rows=rows, keys=shape.kv_seq, sums_queries=sums)
+            sizes = range(SMALLEST_KEYS, shape.kv_seq + SMALLEST_KEYS, SMALLEST_KEYS)
+
+            def exceeds(keys: int, blocks: Blocks = blocks) -> bool:
+                return tile_bytes(shape, structs.replace(blocks, keys=min(keys, shape.kv_seq))) > budget_bytes
+
+            if fitting := bisect_left(sizes, True, key=exceeds):
+                yield structs.replace(blocks, keys=min(sizes[fitting - 1], shape.kv_seq))
+        if rows == shape.seq:
+            return
+        rows = min(2 * rows, shape.seq)
+
+
+def visible_tiles(shape: Shape, blocks: Blocks) -> int:
+    """About how many tiles are computed: those that a mask hides are left out, a second pass for dQ counts."""
+    mask = Mask(causal=shape.causal, window=shape.window)
+    runs = range(mask.blind_rows(shape.seq, shape.kv_seq) // blocks.rows, -(-shape.seq // blocks.rows))
+    step = -(-len(runs) // SAMPLED_ROWS)
+    sample = runs[(step - 1) // 2 :: step]
+    seen = 0
+    for run in sample:
+        rows = range(run * blocks.rows, min((run + 1) * blocks.rows, shape.seq))
+        seen += -(-len(mask.visible_keys(rows, shape.seq, shape.kv_seq)) // blocks.keys)
+    passes = 2 if shape.training and not (blocks.sums_queries or blocks.keys >= shape.kv_seq) else 1
+    heads = -(-shape.batch // blocks.batches) * -(-shape.kv_heads // blocks.kv_heads)
+    return heads * passes * -(-seen * len(runs) // len(sample))
 
 
 def tile_bytes(shape: Shape, blocks: Blocks) -> int:

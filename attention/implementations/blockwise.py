@@ -80,7 +80,9 @@ class Call(Struct, frozen=True, eq=False):
 
         MLX's exp is slow on the CPU. The factor of the base 2 comes last: in the query it would round every score.
         """
-        return mx.power(2.0, exponent * LOG2E) if self.arithmetic == "exact" else mx.exp(exponent)
+        if self.arithmetic != "exact":
+            return mx.exp(exponent)
+        return mx.power(number(2.0, exponent), scaled(exponent, LOG2E))
 
     def operand(self, x: mx.array) -> mx.array:
         """An array in the type that matrices are multiplied in."""
@@ -106,8 +108,8 @@ class Call(Struct, frozen=True, eq=False):
     def scores(self, query: mx.array, transposed: mx.array) -> mx.array:
         """The product of a query and transposed keys, times the factor."""
         of_query, of_product = self.factors
-        product = self.product(query * of_query, transposed)
-        return product if of_product == 1.0 else product * of_product
+        product = self.product(scaled(query, of_query), transposed)
+        return product if of_product == 1.0 else scaled(product, of_product)
 
 
 def arithmetic_of(dtype: mx.Dtype, backend: Backend) -> Arithmetic:
@@ -259,10 +261,10 @@ def _row_block(
     lengths = q.shape[2], k.shape[2]
     shift = row_shift(call, heads, rows, lengths)
     for keys in key_blocks(call, rows, *lengths):
-        of_key, of_value = _cut_keys(k, heads, keys), [] if v is None else _cut_keys(v, heads, keys)
-        query, *sides = chain.after(heads.rows(q, rows), *of_key, *of_value)
-        key = _side(k, sides[: len(of_key)], query)
-        value = None if v is None else _side(v, sides[len(of_key) :], query)
+        whole, *sides = chain.whole(q, *_arrays(k), *([] if v is None else _arrays(v)))
+        query, cuts = heads.rows(whole, rows), [heads.keys(side, keys) for side in sides]
+        key = _side(k, cuts[: len(_arrays(k))], query)
+        value = None if v is None else _side(v, cuts[len(_arrays(k)) :], query)
         product = _product(call.of_sums(query), key, call)
         scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
         if state is None and sinks is not None:
@@ -274,13 +276,13 @@ def _row_block(
 
 def _product(query: mx.array, key: KeyOrValue, call: Call) -> mx.array:
     if isinstance(key, Packed):
-        return key.multiplied(query * call.factor, True)
+        return key.multiplied(scaled(query, call.factor), True)
     return call.scores(query, call.transposed(call.of_sums(key)))
 
 
-def _cut_keys(x: KeyOrValue, heads: Heads, keys: range) -> list[mx.array]:
-    """A tile's keys or values, as the arrays that they are made of."""
-    return [heads.keys(array, keys) for array in (x.arrays if isinstance(x, Packed) else (x,))]
+def _arrays(x: KeyOrValue) -> list[mx.array]:
+    """The arrays that keys or values are made of."""
+    return list(x.arrays) if isinstance(x, Packed) else [x]
 
 
 def _side(x: KeyOrValue, arrays: list[mx.array], query: mx.array) -> KeyOrValue:
@@ -301,14 +303,18 @@ def _sunk(sinks: mx.array, scores: mx.array, width: int | None) -> Online:
 def _finished(state: Online) -> mx.array:
     """The output of a block of rows."""
     assert state.output is not None
-    return state.output / mx.where(state.total == 0, 1.0, state.total)
+    return state.output / _without_zeros(state.total)
 
 
 def _kept(state: Online) -> mx.array:
     """The statistics of a block of rows."""
-    blind = state.total == 0
-    top = mx.where(blind, mx.inf, state.top)
-    return mx.concatenate([top, mx.log(mx.where(blind, 1.0, state.total))], axis=-1)
+    top = mx.where(state.total == number(0.0, state.total), number(mx.inf, state.top), state.top)
+    return mx.concatenate([top, mx.log(_without_zeros(state.total))], axis=-1)
+
+
+def _without_zeros(total: mx.array) -> mx.array:
+    """Sums of weights; 1 for rows that see nothing."""
+    return mx.where(total == number(0.0, total), number(1.0, total), total)
 
 
 def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue | None, call: Call) -> Online:
@@ -318,7 +324,7 @@ def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue | None, ca
     if state is not None:
         top = mx.maximum(top, state.top)
     # The maximum of a row that has seen nothing yet is -inf: any other stand-in could lie above all of its scores.
-    finite = mx.where(top == -mx.inf, 0.0, top)
+    finite = mx.where(top == number(-mx.inf, top), number(0.0, top), top)
     weights = call.exp(scores - finite)
     total = weights.sum(axis=-1, keepdims=True)
     output = None if value is None else _weighted(weights, value, call)
@@ -362,7 +368,7 @@ def tile_scores(
     if call.softcap is None:
         return _masked(product, call, heads, rows, keys, lengths, shift), None
     capped = mx.tanh(product)
-    return _masked(capped * call.softcap, call, heads, rows, keys, lengths, shift), capped
+    return _masked(scaled(capped, call.softcap), call, heads, rows, keys, lengths, shift), capped
 
 
 def row_shift(call: Call, heads: Heads, rows: range, lengths: tuple[int, int]) -> mx.array | None:
@@ -406,6 +412,19 @@ def _mask_tile(call: Call, heads: Heads, rows: range, keys: range, lengths: tupl
         return tile
     given = masks.part(masks.as_4d(call.mask.array), cut(heads.batches), heads.heads, cut(rows), cut(keys))
     return masks.combine(tile, given)
+
+
+def number(value: float, like: mx.array) -> mx.array:
+    """A number in an array's type, of one axis.
+
+    mx.compile merges equal numbers that have none, and all that is made of them: in time quadratic in their uses.
+    """
+    return mx.array([value], like.dtype)
+
+
+def scaled(x: mx.array, factor: float) -> mx.array:
+    """An array times a number, in its type."""
+    return x * number(factor, x)
 
 
 def cut(run: range) -> slice:

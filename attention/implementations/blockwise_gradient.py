@@ -22,7 +22,9 @@ from attention.implementations.blockwise import (
     cut,
     head_groups,
     key_blocks,
+    number,
     row_shift,
+    scaled,
     tile_scores,
 )
 from attention.implementations.chain import Chain
@@ -155,7 +157,7 @@ def _key_block(
                 chain.links.append(share)
     if of_keys:
         place = (cut(heads.batches), cut(heads.kv_heads), cut(keys))
-        d_key = sums.d_key.write(place, of_keys[0] * call.scale, tiles)
+        d_key = sums.d_key.write(place, scaled(of_keys[0], call.scale), tiles)
         chain.links = [d_key, sums.d_value.write(place, of_keys[1], tiles), *(shares or {}).values()]
 
 
@@ -176,7 +178,7 @@ def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: Chain
 
 
 def _write_d_query(sums: Sums, total: mx.array, call: Call, heads: Heads, rows: range, tiles: int) -> mx.array:
-    return sums.d_query.write(heads.place(rows), heads.split(total * call.scale, len(rows)), tiles)
+    return sums.d_query.write(heads.place(rows), heads.split(scaled(total, call.scale), len(rows)), tiles)
 
 
 def _row_side(saved: Saved, call: Call, heads: Heads, rows: range, chain: Chain) -> RowSide:
@@ -191,9 +193,8 @@ def _of_rows(
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """The query, the cotangent, the statistics and delta of some rows, which `of` cuts out."""
     given = [] if saved.of_statistics is None else [saved.of_statistics]
-    query, cotangent, output, statistics, *more = chain.after(
-        *(of(x) for x in (saved.q, saved.cotangent, saved.output, saved.statistics, *given))
-    )
+    wholes = chain.whole(saved.q, saved.cotangent, saved.output, saved.statistics, *given)
+    query, cotangent, output, statistics, *more = (of(x) for x in wholes)
     delta = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
     # Weights depend on the maximum and the logarithm by their sum alone: either's gradient is the logsumexp's.
     return query, cotangent, statistics, delta - more[0][..., 1:] if more else delta
@@ -201,7 +202,7 @@ def _of_rows(
 
 def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: Chain) -> KeySide:
     """Likewise of some keys."""
-    key, value = chain.after(*(heads.keys(x, keys) for x in (saved.k, saved.v)))
+    key, value = (heads.keys(x, keys) for x in chain.whole(saved.k, saved.v))
     transposed = call.transposed(call.of_sums(key)), call.transposed(call.operand(value))
     return KeySide(keys, call.operand(key), *transposed)
 
@@ -213,7 +214,8 @@ def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -
     weights = _weights(scores.astype(mx.float32), row.statistics, call)
     d_scores = weights * (call.product(row.cotangent, side.value_t).astype(mx.float32) - row.delta)
     if capped is not None:
-        d_scores = d_scores * (1.0 - mx.square(capped.astype(mx.float32)))
+        capped = capped.astype(mx.float32)
+        d_scores = d_scores * (number(1.0, capped) - mx.square(capped))
     return weights.astype(row.query.dtype), d_scores.astype(row.query.dtype)
 
 
@@ -223,7 +225,7 @@ def _weights(scores: mx.array, statistics: mx.array, call: Call) -> mx.array:
     A score that is computed again, in a tile of another shape, may come out above the maximum: at 1e9 by 64. It is
     the second argument of the minimum that gets the gradient where both are equal.
     """
-    return call.exp(mx.minimum(0.0, scores - statistics[..., :1]) - statistics[..., 1:])
+    return call.exp(mx.minimum(number(0.0, scores), scores - statistics[..., :1]) - statistics[..., 1:])
 
 
 def _placed(share: mx.array, seen: range, keys: range) -> mx.array:

@@ -25,28 +25,42 @@ class Chain:
         """Starts a chain; its first tile waits for the arrays of `earlier`."""
         self.links = list(earlier)
         """What the next tile waits for."""
-        self._zero = mx.array(0.0)
         self._anchors: list[mx.array] = []
+        self._latest: dict[int, tuple[mx.array, mx.array]] = {}
 
     def after(self, *arrays: mx.array) -> list[mx.array]:
-        """Returns the arrays, not to be read before the links are computed."""
+        """Return the arrays, not to be read before the links are computed."""
         return self._anchored(arrays, self.links) if self.links else list(arrays)
+
+    def whole(self, *arrays: mx.array) -> list[mx.array]:
+        """Return the same for arrays that every tile is cut from; each time it goes on from the last time's result.
+
+        An array that thousands of nodes read makes mx.compile slow: it compares these, and moves them in lists.
+        """
+        latest = self.after(*(self._latest.get(id(array), (array, array))[1] for array in arrays))
+        self._latest.update({id(array): (array, late) for array, late in zip(arrays, latest, strict=True)})
+        return latest
 
     def anchor(self, array: mx.array) -> mx.array:
         """Returns the array, as a node at which a recursive walk stops."""
-        return self._anchored([array], [self._zero])[0]
+        return self._anchored([array], [_anchor()])[0]
 
     def results(self, *arrays: mx.array) -> list[mx.array]:
         """Returns what the tiles computed, by a node that leads a recursive walk to the first tile first."""
         if not self._anchors:
             return list(arrays)
-        (last,) = ordered([self._zero], self._anchors)
-        return ordered([last, *arrays], [self._zero])[1:]
+        (last,) = ordered([_anchor()], self._anchors)
+        return ordered([last, *arrays], [_anchor()])[1:]
 
     def _anchored(self, arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
-        *after, anchor = ordered([*arrays, self._zero], links)
+        *after, anchor = ordered([*arrays, _anchor()], links)
         self._anchors.append(anchor)
         return after
+
+
+def _anchor() -> mx.array:
+    """An array that nothing else uses, of one axis: mx.compile would merge those of none, which takes long."""
+    return mx.array([0.0])
 
 
 @mx.custom_function

@@ -120,8 +120,8 @@ def mask_gradient(
             keys = call.mask.visible_keys(rows, *lengths)
             if not keys:
                 continue
-            sides = (heads.rows(x, rows) for x in (q, out, cotangent))
-            cuts = chain.after(*sides, heads.keys(k, keys), heads.keys(v, keys))
+            *sides, key, value = chain.whole(q, out, cotangent, k, v)
+            cuts = *(heads.rows(x, rows) for x in sides), heads.keys(key, keys), heads.keys(value, keys)
             query, output, upstream, key, value = (x.astype(mx.float32) for x in cuts)
             product = call.scores(query, call.transposed(key))
             shift = row_shift(call, heads, rows, lengths)

@@ -181,6 +181,7 @@ def shape_of(workload: Workload) -> Shape:
         head_dim=workload.head_dim,
         value_dim=workload.value_dim,
         score_bytes=4 * (TRAINING_ARRAYS if training else FORWARD_ARRAYS),
+        causal=workload.causal,
         window=workload.window,
         training=training,
     )

@@ -16,6 +16,7 @@ from attention.implementations.practical_choice import (
     surely,
 )
 from attention.implementations.slice_size import slices_bytes
+from attention.implementations.waiting import AT_ONCE
 from attention.route import PLAIN
 from attention.workload import Workload
 
@@ -30,26 +31,26 @@ class Fact(Struct, frozen=True):
 
 def facts(practical: Practical, workload: Workload, device: Device) -> Iterator[Fact]:
     """What is chosen for a workload on a device, one thing after the other."""
-    choice = practical.choice(workload, device)
-    yield Fact("budget", mib(practical.budget(device)), _why_budget(practical, device))
+    choice, budget = practical.choice(workload, device), practical.budget(device)
+    yield Fact("budget", mib(budget), _why_budget(practical, device))
     forward, training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
     yield Fact("unfused", mib(surely(forward, device.backend)), "what scores and all beside them may take, forward")
     yield Fact("", mib(surely(training, device.backend)), "and in training: what is chosen has to hold for both")
     yield Fact("way", choice.way, choice.reason)
     if choice.cuts_forward:
-        yield from _of_parts(choice, workload, device)
+        yield from _of_parts(choice, workload, device, budget)
     elif choice.way not in ("fused", "whole"):
         yield Fact("behind", "", "what is cut is the backward pass alone")
-        yield from _of_parts(choice, training, device)
+        yield from _of_parts(choice, training, device, budget)
 
 
-def _of_parts(choice: Choice, workload: Workload, device: Device) -> Iterator[Fact]:
+def _of_parts(choice: Choice, workload: Workload, device: Device, budget: int) -> Iterator[Fact]:
     is_training = workload.pass_ == "training"
     slices = choice.backward_slices if is_training else choice.slices
     if slices is not None:
         yield from _of_slices(slices, choice, workload, device)
     else:
-        yield from _of_tiles(choice.backward if is_training else choice.blocks, workload, device)
+        yield from _of_tiles(choice.backward if is_training else choice.blocks, workload, device, budget)
 
 
 def _of_slices(slices: Blocks, choice: Choice, workload: Workload, device: Device) -> Iterator[Fact]:
@@ -61,10 +62,12 @@ def _of_slices(slices: Blocks, choice: Choice, workload: Workload, device: Devic
     yield _skipped(slices, workload)
 
 
-def _of_tiles(blocks: Blocks, workload: Workload, device: Device) -> Iterator[Fact]:
+def _of_tiles(blocks: Blocks, workload: Workload, device: Device, budget: int) -> Iterator[Fact]:
     shape, limit = shape_of(workload), comfort(device.backend)
     size = tile_bytes(shape, blocks)
-    if limit is None:
+    if AT_ONCE[device.backend] * size > budget:
+        room = "more than the budget: tiles within it would be too many for a graph"
+    elif limit is None:
         room = "as large as the budget lets it be"
     elif size > limit:
         room = f"one key head's; more than {mib(limit)} would gain nothing, for the caches' sake"

@@ -7,7 +7,7 @@ from typing import Final
 from msgspec import Struct, structs
 
 from attention.device import Backend
-from attention.implementations.blocks import MIB, Blocks
+from attention.implementations.blocks import MIB, Blocks, is_affordable, raised
 from attention.implementations.mlx_sdpa import fused_bytes, spreads_mask, why_unfused
 from attention.implementations.unfused import whole_bytes
 from attention.implementations.waiting import AT_ONCE
@@ -64,8 +64,18 @@ def slice_size(
     """The fewest slices of which as many fit a budget as may be in memory at once; None if none of any size does.
 
     Of as few, those with most rows: what is summed over rows is then written more seldom. Slices of a handful of rows
-    are taken only where no others fit: matrix products do not like them.
+    are taken only where no others fit: matrix products do not like them. A budget that would give too many for a graph
+    is exceeded by as little as helps.
     """
+    size = _fitting(workload, backend, needs, budget, handed)
+    while size is not None and not is_affordable(_count(size, workload), budget):
+        budget = raised(budget)
+        size = _fitting(workload, backend, needs, budget, handed)
+    return size
+
+
+def _fitting(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed) -> Blocks | None:
+    """The fewest slices for a budget."""
     most = _rows_at_first(workload, backend, needs)
     sizes = []
     for heads in _heads_together(workload):

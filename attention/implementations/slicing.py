@@ -71,7 +71,8 @@ def forward(q: mx.array, k: mx.array, v: mx.array, call: Slices) -> mx.array:
     output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
     for heads in head_groups(q, k, call.blocks):
         for each in slices_of(heads, q.shape[2], k.shape[2], call):
-            part = _attend(call, each, chain)(*chain.after(each.of_queries(q), each.of_keys(k), each.of_keys(v)))
+            query, key, value = chain.whole(q, k, v)
+            part = _attend(call, each, chain)(each.of_queries(query), each.of_keys(key), each.of_keys(value))
             chain.links = call.turns.next([output.write(heads.place(each.rows), part, FORWARD_NODES)])
     return chain.results(output.array)[0]
 
@@ -86,8 +87,11 @@ def gradients(
         sums = _sums(heads, k, v, chain)
         slices = list(slices_of(heads, q.shape[2], k.shape[2], call))
         for each in slices:
-            cuts = each.of_queries(q), each.of_keys(k), each.of_keys(v), each.of_queries(cotangent)
-            *primals, of_output = chain.after(*cuts)
+            query, key, value, upstream = chain.whole(q, k, v, cotangent)
+            primals, of_output = (
+                [each.of_queries(query), each.of_keys(key), each.of_keys(value)],
+                each.of_queries(upstream),
+            )
             _, (of_query, *of_keys) = mx.vjp(_attend(call, each, chain), primals, [of_output])
             seen = slice(None), slice(None), cut(each.keys)
             parts = [one.add(seen, part, BACKWARD_NODES) for one, part in zip(sums, of_keys, strict=True)]

@@ -14,7 +14,7 @@ from msgspec import structs
 from attention import watching
 from attention.device import Backend
 from attention.implementations.asked import asked_for
-from attention.implementations.blocks import MIB, Blocks, tile_bytes
+from attention.implementations.blocks import MAX_TINY_TILES, MIB, Blocks, is_affordable, tile_bytes, visible_tiles
 from attention.implementations.mlx_sdpa import fused_bytes
 from attention.implementations.practical import Practical
 from attention.implementations.practical_choice import (
@@ -57,9 +57,26 @@ def test_slices_fit_the_budget_wherever_any_slice_can(workload: Workload, mebiby
         smallest = Blocks(batches=1, kv_heads=1, rows=1, keys=workload.kv_seq)
         assert slices_bytes(workload, smallest, backend, PLAIN) > mebibytes * MIB
         return
-    assert slices_bytes(workload, size, backend, PLAIN) <= mebibytes * MIB
+    count = -(-workload.batch // size.batches) * -(-workload.kv_heads // size.kv_heads) * -(-workload.seq // size.rows)
+    taken = slices_bytes(workload, size, backend, PLAIN)
+    assert is_affordable(count, max(taken, mebibytes * MIB))
+    assert taken <= mebibytes * MIB or count * 4 > MAX_TINY_TILES  # fewer than these are as small as the budget
     assert 1 <= size.rows <= workload.seq
     assert size.rows % 128 == 0 or size.rows < 128 or size.rows == workload.seq
+
+
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+@pytest.mark.parametrize("budget", [1 << 12, 1 << 16, 1 << 20])
+def test_a_tiny_budget_gives_no_more_parts_than_a_graph_may_have(
+    budget: int, pass_: Literal["forward", "training"]
+) -> None:
+    workload = Workload(batch=32, seq=1024, heads=32, head_dim=64, mask="causal", pass_=pass_)
+    made = choice(workload, "cuda", PLAIN, budget)
+    tile = made.backward if pass_ == "training" else made.blocks
+    assert visible_tiles(shape_of(workload), tile) <= 4096
+    for size in (made.slices, made.backward_slices):
+        parts = size and -(-32 // size.batches) * -(-32 // size.kv_heads) * -(-1024 // size.rows)
+        assert not parts or parts <= 4096
 
 
 def asked(workload: Workload, mebibytes: int, needs: Needs = PLAIN) -> Choice:
@@ -90,7 +107,7 @@ def test_where_no_slice_fits_blocks_are_taken() -> None:
     assert made.reason.endswith("the budget is 64 MiB, and no slice of a backward pass fits it")
     training = structs.replace(LONG, pass_="training")
     assert Practical(64 * MIB).route(LONG, GPU).path == "slices 384 x 16384"
-    assert Practical(64 * MIB).route(training, GPU).path == "blocks 128 x 512"
+    assert Practical(64 * MIB).route(training, GPU).path == "blocks 512 x 1024"
     assert choice(LONG, "cuda", PLAIN, 10_000).way == "blocks"
 
 

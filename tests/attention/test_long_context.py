@@ -1,0 +1,107 @@
+"""Graphs of long contexts: bounded in their depth, their nodes and the time that transforms take on them."""
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from attention import attention
+from attention.device import probe
+from attention.implementations.blocks import MIB, visible_tiles
+from attention.implementations.practical import Practical
+from attention.implementations.practical_choice import shape_of
+from attention.workload import Workload
+
+LONG = 262_144
+SMALL_STACK = 512 * 1024
+"""A graph as deep as its tiles are many overflows it, which ends the process."""
+Arrays = mx.array | tuple[mx.array, ...]
+
+
+def on_a_small_stack(function: Callable[[], float]) -> float:
+    """Calls a function in a thread with a small stack."""
+    results: list[float] = []
+
+    def run() -> None:
+        mx.set_default_device(mx.cpu)
+        results.append(function())
+
+    before = threading.stack_size(SMALL_STACK)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
+    return results[0]
+
+
+def seconds_to_trace(seq: int, practical: Practical, mode: str) -> float:
+    """Processor time to trace a causal call of one head, and what `mode` says; nothing is evaluated."""
+
+    def attend(*x: mx.array) -> mx.array:
+        return attention(*x, mask="causal", implementation=practical)
+
+    gradient = mx.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2))
+    function: Callable[..., Arrays] = gradient if "gradient" in mode else attend
+    if "compile" in mode:
+        function = mx.compile(function)
+
+    def trace() -> float:
+        q, k, v = (mx.zeros((1, 1, seq, 8)) for _ in range(3))
+        started = time.thread_time()
+        function(q, k, v)
+        return time.thread_time() - started
+
+    return on_a_small_stack(trace)
+
+
+def tiles(seq: int, practical: Practical, **size: int) -> dict[str, int]:
+    """How many tiles a causal call takes in each pass."""
+    forward, training = (
+        Workload(**{"heads": 1, "head_dim": 8, **size}, seq=seq, dtype="float32", mask="causal", pass_=pass_)  # type: ignore[arg-type]
+        for pass_ in ("forward", "training")
+    )
+    made = practical.choice(forward, probe())
+    return {
+        "forward": visible_tiles(shape_of(forward), made.blocks),
+        "gradient": visible_tiles(shape_of(training), made.backward),
+    }
+
+
+@pytest.mark.parametrize("budget", [1 << 12, 1 << 16, 1 << 20, 16 * MIB, 256 * MIB])
+def test_a_graph_has_few_thousand_tiles_whatever_the_budget(budget: int) -> None:
+    assert max(tiles(32_768, Practical(budget), heads=8, head_dim=128).values()) <= 6000
+    assert max(tiles(LONG, Practical(budget), head_dim=128).values()) <= 8192
+
+
+def test_a_quarter_of_a_million_tokens_can_be_traced() -> None:
+    seconds_to_trace(LONG, Practical(256 * MIB), "forward")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["gradient", "compile", "compile gradient"])
+def test_a_quarter_of_a_million_tokens_can_be_transformed(mode: str) -> None:
+    assert seconds_to_trace(LONG, Practical(256 * MIB), mode) < 120  # of processor time; a minute would be long
+
+
+@pytest.mark.parametrize("mode", ["forward", "gradient"])
+def test_no_array_is_read_by_as_many_nodes_as_there_are_tiles(mode: str, tmp_path: Path) -> None:
+    # mx.compile compares the readers of an array with each other, and moves them in lists: quadratic in their number
+    practical = Practical(2 * MIB)
+    assert tiles(2048, practical)[mode] > 90
+
+    def attend(*x: mx.array) -> mx.array:
+        return attention(*x, mask="causal", softcap=5.0, implementation=practical).sum()
+
+    x = tuple(mx.zeros((1, 1, 2048, 8)) for _ in range(3))
+    out = attend(*x) if mode == "forward" else mx.grad(attend, argnums=(0, 1, 2))(*x)
+    mx.export_to_dot(str(graph := tmp_path / "graph.dot"), out)
+    readers = Counter(re.findall(r"^\"(\w+)\" -> ", graph.read_text(), re.MULTILINE))
+    assert len(readers) > 5000
+    assert max(readers.values()) < 64
