@@ -1,12 +1,12 @@
-// Flash attention, backward, on Hopper: one warpgroup copies, two compute, in the layout of backward_narrow.cuh or
-// backward_wide.cuh, where the figures are. A block works through the tiles of keys that `schedule` gives it: dK and dV of a
-// tile stay in registers, while queries, cotangents and the rows' numbers go by; dQ is added up in device memory in
-// float32, in no fixed order: an input that backward_rows.cu has cleared, and backward_finish.cu rounds.
+// FlashAttention backward kernel for Hopper: one producer warpgroup, two consumers. The consumer layouts are in
+// backward_narrow.cuh and backward_wide.cuh, with figures. A block processes the key tiles that `schedule` assigns to it.
+// dK and dV of a tile stay in registers while Q, dO and the row statistics are streamed. dQ is accumulated in float32 in
+// device memory with atomics, in no fixed order; backward_rows.cu zeroes the accumulator, backward_finish.cu rounds it.
 
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
-// This block's tiles of keys: its column of the table (rounds x blocks) that the host made.
+// Key tiles of this block: its column of the host's schedule table (rounds x blocks).
 struct Schedule {
   const int* entry;
   int key_tiles, plane = 0, key = 0;
@@ -21,12 +21,12 @@ struct Schedule {
   }
 };
 
-// The arrays that the copy engine reads.
+// Tensor maps of the arrays loaded by TMA.
 struct Maps {
   const TensorMap &query, &key, &value, &cotangent;
 };
 
-// The producer: one thread.
+// The producer, a single thread.
 DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile, const Maps& maps, const float* rows) {
   const int key_heads = problem.heads / problem.heads_per_key;
   Ring ring;

@@ -1,19 +1,19 @@
-// dQ as it is handed out: times the scale, rounded, its rows and columns in their order. A thread takes 8 columns of the
-// rows r and r + 8, which four neighbouring threads of backward.cu have added up, 16 bytes each. `order` is an output of
-// backward.cu, so that this kernel comes after it.
+// Last kernel of the Hopper backward pass: scales and rounds the float32 accumulator to dQ and restores row-major order.
+// A thread converts 8 columns of rows r and r + 8, accumulated by four neighbouring threads of backward.cu in 16-byte
+// units. `order` is an output of backward.cu and only creates the dependency on it.
 
 constexpr int THREADS = 256, BLOCK_Q = 64;
-constexpr int UNITS = HEAD_DIM / 8, WARPS = BLOCK_Q / 16;  // of a tile: 8 columns wide; of a warpgroup: 16 rows high each
-constexpr int OWN_UNITS = UNITS / 2;                       // each of the two consumers has half of the columns
+constexpr int UNITS = HEAD_DIM / 8, WARPS = BLOCK_Q / 16;  // units of 8 columns per tile; warps of 16 rows
+constexpr int OWN_UNITS = UNITS / 2;                       // each of the two consumers owns half of the columns
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL_NAME(const float4* query_gradient, const void* order, uint4* output, int threads, int tiles, int queries,
                 int columns, int scale_bits) {
-  const int index = (gridDim.x - 1 - blockIdx.x) * THREADS + threadIdx.x;  // what came last may still be in the L2 cache
+  const int index = (gridDim.x - 1 - blockIdx.x) * THREADS + threadIdx.x;  // reverse order: the last writes may still be in L2
   const int unit = index % UNITS, row = index / UNITS % 8, warp = index / UNITS / 8 % WARPS;
   const int tile = index / UNITS / 8 / WARPS;
   if (index >= threads || unit * 8 >= columns) return;
-  // With 192 columns the consumers share the chunk in the middle, which each of them holds last.
+  // With 192 columns the consumers share the middle chunk, which is the last one of each.
   const int consumer = HEAD_DIM == 192 ? (unit + 4) / 16 : unit / OWN_UNITS;
   const int own_unit = HEAD_DIM != 192 ? unit % OWN_UNITS : unit < 12 ? unit : unit < 16 ? unit - 4 : unit - 16;
   const float4* own = query_gradient + static_cast<u64>(tile) * (BLOCK_Q * HEAD_DIM / 4) +

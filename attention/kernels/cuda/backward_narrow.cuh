@@ -1,4 +1,4 @@
-// Up to 128 columns: each consumer has 64 of the tile's 128 keys, and keeps their dK and dV in registers.
+// Backward consumers for head dims up to 128: each owns 64 of the tile's 128 keys and keeps their dK and dV in registers.
 //
 //                    queries: 64 at a time, of every head that shares the key head
 //                  +------+------+------+--
@@ -7,20 +7,20 @@
 //                  +------+------+------+--
 //                     |  dS through shared memory
 //                     v
-//                    dQ += dS K     wg 0 makes the left half of the columns, wg 1 the right half
+//                    dQ += dS K     wg 0 computes the left half of the columns, wg 1 the right half
 //
-// P^T and dS^T are left operands in the very registers where they were made. dQ of a tile of queries is made a step late,
-// so that the consumers need not keep in step: while one of them does exponentials, the other's products run. A step:
+// P^T and dS^T are left operands directly from their accumulator registers. dQ of a query tile is computed one step late,
+// so that the consumers need not run in lockstep: one computes exponentials while the other's wgmmas run. A step:
 //
 //   tensor cores   [ dP(n) ][ dV(n)  ][ dK(n)  ][ dQ(n-1) ][ S(n+1)                          ]
 //   other units    [ P(n)  ][ dS(n)  ]                     [ dQ(n-1) to device memory        ]
 //
-// A buffer of dS is written again three tiles later. By then both have done with it: one that has dS(n-1) of both, for which
-// it waits before it writes dS(n), knows that the other has come to the end of its step n-2, which was dQ(n-3).
+// A dS buffer is reused three tiles later, when both consumers have finished reading it: a consumer waits for dS(n-1) of
+// both before it writes dS(n), and the other consumer has then completed its step n-2, which read dS(n-3).
 
 constexpr bool HELD = HEAD_DIM == 64;      // K and V stay in registers, as left operands
-constexpr bool LATE = HELD && !SOFTCAP;    // dV(n) is started after dS(n)
-constexpr bool AHEAD = HELD || !SOFTCAP;   // there are registers for the next tile's logsumexps
+constexpr bool LATE = HELD && !SOFTCAP;    // dV(n) is issued after dS(n)
+constexpr bool AHEAD = HELD || !SOFTCAP;   // registers suffice to prefetch the exponents of the next tile
 using QueryGradient = float[QUERY_GRADIENTS];
 using KeyOperand = u32[HEAD_DIM / 16][4];  // 64 rows of K or V as a left operand
 
@@ -57,7 +57,7 @@ DEVICE void start_gradient(Output& gradient, const Operand& left, u32 right) {
   wgmma_commit();
 }
 
-// dQ = dS K, over all the tile's keys: dS lies as [keys][queries], so it is read transposed.
+// dQ = dS K, over all keys of the tile; dS is stored as [keys][queries] and read transposed.
 DEVICE void start_query_gradient(QueryGradient& gradient, u32 score_gradient, u32 key, int consumer) {
   constexpr int HALF_BYTES = HEAD_DIM == 64 ? 64 : HEAD_DIM / 128 * KeyTile::CHUNK_BYTES;
   const u64 left_tile = matrix_descriptor(score_gradient, 0);
@@ -79,7 +79,7 @@ struct Consumer {
   RowNumbers logsumexps;
   Output key_gradient, value_gradient;
   KeyOperand held_key, held_value;
-  float* last_sums = nullptr;  // where dQ of the last tile of queries is added up
+  float* last_sums = nullptr;  // accumulator of dQ of the previous query tile
 
   DEVICE Consumer(const Memory& memory, int index) : memory(memory), index(index) {}
 
@@ -89,15 +89,15 @@ struct Consumer {
     await_phase(memory.full(ring.stage), ring.parity);
     if constexpr (HELD) start_scores(scores, held_key, memory.query(ring.stage));
     else start_scores(scores, memory.key() + own_rows(), memory.query(ring.stage));
-    // before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it
+    // before dQ is added in device memory: later loads and stores queue after those atomics
     if constexpr (AHEAD) load_rows(logsumexps, memory.rows(ring.stage));
   }
-  // Ends a step: the assembler lets no accumulators be read whose products were started before the loop came round.
+  // Ends a step. ptxas does not permit reading accumulators of wgmmas issued before the loop's back edge.
   DEVICE void finish_scores() {
     wgmma_wait<0>();
     settle(scores);
   }
-  // dQ of the last tile of queries, once all of its dS is there; and to device memory with it.
+  // Computes dQ of the previous query tile, once all of its dS is available, and adds it in device memory.
   DEVICE void start_last_query_gradient(QueryGradient& made) {
     start_query_gradient(made, memory.buffer(last.index), memory.key(), index);
   }
@@ -106,7 +106,7 @@ struct Consumer {
     add_query_gradient(last_sums, made);
   }
 
-  // One tile of queries, whose S^T has been made: adds to dK, dV and, but for the FIRST, to dQ of the tile before, and makes
+  // Processes a query tile whose S^T is complete: accumulates dK, dV and, unless FIRST, dQ of the previous tile, and issues
   // S^T of the next tile if there are MORE.
   template <bool FIRST, bool MORE>
   DEVICE void step(const Problem& problem, int key, int tile, float* sums) {
@@ -145,7 +145,7 @@ struct Consumer {
     if constexpr (MORE) finish_scores();
   }
 
-  // All tiles of queries that a tile of keys meets, at least one; `sums` tells where dQ of the one at hand is added up.
+  // Processes all query tiles of a key tile, at least one; `sums` returns the dQ accumulator of the current query tile.
   template <typename Sums>
   DEVICE void run(const Problem& problem, int key, Walk& walk, const Sums& sums) {
     start_next_scores();

@@ -1,14 +1,14 @@
-// What the backward pass needs of each query row: its Exponents, and
+// First kernel of the Hopper backward pass. Computes the Exponents of each query row and
 //
-//   delta = sum over columns of output * cotangent   (- the logsumexp's own cotangent, with LOGSUMEXP_COTANGENT)
+//   delta = sum over columns of output * cotangent   (- the cotangent of the logsumexp, with LOGSUMEXP_COTANGENT)
 //
-// and the cleared sums of dQ. A block takes 64 rows of a plane, padded: | 64 rests of exponents | 64 deltas | 64 bases | whether
-// any base is not 0 |, so that one bulk copy brings a tile's, in the order in which backward_tiles.cuh asks for them. For rows
-// that are padding or see no key the rest is +inf, which makes their weights 0.
+// and zeroes the accumulator of dQ. A block processes 64 rows of a plane, padded, and writes | 64 exponent rests | 64 deltas |
+// 64 bases | whether any base is nonzero |, in the order of backward_tiles.cuh, so that one bulk copy loads a tile. For
+// padding and fully masked rows the rest is +inf, which makes their weights 0.
 
 constexpr int THREADS = 256, ROWS = 64;
-constexpr int NUMBERS = 3 * ROWS + 4;  // of a tile
-constexpr int LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // of a row: 8 columns each
+constexpr int NUMBERS = 3 * ROWS + 4;  // floats per tile
+constexpr int LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // lanes per row, 8 columns each
 constexpr int ROUNDS = ROWS * LANES / THREADS;
 
 DEVICE float2 unpack(u32 word) {

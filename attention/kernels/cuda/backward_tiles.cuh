@@ -1,20 +1,20 @@
-// What both layouts of the backward pass share: tiles, and the arithmetic on a warpgroup's scores, 64 keys x SPAN queries in
-// registers, where a thread holds two keys and of every 8 queries the two at 2 * (lane % 4).
+// Shared by both layouts of the Hopper backward kernel: tiles, and arithmetic on a warpgroup's scores, 64 keys x SPAN queries
+// in registers. A thread holds two keys and, of every 8 queries, the two at 2 * (lane % 4).
 
 constexpr int CONSUMERS = 2;
-constexpr int BLOCK_Q = 64;  // queries in a tile
+constexpr int BLOCK_Q = 64;  // queries per tile
 using QueryTile = Tile<BLOCK_Q>;
 using KeyTile = Tile<BLOCK_K>;
 
 struct Problem {
   int heads, heads_per_key, queries, keys, columns;
-  float scale, scale_log2;  // of the scores; the latter times log2(e), with SOFTCAP the cap times log2(e)
+  float scale, scale_log2;  // softmax scale; scale * log2(e), with SOFTCAP cap * log2(e)
   float into_cap;           // with SOFTCAP: scale / cap
   int window;
 
   DEVICE int shift() const { return keys - queries; }
   DEVICE int query_tiles() const { return (queries + BLOCK_Q - 1) / BLOCK_Q; }
-  // The tiles of queries that see any of a tile of keys are [first_tile, end_tile).
+  // Query tiles that attend to any key of a key tile: [first_tile, end_tile).
   DEVICE int first_tile(int key) const { return CAUSAL ? max(0, key - shift()) / BLOCK_Q : 0; }
   DEVICE int end_tile(int key) const {
     if (!WINDOW) return query_tiles();
@@ -23,8 +23,8 @@ struct Problem {
   }
 };
 
-// The tiles of queries that a tile of keys meets, head after head. Each tile of keys starts at another one, lest all of
-// them add to the same rows of dQ at a time.
+// Iterates over the query tiles of a key tile, head by head. Key tiles start at different query tiles, so that they do not
+// all add to the same rows of dQ at the same time.
 struct Walk {
   int plane, tile, first, start, end, left;
   DEVICE Walk(const Problem& problem, int key_plane, int key)
@@ -42,8 +42,8 @@ struct Walk {
 };
 
 using Scores = float[SPAN / 2];
-using Operand = u32[SPAN / 16][4];  // the same as a left operand
-constexpr int QUERY_GRADIENTS = HEAD_DIM * BLOCK_Q / (CONSUMERS * WARPGROUP);  // a thread's elements of a tile of dQ
+using Operand = u32[SPAN / 16][4];  // scores as a left operand
+constexpr int QUERY_GRADIENTS = HEAD_DIM * BLOCK_Q / (CONSUMERS * WARPGROUP);  // elements of a dQ tile per thread
 
 // S^T or dP^T: 64 rows of K or V against SPAN rows of Q or dO.
 DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
@@ -60,8 +60,8 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
 
 // ---- softmax and its derivative ----------------------------------------------------------------------------------
 
-// The rows' numbers: | 64 rests of exponents | 64 deltas | 64 bases | whether any base is not 0 |, each in the order in which
-// threads ask for them: first what lane % 4 = 0 needs, the queries 0, 1, 8, 9, 16, 17, ...
+// Row statistics: | 64 exponent rests | 64 deltas | 64 bases | whether any base is nonzero |. Each array is in the order of
+// the threads' loads: first the queries of lane % 4 = 0, which are 0, 1, 8, 9, 16, 17, ...
 constexpr int DELTAS = BLOCK_Q * 4, BASES = 2 * BLOCK_Q * 4, REBASE = 3 * BLOCK_Q * 4, ROWS_BYTES = REBASE + 16;
 
 DEVICE float4 load_four(u32 address) {
@@ -73,7 +73,7 @@ DEVICE float4 load_four(u32 address) {
   return x;
 }
 
-using RowNumbers = float[SPAN / 4];  // a number for each of a thread's queries
+using RowNumbers = float[SPAN / 4];  // one value per query of a thread
 
 DEVICE void load_rows(RowNumbers& numbers, u32 rows) {
   const u32 own = rows + threadIdx.x % 4 * 64;
@@ -84,10 +84,10 @@ DEVICE void load_rows(RowNumbers& numbers, u32 rows) {
   }
 }
 
-// Which of them belongs to an element of the scores.
+// Index of the row value of a score element.
 DEVICE constexpr int row_of(int element) { return element / 4 * 2 + element % 2; }
 
-// Drops the scores of keys that a query may not see, and of keys that are not there.
+// Masks the scores of keys outside the causal range or the window, and of keys beyond the end.
 DEVICE void mask_scores(Scores& scores, const Problem& problem, int first_key, int first_query) {
   const int early = first_key - problem.shift() - first_query;
   const bool whole = first_key + 64 <= problem.keys && (!CAUSAL || early + 63 <= 0) &&
@@ -110,14 +110,14 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int first_key, i
   }
 }
 
-// The scores become tanh(s / cap); the cap itself is left to the weights.
+// Replaces the scores by tanh(s / cap); the factor cap is applied with the weights.
 DEVICE void cap_scores(Scores& scores, float into_cap) {
   const float factor = 2 * 1.44269504f * into_cap;
 #pragma unroll
   for (int i = 0; i < SPAN / 2; ++i) scores[i] = 1 - 2 * reciprocal_fast(1 + exp2_fast(scores[i] * factor));
 }
 
-// Whether any row of a tile has a base; with SOFTCAP none has, since the cap is never that large (MAX_SOFTCAP in call.py).
+// Whether any row of a tile has a nonzero base; never with SOFTCAP, because the cap is bounded (MAX_SOFTCAP in call.py).
 DEVICE bool has_bases(u32 rows) {
   if constexpr (SOFTCAP) return false;
   u32 flag;
@@ -125,7 +125,7 @@ DEVICE bool has_bases(u32 rows) {
   return flag != 0;
 }
 
-// Takes the bases off the scores. `rows` are this warpgroup's numbers.
+// Subtracts the bases from the scores. `rows` are the row statistics of this warpgroup.
 DEVICE void rebase(Scores& scores, u32 rows) {
   RowNumbers bases;
   load_rows(bases, rows + BASES);
@@ -133,8 +133,7 @@ DEVICE void rebase(Scores& scores, u32 rows) {
   for (int i = 0; i < SPAN / 2; ++i) scores[i] = rebased(scores[i], bases[row_of(i)]);
 }
 
-// P^T = 2^((S^T - base) c - rest) of the query; what stays in the scores' place is what dS^T is proportional to: P^T itself or,
-// with SOFTCAP, P^T (1 - tanh^2).
+// P^T = 2^((S^T - base) c - rest). The scores are replaced by the factor of dS^T: P^T or, with SOFTCAP, P^T (1 - tanh^2).
 template <bool PACK>
 DEVICE void weigh(Scores& scores, Operand& weights, const RowNumbers& logsumexps, const Problem& problem, int first_key,
                   int first_query) {
@@ -150,7 +149,7 @@ DEVICE void weigh(Scores& scores, Operand& weights, const RowNumbers& logsumexps
   }
 }
 
-// dS^T = P^T (dP^T - delta), packed; without SOFTCAP it packs P^T, too, if that has not been done.
+// dS^T = P^T (dP^T - delta), packed; without SOFTCAP it also packs P^T if it is not packed yet.
 template <bool PACK>
 DEVICE void differentiate(const Scores& scores, const Scores& weight_gradients, Operand& weights, Operand& gradients,
                           u32 rows) {
@@ -165,7 +164,7 @@ DEVICE void differentiate(const Scores& scores, const Scores& weight_gradients, 
   }
 }
 
-// Puts a warpgroup's P^T or dS^T into its rows of a tile, from the 16-byte unit `first` on, for tensor cores to read.
+// Stores a warpgroup's P^T or dS^T to its rows of a shared tile, from the 16-byte unit `first` on, as a wgmma operand.
 DEVICE void store_operand(u32 tile, const Operand& operand, int first) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
@@ -178,8 +177,8 @@ DEVICE void store_operand(u32 tile, const Operand& operand, int first) {
   }
 }
 
-// Writes 64 keys x 2 COUNT columns of a gradient, 16 bytes a thread: lanes of a quad swap words so that each holds 8 columns
-// of a row. `destination` is the thread's row 0 and the first column; rows and columns from there on are counted.
+// Writes 64 keys x 2 COUNT columns of a gradient, 16 bytes per thread: lanes of a quad exchange words so that each holds 8
+// columns of a row. `destination` is the thread's row 0 and first column; row and column limits count from there.
 template <int COUNT>
 DEVICE void store_gradient(char* destination, const float (&gradient)[COUNT], float factor, int rows_left, int columns_left,
                            int row_bytes) {
@@ -204,7 +203,7 @@ DEVICE void store_gradient(char* destination, const float (&gradient)[COUNT], fl
 
 // ---- dQ ----------------------------------------------------------------------------------------------------------
 
-// A thread's elements of dQ from I on, four a step: a warp's lie together, 512 bytes a step.
+// Adds a thread's elements of dQ from I on, four per step; those of a warp are contiguous, 512 bytes per step.
 template <int I, int COUNT>
 DEVICE void add_to_device(float* destination, const float (&gradient)[COUNT]) {
   asm volatile("red.global.add.v4.f32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(destination), "n"(I * 128), "f"(gradient[I]),
@@ -213,7 +212,7 @@ DEVICE void add_to_device(float* destination, const float (&gradient)[COUNT]) {
   if constexpr (I + 4 < COUNT) add_to_device<I + 4>(destination, gradient);
 }
 
-// Adds a warp's share of dQ in the order in which its threads hold it: backward_finish.cu sorts it.
+// Adds a warp's share of dQ in register order; backward_finish.cu restores row-major order.
 template <int COUNT>
 DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT]) {
   add_to_device<0>(destination + threadIdx.x % 32 * 4, gradient);
@@ -221,7 +220,7 @@ DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
-// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: rows' numbers |
+// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: row statistics |
 struct Memory {
   static constexpr int BUFFER_BYTES = BLOCK_K * BLOCK_Q * 2;
   u32 base;
@@ -238,7 +237,7 @@ struct Memory {
   DEVICE u32 rows(int stage) const { return buffer(BUFFERS) + stage * ROWS_BYTES; }
 };
 
-// A place in the ring of buffers.
+// A position in the ring of buffers.
 struct BufferRing {
   int index = 0;
   u32 parity = 0;
@@ -247,7 +246,7 @@ struct BufferRing {
   }
 };
 
-// barrier_wait with the compiler's own loop: what is worked out before it is not kept in registers until after it.
+// barrier_wait as a C++ loop: values computed before it are then not kept in registers across it.
 DEVICE void await_phase(u32 barrier, u32 parity) {
   while (!barrier_try_wait(barrier, parity)) {
   }
@@ -256,16 +255,16 @@ DEVICE void await_phase(u32 barrier, u32 parity) {
 constexpr int BOTH = 1;  // the named barrier of both consumers
 DEVICE void meet() { named_sync(BOTH, CONSUMERS * WARPGROUP); }
 
-// True, which the compiler is not told: a branch on it ends its block, and what the code after it works out of thread
-// numbers does not lie in registers before it. It costs nothing, since the assembler sees through it.
+// Always true, but opaque to NVRTC: a branch on it ends the basic block, so that values computed from thread indices after
+// it do not occupy registers before it. ptxas removes the branch.
 DEVICE bool always() {
   u32 one;
   asm volatile("mov.u32 %0, 1;" : "=r"(one));
   return one;
 }
 
-// Hands a buffer back that was read with ordinary loads. Every lane answers for its own: one lane's arrival after
-// __syncwarp would do as well, but racecheck does not see a __syncwarp that the assembler finds unnecessary.
+// Releases a buffer that was read with ordinary loads. Every lane arrives: one arrival after __syncwarp would suffice, but
+// racecheck does not recognise a __syncwarp that ptxas removes as unnecessary.
 constexpr int READ_ARRIVALS = CONSUMERS * WARPGROUP;
 DEVICE void release_read(u32 empty) {
   if (always()) barrier_arrive(empty);

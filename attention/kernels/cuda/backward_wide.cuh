@@ -1,18 +1,18 @@
-// More than 128 columns: dK and dV of a tile of 64 keys take the registers of both consumers, half of the columns each.
+// Backward consumers for head dims above 128: dK and dV of a tile of 64 keys are split by columns over both consumers.
 //
 //                 queries: 64 at a time, of every head that shares the key head
 //               +------+------+------+--
 //   64 keys     |wg0 wg1      |      |   S^T and dP^T: 32 queries each; P^T and dS^T through shared memory to both
 //               +------+------+------+--
 //
-//   dV += P^T dO,  dK += dS^T Q,  dQ += dS K      each consumer makes half of the columns of each
+//   dV += P^T dO,  dK += dS^T Q,  dQ += dS K      each consumer computes half of the columns of each
 //
-// A step (n counts tiles of queries). Both consumers take it together, since each needs the other's half of P^T and dS^T:
+// A step (n counts query tiles). The consumers run in lockstep, because each needs the other's half of P^T and dS^T:
 //
 //   tensor cores   [ dP(n) ]                       [ dV(n) ][ dK(n) ][ dQ(n) ][ S(n+1)                 ]
-//   other units    [ P(n)  ][ dS(n) ][ they meet ]                            [ dQ(n) to device memory ]
+//   other units    [ P(n)  ][ dS(n) ][ barrier   ]                            [ dQ(n) to device memory ]
 
-// Half of the columns: WHOLE of them in chunks of 64 of one's own and, with 192 columns, half of the chunk in the middle.
+// A consumer's half of the columns: WHOLE of them in its own chunks of 64 and, with 192 columns, half of the middle chunk.
 constexpr int WHOLE = HEAD_DIM == 192 ? 64 : 128;
 constexpr bool MIDDLE = HEAD_DIM == 192;
 struct Half {
@@ -36,7 +36,7 @@ DEVICE void settle(Half& half) {
   if constexpr (MIDDLE) settle(half.middle);
 }
 
-// dV += P^T dO, or dK += dS^T Q: this consumer's columns.
+// dV += P^T dO, or dK += dS^T Q, for this consumer's columns.
 DEVICE void start_gradient(Half& gradient, u32 left, u32 right, int consumer) {
   const u64 left_tile = matrix_descriptor(left, 0);
   const u64 whole_tile = matrix_descriptor(right + Half::whole_bytes(consumer), QueryTile::CHUNK_BYTES);
@@ -52,7 +52,7 @@ DEVICE void start_gradient(Half& gradient, u32 left, u32 right, int consumer) {
   wgmma_commit();
 }
 
-// dQ = dS K, this consumer's columns: dS lies as [keys][queries], so it is read transposed.
+// dQ = dS K, for this consumer's columns; dS is stored as [keys][queries] and read transposed.
 DEVICE void start_query_gradient(Half& gradient, u32 score_gradient, u32 key, int consumer) {
   const u64 left_tile = matrix_descriptor(score_gradient, 0);
   const u64 whole_tile = matrix_descriptor(key + Half::whole_bytes(consumer), KeyTile::CHUNK_BYTES);
@@ -79,21 +79,21 @@ struct Consumer {
   DEVICE Consumer(const Memory& memory, int index) : memory(memory), index(index) {}
 
   DEVICE u32 own_queries() const { return index * SPAN * 128; }
-  DEVICE u32 rows(int stage) const { return memory.rows(stage) + index * SPAN; }  // 8 bytes of a lane's for 8 queries
+  DEVICE u32 rows(int stage) const { return memory.rows(stage) + index * SPAN; }  // 8 bytes per lane and 8 queries
 
   DEVICE void start_next_scores() {
     await_phase(memory.full(ring.stage), ring.parity);
     start_scores(scores, memory.key(), memory.query(ring.stage) + own_queries());
-    // before dQ goes to device memory: what comes after that in the queue of loads and stores waits for it
+    // before dQ is added in device memory: later loads and stores queue after those atomics
     load_rows(logsumexps, rows(ring.stage));
   }
-  // Ends a step: the assembler lets no accumulators be read whose products were started before the loop came round.
+  // Ends a step. ptxas does not permit reading accumulators of wgmmas issued before the loop's back edge.
   DEVICE void finish_scores() {
     wgmma_wait<0>();
     settle(scores);
   }
 
-  // One tile of queries, whose S^T has been made: adds to dK, dV, and dQ in device memory, and makes S^T of the next tile.
+  // Processes a query tile whose S^T is complete: accumulates dK, dV, and dQ in device memory; issues S^T of the next tile.
   template <bool MORE>
   DEVICE void step(const Problem& problem, int key, int tile, float* sums) {
     const int stage = ring.stage, first_unit = index * SPAN / 8;
@@ -111,7 +111,7 @@ struct Consumer {
     differentiate<false>(scores, weight_gradients, packed, packed, rows(stage));
     store_operand(gradient_tile, packed, first_unit);
     fence_shared_for_async();
-    meet();  // all of P and dS is there; two buffers of each, so once a step is enough
+    meet();  // P and dS of both consumers are complete; with two buffers of each, one barrier per step suffices
     start_gradient(value_gradient, weight_tile, memory.cotangent(stage), index);
     start_gradient(key_gradient, gradient_tile, memory.query(stage), index);
     start_query_gradient(made, gradient_tile, memory.key(), index);
@@ -127,7 +127,7 @@ struct Consumer {
     if constexpr (MORE) finish_scores();
   }
 
-  // All tiles of queries that a tile of keys meets, at least one; `sums` tells where dQ of the one at hand is added up.
+  // Processes all query tiles of a key tile, at least one; `sums` returns the dQ accumulator of the current query tile.
   template <typename Sums>
   DEVICE void run(const Problem& problem, int key, Walk& walk, const Sums& sums) {
     start_next_scores();

@@ -1,4 +1,4 @@
-// What every kernel here uses: types, addresses, arithmetic. No CUDA headers are needed.
+// Common definitions of all CUDA kernels: types, addresses, arithmetic. No CUDA headers are needed.
 // Shared-memory addresses are 32-bit offsets (see shared_address).
 
 using u32 = unsigned int;
@@ -8,14 +8,14 @@ using i64 = long long;
 #define DEVICE __device__ __forceinline__
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
-// Exponents, in log2 units, beyond which a maximum is subtracted from the scores before they are multiplied. Below it one
-// fused multiply-add does both: it takes the exact product of a score less the rounded product of the maximum, which is
-// off by 2^-11 here, and by any amount where products are larger.
+// Exponent, in log2 units, above which the maximum is subtracted from the scores before scaling. Below it, one FMA does
+// both: it subtracts the rounded product of the maximum from the exact product of a score. The rounding error is 2^-11 at
+// this limit and grows with the product.
 constexpr float LARGE_EXPONENT = 16384;
 
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
-// ---- what another block has written: from L2, since L1 may be older ------------------------------------------------
+// ---- loads of another block's results: from L2, because L1 may be stale --------------------------------------------
 
 DEVICE float2 load_fresh(const float2* place) {
   float2 x;
@@ -45,11 +45,11 @@ DEVICE float reciprocal_fast(float x) {
   return y;
 }
 
-// What is known of each query row's softmax when it is done, for the caller and for the gradient. Both may be null.
+// Softmax results of each query row, for the caller and for the backward pass. Both pointers may be null.
 struct RowResults {
-  float* logsumexp;  // natural; -inf for a row that sees nothing
-  float2* stats;     // the row's maximum, before it is multiplied by `factor`, and log2 of its sum (0, -inf): beside a large
-                     // maximum a float32 logsumexp has no room for the sum
+  float* logsumexp;  // natural logarithm; -inf for a fully masked row
+  float2* stats;     // row maximum, before multiplication by `factor`, and log2 of the row sum; (0, -inf) if fully masked.
+                     // Separate, because with a large maximum a float32 logsumexp would lose the sum
 
   DEVICE RowResults from(i64 row) const {
     return {logsumexp != nullptr ? logsumexp + row : nullptr, stats != nullptr ? stats + row : nullptr};
@@ -63,8 +63,8 @@ struct RowResults {
   }
 };
 
-// Of the exponents that the backward pass takes: 2^((score - base) * factor - rest) is the weight of a score in its row. The
-// base is 0 unless the maximum is large, see LARGE_EXPONENT; for a row that sees nothing, or is none, `rest` is +inf.
+// Exponents of a row in the backward pass: the softmax weight of a score is 2^((score - base) * factor - rest). The base is
+// 0 unless the maximum is large, see LARGE_EXPONENT; `rest` is +inf for fully masked and padding rows.
 struct Exponents {
   float base = 0, rest = -MINUS_INFINITY;
 
@@ -78,17 +78,17 @@ struct Exponents {
   DEVICE bool sees() const { return rest != -MINUS_INFINITY; }
 };
 
-// A score less its row's base. What the rounding of another product has put above the maximum counts as the maximum.
+// Score minus the base of its row, clamped to the maximum, because a recomputed product may round above it.
 DEVICE float rebased(float score, float base) { return base == 0 ? score : fminf(score - base, 0); }
 
-// A float16, given by its bits.
+// Converts a float16, given by its bits, to float.
 DEVICE float from_half(unsigned short half) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
   return value;
 }
 
-// The sum of the products of two pairs of elements.
+// Dot product of two pairs of elements.
 DEVICE float product(u32 a, u32 b) {
 #if BFLOAT16
   return __uint_as_float(a << 16) * __uint_as_float(b << 16) + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
@@ -97,7 +97,7 @@ DEVICE float product(u32 a, u32 b) {
 #endif
 }
 
-// Two floats to two halves of a word, `low` first in memory.
+// Packs two floats into the halves of a word, `low` first in memory.
 DEVICE u32 pack(float low, float high) {
   u32 word;
 #if BFLOAT16
@@ -108,7 +108,7 @@ DEVICE u32 pack(float low, float high) {
   return word;
 }
 
-// Transposes 4 x 4 words among the four lanes of a quad: lane t gives row t and gets column t.
+// Transposes 4 x 4 words among the four lanes of a quad: lane t passes row t and receives column t.
 DEVICE void transpose_in_quad(u32 (&words)[4]) {
 #pragma unroll
   for (int bit = 1; bit < 4; bit *= 2) {

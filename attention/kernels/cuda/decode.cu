@@ -1,23 +1,23 @@
-// Attention of few queries to many keys (flash decoding: Dao et al., 2023): the keys are split among blocks and warps.
+// Split-K kernel for few queries and many keys (Flash-Decoding: Dao et al., 2023): keys are split over blocks and warps.
 //
-//                    keys of a split, 16 at a time, dealt out to the warps
+//                    keys of a split, 16 at a time, round-robin over the warps
 //                  +----+----+----+----+----+----+----+----+----+--
 //   16 rows: the   | w0 | w1 | w2 | w3 | w0 | w1 | w2 | w3 | .. each warp keeps its own maximum, sum and output
 //   queries of all +----+----+----+----+----+----+----+----+----+--
 //   heads that share a key head
 //
-// A warp has a ring of STAGES buffers of 16 keys and values of its own, so that warps never wait for each other; what
-// bounds the kernel is how many bytes are on their way. At the end the warps' results are joined in shared memory. With one
-// split that is the answer; with several the block that comes last joins theirs: see decode_join.cuh.
+// Each warp has its own ring of STAGES buffers of 16 keys and values, so that warps never wait for each other; the kernel
+// is bound by the bytes in flight. In the epilogue the partial results of the warps are combined in shared memory. With one
+// split that is the output; with several, the last block to finish combines the splits: see decode_join.cuh.
 
-constexpr int STEP = 16;  // keys of a warp's step
+constexpr int STEP = 16;  // keys per step of a warp
 constexpr int QUERY_BYTES = ROWS * HEAD_DIM * 2;
 constexpr int TILE_BYTES = STEP * HEAD_DIM * 2;
 constexpr int STAGE_BYTES = 2 * TILE_BYTES;
 constexpr int LANE_COPIES = STEP * ROW_UNITS / 32;
 
-// Starts copying 16 rows to a tile, of which `place` tells the address; what lies beyond `rows_left` or `columns` becomes
-// zero.
+// Starts an asynchronous copy of 16 rows to a tile, to the addresses given by `place`; elements beyond `rows_left` or
+// `columns` are zero-filled.
 template <typename Place>
 DEVICE void copy_rows(u32 tile, int rows_left, int columns, const Place& place) {
   const int lane = threadIdx.x % 32;
@@ -54,7 +54,7 @@ DEVICE void add_values(Output& out, const u32 (&weights)[4], u32 values) {
   }
 }
 
-// Caps and masks a row's scores of the keys from `key` on; the largest of them and of `largest`.
+// Caps and masks a row's scores of the keys from `key` on; returns the maximum of them and `largest`.
 DEVICE float limit(float (&scores)[2][4], int r, float largest, const Problem& problem, int row, int key) {
   const int first = problem.first_seen_by(row), last = problem.last_seen_by(row);
 #pragma unroll
@@ -69,7 +69,7 @@ DEVICE float limit(float (&scores)[2][4], int r, float largest, const Problem& p
   return fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
 }
 
-// Caps and masks the scores of the keys from `key` on, and turns them into weights against the maximum so far.
+// Caps and masks the scores of the keys from `key` on, and converts them to weights relative to the running maximum.
 DEVICE void softmax(float (&scores)[2][4], Rows& rows, Output& out, const Problem& problem, int first_row, int key) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -81,21 +81,21 @@ DEVICE void softmax(float (&scores)[2][4], Rows& rows, Output& out, const Proble
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& s = scores[i / 2][2 * r + i % 2];
-      rows.sum[r] += s = exp2_fast((s - base) * problem.scale_log2);  // exact where s is the maximum, however large
+      rows.sum[r] += s = exp2_fast((s - base) * problem.scale_log2);  // exactly 1 if s is the maximum
     }
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; ++i) out[i][2 * r] *= rescale, out[i][2 * r + 1] *= rescale;
   }
 }
 
-// The keys and values of a plane, and the split [begin, end) of them.
+// Keys and values of a plane, and the range [begin, end) of the split.
 struct Keys {
   const char *key, *value;
   u64 key_row, value_row;  // bytes
   int begin, end;
 };
 
-// Starts copying the 16 keys and values from `key` on, unless the split ends before.
+// Starts copying the 16 keys and values from `key` on, unless `key` is beyond the split.
 DEVICE void start_copies(const Problem& problem, const Keys& keys, int key, u32 buffer) {
   if (key < keys.end) {
     const char *from_key = keys.key + key * keys.key_row, *from_value = keys.value + key * keys.value_row;
@@ -106,18 +106,18 @@ DEVICE void start_copies(const Problem& problem, const Keys& keys, int key, u32 
   commit_copies();
 }
 
-// One warp's share: every WARPS-th step of 16 keys of a split.
+// A warp's share of a split: every WARPS-th step of 16 keys.
 DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys, int first_row, Output& out, Rows& rows) {
   const int first = keys.begin + threadIdx.x / 32 * STEP;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) start_copies(problem, keys, first + i * WARPS * STEP, ring + i * STAGE_BYTES);
-  wait_copies<STAGES - 1>();  // for the queries, which one warp asked for before
+  wait_copies<STAGES - 1>();  // for the queries, whose copy one warp issued earlier
   __syncthreads();
   int stage = 0;
 #pragma unroll 1
   for (int key = first; key < keys.end; key += WARPS * STEP) {
     wait_copies<STAGES - 2>();
-    __syncwarp();  // all lanes' copies have landed, and all are done with the buffer that is filled next
+    __syncwarp();  // the copies of all lanes are complete, and no lane reads the buffer that is filled next
     start_copies(problem, keys, key + (STAGES - 1) * WARPS * STEP, ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES);
     const u32 buffer = ring + stage * STAGE_BYTES;
     float scores[2][4] = {};

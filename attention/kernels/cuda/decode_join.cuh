@@ -1,20 +1,20 @@
-// From what the warps of a block have found to the answer: they are joined in shared memory, and where the keys are split
-// among blocks, these leave their parts in device memory, and the last to come joins them, in their order.
+// Reduction of the split-K kernel: the partial results of a block's warps are combined in shared memory. If the keys are
+// split over blocks, each block writes its part to device memory, and the last to finish combines them in a fixed order.
 //
 //   sum    = sum over parts of 2^(c (maximum of the part - maximum of all)) * sum of the part
 //   output = sum over parts of 2^(c (maximum of the part - maximum of all)) * sum of the part / sum * output of the part
 //
-// Maxima and sums are kept apart, and maxima as scores, before they are multiplied by c: a logarithm of both has no room for
-// the sum beside a large maximum, and neighbouring scores may have the same product.
+// Maxima and sums are stored separately, and maxima before multiplication by c: with a large maximum a logsumexp would lose
+// the sum, and neighbouring scores may have the same product.
 //
-// Who is last is found without a counter, which someone would have to clear: each leaves the launch's serial number, which
-// no other launch has, and then looks whether all numbers are there. At least one finds them all; should two, both write
-// the same.
+// The last block is found without a counter, which would need resetting: each block writes the launch's serial number, which
+// is unique, and then checks whether those of all parts are present. At least one block finds them all; if two do, both
+// write the same result.
 
-constexpr int WARP_RESULT = ROWS * (HEAD_DIM + 2);  // floats that a warp leaves
+constexpr int WARP_RESULT = ROWS * (HEAD_DIM + 2);  // floats of a warp's partial result
 constexpr int LANE_VECTORS = (HEAD_DIM + 127) / 128;
 
-// Where a tile's rows go, and what their scores are multiplied by.
+// Output of a tile's rows, and the factor of their scores.
 struct Results {
   char* output;
   RowResults row_results;
@@ -22,18 +22,18 @@ struct Results {
   int columns, rows;
 };
 
-// Where a split leaves its part: of each row the output, and its maximum and sum.
+// Partial results of the splits: output, maximum and sum of each row.
 struct Parts {
   float* numbers;
   u64* marks;
   u64 serial;
-  int first, index, count;  // of the tile's parts
+  int first, index, count;  // first part of the tile, this part, number of parts
 
   DEVICE float* part(int i) const { return numbers + static_cast<u64>(first + i) * ROWS * (HEAD_DIM + 2); }
   DEVICE float2* maxima_and_sums(int i) const { return reinterpret_cast<float2*>(part(i) + ROWS * HEAD_DIM); }
 };
 
-// Leaves a warp's result of `count` rows in shared memory: output [ROWS][HEAD_DIM], then maxima and sums.
+// Writes a warp's result of `count` rows to shared memory: output [ROWS][HEAD_DIM], then maxima and sums.
 DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -54,7 +54,7 @@ DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count) {
   }
 }
 
-// Joins the warps' results of two columns of a row, and writes them: as the answer, or as a part of it.
+// Combines the warps' results of two columns of a row, and writes them to the output or to this split's part.
 DEVICE void join_pair(const float* warps, int row, int column, const Results& results, const Parts& parts) {
   float largest = MINUS_INFINITY, total = 0, x = 0, y = 0;
 #pragma unroll
@@ -79,14 +79,14 @@ DEVICE void join_pair(const float* warps, int row, int column, const Results& re
   }
 }
 
-// Marks this block's part as there; whether all parts of the tile are.
+// Marks this block's part as complete; returns whether all parts of the tile are.
 DEVICE bool is_last(const Parts& parts) {
   volatile u64* marks = parts.marks + parts.first;
-  __syncthreads();  // all of the part is written
+  __syncthreads();  // the part is completely written
   if (threadIdx.x == 0) {
     __threadfence();
     marks[parts.index] = parts.serial;
-    __threadfence();  // before anyone here looks at the others'
+    __threadfence();  // before this block reads other parts
   }
   __syncthreads();
   bool there = true;
@@ -96,7 +96,7 @@ DEVICE bool is_last(const Parts& parts) {
   return all;
 }
 
-// Finds the row's maximum and sum, and in the first number of each pair of `factors` what its part counts; a warp's work.
+// Computes maximum and sum of a row, and the weight of each part in the first of its pair of `factors`; called by a warp.
 DEVICE float2 weigh_parts(float2* factors, int row, const Parts& parts, float scale_log2) {
   const int lane = threadIdx.x % 32;
   float largest = MINUS_INFINITY, total = 0;
@@ -116,7 +116,7 @@ DEVICE float2 weigh_parts(float2* factors, int row, const Parts& parts, float sc
   return make_float2(largest, total);
 }
 
-// Joins the parts of one row; a warp's work. `factors` is its room in shared memory for two numbers of each part.
+// Combines the parts of a row; called by a warp. `factors` is shared memory for two floats per part.
 DEVICE void join_row(int row, float2* factors, const Results& results, const Parts& parts) {
   const int lane = threadIdx.x % 32;
   const float2 found = weigh_parts(factors, row, parts, results.scale_log2);
@@ -143,9 +143,9 @@ DEVICE void join_row(int row, float2* factors, const Results& results, const Par
   if (lane == 0) results.row_results.write(row, found.x, found.y, results.scale_log2);
 }
 
-// Joins the warps of a block, by way of `shared`, and in the last block of a tile the tile's parts.
+// Combines the warps of a block through shared memory and, in the last block of a tile, the parts of the tile.
 DEVICE void join_warps(const Output& out, Rows& rows, float* shared, const Results& results, const Parts& parts) {
-  __syncthreads();  // all warps are done with their rings
+  __syncthreads();  // no warp reads its ring any more
   leave_warp(shared + threadIdx.x / 32 * WARP_RESULT, out, rows, results.rows);
   __syncthreads();
   for (int i = threadIdx.x; i < results.rows * HEAD_DIM / 2; i += THREADS) {

@@ -1,4 +1,4 @@
-// What a block of the kernel for few queries has in hand: 16 rows, of all heads that share a key head.
+// Tiles and per-lane state of the split-K kernel: 16 rows per block, of all heads that share a key head.
 
 constexpr int ROWS = 16;
 constexpr int THREADS = WARPS * 32;
@@ -13,10 +13,10 @@ struct Problem {
   DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row % queries + 1 + keys - queries - window) : 0; }
 };
 
-// A lane holds rows lane / 4 and 8 more, and of every 8 columns the two at 2 * (lane % 4).
+// A lane holds rows lane / 4 and lane / 4 + 8 and, of every 8 columns, the two at 2 * (lane % 4).
 using Output = float[HEAD_DIM / 8][4];
 
-// What it remembers of them; `sum` covers only the lane's own columns until the end.
+// Softmax state of a lane's rows; `sum` covers only the lane's columns until the epilogue.
 struct Rows {
   float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
   float sum[2] = {0, 0};

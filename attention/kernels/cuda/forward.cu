@@ -1,4 +1,5 @@
-// Flash attention, forward, on Hopper (FlashAttention 3: Shah et al., 2024). One warpgroup copies, one to three compute.
+// FlashAttention forward kernel for Hopper (FlashAttention-3: Shah et al., 2024): one producer warpgroup, one to three
+// consumers.
 //
 //                     keys: BLOCK_N at a time, the last tile first
 //                   +--------+--------+--------+
@@ -7,15 +8,15 @@
 //             (wg 2)|        |        |        |  64 queries
 //                   +--------+--------+--------+
 //
-// One block stays on each multiprocessor and works through the tiles of BLOCK_M queries that `schedule` gives it.
+// Persistent kernel: one block per multiprocessor processes the tiles of BLOCK_M queries that `schedule` assigns to it.
 //
-//   OVERLAP    a consumer starts S of the next keys before it adds P V of these, and does softmax while both run:
+//   OVERLAP    a consumer issues S of the next keys before P V of the current ones, and computes softmax while both run:
 //
 //     tensor cores   [ S(n) = Q K(n)^T ][ O += P(n+1) V(n+1) ]
 //     other units                        [ softmax of S(n)    ] then rescale O, pack P(n)
 //
-//   otherwise  consumers take turns at starting products, P V of these keys and S of the next, so that one's softmax runs
-//              under another's products; P takes the registers of S, so that wider tiles fit
+//   otherwise  consumers take turns to issue wgmmas, P V of the current keys and S of the next, so that the softmax of one
+//              overlaps with the wgmmas of another; P reuses the registers of S, so that larger tiles fit
 
 // ---- a consumer --------------------------------------------------------------------------------------------------
 
@@ -25,7 +26,7 @@ struct Results {
   Parts parts;
 };
 
-// A consumer's place in the rings, and in its work: step `n` of the keys that its queries see, counted down to `first`.
+// A consumer's position in the rings and in its work: key tile `n`, counted down to `first`.
 struct Consumer {
   const Memory memory;
   const int index;
@@ -33,7 +34,7 @@ struct Consumer {
   Schedule schedule;
   Work work;
   u32 query = 0;
-  int n = 0, skips = 0;  // skips: tiles of the work's keys that none of this consumer's queries may see, at the end
+  int n = 0, skips = 0;  // skips: trailing key tiles of the work that are masked for all queries of this consumer
 
   DEVICE Consumer(const Memory& memory, int index, const Schedule& schedule)
       : memory(memory), index(index), schedule(schedule) {
@@ -51,7 +52,7 @@ struct Consumer {
   DEVICE void release_keys() {
     release(memory.key_empty(keys.stage));
     keys.advance();
-    if (n == work.first) release_query();  // those were the last scores
+    if (n == work.first) release_query();  // after the last scores
   }
   DEVICE void release_values() {
     release(memory.value_empty(values.stage));
@@ -63,7 +64,7 @@ struct Consumer {
   DEVICE void pass_turn() const {
     if constexpr (!OVERLAP) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
   }
-  // Lets the tiles of keys pass that none of this consumer's queries may see.
+  // Skips the key tiles that are masked for all queries of this consumer.
   DEVICE void pass_unseen() {
 #pragma unroll 1
     for (int i = 0; i < skips; ++i) {
@@ -77,24 +78,24 @@ struct Consumer {
     }
   }
 
-  // Takes up the next work, when its queries have come; false at the end of the list.
+  // Starts the next work once its queries are loaded; returns false at the end of the list.
   DEVICE bool next_work(const Problem& problem) {
     if (!schedule.next(work)) return false;
     const int buffer = work.query_buffer(index);
     barrier_wait(memory.query_full(buffer), work.query_parity());
     query = memory.query(buffer);
-    asm volatile("" : "+r"(query));  // lest what follows from it, if there is one buffer only, be kept in vector registers
+    asm volatile("" : "+r"(query));  // opaque, so that with a single buffer derived values do not stay in vector registers
     n = problem.key_blocks_of_warpgroup(top(), work.first, work.end) - 1;
     skips = work.end - 1 - n;
     return true;
   }
   DEVICE bool sees_nothing() const { return n < work.first; }
 
-  // The first row of the work that is this consumer's, and this thread's.
+  // First row of this consumer, and of this thread.
   DEVICE int top() const { return work.block * BLOCK_M + index * WARPGROUP_ROWS; }
   DEVICE int row() const { return top() + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
-  // Caps the scores and drops what may not be seen.
+  // Caps and masks the scores.
   DEVICE void mask(Scores& scores, const Problem& problem) const {
     if constexpr (SOFTCAP) cap_scores(scores, problem.into_cap);
     const int first_of_all = problem.first_seen_by(top() + WARPGROUP_ROWS - 1);
@@ -103,7 +104,7 @@ struct Consumer {
     }
   }
 
-  // Waits for the scores of tile `n`, while at most PENDING later groups of products run, and makes weights of them.
+  // Waits for the scores of tile `n`, with at most PENDING later wgmma groups in flight, and converts them to weights.
   template <int PENDING>
   DEVICE void weigh(Scores& scores, const Problem& problem, Rows& rows) {
     wgmma_wait<PENDING>();
@@ -113,7 +114,7 @@ struct Consumer {
     softmax(scores, rows, problem.scale_log2);
   }
 
-  // Writes the rows of the work, or leaves a part of them, and adds up the parts if it is the last.
+  // Writes the rows of the work, or their part of a split tile; the last part to finish combines them.
   DEVICE void finish(Output& out, Rows& rows, const Problem& problem, const Results& results) const {
     const Part part(same_in_warp(schedule.part()));
     if (part.count > 0) {
@@ -126,7 +127,7 @@ struct Consumer {
   }
 };
 
-// Attends to the keys of a consumer's work, at least one tile of them.
+// Processes the key tiles of a consumer's work, at least one, with overlap inside the consumer.
 DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
   consumer.pass_unseen();
   Scores scores;
@@ -142,8 +143,8 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
     start_scores(scores, consumer.query, key);
     start_output(out, weights, value);
     consumer.weigh<1>(scores, problem, rows);
-    // The wait for the next V stands here to end the basic block. Without it the assembler moves the wait for P V up,
-    // before the exponentials, and the softmax no longer runs beside the products.
+    // Waiting for the next V here ends the basic block. Otherwise ptxas moves the wait for P V up, before the exponentials,
+    // and the softmax no longer overlaps with the wgmmas.
     const u32 used = consumer.memory.value_empty(consumer.values.stage);
     consumer.values.advance();
     value = consumer.await_values();
@@ -159,7 +160,7 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   consumer.release_values();
 }
 
-// The same without overlap inside the consumer: several consumers overlap with each other.
+// Processes the key tiles of a consumer's work without overlap inside the consumer: consumers overlap with each other.
 DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
   consumer.wait_turn();
   consumer.pass_unseen();
@@ -175,7 +176,7 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
     scale_output(out, rows.rescale);
     pack_weights(weights, scores);
     const u32 value = consumer.await_values();
-    // before the turn: nothing may delay the next scores
+    // before the turn, so that nothing delays the next scores
     if (consumer.n > consumer.work.first) key = consumer.await_keys();
     consumer.wait_turn();
     start_output(out, weights, value);
@@ -224,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         __int_as_float(into_cap_bits), window};
   const Schedule schedule{table + 2 * rounds * blockIdx.x};
   if (threadIdx.x == 0) {
-    prefetch(schedule.entry);  // what takes longest at the start
+    prefetch(schedule.entry);  // the longest latency of the prologue
     prefetch_map(query), prefetch_map(key), prefetch_map(value);
     init_barriers(memory);
   }

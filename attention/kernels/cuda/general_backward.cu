@@ -1,22 +1,22 @@
-// The gradients of q, k and v by mma.sync, without a score matrix (Dao, 2023): a block takes BLOCK_K keys and goes over all
-// queries that see any of them, BLOCK_Q at a time.
+// General backward kernel (FlashAttention-2: Dao, 2023) with mma.sync, for Ampere and later: a block owns BLOCK_K keys and
+// iterates over all queries that attend to any of them, BLOCK_Q at a time.
 //
 //                 queries, BLOCK_Q at a time                  S = Q K^T    P = 2^((S - base) c - rest)   dP = dO V^T
 //               +--------+--------+--                         dS = P * (dP - delta)
 //   band 0      | S^T    |        |    BAND_TILES * 16        dV += P^T dO    dK += dS^T Q    in registers
-//   band 1      | dP^T   |        |    keys a warp            dQ += dS K                      in float32, in device memory
+//   band 1      | dP^T   |        |    keys per warp          dQ += dS K                      in float32, in device memory
 //   ...         |        |        |
 //               +--------+--------+--
 //
-// Transposed, the accumulators of P and dS are left operands of dV and dK as they are. All keys have a part in dQ, so dS
-// goes through shared memory, and blocks add to dQ what they found. With COLUMN_WARPS = 2 two warps share a band: each
-// makes half of its scores, and P goes through shared memory too; each then holds half of the columns of dV and dK.
+// The transposed accumulators of P and dS are directly the left operands of dV and dK. dQ sums over all keys, so dS goes
+// through shared memory, and blocks accumulate dQ with atomics. With COLUMN_WARPS = 2, two warps share a band: each
+// computes half of its scores, P goes through shared memory too, and each owns half of the columns of dV and dK.
 
-// A mask's elements for a warp's scores, as they lie in memory: asked for before the product that makes the scores.
+// Mask elements of a warp's scores, in their dtype; loaded before the product that computes the scores.
 struct MaskPart {
   MaskElement elements[SUB_Q / 4][2 * BAND_TILES];
 
-  // For two neighbours of each 8 queries and keys 8 apart; beyond the last of either those are read again.
+  // For two adjacent queries of every 8, and keys 8 apart; indices beyond the end are clamped.
   DEVICE void read(const MaskArray& mask, const Problem& problem, int batch, int head, int first_query, int first_key) {
     const int key = first_key + threadIdx.x % 32 / 4, last = problem.keys - 1;
 #pragma unroll
@@ -29,8 +29,8 @@ struct MaskPart {
   }
 };
 
-// Scores to weights, in place; with SOFTCAP also what the cap makes of a score's derivative. `numbers` are the rests of the
-// exponents from the first query here on, and with REBASE what follows them at BASES are their bases.
+// Converts scores to weights in place; with SOFTCAP also computes the derivative of the cap. `numbers` are the exponent
+// rests from the first query on; with REBASE their bases are at offset BASES.
 constexpr int BASES = 2 * BLOCK_Q;
 
 template <bool REBASE>
@@ -59,7 +59,7 @@ DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const 
   }
 }
 
-// Sets an accumulator of dP to -delta, so that the product comes out as dP - delta.
+// Initialises an accumulator of dP with -delta, so that the product is dP - delta.
 DEVICE void start_from_deltas(Scores& sums, const float* deltas) {
 #pragma unroll
   for (int n = 0; n < SUB_Q / 8; ++n) {
@@ -76,8 +76,8 @@ DEVICE void leave_scores(char* tile, const Scores& scores) {
   for (int t = 0; t < BAND_TILES; ++t) leave_rows<ScoreTile, SUB_Q>(tile + ScoreTile::at(16 * t, 0), scores[t], 1, 1);
 }
 
-// dQ += dS K for a warp's part of the tile of queries. The sums of an accumulator lie as add_to_memory puts them: for each
-// 16 queries and 8 columns 128 floats.
+// dQ += dS K for a warp's part of the query tile. Accumulators are stored in the layout of add_to_memory: 128 floats per 16
+// queries and 8 columns.
 DEVICE void add_query_gradient(float* sums, u32 scores, u32 keys, int warp) {
   const int first_query = warp % QUERY_WARPS * SUM_TILES * 16, first_column = warp / QUERY_WARPS * SUM_COLUMNS;
   float found[SUM_TILES][SUM_COLUMNS / 8][4] = {};
@@ -98,12 +98,12 @@ DEVICE void add_query_gradient(float* sums, u32 scores, u32 keys, int warp) {
   }
 }
 
-// Where things lie in shared memory.
+// Shared-memory layout.
 constexpr int VALUES_AT = KeyTile::BYTES, RING_AT = VALUES_AT + ValueTile::BYTES;
 constexpr int SCORES_AT = RING_AT + STAGES * STAGE_BYTES, WEIGHTS_AT = SCORES_AT + ScoreTile::BYTES;
-constexpr int NUMBERS_AT = QueryTile::BYTES + CotangentTile::BYTES;  // in a stage
+constexpr int NUMBERS_AT = QueryTile::BYTES + CotangentTile::BYTES;  // within a stage
 
-// A warp's place in its block: a band of keys, and of its columns a part.
+// Position of a warp in its block: a band of keys, and a part of the columns.
 struct Warp {
   int band_row, part;
   DEVICE Warp() {
@@ -112,12 +112,12 @@ struct Warp {
   }
 };
 
-// What a warp makes of dK and dV.
+// A warp's accumulators of dK and dV.
 struct Gradients {
   float keys[BAND_TILES][KEY_COLUMNS / 8][4] = {}, values[BAND_TILES][VALUE_COLUMNS / 8][4] = {};
 };
 
-// Weights and dS of SUB_Q queries from `at` on in a tile that begins with `first_query`, and what they add to dK and dV.
+// Computes weights and dS of SUB_Q queries from `at` on, in a tile that begins at `first_query`, and adds to dK and dV.
 DEVICE void look_at_queries(Gradients& own, char* shared, int stage_at, const Warp& warp, const Problem& problem,
                             const MaskPart& masked, int at, int first_query, int first_key) {
   const u32 base = shared_address(shared), queries = base + stage_at, cotangents = queries + QueryTile::BYTES;
@@ -150,7 +150,7 @@ DEVICE void look_at_queries(Gradients& own, char* shared, int stage_at, const Wa
   if (!EXCHANGE) multiply_from_registers<QueryTile, KEY_COLUMNS>(own.keys, found, queries + QueryTile::at(at, 0));
 }
 
-// The same for the whole tile, where weights and dS have come from two warps.
+// Adds to dK and dV for the whole tile, with weights and dS computed by two warps.
 DEVICE void add_from_memory(Gradients& own, u32 base, int stage_at, const Warp& warp) {
   const u32 row = ScoreTile::at(warp.band_row, 0), queries = base + stage_at, cotangents = queries + QueryTile::BYTES;
   multiply_from_memory<CotangentTile, VALUE_COLUMNS>(own.values, base + WEIGHTS_AT + row,
@@ -159,7 +159,7 @@ DEVICE void add_from_memory(Gradients& own, u32 base, int stage_at, const Warp& 
                                                queries + QueryTile::at(0, warp.part * KEY_COLUMNS));
 }
 
-// Hands out a block's keys' gradients, by way of the place of keys and values, which are no longer needed.
+// Writes dK and dV of a block, staged in the shared memory of K and V, which are no longer needed.
 DEVICE void hand_out(const Gradients& own, char* shared, const Warp& warp, float scale, char* d_key, char* d_value,
                      int rows_left, int columns, int value_columns) {
   __syncthreads();
@@ -176,8 +176,8 @@ DEVICE void hand_out(const Gradients& own, char* shared, const Warp& warp, float
                         rows_left, value_columns);
 }
 
-// Where a block goes: over all heads that share its keys, and of each over the tiles of queries that see any of these, from
-// a tile of its own on, so that not all blocks add to the same sums at once.
+// Iteration of a block over all heads that share its keys, and over the query tiles that attend to any of them. Each block
+// starts at a different tile, so that blocks do not all add to the same rows of dQ at the same time.
 struct Walk {
   int first_head, first, count, start, length;
 
@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
     const int stage = STAGES > 1 ? i % 2 : 0, stage_at = RING_AT + stage * STAGE_BYTES;
     const int head = walk.head(i), first_query = walk.query(i);
     wait_copies<0>();
-    __syncthreads();  // the tile has landed, and all warps are done with the last one and its dS
+    __syncthreads();  // the tile is loaded, and no warp reads the previous tile or its dS
     if (STAGES > 1) start_copies(i + 1, 1 - stage), commit_copies();
 #pragma unroll 1
     for (int sub = EXCHANGE ? warp.part : 0; sub < (EXCHANGE ? warp.part + 1 : BLOCK_Q / SUB_Q); ++sub) {
@@ -256,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
 #endif
       look_at_queries(own, shared, stage_at, warp, problem, masked, sub * SUB_Q, first_query, first_key);
     }
-    __syncthreads();  // dS is there whole
+    __syncthreads();  // dS is complete
     if (EXCHANGE) add_from_memory(own, base, stage_at, warp);
     if (EXCHANGE && STAGES == 1) __syncthreads();
     if (STAGES == 1) start_copies(i + 1, 0), commit_copies();

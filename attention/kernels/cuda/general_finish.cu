@@ -1,5 +1,5 @@
-// dQ as it is handed out: its sums, which lie as add_to_memory puts them, times the scale, rounded. A warp takes 16 queries
-// and 8 columns. `order` is an output of general_backward.cu, so that this kernel comes after it.
+// Last kernel of the general backward pass: scales and rounds the float32 accumulator, in the layout of add_to_memory, to
+// dQ. A warp converts 16 queries and 8 columns. `order` is an output of general_backward.cu and only creates the dependency.
 
 constexpr int THREADS = 256;
 
@@ -7,7 +7,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL_NAME(const float* sums, const void* order, char* output, int planes, int queries, int padded_queries, int columns,
                 int sum_columns, int scale_bits) {
   const int lane = threadIdx.x % 32, narrow = sum_columns / 8, tiles = padded_queries / 16;
-  const i64 index = blockIdx.x * static_cast<i64>(THREADS / 32) + threadIdx.x / 32;  // of 16 x 8 sums
+  const i64 index = blockIdx.x * static_cast<i64>(THREADS / 32) + threadIdx.x / 32;  // index of a 16 x 8 tile
   if (index >= static_cast<i64>(planes) * tiles * narrow) return;
   const int column = index % narrow * 8 + lane % 4 * 2, row = index / narrow % tiles * 16 + lane / 4;
   const i64 plane = index / narrow / tiles;

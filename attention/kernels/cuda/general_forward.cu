@@ -1,16 +1,17 @@
-// Flash attention by mma.sync (Dao, 2023), on every GPU from Ampere on: any mask, values of any width, strided inputs.
+// General forward kernel (FlashAttention-2: Dao, 2023) with mma.sync, for Ampere and later: array masks, values of another
+// width than keys, strided inputs.
 //
 //              keys, BLOCK_N at a time, through STAGES buffers filled by cp.async
 //            +--------+--------+--------+--
-//   warp 0   |        |        |        |    ROW_TILES * 16 rows a warp: scores, softmax and output in its registers
+//   warp 0   |        |        |        |    ROW_TILES * 16 rows per warp: scores, softmax and output in registers
 //   warp 1   |   S    |   S    |   S    |
-//    ...     |        |        |        |    tiles that positions rule out altogether are neither brought nor computed
+//    ...     |        |        |        |    tiles fully masked by causality or the window are neither loaded nor computed
 //   warp W-1 |        |        |        |
 //            +--------+--------+--------+--
 //
-// With one buffer the values of a tile travel while its scores are made, and the next keys during its softmax and second
-// product; with more, whole tiles travel ahead. With SPLIT the keys are dealt out to several blocks, and general_join.cu
-// joins what they found.
+// With one buffer, the values of a tile are loaded during its score product, and the next keys during its softmax and second
+// product; with more, whole tiles are prefetched. With SPLIT the keys are split over several blocks, and general_join.cu
+// combines their partial results.
 
 constexpr int WARP_ROWS = 16 * ROW_TILES, BLOCK_M = WARPS * WARP_ROWS;
 using QueryTile = Tile<BLOCK_M, HEAD_DIM>;
@@ -20,7 +21,7 @@ using OutputTile = Tile<BLOCK_M, VALUE_DIM>;
 constexpr int FIRST_BYTES = !SPLIT && OutputTile::BYTES > QueryTile::BYTES ? OutputTile::BYTES : QueryTile::BYTES;
 constexpr int STAGE_BYTES = KeyTile::BYTES + ValueTile::BYTES;
 
-// A warp's queries as left operands: read anew for each tile of keys, or kept in registers where these suffice.
+// A warp's queries as left operands: loaded from shared memory for each key tile, or kept in registers if these suffice.
 struct Queries {
   u32 place;
 #if QUERIES_IN_REGISTERS
@@ -90,9 +91,9 @@ DEVICE void add_values(Output& out, const Scores& weights, u32 values) {
   }
 }
 
-// Where rows of the output are: counted over batch, heads and queries.
+// Indices of output rows over batch, heads and queries.
 struct Places {
-  i64 first_plane;  // of the first head
+  i64 first_plane;  // plane of the first head
   int group, queries;
 
   DEVICE i64 operator()(int row) const {
@@ -100,8 +101,8 @@ struct Places {
   }
 };
 
-// Divides by the row sums (output 0 for rows that saw nothing) and hands out the rows and what is known of them; with SPLIT
-// in float32, and as stats the maximum and the sum itself.
+// Divides by the row sums (fully masked rows are 0) and writes the output rows and their RowResults; with SPLIT, in float32,
+// and with maximum and sum as stats.
 DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, const RowResults& results, const Places& places,
                    int first_row, int row_count, int columns, float factor) {
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WARP_ROWS;
@@ -136,7 +137,7 @@ DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, const Ro
                          row_count - first_row, columns);
 }
 
-// What a block works on: its rows, the head that they begin with, the head of their keys, and the keys in question.
+// Work of a block: its rows, their first head, the head of their keys, and the range of keys.
 struct Work {
   int batch, first_head, key_head, first_row, begin, end;
   int split, tiles;
@@ -144,7 +145,7 @@ struct Work {
   DEVICE Work(const Problem& problem, int first_key, int split_keys, int splits) {
     const int planes = PACK ? problem.heads / problem.group : problem.heads, work = SPLIT ? blockIdx.x / splits : blockIdx.x;
     tiles = (problem.rows() + BLOCK_M - 1) / BLOCK_M, split = SPLIT ? blockIdx.x % splits : 0;
-    first_row = (tiles - 1 - work % tiles) * BLOCK_M;  // with causal masks the longest first
+    first_row = (tiles - 1 - work % tiles) * BLOCK_M;  // longest first with causal masks
     batch = work / tiles / planes;
     const int plane = work / tiles % planes;
     first_head = PACK ? plane * problem.group : plane, key_head = PACK ? plane : plane / problem.group;
@@ -152,7 +153,7 @@ struct Work {
   }
 };
 
-// The tiles of keys that a block has to look at, and where the rows of this warp begin and end to see.
+// Key tiles that a block has to process, and the first and end keys of this warp's rows.
 struct Reach {
   int first_block, end_block, seen_by_any, seen_by_all, unseen_by_any, unseen_by_some;
 
@@ -165,12 +166,12 @@ struct Reach {
     seen_by_any = warp_row < rows ? problem.last_seen_by(bottom) : 0, seen_by_all = problem.last_seen_by(top);
     unseen_by_any = problem.first_seen_by(top), unseen_by_some = problem.first_seen_by(bottom);
   }
-  // Of the tile that begins with a key: whether the warp's rows see any of it, and all of it.
+  // Whether the warp's rows attend to any, and to every, key of the tile that begins at a key.
   DEVICE bool any(int first) const { return first < seen_by_any && (!WINDOW || first + BLOCK_N > unseen_by_any); }
   DEVICE bool all(int first) const { return first + BLOCK_N <= seen_by_all && (!WINDOW || first >= unseen_by_some); }
 };
 
-// Keys and values of a head, and the ring of tiles to which they are copied.
+// Keys and values of a head, and the ring of shared-memory tiles they are copied to.
 struct Ring {
   const char *keys, *values;
   int key_step, value_step, key_count, columns, value_columns, end_block;
@@ -254,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #pragma unroll 1
   for (int block = reach.first_block; block < end_block; ++block) {
     wait_copies<STAGES == 1 ? 0 : STAGES - 2>();
-    __syncthreads();  // the tile has landed, and all warps are done with the buffer that is filled next
+    __syncthreads();  // the tile is loaded, and no warp reads the buffer that is filled next
     if (STAGES == 1) ring.start_values(block, 0);
     else ring.start(block + STAGES - 1, (stage + STAGES - 1) % STAGES);
     commit_copies();
@@ -266,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     if (needed) score(scores, own, buffer);
     if (STAGES == 1) {
       wait_copies<0>();
-      __syncthreads();  // the values have landed, and all warps are done with the keys
+      __syncthreads();  // the values are loaded, and no warp reads the keys
       ring.start_keys(block + 1, 0);
       commit_copies();
     }

@@ -1,9 +1,9 @@
-// Joins what the splits of general_forward.cu found: a warp for each row of the output.
+// Second pass of the general forward kernel with split keys: combines the partial results, one warp per output row.
 //
 //   sum    = sum over splits of 2^(c (maximum of the split - maximum of all)) * sum of the split
 //   output = sum over splits of 2^(c (maximum of the split - maximum of all)) * sum of the split / sum * output of the split
 //
-// Maxima are kept as scores, before they are multiplied by c (`factor`), and apart from the sums: see RowResults.
+// Maxima are stored before multiplication by c (`factor`), and separately from the sums: see RowResults.
 
 constexpr int THREADS = 128;
 

@@ -1,7 +1,7 @@
-// Which pairs of a query and a key count, and how an array says so.
+// Masking and problem parameters of the general kernels: causal, window and array masks.
 //
-// A block's rows are queries of one head or, with PACK, of all heads that share a key head: row r is query r / group of
-// head r % group, so that neighbours see nearly the same keys.
+// The rows of a block are queries of one head or, with PACK, of all heads that share a key head: row r is query r / group of
+// head r % group, so that adjacent rows attend to nearly the same keys.
 
 #define MASK_NONE 0
 #define MASK_BOOL 1
@@ -13,25 +13,25 @@
 constexpr float LOG2_E = 1.44269504f;
 
 struct Problem {
-  int heads, group;     // query heads, and those that share one key head
+  int heads, group;     // query heads, and query heads per key head
   int queries, keys;    // lengths
-  float score_factor;   // of the scores, with SOFTCAP the cap; times log2(e) unless a mask is added to the product
+  float score_factor;   // softmax scale, with SOFTCAP the cap; times log2(e) unless a mask is added to the product
   float into_cap;       // with SOFTCAP: softmax scale / cap
-  int window;           // with WINDOW: the keys that a row sees at most
+  int window;           // with WINDOW: maximum number of keys that a row attends to
 
-  // What the softmax multiplies by to get exponents of 2: of scores, or of scores to which a mask has been added.
+  // Factor that turns scores, or scores with an added mask, into exponents of 2.
   DEVICE float exponent_factor() const { return MASK_ADDED ? LOG2_E : score_factor; }
 
   DEVICE int rows() const { return PACK ? queries * group : queries; }
   DEVICE int query_of(int row) const { return PACK ? row / group : row; }
   DEVICE int head_of(int row) const { return PACK ? row % group : 0; }
 
-  // Causal masks are aligned at the lower right: the last query sees every key. A query sees the keys [first, last).
+  // Causal masks are lower-right aligned: the last query attends to every key. A query attends to the keys [first, last).
   DEVICE int last_seen_by(int query) const { return CAUSAL ? min(keys, query + 1 + keys - queries) : keys; }
   DEVICE int first_seen_by(int query) const { return WINDOW ? max(0, query + 1 + keys - queries - window) : 0; }
 };
 
-// An element, and two neighbours as they are read at once, `first` of them at the lower address.
+// A mask element, and two adjacent ones loaded at once, `first` at the lower address.
 #if MASK == MASK_F32
 using MaskElement = float;
 using MaskPair = float2;
@@ -52,7 +52,7 @@ DEVICE MaskElement first_of(MaskPair pair) { return pair; }
 DEVICE MaskElement second_of(MaskPair pair) { return pair >> 8; }
 #endif
 
-// What a mask's element adds to a score: -inf where a bool says no.
+// Value that a mask element adds to a score: -inf for a false bool.
 DEVICE float mask_value(MaskElement element) {
 #if MASK_ADDED
 #if MASK == MASK_BF16
@@ -67,7 +67,7 @@ DEVICE float mask_value(MaskElement element) {
 #endif
 }
 
-// An array that broadcasts over any axis: steps in elements, 0 where it does.
+// A mask array that broadcasts over any axis; strides in elements, 0 for broadcast axes.
 struct MaskArray {
   const MaskElement* elements;
   i64 batch_step, head_step, query_step, key_step;
@@ -77,8 +77,8 @@ struct MaskArray {
   }
 };
 
-// A score as the softmax takes it, before positions rule anything out: with SOFTCAP cap * tanh(score / cap), the cap
-// itself left to the softmax. The hardware's own tanh is good to 11 bits only, too few for float16.
+// Score before masking by position: with SOFTCAP cap * tanh(score / cap), where the softmax applies the factor cap. The
+// hardware tanh is accurate to 11 bits only, too few for float16.
 DEVICE float squash(float score, float into_cap) {
   return 1 - 2 * reciprocal_fast(1 + exp2_fast(2 * LOG2_E * into_cap * score));
 }

@@ -1,4 +1,4 @@
-// The tiles of general_backward.cu and their products: of tiles in shared memory, and of accumulators as left operands.
+// Tiles of general_backward.cu and their products, of tiles in shared memory and of accumulators as left operands.
 
 constexpr int BLOCK_K = BANDS * BAND_TILES * 16, SUB_Q = COLUMN_WARPS > 1 ? BLOCK_Q / COLUMN_WARPS : PART_Q;
 constexpr bool EXCHANGE = COLUMN_WARPS > 1;
@@ -7,17 +7,17 @@ using ValueTile = Tile<BLOCK_K, VALUE_DIM>;
 using QueryTile = Tile<BLOCK_Q, HEAD_DIM>;
 using CotangentTile = Tile<BLOCK_Q, VALUE_DIM>;
 using ScoreTile = Tile<BLOCK_K, BLOCK_Q>;
-constexpr int NUMBER_BYTES = 3 * BLOCK_Q * 4;  // rests of exponents, deltas, bases
+constexpr int NUMBER_BYTES = 3 * BLOCK_Q * 4;  // exponent rests, deltas, bases
 constexpr int STAGE_BYTES = QueryTile::BYTES + CotangentTile::BYTES + NUMBER_BYTES;
-constexpr int KEY_COLUMNS = HEAD_DIM / COLUMN_WARPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_WARPS;  // of a warp's dK and dV
-constexpr int SUM_TILES = BLOCK_Q / QUERY_WARPS / 16, SUM_COLUMNS = HEAD_DIM * QUERY_WARPS / WARPS;  // of a warp's dQ
+constexpr int KEY_COLUMNS = HEAD_DIM / COLUMN_WARPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_WARPS;  // dK, dV columns per warp
+constexpr int SUM_TILES = BLOCK_Q / QUERY_WARPS / 16, SUM_COLUMNS = HEAD_DIM * QUERY_WARPS / WARPS;  // dQ part per warp
 static_assert(KEY_COLUMNS % 16 == 0 && VALUE_COLUMNS % 16 == 0 && SUM_COLUMNS % 16 == 0 && SUM_TILES > 0, "whole matrices");
-constexpr int PADDED = 64;  // queries come in tiles of so many in what general_rows.cu makes
+constexpr int PADDED = 64;  // query tile size of the output of general_rows.cu
 
 using Scores = float[BAND_TILES][SUB_Q / 8][4];
 using Operand = u32[BAND_TILES][4];
 
-// sums = rows @ columns^T, added to what `sums` holds: rows of a band against queries.
+// sums += rows @ columns^T: rows of a band times queries.
 template <class Rows, class Columns, int DEPTH>
 DEVICE void multiply_by_columns(Scores& sums, u32 rows, u32 columns) {
   rows += Rows::by_rows(), columns += Columns::by_columns();
@@ -39,7 +39,7 @@ DEVICE void multiply_by_columns(Scores& sums, u32 rows, u32 columns) {
   }
 }
 
-// sums += left (16 rows a tile, 16 columns) @ 16 rows of a tile in shared memory.
+// sums += left (tiles of 16 rows, 16 columns) @ 16 rows of a tile in shared memory.
 template <class Right, int TILES, int COLUMNS>
 DEVICE void multiply_step(float (&sums)[TILES][COLUMNS / 8][4], const u32 (&left)[TILES][4], u32 right) {
 #pragma unroll
@@ -54,7 +54,7 @@ DEVICE void multiply_step(float (&sums)[TILES][COLUMNS / 8][4], const u32 (&left
   }
 }
 
-// sums += weights^T @ rows of a tile: with the weights in registers ...
+// sums += weights^T @ rows of a tile, with the weights in registers.
 template <class Right, int COLUMNS>
 DEVICE void multiply_from_registers(float (&sums)[BAND_TILES][COLUMNS / 8][4], const Scores& weights, u32 right) {
   right += Right::by_rows();
@@ -67,7 +67,7 @@ DEVICE void multiply_from_registers(float (&sums)[BAND_TILES][COLUMNS / 8][4], c
   }
 }
 
-// ... or in shared memory, for all queries of the tile.
+// sums += weights^T @ rows of a tile, with the weights in shared memory, for all queries of the tile.
 template <class Right, int COLUMNS>
 DEVICE void multiply_from_memory(float (&sums)[BAND_TILES][COLUMNS / 8][4], u32 weights, u32 right) {
   weights += ScoreTile::by_rows(), right += Right::by_rows();

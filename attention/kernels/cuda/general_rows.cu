@@ -1,9 +1,9 @@
-// What general_backward.cu needs of each query, a warp for each: cleared sums of dQ, its Exponents, and
+// First kernel of the general backward pass, one warp per query: zeroes the accumulator of dQ, and computes Exponents and
 //
-//   delta = sum over columns of output * cotangent   (- the logsumexp's own cotangent, with LOGSUMEXP_COTANGENT)
+//   delta = sum over columns of output * cotangent   (- the cotangent of the logsumexp, with LOGSUMEXP_COTANGENT)
 //
-// Queries come in tiles of 64, padded: | 64 rests of exponents | 64 deltas | 64 bases |. For those that are padding or see no
-// key the rest is +inf, which makes their weights 0.
+// Results are stored per padded tile of 64 queries: | 64 exponent rests | 64 deltas | 64 bases |. For padding and fully
+// masked rows the rest is +inf, which makes their weights 0.
 
 constexpr int THREADS = 128, TILE = 64;
 
@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 float* rows, float* sums, int planes, int heads, int queries, int columns, int sum_columns, int factor_bits,
                 Step cotangent_batch, Step cotangent_head, Step cotangent_row) {
   const int tiles = (queries + TILE - 1) / TILE, lane = threadIdx.x % 32;
-  const int index = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;  // of all padded queries
+  const int index = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;  // index over all padded queries
   if (index >= planes * tiles * TILE) return;
   const int plane = index / (tiles * TILE), row = index % (tiles * TILE);
   for (int i = lane; i < sum_columns / 4; i += 32) {

@@ -1,23 +1,22 @@
-// What happens to a tile's scores between the two products of general_forward.cu: mask, and online softmax.
+// Masking and online softmax of a tile's scores, between the two products of general_forward.cu.
 
-// By so many powers of two a maximum may grow before the sums are rescaled: 0 where there are registers to do it always.
+// Growth of a row maximum, in powers of two, that does not trigger rescaling; 0 if registers permit rescaling always.
 constexpr float LAZY = ROW_TILES > 1 && VALUE_DIM > 96 ? 8 : 0;
 
 using Scores = float[ROW_TILES][BLOCK_N / 8][4];
 using Output = float[ROW_TILES][VALUE_DIM / 8][4];
 
-// What a lane remembers of its rows; `sum` covers only its own columns until the end.
+// Softmax state of a lane's rows; `sum` covers only the lane's columns until the epilogue.
 struct Rows {
   float max[ROW_TILES][2], sum[ROW_TILES][2];
 };
 
-// A mask's elements for a tile of scores, as they lie in memory: asked for early, and looked at only when the scores are
-// there.
+// Mask elements of a tile of scores, in their dtype: loaded early, and converted once the scores are complete.
 struct MaskTile {
   MaskPair pairs[2 * ROW_TILES][BLOCK_N / 8];
 
-  // For rows from `first_row` on, 8 apart, and two neighbours of each 8 keys; beyond the last row and key those are read
-  // again.
+  // For rows from `first_row` on, 8 apart, and two adjacent keys of every 8; indices beyond the last row and key are
+  // clamped.
   DEVICE void read(const MaskArray& mask, const Problem& problem, int batch, int first_head, int first_row, int first_key) {
     const int column = first_key + threadIdx.x % 4 * 2, last = problem.keys - 1;
 #pragma unroll
@@ -44,7 +43,7 @@ struct MaskTile {
   }
 };
 
-// Turns scores into what the softmax takes: capped, scaled if a mask is added, -inf where positions or the mask say no.
+// Prepares scores for the softmax: capped, scaled if a mask is added, -inf where masked by position or by the array.
 DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, int first_row, int first_key, bool whole) {
   const int column = first_key + threadIdx.x % 4 * 2;
 #pragma unroll
@@ -70,8 +69,8 @@ DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, i
   }
 }
 
-// Online softmax: scores become weights against the row's maximum so far; sums and output follow. A maximum that grows by
-// no more than 2^LAZY is left as it was, since the weights stay in range, and the output mostly need not be rescaled.
+// Online softmax: converts scores to weights relative to the running row maximum, and rescales sums and output. A maximum
+// that grows by at most LAZY powers of two is not updated: the weights stay in range, and rescaling is mostly avoided.
 DEVICE void softmax(Scores& scores, Rows& rows, Output& out, float factor) {
   float rescale[ROW_TILES][2];
   bool same = true;
@@ -85,7 +84,7 @@ DEVICE void softmax(Scores& scores, Rows& rows, Output& out, float factor) {
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
       if (LAZY > 0 && (largest - rows.max[t][r]) * factor <= LAZY) largest = rows.max[t][r];
-      const float base = largest == MINUS_INFINITY ? 0 : largest;  // a row that has seen no key yet
+      const float base = largest == MINUS_INFINITY ? 0 : largest;  // fully masked so far
       rescale[t][r] = exp2_fast((rows.max[t][r] - base) * factor);
       same = same && rescale[t][r] == 1;
       rows.max[t][r] = largest;

@@ -1,5 +1,5 @@
-// How the strides of an array come: as 64-bit numbers of elements, or with NARROW_STEPS as 32-bit ones, which is what MLX's
-// own operation can hand over.
+// Strides of an array in elements: 64-bit or, with NARROW_STEPS, 32-bit, the scalar type of MLX's precompiled-kernel
+// operation.
 
 #if NARROW_STEPS
 using Step = int;

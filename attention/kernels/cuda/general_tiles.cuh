@@ -1,8 +1,8 @@
-// How tiles lie in shared memory, travel there, and become the operands of mma.sync.
+// Tiles of the general kernels: layout in shared memory, asynchronous copies, and loads of mma.sync operands.
 //
 // A row of WIDTH elements is WIDTH / 8 units of 16 bytes and one of padding. The pitch is then an odd number of units, so
-// that the eight rows of a matrix that ldmatrix reads lie in different banks, and every address is the lane's own place plus
-// a constant.
+// that the eight rows of an ldmatrix matrix are in different banks, and every address is a lane-dependent base plus a
+// constant.
 
 constexpr int THREADS = WARPS * 32;
 
@@ -11,10 +11,10 @@ struct Tile {
   static constexpr int ROWS = TILE_ROWS, UNITS = WIDTH / 8, PITCH = (UNITS + 1) * 16, BYTES = ROWS * PITCH;
   static_assert(WIDTH % 16 == 0, "the pitch is an odd number of units");
 
-  // Where a lane reads its row of a 16 x 16 matrix with ldmatrix: of a left operand, or transposed of a right operand
-  // that lies as rows of the contraction ...
+  // ldmatrix address of a lane's row of a 16 x 16 matrix: for a left operand, or transposed for a right operand stored as
+  // rows of the contraction.
   static DEVICE u32 by_rows() { return lane() % 16 * PITCH + lane() / 16 * 16; }
-  // ... and of a right operand that lies as columns of it, or transposed of a left operand.
+  // ldmatrix address for a right operand stored as columns of the contraction, or transposed for a left operand.
   static DEVICE u32 by_columns() { return (lane() / 16 * 8 + lane() % 8) * PITCH + lane() / 8 % 2 * 16; }
   static __device__ constexpr u32 at(int row, int column) { return row * PITCH + column * 2; }
 
@@ -22,9 +22,9 @@ struct Tile {
   static DEVICE int lane() { return threadIdx.x % 32; }
 };
 
-// Starts copying rows of `columns` elements on to a tile; what lies beyond `rows_left` and `columns` becomes zero. As many
-// threads copy side by side as the largest power of two that divides a row's units. `walk(r)` begins at row r, `next` takes
-// a pointer to row r some rows further.
+// Starts an asynchronous copy of rows of `columns` elements to a tile; elements beyond `rows_left` and `columns` are
+// zero-filled. The number of threads per row is the largest power of two that divides a row's units. `walk(r)` returns a
+// pointer to row r; `next` advances it by some rows.
 template <class Tile>
 struct Copying {
   static constexpr int SIDE = Tile::UNITS & -Tile::UNITS, CHUNKS = Tile::UNITS / SIDE, HIGH = THREADS / SIDE;
@@ -34,7 +34,7 @@ struct Copying {
 
   static DEVICE int first_row() { return threadIdx.x / SIDE % Tile::ROWS; }
 
-  // A thread's share of the row `row` of the tile, from `source`, where that row begins.
+  // Copies a thread's share of row `row` of the tile; the row begins at `source`.
   static DEVICE void row(u32 tile, const char* source, int row, int rows_left, int columns) {
     const int first_chunk = threadIdx.x / SIDE / Tile::ROWS;
 #pragma unroll
@@ -46,7 +46,7 @@ struct Copying {
   }
 };
 
-// Starts copying to a tile from row `first` on of an array whose rows lie `step` elements apart.
+// Starts an asynchronous copy to a tile from row `first` on of an array with row stride `step`, in elements.
 template <class Tile>
 DEVICE void copy_tile(u32 tile, const char* array, int step, int first, int rows, int columns) {
   using Copies = Copying<Tile>;
@@ -69,7 +69,7 @@ DEVICE void write_rows(const char* tile, const Place& place, int rows_left, int 
   }
 }
 
-// An accumulator of 16 rows lies in a tile as it lies in registers: of each 8 columns a lane holds two, in two rows.
+// Stores an accumulator of 16 rows to a tile; of every 8 columns a lane holds two, in two rows.
 template <class Tile, int COLUMNS>
 DEVICE void leave_rows(char* tile, const float (&sums)[COLUMNS / 8][4], float scale_low, float scale_high) {
   char* own = tile + threadIdx.x % 32 / 4 * Tile::PITCH + threadIdx.x % 4 * 4;
@@ -80,7 +80,7 @@ DEVICE void leave_rows(char* tile, const float (&sums)[COLUMNS / 8][4], float sc
   }
 }
 
-// Two accumulators of 8 columns side by side, packed, are a left operand of 16 columns.
+// Packs two adjacent accumulators of 8 columns into a left operand of 16 columns.
 DEVICE void pack_operand(u32 (&operand)[4], const float (&low)[4], const float (&high)[4]) {
   operand[0] = pack(low[0], low[1]);
   operand[1] = pack(low[2], low[3]);

@@ -1,29 +1,29 @@
-// A tile whose keys are dealt out to several blocks: each warp leaves its part of 16 rows in device memory, and the last to
-// come adds all of them up, in their order, so that the sum has the same bits whoever is last.
+// Reduction of the Hopper forward kernel for tiles whose keys are split over several blocks: each warp writes its part of 16
+// rows to device memory, and the last to finish combines them in a fixed order, so that the result is bitwise reproducible.
 //
-// Who is last is found without a counter, which someone would have to clear: each leaves the launch's serial number, which
-// no other launch has, and then looks whether all numbers are there. At least one finds them all; should two, both write
-// the same.
+// The last warp is found without a counter, which would need resetting: each warp writes the launch's serial number, which is
+// unique, and then checks whether those of all parts are present. At least one warp finds them all; if two do, both write
+// the same result.
 
-// Work::part: how many parts there are of all tiles before it, how many of this tile, and which of these it is; 0 if the
-// tile is whole.
+// Work::part encodes the number of parts of all earlier tiles, the number of parts of this tile, and the index of this part;
+// 0 if the tile is not split.
 struct Part {
   int first, count, index;
   DEVICE explicit Part(int word) : first(word >> 8), count(word >> 4 & 15), index(word & 15) {}
 };
 
-// Where parts are left: of each warp of a part the accumulators as registers hold them, then maxima and sums; and the marks.
+// Partial results: for each warp of a part, the accumulators in register order, then maxima and sums; and completion marks.
 struct Parts {
   float4* numbers;
   u64* marks;
   u64 serial;
 
-  static constexpr int VECTORS = HEAD_DIM / 8 + 1;  // of a lane
+  static constexpr int VECTORS = HEAD_DIM / 8 + 1;  // per lane
   DEVICE u64 place(int part) const { return static_cast<u64>(part) * CONSUMERS * 4 + threadIdx.x / 32 - 4; }
   DEVICE float4* of_lane(int part) const { return numbers + place(part) * VECTORS * 32 + threadIdx.x % 32; }
 };
 
-// Leaves a warp's part; whether all parts of its rows are there.
+// Writes a warp's part; returns whether all parts of its rows are present.
 DEVICE bool leave_part(const Output& output, Rows& rows, const Parts& parts, const Part& part) {
   float4* place = parts.of_lane(part.first + part.index);
 #pragma unroll
@@ -37,14 +37,14 @@ DEVICE bool leave_part(const Output& output, Rows& rows, const Parts& parts, con
   volatile u64* marks = parts.marks;
   if (lane == part.index) marks[parts.place(part.first + part.index)] = parts.serial;
   __threadfence();
-  __syncwarp();  // the mark is out before anyone looks
+  __syncwarp();  // the mark is written before any lane checks the others
   const bool there = lane >= part.count || marks[parts.place(part.first + lane)] == parts.serial;
   const bool all = __all_sync(~0u, there);
   __threadfence();
   return all;
 }
 
-// Adds up the parts of a warp's rows.
+// Combines the parts of a warp's rows.
 DEVICE void join_parts(Output& output, Rows& rows, const Parts& parts, const Part& part, float scale_log2) {
   rows = Rows();
   for (int i = 0; i < part.count; ++i) {

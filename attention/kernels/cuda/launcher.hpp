@@ -1,5 +1,5 @@
-// What launcher.cpp calls of MLX's CUDA backend and of the CUDA driver, declared here: MLX's own header of it asks for the
-// CUDA toolkit's headers, which users of MLX's wheels do not have. Should the two ever disagree, the module does not load.
+// Declarations of the parts of MLX's CUDA backend and of the CUDA driver that launcher.cpp calls: MLX's own header requires
+// the CUDA toolkit's headers, which MLX's wheels do not include. If the declarations diverge, the module fails to load.
 #pragma once
 #include <dlfcn.h>
 
@@ -20,7 +20,7 @@ struct dim3 {
 
 namespace mlx::core::cu {
 
-// Device memory as MLX keeps it behind allocator::Buffer.
+// Device memory that allocator::Buffer points to in MLX.
 struct CudaBuffer {
   void* data;
   size_t size;
@@ -51,12 +51,12 @@ namespace fatui {
 
 namespace mx = mlx::core;
 
-// A CUtensorMap: what the copy engine knows of an array.
+// A CUtensorMap, the TMA descriptor of an array.
 struct alignas(64) TensorMap {
   char bytes[128];
 };
 
-// The driver's functions, found at run time. Each returns 0 or an error's number.
+// Driver functions, resolved at run time. Each returns 0 or an error code.
 struct Driver {
   int (*load_module)(CUmod_st**, const void*);
   int (*get_function)(CUfunc_st**, CUmod_st*, const char*);

@@ -1,5 +1,5 @@
-// Calls that are known, and the plans that they take: looked up by shapes, types and keywords of a call, which in Python
-// takes longer than all of the rest.
+// Table of repeated calls and their plans, looked up by the shapes, dtypes and keywords of a call. The same lookup in Python
+// takes longer than the rest of the call.
 #pragma once
 #include <array>
 #include <cstring>
@@ -10,7 +10,7 @@
 
 namespace fatui {
 
-// The keywords of a call that has no mask, as Python gives them.
+// Keywords of a call without a mask, as passed from Python.
 struct Keywords {
   double scale;
   bool causal;
@@ -18,7 +18,7 @@ struct Keywords {
   std::optional<double> softcap;
 };
 
-// All that a plan depends on.
+// Everything that a plan depends on.
 using CallKey = std::array<int64_t, 17>;
 
 struct CallHash {
@@ -67,7 +67,7 @@ class Known {
   void clear() { known_.clear(); }
 
  private:
-  std::unordered_map<CallKey, Value, CallHash> known_;  // touched only by threads that hold Python's lock
+  std::unordered_map<CallKey, Value, CallHash> known_;  // accessed only with the GIL held
 };
 
 }  // namespace fatui

@@ -1,4 +1,4 @@
-// Arrays as kernels see them: pointers, strides, and tensor maps that the driver makes on the host.
+// Arrays as kernel arguments: pointers, strides, and tensor maps encoded by the driver on the host.
 #pragma once
 #include <array>
 #include <mutex>
@@ -7,7 +7,7 @@
 
 namespace fatui {
 
-constexpr int ALIGNMENT = 16;  // bytes: kernels load so many at once, and the copy engine asks for it
+constexpr int ALIGNMENT = 16;  // bytes: width of the kernels' vector loads, and required by TMA
 
 inline char* pointer(const mx::array& a) {
   auto buffer = a.buffer();
@@ -16,8 +16,8 @@ inline char* pointer(const mx::array& a) {
 
 inline bool is_aligned(const mx::array& a) { return reinterpret_cast<uintptr_t>(pointer(a)) % ALIGNMENT == 0; }
 
-// What kernels ask of an array's memory, from nothing to all: that the elements of a row lie side by side, and each row at
-// a multiple of ALIGNMENT; for a tensor map also that no stride is 0; that it is dense. One that does not comply is copied.
+// Layout requirements of a kernel on an array, in increasing order: none; contiguous rows, each aligned to ALIGNMENT; for a
+// tensor map also no stride of 0; contiguous. An array that does not satisfy them is copied.
 enum class Layout { ANY, STRIDED, MAPPED, DENSE };
 
 inline bool complies(const mx::array& a, Layout layout) {
@@ -32,12 +32,13 @@ inline bool complies(const mx::array& a, Layout layout) {
   return true;
 }
 
-// What the copy engine moves at once of a (batch, heads, rows, columns) array: rows x columns of one head.
+// TMA box of a (batch, heads, rows, columns) array: rows x columns of one head.
 struct Box {
   int rows, columns, swizzle;  // swizzle: 128 bytes, or 0 for none
 };
 
-// The tensor map of an argument. It is made anew when the strides change, and else only moved: they seldom do.
+// The tensor map of an argument. It is re-encoded if the strides change, which is rare; otherwise only its address is
+// replaced.
 class Map {
  public:
   explicit Map(Box box) : box_(box) {}
@@ -51,7 +52,7 @@ class Map {
   }
 
  private:
-  static int type_of(const mx::array& a) {  // the driver's numbers
+  static int type_of(const mx::array& a) {  // CUtensorMapDataType values
     if (a.dtype() == mx::bfloat16) return 9;
     if (a.dtype() == mx::float16) return 6;
     if (a.dtype() == mx::float32) return 7;
@@ -62,7 +63,7 @@ class Map {
     constexpr int NO_INTERLEAVE = 0, SWIZZLE_128 = 3, PROMOTE_128 = 2, FILL_ZEROS = 0;
     const uint64_t sizes[4] = {uint64_t(a.shape(3)), uint64_t(a.shape(2)), uint64_t(a.shape(1)), uint64_t(a.shape(0))};
     const uint32_t box[4] = {uint32_t(box_.columns), uint32_t(box_.rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-    uint64_t strides[3];  // in bytes, of rows, heads and batch; that of a single one does not matter, but is looked at
+    uint64_t strides[3];  // bytes, of rows, heads and batch; the driver validates those of axes of length 1 too
     for (int i = 0; i < 3; i++) {
       const uint64_t dense = i == 0 ? sizes[0] * a.itemsize() : strides[i - 1] * sizes[i];
       strides[i] = sizes[i + 1] > 1 ? uint64_t(a.strides(2 - i)) * a.itemsize() : dense;

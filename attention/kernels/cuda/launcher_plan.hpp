@@ -1,4 +1,4 @@
-// A plan: launches for arrays of given shapes, and how it is told.
+// Plans (launches for arrays of given shapes), and their conversion from Python.
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -16,17 +16,17 @@ namespace fatui {
 namespace nb = nanobind;
 using Arrays = std::vector<mx::array>;
 
-constexpr int MAX_DYNAMIC_SHARED_SIZE = 8;  // the driver's number of this attribute
+constexpr int MAX_DYNAMIC_SHARED_SIZE = 8;  // CUfunction_attribute value
 constexpr size_t MOST_ARGUMENTS = 48, MOST_MAPS = 8;
 
-// A kernel of a cubin, loaded once a process; names tell them apart.
+// A kernel of a cubin, loaded once per process and cached by name.
 inline CUfunc_st* load(const std::string& name, const char* code, int shared) {
   static std::map<std::string, CUfunc_st*> loaded;
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   CUfunc_st*& function = loaded[name];
   if (function == nullptr) {
-    mx::cu::device(mx::default_device()).make_current();  // a thread of its own may have no context yet
+    mx::cu::device(mx::default_device()).make_current();  // a new thread may have no current context
     CUmod_st* module = nullptr;
     check(driver().load_module(&module, code), "cuModuleLoadData");
     check(driver().get_function(&function, module, name.c_str()), "cuModuleGetFunction");
@@ -35,13 +35,13 @@ inline CUfunc_st* load(const std::string& name, const char* code, int shared) {
   return function;
 }
 
-// Of an argument: an array's address, its tensor map, the stride of one of its axes in elements, a number, a number that
-// no two launches share, or a null pointer.
+// Kind of an argument: address of an array, its tensor map, the stride of one of its axes in elements, a number, the serial
+// number of the launch, or a null pointer.
 enum Kind { POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING };
 
 struct Argument {
   Kind kind;
-  int64_t value;  // which array (inputs first, then outputs), or the number
+  int64_t value;  // index of the array (inputs first, then outputs), or the number
   int axis;
   std::shared_ptr<Map> map;
 };
@@ -53,20 +53,20 @@ struct Step {
   std::vector<Argument> arguments;
 };
 
-// Launches for arrays of given shapes; `label` is what Python's functions for gradient and vmap tell plans by.
+// Launches for arrays of given shapes; `label` identifies the plan in the Python callbacks for gradient and vmap.
 struct Plan {
   std::vector<Step> steps;
-  std::vector<Layout> layouts;  // of the inputs
+  std::vector<Layout> layouts;  // layouts required of the inputs
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> types;
-  Arrays constants;  // inputs after the caller's own
+  Arrays constants;  // inputs appended to the caller's
   std::string label;
-  std::shared_ptr<const Plan> untraced;  // what runs instead where no gradient can be asked for
+  std::shared_ptr<const Plan> untraced;  // plan used instead where no gradient can be requested
 };
 
-// ---- how Python tells of a plan -----------------------------------------------------------------------------------
+// ---- conversion from Python ---------------------------------------------------------------------------------------
 
-using ArgumentText = std::vector<int64_t>;  // the kind, and what it takes: see `argument`
+using ArgumentText = std::vector<int64_t>;  // the kind and its operands: see `argument`
 using StepText = std::tuple<std::string, nb::bytes, int, int, int, std::vector<int>, std::vector<int>,
                             std::vector<ArgumentText>>;
 
@@ -88,7 +88,7 @@ inline Step step(const StepText& text) {
   return made;
 }
 
-// What the steps ask of each input. A pointer without strides needs it dense.
+// Layout that the steps require of each input. A pointer without strides requires a contiguous array.
 inline std::vector<Layout> layouts_of(const std::vector<Step>& steps, size_t inputs) {
   std::vector<Layout> layouts(inputs, Layout::ANY);
   for (const Step& step : steps) {
@@ -98,7 +98,7 @@ inline std::vector<Layout> layouts_of(const std::vector<Step>& steps, size_t inp
                            [&](const Argument& a) { return a.kind == kind && size_t(a.value) == i; });
       };
       const bool any = std::any_of(step.arguments.begin(), step.arguments.end(), [&](const Argument& a) {
-        return a.kind == STRIDE && size_t(a.value) == i && a.axis == 3;  // a kernel that takes even this one
+        return a.kind == STRIDE && size_t(a.value) == i && a.axis == 3;  // a kernel that takes the stride of the last axis too
       });
       const Layout asked = has(MAP) ? Layout::MAPPED : any ? Layout::ANY : has(STRIDE) ? Layout::STRIDED : Layout::DENSE;
       if (has(MAP) || has(POINTER)) layouts[i] = std::max(layouts[i], asked);

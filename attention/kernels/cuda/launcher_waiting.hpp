@@ -1,6 +1,7 @@
-// A number that is there once the GPU has done what was queued before it, but for the last few numbers of its kind, and MLX
-// has let go of what that read. Nothing that needs it is queued earlier. MLX's own way is an array that passes to the
-// processor and back: two signals through memory that both reach, each asked for at intervals that grow with the wait.
+// A fence: a scalar that becomes available once the GPU has finished the work queued before it, except for the last few
+// such scalars, and MLX has released the inputs of that work. Operations that depend on it are not queued earlier. MLX's
+// alternative is an array that passes to the CPU stream and back, by two events in managed memory that are polled at growing
+// intervals.
 #pragma once
 #include <chrono>
 #include <deque>
@@ -26,7 +27,7 @@ class Passed : public mx::Primitive {
     auto done = std::make_shared<std::promise<void>>();
     auto& under_way = queued(stream().index);
     under_way.push_back(done->get_future());
-    encoder.commit();  // what arrays are let go of is the last task of a commit, so this one is of the next
+    encoder.commit();  // arrays are released in the last task of a commit, so this task belongs to the next one
     encoder.add_completed_handler([done] { done->set_value(); });
     encoder.commit();
     for (; under_way.size() > behind_; under_way.pop_front()) wait(under_way.front());
@@ -42,13 +43,13 @@ class Passed : public mx::Primitive {
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
 
  private:
-  // A stream of MLX's belongs to a thread.
+  // MLX streams are bound to a thread.
   static std::deque<std::future<void>>& queued(int stream) {
     static thread_local std::map<int, std::deque<std::future<void>>> queues;
     return queues[stream];
   }
 
-  // After a failed kernel CUDA calls nobody back.
+  // After a failed kernel, CUDA runs no host callbacks.
   static void wait(std::future<void>& done) {
     while (done.wait_for(std::chrono::seconds(1)) != std::future_status::ready) {
       check(driver().synchronize(), "Waiting for the GPU");

@@ -1,14 +1,14 @@
-// The tensor-core instructions that every GPU from Ampere on has, one short function each: a warp multiplies 16 x 16 by
-// 16 x 8. Lane l holds, of an accumulator, rows l / 4 and l / 4 + 8 and columns 2 (l % 4) and the one after.
+// Wrappers of the tensor-core instructions of Ampere and later, one short function each: a warp multiplies 16 x 16 by
+// 16 x 8. Of an accumulator, lane l holds rows l / 4 and l / 4 + 8, and columns 2 (l % 4) and 2 (l % 4) + 1.
 //
-// Tiles lie in shared memory as rows of HEAD_DIM elements; of row r the 16-byte unit u is kept at unit u ^ (r % 8), so
-// that the eight rows of a matrix that ldmatrix reads lie in different banks.
+// Tiles in shared memory are rows of HEAD_DIM elements; the 16-byte unit u of row r is stored at unit u ^ (r % 8), so that
+// the eight rows of an ldmatrix matrix are in different banks.
 
 constexpr int ROW_UNITS = HEAD_DIM / 8;
 
 DEVICE u32 unit_address(u32 tile, int row, int unit) { return tile + (row * ROW_UNITS + (unit ^ row % 8)) * 16; }
 
-// Starts a copy of 16 bytes from device to shared memory; zeros when not `valid`.
+// Starts an asynchronous copy of 16 bytes from device to shared memory; zero-fills if not `valid`.
 DEVICE void copy_16_bytes(u32 destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
                : "memory");
@@ -19,7 +19,7 @@ DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8 x 8 matrices; lane l passes the address of row l % 8 of matrix l / 8.
 DEVICE void load_matrices(u32 (&words)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -47,8 +47,8 @@ DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #undef ELEMENT
 }
 
-// Adds an accumulator to 128 floats in device memory, in an order of its own: a lane's four side by side where the GPU adds
-// so many at once (VECTOR_SUMS), else those of a warp.
+// Atomically adds an accumulator to 128 floats in device memory, in register order: the four floats of a lane are adjacent
+// with vectorised atomics (VECTOR_SUMS), else those of a warp are.
 #ifdef VECTOR_SUMS
 DEVICE void add_to_memory(float* sums, const float (&c)[4]) {
   const int lane = threadIdx.x % 32;

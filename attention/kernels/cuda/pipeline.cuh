@@ -1,4 +1,4 @@
-// How tiles travel: the schedule, the rings of buffers, and the warpgroup (the producer) that only copies.
+// Pipeline of the Hopper forward kernel: schedule, rings of buffers, and the producer warpgroup, which only issues copies.
 //
 //   producer        Q, and K V K V ...   through rings of buffers, a "full" and an "empty" mbarrier for each buffer
 //   consumer 0      64 queries    \  of the same BLOCK_M queries: all consumers use every K and V tile
@@ -7,15 +7,15 @@
 // Shared memory:  | barriers: 1 KiB | Q: QUERY_STAGES x consumers | K: STAGES tiles | V: STAGES tiles |
 
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
-// A block of one consumer starts with 255 registers a thread, of two with 168, of three with 128; what the producer gives is
-// what the consumers may take, and no more.
+// A block starts with 255 registers per thread with one consumer, 168 with two, 128 with three; the consumers can allocate
+// only the registers that the producer releases.
 constexpr int START_REGISTERS = CONSUMERS == 1 ? 255 : CONSUMERS == 2 ? 168 : 128;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * START_REGISTERS);
-constexpr int TURN_BARRIER = 1;  // the named barriers from here on, one for each consumer
+constexpr int TURN_BARRIER = 1;  // first named barrier, one per consumer
 
-// Where things lie in shared memory: barriers in the first KiB, then the tiles.
+// Shared-memory layout: barriers in the first KiB, then the tiles.
 struct Memory {
   u32 base;
   DEVICE u32 barrier(int index) const { return base + 8 * index; }
@@ -30,18 +30,18 @@ struct Memory {
   DEVICE u32 value(int stage) const { return key(STAGES + stage); }
 };
 
-// What a block does in one go: a tile of queries against the tiles of keys [first, end).
+// A unit of work: a query tile against the key tiles [first, end).
 struct Work {
   int block = 0, first = 0, end = 0;
-  int index = -1;  // counts the works of this block
+  int index = -1;  // index among the works of this block
 
-  // A consumer's buffer of queries, and the parity of its barriers.
+  // Query buffer of a consumer, and the parity of its barriers.
   DEVICE int query_buffer(int consumer) const { return index % QUERY_STAGES * CONSUMERS + consumer; }
   DEVICE u32 query_parity() const { return index / QUERY_STAGES % 2; }
 };
 
-// This block's works: its row of the table (blocks x rounds x 8 numbers) that the host made, of plane, block, first, end and
-// part, up to the first negative plane.
+// Works of this block: its row of the host's table (blocks x rounds x 8 integers) of plane, query tile, first, end and part;
+// a negative plane ends it.
 struct Schedule {
   const int4* entry;
 
@@ -53,15 +53,15 @@ struct Schedule {
     entry += 2;
     return true;
   }
-  // Of the work, what need not stay in registers: its plane, and which part of a tile it is if the tile's keys are dealt out
-  // to several blocks (see join.cuh), else 0.
+  // Fields of the work that need not stay in registers: its plane, and its part if the keys of the tile are split over
+  // several blocks (see join.cuh), else 0.
   DEVICE int plane() const { return entry[-2].x; }
   DEVICE int part() const { return entry[-1].x; }
 };
 
 // ---- the producer ------------------------------------------------------------------------------------------------
 
-// Copies the queries of a work, once the buffers are free.
+// Loads the queries of a work, once the buffers are free.
 DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap& map, int head, int batch) {
   for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
     const int buffer = work.query_buffer(consumer);
@@ -71,7 +71,7 @@ DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap
   }
 }
 
-// One thread's work.
+// The producer, a single thread.
 DEVICE void produce(const Memory& memory, const Problem& problem, Schedule schedule, const TensorMap& query_map,
                     const TensorMap& key_map, const TensorMap& value_map) {
   Ring keys, values;
@@ -93,7 +93,7 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule sched
     const int last = work.end - 1;
     if (last >= work.first) load_key(last);
     load_queries(memory, work, query_map, head, batch);
-    for (int n = last - 1; n >= work.first; --n) {  // the order in which consumers ask for them
+    for (int n = last - 1; n >= work.first; --n) {  // in the order of the consumers
       if constexpr (OVERLAP) load_key(n), load_value(n + 1);
       else load_value(n + 1), load_key(n);
     }

@@ -1,4 +1,5 @@
-// One warpgroup's share of the algorithm: 64 queries against tiles of BLOCK_N keys, everything in registers.
+// Scores, softmax and output of a consumer warpgroup of the Hopper forward kernel: 64 queries against tiles of BLOCK_N keys,
+// in registers.
 //
 //   scores      S = Q K^T            64 x BLOCK_N   float32, BLOCK_N / 2 registers a thread
 //   softmax     P = exp2(c S - max)  64 x BLOCK_N   packed to 2 bytes, BLOCK_N / 4 registers
@@ -10,18 +11,18 @@ using KeyTile = Tile<BLOCK_N>;
 
 struct Problem {
   int planes, heads;    // batch * heads, and heads
-  int heads_per_key;    // query heads that share one key and value head
+  int heads_per_key;    // query heads per key head
   int queries, keys;    // lengths
-  int columns;          // the inputs' head dimension, at most HEAD_DIM: the copy engine fills up with zeros
-  float scale_log2;     // of the scores, times log2(e); with SOFTCAP the cap times log2(e)
+  int columns;          // head dimension of the inputs, at most HEAD_DIM; TMA zero-fills the rest
+  float scale_log2;     // softmax scale, with SOFTCAP the cap, times log2(e)
   float into_cap;       // with SOFTCAP: softmax scale / cap
-  int window;           // with WINDOW: the keys that a row sees at most
+  int window;           // with WINDOW: maximum number of keys that a row attends to
 
-  // Causal masks are aligned at the lower right: the last query sees every key. A row sees the keys [first, last).
+  // Causal masks are lower-right aligned: the last query attends to every key. A row attends to the keys [first, last).
   DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row + 1 + keys - queries) : keys; }
   DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row + 1 + keys - queries - window) : 0; }
 
-  // Of a tile's key blocks, where those end that one warpgroup needs: never none of several, which saves a case.
+  // End of the key tiles that a warpgroup needs, at least one past the first if there are any, which avoids a special case.
   DEVICE int key_blocks_of_warpgroup(int first_row, int first_block, int tile_blocks) const {
     if (!CAUSAL) return first_row < queries ? tile_blocks : min(tile_blocks, first_block + 1);
     const int seen = first_row < queries ? last_seen_by(min(queries, first_row + WARPGROUP_ROWS) - 1) : 0;
@@ -29,11 +30,11 @@ struct Problem {
   }
 };
 
-// What a thread remembers of its two rows. `sum` covers only the thread's own columns until `finish_rows`.
+// Softmax state of a thread's two rows. `sum` covers only the thread's columns until `finish_rows`.
 struct Rows {
   float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
   float sum[2] = {0, 0};
-  float rescale[2] = {1, 1};  // what the last softmax asks the output to be multiplied by
+  float rescale[2] = {1, 1};  // factor of the output, from the last softmax step
 };
 
 using Scores = float[BLOCK_N / 2];
@@ -61,15 +62,15 @@ DEVICE void start_output(Output& output, const Weights& weights, u32 value) {
   wgmma_commit();
 }
 
-// Squashes the scaled scores to cap * tanh(s / cap), the cap itself left to the softmax. The hardware's own tanh is
-// good to 11 bits only, too few for float16.
+// Softcap: scores become tanh(s / cap); the softmax applies the factor cap. The hardware tanh is accurate to 11 bits only,
+// too few for float16.
 DEVICE void cap_scores(Scores& scores, float into_cap) {
   const float factor = 2 * 1.44269504f * into_cap;
 #pragma unroll
   for (int i = 0; i < BLOCK_N / 2; ++i) scores[i] = 1 - 2 * reciprocal_fast(1 + exp2_fast(scores[i] * factor));
 }
 
-// Drops the scores of keys that the thread's rows, `row` and `row` + 8, may not see. `first_key` is the tile's.
+// Masks scores of the thread's rows, `row` and `row` + 8, by causality and window. `first_key` is the first of the tile.
 DEVICE void mask_scores(Scores& scores, const Problem& problem, int row, int first_key) {
   const int column = first_key + 2 * (threadIdx.x % 4);
 #pragma unroll
@@ -83,7 +84,7 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int row, int fir
   }
 }
 
-// Online softmax: scores become weights against the row's maximum so far; sum and rescale follow.
+// Online softmax: converts scores to weights relative to the running row maximum; updates sum and rescale.
 DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
   float base[2], shift[2];
 #pragma unroll
@@ -93,7 +94,7 @@ DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
     for (int i = 2 * r; i < BLOCK_N / 2; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    base[r] = largest == MINUS_INFINITY ? 0 : largest;  // a row that has seen no key yet
+    base[r] = largest == MINUS_INFINITY ? 0 : largest;  // fully masked so far
     rows.rescale[r] = exp2_fast((rows.max[r] - base[r]) * scale_log2);
     rows.max[r] = largest;
     shift[r] = base[r] * scale_log2;
@@ -116,13 +117,13 @@ DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
   }
 }
 
-// Accumulators of S have the layout that wgmma wants of a left operand in registers, so packing is all there is to do.
+// Accumulators of S already have the layout of a wgmma left operand in registers and only need packing.
 DEVICE void pack_weights(Weights& weights, const Scores& scores) {
 #pragma unroll
   for (int i = 0; i < BLOCK_N / 4; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
 }
 
-// Divides by the row sums (output 0 for rows that saw no key), and writes the rows' log-sum-exp and stats if they are wanted.
+// Divides by the row sums (fully masked rows are 0), and writes the rows' logsumexp and stats if requested.
 DEVICE void finish_rows(Output& output, Rows& rows, const RowResults& results, int first_row, const Problem& problem) {
   float inverse[2];
 #pragma unroll

@@ -1,13 +1,13 @@
-// How a warpgroup holds 64 rows in registers and finds tiles in shared memory.
+// Register layout of a warpgroup's 64 rows, and layout of tiles in shared memory, in the Hopper kernels.
 //
 // A thread holds two rows, r = 0 and 1: row 16 * warp + lane / 4 + 8 r, and of every 8 columns the two at 2 * (lane % 4).
 // Element i of an accumulator belongs to row (i / 2) % 2 and column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
 //
-// Tiles lie in shared memory as CHUNKS column chunks of 64 elements, each of them ROWS x 128 bytes with the 128-byte
-// swizzle: the 16-byte unit u of row r is kept at unit u ^ (r % 8). Every chunk starts at a multiple of 1024 bytes.
+// Tiles in shared memory are CHUNKS column chunks of 64 elements, each of them ROWS x 128 bytes with the 128-byte
+// swizzle: the 16-byte unit u of row r is stored at unit u ^ (r % 8). Every chunk starts at a multiple of 1024 bytes.
 //
 //   Q, K:  chunk 0 [ROWS][64]   chunk 1 [ROWS][64]  ...      HEAD_DIM is the contraction: 4 steps of 16 in a chunk
-//   V:     the same             the contraction runs down the rows: a step is 16 rows, 2048 bytes
+//   V:     as Q and K           the contraction runs down the rows: a step is 16 rows, 2048 bytes
 
 constexpr int CHUNKS = HEAD_DIM / 64;
 constexpr int WARPGROUP = 128;
@@ -19,15 +19,15 @@ struct Tile {
   static constexpr u32 BYTES = CHUNK_BYTES * CHUNKS;
 };
 
-constexpr int CONSUMER_WARPS = 4;  // arrivals of one warpgroup that empty a buffer
+constexpr int CONSUMER_WARPS = 4;  // arrivals per warpgroup to release a buffer
 
 using Output = float[HEAD_DIM / 2];
 
-// A number that is the same in the whole warp, told to the compiler by a shuffle: what follows from it, addresses of tiles
-// above all, stays in uniform registers.
+// Marks a value as warp-uniform by a shuffle, so that values derived from it, such as tile addresses, stay in uniform
+// registers.
 DEVICE int same_in_warp(int x) { return __shfl_sync(~0u, x, 0); }
 
-// A place in a ring of buffers. `parity` flips at each round and tells the barriers' phases apart.
+// A position in a ring of buffers. `parity` flips each round and distinguishes the phases of the barriers.
 struct Ring {
   int stage = 0;
   u32 parity = 0;
@@ -36,12 +36,12 @@ struct Ring {
   }
 };
 
-// Hands a buffer back: one arrival a warp, since the warps of a warpgroup drift apart.
+// Releases a buffer with one arrival per warp, because the warps of a warpgroup are not in lockstep.
 DEVICE void release(u32 empty) {
   if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
-// Copies ROWS rows of a head to a tile; `full` has been told to expect them.
+// Loads ROWS rows of a head to a tile; `full` already expects their bytes.
 template <int ROWS>
 DEVICE void load_tile_expected(u32 tile, const TensorMap& map, int head, int batch, int row, u32 full) {
 #pragma unroll
@@ -61,8 +61,8 @@ DEVICE void scale_output(Output& output, const float (&factor)[2]) {
   for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= factor[i / 2 % 2];
 }
 
-// Writes the warpgroup's output, 16 bytes a thread: lanes of a quad swap words so that each holds 8 columns of a row.
-// `destination` is the thread's row 0; `rows_left` counts the rows from there to the end.
+// Writes the warpgroup's output, 16 bytes per thread: lanes of a quad exchange words so that each holds 8 columns of a row.
+// `destination` is the thread's row 0; `rows_left` is the number of rows from there to the end.
 DEVICE void store_output(char* destination, const Output& output, int rows_left, int columns) {
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
