@@ -1,8 +1,7 @@
-// Attention, backward: dQ, dK, dV from each row's reference and sum, without the score matrix (Dao et al., 2022; Dao,
-// 2023).
+// Backward pass: dQ, dK, dV from each row's reference and sum, without the score matrix (Dao et al., 2022; Dao, 2023).
 //
-//   for each block of 256 keys, each tile of 64 queries i that sees it, and each tile of 64 keys j of that block
-//   (S' one line a key, one lane a query):
+//   for each block of 256 keys, each tile of 64 queries i that attends to it, and each tile of 64 keys j of that block
+//   (S': one row per key, one lane per query):
 //     S' = K Q'                     P' = e^(S' - reference_i)       dO_i already divided by the row's sum
 //     dP' = V dO'                   dS' = P' (dP' - delta_i)        delta_i = dO_i . O_i - dlogsumexp_i / sum_i
 //     dV += P' dO                   dK += dS' Q                     dQ' += K' dS'
@@ -12,7 +11,7 @@
 namespace fatui {
 namespace {
 
-// Tiles in float32, whatever the type.
+// Tiles in float32, for every dtype.
 template <class T>
 class FloatTiles {
  public:
@@ -42,7 +41,7 @@ class FloatTiles {
     v_ = floats_of<T>(p_.value, batch, kv_head, key, keys, p_.value_dim, value_, dv_);
   }
 
-  // The query tile's forms: Q and dO, turned (packed unless its slot still holds them) and not.
+  // Forms of a query tile: Q and dO, transposed (packed unless still in the slot) and not.
   [[gnu::noinline]] void take_queries(const Item& item, int64_t tile) {
     const int64_t slot = std::min(tile, int64_t(holds_.size()) - 1), width = round_up(item.queries, lanes);
     query_turned_ = slots_ + slot * a_slot(p_), gradient_turned_ = query_turned_ + query_tile * d_;
@@ -55,7 +54,7 @@ class FloatTiles {
       for (int64_t d = 0; d < p_.value_dim; d++) divide(gradient_turned_ + d * query_tile, width);
       make_deltas(item, width);
     }
-    // Q as it lies only where whole vectors of columns can be read.
+    // Q in place only if whole vectors of columns can be read.
     q_ = floats_of<T>(p_.query, item.batch, item.head, item.query, item.queries, p_.head_dim, query_, d_,
                       d_ == p_.head_dim);
     floats_of<T>(call_.output_gradient, item.batch, item.head, item.query, item.queries, p_.value_dim, gradient_, dv_,
@@ -86,12 +85,12 @@ class FloatTiles {
   }
 
  private:
-  // A number of each query, by its row's sum.
+  // Divides the values of each query by its row sum.
   void divide(float* x, int64_t width) const {
     for (int64_t i = 0; i < width; i += lanes) store(x + i, load(x + i) * load(rows_->inverse + i));
   }
 
-  // Whether all keys of a head have one value.
+  // Whether all keys of a head have the same value row.
   bool is_one_value(int64_t batch, int64_t kv_head) const {
     const Tensor& v = p_.value;
     const T* data = static_cast<const T*>(v.data) + batch * v.stride[0] + kv_head * v.stride[1];
@@ -101,8 +100,8 @@ class FloatTiles {
     return true;
   }
 
-  // delta = dO . O in the order in which dP = dO . V is summed, so that they are equal where O is a value: where one key
-  // has all the weight, and where all keys have one value, which O, a rounded sum, need not be.
+  // delta = dO . O, summed in the order of dP = dO . V, so that they are equal if O equals a value row: if one key has all
+  // the weight, or if all value rows are equal (V is then used instead of O, which is a rounded sum).
   void make_deltas(const Item& item, int64_t width) const {
     Rows<T> rows = rows_of<T>(one_value_ ? p_.value : call_.output, item);
     if (one_value_) {
@@ -150,7 +149,7 @@ class FloatTiles {
   const BackwardCall& call_;
   const Problem& p_;
   int64_t d_, dv_, head_ = -1;
-  bool one_value_ = false;  // of the head whose keys are open
+  bool one_value_ = false;  // for the current head
   std::vector<int64_t> holds_;
   float *scores_, *score_gradients_, *slopes_, *key_, *value_, *query_, *gradient_, *slots_;
   float *query_turned_ = nullptr, *gradient_turned_ = nullptr;

@@ -1,4 +1,4 @@
-// What the backward passes share: the plan, the few numbers a row needs, writing gradients.
+// Shared by the backward kernels: work plan, row statistics, writing gradients.
 #pragma once
 #include <vector>
 
@@ -6,26 +6,26 @@
 
 namespace fatui {
 
-// Bfloat16 with the processor's own dot products, where it has them.
+// Bfloat16 backward pass with the CPU's dot-product instructions, if available.
 void backward_bfloat16(const BackwardCall& call);
 int64_t backward_bfloat16_workspace(const Problem& p);
 
-constexpr int64_t step_keys = 64;             // keys of a tile, here
-constexpr int64_t key_block = 4 * step_keys;  // keys whose gradients stay close while the queries go by
-constexpr int64_t thread_budget = 3 << 20;    // bytes of scratch a thread, whatever the lengths
+constexpr int64_t step_keys = 64;             // keys per tile of the backward pass
+constexpr int64_t key_block = 4 * step_keys;  // keys whose gradients stay in cache during the loop over queries
+constexpr int64_t thread_budget = 3 << 20;    // maximum scratch bytes per thread, for any lengths
 
 inline int64_t padded(int64_t dim) { return round_up(dim, lanes); }
 
-// A tile of queries, one of keys of the block that is open, and where their gradients are summed.
+// A query tile, a key tile of the current block, and the accumulators of their gradients.
 struct TileStep {
   const Item& item;
   const Bounds& bounds;
-  int64_t key, row, keys;  // the first key; its row in the block; how many
-  float *query_sums, *key_sums, *value_sums;  // dQ' [d][query], dK [key][d], dV [key][dv]; null: not wanted
+  int64_t key, row, keys;  // first key; its row in the block; number of keys
+  float *query_sums, *key_sums, *value_sums;  // dQ' [d][query], dK [key][d], dV [key][dv]; null if not requested
 };
 
-// Whether one item can be a whole K/V head, and how many packed tiles of queries it can keep. Tiles are what reads and
-// multiplies: `fixed` floats of scratch, and `a_slot` for each packed tile of queries.
+// Decides whether one item can be a whole K/V head, and how many packed query tiles it can keep. Tiles is the class that
+// loads and multiplies: `fixed` floats of scratch, and `a_slot` per packed query tile.
 template <class Tiles>
 struct BackwardPlan {
   int64_t items, query_tiles, slots;
@@ -39,7 +39,7 @@ struct BackwardPlan {
     fits = room_for >= 1;
     slots = std::max<int64_t>(1, std::min(room_for, query_tiles));
   }
-  // With few items a thread, the last ones would leave the others idle.
+  // With few items per thread, the last items would leave the other threads idle.
   bool fused(int threads) const { return fits && (items % threads == 0 || items >= 3 * threads); }
 
   static int64_t floats(const Problem& p, int64_t slots, int64_t query_tiles) {
@@ -52,12 +52,12 @@ struct BackwardPlan {
   }
 };
 
-// What a row's P and dS are made with: P = e^(S - reference) inverse, dS = P (dP - delta).
+// Row statistics for P and dS: P = e^(S - reference) inverse, dS = P (dP - delta).
 struct RowNumbers {
-  float reference[query_tile];  // infinite where there is nothing to attend to, or no row: then P is 0
-  float fine[query_tile];       // added to the reference where scores are in double
-  float inverse[query_tile];    // of the sum
-  float delta[query_tile];      // dO . O, less the logsumexp's own gradient
+  float reference[query_tile];  // infinite for fully masked and padding rows: then P is 0
+  float fine[query_tile];       // low part of the reference if scores are in double
+  float inverse[query_tile];    // 1 / sum
+  float delta[query_tile];      // dO . O minus the gradient of the logsumexp
 };
 constexpr int64_t row_numbers = sizeof(RowNumbers) / sizeof(float);
 
@@ -65,7 +65,7 @@ inline int64_t row_offset(const Tensor& t, const Item& item, int64_t row) {
   return item.batch * t.stride[0] + item.head * t.stride[1] + (item.query + row) * t.stride[2];
 }
 
-// What delta is lessened by, the gradient of a row's logsumexp.
+// Gradient of a row's logsumexp, which is subtracted from delta.
 inline float logsumexp_gradient(const BackwardCall& call, const Item& item, int64_t row) {
   const Tensor& t = call.logsumexp_gradient;
   return t.data == nullptr ? 0.0f : static_cast<const float*>(t.data)[row_offset(t, item, row)];
@@ -86,7 +86,7 @@ inline void read_statistics(const BackwardCall& call, const Item& item, RowNumbe
   std::fill(rows.inverse + item.queries, rows.inverse + query_tile, 0.0f);
 }
 
-// 1 - tanh^2: the slope of the softcap.
+// 1 - tanh^2, the derivative of the softcap.
 inline void cap_slopes(const float* s, float* slopes, int64_t keys, int64_t width, float inside) {
   for (int64_t j = 0; j < keys; j++)
     for (int64_t i = 0; i < width; i += lanes) {
@@ -95,7 +95,7 @@ inline void cap_slopes(const float* s, float* slopes, int64_t keys, int64_t widt
     }
 }
 
-// Rows from a turned tile, each number times a factor.
+// Writes rows from a transposed tile, scaled by a factor.
 template <class T>
 void write_turned(T* out, const float* turned, int64_t rows, int64_t columns, float factor) {
   for (int64_t row = 0; row < rows; row += lanes)

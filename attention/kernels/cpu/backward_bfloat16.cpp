@@ -1,7 +1,7 @@
-// Attention, backward, in bfloat16 with the processor's dot products: the same walk as in float32, on pairs.
+// Backward pass in bfloat16 with the CPU's dot-product instructions: the loops of the float32 kernel, on pairs.
 //
-//   Depth is paired, so each product wants its operands so (QP and so on: pairs along d; Q2, dO2: two rows in one):
-//     S' = K QP     dP' = V dOP                                       K and V as they lie
+//   Pairs run along the depth, so the operands of each product are (QP etc.: pairs along d; Q2, dO2: pairs of rows):
+//     S' = K QP     dP' = V dOP                                       K and V in place
 //     P2 = P' in rows of bfloat16        dV += P2 dO2                 [key][query / 2]
 //     dS2 = dS' in rows of bfloat16      dK += dS2 Q2
 //     dSP = dS' in pairs of keys         dQ' += KT dSP                KT[d][key / 2], dSP[key / 2][query]
@@ -18,14 +18,14 @@ int64_t backward_bfloat16_workspace(const Problem&) { return 0; }
 #else
 namespace {
 
-// The reference subtracted first where it must be, as in the forward pass; returns whether it was.
+// Subtracts the reference first if it is large, as in the forward pass; returns whether it did.
 inline bool subtract_first(float* s, int64_t keys, int64_t width, float factor, const RowNumbers& rows) {
   const bool first = std::any_of(rows.reference, rows.reference + query_tile, beyond_offset);
   for (int64_t i = 0; i < width && first; i += lanes) subtract<1>(s + i, keys, factor, {load(rows.reference + i)});
   return first;
 }
 
-// dO . O of each row, less the logsumexp's own gradient.
+// dO . O of each row minus the gradient of the logsumexp.
 void read_deltas(const BackwardCall& call, const Item& item, RowNumbers& rows) {
   const Tensor &o = call.output, &g = call.output_gradient;
   const int64_t columns = call.problem.value_dim;
@@ -43,7 +43,7 @@ void read_deltas(const BackwardCall& call, const Item& item, RowNumbers& rows) {
 
 class PairTiles {
  public:
-  // In words: three tiles of float32 and three of bfloat16, K, V and KT of the block, and room to turn a tile.
+  // In words: three tiles of float32 and three of bfloat16, K, V and KT of the block, and scratch to transpose a tile.
   static int64_t fixed(const Problem& p) {
     const int64_t d = words_of(p.head_dim), dv = words_of(p.value_dim);
     return query_tile * step_keys * 9 / 2 + key_block * (2 * d + dv) + query_tile * std::max(d, dv);
@@ -73,7 +73,7 @@ class PairTiles {
     turn_rows(p_.key, batch, kv_head, key, keys, p_.head_dim, round_up(keys, 32), key_turned_, key_block / 2);
   }
 
-  // The query tile's forms: Q and dO, turned and as pairs of rows, unless its slot still holds them.
+  // Forms of a query tile: Q and dO, transposed and as pairs of rows, unless still in the slot.
   [[gnu::noinline]] void take_queries(const Item& item, int64_t tile) {
     const int64_t slot = std::min(tile, int64_t(holds_.size()) - 1), width = round_up(item.queries, 32);
     query_turned_ = slots_ + slot * a_slot(p_), gradient_turned_ = query_turned_ + query_tile * d_;
@@ -121,7 +121,7 @@ class PairTiles {
   static bfloat16_t* halves(float* p) { return reinterpret_cast<bfloat16_t*>(p); }
   static float* words(bfloat16_t* p) { return reinterpret_cast<float*>(p); }
 
-  // P' from S' and dS' from dP' for keys j and j + 1, in the forms that the products want; zeros for missing keys.
+  // P' from S' and dS' from dP' for keys j and j + 1, in the operand layouts of the products; zeros for missing keys.
   void score_gradients(int64_t j, int64_t keys, int64_t width, float factor, bool subtracted) const {
     for (int64_t i = 0; i < width; i += lanes) {
       const Vector offset = subtracted ? Vector{} : in_register(load(rows_->reference + i) * log2_e);

@@ -1,8 +1,8 @@
-// Attention, backward: the walk over blocks of keys and tiles of queries, whatever multiplies the tiles.
+// Backward pass: the loops over key blocks and query tiles, generic in the class that multiplies the tiles.
 //
 // Fused, one item is a K/V head: dK and dV stay in the block, dQ' in scratch, five products. When the heads are fewer
-// than the threads, or dQ' would not fit, two passes do seven: dK and dV by key block, then dQ by query tile. Each
-// number is summed in the same order either way, so that the bits do not depend on the threads.
+// than the threads, or dQ' would not fit, two passes compute seven: dK and dV by key block, then dQ by query tile. The order
+// of summation is the same either way, so that results do not depend on the number of threads.
 #pragma once
 #include "backward.hpp"
 

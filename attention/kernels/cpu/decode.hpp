@@ -1,17 +1,17 @@
-// Few rows (decoding): lanes of queries would stand empty, so the lanes are dims for the products and keys for the
-// softmax. K and V are read once, as they lie, and each is asked for while the other is worked on: what counts is that
-// the memory is never idle.
+// Kernel for few rows (decoding): query lanes would be mostly empty, so lanes are dims in the products and keys in the
+// softmax. K and V are read once, in place, and each is prefetched while the other is processed, because the kernel is
+// bound by memory bandwidth.
 #pragma once
 #include "decode_products.hpp"
 #include "softmax.hpp"
 
 namespace fatui {
 
-constexpr int64_t few_rows = 8;  // up to so many query rows an item go this way
-static_assert(score_line == query_tile && 2 * score_line <= key_tile);  // scores, turned and not, in room for a tile
+constexpr int64_t few_rows = 8;  // maximum query rows per item for this kernel
+static_assert(score_line == query_tile && 2 * score_line <= key_tile);  // scores, transposed and not, fit in one tile
 
-// Keys of a tile: so many that K, V and the next K on its way lie in an L1 of 48 KiB; in float32, where the memory leaves
-// time for more tiles, half as many.
+// Keys per tile: K, V and the prefetched next K fit in an L1 of 48 KiB; half as many in float32, where memory bandwidth
+// leaves time for more tiles.
 template <class T>
 int64_t decode_keys(int64_t head_dim) {
   return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : 8192) / head_dim / 16 * 16, 16, score_line);
@@ -26,10 +26,10 @@ FATUI_INLINE void in_groups(int64_t rows, const F& f) {
   if (row < rows) f(row, std::integral_constant<int, 1>{});
 }
 
-// Whether rows can be read as they lie, whole vectors at a time.
+// Whether rows can be read in place in whole vectors.
 inline bool whole_vectors(const Tensor& t, int64_t columns) { return t.stride[3] == 1 && columns % lanes == 0; }
 
-// How an item of few rows reads K and V: as they lie, so but in pairs of bfloat16, or from float32 copies.
+// How K and V are read: in place, in place as pairs of bfloat16, or from float32 copies.
 enum class Reading { in_place, pairs, copied };
 
 // One item: its rows against the keys, tile by tile.
@@ -43,9 +43,9 @@ struct FewRows {
   const Item& item;
   const Bounds& bounds;
   Softmax& state;
-  float *query, *scores, *output, *key_copy, *value_copy;  // [row][d], room for tiles, [row][dv]; tiles of K and V
+  float *query, *scores, *output, *key_copy, *value_copy;  // [row][d], score tiles, [row][dv]; tiles of K and V
   float* pairs = scores + few_rows * score_line;           // P in rows of bfloat16
-  float* turned = scores + query_tile * score_line;        // scores as the masks want them: [key][row]
+  float* turned = scores + query_tile * score_line;        // transposed scores for the masks: [key][row]
   int64_t rows = item.rows(), dv = round_up(p.value_dim, lanes);
   int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
 
@@ -59,7 +59,7 @@ struct FewRows {
       const int64_t count = std::min(tile, end - key);
       const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
       const Lines<Element> v = lines(p.value, key, count, p.value_dim, value_length, value_copy);
-      Lines<Element> next = k;  // tiles follow each other
+      Lines<Element> next = k;  // the tile after this one
       next.data += tile * k.stride, next.count = reading == Reading::copied ? 0 : std::min(tile, end - key - count);
       step(k, v, next, key);
     }
@@ -104,7 +104,7 @@ struct FewRows {
     });
   }
 
-  // Applies softcap and masks to the scores, turned, where there are any; returns the factor that is left.
+  // Applies softcap and masks to the transposed scores, if there are any; returns the remaining factor of the scores.
   float finished(const Scores& tile) {
     const bool plain = !(p.softcap > 0) && p.mask.data == nullptr && tile.all_seen();
     if constexpr (!in_pairs) if (plain) return 1.0f;
@@ -122,8 +122,8 @@ struct FewRows {
     return factor;
   }
 
-  // One row's scores, times the factor, become probabilities, in place or as bfloat16, keys the lanes. The reference of
-  // the exponents moves only when outgrown, and the output is corrected only then.
+  // Converts a row's scores, times the factor, to probabilities, in place or as bfloat16; lanes are keys. The reference of
+  // the exponents, and with it the output, is rescaled only if the maximum exceeds it by more than a threshold.
   void softmax(int64_t row, int64_t keys, float factor) {
     float* s = scores + row * score_line;
     const int64_t end = round_up(keys, lanes), last = end - lanes;
@@ -132,7 +132,7 @@ struct FewRows {
     for (int64_t j = 0; j < last; j += lanes) top = larger(load(s + j), top);
     const float highest = max_of(top) * factor;
     if (highest > state.maximum[row] + most_outgrown) move_reference(row, highest);
-    // The product is rounded as the maximum's was: drawn into the subtraction it would lie apart from it.
+    // Rounds the product like that of the maximum: contracted into an FMA with the subtraction, it would differ.
     const float m = std::max(state.maximum[row], -largest);
     for (int64_t j = 0; j < end; j += lanes)
       sum += probabilities(row, j, (in_register(load(s + j) * factor) - m) * log2_e);

@@ -1,4 +1,4 @@
-// The products of decoding: few rows of queries against lines of keys and values that are read once, as they lie.
+// Products of the decode kernel: few query rows times rows of keys and values, which are read once, in place.
 //
 //   scores   some keys times some rows of Q at once: `sums` vectors of products, folded into one of sums  S[row][key]
 //   output   O[row][d] += P[row][key] V[key][d]
@@ -9,14 +9,14 @@
 namespace fatui {
 
 constexpr int sums = registers == 32 ? 16 : 8;  // accumulators
-constexpr int64_t score_line = 64;              // floats of a line of scores
+constexpr int64_t score_line = 64;              // floats per row of scores
 
 // The steps of `fold`, four lanes being a group: lanes two apart within each group are added, which leaves sums of a
 // and of b in turns; then again, which leaves those of a before those of b; then neighbouring groups, those of a first.
 enum class Step { alternating, in_order, groups };
 
 template <Step step, bool second>
-constexpr int addend(int i) {  // the first or second lane that goes into lane i, of a and b one behind the other
+constexpr int addend(int i) {  // index of the first or second lane summed into lane i, in the concatenation of a and b
   const int group = i / 4 * 4, k = i % 4, half = lanes / 2;
   if (step == Step::alternating) return group + k / 2 + (second ? 2 : 0) + k % 2 * lanes;
   if (step == Step::in_order) return group + k % 2 + (second ? 2 : 0) + k / 2 * lanes;
@@ -42,7 +42,7 @@ FATUI_INLINE Vector fold(const Vector* x) {
   }
 }
 
-// Rows of keys or values, one after the other: where they lie, or copied.
+// Consecutive rows of keys or values, in place or copied.
 template <class E>
 struct Lines {
   const E* data;
@@ -51,15 +51,15 @@ struct Lines {
   const E* line(int64_t j) const { return data + j * stride; }
 };
 
-// Asks the memory for lines that will be wanted soon, 64 bytes at a time, strictly in the order in which they lie: then
-// the processor's own prefetchers see it as one stream and run ahead of it.
+// Prefetches rows, 64 bytes at a time and strictly in address order, so that the hardware prefetchers recognise one stream
+// and run ahead of it.
 class Ahead {
  public:
   template <class E>
   explicit Ahead(const Lines<E>& lines)
       : at_(reinterpret_cast<const char*>(lines.data)), pieces_(ceil_div(lines.length * sizeof(E), 64)),
         gap_(lines.stride * int64_t(sizeof(E)) - 64 * pieces_), lines_(lines.count) {
-    if (gap_ == 0) pieces_ *= lines_, lines_ = std::min<int64_t>(lines_, 1);  // one after the other: one long line
+    if (gap_ == 0) pieces_ *= lines_, lines_ = std::min<int64_t>(lines_, 1);  // contiguous: one long row
     here_ = lines_ > 0 ? pieces_ : 0;
   }
 
@@ -81,14 +81,14 @@ class Ahead {
   }
 
   const char* at_;
-  int64_t pieces_, gap_, lines_, here_ = 0;  // of a line; between lines; lines left; pieces of this one left
+  int64_t pieces_, gap_, lines_, here_ = 0;  // pieces per row; gap between rows; rows left; pieces left in this row
 };
 
-// Cache lines in so many vectors of a type.
+// Cache lines of a number of vectors of a type.
 template <class E>
 constexpr int pieces(int vectors) { return std::max<int>(1, vectors * lanes * int(sizeof(E)) / 64); }
 
-// S[row][key] of R rows of queries; beyond the last key, as far as `sums` reach, there is something too.
+// S[row][key] of R query rows; entries after the last key, up to a multiple of the accumulators, are undefined.
 template <int R, Numbers numbers, class E>
 void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, float* s, Ahead& ahead) {
   Ahead next = ahead;
@@ -141,8 +141,8 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
 }
 
 #if defined(__AVX512BF16__)
-// The same with pairs: keys two by two, P and V as pairs of neighbouring keys. A vector of words of V holds even and
-// odd dims, and so does O here: of each block of 2 * lanes dims the even ones come first.
+// O[row][d] with bfloat16 pairs: P and V as pairs of adjacent keys. A vector of words of V holds even and odd dims, and so
+// does O here: in each block of 2 * lanes dims, the even ones come first.
 template <int R, int Vectors>
 void add_pairs(const float* pairs, const Lines<float>& values, int64_t d, float* output, int64_t output_line,
                Ahead& ahead) {

@@ -1,13 +1,13 @@
-// Attention, forward: one tile of queries against all its keys, tile by tile, without the score matrix.
+// Forward pass: a query tile against all its keys, tile by tile, without the score matrix.
 //
 //                 64 queries (lanes)                     for each tile of 128 keys:
 //               +--------------------+                     S = K Q'            S[key][query]
-//        Q'     | D x 64, turned     |                     finish_scores       softcap, mask, bounds
+//        Q'     | D x 64, transposed |                     finish_scores       softcap, mask, bounds
 //               +--------------------+                     softmax_step        P, maximum, sum, correction
 //   +-------+   +--------------------+                     O' = O' * correction + V' P
-//   | K     | . |  S, then P         |                   and at the end O = (O' / sum), turned back
+//   | K     | . |  S, then P         |                   and at the end O = (O' / sum), transposed
 //   | 128xD |   |  128 keys x 64     |
-//   +-------+   +--------------------+                   K and V are read where they lie; Q' S O' stay in the
+//   +-------+   +--------------------+                   K and V are read in place; Q' S O' stay in the
 //   +-------+   +--------------------+                   caches of the core: 64 (D + Dv + 128) floats
 //   | V'    | . |  O'   Dv x 64      |
 //   +-------+   +--------------------+
@@ -20,7 +20,7 @@ namespace {
 
 struct Room {
   float *query, *scores, *output, *key, *value;
-  int64_t d, dv;  // padded; the lines of the copies of K and V
+  int64_t d, dv;  // padded; row lengths of the copies of K and V
 
   static size_t floats(const Problem& p) {
     const int64_t d = round_up(p.head_dim, lanes), dv = round_up(p.value_dim, lanes);
@@ -36,14 +36,14 @@ struct Room {
   }
 };
 
-// One panel of 64 queries: what it keeps from one tile of keys to the next.
+// State of a panel of 64 queries across key tiles.
 struct Panel {
   Item item;
   Bounds bounds;
   Softmax state;
   Room room;
   int64_t width, begin, end;
-  bool started[2] = {false, false};  // whether the halves' outputs hold anything yet
+  bool started[2] = {false, false};  // whether the output of each half is initialised
 
   template <class T>
   void open(const Problem& p, const Item& whole, int64_t index) {
@@ -62,7 +62,7 @@ struct Panel {
     const int64_t keys = std::min(key_tile, end - key);
     const Scores whole{room.scores, key, keys, 0, width, bounds.whole};
     if (width <= half_tile || (whole.all_seen() && started[0] == started[1])) return part(p, k, v, whole);
-    for (int64_t h = 0; h < 2; h++) {  // on the mask's edge each half leaves out the keys that none of it sees
+    for (int64_t h = 0; h < 2; h++) {  // at the mask's edge each half skips the keys that none of its queries attends to
       const Extent& seen = bounds.half[h];
       const int64_t first = std::max(key, seen.any_first), last = std::min(key + keys - 1, seen.any_last);
       if (first > last) continue;
@@ -71,7 +71,7 @@ struct Panel {
     }
   }
 
-  // What no step reached is 0.
+  // Outputs that no step reached are 0.
   void close(int64_t dims) {
     for (int64_t h = 0; h < 2; h++)
       for (int64_t d = 0; d < dims && !started[h]; d++)
@@ -125,10 +125,10 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
   }
 }
 
-// Scores beyond this are rounded by so much that another order of their sums gives other probabilities.
+// Scores beyond this have rounding errors that make probabilities depend on the order of summation.
 constexpr float largest_reordered = 0x1p12f;
 
-// Whether `attend_panels` has to do it again: its scores are finer, and the backward pass sums them as it does.
+// Whether `attend_panels` must recompute the item: its scores are more accurate and summed as in the backward pass.
 inline bool wants_panels(const ForwardCall& call, const Item& item, const Softmax& state) {
   const Coarse coarse(call.problem);
   const auto beyond = [&](float x) {
@@ -183,7 +183,7 @@ void run(const ForwardCall& call) {
 }
 }  // namespace
 
-// Whether the processor multiplies pairs of bfloat16, and the call has the rows to make turning V worth it.
+// Whether the CPU multiplies bfloat16 pairs, and the call has enough rows to amortise transposing V.
 static bool in_pairs(const Problem& p) {
   const Schedule schedule(p);
   return bfloat16_pairs && schedule.heads_per_tile * p.queries > few_rows;

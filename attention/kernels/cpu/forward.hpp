@@ -1,4 +1,4 @@
-// What the forward kernels share: how many threads, writing finished rows, and joining spans of keys.
+// Shared by the forward kernels: number of threads, writing finished rows, and combining spans of keys.
 #pragma once
 #include <vector>
 
@@ -7,7 +7,7 @@
 
 namespace fatui {
 
-// Bfloat16 with the processor's own dot products (AMX, or AVX-512 BF16), where it has them.
+// Bfloat16 forward pass with the CPU's dot-product instructions (AMX or AVX-512 BF16), if available.
 #if defined(__AVX512BF16__)
 constexpr bool bfloat16_pairs = true;
 #else
@@ -18,18 +18,18 @@ int64_t bfloat16_workspace(const Problem& p);
 class Partials;
 void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partials);  // one item of work
 
-// Roughly how long a call takes on one thread: by its products, or by K and V that must be read.
+// Estimated time of a call on one thread: the maximum of compute and reading K and V.
 inline double microseconds_alone(const Problem& p) {
   const double width = double(p.head_dim + p.value_dim), pairs = double(p.batch * p.heads * p.queries) * double(p.keys);
   const double bytes = double(p.batch * p.kv_heads * p.keys) * width * (p.query.element == Element::float32 ? 4 : 2);
   return std::max(2 * pairs * width / 2e5, bytes / 4e4);
 }
 
-// A call too small to be shared stays on its own thread.
+// A call too small to parallelise runs on the calling thread.
 inline int threads_for(const Problem& p) { return microseconds_alone(p) < 2 ? 1 : thread_count(); }
 inline bool brief(const Problem& p) { return microseconds_alone(p) < 60; }
 
-// O = O' / sum, turned back to rows; logsumexp = maximum + ln sum. Nothing to attend to: 0 and -inf.
+// O = O' / sum, transposed back to rows; logsumexp = maximum + ln sum. Fully masked rows: 0 and -inf.
 template <class T>
 void write_rows(const ForwardCall& call, const Item& item, const float* turned, int64_t line, const Softmax& state) {
   const Problem& p = call.problem;
@@ -57,8 +57,8 @@ void write_rows(const ForwardCall& call, const Item& item, const float* turned, 
   }
 }
 
-// Spans of keys, each with its own maximum and sum, joined in the order of the keys. The lines of one span: O', one
-// for each dim, then the maxima, then the sums.
+// Partial results of spans of keys, each with its own maximum and sum, combined in key order. Rows of one span: O', one
+// per dim, then the maxima, then the sums.
 class Partials {
  public:
   Partials(const Problem& p, const Schedule& s) : dv_(p.value_dim), spans_(s.spans), width_(width(p, s)) {
@@ -73,7 +73,7 @@ class Partials {
   void keep(const Item& item, const float* turned, const Softmax& state) {
     float* to = at(item.tile, item.span);
     std::copy_n(state.maximum, width_, to + dv_ * width_);
-    for (int64_t i = 0; i < width_; i += lanes) {  // a span has no place for what its maximum lacks
+    for (int64_t i = 0; i < width_; i += lanes) {  // the low part of the maximum is not stored per span
       const Vector fine = exp2(load(state.fine + i) * log2_e);
       for (int64_t d = 0; d < dv_; d++) store(to + d * width_ + i, load(turned + d * query_tile + i) * fine);
       store(to + (dv_ + 1) * width_ + i, load(state.sum + i) * fine);
@@ -119,7 +119,7 @@ class Partials {
   std::vector<float> data_;
 };
 
-// What becomes of a finished item: a span of keys waits for the others, all keys are written.
+// Finishes an item: a span of keys is stored until the other spans are complete; a complete item is written.
 template <class T>
 void finish(const ForwardCall& call, const Item& item, const float* turned, const Softmax& state, Partials& partials) {
   if (partials.wanted()) partials.keep(item, turned, state);

@@ -1,10 +1,10 @@
-// Attention, forward, in bfloat16 with the processor's dot products: the same walk over tiles as forward.cpp, on pairs.
+// Forward pass in bfloat16 with the CPU's dot-product instructions: the loops of forward.cpp, on pairs.
 //
-//   for each tile of 128 keys:   VT = V turned, once for up to four panels of 64 queries; then for each panel
+//   for each tile of 128 keys:   VT = V transposed, once for up to four panels of 64 queries; then for each panel
 //     S = K QP          bfloat16 pairs, float32 sums
 //     finish_raw_scores scale, softcap, mask, bounds
 //     softmax_pairs     PP, maximum, sum
-//     O' += VT PP       corrected before, in the few steps where a maximum has outgrown its reference
+//     O' += VT PP       rescaled before, in the few steps where a maximum exceeds its reference
 #include "forward.hpp"
 #include "pair_product.hpp"
 
@@ -19,7 +19,7 @@ void attend_bfloat16(const ForwardCall&, const Item&, Partials&) {}
 #else
 namespace {
 
-// Turning the values is worth sharing among more rows than float32 would take.
+// Transposing V is amortised over more rows than in float32.
 constexpr int64_t items_wanted = 8;
 
 // Scratch of one thread, in 32-bit words.

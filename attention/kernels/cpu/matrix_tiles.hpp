@@ -1,7 +1,7 @@
-// Products of bfloat16 pairs on the processor's matrix unit (AMX): C (rows x columns) += A (rows x depth) B.
+// Products of bfloat16 pairs on the CPU's matrix unit (AMX): C (rows x columns) += A (rows x depth) B.
 //
 //            B  16 pairs x 16 columns, twice     Eight tile registers: four of C, two of A, two of B. Four products
-//           +----------+----------+              of 16 x 16 x 32 for four loads. A is read row by row where it lies;
+//           +----------+----------+              of 16 x 16 x 32 for four loads. A is read row by row, in place;
 //   A       | C  0     | C  1     |              B holds pairs of depth neighbours: [pair][column].
 //   16 rows +----------+----------+
 //   twice   | C  2     | C  3     |
@@ -17,7 +17,7 @@
 
 namespace fatui {
 
-// Linux gives the matrix registers to a process that asks.
+// Requests permission to use the AMX tile registers from Linux.
 inline bool matrix_tiles_granted() {
   static const bool granted = [] {
     const char* wish = std::getenv("FATUI_AMX");
@@ -27,7 +27,7 @@ inline bool matrix_tiles_granted() {
   return granted;
 }
 
-// The tile registers of this thread, for as long as this lives: 16 rows of 64 bytes each.
+// Configures the tile registers of this thread for its lifetime: 16 rows of 64 bytes each.
 class MatrixUnit {
  public:
   MatrixUnit() {

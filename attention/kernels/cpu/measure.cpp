@@ -16,7 +16,7 @@ double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Where threads wait for each other. Each takes one item of work only if no item ends before all have begun.
+// A barrier of all threads: no work item ends before all have begun, so that each thread takes exactly one.
 class Meeting {
  public:
   explicit Meeting(int threads) : missing_(threads) {}
@@ -32,7 +32,7 @@ class Meeting {
 constexpr int chains = registers == 32 ? 16 : 12;
 
 float multiply_adds(int64_t steps) {
-  static volatile float factor = 0.999f;  // read at run time, or the compiler would do a chain of ones by itself
+  static volatile float factor = 0.999f;  // volatile, so that the compiler cannot fold the chain
   const Vector a = broadcast(factor), b = 1.0f - a;
   Vector x[chains];
   FATUI_UNROLL for (int i = 0; i < chains; i++) x[i] = broadcast(factor * float(i));
@@ -51,12 +51,11 @@ Vector read_all(const float* data, int64_t count) {
 }
 }  // namespace
 
-// Each thread's best of several short runs, while all the others work too; so another program that takes a processor
-// away for a moment does not count.
+// Best of several short runs of each thread while all others run too, so that a brief preemption does not count.
 double fma_peak() {
   constexpr int runs = 8;
   constexpr int64_t steps = 400000;
-  // No processor counts twice, and all threads meet, so none is waited for that the system did not grant.
+  // At most one thread per CPU, and only threads that were created, because all of them meet at the barrier.
   const int threads = threads_granted(std::min(thread_count(), processor_count()));
   std::vector<double> fastest(threads, 1e9);
   std::vector<float> sink(threads);

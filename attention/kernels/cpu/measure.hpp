@@ -1,4 +1,4 @@
-// What the machine can do, measured in the same process as the kernels.
+// Measured peaks of the machine (FLOP/s and bandwidth), in the same process as the kernels.
 #pragma once
 #include <cstdint>
 
@@ -10,6 +10,6 @@ struct Memory {
 };
 
 double fma_peak();                            // FLOP/s, float32 multiply-adds in registers, all threads at once
-double read_bandwidth(Memory a, Memory b);    // bytes/s of a plain loop that reads both, all threads
+double read_bandwidth(Memory a, Memory b);    // bytes/s of a plain read loop over both, all threads
 
 }  // namespace fatui

@@ -1,4 +1,4 @@
-// The Python module. It shares MLX's array type: the same nanobind ABI and domain as mlx.core.
+// The Python module. It shares MLX's array type through the nanobind ABI and domain of mlx.core.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>

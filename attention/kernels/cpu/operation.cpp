@@ -1,4 +1,4 @@
-// The operation that Python calls: what shapes and types it takes, and what it says about the others.
+// The operation called from Python: validation of shapes and dtypes, and its error messages.
 #include <stdexcept>
 
 #include <mlx/ops.h>
@@ -53,7 +53,7 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
   std::vector<mx::array> inputs{q, k, v};
   if (mask) inputs.push_back(four_dimensional(*mask, {q.shape(0), q.shape(1), q.shape(2), k.shape(2)}, s));
   auto primitive = std::make_shared<FlashForward>(s, options);
-  if (logsumexp || q.is_tracer() || k.is_tracer() || v.is_tracer())  // a gradient may be asked for
+  if (logsumexp || q.is_tracer() || k.is_tracer() || v.is_tracer())  // a gradient may be requested
     return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32, mx::float32}, primitive,
                                   inputs);
   const mx::Shape shape{q.shape(0), q.shape(1), q.shape(2), v.shape(3)};

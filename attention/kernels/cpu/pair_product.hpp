@@ -1,4 +1,4 @@
-// The product of pairs of bfloat16, on what the processor has for it: the matrix unit, or dot products of vectors.
+// Product of bfloat16 pairs, on the matrix unit (AMX) or with vector dot products.
 #pragma once
 #include "matrix_tiles.hpp"
 #include "pairs.hpp"
@@ -13,8 +13,8 @@ struct MatrixUnit {
 };
 #endif
 
-// C (rows x columns) = or += A (rows x depth) B, depth and strides in words, while a MatrixUnit lives. It reads and
-// writes whole tiles: A and C have room for rows in sixteens, and depth is a multiple of 16 words.
+// C (rows x columns) = or += A (rows x depth) B, depth and strides in words; requires a live MatrixUnit. Reads and writes
+// whole tiles: A and C are padded to a multiple of 16 rows, and depth is a multiple of 16 words.
 inline void product(const Operands& o, int64_t rows, int64_t columns, bool add) {
 #if defined(FATUI_MATRIX_TILES)
   if (matrix_tiles_granted())

@@ -1,30 +1,30 @@
-// Bfloat16 tiles as pairs: two depth neighbours in one 32-bit word, as dot-product instructions want them.
+// Bfloat16 tiles as pairs: two adjacent elements along the depth in one 32-bit word, the operand of dot-product instructions.
 //
-//   queries  QP[d / 2][query]  rows turned as 32-bit words     values  VT[d][key / 2]      turned once for all panels
-//   keys     K[key][d / 2]     as they lie                     P       PP[key / 2][query]  written by the softmax
+//   queries  QP[d / 2][query]  transposed as 32-bit words      values  VT[d][key / 2]      transposed once for all panels
+//   keys     K[key][d / 2]     in place                        P       PP[key / 2][query]  written by the softmax
 #pragma once
 #include "softmax.hpp"
 
 #if defined(__AVX512BF16__)
 namespace fatui {
 
-constexpr int64_t pair_keys = 128;  // keys of a tile: long enough to hide loading and storing the output
+constexpr int64_t pair_keys = 128;  // keys per tile: enough to amortise loading and storing the output
 
-// Whether rows can be read as they lie, as whole vectors of words.
+// Whether rows can be read in place as whole vectors of words.
 inline bool whole_words(const Tensor& t, int64_t columns) {
   return t.stride[3] == 1 && t.stride[2] % 2 == 0 && columns % (2 * lanes) == 0;
 }
 
 FATUI_INLINE const float* words(const bfloat16_t* p) { return reinterpret_cast<const float*>(p); }
 
-// A row as it is, or with zeros behind it, `padded` (even) elements long.
+// Copies a row, zero-padded to `padded` (even) elements.
 inline void copy_row(const bfloat16_t* from, int64_t stride, int64_t count, bfloat16_t* to, int64_t padded) {
   if (stride == 1) std::memcpy(to, from, size_t(count) * 2);
   else for (int64_t i = 0; i < count; i++) to[i] = from[i * stride];
   std::memset(to + count, 0, size_t(padded - count) * 2);
 }
 
-// Query rows turned in words. `line` has room for one tile of padded rows.
+// Transposes query rows in words. `line` is scratch for one tile of padded rows.
 inline void turn_pairs(const Rows<bfloat16_t>& rows, int64_t columns, int64_t padded, int64_t width, float* out,
                        bfloat16_t* room) {
   Rows<float> wide;
@@ -37,7 +37,7 @@ inline void turn_pairs(const Rows<bfloat16_t>& rows, int64_t columns, int64_t pa
   turn(wide, padded / 2, width, out);
 }
 
-// Rows of keys: where they lie, when whole tiles can be read there, else a padded copy.
+// Rows of keys: in place if whole tiles can be read there, else a padded copy.
 inline Floats key_pairs(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t columns,
                         int64_t padded, bfloat16_t* room) {
   const bfloat16_t* data =
@@ -61,7 +61,7 @@ FATUI_INLINE Vector bits_of(const bfloat16_t* p, int64_t stride, int64_t count) 
   return as<Vector>(__builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(whole), Words));
 }
 
-// Keys or values turned: VT[d][key / 2], lines of so many words; zeros for missing keys and dims.
+// Transposes keys or values: VT[d][key / 2], with a row stride in words; zeros for missing keys and dims.
 inline void turn_rows(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t dims,
                         int64_t padded_keys, float* out, int64_t line) {
   const bfloat16_t* data =
@@ -78,7 +78,7 @@ inline void turn_rows(const Tensor& t, int64_t batch, int64_t head, int64_t key,
     }
 }
 
-// Rows two by two: out[row / 2][column], lines of so many words; zeros for a missing row and for missing columns.
+// Packs rows in pairs: out[row / 2][column], with a row stride in words; zeros for a missing row and missing columns.
 inline void pair_rows(const Rows<bfloat16_t>& rows, int64_t columns, float* out, int64_t line) {
   const auto row = [&](int64_t r, int64_t c) __attribute__((always_inline)) {
     return r < rows.count ? bits_of(rows.row[r] + c * rows.stride, rows.stride, columns - c) : Vector{};
@@ -87,8 +87,8 @@ inline void pair_rows(const Rows<bfloat16_t>& rows, int64_t columns, float* out,
     for (int64_t c = 0; c < columns; c += lanes) store(out + r / 2 * line + c, interleaved(row(r, c), row(r + 1, c)));
 }
 
-// 2^x to 1e-4, a tenth of what rounding to bfloat16 takes away: a polynomial of x less its floor (minimax on [0, 1),
-// exact at 0), and the floor added to the exponent. 2^-inf = 0.
+// 2^x with a relative error of 1e-4, a tenth of the rounding error of bfloat16: a polynomial of x - floor(x) (minimax on
+// [0, 1), exact at 0), with the floor added to the exponent. 2^-inf = 0.
 FATUI_INLINE Vector exp2_short(Vector x) {
   const Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vector p = f * 7.706724107e-02f + 2.276449800e-01f;
@@ -109,8 +109,8 @@ FATUI_INLINE Vector rounded_pair(Vector even, Vector odd) {
   return (Vector)_mm512_permutexvar_epi16(order, (__m512i)both);
 }
 
-// The reference of the exponents moves only when some row's maximum has outgrown it by 2^8: until then the output
-// needs no correction, and a probability of up to 256 rounds no worse than one below 1. Returns whether it moved.
+// Updates the reference of the exponents only if some row's maximum exceeds it by a factor of 2^8: until then the output is
+// not rescaled, and a probability of up to 256 has the same relative rounding error. Returns whether it was updated.
 template <int N>
 FATUI_INLINE bool move_reference(const Vector (&top)[N], Softmax& state, int64_t column) {
   bool moved = false;
@@ -125,18 +125,18 @@ FATUI_INLINE bool move_reference(const Vector (&top)[N], Softmax& state, int64_t
   return moved;
 }
 
-// The exponents of probabilities, exp2(s * factor - offset), in one multiply-add, in which m log2(e) is rounded and
-// s log2(e) is not: near 1e10 they lie apart by up to 500. So where m is large it is subtracted first.
+// Exponents of probabilities, exp2(s * factor - offset), in one FMA, in which m log2(e) is rounded and s log2(e) is not:
+// near 1e10 they differ by up to 500. If m is large, it is therefore subtracted first.
 template <int N>
 struct Exponents {
   float factor;
   Vector offset[N];
 };
 
-constexpr float largest_offset = 0x1p10f;  // both ways agree to 1e-4 here, which bfloat16 does not show
+constexpr float largest_offset = 0x1p10f;  // both ways agree to 1e-4 here, below bfloat16's precision
 inline bool beyond_offset(float m) { return std::abs(m) > largest_offset && std::abs(m) < infinity; }
 
-// In place, m subtracted first: s becomes (s * factor - m) log2(e).
+// Subtracts m first, in place: s becomes (s * factor - m) log2(e).
 template <int N>
 void subtract(float* s, int64_t keys, float factor, const Vector (&m)[N]) {
   for (int64_t j = 0; j < keys; j++, s += query_tile)
@@ -166,7 +166,7 @@ FATUI_INLINE Exponents<N> exponents(float* s, int64_t keys, float factor, Vector
   return e;
 }
 
-// Scores S[key][query], times the factor, to pairs of probabilities PP[key / 2][query], with zeros up to padded_keys.
+// Converts scores S[key][query], times the factor, to pairs of probabilities PP[key / 2][query], zero up to padded_keys.
 template <int N>
 FATUI_INLINE bool softmax_pairs(float* s, int64_t keys, int64_t padded_keys, float factor, Softmax& state,
                                 int64_t column, float* pairs) {

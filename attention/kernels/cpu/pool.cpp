@@ -31,17 +31,17 @@ inline void pause() {
 }
 
 // A call opens its work to the helpers and takes items itself; when none is left it closes, and waits only for the
-// helpers that had joined. One word says it all: generation (upper half), open (one bit), helpers inside (the rest).
+// helpers that had joined. The state is one word: generation (upper half), open (one bit), helpers inside (the rest).
 class Pool {
  public:
-  // Begins helpers until there are so many, or the system grants no more: then there are fewer, and for a second nobody
-  // tries again. Returns how many there are of those.
+  // Creates helpers up to `helpers`. If the system refuses a thread, creation is not retried for a second. Returns the
+  // number of helpers available, at most `helpers`.
   int grow(int helpers) {
     if (size_ >= helpers) return helpers;
     std::lock_guard<std::mutex> one_at_a_time(growing_);
     try {
       for (; size_ < helpers && Clock::now() >= try_again_; size_++) std::thread([this] { serve(); }).detach();
-    } catch (const std::exception&) {  // of the thread that did not begin; those before it serve
+    } catch (const std::exception&) {  // thread creation failed; earlier helpers remain usable
       try_again_ = Clock::now() + std::chrono::seconds(1);
     }
     return std::min<int>(size_, helpers);
@@ -126,7 +126,7 @@ class Pool {
   const std::function<void(int64_t)>* work_ = nullptr;
   int64_t items_ = 0;
   int allowed_ = 0;
-  Clock::time_point ended_{};  // the call before
+  Clock::time_point ended_{};  // end of the previous call
   std::exception_ptr failure_;
 };
 
@@ -134,7 +134,7 @@ Pool* pool = nullptr;  // never destroyed: its threads may outlive everything el
 alignas(std::mutex) unsigned char guard_memory[sizeof(std::mutex)];
 std::mutex& guard() { return *reinterpret_cast<std::mutex*>(guard_memory); }
 
-// After a fork the threads are gone: the child forgets them and starts its own.
+// After a fork the threads do not exist: the child discards the pool and creates its own.
 void forget() {
   pool = nullptr;
   new (guard_memory) std::mutex;

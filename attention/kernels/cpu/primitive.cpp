@@ -20,7 +20,7 @@ Element element_of(const mx::array& a) {
   return Element::boolean;
 }
 
-// Strides as they are; an axis of length one is a broadcast.
+// Strides of an array; an axis of length one is a broadcast.
 Tensor tensor_of(const mx::array& a) {
   Tensor t;
   t.data = a.data<char>();
@@ -47,7 +47,7 @@ Problem problem_of(const Options& options, const mx::array& q, const mx::array& 
 
 void* allocate(mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.nbytes() > 0 && out.data<char>() == nullptr)  // MLX's allocator does not say so itself
+  if (out.nbytes() > 0 && out.data<char>() == nullptr)  // MLX's allocator does not report the failure
     throw std::runtime_error("[flash_attention] no memory for an array of " + std::to_string(out.nbytes()) + " bytes.");
   return out.data<char>();
 }

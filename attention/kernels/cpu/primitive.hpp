@@ -22,8 +22,8 @@ struct Options {
   bool operator==(const Options&) const = default;
 };
 
-// Inputs q, k, v and perhaps a mask of four dimensions; outputs o and, where a gradient may be asked for, logsumexp and
-// statistics (B, H, Lq, 3), which are for the backward pass alone.
+// Inputs q, k, v and optionally a 4-D mask; outputs o and, if a gradient may be requested, logsumexp and statistics
+// (B, H, Lq, 3), which only the backward pass uses.
 class FlashForward : public mx::Primitive {
  public:
   FlashForward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
@@ -43,7 +43,7 @@ class FlashForward : public mx::Primitive {
   Options options_;
 };
 
-// Inputs q, k, v, o, statistics, the gradients of o and of logsumexp, and perhaps the mask; outputs dq, dk, dv.
+// Inputs q, k, v, o, statistics, the gradients of o and logsumexp, and optionally the mask; outputs dq, dk, dv.
 class FlashBackward : public mx::Primitive {
  public:
   FlashBackward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
@@ -63,8 +63,8 @@ class FlashBackward : public mx::Primitive {
   Options options_;
 };
 
-// The operation: checks shapes and types (std::invalid_argument), returns {o, logsumexp, statistics}; {o} alone when that
-// will do.
+// The operation: validates shapes and dtypes (throws std::invalid_argument); returns {o, logsumexp, statistics}, or only {o}
+// if neither the logsumexp nor a gradient is requested.
 std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
                                        const std::optional<mx::array>& mask, bool logsumexp);
 

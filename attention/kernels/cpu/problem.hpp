@@ -1,8 +1,8 @@
-// What one attention call is: plain data, shared by the kernels and the MLX primitive.
+// Description of an attention call as plain data, shared by the kernels and the MLX primitive.
 //
 //   query (B, H, Lq, D)   key (B, Hkv, Lk, D)   value (B, Hkv, Lk, Dv)   output (B, H, Lq, Dv)   logsumexp (B, H, Lq)
 //
-// Strides count elements and may be anything, zero included: nothing is copied to call a kernel.
+// Strides are in elements and arbitrary, zero included: kernels are called without copying inputs.
 #pragma once
 #include <cstdint>
 
@@ -19,32 +19,32 @@ struct Tensor {
 struct Problem {
   Tensor query, key, value, mask;  // mask.data is null when there is none; a boolean mask says true = attend
   int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
-  double scale = 1.0;  // as it was given: the square root of a head dim in float32 is off by 2^-25
+  double scale = 1.0;  // in double: the square root of a head dim in float32 is off by 2^-25
   float softcap = 0.0f;  // 0: none
-  bool causal = false;   // lower-right: query i sees keys up to i + keys - queries
+  bool causal = false;   // lower-right: query i attends to keys up to i + keys - queries
   int64_t window = 0;    // 0: none; N: only the last N of those
-  int64_t items = 0;     // into how many items of work a call is cut at least, if it can be; 0: as the kernel likes
+  int64_t items = 0;     // minimum number of work items, if the shape permits; 0: chosen by the kernel
 };
 
 struct ForwardCall {
   Problem problem;
   void* output = nullptr;       // contiguous, the element of the query
-  float* logsumexp = nullptr;   // contiguous, natural logarithm; -inf where a row has nothing to attend to; may be null
+  float* logsumexp = nullptr;   // contiguous, natural logarithm; -inf for a fully masked row; may be null
   float* statistics = nullptr;  // contiguous, for the backward pass, see RowStatistics; null with the logsumexp
 };
 
-// Numbers of a row, apart: near 1e9, where a mask may put all scores of a row, a float32 logsumexp has no room for the
-// logarithm of the sum.
+// Softmax statistics of a row, stored separately: near 1e9, where a mask may put all scores of a row, a float32 logsumexp
+// would lose the logarithm of the sum.
 struct RowStatistics {
-  float reference;  // subtracted from the scores: their maximum, or a little less
-  float sum;        // of e^(score - reference - fine); 0 where a row has nothing to attend to
-  float fine;       // what the reference lacks where scores are computed in double, else 0
+  float reference;  // subtracted from the scores: their maximum, or slightly less
+  float sum;        // of e^(score - reference - fine); 0 for a fully masked row
+  float fine;       // low part of the reference if scores are computed in double, else 0
 };
 
 struct BackwardCall {
   Problem problem;
   Tensor output, output_gradient;
-  Tensor statistics, logsumexp_gradient;  // one RowStatistics a row, its numbers adjacent; the gradient may be null
+  Tensor statistics, logsumexp_gradient;  // one RowStatistics per row, contiguous; the gradient may be null
   void* query_gradient = nullptr;        // contiguous, the element of the query
   void* key_gradient = nullptr;
   void* value_gradient = nullptr;

@@ -1,4 +1,4 @@
-// The matrix product under everything: C (rows x columns) = A (rows x depth) * B (depth x columns).
+// Float32 matrix product of the kernels: C (rows x columns) = A (rows x depth) * B (depth x columns).
 //
 //            B: Vectors registers, loaded from one row of B        The accumulators stay in registers over the
 //            +--------+--------+--------+--------+                 whole depth: 6 x 4 of them with 32 registers
@@ -6,7 +6,7 @@
 //   number,  +--------+--------+--------+--------+                 Each step of the depth does Rows * Vectors
 //   spread   | Rows x Vectors accumulators:      |                 multiply-adds for Rows + Vectors loads.
 //   over a   |   c[r][v] += a[r] * b[v]          |
-//   register |                                   |                 A is read where it lies: a key or a value tile
+//   register |                                   |                 A is read in place: a key or a value tile
 //            +-----------------------------------+                 needs no packing, whatever its row stride.
 #pragma once
 #include <algorithm>
@@ -15,15 +15,15 @@
 
 namespace fatui {
 
-// How the numbers of A lie: next to each other along the depth (keys in scores, probabilities in the gradients), or
-// next to each other along the rows (values in the output: row d, depth j).
+// Layout of A: contiguous along the depth (keys in scores, probabilities in the gradients), or along the rows (values in
+// the output: row d, depth j).
 enum class Layout { depth_contiguous, rows_contiguous };
 
-// What happens to C: overwritten, added to, or scaled for each column (the online softmax's correction) and added to.
+// Update of C: overwrite, add, or scale each column (the correction of the online softmax) and add.
 enum class Update { overwrite, add, rescale };
 
-// What a number of A and B is: a float32, or two bfloat16 (neighbours along the depth), multiplied and added in one
-// instruction. Depth and strides count 32-bit words either way.
+// Element of A and B: a float32, or two bfloat16 (adjacent along the depth), multiplied and added in one instruction. Depth
+// and strides are in 32-bit words either way.
 enum class Numbers { floats, pairs };
 
 template <Numbers numbers>
@@ -36,8 +36,8 @@ FATUI_INLINE Vector spread(const float* p) {
   }
 }
 
-// c + a b, rounded once where the processor can, and not only where the compiler finds it quicker: sums that are made of
-// the same numbers in the same order are equal, whatever else is summed beside them.
+// c + a b with a single rounding if the CPU has FMA, independent of the compiler's contraction choices, so that equal terms
+// summed in the same order give equal sums.
 FATUI_INLINE Vector fused(Vector c, Vector a, Vector b) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -86,7 +86,7 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
   float* out = o.c + row * o.c_stride + column;
   FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
     const Vector scale = update == Update::rescale ? load(o.column_scale + column + v * lanes) : Vector{};
-    FATUI_UNROLL for (int r = 0; r < Rows; r++) {  // what was there comes last: long sums are exact in blocks
+    FATUI_UNROLL for (int r = 0; r < Rows; r++) {  // the previous value is added last: blocked summation
       float* place = out + r * o.c_stride + v * lanes;
       if constexpr (update == Update::add) c[r][v] += load(place);
       if constexpr (update == Update::rescale) c[r][v] += load(place) * scale;
@@ -95,7 +95,7 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
   }
 }
 
-// All rows of one panel of columns: as many full register tiles as fit, then smaller ones.
+// All rows of one panel of columns: full register tiles, then smaller ones for the remainder.
 template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
 [[gnu::noinline]] void panel(const Operands& o, int64_t row, int64_t rows, int64_t column) {
   for (; row + Rows <= rows; row += Rows) register_tile<Rows, Vectors, layout, update, numbers>(o, row, column);
@@ -118,7 +118,7 @@ void multiply(const Operands& o, int64_t rows, int64_t columns) {
 
 constexpr int64_t depth_at_once = 64;
 
-// Dot products of queries and keys, so many dims at a time: a sum of many equal numbers drifts by a rounding for each.
+// Dot products of queries and keys, in blocks of dims, which bounds the rounding error of long sums.
 inline void multiply_scores(Operands o, int64_t rows, int64_t columns) {
   const int64_t depth = o.depth;
   o.depth = std::min(depth, depth_at_once);

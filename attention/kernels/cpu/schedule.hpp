@@ -1,8 +1,8 @@
-// How a call is cut into items of work. It depends on the shape alone, never on the threads: same input, same bits.
+// Division of a call into work items. It depends on the shape only, not on the threads, so that results are reproducible.
 //
-//   rows of an item: 64, 128 or 256 queries of one head (the more, the less often K and V are read, but never so many
-//                    that threads would idle); or, when a head has fewer, several query heads that share a K/V head
-//   keys of an item: all that the mask lets the rows see; or, when there are few tiles (decoding), one of several spans
+//   rows of an item: 64, 128 or 256 queries of one head (more rows read K and V less often, but enough items must remain
+//                    for all threads); or, if a head has fewer, several query heads that share a K/V head
+//   keys of an item: all that the rows attend to; or, with few tiles (decoding), one of several spans
 #pragma once
 #include <algorithm>
 
@@ -10,18 +10,18 @@
 
 namespace fatui {
 
-constexpr int64_t query_tile = 64, key_tile = 128;  // of the forward pass; spans begin at multiples of key_tile
+constexpr int64_t query_tile = 64, key_tile = 128;  // forward pass; spans begin at multiples of key_tile
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-constexpr int64_t most_panels = 4;               // panels of query_tile rows in an item
-constexpr int64_t most_partial_bytes = 9 << 18;  // of what all spans of keys keep until they are joined
+constexpr int64_t most_panels = 4;               // maximum panels of query_tile rows per item
+constexpr int64_t most_partial_bytes = 9 << 18;  // maximum size of the partial results of all spans
 
 struct Item {
   int64_t batch, kv_head, head, heads;  // query heads [head, head + heads)
   int64_t query, queries;               // queries [query, query + queries) of each
-  int64_t key_begin, key_end;           // the span, not yet narrowed by the mask
+  int64_t key_begin, key_end;           // the span, before restriction by the mask
   int64_t tile, span;
   int64_t rows() const { return heads * queries; }
 };
@@ -29,7 +29,7 @@ struct Item {
 struct Schedule {
   int64_t heads_per_tile, head_groups, tiles_per_head, tiles, spans, keys_per_span, rows_per_tile;
 
-  // Rows are doubled while that leaves at least so many items.
+  // Uses the most rows per item that leave at least `items_wanted` items.
   explicit Schedule(const Problem& p, int64_t items_wanted = 64) {
     if (p.items > 0) items_wanted = p.items;
     int64_t rows_wanted = most_panels * query_tile;
@@ -40,8 +40,8 @@ struct Schedule {
     head_groups = ceil_div(group, heads_per_tile);
     tiles_per_head = ceil_div(p.queries, rows_wanted);
     tiles = p.batch * p.kv_heads * head_groups * tiles_per_head;
-    const bool enough = tiles >= 32 || rows_per_tile > query_tile;  // a span is kept for one panel only
-    // Rounded to the widest of vectors on all processors, so that the cut depends on the shape alone.
+    const bool enough = tiles >= 32 || rows_per_tile > query_tile;  // spans support one panel only
+    // Rounded to the widest vector of any CPU, so that the division depends on the shape only.
     const int64_t rows = round_up(heads_per_tile * std::min(p.queries, query_tile), 16);
     const int64_t room = most_partial_bytes / (tiles * rows * (p.value_dim + 2) * int64_t(sizeof(float)));
     spans = enough ? 1 : std::max<int64_t>(1, std::min({ceil_div(32, tiles), p.keys / 512, room}));
@@ -59,7 +59,7 @@ struct Schedule {
     return i;
   }
 
-  // The last queries come first: under a causal mask they are the longest.
+  // The last queries come first: with a causal mask they have the most keys.
   Item item(const Problem& p, int64_t index) const {
     Item i;
     i.tile = index / spans;
@@ -81,7 +81,7 @@ struct Schedule {
   }
 };
 
-// Keys that query i may see: [first, last]. Lower-right: the last query sees the last key.
+// Keys that query i attends to: [first, last]. Lower-right aligned: the last query attends to the last key.
 struct Visible {
   int64_t first, last;
 };

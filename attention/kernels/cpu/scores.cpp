@@ -28,7 +28,7 @@ void bound_scores(const Scores& t, const Bounds& b) {
   }
 }
 
-// Nothing is added for a boolean mask: a key that it hides may hold anything, NaN too.
+// A boolean mask selects instead of adding: a masked key may contain any value, NaN included.
 template <class T>
 FATUI_INLINE Vector masked(Vector score, Vector mask) {
   if constexpr (std::is_same_v<T, boolean_t>) return as<Integers>(mask) != 0 ? score : broadcast(-infinity);
@@ -77,9 +77,9 @@ float finish_raw_scores(const Scores& t, const Problem& p, const Item& item, con
 
 namespace {
 constexpr int halves = 2, keys_at_once = 4;
-typedef double Doubles __attribute__((vector_size(lanes * 4)));  // half as many as floats
+typedef double Doubles __attribute__((vector_size(lanes * 4)));  // half as many lanes as floats
 constexpr int per_half = lanes / halves;
-constexpr double most_above = 80;  // e^80 is finite; only a maximum that was rounded otherwise lies below a score at all
+constexpr double most_above = 80;  // e^80 is finite; a score exceeds the maximum only by a rounding difference
 
 double number_of(const Tensor& t, int64_t at) {
   const auto halves_to_double = [](auto* data) { return double(widen_some(data, 1)[0]); };
@@ -120,7 +120,7 @@ struct InDouble {
     return top;
   }
 
-  // The scores of one query become what they are above m, as they were or as they are in double.
+  // Replaces the scores of a query by their difference to m, unchanged or recomputed in double.
   void write(int i, double m, bool in_double) const {
     for (int64_t j = 0; j < t.keys; j++) {
       float& s = *t.at(j, column + i);

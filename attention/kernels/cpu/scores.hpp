@@ -1,6 +1,6 @@
-// From dot products to what the softmax sees: scale, softcap, mask array, causal and window bounds.
+// Conversion of dot products to softmax inputs: scale, softcap, mask array, causal and window bounds.
 //
-// A tile of scores is S[key][query]: one line a key, one lane a query. Masked scores are -inf.
+// A tile of scores is S[key][query]: one row per key, one lane per query. Masked scores are -inf.
 #pragma once
 #include "tile.hpp"
 
@@ -8,7 +8,7 @@ namespace fatui {
 
 constexpr int64_t half_tile = query_tile / 2;
 
-// Keys that any of some queries may see, [any_first, any_last], and that all of them may see.
+// Keys that any of a set of queries attends to, [any_first, any_last], and that all of them attend to.
 struct Extent {
   int64_t any_first = std::numeric_limits<int64_t>::max(), any_last = -1;
   int64_t all_first = 0, all_last = std::numeric_limits<int64_t>::max();
@@ -19,14 +19,14 @@ struct Extent {
   }
 };
 
-struct Bounds {  // for each query of the tile, the keys it may see; for its halves, and for the tile as a whole
+struct Bounds {  // keys attended to by each query of the tile, by its halves, and by the whole tile
   alignas(64) int32_t first[query_tile], last[query_tile];
   Extent whole, half[2];
 };
 
 inline Bounds bounds_of(const Problem& p, const Item& item) {
   Bounds b;
-  if (!p.causal && p.window == 0) {  // then nobody looks at the single queries
+  if (!p.causal && p.window == 0) {  // then per-query bounds are not used
     for (Extent* e : {&b.whole, &b.half[0], &b.half[1]}) e->take(visible(p, item.query));
     return b;
   }
@@ -38,7 +38,7 @@ inline Bounds bounds_of(const Problem& p, const Item& item) {
   return b;
 }
 
-// A tile of scores, or some columns of one: keys [key, key + keys), queries [begin, end), whole vectors of them.
+// A tile of scores, or some of its columns: keys [key, key + keys), queries [begin, end), in whole vectors.
 struct Scores {
   float* s;
   int64_t key, keys, begin, end;
@@ -46,7 +46,7 @@ struct Scores {
 
   int64_t width() const { return end - begin; }
   float* at(int64_t j, int64_t i) const { return s + j * query_tile + i; }
-  // The lines that all of its queries see: [all_begin, all_end).
+  // The rows that all of its queries attend to: [all_begin, all_end).
   int64_t all_begin() const { return std::clamp<int64_t>(seen.all_first - key, 0, keys); }
   int64_t all_end() const { return std::clamp<int64_t>(seen.all_last + 1 - key, all_begin(), keys); }
   bool all_seen() const { return all_begin() == 0 && all_end() == keys; }
@@ -55,17 +55,17 @@ struct Scores {
 // 1 / softcap, finite for any softcap.
 inline float inside_cap(const Problem& p) { return std::min(1.0f / p.softcap, largest); }
 
-// Finishes a tile of dot products of queries that were multiplied by the scale: softcap, mask array, causal and window.
+// Finishes a tile of dot products of pre-scaled queries: softcap, mask array, causal and window.
 void finish_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b);
 
-// The same for queries as they are (pairs of bfloat16); returns the factor that is left, 1 or the scale, which the softmax
-// applies for nothing (in the multiply-add that subtracts the maximum).
+// Finishes a tile of dot products of unscaled queries (bfloat16 pairs); returns the remaining factor, 1 or the scale, which
+// the softmax applies at no cost, in the FMA that subtracts the maximum.
 float finish_raw_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b);
 
-// Scores are as coarse as their size: float32 rounds one near 100 by up to 4e-6, which is its weight's relative error. In
-// this range of their maximum they are computed again, in double. To 2^30, as a float32 maximum is no nearer than 64 to a
-// score there, and e^64 is finite. The inputs' own rounding is larger in half precision, but a mask of -1e9 leaves nothing
-// of a score in float32; with float32 inputs that is what the sum says, in plain attention too.
+// Range of the row maximum in which scores are recomputed in double. The rounding error of a score grows with its size:
+// float32 rounds a score near 100 by up to 4e-6, which is the relative error of its weight. The limit is 2^30, where a
+// float32 maximum is within 64 of a score, and e^64 is finite. In half precision the rounding of the inputs is larger, but
+// adding a mask of -1e9 in float32 would lose the score; with float32 inputs, unfused attention loses it too.
 struct Coarse {
   float from, to;
 
@@ -78,16 +78,16 @@ struct Coarse {
   bool has(float maximum) const { return std::abs(maximum) > from && std::abs(maximum) < to; }
 };
 
-// What is subtracted from the scores of each query: maximum + fine.
+// Value subtracted from the scores of each query: maximum + fine.
 struct Maxima {
   float *maximum, *fine;
 };
 
-// Scores of the tile's columns anew, in double from the dot product to the last bound, less the maxima. Those of a query
-// whose maximum is larger are taken as they are.
+// Recomputes the scores of the tile's columns in double, from dot product to masking, and subtracts the maxima. Scores of a
+// query whose maximum is beyond the range are not recomputed.
 void finish_in_double(const Scores& t, const Problem& p, const Item& item, const Floats& key, const Maxima& known);
 
-// The same where the maxima are not known yet: they take these scores in, and `correction` is e^(before - now).
+// Recomputes scores in double and updates the maxima with them; `correction` returns e^(old maximum - new maximum).
 void finish_in_double(const Scores& t, const Problem& p, const Item& item, const Floats& key, const Maxima& maxima,
                       float* correction);
 

@@ -1,23 +1,23 @@
-// The online softmax, one lane a query: no sum or maximum ever crosses lanes.
+// Online softmax with one lane per query: no reduction across lanes.
 //
 // Milakov and Gimelshein, 2018. After each tile of keys, with m the largest score so far:
 //   p = e^(s - m)     l = l * correction + sum of p     o = o * correction + p v     correction = e^(m before - m)
 //
-// e^(s - m) is made as 2^((s - m) log2(e)): the largest score's is exactly 1, whatever its size, and an output that one
-// key alone decides is that key's value.
+// e^(s - m) is computed as 2^((s - m) log2(e)): the weight of the largest score is exactly 1, and the output of a row
+// dominated by one key is exactly that key's value.
 #pragma once
 #include "scores.hpp"
 
 namespace fatui {
 
-constexpr float no_matter = 40.0f;      // what lies so far below the maximum adds less than a rounding, however coarse
-constexpr float most_rounded = 0x1p-14f;  // of a score by its size, were it a long sum
-constexpr float most_outgrown = 5.5f;  // where m is not moved at once: e^5.5 is about 2^8
+constexpr float no_matter = 40.0f;      // scores this far below the maximum contribute less than a rounding error
+constexpr float most_rounded = 0x1p-14f;  // bound of the relative rounding error of a score that is a long sum
+constexpr float most_outgrown = 5.5f;  // threshold of lazy updates of m: e^5.5 is about 2^8
 
 struct Softmax {
   alignas(64) float maximum[query_tile], sum[query_tile];
-  alignas(64) float fine[query_tile];  // what the maximum lacks where scores are in double, so that e^0 is 1 there too
-  alignas(64) float correction[query_tile];  // of the step before: what O is multiplied by
+  alignas(64) float fine[query_tile];  // low part of the maximum if scores are in double, so that e^0 is exact there too
+  alignas(64) float correction[query_tile];  // factor of O from the last step
 
   void reset() {
     std::fill_n(maximum, query_tile, -infinity);
@@ -26,7 +26,7 @@ struct Softmax {
   }
 };
 
-// m, or any number where nothing has been seen.
+// m, or a finite number if the row is fully masked so far.
 FATUI_INLINE Vector or_zero(Vector m) { return m > broadcast(-infinity) ? m : Vector{}; }
 
 template <int N>
@@ -44,9 +44,9 @@ FATUI_INLINE void largest_scores(const float* s, int64_t keys, Vector (&top)[N])
   FATUI_UNROLL for (int v = 0; v < N; v++) top[v] = larger(even[v], odd[v]);
 }
 
-// One panel of N vectors of queries: scores become probabilities (not yet divided by their sum), in place. Where a
-// maximum is coarse and not far below an earlier one, `again` makes finer
-// scores of these columns, less their maximum, and sets the state up to it.
+// Converts the scores of a panel of N vectors of queries to probabilities (not yet divided by their sum), in place. If a
+// maximum is in the range of Coarse and not far below an earlier one, `again` recomputes these columns in double, subtracts
+// their maximum and updates the state.
 template <int N, class Again>
 FATUI_INLINE void softmax_panel(const Scores& t, Softmax& state, int64_t column, const Coarse& coarse, const Again& again) {
   Vector top[N], subtracted[N], sum[N], coarsest{};

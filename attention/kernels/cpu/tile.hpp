@@ -1,4 +1,4 @@
-// Loading tiles: query rows turned so that one lane is one query; key and value rows read in place where they can be.
+// Tile loads: query rows are transposed so that a lane is a query; key and value rows are read in place if possible.
 #pragma once
 #include "schedule.hpp"
 #include "vector.hpp"
@@ -8,7 +8,7 @@ namespace fatui {
 struct boolean_t { uint8_t bits; };
 typedef uint8_t Bytes __attribute__((vector_size(lanes)));
 
-// A boolean mask's elements as words: 0 hides a key.
+// Elements of a boolean mask as words; 0 masks a key.
 FATUI_INLINE Vector widen(const boolean_t* p) {
   Bytes bytes;
   std::memcpy(&bytes, p, sizeof bytes);
@@ -47,7 +47,7 @@ FATUI_INLINE void load_turned(const Rows<T>& rows, int64_t row, int64_t column, 
   transpose(x);
 }
 
-// Turned tile: out[column][row], `width` (a multiple of lanes) rows, each line query_tile floats long; all times a factor.
+// Transposes a tile: out[column][row], `width` (a multiple of lanes) rows, with stride query_tile, scaled by a factor.
 template <class T>
 void turn(const Rows<T>& rows, int64_t columns, int64_t width, float* out, float factor = 1.0f) {
   for (int64_t row = 0; row < width; row += lanes)
@@ -63,8 +63,8 @@ void turn(const Rows<T>& rows, int64_t columns, int64_t width, float* out, float
     }
 }
 
-// Rows of a tile as float32, for the products: in place when they are that already, else a copy in `room`, whose rows
-// are `padded` floats long with zeros behind.
+// Rows of a tile as float32, for the products: in place if they are float32 already, else a copy in `room`, zero-padded to
+// `padded` floats per row.
 struct Floats {
   const float* data;
   int64_t stride;

@@ -1,4 +1,4 @@
-// One text for every CPU: the compiler's vector extensions, as wide as the machine's registers.
+// Portable SIMD types by the compiler's vector extensions, as wide as the machine's registers.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -54,8 +54,8 @@ FATUI_INLINE Vector broadcast(float x) { return x - Vector{}; }
 FATUI_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 FATUI_INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
 
-// Keeps the compiler from making this number anew: from loading it once more for each use, when a line that is not there
-// yet would be waited for by all of them, and from drawing a product, unrounded, into the addition that follows.
+// Forces a value into a register: the compiler does not reload it for each use, which would stall every use on a cache miss,
+// and does not contract a product into the following addition.
 FATUI_INLINE Vector in_register(Vector x) {
 #if defined(__x86_64__)
   asm("" : "+v"(x));
@@ -84,12 +84,12 @@ FATUI_INLINE Vector exp2(Vector x) {
   p = p * f + 2.402224243e-1f;
   p = p * f + 6.931470037e-1f;
   p = p * f + 1.0f;
-  const Words exponent = as<Words>(shifted) << 23;  // unsigned: what overflows wraps, and is not used
+  const Words exponent = as<Words>(shifted) << 23;  // unsigned: overflow wraps, and the result is not used
   const Vector result = as<Vector>(as<Words>(p) + exponent);
   return x < broadcast(-126.0f) ? Vector{} : result;
 }
 
-// To about 1e-7, near zero too: there a polynomial (Cephes), elsewhere by way of 2^x.
+// tanh to about 1e-7, near zero too: by a polynomial there (Cephes), elsewhere by 2^x.
 FATUI_INLINE Vector tanh(Vector x) {
   const Vector z = x * x;
   Vector p = z * -5.70498872745e-3f + 2.06390887954e-2f;
@@ -108,7 +108,7 @@ template <int... I>
 FATUI_INLINE Integers lane_numbers(std::integer_sequence<int, I...>) { return Integers{I...}; }
 FATUI_INLINE Integers lane_numbers() { return lane_numbers(std::make_integer_sequence<int, lanes>{}); }
 
-// The lanes, those that many places on first.
+// Rotates the lanes.
 template <int places, int... I>
 FATUI_INLINE Vector rotated(Vector x, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, x, ((I + places) % lanes)...);
@@ -134,7 +134,7 @@ FATUI_INLINE Vector widen(const bfloat16_t* p) {
   const Halves bits = *reinterpret_cast<const HalvesAnywhere*>(p);
   return as<Vector>(__builtin_convertvector(bits, Words) << 16);
 }
-// Without instructions: the exponent is rebiased by a product, which makes normal numbers of subnormal ones.
+// Software conversion: a product rebiases the exponent and normalises subnormal numbers.
 FATUI_INLINE Vector widen_float16_bits(Words bits) {
   const Words magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
   const Vector finite = as<Vector>(magnitude) * 0x1p112f;
@@ -164,7 +164,7 @@ FATUI_INLINE Words rounded_to_bfloat16(Vector x) {  // to nearest, ties to even;
 FATUI_INLINE void narrow(bfloat16_t* p, Vector x) {
   *reinterpret_cast<HalvesAnywhere*>(p) = __builtin_convertvector(rounded_to_bfloat16(x), Halves);
 }
-// To nearest, ties to even. Subnormal results: adding a number whose last place is theirs rounds, in the low bits.
+// Rounds to nearest, ties to even. Subnormal results are rounded by adding a number with the same last place.
 FATUI_INLINE Words rounded_to_float16(Vector x) {
   const Words bits = as<Words>(x), magnitude = bits & 0x7fffffffu;
   const Vector shifter = broadcast(0.5f);
@@ -186,7 +186,7 @@ FATUI_INLINE void narrow(float16_t* p, Vector x) {
 #endif
 }
 
-// The first `count` numbers, or all lanes; zeros behind them.
+// Loads the first `count` elements, or all lanes; the rest are zero.
 template <class T>
 FATUI_INLINE Vector widen_some(const T* p, int64_t count) {
   if (count >= lanes) return widen(p);

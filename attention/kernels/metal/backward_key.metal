@@ -1,11 +1,11 @@
-// Flash attention, backward: dK and dV. Two simdgroups share 8 keys, so that neither needs registers for both sums:
+// FlashAttention backward kernel: dK and dV. Two simdgroups share 8 keys, so that each has registers for one accumulator:
 //
 //   even simdgroup:  S' = K Q',   P' = exp(S' - lse)  -- P' slope scale -->   dV = sum of P' dO
 //   odd simdgroup:   dP' = V dO'                dS' = (that) (dP' - delta)    dK = sum of dS' Q
 //
 //   K, V  (BLOCK_K x D): threadgroup memory, loaded once
-//   Q, dO (BLOCK_Q x CHUNK): threadgroup memory, walked along the queries of all heads that share the key head
-//   S' or dP' (8 x BLOCK_Q), dV or dK (8 x D): in registers; the weights pass through threadgroup memory
+//   Q, dO (BLOCK_Q x CHUNK): threadgroup memory, iterated over the queries of all heads that share the key head
+//   S' or dP' (8 x BLOCK_Q), dV or dK (8 x D): in registers; the weights are exchanged through threadgroup memory
   constexpr int THREADS = SIMDGROUPS * 32;
   constexpr int DIMS = D / 8;
   constexpr int QUERIES = BLOCK_Q / 8;
@@ -62,7 +62,7 @@
       clear<QUERIES>(scores);
       UNROLL
       for (int c = 0; c < CHUNKS; c++) {
-        threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: nobody reads the last Q and dO any more
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: the previous Q and dO are no longer read
         load_tile<T, BLOCK_Q, CHUNK, CHUNK_PITCH, THREADS>(
             queries_at + query0 * q_strides[2] + c * CHUNK * q_strides[3], q_strides[2], q_strides[3], query_tile,
             queries - query0, thread_index_in_threadgroup);
@@ -76,7 +76,7 @@
           row_rests[i] = is_row ? rest_at[(query0 + i) * rest_strides[2]] : 0.0f;
           row_means[i] = is_row ? delta_at[(query0 + i) * delta_strides[2]] : 0.0f;
         }
-        threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: Q and dO, and for the first time K and V, are in place
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: Q and dO, and in the first iteration K and V, are loaded
         multiply_in_parts<T, QUERIES, CHUNK>(
             scores, own + c * CHUNK, PITCH, first, CHUNK_PITCH, fragment_r, fragment_c);
       }
@@ -113,7 +113,7 @@
           shared[j * 32] = passed;
         }
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: the weights are in place
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: the weights are stored
       if (odd) {
         UNROLL
         for (int j = 0; j < QUERIES; j++) {
@@ -126,16 +126,16 @@
         }
       }
       UNROLL
-      for (int c = CHUNKS - 1; c >= 0; c--) {  // backwards, since the last chunk of Q and dO is still there
+      for (int c = CHUNKS - 1; c >= 0; c--) {  // backwards, because the last chunk of Q and dO is still loaded
         if (c < CHUNKS - 1) {
-          threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: nobody reads the last chunk any more
+          threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: the previous chunk is no longer read
           load_tile<T, BLOCK_Q, CHUNK, CHUNK_PITCH, THREADS>(
               queries_at + query0 * q_strides[2] + c * CHUNK * q_strides[3], q_strides[2], q_strides[3], query_tile,
               queries - query0, thread_index_in_threadgroup);
           load_tile<T, BLOCK_Q, CHUNK, CHUNK_PITCH, THREADS>(
               upstream_at + query0 * d_o_strides[2] + c * CHUNK * d_o_strides[3], d_o_strides[2], d_o_strides[3],
               upstream_tile, queries - query0, thread_index_in_threadgroup);
-          threadgroup_barrier(mem_flags::mem_threadgroup);  // B5: the chunk is in place
+          threadgroup_barrier(mem_flags::mem_threadgroup);  // B5: the chunk is loaded
         }
         multiply<T, QUERIES, CHUNK>(
             sums + c * (CHUNK / 8), scores, second, CHUNK_PITCH, fragment_r, fragment_c);

@@ -1,9 +1,9 @@
-// Flash attention, backward: dQ, and each row's delta = sum(dO * O) - dLSE, which the kernel of dK and dV needs.
+// FlashAttention backward kernel: dQ, and each row's delta = sum(dO * O) - dLSE, which the kernel of dK and dV reads.
 //
 //   S = Q K', P = exp(S - lse), dP = dO V', dS = P (dP - delta) . slope . scale, dQ = sum of dS K
 //
 //   Q, dO (BLOCK_Q x D): threadgroup memory, loaded once; each simdgroup owns 8 of the rows
-//   K, V  (BLOCK_K x CHUNK): threadgroup memory, walked along the keys; where CHUNK < D, in chunks of the head dim
+//   K, V  (BLOCK_K x CHUNK): threadgroup memory, iterated over the keys; in chunks of the head dim if CHUNK < D
 //   S, dP (8 x BLOCK_K) and dQ (8 x D): in registers
   constexpr int THREADS = SIMDGROUPS * 32;
   constexpr int DIMS = D / 8;
@@ -38,13 +38,13 @@
   load_tile<T, BLOCK_Q, D, PITCH, THREADS>(
       d_o + batch * d_o_strides[0] + head * d_o_strides[1] + first_query * d_o_strides[2], d_o_strides[2],
       d_o_strides[3], upstream_tile, queries - first_query, thread_index_in_threadgroup);
-  threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: Q and dO are in place
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: Q and dO are loaded
 
   const int64_t first_line = (int64_t(batch) * heads + head) * queries + first_query + own;
   const int64_t line = first_line + fragment_r;
 
-  // The diagonal of dO O', summed as dP is, dimension by dimension: in a row of one key, whose O is its V, the two are
-  // equal to the last bit, so that dS is the 0 that it has to be.
+  // The diagonal of dO O', summed in the same order over the head dim as dP: in a row with a single key, where O is V, the
+  // two are bitwise equal and dS is exactly 0.
   constexpr int PART = part_width<T, D>();
   Fragment outputs;
   clear<1>(&outputs);
@@ -95,14 +95,14 @@
     clear<KEYS>(products);
     UNROLL
     for (int c = 0; c < CHUNKS; c++) {
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: nobody reads the last K and V any more
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: the previous K and V are no longer read
       load_tile<T, BLOCK_K, CHUNK, CHUNK_PITCH, THREADS>(
           keys_at + key0 * k_strides[2] + c * CHUNK * k_strides[3], k_strides[2], k_strides[3], key_tile, keys - key0,
           thread_index_in_threadgroup);
       load_tile<T, BLOCK_K, CHUNK, CHUNK_PITCH, THREADS>(
           values_at + key0 * v_strides[2] + c * CHUNK * v_strides[3], v_strides[2], v_strides[3], value_tile,
           keys - key0, thread_index_in_threadgroup);
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: K and V are in place
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: K and V are loaded
       multiply_in_parts<T, KEYS, CHUNK>(
           scores, query_tile + own * PITCH + c * CHUNK, PITCH, key_tile, CHUNK_PITCH, fragment_r, fragment_c);
       multiply_in_parts<T, KEYS, CHUNK>(
@@ -134,13 +134,13 @@
       }
     }
     UNROLL
-    for (int c = CHUNKS - 1; c >= 0; c--) {  // backwards, since the last chunk of K is still there
+    for (int c = CHUNKS - 1; c >= 0; c--) {  // backwards, because the last chunk of K is still loaded
       if (c < CHUNKS - 1) {
-        threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: nobody reads the last chunk any more
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: the previous chunk is no longer read
         load_tile<T, BLOCK_K, CHUNK, CHUNK_PITCH, THREADS>(
             keys_at + key0 * k_strides[2] + c * CHUNK * k_strides[3], k_strides[2], k_strides[3], key_tile,
             keys - key0, thread_index_in_threadgroup);
-        threadgroup_barrier(mem_flags::mem_threadgroup);  // B5: the chunk of K is in place
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // B5: the chunk of K is loaded
       }
       multiply<T, KEYS, CHUNK>(sums + c * (CHUNK / 8), scores, key_tile, CHUNK_PITCH, fragment_r, fragment_c);
     }

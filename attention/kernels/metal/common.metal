@@ -1,13 +1,13 @@
-// What the kernels share: fragments, rows, tiles and what a query may see. Goes in front of every kernel's text.
+// Shared by all Metal kernels: fragments, row reductions, tiles and masking by position. Prepended to every kernel source.
 //
-// A fragment is an 8 x 8 simdgroup_matrix<float> whose elements are read one by one, as MLX's own kernels do; no product
-// has operands of another type, so bfloat16 and float16 need nothing of the compiler but a conversion. Lane l holds
+// A fragment is an 8 x 8 simdgroup_matrix<float> whose elements are accessed individually, as in MLX's kernels. All matrix
+// operands are float32, so bfloat16 and float16 only need conversions. Lane l holds
 //   row (q & 4) + (l / 2) % 4, columns (q & 2) * 2 + (l % 2) * 2 and the next, with q = l / 4,
-// so that the four lanes of a row are reached by xor 1 and 8.
+// so that the four lanes of a row are reduced with xor 1 and 8.
 #include <metal_simdgroup>
 #include <metal_simdgroup_matrix>
 
-// Arrays of fragments live in registers only where every index is known to the compiler.
+// Arrays of fragments stay in registers only if every index is a compile-time constant.
 #define UNROLL _Pragma("clang loop unroll(full)")
 
 typedef simdgroup_matrix<float, 8, 8> Fragment;
@@ -17,7 +17,7 @@ constant constexpr float LARGEST_FLOAT = 3.402823466e38f;
 METAL_FUNC short fragment_row(uint lane) { return short(((lane / 4) & 4) + (lane / 2) % 4); }
 METAL_FUNC short fragment_column(uint lane) { return short(((lane / 4) & 2) * 2 + (lane % 2) * 2); }
 
-// The 8 x 8 block of a tile that starts at `block`; row-major, `pitch` elements a row.
+// Loads the 8 x 8 block of a tile that starts at `block`; row-major, `pitch` elements per row.
 template <typename T>
 METAL_FUNC Fragment read_block(const threadgroup T* block, int pitch, short row, short column) {
   Fragment made;
@@ -26,7 +26,7 @@ METAL_FUNC Fragment read_block(const threadgroup T* block, int pitch, short row,
   return made;
 }
 
-// The same block turned: element (row, column) of the fragment is element (column, row) of the block.
+// Loads an 8 x 8 block transposed: element (row, column) of the fragment is element (column, row) of the block.
 template <typename T>
 METAL_FUNC Fragment read_turned(const threadgroup T* block, int pitch, short row, short column) {
   Fragment made;
@@ -58,9 +58,9 @@ METAL_FUNC void multiply_turned(
   }
 }
 
-// The same, where much depends on the last bits: rounding of long sums is what dP - delta leaves of two that are nearly
-// equal. Of float32 16 dimensions are summed at a time; what has 16 bits is not as exact itself. The order in which a row
-// is summed is the same in all kernels, whatever the sizes of their tiles.
+// Product with blocked summation, for dP: dP - delta cancels when both are nearly equal, and leaves the rounding error of
+// long sums. float32 is summed in blocks of 16 dimensions; 16-bit inputs are less exact themselves. The order of summation
+// of a row is the same in all kernels, independent of tile sizes.
 template <typename T, int WIDTH>
 METAL_FUNC constexpr int part_width() { return sizeof(T) == 4 ? 16 : WIDTH; }
 
@@ -104,13 +104,14 @@ METAL_FUNC void multiply(
   }
 }
 
-// A score with its additive mask. A finite mask hides no key, though its sum with a large score may overflow.
+// Adds a mask to a score. Clamped, because the sum of a finite mask and a large score may overflow to -inf, which would mask
+// the key.
 METAL_FUNC float masked(float score, float mask) {
   return mask == -INFINITY ? mask : metal::max(score + mask, -LARGEST_FLOAT);
 }
 
-// What float32 loses of the sum of a row's maximum and the logarithm of its weights: all of the latter beside a maximum
-// of -1e9, which a mask makes. Kept beside the logsumexp, so that exp(s - lse - rest) is right at any size of scores.
+// Rounding error of the logsumexp, the float32 sum of row maximum and log of the row sum: with a maximum of -1e9, from a
+// mask, the log is lost completely. Stored with the logsumexp, so that exp(s - lse - rest) is accurate at any magnitude.
 METAL_FUNC float rest_of(float lse, float largest, float log_total) { return log_total - (lse - largest); }
 
 METAL_FUNC float row_max(float x) {
@@ -123,13 +124,13 @@ METAL_FUNC float row_sum(float x) {
   return x + simd_shuffle_xor(x, ushort(8));
 }
 
-// Elements that lie side by side, to be moved at once; aligned as one of them, since a slice may begin anywhere.
+// Adjacent elements, loaded at once; aligned as a single element, because a slice may begin anywhere.
 template <typename T>
 struct Four {
   T of[4];
 };
 
-// Brings ROWS x WIDTH elements into a tile, all threads of the group together; rows from `valid` on are zero.
+// Loads ROWS x WIDTH elements into a tile with all threads of the group; rows from `valid` on are zero.
 template <typename T, int ROWS, int WIDTH, int PITCH, int THREADS>
 METAL_FUNC void load_tile(
     const device T* source, int64_t row_stride, int64_t column_stride, threadgroup T* tile, int valid, uint thread_id) {
@@ -152,14 +153,14 @@ METAL_FUNC void load_tile(
   }
 }
 
-// Whether positions let query row `query` see a key; a query stands `shift` = Lk - Lq keys further on.
+// Whether query row `query` attends to a key by position; `shift` = Lk - Lq aligns queries with keys.
 template <bool CAUSAL, bool WINDOW>
 METAL_FUNC bool is_seen(int query, int key, int queries, int keys, int window) {
   const int position = query + keys - queries;
   return query < queries && key < keys && (!CAUSAL || key <= position) && (!WINDOW || key > position - window);
 }
 
-// Whether they let all queries from `first_query` to `last_query` see all keys from `first_key` to `last_key`.
+// Whether all queries from `first_query` to `last_query` attend to all keys from `first_key` to `last_key` by position.
 template <bool CAUSAL, bool WINDOW>
 METAL_FUNC bool is_all_seen(
     int first_query, int last_query, int first_key, int last_key, int queries, int keys, int window) {
@@ -167,13 +168,13 @@ METAL_FUNC bool is_all_seen(
       && is_seen<CAUSAL, WINDOW>(last_query, first_key, queries, keys, window);
 }
 
-// The first key that any query from `first` on may see, rounded down to a whole tile.
+// First key that any query from `first` on attends to, rounded down to a whole tile.
 template <bool WINDOW, int BLOCK>
 METAL_FUNC int first_key(int first, int queries, int keys, int window) {
   return WINDOW ? metal::max(0, first + keys - queries - window + 1) / BLOCK * BLOCK : 0;
 }
 
-// One more than the last key that any query up to `last` may see.
+// One past the last key that any query up to `last` attends to.
 template <bool CAUSAL>
 METAL_FUNC int key_end(int last, int queries, int keys) {
   return CAUSAL ? metal::min(keys, metal::max(0, last + keys - queries + 1)) : keys;

@@ -1,16 +1,16 @@
-// Flash attention, forward, with logsumexp (Dao et al., 2022; Dao, 2023).
+// FlashAttention forward kernel with logsumexp (Dao et al., 2022; Dao, 2023).
 //
 //                       +----------- BLOCK_K keys -----------+
-//                       |  K' , then V in the same place     |   threadgroup memory, walked along the keys
+//                       |  K' , then V in the same buffer    |   threadgroup memory, iterated over the keys
 //                       +------------------------------------+
 //   +-------------+     +------------------------------------+
 //   | Q  (D wide) |     |  S, then P: in registers           |   each simdgroup owns 8 query rows of BLOCK_Q
 //   +-------------+     +------------------------------------+
 //                       O (8 x D), maximum and sum of each row: in registers
 //
-// PACKED: the rows are those of all query heads that share a key head, and several groups walk a span of the keys each;
-// their normalised outputs and logsumexps are joined by join.metal. There are more simdgroups than BLOCK_Q / 8 then:
-// those beyond only load.
+// PACKED (GQA row packing): the rows are those of all query heads that share a key head, and each of several threadgroups
+// processes a span of the keys; join.metal combines their normalised outputs and logsumexps. There are then more than
+// BLOCK_Q / 8 simdgroups; the additional ones only load.
   constexpr int THREADS = SIMDGROUPS * 32;
   constexpr int DIMS = D / 8;
   constexpr int KEYS = BLOCK_K / 8;
@@ -65,23 +65,23 @@
   const int end = metal::min(key_end<CAUSAL>(last_query, queries, keys), split * span + span);
 
   for (int key0 = from; key0 < end; key0 += BLOCK_K) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: nobody reads V any more
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: V is no longer read
     load_tile<T, BLOCK_K, D, PITCH, THREADS>(
         keys_at + key0 * k_strides[2], k_strides[2], k_strides[3], key_tile, keys - key0, thread_index_in_threadgroup);
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: K, and Q, are in place
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: K and Q are loaded
     Fragment scores[KEYS];
     clear<KEYS>(scores);
     if (computes) {
       multiply_in_parts<T, KEYS, D>(
           scores, query_tile + simdgroup_at * 8 * PITCH, PITCH, key_tile, PITCH, fragment_r, fragment_c);
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: nobody reads K any more
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: K is no longer read
     load_tile<T, BLOCK_K, D, PITCH, THREADS>(
         values_at + key0 * v_strides[2], v_strides[2], v_strides[3], key_tile, keys - key0,
         thread_index_in_threadgroup);
 
     if (computes) {
-      // Most tiles lie wholly inside of what may be seen; rows past the end, which are not written, may then see them.
+      // Most tiles need no masking by position; rows past the end, which are not written, may attend to them too.
       const bool is_whole = MASK == 0
           && is_all_seen<CAUSAL, WINDOW>(first_query, last_query, key0, key0 + BLOCK_K - 1, queries, keys, window);
       float now = largest;
@@ -106,7 +106,7 @@
         }
       }
       now = row_max(now);
-      const float base = now == -INFINITY ? 0.0f : now;  // a row that has seen nothing yet
+      const float base = now == -INFINITY ? 0.0f : now;  // fully masked so far
       const float shrink = metal::exp2((largest - base) * LOG2_E);
       float added = 0.0f;
       UNROLL
@@ -126,7 +126,7 @@
         sums[d].thread_elements()[1] *= shrink;
       }
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: V is in place
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // B4: V is loaded
     if (computes) {
       multiply<T, KEYS, D>(sums, scores, key_tile, PITCH, fragment_r, fragment_c);
     }

@@ -1,6 +1,6 @@
-// Joins what groups with a span of the keys each have made: O = sum of exp(lse_s - lse) O_s, lse = log sum exp(lse_s),
-// where each logsumexp is the sum of two numbers, lse_s and rest_s.
-// One simdgroup a query row; lanes walk the head dim.
+// Second pass of the forward kernel with split keys: O = sum of exp(lse_s - lse) O_s, lse = log sum exp(lse_s), over the
+// spans s, where each logsumexp is stored as the sum of two floats, lse_s and rest_s.
+// One simdgroup per query row; lanes iterate over the head dim.
   const int lines = parts_shape[1] * parts_shape[2] * parts_shape[3];
   const int splits = parts_shape[0];
   const int line = int(threadgroup_position_in_grid.x);
