@@ -100,7 +100,7 @@ class Forward:
 
 @functools.cache
 def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Forward:
-    """Return the fastest specialisation for large problems and a head dim up to 256 (measured: see README.md)."""
+    """Return the fastest specialisation for large problems, D <= 256 (see docs/experiments/cuda-hopper.md)."""
     made = functools.partial(Forward, causal=causal or window, element=element, window=window, softcap=softcap)
     if head_dim <= 128 and softcap:  # with three consumers the softcap would spill registers
         return made(64 if head_dim <= 64 else 128, consumers=2, block_n=128, query_stages=2)
