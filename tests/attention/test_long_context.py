@@ -20,18 +20,20 @@ from attention.workload import Workload
 LONG = 262_144
 SMALL_STACK = 512 * 1024
 """A graph as deep as its tiles are many overflows it, which ends the process."""
+USUAL_STACK = 8 * 1024 * 1024
+"""MLX frees a compiled graph recursively, which takes about half a KiB for each tile."""
 Arrays = mx.array | tuple[mx.array, ...]
 
 
-def on_a_small_stack(function: Callable[[], float]) -> float:
-    """Calls a function in a thread with a small stack."""
+def on_a_stack(size: int, function: Callable[[], float]) -> float:
+    """Calls a function in a thread with a stack of so many bytes."""
     results: list[float] = []
 
     def run() -> None:
         mx.set_default_device(mx.cpu)
         results.append(function())
 
-    before = threading.stack_size(SMALL_STACK)
+    before = threading.stack_size(size)
     try:
         thread = threading.Thread(target=run)
         thread.start()
@@ -47,18 +49,17 @@ def seconds_to_trace(seq: int, practical: Practical, mode: str) -> float:
     def attend(*x: mx.array) -> mx.array:
         return attention(*x, mask="causal", implementation=practical)
 
-    gradient = mx.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2))
-    function: Callable[..., Arrays] = gradient if "gradient" in mode else attend
-    if "compile" in mode:
-        function = mx.compile(function)
-
     def trace() -> float:
+        gradient = mx.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2))
+        function: Callable[..., Arrays] = gradient if "gradient" in mode else attend
+        if "compile" in mode:
+            function = mx.compile(function)  # freed in this thread: MLX's cache of a thread outlives its join
         q, k, v = (mx.zeros((1, 1, seq, 8)) for _ in range(3))
         started = time.thread_time()
         function(q, k, v)
         return time.thread_time() - started
 
-    return on_a_small_stack(trace)
+    return on_a_stack(USUAL_STACK if "compile" in mode else SMALL_STACK, trace)
 
 
 def tiles(seq: int, practical: Practical, **size: int) -> dict[str, int]:
