@@ -107,13 +107,15 @@ def in_type(mask: "mx.array", dtype: "mx.Dtype", *, summed: bool = True) -> "mx.
     """Convert an additive mask to a dtype; finite values stay finite, so that -1e9 masks no row fully.
 
     If scores are added in that dtype (`summed`), values are clipped to half of its range, so that a score can be added.
-    In float32 and bfloat16 only scores beyond 1e31 would need that.
+    In float32 and bfloat16 only scores beyond 1e31 would need that. Otherwise the sum is float32's, and values are
+    clipped to what it can hold after a factor of log2(e).
     """
     import mlx.core as mx
 
-    if mask.dtype == dtype and not (summed and dtype == mx.float16):
+    if mask.dtype == dtype and (dtype == mx.float32 or summed == (dtype == mx.bfloat16)):
         return mask
-    most = float(mx.finfo(dtype).max) / (2 if summed else 1)
+    most = float(mx.finfo(dtype).max)
+    most = most / 2 if summed else min(most, float(mx.finfo(mx.float32).max) / 4)
     clipped = mx.clip(mask.astype(mx.float32), -most, most)
     return mx.where(mx.isinf(mask), mask, clipped).astype(dtype)
 

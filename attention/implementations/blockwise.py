@@ -105,6 +105,12 @@ class Call(Struct, frozen=True, eq=False):
         """The matrix product of two arrays in the type that matrices are multiplied in."""
         return exact_product(a, b) if self.arithmetic == "wide float32" else a @ b
 
+    def row_products(self, a: mx.array, b: mx.array) -> mx.array:
+        """The dot product of each row of one array with that of another, summed in the order that `product` sums in."""
+        if self.arithmetic == "wide float32":
+            return exact_product(a[..., None, :], b[..., None])[..., 0]
+        return (a * b).sum(axis=-1, keepdims=True)
+
     def scores(self, query: mx.array, transposed: mx.array) -> mx.array:
         """The product of a query and transposed keys, times the factor."""
         of_query, of_product = self.factors

@@ -195,7 +195,7 @@ def _of_rows(
     given = [] if saved.of_statistics is None else [saved.of_statistics]
     wholes = chain.whole(saved.q, saved.cotangent, saved.output, saved.statistics, *given)
     query, cotangent, output, statistics, *more = (of(x) for x in wholes)
-    delta = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
+    delta = call.row_products(cotangent.astype(mx.float32), output.astype(mx.float32))
     # Weights depend on the maximum and the logarithm by their sum alone: either's gradient is the logsumexp's.
     return query, cotangent, statistics, delta - more[0][..., 1:] if more else delta
 

@@ -2,7 +2,7 @@
 
 The mask is added after the softcap, so that its gradient is that of the masked scores,
 
-    dMask = P * (dP - rowsum(dO * O)),    dP = dO V^T,
+    dMask = P * (dP - rowsum(P * dP)),    dP = dO V^T,
 
 summed over the axes along which the mask is broadcast. It is computed in slabs of rows in float32, from scratch, and as
 MLX is lazy only where somebody takes it.
@@ -87,7 +87,7 @@ def _node(call: Call) -> Callable[..., mx.array]:
         inputs: tuple[mx.array, mx.array, mx.array, mx.array, Arrays, Arrays], cotangent: mx.array, out: mx.array
     ) -> Arrays:
         _, q, k, v, mask, sinks = inputs
-        of_mask = mask_gradient(q, k, v, out, cotangent, structs.replace(call, mask=call.mask.having(mask)), *sinks)
+        of_mask = mask_gradient(q, k, v, cotangent, structs.replace(call, mask=call.mask.having(mask)), *sinks)
         return [cotangent, *(mx.zeros_like(x) for x in (q, k, v)), of_mask, *(mx.zeros_like(x) for x in sinks)]
 
     def refuse(primals: object, tangents: object) -> None:
@@ -103,7 +103,6 @@ def mask_gradient(
     q: mx.array,
     k: mx.array,
     v: mx.array,
-    out: mx.array,
     cotangent: mx.array,
     call: Call,
     sinks: mx.array | None = None,
@@ -120,16 +119,17 @@ def mask_gradient(
             keys = call.mask.visible_keys(rows, *lengths)
             if not keys:
                 continue
-            *sides, key, value = chain.whole(q, out, cotangent, k, v)
+            *sides, key, value = chain.whole(q, cotangent, k, v)
             cuts = *(heads.rows(x, rows) for x in sides), heads.keys(key, keys), heads.keys(value, keys)
-            query, output, upstream, key, value = (x.astype(mx.float32) for x in cuts)
+            query, upstream, key, value = (x.astype(mx.float32) for x in cuts)
             product = call.scores(query, call.transposed(key))
             shift = row_shift(call, heads, rows, lengths)
             scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
             d_weights = call.product(upstream, call.transposed(value))
-            d_weights = d_weights - (upstream * output).sum(axis=-1, keepdims=True)
             sunk = None if sinks is None else heads.sinks(sinks, len(rows), shift)
-            slab = _softmax(scores, call, sunk) * d_weights
+            weights = _softmax(scores, call, sunk)
+            # not rowsum(dO * O): the output may be rounded, and then the difference does not cancel
+            slab = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))
             slab = slab.reshape(len(heads.batches), -1, len(rows), len(keys))
             summed = [axis for axis in range(4) if array.shape[axis] == 1]
             slab = slab.sum(axis=summed, keepdims=True) if summed else slab

@@ -1,6 +1,7 @@
 """MLX's own scaled_dot_product_attention, as it is."""
 
 from functools import lru_cache
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -8,6 +9,7 @@ from attention import masks
 from attention.device import Backend, Device
 from attention.errors import UnsupportedError
 from attention.implementations.asked import asked_for, here
+from attention.implementations.batched import folded
 from attention.implementations.mask_gradient import with_mask_gradient
 from attention.implementations.unfused import is_widened, named_products, unfused_bytes
 from attention.masks import Mask
@@ -15,6 +17,8 @@ from attention.route import PLAIN, Needs, Route, unsupported
 from attention.workload import ITEM_BYTES, Workload
 
 NO_SOFTCAP = "MLX's SDPA has no softcap"
+FUSED_ROWS = 128
+"""MLX's fused backward pass on CUDA takes a multiple of so many rows."""
 SPREAD_MASK = 2.3
 """Sizes of the scores that MLX makes of a bool mask for its fused kernel on CUDA."""
 
@@ -93,13 +97,36 @@ def attend_whole(
         q, scale = (-q, -scale) if scale else (mx.zeros_like(q), 1.0)
     if widened:
         q, k, v = (x.astype(mx.float32) for x in (q, k, v))
-    wide = dtype == mx.float16 and not widened and here() == "cuda"  # then it is fused, and cuDNN adds in float32
+    wide = dtype != mx.float32 and not widened and here() == "cuda"  # cuDNN adds a mask in float32
+    if wide and dtype == mx.float16 and q.shape[2] % FUSED_ROWS and sinks is None:
+        return _widened_behind(q, k, v, scale, mask)
     out = (
         sdpa(q, k, v, scale, mask, widened and dtype != mx.float32, sums_wide=wide)
         if sinks is None
         else _with_sinks(q, k, v, scale, mask, sinks)
     )
     return out.astype(dtype)
+
+
+def _widened_behind(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
+    """MLX's fused SDPA whose gradient is computed in float32: MLX's would be unfused, and overflow in float16."""
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array, array: list[mx.array]) -> mx.array:
+        return sdpa(q, k, v, scale, mask.having(array), sums_wide=True)
+
+    def pull_back(inputs: Any, cotangent: mx.array, output: mx.array) -> list[mx.array]:
+        primals, array = list(inputs[:3]), inputs[3]
+
+        def widened(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return attend_whole(q, k, v, scale, mask.having(array), True)
+
+        _, gradients = mx.vjp(widened, primals, [cotangent])
+        return [*gradients, *(mx.zeros_like(x) for x in array)]
+
+    attend.vjp(pull_back)
+    attend.vmap(folded(attend, masks_at=3))
+    return cast("mx.array", attend(q, k, v, [] if mask.array is None else [masks.as_4d(mask.array)]))
 
 
 def is_call_widened(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> bool:
@@ -205,8 +232,8 @@ def why_unfused(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> s
             call(q, k, v)
     except ValueError as error:
         return _reason(str(error))
-    if workload.pass_ == "training" and backend == "cuda" and workload.seq % 128:
-        return f"the backward kernel on CUDA needs a seq that is a multiple of 128, and it is {workload.seq}"
+    if workload.pass_ == "training" and backend == "cuda" and workload.seq % FUSED_ROWS:
+        return f"the backward kernel on CUDA needs a seq that is a multiple of {FUSED_ROWS}, and it is {workload.seq}"
     return None
 
 

@@ -10,7 +10,7 @@ from attention.implementations.blockwise import blocks_of
 from attention.implementations.budget import comfort
 from attention.implementations.mlx_sdpa import why_unfused
 from attention.implementations.slice_size import EVEN, NOTHING, Handed, beside, slice_size
-from attention.implementations.unfused import whole_bytes
+from attention.implementations.unfused import in_tf32, whole_bytes
 from attention.implementations.waiting import AT_ONCE
 from attention.masks import of_workload
 from attention.route import PLAIN, Needs
@@ -100,6 +100,9 @@ class _Question:
         )
         if way == "slices" and slices is None:
             return structs.replace(made, way="blocks", reason=f"{reason}, and no slice fits it")
+        if behind is None and not way.startswith("fused") and in_tf32(self.workload.dtype, self.backend):
+            why = f"{reason}, and a gradient in blocks does not match an output in TF32"
+            return structs.replace(made, way="blocks", reason=why)
         if behind is None:
             tighter = f"{reason}, and no slice of a backward pass fits it"
             way = cast("Way", f"{way.partition(',')[0]}, blocks behind")

@@ -37,9 +37,16 @@ def multiplies_in_tf32(problem: Problem) -> bool:
 
 
 def in_tf32(x: Floats) -> Floats:
-    """Round to the 10 bits of TF32's fraction."""
+    """Cut off all but the 10 bits of TF32's fraction, as tensor cores do."""
     bits = np.asarray(x, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+
+
+def largest_score(problem: Problem) -> float:
+    """Return the largest magnitude of a score, before a softcap."""
+    q, k = exact(problem.q), exact(problem.k)
+    keys = np.repeat(k, q.shape[1] // k.shape[1], 1)
+    return float(np.abs((q @ keys.swapaxes(-1, -2)) * problem.factor).max(initial=0))
 
 
 def expected(

@@ -51,6 +51,21 @@ def test_slices_are_mapped(case):
     assert failures(*case) == []
 
 
+@pytest.mark.parametrize("number", [11, 21, 57, 146, 166], ids=str)
+def test_gradients_of_outputs_in_tf32_cancel(number):
+    assert failures("edges", 72, number, "gradient") == []
+
+
+@pytest.mark.parametrize("case", [("broad", 72, 280), ("edges", 72, 21), ("edges", 72, 153)], ids=str)
+def test_gradients_of_large_float16_scores_are_finite(case):
+    assert failures(*case, "gradient") == []
+
+
+@pytest.mark.parametrize("case", [("edges", 71, 696), ("edges", 71, 736), ("edges", 71, 912)], ids=str)
+def test_rows_at_the_lowest_bfloat16_are_ordinary(case):
+    assert failures(*case) == []
+
+
 @pytest.mark.parametrize("case", [("edges", 62, 0), ("edges", 62, 33), ("edges", 62, 54)], ids=str)
 def test_gradients_are_right(case):
     assert failures(*case, "gradient") == []
