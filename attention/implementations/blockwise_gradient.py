@@ -67,6 +67,8 @@ class RowSide(Struct, frozen=True):
     statistics: mx.array
     delta: mx.array
     """rowsum(dO * O) - dL, float32."""
+    of_logsumexp: mx.array | None
+    """dL, if it is given."""
     shift: mx.array | None
     """Of `row_shift`."""
 
@@ -104,7 +106,7 @@ def sink_gradient(saved: Saved, sinks: mx.array, call: Call) -> mx.array:
     chain = Chain()
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         chain.links = [total]
-        statistics, delta = _of_rows(saved, call, chain, itemgetter((slice(None), slice(None), cut(rows))))[2:]
+        statistics, delta = _of_rows(saved, call, chain, itemgetter((slice(None), slice(None), cut(rows))))[2:4]
         everything = Heads(range(saved.q.shape[0]), range(saved.k.shape[1]), saved.q.shape[1] // saved.k.shape[1])
         shift = row_shift(call, everything, rows, saved.lengths)
         score = sinks.astype(mx.float32)[None, :, None, None]
@@ -183,21 +185,22 @@ def _write_d_query(sums: Sums, total: mx.array, call: Call, heads: Heads, rows: 
 
 def _row_side(saved: Saved, call: Call, heads: Heads, rows: range, chain: Chain) -> RowSide:
     """Cuts what tiles of some rows need, after all that is in the chain."""
-    query, cotangent, statistics, delta = _of_rows(saved, call, chain, lambda x: heads.rows(x, rows))
+    query, cotangent, statistics, delta, of_logsumexp = _of_rows(saved, call, chain, lambda x: heads.rows(x, rows))
     shift = row_shift(call, heads, rows, saved.lengths)
-    return RowSide(rows, call.operand(query), call.operand(cotangent), statistics, delta, shift)
+    return RowSide(rows, call.operand(query), call.operand(cotangent), statistics, delta, of_logsumexp, shift)
 
 
 def _of_rows(
     saved: Saved, call: Call, chain: Chain, of: Callable[[mx.array], mx.array]
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """The query, the cotangent, the statistics and delta of some rows, which `of` cuts out."""
+) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
+    """The query, the cotangent, the statistics, delta and dL of some rows, which `of` cuts out."""
     given = [] if saved.of_statistics is None else [saved.of_statistics]
     wholes = chain.whole(saved.q, saved.cotangent, saved.output, saved.statistics, *given)
     query, cotangent, output, statistics, *more = (of(x) for x in wholes)
     delta = call.row_products(cotangent.astype(mx.float32), output.astype(mx.float32))
     # Weights depend on the maximum and the logarithm by their sum alone: either's gradient is the logsumexp's.
-    return query, cotangent, statistics, delta - more[0][..., 1:] if more else delta
+    of_logsumexp = more[0][..., 1:] if more else None
+    return query, cotangent, statistics, delta if of_logsumexp is None else delta - of_logsumexp, of_logsumexp
 
 
 def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: Chain) -> KeySide:
@@ -212,7 +215,13 @@ def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -
     product = call.scores(call.of_sums(row.query), side.key_t)
     scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths, row.shift)
     weights = _weights(scores.astype(mx.float32), row.statistics, call)
-    d_scores = weights * (call.product(row.cotangent, side.value_t).astype(mx.float32) - row.delta)
+    d_weights = call.product(row.cotangent, side.value_t).astype(mx.float32)
+    delta = row.delta
+    if call.arithmetic.startswith("wide") and call.mask.visible_keys(row.rows, *saved.lengths) == side.keys:
+        # All keys of these rows are here: rowsum(P * dP) is rowsum(dO * O), without the rounding of the output.
+        delta = (weights * d_weights).sum(axis=-1, keepdims=True)
+        delta = delta if row.of_logsumexp is None else delta - row.of_logsumexp
+    d_scores = weights * (d_weights - delta)
     if capped is not None:
         capped = capped.astype(mx.float32)
         d_scores = d_scores * (number(1.0, capped) - mx.square(capped))

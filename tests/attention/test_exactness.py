@@ -287,6 +287,28 @@ def test_blocks_as_on_cuda_are_right(monkeypatch: pytest.MonkeyPatch, arithmetic
         assert np.allclose(np.array(one), np.array(other), atol=1e-5)
 
 
+def test_rounded_outputs_do_not_spoil_gradients_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that share a large component: in bfloat16 the output keeps little of what they differ by."""
+    monkeypatch.setattr("attention.implementations.practical.arithmetic_of", lambda dtype, backend: "wide")
+    v = (1000 + 8 * mx.round(normal(1, 1, 64, 16, key=2))).astype(mx.bfloat16)
+    q, k, upstream = (
+        normal(1, 1, 32, 16).astype(mx.bfloat16),
+        normal(1, 1, 64, 16, key=1),
+        normal(1, 1, 32, 16, key=3),
+    )
+    k = k.astype(mx.bfloat16)
+
+    def gradient(q: mx.array, k: mx.array, v: mx.array) -> np.ndarray:
+        def loss(q: mx.array) -> mx.array:
+            out = attention(q, k, v, softcap=50.0, implementation=Practical(1 << 20))
+            return (out.astype(mx.float32) * upstream.astype(q.dtype).astype(mx.float32)).sum()
+
+        return np.array(mx.grad(loss)(q).astype(mx.float32))
+
+    exact = gradient(*(x.astype(mx.float32) for x in (q, k, v)))
+    assert np.abs(gradient(q, k, v) - exact).max() < 0.02 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("scale", [0.3, -2.0, 0.0, 1e30, 1e-30])
 def test_the_factor_of_a_wide_query_is_a_power_of_2(scale: float) -> None:
     of_query, of_product = Call(scale, Mask(), None, Blocks(batches=1, kv_heads=1, rows=1, keys=1), "wide").factors
