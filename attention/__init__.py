@@ -5,15 +5,15 @@ Importing this package imports neither MLX nor numpy; the first call does.
 
 from typing import TYPE_CHECKING
 
-from attention.errors import ForkedError, NoBackendError, UnsupportedError, UsageError
-from attention.workload import Workload
+from attention.core.errors import ForkedError, NoBackendError, UnsupportedError, UsageError
+from attention.core.workload import Workload
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
     from attention.implementations.protocol import Implementation
-    from attention.monitoring import Monitor
-    from attention.patch.model_patch import ModelPatch
+    from attention.mlx_lm.patch import ModelPatch
+    from attention.monitoring.monitor import Monitor
 
 __all__ = [
     "ForkedError",
@@ -60,13 +60,13 @@ def attention(
         NoBackendError: MLX cannot be imported.
         ForkedError: attention was computed before this process was forked; MLX would hang.
     """
-    from attention import watching
     from attention.arguments import checked_mask, checked_numbers, checked_shapes, find
+    from attention.implementations import call_hooks
 
     chosen = find(implementation)
     checked_shapes(q, k, v)
     factor, cap = checked_numbers(scale, softcap, q.shape[-1])
-    return watching.call(chosen, q, k, v, scale=factor, mask=checked_mask(mask, window, q, k), softcap=cap)
+    return call_hooks.call(chosen, q, k, v, scale=factor, mask=checked_mask(mask, window, q, k), softcap=cap)
 
 
 def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "ModelPatch":
@@ -83,7 +83,7 @@ def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "Model
         UsageError: there is no such implementation; on entering, mlx-lm is not installed.
         NoBackendError: MLX cannot be imported.
     """
-    from attention.patch.model_patch import ModelPatch
+    from attention.mlx_lm.patch import ModelPatch
 
     return ModelPatch(implementation)
 
@@ -97,6 +97,6 @@ def monitor(share: float = 0.01) -> "Monitor":
     Args:
         share: share of the program's run time that monitoring may take; it bounds how many calls are timed.
     """
-    from attention.monitoring import Monitor
+    from attention.monitoring.monitor import Monitor
 
     return Monitor(share)

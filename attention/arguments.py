@@ -4,11 +4,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Final, cast
 
 from attention import masks
-from attention.errors import NoBackendError, UsageError, suggestion
+from attention.core.errors import NoBackendError, UsageError, suggestion
+from attention.core.workload import DTYPES
 from attention.implementations import get
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask, dtype_name
-from attention.workload import DTYPES
 
 if TYPE_CHECKING:
     import mlx.core as mx

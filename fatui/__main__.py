@@ -2,6 +2,6 @@
 
 import sys
 
-from fatui.cli import main
+from fatui.cli.main import main
 
 sys.exit(main())

@@ -14,13 +14,14 @@ from typing import Final
 from msgspec import Struct
 
 from attention import implementations
-from attention.device import Device, blas, probe
-from attention.errors import NoBackendError
-from attention.files import home
-from attention.roofline import measure_peaks
-from attention.workload import Workload
-from fatui import figures, paths, presets, settings
-from fatui.history import History, HistoryError
+from attention.core.errors import KernelUnavailable, NoBackendError
+from attention.core.files import home
+from attention.core.workload import Workload
+from attention.engine.peaks import measure_peaks
+from attention.measure.device import Device, blas, probe
+from fatui import __version__, formatting
+from fatui.storage import paths, presets, settings
+from fatui.storage.history import History, HistoryError
 
 BACKENDS: Final = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 COMPILERS: Final = {
@@ -98,8 +99,8 @@ def _machine(device: Device) -> Iterator[Finding]:
     yield Finding(
         topic="device", text=f"{device.name}{cores}" + (f", {device.architecture}" if device.architecture else "")
     )
-    free = figures.size(device.available_bytes)
-    yield Finding(topic="memory", text=f"{figures.size(device.memory_bytes)}, of which {free} free")
+    free = formatting.size(device.available_bytes)
+    yield Finding(topic="memory", text=f"{formatting.size(device.memory_bytes)}, of which {free} free")
 
 
 def _implementations(device: Device) -> Iterator[Finding]:
@@ -161,7 +162,7 @@ def _folder(topic: str, folder: Path) -> Finding:
         advice = None if home().is_dir() else f"set HOME to a folder that exists; there is no {home()}"
         return Finding(topic=topic, text=f"{folder} (not created yet)", advice=advice)
     try:
-        size = figures.size(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        size = formatting.size(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
     except OSError as error:
         size = error.strerror or str(error)
     advice = None if os.access(folder, os.W_OK | os.X_OK) else "it is not writable: nothing new is stored there"
@@ -194,8 +195,8 @@ def _history() -> Iterator[Finding]:
 
 def _speed(device: Device) -> Iterator[Finding]:
     peaks = measure_peaks(device)
-    copy = figures.bytes_per_second(peaks.copy_bytes_per_s)
-    text = f"best matmul {figures.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}, measured now"
+    copy = formatting.bytes_per_second(peaks.copy_bytes_per_s)
+    text = f"best matmul {formatting.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}, measured now"
     yield Finding(topic="peaks", text=text)
     if device.backend == "cpu":
         yield _blas()
@@ -211,7 +212,8 @@ def _blas() -> Finding:
     b = mx.array(a)
     ours, theirs = _rate(lambda: mx.eval(b @ b)), _rate(lambda: a @ a)
     text = (
-        f"{name}; float32 matmul {figures.flops(ours)}/s in MLX, {figures.flops(theirs)}/s in numpy on the same cores"
+        f"{name}; float32 matmul {formatting.flops(ours)}/s in MLX, {formatting.flops(theirs)}/s in numpy on the "
+        "same cores"
     )
     slow = sys.platform != "darwin" and theirs > 2 * ours
     advice = (
@@ -229,3 +231,46 @@ def _rate(product: Callable[[], object]) -> float:
         product()
         times.append(time.perf_counter() - started)
     return 2 * MATMUL_SIZE**3 / min(times)
+
+
+PERSONAL: Final = ("config", "data", "cache", "presets", "history")
+"""Topics whose text is a path."""
+
+
+def make(tell: Callable[[str], None], measure: bool) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        tell: called with one line before each slow step.
+        measure: whether to measure peaks, and on a Mac to check kernels that were never used.
+    """
+    found = [finding for finding in diagnose(measure=measure) if finding.topic not in PERSONAL]
+    lines = [f"# fatui {__version__}: report of a machine", "", *_of_findings(found), "", "## Metal kernels", ""]
+    return without_home("\n".join([*lines, *_of_metal(tell, measure), ""]))
+
+
+def without_home(text: str) -> str:
+    """Replace the home folder, which usually contains the user's name, with "~"."""
+    folder = str(home())
+    return text.replace(folder, "~") if len(folder) > 1 else text
+
+
+def _of_findings(found: list[Finding]) -> Iterator[str]:
+    for finding in found:
+        yield f"- {finding.topic}: {finding.text}" + (f" ({finding.advice})" if finding.advice else "")
+
+
+def _of_metal(tell: Callable[[str], None], measure: bool) -> Iterator[str]:
+    from attention.kernels.metal import verdicts
+
+    try:
+        for name in verdicts.check_all() if measure else ():
+            tell(f"checking {name}")
+    except KernelUnavailable as unavailable:
+        yield f"Not checked: {unavailable}."
+    known = verdicts.known()
+    yield f"{sum(verdict.passed for verdict in known)} of {len(known)} checks passed. {verdicts.UNKNOWN}"
+    for verdict in known:
+        yield f"- {verdict.name} ({verdict.machine}): {'passed' if verdict.passed else 'FAILED'}"
+        if not verdict.passed:
+            yield from ("", "```", *verdict.text.splitlines(), "```", "")

@@ -4,9 +4,9 @@ from typing import Any, Final
 
 from msgspec import Struct, field, structs
 
-from attention.errors import UsageError
-from attention.plan import Plan, expand
-from attention.workload import DType, Pass, Workload
+from attention.core.errors import UsageError
+from attention.core.plan import Plan, expand
+from attention.core.workload import DType, Pass, Workload
 
 AXES: Final = ("batch", "seq", "head_dim", "heads", "kv_heads")
 MOST_CASES: Final = 500

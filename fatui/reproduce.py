@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from attention.errors import UsageError
-from attention.plan import Asked, FineTuningPlan, GenerationPlan, Plan
-from attention.report import Run
-from fatui.preset_format import FIELDS, Preset
-from fatui.preset_writing import as_product
-from fatui.sizes import size_text
+from attention.core.errors import UsageError
+from attention.core.plan import Asked, FineTuningPlan, GenerationPlan, Plan
+from attention.core.results import Run
+from fatui.quantities import size_text
+from fatui.storage.preset_format import FIELDS, Preset, as_product
 
 
 class Started:

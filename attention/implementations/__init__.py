@@ -8,7 +8,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from attention.errors import UsageError, in_a_line, suggestion
+from attention.core.errors import UsageError, in_a_line, suggestion
 from attention.implementations.protocol import Implementation
 
 
@@ -34,19 +34,19 @@ CATALOGUE: Final = (
         "poc",
         "PoC, custom kernel",
         "fatui's own fused kernel where there is one for the device, MLX's SDPA where not",
-        "attention.tuning.poc:TunedPoc",
+        "attention.implementations.autotune.tuned_fused:TunedPoc",
     ),
     Entry(
         "practical",
         "Practical, bounded memory",
         "MLX's SDPA where that is lean, blocks or slices where it would build large scores",
-        "attention.implementations.practical:Practical",
+        "attention.implementations.bounded.implementation:Practical",
     ),
     Entry(
         "demo",
         "Demo, tuned",
         "tries the others on first use of a shape and keeps the fastest",
-        "attention.tuning.demo:Demo",
+        "attention.implementations.autotune.implementation:Demo",
     ),
     Entry(
         "mlx",

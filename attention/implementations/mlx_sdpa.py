@@ -6,15 +6,14 @@ from typing import Any, cast
 import mlx.core as mx
 
 from attention import masks
-from attention.device import Backend, Device
-from attention.errors import UnsupportedError
-from attention.implementations.asked import asked_for, here
-from attention.implementations.batched import folded
-from attention.implementations.mask_gradient import with_mask_gradient
-from attention.implementations.unfused import is_widened, named_products, unfused_bytes
+from attention.core.errors import UnsupportedError
+from attention.core.route import PLAIN, Needs, Route, unsupported
+from attention.core.workload import ITEM_BYTES, Workload
+from attention.implementations.baseline import is_widened, named_products, unfused_bytes
+from attention.implementations.call_signature import asked_for, here
+from attention.implementations.transforms import folded, with_mask_gradient
 from attention.masks import Mask
-from attention.route import PLAIN, Needs, Route, unsupported
-from attention.workload import ITEM_BYTES, Workload
+from attention.measure.device import Backend, Device
 
 NO_SOFTCAP = "MLX's SDPA has no softcap"
 FUSED_ROWS = 128
@@ -164,7 +163,7 @@ def _of_mlx(
     """MLX's SDPA; on CUDA arrays in a layout that it fails on are copied first."""
     if here() != "cuda" or not mx.cuda.is_available():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
-    from attention.kernels.cuda.layout import laid_out, of_sdpa
+    from attention.kernels.cuda.runtime.layout import laid_out, of_sdpa
 
     q, k, v = laid_out(q, k, v)
     if isinstance(mask, mx.array):

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from attention.device import Device
-from attention.route import PLAIN, Needs, Route
-from attention.workload import Workload
+from attention.core.route import PLAIN, Needs, Route
+from attention.core.workload import Workload
+from attention.measure.clock import Runner
+from attention.measure.device import Device
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -39,26 +40,6 @@ class Implementation(Protocol):
         Returns:
             (B, H, Lq, Dv) in the query's dtype; fully masked rows are 0.
         """
-        ...
-
-
-class Runner(Protocol):
-    """A call bound to converted inputs, which can be timed repeatedly."""
-
-    def queue(self) -> object:
-        """Queue one independent call and return its outputs, unevaluated."""
-        ...
-
-    def wait(self, outputs: Sequence[object]) -> None:
-        """Evaluate all outputs of the queued calls and wait for the device."""
-        ...
-
-    def results(self) -> "list[mx.array]":
-        """Run one call and return its evaluated results: the output, and in training dQ, dK and dV."""
-        ...
-
-    def peak_bytes(self) -> int | None:
-        """Run one call and return the peak memory above the inputs in bytes, or None if unknown."""
         ...
 
 

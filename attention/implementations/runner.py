@@ -5,9 +5,10 @@ from typing import cast
 
 import mlx.core as mx
 
-from attention.implementations.protocol import BringsRunner, Implementation, Runner
+from attention.core.workload import Workload
+from attention.implementations.protocol import BringsRunner, Implementation
 from attention.masks import of_workload
-from attention.workload import Workload
+from attention.measure.clock import Runner
 
 
 class MlxRunner:

@@ -9,13 +9,13 @@ import mlx.core as mx
 import numpy as np
 
 from attention import masks
-from attention.device import Device
-from attention.errors import UnsupportedError
-from attention.implementations.asked import here
-from attention.implementations.mask_gradient import with_mask_gradient
+from attention.core.errors import UnsupportedError
+from attention.core.route import PLAIN, Needs, Route, unsupported
+from attention.core.workload import Workload
+from attention.implementations.call_signature import here
+from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask, of_workload
-from attention.route import PLAIN, Needs, Route, unsupported
-from attention.workload import Workload
+from attention.measure.device import Device
 
 NO_SOFTCAP: Final = "torch's SDPA has no softcap"
 MISSING: Final = "torch is not installed; fatui's extra 'peers' brings it"

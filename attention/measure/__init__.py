@@ -1,1 +1,1 @@
-"""Measurement: clock, rounds and accuracy."""
+"""Measuring: the clock, the rounds, accuracy against float64, and the device."""

@@ -13,8 +13,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from attention.reference import Rules, forward, gradients
-from attention.workload import Workload
+from attention.core.workload import Workload
+from attention.measure.reference import Rules, forward, gradients
 
 FORWARD_FACTOR: Final = 2.0
 GRADIENT_FACTOR: Final = 3.0

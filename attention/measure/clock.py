@@ -3,9 +3,31 @@
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-from attention.implementations.protocol import Runner
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+class Runner(Protocol):
+    """A call bound to converted inputs, which can be timed repeatedly."""
+
+    def queue(self) -> object:
+        """Queue one independent call and return its outputs, unevaluated."""
+        ...
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluate all outputs of the queued calls and wait for the device."""
+        ...
+
+    def results(self) -> "list[mx.array]":
+        """Run one call and return its evaluated results: the output, and in training dQ, dK and dV."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """Run one call and return the peak memory above the inputs in bytes, or None if unknown."""
+        ...
+
 
 QUEUED_BYTES: Final = 2**28
 """Maximum total size of the outputs of one sample's calls."""

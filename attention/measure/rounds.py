@@ -14,10 +14,9 @@ from typing import Final
 
 from msgspec import Struct, field
 
-from attention.implementations.protocol import Runner
-from attention.measure.clock import Clock, take_sample
-from attention.report import MIN_ROUNDS
-from attention.statistics import log_ratios, ratio_interval
+from attention.core.results import MIN_ROUNDS
+from attention.core.statistics import log_ratios, ratio_interval
+from attention.measure.clock import Clock, Runner, take_sample
 
 PLENTY_OF_ROUNDS: Final = 30
 """If a case's time allows this many rounds, every arm takes part in each of them."""

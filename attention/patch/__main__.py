@@ -2,7 +2,7 @@
 
 import sys
 
-from attention.patch.program import main
+from attention.mlx_lm.program import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-from attention.report import AnyCase, Report
-from fatui import figures
-from fatui.foreign_text import cleaned
+from attention.core.results import AnyCase, Report
+from fatui import formatting
 from fatui.report import charts
-from fatui.report.adopt import adopt
-from fatui.report.approaches import approach, throughput_table
+from fatui.report.charts import loss_charts, sweep_charts
 from fatui.report.document import (
     Block,
     Chart,
@@ -21,11 +19,17 @@ from fatui.report.document import (
     joined,
     section,
 )
-from fatui.report.evidence import Evidence, gather, sound, unsound
-from fatui.report.memory import largest_saving, memory_blocks
-from fatui.report.models import model_blocks, tuning_blocks
+from fatui.report.evidence import Evidence, gather, sound, trouble, unsound
 from fatui.report.origin import origin_blocks
-from fatui.report.pictures import loss_charts, sweep_charts
+from fatui.report.sections import (
+    adopt,
+    approach,
+    largest_saving,
+    memory_blocks,
+    model_blocks,
+    throughput_table,
+    tuning_blocks,
+)
 from fatui.report.speed import (
     RUN_BENCH,
     choices,
@@ -37,7 +41,7 @@ from fatui.report.speed import (
     speedup_table,
 )
 from fatui.report.trends import effects
-from fatui.report.trouble import trouble
+from fatui.untrusted_text import cleaned
 
 
 def compose(reports: Sequence[Report]) -> Document:
@@ -105,8 +109,8 @@ def _throughput(evidence: Evidence) -> Finding | None:
     if not lines:
         return None
     top = max(lines, key=lambda each: each.row.tokens_per_second or 0.0)
-    names = figures.best_of(top.case) or tuple(row.implementation for row in sound(top.case))
-    rate = f"{figures.tokens_per_second(top.row.tokens_per_second)} tokens/s on {top.case.workload.label}"
+    names = formatting.best_of(top.case) or tuple(row.implementation for row in sound(top.case))
+    rate = f"{formatting.tokens_per_second(top.row.tokens_per_second)} tokens/s on {top.case.workload.label}"
     return Finding(f"Highest throughput: {rate}, by {joined(names)}.")
 
 
@@ -155,7 +159,7 @@ def _rows(evidence: Evidence) -> list[Block]:
         (
             run.run.id,
             run.run.started[:16],
-            figures.duration(run.run.seconds),
+            formatting.duration(run.run.seconds),
             run.run.command + (" (interrupted)" if run.run.interrupted else ""),
         )
         for run in evidence.runs

@@ -1,11 +1,14 @@
 """The rows that a report may use: those of one machine, each case once."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from msgspec import Struct
 
-from attention.report import AnyCase, Case, Environment, FineTuningCase, ModelCase, Ratio, Report, Row
+from attention.core.results import AnyCase, Case, Environment, FineTuningCase, ModelCase, Ratio, Report, Row
+from fatui import formatting
+from fatui.report.document import Block, Paragraph, Table, counted, joined
 
 C = TypeVar("C", Case, ModelCase, FineTuningCase)
 
@@ -92,3 +95,20 @@ def compared(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]
 def unsound(cases: Sequence[AnyCase]) -> list[Line]:
     """Return the rows that support no claim: failed, refused, unsupported, inaccurate, or with too few rounds."""
     return [Line(case, row) for case in cases for row in case.rows if row.status != "ok" or row.collecting]
+
+
+def trouble(cases: Sequence[AnyCase]) -> list[Block]:
+    """Count the rows that are not sound, and list them."""
+    found = unsound(cases)
+    total = sum(len(case.rows) for case in cases)
+    if not found:
+        return [Paragraph(f"All of {counted(total, 'row')} ran and passed the accuracy check.")]
+    counts = Counter("with too few rounds" if line.row.collecting else line.row.status for line in found)
+    told = joined([f"{count} {status}" for status, count in counts.most_common()])
+    rows = tuple(
+        (line.case.workload.label, line.row.implementation, formatting.verdict(line.row, line.case)) for line in found
+    )
+    table = Table(
+        "Rows without a claim", ("case", "implementation", "verdict"), rows, frozenset({"implementation", "verdict"})
+    )
+    return [Paragraph(f"Of {counted(total, 'row')}: {told}. Nothing in this report is claimed from them."), table]

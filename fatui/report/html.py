@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from fatui.foreign_text import html
 from fatui.report.document import Block, Chart, Code, Document, Finding, Missing, Paragraph, Section, Table
+from fatui.untrusted_text import html
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">

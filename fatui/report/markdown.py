@@ -1,7 +1,7 @@
 """A report as Markdown: findings and tables, without charts."""
 
-from fatui.foreign_text import markdown, markdown_block, markdown_cell, markdown_code
 from fatui.report.document import Block, Chart, Code, Document, Finding, Missing, Paragraph, Table
+from fatui.untrusted_text import markdown, markdown_block, markdown_cell, markdown_code
 
 
 def to_markdown(document: Document) -> str:

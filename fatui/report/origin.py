@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from attention.report import AnyCase, Case, Row
-from fatui import figures
+from attention.core.results import AnyCase, Case, Row
+from fatui import formatting
 from fatui.report.document import Block, Finding, Missing, Paragraph, Table
 from fatui.report.evidence import Evidence, sound
-from fatui.study import PRESET, SHOWN, Study, StudyRow, rate_text, study, times_text
+from fatui.report.study import PRESET, SHOWN, Study, StudyRow, rate_text, study, times_text
 
 RUN_STUDY = f"fatui bench {PRESET}"
 
@@ -28,7 +28,7 @@ def _shapes(told: Study, cases: Sequence[Case]) -> list[Block]:
 def _models(told: Study, evidence: Evidence) -> list[Block]:
     """Compare the study's models with prefill here; the study says only "tokens a second"."""
     rows = [
-        (old.model, name, f"about {figures.rate(getattr(old, name))}", case.workload.label, _rate(_row(case, name)))
+        (old.model, name, f"about {formatting.rate(getattr(old, name))}", case.workload.label, _rate(_row(case, name)))
         for old in told.models
         for case in evidence.models
         if case.workload.model == old.model and case.workload.phase == "prefill"
@@ -46,7 +46,7 @@ def _tunings(told: Study, evidence: Evidence) -> list[Block]:
         for case in evidence.fine_tunings:
             for name in SHOWN if case.workload.model == old.model else ():
                 row = _row(case, name)
-                here = figures.seconds(row.call_s.median * old.iterations if row and row.call_s else None)
+                here = formatting.seconds(row.call_s.median * old.iterations if row and row.call_s else None)
                 rows.append((old.model, name, f"about {getattr(old, name):g} s", case.workload.label, here))
     heads = ("model", "implementation", "study, 100 iterations", "case here", "100 iterations here")
     words = frozenset({"implementation", "case here"})
@@ -63,14 +63,14 @@ def _table(pairs: Sequence[tuple[StudyRow, Case]]) -> Table:
         for name in SHOWN:
             today = _row(case, name)
             shape = f"B={old.batch} L={old.seq} D={old.head_dim}"
-            now = (_rate(today), figures.speedup_text(today.speedup if today else None))
+            now = (_rate(today), formatting.speedup_text(today.speedup if today else None))
             rows.append((shape, name, rate_text(old, name), times_text(old, name), *now))
     heads = ("shape", "implementation", "study tokens/s", "study speedup", "tokens/s here", "speedup here")
     return Table("The study's table beside this machine", heads, tuple(rows), frozenset({"implementation"}))
 
 
 def _rate(row: Row | None) -> str:
-    return figures.tokens_per_second(row.tokens_per_second if row else None)
+    return formatting.tokens_per_second(row.tokens_per_second if row else None)
 
 
 def cold_start(pairs: Sequence[tuple[StudyRow, Case]]) -> list[Block]:
@@ -92,10 +92,11 @@ def _cold(old: StudyRow, case: Case, base: tuple[Row, float], other: Row) -> Fin
     row, first = base
     assert row.call_s and other.call_s
     steady, lean = row.call_s.median, other.call_s.median
-    wrong = figures.three(first / lean)
+    wrong = formatting.three(first / lean)
     return Finding(
         f"The study's {old.practical_speedup}x ({case.workload.label}): here the baseline's first call took "
-        f"{figures.seconds(first)}, {figures.three(first / steady)} times its steady {figures.seconds(steady)}. "
-        f"Timing that one call against practical's steady {figures.seconds(lean)} would print {wrong}x; measured in "
-        f"rounds, both warm, the speedup is {figures.speedup_text(other.speedup)}."
+        f"{formatting.seconds(first)}, {formatting.three(first / steady)} times its steady "
+        f"{formatting.seconds(steady)}. "
+        f"Timing that one call against practical's steady {formatting.seconds(lean)} would print {wrong}x; measured in "
+        f"rounds, both warm, the speedup is {formatting.speedup_text(other.speedup)}."
     )

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from attention import statistics
-from attention.report import AnyCase, Ratio
-from fatui import figures
+from attention.core import statistics
+from attention.core.results import AnyCase, Ratio
+from fatui import formatting
 from fatui.report.document import Block, Finding, Missing, Table, counted, joined
 from fatui.report.evidence import Line, compared, lines, sound
 
@@ -32,8 +32,8 @@ def mean_finding(cases: Sequence[AnyCase], name: str, where: str = "") -> Findin
     ratios = [ratio for _, ratio in found]
     if mean.significant and 2 * sum(_agrees(ratio, mean) for ratio in ratios) > len(ratios):
         return Finding(f"{where}{name} is {times(mean)} {reference} {over} {how}.")
-    if not mean.significant and all(figures.is_clear(ratio) for ratio in (mean, *ratios)):
-        low, high = figures.three(mean.low), figures.three(mean.high)
+    if not mean.significant and all(formatting.is_clear(ratio) for ratio in (mean, *ratios)):
+        low, high = formatting.three(mean.low), formatting.three(mean.high)
         return Finding(f"{where}{name} is as fast as {reference} within {low} to {high} times, {over} {how}.")
     return None
 
@@ -44,12 +44,12 @@ def _agrees(ratio: Ratio, mean: Ratio) -> bool:
 
 def times(ratio: Ratio) -> str:
     """Format a significant speedup with its interval: "49.6 ±0.4x as fast as"."""
-    return f"{figures.speedup_text(ratio)} as fast as"
+    return f"{formatting.speedup_text(ratio)} as fast as"
 
 
 def extremes(cases: Sequence[AnyCase], name: str) -> list[Block]:
     """Return where an implementation gains most, and where it gains nothing or loses."""
-    clear = [(case, ratio) for case, ratio in compared(cases, name) if figures.is_clear(ratio)]
+    clear = [(case, ratio) for case, ratio in compared(cases, name) if formatting.is_clear(ratio)]
     wins = [(case, ratio) for case, ratio in clear if ratio.significant and ratio.value > 1]
     losses = [(case, ratio) for case, ratio in clear if ratio.significant and ratio.value < 1]
     equal = [(case, ratio) for case, ratio in clear if not ratio.significant]
@@ -78,11 +78,11 @@ def speedup_table(cases: Sequence[AnyCase], names: Sequence[str]) -> Table:
         cells = {row.implementation: row for row in case.rows}
         found = [cells.get(name) for name in names]
         texts = [
-            "" if row is None else figures.speedup_text(row.speedup) if row.status == "ok" else row.status
+            "" if row is None else formatting.speedup_text(row.speedup) if row.status == "ok" else row.status
             for row in found
         ]
-        floor = figures.percent(case.noise_floor.floor if case.noise_floor else None)
-        rows.append((case.workload.label, case.reference or figures.UNKNOWN, *texts, floor))
+        floor = formatting.percent(case.noise_floor.floor if case.noise_floor else None)
+        rows.append((case.workload.label, case.reference or formatting.UNKNOWN, *texts, floor))
     caption = (
         "Median of paired ratios to the reference with a 95 % interval; ≈ 1 is inside the noise floor, "
         "a question mark means that the interval is too wide for a verdict"
@@ -96,7 +96,7 @@ def choices(cases: Sequence[AnyCase], names: Sequence[str]) -> list[Block]:
     best: dict[str, list[str]] = {name: [] for name in names}
     decided = 0
     for case in cases:
-        winners = figures.best_of(case)
+        winners = formatting.best_of(case)
         decided += bool(winners)
         for name in winners:
             best[name].append(case.workload.label)
@@ -117,7 +117,7 @@ def leanest(cases: Sequence[AnyCase], names: Sequence[str]) -> Finding | None:
         wins = [case for case in known if _is_leanest(case, name)]
         if known and len(wins) == len(known):
             line = max(lines(known, name), key=lambda each: each.row.peak_bytes or 0)
-            peak = figures.size(line.row.peak_bytes)
+            peak = formatting.size(line.row.peak_bytes)
             part = f"at most {peak} above its inputs ({line.case.workload.label})"
             return Finding(
                 f"Where memory is short, choose {name}: none took less in any of {counted(len(known), 'case')}; {part}."

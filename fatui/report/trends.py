@@ -7,9 +7,9 @@ from typing import Final
 
 from msgspec import Struct
 
-from attention.report import Case, Report
-from attention.statistics import CONFIDENCE, student_t
-from fatui import scaling
+from attention.core.results import Case, Report
+from attention.core.statistics import CONFIDENCE, student_t
+from fatui.report import scaling
 from fatui.report.document import Block, Finding, Missing, joined
 from fatui.report.evidence import sound
 

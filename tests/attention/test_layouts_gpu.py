@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from attention import attention
-from attention.implementations.practical import Practical
+from attention.implementations.bounded.implementation import Practical
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -11,11 +11,11 @@ import mlx.core as mx
 import pytest
 
 from attention import attention
-from attention.device import probe
-from attention.implementations.blocks import MIB, visible_tiles
-from attention.implementations.practical import Practical
-from attention.implementations.practical_choice import shape_of
-from attention.workload import Workload
+from attention.core.workload import Workload
+from attention.implementations.bounded.blocks import MIB, visible_tiles
+from attention.implementations.bounded.implementation import Practical
+from attention.implementations.bounded.policy import shape_of
+from attention.measure.device import probe
 
 LONG = 262_144
 SMALL_STACK = 512 * 1024

@@ -11,15 +11,14 @@ import psutil
 import pytest
 from msgspec import structs
 
-from attention import events as on
-from attention.models.workloads import FineTuning, Generation, generations
-from attention.plan import FineTuningPlan, GenerationPlan, Plan
-from attention.report import Case, Peaks, Row
-from attention.workload import Workload
-from fatui import engine as engine_module
-from fatui.engine import Engine, Silence
+from attention.core import events as on
+from attention.core.plan import FineTuningPlan, GenerationPlan, Plan
+from attention.core.results import Case, Peaks, Row
+from attention.core.workload import FineTuning, Generation, Workload, generations
+from fatui import engine_process as engine_module
+from fatui.engine_process import Engine, Silence
 
-PLANTED = Path(__file__).parents[1] / "planted.py"
+PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
 PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
 GENERATIONS = generations(22, model="tinyllama-1.1b", prompts=[512], batches=[1])
 TUNING = FineTuning(model="tinyllama-1.1b", tuned_layers=22, layers=22)
@@ -66,7 +65,7 @@ FAILING = {
     "RaisesInRounds": "RuntimeError: planted late",
     "Exits": "SystemExit: 0",
     "RaisesNoText": "ValueError: ? bad",
-    "HasNoRoute": "TypeError: route() returned NoneType; it must return an attention.route.Route",
+    "HasNoRoute": "TypeError: route() returned NoneType; it must return an attention.core.route.Route",
     "ReturnsNothing": "TypeError: it returned NoneType; an MLX array is expected",
     "ChangesItsInputs": "ValueError: it wrote into its inputs; q, k and v must be left as they are",
 }

@@ -7,17 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 from rich.console import Console
-from sample_runs import plan_of, record_of, report_of, run_of
 
-from attention import events as on
-from attention.errors import UsageError
-from attention.record import Record
-from attention.report import Interval, Ratio, Report
-from attention.workload import Workload
-from fatui import figures
-from fatui.export import to_json, to_markdown
-from fatui.sizes import parse_size, size_text
-from fatui.table import report_table
+from attention.core import events as on
+from attention.core.errors import UsageError
+from attention.core.results import Interval, Ratio, Report
+from attention.core.workload import Workload
+from attention.engine.record import Record
+from fatui import formatting
+from fatui.quantities import parse_size, size_text
+from fatui.report.export import to_json, to_markdown
+from fatui.report.table import report_table
+from tests.support.sample_runs import plan_of, record_of, report_of, run_of
 
 
 def ratio(value: float, half: float, significant: bool = True) -> Ratio:
@@ -27,26 +27,26 @@ def ratio(value: float, half: float, significant: bool = True) -> Ratio:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (figures.tokens_per_second(1.4e6), "1.40 M"),
-        (figures.tokens_per_second(28_000), "28.0 K"),
-        (figures.tokens_per_second(999.96), "1.00 K"),
-        (figures.tokens_per_second(None), "n/a"),
-        (figures.seconds(0.0362), "36.2 ms"),
-        (figures.seconds(0.00099999), "1.00 ms"),
-        (figures.seconds(1.21), "1.21 s"),
-        (figures.size(41 * 2**20), "41 MiB"),
-        (figures.size(1023 * 2**20), "0.999 GiB"),
-        (figures.size(0), "0 B"),
-        (figures.flops(2.68e8), "268 MFLOP"),
-        (figures.percent(0.623), "62 %"),
-        (figures.percent(0.008), "0.8 %"),
-        (figures.percent(None), "n/a"),
-        (figures.error(0.031), "3.1e-2"),
-        (figures.error(0.0), "0"),
-        (figures.duration(125), "2 min 05 s"),
-        (figures.interval_text(Interval(median=0.0362, low=0.0359, high=0.0364)), "36.2 ±0.3 ms"),
-        (figures.interval_text(Interval(median=0.0829, low=0.0612, high=0.1431)), "61 to 144 ms"),
-        (figures.interval_text(Interval(median=5.29)), "5.29 s"),
+        (formatting.tokens_per_second(1.4e6), "1.40 M"),
+        (formatting.tokens_per_second(28_000), "28.0 K"),
+        (formatting.tokens_per_second(999.96), "1.00 K"),
+        (formatting.tokens_per_second(None), "n/a"),
+        (formatting.seconds(0.0362), "36.2 ms"),
+        (formatting.seconds(0.00099999), "1.00 ms"),
+        (formatting.seconds(1.21), "1.21 s"),
+        (formatting.size(41 * 2**20), "41 MiB"),
+        (formatting.size(1023 * 2**20), "0.999 GiB"),
+        (formatting.size(0), "0 B"),
+        (formatting.flops(2.68e8), "268 MFLOP"),
+        (formatting.percent(0.623), "62 %"),
+        (formatting.percent(0.008), "0.8 %"),
+        (formatting.percent(None), "n/a"),
+        (formatting.error(0.031), "3.1e-2"),
+        (formatting.error(0.0), "0"),
+        (formatting.duration(125), "2 min 05 s"),
+        (formatting.interval_text(Interval(median=0.0362, low=0.0359, high=0.0364)), "36.2 ±0.3 ms"),
+        (formatting.interval_text(Interval(median=0.0829, low=0.0612, high=0.1431)), "61 to 144 ms"),
+        (formatting.interval_text(Interval(median=5.29)), "5.29 s"),
     ],
 )
 def test_a_figure_has_three_digits_and_a_unit(text, expected):
@@ -68,12 +68,12 @@ def test_a_figure_has_three_digits_and_a_unit(text, expected):
     ],
 )
 def test_a_speedup_is_told_with_its_interval_or_not_at_all(speedup, expected):
-    assert figures.speedup_text(speedup) == expected
+    assert formatting.speedup_text(speedup) == expected
 
 
 @given(st.floats(1e-12, 1e15))
 def test_every_figure_is_within_half_a_percent_of_what_it_says(value):
-    assert math.isclose(float(figures.three(value).replace(",", "")), value, rel_tol=0.0051)
+    assert math.isclose(float(formatting.three(value).replace(",", "")), value, rel_tol=0.0051)
 
 
 @given(st.integers(1, 2**60))
@@ -89,13 +89,13 @@ def test_what_is_no_size_is_refused(text):
 
 def test_verdicts_are_words():
     (case,) = report_of().cases
-    assert [figures.verdict(row, case) for row in case.rows] == [
+    assert [formatting.verdict(row, case) for row in case.rows] == [
         "reference",
         "fastest",
         "1.11x faster",
         "same as baseline",
     ]
-    assert figures.best_of(case) == ("poc",)
+    assert formatting.best_of(case) == ("poc",)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_what_went_wrong_is_in_the_verdict_and_never_the_best(event, expected):
     record = record_of(plan_of())
     record.apply(event)
     case = record.case(0)
-    assert figures.verdict(case.rows[1], case) == expected
-    assert "poc" not in figures.best_of(case)
+    assert formatting.verdict(case.rows[1], case) == expected
+    assert "poc" not in formatting.best_of(case)
 
 
 def interrupted_after(rounds: int) -> Report:
@@ -141,10 +141,10 @@ def test_too_few_rounds_give_no_verdict_anywhere(rounds):
     (case,) = report.cases
     text = f"collecting {rounds} of 6"
     assert case.noise_floor is None
-    assert [figures.verdict(row, case) for row in case.rows] == [text, text]
+    assert [formatting.verdict(row, case) for row in case.rows] == [text, text]
     assert [row.speedup for row in case.rows] == [None, None]
-    assert figures.best_of(case) == ()
-    assert figures.finding(report) == f"too few rounds for a verdict: {text}"
+    assert formatting.best_of(case) == ()
+    assert formatting.finding(report) == f"too few rounds for a verdict: {text}"
     printed = io.StringIO()
     Console(file=printed, width=120).print(report_table(report))
     for shown in (printed.getvalue(), to_markdown(report)):
@@ -155,13 +155,13 @@ def test_too_few_rounds_give_no_verdict_anywhere(rounds):
 def test_a_complete_run_of_too_few_rounds_collects_no_more():
     (case,) = interrupted_after(2).cases
     row = structs.replace(case.rows[1], stopped_by="iterations")
-    assert figures.verdict(row, case) == figures.word(row, case) == "only 2 of 6"
+    assert formatting.verdict(row, case) == formatting.word(row, case) == "only 2 of 6"
 
 
 def test_six_rounds_give_a_verdict():
     report = interrupted_after(6)
     (case,) = report.cases
-    assert [figures.word(row, case) for row in case.rows] == ["base", "fastest"]
+    assert [formatting.word(row, case) for row in case.rows] == ["base", "fastest"]
 
 
 def test_a_saved_verdict_of_too_few_rounds_is_dropped_when_read():
@@ -178,24 +178,24 @@ def test_a_wide_interval_earns_no_star_and_equals_share_one():
     (case,) = report_of(plan_of(names=("baseline", "poc", "demo"))).cases
     base, poc, demo = case.rows
     wide = structs.replace(poc, call_s=Interval(median=1e-4, low=1e-5, high=1.0))
-    assert figures.best_of(structs.replace(case, rows=(base, wide, demo))) == ()
+    assert formatting.best_of(structs.replace(case, rows=(base, wide, demo))) == ()
     slow = structs.replace(demo, call_s=Interval(median=1.0, low=1e-5, high=2.0))
-    assert figures.best_of(structs.replace(case, rows=(base, poc, slow))) == ("poc",)
+    assert formatting.best_of(structs.replace(case, rows=(base, poc, slow))) == ("poc",)
     median = poc.call_s.median
     apart = Interval(median=median * 1.004, low=median * 1.0039, high=median * 1.0041)
     narrow = structs.replace(poc, call_s=Interval(median=median, low=median * 0.9999, high=median * 1.0001))
     equal = structs.replace(demo, call_s=apart)
-    assert figures.best_of(structs.replace(case, rows=(base, narrow, equal))) == ("poc", "demo")
+    assert formatting.best_of(structs.replace(case, rows=(base, narrow, equal))) == ("poc", "demo")
 
 
 def test_a_finding_says_who_won_and_what_it_takes():
-    assert figures.finding(report_of()).startswith("poc is 50")
-    assert figures.finding(report_of()).endswith("x baseline; memory 512 KiB instead of 512 KiB; all accurate")
+    assert formatting.finding(report_of()).startswith("poc is 50")
+    assert formatting.finding(report_of()).endswith("x baseline; memory 512 KiB instead of 512 KiB; all accurate")
     several = report_of(plan_of([Workload(seq=64), Workload(seq=128)]))
-    assert "the reference on average (2 of 2 cases)" in figures.finding(several)
-    assert "nothing" in figures.finding(report_of(plan_of(names=["baseline", "demo"])))
+    assert "the reference on average (2 of 2 cases)" in formatting.finding(several)
+    assert "nothing" in formatting.finding(report_of(plan_of(names=["baseline", "demo"])))
     empty = record_of(plan_of(cases=[])).report(run_of())
-    assert figures.finding(empty)
+    assert formatting.finding(empty)
 
 
 def test_a_reference_other_than_the_baseline_is_explained():
@@ -207,8 +207,8 @@ def test_a_reference_other_than_the_baseline_is_explained():
     record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
     report = record.report(run_of())
     note = "baseline failed: speedups are relative to poc"
-    assert figures.reference_change(report.cases[0]) == note
-    assert figures.reference_change(report_of().cases[0]) is None
+    assert formatting.reference_change(report.cases[0]) == note
+    assert formatting.reference_change(report_of().cases[0]) is None
     printed = io.StringIO()
     Console(file=printed, width=120).print(report_table(report))
     assert note in printed.getvalue()
@@ -223,13 +223,13 @@ def test_rows_of_the_same_implementation_share_a_star():
     )
     faster = structs.replace(faster, call_s=structs.replace(faster.call_s, low=faster.call_s.median * 0.99))
     case = structs.replace(case, rows=(base, poc, structs.replace(faster, speedup=poc.speedup)))
-    assert figures.best_of(case) == ("poc", "demo")
-    assert [figures.word(row, case) for row in case.rows] == ["base", "fastest", "fastest"]
+    assert formatting.best_of(case) == ("poc", "demo")
+    assert [formatting.word(row, case) for row in case.rows] == ["base", "fastest", "fastest"]
     note = "demo ran poc: the difference between their times is noise or dispatch"
     printed = io.StringIO()
     Console(file=printed, width=140).print(report_table(structs.replace(report, cases=(case,))))
     assert note in printed.getvalue()
     assert note in to_markdown(structs.replace(report, cases=(case,)))
     other = structs.replace(case, rows=(base, poc, structs.replace(case.rows[2], path="MLX SDPA, unfused")))
-    assert figures.best_of(other) == ("demo",)
-    assert figures.same_paths(other) == []
+    assert formatting.best_of(other) == ("demo",)
+    assert formatting.same_paths(other) == []

@@ -3,20 +3,20 @@
 import csv
 import io
 
-import hostile
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from fatui import paths
-from fatui.cli import main
-from fatui.export import to_csv
-from fatui.foreign_text import clean, cleaned, markdown_block, markdown_code, one_line, spreadsheet
-from fatui.history import History
+from fatui.cli.main import main
 from fatui.report.compose import compose
+from fatui.report.export import to_csv
 from fatui.report.html import to_html
+from fatui.storage import paths
+from fatui.storage.history import History
+from fatui.untrusted_text import clean, cleaned, markdown_block, markdown_code, one_line, spreadsheet
+from tests.support import hostile
 
 KINDS = ("shapes", "model", "finetune")
 

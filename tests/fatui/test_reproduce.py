@@ -3,13 +3,13 @@ import shlex
 import pytest
 from msgspec import structs
 
-from attention.errors import UsageError
-from attention.plan import Plan
-from attention.workload import Workload
-from fatui import presets
-from fatui.cli import Parser
-from fatui.commands import bench
+from attention.core.errors import UsageError
+from attention.core.plan import Plan
+from attention.core.workload import Workload
+from fatui.cli import bench
+from fatui.cli.main import Parser
 from fatui.reproduce import Started, bench_command, command_for
+from fatui.storage import presets
 
 NAMES = ("baseline", "poc")
 

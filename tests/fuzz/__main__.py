@@ -80,13 +80,13 @@ class Tally:
     @property
     def failed(self) -> bool:
         """Whether anything but a peer failed."""
-        from .judge import PEERS
+        from tests.fuzz.judge import PEERS
 
         return any(failure["implementation"] not in PEERS for failure in self.failures)
 
     def add(self, result: dict[str, Any]) -> None:
         """Count one implementation's outcome of one case."""
-        from .judge import FAILURES
+        from tests.fuzz.judge import FAILURES
 
         self.cases.add(result["case"])
         self.counts.setdefault(result["implementation"], Counter())[result["verdict"]] += 1
@@ -108,7 +108,7 @@ class Tally:
 
     def show(self, took_s: float) -> None:
         """Print the counts and the first failures."""
-        from .judge import PEERS, VERDICTS
+        from tests.fuzz.judge import PEERS, VERDICTS
 
         options = self.options
         title = f"{options.family}, {options.mode}, seed {options.seed}, {options.device}"
@@ -216,8 +216,8 @@ def outcomes(options: argparse.Namespace, number: int) -> Any:
     """Yield what is about to run, and its outcome, for each implementation."""
     import mlx.core as mx
 
-    from . import cases, edges
-    from .judge import Judge, implementations
+    from tests.fuzz import cases, edges
+    from tests.fuzz.judge import Judge, implementations
 
     mx.set_default_device(mx.gpu if options.device == "gpu" else mx.cpu)
     problem = {"broad": cases, "edges": edges}[options.family].problem(options.seed, number, options.mode)
@@ -235,7 +235,7 @@ def outcomes(options: argparse.Namespace, number: int) -> Any:
 
 def _reproduce(options: argparse.Namespace) -> int:
     """Run one case in this process, and print its description and its outcomes."""
-    from .judge import FAILURES
+    from tests.fuzz.judge import FAILURES
 
     faulthandler.enable()
     failed = False

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.random import Generator
 
-from .problem import DTYPES, NUM_LAYOUTS, Mode, Problem, relaid
+from tests.fuzz.problem import DTYPES, NUM_LAYOUTS, Mode, Problem, relaid
 
 MAX_LENGTH: Final = 300
 MAX_DIM: Final = 300

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.random import Generator
 
-from .cases import LAYOUTS, REPEATS_HEADS, REPEATS_ROWS
-from .problem import DTYPES, NUM_LAYOUTS, Floats, Mode, Problem, relaid
+from tests.fuzz.cases import LAYOUTS, REPEATS_HEADS, REPEATS_ROWS
+from tests.fuzz.problem import DTYPES, NUM_LAYOUTS, Floats, Mode, Problem, relaid
 
 FORWARD_TRANSFORMS: Final = ("plain", "plain", "compile", "vmap", "vmap_q")
 GRADIENT_TRANSFORMS: Final = ("plain", "compile", "checkpoint", "vmap", "vmap_q", "vmap_grad", "grad_compile")

@@ -13,10 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from attention import UnsupportedError, UsageError, attention
-from attention.implementations.practical import Practical
-
-from . import reference
-from .problem import Floats, Mode, Problem, exact
+from attention.implementations.bounded.implementation import Practical
+from tests.fuzz import reference
+from tests.fuzz.problem import Floats, Mode, Problem, exact
 
 Verdict = Literal["ok", "unsupported", "inaccurate", "refused", "exception", "crashed"]
 VERDICTS: Final[tuple[Verdict, ...]] = ("ok", "unsupported", "inaccurate", "refused", "exception", "crashed")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from .problem import Floats, Problem, exact
+from tests.fuzz.problem import Floats, Problem, exact
 
 
 def visible(problem: Problem) -> tuple[np.ndarray, Floats | None]:

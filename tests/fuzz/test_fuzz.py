@@ -6,12 +6,11 @@ import mlx.core as mx
 import pytest
 
 from attention import implementations as built_in
-
-from . import __main__ as program
-from . import cases, edges
-from .__main__ import main
-from .judge import FAILURES, PEERS, Judge, implementations
-from .problem import exact, relaid
+from tests.fuzz import __main__ as program
+from tests.fuzz import cases, edges
+from tests.fuzz.__main__ import main
+from tests.fuzz.judge import FAILURES, PEERS, Judge, implementations
+from tests.fuzz.problem import exact, relaid
 
 FAMILIES = {"broad": cases, "edges": edges}
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from . import test_fuzz
+from tests.fuzz import test_fuzz
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attention import forking
-from attention.errors import KernelUnavailable
-from attention.kernels.keywords import check_bounds
+from attention.core import forking
+from attention.core.errors import KernelUnavailable
+from attention.kernels.common import check_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,9 +64,9 @@ def fma_peak() -> float:
 
 def variant() -> str:
     """Return the source variant for this processor: "amx", "avx512_bf16", "avx512", "avx2", "neon" or "plain"."""
-    from attention.kernels.cpu import toolchain
+    from attention.kernels.cpu import build
 
-    return toolchain.variant()
+    return build.variant()
 
 
 def load(on_message: Callable[[str], None] | None = None) -> None:

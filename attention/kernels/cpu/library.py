@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from attention.errors import KernelUnavailable
-from attention.kernels import cache
-from attention.kernels.cpu import build, toolchain
+from attention.core.errors import KernelUnavailable
+from attention.kernels.common import cache
+from attention.kernels.cpu import build
 
 _loaded: ModuleType | None = None
 _loading = threading.Lock()
@@ -18,9 +18,9 @@ _loading = threading.Lock()
 def availability() -> tuple[bool, str]:
     """Return whether the kernel can be used, and the reason in one line; compiles nothing, imports nothing heavy."""
     if _loaded is not None:
-        return True, f"loaded ({toolchain.variant()})"
+        return True, f"loaded ({build.variant()})"
     try:
-        key = build.key(toolchain.find())
+        key = build.key(build.find())
         cache.ready_folder()
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
@@ -28,7 +28,7 @@ def availability() -> tuple[bool, str]:
     if failure is not None:
         return False, failure
     state = "compiled" if _lies_ready(key) else "compiles at first use"
-    return True, f"{state} ({toolchain.variant()})"
+    return True, f"{state} ({build.variant()})"
 
 
 def is_compiled() -> bool:
@@ -36,7 +36,7 @@ def is_compiled() -> bool:
     if _loaded is not None:
         return True
     try:
-        return _lies_ready(build.key(toolchain.find()))
+        return _lies_ready(build.key(build.find()))
     except KernelUnavailable:
         return False
 
@@ -71,7 +71,7 @@ def _kept(key: str) -> ModuleType | None:
         return None
 
 
-def _compile_and_try(tools: toolchain.Toolchain, key: str, on_message: Callable[[str], None]) -> ModuleType:
+def _compile_and_try(tools: build.Toolchain, key: str, on_message: Callable[[str], None]) -> ModuleType:
     from attention.kernels.cpu import selfcheck
 
     try:
@@ -94,7 +94,7 @@ def _compile_and_try(tools: toolchain.Toolchain, key: str, on_message: Callable[
 
 
 def _load(on_message: Callable[[str], None]) -> ModuleType:
-    tools = toolchain.find()
+    tools = build.find()
     cache.ready_folder()
     key = build.key(tools)
     module = _kept(key)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from attention.device import usable_cores
+from attention.core.route import Needs, Route, unsupported
+from attention.core.workload import Workload
 from attention.kernels import cpu
-from attention.route import Needs, Route, unsupported
-from attention.workload import Workload
+from attention.measure.device import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,7 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from attention.errors import KernelUnavailable
+from attention.core.errors import KernelUnavailable
 
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 

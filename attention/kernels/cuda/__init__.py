@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from attention.errors import KernelUnavailable
-from attention.route import PLAIN, Needs
+from attention.core.errors import KernelUnavailable
+from attention.core.route import PLAIN, Needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import mlx.core as mx
 
+    from attention.core.workload import Workload
     from attention.kernels.cuda.attend import Attend
-    from attention.workload import Workload
 
 __all__ = [
     "KernelUnavailable",
@@ -31,19 +31,19 @@ __all__ = [
 
 def availability() -> tuple[bool, str]:
     """Return whether the kernels can run on this machine, with a one-line reason; compiles nothing."""
-    from attention.kernels.cuda import machine
+    from attention.kernels.cuda import requirements
 
     try:
-        return True, machine.look()
+        return True, requirements.look()
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
 
 
 def variant() -> str:
     """Return the kernels for this GPU: "hopper" (general and Hopper), "ampere" (general, sm_80 and later) or "none"."""
-    from attention.kernels.cuda import machine
+    from attention.kernels.cuda import requirements
 
-    return machine.variant()
+    return requirements.variant()
 
 
 def load(on_message: Callable[[str], None] | None = None) -> None:
@@ -55,9 +55,10 @@ def load(on_message: Callable[[str], None] | None = None) -> None:
     Raises:
         KernelUnavailable: with the reason.
     """
-    from attention.kernels.cuda import launcher, machine
+    from attention.kernels.cuda import requirements
+    from attention.kernels.cuda.runtime import launcher
 
-    found = machine.look()
+    found = requirements.look()
     if on_message is not None and not launcher.is_settled():
         on_message(f"Compiling the launcher of the CUDA kernels (once, about ten seconds; {found}) ...")
     launcher.missing()  # without the launcher, kernels are launched through MLX's precompiled-kernel operation
@@ -65,9 +66,9 @@ def load(on_message: Callable[[str], None] | None = None) -> None:
 
 def supports(workload: Workload, needs: Needs = PLAIN) -> str | None:
     """Return None if the kernels support a workload on this machine, else a one-line reason; compiles nothing."""
-    from attention.kernels.cuda import machine
+    from attention.kernels.cuda import requirements
 
-    return machine.refusal_here(workload, needs)
+    return requirements.refusal_here(workload, needs)
 
 
 def flash_attention(
@@ -176,7 +177,7 @@ def forget_calls() -> None:
     """Clear the cache of repeated calls, so that their kernels are selected again."""
     _known.clear()
     if _find_call is not _find_nothing:
-        from attention.kernels.cuda import launcher
+        from attention.kernels.cuda.runtime import launcher
 
         launcher.module().forget_calls()
 
@@ -193,9 +194,9 @@ def _look_up(
     with_logsumexp: bool,
 ) -> Attend:
     """Select the kernels of a call; a plan without mask or logsumexp is also added to the launcher's table."""
-    from attention.kernels.cuda import launcher
     from attention.kernels.cuda.attend import repeated
-    from attention.kernels.cuda.call import check_arrays, normal
+    from attention.kernels.cuda.runtime import launcher
+    from attention.kernels.cuda.runtime.call import check_arrays, normal
 
     global _find_call  # noqa: PLW0603  the fast path of every call
     dtype, kind = check_arrays(q, k, v, mask)

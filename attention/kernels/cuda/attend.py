@@ -7,14 +7,17 @@ from typing import cast
 
 import mlx.core as mx
 
-from attention.errors import KernelUnavailable
-from attention.kernels.cuda import general_gradient, general_launch, gradient, launch, launcher, selfcheck, trust
-from attention.kernels.cuda.call import DIM_STEP, ELEMENTS, Call, Shape
+from attention.core.errors import KernelUnavailable
 from attention.kernels.cuda.choice import Path, candidates, divided, program_of
-from attention.kernels.cuda.plan import INPUTS, OUTPUTS, Run, Stage, make_plan, plan_label, read_label
-from attention.kernels.cuda.pullback import gradients
-from attention.kernels.cuda.running import run_of
-from attention.kernels.cuda.stages import few_stages, forward_stages
+from attention.kernels.cuda.gradients import gradients
+from attention.kernels.cuda.portable import gradient as portable_gradient
+from attention.kernels.cuda.portable import launch as portable_launch
+from attention.kernels.cuda.runtime import launcher, selfcheck
+from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, Call, Shape
+from attention.kernels.cuda.runtime.launch import INPUTS, OUTPUTS, Run, Stage, make_plan, plan_label, read_label, run_of
+from attention.kernels.cuda.sm90 import gradient
+from attention.kernels.cuda.sm90 import launch as sm90_launch
+from attention.kernels.cuda.sm90.launch import few_stages, forward_stages
 from attention.masks import as_4d
 
 TRACE_AFTER = 2
@@ -30,9 +33,9 @@ def stages(shape: Shape, call: Call, path: Path, with_logsumexp: bool = True) ->
         case "forward":
             return forward_stages(shape, call, with_logsumexp)
         case "decode":
-            return few_stages(shape, call, launch.splitting(shape, call), with_logsumexp)
+            return few_stages(shape, call, sm90_launch.splitting(shape, call), with_logsumexp)
         case "general":
-            return general_launch.stages(shape, call, divided(shape, call))
+            return portable_launch.stages(shape, call, divided(shape, call))
 
 
 def checked(shape: Shape, call: Call) -> Path:
@@ -44,7 +47,7 @@ def checked(shape: Shape, call: Call) -> Path:
     reasons: list[str] = []
     for path in candidates(shape, call):
         program = program_of(shape, call, path)
-        reason = trust.judged(program, functools.partial(_compare, shape, call, path))
+        reason = selfcheck.judged(program, functools.partial(_compare, shape, call, path))
         if reason is None:
             return path
         reasons.append(f"{program.name}: {reason}")
@@ -58,12 +61,12 @@ def _compare(shape: Shape, call: Call, path: Path) -> str | None:
     tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
     match path:
         case "forward":
-            made = forward_stages(small, tried, kernel=launch.forward_kernel(shape, call))
+            made = forward_stages(small, tried, kernel=sm90_launch.forward_kernel(shape, call))
         case "decode":
-            made = few_stages(small, tried, launch.same_kernel(launch.splitting(shape, call), small, tried))
+            made = few_stages(small, tried, sm90_launch.same_kernel(sm90_launch.splitting(shape, call), small, tried))
         case "general":
-            kernel = general_launch.same_kernel(divided(shape, call), small, tried)
-            made = general_launch.stages(small, tried, kernel)
+            kernel = portable_launch.same_kernel(divided(shape, call), small, tried)
+            made = portable_launch.stages(small, tried, kernel)
     given, mask = selfcheck.inputs(small), selfcheck.random_mask(small, tried)
     if path == "general":  # in the layout that models pass: (batch, rows, heads, columns), transposed
         given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in given]
@@ -121,7 +124,7 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
         case "own gradient":
             run = gradient.planned(wide, call, with_logsumexp)
         case _:
-            run = general_gradient.planned(wide, call, with_logsumexp)
+            run = portable_gradient.planned(wide, call, with_logsumexp)
     return [x.reshape(count, shape.batch, *x.shape[1:]) for x in run(folded)[:3]]
 
 

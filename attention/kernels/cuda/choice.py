@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from attention.errors import KernelUnavailable
-from attention.kernels.cuda import general_launch, launch, launcher, trust
-from attention.kernels.cuda.call import Call, Shape
-from attention.kernels.cuda.decode import MOST_ROWS
-from attention.kernels.cuda.general_launch import Division
-from attention.kernels.cuda.gpu import gpu
-from attention.kernels.cuda.program import Program
+from attention.core.errors import KernelUnavailable
+from attention.kernels.cuda.portable import launch as portable_launch
+from attention.kernels.cuda.portable.launch import Division
+from attention.kernels.cuda.runtime import launcher, selfcheck
+from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.gpu import gpu
+from attention.kernels.cuda.runtime.program import Program
+from attention.kernels.cuda.sm90 import launch as sm90_launch
+from attention.kernels.cuda.sm90.decode import MOST_ROWS
 
 Path = Literal["decode", "forward", "general"]
 
@@ -52,7 +54,7 @@ def path_of(shape: Shape, call: Call) -> tuple[Path, list[str]]:
     """
     reasons: list[str] = []
     for path in candidates(shape, call):
-        distrusted = trust.distrust(program_of(shape, call, path))
+        distrusted = selfcheck.distrust(program_of(shape, call, path))
         if distrusted is None:
             return path, reasons
         reasons.append(f"{program_of(shape, call, path).name}: {distrusted}")
@@ -63,13 +65,13 @@ def program_of(shape: Shape, call: Call, path: Path) -> Program:
     """Return the program of the main kernel of a path."""
     match path:
         case "forward":
-            return launch.forward_kernel(shape, call).program
+            return sm90_launch.forward_kernel(shape, call).program
         case "decode":
-            return launch.splitting(shape, call).kernel.program
+            return sm90_launch.splitting(shape, call).kernel.program
         case "general":
             return divided(shape, call).kernel.program
 
 
 def divided(shape: Shape, call: Call) -> Division:
     """Return the work division of the general kernel for a call on this machine."""
-    return general_launch.division(shape, call, launcher.obstacle() is not None)
+    return portable_launch.division(shape, call, launcher.obstacle() is not None)

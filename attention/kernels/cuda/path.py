@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from attention.errors import KernelUnavailable
+from attention.core.errors import KernelUnavailable
+from attention.core.route import Needs, Route, unsupported
+from attention.core.workload import Workload
 from attention.kernels import cuda
-from attention.kernels.cuda import launcher
-from attention.kernels.cuda.call import MAX_SOFTCAP
-from attention.route import Needs, Route, unsupported
-from attention.workload import Workload
+from attention.kernels.cuda.runtime import launcher
+from attention.kernels.cuda.runtime.call import MAX_SOFTCAP
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ def route(workload: Workload, needs: Needs) -> Route:
     if refusal:
         return unsupported(refusal)
     from attention.kernels.cuda.choice import path_of
-    from attention.kernels.cuda.machine import shape_and_call
+    from attention.kernels.cuda.requirements import shape_and_call
 
     path, distrusted = path_of(*shape_and_call(workload, needs))
     reason = "fatui's own flash attention in CUDA C++; a kind of call compiles at its first use, in about a second"
@@ -49,10 +49,10 @@ def route(workload: Workload, needs: Needs) -> Route:
 
 def backward_refusal(workload: Workload, needs: Needs) -> str | None:
     """Return why the gradients of a supported workload fall back to MLX, or None if the kernels compute them."""
-    from attention.kernels.cuda import pullback
-    from attention.kernels.cuda.machine import shape_and_call
+    from attention.kernels.cuda import gradients
+    from attention.kernels.cuda.requirements import shape_and_call
 
-    return pullback.refusal(*shape_and_call(workload, needs))
+    return gradients.refusal(*shape_and_call(workload, needs))
 
 
 def is_built() -> bool:
@@ -86,12 +86,12 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
 
 def _predicted(workload: Workload, needs: Needs, backward_refusal: str | None) -> int | None:
     """Return the bytes of outputs and workspace; None for a training pass whose gradients fall back to MLX."""
-    from attention.kernels.cuda import pullback
-    from attention.kernels.cuda.machine import shape_and_call, workspace_bytes
+    from attention.kernels.cuda import gradients
+    from attention.kernels.cuda.requirements import shape_and_call, workspace_bytes
 
     forward = workspace_bytes(workload, needs)
     if workload.pass_ != "training":
         return workload.output_bytes + forward
     if backward_refusal:
         return None
-    return workload.output_bytes + forward + pullback.scratch_bytes(*shape_and_call(workload, needs))
+    return workload.output_bytes + forward + gradients.scratch_bytes(*shape_and_call(workload, needs))

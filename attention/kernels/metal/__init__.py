@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attention.errors import KernelUnavailable
+from attention.core.errors import KernelUnavailable
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -17,10 +17,10 @@ __all__ = ["KernelUnavailable", "availability", "flash_attention", "flash_attent
 
 def availability() -> tuple[bool, str]:
     """Return whether the kernels can be used on this machine, and the reason in one line; compiles nothing."""
-    from attention.kernels.metal import machine
+    from attention.kernels.metal import trust
 
     try:
-        return True, machine.look()
+        return True, trust.look()
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
 

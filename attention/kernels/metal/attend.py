@@ -7,9 +7,11 @@ from typing import cast
 
 import mlx.core as mx
 
-from attention.kernels.metal import launch, machine, selfcheck, transforms, trust
+from attention.kernels.metal import gradients as metal_gradients
+from attention.kernels.metal import launch, selfcheck
+from attention.kernels.metal import trust as metal_trust
 from attention.kernels.metal.call import Call, Shape, Specialisation, mask_kind, normal, shape_of, specialisation
-from attention.kernels.metal.gradient import gradients
+from attention.kernels.metal.gradients import gradients
 
 Attend = Callable[..., Sequence[mx.array]]
 KEYS = 83
@@ -55,7 +57,7 @@ def special_of(shape: Shape, call: Call) -> Specialisation:
 @functools.lru_cache(maxsize=256)
 def _function(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
     """Return the differentiable, vmappable function; it always computes the logsumexp for the backward pass."""
-    machine.look()
+    metal_trust.look()
     check(shape, call)
 
     @mx.custom_function
@@ -69,8 +71,8 @@ def _function(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
         return gradients(primals, cotangents[0].astype(primals[0].dtype), d_lse, outputs, shape, call)
 
     function.vjp(pull_back)
-    function.jvp(transforms.refuse_jvp)
-    function.vmap(transforms.folded(shape, lambda batched: _function(batched, call, with_logsumexp)))
+    function.jvp(metal_gradients.refuse_jvp)
+    function.vmap(metal_gradients.folded(shape, lambda batched: _function(batched, call, with_logsumexp)))
     return cast("Attend", function)
 
 
@@ -92,7 +94,7 @@ def check(shape: Shape, call: Call) -> None:
                 return wrong
         return None
 
-    trust.ensure(special, compare)
+    metal_trust.ensure(special, compare)
 
 
 def _small(shape: Shape, special: Specialisation) -> list[Shape]:

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, cast
 
-from attention.kernels.keywords import check_bounds
+from attention.core.route import PLAIN, Needs
+from attention.core.workload import Workload
+from attention.kernels.common import check_bounds
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES, Kind, Tile, tile_of
 from attention.masks import dtype_name
-from attention.route import PLAIN, Needs
-from attention.workload import Workload
 
 if TYPE_CHECKING:
     import mlx.core as mx

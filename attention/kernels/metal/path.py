@@ -4,40 +4,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from attention.errors import KernelUnavailable
+from attention.core.errors import KernelUnavailable
+from attention.core.route import Needs, Route, unsupported
 from attention.kernels.metal.call import of_workload, refusal_of, specialisation
 from attention.kernels.metal.tiles import FLOAT_BYTES
-from attention.route import Needs, Route, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import mlx.core as mx
 
+    from attention.core.workload import Workload
     from attention.kernels.metal.call import Call, Shape
     from attention.masks import Mask
-    from attention.workload import Workload
 
 UNKNOWN: Final = "how fast it is on a Mac was never measured by its authors; `demo` tries it beside MLX's own"
 
 
 def route(workload: Workload, needs: Needs) -> Route:
     """Return the kernels' route, or an unsupported one with the reason; compiles nothing."""
-    from attention.kernels.metal import machine, trust
+    from attention.kernels.metal import trust as metal_trust
 
     refusal = refusal_of(workload)
     if refusal:
         return unsupported(refusal)
     try:
-        machine.look()
+        metal_trust.look()
     except KernelUnavailable as unavailable:
         return unsupported(str(unavailable))
     shape, call = of_workload(workload, needs)
     special = specialisation("decode" if shape.few else "forward", shape, call)
-    distrusted = trust.distrust(special)
+    distrusted = metal_trust.distrust(special)
     if distrusted:
         return unsupported(f"the Metal kernel is not used, because of its check on first use: {distrusted}")
-    state = "checked on this Mac" if trust.is_trusted(special) else "compiled and checked at first use"
+    state = "checked on this Mac" if metal_trust.is_trusted(special) else "compiled and checked at first use"
     reason = f"fatui's own flash attention in Metal, {state}; {UNKNOWN}"
     if workload.pass_ == "training":
         reason += _of_gradients(shape, call)
@@ -56,9 +56,9 @@ def build(tell: Callable[[str], None]) -> None:
     Raises:
         KernelUnavailable: the reason, which routes report from then on.
     """
-    from attention.kernels.metal import machine
+    from attention.kernels.metal import trust as metal_trust
 
-    tell(f"The Metal kernels are compiled and checked at the first call of each kind ({machine.look()})")
+    tell(f"The Metal kernels are compiled and checked at the first call of each kind ({metal_trust.look()})")
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
@@ -82,7 +82,7 @@ def attend_with_sinks(
 
 
 def _of_gradients(shape: Shape, call: Call) -> str:
-    from attention.kernels.metal.gradient import refusal
+    from attention.kernels.metal.gradients import refusal
 
     behind = refusal(shape, call)
     return f"; gradients go through the score matrix: {behind}" if behind else ""
@@ -90,7 +90,7 @@ def _of_gradients(shape: Shape, call: Call) -> str:
 
 def _predicted(workload: Workload, shape: Shape, call: Call) -> int | None:
     """Return the bytes of outputs and logsumexp, of float32 parts if keys are split, and of delta in training."""
-    from attention.kernels.metal.gradient import refusal
+    from attention.kernels.metal.gradients import refusal
     from attention.kernels.metal.launch import splitting
 
     rows = shape.batch * shape.heads * shape.queries

@@ -5,9 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from attention.errors import KernelUnavailable
-from attention.kernels import cache, first_use
-from attention.kernels.metal import machine, trust
+from attention.core.errors import KernelUnavailable
+from attention.kernels.common import cache, first_use
+from attention.kernels.metal import trust as metal_trust
 from attention.kernels.metal.call import FEW_ROWS, Call, Shape, specialisation
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES
 
@@ -37,7 +37,7 @@ def known() -> list[Verdict]:
     """Return all self-check results stored in this cache folder, by name."""
     made = [
         Verdict(str(record.get("name")), str(text), where)
-        for record in cache.records(trust.PREFIX)
+        for record in cache.records(metal_trust.PREFIX)
         for where, text in record.get("checked", {}).items()
     ]
     return sorted(made, key=lambda verdict: (verdict.machine, verdict.name))
@@ -45,7 +45,7 @@ def known() -> list[Verdict]:
 
 def summary() -> tuple[str, str | None]:
     """Return the state of the self-checks on this machine in a line, and the error of the first that failed."""
-    here = [verdict for verdict in known() if verdict.machine == machine.mark()]
+    here = [verdict for verdict in known() if verdict.machine == metal_trust.mark()]
     failed = [verdict for verdict in here if not verdict.passed]
     if not here:
         return f"no kernel has been used yet, so none has been checked. {UNKNOWN}", None
@@ -59,8 +59,8 @@ def check_all() -> Iterator[str]:
     Raises:
         KernelUnavailable: there is no Metal device.
     """
-    machine.look()
-    from attention.kernels.metal import attend, gradient
+    metal_trust.look()
+    from attention.kernels.metal import attend, gradients
 
     for dtype in SIZES:
         for head_dim in HEAD_DIMS:
@@ -70,7 +70,7 @@ def check_all() -> Iterator[str]:
             for special, shape, check in (
                 (specialisation("forward", many, call), many, attend.check),
                 (specialisation("decode", few, call), few, attend.check),
-                (specialisation("backward_key", many, call), many, gradient.check),
+                (specialisation("backward_key", many, call), many, gradients.check),
             ):
                 yield special.name
                 with suppress(KernelUnavailable):  # stored with its reason, like one that passes

@@ -1,0 +1,318 @@
+"""Events of a worker, one JSON line each."""
+
+from typing import Literal, get_args
+
+import msgspec
+
+from attention.core.results import Environment, Peaks, Ratio
+from attention.core.route import Route
+
+Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training"]
+Ending = Literal["failed", "refused", "unsupported"]
+AGAIN = "(again)"
+"""Name of the reference's second arm among the samples; it gives the noise floor."""
+WITHOUT = "(no attention)"
+"""Name, among the samples, of the model whose attention returns its query unchanged."""
+
+
+class Event(msgspec.Struct, kw_only=True, tag_field="event"):
+    """Base class of all events."""
+
+
+class RunStarted(Event, tag="run_started"):
+    """The worker has started; carries its environment."""
+
+    environment: Environment
+
+
+class PeaksMeasured(Event, tag="peaks_measured"):
+    """The best matmul and copy rates were measured."""
+
+    peaks: Peaks
+
+
+class CaseStarted(Event, tag="case_started"):
+    """A case begins; the implementations follow, one step after another."""
+
+    case: int
+
+
+class RouteFound(Event, tag="route_found"):
+    """The path that an implementation will take."""
+
+    case: int
+    implementation: str
+    route: Route
+
+
+class StepStarted(Event, tag="step_started"):
+    """An implementation begins a step; a crash of the worker is attributed to it."""
+
+    case: int
+    implementation: str
+    step: Step
+
+
+class RowEnded(Event, tag="row_ended"):
+    """An implementation's row has ended without result: refused, unsupported, failed."""
+
+    case: int
+    implementation: str
+    status: Ending
+    reason: str
+
+
+class FirstCall(Event, tag="first_call"):
+    """The first call was timed."""
+
+    case: int
+    implementation: str
+    seconds: float
+
+
+class Checked(Event, tag="checked"):
+    """The result was compared with the float64 reference."""
+
+    case: int
+    implementation: str
+    max_error: float | None
+    """None if the result contains NaN or infinity."""
+    rms_error: float | None
+    accurate: bool
+    detail: str
+    """The tensor with the largest error, and its tolerance."""
+
+
+class MemoryMeasured(Event, tag="memory_measured"):
+    """Peak memory above the inputs, measured in a separate pass."""
+
+    case: int
+    implementation: str
+    peak_bytes: int | None
+
+
+class LatencyMeasured(Event, tag="latency_measured"):
+    """Median time of one evaluated, synchronised call."""
+
+    case: int
+    implementation: str
+    seconds: float
+
+
+class ReferenceChosen(Event, tag="reference_chosen"):
+    """The reference of a case's speedups was chosen."""
+
+    case: int
+    implementation: str
+
+
+class RoundsDone(Event, tag="rounds_done"):
+    """New samples, in round order; the same number for every implementation still measured."""
+
+    case: int
+    samples: dict[str, list[float | None]]
+    """Seconds per call, None for a round without a sample; the noise floor's arm is under AGAIN."""
+    active_bytes: int
+    """MLX's active memory after the last round."""
+    peak_bytes: int
+    """MLX's peak memory since the rounds began."""
+
+
+class WeightsMade(Event, tag="weights_made"):
+    """The weights of a case's model are in memory."""
+
+    case: int
+    weights_bytes: int
+    """Size of the whole model, even if only some layers run."""
+
+
+class PassesShared(Event, tag="passes_shared"):
+    """All implementations of a case attend in the same passes of its model, and share the time of the rest."""
+
+    case: int
+
+
+class CallsCounted(Event, tag="calls_counted"):
+    """Number of attention calls in a model's first run or trace, by what computed them."""
+
+    case: int
+    implementation: str
+    replaced: int
+    """Calls computed by the implementation."""
+    passed_on: int
+    """Calls it does not support, computed by MLX's own function."""
+    reason: str | None = None
+    """Why calls were passed on."""
+    path: str | None = None
+    """The path of most of the computed calls; None without any."""
+
+
+class Expected(Event, tag="expected"):
+    """Estimated time of a case from one timed call; emitted before its rounds."""
+
+    case: int
+    seconds: float
+    """Seconds for all implementations, preparation and rounds."""
+    implementations: int
+
+
+class LayersTimed(Event, tag="layers_timed"):
+    """Time of one layer and of everything else, from runs with two numbers of layers."""
+
+    case: int
+    implementation: str
+    layer_s: float
+    fixed_s: float
+
+
+class IterationDone(Event, tag="iteration_done"):
+    """One iteration of a fine-tuning."""
+
+    case: int
+    implementation: str
+    """AGAIN for the reference's second fine-tuning."""
+    number: int
+    """From 1; the first one compiles."""
+    loss: float | None
+    """None if it is not finite."""
+    seconds: float
+    active_bytes: int
+    peak_bytes: int
+
+
+class Progress(Event, tag="progress"):
+    """Progress of the run."""
+
+    done: float
+    """From 0 to 1."""
+    remaining_s: float
+    now: str
+    """What runs now, in words."""
+
+
+class CaseDone(Event, tag="case_done"):
+    """A case is complete."""
+
+    case: int
+    stopped_by: str
+
+
+class Message(Event, tag="message"):
+    """A log message."""
+
+    level: Literal["info", "warning", "error"]
+    text: str
+
+
+class TrialStarted(Event, tag="trial_started"):
+    """An autotuning implementation begins a trial."""
+
+    implementation: str
+    workload: str
+    """The workload class of the trial, as text."""
+    candidates: list[str]
+
+
+class Tuned(Event, tag="tuned"):
+    """A trial has ended."""
+
+    implementation: str
+    workload: str
+    winner: str
+    runner_up: str | None
+    """None if nothing else ran."""
+    ratio: Ratio | None
+    """Speedup over the runner-up, from interleaved pairs."""
+    seconds: float
+    """Duration of the trial."""
+
+
+class Switched(Event, tag="switched"):
+    """A tuned choice was replaced in use."""
+
+    implementation: str
+    workload: str
+    before: str
+    after: str
+    ratio: Ratio
+    """Speedup over the former choice, from pairs of calls."""
+    reason: str
+    """Why the alternative was tried."""
+
+
+class RunDone(Event, tag="run_done"):
+    """All cases are complete; the worker ends."""
+
+
+class WorkerUnusable(Event, tag="worker_unusable"):
+    """The device is in an undefined state after a failure; a new worker must continue."""
+
+    case: int
+
+
+class RunRefused(Event, tag="run_refused"):
+    """Nothing can run here; carries the reason for the user."""
+
+    kind: Literal["usage", "no backend", "cannot start"]
+    reason: str
+
+
+RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | Checked | MemoryMeasured | LatencyMeasured
+ModelRowEvent = CallsCounted | LayersTimed
+CaseEvent = (
+    CaseStarted
+    | ReferenceChosen
+    | RoundsDone
+    | WeightsMade
+    | PassesShared
+    | Expected
+    | IterationDone
+    | CaseDone
+    | RowEvent
+    | ModelRowEvent
+)
+TuningEvent = TrialStarted | Tuned | Switched
+AnyEvent = (
+    RunStarted | PeaksMeasured | Progress | Message | WorkerUnusable | RunRefused | RunDone | TuningEvent | CaseEvent
+)
+
+
+class _Kind(msgspec.Struct):
+    event: str
+
+
+_KINDS = frozenset(str(kind.__struct_config__.tag) for kind in get_args(AnyEvent))
+_kind_decoder = msgspec.json.Decoder(_Kind)
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
+
+
+def encode(event: AnyEvent) -> bytes:
+    """Encode an event as one line of JSON; invalid text is replaced."""
+    try:
+        return _encoder.encode(event) + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, in an exception's text, say
+        return _encoder.encode(_valid(msgspec.to_builtins(event))) + b"\n"
+
+
+def _valid(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, dict):
+        return {_valid(name): _valid(each) for name, each in value.items()}
+    return [_valid(each) for each in value] if isinstance(value, list) else value
+
+
+def decode(line: bytes) -> AnyEvent:
+    """Decode one line; an event of an unknown kind becomes a message saying so.
+
+    Raises:
+        msgspec.DecodeError: the line is not an event.
+    """
+    try:
+        return _decoder.decode(line)
+    except msgspec.ValidationError:
+        kind = _kind_decoder.decode(line).event
+        if kind in _KINDS:
+            raise
+        return Message(level="info", text=f"the engine tells of '{kind}', which is not known here")

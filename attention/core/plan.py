@@ -1,0 +1,102 @@
+"""The plan of a run: cases, implementations and limits."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from attention.core.errors import UsageError
+from attention.core.results import Peaks
+from attention.core.workload import FineTuning, Generation, Workload
+
+REFERENCE = "baseline"
+
+
+class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of every kind of run: the implementations and the limits."""
+
+    implementations: tuple[str, ...]
+    """Names from the catalogue, or "FILE.py:NAME" and "package.module:NAME" for a plugin."""
+    seconds: float = 6.0
+    """Time limit of the rounds of one case, in seconds."""
+    precision: float = 0.01
+    """Rounds stop early when every speedup's interval is narrower than this, relative (0.01 is 1 %)."""
+    memory_limit_bytes: int | None = None
+    """Cases predicted to need more are refused; None uses the device's free memory."""
+    force: bool = False
+    """Run cases even if they are predicted not to fit."""
+    seed: int = 0
+    """Seed of the random inputs."""
+
+    @property
+    def ordered(self) -> tuple[str, ...]:
+        """Return the implementations, the reference first."""
+        return tuple(sorted(dict.fromkeys(self.implementations), key=lambda name: name != REFERENCE))
+
+
+class Plan(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="attention"):
+    """One run: every implementation on every case."""
+
+    cases: tuple[Workload, ...]
+    """The workloads, measured one after the other."""
+
+
+class GenerationPlan(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="generation"):
+    """One model generating with every implementation, at every prompt length."""
+
+    cases: tuple[Generation, ...]
+    """All of one model, measured one after the other."""
+
+
+class FineTuningPlan(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fine-tuning"):
+    """One model fine-tuned with every implementation; `seconds` bounds each one's training."""
+
+    cases: tuple[FineTuning, ...]
+    """All of one model, one after the other."""
+
+
+AnyPlan = Plan | GenerationPlan | FineTuningPlan
+
+
+class Assignment(Struct, frozen=True, kw_only=True):
+    """The assignment of one worker: a plan, and how far an earlier worker got."""
+
+    plan: AnyPlan
+    first_case: int = 0
+    """Index of the first case to run; earlier ones are complete."""
+    skip: dict[int, tuple[str, ...]] = {}
+    """Implementations to skip per case, because they crashed an earlier worker."""
+    peaks: Peaks | None = None
+    """The machine's peak rates, if an earlier worker measured them."""
+
+    def remaining(self, case: int) -> tuple[str, ...]:
+        """Return the implementations to run on one case, the reference first."""
+        return tuple(name for name in self.plan.ordered if name not in self.skip.get(case, ()))
+
+
+def expand(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> tuple[Workload, ...]:
+    """Return a workload for each combination of the axes' values, the last axis varying fastest.
+
+    Args:
+        base: fields common to all cases.
+        axes: the values of each swept field.
+
+    Raises:
+        UsageError: the mistakes of all combinations, each reported once.
+    """
+    cases: list[Workload] = []
+    problems: dict[str, None] = {}
+    for values in itertools.product(*axes.values()):
+        fields = {**base, **dict(zip(axes, values, strict=True))}
+        fields = {"pass_" if name == "pass" else name: value for name, value in fields.items()}
+        try:
+            workload = Workload(**fields)
+        except UsageError as error:
+            problems.update(dict.fromkeys(error.problems))
+        else:
+            if workload not in cases:
+                cases.append(workload)
+    if problems:
+        raise UsageError(*problems)
+    return tuple(cases)

@@ -1,0 +1,275 @@
+"""Result rows, from which the table, the history and all exports are made. Unknown values are None."""
+
+from typing import Final, Literal, cast
+
+from msgspec import Struct, structs
+
+from attention.core.workload import FineTuning, Generation, Workload
+
+SCHEMA: Final = 1
+COMPLETE: Final = ("precision", "time", "iterations")
+"""Values of `stopped_by` of a row that was completed."""
+MIN_ROUNDS: Final = 6
+"""Minimum samples whose range is a 95 % interval of their median; below it there is no interval and no verdict."""
+Status = Literal["ok", "failed", "refused", "unsupported", "inaccurate"]
+
+
+class Interval(Struct, frozen=True, kw_only=True):
+    """Seconds of one call: the median of the samples and a 95 % interval of it, None below MIN_ROUNDS samples."""
+
+    median: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def relative_half_width(self) -> float | None:
+        """The larger distance from the median to an end of the interval, relative to the median; None without one."""
+        if self.low is None or self.high is None or self.median <= 0:
+            return None
+        return max(self.high - self.median, self.median - self.low) / self.median
+
+
+class Ratio(Struct, frozen=True, kw_only=True):
+    """A speedup: median of paired ratios, or geometric mean of cases, with a 95 % interval; above 1 is faster."""
+
+    value: float
+    low: float
+    high: float
+    significant: bool = False
+    """Whether the whole interval lies outside the noise floor."""
+
+
+class NoiseFloor(Struct, frozen=True, kw_only=True):
+    """The reference measured against itself in the same rounds, with a 99 % interval."""
+
+    value: float
+    """Median of the ratios; 1 except for noise."""
+    low: float
+    high: float
+    floor: float
+    """The largest relative deviation from 1 that the interval allows; a speedup inside it is printed as ≈ 1."""
+
+
+class Row(Struct, frozen=True, kw_only=True):
+    """One implementation on one case."""
+
+    implementation: str
+    status: Status
+    path: str | None = None
+    fused: bool | None = None
+    reason: str | None = None
+    """Why this path was taken, or why there are no results."""
+    tokens_per_second: float | None = None
+    call_s: Interval | None = None
+    """Seconds per call, from many calls queued and evaluated together."""
+    latency_s: float | None = None
+    """Seconds of one evaluated and synchronised call, median."""
+    first_call_s: float | None = None
+    """Seconds of the very first call; kernels compiled before it are excluded."""
+    speedup: Ratio | None = None
+    """Relative to the case's reference."""
+    flops_per_s: float | None = None
+    efficiency: float | None = None
+    """Achieved FLOP/s over the best rate measured in the same run; None above that rate, which is then not a peak."""
+    peak_bytes: int | None = None
+    """Peak memory above the inputs during one call, outputs and scratch included, measured in a separate pass."""
+    predicted_bytes: int | None = None
+    """The route's prediction of `peak_bytes`."""
+    max_error: float | None = None
+    """Largest absolute difference from the float64 reference."""
+    rms_error: float | None = None
+    samples: tuple[float, ...] = ()
+    """Seconds per call, one sample per round, in the order taken."""
+    stopped_by: str | None = None
+    """"precision", "time", or what broke in: "interrupted", "failed"."""
+    throttled: bool | None = None
+    """Whether the reference slowed by more than the noise floor between the first rounds and the last."""
+
+    def __post_init__(self) -> None:
+        """Drop values that fewer than MIN_ROUNDS samples cannot support, also in rows read from a file."""
+        if self.too_few_rounds:
+            structs.force_setattr(self, "speedup", None)
+            if self.call_s is not None:
+                structs.force_setattr(self, "call_s", Interval(median=self.call_s.median))
+
+    @property
+    def too_few_rounds(self) -> bool:
+        """Whether the row has samples, but too few for an interval, a verdict or a star."""
+        return 0 < len(self.samples) < MIN_ROUNDS
+
+    @property
+    def collecting(self) -> str | None:
+        """The text shown instead of a verdict while there are too few rounds; None once there are enough.
+
+        "collecting 2 of 6" for a run in progress or interrupted, "only 2 of 6" if no more rounds were planned.
+        """
+        if self.status not in ("ok", "inaccurate") or not self.too_few_rounds:
+            return None
+        word = "only" if self.stopped_by in COMPLETE else "collecting"
+        return f"{word} {len(self.samples)} of {MIN_ROUNDS}"
+
+
+class CaseRows(Struct, frozen=True, kw_only=True):
+    """Base class of cases: keeps a noise floor only if the reference's samples support it."""
+
+    def __post_init__(self) -> None:
+        """Drop a noise floor of too few rounds, also in cases read from a file."""
+        case = cast("AnyCase", self)
+        if any(row.implementation == case.reference and row.too_few_rounds for row in case.rows):
+            structs.force_setattr(self, "noise_floor", None)
+
+
+class Case(CaseRows, frozen=True, kw_only=True):
+    """All rows of one workload."""
+
+    workload: Workload
+    reference: str | None = None
+    """The reference of speedups: the baseline, or the first implementation that ran if the baseline could not."""
+    noise_floor: NoiseFloor | None = None
+    rows: tuple[Row, ...] = ()
+
+
+class Share(Struct, frozen=True, kw_only=True):
+    """A share of a time, from 0 to 1, with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ModelRow(Row, frozen=True, kw_only=True):
+    """One implementation in a model that generates; `call_s` is one whole prompt, or one token of a decode.
+
+    If fewer layers ran than the model has, times, rates and memory are estimates for the whole model.
+    """
+
+    attention_share: Share | None = None
+    """Share of the model's time that is saved if attention returns its query unchanged."""
+    layer_s: float | None = None
+    """Seconds of one layer, if two numbers of layers were measured."""
+    fixed_s: float | None = None
+    """Seconds of everything else, if two numbers of layers were measured."""
+    replaced_calls: int | None = None
+    """Attention calls computed by the implementation in the first run; for `mlx` the calls made by the model."""
+    passed_on_calls: int | None = None
+    """Calls that it does not support, computed by MLX's own function."""
+    logits_error: float | None = None
+    """RMS difference of the last logits from the reference's, relative to the RMS of the reference's."""
+
+    def __post_init__(self) -> None:
+        """Drop what fewer than MIN_ROUNDS samples cannot support."""
+        super().__post_init__()
+        if self.too_few_rounds:
+            structs.force_setattr(self, "attention_share", None)
+
+
+class ModelCase(CaseRows, frozen=True, kw_only=True):
+    """All rows of one phase of a model at one prompt length."""
+
+    workload: Generation
+    reference: str | None = None
+    noise_floor: NoiseFloor | None = None
+    weights_bytes: int | None = None
+    """Size of the whole model; a row's `peak_bytes`, which includes the KV cache, is in addition."""
+    shared_passes: bool = False
+    """Whether all rows attended in the same passes: their times share that of all else, and its noise."""
+    rows: tuple[ModelRow, ...] = ()
+
+
+class FineTuningRow(Row, frozen=True, kw_only=True):
+    """One implementation in a fine-tuning; `call_s` is one iteration, the first one excluded."""
+
+    iterations_per_second: float | None = None
+    losses: tuple[float | None, ...] = ()
+    """The training loss of each iteration; None if it is not finite."""
+    loss_difference: float | None = None
+    """The largest relative difference from the reference's losses; a row beyond the tolerance is inaccurate."""
+    replaced_calls: int | None = None
+    """Attention calls computed by the implementation while the step was traced."""
+    passed_on_calls: int | None = None
+    """Calls that it does not support, computed by MLX's own function."""
+
+
+class FineTuningCase(CaseRows, frozen=True, kw_only=True):
+    """All rows of one fine-tuning."""
+
+    workload: FineTuning
+    reference: str | None = None
+    noise_floor: NoiseFloor | None = None
+    """The reference's fine-tuning against a second one after all others."""
+    weights_bytes: int | None = None
+    """Size of the model; a row's `peak_bytes` is in addition."""
+    rows: tuple[FineTuningRow, ...] = ()
+
+
+class Summary(Struct, frozen=True, kw_only=True):
+    """Summary of one implementation over all cases that it ran."""
+
+    implementation: str
+    cases: int
+    """Number of cases with a speedup, over which the geometric mean is taken."""
+    speedup: Ratio | None = None
+    not_ok: int = 0
+    """Number of cases whose status is not ok."""
+
+
+class Peaks(Struct, frozen=True, kw_only=True):
+    """The best rates measured on this machine in this run."""
+
+    matmul_flops_per_s: float | None = None
+    fma_flops_per_s: float | None = None
+    """Rate of float32 multiply-adds in registers, on a CPU whose kernel is compiled."""
+    copy_bytes_per_s: float | None = None
+    """Bytes read plus bytes written per second."""
+
+    @property
+    def flops_per_s(self) -> float | None:
+        """The best measured rate, which defines 100 % efficiency."""
+        return max(filter(None, (self.matmul_flops_per_s, self.fma_flops_per_s)), default=None)
+
+
+class Environment(Struct, frozen=True, kw_only=True):
+    """The machine and the software of a run."""
+
+    fatui: str | None = None
+    mlx: str | None = None
+    backend: str | None = None
+    device: str | None = None
+    memory_bytes: int | None = None
+    blas: str | None = None
+    os: str | None = None
+    python: str | None = None
+
+
+class Run(Struct, frozen=True, kw_only=True):
+    """The identity of a run."""
+
+    id: str
+    started: str
+    """Local time with its offset from UTC, ISO 8601."""
+    seconds: float
+    command: str
+    """The command that reproduces the run."""
+    preset: str | None = None
+    interrupted: bool = False
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """The results of a whole run."""
+
+    schema: int = SCHEMA
+    run: Run
+    environment: Environment
+    peaks: Peaks
+    cases: tuple[Case, ...] = ()
+    summary: tuple[Summary, ...] = ()
+    models: tuple[ModelCase, ...] = ()
+    fine_tunings: tuple[FineTuningCase, ...] = ()
+
+    @property
+    def all_cases(self) -> "tuple[AnyCase, ...]":
+        """All cases, for any kind of run."""
+        return (*self.cases, *self.models, *self.fine_tunings)
+
+
+AnyCase = Case | ModelCase | FineTuningCase

@@ -1,0 +1,361 @@
+"""An attention shape, with its FLOPs, bytes and number of unmasked pairs."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Final, Literal, cast
+
+from msgspec import Struct, structs
+
+from attention.core.errors import UsageError, suggestion
+
+DType = Literal["float32", "float16", "bfloat16"]
+Pass = Literal["forward", "training", "decode"]
+
+DTYPES: Final[tuple[DType, ...]] = ("float32", "float16", "bfloat16")
+PASSES: Final[tuple[Pass, ...]] = ("forward", "training", "decode")
+ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+LARGEST: Final = {
+    "batch": 65_536,
+    "seq": 16_777_216,
+    "kv_seq": 16_777_216,
+    "heads": 4_096,
+    "kv_heads": 4_096,
+    "head_dim": 4_096,
+    "value_dim": 4_096,
+}
+SEQ: Final = 512
+DEFAULT_FROM: Final = {"kv_seq": "seq", "kv_heads": "heads", "value_dim": "head_dim"}
+_DEFAULTED: Any = None  # resolved from another field, as DEFAULT_FROM says, when the workload is made
+
+
+class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forbid_unknown_fields=True):
+    """An attention call: query (batch, heads, seq, head_dim), key (batch, kv_heads, kv_seq, head_dim),
+    value (batch, kv_heads, kv_seq, value_dim), output (batch, heads, seq, value_dim).
+
+    In a decode pass one new token a sequence attends to a cache of kv_seq keys; a seq without kv_seq
+    is then the length of that cache, and `seq` becomes 1.
+
+    Raises:
+        UsageError: names every invalid field, its value and what is accepted.
+    """
+
+    batch: int = 1
+    """Independent sequences."""
+    seq: int = _DEFAULTED
+    """Query rows of each sequence; 512 by default."""
+    kv_seq: int = _DEFAULTED
+    """Keys of each sequence; seq by default."""
+    heads: int = 8
+    """Query heads."""
+    kv_heads: int = _DEFAULTED
+    """Key and value heads, a divisor of heads; heads by default."""
+    head_dim: int = 64
+    """Width of a query and of a key."""
+    value_dim: int = _DEFAULTED
+    """Width of a value; head_dim by default."""
+    dtype: DType = "float16"
+    """Type of inputs and outputs."""
+    mask: str = "none"
+    """"none", "causal" (lower-right aligned) or "window:N" (causal, the last N keys)."""
+    pass_: Pass = "forward"
+    """"forward", "training" (forward and backward) or "decode"."""
+
+    def __post_init__(self) -> None:
+        """Resolve the defaulted fields, then validate all fields."""
+        if self.pass_ == "decode":
+            self._become_decode()
+        if cast("int | None", self.seq) is None:
+            structs.force_setattr(self, "seq", SEQ)
+        for name, source in DEFAULT_FROM.items():
+            if getattr(self, name) is None:
+                structs.force_setattr(self, name, getattr(self, source))
+        problems = [*_size_problems(self), *_choice_problems(self)]
+        if problems:
+            raise UsageError(*problems)
+
+    def _become_decode(self) -> None:
+        """Use a seq without kv_seq as the length of the cache, with a query of one row."""
+        seq, kv_seq = cast("int | None", self.seq), cast("int | None", self.kv_seq)
+        if kv_seq is None:
+            structs.force_setattr(self, "kv_seq", SEQ if seq is None else seq)
+        elif seq not in (None, 1, kv_seq):
+            raise UsageError(f"seq: got {seq}; a decode pass has one query a sequence: seq 1, or kv_seq alone")
+        structs.force_setattr(self, "seq", 1)
+
+    @property
+    def window(self) -> int | None:
+        """Number of keys in a query's window, or None without a window mask."""
+        return int(self.mask.removeprefix("window:")) if self.mask.startswith("window:") else None
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query attends to no key after its own position."""
+        return self.mask != "none"
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores: 1 / sqrt(head_dim)."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def label(self) -> str:
+        """The shape in a few words, for tables and logs."""
+        seq = str(self.seq) if self.seq == self.kv_seq else f"{self.seq}x{self.kv_seq}"
+        dim = str(self.head_dim) if self.head_dim == self.value_dim else f"{self.head_dim}/{self.value_dim}"
+        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        mask = "" if self.mask == "none" else f" {self.mask}"
+        work = "" if self.pass_ == "forward" else f" {self.pass_}"
+        return f"B={self.batch} L={seq} D={dim} H={heads} {self.dtype}{mask}{work}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens produced by one call: batch x seq, or batch in a decode pass."""
+        return self.batch * self.seq
+
+    @property
+    def pairs(self) -> int:
+        """Exact number of unmasked (query, key) pairs of one head of one sequence."""
+        return unmasked_pairs(self.seq, self.kv_seq, self.causal, self.window)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the matrix products of one call.
+
+        Forward 2 B H P (D + Dv), as FlashAttention counts them with P the exact number of unmasked pairs.
+        A backward pass recomputes the scores and makes dP, dQ, dK and dV: 2 B H P (3 D + 2 Dv).
+        """
+        width = self.head_dim + self.value_dim
+        if self.pass_ == "training":
+            width += 3 * self.head_dim + 2 * self.value_dim
+        return 2 * self.batch * self.heads * self.pairs * width
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of the query."""
+        return self.batch * self.heads * self.seq * self.head_dim * ITEM_BYTES[self.dtype]
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes of the key and the value together; shared heads count once."""
+        return self.batch * self.kv_heads * self.kv_seq * (self.head_dim + self.value_dim) * ITEM_BYTES[self.dtype]
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of one attention output."""
+        return self.batch * self.heads * self.seq * self.value_dim * ITEM_BYTES[self.dtype]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of a call's inputs: query, key, value, and in training the output's gradient."""
+        gradient = self.result_bytes if self.pass_ == "training" else 0
+        return self.query_bytes + self.key_value_bytes + gradient
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of a call's outputs: the output, and in training the gradients of query, key and value."""
+        gradients = self.query_bytes + self.key_value_bytes if self.pass_ == "training" else 0
+        return self.result_bytes + gradients
+
+    @property
+    def bytes_moved(self) -> int:
+        """Minimum bytes moved by a fused kernel: every input read once, every output written once."""
+        return self.input_bytes + self.output_bytes
+
+    @property
+    def scores(self) -> int:
+        """Entries of the score matrix, batch x heads x seq x kv_seq, which an unfused path materialises."""
+        return self.batch * self.heads * self.seq * self.kv_seq
+
+
+def unmasked_pairs(seq: int, kv_seq: int, causal: bool, window: int | None) -> int:
+    """Count the unmasked (query, key) pairs in constant time.
+
+    Query row i has position i + kv_seq - seq (lower-right alignment) and attends to min(window, position + 1) keys.
+    """
+    if not causal:
+        return seq * kv_seq
+    most = min(window or kv_seq, kv_seq)
+    last = kv_seq  # keys visible to the last row without a window
+    first = max(1, kv_seq - seq + 1)  # keys visible to the first row that sees any
+    ramp_end = min(last, most)
+    ramp = (first + ramp_end) * (ramp_end - first + 1) // 2 if ramp_end >= first else 0
+    return ramp + most * (last - max(ramp_end, first - 1))
+
+
+def _size_problems(workload: Workload) -> list[str]:
+    problems = []
+    for name, largest in LARGEST.items():
+        value: object = getattr(workload, name)
+        if name in DEFAULT_FROM and value is getattr(workload, DEFAULT_FROM[name]):
+            continue  # reported once, under the name that was given
+        if type(value) is not int or not 1 <= value <= largest:
+            problems.append(f"{name}: got {value!r}; it takes a whole number from 1 to {largest:,}")
+    if not problems and workload.heads % workload.kv_heads:
+        problems.append(f"kv_heads: got {workload.kv_heads}; it must divide heads, which is {workload.heads}")
+    return problems
+
+
+def _choice_problems(workload: Workload) -> list[str]:
+    problems = []
+    for name, value, known in (("dtype", workload.dtype, DTYPES), ("pass", workload.pass_, PASSES)):
+        if value not in known:
+            problems.append(f"{name}: got {value!r}; it takes {', '.join(known)}{suggestion(str(value), known)}")
+    return problems + _mask_problems(workload.mask)
+
+
+def _mask_problems(mask: object) -> list[str]:
+    if mask in ("none", "causal"):
+        return []
+    if isinstance(mask, str) and mask.startswith("window:"):
+        size = mask.removeprefix("window:")
+        if size.isascii() and size.isdigit() and len(size) < 12 and 1 <= int(size) <= LARGEST["kv_seq"]:
+            return []
+    hint = suggestion(str(mask), ("none", "causal", "window:N"))
+    return [f"mask: got {mask!r}; it takes none, causal, or window:N with N from 1 to {LARGEST['kv_seq']:,}{hint}"]
+
+
+Phase = Literal["prefill", "decode"]
+PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
+COMPARED: Final = ("baseline", "mlx", "practical", "poc", "demo")
+"""The default implementations for models."""
+WORKLOADS_LARGEST: Final = {
+    "batch": 4_096,
+    "prompt": 1_048_576,
+    "generate": 65_536,
+    "seq": 1_048_576,
+    "rank": 4_096,
+    "iters": 1_000_000,
+    "layers": 10_000,
+    "tuned_layers": 10_000,
+    "measured_layers": 10_000,
+}
+LEAST: Final = {"prompt": 2, "measured_layers": 2}
+"""Minimum values above 1: a prompt's last token is a decode step; a layer's time needs two numbers of layers."""
+OPTIONS: Final = {"measured_layers": "layers", "tuned_layers": "lora-layers"}
+"""Fields whose command-line option has another name."""
+
+
+class Generation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Prefill of a prompt up to the first token, or decoding of tokens one after another.
+
+    Raises:
+        UsageError: names every invalid field, its value and what is accepted.
+    """
+
+    model: str
+    """Name of a bundled configuration, or an mlx-lm folder."""
+    phase: Phase
+    prompt: int
+    """Tokens of each sequence's prompt."""
+    generate: int = 64
+    """Tokens generated by one decode sample after the prompt."""
+    batch: int = 1
+    dtype: DType = "bfloat16"
+    layers: int
+    """Layers of the whole model."""
+    measured_layers: int | None = None
+    """Layers that run; None means all. With fewer, all results are estimates for the whole model."""
+
+    def __post_init__(self) -> None:
+        """Validate all fields."""
+        _check(self, ("prompt", "generate", "batch", "layers", "measured_layers"), self.dtype)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether fewer layers run than the model has."""
+        return self.measured_layers is not None and self.measured_layers < self.layers
+
+    @property
+    def running_layers(self) -> int:
+        """Layers that run."""
+        return self.measured_layers or self.layers
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one timed step: the whole prompts, or one token of each sequence."""
+        return self.batch * (self.prompt if self.phase == "prefill" else 1)
+
+    @property
+    def label(self) -> str:
+        """The case in a few words, for tables and logs."""
+        work = str(self.prompt) if self.phase == "prefill" else f"{self.generate} at {self.prompt}"
+        part = f", estimated from {self.measured_layers} of {self.layers} layers" if self.estimated else ""
+        return f"{short_name(self.model)} {self.phase} {work} B={self.batch} {self.dtype}{part}"
+
+
+def generations(
+    layers: int, *, model: str, prompts: Sequence[int], batches: Sequence[int], **fields: Any
+) -> tuple[Generation, ...]:
+    """Return both phases at every batch size and prompt length.
+
+    Raises:
+        UsageError: the mistakes of all combinations, each reported once.
+    """
+    if (fields.get("measured_layers") or 0) >= layers:
+        fields["measured_layers"] = None
+    cases: dict[Generation, None] = {}
+    problems: dict[str, None] = {}
+    for batch, prompt, phase in itertools.product(batches, prompts, PHASES):
+        try:
+            cases[Generation(model=model, phase=phase, prompt=prompt, batch=batch, layers=layers, **fields)] = None
+        except UsageError as error:
+            problems.update(dict.fromkeys(error.problems))
+    if problems:
+        raise UsageError(*problems)
+    return tuple(cases)
+
+
+class FineTuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A LoRA fine-tuning with mlx-lm's trainer.
+
+    Raises:
+        UsageError: names every invalid field, its value and what is accepted.
+    """
+
+    model: str
+    """Name of a bundled configuration, or an mlx-lm folder."""
+    seq: int = 512
+    """Predicted tokens per sequence."""
+    batch: int = 4
+    iters: int = 100
+    rank: int = 8
+    tuned_layers: int
+    """Number of last layers with LoRA weights; gradients stop there."""
+    dtype: DType = "bfloat16"
+    layers: int
+    """Layers of the whole model."""
+    data: str | None = None
+    """A text file; None is the bundled text."""
+
+    def __post_init__(self) -> None:
+        """Validate all fields."""
+        _check(self, ("seq", "batch", "iters", "rank", "tuned_layers", "layers"), self.dtype)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one iteration."""
+        return self.batch * self.seq
+
+    @property
+    def label(self) -> str:
+        """The case in a few words, for tables and logs."""
+        return f"{short_name(self.model)} LoRA rank {self.rank} B={self.batch} L={self.seq} {self.dtype}"
+
+
+def short_name(model: str) -> str:
+    """Return a model's name; for a folder its last part."""
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def _check(case: Generation | FineTuning, sizes: tuple[str, ...], dtype: str) -> None:
+    problems = []
+    for name in sizes:
+        value: object = getattr(case, name)
+        least, largest = LEAST.get(name, 1), WORKLOADS_LARGEST[name]
+        if value is not None and (type(value) is not int or not least <= value <= largest):
+            option = OPTIONS.get(name, name)
+            problems.append(f"{option}: got {value!r}; it takes a whole number from {least} to {largest:,}")
+    if dtype not in DTYPES:
+        problems.append(f"dtype: got {dtype!r}; it takes {', '.join(DTYPES)}{suggestion(dtype, DTYPES)}")
+    if problems:
+        raise UsageError(*dict.fromkeys(problems))

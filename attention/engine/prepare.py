@@ -1,0 +1,176 @@
+"""Preparation of one implementation before the rounds: first call, accuracy, memory, warm-up and latency."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Final, cast
+
+import mlx.core as mx
+from msgspec import Struct
+
+from attention.core import events as on
+from attention.core.errors import InputsOverwrittenError
+from attention.core.route import Route, checked
+from attention.core.workload import Workload
+from attention.engine.progress import Teller
+from attention.implementations.protocol import Implementation
+from attention.implementations.runner import runner_for
+from attention.measure.accuracy import Judge
+from attention.measure.clock import Runner, latency, warm_up
+from attention.measure.device import Device
+from attention.measure.rounds import Arm
+
+SLOW_CALL_S: Final = 0.5
+"""A call that takes this long needs no warm-up beyond the calls before it."""
+WARM_UP_S: Final = {"cpu": 0.03, "metal": 0.25, "cuda": 0.25}
+LATENCY_S: Final = 0.1
+
+
+class SharedInputs:
+    """The inputs of a case in memory shared by all implementations, with fingerprints to detect changes.
+
+    Attributes:
+        arrays: q, k, v, and in training the output's gradient, evaluated.
+    """
+
+    def __init__(self, arrays: list[mx.array]) -> None:
+        self.arrays = arrays
+        self._held = [_fingerprint(array) for array in arrays]
+
+    def views(self) -> list[mx.array]:
+        """Return new arrays on the same memory: `q *= scale` in an implementation then rebinds only its own array."""
+        return views_of(self.arrays)
+
+    def check(self, views: Sequence[mx.array]) -> None:
+        """Check that an implementation has not changed its views or the shared memory.
+
+        Raises:
+            InputsOverwrittenError: the shared memory was written to.
+            ValueError: only the views were changed.
+        """
+        text = "it wrote into its inputs; q, k and v must be left as they are"
+        if self._held != [_fingerprint(array) for array in self.arrays]:
+            raise InputsOverwrittenError(text)
+        if self._held != [_fingerprint(view) for view in views]:
+            raise ValueError(text)
+
+
+def views_of(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Return new arrays on the same memory."""
+    views = [array[...] for array in arrays]
+    mx.eval(views)
+    return views
+
+
+def _fingerprint(array: mx.array) -> int:
+    """Sum an array's bits modulo 2^32, on the device and without a copy."""
+    bits = mx.view(array, mx.uint32 if array.dtype == mx.float32 else mx.uint16)
+    return cast("int", mx.sum(bits).item())
+
+
+class CaseSetting(Struct, frozen=True, kw_only=True, eq=False):
+    """What all implementations of a case share."""
+
+    workload: Workload
+    device: Device
+    inputs: "SharedInputs"
+    judge: Judge
+    sample_s: float
+    """Seconds that one sample should last."""
+    teller: Teller
+
+
+def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> Arm:
+    """Run an implementation through all steps before the rounds, and return its arm.
+
+    Raises:
+        Exception: whatever the implementation raises.
+    """
+    setting.teller.at_work(name)  # an autotuning implementation runs its trial while it is bound
+    inputs = setting.inputs.views()
+    runner = _bind(implementation, setting, inputs)
+    results, call_s = _first_call(name, runner, setting)
+    setting.inputs.check(inputs)
+    _check(name, implementation, results, setting)
+    del results
+    route = _tell_route_again(name, implementation, setting)
+    setting.teller.step(name, "memory")
+    started = time.perf_counter()
+    peak = runner.peak_bytes()
+    if peak is not None:
+        peak += route.scratch_bytes
+    call_s = min(call_s, time.perf_counter() - started)
+    setting.teller.call_takes(name, call_s)
+    setting.teller.emit(on.MemoryMeasured(case=setting.teller.case, implementation=name, peak_bytes=peak))
+    if call_s < SLOW_CALL_S:
+        call_s = _settle(name, runner, call_s, setting)
+        setting.teller.call_takes(name, call_s)
+    setting.inputs.check(inputs)
+    return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu")
+
+
+def _bind(implementation: Implementation, setting: CaseSetting, inputs: list[mx.array]) -> Runner:
+    return runner_for(implementation, setting.workload, inputs, setting.workload.scale)
+
+
+def _first_call(name: str, runner: Runner, setting: CaseSetting) -> tuple[list[mx.array], float]:
+    """Return the results of the very first call and its seconds."""
+    setting.teller.step(name, "first call")
+    started = time.perf_counter()
+    results = runner.results()
+    seconds = time.perf_counter() - started
+    _check_output(results[0], setting.workload)
+    setting.teller.emit(on.FirstCall(case=setting.teller.case, implementation=name, seconds=seconds))
+    setting.teller.call_takes(name, seconds)
+    return results, seconds
+
+
+def _check_output(output: object, workload: Workload) -> None:
+    """Raise TypeError or ValueError, with a message of one line, if this cannot be an attention output."""
+    if not isinstance(output, mx.array):
+        raise TypeError(f"it returned {type(output).__name__}; an MLX array is expected")
+    shape = (workload.batch, workload.heads, workload.seq, workload.value_dim)
+    if output.shape != shape:
+        raise ValueError(f"it returned an array of shape {output.shape}; {shape} is expected")
+
+
+def _check(name: str, implementation: Implementation, results: list[mx.array], setting: CaseSetting) -> None:
+    """Compare the results with float64 and emit the outcome."""
+    teller, judge = setting.teller, setting.judge
+    teller.step(name, "accuracy")
+    of_rows = _bind(implementation, setting, views_of(judge.row_inputs)).results() if judge.row_inputs else None
+    judgement = judge.check(results, of_rows)
+    teller.emit(
+        on.Checked(
+            case=teller.case,
+            implementation=name,
+            max_error=_finite(judgement.max_error),
+            rms_error=_finite(judgement.rms_error),
+            accurate=judgement.accurate,
+            detail=judgement.detail,
+        )
+    )
+
+
+def _finite(value: float) -> float | None:
+    """Return None for NaN and infinity, which JSON lacks."""
+    return value if math.isfinite(value) else None
+
+
+def _tell_route_again(name: str, implementation: Implementation, setting: CaseSetting) -> Route:
+    """Emit the route again: an autotuning implementation knows its path only after the first call."""
+    route = checked(implementation.route(setting.workload, setting.device))
+    setting.teller.emit(on.RouteFound(case=setting.teller.case, implementation=name, route=route))
+    return route
+
+
+def _settle(name: str, runner: Runner, call_s: float, setting: CaseSetting) -> float:
+    """Warm up, measure latency, and return the seconds per call."""
+    teller, workload = setting.teller, setting.workload
+    teller.step(name, "warm up")
+    least_s = WARM_UP_S[setting.device.backend]
+    call_s = warm_up(runner, call_s, least_s, setting.sample_s, workload.output_bytes)
+    teller.step(name, "latency")
+    seconds = latency(runner, LATENCY_S)
+    teller.emit(on.LatencyMeasured(case=teller.case, implementation=name, seconds=seconds))
+    return call_s

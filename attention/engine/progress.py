@@ -1,0 +1,160 @@
+"""Progress of a worker: its events, the marker of the running implementation, and the estimated time left."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from attention.core import events as on
+from attention.core.plan import AnyPlan
+from attention.core.results import MIN_ROUNDS
+from attention.core.workload import Workload
+
+Emit = Callable[[on.AnyEvent], None]
+TELL_EVERY_S: Final = 0.25
+PREPARATION_SHARE: Final = 0.6
+"""Assumed time of a case outside calls and rounds, as a share of its rounds, until a case has been measured."""
+CALLS_OUTSIDE: Final = 8
+"""Calls of an implementation on a case outside its rounds: first, accuracy, memory, warm-up, latency."""
+
+
+def rounds_s(call_s: Sequence[float], seconds: float) -> float:
+    """Estimate the seconds of a case's rounds; the reference (the first) is sampled twice in each."""
+    return max(seconds, MIN_ROUNDS * (sum(call_s) + sum(call_s[:1])))
+
+
+def case_s(call_s: Sequence[float], seconds: float) -> float:
+    """Estimate the seconds of a case's calls: those before its rounds, and the rounds.
+
+    Args:
+        call_s: seconds per call of each implementation; the first is the reference.
+        seconds: time limit of the rounds; at least MIN_ROUNDS are made however long they take.
+    """
+    return CALLS_OUTSIDE * sum(call_s) + rounds_s(call_s, seconds)
+
+
+def kind(case: object) -> str:
+    """Return a key of cases whose call times predict each other: "float16 forward"; one key for all other cases."""
+    return f"{case.dtype} {case.pass_}" if isinstance(case, Workload) else ""
+
+
+class Forecast:
+    """Estimate how long the cases of a run take, from the times of calls so far.
+
+    A case without any data is assumed to take the seconds of its rounds and of the preparation.
+    """
+
+    def __init__(self, plan: AnyPlan) -> None:
+        self._plan = plan
+        self._per_flop: dict[tuple[str, str], float] = {}
+        """Seconds of a call per unit of a case's size, by kind and implementation."""
+        self._out: set[tuple[int, str]] = set()
+        self._further_s: list[float] = []
+        """Seconds of each complete case beyond calls and rounds: below zero where rounds ended early."""
+
+    def learn_call(self, case: int, name: str, seconds: float) -> None:
+        """Record the time of a call."""
+        self._per_flop[kind(self._plan.cases[case]), name] = seconds / self._size(case)
+
+    def learn_case(self, case: int, seconds: float) -> None:
+        """Record the time of a case."""
+        self._further_s.append(seconds - case_s(self._calls(case), self._plan.seconds))
+
+    def leave_out(self, case: int, name: str) -> None:
+        """Record that an implementation has left a case."""
+        self._out.add((case, name))
+
+    def whole_s(self, case: int) -> float:
+        """Return the estimated seconds of a case."""
+        further = self._further_s or [PREPARATION_SHARE * self._plan.seconds]
+        return max(0.0, case_s(self._calls(case), self._plan.seconds) + sum(further) / len(further))
+
+    def rounds_s(self, case: int) -> float:
+        """Return the estimated seconds of a case's rounds."""
+        return rounds_s(self._calls(case), self._plan.seconds)
+
+    def _calls(self, case: int) -> list[float]:
+        """Return the seconds of a call of each implementation; an unknown one counts as the mean of the others."""
+        names = [name for name in self._plan.ordered if (case, name) not in self._out]
+        of_kind = kind(self._plan.cases[case])
+        known = [self._per_flop[of_kind, name] for name in names if (of_kind, name) in self._per_flop]
+        if not known:
+            return []
+        mean = sum(known) / len(known)
+        return [self._per_flop.get((of_kind, name), mean) * self._size(case) for name in names]
+
+    def _size(self, case: int) -> float:
+        work = self._plan.cases[case]
+        return max(1.0, work.flops) if isinstance(work, Workload) else 1.0
+
+
+class Teller:
+    """Report the progress of a worker.
+
+    Attributes:
+        emit: sends an event.
+    """
+
+    def __init__(self, plan: AnyPlan, first_case: int, emit: Emit, mark: Callable[[int], None]) -> None:
+        """Create it with the plan, the first case, the sink for events and the marker of the running implementation."""
+        self.emit = emit
+        self._mark = mark
+        self._numbers = {name: number for number, name in enumerate(plan.ordered, 1)}
+        self._cases = len(plan.cases)
+        self._case = self._first = first_case
+        self._started = self._case_started = time.perf_counter()
+        self._forecast = Forecast(plan)
+
+    def begin(self, case: int) -> None:
+        """Report that a case begins."""
+        self._case, self._case_started = case, time.perf_counter()
+        self.emit(on.CaseStarted(case=case))
+
+    def end(self, stopped_by: str) -> None:
+        """Report that the case is complete, and update the estimates of the other cases."""
+        self.at_rest()
+        self.emit(on.CaseDone(case=self._case, stopped_by=stopped_by))
+        self._forecast.learn_case(self._case, time.perf_counter() - self._case_started)
+
+    def at_work(self, name: str) -> None:
+        """Record which implementation is running, so that a crash is attributed to it."""
+        self._mark(self._numbers[name])
+
+    def at_rest(self) -> None:
+        """Record that no implementation is running."""
+        self._mark(0)
+
+    def step(self, name: str, step: on.Step) -> None:
+        """Report that an implementation begins a step of the case."""
+        self.at_work(name)
+        self.emit(on.StepStarted(case=self._case, implementation=name, step=step))
+        self.progress(f"{name}: {step}")
+
+    def say(self, text: str) -> None:
+        """Report a log message."""
+        self.emit(on.Message(level="info", text=text))
+
+    def end_row(self, name: str, status: on.Ending, reason: str) -> None:
+        """Report that an implementation's row has ended without result."""
+        self._forecast.leave_out(self._case, name)
+        self.emit(on.RowEnded(case=self._case, implementation=name, status=status, reason=reason))
+
+    def call_takes(self, name: str, seconds: float) -> None:
+        """Record the time of an implementation's call on this case, for the estimate of the time left."""
+        self._forecast.learn_call(self._case, name, seconds)
+
+    def progress(self, now: str, remaining_s: float | None = None) -> None:
+        """Report what runs now and the progress of the run; `remaining_s`: the time left of the case, if known."""
+        passed = time.perf_counter()
+        if remaining_s is None:  # before the rounds, all of which are still to come
+            elapsed = passed - self._case_started
+            remaining_s = max(self._forecast.whole_s(self._case) - elapsed, self._forecast.rounds_s(self._case))
+        left = remaining_s + sum(self._forecast.whole_s(case) for case in range(self._case + 1, self._cases))
+        before = self._first / self._cases
+        share = (passed - self._started) / (passed - self._started + left) if left else 1.0
+        done = before + (1 - before) * share
+        self.emit(on.Progress(done=min(done, 0.99), remaining_s=left, now=now))
+
+    @property
+    def case(self) -> int:
+        """Index of the current case."""
+        return self._case

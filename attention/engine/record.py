@@ -1,0 +1,476 @@
+"""The state of a run: built from events, turned into result rows at any time."""
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final, Generic, TypeVar
+
+from msgspec import Struct, field, structs
+
+from attention.core import events as on
+from attention.core import statistics
+from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
+from attention.core.results import (
+    MIN_ROUNDS,
+    AnyCase,
+    Case,
+    Environment,
+    FineTuningCase,
+    FineTuningRow,
+    ModelCase,
+    ModelRow,
+    NoiseFloor,
+    Peaks,
+    Ratio,
+    Report,
+    Row,
+    Run,
+    Share,
+    Summary,
+)
+from attention.core.route import Route
+
+LOG_LINES: Final = 10_000
+INTERRUPTED: Final = "interrupted"
+HIGHEST_EFFICIENCY: Final = 1.05
+"""Above this the measured peak is not the device's peak (a matrix unit beside float32 rates); below it is noise."""
+UNITY: Final = Ratio(value=1.0, low=1.0, high=1.0)
+
+
+class Measured(Struct):
+    """Everything measured of one implementation on one case."""
+
+    implementation: str
+    route: Route | None = None
+    step: str | None = None
+    """The current step, if any."""
+    first_call_s: float | None = None
+    latency_s: float | None = None
+    check: on.Checked | None = None
+    peak_bytes: int | None = None
+    samples: list[float] = field(default_factory=list)
+    """Seconds per call, one for each round; NaN for a round without a sample."""
+    losses: list[float | None] = field(default_factory=list)
+    calls: on.CallsCounted | None = None
+    layers: on.LayersTimed | None = None
+    ended: on.RowEnded | None = None
+
+    def forget_times(self) -> None:
+        """Drop what a repeated case will measure again; a row that has ended is unchanged."""
+        if self.ended is None:
+            self.step, self.samples, self.losses = None, [], []
+
+
+class CaseRecord(Struct):
+    """Everything measured on one case."""
+
+    rows: dict[str, Measured]
+    reference: str | None = None
+    again: list[float] = field(default_factory=list)
+    without: list[float] = field(default_factory=list)
+    """Samples of the model whose attention returns its query unchanged."""
+    weights_bytes: int | None = None
+    shared_passes: bool = False
+    stopped_by: str | None = None
+    started: bool = False
+
+
+P = TypeVar("P", bound=AnyPlan)
+C = TypeVar("C")
+
+
+class RunRecord(ABC, Generic[P, C]):
+    """The state of a run, changed only by events; subclasses define its rows.
+
+    Attributes:
+        plan: the plan of the run.
+        cases: one entry for each case of the plan.
+        environment, peaks: empty until the worker reports them.
+        progress: the latest Progress event, or None.
+        last_rounds: the latest RoundsDone event, with its memory figures.
+        log: the latest messages, at most LOG_LINES.
+        refused: why nothing could run, or None.
+        done: whether the worker reported completion.
+    """
+
+    def __init__(self, plan: P) -> None:
+        self.plan = plan
+        self.cases = [
+            CaseRecord(rows={name: Measured(implementation=name) for name in plan.ordered}) for _ in plan.cases
+        ]
+        self.environment = Environment()
+        self.peaks = Peaks()
+        self.progress: on.Progress | None = None
+        self.last_rounds: on.RoundsDone | None = None
+        self.log: deque[on.Message] = deque(maxlen=LOG_LINES)
+        self.refused: on.RunRefused | None = None
+        self.current_case: int | None = None
+        self.done = False
+
+    def apply(self, event: on.AnyEvent) -> None:
+        """Apply one event."""
+        match event:
+            case on.RunStarted():
+                self.environment = event.environment
+            case on.PeaksMeasured():
+                self.peaks = event.peaks
+            case on.Progress():
+                self.progress = event
+            case on.Message():
+                self.log.append(event)
+            case on.RunRefused():
+                self.refused = event
+            case on.RunDone():
+                self.done = True
+            case on.WorkerUnusable() | on.TrialStarted() | on.Tuned() | on.Switched():
+                pass
+            case _:
+                self._apply_to_case(event, self.cases[event.case])
+
+    def _apply_to_case(self, event: on.CaseEvent, case: CaseRecord) -> None:
+        match event:
+            case on.CaseStarted():
+                self.current_case, case.started = event.case, True
+                case.again, case.without = [], []
+                for measured in case.rows.values():
+                    measured.forget_times()
+            case on.ReferenceChosen():
+                case.reference = event.implementation
+            case on.RoundsDone():
+                self.last_rounds = event
+                beside = {on.AGAIN: case.again, on.WITHOUT: case.without}
+                for name, samples in event.samples.items():
+                    into = beside[name] if name in beside else case.rows[name].samples
+                    into.extend(math.nan if sample is None else sample for sample in samples)
+            case on.PassesShared():
+                case.shared_passes = True
+            case on.WeightsMade():
+                case.weights_bytes = event.weights_bytes
+            case on.IterationDone():
+                self._take_iteration(event, case)
+            case on.CaseDone():
+                case.stopped_by = event.stopped_by
+            case on.Expected():
+                pass
+            case _:
+                self._apply_to_row(event, case.rows[event.implementation])
+
+    @staticmethod
+    def _take_iteration(event: on.IterationDone, case: CaseRecord) -> None:
+        again = event.implementation == on.AGAIN
+        row = None if again else case.rows[event.implementation]
+        if row:
+            row.losses.append(event.loss)
+        if event.number > 1:
+            (row.samples if row else case.again).append(event.seconds)
+        elif row:
+            row.first_call_s = event.seconds  # compiling the step
+
+    def _apply_to_row(self, event: on.RowEvent | on.ModelRowEvent, row: Measured) -> None:
+        match event:
+            case on.RouteFound():
+                row.route = event.route
+            case on.StepStarted():
+                row.step = event.step
+            case on.RowEnded():
+                row.ended, row.step = event, None
+            case on.FirstCall():
+                row.first_call_s = event.seconds
+            case on.Checked():
+                row.check = event
+            case on.MemoryMeasured():
+                row.peak_bytes = event.peak_bytes
+            case on.LatencyMeasured():
+                row.latency_s = event.seconds
+            case on.CallsCounted():
+                row.calls = event
+            case on.LayersTimed():
+                row.layers = event
+
+    @abstractmethod
+    def case(self, index: int) -> C:
+        """Makes the rows of one case from what is known so far."""
+
+    @abstractmethod
+    def report(self, run: Run) -> Report:
+        """Makes the report of what is known so far; rows that have nothing to show yet are left out."""
+
+
+AnyRecord = RunRecord[Any, Any]
+
+
+class Record(RunRecord[Plan, Case]):
+    """The state of a run over attention shapes."""
+
+    def report(self, run: Run) -> Report:
+        """Makes the report of what is known so far; rows that have nothing to show yet are left out."""
+        cases = tuple(self.case(index) for index in range(len(self.cases)))
+        return Report(
+            run=run,
+            environment=self.environment,
+            peaks=self.peaks,
+            cases=tuple(case for case in cases if case.rows),
+            summary=summarise(cases, self.plan.ordered),
+        )
+
+    def case(self, index: int) -> Case:
+        """Makes the rows of one case from what is known so far."""
+        record = self.cases[index]
+        reference = record.rows[record.reference].samples if record.reference else []
+        floor = statistics.noise_floor(reference, record.again)
+        throttled = statistics.drifted(reference, floor.floor) if floor else None
+        workload = self.plan.cases[index]
+        made = [
+            timed_row(
+                measured,
+                record,
+                tokens=workload.tokens,
+                speedup=UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor),
+                throttled=throttled,
+            )
+            for name, measured in record.rows.items()
+        ]
+        rows = tuple(_with_rates(row, workload.flops, self.peaks) for row in made if row is not None)
+        return Case(workload=workload, reference=record.reference, noise_floor=floor, rows=rows)
+
+
+def _with_rates(row: Row, flops: int, peaks: Peaks) -> Row:
+    """Return the row with its FLOP/s and its efficiency."""
+    if row.call_s is None:
+        return row
+    flops_per_s = flops / row.call_s.median
+    return structs.replace(row, flops_per_s=flops_per_s, efficiency=_efficiency(flops_per_s, peaks))
+
+
+def timed_row(
+    measured: Measured, record: CaseRecord, *, tokens: int, speedup: Ratio | None, throttled: bool | None
+) -> Row | None:
+    """Return the fields common to all rows, for calls that produce `tokens` tokens; None if there are none yet."""
+    ended, route, check = measured.ended, measured.route, measured.check
+    if ended is None and all(map(math.isnan, measured.samples)):
+        return None
+    accurate = check is None or check.accurate
+    taken = tuple(sample for sample in measured.samples if not math.isnan(sample))
+    call = statistics.median_interval(taken) if taken else None
+    return Row(
+        implementation=measured.implementation,
+        status=ended.status if ended else ("ok" if accurate else "inaccurate"),
+        path=route.path if route else None,
+        fused=route.fused if route and route.supported else None,
+        reason=_reason(measured),
+        tokens_per_second=tokens / call.median if call else None,
+        call_s=call,
+        latency_s=measured.latency_s,
+        first_call_s=measured.first_call_s,
+        speedup=None if ended else speedup,
+        peak_bytes=measured.peak_bytes,
+        predicted_bytes=route.predicted_bytes if route else None,
+        max_error=check.max_error if check else None,
+        rms_error=check.rms_error if check else None,
+        samples=taken,
+        stopped_by="failed" if ended else record.stopped_by or INTERRUPTED,
+        throttled=throttled,
+    )
+
+
+def _efficiency(flops_per_s: float, peaks: Peaks) -> float | None:
+    if not peaks.flops_per_s:
+        return None
+    share = flops_per_s / peaks.flops_per_s
+    return share if share <= HIGHEST_EFFICIENCY else None
+
+
+def _reason(measured: Measured) -> str | None:
+    if measured.ended:
+        return measured.ended.reason
+    if measured.check and not measured.check.accurate:
+        return measured.check.detail
+    return measured.route.reason if measured.route else None
+
+
+def summarise(cases: Sequence[AnyCase], implementations: tuple[str, ...]) -> tuple[Summary, ...]:
+    """Return one summary per implementation: the geometric mean of its speedups over the cases it ran accurately."""
+    lines = []
+    for name in implementations:
+        rows = [row for case in cases for row in case.rows if row.implementation == name]
+        speedups = [row.speedup for row in rows if row.speedup and row.status == "ok"]
+        not_ok = sum(row.status != "ok" for row in rows)
+        if rows:
+            mean = statistics.geometric_mean(speedups)
+            lines.append(Summary(implementation=name, cases=len(speedups), speedup=mean, not_ok=not_ok))
+    return tuple(lines)
+
+
+PASSED_ON: Final = "passed on to MLX's own"
+NEVER_CALLED: Final = "never called"
+NO_CALL: Final = "no call of attention reached it: the model attends by itself, and that is what was timed"
+LOSS_TOLERANCE: Final = {"float32": 3e-4, "float16": 3e-3, "bfloat16": 3e-3}
+"""Relative difference of a loss from the reference's that rounding may cause at the start of a fine-tuning."""
+GROWTH: Final = 10
+"""The tolerance grows by itself per this many iterations: each step starts from the rounding of the last."""
+
+
+def record_of(plan: AnyPlan) -> AnyRecord:
+    """Return an empty record for a plan of any kind."""
+    match plan:
+        case GenerationPlan():
+            return GenerationRecord(plan)
+        case FineTuningPlan():
+            return FineTuningRecord(plan)
+        case Plan():
+            return Record(plan)
+
+
+class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
+    """The state of a generation run."""
+
+    def report(self, run: Run) -> Report:
+        """Return the report so far; cases without results are omitted."""
+        cases = tuple(self.case(index) for index in range(len(self.cases)))
+        shown = tuple(case for case in cases if case.rows)
+        return Report(run=run, environment=self.environment, peaks=self.peaks, models=shown)
+
+    def case(self, index: int) -> ModelCase:
+        """Return the rows of one case so far."""
+        work, record = self.plan.cases[index], self.cases[index]
+        reference = record.rows[record.reference].samples if record.reference else []
+        floor = statistics.noise_floor(reference, record.again)
+        throttled = statistics.drifted(reference, floor.floor) if floor else None
+        rows = []
+        for name, measured in record.rows.items():
+            speedup = UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor)
+            row = timed_row(measured, record, tokens=work.tokens, speedup=speedup, throttled=throttled)
+            if row is not None:
+                rows.append(_model_row(row, measured, record))
+        return ModelCase(
+            workload=work,
+            reference=record.reference,
+            noise_floor=floor,
+            weights_bytes=record.weights_bytes,
+            shared_passes=record.shared_passes,
+            rows=tuple(rows),
+        )
+
+
+def _model_row(row: Row, measured: Measured, record: CaseRecord) -> ModelRow:
+    layers, check = measured.layers, measured.check
+    # The difference of two models' logits is no error against float64, and has a place of its own.
+    fields = {**_fields(row, measured), "max_error": None, "rms_error": None}
+    return ModelRow(
+        **fields,
+        attention_share=None if measured.ended else attention_share(measured.samples, record.without),
+        layer_s=layers.layer_s if layers else None,
+        fixed_s=layers.fixed_s if layers else None,
+        logits_error=check.rms_error if check else None,
+    )
+
+
+def _fields(row: Row, measured: Measured) -> dict[str, Any]:
+    """Return the fields common to both kinds of rows: those of every row, and the call counts."""
+    calls = measured.calls
+    return {
+        **structs.asdict(row),
+        **(_observed(row, calls) if calls and not measured.ended else {}),
+        "predicted_bytes": None,  # one call's of attention, and no part of a model's figures
+        "replaced_calls": calls.replaced if calls else None,
+        "passed_on_calls": calls.passed_on if calls else None,
+    }
+
+
+def _observed(row: Row, calls: on.CallsCounted) -> dict[str, Any]:
+    """Return the path that ran, if it differs from the route predicted for a layer."""
+    if calls.replaced:
+        path = calls.path or row.path
+        return {"path": path, "fused": row.fused if path == row.path else None}
+    reason = f"all calls went to MLX's own: {calls.reason}" if calls.passed_on else NO_CALL
+    observed = {"path": PASSED_ON if calls.passed_on else NEVER_CALLED, "fused": None}
+    return observed if row.status == "inaccurate" else {**observed, "reason": reason}
+
+
+def attention_share(times: Sequence[float], without: Sequence[float]) -> Share | None:
+    """Return the share of a model's time saved without attention, from paired rounds; None below MIN_ROUNDS."""
+    logs = statistics.log_ratios(times, without)
+    if len(logs) < MIN_ROUNDS:
+        return None
+    middle, low, high = (1 - math.exp(-log) for log in statistics.ratio_interval(logs))
+    return Share(value=middle, low=low, high=high)
+
+
+class FineTuningRecord(RunRecord[FineTuningPlan, FineTuningCase]):
+    """The state of a run of fine-tunings."""
+
+    def report(self, run: Run) -> Report:
+        """Return the report so far; cases without results are omitted."""
+        cases = tuple(self.case(index) for index in range(len(self.cases)))
+        shown = tuple(case for case in cases if case.rows)
+        return Report(run=run, environment=self.environment, peaks=self.peaks, fine_tunings=shown)
+
+    def case(self, index: int) -> FineTuningCase:
+        """Return the rows of one case so far.
+
+        Fine-tunings run one after the other, so their times are unpaired: speedups are ratios of two runs.
+        """
+        work, record = self.plan.cases[index], self.cases[index]
+        reference = record.rows[record.reference] if record.reference else None
+        floor = _unpaired_floor(reference.samples, record.again) if reference else None
+        rows = []
+        for name, measured in record.rows.items():
+            speedup = UNITY if name == record.reference else _unpaired(reference, measured, floor)
+            row = timed_row(measured, record, tokens=work.tokens, speedup=speedup, throttled=None)
+            if row is not None:
+                rows.append(_tuning_row(row, measured, reference, LOSS_TOLERANCE[work.dtype]))
+        return FineTuningCase(
+            workload=work,
+            reference=record.reference,
+            noise_floor=floor,
+            weights_bytes=record.weights_bytes,
+            rows=tuple(rows),
+        )
+
+
+def _unpaired_floor(first: Sequence[float], second: Sequence[float]) -> NoiseFloor | None:
+    ratio = statistics.unpaired_ratio(first, second)
+    if ratio is None:
+        return None
+    floor = max(ratio.high - 1, 1 / ratio.low - 1, statistics.SMALLEST_FLOOR)
+    return NoiseFloor(value=ratio.value, low=ratio.low, high=ratio.high, floor=floor)
+
+
+def _unpaired(reference: Measured | None, measured: Measured, floor: NoiseFloor | None) -> Ratio | None:
+    if reference is None:
+        return None
+    return statistics.unpaired_ratio(reference.samples, measured.samples, floor.floor if floor else math.inf)
+
+
+def _tuning_row(row: Row, measured: Measured, reference: Measured | None, tolerance: float) -> FineTuningRow:
+    differences = loss_differences(reference.losses, measured.losses) if reference else []
+    fields = _fields(row, measured)
+    apart = _first_apart(differences, tolerance)
+    if apart is not None and row.status == "ok":
+        fields["status"], fields["reason"] = "inaccurate", apart
+    known = [difference for difference in differences if math.isfinite(difference)]
+    return FineTuningRow(
+        **fields,
+        iterations_per_second=1 / row.call_s.median if row.call_s else None,
+        losses=tuple(measured.losses),
+        loss_difference=max(known) if known and len(known) == len(differences) else None,
+    )
+
+
+def loss_differences(reference: Sequence[float | None], losses: Sequence[float | None]) -> list[float]:
+    """Return the relative differences of two loss curves up to the shorter one; infinite if a loss is not finite."""
+    return [
+        math.inf if first is None or loss is None else abs(loss - first) / max(abs(first), 1e-9)
+        for first, loss in zip(reference, losses, strict=False)
+    ]
+
+
+def _first_apart(differences: Sequence[float], tolerance: float) -> str | None:
+    """Describe where a curve first departs from the reference's by more than rounding, or return None."""
+    for index, difference in enumerate(differences):
+        allowed = tolerance * (1 + index / GROWTH)
+        if difference > allowed:
+            off = f"{difference:.2%} off the reference's" if math.isfinite(difference) else "no number"
+            return f"the loss of iteration {index + 1} is {off}; {allowed:.2%} is allowed"
+    return None

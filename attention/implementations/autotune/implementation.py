@@ -1,0 +1,334 @@
+"""The autotuner: picks the fastest candidate per workload class on first use, stores it, and monitors it in use."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+import mlx.core as mx
+from msgspec import structs
+
+from attention.core import events as on
+from attention.core.route import PLAIN, Needs, Route, fitted
+from attention.core.workload import Workload
+from attention.implementations import call_hooks
+from attention.implementations.autotune import tuning_events
+from attention.implementations.autotune.active_choice import Standing, evaluated, heir, standing_of
+from attention.implementations.autotune.drift_detector import Watch
+from attention.implementations.autotune.prescreen import SHORTEST_S
+from attention.implementations.autotune.store import Entry, Store, WorkloadClass, class_of, code_now, longest
+from attention.implementations.autotune.trial import LEANEST, NAME, BoundCall, Check, Task, Trial, candidates, fitting
+from attention.implementations.call_signature import asked_for, here
+from attention.implementations.protocol import Implementation, NeedsBuilding
+from attention.implementations.runner import MlxRunner
+from attention.masks import Mask, of_workload
+from attention.measure.clock import Clock
+from attention.measure.device import Device, probe
+
+SAMPLES_A_LOOK: Final = 8
+"""One in this many samples is observed by the tuner: a few microseconds in each sample would distort the result."""
+TRY_S: Final = 0.0003
+"""Approximate length of a group of calls of a challenger: long against a wait for the device, short beside a sample."""
+
+
+class DemoRunner(MlxRunner):
+    """Repeat the tuned choice; monitor it with the samples of the run, so that nothing extra is evaluated."""
+
+    def __init__(self, demo: "Demo", task: Task) -> None:
+        """Bind the call; runs a trial if there was none."""
+        super().__init__(demo, task.workload, task.inputs, task.scale)
+        self._demo = demo
+        self._task = task
+        self._standing = demo.standing(task)
+        self._implementation = self._standing.call
+        self._watching = True
+        self._began: float | None = None
+        self._usual = self._waits = self._calls = 0
+        self._few = 1
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluate the outputs of all queued calls; then try a challenger, within the share of calls allowed."""
+        super().wait(outputs)
+        calls = len(outputs) if isinstance(outputs[0], list) else 1
+        self._calls += calls
+        self._waits += 1
+        if self._began is not None:
+            self._look_at((self._demo.clock() - self._began) / calls, calls)
+            self._began = None
+        if self._waits % SAMPLES_A_LOOK == 0:
+            self.queue = self._queue_first  # type: ignore[method-assign]
+
+    def _queue_first(self) -> list[mx.array]:
+        """Queue the first call of an observed sample; the calls of other samples bypass this method altogether."""
+        del self.queue
+        self._began = self._demo.clock()
+        return self.queue()
+
+    def _look_at(self, call_s: float, count: int) -> None:
+        """Record the time of one call of a sample, and the sample's number of calls."""
+        standing = self._standing
+        standing.calls, self._calls = standing.calls + self._calls, 0
+        if count != self._usual:
+            self._usual = count
+            standing.watch.begin_anew()
+        standing.watch.observe(call_s)
+        # Both halves of a pair are extra calls, beyond those of the run.
+        self._few = max(1, min(count, round(TRY_S / max(call_s, SHORTEST_S))))
+        if self._watching and standing.watch.may_try(standing.calls // (2 * self._few)):
+            self._demo.attempt_pair(standing, self._try, self._task, queued=self._few > 1)
+        self._implementation = standing.call
+
+    def peak_bytes(self) -> int | None:
+        """Return the peak memory of the choice alone, in bytes."""
+        self._watching = False
+        try:
+            return super().peak_bytes()
+        finally:
+            self._watching = True
+
+    def _try(self, candidate: Implementation) -> None:
+        """Run a few calls of a candidate, queued together like those of a sample."""
+        runner = BoundCall(candidate, self._task)
+        runner.wait([runner.queue() for _ in range(self._few)])
+
+
+TRIAL_S: Final = 0.5
+IN_USE: Final = 64
+"""Calls after which a class counts as in use: a neighbouring class then inherits its choice without a trial."""
+MOST_KEYS: Final = 4096
+
+
+class Demo:
+    """Benchmark `poc`, `practical`, MLX SDPA plain and compiled, and `baseline`; use the fastest and monitor it.
+
+    A call cannot know whether its gradient will be needed, so calls are tuned as forward passes;
+    `Demo(pass_="training")` tunes forward and backward together.
+    """
+
+    name = NAME
+
+    def __init__(
+        self,
+        *,
+        pass_: Literal["forward", "training"] = "forward",
+        among: Mapping[str, Implementation] | None = None,
+        store: Store | None = None,
+        budget_s: float = TRIAL_S,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """Start with no workload tuned.
+
+        Args:
+            pass_: the pass that calls are tuned for.
+            among: the candidates by name; all of them by default.
+            store: where results of trials are stored; the user's file by default.
+            budget_s: seconds of a trial.
+            clock: in seconds.
+        """
+        self.candidates = dict(candidates() if among is None else among)
+        self.store = store or Store()
+        self._pass = pass_
+        self._budget_s = budget_s
+        self.clock = clock
+        self._keys: dict[object, Standing] = {}
+        self._classes: dict[WorkloadClass, Standing] = {}
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        """Return the route of the tuned choice; before a trial, the route used where no trial can be made."""
+        standing = self._known(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
+        if standing is None:
+            route = self.candidates[self._by_routes(workload, device, needs)].route(workload, device, needs)
+            names = ", ".join(self._fitting(workload, device, needs))
+            return structs.replace(route, path="not tried yet", reason=f"takes the fastest on first use: tries {names}")
+        route = self.candidates[standing.name].route(workload, device, needs)
+        return structs.replace(route, path=_path(standing.name), reason=f"fastest in a trial; {route.reason}")
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        """Compute attention; shapes as in the protocol.
+
+        If the call is being traced and its class is not tuned yet, the trial runs during tracing, on random inputs.
+        Traced calls are not timed.
+        """
+        key = _key(q, k, v, mask, softcap)
+        standing = self._keys.get(key)
+        if standing is None:
+            standing = self._admit(key, q, k, v, scale, mask, softcap)
+        standing.calls += 1
+        if standing.calls >= standing.look_at:
+            name, out = standing.name, self._look(standing, q, k, v, scale, mask, softcap)
+        else:
+            name, out = standing.name, standing.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        call_hooks.ran(_path(name))
+        return out
+
+    def needs_building(self, workload: Workload, device: Device) -> bool:
+        """Return whether a candidate has to be compiled before a trial is fair."""
+        return any(one.needs_building(workload, device) for one in self._built())
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Compile what a trial would call."""
+        for one in self._built():
+            one.build(tell)
+
+    def for_training(self) -> "Demo":
+        """Return a tuner for training calls that shares the store and the choices of this one."""
+        other = Demo(
+            pass_="training", among=self.candidates, store=self.store, budget_s=self._budget_s, clock=self.clock
+        )
+        other._classes = self._classes
+        return other
+
+    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> DemoRunner:
+        """Return a bound call; a trial of the workload's pass, if needed, runs now, before anything is timed."""
+        task = Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload))
+        return DemoRunner(self, task)
+
+    def tune(self, task: Task) -> Entry:
+        """Run a trial on a task, even if its class is tuned already, and store the result.
+
+        Raises:
+            RuntimeError: no candidate could be run.
+        """
+        device = probe()
+        task = task.telling(device.available_bytes // 2)
+        for one in self._built():
+            if one.needs_building(task.workload, device):
+                one.build(lambda text: tuning_events.tell(on.Message(level="info", text=text)))
+        names = self._fitting(task.workload, device, task.needs)
+        workload = class_of(task.workload, device, task.needs)
+        trial = Trial(workload, task, budget_s=self._budget_s, device=device, clock=self.clock, now=self.store.now)
+        entry = trial.run({name: self.candidates[name] for name in names})
+        self.store.put(entry)
+        standing = self._classes[workload] = standing_of(entry, self.candidates)
+        standing.warm = set(entry.call_s)
+        return entry
+
+    def standing(self, task: Task) -> Standing:
+        """Return the choice for a task; runs a trial if there was none."""
+        device = probe()
+        workload = class_of(task.workload, device, task.needs)
+        known = self._known(workload, lambda: self._fitting(task.workload, device, task.needs))
+        if known is None:
+            self.tune(task)
+            known = self._classes[workload]
+        return known
+
+    def attempt_pair(
+        self, standing: Standing, run: Callable[[Implementation], Any], task: Task, *, queued: bool
+    ) -> None:
+        """Time the choice against its challenger once, if there is one; `queued`: `run` runs several queued calls."""
+        challenger = standing.watch.challenger
+        if challenger is not None:
+            standing.pair(challenger, run, Check(task).error, self.candidates, self.clock, queued=queued)
+
+    def _built(self) -> list[NeedsBuilding]:
+        return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding)]
+
+    def _fitting(self, workload: Workload, device: Device, needs: Needs) -> list[str]:
+        """Return the candidates that fit the longest lengths of the workload's class."""
+        return fitting(self.candidates, longest(workload), device, needs)
+
+    def _known(self, workload: WorkloadClass, fitting: Callable[[], Sequence[str]]) -> Standing | None:
+        """Return the choice known to this process, or the stored one.
+
+        A stored choice counts only if the code of the candidates is unchanged and every fitting candidate was tried.
+        """
+        standing = self._classes.get(workload)
+        if standing is not None:
+            return standing
+        entry = self.store.get(workload)
+        if entry is None or entry.made_with != code_now():
+            return None
+        fit = fitting()
+        if entry.winner not in fit or set(fit) - {*entry.call_s, *entry.untried}:
+            return None
+        return self._classes.setdefault(workload, standing_of(entry, self.candidates))
+
+    def _admit(
+        self, key: object, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
+    ) -> Standing:
+        """Find the choice for a kind of call not seen before; slow, done once per kind."""
+        asked, needs = asked_for(q, k, v, mask, softcap)
+        workload = structs.replace(asked, pass_=self._pass)
+        device = probe()
+        fit = self._fitting(workload, device, needs)
+        found = class_of(workload, device, needs)
+        standing = self._known(found, lambda: fit)
+        if standing is None:
+            task = Task(workload=workload, inputs=[q, k, v], scale=scale, mask=mask, softcap=softcap)
+            standing = self._found(found, task, fit, device)
+        if standing is None or standing.name not in fit:
+            name = self._by_routes(workload, device, needs)
+            plain = Standing(workload=found, name=name, call=self.candidates[name], rivals={}, watch=Watch({}))
+            if standing is None:
+                return plain  # too large for a trial while tracing: the next call may find values to try with
+            standing = plain
+        if len(self._keys) >= MOST_KEYS:
+            self._keys.clear()
+        self._keys[key] = standing
+        return standing
+
+    def _found(self, found: WorkloadClass, task: Task, fit: Sequence[str], device: Device) -> Standing | None:
+        """Choose for an unknown class: a neighbouring class's choice, or the result of a trial."""
+        if not evaluated(*task.inputs, task.mask.array):
+            stand_in = task.stand_in(device.available_bytes // 2)
+            if stand_in is None:
+                return None
+            self.tune(stand_in)
+            return self._classes[found]
+        for near in reversed(self._classes.values()):
+            if near.calls >= IN_USE and near.name in fit and near.workload.next_to(found):
+                standing = self._classes[found] = heir(near, found, fit)
+                return standing
+        self.tune(task.complete())
+        return self._classes[found]
+
+    def _look(
+        self,
+        standing: Standing,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+    ) -> mx.array:
+        """Make a call; time it if its inputs are not traced and a timing is due."""
+        due = standing.due(self.clock())
+
+        def attempt(candidate: Implementation) -> mx.array:
+            out = candidate(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            mx.eval(out)
+            return out
+
+        def judge(candidate: Implementation) -> tuple[float, str]:
+            workload, _ = asked_for(q, k, v, mask, softcap)
+            task = Task(workload=workload, inputs=[q, k, v], scale=scale, mask=mask, softcap=softcap)
+            return Check(task).error(candidate)
+
+        if not due or not evaluated(q, k, v, mask.array):
+            return standing.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        out: mx.array = standing.time(attempt, judge, self.candidates, self.clock)
+        return out
+
+    def _by_routes(self, workload: Workload, device: Device, needs: Needs) -> str:
+        """Return the first fused candidate, otherwise the leanest."""
+        fit = fitting(self.candidates, workload, device, needs)
+        fused = (name for name in fit if self.candidates[name].route(workload, device, needs).fused)
+        return next(fused, LEANEST if LEANEST in self.candidates else fit[0])
+
+
+@lru_cache(maxsize=256)
+def _path(choice: str) -> str:
+    return fitted(f"tuned: {choice}")
+
+
+def _key(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> object:
+    """Return the properties of a call that determine its choice; computed at every call, so it must be cheap."""
+    batch, heads, seq, head_dim = q.shape
+    _, kv_heads, kv_seq, _ = k.shape
+    lengths = (seq - 1).bit_length(), (kv_seq - 1).bit_length()
+    asked = mask.causal, mask.window, mask.array is not None, softcap is not None
+    return (q.dtype, batch, heads, kv_heads, head_dim, v.shape[3], *lengths, *asked, here())

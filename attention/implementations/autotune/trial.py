@@ -1,0 +1,331 @@
+"""A trial: successive halving among the candidates, the winner's accuracy, and the entry stored of both."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Final
+
+import mlx.core as mx
+import numpy as np
+from msgspec import Struct, structs
+
+from attention import masks
+from attention.core import events as on
+from attention.core.results import Ratio
+from attention.core.route import PLAIN, Needs
+from attention.core.workload import Workload
+from attention.implementations.autotune import tuning_events
+from attention.implementations.autotune.halving import Found, Halving
+from attention.implementations.autotune.store import Entry, WorkloadClass, code_now
+from attention.implementations.baseline import Baseline
+from attention.implementations.bounded.blocks import MIB
+from attention.implementations.bounded.implementation import Practical
+from attention.implementations.call_signature import needs_of
+from attention.implementations.fused import Poc, kernel_variants
+from attention.implementations.mlx_sdpa import MlxSdpa
+from attention.implementations.protocol import Implementation
+from attention.implementations.runner import MlxRunner, make_inputs
+from attention.masks import Mask
+from attention.measure.accuracy import FORWARD_FACTOR, Judge, choose_sample
+from attention.measure.clock import Clock
+from attention.measure.device import Device
+from attention.measure.reference import Rules, forward
+
+MAX_EQUAL: Final = 0.5
+"""Maximum share of an input that may be a single value such as zero: one-hot rows exceed it."""
+SCORES: Final = 300_000
+"""Number of scores checked against float64: some tens of milliseconds."""
+
+
+class Task(Struct, frozen=True, kw_only=True, eq=False):
+    """A call and its inputs."""
+
+    workload: Workload
+    inputs: Sequence[mx.array]
+    """q (B, H, L, D), k and v (B, Hkv, Lk, D), and in training the output's gradient, all evaluated."""
+    scale: float
+    mask: Mask
+    softcap: float | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """The features used that the workload does not describe."""
+        return needs_of(self.softcap is not None, self.mask.array)
+
+    def complete(self) -> "Task":
+        """Return the task with an output gradient added if one is needed and missing."""
+        if self.workload.pass_ != "training" or len(self.inputs) > 3:
+            return self
+        q, _, v = self.inputs
+        return structs.replace(self, inputs=[*self.inputs, mx.ones((*q.shape[:3], v.shape[3]), q.dtype)])
+
+    def telling(self, most_bytes: int | None = None) -> "Task":
+        """Return a task on random inputs if these inputs are unsuitable for measuring accuracy and speed, else self.
+
+        The inputs of a warm-up call are zeros or constants, for which wrong weights give the right output; infinities
+        and NaN make every candidate wrong; and a GPU computes zeros faster than random values. If new inputs would
+        take more than most_bytes, the task stays as it is.
+        """
+        if most_bytes is not None and self.workload.input_bytes > most_bytes:
+            return self
+        if all(_tells(array) for array in self.inputs[:3]):
+            return self
+        return structs.replace(self, inputs=make_inputs(self.workload, 0))
+
+    def stand_in(self, most_bytes: int) -> "Task | None":
+        """Return a task of the same shapes on random inputs, for a call being traced; None if too large.
+
+        MLX can evaluate unrelated arrays during tracing. The stand-in for an array mask hides nothing.
+        """
+        if self.workload.input_bytes > most_bytes:
+            return None
+        array = self.mask.array
+        if array is not None:
+            array = (mx.ones if array.dtype == mx.bool_ else mx.zeros)(array.shape, array.dtype)
+            mx.eval(array)
+        mask = structs.replace(self.mask, array=array)
+        return structs.replace(self, inputs=make_inputs(self.workload, 0), mask=mask)
+
+
+def _tells(array: mx.array) -> bool:
+    """Return whether an input (B, H, L, D) is finite, its rows differ, and no value fills more than half of it."""
+    finite = mx.isfinite(array).all()
+    differ = (array != array[:, :, :1]).any() if array.shape[2] > 1 else mx.array(True)
+    mixed = mx.mean((array == array[:1, :1, :1, :1]).astype(mx.float32)) <= MAX_EQUAL
+    empty = mx.mean((array == 0).astype(mx.float32)) <= MAX_EQUAL
+    return bool(finite & differ & mixed & empty)
+
+
+class BoundCall(MlxRunner):
+    """A candidate bound to a task's inputs."""
+
+    def __init__(self, candidate: Implementation, task: Task, inputs: Sequence[mx.array] | None = None) -> None:
+        """Bind the candidate; `inputs` of the same shapes replace the task's."""
+        super().__init__(candidate, task.workload, task.inputs if inputs is None else inputs, task.scale)
+        self._mask = task.mask
+        self._softcap = task.softcap
+
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return self._implementation(q, k, v, scale=self._scale, mask=self._mask, softcap=self._softcap)
+
+
+class Check:
+    """Check candidates on one task by FlashAttention 3's error rule; the reference is computed once."""
+
+    def __init__(self, task: Task) -> None:
+        """Create it; unsuitable inputs are replaced by random ones, and the reference is computed on first use."""
+        self._task = task.telling()
+        self._judge: Judge | None = None
+
+    def error(self, candidate: Implementation) -> tuple[float, str]:
+        """Return a candidate's largest error and what is wrong with it, empty if it is accurate."""
+        task = self._task
+        results = BoundCall(candidate, task).results()
+        if task.needs != PLAIN:
+            return _against_reference(task, results[0])
+        if self._judge is None:
+            self._judge = Judge(task.workload, task.inputs, task.scale, scores=SCORES)
+        rows = self._judge.row_inputs
+        of_rows = BoundCall(candidate, task, rows).results() if rows else None
+        judgement = self._judge.check(results, of_rows)
+        return judgement.max_error, "" if judgement.accurate else judgement.detail
+
+
+def _against_reference(task: Task, output: mx.array) -> tuple[float, str]:
+    """Apply the same rule with a softcap or an array mask: on the heads of one group, and on the output only."""
+    sample = choose_sample(task.workload, 0, SCORES)
+    batch, group = sample.groups[0]
+    share = task.workload.heads // task.workload.kv_heads
+    heads = slice(group * share, (group + 1) * share)
+    q, k, v = task.inputs[0][batch, heads], task.inputs[1][batch, group], task.inputs[2][batch, group]
+    array = task.mask.array
+    part = None
+    if array is not None:
+        whole = slice(None)
+        part = masks.part(masks.as_4d(array), slice(batch, batch + 1), heads, whole, whole)
+    mask = Mask(causal=task.mask.causal, window=task.mask.window, array=part)
+    plain = Baseline()(q[None], k[None, None], v[None, None], scale=task.scale, mask=mask, softcap=task.softcap)[0]
+    worst, allowed = 0.0, 0.0
+    for head in range(share):
+        per_head = None
+        if part is not None:
+            of_head = _numpy(part[0, head if part.shape[1] > 1 else 0])
+            per_head = np.broadcast_to(of_head, (task.workload.seq, task.workload.kv_seq))
+        rules = Rules(scale=task.scale, causal=mask.causal, window=mask.window, mask=per_head, softcap=task.softcap)
+        exact = forward(_numpy(q[head]), _numpy(k), _numpy(v), rules, sample.rows).output
+        rows = mx.array(sample.rows)
+        own = np.abs(_numpy(output[batch, group * share + head][rows]) - exact).max()
+        peer = np.abs(_numpy(plain[head][rows]) - exact).max()
+        worst = max(worst, float(own)) if np.isfinite(own) else float("inf")
+        allowed = max(allowed, FORWARD_FACTOR * float(peer) + float(mx.finfo(output.dtype).eps))
+    return worst, "" if worst <= allowed else f"output: {worst:.2g} off, {allowed:.2g} allowed"
+
+
+def _numpy(array: mx.array) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+    if array.dtype == mx.bool_:
+        return np.array(array)
+    return np.asarray(np.array(array.astype(mx.float32)), dtype=np.float64)
+
+
+NAME: Final = "demo"
+
+
+class Trial:
+    """A trial of candidates on a task."""
+
+    def __init__(
+        self,
+        workload: WorkloadClass,
+        task: Task,
+        *,
+        budget_s: float,
+        device: Device,
+        clock: Clock,
+        now: Callable[[], datetime],
+    ) -> None:
+        """Create a trial for a class, with a task of that class and the limits."""
+        self._class = workload
+        self._task = task
+        self._clock = clock
+        self._now = now
+        self._halving = Halving(budget_s, task.workload.output_bytes, device.backend != "cpu", clock)
+
+    def run(self, candidates: Mapping[str, Implementation]) -> Entry:
+        """Find the fastest accurate candidate; events report start, end, and which candidates dropped out and why.
+
+        Raises:
+            RuntimeError: no candidate could be run.
+        """
+        tuning_events.tell(
+            on.TrialStarted(implementation=NAME, workload=self._class.label, candidates=list(candidates))
+        )
+        started = self._clock()
+        found = self._halving.run({name: BoundCall(each, self._task) for name, each in candidates.items()})
+        for name, reason in found.failed.items():
+            self._warn(f"{name} is out for {self._class.label}: {reason}")
+        winner, error, inaccurate = self._accurate(found, candidates)
+        entry = self._entry(found, winner, error, inaccurate)
+        tuning_events.tell(
+            on.Tuned(
+                implementation=NAME,
+                workload=self._class.label,
+                winner=winner,
+                runner_up=entry.runner_up,
+                ratio=ratio_of(entry),
+                seconds=max(0.0, self._clock() - started),
+            )
+        )
+        return entry
+
+    def _accurate(self, found: Found, candidates: Mapping[str, Implementation]) -> tuple[str, float, list[str]]:
+        """Return the first accurate candidate, its error, and the inaccurate ones; or the least wrong."""
+        check = Check(self._task)
+        errors: dict[str, float] = {}
+        for name in found.call_s:
+            error, wrong = check.error(candidates[name])
+            if not wrong:
+                return name, error, list(errors)
+            errors[name] = error if math.isfinite(error) else math.inf
+            self._warn(f"{name} is out for {self._class.label}: inaccurate: {wrong}")
+        least = min(errors, key=lambda name: errors[name])
+        self._warn(f"no candidate is accurate for {self._class.label}; {least} is the least wrong")
+        return least, errors[least], [name for name in errors if name != least]
+
+    def _entry(self, found: Found, winner: str, error: float, inaccurate: list[str]) -> Entry:
+        first = next(iter(found.call_s)) == winner
+        ratio = found.ratio if first else None
+        call_s = {winner: found.call_s[winner]} | {
+            name: seconds for name, seconds in found.call_s.items() if name not in inaccurate
+        }
+        return Entry(
+            winner=winner,
+            tuned=self._now(),
+            ratio=ratio.value if ratio else None,
+            low=ratio.low if ratio else None,
+            high=ratio.high if ratio else None,
+            max_error=error if math.isfinite(error) else None,
+            untried=[*found.untried, *found.failed, *inaccurate],
+            call_s=call_s,
+            alone_s={name: seconds for name, seconds in found.alone_s.items() if name in call_s},
+            made_with=code_now(),
+            workload=self._class,
+        )
+
+    @staticmethod
+    def _warn(text: str) -> None:
+        tuning_events.tell(on.Message(level="warning", text=f"{NAME}: {text}"))
+
+
+def ratio_of(entry: Entry) -> Ratio | None:
+    """Return the winner's speedup over the runner-up, with its interval."""
+    if entry.ratio is None or entry.low is None or entry.high is None:
+        return None
+    return Ratio(value=entry.ratio, low=entry.low, high=entry.high, significant=entry.low > 1)
+
+
+LEANEST: Final = "practical"
+"""The candidate used where no other is predicted to fit in memory."""
+BUDGETS: Final = (32 * MIB, 8 * MIB)
+"""Memory budgets of `practical`, in bytes, beside its default: smaller ones give smaller blocks."""
+
+
+class CompiledSdpa(MlxSdpa):
+    """MLX's SDPA inside mx.compile."""
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        """Compute attention; an array mask is an input of the compiled function, not a captured constant."""
+        compiled = _compiled(scale, mask.causal, mask.window)
+        return compiled(q, k, v) if mask.array is None else compiled(q, k, v, mask.array)
+
+
+@lru_cache(maxsize=256)
+def _compiled(scale: float, causal: bool, window: int | None) -> Callable[..., mx.array]:
+    sdpa = MlxSdpa()
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, array: mx.array | None = None) -> mx.array:
+        return sdpa(q, k, v, scale=scale, mask=Mask(causal=causal, window=window, array=array))
+
+    return mx.compile(attend)
+
+
+def candidates() -> dict[str, Implementation]:
+    """Return all candidates by name: the custom kernel's variants, practical's block sizes, MLX's SDPA, baseline."""
+    kernels = {f"poc {variant}": Poc(variant) for variant in kernel_variants()}
+    blocks = {f"practical {budget // MIB} MiB": Practical(budget) for budget in BUDGETS}
+    return {
+        "poc": Poc(),
+        **kernels,
+        LEANEST: Practical(),
+        **blocks,
+        "mlx": MlxSdpa(),
+        "mlx compiled": CompiledSdpa(),
+        "baseline": Baseline(),
+    }
+
+
+def fitting(all_of_them: Mapping[str, Implementation], workload: Workload, device: Device, needs: Needs) -> list[str]:
+    """Return the names of candidates that support a workload and are predicted to fit in memory, fused ones first.
+
+    If none fits, the list holds the leanest alone. Candidates that would fall back are left out, because the fallback
+    is itself a candidate, and so are duplicates of another candidate's path: smaller budgets that change nothing, and
+    `practical` where it is MLX's SDPA.
+    """
+    routes = {name: candidate.route(workload, device, needs) for name, candidate in all_of_them.items()}
+    fit = [
+        name
+        for name, route in routes.items()
+        if route.supported and not route.fallback and (route.predicted_bytes or 0) <= device.available_bytes
+    ]
+    known = {(routes["mlx"].path, routes["mlx"].predicted_bytes)} if "mlx" in fit else set()
+    chosen = []
+    for name in fit:
+        path = (routes[name].path, routes[name].predicted_bytes)
+        if not name.startswith(LEANEST) or path not in known:
+            chosen.append(name)
+            known.add(path)
+    if not chosen and LEANEST in routes:
+        return [LEANEST]
+    return sorted(chosen, key=lambda name: not routes[name].fused)

@@ -1,0 +1,1 @@
+"""`practical`: attention within a memory budget, as a whole, in slices or in blocks."""

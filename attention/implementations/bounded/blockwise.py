@@ -1,0 +1,436 @@
+"""Attention in blocks with an online softmax, forward and backward, in plain MLX operations.
+
+A tile is some sequences x some key heads (with all query heads that share them) x rows x keys:
+
+               keys ->
+        rows   [ tile ][ tile ]......       each row of tiles keeps a running maximum m, a running sum l
+          |    [ tile ][ tile ][ tile ]     and an output that is rescaled whenever m grows
+          v    ....... what a mask rules out is never computed
+
+The softmax is that of Milakov and Gimelshein (arXiv:1805.02867), the tiling that of FlashAttention 2
+(arXiv:2307.08691). The backward pass recomputes each tile from the statistics of its rows: the maximum and the
+logarithm of the sum, which stay apart, since near a maximum of 1e9 float32 has no room for the other.
+
+A `Chain` makes each tile wait for the one before it, and `Written` puts each block into the output as soon as it is
+done.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Final, Literal
+
+import mlx.core as mx
+from msgspec import Struct
+
+from attention import masks
+from attention.implementations.baseline import in_tf32
+from attention.implementations.bounded.blocks import Blocks
+from attention.implementations.bounded.memory import Chain, Passed, Written, at_once
+from attention.implementations.quantized_kv import FEW_ROWS, KeyOrValue, Packed
+from attention.masks import Mask
+from attention.measure.device import Backend
+
+LOG2E: Final = math.log2(math.e)
+MAX_CAPPED_FACTOR: Final = 1e18
+"""Largest factor of a score in tanh: beyond it tanh is saturated for every score that differs from 0."""
+Arithmetic = Literal["exact", "native", "wide", "wide float32"]
+
+
+class Call(Struct, frozen=True, eq=False):
+    """Everything about a call but its arrays.
+
+    `arithmetic` "exact" computes in float32, where MLX's CPU backend is faster: it emulates half precision. "native"
+    multiplies matrices in the inputs' type. On CUDA "wide" multiplies matrices in float32 for inputs in half precision:
+    TF32 rounds no product of two of these, and scores stay float32. "wide float32" is for float32 inputs there, which
+    TF32 would round: see `exact_product`.
+    """
+
+    scale: float
+    mask: Mask
+    softcap: float | None
+    blocks: Blocks
+    arithmetic: Arithmetic
+    passed: Passed = at_once
+    """How tiles follow each other."""
+    shifted: bool = False
+    """Whether to subtract `masks.shift` from the rows of an additive mask, as for inputs in half precision."""
+
+    @property
+    def factor(self) -> float:
+        """What the product of a query and a key is multiplied with."""
+        if self.softcap is None:
+            return self.scale
+        return max(-MAX_CAPPED_FACTOR, min(MAX_CAPPED_FACTOR, self.scale / self.softcap))
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """The factor as one of the query and one of the product.
+
+        The former is a power of 2 if matrices are wide: it adds no bits to a number in half precision.
+        """
+        if not self.arithmetic.startswith("wide"):
+            return self.factor, 1.0
+        mantissa, exponent = math.frexp(self.factor)
+        return math.ldexp(1.0, exponent), mantissa
+
+    def exp(self, exponent: mx.array) -> mx.array:
+        """e to the power of a difference of scores; 0 for -inf.
+
+        MLX's exp is slow on the CPU. The factor of the base 2 comes last: in the query it would round every score.
+        """
+        if self.arithmetic != "exact":
+            return mx.exp(exponent)
+        return mx.power(number(2.0, exponent), scaled(exponent, LOG2E))
+
+    def operand(self, x: mx.array) -> mx.array:
+        """An array in the type that matrices are multiplied in."""
+        return x if self.arithmetic == "native" else x.astype(mx.float32)
+
+    def of_sums(self, x: mx.array) -> mx.array:
+        """A query, key or value in the type that sums over many products are computed in.
+
+        In float16 scores, and sums of values before they are divided, overflow from 65,520.
+        """
+        return x.astype(mx.float32) if x.dtype == mx.float16 else self.operand(x)
+
+    def transposed(self, x: mx.array) -> mx.array:
+        """The last two axes swapped, for the right side of a product."""
+        x = x.swapaxes(-1, -2)
+        # The reference BLAS takes dot products of rows at half the rate of sums of columns.
+        return mx.contiguous(x) if self.arithmetic == "exact" else x
+
+    def product(self, a: mx.array, b: mx.array) -> mx.array:
+        """The matrix product of two arrays in the type that matrices are multiplied in."""
+        return exact_product(a, b) if self.arithmetic == "wide float32" else a @ b
+
+    def row_products(self, a: mx.array, b: mx.array) -> mx.array:
+        """The dot product of each row of one array with that of another, summed in the order that `product` sums in."""
+        if self.arithmetic == "wide float32":
+            return exact_product(a[..., None, :], b[..., None])[..., 0]
+        return (a * b).sum(axis=-1, keepdims=True)
+
+    def scores(self, query: mx.array, transposed: mx.array) -> mx.array:
+        """The product of a query and transposed keys, times the factor."""
+        of_query, of_product = self.factors
+        product = self.product(scaled(query, of_query), transposed)
+        return product if of_product == 1.0 else scaled(product, of_product)
+
+
+def arithmetic_of(dtype: mx.Dtype, backend: Backend) -> Arithmetic:
+    """How blocks compute with inputs of a type."""
+    if backend != "cuda":
+        return "exact" if backend == "cpu" else "native"
+    return "wide float32" if in_tf32(masks.dtype_name(dtype), backend) else "wide"
+
+
+class Heads(Struct, frozen=True):
+    """The sequences and key heads of a run of tiles."""
+
+    batches: range
+    kv_heads: range
+    group: int
+
+    def keys(self, x: mx.array, keys: range) -> mx.array:
+        """Cuts keys or values: (batches, kv_heads, len(keys), width)."""
+        return x[cut(self.batches), cut(self.kv_heads), cut(keys)]
+
+    def place(self, rows: range) -> tuple[slice, slice, slice]:
+        """Where a block of rows stands in a query-side array."""
+        return cut(self.batches), self.heads, cut(rows)
+
+    def rows(self, x: mx.array, rows: range) -> mx.array:
+        """Cuts a query-side array; heads that share a key head stand one below the other in one long matrix."""
+        x = x[cut(self.batches), self.heads, cut(rows)]
+        return x.reshape(len(self.batches), len(self.kv_heads), self.group * len(rows), x.shape[-1])
+
+    def sinks(self, sinks: mx.array, rows: int, shift: mx.array | None) -> mx.array:
+        """Sinks minus the rows' shift, stacked as `rows` stacks heads.
+
+        In float32, (1 or batches, kv_heads, group x rows, 1).
+        """
+        mine = sinks[self.heads].astype(mx.float32)[None, :, None, None]
+        mine = mine if shift is None else mine - shift
+        whole = mx.broadcast_to(mine, (mine.shape[0], mine.shape[1], rows, 1))
+        return whole.reshape(mine.shape[0], len(self.kv_heads), -1, 1)
+
+    def split(self, x: mx.array, rows: int) -> mx.array:
+        """Undoes the stacking of `rows`: (batches, heads, rows, width)."""
+        return x.reshape(len(self.batches), len(self.kv_heads) * self.group, rows, x.shape[-1])
+
+    @property
+    def heads(self) -> slice:
+        """The query heads."""
+        return slice(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
+
+
+class Online(Struct):
+    """The running softmax of one block of rows, in float32."""
+
+    top: mx.array
+    total: mx.array
+    output: mx.array | None
+    """None where values are left out."""
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What the next tile has to wait for."""
+        return [self.total] if self.output is None else [self.output, self.total]
+
+
+def forward(
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, call: Call, sinks: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Attends.
+
+    Args:
+        q: query (B, H, Lq, D).
+        k: key (B, Hkv, Lk, D), plain or packed.
+        v: value (B, Hkv, Lk, Dv), likewise.
+        call: the rest.
+        sinks: (H,): for each head a score that joins the softmax of every row, without a value.
+
+    Returns:
+        The output (B, H, Lq, Dv) in the query's type; and the statistics of each row, (B, H, Lq, 2) in float32: the
+        maximum of its scores, less the row's shift, and the logarithm of the sum of its weights; +inf and 0 for rows
+        that see nothing.
+    """
+    chain = Chain()
+    output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
+    statistics = _statistics(q, chain)
+    for heads in head_groups(q, k, call.blocks):
+        for rows in blocks_of(q.shape[2], call.blocks.rows):
+            state = _row_block(q, k, v, call, heads, rows, sinks, chain)
+            if state is None:
+                continue  # the mask rules out every key
+            tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
+            parts = [heads.split(part, len(rows)) for part in (_finished(state), _kept(state))]
+            written = [
+                whole.write(heads.place(rows), part, tiles)
+                for whole, part in zip((output, statistics), parts, strict=True)
+            ]
+            chain.links = call.passed(written)
+    out, kept = chain.results(output.array, statistics.array)
+    return out, kept
+
+
+def row_statistics(q: mx.array, k: mx.array, call: Call, sinks: mx.array | None = None) -> mx.array:
+    """The statistics of each row alone, as `forward` returns them."""
+    chain = Chain()
+    statistics = _statistics(q, chain)
+    for heads in head_groups(q, k, call.blocks):
+        for rows in blocks_of(q.shape[2], call.blocks.rows):
+            state = _row_block(q, k, None, call, heads, rows, sinks, chain)
+            if state is not None:
+                tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
+                part = heads.split(_kept(state), len(rows))
+                chain.links = call.passed([statistics.write(heads.place(rows), part, tiles)])
+    return chain.results(statistics.array)[0]
+
+
+def _statistics(q: mx.array, chain: Chain) -> Written:
+    """Of rows that see nothing, to be written over."""
+    return Written(mx.broadcast_to(mx.array([mx.inf, 0.0]), (*q.shape[:3], 2)), chain)
+
+
+def head_groups(q: mx.array, k: KeyOrValue, blocks: Blocks) -> Iterator[Heads]:
+    """The sequences and heads of each run of tiles."""
+    group = q.shape[1] // k.shape[1]
+    for batches in blocks_of(q.shape[0], blocks.batches):
+        for kv_heads in blocks_of(k.shape[1], blocks.kv_heads):
+            yield Heads(batches, kv_heads, group)
+
+
+def blocks_of(length: int, size: int) -> Iterator[range]:
+    """Cuts 0..length into runs of `size`, the last one shorter."""
+    return (range(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def key_blocks(call: Call, rows: range, seq: int, kv_seq: int) -> Iterator[range]:
+    """The blocks of keys that some of the rows may see."""
+    seen = call.mask.visible_keys(rows, seq, kv_seq)
+    return (range(seen.start + b.start, seen.start + b.stop) for b in blocks_of(len(seen), call.blocks.keys))
+
+
+def _row_block(
+    q: mx.array,
+    k: KeyOrValue,
+    v: KeyOrValue | None,
+    call: Call,
+    heads: Heads,
+    rows: range,
+    sinks: mx.array | None,
+    chain: Chain,
+) -> Online | None:
+    state: Online | None = None
+    lengths = q.shape[2], k.shape[2]
+    shift = row_shift(call, heads, rows, lengths)
+    for keys in key_blocks(call, rows, *lengths):
+        whole, *sides = chain.whole(q, *_arrays(k), *([] if v is None else _arrays(v)))
+        query, cuts = heads.rows(whole, rows), [heads.keys(side, keys) for side in sides]
+        key = _side(k, cuts[: len(_arrays(k))], query)
+        value = None if v is None else _side(v, cuts[len(_arrays(k)) :], query)
+        product = _product(call.of_sums(query), key, call)
+        scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
+        if state is None and sinks is not None:
+            state = _sunk(heads.sinks(sinks, len(rows), shift), scores, None if v is None else v.shape[3])
+        state = _absorb(state, scores, call.of_sums(value) if isinstance(value, mx.array) else value, call)
+        chain.links = call.passed(state.arrays)
+    return state
+
+
+def _product(query: mx.array, key: KeyOrValue, call: Call) -> mx.array:
+    if isinstance(key, Packed):
+        return key.multiplied(scaled(query, call.factor), True)
+    return call.scores(query, call.transposed(call.of_sums(key)))
+
+
+def _arrays(x: KeyOrValue) -> list[mx.array]:
+    """The arrays that keys or values are made of."""
+    return list(x.arrays) if isinstance(x, Packed) else [x]
+
+
+def _side(x: KeyOrValue, arrays: list[mx.array], query: mx.array) -> KeyOrValue:
+    """The same put together again; unpacked where there are enough queries to pay for it."""
+    if not isinstance(x, Packed):
+        return arrays[0]
+    packed = x.of(*arrays)
+    return packed if query.shape[2] < FEW_ROWS else packed.unpacked()
+
+
+def _sunk(sinks: mx.array, scores: mx.array, width: int | None) -> Online:
+    """A softmax that has seen the sinks alone."""
+    top = mx.broadcast_to(sinks, (*scores.shape[:-1], 1))
+    output = None if width is None else mx.zeros((*scores.shape[:-1], width))
+    return Online(top, mx.ones_like(top), output)
+
+
+def _finished(state: Online) -> mx.array:
+    """The output of a block of rows."""
+    assert state.output is not None
+    return state.output / _without_zeros(state.total)
+
+
+def _kept(state: Online) -> mx.array:
+    """The statistics of a block of rows."""
+    top = mx.where(state.total == number(0.0, state.total), number(mx.inf, state.top), state.top)
+    return mx.concatenate([top, mx.log(_without_zeros(state.total))], axis=-1)
+
+
+def _without_zeros(total: mx.array) -> mx.array:
+    """Sums of weights; 1 for rows that see nothing."""
+    return mx.where(total == number(0.0, total), number(1.0, total), total)
+
+
+def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue | None, call: Call) -> Online:
+    """Takes one more block of keys into the running softmax."""
+    scores = scores.astype(mx.float32)
+    top = scores.max(axis=-1, keepdims=True)
+    if state is not None:
+        top = mx.maximum(top, state.top)
+    # The maximum of a row that has seen nothing yet is -inf: any other stand-in could lie above all of its scores.
+    finite = mx.where(top == number(-mx.inf, top), number(0.0, top), top)
+    weights = call.exp(scores - finite)
+    total = weights.sum(axis=-1, keepdims=True)
+    output = None if value is None else _weighted(weights, value, call)
+    if state is None:
+        return Online(top, total, output)
+    shrink = call.exp(state.top - finite)
+    if state.output is not None and output is not None:
+        output = state.output * shrink + output
+    return Online(top, state.total * shrink + total, output)
+
+
+def _weighted(weights: mx.array, value: KeyOrValue, call: Call) -> mx.array:
+    """The sum of values by weight, in float32."""
+    if isinstance(value, Packed):
+        return value.multiplied(weights, False)
+    return call.product(weights.astype(value.dtype), value).astype(mx.float32)
+
+
+def exact_product(a: mx.array, b: mx.array) -> mx.array:
+    """The product of two float32 matrices in float32, where MLX's own would be in TF32.
+
+    On CUDA MLX rounds float32 to TF32 in products of two matrices, but not in those of a matrix and a vector. So each
+    row of `a` is a vector, and the columns of `b` are the matrix's rows: slower, but not off by 1e-3.
+    """
+    return (mx.contiguous(b.swapaxes(-1, -2))[..., None, :, :] @ a[..., None])[..., 0]
+
+
+def tile_scores(
+    product: mx.array,
+    call: Call,
+    heads: Heads,
+    rows: range,
+    keys: range,
+    lengths: tuple[int, int],
+    shift: mx.array | None,
+) -> tuple[mx.array, mx.array | None]:
+    """The masked scores of one tile minus `row_shift`; and tanh of the capped ones, for the gradient.
+
+    The product is that of the keys and the query times `call.factor`.
+    """
+    if call.softcap is None:
+        return _masked(product, call, heads, rows, keys, lengths, shift), None
+    capped = mx.tanh(product)
+    return _masked(scaled(capped, call.softcap), call, heads, rows, keys, lengths, shift), capped
+
+
+def row_shift(call: Call, heads: Heads, rows: range, lengths: tuple[int, int]) -> mx.array | None:
+    """Return `masks.shift` of some rows over all keys that they may see, or None.
+
+    In the mask's type, (batches or 1, heads or 1, rows or 1, 1).
+    """
+    array = call.mask.array
+    if array is None or not call.shifted or not masks.has_shift(array):
+        return None
+    tiles = [_mask_tile(call, heads, rows, keys, lengths) for keys in key_blocks(call, rows, *lengths)]
+    tops = [tile.max(axis=-1, keepdims=True) for tile in tiles if tile is not None]
+    if len(tops) > 1:
+        shape = mx.broadcast_arrays(*tops)[0].shape
+        tops = [mx.concatenate([mx.broadcast_to(top, shape) for top in tops], axis=-1).max(axis=-1, keepdims=True)]
+    return masks.shift(tops[0]) if tops else None
+
+
+def _masked(
+    scores: mx.array,
+    call: Call,
+    heads: Heads,
+    rows: range,
+    keys: range,
+    lengths: tuple[int, int],
+    shift: mx.array | None,
+) -> mx.array:
+    tile = _mask_tile(call, heads, rows, keys, lengths)
+    if tile is None:
+        return scores
+    if shift is not None:
+        tile = tile - shift
+    shape = (len(heads.batches), len(heads.kv_heads) * heads.group, len(rows), len(keys))
+    return masks.apply(scores.reshape(shape), tile).reshape(scores.shape)
+
+
+def _mask_tile(call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]) -> mx.array | None:
+    """All parts of the mask for one tile, broadcastable to (batches, heads, rows, keys)."""
+    tile = call.mask.tile(rows, keys, *lengths)
+    if call.mask.array is None:
+        return tile
+    given = masks.part(masks.as_4d(call.mask.array), cut(heads.batches), heads.heads, cut(rows), cut(keys))
+    return masks.combine(tile, given)
+
+
+def number(value: float, like: mx.array) -> mx.array:
+    """A number in an array's type, of one axis.
+
+    mx.compile merges equal numbers that have none, and all that is made of them: in time quadratic in their uses.
+    """
+    return mx.array([value], like.dtype)
+
+
+def scaled(x: mx.array, factor: float) -> mx.array:
+    """An array times a number, in its type."""
+    return x * number(factor, x)
+
+
+def cut(run: range) -> slice:
+    """The slice of a run."""
+    return slice(run.start, run.stop)

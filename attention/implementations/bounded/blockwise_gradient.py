@@ -1,0 +1,319 @@
+"""The backward pass of the blockwise attention: each tile is recomputed from the statistics of its rows.
+
+With P the probabilities of a tile, FlashAttention 2's equations:
+
+    dP = dO V^T    dS = P * (dP - rowsum(dO * O) + dL)
+    dV += P^T dO    dQ += scale dS K    dK += scale dS^T Q
+
+with dL the gradient of a row's logsumexp, which a derivative of this backward pass asks for. A sink's gradient is that
+of a score whose value is 0: dsink = -sum(P_sink * (rowsum(dO * O) - dL)).
+"""
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, Final, cast
+
+import mlx.core as mx
+from msgspec import Struct, structs
+
+from attention.implementations.bounded.blockwise import (
+    Call,
+    Heads,
+    blocks_of,
+    cut,
+    forward,
+    head_groups,
+    key_blocks,
+    number,
+    row_shift,
+    row_statistics,
+    scaled,
+    tile_scores,
+)
+from attention.implementations.bounded.memory import Chain, Written
+from attention.implementations.transforms import folded
+
+
+class Saved(Struct, frozen=True):
+    """What the backward pass reads, all as (B, H or Hkv, length, width)."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    output: mx.array
+    statistics: mx.array
+    """Of each row, as the forward pass returns them."""
+    cotangent: mx.array
+    of_statistics: mx.array | None = None
+    """The gradient of the statistics, or None for zeros."""
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Query rows and keys."""
+        return self.q.shape[2], self.k.shape[2]
+
+
+class Sums(Struct):
+    """What the tiles add up to."""
+
+    d_query: Written
+    d_key: Written
+    d_value: Written
+
+
+class RowSide(Struct, frozen=True):
+    """One block of rows: what every tile of it needs."""
+
+    rows: range
+    query: mx.array
+    cotangent: mx.array
+    statistics: mx.array
+    delta: mx.array
+    """rowsum(dO * O) - dL, float32."""
+    of_logsumexp: mx.array | None
+    """dL, if it is given."""
+    shift: mx.array | None
+    """Of `row_shift`."""
+
+
+class KeySide(Struct, frozen=True):
+    """One block of keys: what every tile of it needs."""
+
+    keys: range
+    key: mx.array
+    key_t: mx.array
+    value_t: mx.array
+
+
+def gradients(saved: Saved, call: Call) -> list[mx.array]:
+    """Returns dQ, dK and dV in the types of query, key and value.
+
+    One look at each tile gives all three where the float32 sums of dQ have room, or where a tile holds all keys and
+    dQ needs no sum. Otherwise dQ, and dK with dV, are summed in two passes of their own.
+    """
+    chain = Chain()
+    sums = Sums(*(Written(mx.zeros_like(x), chain) for x in (saved.q, saved.k, saved.v)))
+    at_once = call.blocks.sums_queries or call.blocks.keys >= saved.k.shape[2]
+    for heads in head_groups(saved.q, saved.k, call.blocks):
+        shares: dict[int, mx.array] | None = {} if at_once else None
+        for keys in blocks_of(saved.k.shape[2], call.blocks.keys):
+            _key_block(saved, call, heads, keys, sums, shares, chain)
+        if not at_once:
+            _query_pass(saved, call, heads, sums, chain)
+    return chain.results(sums.d_query.array, sums.d_key.array, sums.d_value.array)
+
+
+def sink_gradient(saved: Saved, sinks: mx.array, call: Call) -> mx.array:
+    """The gradient of the sinks, (H,) in their type, summed block of rows by block of rows."""
+    total = mx.zeros((saved.q.shape[1],))
+    chain = Chain()
+    for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
+        chain.links = [total]
+        statistics, delta = _of_rows(saved, call, chain, itemgetter((slice(None), slice(None), cut(rows))))[2:4]
+        everything = Heads(range(saved.q.shape[0]), range(saved.k.shape[1]), saved.q.shape[1] // saved.k.shape[1])
+        shift = row_shift(call, everything, rows, saved.lengths)
+        score = sinks.astype(mx.float32)[None, :, None, None]
+        weights = _weights(score if shift is None else score - shift, statistics, call)
+        total = total - (weights * delta).sum(axis=(0, 2, 3))
+    return chain.results(total)[0].astype(sinks.dtype)
+
+
+def _key_block(
+    saved: Saved,
+    call: Call,
+    heads: Heads,
+    keys: range,
+    sums: Sums,
+    shares: dict[int, mx.array] | None,
+    chain: Chain,
+) -> None:
+    """One block of keys against all rows: dK and dV of these keys, and, if asked, shares of dQ.
+
+    The shares are by the first of their rows; they are written once the last keys that these see have given theirs.
+    """
+    of_keys: list[mx.array] = []
+    whole: KeySide | None = None
+    tiles = 0
+    for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
+        visible = call.mask.visible_keys(rows, *saved.lengths)
+        seen = _overlap(visible, keys)
+        if not seen:
+            continue
+        tiles += 1
+        row_side = _row_side(saved, call, heads, rows, chain)
+        if len(seen) < len(keys):
+            key_side = _key_side(saved, call, heads, seen, chain)
+        else:
+            key_side = whole = whole or _key_side(saved, call, heads, keys, chain)
+        weights, d_scores = _tile(saved, call, heads, row_side, key_side)
+        made = [
+            call.product(x.swapaxes(-1, -2), of_rows)
+            for x, of_rows in ((d_scores, row_side.query), (weights, row_side.cotangent))
+        ]
+        of_keys = _added(of_keys, [_placed(share.astype(mx.float32), seen, keys) for share in made])
+        chain.links = call.passed(of_keys)
+        if shares is not None:
+            share = call.product(d_scores, key_side.key).astype(mx.float32)
+            share = shares.pop(rows.start) + share if rows.start in shares else share
+            if visible.stop <= keys.stop:
+                chain.links += call.passed([_write_d_query(sums, share, call, heads, rows, 1)])
+            else:
+                shares[rows.start] = share
+                chain.links.append(share)
+    if of_keys:
+        place = (cut(heads.batches), cut(heads.kv_heads), cut(keys))
+        d_key = sums.d_key.write(place, scaled(of_keys[0], call.scale), tiles)
+        chain.links = [d_key, sums.d_value.write(place, of_keys[1], tiles), *(shares or {}).values()]
+
+
+def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: Chain) -> None:
+    """dQ alone, block of rows by block of rows."""
+    for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
+        total: list[mx.array] = []
+        tiles = 0
+        for keys in key_blocks(call, rows, *saved.lengths):
+            row_side = _row_side(saved, call, heads, rows, chain)
+            key_side = _key_side(saved, call, heads, keys, chain)
+            _, d_scores = _tile(saved, call, heads, row_side, key_side)
+            total = _added(total, [call.product(d_scores, key_side.key).astype(mx.float32)])
+            chain.links = call.passed(total)
+            tiles += 1
+        if total:
+            chain.links = [_write_d_query(sums, total[0], call, heads, rows, tiles)]
+
+
+def _write_d_query(sums: Sums, total: mx.array, call: Call, heads: Heads, rows: range, tiles: int) -> mx.array:
+    return sums.d_query.write(heads.place(rows), heads.split(scaled(total, call.scale), len(rows)), tiles)
+
+
+def _row_side(saved: Saved, call: Call, heads: Heads, rows: range, chain: Chain) -> RowSide:
+    """Cuts what tiles of some rows need, after all that is in the chain."""
+    query, cotangent, statistics, delta, of_logsumexp = _of_rows(saved, call, chain, lambda x: heads.rows(x, rows))
+    shift = row_shift(call, heads, rows, saved.lengths)
+    return RowSide(rows, call.operand(query), call.operand(cotangent), statistics, delta, of_logsumexp, shift)
+
+
+def _of_rows(
+    saved: Saved, call: Call, chain: Chain, of: Callable[[mx.array], mx.array]
+) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
+    """The query, the cotangent, the statistics, delta and dL of some rows, which `of` cuts out."""
+    given = [] if saved.of_statistics is None else [saved.of_statistics]
+    wholes = chain.whole(saved.q, saved.cotangent, saved.output, saved.statistics, *given)
+    query, cotangent, output, statistics, *more = (of(x) for x in wholes)
+    delta = call.row_products(cotangent.astype(mx.float32), output.astype(mx.float32))
+    # Weights depend on the maximum and the logarithm by their sum alone: either's gradient is the logsumexp's.
+    of_logsumexp = more[0][..., 1:] if more else None
+    return query, cotangent, statistics, delta if of_logsumexp is None else delta - of_logsumexp, of_logsumexp
+
+
+def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: Chain) -> KeySide:
+    """Likewise of some keys."""
+    key, value = (heads.keys(x, keys) for x in chain.whole(saved.k, saved.v))
+    transposed = call.transposed(call.of_sums(key)), call.transposed(call.operand(value))
+    return KeySide(keys, call.operand(key), *transposed)
+
+
+def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -> tuple[mx.array, mx.array]:
+    """P and dS of one tile, in the type that matrices are multiplied in."""
+    product = call.scores(call.of_sums(row.query), side.key_t)
+    scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths, row.shift)
+    weights = _weights(scores.astype(mx.float32), row.statistics, call)
+    d_weights = call.product(row.cotangent, side.value_t).astype(mx.float32)
+    delta = row.delta
+    if call.arithmetic.startswith("wide") and call.mask.visible_keys(row.rows, *saved.lengths) == side.keys:
+        # All keys of these rows are here: rowsum(P * dP) is rowsum(dO * O), without the rounding of the output.
+        delta = (weights * d_weights).sum(axis=-1, keepdims=True)
+        delta = delta if row.of_logsumexp is None else delta - row.of_logsumexp
+    d_scores = weights * (d_weights - delta)
+    if capped is not None:
+        capped = capped.astype(mx.float32)
+        d_scores = d_scores * (number(1.0, capped) - mx.square(capped))
+    return weights.astype(row.query.dtype), d_scores.astype(row.query.dtype)
+
+
+def _weights(scores: mx.array, statistics: mx.array, call: Call) -> mx.array:
+    """Probabilities of scores: 0 in rows that see nothing, whose maximum is +inf.
+
+    A score that is computed again, in a tile of another shape, may come out above the maximum: at 1e9 by 64. It is
+    the second argument of the minimum that gets the gradient where both are equal.
+    """
+    return call.exp(mx.minimum(number(0.0, scores), scores - statistics[..., :1]) - statistics[..., 1:])
+
+
+def _placed(share: mx.array, seen: range, keys: range) -> mx.array:
+    """A share of dK or dV, which covers the keys that were seen, filled with zeros to all keys of the block."""
+    before, behind = seen.start - keys.start, keys.stop - seen.stop
+    return mx.pad(share, [(0, 0), (0, 0), (before, behind), (0, 0)]) if before or behind else share
+
+
+def _added(sums: list[mx.array], shares: list[mx.array]) -> list[mx.array]:
+    return [a + b for a, b in zip(sums, shares, strict=True)] if sums else shares
+
+
+def _overlap(one: range, other: range) -> range:
+    return range(max(one.start, other.start), min(one.stop, other.stop))
+
+
+Attend = Callable[..., mx.array]
+Arrays = list[mx.array]
+Inputs = tuple[mx.array, mx.array, mx.array, Arrays, Arrays]
+"""q, k, v, the mask's array, the sinks."""
+MASK: Final = 3
+
+
+def blockwise(call: Call, backward: Call) -> Attend:
+    """Return a function of `Inputs` that computes attention blockwise, forward and backward."""
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> tuple[mx.array, mx.array]:
+        return forward(q, k, v, _having(call, mask), *sinks)
+
+    def pull_back(inputs: Inputs, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> Arrays:
+        return _pulled(inputs, cotangents, outputs, backward)
+
+    attend.vjp(pull_back)
+    attend.vmap(folded(attend, MASK))
+    return lambda *inputs: cast("tuple[mx.array, mx.array]", attend(*inputs))[0]
+
+
+def blocks_behind(whole: Attend, call: Call, backward: Call) -> Attend:
+    """Return `whole` with a blockwise backward pass, which recomputes the row statistics."""
+
+    def pull_back(inputs: Inputs, cotangent: mx.array, output: mx.array) -> Arrays:
+        q, k, _, mask, sinks = inputs
+        statistics = row_statistics(q, k, _having(call, mask), *sinks)
+        return _pulled(inputs, [cotangent], [output, statistics], backward)
+
+    return differentiable(whole, pull_back)
+
+
+def differentiable(whole: Attend, pull_back: Callable[[Inputs, mx.array, mx.array], Arrays]) -> Attend:
+    """Return `whole`, a function of `Inputs`, with the gradients of `pull_back`, one for each array."""
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> mx.array:
+        return whole(q, k, v, mask, sinks)
+
+    attend.vjp(pull_back)
+    attend.vmap(folded(attend, MASK))
+    return cast("Attend", attend)
+
+
+def _pulled(inputs: Inputs, cotangents: Sequence[mx.array], outputs: Sequence[mx.array], call: Call) -> Arrays:
+    q, k, v, mask, sinks = inputs
+
+    def saved(q: mx.array, k: mx.array, v: mx.array, _: Arrays, outputs: Arrays, cotangents: Arrays) -> Saved:
+        return Saved(q, k, v, *outputs, *cotangents)
+
+    @mx.custom_function
+    def pull(*arrays: Any) -> Arrays:
+        return gradients(saved(*arrays), _having(call, arrays[MASK]))
+
+    pull.vmap(folded(pull, MASK))
+    given = q, k, v, mask, list(outputs), list(cotangents)
+    of_sinks = [sink_gradient(saved(*given), sink, _having(call, mask)) for sink in sinks]
+    return [*cast("Arrays", pull(*given)), *(mx.zeros_like(array) for array in mask), *of_sinks]
+
+
+def _having(call: Call, array: Arrays) -> Call:
+    return structs.replace(call, mask=call.mask.having(array))

@@ -1,0 +1,195 @@
+"""Memory fences: wait until a GPU has finished and freed memory before queueing more.
+
+MLX keeps every buffer that a kernel reads until its command buffer is done, and on CUDA queues up to ten command
+buffers of a gigabyte each ahead of the GPU: without a fence, tiles meant to run one after another are all in memory.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Final, cast
+
+import mlx.core as mx
+from msgspec import Struct
+
+from attention.measure.device import Backend
+
+
+class Chain:
+    """The tiles of one call, each computed after the one before it."""
+
+    def __init__(self, earlier: Sequence[mx.array] = ()) -> None:
+        """Starts a chain; its first tile waits for the arrays of `earlier`."""
+        self.links = list(earlier)
+        """What the next tile waits for."""
+        self._anchors: list[mx.array] = []
+        self._latest: dict[int, tuple[mx.array, mx.array]] = {}
+
+    def after(self, *arrays: mx.array) -> list[mx.array]:
+        """Return the arrays, not to be read before the links are computed."""
+        return self._anchored(arrays, self.links) if self.links else list(arrays)
+
+    def whole(self, *arrays: mx.array) -> list[mx.array]:
+        """Return the same for arrays that every tile is cut from; each time it goes on from the last time's result.
+
+        An array that thousands of nodes read makes mx.compile slow: it compares these, and moves them in lists.
+        """
+        latest = self.after(*(self._latest.get(id(array), (array, array))[1] for array in arrays))
+        self._latest.update({id(array): (array, late) for array, late in zip(arrays, latest, strict=True)})
+        return latest
+
+    def anchor(self, array: mx.array) -> mx.array:
+        """Returns the array, as a node at which a recursive walk stops."""
+        return self._anchored([array], [_anchor()])[0]
+
+    def results(self, *arrays: mx.array) -> list[mx.array]:
+        """Returns what the tiles computed, by a node that leads a recursive walk to the first tile first."""
+        if not self._anchors:
+            return list(arrays)
+        (last,) = ordered([_anchor()], self._anchors)
+        return ordered([last, *arrays], [_anchor()])[1:]
+
+    def _anchored(self, arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
+        *after, anchor = ordered([*arrays, _anchor()], links)
+        self._anchors.append(anchor)
+        return after
+
+
+def _anchor() -> mx.array:
+    """An array that nothing else uses, of one axis: mx.compile would merge those of none, which takes long."""
+    return mx.array([0.0])
+
+
+@mx.custom_function
+def _pass_on(arrays: list[mx.array], links: list[mx.array]) -> list[mx.array]:
+    """Returns the arrays; the node that MLX makes of this has the links among its inputs, as `mx.depends` has.
+
+    Unlike that it works under `mx.vmap` and `mx.jvp`.
+    """
+    return arrays
+
+
+@_pass_on.vmap
+def _pass_on_batched(
+    inputs: tuple[list[mx.array], list[mx.array]], axes: tuple[list[int | None], list[int | None]]
+) -> tuple[list[mx.array], list[int | None]]:
+    """Maps every array, also one that is not mapped itself: MLX takes all outputs of a node for mapped if one is."""
+    size = next(
+        x.shape[axis]
+        for xs, its in zip(inputs, axes, strict=True)
+        for x, axis in zip(xs, its, strict=True)
+        if axis is not None
+    )
+    arrays = [
+        x if axis is not None else mx.broadcast_to(x, (size, *x.shape))
+        for x, axis in zip(inputs[0], axes[0], strict=True)
+    ]
+    return ordered(arrays, inputs[1]), [axis or 0 for axis in axes[0]]
+
+
+def ordered(arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
+    """Returns the arrays, not to be read before the links are computed; works under every transform of MLX's."""
+    return cast("list[mx.array]", _pass_on(list(arrays), list(links)))
+
+
+AT_ONCE: Final[dict[Backend, float]] = {"cpu": 1.0, "cuda": 2.2, "metal": 12.0}
+"""Number of tiles that may be in memory at once.
+
+On CUDA the next tile is queued while one runs. On Metal, without such a fence, it is the number of command buffers in
+flight: ten, one being filled and one being released; derived from MLX's source, not measured.
+"""
+Passed = Callable[[Sequence[mx.array]], list[mx.array]]
+"""Returns arrays that later tiles depend on, given the arrays computed by earlier tiles."""
+
+
+class Turns(Struct, frozen=True):
+    """The ordering of tiles."""
+
+    next: Passed
+    """Used before a tile that may be in memory together with the previous one."""
+    alone: Passed
+    """Used before a tile that may not."""
+
+
+def at_once(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Return the arrays themselves: later tiles wait only until these are queued."""
+    return list(arrays)
+
+
+def when_done(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Return a scalar computed on the CPU stream after the arrays; on CUDA it fences whatever depends on it.
+
+    It is MLX's only fence of this kind, and a slow one: it polls at growing intervals.
+    """
+    (token,) = ordered([mx.array(0.0)], list(arrays))
+    return [mx.add(token, 1.0, stream=mx.cpu)]
+
+
+def when_released(arrays: Sequence[mx.array], behind: int) -> list[mx.array]:
+    """Return a scalar, made by the CUDA launcher, that is available once MLX has freed the arrays' inputs.
+
+    `behind`: number of preceding fences that may still be pending, whose tiles may still be in memory.
+    """
+    from attention.kernels.cuda.runtime import launcher
+
+    (token,) = ordered([mx.array(0.0)], [mx.stop_gradient(array) for array in arrays])
+    return [launcher.module().passed(token, behind)]
+
+
+QUEUED: Final = Turns(at_once, at_once)
+"""Ordering of tiles that may all be in memory together."""
+
+
+def turns(backend: Backend) -> Turns:
+    """Return the ordering of tiles that must not all be in memory together, on a backend."""
+    return _on_cuda() if backend == "cuda" else QUEUED
+
+
+@cache
+def _on_cuda() -> Turns:
+    """Return the launcher's fences (compiled on first use), or MLX's if the launcher is unavailable."""
+    from attention.kernels.cuda.runtime import launcher
+
+    if not mx.cuda.is_available() or launcher.missing():
+        return Turns(when_done, when_done)
+    return Turns(partial(when_released, behind=1), partial(when_released, behind=0))
+
+
+VIEWS: Final = 12
+"""Pairs of views that equal the depth of a tile's graph; each pair is two nodes."""
+TILES: Final = 8
+"""Number of tiles after which the views get an anchor."""
+
+
+class Written:
+    """An array that blocks are written into in place, which requires that nothing else references it, not even a chain.
+
+    MLX evaluates a graph breadth-first from its outputs: writes, which depend only on one another, would all come last,
+    when every block is in memory. Views between two writes make their path as deep as the path through the tiles.
+    """
+
+    def __init__(self, zeros: mx.array, chain: Chain) -> None:
+        """Create it with the initial array."""
+        self.array = zeros
+        self._chain = chain
+
+    def write(self, place: tuple[slice, ...], part: mx.array, tiles: int) -> mx.array:
+        """Write a part computed from `tiles` tiles; return it in the array's dtype, for a chain to hold."""
+        part = part.astype(self.array.dtype)
+        self._wait(tiles)
+        self.array[place] = part
+        self.array = self._chain.anchor(self.array)
+        return part
+
+    def add(self, place: tuple[slice, ...], part: mx.array, tiles: int) -> mx.array:
+        """Add a part to the current contents; arguments as in `write`."""
+        part = part.astype(self.array.dtype)
+        self._wait(tiles)
+        self.array = self._chain.anchor(self.array.at[place].add(part))
+        return part
+
+    def _wait(self, tiles: int) -> None:
+        for tile in range(1, tiles + 1):
+            for _ in range(VIEWS):
+                self.array = self.array[None].squeeze(0)
+            if tile % TILES == 0:
+                self.array = self._chain.anchor(self.array)

@@ -1,0 +1,406 @@
+"""The policy of `practical`: compute a call as a whole, in slices or in blocks, and of which size."""
+
+import subprocess
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Final, Literal, cast
+
+from msgspec import Struct, structs
+
+from attention.core.route import PLAIN, Needs
+from attention.core.workload import ITEM_BYTES, Workload
+from attention.implementations.baseline import in_tf32, whole_bytes
+from attention.implementations.bounded.blocks import (
+    DEFAULT_BUDGET_BYTES,
+    MIB,
+    Blocks,
+    Shape,
+    choose,
+    is_affordable,
+    raised,
+)
+from attention.implementations.bounded.blockwise import blocks_of
+from attention.implementations.bounded.memory import AT_ONCE
+from attention.implementations.mlx_sdpa import fused_bytes, spreads_mask, why_unfused
+from attention.masks import of_workload
+from attention.measure.device import Backend
+
+SURE_SLICE: Final = {"forward": 1.15, "training": 1.3, "decode": 1.15}
+"""How many times what is predicted of a slice must fit, measured on CUDA: some more lives until a slice is done."""
+SURE_MASK: Final = 1.35
+"""The same where MLX's fused kernel spreads a mask; three slices' masks were there, before these had to wait too."""
+SLICES: Final = 8
+"""Slices of rows under a mask that lets the later ones see more: they skip 7 of 16 parts of the scores."""
+EVEN: Final = 128
+"""Rows of which slices have a multiple where they have as many: MLX's fused backward on CUDA asks for it."""
+ALIGNED: Final = 16
+"""Keys of which slices have a multiple where they may: rows of scores then begin where matrix products like them to."""
+UNALIGNED_BYTES: Final = 32 * MIB
+"""What CUDA's matrix products take beside a slice whose rows of scores do not, at most; measured up to 25 MiB."""
+
+
+class Handed(Struct, frozen=True):
+    """What MLX's SDPA is handed beside an array mask: rows that see nothing opened, numbers in the query's type."""
+
+    batches: int = 0
+    """Of the array: one, where it is the same for all."""
+    heads: int = 0
+    pair_bytes: int = 0
+    """Of all arrays on the way there, for a query and a key."""
+
+    def size(self, workload: Workload) -> int:
+        """Bytes of it for a call, or for a part of one."""
+        arrays = min(self.batches, workload.batch) * min(self.heads, workload.heads)
+        return arrays * workload.seq * workload.kv_seq * self.pair_bytes
+
+
+NOTHING: Final = Handed()
+
+
+def beside(workload: Workload, backend: Backend, needs: Needs, refusal: str | None, handed: Handed = NOTHING) -> int:
+    """Bytes above inputs and outputs of one call of MLX's SDPA, which has a fused kernel unless it has a refusal."""
+    if refusal is None:
+        spread, given = fused_bytes(workload, backend, needs), fused_bytes(workload, backend) + handed.size(workload)
+        sure = SURE_MASK if spreads_mask(workload, backend, needs) else 1.0
+        return int(sure * (max(spread, given) - workload.output_bytes))
+    unaligned = backend == "cuda" and workload.kv_seq * ITEM_BYTES[workload.dtype] % ALIGNED
+    products = UNALIGNED_BYTES if unaligned else 0
+    own = int(SURE_SLICE[workload.pass_] * (whole_bytes(workload, backend, needs) - workload.output_bytes))
+    return own + handed.size(workload) + products
+
+
+def slice_size(
+    workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING
+) -> Blocks | None:
+    """The fewest slices of which as many fit a budget as may be in memory at once; None if none of any size does.
+
+    Of as few, those with most rows: what is summed over rows is then written more seldom. Slices of a handful of rows
+    are taken only where no others fit: matrix products do not like them. A budget that would give too many for a graph
+    is exceeded by as little as helps.
+    """
+    size = _fitting(workload, backend, needs, budget, handed)
+    while size is not None and not is_affordable(_count(size, workload), budget):
+        budget = raised(budget)
+        size = _fitting(workload, backend, needs, budget, handed)
+    return size
+
+
+def _fitting(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed) -> Blocks | None:
+    """The fewest slices for a budget."""
+    most = _rows_at_first(workload, backend, needs)
+    sizes = []
+    for heads in _heads_together(workload):
+
+        def fits(rows: int, heads: Blocks = heads) -> bool:
+            return slices_bytes(workload, structs.replace(heads, rows=rows), backend, needs, handed) <= budget
+
+        rows = most if fits(most) else _about_even(_most_rows(fits, most), workload.seq)
+        if rows:
+            sizes.append(structs.replace(heads, rows=rows))
+    small = min(EVEN, workload.seq)
+    return min(sizes, key=lambda size: (size.rows < small, _count(size, workload), -size.rows), default=None)
+
+
+def _count(blocks: Blocks, workload: Workload) -> int:
+    """How many slices of a size there are."""
+    sequences = -(-workload.batch // blocks.batches) * -(-workload.kv_heads // blocks.kv_heads)
+    return sequences * -(-workload.seq // blocks.rows)
+
+
+def _heads_together(workload: Workload) -> Iterator[Blocks]:
+    """All sequences and heads, half of the sequences and so on to one; then half of the heads and so on to one."""
+    blocks = Blocks(batches=workload.batch, kv_heads=workload.kv_heads, rows=1, keys=workload.kv_seq)
+    yield blocks
+    for axis in ("batches", "kv_heads"):
+        while (size := getattr(blocks, axis)) > 1:
+            blocks = structs.replace(blocks, **{axis: -(-size // 2)})
+            yield blocks
+
+
+def _most_rows(fits: Callable[[int], bool], below: int) -> int:
+    """The most rows that fit, below a number that does not: as many as MLX fuses, or else fewer; 0 if not even one."""
+    for step in (EVEN, 1):
+        numbers = range(step, (below if step == EVEN else min(below, EVEN)) + 1, step)
+        fitting = bisect_left(numbers, True, key=lambda rows: not fits(rows))
+        if fitting:
+            return numbers[fitting - 1]
+    return 0
+
+
+def _about_even(rows: int, seq: int) -> int:
+    """As many slices as of so many rows, but of about the same size."""
+    if not rows:
+        return 0
+    even = -(-seq // -(-seq // rows))
+    return min(rows, _even(even + EVEN - 1)) if rows >= EVEN else even
+
+
+def slices_bytes(workload: Workload, blocks: Blocks, backend: Backend, needs: Needs, handed: Handed = NOTHING) -> int:
+    """What slices take at once above inputs and outputs: their own memory, and the sums of dK and dV."""
+    odd = workload.seq % EVEN if blocks.rows % EVEN == 0 else 0
+    own = max(_own_bytes(workload, blocks, rows, backend, needs, handed) for rows in {blocks.rows, odd} - {0})
+    sums = 0
+    if workload.pass_ == "training":
+        width = workload.head_dim + workload.value_dim
+        # the sums, and a share of each of the two slices under way; in half precision another one, converted: measured
+        copies = 3 if workload.dtype == "float32" else 4
+        sums = copies * 4 * blocks.batches * blocks.kv_heads * workload.kv_seq * width
+    return int(AT_ONCE[backend] * own) + sums
+
+
+def _own_bytes(workload: Workload, blocks: Blocks, rows: int, backend: Backend, needs: Needs, handed: Handed) -> int:
+    """What a slice of so many rows takes, with its output and its gradients."""
+    group = workload.heads // workload.kv_heads
+    keys = workload.kv_seq
+    if workload.window is not None:
+        keys = min(keys, -(-(rows + workload.window - 1) // ALIGNED) * ALIGNED)
+    part = structs.replace(
+        workload,
+        batch=blocks.batches,
+        heads=blocks.kv_heads * group,
+        kv_heads=blocks.kv_heads,
+        seq=min(rows, workload.seq),
+        kv_seq=keys,
+    )
+    return beside(part, backend, needs, why_unfused(part, backend, needs), handed) + part.output_bytes
+
+
+def _rows_at_first(workload: Workload, backend: Backend, needs: Needs) -> int:
+    """All rows, but for a rest, where MLX fuses them; otherwise as few as let slices skip what a mask rules out."""
+    rows = _even(workload.seq) if workload.seq > EVEN else workload.seq
+    if workload.window is None and not needs.array_mask:
+        first = structs.replace(workload, seq=rows, kv_seq=max(1, workload.kv_seq - workload.seq + rows))
+        if why_unfused(first, backend, needs) is None:
+            return rows
+    return _eighth(workload) if workload.causal or workload.window is not None else workload.seq
+
+
+def _eighth(workload: Workload) -> int:
+    rows = -(-workload.seq // SLICES) + EVEN - 1
+    return min(_even(rows), workload.seq)
+
+
+def _even(rows: int) -> int:
+    return rows - rows % EVEN
+
+
+GPU_SHARE: Final = 32
+"""A GPU's budget is its memory divided by this: a tile costs a dozen launches, so tiles must be large."""
+LARGEST_COMFORT: Final = 32 * MIB
+"""Tile size beyond which there is no gain, however large the cache: it is shared."""
+SMALLEST_COMFORT: Final = 4 * MIB
+CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def default_budget(backend: Backend, memory_bytes: int) -> int:
+    """Return the default budget of a call in bytes above inputs and outputs."""
+    if backend == "cpu":
+        return DEFAULT_BUDGET_BYTES
+    return max(DEFAULT_BUDGET_BYTES, memory_bytes // GPU_SHARE)
+
+
+def comfort(backend: Backend) -> int | None:
+    """Return the preferred maximum size of a tile in bytes, or None if only the budget counts."""
+    if backend != "cpu":
+        return None
+    return min(max(last_cache() or LARGEST_COMFORT, SMALLEST_COMFORT), LARGEST_COMFORT)
+
+
+@cache
+def last_cache() -> int | None:
+    """Return the size of the last-level cache in bytes, or None if the system does not report it."""
+    try:
+        if sys.platform == "darwin":
+            told = subprocess.run(
+                ["sysctl", "-n", "hw.perflevel0.l2cachesize"], capture_output=True, text=True, check=True, timeout=5
+            )
+            return int(told.stdout)
+        sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
+        return max((int(size.removesuffix("K")) * 1024 for size in sizes), default=None)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+FORWARD_ARRAYS: Final = 8
+"""Score-sized float32 arrays alive at once in a forward tile, measured: MLX allocates a few operations ahead."""
+TRAINING_ARRAYS: Final = 20
+"""Score-sized float32 arrays alive at once in a backward tile under mx.compile; about 11 without it."""
+WORTHWHILE_SKIP: Final = 0.1
+"""Minimum share of skipped scores for blocks on a CPU if the whole score matrix would fit."""
+WORTHWHILE_BACKWARD_BYTES: Final = 256 * MIB
+"""A smaller gradient is computed as a whole if MLX can fuse it only for a multiple of 128 rows."""
+SURE: Final = 1.5
+"""Safety factor on the predicted bytes of an unfused path, whose peak depends on MLX's evaluation order."""
+FUSED: Final = "MLX has a fused kernel for this shape, backward too"
+
+Way = Literal[
+    "fused",
+    "whole",
+    "fused, blocks behind",
+    "whole, blocks behind",
+    "fused, slices behind",
+    "whole, slices behind",
+    "slices",
+    "slices, blocks behind",
+    "blocks",
+]
+
+
+class Choice(Struct, frozen=True):
+    """The strategy for a call."""
+
+    way: Way
+    blocks: Blocks
+    """Tile of blocks, used also for what slices cannot do."""
+    backward: Blocks
+    """Tile of the backward pass."""
+    reason: str
+    fits_forward: bool = False
+    """Whether the whole score matrix fits the budget without a gradient."""
+    slices: Blocks | None = None
+    """Size of a slice, forward and training, if slices are used."""
+    backward_slices: Blocks | None = None
+    waits: bool = False
+    """Whether slices must run one after another because they do not fit in memory together."""
+
+    @property
+    def cuts_forward(self) -> bool:
+        """Whether the forward pass is also split into slices or blocks."""
+        return self.way.startswith(("slices", "blocks"))
+
+
+def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING) -> Choice:
+    """Choose the strategy of a call within a budget.
+
+    Args:
+        workload: the call.
+        backend: the backend it runs on.
+        needs: features that the workload does not describe.
+        budget: bytes above inputs and outputs.
+        handed: what MLX's SDPA is handed beside an array mask.
+    """
+    ask = _ask_cpu if backend == "cpu" or needs.softcap else _ask_gpu
+    return ask(_Question(workload, backend, needs, budget, handed))
+
+
+class _Question:
+    """A call with its budget, and how MLX would compute it."""
+
+    def __init__(self, workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed) -> None:
+        self.workload, self.backend, self.needs, self.budget, self.handed = workload, backend, needs, budget, handed
+        # A call cannot know whether its gradient will be needed: the strategy must hold for both passes.
+        self.forward, self.training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
+        self.fits_forward = surely(self.forward, backend, needs) + handed.size(workload) <= budget
+        self.excess = surely(self.training, backend, needs) + handed.size(workload)
+        self.refusal = None if needs.softcap else why_unfused(self.forward, backend, needs)
+        self.behind = self.refusal or (None if needs.softcap else why_unfused(self.training, backend, needs))
+
+    def told(self, way: Way, reason: str, waits: bool = False) -> Choice:
+        blocks, backward = (tile(one, self.backend, self.budget) for one in (self.workload, self.training))
+        made = Choice(way, blocks, backward, reason, self.fits_forward, waits=waits)
+        if "slices" not in way:
+            return made
+        slices, behind = (
+            slice_size(one, self.backend, self.needs, self.budget, self.handed) for one in (self.forward, self.training)
+        )
+        if way == "slices" and slices is None:
+            return structs.replace(made, way="blocks", reason=f"{reason}, and no slice fits it")
+        if behind is None and not way.startswith("fused") and in_tf32(self.workload.dtype, self.backend):
+            why = f"{reason}, and a gradient in blocks does not match an output in TF32"
+            return structs.replace(made, way="blocks", reason=why)
+        if behind is None:
+            tighter = f"{reason}, and no slice of a backward pass fits it"
+            way = cast("Way", f"{way.partition(',')[0]}, blocks behind")
+            return structs.replace(made, way=way, reason=tighter, slices=slices)
+        return structs.replace(made, slices=slices, backward_slices=behind)
+
+    @property
+    def too_much(self) -> str:
+        return f"the scores need {mib(self.excess)} in training, the budget is {mib(self.budget)}"
+
+    @property
+    def enough(self) -> str:
+        return f"{self.behind}; the scores fit the budget of {mib(self.budget)}"
+
+
+def _ask_cpu(asked: _Question) -> Choice:
+    """Choose blocks with an online softmax, which suit a CPU's caches, unless the whole call is better."""
+    if asked.needs.softcap:
+        return asked.told("blocks", "MLX's SDPA has no softcap")
+    if not asked.behind:
+        return asked.told("fused", FUSED)
+    skipped = skipped_share(asked.workload, tile(asked.workload, asked.backend, asked.budget))
+    if asked.refusal and skipped >= WORTHWHILE_SKIP:
+        return asked.told("blocks", f"{asked.refusal}; blocks skip {skipped:.0%} of the scores")
+    if asked.excess <= asked.budget:
+        return asked.told("whole" if asked.refusal else "fused", asked.enough)
+    return asked.told("blocks" if asked.refusal else "fused, blocks behind", f"{asked.behind}; {asked.too_much}")
+
+
+def _ask_gpu(asked: _Question) -> Choice:
+    """Choose the largest slices that fit the budget if the whole call does not: a GPU prefers few, large kernels."""
+    forward, training = (
+        beside(one, asked.backend, asked.needs, refusal, asked.handed)
+        for one, refusal in ((asked.forward, asked.refusal), (asked.training, asked.behind))
+    )
+    if not asked.behind:
+        if max(forward, training) <= asked.budget:
+            return asked.told("fused", FUSED)
+        needed = f"MLX's fused kernels need {mib(max(forward, training))}, with what they make of a mask"
+        why = f"{needed}; the budget is {mib(asked.budget)}"
+        return asked.told("fused, slices behind" if forward <= asked.budget else "slices", why, waits=True)
+    fits = max(forward, asked.excess) <= asked.budget
+    scores = asked.workload.scores * ITEM_BYTES[asked.workload.dtype]
+    uneven = asked.backend == "cuda" and not asked.refusal and asked.workload.seq > EVEN
+    if fits and not (uneven and scores >= WORTHWHILE_BACKWARD_BYTES):
+        return asked.told("whole" if asked.refusal else "fused", asked.enough)
+    why = f"{asked.behind}; {'slices of such rows have one' if fits else asked.too_much}"
+    if forward <= asked.budget:
+        return asked.told("whole, slices behind" if asked.refusal else "fused, slices behind", why, waits=not fits)
+    return asked.told("slices", why, waits=True)
+
+
+def tile(workload: Workload, backend: Backend, budget: int) -> Blocks:
+    """Return the tile size of blocks for a workload."""
+    return choose(shape_of(workload), int(budget / AT_ONCE[backend]), comfort(backend))
+
+
+def surely(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
+    """Return an upper bound of an unfused path's bytes above inputs and outputs."""
+    return int(SURE * (whole_bytes(workload, backend, needs) - workload.output_bytes))
+
+
+def skipped_share(workload: Workload, blocks: Blocks) -> float:
+    """Return the share of the score matrix in tiles that are skipped because they are fully masked."""
+    mask, seq, kv_seq = of_workload(workload), workload.seq, workload.kv_seq
+    computed = sum(len(rows) * len(mask.visible_keys(rows, seq, kv_seq)) for rows in blocks_of(seq, blocks.rows))
+    return 1.0 - computed / (seq * kv_seq)
+
+
+def shape_of(workload: Workload) -> Shape:
+    """Return the sizes that block sizes depend on."""
+    training = workload.pass_ == "training"
+    return Shape(
+        batch=workload.batch,
+        kv_heads=workload.kv_heads,
+        group=workload.heads // workload.kv_heads,
+        seq=workload.seq,
+        kv_seq=workload.kv_seq,
+        head_dim=workload.head_dim,
+        value_dim=workload.value_dim,
+        score_bytes=4 * (TRAINING_ARRAYS if training else FORWARD_ARRAYS),
+        causal=workload.causal,
+        window=workload.window,
+        training=training,
+    )
+
+
+def mib(size: int) -> str:
+    """Format bytes: in MiB below 10 GiB, beyond in GiB and TiB."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30)):
+        if size >= 10 * factor:
+            return f"{size / factor:,.0f} {unit}"
+    return f"{size / MIB:,.0f} MiB"

@@ -1,0 +1,205 @@
+"""fatui's own kernel, where there is one for the device."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Final, Protocol, cast, runtime_checkable
+
+import mlx.core as mx
+from msgspec import structs
+
+from attention.core.errors import KernelUnavailable
+from attention.core.route import PLAIN, Needs, Route, fitted, unsupported
+from attention.core.workload import Workload
+from attention.implementations import call_hooks
+from attention.implementations.baseline import named_products, whole_bytes
+from attention.implementations.bounded.implementation import Practical
+from attention.implementations.call_signature import asked_for, here
+from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole, is_call_widened, is_unfused
+from attention.implementations.transforms import with_mask_gradient
+from attention.masks import Mask
+from attention.measure.device import Backend, Device
+
+KERNELS: Final[dict[Backend, str]] = {
+    "cpu": "attention.kernels.cpu.path",
+    "cuda": "attention.kernels.cuda.path",
+    "metal": "attention.kernels.metal.path",
+}
+"""For each backend the module of its kernel, of the form `Kernel`."""
+MOST_KINDS: Final = 4096
+"""Kinds of call that are remembered; a decoding loop makes a new one at each length."""
+TO_PRACTICAL: Final = "falls back: practical"
+TO_SDPA: Final = "falls back: MLX SDPA"
+Attend = Callable[..., mx.array]
+"""A call as `Kernel.attend`."""
+
+
+class Kernel(Protocol):
+    """What a backend's kernel module offers."""
+
+    def route(self, workload: Workload, needs: Needs) -> Route:
+        """The kernel's path, or a route that is not supported, with the reason."""
+        ...
+
+    def is_built(self) -> bool:
+        """Whether a call would not have to compile first."""
+        ...
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Compiles; raises KernelUnavailable."""
+        ...
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+    ) -> mx.array:
+        """Attends; shapes as in the implementations' protocol. Raises KernelUnavailable."""
+        ...
+
+
+@runtime_checkable
+class OffersVariants(Protocol):
+    """A kernel that can be had in more than one form for the same call: other tiles, another cut of the work."""
+
+    VARIANTS: Sequence[str]
+    """The names of all, at most 11 characters each."""
+
+    def variants(self, workload: Workload) -> Mapping[str, Attend]:
+        """Those that do otherwise than `attend` for a workload; each takes what that takes, and computes the same."""
+        ...
+
+
+def kernel_variants() -> Sequence[str]:
+    """The further forms of the kernel for the device that MLX computes on now; some kernels have none."""
+    kernel = _kernel(here())
+    return kernel.VARIANTS if isinstance(kernel, OffersVariants) else ()
+
+
+class Poc:
+    """The custom kernel; what it does not take goes to MLX's SDPA, and a softcap to the blocks of `practical`.
+
+    The fallback computes in float32 where MLX's unfused path would lose scores in half precision.
+    """
+
+    name = "poc"
+
+    def __init__(self, variant: str | None = None) -> None:
+        """Makes the implementations that it falls back to; a variant is one of `kernel_variants()`."""
+        self._variant = variant
+        self._sdpa = MlxSdpa()
+        self._practical = Practical()
+        self._attends: dict[object, tuple[Attend, str] | None] = {}
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        """The kernel's path where it takes the workload; otherwise what it falls back to, and why.
+
+        A variant has none where the kernel does the same without it.
+        """
+        own = _kernel(device.backend).route(workload, needs)
+        if own.supported:
+            if self._variant is None:
+                return own
+            if _form(_kernel(device.backend), self._variant, workload) is None:
+                return unsupported(f"'{self._variant}' changes nothing here")
+            return structs.replace(own, path=_variant_path(own.path, self._variant))
+        if needs.softcap:
+            behind = self._practical.route(workload, device, needs)
+            path, reason = TO_PRACTICAL, f"{own.reason}, and {NO_SOFTCAP}"
+        else:
+            behind = self._sdpa.route(workload, device, needs)
+            if not behind.fused:
+                behind = structs.replace(behind, predicted_bytes=whole_bytes(workload, device.backend, needs))
+            path, reason = TO_SDPA, f"{own.reason}; {behind.reason}"
+        if not (behind.fused or needs.softcap):
+            path = named_products(path, workload.dtype, device.backend)
+        return structs.replace(behind, path=path, reason=reason, fallback=True)
+
+    def needs_building(self, workload: Workload, device: Device) -> bool:
+        """Whether the kernel takes the workload and has not been compiled on this machine yet."""
+        kernel = _kernel(device.backend)
+        return not kernel.is_built() and kernel.route(workload, PLAIN).supported
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Compiles the kernel; where that fails, calls fall back and the route says why."""
+        with suppress(KernelUnavailable):
+            _kernel(here()).build(tell)
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        """Attends; shapes as in the protocol."""
+
+        def attend(mask: Mask) -> mx.array:
+            return self._attend(q, k, v, scale, mask, softcap)
+
+        return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap)
+
+    def _attend(
+        self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
+    ) -> mx.array:
+        key = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            mask.causal,
+            mask.window,
+            mask.array is None,
+            softcap is None,
+            here(),
+        )
+        try:
+            known = self._attends[key]
+        except KeyError:
+            known = self._ask(key, q, k, v, mask, softcap)
+        if known is not None:
+            attend, path = known
+            try:
+                out = attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            except KernelUnavailable:
+                self._attends.clear()
+            else:
+                call_hooks.ran(path)
+                return out
+        if softcap is not None:
+            out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            call_hooks.ran(TO_PRACTICAL)
+            return out
+        call_hooks.ran(_sdpa_path(q, k, v, mask))
+        return attend_whole(q, k, v, scale, mask, is_call_widened(q, k, v, mask))
+
+    def _ask(
+        self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
+    ) -> tuple[Attend, str] | None:
+        """How the kernel is called for a kind of call, and its path; None where it is not. Looked up once."""
+        if len(self._attends) >= MOST_KINDS:
+            self._attends.clear()
+        kernel = _kernel(here())
+        workload, needs = asked_for(q, k, v, mask, softcap)
+        form = None if self._variant is None else _form(kernel, self._variant, workload)
+        route = kernel.route(workload, needs)
+        path = route.path if form is None else _variant_path(route.path, self._variant)
+        self._attends[key] = known = (form or kernel.attend, path) if route.supported else None
+        return known
+
+
+def _variant_path(path: str, variant: str | None) -> str:
+    return fitted(f"{path}, {variant}")
+
+
+def _sdpa_path(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> str:
+    backend = here()
+    if backend != "cuda" or q.dtype != mx.float32:
+        return TO_SDPA
+    workload, needs = asked_for(q, k, v, mask, None)
+    return named_products(TO_SDPA, workload.dtype, backend) if is_unfused(workload, needs, backend) else TO_SDPA
+
+
+def _form(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:
+    """A variant of a kernel, where it differs for a workload."""
+    return kernel.variants(workload).get(variant) if isinstance(kernel, OffersVariants) else None
+
+
+@cache
+def _kernel(backend: Backend) -> Kernel:
+    return cast("Kernel", importlib.import_module(KERNELS[backend]))

@@ -1,0 +1,207 @@
+"""The gradient of an additive mask, for implementations whose kernels have none.
+
+The mask is added after the softcap, so that its gradient is that of the masked scores,
+
+    dMask = P * (dP - rowsum(P * dP)),    dP = dO V^T,
+
+summed over the axes along which the mask is broadcast. It is computed in slabs of rows in float32, from scratch, and as
+MLX is lazy only where somebody takes it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from msgspec import structs
+
+from attention import masks
+from attention.core.errors import UnsupportedError
+from attention.implementations.bounded.blocks import MIB, Blocks
+from attention.implementations.bounded.blockwise import (
+    Call,
+    arithmetic_of,
+    blocks_of,
+    cut,
+    head_groups,
+    row_shift,
+    tile_scores,
+)
+from attention.implementations.bounded.memory import Chain, Written
+from attention.implementations.call_signature import here
+from attention.masks import Mask
+
+Rule = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def folded(function: Callable[..., Any], masks_at: int | None = None) -> Rule:
+    """Return the vmap rule of a function from arrays (batch, ...) and lists of them to arrays (batch, ...).
+
+    If an array without a batch axis is mapped, such as sinks (H,), each index is a separate call.
+
+    Args:
+        function: takes at least two arguments, the first of them the query or a list beginning with it.
+        masks_at: index of the argument that is a list of masks, whose batch may be 1.
+    """
+
+    def rule(inputs: Any, axes: Any) -> tuple[Any, Any]:
+        mapped = _mapped(inputs, axes)
+        array, axis = mapped[0]
+        size = array.shape[axis]
+        if any(array.ndim < 5 for array, _ in mapped):
+            calls = [function(*tree_map(lambda x, axis, i=i: _at(x, axis, i), inputs, axes)) for i in range(size)]
+            return _mapped_first(tree_map(lambda *each: mx.stack(list(each)), *calls))
+        query, its_axis = _first(inputs[0]), _first(axes[0])
+        batch = query.shape[0 if its_axis is None or its_axis > 0 else 1]
+
+        def fold(x: mx.array, axis: int | None) -> mx.array:
+            x = x[None] if axis is None else mx.moveaxis(x, axis, 0)
+            return mx.broadcast_to(x, (size, batch, *x.shape[2:])).reshape(size * batch, *x.shape[2:])
+
+        def fold_unless_one(x: mx.array, axis: int | None) -> mx.array:
+            return x if axis is None and x.shape[0] == 1 else fold(x, axis)
+
+        arguments = [
+            tree_map(fold_unless_one if at == masks_at else fold, argument, its)
+            for at, (argument, its) in enumerate(zip(inputs, axes, strict=True))
+        ]
+        return _mapped_first(tree_map(lambda x: x.reshape(size, batch, *x.shape[1:]), function(*arguments)))
+
+    return rule
+
+
+def _mapped(inputs: Any, axes: Any) -> list[tuple[mx.array, int]]:
+    """Return the mapped arrays with their axes."""
+    pairs: list[tuple[mx.array, int]] = []
+    tree_map(lambda x, axis: None if axis is None else pairs.append((x, axis)), inputs, axes)
+    return pairs
+
+
+def _mapped_first(outputs: Any) -> tuple[Any, Any]:
+    return outputs, tree_map(lambda _: 0, outputs)
+
+
+def _first(argument: Any) -> Any:
+    return argument[0] if isinstance(argument, list) else argument
+
+
+def _at(x: mx.array, axis: int | None, index: int) -> mx.array:
+    return x if axis is None else mx.take(x, index, axis=axis)
+
+
+SLAB_BYTES: Final = 32 * MIB
+"""Working memory of a slab of rows, which has all keys: at least one row's."""
+SLAB_ARRAYS: Final = 8
+"""Arrays of the size of its scores that a slab holds at once."""
+Arrays = list[mx.array]
+
+
+def with_mask_gradient(
+    attend: Callable[[Mask], mx.array],
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: Mask,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    budget_bytes: int = SLAB_BYTES,
+) -> mx.array:
+    """Attends, and gives the mask its gradient if it is an additive array.
+
+    Args:
+        attend: attends with q, k and v under a mask; what it does about a gradient of the mask is ignored.
+        q: query (B, H, Lq, D).
+        k: key (B, Hkv, Lk, D).
+        v: value (B, Hkv, Lk, Dv).
+        scale: factor of the scores.
+        mask: what each query may see.
+        softcap: of the scores, before the mask.
+        sinks: (H,): scores that join the softmax of every row of a head, without a value.
+        budget_bytes: working memory of the gradient; a row with all its keys is the least.
+    """
+    if mask.array is None or mask.array.dtype == mx.bool_:
+        return attend(mask)
+    out = attend(structs.replace(mask, array=mx.stop_gradient(mask.array)))
+    keys = k.shape[2]
+    rows = max(1, min(budget_bytes, SLAB_BYTES) // (4 * SLAB_ARRAYS * keys * (q.shape[1] // k.shape[1])))
+    slab = Blocks(batches=1, kv_heads=1, rows=min(rows, q.shape[2]), keys=keys)
+    backend = here()
+    arithmetic = arithmetic_of(q.dtype, backend) if backend == "cuda" else "exact"
+    call = Call(scale, mask, softcap, slab, arithmetic, shifted=q.dtype != mx.float32)
+    return _node(call)(out, q, k, v, [masks.as_4d(mask.array)], [] if sinks is None else [sinks])
+
+
+def _node(call: Call) -> Callable[..., mx.array]:
+    """Returns a function that returns its first argument, and gives the mask among the others its gradient."""
+
+    @mx.custom_function
+    def pass_on(out: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> mx.array:
+        return out
+
+    def pull_back(
+        inputs: tuple[mx.array, mx.array, mx.array, mx.array, Arrays, Arrays], cotangent: mx.array, out: mx.array
+    ) -> Arrays:
+        _, q, k, v, mask, sinks = inputs
+        of_mask = mask_gradient(q, k, v, cotangent, structs.replace(call, mask=call.mask.having(mask)), *sinks)
+        return [cotangent, *(mx.zeros_like(x) for x in (q, k, v)), of_mask, *(mx.zeros_like(x) for x in sinks)]
+
+    def refuse(primals: object, tangents: object) -> None:
+        raise UnsupportedError("under an additive mask only implementation='baseline' has jvp and second derivatives")
+
+    pass_on.vjp(pull_back)
+    pass_on.jvp(refuse)
+    pass_on.vmap(folded(pass_on, masks_at=4))
+    return cast("Callable[..., mx.array]", pass_on)
+
+
+def mask_gradient(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cotangent: mx.array,
+    call: Call,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """The gradient of the array of the call's mask, which is 4-D and additive, in its shape and type."""
+    array = call.mask.array
+    assert array is not None
+    lengths = q.shape[2], k.shape[2]
+    whole = array.shape == (*q.shape[:3], k.shape[2])
+    chain = Chain()
+    total = Written(mx.zeros(array.shape, array.dtype if whole else mx.float32), chain)
+    for heads in head_groups(q, k, call.blocks):
+        for rows in blocks_of(lengths[0], call.blocks.rows):
+            keys = call.mask.visible_keys(rows, *lengths)
+            if not keys:
+                continue
+            *sides, key, value = chain.whole(q, cotangent, k, v)
+            cuts = *(heads.rows(x, rows) for x in sides), heads.keys(key, keys), heads.keys(value, keys)
+            query, upstream, key, value = (x.astype(mx.float32) for x in cuts)
+            product = call.scores(query, call.transposed(key))
+            shift = row_shift(call, heads, rows, lengths)
+            scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
+            d_weights = call.product(upstream, call.transposed(value))
+            sunk = None if sinks is None else heads.sinks(sinks, len(rows), shift)
+            weights = _softmax(scores, call, sunk)
+            # not rowsum(dO * O): the output may be rounded, and then the difference does not cancel
+            slab = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))
+            slab = slab.reshape(len(heads.batches), -1, len(rows), len(keys))
+            summed = [axis for axis in range(4) if array.shape[axis] == 1]
+            slab = slab.sum(axis=summed, keepdims=True) if summed else slab
+            places = heads.batches, range(heads.heads.start, heads.heads.stop), rows, keys
+            place = tuple(slice(None) if size == 1 else cut(run) for size, run in zip(array.shape, places, strict=True))
+            chain.links = [total.write(place, slab, 1) if whole else total.add(place, slab, 1)]
+    return chain.results(total.array)[0].astype(array.dtype)
+
+
+def _softmax(scores: mx.array, call: Call, sinks: mx.array | None) -> mx.array:
+    """Of scores; 0 in rows that see nothing."""
+    top = scores.max(axis=-1, keepdims=True)
+    top = top if sinks is None else mx.maximum(top, sinks)
+    top = mx.where(top == -mx.inf, 0.0, top)
+    weights = call.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    total = total if sinks is None else total + call.exp(sinks - top)
+    return weights / mx.where(total == 0, 1.0, total)

@@ -1,0 +1,136 @@
+"""Dispatch of the backward pass: the Hopper kernel if it supports the call, else the general one, else MLX."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from attention.kernels.cuda import choice
+from attention.kernels.cuda.portable import gradient as portable_gradient
+from attention.kernels.cuda.runtime import launcher, selfcheck
+from attention.kernels.cuda.runtime.call import LOG2_E, Call, Shape
+from attention.kernels.cuda.runtime.launch import dtype_of
+from attention.kernels.cuda.runtime.layout import laid_out, of_sdpa
+from attention.kernels.cuda.sm90 import gradient
+from attention.masks import Mask, apply, opened
+
+
+def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: Call) -> list[mx.array]:
+    """The gradients of q, k and v, and of a mask.
+
+    Args:
+        primals: q, k, v, and a mask (batch, heads, queries, keys) if the call has one.
+        cotangents: of the output, and of the logsumexp if that was asked for.
+        call: what was computed.
+    """
+    queries, keys = primals[0].shape[2], primals[1].shape[2]
+    blind = call.mask is not None or (
+        call.causal and queries > keys
+    )  # some rows may see nothing, which gives NaN there
+    plain = len(cotangents) > 1 or call.softcap is not None or blind
+
+    def sdpa(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
+        window = Mask(window=call.window).whole(queries, keys) if call.window else None
+        mask = window if window is not None else "causal" if call.causal else None
+        q, k, v = laid_out(q, k, v)
+        return [of_sdpa(mx.fast.scaled_dot_product_attention(q, k, v, scale=call.scale, mask=mask))]
+
+    def unfused(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> list[mx.array]:
+        return list(plain_attention(q, k, v, call, mask))[: len(cotangents)]
+
+    _, gradients = mx.vjp(unfused if plain else sdpa, primals, cotangents)
+    return gradients
+
+
+def plain_attention(
+    q: mx.array, k: mx.array, v: mx.array, call: Call, mask: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Output and logsumexp by way of the whole score matrix, in float32; rows that see nothing give 0 and -inf."""
+    group, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
+    wide_k, wide_v = (mx.repeat(x.astype(mx.float32), group, axis=1) for x in (k, v))
+    scores = call.scale * (q.astype(mx.float32) @ wide_k.swapaxes(-1, -2))
+    if call.softcap is not None:
+        scores = call.softcap * mx.tanh(scores / call.softcap)
+    whole = Mask(causal=call.causal, window=call.window, array=mask).whole(queries, keys)
+    if whole is None:
+        return (mx.softmax(scores, axis=-1) @ wide_v).astype(q.dtype), mx.logsumexp(scores, axis=-1)
+    allowed, sees = opened(whole, shifted=False)  # of which the logsumexp would lack what is taken off
+    scores = apply(scores, allowed)
+    out = mx.where(sees, mx.softmax(scores, axis=-1) @ wide_v, 0.0)
+    return out.astype(q.dtype), mx.where(sees[..., 0], mx.logsumexp(scores, axis=-1), -mx.inf)
+
+
+def refusal(shape: Shape, call: Call) -> str | None:
+    """Return why gradients fall back to MLX, in one line, or None if the kernels compute them (by checks so far)."""
+    own = _refusal_of_own(shape, call)
+    general = selfcheck.distrust(portable_gradient.kernel_of(shape, call).program) if own else None
+    return f"{own}; the general kernel: {general}" if general else None
+
+
+def scratch_bytes(shape: Shape, call: Call) -> int:
+    """Return the scratch memory of the backward pass, in bytes, for the kernel that computes it."""
+    own = _refusal_of_own(shape, call) is None
+    return gradient.scratch_bytes(shape, call) if own else portable_gradient.scratch_bytes(shape)
+
+
+def gradients(
+    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
+) -> list[mx.array]:
+    """Return the gradients of q, k and v, and of a mask.
+
+    Args:
+        primals: q, k, v, and a mask (batch, heads, queries, keys) if the call has one.
+        cotangents: cotangents of the output, and of the logsumexp if it was requested.
+        outputs: outputs of the forward pass: output, logsumexp and stats.
+        shape: shapes of the arrays.
+        call: parameters of the call.
+    """
+    if _own_is_taken(shape, call):
+        return list(gradient.by_kernel(primals, cotangents, outputs, shape, call))
+    if not _general_is_taken(shape, call):
+        return through_mlx(list(primals), list(cotangents), call)
+    made = portable_gradient.gradients(primals, cotangents, outputs, shape, call)
+    return [*made, *(_of_mask(primals, cotangents, call) if call.mask else ())]
+
+
+def _of_mask(primals: Sequence[mx.array], cotangents: Sequence[mx.array], call: Call) -> list[mx.array]:
+    """Return the gradient of a mask, in MLX operations; they are lazy, so an unused gradient costs nothing."""
+    if call.mask == "bool":
+        return [mx.zeros_like(primals[3])]
+    return through_mlx(list(primals), list(cotangents), call)[3:]
+
+
+def _refusal_of_own(shape: Shape, call: Call) -> str | None:
+    """Return why the Hopper kernel does not compute the gradients of a call, or None (by checks so far)."""
+    if launcher.obstacle() is not None:
+        return "the Hopper kernel needs the launcher"
+    return choice.own_refusal(shape, call) or gradient.refusal(shape, call)
+
+
+@functools.lru_cache(maxsize=256)
+def _own_is_taken(shape: Shape, call: Call) -> bool:
+    if _refusal_of_own(shape, call) is None:
+        gradient.check(shape, call)
+    return _refusal_of_own(shape, call) is None
+
+
+@functools.lru_cache(maxsize=256)
+def _general_is_taken(shape: Shape, call: Call) -> bool:
+    return selfcheck.judged(portable_gradient.kernel_of(shape, call).program, lambda: _compare(shape, call)) is None
+
+
+def _compare(shape: Shape, call: Call) -> str | None:
+    """Run the general kernel of a call on small inputs; return an error in its results, or None."""
+    small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=200, keys=331)
+    tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
+    made, mask = selfcheck.inputs(small), selfcheck.random_mask(small, tried)
+    given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in made]  # in the layout that models pass
+    q, k, v = (selfcheck.exact(x) for x in made[:3])
+    output, logsumexp = selfcheck.reference(q, k, v, tried, selfcheck.added(mask))
+    stats = np.stack([np.zeros_like(logsumexp), logsumexp * LOG2_E], axis=-1)
+    outputs = [mx.array(output, dtype=mx.float32).astype(dtype_of(shape)), mx.array(logsumexp, dtype=mx.float32)]
+    outputs.append(mx.array(stats, dtype=mx.float32))
+    found = portable_gradient.gradients([*given[:3], *mask], given[3:], outputs, small, tried)
+    return selfcheck.gradient_disagreement(small, tried, found, made, mask)

@@ -1,0 +1,1 @@
+"""The CUDA kernels for any GPU from Ampere on: tiles, launches and gradients."""

@@ -1,0 +1,134 @@
+"""Gradients by the general backward kernels: three launches in sequence."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from attention.kernels.cuda.portable.backward import PADDED, GeneralBackward, backward_tiles_for, widths_of
+from attention.kernels.cuda.portable.launch import dense_steps
+from attention.kernels.cuda.runtime import launcher
+from attention.kernels.cuda.runtime.call import Call, Shape, float_bits
+from attention.kernels.cuda.runtime.gpu import gpu
+from attention.kernels.cuda.runtime.launch import (
+    Launch,
+    Run,
+    Stage,
+    dtype_of,
+    exponent_factor,
+    plan_label,
+    prepare,
+    run_of,
+    scalars_of,
+)
+
+FIRST_VECTOR_SUMS = (9, 0)
+"""First compute capability with vectorised atomic adds of four floats."""
+
+
+def kernel_of(shape: Shape, call: Call) -> GeneralBackward:
+    """Return the specialisation for a call on this machine."""
+    return _kernel(shape, call, launcher.obstacle() is not None)
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(shape: Shape, call: Call, narrow_steps: bool) -> GeneralBackward:
+    widths = widths_of(shape.head_dim, shape.value_dim)
+    return GeneralBackward(
+        *widths,
+        causal=call.causal,
+        window=call.window is not None,
+        softcap=call.softcap is not None,
+        mask=call.mask,
+        element=shape.element,
+        narrow_steps=narrow_steps,
+        tiles=backward_tiles_for(*widths, gpu().shared_memory_limit),
+        architecture=gpu().architecture,
+        vector_sums=gpu().capability >= FIRST_VECTOR_SUMS,
+    )
+
+
+def gradients(
+    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
+) -> list[mx.array]:
+    """Return the gradients of q, k and v. Arguments: see `pullback.gradients`."""
+    cotangent = cotangents[0].astype(dtype_of(shape))
+    of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
+    arrays = [*primals[:3], outputs[0], cotangent, outputs[2], of_logsumexp, *primals[3:]]
+    return planned(shape, call, len(cotangents) > 1)(arrays)[:3]
+
+
+@functools.lru_cache(maxsize=128)
+def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
+    """Return the three launches as one operation.
+
+    The first launch zeroes the float32 accumulator of dQ; the second adds to it in place, although it is an input for
+    MLX; the third depends on dK and rounds the accumulator to dQ. The accumulator is not visible outside.
+    """
+    masks = ("mask",) if call.mask else ()
+    inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp", *masks)
+    made = (
+        Stage(rows_launch(shape, call, with_logsumexp), inputs[3:7], ("rows", "sums"), strided=("cotangent",)),
+        Stage(
+            backward_launch(shape, call),
+            ("q", "k", "v", "cotangent", "rows", *masks, "sums"),
+            ("d_k", "d_v"),
+            frozenset({"sums"}),
+            strided=("q", "k", "v", "cotangent"),
+            masks=masks,
+        ),
+        Stage(finish_launch(shape, call), ("sums", "d_k"), ("d_q",)),
+    )
+    label = plan_label("general gradient", shape, call, with_logsumexp)
+    return run_of(inputs, ("d_q", "d_k", "d_v"), made, label)
+
+
+def padded(shape: Shape) -> int:
+    """Return the padded queries per plane of the intermediate arrays."""
+    return PADDED * math.ceil(shape.queries / PADDED)
+
+
+def scratch_bytes(shape: Shape) -> int:
+    """Return the scratch memory of a backward pass in bytes: 3 floats per query, and dQ in float32."""
+    return 4 * shape.batch * shape.heads * padded(shape) * (3 + widths_of(shape.head_dim, shape.value_dim)[0])
+
+
+@functools.lru_cache(maxsize=128)
+def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
+    """Return the first launch: exponents and delta per query, in padded tiles, and the zeroed accumulator of dQ."""
+    kernel = kernel_of(shape, call)
+    program = kernel.rows_program(with_logsumexp)
+    planes = shape.batch * shape.heads
+    rows = planes * padded(shape)
+    outputs = [((rows // PADDED, 3, PADDED), mx.float32), ((rows, kernel.head_dim), mx.float32)]
+    numbers = [planes, shape.heads, shape.queries, shape.value_dim, kernel.head_dim, exponent_factor(call)]
+    if kernel.narrow_steps:
+        numbers += dense_steps(shape, Call(call.scale, False, None, None), "o")
+    return prepare(program, rows * 32 // program.threads, outputs, numbers)
+
+
+@functools.lru_cache(maxsize=128)
+def backward_launch(shape: Shape, call: Call) -> Launch:
+    """Return the main launch: reads q, k, v, cotangent, rows, mask and sums; writes dK and dV."""
+    kernel = kernel_of(shape, call)
+    keys = (shape.batch, shape.kv_heads, shape.keys)
+    outputs = [((*keys, dim), dtype_of(shape)) for dim in (shape.head_dim, shape.value_dim)]
+    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim, shape.value_dim]
+    numbers = [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0]
+    if kernel.narrow_steps:
+        numbers += dense_steps(shape, call, "qkvo")
+    blocks = shape.batch * shape.kv_heads * math.ceil(shape.keys / kernel.tiles.block_k)
+    return prepare(kernel.program, blocks, outputs, numbers)
+
+
+@functools.lru_cache(maxsize=128)
+def finish_launch(shape: Shape, call: Call) -> Launch:
+    """Return the last launch: reads the sums and an output of the main launch; writes dQ."""
+    kernel = kernel_of(shape, call)
+    program = kernel.finish_program
+    planes = shape.batch * shape.heads
+    sums = planes * padded(shape) * kernel.head_dim
+    outputs = [((shape.batch, shape.heads, shape.queries, shape.head_dim), dtype_of(shape))]
+    numbers = [planes, shape.queries, padded(shape), shape.head_dim, kernel.head_dim, float_bits(call.scale)]
+    return prepare(program, math.ceil(sums / 4 / program.threads), outputs, numbers)

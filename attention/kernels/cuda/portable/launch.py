@@ -1,0 +1,140 @@
+"""Launches of the general forward kernel: work division of a call, and its launches as plan stages."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from attention.core.errors import KernelUnavailable
+from attention.kernels.cuda.portable.forward import FEW_ROWS, GeneralForward, split_keys, tiles_for, width_of
+from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.gpu import gpu
+from attention.kernels.cuda.runtime.launch import (
+    INPUTS,
+    OUTPUTS,
+    Launch,
+    Stage,
+    dtype_of,
+    exponent_factor,
+    prepare,
+    scalars_of,
+)
+
+LARGEST_NARROW_STEP = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Division:
+    """Division of a call's work into blocks."""
+
+    kernel: GeneralForward
+    blocks: int
+    """Blocks without splitting the keys."""
+    first_key: int
+    """First key that any query attends to, rounded down to a tile."""
+    split_keys: int
+    splits: int
+
+
+@functools.lru_cache(maxsize=1024)
+def division(shape: Shape, call: Call, narrow_steps: bool) -> Division:
+    """Return the specialisation and blocks of a call; the keys are split if the blocks do not fill the GPU."""
+    few = shape.group * shape.queries <= FEW_ROWS
+    rows, planes = shape.queries, shape.batch * shape.heads
+    if few:
+        rows, planes = shape.group * shape.queries, shape.batch * shape.kv_heads
+    widths = width_of(shape.head_dim), width_of(shape.value_dim)
+    tiles = tiles_for(*widths, rows, call.mask is not None, gpu().shared_memory_limit)
+    kernel = GeneralForward(
+        *widths,
+        causal=call.causal,
+        window=call.window is not None,
+        softcap=call.softcap is not None,
+        mask=call.mask,
+        element=shape.element,
+        packed=few,
+        split=False,
+        narrow_steps=narrow_steps,
+        tiles=tiles,
+        architecture=gpu().architecture,
+    )
+    blocks = planes * kernel.blocks_of(rows)
+    unseen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
+    first_key = unseen // tiles.block_n * tiles.block_n
+    key_tiles = -(-(shape.keys - first_key) // tiles.block_n)
+    slots = tiles.blocks * gpu().multiprocessors
+    each = split_keys(key_tiles, blocks, slots) if few or 2 * blocks <= slots else key_tiles
+    return _dealt(replace(kernel, split=each < key_tiles), blocks, first_key, key_tiles, each)
+
+
+def _dealt(kernel: GeneralForward, blocks: int, first_key: int, key_tiles: int, each: int) -> Division:
+    return Division(kernel, blocks, first_key, each * kernel.tiles.block_n, -(-key_tiles // each))
+
+
+def same_kernel(wanted: Division, shape: Shape, call: Call) -> Division:
+    """Return the division of a call with the kernel of another division: three splits if that one is split."""
+    other = division(shape, call, wanted.kernel.narrow_steps)
+    rows = shape.group * shape.queries if wanted.kernel.packed else shape.queries
+    planes = shape.batch * (shape.kv_heads if wanted.kernel.packed else shape.heads)
+    block_n = wanted.kernel.tiles.block_n
+    first_key = other.first_key // block_n * block_n
+    key_tiles = -(-(shape.keys - first_key) // block_n)
+    each = -(-key_tiles // 3) if wanted.kernel.split else key_tiles
+    return _dealt(wanted.kernel, planes * wanted.kernel.blocks_of(rows), first_key, key_tiles, each)
+
+
+@functools.lru_cache(maxsize=256)
+def forward(shape: Shape, call: Call, divided: Division) -> Launch:
+    """Return the launch for q, k, v and mask: writes output, logsumexp, stats, or output, maximum and sum per split."""
+    rows = (shape.batch, shape.heads, shape.queries)
+    outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
+    if divided.kernel.split:
+        outputs = [((divided.splits, *rows, shape.value_dim), mx.float32), ((divided.splits, *rows, 2), mx.float32)]
+    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim, shape.value_dim]
+    keys = [divided.first_key, divided.split_keys, divided.splits]
+    numbers = [*problem, *scalars_of(call), call.window or 0, *keys]
+    if divided.kernel.narrow_steps:
+        numbers += dense_steps(shape, call, "qkv")
+    return prepare(divided.kernel.program, divided.blocks * divided.splits, outputs, numbers)
+
+
+def stages(shape: Shape, call: Call, divided: Division) -> list[Stage]:
+    """Return the launches of a call as plan stages."""
+    made = forward(shape, call, divided)
+    reads, masks = (*INPUTS, "mask") if call.mask else INPUTS, ("mask",) if call.mask else ()
+    if not divided.kernel.split:
+        return [Stage(made, reads, OUTPUTS, strided=INPUTS, masks=masks)]
+    parts = ("outputs", "maxima_and_sums")
+    joined = join(shape, call, divided.splits, divided.kernel)
+    return [Stage(made, reads, parts, strided=INPUTS, masks=masks), Stage(joined, parts, OUTPUTS)]
+
+
+@functools.lru_cache(maxsize=256)
+def join(shape: Shape, call: Call, splits: int, kernel: GeneralForward) -> Launch:
+    """Return the launch of the join pass, which combines the partial results of the splits."""
+    rows = (shape.batch, shape.heads, shape.queries)
+    outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
+    program, count = kernel.join_program, math.prod(rows)
+    numbers = [count, shape.value_dim, splits, exponent_factor(call)]
+    return prepare(program, math.ceil(count * 32 / program.threads), outputs, numbers)
+
+
+def dense_steps(shape: Shape, call: Call, arrays: str) -> list[int]:
+    """Return the strides of contiguous arrays, in the order of `arrays` (of "q", "k", "v", "o"), then of the mask.
+
+    Raises:
+        KernelUnavailable: a stride exceeds the 32-bit scalars of MLX's precompiled-kernel operation.
+    """
+    rows = {"q": (shape.heads, shape.queries, shape.head_dim), "k": (shape.kv_heads, shape.keys, shape.head_dim)}
+    rows |= {"v": (*rows["k"][:2], shape.value_dim), "o": (*rows["q"][:2], shape.value_dim)}
+    steps = [step for name in arrays for step in _steps(*rows[name])]
+    if call.mask:
+        steps += [*_steps(shape.heads, shape.queries, shape.keys), 1]
+    if max(steps) > LARGEST_NARROW_STEP:
+        raise KernelUnavailable("without the launcher, which has to be compiled, arrays this large are not taken")
+    return steps
+
+
+def _steps(planes: int, rows: int, columns: int) -> tuple[int, int, int]:
+    return planes * rows * columns, rows * columns, columns

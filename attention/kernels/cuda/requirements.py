@@ -1,0 +1,113 @@
+"""Availability of the kernels on this machine and their workspace, determined without compiling or running anything."""
+
+import functools
+import math
+import sys
+from pathlib import Path
+from typing import cast
+
+from msgspec import structs
+
+from attention.core.errors import KernelUnavailable
+from attention.core.route import PLAIN, Needs
+from attention.core.workload import Workload
+from attention.kernels.common import cache
+from attention.kernels.cuda.runtime import program
+from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, Call, MaskKind, Shape, refusal_of
+from attention.kernels.cuda.runtime.gpu import gpu
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+def look() -> str:
+    """Return a short description of GPU and compiler.
+
+    Raises:
+        KernelUnavailable: a requirement is missing; the message names the first one.
+    """
+    return _found(cache.folder())
+
+
+@functools.cache
+def _found(folder: Path) -> str:
+    """Return the description for a cache folder; only success is cached, failures are re-evaluated."""
+    if not sys.platform.startswith("linux"):
+        raise KernelUnavailable(f"the CUDA kernels run on Linux only, not on {sys.platform}")
+    found = gpu()
+    if found.capability < OLDEST_CAPABILITY:
+        raise KernelUnavailable(f"the CUDA kernels need an Ampere GPU or a later one, and this is {found.name}")
+    if not _mlx_computes_on_cuda():
+        raise KernelUnavailable("this MLX has no CUDA backend (pip install 'mlx[cuda13]')")
+    compiler = program.find()
+    cache.ready_folder()
+    return f"{found.name}, {found.architecture}, {compiler}"
+
+
+def variant() -> str:
+    """Return "hopper", "ampere" or "none"."""
+    try:
+        look()
+    except KernelUnavailable:
+        return "none"
+    return "hopper" if gpu().architecture == "sm_90a" else "ampere"
+
+
+def _mlx_computes_on_cuda() -> bool:
+    try:
+        import mlx.core as mx
+    except ImportError:
+        return False
+    return hasattr(mx, "cuda") and bool(mx.cuda.is_available())
+
+
+def shape_and_call(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
+    """Return the shape and call of a workload: padded head dims; an array mask, of unknown dtype, counts as bool."""
+    dims = [DIM_STEP * -(-dim // DIM_STEP) for dim in (workload.head_dim, workload.value_dim)]
+    shape = Shape(
+        workload.batch,
+        workload.heads,
+        workload.kv_heads,
+        workload.seq,
+        workload.kv_seq,
+        dims[0],
+        ELEMENTS[workload.dtype],
+        dims[1],
+    )
+    window = workload.window if workload.window is not None and workload.window < workload.kv_seq else None
+    softcap, mask = 1.0 if needs.softcap else None, "bool" if needs.array_mask else None
+    return shape, Call(workload.scale, workload.causal, window, softcap, cast("MaskKind | None", mask))
+
+
+def refusal_here(workload: Workload, needs: Needs = PLAIN) -> str | None:
+    """Return None if the kernels support a workload on this machine, else a one-line reason."""
+    reason = refusal_of(workload)
+    if reason:
+        return reason
+    try:
+        look()
+        from attention.kernels.cuda.choice import path_of
+
+        path_of(*shape_and_call(workload, needs))
+    except KernelUnavailable as unavailable:
+        return str(unavailable)
+    return None
+
+
+def workspace_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
+    """Return the bytes of a forward call above inputs and output: intermediate arrays, and zero-padded copies.
+
+    Raises:
+        KernelUnavailable: the workload is not supported on this machine.
+    """
+    reason = refusal_here(workload, needs)
+    if reason:
+        raise KernelUnavailable(reason)
+    from attention.kernels.cuda.attend import stages
+    from attention.kernels.cuda.choice import path_of
+
+    shape, call = shape_and_call(workload, needs)
+    made = stages(shape, call, path_of(shape, call)[0])
+    written = sum(math.prod(size) * dtype.size for stage in made for size, dtype in stage.written.values())
+    wide = structs.replace(workload, head_dim=shape.head_dim, value_dim=shape.value_dim)
+    copies = 0 if wide == workload else wide.input_bytes
+    return written + copies - workload.result_bytes

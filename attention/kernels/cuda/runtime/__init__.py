@@ -1,0 +1,1 @@
+"""Compiling, checking and launching CUDA kernels, whichever family they belong to."""

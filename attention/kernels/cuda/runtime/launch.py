@@ -1,0 +1,218 @@
+"""Launch parameters of the Hopper forward and split-K kernels, and kernel launches through MLX."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal, cast
+
+import mlx.core as mx
+
+from attention.kernels.cuda.runtime import launcher
+from attention.kernels.cuda.runtime.call import LOG2_E, Call, Shape, float_bits
+from attention.kernels.cuda.runtime.program import Program, machine_code
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything of a launch except the input arrays, computed once per shape."""
+
+    constants: tuple[mx.array, ...]
+    """Constant inputs, appended to the caller's."""
+    keywords: dict[str, Any]
+
+    def __call__(self, *inputs: mx.array) -> list[mx.array]:
+        """Queue the kernel and return its outputs."""
+        made: list[mx.array] = mx.fast.precompiled_cuda_kernel(inputs=[*inputs, *self.constants], **self.keywords)
+        return made
+
+
+def prepare(
+    program: Program,
+    blocks: int,
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    scalars: list[int],
+    constants: tuple[mx.array, ...] = (),
+) -> Launch:
+    """Return a launch of `blocks` blocks with outputs of these shapes and dtypes; compiles the program if needed."""
+    return Launch(
+        constants,
+        {
+            "name": program.entry,
+            "compiled_source": machine_code(program),
+            "output_shapes": [shape for shape, _ in outputs],
+            "output_dtypes": [dtype for _, dtype in outputs],
+            "scalars": scalars,
+            "grid": (blocks * program.threads, 1, 1),
+            "threadgroup": (program.threads, 1, 1),
+            "shared_memory": program.shared_memory,
+            "ensure_row_contiguous": True,
+        },
+    )
+
+
+def scalars_of(call: Call) -> tuple[int, int]:
+    """Return the score factor and `into_cap` of the kernels' Problem, as bits; with a softcap, it replaces the scale.
+
+    The score factor includes log2(e), so that scores are exponents of 2, unless a mask is added to the product.
+    """
+    units = 1.0 if call.adds_mask else LOG2_E
+    if call.softcap is None:
+        return float_bits(call.scale * units), 0
+    return float_bits(call.softcap * units), float_bits(call.scale / call.softcap)
+
+
+def exponent_factor(call: Call) -> int:
+    """Return the factor that turns a row maximum into an exponent of 2, as bits."""
+    return float_bits(LOG2_E) if call.adds_mask else scalars_of(call)[0]
+
+
+def dtype_of(shape: Shape) -> mx.Dtype:
+    """Return the MLX dtype of the inputs."""
+    return mx.bfloat16 if shape.element == "bf16" else mx.float16
+
+
+POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING = range(6)
+"""Argument kinds, numbered as in launcher.cpp."""
+
+PlanKind = Literal["forward", "own gradient", "general gradient"]
+"""Computation of a plan."""
+Run = Callable[..., list[mx.array]]
+"""A prepared operation, called with arrays or with one list of them."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """TMA box of an array (batch, heads, rows, columns): the rows and columns of one head per copy."""
+
+    rows: int
+    columns: int = 64
+    swizzle: int = 128
+    """Swizzle mode in bytes, or 0 for none."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A launch, the arrays it reads and writes, and how they are passed to the kernel.
+
+    The kernel parameters are, in order: arrays read, constants of the launch, arrays written, scalars of the launch,
+    strides (batch, head, row; 64 bits, in elements) of each `strided` array, strides of masks, and the serial number.
+    """
+
+    launch: Launch
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    updates: frozenset[str] = frozenset()
+    """Arrays of `reads` that are updated in place."""
+    maps: Mapping[str, Box] = field(default_factory=dict)
+    """Arrays passed as a tensor map (`const __grid_constant__`, 128 bytes) instead of an address."""
+    strided: tuple[str, ...] = ()
+    """Arrays passed with their strides. Mapped and strided arrays are not made contiguous."""
+    masks: tuple[str, ...] = ()
+    """Arrays of any layout, passed with the strides of all four axes, after those of `strided`."""
+    omitted: frozenset[str] = frozenset()
+    """Arrays that do not exist or are not requested; passed as null pointers."""
+    serial: bool = False
+    """Whether the kernel takes a 64-bit serial number, unique per launch."""
+
+    @property
+    def written(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """Shape and dtype of the arrays that the launch creates, by name."""
+        keywords = self.launch.keywords
+        described = zip(self.writes, keywords["output_shapes"], keywords["output_dtypes"], strict=True)
+        return {name: (shape, dtype) for name, shape, dtype in described if name not in self.omitted}
+
+
+def make_plan(
+    inputs: Sequence[str], outputs: Sequence[str], stages: Sequence[Stage], label: str = "", untraced: Run | None = None
+) -> Run:
+    """Return a primitive that runs the launches in sequence.
+
+    Args:
+        inputs: names of the input arrays.
+        outputs: names of the requested outputs; they are returned first, followed by the other arrays written.
+        stages: the launches.
+        label: result of `plan_label`, or empty if the plan is never transformed.
+        untraced: plan used instead outside MLX's transformations, where no gradient can be requested.
+
+    Raises:
+        KernelUnavailable: the launcher cannot be compiled here.
+    """
+    described = {name: made for stage in stages for name, made in stage.written.items()}
+    made = [*outputs, *(name for name in described if name not in outputs)]
+    constants = [array for stage in stages for array in stage.launch.constants]
+    first_output = len(inputs) + len(constants)
+    place = {name: i for i, name in enumerate(inputs)} | {name: first_output + i for i, name in enumerate(made)}
+    steps, constant = [], len(inputs)
+    for stage in stages:
+        steps.append(_step(stage, place, constant))
+        constant += len(stage.launch.constants)
+    shapes = [list(described[name][0]) for name in made]
+    types = [described[name][1] for name in made]
+    planned = launcher.module().make_plan(steps, len(inputs), shapes, types, constants, label, untraced)
+    return cast("Run", planned)
+
+
+def plan_label(kind: PlanKind, shape: Shape, call: Call, with_logsumexp: bool) -> str:
+    """Encode what the transformations of a plan need to rebuild it for another batch size, or to differentiate it."""
+    return json.dumps([kind, asdict(shape), asdict(call), with_logsumexp])
+
+
+def read_label(label: str) -> tuple[PlanKind, Shape, Call, bool]:
+    """Decode the arguments of `plan_label`."""
+    kind, shape, call, with_logsumexp = json.loads(label)
+    return kind, Shape(**shape), Call(**call), with_logsumexp
+
+
+def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object, ...]:
+    """Return a launch in the format of launcher.cpp; `constant` is the index of its first constant."""
+    keywords = stage.launch.keywords
+    taken = [_argument(stage, name, place) for name in stage.reads]
+    taken += [[POINTER, constant + i] for i in range(len(stage.launch.constants))]
+    taken += [_argument(stage, name, place) for name in stage.writes]
+    taken += [[NUMBER, number] for number in keywords["scalars"]]
+    taken += [[STRIDE, place[name], axis] for name in stage.strided for axis in range(3)]
+    taken += [[STRIDE, place[name], axis] for name in stage.masks for axis in range(4)]
+    if stage.serial:
+        taken.append([SERIAL])
+    reads = [place[name] for name in stage.reads if name not in stage.updates | stage.omitted]
+    writes = [place[name] for name in (*stage.updates, *stage.written)]
+    threads = keywords["threadgroup"][0]
+    blocks = keywords["grid"][0] // threads
+    code, shared = keywords["compiled_source"], keywords["shared_memory"]
+    return keywords["name"], code, blocks, threads, shared, reads, writes, taken
+
+
+def _argument(stage: Stage, name: str, place: Mapping[str, int]) -> list[int]:
+    """Return the argument descriptor of an array of a stage."""
+    if name in stage.omitted:
+        return [NOTHING]
+    if name not in stage.maps:
+        return [POINTER, place[name]]
+    box = stage.maps[name]
+    return [MAP, place[name], box.rows, box.columns, box.swizzle]
+
+
+INPUTS: Final = ("q", "k", "v")
+OUTPUTS: Final = ("output", "logsumexp", "stats")
+"""`stats` (batch, heads, queries, 2) is input of the backward pass: row maximum, and log2 of the row sum."""
+
+
+def run_of(inputs: Sequence[str], outputs: Sequence[str], stages: Sequence[Stage], label: str = "") -> Run:
+    """Return an operation that runs the launches in sequence; not differentiable without a label.
+
+    Args:
+        inputs: names of the input arrays.
+        outputs: names of the arrays returned first; others may follow.
+        stages: the launches.
+        label: label of the plan, see `plan_label`.
+    """
+    if launcher.missing() is None:
+        return make_plan(inputs, outputs, stages, label)
+
+    def one_by_one(arrays: list[mx.array]) -> list[mx.array]:
+        known = dict(zip(inputs, arrays, strict=True))
+        for stage in stages:
+            known |= zip(stage.writes, stage.launch(*(known[name] for name in stage.reads)), strict=True)
+        return [known[name] for name in outputs]
+
+    return one_by_one

@@ -1,0 +1,158 @@
+"""launcher.cpp in this process: compiled at first use by the system's C++ compiler, kept in the cache folder."""
+
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from attention.core.errors import KernelUnavailable
+from attention.kernels.common import cache
+from attention.kernels.cpu import build
+from attention.kernels.cpu.build import Toolchain
+
+MODULE = "fatui_cuda_launcher"
+SOURCES = Path(__file__).parent
+TEXTS = (
+    "launcher.hpp",
+    "launcher_maps.hpp",
+    "launcher_plan.hpp",
+    "launcher_known.hpp",
+    "launcher_layout.hpp",
+    "launcher_waiting.hpp",
+    "launcher.cpp",
+)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why kernels are launched one by one through MLX's own operation, in one line, or None; compiles at first use."""
+    try:
+        module()
+    except KernelUnavailable as unavailable:
+        return str(unavailable)
+    return None
+
+
+def obstacle() -> str | None:
+    """The same as far as it is known; compiles nothing."""
+    if module.cache_info().currsize:
+        return None  # looking for tools takes a millisecond, and decoding asks at each length
+    try:
+        tools = build.find()
+    except KernelUnavailable as unavailable:
+        return str(unavailable)
+    return cache.failure(_key(tools))
+
+
+def is_settled() -> bool:
+    """Whether it is compiled, or known that it cannot be."""
+    return obstacle() is not None or cache.library_path(_key(build.find())).exists()
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        KernelUnavailable: it cannot be compiled or loaded here; `missing` tells beforehand.
+    """
+    import mlx.core  # noqa: F401  the module shares its types
+
+    tools = build.find()
+    cache.ready_folder()
+    key = _key(tools)
+    try:
+        with cache.lock(key):
+            return _loaded(tools, key)
+    except OSError as error:  # no room in the cache folder
+        raise KernelUnavailable(f"making the launcher failed: {error}") from error
+
+
+def _loaded(tools: Toolchain, key: str) -> ModuleType:
+    path = _trusted(key) or _compile(tools, key)
+    try:
+        return _import(path)
+    except ImportError as error:
+        reason = f"the compiled launcher does not load: {error}"
+        cache.write_failure(key, reason)
+        raise KernelUnavailable(reason) from error
+
+
+def is_plan(made: object) -> bool:
+    """Whether something is a plan of the module's, which it can keep for calls to come."""
+    return type(made).__module__ == MODULE
+
+
+def _import(path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
+    spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
+    if spec is None:
+        raise ImportError(f"{path} is no Python module")
+    made = importlib.util.module_from_spec(spec)
+    loader.exec_module(made)
+    return made
+
+
+def _commands(tools: Toolchain) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of compiling a text, and of the link."""
+    flags = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1", "-DNB_DOMAIN=mlx", "-w")
+    folders = (
+        tools.nanobind / "include",
+        tools.nanobind / "ext" / "robin_map" / "include",
+        tools.mlx / "include",
+        tools.python_include,
+    )
+    includes = [word for folder in folders for word in ("-isystem", str(folder))]
+    library = tools.mlx / "lib"
+    link = (*tools.compiler, "-shared", f"-L{library}", f"-Wl,-rpath,{library}")
+    return (*tools.compiler, *flags, *includes), link
+
+
+@functools.cache
+def _key(tools: Toolchain) -> str:
+    """Names the library: text, commands, compiler, MLX and Python."""
+    sha = hashlib.sha256()
+    for name in TEXTS:
+        sha.update((SOURCES / name).read_bytes())
+    marks = (Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h")
+    sha.update(repr((_commands(tools), [build.file_mark(path) for path in marks])).encode())
+    sha.update(str(sys.implementation.cache_tag).encode())
+    return f"cuda-launcher-{sha.hexdigest()[:24]}"
+
+
+def _trusted(key: str) -> Path | None:
+    """The library, if it is still the one that was recorded."""
+    failure = cache.failure(key)
+    if failure is not None:
+        raise KernelUnavailable(failure)
+    return cache.library(key)
+
+
+def _compile(tools: Toolchain, key: str) -> Path:
+    finished = cache.library_path(key)
+    try:
+        build.check_abi(tools)
+        with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".building-") as room:
+            _build(tools, Path(room))
+            build.check_abi(tools, Path(room) / "out.so")
+            (Path(room) / "out.so").chmod(0o600)
+            (Path(room) / "out.so").replace(finished)
+    except KernelUnavailable as unavailable:
+        cache.write_failure(key, str(unavailable))
+        raise
+    cache.write_record(key, {"sha256": cache.digest(finished)})
+    return finished
+
+
+def _build(tools: Toolchain, room: Path) -> None:
+    compiling, link = _commands(tools)
+    texts: Sequence[Path] = (SOURCES / "launcher.cpp", tools.nanobind / "src" / "nb_combined.cpp")
+    objects = [room / f"{text.stem}.o" for text in texts]
+    for text, made in zip(texts, objects, strict=True):
+        build.run((*compiling, "-c", str(text), "-o", str(made)))
+    build.run((*link, *map(str, objects), "-lmlx", "-o", str(room / "out.so")))

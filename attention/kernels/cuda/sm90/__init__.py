@@ -1,0 +1,1 @@
+"""The CUDA kernels for Hopper: tiles, schedules, launches and gradients."""

@@ -1,0 +1,170 @@
+"""Launches of the Hopper kernels."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import mlx.core as mx
+
+from attention.kernels.cuda.runtime import launch
+from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.gpu import gpu
+from attention.kernels.cuda.runtime.launch import (
+    INPUTS,
+    OUTPUTS,
+    Box,
+    Launch,
+    Run,
+    Stage,
+    dtype_of,
+    make_plan,
+    prepare,
+    scalars_of,
+)
+from attention.kernels.cuda.sm90.decode import LONG, ROWS, Decode
+from attention.kernels.cuda.sm90.forward import WARPGROUP_ROWS, Forward, smaller, specialise
+from attention.kernels.cuda.sm90.schedule import make_works, makespan
+
+
+@functools.lru_cache(maxsize=256)
+def forward_kernel(shape: Shape, call: Call) -> Forward:
+    """Return the Hopper specialisation for a call: the consumer count with the smallest estimated makespan."""
+    window, softcap = call.window is not None, call.softcap is not None
+    largest = specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
+
+    def time(kernel: Forward) -> float:
+        ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
+        steps = makespan(gpu().multiprocessors, shape.batch * shape.heads, ranges, kernel.joining)
+        return steps * kernel.step_time
+
+    return min([largest, *smaller(largest)], key=time)
+
+
+@functools.lru_cache(maxsize=256)
+def forward(shape: Shape, call: Call, kernel: Forward) -> Launch:
+    """Return the launch of the Hopper kernel: writes output, logsumexp, stats, and tile parts with their flags."""
+    planes = shape.batch * shape.heads
+    ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
+    plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
+    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
+    rows = (shape.batch, shape.heads, shape.queries)
+    numbers, marks = kernel.part_shapes
+    problem = [planes, shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
+    return prepare(
+        kernel.program,
+        len(table),
+        [
+            ((*rows, shape.head_dim), dtype_of(shape)),
+            (rows, mx.float32),
+            ((*rows, 2), mx.float32),
+            ((parts, *numbers), mx.float32),
+            ((parts, *marks), mx.int64),
+        ],
+        [*problem, *scalars_of(call), call.window or 0, len(table[0])],
+        on_device(table),
+    )
+
+
+def on_device(table: tuple[object, ...]) -> tuple[mx.array]:
+    """Return an int32 table in device memory; arrays built from Python lists are in managed memory."""
+    copy = mx.array(table, dtype=mx.int32) + 0
+    mx.eval(copy)
+    return (copy,)
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """Split of the keys of a call with few queries."""
+
+    kernel: Decode
+    tiles: int
+    """Row tiles of all planes."""
+    first_key: int
+    splits: int
+    split_keys: int
+
+
+@functools.lru_cache(maxsize=1024)
+def splitting(shape: Shape, call: Call) -> Splitting:
+    """Return the split-K specialisation for a call, and its splits."""
+    width = 64 * -(-shape.head_dim // 64)
+    # a single query attends to all keys up to the last: the window is applied by the first key, without masking
+    alone = shape.queries == 1
+    window, causal = call.window is not None and not alone, call.causal and not alone
+    first_seen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
+    softcap, found = call.softcap is not None, gpu()
+    kernel = Decode(width, causal, shape.element, window, softcap, found.architecture, found.shared_memory_limit)
+    tiles = shape.batch * shape.kv_heads * math.ceil(shape.group * shape.queries / ROWS)
+    splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
+    if keys >= LONG:
+        kernel = kernel.alone
+        splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
+    return Splitting(kernel, tiles, first_seen, splits, keys)
+
+
+def same_kernel(plan: Splitting, shape: Shape, call: Call) -> Splitting:
+    """Return the splitting of a call with the kernel of another one, in three splits."""
+    other = splitting(shape, call)
+    keys = shape.keys - other.first_key
+    round_keys = plan.kernel.round_keys
+    split_keys = round_keys * math.ceil(keys / 3 / round_keys)
+    return Splitting(plan.kernel, other.tiles, other.first_key, -(-keys // split_keys), split_keys)
+
+
+@functools.lru_cache(maxsize=256)
+def decode(shape: Shape, call: Call, plan: Splitting) -> Launch:
+    """Return the launch of the split-K kernel: writes output, logsumexp, stats, and partial results with flags."""
+    rows = (shape.batch, shape.heads, shape.queries)
+    parts = plan.tiles * plan.splits if plan.splits > 1 else 0
+    outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
+    outputs += [((parts, plan.kernel.part_floats), mx.float32), ((parts,), mx.int64)]
+    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
+    keys = [plan.first_key, plan.split_keys, plan.splits]
+    return prepare(
+        plan.kernel.program,
+        plan.tiles * plan.splits,
+        outputs,
+        [*problem, *scalars_of(call), call.window or 0, *keys],
+    )
+
+
+PARTS: Final = ("parts", "marks")
+WRITTEN: Final = (*OUTPUTS, *PARTS)
+"""Arrays written by both kernels; parts exist only if the keys of some queries are split over several blocks."""
+
+
+def forward_stages(shape: Shape, call: Call, with_logsumexp: bool = True, kernel: Forward | None = None) -> list[Stage]:
+    """Return the launch of the Hopper kernel, in a given specialisation or the one for the call."""
+    kernel = kernel or forward_kernel(shape, call)
+    made = forward(shape, call, kernel)
+    keys = Box(kernel.block_n)
+    return [
+        Stage(
+            made,
+            INPUTS,
+            WRITTEN,
+            maps={"q": Box(WARPGROUP_ROWS), "k": keys, "v": keys},
+            omitted=_omitted(made, with_logsumexp),
+            serial=True,
+        )
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def forward_plan(shape: Shape, call: Call) -> Run:
+    """Return the Hopper forward kernel as a plan without gradient: output, logsumexp and stats."""
+    return make_plan(INPUTS, OUTPUTS, forward_stages(shape, call))
+
+
+def few_stages(shape: Shape, call: Call, plan: Splitting, with_logsumexp: bool = True) -> list[Stage]:
+    """Return the launch of the split-K kernel with a given splitting."""
+    made = decode(shape, call, plan)
+    return [Stage(made, INPUTS, WRITTEN, strided=INPUTS, omitted=_omitted(made, with_logsumexp), serial=True)]
+
+
+def _omitted(made: launch.Launch, with_logsumexp: bool) -> frozenset[str]:
+    """Return the arrays of `WRITTEN` that are not written."""
+    unwanted = set() if with_logsumexp else {"logsumexp", "stats"}
+    parts = made.keywords["output_shapes"][WRITTEN.index(PARTS[0])]
+    return frozenset(unwanted if parts[0] else unwanted | set(PARTS))

@@ -1,0 +1,102 @@
+// Pipeline of the Hopper forward kernel: schedule, rings of buffers, and the producer warpgroup, which only issues copies.
+//
+//   producer        Q, and K V K V ...   through rings of buffers, a "full" and an "empty" mbarrier for each buffer
+//   consumer 0      64 queries    \  of the same BLOCK_M queries: all consumers use every K and V tile
+//   consumer 1, 2   64 queries    /
+//
+// Shared memory:  | barriers: 1 KiB | Q: QUERY_STAGES x consumers | K: STAGES tiles | V: STAGES tiles |
+
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
+// A block starts with 255 registers per thread with one consumer, 168 with two, 128 with three; the consumers can allocate
+// only the registers that the producer releases.
+constexpr int START_REGISTERS = CONSUMERS == 1 ? 255 : CONSUMERS == 2 ? 168 : 128;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240;
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * START_REGISTERS);
+constexpr int TURN_BARRIER = 1;  // first named barrier, one per consumer
+
+// Shared-memory layout: barriers in the first KiB, then the tiles.
+struct Memory {
+  u32 base;
+  DEVICE u32 barrier(int index) const { return base + 8 * index; }
+  DEVICE u32 query_full(int buffer) const { return barrier(buffer); }
+  DEVICE u32 query_empty(int buffer) const { return barrier(QUERY_STAGES * CONSUMERS + buffer); }
+  DEVICE u32 key_full(int stage) const { return barrier(2 * QUERY_STAGES * CONSUMERS + stage); }
+  DEVICE u32 key_empty(int stage) const { return key_full(STAGES + stage); }
+  DEVICE u32 value_full(int stage) const { return key_full(2 * STAGES + stage); }
+  DEVICE u32 value_empty(int stage) const { return key_full(3 * STAGES + stage); }
+  DEVICE u32 query(int buffer) const { return base + 1024 + buffer * QueryTile::BYTES; }
+  DEVICE u32 key(int stage) const { return query(QUERY_STAGES * CONSUMERS) + stage * KeyTile::BYTES; }
+  DEVICE u32 value(int stage) const { return key(STAGES + stage); }
+};
+
+// A unit of work: a query tile against the key tiles [first, end).
+struct Work {
+  int block = 0, first = 0, end = 0;
+  int index = -1;  // index among the works of this block
+
+  // Query buffer of a consumer, and the parity of its barriers.
+  DEVICE int query_buffer(int consumer) const { return index % QUERY_STAGES * CONSUMERS + consumer; }
+  DEVICE u32 query_parity() const { return index / QUERY_STAGES % 2; }
+};
+
+// Works of this block: its row of the host's table (blocks x rounds x 8 integers) of plane, query tile, first, end and part;
+// a negative plane ends it.
+struct Schedule {
+  const int4* entry;
+
+  DEVICE bool next(Work& work) {
+    const int4 next = *entry;
+    ++work.index;
+    if (next.x < 0) return false;
+    work.block = next.y, work.first = next.z, work.end = next.w;
+    entry += 2;
+    return true;
+  }
+  // Fields of the work that need not stay in registers: its plane, and its part if the keys of the tile are split over
+  // several blocks (see sm90/join.cuh), else 0.
+  DEVICE int plane() const { return entry[-2].x; }
+  DEVICE int part() const { return entry[-1].x; }
+};
+
+// ---- the producer ------------------------------------------------------------------------------------------------
+
+// Loads the queries of a work, once the buffers are free.
+DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap& map, int head, int batch) {
+  for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
+    const int buffer = work.query_buffer(consumer);
+    barrier_wait(memory.query_empty(buffer), work.query_parity() ^ 1);
+    load_tile<WARPGROUP_ROWS>(memory.query(buffer), map, head, batch, work.block * BLOCK_M + consumer * WARPGROUP_ROWS,
+                              memory.query_full(buffer));
+  }
+}
+
+// The producer, a single thread.
+DEVICE void produce(const Memory& memory, const Problem& problem, Schedule schedule, const TensorMap& query_map,
+                    const TensorMap& key_map, const TensorMap& value_map) {
+  Ring keys, values;
+  Work work;
+  while (schedule.next(work)) {
+    const int batch = schedule.plane() / problem.heads, head = schedule.plane() % problem.heads;
+    const int key_head = head / problem.heads_per_key;
+    auto load_key = [&](int n) {
+      barrier_wait(memory.key_empty(keys.stage), keys.parity ^ 1);
+      load_tile<BLOCK_N>(memory.key(keys.stage), key_map, key_head, batch, n * BLOCK_N, memory.key_full(keys.stage));
+      keys.advance();
+    };
+    auto load_value = [&](int n) {
+      barrier_wait(memory.value_empty(values.stage), values.parity ^ 1);
+      load_tile<BLOCK_N>(memory.value(values.stage), value_map, key_head, batch, n * BLOCK_N,
+                         memory.value_full(values.stage));
+      values.advance();
+    };
+    const int last = work.end - 1;
+    if (last >= work.first) load_key(last);
+    load_queries(memory, work, query_map, head, batch);
+    for (int n = last - 1; n >= work.first; --n) {  // in the order of the consumers
+      if constexpr (OVERLAP) load_key(n), load_value(n + 1);
+      else load_value(n + 1), load_key(n);
+    }
+    if (last >= work.first) load_value(work.first);
+  }
+}

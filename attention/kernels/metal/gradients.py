@@ -1,0 +1,240 @@
+"""The backward pass: by the Metal kernels if they passed their self-check, else through the score matrix."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final, NoReturn, cast
+
+import mlx.core as mx
+
+from attention.core.errors import KernelUnavailable
+from attention.kernels.metal import launch, selfcheck, trust
+from attention.kernels.metal.call import Call, Shape, specialisation
+from attention.masks import Mask
+
+
+def plain_gradients(
+    primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: Call
+) -> tuple[mx.array, ...]:
+    """Return the gradients of q, k, v, mask and sinks; arguments as in `gradient.gradients`."""
+    q, k, v, mask, sinks = primals
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> list[mx.array]:
+        return list(plain_attention(q, k, v, mask, sinks, call))
+
+    made = mx.vjp(attend, [q, k, v, sinks], [d_o, _of_logsumexp(d_lse, q)])[1]
+    return made[0], made[1], made[2], mask_gradient(primals, d_o, d_lse, call), made[3]
+
+
+def mask_gradient(primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: Call) -> mx.array:
+    """Return the gradient of the mask, 0 unless it is additive; computed only if it is evaluated."""
+    q, k, v, mask, sinks = primals
+    if call.mask in ("none", "bool"):
+        return mx.zeros_like(mask)
+
+    def attend(mask: mx.array) -> list[mx.array]:
+        return list(plain_attention(q, k, v, mask, sinks, call))
+
+    return mx.vjp(attend, [mask], [d_o, _of_logsumexp(d_lse, q)])[1][0]
+
+
+def _of_logsumexp(d_lse: mx.array | None, q: mx.array) -> mx.array:
+    return mx.zeros(q.shape[:3]) if d_lse is None else d_lse
+
+
+def plain_attention(
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, call: Call
+) -> tuple[mx.array, mx.array]:
+    """Return output and logsumexp, computed in float32; fully masked rows give 0 and -inf."""
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, dim).astype(mx.float32)
+    scores = call.scale * (grouped @ k[:, :, None].swapaxes(-1, -2).astype(mx.float32))
+    if call.softcap is not None:
+        scores = call.softcap * mx.tanh(scores / call.softcap)
+    seen = Mask(causal=call.causal, window=call.window).whole(queries, keys)
+    seen = mx.ones((queries, keys), mx.bool_) if seen is None else seen
+    if call.mask != "none":
+        by_group = mx.broadcast_to(mask, (batch, heads, queries, keys)).reshape(scores.shape)
+        seen = seen & (by_group if call.mask == "bool" else ~mx.isneginf(by_group))
+        added = mx.zeros_like(scores) if call.mask == "bool" else by_group.astype(mx.float32)
+        scores = mx.maximum(scores + mx.where(seen, added, 0.0), mx.finfo(mx.float32).min)
+    sees = mx.any(seen, axis=-1, keepdims=True)
+    scores = mx.where(seen, scores, mx.where(sees, -mx.inf, 0.0))  # fully masked rows: any finite value, set to 0 below
+    weights, logsumexp = mx.softmax(scores, axis=-1), mx.logsumexp(scores, axis=-1, keepdims=True)
+    weights, logsumexp = mx.where(sees, weights, 0.0), mx.where(sees, logsumexp, -mx.inf)
+    if call.sinks:
+        sink = sinks.reshape(1, kv_heads, heads // kv_heads, 1, 1)
+        weights, logsumexp = _with_sink(weights, logsumexp, sink, sees)
+    out = (weights @ v[:, :, None].astype(mx.float32)).reshape(batch, heads, queries, -1)
+    return out.astype(q.dtype), logsumexp.reshape(batch, heads, queries)
+
+
+def _with_sink(weights: mx.array, logsumexp: mx.array, sink: mx.array, sees: mx.array) -> tuple[mx.array, mx.array]:
+    """Return weights and logsumexp with a sink; `sees`: the rows that are not fully masked."""
+    some = sees | ~mx.isneginf(sink)
+    sink = mx.where(some, sink, 0.0)  # a fully masked row without a sink: any finite value, -inf below
+    whole = mx.logaddexp(mx.where(sees, logsumexp, sink), sink)
+    joined = mx.where(sees, whole, sink)
+    share = mx.where(sees, mx.exp(mx.where(sees, logsumexp, joined) - joined), 0.0)
+    return weights * share, mx.where(some, joined, -mx.inf)
+
+
+MASK: Final = 3
+"""Index of the mask argument, whose batch may be 1."""
+SINKS: Final = 4
+"""Index of the sinks argument, which has no batch."""
+
+Function = Callable[..., Sequence[mx.array]]
+Rule = Callable[[Sequence[mx.array], Sequence[int | None]], tuple[list[mx.array], list[int]]]
+
+
+def folded(shape: Shape, function_of: Callable[[Shape], Function]) -> Rule:
+    """Return the vmap rule of a function of (q, k, v, mask, sinks, more ...): the mapped axis joins the batch.
+
+    If the sinks are mapped, each index is a separate call.
+
+    Args:
+        shape: of the arrays of one call.
+        function_of: returns the function for arrays of another shape.
+    """
+
+    def rule(inputs: Sequence[mx.array], axes: Sequence[int | None]) -> tuple[list[mx.array], list[int]]:
+        size = next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis is not None)
+        if axes[SINKS] is not None:
+            one = function_of(shape)
+            calls = [one(*(_at(x, axis, i) for x, axis in zip(inputs, axes, strict=True))) for i in range(size)]
+            made = [mx.stack(list(each)) for each in zip(*calls, strict=True)]
+        else:
+            arguments = [_fold(at, x, axis, size) for at, (x, axis) in enumerate(zip(inputs, axes, strict=True))]
+            outputs = function_of(replace(shape, batch=size * shape.batch))(*arguments)
+            made = [x.reshape(size, shape.batch, *x.shape[1:]) for x in outputs]
+        return made, [0] * len(made)
+
+    def _fold(at: int, x: mx.array, axis: int | None, size: int) -> mx.array:
+        if axis is None and (at == SINKS or (at == MASK and x.shape[0] == 1)):
+            return x
+        x = x[None] if axis is None else mx.moveaxis(x, axis, 0)
+        return mx.broadcast_to(x, (size, shape.batch, *x.shape[2:])).reshape(size * shape.batch, *x.shape[2:])
+
+    return rule
+
+
+def _at(x: mx.array, axis: int | None, index: int) -> mx.array:
+    return x if axis is None else mx.take(x, index, axis=axis)
+
+
+def refuse_jvp(*_: Any) -> NoReturn:
+    """The jvp rule of the kernels."""
+    raise ValueError("flash_attention has no forward-mode derivative (jvp); implementation 'baseline' has.")
+
+
+def refuse_second_derivative(*_: Any) -> NoReturn:
+    """The vjp rule of the backward kernels."""
+    raise ValueError("flash_attention has no second derivative; implementation 'baseline' has.")
+
+
+def refusal(shape: Shape, call: Call) -> str | None:
+    """Return why gradients go through the score matrix, in one line, or None if the kernels are expected to work."""
+    return trust.distrust(specialisation("backward_key", shape, call))
+
+
+def gradients(
+    primals: Sequence[mx.array],
+    d_o: mx.array,
+    d_lse: mx.array | None,
+    outputs: Sequence[mx.array],
+    shape: Shape,
+    call: Call,
+) -> tuple[mx.array, ...]:
+    """Return the gradients of q, k, v, mask and sinks.
+
+    The gradient of an additive mask goes through the score matrix, and only if it is evaluated; that of a bool mask
+    is 0.
+
+    Args:
+        primals: q, k, v, mask and sinks.
+        d_o: cotangent of the output, in the output's dtype.
+        d_lse: cotangent of the logsumexp, if it was returned.
+        outputs: outputs of the forward pass.
+        shape: of the arrays.
+        call: keywords of the call.
+    """
+    if not _taken(shape, call, d_lse is not None):
+        return plain_gradients(primals, d_o, d_lse, call)
+    d_q, d_k, d_v, d_sinks = by_kernel(primals, d_o, d_lse, outputs, shape, call)
+    return d_q, d_k, d_v, mask_gradient(primals, d_o, d_lse, call), d_sinks
+
+
+@functools.lru_cache(maxsize=256)
+def _taken(shape: Shape, call: Call, logsumexp: bool) -> bool:
+    try:
+        check(shape, call, logsumexp)
+    except KernelUnavailable:
+        return False
+    return True
+
+
+def by_kernel(
+    primals: Sequence[mx.array],
+    d_o: mx.array,
+    d_lse: mx.array | None,
+    outputs: Sequence[mx.array],
+    shape: Shape,
+    call: Call,
+) -> tuple[mx.array, ...]:
+    """Return the gradients of q, k, v and sinks by the Metal kernels; arguments as in `gradients`."""
+    more = () if d_lse is None else (d_lse,)
+    d_q, d_k, d_v, delta = _backward(shape, call)(*primals, *outputs, d_o, *more)
+    sinks = primals[SINKS]
+    d_sinks = of_sinks(sinks, outputs, delta).sum(axis=(0, 2)) if call.sinks else mx.zeros_like(sinks)
+    return d_q, d_k, d_v, d_sinks
+
+
+@functools.lru_cache(maxsize=256)
+def _backward(shape: Shape, call: Call) -> Function:
+    """Return the backward kernels as a function of q, k, v, mask, sinks, the outputs and their cotangents."""
+
+    @mx.custom_function
+    def function(*arrays: mx.array) -> tuple[mx.array, ...]:
+        q, k, v, mask, _, o, lse, rest, d_o, *d_lse = arrays
+        return launch.backward((q, k, v), (o, lse, rest), d_o, d_lse[0] if d_lse else None, mask, shape, call)
+
+    function.vjp(refuse_second_derivative)
+    function.jvp(refuse_second_derivative)
+    function.vmap(folded(shape, lambda batched: _backward(batched, call)))
+    return cast("Function", function)
+
+
+def of_sinks(sinks: mx.array, outputs: Sequence[mx.array], delta: mx.array) -> mx.array:
+    """Return each row's contribution to the gradient of its head's sink, (B, H, Lq): a sink is a key with value 0.
+
+    dS = P (dP - delta) with dP = 0. A fully masked row, whose logsumexp is -inf, contributes 0.
+    """
+    _, logsumexp, rest = outputs
+    weights = mx.where(mx.isneginf(logsumexp), 0.0, mx.exp(sinks[:, None] - logsumexp - rest))
+    return -weights * delta
+
+
+def check(shape: Shape, call: Call, logsumexp: bool = False) -> None:
+    """Run the self-checks of both kernels, unless they have passed on this machine before.
+
+    Args:
+        shape: of the arrays.
+        call: keywords of the call.
+        logsumexp: whether the logsumexp has a cotangent.
+
+    Raises:
+        KernelUnavailable: a kernel cannot be compiled, or its results are wrong.
+    """
+    small = replace(shape, batch=1, heads=4, kv_heads=2, queries=70, keys=83)
+    asked = selfcheck.tried(call, small)
+
+    def compare() -> str | None:
+        given = selfcheck.inputs(small, asked, logsumexp=logsumexp)
+        primals = given.arrays(small)
+        outputs = launch.forward(*primals, small, asked)
+        made = by_kernel(primals, given.cotangent, given.logsumexp_cotangent, outputs, small, asked)
+        return selfcheck.gradient_disagreement(given, asked, made[: 4 if call.sinks else 3])
+
+    trust.ensure(specialisation("backward_key", shape, call, logsumexp), compare)

@@ -1,0 +1,200 @@
+"""What a query may see: the meaning of every mask, in one place."""
+
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, structs
+
+from attention.core.errors import UsageError
+from attention.core.workload import DTYPES, Workload
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+Shape = tuple[int, int, int, int]
+SHIFTED: Final = (2.0**10, 2.0**30)
+"""Range of magnitudes of a row's maximum that `shift` subtracts from an additive mask."""
+
+
+class Mask(Struct, frozen=True, kw_only=True, eq=False):
+    """The keys each query attends to: the intersection of all parts that are given.
+
+    Query row i of Lq has position i + Lk - Lq among the Lk keys (lower-right alignment).
+    """
+
+    causal: bool = False
+    """A query attends to no key after its own position."""
+    window: int | None = None
+    """A query attends to the last `window` keys up to its own position; implies causal."""
+    array: "mx.array | None" = None
+    """Broadcastable to (B, H, Lq, Lk): bool, True where a query attends to a key, or added to the scores."""
+
+    def __post_init__(self) -> None:
+        """Reshape an array of fewer than two axes to the axes of queries and keys."""
+        if self.array is not None and self.array.ndim < 2:
+            structs.force_setattr(self, "array", self.array.reshape((1,) * (2 - self.array.ndim) + self.array.shape))
+
+    def having(self, array: "list[mx.array]") -> "Mask":
+        """Return the mask with its array replaced, if it has one."""
+        return structs.replace(self, array=array[0]) if array else self
+
+    @property
+    def positional(self) -> bool:
+        """Whether the mask depends on positions (causal or window)."""
+        return self.causal or self.window is not None
+
+    def visible_keys(self, rows: range, seq: int, kv_seq: int) -> range:
+        """Return the smallest range of keys that contains all keys visible to the rows by position; may be empty."""
+        if not self.positional or not rows:
+            return range(kv_seq if rows else 0)
+        shift = kv_seq - seq
+        stop = max(0, min(rows.stop + shift, kv_seq))
+        start = 0 if self.window is None else max(0, rows.start + shift - self.window + 1)
+        return range(min(start, stop), stop)
+
+    def cuts(self, rows: range, keys: range, seq: int, kv_seq: int) -> bool:
+        """Return whether positions mask any pair of a tile."""
+        if not self.positional or not rows or not keys:
+            return False
+        first, last = rows.start + kv_seq - seq, rows.stop - 1 + kv_seq - seq
+        return keys.stop - 1 > first or (self.window is not None and keys.start <= last - self.window)
+
+    def tile(self, rows: range, keys: range, seq: int, kv_seq: int) -> "mx.array | None":
+        """Return the positional mask of one tile: bool (len(rows), len(keys)), or None if nothing is masked."""
+        import mlx.core as mx
+
+        if not self.cuts(rows, keys, seq, kv_seq):
+            return None
+        position = mx.arange(rows.start + kv_seq - seq, rows.stop + kv_seq - seq)[:, None]
+        key = mx.arange(keys.start, keys.stop)[None]
+        seen = key <= position
+        return seen if self.window is None else seen & (key > position - self.window)
+
+    def blind_rows(self, seq: int, kv_seq: int) -> int:
+        """Return the number of leading query rows before the first key, which are fully masked."""
+        return max(0, seq - kv_seq) if self.positional else 0
+
+    def whole(self, seq: int, kv_seq: int) -> "mx.array | None":
+        """Return all parts as one array that broadcasts to (B, H, Lq, Lk), bool or additive; None if all is visible."""
+        return combine(self.tile(range(seq), range(kv_seq), seq, kv_seq), self.array)
+
+
+def of_workload(workload: Workload) -> Mask:
+    """Return the mask of a workload."""
+    return Mask(causal=workload.causal, window=workload.window)
+
+
+def combine(allowed: "mx.array | None", array: "mx.array | None") -> "mx.array | None":
+    """Combine a bool array with a bool or additive one of a broadcastable shape; None masks nothing."""
+    import mlx.core as mx
+
+    if allowed is None or array is None:
+        return allowed if array is None else array
+    return allowed & array if array.dtype == mx.bool_ else mx.where(allowed, array, mx.array(-mx.inf, array.dtype))
+
+
+def apply(scores: "mx.array", mask: "mx.array | None") -> "mx.array":
+    """Apply a bool mask (-inf where False) or add an additive mask, in the scores' dtype."""
+    import mlx.core as mx
+
+    if mask is None:
+        return scores
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, scores, mx.array([-mx.inf], scores.dtype))
+    return scores + in_type(mask, scores.dtype)
+
+
+def in_type(mask: "mx.array", dtype: "mx.Dtype", *, summed: bool = True) -> "mx.array":
+    """Convert an additive mask to a dtype; finite values stay finite, so that -1e9 masks no row fully.
+
+    If scores are added in that dtype (`summed`), values are clipped to half of its range, so that a score can be added.
+    In float32 and bfloat16 only scores beyond 1e31 would need that. Otherwise the sum is float32's, and values are
+    clipped to what it can hold after a factor of log2(e).
+    """
+    import mlx.core as mx
+
+    if mask.dtype == dtype and (dtype == mx.float32 or summed == (dtype == mx.bfloat16)):
+        return mask
+    most = float(mx.finfo(dtype).max)
+    most = most / 2 if summed else min(most, float(mx.finfo(mx.float32).max) / 4)
+    clipped = mx.clip(mask.astype(mx.float32), -most, most)
+    return mx.where(mx.isinf(mask), mask, clipped).astype(dtype)
+
+
+def has_shift(mask: "mx.array") -> bool:
+    """Return whether values of an additive mask can exceed what float32 can hold beside a score: not in float16."""
+    import mlx.core as mx
+
+    return mask.dtype in (mx.float32, mx.bfloat16)
+
+
+def shift(top: "mx.array") -> "mx.array":
+    """Return what to subtract from each row of an additive mask, which does not change the softmax.
+
+    Next to -1e9, float32 rounds a score to a multiple of 64, and a row that is -1e9 throughout would lose its scores.
+    Inputs in half precision, computed in float32, keep them: the row's maximum is subtracted if its magnitude is
+    between 2^10 and 2^30. Beyond that float64 loses scores too. float32 inputs are not shifted: as in plain attention,
+    their sum with -1e9 is what float32 makes of it, and such a row is the mean of the values.
+
+    Args:
+        top: maximum of each row of the mask over the keys that the row may see.
+    """
+    import mlx.core as mx
+
+    size = mx.abs(top)
+    return mx.stop_gradient(mx.where((size > SHIFTED[0]) & (size < SHIFTED[1]), top, mx.zeros((), top.dtype)))
+
+
+def opened(mask: "mx.array", shifted: bool = False) -> "tuple[mx.array, mx.array]":
+    """Return a mask whose softmax is finite in every row, and which rows are not fully masked.
+
+    Fully masked rows are unmasked; the caller sets their output to 0. The second array is bool, the last axis kept with
+    length 1.
+
+    Args:
+        mask: bool or additive, with all keys of each row.
+        shifted: subtract `shift`.
+    """
+    import mlx.core as mx
+
+    if mask.dtype == mx.bool_:
+        seeing = mask.any(axis=-1, keepdims=True)
+        return mask | ~seeing, seeing
+    top = mask.max(axis=-1, keepdims=True)
+    seeing = top > -mx.inf
+    lessened = mask - shift(top) if shifted and has_shift(mask) else mask
+    return mx.where(seeing, lessened, mx.zeros((), mask.dtype)), seeing
+
+
+def part(array: "mx.array", batches: slice, heads: slice, rows: slice, keys: slice) -> "mx.array":
+    """Slice a 4-D mask to one tile; axes of length 1 (broadcast) are not sliced."""
+    wanted = (batches, heads, rows, keys)
+    return array[tuple(cut if size > 1 else slice(None) for cut, size in zip(wanted, array.shape, strict=True))]
+
+
+def as_4d(array: "mx.array") -> "mx.array":
+    """Return the mask with leading axes of length 1 added up to four."""
+    return array.reshape((1,) * (4 - array.ndim) + array.shape) if array.ndim < 4 else array
+
+
+def check_array(array: "mx.array", shape: Shape) -> None:
+    """Raise UsageError unless the array is bool or of a supported dtype and broadcasts to (B, H, Lq, Lk)."""
+    import mlx.core as mx
+
+    problems = []
+    if array.dtype not in (mx.bool_, mx.float32, mx.float16, mx.bfloat16):
+        problems.append(
+            f"mask: got an array of {dtype_name(array.dtype)}; it takes bool (True is seen), or numbers to add in "
+            f"{', '.join(DTYPES)}"
+        )
+    sizes = (1,) * (4 - array.ndim) + tuple(array.shape)
+    if array.ndim > 4 or any(size not in (1, whole) for size, whole in zip(sizes, shape, strict=True)):
+        problems.append(
+            f"mask: got shape {tuple(array.shape)}; it takes one that broadcasts to (B, H, Lq, Lk) = {shape}"
+        )
+    if problems:
+        raise UsageError(*problems)
+
+
+def dtype_name(dtype: "mx.Dtype") -> str:
+    """Return the name of a dtype as in workloads: "float16"."""
+    return str(dtype).removeprefix("mlx.core.")

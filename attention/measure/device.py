@@ -1,0 +1,136 @@
+"""The machine: MLX's backend, memory, processor and installed libraries."""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, Literal
+
+from msgspec import Struct
+
+from attention.core.errors import NoBackendError
+from attention.core.results import Environment
+
+Backend = Literal["cpu", "metal", "cuda"]
+NOT_MLX: Final = ("numpy", "scipy", "torch")
+INSTALL: Final = "install one: pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fatui[cuda13]' on Linux, 'fatui' on macOS"
+
+
+class Device(Struct, frozen=True, kw_only=True):
+    """The device that MLX computes on."""
+
+    backend: Backend
+    name: str
+    """Product name: "Apple M3 Max", "NVIDIA H200", "AMD EPYC 9R14"."""
+    cores: int
+    """Number of CPU cores that this process may use."""
+    memory_bytes: int
+    """Total memory of the backend."""
+    available_bytes: int
+    """Memory that a run may use now."""
+    architecture: str = ""
+    """Architecture as MLX names it: "x86_64", "applegpu_g15s", "sm_90a"."""
+    mlx: str = ""
+    """MLX's version."""
+
+
+def probe() -> Device:
+    """Return the device that MLX runs on.
+
+    Raises:
+        NoBackendError: MLX is missing or has no backend; the message names what to install.
+    """
+    try:
+        import mlx.core as mx
+
+        default = mx.default_device()
+    except (ImportError, OSError) as error:
+        raise NoBackendError(f"MLX has no backend on this machine; {INSTALL} ({error})") from error
+    info = mx.device_info(default)
+    backend: Backend = "cpu"
+    if default.type == mx.DeviceType.gpu:
+        backend = "metal" if mx.metal.is_available() else "cuda"
+    total, available = _memory(backend, {name: value for name, value in info.items() if isinstance(value, int)})
+    return Device(
+        backend=backend,
+        name=processor_name() if backend == "cpu" else str(info.get("device_name", "unknown GPU")),
+        cores=usable_cores(),
+        memory_bytes=total,
+        available_bytes=available,
+        architecture=str(info.get("architecture", "")),
+        mlx=version("mlx"),
+    )
+
+
+def _memory(backend: Backend, info: dict[str, int]) -> tuple[int, int]:
+    """Return total and available bytes of the backend's memory."""
+    import psutil
+
+    system = psutil.virtual_memory()
+    if backend == "cuda":
+        return info.get("total_memory", system.total), info.get("free_memory", system.available)
+    total = min(system.total, container_limit() or system.total)
+    if backend == "metal":
+        working_set = info.get("max_recommended_working_set_size", total)
+        return total, min(working_set, system.available)
+    return total, min(system.available, total)
+
+
+def container_limit() -> int | None:
+    """Return the memory limit of this process's control group in bytes, or None."""
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return int(Path(name).read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """Return the CPU's product name."""
+    try:
+        if sys.platform == "darwin":
+            import subprocess
+
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, ValueError):
+        return platform.processor() or platform.machine()
+
+
+def blas() -> str | None:
+    """Return the BLAS library used by MLX's CPU matrix products, found among the loaded libraries; None if unknown.
+
+    Call it after importing MLX. numpy, scipy and torch load their own, which MLX does not use.
+    """
+    if sys.platform == "darwin":
+        return "Accelerate"
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    loaded = {line.split(maxsplit=5)[-1].lower() for line in lines if ".so" in line}
+    names = " ".join(Path(path).name for path in loaded if not any(f"/{other}" in path for other in NOT_MLX))
+    known = {"openblas": "OpenBLAS", "mkl": "MKL", "blis": "BLIS", "libblas": "reference BLAS"}
+    return next((title for part, title in known.items() if part in names), None)
+
+
+def environment(device: Device) -> Environment:
+    """Return the environment of a report; the application adds its own version."""
+    return Environment(
+        mlx=device.mlx,
+        backend=device.backend,
+        device=device.name,
+        memory_bytes=device.memory_bytes,
+        blas=blas(),
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+    )

@@ -1,0 +1,1 @@
+"""Models of mlx-lm: patching their attention, generation and fine-tuning with each implementation."""

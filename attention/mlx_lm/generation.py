@@ -1,0 +1,470 @@
+"""Runs a model that generates: every implementation in it, phase by phase and prompt by prompt, told as events."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import mlx.core as mx
+from msgspec import Struct, structs
+
+from attention.core import events as on
+from attention.core.errors import in_a_line
+from attention.core.plan import GenerationPlan
+from attention.core.results import MIN_ROUNDS
+from attention.core.workload import LEAST, Generation, Workload
+from attention.engine.case_runner import LONGER, CaseRunner
+from attention.engine.prepare import SLOW_CALL_S
+from attention.measure.clock import take_sample
+from attention.measure.device import Device, probe
+from attention.measure.rounds import Arm
+from attention.mlx_lm import configuration
+from attention.mlx_lm.arms import Layers, ModelArm, Observer, SharedArm, SharedPass
+from attention.mlx_lm.configuration import Configuration
+from attention.mlx_lm.network import Network, StateChanged, copied, digest_of_caches, digest_of_weights
+from attention.mlx_lm.replacement import Calls, replaced
+
+PREFILL_STEP: Final = 2048
+"""Tokens that mlx-lm takes in at once."""
+Logits = mx.array
+
+
+class Prompts:
+    """The prompts of a case, random and seeded: (batch, length)."""
+
+    def __init__(self, case: Generation, vocabulary: int, seed: int) -> None:
+        """Makes them."""
+        self.tokens = mx.random.randint(0, vocabulary, (case.batch, case.prompt), key=mx.random.key(seed))
+        mx.eval(self.tokens)
+
+    def take_in(self, model: Any, cache: list[Any], observer: Observer | None = None) -> Logits:
+        """Fills a cache, and returns the logits of the first token after the prompts: (batch, vocabulary).
+
+        All tokens but the last only leave their keys and values; what a last layer would compute beyond them, mlx-lm
+        does not ask for, and MLX does not compute.
+        """
+        last = self.tokens.shape[1] - 1
+        for start in range(0, last, PREFILL_STEP):
+            model(self.tokens[:, start : min(start + PREFILL_STEP, last)], cache=cache)
+            if observer:
+                observer.unneeded()
+            mx.eval([each.state for each in cache])
+            mx.clear_cache()
+        return _next_logits(model, cache, self.tokens[:, last], observer)
+
+
+def _next_logits(model: Any, cache: list[Any], token: mx.array, observer: Observer | None = None) -> Logits:
+    logits: mx.array = model(token[:, None], cache=cache)[:, -1]
+    if observer:
+        observer.needed()
+    return logits
+
+
+class PrefillRun:
+    """Takes the prompts in, with a cache of its own each time."""
+
+    observer: Observer | None = None
+
+    def __init__(self, network: Network, prompts: Prompts, layers: int) -> None:
+        """Binds the model's first layers to the prompts."""
+        self._network, self._prompts, self._layers = network, prompts, layers
+
+    def prepare(self) -> None:
+        """Each run makes its own cache: there is nothing to restore."""
+
+    def queue(self) -> list[mx.array]:
+        """Queues the last step; those before it are waited for, one by one."""
+        with self._network.shortened(self._layers) as model:
+            return [self._prompts.take_in(model, self._network.cache(), self.observer)]
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluates the logits."""
+        mx.eval(outputs)
+
+    def results(self) -> list[mx.array]:
+        """Runs once and returns the logits of the first token."""
+        outputs = self.queue()
+        self.wait(outputs)
+        return outputs
+
+    def peak_bytes(self) -> int | None:
+        """Not known here: the rounds measure it."""
+
+
+class DecodeRun:
+    """Makes tokens greedily after the prompts; the next step is queued before a token is read, as mlx-lm does.
+
+    Every run works on a copy of the caches that the prompts left. mlx-lm can take tokens back from some caches only: a
+    window that has wrapped and a recurrent state keep what was made.
+    """
+
+    observer: Observer | None = None
+
+    def __init__(self, network: Network, cache: list[Any], token: mx.array, steps: int, layers: int) -> None:
+        """Binds the model's first layers to a filled cache.
+
+        Args:
+            network: the model.
+            cache: keys and values of the prompts, of all layers; they are only read.
+            token: (batch,), the one to begin with.
+            steps: tokens to make.
+            layers: how many run.
+        """
+        self._network, self._cache, self._token = network, cache, token
+        self._steps, self._layers = steps, layers
+        self._digest = digest_of_caches(self._cache)
+        self._fresh: list[Any] | None = None
+
+    def prepare(self) -> None:
+        """Copies the caches for the next run, outside of its clock.
+
+        Raises:
+            StateChanged: the copy differs from what the prompts left.
+        """
+        fresh: list[Any] = copied(self._cache)
+        if digest_of_caches(fresh) != self._digest:
+            raise StateChanged("the caches are not as the prompts left them")
+        self._fresh = fresh
+
+    def _taken(self) -> list[Any]:
+        """The caches of this run, which are nobody else's afterwards."""
+        if self._fresh is None:
+            self.prepare()
+        fresh, self._fresh = self._fresh, None
+        assert fresh is not None
+        return fresh
+
+    def queue(self) -> list[mx.array]:
+        """Makes all tokens; the last one is read, so that nothing is left to wait for."""
+        cache = self._taken()
+        with self._network.shortened(self._layers) as model:
+            token = self._queued(model, cache, self._token)
+            for left in reversed(range(self._steps)):
+                following = self._queued(model, cache, token) if left else token
+                token.tolist()
+                token = following
+        return [token]
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Nothing is left to wait for."""
+
+    def results(self) -> list[mx.array]:
+        """Runs one step and returns its logits."""
+        cache = self._taken()
+        with self._network.shortened(self._layers) as model:
+            logits = _next_logits(model, cache, self._token)
+            mx.eval(logits)
+        return [logits]
+
+    def peak_bytes(self) -> int | None:
+        """Not known here: the rounds measure it."""
+
+    def _queued(self, model: Any, cache: list[Any], token: mx.array) -> mx.array:
+        following = mx.argmax(_next_logits(model, cache, token, self.observer), axis=-1)
+        mx.async_eval(following)  # type: ignore[no-untyped-call]
+        return following
+
+
+MOST_ADVISED: Final = 8
+"""Layers that are advised at most: more cost time and tell little more."""
+
+
+class Needed(Struct, frozen=True):
+    """Bytes that a run needs."""
+
+    fixed: int
+    """Whatever the number of layers: embeddings, one layer's working memory."""
+    layer: float
+    """Of each layer: its weights, its cache."""
+    layers: int
+
+    @staticmethod
+    def of(configuration: Configuration, work: Generation, network: Network, attention_bytes: int) -> "Needed":
+        """Adds up what a generation needs.
+
+        Args:
+            configuration: the model's shapes.
+            work: what runs.
+            network: the model with the layers that run.
+            attention_bytes: what one call of attention needs above its inputs.
+        """
+        length = work.prompt + (work.generate if work.phase == "decode" else 0)
+        weights = network.layer_bytes
+        cache = configuration.cache_bytes(1, work.batch, length, work.dtype)
+        if work.phase == "decode":
+            cache *= 2  # every run works on a copy
+        working = configuration.working_bytes(work.batch * min(work.prompt, PREFILL_STEP), work.dtype) + attention_bytes
+        return Needed(network.own_bytes - network.layers * weights + working, weights + cache, network.layers)
+
+    @property
+    def whole(self) -> float:
+        """All of it."""
+        return self.fixed + self.layers * self.layer
+
+    def refusal(self, limit: int, work: Generation) -> str:
+        """Says what is needed of how much, and what would fit."""
+        text = f"needs {self.whole / 2**30:.4g} GiB of {limit / 2**30:.4g}"
+        fitting = min(int((limit - self.fixed) // self.layer), MOST_ADVISED, work.layers - 1)
+        if fitting >= LEAST["measured_layers"]:
+            return f"{text}; --layers {fitting} would fit, and estimate the whole model"
+        return f"{text}; not even two layers fit"
+
+
+TOLERANCE: Final = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
+"""Root mean square difference of logits from the reference's, relative to theirs, that rounding alone may make."""
+LEAD_IN_S: Final = 0.25
+"""A call that takes longer finds its own clocks and power soon enough, without an untimed one before it."""
+LONG_S: Final = 120.0
+"""Whoever has to wait longer for a case is told what would shorten it."""
+ADVISED_LAYERS: Final = 4
+
+
+class Setting(Struct, eq=False):
+    """What all implementations of a case share."""
+
+    case: Generation
+    layers: Layers
+    run: PrefillRun | DecodeRun
+    short: PrefillRun | DecodeRun | None
+    base_bytes: int
+    further_bytes: int
+    lead_in: bool
+    weights: str
+    """Digest of the weights that run."""
+    logits: mx.array | None = None
+    """The reference's."""
+
+
+class GenerationBench(CaseRunner[GenerationPlan]):
+    """One worker's share of a run of one model."""
+
+    def _prepare_all(self, device: Device) -> None:
+        first = self._plan.cases[0]
+        self._configuration = configuration.find(first.model)
+        self._paths: dict[str, str] = {}
+        self._network = Network(self._configuration, first.dtype, first.measured_layers, self._plan.seed)
+        self._limit = self._plan.memory_limit_bytes or device.available_bytes
+
+    def _run_case(self, case: int) -> str:
+        work = self._plan.cases[case]
+        device = probe()
+        self._teller.emit(on.WeightsMade(case=case, weights_bytes=self._network.weights_bytes))
+        names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, work, device)]
+        if not names:
+            return "nothing to run"
+        setting = self._shared(names, lambda: self._setting(work, device))
+        if setting is None:
+            return "failed"
+        layer = self._layer(work)
+        self._build([name for name in names if self._needs_building(name, layer, device)], layer, device)
+        if work.phase == "prefill" and not work.estimated and work.layers > ADVISED_LAYERS:
+            self._look_ahead(work, len(names))
+        arms: list[ModelArm] = []
+        for index, name in enumerate(names):
+            arm = self._prepare(name, setting)
+            if arm is not None:
+                arms.append(arm)
+                self._expect(arm, len(names), left=len(names) - index - 1, first=len(arms) == 1)
+        if not arms:
+            return "failed"
+        beside = _arm(on.WITHOUT, setting, arms[0].call_s)
+        if self._takes_long(arms[0].sample_s, len(arms)):
+            *arms, beside = self._sharing([*arms, beside], setting)
+        return self._run_rounds(arms, self._plan.seconds, beside=[beside])
+
+    def _layer(self, work: Generation) -> Workload:
+        """What a layer asks of attention: a prefill at its largest, a decode at its first token."""
+        if work.phase == "decode":
+            length = work.prompt + 1
+            return self._configuration.workload("decode", work.dtype, batch=work.batch, seq=1, kv_seq=length)
+        seq = min(work.prompt - 1, PREFILL_STEP)
+        return self._configuration.workload("forward", work.dtype, batch=work.batch, seq=seq, kv_seq=work.prompt - 1)
+
+    def _is_to_run(self, name: str, work: Generation, device: Device) -> bool:
+        """Asks an implementation for its route; ends its row where it does not take the case, or will not fit."""
+        route = self._taken_route(name, self._layer(work), device)
+        if route is None:
+            return False
+        self._paths[name] = route.path
+        needed = Needed.of(self._configuration, work, self._network, route.predicted_bytes or 0)
+        if needed.whole > self._limit and not self._plan.force:
+            self._teller.end_row(name, "refused", needed.refusal(self._limit, work))
+            return False
+        return True
+
+    def _setting(self, work: Generation, device: Device) -> Setting:
+        """Makes the weights, the prompts, and for decoding the cache that they leave, with mlx-lm's own attention."""
+        if not self._network.made:
+            self._teller.progress(f"making {work.model}: {self._network.own_bytes / 2**30:.3g} GiB")
+            self._network.make()
+        prompts = self._prompts(work)
+        many = self._network.layers
+        few = max(1, many // 2) if work.estimated else many
+        run = self._runs(work, prompts)
+        return Setting(
+            case=work,
+            layers=Layers(few, many, work.layers, unfinished=int(work.phase == "prefill")),
+            run=run(many),
+            short=run(few) if work.estimated else None,
+            base_bytes=mx.get_active_memory(),
+            further_bytes=self._configuration.cache_bytes(work.layers - many, work.batch, work.prompt, work.dtype),
+            lead_in=device.backend != "cpu" and work.phase == "prefill",
+            weights=digest_of_weights(self._network.model),
+        )
+
+    def _prompts(self, work: Generation) -> Prompts:
+        return Prompts(work, int(self._configuration.fields.get("vocab_size", 256)), self._plan.seed)
+
+    def _runs(self, work: Generation, prompts: Prompts) -> Callable[[int], PrefillRun | DecodeRun]:
+        """Makes runs for numbers of layers."""
+        if work.phase == "prefill":
+            return lambda layers: PrefillRun(self._network, prompts, layers)
+        self._teller.progress("taking the prompt in")
+        cache = self._network.cache()
+        token = mx.argmax(prompts.take_in(self._network.model, cache), axis=-1)
+        mx.eval(token)
+        return lambda layers: DecodeRun(self._network, cache, token, work.generate, layers)
+
+    def _prepare(self, name: str, setting: Setting) -> ModelArm | None:
+        try:
+            return self._prepared(name, setting)
+        except Exception as error:
+            self._fail(name, error)
+            return None
+
+    def _prepared(self, name: str, setting: Setting) -> ModelArm:
+        """The first run, with what is counted and compared in it, and one more to warm up."""
+        teller = self._teller
+        teller.step(name, "first call")
+        if digest_of_weights(self._network.model) != setting.weights:
+            raise StateChanged("the weights are not those that the first row started with")
+        setting.run.prepare()
+        with replaced(name), Calls(name) as calls:
+            started = time.perf_counter()
+            logits = setting.run.results()[0]
+            call_s = time.perf_counter() - started
+        teller.emit(on.FirstCall(case=teller.case, implementation=name, seconds=call_s))
+        teller.emit(calls.event(teller.case, self._paths.get(name)))
+        self._compare(name, logits, setting)
+        # One that chooses on first use knows its path only now.
+        self._taken_route(name, self._layer(setting.case), probe())
+        run_s = call_s * (setting.case.generate if setting.case.phase == "decode" else 1)
+        if self._takes_long(run_s, len(self._plan.implementations)):
+            call_s = run_s  # a shared pass warms all of them up at once
+        elif call_s < SLOW_CALL_S or setting.case.phase == "decode":
+            teller.step(name, "warm up")
+            setting.run.prepare()
+            with replaced(name):
+                started = time.perf_counter()
+                setting.run.wait(setting.run.queue())
+                call_s = time.perf_counter() - started
+        return _arm(name, setting, call_s)
+
+    def _takes_long(self, run_s: float, count: int) -> bool:
+        """Whether the fewest rounds would take too long if each of so many implementations ran by itself.
+
+        Only a device that runs one operation at a time lets them share a pass.
+        """
+        return self._backend == "cpu" and MIN_ROUNDS * run_s * (count + 2) > LONGER * self._plan.seconds
+
+    def _sharing(self, arms: list[ModelArm], setting: Setting) -> list[ModelArm]:
+        """Let the arms of a case share their passes, if the model can be run so; warms them up."""
+        self._teller.progress("a pass that all implementations share")
+        runs = {"many": setting.run, **({"few": setting.short} if setting.short else {})}
+        names = {arm.name: arm.implementation for arm in arms}
+        names = {arms[0].name: arms[0].implementation, on.AGAIN: arms[0].implementation, **names}
+        shared = SharedPass(runs, names, seed=self._plan.seed, at_work=self._attends)
+        try:
+            shared.warm_up()
+        except Exception as error:  # each then runs by itself, and fails there if it has to
+            self._teller.say(f"the implementations cannot share passes: {in_a_line(error)}")
+            return arms
+        finally:
+            self._teller.at_rest()
+        self._teller.say(
+            f"a pass takes {shared.seconds:.3g} s: all implementations attend in the same passes, one after another, "
+            "and share the time of the rest"
+        )
+        self._teller.emit(on.PassesShared(case=self._teller.case))
+        for_each_s = shared.seconds / len(names)
+        return [SharedArm(**{**structs.asdict(arm), "shared": shared, "call_s": for_each_s}) for arm in arms]
+
+    def _attends(self, name: str) -> None:
+        if name in self._plan.implementations:
+            self._teller.at_work(name)
+        else:
+            self._teller.at_rest()
+
+    def _compare(self, name: str, logits: mx.array, setting: Setting) -> None:
+        """Compares the first token's logits with those of the first implementation that ran."""
+        logits = logits.astype(mx.float32)
+        if setting.logits is None:
+            setting.logits = logits
+        spread = mx.sqrt(mx.mean(mx.square(setting.logits)))
+        difference = mx.abs(logits - setting.logits)
+        rms = float(mx.sqrt(mx.mean(mx.square(difference))) / spread)
+        largest = float(mx.max(difference))
+        allowed = TOLERANCE[setting.case.dtype]
+        self._teller.emit(
+            on.Checked(
+                case=self._teller.case,
+                implementation=name,
+                max_error=largest if largest == largest else None,
+                rms_error=rms if rms == rms else None,
+                accurate=rms <= allowed,
+                detail=f"logits: {rms:.2g} of their spread off the reference's, {allowed:g} allowed",
+            )
+        )
+
+    def _look_ahead(self, work: Generation, count: int) -> None:
+        """Times two layers, of which a prefill finishes one, and tells what would shorten a case that takes long."""
+        self._teller.progress("a look at two layers")
+        look = PrefillRun(self._network, self._prompts(work), layers=2)
+        whole_s = take_sample(look, 1) * (work.layers - 1)
+        passes = 1 if self._takes_long(whole_s, count) else count + 2
+        seconds = whole_s * (count + MIN_ROUNDS * passes)
+        if seconds > LONG_S:
+            text = f"the whole model takes {seconds / 60:.0f} minutes or more for this prompt"
+            self._teller.say(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
+
+    def _expect(self, arm: ModelArm, count: int, *, left: int, first: bool) -> None:
+        """Tell how long the case will still take if all implementations are as fast as this one.
+
+        Args:
+            arm: the one whose call was timed.
+            count: implementations of the case; the reference's second arm and the model without attention come on top.
+            left: of them, those still to be prepared.
+            first: whether this is the first estimate of the case.
+        """
+        layers = arm.layers
+        shorter = (layers.few - layers.unfinished) / (layers.many - layers.unfinished) if arm.short else 0.0
+        share = self._takes_long(arm.sample_s, count)
+        a_round = arm.sample_s * (1 + shorter) * (1 if share else count + 2)
+        # An implementation's preparation is its first call and, unless that was slow, another one to warm up.
+        seconds = 2 * arm.call_s * left + max(self._plan.seconds, MIN_ROUNDS * a_round)
+        self._teller.progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)
+        if first:
+            self._teller.emit(on.Expected(case=self._teller.case, seconds=seconds, implementations=count))
+
+    def _tell_of(self, arm: Arm) -> None:
+        assert isinstance(arm, ModelArm)
+        case = self._teller.case
+        if arm.peak_bytes is not None:
+            self._teller.emit(on.MemoryMeasured(case=case, implementation=arm.name, peak_bytes=arm.peak_bytes))
+        if arm.short and arm.many_s:
+            event = on.LayersTimed(case=case, implementation=arm.name, layer_s=arm.layer_s, fixed_s=arm.fixed_s)
+            self._teller.emit(event)
+
+
+def _arm(name: str, setting: Setting, call_s: float) -> ModelArm:
+    return ModelArm(
+        name=name,
+        implementation=name,
+        runner=setting.run,
+        call_s=call_s,
+        lead_in=setting.lead_in and call_s < LEAD_IN_S,
+        short=setting.short,
+        layers=setting.layers,
+        steps=setting.case.generate if setting.case.phase == "decode" else 1,
+        base_bytes=setting.base_bytes,
+        further_bytes=setting.further_bytes,
+    )

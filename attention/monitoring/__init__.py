@@ -1,0 +1,1 @@
+"""Monitoring: the attention calls of a user's own program, counted and sampled."""

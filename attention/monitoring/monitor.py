@@ -1,0 +1,297 @@
+"""Monitor attention in a user's own program: calls, shapes, paths, time and memory."""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import mlx.core as mx
+import msgspec
+from msgspec import Struct, field, structs
+
+from attention.arguments import checked_mask
+from attention.core.errors import UnsupportedError, UsageError
+from attention.core.results import Case, Peaks, Report, Row, Run, Summary
+from attention.core.route import Needs, Route
+from attention.core.statistics import median_interval
+from attention.core.workload import Workload
+from attention.implementations import call_hooks, get
+from attention.implementations.call_signature import asked_for
+from attention.implementations.protocol import Implementation
+from attention.masks import Mask
+from attention.measure.device import Device, environment, probe
+from attention.monitoring import patch_points
+from attention.monitoring.sampling_budget import MOST_GAP, Lane, Pace, cost_s
+
+
+class Kind(Struct):
+    """All calls of one implementation on one workload."""
+
+    implementation: str
+    workload: Workload
+    ask: Callable[[], Route | None]
+    """Returns the route; evaluated only for the rows: per call it would exceed the overhead allowed."""
+    calls: int = 0
+    samples: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    ask_at: int = 1
+    """Number of the call at which timing is considered again."""
+    gap: int = 1
+
+    def asked(self, timed: bool, stride: int) -> None:
+        """Set when timing is considered next: soon after a timed call, with exponential back-off otherwise."""
+        self.gap = 1 if timed else min(2 * self.gap, MOST_GAP)
+        self.ask_at = self.calls + self.gap * stride
+
+    def row(self, estimated: bool) -> Row:
+        """Return a result row as a benchmark has it; the number of calls may be an estimate."""
+        call = median_interval(self.samples) if self.samples else None
+        route = self.ask()
+        told = f"; {route.reason}" if route else ""
+        return Row(
+            implementation=self.implementation,
+            status="ok",
+            path=route.path if route else None,
+            fused=route.fused if route else None,
+            reason=f"{self._counted(estimated)} in a program, {len(self.samples):,} of them timed{told}",
+            tokens_per_second=self.workload.tokens / call.median if call else None,
+            call_s=call,
+            flops_per_s=self.workload.flops / call.median if call else None,
+            peak_bytes=self.peak_bytes,
+            predicted_bytes=route.predicted_bytes if route else None,
+            samples=tuple(self.samples),
+        )
+
+    def line(self, estimated: bool) -> str:
+        """Return the row as one line of text."""
+        row = self.row(estimated)
+        timed = f"{row.call_s.median * 1e3:.3f} ms" if row.call_s else "not timed"
+        memory = f"{row.peak_bytes / 2**20:.1f} MiB" if row.peak_bytes is not None else "n/a"
+        counted = self._counted(estimated)
+        return f"{self.implementation}  {self.workload.label}  {row.path or '-'}  {counted}  {timed}  {memory}"
+
+    def _counted(self, estimated: bool) -> str:
+        return f"{'about ' if estimated else ''}{self.calls:,} calls"
+
+
+SHARE: Final = 0.01
+"""Share of the program's time that monitoring may take, timed calls with their own work included."""
+FIRST_S: Final = 0.001
+"""Assumed seconds of a kind of call that was never timed."""
+MOST_SAMPLES: Final = 1000
+
+
+class _Inside(threading.local):
+    """Whether this thread is inside a monitored call: nested calls are part of it."""
+
+    watched = False
+
+
+_inside = _Inside()
+
+
+class Monitor:
+    """Context manager that monitors attention.
+
+    It covers `attention.attention`, calls through a patch, and `mx.fast.scaled_dot_product_attention`. A nested call
+    is part of the outer one. Some calls are evaluated at once to be timed, within `SHARE` of elapsed time; calls traced
+    by `mx.compile` are counted once and not timed. If calls come so fast that counting each would cost more than that
+    (more than about three per millisecond), only a sample is counted, and each counted call represents those since the
+    last; an uncounted call costs some tenths of a microsecond. Timing a call resets MLX's peak memory; `peak_bytes`
+    keeps the highest value.
+
+    Attributes:
+        peak_bytes: the highest peak of MLX's memory seen.
+    """
+
+    def __init__(self, share: float = SHARE) -> None:
+        """Set the share of the program's time that monitoring may take."""
+        self.peak_bytes = 0
+        self._share = share
+        self._kinds: dict[tuple[object, ...], Kind | None] = {}
+        self._seen: dict[tuple[str, Workload], Kind] = {}
+        self._pace = Pace(share, 0.0)
+        self._mlx, self._implementations = Lane(), Lane()
+        self._estimated = False
+        self._started, self._ended = time.perf_counter(), 0.0
+        self._began = datetime.now().astimezone()
+        self._device: Device = probe()
+
+    def __enter__(self) -> Self:
+        """Start monitoring."""
+        self._pace = Pace(self._share, self._look_s(), patch_points.Seam.passing_s())
+        self._started = time.perf_counter()
+        call_hooks.watchers.append(self._of_implementation)
+        patch_points.fast().add(watcher=self._of_mlx)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop monitoring."""
+        patch_points.fast().remove(watcher=self._of_mlx)
+        call_hooks.watchers.remove(self._of_implementation)
+        self._ended = time.perf_counter()
+        self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
+
+    @property
+    def calls(self) -> int:
+        """Number of calls; an estimate if they came too fast to count each."""
+        return sum(kind.calls for kind in self._seen.values())
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds spent on monitoring, the work of timed calls included."""
+        return self._pace.watching_s
+
+    def report(self) -> Report:
+        """Return the statistics as a report with the rows of a benchmark; without a reference there are no speedups."""
+        kinds = [*self._seen.values()]
+        workloads = dict.fromkeys(kind.workload for kind in kinds)
+        rows = [(kind.workload, kind.row(self._estimated)) for kind in kinds]
+        cases = [Case(workload=one, rows=tuple(row for of, row in rows if of == one)) for one in workloads]
+        names = dict.fromkeys(kind.implementation for kind in kinds)
+        seconds = (self._ended or time.perf_counter()) - self._started
+        return Report(
+            run=Run(
+                id=uuid.uuid4().hex[:8],
+                started=self._began.isoformat(timespec="seconds"),
+                seconds=seconds,
+                command="attention.monitor()",
+                preset="monitor",
+            ),
+            environment=environment(self._device),
+            peaks=Peaks(),
+            cases=tuple(cases),
+            summary=tuple(Summary(implementation=name, cases=0) for name in names),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON, in the format of a benchmark's result file."""
+        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self.report()), indent=2))
+
+    def summary(self) -> str:
+        """Return the statistics as lines of text, the most frequent call first."""
+        kinds = sorted(self._seen.values(), key=lambda kind: -kind.calls)
+        return "\n".join(kind.line(self._estimated) for kind in kinds) or "no call of attention was seen"
+
+    def _of_mlx(self, call: Callable[..., mx.array], *arrays: mx.array, **more: Any) -> mx.array:
+        lane = self._mlx
+        lane.turn += 1
+        if lane.turn < lane.look_at:
+            return call(*arrays, **more)
+        return self._look_at_mlx(call, *arrays, **more)
+
+    def _look_at_mlx(self, call: Callable[..., mx.array], q: mx.array, k: Any, v: Any, **more: Any) -> mx.array:
+        lane = self._mlx
+        passed = lane.passed(self._pace)
+        lane.turn += patch_points.fast().pass_on(lane.look_at - lane.turn - 1)
+        if _inside.watched:  # part of another call, as are on average those that it represents
+            return call(q, k, v, **more)
+        mask = more.get("mask")
+        form = "array" if isinstance(mask, mx.array) else mask
+        kind = self._counted("mlx", ("mlx", q.shape, k.shape, v.shape, q.dtype, form), passed, q, k, v, mask)
+        if kind is None:
+            return call(q, k, v, **more)
+        return self._timed(kind, lambda: call(q, k, v, **more), (q, k, v))
+
+    def _of_implementation(
+        self, one: Implementation, q: mx.array, k: Any, v: Any, *, mask: Mask, **more: Any
+    ) -> mx.array:
+        if _inside.watched:
+            return one(q, k, v, mask=mask, **more)
+        _inside.watched = True
+        try:
+            lane = self._implementations
+            lane.turn += 1
+            if lane.turn < lane.look_at:
+                return one(q, k, v, mask=mask, **more)
+            key = (one.name, q.shape, k.shape, v.shape, q.dtype, mask.causal, mask.window, mask.array is None)
+            kind = self._counted(one, key, lane.passed(self._pace), q, k, v, mask)
+            if kind is None:
+                return one(q, k, v, mask=mask, **more)
+            return self._timed(kind, lambda: one(q, k, v, mask=mask, **more), (q, k, v))
+        finally:
+            _inside.watched = False
+
+    def _counted(
+        self, by: Any, key: tuple[object, ...], passed: int, q: mx.array, k: Any, v: Any, mask: Any
+    ) -> Kind | None:
+        """Count the calls that this one represents; return their kind if this one may be timed."""
+        try:
+            kind = self._kinds[key]
+        except KeyError:
+            kind = self._kinds[key] = self._new_kind(by, key, q, k, v, mask)
+        if kind is None:
+            return None
+        kind.calls += passed
+        if kind.calls < kind.ask_at:
+            return None
+        pace = self._pace
+        timed = pace.may_time(kind.samples[-1] if kind.samples else FIRST_S)
+        self._estimated |= pace.stride > 1
+        kind.asked(timed, pace.stride)
+        return kind if timed else None
+
+    def _look_s(self) -> float:
+        """Measure the seconds of overhead of a counted call."""
+        scratch, array = Monitor(self._share), mx.zeros((1, 1, 1, 1))
+        key = ("mlx", array.shape, array.shape, array.shape, array.dtype, None)
+        scratch._kinds[key] = Kind(implementation="mlx", workload=Workload(seq=1), ask=lambda: None, ask_at=1 << 60)
+        watched = partial(scratch._of_mlx, lambda q, k, v, **more: q)
+
+        def call(*arrays: mx.array, **more: Any) -> mx.array:  # as a seam does
+            return watched(*arrays, **more)
+
+        return cost_s(call, array)
+
+    def _timed(self, kind: Kind, call: Callable[[], mx.array], arrays: tuple[Any, ...]) -> mx.array:
+        try:
+            mx.eval([one for one in arrays if isinstance(one, mx.array)])
+            mx.synchronize()
+        except (RuntimeError, ValueError):
+            return call()  # traced: there is nothing to evaluate
+        self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        started = time.perf_counter()
+        out = call()
+        mx.eval(out)
+        mx.synchronize()
+        seconds = time.perf_counter() - started
+        self._pace.spent_s += seconds
+        if len(kind.samples) < MOST_SAMPLES:
+            kind.samples.append(seconds)
+        kind.peak_bytes = max(kind.peak_bytes or 0, mx.get_peak_memory() - before)
+        return out
+
+    def _new_kind(self, by: Any, key: tuple[object, ...], q: mx.array, k: Any, v: Any, mask: Any) -> Kind | None:
+        """Return the kind of a new call; None if its arguments do not form a workload."""
+        name = str(key[0])
+        try:
+            given = mask if isinstance(mask, Mask) else checked_mask(mask, None, q, k)
+            workload, needs = asked_for(q, k, v, given, None)
+        except (UsageError, UnsupportedError):
+            return None
+        if workload.seq == 1:
+            workload = structs.replace(workload, pass_="decode")
+        kind = self._seen.get((name, workload))  # several forms of a mask may be one
+        if kind is None:
+            ask = partial(_route, by, workload, self._device, needs)
+            kind = self._seen[name, workload] = Kind(implementation=name, workload=workload, ask=ask)
+        return kind
+
+
+def _route(by: str | Implementation, workload: Workload, device: Device, needs: Needs) -> Route | None:
+    before, _inside.watched = _inside.watched, True  # asking calls MLX's function too
+    try:
+        return (get(by) if isinstance(by, str) else by).route(workload, device, needs)
+    except (RuntimeError, ValueError):
+        return None
+    finally:
+        _inside.watched = before

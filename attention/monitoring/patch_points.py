@@ -1,0 +1,152 @@
+"""Patch points: the attention functions of MLX and mlx-lm, replaced while an interceptor or observer is registered.
+
+A function is replaced wherever a loaded module binds it, so `from .base import scaled_dot_product_attention` is too.
+A module loaded later binds the replacement. When the last registration is removed, every name bound to the
+replacement gets the function back, also in modules loaded meanwhile. References to the replacement held elsewhere, in
+a closure for example, keep working: without registrations it calls the original function.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache, partial, wraps
+from types import ModuleType
+from typing import Any, Final
+
+from attention.core.errors import UsageError
+from attention.monitoring.sampling_budget import cost_s
+
+Function = Callable[..., Any]
+Taker = Callable[..., Any]
+"""An interceptor: called instead of the function, with its arguments."""
+Watcher = Callable[..., Any]
+"""An observer: called with the function and its arguments; it must call it exactly once and return the result. It sees
+the calls that no interceptor keeps."""
+
+PACKAGE: Final = "mlx_lm"
+MLX_LM_MISSING: Final = "mlx-lm is not installed; pip install 'fatui[models]' brings it, or pip install 'mlx-lm>=0.32'"
+_lock = threading.RLock()
+
+
+class Seam:
+    """One function with its interceptors and observers; the latest registration is called first.
+
+    Attributes:
+        original: the original function.
+        replacement: bound in its place while anything is registered.
+        watched: the original wrapped by the observers; interceptors pass calls on to it.
+    """
+
+    def __init__(self, home: ModuleType, name: str) -> None:
+        """Look up the function; nothing is replaced yet."""
+        self.original: Function = getattr(home, name)
+        self._call = self.watched = self.original
+        self._unseen = 0
+        self.replacement = self._made()
+        self._home, self._name = home, name
+        self._takers: tuple[Taker, ...] = ()
+        self._watchers: tuple[Watcher, ...] = ()
+        self._bound: list[tuple[dict[str, Any], str]] = []
+
+    def add(self, *, taker: Taker | None = None, watcher: Watcher | None = None) -> None:
+        """Register an interceptor or an observer; the first registration replaces the function."""
+        with _lock:
+            if not (self._takers or self._watchers):
+                self._bound = [*_bindings(self.original, self._home, self._name)]
+                _bind(self._bound, self.replacement)
+            self._takers += (taker,) if taker else ()
+            self._watchers += (watcher,) if watcher else ()
+            self._compose()
+
+    def remove(self, *, taker: Taker | None = None, watcher: Watcher | None = None) -> None:
+        """Remove a registration, in any order; removing the last one restores the function."""
+        with _lock:
+            self._takers = _without(self._takers, taker)
+            self._watchers = _without(self._watchers, watcher)
+            self._compose()
+            if not (self._takers or self._watchers):
+                home = [(vars(self._home), self._name)]
+                here = [*home, *self._bound, *_bindings(self.replacement, self._home, self._name)]
+                _bind([(names, name) for names, name in here if names.get(name) is self.replacement], self.original)
+                self._bound = []
+
+    def pass_on(self, calls: int) -> int:
+        """Skip the observer for the next `calls` calls, at almost no cost; returns 0 if it is not the only one."""
+        self._unseen = calls if len(self._watchers) == 1 and not self._takers else 0
+        return self._unseen
+
+    @classmethod
+    def passing_s(cls) -> float:
+        """Measure the seconds of overhead of a skipped call."""
+        home = ModuleType("scratch")
+        vars(home)["call"] = lambda q, k, v, **more: q
+        scratch = cls(home, "call")
+        scratch._unseen = 1 << 60  # never reached
+        return max(0.0, cost_s(scratch.replacement, 0) - cost_s(scratch.original, 0))
+
+    def _made(self) -> Function:
+        @wraps(self.original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if self._unseen > 0:
+                self._unseen -= 1
+                return self.original(*args, **kwargs)
+            return self._call(*args, **kwargs)
+
+        return replacement
+
+    def _compose(self) -> None:
+        self._unseen = 0
+        watched = self.original
+        for watcher in self._watchers:
+            watched = partial(watcher, watched)
+        self.watched = watched
+        self._call = self._takers[-1] if self._takers else watched
+
+
+def _without(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[Function, ...]:
+    """Remove the latest occurrence of one; it may occur several times."""
+    for index in reversed(range(len(all_of_them))):
+        if all_of_them[index] == one:
+            return all_of_them[:index] + all_of_them[index + 1 :]
+    return all_of_them
+
+
+def _bindings(function: Function, home: ModuleType, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield a function's bindings in loaded modules: under its own name, and in mlx-lm's modules under any name."""
+    loaded: list[object] = [home, *sys.modules.values()]
+    for module in loaded:
+        if not isinstance(module, ModuleType):
+            continue  # programs put arbitrary objects into sys.modules
+        names = vars(module)
+        if names.get(name) is function:
+            yield names, name
+        if module.__name__.partition(".")[0] == PACKAGE:
+            yield from ((names, other) for other, value in [*names.items()] if value is function and other != name)
+
+
+def _bind(bindings: list[tuple[dict[str, Any], str]], function: Function) -> None:
+    for names, name in bindings:
+        names[name] = function
+
+
+@cache
+def fast() -> Seam:
+    """`mx.fast.scaled_dot_product_attention`, which some models call directly."""
+    import mlx.core as mx
+
+    return Seam(mx.fast, "scaled_dot_product_attention")
+
+
+@cache
+def of_models() -> Seam:
+    """`mlx_lm.models.base.scaled_dot_product_attention`, through which most models attend.
+
+    Raises:
+        UsageError: mlx-lm cannot be imported.
+    """
+    try:
+        from mlx_lm.models import base
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(PACKAGE)
+        raise UsageError(MLX_LM_MISSING if missing else f"mlx-lm cannot be imported: {error}") from error
+    return Seam(base, "scaled_dot_product_attention")

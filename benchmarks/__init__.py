@@ -1,0 +1,1 @@
+"""The kernels measured against their peers; run from a checkout, not installed."""

@@ -1,0 +1,1 @@
+"""The CUDA kernels against MLX's SDPA and cuDNN, profiled and sanitized; needs a GPU."""

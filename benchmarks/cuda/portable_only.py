@@ -1,0 +1,26 @@
+"""Restriction to the general kernels, to test and benchmark them on GPUs that also have specialised kernels."""
+
+import contextlib
+from collections.abc import Iterator
+
+from attention.kernels import cuda
+from attention.kernels.cuda import attend, choice, gradients
+
+
+@contextlib.contextmanager
+def general_alone() -> Iterator[None]:
+    """Use the general kernels for every call, forward and backward, while the context is open."""
+    choice.set_own_left_out(True)
+    _forget()
+    try:
+        yield
+    finally:
+        choice.set_own_left_out(False)
+        _forget()
+
+
+def _forget() -> None:
+    """Clear the cached selections."""
+    cuda.forget_calls()
+    for kept in (attend.repeated, gradients._own_is_taken, gradients._general_is_taken):
+        kept.cache_clear()

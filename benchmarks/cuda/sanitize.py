@@ -1,0 +1,121 @@
+"""compute-sanitizer on a small call of each kind, on a GPU: `python -m benchmarks.cuda.sanitize`.
+
+Exit code 0: nothing found; 1: errors found and printed; 3: no compute-sanitizer or no GPU.
+"""
+
+import functools
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from attention.kernels import cuda
+from attention.kernels.cuda.runtime.call import MaskKind
+
+TOOLS: Final = ("memcheck", "racecheck")
+DIMS: Final = (64, 128, 192, 256)
+SIZES: Final = ((150, 170), (1, 900))
+"""Queries and keys: partial tiles, and few queries with split keys."""
+GENERAL: Final[tuple[tuple[tuple[int, int], MaskKind | None, tuple[int, int]], ...]] = (
+    ((64, 64), None, SIZES[0]),
+    ((128, 128), "bool", SIZES[0]),
+    ((128, 128), "bool", SIZES[1]),
+    ((80, 80), "float16", SIZES[0]),
+    ((192, 128), "float32", SIZES[0]),
+    ((256, 256), None, SIZES[0]),
+)
+"""Cases of the general kernels: key and value width, mask dtype, and size."""
+
+
+def calls(dim: int) -> None:
+    """Run one call of each kind at a head dimension, and its gradients.
+
+    Raises:
+        RuntimeError: the Hopper kernels do not compute those gradients, so the sanitizer would check nothing.
+    """
+    import mlx.core as mx
+
+    from attention.kernels.cuda.runtime import selfcheck
+    from attention.kernels.cuda.runtime.call import Shape, normal
+    from attention.kernels.cuda.sm90 import gradient
+
+    for queries, keys in SIZES:
+        shape = Shape(1, 4, 2, queries, keys, dim, "bf16")
+        *primals, cotangent = selfcheck.inputs(shape)
+        for causal, window, softcap in ((False, None, None), (True, None, None), (True, 70, None), (True, None, 5.0)):
+
+            def attend(
+                q: mx.array,
+                k: mx.array,
+                v: mx.array,
+                causal: bool = causal,
+                window: int | None = window,
+                softcap: float | None = softcap,
+            ) -> mx.array:
+                return cuda.flash_attention(q, k, v, scale=0.1, causal=causal, window=window, softcap=softcap)
+
+            mx.eval(mx.vjp(attend, primals, [cotangent])[1])
+            refusal = gradient.refusal(shape, normal(0.1, causal, window, softcap, keys))
+            if refusal:
+                raise RuntimeError(refusal)
+
+
+def general_calls() -> None:
+    """Run calls of the general kernels, forward and backward: tilings, mask dtypes, split keys."""
+    import mlx.core as mx
+
+    from attention.kernels.cuda.attend import spread
+    from attention.kernels.cuda.runtime import selfcheck
+    from attention.kernels.cuda.runtime.call import Call, Shape
+    from benchmarks.cuda.portable_only import general_alone
+
+    for (head_dim, value_dim), kind, (queries, keys) in GENERAL:
+        shape = Shape(1, 4, 2, queries, keys, head_dim, "bf16", value_dim)
+        call = Call(0.1, kind is None, None, None, kind)
+        *primals, cotangent = selfcheck.inputs(shape)
+        masks = [spread(x, shape) for x in selfcheck.random_mask(shape, call)]
+
+        def attend(q: mx.array, k: mx.array, v: mx.array, masks: Any = masks, call: Call = call) -> mx.array:
+            mask = masks[0] if masks else None
+            return cuda.flash_attention(q, k, v, scale=call.scale, causal=call.causal, mask=mask)
+
+        with general_alone():
+            mx.eval(mx.vjp(attend, primals, [cotangent])[1])
+
+
+def main() -> int:
+    """Run every tool on the general kernels and, on Hopper, on the Hopper kernels at every head dimension."""
+    usable, reason = cuda.availability()
+    sanitizer = shutil.which("compute-sanitizer")
+    if not usable or sanitizer is None:
+        print(
+            reason if not usable else "compute-sanitizer is not on the PATH; the CUDA toolkit has it", file=sys.stderr
+        )
+        return 3
+    parts = (*(map(str, DIMS) if cuda.variant() == "hopper" else ()), "general")
+    with ThreadPoolExecutor(len(parts)) as pool:  # under a sanitizer a process leaves most of the GPU idle
+        return max(pool.map(functools.partial(sanitized, sanitizer), parts))
+
+
+def sanitized(sanitizer: str, part: str) -> int:
+    """Run every tool on one part and print its findings; return 1 if there are any, else 0."""
+    own = (sys.executable, "-m", "benchmarks.cuda.sanitize", part)
+    subprocess.run(own, check=True)  # compilation and self-checks would be slow under a sanitizer
+    found = 0
+    for tool in TOOLS:
+        command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *own)
+        start = time.monotonic()
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        told = "nothing found" if run.returncode == 0 else run.stdout + run.stderr
+        print(f"{tool:9} {part}: {told} ({time.monotonic() - start:.0f} s)", flush=True)
+        found |= int(run.returncode != 0)
+    return found
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        general_calls() if sys.argv[1] == "general" else calls(int(sys.argv[1]))
+    else:
+        sys.exit(main())

@@ -1,0 +1,1 @@
+"""Counts of what the Metal kernels read, write and multiply."""

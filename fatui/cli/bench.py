@@ -1,0 +1,88 @@
+"""`fatui bench`: measure, and print the table."""
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from attention.core.plan import Plan
+    from fatui.cli.exports import Delivery
+    from fatui.storage.preset_format import Preset
+
+DEFAULT_PRESET: Final = "quick"
+EXAMPLE: Final = """examples:
+  fatui bench quick
+  fatui bench llama-7b --impl baseline,mlx --json llama.json
+  fatui bench --batch 1,2 --seq 512,2048 --head-dim 128 --mask causal
+
+Options override the preset's; without a preset they change the one case of `quick`.
+Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage or preset, 3 no backend, 130 interrupted."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    from fatui.cli.exports import add_export_options
+    from fatui.cli.options import add_limit_options, add_workload_options
+
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"a preset's name or file ({DEFAULT_PRESET})")
+    add_workload_options(parser)
+    add_limit_options(parser, "time for the rounds of one case")
+    add_export_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; return the exit code.
+
+    Raises:
+        UsageError: with every mistake in the request, before anything has run.
+    """
+    plan, preset, deliveries = request(arguments)
+    from fatui.cli.run import measure
+
+    return measure(plan, _command(arguments, preset), preset.name, deliveries)
+
+
+def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery]]":
+    """Build the plan from the command line, and report all mistakes at once."""
+    from msgspec import structs
+
+    from fatui.cli import exports
+    from fatui.cli import options as cli_options
+    from fatui.storage.presets import load
+
+    mistakes = cli_options.Mistakes()
+    preset = mistakes.catch(lambda: load(preset_name(arguments))) or load(DEFAULT_PRESET)
+    cases = mistakes.catch(lambda: cli_options.overridden(preset.cases, cli_options.given_values(arguments)))
+    names = mistakes.catch(lambda: cli_options.implementations(arguments.impl, preset))
+    seconds = mistakes.catch(lambda: cli_options.seconds_of(arguments.seconds, preset.seconds))
+    limit = mistakes.catch(lambda: cli_options.limit_of(arguments.memory_limit, preset.memory_limit_bytes))
+    deliveries = mistakes.catch(lambda: exports.wanted(arguments))
+    mistakes.tell()
+    plan = structs.replace(
+        preset.plan(),
+        cases=cases,
+        implementations=names,
+        seconds=seconds,
+        memory_limit_bytes=limit,
+        force=arguments.force,
+    )
+    return plan, preset, deliveries or []
+
+
+def preset_name(arguments: argparse.Namespace) -> str:
+    """Return the preset given on the command line, or the default; an empty name counts as given."""
+    return DEFAULT_PRESET if arguments.preset is None else str(arguments.preset)
+
+
+def _command(arguments: argparse.Namespace, preset: "Preset") -> str:
+    from fatui.cli.options import given_values
+    from fatui.reproduce import bench_command
+
+    further = {
+        "impl": arguments.impl,
+        "seconds": arguments.seconds,
+        "memory-limit": arguments.memory_limit,
+        "force": arguments.force,
+    }
+    return bench_command(
+        preset.name if arguments.preset is None else arguments.preset, given_values(arguments), further
+    )

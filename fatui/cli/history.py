@@ -1,0 +1,113 @@
+"""`fatui history`: list, show and remove past runs, or add one that a program saved."""
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+from attention.core.errors import UsageError
+from attention.core.files import expanded
+from fatui.cli import messages
+
+if TYPE_CHECKING:
+    from fatui.storage.history import History
+
+ACTIONS: Final = ("list", "show", "rm", "add")
+EXAMPLE: Final = """examples:
+  fatui history
+  fatui history show last
+  fatui history show 3f9c --csv run.csv     the id, or a unique start of it
+  fatui history rm 3f9c
+  fatui history add monitor.json            what attention.monitor().save() wrote"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    from fatui.cli.exports import add_export_options
+
+    parser.add_argument(
+        "action", nargs="?", default="list", metavar="list|show ID|rm ID|add FILE", help="what to do (list)"
+    )
+    parser.add_argument("id", nargs="?", metavar="ID", help=argparse.SUPPRESS)
+    add_export_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the subcommand; return the exit code.
+
+    Raises:
+        UsageError: the request is wrong.
+        HistoryError: the history is unusable, or has no such run.
+    """
+    from attention.core.errors import suggestion
+    from fatui.storage.history import History
+
+    if arguments.action not in ACTIONS:
+        hint = suggestion(arguments.action, ACTIONS)
+        raise UsageError(f"history: got '{arguments.action}'; it takes list, show ID, rm ID or add FILE{hint}")
+    if arguments.action != "list" and arguments.id is None:
+        wanted = "a file" if arguments.action == "add" else "a run's id, or 'last'"
+        raise UsageError(f"history {arguments.action}: it takes {wanted}")
+    if arguments.action == "list" and arguments.id is not None:
+        raise UsageError(f"history list: it takes nothing further, got '{arguments.id}'; `show ID` shows a run")
+    if arguments.action == "list" and arguments.id is not None:
+        raise UsageError(f"history list: got '{arguments.id}'; it takes nothing more")
+    history = History()
+    try:
+        return _do(arguments, history)
+    finally:
+        if history.notice:
+            messages.tell(history.notice)
+
+
+def _do(arguments: argparse.Namespace, history: "History") -> int:
+    if arguments.action == "list":
+        return _list(history)
+    if arguments.action == "show":
+        return _show(arguments, history)
+    if arguments.action == "add":
+        return _add(arguments.id, history)
+    identity = history.find(arguments.id)
+    history.remove(identity)
+    messages.tell(f"removed run {identity}")
+    return messages.DONE
+
+
+def _list(history: "History") -> int:
+    from rich.table import Table
+
+    from fatui.cli.printing import show
+
+    runs = history.runs()
+    if not runs:
+        messages.tell("no runs yet; `fatui bench quick` makes one")
+        return messages.DONE
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    for head in ("id", "started", "preset", "cases", "finding"):
+        table.add_column(head, no_wrap=head != "finding", justify="right" if head == "cases" else "left")
+    for line in runs:
+        state = "interrupted; " if line.interrupted else ""
+        started = line.started[:16].replace("T", " ")
+        table.add_row(line.id, started, line.preset or "-", str(line.cases), state + line.finding)
+    show(table)
+    return messages.DONE
+
+
+def _add(name: str, history: "History") -> int:
+    from fatui.storage.result_files import read
+
+    report = read(expanded(name))
+    history.add(report)
+    messages.tell(f"added run {report.run.id}")
+    return messages.DONE
+
+
+def _show(arguments: argparse.Namespace, history: "History") -> int:
+    from fatui.cli.exports import wanted
+    from fatui.cli.run import deliver_files, print_results
+
+    deliveries = wanted(arguments)
+    report = history.get(arguments.id)
+    failures = deliver_files(report, deliveries)
+    print_results(report, deliveries)
+    for failure in failures:
+        messages.tell(failure)
+    return messages.FAILED if failures else messages.DONE

@@ -1,0 +1,194 @@
+"""The command line: dispatch to commands, and conversion of errors to one-line messages and exit codes."""
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final, NoReturn, TextIO
+
+from fatui import __version__  # nothing of the engine: --help is to be there at once
+from fatui.cli.messages import DONE, FAILED, INTERRUPTED, NO_BACKEND, WRONG_USAGE, tell
+
+COMMANDS: Final = {
+    "bench": "measure a preset, or the shapes that options give, and print the table",
+    "model": "measure a whole model with each implementation: tokens/s of prefill and decode",
+    "finetune": "fine-tune a model with each implementation: iterations/s, memory, loss curves",
+    "doctor": "report what this machine has, what is missing, and how to fix it",
+    "explain": "show which path each implementation would take, and why, without running it",
+    "presets": "list presets, show one, or check a file",
+    "history": "list past runs, show one, or remove one",
+    "compare": "compare two past runs, row by row",
+    "tune": "let demo find the fastest candidate for a preset, show what it found, or forget it",
+    "report": "write what past runs found: tables, trends, charts, and which implementation to choose",
+}
+EXAMPLE: Final = """examples:
+  fatui                         open the app
+  fatui quick --run             open the app and start the preset `quick`
+  fatui bench quick             measure without the app
+  fatui bench --seq 512,2048 --mask causal --impl baseline,mlx"""
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that raises UsageError instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the mistake as a UsageError, for main to report."""
+        from attention.core.errors import UsageError
+
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse the arguments; report every unknown option with the nearest known one."""
+        known, unknown = self.parse_known_args(arguments)
+        if not unknown:
+            return known
+        from attention.core.errors import UsageError, suggestion
+
+        options = [option for action in self._actions for option in action.option_strings]
+        problems = [f"{word}: not known here{suggestion(word.partition('=')[0], options)}" for word in unknown]
+        raise UsageError(*problems[:-1], f"{problems[-1]}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code; stdout carries only results, stderr everything else."""
+    if not _fill_closed_streams():
+        tell("cannot write the results: stdout is closed")
+        return FAILED
+    for stream in (sys.stdout, sys.stderr):
+        # Characters that the terminal's encoding lacks, such as ±, are printed as question marks.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = _told(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _silenced(DONE)
+    except KeyboardInterrupt:
+        return _silenced(INTERRUPTED)
+    except OSError as error:
+        tell(f"cannot write the results: {error.strerror or error}")
+        return _silenced(FAILED)
+    return code
+
+
+def _fill_closed_streams() -> bool:
+    """Open /dev/null for closed standard streams, so that no file reuses their numbers; return if stdout was open."""
+    was_open = sys.stdout is not None
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    return was_open
+
+
+def _told(arguments: list[str]) -> int:
+    try:
+        return _dispatch(arguments)
+    except SystemExit as error:  # argparse, after --help and --version
+        return error.code if isinstance(error.code, int) else DONE
+    except (ValueError, RuntimeError) as error:
+        code = _code_of(error)
+        if code is None:
+            raise
+        return code
+
+
+def _code_of(error: Exception) -> int | None:
+    """Report a usage error, a missing backend or an unusable history; return its exit code, or None if it is none."""
+    from attention.core.errors import NoBackendError, UsageError
+    from fatui.storage.history import HistoryError, UnknownRun
+
+    if isinstance(error, UsageError):
+        for problem in error.problems:
+            tell(problem)
+        return WRONG_USAGE
+    if isinstance(error, NoBackendError):
+        tell(error)
+        return NO_BACKEND
+    if isinstance(error, HistoryError):
+        tell(error)
+        return WRONG_USAGE if isinstance(error, UnknownRun) else FAILED
+    return None
+
+
+def _silenced(code: int) -> int:
+    """Redirect stdout to /dev/null, so that the interpreter's last flush cannot fail."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        name = arguments[0]
+        command = importlib.import_module(f"fatui.cli.{name}")
+        parser = Parser(
+            prog=f"fatui {name}",
+            description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",
+            epilog=command.EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_arguments(parser)
+        return int(command.run(parser.parse_all(arguments[1:])))
+    return _open_app(arguments)
+
+
+def _open_app(arguments: list[str]) -> int:
+    given = _app_parser().parse_all(arguments)
+    if given.preset is not None:
+        _check_preset(given.preset)
+    # Textual reads keys from stdin and draws on stderr.
+    if not all(map(_is_terminal, (sys.stdin, sys.stdout, sys.stderr))) or os.environ.get("TERM") == "dumb":
+        from attention.core.errors import UsageError
+
+        raise UsageError("the app needs a terminal; try `fatui bench`, which needs none")
+    try:
+        from fatui.tui.app import run_app  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError as error:
+        if error.name != "fatui.tui.app":
+            raise
+        from attention.core.errors import UsageError
+
+        raise UsageError("the app is not installed; `fatui bench` measures without it") from None
+    return int(run_app(given.preset, given.run, given.ascii))
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def _app_parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    parser = Parser(
+        prog="fatui",
+        usage="fatui [PRESET] [--run] [--ascii]\n       fatui COMMAND ...",
+        description=f"A terminal lab for attention kernels on MLX.\n\ncommands:\n{commands}",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="a preset's name or file, loaded when the app opens"
+    )
+    parser.add_argument("--run", action="store_true", help="start measuring at once")
+    parser.add_argument("--ascii", action="store_true", help="draw with ASCII characters only")
+    parser.add_argument("--version", action="version", version=f"fatui {__version__}")
+    return parser
+
+
+def _check_preset(name: str) -> None:
+    from attention.core.errors import UsageError, suggestion
+    from fatui.storage.presets import load
+
+    try:
+        load(name)
+    except UsageError as error:
+        command = suggestion(name, COMMANDS).replace("did you mean", "or did you mean the command")
+        raise UsageError(*(f"{problem}{command}" for problem in error.problems)) from error

@@ -1,0 +1,84 @@
+"""`fatui model`: generation with a whole model, with each implementation as its attention."""
+
+import argparse
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from attention.core.plan import GenerationPlan
+    from fatui.cli.exports import Delivery
+
+PROMPTS: Final = "512"
+GENERATE: Final = "64"
+SECONDS: Final = 10.0
+EXAMPLE: Final = """examples:
+  fatui model tinyllama-1.1b --prompt 512,2048
+  fatui model llama-7b-like --layers 4 --impl baseline,practical
+  fatui model ~/models/Qwen2.5-1.5B --json qwen.json
+
+Models without a folder have random weights and need no download: {models}.
+Prefill is the time from the prompt to the first token, in steps of 2048 tokens as mlx-lm takes them; decode makes
+tokens one after another. `mlx` is mlx-lm as it is; the others are patched in, and pay for that. The attention share
+is the part of the time that the same model is spared, in the same rounds, when attention returns its query at once.
+With --layers fewer layers run, in two numbers, and the whole model is estimated from them; the table says so.
+It needs mlx-lm: pip install 'fatui[models]'.
+Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backend or no mlx-lm, 130 interrupted."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    from attention.core.workload import COMPARED
+    from attention.mlx_lm.configuration import names
+    from fatui.cli.exports import add_export_options
+    from fatui.cli.options import add_limit_options
+
+    parser.epilog = EXAMPLE.format(models=", ".join(names()))
+    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(COMPARED)})")
+    parser.add_argument("--prompt", metavar="A,B", default=PROMPTS, help=f"tokens of each prompt ({PROMPTS})")
+    parser.add_argument("--generate", metavar="N", default=GENERATE, help=f"tokens of a decode sample ({GENERATE})")
+    parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
+    parser.add_argument("--layers", metavar="N", help="run only N layers, and estimate the whole model")
+    parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
+    add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({SECONDS:g})")
+    add_export_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; return the exit code.
+
+    Raises:
+        UsageError: with every mistake in the request, before anything has run.
+        NoBackendError: mlx-lm is not installed.
+    """
+    plan, deliveries = request(arguments)
+    from attention.mlx_lm.configuration import check_mlx_lm
+
+    check_mlx_lm()
+    from fatui.cli.run import measure
+    from fatui.reproduce import model_command
+
+    return measure(plan, model_command(plan), None, deliveries)
+
+
+def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Delivery]]":
+    """Build the plan from the command line, and report all mistakes at once."""
+    from attention.core.plan import GenerationPlan
+    from fatui.cli.options import model_plan
+
+    return model_plan(arguments, lambda: _cases(arguments), GenerationPlan, SECONDS)
+
+
+def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
+    from attention.core.workload import generations
+    from attention.mlx_lm.configuration import find
+    from fatui.cli.options import whole_numbers
+
+    return generations(
+        find(arguments.model).layers,
+        model=arguments.model,
+        prompts=whole_numbers(arguments.prompt, "--prompt"),
+        batches=whole_numbers(arguments.batch, "--batch"),
+        generate=whole_numbers(arguments.generate, "--generate", single=True)[0],
+        measured_layers=whole_numbers(arguments.layers, "--layers", single=True)[0] if arguments.layers else None,
+        dtype=arguments.dtype,
+    )

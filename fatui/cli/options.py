@@ -1,0 +1,222 @@
+"""Workload options, shared by the commands that take one; several values make a sweep."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from attention.core.errors import UsageError
+from attention.core.workload import LARGEST, Workload
+from fatui.quantities import parse
+from fatui.storage.preset_format import FIELDS, MOST_CASES, Preset, checked_names, given_fields, workloads
+
+if TYPE_CHECKING:
+    from attention.core.plan import FineTuningPlan, GenerationPlan
+    from fatui.cli.exports import Delivery
+
+
+Values = dict[str, list[Any]]
+HELP: Final = {
+    "batch": "independent sequences",
+    "seq": "query rows of each sequence; in a decode pass the length of the cache",
+    "kv_seq": "keys of each sequence (as seq, unless given)",
+    "heads": "query heads",
+    "kv_heads": "key and value heads, a divisor of heads (as heads, unless given)",
+    "head_dim": "width of a query and of a key",
+    "value_dim": "width of a value (as head-dim, unless given)",
+    "dtype": "float32, float16 or bfloat16",
+    "mask": "none, causal or window:N",
+    "pass": "forward, training or decode",
+}
+LONGEST_SHOWN: Final = 40
+
+
+def add_workload_options(parser: argparse.ArgumentParser) -> None:
+    """Add one option per workload field, and --impl."""
+    group = parser.add_argument_group("workload", "each takes one value, or several with commas: a sweep; 4k is 4096")
+    for name in FIELDS:
+        group.add_argument(f"--{name.replace('_', '-')}", dest=f"field_{name}", metavar="A,B", help=HELP[name])
+    parser.add_argument("--impl", metavar="A,B", help="implementations: names, or FILE.py:CLASS for one of your own")
+
+
+def given_values(arguments: argparse.Namespace) -> Values:
+    """Return the fields given on the command line, each with its values."""
+    texts = {name: getattr(arguments, f"field_{name}") for name in FIELDS}
+    return {name: _values(text, name) for name, text in texts.items() if text is not None}
+
+
+def _values(text: str, name: str) -> list[Any]:
+    return [_number_or_text(part.strip(), name) for part in text.split(",")]
+
+
+def _number_or_text(text: str, name: str) -> int | str:
+    shown = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
+    try:
+        if name in LARGEST and text[-1:].lower() in ("k", "m"):
+            return parse(text, name)  # 4k, as the app's sliders take it
+        return int(text) if len(text) <= LONGEST_SHOWN and text.isascii() else shown
+    except ValueError:
+        return shown
+
+
+def implementations(text: str | None, preset: Preset) -> tuple[str, ...]:
+    """Return the implementations of --impl, or the preset's.
+
+    Raises:
+        UsageError: with one problem for each unknown name.
+    """
+    return preset.implementations if text is None else checked_names([part.strip() for part in text.split(",")])
+
+
+def overridden(cases: Sequence[Workload], values: Values) -> tuple[Workload, ...]:
+    """Return a preset's cases with the given fields overridden.
+
+    Raises:
+        UsageError: with the mistakes of all combinations, each once.
+    """
+    if not values:
+        return tuple(cases)
+    made: dict[Workload, None] = {}
+    problems: dict[str, None] = {}
+    for case in cases:
+        try:
+            made.update(dict.fromkeys(_one_overridden(case, values)))
+        except UsageError as error:
+            problems.update(dict.fromkeys(error.problems))
+    if problems:
+        raise UsageError(*problems)
+    if len(made) > MOST_CASES:
+        raise UsageError(f"the options make {len(made):,} cases; at most {MOST_CASES:,} are taken")
+    return tuple(made)
+
+
+def _one_overridden(case: Workload, values: Values) -> tuple[Workload, ...]:
+    base = given_fields(case)
+    if case.pass_ == "decode" and ("seq" in values or "pass" in values):
+        base["seq"] = base.pop("kv_seq")  # the length of the cache, under the name that all passes use
+    if "kv_seq" in values and values.get("pass", [base["pass"]]) == ["decode"] and "seq" not in values:
+        base.pop("seq", None)
+    count = 1
+    for several in values.values():
+        count *= len(several)
+    if count > MOST_CASES:
+        raise UsageError(f"the options make {count:,} cases of each of the preset's; at most {MOST_CASES:,} are taken")
+    single = {name: several[0] for name, several in values.items() if len(several) == 1}
+    return workloads({**base, **single}, {name: several for name, several in values.items() if len(several) > 1})
+
+
+T = TypeVar("T")
+M = TypeVar("M", "GenerationPlan", "FineTuningPlan")
+
+
+class Mistakes:
+    """Collector of usage errors, to report them together."""
+
+    def __init__(self) -> None:
+        self._problems: list[str] = []
+
+    def catch(self, read: Callable[[], T]) -> T | None:
+        """Return the result of `read`, or record its usage error and return None."""
+        try:
+            return read()
+        except UsageError as error:
+            self._problems.extend(error.problems)
+            return None
+
+    def tell(self) -> None:
+        """Raise one UsageError with all problems, if there are any."""
+        if self._problems:
+            raise UsageError(*self._problems)
+
+
+def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
+    """Add --seconds, --memory-limit and --force.
+
+    Args:
+        parser: the parser to extend.
+        seconds: help text of --seconds.
+    """
+    parser.add_argument("--seconds", metavar="S", help=seconds)
+    parser.add_argument("--memory-limit", metavar="SIZE", help="refuse cases that need more memory, such as 8GiB")
+    parser.add_argument("--force", action="store_true", help="also run cases predicted not to fit in memory")
+
+
+def seconds_of(text: str | None, otherwise: float) -> float:
+    """Parse the value of --seconds.
+
+    Raises:
+        UsageError: the text is not a number, or outside the accepted range.
+    """
+    from fatui.storage.preset_format import LONGEST_S, SHORTEST_S, number_between
+
+    if text is None:
+        return otherwise
+    try:
+        value: object = float(text)
+    except ValueError:
+        value = text
+    return number_between(value, "--seconds", SHORTEST_S, LONGEST_S)
+
+
+def model_plan(
+    arguments: argparse.Namespace, read_cases: Callable[[], Sequence[Any]], kind: type[M], otherwise_s: float
+) -> "tuple[M, list[Delivery]]":
+    """Parse the options of a command that measures models, and report all mistakes at once.
+
+    Args:
+        arguments: the parsed command line.
+        read_cases: builds the cases from the command line.
+        kind: the type of the plan.
+        otherwise_s: seconds per case unless --seconds is given.
+
+    Raises:
+        UsageError: with every mistake.
+    """
+    from attention.core.workload import COMPARED
+    from fatui.cli.exports import wanted
+    from fatui.storage.preset_format import checked_names
+
+    mistakes = Mistakes()
+    cases = mistakes.catch(read_cases)
+    names = mistakes.catch(lambda: checked_names(arguments.impl.split(",") if arguments.impl else list(COMPARED)))
+    seconds = mistakes.catch(lambda: seconds_of(arguments.seconds, otherwise_s))
+    limit = mistakes.catch(lambda: limit_of(arguments.memory_limit))
+    deliveries = mistakes.catch(lambda: wanted(arguments))
+    mistakes.tell()
+    plan = kind(
+        cases=tuple(cases or ()),
+        implementations=names or (),
+        seconds=seconds or otherwise_s,
+        memory_limit_bytes=limit,
+        force=arguments.force,
+    )
+    return plan, deliveries or []
+
+
+def limit_of(text: str | None, otherwise: int | None = None) -> int | None:
+    """Parse the value of --memory-limit into bytes.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    from fatui.quantities import parse_size
+
+    return otherwise if text is None else parse_size(text, "--memory-limit")
+
+
+def whole_numbers(text: str, option: str, *, single: bool = False) -> list[int]:
+    """Parse the comma-separated whole numbers of an option.
+
+    Args:
+        text: the option's value.
+        option: the option's name, for the error message.
+        single: whether exactly one number is accepted.
+
+    Raises:
+        UsageError: a part is not a whole number, or there are several where one is accepted.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and len(part) < 12)]
+    if wrong or (single and len(parts) > 1):
+        takes = "one whole number" if single else "comma-separated whole numbers"
+        raise UsageError(f"{option}: got '{text[:40]}'; it takes {takes}")
+    return [int(part) for part in parts]

@@ -1,0 +1,387 @@
+"""Formatting of figures and rows: three significant figures with a unit, and n/a for unknown values."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from attention.core.results import AnyCase, Interval, Ratio, Report, Row, Share, Summary
+from attention.core.workload import PHASES, short_name
+from attention.engine.record import summarise
+
+UNKNOWN: Final = "n/a"
+STAR: Final = "★"
+TUNED: Final = "tuned: "
+"""Begins the path of an implementation that chose another one."""
+OK: Final = "ok"
+WIDE: Final = 0.25
+"""Relative half width of an interval, above which its ends are shown instead of ±, and it gets no star."""
+DECIMAL: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"), (1.0, ""))
+BINARY: Final = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+
+
+def three(value: float) -> str:
+    """Format three significant figures without an exponent: "0.0148", "1.40", "36.2", "412"."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:,.{decimals(value)}f}"
+
+
+def decimals(value: float) -> int:
+    """Return the decimals that show three significant figures of a value, after rounding."""
+    if value == 0:
+        return 2
+    exponent = int(f"{abs(value):.2e}".partition("e")[2])
+    return max(0, 2 - exponent)
+
+
+def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
+    """Return factor and name of the largest unit in which a value is at least 1, after rounding."""
+    for factor, unit in units:
+        if float(f"{abs(value) / factor:.2e}") >= 1:
+            return factor, unit
+    return units[-1]
+
+
+def rate(value: float | None) -> str:
+    """Format a rate with a decimal prefix and no unit: "1.40 M"."""
+    if value is None:
+        return UNKNOWN
+    factor, unit = _scaled(value, DECIMAL)
+    return f"{three(value / factor)} {unit}".rstrip()
+
+
+def tokens_per_second(value: float | None) -> str:
+    """Format tokens/s: "28.0 K", "1.40 M"."""
+    return rate(value)
+
+
+def flops(value: float | None) -> str:
+    """Format floating-point operations: "268 MFLOP"; with "/s" appended by the caller, a rate."""
+    return UNKNOWN if value is None else _with_unit(rate(value), "FLOP")
+
+
+def bytes_per_second(value: float | None) -> str:
+    """Format memory traffic with decimal prefixes, as data sheets do: "38.1 GB/s"."""
+    return UNKNOWN if value is None else _with_unit(rate(value), "B/s")
+
+
+def _with_unit(text: str, unit: str) -> str:
+    return f"{text}{unit}" if text[-1].isalpha() else f"{text} {unit}"
+
+
+def per(value: float | None, unit: float) -> str:
+    """Format a value in the unit that its column names, as a bare number: "0.0148"."""
+    return UNKNOWN if value is None else three(value / unit)
+
+
+def teraflops(value: float | None) -> str:
+    """Format TFLOP/s as a bare number; "<0.001" where three digits would mostly be zeros."""
+    return "<0.001" if value and value < 1e9 else per(value, 1e12)
+
+
+def seconds(value: float | None) -> str:
+    """Format a time: "36.2 ms", "1.21 s"."""
+    if value is None:
+        return UNKNOWN
+    factor, unit = _scaled(value, TIMES)
+    return f"{three(value / factor)} {unit}"
+
+
+def duration(value: float) -> str:
+    """Format a time to wait, rounded up so that it changes at most once a second: "9 s", "2 min 05 s", "1 h 02 min"."""
+    whole = math.ceil(max(value, 0.0))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def time_left(value: float) -> str:
+    """Format the seconds to the estimated end: "9 s left", or if negative, "5 s over the estimate"."""
+    return f"{duration(value)} left" if value >= 0 else f"{duration(-value)} over the estimate"
+
+
+def size(value: float | None) -> str:
+    """Format bytes with binary prefixes, round numbers without decimals: "41 MiB", "1.25 GiB"."""
+    if value is None:
+        return UNKNOWN
+    factor, unit = next(((f, u) for f, u in BINARY if abs(value) >= 1000 * f / 1024), BINARY[-1])
+    text = three(value / factor)
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {unit}"
+
+
+def percent(value: float | None) -> str:
+    """Format a fraction as a percentage: "62 %", "0.8 %", "0.04 %"."""
+    if value is None:
+        return UNKNOWN
+    shown = 100 * value
+    if abs(shown) >= 9.95 or shown == 0:
+        return f"{shown:.0f} %"
+    return f"{shown:.1f} %" if abs(shown) >= 0.95 else f"{float(f'{shown:.1g}'):g} %"
+
+
+def share_text(share: Share | None) -> str:
+    """Format a share of time with its interval: "31 ±2 %"; "< 3 %" if the interval includes 0.
+
+    "n/a" if the interval spans 0 to 1.
+    """
+    if share is None or (share.low <= 0 and share.high >= 1):
+        return UNKNOWN
+    if share.low <= 0:
+        return f"< {max(100 * share.high, 0.1):.2g} %"
+    half = 100 * max(share.high - share.value, share.value - share.low)
+    places = 0 if half >= 1 else 1
+    return f"{100 * share.value:.{places}f} ±{_outward(half, places)} %"
+
+
+def error(value: float | None) -> str:
+    """Format a numerical error: "1.2e-3"; "0" for none."""
+    if value is None:
+        return UNKNOWN
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent and value else f"{value:g}"
+
+
+def interval_text(interval: Interval | None) -> str:
+    """Format a time with its interval in the same unit: "36.2 ±0.3 ms".
+
+    "61 to 143 ms" if the interval is too wide for ±; only the median if there is no interval.
+    """
+    if interval is None:
+        return UNKNOWN
+    factor, unit = _scaled(interval.median, TIMES)
+    middle, half = interval.median / factor, interval.relative_half_width
+    if half is None or interval.low is None or interval.high is None:
+        return f"{three(middle)} {unit}"
+    if half > WIDE:
+        return f"{_span(interval.low / factor, interval.high / factor)} {unit}"
+    return f"{three(middle)} ±{_outward(half * middle, decimals(middle))} {unit}"
+
+
+def _span(low: float, high: float) -> str:
+    """Format the ends of an interval, rounded outward to two significant figures: "0.43 to 1.9"."""
+    return f"{_two(low, math.floor)} to {_two(high, math.ceil)}"
+
+
+def _two(value: float, towards: Callable[[float], int]) -> str:
+    if value <= 0 or not math.isfinite(value):
+        return f"{value:g}"
+    places = max(0, 1 - math.floor(math.log10(value)))
+    step = 10.0**places
+    return f"{towards(round(value * step, 6)) / step:,.{places}f}"
+
+
+def _outward(half: float, places: int) -> str:
+    """Format half an interval's width, rounded up to the given decimals."""
+    step = 10.0**places
+    return f"{math.ceil(round(half * step, 6)) / step:,.{places}f}"
+
+
+def half_width(ratio: Ratio) -> float:
+    """Return the larger distance from a ratio to an end of its interval."""
+    return max(ratio.high - ratio.value, ratio.value - ratio.low)
+
+
+def is_clear(ratio: Ratio) -> bool:
+    """Whether a ratio is conclusive: significant, or with a narrow interval around 1."""
+    return ratio.significant or half_width(ratio) <= WIDE * ratio.value
+
+
+def speedup_text(ratio: Ratio | None) -> str:
+    """Format a speedup with its interval; "≈ 1" inside the noise floor, "1" for the reference itself.
+
+    A wide interval is shown by its ends, "30 to 52x"; if it is too wide to separate faster from slower, a question mark
+    follows: "0.6 to 1.9x?".
+    """
+    if ratio is None:
+        return UNKNOWN
+    if ratio.value == ratio.low == ratio.high == 1:
+        return "1"
+    if not ratio.significant and is_clear(ratio):
+        return "≈ 1"
+    half = half_width(ratio)
+    if half > WIDE * ratio.value:
+        text = f"{_span(ratio.low, ratio.high)}x"
+    else:
+        text = f"{three(ratio.value)} ±{_outward(half, decimals(ratio.value))}x"
+    return text if ratio.significant else f"{text}?"
+
+
+def best_of(case: AnyCase) -> tuple[str, ...]:
+    """Return the fastest accurate implementations: the one with the best median and all that equal it.
+
+    A row equals the best if its interval reaches the best one's, or their medians differ by at most the noise floor.
+    None is best while a row has too few rounds, if the best interval is wide, or if all are equal and none differs
+    significantly from the reference. A row that ran another row's implementation is best along with it.
+    """
+    rows = [row for row in case.rows if row.status == OK and row.call_s]
+    if not rows or any(row.collecting for row in rows):
+        return ()
+    best = min(rows, key=lambda row: row.call_s.median if row.call_s else 0.0)
+    if not _is_narrow(best):
+        return ()
+    floor = case.noise_floor.floor if case.noise_floor else 0.0
+    equal = {row.implementation for row in rows if _is_narrow(row) and _equals(row.call_s, best.call_s, floor)}
+    for row in rows:
+        chosen = chosen_row(row, case)
+        if chosen and {row.implementation, chosen.implementation} & equal:
+            equal |= {row.implementation, chosen.implementation}
+    names = tuple(row.implementation for row in rows if row.implementation in equal)
+    apart = any(row.speedup and row.speedup.significant for row in rows)
+    return names if apart or len(names) < len(rows) else ()
+
+
+def chosen_row(row: Row, case: AnyCase) -> Row | None:
+    """Return the row of the implementation that an autotuned row ran; None if there is none."""
+    if row.status != OK or not (row.path or "").startswith(TUNED):
+        return None
+    name = (row.path or "").removeprefix(TUNED)
+    return next((other for other in case.rows if other.implementation == name and other.status == OK), None)
+
+
+def same_paths(case: AnyCase) -> list[str]:
+    """Format a note for each autotuned row whose implementation has a row with another median."""
+    return [
+        f"{row.implementation} ran {chosen.implementation}: the difference between their times is noise or dispatch"
+        for row in case.rows
+        if (chosen := chosen_row(row, case))
+        if row.call_s and chosen.call_s and row.call_s.median != chosen.call_s.median
+    ]
+
+
+def reference_change(case: AnyCase) -> str | None:
+    """Format why speedups are not relative to the first row, the baseline; None if they are."""
+    first = case.rows[0] if case.rows else None
+    if first is None or case.reference in (None, first.implementation) or first.status == OK:
+        return None
+    return f"{first.implementation} {first.status}: speedups are relative to {case.reference}"
+
+
+def _is_narrow(row: Row) -> bool:
+    half = row.call_s.relative_half_width if row.call_s else None
+    return half is not None and half <= WIDE
+
+
+def _equals(interval: Interval | None, best: Interval | None, floor: float) -> bool:
+    if interval is None or best is None or interval.low is None or best.high is None:
+        return False
+    return interval.low <= best.high or interval.median <= best.median * (1 + floor)
+
+
+def word(row: Row, case: AnyCase) -> str:
+    """Return the verdict as a word or two, for a narrow column; "collecting 2 of 6" before there is one."""
+    if row.status != OK:
+        return row.status
+    if row.collecting:
+        return row.collecting
+    ratio = row.speedup
+    fastest = row.implementation in best_of(case)
+    if row.implementation == case.reference:
+        return "fastest" if fastest and _beats_another(row, case) else "base"
+    if ratio is None or not is_clear(ratio):
+        return "unclear"
+    if not ratio.significant:
+        return "same"
+    return "slower" if ratio.value < 1 else "fastest" if fastest else "faster"
+
+
+def _beats_another(row: Row, case: AnyCase) -> bool:
+    others = [other for other in case.rows if other.status == OK and other is not row]
+    return bool(others) and all(
+        other.speedup and other.speedup.significant and other.speedup.value < 1 for other in others
+    )
+
+
+def verdict(row: Row, case: AnyCase) -> str:
+    """Return the verdict in a few words: "fastest", "1.9x faster", "same as baseline", "failed: killed by signal 9"."""
+    if row.status == "inaccurate":
+        return f"inaccurate: {error(row.max_error) if type(row) is Row else row.reason}"
+    if row.status != OK:
+        return f"{row.status}: {row.reason}" if row.reason else row.status
+    text = _standing(row, case)
+    return f"{text}, throttled" if row.throttled else text
+
+
+def _standing(row: Row, case: AnyCase) -> str:
+    short, ratio = word(row, case), row.speedup
+    if row.collecting:
+        return row.collecting
+    if short == "base":
+        return "reference"
+    if short == "same":
+        return f"same as {case.reference}"
+    if short == "unclear" or ratio is None:
+        return "too few rounds to say"
+    if short == "faster":
+        return f"{three(ratio.value)}x faster"
+    if short == "slower":
+        return f"{three(1 / ratio.value)}x slower"
+    return short
+
+
+def finding(report: Report) -> str:
+    """Summarise a run in one line: "poc is 49.6 ±0.4x baseline; memory 7 instead of 41 MiB; all accurate"."""
+    if report.cases:
+        return "; ".join([*_of_cases(report.cases, report.summary), *_accuracy(report)])
+    phases: dict[str, Sequence[AnyCase]] = {
+        name: [case for case in report.models if case.workload.phase == name] for name in PHASES
+    }
+    groups: dict[str, Sequence[AnyCase]] = {**phases, "fine-tuning": report.fine_tunings}
+    model = short_name((report.models or report.fine_tunings)[0].workload.model) if report.all_cases else ""
+    parts = [
+        f"{model} {name}: {', '.join(_of_cases(cases, summarise(cases, _names(cases))))}"
+        for name, cases in groups.items()
+        if cases
+    ]
+    return "; ".join([*(parts or ["nothing was measured"]), *_accuracy(report)])
+
+
+def _names(cases: Sequence[AnyCase]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row.implementation for case in cases for row in case.rows))
+
+
+def _of_cases(cases: Sequence[AnyCase], summary: Sequence[Summary]) -> list[str]:
+    collecting = [row.collecting for case in cases for row in case.rows if row.collecting]
+    if collecting and not any(row.status == OK and not row.collecting for case in cases for row in case.rows):
+        return [f"too few rounds for a verdict: {collecting[0]}"]
+    if len(cases) == 1:
+        return _of_one(cases[0])
+    means = [line for line in summary if line.speedup and line.speedup.significant and line.speedup.value > 1]
+    if not means:
+        return ["nothing is faster than the reference over all cases"]
+    best = max(means, key=lambda line: line.speedup.value if line.speedup else 0.0)
+    mean = f"{best.implementation} is {speedup_text(best.speedup)} the reference on average"
+    return [f"{mean} ({best.cases} of {len(cases)} cases)"]
+
+
+def _of_one(case: AnyCase) -> list[str]:
+    rows = {row.implementation: row for row in case.rows}
+    if case.reference not in rows:
+        return ["nothing was measured"]
+    best = best_of(case)
+    wins = [row for row in case.rows if row.status == OK and row.speedup and row.speedup.significant]
+    wins = [row for row in wins if row.speedup and row.speedup.value > 1]
+    if not wins:
+        unclear = any(word(row, case) == "unclear" or row.collecting for row in case.rows)
+        return [f"nothing is {'clearly ' if unclear else ''}faster than {case.reference}"]
+    row = max(wins, key=lambda row: (row.implementation in best, row.speedup.value if row.speedup else 0.0))
+    reference = rows[case.reference]
+    parts = [f"{row.implementation} is {speedup_text(row.speedup)} {case.reference}"]
+    if row.peak_bytes is not None and reference.peak_bytes is not None:
+        parts.append(f"memory {size(row.peak_bytes)} instead of {size(reference.peak_bytes)}")
+    return parts
+
+
+def _accuracy(report: Report) -> list[str]:
+    rows: list[Row] = [row for case in report.all_cases for row in case.rows]
+    counts = [
+        f"{sum(row.status == status for row in rows)} {status}"
+        for status in ("inaccurate", "failed", "refused", "unsupported")
+        if any(row.status == status for row in rows)
+    ]
+    if counts:
+        return [", ".join(counts)]
+    if all(row.collecting for row in rows):
+        return []
+    return ["all accurate so far" if report.run.interrupted else "all accurate"]

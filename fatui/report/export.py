@@ -1,0 +1,187 @@
+"""A report as JSON, CSV and Markdown, made from its rows only."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from attention.core.results import AnyCase, Case, Report, Row
+from attention.core.workload import FineTuning, Generation
+from fatui import formatting
+from fatui.report.table import model_columns, model_notes
+from fatui.storage.preset_format import FIELDS
+from fatui.untrusted_text import cleaned, markdown, markdown_cell, markdown_code, spreadsheet
+
+FIGURES: Final = (
+    *("implementation", "status", "path", "fused", "reason", "tokens_per_second"),
+    *("call_s_median", "call_s_low", "call_s_high", "latency_s", "first_call_s"),
+    *("speedup_value", "speedup_low", "speedup_high", "speedup_significant", "flops_per_s", "efficiency"),
+    *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "sample_count", "stopped_by", "throttled"),
+)
+ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device")
+COLUMNS: Final = (*ORIGIN, "case", *FIELDS, "reference", "noise_floor", *FIGURES)
+SHARE: Final = tuple(f"attention_share_{part}" for part in ("value", "low", "high"))
+CALLS: Final = ("replaced_calls", "passed_on_calls")
+GENERATION_COLUMNS: Final = (
+    *(*ORIGIN, "case", *Generation.__struct_fields__, "weights_bytes", "reference", "noise_floor", *FIGURES),
+    *(*SHARE, "layer_s", "fixed_s", *CALLS, "logits_error"),
+)
+FINE_TUNING_COLUMNS: Final = (
+    *(*ORIGIN, "case", *FineTuning.__struct_fields__, "weights_bytes", "reference", "noise_floor", *FIGURES),
+    *("iterations_per_second", "losses", "loss_difference", *CALLS),
+)
+MODEL_FIGURES: Final = ("it/s", "to 1st token", "per token", "per iteration", "attention", "memory", "loss", "off")
+HEADS: Final = (
+    *("implementation", "path", "tokens/s", "per call", "speedup", "TFLOP/s", "efficiency"),
+    *("peak memory", "max error", "verdict"),
+)
+
+
+def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
+    """Encode the whole report; unknown figures are null.
+
+    Args:
+        report: the report to write.
+        study: the study's own figures, written under the key `study`.
+    """
+    report = cleaned(report)
+    document: object = {**msgspec.to_builtins(report), "study": study} if study else report
+    # The encoder writes infinities and NaNs as null.
+    return msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n"
+
+
+def to_csv(report: Report) -> str:
+    """Write one line per row, unrounded; unknown values are empty.
+
+    A text that a spreadsheet would take for a formula is prefixed with an apostrophe.
+    """
+    out = io.StringIO()
+    columns = GENERATION_COLUMNS if report.models else FINE_TUNING_COLUMNS if report.fine_tunings else COLUMNS
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    origin = dict(zip(ORIGIN, _origin(report), strict=True))
+    for number, case in enumerate(report.all_cases, start=1):
+        for row in case.rows:
+            writer.writerow({name: _cell(value) for name, value in {**origin, **_line(number, case, row)}.items()})
+    return out.getvalue()
+
+
+def _origin(report: Report) -> tuple[object, ...]:
+    where = report.environment
+    return report.run.id, report.run.started, where.fatui, where.mlx, where.backend, where.device
+
+
+def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
+    fields: dict[str, Any] = msgspec.to_builtins(row)
+    samples = fields.pop("samples")
+    for name in ("call_s", "speedup", "attention_share"):
+        parts = fields.pop(name, None) or {}
+        fields.update({f"{name}_{part}": value for part, value in parts.items()})
+    return {
+        "case": number,
+        **msgspec.to_builtins(case.workload),
+        "reference": case.reference,
+        "noise_floor": case.noise_floor.floor if case.noise_floor else None,
+        **({} if isinstance(case, Case) else {"weights_bytes": case.weights_bytes}),
+        "sample_count": len(samples),
+        **fields,
+    }
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return " ".join("" if each is None else repr(each) for each in value)
+    if isinstance(value, str):
+        return spreadsheet(value)
+    if isinstance(value, float) and value - value != 0:  # infinite, or not a number
+        return ""
+    return value
+
+
+def to_markdown(report: Report) -> str:
+    """Format a table per case, to paste into issues and documents."""
+    return "\n\n".join([_heading(report), *(_case(case) for case in report.all_cases), *_summary(report)]) + "\n"
+
+
+def _heading(report: Report) -> str:
+    where, peaks = report.environment, report.peaks
+    known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
+    lines = [f"- {markdown(', '.join(part for part in known if part) or formatting.UNKNOWN)}"]
+    if peaks.matmul_flops_per_s:
+        copy = formatting.bytes_per_second(peaks.copy_bytes_per_s)
+        lines.append(
+            f"- best matmul {formatting.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}, measured in this run"
+        )
+    state = ", interrupted" if report.run.interrupted else ""
+    run = f"run {report.run.id}, {report.run.started}, {formatting.duration(report.run.seconds)}{state}"
+    lines += [f"- {markdown(run)}", f"- {markdown_code(report.run.command)}"]
+    return "# fatui\n\n" + "\n".join(lines)
+
+
+def _case(case: AnyCase) -> str:
+    floor = f", noise floor {formatting.percent(case.noise_floor.floor)}" if case.noise_floor else ""
+    reference = f"\n\nSpeedups are relative to {markdown(case.reference)}{floor}." if case.reference else ""
+    return f"## {markdown(case.workload.label)}{reference}\n\n{_rows(case)}"
+
+
+def _rows(case: AnyCase) -> str:
+    if isinstance(case, Case):
+        return _noted(_table(HEADS, [_cells(row, case) for row in case.rows]), formatting.same_paths(case))
+    columns = model_columns(case)
+    lines = [
+        (*cells[:-1], formatting.verdict(row, case))
+        for row, cells in zip(case.rows, zip(*(column.cells for column in columns), strict=True), strict=True)
+    ]
+    heads = ("implementation", *(column.head for column in columns[1:]))
+    return _noted(_table(heads, lines), [*model_notes(case), *formatting.same_paths(case)])
+
+
+def _noted(table: str, notes: Sequence[str]) -> str:
+    return "\n\n".join([table, *(["\n".join(f"- {markdown(note)}" for note in notes)] if notes else [])])
+
+
+def _cells(row: Row, case: Case) -> tuple[str, ...]:
+    return (
+        row.implementation,
+        row.path or formatting.UNKNOWN,
+        formatting.tokens_per_second(row.tokens_per_second),
+        formatting.interval_text(row.call_s),
+        formatting.speedup_text(row.speedup),
+        formatting.teraflops(row.flops_per_s),
+        formatting.percent(row.efficiency),
+        formatting.size(row.peak_bytes),
+        formatting.error(row.max_error),
+        formatting.verdict(row, case),
+    )
+
+
+def _summary(report: Report) -> list[str]:
+    if len(report.cases) < 2:
+        return []
+    lines = [
+        (line.implementation, formatting.speedup_text(line.speedup), str(line.cases), str(line.not_ok))
+        for line in report.summary
+    ]
+    table = _table(("implementation", "speedup", "cases", "not ok"), lines)
+    return [f"## Geometric mean over the cases\n\n{table}"]
+
+
+def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+    right = {
+        "tokens/s",
+        "per call",
+        "speedup",
+        "TFLOP/s",
+        "efficiency",
+        "peak memory",
+        "max error",
+        "cases",
+        "not ok",
+        *MODEL_FIGURES,
+    }
+    rule = ("---:" if head in right else "---" for head in heads)
+    return "\n".join(f"| {' | '.join(markdown_cell(cell) for cell in line)} |" for line in (heads, rule, *lines))

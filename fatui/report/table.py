@@ -1,0 +1,341 @@
+"""A report as tables for a terminal: they fit in 100 columns; a narrower one drops columns, with a note."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from msgspec import Struct
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from attention.core.results import AnyCase, Case, FineTuningCase, FineTuningRow, ModelCase, ModelRow, Report, Row
+from attention.engine.record import NEVER_CALLED
+from fatui import formatting
+from fatui.report.study import SHOWN, Study, StudyRow, rate_text, times_text
+from fatui.untrusted_text import cleaned
+
+
+def study_table(study: Study, report: Report) -> RenderableType:
+    """Build a block per case of the study: its tokens/s and speedup, then the measured ones, per implementation."""
+    title = Text(study.title, style="bold").append(f" · {study.machine} · not measured here", style="not bold dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("")
+    for head in ("implementation", "study tokens/s", "study speedup", "today tokens/s", "today speedup"):
+        table.add_column(head, justify="left" if head == "implementation" else "right", no_wrap=True)
+    for case in report.cases:
+        row = study.row_for(case.workload)
+        if row:
+            _add(table, row, case)
+    return Group(title, table, Text(f"  * {study.note}", style="dim"))
+
+
+def _add(table: Table, row: StudyRow, case: Case) -> None:
+    today = {line.implementation: line for line in case.rows}
+    shape = f"B={row.batch} L={row.seq} D={row.head_dim}"
+    for name in SHOWN:
+        line = today.get(name)
+        gap = "" if row.cold_start else " "  # the width of the star, so that figures align
+        table.add_row(
+            shape if name == SHOWN[0] else "",
+            name,
+            rate_text(row, name) + gap,
+            times_text(row, name) + gap,
+            formatting.tokens_per_second(line.tokens_per_second if line else None),
+            formatting.speedup_text(line.speedup if line else None),
+        )
+
+
+LONGEST_NAME: Final = 14
+IMPLEMENTATION: Final = ""
+"""The heading of the first column."""
+
+
+class Column(Struct):
+    """One column, with its cells as text."""
+
+    head: str
+    cells: list[str]
+    width: int = 0
+    """Width without wrapping, in this case and in those above it in the same table."""
+
+    def __post_init__(self) -> None:
+        """Default the width to that of the widest text."""
+        self.width = self.width or max(cell_len(text) for text in (self.head, *self.cells))
+
+
+def starred(row: Row, best: Sequence[str]) -> str:
+    """Format tokens/s, with a star if it is the best."""
+    mark = f"{formatting.STAR} " if row.implementation in best else ""
+    return mark + formatting.tokens_per_second(row.tokens_per_second)
+
+
+def shortened(name: str, longest: int = LONGEST_NAME) -> str:
+    """Shorten a name to its column; of "folder/mine.py:Mine" keep the end, which identifies it."""
+    short = name.rpartition("/")[2]
+    return short if len(short) <= longest else "…" + short[1 - longest :]
+
+
+STEPS: Final = {"prefill": "to 1st token", "decode": "per token"}
+BARS: Final = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH: Final = 40
+
+
+def model_columns(case: ModelCase | FineTuningCase) -> list[Column]:
+    """Return the columns of a case."""
+    return _generation(case) if isinstance(case, ModelCase) else _fine_tuning(case)
+
+
+def _generation(case: ModelCase) -> list[Column]:
+    rows, best = case.rows, _stars(case)
+    return [
+        Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
+        Column("path", [row.path or formatting.UNKNOWN for row in rows]),
+        Column("tokens/s", [starred(row, best) for row in rows]),
+        Column(STEPS[case.workload.phase], [formatting.interval_text(row.call_s) for row in rows]),
+        Column("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
+        Column("attention", [formatting.share_text(row.attention_share) for row in rows]),
+        Column("memory", [formatting.size(row.peak_bytes) for row in rows]),
+        Column("off", [formatting.error(row.logits_error) for row in rows]),
+        Column("verdict", [formatting.word(row, case) for row in rows]),
+    ]
+
+
+def _fine_tuning(case: FineTuningCase) -> list[Column]:
+    rows, best = case.rows, _stars(case)
+    return [
+        Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
+        Column("path", [row.path or formatting.UNKNOWN for row in rows]),
+        Column("it/s", [formatting.rate(row.iterations_per_second) for row in rows]),
+        Column("tokens/s", [starred(row, best) for row in rows]),
+        Column("per iteration", [formatting.interval_text(row.call_s) for row in rows]),
+        Column("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
+        Column("memory", [formatting.size(row.peak_bytes) for row in rows]),
+        Column("loss", [loss_text(row) for row in rows]),
+        Column("off", [formatting.error(row.loss_difference) for row in rows]),
+        Column("verdict", [formatting.word(row, case) for row in rows]),
+    ]
+
+
+def _stars(case: ModelCase | FineTuningCase) -> tuple[str, ...]:
+    best = formatting.best_of(case)
+    return () if len(best) == sum(row.status == formatting.OK for row in case.rows) else best
+
+
+def loss_text(row: FineTuningRow) -> str:
+    """Format the first and the last loss."""
+    known = [loss for loss in row.losses if loss is not None]
+    return f"{known[0]:.3f} → {known[-1]:.3f}" if known else formatting.UNKNOWN
+
+
+def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
+    """Return the notes below the table: estimates, call counts, and loss curves."""
+    notes = []
+    if case.weights_bytes:
+        notes.append(f"weights {formatting.size(case.weights_bytes)}; memory is on top of them")
+    if isinstance(case, ModelCase):
+        if case.shared_passes:
+            notes.append("implementations shared passes: a time is that of its own attention and of the common rest")
+        notes += _layer_notes(case)
+    counted = [row for row in case.rows if row.replaced_calls]
+    if counted:
+        computed = ", ".join(f"{shortened(row.implementation)} {row.replaced_calls:,}" for row in counted)
+        notes.append(f"attention calls that reached it: {computed}")
+    for row in case.rows:
+        if row.path == NEVER_CALLED:
+            notes.append(f"{shortened(row.implementation)}: no call reached it; the model computes attention itself")
+        if row.passed_on_calls:
+            total = row.passed_on_calls + (row.replaced_calls or 0)
+            notes.append(f"{shortened(row.implementation)}: {row.passed_on_calls} of {total} calls went to MLX's own")
+    if isinstance(case, FineTuningCase):
+        width = max((len(shortened(row.implementation)) for row in case.rows), default=0)
+        notes += [f"{shortened(row.implementation):<{width}} {curve(row)}" for row in case.rows if row.losses]
+    return notes
+
+
+def _layer_notes(case: ModelCase) -> list[str]:
+    """Return the time of one layer and of the rest, if the whole model was estimated from them."""
+    known = [row for row in case.rows if row.layer_s is not None and row.fixed_s is not None]
+    if not known:
+        return []
+    layers = ", ".join(f"{shortened(row.implementation)} {formatting.seconds(row.layer_s)}" for row in known)
+    rests = ", ".join(f"{shortened(row.implementation)} {_rest(row)}" for row in known)
+    part = f"{case.workload.running_layers} of {case.workload.layers} layers ran"
+    return [f"{part}; a layer takes: {layers}", f"the rest takes: {rests}"]
+
+
+def _rest(row: ModelRow) -> str:
+    return formatting.seconds(row.fixed_s) if row.fixed_s and row.fixed_s > 0 else "too little to measure"
+
+
+def curve(row: FineTuningRow, width: int = CURVE_WIDTH) -> str:
+    """Draw the losses as bars, scaled from the smallest to the largest; a gap where one is not a number."""
+    losses = row.losses
+    picked = [losses[index * len(losses) // width] for index in range(width)] if len(losses) > width else losses
+    known = [loss for loss in picked if loss is not None]
+    if not known:
+        return "no number"
+    low, high = min(known), max(known)
+    step = (high - low) / (len(BARS) - 1) or 1.0
+    return "".join(" " if loss is None else BARS[round((loss - low) / step)] for loss in picked)
+
+
+WIDTH: Final = 100
+NARROWEST_PATH: Final = 8
+SMALL_RATE: Final = 1e12
+"""Rates below this many FLOP/s are shown in GFLOP/s, since they would be mostly zeros in TFLOP/s."""
+DROPPED_FIRST: Final = (
+    *(("TFLOP/s", "GFLOP/s"), ("error", "off"), ("eff.", "loss"), ("path",)),
+    *(("per call", "to 1st token", "per token", "per iteration"), ("memory",)),
+)
+TEXTS: Final = (IMPLEMENTATION, "path", "verdict")
+STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow", "same": "", "base": "", "ok": ""}
+
+
+def report_table(report: Report, study: Study | None = None, width: int = WIDTH) -> RenderableType:
+    """Render all cases of a report, their geometric means, the study's figures if given, and the finding."""
+    report = cleaned(report)
+    cases, count = report.all_cases, len(report.all_cases)
+    parts: list[RenderableType] = []
+    unit = _rate_unit(cases)
+    layouts = [_columns(case, unit) if isinstance(case, Case) else model_columns(case) for case in cases]
+    for aligned in zip(*layouts, strict=True):
+        widest = max(column.width for column in aligned)
+        for column in aligned:
+            column.width = widest
+    for number, (case, columns) in enumerate(zip(cases, layouts, strict=True), start=1):
+        parts += [_case(case, columns, number if count > 1 else None, count, width), Text()]
+    if len(report.cases) > 1:
+        parts += [summary_table(report), Text()]
+    if study:
+        parts += [study_table(study, report), Text()]
+    return Group(*parts, _footer(report))
+
+
+def _case(case: AnyCase, columns: list[Column], number: int | None, count: int, width: int) -> RenderableType:
+    chosen, gap = _fitted(columns, width)
+    dropped = [column.head for column in columns if column.head not in {kept.head for kept in chosen}]
+    parts: list[RenderableType] = [_title(case, number, count), _grid(chosen, gap, case, width)]
+    notes = [*([] if isinstance(case, Case) else model_notes(case)), *_notes(case, dropped)]
+    parts += [Text(f"  {note}", style="dim") for note in notes]
+    return Group(*parts)
+
+
+def _columns(case: Case, rate_unit: tuple[float, str]) -> list[Column]:
+    rows, (factor, unit) = case.rows, rate_unit
+    best = formatting.best_of(case)
+    if len(best) == sum(row.status == formatting.OK for row in rows):
+        best = ()  # a star on every row would say nothing
+    return [
+        Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
+        Column("path", [row.path or formatting.UNKNOWN for row in rows]),
+        Column("tokens/s", [starred(row, best) for row in rows]),
+        Column("per call", [formatting.interval_text(row.call_s) for row in rows]),
+        Column("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
+        Column(unit, [formatting.per(row.flops_per_s, factor) for row in rows]),
+        Column("eff.", [formatting.percent(row.efficiency) for row in rows]),
+        Column("memory", [formatting.size(row.peak_bytes) for row in rows]),
+        Column("error", [formatting.error(row.max_error) for row in rows]),
+        Column("verdict", [formatting.word(row, case) for row in rows]),
+    ]
+
+
+def _rate_unit(cases: Sequence[AnyCase]) -> tuple[float, str]:
+    """Return the unit of rates: TFLOP/s, or GFLOP/s if all are small."""
+    largest = max((row.flops_per_s or 0.0 for case in cases for row in case.rows), default=0.0)
+    return (1e9, "GFLOP/s") if 0 < largest < SMALL_RATE else (1e12, "TFLOP/s")
+
+
+def _fitted(columns: list[Column], width: int) -> tuple[list[Column], int]:
+    """Return the columns that fit, and their gap; first the gap narrows, then the path wraps, then columns go."""
+    for dropped in range(len(DROPPED_FIRST) + 1):
+        gone = [head for heads in DROPPED_FIRST[:dropped] for head in heads]
+        kept = [column for column in columns if column.head not in gone]
+        for gap in (2, 1):
+            spare = width - sum(column.width for column in kept) - gap * (len(kept) - 1)
+            path = next((column for column in kept if column.head == "path"), None)
+            least = min(path.width, NARROWEST_PATH) if path else 0
+            if spare >= 0 or (path and gap == 1 and path.width + spare >= least):
+                return kept, gap
+    return kept, 1
+
+
+def _grid(columns: list[Column], gap: int, case: AnyCase, width: int) -> Table:
+    table = Table(
+        box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False, header_style="dim", collapse_padding=True
+    )
+    spare = width - sum(column.width for column in columns) - gap * (len(columns) - 1)
+    for column in columns:
+        room = column.width + min(spare, 0) if column.head == "path" else column.width
+        text = column.head in TEXTS
+        table.add_column(
+            column.head, justify="left" if text else "right", width=room, no_wrap=column.head != "path", overflow="fold"
+        )
+    for index, row in enumerate(case.rows):
+        style = STYLES.get(formatting.word(row, case), "red" if row.status in ("failed", "inaccurate") else "dim")
+        table.add_row(*(Text(column.cells[index]) for column in columns), style=style)
+    return table
+
+
+def _title(case: AnyCase, number: int | None, count: int) -> Text:
+    title = Text(case.workload.label, style="bold")
+    if number is not None:
+        title = Text(f"{number} of {count} · ", style="dim").append_text(title)
+    if case.reference:
+        floor = (
+            f", noise floor {formatting.percent(case.noise_floor.floor)}" if case.noise_floor else ", no noise floor"
+        )
+        title.append(f" · speedup over {case.reference}{floor}", style="not bold dim")
+    return title
+
+
+def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
+    """Return the notes below a table: rows without figures, drift, shortened names, and dropped columns."""
+    notes = [
+        f"{row.implementation}: {formatting.verdict(row, case)}"
+        for row in case.rows
+        if row.status not in ("ok", "inaccurate")
+    ]
+    notes += [f"{row.implementation}: inaccurate: {row.reason}" for row in case.rows if row.status == "inaccurate"]
+    notes += [
+        f"{shortened(row.implementation)} is {row.implementation}"
+        for row in case.rows
+        if row.status in ("ok", "inaccurate") and shortened(row.implementation) != row.implementation
+    ]
+    if change := formatting.reference_change(case):
+        notes.insert(0, change)
+    notes += formatting.same_paths(case)
+    if any(row.throttled for row in case.rows):
+        notes.append(f"throttled: {case.reference} slowed down during the rounds by more than the noise floor")
+    if any(row.stopped_by == "interrupted" for row in case.rows):
+        notes.append("interrupted: measured until then")
+    if dropped:
+        notes.append(f"no room for {', '.join(dropped)}: widen the terminal, or export with --markdown")
+    return notes
+
+
+def summary_table(report: Report) -> RenderableType:
+    """Build the table of geometric means of speedups, over the cases that each implementation ran accurately."""
+    title = Text(f"geometric mean over {len(report.cases)} cases", style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("")
+    for head in ("speedup", "cases", "not ok"):
+        table.add_column(head, justify="right")
+    for line in report.summary:
+        name = shortened(line.implementation)
+        table.add_row(Text(name), formatting.speedup_text(line.speedup), str(line.cases), str(line.not_ok or "-"))
+    return Group(title, table)
+
+
+def _footer(report: Report) -> RenderableType:
+    where, peaks = report.environment, report.peaks
+    known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas]
+    parts = [part for part in known if part]
+    if peaks.flops_per_s:
+        parts.append(f"best rate measured {formatting.flops(peaks.flops_per_s)}/s = 100 %")
+    lines: list[RenderableType] = [Text(formatting.finding(report), style="bold")]
+    if parts:
+        lines.append(Text(" · ".join(parts), style="dim"))
+    state = ", interrupted" if report.run.interrupted else ""
+    lines.append(Text(f"run {report.run.id}{state}: {report.run.command}", style="dim", overflow="fold"))
+    return Group(*lines)

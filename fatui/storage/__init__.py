@@ -1,0 +1,1 @@
+"""Files of the user: run history, presets, settings, result files, and where they live."""

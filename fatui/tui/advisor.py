@@ -1,0 +1,188 @@
+"""Advisor process: reads questions (workloads) as JSON lines, and writes the route of each implementation.
+
+It is separate from the app, so that importing MLX does not delay the screen, and a crash does not end the app.
+Run as `python -m fatui.advisor`: one JSON line in per question, one out per answer, the device first;
+as `python -m fatui.advisor diagnose`: one JSON line per finding of the doctor.
+"""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from attention.core.route import Route
+from attention.core.workload import Workload
+from attention.measure.device import Device
+
+
+class Question(msgspec.Struct, kw_only=True):
+    """A request for the routes of some implementations on a workload."""
+
+    number: int
+    workload: Workload
+    """The case whose paths are shown."""
+    names: tuple[str, ...]
+    others: tuple[Workload, ...] = ()
+    """Further cases of the plan, for the memory that they need."""
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """The routes; with neither routes nor problems, only the device."""
+
+    number: int = 0
+    device: Device | None = None
+    problem: str = ""
+    """Why nothing can run here."""
+    routes: dict[str, Route] = {}
+    problems: dict[str, str] = {}
+    """Error message of each implementation that has no route."""
+    needs: dict[str, tuple[int, ...]] = {}
+    """Bytes that each case would need, inputs included; only cases that the implementation supports and predicts."""
+    largest: dict[str, int] = {}
+    """The largest number of bytes above the inputs that each implementation is predicted to need in any case."""
+
+
+def answer(question: Question, device: Device) -> Answer:
+    """Route each implementation; an exception becomes its entry in `problems`."""
+    from attention import implementations
+
+    made = Answer(number=question.number)
+    for name in question.names:
+        try:
+            implementation = implementations.get(name)
+            made.routes[name] = implementation.route(question.workload, device)
+            cases = [(case, implementation.route(case, device)) for case in question.others]
+        except Exception as error:
+            made.problems[name] = str(error) or type(error).__name__
+            continue
+        known = [
+            (case.input_bytes, route.predicted_bytes)
+            for case, route in [(question.workload, made.routes[name]), *cases]
+            if route.supported and route.predicted_bytes is not None
+        ]
+        if known:
+            made.largest[name] = max(predicted for _, predicted in known)
+            made.needs[name] = tuple(inputs + predicted for inputs, predicted in known)
+    return made
+
+
+def main() -> None:
+    """Answer questions until stdin ends."""
+    try:
+        from attention.measure.device import probe
+
+        device = probe()
+    except Exception as error:
+        _say(Answer(problem=str(error) or type(error).__name__))
+        return
+    _say(Answer(device=device))
+    decoder = msgspec.json.Decoder(Question)
+    for line in sys.stdin.buffer:
+        _say(answer(decoder.decode(line), device))
+
+
+def diagnose() -> None:
+    """Print the doctor's findings, one JSON line each."""
+    from fatui.diagnosis import diagnose as look
+
+    for finding in look():
+        _say(finding)
+
+
+def _say(made: msgspec.Struct) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(made) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+LINE_LIMIT: Final = 2**22
+
+
+class Advice:
+    """The latest routes for the workload on the sliders.
+
+    Attributes:
+        device: where it would run; None until the advisor has reported it.
+        problem: why nothing can run here, or an empty string.
+        answer: the latest routes.
+        current: whether they belong to the latest question.
+    """
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self.device: Device | None = None
+        self.problem = ""
+        self.answer = Answer()
+        self._changed = changed
+        self._asked: Question | None = None
+        self._wanted: Question | None = None
+        self._number = 0
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def current(self) -> bool:
+        """Whether the answer belongs to the latest question."""
+        return self.answer.number == self._number
+
+    def ask(self, workload: Workload, names: tuple[str, ...], others: tuple[Workload, ...] = ()) -> None:
+        """Request the routes of a workload, and the memory that the other cases need.
+
+        An older question that was not sent yet is dropped.
+        """
+        self._number += 1
+        self._wanted = Question(number=self._number, workload=workload, names=names, others=others)
+        self._send()
+
+    def _send(self) -> None:
+        process = self._process
+        if process is None or process.stdin is None or self._wanted is None or self._asked or self.device is None:
+            return
+        self._asked, self._wanted = self._wanted, None
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            process.stdin.write(msgspec.json.encode(self._asked) + b"\n")
+
+    async def run(self) -> None:
+        """Keep an advisor running until cancelled; when a question crashes it, restart it without that question."""
+        for _ in range(20):
+            await self._run_once()
+            if self.problem:
+                return
+            if self._asked is not None:
+                problem = "finding its route crashed the advisor process"
+                self._take(Answer(number=self._asked.number, problems=dict.fromkeys(self._asked.names, problem)))
+            self.device = None
+
+    async def _run_once(self) -> None:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "fatui.tui.advisor"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+            limit=LINE_LIMIT,
+        )
+        self._process = process
+        assert process.stdout is not None
+        try:
+            async for line in process.stdout:
+                self._take(msgspec.json.decode(line, type=Answer))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            self._process = None
+            await process.wait()
+
+    def _take(self, answer: Answer) -> None:
+        if answer.device is not None:
+            self.device = answer.device
+        elif answer.problem:
+            self.problem = answer.problem
+        else:
+            self._asked, self.answer = None, answer
+        self._changed()
+        self._send()
+
+
+if __name__ == "__main__":
+    diagnose() if sys.argv[1:] == ["diagnose"] else main()

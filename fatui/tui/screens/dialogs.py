@@ -1,0 +1,347 @@
+"""A dialog with a yes-or-no question."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, Final
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical, VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+from attention.core.errors import UsageError
+from attention.core.files import expanded
+from attention.core.plan import Plan
+from attention.core.results import Case, Row
+from fatui import formatting
+from fatui.storage import presets
+from fatui.storage.paths import own_presets
+from fatui.storage.preset_format import Preset
+from fatui.tui.terminal import literal
+from fatui.tui.view_models.series import histogram
+from fatui.tui.widgets.choice import Choice
+
+ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n, enter[/b] {no}[/]"
+
+
+class Question(ModalScreen[bool]):
+    """Yes-or-no dialog: y or the key that opened it is yes; enter, escape or n is no, which changes nothing."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y,ctrl+c,ctrl+q", "answer(True)", "Yes"),
+        Binding("q", "answer(True)", "Yes", id="quit"),
+        Binding("n,enter", "answer(False)", "No"),
+        Binding("escape", "answer(False)", "No", id="back"),
+    ]
+
+    def __init__(self, text: str, *, yes: str, no: str) -> None:
+        super().__init__()
+        self._text, self._yes, self._no = text, yes, no
+
+    def compose(self) -> ComposeResult:
+        """Yield the question and its two answers."""
+        with Vertical(classes="dialog"):
+            yield Static(self._text, markup=False)
+            yield Static(ANSWERS.format(yes=self._yes, no=self._no), classes="answers")
+
+    def action_answer(self, yes: bool) -> None:
+        """Close with the answer."""
+        self.dismiss(yes)
+
+
+ABOUT = "Letter keys work outside inputs; tab moves to the next control. [keys] in {config} remaps them."
+
+
+class Help(ModalScreen[None]):
+    """List of keys, each with a sentence."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "Close", id="back"),
+        Binding("question_mark", "close", "Close", id="help"),
+        Binding("q", "close", "Close", id="quit"),
+        Binding("enter", "close", "Close"),
+    ]
+
+    def __init__(self, groups: list[tuple[str, list[tuple[str, str]]]], config: str) -> None:
+        super().__init__()
+        self._groups, self._config = groups, config
+
+    def compose(self) -> ComposeResult:
+        """Yield a block per part of the screen."""
+        with VerticalScroll(classes="dialog") as dialog:
+            dialog.border_title = "Keys"
+            dialog.border_subtitle = "escape closes"
+            for title, keys in self._groups:
+                yield Static(f"[b]{title}[/b]")
+                yield Static("\n".join(f"  {key:<14}{words}" for key, words in keys) + "\n", markup=False)
+            yield Static(ABOUT.format(config=self._config), markup=False, classes="hint")
+
+    def action_close(self) -> None:
+        """Close the screen."""
+        self.dismiss()
+
+
+ENDED_BY: Final = {
+    "precision": "enough for the precision",
+    "time": "until the time was up",
+    "iterations": "all iterations",
+    "interrupted": "until it was interrupted",
+    "failed": "until it failed",
+}
+"""Why the rounds of a row ended, by its `stopped_by`."""
+
+
+class RowDetails(ModalScreen[None]):
+    """Dialog with the details of a row."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "Close", id="back"),
+        Binding("q", "close", "Close", id="quit"),
+        Binding("enter", "close", "Close"),
+    ]
+
+    def __init__(self, case: Case, row: Row, command: str) -> None:
+        """Create the dialog for a row, its case, and the command that measures it again."""
+        super().__init__()
+        self._case, self._row, self._command = case, row, command
+        self._notes = [note for note in formatting.same_paths(case) if note.startswith(f"{row.implementation} ")]
+
+    def compose(self) -> ComposeResult:
+        """Yield the figures in two columns, the samples, and the notes."""
+        with VerticalScroll(classes="dialog") as dialog:
+            dialog.border_title = literal(f"{self._row.implementation} on {self._case.workload.label}")
+            dialog.border_subtitle = "escape closes"
+            yield Static("\n".join(figure_lines(self._row, self._case)), markup=False)
+            if self._row.samples:
+                yield Static("\n".join(sample_lines(self._row)), markup=False, classes="answers")
+            yield Static("\n".join(sentences(self._row, self._command, self._notes)), markup=False, classes="answers")
+
+    def action_close(self) -> None:
+        """Close the dialog."""
+        self.dismiss()
+
+
+def figure_lines(row: Row, case: Case) -> list[str]:
+    """Return one line per figure, with its name."""
+    pairs = [
+        ("path", f"{row.path or formatting.UNKNOWN}{_fused(row)}"),
+        ("verdict", formatting.verdict(row, case)),
+        ("tokens/s", formatting.tokens_per_second(row.tokens_per_second)),
+        ("per call", f"{formatting.interval_text(row.call_s)}, the median and its 95 % interval"),
+        ("speedup", f"{formatting.speedup_text(row.speedup)} over {case.reference or formatting.UNKNOWN}"),
+        ("noise floor", formatting.percent(case.noise_floor.floor if case.noise_floor else None)),
+        (
+            "rate",
+            f"{formatting.flops(row.flops_per_s)}/s, {formatting.percent(row.efficiency)} of the best rate measured",
+        ),
+        ("latency", f"{formatting.seconds(row.latency_s)} for one synchronised call"),
+        ("first call", f"{formatting.seconds(row.first_call_s)}, including compilation"),
+        ("memory", f"{formatting.size(row.peak_bytes)} at the peak, {formatting.size(row.predicted_bytes)} predicted"),
+        ("error", f"{formatting.error(row.max_error)} at most, {formatting.error(row.rms_error)} rms, against float64"),
+        ("samples", f"{len(row.samples)}, {ENDED_BY.get(row.stopped_by or '', row.stopped_by or formatting.UNKNOWN)}"),
+    ]
+    return [f"{name:<12}{text}" for name, text in pairs]
+
+
+def _fused(row: Row) -> str:
+    return "" if row.fused is None or "fused" in (row.path or "") else ", fused" if row.fused else ", unfused"
+
+
+def sample_lines(row: Row) -> list[str]:
+    """Return the samples as a small histogram with its range."""
+    low, high = min(row.samples), max(row.samples)
+    left, right = formatting.seconds(low), formatting.seconds(high)
+    bars = histogram(row.samples, width=56, height=4)
+    return [*bars, f"{left}{'a call':^{max(6, 56 - len(left) - len(right))}}{right}"]
+
+
+def sentences(row: Row, command: str, notes: Sequence[str] = ()) -> list[str]:
+    """Return the reason for the path, further notes, one on throttling, and the command that measures it again."""
+    lines = [row.reason, *notes] if row.reason else [*notes]
+    if row.throttled:
+        lines.append("The reference slowed down while this case ran: the machine throttles, or was busy.")
+    return [*lines, "", command]
+
+
+class SaveAs(ModalScreen[Preset]):
+    """Dialog for a name, a title and a summary; the result is the saved preset."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not save", id="back")]
+
+    def __init__(self, plan: Plan, origin: Preset | None) -> None:
+        super().__init__()
+        self._plan, self._origin = plan, origin
+        self._taken = {listed.name: listed.bundled for listed in presets.list_presets()}
+
+    def compose(self) -> ComposeResult:
+        """Yield the fields, and a line with the outcome or the problem."""
+        origin = self._origin
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "Save as a preset"
+            dialog.border_subtitle = "enter saves · escape does not"
+            yield Static("Name")
+            yield Input(origin.name if origin and not origin.bundled else "", placeholder="my-model", id="name")
+            yield Static("Title (optional)")
+            yield Input(origin.title if origin else "", id="title")
+            yield Static("Summary (optional)")
+            yield Input(origin.summary if origin else "", id="summary")
+            yield Static(id="verdict", markup=False)
+
+    def on_mount(self) -> None:
+        """Check the initial name."""
+        self._judge()
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the name, or an empty string."""
+        name = self.query_one("#name", Input).value.strip()
+        if not name:
+            return "a name is needed"
+        if not presets.NAME.fullmatch(name) or name.endswith(".toml"):
+            return "a name takes letters, digits, '.', '_' and '-', starts with a letter or digit, and has 64 at most"
+        return ""
+
+    @on(Input.Changed)
+    def _judge(self) -> None:
+        line = self.query_one("#verdict", Static)
+        line.set_class(bool(self.problem), "problem")
+        line.update(self.problem or self._outcome())
+
+    def _outcome(self) -> str:
+        name = self.query_one("#name", Input).value.strip()
+        count = len(self._plan.cases)
+        text = f"writes {own_presets() / name}.toml: {count} case{'s' if count > 1 else ''}"
+        if name in self._taken:
+            text += "; hides the bundled one" if self._taken[name] else "; replaces yours, which is kept aside"
+        return text
+
+    @on(Input.Submitted)
+    def _save(self) -> None:
+        if self.problem:
+            self.app.bell()
+            return
+        name, title, summary = (
+            self.query_one(f"#{field}", Input).value.strip() for field in ("name", "title", "summary")
+        )
+        plan = self._plan
+        made = Preset(
+            name=name,
+            title=title,
+            summary=summary,
+            cases=plan.cases,
+            implementations=plan.implementations,
+            seconds=plan.seconds,
+            precision=plan.precision,
+            memory_limit_bytes=plan.memory_limit_bytes,
+            seed=plan.seed,
+        )
+        try:
+            presets.save(made, name, overwrite=True)
+            self.dismiss(presets.load(name))
+        except (UsageError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            line = self.query_one("#verdict", Static)
+            line.add_class("problem")
+            line.update(f"not saved: {why}")
+
+    def action_cancel(self) -> None:
+        """Close without saving."""
+        self.dismiss()
+
+
+FORMATS: Final = ("md", "csv", "json", "html", "svg", "log")
+"""`html` is the written report of the run; the others are its table, its rows (csv, json), its picture and its log."""
+Writers = dict[str, Callable[[], str]]
+
+
+class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
+    """Dialog for a folder and a name; the result is the path without suffix, and the chosen suffixes."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not export", id="back")]
+
+    def __init__(self, folder: str, name: str) -> None:
+        super().__init__()
+        self._folder, self._name = folder, name
+
+    def compose(self) -> ComposeResult:
+        """Yield the fields, and the list of files to be written."""
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "Export the run"
+            dialog.border_subtitle = "enter writes · escape does not"
+            yield Static("Folder")
+            yield Input(self._folder, id="folder")
+            yield Static("Name, without suffix")
+            yield Input(self._name, id="name")
+            yield Choice("write", ("all", *FORMATS), id="formats")
+            yield Static(id="outcome", markup=False, classes="answers")
+
+    def on_mount(self) -> None:
+        """List the files, and focus the name."""
+        self.query_one("#name", Input).focus()
+        self._show()
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The suffixes of the files to be written."""
+        chosen = self.query_one(Choice).value
+        return FORMATS if chosen == "all" else (chosen,)
+
+    @property
+    def stem(self) -> Path:
+        """The path without suffix."""
+        name = self.query_one("#name", Input).value.strip()
+        return expanded(self.query_one("#folder", Input).value.strip() or ".") / name
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the input, or an empty string."""
+        name = self.query_one("#name", Input).value.strip()
+        if not name or "/" in name or name in (".", ".."):
+            return "a name is needed, without '/'"
+        return "" if self.stem.parent.is_dir() else f"there is no folder {self.stem.parent}"
+
+    @on(Input.Changed)
+    @on(Choice.Changed)
+    def _show(self) -> None:
+        line = self.query_one("#outcome", Static)
+        line.set_class(bool(self.problem), "problem")
+        if self.problem:
+            line.update(self.problem)
+            return
+        there = [ending for ending in self.endings if self.stem.with_name(f"{self.stem.name}.{ending}").exists()]
+        replaced = f"; replaces {', '.join(there)}" if there else ""
+        line.update(f"writes {self.stem}.{{{','.join(self.endings)}}}{replaced}")
+
+    @on(Input.Submitted)
+    def _write(self) -> None:
+        if self.problem:
+            self.app.bell()
+        else:
+            self.dismiss((self.stem, self.endings))
+
+    def action_cancel(self) -> None:
+        """Close without writing."""
+        self.dismiss()
+
+
+def write_all(stem: Path, writers: Writers) -> tuple[list[Path], list[str]]:
+    """Write each text; return the files written and the error messages."""
+    from fatui.storage.paths import write_atomically
+
+    written, problems = [], []
+    for ending, make in writers.items():
+        path = stem.with_name(f"{stem.name}.{ending}")
+        try:
+            write_atomically(path, make())
+        except OSError as error:
+            problems.append(f"{path} not written: {error.strerror or error}")
+        else:
+            written.append(path)
+    return written, problems

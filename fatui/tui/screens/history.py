@@ -1,0 +1,185 @@
+"""The history screen: open, compare or delete past runs."""
+
+import asyncio
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import BindingType
+from textual.containers import Vertical
+from textual.screen import Screen
+from textual.widgets import Static
+
+from attention.core.results import Report
+from fatui import formatting
+from fatui.storage.history import History as Runs
+from fatui.storage.history import HistoryError, RunLine
+from fatui.tui import actions
+from fatui.tui.view_models.table_lines import Column, Line
+from fatui.tui.widgets.bars import KeyBar, StatusLine
+from fatui.tui.widgets.row_table import RowTable
+
+if TYPE_CHECKING:
+    from fatui.tui.app import FatuiApp
+
+FINDING = 72
+COLUMNS = (
+    Column(name="mark", title="", right=False),
+    Column(name="started", title="started", right=False),
+    Column(name="preset", title="preset", right=False, rank=1, widest=20),
+    Column(name="finding", title="finding", right=False, rank=2, widest=FINDING, narrowest=24),
+    Column(name="cases", title="cases", rank=3),
+    Column(name="seconds", title="took", rank=4),
+    Column(name="device", title="device", right=False, rank=5, widest=28),
+    Column(name="id", title="id", right=False, rank=6),
+)
+EMPTY = "No runs yet; finished runs appear here."
+
+
+class History(Screen[Report]):
+    """Screen of past runs; the result is the report to open."""
+
+    CSS_PATH: ClassVar = ["list.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.HISTORY), actions.closing("history")]
+    app: "FatuiApp"
+
+    def __init__(self) -> None:
+        super().__init__(classes="list-screen")
+        self._history = Runs()
+        self._runs: list[RunLine] = []
+        self._marked: list[str] = []
+        self._deleted: list[Report] = []
+
+    def compose(self) -> ComposeResult:
+        """Yield the list."""
+        yield StatusLine()
+        yield Static(classes="notice", markup=False)
+        with Vertical(classes="pane half", id="history-pane") as pane:
+            pane.border_title = "History"
+            yield RowTable(COLUMNS, empty=EMPTY, id="runs")
+        yield KeyBar(keys=(("enter", "Open", "screen.open"), *actions.bar(actions.HISTORY, self.app.keys)))
+
+    async def on_mount(self) -> None:
+        """Read the runs."""
+        self.query_one(".notice").display = False
+        await self._read()
+
+    async def _read(self) -> None:
+        try:
+            self._runs = await asyncio.to_thread(self._history.runs)
+        except HistoryError as error:
+            self._notice(str(error))
+        if self._history.notice:
+            self._notice(self._history.notice)
+        self._show()
+
+    def _notice(self, text: str) -> None:
+        self.query_one(".notice", Static).update(text)
+        self.query_one(".notice").display = True
+
+    def _show(self) -> None:
+        lines = [_line(run, run.id in self._marked) for run in self._runs]
+        self.query_one(RowTable).show(lines)
+        self.call_after_refresh(self._show_hint)
+        count = len(self._runs)
+        self.query_one(StatusLine).show("History", f"{count} run{'' if count == 1 else 's'}")
+
+    @on(RowTable.Turned)
+    def _show_hint(self) -> None:
+        self.query_one("#history-pane").border_subtitle = self.query_one(RowTable).hint
+
+    def on_resize(self) -> None:
+        """Update the hint for more columns."""
+        self.call_after_refresh(self._show_hint)
+
+    @property
+    def _chosen(self) -> str | None:
+        return self.query_one(RowTable).key
+
+    async def _get(self, name: str) -> Report | None:
+        try:
+            return await asyncio.to_thread(self._history.get, name)
+        except HistoryError as error:
+            self.app.tell(str(error), "error")
+            return None
+
+    @on(RowTable.Chosen)
+    async def action_open(self) -> None:
+        """Open the run on the main screen."""
+        if self.app.runs.active:
+            self.app.tell("a run is in progress; open another when it has ended", "warning")
+        elif self._chosen is not None:
+            report = await self._get(self._chosen)
+            if report is not None:
+                self.dismiss(report)
+
+    def action_mark(self) -> None:
+        """Mark or unmark the run; a third mark replaces the oldest."""
+        name = self._chosen
+        if name is None:
+            return
+        self._marked = (
+            [each for each in self._marked if each != name] if name in self._marked else [*self._marked, name][-2:]
+        )
+        self._show()
+
+    async def action_compare(self) -> None:
+        """Compare two runs, the older one first."""
+        chosen = list(dict.fromkeys([*self._marked, *([self._chosen] if self._chosen else [])]))[:2]
+        if len(chosen) < 2:
+            self.app.tell(f"mark two runs with {self.app.keys['history_mark']}, or mark one and move to another")
+            return
+        order = [run.id for run in self._runs]
+        newer, older = sorted(chosen, key=order.index)
+        before, after = await self._get(older), await self._get(newer)
+        if before and after:
+            from fatui.tui.screens.compare import Compare
+
+            self.app.push_screen(Compare(before, after))
+
+    async def action_delete(self) -> None:
+        """Delete the run under the cursor."""
+        name = self._chosen
+        if name is None:
+            return
+        try:
+            removed = await asyncio.to_thread(self._history.remove, name)
+        except HistoryError as error:
+            self.app.tell(str(error), "error")
+            return
+        self._deleted += [removed] if removed else []
+        self._marked = [each for each in self._marked if each != name]
+        await self._read()
+        undo = f"; {self.app.keys['history_undo']} brings it back" if removed else ""
+        self.app.tell(f"run {name} is deleted{undo}")
+
+    async def action_undo(self) -> None:
+        """Restore the last deleted run."""
+        if not self._deleted:
+            self.app.tell("nothing was deleted here")
+            return
+        try:
+            await asyncio.to_thread(self._history.add, self._deleted[-1])
+        except HistoryError as error:
+            self.app.tell(str(error), "error")
+            return
+        self._deleted.pop()
+        await self._read()
+
+    def action_back(self) -> None:
+        """Close the screen without opening a run."""
+        self.dismiss()
+
+
+def _line(run: RunLine, marked: bool) -> Line:
+    cells = {
+        "mark": "●" if marked else " ",
+        "started": run.started[:16].replace("T", " "),
+        "preset": run.preset or "unnamed",
+        "finding": ("interrupted; " if run.interrupted else "") + run.finding,
+        "cases": str(run.cases),
+        "seconds": formatting.duration(run.seconds),
+        "device": run.device or formatting.UNKNOWN,
+        "id": run.id,
+    }
+    return Line(key=run.id, cells=cells)

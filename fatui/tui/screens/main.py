@@ -1,0 +1,305 @@
+"""The texts of the status line."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import BindingType
+from textual.containers import Horizontal, Vertical
+from textual.widget import Widget
+from textual.widgets import Static
+
+from attention.core.workload import Workload
+from fatui import formatting
+from fatui.tui import actions
+from fatui.tui import app as tui_app
+from fatui.tui.app import MainView
+from fatui.tui.view_models import availability, estimate, table_lines
+from fatui.tui.view_models.session import AnySession
+from fatui.tui.view_models.telemetry import Reading
+from fatui.tui.widgets.bars import SPINNER, TABS, KeyBar, PaneTabs, StatusLine
+from fatui.tui.widgets.comparison_pane import ComparisonPane
+from fatui.tui.widgets.implementation_picker import ImplementationPicker
+from fatui.tui.widgets.live_pane import LivePane
+from fatui.tui.widgets.log_pane import LogPane
+from fatui.tui.widgets.row_table import RowTable
+from fatui.tui.widgets.slider import Slider
+from fatui.tui.widgets.workload_pane import WorkloadPane, shown_workload
+
+if TYPE_CHECKING:
+    from fatui.tui.app import FatuiApp
+
+
+def left_text(app: "FatuiApp") -> str:
+    """Format what is set up and on which machine: "quick · AMD EPYC, 2 cores · MLX 0.32.4"."""
+    parts = [app.session.preset or "unnamed" if app.session and app.session.active else app.draft.title()]
+    advice = app.advice
+    if advice.device is not None:
+        device = advice.device
+        parts += [f"{device.name}, {device.cores} cores" if device.backend == "cpu" else device.name]
+        parts += [f"MLX {device.mlx}"] if device.mlx else []
+    else:
+        parts.append(advice.problem.splitlines()[0] if advice.problem else "probing the device")
+    return " · ".join(parts)
+
+
+def right_text(app: "FatuiApp") -> str:
+    """Format the phase, the time, and the number of errors."""
+    errors = app.journal.errors
+    told = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
+    session, going = app.session, app.runs.going
+    if going is not None and going is not session:
+        left = estimate.left(going)
+        return f"{going.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{told}"
+    if session is None:
+        return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{told}"
+    elapsed = formatting.duration(session.elapsed_s)
+    if not session.active:
+        return f"{session.phase}, {elapsed}{told}"
+    turn = SPINNER[int(session.elapsed_s * 2) % len(SPINNER)]
+    if session.silent:
+        return f"engine silent for {formatting.duration(session.silent_s)}; {app.keys['stop']} stops it{told} {turn}"
+    return f"{_phase(session)}{told} {turn}"
+
+
+def _phase(session: AnySession) -> str:
+    left = estimate.left(session)
+    if session.phase != "running" or left is None:
+        return f"{session.phase}, {formatting.duration(session.elapsed_s)}"
+    if session.building:
+        return f"compiling {session.building} · {formatting.duration(session.elapsed_s)}"
+    many = len(session.plan.cases)
+    case = f" case {(session.case_number or 0) + 1} of {many}" if many > 1 else ""
+    return f"running{case} · {formatting.duration(session.elapsed_s)} · {left.words}"
+
+
+LEAST = (60, 16)
+WIDE = (110, 32)
+"""Minimum size at which all panes are shown side by side."""
+TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
+PANES = {"implementations-pane": "setup", "workload": "setup", "live": "live", "comparison": "results", "log": "log"}
+FOCUS = {
+    "implementations-pane": "#implementations",
+    "workload": "#axis-batch",
+    "live": "#live",
+    "comparison": "#comparison-table",
+    "log": "#log-view",
+}
+"""The widget to focus in each pane."""
+
+
+class MainScreen(MainView):
+    """Main screen of the app's state; the only state of its own is the open tab."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MAIN)]
+    app: "FatuiApp"
+
+    _model_ran = False
+    """Whether a model run was active at the last tick, so that its end is shown too."""
+
+    def compose(self) -> ComposeResult:
+        """Yield the panes."""
+        yield StatusLine()
+        yield Static(id="too-small", markup=False)
+        yield PaneTabs()
+        with Horizontal(id="body"):
+            with Vertical(id="left"):
+                with Vertical(id="implementations-pane", classes="pane") as pane:
+                    pane.border_title = "Implementations"
+                    yield ImplementationPicker(id="implementations")
+                yield WorkloadPane(self.app.draft, id="workload")
+            with Vertical(id="right"):
+                yield LivePane(id="live")
+                yield ComparisonPane(id="comparison")
+                yield LogPane(self.app.journal, id="log")
+        yield KeyBar()
+
+    def on_mount(self) -> None:
+        """Draw the initial state, and start the repaint timer."""
+        remembered = self.app.remembered
+        by = remembered.sort if remembered.sort in table_lines.SORTABLE else ""
+        self.query_one(ComparisonPane).sort(by, remembered.descending)
+        for name in remembered.hidden:
+            if name in PANES:
+                self.query_one(f"#{name}").add_class("-away")
+        self.open_tab(remembered.tab if remembered.tab == "log" else "setup")  # nothing has run yet
+        self.show_draft()
+        self.show_run()
+        self.set_interval(self.app.REPAINT_S, self._tick)
+
+    def _tick(self) -> None:
+        if self.app.session is not None and self.app.session.active:
+            self.app.runs.watch_silence()
+            self.show_run()
+        elif self.app.runs.active != self._model_ran or self.app.runs.active:
+            self._model_ran = self.app.runs.active
+            self._show_bars()
+        self.query_one(LogPane).refresh_lines()
+
+    def on_resize(self) -> None:
+        """Choose between panes, tabs, and the notice that the terminal is too small."""
+        width, height = self.app.size
+        small = width < LEAST[0] or height < LEAST[1]
+        wide = width >= WIDE[0] and height >= WIDE[1]
+        self.set_class(small, "-small")
+        self.set_class(not wide, "-narrow")
+        if small:
+            self.query_one("#too-small", Static).update(TOO_SMALL.format(*LEAST, width, height))
+        self.call_after_refresh(self.show_run)
+
+    def show_draft(self) -> None:
+        """Draw the draft and the advice for it."""
+        app = self.app
+        workload = shown_workload(app.draft)
+        self.query_one(ImplementationPicker).show(
+            availability.make_offers(app.draft, workload, app.advice, self._took(workload))
+        )
+        pane = self.query_one(WorkloadPane)
+        if pane.draft is not app.draft:
+            pane.show(app.draft)
+        needs = availability.needs_text(app.draft, app.advice) if workload else ""
+        pane.show_words(needs, self._takes() if workload else "", app.keys)
+        self._show_bars()
+
+    def _took(self, workload: Workload | None) -> dict[str, str]:
+        """Return the path that each implementation took on the workload in the run shown."""
+        cases = self.app.report.cases if self.app.report else ()
+        rows = [row for case in cases if case.workload == workload for row in case.rows]
+        return {row.implementation: row.path for row in rows if row.path and row.status == "ok"}
+
+    def _takes(self) -> str:
+        draft = self.app.draft
+        if not draft.implementations:
+            return "no implementation is selected; space selects one"
+        return estimate.in_words(draft.plan(), self.app.remembered.pace, self.app.device_name)
+
+    def show_run(self) -> None:
+        """Draw the current run, or the report that was opened."""
+        if not self.is_mounted:
+            return
+        session = self.app.session
+        self.query_one(LivePane).show(session, self.app.report)
+        comparison = self.query_one(ComparisonPane)
+        if session is not None:
+            comparison.show_session(session)
+        elif self.app.report is not None:
+            comparison.show_report(self.app.report)
+        self.query_one(LogPane).refresh_lines()
+        self._show_bars()
+
+    def show_reading(self, reading: Reading) -> None:
+        """Draw a reading of the machine."""
+        self.query_one(LivePane).show_reading(reading)
+
+    def _show_bars(self) -> None:
+        app = self.app
+        errors = app.journal.errors
+        alarm = errors > 0 or bool(app.session and app.session.silent)
+        self.query_one(StatusLine).show(left_text(app), right_text(app), alarm=alarm)
+        names = actions.RUNNING_BAR if app.runs.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
+        by_name = {action.name: action for action in actions.ACTIONS}
+        self.query_one(KeyBar).show(tuple((app.keys[name], by_name[name].label, by_name[name].does) for name in names))
+
+    @property
+    def tab(self) -> str:
+        """The open tab, where panes are tabs."""
+        return self.query_one(PaneTabs).tab
+
+    def open_tab(self, tab: str) -> None:
+        """Open a tab; without effect where all panes are visible."""
+        for name, _ in TABS:
+            self.set_class(name == tab, f"-{name}")
+        self.query_one(PaneTabs).show(tab)
+
+    @on(PaneTabs.Opened)
+    def _open_clicked(self, event: PaneTabs.Opened) -> None:
+        self.open_tab(event.tab)
+
+    def action_pane(self, count: int) -> None:
+        """Focus the next or previous visible pane; where panes are tabs, open the next or previous tab."""
+        panes = [name for name in PANES if not self.query_one(f"#{name}").has_class("-away")]
+        if not panes:
+            return
+        if self.has_class("-narrow"):
+            tabs = list(dict.fromkeys(PANES[name] for name in panes))
+            tab = _neighbour(tabs, self.tab, count)
+            here = next(name for name in panes if PANES[name] == tab)
+        else:
+            focused = self._focused_pane()
+            here = _neighbour(panes, focused.id if focused else None, count)
+        self.open_tab(PANES[here])
+        self.call_after_refresh(self.query_one(FOCUS[here]).focus)
+
+    def _focused_pane(self) -> Widget | None:
+        node = self.focused
+        return next((each for each in node.ancestors_with_self if each.id in PANES), None) if node else None  # type: ignore[return-value]
+
+    def action_put_away(self) -> None:
+        """Hide the focused pane; if any is hidden already, show all again."""
+        away = list(self.query(".-away"))
+        for each in away:
+            each.remove_class("-away")
+        pane = self._focused_pane()
+        if not away and pane is not None:
+            pane.add_class("-away")
+            name = str(pane.border_title).partition(" · ")[0]
+            self.app.tell(f"{name} is hidden; {self.app.keys['put_away']} brings it back")
+            self.action_pane(0)
+
+    @property
+    def hidden(self) -> list[str]:
+        """The names of the hidden panes."""
+        return [pane.id for pane in self.query(".-away") if pane.id]
+
+    def action_sort(self) -> None:
+        """Sort by the next visible column; after the last, by the plan's own order."""
+        pane = self.query_one(ComparisonPane)
+        columns = ["", *(each.name for each in pane.table.shown_columns if each.name in table_lines.SORTABLE)]
+        self._sort(_neighbour(columns, pane.by, 1) if pane.by in columns else columns[1], pane.descending)
+
+    def action_reverse(self) -> None:
+        """Reverse the sort order."""
+        pane = self.query_one(ComparisonPane)
+        self._sort(pane.by, not pane.descending)
+
+    @on(RowTable.HeadClicked, "#comparison-table")
+    def _sort_by_clicked(self, event: RowTable.HeadClicked) -> None:
+        pane = self.query_one(ComparisonPane)
+        if event.column in table_lines.SORTABLE:
+            self._sort(event.column, not pane.descending if event.column == pane.by else True)
+
+    def _sort(self, by: str, descending: bool) -> None:
+        self.query_one(ComparisonPane).sort(by, descending)
+        self.app.remembered.sort, self.app.remembered.descending = by, descending
+        self.show_run()
+
+    def action_find(self) -> None:
+        """Open the filter of the log."""
+        self.open_tab("log")
+        self.query_one(LogPane).ask()
+
+    def action_pause(self) -> None:
+        """Pause or resume the log."""
+        self.query_one(LogPane).toggle_pause()
+
+    @on(WorkloadPane.Edited)
+    def _take_draft(self, event: WorkloadPane.Edited) -> None:
+        self.app.set_draft(event.draft)
+
+    @on(ImplementationPicker.Toggled)
+    def _toggle(self, event: ImplementationPicker.Toggled) -> None:
+        self.app.set_draft(self.app.draft.toggle(event.name))
+
+    @on(Slider.Refused)
+    def _tell_refusal(self, event: Slider.Refused) -> None:
+        self.app.tell(event.reason, "warning")
+
+    @on(RowTable.Chosen, "#comparison-table")
+    def _open_row(self, event: RowTable.Chosen) -> None:
+        if event.key is not None:
+            tui_app.open_row(self.app, *table_lines.split_key(event.key))
+
+
+def _neighbour(names: list[str], here: str | None, count: int) -> str:
+    """Return the name `count` places after `here`, wrapping around, or the first if `here` is not in the list."""
+    return names[(names.index(here) + count) % len(names)] if here in names else names[0]

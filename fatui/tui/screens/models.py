@@ -1,0 +1,342 @@
+"""The layout shared by the model screens: the setup at the top, the run below it, the table at the bottom."""
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from textual.app import ComposeResult
+from textual.binding import BindingType
+from textual.containers import Vertical, VerticalScroll
+from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from attention.core.errors import NoBackendError, UsageError
+from attention.core.plan import FineTuningPlan, GenerationPlan
+from attention.core.results import Report
+from attention.core.workload import COMPARED, FineTuning, generations
+from attention.mlx_lm.configuration import check_mlx_lm, find, names
+from fatui import formatting
+from fatui.report.table import report_table
+from fatui.reproduce import finetune_command, model_command
+from fatui.tui import actions
+from fatui.tui.terminal import literal
+from fatui.tui.view_models.session import ModelSession
+from fatui.tui.widgets.bars import SPINNER, KeyBar, StatusLine
+from fatui.tui.widgets.charts import Scale, Trend, TrendChart
+from fatui.tui.widgets.choice import Choice, Toggles
+from fatui.tui.widgets.live_pane import ceiling, progress_line, rate_trends
+
+if TYPE_CHECKING:
+    from fatui.tui.app import FatuiApp
+
+
+IDLE: Final = "{run} runs the setup above; a timed call then estimates the total, before the rounds start."
+ROOMY: Final = 34
+"""Minimum terminal rows at which the charts of a finished run stay visible above its table."""
+FOLDER: Final = "a folder with config.json and weights; enter adds it"
+
+
+class ModelScreen(Screen[None]):
+    """Screen that sets up, runs and shows a model; the choices and the last run survive when it is closed."""
+
+    CSS_PATH: ClassVar = ["list.tcss", "model_screen.tcss"]
+    TITLE_TEXT: ClassVar[str]
+    NAME: ClassVar[str]
+    """The screen's name in the app's actions."""
+    app: "FatuiApp"
+
+    def __init__(self) -> None:
+        super().__init__(classes="list-screen")
+
+    def compose(self) -> ComposeResult:
+        """Yield the choices, the run and the table."""
+        chosen = self.app.runs.chosen.get(self.NAME, {})
+        yield StatusLine()
+        with Vertical(classes="pane", id="setup-pane") as pane:
+            pane.border_title = self.TITLE_TEXT
+            with Widget(id="choices"):
+                yield from (self._restored(choice, chosen) for choice in (self._model_choice(chosen), *self.choices()))
+            yield Toggles(COMPARED, chosen.get("implementations", COMPARED), id="implementations")
+            yield Input(placeholder=FOLDER, id="folder")
+        with Vertical(classes="pane", id="live-pane") as pane:
+            pane.border_title = "Live"
+            yield Static(id="progress", markup=False)
+            with Widget(id="charts"):
+                yield from self.charts()
+        with VerticalScroll(classes="pane", id="table-pane") as pane:
+            pane.border_title = "Comparison"
+            yield Static(id="model-table", markup=False)
+        yield KeyBar(keys=actions.bar(actions.FURTHER[self.NAME], self.app.keys))
+
+    @abstractmethod
+    def choices(self) -> list[Choice]:
+        """Return the choices besides the model and the implementations."""
+
+    @abstractmethod
+    def charts(self) -> list[Widget]:
+        """Return the charts of a run."""
+
+    @abstractmethod
+    def plan(self) -> GenerationPlan | FineTuningPlan:
+        """Build the plan from the choices; raise UsageError if it cannot run."""
+
+    @abstractmethod
+    def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
+        """Return the command that runs a plan."""
+
+    @abstractmethod
+    def draw(self, session: ModelSession) -> None:
+        """Draw the charts of a run."""
+
+    def _model_choice(self, chosen: dict[str, tuple[str, ...]]) -> Choice:
+        known = tuple(dict.fromkeys((*names(), *chosen.get("model", ()))))
+        return Choice("model", known, id="model")
+
+    def _restored(self, choice: Choice, chosen: dict[str, tuple[str, ...]]) -> Choice:
+        if choice.id in chosen:
+            choice.show(chosen[choice.id])
+        return choice
+
+    def on_mount(self) -> None:
+        """Draw the initial state, and start the repaint timer."""
+        self.query_one("#folder").display = False
+        self.query_one("#model").focus()
+        self._show()
+        self.set_interval(self.app.REPAINT_S, self._show)
+
+    @property
+    def session(self) -> ModelSession | None:
+        """The current or last run of this screen."""
+        return self.app.runs.models.get(self.NAME)
+
+    @property
+    def report(self) -> Report | None:
+        """The report that export and copy use, of a finished run."""
+        return self.app.runs.model_reports.get(self.NAME)
+
+    def chosen(self, name: str) -> str:
+        """Return the value of a choice."""
+        return self.query_one(f"#{name}", Choice).value
+
+    def numbers(self, name: str) -> list[int]:
+        """Return the comma-separated whole numbers of a choice."""
+        return [int(part) for part in self.chosen(name).split(",")]
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """The selected implementations."""
+        return self.query_one(Toggles).chosen
+
+    def model_layers(self) -> int:
+        """Return the number of layers of the chosen model."""
+        return find(self.chosen("model")).layers
+
+    def action_run(self) -> None:
+        """Run the plan that is set up."""
+        try:
+            check_mlx_lm()
+            plan = self.plan()
+        except (UsageError, NoBackendError) as error:
+            self.app.tell(f"cannot run: {'; '.join(str(error).splitlines())}", "warning")
+            return
+        self.app.runs.start_model(self.NAME, plan, self.command(plan))
+        self._show()
+
+    def action_folder(self) -> None:
+        """Show the input for a model folder."""
+        box = self.query_one("#folder", Input)
+        box.display = True
+        box.focus()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Add the folder to the models, and choose it."""
+        choice = self.query_one("#model", Choice)
+        try:
+            find(event.value)
+        except UsageError as error:
+            self.app.tell(str(error), "warning")
+            return
+        choice.options = tuple(dict.fromkeys((*choice.options, event.value)))
+        choice.show((event.value,))
+        event.input.display = False
+        choice.focus()
+        self._keep()
+
+    def on_choice_changed(self) -> None:
+        """Remember the choices."""
+        self._keep()
+
+    def on_toggles_changed(self) -> None:
+        """Remember the choices."""
+        self._keep()
+
+    def _keep(self) -> None:
+        values = {choice.id or "": choice.values for choice in self.query(Choice)}
+        self.app.runs.chosen[self.NAME] = {**values, "implementations": self.implementations}
+
+    def action_back(self) -> None:
+        """Hide the folder input, or close the screen; a run continues."""
+        box = self.query_one("#folder", Input)
+        if box.display:
+            box.display = False
+            self.query_one("#model").focus()
+        else:
+            self.dismiss()
+
+    def on_resize(self) -> None:
+        """Fit the table to the new width."""
+        self.call_after_refresh(self._show)
+
+    def _show(self) -> None:
+        session, report = self.session, self.report
+        if session is not None:
+            said = session.said if session.active else ""
+            self.query_one("#progress", Static).update("\n".join(filter(None, (progress_line(session), said))))
+            self.draw(session)
+            report = report or session.report()
+            number = session.case_number
+            label = session.plan.cases[number].label if number is not None else ""
+            self.query_one("#live-pane").border_title = literal(f"Live · {label}" if label else "Live")
+        else:
+            run = self.app.keys[f"{self.NAME}_run"]
+            self.query_one("#progress", Static).update(IDLE.format(run=run))
+        over = session is None or (not session.active and self.app.size.height < ROOMY)
+        self.query_one("#live-pane").set_class(over, "-idle")
+        self.query_one(StatusLine).show(self.TITLE_TEXT, _phase(session))
+        pane = self.query_one("#table-pane")
+        width = max(40, pane.content_size.width - 2)  # a scroll bar may come
+        shown = report_table(report, width=width) if report and report.all_cases else "Nothing measured yet."
+        self.query_one("#model-table", Static).update(shown)
+
+
+def _phase(session: ModelSession | None) -> str:
+    if session is None:
+        return "ready"
+    turn = f" {SPINNER[int(session.elapsed_s * 2) % len(SPINNER)]}" if session.active else ""
+    return f"{session.phase}{turn}"
+
+
+WHOLE: Final = "all"
+SECONDS: Final = 10.0
+
+
+class Models(ModelScreen):
+    """Screen that measures prefill and decode of a model with each implementation."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MODELS), actions.closing("models")]
+    TITLE_TEXT = "Models"
+    NAME = "models"
+
+    def choices(self) -> list[Choice]:
+        """Return the choices of prompt lengths, generated tokens, layers, batch and dtype; others can be typed."""
+        return [
+            Choice("prompt", ("512", "128", "2048", "8192", "512,2048", "2048,8192"), id="prompt", typed_option=str),
+            Choice("generate", ("64", "8", "16", "256"), id="generate", typed_option=str),
+            Choice("layers", (WHOLE, "2", "4", "8"), id="layers", typed_option=str),
+            Choice("batch", ("1", "4", "16"), id="batch", typed_option=str),
+            Choice("type", ("bfloat16", "float16", "float32"), id="dtype"),
+        ]
+
+    def charts(self) -> list[Widget]:
+        """Return the chart of the current phase's tokens/s."""
+        return [TrendChart(Scale("tokens/s"), id="model-rates")]
+
+    def plan(self) -> GenerationPlan:
+        """Build the plan from the choices."""
+        layers = self.chosen("layers")
+        cases = generations(
+            self.model_layers(),
+            model=self.chosen("model"),
+            prompts=self.numbers("prompt"),
+            batches=self.numbers("batch"),
+            generate=self.numbers("generate")[0],
+            measured_layers=None if layers == WHOLE else int(layers),
+            dtype=self.chosen("dtype"),
+        )
+        return GenerationPlan(cases=cases, implementations=self.implementations, seconds=SECONDS)
+
+    def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
+        """Return the command that runs a plan."""
+        assert isinstance(plan, GenerationPlan)
+        return model_command(plan)
+
+    def draw(self, session: ModelSession) -> None:
+        """Draw tokens/s."""
+        top = ceiling(max((series.highest or 0.0 for series in session.rates.values()), default=0.0))
+        self.query_one("#model-rates", TrendChart).show(
+            Scale("tokens/s", top, formatting.rate(top)), rate_trends(session)
+        )
+
+
+FINETUNING_SECONDS: Final = 300.0
+TUNED_LAYERS: Final = 16
+
+
+class FineTunings(ModelScreen):
+    """Screen that fine-tunes one model with each implementation."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.FINETUNING), actions.closing("finetuning")]
+    TITLE_TEXT = "Fine-tuning"
+    NAME = "finetuning"
+
+    def choices(self) -> list[Choice]:
+        """Return the choices of iterations, sequence length, batch, rank and dtype; other values can be typed."""
+        return [
+            Choice("iters", ("100", "20", "50", "500"), id="iters", typed_option=str),
+            Choice("seq", ("512", "128", "1024", "2048"), id="seq", typed_option=str),
+            Choice("batch", ("4", "1", "2", "8"), id="batch", typed_option=str),
+            Choice("rank", ("8", "4", "16", "64"), id="rank", typed_option=str),
+            Choice("type", ("bfloat16", "float16", "float32"), id="dtype"),
+        ]
+
+    def charts(self) -> list[Widget]:
+        """Return the charts of losses and iterations/s."""
+        return [TrendChart(Scale("loss"), id="losses"), TrendChart(Scale("it/s"), id="tuning-rates")]
+
+    def plan(self) -> FineTuningPlan:
+        """Build the plan from the choices."""
+        layers = self.model_layers()
+        iters, seq, batch, rank = (self.numbers(name)[0] for name in ("iters", "seq", "batch", "rank"))
+        case = FineTuning(
+            model=self.chosen("model"),
+            layers=layers,
+            tuned_layers=min(TUNED_LAYERS, layers),
+            dtype=self.chosen("dtype"),  # type: ignore[arg-type]  # checked as it is made
+            iters=iters,
+            seq=seq,
+            batch=batch,
+            rank=rank,
+        )
+        return FineTuningPlan(cases=(case,), implementations=self.implementations, seconds=FINETUNING_SECONDS)
+
+    def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
+        """Return the command that runs a plan."""
+        assert isinstance(plan, FineTuningPlan)
+        return finetune_command(plan)
+
+    def draw(self, session: ModelSession) -> None:
+        """Draw losses and iterations/s."""
+        tokens = session.plan.cases[0].tokens
+        top = ceiling(max((series.highest or 0.0 for series in session.rates.values()), default=0.0) / tokens)
+        rates = tuple(_per_iteration(trend, tokens, session) for trend in rate_trends(session))
+        self.query_one("#tuning-rates", TrendChart).show(Scale("it/s", top, formatting.rate(top)), rates)
+        highest = max((series.highest or 0.0 for series in session.losses.values()), default=0.0)
+        scale = Scale("loss", highest, f"{highest:.2f}", columns=("now", "first"))
+        self.query_one("#losses", TrendChart).show(scale, tuple(_loss(name, session) for name in session.plan.ordered))
+
+
+def _per_iteration(trend: Trend, tokens: int, session: ModelSession) -> Trend:
+    """Convert a trend of tokens/s to iterations/s."""
+    series = session.rates.get(trend.label)
+    if series is None or not trend.points:
+        return trend
+    points = tuple(point / tokens for point in trend.points)
+    now, best = ((value or 0.0) / tokens for value in (series.last, series.highest))
+    return Trend(trend.label, points, now=formatting.rate(now), best=formatting.rate(best))
+
+
+def _loss(name: str, session: ModelSession) -> Trend:
+    series = session.losses.get(name)
+    if series is None or not series.points:
+        return Trend(name, note="waiting" if session.active else "no losses")
+    return Trend(name, tuple(series.points), now=f"{series.last:.3f}", best=f"{series.points[0]:.3f}")

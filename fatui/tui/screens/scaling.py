@@ -1,0 +1,130 @@
+"""How a sweep scales: a heat map of speedups over two axes, tokens/s over one, and the crossovers."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import BindingType
+from textual.containers import Vertical, VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Static
+
+from attention.core.results import Report
+from fatui.report import scaling
+from fatui.tui import actions
+from fatui.tui.terminal import literal
+from fatui.tui.widgets.bars import KeyBar, StatusLine
+from fatui.tui.widgets.charts import ChartData, HeatData, HeatMap, LineChart, say_value
+
+if TYPE_CHECKING:
+    from fatui.tui.app import FatuiApp
+
+NO_SWEEP = "This run has one case. {sweep} on the main screen starts a sweep; the preset 'scaling' is one."
+NO_RUN = "No run yet. A sweep is drawn here once it has run or is opened from the history."
+
+
+class Scaling(Screen[None]):
+    """Screen of the shown report's scaling; keys cycle through axes, implementations and slices."""
+
+    CSS_PATH: ClassVar = ["list.tcss", "scaling.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.SCALING), actions.closing("scaling")]
+    app: "FatuiApp"
+
+    def __init__(self) -> None:
+        super().__init__(classes="list-screen")
+        self._turns = {"axis": 0, "name": 0, "part": 0}
+        self._logarithmic: bool | None = None
+
+    def compose(self) -> ComposeResult:
+        """Yield the heat map, the chart and the crossovers."""
+        yield StatusLine()
+        with VerticalScroll(id="scaling-body", can_focus=False):
+            with Vertical(classes="pane", id="map-pane"):
+                yield HeatMap(id="map")
+            with Vertical(classes="pane", id="chart-pane"):
+                yield LineChart(id="chart")
+            with Vertical(classes="pane", id="words-pane") as pane:
+                pane.border_title = "Crossovers"
+                yield Static(id="words", markup=False)
+        yield KeyBar(keys=actions.bar(actions.SCALING, self.app.keys))
+
+    def on_mount(self) -> None:
+        """Draw the initial state."""
+        self._draw()
+
+    def action_turn(self, what: str) -> None:
+        """Show the next axis, implementation or slice."""
+        self._turns[what] += 1
+        self._draw()
+
+    def action_logarithmic(self) -> None:
+        """Switch between a linear and a logarithmic scale."""
+        self._logarithmic = not self.query_one(LineChart).logarithmic
+        self._draw()
+
+    def action_back(self) -> None:
+        """Close the screen."""
+        self.dismiss()
+
+    def _draw(self) -> None:
+        report = self.app.report
+        axes = scaling.swept_axes(report) if report else ()
+        status = self.query_one(StatusLine)
+        if report is None or not axes:
+            status.show("Scaling", "")
+            self.query_one("#words", Static).update(NO_SWEEP.format(sweep=self.app.keys["sweep"]) if report else NO_RUN)
+            self.query_one("#words-pane").border_title = "Scaling"
+            self.query_one("#map-pane").display = self.query_one("#chart-pane").display = False
+            return
+        status.show(f"Scaling · {report.run.preset or 'unnamed'}", f"{len(report.cases)} cases over {_said(axes)}")
+        axis = axes[self._turns["axis"] % len(axes)]
+        self._draw_chart(report, axis)
+        self._draw_map(report, axis, axes)
+
+    def _draw_chart(self, report: Report, axis: str) -> None:
+        parts = scaling.slices(report, (axis,))
+        part = parts[self._turns["part"] % len(parts)]
+        values = tuple(each for each in scaling.values_on(report, axis) if _in_part(report, axis, part, each))
+        lines = scaling.curves(report, axis, part)
+        logarithmic = scaling.spans_much(lines) if self._logarithmic is None else self._logarithmic
+        self.query_one(LineChart).show(ChartData(axis.rstrip("_"), values, lines, logarithmic))
+        scale = "logarithmic" if logarithmic else "from 0"
+        self.query_one("#chart-pane").border_title = literal(
+            f"tokens/s over {_said((axis,))}{' · ' + part if part else ''} · {scale}"
+        )
+        self.query_one("#words", Static).update("\n".join(_crossover_words(lines, axis)))
+
+    def _draw_map(self, report: Report, axis: str, axes: tuple[str, ...]) -> None:
+        pane = self.query_one("#map-pane")
+        pane.display = len(axes) > 1
+        if len(axes) < 2:
+            return
+        other = axes[(axes.index(axis) + 1) % len(axes)]
+        names = [line.implementation for line in report.summary if line.implementation != report.cases[0].reference]
+        name = names[self._turns["name"] % len(names)] if names else report.summary[0].implementation
+        parts = scaling.slices(report, (axis, other))
+        part = parts[self._turns["part"] % len(parts)]
+        rows = scaling.grid(report, name, axis, other, part)
+        across = tuple(each for each in scaling.values_on(report, axis) if any(each == key[0] for key in rows))
+        down = tuple(each for each in scaling.values_on(report, other) if any(each == key[1] for key in rows))
+        self.query_one(HeatMap).show(HeatData((axis.rstrip("_"), across), (other.rstrip("_"), down), rows))
+        pane.border_title = literal(f"Speedup of {name} over {report.cases[0].reference}{' · ' + part if part else ''}")
+
+
+def _in_part(report: Report, axis: str, part: str, value: scaling.Value) -> bool:
+    return any(scaling.value(case.workload, axis) == value for case in scaling.cases_of(report, (axis,), part))
+
+
+def _said(axes: tuple[str, ...]) -> str:
+    return ", ".join(axis.rstrip("_") for axis in axes)
+
+
+def _crossover_words(lines: dict[str, list[scaling.Point]], axis: str) -> list[str]:
+    found = scaling.crossovers(lines)
+    name = axis.rstrip("_")
+    if not found:
+        return [f"No implementation clearly overtakes another over {name}."]
+    return [
+        f"{each.faster_after} overtakes {each.faster_before} between {name} {say_value(each.between[0])}"
+        f" and {say_value(each.between[1])}"
+        for each in found
+    ]

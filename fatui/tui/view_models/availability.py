@@ -1,0 +1,121 @@
+"""The entries of the implementation picker: what each implementation would do with the workload."""
+
+from msgspec import Struct, structs
+
+from attention.core.route import Route
+from attention.core.workload import Workload
+from attention.implementations import CATALOGUE
+from attention.measure.device import Device
+from fatui import formatting
+from fatui.draft import Draft
+from fatui.tui.advisor import Advice
+
+
+class Offer(Struct, frozen=True):
+    """One implementation of the list."""
+
+    name: str
+    chosen: bool
+    path: str
+    """The path it would take, in a few words; "…" until it is known."""
+    reason: str = ""
+    """Why it would take that path, in a sentence."""
+    able: bool = True
+    """Whether it would run at all."""
+
+
+WAITING = "…"
+TUNED = "tuned: "
+"""Prefix of the path of an implementation that was tuned."""
+UNTRIED = "not tried yet"
+"""The path of an implementation that tunes itself, before its first trial."""
+
+
+def names_for(draft: Draft) -> tuple[str, ...]:
+    """Return the catalogue's names, and those of the user's own in the draft."""
+    return tuple(dict.fromkeys([*(entry.name for entry in CATALOGUE), *draft.implementations]))
+
+
+def make_offers(
+    draft: Draft, workload: Workload | None, advice: Advice, took: dict[str, str] | None = None
+) -> tuple[Offer, ...]:
+    """Return one entry per implementation.
+
+    Args:
+        draft: the draft.
+        workload: the workload shown, or None if there is none.
+        advice: the advisor's answers.
+        took: the paths that the latest run took on this workload.
+    """
+    made = (_offer(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft))
+    return tuple(_with_trial(offer, (took or {}).get(offer.name)) for offer in made)
+
+
+def _with_trial(offer: Offer, took: str | None) -> Offer:
+    """For an implementation that tunes itself, show the result of its last trial, or that the run will try."""
+    if UNTRIED not in offer.path:
+        return offer
+    waiting = offer.path.endswith(WAITING)
+    path = f"{in_order(took)}, last run" if took else "tries them in the run"
+    return structs.replace(offer, path=f"{path} {WAITING}" if waiting else path)
+
+
+def _offer(name: str, chosen: bool, workload: Workload | None, draft: Draft, advice: Advice) -> Offer:
+    route = advice.answer.routes.get(name)
+    problem = advice.problem or advice.answer.problems.get(name, "")
+    if problem:
+        return Offer(name, chosen, "not available", problem, able=False)
+    if route is None or workload is None:
+        summary = next((entry.summary for entry in CATALOGUE if entry.name == name), "")
+        return Offer(name, chosen, WAITING if workload else "-", summary)
+    path, able = words(route, workload, advice.device, draft)
+    return Offer(name, chosen, path if advice.current else f"{path} {WAITING}", route.reason, able)
+
+
+def words(route: Route, workload: Workload, device: Device | None, draft: Draft) -> tuple[str, bool]:
+    """Return the path or the obstacle as text, and whether it would run at all."""
+    if not route.supported:
+        return f"cannot: {route.reason}", False
+    most = _memory(draft, device)
+    if route.predicted_bytes is not None and most is not None:
+        needed = route.predicted_bytes + workload.input_bytes
+        if needed > most:
+            return f"will not fit: {_of(formatting.size(needed), formatting.size(most))}", draft.force
+    path = in_order(route.path)
+    return path if "fused" in path or not route.fused else f"fused: {path}", True
+
+
+def in_order(path: str) -> str:
+    """Put the tuned choice first: "tuned: poc" becomes "poc, tuned"."""
+    chosen = path.removeprefix(TUNED)
+    return path if chosen == path else f"{chosen}, tuned"
+
+
+def _of(needed: str, most: str) -> str:
+    """Format a size and its limit, with a common unit once: "41 GiB of 22"."""
+    number, _, unit = most.partition(" ")
+    return f"{needed} of {number if needed.endswith(f' {unit}') else most}"
+
+
+def needs_text(draft: Draft, advice: Advice) -> str:
+    """Format the predicted memory of the selected ones above the inputs: "needs up to baseline 41 MiB, poc 7 MiB".
+
+    It includes the output and all scratch memory, also per thread, of which a call may touch less.
+    With several cases it is the largest, followed by the number of cases that exceed the memory here.
+    """
+    answer = advice.answer
+    sizes = {name: answer.largest[name] for name in draft.implementations if name in answer.largest}
+    if not sizes:
+        return "needs: not known yet"
+    several = any(len(answer.needs[name]) > 1 for name in sizes)
+    text = ", ".join(f"{name} {formatting.size(size)}" for name, size in sizes.items())
+    most = _memory(draft, advice.device)
+    beyond = {name: sum(size > most for size in answer.needs[name]) for name in sizes} if most and several else {}
+    misfits = [f"{name} {count} of {len(answer.needs[name])}" for name, count in beyond.items() if count]
+    fit = f"; cases that will not fit: {', '.join(misfits)}" if misfits else ""
+    return f"needs up to {text}{fit}"
+
+
+def _memory(draft: Draft, device: Device | None) -> int | None:
+    """Return the bytes available to a case."""
+    return draft.memory_limit_bytes or (device.available_bytes if device else None)

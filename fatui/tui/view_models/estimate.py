@@ -1,0 +1,113 @@
+"""Run time estimates: from earlier runs before a run starts, and from its own progress while it is active."""
+
+import math
+from typing import Final
+
+from msgspec import Struct, structs
+
+from attention.core.plan import Plan
+from attention.core.results import Report
+from attention.core.workload import Workload
+from attention.engine.progress import case_s
+from attention.engine.progress import kind as kind_of_case
+from fatui import formatting
+from fatui.storage.settings import Pace
+from fatui.tui.view_models.session import AnySession
+
+MAX_SCALE: Final = 64.0
+"""A call of this many times more or fewer FLOPs than all known ones is not estimated from them."""
+MAX_SIZES: Final = 16
+"""Number of sizes remembered per kind of call."""
+
+
+def kind(name: str, workload: Workload) -> str:
+    """Return the kind of calls that can be estimated from each other: "poc float16 forward"."""
+    return f"{name} {kind_of_case(workload)}"
+
+
+def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
+    """Estimate the maximum seconds of a run; rounds that reach their precision end earlier.
+
+    None if no call of a case's kind is known: times of training in bfloat16 do not predict those of decode.
+    """
+    if not device or pace.device != device:
+        return None
+    total = 0.0
+    for case in plan.cases:
+        known = [_call_s(pace.calls.get(kind(name, case), []), case.flops) for name in plan.ordered]
+        calls = [seconds for seconds in known if seconds is not None]
+        if not calls:
+            return None
+        mean = sum(calls) / len(calls)  # used for the unknown ones
+        calls = [mean if seconds is None else seconds for seconds in known]
+        total += case_s(calls, plan.seconds) + pace.set_up_s * len(plan.implementations)
+    return total
+
+
+def _call_s(known: list[tuple[float, float]], flops: float) -> float | None:
+    """Scale the time of the known call nearest in size."""
+    if not known or flops <= 0:
+        return None
+    size, seconds = min(known, key=lambda each: abs(math.log(each[0] / flops)))
+    return seconds * flops / size if 1 / MAX_SCALE <= flops / size <= MAX_SCALE else None
+
+
+def in_words(plan: Plan, pace: Pace, device: str) -> str:
+    """Format the estimate, or the reason why there is none, in one line."""
+    seconds = estimate_s(plan, pace, device)
+    if seconds is not None:
+        return f"takes up to about {formatting.duration(seconds)}, judging by earlier runs here"
+    rounds = formatting.duration(plan.seconds * len(plan.cases))
+    return f"takes up to {rounds} of rounds, and set-up; the total is known after the first run of this kind"
+
+
+def learn(pace: Pace, report: Report, spent_s: float) -> Pace:
+    """Add the timings of a complete run; those of another device are dropped.
+
+    Args:
+        pace: the known timings.
+        report: the run.
+        spent_s: the seconds it spent in rounds and in steps done once per run.
+    """
+    device = report.environment.device or ""
+    calls = {name: list(sizes) for name, sizes in pace.calls.items()} if pace.device == device else {}
+    rows = [(case.workload, row) for case in report.cases for row in case.rows]
+    for workload, row in rows:
+        if row.call_s is not None:
+            sizes = calls.setdefault(kind(row.implementation, workload), [])
+            sizes[:] = [each for each in sizes if each[0] != workload.flops][1 - MAX_SIZES :]
+            sizes.append((float(workload.flops), row.call_s.median))
+    set_up = max(0.0, report.run.seconds - spent_s) / max(1, len(rows))
+    return structs.replace(pace, device=device, set_up_s=set_up, calls=calls)
+
+
+class Left(Struct, frozen=True):
+    """The progress of a run, and its time left."""
+
+    done: float
+    """Completed fraction, 0 to 1."""
+    seconds: float
+    """Seconds to the end; negative if the run takes longer than estimated."""
+
+    @property
+    def words(self) -> str:
+        """The time left as text: "10 s left"."""
+        return formatting.time_left(self.seconds)
+
+
+def left(session: AnySession) -> Left | None:
+    """Return the estimate shown by both status line and progress bar; None before there is any.
+
+    It is the worker's last estimate, counted down, but not less than an estimate of the case from earlier runs or a
+    timed call.
+    """
+    known = []
+    if session.record.progress is not None:
+        known.append(session.record.progress.remaining_s - session.since_progress_s)
+    if session.expected_s is not None:
+        known.append(session.expected_s + session.once_s - session.elapsed_s)
+    if not known:
+        return None
+    seconds = max(known)
+    whole = session.elapsed_s + max(seconds, 0.0)
+    return Left(min(session.elapsed_s / whole, 0.99) if whole > 0 else 0.0, seconds)

@@ -1,0 +1,129 @@
+"""The app's log: timestamped lines of the engine and the app, in a bounded buffer."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from itertools import islice
+from typing import Final, Literal
+
+from msgspec import Struct
+
+from attention.core import events as on
+from attention.core.plan import AnyPlan
+from attention.implementations.autotune.tuning_events import in_words
+from fatui import formatting
+from fatui.untrusted_text import clean
+
+Level = Literal["info", "warning", "error"]
+MOST_LINES: Final = 10_000
+
+
+class Line(Struct, frozen=True):
+    """One line of the log."""
+
+    at: str
+    """Local time, HH:MM:SS."""
+    level: Level
+    text: str
+
+    def __str__(self) -> str:
+        """Format the line as in an export."""
+        level = "" if self.level == "info" else f"{self.level}: "
+        return f"{self.at}  {level}{self.text}"
+
+
+class Journal:
+    """The latest lines of the log, and counts of all.
+
+    Attributes:
+        count: number of lines ever written; those before `count - len(journal)` have been dropped.
+        errors: number of messages ever written at level error.
+    """
+
+    def __init__(self, now: Callable[[], datetime] = datetime.now, most: int = MOST_LINES) -> None:
+        self.count = 0
+        self.errors = 0
+        self._now = now
+        self._lines: deque[Line] = deque(maxlen=most)
+
+    def write(self, text: str, level: Level = "info") -> None:
+        """Add a message; each of its lines becomes a line of the log."""
+        at = f"{self._now():%H:%M:%S}"
+        self.errors += level == "error"
+        for part in text.splitlines() or [""]:
+            self._lines.append(Line(at, level, clean(part)))
+            self.count += 1
+
+    def __len__(self) -> int:
+        """Number of lines still held."""
+        return len(self._lines)
+
+    def since(self, number: int) -> Iterator[Line]:
+        """Iterate over the lines from a number on, counted from 0 over all ever written."""
+        gone = self.count - len(self._lines)
+        return islice(self._lines, max(0, number - gone), None)
+
+    def text(self) -> str:
+        """Format all lines still held, as in an export."""
+        return "".join(f"{line}\n" for line in self._lines)
+
+
+Said = tuple[str, Level] | None
+SILENT: Final = None
+
+
+def narrate(event: on.AnyEvent, plan: AnyPlan) -> Said:
+    """Return the log line of an event and its level, or None for events that are not logged."""
+    match event:
+        case on.RunStarted():
+            where = event.environment
+            parts = [where.device or "device n/a", where.backend or "backend n/a", f"MLX {where.mlx or 'n/a'}"]
+            return f"engine up: {', '.join(parts)}", "info"
+        case on.PeaksMeasured():
+            peaks = event.peaks
+            best = formatting.flops(peaks.flops_per_s)
+            return f"best rate {best}/s, copy {formatting.bytes_per_second(peaks.copy_bytes_per_s)}", "info"
+        case on.Message():
+            return event.text, event.level
+        case on.RunRefused():
+            return event.reason, "error"
+        case on.RunDone():
+            return "all cases complete", "info"
+        case on.WorkerUnusable():
+            return "the device is in an unknown state; the engine is restarted", "warning"
+        case on.TrialStarted() | on.Tuned() | on.Switched():
+            return in_words(event), "info"
+        case on.Progress():
+            return SILENT
+        case _:
+            return _narrate_case(event, plan)
+
+
+def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> Said:
+    match event:
+        case on.CaseStarted():
+            return f"case {event.case + 1} of {len(plan.cases)}: {plan.cases[event.case].label}", "info"
+        case on.RouteFound():
+            return f"{event.implementation}: {event.route.path}; {event.route.reason}", "info"
+        case on.Expected():
+            return expected(event), "info"
+        case on.RowEnded():
+            level: Level = "error" if event.status == "failed" else "warning"
+            return f"{event.implementation}: {event.status}: {event.reason}", level
+        case on.FirstCall():
+            return f"{event.implementation}: first call {formatting.seconds(event.seconds)}", "info"
+        case on.Checked() if not event.accurate:
+            return f"{event.implementation}: inaccurate: {event.detail}", "error"
+        case on.ReferenceChosen() if event.implementation != plan.ordered[0]:
+            return f"speedups are relative to {event.implementation}", "info"
+        case on.CaseDone(stopped_by="failed" | "nothing to run"):
+            return f"case {event.case + 1} of {len(plan.cases)} ended: no implementation is left", "warning"
+        case on.CaseDone():
+            return f"case {event.case + 1} of {len(plan.cases)} complete, stopped by {event.stopped_by}", "info"
+    return SILENT
+
+
+def expected(event: on.Expected) -> str:
+    """Format an estimate: "about 4 min 20 s for 5 implementations"."""
+    count = event.implementations
+    return f"about {formatting.duration(event.seconds)} for {count} implementation{'s' if count > 1 else ''}"

@@ -1,0 +1,362 @@
+"""One run as seen by the app: its engine, phase, rows and trends."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+
+from msgspec import structs
+
+from attention.core import events as on
+from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
+from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run
+from attention.engine.record import INTERRUPTED, AnyRecord, summarise
+from fatui.engine_process import Silence
+from fatui.tui.view_models.journal import Journal, expected, narrate
+from fatui.tui.view_models.series import Series
+
+Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
+ENDED: Final = ("done", "stopped", "refused", "failed")
+KILL_AFTER_S: Final = 0.6
+"""Seconds after a stop until an engine that has not stopped is killed."""
+
+
+class Drives(Protocol):
+    """The interface of an engine that the app uses."""
+
+    record: AnyRecord
+    process_id: int | None
+
+    async def run(self) -> None:
+        """Run to the end."""
+
+    def stop(self) -> None:
+        """Stop the run."""
+
+
+Listener = Callable[[on.AnyEvent], None]
+MakeEngine = Callable[[AnyPlan, Listener], Drives]
+P = TypeVar("P", bound=AnyPlan)
+C = TypeVar("C")
+
+
+class RunSession(ABC, Generic[P, C]):
+    """A run from its start until another replaces it; subclasses define its cases.
+
+    Attributes:
+        phase: the current phase.
+        rates: tokens/s of each implementation on the current case.
+        memory: bytes by name: "MLX active", "MLX peak", "process", and "device" if there is one.
+        case_number: the case that the trends belong to, or None.
+        finding: one line with the result; empty until the run has ended.
+        rounds_s: seconds that the complete cases spent in their rounds.
+        once_s: seconds before cases were restarted: provisional rounds and compilation, not repeated by the next run.
+        expected_s: estimated maximum seconds from the start of the run to the end of its case, from earlier runs or a
+            timed call; None without such an estimate, and once the case is complete.
+    """
+
+    def __init__(
+        self,
+        plan: P,
+        journal: Journal,
+        make_engine: MakeEngine,
+        *,
+        command: str,
+        preset: str | None = None,
+        expected_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        self.plan = plan
+        self.preset = preset
+        self.expected_s = expected_s
+        self.command = command
+        self.phase: Phase = "starting"
+        self.rates: dict[str, Series] = {}
+        self.memory: dict[str, Series] = {}
+        self.case_number: int | None = None
+        self.finding = ""
+        self.engine = make_engine(plan, self._listen)
+        self._id = secrets.token_hex(4)
+        self._started = now().astimezone().isoformat(timespec="seconds")
+        self._journal = journal
+        self._clock = clock
+        self._routes: set[str] = set()
+        self._final: dict[int, C] = {}
+        self._complete: asyncio.Queue[int] = asyncio.Queue()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        """Reset everything that is timed."""
+        self._began = self._heard = self._step_began = self._case_began = self._progress_at = self._clock()
+        self._rounds_began: float | None = None
+        self._ended: float | None = None
+        self.rounds_s = self.once_s = 0.0
+        self._silence = Silence(self._clock)
+
+    @property
+    def since_progress_s(self) -> float:
+        """Seconds since the worker's last progress event."""
+        return self._clock() - self._progress_at
+
+    @property
+    def record(self) -> AnyRecord:
+        """Everything the engine has reported."""
+        return self.engine.record
+
+    @property
+    def active(self) -> bool:
+        """Whether the engine may still be running."""
+        return self.phase not in ENDED
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start, up to the end."""
+        return (self._clock() if self._ended is None else self._ended) - self._began
+
+    @property
+    def building(self) -> str:
+        """The implementation being compiled, or an empty string."""
+        return self._silence.building
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine's last event; 0 when it has ended."""
+        return self._silence.seconds if self.active else 0.0
+
+    @property
+    def silent(self) -> bool:
+        """Whether the engine has been silent for longer than its current step explains."""
+        return self.active and self._silence.unexplained
+
+    @property
+    def building_s(self) -> float:
+        """Seconds that the compilation has taken so far."""
+        return self._clock() - self._step_began if self.building and self.active else 0.0
+
+    async def run(self) -> None:
+        """Run the engine to its end; exceptions are logged in the journal, and what was measured is kept."""
+        finishing = asyncio.create_task(self._finish_cases())
+        broke = False
+        try:
+            await self.engine.run()
+        except Exception as error:
+            broke = True
+            self._journal.write(f"the engine's driver failed: {type(error).__name__}: {error}", "error")
+        finally:
+            finishing.cancel()
+            self._ended = self._clock()
+        with contextlib.suppress(asyncio.CancelledError):
+            await finishing
+        await asyncio.to_thread(self._finish_rest)
+        self._conclude(broke)
+
+    def _conclude(self, broke: bool) -> None:
+        record = self.record
+        stopped = self.phase == "stopping"
+        self.phase = "failed" if broke else "refused" if record.refused else "done" if record.done else "stopped"
+        if self._final:
+            from fatui.formatting import finding
+
+            self.finding = finding(self.report())
+        elif record.refused:
+            self.finding = f"nothing could run: {record.refused.reason}"
+        elif stopped:
+            self.finding = "stopped before anything was measured"
+
+    def stop(self) -> None:
+        """Stop the run; an engine that does not respond is killed."""
+        if not self.active:
+            return
+        self.phase = "stopping"
+        self.engine.stop()
+        asyncio.get_running_loop().call_later(KILL_AFTER_S, self.kill)
+
+    def kill(self) -> None:
+        """Kill the engine's process and its children."""
+        if self.active and self.engine.process_id is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.engine.process_id, signal.SIGKILL)
+
+    def note_memory(self, name: str, value: float | None) -> None:
+        """Record a memory figure, in bytes."""
+        if value is not None:
+            self.memory.setdefault(name, Series()).add(value)
+
+    @abstractmethod
+    def case(self, index: int) -> C:
+        """Return the rows of one case: final once it is complete, provisional while it runs."""
+
+    def is_final(self, index: int) -> bool:
+        """Whether the rows of a case are final."""
+        return index in self._final
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether the finished run has any rows."""
+        return bool(self._final)
+
+    @abstractmethod
+    def report(self) -> Report:
+        """Return the report of the run, as stored in the history and in exports."""
+
+    def _of_run(self) -> Run:
+        """Return the description of the run for the report."""
+        return Run(
+            id=self._id,
+            started=self._started,
+            seconds=self.elapsed_s,
+            command=self.command,
+            preset=self.preset,
+            interrupted=self.phase != "done",
+        )
+
+    def _listen(self, event: on.AnyEvent) -> None:
+        self._silence.hear(event)
+        self._heard = self._silence.heard
+        if self.phase == "starting":
+            self.phase = "running"
+        self._narrate(event)
+        if isinstance(event, on.CaseStarted):
+            self._begin_case(event.case)
+        elif isinstance(event, on.StepStarted):
+            self._step_began = self._heard
+            if event.step == "rounds" and self._rounds_began is None:
+                self._rounds_began = self._heard
+        elif isinstance(event, on.Progress):
+            self._progress_at = self._heard
+        elif isinstance(event, on.Expected):
+            self.expected_s = self.elapsed_s - self.once_s + event.seconds
+        elif isinstance(event, on.RoundsDone):
+            self.expected_s = None  # the worker goes by the pace of the rounds from here on
+            self._follow(event)
+        elif isinstance(event, on.CaseDone):
+            self.expected_s = None
+            self.rounds_s += self._heard - self._rounds_began if self._rounds_began is not None else 0.0
+            self._complete.put_nowait(event.case)
+
+    def _narrate(self, event: on.AnyEvent) -> None:
+        """Log an event if it is worth a line; note a restarted case, and do not repeat routes."""
+        said = narrate(event, self.plan)
+        if said is None:
+            return
+        if isinstance(event, on.RouteFound):
+            if said[0] in self._routes:
+                return
+            self._routes.add(said[0])
+        if isinstance(event, on.CaseStarted) and event.case == self.case_number:
+            said = f"case {event.case + 1} is restarted, to measure all of them together", "info"
+        self._journal.write(*said)
+
+    def _begin_case(self, case: int) -> None:
+        if case == self.case_number:
+            self.once_s += self._heard - self._case_began
+        else:
+            self._routes.clear()
+        self.case_number, self._case_began = case, self._heard
+        self.rates, self._rounds_began = {}, None
+
+    def _follow(self, event: on.RoundsDone) -> None:
+        tokens = self.plan.cases[event.case].tokens
+        for name, samples in event.samples.items():
+            if name not in (on.AGAIN, on.WITHOUT):
+                series = self.rates.setdefault(name, Series())
+                for seconds in samples:
+                    if seconds is not None:  # None: the implementation took no part in the round
+                        series.add(tokens / seconds)
+        self.note_memory("MLX active", event.active_bytes)
+        self.note_memory("MLX peak", event.peak_bytes)
+
+    async def _finish_cases(self) -> None:
+        """Compute the final rows of each case when it completes, off the event loop."""
+        while True:
+            index = await self._complete.get()
+            self._final[index] = await asyncio.to_thread(self.record.case, index)
+
+    def _finish_rest(self) -> None:
+        for index, case in enumerate(self.record.cases):
+            if index not in self._final and case.started:
+                made = self.record.case(index)
+                if made.rows:
+                    self._final[index] = made
+
+
+AnySession = RunSession[Any, Any]
+
+
+class Session(RunSession[Plan, Case]):
+    """A run over attention shapes."""
+
+    def case(self, index: int) -> Case:
+        """Return the rows of one case: final once it is complete, provisional while it runs."""
+        final = self._final.get(index)
+        if final:
+            return final
+        case: Case = self.record.case(index)
+        going_on = (
+            structs.replace(row, stopped_by=None) if row.stopped_by == INTERRUPTED else row for row in case.rows
+        )
+        return structs.replace(case, rows=tuple(going_on))
+
+    def report(self) -> Report:
+        """Return the report of the run, as stored in the history and in exports."""
+        cases = tuple(self._final.get(index) or self.record.case(index) for index in range(len(self.record.cases)))
+        return Report(
+            run=self._of_run(),
+            environment=self.record.environment,
+            peaks=self.record.peaks,
+            cases=tuple(case for case in cases if case.rows),
+            summary=summarise(cases, self.plan.ordered),
+        )
+
+
+class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineTuningCase]):
+    """A run of generation or fine-tuning.
+
+    Attributes:
+        losses: the training losses of each implementation so far.
+        said: the worker's latest message: the expected time of a case, or how to shorten it.
+    """
+
+    losses: dict[str, Series]
+    said: str
+
+    def _start_clock(self) -> None:
+        super()._start_clock()
+        self.said = ""
+        self.losses = {}
+
+    def case(self, index: int) -> ModelCase | FineTuningCase:
+        """Return the rows of one case."""
+        final = self._final.get(index)
+        made: ModelCase | FineTuningCase = final if final else self.record.case(index)
+        return made
+
+    def report(self) -> Report:
+        """Return the report of the run so far, as stored in the history and in exports."""
+        return self.record.report(self._of_run())
+
+    def _begin_case(self, case: int) -> None:
+        super()._begin_case(case)
+        self.losses = {}
+
+    def _listen(self, event: on.AnyEvent) -> None:
+        super()._listen(event)
+        if isinstance(event, on.Message):
+            self.said = event.text
+        elif isinstance(event, on.Expected):
+            self.said = expected(event)
+        if isinstance(event, on.IterationDone) and event.implementation != on.AGAIN:
+            tokens = self.plan.cases[event.case].tokens
+            if event.number > 1:  # the first one compiles
+                self.rates.setdefault(event.implementation, Series()).add(tokens / event.seconds)
+            if event.loss is not None:
+                self.losses.setdefault(event.implementation, Series()).add(event.loss)
+            self.note_memory("MLX active", event.active_bytes)
+            self.note_memory("MLX peak", event.peak_bytes)

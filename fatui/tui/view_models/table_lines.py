@@ -1,0 +1,198 @@
+"""The rows of a run as lines of the comparison table: cells, order and stars."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from msgspec import Struct
+
+from attention.core.results import Case, Row, Summary
+from fatui import formatting
+from fatui.report.document import counted
+
+
+class Column(Struct, frozen=True, kw_only=True):
+    """One column; when two do not both fit, the one with the lower rank is shown."""
+
+    name: str
+    title: str
+    rank: int = 0
+    """0: always shown."""
+    right: bool = True
+    """Whether cells are right-aligned."""
+    least: int = 0
+    """Minimum width, so that the column does not grow while figures come in."""
+    widest: int = 40
+    narrowest: int | None = None
+    """Width to which the column may shrink, cutting its texts, rather than leave the page; None: it keeps its width."""
+
+
+class Line(Struct, frozen=True, kw_only=True):
+    """A row, or the heading of a block of rows."""
+
+    key: str | None = None
+    """Identifies the line when chosen; None for a line that cannot be chosen."""
+    cells: Mapping[str, str] = {}
+    span: str | None = None
+    """One text over the whole width, instead of cells."""
+    tone: str = ""
+    """"head", "dim", "good" or "bad"."""
+
+
+STAR: Final = " ★"
+NO_STAR: Final = "  "
+COLUMNS: Final = (
+    Column(name="implementation", title="", right=False, least=9, widest=16),
+    Column(name="path", title="path", right=False, rank=6, least=18, widest=22, narrowest=10),
+    Column(name="tokens/s", title="tokens/s", rank=1, least=8),
+    Column(name="per call", title="per call", rank=5, least=7),
+    Column(name="speedup", title="speedup", rank=2, least=13),
+    Column(name="efficiency", title="eff.", rank=7),
+    Column(name="verdict", title="verdict", right=False, rank=3, least=8, widest=19),
+    Column(name="memory", title="memory", rank=8),
+    Column(name="max error", title="max error", rank=9),
+    Column(name="interval", title="per call, 95 %", rank=10),
+    Column(name="FLOP/s", title="rate", rank=11),
+    Column(name="latency", title="latency", rank=12),
+    Column(name="first call", title="first call", rank=13),
+    Column(name="predicted", title="predicted", rank=14),
+    Column(name="rms error", title="rms error", rank=15),
+    Column(name="stopped by", title="stopped by", right=False, rank=16, widest=14),
+)
+SORT_FIGURES: Final[dict[str, Callable[[Row], float | str | None]]] = {
+    "path": lambda row: row.path,
+    "tokens/s": lambda row: row.tokens_per_second,
+    "per call": lambda row: row.call_s.median if row.call_s else None,
+    "interval": lambda row: row.call_s.relative_half_width if row.call_s else None,
+    "speedup": lambda row: row.speedup.value if row.speedup else None,
+    "efficiency": lambda row: row.efficiency,
+    "verdict": lambda row: row.status,
+    "memory": lambda row: row.peak_bytes,
+    "max error": lambda row: row.max_error,
+    "FLOP/s": lambda row: row.flops_per_s,
+    "latency": lambda row: row.latency_s,
+    "first call": lambda row: row.first_call_s,
+    "predicted": lambda row: row.predicted_bytes,
+    "rms error": lambda row: row.rms_error,
+    "stopped by": lambda row: row.stopped_by,
+}
+SORTABLE: Final = ("", *SORT_FIGURES)
+
+
+def row_key(case: int, implementation: str) -> str:
+    """Return the key of a row's line."""
+    return f"{case}:{implementation}"
+
+
+def split_key(key: str) -> tuple[int, str]:
+    """Return the case and the implementation of a key."""
+    case, _, implementation = key.partition(":")
+    return int(case), implementation
+
+
+def sorted_rows(rows: tuple[Row, ...], by: str, descending: bool) -> list[Row]:
+    """Sort rows by a column; rows without a figure come last in either order."""
+    figure = SORT_FIGURES.get(by)
+    if figure is None:
+        return list(rows)
+    known = [row for row in rows if figure(row) is not None]
+    known.sort(key=lambda row: figure(row) or 0, reverse=descending)
+    return known + [row for row in rows if figure(row) is None]
+
+
+def case_lines(index: int, case: Case, by: str, descending: bool) -> list[Line]:
+    """Return the lines of one case's rows."""
+    fastest = formatting.best_of(case)
+    leanest = _leanest(case)
+    return [
+        Line(
+            key=row_key(index, row.implementation),
+            cells=_cells(row, case, row.implementation in fastest, row.implementation in leanest),
+            tone=_tone(row, row.implementation in fastest),
+        )
+        for row in sorted_rows(case.rows, by, descending)
+    ]
+
+
+def _tone(row: Row, fastest: bool) -> str:
+    if row.status in ("failed", "inaccurate"):
+        return "bad"
+    return "dim" if row.status != "ok" else "good" if fastest else ""
+
+
+def _leanest(case: Case) -> tuple[str, ...]:
+    """Return the rows with the least memory, or within 1 % of it; none if all are alike, or with too few rounds."""
+    if any(row.collecting for row in case.rows):
+        return ()
+    peaks = {row.implementation: row.peak_bytes for row in case.rows if row.status == "ok" and row.peak_bytes}
+    if not peaks:
+        return ()
+    edge = min(peaks.values()) * 1.01
+    names = tuple(name for name, peak in peaks.items() if peak <= edge)
+    return names if len(names) < len(peaks) else ()
+
+
+def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]:
+    if row.status not in ("ok", "inaccurate"):
+        return {"implementation": row.implementation, "path": row.path or "-", "verdict": row.status}
+    return {
+        "implementation": row.implementation,
+        "path": row.path or formatting.UNKNOWN,
+        "tokens/s": formatting.tokens_per_second(row.tokens_per_second) + (STAR if fastest else NO_STAR),
+        "per call": formatting.seconds(row.call_s.median if row.call_s else None),
+        "speedup": formatting.speedup_text(row.speedup) if row.speedup else "…",
+        "efficiency": formatting.percent(row.efficiency),
+        "verdict": formatting.word(row, case) + (" !" if row.throttled else ""),
+        "memory": formatting.size(row.peak_bytes) + (STAR if leanest else NO_STAR),
+        "max error": formatting.error(row.max_error),
+        "interval": formatting.interval_text(row.call_s),
+        "FLOP/s": formatting.UNKNOWN if row.flops_per_s is None else f"{formatting.flops(row.flops_per_s)}/s",
+        "latency": formatting.seconds(row.latency_s),
+        "first call": formatting.seconds(row.first_call_s),
+        "predicted": formatting.size(row.predicted_bytes),
+        "rms error": formatting.error(row.rms_error),
+        "stopped by": row.stopped_by or "",
+    }
+
+
+def block_head(index: int, case: Case) -> Line:
+    """Return the heading of one case in a run of several."""
+    return Line(span=f"{index + 1}. {case.workload.label}{notes(case)}", tone="head")
+
+
+def notes(case: Case) -> str:
+    """Format the reference, unless it is the baseline, and the noise floor, if known."""
+    floor, change = case.noise_floor, formatting.reference_change(case)
+    text = f" · {change}" if change else ""
+    return f"{text} · noise floor {formatting.percent(floor.floor)}" if floor and math.isfinite(floor.floor) else text
+
+
+def in_step(step: str) -> str:
+    """Format the current step of an implementation."""
+    return "compiling" if step == "build" else step
+
+
+def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[Line]:
+    """Return the lines of implementations that have no row yet, with their current step."""
+    return [
+        Line(
+            key=row_key(index, name), cells={"implementation": name, "verdict": in_step(step) or "waiting"}, tone="dim"
+        )
+        for name, step in names
+    ]
+
+
+def summary_lines(summary: tuple[Summary, ...], total: int) -> list[Line]:
+    """Return the geometric mean of each implementation over the complete cases."""
+    if not summary:
+        return []
+    head = Line(span=f"Geometric mean of the speedups, {counted(total, 'case')} complete", tone="head")
+    return [head, *(_summary_line(line, total) for line in summary)]
+
+
+def _summary_line(line: Summary, total: int) -> Line:
+    count = counted(total, "case")
+    count = count if line.cases == total else f"{line.cases} of {count}"
+    bad = f"{line.not_ok} not ok" if line.not_ok else ""
+    cells = {"implementation": line.implementation, "path": count, "speedup": formatting.speedup_text(line.speedup)}
+    return Line(cells={**cells, "verdict": bad})

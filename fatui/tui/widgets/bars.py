@@ -1,0 +1,146 @@
+"""The top row: what is set up and on which machine, with the phase on the right."""
+
+from typing import ClassVar, Final
+
+from rich.segment import Segment
+from textual import events
+from textual.message import Message
+from textual.strip import Strip
+from textual.widget import Widget
+
+from fatui.tui.widgets.row_table import clip
+
+SPINNER: Final = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+
+
+GAP = 2
+
+
+class StatusLine(Widget):
+    """Row of two texts; the left one is cut if both do not fit."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"status--name", "status--left", "status--right", "status--alarm"}
+    DEFAULT_CSS = "StatusLine { height: 1; dock: top; }"
+
+    def __init__(self, *, id: str = "status") -> None:
+        super().__init__(id=id)
+        self.left, self.right, self.alarm = "", "", False
+
+    def show(self, left: str, right: str, *, alarm: bool = False) -> None:
+        """Set the texts; an alarm is highlighted."""
+        if (left, right, alarm) != (self.left, self.right, self.alarm):
+            self.left, self.right, self.alarm = left, right, alarm
+            self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        """Draw the row."""
+        name, left, right, alarm = (
+            self.get_component_rich_style(f"status--{part}") for part in ("name", "left", "right", "alarm")
+        )
+        end = clip(self.right, max(0, self.size.width - 12))
+        room = self.size.width - len(" fatui  ") - len(end) - GAP - 1
+        middle = f"{clip(self.left, room):<{max(0, room)}}" + " " * GAP
+        parts = [
+            Segment(" fatui ", name),
+            Segment(f" {middle}", left),
+            Segment(f"{end} ", alarm if self.alarm else right),
+        ]
+        return Strip(parts).adjust_cell_length(self.size.width, left)
+
+
+PALETTE = "^p Palette"
+
+
+class KeyBar(Widget):
+    """Row of keys with their labels; a click runs the key's action."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"keys--key", "keys--label"}
+    DEFAULT_CSS = "KeyBar { height: 1; dock: bottom; }"
+
+    def __init__(self, *, id: str = "key-bar", keys: tuple[tuple[str, str, str], ...] = ()) -> None:
+        super().__init__(id=id)
+        self.keys = keys
+
+    def show(self, keys: tuple[tuple[str, str, str], ...]) -> None:
+        """Set the keys, each a tuple of key, label and action."""
+        if keys != self.keys:
+            self.keys = keys
+            self.refresh()
+
+    def _fitting(self) -> tuple[tuple[str, str, str], ...]:
+        room, fitting = self.size.width - len(PALETTE) - 2, []
+        for key, label, action in self.keys:
+            room -= len(key) + len(label) + 3
+            if room < 0:
+                break
+            fitting.append((key, label, action))
+        return tuple(fitting)
+
+    def render_line(self, y: int) -> Strip:
+        """Draw the row."""
+        key_style, label_style = (self.get_component_rich_style(f"keys--{part}") for part in ("key", "label"))
+        parts = []
+        for key, label, _ in self._fitting():
+            parts += [Segment(f" {key}", key_style), Segment(f" {label} ", label_style)]
+        used = sum(len(part.text) for part in parts)
+        parts.append(Segment(" " * max(1, self.size.width - used - len(PALETTE) - 1), label_style))
+        parts += [Segment("^p", key_style), Segment(PALETTE[2:] + " ", label_style)]
+        return Strip(parts).adjust_cell_length(self.size.width, label_style)
+
+    async def on_click(self, event: events.Click) -> None:
+        """Run the clicked action."""
+        at = 0
+        for key, label, action in self._fitting():
+            at += len(key) + len(label) + 3
+            if event.x < at:
+                await self.run_action(action)
+                return
+        if event.x >= self.size.width - len(PALETTE) - 1:
+            self.app.action_command_palette()
+
+
+TABS = (("setup", "Set up"), ("live", "Live"), ("results", "Results"), ("log", "Log"))
+
+
+class PaneTabs(Widget):
+    """Row of tabs; a click opens one."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"tabs--open", "tabs--other"}
+    DEFAULT_CSS = "PaneTabs { height: 1; }"
+
+    class Opened(Message):
+        """Posted when a tab was clicked."""
+
+        def __init__(self, tab: str) -> None:
+            super().__init__()
+            self.tab = tab
+
+    def __init__(self, *, id: str = "tabs") -> None:
+        super().__init__(id=id)
+        self.tab = TABS[0][0]
+
+    def show(self, tab: str) -> None:
+        """Mark a tab as open."""
+        self.tab = tab
+        self.refresh()
+
+    @staticmethod
+    def _title(name: str, title: str, tab: str) -> str:
+        return f" [{title}] " if name == tab else f"  {title}  "
+
+    def render_line(self, y: int) -> Strip:
+        """Draw the row; brackets mark the open tab without colour."""
+        opened, other = (self.get_component_rich_style(f"tabs--{part}") for part in ("open", "other"))
+        parts = [
+            Segment(self._title(name, title, self.tab), opened if name == self.tab else other) for name, title in TABS
+        ]
+        return Strip([*parts, Segment("  [ and ] turn", other)]).adjust_cell_length(self.size.width, other)
+
+    def on_click(self, event: events.Click) -> None:
+        """Open the clicked tab."""
+        at = 0
+        for name, title in TABS:
+            at += len(self._title(name, title, self.tab))
+            if event.x < at:
+                self.post_message(self.Opened(name))
+                return

@@ -1,0 +1,216 @@
+"""A one-row choice among a few words; in a sweep several can be marked."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.strip import Strip
+from textual.widget import Widget
+
+from fatui.tui.widgets.row_table import clip
+
+
+class Choice(Widget, can_focus=True):
+    """Choice of one option; with `typed_option`, typed digits make a further option.
+
+    In a sweep it shows the marked options, and beside them the option under the cursor if it is another.
+    """
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"choice--label", "choice--value"}
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "step(-1)", "Previous", show=False),
+        Binding("right,enter", "step(1)", "Next", show=False),
+        Binding("space", "mark", "Next; in a sweep, mark", show=False),
+        Binding("home", "end(0)", "First", show=False),
+        Binding("end", "end(-1)", "Last", show=False),
+    ]
+    DEFAULT_CSS = "Choice { height: 1; }"
+
+    class Changed(Message):
+        """Posted when the user chose another option, or marked others."""
+
+        def __init__(self, choice: "Choice", values: tuple[str, ...]) -> None:
+            super().__init__()
+            self.choice, self.values = choice, values
+
+    def __init__(
+        self, label: str, options: tuple[str, ...], *, id: str, typed_option: Callable[[str], str] | None = None
+    ) -> None:
+        super().__init__(id=id)
+        self.label = label
+        self.options = options
+        self.values: tuple[str, ...] = options[:1]
+        self.sweeping = False
+        self._cursor = options[0]
+        self._typed_option = typed_option
+        self._typed = ""
+
+    @property
+    def value(self) -> str:
+        """The value, or the first of several."""
+        return self.values[0]
+
+    def show(self, values: tuple[str, ...], *, sweeping: bool = False) -> None:
+        """Set the chosen options without posting a message."""
+        if (values, sweeping) == (self.values, self.sweeping):
+            return
+        self.values, self.sweeping = values, sweeping
+        if not sweeping or self._cursor not in (*values, *self.options):
+            self._cursor = values[0]
+        self.refresh()
+
+    def _choose(self, values: tuple[str, ...]) -> None:
+        if values != self.values:
+            self.values = values
+            self.post_message(self.Changed(self, values))
+
+    def _go_to(self, value: str) -> None:
+        self._cursor = value
+        if not self.sweeping:
+            self._choose((value,))
+        self.refresh()
+
+    def action_step(self, count: int) -> None:
+        """Go to the next option, wrapping around; from a typed one, to the first."""
+        index = self.options.index(self._cursor) + count if self._cursor in self.options else 0
+        self._go_to(self.options[index % len(self.options)])
+
+    def action_end(self, index: int) -> None:
+        """Go to the first option or the last."""
+        self._go_to(self.options[index])
+
+    def action_mark(self) -> None:
+        """Go to the next option; in a sweep, toggle the mark of the one under the cursor, except on the last one."""
+        if not self.sweeping:
+            self.action_step(1)
+            return
+        others = tuple(value for value in self.values if value != self._cursor)
+        self._choose(others or self.values if self._cursor in self.values else (*self.values, self._cursor))
+        self.refresh()
+
+    def on_key(self, event: events.Key) -> None:
+        """Collect typed digits into an option; k after them multiplies by 1024."""
+        if self._typed_option is None:
+            return
+        if self._typed and event.character in ("k", "K"):
+            event.stop()
+            event.prevent_default()
+            self._go_to(self._typed_option(str(int(self._typed) * 1024)))
+            self._typed = ""
+            return
+        if not (event.character or "").isdigit():
+            self._typed = ""
+            return
+        event.stop()
+        self._typed = (self._typed + (event.character or "")).lstrip("0")[:8]
+        if self._typed:
+            self._go_to(self._typed_option(self._typed))
+
+    def on_blur(self) -> None:
+        """Finish the typed value."""
+        self._typed = ""
+
+    def on_click(self, event: events.Click) -> None:
+        """Go to the next option, or on the label's side of the word to the previous one; in a sweep, mark."""
+        if self.sweeping:
+            self.action_mark()
+        else:
+            self.action_step(-1 if event.x <= len(self.label) + 1 else 1)
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        """Go to the next option."""
+        event.stop()
+        event.prevent_default()
+        self.action_step(1)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        """Go to the previous option."""
+        event.stop()
+        event.prevent_default()
+        self.action_step(-1)
+
+    @property
+    def value_text(self) -> str:
+        """The text beside the label."""
+        left, right = ("‹", "›") if self.has_focus else (" ", " ")
+        if not self.sweeping:
+            return f"{left}{self.value}{right}"
+        chosen = self.value if len(self.values) == 1 else f"{len(self.values)} values"
+        if not self.has_focus or self.values == (self._cursor,):
+            return f"{left}{chosen}{right}"
+        cursor = f"{left}{'●' if self._cursor in self.values else '┼'}{self._cursor}{right}"
+        room = self.size.width - len(self.label) - len(cursor) - 3
+        return f" {clip(chosen, room)} {cursor}" if room > 0 else cursor
+
+    def render_line(self, y: int) -> Strip:
+        """Draw the row."""
+        label = self.get_component_rich_style("choice--label")
+        value = self.get_component_rich_style("choice--value")
+        parts = [Segment(f"{self.label} ", label), Segment(self.value_text, value)]
+        return Strip(parts).adjust_cell_length(self.size.width, self.rich_style)
+
+
+class Toggles(Widget, can_focus=True):
+    """Row of words; left and right move, space or a click selects or deselects, though never the last one selected."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"picker--on", "picker--off", "picker--cursor"}
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "move(-1)", "Previous", show=False),
+        Binding("right", "move(1)", "Next", show=False),
+        Binding("space,enter", "take", "Select or deselect", show=False),
+    ]
+    DEFAULT_CSS = "Toggles { height: 1; }"
+
+    class Changed(Message):
+        """Posted when a word was selected or deselected."""
+
+    def __init__(self, options: tuple[str, ...], chosen: tuple[str, ...], *, id: str) -> None:
+        super().__init__(id=id)
+        self.options = options
+        self.chosen = chosen
+        self._cursor = 0
+
+    def action_move(self, count: int) -> None:
+        """Move to another word, wrapping around."""
+        self._cursor = (self._cursor + count) % len(self.options)
+        self.refresh()
+
+    def action_take(self) -> None:
+        """Select or deselect the word under the cursor."""
+        word = self.options[self._cursor]
+        chosen = tuple(each for each in self.options if (each in self.chosen) != (each == word))
+        if chosen:
+            self.chosen = chosen
+            self.post_message(self.Changed())
+        self.refresh()
+
+    def on_click(self, event: events.Click) -> None:
+        """Select or deselect the clicked word."""
+        at = 0
+        for index, word in enumerate(self.options):
+            at += len(word) + 4
+            if event.x < at:
+                self._cursor = index
+                self.action_take()
+                return
+
+    def on_focus(self) -> None:
+        """Show the cursor."""
+        self.refresh()
+
+    def on_blur(self) -> None:
+        """Hide the cursor."""
+        self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        """Draw the row."""
+        on, off, cursor = (self.get_component_rich_style(f"picker--{part}") for part in ("on", "off", "cursor"))
+        parts = []
+        for index, word in enumerate(self.options):
+            taken = word in self.chosen
+            style = cursor if self.has_focus and index == self._cursor else on if taken else off
+            parts += [Segment(f"{'●' if taken else '○'} {word}", style), Segment("  ", off)]
+        return Strip(parts).adjust_cell_length(self.size.width, self.rich_style)

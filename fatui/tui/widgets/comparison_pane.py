@@ -1,0 +1,129 @@
+"""The comparison table: a block of rows per case, filled during the run, and the means of a sweep."""
+
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.widgets import Static
+
+from attention.core.results import Report, Summary
+from attention.engine.record import summarise
+from fatui import formatting
+from fatui.tui.terminal import literal
+from fatui.tui.view_models import table_lines as lines_of
+from fatui.tui.view_models.session import Session
+from fatui.tui.view_models.table_lines import Line
+from fatui.tui.widgets.row_table import RowTable
+
+EMPTY = "No rows yet. Press r to run; rows appear as they are measured."
+
+
+class ComparisonPane(Vertical):
+    """Pane with the rows of the current run, or of a past run."""
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(id=id, classes="pane")
+        self.by = ""
+        self.descending = True
+        self._lines: dict[int, list[Line]] = {}
+        self._summary: tuple[int, tuple[Summary, ...]] = (0, ())
+        self._owner: object = None
+
+        self.border_title = "Comparison"
+
+    def compose(self) -> ComposeResult:
+        """Yield the table and the finding below it."""
+        yield RowTable(lines_of.COLUMNS, empty=EMPTY, id="comparison-table")
+        yield Static(id="finding", markup=False)
+
+    @property
+    def table(self) -> RowTable:
+        """The table."""
+        return self.query_one(RowTable)
+
+    def sort(self, by: str, descending: bool) -> None:
+        """Set the order of the rows within each case."""
+        if (by, descending) != (self.by, self.descending):
+            self.by, self.descending = by, descending
+            self._lines.clear()
+
+    def show_session(self, session: Session) -> None:
+        """Draw the current run."""
+        self._begin(session)
+        record, several = session.record, len(session.plan.cases) > 1
+        lines: list[Line] = []
+        for index, case_record in enumerate(record.cases):
+            if case_record.started:
+                lines += self._session_case(session, index, several)
+        final = [session.case(index) for index in range(len(record.cases)) if session.is_final(index)]
+        if several and final:
+            if self._summary[0] != len(final):
+                self._summary = len(final), summarise(tuple(final), session.plan.ordered)
+            lines = lines_of.summary_lines(self._summary[1], len(final)) + lines
+        self._draw(lines, session.finding)
+        self.query_one("#finding").set_class(session.phase in ("refused", "failed"), "-bad")
+        case = session.case(session.case_number) if session.case_number is not None else None
+        label = f"{len(session.plan.cases)} cases" if several else session.plan.cases[0].label
+        floor = lines_of.notes(case) if case and not several else ""
+        self.border_title = literal(f"Comparison · {label}{floor}")
+
+    def _session_case(self, session: Session, index: int, several: bool) -> list[Line]:
+        if session.is_final(index) and index in self._lines:
+            return self._lines[index]
+        case = session.case(index)
+        if not case.rows and not session.active:
+            return []
+        made = [lines_of.block_head(index, case)] if several else []
+        made += lines_of.case_lines(index, case, self.by, self.descending)
+        if session.is_final(index):
+            self._lines[index] = made
+            return made
+        there = {row.implementation for row in case.rows}
+        waiting = [
+            (name, row.step or "") for name, row in session.record.cases[index].rows.items() if name not in there
+        ]
+        return made + lines_of.waiting_lines(index, waiting if session.active else [])
+
+    def show_report(self, report: Report) -> None:
+        """Draw a past run."""
+        self._begin(report)
+        several = len(report.cases) > 1
+        lines = lines_of.summary_lines(report.summary, len(report.cases)) if several else []
+        for index, case in enumerate(report.cases):
+            if several:
+                lines.append(lines_of.block_head(index, case))
+            lines += lines_of.case_lines(index, case, self.by, self.descending)
+        self._draw(lines, formatting.finding(report))
+        label = (
+            f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
+        )
+        floor = lines_of.notes(report.cases[0]) if len(report.cases) == 1 else ""
+        self.border_title = literal(f"Comparison · {label}{floor}")
+
+    def _begin(self, owner: object) -> None:
+        if owner is not self._owner:
+            self._owner = owner
+            self._lines.clear()
+            self._summary = (0, ())
+
+    def _draw(self, lines: list[Line], finding: str) -> None:
+        table = self.table
+        table.show(lines, sorted_by=self.by, descending=self.descending)
+        below = self.query_one("#finding", Static)
+        below.display = bool(finding)
+        below.update(finding)
+        # The number of visible columns is known only after layout.
+        self.call_after_refresh(self._show_hint)
+
+    @on(RowTable.Turned)
+    def _show_hint(self) -> None:
+        hint = self._hint() if self.table.lines else ""
+        if self.border_subtitle != hint:
+            self.border_subtitle = hint
+
+    def _hint(self) -> str:
+        table = self.table
+        parts = [table.hint] if table.hint else []
+        titles = {column.name: column.title for column in table.columns}
+        if self.by not in {"", *(column.name for column in table.shown_columns)}:
+            parts.append(f"sorted by {titles[self.by]}")
+        return " · ".join([*parts, "o sort", "enter a row"])

@@ -1,0 +1,104 @@
+"""The list of implementations: which are selected, and the path each would take for the workload."""
+
+from typing import ClassVar, Final
+
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.strip import Strip
+from textual.widget import Widget
+
+from fatui.tui.view_models.availability import Offer
+from fatui.tui.widgets.row_table import clip
+
+NAME_WIDTH: Final = 9
+
+
+class ImplementationPicker(Widget, can_focus=True):
+    """List from which space or a click selects implementations; the lines below give the reason for the path."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        *("picker--on", "picker--off", "picker--cursor", "picker--path", "picker--unable", "picker--reason"),
+    }
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move(-1)", "Up", show=False),
+        Binding("down", "move(1)", "Down", show=False),
+        Binding("home", "move(-100)", "First", show=False),
+        Binding("end", "move(100)", "Last", show=False),
+        Binding("space,enter", "take", "Select or deselect", show=False),
+    ]
+
+    class Toggled(Message):
+        """Posted when an implementation was selected or deselected."""
+
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(id=id)
+        self.offers: tuple[Offer, ...] = ()
+        self._cursor = 0
+
+    def show(self, offers: tuple[Offer, ...]) -> None:
+        """Set the list."""
+        if offers != self.offers:
+            self.offers = offers
+            self.refresh(layout=False)
+
+    def action_move(self, count: int) -> None:
+        """Move the cursor; past either end, focus the next or previous widget."""
+        target = self._cursor + count
+        if abs(count) == 1 and not 0 <= target < len(self.offers):
+            self.screen.focus_next() if count > 0 else self.screen.focus_previous()
+            return
+        self._cursor = min(max(target, 0), len(self.offers) - 1)
+        self.refresh()
+
+    def action_take(self) -> None:
+        """Select or deselect the implementation under the cursor."""
+        if self.offers:
+            self.post_message(self.Toggled(self.offers[self._cursor].name))
+
+    def on_click(self, event: events.Click) -> None:
+        """Select or deselect the clicked implementation."""
+        if event.y < len(self.offers):
+            self._cursor = event.y
+            self.refresh()
+            self.action_take()
+
+    def _reason_lines(self) -> list[str]:
+        """Wrap the reason of the implementation under the cursor to the space left, cut with an ellipsis."""
+        if not self.offers:
+            return []
+        import textwrap
+
+        offer = self.offers[self._cursor]
+        room = self.size.height - len(self.offers)
+        lines = textwrap.wrap(f"{offer.name}: {offer.reason}", max(10, self.size.width)) if offer.reason else []
+        if len(lines) > room > 0:
+            lines = [*lines[: room - 1], clip(" ".join(lines[room - 1 :]), self.size.width)]
+        return lines
+
+    def render_line(self, y: int) -> Strip:
+        """Draw one implementation, or a line of the reason below the list."""
+        if y < len(self.offers):
+            return self._offer(self.offers[y], y == self._cursor and self.has_focus)
+        lines = self._reason_lines()
+        at = y - len(self.offers)
+        text = lines[at] if at < len(lines) else ""
+        return self._strip([Segment(text, self.get_component_rich_style("picker--reason"))])
+
+    def _offer(self, offer: Offer, at_cursor: bool) -> Strip:
+        name = f"{'✓' if offer.chosen else '·'} {clip(offer.name, NAME_WIDTH):<{NAME_WIDTH}} "
+        path = clip(offer.path, self.size.width - len(name))
+        if at_cursor:
+            style = self.get_component_rich_style("picker--cursor")
+            return Strip([Segment(name + path, style)]).adjust_cell_length(self.size.width, style)
+        main = self.get_component_rich_style("picker--on" if offer.chosen else "picker--off")
+        other = self.get_component_rich_style("picker--path" if offer.able else "picker--unable")
+        return self._strip([Segment(name, main), Segment(path, other)])
+
+    def _strip(self, segments: list[Segment]) -> Strip:
+        return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)

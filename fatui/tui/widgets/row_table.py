@@ -1,0 +1,264 @@
+"""A table that draws only its visible rows, and pages through its columns when they do not all fit."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Final
+
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from fatui.tui.view_models.table_lines import Column, Line
+from fatui.untrusted_text import one_line
+
+GAP: Final = 2
+
+
+def clip(text: str, width: int) -> str:
+    """Return the text as a single line without control characters, cut with an ellipsis if too long."""
+    text = one_line(text)
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…" if width > 0 else ""
+
+
+class RowTable(ScrollView, can_focus=True):
+    """Table of lines; up and down move the cursor, left and right page through the columns."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        *("table--head", "table--cursor", "table--cursor-unfocused", "table--row", "table--dim"),
+        *("table--good", "table--bad", "table--block"),
+    }
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move(-1)", "Up", show=False),
+        Binding("down", "move(1)", "Down", show=False),
+        Binding("pageup", "move(-10)", "Ten up", show=False),
+        Binding("pagedown", "move(10)", "Ten down", show=False),
+        Binding("home", "move(-1000000)", "First", show=False),
+        Binding("end", "move(1000000)", "Last", show=False),
+        Binding("left", "turn(-1)", "Columns before", show=False),
+        Binding("right", "turn(1)", "More columns", show=False),
+        Binding("enter", "choose", "Choose", show=False),
+    ]
+
+    class Highlighted(Message):
+        """Posted when the cursor moved to another line."""
+
+        def __init__(self, table: "RowTable", key: str | None) -> None:
+            super().__init__()
+            self.table, self.key = table, key
+
+        @property
+        def control(self) -> "RowTable":
+            """The table."""
+            return self.table
+
+    class Chosen(Highlighted):
+        """Posted when enter was pressed on a line, or it was double-clicked."""
+
+    class Turned(Message):
+        """Posted when another page of columns is shown."""
+
+    class HeadClicked(Message):
+        """Posted when the heading of a column was clicked."""
+
+        def __init__(self, table: "RowTable", column: str) -> None:
+            super().__init__()
+            self.table, self.column = table, column
+
+        @property
+        def control(self) -> "RowTable":
+            """The table."""
+            return self.table
+
+    def __init__(self, columns: Sequence[Column], *, empty: str = "", id: str) -> None:
+        super().__init__(id=id)
+        self.columns = tuple(columns)
+        self.lines: tuple[Line, ...] = ()
+        self.empty = empty
+        self.page = 0
+        self.sorted_by = ""
+        self.descending = False
+        self._cursor = 0
+        self._widths: dict[str, int] = {}
+        self._longest: dict[str, int] = {}
+
+    def show(self, lines: Sequence[Line], *, sorted_by: str = "", descending: bool = False) -> None:
+        """Set the lines; the cursor stays on its line if that still exists."""
+        shown = tuple(lines)
+        if (shown, sorted_by, descending) == (self.lines, self.sorted_by, self.descending):
+            return
+        key = self.key
+        self.lines, self.sorted_by, self.descending = shown, sorted_by, descending
+        self._measure()
+        self._cursor = next((index for index, line in enumerate(shown) if line.key == key), 0) if key else 0
+        if self._cursor == 0 and self.lines and self.lines[0].key is None:
+            self._cursor = self._nearest(0, 1)
+        self.virtual_size = Size(self._width, len(self.lines) + 1)
+        self.refresh()
+
+    def _measure(self) -> None:
+        for column in self.columns:
+            cells = [len(line.cells.get(column.name, "")) for line in self.lines]
+            self._longest[column.name] = max(cells, default=0)
+            self._widths[column.name] = min(
+                max(len(column.title) + (column.name == self.sorted_by), column.least, *cells, 1), column.widest
+            )
+
+    @property
+    def key(self) -> str | None:
+        """The key of the line under the cursor."""
+        return self.lines[self._cursor].key if 0 <= self._cursor < len(self.lines) else None
+
+    def go_to(self, key: str) -> None:
+        """Move the cursor to the line with a key."""
+        found = next((index for index, line in enumerate(self.lines) if line.key == key), None)
+        if found is not None:
+            self._put_cursor(found)
+
+    def _put_cursor(self, index: int) -> None:
+        self._cursor = index
+        self.scroll_to_region(Region(0, index, 1, 2), animate=False, force=True)
+        self.refresh()
+        self.post_message(self.Highlighted(self, self.key))
+
+    def _nearest(self, index: int, direction: int) -> int:
+        """Return the first selectable line from an index on, or the cursor's own if there is none."""
+        while 0 <= index < len(self.lines):
+            if self.lines[index].key is not None:
+                return index
+            index += direction
+        return self._cursor
+
+    def action_move(self, count: int) -> None:
+        """Move the cursor over selectable lines."""
+        if not self.lines:
+            return
+        target = min(max(self._cursor + count, 0), len(self.lines) - 1)
+        direction = 1 if count > 0 else -1
+        found = self._nearest(target, direction)
+        if self.lines[found].key is None or found == self._cursor:
+            found = self._nearest(target, -direction)
+        self._put_cursor(found)
+
+    def action_turn(self, count: int) -> None:
+        """Turn to the next or previous page of columns."""
+        page = min(max(self.page + count, 0), len(self.pages) - 1)
+        if page != self.page:
+            self.page = page
+            self.refresh()
+            self.post_message(self.Turned())
+
+    def action_choose(self) -> None:
+        """Choose the line under the cursor."""
+        if self.key is not None:
+            self.post_message(self.Chosen(self, self.key))
+
+    @property
+    def pages(self) -> list[tuple[Column, ...]]:
+        """The columns, grouped by rank into pages that fit; each page starts with the first column."""
+        first, rest = self.columns[0], sorted(self.columns[1:], key=lambda column: column.rank)
+        groups, room = [[first]], self._width - self._width_of(first)
+        for column in rest:
+            width = self._width_of(column)
+            if column.narrowest is not None:
+                width = min(width, max(room - GAP, column.narrowest))
+            if width + GAP > room and len(groups[-1]) > 1:
+                groups.append([first])
+                room = self._width - self._width_of(first)
+            groups[-1].append(column)
+            room -= width + GAP
+        order = {column.name: index for index, column in enumerate(self.columns)}
+        return [tuple(sorted(group, key=lambda column: order[column.name])) for group in groups]
+
+    def _width_of(self, column: Column) -> int:
+        return self._widths.get(column.name, len(column.title))
+
+    def _fitted(self, columns: Sequence[Column]) -> list[int]:
+        """Return the width of each column of a page; a shrinkable column takes the space that the others leave."""
+        widths = [self._width_of(each) for each in columns]
+        spare = self._width - sum(widths) - GAP * (len(columns) - 1)
+        for index, column in enumerate(columns):
+            if column.narrowest is not None:
+                longest = max(self._longest.get(column.name, 0), widths[index])
+                widths[index] = min(max(widths[index] + spare, min(widths[index], column.narrowest)), longest)
+        return widths
+
+    @property
+    def shown_columns(self) -> tuple[Column, ...]:
+        """The visible columns."""
+        pages = self.pages
+        return pages[min(self.page, len(pages) - 1)]
+
+    @property
+    def hint(self) -> str:
+        """The keys that show the other columns, and the page; empty if all columns are visible."""
+        pages = len(self.pages)
+        if pages == 1 or not self.lines:
+            return ""
+        page = min(self.page, pages - 1)
+        keys = "→ more columns" if page == 0 else "← columns before" if page == pages - 1 else "← → more columns"
+        return f"{keys}, {page + 1} of {pages}"
+
+    def on_resize(self) -> None:
+        """Keep the page number in range."""
+        self.page = min(self.page, len(self.pages) - 1)
+        self.virtual_size = Size(self._width, len(self.lines) + 1)
+
+    def on_click(self, event: events.Click) -> None:
+        """Move the cursor, or post that a heading was clicked."""
+        if event.y == 0:
+            at, columns = 0, self.shown_columns
+            for column, width in zip(columns, self._fitted(columns), strict=True):
+                at += width + GAP
+                if event.x < at:
+                    self.post_message(self.HeadClicked(self, column.name))
+                    return
+            return
+        index = event.y - 1 + self.scroll_offset.y
+        if index < len(self.lines) and self.lines[index].key is not None:
+            again = index == self._cursor and event.chain > 1
+            self._put_cursor(index)
+            if again:
+                self.action_choose()
+
+    @property
+    def _width(self) -> int:
+        return self.scrollable_content_region.width
+
+    def _text(self, columns: Sequence[Column], cells: Mapping[str, str]) -> str:
+        parts = []
+        for column, width in zip(columns, self._fitted(columns), strict=True):
+            text = clip(cells.get(column.name, ""), width)
+            parts.append(f"{text:>{width}}" if column.right else f"{text:<{width}}")
+        return (" " * GAP).join(parts)
+
+    def _head(self) -> str:
+        arrow = "▼" if self.descending else "▲"
+        titles = {
+            column.name: column.title + (arrow if column.name == self.sorted_by else "") for column in self.columns
+        }
+        return self._text(self.shown_columns, titles)
+
+    def render_line(self, y: int) -> Strip:
+        """Draw the heading, which does not scroll, or one line."""
+        width = self._width
+        if y == 0 and self.lines:
+            return self._strip(self._head(), "head")
+        index = y - 1 + self.scroll_offset.y
+        if not self.lines:
+            said = textwrap.wrap(self.empty, max(10, width - 2))
+            return self._strip(f" {said[y]}" if y < len(said) else "", "dim")
+        if index >= len(self.lines):
+            return Strip.blank(width, self.rich_style)
+        line = self.lines[index]
+        text = clip(line.span, width) if line.span is not None else self._text(self.shown_columns, line.cells)
+        if index == self._cursor and line.key is not None:
+            return self._strip(text, "cursor" if self.has_focus else "cursor-unfocused")
+        return self._strip(text, {"": "row", "head": "block"}.get(line.tone, line.tone))
+
+    def _strip(self, text: str, part: str) -> Strip:
+        style = self.get_component_rich_style(f"table--{part}")
+        return Strip([Segment(text, style)]).adjust_cell_length(self._width, style)

@@ -1,0 +1,149 @@
+"""The workload: sliders and choices, and below them the resulting cases, FLOPs, memory and time."""
+
+from functools import partial
+from typing import Final
+
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Container, Vertical
+from textual.markup import escape
+from textual.message import Message
+from textual.widgets import Static
+
+from attention.core.errors import UsageError
+from attention.core.workload import DTYPES, PASSES, Workload
+from fatui import formatting
+from fatui.draft import AXES, Draft
+from fatui.quantities import STOPS, divisors, parse, parse_values, say, say_values
+from fatui.tui.terminal import literal
+from fatui.tui.widgets.choice import Choice
+from fatui.tui.widgets.slider import Slider
+
+LABELS: Final = {"batch": "batch", "seq": "seq", "head_dim": "head dim", "heads": "heads", "kv_heads": "K/V heads"}
+CANNOT: Final = "cannot run"
+MASKS: Final = ("none", "causal", "window:256", "window:1024", "window:4096")
+BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
+
+
+class WorkloadPane(Vertical):
+    """Editor of a draft; it posts each change, and draws the draft that is set."""
+
+    class Edited(Message):
+        """Posted when the user changed the draft."""
+
+        def __init__(self, draft: Draft) -> None:
+            super().__init__()
+            self.draft = draft
+
+    def __init__(self, draft: Draft, *, id: str) -> None:
+        super().__init__(id=id, classes="pane")
+        self.draft = draft
+        self.border_title = "Workload"
+
+    def compose(self) -> ComposeResult:
+        """Yield the sliders, the choices, and the lines below them."""
+        for name in AXES:
+            stops = STOPS.get(name, (1,))
+            yield Slider(LABELS[name], stops, parse=partial(self._parse, name), say=say, id=f"axis-{name}")
+        with Container(id="choices"):
+            yield Choice("dtype", DTYPES, id="choice-dtype")
+            yield Choice("mask", MASKS, id="choice-mask", typed_option=lambda digits: f"window:{digits}")
+            yield Choice("pass", PASSES, id="choice-pass_")
+        for name in ("cases", "counts", "needs", "takes", "buttons"):
+            yield Static(id=f"workload-{name}", markup=name == "buttons")
+
+    def on_mount(self) -> None:
+        """Draw the initial draft."""
+        self.show(self.draft)
+
+    def _parse(self, name: str, text: str) -> tuple[int, ...]:
+        return parse_values(text, name) if self.draft.sweeping else (parse(text, name),)
+
+    def show(self, draft: Draft) -> None:
+        """Draw a draft."""
+        self.draft = draft
+        for name in AXES:
+            values = draft.kv_heads if name == "kv_heads" else draft.axes[name]
+            stops = divisors(max(draft.axes["heads"])) if name == "kv_heads" else STOPS[name]
+            self.query_one(f"#axis-{name}", Slider).show(values, stops=stops, sweeping=draft.sweeping)
+        for name in ("dtype", "mask", "pass_"):
+            self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
+        self.border_title = literal(f"Workload · {draft.title()}")
+        self.query_one("#choices").set_class(draft.sweeping, "-sweeping")
+        cases = cases_text(draft)
+        self._line("cases", cases)
+        self.query_one("#workload-cases").set_class(cases.startswith(CANNOT), "-bad")
+        self._line("counts", counts_text(draft))
+
+    def show_words(self, needs: str, takes: str, keys: dict[str, str]) -> None:
+        """Draw the memory and time estimates and the buttons."""
+        self._line("needs", needs)
+        self._line("takes", takes)
+        sweep = "End sweep" if self.draft.sweeping else "Sweep"
+        run, sweep_key = (escape(keys.get(name, "")) for name in ("run", "sweep"))
+        text = BUTTONS.format(run=run, sweep=sweep, sweep_key=sweep_key)
+        self._line("buttons", text)
+
+    def _line(self, name: str, text: str) -> None:
+        line = self.query_one(f"#workload-{name}", Static)
+        line.display = bool(text)
+        if line.content != text:
+            line.update(text)
+
+    @on(Slider.Changed)
+    def _take_axis(self, event: Slider.Changed) -> None:
+        event.stop()
+        self._edit(self.draft.set_axis((event.slider.id or "").removeprefix("axis-"), event.values))
+
+    @on(Choice.Changed)
+    def _take_choice(self, event: Choice.Changed) -> None:
+        event.stop()
+        self._edit(self.draft.set_choice((event.choice.id or "").removeprefix("choice-"), event.values))
+
+    def _edit(self, draft: Draft) -> None:
+        self.show(draft)
+        self.post_message(self.Edited(draft))
+
+
+def shown_workload(draft: Draft) -> Workload | None:
+    """Return the first case, which the estimates are about, or None if there is none."""
+    try:
+        return draft.workloads()[0]
+    except UsageError:
+        return None
+
+
+def cases_text(draft: Draft) -> str:
+    """Describe what the sliders cannot show: a preset's own cases, the values of a sweep, and errors."""
+    try:
+        count = len(draft.workloads())
+    except UsageError as error:
+        return f"{CANNOT}: {'; '.join(error.problems)}"
+    if draft.cases:
+        return f"{count} cases of the preset, the sliders show the first; moving one drops the others"
+    parts = [f"{LABELS[name]} {say_values(values)}" for name, values in draft.axes.items() if len(values) > 1]
+    parts += [f"{name.rstrip('_')} {', '.join(values)}" for name, values in draft.several.items()]
+    if draft.sweeping:
+        swept = (
+            " x ".join(parts) if parts else "space marks a value on a slider or a choice, or type 128,512 or 128..4k"
+        )
+        return f"{count} case{'s' if count > 1 else ''}: {swept}"
+    extra = [f"{name} {value}" for name in ("kv_seq", "value_dim") if (value := getattr(draft, name)) is not None]
+    return f"{' and '.join(extra)}, from the preset" if extra else ""
+
+
+def counts_text(draft: Draft) -> str:
+    """Format FLOPs and bytes of one call, or their range over the cases."""
+    try:
+        cases = draft.workloads()
+    except UsageError:
+        return ""
+    flops = sorted(case.flops for case in cases)
+    moved = sorted(case.bytes_moved for case in cases)
+    return f"{_range(formatting.flops, flops)} · {_range(formatting.size, moved)} in and out"
+
+
+def _range(say_figure: "object", values: list[int]) -> str:
+    assert callable(say_figure)
+    low, high = say_figure(values[0]), say_figure(values[-1])
+    return low if low == high else f"{low} to {high}"

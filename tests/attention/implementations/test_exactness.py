@@ -1,0 +1,326 @@
+"""Results do not depend on the size of a call: they are equal within and beyond a memory budget."""
+
+import math
+import threading
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from attention import UnsupportedError, attention
+from attention.implementations.bounded.blocks import Blocks
+from attention.implementations.bounded.blockwise import Call, exact_product
+from attention.implementations.bounded.implementation import Practical
+from attention.masks import Mask
+
+BUDGETS = [None, 1 << 16]
+"""A budget that a small call fits, and one that cuts it into blocks."""
+
+
+def normal(*shape: int, key: int = 0) -> mx.array:
+    made: mx.array = mx.random.normal(shape, key=mx.random.key(key))
+    return made
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 200.0, 1e4, 1e30])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_rows_whose_first_keys_are_hidden_keep_their_mean(budget: int | None, size: float) -> None:
+    q, k, v = mx.ones((1, 1, 64, 64)), mx.full((1, 1, 256, 64), -1 / 64), normal(1, 1, 256, 8)
+    for more in ({"mask": mx.arange(256) >= 128}, {"window": 16}):
+        got = attention(q, k, v, scale=size, implementation=Practical(budget), **more)[0, 0, -1]
+        seen = v[0, 0, 128:] if "mask" in more else v[0, 0, -16:]
+        assert np.allclose(np.array(got), np.array(seen.mean(axis=0)), atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [-1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_rows_hidden_by_large_numbers_have_the_mean_gradient(budget: int | None, hidden: float) -> None:
+    q, k, v = (normal(1, 1, 128, 32, key=key) for key in range(3))
+    mask = mx.full((128, 128), hidden)
+    gradient = mx.grad(lambda v: attention(q, k, v, mask=mask, implementation=Practical(budget)).sum())(v)
+    assert np.allclose(np.array(gradient), 1.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "implementation", ["baseline", Practical(), Practical(1 << 16)], ids=["baseline", "whole", "blocks"]
+)
+def test_float16_rows_at_the_lowest_number_are_no_nan(implementation: object) -> None:
+    q, k, v = mx.full((1, 1, 4, 16), -3.0), mx.full((1, 1, 8, 16), 3.0), mx.ones((1, 1, 8, 16))
+    q, k, v = (x.astype(mx.float16) for x in (q, k, v))
+    mask = mx.full((4, 8), -65504.0, mx.float16)
+    assert mx.all(attention(q, k, v, mask=mask, implementation=implementation) == 1.0).item()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "implementation", ["baseline", Practical(), Practical(1 << 16)], ids=["baseline", "whole", "blocks"]
+)
+def test_float16_scores_beyond_its_range_are_right(implementation: object) -> None:
+    q, k = (mx.sign(normal(1, 1, 64, 64, key=key)) * 200 for key in range(2))
+    v = normal(1, 1, 64, 64, key=2)
+    q, k, v = (x.astype(mx.float16) for x in (q, k, v))
+    wanted = attention(*(x.astype(mx.float32) for x in (q, k, v)), scale=1.0, implementation="baseline")
+    got = attention(q, k, v, scale=1.0, implementation=implementation)  # type: ignore[arg-type]
+    assert np.allclose(np.array(got), np.array(wanted), atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 60, 70), (2, 1, 60, 70), (60, 70), (60, 1), (70,), (2, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    "implementation", [*map(Practical, BUDGETS), "poc", "mlx"], ids=["whole", "blocks", "poc", "mlx"]
+)
+def test_an_additive_mask_gets_its_gradient(
+    implementation: object, softcap: float | None, shape: tuple[int, ...]
+) -> None:
+    if implementation == "mlx" and softcap:
+        pytest.skip("MLX's SDPA has no softcap")
+    q, k, v = normal(2, 4, 60, 16), normal(2, 2, 70, 16, key=1), normal(2, 2, 70, 8, key=2)
+    mask, way = normal(*shape, key=3), normal(2, 4, 60, 8, key=4)
+
+    def gradient(implementation: object) -> mx.array:
+        def loss(mask: mx.array) -> mx.array:
+            return (attention(q, k, v, mask=mask, softcap=softcap, implementation=implementation) * way).sum()  # type: ignore[arg-type]
+
+        made: mx.array = mx.grad(loss)(mask)
+        return made
+
+    assert np.allclose(np.array(gradient(implementation)), np.array(gradient("baseline")), atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_vmap_of_gradients_gives_each_its_own(budget: int | None) -> None:
+    q, k, v = normal(3, 1, 4, 40, 16), normal(3, 1, 2, 50, 16, key=1), normal(3, 1, 2, 50, 16, key=2)
+    mask = normal(3, 4, 40, 50, key=3)
+
+    def loss(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
+        return mx.square(attention(q, k, v, mask=mask, softcap=3.0, implementation=Practical(budget))).sum()
+
+    gradient = mx.grad(loss, argnums=(0, 1, 2, 3))
+    mapped = mx.vmap(gradient)(q, k, v, mask)
+    for index in range(3):
+        for got, wanted in zip(mapped, gradient(q[index], k[index], v[index], mask[index]), strict=True):
+            assert np.allclose(np.array(got[index]), np.array(wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["compile", "gradient"])
+def test_the_depth_of_a_graph_does_not_grow_with_its_tiles(mode: str) -> None:
+    q, k, v = (mx.zeros((1, 1, 2048, 8)) for _ in range(3))
+
+    def loss(*x: mx.array) -> mx.array:
+        return attention(*x, mask="causal", implementation=Practical(1 << 19)).sum()
+
+    def trace() -> None:
+        mx.set_default_device(mx.cpu)
+        (mx.compile(loss) if mode == "compile" else mx.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    before = threading.stack_size(512 * 1024)  # a graph as deep as its tiles are many overflows it and ends the process
+    try:
+        thread = threading.Thread(target=trace)
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
+
+
+@pytest.mark.parametrize("implementation", ["baseline", "practical", "poc", "mlx"])
+@pytest.mark.parametrize(
+    "mask", [mx.array(True), mx.array(0.5), mx.arange(9) < 5, mx.zeros((1,))], ids=["b", "f", "L", "1"]
+)
+def test_masks_of_no_or_one_axis_broadcast(mask: mx.array, implementation: str) -> None:
+    q, k, v = (normal(2, 4, 9, 16, key=key) for key in range(3))
+    wanted = attention(q, k, v, mask=mx.broadcast_to(mask, (9, 9)), implementation="baseline")
+    assert mx.allclose(attention(q, k, v, mask=mask, implementation=implementation), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["baseline", "practical", "poc"])
+@pytest.mark.parametrize("softcap", [1e-30, 1e-10, 1e10, 1e30])
+def test_softcaps_of_any_size_are_right(softcap: float, implementation: str) -> None:
+    q, k, v = (normal(1, 2, 9, 16, key=key) for key in range(3))
+    got = attention(q, k, v, softcap=softcap, implementation=implementation)
+    wanted = attention(q, k, v, implementation="baseline") if softcap > 1 else v.mean(axis=2, keepdims=True)
+    assert mx.allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["baseline", "practical", "poc", "mlx"])
+def test_a_batch_larger_than_a_benchmark_takes_is_taken(implementation: str) -> None:
+    q = normal(70_000, 1, 1, 1)
+    assert mx.allclose(attention(q, q, q, implementation=implementation), q)
+
+
+@pytest.mark.parametrize(
+    "implementation", ["baseline", Practical(), Practical(1 << 16)], ids=["baseline", "whole", "blocks"]
+)
+def test_second_derivatives_and_tangents_are_those_of_float64(implementation: object) -> None:
+    q, k, v, way = (normal(1, 2, 40, 8, key=key) for key in range(4))
+
+    def loss(q: mx.array) -> mx.array:
+        return mx.square(attention(q, k, v, mask="causal", softcap=3.0, implementation=implementation)).sum()  # type: ignore[arg-type]
+
+    def along(q: mx.array) -> mx.array:
+        derivative: mx.array = (mx.grad(loss)(q) * way).sum()
+        return derivative
+
+    step = 1e-2
+    second = (mx.grad(along)(q) * way).sum().item()
+    wanted = (along(q + step * way) - along(q - step * way)).item() / (2 * step)
+    assert second == pytest.approx(wanted, rel=2e-2)
+    _, (tangent,) = mx.jvp(loss, [q], [way])
+    assert tangent.item() == pytest.approx(along(q).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [None, "causal", "bool", "add"])
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_torch_has_its_gradients_and_signs(scale: float, kind: str | None) -> None:
+    pytest.importorskip("torch")
+    q, k, v = normal(1, 4, 9, 16), normal(1, 2, 12, 16, key=1), normal(1, 2, 12, 16, key=2)
+    mask = mx.arange(12) < 7 if kind == "bool" else normal(12, key=3) if kind == "add" else kind
+
+    def loss(implementation: str) -> list[mx.array]:
+        def call(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return mx.square(attention(q, k, v, mask=mask, scale=scale, implementation=implementation)).sum()
+
+        value, gradients = mx.value_and_grad(call, argnums=(0, 1, 2))(q, k, v)
+        return [value, *gradients]
+
+    assert all(mx.allclose(got, wanted, atol=1e-4) for got, wanted in zip(loss("torch"), loss("baseline"), strict=True))
+
+
+@pytest.mark.parametrize("transform", ["compile", "vmap", "jvp", "second"])
+def test_torch_refuses_what_it_cannot_do_in_one_line(transform: str) -> None:
+    pytest.importorskip("torch")
+    q = normal(1, 1, 2, 4, 8)
+
+    def call(q: mx.array) -> mx.array:
+        return attention(q, q, q, implementation="torch").sum()
+
+    calls: dict[str, Callable[[], object]] = {
+        "compile": lambda: mx.compile(call)(q[0]),
+        "vmap": lambda: mx.vmap(call)(q),
+        "jvp": lambda: mx.jvp(call, [q[0]], [q[0]]),
+        "second": lambda: mx.grad(lambda q: mx.grad(call)(q).sum())(q[0]),
+    }
+    with pytest.raises(UnsupportedError, match=r"torch: .*'baseline'"):
+        calls[transform]()
+
+
+@pytest.mark.parametrize("name", ["practical", "poc", "mlx"])
+def test_a_tangent_of_an_additive_mask_is_refused(name: str) -> None:
+    x, mask = mx.random.normal((1, 1, 8, 16)), mx.zeros((8, 8))
+    with pytest.raises(UnsupportedError, match="baseline"):
+        mx.jvp(lambda mask: attention(x, x, x, mask=mask, implementation=name), [mask], [mask])
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_mlx_is_given_positive_scales_only(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    given, inner = [], mx.fast.scaled_dot_product_attention
+
+    def recorded(*arrays: mx.array, scale: float, **more: object) -> mx.array:
+        given.append(scale)
+        return inner(*arrays, scale=scale, **more)
+
+    x = mx.random.normal((1, 2, 40, 16))
+    expected = attention(x, x, x, mask="causal", scale=scale, implementation="baseline")
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", recorded)
+    for implementation in (Practical(), Practical(1 << 14)):
+        out = attention(x, x, x, mask="causal", scale=scale, implementation=implementation)
+        assert float(mx.abs(out - expected).max()) < 1e-5
+    assert given
+    assert min(given) > 0
+
+
+EVERY = ["baseline", Practical(), Practical(1 << 16), "poc"]
+every_implementation = pytest.mark.parametrize("implementation", EVERY, ids=["baseline", "whole", "blocks", "poc"])
+
+
+@every_implementation
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_row_that_one_number_covers_keeps_its_scores(implementation: object, causal: bool, dtype: mx.Dtype) -> None:
+    """float32 rounds to multiples of 64 near -1e9, and the scores lie 10 apart."""
+    q, k = mx.full((1, 2, 40, 16), 2.5), mx.broadcast_to((mx.arange(100) % 3)[:, None] * 2.5, (1, 2, 100, 16))
+    q, k, v = (x.astype(dtype) for x in (q, k, normal(1, 2, 100, 8)))
+    hidden = mx.where(mx.arange(100) < 61, -1e9, 0.0 if causal else -1e9)  # causal: row 0 sees the first 61 keys
+    more = {"mask": hidden[None].astype(mx.float32), "window": 1000 if causal else None}
+    got = attention(q, k, v, scale=0.1, implementation=implementation, **more)[:, :, :1]  # type: ignore[arg-type]
+    seen = 61 if causal else 100
+    weights = mx.softmax((mx.arange(seen) % 3) * 10.0)
+    wanted = (weights @ v.astype(mx.float32)[:, :, :seen])[:, :, None]
+    assert np.allclose(np.array(got.astype(mx.float32)), np.array(wanted), atol=2e-2)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_float32_scores_are_no_less_exact_in_blocks(budget: int | None) -> None:
+    """Scores near 1500 are rounded by 6e-5, and each further rounding of them shows in the output."""
+    q, k, v = (8 * normal(2, 1, 256, 24, key=key) for key in range(3))
+    wanted = attention(q, k, v, scale=1.0, implementation="baseline")
+    got = attention(q, k, v, scale=1.0, implementation=Practical(budget))
+    assert np.abs(np.array(got) - np.array(wanted)).max() < 5e-5
+
+
+def test_a_number_of_a_mask_that_is_clipped_has_its_gradient() -> None:
+    q, k, v = (normal(1, 1, 8, 16, key=key).astype(mx.bfloat16) for key in range(3))
+    mask = mx.full((8, 8), float(np.finfo(np.float32).min))
+
+    def gradient(name: str) -> np.ndarray:
+        of_mask = mx.grad(lambda m: (attention(q, k, v, mask=m, implementation=name) ** 2).sum())(mask)
+        return np.array(of_mask)
+
+    assert np.abs(gradient("practical")).max() > 0.01
+    assert np.allclose(gradient("baseline"), gradient("practical"), atol=0.02)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("arithmetic", ["wide", "wide float32"])
+def test_blocks_as_on_cuda_are_right(monkeypatch: pytest.MonkeyPatch, arithmetic: str, softcap: float | None) -> None:
+    q, k, v = normal(2, 4, 33, 16), normal(2, 2, 70, 16, key=1), normal(2, 2, 70, 8, key=2)
+
+    def results() -> list[mx.array]:
+        def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return attention(q, k, v, scale=-0.3, softcap=softcap, mask="causal", implementation=Practical(1 << 16))
+
+        outputs, gradients = mx.vjp(attend, [q, k, v], [normal(2, 4, 33, 8, key=3)])
+        return [*outputs, *gradients]
+
+    expected = results()
+    monkeypatch.setattr(
+        "attention.implementations.bounded.implementation.arithmetic_of", lambda dtype, backend: arithmetic
+    )
+    for one, other in zip(results(), expected, strict=True):
+        assert np.allclose(np.array(one), np.array(other), atol=1e-5)
+
+
+def test_rounded_outputs_do_not_spoil_gradients_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that share a large component: in bfloat16 the output keeps little of what they differ by."""
+    monkeypatch.setattr("attention.implementations.bounded.implementation.arithmetic_of", lambda dtype, backend: "wide")
+    v = (1000 + 8 * mx.round(normal(1, 1, 64, 16, key=2))).astype(mx.bfloat16)
+    q, k, upstream = (
+        normal(1, 1, 32, 16).astype(mx.bfloat16),
+        normal(1, 1, 64, 16, key=1),
+        normal(1, 1, 32, 16, key=3),
+    )
+    k = k.astype(mx.bfloat16)
+
+    def gradient(q: mx.array, k: mx.array, v: mx.array) -> np.ndarray:
+        def loss(q: mx.array) -> mx.array:
+            out = attention(q, k, v, softcap=50.0, implementation=Practical(1 << 20))
+            return (out.astype(mx.float32) * upstream.astype(q.dtype).astype(mx.float32)).sum()
+
+        return np.array(mx.grad(loss)(q).astype(mx.float32))
+
+    exact = gradient(*(x.astype(mx.float32) for x in (q, k, v)))
+    assert np.abs(gradient(q, k, v) - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("scale", [0.3, -2.0, 0.0, 1e30, 1e-30])
+def test_the_factor_of_a_wide_query_is_a_power_of_2(scale: float) -> None:
+    of_query, of_product = Call(scale, Mask(), None, Blocks(batches=1, kv_heads=1, rows=1, keys=1), "wide").factors
+    assert of_query * of_product == scale
+    assert math.frexp(of_query)[0] == 0.5
+
+
+@pytest.mark.parametrize(("a", "b"), [((5, 7), (7, 4)), ((1, 1), (1, 4)), ((2, 3, 5, 1), (2, 1, 1, 6))])
+def test_a_product_by_rows_is_the_product(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    one, other = normal(*a), normal(*b, key=1)
+    assert np.allclose(np.array(exact_product(one, other)), np.array(one @ other), atol=1e-5)
+    turned = exact_product(other.swapaxes(-1, -2), one.swapaxes(-1, -2))
+    assert np.allclose(np.array(turned), np.array((one @ other).swapaxes(-1, -2)), atol=1e-5)

@@ -1,0 +1,209 @@
+"""Every implementation against float64: either a correct result, or a route that declines."""
+
+import importlib.util
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from msgspec import structs
+
+from attention.core.errors import UnsupportedError
+from attention.core.route import Needs
+from attention.core.workload import Workload
+from attention.implementations import get
+from attention.implementations.autotune.implementation import Demo
+from attention.implementations.bounded.blocks import Blocks
+from attention.implementations.bounded.blockwise_gradient import Attend
+from attention.implementations.bounded.implementation import Practical
+from attention.implementations.bounded.policy import Choice, Way
+from attention.implementations.protocol import Implementation
+from attention.implementations.torch_sdpa import TorchSdpa
+from attention.masks import Mask
+from attention.measure.device import Backend
+from tests.support.attention_examples import CPU, EXAMPLES, INSTALLED, TOLERANCE, Example, to_numpy
+
+
+class InBlocks(Practical):
+    """Practical, forced to cut everything into small tiles."""
+
+    def __init__(self, keys: int, sums_queries: bool = False) -> None:
+        super().__init__(budget_bytes=1)
+        self._tile = Blocks(batches=1, kv_heads=1, rows=16, keys=keys, sums_queries=sums_queries)
+
+    def _choose(self, *asked: Any) -> Choice:
+        return structs.replace(super()._choose(*asked), blocks=self._tile, backward=self._tile)
+
+
+class InSlices(Practical):
+    """Practical, forced to use slices as on a GPU, each optionally waiting for the previous one."""
+
+    def __init__(self, way: Way, waits: bool = False) -> None:
+        super().__init__()
+        self._way, self._waits = way, waits
+        self._slice = Blocks(batches=1, kv_heads=1, rows=16, keys=1)
+
+    def _choose(self, workload: Workload, backend: Backend, needs: Needs, *more: Any) -> Choice:
+        made = super()._choose(workload, backend, needs, *more)
+        if needs.softcap:
+            return made
+        behind = None if "blocks" in self._way else self._slice
+        return structs.replace(made, way=self._way, slices=self._slice, backward_slices=behind, waits=self._waits)
+
+    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
+        return super()._in_slices(choice, "cuda", scale, mask, dtype)  # waits, where it waits, as there
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    **{name: get(name) for name in INSTALLED},
+    "demo": Demo(budget_s=0.02),  # a trial for each kind of call
+    "blocks of all keys": InBlocks(1000),
+    "blocks of few keys": InBlocks(12),
+    "blocks of few keys, seen once": InBlocks(12, sums_queries=True),
+    "slices": InSlices("slices"),
+    "slices that wait": InSlices("slices", waits=True),
+    "slices behind": InSlices("whole, slices behind"),
+    "slices, blocks behind": InSlices("slices, blocks behind"),
+}
+DIFFERENTIABLE = [name for name in IMPLEMENTATIONS if name != "torch"]
+LARGE_GRAPHS = ("blocks of all keys", "blocks of few keys", "blocks of few keys, seen once", "slices, blocks behind")
+"""Blocks make a large graph, which takes the C++ compiler seconds."""
+
+
+def labels(example: object) -> str:
+    return example.label if isinstance(example, Example) else str(example)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=labels)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_output_is_float64s_or_the_route_refuses(name: str, example: Example) -> None:
+    implementation, inputs = IMPLEMENTATIONS[name], example.inputs()
+    route = implementation.route(example.workload(), CPU, example.needs)
+
+    def call() -> mx.array:
+        q, k, v = inputs[:3]
+        return implementation(q, k, v, scale=example.scale, mask=example.mask(), softcap=example.softcap)
+
+    if not route.supported:
+        with pytest.raises(UnsupportedError):
+            call()
+        return
+    out = call()
+    assert out.dtype == inputs[0].dtype
+    assert len(route.path) <= 22
+    np.testing.assert_allclose(to_numpy(out), example.exact(inputs)[0], atol=TOLERANCE[example.dtype])
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=labels)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_are_float64s(name: str, example: Example) -> None:
+    implementation, inputs = IMPLEMENTATIONS[name], example.inputs()
+    if not implementation.route(example.workload("training"), CPU, example.needs).supported:
+        return
+    mask = example.mask()
+
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return implementation(q, k, v, scale=example.scale, mask=mask, softcap=example.softcap)
+
+    outputs, gradients = mx.vjp(attend, inputs[:3], inputs[3:])
+    assert [g.dtype for g in gradients] == [x.dtype for x in inputs[:3]]
+    for found, exact in zip([*outputs, *gradients], example.exact(inputs), strict=True):
+        np.testing.assert_allclose(to_numpy(found), exact, atol=4 * TOLERANCE[example.dtype])
+
+
+def test_rows_that_see_nothing_are_exactly_zero() -> None:
+    example = Example(causal=True, seq=41, kv_seq=20)
+    q, k, v, _ = example.inputs()
+    for implementation in IMPLEMENTATIONS.values():
+        out = implementation(q, k, v, scale=1.0, mask=example.mask())
+        assert not np.array(out[:, :, :21]).any()
+        assert np.array(out[:, :, 21:]).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("name", ["baseline", "practical", "blocks of all keys", "blocks of few keys"])
+def test_a_hugely_negative_additive_mask_hides_without_blinding(name: str) -> None:
+    example = Example(array="additive")
+    q, k, v, _ = example.inputs()
+    mask = example.mask()
+    lowest = mx.full((example.seq, example.kv_seq), float(np.finfo(np.float32).min))
+    mask = type(mask)(array=lowest)
+    out = IMPLEMENTATIONS[name](q, k, v, scale=0.01, mask=mask)
+    assert np.isfinite(np.array(out)).all()
+    assert np.array(out).any()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE_GRAPHS else n for n in DIFFERENTIABLE]
+)
+def test_works_under_grad_value_and_grad_and_compile(name: str) -> None:
+    implementation = IMPLEMENTATIONS[name]
+    example = Example(batch=1, heads=2, kv_heads=1, seq=9, kv_seq=13, causal=True)  # few tiles: each is C++ to compile
+    q, k, v, _ = example.inputs()
+    mask = example.mask()
+
+    def loss(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.square(implementation(q, k, v, scale=example.scale, mask=mask)).sum()
+
+    plain = mx.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    value, again = mx.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    compiled_value, compiled = mx.compile(mx.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    assert compiled_value.item() == pytest.approx(value.item(), rel=1e-5)
+    for one, two, three in zip(plain, again, compiled, strict=True):
+        assert mx.allclose(one, two, atol=1e-4)
+        assert mx.allclose(one, three, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in INSTALLED if name in ("mlx", "poc", "torch")])
+def test_a_softcap_is_taken_or_refused_as_the_route_says(name: str) -> None:
+    example = Example(softcap=2.0)
+    supported = IMPLEMENTATIONS[name].route(example.workload(), CPU, example.needs).supported
+    assert supported == (name == "poc")
+
+
+def test_every_route_says_why() -> None:
+    for implementation in IMPLEMENTATIONS.values():
+        for pass_ in ("forward", "training"):
+            route = implementation.route(Example().workload(pass_), CPU)
+            assert route.reason
+            assert route.supported
+
+
+@pytest.mark.parametrize(("enabled", "named"), [(None, True), ("1", True), ("0", False)])
+@pytest.mark.parametrize("name", ["baseline", "practical", "mlx"])
+def test_float32_products_in_tf32_are_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, enabled: str | None, named: bool
+) -> None:
+    if enabled is None:
+        monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    else:
+        monkeypatch.setenv("MLX_ENABLE_TF32", enabled)
+    cuda = structs.replace(CPU, backend="cuda")
+    for workload in (Workload(seq=64, dtype="float32"), Workload(seq=8192, heads=64, dtype="float32")):
+        assert get(name).route(workload, cuda).path.endswith(", TF32") == named
+    assert "TF32" not in get(name).route(Workload(seq=64, dtype="bfloat16"), cuda).path
+    assert "TF32" not in get(name).route(Workload(seq=64, dtype="float32"), CPU).path
+
+
+@pytest.mark.parametrize("name", ["poc", "practical"])
+def test_float32_in_blocks_is_not_in_tf32(name: str) -> None:
+    cuda = structs.replace(CPU, backend="cuda")
+    assert "TF32" not in get(name).route(Workload(seq=64, dtype="float32"), cuda, Needs(softcap=True)).path
+
+
+def test_poc_says_that_it_falls_back() -> None:
+    route = get("poc").route(Workload(head_dim=513), CPU)
+    assert (route.path, route.fallback) == ("falls back: MLX SDPA", True)
+    assert "takes head dims to 512, not 513" in route.reason
+
+
+def test_torch_says_how_to_get_it_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    route = TorchSdpa().route(Example().workload(), CPU)
+    assert not route.supported
+    assert "'peers' brings it" in route.reason
+
+
+def test_mlx_gives_its_own_reason_for_not_fusing() -> None:
+    route = get("mlx").route(Example().workload(), CPU)
+    assert (route.path, route.fused) == ("MLX SDPA, unfused", False)
+    assert "CPU" in route.reason

@@ -1,0 +1,176 @@
+"""Launch plans on a simulated Hopper GPU: stages, and kernel parameters; needs no GPU."""
+
+import re
+import struct
+
+import pytest
+
+from attention.kernels.cuda.sm90 import launch as sm90_launch
+
+mx = pytest.importorskip("mlx.core")
+
+from attention.kernels import cuda
+from attention.kernels.cuda import KernelUnavailable, path
+from attention.kernels.cuda.runtime import launch, launcher
+from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.launch import MAP, NUMBER, SERIAL, STRIDE
+from attention.kernels.cuda.runtime.program import TEXTS, Program
+from attention.masks import Mask
+from tests.support.cuda_planted import planted
+
+FILES = {  # of a kernel's name
+    "flash_forward": "sm90/forward.cu",
+    "flash_decode": "sm90/decode.cu",
+    "flash_backward": "sm90/backward.cu",
+    "flash_backward_rows": "sm90/backward_rows.cu",
+    "flash_backward_finish": "sm90/backward_finish.cu",
+}
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setattr(Program, "entry", property(lambda program: program.name))
+    for on in planted(monkeypatch):
+        yield on("H100").recorder
+
+
+def call(queries, keys, dim=64, heads=4, kv_heads=2, with_logsumexp=False):
+    q, k = mx.zeros((1, heads, queries, dim), mx.bfloat16), mx.zeros((1, kv_heads, keys, dim), mx.bfloat16)
+    function = cuda.flash_attention_with_logsumexp if with_logsumexp else cuda.flash_attention
+    return (q, k, k), function(q, k, k, scale=0.125, causal=True)
+
+
+def kernels(plan):
+    return [step[0] for step in plan.steps]
+
+
+def parameters(kernel):
+    """The kinds of the parameters in a kernel's signature, in order."""
+    signature = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", (TEXTS / FILES[kernel]).read_text(), re.DOTALL)[1]
+    return [kind_of(parameter) for parameter in signature.split(",")]
+
+
+def kind_of(parameter):
+    if "TensorMap" in parameter:
+        return "map"
+    return "address" if "*" in parameter else "long" if re.search("u64|long", parameter) else "number"
+
+
+def handed_over(argument):
+    return {MAP: "map", NUMBER: "number", STRIDE: "long", SERIAL: "long"}.get(argument[0], "address")
+
+
+def test_many_queries_take_one_launch(recorder):
+    call(300, 300)
+    assert kernels(recorder.plans[-1]) == ["flash_forward"]
+
+
+def test_one_query_to_many_keys_takes_one_launch_of_many_blocks(recorder):
+    call(1, 5000)
+    assert kernels(recorder.plans[-1]) == ["flash_decode"]
+    assert recorder.plans[-1].steps[0][2] > 2
+
+
+def test_one_query_to_few_keys_is_not_split(recorder):
+    call(1, 50)
+    assert recorder.plans[-1].steps[0][2] == 2  # blocks, one for each key head
+
+
+@pytest.mark.parametrize(("batch", "keys", "blocks"), [(1, 8192, 2), (16, 8192, 1), (1, 131_072, 1)])
+def test_a_block_with_many_keys_has_a_multiprocessor_for_itself(recorder, batch, keys, blocks):
+    split = sm90_launch.splitting(Shape(batch, 32, 8, 1, keys, 128, "bf16"), Call(0.1, False, None, None))
+    assert split.kernel.blocks_at_once == blocks
+
+
+def gradients(recorder, with_logsumexp):
+    primals, outputs = call(300, 300, with_logsumexp=with_logsumexp)
+    outputs = list(outputs) if with_logsumexp else [outputs, mx.zeros((1, 4, 300))]
+    results = [*outputs, mx.zeros((1, 4, 300, 2))]
+    made = recorder.gradient(recorder.plans[-1].label, list(primals), outputs, results)
+    return primals, made
+
+
+@pytest.mark.parametrize("with_logsumexp", [False, True])
+def test_gradients_are_one_operation_of_three_launches(recorder, with_logsumexp):
+    primals, made = gradients(recorder, with_logsumexp)
+    assert kernels(recorder.plans[-1]) == ["flash_backward_rows", "flash_backward", "flash_backward_finish"]
+    assert [x.shape for x in made] == [x.shape for x in primals]
+
+
+def test_the_backward_kernel_adds_to_dq_in_place(recorder):
+    gradients(recorder, False)
+    outputs = len(recorder.plans[-1].shapes)
+    assert [len(step[-2]) for step in recorder.plans[-1].steps] == [2, 3, 1]
+    assert sum(len(step[-2]) for step in recorder.plans[-1].steps) == outputs + 1  # dQ's sums twice
+
+
+def test_every_kernel_gets_the_parameters_of_its_signature(recorder):
+    gradients(recorder, True)
+    call(1, 5000)
+    for step in (step for plan in recorder.plans for step in plan.steps):
+        assert [handed_over(argument) for argument in step[-1]] == parameters(step[0]), step[0]
+
+
+@pytest.mark.parametrize("with_logsumexp", [False, True])
+def test_under_vmap_the_axis_becomes_part_of_the_batch(recorder, with_logsumexp):
+    call(300, 300, with_logsumexp=with_logsumexp)
+    label = recorder.plans[-1].label
+    q, k = mx.zeros((1, 4, 5, 300, 64), mx.bfloat16), mx.zeros((1, 2, 300, 64), mx.bfloat16)
+    output, logsumexp, _ = recorder.batched(label, [q, k, k], [2, -1, -1])
+    assert (output.shape, logsumexp.shape) == ((5, 1, 4, 300, 64), (5, 1, 4, 300))
+    assert kernels(recorder.plans[-1]) == ["flash_forward"]
+    assert recorder.plans[-1].shapes[0] == [5, 4, 300, 64]
+
+
+def test_gradients_under_vmap_are_one_operation_too(recorder):
+    gradients(recorder, False)
+    rows = mx.zeros((5, 1, 4, 300))
+    q, k = mx.zeros((5, 1, 4, 300, 64), mx.bfloat16), mx.zeros((1, 2, 300, 64), mx.bfloat16)
+    made = recorder.batched(
+        recorder.plans[-1].label, [q, k, k, q, q, mx.stack([rows, rows], -1), rows], [0, -1, -1, 0, 0, 0, 0]
+    )
+    assert [x.shape for x in made] == [(5, 1, 4, 300, 64), (5, 1, 2, 300, 64), (5, 1, 2, 300, 64)]
+    assert kernels(recorder.plans[-1]) == ["flash_backward_rows", "flash_backward", "flash_backward_finish"]
+
+
+def test_a_gradient_has_no_gradient(recorder):
+    gradients(recorder, False)
+    with pytest.raises(ValueError, match="no second derivative"):
+        recorder.gradient(recorder.plans[-1].label, [], [], [])
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-46, 1e300])
+def test_scales_outside_float32_become_the_nearest(scale):
+    factor = struct.unpack("f", struct.pack("i", launch.scalars_of(Call(scale, False, None, None))[0]))[0]
+    assert factor == (2.0**-126 if scale < 1 else 2.0**126)
+
+
+def test_a_softcap_beyond_what_tanh_can_say_goes_elsewhere(recorder):
+    q = mx.zeros((1, 2, 300, 64), mx.bfloat16)
+    with pytest.raises(KernelUnavailable, match="softcap of up to 11000"):
+        path.attend(q, q, q, scale=0.125, mask=Mask(), softcap=1e5)
+    with pytest.raises(ValueError, match="softcap is at most 11000"):
+        cuda.flash_attention(q, q, q, scale=0.125, softcap=1e5)
+
+
+def test_a_shape_is_decided_once(recorder):
+    for _ in range(3):
+        call(300, 300)
+    assert len(recorder.plans) == 2  # with and without what a gradient would need
+
+
+def test_without_a_gradient_no_logsumexp_is_made(recorder):
+    call(300, 300)
+    whole = recorder.plans[-1]
+    assert [len(plan.shapes) for plan in recorder.plans] == [1, 3]
+    assert whole.untraced is not None
+
+
+def test_the_launcher_keeps_calls_until_they_are_forgotten(recorder, monkeypatch):
+    monkeypatch.setattr(launcher, "is_plan", lambda made: True)
+    monkeypatch.setattr(cuda, "_find_call", cuda._find_nothing)
+    call(300, 300)
+    monkeypatch.setattr(cuda, "_attend", lambda *_: pytest.fail("looked up again"))
+    call(300, 300)
+    cuda.forget_calls()
+    assert recorder.calls == {}

@@ -1,0 +1,51 @@
+"""The verifier's counts match the table of tiles: bytes from global memory, products, barriers, memory."""
+
+import pytest
+
+from attention.kernels.metal import launch
+from attention.kernels.metal.call import Call, Shape, specialisation
+from attention.kernels.metal.tiles import HEAD_DIMS, SIZES
+from benchmarks.metal.traffic import traffic
+from tests.support.metal.case import KINDS, Kind, problems
+from tests.support.metal.device import Device, Launched, needs_verifier, on_a_mac
+
+pytestmark = needs_verifier
+SHAPES = {"many queries": (2, 4, 2, 45, 70), "few queries": (1, 4, 2, 2, 530)}
+"""Batch, heads, key heads, queries, keys."""
+WINDOW_AND_MASK = Kind(causal=True, window=21, mask="bool")
+
+
+def check(one: Launched, shape: Shape, call: Call) -> None:
+    few = shape.few and one.kernel == "forward"
+    kind = "decode" if few else one.kernel
+    expected = traffic(kind, shape, call, *(launch.splitting(shape, call) if few else ()))
+    assert {name: one.counts.reads[name] for name in expected.reads} == expected.reads
+    assert {name: n for name, n in one.counts.writes.items() if n} == expected.writes
+    assert one.counts.products == expected.products
+    assert one.counts.barriers == expected.barriers
+    assert one.counts.threadgroup_bytes == specialisation(kind, shape, call).tile.threadgroup_bytes
+
+
+def launches(shape: Shape, kind: Kind) -> list[Launched]:
+    with on_a_mac(Device()) as device:
+        assert problems(shape, kind) == []
+    return [one for one in device.launches if one.kernel != "join"]
+
+
+@pytest.mark.parametrize("kind", [KINDS["full"], WINDOW_AND_MASK], ids=["full", "window and mask"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), pytest.param(256, "float32", marks=pytest.mark.slow)])
+def test_counts_are_those_of_the_arithmetic(head_dim, dtype, shape, kind):
+    whole = Shape(*SHAPES[shape], head_dim, dtype)
+    for one in launches(whole, kind):
+        check(one, whole, kind.call(head_dim, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", SIZES)
+def test_so_they_are_at_every_head_dim_and_type(dtype, head_dim, shape):
+    whole, kind = Shape(*SHAPES[shape], head_dim, dtype), KINDS["window"]
+    for one in launches(whole, kind):
+        check(one, whole, kind.call(head_dim, dtype))

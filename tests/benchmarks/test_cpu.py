@@ -1,0 +1,87 @@
+"""The CPU kernel's benchmark: fair rounds, and a table with a verdict for each figure."""
+
+import pytest
+
+from benchmarks.cpu import rows
+from benchmarks.cpu.claims import Report, claims
+from benchmarks.cpu.costs import TinyCall
+from benchmarks.cpu.rows import DecodeRow, Row
+from benchmarks.cpu.shapes import DECODE, SHAPES, Shape
+
+SMALL = Shape(1, 2, 16, 8)
+
+
+def report(variant: str = "avx512_bf16", **changes: float) -> Report:
+    """Figures exactly as good as required, except for the changes."""
+    figures = {"torch": 2.01, "mlx": 30.0, "peak": 0.75, "decode": 0.8, "first": 29.0, "later": 0.049, "tiny": 1.02}
+    figures = {**figures, "memory": 3.0 * 2**20, **changes}
+    made = Report("a processor", variant, 2, 0.0)
+    for dtype in ("float32", "bfloat16"):
+        for backward in (False, True):
+            for shape in SHAPES:
+                row = Row(shape.name, dtype, backward, shape.flops(backward), peak_share=figures["peak"])
+                row.ratios = {"torch": figures["torch"]} | ({} if backward else {"mlx": figures["mlx"]})
+                made.rows.append(row)
+    made.decode = [DecodeRow("float32", 1e9, 1e9, figures["decode"], None)]
+    made.tiny = TinyCall(10.0, 10.0, figures["tiny"], 0.03)
+    made.first_start_s, made.later_start_s = figures["first"], figures["later"]
+    made.memory_per_thread = figures["memory"]
+    return made
+
+
+def test_everything_holds_where_everything_is_as_asked():
+    found = claims(report())
+    assert len(found) == 16
+    assert {claim.holds for claim in found} == {True}
+
+
+@pytest.mark.parametrize(
+    ("figure", "worse", "failing"),
+    [
+        ("torch", 1.14, 5),
+        ("torch", 1.4, 2),
+        ("mlx", 29.0, 2),
+        ("peak", 0.74, 4),
+        ("decode", 0.79, 1),
+        ("tiny", 1.04, 1),
+        ("first", 30.0, 1),
+        ("later", 0.05, 1),
+        ("memory", 4.0 * 2**20, 1),
+    ],
+)
+def test_what_falls_short_is_said_not_to_hold(figure, worse, failing):
+    assert sum(claim.holds is False for claim in claims(report(**{figure: worse}))) == failing
+
+
+def test_bfloat16_is_asked_only_of_processors_that_multiply_it():
+    asked = [claim.what for claim in claims(report("avx2")) if claim.holds is None]
+    assert asked == ["bfloat16 forward against torch, geometric mean"]
+
+
+def test_each_round_begins_with_another(monkeypatch):
+    monkeypatch.setattr(rows, "SETTLE_S", 0)
+    order: list[str] = []
+    three = {name: lambda name=name: order.append(name) or [None] for name in "abc"}
+    for number in range(3):
+        assert set(rows.one_round(three, 1, number)) == set("abc")
+    assert order[::2] == [*"abc", *"bca", *"cab"]  # each has one call as a lead-in
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_row_has_a_rate_and_ratios(monkeypatch):
+    monkeypatch.setattr(rows, "SETTLE_S", 0)
+    starts = []
+    one_round = rows.one_round
+    monkeypatch.setattr(rows, "one_round", lambda *a: starts.append(rows.in_turn(a[0], a[2])[0]) or one_round(*a))
+    monkeypatch.setattr(rows, "torchs", lambda *_: rows.ours(SMALL, "float32", fused=False))
+    row = rows.measure(SMALL, "float32", False, rounds=4, seconds=1e-4)
+    assert starts == ["ours", "torch", "ours", "torch"]
+    assert set(row.seconds) == {"ours", "torch", "mlx"}
+    assert row.ratios.keys() == {"torch", "mlx"}
+    assert row.peak_share == pytest.approx(row.flops / row.seconds["ours"] / row.peak_flops_per_s, rel=1)
+
+
+def test_a_decoding_shape_says_its_sizes():
+    assert (DECODE.name, DECODE.key_shape) == ("1/32(8)/1x8192/128", (1, 8, 8192, 128))
+    assert SHAPES[5].name == "1/8/2048/64 causal"
+    assert SHAPES[5].flops(False) == 4 * 8 * 64 * 2048 * 2049 / 2

@@ -1,0 +1,319 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fatui.cli import main as cli_main
+from fatui.cli import run
+from fatui.cli.main import main
+from fatui.storage.history import History
+from tests.support.fake_engine import FakeEngine
+
+ROOT = Path(__file__).parents[3]
+FAKE = ROOT / "tests" / "support" / "fake_engine.py"
+
+
+@pytest.fixture(autouse=True)
+def fake_engine(monkeypatch):
+    monkeypatch.setattr(run, "Engine", FakeEngine)
+
+
+def fatui(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Run fatui in a separate process on the fake engine."""
+    return subprocess.Popen(
+        [sys.executable, str(FAKE), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def told(capsys) -> list[str]:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return [line.removeprefix("fatui: ") for line in captured.err.splitlines()]
+
+
+@pytest.mark.parametrize("command", sorted(cli_main.COMMANDS))
+def test_every_commands_help_has_an_example(command, capsys):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "examples:" in out and f"fatui {command}" in out
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in cli_main.COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("fatui 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["quikc"], "preset: there is none named 'quikc' (did you mean 'quick'?)"),
+        ([""], "preset: there is none named ''"),
+        (["--seq", "99m"], "seq: got '99m'; it takes a whole number from 1"),
+        (["--batch", "0"], "batch: got 0; it takes a whole number from 1"),
+        (["--seq=-5"], "seq: got -5; it takes a whole number from 1"),
+        (["--head-dim", "1.5"], "head_dim: got '1.5'; it takes a whole number"),
+        (["--head-dim", "9" * 5000], "head_dim: got '9999"),
+        (["--seq", "64,,128"], "seq: got ''; it takes a whole number"),
+        (["--heads", "8", "--kv-heads", "3"], "kv_heads: got 3; it must divide heads, which is 8"),
+        (["--dtype", "fp16"], "dtype: got 'fp16'; it takes float32, float16, bfloat16 (did you mean 'float16'?)"),
+        (["--mask", "windw:4"], "mask: got 'windw:4'; it takes none, causal, or window:N"),
+        (["--pass", "backward"], "pass: got 'backward'"),
+        (["--impl", "basline"], "implementations: got 'basline'"),
+        (["--impl", ""], "implementations: got ''"),
+        (["--seconds", "nan"], "--seconds: got nan"),
+        (["--seconds", "soon"], "--seconds: got 'soon'"),
+        (["--memory-limit", "lots"], "--memory-limit: got 'lots'"),
+        (["--json", "nowhere/x.json"], "--json: nowhere/x.json cannot be written: there is no folder"),
+        (["--json", "."], "--json: got '.'; it takes a file"),
+        (["--json", "-", "--csv", "-"], "--csv: '-' is already the file of --json"),
+        (["--jsno", "x"], "--jsno: not known here (did you mean '--json'?)"),
+        (["--batch"], "argument --batch: expected one argument"),
+        (["--batch", ",".join(map(str, range(1, 2000)))], "1,999 cases"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *arguments]) == 2
+    lines = told(capsys)
+    assert any(expected in line for line in lines), lines
+    assert all(len(line) < 300 for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_mistakes_are_told_at_once(capsys):
+    assert main(["bench", "--batch", "0", "--impl", "basline,pco", "--seconds", "x", "--csv", "/nowhere/x"]) == 2
+    lines = told(capsys)
+    assert [line.partition(":")[0] for line in lines] == [
+        "batch",
+        "implementations",
+        "implementations",
+        "--seconds",
+        "--csv",
+    ]
+
+
+def test_a_broken_preset_is_told_with_its_file(capsys, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("schema = 1\nfoo = 1\nbar = 2\n[workload]\nhead_dim = 0\n")
+    assert main(["bench", str(path)]) == 2
+    assert [line.startswith(f"{path}: ") for line in told(capsys)] == [True, True, True]
+    assert main(["presets", "check", str(path)]) == 2
+    path.write_text("schema = = 1\n")
+    assert main(["presets", "check", str(path)]) == 2
+    assert "line 1, column 10" in capsys.readouterr().err
+
+
+def test_a_file_that_exits_on_import_does_not_end_explain(capsys, tmp_path):
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    assert main(["explain", "--impl", f"{tmp_path}/leaves.py:X,mlx"]) == 2
+    assert told(capsys) == [f"implementation: '{tmp_path}/leaves.py:X' cannot be loaded: SystemExit: 0"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "expected"),
+    [
+        ("", 0, ""),
+        ("failed", 1, "poc: failed: killed by signal 9"),
+        ("inaccurate", 1, "poc: inaccurate: output: 3e-2"),
+        ("refused", 0, "poc: refused: needs 41 GiB of 22"),
+    ],
+)
+def test_the_exit_code_tells_whether_a_case_failed(ending, code, expected, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_ENDING", ending)
+    assert main(["bench", "quick"]) == code
+    assert expected in capsys.readouterr().out
+
+
+def test_without_a_backend_one_line_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_ENDING", "no backend")
+    assert main(["bench", "quick"]) == 3
+    (line,) = told(capsys)
+    assert "fatui[cpu]" in line
+
+
+def test_json_on_stdout_is_alone_there(capsys):
+    assert main(["bench", "seed-table", "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["cases"]) == 6
+    assert document["study"]["rows"][0]["baseline"] == 3083
+
+
+def test_options_override_the_preset_and_the_command_says_so(capsys):
+    arguments = ["bench", "quick", "--seq", "64,128", "--mask", "causal", "--impl", "baseline,demo", "--seconds", "2"]
+    assert main([*arguments, "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [case["workload"]["seq"] for case in document["cases"]] == [64, 128]
+    assert [case["workload"]["kv_seq"] for case in document["cases"]] == [64, 128]
+    assert {row["implementation"] for case in document["cases"] for row in case["rows"]} == {"baseline", "demo"}
+    again = document["run"]["command"]
+    assert again == "fatui bench quick --seq 64,128 --mask causal --impl baseline,demo --seconds 2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shapes"),
+    [
+        (["llama-7b", "--pass", "decode", "--kv-seq", "64"], {(1, 64)}),
+        (["llama-7b", "--pass", "forward", "--seq", "64"], {(64, 64)}),
+        (["llama-7b", "--seq", "64"], {(64, 64), (1, 64)}),
+        (["quick", "--kv-seq", "256"], {(128, 256)}),
+        (["quick", "--seq", "4k,1K"], {(4096, 4096), (1024, 1024)}),
+        (["quick", "--pass", "decode"], {(1, 128)}),
+    ],
+)
+def test_sequences_follow_the_pass(arguments, shapes, capsys):
+    assert main(["bench", *arguments, "--json", "-"]) == 0
+    workloads = [case["workload"] for case in json.loads(capsys.readouterr().out)["cases"]]
+    assert {(workload["seq"], workload["kv_seq"]) for workload in workloads} == shapes
+
+
+def test_every_run_is_kept_and_can_be_shown_and_removed(capsys):
+    assert main(["bench", "quick"]) == 0
+    table = capsys.readouterr().out
+    assert main(["history"]) == 0
+    assert "poc is 50" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["history", "show", "last"]) == 0
+    assert capsys.readouterr().out == table
+    assert main(["history", "rm", "last"]) == 0
+    assert main(["history", "show", "last"]) == 2
+    assert "no run 'last'" in capsys.readouterr().err
+
+
+def test_a_history_that_cannot_be_used_costs_no_result(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    assert main(["bench", "quick"]) == 0
+    captured = capsys.readouterr()
+    assert "fastest" in captured.out
+    assert "not kept in the history" in captured.err
+
+
+def test_a_damaged_history_is_reported_and_replaced(capsys):
+    path = History().path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"nonsense " * 1000)
+    assert main(["bench", "quick"]) == 0
+    assert "is damaged" in capsys.readouterr().err
+    assert len(History().runs()) == 1
+    assert len(list(path.parent.glob("*.damaged-*"))) == 1
+
+
+def test_exports_are_written_and_say_what_the_table_says(capsys, tmp_path):
+    targets = [tmp_path / name for name in ("a.json", "a.csv", "a.md")]
+    options = [
+        word
+        for name, path in zip(("json", "csv", "markdown"), targets, strict=True)
+        for word in (f"--{name}", str(path))
+    ]
+    assert main(["bench", "quick", *options]) == 0
+    assert "fastest" in capsys.readouterr().out
+    assert json.loads(targets[0].read_text())["cases"][0]["rows"][1]["path"] == "CPU kernel avx512"
+    assert len(targets[1].read_text().splitlines()) == 5
+    assert "| poc | CPU kernel avx512 |" in targets[2].read_text()
+
+
+def test_a_full_disk_on_export_keeps_the_old_file(tmp_path):
+    target = tmp_path / "out.json"
+    target.write_text("old")
+    process = subprocess.Popen(
+        [sys.executable, str(FAKE), "bench", "scaling", "--json", str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),  # noqa: PLW1509
+    )
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 1, err
+    assert b"geometric mean" in out
+    assert b"out.json could not be written: File too large; the existing file is unchanged" in err
+    assert b"Traceback" not in err
+    assert target.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["out.json"]
+
+
+@pytest.mark.parametrize("environment", [{}, {"TERM": "dumb"}])
+def test_the_app_without_a_terminal_is_one_line_and_exit_code_2(environment):
+    with fatui("quick", **environment) as process:
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, b"")
+    assert err == b"fatui: the app needs a terminal; try `fatui bench`, which needs none\n"
+
+
+def test_a_closed_stdout_is_told():
+    command = f"exec {sys.executable} {FAKE} history >&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (1, b"fatui: cannot write the results: stdout is closed\n")
+
+
+def test_the_history_takes_no_word_that_it_would_ignore(capsys):
+    assert main(["history", "list", "extra"]) == 2
+    assert told(capsys) == ["history list: it takes nothing further, got 'extra'; `show ID` shows a run"]
+
+
+def test_stdout_closed_early_is_no_error():
+    with fatui("bench", "scaling") as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0
+    assert b"Traceback" not in err and b"rror" not in err
+
+
+def test_stdout_on_a_full_device_is_told():
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, str(FAKE), "bench", "quick"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_within_a_second_and_keeps_results(number, tmp_path):
+    target = tmp_path / "out.json"
+    process = fatui("bench", "scaling", "--json", str(target), FAKE_PAUSE="0.02")
+    assert process.stderr is not None
+    while b"case 2" not in process.stderr.readline():
+        pass
+    time.sleep(0.2)
+    process.send_signal(number)
+    started = time.monotonic()
+    out, err = process.communicate(timeout=20)
+    assert time.monotonic() - started < 1
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert b"fastest" in out
+    document = json.loads(target.read_text())
+    assert document["run"]["interrupted"] is True
+    assert 1 <= len(document["cases"]) < 12
+
+
+def test_no_colour_and_no_escapes_when_piped():
+    process = fatui("bench", "quick", NO_COLOR="")
+    out, err = process.communicate(timeout=20)
+    assert b"\x1b" not in out + err
+
+
+def test_an_ascii_terminal_gets_a_table_too():
+    process = fatui("bench", "quick", PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert out.isascii()

@@ -1,0 +1,92 @@
+from attention.core import events as on
+from attention.core.results import Report
+from attention.core.workload import Workload
+from attention.engine.record import Record
+from fatui.cli.main import main
+from fatui.report.comparison import compare
+from fatui.storage.history import History
+from tests.support.sample_runs import plan_of, report_of, run_of
+
+SMALL, LARGE = Workload(seq=64), Workload(seq=128)
+
+
+def test_a_run_against_its_like_is_the_same():
+    comparison = compare(report_of(seed=1), report_of(seed=2))
+    assert len(comparison.changes) == 4
+    assert not any(change.ratio.significant for change in comparison.changes)
+    assert (comparison.only_before, comparison.only_after, comparison.differences) == ((), (), ())
+
+
+def test_rows_are_matched_by_workload_and_implementation():
+    first = report_of(plan_of([SMALL, LARGE], ["baseline", "poc"]))
+    second = report_of(plan_of([LARGE], ["baseline", "demo"]))
+    comparison = compare(first, second)
+    assert [(change.workload, change.implementation) for change in comparison.changes] == [(LARGE, "baseline")]
+    assert comparison.only_before == (f"baseline on {SMALL.label}", f"poc on {SMALL.label}", f"poc on {LARGE.label}")
+    assert comparison.only_after == (f"demo on {LARGE.label}",)
+
+
+def test_the_floor_is_at_least_the_larger_of_both():
+    first, second = report_of(seed=1), report_of(seed=2)
+    floors = [report.cases[0].noise_floor.floor for report in (first, second)]
+    assert compare(first, second).changes[0].floor >= max(floors)
+
+
+def under_load(report: Report, slower: dict[str, float]) -> Report:
+    """A run in which each implementation took the given multiple of the time."""
+    record = Record(plan_of(names=tuple(slower)))
+    base = report.cases[0].rows
+    record.apply(on.CaseStarted(case=0))
+    record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
+    samples = {row.implementation: [slower[row.implementation] * time for time in row.samples] for row in base}
+    samples[on.AGAIN] = samples["baseline"][::-1]
+    record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
+    return record.report(run_of(identity="loaded"))
+
+
+def test_the_same_code_on_a_loaded_machine_is_not_faster():
+    names = ("baseline", "poc", "practical")
+    quiet = report_of(plan_of(names=names))
+    loaded = under_load(quiet, {"baseline": 1.8, "poc": 1.7, "practical": 2.15})
+    changes = compare(loaded, quiet).changes
+    assert [round(change.times.value, 2) for change in changes] == [1.8, 1.7, 2.15]
+    assert not any(change.ratio.significant for change in changes)
+    assert changes[0].floor >= 0.79
+
+
+def test_a_change_beyond_the_machines_own_counts():
+    names = ("baseline", "poc", "practical")
+    before = report_of(plan_of(names=names))
+    after = under_load(before, {"baseline": 1.02, "poc": 0.51, "practical": 1.02})
+    baseline, poc, practical = compare(before, after).changes
+    assert (baseline.ratio.value, baseline.ratio.significant) == (1, False)
+    assert poc.ratio.significant and abs(poc.ratio.value - 2) < 0.05
+    assert not practical.ratio.significant
+
+
+def test_the_shown_medians_and_their_ratio_agree():
+    for change in compare(report_of(seed=1), report_of(seed=2)).changes:
+        shown = change.before.call_s.median / change.after.call_s.median
+        assert abs(change.times.value / shown - 1) < 1e-9
+        assert change.times.low < shown < change.times.high
+
+
+def test_without_a_common_baseline_nothing_is_faster(capsys):
+    first = report_of(plan_of(names=("baseline", "poc")), run=run_of(identity="aaaa"))
+    second = report_of(plan_of(names=("poc", "demo")), run=run_of(identity="bbbb"))
+    (change,) = compare(first, second).changes
+    assert (change.ratio, change.reference) == (None, None)
+    for report in (first, second):
+        History().add(report)
+    assert main(["compare", "aaaa", "bbbb"]) == 0
+    assert "no common baseline" in capsys.readouterr().out
+
+
+def test_the_command_prints_ratios(capsys):
+    for seed, identity in ((1, "aaaa"), (2, "bbbb")):
+        History().add(report_of(run=run_of(identity=identity), seed=seed))
+    assert main(["compare", "a", "last"]) == 0
+    out = capsys.readouterr().out
+    assert "≈ 1" in out and "same" in out
+    assert main(["compare", "a", "zz"]) == 2
+    assert "no run 'zz'" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+import csv
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attention.core import events as on
+from attention.core.workload import Workload
+from fatui.report import export
+from fatui.storage import paths
+from tests.support.sample_runs import plan_of, record_of, report_of, run_of
+
+ROOT = Path(__file__).parents[3]
+TWO = (Workload(seq=64), Workload(seq=128))
+
+
+def partial_report():
+    """A report with one refused row, and one whose error is NaN."""
+    record = record_of(plan_of(TWO))
+    record.apply(on.RowEnded(case=0, implementation="poc", status="refused", reason="needs 41 GiB of 22 | a\nb"))
+    error = float("nan")
+    record.apply(
+        on.Checked(case=1, implementation="demo", max_error=error, rms_error=error, accurate=False, detail="NaN")
+    )
+    return record.report(run_of())
+
+
+def test_json_has_the_schema_and_null_for_what_is_not_known():
+    document = json.loads(export.to_json(partial_report()), parse_constant=pytest.fail)
+    assert list(document) == ["schema", "run", "environment", "peaks", "cases", "summary", "models", "fine_tunings"]
+    assert document["run"]["command"] == "fatui bench quick"
+    row = document["cases"][0]["rows"][1]
+    assert (row["status"], row["speedup"], row["reason"]) == ("refused", None, "needs 41 GiB of 22 | a\nb")
+    assert set(row["call_s"]) == {"median", "low", "high"}
+    assert document["cases"][1]["rows"][3]["max_error"] is None
+    assert document["cases"][0]["workload"]["pass"] == "forward"
+
+
+def test_json_has_the_studys_figures_under_their_own_key():
+    document = json.loads(export.to_json(report_of(), {"machine": "M3 Max"}))
+    assert document["study"] == {"machine": "M3 Max"}
+
+
+def test_csv_has_a_line_for_each_row_with_the_rows_own_figures():
+    report = partial_report()
+    lines = list(csv.DictReader(io.StringIO(export.to_csv(report))))
+    rows = [row for case in report.cases for row in case.rows]
+    assert len(lines) == len(rows) == 8
+    for line, row in zip(lines, rows, strict=True):
+        assert line["implementation"] == row.implementation
+        assert float(line["call_s_median"]) == row.call_s.median
+        assert line["speedup_value"] == ("" if row.speedup is None else repr(row.speedup.value))
+    assert lines[7]["max_error"] == ""
+    assert (lines[4]["seq"], lines[4]["fused"], lines[5]["fused"]) == ("128", "false", "true")
+
+
+def test_markdown_tables_have_as_many_cells_in_every_line():
+    text = export.to_markdown(partial_report())
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    assert len(tables) == 3
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    assert "fatui bench quick" in text and "Geometric mean" in text
+
+
+def test_a_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
+    target = tmp_path / "out.json"
+    target.write_text("old")
+    target.chmod(0o640)
+    paths.write_atomically(target, "new")
+    assert (target.read_text(), target.stat().st_mode & 0o777) == ("new", 0o640)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        paths.write_atomically(target, "newer")
+    assert target.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "true").write_text("old")
+    (tmp_path / "link").symlink_to("true")
+    paths.write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "true").read_text() == "new"
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    program = (
+        "import signal, sys; from pathlib import Path; from fatui.storage.paths import write_atomically\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "try: write_atomically(Path(sys.argv[1]), 'x' * 100_000)\n"
+        "except OSError as error: sys.exit(7)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(target)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
+        check=False,
+    )
+    assert done.returncode == 7
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.txt"]

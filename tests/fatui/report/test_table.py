@@ -1,0 +1,85 @@
+import io
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from attention.core import events as on
+from attention.core.workload import Workload
+from fatui.report.study import beside, study
+from fatui.report.table import report_table
+from fatui.storage import presets
+from tests.support.sample_runs import plan_of, record_of, report_of, run_of
+
+LONG = "some/folder/of/mine/my_very_long_file_name.py:MyVeryLongImplementation"
+WIDE = Workload(
+    batch=16,
+    seq=16384,
+    kv_seq=32768,
+    heads=64,
+    kv_heads=8,
+    head_dim=128,
+    value_dim=64,
+    dtype="bfloat16",
+    mask="window:4096",
+    pass_="training",
+)
+
+
+def printed(report, width: int, shown_study=None) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=width).print(report_table(report, shown_study, width))
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [100, 140])
+def test_everything_fits_also_with_long_names_and_large_figures(width):
+    record = record_of(plan_of([WIDE, Workload(seq=64)], ["baseline", "practical", LONG, "demo"]))
+    record.apply(on.RowEnded(case=1, implementation="demo", status="unsupported", reason="a reason " * 20))
+    lines = printed(record.report(run_of()), width)
+    text = "\n".join(lines)
+    assert max(map(cell_len, lines)) <= width
+    for head in ("path", "tokens/s", "per call", "speedup", "FLOP/s", "eff.", "memory", "error", "verdict"):
+        assert head in text
+    assert text.count("…") == 5  # the long name alone: in two tables, explained below each, and in the means
+    assert "no room" not in text
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_narrow_terminal_drops_columns_and_says_so(width):
+    lines = printed(report_of(plan_of([Workload(seq=64)])), width)
+    text = "\n".join(lines)
+    assert max(map(cell_len, lines)) <= width
+    for head in ("tokens/s", "speedup", "verdict"):
+        assert head in text
+    assert "no room for" in text and "FLOP/s" in text
+
+
+def test_the_title_names_the_reference_and_the_noise_floor():
+    assert "speedup over baseline, noise floor 0.5 %" in printed(report_of(), 100)[0]
+
+
+def test_several_cases_end_with_their_geometric_means():
+    text = "\n".join(printed(report_of(plan_of([Workload(seq=64), Workload(seq=128)])), 100))
+    assert "geometric mean over 2 cases" in text
+    assert "geometric mean" not in "\n".join(printed(report_of(), 100))
+
+
+def test_what_did_not_run_says_why_below_the_table():
+    record = record_of(plan_of())
+    record.apply(on.RowEnded(case=0, implementation="poc", status="refused", reason="needs 41 GiB of 22"))
+    assert "  poc: refused: needs 41 GiB of 22" in printed(record.report(run_of()), 100)
+
+
+def test_the_studys_figures_are_its_own_and_marked():
+    report = report_of(presets.load("seed-table").plan(), run_of("seed-table"))
+    text = "\n".join(printed(report, 100, beside(report)))
+    assert "Apple M3 Max" in text and "not measured here" in text and "cold start" in text
+    for figure in ("3,083*", "99,298*", "82,367*", "32.2x*", "26.7x*", "1,481,943", "1,569,569", "0.71x", "1.30x"):
+        assert figure in text
+    assert len(study().rows) == 6
+    assert all(study().row_for(case.workload) for case in report.cases)
+
+
+def test_other_runs_have_no_study_beside_them():
+    assert beside(report_of()) is None

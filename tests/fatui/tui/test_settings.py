@@ -1,0 +1,184 @@
+"""The config file, the state restored at the next start, and sizes."""
+
+import pytest
+
+from fatui.storage import settings
+from fatui.tui import actions
+from fatui.tui.screens.dialogs import Help
+from fatui.tui.widgets.slider import Slider
+from tests.support.stage import on_stage
+
+
+def config(text):
+    path = settings.config_path()
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+
+
+def test_keys_are_other_ones_where_the_config_file_says_so():
+    config("[keys]\nrun = 'f5'\nhelp = 'f1'\n")
+
+    async def play(stage):
+        assert "f5 Run" in stage.seen()
+        await stage.press("r")
+        assert stage.app.session is None
+        await stage.press("f5")
+        assert stage.app.session is not None
+        await stage.press("f1")
+        assert isinstance(stage.app.screen, Help)
+
+    on_stage(play)
+
+
+def test_config_errors_are_all_reported_and_the_rest_applies():
+    config("theme = 'gruvbx'\nascii = 3\ncolour = 1\n[keys]\nrnu = 'r'\nrun = 7\nstop = 'f6'\n")
+
+    async def play(stage):
+        told = stage.app.journal.text()
+        for part in (
+            "did you mean 'gruvbox'",
+            "ascii: got 3",
+            "colour: no such setting",
+            "keys.rnu",
+            "keys.run: got 7",
+        ):
+            assert part in told
+        assert stage.app.keys["stop"] == "f6"
+
+    on_stage(play)
+
+
+@pytest.mark.parametrize("text", ["theme = [", "\xff\xfe", "keys = 3", "[keys]\nrun='a'\nstop='a'"])
+def test_the_app_starts_with_a_config_file_that_is_no_toml(text):
+    config("")
+    settings.config_path().write_bytes(text.encode("latin-1"))
+
+    async def play(stage):
+        assert "config.toml" in stage.app.journal.text()
+
+    on_stage(play)
+
+
+def test_layout_theme_and_workload_come_back():
+    async def first(stage):
+        stage.find("#axis-seq", Slider).focus()
+        await stage.press("end")
+        stage.app.theme = "nord"
+        stage.find("#log-view").focus()
+        await stage.press("z")
+        await stage.press("o", "q")
+        await stage.settle(lambda: stage.app._exit)
+
+    async def second(stage):
+        assert stage.app.draft.axes["seq"] == (131_072,)
+        assert stage.app.theme == "nord"
+        assert stage.app.main.hidden == ["log"]
+        assert stage.app.remembered.sort == "path"
+
+    on_stage(first)
+    on_stage(second)
+
+
+def test_a_damaged_state_file_is_reported_and_replaced():
+    path = settings.state_path()
+    path.parent.mkdir(parents=True)
+    path.write_text('{"draft": {"axes": 3}}')
+
+    async def play(stage):
+        assert "the app starts with its defaults" in stage.app.journal.text()
+
+    on_stage(play)
+
+
+def test_a_folder_that_cannot_be_written_costs_the_layout_only(monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    async def play(stage):
+        monkeypatch.setattr("fatui.storage.paths.write_atomically", full)
+        await stage.press("q")
+        await stage.settle(lambda: stage.app._exit)
+        assert "No space left on device" in stage.app.farewell
+
+    on_stage(play)
+
+
+def test_below_60_by_16_it_says_what_it_needs_and_comes_back():
+    async def play(stage):
+        assert "fatui needs 60 x 16 characters" in stage.seen() and "59 x 15" in stage.seen()
+        await stage.pilot.resize_terminal(80, 24)
+        await stage.pilot.pause()
+        assert "[Set up]" in stage.seen()
+        await stage.pilot.resize_terminal(120, 40)
+        await stage.pilot.pause()
+        assert "Comparison" in stage.seen() and "[Set up]" not in stage.seen()
+
+    on_stage(play, size=(59, 15))
+
+
+@pytest.mark.parametrize("size", [(60, 16), (80, 24), (100, 30), (110, 32), (120, 40), (300, 100)])
+def test_every_size_shows_the_sliders_and_the_keys(size):
+    async def play(stage):
+        assert "r Run" in stage.seen()
+        assert size[1] < 20 or "K/V heads" in stage.seen()
+
+    on_stage(play, size=size)
+
+
+def test_a_narrow_terminal_follows_the_run_through_its_tabs():
+    async def play(stage):
+        await stage.press("r")
+        await stage.pilot.pause()
+        assert "[Live]" in stage.seen()
+        stage.engine.play()
+        stage.engine.end()
+        await stage.settle(lambda: "[Results]" in stage.seen())
+        await stage.press("right_square_bracket")
+        assert "[Log]" in stage.seen()
+
+    on_stage(play, size=(80, 24))
+
+
+def test_ascii_draws_nothing_else():
+    async def play(stage):
+        await stage.run_to_the_end()
+        assert stage.seen().replace("\n", "").isascii()
+
+    on_stage(play, ascii=True)
+
+
+def test_every_action_has_its_own_key():
+    keys = [action.key for action in actions.ACTIONS]
+    assert len(keys) == len(set(keys))
+
+
+def test_configured_keys_of_screens_work_and_show_in_help():
+    config("[keys]\npresets_delete = 'f8'\nhistory_delete = 'f8'\nback = 'f10'\npresets = 'f7'\n")
+
+    async def play(stage):
+        assert not stage.app.settings.problems
+        await stage.press("f7")
+        assert "f8 Delete" in stage.seen() and "f10 Back" in stage.seen()
+        await stage.press("d")
+        assert "is bundled" not in stage.app.journal.text()
+        await stage.press("f8")
+        assert "is bundled" in stage.app.journal.text()
+        await stage.press("question_mark")
+        assert "f8            Delete one of your own" in stage.seen()
+        assert "f10, f7       Go back" in stage.seen()
+        await stage.press("f10")
+        assert not isinstance(stage.app.screen, Help)
+        await stage.press("f7")
+        assert stage.app.screen is stage.app.main
+
+    on_stage(play)
+
+
+def test_a_key_that_two_actions_of_one_screen_have_is_told():
+    config("[keys]\npresets_undo = 'f8'\nhistory_undo = 'f8'\nquit = 'f8'\n")
+
+    async def play(stage):
+        assert "keys.quit: 'f8' is also the key of presets_undo" in stage.app.journal.text()
+        assert "keys.history_undo" not in stage.app.journal.text()
+
+    on_stage(play)

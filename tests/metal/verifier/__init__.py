@@ -1,7 +1,0 @@
-"""Metal kernels on the CPU, with detection of races, missing barriers, out-of-bounds and uninitialised reads."""
-
-from verifier.running import Counts, Finding, Launched, verify
-from verifier.source import generated_text
-from verifier.spaces import address_spaces
-
-__all__ = ["Counts", "Finding", "Launched", "address_spaces", "generated_text", "verify"]

@@ -1,0 +1,103 @@
+"""Simulated GPUs, a launcher that only records its calls, and the parameters in a kernel's source."""
+
+import re
+from types import SimpleNamespace
+
+import mlx.core as mx
+
+from attention.kernels import cuda
+from attention.kernels.cuda import attend, choice, gradients, requirements
+from attention.kernels.cuda.portable import gradient as portable_gradient
+from attention.kernels.cuda.portable import launch as portable_launch
+from attention.kernels.cuda.runtime import launch, launcher, selfcheck
+from attention.kernels.cuda.runtime import program as runtime_program
+from attention.kernels.cuda.runtime.gpu import Gpu
+from attention.kernels.cuda.runtime.launch import NUMBER, POINTER, STRIDE
+from attention.kernels.cuda.sm90 import gradient
+from attention.kernels.cuda.sm90 import launch as sm90_launch
+
+GPUS = {
+    "A100": Gpu("Planted A100", (8, 0), 108, 166_912, 13000),
+    "RTX 4090": Gpu("Planted RTX 4090", (8, 9), 128, 101_376, 13000),
+    "H100": Gpu("Planted H100", (9, 0), 132, 232_448, 13000),
+    "B200": Gpu("Planted B200", (10, 0), 148, 232_448, 13000),
+}
+
+
+class Recorder:
+    """A fake of the compiled launcher: it records the plans, and answers calls with zeros."""
+
+    def __init__(self):
+        self.plans, self.calls = [], {}
+
+    def set_transforms(self, gradient, batched):
+        self.gradient, self.batched = gradient, batched
+
+    def keep_call(self, q, k, v, *keywords_and_plan):
+        *keywords, plan = keywords_and_plan
+        self.calls[q.shape, k.shape, v.shape, *keywords] = plan
+
+    def find_call(self, q, k, v, *keywords):
+        plan = self.calls.get((q.shape, k.shape, v.shape, *keywords))
+        return plan and plan(q, k, v)[0]
+
+    def forget_calls(self):
+        self.calls.clear()
+
+    def make_plan(self, steps, inputs, shapes, types, constants, label, untraced):
+        self.plans.append(SimpleNamespace(steps=steps, label=label, untraced=untraced, shapes=shapes, types=types))
+        return lambda *arrays: [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
+
+
+def forget():
+    """Clear everything these modules cache about a GPU."""
+    cuda.forget_calls()
+    for module in (
+        attend,
+        portable_gradient,
+        portable_launch,
+        gradient,
+        launch,
+        runtime_program,
+        gradients,
+        sm90_launch,
+    ):
+        for function in vars(module).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
+def planted(monkeypatch):
+    """Simulate a GPU by name, for a fixture; faults of its kernels can be planted in `wrong`, by kernel name."""
+    found = SimpleNamespace(wrong={}, recorder=Recorder())
+
+    def make(name):
+        for module in (sm90_launch, choice, portable_launch, portable_gradient, gradient, requirements):
+            monkeypatch.setattr(module, "gpu", lambda: GPUS[name])
+        return found
+
+    def verdict(program, *_):
+        return found.wrong.get(program.name)
+
+    monkeypatch.setattr(selfcheck, "distrust", verdict)
+    monkeypatch.setattr(selfcheck, "judged", verdict)
+    monkeypatch.setattr(requirements, "look", lambda: "planted")
+    monkeypatch.setattr(runtime_program, "version", lambda: (13, 0))
+    monkeypatch.setattr(runtime_program, "targets", lambda: (80, 86, 89, 90, 100))
+    monkeypatch.setattr(launch, "machine_code", lambda program: program)
+    monkeypatch.setattr(launcher, "missing", lambda: None)
+    monkeypatch.setattr(launcher, "obstacle", lambda: None)
+    monkeypatch.setattr(launcher, "module", lambda: found.recorder)
+    forget()
+    yield make
+    forget()
+
+
+def signature(program):
+    """Return the kinds of a kernel's parameters, in order."""
+    text, constants = program.source, dict(program.constants)
+    parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
+    for condition, holds in (("MASK", constants.get("MASK")), ("!SPLIT", not constants.get("SPLIT"))):
+        block = rf"#if {condition}\n(.*?)#endif\n"
+        parameters = re.sub(block, r"\1" if holds else "", parameters, flags=re.DOTALL)
+    return [POINTER if "*" in each else STRIDE if "Step" in each else NUMBER for each in parameters.split(",")]

@@ -1,0 +1,315 @@
+"""Implementations with planted behaviour, named to the engine as "tests/support/planted.py:NAME"."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from msgspec import structs
+
+from attention.core.route import PLAIN, Needs, Route
+from attention.core.workload import Workload
+from attention.engine.case_runner import CaseRunner
+from attention.implementations.baseline import Baseline
+from attention.implementations.runner import MlxRunner
+from attention.masks import Mask
+from attention.measure.device import Device
+
+
+class Planted(Baseline):
+    """The baseline under another name, with planted behaviour before each call."""
+
+    name = "planted"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> mx.array:
+        self.calls += 1
+        self.before_call()
+        return self.change(super().__call__(q, k, v, scale=scale, mask=mask, softcap=softcap))
+
+    def before_call(self) -> None:
+        """Run the planted behaviour."""
+
+    def change(self, output: mx.array) -> mx.array:
+        """Change the result, if that is planted."""
+        return output
+
+
+class KilledInRounds(Planted):
+    """Dies as if killed by the system, once the rounds have started."""
+
+    def before_call(self) -> None:
+        if self.calls == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledAtOnce(Planted):
+    """Dies of an invalid memory access at the first call."""
+
+    def before_call(self) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Sleeps(Planted):
+    """Takes 20 ms more than the baseline."""
+
+    def before_call(self) -> None:
+        time.sleep(0.02)
+
+
+class Raises(Planted):
+    """Raises at the first call."""
+
+    def before_call(self) -> None:
+        raise RuntimeError("planted failure\nwith a second line")
+
+
+class RaisesInRounds(Planted):
+    """Raises once the rounds have started."""
+
+    def before_call(self) -> None:
+        if self.calls == 40:
+            raise RuntimeError("planted late")
+
+
+class BreaksTheGpu(Planted):
+    """Fails like a CUDA kernel after an invalid memory access; without a GPU, the runner is told there is one."""
+
+    def before_call(self) -> None:
+        if mx.default_device() == mx.Device(mx.cpu):
+            CaseRunner._backend = property(lambda runner: "cuda")
+            raise RuntimeError("cudaStreamSynchronize failed: an illegal memory access was encountered")
+        kernel = mx.fast.cuda_kernel(
+            name="wild",
+            input_names=["x"],
+            output_names=["y"],
+            source="y[0] = *reinterpret_cast<const float*>(reinterpret_cast<unsigned long long>(x) + (1ull << 46));",
+        )
+        ones, shape = (1, 1, 1), (1,)
+        mx.eval(
+            kernel(
+                inputs=[mx.ones(shape)], output_shapes=[shape], output_dtypes=[mx.float32], grid=ones, threadgroup=ones
+            )
+        )
+        mx.synchronize()
+
+
+class Wrong(Planted):
+    """Returns a result that is slightly off."""
+
+    def change(self, output: mx.array) -> mx.array:
+        return output + 0.05
+
+
+class NotANumber(Planted):
+    """Returns NaN."""
+
+    def change(self, output: mx.array) -> mx.array:
+        return output * mx.nan
+
+
+class Stuck(Planted):
+    """Never returns from the first call."""
+
+    def before_call(self) -> None:
+        time.sleep(3600)
+
+
+class Prints(Planted):
+    """Prints to stdout, which belongs to the events."""
+
+    def before_call(self) -> None:
+        print("noise on stdout", flush=True)
+
+
+class Refuses(Planted):
+    """Supports no workload."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        return Route(path="-", fused=False, reason="it takes nothing", supported=False)
+
+
+class Hungry(Planted):
+    """Predicts that it needs a tebibyte."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        return Route(path="hungry", fused=False, reason="it is hungry", predicted_bytes=2**40)
+
+
+class Leaves(Planted):
+    """Exits the process with a code and a word on stderr."""
+
+    def before_call(self) -> None:
+        os.write(2, b"planted last words\n")
+        os._exit(7)
+
+
+class Builds(Planted):
+    """Requires a build before the first call."""
+
+    built = False
+
+    def needs_building(self, workload: Workload, device: Device) -> bool:
+        """Whether build() has not been called yet."""
+        return not self.built
+
+    def build(self, tell: Callable[[str], None]) -> None:
+        """Take a while, and report it."""
+        tell("planted building")
+        time.sleep(0.4)
+        self.built = True
+
+    def before_call(self) -> None:
+        if not self.built:
+            raise RuntimeError("called before it was built")
+
+
+class SlowerRunner(MlxRunner):
+    """Waits longer than the call takes, by a share of it."""
+
+    share = 0.0
+
+    def queue(self) -> list[mx.array]:
+        """Queue a call; the first of a sample starts the stopwatch."""
+        if self.started is None:
+            self.started = time.perf_counter()
+        return super().queue()
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluate, then spin for the share; sleeping is not exact enough for a thousandth."""
+        super().wait(outputs)
+        now = time.perf_counter()
+        until = now + (now - (self.started or now)) * self.share
+        self.started = None
+        while time.perf_counter() < until:
+            pass
+
+    started: float | None = None
+
+
+class Slower5Percent(Baseline):
+    """The baseline, slower by five percent."""
+
+    name = "planted"
+    share = 0.05
+
+    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> SlowerRunner:
+        """Bind the call to a runner that adds the share."""
+        bound = SlowerRunner(self, workload, inputs, scale)
+        bound.share = self.share
+        return bound
+
+
+class SlowerATenthOfAPercent(Slower5Percent):
+    """The baseline, slower by a thousandth."""
+
+    share = 0.001
+
+
+class IgnoresSignals(Planted):
+    """Ignores SIGTERM, and never returns."""
+
+    def before_call(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            time.sleep(1)
+
+
+class Pauses(Planted):
+    """Stops the own process."""
+
+    def before_call(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class LeavesAChild(Planted):
+    """Starts a process that outlives this one for a while and holds its pipes open."""
+
+    def before_call(self) -> None:
+        if self.calls == 1:
+            subprocess.Popen(["sleep", "20"], start_new_session=True)
+
+
+class LeavesAnOrphan(Planted):
+    """Starts a process in a new session, through one that exits immediately, and records its id."""
+
+    def before_call(self) -> None:
+        if self.calls == 1:
+            script = 'sleep 300 & echo $! > "$PLANTED_PID"'
+            subprocess.run(
+                ["sh", "-c", script],
+                check=True,
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+
+class WritesALongLine(Planted):
+    """Writes more to stderr than a line may contain."""
+
+    def before_call(self) -> None:
+        if self.calls == 1:
+            os.write(2, b"x" * (65 << 20))
+
+
+class ChangesItsInputs(Planted):
+    """Scales the query in place, a common mistake."""
+
+    def __call__(self, q: mx.array, *arrays: mx.array, **options: Any) -> mx.array:
+        q *= 2.0
+        return super().__call__(q, *arrays, **options)
+
+
+class WritesIntoMemory(Planted):
+    """Writes zeros into the memory of the query, which others read too."""
+
+    def __call__(self, q: mx.array, *arrays: mx.array, **options: Any) -> mx.array:
+        np.array(q, copy=False)[:] = 0
+        return super().__call__(q, *arrays, **options)
+
+
+class HasNoRoute(Planted):
+    """Returns no route."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        return None  # type: ignore[return-value]
+
+
+class Exits(Planted):
+    """Calls sys.exit once the rounds have started."""
+
+    def before_call(self) -> None:
+        if self.calls == 40:
+            sys.exit(0)
+
+
+class RaisesNoText(Planted):
+    """Raises with a text that UTF-8 cannot encode."""
+
+    def before_call(self) -> None:
+        raise ValueError("\udcff bad")
+
+
+class ReturnsNothing(Planted):
+    """Returns no output."""
+
+    def change(self, output: mx.array) -> mx.array:
+        return None  # type: ignore[return-value]
+
+
+class KeepsScratch(Planted):
+    """Reports that a call takes a MiB outside MLX."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+        return structs.replace(super().route(workload, device, needs), scratch_bytes=2**20)

@@ -1,0 +1,218 @@
+"""Test stage of the app: a scripted engine, a clock moved by the test, and a pilot."""
+
+import asyncio
+import random
+from contextlib import nullcontext
+from datetime import datetime
+from unittest.mock import patch
+
+from textual._compositor import Compositor
+
+from attention.core import events as on
+from attention.core.results import Environment, Peaks
+from attention.core.route import Route
+from attention.engine.record import record_of
+from attention.measure.device import Device
+from fatui.tui.advisor import Answer
+from fatui.tui.app import FatuiApp
+
+PATHS = {
+    "baseline": "manual, unfused",
+    "poc": "CPU kernel avx512",
+    "practical": "blocks 256 x 512",
+    "demo": "poc, tuned",
+}
+CALL_S = {"baseline": 36e-3, "poc": 0.73e-3, "practical": 33e-3, "demo": 0.74e-3}
+DEVICE = Device(
+    backend="cpu",
+    name="Test CPU",
+    cores=2,
+    memory_bytes=2**34,
+    available_bytes=2**33,
+    architecture="x86_64",
+    mlx="0.32.4",
+)
+AT = datetime(2026, 3, 14, 12, 4, 11)
+
+
+class Clock:
+    def __init__(self):
+        self.at = 100.0
+
+    def __call__(self):
+        return self.at
+
+
+class ScriptedEngine:
+    """An engine with the interface that the app needs, which does only what a test requests."""
+
+    def __init__(self, plan, listener):
+        self.record = record_of(plan)
+        self.process_id = None
+        self.stopped = False
+        self.breaks_with = None
+        self._listener = listener
+        self._ended = asyncio.Event()
+
+    async def run(self):
+        await self._ended.wait()
+        if self.breaks_with:
+            raise self.breaks_with
+
+    def stop(self):
+        self.stopped = True
+        self._ended.set()
+
+    def end(self):
+        self._ended.set()
+
+    def tell(self, *events):
+        for event in events:
+            self.record.apply(event)
+            self._listener(event)
+
+    def begin(self):
+        where = Environment(device="Test CPU", backend="cpu", mlx="0.32.4", fatui="0.1.0")
+        self.tell(on.RunStarted(environment=where), on.PeaksMeasured(peaks=Peaks(matmul_flops_per_s=60e9)))
+
+    def begin_case(self, case=0):
+        plan = self.record.plan
+        self.tell(on.CaseStarted(case=case), on.ReferenceChosen(case=case, implementation="baseline"))
+        for name in plan.ordered:
+            route = Route(path=PATHS[name], fused=name == "poc", reason=f"why {name}", predicted_bytes=2**22)
+            checked = on.Checked(
+                case=case, implementation=name, max_error=1e-3, rms_error=1e-4, accurate=True, detail="output"
+            )
+            self.tell(
+                on.RouteFound(case=case, implementation=name, route=route),
+                on.FirstCall(case=case, implementation=name, seconds=0.5),
+                checked,
+                on.MemoryMeasured(case=case, implementation=name, peak_bytes=2**22 if name == "baseline" else 2**20),
+                on.LatencyMeasured(case=case, implementation=name, seconds=CALL_S[name]),
+                on.StepStarted(case=case, implementation=name, step="rounds"),
+            )
+
+    def rounds(self, count=24, case=0, factor=None):
+        draw = random.Random(case)
+        names = [name for name, row in self.record.cases[case].rows.items() if row.ended is None]
+        samples = {
+            name: [CALL_S[name] * (factor or {}).get(name, 1.0) * (1 + draw.gauss(0, 0.002)) for _ in range(count)]
+            for name in names
+        }
+        samples[on.AGAIN] = [CALL_S["baseline"] * (1 + draw.gauss(0, 0.002)) for _ in range(count)]
+        self.tell(on.RoundsDone(case=case, samples=samples, active_bytes=48 * 2**20, peak_bytes=96 * 2**20))
+
+    def end_case(self, case=0):
+        self.tell(on.CaseDone(case=case, stopped_by="precision"))
+
+    def finish(self):
+        """Play the rest of the first case, and end the run."""
+        self.rounds()
+        self.end_case()
+        self.tell(on.RunDone())
+        self.end()
+
+    def play(self, factor=None):
+        """Play a whole run except its end."""
+        self.begin()
+        for case in range(len(self.record.cases)):
+            self.begin_case(case)
+            self.rounds(case=case, factor=factor(case) if factor else None)
+            self.end_case(case)
+        self.tell(on.RunDone())
+
+
+class Stage:
+    """The app, its pilot, its clock, and the engine of the active run."""
+
+    def __init__(self, app, pilot, clock, engines):
+        self.app, self.pilot, self.clock, self._engines = app, pilot, clock, engines
+        self.is_rendered = False
+
+    @property
+    def engine(self):
+        return self._engines[-1]
+
+    async def press(self, *keys):
+        await self.pilot.press(*keys)
+        await self.pilot.pause()
+
+    def find(self, what, kind=None):
+        return self.app.screen.query_one(what, kind) if kind else self.app.screen.query_one(what)
+
+    async def settle(self, until=lambda: True, seconds=5.0):
+        """Let the app run until a condition holds."""
+        for _ in range(int(seconds / 0.02)):
+            await self.pilot.pause(0.02)
+            if until():
+                return
+        raise AssertionError("it did not come to that")
+
+    async def run_to_the_end(self, factor=None):
+        await self.press("r")
+        self.engine.play(factor)
+        self.engine.end()
+        await self.settle(lambda: self.app.report is not None)
+        self.app.main.show_run()
+        await self.pilot.pause()
+
+    def seen(self):
+        """All text on the screen, as lines."""
+        self.is_rendered = True
+        lines = self.app.screen._compositor.render_strips()
+        return "\n".join("".join(segment.text for segment in strip) for strip in lines)
+
+
+def make_app(clock=None, engines=None, **options):
+    clock, engines = clock or Clock(), [] if engines is None else engines
+
+    def make_engine(plan, listener):
+        engines.append(ScriptedEngine(plan, listener))
+        return engines[-1]
+
+    app = FatuiApp(make_engine=make_engine, clock=clock, now=lambda: AT, advise=False, **options)
+    app.advice.device = DEVICE
+    return app
+
+
+def advise(app, **routes):
+    """Answer as the advisor would."""
+    made = {
+        name: Route(path=path, fused=name == "poc", reason=f"why {name}", predicted_bytes=2**22)
+        for name, path in PATHS.items()
+    }
+    routes = {**made, **routes}
+    largest = {name: route.predicted_bytes for name, route in routes.items() if route.predicted_bytes is not None}
+    needs = {name: (size + 2**21,) for name, size in largest.items()}
+    app.advice._take(Answer(number=app.advice._number, routes=routes, largest=largest, needs=needs))
+
+
+def not_painted(compositor, **options):
+    """Skip the partial repaints of a headless app, about half of its time; `Stage.seen` renders the whole screen."""
+    compositor._dirty_regions.clear()
+
+
+def on_stage(play, size=(120, 40), paints=False, **options):
+    """Run an async function with a Stage, and quit the app as a user would.
+
+    Args:
+        play: called with the stage.
+        size: columns and lines of the screen.
+        paints: repaint on each change, as in a terminal; otherwise only `Stage.seen` renders, at least once.
+        options: arguments of the app.
+    """
+
+    async def go():
+        clock, engines = Clock(), []
+        app = make_app(clock, engines, **options)
+        async with app.run_test(size=size) as pilot:
+            await pilot.pause()
+            stage = Stage(app, pilot, clock, engines)
+            await play(stage)
+            if app.is_running and not (paints or stage.is_rendered):
+                stage.seen()
+            if app.runs.active:
+                await app.runs.end()
+
+    with nullcontext() if paints else patch.object(Compositor, "render_update", not_painted):
+        asyncio.run(go())
