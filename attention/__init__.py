@@ -60,13 +60,15 @@ def attention(
         NoBackendError: MLX cannot be imported.
         ForkedError: attention was computed before this process was forked; MLX would hang.
     """
-    from attention.arguments import checked_mask, checked_numbers, checked_shapes, find
+    from attention.arguments import check_mask, check_numbers, check_shapes, find_implementation
     from attention.implementations import call_hooks
 
-    chosen = find(implementation)
-    checked_shapes(q, k, v)
-    factor, cap = checked_numbers(scale, softcap, q.shape[-1])
-    return call_hooks.call(chosen, q, k, v, scale=factor, mask=checked_mask(mask, window, q, k), softcap=cap)
+    chosen = find_implementation(implementation)
+    check_shapes(q, k, v)
+    factor, cap = check_numbers(scale, softcap, q.shape[-1])
+    return call_hooks.call_through_hooks(
+        chosen, q, k, v, scale=factor, mask=check_mask(mask, window, q, k), softcap=cap
+    )
 
 
 def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "ModelPatch":

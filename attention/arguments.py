@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, cast
 from attention import masks
 from attention.core.errors import NoBackendError, UsageError, suggestion
 from attention.core.workload import DTYPES
-from attention.implementations import get
+from attention.implementations import load_implementation
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask, dtype_name
 
@@ -20,7 +20,7 @@ MAX_SHOWN: Final = 60
 """Maximum number of characters of an invalid value in a message."""
 
 
-def find(implementation: object) -> Implementation:
+def find_implementation(implementation: object) -> Implementation:
     """Return the implementation with a name, or the given implementation itself.
 
     Raises:
@@ -32,7 +32,7 @@ def find(implementation: object) -> Implementation:
     except ImportError as error:
         raise NoBackendError(f"MLX cannot be imported: {error}") from error
     if isinstance(implementation, str):
-        return get(implementation)
+        return load_implementation(implementation)
     if isinstance(implementation, type) or not _is_implementation(implementation):
         raise UsageError(
             f"implementation: got {implementation!r}; it takes a name, or an object with a name, a route and a call"
@@ -45,7 +45,7 @@ def _is_implementation(given: object) -> bool:
     return callable(given) and hasattr(given, "name") and hasattr(given, "route")
 
 
-def checked_shapes(q: object, k: object, v: object) -> None:
+def check_shapes(q: object, k: object, v: object) -> None:
     """Raise UsageError unless q, k and v are 4-D, of one floating dtype and of compatible shapes."""
     import mlx.core as mx
 
@@ -57,17 +57,17 @@ def checked_shapes(q: object, k: object, v: object) -> None:
             problems.append(
                 f"{name}: got shape {tuple(array.shape)}; it takes (batch, heads, length, width), none of them 0"
             )
-        elif array.dtype not in _taken_types():
+        elif array.dtype not in _accepted_types():
             problems.append(f"{name}: got {dtype_name(array.dtype)}; it takes {', '.join(DTYPES)}")
         elif name != "q" and isinstance(q, mx.array) and array.dtype != q.dtype:
             problems.append(f"{name}: got {dtype_name(array.dtype)}; it takes q's type, {dtype_name(q.dtype)}")
     if not problems:
-        problems = _disagreements(*(tuple(x.shape) for x in (q, k, v)))  # type: ignore[attr-defined]
+        problems = _shape_problems(*(tuple(x.shape) for x in (q, k, v)))  # type: ignore[attr-defined]
     if problems:
         raise UsageError(*problems)
 
 
-def _disagreements(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> list[str]:
+def _shape_problems(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> list[str]:
     problems = []
     if k[0] != q[0]:
         problems.append(f"k: got batch {k[0]}; it takes q's batch, {q[0]}")
@@ -80,7 +80,7 @@ def _disagreements(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -
     return problems
 
 
-def checked_numbers(scale: object, softcap: object, head_dim: int) -> tuple[float, float | None]:
+def check_numbers(scale: object, softcap: object, head_dim: int) -> tuple[float, float | None]:
     """Return the scale, 1 / sqrt(head_dim) by default, and the softcap.
 
     Raises:
@@ -89,12 +89,12 @@ def checked_numbers(scale: object, softcap: object, head_dim: int) -> tuple[floa
     problems = []
     if scale is not None and not (_is_number(scale) and abs(scale) <= MAX_SCALE):  # type: ignore[arg-type]
         problems.append(
-            f"scale: got {_short(scale)}; it takes a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, "
+            f"scale: got {_shown_value(scale)}; it takes a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, "
             "or None for 1 / sqrt(head_dim)"
         )
     if softcap is not None and not (_is_number(softcap) and MIN_SOFTCAP <= softcap <= MAX_SOFTCAP):  # type: ignore[operator]
         problems.append(
-            f"softcap: got {_short(softcap)}; it takes a number from {MIN_SOFTCAP:g} to {MAX_SOFTCAP:g}, or None"
+            f"softcap: got {_shown_value(softcap)}; it takes a number from {MIN_SOFTCAP:g} to {MAX_SOFTCAP:g}, or None"
         )
     if problems:
         raise UsageError(*problems)
@@ -102,7 +102,7 @@ def checked_numbers(scale: object, softcap: object, head_dim: int) -> tuple[floa
     return float(factor), None if softcap is None else float(softcap)  # type: ignore[arg-type]
 
 
-def checked_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> Mask:
+def check_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> Mask:
     """Return the mask of a call.
 
     Raises:
@@ -110,7 +110,7 @@ def checked_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> 
     """
     problems = []
     if window is not None and (type(window) is not int or window < 1):
-        problems.append(f"window: got {_short(window)}; it takes a whole number from 1, or None")
+        problems.append(f"window: got {_shown_value(window)}; it takes a whole number from 1, or None")
     array = None if mask is None or isinstance(mask, str) else mask
     try:
         _check_kind(mask)
@@ -133,7 +133,7 @@ def _check_kind(mask: object) -> None:
 
 
 @cache
-def _taken_types() -> "frozenset[mx.Dtype]":
+def _accepted_types() -> "frozenset[mx.Dtype]":
     import mlx.core as mx
 
     return frozenset(getattr(mx, name) for name in DTYPES)
@@ -143,7 +143,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
-def _short(value: object) -> str:
+def _shown_value(value: object) -> str:
     """Format an invalid value, truncated; Python refuses to print integers of thousands of digits."""
     try:
         text = repr(value)

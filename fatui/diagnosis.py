@@ -21,7 +21,7 @@ from attention.engine.peaks import measure_peaks
 from attention.measure.device import Device, blas, probe
 from fatui import __version__, formatting
 from fatui.storage import paths, presets, settings
-from fatui.storage.history import History, HistoryError
+from fatui.storage.history import HistoryError, RunHistory
 
 BACKENDS: Final = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 COMPILERS: Final = {
@@ -38,7 +38,7 @@ PRELOAD: Final = (
 )
 
 
-class Finding(Struct, frozen=True, kw_only=True):
+class DiagnosisItem(Struct, frozen=True, kw_only=True):
     """One result of the diagnosis."""
 
     topic: str
@@ -47,7 +47,7 @@ class Finding(Struct, frozen=True, kw_only=True):
     """What to do, if something should be done."""
 
 
-def diagnose(measure: bool = True) -> Iterator[Finding]:
+def diagnose(measure: bool = True) -> Iterator[DiagnosisItem]:
     """Yield the findings, the slow ones last.
 
     Args:
@@ -57,7 +57,7 @@ def diagnose(measure: bool = True) -> Iterator[Finding]:
         device = probe()
     except NoBackendError as error:
         device = None
-        yield Finding(topic="backend", text="none", advice=str(error))
+        yield DiagnosisItem(topic="backend", text="none", advice=str(error))
     yield from _packages()
     if device:
         yield from _machine(device)
@@ -77,7 +77,7 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[DiagnosisItem]:
     builds = [name for name in (*BACKENDS, "mlx-metal") if _installed(name)]
     core = _installed("mlx")
     text = f"{core or 'not installed'}, " + (
@@ -90,51 +90,51 @@ def _packages() -> Iterator[Finding]:
         advice = f"two backends overwrite each other's library: {removal}, then install one extra"
     elif not core:
         advice = "pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fatui[cuda13]' on Linux, 'fatui' on macOS"
-    yield Finding(topic="MLX", text=text, advice=advice)
+    yield DiagnosisItem(topic="MLX", text=text, advice=advice)
 
 
-def _machine(device: Device) -> Iterator[Finding]:
-    yield Finding(topic="backend", text=device.backend)
+def _machine(device: Device) -> Iterator[DiagnosisItem]:
+    yield DiagnosisItem(topic="backend", text=device.backend)
     cores = f", {device.cores} cores" if device.backend == "cpu" else ""
-    yield Finding(
+    yield DiagnosisItem(
         topic="device", text=f"{device.name}{cores}" + (f", {device.architecture}" if device.architecture else "")
     )
     free = formatting.size(device.available_bytes)
-    yield Finding(topic="memory", text=f"{formatting.size(device.memory_bytes)}, of which {free} free")
+    yield DiagnosisItem(topic="memory", text=f"{formatting.size(device.memory_bytes)}, of which {free} free")
 
 
-def _implementations(device: Device) -> Iterator[Finding]:
+def _implementations(device: Device) -> Iterator[DiagnosisItem]:
     for name in implementations.NAMES:
         text, advice = _availability(name, device)
-        yield Finding(topic=name, text=text, advice=advice)
+        yield DiagnosisItem(topic=name, text=text, advice=advice)
 
 
 def _availability(name: str, device: Device) -> tuple[str, str | None]:
     if name == "torch" and importlib.util.find_spec("torch") is None:
         return "not available: torch is not installed", "pip install 'fatui[peers]'"
     try:
-        route = implementations.get(name).route(TYPICAL, device)
+        route = implementations.load_implementation(name).route(TYPICAL, device)
     except Exception as error:
         return f"not available: {type(error).__name__}: {error}", None
     return f"{route.path if route.supported else 'not available'}: {route.reason}", None
 
 
-def _metal_kernels() -> Finding:
+def _metal_kernels() -> DiagnosisItem:
     """Summarise the first-use checks of the Metal kernels, and what is unverified."""
     from attention.kernels.metal import verdicts
 
     text, wrong = verdicts.summary()
     advice = f"{wrong}; calls of this kind fall back; `fatui doctor --report` writes a file to send" if wrong else None
-    return Finding(topic="Metal", text=text, advice=advice)
+    return DiagnosisItem(topic="Metal", text=text, advice=advice)
 
 
-def _compilers() -> Iterator[Finding]:
+def _compilers() -> Iterator[DiagnosisItem]:
     found = [(name, where) for name in COMPILERS if (where := shutil.which(name))]
     for name, where in found:
-        yield Finding(topic="compiler", text=f"{name}: {_first_line(where)}, for {COMPILERS[name]}")
+        yield DiagnosisItem(topic="compiler", text=f"{name}: {_first_line(where)}, for {COMPILERS[name]}")
     if "c++" not in dict(found):
         advice = "install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)"
-        yield Finding(topic="compiler", text=f"no C++ compiler, which {COMPILERS['c++']} needs", advice=advice)
+        yield DiagnosisItem(topic="compiler", text=f"no C++ compiler, which {COMPILERS['c++']} needs", advice=advice)
 
 
 def _first_line(program: str) -> str:
@@ -145,7 +145,7 @@ def _first_line(program: str) -> str:
     return next((line.strip() for line in done.stdout.splitlines() if line.strip()), "no version reported")
 
 
-def _folders() -> Iterator[Finding]:
+def _folders() -> Iterator[DiagnosisItem]:
     for topic, folder in (("config", paths.config_dir()), ("data", paths.data_dir()), ("cache", paths.cache_dir())):
         yield _folder(topic, folder)
     yield from _settings()
@@ -153,56 +153,58 @@ def _folders() -> Iterator[Finding]:
     yield from _history()
 
 
-def _folder(topic: str, folder: Path) -> Finding:
+def _folder(topic: str, folder: Path) -> DiagnosisItem:
     """Report a folder and its size, or what to do if it cannot be used or created."""
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     if not there.is_dir():
-        return Finding(topic=topic, text=f"{there} is not a folder", advice="move it away; nothing can be stored there")
+        return DiagnosisItem(
+            topic=topic, text=f"{there} is not a folder", advice="move it away; nothing can be stored there"
+        )
     if there != folder:
         advice = None if home().is_dir() else f"set HOME to a folder that exists; there is no {home()}"
-        return Finding(topic=topic, text=f"{folder} (not created yet)", advice=advice)
+        return DiagnosisItem(topic=topic, text=f"{folder} (not created yet)", advice=advice)
     try:
         size = formatting.size(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
     except OSError as error:
         size = error.strerror or str(error)
     advice = None if os.access(folder, os.W_OK | os.X_OK) else "it is not writable: nothing new is stored there"
-    return Finding(topic=topic, text=f"{folder} ({size})", advice=advice)
+    return DiagnosisItem(topic=topic, text=f"{folder} ({size})", advice=advice)
 
 
-def _settings() -> Iterator[Finding]:
+def _settings() -> Iterator[DiagnosisItem]:
     """Report what is wrong with the config file; key names and themes are checked by the app."""
     content, problem = settings.read_config()
     unknown = [f"{settings.config_path()}: {settings.unknown(key)}" for key in content if key not in settings.KEYS]
     for text in [problem] if problem else unknown:
-        yield Finding(topic="config", text=text, advice="fix the file, or move it away")
+        yield DiagnosisItem(topic="config", text=text, advice="fix the file, or move it away")
 
 
-def _presets() -> Iterator[Finding]:
+def _presets() -> Iterator[DiagnosisItem]:
     for listed in presets.list_presets():
         for problem in listed.problems:
-            yield Finding(topic="presets", text=problem, advice=f"fix it: fatui presets check {listed.source}")
+            yield DiagnosisItem(topic="presets", text=problem, advice=f"fix it: fatui presets check {listed.source}")
 
 
-def _history() -> Iterator[Finding]:
-    history = History()
+def _history() -> Iterator[DiagnosisItem]:
+    history = RunHistory()
     try:
         count = len(history.runs())
     except HistoryError as error:
-        yield Finding(topic="history", text=str(error), advice="until it can be used, runs are not stored")
+        yield DiagnosisItem(topic="history", text=str(error), advice="until it can be used, runs are not stored")
         return
-    yield Finding(topic="history", text=f"{count} run{'s' * (count != 1)}", advice=history.notice)
+    yield DiagnosisItem(topic="history", text=f"{count} run{'s' * (count != 1)}", advice=history.notice)
 
 
-def _speed(device: Device) -> Iterator[Finding]:
+def _speed(device: Device) -> Iterator[DiagnosisItem]:
     peaks = measure_peaks(device)
     copy = formatting.bytes_per_second(peaks.copy_bytes_per_s)
     text = f"best matmul {formatting.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}, measured now"
-    yield Finding(topic="peaks", text=text)
+    yield DiagnosisItem(topic="peaks", text=text)
     if device.backend == "cpu":
         yield _blas()
 
 
-def _blas() -> Finding:
+def _blas() -> DiagnosisItem:
     """Compare MLX's BLAS with numpy's on the same product, which shows the cost of a slow one."""
     import mlx.core as mx
     import numpy as np
@@ -219,7 +221,7 @@ def _blas() -> Finding:
     advice = (
         f"MLX's matrix products run at 1/{theirs / ours:.0f} of what these cores reach; {PRELOAD}" if slow else None
     )
-    return Finding(topic="BLAS", text=text, advice=advice)
+    return DiagnosisItem(topic="BLAS", text=text, advice=advice)
 
 
 def _rate(product: Callable[[], object]) -> float:
@@ -255,7 +257,7 @@ def without_home(text: str) -> str:
     return text.replace(folder, "~") if len(folder) > 1 else text
 
 
-def _of_findings(found: list[Finding]) -> Iterator[str]:
+def _of_findings(found: list[DiagnosisItem]) -> Iterator[str]:
     for finding in found:
         yield f"- {finding.topic}: {finding.text}" + (f" ({finding.advice})" if finding.advice else "")
 
@@ -268,7 +270,7 @@ def _of_metal(tell: Callable[[str], None], measure: bool) -> Iterator[str]:
             tell(f"checking {name}")
     except KernelUnavailable as unavailable:
         yield f"Not checked: {unavailable}."
-    known = verdicts.known()
+    known = verdicts.known_results()
     yield f"{sum(verdict.passed for verdict in known)} of {len(known)} checks passed. {verdicts.UNKNOWN}"
     for verdict in known:
         yield f"- {verdict.name} ({verdict.machine}): {'passed' if verdict.passed else 'FAILED'}"

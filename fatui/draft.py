@@ -9,7 +9,7 @@ from attention.core.plan import Plan, expand
 from attention.core.workload import DType, Pass, Workload
 
 AXES: Final = ("batch", "seq", "head_dim", "heads", "kv_heads")
-MOST_CASES: Final = 500
+MAX_DRAFT_CASES: Final = 500
 DEFAULT_IMPLEMENTATIONS: Final = ("baseline", "poc", "practical", "demo")
 DEFAULT_AXES: Final = {"batch": (1,), "seq": (512,), "head_dim": (64,), "heads": (8,), "kv_heads": ()}
 SHARED: Final = ("dtype", "mask", "pass_")
@@ -105,8 +105,8 @@ class Draft(Struct, frozen=True, kw_only=True):
         count = 1
         for values in (*self.axes.values(), *self.several.values()):
             count *= max(1, len(values))
-        if count > MOST_CASES:
-            raise UsageError(f"{count:,} cases; a sweep takes {MOST_CASES} at most")
+        if count > MAX_DRAFT_CASES:
+            raise UsageError(f"{count:,} cases; a sweep takes {MAX_DRAFT_CASES} at most")
         base = {name: getattr(self, name) for name in SHARED}
         base |= {name: getattr(self, name) for name in ("kv_seq", "value_dim") if getattr(self, name) is not None}
         return expand(base, {name: values for name, values in {**self.axes, **self.several}.items() if values})

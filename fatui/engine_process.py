@@ -16,13 +16,13 @@ import psutil
 from msgspec import structs
 
 from attention.core import events as on
-from attention.core.errors import shortened
+from attention.core.errors import truncated
 from attention.core.plan import AnyPlan, Assignment, Plan
 from attention.core.results import Peaks
 from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
 from fatui import __version__
-from fatui.untrusted_text import MAX_SHOWN, cleaned
+from fatui.untrusted_text import MAX_SHOWN, escape_all
 
 LINE_LIMIT: Final = 2**26
 PATIENCE_S: Final = 0.5
@@ -60,17 +60,17 @@ class Silence:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.heard = clock()
+        self.last_event_s = clock()
         self.step = self.building = ""
         self.expected_s: float | None = None
 
-    def hear(self, event: on.AnyEvent) -> None:
+    def record_event(self, event: on.AnyEvent) -> None:
         """Handle an event."""
-        self.heard = self._clock()
+        self.last_event_s = self._clock()
         if isinstance(event, on.CaseStarted):
             self.step = self.building = ""
             self.expected_s = None
-        elif isinstance(event, on.Expected):
+        elif isinstance(event, on.CaseTimeEstimated):
             self.expected_s = event.seconds
         elif isinstance(event, on.StepStarted):
             # In the rounds all take their turns.
@@ -80,7 +80,7 @@ class Silence:
     @property
     def seconds(self) -> float:
         """Seconds since the worker's last event."""
-        return self._clock() - self.heard
+        return self._clock() - self.last_event_s
 
     @property
     def unexplained(self) -> bool:
@@ -121,13 +121,13 @@ class Engine:
             reason = await self._run_worker()
             if self.stopped or self.record.done or self.record.refused:
                 return
-            self._go_on_after(reason)
+            self._resume_after(reason)
             fruitless = fruitless + 1 if self._assignment == before else 0
             if fruitless == 2:
                 what = "the engine cannot start"
                 if self._culprit:
                     what = f"implementation: '{self._culprit}' cannot be loaded"
-                self._tell(on.RunRefused(kind="cannot start", reason=f"{what}: {reason}"))
+                self._dispatch(on.RunRefused(kind="cannot start", reason=f"{what}: {reason}"))
 
     def stop(self) -> None:
         """End the worker, by force after PATIENCE_S; what was measured stays in the record."""
@@ -142,7 +142,7 @@ class Engine:
         if self._process is not None:
             _signal_group(self._process, signal.SIGKILL)
 
-    def _tell(self, event: on.AnyEvent) -> None:
+    def _dispatch(self, event: on.AnyEvent) -> None:
         if isinstance(event, on.RunStarted):
             event.environment = structs.replace(event.environment, fatui=__version__)
         self.record.apply(event)
@@ -153,7 +153,7 @@ class Engine:
         mark = _mark_file()
         events, events_end = os.pipe()
         errors, errors_end = os.pipe()
-        tail = Tail(errors)
+        tail = PipeTail(errors)
         self._hung = None
         try:
             try:
@@ -171,7 +171,7 @@ class Engine:
         finally:
             tail.close()
             os.close(mark)
-        return self._hung or _how_it_ended(process.returncode or 0, tail.lines)
+        return self._hung or _exit_reason(process.returncode or 0, tail.lines)
 
     async def _start(self, mark: int, events: int, errors: int) -> asyncio.subprocess.Process:
         """Start a worker that writes its events to one pipe and its stderr to another.
@@ -219,16 +219,16 @@ class Engine:
             try:
                 line = await reader.readline()
             except ValueError:
-                self._tell(on.Message(level="warning", text="a line of the engine was too long, and is ignored"))
+                self._dispatch(on.Message(level="warning", text="a line of the engine was too long, and is ignored"))
                 continue
             if not line:
                 return
             try:
-                event = cleaned(on.decode(line), MAX_SHOWN)
+                event = escape_all(on.decode(line), MAX_SHOWN)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 event = on.Message(level="warning", text=f"a line of the engine could not be read: {error}")
-            self.silence.hear(event)
-            self._tell(event)
+            self.silence.record_event(event)
+            self._dispatch(event)
 
     async def _wait_for_hang(self) -> None:
         """Return once the silence is so long that the worker must have hung."""
@@ -253,7 +253,7 @@ class Engine:
         )
         return max(HUNG_S, making_s + pass_s)
 
-    def _go_on_after(self, reason: str) -> None:
+    def _resume_after(self, reason: str) -> None:
         """Fail the row that was running, and create the assignment of the next worker."""
         case = self.record.current_case
         if case is None:
@@ -263,7 +263,7 @@ class Engine:
         elif self._culprit:
             self._fail(case, self._culprit, reason)
         if case == len(self.record.cases):
-            self._tell(on.RunDone())
+            self._dispatch(on.RunDone())
             return
         rows = self.record.cases[case].rows.values()
         failed = tuple(row.implementation for row in rows if row.ended and row.ended.status == "failed")
@@ -272,8 +272,8 @@ class Engine:
 
     def _fail(self, case: int, name: str, reason: str) -> None:
         if self.record.cases[case].rows[name].ended is None:
-            self._tell(on.RowEnded(case=case, implementation=name, status="failed", reason=reason))
-        self._tell(on.Message(level="info", text=f"{name} crashed the engine; it is restarted without it"))
+            self._dispatch(on.RowEnded(case=case, implementation=name, status="failed", reason=reason))
+        self._dispatch(on.Message(level="info", text=f"{name} crashed the engine; it is restarted without it"))
 
 
 def _model_flops(work: Generation | FineTuning, weights_bytes: int) -> float:
@@ -325,7 +325,7 @@ async def _wait_for(process: asyncio.subprocess.Process) -> None:
         await asyncio.sleep(POLL_S)
 
 
-class Tail:
+class PipeTail:
     """Reader of a pipe while the event loop runs; keeps the last STDERR_BYTES.
 
     Lines may be of any length; other processes that hold the pipe open are not waited for.
@@ -371,10 +371,10 @@ def _mark_file() -> int:
         return os.dup(file.fileno())
 
 
-def _how_it_ended(code: int, stderr: list[str]) -> str:
+def _exit_reason(code: int, stderr: list[str]) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
         return f"killed by signal {-code} ({name}){hint}"
     last = next((line for line in reversed(stderr) if line.strip()), "")
-    return f"the engine ended with code {code}" + (f": {shortened(last)}" if last else "")
+    return f"the engine ended with code {code}" + (f": {truncated(last)}" if last else "")

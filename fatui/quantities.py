@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Final
 
 from attention.core.errors import UsageError
-from attention.core.workload import LARGEST
+from attention.core.workload import MAX_SIZES
 
 UNITS: Final = {
     "": 1,
@@ -23,7 +23,7 @@ UNITS: Final = {
     "tib": 2**40,
     "tb": 10**12,
 }
-LARGEST_BYTES: Final = 2**60
+MAX_BYTES: Final = 2**60
 _SIZE: Final = re.compile(r"([0-9]{1,19}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]*)")
 
 
@@ -37,7 +37,7 @@ def parse_size(value: object, name: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match and match[2].lower() in UNITS:
         size = int(Fraction(match[1]) * UNITS[match[2].lower()])
-        if 1 <= size <= LARGEST_BYTES:
+        if 1 <= size <= MAX_BYTES:
             return size
     raise UsageError(f"{name}: got {value!r}; it takes a size such as '8 GiB', '512M' or a number of bytes")
 
@@ -56,7 +56,7 @@ STOPS: Final[dict[str, tuple[int, ...]]] = {
     "head_dim": (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512),
     "heads": (1, 2, 4, 6, 8, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128),
 }
-MOST_VALUES: Final = 32
+MAX_VALUES: Final = 32
 """Maximum number of values of one axis in a sweep."""
 
 
@@ -65,7 +65,7 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(each for each in range(1, number + 1) if number % each == 0)
 
 
-def say(number: int) -> str:
+def format_number(number: int) -> str:
     """Format a number: 512, 8 K, 1 M; in powers of 1024 if exact, else with commas."""
     for size, letter in ((2**20, "M"), (2**10, "K")):
         if number >= size and number % size == 0:
@@ -73,7 +73,7 @@ def say(number: int) -> str:
     return f"{number:,}"
 
 
-def parse(text: str, name: str) -> int:
+def parse_number(text: str, name: str) -> int:
     """Parse "512", "8k" or "1 M".
 
     Raises:
@@ -82,7 +82,7 @@ def parse(text: str, name: str) -> int:
     word = text.strip().lower().replace(" ", "").replace("_", "")
     factor = {"k": 2**10, "m": 2**20}.get(word[-1:], 1)
     digits = word[:-1] if factor > 1 else word
-    largest = LARGEST[name]
+    largest = MAX_SIZES[name]
     if not (digits.isascii() and digits.isdigit() and len(digits) < 12 and 1 <= int(digits) * factor <= largest):
         raise ValueError(f"takes a whole number from 1 to {largest:,}, not '{text.strip()}'")
     return int(digits) * factor
@@ -98,19 +98,19 @@ def parse_values(text: str, name: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dots, last = part.partition("..")
         if not dots:
-            values.add(parse(part, name))
+            values.add(parse_number(part, name))
             continue
-        value, end = parse(first, name), parse(last, name)
+        value, end = parse_number(first, name), parse_number(last, name)
         if value > end:
             raise ValueError(f"'{part.strip()}' runs downwards")
         while value <= end:
             values.add(value)
             value *= 2
-    if len(values) > MOST_VALUES:
-        raise ValueError(f"{len(values)} values; {MOST_VALUES} at most")
+    if len(values) > MAX_VALUES:
+        raise ValueError(f"{len(values)} values; {MAX_VALUES} at most")
     return tuple(sorted(values))
 
 
-def say_values(values: tuple[int, ...]) -> str:
+def format_numbers(values: tuple[int, ...]) -> str:
     """Format several values: "128, 256, 512"."""
-    return ", ".join(say(value) for value in values)
+    return ", ".join(format_number(value) for value in values)

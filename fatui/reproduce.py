@@ -8,13 +8,13 @@ from datetime import datetime
 from typing import Any
 
 from attention.core.errors import UsageError
-from attention.core.plan import Asked, FineTuningPlan, GenerationPlan, Plan
+from attention.core.plan import FineTuningPlan, GenerationPlan, Plan, RunOptions
 from attention.core.results import Run
 from fatui.quantities import size_text
-from fatui.storage.preset_format import FIELDS, Preset, as_product
+from fatui.storage.preset_format import FIELDS, Preset, factor_cases
 
 
-class Started:
+class RunIdentity:
     """A started run: its id, command and clock."""
 
     def __init__(self, command: str, preset: str | None) -> None:
@@ -75,7 +75,7 @@ def finetune_command(plan: FineTuningPlan) -> str:
     return _command(["fatui", "finetune", case.model], {**options, "lora-layers": case.tuned_layers, **_limits(plan)})
 
 
-def _limits(plan: Asked) -> dict[str, object]:
+def _limits(plan: RunOptions) -> dict[str, object]:
     """Return the options that all commands that measure accept."""
     limit = plan.memory_limit_bytes
     return {
@@ -103,7 +103,7 @@ def command_for(plan: Plan, preset: Preset | None = None) -> str:
             else preset.name
         )
         return bench_command(name, {}, _options(plan, preset))
-    product = as_product(plan.cases)
+    product = factor_cases(plan.cases)
     if product is None:
         raise UsageError("these cases are not a sweep; save them as a preset to name them in a command")
     shared, axes = product

@@ -20,7 +20,7 @@ FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
 MARKDOWN_SIGNS: Final = re.compile(r"([\\`*_<>\[\]#|~&])")
 
 
-def clean(text: str, limit: int | None = None) -> str:
+def escape_controls(text: str, limit: int | None = None) -> str:
     r"""Replace unsafe characters by their escapes, such as "\x1b" or "\u202e", and cut a text to `limit`.
 
     Line feeds stay, a tab becomes a blank. The result holds no control character but line feeds, no bidi control and
@@ -35,7 +35,7 @@ def clean(text: str, limit: int | None = None) -> str:
 
 def one_line(text: str, limit: int | None = None) -> str:
     """Clean a text as clean() does, and join its lines with blanks."""
-    made = clean(text, limit)
+    made = escape_controls(text, limit)
     return " ".join(made.split("\n")) if "\n" in made else made
 
 
@@ -50,30 +50,30 @@ def _visible(character: str) -> str:
     return " " if character == "\t" else character.encode("unicode_escape").decode("ascii")
 
 
-def cleaned(value: T, limit: int | None = None) -> T:
+def escape_all(value: T, limit: int | None = None) -> T:
     """Clean every text inside structs, tuples, lists and dicts; values without unsafe text are returned as they are."""
     made: Any = value
     if isinstance(value, str):
-        made = clean(value, limit)
+        made = escape_controls(value, limit)
     elif isinstance(value, Struct):
         changed = {
             name: new
             for name in value.__struct_fields__
-            if (new := cleaned(old := getattr(value, name), limit)) is not old
+            if (new := escape_all(old := getattr(value, name), limit)) is not old
         }
         made = structs.replace(value, **changed) if changed else value
     elif isinstance(value, tuple | list) and not (value and isinstance(value[0], float)):
-        parts = [cleaned(part, limit) for part in value]
+        parts = [escape_all(part, limit) for part in value]
         if any(new is not old for new, old in zip(parts, value, strict=True)):
             made = type(value)(parts)
     elif isinstance(value, dict):
-        made = {cleaned(key, limit): cleaned(part, limit) for key, part in value.items()}
+        made = {escape_all(key, limit): escape_all(part, limit) for key, part in value.items()}
     return cast("T", made)
 
 
 def html(text: str) -> str:
     """Escape a text for HTML, in elements and attributes."""
-    return escape(clean(text))
+    return escape(escape_controls(text))
 
 
 def markdown(text: str) -> str:
@@ -96,11 +96,11 @@ def markdown_code(text: str) -> str:
 
 def markdown_block(text: str, language: str = "") -> str:
     """Format lines as a fenced code block, even if they contain backticks."""
-    shown = clean(text)
+    shown = escape_controls(text)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     return f"{fence}{language}\n{shown}\n{fence}"
 
 
 def spreadsheet(text: str) -> str:
     """Clean a text for a CSV cell; one that a spreadsheet would evaluate is prefixed with an apostrophe."""
-    return f"'{clean(text)}" if text.startswith(FORMULA_STARTS) else clean(text)
+    return f"'{escape_controls(text)}" if text.startswith(FORMULA_STARTS) else escape_controls(text)

@@ -43,16 +43,16 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
-def in_a_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return an exception's type and the first line of its text, of at most MAX_REASON characters."""
     try:
         text = next(iter(str(error).splitlines()), "")
     except Exception:  # its own __str__ may fail
         text = ""
-    return shortened(f"{type(error).__name__}: {text}".rstrip(": "))
+    return truncated(f"{type(error).__name__}: {text}".rstrip(": "))
 
 
-def shortened(line: str) -> str:
+def truncated(line: str) -> str:
     """Truncate a line to MAX_REASON characters, ending in "…"."""
     return line if len(line) <= MAX_REASON else line[: MAX_REASON - 1] + "…"
 

@@ -9,9 +9,9 @@ from attention.core.route import Route
 
 Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training"]
 Ending = Literal["failed", "refused", "unsupported"]
-AGAIN = "(again)"
+REPEATED_REFERENCE = "(again)"
 """Name of the reference's second arm among the samples; it gives the noise floor."""
-WITHOUT = "(no attention)"
+WITHOUT_ATTENTION = "(no attention)"
 """Name, among the samples, of the model whose attention returns its query unchanged."""
 
 
@@ -70,7 +70,7 @@ class FirstCall(Event, tag="first_call"):
     seconds: float
 
 
-class Checked(Event, tag="checked"):
+class AccuracyChecked(Event, tag="checked"):
     """The result was compared with the float64 reference."""
 
     case: int
@@ -111,14 +111,14 @@ class RoundsDone(Event, tag="rounds_done"):
 
     case: int
     samples: dict[str, list[float | None]]
-    """Seconds per call, None for a round without a sample; the noise floor's arm is under AGAIN."""
+    """Seconds per call, None for a round without a sample; the noise floor's arm is under REPEATED_REFERENCE."""
     active_bytes: int
     """MLX's active memory after the last round."""
     peak_bytes: int
     """MLX's peak memory since the rounds began."""
 
 
-class WeightsMade(Event, tag="weights_made"):
+class WeightsLoaded(Event, tag="weights_made"):
     """The weights of a case's model are in memory."""
 
     case: int
@@ -147,7 +147,7 @@ class CallsCounted(Event, tag="calls_counted"):
     """The path of most of the computed calls; None without any."""
 
 
-class Expected(Event, tag="expected"):
+class CaseTimeEstimated(Event, tag="expected"):
     """Estimated time of a case from one timed call; emitted before its rounds."""
 
     case: int
@@ -170,7 +170,7 @@ class IterationDone(Event, tag="iteration_done"):
 
     case: int
     implementation: str
-    """AGAIN for the reference's second fine-tuning."""
+    """REPEATED_REFERENCE for the reference's second fine-tuning."""
     number: int
     """From 1; the first one compiles."""
     loss: float | None
@@ -257,15 +257,15 @@ class RunRefused(Event, tag="run_refused"):
     reason: str
 
 
-RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | Checked | MemoryMeasured | LatencyMeasured
+RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | AccuracyChecked | MemoryMeasured | LatencyMeasured
 ModelRowEvent = CallsCounted | LayersTimed
 CaseEvent = (
     CaseStarted
     | ReferenceChosen
     | RoundsDone
-    | WeightsMade
+    | WeightsLoaded
     | PassesShared
-    | Expected
+    | CaseTimeEstimated
     | IterationDone
     | CaseDone
     | RowEvent
@@ -292,15 +292,15 @@ def encode(event: AnyEvent) -> bytes:
     try:
         return _encoder.encode(event) + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, in an exception's text, say
-        return _encoder.encode(_valid(msgspec.to_builtins(event))) + b"\n"
+        return _encoder.encode(_valid_text(msgspec.to_builtins(event))) + b"\n"
 
 
-def _valid(value: object) -> object:
+def _valid_text(value: object) -> object:
     if isinstance(value, str):
         return value.encode(errors="replace").decode()
     if isinstance(value, dict):
-        return {_valid(name): _valid(each) for name, each in value.items()}
-    return [_valid(each) for each in value] if isinstance(value, list) else value
+        return {_valid_text(name): _valid_text(each) for name, each in value.items()}
+    return [_valid_text(each) for each in value] if isinstance(value, list) else value
 
 
 def decode(line: bytes) -> AnyEvent:

@@ -8,23 +8,23 @@ import tomllib
 from pathlib import Path
 from typing import Any, Final
 
-NOWHERE: Final = Path("/nonexistent")
+NO_HOME: Final = Path("/nonexistent")
 """Home folder of an account without one, as in Debian."""
 MAX_KEY_PARTS: Final = 100
 """Maximum parts of a dotted TOML key: tomllib's time is quadratic in their number."""
-QUOTED: Final = re.compile(r"""\"(?:[^"\\]|\\.)*"|'[^']*'""")
+QUOTED_KEY: Final = re.compile(r"""\"(?:[^"\\]|\\.)*"|'[^']*'""")
 
 
 def home() -> Path:
-    """Return the user's home folder; NOWHERE if the account has none or $HOME is relative."""
+    """Return the user's home folder; NO_HOME if the account has none or $HOME is relative."""
     try:
         found = Path.home()
     except RuntimeError:
-        return NOWHERE
-    return found if found.is_absolute() else NOWHERE
+        return NO_HOME
+    return found if found.is_absolute() else NO_HOME
 
 
-def expanded(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """Expand a leading "~" or "~name"; the path is unchanged if there is no such user."""
     try:
         return Path(path).expanduser()
@@ -40,7 +40,7 @@ def xdg(variable: str, fallback: str) -> Path:
 
 def cache_folder() -> Path:
     """Return the cache: $FATUI_CACHE_DIR, $XDG_CACHE_HOME/fatui or ~/.cache/fatui; "~name" of nobody is ignored."""
-    given = expanded(os.environ.get("FATUI_CACHE_DIR", ""))
+    given = expand_home(os.environ.get("FATUI_CACHE_DIR", ""))
     named = given.parts and not given.parts[0].startswith("~")
     return given if named else xdg("XDG_CACHE_HOME", ".cache") / "fatui"
 
@@ -83,7 +83,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         ValueError: it is not TOML, or is nested too deeply; the message is one line.
     """
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.count(".") > MAX_KEY_PARTS and QUOTED.sub("", line).count(".") > MAX_KEY_PARTS:
+        if line.count(".") > MAX_KEY_PARTS and QUOTED_KEY.sub("", line).count(".") > MAX_KEY_PARTS:
             raise ValueError(f"line {number} has a key of more than {MAX_KEY_PARTS} parts")
     try:
         return tomllib.loads(text)

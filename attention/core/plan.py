@@ -13,7 +13,7 @@ from attention.core.workload import FineTuning, Generation, Workload
 REFERENCE = "baseline"
 
 
-class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RunOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of every kind of run: the implementations and the limits."""
 
     implementations: tuple[str, ...]
@@ -35,21 +35,21 @@ class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(sorted(dict.fromkeys(self.implementations), key=lambda name: name != REFERENCE))
 
 
-class Plan(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="attention"):
+class Plan(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="attention"):
     """One run: every implementation on every case."""
 
     cases: tuple[Workload, ...]
     """The workloads, measured one after the other."""
 
 
-class GenerationPlan(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="generation"):
+class GenerationPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="generation"):
     """One model generating with every implementation, at every prompt length."""
 
     cases: tuple[Generation, ...]
     """All of one model, measured one after the other."""
 
 
-class FineTuningPlan(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fine-tuning"):
+class FineTuningPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fine-tuning"):
     """One model fine-tuned with every implementation; `seconds` bounds each one's training."""
 
     cases: tuple[FineTuning, ...]

@@ -4,7 +4,7 @@ from typing import Final
 
 from msgspec import Struct, ValidationError, convert, structs
 
-LONGEST_PATH: Final = 22
+MAX_PATH_LENGTH: Final = 22
 
 
 class Needs(Struct, frozen=True, kw_only=True):
@@ -24,7 +24,7 @@ class Needs(Struct, frozen=True, kw_only=True):
     """Attention sinks: each head has an extra logit in the softmax, without a value."""
 
 
-PLAIN: Final = Needs()
+NO_NEEDS: Final = Needs()
 
 
 class Route(Struct, frozen=True, kw_only=True):
@@ -53,10 +53,10 @@ def unsupported(reason: str) -> Route:
 
 def fitted(path: str) -> str:
     """Truncate a path to its column, ending in "…"."""
-    return path if len(path) <= LONGEST_PATH else path[: LONGEST_PATH - 1] + "…"
+    return path if len(path) <= MAX_PATH_LENGTH else path[: MAX_PATH_LENGTH - 1] + "…"
 
 
-def checked(route: object) -> Route:
+def validated_route(route: object) -> Route:
     """Validate what an implementation returned as its route; a long path is truncated to its column.
 
     Raises:

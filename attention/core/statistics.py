@@ -11,7 +11,7 @@ from attention.core.results import MIN_ROUNDS, Interval, NoiseFloor, Ratio
 CONFIDENCE: Final = 0.95
 FLOOR_CONFIDENCE: Final = 0.99
 """Confidence of the noise floor, higher because a difference must lie outside it to be significant."""
-SMALLEST_FLOOR: Final = 0.005
+MIN_FLOOR: Final = 0.005
 """Smallest relative difference that can be significant: code and data alignment alone cause as much."""
 
 
@@ -76,7 +76,7 @@ def noise_floor(reference: Sequence[float], again: Sequence[float]) -> NoiseFloo
     if len(logs) < MIN_ROUNDS:
         return None
     middle, low, high = ratio_interval(logs, FLOOR_CONFIDENCE)
-    floor = max(math.expm1(abs(low)), math.expm1(abs(high)), SMALLEST_FLOOR)
+    floor = max(math.expm1(abs(low)), math.expm1(abs(high)), MIN_FLOOR)
     return NoiseFloor(value=math.exp(middle), low=math.exp(low), high=math.exp(high), floor=floor)
 
 
@@ -91,7 +91,7 @@ def speedup(reference: Sequence[float], times: Sequence[float], floor: NoiseFloo
     return _ratio(*ratio_interval(logs), floor.floor if floor else math.inf)
 
 
-def unpaired_ratio(before: Sequence[float], after: Sequence[float], floor: float = SMALLEST_FLOOR) -> Ratio | None:
+def unpaired_ratio(before: Sequence[float], after: Sequence[float], floor: float = MIN_FLOOR) -> Ratio | None:
     """Return the ratio of two runs' times, before over after, by Welch's interval on logarithms; above 1 means faster.
 
     None for fewer than MIN_ROUNDS samples on either side.
@@ -174,7 +174,7 @@ def _rank_below_median(count: int, confidence: float) -> int:
     return max(count // 2 - 1, 0)
 
 
-def drifted(times: Sequence[float], floor: float) -> bool:
+def slowed_down(times: Sequence[float], floor: float) -> bool:
     """Return whether the last third of the samples is significantly slower than the first third, beyond the floor."""
     third = len(times) // 3
     ratio = _welch(times[:third], times[-third:], floor) if third >= 2 else None
@@ -190,4 +190,4 @@ def geometric_mean(ratios: Sequence[Ratio]) -> Ratio | None:
         return None
     middle = fmean(math.log(ratio.value) for ratio in ratios)
     half = math.sqrt(sum((math.log(ratio.high / ratio.low) / 2) ** 2 for ratio in ratios)) / len(ratios)
-    return _ratio(middle, middle - half, middle + half, SMALLEST_FLOOR)
+    return _ratio(middle, middle - half, middle + half, MIN_FLOOR)

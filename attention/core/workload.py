@@ -14,7 +14,7 @@ Pass = Literal["forward", "training", "decode"]
 DTYPES: Final[tuple[DType, ...]] = ("float32", "float16", "bfloat16")
 PASSES: Final[tuple[Pass, ...]] = ("forward", "training", "decode")
 ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
-LARGEST: Final = {
+MAX_SIZES: Final = {
     "batch": 65_536,
     "seq": 16_777_216,
     "kv_seq": 16_777_216,
@@ -24,8 +24,8 @@ LARGEST: Final = {
     "value_dim": 4_096,
 }
 SEQ: Final = 512
-DEFAULT_FROM: Final = {"kv_seq": "seq", "kv_heads": "heads", "value_dim": "head_dim"}
-_DEFAULTED: Any = None  # resolved from another field, as DEFAULT_FROM says, when the workload is made
+DEFAULTS_FROM: Final = {"kv_seq": "seq", "kv_heads": "heads", "value_dim": "head_dim"}
+_DEFAULTED: Any = None  # resolved from another field, as DEFAULTS_FROM says, when the workload is made
 
 
 class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forbid_unknown_fields=True):
@@ -66,7 +66,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
             self._become_decode()
         if cast("int | None", self.seq) is None:
             structs.force_setattr(self, "seq", SEQ)
-        for name, source in DEFAULT_FROM.items():
+        for name, source in DEFAULTS_FROM.items():
             if getattr(self, name) is None:
                 structs.force_setattr(self, name, getattr(self, source))
         problems = [*_size_problems(self), *_choice_problems(self)]
@@ -184,9 +184,9 @@ def unmasked_pairs(seq: int, kv_seq: int, causal: bool, window: int | None) -> i
 
 def _size_problems(workload: Workload) -> list[str]:
     problems = []
-    for name, largest in LARGEST.items():
+    for name, largest in MAX_SIZES.items():
         value: object = getattr(workload, name)
-        if name in DEFAULT_FROM and value is getattr(workload, DEFAULT_FROM[name]):
+        if name in DEFAULTS_FROM and value is getattr(workload, DEFAULTS_FROM[name]):
             continue  # reported once, under the name that was given
         if type(value) is not int or not 1 <= value <= largest:
             problems.append(f"{name}: got {value!r}; it takes a whole number from 1 to {largest:,}")
@@ -208,17 +208,17 @@ def _mask_problems(mask: object) -> list[str]:
         return []
     if isinstance(mask, str) and mask.startswith("window:"):
         size = mask.removeprefix("window:")
-        if size.isascii() and size.isdigit() and len(size) < 12 and 1 <= int(size) <= LARGEST["kv_seq"]:
+        if size.isascii() and size.isdigit() and len(size) < 12 and 1 <= int(size) <= MAX_SIZES["kv_seq"]:
             return []
     hint = suggestion(str(mask), ("none", "causal", "window:N"))
-    return [f"mask: got {mask!r}; it takes none, causal, or window:N with N from 1 to {LARGEST['kv_seq']:,}{hint}"]
+    return [f"mask: got {mask!r}; it takes none, causal, or window:N with N from 1 to {MAX_SIZES['kv_seq']:,}{hint}"]
 
 
 Phase = Literal["prefill", "decode"]
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
-COMPARED: Final = ("baseline", "mlx", "practical", "poc", "demo")
+MAX_COMPARED_LENGTH: Final = ("baseline", "mlx", "practical", "poc", "demo")
 """The default implementations for models."""
-WORKLOADS_LARGEST: Final = {
+MAX_MODEL_SIZES: Final = {
     "batch": 4_096,
     "prompt": 1_048_576,
     "generate": 65_536,
@@ -229,7 +229,7 @@ WORKLOADS_LARGEST: Final = {
     "tuned_layers": 10_000,
     "measured_layers": 10_000,
 }
-LEAST: Final = {"prompt": 2, "measured_layers": 2}
+MIN_SIZES: Final = {"prompt": 2, "measured_layers": 2}
 """Minimum values above 1: a prompt's last token is a decode step; a layer's time needs two numbers of layers."""
 OPTIONS: Final = {"measured_layers": "layers", "tuned_layers": "lora-layers"}
 """Fields whose command-line option has another name."""
@@ -351,7 +351,7 @@ def _check(case: Generation | FineTuning, sizes: tuple[str, ...], dtype: str) ->
     problems = []
     for name in sizes:
         value: object = getattr(case, name)
-        least, largest = LEAST.get(name, 1), WORKLOADS_LARGEST[name]
+        least, largest = MIN_SIZES.get(name, 1), MAX_MODEL_SIZES[name]
         if value is not None and (type(value) is not int or not least <= value <= largest):
             option = OPTIONS.get(name, name)
             problems.append(f"{option}: got {value!r}; it takes a whole number from {least} to {largest:,}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 from attention import implementations
 from attention.core import events as on
 from attention.core.plan import Plan
-from attention.core.route import checked
+from attention.core.route import validated_route
 from attention.core.workload import Workload
 from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
@@ -17,11 +17,11 @@ from attention.measure.rounds import Arm
 if TYPE_CHECKING:
     from attention.engine.prepare import CaseSetting
 
-ROUNDS_WANTED: Final = 400
+TARGET_ROUNDS: Final = 400
 """Target number of rounds. Many short samples beat few long ones: both of a pair then see the same machine state."""
-SHORTEST_SAMPLE_S: Final = 0.005
-LONGEST_SAMPLE_S: Final = 0.1
-FIRST_LOOK_S: Final = 1.0
+MIN_SAMPLE_S: Final = 0.005
+MAX_SAMPLE_S: Final = 0.1
+PREVIEW_S: Final = 1.0
 SHARE_OF_SLOWEST: Final = 0.05
 """Minimum length of fast calls' samples, as a share of the slowest call: cheap, and it reduces their noise."""
 
@@ -33,79 +33,79 @@ class Bench(CaseRunner[Plan]):
         if self._assignment.peaks is None:
             self._measure_peaks(device)
 
-    def _hear(self, event: on.TuningEvent | on.Message) -> None:
+    def _on_tuning_event(self, event: on.TuningEvent | on.Message) -> None:
         """Emit the event; after a switch also the route now in use."""
-        super()._hear(event)
+        super()._on_tuning_event(event)
         if isinstance(event, on.Switched):
-            workload = self._plan.cases[self._teller.case]
-            route = checked(implementations.get(event.implementation).route(workload, probe()))
-            found = on.RouteFound(case=self._teller.case, implementation=event.implementation, route=route)
-            self._teller.emit(found)
+            workload = self._plan.cases[self._progress.case]
+            route = validated_route(implementations.load_implementation(event.implementation).route(workload, probe()))
+            found = on.RouteFound(case=self._progress.case, implementation=event.implementation, route=route)
+            self._progress.emit(found)
 
     def _measure_peaks(self, device: Device) -> None:
-        self._teller.progress("what this machine can do at best")
-        self._teller.emit(on.PeaksMeasured(peaks=measure_peaks(device)))
+        self._progress.emit_progress("what this machine can do at best")
+        self._progress.emit(on.PeaksMeasured(peaks=measure_peaks(device)))
 
     def _run_case(self, case: int) -> str:
         workload = self._plan.cases[case]
         device = probe()  # what is free now, not when the run began
-        names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, workload, device)]
+        names = [name for name in self._assignment.remaining(case) if self._admit(name, workload, device)]
         if not names:
             return "nothing to run"
-        setting = self._shared(names, lambda: self._setting(workload, device, len(names)))
+        setting = self._make_shared(names, lambda: self._setting(workload, device, len(names)))
         if setting is None:
             return "failed"
         slow = [name for name in names if self._needs_building(name, workload, device)]
         if slow:
-            self._first_look([name for name in names if name not in slow], setting)
+            self._preview([name for name in names if name not in slow], setting)
             self._build(slow, workload, device)
             self._measure_peaks(device)  # what was built may know a better one
-            self._teller.begin(case)  # all are measured together, anew
+            self._progress.begin_case(case)  # all are measured together, anew
         arms = self._arms(names, setting)
         return self._run_rounds(arms, self._plan.seconds) if arms else "failed"
 
-    def _is_to_run(self, name: str, workload: Workload, device: Device) -> bool:
+    def _admit(self, name: str, workload: Workload, device: Device) -> bool:
         """Query an implementation's route; end its row if the case is unsupported or will not fit in memory."""
-        route = self._taken_route(name, workload, device)
+        route = self._supported_route(name, workload, device)
         if route is None:
             return False
         needed = workload.input_bytes + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or device.available_bytes
         if needed > limit and not self._plan.force:
-            self._teller.end_row(name, "refused", f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}")
+            self._progress.end_row(name, "refused", f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}")
             return False
         return True
 
-    def _first_look(self, ready: list[str], setting: "CaseSetting") -> None:
+    def _preview(self, ready: list[str], setting: "CaseSetting") -> None:
         """Report provisional speeds of the ready implementations while the others compile; not part of the result."""
         arms = self._arms(ready, setting)
         if arms:
-            self._run_rounds(arms, FIRST_LOOK_S, min_rounds=1)
-        seen = {arm.name: setting.workload.tokens / median(arm.taken) for arm in arms if arm.taken}
+            self._run_rounds(arms, PREVIEW_S, min_rounds=1)
+        seen = {arm.name: setting.workload.tokens / median(arm.valid_samples) for arm in arms if arm.valid_samples}
         if seen:
             rates = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in seen.items())
-            self._teller.say(f"a first look: {rates}; the others are being built")
+            self._progress.log(f"a first look: {rates}; the others are being built")
 
     def _setting(self, workload: Workload, device: Device, count: int) -> "CaseSetting":
         from attention.engine.prepare import CaseSetting, SharedInputs
         from attention.implementations.runner import make_inputs
-        from attention.measure.accuracy import Judge
+        from attention.measure.accuracy import AccuracyChecker
 
         inputs = make_inputs(workload, self._plan.seed)
-        sample_s = self._plan.seconds / (ROUNDS_WANTED * (count + 1))
+        sample_s = self._plan.seconds / (TARGET_ROUNDS * (count + 1))
         return CaseSetting(
             workload=workload,
             device=device,
             inputs=SharedInputs(inputs),
-            judge=Judge(workload, inputs),
-            sample_s=min(max(sample_s, SHORTEST_SAMPLE_S), LONGEST_SAMPLE_S),
-            teller=self._teller,
+            accuracy=AccuracyChecker(workload, inputs),
+            sample_s=min(max(sample_s, MIN_SAMPLE_S), MAX_SAMPLE_S),
+            progress=self._progress,
         )
 
     def _arms(self, names: list[str], setting: "CaseSetting") -> list[Arm]:
         arms = [arm for name in names if (arm := self._prepare(name, setting)) is not None]
         slowest_s = max((arm.call_s for arm in arms), default=0.0)
-        sample_s = max(setting.sample_s, min(SHARE_OF_SLOWEST * slowest_s, LONGEST_SAMPLE_S))
+        sample_s = max(setting.sample_s, min(SHARE_OF_SLOWEST * slowest_s, MAX_SAMPLE_S))
         numbers = shared_calls([arm.call_s for arm in arms], sample_s, setting.workload.output_bytes)
         for arm, calls in zip(arms, numbers, strict=True):
             arm.calls = calls
@@ -115,13 +115,13 @@ class Bench(CaseRunner[Plan]):
         from attention.engine.prepare import prepare
 
         try:
-            return prepare(name, implementations.get(name), setting)
+            return prepare(name, implementations.load_implementation(name), setting)
         except BaseException as error:  # sys.exit() in a call is a failure of its row
             self._fail(name, error)
             return None
 
-    def _tell_of(self, arm: Arm) -> None:
+    def _emit_arm_results(self, arm: Arm) -> None:
         """Record samples of single calls as latencies: the only ones for slow calls, the more reliable for others."""
-        if arm.calls == 1 and arm.taken:
-            seconds = median(arm.taken)
-            self._teller.emit(on.LatencyMeasured(case=self._teller.case, implementation=arm.name, seconds=seconds))
+        if arm.calls == 1 and arm.valid_samples:
+            seconds = median(arm.valid_samples)
+            self._progress.emit(on.LatencyMeasured(case=self._progress.case, implementation=arm.name, seconds=seconds))

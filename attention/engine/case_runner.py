@@ -10,63 +10,63 @@ from msgspec import structs
 
 from attention import implementations
 from attention.core import events as on
-from attention.core.errors import InputsOverwrittenError, in_a_line
+from attention.core.errors import InputsOverwrittenError, error_line
 from attention.core.plan import AnyPlan, Assignment
 from attention.core.results import MIN_ROUNDS
-from attention.core.route import Route, checked
+from attention.core.route import Route, validated_route
 from attention.core.workload import Workload
-from attention.engine.progress import TELL_EVERY_S, Emit, Teller
+from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
 from attention.implementations.autotune import tuning_events
 from attention.implementations.protocol import NeedsBuilding
 from attention.measure.device import Device, environment, probe
-from attention.measure.rounds import Arm, Limits, least_s, run_rounds, set_strides
+from attention.measure.rounds import Arm, Limits, min_rounds_s, run_rounds, set_strides
 
 P = TypeVar("P", bound=AnyPlan)
 M = TypeVar("M")
 Mark = Callable[[int], None]
-LONGER: Final = 1.5
+MAX_EXTENSION: Final = 1.5
 """If the minimum number of rounds takes this multiple of a case's time limit, that is announced beforehand."""
-UNMARKED: Final[Mark] = lambda number: None  # noqa: E731
+NO_MARK: Final[Mark] = lambda number: None  # noqa: E731
 
 
-class DeviceUncertain(RuntimeError):
+class DeviceStateUnknown(RuntimeError):
     """The device may be in an undefined state; the run must continue in a new process."""
 
 
 class CaseRunner(ABC, Generic[P]):
     """The part of a run that one worker executes; subclasses define what a case is."""
 
-    def __init__(self, assignment: Assignment, plan: P, emit: Emit, mark: Mark = UNMARKED) -> None:
+    def __init__(self, assignment: Assignment, plan: P, emit: Emit, mark: Mark = NO_MARK) -> None:
         """Create it with the assignment, the plan, the sink for events and the marker of the running implementation."""
         self._assignment = assignment
         self._plan = plan
-        self._teller = Teller(plan, assignment.first_case, emit, mark)
+        self._progress = Progress(plan, assignment.first_case, emit, mark)
 
     def run(self) -> None:
         """Measure all remaining cases.
 
         Raises:
             UsageError, NoBackendError: nothing can run.
-            DeviceUncertain: a row was reported as failed, and this process must not continue.
+            DeviceStateUnknown: a row was reported as failed, and this process must not continue.
         """
         self._backend = (device := probe()).backend
         for name in self._plan.ordered:
-            self._teller.at_work(name)
-            implementations.get(name)
-        self._teller.at_rest()
-        self._teller.emit(on.RunStarted(environment=environment(device)))
+            self._progress.mark_running(name)
+            implementations.load_implementation(name)
+        self._progress.mark_idle()
+        self._progress.emit(on.RunStarted(environment=environment(device)))
         self._prepare_all(device)
-        with tuning_events.heard_by(self._hear):
+        with tuning_events.listening(self._on_tuning_event):
             for case in range(self._assignment.first_case, len(self._plan.cases)):
-                self._teller.begin(case)
-                self._teller.end(self._run_case(case))
-        self._teller.emit(on.RunDone())
+                self._progress.begin_case(case)
+                self._progress.end_case(self._run_case(case))
+        self._progress.emit(on.RunDone())
 
-    def _hear(self, event: on.TuningEvent | on.Message) -> None:
+    def _on_tuning_event(self, event: on.TuningEvent | on.Message) -> None:
         """Emit an event of an autotuning implementation."""
-        self._teller.emit(event)
+        self._progress.emit(event)
         if isinstance(event, on.TrialStarted):
-            self._teller.progress(f"{event.implementation}: tries {len(event.candidates)} candidates")
+            self._progress.emit_progress(f"{event.implementation}: tries {len(event.candidates)} candidates")
 
     @abstractmethod
     def _prepare_all(self, device: Device) -> None:
@@ -76,23 +76,23 @@ class CaseRunner(ABC, Generic[P]):
     def _run_case(self, case: int) -> str:
         """Measure one case; return the reason it ended, in a word."""
 
-    def _taken_route(self, name: str, workload: Workload, device: Device) -> Route | None:
+    def _supported_route(self, name: str, workload: Workload, device: Device) -> Route | None:
         """Emit and return an implementation's route; if it fails or is unsupported, end the row and return None."""
-        self._teller.at_work(name)
+        self._progress.mark_running(name)
         try:
-            route = checked(implementations.get(name).route(workload, device))
+            route = validated_route(implementations.load_implementation(name).route(workload, device))
         except BaseException as error:
             self._fail(name, error)
             return None
-        self._teller.emit(on.RouteFound(case=self._teller.case, implementation=name, route=route))
+        self._progress.emit(on.RouteFound(case=self._progress.case, implementation=name, route=route))
         if route.supported:
             return route
-        self._teller.end_row(name, "unsupported", route.reason)
+        self._progress.end_row(name, "unsupported", route.reason)
         return None
 
-    def _shared(self, names: Sequence[str], make: Callable[[], M]) -> M | None:
+    def _make_shared(self, names: Sequence[str], make: Callable[[], M]) -> M | None:
         """Make what all rows of a case share; if that fails, all rows fail and None is returned."""
-        self._teller.at_rest()
+        self._progress.mark_idle()
         try:
             return make()
         except Exception as error:  # no memory for the inputs or the weights, say
@@ -101,86 +101,86 @@ class CaseRunner(ABC, Generic[P]):
             return None
 
     def _needs_building(self, name: str, workload: Workload, device: Device) -> bool:
-        implementation = implementations.get(name)
+        implementation = implementations.load_implementation(name)
         return isinstance(implementation, NeedsBuilding) and implementation.needs_building(workload, device)
 
     def _build(self, names: Sequence[str], workload: Workload, device: Device) -> None:
         """Compile implementations, timed separately from the measurement."""
         for name in names:
-            implementation = implementations.get(name)
+            implementation = implementations.load_implementation(name)
             assert isinstance(implementation, NeedsBuilding)
-            self._teller.step(name, "build")
+            self._progress.begin_step(name, "build")
             started = time.perf_counter()
-            implementation.build(self._teller.say)
+            implementation.build(self._progress.log)
             seconds = time.perf_counter() - started
             if implementation.needs_building(workload, device):
-                self._teller.say(f"{name}: built in {seconds:.0f} s, but it could not be kept")
-            elif seconds > TELL_EVERY_S:
-                self._teller.say(f"{name}: compiling and checking took {seconds:.0f} s")
-        self._teller.at_rest()
+                self._progress.log(f"{name}: built in {seconds:.0f} s, but it could not be kept")
+            elif seconds > EMIT_INTERVAL_S:
+                self._progress.log(f"{name}: compiling and checking took {seconds:.0f} s")
+        self._progress.mark_idle()
 
     def _run_rounds(
         self, arms: Sequence[Arm], seconds: float, beside: Sequence[Arm] = (), min_rounds: int = MIN_ROUNDS
     ) -> str:
         """Sample the implementations in rounds, the first of them twice, together with the `beside` arms."""
         reference = arms[0]
-        again = structs.replace(reference, name=on.AGAIN, samples=[])
+        again = structs.replace(reference, name=on.REPEATED_REFERENCE, samples=[])
         rows = {id(arm) for arm in arms}
-        self._teller.emit(on.ReferenceChosen(case=self._teller.case, implementation=reference.name))
+        self._progress.emit(on.ReferenceChosen(case=self._progress.case, implementation=reference.name))
         for arm in arms:
-            self._teller.emit(on.StepStarted(case=self._teller.case, implementation=arm.name, step="rounds"))
+            self._progress.emit(on.StepStarted(case=self._progress.case, implementation=arm.name, step="rounds"))
         running = [reference, again, *arms[1:], *beside]
         set_strides(running, seconds)
-        lasts_s = max(seconds, least_s(running, min_rounds))
-        if lasts_s > LONGER * seconds:
-            self._teller.say(
+        lasts_s = max(seconds, min_rounds_s(running, min_rounds))
+        if lasts_s > MAX_EXTENSION * seconds:
+            self._progress.log(
                 f"{min_rounds} rounds of these take about {lasts_s:.0f} s, longer than the {seconds:g} s of a case; "
                 "fewer would support no verdict"
             )
-        stream = SampleStream(self._teller, seconds, lasts_s, min_rounds)
+        stream = SampleStream(self._progress, seconds, lasts_s, min_rounds)
         try:
             return run_rounds(
                 running,
                 Limits(seconds=seconds, precision=self._plan.precision, min_rounds=min_rounds),
                 seed=self._plan.seed,
-                before=lambda arm: self._at_work(reference if arm is again else arm, rows),
-                failed=lambda arm, error: self._lose(arm, error, rows),
-                after=stream.take,
+                before=lambda arm: self._mark_running(reference if arm is again else arm, rows),
+                failed=lambda arm, error: self._drop_arm(arm, error, rows),
+                after=stream.collect,
                 catch=BaseException,  # this process is the worker's own: sys.exit() in a call is a failure of its row
             )
         finally:
             stream.flush()
             for arm in arms:
-                self._tell_of(arm)
+                self._emit_arm_results(arm)
 
-    def _at_work(self, arm: Arm, rows: set[int]) -> None:
+    def _mark_running(self, arm: Arm, rows: set[int]) -> None:
         if id(arm) in rows:
-            self._teller.at_work(arm.name)
+            self._progress.mark_running(arm.name)
         else:
-            self._teller.at_rest()
+            self._progress.mark_idle()
 
-    def _lose(self, arm: Arm, error: BaseException, rows: set[int]) -> None:
+    def _drop_arm(self, arm: Arm, error: BaseException, rows: set[int]) -> None:
         if id(arm) in rows:
             self._fail(arm.name, error)
         else:
-            self._teller.say(f"{arm.name} could not be measured any further: {in_a_line(error)}")
+            self._progress.log(f"{arm.name} could not be measured any further: {error_line(error)}")
 
-    def _tell_of(self, arm: Arm) -> None:
+    def _emit_arm_results(self, arm: Arm) -> None:
         """Emit an arm's further results after the rounds."""
 
     def _fail(self, name: str, error: BaseException) -> None:
-        """End a row; raise DeviceUncertain if the device or the inputs may be broken for the other rows too."""
-        self._teller.end_row(name, "failed", in_a_line(error))
+        """End a row; raise DeviceStateUnknown if the device or the inputs may be broken for the other rows too."""
+        self._progress.end_row(name, "failed", error_line(error))
         broken = self._backend == "cuda" and isinstance(error, RuntimeError)
         if broken or isinstance(error, InputsOverwrittenError):
-            self._teller.emit(on.WorkerUnusable(case=self._teller.case))
-            raise DeviceUncertain from error
+            self._progress.emit(on.WorkerUnusable(case=self._progress.case))
+            raise DeviceStateUnknown from error
 
 
 class SampleStream:
     """Collect the rounds' samples and emit them a few times a second, so that emitting does not disturb the timing."""
 
-    def __init__(self, teller: Teller, seconds: float, lasts_s: float, min_rounds: int = MIN_ROUNDS) -> None:
+    def __init__(self, progress: Progress, seconds: float, lasts_s: float, min_rounds: int = MIN_ROUNDS) -> None:
         """Create it at the start of the rounds; resets MLX's peak memory.
 
         Args:
@@ -191,7 +191,7 @@ class SampleStream:
         """
         import mlx.core as mx
 
-        self._teller = teller
+        self._progress = progress
         self._seconds, self._lasts_s, self._min_rounds = seconds, lasts_s, min_rounds
         self._began = time.perf_counter()
         self._told: dict[str, int] = {}
@@ -199,10 +199,10 @@ class SampleStream:
         self._last = time.perf_counter()
         mx.reset_peak_memory()
 
-    def take(self, arms: list[Arm]) -> None:
+    def collect(self, arms: list[Arm]) -> None:
         """Collect the arms' samples after a round; emit them if due."""
         self._arms = list(arms)
-        if time.perf_counter() - self._last >= TELL_EVERY_S:
+        if time.perf_counter() - self._last >= EMIT_INTERVAL_S:
             self.flush()
 
     def flush(self) -> None:
@@ -210,24 +210,24 @@ class SampleStream:
         import mlx.core as mx
 
         self._last = time.perf_counter()
-        fresh = {arm.name: _sendable(arm.samples[self._told.get(arm.name, 0) :]) for arm in self._arms}
+        fresh = {arm.name: _json_samples(arm.samples[self._told.get(arm.name, 0) :]) for arm in self._arms}
         self._told = {arm.name: len(arm.samples) for arm in self._arms}
         if any(fresh.values()):
             rounds = max(self._told.values())
             active, peak = mx.get_active_memory(), mx.get_peak_memory()
-            event = on.RoundsDone(case=self._teller.case, samples=fresh, active_bytes=active, peak_bytes=peak)
-            self._teller.emit(event)
-            self._teller.progress(f"round {rounds}", self._left_s())
+            event = on.RoundsDone(case=self._progress.case, samples=fresh, active_bytes=active, peak_bytes=peak)
+            self._progress.emit(event)
+            self._progress.emit_progress(f"round {rounds}", self._left_s())
 
     def _left_s(self) -> float:
         """Estimate the seconds left: of the time limit, or of the rounds still missing at the pace so far."""
         elapsed = self._last - self._began
-        taken = min(len(arm.taken) for arm in self._arms)
+        taken = min(len(arm.valid_samples) for arm in self._arms)
         missing = max(0, self._min_rounds - taken)
         rounds_s = missing * elapsed / taken if taken else self._lasts_s - elapsed
         return max(0.0, self._seconds - elapsed, rounds_s)
 
 
-def _sendable(samples: Sequence[float]) -> list[float | None]:
+def _json_samples(samples: Sequence[float]) -> list[float | None]:
     """Return samples with None for NaN, which JSON lacks."""
     return [None if math.isnan(sample) else sample for sample in samples]

@@ -52,7 +52,7 @@ def _best_matmul(device: Device, seconds: float) -> float:
                 break
             a, b = (mx.random.normal((size, size)).astype(getattr(mx, name)) for _ in range(2))
             mx.eval(a, b)
-            best = max(best, flops / _fastest(partial(_evaluate_product, a, b)))
+            best = max(best, flops / _fastest_s(partial(_evaluate_product, a, b)))
             if time.perf_counter() - started > seconds / len(MATMUL_TYPES):
                 break
     return best
@@ -72,7 +72,7 @@ def _numpy_matmul() -> float:
     """Return FLOP/s of numpy's float32 matrix product on all cores."""
     a, b = np.random.default_rng(0).standard_normal((2, NUMPY_SIZE, NUMPY_SIZE)).astype(np.float32)
     product = np.empty_like(a)
-    return float(2 * NUMPY_SIZE**3 / _fastest(lambda: np.matmul(a, b, out=product), NUMPY_REPEATS))
+    return float(2 * NUMPY_SIZE**3 / _fastest_s(lambda: np.matmul(a, b, out=product), NUMPY_REPEATS))
 
 
 def _evaluate_product(a: "mx.array", b: "mx.array") -> None:
@@ -89,15 +89,15 @@ def _best_copy(device: Device) -> float:
     halves = mx.random.normal((2, size // 8))
     mx.eval(halves)
     first, second = halves[0], halves[1]
-    fastest = _fastest(lambda: mx.eval(mx.concatenate([first, second])))
+    fastest = _fastest_s(lambda: mx.eval(mx.concatenate([first, second])))
     if device.backend == "cpu":
         source = np.array(halves)
         target = np.empty_like(source)
-        fastest = min(fastest, _fastest(lambda: np.copyto(target, source)))
+        fastest = min(fastest, _fastest_s(lambda: np.copyto(target, source)))
     return 2 * size / fastest
 
 
-def _fastest(call: Callable[[], object], repeats: int = REPEATS) -> float:
+def _fastest_s(call: Callable[[], object], repeats: int = REPEATS) -> float:
     """Return the seconds of the fastest of a few calls, after an untimed one."""
     call()
     times = []

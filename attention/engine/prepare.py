@@ -10,12 +10,12 @@ from msgspec import Struct
 
 from attention.core import events as on
 from attention.core.errors import InputsOverwrittenError
-from attention.core.route import Route, checked
+from attention.core.route import Route, validated_route
 from attention.core.workload import Workload
-from attention.engine.progress import Teller
+from attention.engine.progress import Progress
 from attention.implementations.protocol import Implementation
 from attention.implementations.runner import runner_for
-from attention.measure.accuracy import Judge
+from attention.measure.accuracy import AccuracyChecker
 from attention.measure.clock import Runner, latency, warm_up
 from attention.measure.device import Device
 from attention.measure.rounds import Arm
@@ -74,10 +74,10 @@ class CaseSetting(Struct, frozen=True, kw_only=True, eq=False):
     workload: Workload
     device: Device
     inputs: "SharedInputs"
-    judge: Judge
+    accuracy: AccuracyChecker
     sample_s: float
     """Seconds that one sample should last."""
-    teller: Teller
+    progress: Progress
 
 
 def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> Arm:
@@ -86,42 +86,42 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     Raises:
         Exception: whatever the implementation raises.
     """
-    setting.teller.at_work(name)  # an autotuning implementation runs its trial while it is bound
+    setting.progress.mark_running(name)  # an autotuning implementation runs its trial while it is bound
     inputs = setting.inputs.views()
-    runner = _bind(implementation, setting, inputs)
+    runner = _bind_runner(implementation, setting, inputs)
     results, call_s = _first_call(name, runner, setting)
     setting.inputs.check(inputs)
     _check(name, implementation, results, setting)
     del results
-    route = _tell_route_again(name, implementation, setting)
-    setting.teller.step(name, "memory")
+    route = _emit_final_route(name, implementation, setting)
+    setting.progress.begin_step(name, "memory")
     started = time.perf_counter()
     peak = runner.peak_bytes()
     if peak is not None:
         peak += route.scratch_bytes
     call_s = min(call_s, time.perf_counter() - started)
-    setting.teller.call_takes(name, call_s)
-    setting.teller.emit(on.MemoryMeasured(case=setting.teller.case, implementation=name, peak_bytes=peak))
+    setting.progress.record_call_s(name, call_s)
+    setting.progress.emit(on.MemoryMeasured(case=setting.progress.case, implementation=name, peak_bytes=peak))
     if call_s < SLOW_CALL_S:
-        call_s = _settle(name, runner, call_s, setting)
-        setting.teller.call_takes(name, call_s)
+        call_s = _warm_up_and_time(name, runner, call_s, setting)
+        setting.progress.record_call_s(name, call_s)
     setting.inputs.check(inputs)
     return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu")
 
 
-def _bind(implementation: Implementation, setting: CaseSetting, inputs: list[mx.array]) -> Runner:
+def _bind_runner(implementation: Implementation, setting: CaseSetting, inputs: list[mx.array]) -> Runner:
     return runner_for(implementation, setting.workload, inputs, setting.workload.scale)
 
 
 def _first_call(name: str, runner: Runner, setting: CaseSetting) -> tuple[list[mx.array], float]:
     """Return the results of the very first call and its seconds."""
-    setting.teller.step(name, "first call")
+    setting.progress.begin_step(name, "first call")
     started = time.perf_counter()
     results = runner.results()
     seconds = time.perf_counter() - started
     _check_output(results[0], setting.workload)
-    setting.teller.emit(on.FirstCall(case=setting.teller.case, implementation=name, seconds=seconds))
-    setting.teller.call_takes(name, seconds)
+    setting.progress.emit(on.FirstCall(case=setting.progress.case, implementation=name, seconds=seconds))
+    setting.progress.record_call_s(name, seconds)
     return results, seconds
 
 
@@ -136,12 +136,12 @@ def _check_output(output: object, workload: Workload) -> None:
 
 def _check(name: str, implementation: Implementation, results: list[mx.array], setting: CaseSetting) -> None:
     """Compare the results with float64 and emit the outcome."""
-    teller, judge = setting.teller, setting.judge
-    teller.step(name, "accuracy")
-    of_rows = _bind(implementation, setting, views_of(judge.row_inputs)).results() if judge.row_inputs else None
+    teller, judge = setting.progress, setting.accuracy
+    teller.begin_step(name, "accuracy")
+    of_rows = _bind_runner(implementation, setting, views_of(judge.row_inputs)).results() if judge.row_inputs else None
     judgement = judge.check(results, of_rows)
     teller.emit(
-        on.Checked(
+        on.AccuracyChecked(
             case=teller.case,
             implementation=name,
             max_error=_finite(judgement.max_error),
@@ -157,20 +157,20 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tell_route_again(name: str, implementation: Implementation, setting: CaseSetting) -> Route:
+def _emit_final_route(name: str, implementation: Implementation, setting: CaseSetting) -> Route:
     """Emit the route again: an autotuning implementation knows its path only after the first call."""
-    route = checked(implementation.route(setting.workload, setting.device))
-    setting.teller.emit(on.RouteFound(case=setting.teller.case, implementation=name, route=route))
+    route = validated_route(implementation.route(setting.workload, setting.device))
+    setting.progress.emit(on.RouteFound(case=setting.progress.case, implementation=name, route=route))
     return route
 
 
-def _settle(name: str, runner: Runner, call_s: float, setting: CaseSetting) -> float:
+def _warm_up_and_time(name: str, runner: Runner, call_s: float, setting: CaseSetting) -> float:
     """Warm up, measure latency, and return the seconds per call."""
-    teller, workload = setting.teller, setting.workload
-    teller.step(name, "warm up")
+    teller, workload = setting.progress, setting.workload
+    teller.begin_step(name, "warm up")
     least_s = WARM_UP_S[setting.device.backend]
     call_s = warm_up(runner, call_s, least_s, setting.sample_s, workload.output_bytes)
-    teller.step(name, "latency")
+    teller.begin_step(name, "latency")
     seconds = latency(runner, LATENCY_S)
     teller.emit(on.LatencyMeasured(case=teller.case, implementation=name, seconds=seconds))
     return call_s

@@ -10,10 +10,10 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.workload import Workload
 
 Emit = Callable[[on.AnyEvent], None]
-TELL_EVERY_S: Final = 0.25
+EMIT_INTERVAL_S: Final = 0.25
 PREPARATION_SHARE: Final = 0.6
 """Assumed time of a case outside calls and rounds, as a share of its rounds, until a case has been measured."""
-CALLS_OUTSIDE: Final = 8
+CALLS_OUTSIDE_ROUNDS: Final = 8
 """Calls of an implementation on a case outside its rounds: first, accuracy, memory, warm-up, latency."""
 
 
@@ -29,10 +29,10 @@ def case_s(call_s: Sequence[float], seconds: float) -> float:
         call_s: seconds per call of each implementation; the first is the reference.
         seconds: time limit of the rounds; at least MIN_ROUNDS are made however long they take.
     """
-    return CALLS_OUTSIDE * sum(call_s) + rounds_s(call_s, seconds)
+    return CALLS_OUTSIDE_ROUNDS * sum(call_s) + rounds_s(call_s, seconds)
 
 
-def kind(case: object) -> str:
+def timing_group(case: object) -> str:
     """Return a key of cases whose call times predict each other: "float16 forward"; one key for all other cases."""
     return f"{case.dtype} {case.pass_}" if isinstance(case, Workload) else ""
 
@@ -45,27 +45,27 @@ class Forecast:
 
     def __init__(self, plan: AnyPlan) -> None:
         self._plan = plan
-        self._per_flop: dict[tuple[str, str], float] = {}
+        self._s_per_flop: dict[tuple[str, str], float] = {}
         """Seconds of a call per unit of a case's size, by kind and implementation."""
-        self._out: set[tuple[int, str]] = set()
-        self._further_s: list[float] = []
+        self._dropped: set[tuple[int, str]] = set()
+        self._overhead_s: list[float] = []
         """Seconds of each complete case beyond calls and rounds: below zero where rounds ended early."""
 
-    def learn_call(self, case: int, name: str, seconds: float) -> None:
+    def record_call(self, case: int, name: str, seconds: float) -> None:
         """Record the time of a call."""
-        self._per_flop[kind(self._plan.cases[case]), name] = seconds / self._size(case)
+        self._s_per_flop[timing_group(self._plan.cases[case]), name] = seconds / self._size(case)
 
-    def learn_case(self, case: int, seconds: float) -> None:
+    def record_case(self, case: int, seconds: float) -> None:
         """Record the time of a case."""
-        self._further_s.append(seconds - case_s(self._calls(case), self._plan.seconds))
+        self._overhead_s.append(seconds - case_s(self._calls(case), self._plan.seconds))
 
-    def leave_out(self, case: int, name: str) -> None:
+    def drop(self, case: int, name: str) -> None:
         """Record that an implementation has left a case."""
-        self._out.add((case, name))
+        self._dropped.add((case, name))
 
-    def whole_s(self, case: int) -> float:
+    def case_s(self, case: int) -> float:
         """Return the estimated seconds of a case."""
-        further = self._further_s or [PREPARATION_SHARE * self._plan.seconds]
+        further = self._overhead_s or [PREPARATION_SHARE * self._plan.seconds]
         return max(0.0, case_s(self._calls(case), self._plan.seconds) + sum(further) / len(further))
 
     def rounds_s(self, case: int) -> float:
@@ -74,20 +74,20 @@ class Forecast:
 
     def _calls(self, case: int) -> list[float]:
         """Return the seconds of a call of each implementation; an unknown one counts as the mean of the others."""
-        names = [name for name in self._plan.ordered if (case, name) not in self._out]
-        of_kind = kind(self._plan.cases[case])
-        known = [self._per_flop[of_kind, name] for name in names if (of_kind, name) in self._per_flop]
+        names = [name for name in self._plan.ordered if (case, name) not in self._dropped]
+        of_kind = timing_group(self._plan.cases[case])
+        known = [self._s_per_flop[of_kind, name] for name in names if (of_kind, name) in self._s_per_flop]
         if not known:
             return []
         mean = sum(known) / len(known)
-        return [self._per_flop.get((of_kind, name), mean) * self._size(case) for name in names]
+        return [self._s_per_flop.get((of_kind, name), mean) * self._size(case) for name in names]
 
     def _size(self, case: int) -> float:
         work = self._plan.cases[case]
         return max(1.0, work.flops) if isinstance(work, Workload) else 1.0
 
 
-class Teller:
+class Progress:
     """Report the progress of a worker.
 
     Attributes:
@@ -104,51 +104,51 @@ class Teller:
         self._started = self._case_started = time.perf_counter()
         self._forecast = Forecast(plan)
 
-    def begin(self, case: int) -> None:
+    def begin_case(self, case: int) -> None:
         """Report that a case begins."""
         self._case, self._case_started = case, time.perf_counter()
         self.emit(on.CaseStarted(case=case))
 
-    def end(self, stopped_by: str) -> None:
+    def end_case(self, stopped_by: str) -> None:
         """Report that the case is complete, and update the estimates of the other cases."""
-        self.at_rest()
+        self.mark_idle()
         self.emit(on.CaseDone(case=self._case, stopped_by=stopped_by))
-        self._forecast.learn_case(self._case, time.perf_counter() - self._case_started)
+        self._forecast.record_case(self._case, time.perf_counter() - self._case_started)
 
-    def at_work(self, name: str) -> None:
+    def mark_running(self, name: str) -> None:
         """Record which implementation is running, so that a crash is attributed to it."""
         self._mark(self._numbers[name])
 
-    def at_rest(self) -> None:
+    def mark_idle(self) -> None:
         """Record that no implementation is running."""
         self._mark(0)
 
-    def step(self, name: str, step: on.Step) -> None:
+    def begin_step(self, name: str, step: on.Step) -> None:
         """Report that an implementation begins a step of the case."""
-        self.at_work(name)
+        self.mark_running(name)
         self.emit(on.StepStarted(case=self._case, implementation=name, step=step))
-        self.progress(f"{name}: {step}")
+        self.emit_progress(f"{name}: {step}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Report a log message."""
         self.emit(on.Message(level="info", text=text))
 
     def end_row(self, name: str, status: on.Ending, reason: str) -> None:
         """Report that an implementation's row has ended without result."""
-        self._forecast.leave_out(self._case, name)
+        self._forecast.drop(self._case, name)
         self.emit(on.RowEnded(case=self._case, implementation=name, status=status, reason=reason))
 
-    def call_takes(self, name: str, seconds: float) -> None:
+    def record_call_s(self, name: str, seconds: float) -> None:
         """Record the time of an implementation's call on this case, for the estimate of the time left."""
-        self._forecast.learn_call(self._case, name, seconds)
+        self._forecast.record_call(self._case, name, seconds)
 
-    def progress(self, now: str, remaining_s: float | None = None) -> None:
+    def emit_progress(self, now: str, remaining_s: float | None = None) -> None:
         """Report what runs now and the progress of the run; `remaining_s`: the time left of the case, if known."""
         passed = time.perf_counter()
         if remaining_s is None:  # before the rounds, all of which are still to come
             elapsed = passed - self._case_started
-            remaining_s = max(self._forecast.whole_s(self._case) - elapsed, self._forecast.rounds_s(self._case))
-        left = remaining_s + sum(self._forecast.whole_s(case) for case in range(self._case + 1, self._cases))
+            remaining_s = max(self._forecast.case_s(self._case) - elapsed, self._forecast.rounds_s(self._case))
+        left = remaining_s + sum(self._forecast.case_s(case) for case in range(self._case + 1, self._cases))
         before = self._first / self._cases
         share = (passed - self._started) / (passed - self._started + left) if left else 1.0
         done = before + (1 - before) * share

@@ -33,12 +33,12 @@ from attention.core.route import Route
 
 LOG_LINES: Final = 10_000
 INTERRUPTED: Final = "interrupted"
-HIGHEST_EFFICIENCY: Final = 1.05
+MAX_EFFICIENCY: Final = 1.05
 """Above this the measured peak is not the device's peak (a matrix unit beside float32 rates); below it is noise."""
 UNITY: Final = Ratio(value=1.0, low=1.0, high=1.0)
 
 
-class Measured(Struct):
+class RowState(Struct):
     """Everything measured of one implementation on one case."""
 
     implementation: str
@@ -47,7 +47,7 @@ class Measured(Struct):
     """The current step, if any."""
     first_call_s: float | None = None
     latency_s: float | None = None
-    check: on.Checked | None = None
+    accuracy: on.AccuracyChecked | None = None
     peak_bytes: int | None = None
     samples: list[float] = field(default_factory=list)
     """Seconds per call, one for each round; NaN for a round without a sample."""
@@ -62,13 +62,13 @@ class Measured(Struct):
             self.step, self.samples, self.losses = None, [], []
 
 
-class CaseRecord(Struct):
+class CaseState(Struct):
     """Everything measured on one case."""
 
-    rows: dict[str, Measured]
+    rows: dict[str, RowState]
     reference: str | None = None
-    again: list[float] = field(default_factory=list)
-    without: list[float] = field(default_factory=list)
+    repeated_reference: list[float] = field(default_factory=list)
+    without_attention: list[float] = field(default_factory=list)
     """Samples of the model whose attention returns its query unchanged."""
     weights_bytes: int | None = None
     shared_passes: bool = False
@@ -97,7 +97,7 @@ class RunRecord(ABC, Generic[P, C]):
     def __init__(self, plan: P) -> None:
         self.plan = plan
         self.cases = [
-            CaseRecord(rows={name: Measured(implementation=name) for name in plan.ordered}) for _ in plan.cases
+            CaseState(rows={name: RowState(implementation=name) for name in plan.ordered}) for _ in plan.cases
         ]
         self.environment = Environment()
         self.peaks = Peaks()
@@ -128,46 +128,46 @@ class RunRecord(ABC, Generic[P, C]):
             case _:
                 self._apply_to_case(event, self.cases[event.case])
 
-    def _apply_to_case(self, event: on.CaseEvent, case: CaseRecord) -> None:
+    def _apply_to_case(self, event: on.CaseEvent, case: CaseState) -> None:
         match event:
             case on.CaseStarted():
                 self.current_case, case.started = event.case, True
-                case.again, case.without = [], []
+                case.repeated_reference, case.without_attention = [], []
                 for measured in case.rows.values():
                     measured.forget_times()
             case on.ReferenceChosen():
                 case.reference = event.implementation
             case on.RoundsDone():
                 self.last_rounds = event
-                beside = {on.AGAIN: case.again, on.WITHOUT: case.without}
+                beside = {on.REPEATED_REFERENCE: case.repeated_reference, on.WITHOUT_ATTENTION: case.without_attention}
                 for name, samples in event.samples.items():
                     into = beside[name] if name in beside else case.rows[name].samples
                     into.extend(math.nan if sample is None else sample for sample in samples)
             case on.PassesShared():
                 case.shared_passes = True
-            case on.WeightsMade():
+            case on.WeightsLoaded():
                 case.weights_bytes = event.weights_bytes
             case on.IterationDone():
                 self._take_iteration(event, case)
             case on.CaseDone():
                 case.stopped_by = event.stopped_by
-            case on.Expected():
+            case on.CaseTimeEstimated():
                 pass
             case _:
                 self._apply_to_row(event, case.rows[event.implementation])
 
     @staticmethod
-    def _take_iteration(event: on.IterationDone, case: CaseRecord) -> None:
-        again = event.implementation == on.AGAIN
+    def _take_iteration(event: on.IterationDone, case: CaseState) -> None:
+        again = event.implementation == on.REPEATED_REFERENCE
         row = None if again else case.rows[event.implementation]
         if row:
             row.losses.append(event.loss)
         if event.number > 1:
-            (row.samples if row else case.again).append(event.seconds)
+            (row.samples if row else case.repeated_reference).append(event.seconds)
         elif row:
             row.first_call_s = event.seconds  # compiling the step
 
-    def _apply_to_row(self, event: on.RowEvent | on.ModelRowEvent, row: Measured) -> None:
+    def _apply_to_row(self, event: on.RowEvent | on.ModelRowEvent, row: RowState) -> None:
         match event:
             case on.RouteFound():
                 row.route = event.route
@@ -177,8 +177,8 @@ class RunRecord(ABC, Generic[P, C]):
                 row.ended, row.step = event, None
             case on.FirstCall():
                 row.first_call_s = event.seconds
-            case on.Checked():
-                row.check = event
+            case on.AccuracyChecked():
+                row.accuracy = event
             case on.MemoryMeasured():
                 row.peak_bytes = event.peak_bytes
             case on.LatencyMeasured():
@@ -218,8 +218,8 @@ class Record(RunRecord[Plan, Case]):
         """Makes the rows of one case from what is known so far."""
         record = self.cases[index]
         reference = record.rows[record.reference].samples if record.reference else []
-        floor = statistics.noise_floor(reference, record.again)
-        throttled = statistics.drifted(reference, floor.floor) if floor else None
+        floor = statistics.noise_floor(reference, record.repeated_reference)
+        throttled = statistics.slowed_down(reference, floor.floor) if floor else None
         workload = self.plan.cases[index]
         made = [
             timed_row(
@@ -244,10 +244,10 @@ def _with_rates(row: Row, flops: int, peaks: Peaks) -> Row:
 
 
 def timed_row(
-    measured: Measured, record: CaseRecord, *, tokens: int, speedup: Ratio | None, throttled: bool | None
+    measured: RowState, record: CaseState, *, tokens: int, speedup: Ratio | None, throttled: bool | None
 ) -> Row | None:
     """Return the fields common to all rows, for calls that produce `tokens` tokens; None if there are none yet."""
-    ended, route, check = measured.ended, measured.route, measured.check
+    ended, route, check = measured.ended, measured.route, measured.accuracy
     if ended is None and all(map(math.isnan, measured.samples)):
         return None
     accurate = check is None or check.accurate
@@ -278,14 +278,14 @@ def _efficiency(flops_per_s: float, peaks: Peaks) -> float | None:
     if not peaks.flops_per_s:
         return None
     share = flops_per_s / peaks.flops_per_s
-    return share if share <= HIGHEST_EFFICIENCY else None
+    return share if share <= MAX_EFFICIENCY else None
 
 
-def _reason(measured: Measured) -> str | None:
+def _reason(measured: RowState) -> str | None:
     if measured.ended:
         return measured.ended.reason
-    if measured.check and not measured.check.accurate:
-        return measured.check.detail
+    if measured.accuracy and not measured.accuracy.accurate:
+        return measured.accuracy.detail
     return measured.route.reason if measured.route else None
 
 
@@ -302,12 +302,12 @@ def summarise(cases: Sequence[AnyCase], implementations: tuple[str, ...]) -> tup
     return tuple(lines)
 
 
-PASSED_ON: Final = "passed on to MLX's own"
+PASSED_ON_REASON: Final = "passed on to MLX's own"
 NEVER_CALLED: Final = "never called"
 NO_CALL: Final = "no call of attention reached it: the model attends by itself, and that is what was timed"
 LOSS_TOLERANCE: Final = {"float32": 3e-4, "float16": 3e-3, "bfloat16": 3e-3}
 """Relative difference of a loss from the reference's that rounding may cause at the start of a fine-tuning."""
-GROWTH: Final = 10
+TOLERANCE_GROWTH: Final = 10
 """The tolerance grows by itself per this many iterations: each step starts from the rounding of the last."""
 
 
@@ -335,8 +335,8 @@ class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
         """Return the rows of one case so far."""
         work, record = self.plan.cases[index], self.cases[index]
         reference = record.rows[record.reference].samples if record.reference else []
-        floor = statistics.noise_floor(reference, record.again)
-        throttled = statistics.drifted(reference, floor.floor) if floor else None
+        floor = statistics.noise_floor(reference, record.repeated_reference)
+        throttled = statistics.slowed_down(reference, floor.floor) if floor else None
         rows = []
         for name, measured in record.rows.items():
             speedup = UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor)
@@ -353,38 +353,38 @@ class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
         )
 
 
-def _model_row(row: Row, measured: Measured, record: CaseRecord) -> ModelRow:
-    layers, check = measured.layers, measured.check
+def _model_row(row: Row, measured: RowState, record: CaseState) -> ModelRow:
+    layers, check = measured.layers, measured.accuracy
     # The difference of two models' logits is no error against float64, and has a place of its own.
     fields = {**_fields(row, measured), "max_error": None, "rms_error": None}
     return ModelRow(
         **fields,
-        attention_share=None if measured.ended else attention_share(measured.samples, record.without),
+        attention_share=None if measured.ended else attention_share(measured.samples, record.without_attention),
         layer_s=layers.layer_s if layers else None,
         fixed_s=layers.fixed_s if layers else None,
         logits_error=check.rms_error if check else None,
     )
 
 
-def _fields(row: Row, measured: Measured) -> dict[str, Any]:
+def _fields(row: Row, measured: RowState) -> dict[str, Any]:
     """Return the fields common to both kinds of rows: those of every row, and the call counts."""
     calls = measured.calls
     return {
         **structs.asdict(row),
-        **(_observed(row, calls) if calls and not measured.ended else {}),
+        **(_observed_path(row, calls) if calls and not measured.ended else {}),
         "predicted_bytes": None,  # one call's of attention, and no part of a model's figures
         "replaced_calls": calls.replaced if calls else None,
         "passed_on_calls": calls.passed_on if calls else None,
     }
 
 
-def _observed(row: Row, calls: on.CallsCounted) -> dict[str, Any]:
+def _observed_path(row: Row, calls: on.CallsCounted) -> dict[str, Any]:
     """Return the path that ran, if it differs from the route predicted for a layer."""
     if calls.replaced:
         path = calls.path or row.path
         return {"path": path, "fused": row.fused if path == row.path else None}
     reason = f"all calls went to MLX's own: {calls.reason}" if calls.passed_on else NO_CALL
-    observed = {"path": PASSED_ON if calls.passed_on else NEVER_CALLED, "fused": None}
+    observed = {"path": PASSED_ON_REASON if calls.passed_on else NEVER_CALLED, "fused": None}
     return observed if row.status == "inaccurate" else {**observed, "reason": reason}
 
 
@@ -413,7 +413,7 @@ class FineTuningRecord(RunRecord[FineTuningPlan, FineTuningCase]):
         """
         work, record = self.plan.cases[index], self.cases[index]
         reference = record.rows[record.reference] if record.reference else None
-        floor = _unpaired_floor(reference.samples, record.again) if reference else None
+        floor = _unpaired_floor(reference.samples, record.repeated_reference) if reference else None
         rows = []
         for name, measured in record.rows.items():
             speedup = UNITY if name == record.reference else _unpaired(reference, measured, floor)
@@ -433,20 +433,20 @@ def _unpaired_floor(first: Sequence[float], second: Sequence[float]) -> NoiseFlo
     ratio = statistics.unpaired_ratio(first, second)
     if ratio is None:
         return None
-    floor = max(ratio.high - 1, 1 / ratio.low - 1, statistics.SMALLEST_FLOOR)
+    floor = max(ratio.high - 1, 1 / ratio.low - 1, statistics.MIN_FLOOR)
     return NoiseFloor(value=ratio.value, low=ratio.low, high=ratio.high, floor=floor)
 
 
-def _unpaired(reference: Measured | None, measured: Measured, floor: NoiseFloor | None) -> Ratio | None:
+def _unpaired(reference: RowState | None, measured: RowState, floor: NoiseFloor | None) -> Ratio | None:
     if reference is None:
         return None
     return statistics.unpaired_ratio(reference.samples, measured.samples, floor.floor if floor else math.inf)
 
 
-def _tuning_row(row: Row, measured: Measured, reference: Measured | None, tolerance: float) -> FineTuningRow:
+def _tuning_row(row: Row, measured: RowState, reference: RowState | None, tolerance: float) -> FineTuningRow:
     differences = loss_differences(reference.losses, measured.losses) if reference else []
     fields = _fields(row, measured)
-    apart = _first_apart(differences, tolerance)
+    apart = _first_divergence(differences, tolerance)
     if apart is not None and row.status == "ok":
         fields["status"], fields["reason"] = "inaccurate", apart
     known = [difference for difference in differences if math.isfinite(difference)]
@@ -466,10 +466,10 @@ def loss_differences(reference: Sequence[float | None], losses: Sequence[float |
     ]
 
 
-def _first_apart(differences: Sequence[float], tolerance: float) -> str | None:
+def _first_divergence(differences: Sequence[float], tolerance: float) -> str | None:
     """Describe where a curve first departs from the reference's by more than rounding, or return None."""
     for index, difference in enumerate(differences):
-        allowed = tolerance * (1 + index / GROWTH)
+        allowed = tolerance * (1 + index / TOLERANCE_GROWTH)
         if difference > allowed:
             off = f"{difference:.2%} off the reference's" if math.isfinite(difference) else "no number"
             return f"the loss of iteration {index + 1} is {off}; {allowed:.2%} is allowed"

@@ -13,7 +13,7 @@ import msgspec
 from attention.core import events as on
 from attention.core.errors import NoBackendError, UsageError
 from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan, Plan
-from attention.engine.case_runner import CaseRunner, DeviceUncertain, Mark
+from attention.engine.case_runner import CaseRunner, DeviceStateUnknown, Mark
 from attention.engine.progress import Emit
 
 
@@ -23,8 +23,8 @@ def main() -> int:
     parser.add_argument("--mark", type=int, help="file descriptor that holds the number of who is at work")
     mark_file: int | None = parser.parse_args().mark
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _be_the_first_to_go()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _prefer_oom_kill()
     stream = _private_stdout()
 
     def emit(event: on.AnyEvent) -> None:
@@ -41,7 +41,7 @@ def main() -> int:
         emit(on.RunRefused(kind="usage", reason=str(error)))
     except NoBackendError as error:
         emit(on.RunRefused(kind="no backend", reason=str(error)))
-    except DeviceUncertain:
+    except DeviceStateUnknown:
         return 1
     return 0
 
@@ -70,14 +70,14 @@ def _private_stdout() -> BinaryIO:
     return stream
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """End this process when stdin closes, however the parent ended."""
     while os.read(0, 4096):  # not through sys.stdin, whose lock this thread would hold when the interpreter ends
         pass
     os._exit(1)
 
 
-def _be_the_first_to_go() -> None:
+def _prefer_oom_kill() -> None:
     """Make Linux's out-of-memory killer prefer this process over the one that holds the results."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

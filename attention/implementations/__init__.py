@@ -8,11 +8,11 @@ from typing import Final
 
 from msgspec import Struct
 
-from attention.core.errors import UsageError, in_a_line, suggestion
+from attention.core.errors import UsageError, error_line, suggestion
 from attention.implementations.protocol import Implementation
 
 
-class Entry(Struct, frozen=True):
+class CatalogueEntry(Struct, frozen=True):
     """One entry of the catalogue."""
 
     name: str
@@ -24,37 +24,37 @@ class Entry(Struct, frozen=True):
 
 
 CATALOGUE: Final = (
-    Entry(
+    CatalogueEntry(
         "baseline",
         "Baseline, manual",
         "matmul, scale, mask, softmax, matmul: five steps that build the whole score matrix",
         "attention.implementations.baseline:Baseline",
     ),
-    Entry(
+    CatalogueEntry(
         "poc",
         "PoC, custom kernel",
         "fatui's own fused kernel where there is one for the device, MLX's SDPA where not",
         "attention.implementations.autotune.tuned_fused:TunedPoc",
     ),
-    Entry(
+    CatalogueEntry(
         "practical",
         "Practical, bounded memory",
         "MLX's SDPA where that is lean, blocks or slices where it would build large scores",
         "attention.implementations.bounded.implementation:Practical",
     ),
-    Entry(
+    CatalogueEntry(
         "demo",
         "Demo, tuned",
         "tries the others on first use of a shape and keeps the fastest",
         "attention.implementations.autotune.implementation:Demo",
     ),
-    Entry(
+    CatalogueEntry(
         "mlx",
         "MLX SDPA",
         "mx.fast.scaled_dot_product_attention as it is",
         "attention.implementations.mlx_sdpa:MlxSdpa",
     ),
-    Entry(
+    CatalogueEntry(
         "torch",
         "torch SDPA",
         "torch.nn.functional.scaled_dot_product_attention, if torch is installed",
@@ -75,7 +75,7 @@ def check_name(name: str) -> None:
 
 
 @cache
-def get(name: str) -> Implementation:
+def load_implementation(name: str) -> Implementation:
     """Return an implementation; one instance per process.
 
     Args:
@@ -97,7 +97,7 @@ def get(name: str) -> Implementation:
     except BaseException as error:  # a plugin may raise anything, even SystemExit
         if name in NAMES or isinstance(error, KeyboardInterrupt):
             raise
-        raise UsageError(f"implementation: '{name}' cannot be loaded: {in_a_line(error)}") from error
+        raise UsageError(f"implementation: '{name}' cannot be loaded: {error_line(error)}") from error
     if not isinstance(made, Implementation):
         raise UsageError(f"implementation: '{name}' needs a name, a route method and a call method")
     return made

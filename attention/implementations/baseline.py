@@ -6,13 +6,13 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention import masks
-from attention.core.route import PLAIN, Needs, Route
+from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import ITEM_BYTES, Workload
 from attention.masks import Mask
 from attention.measure.device import Backend, Device
 
 
-def unfused_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
+def unfused_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     """Peak bytes above the inputs of a call that builds the whole score matrix, outputs included.
 
     Forward the softmax reuses the scores' memory, so one matrix is alive; sinks are joined to the scores and cut off
@@ -32,7 +32,7 @@ def unfused_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
     )
 
 
-def named_products(path: str, dtype: str, backend: Backend) -> str:
+def with_tf32(path: str, dtype: str, backend: Backend) -> str:
     """Adds TF32 to the name of a path whose float32 matrix products are MLX's on CUDA.
 
     They keep 10 bits of a float32's 23, which costs about 1e-3 of the output, unless MLX_ENABLE_TF32=0 was in the
@@ -46,7 +46,7 @@ def in_tf32(dtype: str, backend: Backend) -> bool:
     return backend == "cuda" and dtype == "float32" and os.environ.get("MLX_ENABLE_TF32", "1") != "0"
 
 
-def is_widened(dtype: str, backend: Backend) -> bool:
+def computes_in_float32(dtype: str, backend: Backend) -> bool:
     """Whether an unfused path of these implementations computes in float32 what is given in another type.
 
     Scores in float16 overflow from 65,520. On the CPU, where MLX multiplies matrices in float32 anyhow, scores in
@@ -55,13 +55,13 @@ def is_widened(dtype: str, backend: Backend) -> bool:
     return dtype == "float16" or (dtype == "bfloat16" and backend == "cpu")
 
 
-def whole_bytes(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
-    """Peak bytes above the inputs of an unfused call that is widened where `is_widened` says so."""
-    widened = is_widened(workload.dtype, backend)
-    return widened_bytes(workload, needs) if widened else unfused_bytes(workload, needs)
+def unfused_call_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> int:
+    """Peak bytes above the inputs of an unfused call that is widened where `computes_in_float32` says so."""
+    widened = computes_in_float32(workload.dtype, backend)
+    return float32_bytes(workload, needs) if widened else unfused_bytes(workload, needs)
 
 
-def widened_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
+def float32_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     """As `unfused_bytes` where inputs in half precision are converted to float32 first, and the results back."""
     wide = structs.replace(workload, dtype="float32")
     return unfused_bytes(wide, needs) + wide.query_bytes + wide.key_value_bytes + workload.output_bytes
@@ -90,13 +90,13 @@ class Baseline:
 
     name = "baseline"
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route, which is the same for every workload."""
         return Route(
-            path=named_products("manual, unfused", workload.dtype, device.backend),
+            path=with_tf32("manual, unfused", workload.dtype, device.backend),
             fused=False,
             reason="separate steps, which build the whole score matrix",
-            predicted_bytes=widened_bytes(workload, needs)
+            predicted_bytes=float32_bytes(workload, needs)
             if workload.dtype == "float16"
             else unfused_bytes(workload, needs),
         )
@@ -123,19 +123,19 @@ def _attend(
     if softcap is not None:
         scores = softcap * mx.tanh(scores / softcap)
     scores = scores.reshape(batch, heads, seq, kv_seq)
-    allowed, seeing = _opened(mask, seq, kv_seq, scores.dtype, shifted)
+    allowed, seeing = _unmasked(mask, seq, kv_seq, scores.dtype, shifted)
     weights = mx.softmax(masks.apply(scores, allowed), axis=-1, precise=True)
     out = weights.reshape(batch, kv_heads, heads // kv_heads, seq, kv_seq) @ v[:, :, None]
     out = out.reshape(batch, heads, seq, -1)
     return out if seeing is None else mx.where(seeing, out, mx.zeros((), out.dtype))
 
 
-def _opened(
+def _unmasked(
     mask: Mask, seq: int, kv_seq: int, dtype: mx.Dtype, shifted: bool
 ) -> tuple[mx.array | None, mx.array | None]:
     """Return the mask with fully masked rows unmasked, and which rows are not fully masked (None if surely all)."""
-    whole = mask.whole(seq, kv_seq)
-    if whole is None or (mask.array is None and not mask.blind_rows(seq, kv_seq)):
+    whole = mask.materialize(seq, kv_seq)
+    if whole is None or (mask.array is None and not mask.empty_rows(seq, kv_seq)):
         return whole, None
     opened, seeing = masks.opened(whole, shifted)
     return opened if opened.dtype == mx.bool_ else _differentiable(opened, dtype), seeing
@@ -143,7 +143,7 @@ def _opened(
 
 def _differentiable(mask: mx.array, dtype: mx.Dtype) -> mx.array:
     """Convert an additive mask to a dtype; clipped values keep their gradient."""
-    clipped = masks.in_type(mask, dtype)
+    clipped = masks.cast_additive(mask, dtype)
     if clipped is mask:
         return mask
     moved = mx.where(mx.isinf(mask), mx.zeros((), mask.dtype), mask - mx.stop_gradient(mask))

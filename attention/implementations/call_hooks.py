@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from attention.implementations.protocol import Implementation
     from attention.masks import Mask
 
-Watcher = Callable[..., "mx.array"]
+CallHook = Callable[..., "mx.array"]
 """Called with the implementation and the arguments of a call; it must make that call exactly once."""
-watchers: list[Watcher] = []
+hooks: list[CallHook] = []
 
 
-class _Latest(threading.local):
+class _LatestPath(threading.local):
     """The path of this thread's latest call."""
 
     path: str | None = None
 
 
-_latest = _Latest()
+_latest = _LatestPath()
 
 
-def ran(path: str) -> None:
+def record_path(path: str) -> None:
     """Record the path that a call takes; called by implementations that choose among paths, after the choice."""
     _latest.path = path
 
@@ -37,7 +37,7 @@ def take_path() -> str | None:
     return path
 
 
-def call(
+def call_through_hooks(
     implementation: "Implementation", q: "mx.array", k: Any, v: Any, *, scale: float, mask: "Mask", **more: Any
 ) -> "mx.array":
     """Call an implementation, through the most recent hook if there is one.
@@ -46,6 +46,6 @@ def call(
         ForkedError: attention was computed before this process was forked.
     """
     forking.check()
-    if watchers:
-        return watchers[-1](implementation, q, k, v, scale=scale, mask=mask, **more)
+    if hooks:
+        return hooks[-1](implementation, q, k, v, scale=scale, mask=mask, **more)
     return implementation(q, k, v, scale=scale, mask=mask, **more)

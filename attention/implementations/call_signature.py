@@ -11,7 +11,7 @@ from attention.masks import Mask, as_4d, dtype_name
 from attention.measure.device import Backend
 
 
-def asked_for(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> tuple[Workload, Needs]:
+def call_signature(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> tuple[Workload, Needs]:
     """Return the workload of a call, as a forward pass, and the features that it does not describe.
 
     Raises:
@@ -33,7 +33,7 @@ def needs_of(softcap: bool, array: mx.array | None) -> Needs:
     return Needs(softcap=softcap, array_mask=True, mask_batches=batches, mask_heads=heads, mask_dtype=dtype)
 
 
-def here() -> Backend:
+def current_backend() -> Backend:
     """Return the backend of MLX's current default device."""
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu"
@@ -45,19 +45,19 @@ def _workload(
     q: tuple[int, ...], k: tuple[int, ...], value_dim: int, dtype: DType, causal: bool, window: int | None
 ) -> Workload:
     try:
-        return _made(Workload, q, k, value_dim, dtype, causal, window)
+        return _make_workload(Workload, q, k, value_dim, dtype, causal, window)
     except UsageError:
-        return _made(_Unlimited, q, k, value_dim, dtype, causal, window)
+        return _make_workload(_UnlimitedWorkload, q, k, value_dim, dtype, causal, window)
 
 
-class _Unlimited(Workload, frozen=True, kw_only=True):
+class _UnlimitedWorkload(Workload, frozen=True, kw_only=True):
     """A workload without the benchmark's limits, which do not apply to `attention()`."""
 
     def __post_init__(self) -> None:
         """Skip validation: all fields come from validated arrays."""
 
 
-def _made(
+def _make_workload(
     kind: type[Workload],
     q: tuple[int, ...],
     k: tuple[int, ...],

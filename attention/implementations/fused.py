@@ -10,12 +10,12 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention.core.errors import KernelUnavailable
-from attention.core.route import PLAIN, Needs, Route, fitted, unsupported
+from attention.core.route import NO_NEEDS, Needs, Route, fitted, unsupported
 from attention.core.workload import Workload
 from attention.implementations import call_hooks
-from attention.implementations.baseline import named_products, whole_bytes
+from attention.implementations.baseline import unfused_call_bytes, with_tf32
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.call_signature import asked_for, here
+from attention.implementations.call_signature import call_signature, current_backend
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole, is_call_widened, is_unfused
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask
@@ -27,7 +27,7 @@ KERNELS: Final[dict[Backend, str]] = {
     "metal": "attention.kernels.metal.path",
 }
 """For each backend the module of its kernel, of the form `Kernel`."""
-MOST_KINDS: Final = 4096
+MAX_KNOWN_CALLS: Final = 4096
 """Kinds of call that are remembered; a decoding loop makes a new one at each length."""
 TO_PRACTICAL: Final = "falls back: practical"
 TO_SDPA: Final = "falls back: MLX SDPA"
@@ -58,7 +58,7 @@ class Kernel(Protocol):
 
 
 @runtime_checkable
-class OffersVariants(Protocol):
+class HasVariants(Protocol):
     """A kernel that can be had in more than one form for the same call: other tiles, another cut of the work."""
 
     VARIANTS: Sequence[str]
@@ -71,8 +71,8 @@ class OffersVariants(Protocol):
 
 def kernel_variants() -> Sequence[str]:
     """The further forms of the kernel for the device that MLX computes on now; some kernels have none."""
-    kernel = _kernel(here())
-    return kernel.VARIANTS if isinstance(kernel, OffersVariants) else ()
+    kernel = _kernel(current_backend())
+    return kernel.VARIANTS if isinstance(kernel, HasVariants) else ()
 
 
 class Poc:
@@ -90,7 +90,7 @@ class Poc:
         self._practical = Practical()
         self._attends: dict[object, tuple[Attend, str] | None] = {}
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """The kernel's path where it takes the workload; otherwise what it falls back to, and why.
 
         A variant has none where the kernel does the same without it.
@@ -99,7 +99,7 @@ class Poc:
         if own.supported:
             if self._variant is None:
                 return own
-            if _form(_kernel(device.backend), self._variant, workload) is None:
+            if _variant_for(_kernel(device.backend), self._variant, workload) is None:
                 return unsupported(f"'{self._variant}' changes nothing here")
             return structs.replace(own, path=_variant_path(own.path, self._variant))
         if needs.softcap:
@@ -108,21 +108,21 @@ class Poc:
         else:
             behind = self._sdpa.route(workload, device, needs)
             if not behind.fused:
-                behind = structs.replace(behind, predicted_bytes=whole_bytes(workload, device.backend, needs))
+                behind = structs.replace(behind, predicted_bytes=unfused_call_bytes(workload, device.backend, needs))
             path, reason = TO_SDPA, f"{own.reason}; {behind.reason}"
         if not (behind.fused or needs.softcap):
-            path = named_products(path, workload.dtype, device.backend)
+            path = with_tf32(path, workload.dtype, device.backend)
         return structs.replace(behind, path=path, reason=reason, fallback=True)
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Whether the kernel takes the workload and has not been compiled on this machine yet."""
         kernel = _kernel(device.backend)
-        return not kernel.is_built() and kernel.route(workload, PLAIN).supported
+        return not kernel.is_built() and kernel.route(workload, NO_NEEDS).supported
 
     def build(self, tell: Callable[[str], None]) -> None:
         """Compiles the kernel; where that fails, calls fall back and the route says why."""
         with suppress(KernelUnavailable):
-            _kernel(here()).build(tell)
+            _kernel(current_backend()).build(tell)
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
@@ -146,12 +146,12 @@ class Poc:
             mask.window,
             mask.array is None,
             softcap is None,
-            here(),
+            current_backend(),
         )
         try:
             known = self._attends[key]
         except KeyError:
-            known = self._ask(key, q, k, v, mask, softcap)
+            known = self._find_kernel(key, q, k, v, mask, softcap)
         if known is not None:
             attend, path = known
             try:
@@ -159,24 +159,24 @@ class Poc:
             except KernelUnavailable:
                 self._attends.clear()
             else:
-                call_hooks.ran(path)
+                call_hooks.record_path(path)
                 return out
         if softcap is not None:
             out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
-            call_hooks.ran(TO_PRACTICAL)
+            call_hooks.record_path(TO_PRACTICAL)
             return out
-        call_hooks.ran(_sdpa_path(q, k, v, mask))
+        call_hooks.record_path(_sdpa_path(q, k, v, mask))
         return attend_whole(q, k, v, scale, mask, is_call_widened(q, k, v, mask))
 
-    def _ask(
+    def _find_kernel(
         self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
     ) -> tuple[Attend, str] | None:
         """How the kernel is called for a kind of call, and its path; None where it is not. Looked up once."""
-        if len(self._attends) >= MOST_KINDS:
+        if len(self._attends) >= MAX_KNOWN_CALLS:
             self._attends.clear()
-        kernel = _kernel(here())
-        workload, needs = asked_for(q, k, v, mask, softcap)
-        form = None if self._variant is None else _form(kernel, self._variant, workload)
+        kernel = _kernel(current_backend())
+        workload, needs = call_signature(q, k, v, mask, softcap)
+        form = None if self._variant is None else _variant_for(kernel, self._variant, workload)
         route = kernel.route(workload, needs)
         path = route.path if form is None else _variant_path(route.path, self._variant)
         self._attends[key] = known = (form or kernel.attend, path) if route.supported else None
@@ -188,16 +188,16 @@ def _variant_path(path: str, variant: str | None) -> str:
 
 
 def _sdpa_path(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> str:
-    backend = here()
+    backend = current_backend()
     if backend != "cuda" or q.dtype != mx.float32:
         return TO_SDPA
-    workload, needs = asked_for(q, k, v, mask, None)
-    return named_products(TO_SDPA, workload.dtype, backend) if is_unfused(workload, needs, backend) else TO_SDPA
+    workload, needs = call_signature(q, k, v, mask, None)
+    return with_tf32(TO_SDPA, workload.dtype, backend) if is_unfused(workload, needs, backend) else TO_SDPA
 
 
-def _form(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:
+def _variant_for(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:
     """A variant of a kernel, where it differs for a workload."""
-    return kernel.variants(workload).get(variant) if isinstance(kernel, OffersVariants) else None
+    return kernel.variants(workload).get(variant) if isinstance(kernel, HasVariants) else None
 
 
 @cache

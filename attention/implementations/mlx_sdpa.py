@@ -7,18 +7,18 @@ import mlx.core as mx
 
 from attention import masks
 from attention.core.errors import UnsupportedError
-from attention.core.route import PLAIN, Needs, Route, unsupported
+from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import ITEM_BYTES, Workload
-from attention.implementations.baseline import is_widened, named_products, unfused_bytes
-from attention.implementations.call_signature import asked_for, here
-from attention.implementations.transforms import folded, with_mask_gradient
+from attention.implementations.baseline import computes_in_float32, unfused_bytes, with_tf32
+from attention.implementations.call_signature import call_signature, current_backend
+from attention.implementations.transforms import vmap_rule, with_mask_gradient
 from attention.masks import Mask
 from attention.measure.device import Backend, Device
 
 NO_SOFTCAP = "MLX's SDPA has no softcap"
 FUSED_ROWS = 128
 """MLX's fused backward pass on CUDA takes a multiple of so many rows."""
-SPREAD_MASK = 2.3
+MATERIALIZED_MASK = 2.3
 """Sizes of the scores that MLX makes of a bool mask for its fused kernel on CUDA."""
 
 
@@ -28,14 +28,14 @@ class MlxSdpa:
 
     name = "mlx"
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Asks MLX itself, on arrays that are described but never computed."""
         if needs.softcap:
             return unsupported(NO_SOFTCAP)
         refusal = why_unfused(workload, device.backend, needs)
         if refusal:
             return Route(
-                path=named_products("MLX SDPA, unfused", workload.dtype, device.backend),
+                path=with_tf32("MLX SDPA, unfused", workload.dtype, device.backend),
                 fused=False,
                 reason=refusal,
                 predicted_bytes=unfused_bytes(workload, needs),
@@ -71,7 +71,7 @@ def sdpa(
     if mask.array is not None:
         return _with_array(q, k, v, scale, mask, shifted, sums_wide)
     seq, kv_seq = q.shape[2], k.shape[2]
-    blind = mask.blind_rows(seq, kv_seq)
+    blind = mask.empty_rows(seq, kv_seq)
     if blind:
         q = q[:, :, blind:]
     out = _of_mlx(q, k, v, scale, _plain_mask(mask, seq - blind, kv_seq))
@@ -87,7 +87,7 @@ def attend_whole(
     widened: bool,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Calls MLX's SDPA, in float32 if it is to be widened, as `is_widened` says of unfused calls.
+    """Calls MLX's SDPA, in float32 if it is to be widened, as `computes_in_float32` says of unfused calls.
 
     A negative scale becomes the query's sign, and 0 becomes a query of zeros: cuDNN gives NaN for both under a mask.
     """
@@ -96,7 +96,7 @@ def attend_whole(
         q, scale = (-q, -scale) if scale else (mx.zeros_like(q), 1.0)
     if widened:
         q, k, v = (x.astype(mx.float32) for x in (q, k, v))
-    wide = dtype != mx.float32 and not widened and here() == "cuda"  # cuDNN adds a mask in float32
+    wide = dtype != mx.float32 and not widened and current_backend() == "cuda"  # cuDNN adds a mask in float32
     if wide and dtype == mx.float16 and q.shape[2] % FUSED_ROWS and sinks is None:
         return _widened_behind(q, k, v, scale, mask)
     out = (
@@ -112,28 +112,28 @@ def _widened_behind(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: M
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array, array: list[mx.array]) -> mx.array:
-        return sdpa(q, k, v, scale, mask.having(array), sums_wide=True)
+        return sdpa(q, k, v, scale, mask.with_array(array), sums_wide=True)
 
     def pull_back(inputs: Any, cotangent: mx.array, output: mx.array) -> list[mx.array]:
         primals, array = list(inputs[:3]), inputs[3]
 
         def widened(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            return attend_whole(q, k, v, scale, mask.having(array), True)
+            return attend_whole(q, k, v, scale, mask.with_array(array), True)
 
         _, gradients = mx.vjp(widened, primals, [cotangent])
         return [*gradients, *(mx.zeros_like(x) for x in array)]
 
     attend.vjp(pull_back)
-    attend.vmap(folded(attend, masks_at=3))
+    attend.vmap(vmap_rule(attend, masks_at=3))
     return cast("mx.array", attend(q, k, v, [] if mask.array is None else [masks.as_4d(mask.array)]))
 
 
 def is_call_widened(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> bool:
-    """Whether a call is to be widened: where MLX has no fused kernel for it, as `is_widened` says."""
-    backend = here()
+    """Whether a call is to be widened: where MLX has no fused kernel for it, as `computes_in_float32` says."""
+    backend = current_backend()
     if q.dtype != mx.float16:
-        return is_widened(masks.dtype_name(q.dtype), backend)
-    return is_unfused(*asked_for(q, k, v, mask, None), backend)
+        return computes_in_float32(masks.dtype_name(q.dtype), backend)
+    return is_unfused(*call_signature(q, k, v, mask, None), backend)
 
 
 @lru_cache(maxsize=1024)
@@ -145,10 +145,10 @@ def is_unfused(workload: Workload, needs: Needs, backend: Backend) -> bool:
 def _with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
     """MLX's SDPA with attention sinks; a row that sees nothing else gives 0 by itself."""
     lengths = q.shape[2], k.shape[2]
-    named = mask.causal and mask.window is None and mask.array is None and not mask.blind_rows(*lengths)
-    whole = "causal" if named else mask.whole(*lengths)
+    named = mask.causal and mask.window is None and mask.array is None and not mask.empty_rows(*lengths)
+    whole = "causal" if named else mask.materialize(*lengths)
     if isinstance(whole, mx.array) and whole.dtype != mx.bool_:
-        whole = masks.in_type(whole, q.dtype)
+        whole = masks.cast_additive(whole, q.dtype)
     return _of_mlx(q, k, v, scale, whole, sinks.astype(q.dtype))
 
 
@@ -161,7 +161,7 @@ def _of_mlx(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """MLX's SDPA; on CUDA arrays in a layout that it fails on are copied first."""
-    if here() != "cuda" or not mx.cuda.is_available():
+    if current_backend() != "cuda" or not mx.cuda.is_available():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
     from attention.kernels.cuda.runtime.layout import laid_out, of_sdpa
 
@@ -174,23 +174,23 @@ def _of_mlx(
 def _plain_mask(mask: Mask, seq: int, kv_seq: int) -> mx.array | str | None:
     """What MLX takes for a mask of positions: "causal" by name, a window as a bool array."""
     if mask.window is not None:
-        return mask.whole(seq, kv_seq)
+        return mask.materialize(seq, kv_seq)
     return "causal" if mask.causal else None
 
 
 def _with_array(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, shifted: bool, sums_wide: bool
 ) -> mx.array:
-    whole = mask.whole(q.shape[2], k.shape[2])
+    whole = mask.materialize(q.shape[2], k.shape[2])
     assert whole is not None
     if whole.dtype != mx.bool_:
-        whole = masks.in_type(whole, q.dtype, summed=not sums_wide)
+        whole = masks.cast_additive(whole, q.dtype, summed=not sums_wide)
     opened, seeing = masks.opened(whole, shifted)
     out = _of_mlx(q, k, v, scale, opened)
     return mx.where(masks.as_4d(seeing), out, mx.zeros((), out.dtype))
 
 
-def fused_bytes(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
+def fused_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> int:
     """Peak bytes of a fused call above its inputs: its outputs, and in training the logsumexp and float32 gradients.
 
     The float32 gradient of the query and a row sum are what flash backward passes keep beside their outputs. On CUDA a
@@ -198,18 +198,18 @@ def fused_bytes(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> i
     """
     rows = workload.batch * workload.heads * workload.seq
     mask = workload.seq * workload.kv_seq * 2 if workload.window is not None else 0
-    if spreads_mask(workload, backend, needs):
-        mask = int(SPREAD_MASK * workload.scores * ITEM_BYTES[workload.dtype])
+    if materializes_mask(workload, backend, needs):
+        mask = int(MATERIALIZED_MASK * workload.scores * ITEM_BYTES[workload.dtype])
     scratch = rows * (8 + 4 * workload.head_dim) if workload.pass_ == "training" else 0
     return workload.output_bytes + mask + scratch
 
 
-def spreads_mask(workload: Workload, backend: Backend, needs: Needs) -> bool:
+def materializes_mask(workload: Workload, backend: Backend, needs: Needs) -> bool:
     """Whether a fused call makes a number for every score and head of a mask."""
     return backend == "cuda" and (workload.window is not None or needs.array_mask)
 
 
-def why_unfused(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> str | None:
+def why_unfused(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> str | None:
     """MLX's own reason for having no fused kernel here, or None where it has one; nothing is computed.
 
     `force_fused` is the only way to ask. In a training pass the question is put while a gradient is traced,
@@ -219,7 +219,7 @@ def why_unfused(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> s
     q = mx.zeros((workload.batch, workload.heads, workload.seq, workload.head_dim), dtype)
     k = mx.zeros((workload.batch, workload.kv_heads, workload.kv_seq, workload.head_dim), dtype)
     v = mx.zeros((workload.batch, workload.kv_heads, workload.kv_seq, workload.value_dim), dtype)
-    mask, sinks = _asked_mask(workload, needs), mx.zeros((workload.heads,), dtype) if needs.sinks else None
+    mask, sinks = _mask_of_workload(workload, needs), mx.zeros((workload.heads,), dtype) if needs.sinks else None
 
     def call(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask, sinks=sinks, force_fused=True)
@@ -236,7 +236,7 @@ def why_unfused(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> s
     return None
 
 
-def _asked_mask(workload: Workload, needs: Needs) -> mx.array | str | None:
+def _mask_of_workload(workload: Workload, needs: Needs) -> mx.array | str | None:
     if workload.window is not None or needs.array_mask:
         return mx.zeros((workload.seq, workload.kv_seq), mx.bool_)
     return "causal" if workload.causal else None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from attention.core.route import PLAIN, Needs, Route
+from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
 from attention.measure.clock import Runner
 from attention.measure.device import Device
@@ -20,7 +20,7 @@ class Implementation(Protocol):
 
     name: str
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the path that a call would take, without running anything of the workload's size."""
         ...
 
@@ -57,7 +57,7 @@ class NeedsBuilding(Protocol):
 
 
 @runtime_checkable
-class BringsRunner(Protocol):
+class ProvidesRunner(Protocol):
     """An implementation outside MLX with its own runner."""
 
     def runner(self, workload: Workload, inputs: "Sequence[mx.array]", scale: float) -> Runner:
@@ -66,7 +66,7 @@ class BringsRunner(Protocol):
 
 
 @runtime_checkable
-class TellsPasses(Protocol):
+class SupportsTraining(Protocol):
     """An implementation that behaves differently in training, which a call cannot detect."""
 
     def for_training(self) -> Implementation:

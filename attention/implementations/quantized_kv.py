@@ -6,15 +6,15 @@ import mlx.core as mx
 from msgspec import Struct
 
 from attention import masks
-from attention.implementations.baseline import is_widened
-from attention.implementations.call_signature import here
+from attention.implementations.baseline import computes_in_float32
+from attention.implementations.call_signature import current_backend
 from attention.masks import Mask
 
-FEW_ROWS: Final = 32
+MAX_QUANTIZED_ROWS: Final = 32
 """Number of query rows from which a tile is dequantized once instead of being read quantized by every row."""
 
 
-class Packed(Struct, frozen=True, eq=False):
+class QuantizedArray(Struct, frozen=True, eq=False):
     """An array (B, Hkv, Lk, D) quantized by `mx.quantize`: each group of values has a scale and a bias."""
 
     numbers: mx.array
@@ -38,42 +38,42 @@ class Packed(Struct, frozen=True, eq=False):
         """The quantized values, scales and biases."""
         return self.numbers, self.scales, self.biases
 
-    def of(self, numbers: mx.array, scales: mx.array, biases: mx.array) -> "Packed":
+    def with_parts(self, numbers: mx.array, scales: mx.array, biases: mx.array) -> "QuantizedArray":
         """Return a part of the array with these values, scales and biases."""
-        return Packed(numbers, scales, biases, self.group_size, self.bits)
+        return QuantizedArray(numbers, scales, biases, self.group_size, self.bits)
 
-    def spread(self) -> "Packed":
+    def with_query_axis(self) -> "QuantizedArray":
         """Return it with an axis for the query heads that share a key head: (B, Hkv, 1, Lk, D)."""
-        return self.of(*(array[:, :, None] for array in self.arrays))
+        return self.with_parts(*(array[:, :, None] for array in self.arrays))
 
-    def unpacked(self) -> mx.array:
+    def dequantized(self) -> mx.array:
         """Return the dequantized array."""
         return mx.dequantize(self.numbers, self.scales, self.biases, self.group_size, self.bits)
 
-    def multiplied(self, x: mx.array, transpose: bool) -> mx.array:
+    def matmul(self, x: mx.array, transpose: bool) -> mx.array:
         """Return the product of x and the quantized array, or its transpose, in x's dtype."""
         scales, biases = self.scales.astype(x.dtype), self.biases.astype(x.dtype)
         return mx.quantized_matmul(x, self.numbers, scales, biases, transpose, self.group_size, self.bits)
 
 
-KeyOrValue = mx.array | Packed
+KeyOrValue = mx.array | QuantizedArray
 
 
-def attend_packed(q: mx.array, k: Packed, v: Packed, *, scale: float, mask: Mask) -> mx.array:
+def attend_quantized(q: mx.array, k: QuantizedArray, v: QuantizedArray, *, scale: float, mask: Mask) -> mx.array:
     """Compute attention like mlx-lm with a quantized cache: materialise the scores, read keys and values quantized.
 
     Scores are float32 in the cases in which an unfused path uses float32.
     """
-    if is_widened(masks.dtype_name(q.dtype), here()):
-        return attend_packed(q.astype(mx.float32), k, v, scale=scale, mask=mask).astype(q.dtype)
+    if computes_in_float32(masks.dtype_name(q.dtype), current_backend()):
+        return attend_quantized(q.astype(mx.float32), k, v, scale=scale, mask=mask).astype(q.dtype)
     batch, heads, seq, _ = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]
     grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
-    scores = k.spread().multiplied(grouped, True).reshape(batch, heads, seq, kv_seq)
-    whole = mask.whole(seq, kv_seq)
+    scores = k.with_query_axis().matmul(grouped, True).reshape(batch, heads, seq, kv_seq)
+    whole = mask.materialize(seq, kv_seq)
     opened, seeing = whole, None
     if whole is not None and not (seq == 1 and mask.array is None):
         opened, seeing = masks.opened(whole)
     weights = mx.softmax(masks.apply(scores, opened), axis=-1, precise=True)
-    out = v.spread().multiplied(weights.reshape(*grouped.shape[:-1], kv_seq), False).reshape(batch, heads, seq, -1)
+    out = v.with_query_axis().matmul(weights.reshape(*grouped.shape[:-1], kv_seq), False).reshape(batch, heads, seq, -1)
     return out if seeing is None else mx.where(seeing, out, mx.zeros((), out.dtype))

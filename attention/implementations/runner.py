@@ -6,7 +6,7 @@ from typing import cast
 import mlx.core as mx
 
 from attention.core.workload import Workload
-from attention.implementations.protocol import BringsRunner, Implementation
+from attention.implementations.protocol import Implementation, ProvidesRunner
 from attention.masks import of_workload
 from attention.measure.clock import Runner
 
@@ -81,6 +81,6 @@ def make_inputs(workload: Workload, seed: int) -> list[mx.array]:
 
 def runner_for(implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float) -> Runner:
     """Bind an implementation to its inputs, with its own runner if it has one."""
-    if isinstance(implementation, BringsRunner):
+    if isinstance(implementation, ProvidesRunner):
         return implementation.runner(workload, inputs, scale)
     return MlxRunner(implementation, workload, inputs, scale)

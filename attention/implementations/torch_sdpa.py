@@ -10,9 +10,9 @@ import numpy as np
 
 from attention import masks
 from attention.core.errors import UnsupportedError
-from attention.core.route import PLAIN, Needs, Route, unsupported
+from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import Workload
-from attention.implementations.call_signature import here
+from attention.implementations.call_signature import current_backend
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask, of_workload
 from attention.measure.device import Device
@@ -29,7 +29,7 @@ class TorchSdpa:
 
     name = "torch"
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route; torch's kernels are fused if query and value have equal head dims."""
         if importlib.util.find_spec("torch") is None:
             return unsupported(MISSING)
@@ -77,15 +77,15 @@ class Bound:
         """Convert the mask to none, torch's causal flag, or an array."""
         # torch's is_causal is upper-left aligned, which is equal only for square scores.
         self.is_causal = mask.causal and mask.window is None and mask.array is None and seq == kv_seq
-        whole = None if self.is_causal else mask.whole(seq, kv_seq)
+        whole = None if self.is_causal else mask.materialize(seq, kv_seq)
         self.mask: Tensor = None
         self.seeing: Tensor = None
         if whole is None:
             return
-        if mask.array is not None or mask.blind_rows(seq, kv_seq):
+        if mask.array is not None or mask.empty_rows(seq, kv_seq):
             whole, seeing = masks.opened(whole)
             self.seeing = to_torch(masks.as_4d(seeing), place)
-        self.mask = to_torch(whole if whole.dtype == mx.bool_ else masks.in_type(whole, dtype), place)
+        self.mask = to_torch(whole if whole.dtype == mx.bool_ else masks.cast_additive(whole, dtype), place)
 
     def attend(self, primals: Sequence[Tensor], scale: float) -> Tensor:
         """Call torch's SDPA; fully masked rows give 0."""
@@ -215,7 +215,7 @@ def _torch() -> Any:
 
 
 def _place() -> str:
-    torch, wanted = _torch(), TORCH_DEVICES[here()]
+    torch, wanted = _torch(), TORCH_DEVICES[current_backend()]
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return wanted if has[wanted] else "cpu"
 

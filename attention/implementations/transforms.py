@@ -19,22 +19,22 @@ from attention import masks
 from attention.core.errors import UnsupportedError
 from attention.implementations.bounded.blocks import MIB, Blocks
 from attention.implementations.bounded.blockwise import (
-    Call,
+    BlockwiseParams,
     arithmetic_of,
+    as_slice,
     blocks_of,
-    cut,
     head_groups,
     row_shift,
     tile_scores,
 )
-from attention.implementations.bounded.memory import Chain, Written
-from attention.implementations.call_signature import here
+from attention.implementations.bounded.memory import Chain, TileWriter
+from attention.implementations.call_signature import current_backend
 from attention.masks import Mask
 
 Rule = Callable[[Any, Any], tuple[Any, Any]]
 
 
-def folded(function: Callable[..., Any], masks_at: int | None = None) -> Rule:
+def vmap_rule(function: Callable[..., Any], masks_at: int | None = None) -> Rule:
     """Return the vmap rule of a function from arrays (batch, ...) and lists of them to arrays (batch, ...).
 
     If an array without a batch axis is mapped, such as sinks (H,), each index is a separate call.
@@ -45,12 +45,12 @@ def folded(function: Callable[..., Any], masks_at: int | None = None) -> Rule:
     """
 
     def rule(inputs: Any, axes: Any) -> tuple[Any, Any]:
-        mapped = _mapped(inputs, axes)
+        mapped = _mapped_inputs(inputs, axes)
         array, axis = mapped[0]
         size = array.shape[axis]
         if any(array.ndim < 5 for array, _ in mapped):
             calls = [function(*tree_map(lambda x, axis, i=i: _at(x, axis, i), inputs, axes)) for i in range(size)]
-            return _mapped_first(tree_map(lambda *each: mx.stack(list(each)), *calls))
+            return _move_mapped_axis_first(tree_map(lambda *each: mx.stack(list(each)), *calls))
         query, its_axis = _first(inputs[0]), _first(axes[0])
         batch = query.shape[0 if its_axis is None or its_axis > 0 else 1]
 
@@ -65,19 +65,19 @@ def folded(function: Callable[..., Any], masks_at: int | None = None) -> Rule:
             tree_map(fold_unless_one if at == masks_at else fold, argument, its)
             for at, (argument, its) in enumerate(zip(inputs, axes, strict=True))
         ]
-        return _mapped_first(tree_map(lambda x: x.reshape(size, batch, *x.shape[1:]), function(*arguments)))
+        return _move_mapped_axis_first(tree_map(lambda x: x.reshape(size, batch, *x.shape[1:]), function(*arguments)))
 
     return rule
 
 
-def _mapped(inputs: Any, axes: Any) -> list[tuple[mx.array, int]]:
+def _mapped_inputs(inputs: Any, axes: Any) -> list[tuple[mx.array, int]]:
     """Return the mapped arrays with their axes."""
     pairs: list[tuple[mx.array, int]] = []
     tree_map(lambda x, axis: None if axis is None else pairs.append((x, axis)), inputs, axes)
     return pairs
 
 
-def _mapped_first(outputs: Any) -> tuple[Any, Any]:
+def _move_mapped_axis_first(outputs: Any) -> tuple[Any, Any]:
     return outputs, tree_map(lambda _: 0, outputs)
 
 
@@ -127,13 +127,13 @@ def with_mask_gradient(
     keys = k.shape[2]
     rows = max(1, min(budget_bytes, SLAB_BYTES) // (4 * SLAB_ARRAYS * keys * (q.shape[1] // k.shape[1])))
     slab = Blocks(batches=1, kv_heads=1, rows=min(rows, q.shape[2]), keys=keys)
-    backend = here()
+    backend = current_backend()
     arithmetic = arithmetic_of(q.dtype, backend) if backend == "cuda" else "exact"
-    call = Call(scale, mask, softcap, slab, arithmetic, shifted=q.dtype != mx.float32)
+    call = BlockwiseParams(scale, mask, softcap, slab, arithmetic, shifted=q.dtype != mx.float32)
     return _node(call)(out, q, k, v, [masks.as_4d(mask.array)], [] if sinks is None else [sinks])
 
 
-def _node(call: Call) -> Callable[..., mx.array]:
+def _node(call: BlockwiseParams) -> Callable[..., mx.array]:
     """Returns a function that returns its first argument, and gives the mask among the others its gradient."""
 
     @mx.custom_function
@@ -144,7 +144,7 @@ def _node(call: Call) -> Callable[..., mx.array]:
         inputs: tuple[mx.array, mx.array, mx.array, mx.array, Arrays, Arrays], cotangent: mx.array, out: mx.array
     ) -> Arrays:
         _, q, k, v, mask, sinks = inputs
-        of_mask = mask_gradient(q, k, v, cotangent, structs.replace(call, mask=call.mask.having(mask)), *sinks)
+        of_mask = mask_gradient(q, k, v, cotangent, structs.replace(call, mask=call.mask.with_array(mask)), *sinks)
         return [cotangent, *(mx.zeros_like(x) for x in (q, k, v)), of_mask, *(mx.zeros_like(x) for x in sinks)]
 
     def refuse(primals: object, tangents: object) -> None:
@@ -152,7 +152,7 @@ def _node(call: Call) -> Callable[..., mx.array]:
 
     pass_on.vjp(pull_back)
     pass_on.jvp(refuse)
-    pass_on.vmap(folded(pass_on, masks_at=4))
+    pass_on.vmap(vmap_rule(pass_on, masks_at=4))
     return cast("Callable[..., mx.array]", pass_on)
 
 
@@ -161,7 +161,7 @@ def mask_gradient(
     k: mx.array,
     v: mx.array,
     cotangent: mx.array,
-    call: Call,
+    call: BlockwiseParams,
     sinks: mx.array | None = None,
 ) -> mx.array:
     """The gradient of the array of the call's mask, which is 4-D and additive, in its shape and type."""
@@ -170,7 +170,7 @@ def mask_gradient(
     lengths = q.shape[2], k.shape[2]
     whole = array.shape == (*q.shape[:3], k.shape[2])
     chain = Chain()
-    total = Written(mx.zeros(array.shape, array.dtype if whole else mx.float32), chain)
+    total = TileWriter(mx.zeros(array.shape, array.dtype if whole else mx.float32), chain)
     for heads in head_groups(q, k, call.blocks):
         for rows in blocks_of(lengths[0], call.blocks.rows):
             keys = call.mask.visible_keys(rows, *lengths)
@@ -191,12 +191,14 @@ def mask_gradient(
             summed = [axis for axis in range(4) if array.shape[axis] == 1]
             slab = slab.sum(axis=summed, keepdims=True) if summed else slab
             places = heads.batches, range(heads.heads.start, heads.heads.stop), rows, keys
-            place = tuple(slice(None) if size == 1 else cut(run) for size, run in zip(array.shape, places, strict=True))
+            place = tuple(
+                slice(None) if size == 1 else as_slice(run) for size, run in zip(array.shape, places, strict=True)
+            )
             chain.links = [total.write(place, slab, 1) if whole else total.add(place, slab, 1)]
     return chain.results(total.array)[0].astype(array.dtype)
 
 
-def _softmax(scores: mx.array, call: Call, sinks: mx.array | None) -> mx.array:
+def _softmax(scores: mx.array, call: BlockwiseParams, sinks: mx.array | None) -> mx.array:
     """Of scores; 0 in rows that see nothing."""
     top = scores.max(axis=-1, keepdims=True)
     top = top if sinks is None else mx.maximum(top, sinks)

@@ -33,7 +33,7 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
         if self.array is not None and self.array.ndim < 2:
             structs.force_setattr(self, "array", self.array.reshape((1,) * (2 - self.array.ndim) + self.array.shape))
 
-    def having(self, array: "list[mx.array]") -> "Mask":
+    def with_array(self, array: "list[mx.array]") -> "Mask":
         """Return the mask with its array replaced, if it has one."""
         return structs.replace(self, array=array[0]) if array else self
 
@@ -51,7 +51,7 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
         start = 0 if self.window is None else max(0, rows.start + shift - self.window + 1)
         return range(min(start, stop), stop)
 
-    def cuts(self, rows: range, keys: range, seq: int, kv_seq: int) -> bool:
+    def masks_any(self, rows: range, keys: range, seq: int, kv_seq: int) -> bool:
         """Return whether positions mask any pair of a tile."""
         if not self.positional or not rows or not keys:
             return False
@@ -62,18 +62,18 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
         """Return the positional mask of one tile: bool (len(rows), len(keys)), or None if nothing is masked."""
         import mlx.core as mx
 
-        if not self.cuts(rows, keys, seq, kv_seq):
+        if not self.masks_any(rows, keys, seq, kv_seq):
             return None
         position = mx.arange(rows.start + kv_seq - seq, rows.stop + kv_seq - seq)[:, None]
         key = mx.arange(keys.start, keys.stop)[None]
         seen = key <= position
         return seen if self.window is None else seen & (key > position - self.window)
 
-    def blind_rows(self, seq: int, kv_seq: int) -> int:
+    def empty_rows(self, seq: int, kv_seq: int) -> int:
         """Return the number of leading query rows before the first key, which are fully masked."""
         return max(0, seq - kv_seq) if self.positional else 0
 
-    def whole(self, seq: int, kv_seq: int) -> "mx.array | None":
+    def materialize(self, seq: int, kv_seq: int) -> "mx.array | None":
         """Return all parts as one array that broadcasts to (B, H, Lq, Lk), bool or additive; None if all is visible."""
         return combine(self.tile(range(seq), range(kv_seq), seq, kv_seq), self.array)
 
@@ -100,10 +100,10 @@ def apply(scores: "mx.array", mask: "mx.array | None") -> "mx.array":
         return scores
     if mask.dtype == mx.bool_:
         return mx.where(mask, scores, mx.array([-mx.inf], scores.dtype))
-    return scores + in_type(mask, scores.dtype)
+    return scores + cast_additive(mask, scores.dtype)
 
 
-def in_type(mask: "mx.array", dtype: "mx.Dtype", *, summed: bool = True) -> "mx.array":
+def cast_additive(mask: "mx.array", dtype: "mx.Dtype", *, summed: bool = True) -> "mx.array":
     """Convert an additive mask to a dtype; finite values stay finite, so that -1e9 masks no row fully.
 
     If scores are added in that dtype (`summed`), values are clipped to half of its range, so that a score can be added.
@@ -165,7 +165,7 @@ def opened(mask: "mx.array", shifted: bool = False) -> "tuple[mx.array, mx.array
     return mx.where(seeing, lessened, mx.zeros((), mask.dtype)), seeing
 
 
-def part(array: "mx.array", batches: slice, heads: slice, rows: slice, keys: slice) -> "mx.array":
+def mask_tile(array: "mx.array", batches: slice, heads: slice, rows: slice, keys: slice) -> "mx.array":
     """Slice a 4-D mask to one tile; axes of length 1 (broadcast) are not sliced."""
     wanted = (batches, heads, rows, keys)
     return array[tuple(cut if size > 1 else slice(None) for cut, size in zip(wanted, array.shape, strict=True))]

@@ -27,7 +27,7 @@ NAMES: Final = ("output", "dQ", "dK", "dV")
 Array = NDArray[np.float64]
 
 
-class Judgement(Struct, frozen=True, kw_only=True):
+class AccuracyResult(Struct, frozen=True, kw_only=True):
     """The result of a comparison."""
 
     max_error: float
@@ -39,7 +39,7 @@ class Judgement(Struct, frozen=True, kw_only=True):
     """The tensor with the largest error relative to its tolerance, with both values."""
 
 
-class Sample(Struct, frozen=True):
+class SampledPart(Struct, frozen=True):
     """The part of a workload that is compared."""
 
     groups: tuple[tuple[int, int], ...]
@@ -48,7 +48,7 @@ class Sample(Struct, frozen=True):
     """Query rows in ascending order."""
 
 
-class Expected(Struct, frozen=True):
+class ReferenceTensor(Struct, frozen=True):
     """Reference values of one tensor of one group, with the tolerance."""
 
     exact: Array
@@ -56,7 +56,7 @@ class Expected(Struct, frozen=True):
     rounding: float
 
 
-class Judge:
+class AccuracyChecker:
     """Compare the results of implementations on one case with a reference that is computed once.
 
     dK and dV depend on every query row. If a case is too large to compute all rows in float64, they can only be
@@ -88,7 +88,7 @@ class Judge:
         scale = workload.scale if scale is None else scale
         self._expected = [self._of_group(inputs, group, scale) for group in self.sample.groups]
 
-    def check(self, results: Sequence[mx.array], row_results: Sequence[mx.array] | None = None) -> Judgement:
+    def check(self, results: Sequence[mx.array], row_results: Sequence[mx.array] | None = None) -> AccuracyResult:
         """Compare the results of an implementation.
 
         Args:
@@ -111,7 +111,7 @@ class Judge:
         broken = [NAMES[i] for i, x in enumerate(results) if not bool(mx.isfinite(x).all())]
         worst = int(np.argmax(shares))
         every = np.concatenate(errors)
-        return Judgement(
+        return AccuracyResult(
             max_error=_largest(every),
             rms_error=float(np.sqrt(np.mean(np.square(every)))),
             accurate=not broken and shares[worst] <= 1.0,
@@ -125,12 +125,15 @@ class Judge:
         differences = [(a - b.exact).ravel() for a, b in zip(found, expected, strict=True)]
         return np.concatenate(differences), _allowed(expected, FORWARD_FACTOR if index == 0 else GRADIENT_FACTOR)
 
-    def _of_group(self, inputs: Sequence[mx.array], group: tuple[int, int], scale: float) -> list[Expected]:
+    def _of_group(self, inputs: Sequence[mx.array], group: tuple[int, int], scale: float) -> list[ReferenceTensor]:
         arrays = [self._cut(index, array, group) for index, array in enumerate(inputs)]
         rules = Rules(scale=scale, causal=self.workload.causal, window=self.workload.window)
         exact = _exact([_numpy(x) for x in arrays], rules, self.sample.rows)
         plain = _plain(arrays, scale, self._seen(), self.sample.rows)
-        return [Expected(a, _largest(_numpy(b) - a), _rounding(a, b.dtype)) for a, b in zip(exact, plain, strict=True)]
+        return [
+            ReferenceTensor(a, _largest(_numpy(b) - a), _rounding(a, b.dtype))
+            for a, b in zip(exact, plain, strict=True)
+        ]
 
     def _cut(self, index: int, array: mx.array, group: tuple[int, int]) -> mx.array:
         """Return an input's part in a group: (query heads or 1, length, width)."""
@@ -150,7 +153,7 @@ class Judge:
         return seen if self.workload.window is None else seen & (key > position - self.workload.window)
 
 
-def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> Sample:
+def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> SampledPart:
     """Choose all of a small workload; of a large one the first, the last and random rows, of few heads."""
     random = np.random.default_rng(seed)
     share = workload.heads // workload.kv_heads
@@ -164,7 +167,7 @@ def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> Sample
     else:
         inner = random.choice(np.arange(1, workload.seq - 1), rows - 2, replace=False)
         chosen = np.sort(np.concatenate([[0, workload.seq - 1], inner]))
-    return Sample(tuple(pairs[i] for i in picked), chosen.astype(np.intp))
+    return SampledPart(tuple(pairs[i] for i in picked), chosen.astype(np.intp))
 
 
 def _exact(arrays: Sequence[Array], rules: Rules, rows: NDArray[np.intp]) -> list[Array]:
@@ -207,7 +210,7 @@ def _only_rows(array: mx.array, rows: NDArray[np.intp]) -> mx.array:
     return kept
 
 
-def _allowed(expected: Sequence[Expected], factor: float) -> float:
+def _allowed(expected: Sequence[ReferenceTensor], factor: float) -> float:
     """Return the tolerance, with all groups together treated as one tensor."""
     return factor * max(e.plain_error for e in expected) + max(e.rounding for e in expected)
 

@@ -31,9 +31,9 @@ class Runner(Protocol):
 
 QUEUED_BYTES: Final = 2**28
 """Maximum total size of the outputs of one sample's calls."""
-MOST_CALLS: Final = 1000
-SETTLED: Final = 0.03
-ALIKE: Final = 1.6
+MAX_CALLS: Final = 1000
+SETTLED_TOLERANCE: Final = 0.03
+SIMILAR_SPEED: Final = 1.6
 """Runners whose call times differ by less than this factor use the same number of calls per sample."""
 LATENCY_CALLS: Final = 30
 
@@ -51,7 +51,7 @@ def take_sample(runner: Runner, calls: int, clock: Clock = time.perf_counter) ->
 def calls_for(call_s: float, sample_s: float, output_bytes: int) -> int:
     """Return the number of calls for a sample of about sample_s seconds, limited by the memory of their outputs."""
     by_time = round(sample_s / call_s)
-    return max(1, min(by_time, QUEUED_BYTES // output_bytes, MOST_CALLS))
+    return max(1, min(by_time, QUEUED_BYTES // output_bytes, MAX_CALLS))
 
 
 def shared_calls(call_s: Sequence[float], sample_s: float, output_bytes: int) -> list[int]:
@@ -62,7 +62,7 @@ def shared_calls(call_s: Sequence[float], sample_s: float, output_bytes: int) ->
     calls = [0] * len(call_s)
     head_s, shared = 0.0, 0
     for index in sorted(range(len(call_s)), key=lambda index: call_s[index]):
-        if not shared or call_s[index] > ALIKE * head_s:
+        if not shared or call_s[index] > SIMILAR_SPEED * head_s:
             head_s, shared = call_s[index], calls_for(call_s[index], sample_s, output_bytes)
         calls[index] = shared
     return calls
@@ -94,7 +94,7 @@ def warm_up(
         before = call_s
         call_s = take_sample(runner, calls_for(call_s, sample_s / 2, output_bytes), clock)
         elapsed = clock() - started
-        settled = abs(call_s - before) <= SETTLED * before
+        settled = abs(call_s - before) <= SETTLED_TOLERANCE * before
         if (settled and elapsed >= least_s) or elapsed >= 10 * least_s:
             return call_s
 

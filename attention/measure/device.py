@@ -70,14 +70,14 @@ def _memory(backend: Backend, info: dict[str, int]) -> tuple[int, int]:
     system = psutil.virtual_memory()
     if backend == "cuda":
         return info.get("total_memory", system.total), info.get("free_memory", system.available)
-    total = min(system.total, container_limit() or system.total)
+    total = min(system.total, container_memory_limit() or system.total)
     if backend == "metal":
         working_set = info.get("max_recommended_working_set_size", total)
         return total, min(working_set, system.available)
     return total, min(system.available, total)
 
 
-def container_limit() -> int | None:
+def container_memory_limit() -> int | None:
     """Return the memory limit of this process's control group in bytes, or None."""
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

@@ -18,9 +18,9 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.statistics import log_ratios, ratio_interval
 from attention.measure.clock import Clock, Runner, take_sample
 
-PLENTY_OF_ROUNDS: Final = 30
+AMPLE_ROUNDS: Final = 30
 """If a case's time allows this many rounds, every arm takes part in each of them."""
-FEWEST_FOR_PRECISION: Final = 10
+MIN_ROUNDS_FOR_PRECISION: Final = 10
 """Rounds between checks of the intervals: with fewer they are narrow by chance too often, and a check takes time."""
 
 
@@ -42,7 +42,7 @@ class Arm(Struct, kw_only=True, eq=False):
     clock: Clock = time.perf_counter
 
     @property
-    def taken(self) -> list[float]:
+    def valid_samples(self) -> list[float]:
         """The samples without NaN."""
         return [sample for sample in self.samples if not math.isnan(sample)]
 
@@ -74,7 +74,7 @@ def set_strides(arms: Sequence[Arm], seconds: float) -> None:
     The slower the arm, the more rounds it skips, as long as it still gets MIN_ROUNDS samples in that time.
     """
     reference_s = arms[0].sample_s
-    if sum(arm.sample_s for arm in arms) * PLENTY_OF_ROUNDS <= seconds:
+    if sum(arm.sample_s for arm in arms) * AMPLE_ROUNDS <= seconds:
         return
     rounds = seconds / sum(arm.sample_s for arm in arms if arm.sample_s <= reference_s)
     for arm in arms[1:]:
@@ -82,7 +82,7 @@ def set_strides(arms: Sequence[Arm], seconds: float) -> None:
         arm.stride = max(1, min(slower, int(rounds / MIN_ROUNDS)))
 
 
-def least_s(arms: Sequence[Arm], min_rounds: int = MIN_ROUNDS) -> float:
+def min_rounds_s(arms: Sequence[Arm], min_rounds: int = MIN_ROUNDS) -> float:
     """Return the expected seconds of the minimum number of rounds."""
     return min_rounds * sum(arm.sample_s for arm in arms)
 
@@ -116,12 +116,12 @@ def run_rounds(
     draw = random.Random(seed)
     started = clock()
     late = False
-    for count in _count_from_one():
+    for count in _fresh_generation():
         turns = [arm for arm in arms if arm is arms[0] or _takes_part(arm, count, late, limits)]
         for arm in arms:
             if arm not in turns:
                 arm.samples.append(math.nan)
-        with _no_collection():
+        with _gc_disabled():
             for arm in draw.sample(turns, len(turns)):
                 before(arm)
                 try:
@@ -129,29 +129,29 @@ def run_rounds(
                 except catch as error:  # whatever an implementation raises is its own row's failure
                     arms.remove(arm)
                     failed(arm, error)
-        told = after(arms)
+        stopped_by = after(arms)
         if not arms:
             return "failed"
-        if told:
-            return told
+        if stopped_by:
+            return stopped_by
         late = clock() - started >= limits.seconds
-        if not late and count % FEWEST_FOR_PRECISION:
+        if not late and count % MIN_ROUNDS_FOR_PRECISION:
             continue
-        if any(len(arm.taken) < limits.min_rounds for arm in arms):
+        if any(len(arm.valid_samples) < limits.min_rounds for arm in arms):
             continue
         if late:
             return "time"
-        if narrow_enough(arms, limits.precision):
+        if is_precise(arms, limits.precision):
             return "precision"
     raise AssertionError("rounds end by a limit")
 
 
 def _takes_part(arm: Arm, count: int, late: bool, limits: Limits) -> bool:
     """Return whether an arm takes part in a round; once the time is up, only arms that lack samples do."""
-    return len(arm.taken) < limits.min_rounds if late else (count - 1) % arm.stride == 0
+    return len(arm.valid_samples) < limits.min_rounds if late else (count - 1) % arm.stride == 0
 
 
-def narrow_enough(arms: list[Arm], precision: float) -> bool:
+def is_precise(arms: list[Arm], precision: float) -> bool:
     """Return whether the interval of every arm's ratio to the first is narrower than the precision."""
     reference = arms[0].samples
     for arm in arms[1:]:
@@ -161,7 +161,7 @@ def narrow_enough(arms: list[Arm], precision: float) -> bool:
     return True
 
 
-def _count_from_one() -> Iterator[int]:
+def _fresh_generation() -> Iterator[int]:
     count = 0
     while True:
         count += 1
@@ -169,7 +169,7 @@ def _count_from_one() -> Iterator[int]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def _gc_disabled() -> Iterator[None]:
     gc.disable()
     try:
         yield

@@ -20,7 +20,7 @@ from msgspec import Struct, field
 
 from attention.measure.clock import Clock, Runner, take_sample
 from attention.measure.rounds import Arm
-from attention.mlx_lm.replacement import replaced
+from attention.mlx_lm.replacement import replace_attention
 from attention.monitoring import patch_points
 
 
@@ -107,7 +107,7 @@ class ModelArm(Arm, kw_only=True, eq=False):
 
     def sample(self) -> None:
         """Adds one sample, in seconds a step."""
-        with replaced(self.implementation):
+        with replace_attention(self.implementation):
             if self.lead_in:
                 self._timed(self.runner)
             if self.peak_bytes is None:
@@ -237,7 +237,7 @@ class SharedPass:
     def _attend(self, name: str, call: _Call, *, reference: bool) -> None:
         self._at_work(name)
         mx.reset_peak_memory()
-        with replaced(self._arms[name]):
+        with replace_attention(self._arms[name]):
             started = self._clock()
             # The graph goes on from the reference's call, which was built when the model called.
             out = call.out if reference else self._built(call.args, call.named)
@@ -257,7 +257,7 @@ class SharedPass:
     def _built(self, args: tuple[Any, ...], named: dict[str, Any]) -> mx.array:
         before, self._inside = self._inside, True
         try:
-            out: mx.array = patch_points.of_models().replacement(*args, **named)
+            out: mx.array = patch_points.models_sdpa().replacement(*args, **named)
             return out
         finally:
             self._inside = before
@@ -265,12 +265,12 @@ class SharedPass:
     def _called(self, *args: Any, **named: Any) -> mx.array:
         """In the place of mlx-lm's function."""
         if self._inside:
-            out: mx.array = patch_points.of_models().original(*args, **named)
+            out: mx.array = patch_points.models_sdpa().original(*args, **named)
             return out
         self.needed()
         began = self._clock()
         reference = next(iter(self._arms))
-        with self._dropped_if_it_fails(reference), replaced(self._arms[reference]):
+        with self._dropped_if_it_fails(reference), replace_attention(self._arms[reference]):
             started = self._clock()
             out = self._built(args, named)
             built_s = self._clock() - started
@@ -283,7 +283,7 @@ class SharedPass:
     def _called_directly(self, *args: Any, **named: Any) -> mx.array:
         """In the place of MLX's function, which a model may call itself: such a call cannot be shared."""
         self._direct += not self._inside
-        out: mx.array = patch_points.fast().original(*args, **named)
+        out: mx.array = patch_points.fast_sdpa().original(*args, **named)
         return out
 
     def _take(self) -> None:
@@ -309,9 +309,9 @@ class SharedPass:
         run.prepare()
         self._times, self._peaks = {}, {}
         self._away_s, self._rest_peak, self._direct, self._settled, self._pending = 0.0, 0, 0, 0, None
-        places = (patch_points.of_models(), self._called), (patch_points.fast(), self._called_directly)
+        places = (patch_points.models_sdpa(), self._called), (patch_points.fast_sdpa(), self._called_directly)
         for place, taker in places:
-            place.add(taker=taker)
+            place.add(interceptor=taker)
         mx.reset_peak_memory()
         run.observer = self
         try:
@@ -320,7 +320,7 @@ class SharedPass:
             run.observer = None
             self._pending = None
             for place, taker in places:
-                place.remove(taker=taker)
+                place.remove(interceptor=taker)
         if self._direct or not self._settled:
             raise NotShareable("the model does not attend through mlx-lm's function alone")
         rest_peak = max(self._rest_peak, mx.get_peak_memory())

@@ -11,7 +11,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from attention.core.errors import NoBackendError, UsageError, suggestion
-from attention.core.files import expanded
+from attention.core.files import expand_home
 from attention.core.workload import ITEM_BYTES, DType, Pass, Workload
 
 FILE: Final = Path(__file__).with_name("configurations.toml")
@@ -69,7 +69,7 @@ class Configuration(Struct, frozen=True):
         """Return the bytes of the KV cache."""
         return 2 * layers * batch * self.kv_heads * length * self.head_dim * ITEM_BYTES[dtype]
 
-    def working_bytes(self, tokens: int, dtype: DType) -> int:
+    def activation_bytes(self, tokens: int, dtype: DType) -> int:
         """Estimate the bytes of a layer's activations besides attention: three of the MLP and a few more."""
         wide, narrow = self.fields.get("intermediate_size", 0), self.fields["hidden_size"]
         return tokens * (3 * int(wide) + 6 * int(narrow)) * ITEM_BYTES[dtype]
@@ -80,12 +80,12 @@ def _bundled() -> dict[str, dict[str, Any]]:
     return tomllib.loads(FILE.read_text(encoding="utf-8"))
 
 
-def names() -> tuple[str, ...]:
+def bundled_names() -> tuple[str, ...]:
     """Return the names of the bundled configurations, which need no download."""
     return tuple(_bundled())
 
 
-def find(model: str) -> Configuration:
+def find_model(model: str) -> Configuration:
     """Return the configuration of a bundled name or of an mlx-lm model folder.
 
     Raises:
@@ -93,10 +93,12 @@ def find(model: str) -> Configuration:
     """
     if model in _bundled():
         return Configuration(model, _bundled()[model])
-    folder = expanded(model)
+    folder = expand_home(model)
     if not folder.is_dir():
-        known = ", ".join(names())
-        raise UsageError(f"model: got '{model}'; it takes {known}, or an mlx-lm folder{suggestion(model, names())}")
+        known = ", ".join(bundled_names())
+        raise UsageError(
+            f"model: got '{model}'; it takes {known}, or an mlx-lm folder{suggestion(model, bundled_names())}"
+        )
     path = folder / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

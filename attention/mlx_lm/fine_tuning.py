@@ -26,13 +26,13 @@ from attention.engine.case_runner import CaseRunner
 from attention.measure.device import Device, probe
 from attention.mlx_lm import configuration, text
 from attention.mlx_lm.network import Network, StateChanged, digest
-from attention.mlx_lm.replacement import Calls, replaced
+from attention.mlx_lm.replacement import CallCounter, replace_attention
 from attention.mlx_lm.text import Sequence
 
 SCALE: Final = 20.0
 """mlx-lm's default, like the types of layers that get LoRA weights and the absence of dropout."""
 LEARNING_RATE: Final = 1e-4
-Told = Callable[[float, float], None]
+OnIteration = Callable[[float, float], None]
 """Called with the loss of an iteration and its seconds."""
 
 
@@ -40,15 +40,15 @@ class OutOfTime(Exception):
     """A fine-tuning reached its time limit."""
 
 
-class _Teller(TrainingCallback):
+class _Callback(TrainingCallback):
     """Forward each iteration, and end the training when its time is up."""
 
-    def __init__(self, told: Told, seconds: float) -> None:
-        self._told, self._seconds = told, seconds
+    def __init__(self, on_iteration: OnIteration, seconds: float) -> None:
+        self._on_iteration, self._seconds = on_iteration, seconds
         self._end: float | None = None
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        self._told(train_info["train_loss"], 1 / train_info["iterations_per_second"])
+        self._on_iteration(train_info["train_loss"], 1 / train_info["iterations_per_second"])
         if self._end is None:
             self._end = time.perf_counter() + self._seconds  # the first one compiles and is not measured
         elif time.perf_counter() > self._end:
@@ -63,7 +63,7 @@ def fine_tune(
     iters: int,
     seconds: float,
     seed: int,
-    told: Told,
+    on_iteration: OnIteration,
     begin: Callable[[str], None],
 ) -> bool:
     """Train new LoRA weights from the seed, on the same batches each time, and restore the model.
@@ -79,7 +79,7 @@ def fine_tune(
     Returns:
         Whether all iterations were made.
     """
-    with _lora(network.model, work, seed), tempfile.TemporaryDirectory() as folder, _silence():
+    with _lora(network.model, work, seed), tempfile.TemporaryDirectory() as folder, _silence_stdout():
         np.random.seed(seed)  # the trainer draws the order of its batches from here
         settings = TrainingArgs(
             batch_size=work.batch,
@@ -92,7 +92,7 @@ def fine_tune(
         optimizer = Adam(learning_rate=LEARNING_RATE)
         begin(_digest_of_start(network.model, optimizer, data))
         try:
-            train(network.model, optimizer, data, args=settings, training_callback=_Teller(told, seconds))
+            train(network.model, optimizer, data, args=settings, training_callback=_Callback(on_iteration, seconds))
         except OutOfTime:
             return False
     return True
@@ -119,11 +119,11 @@ def _lora(model: Any, work: FineTuning, seed: int) -> Iterator[None]:
         mx.eval(model.trainable_parameters())
         yield
     finally:
-        _put_back(model, own)
+        _restore_modules(model, own)
         model.eval()
 
 
-def _put_back(model: Any, own: dict[str, Any]) -> None:
+def _restore_modules(model: Any, own: dict[str, Any]) -> None:
     """Restore modules wherever they have been replaced."""
     now = dict(model.named_modules())
     replaced = [name for name, module in own.items() if now.get(name) is not module]
@@ -134,14 +134,14 @@ def _put_back(model: Any, own: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def _silence_stdout() -> Iterator[None]:
     """Suppress the trainer's output on stdout."""
     with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):  # noqa: PTH123
         yield
 
 
-AGAIN_SHARE: Final = 4
-FEWEST_AGAIN: Final = 10
+REPEATED_SHARE: Final = 4
+MIN_REPEATED_ITERATIONS: Final = 10
 """The reference's second fine-tuning, for the noise floor, runs a quarter of the iterations but at least ten."""
 WARM_UP_ITERATIONS: Final = 2
 LOGIT_BYTES: Final = 12
@@ -153,7 +153,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
 
     def _prepare_all(self, device: Device) -> None:
         first = self._plan.cases[0]
-        self._configuration = configuration.find(first.model)
+        self._configuration = configuration.find_model(first.model)
         self._tokens = text.tokenizer_of(self._configuration).encode(text.read(first.data))
         self._paths: dict[str, str] = {}
         self._network = Network(self._configuration, first.dtype, seed=self._plan.seed)
@@ -162,11 +162,11 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
     def _run_case(self, case: int) -> str:
         work = self._plan.cases[case]
         device = probe()
-        self._teller.emit(on.WeightsMade(case=case, weights_bytes=self._network.weights_bytes))
-        names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, work, device)]
+        self._progress.emit(on.WeightsLoaded(case=case, weights_bytes=self._network.weights_bytes))
+        names = [name for name in self._assignment.remaining(case) if self._admit(name, work, device)]
         if not names:
             return "nothing to run"
-        if self._shared(names, self._made_network) is None:
+        if self._make_shared(names, self._make_network) is None:
             return "failed"
         layer = self._layer(work)
         self._build([name for name in names if self._needs_building(name, layer, device)], layer, device)
@@ -175,34 +175,34 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
     def _layer(self, work: FineTuning) -> Workload:
         return self._configuration.workload("training", work.dtype, batch=work.batch, seq=work.seq)
 
-    def _is_to_run(self, name: str, work: FineTuning, device: Device) -> bool:
-        route = self._taken_route(name, self._layer(work), device)
+    def _admit(self, name: str, work: FineTuning, device: Device) -> bool:
+        route = self._supported_route(name, self._layer(work), device)
         if route is None:
             return False
         self._paths[name] = route.path
-        needed = self._needed(work) + (route.predicted_bytes or 0)
+        needed = self._needed_bytes(work) + (route.predicted_bytes or 0)
         if needed > self._limit and not self._plan.force:
             reason = f"needs about {needed / 2**30:.4g} GiB of {self._limit / 2**30:.4g}"
-            self._teller.end_row(name, "refused", f"{reason}; a smaller --batch or --seq needs less")
+            self._progress.end_row(name, "refused", f"{reason}; a smaller --batch or --seq needs less")
             return False
         return True
 
-    def _needed(self, work: FineTuning) -> int:
+    def _needed_bytes(self, work: FineTuning) -> int:
         """Return the bytes of weights, activations kept for the gradient and logits, without attention's."""
-        kept = work.tuned_layers * self._configuration.working_bytes(work.tokens, work.dtype)
+        kept = work.tuned_layers * self._configuration.activation_bytes(work.tokens, work.dtype)
         logits = work.tokens * int(self._configuration.fields.get("vocab_size", 0)) * LOGIT_BYTES
         return self._network.weights_bytes + kept + logits
 
-    def _made_network(self) -> Network:
+    def _make_network(self) -> Network:
         if not self._network.made:
-            self._teller.progress(f"making {self._network.weights_bytes / 2**30:.3g} GiB of weights")
+            self._progress.emit_progress(f"making {self._network.weights_bytes / 2**30:.3g} GiB of weights")
             self._network.make()
         return self._network
 
     def _train_all(self, names: list[str], work: FineTuning) -> str:
         self._start: str | None = None
         if work.iters <= MIN_ROUNDS:
-            self._teller.say(
+            self._progress.log(
                 f"{work.iters} iterations are too few for a verdict: the first one compiles, "
                 f"and {MIN_ROUNDS} more are needed; --iters {MIN_ROUNDS + 1} or more gives one"
             )
@@ -215,7 +215,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
             complete = complete and done is not False
             if done is not None and reference is None:
                 reference = name
-                self._teller.emit(on.ReferenceChosen(case=self._teller.case, implementation=name))
+                self._progress.emit(on.ReferenceChosen(case=self._progress.case, implementation=name))
         if reference is None:
             return "failed"
         self._train_again(reference, work)
@@ -223,19 +223,19 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
 
     def _warm_up(self, work: FineTuning) -> None:
         """Run two iterations with mlx-lm's own attention: one compiles the shared kernels, one is timed."""
-        self._teller.progress("compiling what all share")
-        self._teller.say("compiling what all implementations share, and timing an iteration")
+        self._progress.emit_progress("compiling what all share")
+        self._progress.log("compiling what all implementations share, and timing an iteration")
         times: list[float] = []
         try:
             self._fine_tune(work, WARM_UP_ITERATIONS, lambda loss, seconds: times.append(seconds))
         except Exception as error:
-            self._teller.say(f"mlx-lm's own attention cannot be fine-tuned here: {type(error).__name__}: {error}")
+            self._progress.log(f"mlx-lm's own attention cannot be fine-tuned here: {type(error).__name__}: {error}")
             return
         self._compiling_s, iteration_s = times[0], times[-1]
         seconds = self._left_s(iteration_s)
-        self._teller.progress(f"an iteration takes {iteration_s:.3g} s", seconds)
+        self._progress.emit_progress(f"an iteration takes {iteration_s:.3g} s", seconds)
         count = len(self._to_come) - 1
-        self._teller.emit(on.Expected(case=self._teller.case, seconds=seconds, implementations=count))
+        self._progress.emit(on.CaseTimeEstimated(case=self._progress.case, seconds=seconds, implementations=count))
 
     def _left_s(self, iteration_s: float) -> float:
         """Estimate the seconds of the remaining fine-tunings; each one's time is limited after its first iteration."""
@@ -244,33 +244,33 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
 
     def _train(self, name: str, work: FineTuning) -> bool | None:
         """Fine-tune with an implementation; return whether all iterations were made, None if it failed."""
-        self._teller.step(name, "training")
+        self._progress.begin_step(name, "training")
         mx.clear_cache()
-        calls, base = Calls(name, training=True), mx.get_active_memory()
+        calls, base = CallCounter(name, training=True), mx.get_active_memory()
         mx.reset_peak_memory()  # sets the peak to 0, not to what is active
         try:
-            with replaced(name, training=True), calls:
-                complete = self._fine_tune(work, work.iters, self._told(name, work.iters))
+            with replace_attention(name, training=True), calls:
+                complete = self._fine_tune(work, work.iters, self._on_iteration(name, work.iters))
         except Exception as error:
             self._fail(name, error)
             return None
-        case, peak = self._teller.case, max(0, mx.get_peak_memory() - base)
-        self._teller.emit(calls.event(case, self._paths.get(name)))
-        self._teller.emit(on.MemoryMeasured(case=case, implementation=name, peak_bytes=peak))
-        self._taken_route(name, self._layer(work), probe())  # an autotuner knows its path only now
+        case, peak = self._progress.case, max(0, mx.get_peak_memory() - base)
+        self._progress.emit(calls.event(case, self._paths.get(name)))
+        self._progress.emit(on.MemoryMeasured(case=case, implementation=name, peak_bytes=peak))
+        self._supported_route(name, self._layer(work), probe())  # an autotuner knows its path only now
         return complete
 
     def _train_again(self, reference: str, work: FineTuning) -> None:
         """Repeat the reference after all others; the difference from its first run is the noise floor."""
-        self._teller.at_rest()
+        self._progress.mark_idle()
         iters = _iterations_again(work)
         try:
-            with replaced(reference, training=True):
-                self._fine_tune(work, iters, self._told(on.AGAIN, iters))
+            with replace_attention(reference, training=True):
+                self._fine_tune(work, iters, self._on_iteration(on.REPEATED_REFERENCE, iters))
         except Exception as error:
-            self._teller.say(f"{reference} could not be repeated, so there is no noise floor: {error}")
+            self._progress.log(f"{reference} could not be repeated, so there is no noise floor: {error}")
 
-    def _fine_tune(self, work: FineTuning, iters: int, told: Callable[[float, float], None]) -> bool:
+    def _fine_tune(self, work: FineTuning, iters: int, on_iteration: Callable[[float, float], None]) -> bool:
         data = text.sequences(self._tokens, work.seq, least=work.batch)
         return fine_tune(
             self._network,
@@ -279,27 +279,27 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
             iters=iters,
             seconds=self._plan.seconds,
             seed=self._plan.seed,
-            told=told,
-            begin=self._begin,
+            on_iteration=on_iteration,
+            begin=self._check_start,
         )
 
-    def _begin(self, digest: str) -> None:
+    def _check_start(self, digest: str) -> None:
         """Raise StateChanged if a fine-tuning starts from another state than the first one of the case."""
         if self._start is None:
             self._start = digest
         elif digest != self._start:
             raise StateChanged("weights, optimizer or random numbers are not those that the first row started with")
 
-    def _told(self, name: str, iters: int) -> Callable[[float, float], None]:
+    def _on_iteration(self, name: str, iters: int) -> Callable[[float, float], None]:
         count, times = 0, list[float]()
         self._to_come.pop(0)
 
-        def told(loss: float, seconds: float) -> None:
+        def on_iteration(loss: float, seconds: float) -> None:
             nonlocal count
             count += 1
-            self._teller.emit(
+            self._progress.emit(
                 on.IterationDone(
-                    case=self._teller.case,
+                    case=self._progress.case,
                     implementation=name,
                     number=count,
                     loss=loss if math.isfinite(loss) else None,
@@ -312,10 +312,10 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
             rate = f"loss {loss:.3f}, {1 / seconds:.3g} it/s"
             each_s = median(times[1:] or times)
             left_s = max(0.0, min((iters - count) * each_s, self._plan.seconds - sum(times[1:])))
-            self._teller.progress(f"{name}: iteration {count} of {iters}, {rate}", left_s + self._left_s(each_s))
+            self._progress.emit_progress(f"{name}: iteration {count} of {iters}, {rate}", left_s + self._left_s(each_s))
 
-        return told
+        return on_iteration
 
 
 def _iterations_again(work: FineTuning) -> int:
-    return min(work.iters, max(FEWEST_AGAIN, work.iters // AGAIN_SHARE))
+    return min(work.iters, max(MIN_REPEATED_ITERATIONS, work.iters // REPEATED_SHARE))

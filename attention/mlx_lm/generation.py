@@ -8,11 +8,11 @@ import mlx.core as mx
 from msgspec import Struct, structs
 
 from attention.core import events as on
-from attention.core.errors import in_a_line
+from attention.core.errors import error_line
 from attention.core.plan import GenerationPlan
 from attention.core.results import MIN_ROUNDS
-from attention.core.workload import LEAST, Generation, Workload
-from attention.engine.case_runner import LONGER, CaseRunner
+from attention.core.workload import MIN_SIZES, Generation, Workload
+from attention.engine.case_runner import MAX_EXTENSION, CaseRunner
 from attention.engine.prepare import SLOW_CALL_S
 from attention.measure.clock import take_sample
 from attention.measure.device import Device, probe
@@ -20,8 +20,8 @@ from attention.measure.rounds import Arm
 from attention.mlx_lm import configuration
 from attention.mlx_lm.arms import Layers, ModelArm, Observer, SharedArm, SharedPass
 from attention.mlx_lm.configuration import Configuration
-from attention.mlx_lm.network import Network, StateChanged, copied, digest_of_caches, digest_of_weights
-from attention.mlx_lm.replacement import Calls, replaced
+from attention.mlx_lm.network import Network, StateChanged, copy_caches, digest_of_caches, digest_of_weights
+from attention.mlx_lm.replacement import CallCounter, replace_attention
 
 PREFILL_STEP: Final = 2048
 """Tokens that mlx-lm takes in at once."""
@@ -36,7 +36,7 @@ class Prompts:
         self.tokens = mx.random.randint(0, vocabulary, (case.batch, case.prompt), key=mx.random.key(seed))
         mx.eval(self.tokens)
 
-    def take_in(self, model: Any, cache: list[Any], observer: Observer | None = None) -> Logits:
+    def prefill(self, model: Any, cache: list[Any], observer: Observer | None = None) -> Logits:
         """Fills a cache, and returns the logits of the first token after the prompts: (batch, vocabulary).
 
         All tokens but the last only leave their keys and values; what a last layer would compute beyond them, mlx-lm
@@ -74,7 +74,7 @@ class PrefillRun:
     def queue(self) -> list[mx.array]:
         """Queues the last step; those before it are waited for, one by one."""
         with self._network.shortened(self._layers) as model:
-            return [self._prompts.take_in(model, self._network.cache(), self.observer)]
+            return [self._prompts.prefill(model, self._network.cache(), self.observer)]
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluates the logits."""
@@ -120,7 +120,7 @@ class DecodeRun:
         Raises:
             StateChanged: the copy differs from what the prompts left.
         """
-        fresh: list[Any] = copied(self._cache)
+        fresh: list[Any] = copy_caches(self._cache)
         if digest_of_caches(fresh) != self._digest:
             raise StateChanged("the caches are not as the prompts left them")
         self._fresh = fresh
@@ -164,11 +164,11 @@ class DecodeRun:
         return following
 
 
-MOST_ADVISED: Final = 8
+MAX_ADVISED_LAYERS: Final = 8
 """Layers that are advised at most: more cost time and tell little more."""
 
 
-class Needed(Struct, frozen=True):
+class MemoryNeeds(Struct, frozen=True):
     """Bytes that a run needs."""
 
     fixed: int
@@ -178,7 +178,7 @@ class Needed(Struct, frozen=True):
     layers: int
 
     @staticmethod
-    def of(configuration: Configuration, work: Generation, network: Network, attention_bytes: int) -> "Needed":
+    def of(configuration: Configuration, work: Generation, network: Network, attention_bytes: int) -> "MemoryNeeds":
         """Adds up what a generation needs.
 
         Args:
@@ -192,8 +192,10 @@ class Needed(Struct, frozen=True):
         cache = configuration.cache_bytes(1, work.batch, length, work.dtype)
         if work.phase == "decode":
             cache *= 2  # every run works on a copy
-        working = configuration.working_bytes(work.batch * min(work.prompt, PREFILL_STEP), work.dtype) + attention_bytes
-        return Needed(network.own_bytes - network.layers * weights + working, weights + cache, network.layers)
+        working = (
+            configuration.activation_bytes(work.batch * min(work.prompt, PREFILL_STEP), work.dtype) + attention_bytes
+        )
+        return MemoryNeeds(network.own_bytes - network.layers * weights + working, weights + cache, network.layers)
 
     @property
     def whole(self) -> float:
@@ -203,8 +205,8 @@ class Needed(Struct, frozen=True):
     def refusal(self, limit: int, work: Generation) -> str:
         """Says what is needed of how much, and what would fit."""
         text = f"needs {self.whole / 2**30:.4g} GiB of {limit / 2**30:.4g}"
-        fitting = min(int((limit - self.fixed) // self.layer), MOST_ADVISED, work.layers - 1)
-        if fitting >= LEAST["measured_layers"]:
+        fitting = min(int((limit - self.fixed) // self.layer), MAX_ADVISED_LAYERS, work.layers - 1)
+        if fitting >= MIN_SIZES["measured_layers"]:
             return f"{text}; --layers {fitting} would fit, and estimate the whole model"
         return f"{text}; not even two layers fit"
 
@@ -213,7 +215,7 @@ TOLERANCE: Final = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
 """Root mean square difference of logits from the reference's, relative to theirs, that rounding alone may make."""
 LEAD_IN_S: Final = 0.25
 """A call that takes longer finds its own clocks and power soon enough, without an untimed one before it."""
-LONG_S: Final = 120.0
+LONG_CASE_S: Final = 120.0
 """Whoever has to wait longer for a case is told what would shorten it."""
 ADVISED_LAYERS: Final = 4
 
@@ -239,7 +241,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
 
     def _prepare_all(self, device: Device) -> None:
         first = self._plan.cases[0]
-        self._configuration = configuration.find(first.model)
+        self._configuration = configuration.find_model(first.model)
         self._paths: dict[str, str] = {}
         self._network = Network(self._configuration, first.dtype, first.measured_layers, self._plan.seed)
         self._limit = self._plan.memory_limit_bytes or device.available_bytes
@@ -247,26 +249,26 @@ class GenerationBench(CaseRunner[GenerationPlan]):
     def _run_case(self, case: int) -> str:
         work = self._plan.cases[case]
         device = probe()
-        self._teller.emit(on.WeightsMade(case=case, weights_bytes=self._network.weights_bytes))
-        names = [name for name in self._assignment.remaining(case) if self._is_to_run(name, work, device)]
+        self._progress.emit(on.WeightsLoaded(case=case, weights_bytes=self._network.weights_bytes))
+        names = [name for name in self._assignment.remaining(case) if self._admit(name, work, device)]
         if not names:
             return "nothing to run"
-        setting = self._shared(names, lambda: self._setting(work, device))
+        setting = self._make_shared(names, lambda: self._setting(work, device))
         if setting is None:
             return "failed"
         layer = self._layer(work)
         self._build([name for name in names if self._needs_building(name, layer, device)], layer, device)
         if work.phase == "prefill" and not work.estimated and work.layers > ADVISED_LAYERS:
-            self._look_ahead(work, len(names))
+            self._estimate_time(work, len(names))
         arms: list[ModelArm] = []
         for index, name in enumerate(names):
             arm = self._prepare(name, setting)
             if arm is not None:
                 arms.append(arm)
-                self._expect(arm, len(names), left=len(names) - index - 1, first=len(arms) == 1)
+                self._emit_estimate(arm, len(names), left=len(names) - index - 1, first=len(arms) == 1)
         if not arms:
             return "failed"
-        beside = _arm(on.WITHOUT, setting, arms[0].call_s)
+        beside = _arm(on.WITHOUT_ATTENTION, setting, arms[0].call_s)
         if self._takes_long(arms[0].sample_s, len(arms)):
             *arms, beside = self._sharing([*arms, beside], setting)
         return self._run_rounds(arms, self._plan.seconds, beside=[beside])
@@ -279,22 +281,22 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         seq = min(work.prompt - 1, PREFILL_STEP)
         return self._configuration.workload("forward", work.dtype, batch=work.batch, seq=seq, kv_seq=work.prompt - 1)
 
-    def _is_to_run(self, name: str, work: Generation, device: Device) -> bool:
+    def _admit(self, name: str, work: Generation, device: Device) -> bool:
         """Asks an implementation for its route; ends its row where it does not take the case, or will not fit."""
-        route = self._taken_route(name, self._layer(work), device)
+        route = self._supported_route(name, self._layer(work), device)
         if route is None:
             return False
         self._paths[name] = route.path
-        needed = Needed.of(self._configuration, work, self._network, route.predicted_bytes or 0)
+        needed = MemoryNeeds.of(self._configuration, work, self._network, route.predicted_bytes or 0)
         if needed.whole > self._limit and not self._plan.force:
-            self._teller.end_row(name, "refused", needed.refusal(self._limit, work))
+            self._progress.end_row(name, "refused", needed.refusal(self._limit, work))
             return False
         return True
 
     def _setting(self, work: Generation, device: Device) -> Setting:
         """Makes the weights, the prompts, and for decoding the cache that they leave, with mlx-lm's own attention."""
         if not self._network.made:
-            self._teller.progress(f"making {work.model}: {self._network.own_bytes / 2**30:.3g} GiB")
+            self._progress.emit_progress(f"making {work.model}: {self._network.own_bytes / 2**30:.3g} GiB")
             self._network.make()
         prompts = self._prompts(work)
         many = self._network.layers
@@ -318,27 +320,27 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         """Makes runs for numbers of layers."""
         if work.phase == "prefill":
             return lambda layers: PrefillRun(self._network, prompts, layers)
-        self._teller.progress("taking the prompt in")
+        self._progress.emit_progress("taking the prompt in")
         cache = self._network.cache()
-        token = mx.argmax(prompts.take_in(self._network.model, cache), axis=-1)
+        token = mx.argmax(prompts.prefill(self._network.model, cache), axis=-1)
         mx.eval(token)
         return lambda layers: DecodeRun(self._network, cache, token, work.generate, layers)
 
     def _prepare(self, name: str, setting: Setting) -> ModelArm | None:
         try:
-            return self._prepared(name, setting)
+            return self._first_run(name, setting)
         except Exception as error:
             self._fail(name, error)
             return None
 
-    def _prepared(self, name: str, setting: Setting) -> ModelArm:
+    def _first_run(self, name: str, setting: Setting) -> ModelArm:
         """The first run, with what is counted and compared in it, and one more to warm up."""
-        teller = self._teller
-        teller.step(name, "first call")
+        teller = self._progress
+        teller.begin_step(name, "first call")
         if digest_of_weights(self._network.model) != setting.weights:
             raise StateChanged("the weights are not those that the first row started with")
         setting.run.prepare()
-        with replaced(name), Calls(name) as calls:
+        with replace_attention(name), CallCounter(name) as calls:
             started = time.perf_counter()
             logits = setting.run.results()[0]
             call_s = time.perf_counter() - started
@@ -346,14 +348,14 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         teller.emit(calls.event(teller.case, self._paths.get(name)))
         self._compare(name, logits, setting)
         # One that chooses on first use knows its path only now.
-        self._taken_route(name, self._layer(setting.case), probe())
+        self._supported_route(name, self._layer(setting.case), probe())
         run_s = call_s * (setting.case.generate if setting.case.phase == "decode" else 1)
         if self._takes_long(run_s, len(self._plan.implementations)):
             call_s = run_s  # a shared pass warms all of them up at once
         elif call_s < SLOW_CALL_S or setting.case.phase == "decode":
-            teller.step(name, "warm up")
+            teller.begin_step(name, "warm up")
             setting.run.prepare()
-            with replaced(name):
+            with replace_attention(name):
                 started = time.perf_counter()
                 setting.run.wait(setting.run.queue())
                 call_s = time.perf_counter() - started
@@ -364,35 +366,35 @@ class GenerationBench(CaseRunner[GenerationPlan]):
 
         Only a device that runs one operation at a time lets them share a pass.
         """
-        return self._backend == "cpu" and MIN_ROUNDS * run_s * (count + 2) > LONGER * self._plan.seconds
+        return self._backend == "cpu" and MIN_ROUNDS * run_s * (count + 2) > MAX_EXTENSION * self._plan.seconds
 
     def _sharing(self, arms: list[ModelArm], setting: Setting) -> list[ModelArm]:
         """Let the arms of a case share their passes, if the model can be run so; warms them up."""
-        self._teller.progress("a pass that all implementations share")
+        self._progress.emit_progress("a pass that all implementations share")
         runs = {"many": setting.run, **({"few": setting.short} if setting.short else {})}
         names = {arm.name: arm.implementation for arm in arms}
-        names = {arms[0].name: arms[0].implementation, on.AGAIN: arms[0].implementation, **names}
+        names = {arms[0].name: arms[0].implementation, on.REPEATED_REFERENCE: arms[0].implementation, **names}
         shared = SharedPass(runs, names, seed=self._plan.seed, at_work=self._attends)
         try:
             shared.warm_up()
         except Exception as error:  # each then runs by itself, and fails there if it has to
-            self._teller.say(f"the implementations cannot share passes: {in_a_line(error)}")
+            self._progress.log(f"the implementations cannot share passes: {error_line(error)}")
             return arms
         finally:
-            self._teller.at_rest()
-        self._teller.say(
+            self._progress.mark_idle()
+        self._progress.log(
             f"a pass takes {shared.seconds:.3g} s: all implementations attend in the same passes, one after another, "
             "and share the time of the rest"
         )
-        self._teller.emit(on.PassesShared(case=self._teller.case))
+        self._progress.emit(on.PassesShared(case=self._progress.case))
         for_each_s = shared.seconds / len(names)
         return [SharedArm(**{**structs.asdict(arm), "shared": shared, "call_s": for_each_s}) for arm in arms]
 
     def _attends(self, name: str) -> None:
         if name in self._plan.implementations:
-            self._teller.at_work(name)
+            self._progress.mark_running(name)
         else:
-            self._teller.at_rest()
+            self._progress.mark_idle()
 
     def _compare(self, name: str, logits: mx.array, setting: Setting) -> None:
         """Compares the first token's logits with those of the first implementation that ran."""
@@ -404,9 +406,9 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         rms = float(mx.sqrt(mx.mean(mx.square(difference))) / spread)
         largest = float(mx.max(difference))
         allowed = TOLERANCE[setting.case.dtype]
-        self._teller.emit(
-            on.Checked(
-                case=self._teller.case,
+        self._progress.emit(
+            on.AccuracyChecked(
+                case=self._progress.case,
                 implementation=name,
                 max_error=largest if largest == largest else None,
                 rms_error=rms if rms == rms else None,
@@ -415,18 +417,18 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             )
         )
 
-    def _look_ahead(self, work: Generation, count: int) -> None:
+    def _estimate_time(self, work: Generation, count: int) -> None:
         """Times two layers, of which a prefill finishes one, and tells what would shorten a case that takes long."""
-        self._teller.progress("a look at two layers")
+        self._progress.emit_progress("a look at two layers")
         look = PrefillRun(self._network, self._prompts(work), layers=2)
         whole_s = take_sample(look, 1) * (work.layers - 1)
         passes = 1 if self._takes_long(whole_s, count) else count + 2
         seconds = whole_s * (count + MIN_ROUNDS * passes)
-        if seconds > LONG_S:
+        if seconds > LONG_CASE_S:
             text = f"the whole model takes {seconds / 60:.0f} minutes or more for this prompt"
-            self._teller.say(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
+            self._progress.log(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
 
-    def _expect(self, arm: ModelArm, count: int, *, left: int, first: bool) -> None:
+    def _emit_estimate(self, arm: ModelArm, count: int, *, left: int, first: bool) -> None:
         """Tell how long the case will still take if all implementations are as fast as this one.
 
         Args:
@@ -441,18 +443,18 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         a_round = arm.sample_s * (1 + shorter) * (1 if share else count + 2)
         # An implementation's preparation is its first call and, unless that was slow, another one to warm up.
         seconds = 2 * arm.call_s * left + max(self._plan.seconds, MIN_ROUNDS * a_round)
-        self._teller.progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)
+        self._progress.emit_progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)
         if first:
-            self._teller.emit(on.Expected(case=self._teller.case, seconds=seconds, implementations=count))
+            self._progress.emit(on.CaseTimeEstimated(case=self._progress.case, seconds=seconds, implementations=count))
 
-    def _tell_of(self, arm: Arm) -> None:
+    def _emit_arm_results(self, arm: Arm) -> None:
         assert isinstance(arm, ModelArm)
-        case = self._teller.case
+        case = self._progress.case
         if arm.peak_bytes is not None:
-            self._teller.emit(on.MemoryMeasured(case=case, implementation=arm.name, peak_bytes=arm.peak_bytes))
+            self._progress.emit(on.MemoryMeasured(case=case, implementation=arm.name, peak_bytes=arm.peak_bytes))
         if arm.short and arm.many_s:
             event = on.LayersTimed(case=case, implementation=arm.name, layer_s=arm.layer_s, fixed_s=arm.fixed_s)
-            self._teller.emit(event)
+            self._progress.emit(event)
 
 
 def _arm(name: str, setting: Setting, call_s: float) -> ModelArm:

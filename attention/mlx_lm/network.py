@@ -123,7 +123,7 @@ class StateChanged(Exception):
     """A run would start from another state than the first one."""
 
 
-def copied(cache: Any) -> Any:
+def copy_caches(cache: Any) -> Any:
     """Return an evaluated copy of mlx-lm's caches that shares no memory with them, bit for bit.
 
     MLX writes into a buffer that nobody else holds and copies one that is shared: with the arrays themselves
@@ -171,7 +171,7 @@ def digest(named: Iterable[tuple[str, object]]) -> str:
     for name, value in named:
         if isinstance(value, mx.array):
             hashed.update(f"{name} {value.shape} {value.dtype};".encode())
-            sums += [_summed(value)] if value.size else []
+            sums += [_bit_sum(value)] if value.size else []
         else:
             hashed.update(f"{name} {value!r};".encode())
     mx.eval(sums)
@@ -179,7 +179,7 @@ def digest(named: Iterable[tuple[str, object]]) -> str:
     return hashed.hexdigest()
 
 
-def _summed(array: mx.array) -> mx.array:
+def _bit_sum(array: mx.array) -> mx.array:
     words = (array.reshape(-1, 1) if array.ndim < 2 else array).view(WORDS[array.dtype.size])
     rows = mx.sum(words, axis=-1).flatten().astype(mx.uint32)
     return mx.sum(rows * (2 * mx.arange(rows.size, dtype=mx.uint32) + 1))

@@ -12,12 +12,12 @@ from typing import Any, Final, NamedTuple, ParamSpec, Self, TypeVar, cast
 import mlx.core as mx
 from msgspec import Struct, structs
 
-from attention.arguments import checked_mask, checked_shapes, find
+from attention.arguments import check_mask, check_shapes, find_implementation
 from attention.core.errors import UnsupportedError, UsageError
 from attention.implementations import call_hooks
-from attention.implementations.call_signature import asked_for
+from attention.implementations.call_signature import call_signature
 from attention.implementations.protocol import Implementation
-from attention.implementations.quantized_kv import Packed
+from attention.implementations.quantized_kv import QuantizedArray
 from attention.masks import Mask
 from attention.measure.device import probe
 from attention.monitoring import patch_points
@@ -37,11 +37,11 @@ class ModelCall(NamedTuple):
     scale: float
     mask: mx.array | str | None
     sinks: mx.array | None = None
-    packing: tuple[int, int] | None = None
+    quantization: tuple[int, int] | None = None
     """Group size and bits of quantized keys and values."""
 
 
-class Offer(NamedTuple):
+class CallArguments(NamedTuple):
     """The arguments passed to the implementation."""
 
     k: Any
@@ -50,14 +50,14 @@ class Offer(NamedTuple):
     path: str
 
 
-class Verdict(Struct, frozen=True):
+class Acceptance(Struct, frozen=True):
     """Whether calls of a kind are supported: by which path, or why not."""
 
     path: str | None
     reason: str = ""
 
 
-class Offers:
+class ArgumentAdapter:
     """Decide which calls of models an implementation supports, and translate their arguments."""
 
     def __init__(self, implementation: Implementation) -> None:
@@ -65,9 +65,9 @@ class Offers:
         self._implementation = implementation
         self._takes_sinks = bool(getattr(implementation, "takes_sinks", False))
         self._takes_packed = bool(getattr(implementation, "takes_packed", False))
-        self._verdicts: dict[tuple[object, ...], Verdict] = {}
+        self._acceptances: dict[tuple[object, ...], Acceptance] = {}
 
-    def of(self, call: ModelCall) -> Offer:
+    def adapt(self, call: ModelCall) -> CallArguments:
         """Return the arguments for the implementation.
 
         Raises:
@@ -75,66 +75,66 @@ class Offers:
         """
         if call.sinks is not None and not self._takes_sinks:
             raise UnsupportedError("attention sinks")
-        k, v = (call.k, call.v) if call.packing is None else self._unpacked(call)
-        verdict = self._verdict(call, k, v)
+        k, v = (call.k, call.v) if call.quantization is None else self._keys_and_values(call)
+        verdict = self._acceptance(call, k, v)
         if verdict.path is None:
             raise UnsupportedError(verdict.reason)
         array = None if isinstance(call.mask, str) else call.mask
         mask = Mask(causal=isinstance(call.mask, str), array=array)
-        return Offer(k, v, mask, verdict.path)
+        return CallArguments(k, v, mask, verdict.path)
 
-    def _unpacked(self, call: ModelCall) -> tuple[Any, Any]:
+    def _keys_and_values(self, call: ModelCall) -> tuple[Any, Any]:
         """Return quantized keys and values unchanged, or dequantized to the query's dtype."""
-        assert call.packing is not None
-        group_size, bits = call.packing
+        assert call.quantization is not None
+        group_size, bits = call.quantization
         (k, k_scales, k_biases), (v, v_scales, v_biases) = call.k, call.v
-        key = Packed(k, k_scales, k_biases, group_size, bits)
-        value = Packed(v, v_scales, v_biases, group_size, bits)
+        key = QuantizedArray(k, k_scales, k_biases, group_size, bits)
+        value = QuantizedArray(v, v_scales, v_biases, group_size, bits)
         if self._takes_packed:
             return key, value
-        return key.unpacked().astype(call.q.dtype), value.unpacked().astype(call.q.dtype)
+        return key.dequantized().astype(call.q.dtype), value.dequantized().astype(call.q.dtype)
 
-    def _verdict(self, call: ModelCall, k: Any, v: Any) -> Verdict:
+    def _acceptance(self, call: ModelCall, k: Any, v: Any) -> Acceptance:
         """Return the verdict, cached per kind of call: in decoding every layer makes the same call."""
         mask = call.mask
         array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else mask
         types = call.q.dtype, k.dtype, v.dtype
-        key = (call.q.shape, k.shape, v.shape, types, array, isinstance(k, Packed), call.sinks is None)
-        verdict = self._verdicts.get(key)
+        key = (call.q.shape, k.shape, v.shape, types, array, isinstance(k, QuantizedArray), call.sinks is None)
+        verdict = self._acceptances.get(key)
         if verdict is None:
-            if len(self._verdicts) >= KNOWN_SHAPES:
-                self._verdicts.clear()
-            verdict = self._verdicts[key] = self._judged(call, k, v)
+            if len(self._acceptances) >= KNOWN_SHAPES:
+                self._acceptances.clear()
+            verdict = self._acceptances[key] = self._check(call, k, v)
         return verdict
 
-    def _judged(self, call: ModelCall, k: Any, v: Any) -> Verdict:
-        packed = isinstance(k, Packed)
+    def _check(self, call: ModelCall, k: Any, v: Any) -> Acceptance:
+        packed = isinstance(k, QuantizedArray)
         try:
             if not packed:
-                checked_shapes(call.q, k, v)
-            mask = checked_mask(call.mask, None, call.q, k)
-            route = self._implementation.route(*_asked(call, k, v, mask))
+                check_shapes(call.q, k, v)
+            mask = check_mask(call.mask, None, call.q, k)
+            route = self._implementation.route(*_route_arguments(call, k, v, mask))
         except UsageError as error:
-            return Verdict(None, _kind(error))
+            return Acceptance(None, _problem(error))
         except UnsupportedError as error:
-            return Verdict(None, str(error))
+            return Acceptance(None, str(error))
         if not route.supported:
-            return Verdict(None, route.reason)
-        return Verdict("packed keys and values" if packed else route.path)
+            return Acceptance(None, route.reason)
+        return Acceptance("packed keys and values" if packed else route.path)
 
 
-def _asked(call: ModelCall, k: Any, v: Any, mask: Mask) -> tuple[Any, Any, Any]:
-    workload, needs = asked_for(call.q, k, v, mask, None)
+def _route_arguments(call: ModelCall, k: Any, v: Any, mask: Mask) -> tuple[Any, Any, Any]:
+    workload, needs = call_signature(call.q, k, v, mask, None)
     return workload, device(), structs.replace(needs, sinks=call.sinks is not None)
 
 
-def _kind(error: UsageError) -> str:
+def _problem(error: UsageError) -> str:
     """Return the first problem without the values particular to this call."""
     name, _, rest = error.problems[0].partition(": got ")
     return f"{name}: {rest.partition('; ')[2] or rest}"
 
 
-class Counts:
+class CallCounts:
     """Counters of calls computed by an implementation, by path, and of calls passed on to MLX, by reason.
 
     Only calls in Python count: a function compiled by `mx.compile` runs again without one.
@@ -149,12 +149,12 @@ class Counts:
         self.handed: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def take(self, path: str) -> None:
+    def count_taken(self, path: str) -> None:
         """Count a call computed by the implementation."""
         with self._lock:
             self.taken[path] += 1
 
-    def hand(self, reason: str) -> None:
+    def count_passed_on(self, reason: str) -> None:
         """Count a call passed on to MLX's own function."""
         with self._lock:
             self.handed[reason] += 1
@@ -184,19 +184,19 @@ R = TypeVar("R")
 OWN_MODULES: Final = ("attention.mlx_lm.patch", "attention.mlx_lm.program", "attention.monitoring.patch_points")
 
 
-class _Inside(threading.local):
+class _ThreadState(threading.local):
     """What this thread is executing: MLX functions called there are not calls of a model."""
 
-    taken = False
+    in_implementation = False
     """Inside the implementation or its route: nested calls are part of it."""
-    handed = False
+    in_original = False
     """Inside mlx-lm's own function, which calls MLX's."""
 
 
-_inside = _Inside()
+_thread = _ThreadState()
 
 
-class ModelPatch(Counts):
+class ModelPatch(CallCounts):
     """Context manager and decorator that replaces attention in mlx-lm's models.
 
     It applies to the whole process, whichever thread enters it. If several patches are open, the one entered last
@@ -214,15 +214,15 @@ class ModelPatch(Counts):
             NoBackendError: MLX cannot be imported.
         """
         super().__init__()
-        self.implementation = find(implementation)
-        self._offers = Offers(self.implementation)
+        self.implementation = find_implementation(implementation)
+        self._adapter = ArgumentAdapter(self.implementation)
         self._entered = 0
 
     def __enter__(self) -> Self:
         """Replace the functions; raises UsageError if mlx-lm is missing."""
-        models, fast = patch_points.of_models(), patch_points.fast()
-        models.add(taker=self._attend)
-        fast.add(taker=self._attend_directly)
+        models, fast = patch_points.models_sdpa(), patch_points.fast_sdpa()
+        models.add(interceptor=self._attend)
+        fast.add(interceptor=self._attend_directly)
         self._entered += 1
         return self
 
@@ -231,17 +231,17 @@ class ModelPatch(Counts):
     ) -> None:
         """Undo the latest enter."""
         self._entered -= 1
-        patch_points.fast().remove(taker=self._attend_directly)
-        patch_points.of_models().remove(taker=self._attend)
+        patch_points.fast_sdpa().remove(interceptor=self._attend_directly)
+        patch_points.models_sdpa().remove(interceptor=self._attend)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function, generator or coroutine: the patch is open while it runs."""
         if inspect.isasyncgenfunction(function):
-            return cast("Callable[P, R]", self._around_async_generator(function))
+            return cast("Callable[P, R]", self._decorate_async_generator(function))
         if inspect.iscoroutinefunction(function):
-            return cast("Callable[P, R]", self._around_coroutine(function))
+            return cast("Callable[P, R]", self._decorate_coroutine(function))
         if inspect.isgeneratorfunction(function):
-            return cast("Callable[P, R]", self._around_generator(function))
+            return cast("Callable[P, R]", self._decorate_generator(function))
 
         @wraps(function)
         def patched(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -272,45 +272,45 @@ class ModelPatch(Counts):
         """Replacement of mlx-lm's function, with the same arguments."""
         packing = (cache.group_size, cache.bits) if hasattr(cache, "bits") else None
         call = ModelCall(queries, keys, values, scale, mask, sinks, packing)
-        taken = self._taken(call)
+        taken = self._try_attend(call)
         if taken is not None:
             return taken
-        return _as_it_is(patch_points.of_models().original, queries, keys, values, cache, scale, mask, sinks)
+        return _call_original(patch_points.models_sdpa().original, queries, keys, values, cache, scale, mask, sinks)
 
     def _attend_directly(self, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
         """Replacement of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are intercepted."""
-        if _inside.taken:
-            return cast("mx.array", patch_points.fast().original(q, k, v, **kwargs))
-        if not _inside.handed and _caller().partition(".")[0] == patch_points.PACKAGE:
+        if _thread.in_implementation:
+            return cast("mx.array", patch_points.fast_sdpa().original(q, k, v, **kwargs))
+        if not _thread.in_original and _calling_module().partition(".")[0] == patch_points.PACKAGE:
             known = {name: value for name, value in kwargs.items() if name in ("scale", "mask", "sinks")}
             if len(known) < len(kwargs) or "scale" not in known:
-                self.hand("a stream or force_fused")
+                self.count_passed_on("a stream or force_fused")
             else:
-                taken = self._taken(ModelCall(q, k, v, **{"mask": None, **known}))
+                taken = self._try_attend(ModelCall(q, k, v, **{"mask": None, **known}))
                 if taken is not None:
                     return taken
-        return cast("mx.array", patch_points.fast().watched(q, k, v, **kwargs))
+        return cast("mx.array", patch_points.fast_sdpa().observed(q, k, v, **kwargs))
 
-    def _taken(self, call: ModelCall) -> mx.array | None:
+    def _try_attend(self, call: ModelCall) -> mx.array | None:
         """Return the implementation's output, or None if it does not support the call."""
-        before, _inside.taken = _inside.taken, True
+        before, _thread.in_implementation = _thread.in_implementation, True
         try:
-            offer = self._offers.of(call)
+            offer = self._adapter.adapt(call)
             more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
             call_hooks.take_path()  # clear what an earlier call left
-            out = call_hooks.call(
+            out = call_hooks.call_through_hooks(
                 self.implementation, call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask, **more
             )
         except UnsupportedError as error:
-            self.hand(str(error))
+            self.count_passed_on(str(error))
             return None
         finally:
-            _inside.taken = before
+            _thread.in_implementation = before
         # An implementation with a single path records none: its route names what ran.
-        self.take(call_hooks.take_path() or offer.path)
+        self.count_taken(call_hooks.take_path() or offer.path)
         return out
 
-    def _around_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _decorate_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def patched(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
             with self:
@@ -318,7 +318,7 @@ class ModelPatch(Counts):
 
         return patched
 
-    def _around_coroutine(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _decorate_coroutine(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         async def patched(*args: Any, **kwargs: Any) -> Any:
             with self:
@@ -326,7 +326,7 @@ class ModelPatch(Counts):
 
         return patched
 
-    def _around_async_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _decorate_async_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         async def patched(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
             with self:
@@ -336,16 +336,16 @@ class ModelPatch(Counts):
         return patched
 
 
-def _as_it_is(function: Callable[..., mx.array], *args: Any) -> mx.array:
+def _call_original(function: Callable[..., mx.array], *args: Any) -> mx.array:
     """Call mlx-lm's own function without intercepting its call of MLX's function."""
-    before, _inside.handed = _inside.handed, True
+    before, _thread.in_original = _thread.in_original, True
     try:
         return function(*args)
     finally:
-        _inside.handed = before
+        _thread.in_original = before
 
 
-def _caller() -> str:
+def _calling_module() -> str:
     """Return the name of the calling module, skipping frames of this package."""
     frame = sys._getframe(1)
     name = ""

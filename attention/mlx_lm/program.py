@@ -28,7 +28,7 @@ WRONG_USAGE: Final = 2
 NO_BACKEND: Final = 3
 
 
-class Program(Struct, frozen=True):
+class ProgramCommand(Struct, frozen=True):
     """The program to run."""
 
     implementation: str
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read(argv: Sequence[str]) -> Program:
+def read(argv: Sequence[str]) -> ProgramCommand:
     """Parse the command line up to the program's name; the rest belongs to the program.
 
     Raises:
@@ -80,7 +80,7 @@ def read(argv: Sequence[str]) -> Program:
         raise UsageError(f"-m: there is no module {name}")
     if not is_module and not Path(name).exists():
         raise UsageError(f"there is no file {name}")
-    return Program(implementation, name, is_module, tuple(arguments))
+    return ProgramCommand(implementation, name, is_module, tuple(arguments))
 
 
 def _exists(module: str) -> bool:
@@ -90,7 +90,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _run(program: Program) -> None:
+def _run(program: ProgramCommand) -> None:
     sys.argv[:] = [program.name, *program.arguments]
     if program.is_module:
         runpy.run_module(program.name, run_name="__main__", alter_sys=True)

@@ -10,45 +10,45 @@ from typing import Any, Final, Self
 import mlx.core as mx
 
 from attention import implementations
-from attention.core.events import WITHOUT, CallsCounted
-from attention.implementations.protocol import TellsPasses
+from attention.core.events import WITHOUT_ATTENTION, CallsCounted
+from attention.implementations.protocol import SupportsTraining
 from attention.mlx_lm.patch import ModelPatch
 from attention.monitoring import patch_points
 
-UNTOUCHED: Final = "mlx"
+ORIGINAL: Final = "mlx"
 """The implementation for which mlx-lm runs unpatched, without any overhead of a patch."""
 
 
-def replaced(name: str, *, training: bool = False) -> AbstractContextManager[object]:
+def replace_attention(name: str, *, training: bool = False) -> AbstractContextManager[object]:
     """Return a context in which models use an implementation; `training` selects its training variant."""
-    if name == UNTOUCHED:
+    if name == ORIGINAL:
         return nullcontext()
-    return _nothing() if name == WITHOUT else _patch(name, training)
+    return _without_attention() if name == WITHOUT_ATTENTION else _patch(name, training)
 
 
 @cache
 def _patch(name: str, training: bool) -> ModelPatch:
     """Return the cached patch, which caches routes."""
-    implementation = implementations.get(name)
+    implementation = implementations.load_implementation(name)
     return ModelPatch(
-        implementation.for_training() if training and isinstance(implementation, TellsPasses) else implementation
+        implementation.for_training() if training and isinstance(implementation, SupportsTraining) else implementation
     )
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
+def _without_attention() -> Iterator[None]:
     """Make attention return its query unchanged; key and value are still computed."""
-    places = patch_points.of_models(), patch_points.fast()
+    places = patch_points.models_sdpa(), patch_points.fast_sdpa()
     for place in places:
-        place.add(taker=_query_alone)
+        place.add(interceptor=_query_only)
     try:
         yield
     finally:
         for place in places:
-            place.remove(taker=_query_alone)
+            place.remove(interceptor=_query_only)
 
 
-def _query_alone(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **named: Any) -> mx.array:
+def _query_only(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **named: Any) -> mx.array:
     """Return the query (B, H, Lq, D) in the output's shape (B, H, Lq, Dv), depending on key and value."""
     width = v.shape[3]
     shaped = q if width == q.shape[3] else mx.broadcast_to(q[..., :1], (*q.shape[:3], width))
@@ -56,13 +56,13 @@ def _query_alone(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **named: Any
     return kept
 
 
-class Calls:
+class CallCounter:
     """Context manager that counts the attention calls that reach an implementation."""
 
     def __init__(self, name: str, *, training: bool = False) -> None:
-        """Create it with the arguments of `replaced`."""
+        """Create it with the arguments of `replace_attention`."""
         self._name = name
-        self._patch = None if name == UNTOUCHED else _patch(name, training)
+        self._patch = None if name == ORIGINAL else _patch(name, training)
         self._own = 0
         self._inside = False
         self._before: Counter[str] = Counter()
@@ -73,8 +73,8 @@ class Calls:
         if self._patch:
             self._before, self._handed_before = self._patch.taken.copy(), self._patch.handed.copy()
         else:
-            for place in (patch_points.of_models(), patch_points.fast()):
-                place.add(watcher=self._count)
+            for place in (patch_points.models_sdpa(), patch_points.fast_sdpa()):
+                place.add(observer=self._count)
         return self
 
     def __exit__(
@@ -82,8 +82,8 @@ class Calls:
     ) -> None:
         """Stop counting."""
         if self._patch is None:
-            for place in (patch_points.of_models(), patch_points.fast()):
-                place.remove(watcher=self._count)
+            for place in (patch_points.models_sdpa(), patch_points.fast_sdpa()):
+                place.remove(observer=self._count)
 
     def _count(self, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Count a call of mlx-lm's function; the nested call of MLX's function does not count."""

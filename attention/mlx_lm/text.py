@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from attention.core.errors import UsageError
-from attention.core.files import expanded
+from attention.core.files import expand_home
 from attention.mlx_lm.configuration import Configuration
 
 BUNDLED: Final = Path(__file__).with_name("declaration.txt")
@@ -64,7 +64,7 @@ def read(data: str | None) -> str:
     Raises:
         UsageError: the file cannot be read, or is empty.
     """
-    path = BUNDLED if data is None else expanded(data)
+    path = BUNDLED if data is None else expand_home(data)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

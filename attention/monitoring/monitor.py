@@ -14,51 +14,51 @@ import mlx.core as mx
 import msgspec
 from msgspec import Struct, field, structs
 
-from attention.arguments import checked_mask
+from attention.arguments import check_mask
 from attention.core.errors import UnsupportedError, UsageError
 from attention.core.results import Case, Peaks, Report, Row, Run, Summary
 from attention.core.route import Needs, Route
 from attention.core.statistics import median_interval
 from attention.core.workload import Workload
-from attention.implementations import call_hooks, get
-from attention.implementations.call_signature import asked_for
+from attention.implementations import call_hooks, load_implementation
+from attention.implementations.call_signature import call_signature
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask
 from attention.measure.device import Device, environment, probe
 from attention.monitoring import patch_points
-from attention.monitoring.sampling_budget import MOST_GAP, Lane, Pace, cost_s
+from attention.monitoring.sampling_budget import MAX_GAP, CallStream, SamplingBudget, call_cost_s
 
 
-class Kind(Struct):
+class CallKind(Struct):
     """All calls of one implementation on one workload."""
 
     implementation: str
     workload: Workload
-    ask: Callable[[], Route | None]
+    query_route: Callable[[], Route | None]
     """Returns the route; evaluated only for the rows: per call it would exceed the overhead allowed."""
     calls: int = 0
     samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
-    ask_at: int = 1
+    next_check: int = 1
     """Number of the call at which timing is considered again."""
     gap: int = 1
 
-    def asked(self, timed: bool, stride: int) -> None:
+    def schedule_check(self, timed: bool, stride: int) -> None:
         """Set when timing is considered next: soon after a timed call, with exponential back-off otherwise."""
-        self.gap = 1 if timed else min(2 * self.gap, MOST_GAP)
-        self.ask_at = self.calls + self.gap * stride
+        self.gap = 1 if timed else min(2 * self.gap, MAX_GAP)
+        self.next_check = self.calls + self.gap * stride
 
     def row(self, estimated: bool) -> Row:
         """Return a result row as a benchmark has it; the number of calls may be an estimate."""
         call = median_interval(self.samples) if self.samples else None
-        route = self.ask()
-        told = f"; {route.reason}" if route else ""
+        route = self.query_route()
+        route_reason = f"; {route.reason}" if route else ""
         return Row(
             implementation=self.implementation,
             status="ok",
             path=route.path if route else None,
             fused=route.fused if route else None,
-            reason=f"{self._counted(estimated)} in a program, {len(self.samples):,} of them timed{told}",
+            reason=f"{self._counted(estimated)} in a program, {len(self.samples):,} of them timed{route_reason}",
             tokens_per_second=self.workload.tokens / call.median if call else None,
             call_s=call,
             flops_per_s=self.workload.flops / call.median if call else None,
@@ -81,18 +81,18 @@ class Kind(Struct):
 
 SHARE: Final = 0.01
 """Share of the program's time that monitoring may take, timed calls with their own work included."""
-FIRST_S: Final = 0.001
+INITIAL_COST_S: Final = 0.001
 """Assumed seconds of a kind of call that was never timed."""
-MOST_SAMPLES: Final = 1000
+MAX_SAMPLES: Final = 1000
 
 
-class _Inside(threading.local):
+class _ThreadState(threading.local):
     """Whether this thread is inside a monitored call: nested calls are part of it."""
 
-    watched = False
+    in_call = False
 
 
-_inside = _Inside()
+_thread = _ThreadState()
 
 
 class Monitor:
@@ -113,10 +113,10 @@ class Monitor:
         """Set the share of the program's time that monitoring may take."""
         self.peak_bytes = 0
         self._share = share
-        self._kinds: dict[tuple[object, ...], Kind | None] = {}
-        self._seen: dict[tuple[str, Workload], Kind] = {}
-        self._pace = Pace(share, 0.0)
-        self._mlx, self._implementations = Lane(), Lane()
+        self._kinds: dict[tuple[object, ...], CallKind | None] = {}
+        self._seen: dict[tuple[str, Workload], CallKind] = {}
+        self._budget = SamplingBudget(share, 0.0)
+        self._mlx_calls, self._implementation_calls = CallStream(), CallStream()
         self._estimated = False
         self._started, self._ended = time.perf_counter(), 0.0
         self._began = datetime.now().astimezone()
@@ -124,18 +124,18 @@ class Monitor:
 
     def __enter__(self) -> Self:
         """Start monitoring."""
-        self._pace = Pace(self._share, self._look_s(), patch_points.Seam.passing_s())
+        self._budget = SamplingBudget(self._share, self._sample_cost_s(), patch_points.PatchPoint.skip_cost_s())
         self._started = time.perf_counter()
-        call_hooks.watchers.append(self._of_implementation)
-        patch_points.fast().add(watcher=self._of_mlx)
+        call_hooks.hooks.append(self._on_implementation_call)
+        patch_points.fast_sdpa().add(observer=self._on_mlx_call)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop monitoring."""
-        patch_points.fast().remove(watcher=self._of_mlx)
-        call_hooks.watchers.remove(self._of_implementation)
+        patch_points.fast_sdpa().remove(observer=self._on_mlx_call)
+        call_hooks.hooks.remove(self._on_implementation_call)
         self._ended = time.perf_counter()
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
 
@@ -147,7 +147,7 @@ class Monitor:
     @property
     def spent_s(self) -> float:
         """Seconds spent on monitoring, the work of timed calls included."""
-        return self._pace.watching_s
+        return self._budget.overhead_s
 
     def report(self) -> Report:
         """Return the statistics as a report with the rows of a benchmark; without a reference there are no speedups."""
@@ -180,48 +180,48 @@ class Monitor:
         kinds = sorted(self._seen.values(), key=lambda kind: -kind.calls)
         return "\n".join(kind.line(self._estimated) for kind in kinds) or "no call of attention was seen"
 
-    def _of_mlx(self, call: Callable[..., mx.array], *arrays: mx.array, **more: Any) -> mx.array:
-        lane = self._mlx
-        lane.turn += 1
-        if lane.turn < lane.look_at:
+    def _on_mlx_call(self, call: Callable[..., mx.array], *arrays: mx.array, **more: Any) -> mx.array:
+        stream = self._mlx_calls
+        stream.seen += 1
+        if stream.seen < stream.next_sample:
             return call(*arrays, **more)
-        return self._look_at_mlx(call, *arrays, **more)
+        return self._sample_mlx_call(call, *arrays, **more)
 
-    def _look_at_mlx(self, call: Callable[..., mx.array], q: mx.array, k: Any, v: Any, **more: Any) -> mx.array:
-        lane = self._mlx
-        passed = lane.passed(self._pace)
-        lane.turn += patch_points.fast().pass_on(lane.look_at - lane.turn - 1)
-        if _inside.watched:  # part of another call, as are on average those that it represents
+    def _sample_mlx_call(self, call: Callable[..., mx.array], q: mx.array, k: Any, v: Any, **more: Any) -> mx.array:
+        stream = self._mlx_calls
+        passed = stream.take_sample(self._budget)
+        stream.seen += patch_points.fast_sdpa().skip_calls(stream.next_sample - stream.seen - 1)
+        if _thread.in_call:  # part of another call, as are on average those that it represents
             return call(q, k, v, **more)
         mask = more.get("mask")
         form = "array" if isinstance(mask, mx.array) else mask
-        kind = self._counted("mlx", ("mlx", q.shape, k.shape, v.shape, q.dtype, form), passed, q, k, v, mask)
+        kind = self._count_calls("mlx", ("mlx", q.shape, k.shape, v.shape, q.dtype, form), passed, q, k, v, mask)
         if kind is None:
             return call(q, k, v, **more)
-        return self._timed(kind, lambda: call(q, k, v, **more), (q, k, v))
+        return self._timed_call(kind, lambda: call(q, k, v, **more), (q, k, v))
 
-    def _of_implementation(
+    def _on_implementation_call(
         self, one: Implementation, q: mx.array, k: Any, v: Any, *, mask: Mask, **more: Any
     ) -> mx.array:
-        if _inside.watched:
+        if _thread.in_call:
             return one(q, k, v, mask=mask, **more)
-        _inside.watched = True
+        _thread.in_call = True
         try:
-            lane = self._implementations
-            lane.turn += 1
-            if lane.turn < lane.look_at:
+            stream = self._implementation_calls
+            stream.seen += 1
+            if stream.seen < stream.next_sample:
                 return one(q, k, v, mask=mask, **more)
             key = (one.name, q.shape, k.shape, v.shape, q.dtype, mask.causal, mask.window, mask.array is None)
-            kind = self._counted(one, key, lane.passed(self._pace), q, k, v, mask)
+            kind = self._count_calls(one, key, stream.take_sample(self._budget), q, k, v, mask)
             if kind is None:
                 return one(q, k, v, mask=mask, **more)
-            return self._timed(kind, lambda: one(q, k, v, mask=mask, **more), (q, k, v))
+            return self._timed_call(kind, lambda: one(q, k, v, mask=mask, **more), (q, k, v))
         finally:
-            _inside.watched = False
+            _thread.in_call = False
 
-    def _counted(
+    def _count_calls(
         self, by: Any, key: tuple[object, ...], passed: int, q: mx.array, k: Any, v: Any, mask: Any
-    ) -> Kind | None:
+    ) -> CallKind | None:
         """Count the calls that this one represents; return their kind if this one may be timed."""
         try:
             kind = self._kinds[key]
@@ -230,27 +230,29 @@ class Monitor:
         if kind is None:
             return None
         kind.calls += passed
-        if kind.calls < kind.ask_at:
+        if kind.calls < kind.next_check:
             return None
-        pace = self._pace
-        timed = pace.may_time(kind.samples[-1] if kind.samples else FIRST_S)
-        self._estimated |= pace.stride > 1
-        kind.asked(timed, pace.stride)
+        budget = self._budget
+        timed = budget.may_time(kind.samples[-1] if kind.samples else INITIAL_COST_S)
+        self._estimated |= budget.stride > 1
+        kind.schedule_check(timed, budget.stride)
         return kind if timed else None
 
-    def _look_s(self) -> float:
+    def _sample_cost_s(self) -> float:
         """Measure the seconds of overhead of a counted call."""
         scratch, array = Monitor(self._share), mx.zeros((1, 1, 1, 1))
         key = ("mlx", array.shape, array.shape, array.shape, array.dtype, None)
-        scratch._kinds[key] = Kind(implementation="mlx", workload=Workload(seq=1), ask=lambda: None, ask_at=1 << 60)
-        watched = partial(scratch._of_mlx, lambda q, k, v, **more: q)
+        scratch._kinds[key] = CallKind(
+            implementation="mlx", workload=Workload(seq=1), query_route=lambda: None, next_check=1 << 60
+        )
+        watched = partial(scratch._on_mlx_call, lambda q, k, v, **more: q)
 
         def call(*arrays: mx.array, **more: Any) -> mx.array:  # as a seam does
             return watched(*arrays, **more)
 
-        return cost_s(call, array)
+        return call_cost_s(call, array)
 
-    def _timed(self, kind: Kind, call: Callable[[], mx.array], arrays: tuple[Any, ...]) -> mx.array:
+    def _timed_call(self, kind: CallKind, call: Callable[[], mx.array], arrays: tuple[Any, ...]) -> mx.array:
         try:
             mx.eval([one for one in arrays if isinstance(one, mx.array)])
             mx.synchronize()
@@ -264,18 +266,18 @@ class Monitor:
         mx.eval(out)
         mx.synchronize()
         seconds = time.perf_counter() - started
-        self._pace.spent_s += seconds
-        if len(kind.samples) < MOST_SAMPLES:
+        self._budget.spent_s += seconds
+        if len(kind.samples) < MAX_SAMPLES:
             kind.samples.append(seconds)
         kind.peak_bytes = max(kind.peak_bytes or 0, mx.get_peak_memory() - before)
         return out
 
-    def _new_kind(self, by: Any, key: tuple[object, ...], q: mx.array, k: Any, v: Any, mask: Any) -> Kind | None:
+    def _new_kind(self, by: Any, key: tuple[object, ...], q: mx.array, k: Any, v: Any, mask: Any) -> CallKind | None:
         """Return the kind of a new call; None if its arguments do not form a workload."""
         name = str(key[0])
         try:
-            given = mask if isinstance(mask, Mask) else checked_mask(mask, None, q, k)
-            workload, needs = asked_for(q, k, v, given, None)
+            given = mask if isinstance(mask, Mask) else check_mask(mask, None, q, k)
+            workload, needs = call_signature(q, k, v, given, None)
         except (UsageError, UnsupportedError):
             return None
         if workload.seq == 1:
@@ -283,15 +285,15 @@ class Monitor:
         kind = self._seen.get((name, workload))  # several forms of a mask may be one
         if kind is None:
             ask = partial(_route, by, workload, self._device, needs)
-            kind = self._seen[name, workload] = Kind(implementation=name, workload=workload, ask=ask)
+            kind = self._seen[name, workload] = CallKind(implementation=name, workload=workload, query_route=ask)
         return kind
 
 
 def _route(by: str | Implementation, workload: Workload, device: Device, needs: Needs) -> Route | None:
-    before, _inside.watched = _inside.watched, True  # asking calls MLX's function too
+    before, _thread.in_call = _thread.in_call, True  # asking calls MLX's function too
     try:
-        return (get(by) if isinstance(by, str) else by).route(workload, device, needs)
+        return (load_implementation(by) if isinstance(by, str) else by).route(workload, device, needs)
     except (RuntimeError, ValueError):
         return None
     finally:
-        _inside.watched = before
+        _thread.in_call = before

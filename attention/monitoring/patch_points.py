@@ -14,12 +14,12 @@ from types import ModuleType
 from typing import Any, Final
 
 from attention.core.errors import UsageError
-from attention.monitoring.sampling_budget import cost_s
+from attention.monitoring.sampling_budget import call_cost_s
 
 Function = Callable[..., Any]
-Taker = Callable[..., Any]
+Interceptor = Callable[..., Any]
 """An interceptor: called instead of the function, with its arguments."""
-Watcher = Callable[..., Any]
+Observer = Callable[..., Any]
 """An observer: called with the function and its arguments; it must call it exactly once and return the result. It sees
 the calls that no interceptor keeps."""
 
@@ -28,7 +28,7 @@ MLX_LM_MISSING: Final = "mlx-lm is not installed; pip install 'fatui[models]' br
 _lock = threading.RLock()
 
 
-class Seam:
+class PatchPoint:
     """One function with its interceptors and observers; the latest registration is called first.
 
     Attributes:
@@ -40,70 +40,70 @@ class Seam:
     def __init__(self, home: ModuleType, name: str) -> None:
         """Look up the function; nothing is replaced yet."""
         self.original: Function = getattr(home, name)
-        self._call = self.watched = self.original
-        self._unseen = 0
-        self.replacement = self._made()
+        self._call = self.observed = self.original
+        self._skipped = 0
+        self.replacement = self._make_replacement()
         self._home, self._name = home, name
-        self._takers: tuple[Taker, ...] = ()
-        self._watchers: tuple[Watcher, ...] = ()
+        self._interceptors: tuple[Interceptor, ...] = ()
+        self._observers: tuple[Observer, ...] = ()
         self._bound: list[tuple[dict[str, Any], str]] = []
 
-    def add(self, *, taker: Taker | None = None, watcher: Watcher | None = None) -> None:
+    def add(self, *, interceptor: Interceptor | None = None, observer: Observer | None = None) -> None:
         """Register an interceptor or an observer; the first registration replaces the function."""
         with _lock:
-            if not (self._takers or self._watchers):
+            if not (self._interceptors or self._observers):
                 self._bound = [*_bindings(self.original, self._home, self._name)]
                 _bind(self._bound, self.replacement)
-            self._takers += (taker,) if taker else ()
-            self._watchers += (watcher,) if watcher else ()
+            self._interceptors += (interceptor,) if interceptor else ()
+            self._observers += (observer,) if observer else ()
             self._compose()
 
-    def remove(self, *, taker: Taker | None = None, watcher: Watcher | None = None) -> None:
+    def remove(self, *, interceptor: Interceptor | None = None, observer: Observer | None = None) -> None:
         """Remove a registration, in any order; removing the last one restores the function."""
         with _lock:
-            self._takers = _without(self._takers, taker)
-            self._watchers = _without(self._watchers, watcher)
+            self._interceptors = _remove_latest(self._interceptors, interceptor)
+            self._observers = _remove_latest(self._observers, observer)
             self._compose()
-            if not (self._takers or self._watchers):
+            if not (self._interceptors or self._observers):
                 home = [(vars(self._home), self._name)]
                 here = [*home, *self._bound, *_bindings(self.replacement, self._home, self._name)]
                 _bind([(names, name) for names, name in here if names.get(name) is self.replacement], self.original)
                 self._bound = []
 
-    def pass_on(self, calls: int) -> int:
+    def skip_calls(self, calls: int) -> int:
         """Skip the observer for the next `calls` calls, at almost no cost; returns 0 if it is not the only one."""
-        self._unseen = calls if len(self._watchers) == 1 and not self._takers else 0
-        return self._unseen
+        self._skipped = calls if len(self._observers) == 1 and not self._interceptors else 0
+        return self._skipped
 
     @classmethod
-    def passing_s(cls) -> float:
+    def skip_cost_s(cls) -> float:
         """Measure the seconds of overhead of a skipped call."""
         home = ModuleType("scratch")
         vars(home)["call"] = lambda q, k, v, **more: q
         scratch = cls(home, "call")
-        scratch._unseen = 1 << 60  # never reached
-        return max(0.0, cost_s(scratch.replacement, 0) - cost_s(scratch.original, 0))
+        scratch._skipped = 1 << 60  # never reached
+        return max(0.0, call_cost_s(scratch.replacement, 0) - call_cost_s(scratch.original, 0))
 
-    def _made(self) -> Function:
+    def _make_replacement(self) -> Function:
         @wraps(self.original)
         def replacement(*args: Any, **kwargs: Any) -> Any:
-            if self._unseen > 0:
-                self._unseen -= 1
+            if self._skipped > 0:
+                self._skipped -= 1
                 return self.original(*args, **kwargs)
             return self._call(*args, **kwargs)
 
         return replacement
 
     def _compose(self) -> None:
-        self._unseen = 0
+        self._skipped = 0
         watched = self.original
-        for watcher in self._watchers:
+        for watcher in self._observers:
             watched = partial(watcher, watched)
-        self.watched = watched
-        self._call = self._takers[-1] if self._takers else watched
+        self.observed = watched
+        self._call = self._interceptors[-1] if self._interceptors else watched
 
 
-def _without(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[Function, ...]:
+def _remove_latest(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[Function, ...]:
     """Remove the latest occurrence of one; it may occur several times."""
     for index in reversed(range(len(all_of_them))):
         if all_of_them[index] == one:
@@ -130,15 +130,15 @@ def _bind(bindings: list[tuple[dict[str, Any], str]], function: Function) -> Non
 
 
 @cache
-def fast() -> Seam:
+def fast_sdpa() -> PatchPoint:
     """`mx.fast.scaled_dot_product_attention`, which some models call directly."""
     import mlx.core as mx
 
-    return Seam(mx.fast, "scaled_dot_product_attention")
+    return PatchPoint(mx.fast, "scaled_dot_product_attention")
 
 
 @cache
-def of_models() -> Seam:
+def models_sdpa() -> PatchPoint:
     """`mlx_lm.models.base.scaled_dot_product_attention`, through which most models attend.
 
     Raises:
@@ -149,4 +149,4 @@ def of_models() -> Seam:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(PACKAGE)
         raise UsageError(MLX_LM_MISSING if missing else f"mlx-lm cannot be imported: {error}") from error
-    return Seam(base, "scaled_dot_product_attention")
+    return PatchPoint(base, "scaled_dot_product_attention")

@@ -8,32 +8,32 @@ from typing import Final
 
 from attention.measure.clock import Clock
 
-PART: Final = 0.375
+BUDGET_PART: Final = 0.375
 """Part of the share for counting calls (uncounted ones included), and as much again for timing.
 
 The rest is a reserve for indirect costs: cold caches and extra synchronisation.
 """
-LEAST: Final = 0.25
+MIN_COUNTING_PART: Final = 0.25
 """Minimum share of the counting part that remains for counted calls, whatever uncounted ones cost."""
-CALIBRATING: Final = 100
+CALIBRATION_CALLS: Final = 100
 """Calls timed together to measure the cost of one."""
-MOST_STRIDE: Final = 1 << 12
-MOST_GAP: Final = 64
+MAX_STRIDE: Final = 1 << 12
+MAX_GAP: Final = 64
 """Counted calls between two decisions whether one may be timed."""
 
 
-def cost_s(attend: Callable[..., object], array: object) -> float:
+def call_cost_s(attend: Callable[..., object], array: object) -> float:
     """Return the seconds of overhead of a call with the arguments of MLX's SDPA: the minimum of five rounds."""
     best = math.inf
     for _ in range(5):
         started = time.perf_counter()
-        for _ in range(CALIBRATING):
+        for _ in range(CALIBRATION_CALLS):
             attend(array, array, array, scale=1.0, mask=None)
         best = min(best, time.perf_counter() - started)
-    return best / CALIBRATING
+    return best / CALIBRATION_CALLS
 
 
-class Pace:
+class SamplingBudget:
     """Decide which calls are counted (every one, unless they come too fast) and which are timed.
 
     Attributes:
@@ -42,7 +42,7 @@ class Pace:
         spent_s: seconds that timed calls took, their own work included.
     """
 
-    def __init__(self, share: float, look_s: float, pass_s: float = 0.0, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, share: float, sample_s: float, skip_s: float = 0.0, clock: Clock = time.perf_counter) -> None:
         """Start now.
 
         Args:
@@ -53,47 +53,47 @@ class Pace:
         """
         self.stride = 1
         self.spent_s = 0.0
-        self.looks = 0
-        self._share, self._look_s, self._pass_s, self._clock = share, look_s, pass_s, clock
+        self.sampled = 0
+        self._share, self._sample_s, self._skip_s, self._clock = share, sample_s, skip_s, clock
         self._began = self._latest = clock()
-        self._looks_then = 0
+        self._sampled_then = 0
         self._draw = random.Random(0)
 
-    def next_look(self) -> int:
+    def next_sample(self) -> int:
         """Count a call; return the distance to the next one to count, drawn so as not to hit the same layer."""
-        self.looks += 1
+        self.sampled += 1
         return 1 if self.stride == 1 else self._draw.randint(1, 2 * self.stride - 1)
 
     def may_time(self, cost_s: float) -> bool:
-        """Return whether a call of about `cost_s` seconds may be timed now; adapts the stride."""
+        """Return whether a call of about `call_cost_s` seconds may be timed now; adapts the stride."""
         now = self._clock()
         self._adapt(now)
-        return self.spent_s + cost_s <= PART * self._share * (now - self._began)
+        return self.spent_s + cost_s <= BUDGET_PART * self._share * (now - self._began)
 
     @property
-    def watching_s(self) -> float:
+    def overhead_s(self) -> float:
         """Seconds spent on monitoring, the work of timed calls included."""
-        return self.spent_s + self.looks * self._look_s
+        return self.spent_s + self.sampled * self._sample_s
 
     def _adapt(self, now: float) -> None:
         """Choose the stride from the rate of calls since the last time."""
-        looks, passed = self.looks - self._looks_then, now - self._latest
-        if looks < MOST_GAP or passed <= 0:
+        looks, passed = self.sampled - self._sampled_then, now - self._latest
+        if looks < MAX_GAP or passed <= 0:
             return
         call_s = passed / (looks * self.stride)
-        needed = self._look_s / self._room_s(call_s) if self._share else MOST_STRIDE
+        needed = self._sample_s / self._counting_budget_s(call_s) if self._share else MAX_STRIDE
         self.stride = 1
-        while self.stride < min(needed, MOST_STRIDE):
+        while self.stride < min(needed, MAX_STRIDE):
             self.stride *= 2
-        self._latest, self._looks_then = now, self.looks
+        self._latest, self._sampled_then = now, self.sampled
 
-    def _room_s(self, call_s: float) -> float:
+    def _counting_budget_s(self, call_s: float) -> float:
         """Return the seconds per call that counting may take; uncounted calls alone may exceed it."""
-        part = PART * self._share * call_s
-        return part if self._pass_s > part else max(part - self._pass_s, LEAST * part)
+        part = BUDGET_PART * self._share * call_s
+        return part if self._skip_s > part else max(part - self._skip_s, MIN_COUNTING_PART * part)
 
 
-class Lane:
+class CallStream:
     """One stream of calls, of which some are counted.
 
     Attributes:
@@ -103,10 +103,10 @@ class Lane:
 
     def __init__(self) -> None:
         """Start with no calls; the first one will be counted."""
-        self.turn = self.look_at = self._looked = 0
+        self.seen = self.next_sample = self._last_sample = 0
 
-    def passed(self, pace: Pace) -> int:
+    def take_sample(self, budget: SamplingBudget) -> int:
         """Return how many calls the counted call represents (those since the last), and choose the next one."""
-        passed, self._looked = self.turn - self._looked, self.turn
-        self.look_at = self.turn + pace.next_look()
+        passed, self._last_sample = self.seen - self._last_sample, self.seen
+        self.next_sample = self.seen + budget.next_sample()
         return passed

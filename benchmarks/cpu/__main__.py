@@ -13,11 +13,11 @@ from attention.kernels import cpu
 from attention.kernels.cpu import build
 from benchmarks import cpu as benchmarks_cpu
 from benchmarks.cpu import costs, rows
-from benchmarks.cpu.claims import Claim, Report, claims
+from benchmarks.cpu.claims import BenchReport, Claim, claims
 from benchmarks.cpu.rows import threads
 from benchmarks.cpu.shapes import DECODE, SHAPES, TYPES
 
-BUSY: Final = 0.5
+MAX_LOAD: Final = 0.5
 """Load average above which the table warns of other programs."""
 
 
@@ -30,7 +30,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _row_line(row: rows.Row) -> str:
+def _row_line(row: rows.BenchRow) -> str:
     rate = row.flops / row.seconds["ours"] / 1e9
     share = f"{row.peak_share:4.0%} of peak" if row.dtype == "float32" else ""
     ratios = "  ".join(f"{name} {ratio:7.2f}x" for name, ratio in row.ratios.items())
@@ -52,7 +52,7 @@ def _table(found: list[Claim]) -> str:
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def _measure(arguments: argparse.Namespace, report: Report) -> None:
+def _measure(arguments: argparse.Namespace, report: BenchReport) -> None:
     """Fill the report; each row is printed to stderr as it is measured."""
     for dtype in arguments.types:
         for backward in (False, True):
@@ -73,14 +73,14 @@ def main() -> None:
     arguments = _arguments()
     mx.set_default_device(mx.cpu)
     cpu.load(lambda message: print(message, file=sys.stderr))
-    report = Report(build.cpu_name(), cpu.variant(), threads(), os.getloadavg()[0])
+    report = BenchReport(build.cpu_name(), cpu.variant(), threads(), os.getloadavg()[0])
     _measure(arguments, report)
     found = claims(report)
     if arguments.json:
         print(json.dumps({**asdict(report), "claims": [asdict(claim) for claim in found]}))
     else:
         print(f"\n{report.cpu} ({report.variant}), {report.threads} threads, {arguments.rounds} rounds")
-        if report.load > BUSY:
+        if report.load > MAX_LOAD:
             print(f"This machine was busy (load {report.load:.1f}): what depends on all processors reads too low.")
         print(_table(found))
 

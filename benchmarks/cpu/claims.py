@@ -4,19 +4,19 @@ import statistics
 from dataclasses import dataclass, field
 
 from benchmarks.cpu.costs import TinyCall
-from benchmarks.cpu.rows import DecodeRow, Row
+from benchmarks.cpu.rows import BenchRow, DecodeRow
 from benchmarks.cpu.shapes import LONG, SHAPES
 
 
 @dataclass
-class Report:
+class BenchReport:
     """All measurements of one run."""
 
     cpu: str
     variant: str
     threads: int
     load: float  # one-minute load average before it began
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
     decode: list[DecodeRow] = field(default_factory=list)
     tiny: TinyCall | None = None
     first_start_s: float | None = None
@@ -34,7 +34,7 @@ class Claim:
     holds: bool | None
 
 
-def _ratios(report: Report, peer: str, dtype: str, backward: bool = False) -> list[float]:
+def _ratios(report: BenchReport, peer: str, dtype: str, backward: bool = False) -> list[float]:
     rows = [row for row in report.rows if row.dtype == dtype and row.backward == backward]
     return [row.ratios[peer] for row in rows if peer in row.ratios]
 
@@ -52,7 +52,7 @@ def _least(what: str, ratios: list[float], target: float) -> list[Claim]:
     return [Claim(f"{what}, least", f">= {target:g}x", f"{min(ratios):.2f}x", min(ratios) >= target)]
 
 
-def _speedups(report: Report) -> list[Claim]:
+def _speedups(report: BenchReport) -> list[Claim]:
     forward = _ratios(report, "torch", "float32")
     claims = _mean("float32 forward against torch", forward, 1.45)
     claims += _least("float32 forward against torch", forward, 1.15)
@@ -67,7 +67,7 @@ def _speedups(report: Report) -> list[Claim]:
     return claims
 
 
-def _shares(report: Report) -> list[Claim]:
+def _shares(report: BenchReport) -> list[Claim]:
     long = {shape.name for shape in SHAPES if shape.queries >= LONG}
     claims = [
         Claim(
@@ -85,7 +85,7 @@ def _shares(report: Report) -> list[Claim]:
     return claims
 
 
-def _costs(report: Report) -> list[Claim]:
+def _costs(report: BenchReport) -> list[Claim]:
     claims = []
     if report.tiny is not None:
         tiny, most = report.tiny, 1 + report.tiny.floor
@@ -100,6 +100,6 @@ def _costs(report: Report) -> list[Claim]:
     return claims
 
 
-def claims(report: Report) -> list[Claim]:
+def claims(report: BenchReport) -> list[Claim]:
     """Return every target that the run measured."""
     return _speedups(report) + _shares(report) + _costs(report)

@@ -12,7 +12,7 @@ import mlx.core as mx
 from attention.kernels import cpu
 from attention.kernels.cpu import library
 from attention.measure.device import usable_cores
-from benchmarks.cpu.shapes import DECODE, TYPES, Shape
+from benchmarks.cpu.shapes import DECODE, TYPES, BenchShape
 
 Run = Callable[[], object]
 
@@ -20,7 +20,7 @@ SETTLE_S: Final = 0.012
 """Torch's threads spin for 7 ms after a call, which would take half a processor from the next sample."""
 
 
-def ours(shape: Shape, dtype: str, backward: bool = False, fused: bool = True) -> Run:
+def ours(shape: BenchShape, dtype: str, backward: bool = False, fused: bool = True) -> Run:
     """Return a call of the CPU kernel, or of MLX's own attention if `fused` is false."""
     q, k, v, cotangent = (mx.array(x).astype(TYPES[dtype]) for x in shape.numbers())
     mx.eval(q, k, v, cotangent)
@@ -37,7 +37,7 @@ def ours(shape: Shape, dtype: str, backward: bool = False, fused: bool = True) -
     return lambda: attend(q, k, v)
 
 
-def torchs(shape: Shape, dtype: str, backward: bool = False) -> Run | None:
+def torchs(shape: BenchShape, dtype: str, backward: bool = False) -> Run | None:
     """Return torch's call on as many threads, or None without torch."""
     try:
         import torch
@@ -98,7 +98,7 @@ PASSES_OF_DECODE = 4
 
 
 @dataclass
-class Row:
+class BenchRow:
     """Medians: seconds per call of each implementation, their ratio to the kernel's, and the kernel's share of peak."""
 
     shape: str
@@ -126,7 +126,7 @@ def _ratio(theirs: list[float], mine: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, mine, strict=True))
 
 
-def measure(shape: Shape, dtype: str, backward: bool, rounds: int, seconds: float = 0.03) -> Row:
+def measure(shape: BenchShape, dtype: str, backward: bool, rounds: int, seconds: float = 0.03) -> BenchRow:
     """Measure one shape in interleaved rounds, each with the machine's float32 peak; samples of about `seconds`."""
     run, torch_run = ours(shape, dtype, backward), torchs(shape, dtype, backward)
     runs = {"ours": run} if torch_run is None else {"ours": run, "torch": torch_run}
@@ -139,7 +139,7 @@ def measure(shape: Shape, dtype: str, backward: bool, rounds: int, seconds: floa
         for name, taken in one_round(runs, calls, number).items():
             times[name].append(taken)
         peaks.append(library.load().fma_peak())
-    row = Row(shape.name, dtype, backward, shape.flops(backward))
+    row = BenchRow(shape.name, dtype, backward, shape.flops(backward))
     row.seconds = {name: statistics.median(t) for name, t in times.items()}
     row.ratios = {name: _ratio(t, times["ours"]) for name, t in times.items() if name != "ours"}
     row.peak_flops_per_s = statistics.median(peaks)
@@ -149,7 +149,7 @@ def measure(shape: Shape, dtype: str, backward: bool, rounds: int, seconds: floa
     return row
 
 
-def _against_mlx(row: Row, shape: Shape, run: Run, calls: int, seconds: float) -> None:
+def _against_mlx(row: BenchRow, shape: BenchShape, run: Run, calls: int, seconds: float) -> None:
     """Measure against MLX's own attention, which is tens of times slower: few rounds, two for a long call."""
     mlx = ours(shape, row.dtype, fused=False)
     mlx_calls = calls_for(mlx, seconds)

@@ -10,7 +10,7 @@ TYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfl
 
 
 @dataclass(frozen=True)
-class Shape:
+class BenchShape:
     """B/H/L/D of a square call, or of decoding with a cache of `keys` and fewer K/V heads."""
 
     batch: int
@@ -52,15 +52,15 @@ class Shape:
 
 
 SHAPES: Final = (
-    Shape(1, 8, 64, 32),
-    Shape(1, 8, 128, 64),
-    Shape(4, 8, 256, 32),
-    Shape(1, 8, 512, 64),
-    Shape(1, 8, 2048, 64),
-    Shape(1, 8, 2048, 64, causal=True),
-    Shape(1, 4, 4096, 128),
-    Shape(1, 4, 4096, 128, causal=True),
+    BenchShape(1, 8, 64, 32),
+    BenchShape(1, 8, 128, 64),
+    BenchShape(4, 8, 256, 32),
+    BenchShape(1, 8, 512, 64),
+    BenchShape(1, 8, 2048, 64),
+    BenchShape(1, 8, 2048, 64, causal=True),
+    BenchShape(1, 4, 4096, 128),
+    BenchShape(1, 4, 4096, 128, causal=True),
 )
-DECODE: Final = Shape(1, 32, 1, 128, kv_heads=8, keys=8192)
+DECODE: Final = BenchShape(1, 32, 1, 128, kv_heads=8, keys=8192)
 LONG: Final = 2048
 """Minimum length for the target of the share of the machine's peak."""

@@ -15,17 +15,17 @@ import mlx.core as mx
 from attention.kernels.cuda import flash_attention
 from benchmarks.cuda.timing import (
     Run,
-    asked,
-    asked_for,
+    check_target,
     cudnn,
-    drawn,
     in_torch,
-    keep,
     medians,
     one_at_a_time,
+    random_arrays,
     report,
+    selected_parts,
     timed_mlx,
     timed_torch,
+    write_rows,
 )
 
 Rows = list[dict[str, Any]]
@@ -54,15 +54,15 @@ def small() -> Rows:
     """Benchmark launch-bound shapes: calls queued back to back, and one evaluated call at a time."""
     queued, single = [], []
     for shape, dtype in [(s, mx.float16) for s in SEED_TABLE] + [(s, mx.bfloat16) for s in SMALL]:
-        runs = ours_and_mlx([drawn(shape, shape, shape, dtype=dtype)], False)
+        runs = ours_and_mlx([random_arrays(shape, shape, shape, dtype=dtype)], False)
         label = f"{shape} {str(dtype).rpartition('.')[2]}"
         queued.append(report(f"{label} queued", medians(runs), 1e-6, "M calls/s"))
         single.append(report(f"{label} evaluated", one_at_a_time(runs), 1e-6, "M calls/s"))
     return [
         *queued,
         *single,
-        asked("calls queued, least over MLX's SDPA", 1.0, least(queued, "mlx")),
-        asked("one evaluated call, least over MLX's SDPA", 1.0, least(single, "mlx")),
+        check_target("calls queued, least over MLX's SDPA", 1.0, least(queued, "mlx")),
+        check_target("one evaluated call, least over MLX's SDPA", 1.0, least(single, "mlx")),
     ]
 
 
@@ -76,10 +76,10 @@ def decode() -> Rows:
         rates[batch, keys] = made[0]["seconds"]
         mx.clear_cache()
     short = rates[1, 8192]
-    rows.append(asked("1 x 8192 dense, over MLX's SDPA", 3.0, short["mlx"] / short["ours"]))
+    rows.append(check_target("1 x 8192 dense, over MLX's SDPA", 3.0, short["mlx"] / short["ours"]))
     for batch, keys in ((1, 131072), (16, 8192)):
         rate = _cache_bytes(batch, keys) / rates[batch, keys]["ours"] / 1e9
-        rows.append(asked(f"{batch} x {keys}, of the faster copy's {ceiling:.0f} GB/s", 0.85, rate / ceiling))
+        rows.append(check_target(f"{batch} x {keys}, of the faster copy's {ceiling:.0f} GB/s", 0.85, rate / ceiling))
     return rows
 
 
@@ -91,7 +91,7 @@ def _cache_bytes(batch: int, keys: int) -> int:
 def _decode_rows(batch: int, keys: int, sets: int) -> Rows:
     """Benchmark contiguous K/V and slices of a larger cache (as in mlx-lm); for the shortest, single calls too."""
     cache = (batch, 8, keys + 256, 128)
-    arrays = [drawn((batch, 32, 1, 128), cache, cache) for _ in range(sets)]
+    arrays = [random_arrays((batch, 32, 1, 128), cache, cache) for _ in range(sets)]
     sliced = [(q, k[:, :, :keys], v[:, :, :keys]) for q, k, v in arrays]
     dense = [(q, mx.contiguous(k), mx.contiguous(v)) for q, k, v in sliced]
     mx.eval(sliced, dense)
@@ -109,7 +109,7 @@ def _decode_rows(batch: int, keys: int, sets: int) -> Rows:
 def _copies() -> dict[str, Any]:
     import torch
 
-    source, there = drawn((2**29,))[0], torch.empty(2**29, dtype=torch.bfloat16, device="cuda")
+    source, there = random_arrays((2**29,))[0], torch.empty(2**29, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(there)
     runs = {"ours": timed_mlx(lambda: source + 0), "torch": timed_torch(lambda: target.copy_(there))}
     return report("copy of 1 GiB (ours: MLX's)", medians(runs), 2 * source.nbytes / 1e9, "GB/s")
@@ -122,7 +122,7 @@ def prefill(dims: tuple[int, ...] = (64, 128, 256), lengths: tuple[int, ...] = (
         for causal in (False, True):
             for length in lengths:
                 shape = (16384 // length, 2048 // dim, length, dim)
-                arrays = [drawn(shape, shape, shape)]
+                arrays = [random_arrays(shape, shape, shape)]
                 work = 4 * shape[0] * shape[1] * length**2 * dim / (2 if causal else 1) / 1e12
                 runs = ours_and_mlx(arrays, causal) | {"cudnn": cudnn(arrays, causal)}
                 label = f"{shape} {'causal' if causal else 'full'}"
@@ -131,21 +131,23 @@ def prefill(dims: tuple[int, ...] = (64, 128, 256), lengths: tuple[int, ...] = (
     rows = [row for kind in by_kind.values() for row in kind]
     over = statistics.geometric_mean(row["seconds"]["cudnn"] / row["seconds"]["ours"] for row in rows)
     wanted = [
-        asked("geometric mean over cuDNN", 1.12, over),
-        asked("least over cuDNN", 1.0, least(rows, "cudnn")),
-        asked("least over MLX's SDPA", 1.0, least(rows, "mlx")),
+        check_target("geometric mean over cuDNN", 1.12, over),
+        check_target("least over cuDNN", 1.0, least(rows, "cudnn")),
+        check_target("least over MLX's SDPA", 1.0, least(rows, "mlx")),
     ]
     if 256 in dims:
-        wanted.append(asked("D = 256 full, least over MLX's SDPA", 2.2, least(by_kind[256, False], "mlx")))
-        wanted.append(asked("D = 256 causal, least over MLX's SDPA", 6.0, least(by_kind[256, True], "mlx")))
-        wanted.append(asked("D = 256, MiB left of 64 beside inputs and output", 0.0, 64 - _memory_beside_output()))
+        wanted.append(check_target("D = 256 full, least over MLX's SDPA", 2.2, least(by_kind[256, False], "mlx")))
+        wanted.append(check_target("D = 256 causal, least over MLX's SDPA", 6.0, least(by_kind[256, True], "mlx")))
+        wanted.append(
+            check_target("D = 256, MiB left of 64 beside inputs and output", 0.0, 64 - _memory_beside_output())
+        )
     return rows + wanted
 
 
 def _memory_beside_output() -> float:
     """Return the MiB of a call (16384 tokens, 8 heads of 256) above its inputs and output."""
     shape = (1, 8, 16384, 256)
-    q, k, v = drawn(shape, shape, shape)
+    q, k, v = random_arrays(shape, shape, shape)
     mx.eval(flash_attention(q, k, v, scale=1 / 16))
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -160,13 +162,13 @@ def dims() -> Rows:
     for causal in (False, True):
         for dim in (32, 64, 80, 96, 128, 192, 256):
             shape = (4, 16, 4096, dim)
-            runs = ours_and_mlx([drawn(shape, shape, shape)], causal)
+            runs = ours_and_mlx([random_arrays(shape, shape, shape)], causal)
             work = 4 * shape[0] * shape[1] * shape[2] ** 2 * dim / (2 if causal else 1) / 1e12
             rows[dim, causal] = report(f"{shape} {'causal' if causal else 'full'}", medians(runs), work, "TFLOP/s")
             mx.clear_cache()
         for dim, larger in ((32, 64), (80, 128), (96, 128), (192, 256)):
             ratio = rows[larger, causal]["seconds"]["ours"] / rows[dim, causal]["seconds"]["ours"]
-            wanted.append(asked(f"D = {dim} {'causal' if causal else 'full'}, over D = {larger}", 1.0, ratio))
+            wanted.append(check_target(f"D = {dim} {'causal' if causal else 'full'}, over D = {larger}", 1.0, ratio))
     return [*rows.values(), *wanted]
 
 
@@ -182,12 +184,12 @@ def training() -> Rows:
                 mx.clear_cache()
     ratios = [s["cudnn"] / s["ours"] for s in backward]
     over = statistics.geometric_mean(ratios) if min(ratios) > 0 else math.nan  # no ratio if the difference is noise
-    return [*rows, asked("backward, geometric mean over cuDNN", 1.0, over)]
+    return [*rows, check_target("backward, geometric mean over cuDNN", 1.0, over)]
 
 
 def _training(batch: int, heads: int, length: int, dim: int, causal: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     shape, scale, mask = (batch, heads, length, dim), dim**-0.5, "causal" if causal else None
-    arrays = drawn(shape, shape, shape, shape)
+    arrays = random_arrays(shape, shape, shape, shape)
     ours = functools.partial(flash_attention, scale=scale, causal=causal)
     theirs = functools.partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
     runs = {"ours": _passes(ours, arrays), "mlx": _passes(theirs, arrays), "cudnn": _cudnn_passes(arrays, causal)}
@@ -230,11 +232,11 @@ PARTS = {"small": small, "decode": decode, "training": training, "prefill": pref
 
 def main() -> None:
     """Run the named parts, or all; `--json PATH` writes the timings."""
-    words, path = asked_for(PARTS)
+    words, path = selected_parts(PARTS)
     rows = [row for name in PARTS if name in words or not words for row in PARTS[name]()]
     missed = [row["asked"] for row in rows if row.get("holds") is False]
     print(f"missed: {'; '.join(missed) or 'nothing'}")
-    keep(rows, path)
+    write_rows(rows, path)
 
 
 if __name__ == "__main__":

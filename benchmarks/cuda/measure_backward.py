@@ -10,20 +10,29 @@ from typing import Any
 
 import mlx.core as mx
 
-from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90.launch import forward_plan
-from benchmarks.cuda.timing import Run, asked_for, drawn, in_torch, keep, medians, report, timed_torch
+from benchmarks.cuda.timing import (
+    Run,
+    in_torch,
+    medians,
+    random_arrays,
+    report,
+    selected_parts,
+    timed_torch,
+    write_rows,
+)
 
 DIMS, LENGTHS = (64, 128, 192, 256), (2048, 4096, 8192, 16384)
 
 
-def ours(arrays: list[mx.array], shape: Shape, call: Call) -> Run:
+def ours(arrays: list[mx.array], shape: CallShape, call: CallParams) -> Run:
     """Return a timed run of the three backward kernels; `arrays` are q, k, v and the cotangent of the output."""
     output, logsumexp = forward_plan(shape, call)(arrays[:3])[:2]
     given = [*arrays[:3], output, arrays[3], logsumexp, logsumexp]
     mx.eval(given)
-    plan = gradient.planned(shape, call, False)
+    plan = gradient.make_plan_of_gradient(shape, call, False)
 
     def run(count: int) -> float:
         mx.synchronize()
@@ -51,16 +60,16 @@ def cudnn(arrays: list[mx.array], causal: bool) -> Run:
 def measured(dim: int, length: int, causal: bool) -> dict[str, Any]:
     """Return a row of the table: B * L = 16384 tokens, hidden size about 2048."""
     batch, heads = 16384 // length, 2048 // dim
-    shape = Shape(batch, heads, heads, length, length, dim, "bf16")
-    arrays = drawn(*[(batch, heads, length, dim)] * 4)
-    runs = {"ours": ours(arrays, shape, Call(dim**-0.5, causal, None, None)), "cudnn": cudnn(arrays, causal)}
+    shape = CallShape(batch, heads, heads, length, length, dim, "bf16")
+    arrays = random_arrays(*[(batch, heads, length, dim)] * 4)
+    runs = {"ours": ours(arrays, shape, CallParams(dim**-0.5, causal, None, None)), "cudnn": cudnn(arrays, causal)}
     work = 10 * batch * heads * length**2 * dim / (2 if causal else 1) / 1e12
     return report(f"{(batch, heads, length, dim)} {'causal' if causal else 'full'}", medians(runs), work, "TFLOP/s")
 
 
 def main() -> None:
     """Run the benchmark and print the geometric mean of the speedups."""
-    words, path = asked_for(DIMS + LENGTHS)
+    words, path = selected_parts(DIMS + LENGTHS)
     dims = [dim for dim in DIMS if str(dim) in words] or DIMS
     lengths = [length for length in LENGTHS if str(length) in words] or LENGTHS
     rows = []
@@ -71,7 +80,7 @@ def main() -> None:
                 mx.clear_cache()
     ratios = [row["seconds"]["cudnn"] / row["seconds"]["ours"] for row in rows]
     print(f"geometric mean {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}, least {min(ratios):.3f} of cuDNN")
-    keep(rows, path)
+    write_rows(rows, path)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,18 @@ from typing import Any
 import mlx.core as mx
 
 from attention.kernels.cuda import flash_attention
-from benchmarks.cuda.portable_only import general_alone
-from benchmarks.cuda.timing import Run, asked_for, drawn, in_torch, keep, medians, report, timed_mlx, timed_torch
+from benchmarks.cuda.portable_only import portable_only
+from benchmarks.cuda.timing import (
+    Run,
+    in_torch,
+    medians,
+    random_arrays,
+    report,
+    selected_parts,
+    timed_mlx,
+    timed_torch,
+    write_rows,
+)
 
 SHAPES = [(dim, causal, length) for dim in (64, 128) for causal in (False, True) for length in (2048, 8192)]
 OTHERS = [(dim, causal, 4096) for dim in (32, 80, 96, 192, 256) for causal in (False, True)]
@@ -49,7 +59,7 @@ def forward() -> list[Any]:
     rows = []
     for dim, causal, length in SHAPES + OTHERS:
         shape, label, work = _case(dim, causal, length)
-        arrays = drawn(shape, shape, shape, shape)
+        arrays = random_arrays(shape, shape, shape, shape)
         q, k, v, _ = arrays
         scale = dim**-0.5
 
@@ -65,19 +75,24 @@ def forward() -> list[Any]:
 def backward() -> list[Any]:
     """Benchmark the backward pass alone, after an untimed forward pass."""
     from attention.kernels.cuda.portable import gradient
-    from attention.kernels.cuda.runtime.call import Call, Shape
+    from attention.kernels.cuda.runtime.call import CallParams, CallShape
 
     rows = []
     for dim, causal, length in SHAPES + OTHERS:
         shape, label, work = _case(dim, causal, length)
-        arrays = drawn(shape, shape, shape, shape)
-        call = Call(dim**-0.5, causal, None, None)
-        asked = Shape(shape[0], shape[1], shape[1], length, length, dim, "bf16")
+        arrays = random_arrays(shape, shape, shape, shape)
+        call = CallParams(dim**-0.5, causal, None, None)
+        shape_of_call = CallShape(shape[0], shape[1], shape[1], length, length, dim, "bf16")
         outputs = list(_with_logsumexp(arrays[:3], call))
         mx.eval(outputs)
 
-        def ours(arrays: Any = arrays, outputs: Any = outputs, asked: Shape = asked, call: Call = call) -> Any:
-            return gradient.gradients(arrays[:3], arrays[3:], outputs, asked, call)
+        def ours(
+            arrays: Any = arrays,
+            outputs: Any = outputs,
+            shape_of_call: CallShape = shape_of_call,
+            call: CallParams = call,
+        ) -> Any:
+            return gradient.gradients(arrays[:3], arrays[3:], outputs, shape_of_call, call)
 
         runs = {"ours": timed_mlx(ours), "flash2": flash_2(arrays, causal)[1]}
         rows.append(report(f"{label} backward", medians(runs), 5 * work, "TFLOP/s"))
@@ -112,7 +127,7 @@ def masks() -> list[Any]:
         sizes = {"b": batch, "h": heads, "q": queries, "k": keys}
         seen = mx.random.uniform(shape=[sizes[axis] if axis in axes else 1 for axis in "bhqk"]) < 0.9
         for name, mask in (("bool", seen), ("added", mx.where(seen, 0.0, -mx.inf).astype(mx.bfloat16))):
-            q, k, v = drawn(shape, kept, kept)
+            q, k, v = random_arrays(shape, kept, kept)
             mx.eval(mask)
             scale = dim**-0.5
 
@@ -134,10 +149,10 @@ PARTS: dict[str, Callable[[], list[Any]]] = {"forward": forward, "backward": bac
 
 def main() -> None:
     """Run the named parts, or all; `--json PATH` writes the timings."""
-    words, path = asked_for(PARTS)
-    with general_alone():
+    words, path = selected_parts(PARTS)
+    with portable_only():
         rows = [row for name, part in PARTS.items() if name in words or not words for row in part()]
-    keep(rows, path)
+    write_rows(rows, path)
 
 
 if __name__ == "__main__":

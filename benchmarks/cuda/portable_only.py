@@ -8,19 +8,19 @@ from attention.kernels.cuda import attend, choice, gradients
 
 
 @contextlib.contextmanager
-def general_alone() -> Iterator[None]:
+def portable_only() -> Iterator[None]:
     """Use the general kernels for every call, forward and backward, while the context is open."""
-    choice.set_own_left_out(True)
+    choice.set_portable_only(True)
     _forget()
     try:
         yield
     finally:
-        choice.set_own_left_out(False)
+        choice.set_portable_only(False)
         _forget()
 
 
 def _forget() -> None:
     """Clear the cached selections."""
     cuda.forget_calls()
-    for kept in (attend.repeated, gradients._own_is_taken, gradients._general_is_taken):
+    for kept in (attend.repeated_call, gradients._own_is_taken, gradients._general_is_taken):
         kept.cache_clear()

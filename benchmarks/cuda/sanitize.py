@@ -38,11 +38,11 @@ def calls(dim: int) -> None:
     import mlx.core as mx
 
     from attention.kernels.cuda.runtime import selfcheck
-    from attention.kernels.cuda.runtime.call import Shape, normal
+    from attention.kernels.cuda.runtime.call import CallShape, normalize
     from attention.kernels.cuda.sm90 import gradient
 
     for queries, keys in SIZES:
-        shape = Shape(1, 4, 2, queries, keys, dim, "bf16")
+        shape = CallShape(1, 4, 2, queries, keys, dim, "bf16")
         *primals, cotangent = selfcheck.inputs(shape)
         for causal, window, softcap in ((False, None, None), (True, None, None), (True, 70, None), (True, None, 5.0)):
 
@@ -57,7 +57,7 @@ def calls(dim: int) -> None:
                 return cuda.flash_attention(q, k, v, scale=0.1, causal=causal, window=window, softcap=softcap)
 
             mx.eval(mx.vjp(attend, primals, [cotangent])[1])
-            refusal = gradient.refusal(shape, normal(0.1, causal, window, softcap, keys))
+            refusal = gradient.refusal(shape, normalize(0.1, causal, window, softcap, keys))
             if refusal:
                 raise RuntimeError(refusal)
 
@@ -66,22 +66,22 @@ def general_calls() -> None:
     """Run calls of the general kernels, forward and backward: tilings, mask dtypes, split keys."""
     import mlx.core as mx
 
-    from attention.kernels.cuda.attend import spread
+    from attention.kernels.cuda.attend import broadcast_mask
     from attention.kernels.cuda.runtime import selfcheck
-    from attention.kernels.cuda.runtime.call import Call, Shape
-    from benchmarks.cuda.portable_only import general_alone
+    from attention.kernels.cuda.runtime.call import CallParams, CallShape
+    from benchmarks.cuda.portable_only import portable_only
 
     for (head_dim, value_dim), kind, (queries, keys) in GENERAL:
-        shape = Shape(1, 4, 2, queries, keys, head_dim, "bf16", value_dim)
-        call = Call(0.1, kind is None, None, None, kind)
+        shape = CallShape(1, 4, 2, queries, keys, head_dim, "bf16", value_dim)
+        call = CallParams(0.1, kind is None, None, None, kind)
         *primals, cotangent = selfcheck.inputs(shape)
-        masks = [spread(x, shape) for x in selfcheck.random_mask(shape, call)]
+        masks = [broadcast_mask(x, shape) for x in selfcheck.random_mask(shape, call)]
 
-        def attend(q: mx.array, k: mx.array, v: mx.array, masks: Any = masks, call: Call = call) -> mx.array:
+        def attend(q: mx.array, k: mx.array, v: mx.array, masks: Any = masks, call: CallParams = call) -> mx.array:
             mask = masks[0] if masks else None
             return cuda.flash_attention(q, k, v, scale=call.scale, causal=call.causal, mask=mask)
 
-        with general_alone():
+        with portable_only():
             mx.eval(mx.vjp(attend, primals, [cotangent])[1])
 
 
@@ -108,8 +108,8 @@ def sanitized(sanitizer: str, part: str) -> int:
         command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *own)
         start = time.monotonic()
         run = subprocess.run(command, capture_output=True, text=True, check=False)
-        told = "nothing found" if run.returncode == 0 else run.stdout + run.stderr
-        print(f"{tool:9} {part}: {told} ({time.monotonic() - start:.0f} s)", flush=True)
+        result = "nothing found" if run.returncode == 0 else run.stdout + run.stderr
+        print(f"{tool:9} {part}: {result} ({time.monotonic() - start:.0f} s)", flush=True)
         found |= int(run.returncode != 0)
     return found
 

@@ -76,7 +76,7 @@ def one_at_a_time(runs: dict[str, Run], count: int = 200) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def drawn(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> list[mx.array]:
+def random_arrays(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16) -> list[mx.array]:
     """Return random normal arrays, evaluated."""
     arrays = [mx.random.normal(shape).astype(dtype) for shape in shapes]
     mx.eval(arrays)
@@ -114,14 +114,14 @@ def report(label: str, seconds: dict[str, float], work: float, unit: str) -> dic
     return {"label": label, "seconds": seconds}
 
 
-def asked(text: str, least: float, measured: float) -> dict[str, Any]:
+def check_target(text: str, least: float, measured: float) -> dict[str, Any]:
     """Print and return whether a target figure is met."""
     holds = measured >= least
     print(f"asked: {text}: at least {least:.4g}; measured {measured:.4g}: {'holds' if holds else 'MISSED'}", flush=True)
     return {"asked": text, "least": least, "measured": measured, "holds": holds}
 
 
-def asked_for(words: Iterable[object]) -> tuple[list[str], Path | None]:
+def selected_parts(words: Iterable[object]) -> tuple[list[str], Path | None]:
     """Parse the command line; return the selected words and the file of `--json`.
 
     Raises:
@@ -138,7 +138,7 @@ def asked_for(words: Iterable[object]) -> tuple[list[str], Path | None]:
     return found.words, found.json
 
 
-def keep(rows: Sequence[object], path: Path | None) -> None:
+def write_rows(rows: Sequence[object], path: Path | None) -> None:
     """Write rows to a JSON file, if a path is given."""
     if path:
         path.write_text(json.dumps(rows, indent=1))

@@ -7,7 +7,7 @@ loaded, and a mask is read only for pairs that positions leave visible.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from attention.kernels.metal.call import Call, Shape, specialisation
+from attention.kernels.metal.call import CallParams, CallShape, specialisation
 from attention.kernels.metal.tiles import EDGE, Kind, Tile
 
 
@@ -31,7 +31,7 @@ class Traffic:
         return 2 * EDGE**3 * self.products
 
 
-def traffic(kind: Kind, shape: Shape, call: Call, splits: int = 1, span: int | None = None) -> Traffic:
+def traffic(kind: Kind, shape: CallShape, call: CallParams, splits: int = 1, span: int | None = None) -> Traffic:
     """Count the traffic of one launch of a kernel.
 
     Args:
@@ -47,7 +47,7 @@ def traffic(kind: Kind, shape: Shape, call: Call, splits: int = 1, span: int | N
     return _of_queries(tile, shape, call, splits, span or shape.keys)
 
 
-def _of_queries(tile: Tile, shape: Shape, call: Call, splits: int, span: int) -> Traffic:
+def _of_queries(tile: Tile, shape: CallShape, call: CallParams, splits: int, span: int) -> Traffic:
     """Count for kernels whose threadgroups own query rows: forward, decode and dQ."""
     found = Traffic()
     packed = tile.kind == "decode"
@@ -72,8 +72,8 @@ def _of_queries(tile: Tile, shape: Shape, call: Call, splits: int, span: int) ->
 def _block_of_queries(
     found: Traffic,
     tile: Tile,
-    shape: Shape,
-    call: Call,
+    shape: CallShape,
+    call: CallParams,
     block: range,
     queries: range,
     planes: int,
@@ -94,7 +94,7 @@ def _block_of_queries(
             found.read("mask", planes * sum(seen))
 
 
-def _of_keys(tile: Tile, shape: Shape, call: Call) -> Traffic:
+def _of_keys(tile: Tile, shape: CallShape, call: CallParams) -> Traffic:
     """Count for the dK and dV kernel, whose threadgroups own keys."""
     found = Traffic()
     planes = shape.batch * shape.heads
@@ -116,7 +116,9 @@ def _of_keys(tile: Tile, shape: Shape, call: Call) -> Traffic:
     return found
 
 
-def _key_tiles(tile: Tile, shape: Shape, call: Call, queries: range, span: tuple[int, int]) -> Iterator[range]:
+def _key_tiles(
+    tile: Tile, shape: CallShape, call: CallParams, queries: range, span: tuple[int, int]
+) -> Iterator[range]:
     """Yield the key tiles of a query block's loop."""
     shift = shape.keys - shape.queries
     start = 0 if call.window is None else max(0, queries[0] + shift - call.window + 1) // tile.block_k * tile.block_k
@@ -125,7 +127,7 @@ def _key_tiles(tile: Tile, shape: Shape, call: Call, queries: range, span: tuple
         yield range(key0, min(key0 + tile.block_k, shape.keys))
 
 
-def _query_tiles(tile: Tile, shape: Shape, call: Call, keys: range) -> Iterator[range]:
+def _query_tiles(tile: Tile, shape: CallShape, call: CallParams, keys: range) -> Iterator[range]:
     """Yield the query tiles of a key block's loop."""
     shift = shape.keys - shape.queries
     start = max(0, keys[0] - shift) // tile.block_q * tile.block_q if call.causal else 0
@@ -134,7 +136,7 @@ def _query_tiles(tile: Tile, shape: Shape, call: Call, keys: range) -> Iterator[
         yield range(query0, min(query0 + tile.block_q, shape.queries))
 
 
-def _seen_by(call: Call, shape: Shape, query: int, keys: range) -> int:
+def _seen_by(call: CallParams, shape: CallShape, query: int, keys: range) -> int:
     """Return how many of the keys are visible to a query by position."""
     position = query + shape.keys - shape.queries
     stop = min(keys.stop, position + 1) if call.causal else keys.stop

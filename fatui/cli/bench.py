@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from attention.core.plan import Plan
-    from fatui.cli.exports import Delivery
+    from fatui.cli.exports import Export
     from fatui.storage.preset_format import Preset
 
 DEFAULT_PRESET: Final = "quick"
@@ -36,12 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: with every mistake in the request, before anything has run.
     """
     plan, preset, deliveries = request(arguments)
-    from fatui.cli.run import measure
+    from fatui.cli.run import run_plan
 
-    return measure(plan, _command(arguments, preset), preset.name, deliveries)
+    return run_plan(plan, _command(arguments, preset), preset.name, deliveries)
 
 
-def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery]]":
+def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]":
     """Build the plan from the command line, and report all mistakes at once."""
     from msgspec import structs
 
@@ -49,14 +49,14 @@ def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Delivery
     from fatui.cli import options as cli_options
     from fatui.storage.presets import load
 
-    mistakes = cli_options.Mistakes()
+    mistakes = cli_options.Problems()
     preset = mistakes.catch(lambda: load(preset_name(arguments))) or load(DEFAULT_PRESET)
-    cases = mistakes.catch(lambda: cli_options.overridden(preset.cases, cli_options.given_values(arguments)))
+    cases = mistakes.catch(lambda: cli_options.with_overrides(preset.cases, cli_options.given_values(arguments)))
     names = mistakes.catch(lambda: cli_options.implementations(arguments.impl, preset))
     seconds = mistakes.catch(lambda: cli_options.seconds_of(arguments.seconds, preset.seconds))
     limit = mistakes.catch(lambda: cli_options.limit_of(arguments.memory_limit, preset.memory_limit_bytes))
-    deliveries = mistakes.catch(lambda: exports.wanted(arguments))
-    mistakes.tell()
+    deliveries = mistakes.catch(lambda: exports.requested_exports(arguments))
+    mistakes.raise_all()
     plan = structs.replace(
         preset.plan(),
         cases=cases,

@@ -8,7 +8,7 @@ from fatui.cli import messages
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from fatui.report.comparison import Change, Comparison
+    from fatui.report.comparison import Comparison, RowChange
 
 EXAMPLE: Final = """examples:
   fatui compare last~1 last     the run before the last, and the last
@@ -33,14 +33,14 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from fatui.cli.printing import show
     from fatui.report.comparison import compare
-    from fatui.storage.history import History
+    from fatui.storage.history import RunHistory
 
-    history = History()
+    history = RunHistory()
     try:
         comparison = compare(history.get(arguments.before), history.get(arguments.after))
     finally:
         if history.notice:
-            messages.tell(history.notice)
+            messages.print_line(history.notice)
     show(comparison_table(comparison))
     return messages.DONE
 
@@ -61,20 +61,20 @@ def comparison_table(comparison: "Comparison") -> "RenderableType":
     return Group(title, *blocks, *(Text(note, style="dim") for note in notes))
 
 
-def _by_workload(comparison: "Comparison") -> "dict[str, list[Change]]":
-    groups: dict[str, list[Change]] = {}
+def _by_workload(comparison: "Comparison") -> "dict[str, list[RowChange]]":
+    groups: dict[str, list[RowChange]] = {}
     for change in comparison.changes:
         groups.setdefault(change.workload.label, []).append(change)
     return groups
 
 
-def _block(changes: "list[Change]") -> "RenderableType":
+def _block(changes: "list[RowChange]") -> "RenderableType":
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     from fatui import formatting
-    from fatui.report.table import shortened
+    from fatui.report.table import short_name
 
     title = Text(f"\n{changes[0].workload.label}", style="bold")
     title.append(f" · {_basis(changes[0])}", style="not bold dim")
@@ -84,12 +84,12 @@ def _block(changes: "list[Change]") -> "RenderableType":
     for change in changes:
         calls = (formatting.interval_text(row.call_s) for row in (change.before, change.after))
         times = f"{formatting.three(change.times.value)}x" if change.times else formatting.UNKNOWN
-        texts = (shortened(change.implementation), *calls, times, formatting.speedup_text(change.ratio), _word(change))
+        texts = (short_name(change.implementation), *calls, times, formatting.speedup_text(change.ratio), _word(change))
         table.add_row(*texts)
     return Group(title, table)
 
 
-def _basis(change: "Change") -> str:
+def _basis(change: "RowChange") -> str:
     """Describe the reference of a case's changes, and how large a change must be to count."""
     from fatui import formatting
 
@@ -103,7 +103,7 @@ def _basis(change: "Change") -> str:
     return f"relative to {change.reference}, which is {itself}; {counts}"
 
 
-def _word(change: "Change") -> str:
+def _word(change: "RowChange") -> str:
     from fatui import formatting
 
     states = [row.status for row in (change.before, change.after) if row.status != "ok"]

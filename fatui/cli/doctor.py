@@ -60,8 +60,8 @@ def _write_report(path: Path, measure: bool) -> int:
 
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise UsageError(f"--report: '{path}' is not a file in a folder that exists")
-    write_atomically(path, make(messages.tell, measure))
-    messages.tell(f"wrote {path}; read it through before you send it")
+    write_atomically(path, make(messages.print_line, measure))
+    messages.print_line(f"wrote {path}; read it through before you send it")
     return messages.DONE
 
 

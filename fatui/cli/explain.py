@@ -34,12 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
         NoBackendError: there is nothing to run on.
     """
     from attention.measure.device import probe
-    from fatui.cli.options import given_values, implementations, overridden
+    from fatui.cli.options import given_values, implementations, with_overrides
     from fatui.cli.printing import show
     from fatui.storage.presets import load
 
     preset = load("quick" if arguments.preset is None else arguments.preset)
-    cases = overridden(preset.cases, given_values(arguments))
+    cases = with_overrides(preset.cases, given_values(arguments))
     names = implementations(arguments.impl, preset) if arguments.impl or arguments.preset else _all()
     device = probe()
     for case in cases:
@@ -61,7 +61,7 @@ def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "R
     from rich.text import Text
 
     from fatui import formatting
-    from fatui.report.table import shortened
+    from fatui.report.table import short_name
 
     title = Text(case.label, style="bold")
     facts = f" · {formatting.flops(case.flops)} · {formatting.size(case.bytes_moved)} in and out"
@@ -76,7 +76,7 @@ def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "R
         kernel = "n/a" if not route.supported else "fused" if route.fused else "unfused"
         style = "" if route.supported else "dim"
         needs = formatting.size(route.predicted_bytes)
-        table.add_row(shortened(name), route.path, kernel, needs, _why(route, case, device), style=style)
+        table.add_row(short_name(name), route.path, kernel, needs, _why(route, case, device), style=style)
     return Group(title, table)
 
 
@@ -86,13 +86,13 @@ def _chosen(case: "Workload", device: "Device") -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    from attention.implementations.bounded.explain import facts
+    from attention.implementations.bounded.explain import explain
     from attention.implementations.bounded.implementation import Practical
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, show_header=False)
     for number in range(3):
         table.add_column(no_wrap=number < 2, overflow="fold", style="dim" if number == 0 else "")
-    for fact in facts(Practical(), case, device):
+    for fact in explain(Practical(), case, device):
         table.add_row(fact.what, fact.value, fact.why)
     return Group(Text("what practical chose", style="dim"), table)
 
@@ -100,10 +100,10 @@ def _chosen(case: "Workload", device: "Device") -> "RenderableType":
 def _route(name: str, case: "Workload", device: "Device") -> "Route":
     from attention.core.errors import UsageError
     from attention.core.route import unsupported
-    from attention.implementations import get
+    from attention.implementations import load_implementation
 
     try:
-        return get(name).route(case, device)
+        return load_implementation(name).route(case, device)
     except UsageError:
         raise
     except Exception as error:

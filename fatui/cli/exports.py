@@ -18,7 +18,7 @@ STDOUT: Final = "-"
 FORMATS: Final = ("json", "csv", "markdown")
 
 
-class Delivery(Struct, frozen=True):
+class Export(Struct, frozen=True):
     """One export: its format, and its target, a file or "-" for stdout."""
 
     format: str
@@ -34,25 +34,25 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def wanted(arguments: argparse.Namespace, formats: Sequence[str] = FORMATS) -> list[Delivery]:
+def requested_exports(arguments: argparse.Namespace, formats: Sequence[str] = FORMATS) -> list[Export]:
     """Return the exports requested on the command line; a format is named as its option.
 
     Raises:
         UsageError: with one problem for each target that is not writable or is used twice.
     """
-    asked = [Delivery(name, getattr(arguments, name)) for name in formats if getattr(arguments, name) is not None]
-    problems = [problem for delivery in asked if (problem := _problem(delivery))]
-    targets = [item.target if item.target == STDOUT else os.path.realpath(item.target) for item in asked]
-    for number, item in enumerate(asked):
+    exports = [Export(name, getattr(arguments, name)) for name in formats if getattr(arguments, name) is not None]
+    problems = [problem for delivery in exports if (problem := _problem(delivery))]
+    targets = [item.target if item.target == STDOUT else os.path.realpath(item.target) for item in exports]
+    for number, item in enumerate(exports):
         if targets[number] in targets[:number]:
-            first = asked[targets.index(targets[number])].format
+            first = exports[targets.index(targets[number])].format
             problems.append(f"--{item.format}: '{item.target}' is already the file of --{first}")
     if problems:
         raise UsageError(*problems)
-    return asked
+    return exports
 
 
-def _problem(delivery: Delivery) -> str | None:
+def _problem(delivery: Export) -> str | None:
     option, path = f"--{delivery.format}", Path(delivery.target)
     if delivery.target == STDOUT:
         return None
@@ -70,16 +70,16 @@ def _is_replaced(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
-def deliver(delivery: Delivery, report: Report, study: Mapping[str, Any] | None = None) -> str | None:
+def write_export(delivery: Export, report: Report, study: Mapping[str, Any] | None = None) -> str | None:
     """Write one export of a run; return an error message of one line, or None.
 
     Raises:
         OSError: stdout could not be written.
     """
-    return put(delivery, _text(delivery.format, report, study))
+    return write_text(delivery, _text(delivery.format, report, study))
 
 
-def put(delivery: Delivery, text: str) -> str | None:
+def write_text(delivery: Export, text: str) -> str | None:
     """Write a text to an export's target; return an error message of one line, or None.
 
     Raises:

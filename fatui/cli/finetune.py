@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from attention.core.plan import FineTuningPlan
     from attention.core.workload import FineTuning
-    from fatui.cli.exports import Delivery
+    from fatui.cli.exports import Export
 
 SECONDS: Final = 300.0
 SIZES: Final = ("iters", "seq", "batch", "rank")
@@ -26,14 +26,14 @@ Exit codes: 0 done, 1 a row failed or is inaccurate, 2 wrong usage, 3 no backend
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from attention.core.workload import COMPARED
-    from attention.mlx_lm.configuration import names
+    from attention.core.workload import MAX_COMPARED_LENGTH
+    from attention.mlx_lm.configuration import bundled_names
     from fatui.cli.exports import add_export_options
     from fatui.cli.options import add_limit_options
 
-    parser.epilog = EXAMPLE.format(models=", ".join(names()))
+    parser.epilog = EXAMPLE.format(models=", ".join(bundled_names()))
     parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
-    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(COMPARED)})")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MAX_COMPARED_LENGTH)})")
     parser.add_argument("--iters", metavar="N", default="100", help="iterations (100)")
     parser.add_argument("--seq", metavar="N", default="512", help="tokens of each sequence (512)")
     parser.add_argument("--batch", metavar="N", default="4", help="sequences of an iteration (4)")
@@ -56,13 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
     from attention.mlx_lm.configuration import check_mlx_lm
 
     check_mlx_lm()
-    from fatui.cli.run import measure
+    from fatui.cli.run import run_plan
     from fatui.reproduce import finetune_command
 
-    return measure(plan, finetune_command(plan), None, deliveries)
+    return run_plan(plan, finetune_command(plan), None, deliveries)
 
 
-def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Delivery]]":
+def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Export]]":
     """Build the plan from the command line, and report all mistakes at once."""
     from attention.core.plan import FineTuningPlan
     from fatui.cli.options import model_plan
@@ -72,11 +72,11 @@ def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Delive
 
 def _case(arguments: argparse.Namespace) -> "FineTuning":
     from attention.core.workload import FineTuning
-    from attention.mlx_lm.configuration import find
+    from attention.mlx_lm.configuration import find_model
     from attention.mlx_lm.text import read
     from fatui.cli.options import whole_numbers
 
-    layers = find(arguments.model).layers
+    layers = find_model(arguments.model).layers
     read(arguments.data)
     sizes = {name: whole_numbers(getattr(arguments, name), f"--{name}", single=True)[0] for name in SIZES}
     tuned = whole_numbers(arguments.lora_layers, "--lora-layers", single=True)[0]

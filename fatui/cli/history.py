@@ -4,11 +4,11 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 from attention.core.errors import UsageError
-from attention.core.files import expanded
+from attention.core.files import expand_home
 from fatui.cli import messages
 
 if TYPE_CHECKING:
-    from fatui.storage.history import History
+    from fatui.storage.history import RunHistory
 
 ACTIONS: Final = ("list", "show", "rm", "add")
 EXAMPLE: Final = """examples:
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         HistoryError: the history is unusable, or has no such run.
     """
     from attention.core.errors import suggestion
-    from fatui.storage.history import History
+    from fatui.storage.history import RunHistory
 
     if arguments.action not in ACTIONS:
         hint = suggestion(arguments.action, ACTIONS)
@@ -50,15 +50,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"history list: it takes nothing further, got '{arguments.id}'; `show ID` shows a run")
     if arguments.action == "list" and arguments.id is not None:
         raise UsageError(f"history list: got '{arguments.id}'; it takes nothing more")
-    history = History()
+    history = RunHistory()
     try:
         return _do(arguments, history)
     finally:
         if history.notice:
-            messages.tell(history.notice)
+            messages.print_line(history.notice)
 
 
-def _do(arguments: argparse.Namespace, history: "History") -> int:
+def _do(arguments: argparse.Namespace, history: "RunHistory") -> int:
     if arguments.action == "list":
         return _list(history)
     if arguments.action == "show":
@@ -67,18 +67,18 @@ def _do(arguments: argparse.Namespace, history: "History") -> int:
         return _add(arguments.id, history)
     identity = history.find(arguments.id)
     history.remove(identity)
-    messages.tell(f"removed run {identity}")
+    messages.print_line(f"removed run {identity}")
     return messages.DONE
 
 
-def _list(history: "History") -> int:
+def _list(history: "RunHistory") -> int:
     from rich.table import Table
 
     from fatui.cli.printing import show
 
     runs = history.runs()
     if not runs:
-        messages.tell("no runs yet; `fatui bench quick` makes one")
+        messages.print_line("no runs yet; `fatui bench quick` makes one")
         return messages.DONE
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     for head in ("id", "started", "preset", "cases", "finding"):
@@ -91,23 +91,23 @@ def _list(history: "History") -> int:
     return messages.DONE
 
 
-def _add(name: str, history: "History") -> int:
+def _add(name: str, history: "RunHistory") -> int:
     from fatui.storage.result_files import read
 
-    report = read(expanded(name))
+    report = read(expand_home(name))
     history.add(report)
-    messages.tell(f"added run {report.run.id}")
+    messages.print_line(f"added run {report.run.id}")
     return messages.DONE
 
 
-def _show(arguments: argparse.Namespace, history: "History") -> int:
-    from fatui.cli.exports import wanted
-    from fatui.cli.run import deliver_files, print_results
+def _show(arguments: argparse.Namespace, history: "RunHistory") -> int:
+    from fatui.cli.exports import requested_exports
+    from fatui.cli.run import print_results, write_files
 
-    deliveries = wanted(arguments)
+    deliveries = requested_exports(arguments)
     report = history.get(arguments.id)
-    failures = deliver_files(report, deliveries)
+    failures = write_files(report, deliveries)
     print_results(report, deliveries)
     for failure in failures:
-        messages.tell(failure)
+        messages.print_line(failure)
     return messages.FAILED if failures else messages.DONE

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final, NoReturn, TextIO
 
 from fatui import __version__  # nothing of the engine: --help is to be there at once
-from fatui.cli.messages import DONE, FAILED, INTERRUPTED, NO_BACKEND, WRONG_USAGE, tell
+from fatui.cli.messages import DONE, FAILED, INTERRUPTED, NO_BACKEND, WRONG_USAGE, print_line
 
 COMMANDS: Final = {
     "bench": "measure a preset, or the shapes that options give, and print the table",
@@ -54,22 +54,22 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code; stdout carries only results, stderr everything else."""
     if not _fill_closed_streams():
-        tell("cannot write the results: stdout is closed")
+        print_line("cannot write the results: stdout is closed")
         return FAILED
     for stream in (sys.stdout, sys.stderr):
         # Characters that the terminal's encoding lacks, such as ±, are printed as question marks.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        code = _told(list(sys.argv[1:] if argv is None else argv))
+        code = _run_and_report(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
-        return _silenced(DONE)
+        return _discard_stdout(DONE)
     except KeyboardInterrupt:
-        return _silenced(INTERRUPTED)
+        return _discard_stdout(INTERRUPTED)
     except OSError as error:
-        tell(f"cannot write the results: {error.strerror or error}")
-        return _silenced(FAILED)
+        print_line(f"cannot write the results: {error.strerror or error}")
+        return _discard_stdout(FAILED)
     return code
 
 
@@ -84,7 +84,7 @@ def _fill_closed_streams() -> bool:
     return was_open
 
 
-def _told(arguments: list[str]) -> int:
+def _run_and_report(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except SystemExit as error:  # argparse, after --help and --version
@@ -103,18 +103,18 @@ def _code_of(error: Exception) -> int | None:
 
     if isinstance(error, UsageError):
         for problem in error.problems:
-            tell(problem)
+            print_line(problem)
         return WRONG_USAGE
     if isinstance(error, NoBackendError):
-        tell(error)
+        print_line(error)
         return NO_BACKEND
     if isinstance(error, HistoryError):
-        tell(error)
+        print_line(error)
         return WRONG_USAGE if isinstance(error, UnknownRun) else FAILED
     return None
 
 
-def _silenced(code: int) -> int:
+def _discard_stdout(code: int) -> int:
     """Redirect stdout to /dev/null, so that the interpreter's last flush cannot fail."""
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)

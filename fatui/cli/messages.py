@@ -19,7 +19,7 @@ NO_BACKEND: Final = 3
 INTERRUPTED: Final = 130
 
 
-def tell(problem: object) -> None:
+def print_line(problem: object) -> None:
     """Print one line on stderr, with control characters replaced."""
     if sys.stderr is None:
         return

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from attention.core.plan import GenerationPlan
-    from fatui.cli.exports import Delivery
+    from fatui.cli.exports import Export
 
 PROMPTS: Final = "512"
 GENERATE: Final = "64"
@@ -26,14 +26,14 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backen
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from attention.core.workload import COMPARED
-    from attention.mlx_lm.configuration import names
+    from attention.core.workload import MAX_COMPARED_LENGTH
+    from attention.mlx_lm.configuration import bundled_names
     from fatui.cli.exports import add_export_options
     from fatui.cli.options import add_limit_options
 
-    parser.epilog = EXAMPLE.format(models=", ".join(names()))
+    parser.epilog = EXAMPLE.format(models=", ".join(bundled_names()))
     parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
-    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(COMPARED)})")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MAX_COMPARED_LENGTH)})")
     parser.add_argument("--prompt", metavar="A,B", default=PROMPTS, help=f"tokens of each prompt ({PROMPTS})")
     parser.add_argument("--generate", metavar="N", default=GENERATE, help=f"tokens of a decode sample ({GENERATE})")
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
@@ -54,13 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
     from attention.mlx_lm.configuration import check_mlx_lm
 
     check_mlx_lm()
-    from fatui.cli.run import measure
+    from fatui.cli.run import run_plan
     from fatui.reproduce import model_command
 
-    return measure(plan, model_command(plan), None, deliveries)
+    return run_plan(plan, model_command(plan), None, deliveries)
 
 
-def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Delivery]]":
+def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Export]]":
     """Build the plan from the command line, and report all mistakes at once."""
     from attention.core.plan import GenerationPlan
     from fatui.cli.options import model_plan
@@ -70,11 +70,11 @@ def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Delive
 
 def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
     from attention.core.workload import generations
-    from attention.mlx_lm.configuration import find
+    from attention.mlx_lm.configuration import find_model
     from fatui.cli.options import whole_numbers
 
     return generations(
-        find(arguments.model).layers,
+        find_model(arguments.model).layers,
         model=arguments.model,
         prompts=whole_numbers(arguments.prompt, "--prompt"),
         batches=whole_numbers(arguments.batch, "--batch"),

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attention.core.errors import UsageError
-from attention.core.workload import LARGEST, Workload
-from fatui.quantities import parse
-from fatui.storage.preset_format import FIELDS, MOST_CASES, Preset, checked_names, given_fields, workloads
+from attention.core.workload import MAX_SIZES, Workload
+from fatui.quantities import parse_number
+from fatui.storage.preset_format import FIELDS, MAX_CASES, Preset, check_names, given_fields, workloads
 
 if TYPE_CHECKING:
     from attention.core.plan import FineTuningPlan, GenerationPlan
-    from fatui.cli.exports import Delivery
+    from fatui.cli.exports import Export
 
 
 Values = dict[str, list[Any]]
@@ -27,7 +27,7 @@ HELP: Final = {
     "mask": "none, causal or window:N",
     "pass": "forward, training or decode",
 }
-LONGEST_SHOWN: Final = 40
+MAX_SHOWN: Final = 40
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +49,11 @@ def _values(text: str, name: str) -> list[Any]:
 
 
 def _number_or_text(text: str, name: str) -> int | str:
-    shown = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
+    shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
     try:
-        if name in LARGEST and text[-1:].lower() in ("k", "m"):
-            return parse(text, name)  # 4k, as the app's sliders take it
-        return int(text) if len(text) <= LONGEST_SHOWN and text.isascii() else shown
+        if name in MAX_SIZES and text[-1:].lower() in ("k", "m"):
+            return parse_number(text, name)  # 4k, as the app's sliders take it
+        return int(text) if len(text) <= MAX_SHOWN and text.isascii() else shown
     except ValueError:
         return shown
 
@@ -64,10 +64,10 @@ def implementations(text: str | None, preset: Preset) -> tuple[str, ...]:
     Raises:
         UsageError: with one problem for each unknown name.
     """
-    return preset.implementations if text is None else checked_names([part.strip() for part in text.split(",")])
+    return preset.implementations if text is None else check_names([part.strip() for part in text.split(",")])
 
 
-def overridden(cases: Sequence[Workload], values: Values) -> tuple[Workload, ...]:
+def with_overrides(cases: Sequence[Workload], values: Values) -> tuple[Workload, ...]:
     """Return a preset's cases with the given fields overridden.
 
     Raises:
@@ -84,8 +84,8 @@ def overridden(cases: Sequence[Workload], values: Values) -> tuple[Workload, ...
             problems.update(dict.fromkeys(error.problems))
     if problems:
         raise UsageError(*problems)
-    if len(made) > MOST_CASES:
-        raise UsageError(f"the options make {len(made):,} cases; at most {MOST_CASES:,} are taken")
+    if len(made) > MAX_CASES:
+        raise UsageError(f"the options make {len(made):,} cases; at most {MAX_CASES:,} are taken")
     return tuple(made)
 
 
@@ -98,8 +98,8 @@ def _one_overridden(case: Workload, values: Values) -> tuple[Workload, ...]:
     count = 1
     for several in values.values():
         count *= len(several)
-    if count > MOST_CASES:
-        raise UsageError(f"the options make {count:,} cases of each of the preset's; at most {MOST_CASES:,} are taken")
+    if count > MAX_CASES:
+        raise UsageError(f"the options make {count:,} cases of each of the preset's; at most {MAX_CASES:,} are taken")
     single = {name: several[0] for name, several in values.items() if len(several) == 1}
     return workloads({**base, **single}, {name: several for name, several in values.items() if len(several) > 1})
 
@@ -108,7 +108,7 @@ T = TypeVar("T")
 M = TypeVar("M", "GenerationPlan", "FineTuningPlan")
 
 
-class Mistakes:
+class Problems:
     """Collector of usage errors, to report them together."""
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Mistakes:
             self._problems.extend(error.problems)
             return None
 
-    def tell(self) -> None:
+    def raise_all(self) -> None:
         """Raise one UsageError with all problems, if there are any."""
         if self._problems:
             raise UsageError(*self._problems)
@@ -146,7 +146,7 @@ def seconds_of(text: str | None, otherwise: float) -> float:
     Raises:
         UsageError: the text is not a number, or outside the accepted range.
     """
-    from fatui.storage.preset_format import LONGEST_S, SHORTEST_S, number_between
+    from fatui.storage.preset_format import MAX_SECONDS, MIN_SECONDS, number_between
 
     if text is None:
         return otherwise
@@ -154,12 +154,12 @@ def seconds_of(text: str | None, otherwise: float) -> float:
         value: object = float(text)
     except ValueError:
         value = text
-    return number_between(value, "--seconds", SHORTEST_S, LONGEST_S)
+    return number_between(value, "--seconds", MIN_SECONDS, MAX_SECONDS)
 
 
 def model_plan(
     arguments: argparse.Namespace, read_cases: Callable[[], Sequence[Any]], kind: type[M], otherwise_s: float
-) -> "tuple[M, list[Delivery]]":
+) -> "tuple[M, list[Export]]":
     """Parse the options of a command that measures models, and report all mistakes at once.
 
     Args:
@@ -171,17 +171,19 @@ def model_plan(
     Raises:
         UsageError: with every mistake.
     """
-    from attention.core.workload import COMPARED
-    from fatui.cli.exports import wanted
-    from fatui.storage.preset_format import checked_names
+    from attention.core.workload import MAX_COMPARED_LENGTH
+    from fatui.cli.exports import requested_exports
+    from fatui.storage.preset_format import check_names
 
-    mistakes = Mistakes()
+    mistakes = Problems()
     cases = mistakes.catch(read_cases)
-    names = mistakes.catch(lambda: checked_names(arguments.impl.split(",") if arguments.impl else list(COMPARED)))
+    names = mistakes.catch(
+        lambda: check_names(arguments.impl.split(",") if arguments.impl else list(MAX_COMPARED_LENGTH))
+    )
     seconds = mistakes.catch(lambda: seconds_of(arguments.seconds, otherwise_s))
     limit = mistakes.catch(lambda: limit_of(arguments.memory_limit))
-    deliveries = mistakes.catch(lambda: wanted(arguments))
-    mistakes.tell()
+    deliveries = mistakes.catch(lambda: requested_exports(arguments))
+    mistakes.raise_all()
     plan = kind(
         cases=tuple(cases or ()),
         implementations=names or (),

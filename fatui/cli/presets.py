@@ -67,13 +67,13 @@ def _show(name: str) -> int:
     import sys
 
     from fatui.storage.presets import load
-    from fatui.untrusted_text import clean
+    from fatui.untrusted_text import escape_controls
 
     preset = load(name)
     assert preset.source is not None
     text = preset.source.read_text(encoding="utf-8")
     # A file or pipe gets the text unchanged; a terminal would execute escape codes in its comments.
-    sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
+    sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
     return messages.DONE
 
 

@@ -9,10 +9,10 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from fatui.untrusted_text import MAX_SHOWN, clean
+from fatui.untrusted_text import MAX_SHOWN, escape_controls
 
 PIPED_WIDTH: Final = 100
-WIDEST: Final = 140
+MAX_WIDTH: Final = 140
 
 
 class PlainConsole(Console):
@@ -21,7 +21,7 @@ class PlainConsole(Console):
     def render_str(self, text: str, **layout: Any) -> Text:
         """Return a string as plain text, with control characters replaced before its width is measured."""
         given = {name: layout[name] for name in ("style", "justify", "overflow") if layout.get(name)}
-        return Text(clean(text, MAX_SHOWN), **given)
+        return Text(escape_controls(text, MAX_SHOWN), **given)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render as Rich does, and replace the control characters that are left in the segments."""
@@ -29,7 +29,7 @@ class PlainConsole(Console):
             if segment.control or segment.text == "\n" or segment.text.isprintable():
                 yield segment
             else:
-                yield Segment(clean(segment.text), segment.style)
+                yield Segment(escape_controls(segment.text), segment.style)
 
 
 def console(stream: TextIO) -> PlainConsole:
@@ -45,7 +45,7 @@ def _columns() -> int | None:
 
 def results_width() -> int:
     """Columns available to tables on stdout."""
-    return min(console(sys.stdout).width, WIDEST)
+    return min(console(sys.stdout).width, MAX_WIDTH)
 
 
 def show(*renderables: RenderableType) -> None:
@@ -53,5 +53,5 @@ def show(*renderables: RenderableType) -> None:
     out = console(sys.stdout)
     with out.capture() as captured:
         for renderable in renderables:
-            out.print(renderable, width=min(out.width, WIDEST))
+            out.print(renderable, width=min(out.width, MAX_WIDTH))
     sys.stdout.write("\n".join(line.rstrip() for line in captured.get().split("\n")))

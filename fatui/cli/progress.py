@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Final, Self
 
 from attention.core import events as on
 from attention.core.plan import AnyPlan
-from attention.implementations.autotune.tuning_events import in_words
+from attention.implementations.autotune.tuning_events import log_line
 from fatui import formatting
-from fatui.cli.messages import tell
+from fatui.cli.messages import print_line
 from fatui.engine_process import Silence
-from fatui.tui.view_models.journal import expected
+from fatui.tui.view_models.journal import estimate_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,7 +23,7 @@ MAX_QUIET_S: Final = 10.0
 """Without a bar, the current step is printed after this long without a line."""
 
 
-class Narrator:
+class ProgressPrinter:
     """Reporter of a run's progress on stderr, from its events."""
 
     def __init__(self, plan: AnyPlan) -> None:
@@ -58,30 +58,30 @@ class Narrator:
                 self._draw()
             case on.CaseStarted() if self._bar is None:
                 label = self._plan.cases[event.case].label
-                self._say(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
-            case on.Expected():
-                self._say(expected(event))
+                self._print_once(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
+            case on.CaseTimeEstimated():
+                self._print_once(estimate_line(event))
             case on.StepStarted(step="training") if self._bar is None:
-                self._say(f"{event.implementation}: training")
+                self._print_once(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:
-                self._say(f"{event.implementation}: {event.status}")  # the reason is printed below the table
+                self._print_once(f"{event.implementation}: {event.status}")  # the reason is printed below the table
             case on.Tuned() | on.Switched():
-                self._say(in_words(event))
+                self._print_once(log_line(event))
             case on.Message():
-                self._say(event.text if event.level == "info" else f"{event.level}: {event.text}")
+                self._print_once(event.text if event.level == "info" else f"{event.level}: {event.text}")
 
     def tick(self, silence: Silence) -> None:
         """Update the time left; warn that the engine is silent, and again each time the silence has doubled."""
         self._draw()
         if self._bar is None and time.monotonic() - self._told_at >= MAX_QUIET_S:
-            self._say(self._progress.now if self._progress else "starting the engine")
+            self._print_once(self._progress.now if self._progress else "starting the engine")
         if not silence.unexplained:
             self._silence_told_s = 0.0
         elif silence.seconds >= 2 * self._silence_told_s:
             self._silence_told_s = silence.seconds
             at = f" ({silence.step})" if silence.step else ""
             lasted = formatting.duration(silence.seconds)
-            self._say(f"the engine has been silent for {lasted}{at}; ctrl+c stops it and keeps the results")
+            self._print_once(f"the engine has been silent for {lasted}{at}; ctrl+c stops it and keeps the results")
 
     def _draw(self) -> None:
         now, event = time.monotonic(), self._progress
@@ -92,7 +92,7 @@ class Narrator:
         self._bar.update(self._task, completed=event.done, description=event.now, left=left)
         self._bar.refresh()
 
-    def _say(self, text: str) -> None:
+    def _print_once(self, text: str) -> None:
         """Print a line unless it repeats the last one, as when a restarted engine begins its case again."""
         if text == self._told:
             return
@@ -100,7 +100,7 @@ class Narrator:
         if self._bar:
             self._bar.console.print(f"fatui: {text}", markup=False, highlight=False)
         else:
-            tell(text)
+            print_line(text)
 
 
 def _bar() -> "Progress":

@@ -3,13 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING, Final
 
-from attention.core.files import expanded
+from attention.core.files import expand_home
 from fatui.cli import messages
 
 if TYPE_CHECKING:
     from attention.core.results import Report
-    from fatui.cli.exports import Delivery
-    from fatui.storage.history import History
+    from fatui.cli.exports import Export
+    from fatui.storage.history import RunHistory
 
 FORMATS: Final = ("html", "markdown")
 EXAMPLE: Final = """examples:
@@ -36,31 +36,31 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: a file is not a run, or the target is not writable.
         HistoryError: the history is unusable, or has no such run.
     """
-    from fatui.cli.exports import STDOUT, Delivery, wanted
-    from fatui.storage.history import History
+    from fatui.cli.exports import STDOUT, Export, requested_exports
+    from fatui.storage.history import RunHistory
 
-    deliveries = wanted(arguments, FORMATS) or [Delivery("markdown", STDOUT)]
-    history = History()
+    deliveries = requested_exports(arguments, FORMATS) or [Export("markdown", STDOUT)]
+    history = RunHistory()
     try:
         reports = [_read(name, history) for name in arguments.runs] if arguments.runs else _latest(history)
     finally:
         if history.notice:
-            messages.tell(history.notice)
+            messages.print_line(history.notice)
     if not reports:
-        messages.tell("report: no run is kept yet; `fatui bench seed-table` makes one")
+        messages.print_line("report: no run is kept yet; `fatui bench seed-table` makes one")
         return messages.FAILED
     return _write(reports, deliveries)
 
 
-def _read(name: str, history: "History") -> "Report":
+def _read(name: str, history: "RunHistory") -> "Report":
     """Read a run from a file if there is one of that name, else from the history."""
     from fatui.storage.result_files import read
 
-    path = expanded(name)
+    path = expand_home(name)
     return read(path) if "/" in name or path.is_file() else history.get(name)
 
 
-def _latest(history: "History") -> "list[Report]":
+def _latest(history: "RunHistory") -> "list[Report]":
     """Return the last run, and all others with its device and versions."""
     lines = history.runs()
     if not lines:
@@ -71,19 +71,19 @@ def _latest(history: "History") -> "list[Report]":
     return [last, *(report for report in found if report.environment == last.environment)]
 
 
-def _readable(name: str, history: "History") -> "Report | None":
+def _readable(name: str, history: "RunHistory") -> "Report | None":
     """Return a run of the history, or None, with a warning, if it cannot be read."""
     from fatui.storage.history import HistoryError
 
     try:
         return history.get(name)
     except HistoryError as error:
-        messages.tell(f"{error}; it is left out")
+        messages.print_line(f"{error}; it is left out")
         return None
 
 
-def _write(reports: "list[Report]", deliveries: "list[Delivery]") -> int:
-    from fatui.cli.exports import put
+def _write(reports: "list[Report]", deliveries: "list[Export]") -> int:
+    from fatui.cli.exports import write_text
     from fatui.report.compose import compose
     from fatui.report.html import to_html
     from fatui.report.markdown import to_markdown
@@ -92,8 +92,8 @@ def _write(reports: "list[Report]", deliveries: "list[Delivery]") -> int:
     problems = [
         problem
         for item in deliveries
-        if (problem := put(item, to_html(document) if item.format == "html" else to_markdown(document)))
+        if (problem := write_text(item, to_html(document) if item.format == "html" else to_markdown(document)))
     ]
     for problem in problems:
-        messages.tell(problem)
+        messages.print_line(problem)
     return messages.FAILED if problems else messages.DONE

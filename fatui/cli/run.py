@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 from attention.core.plan import AnyPlan
 from attention.engine.record import AnyRecord
 from fatui.cli import messages
-from fatui.cli.progress import Narrator
+from fatui.cli.progress import ProgressPrinter
 from fatui.engine_process import Engine
 
 if TYPE_CHECKING:
     from attention.core.events import RunRefused
     from attention.core.results import Report
-    from fatui.cli.exports import Delivery
+    from fatui.cli.exports import Export
 
 
-def measure(plan: "AnyPlan", command: str, preset: str | None, deliveries: "list[Delivery]") -> int:
+def run_plan(plan: "AnyPlan", command: str, preset: str | None, deliveries: "list[Export]") -> int:
     """Run a plan, export, store and print its results; return the exit code.
 
     Args:
@@ -27,35 +27,35 @@ def measure(plan: "AnyPlan", command: str, preset: str | None, deliveries: "list
         preset: the preset's name, if any.
         deliveries: the exports.
     """
-    from fatui.reproduce import Started
+    from fatui.reproduce import RunIdentity
 
-    started = Started(command, preset)
-    record, interrupted = execute(plan)
+    started = RunIdentity(command, preset)
+    record, interrupted = run_headless(plan)
     report = record.report(started.run(interrupted))
-    with undisturbed():  # a second Ctrl+C must not lose what the first one kept
-        failures = deliver_files(report, deliveries)
-        _keep(report)
+    with signals_blocked():  # a second Ctrl+C must not lose what the first one kept
+        failures = write_files(report, deliveries)
+        _store_run(report)
     print_results(report, deliveries)
     for failure in failures:
-        messages.tell(failure)
+        messages.print_line(failure)
     return _exit_code(record, report, interrupted, failed=bool(failures))
 
 
-def deliver_files(report: "Report", deliveries: "list[Delivery]") -> list[str]:
+def write_files(report: "Report", deliveries: "list[Export]") -> list[str]:
     """Write the exports that are files; return the error messages, one line each."""
-    from fatui.cli.exports import STDOUT, deliver
+    from fatui.cli.exports import STDOUT, write_export
 
     study = _study_as_data(report)
-    return [problem for item in deliveries if item.target != STDOUT and (problem := deliver(item, report, study))]
+    return [problem for item in deliveries if item.target != STDOUT and (problem := write_export(item, report, study))]
 
 
-def print_results(report: "Report", deliveries: "list[Delivery]") -> None:
+def print_results(report: "Report", deliveries: "list[Export]") -> None:
     """Print the table, or the export to stdout instead of it."""
-    from fatui.cli.exports import STDOUT, deliver
+    from fatui.cli.exports import STDOUT, write_export
 
     for item in deliveries:
         if item.target == STDOUT:
-            deliver(item, report, _study_as_data(report))
+            write_export(item, report, _study_as_data(report))
             return
     if report.all_cases:
         from fatui.cli.printing import results_width, show
@@ -74,24 +74,24 @@ def _study_as_data(report: "Report") -> "dict[str, Any] | None":
     return to_builtins(study) if study else None
 
 
-def _keep(report: "Report") -> None:
-    from fatui.storage.history import History, HistoryError
+def _store_run(report: "Report") -> None:
+    from fatui.storage.history import HistoryError, RunHistory
 
-    history = History()
+    history = RunHistory()
     try:
         if report.all_cases:
             history.add(report)
     except HistoryError as error:
-        messages.tell(f"{error}; this run is not kept in the history")
+        messages.print_line(f"{error}; this run is not kept in the history")
     if history.notice:
-        messages.tell(history.notice)
+        messages.print_line(history.notice)
 
 
 def _exit_code(record: "AnyRecord", report: "Report", interrupted: bool, failed: bool) -> int:
     if record.refused and not interrupted:
         return _refused(record.refused)
     if interrupted:
-        messages.tell("interrupted" + ("" if report.all_cases else "; nothing was measured"))
+        messages.print_line("interrupted" + ("" if report.all_cases else "; nothing was measured"))
         return messages.INTERRUPTED
     broken = any(row.status in ("failed", "inaccurate") for case in report.all_cases for row in case.rows)
     return messages.FAILED if broken or failed else messages.DONE
@@ -99,7 +99,7 @@ def _exit_code(record: "AnyRecord", report: "Report", interrupted: bool, failed:
 
 def _refused(refusal: "RunRefused") -> int:
     for line in refusal.reason.splitlines():
-        messages.tell(line)
+        messages.print_line(line)
     return {"no backend": messages.NO_BACKEND, "cannot start": messages.FAILED}.get(refusal.kind, messages.WRONG_USAGE)
 
 
@@ -107,23 +107,23 @@ WATCH_S: Final = 1.0
 STOPPING: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-def execute(plan: AnyPlan) -> tuple[AnyRecord, bool]:
+def run_headless(plan: AnyPlan) -> tuple[AnyRecord, bool]:
     """Run a plan to its end or until a signal stops it.
 
     Returns:
         What was measured, and whether it was interrupted.
     """
-    with Narrator(plan) as narrator:
+    with ProgressPrinter(plan) as narrator:
         return asyncio.run(_run(plan, narrator))
 
 
-async def _run(plan: AnyPlan, narrator: Narrator) -> tuple[AnyRecord, bool]:
+async def _run(plan: AnyPlan, narrator: ProgressPrinter) -> tuple[AnyRecord, bool]:
     engine = Engine(plan, narrator.listen)
     loop = asyncio.get_running_loop()
     for number in STOPPING:
         with contextlib.suppress(NotImplementedError, RuntimeError):
             loop.add_signal_handler(number, lambda: engine.kill() if engine.stopped else engine.stop())
-    watching = asyncio.create_task(_watch(engine, narrator))
+    watching = asyncio.create_task(_poll_silence(engine, narrator))
     try:
         await engine.run()
     finally:
@@ -131,7 +131,7 @@ async def _run(plan: AnyPlan, narrator: Narrator) -> tuple[AnyRecord, bool]:
     return engine.record, engine.stopped
 
 
-async def _watch(engine: Engine, narrator: Narrator) -> None:
+async def _poll_silence(engine: Engine, narrator: ProgressPrinter) -> None:
     """Pass the time and the engine's silence to the narrator, once a second."""
     while True:
         await asyncio.sleep(WATCH_S)
@@ -139,7 +139,7 @@ async def _watch(engine: Engine, narrator: Narrator) -> None:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Ignore stop signals while the results are written."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
     try:

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
     from attention.core.events import Message, TuningEvent
     from attention.core.workload import Workload
-    from attention.implementations.autotune.check import Checked
+    from attention.implementations.autotune.check import ChoiceCheck
     from attention.implementations.autotune.implementation import Demo
-    from attention.implementations.autotune.store import Entry, Store
+    from attention.implementations.autotune.store import Store, TrialResult
 
 DEFAULT_PRESET: Final = "quick"
 BUDGET_S: Final = 0.5
 CHECK_S: Final = 2.0
 STALE: Final = " *"
-LONGEST_S: Final = 600.0
+MAX_SECONDS: Final = 600.0
 EXAMPLE: Final = """examples:
   fatui tune scaling                     try the candidates for each case, and store the best
   fatui tune llama-7b --seconds 2        take more time for each
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = _seconds(arguments.seconds, CHECK_S if arguments.check else BUDGET_S)
     from attention.implementations.autotune import tuning_events
 
-    with tuning_events.heard_by(_tell):
+    with tuning_events.listening(_print_event):
         if arguments.show:
             return _show()
         if arguments.forget is not None:
@@ -77,7 +77,7 @@ def _seconds(text: str | None, usual: float) -> float:
         value: object = float(text)
     except ValueError:
         value = text
-    return number_between(value, "--seconds", 0.01, LONGEST_S)
+    return number_between(value, "--seconds", 0.01, MAX_SECONDS)
 
 
 def _cases(presets: "Sequence[str]") -> "list[Workload]":
@@ -86,39 +86,39 @@ def _cases(presets: "Sequence[str]") -> "list[Workload]":
     return list(dict.fromkeys(case for name in presets for case in load(name).cases))
 
 
-def _tell(event: "TuningEvent | Message") -> None:
+def _print_event(event: "TuningEvent | Message") -> None:
     from attention.core.events import Message, Tuned
-    from attention.implementations.autotune.tuning_events import in_words
+    from attention.implementations.autotune.tuning_events import log_line
 
     if isinstance(event, Message | Tuned):
-        messages.tell(in_words(event))
+        messages.print_line(log_line(event))
 
 
 def _each(cases: "list[Workload]", do: "Callable[[Workload], object]") -> int:
     """Call `do` for each case that fits in memory; return how many failed, and print why."""
     failed = 0
     for number, case in enumerate(cases, 1):
-        messages.tell(f"case {number} of {len(cases)}: {case.label}")
+        messages.print_line(f"case {number} of {len(cases)}: {case.label}")
         try:
             refusal = _refusal(case)
             if refusal:
-                messages.tell(f"refused: {refusal}")
+                messages.print_line(f"refused: {refusal}")
             else:
                 do(case)
         except (RuntimeError, ValueError) as error:
-            messages.tell(f"failed: {error}")
+            messages.print_line(f"failed: {error}")
             failed += 1
     return failed
 
 
 def _refusal(case: "Workload") -> str | None:
     """Return why a case cannot run, or None: its inputs and the smallest candidate exceed the free memory."""
-    from attention.implementations import get
+    from attention.implementations import load_implementation
     from attention.measure.device import probe
     from fatui import formatting
 
     device = probe()
-    needed = case.input_bytes + (get("practical").route(case, device).predicted_bytes or 0)
+    needed = case.input_bytes + (load_implementation("practical").route(case, device).predicted_bytes or 0)
     if needed <= device.available_bytes:
         return None
     return f"needs {formatting.size(needed)} of {formatting.size(device.available_bytes)}"
@@ -128,18 +128,18 @@ def _tune(cases: "list[Workload]", seconds: float) -> int:
     from attention.implementations.autotune.implementation import Demo
 
     demo = Demo(budget_s=seconds)
-    entries: list[Entry] = []
+    entries: list[TrialResult] = []
     failed = 0
     try:
         failed = _each(cases, lambda case: entries.append(_tuned(demo, case)))
     finally:
         _print(entries)
     if entries:
-        messages.tell(f"demo uses these from now on; they are stored in {demo.store.path}")
+        messages.print_line(f"demo uses these from now on; they are stored in {demo.store.path}")
     return messages.FAILED if failed else messages.DONE
 
 
-def _tuned(demo: "Demo", case: "Workload") -> "Entry":
+def _tuned(demo: "Demo", case: "Workload") -> "TrialResult":
     from attention.implementations.autotune.trial import Task
     from attention.implementations.runner import make_inputs
     from attention.masks import of_workload
@@ -153,7 +153,7 @@ def _show() -> int:
     if entries:
         _print(entries)
     else:
-        messages.tell(f"nothing is stored in {store.path}; `fatui tune PRESET` runs trials")
+        messages.print_line(f"nothing is stored in {store.path}; `fatui tune PRESET` runs trials")
     return messages.DONE
 
 
@@ -161,11 +161,11 @@ def _forget(word: str) -> int:
     store = _store()
     gone = [entry.workload for entry in store.entries() if word in entry.workload.label or word == entry.winner]
     if not gone:
-        messages.tell(f"nothing {f'named with {word!r} ' if word else ''}is stored in {store.path}")
+        messages.print_line(f"nothing {f'named with {word!r} ' if word else ''}is stored in {store.path}")
         return messages.DONE
     if not store.forget(gone):
         return messages.FAILED
-    messages.tell(f"forgot {len(gone)} of the choices stored in {store.path}")
+    messages.print_line(f"forgot {len(gone)} of the choices stored in {store.path}")
     return messages.DONE
 
 
@@ -175,13 +175,13 @@ def _store() -> "Store":
     return Store()
 
 
-def _print(entries: "list[Entry]") -> None:
+def _print(entries: "list[TrialResult]") -> None:
     """Print a table of the classes and the choices found for them."""
     if not entries:
         return
     from rich.table import Table
 
-    from attention.implementations.autotune.store import code_now
+    from attention.implementations.autotune.store import candidate_fingerprint
     from attention.implementations.autotune.trial import ratio_of
     from fatui import formatting
     from fatui.cli.printing import show
@@ -198,16 +198,16 @@ def _print(entries: "list[Entry]") -> None:
         ahead = _estimate(entry) if ratio is None else formatting.speedup_text(ratio)
         call = formatting.seconds(entry.call_s[entry.winner])
         error = formatting.error(entry.max_error)
-        mark = "" if entry.made_with == code_now() else STALE
+        mark = "" if entry.made_with == candidate_fingerprint() else STALE
         table.add_row(entry.workload.label, entry.winner + mark, call, entry.runner_up or "-", ahead, error)
     show(table)
-    if any(entry.made_with != code_now() for entry in entries):
-        messages.tell(
+    if any(entry.made_with != candidate_fingerprint() for entry in entries):
+        messages.print_line(
             f"{STALE.strip()} tried with other kernels than the current ones: will be tried again on next use"
         )
 
 
-def _estimate(entry: "Entry") -> str:
+def _estimate(entry: "TrialResult") -> str:
     """Estimate a winner's lead over a runner-up that the prescreen eliminated."""
     from fatui import formatting
 
@@ -217,26 +217,26 @@ def _estimate(entry: "Entry") -> str:
 
 
 def _check(cases: "list[Workload]", seconds: float) -> int:
-    from attention.implementations.autotune.check import LEAST_FOUND, LEAST_SHARE, check, holds, worst
+    from attention.implementations.autotune.check import MIN_FOUND_SHARE, MIN_SPEED_SHARE, check_choice, holds, worst
     from attention.implementations.autotune.implementation import Demo
 
     demo = Demo()
-    checked: list[Checked] = []
-    failed = _each(cases, lambda case: checked.append(check(demo, case, seconds)))
+    checked: list[ChoiceCheck] = []
+    failed = _each(cases, lambda case: checked.append(check_choice(demo, case, seconds)))
     if not checked:
         return messages.FAILED
     _print_checked(checked)
     least, found = worst(checked), sum(case.found for case in checked)
     print(
         f"demo is at least {least.share.value:.3f}x ({least.share.low:.3f} to {least.share.high:.3f}) "
-        f"the best single candidate, at {least.workload.label}; {LEAST_SHARE:g}x is required"
+        f"the best single candidate, at {least.workload.label}; {MIN_SPEED_SHARE:g}x is required"
     )
     share = f"{found} of {len(checked)} cases ({found / len(checked):.0%})"
-    print(f"it found the best, or one inside the noise floor, in {share}; {LEAST_FOUND:.0%} is required")
+    print(f"it found the best, or one inside the noise floor, in {share}; {MIN_FOUND_SHARE:.0%} is required")
     return messages.FAILED if failed or not holds(checked) else messages.DONE
 
 
-def _print_checked(checked: "list[Checked]") -> None:
+def _print_checked(checked: "list[ChoiceCheck]") -> None:
     from rich.table import Table
 
     from fatui import formatting

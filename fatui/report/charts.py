@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from attention.core.results import FineTuningCase, Report
 from fatui.report import scaling
 from fatui.report.document import Chart
-from fatui.report.evidence import sound
+from fatui.report.evidence import is_sound
 from fatui.report.trends import AXES, Sweep, sweeps
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _speedups(sweep: Sweep, names: Sequence[str]) -> Chart | None:
         return None
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     for case in sweep.cases:
-        for row in sound(case):
+        for row in is_sound(case):
             if row.speedup and row.implementation != reference:
                 point = (float(sweep.at(case)), row.speedup.value, row.speedup.low, row.speedup.high)
                 series.setdefault(row.implementation, []).append(point)

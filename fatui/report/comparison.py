@@ -15,10 +15,10 @@ from attention.core.results import AnyCase, Ratio, Report, Row
 from attention.core.workload import FineTuning, Generation, Workload
 
 AnyWorkload = Workload | Generation | FineTuning
-FLOORLESS: Final = statistics.SMALLEST_FLOOR
+FLOORLESS: Final = statistics.MIN_FLOOR
 
 
-class Change(Struct, frozen=True, kw_only=True):
+class RowChange(Struct, frozen=True, kw_only=True):
     """One implementation on one workload, before and after."""
 
     workload: AnyWorkload
@@ -45,7 +45,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
 
     before: Report
     after: Report
-    changes: tuple[Change, ...]
+    changes: tuple[RowChange, ...]
     only_before: tuple[str, ...]
     """Rows without a counterpart: "baseline on B=1 L=64 ..."."""
     only_after: tuple[str, ...]
@@ -74,14 +74,14 @@ def _name(key: tuple[AnyWorkload, str]) -> str:
     return f"{key[1]} on {key[0].label}"
 
 
-def _change(before: tuple[AnyCase, Row], after: tuple[AnyCase, Row]) -> Change:
+def _change(before: tuple[AnyCase, Row], after: tuple[AnyCase, Row]) -> RowChange:
     (case, row), (case_after, row_after) = before, after
     reference = case.reference if case.reference == case_after.reference else None
     floors = [each.noise_floor.floor for each in (case, case_after) if each.noise_floor]
     noise = max(floors, default=FLOORLESS)
     drift = _times(_reference_row(case), _reference_row(case_after), noise) if reference else None
     floor = max(noise, math.expm1(abs(math.log(drift.value)))) if drift else noise
-    return Change(
+    return RowChange(
         workload=case.workload,
         implementation=row.implementation,
         before=row,
@@ -111,9 +111,9 @@ def _beyond(before: Row, after: Row, floor: float) -> Ratio | None:
 
 
 def _differences(before: Report, after: Report) -> tuple[str, ...]:
-    told = []
+    differences = []
     for name in before.environment.__struct_fields__:
         first, second = getattr(before.environment, name), getattr(after.environment, name)
         if first != second:
-            told.append(f"{name}: {first or 'unknown'}, then {second or 'unknown'}")
-    return tuple(told)
+            differences.append(f"{name}: {first or 'unknown'}, then {second or 'unknown'}")
+    return tuple(differences)

@@ -9,9 +9,9 @@ from fatui.report.charts import loss_charts, sweep_charts
 from fatui.report.document import (
     Block,
     Chart,
+    Claim,
     Document,
-    Finding,
-    Missing,
+    MissingData,
     Paragraph,
     Section,
     Table,
@@ -19,7 +19,7 @@ from fatui.report.document import (
     joined,
     section,
 )
-from fatui.report.evidence import Evidence, gather, sound, trouble, unsound
+from fatui.report.evidence import Evidence, gather, is_sound, unsound, unsound_rows
 from fatui.report.origin import origin_blocks
 from fatui.report.sections import (
     adopt,
@@ -41,12 +41,12 @@ from fatui.report.speed import (
     speedup_table,
 )
 from fatui.report.trends import effects
-from fatui.untrusted_text import cleaned
+from fatui.untrusted_text import escape_all
 
 
 def compose(reports: Sequence[Report]) -> Document:
     """Compose the document of some runs; different machines or versions are separate parts, never compared."""
-    parts = gather([cleaned(report) for report in reports])
+    parts = gather([escape_all(report) for report in reports])
     sections: list[Section] = []
     for evidence in parts:
         where = evidence.environment
@@ -68,7 +68,7 @@ def _sections(evidence: Evidence) -> list[Section]:
         section("Where it pays, and where it does not", _conditions(evidence)),
         section("Which to choose, and how to adopt it", _advice(evidence)),
         section("Beside the study", origin_blocks(evidence)),
-        section("What is not claimed", trouble(_everything(evidence))),
+        section("What is not claimed", unsound_rows(_everything(evidence))),
         section("Every row, and the runs", _rows(evidence)),
     ]
 
@@ -90,7 +90,7 @@ def _where(evidence: Evidence) -> Paragraph:
 
 def _summary(evidence: Evidence) -> list[Block]:
     cases, names = evidence.cases, evidence.implementations
-    found: list[Finding | None] = [mean_finding(cases, name) for name in names]
+    found: list[Claim | None] = [mean_finding(cases, name) for name in names]
     found += [_throughput(evidence), largest_saving(cases, names)]
     for phase, where in (("prefill", "Prompts of models: "), ("decode", "Decoding in models: ")):
         models = [case for case in evidence.models if case.workload.phase == phase]
@@ -100,23 +100,23 @@ def _summary(evidence: Evidence) -> list[Block]:
     refused = len(unsound(_everything(evidence)))
     if refused:
         told.append(Paragraph(f"{counted(refused, 'row')} of these runs support no claim; see “What is not claimed”."))
-    return told or [Missing("No claim is supported by these rows.", RUN_BENCH)]
+    return told or [MissingData("No claim is supported by these rows.", RUN_BENCH)]
 
 
-def _throughput(evidence: Evidence) -> Finding | None:
+def _throughput(evidence: Evidence) -> Claim | None:
     """Return the highest throughput of all, and the implementations that reached it or its interval."""
     lines = [line for name in evidence.implementations if (line := peak_line(evidence.cases, name))]
     if not lines:
         return None
     top = max(lines, key=lambda each: each.row.tokens_per_second or 0.0)
-    names = formatting.best_of(top.case) or tuple(row.implementation for row in sound(top.case))
+    names = formatting.best_of(top.case) or tuple(row.implementation for row in is_sound(top.case))
     rate = f"{formatting.tokens_per_second(top.row.tokens_per_second)} tokens/s on {top.case.workload.label}"
-    return Finding(f"Highest throughput: {rate}, by {joined(names)}.")
+    return Claim(f"Highest throughput: {rate}, by {joined(names)}.")
 
 
 def _speedups(evidence: Evidence) -> list[Block]:
     if not evidence.cases:
-        return [Missing("No attention shape has been measured.", RUN_BENCH)]
+        return [MissingData("No attention shape has been measured.", RUN_BENCH)]
     found = [finding for name in evidence.implementations if (finding := mean_finding(evidence.cases, name))]
     shown = [
         name
@@ -135,13 +135,13 @@ def _losses(evidence: Evidence) -> Sequence[Block]:
     return drawn
 
 
-def _no_charts() -> Missing:
-    return Missing("The charts need matplotlib.", charts.HOW_TO_GET)
+def _no_charts() -> MissingData:
+    return MissingData("The charts need matplotlib.", charts.HOW_TO_GET)
 
 
 def _conditions(evidence: Evidence) -> list[Block]:
     found = [block for name in evidence.implementations for block in extremes(evidence.cases, name)]
-    return found or [Missing("No speedup is clear of its noise.", f"{RUN_BENCH} --seconds 20")]
+    return found or [MissingData("No speedup is clear of its noise.", f"{RUN_BENCH} --seconds 20")]
 
 
 def _advice(evidence: Evidence) -> list[Block]:

@@ -11,13 +11,13 @@ class Paragraph(Struct, frozen=True):
     text: str
 
 
-class Finding(Struct, frozen=True):
+class Claim(Struct, frozen=True):
     """A claim supported by measurements, with its figures."""
 
     text: str
 
 
-class Missing(Struct, frozen=True):
+class MissingData(Struct, frozen=True):
     """A statement that cannot be made for lack of data, and the command that would measure it."""
 
     text: str
@@ -52,7 +52,7 @@ class Code(Struct, frozen=True):
     language: str
 
 
-Block = Paragraph | Finding | Missing | Table | Chart | Code
+Block = Paragraph | Claim | MissingData | Table | Chart | Code
 
 
 class Section(Struct, frozen=True):

@@ -13,7 +13,7 @@ from fatui.report.document import Block, Paragraph, Table, counted, joined
 C = TypeVar("C", Case, ModelCase, FineTuningCase)
 
 
-class Line(Struct, frozen=True):
+class EvidenceRow(Struct, frozen=True):
     """A row with its case."""
 
     case: AnyCase
@@ -73,31 +73,31 @@ def newest(cases: Iterable[C]) -> tuple[C, ...]:
     return tuple(found.values())
 
 
-def sound(case: AnyCase) -> Iterator[Row]:
+def is_sound(case: AnyCase) -> Iterator[Row]:
     """Yield the rows that can support a claim: accurate, and with enough rounds."""
     return (row for row in case.rows if row.status == "ok" and row.call_s is not None and not row.collecting)
 
 
-def lines(cases: Sequence[AnyCase], name: str) -> list[Line]:
+def sound_rows(cases: Sequence[AnyCase], name: str) -> list[EvidenceRow]:
     """Return an implementation's sound rows."""
-    return [Line(case, row) for case in cases for row in sound(case) if row.implementation == name]
+    return [EvidenceRow(case, row) for case in cases for row in is_sound(case) if row.implementation == name]
 
 
 def compared(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]:
     """Return an implementation's speedups with their cases, without those in which it is the reference."""
     return [
         (line.case, line.row.speedup)
-        for line in lines(cases, name)
+        for line in sound_rows(cases, name)
         if line.row.speedup is not None and name != line.case.reference
     ]
 
 
-def unsound(cases: Sequence[AnyCase]) -> list[Line]:
+def unsound(cases: Sequence[AnyCase]) -> list[EvidenceRow]:
     """Return the rows that support no claim: failed, refused, unsupported, inaccurate, or with too few rounds."""
-    return [Line(case, row) for case in cases for row in case.rows if row.status != "ok" or row.collecting]
+    return [EvidenceRow(case, row) for case in cases for row in case.rows if row.status != "ok" or row.collecting]
 
 
-def trouble(cases: Sequence[AnyCase]) -> list[Block]:
+def unsound_rows(cases: Sequence[AnyCase]) -> list[Block]:
     """Count the rows that are not sound, and list them."""
     found = unsound(cases)
     total = sum(len(case.rows) for case in cases)

@@ -12,7 +12,7 @@ from attention.core.workload import FineTuning, Generation
 from fatui import formatting
 from fatui.report.table import model_columns, model_notes
 from fatui.storage.preset_format import FIELDS
-from fatui.untrusted_text import cleaned, markdown, markdown_cell, markdown_code, spreadsheet
+from fatui.untrusted_text import escape_all, markdown, markdown_cell, markdown_code, spreadsheet
 
 FIGURES: Final = (
     *("implementation", "status", "path", "fused", "reason", "tokens_per_second"),
@@ -46,7 +46,7 @@ def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
         report: the report to write.
         study: the study's own figures, written under the key `study`.
     """
-    report = cleaned(report)
+    report = escape_all(report)
     document: object = {**msgspec.to_builtins(report), "study": study} if study else report
     # The encoder writes infinities and NaNs as null.
     return msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from fatui.report.document import Block, Chart, Code, Document, Finding, Missing, Paragraph, Section, Table
+from fatui.report.document import Block, Chart, Claim, Code, Document, MissingData, Paragraph, Section, Table
 from fatui.untrusted_text import html
 
 PAGE = """<!DOCTYPE html>
@@ -44,7 +44,7 @@ def to_html(document: Document) -> str:
 
 def _section(part: Section, number: int) -> str:
     lines = [f'<section aria-labelledby="part-{number}">', f'<h2 id="part-{number}">{html(part.title)}</h2>']
-    for is_bullet, found in groupby(part.blocks, lambda block: isinstance(block, Finding | Missing)):
+    for is_bullet, found in groupby(part.blocks, lambda block: isinstance(block, Claim | MissingData)):
         blocks = list(found)
         lines += [_bullets(blocks)] if is_bullet else [_block(block) for block in blocks]
     return "\n".join([*lines, "</section>"])
@@ -56,9 +56,9 @@ def _bullets(blocks: Sequence[Block]) -> str:
 
 def _bullet(block: Block) -> str:
     match block:
-        case Finding():
+        case Claim():
             return f"<li>{html(block.text)}</li>"
-        case Missing():
+        case MissingData():
             how = f" Run <code>{html(block.command)}</code>" if block.command else ""
             return f'<li class="missing">{html(block.text)}{how}</li>'
         case _:

@@ -1,6 +1,6 @@
 """A report as Markdown: findings and tables, without charts."""
 
-from fatui.report.document import Block, Chart, Code, Document, Finding, Missing, Paragraph, Table
+from fatui.report.document import Block, Chart, Claim, Code, Document, MissingData, Paragraph, Table
 from fatui.untrusted_text import markdown, markdown_block, markdown_cell, markdown_code
 
 
@@ -11,7 +11,7 @@ def to_markdown(document: Document) -> str:
         parts.append(f"## {markdown(each.title)}")
         bullets: list[str] = []
         for block in each.blocks:
-            if isinstance(block, Finding | Missing):
+            if isinstance(block, Claim | MissingData):
                 bullets.append(f"- {_sentence(block)}")
                 continue
             if bullets:
@@ -23,8 +23,8 @@ def to_markdown(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _sentence(block: Finding | Missing) -> str:
-    if isinstance(block, Missing):
+def _sentence(block: Claim | MissingData) -> str:
+    if isinstance(block, MissingData):
         return markdown(block.text) + (f" Run {markdown_code(block.command)}" if block.command else "")
     return markdown(block.text)
 

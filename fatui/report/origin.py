@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from attention.core.results import AnyCase, Case, Row
 from fatui import formatting
-from fatui.report.document import Block, Finding, Missing, Paragraph, Table
-from fatui.report.evidence import Evidence, sound
+from fatui.report.document import Block, Claim, MissingData, Paragraph, Table
+from fatui.report.evidence import Evidence, is_sound
 from fatui.report.study import PRESET, SHOWN, Study, StudyRow, rate_text, study, times_text
 
 RUN_STUDY = f"fatui bench {PRESET}"
@@ -21,7 +21,7 @@ def origin_blocks(evidence: Evidence) -> list[Block]:
 def _shapes(told: Study, cases: Sequence[Case]) -> list[Block]:
     pairs = [(row, case) for row in told.rows for case in cases if told.row_for(case.workload) is row]
     if not pairs:
-        return [Missing("None of the study's shapes has been measured here.", RUN_STUDY)]
+        return [MissingData("None of the study's shapes has been measured here.", RUN_STUDY)]
     return [_table(pairs), Paragraph(f"* {told.note}"), *cold_start(pairs)]
 
 
@@ -54,7 +54,7 @@ def _tunings(told: Study, evidence: Evidence) -> list[Block]:
 
 
 def _row(case: AnyCase, name: str) -> Row | None:
-    return next((row for row in sound(case) if row.implementation == name), None)
+    return next((row for row in is_sound(case) if row.implementation == name), None)
 
 
 def _table(pairs: Sequence[tuple[StudyRow, Case]]) -> Table:
@@ -76,7 +76,7 @@ def _rate(row: Row | None) -> str:
 def cold_start(pairs: Sequence[tuple[StudyRow, Case]]) -> list[Block]:
     """Return the speedup that would result from timing the baseline's first call against steady calls."""
     for old, case in pairs:
-        rows = {row.implementation: row for row in sound(case)}
+        rows = {row.implementation: row for row in is_sound(case)}
         base, other = rows.get("baseline"), rows.get("practical")
         if not old.cold_start or base is None or other is None:
             continue
@@ -85,15 +85,15 @@ def cold_start(pairs: Sequence[tuple[StudyRow, Case]]) -> list[Block]:
     missing = (
         "The study's cold start cannot be shown: its first row, with baseline and practical, has not been measured."
     )
-    return [Missing(missing, RUN_STUDY)]
+    return [MissingData(missing, RUN_STUDY)]
 
 
-def _cold(old: StudyRow, case: Case, base: tuple[Row, float], other: Row) -> Finding:
+def _cold(old: StudyRow, case: Case, base: tuple[Row, float], other: Row) -> Claim:
     row, first = base
     assert row.call_s and other.call_s
     steady, lean = row.call_s.median, other.call_s.median
     wrong = formatting.three(first / lean)
-    return Finding(
+    return Claim(
         f"The study's {old.practical_speedup}x ({case.workload.label}): here the baseline's first call took "
         f"{formatting.seconds(first)}, {formatting.three(first / steady)} times its steady "
         f"{formatting.seconds(steady)}. "

@@ -14,7 +14,7 @@ MUCH: Final = 20
 Value = int | str
 
 
-class Point(Struct, frozen=True):
+class RatePoint(Struct, frozen=True):
     """tokens/s of one implementation on one case, with the interval of its times."""
 
     at: Value
@@ -84,16 +84,16 @@ def grid(report: Report, name: str, across: str, down: str, part: str) -> dict[t
     return found
 
 
-def curves(report: Report, axis: str, part: str) -> dict[str, list[Point]]:
+def curves(report: Report, axis: str, part: str) -> dict[str, list[RatePoint]]:
     """Return tokens/s of each implementation over one axis, in one slice of a run."""
     order = values_on(report, axis)
     cases = sorted(cases_of(report, (axis,), part), key=lambda each: order.index(value(each.workload, axis)))
     return curves_of(cases, axis)
 
 
-def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[Point]]:
+def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[RatePoint]]:
     """Return tokens/s of each implementation over cases sorted by an axis."""
-    made: dict[str, list[Point]] = {}
+    made: dict[str, list[RatePoint]] = {}
     for case in cases:
         for row in case.rows:
             if row.call_s is not None and row.tokens_per_second is not None and _sound(row):
@@ -105,19 +105,19 @@ def _sound(row: Row) -> bool:
     return row.status == "ok" and not row.collecting
 
 
-def _point(case: Case, axis: str, call: Interval) -> Point:
+def _point(case: Case, axis: str, call: Interval) -> RatePoint:
     tokens = case.workload.tokens
     low, high = call.low or call.median, call.high or call.median  # no interval with too few rounds
-    return Point(value(case.workload, axis), tokens / call.median, tokens / high, tokens / low)
+    return RatePoint(value(case.workload, axis), tokens / call.median, tokens / high, tokens / low)
 
 
-def spans_much(lines: dict[str, list[Point]]) -> bool:
+def spans_much(lines: dict[str, list[RatePoint]]) -> bool:
     """Whether the rates span so much that a zero-based scale would flatten the slower lines."""
     rates = [point.rate for points in lines.values() for point in points]
     return bool(rates) and max(rates) > MUCH * min(rates)
 
 
-def crossovers(lines: dict[str, list[Point]]) -> list[Crossover]:
+def crossovers(lines: dict[str, list[RatePoint]]) -> list[Crossover]:
     """Return where two implementations change order between neighbouring values, with disjoint intervals on both."""
     found = []
     names = list(lines)
@@ -127,7 +127,7 @@ def crossovers(lines: dict[str, list[Point]]) -> list[Crossover]:
     return found
 
 
-def _crossovers_of(first: str, second: str, lines: dict[str, list[Point]]) -> list[Crossover]:
+def _crossovers_of(first: str, second: str, lines: dict[str, list[RatePoint]]) -> list[Crossover]:
     others = {point.at: point for point in lines[second]}
     order: list[tuple[Value, str]] = []
     for point in lines[first]:

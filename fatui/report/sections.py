@@ -10,8 +10,8 @@ from typing import Final
 from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase
 from attention.implementations import CATALOGUE
 from fatui import formatting
-from fatui.report.document import Block, Code, Finding, Missing, Paragraph, Table, counted, joined
-from fatui.report.evidence import Line, compared, lines, sound
+from fatui.report.document import Block, Claim, Code, MissingData, Paragraph, Table, counted, joined
+from fatui.report.evidence import EvidenceRow, compared, is_sound, sound_rows
 from fatui.report.speed import RUN_BENCH, peak_line, times
 from fatui.report.table import model_columns
 
@@ -20,20 +20,20 @@ def approach(cases: Sequence[Case], name: str) -> list[Block]:
     """Describe one implementation with its figures."""
     entry = next((entry for entry in CATALOGUE if entry.name == name), None)
     about = f"{entry.title}: {entry.summary}." if entry else "A user-defined implementation."
-    found = lines(cases, name)
+    found = sound_rows(cases, name)
     if not found:
         command = f"{RUN_BENCH} --impl {shlex.quote(name)}"
-        return [Paragraph(about), Missing(f"{name} has no accurate row with figures.", command)]
+        return [Paragraph(about), MissingData(f"{name} has no accurate row with figures.", command)]
     return [Paragraph(about), _paths(found, name), *_throughput(found, cases, name)]
 
 
-def _paths(found: Sequence[Line], name: str) -> Finding:
+def _paths(found: Sequence[EvidenceRow], name: str) -> Claim:
     paths = Counter(line.row.path or "an unknown path" for line in found)
     told = [f"{path} in {counted(count, 'case')}" for path, count in paths.most_common()]
-    return Finding(f"{name} took {joined(told)}.")
+    return Claim(f"{name} took {joined(told)}.")
 
 
-def _throughput(found: Sequence[Line], cases: Sequence[Case], name: str) -> list[Block]:
+def _throughput(found: Sequence[EvidenceRow], cases: Sequence[Case], name: str) -> list[Block]:
     rates = [line.row.tokens_per_second for line in found if line.row.tokens_per_second is not None]
     best = peak_line(cases, name)
     made: list[Block] = []
@@ -41,12 +41,12 @@ def _throughput(found: Sequence[Line], cases: Sequence[Case], name: str) -> list
         peak = f"{formatting.tokens_per_second(best.row.tokens_per_second)} tokens/s"
         at = f"at most {peak}, {formatting.interval_text(best.row.call_s)} a call ({best.case.workload.label})"
         mean = f"{formatting.tokens_per_second(fmean(rates))} tokens/s on average over {counted(len(rates), 'case')}, "
-        made.append(Finding(f"{name} reached {mean if len(rates) > 1 else ''}{at}."))
+        made.append(Claim(f"{name} reached {mean if len(rates) > 1 else ''}{at}."))
     efficiencies = [line.row.efficiency for line in found if line.row.efficiency is not None]
     if efficiencies:
         mean = f"{formatting.percent(fmean(efficiencies))} on average, " if len(efficiencies) > 1 else ""
         text = f"{mean}at most {formatting.percent(max(efficiencies))} of the best rate measured in the same run"
-        made.append(Finding(f"Efficiency of {name}: {text}, {counted(len(efficiencies), 'case')}."))
+        made.append(Claim(f"Efficiency of {name}: {text}, {counted(len(efficiencies), 'case')}."))
     return made
 
 
@@ -72,7 +72,7 @@ def memory_table(cases: Sequence[Case], names: Sequence[str]) -> Table:
     """Build the table of peaks above the inputs, outputs included, with their ratio to the inputs."""
     rows = []
     for case in cases:
-        peaks = {row.implementation: row.peak_bytes for row in sound(case)}
+        peaks = {row.implementation: row.peak_bytes for row in is_sound(case)}
         held = case.workload.input_bytes
         cells = [_peak(peaks.get(name), held) for name in names]
         rows.append((case.workload.label, formatting.size(held), formatting.size(case.workload.output_bytes), *cells))
@@ -84,7 +84,7 @@ def _peak(peak: int | None, inputs: int) -> str:
     return formatting.UNKNOWN if peak is None else f"{formatting.size(peak)} ({formatting.three(peak / inputs)}x)"
 
 
-def savings(cases: Sequence[AnyCase], name: str) -> Finding | None:
+def savings(cases: Sequence[AnyCase], name: str) -> Claim | None:
     """Return how much less memory than the reference an implementation takes, or None if next to nothing."""
     found = [(saved, line, whole) for case in cases for saved, line, whole in _saved(case, name)]
     if not found:
@@ -99,7 +99,7 @@ def savings(cases: Sequence[AnyCase], name: str) -> Finding | None:
         text += f"; on {worst.case.workload.label} it takes {_more(-least)}"
     elif len(found) > 1 and least >= MIN_SHARE:
         text += f"; at least {_less(least)} in each of {counted(len(found), 'case')}"
-    return Finding(f"{text}.")
+    return Claim(f"{text}.")
 
 
 def _less(share: float) -> str:
@@ -114,17 +114,17 @@ def _more(share: float) -> str:
     return f"{formatting.three(1 + share)} times as much" if share > 1 else f"{formatting.percent(share)} more"
 
 
-def _saved(case: AnyCase, name: str) -> list[tuple[float, Line, int]]:
-    peaks = {row.implementation: row.peak_bytes for row in sound(case)}
+def _saved(case: AnyCase, name: str) -> list[tuple[float, EvidenceRow, int]]:
+    peaks = {row.implementation: row.peak_bytes for row in is_sound(case)}
     whole = peaks.get(case.reference) if case.reference and case.reference != name else None
     return [
-        (1 - row.peak_bytes / whole, Line(case, row), whole)
-        for row in sound(case)
+        (1 - row.peak_bytes / whole, EvidenceRow(case, row), whole)
+        for row in is_sound(case)
         if row.implementation == name and row.peak_bytes is not None and whole
     ]
 
 
-def largest_saving(cases: Sequence[AnyCase], names: Sequence[str]) -> Finding | None:
+def largest_saving(cases: Sequence[AnyCase], names: Sequence[str]) -> Claim | None:
     """Return the memory finding of the implementation with the largest saving on one case."""
     most = {name: max((saved for case in cases for saved, _, _ in _saved(case, name)), default=0.0) for name in names}
     best = max(most, key=lambda name: most[name], default=None)
@@ -133,8 +133,8 @@ def largest_saving(cases: Sequence[AnyCase], names: Sequence[str]) -> Finding | 
 
 def memory_blocks(cases: Sequence[Case], names: Sequence[str]) -> list[Block]:
     """Return the memory table and its findings."""
-    if not any(row.peak_bytes is not None for case in cases for row in sound(case)):
-        return [Missing("No run has measured memory.", "fatui bench seed-table")]
+    if not any(row.peak_bytes is not None for case in cases for row in is_sound(case)):
+        return [MissingData("No run has measured memory.", "fatui bench seed-table")]
     found = [finding for name in names if (finding := savings(cases, name))]
     return [*found, memory_table(cases, names)]
 
@@ -149,7 +149,7 @@ ESTIMATED = (
 def model_blocks(cases: Sequence[ModelCase]) -> list[Block]:
     """Return the findings of generation, or how to measure it."""
     if not cases:
-        return [Missing("No model has been measured.", RUN_MODEL)]
+        return [MissingData("No model has been measured.", RUN_MODEL)]
     blocks = _blocks(cases)
     if any(case.workload.estimated for case in cases):
         blocks.insert(0, Paragraph(ESTIMATED))
@@ -159,23 +159,23 @@ def model_blocks(cases: Sequence[ModelCase]) -> list[Block]:
 def tuning_blocks(cases: Sequence[FineTuningCase]) -> list[Block]:
     """Return the findings of fine-tuning, or how to measure it."""
     if not cases:
-        return [Missing("No fine-tuning has been measured.", RUN_TUNING)]
+        return [MissingData("No fine-tuning has been measured.", RUN_TUNING)]
     return [*_blocks(cases), *(finding for case in cases if (finding := _agreement(case)))]
 
 
 def _blocks(cases: Sequence[ModelCase | FineTuningCase]) -> list[Block]:
     made: list[Block] = []
     for case in cases:
-        made += [found for row in sound(case) if (found := _gain(case, row.implementation))]
+        made += [found for row in is_sound(case) if (found := _gain(case, row.implementation))]
         made.append(_table(case))
     return made
 
 
-def _gain(case: AnyCase, name: str) -> Finding | None:
+def _gain(case: AnyCase, name: str) -> Claim | None:
     """Return the finding of a significant speedup, with the time it saves or costs."""
     for _, ratio in compared([case], name):
         if ratio.significant:
-            return Finding(f"{case.workload.label}: {name} is {times(ratio)} {case.reference}{_time(ratio.value)}.")
+            return Claim(f"{case.workload.label}: {name} is {times(ratio)} {case.reference}{_time(ratio.value)}.")
     return None
 
 
@@ -197,12 +197,12 @@ def _table(case: ModelCase | FineTuningCase) -> Table:
     return Table(f"{case.workload.label}{weights}", heads, rows, frozenset({"path", "verdict"}))
 
 
-def _agreement(case: FineTuningCase) -> Finding | None:
+def _agreement(case: FineTuningCase) -> Claim | None:
     """Return the finding of the largest difference between loss curves."""
     apart = [row.loss_difference for row in case.rows if row.status == "ok" and row.loss_difference is not None]
     if not apart or case.reference is None:
         return None
-    return Finding(
+    return Claim(
         f"{case.workload.label}: the losses differ from {case.reference}'s by at most {formatting.percent(max(apart))}."
     )
 

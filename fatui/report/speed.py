@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from attention.core import statistics
 from attention.core.results import AnyCase, Ratio
 from fatui import formatting
-from fatui.report.document import Block, Finding, Missing, Table, counted, joined
-from fatui.report.evidence import Line, compared, lines, sound
+from fatui.report.document import Block, Claim, MissingData, Table, counted, joined
+from fatui.report.evidence import EvidenceRow, compared, is_sound, sound_rows
 
 RUN_BENCH = "fatui bench seed-table"
 
@@ -19,7 +19,7 @@ def mean_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
     return found[0][1] if len(found) == 1 else statistics.geometric_mean([ratio for _, ratio in found])
 
 
-def mean_finding(cases: Sequence[AnyCase], name: str, where: str = "") -> Finding | None:
+def mean_finding(cases: Sequence[AnyCase], name: str, where: str = "") -> Claim | None:
     """Return what the mean speedup supports: faster, slower, equally fast, or None.
 
     A mean is reported only if most of its cases agree with it, each beyond its own noise floor.
@@ -31,10 +31,10 @@ def mean_finding(cases: Sequence[AnyCase], name: str, where: str = "") -> Findin
     how = "(geometric mean)" if len(found) > 1 else f"({found[0][0].workload.label})"
     ratios = [ratio for _, ratio in found]
     if mean.significant and 2 * sum(_agrees(ratio, mean) for ratio in ratios) > len(ratios):
-        return Finding(f"{where}{name} is {times(mean)} {reference} {over} {how}.")
+        return Claim(f"{where}{name} is {times(mean)} {reference} {over} {how}.")
     if not mean.significant and all(formatting.is_clear(ratio) for ratio in (mean, *ratios)):
         low, high = formatting.three(mean.low), formatting.three(mean.high)
-        return Finding(f"{where}{name} is as fast as {reference} within {low} to {high} times, {over} {how}.")
+        return Claim(f"{where}{name} is as fast as {reference} within {low} to {high} times, {over} {how}.")
     return None
 
 
@@ -60,14 +60,14 @@ def extremes(cases: Sequence[AnyCase], name: str) -> list[Block]:
         text = f"{name} gains most on {case.workload.label}: {times(ratio)} {case.reference}"
         if len(wins) > 1:
             text += f"; of its wins, least on {least_case.workload.label}: {times(least)} it"
-        made.append(Finding(f"{text}."))
+        made.append(Claim(f"{text}."))
     if losses:
         case, ratio = min(losses, key=lambda each: each[1].value)
         part = f"{name} is slower than {case.reference} in {len(losses)} of {counted(len(clear), 'case')}"
-        made.append(Finding(f"{part}, most on {case.workload.label}: {times(ratio)} it."))
+        made.append(Claim(f"{part}, most on {case.workload.label}: {times(ratio)} it."))
     if equal:
         part = f"{name} makes no difference beyond the noise floor in {len(equal)} of {counted(len(clear), 'case')}"
-        made.append(Finding(f"{part}: {joined([case.workload.label for case, _ in equal])}."))
+        made.append(Claim(f"{part}: {joined([case.workload.label for case, _ in equal])}."))
     return made
 
 
@@ -105,32 +105,32 @@ def choices(cases: Sequence[AnyCase], names: Sequence[str]) -> list[Block]:
         told = f"{len(best[name])} of {counted(decided, 'case')}"
         alone = joined([*best[name][:5], *([f"{len(best[name]) - 5} more"] if len(best[name]) > 5 else [])])
         made.append(
-            Finding(f"Choose {name} where it was the fastest, or inside the fastest's interval: {told} ({alone}).")
+            Claim(f"Choose {name} where it was the fastest, or inside the fastest's interval: {told} ({alone}).")
         )
-    return made or [Missing("No case has a fastest implementation that the intervals support.", RUN_BENCH)]
+    return made or [MissingData("No case has a fastest implementation that the intervals support.", RUN_BENCH)]
 
 
-def leanest(cases: Sequence[AnyCase], names: Sequence[str]) -> Finding | None:
+def leanest(cases: Sequence[AnyCase], names: Sequence[str]) -> Claim | None:
     """Return the implementation with the least memory in every case that has figures, or None."""
-    known = [case for case in cases if sum(row.peak_bytes is not None for row in sound(case)) > 1]
+    known = [case for case in cases if sum(row.peak_bytes is not None for row in is_sound(case)) > 1]
     for name in names:
         wins = [case for case in known if _is_leanest(case, name)]
         if known and len(wins) == len(known):
-            line = max(lines(known, name), key=lambda each: each.row.peak_bytes or 0)
+            line = max(sound_rows(known, name), key=lambda each: each.row.peak_bytes or 0)
             peak = formatting.size(line.row.peak_bytes)
             part = f"at most {peak} above its inputs ({line.case.workload.label})"
-            return Finding(
+            return Claim(
                 f"Where memory is short, choose {name}: none took less in any of {counted(len(known), 'case')}; {part}."
             )
     return None
 
 
 def _is_leanest(case: AnyCase, name: str) -> bool:
-    peaks = {row.implementation: row.peak_bytes for row in sound(case) if row.peak_bytes is not None}
+    peaks = {row.implementation: row.peak_bytes for row in is_sound(case) if row.peak_bytes is not None}
     return name in peaks and peaks[name] == min(peaks.values())
 
 
-def peak_line(cases: Sequence[AnyCase], name: str) -> Line | None:
+def peak_line(cases: Sequence[AnyCase], name: str) -> EvidenceRow | None:
     """Return the row with the highest throughput."""
-    rated = [line for line in lines(cases, name) if line.row.tokens_per_second is not None]
+    rated = [line for line in sound_rows(cases, name) if line.row.tokens_per_second is not None]
     return max(rated, key=lambda each: each.row.tokens_per_second or 0.0, default=None)

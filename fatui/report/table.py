@@ -13,7 +13,7 @@ from attention.core.results import AnyCase, Case, FineTuningCase, FineTuningRow,
 from attention.engine.record import NEVER_CALLED
 from fatui import formatting
 from fatui.report.study import SHOWN, Study, StudyRow, rate_text, times_text
-from fatui.untrusted_text import cleaned
+from fatui.untrusted_text import escape_all
 
 
 def study_table(study: Study, report: Report) -> RenderableType:
@@ -46,12 +46,12 @@ def _add(table: Table, row: StudyRow, case: Case) -> None:
         )
 
 
-LONGEST_NAME: Final = 14
+MAX_NAME_LENGTH: Final = 14
 IMPLEMENTATION: Final = ""
 """The heading of the first column."""
 
 
-class Column(Struct):
+class TextColumn(Struct):
     """One column, with its cells as text."""
 
     head: str
@@ -70,7 +70,7 @@ def starred(row: Row, best: Sequence[str]) -> str:
     return mark + formatting.tokens_per_second(row.tokens_per_second)
 
 
-def shortened(name: str, longest: int = LONGEST_NAME) -> str:
+def short_name(name: str, longest: int = MAX_NAME_LENGTH) -> str:
     """Shorten a name to its column; of "folder/mine.py:Mine" keep the end, which identifies it."""
     short = name.rpartition("/")[2]
     return short if len(short) <= longest else "…" + short[1 - longest :]
@@ -81,39 +81,39 @@ BARS: Final = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH: Final = 40
 
 
-def model_columns(case: ModelCase | FineTuningCase) -> list[Column]:
+def model_columns(case: ModelCase | FineTuningCase) -> list[TextColumn]:
     """Return the columns of a case."""
     return _generation(case) if isinstance(case, ModelCase) else _fine_tuning(case)
 
 
-def _generation(case: ModelCase) -> list[Column]:
+def _generation(case: ModelCase) -> list[TextColumn]:
     rows, best = case.rows, _stars(case)
     return [
-        Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
-        Column("path", [row.path or formatting.UNKNOWN for row in rows]),
-        Column("tokens/s", [starred(row, best) for row in rows]),
-        Column(STEPS[case.workload.phase], [formatting.interval_text(row.call_s) for row in rows]),
-        Column("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
-        Column("attention", [formatting.share_text(row.attention_share) for row in rows]),
-        Column("memory", [formatting.size(row.peak_bytes) for row in rows]),
-        Column("off", [formatting.error(row.logits_error) for row in rows]),
-        Column("verdict", [formatting.word(row, case) for row in rows]),
+        TextColumn(IMPLEMENTATION, [short_name(row.implementation) for row in rows]),
+        TextColumn("path", [row.path or formatting.UNKNOWN for row in rows]),
+        TextColumn("tokens/s", [starred(row, best) for row in rows]),
+        TextColumn(STEPS[case.workload.phase], [formatting.interval_text(row.call_s) for row in rows]),
+        TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
+        TextColumn("attention", [formatting.share_text(row.attention_share) for row in rows]),
+        TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),
+        TextColumn("off", [formatting.error(row.logits_error) for row in rows]),
+        TextColumn("verdict", [formatting.word(row, case) for row in rows]),
     ]
 
 
-def _fine_tuning(case: FineTuningCase) -> list[Column]:
+def _fine_tuning(case: FineTuningCase) -> list[TextColumn]:
     rows, best = case.rows, _stars(case)
     return [
-        Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
-        Column("path", [row.path or formatting.UNKNOWN for row in rows]),
-        Column("it/s", [formatting.rate(row.iterations_per_second) for row in rows]),
-        Column("tokens/s", [starred(row, best) for row in rows]),
-        Column("per iteration", [formatting.interval_text(row.call_s) for row in rows]),
-        Column("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
-        Column("memory", [formatting.size(row.peak_bytes) for row in rows]),
-        Column("loss", [loss_text(row) for row in rows]),
-        Column("off", [formatting.error(row.loss_difference) for row in rows]),
-        Column("verdict", [formatting.word(row, case) for row in rows]),
+        TextColumn(IMPLEMENTATION, [short_name(row.implementation) for row in rows]),
+        TextColumn("path", [row.path or formatting.UNKNOWN for row in rows]),
+        TextColumn("it/s", [formatting.rate(row.iterations_per_second) for row in rows]),
+        TextColumn("tokens/s", [starred(row, best) for row in rows]),
+        TextColumn("per iteration", [formatting.interval_text(row.call_s) for row in rows]),
+        TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
+        TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),
+        TextColumn("loss", [loss_text(row) for row in rows]),
+        TextColumn("off", [formatting.error(row.loss_difference) for row in rows]),
+        TextColumn("verdict", [formatting.word(row, case) for row in rows]),
     ]
 
 
@@ -139,17 +139,17 @@ def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
         notes += _layer_notes(case)
     counted = [row for row in case.rows if row.replaced_calls]
     if counted:
-        computed = ", ".join(f"{shortened(row.implementation)} {row.replaced_calls:,}" for row in counted)
+        computed = ", ".join(f"{short_name(row.implementation)} {row.replaced_calls:,}" for row in counted)
         notes.append(f"attention calls that reached it: {computed}")
     for row in case.rows:
         if row.path == NEVER_CALLED:
-            notes.append(f"{shortened(row.implementation)}: no call reached it; the model computes attention itself")
+            notes.append(f"{short_name(row.implementation)}: no call reached it; the model computes attention itself")
         if row.passed_on_calls:
             total = row.passed_on_calls + (row.replaced_calls or 0)
-            notes.append(f"{shortened(row.implementation)}: {row.passed_on_calls} of {total} calls went to MLX's own")
+            notes.append(f"{short_name(row.implementation)}: {row.passed_on_calls} of {total} calls went to MLX's own")
     if isinstance(case, FineTuningCase):
-        width = max((len(shortened(row.implementation)) for row in case.rows), default=0)
-        notes += [f"{shortened(row.implementation):<{width}} {curve(row)}" for row in case.rows if row.losses]
+        width = max((len(short_name(row.implementation)) for row in case.rows), default=0)
+        notes += [f"{short_name(row.implementation):<{width}} {curve(row)}" for row in case.rows if row.losses]
     return notes
 
 
@@ -158,8 +158,8 @@ def _layer_notes(case: ModelCase) -> list[str]:
     known = [row for row in case.rows if row.layer_s is not None and row.fixed_s is not None]
     if not known:
         return []
-    layers = ", ".join(f"{shortened(row.implementation)} {formatting.seconds(row.layer_s)}" for row in known)
-    rests = ", ".join(f"{shortened(row.implementation)} {_rest(row)}" for row in known)
+    layers = ", ".join(f"{short_name(row.implementation)} {formatting.seconds(row.layer_s)}" for row in known)
+    rests = ", ".join(f"{short_name(row.implementation)} {_rest(row)}" for row in known)
     part = f"{case.workload.running_layers} of {case.workload.layers} layers ran"
     return [f"{part}; a layer takes: {layers}", f"the rest takes: {rests}"]
 
@@ -181,7 +181,7 @@ def curve(row: FineTuningRow, width: int = CURVE_WIDTH) -> str:
 
 
 WIDTH: Final = 100
-NARROWEST_PATH: Final = 8
+MIN_PATH_WIDTH: Final = 8
 SMALL_RATE: Final = 1e12
 """Rates below this many FLOP/s are shown in GFLOP/s, since they would be mostly zeros in TFLOP/s."""
 DROPPED_FIRST: Final = (
@@ -194,7 +194,7 @@ STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow",
 
 def report_table(report: Report, study: Study | None = None, width: int = WIDTH) -> RenderableType:
     """Render all cases of a report, their geometric means, the study's figures if given, and the finding."""
-    report = cleaned(report)
+    report = escape_all(report)
     cases, count = report.all_cases, len(report.all_cases)
     parts: list[RenderableType] = []
     unit = _rate_unit(cases)
@@ -212,7 +212,7 @@ def report_table(report: Report, study: Study | None = None, width: int = WIDTH)
     return Group(*parts, _footer(report))
 
 
-def _case(case: AnyCase, columns: list[Column], number: int | None, count: int, width: int) -> RenderableType:
+def _case(case: AnyCase, columns: list[TextColumn], number: int | None, count: int, width: int) -> RenderableType:
     chosen, gap = _fitted(columns, width)
     dropped = [column.head for column in columns if column.head not in {kept.head for kept in chosen}]
     parts: list[RenderableType] = [_title(case, number, count), _grid(chosen, gap, case, width)]
@@ -221,22 +221,22 @@ def _case(case: AnyCase, columns: list[Column], number: int | None, count: int, 
     return Group(*parts)
 
 
-def _columns(case: Case, rate_unit: tuple[float, str]) -> list[Column]:
+def _columns(case: Case, rate_unit: tuple[float, str]) -> list[TextColumn]:
     rows, (factor, unit) = case.rows, rate_unit
     best = formatting.best_of(case)
     if len(best) == sum(row.status == formatting.OK for row in rows):
         best = ()  # a star on every row would say nothing
     return [
-        Column(IMPLEMENTATION, [shortened(row.implementation) for row in rows]),
-        Column("path", [row.path or formatting.UNKNOWN for row in rows]),
-        Column("tokens/s", [starred(row, best) for row in rows]),
-        Column("per call", [formatting.interval_text(row.call_s) for row in rows]),
-        Column("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
-        Column(unit, [formatting.per(row.flops_per_s, factor) for row in rows]),
-        Column("eff.", [formatting.percent(row.efficiency) for row in rows]),
-        Column("memory", [formatting.size(row.peak_bytes) for row in rows]),
-        Column("error", [formatting.error(row.max_error) for row in rows]),
-        Column("verdict", [formatting.word(row, case) for row in rows]),
+        TextColumn(IMPLEMENTATION, [short_name(row.implementation) for row in rows]),
+        TextColumn("path", [row.path or formatting.UNKNOWN for row in rows]),
+        TextColumn("tokens/s", [starred(row, best) for row in rows]),
+        TextColumn("per call", [formatting.interval_text(row.call_s) for row in rows]),
+        TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
+        TextColumn(unit, [formatting.per(row.flops_per_s, factor) for row in rows]),
+        TextColumn("eff.", [formatting.percent(row.efficiency) for row in rows]),
+        TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),
+        TextColumn("error", [formatting.error(row.max_error) for row in rows]),
+        TextColumn("verdict", [formatting.word(row, case) for row in rows]),
     ]
 
 
@@ -246,7 +246,7 @@ def _rate_unit(cases: Sequence[AnyCase]) -> tuple[float, str]:
     return (1e9, "GFLOP/s") if 0 < largest < SMALL_RATE else (1e12, "TFLOP/s")
 
 
-def _fitted(columns: list[Column], width: int) -> tuple[list[Column], int]:
+def _fitted(columns: list[TextColumn], width: int) -> tuple[list[TextColumn], int]:
     """Return the columns that fit, and their gap; first the gap narrows, then the path wraps, then columns go."""
     for dropped in range(len(DROPPED_FIRST) + 1):
         gone = [head for heads in DROPPED_FIRST[:dropped] for head in heads]
@@ -254,13 +254,13 @@ def _fitted(columns: list[Column], width: int) -> tuple[list[Column], int]:
         for gap in (2, 1):
             spare = width - sum(column.width for column in kept) - gap * (len(kept) - 1)
             path = next((column for column in kept if column.head == "path"), None)
-            least = min(path.width, NARROWEST_PATH) if path else 0
+            least = min(path.width, MIN_PATH_WIDTH) if path else 0
             if spare >= 0 or (path and gap == 1 and path.width + spare >= least):
                 return kept, gap
     return kept, 1
 
 
-def _grid(columns: list[Column], gap: int, case: AnyCase, width: int) -> Table:
+def _grid(columns: list[TextColumn], gap: int, case: AnyCase, width: int) -> Table:
     table = Table(
         box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False, header_style="dim", collapse_padding=True
     )
@@ -298,9 +298,9 @@ def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
     ]
     notes += [f"{row.implementation}: inaccurate: {row.reason}" for row in case.rows if row.status == "inaccurate"]
     notes += [
-        f"{shortened(row.implementation)} is {row.implementation}"
+        f"{short_name(row.implementation)} is {row.implementation}"
         for row in case.rows
-        if row.status in ("ok", "inaccurate") and shortened(row.implementation) != row.implementation
+        if row.status in ("ok", "inaccurate") and short_name(row.implementation) != row.implementation
     ]
     if change := formatting.reference_change(case):
         notes.insert(0, change)
@@ -322,7 +322,7 @@ def summary_table(report: Report) -> RenderableType:
     for head in ("speedup", "cases", "not ok"):
         table.add_column(head, justify="right")
     for line in report.summary:
-        name = shortened(line.implementation)
+        name = short_name(line.implementation)
         table.add_row(Text(name), formatting.speedup_text(line.speedup), str(line.cases), str(line.not_ok or "-"))
     return Group(title, table)
 

@@ -10,11 +10,11 @@ from msgspec import Struct
 from attention.core.results import Case, Report
 from attention.core.statistics import CONFIDENCE, student_t
 from fatui.report import scaling
-from fatui.report.document import Block, Finding, Missing, joined
-from fatui.report.evidence import sound
+from fatui.report.document import Block, Claim, MissingData, joined
+from fatui.report.evidence import is_sound
 
 AXES: Final = {"head_dim": "head dim", "seq": "length", "batch": "batch"}
-FEWEST: Final = 3
+MIN_POINTS: Final = 3
 """Minimum number of points for a fit with an interval."""
 RUN_SWEEP: Final = "fatui bench scaling"
 
@@ -52,7 +52,7 @@ class Sweep(Struct, frozen=True):
 
 def fit(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
     """Fit a power law to positive values; return None for fewer than three different points."""
-    if len(set(xs)) < FEWEST:
+    if len(set(xs)) < MIN_POINTS:
         return None
     u, w = [math.log(x) for x in xs], [math.log(y) for y in ys]
     middle, height = fmean(u), fmean(w)
@@ -72,7 +72,7 @@ def sweeps(report: Report) -> Iterator[Sweep]:
             rest = tuple(scaling.value(case.workload, name) for name in _others(case, axis))
             groups.setdefault(rest, []).append(case)
         for cases in groups.values():
-            if len({scaling.value(case.workload, axis) for case in cases}) >= FEWEST:
+            if len({scaling.value(case.workload, axis) for case in cases}) >= MIN_POINTS:
                 yield Sweep(axis, tuple(sorted(cases, key=lambda each: int(scaling.value(each.workload, axis)))))
 
 
@@ -87,7 +87,7 @@ def time_law(sweep: Sweep, name: str) -> PowerLaw | None:
     points = [
         (sweep.at(case), row.call_s.median)
         for case in sweep.cases
-        for row in sound(case)
+        for row in is_sound(case)
         if row.implementation == name and row.call_s
     ]
     return fit([x for x, _ in points], [y for _, y in points])
@@ -100,7 +100,7 @@ def speedup_law(sweep: Sweep, name: str) -> PowerLaw | None:
     points = [
         (sweep.at(case), row.speedup.value)
         for case in sweep.cases
-        for row in sound(case)
+        for row in is_sound(case)
         if row.implementation == name and row.speedup
     ]
     return fit([x for x, _ in points], [y for _, y in points])
@@ -114,10 +114,10 @@ def effects(reports: Sequence[Report], names: Sequence[str]) -> list[Block]:
         along = [sweep for sweep in found if sweep.axis == axis]
         told = [finding for sweep in along for finding in _sweep_findings(sweep, names)]
         if not along:
-            made.append(Missing(f"No run has swept {word} alone over three values or more.", RUN_SWEEP))
+            made.append(MissingData(f"No run has swept {word} alone over three values or more.", RUN_SWEEP))
         elif not told:
             made.append(
-                Missing(
+                MissingData(
                     f"The intervals support no trend along {word}; more time narrows them.", f"{RUN_SWEEP} --seconds 20"
                 )
             )
@@ -125,17 +125,17 @@ def effects(reports: Sequence[Report], names: Sequence[str]) -> list[Block]:
     return made
 
 
-def _sweep_findings(sweep: Sweep, names: Sequence[str]) -> list[Finding]:
+def _sweep_findings(sweep: Sweep, names: Sequence[str]) -> list[Claim]:
     made = []
     grown = [f"{name} as {sweep_power(law)}" for name in names if (law := time_law(sweep, name)) and law.low > 0]
     if grown:
-        made.append(Finding(f"{_begin(sweep)}: the time of a call grows with {AXES[sweep.axis]}, {joined(grown)}."))
+        made.append(Claim(f"{_begin(sweep)}: the time of a call grows with {AXES[sweep.axis]}, {joined(grown)}."))
     made += [found for name in names if (found := _gain(sweep, name))]
     curves = scaling.curves_of(sweep.cases, sweep.axis)
     for crossing in scaling.crossovers(curves):
         first, then = crossing.between
         text = f"{crossing.faster_before} is the faster up to {first}, {crossing.faster_after} from {then} on"
-        made.append(Finding(f"{_begin(sweep)}: between {crossing.faster_before} and {crossing.faster_after}, {text}."))
+        made.append(Claim(f"{_begin(sweep)}: between {crossing.faster_before} and {crossing.faster_after}, {text}."))
     return made
 
 
@@ -149,7 +149,7 @@ def _begin(sweep: Sweep) -> str:
     return f"{sweep.ends[0].upper()}{sweep.ends[1:]} ({sweep.elsewhere})"
 
 
-def _gain(sweep: Sweep, name: str) -> Finding | None:
+def _gain(sweep: Sweep, name: str) -> Claim | None:
     """Return the finding that the speedup grows or diminishes with each doubling, or None."""
     law = speedup_law(sweep, name)
     if law is None or law.low <= 0 <= law.high:
@@ -157,4 +157,4 @@ def _gain(sweep: Sweep, name: str) -> Finding | None:
     factor, low, high = (2.0**power for power in (law.slope, law.low, law.high))
     verb = "grows" if factor > 1 else "diminishes"
     figures = f"{factor:.2f} times [{low:.2f}, {high:.2f}] at each doubling, {law.points} points"
-    return Finding(f"{_begin(sweep)}: the speedup of {name} over {sweep.cases[0].reference} {verb}: {figures}.")
+    return Claim(f"{_begin(sweep)}: the speedup of {name} over {sweep.cases[0].reference} {verb}: {figures}.")

@@ -18,7 +18,7 @@ from attention.core.files import make_folder
 from attention.core.results import Report
 from fatui import formatting
 from fatui.storage import paths, result_files
-from fatui.untrusted_text import cleaned, one_line
+from fatui.untrusted_text import escape_all, one_line
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class UnknownRun(HistoryError):
     """The history has no such run, or several; a usage error."""
 
 
-class RunLine(Struct, frozen=True, kw_only=True):
+class RunSummary(Struct, frozen=True, kw_only=True):
     """The summary of a run, for lists."""
 
     id: str
@@ -63,10 +63,10 @@ class RunLine(Struct, frozen=True, kw_only=True):
     finding: str
 
 
-def line_of(report: Report) -> RunLine:
+def summary_of(report: Report) -> RunSummary:
     """Summarise a report for lists."""
     names = dict.fromkeys(row.implementation for case in report.all_cases for row in case.rows)
-    return RunLine(
+    return RunSummary(
         id=report.run.id,
         started=report.run.started,
         seconds=report.run.seconds,
@@ -80,7 +80,7 @@ def line_of(report: Report) -> RunLine:
     )
 
 
-class History:
+class RunHistory:
     """The user's runs; a damaged file is moved aside, never deleted.
 
     Attributes:
@@ -99,7 +99,7 @@ class History:
         Raises:
             HistoryError: the file cannot be written, already has a run of this id, or belongs to a newer fatui.
         """
-        line, content = msgspec.json.encode(line_of(report)), msgspec.json.encode(report)
+        line, content = msgspec.json.encode(summary_of(report)), msgspec.json.encode(report)
 
         def insert(database: sqlite3.Connection) -> None:
             database.execute("INSERT INTO runs (id, line, report) VALUES (?, ?, ?)", (report.run.id, line, content))
@@ -109,7 +109,7 @@ class History:
         except sqlite3.IntegrityError:
             raise HistoryError(f"history: there is a run '{one_line(report.run.id)}' already") from None
 
-    def runs(self) -> list[RunLine]:
+    def runs(self) -> list[RunSummary]:
         """Return all runs, latest first; `notice` gives the number of unreadable ones, which are left out.
 
         Raises:
@@ -215,7 +215,7 @@ class History:
             ):
                 _limit_time(old)
                 rows.extend(old.execute(f"SELECT number, id, line, report FROM runs ORDER BY number {order}"))
-            kept += self._transaction(partial(_take_over, rows=rows), reading=False)
+            kept += self._transaction(partial(_restore_rows, rows=rows), reading=False)
         self.notice = (
             f"history: {self.path} is damaged ({error}); it is kept as {aside}, "
             f"and a new one was started with the {kept} runs that could be read"
@@ -229,7 +229,7 @@ class History:
         return aside
 
 
-def _take_over(database: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> int:
+def _restore_rows(database: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> int:
     before = database.total_changes
     for row in rows:
         with contextlib.suppress(sqlite3.IntegrityError):
@@ -247,16 +247,16 @@ def _is_damage(error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def _line(identity: object, content: object) -> RunLine | None:
+def _line(identity: object, content: object) -> RunSummary | None:
     """Decode a run's summary; return None if it cannot be read."""
     if not isinstance(content, bytes):
         return None
     try:
-        line = msgspec.json.decode(content, type=RunLine)
+        line = msgspec.json.decode(content, type=RunSummary)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     in_bounds = 0 <= line.seconds <= result_files.MAX_SECONDS and 0 <= line.cases < 10**9
-    return cleaned(structs.replace(line, id=str(identity))) if in_bounds else None
+    return escape_all(structs.replace(line, id=str(identity))) if in_bounds else None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

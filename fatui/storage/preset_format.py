@@ -10,20 +10,20 @@ from msgspec import Struct, structs
 from attention.core.errors import UsageError, suggestion
 from attention.core.files import parse_toml
 from attention.core.plan import Plan, expand
-from attention.core.workload import DEFAULT_FROM, LARGEST, Workload
+from attention.core.workload import DEFAULTS_FROM, MAX_SIZES, Workload
 from attention.implementations import check_name
 from fatui.quantities import parse_size, size_text
 
 SCHEMA: Final = 1
-FOUR: Final = ("baseline", "poc", "practical", "demo")
-FIELDS: Final = (*LARGEST, "dtype", "mask", "pass")
+DEFAULT_IMPLEMENTATIONS: Final = ("baseline", "poc", "practical", "demo")
+FIELDS: Final = (*MAX_SIZES, "dtype", "mask", "pass")
 KEYS: Final = (
     *("schema", "title", "summary", "implementations", "seconds", "precision", "memory_limit", "seed"),
     *("workload", "sweep", "case"),
 )
-MOST_CASES: Final = 1_000
-LONGEST_S: Final = 3_600.0
-SHORTEST_S: Final = 0.05
+MAX_CASES: Final = 1_000
+MAX_SECONDS: Final = 3_600.0
+MIN_SECONDS: Final = 0.05
 Table = Mapping[str, Any]
 
 
@@ -38,7 +38,7 @@ class Preset(Struct, frozen=True, kw_only=True):
     bundled: bool = False
     """Whether it is bundled with fatui."""
     cases: tuple[Workload, ...]
-    implementations: tuple[str, ...] = FOUR
+    implementations: tuple[str, ...] = DEFAULT_IMPLEMENTATIONS
     seconds: float = 6.0
     """Seconds for the rounds of one case."""
     precision: float = 0.01
@@ -99,7 +99,7 @@ class _Reader:
             source=source,
             bundled=bundled,
             implementations=self._implementations(),
-            seconds=self._number("seconds", 6.0, SHORTEST_S, LONGEST_S),
+            seconds=self._number("seconds", 6.0, MIN_SECONDS, MAX_SECONDS),
             precision=self._number("precision", 0.01, 1e-6, 1.0),
             memory_limit_bytes=self._memory_limit(),
             seed=self._seed(),
@@ -154,15 +154,15 @@ class _Reader:
             return None
 
     def _implementations(self) -> tuple[str, ...]:
-        got = self.document.get("implementations", list(FOUR))
+        got = self.document.get("implementations", list(DEFAULT_IMPLEMENTATIONS))
         if not isinstance(got, list) or not got or not all(isinstance(name, str) for name in got):
             self.problems.append(f"implementations: got {got!r}; it takes a list of names, such as ['baseline', 'poc']")
-            return FOUR
+            return DEFAULT_IMPLEMENTATIONS
         try:
-            return checked_names(got)
+            return check_names(got)
         except UsageError as error:
             self.problems.extend(error.problems)
-            return FOUR
+            return DEFAULT_IMPLEMENTATIONS
 
     def _table(self, key: str) -> Table:
         got = self.document.get(key, {})
@@ -211,17 +211,17 @@ class _Reader:
         if empty:
             self.problems.extend(f"{where}{field}: got an empty list; it takes at least one value" for field in empty)
             return ()
-        if count > MOST_CASES:
-            self.problems.append(f"{where}makes {count:,} cases; at most {MOST_CASES:,} are taken")
+        if count > MAX_CASES:
+            self.problems.append(f"{where}makes {count:,} cases; at most {MAX_CASES:,} are taken")
             return ()
         try:
             single = {field: value for field, value in table.items() if field not in axes}
             return workloads({**shared, **single}, axes)
         except UsageError as error:
             for problem in error.problems:
-                told = f"{where if problem.partition(':')[0] in table else '[workload] '}{problem}"
-                if told not in self.problems:
-                    self.problems.append(told)
+                located_problem = f"{where if problem.partition(':')[0] in table else '[workload] '}{problem}"
+                if located_problem not in self.problems:
+                    self.problems.append(located_problem)
             return ()
 
 
@@ -248,7 +248,7 @@ def number_between(value: object, name: str, least: float, most: float) -> float
     raise UsageError(f"{name}: got {value!r}; it takes a number from {least:g} to {most:g}")
 
 
-def checked_names(names: list[str]) -> tuple[str, ...]:
+def check_names(names: list[str]) -> tuple[str, ...]:
     """Return the implementations' names without duplicates.
 
     Raises:
@@ -266,7 +266,7 @@ def checked_names(names: list[str]) -> tuple[str, ...]:
 
 
 Fields = dict[str, Any]
-WIDEST_ARRAY: Final = 100
+MAX_ARRAY_WIDTH: Final = 100
 
 
 def to_toml(preset: Preset) -> str:
@@ -298,11 +298,11 @@ def given_fields(workload: Workload) -> Fields:
     return {
         name: value
         for name, value in fields.items()
-        if name not in DEFAULT_FROM or fields.get(DEFAULT_FROM[name]) != value
+        if name not in DEFAULTS_FROM or fields.get(DEFAULTS_FROM[name]) != value
     }
 
 
-def as_product(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]] | None:
+def factor_cases(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]] | None:
     """Split cases into shared fields and axes whose product they are; return None if they are not a product."""
     given = [given_fields(case) for case in cases]
     shared = _shared(given)
@@ -324,7 +324,7 @@ def _shared(given: Sequence[Fields]) -> Fields:
 
 
 def _tables(cases: Sequence[Workload]) -> Fields:
-    product = as_product(cases)
+    product = factor_cases(cases)
     if product:
         shared, axes = product
         return {"workload": shared, **({"sweep": axes} if axes else {})}
@@ -359,4 +359,4 @@ def _short_arrays_on_one_line(text: str) -> str:
 def _joined(array: list[str]) -> list[str]:
     head, *items, end = array
     line = head + " ".join(items).removesuffix(",") + end
-    return [line] if len(line) <= WIDEST_ARRAY else [head, *(f"    {item}" for item in items), end]
+    return [line] if len(line) <= MAX_ARRAY_WIDTH else [head, *(f"    {item}" for item in items), end]

@@ -9,18 +9,18 @@ from typing import Final
 from msgspec import Struct
 
 from attention.core.errors import UsageError, suggestion
-from attention.core.files import expanded, make_folder, read_bounded
+from attention.core.files import expand_home, make_folder, read_bounded
 from fatui.storage import paths
 from fatui.storage.preset_format import Preset, parse, to_toml
 
-__all__ = ["Listed", "Preset", "delete", "list_presets", "load", "parse", "rename", "restore", "save", "to_toml"]
+__all__ = ["Preset", "PresetEntry", "delete", "list_presets", "load", "parse", "rename", "restore", "save", "to_toml"]
 
 MAX_FILE_BYTES: Final = 2**20
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-ASIDE: Final = ".deleted"
+BACKUP_SUFFIX: Final = ".deleted"
 
 
-class Listed(Struct, frozen=True, kw_only=True):
+class PresetEntry(Struct, frozen=True, kw_only=True):
     """A preset in the list, including one with mistakes."""
 
     name: str
@@ -31,7 +31,7 @@ class Listed(Struct, frozen=True, kw_only=True):
     problems: tuple[str, ...] = ()
 
 
-def list_presets() -> list[Listed]:
+def list_presets() -> list[PresetEntry]:
     """Return all presets sorted by name; one of the user's own hides a bundled one of the same name."""
     found = {path.stem: (path, True) for path in _files(paths.bundled_presets())}
     found.update({path.stem: (path, False) for path in _files(paths.own_presets())})
@@ -45,12 +45,12 @@ def _files(folder: Path) -> list[Path]:
         return []
 
 
-def _listed(path: Path, bundled: bool) -> Listed:
+def _listed(path: Path, bundled: bool) -> PresetEntry:
     try:
         preset = _read(path, bundled)
     except UsageError as error:
-        return Listed(name=path.stem, source=path, bundled=bundled, problems=error.problems)
-    return Listed(name=path.stem, source=path, bundled=bundled, preset=preset)
+        return PresetEntry(name=path.stem, source=path, bundled=bundled, problems=error.problems)
+    return PresetEntry(name=path.stem, source=path, bundled=bundled, preset=preset)
 
 
 def load(name_or_path: str | Path) -> Preset:
@@ -61,7 +61,7 @@ def load(name_or_path: str | Path) -> Preset:
     """
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or text.endswith(".toml"):
-        return _read(expanded(name_or_path), bundled=False)
+        return _read(expand_home(name_or_path), bundled=False)
     for folder, bundled in ((paths.own_presets(), False), (paths.bundled_presets(), True)):
         path = folder / f"{text}.toml"
         if path in _files(folder):
@@ -97,7 +97,7 @@ def save(preset: Preset, name: str, overwrite: bool = False) -> Path:
         raise UsageError(f"preset: there is one named '{name}' already")
     make_folder(target.parent)
     if target.exists():
-        shutil.copy2(target, _aside(name))
+        shutil.copy2(target, _backup_path(name))
     paths.write_atomically(target, to_toml(preset))
     return target
 
@@ -122,7 +122,7 @@ def delete(name: str) -> Path:
         UsageError: there is no such preset of the user's own.
         OSError: the folder cannot be written.
     """
-    return _existing(name).rename(_aside(name))
+    return _existing(name).rename(_backup_path(name))
 
 
 def restore(path: Path) -> Path:
@@ -156,7 +156,7 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _aside(name: str) -> Path:
-    folder = paths.own_presets() / ASIDE
+def _backup_path(name: str) -> Path:
+    folder = paths.own_presets() / BACKUP_SUFFIX
     make_folder(folder)
     return folder / f"{name}.{time.time_ns()}.toml"

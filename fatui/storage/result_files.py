@@ -11,7 +11,7 @@ from msgspec import Struct
 from attention.core.errors import UsageError
 from attention.core.files import read_bounded
 from attention.core.results import SCHEMA, FineTuningRow, Interval, NoiseFloor, Ratio, Report, Share
-from fatui.untrusted_text import cleaned, one_line
+from fatui.untrusted_text import escape_all, one_line
 
 MAX_FILE_BYTES: Final = 2**26
 MAX_OBJECTS: Final = 200_000
@@ -54,7 +54,7 @@ def decode(content: bytes) -> Report:
     if content.count(b"{") > MAX_OBJECTS or content.count(b",") > MAX_VALUES:
         raise ValueError(f"more than {MAX_OBJECTS:,} rows and figures, or more than {MAX_VALUES:,} values")
     try:
-        report = cleaned(msgspec.json.decode(content, type=Report), MAX_TEXT)
+        report = escape_all(msgspec.json.decode(content, type=Report), MAX_TEXT)
     except msgspec.MsgspecError as error:
         raise ValueError(one_line(str(error), 300)) from error
     except RecursionError:

@@ -31,7 +31,7 @@ class Settings(msgspec.Struct, kw_only=True):
     problems: list[str] = []
 
 
-class Pace(msgspec.Struct, kw_only=True):
+class RunSpeed(msgspec.Struct, kw_only=True):
     """Timings of complete runs on this machine, from which the time of the next one is estimated."""
 
     device: str = ""
@@ -41,7 +41,7 @@ class Pace(msgspec.Struct, kw_only=True):
     """(FLOPs, seconds) of calls by implementation, dtype and pass: "poc float16 forward"."""
 
 
-class Remembered(msgspec.Struct, kw_only=True):
+class SavedState(msgspec.Struct, kw_only=True):
     """The state restored at the next start."""
 
     theme: str = DEFAULT_THEME
@@ -53,7 +53,7 @@ class Remembered(msgspec.Struct, kw_only=True):
     """The column that the comparison is sorted by; empty for the plan's own order."""
     descending: bool = True
     export_folder: str = ""
-    pace: Pace = msgspec.field(default_factory=Pace)
+    pace: RunSpeed = msgspec.field(default_factory=RunSpeed)
 
 
 def config_path() -> Path:
@@ -141,19 +141,19 @@ def _clash(settings: Settings, action: str, key: str, actions: Mapping[str, str]
     return None
 
 
-def read_remembered() -> tuple[Remembered, str | None]:
+def read_state() -> tuple[SavedState, str | None]:
     """Read the state of the last start, or the defaults, with an error message if it cannot be read."""
     path = state_path()
     try:
-        return msgspec.json.decode(read_bounded(path, MAX_FILE_BYTES), type=Remembered), None
+        return msgspec.json.decode(read_bounded(path, MAX_FILE_BYTES), type=SavedState), None
     except FileNotFoundError:
-        return Remembered(), None
+        return SavedState(), None
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        return Remembered(), f"{path}: {why}; the app starts with its defaults"
+        return SavedState(), f"{path}: {why}; the app starts with its defaults"
 
 
-def write_remembered(remembered: Remembered) -> None:
+def write_state(remembered: SavedState) -> None:
     """Save the state for the next start.
 
     Raises:

@@ -18,7 +18,7 @@ from attention.core.workload import Workload
 from attention.measure.device import Device
 
 
-class Question(msgspec.Struct, kw_only=True):
+class AdviceRequest(msgspec.Struct, kw_only=True):
     """A request for the routes of some implementations on a workload."""
 
     number: int
@@ -29,7 +29,7 @@ class Question(msgspec.Struct, kw_only=True):
     """Further cases of the plan, for the memory that they need."""
 
 
-class Answer(msgspec.Struct, kw_only=True):
+class AdviceReply(msgspec.Struct, kw_only=True):
     """The routes; with neither routes nor problems, only the device."""
 
     number: int = 0
@@ -45,14 +45,14 @@ class Answer(msgspec.Struct, kw_only=True):
     """The largest number of bytes above the inputs that each implementation is predicted to need in any case."""
 
 
-def answer(question: Question, device: Device) -> Answer:
+def answer(question: AdviceRequest, device: Device) -> AdviceReply:
     """Route each implementation; an exception becomes its entry in `problems`."""
     from attention import implementations
 
-    made = Answer(number=question.number)
+    made = AdviceReply(number=question.number)
     for name in question.names:
         try:
-            implementation = implementations.get(name)
+            implementation = implementations.load_implementation(name)
             made.routes[name] = implementation.route(question.workload, device)
             cases = [(case, implementation.route(case, device)) for case in question.others]
         except Exception as error:
@@ -76,10 +76,10 @@ def main() -> None:
 
         device = probe()
     except Exception as error:
-        _say(Answer(problem=str(error) or type(error).__name__))
+        _say(AdviceReply(problem=str(error) or type(error).__name__))
         return
-    _say(Answer(device=device))
-    decoder = msgspec.json.Decoder(Question)
+    _say(AdviceReply(device=device))
+    decoder = msgspec.json.Decoder(AdviceRequest)
     for line in sys.stdin.buffer:
         _say(answer(decoder.decode(line), device))
 
@@ -113,10 +113,10 @@ class Advice:
     def __init__(self, changed: Callable[[], None]) -> None:
         self.device: Device | None = None
         self.problem = ""
-        self.answer = Answer()
+        self.answer = AdviceReply()
         self._changed = changed
-        self._asked: Question | None = None
-        self._wanted: Question | None = None
+        self._asked: AdviceRequest | None = None
+        self._wanted: AdviceRequest | None = None
         self._number = 0
         self._process: asyncio.subprocess.Process | None = None
 
@@ -131,7 +131,7 @@ class Advice:
         An older question that was not sent yet is dropped.
         """
         self._number += 1
-        self._wanted = Question(number=self._number, workload=workload, names=names, others=others)
+        self._wanted = AdviceRequest(number=self._number, workload=workload, names=names, others=others)
         self._send()
 
     def _send(self) -> None:
@@ -150,7 +150,7 @@ class Advice:
                 return
             if self._asked is not None:
                 problem = "finding its route crashed the advisor process"
-                self._take(Answer(number=self._asked.number, problems=dict.fromkeys(self._asked.names, problem)))
+                self._take(AdviceReply(number=self._asked.number, problems=dict.fromkeys(self._asked.names, problem)))
             self.device = None
 
     async def _run_once(self) -> None:
@@ -166,14 +166,14 @@ class Advice:
         assert process.stdout is not None
         try:
             async for line in process.stdout:
-                self._take(msgspec.json.decode(line, type=Answer))
+                self._take(msgspec.json.decode(line, type=AdviceReply))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             self._process = None
             await process.wait()
 
-    def _take(self, answer: Answer) -> None:
+    def _take(self, answer: AdviceReply) -> None:
         if answer.device is not None:
             self.device = answer.device
         elif answer.problem:

@@ -28,10 +28,10 @@ from fatui.tui import actions
 from fatui.tui.advisor import Advice
 from fatui.tui.terminal import ControlFilter, watch_terminal
 from fatui.tui.view_models import estimate
-from fatui.tui.view_models.journal import Journal, Level
+from fatui.tui.view_models.journal import Level, Log
 from fatui.tui.view_models.session import AnySession, Drives, Listener, MakeEngine, ModelSession, Session
 from fatui.tui.view_models.telemetry import Reading, Telemetry
-from fatui.untrusted_text import clean
+from fatui.untrusted_text import escape_controls
 
 if TYPE_CHECKING:
     from textual.dom import DOMNode
@@ -56,7 +56,7 @@ def command_of(plan: Plan, preset: "Preset | None") -> str:
         return f"# {error}"
 
 
-class Runs:
+class RunController:
     """The runs of an app, one at a time.
 
     Attributes:
@@ -166,9 +166,9 @@ class Runs:
 
     async def keep(self, report: Report) -> None:
         """Store a report in the history; errors are shown, and the report stays on the screen."""
-        from fatui.storage.history import History, HistoryError
+        from fatui.storage.history import HistoryError, RunHistory
 
-        history = History()
+        history = RunHistory()
         try:
             await asyncio.to_thread(history.add, report)
         except HistoryError as error:
@@ -235,12 +235,12 @@ def load_preset(app: "FatuiApp", name: str) -> bool:
     return True
 
 
-def remember(app: "FatuiApp") -> None:
+def save_state(app: "FatuiApp") -> None:
     """Save the app's state for the next start."""
     kept = app.remembered
     kept.theme, kept.draft, kept.tab, kept.hidden = app.theme, app.draft, app.main.tab, app.main.hidden
     try:
-        settings.write_remembered(kept)
+        settings.write_state(kept)
     except OSError as error:
         app.farewell = f"fatui: the layout was not saved: {settings.state_path()}: {error.strerror or error}"
 
@@ -310,10 +310,10 @@ def open_screen(app: "FatuiApp", name: str) -> None:
     if len(app.screen_stack) > 1:
         return
     made = screen_named(name)
-    app.push_screen(made, partial(_take, app, name))
+    app.push_screen(made, partial(_apply_result, app, name))
 
 
-def _take(app: "FatuiApp", name: str, result: object) -> None:
+def _apply_result(app: "FatuiApp", name: str, result: object) -> None:
 
     if name == "presets" and isinstance(result, str) and load_preset(app, result):
         app.journal.write(f"preset {result} is loaded")
@@ -361,10 +361,10 @@ def export(app: "FatuiApp") -> None:
     app.push_screen(Export(folder, name), partial(_exported, app, report))
 
 
-def _exported(app: "FatuiApp", report: Report, asked: tuple[Path, tuple[str, ...]] | None) -> None:
-    if asked is not None:
+def _exported(app: "FatuiApp", report: Report, target: tuple[Path, tuple[str, ...]] | None) -> None:
+    if target is not None:
         # Written once the dialog has closed, so that it is not in the picture.
-        app.call_after_refresh(_write, app, report, *asked)
+        app.call_after_refresh(_write, app, report, *target)
 
 
 async def _write(app: "FatuiApp", report: Report, stem: Path, endings: tuple[str, ...]) -> None:
@@ -501,12 +501,12 @@ class FatuiApp(App[int]):
         advise: bool = True,
     ) -> None:
         super().__init__()
-        self.journal = Journal(now)
+        self.journal = Log(now)
         self.settings = settings.read_settings(actions.SCOPES, tuple(self.available_themes))
-        self.remembered, self._complaint = settings.read_remembered()
+        self.remembered, self._complaint = settings.read_state()
         self.draft: Draft = self.remembered.draft
         self.preset: Preset | None = None
-        self.runs = Runs(self)
+        self.runs = RunController(self)
         self.farewell = ""
         self.keys = actions.shown_keys(self.settings.keys)
         self.advice = Advice(self._advised)
@@ -554,7 +554,7 @@ class FatuiApp(App[int]):
 
     def _begin(self) -> None:
         for problem in self.settings.problems:
-            self.notify(clean(problem, MAX_NOTICE), severity="warning", timeout=10, markup=False)
+            self.notify(escape_controls(problem, MAX_NOTICE), severity="warning", timeout=10, markup=False)
         if self._advise:
             self.run_worker(self.advice.run(), name="advice", exit_on_error=False)
             self.set_interval(self.TELEMETRY_S, self._look_at_machine)
@@ -593,7 +593,7 @@ class FatuiApp(App[int]):
     async def leave(self, code: int = 0, *, gone: bool = False) -> None:
         """End an active run, store it, and exit; if the terminal is gone, without restoring it."""
         await self.runs.end()
-        remember(self)
+        save_state(self)
         if gone:
             os._exit(code)  # Textual would wait for a terminal that no longer accepts output
         self.exit(code, return_code=code)
@@ -666,7 +666,7 @@ class FatuiApp(App[int]):
     def tell(self, text: str, level: Level = "info") -> None:
         """Write a message to the log, and show it as a notification."""
         self.journal.write(text, level)
-        shown = clean(text, MAX_NOTICE)
+        shown = escape_controls(text, MAX_NOTICE)
         self.notify(shown, severity=SEVERITY[level], timeout=6 if level == "info" else 12, markup=False)
 
     def set_draft(self, draft: Draft) -> None:
@@ -710,8 +710,8 @@ class FatuiApp(App[int]):
 
     def _show_reading(self, reading: Reading) -> None:
         if self.session is not None:
-            self.session.note_memory("process", reading.process_bytes)
-            self.session.note_memory("device", reading.gpu.used_bytes if reading.gpu else None)
+            self.session.record_memory("process", reading.process_bytes)
+            self.session.record_memory("device", reading.gpu.used_bytes if reading.gpu else None)
         self.main.show_reading(reading)
 
     def action_change_theme(self) -> None:
@@ -741,5 +741,5 @@ def run_app(preset: str | None = None, run: bool = False, ascii: bool = False) -
     watch_terminal(app.terminal_gone, app.runs.kill)
     result = app.run()
     if app.farewell:
-        print(clean(app.farewell), file=sys.stderr)
+        print(escape_controls(app.farewell), file=sys.stderr)
     return result if isinstance(result, int) else app.return_code or 0

@@ -14,7 +14,7 @@ from attention import attention
 from attention.core.workload import Workload
 from attention.implementations.bounded.blocks import MIB, visible_tiles
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.bounded.policy import shape_of
+from attention.implementations.bounded.policy import problem_size
 from attention.measure.device import probe
 
 LONG = 262_144
@@ -68,10 +68,10 @@ def tiles(seq: int, practical: Practical, **size: int) -> dict[str, int]:
         Workload(**{"heads": 1, "head_dim": 8, **size}, seq=seq, dtype="float32", mask="causal", pass_=pass_)  # type: ignore[arg-type]
         for pass_ in ("forward", "training")
     )
-    made = practical.choice(forward, probe())
+    made = practical.strategy(forward, probe())
     return {
-        "forward": visible_tiles(shape_of(forward), made.blocks),
-        "gradient": visible_tiles(shape_of(training), made.backward),
+        "forward": visible_tiles(problem_size(forward), made.blocks),
+        "gradient": visible_tiles(problem_size(training), made.backward),
     }
 
 

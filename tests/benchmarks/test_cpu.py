@@ -3,23 +3,23 @@
 import pytest
 
 from benchmarks.cpu import rows
-from benchmarks.cpu.claims import Report, claims
+from benchmarks.cpu.claims import BenchReport, claims
 from benchmarks.cpu.costs import TinyCall
-from benchmarks.cpu.rows import DecodeRow, Row
-from benchmarks.cpu.shapes import DECODE, SHAPES, Shape
+from benchmarks.cpu.rows import BenchRow, DecodeRow
+from benchmarks.cpu.shapes import DECODE, SHAPES, BenchShape
 
-SMALL = Shape(1, 2, 16, 8)
+SMALL = BenchShape(1, 2, 16, 8)
 
 
-def report(variant: str = "avx512_bf16", **changes: float) -> Report:
+def report(variant: str = "avx512_bf16", **changes: float) -> BenchReport:
     """Figures exactly as good as required, except for the changes."""
     figures = {"torch": 2.01, "mlx": 30.0, "peak": 0.75, "decode": 0.8, "first": 29.0, "later": 0.049, "tiny": 1.02}
     figures = {**figures, "memory": 3.0 * 2**20, **changes}
-    made = Report("a processor", variant, 2, 0.0)
+    made = BenchReport("a processor", variant, 2, 0.0)
     for dtype in ("float32", "bfloat16"):
         for backward in (False, True):
             for shape in SHAPES:
-                row = Row(shape.name, dtype, backward, shape.flops(backward), peak_share=figures["peak"])
+                row = BenchRow(shape.name, dtype, backward, shape.flops(backward), peak_share=figures["peak"])
                 row.ratios = {"torch": figures["torch"]} | ({} if backward else {"mlx": figures["mlx"]})
                 made.rows.append(row)
     made.decode = [DecodeRow("float32", 1e9, 1e9, figures["decode"], None)]

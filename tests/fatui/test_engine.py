@@ -271,13 +271,13 @@ def test_a_hung_call_in_a_model_costs_its_row(monkeypatch: pytest.MonkeyPatch) -
 def test_silence_in_a_model_is_bounded_around_the_estimate(work: Generation | FineTuning) -> None:
     kind = GenerationPlan if isinstance(work, Generation) else FineTuningPlan
     engine = Engine(kind(cases=(work,), implementations=("baseline",)))
-    engine._tell(on.CaseStarted(case=0))
-    engine._tell(on.WeightsMade(case=0, weights_bytes=2 * 10**9))
+    engine._dispatch(on.CaseStarted(case=0))
+    engine._dispatch(on.WeightsLoaded(case=0, weights_bytes=2 * 10**9))
     before = engine._longest_silence_s()
     assert 600 < before < 48 * 3600
-    engine.silence.hear(on.Expected(case=0, seconds=1000, implementations=1))
+    engine.silence.record_event(on.CaseTimeEstimated(case=0, seconds=1000, implementations=1))
     assert engine._longest_silence_s() == 4000
-    engine.silence.hear(on.CaseStarted(case=0))
+    engine.silence.record_event(on.CaseStarted(case=0))
     assert engine._longest_silence_s() == before
 
 
@@ -288,7 +288,7 @@ def test_a_silence_in_the_rounds_names_them() -> None:
     begun = next(index for index, event in enumerate(heard) if isinstance(event, on.RoundsDone))
     silence = Silence()
     for event in heard[:begun]:
-        silence.hear(event)
+        silence.record_event(event)
     assert silence.step == "rounds"
 
 
@@ -306,10 +306,10 @@ def test_a_child_in_a_session_of_its_own_ends_with_the_run(tmp_path: Path, monke
 def test_silence_is_unexplained_after_30_s_unless_building() -> None:
     now = 0.0
     silence = Silence(lambda: now)
-    silence.hear(on.StepStarted(case=0, implementation="poc", step="build"))
+    silence.record_event(on.StepStarted(case=0, implementation="poc", step="build"))
     now = 200.0
     assert (silence.seconds, silence.building, silence.unexplained) == (200, "poc", False)
-    silence.hear(on.StepStarted(case=0, implementation="poc", step="first call"))
+    silence.record_event(on.StepStarted(case=0, implementation="poc", step="first call"))
     now = 231.0
     assert silence.unexplained
     assert silence.step == "poc: first call"

@@ -110,7 +110,9 @@ def test_verdicts_are_words():
             "refused: needs 41 GiB of 22",
         ),
         (
-            on.Checked(case=0, implementation="poc", max_error=0.031, rms_error=0.01, accurate=False, detail="output"),
+            on.AccuracyChecked(
+                case=0, implementation="poc", max_error=0.031, rms_error=0.01, accurate=False, detail="output"
+            ),
             "inaccurate: 3.1e-2",
         ),
     ],
@@ -130,7 +132,7 @@ def interrupted_after(rounds: int) -> Report:
     record.apply(on.CaseStarted(case=0))
     record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
     for number in range(rounds):
-        samples = {"baseline": [0.9 + number / 100], on.AGAIN: [0.91], "poc": [0.02]}
+        samples = {"baseline": [0.9 + number / 100], on.REPEATED_REFERENCE: [0.91], "poc": [0.02]}
         record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
     return record.report(run_of())
 
@@ -203,7 +205,7 @@ def test_a_reference_other_than_the_baseline_is_explained():
     record.apply(on.CaseStarted(case=0))
     record.apply(on.RowEnded(case=0, implementation="baseline", status="failed", reason="planted"))
     record.apply(on.ReferenceChosen(case=0, implementation="poc"))
-    samples = {"poc": [1.0] * 6, on.AGAIN: [1.0] * 6, "demo": [2.0] * 6}
+    samples = {"poc": [1.0] * 6, on.REPEATED_REFERENCE: [1.0] * 6, "demo": [2.0] * 6}
     record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
     report = record.report(run_of())
     note = "baseline failed: speedups are relative to poc"

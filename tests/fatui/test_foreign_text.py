@@ -14,8 +14,8 @@ from fatui.report.compose import compose
 from fatui.report.export import to_csv
 from fatui.report.html import to_html
 from fatui.storage import paths
-from fatui.storage.history import History
-from fatui.untrusted_text import clean, cleaned, markdown_block, markdown_code, one_line, spreadsheet
+from fatui.storage.history import RunHistory
+from fatui.untrusted_text import escape_all, escape_controls, markdown_block, markdown_code, one_line, spreadsheet
 from tests.support import hostile
 
 KINDS = ("shapes", "model", "finetune")
@@ -23,24 +23,24 @@ KINDS = ("shapes", "model", "finetune")
 
 @given(st.text(st.characters(exclude_categories=[]), max_size=60))
 def test_clean_text_holds_no_control_character_and_encodes(text):
-    made = clean(text)
+    made = escape_controls(text)
     assert not hostile.unsafe_in(made)
     made.encode()
-    assert clean(made) == made
+    assert escape_controls(made) == made
 
 
 def test_ordinary_text_stays_as_it_is():
     for text in ("poc ±0.4x ≈ 1 µs ★", "naïve café 日本語 🙂", "two\nlines", "[b]", ""):
-        assert clean(text) == text
+        assert escape_controls(text) == text
     report = hostile.report("shapes", "a")
-    assert cleaned(cleaned(report)) == cleaned(report)
-    assert cleaned(ordinary := report.cases[0].workload) is ordinary
+    assert escape_all(escape_all(report)) == escape_all(report)
+    assert escape_all(ordinary := report.cases[0].workload) is ordinary
 
 
 def test_a_control_character_is_shown_as_its_escape():
-    assert clean("a\x1b[2J\u202eb") == "a\\x1b[2J\\u202eb"
+    assert escape_controls("a\x1b[2J\u202eb") == "a\\x1b[2J\\u202eb"
     assert one_line("a\tb\nc") == "a b c"
-    assert clean("x" * 10, 4) == "xxxx… (10 characters)"
+    assert escape_controls("x" * 10, 4) == "xxxx… (10 characters)"
 
 
 def test_code_in_markdown_cannot_be_left():
@@ -146,7 +146,7 @@ def test_a_hostile_preset_runs_and_is_shown_as_it_is_in_a_file(presets_of_others
 
 
 def test_an_unknown_name_is_echoed_without_its_escape_codes(capsys):
-    History()
+    RunHistory()
     for arguments in (
         ["bench", "\x1b[2J"],
         ["history", "show", "\x1b[2J"],

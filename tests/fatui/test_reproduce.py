@@ -8,7 +8,7 @@ from attention.core.plan import Plan
 from attention.core.workload import Workload
 from fatui.cli import bench
 from fatui.cli.main import Parser
-from fatui.reproduce import Started, bench_command, command_for
+from fatui.reproduce import RunIdentity, bench_command, command_for
 from fatui.storage import presets
 
 NAMES = ("baseline", "poc")
@@ -58,4 +58,4 @@ def test_odd_names_are_quoted():
 
 
 def test_two_runs_have_two_names():
-    assert Started("c", None).run().id != Started("c", None).run().id
+    assert RunIdentity("c", None).run().id != RunIdentity("c", None).run().id

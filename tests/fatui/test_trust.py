@@ -11,7 +11,7 @@ import pytest
 
 from attention.core.plan import Plan
 from attention.core.results import Case
-from attention.core.route import PLAIN, Needs, Route
+from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
 from attention.implementations.runner import MlxRunner, make_inputs
 from attention.masks import Mask
@@ -55,7 +55,7 @@ class OneProduct:
 
     name = "product"
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         return Route(path="product", fused=True, reason="it is one")
 
     def __call__(

@@ -84,10 +84,10 @@ class Broken:
         self._spoil = spoil
 
     def route(self, *arguments):
-        return built_in.get("baseline").route(*arguments)
+        return built_in.load_implementation("baseline").route(*arguments)
 
     def __call__(self, q, k, v, **keywords):
-        return self._spoil(built_in.get("baseline")(q, k, v, **keywords), v)
+        return self._spoil(built_in.load_implementation("baseline")(q, k, v, **keywords), v)
 
 
 def additive_mask_case():
@@ -126,7 +126,7 @@ def test_a_mask_whose_gradient_is_left_out_is_found():
             from msgspec import structs
 
             stopped = structs.replace(mask, array=mx.stop_gradient(mask.array))
-            return built_in.get("baseline")(q, k, v, mask=stopped, **keywords)
+            return built_in.load_implementation("baseline")(q, k, v, mask=stopped, **keywords)
 
     outcome = Judge(problem).outcome("stopped", Stopped(None))
     assert (outcome.verdict, outcome.detail.partition(":")[0]) == ("inaccurate", "dMask")
@@ -155,13 +155,13 @@ def test_a_process_that_dies_costs_one_case(tmp_path, capsys):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(
         "import os, signal\n"
-        "from attention.implementations import get\n"
+        "from attention.implementations import load_implementation\n"
         "class Deadly:\n"
         "    name, title, summary = 'deadly', 'Deadly', 'dies at single queries'\n"
-        "    def route(self, *a): return get('baseline').route(*a)\n"
+        "    def route(self, *a): return load_implementation('baseline').route(*a)\n"
         "    def __call__(self, q, k, v, **more):\n"
         "        if q.shape[2] == 1: os.kill(os.getpid(), signal.SIGSEGV)\n"
-        "        return get('baseline')(q, k, v, **more)\n"
+        "        return load_implementation('baseline')(q, k, v, **more)\n"
     )
     out = tmp_path / "failures.jsonl"
     assert main(["--seed", "1", "--count", "12", "--impl", f"{plugin}:Deadly", "--out", str(out)]) == 1
@@ -176,10 +176,10 @@ def test_a_run_ends_soon_after_its_time(tmp_path, capsys, monkeypatch):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(
         "import time\n"
-        "from attention.implementations import get\n"
+        "from attention.implementations import load_implementation\n"
         "class Slow:\n"
         "    name, title, summary = 'slow', 'Slow', 'does not end'\n"
-        "    def route(self, *a): return get('baseline').route(*a)\n"
+        "    def route(self, *a): return load_implementation('baseline').route(*a)\n"
         "    def __call__(self, *a, **more): time.sleep(600)\n"
     )
     monkeypatch.setattr(program, "MAX_OVERTIME_S", 1.0)

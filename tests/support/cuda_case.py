@@ -8,7 +8,7 @@ import numpy as np
 from attention.kernels import cuda
 from attention.kernels.cuda import choice
 from attention.kernels.cuda import gradients as cuda_gradients
-from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, Call, Shape, check_arrays, normal
+from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, CallParams, CallShape, check_arrays, normalize
 from tests.support import kernel_oracle
 
 KINDS = {  # options of a call besides its arrays; for a mask its shape, 1 where it broadcasts, and its type
@@ -23,7 +23,7 @@ KINDS = {  # options of a call besides its arrays; for a mask its shape, 1 where
     "float16": {"mask": ("1h1k", "float16"), "softcap": 1.5},
     "float32": {"mask": ("bhqk", "float32"), "causal": True, "window": 61},
 }
-PLAIN = Call(scale=0.125, causal=False, window=None, softcap=None)
+PLAIN = CallParams(scale=0.125, causal=False, window=None, softcap=None)
 CALLS = {
     "full": PLAIN,
     "causal": replace(PLAIN, causal=True),
@@ -94,8 +94,8 @@ class Case:
         dtype, kind = check_arrays(q, k, v, self.mask)
         named = {"causal": False, "window": None, "softcap": None, **self.keywords, "mask": kind}
         dims = [DIM_STEP * -(-x.shape[3] // DIM_STEP) for x in (q, v)]
-        shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], dims[0], ELEMENTS[dtype], dims[1])
-        return shape, normal(**named, keys=k.shape[2])
+        shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], dims[0], ELEMENTS[dtype], dims[1])
+        return shape, normalize(**named, keys=k.shape[2])
 
     def check_forward(self, what):
         output, logsumexp = self.forward()

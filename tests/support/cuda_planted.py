@@ -11,16 +11,16 @@ from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.portable import launch as portable_launch
 from attention.kernels.cuda.runtime import launch, launcher, selfcheck
 from attention.kernels.cuda.runtime import program as runtime_program
-from attention.kernels.cuda.runtime.gpu import Gpu
+from attention.kernels.cuda.runtime.gpu import GpuProperties
 from attention.kernels.cuda.runtime.launch import NUMBER, POINTER, STRIDE
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90 import launch as sm90_launch
 
 GPUS = {
-    "A100": Gpu("Planted A100", (8, 0), 108, 166_912, 13000),
-    "RTX 4090": Gpu("Planted RTX 4090", (8, 9), 128, 101_376, 13000),
-    "H100": Gpu("Planted H100", (9, 0), 132, 232_448, 13000),
-    "B200": Gpu("Planted B200", (10, 0), 148, 232_448, 13000),
+    "A100": GpuProperties("Planted A100", (8, 0), 108, 166_912, 13000),
+    "RTX 4090": GpuProperties("Planted RTX 4090", (8, 9), 128, 101_376, 13000),
+    "H100": GpuProperties("Planted H100", (9, 0), 132, 232_448, 13000),
+    "B200": GpuProperties("Planted B200", (10, 0), 148, 232_448, 13000),
 }
 
 
@@ -79,14 +79,14 @@ def planted(monkeypatch):
     def verdict(program, *_):
         return found.wrong.get(program.name)
 
-    monkeypatch.setattr(selfcheck, "distrust", verdict)
-    monkeypatch.setattr(selfcheck, "judged", verdict)
-    monkeypatch.setattr(requirements, "look", lambda: "planted")
+    monkeypatch.setattr(selfcheck, "distrust_reason", verdict)
+    monkeypatch.setattr(selfcheck, "check", verdict)
+    monkeypatch.setattr(requirements, "describe", lambda: "planted")
     monkeypatch.setattr(runtime_program, "version", lambda: (13, 0))
     monkeypatch.setattr(runtime_program, "targets", lambda: (80, 86, 89, 90, 100))
     monkeypatch.setattr(launch, "machine_code", lambda program: program)
-    monkeypatch.setattr(launcher, "missing", lambda: None)
-    monkeypatch.setattr(launcher, "obstacle", lambda: None)
+    monkeypatch.setattr(launcher, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(launcher, "known_obstacle", lambda: None)
     monkeypatch.setattr(launcher, "module", lambda: found.recorder)
     forget()
     yield make

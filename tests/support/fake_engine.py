@@ -13,7 +13,7 @@ from tests.support.sample_runs import events_of
 ENDINGS = {
     "failed": on.RowEnded(case=0, implementation="poc", status="failed", reason="killed by signal 9 (SIGKILL)"),
     "refused": on.RowEnded(case=0, implementation="poc", status="refused", reason="needs 41 GiB of 22"),
-    "inaccurate": on.Checked(
+    "inaccurate": on.AccuracyChecked(
         case=0, implementation="poc", max_error=0.03, rms_error=0.01, accurate=False, detail="output: 3e-2 of 1e-3"
     ),
     "no backend": on.RunRefused(kind="no backend", reason="MLX has no backend here; pip install 'fatui[cpu]'"),

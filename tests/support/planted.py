@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from msgspec import structs
 
-from attention.core.route import PLAIN, Needs, Route
+from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
 from attention.engine.case_runner import CaseRunner
 from attention.implementations.baseline import Baseline
@@ -135,14 +135,14 @@ class Prints(Planted):
 class Refuses(Planted):
     """Supports no workload."""
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         return Route(path="-", fused=False, reason="it takes nothing", supported=False)
 
 
 class Hungry(Planted):
     """Predicts that it needs a tebibyte."""
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         return Route(path="hungry", fused=False, reason="it is hungry", predicted_bytes=2**40)
 
 
@@ -282,7 +282,7 @@ class WritesIntoMemory(Planted):
 class HasNoRoute(Planted):
     """Returns no route."""
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         return None  # type: ignore[return-value]
 
 
@@ -311,5 +311,5 @@ class ReturnsNothing(Planted):
 class KeepsScratch(Planted):
     """Reports that a call takes a MiB outside MLX."""
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         return structs.replace(super().route(workload, device, needs), scratch_bytes=2**20)

@@ -51,7 +51,7 @@ def events_of(plan: Plan, seed: int = 0, noise: float = 0.004) -> Iterator[on.An
             yield from preparation(number, workload, name)
         yield on.ReferenceChosen(case=number, implementation=plan.ordered[0])
         for _ in range(4):
-            arms = {name: PATHS.get(name, ("", 1.0))[1] for name in plan.ordered} | {on.AGAIN: 1.0}
+            arms = {name: PATHS.get(name, ("", 1.0))[1] for name in plan.ordered} | {on.REPEATED_REFERENCE: 1.0}
             slow = workload.flops / 3e9
             times = {name: [slow * part * draw.gauss(1, noise) for _ in range(6)] for name, part in arms.items()}
             yield on.RoundsDone(case=number, samples=times, active_bytes=2**20, peak_bytes=2**22)
@@ -65,7 +65,7 @@ def preparation(number: int, workload: Workload, name: str) -> Iterator[on.AnyEv
     route = Route(path=path, fused=name == "poc", reason="as the test says", predicted_bytes=workload.scores * 4)
     yield on.RouteFound(case=number, implementation=name, route=route)
     yield on.FirstCall(case=number, implementation=name, seconds=0.2)
-    yield on.Checked(
+    yield on.AccuracyChecked(
         case=number,
         implementation=name,
         max_error=1.2e-3,

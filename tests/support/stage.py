@@ -13,7 +13,7 @@ from attention.core.results import Environment, Peaks
 from attention.core.route import Route
 from attention.engine.record import record_of
 from attention.measure.device import Device
-from fatui.tui.advisor import Answer
+from fatui.tui.advisor import AdviceReply
 from fatui.tui.app import FatuiApp
 
 PATHS = {
@@ -80,7 +80,7 @@ class ScriptedEngine:
         self.tell(on.CaseStarted(case=case), on.ReferenceChosen(case=case, implementation="baseline"))
         for name in plan.ordered:
             route = Route(path=PATHS[name], fused=name == "poc", reason=f"why {name}", predicted_bytes=2**22)
-            checked = on.Checked(
+            checked = on.AccuracyChecked(
                 case=case, implementation=name, max_error=1e-3, rms_error=1e-4, accurate=True, detail="output"
             )
             self.tell(
@@ -99,7 +99,7 @@ class ScriptedEngine:
             name: [CALL_S[name] * (factor or {}).get(name, 1.0) * (1 + draw.gauss(0, 0.002)) for _ in range(count)]
             for name in names
         }
-        samples[on.AGAIN] = [CALL_S["baseline"] * (1 + draw.gauss(0, 0.002)) for _ in range(count)]
+        samples[on.REPEATED_REFERENCE] = [CALL_S["baseline"] * (1 + draw.gauss(0, 0.002)) for _ in range(count)]
         self.tell(on.RoundsDone(case=case, samples=samples, active_bytes=48 * 2**20, peak_bytes=96 * 2**20))
 
     def end_case(self, case=0):
@@ -184,7 +184,7 @@ def advise(app, **routes):
     routes = {**made, **routes}
     largest = {name: route.predicted_bytes for name, route in routes.items() if route.predicted_bytes is not None}
     needs = {name: (size + 2**21,) for name, size in largest.items()}
-    app.advice._take(Answer(number=app.advice._number, routes=routes, largest=largest, needs=needs))
+    app.advice._take(AdviceReply(number=app.advice._number, routes=routes, largest=largest, needs=needs))
 
 
 def not_painted(compositor, **options):

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 import mlx.core as mx
 from msgspec import structs
 
-from attention.core.route import PLAIN, Needs, Route
+from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
-from attention.implementations.autotune.store import Entry, WorkloadClass
+from attention.implementations.autotune.store import TrialResult, WorkloadClass
 from attention.implementations.baseline import Baseline
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.masks import Mask
@@ -34,9 +34,9 @@ def class_number(number: int) -> WorkloadClass:
     return structs.replace(A_CLASS, head_dim=number)
 
 
-def an_entry(workload: WorkloadClass = A_CLASS, winner: str = "poc") -> Entry:
+def an_entry(workload: WorkloadClass = A_CLASS, winner: str = "poc") -> TrialResult:
     when = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    return Entry(winner=winner, tuned=when, call_s={winner: 1e-4, "baseline": 2e-4}, workload=workload, ratio=2.0)
+    return TrialResult(winner=winner, tuned=when, call_s={winner: 1e-4, "baseline": 2e-4}, workload=workload, ratio=2.0)
 
 
 class FakeTime:
@@ -56,7 +56,7 @@ class Timed:
         self.name, self.seconds, self.calls = name, seconds, 0
         self._clock, self._sdpa = clock, MlxSdpa()
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         return Route(path=self.name, fused=True, reason="as the test says")
 
     def __call__(

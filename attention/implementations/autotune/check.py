@@ -11,28 +11,28 @@ from attention.core import statistics
 from attention.core.results import Ratio
 from attention.core.workload import Workload
 from attention.implementations.autotune.implementation import Demo
-from attention.implementations.autotune.prescreen import Sighting
-from attention.implementations.autotune.trial import BoundCall, Check, Task, fitting
+from attention.implementations.autotune.prescreen import Prescreen
+from attention.implementations.autotune.trial import AccuracyCheck, BoundCall, Task, fitting_candidates
 from attention.implementations.runner import make_inputs
 from attention.masks import of_workload
 from attention.measure.clock import Clock, shared_calls
 from attention.measure.device import probe
 from attention.measure.rounds import Arm, Limits, run_rounds
 
-LEAST_SHARE: Final = 0.97
+MIN_SPEED_SHARE: Final = 0.97
 """Required speed of demo relative to the best candidate."""
-LEAST_FOUND: Final = 0.95
+MIN_FOUND_SHARE: Final = 0.95
 """Required share of the cases in which the choice is the best or within the noise floor of the best."""
 SAMPLE_S: Final = 0.004
-LONGEST: Final = 4.0
-BEHIND: Final = 1.5
+MAX_EXTENSION: Final = 4.0
+MAX_SLOWDOWN: Final = 1.5
 """Candidates slower than this multiple of the best are not measured."""
 PRECISION: Final = 0.005
-AGAIN: Final = "(again)"
-DEMO: Final = "(demo)"
+REPEATED_CHOICE: Final = "(again)"
+TUNED: Final = "(demo)"
 
 
-class Checked(Struct, frozen=True, kw_only=True):
+class ChoiceCheck(Struct, frozen=True, kw_only=True):
     """The result of checking one case."""
 
     workload: Workload
@@ -46,7 +46,7 @@ class Checked(Struct, frozen=True, kw_only=True):
     floor: float
 
 
-def check(demo: Demo, workload: Workload, seconds: float, seed: int = 0) -> Checked:
+def check_choice(demo: Demo, workload: Workload, seconds: float, seed: int = 0) -> ChoiceCheck:
     """Check the choice for a workload, tuning it first if necessary.
 
     Every candidate that fits is called and warmed up. The accurate ones within 1.5 times the best then run in
@@ -56,8 +56,8 @@ def check(demo: Demo, workload: Workload, seconds: float, seed: int = 0) -> Chec
     Args:
         demo: the tuner.
         workload: the case.
-        seconds: duration of the rounds; up to LONGEST times as long while it is undecided whether demo reaches
-            LEAST_SHARE.
+        seconds: duration of the rounds; up to MAX_EXTENSION times as long while it is undecided whether demo reaches
+            MIN_SPEED_SHARE.
         seed: of the inputs and of the order.
 
     Raises:
@@ -66,30 +66,30 @@ def check(demo: Demo, workload: Workload, seconds: float, seed: int = 0) -> Chec
     inputs = make_inputs(workload, seed)
     task = Task(workload=workload, inputs=inputs, scale=workload.scale, mask=of_workload(workload))
     own = demo.runner(workload, inputs, workload.scale)
-    chosen = demo.standing(task).name
-    choice, *others = _near(demo, task, chosen)
+    chosen = demo.active_choice(task).name
+    choice, *others = _close_candidates(demo, task, chosen)
     arms = [
         choice,
-        structs.replace(choice, name=AGAIN, samples=[]),
-        structs.replace(choice, name=DEMO, samples=[], runner=own),
+        structs.replace(choice, name=REPEATED_CHOICE, samples=[]),
+        structs.replace(choice, name=TUNED, samples=[], runner=own),
         *others,
     ]
     _run(arms, workload, seconds, seed, demo.clock)
-    return _judged(workload, {arm.name: arm.samples for arm in arms}, chosen)
+    return _check_result(workload, {arm.name: arm.samples for arm in arms}, chosen)
 
 
-def _near(demo: Demo, task: Task, chosen: str) -> list[Arm]:
+def _close_candidates(demo: Demo, task: Task, chosen: str) -> list[Arm]:
     """Return the choice and the accurate candidates close to the best."""
     device = probe()
-    names = [chosen, *fitting(demo.candidates, task.workload, device, task.needs)]
-    sighting = Sighting(math.inf, task.workload.output_bytes, device.backend != "cpu", demo.clock)
+    names = [chosen, *fitting_candidates(demo.candidates, task.workload, device, task.needs)]
+    sighting = Prescreen(math.inf, task.workload.output_bytes, device.backend != "cpu", demo.clock)
     runners = {name: BoundCall(demo.candidates[name], task) for name in names}
-    choice, *others = sighting.look(runners)
+    choice, *others = sighting.time_all(runners)
     if choice.name != chosen:
         raise RuntimeError(f"{chosen} cannot be run any more: {sighting.failed[chosen]}")
-    warm = sighting.warm([choice, *others], SAMPLE_S)
-    limit = BEHIND * min((arm.call_s for arm in warm), default=math.inf)
-    right = Check(task)
+    warm = sighting.warm_up_promising([choice, *others], SAMPLE_S)
+    limit = MAX_SLOWDOWN * min((arm.call_s for arm in warm), default=math.inf)
+    right = AccuracyCheck(task)
     near = [arm for arm in warm if arm is not choice and arm.call_s <= limit]
     return [choice, *(arm for arm in near if not right.error(demo.candidates[arm.name])[1])]
 
@@ -107,11 +107,11 @@ def _run(arms: list[Arm], workload: Workload, seconds: float, seed: int, clock: 
         best = min((arm for arm in running if arm in others), key=lambda arm: median(arm.samples), default=choice)
         best = min((choice, best), key=lambda arm: median(arm.samples))
         _, low, high = statistics.ratio_interval(statistics.log_ratios(best.samples, own.samples))
-        return None if low < math.log(LEAST_SHARE) <= high else "decided"
+        return None if low < math.log(MIN_SPEED_SHARE) <= high else "decided"
 
     run_rounds(
         list(arms),
-        Limits(seconds=LONGEST * seconds, precision=PRECISION),
+        Limits(seconds=MAX_EXTENSION * seconds, precision=PRECISION),
         seed=seed,
         before=lambda arm: None,
         failed=lambda arm, error: arm.samples.clear(),
@@ -120,29 +120,29 @@ def _run(arms: list[Arm], workload: Workload, seconds: float, seed: int, clock: 
     )
 
 
-def _judged(workload: Workload, samples: dict[str, list[float]], chosen: str) -> Checked:
+def _check_result(workload: Workload, samples: dict[str, list[float]], chosen: str) -> ChoiceCheck:
     reference = samples[chosen]
-    floor = statistics.noise_floor(reference, samples[AGAIN])
+    floor = statistics.noise_floor(reference, samples[REPEATED_CHOICE])
     ratios = {
         name: ratio
         for name, times in samples.items()
-        if name not in (AGAIN, DEMO, chosen) and (ratio := statistics.speedup(reference, times, floor))
+        if name not in (REPEATED_CHOICE, TUNED, chosen) and (ratio := statistics.speedup(reference, times, floor))
     }
     fastest = max(ratios, key=lambda name: ratios[name].value, default=chosen)
     best = fastest if fastest in ratios and ratios[fastest].value > 1 else chosen
-    share = statistics.speedup(samples[best], samples[DEMO], floor)
+    share = statistics.speedup(samples[best], samples[TUNED], floor)
     if floor is None or share is None:
         raise RuntimeError(f"{workload.label}: too few rounds")
     found = best == chosen or not ratios[best].significant
-    return Checked(workload=workload, chosen=chosen, best=best, share=share, found=found, floor=floor.floor)
+    return ChoiceCheck(workload=workload, chosen=chosen, best=best, share=share, found=found, floor=floor.floor)
 
 
-def worst(cases: Sequence[Checked]) -> Checked:
+def worst(cases: Sequence[ChoiceCheck]) -> ChoiceCheck:
     """Return the case in which demo is slowest relative to the best candidate."""
     return min(cases, key=lambda case: case.share.value)
 
 
-def holds(cases: Sequence[Checked]) -> bool:
+def holds(cases: Sequence[ChoiceCheck]) -> bool:
     """Return whether demo is never below 0.97 times the best and finds the best in 95 % of the cases."""
     found = sum(case.found for case in cases)
-    return worst(cases).share.value >= LEAST_SHARE and found >= LEAST_FOUND * len(cases)
+    return worst(cases).share.value >= MIN_SPEED_SHARE and found >= MIN_FOUND_SHARE * len(cases)

@@ -9,23 +9,44 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention.core import events as on
-from attention.core.route import PLAIN, Needs, Route, fitted
+from attention.core.route import NO_NEEDS, Needs, Route, fitted
 from attention.core.workload import Workload
 from attention.implementations import call_hooks
 from attention.implementations.autotune import tuning_events
-from attention.implementations.autotune.active_choice import Standing, evaluated, heir, standing_of
-from attention.implementations.autotune.drift_detector import Watch
-from attention.implementations.autotune.prescreen import SHORTEST_S
-from attention.implementations.autotune.store import Entry, Store, WorkloadClass, class_of, code_now, longest
-from attention.implementations.autotune.trial import LEANEST, NAME, BoundCall, Check, Task, Trial, candidates, fitting
-from attention.implementations.call_signature import asked_for, here
+from attention.implementations.autotune.active_choice import (
+    ActiveChoice,
+    active_choice_of,
+    inherited_choice,
+    try_evaluate,
+)
+from attention.implementations.autotune.drift_detector import DriftDetector
+from attention.implementations.autotune.prescreen import MIN_TIME_S
+from attention.implementations.autotune.store import (
+    Store,
+    TrialResult,
+    WorkloadClass,
+    candidate_fingerprint,
+    class_of,
+    longest,
+)
+from attention.implementations.autotune.trial import (
+    NAME,
+    SMALLEST_CANDIDATE,
+    AccuracyCheck,
+    BoundCall,
+    Task,
+    Trial,
+    candidates,
+    fitting_candidates,
+)
+from attention.implementations.call_signature import call_signature, current_backend
 from attention.implementations.protocol import Implementation, NeedsBuilding
 from attention.implementations.runner import MlxRunner
 from attention.masks import Mask, of_workload
 from attention.measure.clock import Clock
 from attention.measure.device import Device, probe
 
-SAMPLES_A_LOOK: Final = 8
+SAMPLES_PER_CHECK: Final = 8
 """One in this many samples is observed by the tuner: a few microseconds in each sample would distort the result."""
 TRY_S: Final = 0.0003
 """Approximate length of a group of calls of a challenger: long against a wait for the device, short beside a sample."""
@@ -39,9 +60,9 @@ class DemoRunner(MlxRunner):
         super().__init__(demo, task.workload, task.inputs, task.scale)
         self._demo = demo
         self._task = task
-        self._standing = demo.standing(task)
-        self._implementation = self._standing.call
-        self._watching = True
+        self._active = demo.active_choice(task)
+        self._implementation = self._active.call
+        self._monitoring = True
         self._began: float | None = None
         self._usual = self._waits = self._calls = 0
         self._few = 1
@@ -53,38 +74,38 @@ class DemoRunner(MlxRunner):
         self._calls += calls
         self._waits += 1
         if self._began is not None:
-            self._look_at((self._demo.clock() - self._began) / calls, calls)
+            self._observe_sample((self._demo.clock() - self._began) / calls, calls)
             self._began = None
-        if self._waits % SAMPLES_A_LOOK == 0:
-            self.queue = self._queue_first  # type: ignore[method-assign]
+        if self._waits % SAMPLES_PER_CHECK == 0:
+            self.queue = self._queue_timed  # type: ignore[method-assign]
 
-    def _queue_first(self) -> list[mx.array]:
+    def _queue_timed(self) -> list[mx.array]:
         """Queue the first call of an observed sample; the calls of other samples bypass this method altogether."""
         del self.queue
         self._began = self._demo.clock()
         return self.queue()
 
-    def _look_at(self, call_s: float, count: int) -> None:
+    def _observe_sample(self, call_s: float, count: int) -> None:
         """Record the time of one call of a sample, and the sample's number of calls."""
-        standing = self._standing
-        standing.calls, self._calls = standing.calls + self._calls, 0
+        active = self._active
+        active.calls, self._calls = active.calls + self._calls, 0
         if count != self._usual:
             self._usual = count
-            standing.watch.begin_anew()
-        standing.watch.observe(call_s)
+            active.drift.reset_usual()
+        active.drift.observe(call_s)
         # Both halves of a pair are extra calls, beyond those of the run.
-        self._few = max(1, min(count, round(TRY_S / max(call_s, SHORTEST_S))))
-        if self._watching and standing.watch.may_try(standing.calls // (2 * self._few)):
-            self._demo.attempt_pair(standing, self._try, self._task, queued=self._few > 1)
-        self._implementation = standing.call
+        self._few = max(1, min(count, round(TRY_S / max(call_s, MIN_TIME_S))))
+        if self._monitoring and active.drift.may_try(active.calls // (2 * self._few)):
+            self._demo.attempt_pair(active, self._try, self._task, queued=self._few > 1)
+        self._implementation = active.call
 
     def peak_bytes(self) -> int | None:
         """Return the peak memory of the choice alone, in bytes."""
-        self._watching = False
+        self._monitoring = False
         try:
             return super().peak_bytes()
         finally:
-            self._watching = True
+            self._monitoring = True
 
     def _try(self, candidate: Implementation) -> None:
         """Run a few calls of a candidate, queued together like those of a sample."""
@@ -93,9 +114,9 @@ class DemoRunner(MlxRunner):
 
 
 TRIAL_S: Final = 0.5
-IN_USE: Final = 64
+MIN_CALLS_IN_USE: Final = 64
 """Calls after which a class counts as in use: a neighbouring class then inherits its choice without a trial."""
-MOST_KEYS: Final = 4096
+MAX_KNOWN_CALLS: Final = 4096
 
 
 class Demo:
@@ -130,18 +151,18 @@ class Demo:
         self._pass = pass_
         self._budget_s = budget_s
         self.clock = clock
-        self._keys: dict[object, Standing] = {}
-        self._classes: dict[WorkloadClass, Standing] = {}
+        self._keys: dict[object, ActiveChoice] = {}
+        self._classes: dict[WorkloadClass, ActiveChoice] = {}
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route of the tuned choice; before a trial, the route used where no trial can be made."""
-        standing = self._known(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
-        if standing is None:
-            route = self.candidates[self._by_routes(workload, device, needs)].route(workload, device, needs)
+        active = self._stored_choice(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
+        if active is None:
+            route = self.candidates[self._default_candidate(workload, device, needs)].route(workload, device, needs)
             names = ", ".join(self._fitting(workload, device, needs))
             return structs.replace(route, path="not tried yet", reason=f"takes the fastest on first use: tries {names}")
-        route = self.candidates[standing.name].route(workload, device, needs)
-        return structs.replace(route, path=_path(standing.name), reason=f"fastest in a trial; {route.reason}")
+        route = self.candidates[active.name].route(workload, device, needs)
+        return structs.replace(route, path=_path(active.name), reason=f"fastest in a trial; {route.reason}")
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
@@ -152,24 +173,24 @@ class Demo:
         Traced calls are not timed.
         """
         key = _key(q, k, v, mask, softcap)
-        standing = self._keys.get(key)
-        if standing is None:
-            standing = self._admit(key, q, k, v, scale, mask, softcap)
-        standing.calls += 1
-        if standing.calls >= standing.look_at:
-            name, out = standing.name, self._look(standing, q, k, v, scale, mask, softcap)
+        active = self._keys.get(key)
+        if active is None:
+            active = self._admit(key, q, k, v, scale, mask, softcap)
+        active.calls += 1
+        if active.calls >= active.next_check:
+            name, out = active.name, self._sampled_call(active, q, k, v, scale, mask, softcap)
         else:
-            name, out = standing.name, standing.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
-        call_hooks.ran(_path(name))
+            name, out = active.name, active.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        call_hooks.record_path(_path(name))
         return out
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Return whether a candidate has to be compiled before a trial is fair."""
-        return any(one.needs_building(workload, device) for one in self._built())
+        return any(one.needs_building(workload, device) for one in self._compiled_candidates())
 
     def build(self, tell: Callable[[str], None]) -> None:
         """Compile what a trial would call."""
-        for one in self._built():
+        for one in self._compiled_candidates():
             one.build(tell)
 
     def for_training(self) -> "Demo":
@@ -185,109 +206,111 @@ class Demo:
         task = Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload))
         return DemoRunner(self, task)
 
-    def tune(self, task: Task) -> Entry:
+    def tune(self, task: Task) -> TrialResult:
         """Run a trial on a task, even if its class is tuned already, and store the result.
 
         Raises:
             RuntimeError: no candidate could be run.
         """
         device = probe()
-        task = task.telling(device.available_bytes // 2)
-        for one in self._built():
+        task = task.with_informative_inputs(device.available_bytes // 2)
+        for one in self._compiled_candidates():
             if one.needs_building(task.workload, device):
-                one.build(lambda text: tuning_events.tell(on.Message(level="info", text=text)))
+                one.build(lambda text: tuning_events.emit(on.Message(level="info", text=text)))
         names = self._fitting(task.workload, device, task.needs)
         workload = class_of(task.workload, device, task.needs)
         trial = Trial(workload, task, budget_s=self._budget_s, device=device, clock=self.clock, now=self.store.now)
         entry = trial.run({name: self.candidates[name] for name in names})
         self.store.put(entry)
-        standing = self._classes[workload] = standing_of(entry, self.candidates)
-        standing.warm = set(entry.call_s)
+        active = self._classes[workload] = active_choice_of(entry, self.candidates)
+        active.warm = set(entry.call_s)
         return entry
 
-    def standing(self, task: Task) -> Standing:
+    def active_choice(self, task: Task) -> ActiveChoice:
         """Return the choice for a task; runs a trial if there was none."""
         device = probe()
         workload = class_of(task.workload, device, task.needs)
-        known = self._known(workload, lambda: self._fitting(task.workload, device, task.needs))
+        known = self._stored_choice(workload, lambda: self._fitting(task.workload, device, task.needs))
         if known is None:
             self.tune(task)
             known = self._classes[workload]
         return known
 
     def attempt_pair(
-        self, standing: Standing, run: Callable[[Implementation], Any], task: Task, *, queued: bool
+        self, active: ActiveChoice, run: Callable[[Implementation], Any], task: Task, *, queued: bool
     ) -> None:
         """Time the choice against its challenger once, if there is one; `queued`: `run` runs several queued calls."""
-        challenger = standing.watch.challenger
+        challenger = active.drift.challenger
         if challenger is not None:
-            standing.pair(challenger, run, Check(task).error, self.candidates, self.clock, queued=queued)
+            active.timed_pair(challenger, run, AccuracyCheck(task).error, self.candidates, self.clock, queued=queued)
 
-    def _built(self) -> list[NeedsBuilding]:
+    def _compiled_candidates(self) -> list[NeedsBuilding]:
         return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding)]
 
     def _fitting(self, workload: Workload, device: Device, needs: Needs) -> list[str]:
         """Return the candidates that fit the longest lengths of the workload's class."""
-        return fitting(self.candidates, longest(workload), device, needs)
+        return fitting_candidates(self.candidates, longest(workload), device, needs)
 
-    def _known(self, workload: WorkloadClass, fitting: Callable[[], Sequence[str]]) -> Standing | None:
+    def _stored_choice(self, workload: WorkloadClass, fitting: Callable[[], Sequence[str]]) -> ActiveChoice | None:
         """Return the choice known to this process, or the stored one.
 
         A stored choice counts only if the code of the candidates is unchanged and every fitting candidate was tried.
         """
-        standing = self._classes.get(workload)
-        if standing is not None:
-            return standing
+        active = self._classes.get(workload)
+        if active is not None:
+            return active
         entry = self.store.get(workload)
-        if entry is None or entry.made_with != code_now():
+        if entry is None or entry.made_with != candidate_fingerprint():
             return None
         fit = fitting()
         if entry.winner not in fit or set(fit) - {*entry.call_s, *entry.untried}:
             return None
-        return self._classes.setdefault(workload, standing_of(entry, self.candidates))
+        return self._classes.setdefault(workload, active_choice_of(entry, self.candidates))
 
     def _admit(
         self, key: object, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
-    ) -> Standing:
+    ) -> ActiveChoice:
         """Find the choice for a kind of call not seen before; slow, done once per kind."""
-        asked, needs = asked_for(q, k, v, mask, softcap)
-        workload = structs.replace(asked, pass_=self._pass)
+        signature, needs = call_signature(q, k, v, mask, softcap)
+        workload = structs.replace(signature, pass_=self._pass)
         device = probe()
         fit = self._fitting(workload, device, needs)
         found = class_of(workload, device, needs)
-        standing = self._known(found, lambda: fit)
-        if standing is None:
+        active = self._stored_choice(found, lambda: fit)
+        if active is None:
             task = Task(workload=workload, inputs=[q, k, v], scale=scale, mask=mask, softcap=softcap)
-            standing = self._found(found, task, fit, device)
-        if standing is None or standing.name not in fit:
-            name = self._by_routes(workload, device, needs)
-            plain = Standing(workload=found, name=name, call=self.candidates[name], rivals={}, watch=Watch({}))
-            if standing is None:
+            active = self._new_choice(found, task, fit, device)
+        if active is None or active.name not in fit:
+            name = self._default_candidate(workload, device, needs)
+            plain = ActiveChoice(
+                workload=found, name=name, call=self.candidates[name], alternatives={}, drift=DriftDetector({})
+            )
+            if active is None:
                 return plain  # too large for a trial while tracing: the next call may find values to try with
-            standing = plain
-        if len(self._keys) >= MOST_KEYS:
+            active = plain
+        if len(self._keys) >= MAX_KNOWN_CALLS:
             self._keys.clear()
-        self._keys[key] = standing
-        return standing
+        self._keys[key] = active
+        return active
 
-    def _found(self, found: WorkloadClass, task: Task, fit: Sequence[str], device: Device) -> Standing | None:
+    def _new_choice(self, found: WorkloadClass, task: Task, fit: Sequence[str], device: Device) -> ActiveChoice | None:
         """Choose for an unknown class: a neighbouring class's choice, or the result of a trial."""
-        if not evaluated(*task.inputs, task.mask.array):
-            stand_in = task.stand_in(device.available_bytes // 2)
+        if not try_evaluate(*task.inputs, task.mask.array):
+            stand_in = task.synthetic(device.available_bytes // 2)
             if stand_in is None:
                 return None
             self.tune(stand_in)
             return self._classes[found]
         for near in reversed(self._classes.values()):
-            if near.calls >= IN_USE and near.name in fit and near.workload.next_to(found):
-                standing = self._classes[found] = heir(near, found, fit)
-                return standing
-        self.tune(task.complete())
+            if near.calls >= MIN_CALLS_IN_USE and near.name in fit and near.workload.next_to(found):
+                active = self._classes[found] = inherited_choice(near, found, fit)
+                return active
+        self.tune(task.with_cotangent())
         return self._classes[found]
 
-    def _look(
+    def _sampled_call(
         self,
-        standing: Standing,
+        active: ActiveChoice,
         q: mx.array,
         k: mx.array,
         v: mx.array,
@@ -296,7 +319,7 @@ class Demo:
         softcap: float | None,
     ) -> mx.array:
         """Make a call; time it if its inputs are not traced and a timing is due."""
-        due = standing.due(self.clock())
+        due = active.is_due(self.clock())
 
         def attempt(candidate: Implementation) -> mx.array:
             out = candidate(q, k, v, scale=scale, mask=mask, softcap=softcap)
@@ -304,20 +327,20 @@ class Demo:
             return out
 
         def judge(candidate: Implementation) -> tuple[float, str]:
-            workload, _ = asked_for(q, k, v, mask, softcap)
+            workload, _ = call_signature(q, k, v, mask, softcap)
             task = Task(workload=workload, inputs=[q, k, v], scale=scale, mask=mask, softcap=softcap)
-            return Check(task).error(candidate)
+            return AccuracyCheck(task).error(candidate)
 
-        if not due or not evaluated(q, k, v, mask.array):
-            return standing.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
-        out: mx.array = standing.time(attempt, judge, self.candidates, self.clock)
+        if not due or not try_evaluate(q, k, v, mask.array):
+            return active.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        out: mx.array = active.timed_call(attempt, judge, self.candidates, self.clock)
         return out
 
-    def _by_routes(self, workload: Workload, device: Device, needs: Needs) -> str:
+    def _default_candidate(self, workload: Workload, device: Device, needs: Needs) -> str:
         """Return the first fused candidate, otherwise the leanest."""
-        fit = fitting(self.candidates, workload, device, needs)
+        fit = fitting_candidates(self.candidates, workload, device, needs)
         fused = (name for name in fit if self.candidates[name].route(workload, device, needs).fused)
-        return next(fused, LEANEST if LEANEST in self.candidates else fit[0])
+        return next(fused, SMALLEST_CANDIDATE if SMALLEST_CANDIDATE in self.candidates else fit[0])
 
 
 @lru_cache(maxsize=256)
@@ -330,5 +353,5 @@ def _key(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | Non
     batch, heads, seq, head_dim = q.shape
     _, kv_heads, kv_seq, _ = k.shape
     lengths = (seq - 1).bit_length(), (kv_seq - 1).bit_length()
-    asked = mask.causal, mask.window, mask.array is not None, softcap is not None
-    return (q.dtype, batch, heads, kv_heads, head_dim, v.shape[3], *lengths, *asked, here())
+    options = mask.causal, mask.window, mask.array is not None, softcap is not None
+    return (q.dtype, batch, heads, kv_heads, head_dim, v.shape[3], *lengths, *options, current_backend())

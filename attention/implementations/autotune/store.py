@@ -16,11 +16,11 @@ from msgspec import Struct, structs
 
 from attention.core import events as on
 from attention.core.files import make_folder, parse_toml, read_bounded
-from attention.core.route import PLAIN, Needs
-from attention.core.workload import LARGEST, Workload
+from attention.core.route import NO_NEEDS, Needs
+from attention.core.workload import MAX_SIZES, Workload
 from attention.implementations.autotune import tuning_events
 from attention.kernels.common import cache
-from attention.kernels.common.cache import code_mark
+from attention.kernels.common.cache import code_fingerprint
 from attention.measure.device import Device
 
 MAX_BUCKET = 2**40
@@ -79,7 +79,7 @@ def bucket(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def class_of(workload: Workload, device: Device, needs: Needs = PLAIN) -> WorkloadClass:
+def class_of(workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> WorkloadClass:
     """Return the class of a workload."""
     mask = workload.mask if workload.window is None else f"window:{bucket(workload.window)}"
     if needs.array_mask:
@@ -104,13 +104,13 @@ def longest(workload: Workload) -> Workload:
     """Return the workload with its lengths rounded up to their buckets: what fits then fits for the whole class."""
     return structs.replace(
         workload,
-        seq=min(bucket(workload.seq), LARGEST["seq"]),
-        kv_seq=min(bucket(workload.kv_seq), LARGEST["kv_seq"]),
+        seq=min(bucket(workload.seq), MAX_SIZES["seq"]),
+        kv_seq=min(bucket(workload.kv_seq), MAX_SIZES["kv_seq"]),
     )
 
 
 SCHEMA: Final = 2
-OLDER: Final = frozenset({1})
+OLDER_SCHEMA: Final = frozenset({1})
 """Older schemas whose entries can be read unchanged."""
 LOCK_WAIT_S: Final = 2.0
 """Seconds to wait for another process's lock on the file; after that the choice is kept in this process only."""
@@ -120,12 +120,12 @@ HEAD: Final = "# What fatui's trials found; `fatui tune --show` prints it, `fatu
 State = Literal["new", "good", "damaged", "newer", "unreadable"]
 
 
-def code_now() -> str:
+def candidate_fingerprint() -> str:
     """Return the fingerprint of the candidates' code: choices made with another one are tuned again."""
-    return code_mark("implementations", "kernels")
+    return code_fingerprint("implementations", "kernels")
 
 
-class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TrialResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The result of one trial."""
 
     winner: str
@@ -144,7 +144,7 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     alone_s: dict[str, float] = {}
     """Seconds of a single call including the wait for it, for candidates timed in queues."""
     made_with: str = ""
-    """`code_now` at the time of the trial."""
+    """`candidate_fingerprint` at the time of the trial."""
     workload: WorkloadClass
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 class _File(Struct, kw_only=True, rename={"entries": "class"}, forbid_unknown_fields=True):
     schema: int
-    entries: list[Entry] = []
+    entries: list[TrialResult] = []
 
 
 class Store:
@@ -184,25 +184,25 @@ class Store:
         """Create it for a file, by default `tuning.toml` in the cache folder; reads nothing yet."""
         self.path = path or cache.folder().parent / "tuning.toml"
         self.now = now
-        self._entries: dict[WorkloadClass, Entry] = {}
-        self._on_file: dict[WorkloadClass, Entry] = {}
+        self._entries: dict[WorkloadClass, TrialResult] = {}
+        self._on_file: dict[WorkloadClass, TrialResult] = {}
         """Contents of the file when its mark was `_seen`."""
         self._seen: tuple[int, int, int] | None = None
         self._told: set[str] = set()
         self._damage = ""
         """The error found in a damaged file."""
 
-    def get(self, workload: WorkloadClass) -> Entry | None:
+    def get(self, workload: WorkloadClass) -> TrialResult | None:
         """Return the entry of a class, stored by this process or another."""
         self._refresh()
         return self._entries.get(workload)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TrialResult]:
         """Return all entries, in the file's order."""
         self._refresh()
         return list(self._entries.values())
 
-    def put(self, entry: Entry) -> None:
+    def put(self, entry: TrialResult) -> None:
         """Store an entry, replacing an older one of its class; in this process even if the file cannot be written."""
         self._refresh()
         self._entries[entry.workload] = entry
@@ -216,7 +216,7 @@ class Store:
 
     def _refresh(self) -> None:
         """Read the file if it has changed since; entries known only to this process stay."""
-        mark = self._mark()
+        mark = self._file_state()
         if mark is None or mark == self._seen:
             return
         state, entries = self._read()
@@ -225,7 +225,7 @@ class Store:
         elif state == "damaged":
             self._change(lambda kept: kept)
 
-    def _mark(self) -> tuple[int, int, int] | None:
+    def _file_state(self) -> tuple[int, int, int] | None:
         """Return what identifies a version of the file; None if it does not exist or cannot be accessed."""
         try:
             found = self.path.stat()
@@ -233,36 +233,36 @@ class Store:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
 
-    def _read(self) -> tuple[State, dict[WorkloadClass, Entry]]:
+    def _read(self) -> tuple[State, dict[WorkloadClass, TrialResult]]:
         """Read the file; if it is unchanged since it was last read or written, do not parse it again."""
-        mark = self._mark()
+        mark = self._file_state()
         if self._on_file and mark == self._seen:
             return "good", self._on_file
         state, entries = self._parse()
         self._seen, self._on_file = mark, entries if state == "good" else {}
         return state, entries
 
-    def _parse(self) -> tuple[State, dict[WorkloadClass, Entry]]:
+    def _parse(self) -> tuple[State, dict[WorkloadClass, TrialResult]]:
         try:
             document = parse_toml(read_bounded(self.path, MAX_FILE_BYTES).decode())
             schema = document.get("schema")
             if type(schema) is int and schema > SCHEMA:
-                self._tell(f"{self.path}: written by a newer fatui (schema {schema}); it is left alone, and not used")
+                self._warn(f"{self.path}: written by a newer fatui (schema {schema}); it is left alone, and not used")
                 return "newer", {}
             entries = msgspec.convert(document, _File).entries
-            good = type(schema) is int and (schema == SCHEMA or schema in OLDER)
+            good = type(schema) is int and (schema == SCHEMA or schema in OLDER_SCHEMA)
             self._damage = "" if good else f"schema: got {schema!r}; it takes a whole number from 1 to {SCHEMA}"
             return ("good" if good else "damaged"), {entry.workload: entry for entry in entries}
         except FileNotFoundError:
             return "new", {}
         except OSError as error:
-            self._tell(f"{self.path}: cannot be read ({error.strerror}); choices are kept in this process only")
+            self._warn(f"{self.path}: cannot be read ({error.strerror}); choices are kept in this process only")
             return "unreadable", {}
         except ValueError as error:  # no UTF-8, no TOML, or not what is written here
             self._damage = next(iter(str(error).splitlines()), "")
             return "damaged", {}
 
-    def _change(self, change: Callable[[dict[WorkloadClass, Entry]], dict[WorkloadClass, Entry]]) -> bool:
+    def _change(self, change: Callable[[dict[WorkloadClass, TrialResult]], dict[WorkloadClass, TrialResult]]) -> bool:
         """Read, change and replace the file under a lock; report the reason if that fails."""
         try:
             make_folder(self.path.parent)
@@ -274,13 +274,13 @@ class Store:
                     self._set_aside()
                 changed = change(entries)
                 _replace(self.path, _as_text(changed))
-                self._seen, self._on_file = self._mark(), changed
+                self._seen, self._on_file = self._file_state(), changed
         except TimeoutError:
-            self._tell(f"{self.path}: another process holds it; choices are kept in this process only")
+            self._warn(f"{self.path}: another process holds it; choices are kept in this process only")
             return False
         except OSError as error:
             reason = error.strerror or str(error)
-            self._tell(f"{self.path}: cannot be written ({reason}); choices are kept in this process only")
+            self._warn(f"{self.path}: cannot be written ({reason}); choices are kept in this process only")
             return False
         return True
 
@@ -290,15 +290,15 @@ class Store:
         names = (f"{self.path.stem}.damaged-{stamp}{end}.toml" for end in ("", *(f"-{n}" for n in range(2, 1000))))
         aside = next(path for name in names if not (path := self.path.with_name(name)).exists())
         self.path.rename(aside)
-        self._tell(f"{self.path}: damaged; it is kept as {aside.name}, and a new one is begun ({self._damage})")
+        self._warn(f"{self.path}: damaged; it is kept as {aside.name}, and a new one is begun ({self._damage})")
 
-    def _tell(self, text: str) -> None:
+    def _warn(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            tuning_events.tell(on.Message(level="warning", text=text))
+            tuning_events.emit(on.Message(level="warning", text=text))
 
 
-def _as_text(entries: dict[WorkloadClass, Entry]) -> str:
+def _as_text(entries: dict[WorkloadClass, TrialResult]) -> str:
     body: dict[str, Any] = msgspec.to_builtins(
         _File(schema=SCHEMA, entries=list(entries.values())), builtin_types=(datetime,)
     )

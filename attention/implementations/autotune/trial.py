@@ -13,11 +13,11 @@ from msgspec import Struct, structs
 from attention import masks
 from attention.core import events as on
 from attention.core.results import Ratio
-from attention.core.route import PLAIN, Needs
+from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import Workload
 from attention.implementations.autotune import tuning_events
-from attention.implementations.autotune.halving import Found, Halving
-from attention.implementations.autotune.store import Entry, WorkloadClass, code_now
+from attention.implementations.autotune.halving import Halving, HalvingResult
+from attention.implementations.autotune.store import TrialResult, WorkloadClass, candidate_fingerprint
 from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.blocks import MIB
 from attention.implementations.bounded.implementation import Practical
@@ -27,7 +27,7 @@ from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.implementations.protocol import Implementation
 from attention.implementations.runner import MlxRunner, make_inputs
 from attention.masks import Mask
-from attention.measure.accuracy import FORWARD_FACTOR, Judge, choose_sample
+from attention.measure.accuracy import FORWARD_FACTOR, AccuracyChecker, choose_sample
 from attention.measure.clock import Clock
 from attention.measure.device import Device
 from attention.measure.reference import Rules, forward
@@ -53,14 +53,14 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
         """The features used that the workload does not describe."""
         return needs_of(self.softcap is not None, self.mask.array)
 
-    def complete(self) -> "Task":
+    def with_cotangent(self) -> "Task":
         """Return the task with an output gradient added if one is needed and missing."""
         if self.workload.pass_ != "training" or len(self.inputs) > 3:
             return self
         q, _, v = self.inputs
         return structs.replace(self, inputs=[*self.inputs, mx.ones((*q.shape[:3], v.shape[3]), q.dtype)])
 
-    def telling(self, most_bytes: int | None = None) -> "Task":
+    def with_informative_inputs(self, most_bytes: int | None = None) -> "Task":
         """Return a task on random inputs if these inputs are unsuitable for measuring accuracy and speed, else self.
 
         The inputs of a warm-up call are zeros or constants, for which wrong weights give the right output; infinities
@@ -69,11 +69,11 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
         """
         if most_bytes is not None and self.workload.input_bytes > most_bytes:
             return self
-        if all(_tells(array) for array in self.inputs[:3]):
+        if all(_is_informative(array) for array in self.inputs[:3]):
             return self
         return structs.replace(self, inputs=make_inputs(self.workload, 0))
 
-    def stand_in(self, most_bytes: int) -> "Task | None":
+    def synthetic(self, most_bytes: int) -> "Task | None":
         """Return a task of the same shapes on random inputs, for a call being traced; None if too large.
 
         MLX can evaluate unrelated arrays during tracing. The stand-in for an array mask hides nothing.
@@ -88,7 +88,7 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
         return structs.replace(self, inputs=make_inputs(self.workload, 0), mask=mask)
 
 
-def _tells(array: mx.array) -> bool:
+def _is_informative(array: mx.array) -> bool:
     """Return whether an input (B, H, L, D) is finite, its rows differ, and no value fills more than half of it."""
     finite = mx.isfinite(array).all()
     differ = (array != array[:, :, :1]).any() if array.shape[2] > 1 else mx.array(True)
@@ -110,22 +110,22 @@ class BoundCall(MlxRunner):
         return self._implementation(q, k, v, scale=self._scale, mask=self._mask, softcap=self._softcap)
 
 
-class Check:
+class AccuracyCheck:
     """Check candidates on one task by FlashAttention 3's error rule; the reference is computed once."""
 
     def __init__(self, task: Task) -> None:
         """Create it; unsuitable inputs are replaced by random ones, and the reference is computed on first use."""
-        self._task = task.telling()
-        self._judge: Judge | None = None
+        self._task = task.with_informative_inputs()
+        self._judge: AccuracyChecker | None = None
 
     def error(self, candidate: Implementation) -> tuple[float, str]:
         """Return a candidate's largest error and what is wrong with it, empty if it is accurate."""
         task = self._task
         results = BoundCall(candidate, task).results()
-        if task.needs != PLAIN:
+        if task.needs != NO_NEEDS:
             return _against_reference(task, results[0])
         if self._judge is None:
-            self._judge = Judge(task.workload, task.inputs, task.scale, scores=SCORES)
+            self._judge = AccuracyChecker(task.workload, task.inputs, task.scale, scores=SCORES)
         rows = self._judge.row_inputs
         of_rows = BoundCall(candidate, task, rows).results() if rows else None
         judgement = self._judge.check(results, of_rows)
@@ -143,7 +143,7 @@ def _against_reference(task: Task, output: mx.array) -> tuple[float, str]:
     part = None
     if array is not None:
         whole = slice(None)
-        part = masks.part(masks.as_4d(array), slice(batch, batch + 1), heads, whole, whole)
+        part = masks.mask_tile(masks.as_4d(array), slice(batch, batch + 1), heads, whole, whole)
     mask = Mask(causal=task.mask.causal, window=task.mask.window, array=part)
     plain = Baseline()(q[None], k[None, None], v[None, None], scale=task.scale, mask=mask, softcap=task.softcap)[0]
     worst, allowed = 0.0, 0.0
@@ -191,13 +191,13 @@ class Trial:
         self._now = now
         self._halving = Halving(budget_s, task.workload.output_bytes, device.backend != "cpu", clock)
 
-    def run(self, candidates: Mapping[str, Implementation]) -> Entry:
+    def run(self, candidates: Mapping[str, Implementation]) -> TrialResult:
         """Find the fastest accurate candidate; events report start, end, and which candidates dropped out and why.
 
         Raises:
             RuntimeError: no candidate could be run.
         """
-        tuning_events.tell(
+        tuning_events.emit(
             on.TrialStarted(implementation=NAME, workload=self._class.label, candidates=list(candidates))
         )
         started = self._clock()
@@ -206,7 +206,7 @@ class Trial:
             self._warn(f"{name} is out for {self._class.label}: {reason}")
         winner, error, inaccurate = self._accurate(found, candidates)
         entry = self._entry(found, winner, error, inaccurate)
-        tuning_events.tell(
+        tuning_events.emit(
             on.Tuned(
                 implementation=NAME,
                 workload=self._class.label,
@@ -218,9 +218,9 @@ class Trial:
         )
         return entry
 
-    def _accurate(self, found: Found, candidates: Mapping[str, Implementation]) -> tuple[str, float, list[str]]:
+    def _accurate(self, found: HalvingResult, candidates: Mapping[str, Implementation]) -> tuple[str, float, list[str]]:
         """Return the first accurate candidate, its error, and the inaccurate ones; or the least wrong."""
-        check = Check(self._task)
+        check = AccuracyCheck(self._task)
         errors: dict[str, float] = {}
         for name in found.call_s:
             error, wrong = check.error(candidates[name])
@@ -232,13 +232,13 @@ class Trial:
         self._warn(f"no candidate is accurate for {self._class.label}; {least} is the least wrong")
         return least, errors[least], [name for name in errors if name != least]
 
-    def _entry(self, found: Found, winner: str, error: float, inaccurate: list[str]) -> Entry:
+    def _entry(self, found: HalvingResult, winner: str, error: float, inaccurate: list[str]) -> TrialResult:
         first = next(iter(found.call_s)) == winner
         ratio = found.ratio if first else None
         call_s = {winner: found.call_s[winner]} | {
             name: seconds for name, seconds in found.call_s.items() if name not in inaccurate
         }
-        return Entry(
+        return TrialResult(
             winner=winner,
             tuned=self._now(),
             ratio=ratio.value if ratio else None,
@@ -248,23 +248,23 @@ class Trial:
             untried=[*found.untried, *found.failed, *inaccurate],
             call_s=call_s,
             alone_s={name: seconds for name, seconds in found.alone_s.items() if name in call_s},
-            made_with=code_now(),
+            made_with=candidate_fingerprint(),
             workload=self._class,
         )
 
     @staticmethod
     def _warn(text: str) -> None:
-        tuning_events.tell(on.Message(level="warning", text=f"{NAME}: {text}"))
+        tuning_events.emit(on.Message(level="warning", text=f"{NAME}: {text}"))
 
 
-def ratio_of(entry: Entry) -> Ratio | None:
+def ratio_of(entry: TrialResult) -> Ratio | None:
     """Return the winner's speedup over the runner-up, with its interval."""
     if entry.ratio is None or entry.low is None or entry.high is None:
         return None
     return Ratio(value=entry.ratio, low=entry.low, high=entry.high, significant=entry.low > 1)
 
 
-LEANEST: Final = "practical"
+SMALLEST_CANDIDATE: Final = "practical"
 """The candidate used where no other is predicted to fit in memory."""
 BUDGETS: Final = (32 * MIB, 8 * MIB)
 """Memory budgets of `practical`, in bytes, beside its default: smaller ones give smaller blocks."""
@@ -298,7 +298,7 @@ def candidates() -> dict[str, Implementation]:
     return {
         "poc": Poc(),
         **kernels,
-        LEANEST: Practical(),
+        SMALLEST_CANDIDATE: Practical(),
         **blocks,
         "mlx": MlxSdpa(),
         "mlx compiled": CompiledSdpa(),
@@ -306,7 +306,9 @@ def candidates() -> dict[str, Implementation]:
     }
 
 
-def fitting(all_of_them: Mapping[str, Implementation], workload: Workload, device: Device, needs: Needs) -> list[str]:
+def fitting_candidates(
+    all_of_them: Mapping[str, Implementation], workload: Workload, device: Device, needs: Needs
+) -> list[str]:
     """Return the names of candidates that support a workload and are predicted to fit in memory, fused ones first.
 
     If none fits, the list holds the leanest alone. Candidates that would fall back are left out, because the fallback
@@ -323,9 +325,9 @@ def fitting(all_of_them: Mapping[str, Implementation], workload: Workload, devic
     chosen = []
     for name in fit:
         path = (routes[name].path, routes[name].predicted_bytes)
-        if not name.startswith(LEANEST) or path not in known:
+        if not name.startswith(SMALLEST_CANDIDATE) or path not in known:
             chosen.append(name)
             known.add(path)
-    if not chosen and LEANEST in routes:
-        return [LEANEST]
+    if not chosen and SMALLEST_CANDIDATE in routes:
+        return [SMALLEST_CANDIDATE]
     return sorted(chosen, key=lambda name: not routes[name].fused)

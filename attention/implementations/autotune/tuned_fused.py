@@ -8,11 +8,11 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention.core.errors import KernelUnavailable
-from attention.core.route import PLAIN, Needs, Route, unsupported
+from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import Workload
-from attention.implementations.autotune.store import Store, class_of, code_now
-from attention.implementations.call_signature import asked_for, here
-from attention.implementations.fused import MOST_KINDS, TO_PRACTICAL, TO_SDPA, Poc, _kernel
+from attention.implementations.autotune.store import Store, candidate_fingerprint, class_of
+from attention.implementations.call_signature import call_signature, current_backend
+from attention.implementations.fused import MAX_KNOWN_CALLS, TO_PRACTICAL, TO_SDPA, Poc, _kernel
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask
 from attention.measure.device import Device, probe
@@ -52,12 +52,12 @@ class TunedPoc(Poc):
     @property
     def takes_sinks(self) -> bool:
         """Whether the kernel of MLX's current device supports sinks; otherwise calls with sinks fall back."""
-        return isinstance(_kernel(here()), TakesSinks)
+        return isinstance(_kernel(current_backend()), TakesSinks)
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the kernel's route if it supports the workload and is preferred, otherwise the fallback's."""
         if needs.sinks:
-            own = self._own_with_sinks(workload, device, needs)
+            own = self._route_with_sinks(workload, device, needs)
             if own.supported:
                 return own
             behind = self._practical.route(workload, device, needs)
@@ -67,7 +67,7 @@ class TunedPoc(Poc):
         if route.fallback or device.backend != "metal":
             return route
         entry = self._trials.get(class_of(workload, device, needs))
-        if entry is None or entry.made_with != code_now() or entry.winner.startswith(self.name):
+        if entry is None or entry.made_with != candidate_fingerprint() or entry.winner.startswith(self.name):
             return route
         behind = self._sdpa.route(workload, device, needs)
         if not behind.fused:
@@ -88,11 +88,13 @@ class TunedPoc(Poc):
     ) -> mx.array:
         """Compute attention; shapes as in the protocol, `sinks` (H,) as in `practical`."""
         if sinks is None:
-            is_plain = here() != "metal" or softcap is not None  # a softcap is nothing that MLX could do better
+            is_plain = (
+                current_backend() != "metal" or softcap is not None
+            )  # a softcap is nothing that MLX could do better
             if not is_plain and self._route_of(q, k, v, mask, softcap, sinks).fallback:
                 return self._sdpa(q, k, v, scale=scale, mask=mask)
             return super().__call__(q, k, v, scale=scale, mask=mask, softcap=softcap)
-        kernel = _kernel(here())
+        kernel = _kernel(current_backend())
         if isinstance(kernel, TakesSinks) and not self._route_of(q, k, v, mask, softcap, sinks).fallback:
             with suppress(KernelUnavailable):
                 attend = partial(kernel.attend_with_sinks, q, k, v, scale=scale, softcap=softcap, sinks=sinks)
@@ -106,16 +108,16 @@ class TunedPoc(Poc):
         self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None, sinks: mx.array | None
     ) -> Route:
         """Return the route of a call on Metal or of one with sinks; cached per kind of call."""
-        workload, plain = asked_for(q, k, v, mask, softcap)
+        workload, plain = call_signature(q, k, v, mask, softcap)
         needs = plain if sinks is None else structs.replace(plain, sinks=True)
         found = self._routes.get((workload, needs))
         if found is None:
-            if len(self._routes) >= MOST_KINDS:
+            if len(self._routes) >= MAX_KNOWN_CALLS:
                 self._routes.clear()
             found = self._routes[workload, needs] = self.route(workload, _device(), needs)
         return found
 
-    def _own_with_sinks(self, workload: Workload, device: Device, needs: Needs) -> Route:
+    def _route_with_sinks(self, workload: Workload, device: Device, needs: Needs) -> Route:
         kernel = _kernel(device.backend)
         if not isinstance(kernel, TakesSinks):
             return unsupported(f"the kernel for {device.backend} takes no attention sinks")

@@ -15,7 +15,7 @@ _listeners: list[Listener] = []
 
 
 @contextlib.contextmanager
-def heard_by(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> Iterator[None]:
     """Send all tuning events of this process to a listener instead of the log."""
     _listeners.append(listener)
     try:
@@ -24,16 +24,16 @@ def heard_by(listener: Listener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def tell(event: on.TuningEvent | on.Message) -> None:
+def emit(event: on.TuningEvent | on.Message) -> None:
     """Send an event to all listeners; without any, log it as a line to the logger `attention`."""
     for listener in _listeners:
         listener(event)
     if not _listeners:
         level = event.level if isinstance(event, on.Message) else "info"
-        logging.getLogger("attention").log(LEVELS[level], "%s", in_words(event))
+        logging.getLogger("attention").log(LEVELS[level], "%s", log_line(event))
 
 
-def in_words(event: on.TuningEvent | on.Message) -> str:
+def log_line(event: on.TuningEvent | on.Message) -> str:
     """Return an event as a line of a log."""
     match event:
         case on.TrialStarted():

@@ -12,8 +12,8 @@ MIB: Final = 1 << 20
 DEFAULT_BUDGET_BYTES: Final = 256 * MIB
 ROWS: Final = 256
 """Query rows a block has before it takes more heads: enough for a matrix product to run at its full rate."""
-SMALLEST_ROWS: Final = 32
-SMALLEST_KEYS: Final = 256
+MIN_ROWS: Final = 32
+MIN_KEYS: Final = 256
 MAX_TINY_TILES: Final = 1024
 TINY_BYTES: Final = 4 * MIB
 """A budget of less is exceeded where it would give more tiles than that."""
@@ -29,7 +29,7 @@ SUMS_SHARE: Final = 0.25
 """Share of the budget that a backward pass may spend on sums of dQ, which save it a second look at every tile."""
 
 
-class Shape(Struct, frozen=True, kw_only=True):
+class ProblemSize(Struct, frozen=True, kw_only=True):
     """One call, as far as block sizes depend on it."""
 
     batch: int
@@ -59,7 +59,7 @@ class Blocks(Struct, frozen=True, kw_only=True):
     """Whether a backward pass keeps float32 sums of the tile's whole dQ, so that it looks at each tile once."""
 
 
-def choose(shape: Shape, budget_bytes: int, comfort_bytes: int | None = None) -> Blocks:
+def choose_blocks(shape: ProblemSize, budget_bytes: int, comfort_bytes: int | None = None) -> Blocks:
     """Picks a tile whose working memory fits the budget.
 
     First one key head with all keys: then no row needs a second look. Where that is too much, rows and keys are halved,
@@ -92,28 +92,28 @@ def raised(budget_bytes: int) -> int:
     return min(2 * budget_bytes, TINY_BYTES) if budget_bytes < TINY_BYTES else budget_bytes + budget_bytes // 4
 
 
-def _fitting(shape: Shape, budget_bytes: int, comfort_bytes: int) -> Blocks:
+def _fitting(shape: ProblemSize, budget_bytes: int, comfort_bytes: int) -> Blocks:
     """A tile for a budget, however many it takes."""
     blocks = Blocks(batches=1, kv_heads=1, rows=min(shape.seq, ROWS), keys=shape.kv_seq)
-    blocks = _halved(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
+    blocks = _shrink(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
     if shape.training and blocks.keys < shape.kv_seq and query_sum_bytes(shape, blocks) <= SUMS_SHARE * budget_bytes:
         blocks = structs.replace(blocks, sums_queries=True)
-        blocks = _halved(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
+        blocks = _shrink(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
     wholes = {"kv_heads": shape.kv_heads, "batches": shape.batch, "rows": shape.seq}
     for axis, whole in wholes.items():
-        blocks = _grown(blocks, axis, whole, lambda candidate: tile_bytes(shape, candidate) <= comfort_bytes)
+        blocks = _grow(blocks, axis, whole, lambda candidate: tile_bytes(shape, candidate) <= comfort_bytes)
     if visible_tiles(shape, blocks) > MAX_FLAT_TILES:
         blocks = min([blocks, *_square(shape, budget_bytes)], key=lambda one: visible_tiles(shape, one))
     return blocks
 
 
-def _square(shape: Shape, budget_bytes: int) -> Iterator[Blocks]:
+def _square(shape: ProblemSize, budget_bytes: int) -> Iterator[Blocks]:
     """Tiles of one key head, of any number of rows by doubling and as many keys as fit."""
-    rows = min(shape.seq, SMALLEST_ROWS)
+    rows = min(shape.seq, MIN_ROWS)
     while True:
         for sums in (False, True) if shape.training else (False,):
             blocks = Blocks(batches=1, kv_heads=1, rows=rows, keys=shape.kv_seq, sums_queries=sums)
-            sizes = range(SMALLEST_KEYS, shape.kv_seq + SMALLEST_KEYS, SMALLEST_KEYS)
+            sizes = range(MIN_KEYS, shape.kv_seq + MIN_KEYS, MIN_KEYS)
 
             def exceeds(keys: int, blocks: Blocks = blocks) -> bool:
                 return tile_bytes(shape, structs.replace(blocks, keys=min(keys, shape.kv_seq))) > budget_bytes
@@ -125,10 +125,10 @@ def _square(shape: Shape, budget_bytes: int) -> Iterator[Blocks]:
         rows = min(2 * rows, shape.seq)
 
 
-def visible_tiles(shape: Shape, blocks: Blocks) -> int:
+def visible_tiles(shape: ProblemSize, blocks: Blocks) -> int:
     """About how many tiles are computed: those that a mask hides are left out, a second pass for dQ counts."""
     mask = Mask(causal=shape.causal, window=shape.window)
-    runs = range(mask.blind_rows(shape.seq, shape.kv_seq) // blocks.rows, -(-shape.seq // blocks.rows))
+    runs = range(mask.empty_rows(shape.seq, shape.kv_seq) // blocks.rows, -(-shape.seq // blocks.rows))
     step = -(-len(runs) // SAMPLED_ROWS)
     sample = runs[(step - 1) // 2 :: step]
     seen = 0
@@ -140,13 +140,13 @@ def visible_tiles(shape: Shape, blocks: Blocks) -> int:
     return heads * passes * -(-seen * len(runs) // len(sample))
 
 
-def tile_bytes(shape: Shape, blocks: Blocks) -> int:
+def tile_bytes(shape: ProblemSize, blocks: Blocks) -> int:
     """Working memory of one tile: its scores, its slices of the inputs in float32, and what it sums up.
 
     How many slices are alive at once is measured: MLX allocates a few operations ahead of the one that runs.
     """
     width = 4 * (shape.head_dim + shape.value_dim)
-    rows, seen = shape.group * blocks.rows, seen_keys(shape, blocks)
+    rows, seen = shape.group * blocks.rows, visible_keys(shape, blocks)
     # forward: K, its transpose and V; backward: those, V's transpose, dK and dV summed over all keys of the block, and
     # the four slices of a query-side array; both: a few finished blocks that wait to be written
     sides = 4 * seen + 12 * blocks.keys + 14 * rows if shape.training else 4 * seen + 6 * rows
@@ -154,26 +154,26 @@ def tile_bytes(shape: Shape, blocks: Blocks) -> int:
     return scratch + (query_sum_bytes(shape, blocks) if blocks.sums_queries else 0)
 
 
-def query_sum_bytes(shape: Shape, blocks: Blocks) -> int:
+def query_sum_bytes(shape: ProblemSize, blocks: Blocks) -> int:
     """The float32 sums of dQ for all rows of a tile's heads."""
     return blocks.batches * blocks.kv_heads * shape.group * shape.seq * shape.head_dim * 4
 
 
-def seen_keys(shape: Shape, blocks: Blocks) -> int:
+def visible_keys(shape: ProblemSize, blocks: Blocks) -> int:
     """The keys of a tile that its rows may see at most."""
     return blocks.keys if shape.window is None else min(blocks.keys, blocks.rows + shape.window - 1)
 
 
-def _halved(blocks: Blocks, fits: Callable[[Blocks], bool]) -> Blocks:
+def _shrink(blocks: Blocks, fits: Callable[[Blocks], bool]) -> Blocks:
     """Halves rows to what is still efficient, then keys likewise, then whichever there is more of, until it fits."""
     while not fits(blocks) and (blocks.rows > 1 or blocks.keys > 1):
-        halve_rows = blocks.rows > SMALLEST_ROWS or (blocks.keys <= SMALLEST_KEYS and blocks.rows >= blocks.keys)
+        halve_rows = blocks.rows > MIN_ROWS or (blocks.keys <= MIN_KEYS and blocks.rows >= blocks.keys)
         axis = "rows" if halve_rows or blocks.keys == 1 else "keys"
         blocks = structs.replace(blocks, **{axis: -(-getattr(blocks, axis) // 2)})
     return blocks
 
 
-def _grown(blocks: Blocks, axis: str, whole: int, fits: Callable[[Blocks], bool]) -> Blocks:
+def _grow(blocks: Blocks, axis: str, whole: int, fits: Callable[[Blocks], bool]) -> Blocks:
     """Doubles one axis while the tile fits, up to the whole of it."""
     while getattr(blocks, axis) < whole:
         larger = structs.replace(blocks, **{axis: min(whole, 2 * getattr(blocks, axis))})

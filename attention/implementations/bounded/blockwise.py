@@ -11,7 +11,7 @@ The softmax is that of Milakov and Gimelshein (arXiv:1805.02867), the tiling tha
 (arXiv:2307.08691). The backward pass recomputes each tile from the statistics of its rows: the maximum and the
 logarithm of the sum, which stay apart, since near a maximum of 1e9 float32 has no room for the other.
 
-A `Chain` makes each tile wait for the one before it, and `Written` puts each block into the output as soon as it is
+A `Chain` makes each tile wait for the one before it, and `TileWriter` puts each block into the output as soon as it is
 done.
 """
 
@@ -25,8 +25,8 @@ from msgspec import Struct
 from attention import masks
 from attention.implementations.baseline import in_tf32
 from attention.implementations.bounded.blocks import Blocks
-from attention.implementations.bounded.memory import Chain, Passed, Written, at_once
-from attention.implementations.quantized_kv import FEW_ROWS, KeyOrValue, Packed
+from attention.implementations.bounded.memory import Chain, Fence, TileWriter, no_fence
+from attention.implementations.quantized_kv import MAX_QUANTIZED_ROWS, KeyOrValue, QuantizedArray
 from attention.masks import Mask
 from attention.measure.device import Backend
 
@@ -36,7 +36,7 @@ MAX_CAPPED_FACTOR: Final = 1e18
 Arithmetic = Literal["exact", "native", "wide", "wide float32"]
 
 
-class Call(Struct, frozen=True, eq=False):
+class BlockwiseParams(Struct, frozen=True, eq=False):
     """Everything about a call but its arrays.
 
     `arithmetic` "exact" computes in float32, where MLX's CPU backend is faster: it emulates half precision. "native"
@@ -50,7 +50,7 @@ class Call(Struct, frozen=True, eq=False):
     softcap: float | None
     blocks: Blocks
     arithmetic: Arithmetic
-    passed: Passed = at_once
+    fence: Fence = no_fence
     """How tiles follow each other."""
     shifted: bool = False
     """Whether to subtract `masks.shift` from the rows of an additive mask, as for inputs in half precision."""
@@ -86,7 +86,7 @@ class Call(Struct, frozen=True, eq=False):
         """An array in the type that matrices are multiplied in."""
         return x if self.arithmetic == "native" else x.astype(mx.float32)
 
-    def of_sums(self, x: mx.array) -> mx.array:
+    def in_sum_type(self, x: mx.array) -> mx.array:
         """A query, key or value in the type that sums over many products are computed in.
 
         In float16 scores, and sums of values before they are divided, overflow from 65,520.
@@ -123,7 +123,7 @@ def arithmetic_of(dtype: mx.Dtype, backend: Backend) -> Arithmetic:
     return "wide float32" if in_tf32(masks.dtype_name(dtype), backend) else "wide"
 
 
-class Heads(Struct, frozen=True):
+class HeadGroup(Struct, frozen=True):
     """The sequences and key heads of a run of tiles."""
 
     batches: range
@@ -132,15 +132,15 @@ class Heads(Struct, frozen=True):
 
     def keys(self, x: mx.array, keys: range) -> mx.array:
         """Cuts keys or values: (batches, kv_heads, len(keys), width)."""
-        return x[cut(self.batches), cut(self.kv_heads), cut(keys)]
+        return x[as_slice(self.batches), as_slice(self.kv_heads), as_slice(keys)]
 
     def place(self, rows: range) -> tuple[slice, slice, slice]:
         """Where a block of rows stands in a query-side array."""
-        return cut(self.batches), self.heads, cut(rows)
+        return as_slice(self.batches), self.heads, as_slice(rows)
 
     def rows(self, x: mx.array, rows: range) -> mx.array:
         """Cuts a query-side array; heads that share a key head stand one below the other in one long matrix."""
-        x = x[cut(self.batches), self.heads, cut(rows)]
+        x = x[as_slice(self.batches), self.heads, as_slice(rows)]
         return x.reshape(len(self.batches), len(self.kv_heads), self.group * len(rows), x.shape[-1])
 
     def sinks(self, sinks: mx.array, rows: int, shift: mx.array | None) -> mx.array:
@@ -163,22 +163,22 @@ class Heads(Struct, frozen=True):
         return slice(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
 
 
-class Online(Struct):
+class OnlineSoftmax(Struct):
     """The running softmax of one block of rows, in float32."""
 
-    top: mx.array
-    total: mx.array
+    row_max: mx.array
+    row_sum: mx.array
     output: mx.array | None
     """None where values are left out."""
 
     @property
     def arrays(self) -> list[mx.array]:
         """What the next tile has to wait for."""
-        return [self.total] if self.output is None else [self.output, self.total]
+        return [self.row_sum] if self.output is None else [self.output, self.row_sum]
 
 
 def forward(
-    q: mx.array, k: KeyOrValue, v: KeyOrValue, call: Call, sinks: mx.array | None = None
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, call: BlockwiseParams, sinks: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """Attends.
 
@@ -195,7 +195,7 @@ def forward(
         that see nothing.
     """
     chain = Chain()
-    output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
+    output = TileWriter(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
     statistics = _statistics(q, chain)
     for heads in head_groups(q, k, call.blocks):
         for rows in blocks_of(q.shape[2], call.blocks.rows):
@@ -203,17 +203,17 @@ def forward(
             if state is None:
                 continue  # the mask rules out every key
             tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
-            parts = [heads.split(part, len(rows)) for part in (_finished(state), _kept(state))]
+            parts = [heads.split(part, len(rows)) for part in (_normalized_output(state), _row_statistics(state))]
             written = [
                 whole.write(heads.place(rows), part, tiles)
                 for whole, part in zip((output, statistics), parts, strict=True)
             ]
-            chain.links = call.passed(written)
+            chain.links = call.fence(written)
     out, kept = chain.results(output.array, statistics.array)
     return out, kept
 
 
-def row_statistics(q: mx.array, k: mx.array, call: Call, sinks: mx.array | None = None) -> mx.array:
+def row_statistics(q: mx.array, k: mx.array, call: BlockwiseParams, sinks: mx.array | None = None) -> mx.array:
     """The statistics of each row alone, as `forward` returns them."""
     chain = Chain()
     statistics = _statistics(q, chain)
@@ -222,22 +222,22 @@ def row_statistics(q: mx.array, k: mx.array, call: Call, sinks: mx.array | None 
             state = _row_block(q, k, None, call, heads, rows, sinks, chain)
             if state is not None:
                 tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
-                part = heads.split(_kept(state), len(rows))
-                chain.links = call.passed([statistics.write(heads.place(rows), part, tiles)])
+                part = heads.split(_row_statistics(state), len(rows))
+                chain.links = call.fence([statistics.write(heads.place(rows), part, tiles)])
     return chain.results(statistics.array)[0]
 
 
-def _statistics(q: mx.array, chain: Chain) -> Written:
+def _statistics(q: mx.array, chain: Chain) -> TileWriter:
     """Of rows that see nothing, to be written over."""
-    return Written(mx.broadcast_to(mx.array([mx.inf, 0.0]), (*q.shape[:3], 2)), chain)
+    return TileWriter(mx.broadcast_to(mx.array([mx.inf, 0.0]), (*q.shape[:3], 2)), chain)
 
 
-def head_groups(q: mx.array, k: KeyOrValue, blocks: Blocks) -> Iterator[Heads]:
+def head_groups(q: mx.array, k: KeyOrValue, blocks: Blocks) -> Iterator[HeadGroup]:
     """The sequences and heads of each run of tiles."""
     group = q.shape[1] // k.shape[1]
     for batches in blocks_of(q.shape[0], blocks.batches):
         for kv_heads in blocks_of(k.shape[1], blocks.kv_heads):
-            yield Heads(batches, kv_heads, group)
+            yield HeadGroup(batches, kv_heads, group)
 
 
 def blocks_of(length: int, size: int) -> Iterator[range]:
@@ -245,7 +245,7 @@ def blocks_of(length: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def key_blocks(call: Call, rows: range, seq: int, kv_seq: int) -> Iterator[range]:
+def key_blocks(call: BlockwiseParams, rows: range, seq: int, kv_seq: int) -> Iterator[range]:
     """The blocks of keys that some of the rows may see."""
     seen = call.mask.visible_keys(rows, seq, kv_seq)
     return (range(seen.start + b.start, seen.start + b.stop) for b in blocks_of(len(seen), call.blocks.keys))
@@ -255,65 +255,65 @@ def _row_block(
     q: mx.array,
     k: KeyOrValue,
     v: KeyOrValue | None,
-    call: Call,
-    heads: Heads,
+    call: BlockwiseParams,
+    heads: HeadGroup,
     rows: range,
     sinks: mx.array | None,
     chain: Chain,
-) -> Online | None:
-    state: Online | None = None
+) -> OnlineSoftmax | None:
+    state: OnlineSoftmax | None = None
     lengths = q.shape[2], k.shape[2]
     shift = row_shift(call, heads, rows, lengths)
     for keys in key_blocks(call, rows, *lengths):
         whole, *sides = chain.whole(q, *_arrays(k), *([] if v is None else _arrays(v)))
         query, cuts = heads.rows(whole, rows), [heads.keys(side, keys) for side in sides]
-        key = _side(k, cuts[: len(_arrays(k))], query)
-        value = None if v is None else _side(v, cuts[len(_arrays(k)) :], query)
-        product = _product(call.of_sums(query), key, call)
+        key = _operand_of_tile(k, cuts[: len(_arrays(k))], query)
+        value = None if v is None else _operand_of_tile(v, cuts[len(_arrays(k)) :], query)
+        product = _product(call.in_sum_type(query), key, call)
         scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
         if state is None and sinks is not None:
-            state = _sunk(heads.sinks(sinks, len(rows), shift), scores, None if v is None else v.shape[3])
-        state = _absorb(state, scores, call.of_sums(value) if isinstance(value, mx.array) else value, call)
-        chain.links = call.passed(state.arrays)
+            state = _state_of_sinks(heads.sinks(sinks, len(rows), shift), scores, None if v is None else v.shape[3])
+        state = _accumulate(state, scores, call.in_sum_type(value) if isinstance(value, mx.array) else value, call)
+        chain.links = call.fence(state.arrays)
     return state
 
 
-def _product(query: mx.array, key: KeyOrValue, call: Call) -> mx.array:
-    if isinstance(key, Packed):
-        return key.multiplied(scaled(query, call.factor), True)
-    return call.scores(query, call.transposed(call.of_sums(key)))
+def _product(query: mx.array, key: KeyOrValue, call: BlockwiseParams) -> mx.array:
+    if isinstance(key, QuantizedArray):
+        return key.matmul(scaled(query, call.factor), True)
+    return call.scores(query, call.transposed(call.in_sum_type(key)))
 
 
 def _arrays(x: KeyOrValue) -> list[mx.array]:
     """The arrays that keys or values are made of."""
-    return list(x.arrays) if isinstance(x, Packed) else [x]
+    return list(x.arrays) if isinstance(x, QuantizedArray) else [x]
 
 
-def _side(x: KeyOrValue, arrays: list[mx.array], query: mx.array) -> KeyOrValue:
+def _operand_of_tile(x: KeyOrValue, arrays: list[mx.array], query: mx.array) -> KeyOrValue:
     """The same put together again; unpacked where there are enough queries to pay for it."""
-    if not isinstance(x, Packed):
+    if not isinstance(x, QuantizedArray):
         return arrays[0]
-    packed = x.of(*arrays)
-    return packed if query.shape[2] < FEW_ROWS else packed.unpacked()
+    packed = x.with_parts(*arrays)
+    return packed if query.shape[2] < MAX_QUANTIZED_ROWS else packed.dequantized()
 
 
-def _sunk(sinks: mx.array, scores: mx.array, width: int | None) -> Online:
+def _state_of_sinks(sinks: mx.array, scores: mx.array, width: int | None) -> OnlineSoftmax:
     """A softmax that has seen the sinks alone."""
     top = mx.broadcast_to(sinks, (*scores.shape[:-1], 1))
     output = None if width is None else mx.zeros((*scores.shape[:-1], width))
-    return Online(top, mx.ones_like(top), output)
+    return OnlineSoftmax(top, mx.ones_like(top), output)
 
 
-def _finished(state: Online) -> mx.array:
+def _normalized_output(state: OnlineSoftmax) -> mx.array:
     """The output of a block of rows."""
     assert state.output is not None
-    return state.output / _without_zeros(state.total)
+    return state.output / _without_zeros(state.row_sum)
 
 
-def _kept(state: Online) -> mx.array:
+def _row_statistics(state: OnlineSoftmax) -> mx.array:
     """The statistics of a block of rows."""
-    top = mx.where(state.total == number(0.0, state.total), number(mx.inf, state.top), state.top)
-    return mx.concatenate([top, mx.log(_without_zeros(state.total))], axis=-1)
+    top = mx.where(state.row_sum == number(0.0, state.row_sum), number(mx.inf, state.row_max), state.row_max)
+    return mx.concatenate([top, mx.log(_without_zeros(state.row_sum))], axis=-1)
 
 
 def _without_zeros(total: mx.array) -> mx.array:
@@ -321,29 +321,31 @@ def _without_zeros(total: mx.array) -> mx.array:
     return mx.where(total == number(0.0, total), number(1.0, total), total)
 
 
-def _absorb(state: Online | None, scores: mx.array, value: KeyOrValue | None, call: Call) -> Online:
+def _accumulate(
+    state: OnlineSoftmax | None, scores: mx.array, value: KeyOrValue | None, call: BlockwiseParams
+) -> OnlineSoftmax:
     """Takes one more block of keys into the running softmax."""
     scores = scores.astype(mx.float32)
     top = scores.max(axis=-1, keepdims=True)
     if state is not None:
-        top = mx.maximum(top, state.top)
+        top = mx.maximum(top, state.row_max)
     # The maximum of a row that has seen nothing yet is -inf: any other stand-in could lie above all of its scores.
     finite = mx.where(top == number(-mx.inf, top), number(0.0, top), top)
     weights = call.exp(scores - finite)
     total = weights.sum(axis=-1, keepdims=True)
-    output = None if value is None else _weighted(weights, value, call)
+    output = None if value is None else _weighted_sum(weights, value, call)
     if state is None:
-        return Online(top, total, output)
-    shrink = call.exp(state.top - finite)
+        return OnlineSoftmax(top, total, output)
+    shrink = call.exp(state.row_max - finite)
     if state.output is not None and output is not None:
         output = state.output * shrink + output
-    return Online(top, state.total * shrink + total, output)
+    return OnlineSoftmax(top, state.row_sum * shrink + total, output)
 
 
-def _weighted(weights: mx.array, value: KeyOrValue, call: Call) -> mx.array:
+def _weighted_sum(weights: mx.array, value: KeyOrValue, call: BlockwiseParams) -> mx.array:
     """The sum of values by weight, in float32."""
-    if isinstance(value, Packed):
-        return value.multiplied(weights, False)
+    if isinstance(value, QuantizedArray):
+        return value.matmul(weights, False)
     return call.product(weights.astype(value.dtype), value).astype(mx.float32)
 
 
@@ -358,8 +360,8 @@ def exact_product(a: mx.array, b: mx.array) -> mx.array:
 
 def tile_scores(
     product: mx.array,
-    call: Call,
-    heads: Heads,
+    call: BlockwiseParams,
+    heads: HeadGroup,
     rows: range,
     keys: range,
     lengths: tuple[int, int],
@@ -375,7 +377,7 @@ def tile_scores(
     return _masked(scaled(capped, call.softcap), call, heads, rows, keys, lengths, shift), capped
 
 
-def row_shift(call: Call, heads: Heads, rows: range, lengths: tuple[int, int]) -> mx.array | None:
+def row_shift(call: BlockwiseParams, heads: HeadGroup, rows: range, lengths: tuple[int, int]) -> mx.array | None:
     """Return `masks.shift` of some rows over all keys that they may see, or None.
 
     In the mask's type, (batches or 1, heads or 1, rows or 1, 1).
@@ -393,8 +395,8 @@ def row_shift(call: Call, heads: Heads, rows: range, lengths: tuple[int, int]) -
 
 def _masked(
     scores: mx.array,
-    call: Call,
-    heads: Heads,
+    call: BlockwiseParams,
+    heads: HeadGroup,
     rows: range,
     keys: range,
     lengths: tuple[int, int],
@@ -409,12 +411,16 @@ def _masked(
     return masks.apply(scores.reshape(shape), tile).reshape(scores.shape)
 
 
-def _mask_tile(call: Call, heads: Heads, rows: range, keys: range, lengths: tuple[int, int]) -> mx.array | None:
+def _mask_tile(
+    call: BlockwiseParams, heads: HeadGroup, rows: range, keys: range, lengths: tuple[int, int]
+) -> mx.array | None:
     """All parts of the mask for one tile, broadcastable to (batches, heads, rows, keys)."""
     tile = call.mask.tile(rows, keys, *lengths)
     if call.mask.array is None:
         return tile
-    given = masks.part(masks.as_4d(call.mask.array), cut(heads.batches), heads.heads, cut(rows), cut(keys))
+    given = masks.mask_tile(
+        masks.as_4d(call.mask.array), as_slice(heads.batches), heads.heads, as_slice(rows), as_slice(keys)
+    )
     return masks.combine(tile, given)
 
 
@@ -431,6 +437,6 @@ def scaled(x: mx.array, factor: float) -> mx.array:
     return x * number(factor, x)
 
 
-def cut(run: range) -> slice:
+def as_slice(run: range) -> slice:
     """The slice of a run."""
     return slice(run.start, run.stop)

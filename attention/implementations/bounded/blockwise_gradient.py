@@ -17,10 +17,10 @@ import mlx.core as mx
 from msgspec import Struct, structs
 
 from attention.implementations.bounded.blockwise import (
-    Call,
-    Heads,
+    BlockwiseParams,
+    HeadGroup,
+    as_slice,
     blocks_of,
-    cut,
     forward,
     head_groups,
     key_blocks,
@@ -30,11 +30,11 @@ from attention.implementations.bounded.blockwise import (
     scaled,
     tile_scores,
 )
-from attention.implementations.bounded.memory import Chain, Written
-from attention.implementations.transforms import folded
+from attention.implementations.bounded.memory import Chain, TileWriter
+from attention.implementations.transforms import vmap_rule
 
 
-class Saved(Struct, frozen=True):
+class SavedForBackward(Struct, frozen=True):
     """What the backward pass reads, all as (B, H or Hkv, length, width)."""
 
     q: mx.array
@@ -44,7 +44,7 @@ class Saved(Struct, frozen=True):
     statistics: mx.array
     """Of each row, as the forward pass returns them."""
     cotangent: mx.array
-    of_statistics: mx.array | None = None
+    statistics_cotangent: mx.array | None = None
     """The gradient of the statistics, or None for zeros."""
 
     @property
@@ -53,15 +53,15 @@ class Saved(Struct, frozen=True):
         return self.q.shape[2], self.k.shape[2]
 
 
-class Sums(Struct):
+class GradientSums(Struct):
     """What the tiles add up to."""
 
-    d_query: Written
-    d_key: Written
-    d_value: Written
+    d_query: TileWriter
+    d_key: TileWriter
+    d_value: TileWriter
 
 
-class RowSide(Struct, frozen=True):
+class RowBlock(Struct, frozen=True):
     """One block of rows: what every tile of it needs."""
 
     rows: range
@@ -76,7 +76,7 @@ class RowSide(Struct, frozen=True):
     """Of `row_shift`."""
 
 
-class KeySide(Struct, frozen=True):
+class KeyBlock(Struct, frozen=True):
     """One block of keys: what every tile of it needs."""
 
     keys: range
@@ -85,14 +85,14 @@ class KeySide(Struct, frozen=True):
     value_t: mx.array
 
 
-def gradients(saved: Saved, call: Call) -> list[mx.array]:
+def gradients(saved: SavedForBackward, call: BlockwiseParams) -> list[mx.array]:
     """Returns dQ, dK and dV in the types of query, key and value.
 
     One look at each tile gives all three where the float32 sums of dQ have room, or where a tile holds all keys and
     dQ needs no sum. Otherwise dQ, and dK with dV, are summed in two passes of their own.
     """
     chain = Chain()
-    sums = Sums(*(Written(mx.zeros_like(x), chain) for x in (saved.q, saved.k, saved.v)))
+    sums = GradientSums(*(TileWriter(mx.zeros_like(x), chain) for x in (saved.q, saved.k, saved.v)))
     at_once = call.blocks.sums_queries or call.blocks.keys >= saved.k.shape[2]
     for heads in head_groups(saved.q, saved.k, call.blocks):
         shares: dict[int, mx.array] | None = {} if at_once else None
@@ -103,14 +103,14 @@ def gradients(saved: Saved, call: Call) -> list[mx.array]:
     return chain.results(sums.d_query.array, sums.d_key.array, sums.d_value.array)
 
 
-def sink_gradient(saved: Saved, sinks: mx.array, call: Call) -> mx.array:
+def sink_gradient(saved: SavedForBackward, sinks: mx.array, call: BlockwiseParams) -> mx.array:
     """The gradient of the sinks, (H,) in their type, summed block of rows by block of rows."""
     total = mx.zeros((saved.q.shape[1],))
     chain = Chain()
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         chain.links = [total]
-        statistics, delta = _of_rows(saved, call, chain, itemgetter((slice(None), slice(None), cut(rows))))[2:4]
-        everything = Heads(range(saved.q.shape[0]), range(saved.k.shape[1]), saved.q.shape[1] // saved.k.shape[1])
+        statistics, delta = _of_rows(saved, call, chain, itemgetter((slice(None), slice(None), as_slice(rows))))[2:4]
+        everything = HeadGroup(range(saved.q.shape[0]), range(saved.k.shape[1]), saved.q.shape[1] // saved.k.shape[1])
         shift = row_shift(call, everything, rows, saved.lengths)
         score = sinks.astype(mx.float32)[None, :, None, None]
         weights = _weights(score if shift is None else score - shift, statistics, call)
@@ -119,11 +119,11 @@ def sink_gradient(saved: Saved, sinks: mx.array, call: Call) -> mx.array:
 
 
 def _key_block(
-    saved: Saved,
-    call: Call,
-    heads: Heads,
+    saved: SavedForBackward,
+    call: BlockwiseParams,
+    heads: HeadGroup,
     keys: range,
-    sums: Sums,
+    sums: GradientSums,
     shares: dict[int, mx.array] | None,
     chain: Chain,
 ) -> None:
@@ -132,7 +132,7 @@ def _key_block(
     The shares are by the first of their rows; they are written once the last keys that these see have given theirs.
     """
     of_keys: list[mx.array] = []
-    whole: KeySide | None = None
+    whole: KeyBlock | None = None
     tiles = 0
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         visible = call.mask.visible_keys(rows, *saved.lengths)
@@ -140,64 +140,70 @@ def _key_block(
         if not seen:
             continue
         tiles += 1
-        row_side = _row_side(saved, call, heads, rows, chain)
+        row_side = _make_row_block(saved, call, heads, rows, chain)
         if len(seen) < len(keys):
-            key_side = _key_side(saved, call, heads, seen, chain)
+            key_side = _make_key_block(saved, call, heads, seen, chain)
         else:
-            key_side = whole = whole or _key_side(saved, call, heads, keys, chain)
+            key_side = whole = whole or _make_key_block(saved, call, heads, keys, chain)
         weights, d_scores = _tile(saved, call, heads, row_side, key_side)
         made = [
             call.product(x.swapaxes(-1, -2), of_rows)
             for x, of_rows in ((d_scores, row_side.query), (weights, row_side.cotangent))
         ]
-        of_keys = _added(of_keys, [_placed(share.astype(mx.float32), seen, keys) for share in made])
-        chain.links = call.passed(of_keys)
+        of_keys = _accumulated(of_keys, [_padded_share(share.astype(mx.float32), seen, keys) for share in made])
+        chain.links = call.fence(of_keys)
         if shares is not None:
             share = call.product(d_scores, key_side.key).astype(mx.float32)
             share = shares.pop(rows.start) + share if rows.start in shares else share
             if visible.stop <= keys.stop:
-                chain.links += call.passed([_write_d_query(sums, share, call, heads, rows, 1)])
+                chain.links += call.fence([_write_d_query(sums, share, call, heads, rows, 1)])
             else:
                 shares[rows.start] = share
                 chain.links.append(share)
     if of_keys:
-        place = (cut(heads.batches), cut(heads.kv_heads), cut(keys))
+        place = (as_slice(heads.batches), as_slice(heads.kv_heads), as_slice(keys))
         d_key = sums.d_key.write(place, scaled(of_keys[0], call.scale), tiles)
         chain.links = [d_key, sums.d_value.write(place, of_keys[1], tiles), *(shares or {}).values()]
 
 
-def _query_pass(saved: Saved, call: Call, heads: Heads, sums: Sums, chain: Chain) -> None:
+def _query_pass(
+    saved: SavedForBackward, call: BlockwiseParams, heads: HeadGroup, sums: GradientSums, chain: Chain
+) -> None:
     """dQ alone, block of rows by block of rows."""
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         total: list[mx.array] = []
         tiles = 0
         for keys in key_blocks(call, rows, *saved.lengths):
-            row_side = _row_side(saved, call, heads, rows, chain)
-            key_side = _key_side(saved, call, heads, keys, chain)
+            row_side = _make_row_block(saved, call, heads, rows, chain)
+            key_side = _make_key_block(saved, call, heads, keys, chain)
             _, d_scores = _tile(saved, call, heads, row_side, key_side)
-            total = _added(total, [call.product(d_scores, key_side.key).astype(mx.float32)])
-            chain.links = call.passed(total)
+            total = _accumulated(total, [call.product(d_scores, key_side.key).astype(mx.float32)])
+            chain.links = call.fence(total)
             tiles += 1
         if total:
             chain.links = [_write_d_query(sums, total[0], call, heads, rows, tiles)]
 
 
-def _write_d_query(sums: Sums, total: mx.array, call: Call, heads: Heads, rows: range, tiles: int) -> mx.array:
+def _write_d_query(
+    sums: GradientSums, total: mx.array, call: BlockwiseParams, heads: HeadGroup, rows: range, tiles: int
+) -> mx.array:
     return sums.d_query.write(heads.place(rows), heads.split(scaled(total, call.scale), len(rows)), tiles)
 
 
-def _row_side(saved: Saved, call: Call, heads: Heads, rows: range, chain: Chain) -> RowSide:
+def _make_row_block(
+    saved: SavedForBackward, call: BlockwiseParams, heads: HeadGroup, rows: range, chain: Chain
+) -> RowBlock:
     """Cuts what tiles of some rows need, after all that is in the chain."""
     query, cotangent, statistics, delta, of_logsumexp = _of_rows(saved, call, chain, lambda x: heads.rows(x, rows))
     shift = row_shift(call, heads, rows, saved.lengths)
-    return RowSide(rows, call.operand(query), call.operand(cotangent), statistics, delta, of_logsumexp, shift)
+    return RowBlock(rows, call.operand(query), call.operand(cotangent), statistics, delta, of_logsumexp, shift)
 
 
 def _of_rows(
-    saved: Saved, call: Call, chain: Chain, of: Callable[[mx.array], mx.array]
+    saved: SavedForBackward, call: BlockwiseParams, chain: Chain, of: Callable[[mx.array], mx.array]
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
     """The query, the cotangent, the statistics, delta and dL of some rows, which `of` cuts out."""
-    given = [] if saved.of_statistics is None else [saved.of_statistics]
+    given = [] if saved.statistics_cotangent is None else [saved.statistics_cotangent]
     wholes = chain.whole(saved.q, saved.cotangent, saved.output, saved.statistics, *given)
     query, cotangent, output, statistics, *more = (of(x) for x in wholes)
     delta = call.row_products(cotangent.astype(mx.float32), output.astype(mx.float32))
@@ -206,16 +212,20 @@ def _of_rows(
     return query, cotangent, statistics, delta if of_logsumexp is None else delta - of_logsumexp, of_logsumexp
 
 
-def _key_side(saved: Saved, call: Call, heads: Heads, keys: range, chain: Chain) -> KeySide:
+def _make_key_block(
+    saved: SavedForBackward, call: BlockwiseParams, heads: HeadGroup, keys: range, chain: Chain
+) -> KeyBlock:
     """Likewise of some keys."""
     key, value = (heads.keys(x, keys) for x in chain.whole(saved.k, saved.v))
-    transposed = call.transposed(call.of_sums(key)), call.transposed(call.operand(value))
-    return KeySide(keys, call.operand(key), *transposed)
+    transposed = call.transposed(call.in_sum_type(key)), call.transposed(call.operand(value))
+    return KeyBlock(keys, call.operand(key), *transposed)
 
 
-def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -> tuple[mx.array, mx.array]:
+def _tile(
+    saved: SavedForBackward, call: BlockwiseParams, heads: HeadGroup, row: RowBlock, side: KeyBlock
+) -> tuple[mx.array, mx.array]:
     """P and dS of one tile, in the type that matrices are multiplied in."""
-    product = call.scores(call.of_sums(row.query), side.key_t)
+    product = call.scores(call.in_sum_type(row.query), side.key_t)
     scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths, row.shift)
     weights = _weights(scores.astype(mx.float32), row.statistics, call)
     d_weights = call.product(row.cotangent, side.value_t).astype(mx.float32)
@@ -231,7 +241,7 @@ def _tile(saved: Saved, call: Call, heads: Heads, row: RowSide, side: KeySide) -
     return weights.astype(row.query.dtype), d_scores.astype(row.query.dtype)
 
 
-def _weights(scores: mx.array, statistics: mx.array, call: Call) -> mx.array:
+def _weights(scores: mx.array, statistics: mx.array, call: BlockwiseParams) -> mx.array:
     """Probabilities of scores: 0 in rows that see nothing, whose maximum is +inf.
 
     A score that is computed again, in a tile of another shape, may come out above the maximum: at 1e9 by 64. It is
@@ -240,13 +250,13 @@ def _weights(scores: mx.array, statistics: mx.array, call: Call) -> mx.array:
     return call.exp(mx.minimum(number(0.0, scores), scores - statistics[..., :1]) - statistics[..., 1:])
 
 
-def _placed(share: mx.array, seen: range, keys: range) -> mx.array:
+def _padded_share(share: mx.array, seen: range, keys: range) -> mx.array:
     """A share of dK or dV, which covers the keys that were seen, filled with zeros to all keys of the block."""
     before, behind = seen.start - keys.start, keys.stop - seen.stop
     return mx.pad(share, [(0, 0), (0, 0), (before, behind), (0, 0)]) if before or behind else share
 
 
-def _added(sums: list[mx.array], shares: list[mx.array]) -> list[mx.array]:
+def _accumulated(sums: list[mx.array], shares: list[mx.array]) -> list[mx.array]:
     return [a + b for a, b in zip(sums, shares, strict=True)] if sums else shares
 
 
@@ -258,31 +268,31 @@ Attend = Callable[..., mx.array]
 Arrays = list[mx.array]
 Inputs = tuple[mx.array, mx.array, mx.array, Arrays, Arrays]
 """q, k, v, the mask's array, the sinks."""
-MASK: Final = 3
+MASK_ARGUMENT: Final = 3
 
 
-def blockwise(call: Call, backward: Call) -> Attend:
+def blockwise(call: BlockwiseParams, backward: BlockwiseParams) -> Attend:
     """Return a function of `Inputs` that computes attention blockwise, forward and backward."""
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> tuple[mx.array, mx.array]:
-        return forward(q, k, v, _having(call, mask), *sinks)
+        return forward(q, k, v, _with_array(call, mask), *sinks)
 
     def pull_back(inputs: Inputs, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> Arrays:
-        return _pulled(inputs, cotangents, outputs, backward)
+        return _blockwise_vjp(inputs, cotangents, outputs, backward)
 
     attend.vjp(pull_back)
-    attend.vmap(folded(attend, MASK))
+    attend.vmap(vmap_rule(attend, MASK_ARGUMENT))
     return lambda *inputs: cast("tuple[mx.array, mx.array]", attend(*inputs))[0]
 
 
-def blocks_behind(whole: Attend, call: Call, backward: Call) -> Attend:
+def with_blockwise_backward(whole: Attend, call: BlockwiseParams, backward: BlockwiseParams) -> Attend:
     """Return `whole` with a blockwise backward pass, which recomputes the row statistics."""
 
     def pull_back(inputs: Inputs, cotangent: mx.array, output: mx.array) -> Arrays:
         q, k, _, mask, sinks = inputs
-        statistics = row_statistics(q, k, _having(call, mask), *sinks)
-        return _pulled(inputs, [cotangent], [output, statistics], backward)
+        statistics = row_statistics(q, k, _with_array(call, mask), *sinks)
+        return _blockwise_vjp(inputs, [cotangent], [output, statistics], backward)
 
     return differentiable(whole, pull_back)
 
@@ -295,25 +305,29 @@ def differentiable(whole: Attend, pull_back: Callable[[Inputs, mx.array, mx.arra
         return whole(q, k, v, mask, sinks)
 
     attend.vjp(pull_back)
-    attend.vmap(folded(attend, MASK))
+    attend.vmap(vmap_rule(attend, MASK_ARGUMENT))
     return cast("Attend", attend)
 
 
-def _pulled(inputs: Inputs, cotangents: Sequence[mx.array], outputs: Sequence[mx.array], call: Call) -> Arrays:
+def _blockwise_vjp(
+    inputs: Inputs, cotangents: Sequence[mx.array], outputs: Sequence[mx.array], call: BlockwiseParams
+) -> Arrays:
     q, k, v, mask, sinks = inputs
 
-    def saved(q: mx.array, k: mx.array, v: mx.array, _: Arrays, outputs: Arrays, cotangents: Arrays) -> Saved:
-        return Saved(q, k, v, *outputs, *cotangents)
+    def saved(
+        q: mx.array, k: mx.array, v: mx.array, _: Arrays, outputs: Arrays, cotangents: Arrays
+    ) -> SavedForBackward:
+        return SavedForBackward(q, k, v, *outputs, *cotangents)
 
     @mx.custom_function
     def pull(*arrays: Any) -> Arrays:
-        return gradients(saved(*arrays), _having(call, arrays[MASK]))
+        return gradients(saved(*arrays), _with_array(call, arrays[MASK_ARGUMENT]))
 
-    pull.vmap(folded(pull, MASK))
+    pull.vmap(vmap_rule(pull, MASK_ARGUMENT))
     given = q, k, v, mask, list(outputs), list(cotangents)
-    of_sinks = [sink_gradient(saved(*given), sink, _having(call, mask)) for sink in sinks]
+    of_sinks = [sink_gradient(saved(*given), sink, _with_array(call, mask)) for sink in sinks]
     return [*cast("Arrays", pull(*given)), *(mx.zeros_like(array) for array in mask), *of_sinks]
 
 
-def _having(call: Call, array: Arrays) -> Call:
-    return structs.replace(call, mask=call.mask.having(array))
+def _with_array(call: BlockwiseParams, array: Arrays) -> BlockwiseParams:
+    return structs.replace(call, mask=call.mask.with_array(array))

@@ -4,25 +4,25 @@ from collections.abc import Iterator
 
 from msgspec import Struct, structs
 
-from attention.core.route import PLAIN
+from attention.core.route import NO_NEEDS
 from attention.core.workload import Workload
-from attention.implementations.bounded.blocks import Blocks, Shape, tile_bytes
+from attention.implementations.bounded.blocks import Blocks, ProblemSize, tile_bytes
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.bounded.memory import AT_ONCE
+from attention.implementations.bounded.memory import RESIDENT_TILES
 from attention.implementations.bounded.policy import (
     GPU_SHARE,
-    Choice,
-    comfort,
-    mib,
-    shape_of,
+    Strategy,
+    problem_size,
+    safe_unfused_bytes,
+    size_text,
     skipped_share,
     slices_bytes,
-    surely,
+    tile_target_bytes,
 )
 from attention.measure.device import Device
 
 
-class Fact(Struct, frozen=True):
+class Explanation(Struct, frozen=True):
     """One thing that was chosen."""
 
     what: str
@@ -30,22 +30,30 @@ class Fact(Struct, frozen=True):
     why: str
 
 
-def facts(practical: Practical, workload: Workload, device: Device) -> Iterator[Fact]:
+def explain(practical: Practical, workload: Workload, device: Device) -> Iterator[Explanation]:
     """What is chosen for a workload on a device, one thing after the other."""
-    choice, budget = practical.choice(workload, device), practical.budget(device)
-    yield Fact("budget", mib(budget), _why_budget(practical, device))
+    choice, budget = practical.strategy(workload, device), practical.budget(device)
+    yield Explanation("budget", size_text(budget), _why_budget(practical, device))
     forward, training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
-    yield Fact("unfused", mib(surely(forward, device.backend)), "what scores and all beside them may take, forward")
-    yield Fact("", mib(surely(training, device.backend)), "and in training: what is chosen has to hold for both")
-    yield Fact("way", choice.way, choice.reason)
+    yield Explanation(
+        "unfused",
+        size_text(safe_unfused_bytes(forward, device.backend)),
+        "what scores and all beside them may take, forward",
+    )
+    yield Explanation(
+        "",
+        size_text(safe_unfused_bytes(training, device.backend)),
+        "and in training: what is chosen has to hold for both",
+    )
+    yield Explanation("way", choice.kind, choice.reason)
     if choice.cuts_forward:
         yield from _of_parts(choice, workload, device, budget)
-    elif choice.way not in ("fused", "whole"):
-        yield Fact("behind", "", "what is cut is the backward pass alone")
+    elif choice.kind not in ("fused", "whole"):
+        yield Explanation("behind", "", "what is cut is the backward pass alone")
         yield from _of_parts(choice, training, device, budget)
 
 
-def _of_parts(choice: Choice, workload: Workload, device: Device, budget: int) -> Iterator[Fact]:
+def _of_parts(choice: Strategy, workload: Workload, device: Device, budget: int) -> Iterator[Explanation]:
     is_training = workload.pass_ == "training"
     slices = choice.backward_slices if is_training else choice.slices
     if slices is not None:
@@ -54,42 +62,44 @@ def _of_parts(choice: Choice, workload: Workload, device: Device, budget: int) -
         yield from _of_tiles(choice.backward if is_training else choice.blocks, workload, device, budget)
 
 
-def _of_slices(slices: Blocks, choice: Choice, workload: Workload, device: Device) -> Iterator[Fact]:
-    size = slices_bytes(workload, slices, device.backend, PLAIN)
+def _of_slices(slices: Blocks, choice: Strategy, workload: Workload, device: Device) -> Iterator[Explanation]:
+    size = slices_bytes(workload, slices, device.backend, NO_NEEDS)
     how = "they wait for each other" if choice.waits else "none need wait: all of them fit"
-    yield Fact("slice", mib(size), f"what as many take as are in memory at once; {how}")
+    yield Explanation("slice", size_text(size), f"what as many take as are in memory at once; {how}")
     yield from _of_lengths(slices, workload)
-    yield Fact("keys", "all", "that its rows see")
+    yield Explanation("keys", "all", "that its rows see")
     yield _skipped(slices, workload)
 
 
-def _of_tiles(blocks: Blocks, workload: Workload, device: Device, budget: int) -> Iterator[Fact]:
-    shape, limit = shape_of(workload), comfort(device.backend)
+def _of_tiles(blocks: Blocks, workload: Workload, device: Device, budget: int) -> Iterator[Explanation]:
+    shape, limit = problem_size(workload), tile_target_bytes(device.backend)
     size = tile_bytes(shape, blocks)
-    if AT_ONCE[device.backend] * size > budget:
+    if RESIDENT_TILES[device.backend] * size > budget:
         room = "more than the budget: tiles within it would be too many for a graph"
     elif limit is None:
         room = "as large as the budget lets it be"
     elif size > limit:
-        room = f"one key head's; more than {mib(limit)} would gain nothing, for the caches' sake"
+        room = f"one key head's; more than {size_text(limit)} would gain nothing, for the caches' sake"
     else:
-        room = f"takes in more heads and rows up to {mib(limit)}, for the caches' sake"
-    yield Fact("tile", mib(size), room)
+        room = f"takes in more heads and rows up to {size_text(limit)}, for the caches' sake"
+    yield Explanation("tile", size_text(size), room)
     yield from _of_lengths(blocks, workload)
-    yield Fact("keys", f"{blocks.keys:,}", f"of {workload.kv_seq:,}: {_why_keys(shape, blocks)}")
+    yield Explanation("keys", f"{blocks.keys:,}", f"of {workload.kv_seq:,}: {_why_keys(shape, blocks)}")
     yield _skipped(blocks, workload)
 
 
-def _of_lengths(blocks: Blocks, workload: Workload) -> Iterator[Fact]:
+def _of_lengths(blocks: Blocks, workload: Workload) -> Iterator[Explanation]:
     heads = f"{blocks.batches} x {blocks.kv_heads * (workload.heads // workload.kv_heads)}"
     sequences = "1 sequence" if workload.batch == 1 else f"{workload.batch} sequences"
-    yield Fact("heads", heads, f"of {sequences} x {workload.heads} query heads")
-    yield Fact("rows", f"{blocks.rows:,}", f"of {workload.seq:,}")
+    yield Explanation("heads", heads, f"of {sequences} x {workload.heads} query heads")
+    yield Explanation("rows", f"{blocks.rows:,}", f"of {workload.seq:,}")
 
 
-def _skipped(blocks: Blocks, workload: Workload) -> Fact:
+def _skipped(blocks: Blocks, workload: Workload) -> Explanation:
     share = skipped_share(workload, blocks)
-    return Fact("skipped", f"{share:.0%}", "of the scores: what the mask rules out for a whole tile is never computed")
+    return Explanation(
+        "skipped", f"{share:.0%}", "of the scores: what the mask rules out for a whole tile is never computed"
+    )
 
 
 def _why_budget(practical: Practical, device: Device) -> str:
@@ -99,7 +109,7 @@ def _why_budget(practical: Practical, device: Device) -> str:
     return f"{where}; above inputs and outputs"
 
 
-def _why_keys(shape: Shape, blocks: Blocks) -> str:
+def _why_keys(shape: ProblemSize, blocks: Blocks) -> str:
     if blocks.keys >= shape.kv_seq:
         return "no row needs a second look"
     if not shape.training:

@@ -8,37 +8,37 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention import masks
-from attention.core.route import PLAIN, Needs, Route
+from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import ITEM_BYTES, DType, Workload
 from attention.implementations import call_hooks
-from attention.implementations.baseline import is_widened, named_products, whole_bytes
+from attention.implementations.baseline import computes_in_float32, unfused_call_bytes, with_tf32
 from attention.implementations.bounded import slicing
-from attention.implementations.bounded.blocks import Blocks, seen_keys, tile_bytes
-from attention.implementations.bounded.blockwise import Call, arithmetic_of, forward
-from attention.implementations.bounded.blockwise_gradient import Arrays, Attend, blocks_behind, blockwise
-from attention.implementations.bounded.memory import AT_ONCE, QUEUED, at_once, turns
+from attention.implementations.bounded.blocks import Blocks, tile_bytes, visible_keys
+from attention.implementations.bounded.blockwise import BlockwiseParams, arithmetic_of, forward
+from attention.implementations.bounded.blockwise_gradient import Arrays, Attend, blockwise, with_blockwise_backward
+from attention.implementations.bounded.memory import RESIDENT_TILES, UNORDERED, no_fence, tile_order
 from attention.implementations.bounded.policy import (
-    NOTHING,
-    Choice,
-    Handed,
-    choice,
+    NO_MASK_COPIES,
+    MaskCopies,
+    Strategy,
+    choose_strategy,
     default_budget,
-    shape_of,
+    problem_size,
     slices_bytes,
 )
-from attention.implementations.bounded.slicing import Slices
-from attention.implementations.call_signature import asked_for, here
+from attention.implementations.bounded.slicing import SlicedParams
+from attention.implementations.call_signature import call_signature, current_backend
 from attention.implementations.mlx_sdpa import attend_whole, fused_bytes
-from attention.implementations.quantized_kv import KeyOrValue, Packed, attend_packed
+from attention.implementations.quantized_kv import KeyOrValue, QuantizedArray, attend_quantized
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask
 from attention.measure.device import Backend, Device, probe
 
-MOST_CHOICES: Final = 4096
+MAX_STRATEGIES: Final = 4096
 """Choices that are remembered; a decoding loop asks for a new one at each length."""
 MAX_PATHS: Final = 4096
-WHOLE: Final = {"fused": "MLX SDPA, fused", "whole": "MLX SDPA, unfused"}
-PACKED: Final = "packed keys and values"
+SDPA_PATHS: Final = {"fused": "MLX SDPA, fused", "whole": "MLX SDPA, unfused"}
+QUANTIZED_PATH: Final = "packed keys and values"
 
 
 class Practical:
@@ -51,16 +51,16 @@ class Practical:
     def __init__(self, budget_bytes: int | None = None) -> None:
         """Sets the memory that a call may take above its inputs and outputs; None lets the machine decide."""
         self.budget_bytes = budget_bytes
-        self._choices: OrderedDict[tuple[Workload, Needs, Backend, int], Choice] = OrderedDict()
-        self._plain: dict[object, tuple[str, bool]] = {}
+        self._strategies: OrderedDict[tuple[Workload, Needs, Backend, int], Strategy] = OrderedDict()
+        self._whole_calls: dict[object, tuple[str, bool]] = {}
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Says whether MLX's SDPA is lean enough, and how large the slices or blocks are where not."""
-        choice = self.choice(workload, device, needs)
-        whole, _, behind = choice.way.partition(", ")
+        choice = self.strategy(workload, device, needs)
+        whole, _, behind = choice.kind.partition(", ")
         if not choice.cuts_forward and (not (behind or needs.sinks) or workload.pass_ != "training"):
             fused = whole == "fused"
-            needed = (fused_bytes if fused else whole_bytes)(workload, device.backend, needs)
+            needed = (fused_bytes if fused else unfused_call_bytes)(workload, device.backend, needs)
             return Route(
                 path=_whole_path(whole, workload.dtype, device.backend),
                 fused=fused,
@@ -88,7 +88,12 @@ class Practical:
 
         `sinks` (H,) are scores that join the softmax of every row of a head, without a value.
         """
-        if mask.array is None or mask.array.dtype == mx.bool_ or isinstance(k, Packed) or isinstance(v, Packed):
+        if (
+            mask.array is None
+            or mask.array.dtype == mx.bool_
+            or isinstance(k, QuantizedArray)
+            or isinstance(v, QuantizedArray)
+        ):
             return self._attend(q, k, v, scale, mask, softcap, sinks)
         return with_mask_gradient(
             lambda mask: self._attend(q, k, v, scale, mask, softcap, sinks),
@@ -111,29 +116,39 @@ class Practical:
         sinks: mx.array | None,
     ) -> mx.array:
         shape = None if mask.array is None else (mask.array.shape, mask.array.dtype)
-        key = (q.shape, k.shape, v.shape, q.dtype, mask.causal, mask.window, shape, here(), self.budget_bytes)
-        simple = sinks is None and softcap is None and not isinstance(k, Packed)
-        if simple and (known := self._plain.get(key)) is not None:
+        key = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            mask.causal,
+            mask.window,
+            shape,
+            current_backend(),
+            self.budget_bytes,
+        )
+        simple = sinks is None and softcap is None and not isinstance(k, QuantizedArray)
+        if simple and (known := self._whole_calls.get(key)) is not None:
             path, widened = known
-            call_hooks.ran(path)
+            call_hooks.record_path(path)
             return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
-        workload, needs = asked_for(q, k, v, mask, softcap)  # type: ignore[arg-type]
+        workload, needs = call_signature(q, k, v, mask, softcap)  # type: ignore[arg-type]
         needs = needs if sinks is None else structs.replace(needs, sinks=True)
-        backend = here()
-        choice = self._choose(workload, backend, needs, self._budget_here())
-        if simple and choice.way in ("fused", "whole"):
-            if len(self._plain) >= MOST_CHOICES:
-                self._plain.clear()
-            path = _whole_path(choice.way, workload.dtype, backend)
-            widened = _widened(choice, q.dtype, backend)
-            self._plain[key] = path, widened
-            call_hooks.ran(path)
+        backend = current_backend()
+        choice = self._strategy(workload, backend, needs, self._budget_here())
+        if simple and choice.kind in ("fused", "whole"):
+            if len(self._whole_calls) >= MAX_STRATEGIES:
+                self._whole_calls.clear()
+            path = _whole_path(choice.kind, workload.dtype, backend)
+            widened = _computes_in_float32(choice, q.dtype, backend)
+            self._whole_calls[key] = path, widened
+            call_hooks.record_path(path)
             return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
-        call_hooks.ran(_forward_path(choice, workload, needs, backend, isinstance(k, Packed)))
-        if isinstance(k, Packed) and isinstance(v, Packed):
+        call_hooks.record_path(_forward_path(choice, workload, needs, backend, isinstance(k, QuantizedArray)))
+        if isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray):
             call, _ = self._calls(choice, backend, scale, mask, softcap, q.dtype)
             if sinks is None and softcap is None and choice.fits_forward:
-                return attend_packed(q, k, v, scale=scale, mask=mask)
+                return attend_quantized(q, k, v, scale=scale, mask=mask)
             return forward(q, k, v, call, sinks)[0]
         if simple and choice.slices is not None:
             made = self._in_slices(choice, backend, scale, mask, q.dtype)
@@ -142,73 +157,77 @@ class Practical:
         array = [] if mask.array is None else [masks.as_4d(mask.array)]
         return made(q, k, v, array, [] if sinks is None else [sinks])
 
-    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
-        follow = turns(backend) if choice.waits else QUEUED
+    def _in_slices(self, choice: Strategy, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
+        follow = tile_order(backend) if choice.waits else UNORDERED
 
         def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, _: Arrays) -> mx.array:
             if choice.cuts_forward and choice.slices is not None:
-                return slicing.forward(q, k, v, Slices(scale, mask.having(array), choice.slices, follow))
-            return attend_whole(q, k, v, scale, mask.having(array), _widened(choice, q.dtype, backend))
+                return slicing.forward(q, k, v, SlicedParams(scale, mask.with_array(array), choice.slices, follow))
+            return attend_whole(q, k, v, scale, mask.with_array(array), _computes_in_float32(choice, q.dtype, backend))
 
         if choice.backward_slices is None:
-            return blocks_behind(whole, *self._calls(choice, backend, scale, mask, None, dtype))
-        return slicing.sliced_behind(whole, Slices(scale, mask, choice.backward_slices, follow))
+            return with_blockwise_backward(whole, *self._calls(choice, backend, scale, mask, None, dtype))
+        return slicing.with_sliced_backward(whole, SlicedParams(scale, mask, choice.backward_slices, follow))
 
     def _calls(
-        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
-    ) -> tuple[Call, Call]:
+        self, choice: Strategy, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
+    ) -> tuple[BlockwiseParams, BlockwiseParams]:
         """Of blocks, forward and backward."""
-        follow = at_once if backend == "cpu" else turns(backend).next
+        follow = no_fence if backend == "cpu" else tile_order(backend).next
         shifted = dtype != mx.float32
-        call = Call(scale, mask, softcap, choice.blocks, arithmetic_of(dtype, backend), follow, shifted)
+        call = BlockwiseParams(scale, mask, softcap, choice.blocks, arithmetic_of(dtype, backend), follow, shifted)
         return call, structs.replace(call, blocks=choice.backward)
 
     def _in_blocks(
-        self, choice: Choice, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
+        self, choice: Strategy, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
     ) -> Attend:
         call, backward = self._calls(choice, backend, scale, mask, softcap, dtype)
         if choice.cuts_forward:
             return blockwise(call, backward)
 
         def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, sinks: Arrays) -> mx.array:
-            return attend_whole(q, k, v, scale, mask.having(array), _widened(choice, q.dtype, backend), *sinks)
+            return attend_whole(
+                q, k, v, scale, mask.with_array(array), _computes_in_float32(choice, q.dtype, backend), *sinks
+            )
 
-        return blocks_behind(whole, call, backward)
+        return with_blockwise_backward(whole, call, backward)
 
-    def choice(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Choice:
+    def strategy(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Strategy:
         """How a call would be computed on a device."""
-        return self._choose(workload, device.backend, needs, self.budget(device))
+        return self._strategy(workload, device.backend, needs, self.budget(device))
 
     def budget(self, device: Device) -> int:
         """Bytes that a call may take above its inputs and outputs on a device."""
         return self.budget_bytes or default_budget(device.backend, device.memory_bytes)
 
     def _budget_here(self) -> int:
-        return self.budget_bytes or default_budget(here(), _memory())
+        return self.budget_bytes or default_budget(current_backend(), _memory())
 
-    def _choose(self, workload: Workload, backend: Backend, needs: Needs, budget: int) -> Choice:
+    def _strategy(self, workload: Workload, backend: Backend, needs: Needs, budget: int) -> Strategy:
         """Choose for a route and for a call alike, from what both know."""
         key = (workload, needs, backend, budget)
-        if key not in self._choices:
-            if len(self._choices) >= MOST_CHOICES:
-                self._choices.popitem(last=False)
-            self._choices[key] = choice(workload, backend, needs, budget, _handed(needs, workload.dtype, backend))
-        return self._choices[key]
+        if key not in self._strategies:
+            if len(self._strategies) >= MAX_STRATEGIES:
+                self._strategies.popitem(last=False)
+            self._strategies[key] = choose_strategy(
+                workload, backend, needs, budget, _mask_copies(needs, workload.dtype, backend)
+            )
+        return self._strategies[key]
 
 
-def _widened(choice: Choice, dtype: mx.Dtype, backend: Backend) -> bool:
+def _computes_in_float32(choice: Strategy, dtype: mx.Dtype, backend: Backend) -> bool:
     """Whether what is left whole is computed in float32."""
-    return choice.way.startswith("whole") and is_widened(masks.dtype_name(dtype), backend)
+    return choice.kind.startswith("whole") and computes_in_float32(masks.dtype_name(dtype), backend)
 
 
-def _handed(needs: Needs, dtype: DType, backend: Backend) -> Handed:
+def _mask_copies(needs: Needs, dtype: DType, backend: Backend) -> MaskCopies:
     """An opened copy of an array mask; numbers in another type than the scores' are clipped in float32 first."""
     if not needs.array_mask:
-        return NOTHING
-    scores: DType = "float32" if is_widened(dtype, backend) else dtype
+        return NO_MASK_COPIES
+    scores: DType = "float32" if computes_in_float32(dtype, backend) else dtype
     own = needs.mask_dtype or dtype
     item_bytes = 1 if own == "bool" else ITEM_BYTES[scores]
-    return Handed(needs.mask_batches, needs.mask_heads, 2 * item_bytes if own in ("bool", scores) else 12)
+    return MaskCopies(needs.mask_batches, needs.mask_heads, 2 * item_bytes if own in ("bool", scores) else 12)
 
 
 @lru_cache(maxsize=1)
@@ -217,12 +236,12 @@ def _memory() -> int:
 
 
 @lru_cache(maxsize=MAX_PATHS)
-def _forward_path(choice: Choice, workload: Workload, needs: Needs, backend: Backend, packed: bool) -> str:
+def _forward_path(choice: Strategy, workload: Workload, needs: Needs, backend: Backend, quantized: bool) -> str:
     """What a forward pass does that is not handed to MLX's SDPA as a whole."""
-    if packed:
-        return PACKED
+    if quantized:
+        return QUANTIZED_PATH
     if not choice.cuts_forward:
-        return _whole_path(choice.way.partition(", ")[0], workload.dtype, backend)
+        return _whole_path(choice.kind.partition(", ")[0], workload.dtype, backend)
     sliced = choice.slices is not None and not (needs.sinks or needs.softcap)
     kind, parts = ("slices", choice.slices) if sliced and choice.slices else ("blocks", choice.blocks)
     return _cut_path(kind, parts, workload, backend)
@@ -230,21 +249,21 @@ def _forward_path(choice: Choice, workload: Workload, needs: Needs, backend: Bac
 
 def _whole_path(whole: str, dtype: DType, backend: Backend) -> str:
     """MLX's SDPA on all rows and heads; its fused kernels keep float32."""
-    return WHOLE[whole] if whole == "fused" else named_products(WHOLE[whole], dtype, backend)
+    return SDPA_PATHS[whole] if whole == "fused" else with_tf32(SDPA_PATHS[whole], dtype, backend)
 
 
 def _cut_path(kind: str, parts: Blocks, workload: Workload, backend: Backend) -> str:
-    path = f"{kind} {parts.rows} x {seen_keys(shape_of(workload), parts)}"
-    return named_products(path, workload.dtype, backend) if kind == "slices" else path
+    path = f"{kind} {parts.rows} x {visible_keys(problem_size(workload), parts)}"
+    return with_tf32(path, workload.dtype, backend) if kind == "slices" else path
 
 
-def _parts(choice: Choice, workload: Workload, device: Device, needs: Needs) -> tuple[str, Blocks, int]:
+def _parts(choice: Strategy, workload: Workload, device: Device, needs: Needs) -> tuple[str, Blocks, int]:
     """What the parts of a call are called, their size, and the bytes that are predicted of them, outputs included."""
     slices = choice.backward_slices if workload.pass_ == "training" else choice.slices
     if slices is not None and not needs.sinks:
         size = slices_bytes(workload, slices, device.backend, needs)
-        together = whole_bytes(workload, device.backend, needs) - workload.output_bytes
+        together = unfused_call_bytes(workload, device.backend, needs) - workload.output_bytes
         return "slices", slices, workload.output_bytes + (size if choice.waits else min(size, together))
     rows = workload.batch * workload.heads * workload.seq
-    tiles = int(AT_ONCE[device.backend] * tile_bytes(shape_of(workload), choice.blocks))
+    tiles = int(RESIDENT_TILES[device.backend] * tile_bytes(problem_size(workload), choice.blocks))
     return "blocks", choice.blocks, workload.output_bytes + 4 * rows + tiles

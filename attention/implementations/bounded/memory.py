@@ -45,11 +45,11 @@ class Chain:
         """Returns what the tiles computed, by a node that leads a recursive walk to the first tile first."""
         if not self._anchors:
             return list(arrays)
-        (last,) = ordered([_anchor()], self._anchors)
-        return ordered([last, *arrays], [_anchor()])[1:]
+        (last,) = depend([_anchor()], self._anchors)
+        return depend([last, *arrays], [_anchor()])[1:]
 
     def _anchored(self, arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
-        *after, anchor = ordered([*arrays, _anchor()], links)
+        *after, anchor = depend([*arrays, _anchor()], links)
         self._anchors.append(anchor)
         return after
 
@@ -60,7 +60,7 @@ def _anchor() -> mx.array:
 
 
 @mx.custom_function
-def _pass_on(arrays: list[mx.array], links: list[mx.array]) -> list[mx.array]:
+def _depend(arrays: list[mx.array], links: list[mx.array]) -> list[mx.array]:
     """Returns the arrays; the node that MLX makes of this has the links among its inputs, as `mx.depends` has.
 
     Unlike that it works under `mx.vmap` and `mx.jvp`.
@@ -68,8 +68,8 @@ def _pass_on(arrays: list[mx.array], links: list[mx.array]) -> list[mx.array]:
     return arrays
 
 
-@_pass_on.vmap
-def _pass_on_batched(
+@_depend.vmap
+def _depend_batched(
     inputs: tuple[list[mx.array], list[mx.array]], axes: tuple[list[int | None], list[int | None]]
 ) -> tuple[list[mx.array], list[int | None]]:
     """Maps every array, also one that is not mapped itself: MLX takes all outputs of a node for mapped if one is."""
@@ -83,75 +83,75 @@ def _pass_on_batched(
         x if axis is not None else mx.broadcast_to(x, (size, *x.shape))
         for x, axis in zip(inputs[0], axes[0], strict=True)
     ]
-    return ordered(arrays, inputs[1]), [axis or 0 for axis in axes[0]]
+    return depend(arrays, inputs[1]), [axis or 0 for axis in axes[0]]
 
 
-def ordered(arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
+def depend(arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
     """Returns the arrays, not to be read before the links are computed; works under every transform of MLX's."""
-    return cast("list[mx.array]", _pass_on(list(arrays), list(links)))
+    return cast("list[mx.array]", _depend(list(arrays), list(links)))
 
 
-AT_ONCE: Final[dict[Backend, float]] = {"cpu": 1.0, "cuda": 2.2, "metal": 12.0}
+RESIDENT_TILES: Final[dict[Backend, float]] = {"cpu": 1.0, "cuda": 2.2, "metal": 12.0}
 """Number of tiles that may be in memory at once.
 
 On CUDA the next tile is queued while one runs. On Metal, without such a fence, it is the number of command buffers in
 flight: ten, one being filled and one being released; derived from MLX's source, not measured.
 """
-Passed = Callable[[Sequence[mx.array]], list[mx.array]]
+Fence = Callable[[Sequence[mx.array]], list[mx.array]]
 """Returns arrays that later tiles depend on, given the arrays computed by earlier tiles."""
 
 
-class Turns(Struct, frozen=True):
+class TileOrder(Struct, frozen=True):
     """The ordering of tiles."""
 
-    next: Passed
+    next: Fence
     """Used before a tile that may be in memory together with the previous one."""
-    alone: Passed
+    alone: Fence
     """Used before a tile that may not."""
 
 
-def at_once(arrays: Sequence[mx.array]) -> list[mx.array]:
+def no_fence(arrays: Sequence[mx.array]) -> list[mx.array]:
     """Return the arrays themselves: later tiles wait only until these are queued."""
     return list(arrays)
 
 
-def when_done(arrays: Sequence[mx.array]) -> list[mx.array]:
+def fence_on_completion(arrays: Sequence[mx.array]) -> list[mx.array]:
     """Return a scalar computed on the CPU stream after the arrays; on CUDA it fences whatever depends on it.
 
     It is MLX's only fence of this kind, and a slow one: it polls at growing intervals.
     """
-    (token,) = ordered([mx.array(0.0)], list(arrays))
+    (token,) = depend([mx.array(0.0)], list(arrays))
     return [mx.add(token, 1.0, stream=mx.cpu)]
 
 
-def when_released(arrays: Sequence[mx.array], behind: int) -> list[mx.array]:
+def fence_on_release(arrays: Sequence[mx.array], lag: int) -> list[mx.array]:
     """Return a scalar, made by the CUDA launcher, that is available once MLX has freed the arrays' inputs.
 
     `behind`: number of preceding fences that may still be pending, whose tiles may still be in memory.
     """
     from attention.kernels.cuda.runtime import launcher
 
-    (token,) = ordered([mx.array(0.0)], [mx.stop_gradient(array) for array in arrays])
-    return [launcher.module().passed(token, behind)]
+    (token,) = depend([mx.array(0.0)], [mx.stop_gradient(array) for array in arrays])
+    return [launcher.module().passed(token, lag)]
 
 
-QUEUED: Final = Turns(at_once, at_once)
+UNORDERED: Final = TileOrder(no_fence, no_fence)
 """Ordering of tiles that may all be in memory together."""
 
 
-def turns(backend: Backend) -> Turns:
+def tile_order(backend: Backend) -> TileOrder:
     """Return the ordering of tiles that must not all be in memory together, on a backend."""
-    return _on_cuda() if backend == "cuda" else QUEUED
+    return _on_cuda() if backend == "cuda" else UNORDERED
 
 
 @cache
-def _on_cuda() -> Turns:
+def _on_cuda() -> TileOrder:
     """Return the launcher's fences (compiled on first use), or MLX's if the launcher is unavailable."""
     from attention.kernels.cuda.runtime import launcher
 
-    if not mx.cuda.is_available() or launcher.missing():
-        return Turns(when_done, when_done)
-    return Turns(partial(when_released, behind=1), partial(when_released, behind=0))
+    if not mx.cuda.is_available() or launcher.unavailable_reason():
+        return TileOrder(fence_on_completion, fence_on_completion)
+    return TileOrder(partial(fence_on_release, lag=1), partial(fence_on_release, lag=0))
 
 
 VIEWS: Final = 12
@@ -160,7 +160,7 @@ TILES: Final = 8
 """Number of tiles after which the views get an anchor."""
 
 
-class Written:
+class TileWriter:
     """An array that blocks are written into in place, which requires that nothing else references it, not even a chain.
 
     MLX evaluates a graph breadth-first from its outputs: writes, which depend only on one another, would all come last,

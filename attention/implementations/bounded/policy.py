@@ -10,39 +10,39 @@ from typing import Final, Literal, cast
 
 from msgspec import Struct, structs
 
-from attention.core.route import PLAIN, Needs
+from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import ITEM_BYTES, Workload
-from attention.implementations.baseline import in_tf32, whole_bytes
+from attention.implementations.baseline import in_tf32, unfused_call_bytes
 from attention.implementations.bounded.blocks import (
     DEFAULT_BUDGET_BYTES,
     MIB,
     Blocks,
-    Shape,
-    choose,
+    ProblemSize,
+    choose_blocks,
     is_affordable,
     raised,
 )
 from attention.implementations.bounded.blockwise import blocks_of
-from attention.implementations.bounded.memory import AT_ONCE
-from attention.implementations.mlx_sdpa import fused_bytes, spreads_mask, why_unfused
+from attention.implementations.bounded.memory import RESIDENT_TILES
+from attention.implementations.mlx_sdpa import fused_bytes, materializes_mask, why_unfused
 from attention.masks import of_workload
 from attention.measure.device import Backend
 
-SURE_SLICE: Final = {"forward": 1.15, "training": 1.3, "decode": 1.15}
+SLICE_SAFETY_FACTORS: Final = {"forward": 1.15, "training": 1.3, "decode": 1.15}
 """How many times what is predicted of a slice must fit, measured on CUDA: some more lives until a slice is done."""
-SURE_MASK: Final = 1.35
+MASK_SAFETY_FACTOR: Final = 1.35
 """The same where MLX's fused kernel spreads a mask; three slices' masks were there, before these had to wait too."""
-SLICES: Final = 8
+ROW_SLICES: Final = 8
 """Slices of rows under a mask that lets the later ones see more: they skip 7 of 16 parts of the scores."""
-EVEN: Final = 128
+ROW_MULTIPLE: Final = 128
 """Rows of which slices have a multiple where they have as many: MLX's fused backward on CUDA asks for it."""
-ALIGNED: Final = 16
+KEY_MULTIPLE: Final = 16
 """Keys of which slices have a multiple where they may: rows of scores then begin where matrix products like them to."""
 UNALIGNED_BYTES: Final = 32 * MIB
 """What CUDA's matrix products take beside a slice whose rows of scores do not, at most; measured up to 25 MiB."""
 
 
-class Handed(Struct, frozen=True):
+class MaskCopies(Struct, frozen=True):
     """What MLX's SDPA is handed beside an array mask: rows that see nothing opened, numbers in the query's type."""
 
     batches: int = 0
@@ -57,23 +57,30 @@ class Handed(Struct, frozen=True):
         return arrays * workload.seq * workload.kv_seq * self.pair_bytes
 
 
-NOTHING: Final = Handed()
+NO_MASK_COPIES: Final = MaskCopies()
 
 
-def beside(workload: Workload, backend: Backend, needs: Needs, refusal: str | None, handed: Handed = NOTHING) -> int:
+def sdpa_workspace_bytes(
+    workload: Workload, backend: Backend, needs: Needs, refusal: str | None, mask_copies: MaskCopies = NO_MASK_COPIES
+) -> int:
     """Bytes above inputs and outputs of one call of MLX's SDPA, which has a fused kernel unless it has a refusal."""
     if refusal is None:
-        spread, given = fused_bytes(workload, backend, needs), fused_bytes(workload, backend) + handed.size(workload)
-        sure = SURE_MASK if spreads_mask(workload, backend, needs) else 1.0
+        spread, given = (
+            fused_bytes(workload, backend, needs),
+            fused_bytes(workload, backend) + mask_copies.size(workload),
+        )
+        sure = MASK_SAFETY_FACTOR if materializes_mask(workload, backend, needs) else 1.0
         return int(sure * (max(spread, given) - workload.output_bytes))
-    unaligned = backend == "cuda" and workload.kv_seq * ITEM_BYTES[workload.dtype] % ALIGNED
+    unaligned = backend == "cuda" and workload.kv_seq * ITEM_BYTES[workload.dtype] % KEY_MULTIPLE
     products = UNALIGNED_BYTES if unaligned else 0
-    own = int(SURE_SLICE[workload.pass_] * (whole_bytes(workload, backend, needs) - workload.output_bytes))
-    return own + handed.size(workload) + products
+    own = int(
+        SLICE_SAFETY_FACTORS[workload.pass_] * (unfused_call_bytes(workload, backend, needs) - workload.output_bytes)
+    )
+    return own + mask_copies.size(workload) + products
 
 
 def slice_size(
-    workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING
+    workload: Workload, backend: Backend, needs: Needs, budget: int, mask_copies: MaskCopies = NO_MASK_COPIES
 ) -> Blocks | None:
     """The fewest slices of which as many fit a budget as may be in memory at once; None if none of any size does.
 
@@ -81,36 +88,36 @@ def slice_size(
     are taken only where no others fit: matrix products do not like them. A budget that would give too many for a graph
     is exceeded by as little as helps.
     """
-    size = _fitting(workload, backend, needs, budget, handed)
-    while size is not None and not is_affordable(_count(size, workload), budget):
+    size = _fitting(workload, backend, needs, budget, mask_copies)
+    while size is not None and not is_affordable(_slice_count(size, workload), budget):
         budget = raised(budget)
-        size = _fitting(workload, backend, needs, budget, handed)
+        size = _fitting(workload, backend, needs, budget, mask_copies)
     return size
 
 
-def _fitting(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed) -> Blocks | None:
+def _fitting(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: MaskCopies) -> Blocks | None:
     """The fewest slices for a budget."""
-    most = _rows_at_first(workload, backend, needs)
+    most = _initial_rows(workload, backend, needs)
     sizes = []
-    for heads in _heads_together(workload):
+    for heads in _head_splits(workload):
 
         def fits(rows: int, heads: Blocks = heads) -> bool:
             return slices_bytes(workload, structs.replace(heads, rows=rows), backend, needs, handed) <= budget
 
-        rows = most if fits(most) else _about_even(_most_rows(fits, most), workload.seq)
+        rows = most if fits(most) else _balanced_rows(_max_rows(fits, most), workload.seq)
         if rows:
             sizes.append(structs.replace(heads, rows=rows))
-    small = min(EVEN, workload.seq)
-    return min(sizes, key=lambda size: (size.rows < small, _count(size, workload), -size.rows), default=None)
+    small = min(ROW_MULTIPLE, workload.seq)
+    return min(sizes, key=lambda size: (size.rows < small, _slice_count(size, workload), -size.rows), default=None)
 
 
-def _count(blocks: Blocks, workload: Workload) -> int:
+def _slice_count(blocks: Blocks, workload: Workload) -> int:
     """How many slices of a size there are."""
     sequences = -(-workload.batch // blocks.batches) * -(-workload.kv_heads // blocks.kv_heads)
     return sequences * -(-workload.seq // blocks.rows)
 
 
-def _heads_together(workload: Workload) -> Iterator[Blocks]:
+def _head_splits(workload: Workload) -> Iterator[Blocks]:
     """All sequences and heads, half of the sequences and so on to one; then half of the heads and so on to one."""
     blocks = Blocks(batches=workload.batch, kv_heads=workload.kv_heads, rows=1, keys=workload.kv_seq)
     yield blocks
@@ -120,43 +127,47 @@ def _heads_together(workload: Workload) -> Iterator[Blocks]:
             yield blocks
 
 
-def _most_rows(fits: Callable[[int], bool], below: int) -> int:
+def _max_rows(fits: Callable[[int], bool], below: int) -> int:
     """The most rows that fit, below a number that does not: as many as MLX fuses, or else fewer; 0 if not even one."""
-    for step in (EVEN, 1):
-        numbers = range(step, (below if step == EVEN else min(below, EVEN)) + 1, step)
+    for step in (ROW_MULTIPLE, 1):
+        numbers = range(step, (below if step == ROW_MULTIPLE else min(below, ROW_MULTIPLE)) + 1, step)
         fitting = bisect_left(numbers, True, key=lambda rows: not fits(rows))
         if fitting:
             return numbers[fitting - 1]
     return 0
 
 
-def _about_even(rows: int, seq: int) -> int:
+def _balanced_rows(rows: int, seq: int) -> int:
     """As many slices as of so many rows, but of about the same size."""
     if not rows:
         return 0
     even = -(-seq // -(-seq // rows))
-    return min(rows, _even(even + EVEN - 1)) if rows >= EVEN else even
+    return min(rows, _rounded_down(even + ROW_MULTIPLE - 1)) if rows >= ROW_MULTIPLE else even
 
 
-def slices_bytes(workload: Workload, blocks: Blocks, backend: Backend, needs: Needs, handed: Handed = NOTHING) -> int:
+def slices_bytes(
+    workload: Workload, blocks: Blocks, backend: Backend, needs: Needs, mask_copies: MaskCopies = NO_MASK_COPIES
+) -> int:
     """What slices take at once above inputs and outputs: their own memory, and the sums of dK and dV."""
-    odd = workload.seq % EVEN if blocks.rows % EVEN == 0 else 0
-    own = max(_own_bytes(workload, blocks, rows, backend, needs, handed) for rows in {blocks.rows, odd} - {0})
+    odd = workload.seq % ROW_MULTIPLE if blocks.rows % ROW_MULTIPLE == 0 else 0
+    own = max(_own_bytes(workload, blocks, rows, backend, needs, mask_copies) for rows in {blocks.rows, odd} - {0})
     sums = 0
     if workload.pass_ == "training":
         width = workload.head_dim + workload.value_dim
         # the sums, and a share of each of the two slices under way; in half precision another one, converted: measured
         copies = 3 if workload.dtype == "float32" else 4
         sums = copies * 4 * blocks.batches * blocks.kv_heads * workload.kv_seq * width
-    return int(AT_ONCE[backend] * own) + sums
+    return int(RESIDENT_TILES[backend] * own) + sums
 
 
-def _own_bytes(workload: Workload, blocks: Blocks, rows: int, backend: Backend, needs: Needs, handed: Handed) -> int:
+def _own_bytes(
+    workload: Workload, blocks: Blocks, rows: int, backend: Backend, needs: Needs, mask_copies: MaskCopies
+) -> int:
     """What a slice of so many rows takes, with its output and its gradients."""
     group = workload.heads // workload.kv_heads
     keys = workload.kv_seq
     if workload.window is not None:
-        keys = min(keys, -(-(rows + workload.window - 1) // ALIGNED) * ALIGNED)
+        keys = min(keys, -(-(rows + workload.window - 1) // KEY_MULTIPLE) * KEY_MULTIPLE)
     part = structs.replace(
         workload,
         batch=blocks.batches,
@@ -165,33 +176,35 @@ def _own_bytes(workload: Workload, blocks: Blocks, rows: int, backend: Backend, 
         seq=min(rows, workload.seq),
         kv_seq=keys,
     )
-    return beside(part, backend, needs, why_unfused(part, backend, needs), handed) + part.output_bytes
+    return (
+        sdpa_workspace_bytes(part, backend, needs, why_unfused(part, backend, needs), mask_copies) + part.output_bytes
+    )
 
 
-def _rows_at_first(workload: Workload, backend: Backend, needs: Needs) -> int:
+def _initial_rows(workload: Workload, backend: Backend, needs: Needs) -> int:
     """All rows, but for a rest, where MLX fuses them; otherwise as few as let slices skip what a mask rules out."""
-    rows = _even(workload.seq) if workload.seq > EVEN else workload.seq
+    rows = _rounded_down(workload.seq) if workload.seq > ROW_MULTIPLE else workload.seq
     if workload.window is None and not needs.array_mask:
         first = structs.replace(workload, seq=rows, kv_seq=max(1, workload.kv_seq - workload.seq + rows))
         if why_unfused(first, backend, needs) is None:
             return rows
-    return _eighth(workload) if workload.causal or workload.window is not None else workload.seq
+    return _eighth_of_rows(workload) if workload.causal or workload.window is not None else workload.seq
 
 
-def _eighth(workload: Workload) -> int:
-    rows = -(-workload.seq // SLICES) + EVEN - 1
-    return min(_even(rows), workload.seq)
+def _eighth_of_rows(workload: Workload) -> int:
+    rows = -(-workload.seq // ROW_SLICES) + ROW_MULTIPLE - 1
+    return min(_rounded_down(rows), workload.seq)
 
 
-def _even(rows: int) -> int:
-    return rows - rows % EVEN
+def _rounded_down(rows: int) -> int:
+    return rows - rows % ROW_MULTIPLE
 
 
 GPU_SHARE: Final = 32
 """A GPU's budget is its memory divided by this: a tile costs a dozen launches, so tiles must be large."""
-LARGEST_COMFORT: Final = 32 * MIB
+MAX_TILE_TARGET: Final = 32 * MIB
 """Tile size beyond which there is no gain, however large the cache: it is shared."""
-SMALLEST_COMFORT: Final = 4 * MIB
+MIN_TILE_TARGET: Final = 4 * MIB
 CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -202,22 +215,22 @@ def default_budget(backend: Backend, memory_bytes: int) -> int:
     return max(DEFAULT_BUDGET_BYTES, memory_bytes // GPU_SHARE)
 
 
-def comfort(backend: Backend) -> int | None:
+def tile_target_bytes(backend: Backend) -> int | None:
     """Return the preferred maximum size of a tile in bytes, or None if only the budget counts."""
     if backend != "cpu":
         return None
-    return min(max(last_cache() or LARGEST_COMFORT, SMALLEST_COMFORT), LARGEST_COMFORT)
+    return min(max(last_level_cache_bytes() or MAX_TILE_TARGET, MIN_TILE_TARGET), MAX_TILE_TARGET)
 
 
 @cache
-def last_cache() -> int | None:
+def last_level_cache_bytes() -> int | None:
     """Return the size of the last-level cache in bytes, or None if the system does not report it."""
     try:
         if sys.platform == "darwin":
-            told = subprocess.run(
+            output = subprocess.run(
                 ["sysctl", "-n", "hw.perflevel0.l2cachesize"], capture_output=True, text=True, check=True, timeout=5
             )
-            return int(told.stdout)
+            return int(output.stdout)
         sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
         return max((int(size.removesuffix("K")) * 1024 for size in sizes), default=None)
     except (OSError, ValueError, subprocess.SubprocessError):
@@ -232,11 +245,11 @@ WORTHWHILE_SKIP: Final = 0.1
 """Minimum share of skipped scores for blocks on a CPU if the whole score matrix would fit."""
 WORTHWHILE_BACKWARD_BYTES: Final = 256 * MIB
 """A smaller gradient is computed as a whole if MLX can fuse it only for a multiple of 128 rows."""
-SURE: Final = 1.5
+UNFUSED_SAFETY_FACTOR: Final = 1.5
 """Safety factor on the predicted bytes of an unfused path, whose peak depends on MLX's evaluation order."""
 FUSED: Final = "MLX has a fused kernel for this shape, backward too"
 
-Way = Literal[
+StrategyKind = Literal[
     "fused",
     "whole",
     "fused, blocks behind",
@@ -249,10 +262,10 @@ Way = Literal[
 ]
 
 
-class Choice(Struct, frozen=True):
+class Strategy(Struct, frozen=True):
     """The strategy for a call."""
 
-    way: Way
+    kind: StrategyKind
     blocks: Blocks
     """Tile of blocks, used also for what slices cannot do."""
     backward: Blocks
@@ -269,10 +282,12 @@ class Choice(Struct, frozen=True):
     @property
     def cuts_forward(self) -> bool:
         """Whether the forward pass is also split into slices or blocks."""
-        return self.way.startswith(("slices", "blocks"))
+        return self.kind.startswith(("slices", "blocks"))
 
 
-def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed = NOTHING) -> Choice:
+def choose_strategy(
+    workload: Workload, backend: Backend, needs: Needs, budget: int, mask_copies: MaskCopies = NO_MASK_COPIES
+) -> Strategy:
     """Choose the strategy of a call within a budget.
 
     Args:
@@ -282,95 +297,108 @@ def choice(workload: Workload, backend: Backend, needs: Needs, budget: int, hand
         budget: bytes above inputs and outputs.
         handed: what MLX's SDPA is handed beside an array mask.
     """
-    ask = _ask_cpu if backend == "cpu" or needs.softcap else _ask_gpu
-    return ask(_Question(workload, backend, needs, budget, handed))
+    ask = _cpu_strategy if backend == "cpu" or needs.softcap else _gpu_strategy
+    return ask(_StrategyInputs(workload, backend, needs, budget, mask_copies))
 
 
-class _Question:
+class _StrategyInputs:
     """A call with its budget, and how MLX would compute it."""
 
-    def __init__(self, workload: Workload, backend: Backend, needs: Needs, budget: int, handed: Handed) -> None:
-        self.workload, self.backend, self.needs, self.budget, self.handed = workload, backend, needs, budget, handed
+    def __init__(
+        self, workload: Workload, backend: Backend, needs: Needs, budget: int, mask_copies: MaskCopies
+    ) -> None:
+        self.workload, self.backend, self.needs, self.budget, self.mask_copies = (
+            workload,
+            backend,
+            needs,
+            budget,
+            mask_copies,
+        )
         # A call cannot know whether its gradient will be needed: the strategy must hold for both passes.
         self.forward, self.training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
-        self.fits_forward = surely(self.forward, backend, needs) + handed.size(workload) <= budget
-        self.excess = surely(self.training, backend, needs) + handed.size(workload)
+        self.fits_forward = safe_unfused_bytes(self.forward, backend, needs) + mask_copies.size(workload) <= budget
+        self.excess = safe_unfused_bytes(self.training, backend, needs) + mask_copies.size(workload)
         self.refusal = None if needs.softcap else why_unfused(self.forward, backend, needs)
-        self.behind = self.refusal or (None if needs.softcap else why_unfused(self.training, backend, needs))
+        self.training_refusal = self.refusal or (None if needs.softcap else why_unfused(self.training, backend, needs))
 
-    def told(self, way: Way, reason: str, waits: bool = False) -> Choice:
-        blocks, backward = (tile(one, self.backend, self.budget) for one in (self.workload, self.training))
-        made = Choice(way, blocks, backward, reason, self.fits_forward, waits=waits)
-        if "slices" not in way:
+    def strategy(self, kind: StrategyKind, reason: str, waits: bool = False) -> Strategy:
+        blocks, backward = (block_size(one, self.backend, self.budget) for one in (self.workload, self.training))
+        made = Strategy(kind, blocks, backward, reason, self.fits_forward, waits=waits)
+        if "slices" not in kind:
             return made
         slices, behind = (
-            slice_size(one, self.backend, self.needs, self.budget, self.handed) for one in (self.forward, self.training)
+            slice_size(one, self.backend, self.needs, self.budget, self.mask_copies)
+            for one in (self.forward, self.training)
         )
-        if way == "slices" and slices is None:
-            return structs.replace(made, way="blocks", reason=f"{reason}, and no slice fits it")
-        if behind is None and not way.startswith("fused") and in_tf32(self.workload.dtype, self.backend):
+        if kind == "slices" and slices is None:
+            return structs.replace(made, kind="blocks", reason=f"{reason}, and no slice fits it")
+        if behind is None and not kind.startswith("fused") and in_tf32(self.workload.dtype, self.backend):
             why = f"{reason}, and a gradient in blocks does not match an output in TF32"
-            return structs.replace(made, way="blocks", reason=why)
+            return structs.replace(made, kind="blocks", reason=why)
         if behind is None:
             tighter = f"{reason}, and no slice of a backward pass fits it"
-            way = cast("Way", f"{way.partition(',')[0]}, blocks behind")
-            return structs.replace(made, way=way, reason=tighter, slices=slices)
+            kind = cast("StrategyKind", f"{kind.partition(',')[0]}, blocks behind")
+            return structs.replace(made, kind=kind, reason=tighter, slices=slices)
         return structs.replace(made, slices=slices, backward_slices=behind)
 
     @property
-    def too_much(self) -> str:
-        return f"the scores need {mib(self.excess)} in training, the budget is {mib(self.budget)}"
+    def over_budget(self) -> str:
+        return f"the scores need {size_text(self.excess)} in training, the budget is {size_text(self.budget)}"
 
     @property
-    def enough(self) -> str:
-        return f"{self.behind}; the scores fit the budget of {mib(self.budget)}"
+    def within_budget(self) -> str:
+        return f"{self.training_refusal}; the scores fit the budget of {size_text(self.budget)}"
 
 
-def _ask_cpu(asked: _Question) -> Choice:
+def _cpu_strategy(inputs: _StrategyInputs) -> Strategy:
     """Choose blocks with an online softmax, which suit a CPU's caches, unless the whole call is better."""
-    if asked.needs.softcap:
-        return asked.told("blocks", "MLX's SDPA has no softcap")
-    if not asked.behind:
-        return asked.told("fused", FUSED)
-    skipped = skipped_share(asked.workload, tile(asked.workload, asked.backend, asked.budget))
-    if asked.refusal and skipped >= WORTHWHILE_SKIP:
-        return asked.told("blocks", f"{asked.refusal}; blocks skip {skipped:.0%} of the scores")
-    if asked.excess <= asked.budget:
-        return asked.told("whole" if asked.refusal else "fused", asked.enough)
-    return asked.told("blocks" if asked.refusal else "fused, blocks behind", f"{asked.behind}; {asked.too_much}")
+    if inputs.needs.softcap:
+        return inputs.strategy("blocks", "MLX's SDPA has no softcap")
+    if not inputs.training_refusal:
+        return inputs.strategy("fused", FUSED)
+    skipped = skipped_share(inputs.workload, block_size(inputs.workload, inputs.backend, inputs.budget))
+    if inputs.refusal and skipped >= WORTHWHILE_SKIP:
+        return inputs.strategy("blocks", f"{inputs.refusal}; blocks skip {skipped:.0%} of the scores")
+    if inputs.excess <= inputs.budget:
+        return inputs.strategy("whole" if inputs.refusal else "fused", inputs.within_budget)
+    return inputs.strategy(
+        "blocks" if inputs.refusal else "fused, blocks behind", f"{inputs.training_refusal}; {inputs.over_budget}"
+    )
 
 
-def _ask_gpu(asked: _Question) -> Choice:
+def _gpu_strategy(inputs: _StrategyInputs) -> Strategy:
     """Choose the largest slices that fit the budget if the whole call does not: a GPU prefers few, large kernels."""
     forward, training = (
-        beside(one, asked.backend, asked.needs, refusal, asked.handed)
-        for one, refusal in ((asked.forward, asked.refusal), (asked.training, asked.behind))
+        sdpa_workspace_bytes(one, inputs.backend, inputs.needs, refusal, inputs.mask_copies)
+        for one, refusal in ((inputs.forward, inputs.refusal), (inputs.training, inputs.training_refusal))
     )
-    if not asked.behind:
-        if max(forward, training) <= asked.budget:
-            return asked.told("fused", FUSED)
-        needed = f"MLX's fused kernels need {mib(max(forward, training))}, with what they make of a mask"
-        why = f"{needed}; the budget is {mib(asked.budget)}"
-        return asked.told("fused, slices behind" if forward <= asked.budget else "slices", why, waits=True)
-    fits = max(forward, asked.excess) <= asked.budget
-    scores = asked.workload.scores * ITEM_BYTES[asked.workload.dtype]
-    uneven = asked.backend == "cuda" and not asked.refusal and asked.workload.seq > EVEN
+    if not inputs.training_refusal:
+        if max(forward, training) <= inputs.budget:
+            return inputs.strategy("fused", FUSED)
+        needed = f"MLX's fused kernels need {size_text(max(forward, training))}, with what they make of a mask"
+        why = f"{needed}; the budget is {size_text(inputs.budget)}"
+        return inputs.strategy("fused, slices behind" if forward <= inputs.budget else "slices", why, waits=True)
+    fits = max(forward, inputs.excess) <= inputs.budget
+    scores = inputs.workload.scores * ITEM_BYTES[inputs.workload.dtype]
+    uneven = inputs.backend == "cuda" and not inputs.refusal and inputs.workload.seq > ROW_MULTIPLE
     if fits and not (uneven and scores >= WORTHWHILE_BACKWARD_BYTES):
-        return asked.told("whole" if asked.refusal else "fused", asked.enough)
-    why = f"{asked.behind}; {'slices of such rows have one' if fits else asked.too_much}"
-    if forward <= asked.budget:
-        return asked.told("whole, slices behind" if asked.refusal else "fused, slices behind", why, waits=not fits)
-    return asked.told("slices", why, waits=True)
+        return inputs.strategy("whole" if inputs.refusal else "fused", inputs.within_budget)
+    why = f"{inputs.training_refusal}; {'slices of such rows have one' if fits else inputs.over_budget}"
+    if forward <= inputs.budget:
+        return inputs.strategy(
+            "whole, slices behind" if inputs.refusal else "fused, slices behind", why, waits=not fits
+        )
+    return inputs.strategy("slices", why, waits=True)
 
 
-def tile(workload: Workload, backend: Backend, budget: int) -> Blocks:
+def block_size(workload: Workload, backend: Backend, budget: int) -> Blocks:
     """Return the tile size of blocks for a workload."""
-    return choose(shape_of(workload), int(budget / AT_ONCE[backend]), comfort(backend))
+    return choose_blocks(problem_size(workload), int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend))
 
 
-def surely(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> int:
+def safe_unfused_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> int:
     """Return an upper bound of an unfused path's bytes above inputs and outputs."""
-    return int(SURE * (whole_bytes(workload, backend, needs) - workload.output_bytes))
+    return int(UNFUSED_SAFETY_FACTOR * (unfused_call_bytes(workload, backend, needs) - workload.output_bytes))
 
 
 def skipped_share(workload: Workload, blocks: Blocks) -> float:
@@ -380,10 +408,10 @@ def skipped_share(workload: Workload, blocks: Blocks) -> float:
     return 1.0 - computed / (seq * kv_seq)
 
 
-def shape_of(workload: Workload) -> Shape:
+def problem_size(workload: Workload) -> ProblemSize:
     """Return the sizes that block sizes depend on."""
     training = workload.pass_ == "training"
-    return Shape(
+    return ProblemSize(
         batch=workload.batch,
         kv_heads=workload.kv_heads,
         group=workload.heads // workload.kv_heads,
@@ -398,7 +426,7 @@ def shape_of(workload: Workload) -> Shape:
     )
 
 
-def mib(size: int) -> str:
+def size_text(size: int) -> str:
     """Format bytes: in MiB below 10 GiB, beyond in GiB and TiB."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30)):
         if size >= 10 * factor:

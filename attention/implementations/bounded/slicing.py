@@ -17,32 +17,32 @@ from msgspec import Struct, structs
 
 from attention import masks
 from attention.implementations.bounded.blocks import Blocks
-from attention.implementations.bounded.blockwise import Heads, blocks_of, cut, head_groups
+from attention.implementations.bounded.blockwise import HeadGroup, as_slice, blocks_of, head_groups
 from attention.implementations.bounded.blockwise_gradient import Arrays, Attend, Inputs, differentiable
-from attention.implementations.bounded.memory import Chain, Turns, Written
-from attention.implementations.bounded.policy import ALIGNED, EVEN
+from attention.implementations.bounded.memory import Chain, TileOrder, TileWriter
+from attention.implementations.bounded.policy import KEY_MULTIPLE, ROW_MULTIPLE
 from attention.implementations.mlx_sdpa import attend_whole, is_call_widened
 from attention.masks import Mask
 
 FORWARD_NODES, BACKWARD_NODES = 2, 4
-"""How long a slice's way through the graph is, in tiles as `Written` counts them."""
+"""How long a slice's way through the graph is, in tiles as `TileWriter` counts them."""
 
 
-class Slices(Struct, frozen=True, eq=False):
+class SlicedParams(Struct, frozen=True, eq=False):
     """Everything about a call but its arrays."""
 
     scale: float
     mask: Mask
     blocks: Blocks
     """Sizes of a slice; keys are all that its rows see."""
-    turns: Turns
+    order: TileOrder
     """How slices follow each other."""
 
 
 class Slice(Struct, frozen=True):
     """One of them."""
 
-    heads: Heads
+    heads: HeadGroup
     rows: range
     keys: range
 
@@ -59,28 +59,30 @@ class Slice(Struct, frozen=True):
         if mask.array is None:
             return mask
         whole = masks.as_4d(mask.array)
-        part = masks.part(whole, cut(self.heads.batches), self.heads.heads, cut(self.rows), cut(self.keys))
+        part = masks.mask_tile(
+            whole, as_slice(self.heads.batches), self.heads.heads, as_slice(self.rows), as_slice(self.keys)
+        )
         return structs.replace(mask, array=part)
 
 
-def forward(q: mx.array, k: mx.array, v: mx.array, call: Slices) -> mx.array:
+def forward(q: mx.array, k: mx.array, v: mx.array, call: SlicedParams) -> mx.array:
     """Attends; shapes as in the implementations' protocol."""
     chain = Chain()
-    output = Written(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
+    output = TileWriter(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
     for heads in head_groups(q, k, call.blocks):
         for each in slices_of(heads, q.shape[2], k.shape[2], call):
             query, key, value = chain.whole(q, k, v)
             part = _attend(call, each, chain)(each.of_queries(query), each.of_keys(key), each.of_keys(value))
-            chain.links = call.turns.next([output.write(heads.place(each.rows), part, FORWARD_NODES)])
+            chain.links = call.order.next([output.write(heads.place(each.rows), part, FORWARD_NODES)])
     return chain.results(output.array)[0]
 
 
 def gradients(
-    q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, call: Slices, earlier: Sequence[mx.array]
+    q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, call: SlicedParams, earlier: Sequence[mx.array]
 ) -> list[mx.array]:
     """Returns dQ, dK and dV in the types of query, key and value; the first slice follows what came earlier."""
     chain = Chain(earlier)
-    d_query, d_key, d_value = (Written(mx.zeros_like(x), chain) for x in (q, k, v))
+    d_query, d_key, d_value = (TileWriter(mx.zeros_like(x), chain) for x in (q, k, v))
     for heads in head_groups(q, k, call.blocks):
         sums = _sums(heads, k, v, chain)
         slices = list(slices_of(heads, q.shape[2], k.shape[2], call))
@@ -91,62 +93,62 @@ def gradients(
                 each.of_queries(upstream),
             )
             _, (of_query, *of_keys) = mx.vjp(_attend(call, each, chain), primals, [of_output])
-            seen = slice(None), slice(None), cut(each.keys)
+            seen = slice(None), slice(None), as_slice(each.keys)
             parts = [one.add(seen, part, BACKWARD_NODES) for one, part in zip(sums, of_keys, strict=True)]
-            chain.links = call.turns.next([d_query.write(heads.place(each.rows), of_query, BACKWARD_NODES), *parts])
+            chain.links = call.order.next([d_query.write(heads.place(each.rows), of_query, BACKWARD_NODES), *parts])
         if slices:
-            place = cut(heads.batches), cut(heads.kv_heads), slice(None)
+            place = as_slice(heads.batches), as_slice(heads.kv_heads), slice(None)
             nodes = BACKWARD_NODES * len(slices)
             written = [one.write(place, total.array, nodes) for one, total in zip((d_key, d_value), sums, strict=True)]
-            chain.links = call.turns.alone(written)
+            chain.links = call.order.alone(written)
     return chain.results(d_query.array, d_key.array, d_value.array)
 
 
-def sliced_behind(whole: Attend, call: Slices) -> Attend:
+def with_sliced_backward(whole: Attend, call: SlicedParams) -> Attend:
     """Attends as `whole` does with `Inputs`; the backward pass is one of slices."""
 
     def pull_back(inputs: Inputs, cotangent: mx.array, output: mx.array) -> Arrays:
         q, k, v, mask, _ = inputs
-        backward = structs.replace(call, mask=call.mask.having(mask))
+        backward = structs.replace(call, mask=call.mask.with_array(mask))
         # The forward pass lets go of its memory first; a cotangent may be there before its output is.
-        given = gradients(q, k, v, cotangent, backward, call.turns.alone([output]))
+        given = gradients(q, k, v, cotangent, backward, call.order.alone([output]))
         return [*given, *(mx.zeros_like(array) for array in mask)]
 
     return differentiable(whole, pull_back)
 
 
-def _attend(call: Slices, each: Slice, chain: Chain) -> Attend:
+def _attend(call: SlicedParams, each: Slice, chain: Chain) -> Attend:
     """MLX's SDPA with a slice's part of the mask, which MLX converts and must not before the slice's turn."""
     mask = each.of_mask(call.mask)
     lengths = len(each.rows), len(each.keys)
     if mask.array is not None:
         mask = structs.replace(mask, array=chain.after(mask.array)[0])
-    elif mask.window is not None and not mask.blind_rows(*lengths):
-        positions = mask.whole(*lengths)
+    elif mask.window is not None and not mask.empty_rows(*lengths):
+        positions = mask.materialize(*lengths)
         mask = Mask(array=None if positions is None else chain.after(positions)[0])
     return lambda q, k, v: attend_whole(q, k, v, call.scale, mask, is_call_widened(q, k, v, mask))
 
 
-def slices_of(heads: Heads, seq: int, kv_seq: int, call: Slices) -> Iterator[Slice]:
+def slices_of(heads: HeadGroup, seq: int, kv_seq: int, call: SlicedParams) -> Iterator[Slice]:
     """The slices of some heads, but those that see nothing."""
     for rows in row_blocks(seq, call.blocks.rows):
         keys = call.mask.visible_keys(rows, seq, kv_seq)
         if keys:
-            more = min(-len(keys) % ALIGNED, keys.start)
+            more = min(-len(keys) % KEY_MULTIPLE, keys.start)
             yield Slice(heads, rows, range(keys.start - more, keys.stop))
 
 
 def row_blocks(seq: int, size: int) -> Iterator[range]:
     """Cuts the rows into slices; where their size is even, what makes the last one odd is one by itself."""
     for rows in blocks_of(seq, size):
-        odd = len(rows) % EVEN if size % EVEN == 0 and len(rows) > EVEN else 0
+        odd = len(rows) % ROW_MULTIPLE if size % ROW_MULTIPLE == 0 and len(rows) > ROW_MULTIPLE else 0
         yield range(rows.start, rows.stop - odd)
         if odd:
             yield range(rows.stop - odd, rows.stop)
 
 
-def _sums(heads: Heads, k: mx.array, v: mx.array, chain: Chain) -> list[Written]:
+def _sums(heads: HeadGroup, k: mx.array, v: mx.array, chain: Chain) -> list[TileWriter]:
     """Where dK and dV of some heads are summed, in float32 and in place; not there before the last sums are gone."""
     size = len(heads.batches), len(heads.kv_heads), k.shape[2]
     (zero,) = chain.after(mx.array(0.0))
-    return [Written(mx.full((*size, x.shape[3]), zero), chain) for x in (k, v)]
+    return [TileWriter(mx.full((*size, x.shape[3]), zero), chain) for x in (k, v)]

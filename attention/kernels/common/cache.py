@@ -41,7 +41,7 @@ _unrecorded: dict[Path, tuple[float, str]] = {}
 """Failures that could not be recorded, by path of the record: time and reason."""
 
 
-class Record(TypedDict, total=False):
+class KernelRecord(TypedDict, total=False):
     """The record of a key; a record with other types in these fields counts as damaged and is treated as empty."""
 
     sha256: str
@@ -61,7 +61,7 @@ def folder() -> Path:
     return cache_folder() / "kernels"
 
 
-def ready_folder() -> Path:
+def ensure_folder() -> Path:
     """Return the folder, created with mode 0700 if missing.
 
     Raises:
@@ -71,7 +71,7 @@ def ready_folder() -> Path:
     try:
         make_folder(path, mode=0o700)
         state = path.stat()
-        problem = _distrust(state)
+        problem = _distrust_reason(state)
         if problem:
             raise KernelUnavailable(f"the cache folder {path} {problem}")
         if stat.S_IMODE(state.st_mode) != 0o700:
@@ -83,7 +83,7 @@ def ready_folder() -> Path:
     return path
 
 
-def _distrust(state: os.stat_result) -> str | None:
+def _distrust_reason(state: os.stat_result) -> str | None:
     """Return why a file or folder cannot be trusted, or None."""
     if state.st_uid != os.getuid():
         return "belongs to another user"
@@ -93,23 +93,23 @@ def _distrust(state: os.stat_result) -> str | None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
+def _open_trusted(path: Path) -> Iterator[BufferedReader]:
     """Open a file of the folder for reading.
 
     Raises:
         OSError: the file is missing, or it or its folder cannot be trusted.
     """
-    problem = _distrust(path.parent.stat())
+    problem = _distrust_reason(path.parent.stat())
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags), "rb") as file:
         state = os.fstat(file.fileno())
-        problem = problem or _distrust(state)
+        problem = problem or _distrust_reason(state)
         if problem or not stat.S_ISREG(state.st_mode):
             raise PermissionError(errno.EACCES, problem or "is no regular file", str(path))
         yield file
 
 
-def read_record(key: str) -> Record:
+def read_record(key: str) -> KernelRecord:
     """Return the record of a key, empty if it is missing, damaged or untrusted."""
     path = folder() / f"{key}.json"
     record = _read_record(path)
@@ -118,18 +118,18 @@ def read_record(key: str) -> Record:
     return record
 
 
-def _read_record(path: Path) -> Record:
+def _read_record(path: Path) -> KernelRecord:
     try:
-        with _opened(path) as file:
+        with _open_trusted(path) as file:
             text = file.read(MAX_RECORD_BYTES + 1)
         if len(text) > MAX_RECORD_BYTES:
             return {}
-        return msgspec.json.decode(text, type=Record)
+        return msgspec.json.decode(text, type=KernelRecord)
     except (OSError, ValueError, RecursionError):
         return {}
 
 
-def records(prefix: str) -> Iterator[Record]:
+def records(prefix: str) -> Iterator[KernelRecord]:
     """Yield the records of all keys with a prefix, for a report."""
     for path in sorted(folder().glob(f"{prefix}*.json")):
         record = _read_record(path)
@@ -137,14 +137,14 @@ def records(prefix: str) -> Iterator[Record]:
             yield record
 
 
-def write_record(key: str, record: Record) -> None:
+def write_record(key: str, record: KernelRecord) -> None:
     """Write the record of a key.
 
     Raises:
         KernelUnavailable: the folder cannot be used.
         OSError: the record cannot be written.
     """
-    path = ready_folder() / f"{key}.json"
+    path = ensure_folder() / f"{key}.json"
     _write(path, msgspec.json.encode(record))
     _unrecorded.pop(path, None)
     _remove_unused()
@@ -199,7 +199,7 @@ def digest(path: Path) -> str:
     Raises:
         OSError: the file is missing or untrusted.
     """
-    with _opened(path) as file:
+    with _open_trusted(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -222,7 +222,7 @@ def read_code(key: str) -> bytes | None:
     """Return the machine code of a key, if it matches its record and can be trusted."""
     path = folder() / f"{key}.cubin"
     try:
-        with _opened(path) as file:
+        with _open_trusted(path) as file:
             code = file.read()
     except OSError:
         return None
@@ -233,7 +233,7 @@ def read_code(key: str) -> bytes | None:
 def write_code(key: str, code: bytes) -> None:
     """Store machine code and its hash, if there is space; the record of older code under this key is replaced."""
     with contextlib.suppress(OSError):  # this process uses it anyway
-        _write(ready_folder() / f"{key}.cubin", code)
+        _write(ensure_folder() / f"{key}.cubin", code)
         write_record(key, {"sha256": hashlib.sha256(code).hexdigest()})
 
 
@@ -245,7 +245,7 @@ def require_room(size: int) -> None:
     """
     if not hasattr(os, "posix_fallocate"):
         return
-    with tempfile.TemporaryFile(dir=ready_folder(), prefix=".room-") as file:
+    with tempfile.TemporaryFile(dir=ensure_folder(), prefix=".room-") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
@@ -279,7 +279,7 @@ def is_locked(key: str) -> bool:
 
 @contextlib.contextmanager
 def _lock_file(key: str) -> Iterator[int]:
-    path = ready_folder() / f"{key}.lock"
+    path = ensure_folder() / f"{key}.lock"
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -308,7 +308,7 @@ KINDS: Final = frozenset({".py", ".cpp", ".hpp", ".cu", ".cuh", ".metal"})
 
 
 @cache
-def code_mark(*rooms: str) -> str:
+def code_fingerprint(*rooms: str) -> str:
     """Return a digest of the source files in these folders of `attention`; some milliseconds, cached."""
     root = Path(__file__).parents[2]
     sha = hashlib.sha256()

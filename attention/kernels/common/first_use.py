@@ -14,17 +14,17 @@ from attention.core.errors import KernelUnavailable
 from attention.kernels.common import cache
 
 PASSED: Final = "passed"
-BEGUN: Final = "its check on first use did not come to an end"
-BEGUN_AGAIN: Final = "its check on first use did not come to an end, twice"
-NO_MEMORY: Final = re.compile(r"out ?of ?memory|insufficient memory|unable to allocate", re.IGNORECASE)
+UNFINISHED: Final = "its check on first use did not come to an end"
+UNFINISHED_TWICE: Final = "its check on first use did not come to an end, twice"
+OUT_OF_MEMORY: Final = re.compile(r"out ?of ?memory|insufficient memory|unable to allocate", re.IGNORECASE)
 """Out-of-memory messages of MLX, CUDA and Metal, which are not a verdict on the kernel."""
-LONGEST: Final = 8000
+MAX_ERROR_LENGTH: Final = 8000
 """Maximum number of stored characters of an error."""
 Check = Callable[[], str | None]
 """Runs a kernel and returns what is wrong with its results, or None."""
 
 
-class FirstUse:
+class SelfChecks:
     """The self-check results of one backend's kernels, by the key of the kernel's record."""
 
     def __init__(self, mark: Callable[[], str]) -> None:
@@ -33,23 +33,23 @@ class FirstUse:
         self._verdicts: dict[tuple[str, str], str] = {}
 
     def verdict(self, key: str) -> str | None:
-        """Return PASSED, BEGUN, BEGUN_AGAIN or what is wrong with a kernel; None if it was never checked here."""
+        """Return PASSED, UNFINISHED, UNFINISHED_TWICE or the error of a kernel; None if it was never checked."""
         place = (key, self._mark())
         if place not in self._verdicts:
             kept = cache.read_record(key).get("checked", {}).get(place[1])
-            if kept in (None, BEGUN, BEGUN_AGAIN):
+            if kept in (None, UNFINISHED, UNFINISHED_TWICE):
                 return kept  # it may still be running, here or in another process
             self._verdicts[place] = kept
         return self._verdicts[place]
 
-    def distrust(self, key: str) -> str | None:
+    def distrust_reason(self, key: str) -> str | None:
         """Return why a kernel must not be used here, in one line, or None if unknown."""
         verdict = self.verdict(key)
-        if verdict == BEGUN_AGAIN and cache.is_locked(_lock_name(key)):
+        if verdict == UNFINISHED_TWICE and cache.is_locked(_lock_name(key)):
             return None  # another process is checking it
-        return None if verdict in (PASSED, BEGUN, None) else headline(str(verdict))
+        return None if verdict in (PASSED, UNFINISHED, None) else headline(str(verdict))
 
-    def judged(self, key: str, name: str, check: Check, prepare: Callable[[], object] = lambda: None) -> str | None:
+    def check(self, key: str, name: str, check: Check, prepare: Callable[[], object] = lambda: None) -> str | None:
         """Run the self-check unless it was run here before; return why the kernel must not be used, or None.
 
         Args:
@@ -60,8 +60,8 @@ class FirstUse:
             prepare: runs before the check and may rewrite the record, as compiling does.
         """
         verdict = self.verdict(key)
-        if verdict in (None, BEGUN, BEGUN_AGAIN):
-            verdict = self._judge(key, name, check, prepare)
+        if verdict in (None, UNFINISHED, UNFINISHED_TWICE):
+            verdict = self._run_check(key, name, check, prepare)
         return None if verdict == PASSED else headline(verdict)
 
     def ensure(self, key: str, name: str, check: Check, prepare: Callable[[], object] = lambda: None) -> None:
@@ -70,7 +70,7 @@ class FirstUse:
         Raises:
             KernelUnavailable: the check failed, now or before.
         """
-        reason = self.judged(key, name, check, prepare)
+        reason = self.check(key, name, check, prepare)
         if reason:
             raise KernelUnavailable(f"{name}: {reason}")
 
@@ -78,25 +78,25 @@ class FirstUse:
         """Clear the in-process cache; the records stay."""
         self._verdicts.clear()
 
-    def _judge(self, key: str, name: str, check: Check, prepare: Callable[[], object]) -> str:
+    def _run_check(self, key: str, name: str, check: Check, prepare: Callable[[], object]) -> str:
         with cache.lock(_lock_name(key)):
             kept = self.verdict(key)  # another process may have finished it, or crashed
-            if kept not in (None, BEGUN):
+            if kept not in (None, UNFINISHED):
                 return kept
             try:
                 prepare()
-                self._keep(key, name, BEGUN_AGAIN if kept else BEGUN)
+                self._record(key, name, UNFINISHED_TWICE if kept else UNFINISHED)
                 verdict = check() or PASSED
             except KeyboardInterrupt:
-                self._keep(key, name, kept)
+                self._record(key, name, kept)
                 raise
             except (RuntimeError, ValueError) as error:  # a source that does not compile, a launch that fails
-                verdict = str(error)[:LONGEST] or type(error).__name__
-            self._keep(key, name, kept if NO_MEMORY.search(verdict) else verdict)
+                verdict = str(error)[:MAX_ERROR_LENGTH] or type(error).__name__
+            self._record(key, name, kept if OUT_OF_MEMORY.search(verdict) else verdict)
             self._verdicts[key, self._mark()] = verdict
             return verdict
 
-    def _keep(self, key: str, name: str, verdict: str | None) -> None:
+    def _record(self, key: str, name: str, verdict: str | None) -> None:
         """Write a kernel's result for this machine; None removes it."""
         record = cache.read_record(key)
         checked = {mark: text for mark, text in record.get("checked", {}).items() if mark != self._mark()}

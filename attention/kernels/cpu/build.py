@@ -131,7 +131,7 @@ def cpu_name() -> str:
     return " ".join(fields[name] for name in _MODEL if name in fields) or processor_name()
 
 
-def cpu_mark() -> str:
+def cpu_fingerprint() -> str:
     """Return what machine code depends on: the model, and the instruction sets (a virtual machine may hide some)."""
     fields = _first_processor()
     return f"{cpu_name()} {fields.get('flags') or fields.get('Features', '')}"
@@ -208,16 +208,16 @@ def _texts() -> list[Path]:
     return sorted([*SOURCES.glob("*.hpp"), *SOURCES.glob("*.cpp")])
 
 
-def file_mark(path: Path) -> str:
+def file_state(path: Path) -> str:
     """Return a file's path, size and time, which change with the file."""
     state = path.stat()
     return f"{path}:{state.st_size}:{state.st_mtime_ns}"
 
 
-def _ground(tools: Toolchain) -> bytes:
+def _common_dependencies(tools: Toolchain) -> bytes:
     """Return what all objects depend on besides source and command: compiler, MLX, nanobind, Python, processor."""
     files = [Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h"]
-    marks = [*map(file_mark, files), str(sys.implementation.cache_tag), cpu_mark()]
+    marks = [*map(file_state, files), str(sys.implementation.cache_tag), cpu_fingerprint()]
     return "\0".join(marks).encode()
 
 
@@ -228,7 +228,7 @@ def key(tools: Toolchain) -> str:
         sha.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for command in (_kernel_command(tools), _binding_command(tools), _link_command(tools)):
         sha.update("\0".join(command).encode())
-    sha.update(_ground(tools))
+    sha.update(_common_dependencies(tools))
     return sha.hexdigest()[:32]
 
 
@@ -252,14 +252,14 @@ def run(command: tuple[str, ...]) -> None:
 def _object_name(command: tuple[str, ...], text: Path, tools: Toolchain) -> str:
     """Return an object's cache name, made of its dependencies: a changed kernel does not recompile the binding."""
     sha = hashlib.sha256("\0".join((*command, str(text))).encode())
-    sha.update(_ground(tools))
+    sha.update(_common_dependencies(tools))
     own = text.parent == SOURCES
     for path in [*sorted(SOURCES.glob("*.hpp")), text] if own else [text]:
         sha.update(path.read_bytes())
     return f"{text.stem}-{sha.hexdigest()[:24]}"
 
 
-def _kept_object(name: str) -> Path | None:
+def _cached_object(name: str) -> Path | None:
     """Return the cached object of that name if it is intact: the end of the file name is the hash of its contents."""
     for path in cache.folder().glob(f"{name}-*.o"):
         with contextlib.suppress(OSError):
@@ -272,7 +272,7 @@ def _kept_object(name: str) -> Path | None:
 
 def _compile(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
     name = _object_name(command, text, tools)
-    finished = _kept_object(name)
+    finished = _cached_object(name)
     if finished is None:
         with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".building-") as room:
             fresh = Path(room) / "out.o"

@@ -21,13 +21,13 @@ def availability() -> tuple[bool, str]:
         return True, f"loaded ({build.variant()})"
     try:
         key = build.key(build.find())
-        cache.ready_folder()
+        cache.ensure_folder()
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
     failure = cache.failure(key)
     if failure is not None:
         return False, failure
-    state = "compiled" if _lies_ready(key) else "compiles at first use"
+    state = "compiled" if _is_cached(key) else "compiles at first use"
     return True, f"{state} ({build.variant()})"
 
 
@@ -36,12 +36,12 @@ def is_compiled() -> bool:
     if _loaded is not None:
         return True
     try:
-        return _lies_ready(build.key(build.find()))
+        return _is_cached(build.key(build.find()))
     except KernelUnavailable:
         return False
 
 
-def _lies_ready(key: str) -> bool:
+def _is_cached(key: str) -> bool:
     return "sha256" in cache.read_record(key) and cache.library_path(key).exists()
 
 
@@ -60,7 +60,7 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _kept(key: str) -> ModuleType | None:
+def _load_cached(key: str) -> ModuleType | None:
     """Return the cached library if it is intact and loads."""
     path = cache.library(key)
     if path is None:
@@ -95,9 +95,9 @@ def _compile_and_try(tools: build.Toolchain, key: str, on_message: Callable[[str
 
 def _load(on_message: Callable[[str], None]) -> ModuleType:
     tools = build.find()
-    cache.ready_folder()
+    cache.ensure_folder()
     key = build.key(tools)
-    module = _kept(key)
+    module = _load_cached(key)
     if module is not None:
         return module
     failure = cache.failure(key)
@@ -108,7 +108,7 @@ def _load(on_message: Callable[[str], None]) -> ModuleType:
         failure = cache.failure(key)
         if failure is not None:
             raise KernelUnavailable(failure)
-        return _kept(key) or _compile_and_try(tools, key, on_message)
+        return _load_cached(key) or _compile_and_try(tools, key, on_message)
 
 
 def load(on_message: Callable[[str], None] | None = None) -> ModuleType:

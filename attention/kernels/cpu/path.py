@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     Attend = Callable[..., mx.array]
 
-WIDEST: Final = 512
+MAX_HEAD_DIM: Final = 512
 """Maximum supported head dim."""
 THREAD_BYTES: Final = 4 * 2**20
 """Upper bound of a thread's tiles in bytes; used instead of the exact figure until the kernel is compiled."""
 ROW_BYTES: Final = 16
 """Bytes kept per row for the backward pass besides the output: logsumexp, maximum with its remainder, and sum."""
-TALLEST, ITEMS = 256, 64
+MAX_ITEM_ROWS, TARGET_ITEMS = 256, 64
 """Maximum rows per work item, and desired number of items per call; as in schedule.hpp."""
 VARIANTS: Final = ("tall",)
 
@@ -32,8 +32,8 @@ VARIANTS: Final = ("tall",)
 def route(workload: Workload, needs: Needs) -> Route:
     """Return the kernel's route, or an unsupported one with the reason; compiles nothing."""
     width = max(workload.head_dim, workload.value_dim)
-    if width > WIDEST:
-        return unsupported(f"the CPU kernel takes head dims to {WIDEST}, not {width}")
+    if width > MAX_HEAD_DIM:
+        return unsupported(f"the CPU kernel takes head dims to {MAX_HEAD_DIM}, not {width}")
     usable, state = cpu.availability()
     if not usable:
         return unsupported(f"no CPU kernel: {state}")
@@ -79,11 +79,11 @@ def variants(workload: Workload) -> dict[str, Attend]:
 
     Tall items read keys and values less often; bfloat16, with fewer bytes to read, gains nothing.
     """
-    few = workload.batch * workload.heads * (workload.seq // TALLEST) < ITEMS
-    return {"tall": _tall} if few and workload.seq >= TALLEST and workload.dtype != "bfloat16" else {}
+    few = workload.batch * workload.heads * (workload.seq // MAX_ITEM_ROWS) < TARGET_ITEMS
+    return {"tall": _attend_tall} if few and workload.seq >= MAX_ITEM_ROWS and workload.dtype != "bfloat16" else {}
 
 
-def _tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
+def _attend_tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
     return cpu.flash_attention(
         q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap, items=1
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from attention.core.errors import KernelUnavailable
-from attention.core.route import PLAIN, Needs
+from attention.core.route import NO_NEEDS, Needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ def availability() -> tuple[bool, str]:
     from attention.kernels.cuda import requirements
 
     try:
-        return True, requirements.look()
+        return True, requirements.describe()
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
 
@@ -58,13 +58,13 @@ def load(on_message: Callable[[str], None] | None = None) -> None:
     from attention.kernels.cuda import requirements
     from attention.kernels.cuda.runtime import launcher
 
-    found = requirements.look()
+    found = requirements.describe()
     if on_message is not None and not launcher.is_settled():
         on_message(f"Compiling the launcher of the CUDA kernels (once, about ten seconds; {found}) ...")
-    launcher.missing()  # without the launcher, kernels are launched through MLX's precompiled-kernel operation
+    launcher.unavailable_reason()  # without it, kernels are launched through MLX's precompiled-kernel operation
 
 
-def supports(workload: Workload, needs: Needs = PLAIN) -> str | None:
+def supports(workload: Workload, needs: Needs = NO_NEEDS) -> str | None:
     """Return None if the kernels support a workload on this machine, else a one-line reason; compiles nothing."""
     from attention.kernels.cuda import requirements
 
@@ -107,7 +107,7 @@ def flash_attention(
     if mask is None:
         try:
             found = _find_call(q, k, v, scale, causal, window, softcap)
-        except TypeError:  # an argument of the wrong type: reported by the checks of `_look_up`
+        except TypeError:  # an argument of the wrong type: reported by the checks of `_resolve_call`
             found = None
         if found is not None:
             return found
@@ -154,15 +154,15 @@ def _attend(
     key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, scale, causal, window, kind, softcap, with_logsumexp)
     known = _known.get(key)
     if known is None:
-        known = _look_up(q, k, v, scale, causal, window, mask, softcap, with_logsumexp)
-        if len(_known) >= _MOST_KNOWN:
+        known = _resolve_call(q, k, v, scale, causal, window, mask, softcap, with_logsumexp)
+        if len(_known) >= _MAX_KNOWN:
             _known.clear()
         _known[key] = known
     return known(q, k, v) if mask is None else known(q, k, v, mask)
 
 
 _known: dict[object, Attend] = {}
-_MOST_KNOWN: Final = 256
+_MAX_KNOWN: Final = 256
 
 
 def _find_nothing(*_: object) -> mx.array | None:
@@ -182,7 +182,7 @@ def forget_calls() -> None:
         launcher.module().forget_calls()
 
 
-def _look_up(
+def _resolve_call(
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -194,14 +194,14 @@ def _look_up(
     with_logsumexp: bool,
 ) -> Attend:
     """Select the kernels of a call; a plan without mask or logsumexp is also added to the launcher's table."""
-    from attention.kernels.cuda.attend import repeated
+    from attention.kernels.cuda.attend import repeated_call
     from attention.kernels.cuda.runtime import launcher
-    from attention.kernels.cuda.runtime.call import check_arrays, normal
+    from attention.kernels.cuda.runtime.call import check_arrays, normalize
 
     global _find_call  # noqa: PLW0603  the fast path of every call
     dtype, kind = check_arrays(q, k, v, mask)
-    call = normal(scale, causal, window, softcap, k.shape[2], kind)
-    made = repeated(q.shape, k.shape, v.shape[3], dtype, call, with_logsumexp)
+    call = normalize(scale, causal, window, softcap, k.shape[2], kind)
+    made = repeated_call(q.shape, k.shape, v.shape[3], dtype, call, with_logsumexp)
     if mask is None and not with_logsumexp and launcher.is_plan(made):
         launcher.module().keep_call(q, k, v, scale, causal, window, softcap, made)
         _find_call = launcher.module().find_call

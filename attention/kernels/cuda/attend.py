@@ -8,16 +8,25 @@ from typing import cast
 import mlx.core as mx
 
 from attention.core.errors import KernelUnavailable
-from attention.kernels.cuda.choice import Path, candidates, divided, program_of
+from attention.kernels.cuda.choice import KernelPath, candidates, program_of, work_division
 from attention.kernels.cuda.gradients import gradients
 from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.portable import launch as portable_launch
 from attention.kernels.cuda.runtime import launcher, selfcheck
-from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, Call, Shape
-from attention.kernels.cuda.runtime.launch import INPUTS, OUTPUTS, Run, Stage, make_plan, plan_label, read_label, run_of
+from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, CallParams, CallShape
+from attention.kernels.cuda.runtime.launch import (
+    INPUTS,
+    OUTPUTS,
+    Run,
+    Stage,
+    make_plan,
+    parse_label,
+    plan_label,
+    run_of,
+)
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90 import launch as sm90_launch
-from attention.kernels.cuda.sm90.launch import few_stages, forward_stages
+from attention.kernels.cuda.sm90.launch import decode_stages, forward_stages
 from attention.masks import as_4d
 
 TRACE_AFTER = 2
@@ -27,18 +36,18 @@ Attend = Callable[..., Sequence[mx.array]]
 """A prepared call: takes q, k, v and, if the call has one, a mask (batch, heads, queries, keys)."""
 
 
-def stages(shape: Shape, call: Call, path: Path, with_logsumexp: bool = True) -> list[Stage]:
+def stages(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool = True) -> list[Stage]:
     """Return the launches of a call on a path; the general kernel always writes the logsumexp."""
     match path:
         case "forward":
             return forward_stages(shape, call, with_logsumexp)
         case "decode":
-            return few_stages(shape, call, sm90_launch.splitting(shape, call), with_logsumexp)
+            return decode_stages(shape, call, sm90_launch.make_key_split(shape, call), with_logsumexp)
         case "general":
-            return portable_launch.stages(shape, call, divided(shape, call))
+            return portable_launch.stages(shape, call, work_division(shape, call))
 
 
-def checked(shape: Shape, call: Call) -> Path:
+def first_trusted(shape: CallShape, call: CallParams) -> KernelPath:
     """Return the first candidate path whose kernel passes its self-check on this GPU (cached or run now).
 
     Raises:
@@ -47,43 +56,45 @@ def checked(shape: Shape, call: Call) -> Path:
     reasons: list[str] = []
     for path in candidates(shape, call):
         program = program_of(shape, call, path)
-        reason = selfcheck.judged(program, functools.partial(_compare, shape, call, path))
+        reason = selfcheck.check(program, functools.partial(_compare, shape, call, path))
         if reason is None:
             return path
         reasons.append(f"{program.name}: {reason}")
     raise KernelUnavailable("; ".join(reasons))
 
 
-def _compare(shape: Shape, call: Call, path: Path) -> str | None:
+def _compare(shape: CallShape, call: CallParams, path: KernelPath) -> str | None:
     """Run the specialisation of a call on small inputs; return an error in its results, or None."""
-    few = path == "decode" or (path == "general" and divided(shape, call).kernel.packed)
+    few = path == "decode" or (path == "general" and work_division(shape, call).kernel.packed)
     small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=shape.queries if few else 300, keys=523)
     tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
     match path:
         case "forward":
             made = forward_stages(small, tried, kernel=sm90_launch.forward_kernel(shape, call))
         case "decode":
-            made = few_stages(small, tried, sm90_launch.same_kernel(sm90_launch.splitting(shape, call), small, tried))
+            made = decode_stages(
+                small, tried, sm90_launch.same_kernel(sm90_launch.make_key_split(shape, call), small, tried)
+            )
         case "general":
-            kernel = portable_launch.same_kernel(divided(shape, call), small, tried)
+            kernel = portable_launch.same_kernel(work_division(shape, call), small, tried)
             made = portable_launch.stages(small, tried, kernel)
     given, mask = selfcheck.inputs(small), selfcheck.random_mask(small, tried)
     if path == "general":  # in the layout that models pass: (batch, rows, heads, columns), transposed
         given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in given]
-    found = run_of(_inputs(call), OUTPUTS, made)([*given[:3], *(spread(x, small) for x in mask)])
+    found = run_of(_inputs(call), OUTPUTS, made)([*given[:3], *(broadcast_mask(x, small) for x in mask)])
     return selfcheck.disagreement(small, tried, found[0], found[1], given, mask)
 
 
-def _inputs(call: Call) -> tuple[str, ...]:
+def _inputs(call: CallParams) -> tuple[str, ...]:
     return (*INPUTS, "mask") if call.mask else INPUTS
 
 
-def spread(mask: mx.array, shape: Shape) -> mx.array:
+def broadcast_mask(mask: mx.array, shape: CallShape) -> mx.array:
     """Broadcast a mask to (batch, heads, queries, keys), as launches without the launcher require; no copy."""
     return mx.broadcast_to(mask, (shape.batch, shape.heads, shape.queries, shape.keys))
 
 
-def planned(shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> Run:
+def make_call(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool) -> Run:
     """Return a call as one MLX primitive, differentiable in its output and, if requested, its logsumexp."""
     launcher.module().set_transforms(_gradients_of, _batched)
     untraced = None
@@ -92,7 +103,9 @@ def planned(shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> Run:
     return _differentiable_plan(shape, call, path, with_logsumexp, untraced)
 
 
-def _differentiable_plan(shape: Shape, call: Call, path: Path, with_logsumexp: bool, untraced: Run | None) -> Run:
+def _differentiable_plan(
+    shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool, untraced: Run | None
+) -> Run:
     label = plan_label("forward", shape, call, with_logsumexp)
     return make_plan(_inputs(call), OUTPUTS, stages(shape, call, path), label, untraced)
 
@@ -101,7 +114,7 @@ def _gradients_of(
     label: str, primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
 ) -> list[mx.array]:
     """Compute the vjp of a plan (callback of launcher.cpp); an unrequested logsumexp has a cotangent of zeros."""
-    kind, shape, call, with_logsumexp = read_label(label)
+    kind, shape, call, with_logsumexp = parse_label(label)
     if kind != "forward":
         raise ValueError("[flash_attention] There is no second derivative.")
     wanted = cotangents[: 2 if with_logsumexp else 1]
@@ -114,17 +127,17 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
     Returns:
         The first outputs, with the vmapped axis first.
     """
-    kind, shape, call, with_logsumexp = read_label(label)
+    kind, shape, call, with_logsumexp = parse_label(label)
     count = vmapped_length(inputs, axes)
     folded = folded_inputs(inputs, axes, shape, call)
     wide = replace(shape, batch=count * shape.batch)
     match kind:
         case "forward":
-            run = _differentiable_plan(wide, call, checked(wide, call), with_logsumexp, None)
+            run = _differentiable_plan(wide, call, first_trusted(wide, call), with_logsumexp, None)
         case "own gradient":
-            run = gradient.planned(wide, call, with_logsumexp)
+            run = gradient.make_plan_of_gradient(wide, call, with_logsumexp)
         case _:
-            run = portable_gradient.planned(wide, call, with_logsumexp)
+            run = portable_gradient.make_plan_of_gradient(wide, call, with_logsumexp)
     return [x.reshape(count, shape.batch, *x.shape[1:]) for x in run(folded)[:3]]
 
 
@@ -133,7 +146,9 @@ def vmapped_length(inputs: Sequence[mx.array], axes: Sequence[int]) -> int:
     return next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis >= 0)
 
 
-def folded_inputs(inputs: Sequence[mx.array], axes: Sequence[int], shape: Shape, call: Call) -> list[mx.array]:
+def folded_inputs(
+    inputs: Sequence[mx.array], axes: Sequence[int], shape: CallShape, call: CallParams
+) -> list[mx.array]:
     """Fold the vmapped axis of a plan's inputs into the batch; a mask (the last input) stays broadcast if possible."""
     count = vmapped_length(inputs, axes)
     folded = []
@@ -148,12 +163,12 @@ def folded_inputs(inputs: Sequence[mx.array], axes: Sequence[int], shape: Shape,
 
 
 @functools.lru_cache(maxsize=256)
-def repeated(
+def repeated_call(
     q: tuple[int, ...],
     k: tuple[int, ...],
     value_dim: int,
     dtype: str,
-    call: Call,
+    call: CallParams,
     with_logsumexp: bool,
 ) -> Attend:
     """Select, check and cache the kernels for a shape: the shapes of q and k, and the width of v.
@@ -161,23 +176,23 @@ def repeated(
     Raises:
         KernelUnavailable: no kernel supports the call, or none passed its self-check.
     """
-    launcher.missing()  # compiles the launcher if needed
+    launcher.unavailable_reason()  # compiles the launcher if needed
     dims = [DIM_STEP * -(-dim // DIM_STEP) for dim in (q[3], value_dim)]
-    shape = Shape(q[0], q[1], k[1], q[2], k[2], dims[0], ELEMENTS[dtype], dims[1])
-    path = checked(shape, call)
-    if launcher.missing() is None:
-        made: Attend = planned(shape, call, path, with_logsumexp)
+    shape = CallShape(q[0], q[1], k[1], q[2], k[2], dims[0], ELEMENTS[dtype], dims[1])
+    path = first_trusted(shape, call)
+    if launcher.unavailable_reason() is None:
+        made: Attend = make_call(shape, call, path, with_logsumexp)
     else:
-        made = Repeated(shape, call, path, with_logsumexp)
-    masked = _with_mask(made, shape, launcher.missing() is not None) if call.mask else made
-    return masked if dims == [q[3], value_dim] else _filled_up(masked, dims, value_dim)
+        made = RepeatedCall(shape, call, path, with_logsumexp)
+    masked = _with_mask(made, shape, launcher.unavailable_reason() is not None) if call.mask else made
+    return masked if dims == [q[3], value_dim] else _padded(masked, dims, value_dim)
 
 
-def _with_mask(made: Attend, shape: Shape, whole: bool) -> Attend:
-    return lambda q, k, v, mask: made(q, k, v, spread(mask, shape) if whole else as_4d(mask))
+def _with_mask(made: Attend, shape: CallShape, whole: bool) -> Attend:
+    return lambda q, k, v, mask: made(q, k, v, broadcast_mask(mask, shape) if whole else as_4d(mask))
 
 
-def _filled_up(made: Attend, dims: Sequence[int], value_dim: int) -> Attend:
+def _padded(made: Attend, dims: Sequence[int], value_dim: int) -> Attend:
     """Zero-pad the head dims of a call to the kernel's dims; zeros do not change the products."""
 
     def wide(x: mx.array, dim: int) -> mx.array:
@@ -190,10 +205,10 @@ def _filled_up(made: Attend, dims: Sequence[int], value_dim: int) -> Attend:
     return call
 
 
-class Repeated:
+class RepeatedCall:
     """Calls of one shape without the launcher; from the third on under `mx.compile`."""
 
-    def __init__(self, shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> None:
+    def __init__(self, shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool) -> None:
         self._calls = 0
         self._function = _differentiable(shape, call, path, with_logsumexp)
 
@@ -206,7 +221,7 @@ class Repeated:
         return self._function(*arrays)
 
 
-def _differentiable(shape: Shape, call: Call, path: Path, with_logsumexp: bool) -> Attend:
+def _differentiable(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool) -> Attend:
     """Return a call as a custom function with vjp and vmap; its logsumexp is always written, for the backward pass."""
     run = run_of(_inputs(call), OUTPUTS, stages(shape, call, path))
 
@@ -223,9 +238,9 @@ def _differentiable(shape: Shape, call: Call, path: Path, with_logsumexp: bool) 
     def batched(inputs: Sequence[mx.array], axes: Sequence[int]) -> tuple[list[mx.array], list[int]]:
         count = vmapped_length(inputs, axes)
         wide = replace(shape, batch=count * shape.batch)
-        wide_function = _differentiable(wide, call, checked(wide, call), with_logsumexp)
+        wide_function = _differentiable(wide, call, first_trusted(wide, call), with_logsumexp)
         made = wide_function(
-            *(spread(x, wide) if i > 2 else x for i, x in enumerate(folded_inputs(inputs, axes, shape, call)))
+            *(broadcast_mask(x, wide) if i > 2 else x for i, x in enumerate(folded_inputs(inputs, axes, shape, call)))
         )
         return [x.reshape(count, shape.batch, *x.shape[1:]) for x in made], [0] * len(made)
 

@@ -5,28 +5,28 @@ from typing import Literal
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.cuda.portable import launch as portable_launch
-from attention.kernels.cuda.portable.launch import Division
+from attention.kernels.cuda.portable.launch import WorkDivision
 from attention.kernels.cuda.runtime import launcher, selfcheck
-from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.program import Program
 from attention.kernels.cuda.sm90 import launch as sm90_launch
-from attention.kernels.cuda.sm90.decode import MOST_ROWS
+from attention.kernels.cuda.sm90.decode import MAX_ROWS
 
-Path = Literal["decode", "forward", "general"]
+KernelPath = Literal["decode", "forward", "general"]
 
-_own_left_out = False
+_portable_only = False
 
 
-def set_own_left_out(left_out: bool) -> None:
+def set_portable_only(left_out: bool) -> None:
     """Set whether all calls use the general kernels."""
-    global _own_left_out  # noqa: PLW0603  for tests and measurements
-    _own_left_out = left_out
+    global _portable_only  # noqa: PLW0603  for tests and measurements
+    _portable_only = left_out
 
 
-def own_refusal(shape: Shape, call: Call) -> str | None:
+def sm90_refusal(shape: CallShape, call: CallParams) -> str | None:
     """Return why only the general kernels support a call, judging by its parameters and shapes, or None."""
-    if _own_left_out:
+    if _portable_only:
         return "the general kernels are to be used"
     if call.mask is not None:
         return "only the general kernels have array masks"
@@ -35,18 +35,18 @@ def own_refusal(shape: Shape, call: Call) -> str | None:
     return None
 
 
-def candidates(shape: Shape, call: Call) -> Iterator[Path]:
+def candidates(shape: CallShape, call: CallParams) -> Iterator[KernelPath]:
     """Yield the paths that support a call, fastest first."""
     # the specialised kernels need tensor maps and serial numbers, which only the launcher provides
-    if own_refusal(shape, call) is None and launcher.obstacle() is None:
-        if shape.group * shape.queries <= MOST_ROWS:
+    if sm90_refusal(shape, call) is None and launcher.known_obstacle() is None:
+        if shape.group * shape.queries <= MAX_ROWS:
             yield "decode"
         elif gpu().architecture == "sm_90a":
             yield "forward"
     yield "general"
 
 
-def path_of(shape: Shape, call: Call) -> tuple[Path, list[str]]:
+def path_of(shape: CallShape, call: CallParams) -> tuple[KernelPath, list[str]]:
     """Return the path of a call according to the checks so far, and why faster paths are not trusted.
 
     Raises:
@@ -54,24 +54,24 @@ def path_of(shape: Shape, call: Call) -> tuple[Path, list[str]]:
     """
     reasons: list[str] = []
     for path in candidates(shape, call):
-        distrusted = selfcheck.distrust(program_of(shape, call, path))
+        distrusted = selfcheck.distrust_reason(program_of(shape, call, path))
         if distrusted is None:
             return path, reasons
         reasons.append(f"{program_of(shape, call, path).name}: {distrusted}")
     raise KernelUnavailable("; ".join(reasons))
 
 
-def program_of(shape: Shape, call: Call, path: Path) -> Program:
+def program_of(shape: CallShape, call: CallParams, path: KernelPath) -> Program:
     """Return the program of the main kernel of a path."""
     match path:
         case "forward":
             return sm90_launch.forward_kernel(shape, call).program
         case "decode":
-            return sm90_launch.splitting(shape, call).kernel.program
+            return sm90_launch.make_key_split(shape, call).kernel.program
         case "general":
-            return divided(shape, call).kernel.program
+            return work_division(shape, call).kernel.program
 
 
-def divided(shape: Shape, call: Call) -> Division:
+def work_division(shape: CallShape, call: CallParams) -> WorkDivision:
     """Return the work division of the general kernel for a call on this machine."""
-    return portable_launch.division(shape, call, launcher.obstacle() is not None)
+    return portable_launch.division(shape, call, launcher.known_obstacle() is not None)

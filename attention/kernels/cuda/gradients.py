@@ -10,14 +10,14 @@ import numpy as np
 from attention.kernels.cuda import choice
 from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.runtime import launcher, selfcheck
-from attention.kernels.cuda.runtime.call import LOG2_E, Call, Shape
+from attention.kernels.cuda.runtime.call import LOG2_E, CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import dtype_of
 from attention.kernels.cuda.runtime.layout import laid_out, of_sdpa
 from attention.kernels.cuda.sm90 import gradient
 from attention.masks import Mask, apply, opened
 
 
-def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: Call) -> list[mx.array]:
+def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: CallParams) -> list[mx.array]:
     """The gradients of q, k and v, and of a mask.
 
     Args:
@@ -32,7 +32,7 @@ def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: Call)
     plain = len(cotangents) > 1 or call.softcap is not None or blind
 
     def sdpa(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        window = Mask(window=call.window).whole(queries, keys) if call.window else None
+        window = Mask(window=call.window).materialize(queries, keys) if call.window else None
         mask = window if window is not None else "causal" if call.causal else None
         q, k, v = laid_out(q, k, v)
         return [of_sdpa(mx.fast.scaled_dot_product_attention(q, k, v, scale=call.scale, mask=mask))]
@@ -45,7 +45,7 @@ def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: Call)
 
 
 def plain_attention(
-    q: mx.array, k: mx.array, v: mx.array, call: Call, mask: mx.array | None = None
+    q: mx.array, k: mx.array, v: mx.array, call: CallParams, mask: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """Output and logsumexp by way of the whole score matrix, in float32; rows that see nothing give 0 and -inf."""
     group, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
@@ -53,7 +53,7 @@ def plain_attention(
     scores = call.scale * (q.astype(mx.float32) @ wide_k.swapaxes(-1, -2))
     if call.softcap is not None:
         scores = call.softcap * mx.tanh(scores / call.softcap)
-    whole = Mask(causal=call.causal, window=call.window, array=mask).whole(queries, keys)
+    whole = Mask(causal=call.causal, window=call.window, array=mask).materialize(queries, keys)
     if whole is None:
         return (mx.softmax(scores, axis=-1) @ wide_v).astype(q.dtype), mx.logsumexp(scores, axis=-1)
     allowed, sees = opened(whole, shifted=False)  # of which the logsumexp would lack what is taken off
@@ -62,21 +62,25 @@ def plain_attention(
     return out.astype(q.dtype), mx.where(sees[..., 0], mx.logsumexp(scores, axis=-1), -mx.inf)
 
 
-def refusal(shape: Shape, call: Call) -> str | None:
+def refusal(shape: CallShape, call: CallParams) -> str | None:
     """Return why gradients fall back to MLX, in one line, or None if the kernels compute them (by checks so far)."""
     own = _refusal_of_own(shape, call)
-    general = selfcheck.distrust(portable_gradient.kernel_of(shape, call).program) if own else None
+    general = selfcheck.distrust_reason(portable_gradient.kernel_of(shape, call).program) if own else None
     return f"{own}; the general kernel: {general}" if general else None
 
 
-def scratch_bytes(shape: Shape, call: Call) -> int:
+def scratch_bytes(shape: CallShape, call: CallParams) -> int:
     """Return the scratch memory of the backward pass, in bytes, for the kernel that computes it."""
     own = _refusal_of_own(shape, call) is None
     return gradient.scratch_bytes(shape, call) if own else portable_gradient.scratch_bytes(shape)
 
 
 def gradients(
-    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
+    primals: Sequence[mx.array],
+    cotangents: Sequence[mx.array],
+    outputs: Sequence[mx.array],
+    shape: CallShape,
+    call: CallParams,
 ) -> list[mx.array]:
     """Return the gradients of q, k and v, and of a mask.
 
@@ -95,40 +99,40 @@ def gradients(
     return [*made, *(_of_mask(primals, cotangents, call) if call.mask else ())]
 
 
-def _of_mask(primals: Sequence[mx.array], cotangents: Sequence[mx.array], call: Call) -> list[mx.array]:
+def _of_mask(primals: Sequence[mx.array], cotangents: Sequence[mx.array], call: CallParams) -> list[mx.array]:
     """Return the gradient of a mask, in MLX operations; they are lazy, so an unused gradient costs nothing."""
     if call.mask == "bool":
         return [mx.zeros_like(primals[3])]
     return through_mlx(list(primals), list(cotangents), call)[3:]
 
 
-def _refusal_of_own(shape: Shape, call: Call) -> str | None:
+def _refusal_of_own(shape: CallShape, call: CallParams) -> str | None:
     """Return why the Hopper kernel does not compute the gradients of a call, or None (by checks so far)."""
-    if launcher.obstacle() is not None:
+    if launcher.known_obstacle() is not None:
         return "the Hopper kernel needs the launcher"
-    return choice.own_refusal(shape, call) or gradient.refusal(shape, call)
+    return choice.sm90_refusal(shape, call) or gradient.refusal(shape, call)
 
 
 @functools.lru_cache(maxsize=256)
-def _own_is_taken(shape: Shape, call: Call) -> bool:
+def _own_is_taken(shape: CallShape, call: CallParams) -> bool:
     if _refusal_of_own(shape, call) is None:
         gradient.check(shape, call)
     return _refusal_of_own(shape, call) is None
 
 
 @functools.lru_cache(maxsize=256)
-def _general_is_taken(shape: Shape, call: Call) -> bool:
-    return selfcheck.judged(portable_gradient.kernel_of(shape, call).program, lambda: _compare(shape, call)) is None
+def _general_is_taken(shape: CallShape, call: CallParams) -> bool:
+    return selfcheck.check(portable_gradient.kernel_of(shape, call).program, lambda: _compare(shape, call)) is None
 
 
-def _compare(shape: Shape, call: Call) -> str | None:
+def _compare(shape: CallShape, call: CallParams) -> str | None:
     """Run the general kernel of a call on small inputs; return an error in its results, or None."""
     small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=200, keys=331)
     tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
     made, mask = selfcheck.inputs(small), selfcheck.random_mask(small, tried)
     given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in made]  # in the layout that models pass
     q, k, v = (selfcheck.exact(x) for x in made[:3])
-    output, logsumexp = selfcheck.reference(q, k, v, tried, selfcheck.added(mask))
+    output, logsumexp = selfcheck.reference(q, k, v, tried, selfcheck.additive(mask))
     stats = np.stack([np.zeros_like(logsumexp), logsumexp * LOG2_E], axis=-1)
     outputs = [mx.array(output, dtype=mx.float32).astype(dtype_of(shape)), mx.array(logsumexp, dtype=mx.float32)]
     outputs.append(mx.array(stats, dtype=mx.float32))

@@ -37,7 +37,7 @@ def route(workload: Workload, needs: Needs) -> Route:
     reason = "fatui's own flash attention in CUDA C++; a kind of call compiles at its first use, in about a second"
     if distrusted:
         reason = f"{reason}; this one for any call, since the faster one is not used: {'; '.join(distrusted)}"
-    obstacle = launcher.obstacle()
+    obstacle = launcher.known_obstacle()
     behind = backward_refusal(workload, needs) if workload.pass_ == "training" else None
     if obstacle:
         reason = f"{reason}; launched kernel by kernel, since {obstacle}"

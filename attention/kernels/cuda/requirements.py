@@ -9,17 +9,17 @@ from typing import cast
 from msgspec import structs
 
 from attention.core.errors import KernelUnavailable
-from attention.core.route import PLAIN, Needs
+from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import Workload
 from attention.kernels.common import cache
 from attention.kernels.cuda.runtime import program
-from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, Call, MaskKind, Shape, refusal_of
+from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, CallParams, CallShape, MaskKind, refusal_of_workload
 from attention.kernels.cuda.runtime.gpu import gpu
 
-OLDEST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 
 
-def look() -> str:
+def describe() -> str:
     """Return a short description of GPU and compiler.
 
     Raises:
@@ -34,19 +34,19 @@ def _found(folder: Path) -> str:
     if not sys.platform.startswith("linux"):
         raise KernelUnavailable(f"the CUDA kernels run on Linux only, not on {sys.platform}")
     found = gpu()
-    if found.capability < OLDEST_CAPABILITY:
+    if found.capability < MIN_CAPABILITY:
         raise KernelUnavailable(f"the CUDA kernels need an Ampere GPU or a later one, and this is {found.name}")
     if not _mlx_computes_on_cuda():
         raise KernelUnavailable("this MLX has no CUDA backend (pip install 'mlx[cuda13]')")
     compiler = program.find()
-    cache.ready_folder()
+    cache.ensure_folder()
     return f"{found.name}, {found.architecture}, {compiler}"
 
 
 def variant() -> str:
     """Return "hopper", "ampere" or "none"."""
     try:
-        look()
+        describe()
     except KernelUnavailable:
         return "none"
     return "hopper" if gpu().architecture == "sm_90a" else "ampere"
@@ -60,10 +60,10 @@ def _mlx_computes_on_cuda() -> bool:
     return hasattr(mx, "cuda") and bool(mx.cuda.is_available())
 
 
-def shape_and_call(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
+def shape_and_call(workload: Workload, needs: Needs = NO_NEEDS) -> tuple[CallShape, CallParams]:
     """Return the shape and call of a workload: padded head dims; an array mask, of unknown dtype, counts as bool."""
     dims = [DIM_STEP * -(-dim // DIM_STEP) for dim in (workload.head_dim, workload.value_dim)]
-    shape = Shape(
+    shape = CallShape(
         workload.batch,
         workload.heads,
         workload.kv_heads,
@@ -75,16 +75,16 @@ def shape_and_call(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Cal
     )
     window = workload.window if workload.window is not None and workload.window < workload.kv_seq else None
     softcap, mask = 1.0 if needs.softcap else None, "bool" if needs.array_mask else None
-    return shape, Call(workload.scale, workload.causal, window, softcap, cast("MaskKind | None", mask))
+    return shape, CallParams(workload.scale, workload.causal, window, softcap, cast("MaskKind | None", mask))
 
 
-def refusal_here(workload: Workload, needs: Needs = PLAIN) -> str | None:
+def refusal_here(workload: Workload, needs: Needs = NO_NEEDS) -> str | None:
     """Return None if the kernels support a workload on this machine, else a one-line reason."""
-    reason = refusal_of(workload)
+    reason = refusal_of_workload(workload)
     if reason:
         return reason
     try:
-        look()
+        describe()
         from attention.kernels.cuda.choice import path_of
 
         path_of(*shape_and_call(workload, needs))
@@ -93,7 +93,7 @@ def refusal_here(workload: Workload, needs: Needs = PLAIN) -> str | None:
     return None
 
 
-def workspace_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
+def workspace_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     """Return the bytes of a forward call above inputs and output: intermediate arrays, and zero-padded copies.
 
     Raises:
@@ -107,7 +107,7 @@ def workspace_bytes(workload: Workload, needs: Needs = PLAIN) -> int:
 
     shape, call = shape_and_call(workload, needs)
     made = stages(shape, call, path_of(shape, call)[0])
-    written = sum(math.prod(size) * dtype.size for stage in made for size, dtype in stage.written.values())
+    written = sum(math.prod(size) * dtype.size for stage in made for size, dtype in stage.outputs.values())
     wide = structs.replace(workload, head_dim=shape.head_dim, value_dim=shape.value_dim)
     copies = 0 if wide == workload else wide.input_bytes
     return written + copies - workload.result_bytes

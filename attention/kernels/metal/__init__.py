@@ -20,7 +20,7 @@ def availability() -> tuple[bool, str]:
     from attention.kernels.metal import trust
 
     try:
-        return True, trust.look()
+        return True, trust.describe()
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
 

@@ -10,7 +10,15 @@ import mlx.core as mx
 from attention.kernels.metal import gradients as metal_gradients
 from attention.kernels.metal import launch, selfcheck
 from attention.kernels.metal import trust as metal_trust
-from attention.kernels.metal.call import Call, Shape, Specialisation, mask_kind, normal, shape_of, specialisation
+from attention.kernels.metal.call import (
+    CallParams,
+    CallShape,
+    Specialisation,
+    mask_kind,
+    normalize,
+    shape_of,
+    specialisation,
+)
 from attention.kernels.metal.gradients import gradients
 
 Attend = Callable[..., Sequence[mx.array]]
@@ -42,22 +50,22 @@ def attend(
     if sinks is not None and sinks.shape != (shape.heads,):
         raise ValueError(f"[flash_attention] sinks have shape ({shape.heads},); got {sinks.shape}.")
     kind = mask_kind(mask, shape)
-    call = normal(scale, causal, window, softcap, shape.keys, kind, sinks is not None)
+    call = normalize(scale, causal, window, softcap, shape.keys, kind, sinks is not None)
     function = _function(shape, call, with_logsumexp)
-    of_mask = launch.absent(4) if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    of_sinks = launch.absent(1) if sinks is None else sinks.astype(mx.float32)
+    of_mask = launch.placeholder(4) if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    of_sinks = launch.placeholder(1) if sinks is None else sinks.astype(mx.float32)
     return function(q, k, v, of_mask, of_sinks)[:2]
 
 
-def special_of(shape: Shape, call: Call) -> Specialisation:
+def special_of(shape: CallShape, call: CallParams) -> Specialisation:
     """Return the specialisation of a call's forward kernel."""
     return specialisation("decode" if shape.few else "forward", shape, call)
 
 
 @functools.lru_cache(maxsize=256)
-def _function(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
+def _function(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Attend:
     """Return the differentiable, vmappable function; it always computes the logsumexp for the backward pass."""
-    metal_trust.look()
+    metal_trust.describe()
     check(shape, call)
 
     @mx.custom_function
@@ -72,11 +80,11 @@ def _function(shape: Shape, call: Call, with_logsumexp: bool) -> Attend:
 
     function.vjp(pull_back)
     function.jvp(metal_gradients.refuse_jvp)
-    function.vmap(metal_gradients.folded(shape, lambda batched: _function(batched, call, with_logsumexp)))
+    function.vmap(metal_gradients.vmap_rule(shape, lambda batched: _function(batched, call, with_logsumexp)))
     return cast("Attend", function)
 
 
-def check(shape: Shape, call: Call) -> None:
+def check(shape: CallShape, call: CallParams) -> None:
     """Run the self-check of a call's kernel, unless it has passed on this machine before.
 
     Raises:
@@ -86,10 +94,10 @@ def check(shape: Shape, call: Call) -> None:
 
     def compare() -> str | None:
         for small in _small(shape, special):
-            asked = selfcheck.tried(call, small)
-            given = selfcheck.inputs(small, asked)
-            output, logsumexp, _ = launch.forward(*given.arrays(small), small, asked)
-            wrong = selfcheck.disagreement(given, asked, output, logsumexp)
+            small_params = selfcheck.check_params(call, small)
+            given = selfcheck.inputs(small, small_params)
+            output, logsumexp, _ = launch.forward(*given.arrays(small), small, small_params)
+            wrong = selfcheck.disagreement(given, small_params, output, logsumexp)
             if wrong:
                 return wrong
         return None
@@ -97,7 +105,7 @@ def check(shape: Shape, call: Call) -> None:
     metal_trust.ensure(special, compare)
 
 
-def _small(shape: Shape, special: Specialisation) -> list[Shape]:
+def _small(shape: CallShape, special: Specialisation) -> list[CallShape]:
     """Return small shapes that run the same kernel: for few queries, one with split keys and one without."""
     if special.tile.kind == "decode":
         few = replace(shape, batch=1, heads=4, kv_heads=2, queries=special.tile.block_q // 2)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, cast
 
-from attention.core.route import PLAIN, Needs
+from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import Workload
 from attention.kernels.common import check_bounds
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES, Kind, Tile, tile_of
@@ -20,7 +20,7 @@ FEW_ROWS: Final = 32
 
 
 @dataclass(frozen=True)
-class Shape:
+class CallShape:
     """The arrays of a call: q (batch, heads, queries, head_dim), k and v (batch, kv_heads, keys, head_dim)."""
 
     batch: int
@@ -43,7 +43,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Call:
+class CallParams:
     """The keywords of a call in normal form: a window implies causal, and a window of all keys is dropped."""
 
     scale: float
@@ -81,7 +81,7 @@ class Specialisation:
         return " ".join([f"{kind} {self.dtype} D={self.tile.head_dim}{rows}", *words])
 
 
-def specialisation(kind: Kind, shape: Shape, call: Call, logsumexp: bool = False) -> Specialisation:
+def specialisation(kind: Kind, shape: CallShape, call: CallParams, logsumexp: bool = False) -> Specialisation:
     """Return the specialisation of a kind of kernel for a call; `logsumexp`: it has a cotangent (backward only)."""
     tile = tile_of(kind, shape.head_dim, shape.dtype, shape.group * shape.queries)
     sinks = call.sinks and kind in ("forward", "decode")
@@ -89,7 +89,7 @@ def specialisation(kind: Kind, shape: Shape, call: Call, logsumexp: bool = False
     return Specialisation(tile, shape.dtype, call.causal, window, softcap, call.mask, sinks, logsumexp)
 
 
-def normal(
+def normalize(
     scale: float,
     causal: bool,
     window: int | None,
@@ -97,7 +97,7 @@ def normal(
     keys: int,
     mask: MaskKind = "none",
     sinks: bool = False,
-) -> Call:
+) -> CallParams:
     """Validate the keywords of a call and return their normal form.
 
     Raises:
@@ -107,7 +107,7 @@ def normal(
         raise ValueError(f"[flash_attention] scale is finite; got {scale}.")
     check_bounds(window, softcap)
     narrow = window if window is not None and window < keys else None
-    return Call(float(scale), causal or window is not None, narrow, softcap, mask, sinks)
+    return CallParams(float(scale), causal or window is not None, narrow, softcap, mask, sinks)
 
 
 def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
@@ -121,21 +121,21 @@ def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
     return None
 
 
-def refusal_of(workload: Workload) -> str | None:
+def refusal_of_workload(workload: Workload) -> str | None:
     """Return why the kernels do not support a workload, in one line, or None if they do."""
     return refusal(workload.dtype, workload.head_dim, workload.value_dim)
 
 
-def of_workload(workload: Workload, needs: Needs = PLAIN) -> tuple[Shape, Call]:
+def of_workload(workload: Workload, needs: Needs = NO_NEEDS) -> tuple[CallShape, CallParams]:
     """Translate a workload into shape and call; an array mask counts as a bool one."""
     w = workload
-    shape = Shape(w.batch, w.heads, w.kv_heads, w.seq, w.kv_seq, w.head_dim, w.dtype)
+    shape = CallShape(w.batch, w.heads, w.kv_heads, w.seq, w.kv_seq, w.head_dim, w.dtype)
     softcap = 1.0 if needs.softcap else None
     mask: MaskKind = "bool" if needs.array_mask else "none"
-    return shape, normal(w.scale, w.causal, w.window, softcap, w.kv_seq, mask, needs.sinks)
+    return shape, normalize(w.scale, w.causal, w.window, softcap, w.kv_seq, mask, needs.sinks)
 
 
-def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> Shape:
+def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> CallShape:
     """Return the shape of a call.
 
     Raises:
@@ -154,10 +154,10 @@ def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> Shape:
     reason = refusal(dtype, q_shape[3], v_shape[3])
     if reason:
         raise ValueError(f"[flash_attention] {reason}.")
-    return Shape(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3], dtype)
+    return CallShape(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3], dtype)
 
 
-def mask_kind(mask: "mx.array | None", shape: Shape) -> MaskKind:
+def mask_kind(mask: "mx.array | None", shape: CallShape) -> MaskKind:
     """Return the kind of a mask.
 
     Raises:

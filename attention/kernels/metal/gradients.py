@@ -9,12 +9,12 @@ import mlx.core as mx
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.metal import launch, selfcheck, trust
-from attention.kernels.metal.call import Call, Shape, specialisation
+from attention.kernels.metal.call import CallParams, CallShape, specialisation
 from attention.masks import Mask
 
 
 def plain_gradients(
-    primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: Call
+    primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: CallParams
 ) -> tuple[mx.array, ...]:
     """Return the gradients of q, k, v, mask and sinks; arguments as in `gradient.gradients`."""
     q, k, v, mask, sinks = primals
@@ -26,7 +26,7 @@ def plain_gradients(
     return made[0], made[1], made[2], mask_gradient(primals, d_o, d_lse, call), made[3]
 
 
-def mask_gradient(primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: Call) -> mx.array:
+def mask_gradient(primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: CallParams) -> mx.array:
     """Return the gradient of the mask, 0 unless it is additive; computed only if it is evaluated."""
     q, k, v, mask, sinks = primals
     if call.mask in ("none", "bool"):
@@ -43,7 +43,7 @@ def _of_logsumexp(d_lse: mx.array | None, q: mx.array) -> mx.array:
 
 
 def plain_attention(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, call: Call
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, call: CallParams
 ) -> tuple[mx.array, mx.array]:
     """Return output and logsumexp, computed in float32; fully masked rows give 0 and -inf."""
     batch, heads, queries, dim = q.shape
@@ -52,7 +52,7 @@ def plain_attention(
     scores = call.scale * (grouped @ k[:, :, None].swapaxes(-1, -2).astype(mx.float32))
     if call.softcap is not None:
         scores = call.softcap * mx.tanh(scores / call.softcap)
-    seen = Mask(causal=call.causal, window=call.window).whole(queries, keys)
+    seen = Mask(causal=call.causal, window=call.window).materialize(queries, keys)
     seen = mx.ones((queries, keys), mx.bool_) if seen is None else seen
     if call.mask != "none":
         by_group = mx.broadcast_to(mask, (batch, heads, queries, keys)).reshape(scores.shape)
@@ -89,7 +89,7 @@ Function = Callable[..., Sequence[mx.array]]
 Rule = Callable[[Sequence[mx.array], Sequence[int | None]], tuple[list[mx.array], list[int]]]
 
 
-def folded(shape: Shape, function_of: Callable[[Shape], Function]) -> Rule:
+def vmap_rule(shape: CallShape, function_of: Callable[[CallShape], Function]) -> Rule:
     """Return the vmap rule of a function of (q, k, v, mask, sinks, more ...): the mapped axis joins the batch.
 
     If the sinks are mapped, each index is a separate call.
@@ -134,9 +134,9 @@ def refuse_second_derivative(*_: Any) -> NoReturn:
     raise ValueError("flash_attention has no second derivative; implementation 'baseline' has.")
 
 
-def refusal(shape: Shape, call: Call) -> str | None:
+def refusal(shape: CallShape, call: CallParams) -> str | None:
     """Return why gradients go through the score matrix, in one line, or None if the kernels are expected to work."""
-    return trust.distrust(specialisation("backward_key", shape, call))
+    return trust.distrust_reason(specialisation("backward_key", shape, call))
 
 
 def gradients(
@@ -144,8 +144,8 @@ def gradients(
     d_o: mx.array,
     d_lse: mx.array | None,
     outputs: Sequence[mx.array],
-    shape: Shape,
-    call: Call,
+    shape: CallShape,
+    call: CallParams,
 ) -> tuple[mx.array, ...]:
     """Return the gradients of q, k, v, mask and sinks.
 
@@ -167,7 +167,7 @@ def gradients(
 
 
 @functools.lru_cache(maxsize=256)
-def _taken(shape: Shape, call: Call, logsumexp: bool) -> bool:
+def _taken(shape: CallShape, call: CallParams, logsumexp: bool) -> bool:
     try:
         check(shape, call, logsumexp)
     except KernelUnavailable:
@@ -180,8 +180,8 @@ def by_kernel(
     d_o: mx.array,
     d_lse: mx.array | None,
     outputs: Sequence[mx.array],
-    shape: Shape,
-    call: Call,
+    shape: CallShape,
+    call: CallParams,
 ) -> tuple[mx.array, ...]:
     """Return the gradients of q, k, v and sinks by the Metal kernels; arguments as in `gradients`."""
     more = () if d_lse is None else (d_lse,)
@@ -192,7 +192,7 @@ def by_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _backward(shape: Shape, call: Call) -> Function:
+def _backward(shape: CallShape, call: CallParams) -> Function:
     """Return the backward kernels as a function of q, k, v, mask, sinks, the outputs and their cotangents."""
 
     @mx.custom_function
@@ -202,7 +202,7 @@ def _backward(shape: Shape, call: Call) -> Function:
 
     function.vjp(refuse_second_derivative)
     function.jvp(refuse_second_derivative)
-    function.vmap(folded(shape, lambda batched: _backward(batched, call)))
+    function.vmap(vmap_rule(shape, lambda batched: _backward(batched, call)))
     return cast("Function", function)
 
 
@@ -216,7 +216,7 @@ def of_sinks(sinks: mx.array, outputs: Sequence[mx.array], delta: mx.array) -> m
     return -weights * delta
 
 
-def check(shape: Shape, call: Call, logsumexp: bool = False) -> None:
+def check(shape: CallShape, call: CallParams, logsumexp: bool = False) -> None:
     """Run the self-checks of both kernels, unless they have passed on this machine before.
 
     Args:
@@ -228,13 +228,13 @@ def check(shape: Shape, call: Call, logsumexp: bool = False) -> None:
         KernelUnavailable: a kernel cannot be compiled, or its results are wrong.
     """
     small = replace(shape, batch=1, heads=4, kv_heads=2, queries=70, keys=83)
-    asked = selfcheck.tried(call, small)
+    small_params = selfcheck.check_params(call, small)
 
     def compare() -> str | None:
-        given = selfcheck.inputs(small, asked, logsumexp=logsumexp)
+        given = selfcheck.inputs(small, small_params, logsumexp=logsumexp)
         primals = given.arrays(small)
-        outputs = launch.forward(*primals, small, asked)
-        made = by_kernel(primals, given.cotangent, given.logsumexp_cotangent, outputs, small, asked)
-        return selfcheck.gradient_disagreement(given, asked, made[: 4 if call.sinks else 3])
+        outputs = launch.forward(*primals, small, small_params)
+        made = by_kernel(primals, given.cotangent, given.logsumexp_cotangent, outputs, small, small_params)
+        return selfcheck.gradient_disagreement(given, small_params, made[: 4 if call.sinks else 3])
 
     trust.ensure(specialisation("backward_key", shape, call, logsumexp), compare)

@@ -7,7 +7,7 @@ from typing import Any, Final, cast
 
 import mlx.core as mx
 
-from attention.kernels.metal.call import Call, Shape, Specialisation, specialisation
+from attention.kernels.metal.call import CallParams, CallShape, Specialisation, specialisation
 from attention.kernels.metal.tiles import SIMD, Kind
 
 FOLDER: Final = Path(__file__).parent
@@ -26,11 +26,11 @@ OUTPUTS: Final = {
     "join": ("o", "lse", "rest"),
 }
 SPLIT_KEYS: Final = 256
-"""Minimum number of keys per split. Chosen, not measured, like `MOST_SPLITS` and `GROUPS_WANTED`."""
-MOST_SPLITS: Final = 32
-GROUPS_WANTED: Final = 256
+"""Minimum number of keys per split. Chosen, not measured, like `MAX_SPLITS` and `TARGET_THREADGROUPS`."""
+MAX_SPLITS: Final = 32
+TARGET_THREADGROUPS: Final = 256
 """Number of threadgroups above which the keys of a call with few queries are not split further."""
-FEWEST: Final = 8
+MIN_DEVICE_ELEMENTS: Final = 8
 """Minimum number of elements for which MLX passes an array as device memory."""
 
 Kernel = Callable[..., list[mx.array]]
@@ -64,7 +64,7 @@ def queue(text: str, inputs: Sequence[mx.array], **call: Any) -> list[mx.array]:
 
 
 @functools.lru_cache(maxsize=1024)
-def scalars(call: Call, *more: int) -> tuple[mx.array, ...]:
+def scalars(call: CallParams, *more: int) -> tuple[mx.array, ...]:
     """Return the scalars of a call, and further ones, as arrays without axes."""
     floats = [mx.array(x, mx.float32) for x in (call.scale, call.softcap or 0.0)]
     made = (*floats, *(mx.array(x, mx.int32) for x in (call.window or 0, *more)))
@@ -73,7 +73,7 @@ def scalars(call: Call, *more: int) -> tuple[mx.array, ...]:
 
 
 @functools.cache
-def absent(axes: int) -> mx.array:
+def placeholder(axes: int) -> mx.array:
     """Return a placeholder for an absent array; no kernel reads it."""
     made = mx.zeros((1,) * axes, mx.float32)
     mx.eval(made)
@@ -85,7 +85,7 @@ def in_device(array: mx.array) -> mx.array:
 
     MLX passes arrays of fewer than 8 elements as constant memory, which would change the kernel that was checked.
     """
-    return mx.broadcast_to(array[..., None], (*array.shape, FEWEST))
+    return mx.broadcast_to(array[..., None], (*array.shape, MIN_DEVICE_ELEMENTS))
 
 
 def constants(special: Specialisation) -> list[tuple[str, Any]]:
@@ -106,27 +106,29 @@ def constants(special: Specialisation) -> list[tuple[str, Any]]:
 
 
 def forward(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, shape: Shape, call: Call
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, shape: CallShape, call: CallParams
 ) -> Forward:
     """Compute the forward pass; the keys of a call with few queries are split and the parts joined."""
     if not shape.few:
         o, lse, rest = _attend("forward", (q, k, v, mask, sinks), shape, call, 1, shape.keys)
         return o[0], lse[0], rest[0]
-    splits, span = splitting(shape, call)
+    splits, span = key_split(shape, call)
     parts, lses, rests = _attend("decode", (q, k, v, mask, sinks), shape, call, splits, span)
     return (parts[0], lses[0], rests[0]) if splits == 1 else join(parts, lses, rests, shape)
 
 
-def splitting(shape: Shape, call: Call) -> tuple[int, int]:
+def key_split(shape: CallShape, call: CallParams) -> tuple[int, int]:
     """Return the number of key splits of a call with few queries, and the keys per split, a multiple of the tile."""
     tile = specialisation("decode", shape, call).tile
     groups = shape.batch * shape.kv_heads * _ceil(shape.group * shape.queries, tile.block_q)
-    splits = max(1, min(_ceil(GROUPS_WANTED, groups), MOST_SPLITS, shape.keys // SPLIT_KEYS))
+    splits = max(1, min(_ceil(TARGET_THREADGROUPS, groups), MAX_SPLITS, shape.keys // SPLIT_KEYS))
     span = tile.block_k * _ceil(shape.keys, splits * tile.block_k)
     return _ceil(shape.keys, span), span
 
 
-def _attend(kind: Kind, arrays: Sequence[mx.array], shape: Shape, call: Call, splits: int, span: int) -> Forward:
+def _attend(
+    kind: Kind, arrays: Sequence[mx.array], shape: CallShape, call: CallParams, splits: int, span: int
+) -> Forward:
     """Return outputs (splits, B, H, Lq, D), and logsumexps and their residuals (splits, B, H, Lq)."""
     special = specialisation(kind, shape, call)
     tile, packed = special.tile, kind == "decode"
@@ -147,7 +149,7 @@ def _attend(kind: Kind, arrays: Sequence[mx.array], shape: Shape, call: Call, sp
     return o, lse, rest
 
 
-def join(parts: mx.array, lses: mx.array, rests: mx.array, shape: Shape) -> Forward:
+def join(parts: mx.array, lses: mx.array, rests: mx.array, shape: CallShape) -> Forward:
     """Join the parts of a call with split keys; one simdgroup per row."""
     dtype = getattr(mx, shape.dtype)
     o, lse, rest = queue(
@@ -168,8 +170,8 @@ def backward(
     d_o: mx.array,
     d_lse: mx.array | None,
     mask: mx.array,
-    shape: Shape,
-    call: Call,
+    shape: CallShape,
+    call: CallParams,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return dQ, dK, dV and each row's delta (B, H, Lq); the second kernel reads the delta computed by the first."""
     d_q, delta = _of_queries(primals, outputs, d_o, d_lse, mask, shape, call)
@@ -183,12 +185,12 @@ def _of_queries(
     d_o: mx.array,
     d_lse: mx.array | None,
     mask: mx.array,
-    shape: Shape,
-    call: Call,
+    shape: CallShape,
+    call: CallParams,
 ) -> list[mx.array]:
     """Return the gradient of q, and delta."""
     special = specialisation("backward_query", shape, call)
-    by_sum = absent(3) if d_lse is None else in_device(d_lse)
+    by_sum = placeholder(3) if d_lse is None else in_device(d_lse)
     return queue(
         "backward_query",
         [
@@ -209,8 +211,8 @@ def _of_keys(
     delta: mx.array,
     d_o: mx.array,
     mask: mx.array,
-    shape: Shape,
-    call: Call,
+    shape: CallShape,
+    call: CallParams,
 ) -> list[mx.array]:
     """Return the gradients of k and v."""
     special = specialisation("backward_key", shape, call)
@@ -225,7 +227,7 @@ def _of_keys(
     )
 
 
-def _of_mask(mask: mx.array, shape: Shape, call: Call) -> mx.array:
+def _of_mask(mask: mx.array, shape: CallShape, call: CallParams) -> mx.array:
     if call.mask == "none":
         return mask
     return in_device(mx.broadcast_to(mask, (shape.batch, shape.heads, shape.queries, shape.keys)))

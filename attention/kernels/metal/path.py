@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from attention.core.errors import KernelUnavailable
 from attention.core.route import Needs, Route, unsupported
-from attention.kernels.metal.call import of_workload, refusal_of, specialisation
+from attention.kernels.metal.call import of_workload, refusal_of_workload, specialisation
 from attention.kernels.metal.tiles import FLOAT_BYTES
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from attention.core.workload import Workload
-    from attention.kernels.metal.call import Call, Shape
+    from attention.kernels.metal.call import CallParams, CallShape
     from attention.masks import Mask
 
 UNKNOWN: Final = "how fast it is on a Mac was never measured by its authors; `demo` tries it beside MLX's own"
@@ -25,16 +25,16 @@ def route(workload: Workload, needs: Needs) -> Route:
     """Return the kernels' route, or an unsupported one with the reason; compiles nothing."""
     from attention.kernels.metal import trust as metal_trust
 
-    refusal = refusal_of(workload)
+    refusal = refusal_of_workload(workload)
     if refusal:
         return unsupported(refusal)
     try:
-        metal_trust.look()
+        metal_trust.describe()
     except KernelUnavailable as unavailable:
         return unsupported(str(unavailable))
     shape, call = of_workload(workload, needs)
     special = specialisation("decode" if shape.few else "forward", shape, call)
-    distrusted = metal_trust.distrust(special)
+    distrusted = metal_trust.distrust_reason(special)
     if distrusted:
         return unsupported(f"the Metal kernel is not used, because of its check on first use: {distrusted}")
     state = "checked on this Mac" if metal_trust.is_trusted(special) else "compiled and checked at first use"
@@ -58,7 +58,7 @@ def build(tell: Callable[[str], None]) -> None:
     """
     from attention.kernels.metal import trust as metal_trust
 
-    tell(f"The Metal kernels are compiled and checked at the first call of each kind ({metal_trust.look()})")
+    tell(f"The Metal kernels are compiled and checked at the first call of each kind ({metal_trust.describe()})")
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
@@ -81,21 +81,21 @@ def attend_with_sinks(
     )
 
 
-def _of_gradients(shape: Shape, call: Call) -> str:
+def _of_gradients(shape: CallShape, call: CallParams) -> str:
     from attention.kernels.metal.gradients import refusal
 
     behind = refusal(shape, call)
     return f"; gradients go through the score matrix: {behind}" if behind else ""
 
 
-def _predicted(workload: Workload, shape: Shape, call: Call) -> int | None:
+def _predicted(workload: Workload, shape: CallShape, call: CallParams) -> int | None:
     """Return the bytes of outputs and logsumexp, of float32 parts if keys are split, and of delta in training."""
     from attention.kernels.metal.gradients import refusal
-    from attention.kernels.metal.launch import splitting
+    from attention.kernels.metal.launch import key_split
 
     rows = shape.batch * shape.heads * shape.queries
     made = workload.output_bytes + FLOAT_BYTES * rows
-    splits = splitting(shape, call)[0] if shape.few else 1
+    splits = key_split(shape, call)[0] if shape.few else 1
     if splits > 1:
         made += FLOAT_BYTES * splits * rows * (shape.head_dim + 1)
     if workload.pass_ != "training":

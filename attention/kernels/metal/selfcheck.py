@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from attention.kernels.metal.call import Call, Shape
-from attention.kernels.metal.launch import absent
+from attention.kernels.metal.call import CallParams, CallShape
+from attention.kernels.metal.launch import placeholder
 from attention.masks import dtype_name
 
 Floats = NDArray[np.float64]
@@ -33,19 +33,19 @@ class Inputs:
     sinks: mx.array | None
     logsumexp_cotangent: mx.array | None = None
 
-    def arrays(self, shape: Shape) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
+    def arrays(self, shape: CallShape) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
         """Return the arguments of the forward kernel."""
         whole = (shape.batch, shape.heads, shape.queries, shape.keys)
-        mask = absent(4) if self.mask is None else mx.broadcast_to(self.mask, whole)
-        return self.q, self.k, self.v, mask, absent(1) if self.sinks is None else self.sinks
+        mask = placeholder(4) if self.mask is None else mx.broadcast_to(self.mask, whole)
+        return self.q, self.k, self.v, mask, placeholder(1) if self.sinks is None else self.sinks
 
 
-def tried(call: Call, small: Shape) -> Call:
+def check_params(call: CallParams, small: CallShape) -> CallParams:
     """Return the call used to check another: equal compile-time constants, other values."""
     return replace(call, scale=small.head_dim**-0.5, window=None if call.window is None else 40)
 
 
-def inputs(shape: Shape, call: Call, seed: int = 7, logsumexp: bool = False) -> Inputs:
+def inputs(shape: CallShape, call: CallParams, seed: int = 7, logsumexp: bool = False) -> Inputs:
     """Return random inputs, optionally with a cotangent of the logsumexp.
 
     The mask hides all of row 0. An additive one fills row 1 with a large finite value, where the query is 0, so that
@@ -80,7 +80,7 @@ def exact(array: mx.array) -> Floats:
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
-def weights(given: Inputs, call: Call) -> tuple[Floats, Floats, Floats]:
+def weights(given: Inputs, call: CallParams) -> tuple[Floats, Floats, Floats]:
     """Return softmax weights, logsumexp, and the derivative of the capped scores by the dot products."""
     q, k = exact(given.q), exact(given.k)
     scores = q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(-1, -2) * call.scale
@@ -107,14 +107,14 @@ def weights(given: Inputs, call: Call) -> tuple[Floats, Floats, Floats]:
         return (made / np.where(total == 0, 1, total))[..., :keys], (largest + np.log(total))[..., 0], slope
 
 
-def reference(given: Inputs, call: Call) -> tuple[Floats, Floats]:
+def reference(given: Inputs, call: CallParams) -> tuple[Floats, Floats]:
     """Return output and logsumexp; fully masked rows give 0 and -inf."""
     found, logsumexp, _ = weights(given, call)
     v = exact(given.v)
     return found @ np.repeat(v, found.shape[1] // v.shape[1], axis=1), logsumexp
 
 
-def reference_gradients(given: Inputs, call: Call) -> list[Floats]:
+def reference_gradients(given: Inputs, call: CallParams) -> list[Floats]:
     """Return the gradients of q, k and v, and with sinks each row's contribution to theirs, (B, H, Lq)."""
     q, k, v, cotangent = (exact(x) for x in (given.q, given.k, given.v, given.cotangent))
     batch, kv_heads = k.shape[:2]
@@ -149,7 +149,7 @@ def logsumexp_gap(found: Floats, expected: Floats) -> float:
     return float((np.abs(apart) / np.maximum(1, np.abs(right))).max())
 
 
-def disagreement(given: Inputs, call: Call, output: mx.array, logsumexp: mx.array) -> str | None:
+def disagreement(given: Inputs, call: CallParams, output: mx.array, logsumexp: mx.array) -> str | None:
     """Return what is wrong with a call's results, in one line, or None."""
     expected, expected_logsumexp = reference(given, call)
     dtype = dtype_name(given.q.dtype)
@@ -163,7 +163,7 @@ def disagreement(given: Inputs, call: Call, output: mx.array, logsumexp: mx.arra
     return None
 
 
-def gradient_disagreement(given: Inputs, call: Call, found: Sequence[mx.array]) -> str | None:
+def gradient_disagreement(given: Inputs, call: CallParams, found: Sequence[mx.array]) -> str | None:
     """Return what is wrong with the gradients of q, k, v and the sinks if present, in one line, or None."""
     dtype = dtype_name(given.q.dtype)
     names = ("dQ", "dK", "dV", "the gradient of the sinks")

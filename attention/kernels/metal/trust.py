@@ -9,16 +9,16 @@ from typing import Final
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import cache as folder
-from attention.kernels.common.cache import code_mark
-from attention.kernels.common.first_use import PASSED, Check, FirstUse
+from attention.kernels.common.cache import code_fingerprint
+from attention.kernels.common.first_use import PASSED, Check, SelfChecks
 from attention.kernels.metal.call import Specialisation
 
-OLDEST_MACOS = 14
+MIN_MACOS = 14
 """Oldest macOS version that MLX supports; its Metal 3.1 has bfloat16 and simdgroup matrices."""
 
 
 @cache
-def look() -> str:
+def describe() -> str:
     """Return GPU and system in a few words.
 
     Raises:
@@ -30,14 +30,14 @@ def look() -> str:
 
     if not mx.metal.is_available():
         raise KernelUnavailable("this MLX has no Metal backend, or finds no GPU")
-    if int(platform.mac_ver()[0].partition(".")[0] or 0) < OLDEST_MACOS:
-        raise KernelUnavailable(f"the Metal kernels need macOS {OLDEST_MACOS}, and this is {platform.mac_ver()[0]}")
-    folder.ready_folder()
-    return mark()
+    if int(platform.mac_ver()[0].partition(".")[0] or 0) < MIN_MACOS:
+        raise KernelUnavailable(f"the Metal kernels need macOS {MIN_MACOS}, and this is {platform.mac_ver()[0]}")
+    folder.ensure_folder()
+    return machine_fingerprint()
 
 
 @cache
-def mark() -> str:
+def machine_fingerprint() -> str:
     """Return what a self-check's result is valid for: GPU, system (with its Metal compiler) and MLX version."""
     import mlx.core as mx
 
@@ -53,12 +53,12 @@ PREFIX: Final = "metal-"
 @once
 def key_of(special: Specialisation) -> str:
     """Return the key of a specialisation's record: its constants and the fingerprint of its code."""
-    return PREFIX + hashlib.sha256(f"{special}{code_mark('kernels/metal')}".encode()).hexdigest()[:32]
+    return PREFIX + hashlib.sha256(f"{special}{code_fingerprint('kernels/metal')}".encode()).hexdigest()[:32]
 
 
-def distrust(special: Specialisation) -> str | None:
+def distrust_reason(special: Specialisation) -> str | None:
     """Return why a specialisation must not be used on this machine, in one line, or None if unknown."""
-    reason = checks.distrust(key_of(special))
+    reason = checks.distrust_reason(key_of(special))
     return f"{special.name}: {reason}" if reason else None
 
 
@@ -80,4 +80,4 @@ def ensure(special: Specialisation, check: Check) -> None:
     checks.ensure(key_of(special), special.name, check)
 
 
-checks = FirstUse(mark)
+checks = SelfChecks(machine_fingerprint)

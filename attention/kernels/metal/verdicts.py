@@ -8,7 +8,7 @@ from typing import Final
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import cache, first_use
 from attention.kernels.metal import trust as metal_trust
-from attention.kernels.metal.call import FEW_ROWS, Call, Shape, specialisation
+from attention.kernels.metal.call import FEW_ROWS, CallParams, CallShape, specialisation
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES
 
 UNKNOWN: Final = (
@@ -18,7 +18,7 @@ UNKNOWN: Final = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """The result of one specialisation's self-check."""
 
     name: str
@@ -33,10 +33,10 @@ class Verdict:
         return self.text == first_use.PASSED
 
 
-def known() -> list[Verdict]:
+def known_results() -> list[CheckResult]:
     """Return all self-check results stored in this cache folder, by name."""
     made = [
-        Verdict(str(record.get("name")), str(text), where)
+        CheckResult(str(record.get("name")), str(text), where)
         for record in cache.records(metal_trust.PREFIX)
         for where, text in record.get("checked", {}).items()
     ]
@@ -45,7 +45,7 @@ def known() -> list[Verdict]:
 
 def summary() -> tuple[str, str | None]:
     """Return the state of the self-checks on this machine in a line, and the error of the first that failed."""
-    here = [verdict for verdict in known() if verdict.machine == metal_trust.mark()]
+    here = [verdict for verdict in known_results() if verdict.machine == metal_trust.machine_fingerprint()]
     failed = [verdict for verdict in here if not verdict.passed]
     if not here:
         return f"no kernel has been used yet, so none has been checked. {UNKNOWN}", None
@@ -59,14 +59,14 @@ def check_all() -> Iterator[str]:
     Raises:
         KernelUnavailable: there is no Metal device.
     """
-    metal_trust.look()
+    metal_trust.describe()
     from attention.kernels.metal import attend, gradients
 
     for dtype in SIZES:
         for head_dim in HEAD_DIMS:
-            many = Shape(1, 4, 2, FEW_ROWS + 1, 83, head_dim, dtype)
-            few = Shape(1, 4, 2, 1, 83, head_dim, dtype)
-            call = Call(head_dim**-0.5, causal=True)
+            many = CallShape(1, 4, 2, FEW_ROWS + 1, 83, head_dim, dtype)
+            few = CallShape(1, 4, 2, 1, 83, head_dim, dtype)
+            call = CallParams(head_dim**-0.5, causal=True)
             for special, shape, check in (
                 (specialisation("forward", many, call), many, attend.check),
                 (specialisation("decode", few, call), few, attend.check),

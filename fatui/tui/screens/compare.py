@@ -13,7 +13,7 @@ from fatui import formatting
 from fatui.report import comparison
 from fatui.tui import actions
 from fatui.tui.terminal import literal
-from fatui.tui.view_models.table_lines import Column, Line
+from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from fatui.tui.app import FatuiApp
 
 COLUMNS = (
-    Column(name="implementation", title="", right=False, widest=16),
-    Column(name="path before", title="path before", right=False, rank=4, widest=22),
-    Column(name="path after", title="path after", right=False, rank=5, widest=22),
-    Column(name="before", title="tokens/s before", rank=2),
-    Column(name="after", title="after", rank=1),
-    Column(name="ratio", title="change", rank=0),
-    Column(name="memory", title="memory", rank=3, widest=24),
+    TableColumn(name="implementation", title="", right=False, widest=16),
+    TableColumn(name="path before", title="path before", right=False, rank=4, widest=22),
+    TableColumn(name="path after", title="path after", right=False, rank=5, widest=22),
+    TableColumn(name="before", title="tokens/s before", rank=2),
+    TableColumn(name="after", title="after", rank=1),
+    TableColumn(name="ratio", title="change", rank=0),
+    TableColumn(name="memory", title="memory", rank=3, widest=24),
 )
-MOST_NAMED = 3
+MAX_NAMED = 3
 EMPTY = "These two runs have no workload and implementation in common."
 
 
@@ -58,12 +58,12 @@ class Compare(Screen[None]):
     def on_mount(self) -> None:
         """Fill the table."""
         self.query_one(StatusLine).show("Comparison of two runs", "above 1 is faster after")
-        lines: list[Line] = []
+        lines: list[TableLine] = []
         label = ""
         for change in self._comparison.changes:
             if change.workload.label != label:
                 label = change.workload.label
-                lines.append(Line(span=f"{label} · noise floor {formatting.percent(change.floor)}", tone="head"))
+                lines.append(TableLine(span=f"{label} · noise floor {formatting.percent(change.floor)}", tone="head"))
             lines.append(_line(change))
         self.query_one(RowTable).show(lines)
 
@@ -80,15 +80,15 @@ class Compare(Screen[None]):
 
 def _some(names: tuple[str, ...]) -> str:
     """Join the first few names, and say how many more there are."""
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f", and {more} more" if more > 0 else "")
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f", and {more} more" if more > 0 else "")
 
 
 def _when(started: str) -> str:
     return started[:16].replace("T", " ")
 
 
-def _line(change: comparison.Change) -> Line:
+def _line(change: comparison.RowChange) -> TableLine:
     significant = change.ratio is not None and change.ratio.significant
     cells = {
         "implementation": change.implementation,
@@ -100,7 +100,7 @@ def _line(change: comparison.Change) -> Line:
         "memory": f"{formatting.size(change.before.peak_bytes)}, {formatting.size(change.after.peak_bytes)}",
     }
     tone = ("good" if change.ratio.value > 1 else "bad") if significant and change.ratio else ""
-    return Line(key=f"{change.implementation} {change.workload.label}", cells=cells, tone=tone)
+    return TableLine(key=f"{change.implementation} {change.workload.label}", cells=cells, tone=tone)
 
 
 def _rate(row: Row) -> str:

@@ -12,7 +12,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from attention.core.errors import UsageError
-from attention.core.files import expanded
+from attention.core.files import expand_home
 from attention.core.plan import Plan
 from attention.core.results import Case, Row
 from fatui import formatting
@@ -297,7 +297,7 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
     def stem(self) -> Path:
         """The path without suffix."""
         name = self.query_one("#name", Input).value.strip()
-        return expanded(self.query_one("#folder", Input).value.strip() or ".") / name
+        return expand_home(self.query_one("#folder", Input).value.strip() or ".") / name
 
     @property
     def problem(self) -> str:

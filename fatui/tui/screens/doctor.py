@@ -13,7 +13,7 @@ from textual.containers import VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Static
 
-from fatui.diagnosis import Finding
+from fatui.diagnosis import DiagnosisItem
 from fatui.tui import actions
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 
@@ -34,7 +34,7 @@ class Doctor(Screen[None]):
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")
-        self._findings: list[Finding] = []
+        self._findings: list[DiagnosisItem] = []
 
     def compose(self) -> ComposeResult:
         """Yield the findings."""
@@ -67,7 +67,7 @@ class Doctor(Screen[None]):
         assert process.stdout is not None
         try:
             async for line in process.stdout:
-                self._findings.append(msgspec.json.decode(line, type=Finding))
+                self._findings.append(msgspec.json.decode(line, type=DiagnosisItem))
                 self._show()
         finally:
             with contextlib.suppress(ProcessLookupError):

@@ -12,10 +12,10 @@ from textual.widgets import Static
 
 from attention.core.results import Report
 from fatui import formatting
-from fatui.storage.history import History as Runs
-from fatui.storage.history import HistoryError, RunLine
+from fatui.storage.history import HistoryError, RunSummary
+from fatui.storage.history import RunHistory as Runs
 from fatui.tui import actions
-from fatui.tui.view_models.table_lines import Column, Line
+from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 FINDING = 72
 COLUMNS = (
-    Column(name="mark", title="", right=False),
-    Column(name="started", title="started", right=False),
-    Column(name="preset", title="preset", right=False, rank=1, widest=20),
-    Column(name="finding", title="finding", right=False, rank=2, widest=FINDING, narrowest=24),
-    Column(name="cases", title="cases", rank=3),
-    Column(name="seconds", title="took", rank=4),
-    Column(name="device", title="device", right=False, rank=5, widest=28),
-    Column(name="id", title="id", right=False, rank=6),
+    TableColumn(name="mark", title="", right=False),
+    TableColumn(name="started", title="started", right=False),
+    TableColumn(name="preset", title="preset", right=False, rank=1, widest=20),
+    TableColumn(name="finding", title="finding", right=False, rank=2, widest=FINDING, narrowest=24),
+    TableColumn(name="cases", title="cases", rank=3),
+    TableColumn(name="seconds", title="took", rank=4),
+    TableColumn(name="device", title="device", right=False, rank=5, widest=28),
+    TableColumn(name="id", title="id", right=False, rank=6),
 )
 EMPTY = "No runs yet; finished runs appear here."
 
@@ -46,7 +46,7 @@ class History(Screen[Report]):
     def __init__(self) -> None:
         super().__init__(classes="list-screen")
         self._history = Runs()
-        self._runs: list[RunLine] = []
+        self._runs: list[RunSummary] = []
         self._marked: list[str] = []
         self._deleted: list[Report] = []
 
@@ -171,7 +171,7 @@ class History(Screen[Report]):
         self.dismiss()
 
 
-def _line(run: RunLine, marked: bool) -> Line:
+def _line(run: RunSummary, marked: bool) -> TableLine:
     cells = {
         "mark": "●" if marked else " ",
         "started": run.started[:16].replace("T", " "),
@@ -182,4 +182,4 @@ def _line(run: RunLine, marked: bool) -> Line:
         "device": run.device or formatting.UNKNOWN,
         "id": run.id,
     }
-    return Line(key=run.id, cells=cells)
+    return TableLine(key=run.id, cells=cells)

@@ -49,7 +49,7 @@ def right_text(app: "FatuiApp") -> str:
     told = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
     session, going = app.session, app.runs.going
     if going is not None and going is not session:
-        left = estimate.left(going)
+        left = estimate.remaining(going)
         return f"{going.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{told}"
     if session is None:
         return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{told}"
@@ -63,7 +63,7 @@ def right_text(app: "FatuiApp") -> str:
 
 
 def _phase(session: AnySession) -> str:
-    left = estimate.left(session)
+    left = estimate.remaining(session)
     if session.phase != "running" or left is None:
         return f"{session.phase}, {formatting.duration(session.elapsed_s)}"
     if session.building:
@@ -73,8 +73,8 @@ def _phase(session: AnySession) -> str:
     return f"running{case} · {formatting.duration(session.elapsed_s)} · {left.words}"
 
 
-LEAST = (60, 16)
-WIDE = (110, 32)
+MIN_SIZE = (60, 16)
+MIN_WIDE_SIZE = (110, 32)
 """Minimum size at which all panes are shown side by side."""
 TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
 PANES = {"implementations-pane": "setup", "workload": "setup", "live": "live", "comparison": "results", "log": "log"}
@@ -139,12 +139,12 @@ class MainScreen(MainView):
     def on_resize(self) -> None:
         """Choose between panes, tabs, and the notice that the terminal is too small."""
         width, height = self.app.size
-        small = width < LEAST[0] or height < LEAST[1]
-        wide = width >= WIDE[0] and height >= WIDE[1]
+        small = width < MIN_SIZE[0] or height < MIN_SIZE[1]
+        wide = width >= MIN_WIDE_SIZE[0] and height >= MIN_WIDE_SIZE[1]
         self.set_class(small, "-small")
         self.set_class(not wide, "-narrow")
         if small:
-            self.query_one("#too-small", Static).update(TOO_SMALL.format(*LEAST, width, height))
+            self.query_one("#too-small", Static).update(TOO_SMALL.format(*MIN_SIZE, width, height))
         self.call_after_refresh(self.show_run)
 
     def show_draft(self) -> None:
@@ -152,7 +152,7 @@ class MainScreen(MainView):
         app = self.app
         workload = shown_workload(app.draft)
         self.query_one(ImplementationPicker).show(
-            availability.make_offers(app.draft, workload, app.advice, self._took(workload))
+            availability.make_picker_rows(app.draft, workload, app.advice, self._took(workload))
         )
         pane = self.query_one(WorkloadPane)
         if pane.draft is not app.draft:
@@ -171,7 +171,7 @@ class MainScreen(MainView):
         draft = self.app.draft
         if not draft.implementations:
             return "no implementation is selected; space selects one"
-        return estimate.in_words(draft.plan(), self.app.remembered.pace, self.app.device_name)
+        return estimate.estimate_text(draft.plan(), self.app.remembered.pace, self.app.device_name)
 
     def show_run(self) -> None:
         """Draw the current run, or the report that was opened."""

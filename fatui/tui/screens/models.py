@@ -13,8 +13,8 @@ from textual.widgets import Input, Static
 from attention.core.errors import NoBackendError, UsageError
 from attention.core.plan import FineTuningPlan, GenerationPlan
 from attention.core.results import Report
-from attention.core.workload import COMPARED, FineTuning, generations
-from attention.mlx_lm.configuration import check_mlx_lm, find, names
+from attention.core.workload import MAX_COMPARED_LENGTH, FineTuning, generations
+from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
 from fatui import formatting
 from fatui.report.table import report_table
 from fatui.reproduce import finetune_command, model_command
@@ -56,7 +56,7 @@ class ModelScreen(Screen[None]):
             pane.border_title = self.TITLE_TEXT
             with Widget(id="choices"):
                 yield from (self._restored(choice, chosen) for choice in (self._model_choice(chosen), *self.choices()))
-            yield Toggles(COMPARED, chosen.get("implementations", COMPARED), id="implementations")
+            yield Toggles(MAX_COMPARED_LENGTH, chosen.get("implementations", MAX_COMPARED_LENGTH), id="implementations")
             yield Input(placeholder=FOLDER, id="folder")
         with Vertical(classes="pane", id="live-pane") as pane:
             pane.border_title = "Live"
@@ -89,7 +89,7 @@ class ModelScreen(Screen[None]):
         """Draw the charts of a run."""
 
     def _model_choice(self, chosen: dict[str, tuple[str, ...]]) -> Choice:
-        known = tuple(dict.fromkeys((*names(), *chosen.get("model", ()))))
+        known = tuple(dict.fromkeys((*bundled_names(), *chosen.get("model", ()))))
         return Choice("model", known, id="model")
 
     def _restored(self, choice: Choice, chosen: dict[str, tuple[str, ...]]) -> Choice:
@@ -129,7 +129,7 @@ class ModelScreen(Screen[None]):
 
     def model_layers(self) -> int:
         """Return the number of layers of the chosen model."""
-        return find(self.chosen("model")).layers
+        return find_model(self.chosen("model")).layers
 
     def action_run(self) -> None:
         """Run the plan that is set up."""
@@ -152,7 +152,7 @@ class ModelScreen(Screen[None]):
         """Add the folder to the models, and choose it."""
         choice = self.query_one("#model", Choice)
         try:
-            find(event.value)
+            find_model(event.value)
         except UsageError as error:
             self.app.tell(str(error), "warning")
             return

@@ -13,19 +13,19 @@ from textual.widgets import Input, Static
 from attention.core.errors import UsageError
 from fatui.storage import presets
 from fatui.tui import actions
-from fatui.tui.view_models.table_lines import Column, Line
+from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
-from fatui.untrusted_text import clean
+from fatui.untrusted_text import escape_controls
 
 if TYPE_CHECKING:
     from fatui.tui.app import FatuiApp
 
 COLUMNS = (
-    Column(name="name", title="preset", right=False, widest=28),
-    Column(name="cases", title="cases", rank=1),
-    Column(name="origin", title="", right=False, rank=2),
-    Column(name="title", title="title", right=False, rank=3, widest=48),
+    TableColumn(name="name", title="preset", right=False, widest=28),
+    TableColumn(name="cases", title="cases", rank=1),
+    TableColumn(name="origin", title="", right=False, rank=2),
+    TableColumn(name="title", title="title", right=False, rank=3, widest=48),
 )
 MAX_PREVIEW = 20_000
 EMPTY = "There are no presets; 'Save as' on the main screen makes one."
@@ -40,7 +40,7 @@ class Presets(Screen[str]):
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")
-        self._listed: dict[str, presets.Listed] = {}
+        self._listed: dict[str, presets.PresetEntry] = {}
         self._deleted: list[tuple[Path, str | None]] = []
         """The file of each deleted preset, and its name if the draft was made from it."""
 
@@ -154,18 +154,18 @@ class Presets(Screen[str]):
         return True
 
 
-def _line(listed: presets.Listed) -> Line:
+def _line(listed: presets.PresetEntry) -> TableLine:
     made = listed.preset
     cells = {"name": listed.name, "origin": "bundled" if listed.bundled else "own"}
     if made is None:
-        return Line(key=listed.name, cells={**cells, "title": "has mistakes"}, tone="bad")
-    return Line(key=listed.name, cells={**cells, "cases": str(len(made.cases)), "title": made.title})
+        return TableLine(key=listed.name, cells={**cells, "title": "has mistakes"}, tone="bad")
+    return TableLine(key=listed.name, cells={**cells, "cases": str(len(made.cases)), "title": made.title})
 
 
-def _preview_text(listed: presets.Listed) -> str:
+def _preview_text(listed: presets.PresetEntry) -> str:
     if listed.preset is None:
-        return clean("\n".join(["This preset has mistakes:", "", *listed.problems]), MAX_PREVIEW)
+        return escape_controls("\n".join(["This preset has mistakes:", "", *listed.problems]), MAX_PREVIEW)
     made = listed.preset
     limit = f"up to {made.seconds:g} s a case; {', '.join(made.implementations)}"
     head = [text for text in (made.title, made.summary, limit, str(listed.source)) if text]
-    return clean("\n".join([*head, "", presets.to_toml(made)]), MAX_PREVIEW)
+    return escape_controls("\n".join([*head, "", presets.to_toml(made)]), MAX_PREVIEW)

@@ -13,7 +13,7 @@ from fatui.report import scaling
 from fatui.tui import actions
 from fatui.tui.terminal import literal
 from fatui.tui.widgets.bars import KeyBar, StatusLine
-from fatui.tui.widgets.charts import ChartData, HeatData, HeatMap, LineChart, say_value
+from fatui.tui.widgets.charts import ChartData, HeatData, HeatMap, LineChart, format_value
 
 if TYPE_CHECKING:
     from fatui.tui.app import FatuiApp
@@ -118,13 +118,13 @@ def _said(axes: tuple[str, ...]) -> str:
     return ", ".join(axis.rstrip("_") for axis in axes)
 
 
-def _crossover_words(lines: dict[str, list[scaling.Point]], axis: str) -> list[str]:
+def _crossover_words(lines: dict[str, list[scaling.RatePoint]], axis: str) -> list[str]:
     found = scaling.crossovers(lines)
     name = axis.rstrip("_")
     if not found:
         return [f"No implementation clearly overtakes another over {name}."]
     return [
-        f"{each.faster_after} overtakes {each.faster_before} between {name} {say_value(each.between[0])}"
-        f" and {say_value(each.between[1])}"
+        f"{each.faster_after} overtakes {each.faster_before} between {name} {format_value(each.between[0])}"
+        f" and {format_value(each.between[1])}"
         for each in found
     ]

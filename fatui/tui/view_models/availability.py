@@ -11,7 +11,7 @@ from fatui.draft import Draft
 from fatui.tui.advisor import Advice
 
 
-class Offer(Struct, frozen=True):
+class PickerRow(Struct, frozen=True):
     """One implementation of the list."""
 
     name: str
@@ -36,9 +36,9 @@ def names_for(draft: Draft) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(entry.name for entry in CATALOGUE), *draft.implementations]))
 
 
-def make_offers(
+def make_picker_rows(
     draft: Draft, workload: Workload | None, advice: Advice, took: dict[str, str] | None = None
-) -> tuple[Offer, ...]:
+) -> tuple[PickerRow, ...]:
     """Return one entry per implementation.
 
     Args:
@@ -51,7 +51,7 @@ def make_offers(
     return tuple(_with_trial(offer, (took or {}).get(offer.name)) for offer in made)
 
 
-def _with_trial(offer: Offer, took: str | None) -> Offer:
+def _with_trial(offer: PickerRow, took: str | None) -> PickerRow:
     """For an implementation that tunes itself, show the result of its last trial, or that the run will try."""
     if UNTRIED not in offer.path:
         return offer
@@ -60,19 +60,19 @@ def _with_trial(offer: Offer, took: str | None) -> Offer:
     return structs.replace(offer, path=f"{path} {WAITING}" if waiting else path)
 
 
-def _offer(name: str, chosen: bool, workload: Workload | None, draft: Draft, advice: Advice) -> Offer:
+def _offer(name: str, chosen: bool, workload: Workload | None, draft: Draft, advice: Advice) -> PickerRow:
     route = advice.answer.routes.get(name)
     problem = advice.problem or advice.answer.problems.get(name, "")
     if problem:
-        return Offer(name, chosen, "not available", problem, able=False)
+        return PickerRow(name, chosen, "not available", problem, able=False)
     if route is None or workload is None:
         summary = next((entry.summary for entry in CATALOGUE if entry.name == name), "")
-        return Offer(name, chosen, WAITING if workload else "-", summary)
-    path, able = words(route, workload, advice.device, draft)
-    return Offer(name, chosen, path if advice.current else f"{path} {WAITING}", route.reason, able)
+        return PickerRow(name, chosen, WAITING if workload else "-", summary)
+    path, able = availability(route, workload, advice.device, draft)
+    return PickerRow(name, chosen, path if advice.current else f"{path} {WAITING}", route.reason, able)
 
 
-def words(route: Route, workload: Workload, device: Device | None, draft: Draft) -> tuple[str, bool]:
+def availability(route: Route, workload: Workload, device: Device | None, draft: Draft) -> tuple[str, bool]:
     """Return the path or the obstacle as text, and whether it would run at all."""
     if not route.supported:
         return f"cannot: {route.reason}", False

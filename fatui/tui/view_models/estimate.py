@@ -9,9 +9,9 @@ from attention.core.plan import Plan
 from attention.core.results import Report
 from attention.core.workload import Workload
 from attention.engine.progress import case_s
-from attention.engine.progress import kind as kind_of_case
+from attention.engine.progress import timing_group as kind_of_case
 from fatui import formatting
-from fatui.storage.settings import Pace
+from fatui.storage.settings import RunSpeed
 from fatui.tui.view_models.session import AnySession
 
 MAX_SCALE: Final = 64.0
@@ -20,12 +20,12 @@ MAX_SIZES: Final = 16
 """Number of sizes remembered per kind of call."""
 
 
-def kind(name: str, workload: Workload) -> str:
+def timing_group(name: str, workload: Workload) -> str:
     """Return the kind of calls that can be estimated from each other: "poc float16 forward"."""
     return f"{name} {kind_of_case(workload)}"
 
 
-def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
+def estimate_s(plan: Plan, pace: RunSpeed, device: str) -> float | None:
     """Estimate the maximum seconds of a run; rounds that reach their precision end earlier.
 
     None if no call of a case's kind is known: times of training in bfloat16 do not predict those of decode.
@@ -34,7 +34,7 @@ def estimate_s(plan: Plan, pace: Pace, device: str) -> float | None:
         return None
     total = 0.0
     for case in plan.cases:
-        known = [_call_s(pace.calls.get(kind(name, case), []), case.flops) for name in plan.ordered]
+        known = [_call_s(pace.calls.get(timing_group(name, case), []), case.flops) for name in plan.ordered]
         calls = [seconds for seconds in known if seconds is not None]
         if not calls:
             return None
@@ -52,7 +52,7 @@ def _call_s(known: list[tuple[float, float]], flops: float) -> float | None:
     return seconds * flops / size if 1 / MAX_SCALE <= flops / size <= MAX_SCALE else None
 
 
-def in_words(plan: Plan, pace: Pace, device: str) -> str:
+def estimate_text(plan: Plan, pace: RunSpeed, device: str) -> str:
     """Format the estimate, or the reason why there is none, in one line."""
     seconds = estimate_s(plan, pace, device)
     if seconds is not None:
@@ -61,7 +61,7 @@ def in_words(plan: Plan, pace: Pace, device: str) -> str:
     return f"takes up to {rounds} of rounds, and set-up; the total is known after the first run of this kind"
 
 
-def learn(pace: Pace, report: Report, spent_s: float) -> Pace:
+def learn(pace: RunSpeed, report: Report, spent_s: float) -> RunSpeed:
     """Add the timings of a complete run; those of another device are dropped.
 
     Args:
@@ -74,14 +74,14 @@ def learn(pace: Pace, report: Report, spent_s: float) -> Pace:
     rows = [(case.workload, row) for case in report.cases for row in case.rows]
     for workload, row in rows:
         if row.call_s is not None:
-            sizes = calls.setdefault(kind(row.implementation, workload), [])
+            sizes = calls.setdefault(timing_group(row.implementation, workload), [])
             sizes[:] = [each for each in sizes if each[0] != workload.flops][1 - MAX_SIZES :]
             sizes.append((float(workload.flops), row.call_s.median))
     set_up = max(0.0, report.run.seconds - spent_s) / max(1, len(rows))
     return structs.replace(pace, device=device, set_up_s=set_up, calls=calls)
 
 
-class Left(Struct, frozen=True):
+class Remaining(Struct, frozen=True):
     """The progress of a run, and its time left."""
 
     done: float
@@ -95,7 +95,7 @@ class Left(Struct, frozen=True):
         return formatting.time_left(self.seconds)
 
 
-def left(session: AnySession) -> Left | None:
+def remaining(session: AnySession) -> Remaining | None:
     """Return the estimate shown by both status line and progress bar; None before there is any.
 
     It is the worker's last estimate, counted down, but not less than an estimate of the case from earlier runs or a
@@ -110,4 +110,4 @@ def left(session: AnySession) -> Left | None:
         return None
     seconds = max(known)
     whole = session.elapsed_s + max(seconds, 0.0)
-    return Left(min(session.elapsed_s / whole, 0.99) if whole > 0 else 0.0, seconds)
+    return Remaining(min(session.elapsed_s / whole, 0.99) if whole > 0 else 0.0, seconds)

@@ -10,15 +10,15 @@ from msgspec import Struct
 
 from attention.core import events as on
 from attention.core.plan import AnyPlan
-from attention.implementations.autotune.tuning_events import in_words
+from attention.implementations.autotune.tuning_events import log_line
 from fatui import formatting
-from fatui.untrusted_text import clean
+from fatui.untrusted_text import escape_controls
 
 Level = Literal["info", "warning", "error"]
-MOST_LINES: Final = 10_000
+MAX_LINES: Final = 10_000
 
 
-class Line(Struct, frozen=True):
+class LogLine(Struct, frozen=True):
     """One line of the log."""
 
     at: str
@@ -32,7 +32,7 @@ class Line(Struct, frozen=True):
         return f"{self.at}  {level}{self.text}"
 
 
-class Journal:
+class Log:
     """The latest lines of the log, and counts of all.
 
     Attributes:
@@ -40,25 +40,25 @@ class Journal:
         errors: number of messages ever written at level error.
     """
 
-    def __init__(self, now: Callable[[], datetime] = datetime.now, most: int = MOST_LINES) -> None:
+    def __init__(self, now: Callable[[], datetime] = datetime.now, most: int = MAX_LINES) -> None:
         self.count = 0
         self.errors = 0
         self._now = now
-        self._lines: deque[Line] = deque(maxlen=most)
+        self._lines: deque[LogLine] = deque(maxlen=most)
 
     def write(self, text: str, level: Level = "info") -> None:
         """Add a message; each of its lines becomes a line of the log."""
         at = f"{self._now():%H:%M:%S}"
         self.errors += level == "error"
         for part in text.splitlines() or [""]:
-            self._lines.append(Line(at, level, clean(part)))
+            self._lines.append(LogLine(at, level, escape_controls(part)))
             self.count += 1
 
     def __len__(self) -> int:
         """Number of lines still held."""
         return len(self._lines)
 
-    def since(self, number: int) -> Iterator[Line]:
+    def since(self, number: int) -> Iterator[LogLine]:
         """Iterate over the lines from a number on, counted from 0 over all ever written."""
         gone = self.count - len(self._lines)
         return islice(self._lines, max(0, number - gone), None)
@@ -68,11 +68,11 @@ class Journal:
         return "".join(f"{line}\n" for line in self._lines)
 
 
-Said = tuple[str, Level] | None
-SILENT: Final = None
+LeveledText = tuple[str, Level] | None
+UNLOGGED: Final = None
 
 
-def narrate(event: on.AnyEvent, plan: AnyPlan) -> Said:
+def event_line(event: on.AnyEvent, plan: AnyPlan) -> LeveledText:
     """Return the log line of an event and its level, or None for events that are not logged."""
     match event:
         case on.RunStarted():
@@ -92,27 +92,27 @@ def narrate(event: on.AnyEvent, plan: AnyPlan) -> Said:
         case on.WorkerUnusable():
             return "the device is in an unknown state; the engine is restarted", "warning"
         case on.TrialStarted() | on.Tuned() | on.Switched():
-            return in_words(event), "info"
+            return log_line(event), "info"
         case on.Progress():
-            return SILENT
+            return UNLOGGED
         case _:
             return _narrate_case(event, plan)
 
 
-def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> Said:
+def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> LeveledText:
     match event:
         case on.CaseStarted():
             return f"case {event.case + 1} of {len(plan.cases)}: {plan.cases[event.case].label}", "info"
         case on.RouteFound():
             return f"{event.implementation}: {event.route.path}; {event.route.reason}", "info"
-        case on.Expected():
-            return expected(event), "info"
+        case on.CaseTimeEstimated():
+            return estimate_line(event), "info"
         case on.RowEnded():
             level: Level = "error" if event.status == "failed" else "warning"
             return f"{event.implementation}: {event.status}: {event.reason}", level
         case on.FirstCall():
             return f"{event.implementation}: first call {formatting.seconds(event.seconds)}", "info"
-        case on.Checked() if not event.accurate:
+        case on.AccuracyChecked() if not event.accurate:
             return f"{event.implementation}: inaccurate: {event.detail}", "error"
         case on.ReferenceChosen() if event.implementation != plan.ordered[0]:
             return f"speedups are relative to {event.implementation}", "info"
@@ -120,10 +120,10 @@ def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> Said:
             return f"case {event.case + 1} of {len(plan.cases)} ended: no implementation is left", "warning"
         case on.CaseDone():
             return f"case {event.case + 1} of {len(plan.cases)} complete, stopped by {event.stopped_by}", "info"
-    return SILENT
+    return UNLOGGED
 
 
-def expected(event: on.Expected) -> str:
+def estimate_line(event: on.CaseTimeEstimated) -> str:
     """Format an estimate: "about 4 min 20 s for 5 implementations"."""
     count = event.implementations
     return f"about {formatting.duration(event.seconds)} for {count} implementation{'s' if count > 1 else ''}"

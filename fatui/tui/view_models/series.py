@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
-MOST_POINTS: Final = 512
+MAX_POINTS: Final = 512
 
 
 class Series:
@@ -14,12 +14,12 @@ class Series:
         last, highest: the latest and the highest single value; None before the first.
     """
 
-    def __init__(self, most: int = MOST_POINTS) -> None:
+    def __init__(self, most: int = MAX_POINTS) -> None:
         self.points: list[float] = []
         self.per_point = 1
         self.last: float | None = None
         self.highest: float | None = None
-        self._most = most
+        self._max_points = most
         self._sum = 0.0
         self._count = 0
 
@@ -32,7 +32,7 @@ class Series:
         if self._count >= self.per_point:
             self.points.append(self._sum / self._count)
             self._sum, self._count = 0.0, 0
-        if len(self.points) >= self._most:
+        if len(self.points) >= self._max_points:
             self.points = [(a + b) / 2 for a, b in zip(self.points[::2], self.points[1::2], strict=False)]
             self.per_point *= 2
 

@@ -18,7 +18,7 @@ from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
 from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run
 from attention.engine.record import INTERRUPTED, AnyRecord, summarise
 from fatui.engine_process import Silence
-from fatui.tui.view_models.journal import Journal, expected, narrate
+from fatui.tui.view_models.journal import Log, estimate_line, event_line
 from fatui.tui.view_models.series import Series
 
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
@@ -64,7 +64,7 @@ class RunSession(ABC, Generic[P, C]):
     def __init__(
         self,
         plan: P,
-        journal: Journal,
+        journal: Log,
         make_engine: MakeEngine,
         *,
         command: str,
@@ -184,7 +184,7 @@ class RunSession(ABC, Generic[P, C]):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.engine.process_id, signal.SIGKILL)
 
-    def note_memory(self, name: str, value: float | None) -> None:
+    def record_memory(self, name: str, value: float | None) -> None:
         """Record a memory figure, in bytes."""
         if value is not None:
             self.memory.setdefault(name, Series()).add(value)
@@ -206,7 +206,7 @@ class RunSession(ABC, Generic[P, C]):
     def report(self) -> Report:
         """Return the report of the run, as stored in the history and in exports."""
 
-    def _of_run(self) -> Run:
+    def _run_info(self) -> Run:
         """Return the description of the run for the report."""
         return Run(
             id=self._id,
@@ -218,8 +218,8 @@ class RunSession(ABC, Generic[P, C]):
         )
 
     def _listen(self, event: on.AnyEvent) -> None:
-        self._silence.hear(event)
-        self._heard = self._silence.heard
+        self._silence.record_event(event)
+        self._heard = self._silence.last_event_s
         if self.phase == "starting":
             self.phase = "running"
         self._narrate(event)
@@ -231,7 +231,7 @@ class RunSession(ABC, Generic[P, C]):
                 self._rounds_began = self._heard
         elif isinstance(event, on.Progress):
             self._progress_at = self._heard
-        elif isinstance(event, on.Expected):
+        elif isinstance(event, on.CaseTimeEstimated):
             self.expected_s = self.elapsed_s - self.once_s + event.seconds
         elif isinstance(event, on.RoundsDone):
             self.expected_s = None  # the worker goes by the pace of the rounds from here on
@@ -243,7 +243,7 @@ class RunSession(ABC, Generic[P, C]):
 
     def _narrate(self, event: on.AnyEvent) -> None:
         """Log an event if it is worth a line; note a restarted case, and do not repeat routes."""
-        said = narrate(event, self.plan)
+        said = event_line(event, self.plan)
         if said is None:
             return
         if isinstance(event, on.RouteFound):
@@ -265,13 +265,13 @@ class RunSession(ABC, Generic[P, C]):
     def _follow(self, event: on.RoundsDone) -> None:
         tokens = self.plan.cases[event.case].tokens
         for name, samples in event.samples.items():
-            if name not in (on.AGAIN, on.WITHOUT):
+            if name not in (on.REPEATED_REFERENCE, on.WITHOUT_ATTENTION):
                 series = self.rates.setdefault(name, Series())
                 for seconds in samples:
                     if seconds is not None:  # None: the implementation took no part in the round
                         series.add(tokens / seconds)
-        self.note_memory("MLX active", event.active_bytes)
-        self.note_memory("MLX peak", event.peak_bytes)
+        self.record_memory("MLX active", event.active_bytes)
+        self.record_memory("MLX peak", event.peak_bytes)
 
     async def _finish_cases(self) -> None:
         """Compute the final rows of each case when it completes, off the event loop."""
@@ -308,7 +308,7 @@ class Session(RunSession[Plan, Case]):
         """Return the report of the run, as stored in the history and in exports."""
         cases = tuple(self._final.get(index) or self.record.case(index) for index in range(len(self.record.cases)))
         return Report(
-            run=self._of_run(),
+            run=self._run_info(),
             environment=self.record.environment,
             peaks=self.record.peaks,
             cases=tuple(case for case in cases if case.rows),
@@ -340,7 +340,7 @@ class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineT
 
     def report(self) -> Report:
         """Return the report of the run so far, as stored in the history and in exports."""
-        return self.record.report(self._of_run())
+        return self.record.report(self._run_info())
 
     def _begin_case(self, case: int) -> None:
         super()._begin_case(case)
@@ -350,13 +350,13 @@ class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineT
         super()._listen(event)
         if isinstance(event, on.Message):
             self.said = event.text
-        elif isinstance(event, on.Expected):
-            self.said = expected(event)
-        if isinstance(event, on.IterationDone) and event.implementation != on.AGAIN:
+        elif isinstance(event, on.CaseTimeEstimated):
+            self.said = estimate_line(event)
+        if isinstance(event, on.IterationDone) and event.implementation != on.REPEATED_REFERENCE:
             tokens = self.plan.cases[event.case].tokens
             if event.number > 1:  # the first one compiles
                 self.rates.setdefault(event.implementation, Series()).add(tokens / event.seconds)
             if event.loss is not None:
                 self.losses.setdefault(event.implementation, Series()).add(event.loss)
-            self.note_memory("MLX active", event.active_bytes)
-            self.note_memory("MLX peak", event.peak_bytes)
+            self.record_memory("MLX active", event.active_bytes)
+            self.record_memory("MLX peak", event.peak_bytes)

@@ -11,7 +11,7 @@ from fatui import formatting
 from fatui.report.document import counted
 
 
-class Column(Struct, frozen=True, kw_only=True):
+class TableColumn(Struct, frozen=True, kw_only=True):
     """One column; when two do not both fit, the one with the lower rank is shown."""
 
     name: str
@@ -27,7 +27,7 @@ class Column(Struct, frozen=True, kw_only=True):
     """Width to which the column may shrink, cutting its texts, rather than leave the page; None: it keeps its width."""
 
 
-class Line(Struct, frozen=True, kw_only=True):
+class TableLine(Struct, frozen=True, kw_only=True):
     """A row, or the heading of a block of rows."""
 
     key: str | None = None
@@ -42,22 +42,22 @@ class Line(Struct, frozen=True, kw_only=True):
 STAR: Final = " ★"
 NO_STAR: Final = "  "
 COLUMNS: Final = (
-    Column(name="implementation", title="", right=False, least=9, widest=16),
-    Column(name="path", title="path", right=False, rank=6, least=18, widest=22, narrowest=10),
-    Column(name="tokens/s", title="tokens/s", rank=1, least=8),
-    Column(name="per call", title="per call", rank=5, least=7),
-    Column(name="speedup", title="speedup", rank=2, least=13),
-    Column(name="efficiency", title="eff.", rank=7),
-    Column(name="verdict", title="verdict", right=False, rank=3, least=8, widest=19),
-    Column(name="memory", title="memory", rank=8),
-    Column(name="max error", title="max error", rank=9),
-    Column(name="interval", title="per call, 95 %", rank=10),
-    Column(name="FLOP/s", title="rate", rank=11),
-    Column(name="latency", title="latency", rank=12),
-    Column(name="first call", title="first call", rank=13),
-    Column(name="predicted", title="predicted", rank=14),
-    Column(name="rms error", title="rms error", rank=15),
-    Column(name="stopped by", title="stopped by", right=False, rank=16, widest=14),
+    TableColumn(name="implementation", title="", right=False, least=9, widest=16),
+    TableColumn(name="path", title="path", right=False, rank=6, least=18, widest=22, narrowest=10),
+    TableColumn(name="tokens/s", title="tokens/s", rank=1, least=8),
+    TableColumn(name="per call", title="per call", rank=5, least=7),
+    TableColumn(name="speedup", title="speedup", rank=2, least=13),
+    TableColumn(name="efficiency", title="eff.", rank=7),
+    TableColumn(name="verdict", title="verdict", right=False, rank=3, least=8, widest=19),
+    TableColumn(name="memory", title="memory", rank=8),
+    TableColumn(name="max error", title="max error", rank=9),
+    TableColumn(name="interval", title="per call, 95 %", rank=10),
+    TableColumn(name="FLOP/s", title="rate", rank=11),
+    TableColumn(name="latency", title="latency", rank=12),
+    TableColumn(name="first call", title="first call", rank=13),
+    TableColumn(name="predicted", title="predicted", rank=14),
+    TableColumn(name="rms error", title="rms error", rank=15),
+    TableColumn(name="stopped by", title="stopped by", right=False, rank=16, widest=14),
 )
 SORT_FIGURES: Final[dict[str, Callable[[Row], float | str | None]]] = {
     "path": lambda row: row.path,
@@ -100,12 +100,12 @@ def sorted_rows(rows: tuple[Row, ...], by: str, descending: bool) -> list[Row]:
     return known + [row for row in rows if figure(row) is None]
 
 
-def case_lines(index: int, case: Case, by: str, descending: bool) -> list[Line]:
+def case_lines(index: int, case: Case, by: str, descending: bool) -> list[TableLine]:
     """Return the lines of one case's rows."""
     fastest = formatting.best_of(case)
     leanest = _leanest(case)
     return [
-        Line(
+        TableLine(
             key=row_key(index, row.implementation),
             cells=_cells(row, case, row.implementation in fastest, row.implementation in leanest),
             tone=_tone(row, row.implementation in fastest),
@@ -155,9 +155,9 @@ def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]
     }
 
 
-def block_head(index: int, case: Case) -> Line:
+def block_head(index: int, case: Case) -> TableLine:
     """Return the heading of one case in a run of several."""
-    return Line(span=f"{index + 1}. {case.workload.label}{notes(case)}", tone="head")
+    return TableLine(span=f"{index + 1}. {case.workload.label}{notes(case)}", tone="head")
 
 
 def notes(case: Case) -> str:
@@ -167,32 +167,34 @@ def notes(case: Case) -> str:
     return f"{text} · noise floor {formatting.percent(floor.floor)}" if floor and math.isfinite(floor.floor) else text
 
 
-def in_step(step: str) -> str:
+def step_text(step: str) -> str:
     """Format the current step of an implementation."""
     return "compiling" if step == "build" else step
 
 
-def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[Line]:
+def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[TableLine]:
     """Return the lines of implementations that have no row yet, with their current step."""
     return [
-        Line(
-            key=row_key(index, name), cells={"implementation": name, "verdict": in_step(step) or "waiting"}, tone="dim"
+        TableLine(
+            key=row_key(index, name),
+            cells={"implementation": name, "verdict": step_text(step) or "waiting"},
+            tone="dim",
         )
         for name, step in names
     ]
 
 
-def summary_lines(summary: tuple[Summary, ...], total: int) -> list[Line]:
+def summary_lines(summary: tuple[Summary, ...], total: int) -> list[TableLine]:
     """Return the geometric mean of each implementation over the complete cases."""
     if not summary:
         return []
-    head = Line(span=f"Geometric mean of the speedups, {counted(total, 'case')} complete", tone="head")
+    head = TableLine(span=f"Geometric mean of the speedups, {counted(total, 'case')} complete", tone="head")
     return [head, *(_summary_line(line, total) for line in summary)]
 
 
-def _summary_line(line: Summary, total: int) -> Line:
+def _summary_line(line: Summary, total: int) -> TableLine:
     count = counted(total, "case")
     count = count if line.cases == total else f"{line.cases} of {count}"
     bad = f"{line.not_ok} not ok" if line.not_ok else ""
     cells = {"implementation": line.implementation, "path": count, "speedup": formatting.speedup_text(line.speedup)}
-    return Line(cells={**cells, "verdict": bad})
+    return TableLine(cells={**cells, "verdict": bad})

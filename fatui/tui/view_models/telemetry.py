@@ -25,10 +25,10 @@ class Reading(Struct, frozen=True, kw_only=True):
     power_w: float | None = None
     process_bytes: int | None = None
     """Resident memory of the engine's process."""
-    gpu: "Gpu | None" = None
+    gpu: "GpuReading | None" = None
 
 
-class Gpu(Struct, frozen=True, kw_only=True):
+class GpuReading(Struct, frozen=True, kw_only=True):
     """One reading of a CUDA device."""
 
     load_percent: float | None = None
@@ -100,7 +100,7 @@ class Telemetry:
         except (OSError, ValueError, ZeroDivisionError):
             return None
 
-    def _gpu(self) -> Gpu | None:
+    def _gpu(self) -> GpuReading | None:
         if not self._nvml_tried:
             self._nvml_tried = True
             with contextlib.suppress(Exception):  # no pynvml, no driver, no device
@@ -120,7 +120,7 @@ class Telemetry:
         load, memory = ask(nvml.nvmlDeviceGetUtilizationRates), ask(nvml.nvmlDeviceGetMemoryInfo)
         clock = ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM)
         power = ask(nvml.nvmlDeviceGetPowerUsage)
-        return Gpu(
+        return GpuReading(
             load_percent=load.gpu if load else None,
             clock_hz=clock * 1e6 if clock else None,
             temperature_c=ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
@@ -129,16 +129,16 @@ class Telemetry:
         )
 
 
-def in_words(reading: Reading) -> str:
+def reading_text(reading: Reading) -> str:
     """Format the telemetry line: "CPU 198 %   clock 3.4 GHz   temperature n/a   power n/a"."""
     return "   ".join([*_device_words("CPU", reading.cpu_percent, reading), *(_gpu_words(reading.gpu))])
 
 
-def _gpu_words(gpu: Gpu | None) -> list[str]:
+def _gpu_words(gpu: GpuReading | None) -> list[str]:
     return _device_words("GPU", gpu.load_percent, gpu) if gpu else []
 
 
-def _device_words(name: str, load: float | None, reading: "Reading | Gpu") -> list[str]:
+def _device_words(name: str, load: float | None, reading: "Reading | GpuReading") -> list[str]:
     clock = "n/a" if reading.clock_hz is None else f"{formatting.rate(reading.clock_hz)}Hz"
     temperature = "n/a" if reading.temperature_c is None else f"{reading.temperature_c:.0f} °C"
     power = "n/a" if reading.power_w is None else f"{reading.power_w:.0f} W"

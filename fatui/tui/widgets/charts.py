@@ -13,14 +13,14 @@ from textual.widget import Widget
 
 from attention.core.results import Row
 from fatui import formatting
-from fatui.quantities import say
-from fatui.report.scaling import Point, Value
+from fatui.quantities import format_number
+from fatui.report.scaling import RatePoint, Value
 from fatui.tui.widgets.row_table import clip
 
 LABEL_WIDTH: Final = 10
 FIGURE_WIDTH: Final = 9
 LEVELS: Final = " ▁▂▃▄▅▆▇█"
-TALLEST: Final = 4
+MAX_TREND_ROWS: Final = 4
 """Maximum rows of one trend, however large the terminal."""
 
 
@@ -80,7 +80,7 @@ class TrendChart(Widget):
 
     @property
     def _rows_each(self) -> int:
-        return min(TALLEST, max(1, (self.size.height - 1) // max(1, len(self.trends))))
+        return min(MAX_TREND_ROWS, max(1, (self.size.height - 1) // max(1, len(self.trends))))
 
     def render_line(self, y: int) -> Strip:
         """Draw the heading, or one row of one trend."""
@@ -139,9 +139,9 @@ class HeatData(Struct, frozen=True):
     rows: Mapping[tuple[Value, Value], Row]
 
 
-def say_value(value: Value) -> str:
+def format_value(value: Value) -> str:
     """Format a value of an axis."""
-    return say(value) if isinstance(value, int) else value
+    return format_number(value) if isinstance(value, int) else value
 
 
 def cell_text(row: Row | None) -> str:
@@ -191,10 +191,10 @@ class HeatMap(Widget):
         if y == 0:
             parts = [Segment(f"{data.down[0]:<{HEAD}}{data.across[0]} →", head)]
         elif y == 1:
-            parts = [Segment(" " * HEAD + "".join(f"{say_value(each):>{CELL}}" for each in data.across[1]), head)]
+            parts = [Segment(" " * HEAD + "".join(f"{format_value(each):>{CELL}}" for each in data.across[1]), head)]
         elif y - 2 < len(data.down[1]):
             down = data.down[1][y - 2]
-            parts = [Segment(f"{say_value(down):<{HEAD}}", head)]
+            parts = [Segment(f"{format_value(down):<{HEAD}}", head)]
             for across in data.across[1]:
                 row = data.rows.get((across, down))
                 parts.append(Segment(f"{cell_text(row):>{CELL}}", self._style(row)))
@@ -215,7 +215,7 @@ class ChartData(Struct, frozen=True):
 
     axis: str
     values: tuple[Value, ...]
-    lines: Mapping[str, Sequence[Point]]
+    lines: Mapping[str, Sequence[RatePoint]]
     logarithmic: bool = False
 
 
@@ -272,7 +272,7 @@ class LineChart(Widget):
         self._drawn = key, cells
         return cells
 
-    def _draw_line(self, cells: Cells, data: ChartData, number: int, points: Sequence[Point]) -> None:
+    def _draw_line(self, cells: Cells, data: ChartData, number: int, points: Sequence[RatePoint]) -> None:
         places = [(self._column(data.values.index(point.at), len(data.values)), point) for point in points]
         for (x0, first), (x1, second) in pairwise(places):
             for x in range(x0 + 1, x1):
@@ -321,7 +321,7 @@ class LineChart(Widget):
     def _value_row(self, data: ChartData) -> str:
         row = [" "] * (self.size.width + 12)
         for index, value in enumerate(data.values):
-            text = say_value(value)
+            text = format_value(value)
             start = max(0, LEFT + 1 + self._column(index, len(data.values)) - len(text) // 2)
             if all(cell == " " for cell in row[max(0, start - 1) : start + len(text)]):
                 row[start : start + len(text)] = text

@@ -11,7 +11,7 @@ from fatui import formatting
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import table_lines as lines_of
 from fatui.tui.view_models.session import Session
-from fatui.tui.view_models.table_lines import Line
+from fatui.tui.view_models.table_lines import TableLine
 from fatui.tui.widgets.row_table import RowTable
 
 EMPTY = "No rows yet. Press r to run; rows appear as they are measured."
@@ -24,7 +24,7 @@ class ComparisonPane(Vertical):
         super().__init__(id=id, classes="pane")
         self.by = ""
         self.descending = True
-        self._lines: dict[int, list[Line]] = {}
+        self._lines: dict[int, list[TableLine]] = {}
         self._summary: tuple[int, tuple[Summary, ...]] = (0, ())
         self._owner: object = None
 
@@ -50,7 +50,7 @@ class ComparisonPane(Vertical):
         """Draw the current run."""
         self._begin(session)
         record, several = session.record, len(session.plan.cases) > 1
-        lines: list[Line] = []
+        lines: list[TableLine] = []
         for index, case_record in enumerate(record.cases):
             if case_record.started:
                 lines += self._session_case(session, index, several)
@@ -66,7 +66,7 @@ class ComparisonPane(Vertical):
         floor = lines_of.notes(case) if case and not several else ""
         self.border_title = literal(f"Comparison · {label}{floor}")
 
-    def _session_case(self, session: Session, index: int, several: bool) -> list[Line]:
+    def _session_case(self, session: Session, index: int, several: bool) -> list[TableLine]:
         if session.is_final(index) and index in self._lines:
             return self._lines[index]
         case = session.case(index)
@@ -105,7 +105,7 @@ class ComparisonPane(Vertical):
             self._lines.clear()
             self._summary = (0, ())
 
-    def _draw(self, lines: list[Line], finding: str) -> None:
+    def _draw(self, lines: list[TableLine], finding: str) -> None:
         table = self.table
         table.show(lines, sorted_by=self.by, descending=self.descending)
         below = self.query_one("#finding", Static)

@@ -9,7 +9,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from fatui.tui.view_models.availability import Offer
+from fatui.tui.view_models.availability import PickerRow
 from fatui.tui.widgets.row_table import clip
 
 NAME_WIDTH: Final = 9
@@ -38,10 +38,10 @@ class ImplementationPicker(Widget, can_focus=True):
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
-        self.offers: tuple[Offer, ...] = ()
+        self.offers: tuple[PickerRow, ...] = ()
         self._cursor = 0
 
-    def show(self, offers: tuple[Offer, ...]) -> None:
+    def show(self, offers: tuple[PickerRow, ...]) -> None:
         """Set the list."""
         if offers != self.offers:
             self.offers = offers
@@ -90,7 +90,7 @@ class ImplementationPicker(Widget, can_focus=True):
         text = lines[at] if at < len(lines) else ""
         return self._strip([Segment(text, self.get_component_rich_style("picker--reason"))])
 
-    def _offer(self, offer: Offer, at_cursor: bool) -> Strip:
+    def _offer(self, offer: PickerRow, at_cursor: bool) -> Strip:
         name = f"{'✓' if offer.chosen else '·'} {clip(offer.name, NAME_WIDTH):<{NAME_WIDTH}} "
         path = clip(offer.path, self.size.width - len(name))
         if at_cursor:

@@ -12,8 +12,8 @@ from fatui.tui.terminal import literal
 from fatui.tui.view_models import estimate
 from fatui.tui.view_models.series import Series
 from fatui.tui.view_models.session import AnySession, Session
-from fatui.tui.view_models.table_lines import in_step
-from fatui.tui.view_models.telemetry import Reading, in_words
+from fatui.tui.view_models.table_lines import step_text
+from fatui.tui.view_models.telemetry import Reading, reading_text
 from fatui.tui.widgets.charts import Scale, Trend, TrendChart
 
 IDLE = "No run yet. Press r to run; tokens/s, memory and progress are shown here during the run."
@@ -75,7 +75,7 @@ class LivePane(Vertical, can_focus=True):
 
     def show_reading(self, reading: Reading) -> None:
         """Draw the telemetry line."""
-        self.query_one("#telemetry", Static).update(in_words(reading), layout=False)
+        self.query_one("#telemetry", Static).update(reading_text(reading), layout=False)
 
 
 def opened_line(report: Report) -> str:
@@ -100,7 +100,7 @@ def progress_line(session: AnySession) -> str:
         return (
             f"compiling {session.building}, {formatting.duration(session.building_s)} so far; cached for the next run"
         )
-    left = estimate.left(session)
+    left = estimate.remaining(session)
     done = left.done if left else 0.0
     filled = round(done * BAR)
     many = len(session.plan.cases)
@@ -119,7 +119,7 @@ def rate_trends(session: AnySession) -> tuple[Trend, ...]:
         if row is not None and row.ended is not None:
             trends.append(Trend(name, note=f"{row.ended.status}: {row.ended.reason}"))
         elif series is None or not series.points:
-            note = in_step(row.step) if row is not None and row.step else "waiting"
+            note = step_text(row.step) if row is not None and row.step else "waiting"
             trends.append(Trend(name, note=note if session.active else "no samples"))
         else:
             trends.append(_trend(name, series, formatting.rate))

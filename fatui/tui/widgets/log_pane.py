@@ -13,7 +13,7 @@ from textual.strip import Strip
 from textual.widgets import Input
 
 from fatui.tui.terminal import literal
-from fatui.tui.view_models.journal import Journal, Line
+from fatui.tui.view_models.journal import Log, LogLine
 from fatui.tui.widgets.row_table import clip
 
 LEVELS: Final = ("info", "warning", "error")
@@ -33,17 +33,17 @@ class LogView(ScrollView, can_focus=True):
         Binding("end", "follow", "Last, and follow", show=False),
     ]
 
-    def __init__(self, journal: Journal, *, id: str) -> None:
+    def __init__(self, journal: Log, *, id: str) -> None:
         super().__init__(id=id)
         self.journal = journal
         self.needle = ""
         self.level = "info"
         self.paused = False
-        self._lines: list[Line] = []
+        self._lines: list[LogLine] = []
         self._read = 0
         self._following = True
 
-    def _passes(self, line: Line) -> bool:
+    def _passes(self, line: LogLine) -> bool:
         return LEVELS.index(line.level) >= LEVELS.index(self.level) and self.needle.lower() in line.text.lower()
 
     def update_lines(self) -> None:
@@ -125,7 +125,7 @@ class LogPane(Vertical):
 
     DEFAULT_CSS = "LogPane Input { height: 1; border: none; padding: 0 1; } LogPane LogView { height: 1fr; }"
 
-    def __init__(self, journal: Journal, *, id: str) -> None:
+    def __init__(self, journal: Log, *, id: str) -> None:
         super().__init__(id=id, classes="pane")
         self.journal = journal
         self._title = ""

@@ -12,7 +12,7 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from fatui.tui.view_models.table_lines import Column, Line
+from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.untrusted_text import one_line
 
 GAP: Final = 2
@@ -73,10 +73,10 @@ class RowTable(ScrollView, can_focus=True):
             """The table."""
             return self.table
 
-    def __init__(self, columns: Sequence[Column], *, empty: str = "", id: str) -> None:
+    def __init__(self, columns: Sequence[TableColumn], *, empty: str = "", id: str) -> None:
         super().__init__(id=id)
         self.columns = tuple(columns)
-        self.lines: tuple[Line, ...] = ()
+        self.lines: tuple[TableLine, ...] = ()
         self.empty = empty
         self.page = 0
         self.sorted_by = ""
@@ -85,7 +85,7 @@ class RowTable(ScrollView, can_focus=True):
         self._widths: dict[str, int] = {}
         self._longest: dict[str, int] = {}
 
-    def show(self, lines: Sequence[Line], *, sorted_by: str = "", descending: bool = False) -> None:
+    def show(self, lines: Sequence[TableLine], *, sorted_by: str = "", descending: bool = False) -> None:
         """Set the lines; the cursor stays on its line if that still exists."""
         shown = tuple(lines)
         if (shown, sorted_by, descending) == (self.lines, self.sorted_by, self.descending):
@@ -157,7 +157,7 @@ class RowTable(ScrollView, can_focus=True):
             self.post_message(self.Chosen(self, self.key))
 
     @property
-    def pages(self) -> list[tuple[Column, ...]]:
+    def pages(self) -> list[tuple[TableColumn, ...]]:
         """The columns, grouped by rank into pages that fit; each page starts with the first column."""
         first, rest = self.columns[0], sorted(self.columns[1:], key=lambda column: column.rank)
         groups, room = [[first]], self._width - self._width_of(first)
@@ -173,10 +173,10 @@ class RowTable(ScrollView, can_focus=True):
         order = {column.name: index for index, column in enumerate(self.columns)}
         return [tuple(sorted(group, key=lambda column: order[column.name])) for group in groups]
 
-    def _width_of(self, column: Column) -> int:
+    def _width_of(self, column: TableColumn) -> int:
         return self._widths.get(column.name, len(column.title))
 
-    def _fitted(self, columns: Sequence[Column]) -> list[int]:
+    def _fitted(self, columns: Sequence[TableColumn]) -> list[int]:
         """Return the width of each column of a page; a shrinkable column takes the space that the others leave."""
         widths = [self._width_of(each) for each in columns]
         spare = self._width - sum(widths) - GAP * (len(columns) - 1)
@@ -187,7 +187,7 @@ class RowTable(ScrollView, can_focus=True):
         return widths
 
     @property
-    def shown_columns(self) -> tuple[Column, ...]:
+    def shown_columns(self) -> tuple[TableColumn, ...]:
         """The visible columns."""
         pages = self.pages
         return pages[min(self.page, len(pages) - 1)]
@@ -228,7 +228,7 @@ class RowTable(ScrollView, can_focus=True):
     def _width(self) -> int:
         return self.scrollable_content_region.width
 
-    def _text(self, columns: Sequence[Column], cells: Mapping[str, str]) -> str:
+    def _text(self, columns: Sequence[TableColumn], cells: Mapping[str, str]) -> str:
         parts = []
         for column, width in zip(columns, self._fitted(columns), strict=True):
             text = clip(cells.get(column.name, ""), width)

@@ -14,7 +14,7 @@ from attention.core.errors import UsageError
 from attention.core.workload import DTYPES, PASSES, Workload
 from fatui import formatting
 from fatui.draft import AXES, Draft
-from fatui.quantities import STOPS, divisors, parse, parse_values, say, say_values
+from fatui.quantities import STOPS, divisors, format_number, format_numbers, parse_number, parse_values
 from fatui.tui.terminal import literal
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
@@ -44,7 +44,7 @@ class WorkloadPane(Vertical):
         """Yield the sliders, the choices, and the lines below them."""
         for name in AXES:
             stops = STOPS.get(name, (1,))
-            yield Slider(LABELS[name], stops, parse=partial(self._parse, name), say=say, id=f"axis-{name}")
+            yield Slider(LABELS[name], stops, parse=partial(self._parse, name), say=format_number, id=f"axis-{name}")
         with Container(id="choices"):
             yield Choice("dtype", DTYPES, id="choice-dtype")
             yield Choice("mask", MASKS, id="choice-mask", typed_option=lambda digits: f"window:{digits}")
@@ -57,7 +57,7 @@ class WorkloadPane(Vertical):
         self.show(self.draft)
 
     def _parse(self, name: str, text: str) -> tuple[int, ...]:
-        return parse_values(text, name) if self.draft.sweeping else (parse(text, name),)
+        return parse_values(text, name) if self.draft.sweeping else (parse_number(text, name),)
 
     def show(self, draft: Draft) -> None:
         """Draw a draft."""
@@ -121,7 +121,7 @@ def cases_text(draft: Draft) -> str:
         return f"{CANNOT}: {'; '.join(error.problems)}"
     if draft.cases:
         return f"{count} cases of the preset, the sliders show the first; moving one drops the others"
-    parts = [f"{LABELS[name]} {say_values(values)}" for name, values in draft.axes.items() if len(values) > 1]
+    parts = [f"{LABELS[name]} {format_numbers(values)}" for name, values in draft.axes.items() if len(values) > 1]
     parts += [f"{name.rstrip('_')} {', '.join(values)}" for name, values in draft.several.items()]
     if draft.sweeping:
         swept = (

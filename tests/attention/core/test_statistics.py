@@ -157,9 +157,9 @@ def test_an_unpaired_ratio_agrees_with_scipys_welch() -> None:
 def test_drift_is_reported_when_last_rounds_exceed_the_floor() -> None:
     draw = random.Random(6)
     steady = [draw.gauss(1, 0.01) for _ in range(30)]
-    assert not statistics.drifted(steady, 0.01)
-    assert statistics.drifted([value * (1 + i / 60) for i, value in enumerate(steady)], 0.01)
-    assert not statistics.drifted([value / (1 + i / 60) for i, value in enumerate(steady)], 0.01)
+    assert not statistics.slowed_down(steady, 0.01)
+    assert statistics.slowed_down([value * (1 + i / 60) for i, value in enumerate(steady)], 0.01)
+    assert not statistics.slowed_down([value / (1 + i / 60) for i, value in enumerate(steady)], 0.01)
 
 
 def test_the_geometric_mean_narrows_with_the_number_of_cases() -> None:

@@ -23,7 +23,7 @@ def measured(record: Record, case: int = 0, faster: float = 2.0) -> None:
     for name in ("baseline", "mlx"):
         record.apply(on.RouteFound(case=case, implementation=name, route=FUSED))
         record.apply(on.FirstCall(case=case, implementation=name, seconds=0.5))
-        check = on.Checked(
+        check = on.AccuracyChecked(
             case=case, implementation=name, max_error=1e-3, rms_error=1e-4, accurate=True, detail="output"
         )
         record.apply(check)
@@ -31,7 +31,7 @@ def measured(record: Record, case: int = 0, faster: float = 2.0) -> None:
     record.apply(on.RowEnded(case=case, implementation="poc", status="refused", reason="needs 9 GiB of 1"))
     record.apply(on.ReferenceChosen(case=case, implementation="baseline"))
     base = [1.0, 1.01, 0.99, 1.0, 1.02, 1.0]
-    samples = {"baseline": base, "mlx": [t / faster for t in base], on.AGAIN: base[::-1]}
+    samples = {"baseline": base, "mlx": [t / faster for t in base], on.REPEATED_REFERENCE: base[::-1]}
     record.apply(on.RoundsDone(case=case, samples=samples, active_bytes=1, peak_bytes=2))
     record.apply(on.CaseDone(case=case, stopped_by="time"))
 
@@ -73,7 +73,7 @@ def test_what_was_interrupted_keeps_its_samples_and_says_so() -> None:
     record = Record(PLAN)
     record.apply(on.CaseStarted(case=0))
     record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
-    samples = {"baseline": [1.0, 1.0], "mlx": [0.5, 0.5], on.AGAIN: [1.0, 1.0]}
+    samples = {"baseline": [1.0, 1.0], "mlx": [0.5, 0.5], on.REPEATED_REFERENCE: [1.0, 1.0]}
     record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
     rows = record.case(0).rows
     assert [row.implementation for row in rows] == ["baseline", "mlx"]
@@ -94,7 +94,9 @@ def test_an_inaccurate_row_says_what_was_wrong() -> None:
     record = Record(PLAN)
     measured(record)
     record.apply(
-        on.Checked(case=0, implementation="mlx", max_error=1.0, rms_error=0.1, accurate=False, detail="output off by 1")
+        on.AccuracyChecked(
+            case=0, implementation="mlx", max_error=1.0, rms_error=0.1, accurate=False, detail="output off by 1"
+        )
     )
     row = record.case(0).rows[1]
     assert (row.status, row.reason) == ("inaccurate", "output off by 1")
@@ -120,7 +122,7 @@ def test_a_slowing_reference_is_told_on_the_rows() -> None:
     samples = {
         "baseline": slowing,
         "mlx": slowing,
-        on.AGAIN: [t * (1.001 if i % 2 else 1) for i, t in enumerate(slowing)],
+        on.REPEATED_REFERENCE: [t * (1.001 if i % 2 else 1) for i, t in enumerate(slowing)],
     }
     record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
     assert all(row.throttled for row in record.case(0).rows)
@@ -176,7 +178,9 @@ def test_a_round_that_was_sat_out_gives_no_sample_and_no_pair() -> None:
     record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
     base = [1.0 + n / 100 for n in range(12)]
     slow = [4 * base[n] if n % 2 == 0 else None for n in range(12)]
-    event = on.RoundsDone(case=0, samples={"baseline": base, "mlx": slow, on.AGAIN: base}, active_bytes=1, peak_bytes=2)
+    event = on.RoundsDone(
+        case=0, samples={"baseline": base, "mlx": slow, on.REPEATED_REFERENCE: base}, active_bytes=1, peak_bytes=2
+    )
     told = on.decode(on.encode(event))
     assert told == event
     record.apply(told)

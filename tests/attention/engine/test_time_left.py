@@ -6,7 +6,7 @@ from attention.core import events as on
 from attention.core.plan import Plan
 from attention.core.workload import Workload
 from attention.engine.case_runner import SampleStream
-from attention.engine.progress import Forecast, Teller, case_s
+from attention.engine.progress import Forecast, Progress, case_s
 from attention.measure.rounds import Arm
 
 SMALL = Workload(seq=128)
@@ -25,42 +25,42 @@ def test_a_case_takes_its_seconds_or_six_rounds() -> None:
 
 def test_calls_of_larger_cases_are_scaled_by_flops() -> None:
     forecast = Forecast(plan_of(SMALL, LARGE))
-    forecast.learn_call(0, "baseline", 0.01)
-    forecast.learn_call(0, "poc", 0.01)
+    forecast.record_call(0, "baseline", 0.01)
+    forecast.record_call(0, "poc", 0.01)
     assert forecast.rounds_s(0) == 2.0
     assert forecast.rounds_s(1) == pytest.approx(6 * 3 * 1.0)
-    assert forecast.whole_s(1) > 6 * 3 + 8 * 2
+    assert forecast.case_s(1) > 6 * 3 + 8 * 2
 
 
 def test_calls_of_one_kind_say_nothing_of_another() -> None:
     forecast = Forecast(plan_of(LARGE, DECODE))
-    forecast.learn_call(0, "baseline", 100.0)
+    forecast.record_call(0, "baseline", 100.0)
     assert forecast.rounds_s(1) == 2.0
 
 
 def test_what_is_not_timed_yet_counts_as_the_others() -> None:
     forecast = Forecast(plan_of(SMALL))
-    forecast.learn_call(0, "baseline", 1.0)
+    forecast.record_call(0, "baseline", 1.0)
     assert forecast.rounds_s(0) == pytest.approx(6 * 3)
-    forecast.leave_out(0, "poc")
+    forecast.drop(0, "poc")
     assert forecast.rounds_s(0) == pytest.approx(6 * 2)
 
 
 def test_complete_cases_correct_the_others() -> None:
     forecast = Forecast(plan_of(SMALL, SMALL))
-    forecast.learn_case(0, 5.0)
-    assert forecast.whole_s(1) == pytest.approx(5.0)
+    forecast.record_case(0, 5.0)
+    assert forecast.case_s(1) == pytest.approx(5.0)
 
 
 def test_before_the_rounds_all_of_them_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("attention.engine.progress.time.perf_counter", lambda: now[0])
     told: list[on.AnyEvent] = []
-    teller = Teller(plan_of(SMALL, LARGE), 0, told.append, lambda number: None)
-    teller.begin(0)
-    teller.call_takes("baseline", 0.01)
+    teller = Progress(plan_of(SMALL, LARGE), 0, told.append, lambda number: None)
+    teller.begin_case(0)
+    teller.record_call_s("baseline", 0.01)
     now[0] = 60.0  # what comes before the rounds takes far longer than was guessed
-    teller.progress("poc: first call")
+    teller.emit_progress("poc: first call")
     event = told[-1]
     assert isinstance(event, on.Progress)
     assert event.remaining_s >= 2.0 + 6 * 3 * 1.0
@@ -72,13 +72,13 @@ def test_rounds_go_by_their_own_pace(pace: float, monkeypatch: pytest.MonkeyPatc
     now = 100.0
     monkeypatch.setattr("attention.engine.case_runner.time.perf_counter", lambda: now)
     told: list[on.AnyEvent] = []
-    teller = Teller(plan_of(SMALL), 0, told.append, lambda number: None)
+    teller = Progress(plan_of(SMALL), 0, told.append, lambda number: None)
     stream = SampleStream(teller, 2.0, 60.0, 6)  # 10 s a round were expected
     arms = [Arm(name=name, runner=None, call_s=5.0) for name in ("baseline", "poc")]  # type: ignore[arg-type]
     for count in range(1, 4):
         now += 10 * pace
         for arm in arms:
             arm.samples.append(5 * pace)
-        stream.take(arms)
+        stream.collect(arms)
         left = [event.remaining_s for event in told if isinstance(event, on.Progress)][-1]
         assert left == pytest.approx((6 - count) * 10 * pace)

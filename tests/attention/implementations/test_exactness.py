@@ -10,7 +10,7 @@ import pytest
 
 from attention import UnsupportedError, attention
 from attention.implementations.bounded.blocks import Blocks
-from attention.implementations.bounded.blockwise import Call, exact_product
+from attention.implementations.bounded.blockwise import BlockwiseParams, exact_product
 from attention.implementations.bounded.implementation import Practical
 from attention.masks import Mask
 
@@ -313,7 +313,9 @@ def test_rounded_outputs_do_not_spoil_gradients_in_blocks(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("scale", [0.3, -2.0, 0.0, 1e30, 1e-30])
 def test_the_factor_of_a_wide_query_is_a_power_of_2(scale: float) -> None:
-    of_query, of_product = Call(scale, Mask(), None, Blocks(batches=1, kv_heads=1, rows=1, keys=1), "wide").factors
+    of_query, of_product = BlockwiseParams(
+        scale, Mask(), None, Blocks(batches=1, kv_heads=1, rows=1, keys=1), "wide"
+    ).factors
     assert of_query * of_product == scale
     assert math.frexp(of_query)[0] == 0.5
 

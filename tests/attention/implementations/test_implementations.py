@@ -11,12 +11,12 @@ from msgspec import structs
 from attention.core.errors import UnsupportedError
 from attention.core.route import Needs
 from attention.core.workload import Workload
-from attention.implementations import get
+from attention.implementations import load_implementation
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.blockwise_gradient import Attend
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.bounded.policy import Choice, Way
+from attention.implementations.bounded.policy import Strategy, StrategyKind
 from attention.implementations.protocol import Implementation
 from attention.implementations.torch_sdpa import TorchSdpa
 from attention.masks import Mask
@@ -31,31 +31,31 @@ class InBlocks(Practical):
         super().__init__(budget_bytes=1)
         self._tile = Blocks(batches=1, kv_heads=1, rows=16, keys=keys, sums_queries=sums_queries)
 
-    def _choose(self, *asked: Any) -> Choice:
-        return structs.replace(super()._choose(*asked), blocks=self._tile, backward=self._tile)
+    def _strategy(self, *asked: Any) -> Strategy:
+        return structs.replace(super()._strategy(*asked), blocks=self._tile, backward=self._tile)
 
 
 class InSlices(Practical):
     """Practical, forced to use slices as on a GPU, each optionally waiting for the previous one."""
 
-    def __init__(self, way: Way, waits: bool = False) -> None:
+    def __init__(self, way: StrategyKind, waits: bool = False) -> None:
         super().__init__()
         self._way, self._waits = way, waits
         self._slice = Blocks(batches=1, kv_heads=1, rows=16, keys=1)
 
-    def _choose(self, workload: Workload, backend: Backend, needs: Needs, *more: Any) -> Choice:
-        made = super()._choose(workload, backend, needs, *more)
+    def _strategy(self, workload: Workload, backend: Backend, needs: Needs, *more: Any) -> Strategy:
+        made = super()._strategy(workload, backend, needs, *more)
         if needs.softcap:
             return made
         behind = None if "blocks" in self._way else self._slice
-        return structs.replace(made, way=self._way, slices=self._slice, backward_slices=behind, waits=self._waits)
+        return structs.replace(made, kind=self._way, slices=self._slice, backward_slices=behind, waits=self._waits)
 
-    def _in_slices(self, choice: Choice, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
+    def _in_slices(self, choice: Strategy, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
         return super()._in_slices(choice, "cuda", scale, mask, dtype)  # waits, where it waits, as there
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    **{name: get(name) for name in INSTALLED},
+    **{name: load_implementation(name) for name in INSTALLED},
     "demo": Demo(budget_s=0.02),  # a trial for each kind of call
     "blocks of all keys": InBlocks(1000),
     "blocks of few keys": InBlocks(12),
@@ -179,19 +179,21 @@ def test_float32_products_in_tf32_are_named(
         monkeypatch.setenv("MLX_ENABLE_TF32", enabled)
     cuda = structs.replace(CPU, backend="cuda")
     for workload in (Workload(seq=64, dtype="float32"), Workload(seq=8192, heads=64, dtype="float32")):
-        assert get(name).route(workload, cuda).path.endswith(", TF32") == named
-    assert "TF32" not in get(name).route(Workload(seq=64, dtype="bfloat16"), cuda).path
-    assert "TF32" not in get(name).route(Workload(seq=64, dtype="float32"), CPU).path
+        assert load_implementation(name).route(workload, cuda).path.endswith(", TF32") == named
+    assert "TF32" not in load_implementation(name).route(Workload(seq=64, dtype="bfloat16"), cuda).path
+    assert "TF32" not in load_implementation(name).route(Workload(seq=64, dtype="float32"), CPU).path
 
 
 @pytest.mark.parametrize("name", ["poc", "practical"])
 def test_float32_in_blocks_is_not_in_tf32(name: str) -> None:
     cuda = structs.replace(CPU, backend="cuda")
-    assert "TF32" not in get(name).route(Workload(seq=64, dtype="float32"), cuda, Needs(softcap=True)).path
+    assert (
+        "TF32" not in load_implementation(name).route(Workload(seq=64, dtype="float32"), cuda, Needs(softcap=True)).path
+    )
 
 
 def test_poc_says_that_it_falls_back() -> None:
-    route = get("poc").route(Workload(head_dim=513), CPU)
+    route = load_implementation("poc").route(Workload(head_dim=513), CPU)
     assert (route.path, route.fallback) == ("falls back: MLX SDPA", True)
     assert "takes head dims to 512, not 513" in route.reason
 
@@ -204,6 +206,6 @@ def test_torch_says_how_to_get_it_where_it_is_not_installed(monkeypatch: pytest.
 
 
 def test_mlx_gives_its_own_reason_for_not_fusing() -> None:
-    route = get("mlx").route(Example().workload(), CPU)
+    route = load_implementation("mlx").route(Example().workload(), CPU)
     assert (route.path, route.fused) == ("MLX SDPA, unfused", False)
     assert "CPU" in route.reason

@@ -40,7 +40,7 @@ def test_a_tile_is_cut_out_of_the_whole(tile: tuple[Mask, int, int, range, range
     mask, seq, kv_seq, rows, keys = tile
     wanted = brute(mask, seq, kv_seq)[rows.start : rows.stop, keys.start : keys.stop]
     found = mask.tile(rows, keys, seq, kv_seq)
-    assert mask.cuts(rows, keys, seq, kv_seq) == (not wanted.all())
+    assert mask.masks_any(rows, keys, seq, kv_seq) == (not wanted.all())
     assert (found is None) == wanted.all()
     if found is not None:
         np.testing.assert_array_equal(np.array(found), wanted)
@@ -63,12 +63,12 @@ def test_pairs_and_blind_rows_are_counted_exactly(seq: int, kv_seq: int, causal:
     mask = Mask(causal=causal, window=window)
     seen = brute(mask, seq, kv_seq)
     assert unmasked_pairs(seq, kv_seq, mask.positional, window) == seen.sum()
-    assert mask.blind_rows(seq, kv_seq) == (~seen.any(axis=1)).sum()
-    assert not seen[: mask.blind_rows(seq, kv_seq)].any()
+    assert mask.empty_rows(seq, kv_seq) == (~seen.any(axis=1)).sum()
+    assert not seen[: mask.empty_rows(seq, kv_seq)].any()
 
 
 def test_bool_and_additive_arrays_join_with_positions() -> None:
-    causal = Mask(causal=True).whole(3, 3)
+    causal = Mask(causal=True).materialize(3, 3)
     allowed = mx.array([[True, False, True]])
     assert np.array(masks.combine(causal, allowed)).tolist() == [
         [True, False, False],

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from attention.core.workload import Workload
-from attention.implementations import get
+from attention.implementations import load_implementation
 from attention.implementations.runner import make_inputs, runner_for
-from attention.measure.accuracy import Judge, choose_sample
+from attention.measure.accuracy import AccuracyChecker, choose_sample
 from tests.support.attention_examples import INSTALLED
 
 SMALL = Workload(batch=2, seq=40, kv_seq=56, heads=4, kv_heads=2, head_dim=16, value_dim=8, mask="causal")
@@ -16,21 +16,21 @@ LARGE = Workload(seq=3000, heads=1, head_dim=2, dtype="float32", mask="causal", 
 
 
 def results(name: str, workload: Workload, inputs: list[mx.array]) -> list[mx.array]:
-    return runner_for(get(name), workload, inputs, workload.scale).results()
+    return runner_for(load_implementation(name), workload, inputs, workload.scale).results()
 
 
 @pytest.mark.parametrize("workload", [SMALL, TRAINING], ids=["forward", "training"])
 @pytest.mark.parametrize("name", [name for name in INSTALLED if name != "demo"])
 def test_right_results_pass(name: str, workload: Workload) -> None:
     inputs = make_inputs(workload, 0)
-    verdict = Judge(workload, inputs).check(results(name, workload, inputs))
+    verdict = AccuracyChecker(workload, inputs).check(results(name, workload, inputs))
     assert verdict.accurate, verdict.detail
     assert 0 < verdict.rms_error < verdict.max_error < 0.1
 
 
 def test_an_error_of_a_few_roundings_is_found_in_any_tensor() -> None:
     inputs = make_inputs(TRAINING, 0)
-    judge, right = Judge(TRAINING, inputs), results("mlx", TRAINING, inputs)
+    judge, right = AccuracyChecker(TRAINING, inputs), results("mlx", TRAINING, inputs)
     for index, name in enumerate(("output", "dQ", "dK", "dV")):
         wrong = list(right)
         wrong[index] = wrong[index] * 1.03
@@ -44,14 +44,14 @@ def test_nan_and_infinity_never_pass(poison: float) -> None:
     inputs = make_inputs(SMALL, 0)
     out = results("mlx", SMALL, inputs)[0]
     out[1, 2, 3, 4] = poison
-    verdict = Judge(SMALL, inputs).check([out])
+    verdict = AccuracyChecker(SMALL, inputs).check([out])
     assert not verdict.accurate
     assert verdict.detail == "output: NaN or infinity"
 
 
 def test_a_large_training_case_is_compared_on_rows_and_says_so() -> None:
     inputs = make_inputs(LARGE, 0)
-    judge = Judge(LARGE, inputs)
+    judge = AccuracyChecker(LARGE, inputs)
     assert judge.row_inputs is not None
     dense, rows = results("practical", LARGE, inputs), results("practical", LARGE, judge.row_inputs)
     assert judge.check(dense).accurate

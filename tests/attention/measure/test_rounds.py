@@ -9,7 +9,7 @@ import pytest
 from attention.core.results import MIN_ROUNDS
 from attention.core.statistics import log_ratios
 from attention.measure import clock
-from attention.measure.rounds import FEWEST_FOR_PRECISION, Arm, Limits, run_rounds, set_strides
+from attention.measure.rounds import MIN_ROUNDS_FOR_PRECISION, Arm, Limits, run_rounds, set_strides
 from tests.support.tuning_examples import FakeTime
 
 NOW = FakeTime()
@@ -66,7 +66,7 @@ def test_each_round_takes_every_arm_once_in_changing_order() -> None:
 def test_rounds_stop_when_the_interval_is_narrow_enough() -> None:
     stopped_by, order, _ = rounds([arm("a", 0.002), arm("b", 0.002)], seconds=20, precision=0.5)
     assert stopped_by == "precision"
-    assert len(order) == 2 * FEWEST_FOR_PRECISION
+    assert len(order) == 2 * MIN_ROUNDS_FOR_PRECISION
 
 
 def test_rounds_stop_when_the_time_is_up_but_never_before_six() -> None:
@@ -83,12 +83,12 @@ def test_a_slow_arm_sits_rounds_out_and_stays_paired() -> None:
     set_strides(arms, 3)
     rounds(list(arms), seconds=3, precision=0)
     reference, fast, slow = arms
-    assert len(slow.taken) == MIN_ROUNDS
-    assert len(reference.taken) >= 3 * len(slow.taken)
+    assert len(slow.valid_samples) == MIN_ROUNDS
+    assert len(reference.valid_samples) >= 3 * len(slow.valid_samples)
     assert len(reference.samples) == len(slow.samples)
     pairs = log_ratios(reference.samples, slow.samples)
     assert pairs == pytest.approx([math.log(0.02 / 0.5)] * MIN_ROUNDS)
-    assert len(log_ratios(reference.samples, fast.samples)) == len(fast.taken)
+    assert len(log_ratios(reference.samples, fast.samples)) == len(fast.valid_samples)
 
 
 def test_every_arm_takes_part_where_there_is_time() -> None:
@@ -101,7 +101,7 @@ def test_a_slow_reference_still_gives_six_rounds() -> None:
     arms = [arm("reference", 0.9), arm("again", 0.9), arm("fast", 0.02)]
     set_strides(arms, 1)
     rounds(list(arms), seconds=1, precision=0.01)
-    assert [len(each.taken) for each in arms] == [MIN_ROUNDS] * 3
+    assert [len(each.valid_samples) for each in arms] == [MIN_ROUNDS] * 3
 
 
 def test_rounds_stop_on_request_and_go_on_without_a_removed_arm() -> None:
@@ -144,7 +144,7 @@ def test_a_lead_in_is_as_long_as_the_sample_and_untimed() -> None:
 def test_calls_of_a_sample_fill_its_time_within_memory() -> None:
     assert clock.calls_for(0.001, 0.02, output_bytes=1) == 20
     assert clock.calls_for(3.0, 0.02, output_bytes=1) == 1
-    assert clock.calls_for(1e-6, 0.02, output_bytes=1) == clock.MOST_CALLS
+    assert clock.calls_for(1e-6, 0.02, output_bytes=1) == clock.MAX_CALLS
     assert clock.calls_for(1e-6, 0.02, output_bytes=2**27) == 2
     assert clock.calls_for(1e-6, 0.02, output_bytes=2**30) == 1
 

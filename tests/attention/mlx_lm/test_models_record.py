@@ -21,7 +21,7 @@ TUNING = FineTuning(model="tiny-llama", seq=32, batch=2, layers=4, tuned_layers=
 def generation(samples: dict[str, list[float]]) -> GenerationRecord:
     record = GenerationRecord(GenerationPlan(cases=(WORK,), implementations=NAMES))
     record.apply(on.CaseStarted(case=0))
-    record.apply(on.WeightsMade(case=0, weights_bytes=1000))
+    record.apply(on.WeightsLoaded(case=0, weights_bytes=1000))
     record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
     record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=0, peak_bytes=0))
     return record
@@ -49,7 +49,7 @@ def test_a_plan_of_each_kind_has_its_record():
 
 def test_a_row_has_rate_speedup_and_the_share_of_attention():
     wave = [1 + 0.001 * (index % 4) for index in range(12)]
-    samples = {"baseline": 2.0, "poc": 1.25, on.AGAIN: 2.0, on.WITHOUT: 1.0}
+    samples = {"baseline": 2.0, "poc": 1.25, on.REPEATED_REFERENCE: 2.0, on.WITHOUT_ATTENTION: 1.0}
     case = generation({name: [time * each for each in wave] for name, time in samples.items()}).case(0)
     baseline, poc = case.rows
     assert case.weights_bytes == 1000
@@ -137,8 +137,8 @@ def test_a_loss_that_is_no_number_marks_a_row():
 
 def test_a_fine_tuning_is_faster_only_beyond_the_noise_floor():
     curve = [3.0 - 0.1 * index for index in range(12)]
-    curves = {"baseline": curve, "poc": curve, on.AGAIN: curve}
-    near = tuned(curves, {"poc": 0.0999, on.AGAIN: 0.1001}).case(0)
+    curves = {"baseline": curve, "poc": curve, on.REPEATED_REFERENCE: curve}
+    near = tuned(curves, {"poc": 0.0999, on.REPEATED_REFERENCE: 0.1001}).case(0)
     assert not near.rows[1].speedup.significant
     far = tuned(curves, {"poc": 0.05}).case(0)
     assert far.rows[1].speedup.significant
@@ -146,10 +146,10 @@ def test_a_fine_tuning_is_faster_only_beyond_the_noise_floor():
 
 
 def test_a_case_that_begins_anew_forgets_its_iterations():
-    record = tuned({"baseline": [3.0, 2.0, 1.0], on.AGAIN: [3.0, 2.0]})
+    record = tuned({"baseline": [3.0, 2.0, 1.0], on.REPEATED_REFERENCE: [3.0, 2.0]})
     record.apply(on.CaseStarted(case=0))
     assert record.cases[0].rows["baseline"].losses == []
-    assert record.cases[0].again == []
+    assert record.cases[0].repeated_reference == []
 
 
 def test_bytes_are_tokens_and_come_back():

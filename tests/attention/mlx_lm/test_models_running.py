@@ -16,7 +16,7 @@ from attention.mlx_lm.arms import SharedPass
 from attention.mlx_lm.fine_tuning import FineTuningBench
 from attention.mlx_lm.generation import GenerationBench, PrefillRun, Prompts
 from attention.mlx_lm.network import Network
-from attention.mlx_lm.replacement import replaced
+from attention.mlx_lm.replacement import replace_attention
 from fatui.report.table import model_notes
 
 WRONG = f"{Path(__file__).parents[2] / 'support' / 'planted.py'}:Wrong"
@@ -50,7 +50,7 @@ def watched(bench, plan):
 
 def estimates_before(told, kind):
     """Check that each case's estimate precedes its first event of a kind, and return the estimates."""
-    estimates = {event.case: event for event in told if isinstance(event, on.Expected)}
+    estimates = {event.case: event for event in told if isinstance(event, on.CaseTimeEstimated)}
     for case, estimate in estimates.items():
         first = next(event for event in told if isinstance(event, kind) and event.case == case)
         assert told.index(estimate) < told.index(first)
@@ -90,15 +90,15 @@ def test_what_will_not_fit_is_refused_before_weights_are_made():
 def test_decoding_leaves_the_cache_as_it_found_it():
     from mlx_lm.models.cache import make_prompt_cache
 
-    from attention.mlx_lm.configuration import find
+    from attention.mlx_lm.configuration import find_model
     from attention.mlx_lm.generation import DecodeRun, Prompts
     from attention.mlx_lm.network import Network
 
-    network = Network(find("tiny-llama"), "float32")
+    network = Network(find_model("tiny-llama"), "float32")
     (_, work) = generations(4, model="tiny-llama", prompts=[20], batches=[1], dtype="float32")
     prompts = Prompts(work, 512, seed=0)
     cache = make_prompt_cache(network.model)
-    token = mx.argmax(prompts.take_in(network.model, cache), axis=-1)
+    token = mx.argmax(prompts.prefill(network.model, cache), axis=-1)
     decode = DecodeRun(network, cache, token, steps=5, layers=4)
     first = decode.results()[0]
     tokens = [decode.queue()[0].tolist() for _ in range(2)]
@@ -117,7 +117,11 @@ def test_every_implementation_learns_the_same(uncompiled):
     assert [baseline.status, ours.status, wrong.status] == ["ok", "ok", "inaccurate"]
     assert len(baseline.losses) == 7
     assert ours.loss_difference < 1e-4 < wrong.loss_difference
-    again = [event.loss for event in told if isinstance(event, on.IterationDone) and event.implementation == on.AGAIN]
+    again = [
+        event.loss
+        for event in told
+        if isinstance(event, on.IterationDone) and event.implementation == on.REPEATED_REFERENCE
+    ]
     assert tuple(again) == baseline.losses, "the second fine-tuning of the reference is the first one again"
     assert baseline.peak_bytes > 0 and case.noise_floor
 
@@ -143,7 +147,7 @@ def test_demo_is_tuned_for_training_by_the_step_that_trains(uncompiled):
 
 def shared(arms, prompt=24, layers=4, **fields):
     """A shared pass of a tiny model's prefill, and the run that it samples."""
-    configured = configuration.find("tiny-llama")
+    configured = configuration.find_model("tiny-llama")
     network = Network(configured, "float32", layers)
     network.make()
     (work, _) = generations(layers, model="tiny-llama", prompts=[prompt], batches=[1], dtype="float32")
@@ -163,14 +167,14 @@ def test_in_a_shared_pass_every_arm_attends_in_every_call():
 
 def test_arms_of_a_shared_pass_differ_by_attention_alone():
     slow = f"{Path(__file__).parents[2] / 'support' / 'planted.py'}:Sleeps"
-    passes, alone = shared(["mlx", slow, on.WITHOUT])
+    passes, alone = shared(["mlx", slow, on.WITHOUT_ATTENTION])
     passes.warm_up()
-    samples = {arm: [passes.sample(arm)[0]["many"] for _ in range(5)] for arm in ("mlx", slow, on.WITHOUT)}
+    samples = {arm: [passes.sample(arm)[0]["many"] for _ in range(5)] for arm in ("mlx", slow, on.WITHOUT_ATTENTION)}
     times = {arm: median(each) for arm, each in samples.items()}
     slept_s = (3 + 4) * 0.02
-    assert times[on.WITHOUT] < times[slow]
+    assert times[on.WITHOUT_ATTENTION] < times[slow]
     assert times[slow] - times["mlx"] > 0.8 * slept_s
-    with replaced(slow):
+    with replace_attention(slow):
         assert times[slow] < 10 * take_sample(alone, 1)
 
 

@@ -18,8 +18,8 @@ from attention.mlx_lm import fine_tuning
 from attention.mlx_lm.configuration import Configuration
 from attention.mlx_lm.fine_tuning import FineTuningBench
 from attention.mlx_lm.generation import DecodeRun, Prompts
-from attention.mlx_lm.network import Network, StateChanged, copied, digest_of_caches, digest_of_weights
-from attention.mlx_lm.replacement import Calls, replaced
+from attention.mlx_lm.network import Network, StateChanged, copy_caches, digest_of_caches, digest_of_weights
+from attention.mlx_lm.replacement import CallCounter, replace_attention
 
 COMMON: dict[str, Any] = {
     "hidden_size": 32,
@@ -62,7 +62,7 @@ def decoding(name: str) -> tuple[DecodeRun, list[Any]]:
     work = Generation(model=name, phase="decode", prompt=20, generate=5, layers=4, dtype="float32")
     prompts = Prompts(work, 64, seed=0)
     cache = caches.make_prompt_cache(network.model)
-    token = mx.argmax(prompts.take_in(network.model, cache), axis=-1)
+    token = mx.argmax(prompts.prefill(network.model, cache), axis=-1)
     return DecodeRun(network, cache, token, steps=5, layers=4), cache
 
 
@@ -80,7 +80,7 @@ def test_calls_of_a_model_that_attends_by_itself_are_none(name: str) -> None:
     fields = COMMON | {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16}
     fields |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     model = Network(Configuration("gemma2", fields), "float32").model
-    with replaced(name), Calls(name) as calls:
+    with replace_attention(name), CallCounter(name) as calls:
         mx.eval(model(mx.array([[1, 2, 3]])))
     event = calls.event(0, "a path")
     assert (event.replaced, event.passed_on, event.path) == (0, 0, None)
@@ -124,7 +124,7 @@ def test_a_copied_cache_shares_nothing(make: Any) -> None:
     for _ in range(3):
         update(cache)
     before = digest_of_caches([cache])
-    twin = copied([cache])[0]
+    twin = copy_caches([cache])[0]
     assert digest_of_caches([twin]) == before
     update(twin)
     assert digest_of_caches([cache]) == before != digest_of_caches([twin])
@@ -155,7 +155,7 @@ def test_the_model_is_as_it_was_after_its_experts_were_tuned() -> None:
 @pytest.fixture
 def tuned_experts(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Fine-tune a mixture of experts with two arms that compute the same."""
-    monkeypatch.setattr(fine_tuning.configuration, "find", lambda model: Configuration("experts", EXPERTS))
+    monkeypatch.setattr(fine_tuning.configuration, "find_model", lambda model: Configuration("experts", EXPERTS))
     work = FineTuning(model="m", seq=8, batch=1, iters=2, rank=2, layers=2, tuned_layers=2, dtype="float32")
     plan = FineTuningPlan(cases=(work,), implementations=("mlx", "baseline"), seconds=60)
 
@@ -178,7 +178,7 @@ def test_a_mixture_of_experts_is_tuned_from_the_same_weights(tuned_experts: Any)
 
 
 def test_a_row_that_would_start_elsewhere_fails(tuned_experts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fine_tuning, "_put_back", lambda model, own: None)
+    monkeypatch.setattr(fine_tuning, "_restore_modules", lambda model, own: None)
     rows = tuned_experts()
     assert {row.status for row in rows} == {"failed"}
     assert "StateChanged: weights, optimizer or random numbers are not those" in rows[0].reason

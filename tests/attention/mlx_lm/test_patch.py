@@ -159,7 +159,7 @@ def test_a_fallback_in_mid_call_is_counted_as_one(monkeypatch: pytest.MonkeyPatc
     def unavailable(*args: Any, **more: Any) -> mx.array:
         raise KernelUnavailable("the compiler is gone")
 
-    monkeypatch.setattr(chosen, "_ask", lambda key, *rest: (unavailable, "the kernel"))
+    monkeypatch.setattr(chosen, "_find_kernel", lambda key, *rest: (unavailable, "the kernel"))
     with attention.patch_mlx_lm(chosen) as patch:
         llama.scaled_dot_product_attention(q, q, q, None, 0.25, "causal")
     assert patch.taken == {"falls back: MLX SDPA": 1}

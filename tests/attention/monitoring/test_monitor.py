@@ -10,14 +10,14 @@ import pytest
 
 import attention
 from attention.core.results import Row
-from attention.core.route import PLAIN, Needs, Route
+from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
 from attention.implementations.baseline import Baseline
 from attention.measure.device import Device
 from attention.monitoring.monitor import SHARE, Monitor
-from attention.monitoring.sampling_budget import MOST_GAP, Pace
+from attention.monitoring.sampling_budget import MAX_GAP, SamplingBudget
 from tests.support.tuning_examples import FakeTime
 
 
@@ -95,7 +95,7 @@ class Asked(Baseline):
     name = "asked"
     times = 0
 
-    def route(self, workload: Workload, device: Device, needs: Needs = PLAIN) -> Route:
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         self.times += 1
         return super().route(workload, device, needs)
 
@@ -171,7 +171,7 @@ class Program:
     def __init__(self, call_s: float, share: float = SHARE, pass_s: float = 0.0) -> None:
         self.clock = FakeTime()
         self.call_s, self.pass_s = call_s, pass_s
-        self.pace = Pace(share, self.LOOK_S, pass_s, self.clock)
+        self.pace = SamplingBudget(share, self.LOOK_S, pass_s, self.clock)
         self.watching_s, self.timed, self.look_in = 0.0, 0, 1
 
     def run(self, calls: int) -> float:
@@ -184,13 +184,13 @@ class Program:
             if self.look_in:
                 self.spend(self.pass_s)
                 continue
-            self.look_in = self.pace.next_look()
+            self.look_in = self.pace.next_sample()
             self.spend(self.LOOK_S)
-            if number % MOST_GAP == 0 and self.pace.may_time(self.call_s):
+            if number % MAX_GAP == 0 and self.pace.may_time(self.call_s):
                 self.pace.spent_s += self.call_s
                 self.watching_s += self.call_s  # its work had to be done: counted, though no time of its own
                 self.timed += 1
-            elif number % MOST_GAP:
+            elif number % MAX_GAP:
                 self.pace.may_time(1e9)
         return self.watching_s / (self.clock.now - began)
 
@@ -226,7 +226,7 @@ def test_long_calls_are_all_sampled_and_short_ones_less_often() -> None:
     program = Program(1e-3)
     program.run(1000)
     assert program.pace.stride == 1
-    assert program.pace.looks == 1000
+    assert program.pace.sampled == 1000
     program.call_s = 2e-5
     program.run(1000)
     assert program.pace.stride == 32

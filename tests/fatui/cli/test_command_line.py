@@ -12,7 +12,7 @@ import pytest
 from fatui.cli import main as cli_main
 from fatui.cli import run
 from fatui.cli.main import main
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from tests.support.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[3]
@@ -200,12 +200,12 @@ def test_a_history_that_cannot_be_used_costs_no_result(capsys, tmp_path, monkeyp
 
 
 def test_a_damaged_history_is_reported_and_replaced(capsys):
-    path = History().path
+    path = RunHistory().path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"nonsense " * 1000)
     assert main(["bench", "quick"]) == 0
     assert "is damaged" in capsys.readouterr().err
-    assert len(History().runs()) == 1
+    assert len(RunHistory().runs()) == 1
     assert len(list(path.parent.glob("*.damaged-*"))) == 1
 
 

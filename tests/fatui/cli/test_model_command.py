@@ -18,15 +18,15 @@ from attention.core.route import Route
 from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
 from fatui.cli import main
-from fatui.cli.progress import MAX_QUIET_S, Narrator
+from fatui.cli.progress import MAX_QUIET_S, ProgressPrinter
 from fatui.engine_process import Silence
 from fatui.report import export
 from fatui.report.table import report_table
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from tests.support.sample_runs import ENVIRONMENT, run_of
 
 ROOT = Path(__file__).parents[3]
-SPEED = {"baseline": 1.0, "poc": 0.5, on.AGAIN: 1.0, on.WITHOUT: 0.4}
+SPEED = {"baseline": 1.0, "poc": 0.5, on.REPEATED_REFERENCE: 1.0, on.WITHOUT_ATTENTION: 0.4}
 GENERATIONS = tuple(
     Generation(model="tinyllama-1.1b", phase=phase, prompt=128, generate=8, layers=22, measured_layers=4)
     for phase in ("prefill", "decode")
@@ -53,7 +53,7 @@ def generation_report() -> Report:
     wave = [1 + 0.002 * (index % 5) for index in range(15)]
     for case in range(2):
         record.apply(on.CaseStarted(case=case))
-        record.apply(on.WeightsMade(case=case, weights_bytes=2 * 2**30))
+        record.apply(on.WeightsLoaded(case=case, weights_bytes=2 * 2**30))
         record.apply(on.ReferenceChosen(case=case, implementation="baseline"))
         for name in plan.ordered:
             route = Route(path=f"path of {name}", fused=True, reason="as the test says")
@@ -71,7 +71,7 @@ def tuning_report(off: float = 0.0) -> Report:
     record = record_of(FineTuningPlan(cases=(work,), implementations=("baseline", "poc")))
     record.apply(on.CaseStarted(case=0))
     record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
-    for name in ("baseline", "poc", on.AGAIN):
+    for name in ("baseline", "poc", on.REPEATED_REFERENCE):
         for number in range(1, 13):
             loss = 5.0 - 0.25 * number + (off if name == "poc" else 0.0)
             seconds = SPEED[name] * (1 + 0.002 * (number % 5))
@@ -147,7 +147,7 @@ def test_every_format_has_the_rows():
 
 
 def test_the_history_keeps_models(tmp_path):
-    history = History(tmp_path / "history.sqlite")
+    history = RunHistory(tmp_path / "history.sqlite")
     kept = generation_report()
     history.add(kept)
     (line,) = history.runs()
@@ -158,7 +158,7 @@ def test_the_history_keeps_models(tmp_path):
 
 @pytest.mark.parametrize("now", ["", "compiling what all share"])
 def test_ten_seconds_without_a_line_are_the_most(now, monkeypatch, capsys):
-    narrator = Narrator(GenerationPlan(cases=GENERATIONS, implementations=("baseline",)))
+    narrator = ProgressPrinter(GenerationPlan(cases=GENERATIONS, implementations=("baseline",)))
     if now:
         narrator.listen(on.Progress(done=0.0, remaining_s=9.0, now=now))
     later = time.monotonic() + MAX_QUIET_S
@@ -169,8 +169,8 @@ def test_ten_seconds_without_a_line_are_the_most(now, monkeypatch, capsys):
 
 
 def test_the_estimate_is_told_in_words(capsys):
-    narrator = Narrator(GenerationPlan(cases=GENERATIONS, implementations=("baseline",)))
-    narrator.listen(on.Expected(case=0, seconds=260, implementations=5))
+    narrator = ProgressPrinter(GenerationPlan(cases=GENERATIONS, implementations=("baseline",)))
+    narrator.listen(on.CaseTimeEstimated(case=0, seconds=260, implementations=5))
     assert capsys.readouterr().err == "fatui: about 4 min 20 s for 5 implementations\n"
 
 
@@ -224,7 +224,7 @@ def test_an_interrupted_fine_tuning_keeps_rows_and_exits_130():
     assert process.returncode == 130
     assert "interrupted" in error
     assert "it/s" in out
-    assert History().get("last").fine_tunings[0].rows[0].losses
+    assert RunHistory().get("last").fine_tunings[0].rows[0].losses
 
 
 @pytest.mark.slow

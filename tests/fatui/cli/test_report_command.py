@@ -3,7 +3,7 @@ import pytest
 
 from attention.core.workload import Workload
 from fatui.cli.main import main
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from tests.support.sample_runs import plan_of, report_of, run_of
 
 
@@ -15,7 +15,7 @@ def home(tmp_path, monkeypatch):
 
 def kept(identity, seq=128):
     report = report_of(plan_of([Workload(seq=seq)]), run_of(identity=identity))
-    History().add(report)
+    RunHistory().add(report)
     return report
 
 

@@ -4,7 +4,7 @@ from attention.core.workload import Workload
 from attention.engine.record import Record
 from fatui.cli.main import main
 from fatui.report.comparison import compare
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from tests.support.sample_runs import plan_of, report_of, run_of
 
 SMALL, LARGE = Workload(seq=64), Workload(seq=128)
@@ -39,7 +39,7 @@ def under_load(report: Report, slower: dict[str, float]) -> Report:
     record.apply(on.CaseStarted(case=0))
     record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
     samples = {row.implementation: [slower[row.implementation] * time for time in row.samples] for row in base}
-    samples[on.AGAIN] = samples["baseline"][::-1]
+    samples[on.REPEATED_REFERENCE] = samples["baseline"][::-1]
     record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
     return record.report(run_of(identity="loaded"))
 
@@ -77,14 +77,14 @@ def test_without_a_common_baseline_nothing_is_faster(capsys):
     (change,) = compare(first, second).changes
     assert (change.ratio, change.reference) == (None, None)
     for report in (first, second):
-        History().add(report)
+        RunHistory().add(report)
     assert main(["compare", "aaaa", "bbbb"]) == 0
     assert "no common baseline" in capsys.readouterr().out
 
 
 def test_the_command_prints_ratios(capsys):
     for seed, identity in ((1, "aaaa"), (2, "bbbb")):
-        History().add(report_of(run=run_of(identity=identity), seed=seed))
+        RunHistory().add(report_of(run=run_of(identity=identity), seed=seed))
     assert main(["compare", "a", "last"]) == 0
     out = capsys.readouterr().out
     assert "≈ 1" in out and "same" in out

@@ -25,7 +25,9 @@ def partial_report():
     record.apply(on.RowEnded(case=0, implementation="poc", status="refused", reason="needs 41 GiB of 22 | a\nb"))
     error = float("nan")
     record.apply(
-        on.Checked(case=1, implementation="demo", max_error=error, rms_error=error, accurate=False, detail="NaN")
+        on.AccuracyChecked(
+            case=1, implementation="demo", max_error=error, rms_error=error, accurate=False, detail="NaN"
+        )
     )
     return record.report(run_of())
 

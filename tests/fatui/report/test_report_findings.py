@@ -8,7 +8,7 @@ from msgspec import structs
 from attention.core.results import Interval, NoiseFloor, Ratio
 from attention.core.workload import Workload
 from fatui.report.compose import compose
-from fatui.report.document import Chart, Finding, Missing, Table
+from fatui.report.document import Chart, Claim, MissingData, Table
 from fatui.report.html import to_html
 from fatui.report.markdown import to_markdown
 from fatui.report.trends import fit, sweeps
@@ -34,7 +34,7 @@ def blocks(document, kind, title=None):
 
 
 def texts(document, title=None):
-    return [block.text for block in blocks(document, Finding, title)]
+    return [block.text for block in blocks(document, Claim, title)]
 
 
 def ratio(value, low, high, *, significant):
@@ -95,7 +95,7 @@ def test_a_run_in_which_all_failed_claims_nothing():
 
 
 def test_unmeasured_findings_name_the_command_to_measure():
-    commands = [block.command for block in blocks(compose([report_of()]), Missing)]
+    commands = [block.command for block in blocks(compose([report_of()]), MissingData)]
     for wanted in ("fatui bench scaling", "fatui model tinyllama-1.1b", "fatui finetune", "fatui bench seed-table"):
         assert any(command.startswith(wanted) for command in commands), wanted
 
@@ -266,7 +266,7 @@ def test_without_matplotlib_the_report_says_how_to_get_charts(monkeypatch):
     monkeypatch.setattr("fatui.report.charts.available", lambda: False)
     document = compose([report_of(plan_of(SWEEP))])
     assert blocks(document, Chart) == []
-    assert any(block.command == "pip install 'fatui[report]'" for block in blocks(document, Missing))
+    assert any(block.command == "pip install 'fatui[report]'" for block in blocks(document, MissingData))
 
 
 def test_a_noise_floor_stands_beside_each_line_of_the_speedups():

@@ -23,7 +23,7 @@ from fatui.report.compose import compose
 from fatui.report.markdown import to_markdown
 from fatui.report.table import report_table
 from fatui.storage import paths, presets, result_files, settings
-from fatui.storage.history import History, HistoryError
+from fatui.storage.history import HistoryError, RunHistory
 from fatui.tui.actions import SCOPES
 from tests.support import hostile
 from tests.support.sample_runs import plan_of, report_of, run_of
@@ -157,26 +157,26 @@ def fuzz_presets(rounds, seed):
 def fuzz_settings(rounds, seed):
     draw = random.Random(seed)
     text = b'theme = "nord"\nascii = true\n[keys]\nrun = "f5"\nstop = "x"\nhistory = "ctrl+h,h"\n'
-    state = msgspec.json.encode(settings.Remembered())
+    state = msgspec.json.encode(settings.SavedState())
     for path, content in ((settings.config_path(), text), (settings.state_path(), state)):
         path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(rounds // 2):
             path.write_bytes(mutated_bytes(content, draw))
             settings.read_settings(SCOPES, ("nord",))
-            settings.read_remembered()
+            settings.read_state()
 
 
 def fuzz_history(rounds, seed, folder):
     draw = random.Random(seed)
     whole = folder / "whole.sqlite"
-    kept = History(whole)
+    kept = RunHistory(whole)
     for number in range(4):
         kept.add(report_of(run=run_of(identity=f"run{number}")))
     with sqlite3.connect(whole) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     content = whole.read_bytes()
     for number in range(rounds):
-        history = History(folder / str(number) / "h.sqlite")
+        history = RunHistory(folder / str(number) / "h.sqlite")
         history.path.parent.mkdir()
         history.path.write_bytes(mutated_bytes(content, draw))
         for use in (history.runs, lambda: history.get("last"), lambda: history.add(report_of()), history.runs):  # noqa: B023
@@ -341,7 +341,7 @@ def test_a_folder_in_a_home_that_does_not_exist_is_not_made(tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path / "gone"))
     assert main(["history"]) == 0
     with pytest.raises(HistoryError, match="there is no home folder"):
-        History().add(report_of())
+        RunHistory().add(report_of())
     with pytest.raises(OSError, match="there is no home folder"):
         presets.save(presets.load("quick"), "mine")
     assert list(tmp_path.iterdir()) == []
@@ -356,7 +356,7 @@ def test_a_data_folder_that_is_a_file_is_told(capsys):
 
 
 def test_what_can_be_read_of_a_damaged_history_is_taken_over(tmp_path):
-    kept = History(tmp_path / "h.sqlite")
+    kept = RunHistory(tmp_path / "h.sqlite")
     for number in range(40):
         kept.add(report_of(run=run_of(identity=f"run{number:02}")))
     with sqlite3.connect(kept.path) as database:
@@ -375,14 +375,14 @@ def test_what_can_be_read_of_a_damaged_history_is_taken_over(tmp_path):
 
 def test_a_full_disk_costs_no_run_that_was_kept(tmp_path):
     path = tmp_path / "h.sqlite"
-    History(path).add(report_of())
+    RunHistory(path).add(report_of())
     program = (
         "import resource, signal, sys; from pathlib import Path; from tests.support.sample_runs import report_of, "
         "run_of\n"
-        "from fatui.storage.history import History, HistoryError\n"
+        "from fatui.storage.history import RunHistory, HistoryError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "try: History(Path(sys.argv[1])).add(report_of(run=run_of(identity='other')))\n"
+        "try: RunHistory(Path(sys.argv[1])).add(report_of(run=run_of(identity='other')))\n"
         "except HistoryError as error: print(error); sys.exit(7)"
     )
     here = Path(__file__).parents[3]
@@ -392,4 +392,4 @@ def test_a_full_disk_costs_no_run_that_was_kept(tmp_path):
     )
     assert done.returncode == 7, done.stderr
     assert done.stdout.count("\n") == 1
-    assert [line.id for line in History(path).runs()] == ["0a1b2c3d"]
+    assert [line.id for line in RunHistory(path).runs()] == ["0a1b2c3d"]

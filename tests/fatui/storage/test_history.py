@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 
 from fatui.storage import history as history_module
-from fatui.storage.history import History, HistoryError
+from fatui.storage.history import HistoryError, RunHistory
 from tests.support.sample_runs import plan_of, report_of, run_of
 
 ROOT = Path(__file__).parents[3]
 WRITER = """
 import sys
 from pathlib import Path
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from tests.support.sample_runs import report_of, run_of
 for number in range(12):
-    History(Path(sys.argv[1])).add(report_of(run=run_of(identity=f"{sys.argv[2]}{number:02}")))
+    RunHistory(Path(sys.argv[1])).add(report_of(run=run_of(identity=f"{sys.argv[2]}{number:02}")))
 """
 
 
-def history(tmp_path: Path) -> History:
-    return History(tmp_path / "h.sqlite")
+def history(tmp_path: Path) -> RunHistory:
+    return RunHistory(tmp_path / "h.sqlite")
 
 
 def test_a_report_comes_back_as_it_was(tmp_path):
@@ -72,7 +72,7 @@ def test_two_processes_at_once_lose_nothing(tmp_path):
     command = [sys.executable, "-c", WRITER, str(path)]
     processes = [subprocess.Popen([*command, letter], env=environment) for letter in "abc"]
     assert [process.wait(timeout=30) for process in processes] == [0, 0, 0]
-    assert len(History(path).runs()) == 36
+    assert len(RunHistory(path).runs()) == 36
 
 
 @pytest.mark.parametrize("content", [b"not a database at all, " * 100, None])
@@ -87,7 +87,7 @@ def test_a_damaged_file_is_kept_aside_and_a_new_one_begun(tmp_path, content):
     assert kept.notice and "is damaged" in kept.notice
     (aside,) = tmp_path.glob("*.damaged-*")
     assert aside.read_bytes()[:100] == content[:100]
-    assert History(kept.path).get("last").run.id == "new"
+    assert RunHistory(kept.path).get("last").run.id == "new"
 
 
 def test_a_newer_history_is_left_alone(tmp_path):
@@ -104,7 +104,7 @@ def test_a_newer_history_is_left_alone(tmp_path):
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HistoryError) as caught:
-        History(tmp_path / "file" / "h.sqlite").add(report_of())
+        RunHistory(tmp_path / "file" / "h.sqlite").add(report_of())
     assert "\n" not in str(caught.value)
 
 

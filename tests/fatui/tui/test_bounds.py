@@ -13,7 +13,7 @@ from tests.support.stage import on_stage
 
 ROUNDS = 35
 """Events of rounds added to a case, 50 events in all with the others."""
-MOST_BYTES = 24 * 2**20
+MAX_BYTES = 24 * 2**20
 """Maximum bytes for all of it: 200 cases with their rows and samples, 10,000 lines of log, 512 points per trend."""
 
 
@@ -77,7 +77,7 @@ def test_events_and_lines_stay_within_their_buffers(cases, lines):
         late = await repaint_s(stage)
         print(f"{heard} events, {grown / 2**20:.1f} MiB; repaint {1e3 * early:.1f} ms, then {1e3 * late:.1f} ms")
         assert heard >= 50 * cases
-        assert grown < MOST_BYTES
+        assert grown < MAX_BYTES
         assert len(stage.find("#log-view", LogView)._lines) <= 10_000
         assert all(len(series.points) <= 512 for series in stage.app.session.rates.values())
         assert late < 2 * early + 0.02

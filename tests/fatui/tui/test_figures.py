@@ -8,11 +8,11 @@ from attention.core.results import Case, Environment, Interval, Peaks, Report, R
 from attention.core.workload import Workload
 from fatui import quantities
 from fatui.draft import Draft, draft_of
-from fatui.report.scaling import Point, crossovers
-from fatui.storage.settings import Pace
+from fatui.report.scaling import RatePoint, crossovers
+from fatui.storage.settings import RunSpeed
 from fatui.tui.terminal import plain
 from fatui.tui.view_models.estimate import estimate_s, learn
-from fatui.tui.view_models.journal import Journal
+from fatui.tui.view_models.journal import Log
 from fatui.tui.view_models.series import Series, histogram
 from fatui.tui.widgets.charts import resample
 from fatui.tui.widgets.live_pane import ceiling
@@ -20,13 +20,13 @@ from fatui.tui.widgets.live_pane import ceiling
 
 @pytest.mark.parametrize(("text", "number"), [("512", 512), ("8k", 8192), (" 1 M ", 2**20), ("1_000", 1000)])
 def test_a_typed_number_may_have_a_suffix(text, number):
-    assert quantities.parse(text, "seq") == number
+    assert quantities.parse_number(text, "seq") == number
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", "999999999999", "k"])
 def test_what_is_no_number_is_refused_with_what_is_taken(text):
     with pytest.raises(ValueError, match="whole number from 1 to"):
-        quantities.parse(text, "seq")
+        quantities.parse_number(text, "seq")
 
 
 def test_a_range_doubles():
@@ -34,7 +34,7 @@ def test_a_range_doubles():
 
 
 def test_numbers_use_powers_of_1024_only_where_exact():
-    assert [quantities.say(number) for number in (512, 1000, 1024, 8192, 2**20, 1536)] == [
+    assert [quantities.format_number(number) for number in (512, 1000, 1024, 8192, 2**20, 1536)] == [
         "512",
         "1,000",
         "1 K",
@@ -90,7 +90,7 @@ def test_a_series_keeps_its_bound_its_mean_and_its_extremes():
 
 
 def test_a_journal_keeps_the_last_lines_and_counts_all():
-    journal = Journal(most=1000)
+    journal = Log(most=1000)
     for number in range(100_000):
         journal.write(f"line {number}")
     assert (journal.count, len(journal)) == (100_000, 1000)
@@ -117,7 +117,7 @@ def test_a_histogram_shows_every_sample_and_fills_its_height():
 
 def test_a_crossover_is_named_only_where_intervals_are_apart():
     def line(*rates):
-        return [Point(2**index, rate, rate * 0.99, rate * 1.01) for index, rate in enumerate(rates)]
+        return [RatePoint(2**index, rate, rate * 0.99, rate * 1.01) for index, rate in enumerate(rates)]
 
     found = crossovers({"a": line(10, 10, 10), "b": line(5, 10.05, 20)})
     assert [(each.faster_before, each.faster_after, each.between) for each in found] == [("a", "b", (1, 4))]
@@ -129,7 +129,7 @@ def plan_of(**fields):
 
 def paced(**fields):
     """Learn from a run with one call of 10 ms per workload."""
-    return learn(Pace(), report_of("baseline", 0.01, 2.5, **fields), 2.0)
+    return learn(RunSpeed(), report_of("baseline", 0.01, 2.5, **fields), 2.0)
 
 
 def report_of(name, call_s, seconds, **fields):

@@ -4,7 +4,7 @@ import pytest
 
 from attention.core import events as on
 from fatui.storage import paths, settings
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from fatui.tui.widgets.row_table import RowTable
 from tests.support import hostile
 from tests.support.stage import on_stage
@@ -23,7 +23,7 @@ async def look(stage, *keys, shows=""):
 @pytest.mark.parametrize("kind", ["shapes", "model", "finetune"])
 def test_every_screen_shows_a_hostile_run(kind):
     for number in (1, 2):
-        History().add(hostile.report(kind, f"run{number}"))
+        RunHistory().add(hostile.report(kind, f"run{number}"))
 
     async def play(stage):
         await stage.press("h")

@@ -6,7 +6,7 @@ from pathlib import Path
 from textual.widgets import Input
 
 from attention.core import events as on
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from fatui.tui.screens.history import History as HistoryScreen
 from fatui.tui.screens.models import FineTunings, Models
 from fatui.tui.widgets.choice import Choice, Toggles
@@ -19,9 +19,13 @@ WAVE = [1 + 0.002 * (index % 5) for index in range(15)]
 def play_generation(engine):
     engine.begin()
     for case in range(len(engine.record.cases)):
-        engine.tell(on.CaseStarted(case=case), on.WeightsMade(case=case, weights_bytes=2 * 2**30))
+        engine.tell(on.CaseStarted(case=case), on.WeightsLoaded(case=case, weights_bytes=2 * 2**30))
         engine.tell(on.ReferenceChosen(case=case, implementation="baseline"))
-        arms = {**{name: SPEED[name] for name in engine.record.plan.ordered}, on.AGAIN: 0.05, on.WITHOUT: 0.02}
+        arms = {
+            **{name: SPEED[name] for name in engine.record.plan.ordered},
+            on.REPEATED_REFERENCE: 0.05,
+            on.WITHOUT_ATTENTION: 0.02,
+        }
         times = {name: [seconds * each for each in WAVE] for name, seconds in arms.items()}
         engine.tell(on.RoundsDone(case=case, samples=times, active_bytes=2**20, peak_bytes=2**21))
         engine.tell(on.CaseDone(case=case, stopped_by="time"))
@@ -47,7 +51,7 @@ def play_iterations(engine, names, count):
 def play_tuning(engine):
     engine.begin()
     engine.tell(on.CaseStarted(case=0), on.ReferenceChosen(case=0, implementation="baseline"))
-    play_iterations(engine, [*engine.record.plan.ordered, on.AGAIN], 12)
+    play_iterations(engine, [*engine.record.plan.ordered, on.REPEATED_REFERENCE], 12)
     engine.tell(on.CaseDone(case=0, stopped_by="iterations"), on.RunDone())
 
 
@@ -79,7 +83,7 @@ def test_a_model_is_set_up_run_shown_kept_and_exported():
         await finish(stage, "models")
         assert "estimated from 2 of 22 layers" in stage.seen()
         assert "2.00 ±" in stage.seen()
-        assert History().get("last").models[0].rows[0].attention_share.value > 0.5
+        assert RunHistory().get("last").models[0].rows[0].attention_share.value > 0.5
         await stage.press("e")
         await stage.press("enter")
         await stage.settle(lambda: list(Path().glob("*.json")))
@@ -102,7 +106,7 @@ def test_fine_tuning_shows_loss_curves_beside_rates():
         rows = [line for line in stage.seen().splitlines() if line.count("baseline") >= 2]
         assert any("4.500" in line and "5.750" in line and "20." in line for line in rows)
         assert "waiting" in stage.seen()
-        play_iterations(stage.engine, ["practical", "poc", "demo", on.AGAIN], 6)
+        play_iterations(stage.engine, ["practical", "poc", "demo", on.REPEATED_REFERENCE], 6)
         stage.engine.tell(on.CaseDone(case=0, stopped_by="iterations"), on.RunDone())
         await finish(stage, "finetuning")
         assert "5.750 → 4.500" in stage.seen()
@@ -138,7 +142,7 @@ def test_stopping_keeps_what_was_measured():
         play_iterations(stage.engine, ["baseline"], 5)
         await stage.press("x")
         await stage.settle(lambda: "finetuning" in stage.app.runs.model_reports)
-        kept = History().get("last")
+        kept = RunHistory().get("last")
         assert kept.run.interrupted
         assert len(kept.fine_tunings[0].rows[0].losses) == 5
 
@@ -184,7 +188,7 @@ def test_a_model_says_how_long_it_takes_before_its_rounds():
         stage.engine.begin()
         stage.engine.tell(
             on.CaseStarted(case=0),
-            on.Expected(case=0, seconds=2520, implementations=5),
+            on.CaseTimeEstimated(case=0, seconds=2520, implementations=5),
             on.Progress(done=0.1, remaining_s=32, now="a look at two layers"),
         )
         stage.app.screen._show()

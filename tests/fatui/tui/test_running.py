@@ -4,7 +4,7 @@ from msgspec import structs
 
 from attention.core import events as on
 from fatui import formatting
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from fatui.tui.screens.dialogs import Question
 from fatui.tui.view_models.estimate import estimate_s
 from fatui.tui.widgets.row_table import RowTable
@@ -23,8 +23,8 @@ def test_a_run_fills_the_table_says_its_finding_and_is_kept():
         stage.engine.finish()
         await stage.settle(lambda: "poc is 49" in stage.seen())
         assert stage.app.session.phase == "done"
-        await stage.settle(lambda: len(History().runs()) == 1)
-        assert not History().runs()[0].interrupted
+        await stage.settle(lambda: len(RunHistory().runs()) == 1)
+        assert not RunHistory().runs()[0].interrupted
 
     on_stage(play)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from textual.widgets import Input, Static
 
 from fatui.storage import paths, presets
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from fatui.tui import terminal
 from fatui.tui.screens.dialogs import RowDetails
 from fatui.tui.widgets.row_table import RowTable
@@ -133,16 +133,16 @@ def test_past_runs_are_opened_compared_deleted_and_brought_back():
     async def play(stage):
         await stage.run_to_the_end()
         await stage.run_to_the_end(lambda case: {"poc": 2.0})
-        await stage.settle(lambda: len(History().runs()) == 2)
+        await stage.settle(lambda: len(RunHistory().runs()) == 2)
         await stage.press("h")
         await stage.settle(lambda: len(stage.find("#runs", RowTable).lines) == 2)
         await stage.press("space", "down", "c")
         await stage.settle(lambda: "tokens/s before" in stage.seen())
         assert "0.50" in stage.seen()
         await stage.press("escape", "d")
-        await stage.settle(lambda: len(History().runs()) == 1)
+        await stage.settle(lambda: len(RunHistory().runs()) == 1)
         await stage.press("u")
-        await stage.settle(lambda: len(History().runs()) == 2)
+        await stage.settle(lambda: len(RunHistory().runs()) == 2)
         await stage.press("enter")
         await stage.settle(lambda: stage.app.session is None)
         assert "is open" in stage.seen()

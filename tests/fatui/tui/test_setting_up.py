@@ -9,7 +9,7 @@ from fatui import formatting
 from fatui.draft import DEFAULT_AXES, Draft
 from fatui.storage import presets
 from fatui.tui import actions
-from fatui.tui.advisor import Question, answer
+from fatui.tui.advisor import AdviceRequest, answer
 from fatui.tui.app import load_preset
 from fatui.tui.screens.dialogs import FORMATS
 from fatui.tui.view_models.availability import needs_text
@@ -297,9 +297,9 @@ def test_a_choice_in_a_sweep_shows_what_will_run():
 def test_needs_of_a_sweep_are_those_of_its_largest_case():
     async def play(stage):
         cases = tuple(Workload(seq=seq) for seq in (64, 128, 256))
-        question = Question(number=1, workload=cases[0], names=("baseline", "practical"), others=cases[1:])
+        question = AdviceRequest(number=1, workload=cases[0], names=("baseline", "practical"), others=cases[1:])
         made = answer(question, DEVICE)
-        largest = implementations.get("baseline").route(cases[2], DEVICE).predicted_bytes
+        largest = implementations.load_implementation("baseline").route(cases[2], DEVICE).predicted_bytes
         assert made.largest["baseline"] == largest > made.routes["baseline"].predicted_bytes
         stage.app.draft = Draft(axes={**DEFAULT_AXES, "seq": (64, 128, 256)}, implementations=("baseline",))
         stage.app.advice.answer = made

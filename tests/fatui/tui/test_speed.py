@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 from tests.support.pty_app import ROOT, PtyApp
 
 pytestmark = pytest.mark.slow
@@ -66,21 +66,21 @@ def test_a_key_repaints_within_100_ms_beside_a_busy_engine():
 
 def run_in_the_app():
     """Run `quick` in the app, and return the report."""
-    before = len(History().runs())
+    before = len(RunHistory().runs())
     with PtyApp(*FATUI, "quick", "--run") as app:
         end = time.monotonic() + 300
-        while len(History().runs()) == before:
+        while len(RunHistory().runs()) == before:
             assert time.monotonic() < end
             app.read(0.5)
         app.press("q")
         assert app.ended()
-    return History().get("last")
+    return RunHistory().get("last")
 
 
 def run_on_the_command_line():
     """Run `fatui bench quick`, and return the report."""
     subprocess.run([*FATUI, "bench", "quick"], cwd=ROOT, capture_output=True, check=True, timeout=300)
-    return History().get("last")
+    return RunHistory().get("last")
 
 
 def rates(report):

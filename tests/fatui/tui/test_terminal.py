@@ -15,7 +15,7 @@ import pytest
 
 from fatui.report.export import to_json
 from fatui.storage import paths
-from fatui.storage.history import History
+from fatui.storage.history import RunHistory
 
 ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")]
@@ -92,7 +92,7 @@ def test_a_person_runs_saves_loads_exports_and_quits(open_terminal, tmp_path):
     terminal.press("Left", "r")
     terminal.wait_for("case 1 of 1 complete", 60)
     terminal.wait_for("baseline", 5)
-    terminal.until(lambda: len(History().runs()) == 1, 10, "run in the history")
+    terminal.until(lambda: len(RunHistory().runs()) == 1, 10, "run in the history")
     terminal.press("w")
     terminal.wait_for("Save as a preset")
     terminal.type("my-quick")
@@ -111,7 +111,7 @@ def test_a_person_runs_saves_loads_exports_and_quits(open_terminal, tmp_path):
     terminal.until(lambda: not terminal.process.is_running(), 10, "end")
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["cases"][0]["rows"][0]["implementation"] == "baseline"
-    assert report == json.loads(to_json(History().get("last")))
+    assert report == json.loads(to_json(RunHistory().get("last")))
     assert "my-quick" in (tmp_path / "out.svg").read_text()
     assert "case 1 of 1 complete" in (tmp_path / "out.log").read_text()
     preset = tomllib.loads((paths.own_presets() / "my-quick.toml").read_text())
@@ -125,7 +125,7 @@ def test_closing_the_terminal_ends_the_run_and_keeps_its_rows(open_terminal):
     terminal.close()
     psutil.wait_procs([app, worker], timeout=5)
     assert not app.is_running() and not worker.is_running()
-    assert History().runs()[0].interrupted
+    assert RunHistory().runs()[0].interrupted
 
 
 def test_a_killed_engine_costs_a_row_and_the_run_goes_on(open_terminal):
@@ -135,8 +135,8 @@ def test_a_killed_engine_costs_a_row_and_the_run_goes_on(open_terminal):
     terminal.wait_for("see the log", 20)
     terminal.wait_for("case 2 of 6 ·", 60)
     terminal.press("x")
-    terminal.until(lambda: len(History().runs()) == 1, 10, "run in the history")
-    statuses = [row.status for row in History().get("last").cases[0].rows]
+    terminal.until(lambda: len(RunHistory().runs()) == 1, 10, "run in the history")
+    statuses = [row.status for row in RunHistory().get("last").cases[0].rows]
     assert statuses.count("failed") == 1 and "ok" in statuses
 
 

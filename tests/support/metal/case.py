@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from attention.kernels.metal import gradients, launch, selfcheck
-from attention.kernels.metal.call import Call, MaskKind, Shape
+from attention.kernels.metal.call import CallParams, CallShape, MaskKind
 from tests.support.metal import judge
 from tests.support.metal.blas import one_thread
 from tests.support.metal.device import Device, on_a_mac
 
-LONGEST: Final = 200
+MAX_LENGTH: Final = 200
 """Maximum queries and keys of a random shape."""
 
 
@@ -31,9 +31,9 @@ class Kind:
     logsumexp: bool = False
     """Whether the logsumexp has a cotangent."""
 
-    def call(self, head_dim: int, dtype: str) -> Call:
+    def call(self, head_dim: int, dtype: str) -> CallParams:
         mask = cast("MaskKind", dtype if self.mask == "own" else self.mask)
-        return Call(head_dim**-0.5, self.causal, self.window, self.softcap, mask, self.sinks)
+        return CallParams(head_dim**-0.5, self.causal, self.window, self.softcap, mask, self.sinks)
 
 
 KINDS: Final = {
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 RUNS: Final = [Run(is_reversed, is_misaligned) for is_reversed in (False, True) for is_misaligned in (False, True)]
 
 
-def problems(shape: Shape, kind: Kind, backward: bool = True, seed: int = 3) -> list[str]:
+def problems(shape: CallShape, kind: Kind, backward: bool = True, seed: int = 3) -> list[str]:
     """Return the problems of output, logsumexp and gradients; findings of the verifier are raised."""
     call = kind.call(shape.head_dim, shape.dtype)
     given = selfcheck.inputs(shape, call, seed, logsumexp=kind.logsumexp)
@@ -74,7 +74,7 @@ def problems(shape: Shape, kind: Kind, backward: bool = True, seed: int = 3) -> 
         return [*_wrong_logsumexp(given, call, outputs[1]), *judge.wrong(given, call, found)]
 
 
-def _wrong_logsumexp(given: selfcheck.Inputs, call: Call, logsumexp: mx.array) -> list[str]:
+def _wrong_logsumexp(given: selfcheck.Inputs, call: CallParams, logsumexp: mx.array) -> list[str]:
     expected, found = selfcheck.reference(given, call)[1], selfcheck.exact(logsumexp)
     blind = np.isneginf(expected)
     gap = selfcheck.logsumexp_gap(found, expected)
@@ -85,7 +85,7 @@ def random_lengths(name: str) -> Iterator[tuple[int, int]]:
     """Queries and keys, the same in every run of the tests."""
     draw = random.Random(zlib.crc32(name.encode()))
     while True:
-        yield draw.randint(1, LONGEST), draw.randint(1, LONGEST)
+        yield draw.randint(1, MAX_LENGTH), draw.randint(1, MAX_LENGTH)
 
 
 def problems_in_all_runs(head_dim: int, dtype: str, kind: str) -> dict[str, list[str]]:
@@ -94,7 +94,7 @@ def problems_in_all_runs(head_dim: int, dtype: str, kind: str) -> dict[str, list
     for run, (queries, keys) in zip(RUNS, random_lengths(f"{head_dim} {dtype} {kind}"), strict=False):
         heads = 2 if run.is_reversed == run.is_misaligned else 1  # of one key head
         with on_a_mac(Device(run.is_reversed, run.is_misaligned)):
-            found = problems(Shape(1, heads, 1, queries, keys, head_dim, dtype), KINDS[kind])
+            found = problems(CallShape(1, heads, 1, queries, keys, head_dim, dtype), KINDS[kind])
         if found:
             wrong[f"{queries} x {keys}, {run}"] = found
     return wrong
@@ -105,8 +105,8 @@ def problems_of_few_in_all_runs(head_dim: int, dtype: str, rows: int, kind: str)
     wrong = {}
     draw = random.Random(zlib.crc32(f"{head_dim} {dtype} {rows} {kind}".encode()))
     for number, run in enumerate(RUNS):
-        keys = draw.randint(512, 700) if number % 2 else draw.randint(1, LONGEST)
-        shape = Shape(1, 4, 2, draw.randint(rows // 4 + 1, rows // 2), keys, head_dim, dtype)
+        keys = draw.randint(512, 700) if number % 2 else draw.randint(1, MAX_LENGTH)
+        shape = CallShape(1, 4, 2, draw.randint(rows // 4 + 1, rows // 2), keys, head_dim, dtype)
         with on_a_mac(Device(run.is_reversed, run.is_misaligned)) as device:
             found = problems(shape, KINDS[kind], backward=False)
         assert [one.kernel for one in device.launches] == ["forward", "join"][: 1 + number % 2]

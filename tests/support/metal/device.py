@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from attention.kernels.common.first_use import FirstUse
+from attention.kernels.common.first_use import SelfChecks
 from attention.kernels.metal import attend, gradients, launch
 from attention.kernels.metal import trust as metal_trust
 
@@ -87,9 +87,9 @@ def on_a_mac(device: Device) -> Iterator[Device]:
     forget()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "metal_kernel", device.metal_kernel)
-        patch.setattr(metal_trust, "look", lambda: MARK)
-        patch.setattr(metal_trust, "mark", lambda: MARK)
-        patch.setattr(metal_trust, "checks", FirstUse(metal_trust.mark))
+        patch.setattr(metal_trust, "describe", lambda: MARK)
+        patch.setattr(metal_trust, "machine_fingerprint", lambda: MARK)
+        patch.setattr(metal_trust, "checks", SelfChecks(metal_trust.machine_fingerprint))
         yield device
     forget()
 

@@ -9,15 +9,15 @@ import mlx.core as mx
 import numpy as np
 
 from attention.kernels.metal import selfcheck
-from attention.kernels.metal.call import Call
+from attention.kernels.metal.call import CallParams
 from attention.kernels.metal.selfcheck import Floats, Inputs, exact
-from attention.masks import Mask, in_type
+from attention.masks import Mask, cast_additive
 
 NAMES = ("output", "dQ", "dK", "dV", "rows of the sinks' gradient")
 """For sinks, which are few, the contribution of each row: a sum over all rows may be right or wrong by chance."""
 
 
-def wrong(given: Inputs, call: Call, found: Sequence[mx.array]) -> list[str]:
+def wrong(given: Inputs, call: CallParams, found: Sequence[mx.array]) -> list[str]:
     """Return the results that break the rule, of output, dQ, dK, dV, and the rows of the sinks' gradient, if given."""
     right = [selfcheck.reference(given, call)[0], *selfcheck.reference_gradients(given, call)][: len(found)]
     plain = plain_results(given, call)
@@ -30,7 +30,7 @@ def wrong(given: Inputs, call: Call, found: Sequence[mx.array]) -> list[str]:
     return problems
 
 
-def plain_results(given: Inputs, call: Call) -> list[mx.array]:
+def plain_results(given: Inputs, call: CallParams) -> list[mx.array]:
     """Return output and gradients of plain attention in the inputs' own precision, in the order of `NAMES`."""
     group = given.q.shape[1] // given.k.shape[1]
     seen, sighted = _seen(given, call)
@@ -40,7 +40,7 @@ def plain_results(given: Inputs, call: Call) -> list[mx.array]:
         if call.softcap is not None:
             scores = call.softcap * mx.tanh(scores / call.softcap)
         if given.mask is not None and given.mask.dtype != mx.bool_:
-            scores = scores + mx.where(seen, in_type(given.mask, q.dtype), mx.zeros((), q.dtype))
+            scores = scores + mx.where(seen, cast_additive(given.mask, q.dtype), mx.zeros((), q.dtype))
         scores = mx.where(seen | ~sighted, scores, mx.array(-mx.inf, q.dtype))
         if call.sinks:
             column = mx.broadcast_to(sinks[..., None].astype(q.dtype), (*scores.shape[:3], 1))
@@ -57,9 +57,9 @@ def plain_results(given: Inputs, call: Call) -> list[mx.array]:
     return [outputs[0], *pulled]
 
 
-def _seen(given: Inputs, call: Call) -> tuple[mx.array, mx.array]:
+def _seen(given: Inputs, call: CallParams) -> tuple[mx.array, mx.array]:
     """Return the keys that each query attends to, and the queries that attend to any; a sink is always attended to."""
-    whole = Mask(causal=call.causal, window=call.window).whole(given.q.shape[2], given.k.shape[2])
+    whole = Mask(causal=call.causal, window=call.window).materialize(given.q.shape[2], given.k.shape[2])
     seen = mx.ones((given.q.shape[2], given.k.shape[2]), mx.bool_) if whole is None else whole
     if given.mask is not None:
         seen = seen & (given.mask if given.mask.dtype == mx.bool_ else ~mx.isneginf(given.mask))

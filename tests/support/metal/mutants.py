@@ -4,14 +4,14 @@
 from dataclasses import dataclass
 from typing import Final
 
-from attention.kernels.metal.call import Shape
+from attention.kernels.metal.call import CallShape
 
-MANY: Final = Shape(1, 2, 1, 45, 70, 64, "float16")
-FEW: Final = Shape(1, 4, 2, 3, 600, 64, "float16")
-LONG: Final = Shape(1, 1, 1, 64, 128, 64, "float16")
-SPLIT: Final = Shape(1, 4, 2, 3, 523, 64, "float32")
+MANY: Final = CallShape(1, 2, 1, 45, 70, 64, "float16")
+FEW: Final = CallShape(1, 4, 2, 3, 600, 64, "float16")
+LONG: Final = CallShape(1, 1, 1, 64, 128, 64, "float16")
+SPLIT: Final = CallShape(1, 4, 2, 3, 523, 64, "float32")
 """Keys split into parts of unequal lengths."""
-WIDE: Final = Shape(1, 1, 1, 20, 25, 256, "float32")
+WIDE: Final = CallShape(1, 1, 1, 20, 25, 256, "float32")
 """So wide that the backward kernels load tiles in chunks, and that float32 is summed in parts."""
 
 
@@ -28,7 +28,7 @@ class Mutant:
     new: str
     found_by: str
     kind: str = "causal"
-    shape: Shape = MANY
+    shape: CallShape = MANY
 
     def edit(self, kernel: str, text: str) -> str:
         """Return the source with the fault."""
@@ -41,7 +41,7 @@ class Mutant:
 BARRIER: Final = "threadgroup_barrier(mem_flags::mem_threadgroup);  // "
 
 
-def no_barrier(kernel: str, mark: str, tile: str, shape: Shape = MANY) -> Mutant:
+def no_barrier(kernel: str, mark: str, tile: str, shape: CallShape = MANY) -> Mutant:
     """A missing barrier, so that accesses to a tile are unordered."""
     return Mutant(
         f"{kernel}: no barrier {mark}", kernel, f"{BARRIER}{mark}:", f"// {mark}:", f"race: {tile}", shape=shape
@@ -66,7 +66,7 @@ BARRIERS: Final = (
 FORWARD: Final = (
     Mutant("forward: causal off by one", "forward", SEEN, "key < position", "output"),
     Mutant("forward: causal lets one more through", "forward", SEEN, "key <= position + 1", "output"),
-    Mutant("forward: tiles end one key early", "forward", "last + keys - queries + 1", "last + keys - queries", "output", shape=Shape(1, 1, 1, 33, 33, 64, "float16")),
+    Mutant("forward: tiles end one key early", "forward", "last + keys - queries + 1", "last + keys - queries", "output", shape=CallShape(1, 1, 1, 33, 33, 64, "float16")),
     Mutant("forward: tiles start one tile late", "forward", "/ BLOCK * BLOCK", "/ BLOCK * BLOCK + BLOCK", "output", "window"),
     Mutant("forward: window one wider", "forward", "key > position - window", "key >= position - window", "output", "window"),
     Mutant("forward: rows past the end are loaded", "forward", "if (row < valid) {", "if (true) {", "out-of-bounds: k "),
@@ -88,7 +88,7 @@ FORWARD: Final = (
     Mutant("forward: the mask of another head", "forward", "head * mask_strides[1]", "0 * mask_strides[1]", "output", "bool mask"),
     Mutant("forward: the mask's axes are swapped", "forward", "query * mask_strides[2] + key * mask_strides[3]", "key * mask_strides[2] + query * mask_strides[3]", "out-of-bounds: mask", "bool mask"),
     Mutant("forward: an additive mask is not added", "forward", "MASK == 2 ? masked(s, float(mask[at]))", "MASK == 2 ? s", "output", "additive mask"),
-    Mutant("forward: keys of another head", "forward", "plane / group", "0", "output", "full", Shape(1, 2, 2, 40, 40, 64, "float16")),
+    Mutant("forward: keys of another head", "forward", "plane / group", "0", "output", "full", CallShape(1, 2, 2, 40, 40, 64, "float16")),
     Mutant("forward: columns twice as far apart", "forward", "(i % D) * q_strides[3]", "(i % D) * 2 * q_strides[3]", "out-of-bounds: q ", shape=FEW),
     Mutant("forward: logsumexp in base 2", "forward", "= metal::precise::log(total)", "= metal::precise::log2(total)", "logsumexp"),
     Mutant("forward: columns of a lane are swapped", "forward", "(lane / 4) & 2) * 2", "(lane / 4) & 2)", "uninitialised read: output o"),
@@ -122,7 +122,7 @@ BACKWARD: Final = (
     Mutant("dK, dV: delta of another row", "backward_key", "row_means[j * 8 + fragment_c + e]", "row_means[j * 8 + fragment_c]", "dK"),
     Mutant("dK, dV: one head of the group", "backward_key", "head < key_head * group + group", "head < key_head * group + 1", "dV"),
     Mutant("dK, dV: queries start one tile late", "backward_key", "/ BLOCK_Q * BLOCK_Q : 0", "/ BLOCK_Q * BLOCK_Q + BLOCK_Q : 0", "dV"),
-    Mutant("dK, dV: queries end too early", "backward_key", "- 1 - shift + window)", "- 2 - shift + window)", "dV", "window", Shape(1, 1, 1, 77, 88, 64, "float16")),
+    Mutant("dK, dV: queries end too early", "backward_key", "- 1 - shift + window)", "- 2 - shift + window)", "dV", "window", CallShape(1, 1, 1, 77, 88, 64, "float16")),
     Mutant("dK, dV: roles are swapped at the end", "backward_key", "odd ? d_k : d_v", "odd ? d_v : d_k", "dV"),
     Mutant("dK, dV: roles are swapped at the start", "backward_key", "odd ? value_tile : key_tile", "odd ? key_tile : value_tile", "dV"),
     Mutant("dK, dV: no slope of the softcap", "backward_key", "slope *= 1.0f - squashed * squashed;", "", "dK", "softcap"),

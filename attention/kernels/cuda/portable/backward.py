@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from attention.kernels.cuda.portable.forward import TEXTS, General, share_of, tile_bytes, width_of
+from attention.kernels.cuda.portable.forward import TEXTS, Portable, share_of, tile_bytes, width_of
 from attention.kernels.cuda.runtime.program import Program
 
 PADDED: Final = 64
@@ -98,7 +98,7 @@ def backward_tiles_for(head_dim: int, value_dim: int, limit: int) -> BackwardTil
 
 
 @dataclass(frozen=True)
-class GeneralBackward(General):
+class PortableBackward(Portable):
     """A specialisation of backward.cu, rows.cu and finish.cu."""
 
     narrow_steps: bool

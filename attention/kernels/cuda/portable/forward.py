@@ -12,7 +12,7 @@ WIDTHS: Final = (32, 64, 80, 96, 128, 192, 256)
 """Head dims of the kernels; narrower inputs are zero-filled on load."""
 FEW_ROWS: Final = 64
 """Largest number of rows (queries times heads that share a key head) for GQA row packing."""
-MOST_SPLITS: Final = 64
+MAX_SPLITS: Final = 64
 TEXTS: Final = (
     "runtime/common.cuh",
     "runtime/mma.cuh",
@@ -72,7 +72,7 @@ class ForwardTiles:
         return self.shared_memory(head_dim, value_dim, split=False) <= share_of(limit, self.blocks)
 
 
-def _many(widest: int, mask: bool) -> Iterator[ForwardTiles]:
+def _tilings_for_many_rows(widest: int, mask: bool) -> Iterator[ForwardTiles]:
     """Yield the tilings for the larger of the two widths, fastest first; array masks need additional registers."""
     if widest > 128:
         if widest <= 192 and not mask:
@@ -87,7 +87,7 @@ def _many(widest: int, mask: bool) -> Iterator[ForwardTiles]:
     yield ForwardTiles(4, 1, 32, 1, 2)
 
 
-def _few(rows: int, widest: int) -> Iterator[ForwardTiles]:
+def _tilings_for_few_rows(rows: int, widest: int) -> Iterator[ForwardTiles]:
     """Yield the tilings for few rows with split keys: many small blocks, to keep many loads in flight."""
     warps = 1 if rows <= 16 else 2 if rows <= 32 else 4
     for blocks in range(8 // warps, 0, -1):
@@ -96,7 +96,7 @@ def _few(rows: int, widest: int) -> Iterator[ForwardTiles]:
 
 
 @dataclass(frozen=True)
-class General:
+class Portable:
     """Properties shared by the forward and backward specialisations: widths, masking and element type."""
 
     head_dim: int
@@ -115,7 +115,7 @@ class General:
 
 
 @dataclass(frozen=True)
-class GeneralForward(General):
+class PortableForward(Portable):
     """A specialisation of forward.cu."""
 
     packed: bool
@@ -182,7 +182,7 @@ def tiles_for(head_dim: int, value_dim: int, rows: int, mask: bool, limit: int) 
         ValueError: no tiling fits; this does not happen on Ampere and later GPUs.
     """
     widest = max(head_dim, value_dim)
-    for tiles in _few(rows, widest) if rows <= FEW_ROWS else _many(widest, mask):
+    for tiles in _tilings_for_few_rows(rows, widest) if rows <= FEW_ROWS else _tilings_for_many_rows(widest, mask):
         if tiles.fits(head_dim, value_dim, limit):
             return tiles
     raise ValueError(f"no tiles of {head_dim} and {value_dim} columns fit into {limit} bytes of shared memory")
@@ -201,5 +201,5 @@ def split_keys(tiles: int, blocks: int, slots: int) -> int:
         waves = -(-blocks * splits // slots)
         return waves * (-(-tiles // splits) + _OVERHEAD) + (_JOIN if splits > 1 else 0.0)
 
-    best = min(range(1, min(tiles, MOST_SPLITS) + 1), key=rounds)
+    best = min(range(1, min(tiles, MAX_SPLITS) + 1), key=rounds)
     return -(-tiles // best)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from attention.kernels.cuda.portable.backward import PADDED, GeneralBackward, backward_tiles_for, widths_of
-from attention.kernels.cuda.portable.launch import dense_steps
+from attention.kernels.cuda.portable.backward import PADDED, PortableBackward, backward_tiles_for, widths_of
+from attention.kernels.cuda.portable.launch import dense_strides
 from attention.kernels.cuda.runtime import launcher
-from attention.kernels.cuda.runtime.call import Call, Shape, float_bits
+from attention.kernels.cuda.runtime.call import CallParams, CallShape, float_bits
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import (
     Launch,
@@ -27,15 +27,15 @@ FIRST_VECTOR_SUMS = (9, 0)
 """First compute capability with vectorised atomic adds of four floats."""
 
 
-def kernel_of(shape: Shape, call: Call) -> GeneralBackward:
+def kernel_of(shape: CallShape, call: CallParams) -> PortableBackward:
     """Return the specialisation for a call on this machine."""
-    return _kernel(shape, call, launcher.obstacle() is not None)
+    return _kernel(shape, call, launcher.known_obstacle() is not None)
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(shape: Shape, call: Call, narrow_steps: bool) -> GeneralBackward:
+def _kernel(shape: CallShape, call: CallParams, narrow_steps: bool) -> PortableBackward:
     widths = widths_of(shape.head_dim, shape.value_dim)
-    return GeneralBackward(
+    return PortableBackward(
         *widths,
         causal=call.causal,
         window=call.window is not None,
@@ -50,17 +50,21 @@ def _kernel(shape: Shape, call: Call, narrow_steps: bool) -> GeneralBackward:
 
 
 def gradients(
-    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
+    primals: Sequence[mx.array],
+    cotangents: Sequence[mx.array],
+    outputs: Sequence[mx.array],
+    shape: CallShape,
+    call: CallParams,
 ) -> list[mx.array]:
     """Return the gradients of q, k and v. Arguments: see `pullback.gradients`."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
     arrays = [*primals[:3], outputs[0], cotangent, outputs[2], of_logsumexp, *primals[3:]]
-    return planned(shape, call, len(cotangents) > 1)(arrays)[:3]
+    return make_plan_of_gradient(shape, call, len(cotangents) > 1)(arrays)[:3]
 
 
 @functools.lru_cache(maxsize=128)
-def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
+def make_plan_of_gradient(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Run:
     """Return the three launches as one operation.
 
     The first launch zeroes the float32 accumulator of dQ; the second adds to it in place, although it is an input for
@@ -84,18 +88,18 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
     return run_of(inputs, ("d_q", "d_k", "d_v"), made, label)
 
 
-def padded(shape: Shape) -> int:
+def padded(shape: CallShape) -> int:
     """Return the padded queries per plane of the intermediate arrays."""
     return PADDED * math.ceil(shape.queries / PADDED)
 
 
-def scratch_bytes(shape: Shape) -> int:
+def scratch_bytes(shape: CallShape) -> int:
     """Return the scratch memory of a backward pass in bytes: 3 floats per query, and dQ in float32."""
     return 4 * shape.batch * shape.heads * padded(shape) * (3 + widths_of(shape.head_dim, shape.value_dim)[0])
 
 
 @functools.lru_cache(maxsize=128)
-def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
+def rows_launch(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Launch:
     """Return the first launch: exponents and delta per query, in padded tiles, and the zeroed accumulator of dQ."""
     kernel = kernel_of(shape, call)
     program = kernel.rows_program(with_logsumexp)
@@ -104,12 +108,12 @@ def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
     outputs = [((rows // PADDED, 3, PADDED), mx.float32), ((rows, kernel.head_dim), mx.float32)]
     numbers = [planes, shape.heads, shape.queries, shape.value_dim, kernel.head_dim, exponent_factor(call)]
     if kernel.narrow_steps:
-        numbers += dense_steps(shape, Call(call.scale, False, None, None), "o")
+        numbers += dense_strides(shape, CallParams(call.scale, False, None, None), "o")
     return prepare(program, rows * 32 // program.threads, outputs, numbers)
 
 
 @functools.lru_cache(maxsize=128)
-def backward_launch(shape: Shape, call: Call) -> Launch:
+def backward_launch(shape: CallShape, call: CallParams) -> Launch:
     """Return the main launch: reads q, k, v, cotangent, rows, mask and sums; writes dK and dV."""
     kernel = kernel_of(shape, call)
     keys = (shape.batch, shape.kv_heads, shape.keys)
@@ -117,13 +121,13 @@ def backward_launch(shape: Shape, call: Call) -> Launch:
     problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim, shape.value_dim]
     numbers = [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0]
     if kernel.narrow_steps:
-        numbers += dense_steps(shape, call, "qkvo")
+        numbers += dense_strides(shape, call, "qkvo")
     blocks = shape.batch * shape.kv_heads * math.ceil(shape.keys / kernel.tiles.block_k)
     return prepare(kernel.program, blocks, outputs, numbers)
 
 
 @functools.lru_cache(maxsize=128)
-def finish_launch(shape: Shape, call: Call) -> Launch:
+def finish_launch(shape: CallShape, call: CallParams) -> Launch:
     """Return the last launch: reads the sums and an output of the main launch; writes dQ."""
     kernel = kernel_of(shape, call)
     program = kernel.finish_program

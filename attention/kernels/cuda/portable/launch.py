@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from attention.core.errors import KernelUnavailable
-from attention.kernels.cuda.portable.forward import FEW_ROWS, GeneralForward, split_keys, tiles_for, width_of
-from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.portable.forward import FEW_ROWS, PortableForward, split_keys, tiles_for, width_of
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import (
     INPUTS,
@@ -21,14 +21,14 @@ from attention.kernels.cuda.runtime.launch import (
     scalars_of,
 )
 
-LARGEST_NARROW_STEP = 2**31 - 1
+MAX_NARROW_STRIDE = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Division:
+class WorkDivision:
     """Division of a call's work into blocks."""
 
-    kernel: GeneralForward
+    kernel: PortableForward
     blocks: int
     """Blocks without splitting the keys."""
     first_key: int
@@ -38,7 +38,7 @@ class Division:
 
 
 @functools.lru_cache(maxsize=1024)
-def division(shape: Shape, call: Call, narrow_steps: bool) -> Division:
+def division(shape: CallShape, call: CallParams, narrow_steps: bool) -> WorkDivision:
     """Return the specialisation and blocks of a call; the keys are split if the blocks do not fill the GPU."""
     few = shape.group * shape.queries <= FEW_ROWS
     rows, planes = shape.queries, shape.batch * shape.heads
@@ -46,7 +46,7 @@ def division(shape: Shape, call: Call, narrow_steps: bool) -> Division:
         rows, planes = shape.group * shape.queries, shape.batch * shape.kv_heads
     widths = width_of(shape.head_dim), width_of(shape.value_dim)
     tiles = tiles_for(*widths, rows, call.mask is not None, gpu().shared_memory_limit)
-    kernel = GeneralForward(
+    kernel = PortableForward(
         *widths,
         causal=call.causal,
         window=call.window is not None,
@@ -65,14 +65,14 @@ def division(shape: Shape, call: Call, narrow_steps: bool) -> Division:
     key_tiles = -(-(shape.keys - first_key) // tiles.block_n)
     slots = tiles.blocks * gpu().multiprocessors
     each = split_keys(key_tiles, blocks, slots) if few or 2 * blocks <= slots else key_tiles
-    return _dealt(replace(kernel, split=each < key_tiles), blocks, first_key, key_tiles, each)
+    return _divide(replace(kernel, split=each < key_tiles), blocks, first_key, key_tiles, each)
 
 
-def _dealt(kernel: GeneralForward, blocks: int, first_key: int, key_tiles: int, each: int) -> Division:
-    return Division(kernel, blocks, first_key, each * kernel.tiles.block_n, -(-key_tiles // each))
+def _divide(kernel: PortableForward, blocks: int, first_key: int, key_tiles: int, each: int) -> WorkDivision:
+    return WorkDivision(kernel, blocks, first_key, each * kernel.tiles.block_n, -(-key_tiles // each))
 
 
-def same_kernel(wanted: Division, shape: Shape, call: Call) -> Division:
+def same_kernel(wanted: WorkDivision, shape: CallShape, call: CallParams) -> WorkDivision:
     """Return the division of a call with the kernel of another division: three splits if that one is split."""
     other = division(shape, call, wanted.kernel.narrow_steps)
     rows = shape.group * shape.queries if wanted.kernel.packed else shape.queries
@@ -81,11 +81,11 @@ def same_kernel(wanted: Division, shape: Shape, call: Call) -> Division:
     first_key = other.first_key // block_n * block_n
     key_tiles = -(-(shape.keys - first_key) // block_n)
     each = -(-key_tiles // 3) if wanted.kernel.split else key_tiles
-    return _dealt(wanted.kernel, planes * wanted.kernel.blocks_of(rows), first_key, key_tiles, each)
+    return _divide(wanted.kernel, planes * wanted.kernel.blocks_of(rows), first_key, key_tiles, each)
 
 
 @functools.lru_cache(maxsize=256)
-def forward(shape: Shape, call: Call, divided: Division) -> Launch:
+def forward(shape: CallShape, call: CallParams, divided: WorkDivision) -> Launch:
     """Return the launch for q, k, v and mask: writes output, logsumexp, stats, or output, maximum and sum per split."""
     rows = (shape.batch, shape.heads, shape.queries)
     outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
@@ -95,11 +95,11 @@ def forward(shape: Shape, call: Call, divided: Division) -> Launch:
     keys = [divided.first_key, divided.split_keys, divided.splits]
     numbers = [*problem, *scalars_of(call), call.window or 0, *keys]
     if divided.kernel.narrow_steps:
-        numbers += dense_steps(shape, call, "qkv")
+        numbers += dense_strides(shape, call, "qkv")
     return prepare(divided.kernel.program, divided.blocks * divided.splits, outputs, numbers)
 
 
-def stages(shape: Shape, call: Call, divided: Division) -> list[Stage]:
+def stages(shape: CallShape, call: CallParams, divided: WorkDivision) -> list[Stage]:
     """Return the launches of a call as plan stages."""
     made = forward(shape, call, divided)
     reads, masks = (*INPUTS, "mask") if call.mask else INPUTS, ("mask",) if call.mask else ()
@@ -111,7 +111,7 @@ def stages(shape: Shape, call: Call, divided: Division) -> list[Stage]:
 
 
 @functools.lru_cache(maxsize=256)
-def join(shape: Shape, call: Call, splits: int, kernel: GeneralForward) -> Launch:
+def join(shape: CallShape, call: CallParams, splits: int, kernel: PortableForward) -> Launch:
     """Return the launch of the join pass, which combines the partial results of the splits."""
     rows = (shape.batch, shape.heads, shape.queries)
     outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
@@ -120,7 +120,7 @@ def join(shape: Shape, call: Call, splits: int, kernel: GeneralForward) -> Launc
     return prepare(program, math.ceil(count * 32 / program.threads), outputs, numbers)
 
 
-def dense_steps(shape: Shape, call: Call, arrays: str) -> list[int]:
+def dense_strides(shape: CallShape, call: CallParams, arrays: str) -> list[int]:
     """Return the strides of contiguous arrays, in the order of `arrays` (of "q", "k", "v", "o"), then of the mask.
 
     Raises:
@@ -128,13 +128,13 @@ def dense_steps(shape: Shape, call: Call, arrays: str) -> list[int]:
     """
     rows = {"q": (shape.heads, shape.queries, shape.head_dim), "k": (shape.kv_heads, shape.keys, shape.head_dim)}
     rows |= {"v": (*rows["k"][:2], shape.value_dim), "o": (*rows["q"][:2], shape.value_dim)}
-    steps = [step for name in arrays for step in _steps(*rows[name])]
+    steps = [step for name in arrays for step in _strides(*rows[name])]
     if call.mask:
-        steps += [*_steps(shape.heads, shape.queries, shape.keys), 1]
-    if max(steps) > LARGEST_NARROW_STEP:
+        steps += [*_strides(shape.heads, shape.queries, shape.keys), 1]
+    if max(steps) > MAX_NARROW_STRIDE:
         raise KernelUnavailable("without the launcher, which has to be compiled, arrays this large are not taken")
     return steps
 
 
-def _steps(planes: int, rows: int, columns: int) -> tuple[int, int, int]:
+def _strides(planes: int, rows: int, columns: int) -> tuple[int, int, int]:
     return planes * rows * columns, rows * columns, columns

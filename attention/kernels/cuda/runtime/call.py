@@ -12,7 +12,7 @@ from attention.kernels.cuda.runtime.program import Element
 if TYPE_CHECKING:
     import mlx.core as mx
 
-LARGEST_HEAD_DIM: Final = 256
+MAX_HEAD_DIM: Final = 256
 MIN_FLOAT, MAX_FLOAT = 2.0**-126, 2.0**126
 DIM_STEP: Final = 8
 """Elements per load; head dims that are not a multiple of it are zero-padded."""
@@ -26,7 +26,7 @@ MASK_KINDS: Final[tuple[MaskKind, ...]] = get_args(MaskKind)
 
 
 @dataclass(frozen=True)
-class Call:
+class CallParams:
     """Parameters of a call in normal form: a window implies causal, and a window over all keys is None."""
 
     scale: float
@@ -43,7 +43,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Shape:
+class CallShape:
     """Shapes of a call: q (batch, heads, queries, head_dim), k (batch, kv_heads, keys, head_dim), v (batch, kv_heads,
     keys, value_dim), output (batch, heads, queries, value_dim)."""
 
@@ -67,9 +67,9 @@ class Shape:
         return self.heads // self.kv_heads
 
 
-def normal(
+def normalize(
     scale: float, causal: bool, window: int | None, softcap: float | None, keys: int, mask: MaskKind | None = None
-) -> Call:
+) -> CallParams:
     """Validate the keywords of a call and return them in normal form.
 
     Raises:
@@ -81,7 +81,7 @@ def normal(
     if softcap is not None and softcap > MAX_SOFTCAP:
         raise ValueError(f"[flash_attention] softcap is at most {MAX_SOFTCAP:g}; got {softcap:g}.")
     narrow = window is not None and window < keys
-    return Call(float(scale), causal or window is not None, window if narrow else None, softcap, mask)
+    return CallParams(float(scale), causal or window is not None, window if narrow else None, softcap, mask)
 
 
 def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
@@ -90,12 +90,12 @@ def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
         return "the CUDA kernels are for bfloat16 and float16; MLX's own float32 products may round to TF32"
     if dtype not in ELEMENTS:
         return f"the CUDA kernels are for bfloat16 and float16, not {dtype}"
-    if max(head_dim, value_dim) > LARGEST_HEAD_DIM:
-        return f"the CUDA kernels take head dims up to {LARGEST_HEAD_DIM}, not {max(head_dim, value_dim)}"
+    if max(head_dim, value_dim) > MAX_HEAD_DIM:
+        return f"the CUDA kernels take head dims up to {MAX_HEAD_DIM}, not {max(head_dim, value_dim)}"
     return None
 
 
-def refusal_of(workload: Workload) -> str | None:
+def refusal_of_workload(workload: Workload) -> str | None:
     """Return None if the kernels support the dtype and head dims of a workload, else a one-line reason."""
     return refusal(workload.dtype, workload.head_dim, workload.value_dim)
 

@@ -10,7 +10,7 @@ _MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_MEMORY = 16, 75, 76, 97  # CUdevice_at
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuProperties:
     """A GPU and its driver."""
 
     name: str
@@ -28,13 +28,13 @@ class Gpu:
         return "sm_90a" if self.capability == (9, 0) else name
 
     @property
-    def mark(self) -> str:
+    def fingerprint(self) -> str:
         """Identity of GPU and driver, part of the key of stored self-check results."""
         return f"{self.name}, {self.architecture}, driver {self.driver}"
 
 
 @functools.cache
-def gpu() -> Gpu:
+def gpu() -> GpuProperties:
     """Return the properties of device 0.
 
     Raises:
@@ -54,7 +54,7 @@ def gpu() -> Gpu:
         if status:
             raise KernelUnavailable(f"the NVIDIA driver finds no GPU (error {status})")
     numbers = [_attribute(cuda, number, device) for number in (_MAJOR, _MINOR, _MULTIPROCESSORS, _SHARED_MEMORY)]
-    return Gpu(name.value.decode(), (numbers[0], numbers[1]), numbers[2], numbers[3], driver.value)
+    return GpuProperties(name.value.decode(), (numbers[0], numbers[1]), numbers[2], numbers[3], driver.value)
 
 
 def _attribute(cuda: ctypes.CDLL, number: int, device: ctypes.c_int) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, cast
 import mlx.core as mx
 
 from attention.kernels.cuda.runtime import launcher
-from attention.kernels.cuda.runtime.call import LOG2_E, Call, Shape, float_bits
+from attention.kernels.cuda.runtime.call import LOG2_E, CallParams, CallShape, float_bits
 from attention.kernels.cuda.runtime.program import Program, machine_code
 
 
@@ -50,7 +50,7 @@ def prepare(
     )
 
 
-def scalars_of(call: Call) -> tuple[int, int]:
+def scalars_of(call: CallParams) -> tuple[int, int]:
     """Return the score factor and `into_cap` of the kernels' Problem, as bits; with a softcap, it replaces the scale.
 
     The score factor includes log2(e), so that scores are exponents of 2, unless a mask is added to the product.
@@ -61,12 +61,12 @@ def scalars_of(call: Call) -> tuple[int, int]:
     return float_bits(call.softcap * units), float_bits(call.scale / call.softcap)
 
 
-def exponent_factor(call: Call) -> int:
+def exponent_factor(call: CallParams) -> int:
     """Return the factor that turns a row maximum into an exponent of 2, as bits."""
     return float_bits(LOG2_E) if call.adds_mask else scalars_of(call)[0]
 
 
-def dtype_of(shape: Shape) -> mx.Dtype:
+def dtype_of(shape: CallShape) -> mx.Dtype:
     """Return the MLX dtype of the inputs."""
     return mx.bfloat16 if shape.element == "bf16" else mx.float16
 
@@ -81,7 +81,7 @@ Run = Callable[..., list[mx.array]]
 
 
 @dataclass(frozen=True)
-class Box:
+class TensorBox:
     """TMA box of an array (batch, heads, rows, columns): the rows and columns of one head per copy."""
 
     rows: int
@@ -103,7 +103,7 @@ class Stage:
     writes: tuple[str, ...]
     updates: frozenset[str] = frozenset()
     """Arrays of `reads` that are updated in place."""
-    maps: Mapping[str, Box] = field(default_factory=dict)
+    maps: Mapping[str, TensorBox] = field(default_factory=dict)
     """Arrays passed as a tensor map (`const __grid_constant__`, 128 bytes) instead of an address."""
     strided: tuple[str, ...] = ()
     """Arrays passed with their strides. Mapped and strided arrays are not made contiguous."""
@@ -115,7 +115,7 @@ class Stage:
     """Whether the kernel takes a 64-bit serial number, unique per launch."""
 
     @property
-    def written(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    def outputs(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
         """Shape and dtype of the arrays that the launch creates, by name."""
         keywords = self.launch.keywords
         described = zip(self.writes, keywords["output_shapes"], keywords["output_dtypes"], strict=True)
@@ -137,7 +137,7 @@ def make_plan(
     Raises:
         KernelUnavailable: the launcher cannot be compiled here.
     """
-    described = {name: made for stage in stages for name, made in stage.written.items()}
+    described = {name: made for stage in stages for name, made in stage.outputs.items()}
     made = [*outputs, *(name for name in described if name not in outputs)]
     constants = [array for stage in stages for array in stage.launch.constants]
     first_output = len(inputs) + len(constants)
@@ -152,15 +152,15 @@ def make_plan(
     return cast("Run", planned)
 
 
-def plan_label(kind: PlanKind, shape: Shape, call: Call, with_logsumexp: bool) -> str:
+def plan_label(kind: PlanKind, shape: CallShape, call: CallParams, with_logsumexp: bool) -> str:
     """Encode what the transformations of a plan need to rebuild it for another batch size, or to differentiate it."""
     return json.dumps([kind, asdict(shape), asdict(call), with_logsumexp])
 
 
-def read_label(label: str) -> tuple[PlanKind, Shape, Call, bool]:
+def parse_label(label: str) -> tuple[PlanKind, CallShape, CallParams, bool]:
     """Decode the arguments of `plan_label`."""
     kind, shape, call, with_logsumexp = json.loads(label)
-    return kind, Shape(**shape), Call(**call), with_logsumexp
+    return kind, CallShape(**shape), CallParams(**call), with_logsumexp
 
 
 def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object, ...]:
@@ -175,7 +175,7 @@ def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object
     if stage.serial:
         taken.append([SERIAL])
     reads = [place[name] for name in stage.reads if name not in stage.updates | stage.omitted]
-    writes = [place[name] for name in (*stage.updates, *stage.written)]
+    writes = [place[name] for name in (*stage.updates, *stage.outputs)]
     threads = keywords["threadgroup"][0]
     blocks = keywords["grid"][0] // threads
     code, shared = keywords["compiled_source"], keywords["shared_memory"]
@@ -206,7 +206,7 @@ def run_of(inputs: Sequence[str], outputs: Sequence[str], stages: Sequence[Stage
         stages: the launches.
         label: label of the plan, see `plan_label`.
     """
-    if launcher.missing() is None:
+    if launcher.unavailable_reason() is None:
         return make_plan(inputs, outputs, stages, label)
 
     def one_by_one(arrays: list[mx.array]) -> list[mx.array]:

@@ -29,7 +29,7 @@ TEXTS = (
 
 
 @functools.cache
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why kernels are launched one by one through MLX's own operation, in one line, or None; compiles at first use."""
     try:
         module()
@@ -38,7 +38,7 @@ def missing() -> str | None:
     return None
 
 
-def obstacle() -> str | None:
+def known_obstacle() -> str | None:
     """The same as far as it is known; compiles nothing."""
     if module.cache_info().currsize:
         return None  # looking for tools takes a millisecond, and decoding asks at each length
@@ -51,7 +51,7 @@ def obstacle() -> str | None:
 
 def is_settled() -> bool:
     """Whether it is compiled, or known that it cannot be."""
-    return obstacle() is not None or cache.library_path(_key(build.find())).exists()
+    return known_obstacle() is not None or cache.library_path(_key(build.find())).exists()
 
 
 @functools.cache
@@ -59,12 +59,12 @@ def module() -> ModuleType:
     """The compiled module.
 
     Raises:
-        KernelUnavailable: it cannot be compiled or loaded here; `missing` tells beforehand.
+        KernelUnavailable: it cannot be compiled or loaded here; `unavailable_reason` tells beforehand.
     """
     import mlx.core  # noqa: F401  the module shares its types
 
     tools = build.find()
-    cache.ready_folder()
+    cache.ensure_folder()
     key = _key(tools)
     try:
         with cache.lock(key):
@@ -120,7 +120,7 @@ def _key(tools: Toolchain) -> str:
     for name in TEXTS:
         sha.update((SOURCES / name).read_bytes())
     marks = (Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h")
-    sha.update(repr((_commands(tools), [build.file_mark(path) for path in marks])).encode())
+    sha.update(repr((_commands(tools), [build.file_state(path) for path in marks])).encode())
     sha.update(str(sys.implementation.cache_tag).encode())
     return f"cuda-launcher-{sha.hexdigest()[:24]}"
 

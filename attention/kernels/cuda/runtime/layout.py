@@ -23,7 +23,7 @@ def of_sdpa(output: mx.array) -> mx.array:
 
 
 def _laid_out(arrays: Sequence[mx.array], given: bool) -> Sequence[mx.array]:
-    if launcher.missing() is None:
+    if launcher.unavailable_reason() is None:
         made: Sequence[mx.array] = launcher.module().laid_out(arrays, given)
         return made
     return [mx.contiguous(x) for x in arrays] if given else arrays

@@ -12,7 +12,7 @@ from typing import Literal
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import cache
 
-OLDEST = (12, 5)
+MIN_VERSION = (12, 5)
 """Oldest version tested: it was required by tensor maps built in a kernel. Now the host builds them, but older versions
 have not been tested."""
 
@@ -29,8 +29,8 @@ def find() -> str:
     """
     _library()
     found = "{}.{}".format(*version())
-    if version() < OLDEST:
-        raise KernelUnavailable("NVRTC {}.{} or later is needed, not {}".format(*OLDEST, found))
+    if version() < MIN_VERSION:
+        raise KernelUnavailable("NVRTC {}.{} or later is needed, not {}".format(*MIN_VERSION, found))
     return f"NVRTC {found}"
 
 

@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from attention.kernels.common.cache import code_mark
-from attention.kernels.common.first_use import Check, FirstUse
-from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.common.cache import code_fingerprint
+from attention.kernels.common.first_use import Check, SelfChecks
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.program import Program, machine_code
 
@@ -21,7 +21,7 @@ TOLERANCE = {"bf16": 1.2e-2, "f16": 1.5e-3}
 LOGSUMEXP_TOLERANCE = 1e-3
 
 
-def inputs(shape: Shape, seed: int = 7) -> list[mx.array]:
+def inputs(shape: CallShape, seed: int = 7) -> list[mx.array]:
     """Return random q, k and v, and a cotangent of the output."""
     random = np.random.default_rng(seed)
     rows, keys = (shape.batch, shape.heads, shape.queries), (shape.batch, shape.kv_heads, shape.keys)
@@ -30,7 +30,7 @@ def inputs(shape: Shape, seed: int = 7) -> list[mx.array]:
     return [mx.array(random.standard_normal(size, np.float32)).astype(dtype) for size in shapes]
 
 
-def random_mask(shape: Shape, call: Call, seed: int = 7) -> list[mx.array]:
+def random_mask(shape: CallShape, call: CallParams, seed: int = 7) -> list[mx.array]:
     """Return a mask of the call's dtype, shared by the batch, that masks a quarter of the pairs; empty without one."""
     if call.mask is None:
         return []
@@ -48,7 +48,7 @@ def exact(array: mx.array) -> Floats:
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
-def weights(q: Floats, k: Floats, call: Call, mask: Floats | None = None) -> tuple[Floats, Floats, Floats]:
+def weights(q: Floats, k: Floats, call: CallParams, mask: Floats | None = None) -> tuple[Floats, Floats, Floats]:
     """Return the softmax weights, the logsumexp, and the derivative of the capped scores with respect to the scores."""
     scores = q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(-1, -2) * call.scale
     slope = np.ones_like(scores)
@@ -70,21 +70,21 @@ def weights(q: Floats, k: Floats, call: Call, mask: Floats | None = None) -> tup
         return made / np.where(total == 0, 1, total), (largest + np.log(total))[..., 0], slope
 
 
-def added(mask: Sequence[mx.array]) -> Floats | None:
+def additive(mask: Sequence[mx.array]) -> Floats | None:
     """Return a mask as an additive float64 array, or None without a mask."""
     if not mask:
         return None
     return np.where(np.array(mask[0]), 0, -np.inf) if mask[0].dtype == mx.bool_ else exact(mask[0])
 
 
-def reference(q: Floats, k: Floats, v: Floats, call: Call, mask: Floats | None = None) -> tuple[Floats, Floats]:
+def reference(q: Floats, k: Floats, v: Floats, call: CallParams, mask: Floats | None = None) -> tuple[Floats, Floats]:
     """Return output and logsumexp; fully masked rows are 0 and -inf."""
     found, logsumexp, _ = weights(q, k, call, mask)
     return found @ np.repeat(v, q.shape[1] // k.shape[1], axis=1), logsumexp
 
 
 def reference_gradients(
-    q: Floats, k: Floats, v: Floats, cotangent: Floats, call: Call, mask: Floats | None = None
+    q: Floats, k: Floats, v: Floats, cotangent: Floats, call: CallParams, mask: Floats | None = None
 ) -> list[Floats]:
     """Return the gradients of q, k and v."""
     batch, kv_heads = k.shape[:2]
@@ -102,11 +102,15 @@ def reference_gradients(
 
 
 def gradient_disagreement(
-    shape: Shape, call: Call, found: Sequence[mx.array], made: Sequence[mx.array], mask: Sequence[mx.array] = ()
+    shape: CallShape,
+    call: CallParams,
+    found: Sequence[mx.array],
+    made: Sequence[mx.array],
+    mask: Sequence[mx.array] = (),
 ) -> str | None:
     """Compare the gradients of a call on `made` with the reference; return a one-line error, or None."""
     q, k, v, cotangent = (exact(x) for x in made)
-    expected = reference_gradients(q, k, v, cotangent, call, added(mask))
+    expected = reference_gradients(q, k, v, cotangent, call, additive(mask))
     for name, gradient, right in zip(("dQ", "dK", "dV"), found, expected, strict=True):
         error = relative_error(gradient, right, floor=0.1)
         if not error <= 2 * TOLERANCE[shape.element]:
@@ -121,8 +125,8 @@ def relative_error(found: mx.array, expected: Floats, floor: float = 1e-30) -> f
 
 
 def disagreement(
-    shape: Shape,
-    call: Call,
+    shape: CallShape,
+    call: CallParams,
     output: mx.array,
     logsumexp: mx.array,
     made: Sequence[mx.array],
@@ -130,7 +134,7 @@ def disagreement(
 ) -> str | None:
     """Compare output and logsumexp of a call on `made` with the reference; return a one-line error, or None."""
     q, k, v = (exact(x) for x in made[:3])
-    expected, expected_logsumexp = reference(q, k, v, call, added(mask))
+    expected, expected_logsumexp = reference(q, k, v, call, additive(mask))
     error = relative_error(output, expected)
     if not error <= TOLERANCE[shape.element]:
         return f"its output disagrees with the reference by {error:.2g}"
@@ -141,12 +145,12 @@ def disagreement(
     return None
 
 
-def distrust(program: Program) -> str | None:
+def distrust_reason(program: Program) -> str | None:
     """Return why a program must not be used on this GPU, or None if unknown."""
-    return checks.distrust(program.key)
+    return checks.distrust_reason(program.key)
 
 
-def judged(program: Program, check: Check) -> str | None:
+def check(program: Program, check: Check) -> str | None:
     """Self-check a program unless it was checked on this GPU before; return why it must not be used, or None.
 
     Args:
@@ -156,15 +160,15 @@ def judged(program: Program, check: Check) -> str | None:
     Raises:
         RuntimeError: the launch failed, and the CUDA context of this process is no longer usable.
     """
-    reason = checks.judged(program.key, program.name, check, prepare=lambda: machine_code(program))
-    if reason is not None and not _gpu_answers():
+    reason = checks.check(program.key, program.name, check, prepare=lambda: machine_code(program))
+    if reason is not None and not _gpu_responds():
         raise RuntimeError(f"{program.name} broke this process's use of the GPU; a new one goes without it: {reason}")
     return reason
 
 
-def mark() -> str:
+def machine_fingerprint() -> str:
     """Return the key of a verdict: GPU, driver, MLX version, and a fingerprint of the code in this package."""
-    return f"{gpu().mark}, MLX {_mlx_version()}, code {code_mark('kernels/cuda')}"
+    return f"{gpu().fingerprint}, MLX {_mlx_version()}, code {code_fingerprint('kernels/cuda')}"
 
 
 @functools.cache
@@ -172,7 +176,7 @@ def _mlx_version() -> str:
     return metadata.version("mlx")
 
 
-def _gpu_answers() -> bool:
+def _gpu_responds() -> bool:
     """Return whether MLX can still compute; after an illegal memory access, every CUDA call fails."""
     try:
         mx.eval(mx.zeros(1) + 1)
@@ -181,4 +185,4 @@ def _gpu_answers() -> bool:
     return True
 
 
-checks = FirstUse(mark)
+checks = SelfChecks(machine_fingerprint)

@@ -9,7 +9,7 @@ from attention.kernels.cuda.sm90.forward import wgmma
 
 WIDTHS: Final = (64, 128, 192, 256)
 """Head dims of the kernels; inputs use the next larger one."""
-LARGEST_HEAD_DIM: Final = WIDTHS[-1]
+MAX_HEAD_DIM: Final = WIDTHS[-1]
 BLOCK_Q: Final = 64
 """Queries per tile."""
 STAGES: Final = 2

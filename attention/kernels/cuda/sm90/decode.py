@@ -8,12 +8,12 @@ from attention.kernels.cuda.runtime.program import Element, Program
 
 ROWS, STEP = 16, 16
 """Query rows per block, and keys per step of a warp."""
-MOST_ROWS = 64
+MAX_ROWS = 64
 """Largest number of rows (queries times heads that share a key head) for this kernel."""
-MOST_SPLITS: Final = 128
-BLOCKS_AT_ONCE = 2
+MAX_SPLITS: Final = 128
+RESIDENT_BLOCKS = 2
 """Resident blocks per multiprocessor: one loads during the prologue or epilogue of the other."""
-LONG: Final = 4096
+LONG_KEYS: Final = 4096
 """Keys per split from which a block has a multiprocessor to itself, because sustained bandwidth dominates."""
 _OVERHEAD = 3.0
 """Prologue and epilogue of a block, in rounds of its warps; an assumption, not measured."""
@@ -33,13 +33,13 @@ class Decode:
     softcap: bool
     architecture: str
     shared_memory_limit: int = 232_448
-    blocks_at_once: int = BLOCKS_AT_ONCE
-    most_warps: int = 4
+    resident_blocks: int = RESIDENT_BLOCKS
+    max_warps: int = 4
 
     @property
     def warps(self) -> int:
-        """Warps per block: at most `most_warps`, with two buffers each in the block's share of shared memory."""
-        warps = self.most_warps
+        """Warps per block: at most `max_warps`, with two buffers each in the block's share of shared memory."""
+        warps = self.max_warps
         while warps > 1 and self._ring(warps, 2) > self._share:
             warps //= 2
         return warps
@@ -51,7 +51,7 @@ class Decode:
 
     @property
     def _share(self) -> int:
-        return (self.shared_memory_limit + 1024) // self.blocks_at_once - 1024  # the driver keeps 1 KiB of each block
+        return (self.shared_memory_limit + 1024) // self.resident_blocks - 1024  # the driver keeps 1 KiB of each block
 
     @property
     def shared_memory(self) -> int:
@@ -73,7 +73,7 @@ class Decode:
             "HEAD_DIM": self.head_dim,
             "WARPS": self.warps,
             "STAGES": self.stages,
-            "BLOCKS_AT_ONCE": self.blocks_at_once,
+            "BLOCKS_AT_ONCE": self.resident_blocks,
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
@@ -97,7 +97,7 @@ class Decode:
     @property
     def alone(self) -> "Decode":
         """This specialisation with one block per multiprocessor and twice the warps."""
-        return replace(self, blocks_at_once=1, most_warps=2 * self.most_warps)
+        return replace(self, resident_blocks=1, max_warps=2 * self.max_warps)
 
     @property
     def part_floats(self) -> int:
@@ -121,6 +121,6 @@ class Decode:
             waves = -(-tiles * splits // multiprocessors)
             return waves * (-(-most // splits) + _OVERHEAD) + (_JOIN if splits > 1 else 0.0)
 
-        best = min(range(1, min(most, MOST_SPLITS) + 1), key=rounds)
+        best = min(range(1, min(most, MAX_SPLITS) + 1), key=rounds)
         size = -(-most // best) * self.round_keys
         return max(1, -(-keys // size)), size

@@ -143,6 +143,6 @@ def specialise(head_dim: int, causal: bool, element: Element, window: bool = Fal
     raise ValueError(f"head_dim is at most 256; got {head_dim}")
 
 
-def smaller(kernel: Forward) -> list[Forward]:
+def fewer_consumers(kernel: Forward) -> list[Forward]:
     """Return the variants with fewer consumers, for small problems: smaller tiles, and more of them."""
     return [replace(kernel, consumers=count, overlap=True) for count in range(1, kernel.consumers)]

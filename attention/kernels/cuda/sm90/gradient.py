@@ -8,14 +8,14 @@ from typing import Final
 import mlx.core as mx
 
 from attention.kernels.cuda.runtime import selfcheck
-from attention.kernels.cuda.runtime.call import Call, Shape, float_bits
+from attention.kernels.cuda.runtime.call import CallParams, CallShape, float_bits
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import (
     OUTPUTS,
-    Box,
     Launch,
     Run,
     Stage,
+    TensorBox,
     dtype_of,
     exponent_factor,
     make_plan,
@@ -25,7 +25,7 @@ from attention.kernels.cuda.runtime.launch import (
 )
 from attention.kernels.cuda.sm90.backward import (
     BLOCK_Q,
-    LARGEST_HEAD_DIM,
+    MAX_HEAD_DIM,
     ROW_NUMBERS,
     Backward,
     finish_program,
@@ -41,42 +41,46 @@ L2_BYTES_OF_ELEMENT: Final = 16
 all blocks add to it. With 8 bytes, head dim 256 was 7 % slower (causal, L = 2048); other head dims did not change."""
 
 
-def refusal(shape: Shape, call: Call) -> str | None:
+def refusal(shape: CallShape, call: CallParams) -> str | None:
     """Return None if the Hopper kernels compute the gradients of a call, else a one-line reason."""
     if gpu().architecture != "sm_90a":
         return "the backward kernel needs a Hopper GPU"
-    if shape.head_dim > LARGEST_HEAD_DIM:
-        return f"the backward kernel takes head dims up to {LARGEST_HEAD_DIM}, not {shape.head_dim}"
-    return selfcheck.distrust(kernel_of(shape, call).program)
+    if shape.head_dim > MAX_HEAD_DIM:
+        return f"the backward kernel takes head dims up to {MAX_HEAD_DIM}, not {shape.head_dim}"
+    return selfcheck.distrust_reason(kernel_of(shape, call).program)
 
 
 @functools.cache
-def kernel_of(shape: Shape, call: Call) -> Backward:
+def kernel_of(shape: CallShape, call: CallParams) -> Backward:
     """Return the specialisation for a call."""
     window, softcap = call.window is not None, call.softcap is not None
     return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
 
 
 def by_kernel(
-    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array], shape: Shape, call: Call
+    primals: Sequence[mx.array],
+    cotangents: Sequence[mx.array],
+    outputs: Sequence[mx.array],
+    shape: CallShape,
+    call: CallParams,
 ) -> tuple[mx.array, ...]:
     """Return the gradients of q, k and v. Arguments: see `pullback.gradients`, without a mask."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
     arrays = [*primals, outputs[0], cotangent, outputs[2], of_logsumexp]
-    d_q, d_k, d_v = planned(shape, call, len(cotangents) > 1)(arrays)[:3]
+    d_q, d_k, d_v = make_plan_of_gradient(shape, call, len(cotangents) > 1)(arrays)[:3]
     return d_q, d_k, d_v
 
 
 @functools.lru_cache(maxsize=128)
-def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
+def make_plan_of_gradient(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Run:
     """Return the three launches as one operation.
 
     The first launch zeroes the float32 accumulator of dQ; the second adds to it in place; the third depends on dK and
     rounds the accumulator to dQ. The accumulator is not visible outside.
     """
     inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp")
-    queries, keys = Box(BLOCK_Q), Box(kernel_of(shape, call).block_k)
+    queries, keys = TensorBox(BLOCK_Q), TensorBox(kernel_of(shape, call).block_k)
     stages = (
         Stage(rows_launch(shape, call, with_logsumexp), inputs[3:], ("rows", "sums"), strided=("cotangent",)),
         Stage(
@@ -92,14 +96,14 @@ def planned(shape: Shape, call: Call, with_logsumexp: bool) -> Run:
     return make_plan(inputs, ("d_q", "d_k", "d_v"), stages, label)
 
 
-def scratch_bytes(shape: Shape, call: Call) -> int:
+def scratch_bytes(shape: CallShape, call: CallParams) -> int:
     """Return the scratch memory of a backward pass in bytes: the row statistics, and dQ in float32."""
     tile = ROW_NUMBERS + BLOCK_Q * kernel_of(shape, call).head_dim
     return 4 * shape.batch * shape.heads * query_tiles(shape.queries) * tile
 
 
 @functools.lru_cache(maxsize=128)
-def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
+def rows_launch(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Launch:
     """Return the first launch: exponents and delta per row, in padded tiles, and the zeroed accumulator of dQ."""
     kernel = kernel_of(shape, call)
     planes, tiles = shape.batch * shape.heads, query_tiles(shape.queries)
@@ -109,7 +113,7 @@ def rows_launch(shape: Shape, call: Call, with_logsumexp: bool) -> Launch:
 
 
 @functools.lru_cache(maxsize=128)
-def backward_launch(shape: Shape, call: Call) -> Launch:
+def backward_launch(shape: CallShape, call: CallParams) -> Launch:
     """Return the main launch: reads q, k, v, cotangent, rows and sums; writes dK and dV."""
     kernel = kernel_of(shape, call)
     key_planes = shape.batch * shape.kv_heads
@@ -124,7 +128,7 @@ def backward_launch(shape: Shape, call: Call) -> Launch:
 
 
 @functools.lru_cache(maxsize=128)
-def finish_launch(shape: Shape, call: Call) -> Launch:
+def finish_launch(shape: CallShape, call: CallParams) -> Launch:
     """Return the last launch: reads the sums and an output of the main launch; writes dQ."""
     kernel = kernel_of(shape, call)
     program, tiles = finish_program(kernel), query_tiles(shape.queries)
@@ -134,7 +138,7 @@ def finish_launch(shape: Shape, call: Call) -> Launch:
     return prepare(program, -(-threads // program.threads), outputs, problem)
 
 
-def check(shape: Shape, call: Call) -> None:
+def check(shape: CallShape, call: CallParams) -> None:
     """Self-check the kernel of a call on this GPU, once; `refusal` returns a stored failure."""
     small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=200, keys=331)
     tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
@@ -145,4 +149,4 @@ def check(shape: Shape, call: Call) -> None:
         found = by_kernel((q, k, v), (cotangent,), outputs, small, tried)
         return selfcheck.gradient_disagreement(small, tried, found, [q, k, v, cotangent])
 
-    selfcheck.judged(kernel_of(shape, call).program, compare)
+    selfcheck.check(kernel_of(shape, call).program, compare)

@@ -8,27 +8,27 @@ from typing import Final
 import mlx.core as mx
 
 from attention.kernels.cuda.runtime import launch
-from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import (
     INPUTS,
     OUTPUTS,
-    Box,
     Launch,
     Run,
     Stage,
+    TensorBox,
     dtype_of,
     make_plan,
     prepare,
     scalars_of,
 )
-from attention.kernels.cuda.sm90.decode import LONG, ROWS, Decode
-from attention.kernels.cuda.sm90.forward import WARPGROUP_ROWS, Forward, smaller, specialise
+from attention.kernels.cuda.sm90.decode import LONG_KEYS, ROWS, Decode
+from attention.kernels.cuda.sm90.forward import WARPGROUP_ROWS, Forward, fewer_consumers, specialise
 from attention.kernels.cuda.sm90.schedule import make_works, makespan
 
 
 @functools.lru_cache(maxsize=256)
-def forward_kernel(shape: Shape, call: Call) -> Forward:
+def forward_kernel(shape: CallShape, call: CallParams) -> Forward:
     """Return the Hopper specialisation for a call: the consumer count with the smallest estimated makespan."""
     window, softcap = call.window is not None, call.softcap is not None
     largest = specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
@@ -38,11 +38,11 @@ def forward_kernel(shape: Shape, call: Call) -> Forward:
         steps = makespan(gpu().multiprocessors, shape.batch * shape.heads, ranges, kernel.joining)
         return steps * kernel.step_time
 
-    return min([largest, *smaller(largest)], key=time)
+    return min([largest, *fewer_consumers(largest)], key=time)
 
 
 @functools.lru_cache(maxsize=256)
-def forward(shape: Shape, call: Call, kernel: Forward) -> Launch:
+def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
     """Return the launch of the Hopper kernel: writes output, logsumexp, stats, and tile parts with their flags."""
     planes = shape.batch * shape.heads
     ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
@@ -74,7 +74,7 @@ def on_device(table: tuple[object, ...]) -> tuple[mx.array]:
 
 
 @dataclass(frozen=True)
-class Splitting:
+class KeySplit:
     """Split of the keys of a call with few queries."""
 
     kernel: Decode
@@ -86,7 +86,7 @@ class Splitting:
 
 
 @functools.lru_cache(maxsize=1024)
-def splitting(shape: Shape, call: Call) -> Splitting:
+def make_key_split(shape: CallShape, call: CallParams) -> KeySplit:
     """Return the split-K specialisation for a call, and its splits."""
     width = 64 * -(-shape.head_dim // 64)
     # a single query attends to all keys up to the last: the window is applied by the first key, without masking
@@ -97,23 +97,23 @@ def splitting(shape: Shape, call: Call) -> Splitting:
     kernel = Decode(width, causal, shape.element, window, softcap, found.architecture, found.shared_memory_limit)
     tiles = shape.batch * shape.kv_heads * math.ceil(shape.group * shape.queries / ROWS)
     splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
-    if keys >= LONG:
+    if keys >= LONG_KEYS:
         kernel = kernel.alone
         splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
-    return Splitting(kernel, tiles, first_seen, splits, keys)
+    return KeySplit(kernel, tiles, first_seen, splits, keys)
 
 
-def same_kernel(plan: Splitting, shape: Shape, call: Call) -> Splitting:
+def same_kernel(plan: KeySplit, shape: CallShape, call: CallParams) -> KeySplit:
     """Return the splitting of a call with the kernel of another one, in three splits."""
-    other = splitting(shape, call)
+    other = make_key_split(shape, call)
     keys = shape.keys - other.first_key
     round_keys = plan.kernel.round_keys
     split_keys = round_keys * math.ceil(keys / 3 / round_keys)
-    return Splitting(plan.kernel, other.tiles, other.first_key, -(-keys // split_keys), split_keys)
+    return KeySplit(plan.kernel, other.tiles, other.first_key, -(-keys // split_keys), split_keys)
 
 
 @functools.lru_cache(maxsize=256)
-def decode(shape: Shape, call: Call, plan: Splitting) -> Launch:
+def decode(shape: CallShape, call: CallParams, plan: KeySplit) -> Launch:
     """Return the launch of the split-K kernel: writes output, logsumexp, stats, and partial results with flags."""
     rows = (shape.batch, shape.heads, shape.queries)
     parts = plan.tiles * plan.splits if plan.splits > 1 else 0
@@ -130,21 +130,23 @@ def decode(shape: Shape, call: Call, plan: Splitting) -> Launch:
 
 
 PARTS: Final = ("parts", "marks")
-WRITTEN: Final = (*OUTPUTS, *PARTS)
+OUTPUT_NAMES: Final = (*OUTPUTS, *PARTS)
 """Arrays written by both kernels; parts exist only if the keys of some queries are split over several blocks."""
 
 
-def forward_stages(shape: Shape, call: Call, with_logsumexp: bool = True, kernel: Forward | None = None) -> list[Stage]:
+def forward_stages(
+    shape: CallShape, call: CallParams, with_logsumexp: bool = True, kernel: Forward | None = None
+) -> list[Stage]:
     """Return the launch of the Hopper kernel, in a given specialisation or the one for the call."""
     kernel = kernel or forward_kernel(shape, call)
     made = forward(shape, call, kernel)
-    keys = Box(kernel.block_n)
+    keys = TensorBox(kernel.block_n)
     return [
         Stage(
             made,
             INPUTS,
-            WRITTEN,
-            maps={"q": Box(WARPGROUP_ROWS), "k": keys, "v": keys},
+            OUTPUT_NAMES,
+            maps={"q": TensorBox(WARPGROUP_ROWS), "k": keys, "v": keys},
             omitted=_omitted(made, with_logsumexp),
             serial=True,
         )
@@ -152,19 +154,19 @@ def forward_stages(shape: Shape, call: Call, with_logsumexp: bool = True, kernel
 
 
 @functools.lru_cache(maxsize=256)
-def forward_plan(shape: Shape, call: Call) -> Run:
+def forward_plan(shape: CallShape, call: CallParams) -> Run:
     """Return the Hopper forward kernel as a plan without gradient: output, logsumexp and stats."""
     return make_plan(INPUTS, OUTPUTS, forward_stages(shape, call))
 
 
-def few_stages(shape: Shape, call: Call, plan: Splitting, with_logsumexp: bool = True) -> list[Stage]:
+def decode_stages(shape: CallShape, call: CallParams, plan: KeySplit, with_logsumexp: bool = True) -> list[Stage]:
     """Return the launch of the split-K kernel with a given splitting."""
     made = decode(shape, call, plan)
-    return [Stage(made, INPUTS, WRITTEN, strided=INPUTS, omitted=_omitted(made, with_logsumexp), serial=True)]
+    return [Stage(made, INPUTS, OUTPUT_NAMES, strided=INPUTS, omitted=_omitted(made, with_logsumexp), serial=True)]
 
 
 def _omitted(made: launch.Launch, with_logsumexp: bool) -> frozenset[str]:
-    """Return the arrays of `WRITTEN` that are not written."""
+    """Return the arrays of `OUTPUT_NAMES` that are not written."""
     unwanted = set() if with_logsumexp else {"logsumexp", "stats"}
-    parts = made.keywords["output_shapes"][WRITTEN.index(PARTS[0])]
+    parts = made.keywords["output_shapes"][OUTPUT_NAMES.index(PARTS[0])]
     return frozenset(unwanted if parts[0] else unwanted | set(PARTS))

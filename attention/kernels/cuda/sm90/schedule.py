@@ -9,7 +9,7 @@ L2_BYTES: Final = 32 * 2**20
 """Budget for the keys and values of heads in flight, of the H200's 60 MB of L2."""
 TILE_OVERHEAD: Final = 1.2
 """Prologue and epilogue of a tile, in key tiles (from timings of short against long sequences)."""
-MOST_SHARES: Final = 8
+MAX_SHARES: Final = 8
 """Maximum number of blocks per split tile, on average."""
 
 Piece = tuple[int, int, int, int]
@@ -32,12 +32,12 @@ def make_schedule(blocks: int, planes: int, costs: tuple[int, ...], plane_bytes:
     else:
         largest = max(1, min(planes, L2_BYTES // max(1, plane_bytes)))
         sizes = sorted({largest - largest * i // 12 for i in range(7)}, reverse=True)
-    _, lists = min((_play(blocks, planes, costs, size) for size in sizes), key=lambda plan: plan[0])
+    _, lists = min((_simulate(blocks, planes, costs, size) for size in sizes), key=lambda plan: plan[0])
     rounds = max(map(len, lists)) + 1
     return tuple(tuple(tiles[i] if i < len(tiles) else -1 for tiles in lists) for i in range(rounds))
 
 
-def _play(blocks: int, planes: int, costs: tuple[int, ...], group: int) -> tuple[float, list[list[int]]]:
+def _simulate(blocks: int, planes: int, costs: tuple[int, ...], group: int) -> tuple[float, list[list[int]]]:
     """Simulate the schedule for one group size; return the makespan and the tiles of each block."""
     longest_first = sorted(range(len(costs)), key=lambda tile: -costs[tile])
     free = [(0.0, block) for block in range(blocks)]
@@ -68,7 +68,7 @@ def make_works(
     """
     tiles = planes * len(ranges)
     if len(set(ranges)) == 1:
-        lists, parts = _deal_out(blocks, tiles, ranges[0], joining)
+        lists, parts = _distribute(blocks, tiles, ranges[0], joining)
         if parts:
             return _table(lists, len(ranges)), parts
     columns = zip(*make_schedule(min(blocks, tiles), planes, tuple(map(_cost, ranges)), plane_bytes), strict=True)
@@ -89,13 +89,13 @@ def _table(lists: list[list[Piece]], row_blocks: int) -> tuple[tuple[Work, ...],
     )
 
 
-def _deal_out(blocks: int, tiles: int, keys: tuple[int, int], joining: float) -> tuple[list[list[Piece]], int]:
+def _distribute(blocks: int, tiles: int, keys: tuple[int, int], joining: float) -> tuple[list[list[Piece]], int]:
     """Assign equal tiles in whole rounds and split the remaining ones; no parts if splitting is not faster."""
     whole, left = divmod(tiles, blocks)
     if not left or _cost(keys) < 2:
         return [], 0
-    sharing = min(blocks, MOST_SHARES * left)
-    pieces, parts = _cut(sharing, whole * blocks, left, keys)
+    sharing = min(blocks, MAX_SHARES * left)
+    pieces, parts = _cut_evenly(sharing, whole * blocks, left, keys)
     longest = max(sum(end - first + TILE_OVERHEAD for _, first, end, _ in own) for own in pieces.values())
     if longest + joining >= _cost(keys) + TILE_OVERHEAD:
         return [], 0
@@ -110,7 +110,7 @@ def makespan(blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], join
     if len(set(ranges)) > 1:
         return max(*costs, planes * sum(costs) / blocks)
     whole, left = divmod(planes * len(ranges), blocks)
-    shared = left * _cost(ranges[0]) / min(blocks, MOST_SHARES * max(1, left)) + 2 * TILE_OVERHEAD + joining
+    shared = left * _cost(ranges[0]) / min(blocks, MAX_SHARES * max(1, left)) + 2 * TILE_OVERHEAD + joining
     return whole * costs[0] + (min(costs[0], shared) if left else 0.0)
 
 
@@ -119,11 +119,11 @@ def part_word(first: int, count: int, index: int) -> int:
     return first << 8 | count << 4 | index
 
 
-def _cut(blocks: int, first_tile: int, tiles: int, keys: tuple[int, int]) -> tuple[dict[int, list[Piece]], int]:
+def _cut_evenly(blocks: int, first_tile: int, tiles: int, keys: tuple[int, int]) -> tuple[dict[int, list[Piece]], int]:
     """Concatenate the keys of `tiles` tiles and cut them into equal shares; return pieces per block, and part count."""
     first, end = keys
     cost = end - first
-    cuts = [_smoothed(tiles * cost * block // blocks, cost) for block in range(blocks + 1)]
+    cuts = [_without_slivers(tiles * cost * block // blocks, cost) for block in range(blocks + 1)]
     pieces: dict[int, list[Piece]] = {}
     parts = 0
     for tile in range(tiles):
@@ -139,7 +139,7 @@ def _cut(blocks: int, first_tile: int, tiles: int, keys: tuple[int, int]) -> tup
     return pieces, parts
 
 
-def _smoothed(cut: int, cost: int) -> int:
+def _without_slivers(cut: int, cost: int) -> int:
     """Move a cut that is one key tile from a tile boundary onto the boundary."""
     beyond = cut % cost
     if cost > 2 and beyond == 1:

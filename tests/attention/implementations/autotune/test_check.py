@@ -9,7 +9,7 @@ import pytest
 from msgspec import structs
 
 from attention.core.workload import Workload
-from attention.implementations.autotune.check import LONGEST, Checked, check, holds, worst
+from attention.implementations.autotune.check import MAX_EXTENSION, ChoiceCheck, check_choice, holds, worst
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
 from tests.support.tuning_examples import FakeTime, Timed, Wrong
@@ -26,8 +26,8 @@ class Machine:
         self.demo = Demo(store=Store(path / "tuning.toml"), among=made, clock=self.clock, budget_s=0.1)
         self.among = made
 
-    def check(self) -> Checked:
-        return check(self.demo, WORKLOAD, seconds=0.2)
+    def check(self) -> ChoiceCheck:
+        return check_choice(self.demo, WORKLOAD, seconds=0.2)
 
 
 def test_the_best_is_found_and_demo_is_as_fast(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_check_continues_while_demos_share_is_undecided(tmp_path: Path) -> N
     assert max(taken(0.001, seed) for seed in range(5)) < 0.3
     noisy = [taken(0.3, seed) for seed in range(5)]
     assert max(noisy) > 0.7
-    assert max(noisy) < 0.2 * LONGEST + 0.2
+    assert max(noisy) < 0.2 * MAX_EXTENSION + 0.2
 
 
 def test_what_cannot_run_any_more_is_told(tmp_path: Path) -> None:

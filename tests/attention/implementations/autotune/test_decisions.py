@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 import pytest
 from msgspec import Struct
 
-from attention.core.statistics import SMALLEST_FLOOR
-from attention.implementations.autotune.halving import EXTENDED, Found, Halving
+from attention.core.statistics import MIN_FLOOR
+from attention.implementations.autotune.halving import MAX_EXTENSION, Halving, HalvingResult
 from tests.support.launch_bound import Candidate, DeviceRunner, LaunchBound, Weather
 
 BUDGET_S = 0.5
@@ -52,7 +52,7 @@ class Outcome(Struct):
     """Speed of the winner relative to the best."""
     seconds: float
     """Duration, without first calls."""
-    found: Found
+    found: HalvingResult
 
 
 def tried(field: Mapping[str, Candidate], weather: Weather, seed: int) -> Outcome:
@@ -73,7 +73,7 @@ def outcomes(field: str, sky: str) -> Iterator[Outcome]:
 @pytest.mark.parametrize("field", FIELDS)
 def test_the_best_is_found_in_95_percent_or_missed_by_4(field: str, sky: str) -> None:
     all_of_them = [*outcomes(field, sky)]
-    found = sum(one.share > 1 - SMALLEST_FLOOR for one in all_of_them)
+    found = sum(one.share > 1 - MIN_FLOOR for one in all_of_them)
     assert found >= 0.95 * len(all_of_them)
     assert min(one.share for one in all_of_them) >= 0.96
 
@@ -83,13 +83,13 @@ def test_a_clear_case_keeps_its_budget_and_a_close_one_thrice(sky: str) -> None:
     slack = 1.15  # of what a last round and the first warm calls may take
     assert max(one.seconds for one in outcomes("10 % apart, slower alone", "quiet")) <= slack * BUDGET_S
     for field in FIELDS:
-        assert max(one.seconds for one in outcomes(field, sky)) <= slack * EXTENDED * BUDGET_S
+        assert max(one.seconds for one in outcomes(field, sky)) <= slack * MAX_EXTENSION * BUDGET_S
 
 
 def test_two_that_are_the_same_are_not_called_different() -> None:
     same = {name: Candidate(host_s=14 * US) for name in ("one", "other")}
     ratios = [tried(same, SKIES["busy"], seed).found.ratio for seed in SEEDS]
-    assert sum(ratio is not None and ratio.low > 1 + SMALLEST_FLOOR for ratio in ratios) <= 0.05 * len(ratios)
+    assert sum(ratio is not None and ratio.low > 1 + MIN_FLOOR for ratio in ratios) <= 0.05 * len(ratios)
 
 
 def test_single_calls_are_timed_beside_the_queued_ones() -> None:

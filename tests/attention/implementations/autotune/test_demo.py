@@ -10,12 +10,12 @@ import pytest
 from msgspec import structs
 
 from attention.core import events as on
-from attention.core.route import PLAIN
+from attention.core.route import NO_NEEDS
 from attention.core.workload import Workload
 from attention.implementations.autotune import tuning_events
 from attention.implementations.autotune.implementation import Demo, _path
 from attention.implementations.autotune.store import Store
-from attention.implementations.autotune.trial import Check, Task, candidates, fitting
+from attention.implementations.autotune.trial import AccuracyCheck, Task, candidates, fitting_candidates
 from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.fused import _variant_path
@@ -34,7 +34,7 @@ Heard = list[on.TuningEvent | on.Message]
 @pytest.fixture
 def heard() -> Iterator[Heard]:
     events: Heard = []
-    with tuning_events.heard_by(events.append):
+    with tuning_events.listening(events.append):
         yield events
 
 
@@ -145,7 +145,7 @@ def test_accuracy_is_checked_with_array_masks_and_softcaps_too(
     mask = Mask(array=mx.random.normal(shape, key=mx.random.key(1)) > -0.5)
     task = Task(workload=WORKLOAD, inputs=[q, k, v], scale=0.5, mask=mask, softcap=softcap)
     for name, wrong in (("right", False), ("off", True)):
-        assert bool(Check(task).error(demo.candidates[name])[1]) == wrong
+        assert bool(AccuracyCheck(task).error(demo.candidates[name])[1]) == wrong
 
 
 def test_what_cannot_run_falls_out_with_a_message(store: Store, heard: Heard) -> None:
@@ -172,19 +172,21 @@ def test_calls_may_be_taken_as_training(store: Store) -> None:
 
 def test_what_is_predicted_not_to_fit_is_never_tried() -> None:
     tight = structs.replace(CPU, available_bytes=1)
-    assert fitting(candidates(), WORKLOAD, tight, PLAIN) == ["practical"]
+    assert fitting_candidates(candidates(), WORKLOAD, tight, NO_NEEDS) == ["practical"]
 
 
 def test_block_sizes_are_candidates_where_they_differ() -> None:
     long = Workload(seq=2048, mask="causal")
-    assert {"practical", "practical 8 MiB"} <= set(fitting(candidates(), long, CPU, PLAIN))
-    assert not [name for name in fitting(candidates(), WORKLOAD, CPU, PLAIN) if name.startswith("practical")]
+    assert {"practical", "practical 8 MiB"} <= set(fitting_candidates(candidates(), long, CPU, NO_NEEDS))
+    assert not [
+        name for name in fitting_candidates(candidates(), WORKLOAD, CPU, NO_NEEDS) if name.startswith("practical")
+    ]
 
 
 def test_choices_made_with_other_code_are_tried_anew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     call(make(store, a=Timed("a", 0.001), b=Timed("b", 0.003)))
-    monkeypatch.setattr("attention.implementations.autotune.implementation.code_now", lambda: "other")
-    monkeypatch.setattr("attention.implementations.autotune.trial.code_now", lambda: "other")
+    monkeypatch.setattr("attention.implementations.autotune.implementation.candidate_fingerprint", lambda: "other")
+    monkeypatch.setattr("attention.implementations.autotune.trial.candidate_fingerprint", lambda: "other")
     call(make(Store(store.path), a=Timed("a", 0.003), b=Timed("b", 0.001)))
     assert [(entry.winner, entry.made_with) for entry in store.entries()] == [("b", "other")]
 
@@ -194,11 +196,11 @@ def test_the_code_mark_changes_with_a_kernel(tmp_path: Path, monkeypatch: pytest
     kernel.parent.mkdir(parents=True)
     kernel.write_text("slow")
     monkeypatch.setattr(cache, "__file__", str(tmp_path / "kernels" / "common" / "cache.py"))
-    before = cache.code_mark.__wrapped__("implementations", "kernels")
-    assert cache.code_mark.__wrapped__("implementations", "kernels") == before
+    before = cache.code_fingerprint.__wrapped__("implementations", "kernels")
+    assert cache.code_fingerprint.__wrapped__("implementations", "kernels") == before
     kernel.write_text("fast")
-    assert cache.code_mark.__wrapped__("implementations", "kernels") != before
-    assert cache.code_mark.__wrapped__("kernels/cuda") == cache.code_mark.__wrapped__("kernels/metal")
+    assert cache.code_fingerprint.__wrapped__("implementations", "kernels") != before
+    assert cache.code_fingerprint.__wrapped__("kernels/cuda") == cache.code_fingerprint.__wrapped__("kernels/metal")
 
 
 @pytest.mark.parametrize(
@@ -311,17 +313,17 @@ def test_what_looks_cost_is_bounded_by_the_clock(store: Store) -> None:
     demo = Demo(store=store, among={"a": Timed("a", 1e-6, clock)}, clock=clock)
     q, k, v = make_inputs(WORKLOAD, 0)
     looks = 0
-    before = demo._look
+    before = demo._sampled_call
 
     def counted(*arguments: object) -> mx.array:
         nonlocal looks
         (standing,) = demo._keys.values()
-        was = standing.looked_s
+        was = standing.last_check_s
         out = before(*arguments)  # type: ignore[arg-type]
-        looks += standing.looked_s != was
+        looks += standing.last_check_s != was
         return out
 
-    demo._look = counted  # type: ignore[method-assign]
+    demo._sampled_call = counted  # type: ignore[method-assign]
     for _ in range(5000):
         demo(q, k, v, scale=0.5, mask=Mask())
     assert 1 <= looks <= 2  # 5000 calls of 1 us are one rest of 5 ms

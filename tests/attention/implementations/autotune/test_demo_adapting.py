@@ -11,8 +11,8 @@ from msgspec import structs
 from attention.core import events as on
 from attention.core.workload import Workload
 from attention.implementations.autotune import tuning_events
-from attention.implementations.autotune.active_choice import standing_of
-from attention.implementations.autotune.drift_detector import MOST, Watch
+from attention.implementations.autotune.active_choice import active_choice_of
+from attention.implementations.autotune.drift_detector import MAX_PAIRS, DriftDetector
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
 from attention.implementations.mlx_sdpa import MlxSdpa
@@ -27,7 +27,7 @@ WORKLOAD = Workload(seq=16, heads=1, head_dim=4, dtype="float32")
 @pytest.fixture
 def switches() -> Iterator[list[on.Switched]]:
     events: list[on.Switched] = []
-    with tuning_events.heard_by(lambda event: events.append(event) if isinstance(event, on.Switched) else None):
+    with tuning_events.listening(lambda event: events.append(event) if isinstance(event, on.Switched) else None):
         yield events
 
 
@@ -164,16 +164,16 @@ def told_apart(alone_s: dict[str, float], queued_s: dict[str, float], queued: bo
     entry = structs.replace(an_entry(), call_s=queued_s, alone_s=alone_s, ratio=1.3, low=1.2, high=1.4)
     clock = FakeTime()
     candidates = {name: Timed(name, 0.0) for name in queued_s}
-    standing = standing_of(entry, candidates)
-    standing.watch = Watch({"mlx": 1.3}, doubt="the test says so")
+    standing = active_choice_of(entry, candidates)
+    standing.drift = DriftDetector({"mlx": 1.3}, doubt="the test says so")
     standing.warm = {"mlx"}
 
     def attempt(candidate: Timed) -> None:
         clock.now += (queued_s if queued else alone_s)[candidate.name] * 1.3
 
-    for _ in range(MOST):
-        if standing.watch.challenger == "mlx":
-            standing.pair("mlx", attempt, lambda candidate: (0.0, ""), candidates, clock, queued=queued)
+    for _ in range(MAX_PAIRS):
+        if standing.drift.challenger == "mlx":
+            standing.timed_pair("mlx", attempt, lambda candidate: (0.0, ""), candidates, clock, queued=queued)
     return standing.name
 
 
@@ -187,8 +187,8 @@ def test_latency_does_not_mislead_about_time_in_a_queue() -> None:
 def test_a_choice_left_open_by_its_trial_is_doubted_at_once(tmp_path: Path, switches: list[on.Switched]) -> None:
     sure, unsure = (structs.replace(an_entry(), ratio=1.01, low=low, high=1.06) for low in (0.99, 0.93))
     among = {name: Timed(name, 0.0) for name in sure.call_s}
-    assert not standing_of(sure, among).watch.trying
-    assert standing_of(unsure, among).watch.reason == "its trial left open whether another is faster"
+    assert not active_choice_of(sure, among).drift.trying
+    assert active_choice_of(unsure, among).drift.reason == "its trial left open whether another is faster"
 
 
 class Delayed:

@@ -16,7 +16,7 @@ from attention.implementations.autotune import tuning_events
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
 from attention.implementations.baseline import Baseline
-from fatui.tui.view_models.journal import narrate
+from fatui.tui.view_models.journal import event_line
 from tests.support.tuning_examples import FakeTime, Timed
 
 SWITCHED = on.Switched(
@@ -36,7 +36,7 @@ PLAN = Plan(cases=(Workload(seq=16, heads=1, head_dim=8),), implementations=("ba
 
 def told_by(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> list[on.AnyEvent]:
     made = {"baseline": Baseline(), "demo": demo}
-    monkeypatch.setattr(bench.implementations, "get", made.__getitem__)
+    monkeypatch.setattr(bench.implementations, "load_implementation", made.__getitem__)
     events: list[on.AnyEvent] = []
     Bench(Assignment(plan=PLAN, peaks=Peaks()), PLAN, events.append).run()
     return events
@@ -58,7 +58,7 @@ def test_the_trial_is_reported_before_and_apart_from_the_call(tmp_path: Path, mo
 
 
 def test_a_switch_in_a_run_is_told_with_the_new_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attention.implementations.autotune.implementation.SAMPLES_A_LOOK", 1)
+    monkeypatch.setattr("attention.implementations.autotune.implementation.SAMPLES_PER_CHECK", 1)
     slow, clock = [1.0], FakeTime()
     among = {"a": Timed("a", lambda: 3e-4 * slow[0], clock), "b": Timed("b", 4e-4, clock)}
     demo = Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.1, clock=clock)
@@ -69,7 +69,9 @@ def test_a_switch_in_a_run_is_told_with_the_new_path(tmp_path: Path, monkeypatch
         if isinstance(event, on.RoundsDone):
             slow[0] = 4.0
 
-    monkeypatch.setattr(bench.implementations, "get", {"baseline": Baseline(), "demo": demo}.__getitem__)
+    monkeypatch.setattr(
+        bench.implementations, "load_implementation", {"baseline": Baseline(), "demo": demo}.__getitem__
+    )
     plan = msgspec.structs.replace(PLAN, seconds=1.5, precision=0.0)
     Bench(Assignment(plan=plan, peaks=Peaks()), plan, heard).run()
     place = next(number for number, event in enumerate(events) if isinstance(event, on.Switched))
@@ -87,7 +89,7 @@ def test_events_come_through_as_lines_and_change_no_row(event: on.TuningEvent) -
 
 
 def test_the_log_says_what_was_chosen_and_why_it_changed() -> None:
-    texts = [said[0] for event in (STARTED, TUNED, SWITCHED) if (said := narrate(event, PLAN))]
+    texts = [said[0] for event in (STARTED, TUNED, SWITCHED) if (said := event_line(event, PLAN))]
     assert texts == [
         "demo tries poc, mlx for BH≤8 L≤512",
         "demo takes poc for BH≤8 L≤512, 1.25x mlx (1.2 to 1.3), after 0.5 s",
@@ -107,4 +109,4 @@ def test_what_is_no_event_is_still_an_error(line: bytes) -> None:
 
 
 def test_words_are_the_same_for_logs_and_messages() -> None:
-    assert tuning_events.in_words(on.Message(level="info", text="as it is")) == "as it is"
+    assert tuning_events.log_line(on.Message(level="info", text="as it is")) == "as it is"

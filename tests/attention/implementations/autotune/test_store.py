@@ -26,7 +26,7 @@ NOBODY = 65534
 @pytest.fixture
 def told() -> Iterator[list[str]]:
     lines: list[str] = []
-    with tuning_events.heard_by(lambda event: lines.append(tuning_events.in_words(event))):
+    with tuning_events.listening(lambda event: lines.append(tuning_events.log_line(event))):
         yield lines
 
 
@@ -282,5 +282,5 @@ def test_what_is_forgotten_is_gone_for_others_too(path: Path) -> None:
 
 
 def test_without_a_listener_the_log_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    tuning_events.tell(on.Message(level="warning", text="the file is damaged"))
+    tuning_events.emit(on.Message(level="warning", text="the file is damaged"))
     assert caplog.messages == ["the file is damaged"]

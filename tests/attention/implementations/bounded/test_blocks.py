@@ -10,8 +10,8 @@ from attention.implementations.bounded.blocks import (
     MIB,
     TINY_BYTES,
     Blocks,
-    Shape,
-    choose,
+    ProblemSize,
+    choose_blocks,
     is_affordable,
     tile_bytes,
     visible_tiles,
@@ -19,7 +19,7 @@ from attention.implementations.bounded.blocks import (
 from attention.masks import Mask
 
 shapes = st.builds(
-    Shape,
+    ProblemSize,
     batch=st.integers(1, 64),
     kv_heads=st.integers(1, 64),
     group=st.integers(1, 16),
@@ -37,18 +37,18 @@ SMALLEST = Blocks(batches=1, kv_heads=1, rows=1, keys=1)
 
 
 @given(shapes, budgets)
-def test_a_tile_fits_its_budget_wherever_any_tile_can(shape: Shape, budget: int) -> None:
-    blocks = choose(shape, budget)
+def test_a_tile_fits_its_budget_wherever_any_tile_can(shape: ProblemSize, budget: int) -> None:
+    blocks = choose_blocks(shape, budget)
     kept = max(budget, tile_bytes(shape, SMALLEST), TINY_BYTES)
     if tile_bytes(shape, blocks) > kept:  # only where smaller tiles would be too many
-        smaller = choose(shape, tile_bytes(shape, blocks) // 2)
+        smaller = choose_blocks(shape, tile_bytes(shape, blocks) // 2)
         assert tile_bytes(shape, smaller) > kept / 2
         assert visible_tiles(shape, blocks) * 4 * GRAPH_BYTES > MAX_GRAPH_BYTES
 
 
 @given(shapes, budgets)
-def test_tiles_and_their_graph_take_about_as_much_memory(shape: Shape, budget: int) -> None:
-    blocks = choose(shape, budget)
+def test_tiles_and_their_graph_take_about_as_much_memory(shape: ProblemSize, budget: int) -> None:
+    blocks = choose_blocks(shape, budget)
     count = visible_tiles(shape, blocks)
     assert is_affordable(count, max(budget, tile_bytes(shape, blocks) * 2))
 
@@ -56,7 +56,7 @@ def test_tiles_and_their_graph_take_about_as_much_memory(shape: Shape, budget: i
 def test_long_contexts_take_few_thousand_tiles() -> None:
     size = 262_144
     for training, score_bytes, most in ((False, 32, 4096), (True, 80, 8192)):
-        shape = Shape(
+        shape = ProblemSize(
             batch=1,
             kv_heads=1,
             group=1,
@@ -68,14 +68,14 @@ def test_long_contexts_take_few_thousand_tiles() -> None:
             causal=True,
             training=training,
         )
-        blocks = choose(shape, 256 * MIB, 32 * MIB)
+        blocks = choose_blocks(shape, 256 * MIB, 32 * MIB)
         assert visible_tiles(shape, blocks) <= most
         assert tile_bytes(shape, blocks) <= 640 * MIB
 
 
 @given(shapes, budgets)
-def test_tiles_are_counted_as_they_are_computed(shape: Shape, budget: int) -> None:
-    blocks = choose(shape, budget)
+def test_tiles_are_counted_as_they_are_computed(shape: ProblemSize, budget: int) -> None:
+    blocks = choose_blocks(shape, budget)
     mask, counted = Mask(causal=shape.causal, window=shape.window), 0
     for start in range(0, shape.seq, blocks.rows):
         rows = range(start, min(start + blocks.rows, shape.seq))
@@ -86,7 +86,7 @@ def test_tiles_are_counted_as_they_are_computed(shape: Shape, budget: int) -> No
 
 
 def test_a_tiny_budget_does_not_make_thousands_of_tiles() -> None:
-    shape = Shape(batch=3, kv_heads=2, group=8, seq=220, kv_seq=300, head_dim=32, value_dim=32, score_bytes=80)
-    blocks = choose(shape, 64 * 1024)
+    shape = ProblemSize(batch=3, kv_heads=2, group=8, seq=220, kv_seq=300, head_dim=32, value_dim=32, score_bytes=80)
+    blocks = choose_blocks(shape, 64 * 1024)
     assert visible_tiles(shape, blocks) <= MAX_TINY_TILES
     assert tile_bytes(shape, blocks) <= TINY_BYTES

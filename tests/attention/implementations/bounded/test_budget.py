@@ -55,7 +55,7 @@ def test_an_array_mask_for_every_head_stays_within_the_budget(
     dtype: mx.Dtype, query_type: DType, backend: Backend, mebibytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # decided as for a GPU, computed here: without waiting, the memory use is at least as large
-    monkeypatch.setattr("attention.implementations.bounded.implementation.here", lambda: backend)
+    monkeypatch.setattr("attention.implementations.bounded.implementation.current_backend", lambda: backend)
     workload = Workload(seq=900, heads=4, head_dim=16, dtype=query_type)
     q, k, v = make_inputs(workload, 0)
     drawn = mx.random.uniform(shape=(1, 4, 900, 900), key=mx.random.key(2)) > 0.3
@@ -75,7 +75,7 @@ def test_an_array_mask_for_every_head_stays_within_the_budget(
 def test_sinks_stay_within_the_budget(
     dtype: DType, backend: Backend, mebibytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attention.implementations.bounded.implementation.here", lambda: backend)
+    monkeypatch.setattr("attention.implementations.bounded.implementation.current_backend", lambda: backend)
     workload = Workload(seq=900, heads=4, head_dim=16, dtype=dtype)
     q, k, v = make_inputs(workload, 0)
     sinks = mx.zeros((4,))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from attention.core.route import PLAIN, Needs
+from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import Workload
 from attention.implementations import call_hooks
 from attention.implementations.bounded.blocks import (
@@ -21,20 +21,20 @@ from attention.implementations.bounded.blocks import (
     tile_bytes,
     visible_tiles,
 )
-from attention.implementations.bounded.explain import facts
+from attention.implementations.bounded.explain import explain
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.bounded.memory import AT_ONCE, QUEUED, turns, when_done
+from attention.implementations.bounded.memory import RESIDENT_TILES, UNORDERED, fence_on_completion, tile_order
 from attention.implementations.bounded.policy import (
-    Choice,
-    Handed,
-    choice,
-    mib,
-    shape_of,
+    MaskCopies,
+    Strategy,
+    choose_strategy,
+    problem_size,
+    size_text,
     skipped_share,
     slice_size,
     slices_bytes,
 )
-from attention.implementations.call_signature import asked_for
+from attention.implementations.call_signature import call_signature
 from attention.implementations.mlx_sdpa import fused_bytes
 from attention.implementations.runner import make_inputs
 from attention.masks import Mask
@@ -61,13 +61,13 @@ workloads = st.builds(
 @settings(max_examples=40, deadline=None)
 @given(workloads, st.sampled_from([16, 256, 2048]), st.sampled_from(["cuda", "metal"]))
 def test_slices_fit_the_budget_wherever_any_slice_can(workload: Workload, mebibytes: int, backend: Backend) -> None:
-    size = slice_size(workload, backend, PLAIN, mebibytes * MIB)
+    size = slice_size(workload, backend, NO_NEEDS, mebibytes * MIB)
     if size is None:
         smallest = Blocks(batches=1, kv_heads=1, rows=1, keys=workload.kv_seq)
-        assert slices_bytes(workload, smallest, backend, PLAIN) > mebibytes * MIB
+        assert slices_bytes(workload, smallest, backend, NO_NEEDS) > mebibytes * MIB
         return
     count = -(-workload.batch // size.batches) * -(-workload.kv_heads // size.kv_heads) * -(-workload.seq // size.rows)
-    taken = slices_bytes(workload, size, backend, PLAIN)
+    taken = slices_bytes(workload, size, backend, NO_NEEDS)
     assert is_affordable(count, max(taken, mebibytes * MIB))
     assert taken <= mebibytes * MIB or count * 4 > MAX_TINY_TILES  # fewer than these are as small as the budget
     assert 1 <= size.rows <= workload.seq
@@ -80,16 +80,16 @@ def test_a_tiny_budget_gives_no_more_parts_than_a_graph_may_have(
     budget: int, pass_: Literal["forward", "training"]
 ) -> None:
     workload = Workload(batch=32, seq=1024, heads=32, head_dim=64, mask="causal", pass_=pass_)
-    made = choice(workload, "cuda", PLAIN, budget)
+    made = choose_strategy(workload, "cuda", NO_NEEDS, budget)
     tile = made.backward if pass_ == "training" else made.blocks
-    assert visible_tiles(shape_of(workload), tile) <= 4096
+    assert visible_tiles(problem_size(workload), tile) <= 4096
     for size in (made.slices, made.backward_slices):
         parts = size and -(-32 // size.batches) * -(-32 // size.kv_heads) * -(-1024 // size.rows)
         assert not parts or parts <= 4096
 
 
-def asked(workload: Workload, mebibytes: int, needs: Needs = PLAIN) -> Choice:
-    return choice(workload, "cuda", needs, mebibytes * MIB)
+def asked(workload: Workload, mebibytes: int, needs: Needs = NO_NEEDS) -> Strategy:
+    return choose_strategy(workload, "cuda", needs, mebibytes * MIB)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, why_unfused: Callable[..., str | None]) -> None:
@@ -98,12 +98,12 @@ def plant(monkeypatch: pytest.MonkeyPatch, why_unfused: Callable[..., str | None
 
 
 def test_what_fits_is_left_to_mlx() -> None:
-    assert asked(structs.replace(LONG, seq=512, kv_seq=512), 2048).way == "whole"
+    assert asked(structs.replace(LONG, seq=512, kv_seq=512), 2048).kind == "whole"
 
 
 def test_slices_that_do_not_fit_together_wait() -> None:
     made = asked(LONG, 2560)
-    assert (made.way, made.waits) == ("slices", True)
+    assert (made.kind, made.waits) == ("slices", True)
     assert made.slices is not None
     assert made.slices.rows * made.slices.kv_heads < LONG.seq * LONG.heads
     assert "the budget is 2,560 MiB" in made.reason
@@ -111,12 +111,12 @@ def test_slices_that_do_not_fit_together_wait() -> None:
 
 def test_where_no_slice_fits_blocks_are_taken() -> None:
     made = asked(LONG, 64)  # less than the sums of dK and dV of one head
-    assert (made.way, made.backward_slices) == ("slices, blocks behind", None)
+    assert (made.kind, made.backward_slices) == ("slices, blocks behind", None)
     assert made.reason.endswith("the budget is 64 MiB, and no slice of a backward pass fits it")
     training = structs.replace(LONG, pass_="training")
     assert Practical(64 * MIB).route(LONG, GPU).path == "slices 384 x 16384"
     assert Practical(64 * MIB).route(training, GPU).path == "blocks 512 x 1024"
-    assert choice(LONG, "cuda", PLAIN, 10_000).way == "blocks"
+    assert choose_strategy(LONG, "cuda", NO_NEEDS, 10_000).kind == "blocks"
 
 
 @pytest.mark.parametrize("pass_", ["forward", "training"])
@@ -133,26 +133,26 @@ def test_no_other_slices_would_be_fewer(mebibytes: int, pass_: Literal["forward"
         for batches, kv_heads in ((2, 8), (1, 8), (1, 4), (1, 2), (1, 1))
         for rows in range(128, 16385, 128)
     )
-    fitting = [size for size in tried if slices_bytes(workload, size, "cuda", PLAIN) <= mebibytes * MIB]
-    made = slice_size(workload, "cuda", PLAIN, mebibytes * MIB)
+    fitting = [size for size in tried if slices_bytes(workload, size, "cuda", NO_NEEDS) <= mebibytes * MIB]
+    made = slice_size(workload, "cuda", NO_NEEDS, mebibytes * MIB)
     assert made is not None
     assert count(made) == min(map(count, fitting))
 
 
 def test_where_only_the_gradient_is_too_large_it_is_sliced() -> None:
     made = asked(structs.replace(LONG, seq=8192, kv_seq=8192), 3000)
-    assert (made.way, made.waits) == ("whole, slices behind", True)
+    assert (made.kind, made.waits) == ("whole, slices behind", True)
 
 
 def test_what_fits_forward_is_not_sliced_for_its_mask() -> None:
     causal = structs.replace(LONG, seq=8192, kv_seq=8192, mask="causal")
     assert skipped_share(causal, Blocks(batches=1, kv_heads=1, rows=128, keys=1)) > 0.4
-    assert asked(causal, 30_000).way == "whole"
-    assert asked(causal, 3000).way == "whole, slices behind"
+    assert asked(causal, 30_000).kind == "whole"
+    assert asked(causal, 3000).kind == "whole, slices behind"
 
 
 def test_what_mlx_cannot_do_is_done_in_blocks_there_too() -> None:
-    assert asked(LONG, 2560, Needs(softcap=True)).way == "blocks"
+    assert asked(LONG, 2560, Needs(softcap=True)).kind == "blocks"
 
 
 @pytest.mark.parametrize(("seq", "path"), [(8192, "whole + slices 8192"), (16384, "slices 8192 x 16384")])
@@ -167,14 +167,14 @@ def test_sinks_are_told_as_the_blocks_that_take_them() -> None:
     assert practical.route(LONG, GPU).path.startswith("slices ")
     told = practical.route(LONG, GPU, Needs(sinks=True))
     assert told.path == "blocks 256 x 16384"
-    tile = tile_bytes(shape_of(LONG), practical.choice(LONG, GPU).blocks)
-    assert told.predicted_bytes == LONG.output_bytes + 4 * LONG.heads * LONG.seq + int(AT_ONCE["cuda"] * tile)
+    tile = tile_bytes(problem_size(LONG), practical.strategy(LONG, GPU).blocks)
+    assert told.predicted_bytes == LONG.output_bytes + 4 * LONG.heads * LONG.seq + int(RESIDENT_TILES["cuda"] * tile)
 
 
 def test_slices_of_the_gradient_alone_are_explained() -> None:
     workload = structs.replace(LONG, seq=8192, kv_seq=8192)
-    told = {fact.what: fact for fact in facts(Practical(3000 * MIB), workload, GPU)}
-    behind = slice_size(structs.replace(workload, pass_="training"), "cuda", PLAIN, 3000 * MIB)
+    told = {fact.what: fact for fact in explain(Practical(3000 * MIB), workload, GPU)}
+    behind = slice_size(structs.replace(workload, pass_="training"), "cuda", NO_NEEDS, 3000 * MIB)
     assert behind is not None
     assert told["way"].value == "whole, slices behind"
     assert told["behind"].why == "what is cut is the backward pass alone"
@@ -187,9 +187,9 @@ def test_a_fused_gradient_beyond_the_budget_is_sliced(monkeypatch: pytest.Monkey
     few_keys = structs.replace(many, kv_seq=4)
     for workload in (many, few_keys):
         made = asked(workload, 512)
-        assert made.way == "fused, slices behind"
+        assert made.kind == "fused, slices behind"
         assert made.reason.startswith("MLX's fused kernels need 520 MiB, with what they make of a mask; the budget")
-        assert asked(workload, 521).way == "fused"
+        assert asked(workload, 521).kind == "fused"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "metal"])
@@ -200,10 +200,10 @@ def test_arrays_beside_a_mask_of_every_head_count(
     refusal = None if fused else "no"
     plant(monkeypatch, lambda *asked: refusal)
     workload, needs = structs.replace(LONG, seq=2048, kv_seq=2048), Needs(array_mask=True)
-    converted = Handed(batches=1, heads=8, pair_bytes=12)
+    converted = MaskCopies(batches=1, heads=8, pair_bytes=12)
     budget = converted.size(workload) - MIB
-    made = choice(workload, backend, needs, budget, converted)
-    assert made.way == "slices"
+    made = choose_strategy(workload, backend, needs, budget, converted)
+    assert made.kind == "slices"
     assert made.slices is not None
     assert slices_bytes(workload, made.slices, backend, needs, converted) <= budget
 
@@ -216,15 +216,17 @@ def test_a_bool_mask_counts_as_mlx_converts_it_on_cuda() -> None:
 
 
 def test_only_on_cuda_evaluation_waits_for_what_is_done() -> None:
-    assert turns("cuda").next is turns("cuda").alone is when_done  # there is no CUDA here, and no launcher
-    assert turns("metal") is turns("cpu") is QUEUED
+    assert (
+        tile_order("cuda").next is tile_order("cuda").alone is fence_on_completion
+    )  # there is no CUDA here, and no launcher
+    assert tile_order("metal") is tile_order("cpu") is UNORDERED
 
 
 def test_the_fence_works_in_any_function() -> None:
     def function(x: mx.array) -> mx.array:
         total = x
         for _ in range(3):
-            (total,) = mx.depends([total * 2], when_done([total]))
+            (total,) = mx.depends([total * 2], fence_on_completion([total]))
         return total.sum()
 
     x = mx.arange(4.0)
@@ -233,7 +235,7 @@ def test_the_fence_works_in_any_function() -> None:
     assert mx.grad(function)(x).tolist() == [8, 8, 8, 8]
 
 
-def fuses_multiples_of_128(workload: Workload, backend: Backend, needs: Needs = PLAIN) -> str | None:
+def fuses_multiples_of_128(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> str | None:
     """The message of MLX's CUDA backend about a training pass."""
     return f"{workload.seq} rows" if workload.pass_ == "training" and workload.seq % 128 else None
 
@@ -242,7 +244,7 @@ def fuses_multiples_of_128(workload: Workload, backend: Backend, needs: Needs = 
 def test_a_backward_slice_has_rows_that_mlx_fuses(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, fuses_multiples_of_128)
     workload = Workload(seq=rows, heads=2, head_dim=64, mask="causal", pass_="training")
-    size = slice_size(workload, "cuda", PLAIN, 10_000 * MIB)
+    size = slice_size(workload, "cuda", NO_NEEDS, 10_000 * MIB)
     assert size is not None
     assert size.rows == (rows if rows < 128 else rows - rows % 128)
 
@@ -253,14 +255,14 @@ def test_a_gradient_fused_for_few_rows_is_sliced_where_large(
     plant(monkeypatch, fuses_multiples_of_128)
     workload = Workload(batch=4, seq=2047, heads=16, head_dim=64, mask="causal")
     made = asked(workload, 8000)
-    assert (made.way, made.waits) == ("fused, slices behind", False)
+    assert (made.kind, made.waits) == ("fused, slices behind", False)
     assert made.reason == "2047 rows; slices of such rows have one"
-    assert asked(structs.replace(workload, batch=1, heads=2, kv_heads=2), 8000).way == "fused"
-    assert asked(structs.replace(workload, seq=2048, kv_seq=2048), 8000).way == "fused"
+    assert asked(structs.replace(workload, batch=1, heads=2, kv_heads=2), 8000).kind == "fused"
+    assert asked(structs.replace(workload, seq=2048, kv_seq=2048), 8000).kind == "fused"
 
 
 def test_a_large_size_is_said_in_a_unit_that_fits_it():
-    assert [mib(size) for size in (2**26, 5 * 2**29, 2**34, 2_747_119 * 2**20)] == [
+    assert [size_text(size) for size in (2**26, 5 * 2**29, 2**34, 2_747_119 * 2**20)] == [
         "64 MiB",
         "2,560 MiB",
         "16 GiB",
@@ -274,7 +276,7 @@ def test_the_route_of_an_array_mask_is_the_path_that_runs(dtype: mx.Dtype, heads
     workload = Workload(seq=300, heads=4, head_dim=16, dtype="float16")
     q, k, v = make_inputs(workload, 0)
     mask = Mask(array=mx.zeros((1, heads, 300, 300), dtype))
-    asked, needs = asked_for(q, k, v, mask, None)
+    asked, needs = call_signature(q, k, v, mask, None)
     for kibibytes in range(500, 18_000, 700):
         practical = Practical(kibibytes * 1024)
         call_hooks.take_path()

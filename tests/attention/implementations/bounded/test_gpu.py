@@ -8,8 +8,8 @@ import pytest
 from attention.core.workload import Workload
 from attention.implementations.bounded.blocks import MIB
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.bounded.memory import Passed, turns
-from attention.implementations.quantized_kv import Packed
+from attention.implementations.bounded.memory import Fence, tile_order
+from attention.implementations.quantized_kv import QuantizedArray
 from attention.implementations.runner import MlxRunner, make_inputs
 from attention.kernels.cuda.runtime import launcher
 from attention.masks import Mask, of_workload
@@ -108,15 +108,15 @@ def test_a_softcap_and_sinks_stay_within_the_budget() -> None:
 
 def test_sums_of_key_gradients_stay_within_the_budget() -> None:
     workload = Workload(seq=256, kv_seq=12_000, heads=4, head_dim=512, dtype="bfloat16", pass_="training")
-    assert Practical(SMALL).choice(workload, probe()).way.endswith("blocks behind")
+    assert Practical(SMALL).strategy(workload, probe()).kind.endswith("blocks behind")
     assert is_within(workload)
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="evaluation waits for a GPU on CUDA alone")
 @pytest.mark.parametrize(("which", "tiles"), [("next", 2), ("alone", 1)])
 def test_ordered_tiles_are_in_memory_at_most_two_at_a_time(which: str, tiles: int) -> None:
-    assert launcher.missing() is None
-    follow: Passed = getattr(turns("cuda"), which)
+    assert launcher.unavailable_reason() is None
+    follow: Fence = getattr(tile_order("cuda"), which)
 
     def function(x: mx.array) -> mx.array:
         total = x
@@ -139,7 +139,7 @@ def test_ordered_tiles_are_in_memory_at_most_two_at_a_time(which: str, tiles: in
 def test_packed_keys_and_values_stay_within_the_budget() -> None:
     workload = Workload(seq=2000, kv_seq=4000, heads=4, head_dim=128, dtype="bfloat16", mask="causal")
     q, k, v = make_inputs(workload, 0)
-    packed = [Packed(*mx.quantize(x, group_size=64, bits=8), 64, 8) for x in (k, v)]
+    packed = [QuantizedArray(*mx.quantize(x, group_size=64, bits=8), 64, 8) for x in (k, v)]
     mx.eval(*(array for one in packed for array in one.arrays))
     runner = Bound(Practical(SMALL), workload, [q, *packed], of_workload(workload))
     runner.results()

@@ -3,7 +3,7 @@
 import pytest
 
 from attention.kernels.common import cache
-from attention.kernels.common.first_use import LONGEST, FirstUse
+from attention.kernels.common.first_use import MAX_ERROR_LENGTH, SelfChecks
 
 KEY, NAME = "planted-0", "planted"
 
@@ -15,11 +15,11 @@ def own_folder(monkeypatch, tmp_path):
 
 def here():
     """The state of a new process on one machine, or another."""
-    return FirstUse(lambda: "here")
+    return SelfChecks(lambda: "here")
 
 
 def there():
-    return FirstUse(lambda: "there")
+    return SelfChecks(lambda: "there")
 
 
 def interrupted():
@@ -27,14 +27,14 @@ def interrupted():
 
 
 def test_an_interrupted_check_is_no_verdict_on_the_kernel():
-    there().judged(KEY, NAME, lambda: "off by 3")
+    there().check(KEY, NAME, lambda: "off by 3")
     with pytest.raises(KeyboardInterrupt):
-        here().judged(KEY, NAME, interrupted)
-    assert here().distrust(KEY) is None
-    assert there().distrust(KEY) == "off by 3"
+        here().check(KEY, NAME, interrupted)
+    assert here().distrust_reason(KEY) is None
+    assert there().distrust_reason(KEY) == "off by 3"
     (record,) = cache.records("planted")
     assert record["checked"] == {"there": "off by 3"}  # what a report shows
-    assert here().judged(KEY, NAME, lambda: None) is None
+    assert here().check(KEY, NAME, lambda: None) is None
 
 
 def stopped():
@@ -43,18 +43,18 @@ def stopped():
 
 def test_a_check_whose_process_was_stopped_is_made_once_more():
     with pytest.raises(SystemExit):
-        here().judged(KEY, NAME, stopped)
-    assert here().distrust(KEY) is None
-    assert here().judged(KEY, NAME, lambda: None) is None
+        here().check(KEY, NAME, stopped)
+    assert here().distrust_reason(KEY) is None
+    assert here().check(KEY, NAME, lambda: None) is None
     assert here().verdict(KEY) == "passed"
 
 
 def test_a_stopped_then_interrupted_check_has_not_failed():
     with pytest.raises(SystemExit):
-        here().judged(KEY, NAME, stopped)
+        here().check(KEY, NAME, stopped)
     with pytest.raises(KeyboardInterrupt):
-        here().judged(KEY, NAME, interrupted)
-    assert here().distrust(KEY) is None
+        here().check(KEY, NAME, interrupted)
+    assert here().distrust_reason(KEY) is None
 
 
 @pytest.mark.parametrize(
@@ -70,21 +70,21 @@ def test_no_memory_for_a_check_counts_for_this_process_only(error):
         raise RuntimeError(error)
 
     this = here()
-    assert this.judged(KEY, NAME, starve) == this.distrust(KEY) == error
-    assert here().judged(KEY, NAME, lambda: None) is None
+    assert this.check(KEY, NAME, starve) == this.distrust_reason(KEY) == error
+    assert here().check(KEY, NAME, lambda: None) is None
 
 
 def test_interrupted_while_compiling_it_leaves_the_record_alone():
     cache.write_code(KEY, b"older code")
     before = cache.read_record(KEY)
     with pytest.raises(KeyboardInterrupt):
-        here().judged(KEY, NAME, lambda: None, prepare=interrupted)
+        here().check(KEY, NAME, lambda: None, prepare=interrupted)
     assert cache.read_record(KEY) == before
 
 
 def test_each_machine_has_its_verdict_in_the_same_record():
-    there().judged(KEY, NAME, lambda: "off by 3")
-    here().judged(KEY, NAME, lambda: None)
+    there().check(KEY, NAME, lambda: "off by 3")
+    here().check(KEY, NAME, lambda: None)
     (record,) = cache.records("planted")
     assert record["checked"] == {"there": "off by 3", "here": "passed"}
 
@@ -95,7 +95,7 @@ def test_an_unrecorded_verdict_holds_for_this_process(monkeypatch):
 
     monkeypatch.setattr(cache, "_write", refuse)
     this = here()
-    assert this.judged(KEY, NAME, lambda: "off by 3") == this.distrust(KEY) == "off by 3"
+    assert this.check(KEY, NAME, lambda: "off by 3") == this.distrust_reason(KEY) == "off by 3"
     assert here().verdict(KEY) is None
 
 
@@ -105,6 +105,6 @@ def test_an_error_is_stored_whole_and_shown_in_its_main_line():
     def compile_nonsense():
         raise RuntimeError(error)
 
-    assert here().judged(KEY, NAME, compile_nonsense) == "program_source:3:1: error: nonsense"
-    assert len(error) < LONGEST
+    assert here().check(KEY, NAME, compile_nonsense) == "program_source:3:1: error: nonsense"
+    assert len(error) < MAX_ERROR_LENGTH
     assert here().verdict(KEY) == error

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from attention.core.route import PLAIN
+from attention.core.route import NO_NEEDS
 from attention.core.workload import Workload
-from attention.implementations.autotune.trial import candidates, fitting
+from attention.implementations.autotune.trial import candidates, fitting_candidates
 from attention.implementations.fused import Poc, kernel_variants
 from attention.implementations.runner import make_inputs
 from attention.kernels import cpu
@@ -67,7 +67,7 @@ def test_two_forms_of_one_call_are_two_operations_when_compiled() -> None:
 def test_tall_items_are_offered_where_they_differ(shape: dict[str, int], offered: bool) -> None:
     workload = Workload(**shape, head_dim=64)  # type: ignore[arg-type]
     assert ("tall" in path.variants(workload)) == offered
-    assert ("poc tall" in fitting(candidates(), workload, probe(), PLAIN)) == offered
+    assert ("poc tall" in fitting_candidates(candidates(), workload, probe(), NO_NEEDS)) == offered
 
 
 def test_poc_takes_a_form_by_name_and_says_so() -> None:

@@ -8,7 +8,7 @@ mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda
 from attention.kernels.cuda.runtime import selfcheck
-from attention.kernels.cuda.runtime.call import Shape
+from attention.kernels.cuda.runtime.call import CallShape
 from attention.kernels.cuda.runtime.program import SHARED_MEMORY_LIMIT
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90.backward import BLOCK_Q, finish_program, rows_program, specialise
@@ -89,7 +89,7 @@ def test_gradients_meet_flash_attention_3s_error_bound(name, dim, element):
     call = CALLS[name]
     options = kernel_oracle.Options(call.scale, call.causal, call.window, call.softcap)
     for seed, size in enumerate(SIZES):
-        shape = Shape(*size, dim, element)
+        shape = CallShape(*size, dim, element)
         assert gradient.refusal(shape, call) is None
         made = selfcheck.inputs(shape, seed + 100 * dim)
         arrays = [kernel_oracle.numbers(x) for x in made]
@@ -105,7 +105,7 @@ def test_gradients_meet_flash_attention_3s_error_bound(name, dim, element):
 @usable
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_keys_and_values_get_the_same_bits_from_the_same_input(dim):
-    call, made = CALLS["causal"], selfcheck.inputs(Shape(2, 4, 2, 700, 700, dim, "bf16"))
+    call, made = CALLS["causal"], selfcheck.inputs(CallShape(2, 4, 2, 700, 700, dim, "bf16"))
     first = gradients(call, made)
     for _ in range(5):
         again = gradients(call, made)
@@ -117,7 +117,7 @@ def test_keys_and_values_get_the_same_bits_from_the_same_input(dim):
 @usable
 @pytest.mark.parametrize("dim", [64, 256])
 def test_strided_arrays_are_read_as_they_lie(dim):
-    call, made = CALLS["causal"], selfcheck.inputs(Shape(2, 4, 2, 150, 170, dim, "bf16"))
+    call, made = CALLS["causal"], selfcheck.inputs(CallShape(2, 4, 2, 150, 170, dim, "bf16"))
     strided = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in made]
     dense, found = gradients(call, made), gradients(call, strided)
     assert all(mx.array_equal(a, b).item() for a, b in zip(dense[1:], found[1:], strict=True))
@@ -128,7 +128,7 @@ def test_strided_arrays_are_read_as_they_lie(dim):
 @usable
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_rows_that_see_nothing_get_no_gradient(dim):
-    made = selfcheck.inputs(Shape(1, 2, 2, 200, 90, dim, "f16"))
+    made = selfcheck.inputs(CallShape(1, 2, 2, 200, 90, dim, "f16"))
     d_q = gradients(CALLS["causal"], made)[0]
     assert mx.all(d_q[:, :, :110] == 0).item()
     assert mx.any(d_q[:, :, 110:] != 0).item()

@@ -7,12 +7,12 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from attention.core.route import PLAIN, Needs
+from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import Workload
 from attention.kernels import cuda
 from attention.kernels.cuda import choice, gradients, path, requirements
 from attention.kernels.cuda.runtime import launcher
-from benchmarks.cuda.portable_only import general_alone
+from benchmarks.cuda.portable_only import portable_only
 from tests.support.cuda_planted import planted, signature
 
 MASKED = Needs(array_mask=True)
@@ -31,32 +31,32 @@ def workload(**fields):
 def test_without_hopper_the_general_kernel_takes_many_queries(on, gpu):
     on(gpu)
     for case in (workload(), workload(mask="causal", head_dim=256), workload(head_dim=192, value_dim=128)):
-        assert path.route(case, PLAIN).path == "CUDA kernel, general"
+        assert path.route(case, NO_NEEDS).path == "CUDA kernel, general"
 
 
 def test_on_hopper_its_own_kernel_comes_first(on):
     on("H100")
-    assert path.route(workload(mask="window:100"), PLAIN).path == "CUDA kernel, Hopper"
-    assert path.route(workload(pass_="decode"), PLAIN).path == "CUDA kernel, split K"
+    assert path.route(workload(mask="window:100"), NO_NEEDS).path == "CUDA kernel, Hopper"
+    assert path.route(workload(pass_="decode"), NO_NEEDS).path == "CUDA kernel, split K"
 
 
 @pytest.mark.parametrize("fields", [{}, {"pass_": "decode"}, {"seq": 5, "kv_seq": 900}])
 def test_on_hopper_array_masks_go_to_the_general_kernel(on, fields):
     on("H100")
     assert path.route(workload(**fields), MASKED).path == "CUDA kernel, general"
-    assert path.route(workload(**fields, value_dim=80), PLAIN).path == "CUDA kernel, general"
+    assert path.route(workload(**fields, value_dim=80), NO_NEEDS).path == "CUDA kernel, general"
 
 
 def test_a_distrusted_kernels_calls_go_to_the_general_one(on):
     on("H100").wrong["flash_forward"] = "its output disagrees with the reference by 0.3"
-    route = path.route(workload(), PLAIN)
+    route = path.route(workload(), NO_NEEDS)
     assert route.path == "CUDA kernel, general"
     assert "flash_forward: its output disagrees with the reference by 0.3" in route.reason
 
 
 def test_with_no_trusted_kernel_route_and_call_say_why(on):
     on("H100").wrong.update(flash_forward="off by 3", flash_general="off by 2")
-    route = path.route(workload(), PLAIN)
+    route = path.route(workload(), NO_NEEDS)
     assert not route.supported
     assert route.reason == "flash_forward: off by 3; flash_general: off by 2"
     q = mx.zeros((1, 2, 300, 64), mx.float16)
@@ -82,18 +82,18 @@ def test_a_failed_check_sends_the_call_to_the_general_kernel(on):
 )
 def test_what_is_not_taken_is_told_in_a_line(on, fields, told):
     on("A100")
-    route = path.route(workload(**fields), PLAIN)
+    route = path.route(workload(**fields), NO_NEEDS)
     assert not route.supported
     assert told in route.reason
 
 
 def test_the_general_kernel_makes_gradients_that_hopper_lacks(on):
     found = on("H100")
-    for case, needs in ((workload(), MASKED), (workload(value_dim=80), PLAIN), (workload(head_dim=256), PLAIN)):
+    for case, needs in ((workload(), MASKED), (workload(value_dim=80), NO_NEEDS), (workload(head_dim=256), NO_NEEDS)):
         assert path.backward_refusal(case, needs) is None
     found.wrong["flash_general_backward"] = "off by 3"
     assert "the general kernel: off by 3" in path.backward_refusal(workload(), MASKED)
-    assert path.backward_refusal(workload(), PLAIN) is None
+    assert path.backward_refusal(workload(), NO_NEEDS) is None
 
 
 def test_a_training_pass_counts_dq_in_float32(on):
@@ -101,9 +101,9 @@ def test_a_training_pass_counts_dq_in_float32(on):
     forward, training = workload(batch=16), workload(batch=16, pass_="training")
     rows = 16 * 8 * 512
     of_rows = 4 * rows * 3  # logsumexp, maximum and sum
-    assert path.route(forward, PLAIN).predicted_bytes == forward.output_bytes + of_rows
+    assert path.route(forward, NO_NEEDS).predicted_bytes == forward.output_bytes + of_rows
     extra = 4 * rows * (64 + 3)
-    assert path.route(training, PLAIN).predicted_bytes == training.output_bytes + of_rows + extra
+    assert path.route(training, NO_NEEDS).predicted_bytes == training.output_bytes + of_rows + extra
 
 
 @pytest.mark.parametrize("gpu", ["A100", "H100"])
@@ -111,7 +111,7 @@ def test_a_training_pass_counts_dq_in_float32(on):
 def test_a_training_pass_counts_buffers_between_kernels(on, gpu, dim):
     found = on(gpu)
     case = workload(head_dim=dim, seq=300)
-    both, forward = (path.route(workload(head_dim=dim, seq=300, pass_=p), PLAIN) for p in ("training", "forward"))
+    both, forward = (path.route(workload(head_dim=dim, seq=300, pass_=p), NO_NEEDS) for p in ("training", "forward"))
     q = mx.zeros((1, 8, 300, dim), mx.bfloat16)
     output = [mx.zeros((1, 8, 300, dim)), mx.zeros((1, 8, 300)), mx.zeros((1, 8, 300, 2))]
     gradients.gradients([q, q, q], output[:1], output, *requirements.shape_and_call(case))
@@ -124,7 +124,7 @@ def test_a_head_dim_is_padded_to_8_and_the_copy_counted(on):
     on("A100")
     narrow = workload(head_dim=60)
     wide = workload(head_dim=64)
-    assert path.route(narrow, PLAIN).predicted_bytes > path.route(wide, PLAIN).predicted_bytes
+    assert path.route(narrow, NO_NEEDS).predicted_bytes > path.route(wide, NO_NEEDS).predicted_bytes
     q = mx.zeros((1, 2, 300, 60), mx.float16)
     assert cuda.flash_attention(q, q, q, scale=0.125).shape == q.shape
 
@@ -191,18 +191,18 @@ def test_few_rows_are_split_among_blocks_and_many_are_not(on):
 
 def test_without_the_launcher_hopper_uses_the_general_kernel(on, monkeypatch):
     on("H100")
-    monkeypatch.setattr(launcher, "obstacle", lambda: "there is no C++ compiler")
-    monkeypatch.setattr(launcher, "missing", lambda: "there is no C++ compiler")
-    route = path.route(workload(), PLAIN)
+    monkeypatch.setattr(launcher, "known_obstacle", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(launcher, "unavailable_reason", lambda: "there is no C++ compiler")
+    route = path.route(workload(), NO_NEEDS)
     assert route.path == "CUDA kernel, general"
     assert "launched kernel by kernel, since there is no C++ compiler" in route.reason
-    assert choice.divided(*requirements.shape_and_call(workload())).kernel.narrow_steps
+    assert choice.work_division(*requirements.shape_and_call(workload())).kernel.narrow_steps
 
 
 def test_the_general_kernels_can_be_asked_for_alone(on):
     found = on("H100")
     q = mx.zeros((1, 2, 300, 64), mx.float16)
-    with general_alone():
+    with portable_only():
         cuda.flash_attention(q, q, q, scale=0.125)
         assert kernels(found) == ["flash_general"]
         assert "to be used" in gradients._refusal_of_own(*requirements.shape_and_call(workload()))

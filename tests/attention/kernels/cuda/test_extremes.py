@@ -8,14 +8,14 @@ mx = pytest.importorskip("mlx.core")
 from contextlib import nullcontext
 
 from attention.kernels import cuda
-from attention.kernels.cuda.runtime.call import Call
-from attention.kernels.cuda.runtime.selfcheck import added, exact, reference, reference_gradients
-from benchmarks.cuda.portable_only import general_alone
+from attention.kernels.cuda.runtime.call import CallParams
+from attention.kernels.cuda.runtime.selfcheck import additive, exact, reference, reference_gradients
+from benchmarks.cuda.portable_only import portable_only
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
 
 SIZES = {"many": (1, 4, 2, 300, 523), "few": (2, 8, 2, 1, 2000), "parts": (1, 2, 1, 200, 9000)}
-KERNELS = {"own": nullcontext, "general": general_alone}
+KERNELS = {"own": nullcontext, "general": portable_only}
 
 
 def arrays(size, dim, factor, seed=3, dtype=None):
@@ -42,7 +42,7 @@ def error_of(output, right):
 @pytest.mark.parametrize("factor", [1e-30, 1e-4, 1.0, 1e3, 1e5, 1e8, 1e12, 1e20, 1e28])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_scores_of_any_size_give_the_right_output(dim, factor, size, kernels):
-    made, call = arrays(SIZES[size], dim, factor), Call(0.5, True, None, None)
+    made, call = arrays(SIZES[size], dim, factor), CallParams(0.5, True, None, None)
     with KERNELS[kernels]():
         output = found(made, call)
     wrong = np.abs(exact(output) - reference(*(exact(x) for x in made[:3]), call)[0]).max(axis=-1)
@@ -60,7 +60,7 @@ def test_equal_scores_of_any_size_weigh_the_same(dim, size, dtype, kernels):
     made = arrays(SIZES[size], dim, 1.0, dtype=dtype)
     made[0], made[1] = mx.full(made[0].shape, -largest, dtype), mx.full(made[1].shape, largest, dtype)
     with KERNELS[kernels]():
-        output = found(made, Call(1.0, False, None, None))
+        output = found(made, CallParams(1.0, False, None, None))
     right = np.repeat(exact(made[2]).mean(axis=2, keepdims=True), 4 if size == "few" else 2, axis=1)
     assert error_of(output, right) < 5e-3
 
@@ -73,7 +73,7 @@ def test_large_logits_give_no_nan(dtype):
         for x in (random.standard_normal((3, 1, 23, 48)), random.standard_normal((3, 1, 200, 48)))
     )
     made = [mx.array(x.astype(np.float32)).astype(dtype) for x in (q, k, random.standard_normal((3, 1, 200, 8)))]
-    call = Call(1.0, True, None, None)
+    call = CallParams(1.0, True, None, None)
     right = reference(*(exact(x) for x in made), call)[0]
     wrong = np.abs(exact(found(made, call)) - right).max(axis=-1)
     assert np.isfinite(wrong).all()
@@ -82,7 +82,7 @@ def test_large_logits_give_no_nan(dtype):
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-45, 1e-30, 1e30])
 def test_scales_of_any_size_are_taken(scale):
-    made, call = arrays(SIZES["many"], 64, 1.0), Call(scale, True, None, None)
+    made, call = arrays(SIZES["many"], 64, 1.0), CallParams(scale, True, None, None)
     with np.errstate(all="ignore"):
         right = reference(*(exact(x) for x in made[:3]), call)[0]
     output, gradients = mx.vjp(lambda *x: found(x, call), made[:3], made[3:])
@@ -94,7 +94,7 @@ def test_scales_of_any_size_are_taken(scale):
 @pytest.mark.parametrize("masked", [mx.bfloat16, mx.float16, mx.float32], ids=str)
 @pytest.mark.parametrize("least", [-1e4, -6e4, -1e9, "min"])
 def test_rows_hidden_by_large_numbers_have_the_right_gradients(least, masked, queries):
-    size, call = (1, 4, 2, queries, 300), Call(0.125, False, None, None)
+    size, call = (1, 4, 2, queries, 300), CallParams(0.125, False, None, None)
     made = arrays(size, 64, 1.0)
     low = float(mx.finfo(masked).min) if least == "min" else max(least, float(mx.finfo(masked).min))
     hidden = np.random.default_rng(1).random((1, 1, queries, 300)) < 0.5
@@ -113,7 +113,7 @@ def test_rows_hidden_by_large_numbers_have_the_right_gradients(least, masked, qu
 
 
 def test_large_positive_masks_are_added_as_they_are():
-    made, call = arrays((1, 2, 2, 100, 90), 64, 1.0), Call(0.125, False, None, None)
+    made, call = arrays((1, 2, 2, 100, 90), 64, 1.0), CallParams(0.125, False, None, None)
     mask = mx.where(mx.arange(90) % 3 == 0, mx.array(3e38), mx.array(-3e38))[None]
     right = exact(made[2])[:, :, ::3].mean(axis=2, keepdims=True)
     assert error_of(found(made, call, mask), right) < 0.01
@@ -122,7 +122,7 @@ def test_large_positive_masks_are_added_as_they_are():
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_gradients_of_large_scores_are_finite_and_right(dim, kernels):
-    made, call = arrays(SIZES["many"], dim, 1e4), Call(1.0, True, None, None)
+    made, call = arrays(SIZES["many"], dim, 1e4), CallParams(1.0, True, None, None)
     with KERNELS[kernels]():
         _, gradients = mx.vjp(lambda *x: found(x, call), made[:3], made[3:])
     expected = reference_gradients(*(exact(x) for x in made), call)
@@ -201,7 +201,7 @@ def test_a_strided_or_reversed_last_axis_is_taken(queries, kernels, step):
     ]
     mx.eval(given)
     given = [x[..., ::step] for x in given]
-    call = Call(0.125, True, None, None)
+    call = CallParams(0.125, True, None, None)
     with KERNELS[kernels]():
         output, gradients = mx.vjp(lambda *x: found(x, call), given[:3], given[3:])
     right = reference(*(exact(x) for x in made[:3]), call)[0]
@@ -211,11 +211,11 @@ def test_a_strided_or_reversed_last_axis_is_taken(queries, kernels, step):
 
 
 def test_a_mask_gets_its_gradient_without_being_stopped():
-    made, call = arrays((1, 2, 2, 60, 70), 64, 1.0), Call(0.125, False, None, None)
+    made, call = arrays((1, 2, 2, 60, 70), 64, 1.0), CallParams(0.125, False, None, None)
     mask = mx.random.normal((1, 2, 1, 70))
     _, [gradient] = mx.vjp(lambda m: found(made, call, m), [mask], made[3:])
     q, k, v, cotangent = (exact(x) for x in made)
-    scores = q @ k.swapaxes(-1, -2) * call.scale + added([mask])
+    scores = q @ k.swapaxes(-1, -2) * call.scale + additive([mask])
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     by_weight = cotangent @ v.swapaxes(-1, -2)

@@ -21,8 +21,8 @@ from attention.kernels.cuda.runtime.launch import (
     POINTER,
     SERIAL,
     STRIDE,
-    Box,
     Stage,
+    TensorBox,
     make_plan,
     prepare,
 )
@@ -40,7 +40,7 @@ def a_new_process(monkeypatch, tmp_path):
 
 def forget():
     launcher.module.cache_clear()
-    launcher.missing.cache_clear()
+    launcher.unavailable_reason.cache_clear()
 
 
 class Recorder:
@@ -70,7 +70,7 @@ def told(monkeypatch):
             third,
             ("x", "y"),
             ("last", "unwanted"),
-            maps={"x": Box(64)},
+            maps={"x": TensorBox(64)},
             strided=("y",),
             omitted={"unwanted"},
             serial=True,
@@ -111,8 +111,8 @@ def test_blocks_are_those_of_each_launch(told):
 
 def test_without_a_compiler_nothing_is_compiled_and_it_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert launcher.obstacle() == "no C++ compiler found (no-such-compiler)"
-    assert launcher.missing() == launcher.obstacle()
+    assert launcher.known_obstacle() == "no C++ compiler found (no-such-compiler)"
+    assert launcher.unavailable_reason() == launcher.known_obstacle()
     assert launcher.is_settled()
 
 
@@ -122,10 +122,10 @@ def test_a_compilation_that_fails_is_not_tried_again(monkeypatch):
 
     monkeypatch.setattr(build, "run", fail)
     assert not launcher.is_settled()
-    assert launcher.missing() == "compiling failed: planted"
+    assert launcher.unavailable_reason() == "compiling failed: planted"
     forget()
     monkeypatch.setattr(build, "run", lambda command: pytest.fail("compiled again"))
-    assert launcher.missing() == launcher.obstacle() == "compiling failed: planted"
+    assert launcher.unavailable_reason() == launcher.known_obstacle() == "compiling failed: planted"
 
 
 def test_a_day_later_it_is_tried_again(monkeypatch):
@@ -133,11 +133,11 @@ def test_a_day_later_it_is_tried_again(monkeypatch):
         raise KernelUnavailable("compiling failed: killed")
 
     monkeypatch.setattr(build, "run", fail)
-    assert launcher.missing() == launcher.obstacle() == "compiling failed: killed"
+    assert launcher.unavailable_reason() == launcher.known_obstacle() == "compiling failed: killed"
     forget()
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 86401)
-    assert launcher.obstacle() is None
+    assert launcher.known_obstacle() is None
     assert not launcher.is_settled()
 
 
@@ -146,15 +146,15 @@ def test_a_full_disk_is_a_reason(monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
-    assert "No space left" in (launcher.missing() or "")
-    assert launcher.obstacle() is None  # it may pass
+    assert "No space left" in (launcher.unavailable_reason() or "")
+    assert launcher.known_obstacle() is None  # it may pass
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(cuda.availability()[0], reason="this MLX computes on CUDA")
 def test_without_mlx_cuda_it_compiles_and_says_it_cannot_load():
-    assert "does not load" in (launcher.missing() or "")
-    assert "does not load" in (launcher.obstacle() or "")
+    assert "does not load" in (launcher.unavailable_reason() or "")
+    assert "does not load" in (launcher.known_obstacle() or "")
 
 
 def test_the_sanitizers_need_a_gpu_and_say_so(monkeypatch, capsys):

@@ -8,13 +8,13 @@ mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda
 from attention.kernels.cuda.runtime import selfcheck
-from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
 
 MANY, FEW = (2, 4, 2, 200, 300), (2, 8, 2, 1, 3000)
-CAUSAL = Call(scale=0.125, causal=True, window=None, softcap=None)
-FULL = Call(scale=0.125, causal=False, window=None, softcap=None)
+CAUSAL = CallParams(scale=0.125, causal=True, window=None, softcap=None)
+FULL = CallParams(scale=0.125, causal=False, window=None, softcap=None)
 
 
 def transposed(x):
@@ -50,7 +50,7 @@ def attend(call, arrays):
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("lay", [transposed, sliced, unaligned])
 def test_arrays_are_taken_as_they_lie(lay, dim, size):
-    shape = Shape(*size, dim, "bf16")
+    shape = CallShape(*size, dim, "bf16")
     made = selfcheck.inputs(shape)
     found = attend(CAUSAL, [lay(x) for x in made])
     assert selfcheck.disagreement(shape, CAUSAL, *found, made) is None
@@ -58,7 +58,7 @@ def test_arrays_are_taken_as_they_lie(lay, dim, size):
 
 @pytest.mark.parametrize("size", [MANY, FEW])
 def test_an_array_broadcast_over_the_batch_is_taken(size):
-    shape = Shape(*size, 64, "bf16")
+    shape = CallShape(*size, 64, "bf16")
     made = selfcheck.inputs(shape)
     same = [mx.contiguous(spread(x)) for x in made]
     found = attend(CAUSAL, [spread(x) for x in made])
@@ -68,7 +68,7 @@ def test_an_array_broadcast_over_the_batch_is_taken(size):
 @pytest.mark.parametrize("size", [MANY, FEW])
 @pytest.mark.parametrize("lay", [transposed, sliced])
 def test_strided_arrays_are_not_copied(lay, size):
-    shape = Shape(*size, 128, "bf16")
+    shape = CallShape(*size, 128, "bf16")
     arrays = [lay(x) for x in selfcheck.inputs(shape)]
     mx.eval(arrays, attend(CAUSAL, arrays))
     mx.clear_cache()
@@ -81,7 +81,7 @@ def test_strided_arrays_are_not_copied(lay, size):
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_a_slice_with_changing_strides_is_followed(dim):
-    shape = Shape(1, 2, 2, 130, 130, dim, "bf16")
+    shape = CallShape(1, 2, 2, 130, 130, dim, "bf16")
     for seed, lay in enumerate([mx.contiguous, sliced, transposed, sliced, mx.contiguous]):
         made = selfcheck.inputs(shape, seed)
         found = attend(FULL, [lay(x) for x in made])
@@ -93,7 +93,7 @@ def test_a_slice_with_changing_strides_is_followed(dim):
     ("size", "call"), [((1, 3, 1, 500, 2900), FULL), ((1, 2, 1, 1500, 2500), FULL), ((1, 2, 1, 77, 5000), CAUSAL)]
 )
 def test_split_tiles_add_up_to_the_same_bits(dim, size, call):
-    shape = Shape(*size, dim, "bf16")
+    shape = CallShape(*size, dim, "bf16")
     made = sm90_launch.forward(shape, call, sm90_launch.forward_kernel(shape, call))
     assert made.keywords["output_shapes"][2][0] > 0  # there are parts
     made = selfcheck.inputs(shape)
@@ -105,14 +105,14 @@ def test_split_tiles_add_up_to_the_same_bits(dim, size, call):
 
 @pytest.mark.parametrize("size", [MANY, FEW])
 def test_the_output_is_the_same_with_and_without_the_logsumexp(size):
-    shape = Shape(*size, 128, "f16")
+    shape = CallShape(*size, 128, "f16")
     made = selfcheck.inputs(shape)
     alone = cuda.flash_attention(*made[:3], scale=CAUSAL.scale, causal=True)
     assert mx.array_equal(alone, attend(CAUSAL, made)[0]).item()
 
 
 def test_many_calls_at_once_keep_their_parts_apart():
-    shape = Shape(1, 8, 2, 1, 9000, 128, "bf16")
+    shape = CallShape(1, 8, 2, 1, 9000, 128, "bf16")
     made = [selfcheck.inputs(shape, seed) for seed in range(12)]
     alone = [attend(FULL, arrays)[0] for arrays in made]
     mx.eval(alone)
@@ -123,16 +123,22 @@ def test_many_calls_at_once_keep_their_parts_apart():
 
 @pytest.mark.parametrize("wrong", [{"window": -1}, {"window": 0}, {"softcap": 0.0}, {"scale": -0.125}])
 def test_a_known_call_with_a_wrong_keyword_is_still_refused(wrong):
-    arrays = selfcheck.inputs(Shape(*MANY, 64, "bf16"))[:3]
+    arrays = selfcheck.inputs(CallShape(*MANY, 64, "bf16"))[:3]
     cuda.flash_attention(*arrays, scale=0.125)
     with pytest.raises(ValueError, match=next(iter(wrong))):
         cuda.flash_attention(*arrays, **{"scale": 0.125, **wrong})
 
 
 def test_a_known_call_is_told_apart_by_all_of_its_keywords():
-    shape = Shape(*MANY, 64, "bf16")
+    shape = CallShape(*MANY, 64, "bf16")
     made = selfcheck.inputs(shape)
-    calls = [FULL, CAUSAL, Call(0.125, True, 50, None), Call(0.125, False, None, 20.0), Call(0.25, False, None, None)]
+    calls = [
+        FULL,
+        CAUSAL,
+        CallParams(0.125, True, 50, None),
+        CallParams(0.125, False, None, 20.0),
+        CallParams(0.25, False, None, None),
+    ]
     for _ in range(2):
         for call in calls:
             keywords = {"causal": call.causal, "window": call.window, "softcap": call.softcap}

@@ -11,7 +11,7 @@ mx = pytest.importorskip("mlx.core")
 from attention.kernels import cuda
 from attention.kernels.cuda.portable import launch
 from attention.kernels.cuda.runtime import launcher
-from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import POINTER
 from tests.support.cuda_planted import planted, signature
 
@@ -74,10 +74,10 @@ def test_a_shape_is_replayed_from_its_third_call_on(launched):
 
 
 def test_strides_passed_to_kernels_are_those_of_dense_arrays():
-    shape, call = Shape(2, 4, 2, 30, 70, 64, "bf16", 128), Call(0.1, False, None, None, "bool")
+    shape, call = CallShape(2, 4, 2, 30, 70, 64, "bf16", 128), CallParams(0.1, False, None, None, "bool")
     sizes = [(2, 4, 30, 64), (2, 2, 70, 64), (2, 2, 70, 128), (2, 4, 30, 128)]
     strides = [step for size in sizes for step in np.zeros(size, np.int8).strides[:3]]
     mask = np.zeros((2, 4, 30, 70), np.int8).strides
-    assert launch.dense_steps(shape, call, "qkvo") == [*strides, *mask]
+    assert launch.dense_strides(shape, call, "qkvo") == [*strides, *mask]
     with pytest.raises(cuda.KernelUnavailable, match="arrays this large"):
-        launch.dense_steps(replace(shape, queries=2**16, keys=2**15), call, "qkv")
+        launch.dense_strides(replace(shape, queries=2**16, keys=2**15), call, "qkv")

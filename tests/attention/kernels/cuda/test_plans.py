@@ -12,7 +12,7 @@ mx = pytest.importorskip("mlx.core")
 from attention.kernels import cuda
 from attention.kernels.cuda import KernelUnavailable, path
 from attention.kernels.cuda.runtime import launch, launcher
-from attention.kernels.cuda.runtime.call import Call, Shape
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import MAP, NUMBER, SERIAL, STRIDE
 from attention.kernels.cuda.runtime.program import TEXTS, Program
 from attention.masks import Mask
@@ -78,8 +78,10 @@ def test_one_query_to_few_keys_is_not_split(recorder):
 
 @pytest.mark.parametrize(("batch", "keys", "blocks"), [(1, 8192, 2), (16, 8192, 1), (1, 131_072, 1)])
 def test_a_block_with_many_keys_has_a_multiprocessor_for_itself(recorder, batch, keys, blocks):
-    split = sm90_launch.splitting(Shape(batch, 32, 8, 1, keys, 128, "bf16"), Call(0.1, False, None, None))
-    assert split.kernel.blocks_at_once == blocks
+    split = sm90_launch.make_key_split(
+        CallShape(batch, 32, 8, 1, keys, 128, "bf16"), CallParams(0.1, False, None, None)
+    )
+    assert split.kernel.resident_blocks == blocks
 
 
 def gradients(recorder, with_logsumexp):
@@ -141,7 +143,7 @@ def test_a_gradient_has_no_gradient(recorder):
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-46, 1e300])
 def test_scales_outside_float32_become_the_nearest(scale):
-    factor = struct.unpack("f", struct.pack("i", launch.scalars_of(Call(scale, False, None, None))[0]))[0]
+    factor = struct.unpack("f", struct.pack("i", launch.scalars_of(CallParams(scale, False, None, None))[0]))[0]
     assert factor == (2.0**-126 if scale < 1 else 2.0**126)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda
-from benchmarks.cuda.portable_only import general_alone
+from benchmarks.cuda.portable_only import portable_only
 from tests.support import kernel_oracle
 from tests.support.cuda_case import KINDS, Case
 
@@ -33,7 +33,7 @@ FEW = [(1, 8, 2, 1, 1000), (2, 8, 1, 5, 2333), (3, 2, 2, 1, 17), (1, 4, 4, 33, 7
 
 @pytest.fixture(autouse=True, scope="module")
 def _general_alone():
-    with general_alone():
+    with portable_only():
         yield
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from attention.kernels.cuda import KernelUnavailable
 from attention.kernels.cuda.portable import forward as portable_forward
-from attention.kernels.cuda.portable.backward import GeneralBackward, backward_tiles_for, widths_of
+from attention.kernels.cuda.portable.backward import PortableBackward, backward_tiles_for, widths_of
 from attention.kernels.cuda.portable.forward import (
     WIDTHS,
     ForwardTiles,
-    GeneralForward,
+    PortableForward,
     split_keys,
     tiles_for,
     width_of,
@@ -35,14 +35,14 @@ def forward(
 ):
     tiles = tiles_for(*dims, rows, mask is not None, LIMITS[architecture])
     few = rows <= portable_forward.FEW_ROWS
-    return GeneralForward(*dims, causal, window, softcap, mask, element, few, split, False, tiles, architecture)
+    return PortableForward(*dims, causal, window, softcap, mask, element, few, split, False, tiles, architecture)
 
 
 def backward(architecture, dims, mask=None, causal=True, window=False, softcap=False, element="bf16"):
     widths = widths_of(*dims)
     tiles = backward_tiles_for(*widths, LIMITS[architecture])
     vectors = architecture not in ("sm_80", "sm_86", "sm_89")
-    return GeneralBackward(*widths, causal, window, softcap, mask, element, False, tiles, architecture, vectors)
+    return PortableBackward(*widths, causal, window, softcap, mask, element, False, tiles, architecture, vectors)
 
 
 ANY_PAIRS = list(product(WIDTHS, WIDTHS))
@@ -84,7 +84,7 @@ def test_threads_copy_a_tile_in_whole_passes():
 
 def test_the_warps_of_a_backward_block_share_out_whole_matrices():
     for kernel in ALL:
-        if isinstance(kernel, GeneralForward):
+        if isinstance(kernel, PortableForward):
             continue
         tiles = kernel.tiles
         assert tiles.block_q % (16 * tiles.query_warps) == 0, kernel
@@ -105,7 +105,7 @@ def test_splits_cover_all_keys_and_keep_the_gpu_busy(tiles, blocks, slots):
     each = split_keys(tiles, blocks, slots)
     splits = -(-tiles // each)
     assert (splits - 1) * each < tiles <= splits * each
-    assert splits <= portable_forward.MOST_SPLITS
+    assert splits <= portable_forward.MAX_SPLITS
     if blocks >= 2 * slots:
         assert splits == 1
 

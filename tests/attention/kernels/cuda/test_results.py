@@ -7,8 +7,8 @@ mx = pytest.importorskip("mlx.core")
 from attention.kernels import cuda
 from attention.kernels.cuda import gradients
 from attention.kernels.cuda.runtime import selfcheck
-from attention.kernels.cuda.runtime.call import Shape
-from attention.kernels.cuda.sm90.decode import MOST_ROWS
+from attention.kernels.cuda.runtime.call import CallShape
+from attention.kernels.cuda.sm90.decode import MAX_ROWS
 from tests.support.cuda_case import CALLS, KINDS, Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
@@ -42,13 +42,13 @@ def attend(shape, call, made):
 @pytest.mark.parametrize("name", WITHOUT_ARRAY)
 def test_outputs_meet_flash_attention_3s_error_bound(name, dim, dtype):
     for seed, size in enumerate(SIZES):
-        path = "decode" if size[1] // size[2] * size[3] <= MOST_ROWS else "forward"
+        path = "decode" if size[1] // size[2] * size[3] <= MAX_ROWS else "forward"
         Case(size, (dim, dim), dtype, KINDS[name], seed, path=path).check_forward(str(size))
 
 
 @pytest.mark.parametrize("size", [(2, 4, 2, 300, 300), (1, 32, 8, 1, 8192)])
 def test_the_same_input_gives_the_same_bits(size):
-    shape, call = Shape(*size, 128, "bf16"), CALLS["causal"]
+    shape, call = CallShape(*size, 128, "bf16"), CALLS["causal"]
     made = selfcheck.inputs(shape)
     first = attend(shape, call, made)
     for _ in range(5):
@@ -57,21 +57,21 @@ def test_the_same_input_gives_the_same_bits(size):
 
 @pytest.mark.parametrize("size", [(1, 2, 2, 300, 300), (1, 2, 2, 1, 3000)])
 def test_repeated_calls_read_their_own_inputs(size):
-    shape, call = Shape(*size, 64, "f16"), CALLS["causal"]
+    shape, call = CallShape(*size, 64, "f16"), CALLS["causal"]
     for seed in range(6):
         made = selfcheck.inputs(shape, seed)
         assert selfcheck.disagreement(shape, call, *attend(shape, call, made), made) is None
 
 
 def test_strided_inputs_are_taken():
-    shape, call = Shape(2, 4, 4, 100, 100, 64, "bf16"), CALLS["causal"]
+    shape, call = CallShape(2, 4, 4, 100, 100, 64, "bf16"), CALLS["causal"]
     made = selfcheck.inputs(shape)
     strided = [mx.contiguous(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for x in made]
     assert selfcheck.disagreement(shape, call, *attend(shape, call, strided), made) is None
 
 
 def test_calls_trace_under_compile_and_checkpoint():
-    shape, call = Shape(1, 2, 2, 130, 130, 64, "bf16"), CALLS["causal"]
+    shape, call = CallShape(1, 2, 2, 130, 130, 64, "bf16"), CALLS["causal"]
     made = selfcheck.inputs(shape)
     expected = attend(shape, call, made)[0]
     for traced in (mx.compile, mx.checkpoint):
@@ -88,7 +88,7 @@ def test_gradients_are_as_near(name, dim, dtype):
 
 
 def test_gradients_flow_through_the_logsumexp():
-    shape, call = Shape(1, 4, 2, 150, 130, 64, "f16"), CALLS["causal"]
+    shape, call = CallShape(1, 4, 2, 150, 130, 64, "f16"), CALLS["causal"]
     q, k, v, _ = selfcheck.inputs(shape)
 
     def total(attend):
@@ -102,7 +102,7 @@ def test_gradients_flow_through_the_logsumexp():
 
 @pytest.mark.parametrize("size", [(1, 4, 2, 300, 300), (1, 4, 2, 5, 300)])
 def test_repeated_gradients_read_their_own_inputs(size):
-    shape, call = Shape(*size, 64, "bf16"), CALLS["causal"]
+    shape, call = CallShape(*size, 64, "bf16"), CALLS["causal"]
     for seed in range(6):
         made = selfcheck.inputs(shape, seed)
         _, found = mx.vjp(lambda *x: attend(shape, call, x)[0], made[:3], made[3:])
@@ -110,7 +110,7 @@ def test_repeated_gradients_read_their_own_inputs(size):
 
 
 def test_gradients_trace_under_compile():
-    shape, call = Shape(1, 4, 2, 200, 200, 128, "bf16"), CALLS["causal"]
+    shape, call = CallShape(1, 4, 2, 200, 200, 128, "bf16"), CALLS["causal"]
     made = selfcheck.inputs(shape)
     traced = mx.compile(lambda *x: mx.vjp(lambda *y: attend(shape, call, y)[0], x[:3], x[3:])[1])
     for _ in range(3):

@@ -6,10 +6,10 @@ from attention.kernels.common import cache
 from attention.kernels.cuda import KernelUnavailable
 from attention.kernels.cuda.runtime import program as runtime_program
 from attention.kernels.cuda.runtime import selfcheck
-from attention.kernels.cuda.runtime.gpu import Gpu
+from attention.kernels.cuda.runtime.gpu import GpuProperties
 from attention.kernels.cuda.runtime.program import Program, machine_code
 
-GPU = Gpu("Planted GPU", (9, 0), 132, 232_448, 13000)
+GPU = GpuProperties("Planted GPU", (9, 0), 132, 232_448, 13000)
 PROGRAM = Program("planted", "sm_90a", (), ("extern code;",), 32, 0)
 
 
@@ -33,28 +33,28 @@ def compile_only():
 
 
 def test_a_check_may_compile_what_it_checks():
-    assert selfcheck.judged(PROGRAM, lambda: None if machine_code(PROGRAM) == b"machine code" else "wrong") is None
-    assert selfcheck.distrust(PROGRAM) is None
+    assert selfcheck.check(PROGRAM, lambda: None if machine_code(PROGRAM) == b"machine code" else "wrong") is None
+    assert selfcheck.distrust_reason(PROGRAM) is None
 
 
 def test_a_second_process_does_not_check_again():
-    assert selfcheck.judged(PROGRAM, compile_only) is None
+    assert selfcheck.check(PROGRAM, compile_only) is None
     a_new_process()
-    assert selfcheck.judged(PROGRAM, lambda: pytest.fail("checked again")) is None
+    assert selfcheck.check(PROGRAM, lambda: pytest.fail("checked again")) is None
 
 
 def test_a_wrong_result_is_remembered_with_its_reason():
-    assert selfcheck.judged(PROGRAM, lambda: "off by 3") == "off by 3"
+    assert selfcheck.check(PROGRAM, lambda: "off by 3") == "off by 3"
     a_new_process()
-    assert selfcheck.distrust(PROGRAM) == "off by 3"
-    assert selfcheck.judged(PROGRAM, lambda: None) == "off by 3"
+    assert selfcheck.distrust_reason(PROGRAM) == "off by 3"
+    assert selfcheck.check(PROGRAM, lambda: None) == "off by 3"
 
 
 def test_a_failed_launch_is_a_failed_check():
     def launch():
         raise RuntimeError("cudaGraphLaunch failed: an illegal memory access\nmore")
 
-    assert selfcheck.judged(PROGRAM, launch) == "cudaGraphLaunch failed: an illegal memory access"
+    assert selfcheck.check(PROGRAM, launch) == "cudaGraphLaunch failed: an illegal memory access"
 
 
 @pytest.mark.parametrize("compiles", [False, True])
@@ -65,12 +65,12 @@ def test_a_check_that_crashed_the_process_twice_has_failed(compiles):
         raise SystemExit
 
     for _ in range(2):
-        assert selfcheck.distrust(PROGRAM) is None
+        assert selfcheck.distrust_reason(PROGRAM) is None
         with pytest.raises(SystemExit):
-            selfcheck.judged(PROGRAM, crash)
+            selfcheck.check(PROGRAM, crash)
         a_new_process()
-    assert "did not come to an end" in (selfcheck.distrust(PROGRAM) or "")
-    assert "did not come to an end" in (selfcheck.judged(PROGRAM, lambda: pytest.fail("checked again")) or "")
+    assert "did not come to an end" in (selfcheck.distrust_reason(PROGRAM) or "")
+    assert "did not come to an end" in (selfcheck.check(PROGRAM, lambda: pytest.fail("checked again")) or "")
 
 
 def test_a_text_that_does_not_compile_is_compiled_once(monkeypatch):
@@ -83,7 +83,7 @@ def test_a_text_that_does_not_compile_is_compiled_once(monkeypatch):
     monkeypatch.setattr(runtime_program, "compile_program", refuse)
     for _ in range(2):
         a_new_process()
-        assert selfcheck.judged(PROGRAM, lambda: None) == "flash.cu(3): error: nonsense"
+        assert selfcheck.check(PROGRAM, lambda: None) == "flash.cu(3): error: nonsense"
     assert len(asked) == 1
 
 
@@ -91,37 +91,37 @@ def test_a_gpu_that_no_longer_answers_is_told_as_such(monkeypatch):
     def launch():
         raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(selfcheck, "_gpu_answers", lambda: False)
+    monkeypatch.setattr(selfcheck, "_gpu_responds", lambda: False)
     with pytest.raises(RuntimeError, match="broke this process's use of the GPU") as told:
-        selfcheck.judged(PROGRAM, launch)
+        selfcheck.check(PROGRAM, launch)
     assert not isinstance(told.value, KernelUnavailable)  # which would let the call fall back to another kernel
     a_new_process()
-    assert selfcheck.distrust(PROGRAM) == "an illegal memory access"
+    assert selfcheck.distrust_reason(PROGRAM) == "an illegal memory access"
 
 
 def test_another_gpu_checks_for_itself(monkeypatch):
-    assert selfcheck.judged(PROGRAM, compile_only) is None
+    assert selfcheck.check(PROGRAM, compile_only) is None
     a_new_process()
-    monkeypatch.setattr(selfcheck, "gpu", lambda: Gpu("Another GPU", (9, 0), 78, 232_448, 13000))
+    monkeypatch.setattr(selfcheck, "gpu", lambda: GpuProperties("Another GPU", (9, 0), 78, 232_448, 13000))
     checked = []
-    selfcheck.judged(PROGRAM, lambda: checked.append(1))
+    selfcheck.check(PROGRAM, lambda: checked.append(1))
     assert checked
 
 
 def test_new_code_is_checked_anew():
-    assert selfcheck.judged(PROGRAM, compile_only) is None
+    assert selfcheck.check(PROGRAM, compile_only) is None
     (cache.folder() / f"{PROGRAM.key}.cubin").write_bytes(b"damaged")
     a_new_process()
     machine_code(PROGRAM)
     checked = []
-    selfcheck.judged(PROGRAM, lambda: checked.append(1))
+    selfcheck.check(PROGRAM, lambda: checked.append(1))
     assert checked
 
 
 def test_a_check_under_way_elsewhere_is_no_failure():
     def look():
         selfcheck.checks.forget()  # as another process sees it
-        assert selfcheck.distrust(PROGRAM) is None
+        assert selfcheck.distrust_reason(PROGRAM) is None
 
-    selfcheck.judged(PROGRAM, look)
-    assert selfcheck.distrust(PROGRAM) is None
+    selfcheck.check(PROGRAM, look)
+    assert selfcheck.distrust_reason(PROGRAM) is None

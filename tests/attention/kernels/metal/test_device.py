@@ -5,13 +5,13 @@ import pytest
 
 from attention.kernels.metal import launch
 from attention.kernels.metal import trust as metal_trust
-from attention.kernels.metal.call import Call, Shape
+from attention.kernels.metal.call import CallParams, CallShape
 from attention.kernels.metal.selfcheck import inputs
 from tests.support.metal import device as kernels_device
 from tests.support.metal.case import KINDS, problems
 from tests.support.metal.device import Device, needs_verifier, on_a_mac
 
-SHAPE = Shape(1, 2, 1, 40, 37, 32, "float32")
+SHAPE = CallShape(1, 2, 1, 40, 37, 32, "float32")
 
 
 def test_on_a_mac_the_gpu_runs_the_kernels(monkeypatch):
@@ -39,7 +39,7 @@ def test_on_a_mac_the_gpu_runs_the_kernels(monkeypatch):
 
 @needs_verifier
 def test_here_the_verifier_runs_them_and_counts():
-    call = Call(1.0)
+    call = CallParams(1.0)
     with on_a_mac(Device()) as device:
         launch.forward(*inputs(SHAPE, call).arrays(SHAPE), SHAPE, call)
     (one,) = device.launches
@@ -52,5 +52,5 @@ def test_the_made_up_machine_is_gone_afterwards(module, name):
     before = getattr(module, name)
     with on_a_mac(Device()):
         assert getattr(module, name) is not before
-        assert metal_trust.mark() == kernels_device.MARK
+        assert metal_trust.machine_fingerprint() == kernels_device.MARK
     assert getattr(module, name) is before

@@ -5,16 +5,16 @@ import pytest
 
 from attention.core.workload import Workload
 from attention.kernels.metal import launch, selfcheck
-from attention.kernels.metal.call import Call, Shape
+from attention.kernels.metal.call import CallParams, CallShape
 from attention.kernels.metal.tiles import SIZES
-from attention.measure.accuracy import Judge
+from attention.measure.accuracy import AccuracyChecker
 from tests.support.metal.case import KINDS, Kind
 from tests.support.metal.device import Device, on_a_mac
 from tests.support.metal.judge import NAMES, plain_results, wrong
 
 
 def results(kind: Kind, dtype: str):
-    shape = Shape(1, 4, 2, 21, 30, 32, dtype)
+    shape = CallShape(1, 4, 2, 21, 30, 32, dtype)
     call = kind.call(32, dtype)
     given = selfcheck.inputs(shape, call, logsumexp=kind.logsumexp)
     return given, call, plain_results(given, call)[: 5 if call.sinks else 4]
@@ -49,12 +49,12 @@ def test_what_is_no_number_does_not():
 @pytest.mark.parametrize("dtype", SIZES)
 def test_the_engines_own_judge_agrees(mask, dtype):
     workload = Workload(seq=70, kv_seq=83, heads=4, kv_heads=2, head_dim=64, dtype=dtype, mask=mask, pass_="training")
-    shape = Shape(1, 4, 2, 70, 83, 64, dtype)
-    call = Call(workload.scale, workload.causal, workload.window)
+    shape = CallShape(1, 4, 2, 70, 83, 64, dtype)
+    call = CallParams(workload.scale, workload.causal, workload.window)
     mx.random.seed(2)
     sizes = ((1, 4, 70, 64), (1, 2, 83, 64), (1, 2, 83, 64), (1, 4, 70, 64))
     q, k, v, d_o = (mx.random.normal(size).astype(getattr(mx, dtype)) for size in sizes)
     with on_a_mac(Device()):
-        outputs = launch.forward(q, k, v, launch.absent(4), launch.absent(1), shape, call)
-        made = launch.backward((q, k, v), outputs, d_o, None, launch.absent(4), shape, call)
-    assert Judge(workload, [q, k, v, d_o]).check([outputs[0], *made[:3]]).accurate
+        outputs = launch.forward(q, k, v, launch.placeholder(4), launch.placeholder(1), shape, call)
+        made = launch.backward((q, k, v), outputs, d_o, None, launch.placeholder(4), shape, call)
+    assert AccuracyChecker(workload, [q, k, v, d_o]).check([outputs[0], *made[:3]]).accurate

@@ -8,7 +8,7 @@ import pytest
 
 from attention.kernels import metal
 from attention.kernels.metal import gradients, launch, selfcheck
-from attention.kernels.metal.call import Call, Shape, normal
+from attention.kernels.metal.call import CallParams, CallShape, normalize
 from attention.measure import reference
 from attention.measure.reference import Rules
 from tests.support.metal.device import Device, needs_verifier, on_a_mac
@@ -87,13 +87,13 @@ def test_sinks_may_be_a_slice():
 
 @pytest.mark.parametrize("by", ["kernel", "score matrix"])
 def test_a_sink_of_minus_infinity_is_none_for_empty_rows_too(by):
-    shape = Shape(1, 2, 1, 40, 37, 32, "float32")  # causal, so the first three queries see nothing
-    call, without = (Call(0.2, causal=True, sinks=sinks) for sinks in (True, False))
+    shape = CallShape(1, 2, 1, 40, 37, 32, "float32")  # causal, so the first three queries see nothing
+    call, without = (CallParams(0.2, causal=True, sinks=sinks) for sinks in (True, False))
     q, k, v, d_o = arrays((1, 2, 40, 32), (1, 1, 37, 32), (1, 1, 37, 32), (1, 2, 40, 32))
     d_lse = mx.where(mx.arange(40) < 3, 0.0, 1.0) * mx.ones((1, 2, 1))
     found = []
     for one in (call, without):
-        primals = (q, k, v, launch.absent(4), mx.full((2,), -mx.inf))
+        primals = (q, k, v, launch.placeholder(4), mx.full((2,), -mx.inf))
         outputs = launch.forward(*primals, shape, one)
         given = (primals, d_o, d_lse)
         if by == "score matrix":
@@ -112,8 +112,8 @@ def test_gradients_flow_through_the_logsumexp():
         return output.sum() + (logsumexp * by).sum()
 
     def plainly(q, k, v):
-        absent = launch.absent(1)
-        output, logsumexp = gradients.plain_attention(q, k, v, absent, absent, normal(0.2, True, None, None, 25))
+        absent = launch.placeholder(1)
+        output, logsumexp = gradients.plain_attention(q, k, v, absent, absent, normalize(0.2, True, None, None, 25))
         return output.sum() + (logsumexp * by).sum()
 
     ours, theirs = (mx.grad(f, argnums=(0, 1, 2))(q, k, v) for f in (loss, plainly))
@@ -124,7 +124,7 @@ def test_gradients_flow_through_the_logsumexp():
 @pytest.mark.parametrize("mask", ["none", "bool", "float32"])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_gradients_through_the_score_matrix_are_right(mask, sinks):
-    shape, call = Shape(1, 4, 2, 9, 12, 32, "float32"), Call(0.3, True, 5, 2.0, mask, sinks)
+    shape, call = CallShape(1, 4, 2, 9, 12, 32, "float32"), CallParams(0.3, True, 5, 2.0, mask, sinks)
     given = selfcheck.inputs(shape, call)
     made = gradients.plain_gradients(given.arrays(shape), given.cotangent, None, call)
     found = [*made[:3], *([made[4]] if sinks else [])]
@@ -132,12 +132,12 @@ def test_gradients_through_the_score_matrix_are_right(mask, sinks):
 
 
 def test_the_checks_own_reference_is_right():
-    shape, call = Shape(1, 4, 2, 9, 12, 32, "float32"), Call(0.3, True, 5, 2.0, "float32")
+    shape, call = CallShape(1, 4, 2, 9, 12, 32, "float32"), CallParams(0.3, True, 5, 2.0, "float32")
     given = selfcheck.inputs(shape, call)
     rules = {"scale": 0.3, "causal": True, "window": 5, "softcap": 2.0, "mask": given.mask}
     expected = exact(given.q, given.k, given.v, **rules)
     assert np.allclose(selfcheck.reference(given, call)[0], expected, atol=1e-12)
-    call = Call(0.3, True, sinks=True)
+    call = CallParams(0.3, True, sinks=True)
     given = selfcheck.inputs(shape, call)
     theirs = mx.fast.scaled_dot_product_attention(
         given.q, given.k, given.v, scale=0.3, mask="causal", sinks=given.sinks

@@ -11,12 +11,12 @@ from attention.core.route import Needs
 from attention.core.workload import Workload
 from attention.implementations import fused, mlx_sdpa
 from attention.implementations.autotune import tuned_fused as tuned
-from attention.implementations.autotune.store import Entry, Store, class_of, code_now
-from attention.implementations.autotune.trial import candidates, fitting
+from attention.implementations.autotune.store import Store, TrialResult, candidate_fingerprint, class_of
+from attention.implementations.autotune.trial import candidates, fitting_candidates
 from attention.masks import Mask
 from attention.measure.device import Device as Machine
 from attention.mlx_lm import patch
-from attention.mlx_lm.patch import ModelCall, Offers
+from attention.mlx_lm.patch import ArgumentAdapter, ModelCall
 from tests.support.metal.device import Device, needs_verifier, on_a_mac
 
 MAC = Machine(backend="metal", name="Planted GPU", cores=8, memory_bytes=2**34, available_bytes=2**33)
@@ -44,11 +44,11 @@ def close(a, b):
 def tried(tmp_path, winner, call_s, made_with=None):
     """The stored result of a trial of the workload, for these kernels unless others are named."""
     store = Store(tmp_path / "tuning.toml")
-    found = Entry(
+    found = TrialResult(
         winner=winner,
         tuned=datetime.now(UTC),
         call_s=call_s,
-        made_with=made_with or code_now(),
+        made_with=made_with or candidate_fingerprint(),
         workload=class_of(WORKLOAD, MAC),
     )
     store.put(found)
@@ -80,7 +80,7 @@ def test_the_kernel_is_used_and_tried_where_mlx_fuses_none(workload, needs):
         assert route.fused
         assert not route.fallback
         assert "never measured" in route.reason
-        assert "poc" in fitting(candidates(), workload, MAC, needs)
+        assert "poc" in fitting_candidates(candidates(), workload, MAC, needs)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_demos_candidate_ignores_trials_and_can_be_retried(monkeypatch, tmp_path
     tried(tmp_path, "mlx", {"mlx": 1e-4})  # at the path of the user's own file
     with on_a_mac(Device()):
         assert candidates()["poc"].route(WORKLOAD, MAC).path == "Metal kernel"
-        implementations.get.cache_clear()
-        assert implementations.get("poc").route(WORKLOAD, MAC).path == "falls back: MLX SDPA"
-    implementations.get.cache_clear()
+        implementations.load_implementation.cache_clear()
+        assert implementations.load_implementation("poc").route(WORKLOAD, MAC).path == "falls back: MLX SDPA"
+    implementations.load_implementation.cache_clear()
 
 
 def test_sinks_are_taken_and_get_a_gradient():
@@ -174,13 +174,13 @@ def test_models_with_sinks_are_offered_to_it_on_metal_alone(monkeypatch):
     q, k, v = arrays()
     call = ModelCall(q, k, v, 0.2, "causal", mx.zeros(2))
     with on_a_mac(Device()):
-        assert Offers(tuned.TunedPoc()).of(call).path == "Metal kernel"
-    monkeypatch.setattr(tuned, "here", lambda: "cpu")
+        assert ArgumentAdapter(tuned.TunedPoc()).adapt(call).path == "Metal kernel"
+    monkeypatch.setattr(tuned, "current_backend", lambda: "cpu")
     assert not tuned.TunedPoc().takes_sinks
 
 
 def test_where_the_kernel_takes_no_sinks_practical_does(monkeypatch):
-    monkeypatch.setattr(tuned, "here", lambda: "cpu")
+    monkeypatch.setattr(tuned, "current_backend", lambda: "cpu")
     q, k, v = arrays()
     sinks = mx.array([0.5, -1.0])
     found = tuned.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from attention.kernels.metal import launch, selfcheck
-from attention.kernels.metal.call import Shape
+from attention.kernels.metal.call import CallShape
 from tests.support.metal.case import KINDS, Kind, problems
 from tests.support.metal.device import Device, needs_verifier, on_a_mac
 
@@ -24,26 +24,26 @@ def device():
     "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in IN_ALL else kind for kind in KINDS]
 )
 def test_forward_and_gradients_are_right_and_clean(device, kind):
-    assert problems(Shape(1, 4, 2, 37, 51, 64, "float16"), KINDS[kind]) == []
+    assert problems(CallShape(1, 4, 2, 37, 51, 64, "float16"), KINDS[kind]) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_other_types_are_right_too(device, dtype):
-    assert problems(Shape(1, 2, 1, 35, 40, 32, dtype), KINDS["causal"]) == []
+    assert problems(CallShape(1, 2, 1, 35, 40, 32, dtype), KINDS["causal"]) == []
 
 
 def test_the_largest_head_dim_in_the_largest_type_is_right(device):
-    assert problems(Shape(1, 1, 1, 34, 19, 256, "float32"), KINDS["causal"]) == []
+    assert problems(CallShape(1, 1, 1, 34, 19, 256, "float32"), KINDS["causal"]) == []
 
 
 def test_few_queries_have_their_keys_split_and_joined(device):
-    shape = Shape(1, 4, 2, 3, 600, 64, "bfloat16")
+    shape = CallShape(1, 4, 2, 3, 600, 64, "bfloat16")
     assert problems(shape, KINDS["all at once"], backward=False) == []
     assert [one.kernel for one in device.launches] == ["forward", "join"]
 
 
 def test_forward_of_128_queries_takes_less_than_a_second(device):
-    shape = Shape(1, 1, 1, 128, 128, 64, "float16")
+    shape = CallShape(1, 1, 1, 128, 128, 64, "float16")
     assert problems(shape, Kind(), backward=False) == []  # and the text is compiled now
     started = time.perf_counter()
     assert problems(shape, Kind(), backward=False) == []
@@ -59,7 +59,7 @@ def test_forward_of_128_queries_takes_less_than_a_second(device):
     ],
 )
 def test_queries_of_a_single_key_have_no_gradient(device, head_dim, dtype):
-    shape = Shape(1, 2, 1, 41, 50, head_dim, dtype)
+    shape = CallShape(1, 2, 1, 41, 50, head_dim, dtype)
     call = Kind(causal=True, window=1).call(head_dim, dtype)
     given = selfcheck.inputs(shape, call)
     arrays = given.arrays(shape)
@@ -84,7 +84,7 @@ def test_address_spaces_are_right_and_buffers_few_enough(device, dtype, kind):
     from tests.support.metal.needs_verifier import address_spaces
 
     for queries in (40, 2):
-        problems(Shape(1, 4, 2, queries, 530, 32, dtype), KINDS[kind])
+        problems(CallShape(1, 4, 2, queries, 530, 32, dtype), KINDS[kind])
     assert {one.kernel for one in device.launches} == set(launch.INPUTS)
     for one in device.launches:
         assert address_spaces(one.text) == []
@@ -93,8 +93,8 @@ def test_address_spaces_are_right_and_buffers_few_enough(device, dtype, kind):
 
 
 def test_no_launch_is_cut_off_at_the_grids_edge(device):
-    problems(Shape(2, 4, 2, 45, 70, 64, "float16"), KINDS["full"])
-    problems(Shape(2, 4, 2, 1, 520, 64, "float16"), KINDS["full"], backward=False)
+    problems(CallShape(2, 4, 2, 45, 70, 64, "float16"), KINDS["full"])
+    problems(CallShape(2, 4, 2, 1, 520, 64, "float16"), KINDS["full"], backward=False)
     assert len(device.launches) == 5
     for one in device.launches:
         pairs = zip(one.keywords["grid"], one.keywords["threadgroup"], strict=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from attention.kernels import metal
-from attention.kernels.metal.call import Call, Shape
+from attention.kernels.metal.call import CallParams, CallShape
 from attention.kernels.metal.tiles import HEAD_DIMS, KINDS, SIZES, table, tile_of
 from benchmarks.metal.traffic import traffic
 
@@ -35,7 +35,7 @@ def test_the_arithmetic_of_one_tile_is_that_of_the_algorithm():
 
 
 def test_the_arithmetic_of_a_whole_call_is_that_of_its_tiles():
-    shape, call = Shape(2, 4, 2, 128, 256, 64, "float16"), Call(0.1)
+    shape, call = CallShape(2, 4, 2, 128, 256, 64, "float16"), CallParams(0.1)
     tile, found = tile_of("forward", 64, "float16"), traffic("forward", shape, call)
     tiles = 2 * 4 * (128 // 32) * (256 // 32)
     assert found.flops == tiles * tile.flops_per_tile
@@ -43,11 +43,11 @@ def test_the_arithmetic_of_a_whole_call_is_that_of_its_tiles():
 
 
 def test_causal_tiles_above_the_diagonal_are_skipped():
-    shape = Shape(1, 1, 1, 256, 256, 64, "float16")
+    shape = CallShape(1, 1, 1, 256, 256, 64, "float16")
     for kind in ("forward", "backward_query", "backward_key"):
         tile = tile_of(kind, 64, "float16")
         of_blocks = tile.products_per_block * (256 // tile.block_q)
-        full, causal = (traffic(kind, shape, Call(0.1, causal=c)).products - of_blocks for c in (False, True))
+        full, causal = (traffic(kind, shape, CallParams(0.1, causal=c)).products - of_blocks for c in (False, True))
         assert causal / full == (1 + 1 / 8) / 2
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from attention.kernels.metal import launch
-from attention.kernels.metal.call import Call, Shape, specialisation
+from attention.kernels.metal.call import CallParams, CallShape, specialisation
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES
 from benchmarks.metal.traffic import traffic
 from tests.support.metal.case import KINDS, Kind, problems
@@ -15,10 +15,10 @@ SHAPES = {"many queries": (2, 4, 2, 45, 70), "few queries": (1, 4, 2, 2, 530)}
 WINDOW_AND_MASK = Kind(causal=True, window=21, mask="bool")
 
 
-def check(one: Launched, shape: Shape, call: Call) -> None:
+def check(one: Launched, shape: CallShape, call: CallParams) -> None:
     few = shape.few and one.kernel == "forward"
     kind = "decode" if few else one.kernel
-    expected = traffic(kind, shape, call, *(launch.splitting(shape, call) if few else ()))
+    expected = traffic(kind, shape, call, *(launch.key_split(shape, call) if few else ()))
     assert {name: one.counts.reads[name] for name in expected.reads} == expected.reads
     assert {name: n for name, n in one.counts.writes.items() if n} == expected.writes
     assert one.counts.products == expected.products
@@ -26,7 +26,7 @@ def check(one: Launched, shape: Shape, call: Call) -> None:
     assert one.counts.threadgroup_bytes == specialisation(kind, shape, call).tile.threadgroup_bytes
 
 
-def launches(shape: Shape, kind: Kind) -> list[Launched]:
+def launches(shape: CallShape, kind: Kind) -> list[Launched]:
     with on_a_mac(Device()) as device:
         assert problems(shape, kind) == []
     return [one for one in device.launches if one.kernel != "join"]
@@ -36,7 +36,7 @@ def launches(shape: Shape, kind: Kind) -> list[Launched]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), pytest.param(256, "float32", marks=pytest.mark.slow)])
 def test_counts_are_those_of_the_arithmetic(head_dim, dtype, shape, kind):
-    whole = Shape(*SHAPES[shape], head_dim, dtype)
+    whole = CallShape(*SHAPES[shape], head_dim, dtype)
     for one in launches(whole, kind):
         check(one, whole, kind.call(head_dim, dtype))
 
@@ -46,6 +46,6 @@ def test_counts_are_those_of_the_arithmetic(head_dim, dtype, shape, kind):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", SIZES)
 def test_so_they_are_at_every_head_dim_and_type(dtype, head_dim, shape):
-    whole, kind = Shape(*SHAPES[shape], head_dim, dtype), KINDS["window"]
+    whole, kind = CallShape(*SHAPES[shape], head_dim, dtype), KINDS["window"]
     for one in launches(whole, kind):
         check(one, whole, kind.call(head_dim, dtype))

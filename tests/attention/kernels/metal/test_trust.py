@@ -13,10 +13,10 @@ from attention.core.workload import Workload
 from attention.implementations import fused
 from attention.kernels import metal
 from attention.kernels.common import cache
-from attention.kernels.common.first_use import FirstUse
+from attention.kernels.common.first_use import SelfChecks
 from attention.kernels.metal import path, verdicts
 from attention.kernels.metal import trust as metal_trust
-from attention.kernels.metal.call import Call, Shape, specialisation
+from attention.kernels.metal.call import CallParams, CallShape, specialisation
 from attention.masks import Mask
 from attention.measure.device import Device as Machine
 from fatui import diagnosis
@@ -33,7 +33,7 @@ METALS_ERROR = (
 @pytest.fixture(autouse=True)
 def fresh_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(fused, "here", lambda: "metal")
+    monkeypatch.setattr(fused, "current_backend", lambda: "metal")
 
 
 def arrays(seed=0):
@@ -148,20 +148,20 @@ def test_a_check_that_crashed_the_process_twice_has_failed():
 
 
 def test_another_system_checks_for_itself(monkeypatch):
-    special = specialisation("forward", Shape(1, 1, 1, 40, 40, 32, "float16"), Call(1.0))
+    special = specialisation("forward", CallShape(1, 1, 1, 40, 40, 32, "float16"), CallParams(1.0))
     with on_a_mac(Device()):
         with pytest.raises(KernelUnavailable):
             metal_trust.ensure(special, lambda: "off by 3")
-        assert metal_trust.distrust(special) == "forward float16 D=32: off by 3"
-        monkeypatch.setattr(metal_trust, "checks", FirstUse(lambda: "the next macOS"))
-        assert metal_trust.distrust(special) is None
+        assert metal_trust.distrust_reason(special) == "forward float16 D=32: off by 3"
+        monkeypatch.setattr(metal_trust, "checks", SelfChecks(lambda: "the next macOS"))
+        assert metal_trust.distrust_reason(special) is None
         metal_trust.ensure(special, lambda: None)
         assert metal_trust.is_trusted(special)
 
 
 @pytest.mark.parametrize("changed", ["forward.metal", "common.metal", "launch.py", "selfcheck.py"])
 def test_new_code_is_checked_anew(monkeypatch, tmp_path, changed):
-    special = specialisation("forward", Shape(1, 1, 1, 40, 40, 32, "float16"), Call(1.0))
+    special = specialisation("forward", CallShape(1, 1, 1, 40, 40, 32, "float16"), CallParams(1.0))
     folder = tmp_path / "kernels" / "metal"
     shutil.copytree(Path(metal_trust.__file__).parent, folder)
     before = key_in_a_new_process(special)
@@ -176,7 +176,7 @@ def test_new_code_is_checked_anew(monkeypatch, tmp_path, changed):
 
 def key_in_a_new_process(special):
     metal_trust.key_of.cache_clear()
-    cache.code_mark.cache_clear()
+    cache.code_fingerprint.cache_clear()
     return metal_trust.key_of(special)
 
 
@@ -197,7 +197,7 @@ def test_what_a_mac_lacks_is_named(monkeypatch, has_metal, macos, reason):
     monkeypatch.setattr(metal_trust.platform, "mac_ver", lambda: (macos, ("", "", ""), ""))
     monkeypatch.setattr(mx.metal, "is_available", lambda: has_metal)
     with pytest.raises(KernelUnavailable, match=reason):
-        metal_trust.look.__wrapped__()
+        metal_trust.describe.__wrapped__()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tests.support.metal.verifier.source import Parameter, parse, place_threadgr
 
 HERE: Final = Path(__file__).parent
 MLX_HEADERS: Final = Path(mx.__file__).parent / "include"
-OLDEST: Final = 12
+MIN_VERSION: Final = 12
 COMPILER: Final = os.environ.get("CXX", "g++")
 INCLUDES: Final = (f"-I{HERE / 'shim'}", f"-I{HERE / 'runtime'}", f"-I{MLX_HEADERS}")
 COMMON: Final = ("-std=c++17", "-fPIC", "-shared", "-march=native", "-ffp-contract=off")
@@ -53,8 +53,8 @@ def missing() -> str | None:
     if shutil.which(COMPILER) is None:
         return f"no {COMPILER}"
     version = subprocess.run([COMPILER, "-dumpversion"], capture_output=True, text=True, check=True).stdout.strip()
-    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < OLDEST:
-        return f"{COMPILER} is {version}, {OLDEST} or later is needed"
+    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < MIN_VERSION:
+        return f"{COMPILER} is {version}, {MIN_VERSION} or later is needed"
     return None
 
 

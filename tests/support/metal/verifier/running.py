@@ -12,7 +12,7 @@ import numpy as np
 from tests.support.metal.verifier.building import build, kernel_line, runtime
 from tests.support.metal.verifier.source import generated_text
 
-MOST_BUFFERS: Final = 31
+MAX_BUFFERS: Final = 31
 FINDINGS_BYTES: Final = 1 << 16
 LINES: Final = re.compile(r"\blines? (\d+)(?: and (\d+))?")
 
@@ -184,8 +184,8 @@ def launch(
     Raises:
         Finding: with all errors found.
     """
-    if len(buffers) > MOST_BUFFERS:
-        raise Finding(f"limit: {len(buffers)} buffers, Metal takes {MOST_BUFFERS}")
+    if len(buffers) > MAX_BUFFERS:
+        raise Finding(f"limit: {len(buffers)} buffers, Metal takes {MAX_BUFFERS}")
     told, findings = _described(buffers), ctypes.create_string_buffer(FINDINGS_BYTES)
     whole = _Launch(
         kernel=ctypes.cast(ctypes.PyDLL(str(library)).entry, ctypes.c_void_p).value,
