@@ -140,7 +140,7 @@ def test_packages_never_import_what_is_above_or_heavy() -> None:
     assert forbidden(all_imports()) == []
 
 
-def test_the_engine_names_its_face_once() -> None:
+def test_the_engine_hardly_names_its_face() -> None:
     found = names_of_the_face()
     assert len(found) <= CONTRACT["names"]["fatui"], "\n".join(found)
 

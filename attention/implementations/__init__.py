@@ -33,7 +33,7 @@ CATALOGUE: Final = (
     CatalogueEntry(
         "poc",
         "PoC, custom kernel",
-        "fatui's own fused kernel where there is one for the device, MLX's SDPA where not",
+        "the custom fused kernel if there is one for the device, otherwise MLX's SDPA",
         "attention.implementations.autotune.tuned_fused:TunedPoc",
     ),
     CatalogueEntry(

@@ -1,4 +1,4 @@
-"""fatui's own kernel, where there is one for the device."""
+"""`poc`: the custom fused kernel of the device, if there is one."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence

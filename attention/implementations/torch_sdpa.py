@@ -18,7 +18,7 @@ from attention.masks import Mask, of_workload
 from attention.measure.device import Device
 
 NO_SOFTCAP: Final = "torch's SDPA has no softcap"
-MISSING: Final = "torch is not installed; fatui's extra 'peers' brings it"
+MISSING: Final = "torch is not installed: pip install torch"
 TORCH_DEVICES: Final = {"cpu": "cpu", "metal": "mps", "cuda": "cuda"}
 
 Tensor = Any  # torch is optional, and not imported before something runs

@@ -24,7 +24,7 @@ Observer = Callable[..., Any]
 the calls that no interceptor keeps."""
 
 PACKAGE: Final = "mlx_lm"
-MLX_LM_MISSING: Final = "mlx-lm is not installed; pip install 'fatui[models]' brings it, or pip install 'mlx-lm>=0.32'"
+MLX_LM_MISSING: Final = "mlx-lm is not installed: pip install 'mlx-lm>=0.32'"
 _lock = threading.RLock()
 
 

@@ -39,7 +39,7 @@ def route(workload: Workload, needs: Needs) -> Route:
         return unsupported(f"no CPU kernel: {state}")
     variant = cpu.variant()
     when = "" if cpu.is_compiled() else "; it is compiled at first use, which takes about half a minute"
-    reason = f"fatui's own flash attention in C++, for this processor's {variant}{when}"
+    reason = f"flash attention in C++, for this processor's {variant}{when}"
     return Route(
         path=f"CPU kernel {variant}",
         fused=True,

@@ -34,7 +34,7 @@ def route(workload: Workload, needs: Needs) -> Route:
     from attention.kernels.cuda.requirements import shape_and_call
 
     path, distrusted = path_of(*shape_and_call(workload, needs))
-    reason = "fatui's own flash attention in CUDA C++; a kind of call compiles at its first use, in about a second"
+    reason = "flash attention in CUDA C++; a kind of call compiles at its first use, in about a second"
     if distrusted:
         reason = f"{reason}; this one for any call, since the faster one is not used: {'; '.join(distrusted)}"
     obstacle = launcher.known_obstacle()

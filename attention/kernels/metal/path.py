@@ -38,7 +38,7 @@ def route(workload: Workload, needs: Needs) -> Route:
     if distrusted:
         return unsupported(f"the Metal kernel is not used, because of its check on first use: {distrusted}")
     state = "checked on this Mac" if metal_trust.is_trusted(special) else "compiled and checked at first use"
-    reason = f"fatui's own flash attention in Metal, {state}; {UNKNOWN}"
+    reason = f"flash attention in Metal, {state}; {UNKNOWN}"
     if workload.pass_ == "training":
         reason += _of_gradients(shape, call)
     path = "Metal kernel, split K" if shape.few else "Metal kernel"

@@ -12,7 +12,7 @@ from attention.kernels.metal.call import FEW_ROWS, CallParams, CallShape, specia
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES
 
 UNKNOWN: Final = (
-    "Never measured by fatui's authors, who had no Mac: speed, registers and occupancy. "
+    "Never measured by the authors, who had no Mac: speed, registers and occupancy. "
     "The texts were run and checked on an emulator of Metal's language, not through Apple's compiler."
 )
 

@@ -202,7 +202,7 @@ def test_torch_says_how_to_get_it_where_it_is_not_installed(monkeypatch: pytest.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     route = TorchSdpa().route(Example().workload(), CPU)
     assert not route.supported
-    assert "'peers' brings it" in route.reason
+    assert "pip install torch" in route.reason
 
 
 def test_mlx_gives_its_own_reason_for_not_fusing() -> None:

@@ -79,5 +79,5 @@ def test_without_mlx_lm_the_error_says_how_to_get_it() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (
         done.stdout.strip()
-        == "mlx-lm is not installed; pip install 'fatui[models]' brings it, or pip install 'mlx-lm>=0.32'"
+        == "mlx-lm is not installed: pip install 'mlx-lm>=0.32'"
     )

@@ -186,7 +186,7 @@ def test_export_writes_all_files_and_says_where(tmp_path):
         await stage.press("enter")
         await stage.settle(lambda: "wrote out.md" in stage.app.journal.text())
 
-    on_stage(play)
+    on_stage(play, paints=True)
     assert "| poc" in (tmp_path / "out.md").read_text()
     with (tmp_path / "out.csv").open() as file:
         assert [row["implementation"] for row in csv.DictReader(file)] == ["baseline", "poc", "practical", "demo"]

@@ -36,7 +36,7 @@ def fresh(monkeypatch):
 @pytest.fixture
 def own_folder(fresh, tmp_path, monkeypatch):
     """A cache folder with compiled objects and nothing linked, so that a test links quickly."""
-    shutil.copytree(cache.folder(), tmp_path / "kernels", ignore=shutil.ignore_patterns("*.json", "*.so"))
+    shutil.copytree(cache.folder(), tmp_path / "kernels", ignore=shutil.ignore_patterns("*.json", "*.so", ".*"))
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
     return tmp_path / "kernels"
 

@@ -32,7 +32,7 @@ def launched(on, monkeypatch):
         return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
 
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", operation, raising=False)
-    for ask in ("obstacle", "missing"):
+    for ask in ("known_obstacle", "unavailable_reason"):
         monkeypatch.setattr(launcher, ask, lambda: "there is no C++ compiler")
     return made
 

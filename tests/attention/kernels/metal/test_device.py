@@ -47,7 +47,7 @@ def test_here_the_verifier_runs_them_and_counts():
     assert one.counts.products > 0
 
 
-@pytest.mark.parametrize(("module", "name"), [(metal_trust, "mark"), (metal_trust, "checks")])
+@pytest.mark.parametrize(("module", "name"), [(metal_trust, "machine_fingerprint"), (metal_trust, "checks")])
 def test_the_made_up_machine_is_gone_afterwards(module, name):
     before = getattr(module, name)
     with on_a_mac(Device()):

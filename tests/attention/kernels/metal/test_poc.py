@@ -28,7 +28,7 @@ SINKS = Needs(sinks=True)
 def a_mac(monkeypatch, tmp_path):
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
     for module in (fused, tuned):
-        monkeypatch.setattr(module, "here", lambda: "metal")
+        monkeypatch.setattr(module, "current_backend", lambda: "metal")
     monkeypatch.setattr(tuned, "_device", lambda: MAC)
 
 
