@@ -77,7 +77,4 @@ def test_without_mlx_lm_the_error_says_how_to_get_it() -> None:
         "try:\n    attention.patch_mlx_lm().__enter__()\nexcept attention.UsageError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (
-        done.stdout.strip()
-        == "mlx-lm is not installed: pip install 'mlx-lm>=0.32'"
-    )
+    assert done.stdout.strip() == "mlx-lm is not installed: pip install 'mlx-lm>=0.32'"
