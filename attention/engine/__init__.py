@@ -1,1 +1,1 @@
-"""The run: cases one after the other, in a worker process, told as events and read back as rows."""
+"""The run: cases one after the other in a worker process, reported as events and collected as rows."""

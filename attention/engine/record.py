@@ -190,11 +190,11 @@ class RunRecord(ABC, Generic[P, C]):
 
     @abstractmethod
     def case(self, index: int) -> C:
-        """Makes the rows of one case from what is known so far."""
+        """Return the rows of one case so far."""
 
     @abstractmethod
     def report(self, run: Run) -> Report:
-        """Makes the report of what is known so far; rows that have nothing to show yet are left out."""
+        """Return the report so far; cases without results are omitted."""
 
 
 AnyRecord = RunRecord[Any, Any]
@@ -204,7 +204,7 @@ class Record(RunRecord[Plan, Case]):
     """The state of a run over attention shapes."""
 
     def report(self, run: Run) -> Report:
-        """Makes the report of what is known so far; rows that have nothing to show yet are left out."""
+        """Return the report so far; cases without results are omitted."""
         cases = tuple(self.case(index) for index in range(len(self.cases)))
         return Report(
             run=run,
@@ -215,7 +215,7 @@ class Record(RunRecord[Plan, Case]):
         )
 
     def case(self, index: int) -> Case:
-        """Makes the rows of one case from what is known so far."""
+        """Return the rows of one case so far."""
         record = self.cases[index]
         reference = record.rows[record.reference].samples if record.reference else []
         floor = statistics.noise_floor(reference, record.repeated_reference)

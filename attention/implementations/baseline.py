@@ -13,12 +13,12 @@ from attention.measure.device import Backend, Device
 
 
 def unfused_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
-    """Peak bytes above the inputs of a call that builds the whole score matrix, outputs included.
+    """Return the peak bytes above the inputs of a call that builds the whole score matrix, outputs included.
 
-    Forward the softmax reuses the scores' memory, so one matrix is alive; sinks are joined to the scores and cut off
-    again, which makes two more. A backward pass holds the probabilities, their gradient and the gradient of the scores.
-    Position masks are one byte a pair for all heads, and their selection keeps one value a pair in a backward pass.
-    Beside them stands the scaled query.
+    In a forward pass the softmax reuses the scores' memory, so one matrix is alive; sinks are joined to the scores
+    and cut off again, which adds two. A backward pass stores the probabilities, their gradient and the gradient of the
+    scores. Positional masks take one byte per pair for all heads, and in a backward pass one value per pair for the
+    selection. The scaled query is added.
     """
     item = ITEM_BYTES[workload.dtype]
     training = workload.pass_ == "training"
@@ -33,42 +33,42 @@ def unfused_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
 
 
 def with_tf32(path: str, dtype: str, backend: Backend) -> str:
-    """Adds TF32 to the name of a path whose float32 matrix products are MLX's on CUDA.
+    """Append TF32 to the name of a path whose float32 matrix products are MLX's on CUDA.
 
-    They keep 10 bits of a float32's 23, which costs about 1e-3 of the output, unless MLX_ENABLE_TF32=0 was in the
-    environment when the process began.
+    TF32 has 10 of float32's 23 mantissa bits, which gives a relative error of about 1e-3 in the output. It is used
+    unless MLX_ENABLE_TF32=0 was set when the process started.
     """
     return f"{path}, TF32" if in_tf32(dtype, backend) else path
 
 
 def in_tf32(dtype: str, backend: Backend) -> bool:
-    """Whether MLX multiplies matrices of a type in TF32."""
+    """Return whether MLX multiplies matrices of a dtype in TF32."""
     return backend == "cuda" and dtype == "float32" and os.environ.get("MLX_ENABLE_TF32", "1") != "0"
 
 
 def computes_in_float32(dtype: str, backend: Backend) -> bool:
-    """Whether an unfused path of these implementations computes in float32 what is given in another type.
+    """Return whether unfused paths convert inputs of a half-precision dtype to float32.
 
-    Scores in float16 overflow from 65,520. On the CPU, where MLX multiplies matrices in float32 anyhow, scores in
-    bfloat16 would lose more than blocks do.
+    Scores in float16 overflow from 65,520. On the CPU, where MLX multiplies matrices in float32 in any case, scores in
+    bfloat16 would be less accurate than blocks.
     """
     return dtype == "float16" or (dtype == "bfloat16" and backend == "cpu")
 
 
 def unfused_call_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> int:
-    """Peak bytes above the inputs of an unfused call that is widened where `computes_in_float32` says so."""
+    """Return the peak bytes above the inputs of an unfused call, in float32 if `computes_in_float32` holds."""
     widened = computes_in_float32(workload.dtype, backend)
     return float32_bytes(workload, needs) if widened else unfused_bytes(workload, needs)
 
 
 def float32_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
-    """As `unfused_bytes` where inputs in half precision are converted to float32 first, and the results back."""
+    """Return `unfused_bytes` of half-precision inputs converted to float32 first, with the results converted back."""
     wide = structs.replace(workload, dtype="float32")
     return unfused_bytes(wide, needs) + wide.query_bytes + wide.key_value_bytes + workload.output_bytes
 
 
 def _spread_bytes(workload: Workload) -> int:
-    """The gradients of K and V for each query head, before those that share a key head are summed."""
+    """Return the bytes of dK and dV per query head, before they are summed over heads that share a key head."""
     group = workload.heads // workload.kv_heads
     return workload.key_value_bytes * group if workload.pass_ == "training" and group > 1 else 0
 

@@ -26,74 +26,74 @@ KERNELS: Final[dict[Backend, str]] = {
     "cuda": "attention.kernels.cuda.path",
     "metal": "attention.kernels.metal.path",
 }
-"""For each backend the module of its kernel, of the form `Kernel`."""
+"""The kernel module of each backend; it satisfies `Kernel`."""
 MAX_KNOWN_CALLS: Final = 4096
-"""Kinds of call that are remembered; a decoding loop makes a new one at each length."""
+"""Maximum number of cached kinds of call; a decoding loop makes a new one at each length."""
 TO_PRACTICAL: Final = "falls back: practical"
 TO_SDPA: Final = "falls back: MLX SDPA"
 Attend = Callable[..., mx.array]
-"""A call as `Kernel.attend`."""
+"""A function with the signature of `Kernel.attend`."""
 
 
 class Kernel(Protocol):
-    """What a backend's kernel module offers."""
+    """Interface of a backend's kernel module."""
 
     def route(self, workload: Workload, needs: Needs) -> Route:
-        """The kernel's path, or a route that is not supported, with the reason."""
+        """Return the kernel's route, or an unsupported route with the reason."""
         ...
 
     def is_built(self) -> bool:
-        """Whether a call would not have to compile first."""
+        """Return whether a call can run without compiling first."""
         ...
 
     def build(self, tell: Callable[[str], None]) -> None:
-        """Compiles; raises KernelUnavailable."""
+        """Compile the kernel; raises KernelUnavailable."""
         ...
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
     ) -> mx.array:
-        """Attends; shapes as in the implementations' protocol. Raises KernelUnavailable."""
+        """Compute attention; shapes as in `Implementation.__call__`. Raises KernelUnavailable."""
         ...
 
 
 @runtime_checkable
 class HasVariants(Protocol):
-    """A kernel that can be had in more than one form for the same call: other tiles, another cut of the work."""
+    """A kernel with variants for the same call: other tiles, or another division of the work."""
 
     VARIANTS: Sequence[str]
-    """The names of all, at most 11 characters each."""
+    """Names of all variants, at most 11 characters each."""
 
     def variants(self, workload: Workload) -> Mapping[str, Attend]:
-        """Those that do otherwise than `attend` for a workload; each takes what that takes, and computes the same."""
+        """Return the variants that differ from `attend` for a workload; arguments and results are those of `attend`."""
         ...
 
 
 def kernel_variants() -> Sequence[str]:
-    """The further forms of the kernel for the device that MLX computes on now; some kernels have none."""
+    """Return the names of the kernel's variants on MLX's current device; empty for kernels without variants."""
     kernel = _kernel(current_backend())
     return kernel.VARIANTS if isinstance(kernel, HasVariants) else ()
 
 
 class Poc:
-    """The custom kernel; what it does not take goes to MLX's SDPA, and a softcap to the blocks of `practical`.
+    """The custom kernel; unsupported calls fall back to MLX's SDPA, or to `practical` if they have a softcap.
 
-    The fallback computes in float32 where MLX's unfused path would lose scores in half precision.
+    The fallback computes in float32 if scores would overflow or lose accuracy in MLX's unfused half-precision path.
     """
 
     name = "poc"
 
     def __init__(self, variant: str | None = None) -> None:
-        """Makes the implementations that it falls back to; a variant is one of `kernel_variants()`."""
+        """Create the fallbacks; `variant` is one of `kernel_variants()`."""
         self._variant = variant
         self._sdpa = MlxSdpa()
         self._practical = Practical()
         self._attends: dict[object, tuple[Attend, str] | None] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
-        """The kernel's path where it takes the workload; otherwise what it falls back to, and why.
+        """Return the kernel's route if it supports the workload, otherwise the fallback's, with the reason.
 
-        A variant has none where the kernel does the same without it.
+        A variant that does not change the kernel for this workload is unsupported.
         """
         own = _kernel(device.backend).route(workload, needs)
         if own.supported:
@@ -115,19 +115,19 @@ class Poc:
         return structs.replace(behind, path=path, reason=reason, fallback=True)
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
-        """Whether the kernel takes the workload and has not been compiled on this machine yet."""
+        """Return whether the kernel supports the workload and has not been compiled on this machine yet."""
         kernel = _kernel(device.backend)
         return not kernel.is_built() and kernel.route(workload, NO_NEEDS).supported
 
     def build(self, tell: Callable[[str], None]) -> None:
-        """Compiles the kernel; where that fails, calls fall back and the route says why."""
+        """Compile the kernel; if that fails, calls fall back and the route has the reason."""
         with suppress(KernelUnavailable):
             _kernel(current_backend()).build(tell)
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Attends; shapes as in the protocol."""
+        """Compute attention; shapes as in `Implementation.__call__`."""
 
         def attend(mask: Mask) -> mx.array:
             return self._attend(q, k, v, scale, mask, softcap)
@@ -171,7 +171,7 @@ class Poc:
     def _find_kernel(
         self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
     ) -> tuple[Attend, str] | None:
-        """How the kernel is called for a kind of call, and its path; None where it is not. Looked up once."""
+        """Return the kernel's function and path for a kind of call, cached; None if the kernel does not support it."""
         if len(self._attends) >= MAX_KNOWN_CALLS:
             self._attends.clear()
         kernel = _kernel(current_backend())
@@ -196,7 +196,7 @@ def _sdpa_path(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> str:
 
 
 def _variant_for(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:
-    """A variant of a kernel, where it differs for a workload."""
+    """Return a variant of a kernel, or None if it does not change the kernel for a workload."""
     return kernel.variants(workload).get(variant) if isinstance(kernel, HasVariants) else None
 
 

@@ -1,4 +1,4 @@
-"""MLX's own scaled_dot_product_attention, as it is."""
+"""`mlx`: MLX's own scaled_dot_product_attention."""
 
 from functools import lru_cache
 from typing import Any, cast
@@ -17,19 +17,18 @@ from attention.measure.device import Backend, Device
 
 NO_SOFTCAP = "MLX's SDPA has no softcap"
 FUSED_ROWS = 128
-"""MLX's fused backward pass on CUDA takes a multiple of so many rows."""
+"""MLX's fused backward pass on CUDA requires a multiple of this many rows."""
 MATERIALIZED_MASK = 2.3
-"""Sizes of the scores that MLX makes of a bool mask for its fused kernel on CUDA."""
+"""Memory of a bool mask materialised for MLX's fused kernel on CUDA, as a multiple of the scores' size."""
 
 
 class MlxSdpa:
-    """mx.fast.scaled_dot_product_attention untouched; around it rows that see nothing are set to 0, and an additive
-    mask is given its gradient."""
+    """mx.fast.scaled_dot_product_attention, with fully masked rows set to 0 and a gradient for additive masks."""
 
     name = "mlx"
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
-        """Asks MLX itself, on arrays that are described but never computed."""
+        """Return the route according to MLX itself, queried with arrays that are never computed."""
         if needs.softcap:
             return unsupported(NO_SOFTCAP)
         refusal = why_unfused(workload, device.backend, needs)
@@ -50,7 +49,7 @@ class MlxSdpa:
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Attends; shapes as in the protocol.
+        """Compute attention; shapes as in `Implementation.__call__`.
 
         Raises:
             UnsupportedError: a softcap is given.
@@ -63,10 +62,10 @@ class MlxSdpa:
 def sdpa(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, shifted: bool = False, *, sums_wide: bool = False
 ) -> mx.array:
-    """Calls MLX's SDPA; rows that see nothing are 0, and a mask's gradient is MLX's: on some paths there is none.
+    """Call MLX's SDPA; fully masked rows are 0, and a mask's gradient is MLX's, which some paths lack.
 
     `shifted`: subtract `masks.shift` from an additive mask. `sums_wide`: scores and an additive mask are added in
-    float32, whatever their type.
+    float32, whatever their dtype.
     """
     if mask.array is not None:
         return _with_array(q, k, v, scale, mask, shifted, sums_wide)
@@ -87,9 +86,9 @@ def attend_whole(
     widened: bool,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Calls MLX's SDPA, in float32 if it is to be widened, as `computes_in_float32` says of unfused calls.
+    """Call MLX's SDPA, in float32 if `widened` (see `is_call_widened`).
 
-    A negative scale becomes the query's sign, and 0 becomes a query of zeros: cuDNN gives NaN for both under a mask.
+    A negative scale is replaced by a negated query, and 0 by a query of zeros: cuDNN returns NaN for both with a mask.
     """
     dtype = q.dtype
     if scale <= 0:
@@ -108,7 +107,7 @@ def attend_whole(
 
 
 def _widened_behind(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
-    """MLX's fused SDPA whose gradient is computed in float32: MLX's would be unfused, and overflow in float16."""
+    """Call MLX's fused SDPA with a gradient computed in float32: MLX's own is unfused, and overflows in float16."""
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array, array: list[mx.array]) -> mx.array:
@@ -129,7 +128,7 @@ def _widened_behind(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: M
 
 
 def is_call_widened(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> bool:
-    """Whether a call is to be widened: where MLX has no fused kernel for it, as `computes_in_float32` says."""
+    """Return whether a call computes in float32: if MLX has no fused kernel for it and `computes_in_float32` holds."""
     backend = current_backend()
     if q.dtype != mx.float16:
         return computes_in_float32(masks.dtype_name(q.dtype), backend)
@@ -138,12 +137,12 @@ def is_call_widened(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_unfused(workload: Workload, needs: Needs, backend: Backend) -> bool:
-    """Whether MLX has no fused kernel for a call."""
+    """Return whether MLX has no fused kernel for a call."""
     return why_unfused(workload, backend, needs) is not None
 
 
 def _with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
-    """MLX's SDPA with attention sinks; a row that sees nothing else gives 0 by itself."""
+    """Call MLX's SDPA with attention sinks; rows that attend to the sinks alone give 0 without further measures."""
     lengths = q.shape[2], k.shape[2]
     named = mask.causal and mask.window is None and mask.array is None and not mask.empty_rows(*lengths)
     whole = "causal" if named else mask.materialize(*lengths)
@@ -160,7 +159,7 @@ def _of_mlx(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """MLX's SDPA; on CUDA arrays in a layout that it fails on are copied first."""
+    """Call MLX's SDPA; on CUDA, arrays in a layout that it fails on are copied first."""
     if current_backend() != "cuda" or not mx.cuda.is_available():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
     from attention.kernels.cuda.runtime.layout import laid_out, of_sdpa
@@ -172,7 +171,7 @@ def _of_mlx(
 
 
 def _plain_mask(mask: Mask, seq: int, kv_seq: int) -> mx.array | str | None:
-    """What MLX takes for a mask of positions: "causal" by name, a window as a bool array."""
+    """Return a positional mask as an argument of MLX's SDPA: "causal", a bool array for a window, or None."""
     if mask.window is not None:
         return mask.materialize(seq, kv_seq)
     return "causal" if mask.causal else None
@@ -191,10 +190,10 @@ def _with_array(
 
 
 def fused_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> int:
-    """Peak bytes of a fused call above its inputs: its outputs, and in training the logsumexp and float32 gradients.
+    """Return the peak bytes of a fused call above its inputs: outputs, and in training logsumexp and float32 gradients.
 
-    The float32 gradient of the query and a row sum are what flash backward passes keep beside their outputs. On CUDA a
-    bool mask, a window's too, becomes a number for every score and head: measured, 2.25 times the scores in all.
+    In addition to their outputs, flash backward passes store the float32 gradient of the query and a sum per row. On
+    CUDA a bool mask, including a window's, is expanded to a number per score and head: 2.25 times the scores, measured.
     """
     rows = workload.batch * workload.heads * workload.seq
     mask = workload.seq * workload.kv_seq * 2 if workload.window is not None else 0
@@ -205,15 +204,15 @@ def fused_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -
 
 
 def materializes_mask(workload: Workload, backend: Backend, needs: Needs) -> bool:
-    """Whether a fused call makes a number for every score and head of a mask."""
+    """Return whether a fused call expands its mask to a number per score and head."""
     return backend == "cuda" and (workload.window is not None or needs.array_mask)
 
 
 def why_unfused(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> str | None:
-    """MLX's own reason for having no fused kernel here, or None where it has one; nothing is computed.
+    """Return MLX's own reason for having no fused kernel here, or None if it has one; nothing is computed.
 
-    `force_fused` is the only way to ask. In a training pass the question is put while a gradient is traced,
-    since some backends then decide otherwise.
+    `force_fused` is the only way to query it. For a training pass the call is differentiated, since some backends then
+    decide otherwise.
     """
     dtype = getattr(mx, workload.dtype)
     q = mx.zeros((workload.batch, workload.heads, workload.seq, workload.head_dim), dtype)
@@ -243,6 +242,6 @@ def _mask_of_workload(workload: Workload, needs: Needs) -> mx.array | str | None
 
 
 def _reason(message: str) -> str:
-    """MLX's message without its prefix, as a sentence of ours: "no fused kernel is available in CPU backend"."""
+    """Return MLX's message without its prefix, for example "no fused kernel is available in CPU backend"."""
     text = message.split("] ", 1)[-1].strip().rstrip(".")
     return text.removeprefix("force_fused=True but ")

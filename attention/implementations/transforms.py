@@ -1,11 +1,11 @@
-"""The gradient of an additive mask, for implementations whose kernels have none.
+"""The gradient of an additive mask, for implementations whose kernels do not compute it; and a vmap rule.
 
 The mask is added after the softcap, so that its gradient is that of the masked scores,
 
     dMask = P * (dP - rowsum(P * dP)),    dP = dO V^T,
 
-summed over the axes along which the mask is broadcast. It is computed in slabs of rows in float32, from scratch, and as
-MLX is lazy only where somebody takes it.
+summed over the axes along which the mask is broadcast. It is computed from scratch in float32, in slabs of rows;
+since MLX is lazy, an unused gradient costs nothing.
 """
 
 from collections.abc import Callable
@@ -90,9 +90,9 @@ def _at(x: mx.array, axis: int | None, index: int) -> mx.array:
 
 
 SLAB_BYTES: Final = 32 * MIB
-"""Working memory of a slab of rows, which has all keys: at least one row's."""
+"""Working memory of a slab of rows with all keys; a slab has at least one row."""
 SLAB_ARRAYS: Final = 8
-"""Arrays of the size of its scores that a slab holds at once."""
+"""Number of score-sized arrays of a slab alive at once."""
 Arrays = list[mx.array]
 
 
@@ -108,18 +108,18 @@ def with_mask_gradient(
     sinks: mx.array | None = None,
     budget_bytes: int = SLAB_BYTES,
 ) -> mx.array:
-    """Attends, and gives the mask its gradient if it is an additive array.
+    """Compute attention; an additive mask gets its gradient.
 
     Args:
-        attend: attends with q, k and v under a mask; what it does about a gradient of the mask is ignored.
+        attend: computes attention of q, k and v with a mask; its own gradient of the mask is ignored.
         q: query (B, H, Lq, D).
         k: key (B, Hkv, Lk, D).
         v: value (B, Hkv, Lk, Dv).
         scale: factor of the scores.
-        mask: what each query may see.
-        softcap: of the scores, before the mask.
-        sinks: (H,): scores that join the softmax of every row of a head, without a value.
-        budget_bytes: working memory of the gradient; a row with all its keys is the least.
+        mask: the keys each query attends to.
+        softcap: bound of the scores, applied before the mask.
+        sinks: (H,), an extra logit per head in the softmax of every row, without a value.
+        budget_bytes: working memory of the gradient; exceeded if a single row with all its keys needs more.
     """
     if mask.array is None or mask.array.dtype == mx.bool_:
         return attend(mask)
@@ -134,7 +134,7 @@ def with_mask_gradient(
 
 
 def _node(call: BlockwiseParams) -> Callable[..., mx.array]:
-    """Returns a function that returns its first argument, and gives the mask among the others its gradient."""
+    """Return a function that returns its first argument, and whose gradient of the mask argument is `mask_gradient`."""
 
     @mx.custom_function
     def pass_on(out: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> mx.array:
@@ -164,7 +164,7 @@ def mask_gradient(
     call: BlockwiseParams,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """The gradient of the array of the call's mask, which is 4-D and additive, in its shape and type."""
+    """Return the gradient of the call's mask, a 4-D additive array, in the mask's shape and dtype."""
     array = call.mask.array
     assert array is not None
     lengths = q.shape[2], k.shape[2]
@@ -199,7 +199,7 @@ def mask_gradient(
 
 
 def _softmax(scores: mx.array, call: BlockwiseParams, sinks: mx.array | None) -> mx.array:
-    """Of scores; 0 in rows that see nothing."""
+    """Return the softmax of scores; 0 in fully masked rows."""
     top = scores.max(axis=-1, keepdims=True)
     top = top if sinks is None else mx.maximum(top, sinks)
     top = mx.where(top == -mx.inf, 0.0, top)

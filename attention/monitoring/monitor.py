@@ -247,7 +247,7 @@ class Monitor:
         )
         watched = partial(scratch._on_mlx_call, lambda q, k, v, **more: q)
 
-        def call(*arrays: mx.array, **more: Any) -> mx.array:  # as a seam does
+        def call(*arrays: mx.array, **more: Any) -> mx.array:  # as a patch point does
             return watched(*arrays, **more)
 
         return call_cost_s(call, array)
@@ -290,7 +290,7 @@ class Monitor:
 
 
 def _route(by: str | Implementation, workload: Workload, device: Device, needs: Needs) -> Route | None:
-    before, _thread.in_call = _thread.in_call, True  # asking calls MLX's function too
+    before, _thread.in_call = _thread.in_call, True  # computing a route calls MLX's function too
     try:
         return (load_implementation(by) if isinstance(by, str) else by).route(workload, device, needs)
     except (RuntimeError, ValueError):

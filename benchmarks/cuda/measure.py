@@ -1,7 +1,7 @@
 """Benchmarks against MLX's SDPA and PyTorch's cuDNN, on a GPU: `python -m benchmarks.cuda.measure PART`.
 
 Parts: small, decode, training, prefill, dims; `--json PATH` writes the timings. Method: see timing.py. Each part ends
-with its target figures and whether they are met. Profiler counters: see profile.py.
+with its target figures and whether they are met. Profiler counters: see profiling.py.
 """
 
 import functools

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final, NoReturn, TextIO
 
-from fatui import __version__  # nothing of the engine: --help is to be there at once
+from fatui import __version__  # no imports of the engine here: --help must not wait for them
 from fatui.cli.messages import DONE, FAILED, INTERRUPTED, NO_BACKEND, WRONG_USAGE, print_line
 
 COMMANDS: Final = {

@@ -1,4 +1,4 @@
-"""How large the blocks of a blockwise attention may be: pure arithmetic."""
+"""Tile sizes of blockwise attention, from a memory budget: pure arithmetic."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -11,26 +11,26 @@ from attention.masks import Mask
 MIB: Final = 1 << 20
 DEFAULT_BUDGET_BYTES: Final = 256 * MIB
 ROWS: Final = 256
-"""Query rows a block has before it takes more heads: enough for a matrix product to run at its full rate."""
+"""Rows of a block before it grows to more heads: enough for matrix products at full rate."""
 MIN_ROWS: Final = 32
 MIN_KEYS: Final = 256
 MAX_TINY_TILES: Final = 1024
 TINY_BYTES: Final = 4 * MIB
-"""A budget of less is exceeded where it would give more tiles than that."""
+"""A budget below this is exceeded if it would give more than MAX_TINY_TILES tiles."""
 GRAPH_BYTES: Final = 64 * 1024
-"""Memory of the hundred nodes of a traced tile, measured, before mx.compile takes three times as much."""
+"""Measured memory of the hundred nodes of a traced tile; mx.compile needs three times as much."""
 MAX_GRAPH_BYTES: Final = 256 * MIB
-"""A graph of more is as large as a tile at most."""
+"""A graph larger than this is at most as large as a tile."""
 MAX_FLAT_TILES: Final = 512
-"""More tiles than that are made as square as they may be: the same scores then need fewer keys and rows."""
+"""Above this number, tiles are made as square as possible: the same scores then need fewer keys and rows."""
 SAMPLED_ROWS: Final = 16
-"""Blocks of rows of which the tiles are counted, evenly spaced."""
+"""Number of evenly spaced row blocks whose tiles are counted."""
 SUMS_SHARE: Final = 0.25
-"""Share of the budget that a backward pass may spend on sums of dQ, which save it a second look at every tile."""
+"""Share of the budget that a backward pass may spend on sums of dQ, which avoid a second pass over the tiles."""
 
 
 class ProblemSize(Struct, frozen=True, kw_only=True):
-    """One call, as far as block sizes depend on it."""
+    """The properties of a call that block sizes depend on."""
 
     batch: int
     kv_heads: int
@@ -41,10 +41,10 @@ class ProblemSize(Struct, frozen=True, kw_only=True):
     head_dim: int
     value_dim: int
     score_bytes: int
-    """Bytes alive for each score of a block: how many score-sized arrays a tile holds, times their items' size."""
+    """Peak bytes per score of a block: the number of score-sized arrays in a tile, times their item size."""
     causal: bool = False
     window: int | None = None
-    """Keys that a row sees at most, where a mask says so."""
+    """Maximum number of keys that a row attends to; None without a window."""
     training: bool = False
 
 
@@ -56,20 +56,19 @@ class Blocks(Struct, frozen=True, kw_only=True):
     rows: int
     keys: int
     sums_queries: bool = False
-    """Whether a backward pass keeps float32 sums of the tile's whole dQ, so that it looks at each tile once."""
+    """Whether a backward pass keeps float32 sums of the tile's whole dQ, so that it computes each tile once."""
 
 
 def choose_blocks(shape: ProblemSize, budget_bytes: int, comfort_bytes: int | None = None) -> Blocks:
-    """Picks a tile whose working memory fits the budget.
+    """Choose a tile whose working memory fits the budget.
 
-    First one key head with all keys: then no row needs a second look. Where that is too much, rows and keys are halved,
-    rows not below what a matrix product likes while there are keys to halve. Then the tile takes in more heads,
-    more sequences and more rows while it stays within comfort, which is the budget unless given: on a CPU a tile gains
-    nothing from outgrowing the caches.
-    Where that would give hundreds of tiles, they are as square as they may be.
-    A tile never gets smaller than one row and one key, so a budget below `tile_bytes` of that cannot be kept. Nor can
-    one that would give too many tiles (`is_affordable`): their graph would take more memory than they do, and minutes
-    to trace and compile. The budget is then exceeded by as little as helps; memory grows with the root of the scores.
+    The first candidate is one key head with all keys, which needs no second pass. If it is too large, rows and keys are
+    halved; rows stay at MIN_ROWS or more while there are keys to halve. Then the tile grows to more heads, sequences
+    and rows, up to `comfort_bytes` (by default the budget): on a CPU a tile gains nothing from outgrowing the caches.
+    If there would be hundreds of tiles, they are made as square as possible.
+    A tile has at least one row and one key, so a budget below its `tile_bytes` is exceeded. So is one that would give
+    too many tiles (`is_affordable`): their graph would need more memory than the tiles, and minutes to trace and
+    compile. The budget is then exceeded by as little as possible; memory grows with the square root of the scores.
     """
     allowed, comfort = budget_bytes, budget_bytes if comfort_bytes is None else min(comfort_bytes, budget_bytes)
     while True:
@@ -81,19 +80,19 @@ def choose_blocks(shape: ProblemSize, budget_bytes: int, comfort_bytes: int | No
 
 
 def is_affordable(tiles: int, budget_bytes: int) -> bool:
-    """Whether so many tiles may be in one graph, within a budget for each."""
+    """Return whether one graph may have this number of tiles, each within the budget."""
     if tiles <= MAX_TINY_TILES:
         return True
     return budget_bytes >= TINY_BYTES and tiles * GRAPH_BYTES <= max(budget_bytes, MAX_GRAPH_BYTES)
 
 
 def raised(budget_bytes: int) -> int:
-    """The next larger budget to try."""
+    """Return the next larger budget to try."""
     return min(2 * budget_bytes, TINY_BYTES) if budget_bytes < TINY_BYTES else budget_bytes + budget_bytes // 4
 
 
 def _fitting(shape: ProblemSize, budget_bytes: int, comfort_bytes: int) -> Blocks:
-    """A tile for a budget, however many it takes."""
+    """Return a tile for a budget, whatever the number of tiles."""
     blocks = Blocks(batches=1, kv_heads=1, rows=min(shape.seq, ROWS), keys=shape.kv_seq)
     blocks = _shrink(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
     if shape.training and blocks.keys < shape.kv_seq and query_sum_bytes(shape, blocks) <= SUMS_SHARE * budget_bytes:
@@ -108,7 +107,7 @@ def _fitting(shape: ProblemSize, budget_bytes: int, comfort_bytes: int) -> Block
 
 
 def _square(shape: ProblemSize, budget_bytes: int) -> Iterator[Blocks]:
-    """Tiles of one key head, of any number of rows by doubling and as many keys as fit."""
+    """Yield tiles of one key head, with the number of rows doubled each time and as many keys as fit."""
     rows = min(shape.seq, MIN_ROWS)
     while True:
         for sums in (False, True) if shape.training else (False,):
@@ -126,7 +125,7 @@ def _square(shape: ProblemSize, budget_bytes: int) -> Iterator[Blocks]:
 
 
 def visible_tiles(shape: ProblemSize, blocks: Blocks) -> int:
-    """About how many tiles are computed: those that a mask hides are left out, a second pass for dQ counts."""
+    """Return the approximate number of tiles computed: without fully masked ones, with a second pass for dQ."""
     mask = Mask(causal=shape.causal, window=shape.window)
     runs = range(mask.empty_rows(shape.seq, shape.kv_seq) // blocks.rows, -(-shape.seq // blocks.rows))
     step = -(-len(runs) // SAMPLED_ROWS)
@@ -141,31 +140,31 @@ def visible_tiles(shape: ProblemSize, blocks: Blocks) -> int:
 
 
 def tile_bytes(shape: ProblemSize, blocks: Blocks) -> int:
-    """Working memory of one tile: its scores, its slices of the inputs in float32, and what it sums up.
+    """Return the working memory of one tile: scores, float32 slices of the inputs, and sums.
 
     How many slices are alive at once is measured: MLX allocates a few operations ahead of the one that runs.
     """
     width = 4 * (shape.head_dim + shape.value_dim)
     rows, seen = shape.group * blocks.rows, visible_keys(shape, blocks)
     # forward: K, its transpose and V; backward: those, V's transpose, dK and dV summed over all keys of the block, and
-    # the four slices of a query-side array; both: a few finished blocks that wait to be written
+    # the four slices of a query-side array; both: a few finished blocks not yet written
     sides = 4 * seen + 12 * blocks.keys + 14 * rows if shape.training else 4 * seen + 6 * rows
     scratch = blocks.batches * blocks.kv_heads * (rows * seen * shape.score_bytes + sides * width)
     return scratch + (query_sum_bytes(shape, blocks) if blocks.sums_queries else 0)
 
 
 def query_sum_bytes(shape: ProblemSize, blocks: Blocks) -> int:
-    """The float32 sums of dQ for all rows of a tile's heads."""
+    """Return the bytes of the float32 sums of dQ for all rows of a tile's heads."""
     return blocks.batches * blocks.kv_heads * shape.group * shape.seq * shape.head_dim * 4
 
 
 def visible_keys(shape: ProblemSize, blocks: Blocks) -> int:
-    """The keys of a tile that its rows may see at most."""
+    """Return the maximum number of keys of a tile that its rows attend to."""
     return blocks.keys if shape.window is None else min(blocks.keys, blocks.rows + shape.window - 1)
 
 
 def _shrink(blocks: Blocks, fits: Callable[[Blocks], bool]) -> Blocks:
-    """Halves rows to what is still efficient, then keys likewise, then whichever there is more of, until it fits."""
+    """Halve rows down to MIN_ROWS, then keys down to MIN_KEYS, then the larger of the two, until the tile fits."""
     while not fits(blocks) and (blocks.rows > 1 or blocks.keys > 1):
         halve_rows = blocks.rows > MIN_ROWS or (blocks.keys <= MIN_KEYS and blocks.rows >= blocks.keys)
         axis = "rows" if halve_rows or blocks.keys == 1 else "keys"
@@ -174,7 +173,7 @@ def _shrink(blocks: Blocks, fits: Callable[[Blocks], bool]) -> Blocks:
 
 
 def _grow(blocks: Blocks, axis: str, whole: int, fits: Callable[[Blocks], bool]) -> Blocks:
-    """Doubles one axis while the tile fits, up to the whole of it."""
+    """Double one axis while the tile fits, up to `whole`."""
     while getattr(blocks, axis) < whole:
         larger = structs.replace(blocks, **{axis: min(whole, 2 * getattr(blocks, axis))})
         if not fits(larger):

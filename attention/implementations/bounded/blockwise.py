@@ -5,14 +5,14 @@ A tile is some sequences x some key heads (with all query heads that share them)
                keys ->
         rows   [ tile ][ tile ]......       each row of tiles keeps a running maximum m, a running sum l
           |    [ tile ][ tile ][ tile ]     and an output that is rescaled whenever m grows
-          v    ....... what a mask rules out is never computed
+          v    ....... fully masked tiles are never computed
 
-The softmax is that of Milakov and Gimelshein (arXiv:1805.02867), the tiling that of FlashAttention 2
-(arXiv:2307.08691). The backward pass recomputes each tile from the statistics of its rows: the maximum and the
-logarithm of the sum, which stay apart, since near a maximum of 1e9 float32 has no room for the other.
+The online softmax follows Milakov and Gimelshein (arXiv:1805.02867), the tiling FlashAttention 2 (arXiv:2307.08691).
+The backward pass recomputes each tile from the statistics of its rows: the maximum and the logarithm of the sum. They
+are stored separately, because next to a maximum of 1e9 the logarithm is below float32's resolution.
 
-A `Chain` makes each tile wait for the one before it, and `TileWriter` puts each block into the output as soon as it is
-done.
+A `Chain` makes each tile wait for the previous one, and `TileWriter` writes each block into the output as soon as it is
+computed.
 """
 
 import math
@@ -37,12 +37,12 @@ Arithmetic = Literal["exact", "native", "wide", "wide float32"]
 
 
 class BlockwiseParams(Struct, frozen=True, eq=False):
-    """Everything about a call but its arrays.
+    """Parameters of a call other than its arrays.
 
     `arithmetic` "exact" computes in float32, where MLX's CPU backend is faster: it emulates half precision. "native"
     multiplies matrices in the inputs' type. On CUDA "wide" multiplies matrices in float32 for inputs in half precision:
-    TF32 rounds no product of two of these, and scores stay float32. "wide float32" is for float32 inputs there, which
-    TF32 would round: see `exact_product`.
+    TF32 represents these exactly, and scores stay float32. "wide float32" is for float32 inputs on CUDA, which TF32
+    would round: see `exact_product`.
     """
 
     scale: float
@@ -51,22 +51,22 @@ class BlockwiseParams(Struct, frozen=True, eq=False):
     blocks: Blocks
     arithmetic: Arithmetic
     fence: Fence = no_fence
-    """How tiles follow each other."""
+    """Ordering of successive tiles."""
     shifted: bool = False
     """Whether to subtract `masks.shift` from the rows of an additive mask, as for inputs in half precision."""
 
     @property
     def factor(self) -> float:
-        """What the product of a query and a key is multiplied with."""
+        """Factor of the product of a query and a key."""
         if self.softcap is None:
             return self.scale
         return max(-MAX_CAPPED_FACTOR, min(MAX_CAPPED_FACTOR, self.scale / self.softcap))
 
     @property
     def factors(self) -> tuple[float, float]:
-        """The factor as one of the query and one of the product.
+        """The factor, split into one of the query and one of the product.
 
-        The former is a power of 2 if matrices are wide: it adds no bits to a number in half precision.
+        With "wide" arithmetic the query's factor is a power of 2, which adds no bits to a half-precision number.
         """
         if not self.arithmetic.startswith("wide"):
             return self.factor, 1.0
@@ -74,50 +74,51 @@ class BlockwiseParams(Struct, frozen=True, eq=False):
         return math.ldexp(1.0, exponent), mantissa
 
     def exp(self, exponent: mx.array) -> mx.array:
-        """e to the power of a difference of scores; 0 for -inf.
+        """Return e to the power of a difference of scores; 0 for -inf.
 
-        MLX's exp is slow on the CPU. The factor of the base 2 comes last: in the query it would round every score.
+        MLX's exp is slow on the CPU, so a power of 2 is used there. The factor log2(e) is applied last: in the query it
+        would round every score.
         """
         if self.arithmetic != "exact":
             return mx.exp(exponent)
         return mx.power(number(2.0, exponent), scaled(exponent, LOG2E))
 
     def operand(self, x: mx.array) -> mx.array:
-        """An array in the type that matrices are multiplied in."""
+        """Convert an array to the dtype of matrix products."""
         return x if self.arithmetic == "native" else x.astype(mx.float32)
 
     def in_sum_type(self, x: mx.array) -> mx.array:
-        """A query, key or value in the type that sums over many products are computed in.
+        """Convert a query, key or value to the dtype of sums over many products.
 
-        In float16 scores, and sums of values before they are divided, overflow from 65,520.
+        In float16, scores and unnormalised sums of values overflow from 65,520.
         """
         return x.astype(mx.float32) if x.dtype == mx.float16 else self.operand(x)
 
     def transposed(self, x: mx.array) -> mx.array:
-        """The last two axes swapped, for the right side of a product."""
+        """Swap the last two axes, for the right side of a product."""
         x = x.swapaxes(-1, -2)
-        # The reference BLAS takes dot products of rows at half the rate of sums of columns.
+        # The reference BLAS computes dot products of rows at half the rate of sums of columns.
         return mx.contiguous(x) if self.arithmetic == "exact" else x
 
     def product(self, a: mx.array, b: mx.array) -> mx.array:
-        """The matrix product of two arrays in the type that matrices are multiplied in."""
+        """Return the matrix product of two operands."""
         return exact_product(a, b) if self.arithmetic == "wide float32" else a @ b
 
     def row_products(self, a: mx.array, b: mx.array) -> mx.array:
-        """The dot product of each row of one array with that of another, summed in the order that `product` sums in."""
+        """Return the dot products of corresponding rows, summed in the same order as by `product`."""
         if self.arithmetic == "wide float32":
             return exact_product(a[..., None, :], b[..., None])[..., 0]
         return (a * b).sum(axis=-1, keepdims=True)
 
     def scores(self, query: mx.array, transposed: mx.array) -> mx.array:
-        """The product of a query and transposed keys, times the factor."""
+        """Return the product of a query and transposed keys, times the factor."""
         of_query, of_product = self.factors
         product = self.product(scaled(query, of_query), transposed)
         return product if of_product == 1.0 else scaled(product, of_product)
 
 
 def arithmetic_of(dtype: mx.Dtype, backend: Backend) -> Arithmetic:
-    """How blocks compute with inputs of a type."""
+    """Return the arithmetic of blocks for inputs of a dtype."""
     if backend != "cuda":
         return "exact" if backend == "cpu" else "native"
     return "wide float32" if in_tf32(masks.dtype_name(dtype), backend) else "wide"
@@ -131,22 +132,22 @@ class HeadGroup(Struct, frozen=True):
     group: int
 
     def keys(self, x: mx.array, keys: range) -> mx.array:
-        """Cuts keys or values: (batches, kv_heads, len(keys), width)."""
+        """Slice keys or values: (batches, kv_heads, len(keys), width)."""
         return x[as_slice(self.batches), as_slice(self.kv_heads), as_slice(keys)]
 
     def place(self, rows: range) -> tuple[slice, slice, slice]:
-        """Where a block of rows stands in a query-side array."""
+        """Return the slices of a block of rows in a query-side array."""
         return as_slice(self.batches), self.heads, as_slice(rows)
 
     def rows(self, x: mx.array, rows: range) -> mx.array:
-        """Cuts a query-side array; heads that share a key head stand one below the other in one long matrix."""
+        """Slice a query-side array; heads that share a key head are stacked into one long matrix."""
         x = x[as_slice(self.batches), self.heads, as_slice(rows)]
         return x.reshape(len(self.batches), len(self.kv_heads), self.group * len(rows), x.shape[-1])
 
     def sinks(self, sinks: mx.array, rows: int, shift: mx.array | None) -> mx.array:
-        """Sinks minus the rows' shift, stacked as `rows` stacks heads.
+        """Return the sinks minus the rows' shift, with heads stacked as by `rows`.
 
-        In float32, (1 or batches, kv_heads, group x rows, 1).
+        Shape (1 or batches, kv_heads, group x rows, 1), in float32.
         """
         mine = sinks[self.heads].astype(mx.float32)[None, :, None, None]
         mine = mine if shift is None else mine - shift
@@ -154,7 +155,7 @@ class HeadGroup(Struct, frozen=True):
         return whole.reshape(mine.shape[0], len(self.kv_heads), -1, 1)
 
     def split(self, x: mx.array, rows: int) -> mx.array:
-        """Undoes the stacking of `rows`: (batches, heads, rows, width)."""
+        """Undo the stacking of `rows`: (batches, heads, rows, width)."""
         return x.reshape(len(self.batches), len(self.kv_heads) * self.group, rows, x.shape[-1])
 
     @property
@@ -169,30 +170,30 @@ class OnlineSoftmax(Struct):
     row_max: mx.array
     row_sum: mx.array
     output: mx.array | None
-    """None where values are left out."""
+    """None if only the statistics are computed."""
 
     @property
     def arrays(self) -> list[mx.array]:
-        """What the next tile has to wait for."""
+        """Arrays that the next tile waits for."""
         return [self.row_sum] if self.output is None else [self.output, self.row_sum]
 
 
 def forward(
     q: mx.array, k: KeyOrValue, v: KeyOrValue, call: BlockwiseParams, sinks: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Attends.
+    """Compute attention in blocks.
 
     Args:
         q: query (B, H, Lq, D).
-        k: key (B, Hkv, Lk, D), plain or packed.
-        v: value (B, Hkv, Lk, Dv), likewise.
-        call: the rest.
-        sinks: (H,): for each head a score that joins the softmax of every row, without a value.
+        k: key (B, Hkv, Lk, D), possibly quantized.
+        v: value (B, Hkv, Lk, Dv), possibly quantized.
+        call: parameters of the call.
+        sinks: (H,), an extra logit per head in the softmax of every row, without a value.
 
     Returns:
         The output (B, H, Lq, Dv) in the query's type; and the statistics of each row, (B, H, Lq, 2) in float32: the
-        maximum of its scores, less the row's shift, and the logarithm of the sum of its weights; +inf and 0 for rows
-        that see nothing.
+        maximum of its scores, less the row's shift, and the logarithm of the sum of its weights; +inf and 0 for fully
+        masked rows.
     """
     chain = Chain()
     output = TileWriter(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
@@ -201,7 +202,7 @@ def forward(
         for rows in blocks_of(q.shape[2], call.blocks.rows):
             state = _row_block(q, k, v, call, heads, rows, sinks, chain)
             if state is None:
-                continue  # the mask rules out every key
+                continue  # fully masked rows
             tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
             parts = [heads.split(part, len(rows)) for part in (_normalized_output(state), _row_statistics(state))]
             written = [
@@ -214,7 +215,7 @@ def forward(
 
 
 def row_statistics(q: mx.array, k: mx.array, call: BlockwiseParams, sinks: mx.array | None = None) -> mx.array:
-    """The statistics of each row alone, as `forward` returns them."""
+    """Return the row statistics of `forward` without computing the output."""
     chain = Chain()
     statistics = _statistics(q, chain)
     for heads in head_groups(q, k, call.blocks):
@@ -228,12 +229,12 @@ def row_statistics(q: mx.array, k: mx.array, call: BlockwiseParams, sinks: mx.ar
 
 
 def _statistics(q: mx.array, chain: Chain) -> TileWriter:
-    """Of rows that see nothing, to be written over."""
+    """Return the statistics of fully masked rows, to be overwritten."""
     return TileWriter(mx.broadcast_to(mx.array([mx.inf, 0.0]), (*q.shape[:3], 2)), chain)
 
 
 def head_groups(q: mx.array, k: KeyOrValue, blocks: Blocks) -> Iterator[HeadGroup]:
-    """The sequences and heads of each run of tiles."""
+    """Yield the sequences and heads of each run of tiles."""
     group = q.shape[1] // k.shape[1]
     for batches in blocks_of(q.shape[0], blocks.batches):
         for kv_heads in blocks_of(k.shape[1], blocks.kv_heads):
@@ -241,12 +242,12 @@ def head_groups(q: mx.array, k: KeyOrValue, blocks: Blocks) -> Iterator[HeadGrou
 
 
 def blocks_of(length: int, size: int) -> Iterator[range]:
-    """Cuts 0..length into runs of `size`, the last one shorter."""
+    """Split range(length) into ranges of `size`; the last one may be shorter."""
     return (range(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def key_blocks(call: BlockwiseParams, rows: range, seq: int, kv_seq: int) -> Iterator[range]:
-    """The blocks of keys that some of the rows may see."""
+    """Return the blocks of keys visible to any of the rows."""
     seen = call.mask.visible_keys(rows, seq, kv_seq)
     return (range(seen.start + b.start, seen.start + b.stop) for b in blocks_of(len(seen), call.blocks.keys))
 
@@ -285,12 +286,12 @@ def _product(query: mx.array, key: KeyOrValue, call: BlockwiseParams) -> mx.arra
 
 
 def _arrays(x: KeyOrValue) -> list[mx.array]:
-    """The arrays that keys or values are made of."""
+    """Return the arrays that store keys or values."""
     return list(x.arrays) if isinstance(x, QuantizedArray) else [x]
 
 
 def _operand_of_tile(x: KeyOrValue, arrays: list[mx.array], query: mx.array) -> KeyOrValue:
-    """The same put together again; unpacked where there are enough queries to pay for it."""
+    """Reassemble a slice of keys or values; dequantize it if there are enough queries to pay for it."""
     if not isinstance(x, QuantizedArray):
         return arrays[0]
     packed = x.with_parts(*arrays)
@@ -298,38 +299,38 @@ def _operand_of_tile(x: KeyOrValue, arrays: list[mx.array], query: mx.array) -> 
 
 
 def _state_of_sinks(sinks: mx.array, scores: mx.array, width: int | None) -> OnlineSoftmax:
-    """A softmax that has seen the sinks alone."""
+    """Return the initial softmax state, which contains only the attention sinks."""
     top = mx.broadcast_to(sinks, (*scores.shape[:-1], 1))
     output = None if width is None else mx.zeros((*scores.shape[:-1], width))
     return OnlineSoftmax(top, mx.ones_like(top), output)
 
 
 def _normalized_output(state: OnlineSoftmax) -> mx.array:
-    """The output of a block of rows."""
+    """Return the output of a block of rows."""
     assert state.output is not None
     return state.output / _without_zeros(state.row_sum)
 
 
 def _row_statistics(state: OnlineSoftmax) -> mx.array:
-    """The statistics of a block of rows."""
+    """Return the statistics of a block of rows."""
     top = mx.where(state.row_sum == number(0.0, state.row_sum), number(mx.inf, state.row_max), state.row_max)
     return mx.concatenate([top, mx.log(_without_zeros(state.row_sum))], axis=-1)
 
 
 def _without_zeros(total: mx.array) -> mx.array:
-    """Sums of weights; 1 for rows that see nothing."""
+    """Replace zero sums of weights, those of fully masked rows, by 1."""
     return mx.where(total == number(0.0, total), number(1.0, total), total)
 
 
 def _accumulate(
     state: OnlineSoftmax | None, scores: mx.array, value: KeyOrValue | None, call: BlockwiseParams
 ) -> OnlineSoftmax:
-    """Takes one more block of keys into the running softmax."""
+    """Add one block of keys to the running softmax."""
     scores = scores.astype(mx.float32)
     top = scores.max(axis=-1, keepdims=True)
     if state is not None:
         top = mx.maximum(top, state.row_max)
-    # The maximum of a row that has seen nothing yet is -inf: any other stand-in could lie above all of its scores.
+    # A row without a visible key so far has maximum -inf: any finite initial value could exceed all of its scores.
     finite = mx.where(top == number(-mx.inf, top), number(0.0, top), top)
     weights = call.exp(scores - finite)
     total = weights.sum(axis=-1, keepdims=True)
@@ -343,14 +344,14 @@ def _accumulate(
 
 
 def _weighted_sum(weights: mx.array, value: KeyOrValue, call: BlockwiseParams) -> mx.array:
-    """The sum of values by weight, in float32."""
+    """Return the weighted sum of values, in float32."""
     if isinstance(value, QuantizedArray):
         return value.matmul(weights, False)
     return call.product(weights.astype(value.dtype), value).astype(mx.float32)
 
 
 def exact_product(a: mx.array, b: mx.array) -> mx.array:
-    """The product of two float32 matrices in float32, where MLX's own would be in TF32.
+    """Return the product of two float32 matrices in float32, not in TF32 as by MLX's own product.
 
     On CUDA MLX rounds float32 to TF32 in products of two matrices, but not in those of a matrix and a vector. So each
     row of `a` is a vector, and the columns of `b` are the matrix's rows: slower, but not off by 1e-3.
@@ -367,9 +368,9 @@ def tile_scores(
     lengths: tuple[int, int],
     shift: mx.array | None,
 ) -> tuple[mx.array, mx.array | None]:
-    """The masked scores of one tile minus `row_shift`; and tanh of the capped ones, for the gradient.
+    """Return the masked scores of one tile minus `row_shift`, and with a softcap the tanh, for the gradient.
 
-    The product is that of the keys and the query times `call.factor`.
+    `product` is the product of query and keys, times `call.factor`.
     """
     if call.softcap is None:
         return _masked(product, call, heads, rows, keys, lengths, shift), None
@@ -378,9 +379,9 @@ def tile_scores(
 
 
 def row_shift(call: BlockwiseParams, heads: HeadGroup, rows: range, lengths: tuple[int, int]) -> mx.array | None:
-    """Return `masks.shift` of some rows over all keys that they may see, or None.
+    """Return `masks.shift` of some rows over all keys visible to them, or None.
 
-    In the mask's type, (batches or 1, heads or 1, rows or 1, 1).
+    Shape (batches or 1, heads or 1, rows or 1, 1), in the mask's dtype.
     """
     array = call.mask.array
     if array is None or not call.shifted or not masks.has_shift(array):
@@ -425,18 +426,18 @@ def _mask_tile(
 
 
 def number(value: float, like: mx.array) -> mx.array:
-    """A number in an array's type, of one axis.
+    """Return a number in the dtype of `like`, as an array with one axis.
 
-    mx.compile merges equal numbers that have none, and all that is made of them: in time quadratic in their uses.
+    mx.compile merges equal arrays without axes, and everything computed from them, in time quadratic in their uses.
     """
     return mx.array([value], like.dtype)
 
 
 def scaled(x: mx.array, factor: float) -> mx.array:
-    """An array times a number, in its type."""
+    """Return an array times a number, in the array's dtype."""
     return x * number(factor, x)
 
 
 def as_slice(run: range) -> slice:
-    """The slice of a run."""
+    """Return a range as a slice."""
     return slice(run.start, run.stop)

@@ -5,8 +5,8 @@ With P the probabilities of a tile, FlashAttention 2's equations:
     dP = dO V^T    dS = P * (dP - rowsum(dO * O) + dL)
     dV += P^T dO    dQ += scale dS K    dK += scale dS^T Q
 
-with dL the gradient of a row's logsumexp, which a derivative of this backward pass asks for. A sink's gradient is that
-of a score whose value is 0: dsink = -sum(P_sink * (rowsum(dO * O) - dL)).
+where dL is the gradient of a row's logsumexp, needed for derivatives of this backward pass. The gradient of a sink is
+that of a score whose value vector is 0: dsink = -sum(P_sink * (rowsum(dO * O) - dL)).
 """
 
 from collections.abc import Callable, Sequence
@@ -35,14 +35,14 @@ from attention.implementations.transforms import vmap_rule
 
 
 class SavedForBackward(Struct, frozen=True):
-    """What the backward pass reads, all as (B, H or Hkv, length, width)."""
+    """Inputs of the backward pass, all (B, H or Hkv, length, width)."""
 
     q: mx.array
     k: mx.array
     v: mx.array
     output: mx.array
     statistics: mx.array
-    """Of each row, as the forward pass returns them."""
+    """Row statistics as returned by the forward pass."""
     cotangent: mx.array
     statistics_cotangent: mx.array | None = None
     """The gradient of the statistics, or None for zeros."""
@@ -54,7 +54,7 @@ class SavedForBackward(Struct, frozen=True):
 
 
 class GradientSums(Struct):
-    """What the tiles add up to."""
+    """Accumulators of the gradients."""
 
     d_query: TileWriter
     d_key: TileWriter
@@ -62,7 +62,7 @@ class GradientSums(Struct):
 
 
 class RowBlock(Struct, frozen=True):
-    """One block of rows: what every tile of it needs."""
+    """Operands of one block of rows, shared by its tiles."""
 
     rows: range
     query: mx.array
@@ -71,13 +71,13 @@ class RowBlock(Struct, frozen=True):
     delta: mx.array
     """rowsum(dO * O) - dL, float32."""
     of_logsumexp: mx.array | None
-    """dL, if it is given."""
+    """dL, or None for zeros."""
     shift: mx.array | None
-    """Of `row_shift`."""
+    """Result of `row_shift`."""
 
 
 class KeyBlock(Struct, frozen=True):
-    """One block of keys: what every tile of it needs."""
+    """Operands of one block of keys, shared by its tiles."""
 
     keys: range
     key: mx.array
@@ -86,10 +86,10 @@ class KeyBlock(Struct, frozen=True):
 
 
 def gradients(saved: SavedForBackward, call: BlockwiseParams) -> list[mx.array]:
-    """Returns dQ, dK and dV in the types of query, key and value.
+    """Return dQ, dK and dV in the dtypes of query, key and value.
 
-    One look at each tile gives all three where the float32 sums of dQ have room, or where a tile holds all keys and
-    dQ needs no sum. Otherwise dQ, and dK with dV, are summed in two passes of their own.
+    Each tile is computed once for all three if the float32 sums of dQ fit, or if a tile contains all keys and dQ needs
+    no sum. Otherwise there are two passes over the tiles: one for dK and dV, one for dQ.
     """
     chain = Chain()
     sums = GradientSums(*(TileWriter(mx.zeros_like(x), chain) for x in (saved.q, saved.k, saved.v)))
@@ -104,7 +104,7 @@ def gradients(saved: SavedForBackward, call: BlockwiseParams) -> list[mx.array]:
 
 
 def sink_gradient(saved: SavedForBackward, sinks: mx.array, call: BlockwiseParams) -> mx.array:
-    """The gradient of the sinks, (H,) in their type, summed block of rows by block of rows."""
+    """Return the gradient of the sinks, (H,) in their dtype, summed over blocks of rows."""
     total = mx.zeros((saved.q.shape[1],))
     chain = Chain()
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
@@ -127,9 +127,9 @@ def _key_block(
     shares: dict[int, mx.array] | None,
     chain: Chain,
 ) -> None:
-    """One block of keys against all rows: dK and dV of these keys, and, if asked, shares of dQ.
+    """Process one block of keys with all rows: write dK and dV of these keys and, unless `shares` is None, add to dQ.
 
-    The shares are by the first of their rows; they are written once the last keys that these see have given theirs.
+    `shares` maps the first row of a block to its partial dQ, which is written after the last keys visible to the block.
     """
     of_keys: list[mx.array] = []
     whole: KeyBlock | None = None
@@ -169,7 +169,7 @@ def _key_block(
 def _query_pass(
     saved: SavedForBackward, call: BlockwiseParams, heads: HeadGroup, sums: GradientSums, chain: Chain
 ) -> None:
-    """dQ alone, block of rows by block of rows."""
+    """Compute dQ alone, one block of rows after the other."""
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         total: list[mx.array] = []
         tiles = 0
@@ -193,7 +193,7 @@ def _write_d_query(
 def _make_row_block(
     saved: SavedForBackward, call: BlockwiseParams, heads: HeadGroup, rows: range, chain: Chain
 ) -> RowBlock:
-    """Cuts what tiles of some rows need, after all that is in the chain."""
+    """Slice the operands of a block of rows, ordered after the chain."""
     query, cotangent, statistics, delta, of_logsumexp = _of_rows(saved, call, chain, lambda x: heads.rows(x, rows))
     shift = row_shift(call, heads, rows, saved.lengths)
     return RowBlock(rows, call.operand(query), call.operand(cotangent), statistics, delta, of_logsumexp, shift)
@@ -202,12 +202,12 @@ def _make_row_block(
 def _of_rows(
     saved: SavedForBackward, call: BlockwiseParams, chain: Chain, of: Callable[[mx.array], mx.array]
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
-    """The query, the cotangent, the statistics, delta and dL of some rows, which `of` cuts out."""
+    """Return query, cotangent, statistics, delta and dL of some rows, which `of` slices."""
     given = [] if saved.statistics_cotangent is None else [saved.statistics_cotangent]
     wholes = chain.whole(saved.q, saved.cotangent, saved.output, saved.statistics, *given)
     query, cotangent, output, statistics, *more = (of(x) for x in wholes)
     delta = call.row_products(cotangent.astype(mx.float32), output.astype(mx.float32))
-    # Weights depend on the maximum and the logarithm by their sum alone: either's gradient is the logsumexp's.
+    # Weights depend only on maximum + logarithm: the gradient of either is that of the logsumexp.
     of_logsumexp = more[0][..., 1:] if more else None
     return query, cotangent, statistics, delta if of_logsumexp is None else delta - of_logsumexp, of_logsumexp
 
@@ -215,7 +215,7 @@ def _of_rows(
 def _make_key_block(
     saved: SavedForBackward, call: BlockwiseParams, heads: HeadGroup, keys: range, chain: Chain
 ) -> KeyBlock:
-    """Likewise of some keys."""
+    """Slice the operands of a block of keys, ordered after the chain."""
     key, value = (heads.keys(x, keys) for x in chain.whole(saved.k, saved.v))
     transposed = call.transposed(call.in_sum_type(key)), call.transposed(call.operand(value))
     return KeyBlock(keys, call.operand(key), *transposed)
@@ -224,14 +224,14 @@ def _make_key_block(
 def _tile(
     saved: SavedForBackward, call: BlockwiseParams, heads: HeadGroup, row: RowBlock, side: KeyBlock
 ) -> tuple[mx.array, mx.array]:
-    """P and dS of one tile, in the type that matrices are multiplied in."""
+    """Compute P and dS of one tile, in the dtype of matrix products."""
     product = call.scores(call.in_sum_type(row.query), side.key_t)
     scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths, row.shift)
     weights = _weights(scores.astype(mx.float32), row.statistics, call)
     d_weights = call.product(row.cotangent, side.value_t).astype(mx.float32)
     delta = row.delta
     if call.arithmetic.startswith("wide") and call.mask.visible_keys(row.rows, *saved.lengths) == side.keys:
-        # All keys of these rows are here: rowsum(P * dP) is rowsum(dO * O), without the rounding of the output.
+        # The tile has all keys of these rows: rowsum(P * dP) is rowsum(dO * O) without the rounding of the output.
         delta = (weights * d_weights).sum(axis=-1, keepdims=True)
         delta = delta if row.of_logsumexp is None else delta - row.of_logsumexp
     d_scores = weights * (d_weights - delta)
@@ -242,16 +242,16 @@ def _tile(
 
 
 def _weights(scores: mx.array, statistics: mx.array, call: BlockwiseParams) -> mx.array:
-    """Probabilities of scores: 0 in rows that see nothing, whose maximum is +inf.
+    """Return the probabilities of scores: 0 in fully masked rows, whose maximum is +inf.
 
-    A score that is computed again, in a tile of another shape, may come out above the maximum: at 1e9 by 64. It is
-    the second argument of the minimum that gets the gradient where both are equal.
+    A score recomputed in a tile of another shape may exceed the maximum: by 64 at 1e9. If both arguments of the minimum
+    are equal, the gradient goes to the second one.
     """
     return call.exp(mx.minimum(number(0.0, scores), scores - statistics[..., :1]) - statistics[..., 1:])
 
 
 def _padded_share(share: mx.array, seen: range, keys: range) -> mx.array:
-    """A share of dK or dV, which covers the keys that were seen, filled with zeros to all keys of the block."""
+    """Zero-pad a share of dK or dV, which covers the visible keys, to all keys of the block."""
     before, behind = seen.start - keys.start, keys.stop - seen.stop
     return mx.pad(share, [(0, 0), (0, 0), (before, behind), (0, 0)]) if before or behind else share
 

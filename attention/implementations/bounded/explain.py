@@ -1,4 +1,4 @@
-"""What `practical` chose for a workload, and why, for people to read."""
+"""Explanations of what `practical` chooses for a workload, and why."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ from attention.measure.device import Device
 
 
 class Explanation(Struct, frozen=True):
-    """One thing that was chosen."""
+    """One choice, its value and its reason."""
 
     what: str
     value: str
@@ -31,7 +31,7 @@ class Explanation(Struct, frozen=True):
 
 
 def explain(practical: Practical, workload: Workload, device: Device) -> Iterator[Explanation]:
-    """What is chosen for a workload on a device, one thing after the other."""
+    """Yield the choices for a workload on a device."""
     choice, budget = practical.strategy(workload, device), practical.budget(device)
     yield Explanation("budget", size_text(budget), _why_budget(practical, device))
     forward, training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))

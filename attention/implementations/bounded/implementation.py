@@ -35,27 +35,27 @@ from attention.masks import Mask
 from attention.measure.device import Backend, Device, probe
 
 MAX_STRATEGIES: Final = 4096
-"""Choices that are remembered; a decoding loop asks for a new one at each length."""
+"""Maximum number of cached strategies; a decoding loop needs a new one at each length."""
 MAX_PATHS: Final = 4096
 SDPA_PATHS: Final = {"fused": "MLX SDPA, fused", "whole": "MLX SDPA, unfused"}
 QUANTIZED_PATH: Final = "packed keys and values"
 
 
 class Practical:
-    """MLX's SDPA where that is lean; slices or blocks of attention where it would build large scores."""
+    """MLX's SDPA if it fits the memory budget; slices or blocks of attention if its scores would not."""
 
     name = "practical"
     takes_sinks = True
     takes_packed = True
 
     def __init__(self, budget_bytes: int | None = None) -> None:
-        """Sets the memory that a call may take above its inputs and outputs; None lets the machine decide."""
+        """Set the memory budget above inputs and outputs, in bytes; None derives it from the machine."""
         self.budget_bytes = budget_bytes
         self._strategies: OrderedDict[tuple[Workload, Needs, Backend, int], Strategy] = OrderedDict()
         self._whole_calls: dict[object, tuple[str, bool]] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
-        """Says whether MLX's SDPA is lean enough, and how large the slices or blocks are where not."""
+        """Return the route: MLX's SDPA if it fits the budget, otherwise slices or blocks and their size."""
         choice = self.strategy(workload, device, needs)
         whole, _, behind = choice.kind.partition(", ")
         if not choice.cuts_forward and (not (behind or needs.sinks) or workload.pass_ != "training"):
@@ -84,9 +84,9 @@ class Practical:
         softcap: float | None = None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """Attends; shapes as in the protocol. Keys and values may be packed.
+        """Compute attention; shapes as in `Implementation.__call__`. Keys and values may be quantized.
 
-        `sinks` (H,) are scores that join the softmax of every row of a head, without a value.
+        `sinks` (H,) are extra logits, one per head, in the softmax of every row, without a value.
         """
         if (
             mask.array is None
@@ -172,7 +172,7 @@ class Practical:
     def _calls(
         self, choice: Strategy, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
     ) -> tuple[BlockwiseParams, BlockwiseParams]:
-        """Of blocks, forward and backward."""
+        """Return the parameters of the forward and the backward pass in blocks."""
         follow = no_fence if backend == "cpu" else tile_order(backend).next
         shifted = dtype != mx.float32
         call = BlockwiseParams(scale, mask, softcap, choice.blocks, arithmetic_of(dtype, backend), follow, shifted)
@@ -193,18 +193,18 @@ class Practical:
         return with_blockwise_backward(whole, call, backward)
 
     def strategy(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Strategy:
-        """How a call would be computed on a device."""
+        """Return the strategy of a call on a device."""
         return self._strategy(workload, device.backend, needs, self.budget(device))
 
     def budget(self, device: Device) -> int:
-        """Bytes that a call may take above its inputs and outputs on a device."""
+        """Return the memory budget of a call above inputs and outputs on a device, in bytes."""
         return self.budget_bytes or default_budget(device.backend, device.memory_bytes)
 
     def _budget_here(self) -> int:
         return self.budget_bytes or default_budget(current_backend(), _memory())
 
     def _strategy(self, workload: Workload, backend: Backend, needs: Needs, budget: int) -> Strategy:
-        """Choose for a route and for a call alike, from what both know."""
+        """Return the strategy, cached; routes and calls with the same key get the same one."""
         key = (workload, needs, backend, budget)
         if key not in self._strategies:
             if len(self._strategies) >= MAX_STRATEGIES:
@@ -216,12 +216,12 @@ class Practical:
 
 
 def _computes_in_float32(choice: Strategy, dtype: mx.Dtype, backend: Backend) -> bool:
-    """Whether what is left whole is computed in float32."""
+    """Return whether the part that is computed as a whole is computed in float32."""
     return choice.kind.startswith("whole") and computes_in_float32(masks.dtype_name(dtype), backend)
 
 
 def _mask_copies(needs: Needs, dtype: DType, backend: Backend) -> MaskCopies:
-    """An opened copy of an array mask; numbers in another type than the scores' are clipped in float32 first."""
+    """Return the copies of an array mask; values in another dtype than the scores' are clipped in float32 first."""
     if not needs.array_mask:
         return NO_MASK_COPIES
     scores: DType = "float32" if computes_in_float32(dtype, backend) else dtype
@@ -237,7 +237,7 @@ def _memory() -> int:
 
 @lru_cache(maxsize=MAX_PATHS)
 def _forward_path(choice: Strategy, workload: Workload, needs: Needs, backend: Backend, quantized: bool) -> str:
-    """What a forward pass does that is not handed to MLX's SDPA as a whole."""
+    """Return the path of a forward pass that is not a plain call of MLX's SDPA."""
     if quantized:
         return QUANTIZED_PATH
     if not choice.cuts_forward:
@@ -248,7 +248,7 @@ def _forward_path(choice: Strategy, workload: Workload, needs: Needs, backend: B
 
 
 def _whole_path(whole: str, dtype: DType, backend: Backend) -> str:
-    """MLX's SDPA on all rows and heads; its fused kernels keep float32."""
+    """Return the path of MLX's SDPA on all rows and heads; its fused kernels do not use TF32."""
     return SDPA_PATHS[whole] if whole == "fused" else with_tf32(SDPA_PATHS[whole], dtype, backend)
 
 
@@ -258,7 +258,7 @@ def _cut_path(kind: str, parts: Blocks, workload: Workload, backend: Backend) ->
 
 
 def _parts(choice: Strategy, workload: Workload, device: Device, needs: Needs) -> tuple[str, Blocks, int]:
-    """What the parts of a call are called, their size, and the bytes that are predicted of them, outputs included."""
+    """Return the kind of a call's parts, their size, and their predicted bytes, outputs included."""
     slices = choice.backward_slices if workload.pass_ == "training" else choice.slices
     if slices is not None and not needs.sinks:
         size = slices_bytes(workload, slices, device.backend, needs)

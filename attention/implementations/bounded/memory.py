@@ -18,31 +18,31 @@ class Chain:
     """The tiles of one call, each computed after the one before it."""
 
     def __init__(self, earlier: Sequence[mx.array] = ()) -> None:
-        """Starts a chain; its first tile waits for the arrays of `earlier`."""
+        """Start a chain; its first tile waits for the arrays of `earlier`."""
         self.links = list(earlier)
-        """What the next tile waits for."""
+        """Arrays that the next tile waits for."""
         self._anchors: list[mx.array] = []
         self._latest: dict[int, tuple[mx.array, mx.array]] = {}
 
     def after(self, *arrays: mx.array) -> list[mx.array]:
-        """Return the arrays, not to be read before the links are computed."""
+        """Return the arrays as nodes that wait for the links."""
         return self._anchored(arrays, self.links) if self.links else list(arrays)
 
     def whole(self, *arrays: mx.array) -> list[mx.array]:
-        """Return the same for arrays that every tile is cut from; each time it goes on from the last time's result.
+        """Return arrays that every tile is sliced from, as nodes that wait for the links and for the last call.
 
-        An array that thousands of nodes read makes mx.compile slow: it compares these, and moves them in lists.
+        mx.compile is slow if thousands of nodes read one array: it compares these nodes and moves them in lists.
         """
         latest = self.after(*(self._latest.get(id(array), (array, array))[1] for array in arrays))
         self._latest.update({id(array): (array, late) for array, late in zip(arrays, latest, strict=True)})
         return latest
 
     def anchor(self, array: mx.array) -> mx.array:
-        """Returns the array, as a node at which a recursive walk stops."""
+        """Return the array as a node at which a recursive walk of the graph stops."""
         return self._anchored([array], [_anchor()])[0]
 
     def results(self, *arrays: mx.array) -> list[mx.array]:
-        """Returns what the tiles computed, by a node that leads a recursive walk to the first tile first."""
+        """Return the results of the tiles through a node that leads a recursive walk to the first tile first."""
         if not self._anchors:
             return list(arrays)
         (last,) = depend([_anchor()], self._anchors)
@@ -55,15 +55,15 @@ class Chain:
 
 
 def _anchor() -> mx.array:
-    """An array that nothing else uses, of one axis: mx.compile would merge those of none, which takes long."""
+    """Return an unused array with one axis: mx.compile would merge arrays without axes, which is slow."""
     return mx.array([0.0])
 
 
 @mx.custom_function
 def _depend(arrays: list[mx.array], links: list[mx.array]) -> list[mx.array]:
-    """Returns the arrays; the node that MLX makes of this has the links among its inputs, as `mx.depends` has.
+    """Return the arrays, as outputs of a node that also has the links as inputs, like `mx.depends`.
 
-    Unlike that it works under `mx.vmap` and `mx.jvp`.
+    Unlike `mx.depends` it works under `mx.vmap` and `mx.jvp`.
     """
     return arrays
 
@@ -72,7 +72,7 @@ def _depend(arrays: list[mx.array], links: list[mx.array]) -> list[mx.array]:
 def _depend_batched(
     inputs: tuple[list[mx.array], list[mx.array]], axes: tuple[list[int | None], list[int | None]]
 ) -> tuple[list[mx.array], list[int | None]]:
-    """Maps every array, also one that is not mapped itself: MLX takes all outputs of a node for mapped if one is."""
+    """Map every array, including unmapped ones: MLX treats all outputs of a node as mapped if one is."""
     size = next(
         x.shape[axis]
         for xs, its in zip(inputs, axes, strict=True)
@@ -87,7 +87,7 @@ def _depend_batched(
 
 
 def depend(arrays: Sequence[mx.array], links: Sequence[mx.array]) -> list[mx.array]:
-    """Returns the arrays, not to be read before the links are computed; works under every transform of MLX's."""
+    """Return the arrays as nodes that wait for the links, under every transform of MLX."""
     return cast("list[mx.array]", _depend(list(arrays), list(links)))
 
 

@@ -29,30 +29,30 @@ from attention.masks import of_workload
 from attention.measure.device import Backend
 
 SLICE_SAFETY_FACTORS: Final = {"forward": 1.15, "training": 1.3, "decode": 1.15}
-"""How many times what is predicted of a slice must fit, measured on CUDA: some more lives until a slice is done."""
+"""Safety factors on the predicted bytes of a slice, measured on CUDA: other arrays live until the slice is done."""
 MASK_SAFETY_FACTOR: Final = 1.35
-"""The same where MLX's fused kernel spreads a mask; three slices' masks were there, before these had to wait too."""
+"""Safety factor if MLX's fused kernel materialises a mask: three slices' masks were alive when they were not fenced."""
 ROW_SLICES: Final = 8
-"""Slices of rows under a mask that lets the later ones see more: they skip 7 of 16 parts of the scores."""
+"""Number of row slices under a causal mask; they skip 7/16 of the scores."""
 ROW_MULTIPLE: Final = 128
-"""Rows of which slices have a multiple where they have as many: MLX's fused backward on CUDA asks for it."""
+"""Slices of at least this many rows have a multiple of it: MLX's fused backward pass on CUDA requires that."""
 KEY_MULTIPLE: Final = 16
-"""Keys of which slices have a multiple where they may: rows of scores then begin where matrix products like them to."""
+"""Slices have a multiple of this many keys if possible: rows of scores are then aligned for matrix products."""
 UNALIGNED_BYTES: Final = 32 * MIB
-"""What CUDA's matrix products take beside a slice whose rows of scores do not, at most; measured up to 25 MiB."""
+"""Upper bound of the workspace of CUDA's matrix products for unaligned rows of scores; measured up to 25 MiB."""
 
 
 class MaskCopies(Struct, frozen=True):
-    """What MLX's SDPA is handed beside an array mask: rows that see nothing opened, numbers in the query's type."""
+    """Copies of an array mask for MLX's SDPA: fully masked rows unmasked, values in the query's dtype."""
 
     batches: int = 0
-    """Of the array: one, where it is the same for all."""
+    """Batches of the mask; 1 if it is the same for all."""
     heads: int = 0
     pair_bytes: int = 0
-    """Of all arrays on the way there, for a query and a key."""
+    """Bytes of all copies per pair of a query and a key."""
 
     def size(self, workload: Workload) -> int:
-        """Bytes of it for a call, or for a part of one."""
+        """Return the bytes of the copies for a call or a part of one."""
         arrays = min(self.batches, workload.batch) * min(self.heads, workload.heads)
         return arrays * workload.seq * workload.kv_seq * self.pair_bytes
 
@@ -63,7 +63,7 @@ NO_MASK_COPIES: Final = MaskCopies()
 def sdpa_workspace_bytes(
     workload: Workload, backend: Backend, needs: Needs, refusal: str | None, mask_copies: MaskCopies = NO_MASK_COPIES
 ) -> int:
-    """Bytes above inputs and outputs of one call of MLX's SDPA, which has a fused kernel unless it has a refusal."""
+    """Return the bytes above inputs and outputs of one call of MLX's SDPA, fused if `refusal` is None."""
     if refusal is None:
         spread, given = (
             fused_bytes(workload, backend, needs),
@@ -82,11 +82,11 @@ def sdpa_workspace_bytes(
 def slice_size(
     workload: Workload, backend: Backend, needs: Needs, budget: int, mask_copies: MaskCopies = NO_MASK_COPIES
 ) -> Blocks | None:
-    """The fewest slices of which as many fit a budget as may be in memory at once; None if none of any size does.
+    """Return the size with the fewest slices such that all that may be resident fit the budget; None if no size fits.
 
-    Of as few, those with most rows: what is summed over rows is then written more seldom. Slices of a handful of rows
-    are taken only where no others fit: matrix products do not like them. A budget that would give too many for a graph
-    is exceeded by as little as helps.
+    Among sizes that give equally few, it is the one with the most rows: sums over rows are then written less often.
+    Slices of fewer than ROW_MULTIPLE rows are a last resort, since their matrix products are slow. A budget that would
+    give too many slices for one graph is exceeded by as little as possible.
     """
     size = _fitting(workload, backend, needs, budget, mask_copies)
     while size is not None and not is_affordable(_slice_count(size, workload), budget):
@@ -96,7 +96,7 @@ def slice_size(
 
 
 def _fitting(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: MaskCopies) -> Blocks | None:
-    """The fewest slices for a budget."""
+    """Return the size that gives the fewest slices within a budget, or None if no size fits."""
     most = _initial_rows(workload, backend, needs)
     sizes = []
     for heads in _head_splits(workload):
@@ -112,13 +112,13 @@ def _fitting(workload: Workload, backend: Backend, needs: Needs, budget: int, ha
 
 
 def _slice_count(blocks: Blocks, workload: Workload) -> int:
-    """How many slices of a size there are."""
+    """Return the number of slices of a size."""
     sequences = -(-workload.batch // blocks.batches) * -(-workload.kv_heads // blocks.kv_heads)
     return sequences * -(-workload.seq // blocks.rows)
 
 
 def _head_splits(workload: Workload) -> Iterator[Blocks]:
-    """All sequences and heads, half of the sequences and so on to one; then half of the heads and so on to one."""
+    """Yield all sequences and heads, then half of the sequences, down to one, then half of the heads, down to one."""
     blocks = Blocks(batches=workload.batch, kv_heads=workload.kv_heads, rows=1, keys=workload.kv_seq)
     yield blocks
     for axis in ("batches", "kv_heads"):
@@ -128,7 +128,7 @@ def _head_splits(workload: Workload) -> Iterator[Blocks]:
 
 
 def _max_rows(fits: Callable[[int], bool], below: int) -> int:
-    """The most rows that fit, below a number that does not: as many as MLX fuses, or else fewer; 0 if not even one."""
+    """Return the most rows below `below` that fit: a multiple of ROW_MULTIPLE, otherwise fewer; 0 if none fit."""
     for step in (ROW_MULTIPLE, 1):
         numbers = range(step, (below if step == ROW_MULTIPLE else min(below, ROW_MULTIPLE)) + 1, step)
         fitting = bisect_left(numbers, True, key=lambda rows: not fits(rows))
@@ -138,7 +138,7 @@ def _max_rows(fits: Callable[[int], bool], below: int) -> int:
 
 
 def _balanced_rows(rows: int, seq: int) -> int:
-    """As many slices as of so many rows, but of about the same size."""
+    """Return the rows of the same number of slices, but of about equal size."""
     if not rows:
         return 0
     even = -(-seq // -(-seq // rows))
@@ -148,13 +148,13 @@ def _balanced_rows(rows: int, seq: int) -> int:
 def slices_bytes(
     workload: Workload, blocks: Blocks, backend: Backend, needs: Needs, mask_copies: MaskCopies = NO_MASK_COPIES
 ) -> int:
-    """What slices take at once above inputs and outputs: their own memory, and the sums of dK and dV."""
+    """Return the peak bytes of slices above inputs and outputs: the slices in memory, and the sums of dK and dV."""
     odd = workload.seq % ROW_MULTIPLE if blocks.rows % ROW_MULTIPLE == 0 else 0
     own = max(_own_bytes(workload, blocks, rows, backend, needs, mask_copies) for rows in {blocks.rows, odd} - {0})
     sums = 0
     if workload.pass_ == "training":
         width = workload.head_dim + workload.value_dim
-        # the sums, and a share of each of the two slices under way; in half precision another one, converted: measured
+        # measured: the sums, a share of each of the two slices in flight, and in half precision a converted one
         copies = 3 if workload.dtype == "float32" else 4
         sums = copies * 4 * blocks.batches * blocks.kv_heads * workload.kv_seq * width
     return int(RESIDENT_TILES[backend] * own) + sums
@@ -163,7 +163,7 @@ def slices_bytes(
 def _own_bytes(
     workload: Workload, blocks: Blocks, rows: int, backend: Backend, needs: Needs, mask_copies: MaskCopies
 ) -> int:
-    """What a slice of so many rows takes, with its output and its gradients."""
+    """Return the bytes of a slice of `rows` rows, with its output and its gradients."""
     group = workload.heads // workload.kv_heads
     keys = workload.kv_seq
     if workload.window is not None:
@@ -182,7 +182,7 @@ def _own_bytes(
 
 
 def _initial_rows(workload: Workload, backend: Backend, needs: Needs) -> int:
-    """All rows, but for a rest, where MLX fuses them; otherwise as few as let slices skip what a mask rules out."""
+    """Return all rows but a remainder if MLX fuses them, otherwise few enough for slices to skip masked scores."""
     rows = _rounded_down(workload.seq) if workload.seq > ROW_MULTIPLE else workload.seq
     if workload.window is None and not needs.array_mask:
         first = structs.replace(workload, seq=rows, kv_seq=max(1, workload.kv_seq - workload.seq + rows))
@@ -295,7 +295,7 @@ def choose_strategy(
         backend: the backend it runs on.
         needs: features that the workload does not describe.
         budget: bytes above inputs and outputs.
-        handed: what MLX's SDPA is handed beside an array mask.
+        handed: copies of an array mask that are passed to MLX's SDPA.
     """
     ask = _cpu_strategy if backend == "cpu" or needs.softcap else _gpu_strategy
     return ask(_StrategyInputs(workload, backend, needs, budget, mask_copies))

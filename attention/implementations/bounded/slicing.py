@@ -1,13 +1,13 @@
-"""Attention in slices: MLX's SDPA on some heads and rows at a time, each with all the keys that its rows see.
+"""Attention in slices: MLX's SDPA on some heads and rows at a time, each with all keys visible to its rows.
 
                keys ->
-        rows   [ slice     ]            under a causal mask later slices see more keys,
-          |    [ slice          ]       and what no row of a slice sees is never computed
+        rows   [ slice     ]            under a causal mask later slices have more keys;
+          |    [ slice          ]       keys visible to no row of a slice are skipped
           v    [ slice               ]
 
-The softmax of a row is whole, so that nothing has to be put together: a slice is a few large kernels, MLX's own, and
-fused where it has one. What a GPU loses in blocks with an online softmax, a dozen small kernels each, it keeps here.
-Backward a slice is computed again, and differentiated by MLX; dK and dV are summed over slices of rows.
+A slice has the complete softmax of its rows, so that nothing has to be combined: it is a few large kernels of MLX, or
+one fused kernel. A GPU is faster with these than with blocks and an online softmax, which are a dozen small kernels
+each. The backward pass recomputes a slice and differentiates it by MLX; dK and dV are summed over slices of rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,37 +25,37 @@ from attention.implementations.mlx_sdpa import attend_whole, is_call_widened
 from attention.masks import Mask
 
 FORWARD_NODES, BACKWARD_NODES = 2, 4
-"""How long a slice's way through the graph is, in tiles as `TileWriter` counts them."""
+"""Depth of a slice's graph, in tiles as counted by `TileWriter`."""
 
 
 class SlicedParams(Struct, frozen=True, eq=False):
-    """Everything about a call but its arrays."""
+    """Parameters of a call other than its arrays."""
 
     scale: float
     mask: Mask
     blocks: Blocks
-    """Sizes of a slice; keys are all that its rows see."""
+    """Size of a slice; its keys are all that are visible to its rows."""
     order: TileOrder
-    """How slices follow each other."""
+    """Ordering of successive slices."""
 
 
 class Slice(Struct, frozen=True):
-    """One of them."""
+    """One slice."""
 
     heads: HeadGroup
     rows: range
     keys: range
 
     def of_queries(self, x: mx.array) -> mx.array:
-        """Its part of a query-side array."""
+        """Return the slice's part of a query-side array."""
         return x[self.heads.place(self.rows)]
 
     def of_keys(self, x: mx.array) -> mx.array:
-        """Its part of keys or values."""
+        """Return the slice's part of keys or values."""
         return self.heads.keys(x, self.keys)
 
     def of_mask(self, mask: Mask) -> Mask:
-        """Its part of a mask: what is lower-right aligned stays so, since the keys end where the last row's do."""
+        """Return the slice's part of a mask, still lower-right aligned, since the keys end where the last row's do."""
         if mask.array is None:
             return mask
         whole = masks.as_4d(mask.array)
@@ -66,7 +66,7 @@ class Slice(Struct, frozen=True):
 
 
 def forward(q: mx.array, k: mx.array, v: mx.array, call: SlicedParams) -> mx.array:
-    """Attends; shapes as in the implementations' protocol."""
+    """Compute attention in slices; shapes as in `Implementation.__call__`."""
     chain = Chain()
     output = TileWriter(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
     for heads in head_groups(q, k, call.blocks):
@@ -80,7 +80,7 @@ def forward(q: mx.array, k: mx.array, v: mx.array, call: SlicedParams) -> mx.arr
 def gradients(
     q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, call: SlicedParams, earlier: Sequence[mx.array]
 ) -> list[mx.array]:
-    """Returns dQ, dK and dV in the types of query, key and value; the first slice follows what came earlier."""
+    """Return dQ, dK and dV in the dtypes of query, key and value; the first slice waits for `earlier`."""
     chain = Chain(earlier)
     d_query, d_key, d_value = (TileWriter(mx.zeros_like(x), chain) for x in (q, k, v))
     for heads in head_groups(q, k, call.blocks):
@@ -105,12 +105,12 @@ def gradients(
 
 
 def with_sliced_backward(whole: Attend, call: SlicedParams) -> Attend:
-    """Attends as `whole` does with `Inputs`; the backward pass is one of slices."""
+    """Return `whole`, a function of `Inputs`, with a backward pass in slices."""
 
     def pull_back(inputs: Inputs, cotangent: mx.array, output: mx.array) -> Arrays:
         q, k, v, mask, _ = inputs
         backward = structs.replace(call, mask=call.mask.with_array(mask))
-        # The forward pass lets go of its memory first; a cotangent may be there before its output is.
+        # The forward pass frees its memory first: a cotangent may be available before the output is computed.
         given = gradients(q, k, v, cotangent, backward, call.order.alone([output]))
         return [*given, *(mx.zeros_like(array) for array in mask)]
 
@@ -118,7 +118,7 @@ def with_sliced_backward(whole: Attend, call: SlicedParams) -> Attend:
 
 
 def _attend(call: SlicedParams, each: Slice, chain: Chain) -> Attend:
-    """MLX's SDPA with a slice's part of the mask, which MLX converts and must not before the slice's turn."""
+    """Return MLX's SDPA with the slice's part of the mask, which waits for the chain: MLX would convert it early."""
     mask = each.of_mask(call.mask)
     lengths = len(each.rows), len(each.keys)
     if mask.array is not None:
@@ -130,7 +130,7 @@ def _attend(call: SlicedParams, each: Slice, chain: Chain) -> Attend:
 
 
 def slices_of(heads: HeadGroup, seq: int, kv_seq: int, call: SlicedParams) -> Iterator[Slice]:
-    """The slices of some heads, but those that see nothing."""
+    """Yield the slices of some heads, without fully masked ones."""
     for rows in row_blocks(seq, call.blocks.rows):
         keys = call.mask.visible_keys(rows, seq, kv_seq)
         if keys:
@@ -139,7 +139,7 @@ def slices_of(heads: HeadGroup, seq: int, kv_seq: int, call: SlicedParams) -> It
 
 
 def row_blocks(seq: int, size: int) -> Iterator[range]:
-    """Cuts the rows into slices; where their size is even, what makes the last one odd is one by itself."""
+    """Split the rows into slices; if `size` is a multiple of ROW_MULTIPLE, a remainder gets a slice of its own."""
     for rows in blocks_of(seq, size):
         odd = len(rows) % ROW_MULTIPLE if size % ROW_MULTIPLE == 0 and len(rows) > ROW_MULTIPLE else 0
         yield range(rows.start, rows.stop - odd)
@@ -148,7 +148,7 @@ def row_blocks(seq: int, size: int) -> Iterator[range]:
 
 
 def _sums(heads: HeadGroup, k: mx.array, v: mx.array, chain: Chain) -> list[TileWriter]:
-    """Where dK and dV of some heads are summed, in float32 and in place; not there before the last sums are gone."""
+    """Return float32 accumulators of dK and dV of some heads, allocated only after the previous ones are freed."""
     size = len(heads.batches), len(heads.kv_heads), k.shape[2]
     (zero,) = chain.after(mx.array(0.0))
     return [TileWriter(mx.full((*size, x.shape[3]), zero), chain) for x in (k, v)]

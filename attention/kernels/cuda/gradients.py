@@ -18,17 +18,15 @@ from attention.masks import Mask, apply, opened
 
 
 def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: CallParams) -> list[mx.array]:
-    """The gradients of q, k and v, and of a mask.
+    """Return the gradients of q, k and v, and of a mask, computed by MLX.
 
     Args:
         primals: q, k, v, and a mask (batch, heads, queries, keys) if the call has one.
-        cotangents: of the output, and of the logsumexp if that was asked for.
-        call: what was computed.
+        cotangents: cotangents of the output, and of the logsumexp if it was requested.
+        call: parameters of the call.
     """
     queries, keys = primals[0].shape[2], primals[1].shape[2]
-    blind = call.mask is not None or (
-        call.causal and queries > keys
-    )  # some rows may see nothing, which gives NaN there
+    blind = call.mask is not None or (call.causal and queries > keys)  # fully masked rows would be NaN in MLX's SDPA
     plain = len(cotangents) > 1 or call.softcap is not None or blind
 
     def sdpa(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
@@ -47,7 +45,7 @@ def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: CallP
 def plain_attention(
     q: mx.array, k: mx.array, v: mx.array, call: CallParams, mask: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Output and logsumexp by way of the whole score matrix, in float32; rows that see nothing give 0 and -inf."""
+    """Return output and logsumexp from the whole score matrix, in float32; fully masked rows give 0 and -inf."""
     group, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
     wide_k, wide_v = (mx.repeat(x.astype(mx.float32), group, axis=1) for x in (k, v))
     scores = call.scale * (q.astype(mx.float32) @ wide_k.swapaxes(-1, -2))
@@ -56,7 +54,7 @@ def plain_attention(
     whole = Mask(causal=call.causal, window=call.window, array=mask).materialize(queries, keys)
     if whole is None:
         return (mx.softmax(scores, axis=-1) @ wide_v).astype(q.dtype), mx.logsumexp(scores, axis=-1)
-    allowed, sees = opened(whole, shifted=False)  # of which the logsumexp would lack what is taken off
+    allowed, sees = opened(whole, shifted=False)  # a shift would be missing from the logsumexp
     scores = apply(scores, allowed)
     out = mx.where(sees, mx.softmax(scores, axis=-1) @ wide_v, 0.0)
     return out.astype(q.dtype), mx.where(sees[..., 0], mx.logsumexp(scores, axis=-1), -mx.inf)

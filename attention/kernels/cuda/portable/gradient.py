@@ -56,7 +56,7 @@ def gradients(
     shape: CallShape,
     call: CallParams,
 ) -> list[mx.array]:
-    """Return the gradients of q, k and v. Arguments: see `pullback.gradients`."""
+    """Return the gradients of q, k and v. Arguments: see `gradients.gradients`."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
     arrays = [*primals[:3], outputs[0], cotangent, outputs[2], of_logsumexp, *primals[3:]]

@@ -1,4 +1,4 @@
-"""launcher.cpp in this process: compiled at first use by the system's C++ compiler, kept in the cache folder."""
+"""The extension module of launcher.cpp: compiled on first use by the C++ compiler, stored in the cache folder."""
 
 import functools
 import hashlib
@@ -30,7 +30,10 @@ TEXTS = (
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why kernels are launched one by one through MLX's own operation, in one line, or None; compiles at first use."""
+    """Return why the launcher is unavailable, in one line, or None; compiles on first use.
+
+    Without the launcher, kernels are launched one by one through MLX's own operation.
+    """
     try:
         module()
     except KernelUnavailable as unavailable:
@@ -39,9 +42,9 @@ def unavailable_reason() -> str | None:
 
 
 def known_obstacle() -> str | None:
-    """The same as far as it is known; compiles nothing."""
+    """Return why the launcher is known to be unavailable, in one line, or None; compiles nothing."""
     if module.cache_info().currsize:
-        return None  # looking for tools takes a millisecond, and decoding asks at each length
+        return None  # finding the tools takes a millisecond, and decoding calls this at each length
     try:
         tools = build.find()
     except KernelUnavailable as unavailable:
@@ -50,16 +53,16 @@ def known_obstacle() -> str | None:
 
 
 def is_settled() -> bool:
-    """Whether it is compiled, or known that it cannot be."""
+    """Return whether the launcher is compiled, or known to be unavailable."""
     return known_obstacle() is not None or cache.library_path(_key(build.find())).exists()
 
 
 @functools.cache
 def module() -> ModuleType:
-    """The compiled module.
+    """Return the extension module; compiles it on first use.
 
     Raises:
-        KernelUnavailable: it cannot be compiled or loaded here; `unavailable_reason` tells beforehand.
+        KernelUnavailable: it cannot be compiled or loaded here; `unavailable_reason` returns the reason instead.
     """
     import mlx.core  # noqa: F401  the module shares its types
 
@@ -69,7 +72,7 @@ def module() -> ModuleType:
     try:
         with cache.lock(key):
             return _loaded(tools, key)
-    except OSError as error:  # no room in the cache folder
+    except OSError as error:  # the disk of the cache folder is full
         raise KernelUnavailable(f"making the launcher failed: {error}") from error
 
 
@@ -84,7 +87,7 @@ def _loaded(tools: Toolchain, key: str) -> ModuleType:
 
 
 def is_plan(made: object) -> bool:
-    """Whether something is a plan of the module's, which it can keep for calls to come."""
+    """Return whether an object is a plan of the module, which can be added to its table of repeated calls."""
     return type(made).__module__ == MODULE
 
 
@@ -99,7 +102,7 @@ def _import(path: Path) -> ModuleType:
 
 
 def _commands(tools: Toolchain) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of compiling a text, and of the link."""
+    """Return the commands that compile a source file and link the library, without file names."""
     flags = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1", "-DNB_DOMAIN=mlx", "-w")
     folders = (
         tools.nanobind / "include",
@@ -115,7 +118,7 @@ def _commands(tools: Toolchain) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @functools.cache
 def _key(tools: Toolchain) -> str:
-    """Names the library: text, commands, compiler, MLX and Python."""
+    """Return the library's cache key: a hash of sources, commands, compiler, MLX and Python."""
     sha = hashlib.sha256()
     for name in TEXTS:
         sha.update((SOURCES / name).read_bytes())
@@ -126,7 +129,7 @@ def _key(tools: Toolchain) -> str:
 
 
 def _trusted(key: str) -> Path | None:
-    """The library, if it is still the one that was recorded."""
+    """Return the cached library if it is unchanged, or None; raises KernelUnavailable after a recorded failure."""
     failure = cache.failure(key)
     if failure is not None:
         raise KernelUnavailable(failure)

@@ -1,4 +1,4 @@
-"""Arrays as MLX's SDPA on CUDA takes them."""
+"""Memory layouts that MLX's SDPA supports on CUDA."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ from attention.kernels.cuda.runtime import launcher
 
 
 def laid_out(*arrays: mx.array) -> Sequence[mx.array]:
-    """Returns arrays for MLX's SDPA on CUDA, copied where it would fail on their layout.
+    """Return the arrays, copied if MLX's SDPA on CUDA would fail on their layout.
 
-    Strided columns and reversed axes raise an error of cuDNN's there; keys that are broadcast over their length end the
-    process, in decoding, by a division by zero. Strides are known only when an array is computed, so it is the
-    launcher that looks at them. Without one, whatever is not contiguous is copied.
+    Strided columns and reversed axes raise an error in cuDNN; keys that are broadcast over their length crash the
+    process in decoding, by a division by zero. Strides are known only once an array is computed, so the launcher checks
+    them. Without the launcher, every array that is not contiguous is copied.
     """
     return _laid_out(arrays, given=True)
 
 
 def of_sdpa(output: mx.array) -> mx.array:
-    """Returns the output of MLX's SDPA, whose gradient is laid out as `laid_out` does."""
+    """Return the output of MLX's SDPA; its cotangent is copied like the arrays of `laid_out`."""
     return _laid_out([output], given=False)[0]
 
 

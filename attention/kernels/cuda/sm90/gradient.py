@@ -64,7 +64,7 @@ def by_kernel(
     shape: CallShape,
     call: CallParams,
 ) -> tuple[mx.array, ...]:
-    """Return the gradients of q, k and v. Arguments: see `pullback.gradients`, without a mask."""
+    """Return the gradients of q, k and v. Arguments: see `gradients.gradients`, without a mask."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
     arrays = [*primals, outputs[0], cotangent, outputs[2], of_logsumexp]
