@@ -80,12 +80,12 @@ def _everything(evidence: Evidence) -> tuple[AnyCase, ...]:
 def _where(evidence: Evidence) -> Paragraph:
     where = evidence.environment
     known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
-    told = f"Measured on {', '.join(part for part in known if part) or 'an unknown machine'}."
+    sentence = f"Measured on {', '.join(part for part in known if part) or 'an unknown machine'}."
     kept = counted(len(_everything(evidence)), "case")
     older = (
         f"; {counted(evidence.repeated, 'older case')} measured again later and left out" if evidence.repeated else ""
     )
-    return Paragraph(f"{told} {kept} from {counted(len(evidence.runs), 'run')}{older}.")
+    return Paragraph(f"{sentence} {kept} from {counted(len(evidence.runs), 'run')}{older}.")
 
 
 def _summary(evidence: Evidence) -> list[Block]:
@@ -96,11 +96,13 @@ def _summary(evidence: Evidence) -> list[Block]:
         models = [case for case in evidence.models if case.workload.phase == phase]
         found += [mean_finding(models, name, where) for name in names]
     found += [mean_finding(evidence.fine_tunings, name, "Fine-tuning: ") for name in names]
-    told: list[Block] = [finding for finding in found if finding]
+    blocks: list[Block] = [finding for finding in found if finding]
     refused = len(unsound(_everything(evidence)))
     if refused:
-        told.append(Paragraph(f"{counted(refused, 'row')} of these runs support no claim; see “What is not claimed”."))
-    return told or [MissingData("No claim is supported by these rows.", RUN_BENCH)]
+        blocks.append(
+            Paragraph(f"{counted(refused, 'row')} of these runs support no claim; see “What is not claimed”.")
+        )
+    return blocks or [MissingData("No claim is supported by these rows.", RUN_BENCH)]
 
 
 def _throughput(evidence: Evidence) -> Claim | None:

@@ -104,11 +104,11 @@ def unsound_rows(cases: Sequence[AnyCase]) -> list[Block]:
     if not found:
         return [Paragraph(f"All of {counted(total, 'row')} ran and passed the accuracy check.")]
     counts = Counter("with too few rounds" if line.row.collecting else line.row.status for line in found)
-    told = joined([f"{count} {status}" for status, count in counts.most_common()])
+    statuses = joined([f"{count} {status}" for status, count in counts.most_common()])
     rows = tuple(
         (line.case.workload.label, line.row.implementation, formatting.verdict(line.row, line.case)) for line in found
     )
     table = Table(
         "Rows without a claim", ("case", "implementation", "verdict"), rows, frozenset({"implementation", "verdict"})
     )
-    return [Paragraph(f"Of {counted(total, 'row')}: {told}. Nothing in this report is claimed from them."), table]
+    return [Paragraph(f"Of {counted(total, 'row')}: {statuses}. Nothing in this report is claimed from them."), table]

@@ -13,23 +13,23 @@ RUN_STUDY = f"fatui bench {PRESET}"
 
 def origin_blocks(evidence: Evidence) -> list[Block]:
     """Return the study's figures beside those measured here, and its cold start."""
-    told = study()
-    about = f"The study's figures are its own, from an {told.machine}; they were not measured here."
-    return [Paragraph(about), *_shapes(told, evidence.cases), *_models(told, evidence), *_tunings(told, evidence)]
+    paper = study()
+    about = f"The study's figures are its own, from an {paper.machine}; they were not measured here."
+    return [Paragraph(about), *_shapes(paper, evidence.cases), *_models(paper, evidence), *_tunings(paper, evidence)]
 
 
-def _shapes(told: Study, cases: Sequence[Case]) -> list[Block]:
-    pairs = [(row, case) for row in told.rows for case in cases if told.row_for(case.workload) is row]
+def _shapes(paper: Study, cases: Sequence[Case]) -> list[Block]:
+    pairs = [(row, case) for row in paper.rows for case in cases if paper.row_for(case.workload) is row]
     if not pairs:
         return [MissingData("None of the study's shapes has been measured here.", RUN_STUDY)]
-    return [_table(pairs), Paragraph(f"* {told.note}"), *cold_start(pairs)]
+    return [_table(pairs), Paragraph(f"* {paper.note}"), *cold_start(pairs)]
 
 
-def _models(told: Study, evidence: Evidence) -> list[Block]:
+def _models(paper: Study, evidence: Evidence) -> list[Block]:
     """Compare the study's models with prefill here; the study says only "tokens a second"."""
     rows = [
         (old.model, name, f"about {formatting.rate(getattr(old, name))}", case.workload.label, _rate(_row(case, name)))
-        for old in told.models
+        for old in paper.models
         for case in evidence.models
         if case.workload.model == old.model and case.workload.phase == "prefill"
         for name in SHOWN
@@ -39,10 +39,10 @@ def _models(told: Study, evidence: Evidence) -> list[Block]:
     return [Table("The study's models beside those measured here", heads, tuple(rows), words)] if rows else []
 
 
-def _tunings(told: Study, evidence: Evidence) -> list[Block]:
+def _tunings(paper: Study, evidence: Evidence) -> list[Block]:
     """Compare the study's fine-tunings by the time of the same number of iterations."""
     rows = []
-    for old in told.fine_tunings:
+    for old in paper.fine_tunings:
         for case in evidence.fine_tunings:
             for name in SHOWN if case.workload.model == old.model else ():
                 row = _row(case, name)

@@ -29,8 +29,8 @@ def approach(cases: Sequence[Case], name: str) -> list[Block]:
 
 def _paths(found: Sequence[EvidenceRow], name: str) -> Claim:
     paths = Counter(line.row.path or "an unknown path" for line in found)
-    told = [f"{path} in {counted(count, 'case')}" for path, count in paths.most_common()]
-    return Claim(f"{name} took {joined(told)}.")
+    counts = [f"{path} in {counted(count, 'case')}" for path, count in paths.most_common()]
+    return Claim(f"{name} took {joined(counts)}.")
 
 
 def _throughput(found: Sequence[EvidenceRow], cases: Sequence[Case], name: str) -> list[Block]:

@@ -102,10 +102,10 @@ def choices(cases: Sequence[AnyCase], names: Sequence[str]) -> list[Block]:
             best[name].append(case.workload.label)
     made: list[Block] = []
     for name in sorted((name for name in names if best[name]), key=lambda each: -len(best[each])):
-        told = f"{len(best[name])} of {counted(decided, 'case')}"
+        share = f"{len(best[name])} of {counted(decided, 'case')}"
         alone = joined([*best[name][:5], *([f"{len(best[name]) - 5} more"] if len(best[name]) > 5 else [])])
         made.append(
-            Claim(f"Choose {name} where it was the fastest, or inside the fastest's interval: {told} ({alone}).")
+            Claim(f"Choose {name} where it was the fastest, or inside the fastest's interval: {share} ({alone}).")
         )
     return made or [MissingData("No case has a fastest implementation that the intervals support.", RUN_BENCH)]
 

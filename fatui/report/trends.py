@@ -112,16 +112,16 @@ def effects(reports: Sequence[Report], names: Sequence[str]) -> list[Block]:
     made: list[Block] = []
     for axis, word in AXES.items():
         along = [sweep for sweep in found if sweep.axis == axis]
-        told = [finding for sweep in along for finding in _sweep_findings(sweep, names)]
+        claims = [finding for sweep in along for finding in _sweep_findings(sweep, names)]
         if not along:
             made.append(MissingData(f"No run has swept {word} alone over three values or more.", RUN_SWEEP))
-        elif not told:
+        elif not claims:
             made.append(
                 MissingData(
                     f"The intervals support no trend along {word}; more time narrows them.", f"{RUN_SWEEP} --seconds 20"
                 )
             )
-        made += told
+        made += claims
     return made
 
 

@@ -46,20 +46,20 @@ def left_text(app: "FatuiApp") -> str:
 def right_text(app: "FatuiApp") -> str:
     """Format the phase, the time, and the number of errors."""
     errors = app.journal.errors
-    told = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
+    suffix = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
     session, going = app.session, app.runs.going
     if going is not None and going is not session:
         left = estimate.remaining(going)
-        return f"{going.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{told}"
+        return f"{going.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{suffix}"
     if session is None:
-        return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{told}"
+        return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{suffix}"
     elapsed = formatting.duration(session.elapsed_s)
     if not session.active:
-        return f"{session.phase}, {elapsed}{told}"
+        return f"{session.phase}, {elapsed}{suffix}"
     turn = SPINNER[int(session.elapsed_s * 2) % len(SPINNER)]
     if session.silent:
-        return f"engine silent for {formatting.duration(session.silent_s)}; {app.keys['stop']} stops it{told} {turn}"
-    return f"{_phase(session)}{told} {turn}"
+        return f"engine silent for {formatting.duration(session.silent_s)}; {app.keys['stop']} stops it{suffix} {turn}"
+    return f"{_phase(session)}{suffix} {turn}"
 
 
 def _phase(session: AnySession) -> str:
