@@ -104,9 +104,9 @@ class Launches : public mx::Primitive {
   static int64_t stride(const mx::array& a, int axis) { return a.shape(axis) == 1 ? 0 : a.strides(axis); }
 
   static void launch(const Step& step, const Arrays& arrays, mx::cu::CommandEncoder& encoder) {
-    int64_t words[MOST_ARGUMENTS];
-    TensorMap maps[MOST_MAPS];
-    void* places[MOST_ARGUMENTS];
+    int64_t words[MAX_ARGUMENTS];
+    TensorMap maps[MAX_MAPS];
+    void* places[MAX_ARGUMENTS];
     size_t n = 0, map = 0;
     for (const Argument& argument : step.arguments) {
       places[n] = &words[n];

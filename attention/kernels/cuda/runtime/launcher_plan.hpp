@@ -17,7 +17,7 @@ namespace nb = nanobind;
 using Arrays = std::vector<mx::array>;
 
 constexpr int MAX_DYNAMIC_SHARED_SIZE = 8;  // CUfunction_attribute value
-constexpr size_t MOST_ARGUMENTS = 48, MOST_MAPS = 8;
+constexpr size_t MAX_ARGUMENTS = 48, MAX_MAPS = 8;
 
 // A kernel of a cubin, loaded once per process and cached by name.
 inline CUfunc_st* load(const std::string& name, const char* code, int shared) {
@@ -82,7 +82,7 @@ inline Step step(const StepText& text) {
   Step made{load(name, code.c_str(), shared), unsigned(blocks), unsigned(threads), unsigned(shared), reads, writes, {}};
   for (const auto& words : arguments) made.arguments.push_back(argument(words));
   const auto maps = std::count_if(made.arguments.begin(), made.arguments.end(), [](auto& a) { return a.kind == MAP; });
-  if (made.arguments.size() > MOST_ARGUMENTS || size_t(maps) > MOST_MAPS) {
+  if (made.arguments.size() > MAX_ARGUMENTS || size_t(maps) > MAX_MAPS) {
     throw std::invalid_argument("[flash_attention] A kernel has too many arguments.");
   }
   return made;
