@@ -216,7 +216,7 @@ def _mask_problems(mask: object) -> list[str]:
 
 Phase = Literal["prefill", "decode"]
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
-MAX_COMPARED_LENGTH: Final = ("baseline", "mlx", "practical", "poc", "demo")
+MODEL_DEFAULTS: Final = ("baseline", "mlx", "practical", "poc", "demo")
 """The default implementations for models."""
 MAX_MODEL_SIZES: Final = {
     "batch": 4_096,

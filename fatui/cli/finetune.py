@@ -26,14 +26,14 @@ Exit codes: 0 done, 1 a row failed or is inaccurate, 2 wrong usage, 3 no backend
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from attention.core.workload import MAX_COMPARED_LENGTH
+    from attention.core.workload import MODEL_DEFAULTS
     from attention.mlx_lm.configuration import bundled_names
     from fatui.cli.exports import add_export_options
     from fatui.cli.options import add_limit_options
 
     parser.epilog = EXAMPLE.format(models=", ".join(bundled_names()))
     parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
-    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MAX_COMPARED_LENGTH)})")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MODEL_DEFAULTS)})")
     parser.add_argument("--iters", metavar="N", default="100", help="iterations (100)")
     parser.add_argument("--seq", metavar="N", default="512", help="tokens of each sequence (512)")
     parser.add_argument("--batch", metavar="N", default="4", help="sequences of an iteration (4)")

@@ -26,14 +26,14 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backen
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from attention.core.workload import MAX_COMPARED_LENGTH
+    from attention.core.workload import MODEL_DEFAULTS
     from attention.mlx_lm.configuration import bundled_names
     from fatui.cli.exports import add_export_options
     from fatui.cli.options import add_limit_options
 
     parser.epilog = EXAMPLE.format(models=", ".join(bundled_names()))
     parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
-    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MAX_COMPARED_LENGTH)})")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MODEL_DEFAULTS)})")
     parser.add_argument("--prompt", metavar="A,B", default=PROMPTS, help=f"tokens of each prompt ({PROMPTS})")
     parser.add_argument("--generate", metavar="N", default=GENERATE, help=f"tokens of a decode sample ({GENERATE})")
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")

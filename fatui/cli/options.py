@@ -171,15 +171,13 @@ def model_plan(
     Raises:
         UsageError: with every mistake.
     """
-    from attention.core.workload import MAX_COMPARED_LENGTH
+    from attention.core.workload import MODEL_DEFAULTS
     from fatui.cli.exports import requested_exports
     from fatui.storage.preset_format import check_names
 
     mistakes = Problems()
     cases = mistakes.catch(read_cases)
-    names = mistakes.catch(
-        lambda: check_names(arguments.impl.split(",") if arguments.impl else list(MAX_COMPARED_LENGTH))
-    )
+    names = mistakes.catch(lambda: check_names(arguments.impl.split(",") if arguments.impl else list(MODEL_DEFAULTS)))
     seconds = mistakes.catch(lambda: seconds_of(arguments.seconds, otherwise_s))
     limit = mistakes.catch(lambda: limit_of(arguments.memory_limit))
     deliveries = mistakes.catch(lambda: requested_exports(arguments))

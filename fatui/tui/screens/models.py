@@ -13,7 +13,7 @@ from textual.widgets import Input, Static
 from attention.core.errors import NoBackendError, UsageError
 from attention.core.plan import FineTuningPlan, GenerationPlan
 from attention.core.results import Report
-from attention.core.workload import MAX_COMPARED_LENGTH, FineTuning, generations
+from attention.core.workload import MODEL_DEFAULTS, FineTuning, generations
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
 from fatui import formatting
 from fatui.report.table import report_table
@@ -56,7 +56,7 @@ class ModelScreen(Screen[None]):
             pane.border_title = self.TITLE_TEXT
             with Widget(id="choices"):
                 yield from (self._restored(choice, chosen) for choice in (self._model_choice(chosen), *self.choices()))
-            yield Toggles(MAX_COMPARED_LENGTH, chosen.get("implementations", MAX_COMPARED_LENGTH), id="implementations")
+            yield Toggles(MODEL_DEFAULTS, chosen.get("implementations", MODEL_DEFAULTS), id="implementations")
             yield Input(placeholder=FOLDER, id="folder")
         with Vertical(classes="pane", id="live-pane") as pane:
             pane.border_title = "Live"
