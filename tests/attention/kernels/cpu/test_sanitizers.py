@@ -51,7 +51,7 @@ def test_the_library_passes_under_sanitizers(flags, library, options, tmp_path):
     }
     # The compiler itself must not run under the sanitizer: build first, in a process without it.
     build = "from attention.kernels.common import cache; from attention.kernels.cpu import build, build as t;"
-    build += "cache.ready_folder(); tools = t.find();"
+    build += "cache.ensure_folder(); tools = t.find();"
     build += "key = build.key(tools); path = build.compile_library(tools, key);"
     build += "cache.write_record(key, {'sha256': cache.digest(path)})"
     subprocess.run([sys.executable, "-c", build], check=True, env={**environment, "LD_PRELOAD": ""}, timeout=600)
