@@ -184,7 +184,7 @@ class SampleStream:
         """Create it at the start of the rounds; resets MLX's peak memory.
 
         Args:
-            teller: the progress reporter.
+            progress: the progress reporter.
             seconds: time limit of the rounds.
             lasts_s: estimated seconds of the rounds, used until all implementations have a sample.
             min_rounds: samples that every implementation takes, however long that lasts.

@@ -136,13 +136,15 @@ def _check_output(output: object, workload: Workload) -> None:
 
 def _check(name: str, implementation: Implementation, results: list[mx.array], setting: CaseSetting) -> None:
     """Compare the results with float64 and emit the outcome."""
-    teller, judge = setting.progress, setting.accuracy
-    teller.begin_step(name, "accuracy")
-    of_rows = _bind_runner(implementation, setting, views_of(judge.row_inputs)).results() if judge.row_inputs else None
-    judgement = judge.check(results, of_rows)
-    teller.emit(
+    progress, checker = setting.progress, setting.accuracy
+    progress.begin_step(name, "accuracy")
+    of_rows = (
+        _bind_runner(implementation, setting, views_of(checker.row_inputs)).results() if checker.row_inputs else None
+    )
+    judgement = checker.check(results, of_rows)
+    progress.emit(
         on.AccuracyChecked(
-            case=teller.case,
+            case=progress.case,
             implementation=name,
             max_error=_finite(judgement.max_error),
             rms_error=_finite(judgement.rms_error),
@@ -166,11 +168,11 @@ def _emit_final_route(name: str, implementation: Implementation, setting: CaseSe
 
 def _warm_up_and_time(name: str, runner: Runner, call_s: float, setting: CaseSetting) -> float:
     """Warm up, measure latency, and return the seconds per call."""
-    teller, workload = setting.progress, setting.workload
-    teller.begin_step(name, "warm up")
+    progress, workload = setting.progress, setting.workload
+    progress.begin_step(name, "warm up")
     least_s = WARM_UP_S[setting.device.backend]
     call_s = warm_up(runner, call_s, least_s, setting.sample_s, workload.output_bytes)
-    teller.begin_step(name, "latency")
+    progress.begin_step(name, "latency")
     seconds = latency(runner, LATENCY_S)
-    teller.emit(on.LatencyMeasured(case=teller.case, implementation=name, seconds=seconds))
+    progress.emit(on.LatencyMeasured(case=progress.case, implementation=name, seconds=seconds))
     return call_s

@@ -335,8 +335,8 @@ class GenerationBench(CaseRunner[GenerationPlan]):
 
     def _first_run(self, name: str, setting: Setting) -> ModelArm:
         """The first run, with what is counted and compared in it, and one more to warm up."""
-        teller = self._progress
-        teller.begin_step(name, "first call")
+        progress = self._progress
+        progress.begin_step(name, "first call")
         if digest_of_weights(self._network.model) != setting.weights:
             raise StateChanged("the weights are not those that the first row started with")
         setting.run.prepare()
@@ -344,8 +344,8 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             started = time.perf_counter()
             logits = setting.run.results()[0]
             call_s = time.perf_counter() - started
-        teller.emit(on.FirstCall(case=teller.case, implementation=name, seconds=call_s))
-        teller.emit(calls.event(teller.case, self._paths.get(name)))
+        progress.emit(on.FirstCall(case=progress.case, implementation=name, seconds=call_s))
+        progress.emit(calls.event(progress.case, self._paths.get(name)))
         self._compare(name, logits, setting)
         # One that chooses on first use knows its path only now.
         self._supported_route(name, self._layer(setting.case), probe())
@@ -353,7 +353,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         if self._takes_long(run_s, len(self._plan.implementations)):
             call_s = run_s  # a shared pass warms all of them up at once
         elif call_s < SLOW_CALL_S or setting.case.phase == "decode":
-            teller.begin_step(name, "warm up")
+            progress.begin_step(name, "warm up")
             setting.run.prepare()
             with replace_attention(name):
                 started = time.perf_counter()

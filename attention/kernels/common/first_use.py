@@ -65,7 +65,7 @@ class SelfChecks:
         return None if verdict == PASSED else headline(verdict)
 
     def ensure(self, key: str, name: str, check: Check, prepare: Callable[[], object] = lambda: None) -> None:
-        """Run the self-check unless it was run here before; arguments as in `judged`.
+        """Run the self-check unless it was run here before; arguments as in `check`.
 
         Raises:
             KernelUnavailable: the check failed, now or before.

@@ -16,7 +16,7 @@ from attention.masks import Mask
 def plain_gradients(
     primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: CallParams
 ) -> tuple[mx.array, ...]:
-    """Return the gradients of q, k, v, mask and sinks; arguments as in `gradient.gradients`."""
+    """Return the gradients of q, k, v, mask and sinks; arguments as in `gradients`."""
     q, k, v, mask, sinks = primals
 
     def attend(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> list[mx.array]:

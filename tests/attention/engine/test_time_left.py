@@ -56,11 +56,11 @@ def test_before_the_rounds_all_of_them_are_left(monkeypatch: pytest.MonkeyPatch)
     now = [0.0]
     monkeypatch.setattr("attention.engine.progress.time.perf_counter", lambda: now[0])
     told: list[on.AnyEvent] = []
-    teller = Progress(plan_of(SMALL, LARGE), 0, told.append, lambda number: None)
-    teller.begin_case(0)
-    teller.record_call_s("baseline", 0.01)
+    progress = Progress(plan_of(SMALL, LARGE), 0, told.append, lambda number: None)
+    progress.begin_case(0)
+    progress.record_call_s("baseline", 0.01)
     now[0] = 60.0  # what comes before the rounds takes far longer than was guessed
-    teller.emit_progress("poc: first call")
+    progress.emit_progress("poc: first call")
     event = told[-1]
     assert isinstance(event, on.Progress)
     assert event.remaining_s >= 2.0 + 6 * 3 * 1.0
@@ -72,8 +72,8 @@ def test_rounds_go_by_their_own_pace(pace: float, monkeypatch: pytest.MonkeyPatc
     now = 100.0
     monkeypatch.setattr("attention.engine.case_runner.time.perf_counter", lambda: now)
     told: list[on.AnyEvent] = []
-    teller = Progress(plan_of(SMALL), 0, told.append, lambda number: None)
-    stream = SampleStream(teller, 2.0, 60.0, 6)  # 10 s a round were expected
+    progress = Progress(plan_of(SMALL), 0, told.append, lambda number: None)
+    stream = SampleStream(progress, 2.0, 60.0, 6)  # 10 s a round were expected
     arms = [Arm(name=name, runner=None, call_s=5.0) for name in ("baseline", "poc")]  # type: ignore[arg-type]
     for count in range(1, 4):
         now += 10 * pace
