@@ -1,10 +1,10 @@
-"""One pass of a model for all implementations: each attends in it, and they share the time of all the rest.
+"""Arms of the rounds that run a model, each in separate passes or all in shared passes.
 
-A pass of a model takes seconds where matrix products are slow, nearly all of them in what is the same for every
-implementation. In a shared pass every call of attention is evaluated by all of them, one after another, and one of the
-outputs goes on. An implementation's time is that of the rest of the pass and of its own calls, which is what a pass of
-its own takes on a device that runs one operation at a time, as MLX's CPU backend does; the rest has the same noise in
-all of them, and leaves the ratios.
+If matrix products are slow, a pass of a model takes seconds, nearly all of them outside attention. In a shared pass
+every attention call is evaluated by all implementations, one after another, and the model continues with one of the
+outputs. An implementation's time is the time outside attention plus that of its own calls. On a device that runs one
+operation at a time, as MLX's CPU backend does, this equals the time of a separate pass; the noise of the time outside
+attention is the same for all implementations and cancels in their ratios.
 """
 
 import random
@@ -25,69 +25,69 @@ from attention.monitoring import patch_points
 
 
 class Layers(Struct, frozen=True):
-    """Two numbers of layers that run, and the model's."""
+    """Two numbers of layers that are run, `few` and `many`, and the number in the whole model."""
 
     few: int
     many: int
     whole: int
     unfinished: int = 0
-    """Of those that run, how many only leave their keys and values, as a prefill's last one does."""
+    """Number of run layers that only compute keys and values, like the last one of a prefill."""
 
     def estimate(self, few: float, many: float) -> float:
-        """A figure of the whole model from those of few and of many layers: a layer's share for each further layer."""
+        """Extrapolate a quantity to the whole model from its values for `few` and `many` layers."""
         return max(many + (self.whole - self.many) * self.each(few, many), many)
 
     def each(self, few: float, many: float) -> float:
-        """A layer's share of a figure."""
+        """Return a quantity per layer."""
         return (many - few) / (self.many - self.few)
 
     def rest(self, few: float, many: float) -> float:
-        """What a figure is without layers that do all their work."""
+        """Return a quantity without its complete layers."""
         return many - (self.many - self.unfinished) * self.each(few, many)
 
 
 class Observer(Protocol):
-    """Follows a run of a model, and learns which calls of attention are evaluated."""
+    """Observer of a model run, notified which attention calls are evaluated."""
 
     def needed(self) -> None:
-        """What comes next reads the output of the latest call of attention."""
+        """Called before the output of the latest attention call is read."""
         ...
 
     def unneeded(self) -> None:
-        """Nothing reads the output of the latest call of attention."""
+        """Called if the output of the latest attention call is not read."""
         ...
 
 
 class ModelRun(Runner, Protocol):
-    """A run of a model, which the clock can repeat from the same state.
+    """A run of a model that can be repeated from the same state.
 
     Attributes:
-        observer: who follows it, if anyone does.
+        observer: notified of attention calls; may be None.
     """
 
     observer: Observer | None
 
     def prepare(self) -> None:
-        """Restores the state that the next run starts from; outside of any clock.
+        """Restore the initial state of the next run; not timed.
 
         Raises:
-            StateChanged: it is not the one that the first run started from.
+            StateChanged: the state differs from that of the first run.
         """
         ...
 
 
 class ModelArm(Arm, kw_only=True, eq=False):
-    """Samples the whole model, or two numbers of its layers and estimates it from them.
+    """An implementation in a model: samples the whole model, or estimates it from two numbers of layers.
 
     Attributes:
-        implementation: what is put in the place of the model's attention; the name may say that it is the second arm.
-        short: with fewer layers, where the whole model does not run.
-        layers: how many, and how many.
-        steps: of one sample; times are those of one step.
-        base_bytes: active memory that is not counted: the weights.
-        further_bytes: what the layers that do not run would keep: their keys and values.
-        few_s, many_s: seconds of a step with fewer and with all layers that are there, one for each sample.
-        peak_bytes: above the base, of the first sample, and the further bytes.
+        implementation: replaces the model's attention; `name` differs from it in the reference's second arm.
+        short: the run with fewer layers; None if the whole model runs.
+        layers: numbers of layers of the runs.
+        steps: number of steps per sample; times are per step.
+        base_bytes: active memory to subtract: the weights.
+        further_bytes: keys and values of the layers that do not run.
+        few_s, many_s: seconds per step of `short` and of `runner`, one value per sample.
+        peak_bytes: peak of the first sample above `base_bytes`, plus `further_bytes`.
     """
 
     runner: ModelRun
@@ -102,16 +102,16 @@ class ModelArm(Arm, kw_only=True, eq=False):
     peak_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        """Gives a second arm, made from this one, figures of its own."""
+        """Copy the lists, so that an arm made from this one does not share them."""
         self.few_s, self.many_s = [*self.few_s], [*self.many_s]
 
     def sample(self) -> None:
-        """Adds one sample, in seconds a step."""
+        """Add one sample, in seconds per step."""
         with replace_attention(self.implementation):
             if self.lead_in:
                 self._timed(self.runner)
             if self.peak_bytes is None:
-                mx.reset_peak_memory()  # sets the peak to 0, not to what is active
+                mx.reset_peak_memory()  # sets the peak to 0, not to the active memory
             many = self._timed(self.runner)
             if self.peak_bytes is None:
                 self.peak_bytes = max(0, mx.get_peak_memory() - self.base_bytes) + self.further_bytes
@@ -119,7 +119,7 @@ class ModelArm(Arm, kw_only=True, eq=False):
         self.take(many, few)
 
     def take(self, many: float, few: float | None) -> None:
-        """Add a sample from the seconds of a step with all layers that are there, and with fewer where those run."""
+        """Add a sample from the seconds per step of `runner` and, if it exists, of `short`."""
         few = many if few is None else few
         self.many_s.append(many)
         self.few_s.append(few)
@@ -136,26 +136,26 @@ class ModelArm(Arm, kw_only=True, eq=False):
 
     @property
     def fixed_s(self) -> float:
-        """Median seconds of all else."""
+        """Median seconds of everything else."""
         return median(self.layers.rest(few, many) for few, many in zip(self.few_s, self.many_s, strict=True))
 
 
 class NotShareable(Exception):
-    """The model does not attend through mlx-lm's function, or not only."""
+    """The model does not attend through mlx-lm's function, or not only through it."""
 
 
 class _Call:
-    """A call of attention whose output is not known to be needed yet."""
+    """An attention call of which it is not known yet whether its output is read."""
 
     def __init__(self, args: tuple[Any, ...], named: dict[str, Any], out: mx.array, built_s: float) -> None:
         self.args, self.named, self.out, self.built_s = args, named, out, built_s
 
 
 class SharedPass:
-    """Runs passes in which several implementations attend; the first one's outputs go on.
+    """Passes in which several implementations compute each attention call; the model continues with the first one's.
 
     Attributes:
-        seconds: of the latest pass, all implementations included.
+        seconds: duration of the latest passes, with all implementations.
     """
 
     def __init__(
@@ -167,13 +167,13 @@ class SharedPass:
         at_work: Callable[[str], None] = lambda name: None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """Take what to run and who attends; nothing runs yet.
+        """Create it; nothing runs yet.
 
         Args:
-            runs: the passes of one sample, by a name: "many" and, where fewer layers run too, "few".
-            arms: implementations, by the names of the arms.
-            seed: of the order in which they attend, a new one for each call.
-            at_work: called with an arm's name before it attends.
+            runs: the passes of one sample by name: "many" and, for an estimated model, "few".
+            arms: implementations by arm name; the first is the reference.
+            seed: of the order of the arms, which is drawn again for each call.
+            at_work: called with an arm's name before it computes a call.
             clock: in seconds.
         """
         self.seconds = 0.0
@@ -190,7 +190,7 @@ class SharedPass:
         self.errors: dict[str, BaseException] = {}
 
     def warm_up(self) -> None:
-        """Run once; what was timed is dropped.
+        """Run once and discard the times.
 
         Raises:
             NotShareable: the passes cannot be shared.
@@ -199,7 +199,7 @@ class SharedPass:
         self._waiting = {}
 
     def sample(self, arm: str) -> tuple[dict[str, float], int]:
-        """Return an arm's seconds, by the names of the runs, and its peak memory in bytes; runs where none is left.
+        """Return an arm's seconds by run name, and its peak memory in bytes; runs the passes if no sample is left.
 
         Raises:
             BaseException: whatever the arm's implementation raised.
@@ -211,11 +211,11 @@ class SharedPass:
         return self._waiting[arm].pop(0)
 
     def unneeded(self) -> None:
-        """Forget the latest call: only the keys and values that it would have read are evaluated."""
+        """Drop the latest call: only the keys and values that it would have read are evaluated."""
         self._pending = None
 
     def needed(self) -> None:
-        """Evaluate the latest call by everyone: what comes next reads its output."""
+        """Evaluate the latest call by all implementations, before its output is read."""
         call, self._pending = self._pending, None
         if call is None:
             return
@@ -239,7 +239,7 @@ class SharedPass:
         mx.reset_peak_memory()
         with replace_attention(self._arms[name]):
             started = self._clock()
-            # The graph goes on from the reference's call, which was built when the model called.
+            # The model continues with the reference's output, whose graph was built when the model called.
             out = call.out if reference else self._built(call.args, call.named)
             mx.eval(out)
             took_s = self._clock() - started + (call.built_s if reference else 0.0)
@@ -250,7 +250,7 @@ class SharedPass:
     def _dropped_if_it_fails(self, name: str) -> Iterator[None]:
         try:
             yield
-        except BaseException as error:  # an implementation's failure is its own row's, sys.exit() included
+        except BaseException as error:  # any failure, even sys.exit(), ends only the row of its implementation
             self.errors[name] = error
             del self._arms[name]
 
@@ -263,7 +263,7 @@ class SharedPass:
             self._inside = before
 
     def _called(self, *args: Any, **named: Any) -> mx.array:
-        """In the place of mlx-lm's function."""
+        """Replacement of mlx-lm's attention function during a shared pass."""
         if self._inside:
             out: mx.array = patch_points.models_sdpa().original(*args, **named)
             return out
@@ -281,13 +281,13 @@ class SharedPass:
         return out
 
     def _called_directly(self, *args: Any, **named: Any) -> mx.array:
-        """In the place of MLX's function, which a model may call itself: such a call cannot be shared."""
+        """Replacement of MLX's function; counts a model's direct calls, which cannot be shared."""
         self._direct += not self._inside
         out: mx.array = patch_points.fast_sdpa().original(*args, **named)
         return out
 
     def _take(self) -> None:
-        """Run a sample of passes; where the first arm fails in it, again with the next one's outputs."""
+        """Run the passes of one sample; if the first arm fails, repeat them with the next one as the reference."""
         began = self._clock()
         while self._arms:
             count = len(self._arms)
@@ -305,7 +305,7 @@ class SharedPass:
         self.seconds = self._clock() - began
 
     def _timed(self, run: ModelRun) -> tuple[float, dict[str, float], dict[str, int]]:
-        """Seconds of the rest of a pass, and each arm's seconds of attention and peak memory in bytes."""
+        """Return a pass's seconds outside attention, and each arm's seconds in attention and peak memory in bytes."""
         run.prepare()
         self._times, self._peaks = {}, {}
         self._away_s, self._rest_peak, self._direct, self._settled, self._pending = 0.0, 0, 0, 0, None
@@ -329,12 +329,12 @@ class SharedPass:
 
 
 class SharedArm(ModelArm, kw_only=True, eq=False):
-    """An arm that takes its samples from passes that it shares with the others."""
+    """An arm whose samples come from shared passes."""
 
     shared: SharedPass
 
     def sample(self) -> None:
-        """Add one sample, in seconds a step."""
+        """Add one sample, in seconds per step."""
         seconds, peak_bytes = self.shared.sample(self.name)
         self.take(seconds["many"] / self.steps, seconds["few"] / self.steps if self.short else None)
         if self.peak_bytes is None:

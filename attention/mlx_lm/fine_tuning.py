@@ -247,7 +247,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         self._progress.begin_step(name, "training")
         mx.clear_cache()
         calls, base = CallCounter(name, training=True), mx.get_active_memory()
-        mx.reset_peak_memory()  # sets the peak to 0, not to what is active
+        mx.reset_peak_memory()  # sets the peak to 0, not to the active memory
         try:
             with replace_attention(name, training=True), calls:
                 complete = self._fine_tune(work, work.iters, self._on_iteration(name, work.iters))

@@ -1,4 +1,4 @@
-"""Runs a model that generates: every implementation in it, phase by phase and prompt by prompt, told as events."""
+"""Benchmark generation with a model: every implementation at each phase and prompt length, reported as events."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from attention.mlx_lm.network import Network, StateChanged, copy_caches, digest_
 from attention.mlx_lm.replacement import CallCounter, replace_attention
 
 PREFILL_STEP: Final = 2048
-"""Tokens that mlx-lm takes in at once."""
+"""Maximum number of prompt tokens that mlx-lm processes at once."""
 Logits = mx.array
 
 
@@ -32,15 +32,14 @@ class Prompts:
     """The prompts of a case, random and seeded: (batch, length)."""
 
     def __init__(self, case: Generation, vocabulary: int, seed: int) -> None:
-        """Makes them."""
+        """Draw the tokens."""
         self.tokens = mx.random.randint(0, vocabulary, (case.batch, case.prompt), key=mx.random.key(seed))
         mx.eval(self.tokens)
 
     def prefill(self, model: Any, cache: list[Any], observer: Observer | None = None) -> Logits:
-        """Fills a cache, and returns the logits of the first token after the prompts: (batch, vocabulary).
+        """Fill a cache and return the logits of the first token after the prompts: (batch, vocabulary).
 
-        All tokens but the last only leave their keys and values; what a last layer would compute beyond them, mlx-lm
-        does not ask for, and MLX does not compute.
+        For all tokens but the last, mlx-lm evaluates only the cache, so MLX computes nothing else of the last layer.
         """
         last = self.tokens.shape[1] - 1
         for start in range(0, last, PREFILL_STEP):
@@ -60,54 +59,54 @@ def _next_logits(model: Any, cache: list[Any], token: mx.array, observer: Observ
 
 
 class PrefillRun:
-    """Takes the prompts in, with a cache of its own each time."""
+    """Prefill of the prompts, with a new cache for each run."""
 
     observer: Observer | None = None
 
     def __init__(self, network: Network, prompts: Prompts, layers: int) -> None:
-        """Binds the model's first layers to the prompts."""
+        """Bind the model's first layers to the prompts."""
         self._network, self._prompts, self._layers = network, prompts, layers
 
     def prepare(self) -> None:
-        """Each run makes its own cache: there is nothing to restore."""
+        """Do nothing: each run makes a new cache."""
 
     def queue(self) -> list[mx.array]:
-        """Queues the last step; those before it are waited for, one by one."""
+        """Evaluate all steps but the last, one by one, and queue the last."""
         with self._network.shortened(self._layers) as model:
             return [self._prompts.prefill(model, self._network.cache(), self.observer)]
 
     def wait(self, outputs: Sequence[object]) -> None:
-        """Evaluates the logits."""
+        """Evaluate the logits."""
         mx.eval(outputs)
 
     def results(self) -> list[mx.array]:
-        """Runs once and returns the logits of the first token."""
+        """Run once and return the logits of the first token."""
         outputs = self.queue()
         self.wait(outputs)
         return outputs
 
     def peak_bytes(self) -> int | None:
-        """Not known here: the rounds measure it."""
+        """Return None: the rounds measure it."""
 
 
 class DecodeRun:
-    """Makes tokens greedily after the prompts; the next step is queued before a token is read, as mlx-lm does.
+    """Greedy decoding after the prompts; each step is queued before the previous token is read, as in mlx-lm.
 
-    Every run works on a copy of the caches that the prompts left. mlx-lm can take tokens back from some caches only: a
-    window that has wrapped and a recurrent state keep what was made.
+    Every run uses a copy of the caches filled by the prompts. mlx-lm can remove tokens from some kinds of caches only:
+    not from a window that has wrapped, nor from a recurrent state.
     """
 
     observer: Observer | None = None
 
     def __init__(self, network: Network, cache: list[Any], token: mx.array, steps: int, layers: int) -> None:
-        """Binds the model's first layers to a filled cache.
+        """Bind the model's first layers to a filled cache.
 
         Args:
             network: the model.
-            cache: keys and values of the prompts, of all layers; they are only read.
-            token: (batch,), the one to begin with.
-            steps: tokens to make.
-            layers: how many run.
+            cache: caches of all layers, filled by the prompts; never modified.
+            token: (batch,), the first input token.
+            steps: number of tokens to generate.
+            layers: number of layers that run.
         """
         self._network, self._cache, self._token = network, cache, token
         self._steps, self._layers = steps, layers
@@ -115,10 +114,10 @@ class DecodeRun:
         self._fresh: list[Any] | None = None
 
     def prepare(self) -> None:
-        """Copies the caches for the next run, outside of its clock.
+        """Copy the caches for the next run; not timed.
 
         Raises:
-            StateChanged: the copy differs from what the prompts left.
+            StateChanged: the copy differs from the caches as filled by the prompts.
         """
         fresh: list[Any] = copy_caches(self._cache)
         if digest_of_caches(fresh) != self._digest:
@@ -126,7 +125,7 @@ class DecodeRun:
         self._fresh = fresh
 
     def _taken(self) -> list[Any]:
-        """The caches of this run, which are nobody else's afterwards."""
+        """Return the prepared caches and drop the reference to them, so that MLX can update them in place."""
         if self._fresh is None:
             self.prepare()
         fresh, self._fresh = self._fresh, None
@@ -134,7 +133,7 @@ class DecodeRun:
         return fresh
 
     def queue(self) -> list[mx.array]:
-        """Makes all tokens; the last one is read, so that nothing is left to wait for."""
+        """Generate all tokens and read the last one, so that nothing remains to be evaluated."""
         cache = self._taken()
         with self._network.shortened(self._layers) as model:
             token = self._queued(model, cache, self._token)
@@ -145,10 +144,10 @@ class DecodeRun:
         return [token]
 
     def wait(self, outputs: Sequence[object]) -> None:
-        """Nothing is left to wait for."""
+        """Do nothing: `queue` has read the last token."""
 
     def results(self) -> list[mx.array]:
-        """Runs one step and returns its logits."""
+        """Run one step and return its logits."""
         cache = self._taken()
         with self._network.shortened(self._layers) as model:
             logits = _next_logits(model, cache, self._token)
@@ -156,7 +155,7 @@ class DecodeRun:
         return [logits]
 
     def peak_bytes(self) -> int | None:
-        """Not known here: the rounds measure it."""
+        """Return None: the rounds measure it."""
 
     def _queued(self, model: Any, cache: list[Any], token: mx.array) -> mx.array:
         following = mx.argmax(_next_logits(model, cache, token, self.observer), axis=-1)
@@ -165,33 +164,33 @@ class DecodeRun:
 
 
 MAX_ADVISED_LAYERS: Final = 8
-"""Layers that are advised at most: more cost time and tell little more."""
+"""Maximum number of layers suggested in messages: more take longer and hardly improve the estimate."""
 
 
 class MemoryNeeds(Struct, frozen=True):
-    """Bytes that a run needs."""
+    """Memory that a run needs, in bytes."""
 
     fixed: int
-    """Whatever the number of layers: embeddings, one layer's working memory."""
+    """Bytes independent of the number of layers: embeddings, and one layer's working memory."""
     layer: float
-    """Of each layer: its weights, its cache."""
+    """Bytes per layer: weights and cache."""
     layers: int
 
     @staticmethod
     def of(configuration: Configuration, work: Generation, network: Network, attention_bytes: int) -> "MemoryNeeds":
-        """Adds up what a generation needs.
+        """Return the memory needs of a generation.
 
         Args:
             configuration: the model's shapes.
-            work: what runs.
+            work: the case.
             network: the model with the layers that run.
-            attention_bytes: what one call of attention needs above its inputs.
+            attention_bytes: peak of one attention call above its inputs.
         """
         length = work.prompt + (work.generate if work.phase == "decode" else 0)
         weights = network.layer_bytes
         cache = configuration.cache_bytes(1, work.batch, length, work.dtype)
         if work.phase == "decode":
-            cache *= 2  # every run works on a copy
+            cache *= 2  # every run uses a copy
         working = (
             configuration.activation_bytes(work.batch * min(work.prompt, PREFILL_STEP), work.dtype) + attention_bytes
         )
@@ -199,11 +198,11 @@ class MemoryNeeds(Struct, frozen=True):
 
     @property
     def whole(self) -> float:
-        """All of it."""
+        """Total bytes."""
         return self.fixed + self.layers * self.layer
 
     def refusal(self, limit: int, work: Generation) -> str:
-        """Says what is needed of how much, and what would fit."""
+        """Return the reason for refusing a run: its needs, the limit, and the number of layers that would fit."""
         text = f"needs {self.whole / 2**30:.4g} GiB of {limit / 2**30:.4g}"
         fitting = min(int((limit - self.fixed) // self.layer), MAX_ADVISED_LAYERS, work.layers - 1)
         if fitting >= MIN_SIZES["measured_layers"]:
@@ -212,16 +211,16 @@ class MemoryNeeds(Struct, frozen=True):
 
 
 TOLERANCE: Final = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
-"""Root mean square difference of logits from the reference's, relative to theirs, that rounding alone may make."""
+"""Maximum RMS difference from the reference's logits, relative to their RMS, that rounding alone may cause."""
 LEAD_IN_S: Final = 0.25
-"""A call that takes longer finds its own clocks and power soon enough, without an untimed one before it."""
+"""Calls longer than this need no untimed call before them: clocks and power settle within the call."""
 LONG_CASE_S: Final = 120.0
-"""Whoever has to wait longer for a case is told what would shorten it."""
+"""If a case takes longer than this, a way to shorten it is logged."""
 ADVISED_LAYERS: Final = 4
 
 
 class Setting(Struct, eq=False):
-    """What all implementations of a case share."""
+    """State shared by all implementations of a case."""
 
     case: Generation
     layers: Layers
@@ -231,13 +230,13 @@ class Setting(Struct, eq=False):
     further_bytes: int
     lead_in: bool
     weights: str
-    """Digest of the weights that run."""
+    """Digest of the weights in use."""
     logits: mx.array | None = None
-    """The reference's."""
+    """Logits of the reference."""
 
 
 class GenerationBench(CaseRunner[GenerationPlan]):
-    """One worker's share of a run of one model."""
+    """The part of a run of generations that one worker executes."""
 
     def _prepare_all(self, device: Device) -> None:
         first = self._plan.cases[0]
@@ -274,7 +273,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         return self._run_rounds(arms, self._plan.seconds, beside=[beside])
 
     def _layer(self, work: Generation) -> Workload:
-        """What a layer asks of attention: a prefill at its largest, a decode at its first token."""
+        """Return the attention workload of a layer: the largest one of a prefill, the first token of a decode."""
         if work.phase == "decode":
             length = work.prompt + 1
             return self._configuration.workload("decode", work.dtype, batch=work.batch, seq=1, kv_seq=length)
@@ -282,7 +281,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         return self._configuration.workload("forward", work.dtype, batch=work.batch, seq=seq, kv_seq=work.prompt - 1)
 
     def _admit(self, name: str, work: Generation, device: Device) -> bool:
-        """Asks an implementation for its route; ends its row where it does not take the case, or will not fit."""
+        """Query an implementation's route; end its row if the case is unsupported or will not fit in memory."""
         route = self._supported_route(name, self._layer(work), device)
         if route is None:
             return False
@@ -294,7 +293,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         return True
 
     def _setting(self, work: Generation, device: Device) -> Setting:
-        """Makes the weights, the prompts, and for decoding the cache that they leave, with mlx-lm's own attention."""
+        """Make the weights, the prompts, and for decoding the filled cache, with mlx-lm's own attention."""
         if not self._network.made:
             self._progress.emit_progress(f"making {work.model}: {self._network.own_bytes / 2**30:.3g} GiB")
             self._network.make()
@@ -317,7 +316,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         return Prompts(work, int(self._configuration.fields.get("vocab_size", 256)), self._plan.seed)
 
     def _runs(self, work: Generation, prompts: Prompts) -> Callable[[int], PrefillRun | DecodeRun]:
-        """Makes runs for numbers of layers."""
+        """Return a function that makes a run for a number of layers."""
         if work.phase == "prefill":
             return lambda layers: PrefillRun(self._network, prompts, layers)
         self._progress.emit_progress("taking the prompt in")
@@ -334,7 +333,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             return None
 
     def _first_run(self, name: str, setting: Setting) -> ModelArm:
-        """The first run, with what is counted and compared in it, and one more to warm up."""
+        """Run once, count the calls and compare the logits; run again to warm up; return the arm."""
         progress = self._progress
         progress.begin_step(name, "first call")
         if digest_of_weights(self._network.model) != setting.weights:
@@ -347,11 +346,11 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         progress.emit(on.FirstCall(case=progress.case, implementation=name, seconds=call_s))
         progress.emit(calls.event(progress.case, self._paths.get(name)))
         self._compare(name, logits, setting)
-        # One that chooses on first use knows its path only now.
+        # An autotuner knows its path only now.
         self._supported_route(name, self._layer(setting.case), probe())
         run_s = call_s * (setting.case.generate if setting.case.phase == "decode" else 1)
         if self._takes_long(run_s, len(self._plan.implementations)):
-            call_s = run_s  # a shared pass warms all of them up at once
+            call_s = run_s  # a shared pass warms up all implementations at once
         elif call_s < SLOW_CALL_S or setting.case.phase == "decode":
             progress.begin_step(name, "warm up")
             setting.run.prepare()
@@ -362,14 +361,14 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         return _arm(name, setting, call_s)
 
     def _takes_long(self, run_s: float, count: int) -> bool:
-        """Whether the fewest rounds would take too long if each of so many implementations ran by itself.
+        """Return whether the minimum number of rounds takes too long if `count` implementations run separately.
 
-        Only a device that runs one operation at a time lets them share a pass.
+        Passes are shared only on a device that runs one operation at a time.
         """
         return self._backend == "cpu" and MIN_ROUNDS * run_s * (count + 2) > MAX_EXTENSION * self._plan.seconds
 
     def _sharing(self, arms: list[ModelArm], setting: Setting) -> list[ModelArm]:
-        """Let the arms of a case share their passes, if the model can be run so; warms them up."""
+        """Return arms that share their passes, warmed up; the given arms if the model does not support that."""
         self._progress.emit_progress("a pass that all implementations share")
         runs = {"many": setting.run, **({"few": setting.short} if setting.short else {})}
         names = {arm.name: arm.implementation for arm in arms}
@@ -377,7 +376,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         shared = SharedPass(runs, names, seed=self._plan.seed, at_work=self._attends)
         try:
             shared.warm_up()
-        except Exception as error:  # each then runs by itself, and fails there if it has to
+        except Exception as error:  # each arm then runs separately, and reports its own failure
             self._progress.log(f"the implementations cannot share passes: {error_line(error)}")
             return arms
         finally:
@@ -397,7 +396,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             self._progress.mark_idle()
 
     def _compare(self, name: str, logits: mx.array, setting: Setting) -> None:
-        """Compares the first token's logits with those of the first implementation that ran."""
+        """Compare the first token's logits with those of the first implementation that ran."""
         logits = logits.astype(mx.float32)
         if setting.logits is None:
             setting.logits = logits
@@ -418,7 +417,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         )
 
     def _estimate_time(self, work: Generation, count: int) -> None:
-        """Times two layers, of which a prefill finishes one, and tells what would shorten a case that takes long."""
+        """Time two layers, of which a prefill completes one; if the case takes long, log a way to shorten it."""
         self._progress.emit_progress("a look at two layers")
         look = PrefillRun(self._network, self._prompts(work), layers=2)
         whole_s = take_sample(look, 1) * (work.layers - 1)
@@ -429,19 +428,19 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             self._progress.log(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
 
     def _emit_estimate(self, arm: ModelArm, count: int, *, left: int, first: bool) -> None:
-        """Tell how long the case will still take if all implementations are as fast as this one.
+        """Report the time left of the case, assuming that all implementations are as fast as this one.
 
         Args:
-            arm: the one whose call was timed.
-            count: implementations of the case; the reference's second arm and the model without attention come on top.
-            left: of them, those still to be prepared.
+            arm: the implementation whose call was timed.
+            count: implementations of the case, without the reference's second arm and the model without attention.
+            left: implementations not prepared yet.
             first: whether this is the first estimate of the case.
         """
         layers = arm.layers
         shorter = (layers.few - layers.unfinished) / (layers.many - layers.unfinished) if arm.short else 0.0
         share = self._takes_long(arm.sample_s, count)
         a_round = arm.sample_s * (1 + shorter) * (1 if share else count + 2)
-        # An implementation's preparation is its first call and, unless that was slow, another one to warm up.
+        # The preparation of an implementation is its first call and, unless that was slow, a second one to warm up.
         seconds = 2 * arm.call_s * left + max(self._plan.seconds, MIN_ROUNDS * a_round)
         self._progress.emit_progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)
         if first:
