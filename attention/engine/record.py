@@ -77,7 +77,7 @@ class CaseState(Struct):
 
 
 P = TypeVar("P", bound=AnyPlan)
-C = TypeVar("C")
+C = TypeVar("C", bound=AnyCase)
 
 
 class RunRecord(ABC, Generic[P, C]):
@@ -188,6 +188,11 @@ class RunRecord(ABC, Generic[P, C]):
             case on.LayersTimed():
                 row.layers = event
 
+    def shown_cases(self) -> tuple[C, ...]:
+        """Return the cases that have results so far."""
+        cases = (self.case(index) for index in range(len(self.cases)))
+        return tuple(case for case in cases if case.rows)
+
     @abstractmethod
     def case(self, index: int) -> C:
         """Return the rows of one case so far."""
@@ -216,22 +221,9 @@ class Record(RunRecord[Plan, Case]):
 
     def case(self, index: int) -> Case:
         """Return the rows of one case so far."""
-        record = self.cases[index]
-        reference = record.rows[record.reference].samples if record.reference else []
-        floor = statistics.noise_floor(reference, record.repeated_reference)
-        throttled = statistics.slowed_down(reference, floor.floor) if floor else None
-        workload = self.plan.cases[index]
-        made = [
-            timed_row(
-                measured,
-                record,
-                tokens=workload.tokens,
-                speedup=UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor),
-                throttled=throttled,
-            )
-            for name, measured in record.rows.items()
-        ]
-        rows = tuple(_with_rates(row, workload.flops, self.peaks) for row in made if row is not None)
+        workload, record = self.plan.cases[index], self.cases[index]
+        floor, made = paired_rows(record, workload.tokens)
+        rows = tuple(_with_rates(row, workload.flops, self.peaks) for row, _ in made)
         return Case(workload=workload, reference=record.reference, noise_floor=floor, rows=rows)
 
 
@@ -241,6 +233,23 @@ def _with_rates(row: Row, flops: int, peaks: Peaks) -> Row:
         return row
     flops_per_s = flops / row.call_s.median
     return structs.replace(row, flops_per_s=flops_per_s, efficiency=_efficiency(flops_per_s, peaks))
+
+
+def paired_rows(record: CaseState, tokens: int) -> tuple[NoiseFloor | None, list[tuple[Row, RowState]]]:
+    """Return the noise floor of interleaved rounds, and each row that has results beside its measurements.
+
+    `tokens`: produced by one call.
+    """
+    reference = record.rows[record.reference].samples if record.reference else []
+    floor = statistics.noise_floor(reference, record.repeated_reference)
+    throttled = statistics.slowed_down(reference, floor.floor) if floor else None
+    rows = []
+    for name, measured in record.rows.items():
+        speedup = UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor)
+        row = timed_row(measured, record, tokens=tokens, speedup=speedup, throttled=throttled)
+        if row is not None:
+            rows.append((row, measured))
+    return floor, rows
 
 
 def timed_row(
@@ -327,22 +336,13 @@ class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
 
     def report(self, run: Run) -> Report:
         """Return the report so far; cases without results are omitted."""
-        cases = tuple(self.case(index) for index in range(len(self.cases)))
-        shown = tuple(case for case in cases if case.rows)
-        return Report(run=run, environment=self.environment, peaks=self.peaks, models=shown)
+        return Report(run=run, environment=self.environment, peaks=self.peaks, models=self.shown_cases())
 
     def case(self, index: int) -> ModelCase:
         """Return the rows of one case so far."""
         work, record = self.plan.cases[index], self.cases[index]
-        reference = record.rows[record.reference].samples if record.reference else []
-        floor = statistics.noise_floor(reference, record.repeated_reference)
-        throttled = statistics.slowed_down(reference, floor.floor) if floor else None
-        rows = []
-        for name, measured in record.rows.items():
-            speedup = UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor)
-            row = timed_row(measured, record, tokens=work.tokens, speedup=speedup, throttled=throttled)
-            if row is not None:
-                rows.append(_model_row(row, measured, record))
+        floor, made = paired_rows(record, work.tokens)
+        rows = [_model_row(row, measured, record) for row, measured in made]
         return ModelCase(
             workload=work,
             reference=record.reference,
@@ -402,9 +402,7 @@ class FineTuningRecord(RunRecord[FineTuningPlan, FineTuningCase]):
 
     def report(self, run: Run) -> Report:
         """Return the report so far; cases without results are omitted."""
-        cases = tuple(self.case(index) for index in range(len(self.cases)))
-        shown = tuple(case for case in cases if case.rows)
-        return Report(run=run, environment=self.environment, peaks=self.peaks, fine_tunings=shown)
+        return Report(run=run, environment=self.environment, peaks=self.peaks, fine_tunings=self.shown_cases())
 
     def case(self, index: int) -> FineTuningCase:
         """Return the rows of one case so far.
