@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -11,6 +11,10 @@ from attention.core.results import Peaks
 from attention.core.workload import FineTuning, Generation, Workload
 
 REFERENCE = "baseline"
+GENERATION_SECONDS: Final = 10.0
+"""Default time limit of the rounds of one phase of a model at one prompt length, in seconds."""
+FINE_TUNING_SECONDS: Final = 300.0
+"""Default time limit of each fine-tuning, in seconds."""
 
 
 class RunOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from attention.core.workload import FineTuning
     from fatui.cli.exports import Export
 
-SECONDS: Final = 300.0
 SIZES: Final = ("iters", "seq", "batch", "rank")
 EXAMPLE: Final = """examples:
   fatui finetune tiny-llama --iters 20 --seq 128
@@ -26,14 +25,11 @@ Exit codes: 0 done, 1 a row failed or is inaccurate, 2 wrong usage, 3 no backend
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from attention.core.workload import MODEL_DEFAULTS
-    from attention.mlx_lm.configuration import bundled_names
+    from attention.core.plan import FINE_TUNING_SECONDS
     from fatui.cli.exports import add_export_options
-    from fatui.cli.options import add_limit_options
+    from fatui.cli.options import add_limit_options, add_model_options
 
-    parser.epilog = EXAMPLE.format(models=", ".join(bundled_names()))
-    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
-    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MODEL_DEFAULTS)})")
+    add_model_options(parser, EXAMPLE)
     parser.add_argument("--iters", metavar="N", default="100", help="iterations (100)")
     parser.add_argument("--seq", metavar="N", default="512", help="tokens of each sequence (512)")
     parser.add_argument("--batch", metavar="N", default="4", help="sequences of an iteration (4)")
@@ -41,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora-layers", metavar="N", default="16", help="the last layers are tuned (16, as mlx-lm)")
     parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
     parser.add_argument("--data", metavar="FILE", help="a text file to learn")
-    add_limit_options(parser, f"time limit of each fine-tuning ({SECONDS:g})")
+    add_limit_options(parser, f"time limit of each fine-tuning ({FINE_TUNING_SECONDS:g})")
     add_export_options(parser)
 
 
@@ -64,10 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Export]]":
     """Build the plan from the command line, and report all mistakes at once."""
-    from attention.core.plan import FineTuningPlan
+    from attention.core.plan import FINE_TUNING_SECONDS, FineTuningPlan
     from fatui.cli.options import model_plan
 
-    return model_plan(arguments, lambda: (_case(arguments),), FineTuningPlan, SECONDS)
+    return model_plan(arguments, lambda: (_case(arguments),), FineTuningPlan, FINE_TUNING_SECONDS)
 
 
 def _case(arguments: argparse.Namespace) -> "FineTuning":

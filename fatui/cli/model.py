@@ -9,7 +9,6 @@ if TYPE_CHECKING:
 
 PROMPTS: Final = "512"
 GENERATE: Final = "64"
-SECONDS: Final = 10.0
 EXAMPLE: Final = """examples:
   fatui model tinyllama-1.1b --prompt 512,2048
   fatui model llama-7b-like --layers 4 --impl baseline,practical
@@ -26,20 +25,17 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backen
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from attention.core.workload import MODEL_DEFAULTS
-    from attention.mlx_lm.configuration import bundled_names
+    from attention.core.plan import GENERATION_SECONDS
     from fatui.cli.exports import add_export_options
-    from fatui.cli.options import add_limit_options
+    from fatui.cli.options import add_limit_options, add_model_options
 
-    parser.epilog = EXAMPLE.format(models=", ".join(bundled_names()))
-    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
-    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MODEL_DEFAULTS)})")
+    add_model_options(parser, EXAMPLE)
     parser.add_argument("--prompt", metavar="A,B", default=PROMPTS, help=f"tokens of each prompt ({PROMPTS})")
     parser.add_argument("--generate", metavar="N", default=GENERATE, help=f"tokens of a decode sample ({GENERATE})")
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
     parser.add_argument("--layers", metavar="N", help="run only N layers, and estimate the whole model")
     parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
-    add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({SECONDS:g})")
+    add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({GENERATION_SECONDS:g})")
     add_export_options(parser)
 
 
@@ -62,10 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Export]]":
     """Build the plan from the command line, and report all mistakes at once."""
-    from attention.core.plan import GenerationPlan
+    from attention.core.plan import GENERATION_SECONDS, GenerationPlan
     from fatui.cli.options import model_plan
 
-    return model_plan(arguments, lambda: _cases(arguments), GenerationPlan, SECONDS)
+    return model_plan(arguments, lambda: _cases(arguments), GenerationPlan, GENERATION_SECONDS)
 
 
 def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:

@@ -157,6 +157,16 @@ def seconds_of(text: str | None, otherwise: float) -> float:
     return number_between(value, "--seconds", MIN_SECONDS, MAX_SECONDS)
 
 
+def add_model_options(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add what commands on whole models have in common: the examples, the model and the implementations."""
+    from attention.core.workload import MODEL_DEFAULTS
+    from attention.mlx_lm.configuration import bundled_names
+
+    parser.epilog = example.format(models=", ".join(bundled_names()))
+    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MODEL_DEFAULTS)})")
+
+
 def model_plan(
     arguments: argparse.Namespace, read_cases: Callable[[], Sequence[Any]], kind: type[M], otherwise_s: float
 ) -> "tuple[M, list[Export]]":
@@ -173,7 +183,6 @@ def model_plan(
     """
     from attention.core.workload import MODEL_DEFAULTS
     from fatui.cli.exports import requested_exports
-    from fatui.storage.preset_format import check_names
 
     mistakes = Problems()
     cases = mistakes.catch(read_cases)

@@ -12,10 +12,10 @@ from attention.core.files import parse_toml
 from attention.core.plan import Plan, expand
 from attention.core.workload import DEFAULTS_FROM, MAX_SIZES, Workload
 from attention.implementations import check_name
+from fatui.draft import DEFAULT_IMPLEMENTATIONS
 from fatui.quantities import parse_size, size_text
 
 SCHEMA: Final = 1
-DEFAULT_IMPLEMENTATIONS: Final = ("baseline", "poc", "practical", "demo")
 FIELDS: Final = (*MAX_SIZES, "dtype", "mask", "pass")
 KEYS: Final = (
     *("schema", "title", "summary", "implementations", "seconds", "precision", "memory_limit", "seed"),

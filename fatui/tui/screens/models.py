@@ -11,7 +11,7 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from attention.core.errors import NoBackendError, UsageError
-from attention.core.plan import FineTuningPlan, GenerationPlan
+from attention.core.plan import FINE_TUNING_SECONDS, GENERATION_SECONDS, FineTuningPlan, GenerationPlan
 from attention.core.results import Report
 from attention.core.workload import MODEL_DEFAULTS, FineTuning, generations
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
@@ -217,7 +217,6 @@ def _phase(session: ModelSession | None) -> str:
 
 
 WHOLE: Final = "all"
-SECONDS: Final = 10.0
 
 
 class Models(ModelScreen):
@@ -253,7 +252,7 @@ class Models(ModelScreen):
             measured_layers=None if layers == WHOLE else int(layers),
             dtype=self.chosen("dtype"),
         )
-        return GenerationPlan(cases=cases, implementations=self.implementations, seconds=SECONDS)
+        return GenerationPlan(cases=cases, implementations=self.implementations, seconds=GENERATION_SECONDS)
 
     def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
         """Return the command that runs a plan."""
@@ -268,7 +267,6 @@ class Models(ModelScreen):
         )
 
 
-FINETUNING_SECONDS: Final = 300.0
 TUNED_LAYERS: Final = 16
 
 
@@ -307,7 +305,7 @@ class FineTunings(ModelScreen):
             batch=batch,
             rank=rank,
         )
-        return FineTuningPlan(cases=(case,), implementations=self.implementations, seconds=FINETUNING_SECONDS)
+        return FineTuningPlan(cases=(case,), implementations=self.implementations, seconds=FINE_TUNING_SECONDS)
 
     def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
         """Return the command that runs a plan."""
