@@ -187,15 +187,19 @@ def _kernel_command(tools: Toolchain) -> tuple[str, ...]:
     return (*tools.compiler, *_SHARED_FLAGS, *_KERNEL_FLAGS, *_machine_flags(), *extra_flags())
 
 
-def _binding_command(tools: Toolchain) -> tuple[str, ...]:
+def include_flags(tools: Toolchain) -> list[str]:
+    """Return the compiler flags for the headers of nanobind, MLX and Python."""
     folders = (
         tools.nanobind / "include",
         tools.nanobind / "ext" / "robin_map" / "include",
         tools.mlx / "include",
         tools.python_include,
     )
-    includes = [word for folder in folders for word in ("-isystem", str(folder))]
-    return (*tools.compiler, *_SHARED_FLAGS, *_BINDING_FLAGS, *includes, *extra_flags())
+    return [word for folder in folders for word in ("-isystem", str(folder))]
+
+
+def _binding_command(tools: Toolchain) -> tuple[str, ...]:
+    return (*tools.compiler, *_SHARED_FLAGS, *_BINDING_FLAGS, *include_flags(tools), *extra_flags())
 
 
 def _link_command(tools: Toolchain) -> tuple[str, ...]:

@@ -104,16 +104,9 @@ def _import(path: Path) -> ModuleType:
 def _commands(tools: Toolchain) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the commands that compile a source file and link the library, without file names."""
     flags = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1", "-DNB_DOMAIN=mlx", "-w")
-    folders = (
-        tools.nanobind / "include",
-        tools.nanobind / "ext" / "robin_map" / "include",
-        tools.mlx / "include",
-        tools.python_include,
-    )
-    includes = [word for folder in folders for word in ("-isystem", str(folder))]
     library = tools.mlx / "lib"
     link = (*tools.compiler, "-shared", f"-L{library}", f"-Wl,-rpath,{library}")
-    return (*tools.compiler, *flags, *includes), link
+    return (*tools.compiler, *flags, *build.include_flags(tools)), link
 
 
 @functools.cache
