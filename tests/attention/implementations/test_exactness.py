@@ -1,7 +1,6 @@
 """Results do not depend on the size of a call: they are equal within and beyond a memory budget."""
 
 import math
-import threading
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -13,6 +12,7 @@ from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.blockwise import BlockwiseParams, exact_product
 from attention.implementations.bounded.implementation import Practical
 from attention.masks import Mask
+from tests.support.stacks import SMALL_STACK, on_a_stack
 
 BUDGETS = [None, 1 << 16]
 """A budget that a small call fits, and one that cuts it into blocks."""
@@ -109,17 +109,11 @@ def test_the_depth_of_a_graph_does_not_grow_with_its_tiles(mode: str) -> None:
     def loss(*x: mx.array) -> mx.array:
         return attention(*x, mask="causal", implementation=Practical(1 << 19)).sum()
 
-    def trace() -> None:
-        mx.set_default_device(mx.cpu)
-        (mx.compile(loss) if mode == "compile" else mx.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    def trace() -> mx.array | tuple[mx.array, ...]:
+        return (mx.compile(loss) if mode == "compile" else mx.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
-    before = threading.stack_size(512 * 1024)  # a graph as deep as its tiles are many overflows it and ends the process
-    try:
-        thread = threading.Thread(target=trace)
-        thread.start()
-        thread.join()
-    finally:
-        threading.stack_size(before)
+    made = on_a_stack(SMALL_STACK, trace)
+    assert made.shape == () if mode == "compile" else [x.shape for x in made] == [x.shape for x in (q, k, v)]
 
 
 @pytest.mark.parametrize("implementation", ["baseline", "practical", "poc", "mlx"])
