@@ -247,11 +247,8 @@ class Engine:
         if self.silence.expected_s is not None:
             return max(HUNG_S, LATE * self.silence.expected_s)
         weights = self.record.cases[case].weights_bytes or 0
-        making_s, pass_s = (
-            weights / SLOW_WEIGHTS_PER_S,
-            _model_flops(plan.cases[case], weights) / SLOW_MODEL_FLOPS_PER_S,
-        )
-        return max(HUNG_S, making_s + pass_s)
+        pass_s = _model_flops(plan.cases[case], weights) / SLOW_MODEL_FLOPS_PER_S
+        return max(HUNG_S, weights / SLOW_WEIGHTS_PER_S + pass_s)
 
     def _resume_after(self, reason: str) -> None:
         """Fail the row that was running, and create the assignment of the next worker."""

@@ -315,4 +315,4 @@ def decode(line: bytes) -> AnyEvent:
         kind = _kind_decoder.decode(line).event
         if kind in _KINDS:
             raise
-        return Message(level="info", text=f"the engine tells of '{kind}', which is not known here")
+        return Message(level="info", text=f"unknown event '{kind}' from the engine")

@@ -73,7 +73,7 @@ def fine_tune(
         iters: number of iterations.
         seconds: time limit after the first iteration, which compiles; checked after each iteration.
         seed: of the LoRA weights and of the order of the batches.
-        told: called after every iteration.
+        on_iteration: called after every iteration.
         begin: called with a digest of the state that the training starts from; it may raise.
 
     Returns:

@@ -17,8 +17,8 @@ from attention.core.errors import NoBackendError, UsageError
 USAGE: Final = """usage: python -m attention.patch [--implementation NAME] SCRIPT ARGS...
        python -m attention.patch [--implementation NAME] -m MODULE ARGS...
 
-Runs a program with attention in mlx-lm's models replaced, by `practical` unless another is named, and tells on stderr
-at its end which calls were taken, and which were not and why.
+Runs a program with attention in mlx-lm's models replaced, by `practical` unless another is named. At its end stderr
+lists which calls were replaced, and which were not and why.
 
   python -m attention.patch -m mlx_lm.generate --model PATH --prompt Hello
   python -m attention.patch --implementation poc train.py --layers 4

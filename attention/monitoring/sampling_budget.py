@@ -47,8 +47,8 @@ class SamplingBudget:
 
         Args:
             share: share of elapsed time that monitoring may take.
-            look_s: seconds of overhead of a counted call.
-            pass_s: seconds of overhead of an uncounted call.
+            sample_s: seconds of overhead of a counted call.
+            skip_s: seconds of overhead of an uncounted call.
             clock: in seconds.
         """
         self.stride = 1

@@ -5,17 +5,9 @@ import sys
 from typing import Final
 
 DONE: Final = 0
-
-
 FAILED: Final = 1
-
-
 WRONG_USAGE: Final = 2
-
-
 NO_BACKEND: Final = 3
-
-
 INTERRUPTED: Final = 130
 
 

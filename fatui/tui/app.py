@@ -572,7 +572,6 @@ class FatuiApp(App[int]):
 
     def follow_preset(self, name: str | None) -> None:
         """Reload the preset that the draft was made from, under a name; without effect on a draft without one."""
-        from attention.core.errors import UsageError
         from fatui.storage.presets import load
 
         self.preset = None
@@ -682,7 +681,6 @@ class FatuiApp(App[int]):
 
     def ask_advice(self) -> None:
         """Request the routes for the workload on the sliders, and the memory of all cases."""
-        from attention.core.errors import UsageError
         from fatui.tui.view_models.availability import names_for
 
         with contextlib.suppress(UsageError):

@@ -127,7 +127,7 @@ def fence_on_completion(arrays: Sequence[mx.array]) -> list[mx.array]:
 def fence_on_release(arrays: Sequence[mx.array], lag: int) -> list[mx.array]:
     """Return a scalar, made by the CUDA launcher, that is available once MLX has freed the arrays' inputs.
 
-    `behind`: number of preceding fences that may still be pending, whose tiles may still be in memory.
+    `lag`: number of preceding fences that may still be pending, whose tiles may still be in memory.
     """
     from attention.kernels.cuda.runtime import launcher
 

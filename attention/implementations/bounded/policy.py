@@ -295,7 +295,7 @@ def choose_strategy(
         backend: the backend it runs on.
         needs: features that the workload does not describe.
         budget: bytes above inputs and outputs.
-        handed: copies of an array mask that are passed to MLX's SDPA.
+        mask_copies: copies of an array mask that are passed to MLX's SDPA.
     """
     ask = _cpu_strategy if backend == "cpu" or needs.softcap else _gpu_strategy
     return ask(_StrategyInputs(workload, backend, needs, budget, mask_copies))

@@ -91,8 +91,7 @@ def test_decoding_leaves_the_cache_as_it_found_it():
     from mlx_lm.models.cache import make_prompt_cache
 
     from attention.mlx_lm.configuration import find_model
-    from attention.mlx_lm.generation import DecodeRun, Prompts
-    from attention.mlx_lm.network import Network
+    from attention.mlx_lm.generation import DecodeRun
 
     network = Network(find_model("tiny-llama"), "float32")
     (_, work) = generations(4, model="tiny-llama", prompts=[20], batches=[1], dtype="float32")

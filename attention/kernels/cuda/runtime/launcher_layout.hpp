@@ -14,7 +14,7 @@ using Arrays = std::vector<mx::array>;
 inline mx::array copied(const mx::array& a, mx::Stream stream, mx::cu::CommandEncoder& encoder) {
   mx::array view(a.shape(), a.dtype(), nullptr, {});
   auto flags = a.flags();
-  flags.row_contiguous = flags.col_contiguous = false;  // lest MLX share the memory, if it is only off the alignment
+  flags.row_contiguous = flags.col_contiguous = false;  // else MLX shares memory that is only off the alignment
   view.copy_shared_buffer(a, a.strides(), flags, a.data_size());
   Arrays copy{mx::contiguous(view, false, stream)};
   copy[0].primitive().eval_gpu({view}, copy);

@@ -100,8 +100,8 @@ inline std::vector<Layout> layouts_of(const std::vector<Step>& steps, size_t inp
       const bool any = std::any_of(step.arguments.begin(), step.arguments.end(), [&](const Argument& a) {
         return a.kind == STRIDE && size_t(a.value) == i && a.axis == 3;  // a kernel that takes the stride of the last axis too
       });
-      const Layout asked = has(MAP) ? Layout::MAPPED : any ? Layout::ANY : has(STRIDE) ? Layout::STRIDED : Layout::DENSE;
-      if (has(MAP) || has(POINTER)) layouts[i] = std::max(layouts[i], asked);
+      const Layout needed = has(MAP) ? Layout::MAPPED : any ? Layout::ANY : has(STRIDE) ? Layout::STRIDED : Layout::DENSE;
+      if (has(MAP) || has(POINTER)) layouts[i] = std::max(layouts[i], needed);
     }
   }
   return layouts;

@@ -99,7 +99,7 @@ def test_the_log_says_what_was_chosen_and_why_it_changed() -> None:
 
 def test_an_event_of_an_unknown_kind_becomes_a_message() -> None:
     event = on.decode(b'{"event": "moon_rose", "height": 3}\n')
-    assert event == on.Message(level="info", text="the engine tells of 'moon_rose', which is not known here")
+    assert event == on.Message(level="info", text="unknown event 'moon_rose' from the engine")
 
 
 @pytest.mark.parametrize("line", [b"", b"nonsense", b'{"height": 3}', b'{"event": "case_done"}', b'{"event": 3}'])
