@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, cast
 from msgspec import Struct, structs
 
 from attention.core.errors import UsageError, suggestion
+from attention.core.mask_text import MaskSpec, parse_mask, visible_pairs
 
 DType = Literal["float32", "float16", "bfloat16"]
 Pass = Literal["forward", "training", "decode"]
@@ -56,7 +57,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
     dtype: DType = "float16"
     """Type of inputs and outputs."""
     mask: str = "none"
-    """"none", "causal" (lower-right aligned) or "window:N" (causal, the last N keys)."""
+    """The visible pairs: "none", "causal", "prefix:256+window:1024", "blocks:0.1" and others of `core.mask_text`."""
     pass_: Pass = "forward"
     """"forward", "training" (forward and backward) or "decode"."""
 
@@ -70,6 +71,10 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
             if getattr(self, name) is None:
                 structs.force_setattr(self, name, getattr(self, source))
         problems = [*_size_problems(self), *_choice_problems(self)]
+        try:
+            structs.force_setattr(self, "mask", parse_mask(self.mask).text)
+        except UsageError as error:
+            problems.extend(error.problems)
         if problems:
             raise UsageError(*problems)
 
@@ -83,14 +88,26 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         structs.force_setattr(self, "seq", 1)
 
     @property
+    def mask_spec(self) -> MaskSpec:
+        """The parts of the mask."""
+        return parse_mask(self.mask)
+
+    @property
+    def structured(self) -> bool:
+        """Whether the mask is more than the bounds of a causal mask or of a window."""
+        return self.mask_spec.structured
+
+    @property
     def window(self) -> int | None:
-        """Number of keys in a query's window, or None without a window mask."""
-        return int(self.mask.removeprefix("window:")) if self.mask.startswith("window:") else None
+        """Number of keys in a query's window; None without a window, and for a structured mask."""
+        spec = self.mask_spec
+        return None if spec.structured else spec.window
 
     @property
     def causal(self) -> bool:
-        """Whether a query attends to no key after its own position."""
-        return self.mask != "none"
+        """Whether the mask is causal or a window: no key after the query's position; False for a structured mask."""
+        spec = self.mask_spec
+        return not spec.structured and (spec.causal or spec.window is not None)
 
     @property
     def scale(self) -> float:
@@ -114,20 +131,25 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def pairs(self) -> int:
-        """Exact number of unmasked (query, key) pairs of one head of one sequence."""
-        return unmasked_pairs(self.seq, self.kv_seq, self.causal, self.window)
+        """Exact number of visible (query, key) pairs of one call, over all sequences and heads."""
+        return self.batch * visible_pairs(self.mask_spec, self.seq, self.kv_seq, self.heads)
+
+    @property
+    def density(self) -> float:
+        """Share of the pairs that are visible."""
+        return self.pairs / self.scores
 
     @property
     def flops(self) -> int:
         """Multiplications and additions of the matrix products of one call.
 
-        Forward 2 B H P (D + Dv), as FlashAttention counts them with P the exact number of unmasked pairs.
-        A backward pass recomputes the scores and makes dP, dQ, dK and dV: 2 B H P (3 D + 2 Dv).
+        Forward 2 P (D + Dv), as FlashAttention counts them, with P the exact number of visible pairs.
+        A backward pass recomputes the scores and makes dP, dQ, dK and dV: 2 P (3 D + 2 Dv).
         """
         width = self.head_dim + self.value_dim
         if self.pass_ == "training":
             width += 3 * self.head_dim + 2 * self.value_dim
-        return 2 * self.batch * self.heads * self.pairs * width
+        return 2 * self.pairs * width
 
     @property
     def query_bytes(self) -> int:
@@ -167,21 +189,6 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         return self.batch * self.heads * self.seq * self.kv_seq
 
 
-def unmasked_pairs(seq: int, kv_seq: int, causal: bool, window: int | None) -> int:
-    """Count the unmasked (query, key) pairs in constant time.
-
-    Query row i has position i + kv_seq - seq (lower-right alignment) and attends to min(window, position + 1) keys.
-    """
-    if not causal:
-        return seq * kv_seq
-    most = min(window or kv_seq, kv_seq)
-    last = kv_seq  # keys visible to the last row without a window
-    first = max(1, kv_seq - seq + 1)  # keys visible to the first row that sees any
-    ramp_end = min(last, most)
-    ramp = (first + ramp_end) * (ramp_end - first + 1) // 2 if ramp_end >= first else 0
-    return ramp + most * (last - max(ramp_end, first - 1))
-
-
 def _size_problems(workload: Workload) -> list[str]:
     problems = []
     for name, largest in MAX_SIZES.items():
@@ -200,18 +207,7 @@ def _choice_problems(workload: Workload) -> list[str]:
     for name, value, known in (("dtype", workload.dtype, DTYPES), ("pass", workload.pass_, PASSES)):
         if value not in known:
             problems.append(f"{name}: got {value!r}; it takes {', '.join(known)}{suggestion(str(value), known)}")
-    return problems + _mask_problems(workload.mask)
-
-
-def _mask_problems(mask: object) -> list[str]:
-    if mask in ("none", "causal"):
-        return []
-    if isinstance(mask, str) and mask.startswith("window:"):
-        size = mask.removeprefix("window:")
-        if size.isascii() and size.isdigit() and len(size) < 12 and 1 <= int(size) <= MAX_SIZES["kv_seq"]:
-            return []
-    hint = suggestion(str(mask), ("none", "causal", "window:N"))
-    return [f"mask: got {mask!r}; it takes none, causal, or window:N with N from 1 to {MAX_SIZES['kv_seq']:,}{hint}"]
+    return problems
 
 
 Phase = Literal["prefill", "decode"]

@@ -5,6 +5,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from attention.core.errors import UnsupportedError, UsageError
+from attention.core.mask_text import MaskSpec
 from attention.core.route import Needs
 from attention.core.workload import DTYPES, DType, Workload
 from attention.masks import Mask, as_4d, dtype_name
@@ -55,6 +56,12 @@ class _UnlimitedWorkload(Workload, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Skip validation: all fields come from validated arrays."""
+
+    @property
+    def mask_spec(self) -> MaskSpec:
+        """The parts of the mask; a window may be of any size."""
+        size = self.mask.removeprefix("window:")
+        return MaskSpec(window=int(size)) if size.isdigit() else MaskSpec(causal=self.mask == "causal")
 
 
 def _make_workload(

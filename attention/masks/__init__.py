@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct, structs
 
-from attention.core.errors import UsageError
+from attention.core.errors import UnsupportedError, UsageError
 from attention.core.workload import DTYPES, Workload
 
 if TYPE_CHECKING:
@@ -79,7 +79,13 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
 
 
 def of_workload(workload: Workload) -> Mask:
-    """Return the mask of a workload."""
+    """Return the mask of a workload.
+
+    Raises:
+        UnsupportedError: the mask is structured.
+    """
+    if workload.structured:
+        raise UnsupportedError(f"mask {workload.mask}: structured masks have no values yet")
     return Mask(causal=workload.causal, window=workload.window)
 
 

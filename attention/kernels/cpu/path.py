@@ -34,6 +34,8 @@ def route(workload: Workload, needs: Needs) -> Route:
     width = max(workload.head_dim, workload.value_dim)
     if width > MAX_HEAD_DIM:
         return unsupported(f"the CPU kernel takes head dims to {MAX_HEAD_DIM}, not {width}")
+    if workload.structured:
+        return unsupported("the CPU kernel takes no block lists")
     usable, state = cpu.availability()
     if not usable:
         return unsupported(f"no CPU kernel: {state}")

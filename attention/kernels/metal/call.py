@@ -123,6 +123,8 @@ def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
 
 def refusal_of_workload(workload: Workload) -> str | None:
     """Return why the kernels do not support a workload, in one line, or None if they do."""
+    if workload.structured:
+        return "the Metal kernels take no block lists"
     return refusal(workload.dtype, workload.head_dim, workload.value_dim)
 
 

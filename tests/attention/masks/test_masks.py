@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention import UsageError, masks
-from attention.core.workload import unmasked_pairs
+from attention.core.mask_text import MaskSpec, visible_pairs
 from attention.masks import Mask
 
 lengths = st.integers(1, 24)
@@ -62,7 +62,8 @@ def test_visible_keys_begin_and_end_with_a_seen_key(tile: tuple[Mask, int, int, 
 def test_pairs_and_blind_rows_are_counted_exactly(seq: int, kv_seq: int, causal: bool, window: int | None) -> None:
     mask = Mask(causal=causal, window=window)
     seen = brute(mask, seq, kv_seq)
-    assert unmasked_pairs(seq, kv_seq, mask.positional, window) == seen.sum()
+    spec = MaskSpec(window=window) if window else MaskSpec(causal=causal)
+    assert visible_pairs(spec, seq, kv_seq, 1) == seen.sum()
     assert mask.empty_rows(seq, kv_seq) == (~seen.any(axis=1)).sum()
     assert not seen[: mask.empty_rows(seq, kv_seq)].any()
 

@@ -68,7 +68,7 @@ def test_help_and_version(capsys):
         (["--seq", "64,,128"], "seq: got ''; it takes a whole number"),
         (["--heads", "8", "--kv-heads", "3"], "kv_heads: got 3; it must divide heads, which is 8"),
         (["--dtype", "fp16"], "dtype: got 'fp16'; it takes float32, float16, bfloat16 (did you mean 'float16'?)"),
-        (["--mask", "windw:4"], "mask: got 'windw:4'; it takes none, causal, or window:N"),
+        (["--mask", "windw:4"], "mask: got 'windw:4'; it takes none, causal, window:N"),
         (["--pass", "backward"], "pass: got 'backward'"),
         (["--impl", "basline"], "implementations: got 'basline'"),
         (["--impl", ""], "implementations: got ''"),
