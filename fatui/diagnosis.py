@@ -19,8 +19,8 @@ from attention.core.files import home
 from attention.core.workload import Workload
 from attention.engine.peaks import measure_peaks
 from attention.measure.device import Device, blas, probe
-from fatui import __version__, formatting
-from fatui.storage import paths, presets, settings
+from fatui import __version__, formatting, storage
+from fatui.storage import presets, settings
 from fatui.storage.history import HistoryError, RunHistory
 
 BACKENDS: Final = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
@@ -146,7 +146,11 @@ def _first_line(program: str) -> str:
 
 
 def _folders() -> Iterator[DiagnosisItem]:
-    for topic, folder in (("config", paths.config_dir()), ("data", paths.data_dir()), ("cache", paths.cache_dir())):
+    for topic, folder in (
+        ("config", storage.config_dir()),
+        ("data", storage.data_dir()),
+        ("cache", storage.cache_dir()),
+    ):
         yield _folder(topic, folder)
     yield from _settings()
     yield from _presets()

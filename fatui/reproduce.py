@@ -11,7 +11,7 @@ from attention.core.errors import UsageError
 from attention.core.plan import FineTuningPlan, GenerationPlan, Plan, RunOptions
 from attention.core.results import Run
 from fatui.quantities import size_text
-from fatui.storage.preset_format import FIELDS, Preset, factor_cases
+from fatui.storage.presets import FIELDS, Preset, factor_cases
 
 
 class RunIdentity:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from attention.core.plan import Plan
-    from fatui.cli.exports import Export
-    from fatui.storage.preset_format import Preset
+    from fatui.cli.output import Export
+    from fatui.storage.presets import Preset
 
 DEFAULT_PRESET: Final = "quick"
 EXAMPLE: Final = """examples:
@@ -20,8 +20,8 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage or preset, 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from fatui.cli.exports import add_export_options
     from fatui.cli.options import add_limit_options, add_workload_options
+    from fatui.cli.output import add_export_options
 
     parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"a preset's name or file ({DEFAULT_PRESET})")
     add_workload_options(parser)
@@ -35,18 +35,18 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: with every mistake in the request, before anything has run.
     """
-    plan, preset, deliveries = request(arguments)
+    plan, preset, exports = request(arguments)
     from fatui.cli.run import run_plan
 
-    return run_plan(plan, _command(arguments, preset), preset.name, deliveries)
+    return run_plan(plan, _command(arguments, preset), preset.name, exports)
 
 
 def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]":
     """Build the plan from the command line, and report all mistakes at once."""
     from msgspec import structs
 
-    from fatui.cli import exports
     from fatui.cli import options as cli_options
+    from fatui.cli.output import requested_exports
     from fatui.storage.presets import load
 
     mistakes = cli_options.Problems()
@@ -55,7 +55,7 @@ def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]
     names = mistakes.catch(lambda: cli_options.implementations(arguments.impl, preset))
     seconds = mistakes.catch(lambda: cli_options.seconds_of(arguments.seconds, preset.seconds))
     limit = mistakes.catch(lambda: cli_options.limit_of(arguments.memory_limit, preset.memory_limit_bytes))
-    deliveries = mistakes.catch(lambda: exports.requested_exports(arguments))
+    exports = mistakes.catch(lambda: requested_exports(arguments))
     mistakes.raise_all()
     plan = structs.replace(
         preset.plan(),
@@ -65,7 +65,7 @@ def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]
         memory_limit_bytes=limit,
         force=arguments.force,
     )
-    return plan, preset, deliveries or []
+    return plan, preset, exports or []
 
 
 def preset_name(arguments: argparse.Namespace) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Final
 
-from fatui.cli import messages
+from fatui import cli
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         HistoryError: the history is unusable, or has no such run.
     """
-    from fatui.cli.printing import show
+    from fatui.cli.output import show
     from fatui.report.comparison import compare
     from fatui.storage.history import RunHistory
 
@@ -40,9 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
         comparison = compare(history.get(arguments.before), history.get(arguments.after))
     finally:
         if history.notice:
-            messages.print_line(history.notice)
+            cli.print_line(history.notice)
     show(comparison_table(comparison))
-    return messages.DONE
+    return cli.DONE
 
 
 def comparison_table(comparison: "Comparison") -> "RenderableType":

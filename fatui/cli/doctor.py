@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fatui.cli import messages
+from fatui import cli
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.padding import Padding
     from rich.text import Text
 
-    from fatui.cli.printing import show
+    from fatui.cli.output import show
     from fatui.diagnosis import diagnose
 
     if arguments.report is not None:
@@ -50,19 +50,19 @@ def run(arguments: argparse.Namespace) -> int:
             show(Padding(Text(f"→ {finding.advice}", style="yellow"), (0, 0, 0, TOPIC_WIDTH + 2)))
         if finding.topic == "backend" and finding.text == "none":
             usable = False
-    return messages.DONE if usable else messages.NO_BACKEND
+    return cli.DONE if usable else cli.NO_BACKEND
 
 
 def _write_report(path: Path, measure: bool) -> int:
     from attention.core.errors import UsageError
     from fatui.diagnosis import make
-    from fatui.storage.paths import write_atomically
+    from fatui.storage import write_atomically
 
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise UsageError(f"--report: '{path}' is not a file in a folder that exists")
-    write_atomically(path, make(messages.print_line, measure))
-    messages.print_line(f"wrote {path}; read it through before you send it")
-    return messages.DONE
+    write_atomically(path, make(cli.print_line, measure))
+    cli.print_line(f"wrote {path}; read it through before you send it")
+    return cli.DONE
 
 
 def _hanging(topic: str, text: "Text") -> "RenderableType":

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Final
 
-from fatui.cli import messages
+from fatui import cli
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from attention.measure.device import probe
     from fatui.cli.options import given_values, implementations, with_overrides
-    from fatui.cli.printing import show
+    from fatui.cli.output import show
     from fatui.storage.presets import load
 
     preset = load("quick" if arguments.preset is None else arguments.preset)
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         show(_explained(case, names, device), "")
         if "practical" in names:
             show(_chosen(case, device), "")
-    return messages.DONE
+    return cli.DONE
 
 
 def _all() -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from attention.core.plan import FineTuningPlan
     from attention.core.workload import FineTuning
-    from fatui.cli.exports import Export
+    from fatui.cli.output import Export
 
 SIZES: Final = ("iters", "seq", "batch", "rank")
 EXAMPLE: Final = """examples:
@@ -26,8 +26,8 @@ Exit codes: 0 done, 1 a row failed or is inaccurate, 2 wrong usage, 3 no backend
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     from attention.core.plan import FINE_TUNING_SECONDS
-    from fatui.cli.exports import add_export_options
     from fatui.cli.options import add_limit_options, add_model_options
+    from fatui.cli.output import add_export_options
 
     add_model_options(parser, EXAMPLE)
     parser.add_argument("--iters", metavar="N", default="100", help="iterations (100)")
@@ -48,14 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: with every mistake in the request, before anything has run.
         NoBackendError: mlx-lm is not installed.
     """
-    plan, deliveries = request(arguments)
+    plan, exports = request(arguments)
     from attention.mlx_lm.configuration import check_mlx_lm
 
     check_mlx_lm()
     from fatui.cli.run import run_plan
     from fatui.reproduce import finetune_command
 
-    return run_plan(plan, finetune_command(plan), None, deliveries)
+    return run_plan(plan, finetune_command(plan), None, exports)
 
 
 def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Export]]":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 from attention.core.errors import UsageError
 from attention.core.files import expand_home
-from fatui.cli import messages
+from fatui import cli
 
 if TYPE_CHECKING:
     from fatui.storage.history import RunHistory
@@ -21,7 +21,7 @@ EXAMPLE: Final = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    from fatui.cli.exports import add_export_options
+    from fatui.cli.output import add_export_options
 
     parser.add_argument(
         "action", nargs="?", default="list", metavar="list|show ID|rm ID|add FILE", help="what to do (list)"
@@ -48,14 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"history {arguments.action}: it takes {wanted}")
     if arguments.action == "list" and arguments.id is not None:
         raise UsageError(f"history list: it takes nothing further, got '{arguments.id}'; `show ID` shows a run")
-    if arguments.action == "list" and arguments.id is not None:
-        raise UsageError(f"history list: got '{arguments.id}'; it takes nothing more")
     history = RunHistory()
     try:
         return _do(arguments, history)
     finally:
         if history.notice:
-            messages.print_line(history.notice)
+            cli.print_line(history.notice)
 
 
 def _do(arguments: argparse.Namespace, history: "RunHistory") -> int:
@@ -67,19 +65,19 @@ def _do(arguments: argparse.Namespace, history: "RunHistory") -> int:
         return _add(arguments.id, history)
     identity = history.find(arguments.id)
     history.remove(identity)
-    messages.print_line(f"removed run {identity}")
-    return messages.DONE
+    cli.print_line(f"removed run {identity}")
+    return cli.DONE
 
 
 def _list(history: "RunHistory") -> int:
     from rich.table import Table
 
-    from fatui.cli.printing import show
+    from fatui.cli.output import show
 
     runs = history.runs()
     if not runs:
-        messages.print_line("no runs yet; `fatui bench quick` makes one")
-        return messages.DONE
+        cli.print_line("no runs yet; `fatui bench quick` makes one")
+        return cli.DONE
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     for head in ("id", "started", "preset", "cases", "finding"):
         table.add_column(head, no_wrap=head != "finding", justify="right" if head == "cases" else "left")
@@ -88,7 +86,7 @@ def _list(history: "RunHistory") -> int:
         started = line.started[:16].replace("T", " ")
         table.add_row(line.id, started, line.preset or "-", str(line.cases), state + line.finding)
     show(table)
-    return messages.DONE
+    return cli.DONE
 
 
 def _add(name: str, history: "RunHistory") -> int:
@@ -96,18 +94,17 @@ def _add(name: str, history: "RunHistory") -> int:
 
     report = read(expand_home(name))
     history.add(report)
-    messages.print_line(f"added run {report.run.id}")
-    return messages.DONE
+    cli.print_line(f"added run {report.run.id}")
+    return cli.DONE
 
 
 def _show(arguments: argparse.Namespace, history: "RunHistory") -> int:
-    from fatui.cli.exports import requested_exports
-    from fatui.cli.run import print_results, write_files
+    from fatui.cli.output import print_results, requested_exports, write_files
 
-    deliveries = requested_exports(arguments)
+    exports = requested_exports(arguments)
     report = history.get(arguments.id)
-    failures = write_files(report, deliveries)
-    print_results(report, deliveries)
+    failures = write_files(report, exports)
+    print_results(report, exports)
     for failure in failures:
-        messages.print_line(failure)
-    return messages.FAILED if failures else messages.DONE
+        cli.print_line(failure)
+    return cli.FAILED if failures else cli.DONE

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final, NoReturn, TextIO
 
 from fatui import __version__  # no imports of the engine here: --help must not wait for them
-from fatui.cli.messages import DONE, FAILED, INTERRUPTED, NO_BACKEND, WRONG_USAGE, print_line
+from fatui.cli import DONE, FAILED, INTERRUPTED, NO_BACKEND, WRONG_USAGE, print_line
 
 COMMANDS: Final = {
     "bench": "measure a preset, or the shapes that options give, and print the table",

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from attention.core.errors import UsageError
 from attention.core.workload import MAX_SIZES, Workload
 from fatui.quantities import parse_number
-from fatui.storage.preset_format import FIELDS, MAX_CASES, Preset, check_names, given_fields, workloads
+from fatui.storage.presets import FIELDS, MAX_CASES, Preset, check_names, given_fields, workloads
 
 if TYPE_CHECKING:
     from attention.core.plan import FineTuningPlan, GenerationPlan
-    from fatui.cli.exports import Export
+    from fatui.cli.output import Export
 
 
 Values = dict[str, list[Any]]
@@ -146,7 +146,7 @@ def seconds_of(text: str | None, otherwise: float) -> float:
     Raises:
         UsageError: the text is not a number, or outside the accepted range.
     """
-    from fatui.storage.preset_format import MAX_SECONDS, MIN_SECONDS, number_between
+    from fatui.storage.presets import MAX_SECONDS, MIN_SECONDS, number_between
 
     if text is None:
         return otherwise
@@ -182,14 +182,14 @@ def model_plan(
         UsageError: with every mistake.
     """
     from attention.core.workload import MODEL_DEFAULTS
-    from fatui.cli.exports import requested_exports
+    from fatui.cli.output import requested_exports
 
     mistakes = Problems()
     cases = mistakes.catch(read_cases)
     names = mistakes.catch(lambda: check_names(arguments.impl.split(",") if arguments.impl else list(MODEL_DEFAULTS)))
     seconds = mistakes.catch(lambda: seconds_of(arguments.seconds, otherwise_s))
     limit = mistakes.catch(lambda: limit_of(arguments.memory_limit))
-    deliveries = mistakes.catch(lambda: requested_exports(arguments))
+    exports = mistakes.catch(lambda: requested_exports(arguments))
     mistakes.raise_all()
     plan = kind(
         cases=tuple(cases or ()),
@@ -198,7 +198,7 @@ def model_plan(
         memory_limit_bytes=limit,
         force=arguments.force,
     )
-    return plan, deliveries or []
+    return plan, exports or []
 
 
 def limit_of(text: str | None, otherwise: int | None = None) -> int | None:

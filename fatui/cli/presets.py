@@ -4,7 +4,7 @@ import argparse
 from typing import Final
 
 from attention.core.errors import UsageError
-from fatui.cli import messages
+from fatui import cli
 
 ACTIONS: Final = ("list", "show", "check")
 EXAMPLE: Final = """examples:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _list() -> int:
     from rich.table import Table
 
-    from fatui.cli.printing import show
+    from fatui.cli.output import show
     from fatui.storage.presets import list_presets
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
@@ -60,7 +60,7 @@ def _list() -> int:
         else:
             table.add_row(listed.name, "-", origin, f"has mistakes: {'; '.join(listed.problems)}", style="yellow")
     show(table)
-    return messages.DONE
+    return cli.DONE
 
 
 def _show(name: str) -> int:
@@ -74,16 +74,16 @@ def _show(name: str) -> int:
     text = preset.source.read_text(encoding="utf-8")
     # A file or pipe gets the text unchanged; a terminal would execute escape codes in its comments.
     sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
-    return messages.DONE
+    return cli.DONE
 
 
 def _check(name: str) -> int:
     from pathlib import Path
 
-    from fatui.cli.printing import show
+    from fatui.cli.output import show
     from fatui.storage.presets import load
 
     preset = load(Path(name))
     count = len(preset.cases)
     show(f"{name}: valid: {count} case{'s' * (count != 1)} with {', '.join(preset.implementations)}")
-    return messages.DONE
+    return cli.DONE

@@ -4,11 +4,11 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 from attention.core.files import expand_home
-from fatui.cli import messages
+from fatui import cli
 
 if TYPE_CHECKING:
     from attention.core.results import Report
-    from fatui.cli.exports import Export
+    from fatui.cli.output import Export
     from fatui.storage.history import RunHistory
 
 FORMATS: Final = ("html", "markdown")
@@ -36,20 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: a file is not a run, or the target is not writable.
         HistoryError: the history is unusable, or has no such run.
     """
-    from fatui.cli.exports import STDOUT, Export, requested_exports
+    from fatui.cli.output import STDOUT, Export, requested_exports
     from fatui.storage.history import RunHistory
 
-    deliveries = requested_exports(arguments, FORMATS) or [Export("markdown", STDOUT)]
+    exports = requested_exports(arguments, FORMATS) or [Export("markdown", STDOUT)]
     history = RunHistory()
     try:
         reports = [_read(name, history) for name in arguments.runs] if arguments.runs else _latest(history)
     finally:
         if history.notice:
-            messages.print_line(history.notice)
+            cli.print_line(history.notice)
     if not reports:
-        messages.print_line("report: no run is kept yet; `fatui bench seed-table` makes one")
-        return messages.FAILED
-    return _write(reports, deliveries)
+        cli.print_line("report: no run is kept yet; `fatui bench seed-table` makes one")
+        return cli.FAILED
+    return _write(reports, exports)
 
 
 def _read(name: str, history: "RunHistory") -> "Report":
@@ -78,22 +78,21 @@ def _readable(name: str, history: "RunHistory") -> "Report | None":
     try:
         return history.get(name)
     except HistoryError as error:
-        messages.print_line(f"{error}; it is left out")
+        cli.print_line(f"{error}; it is left out")
         return None
 
 
-def _write(reports: "list[Report]", deliveries: "list[Export]") -> int:
-    from fatui.cli.exports import write_text
+def _write(reports: "list[Report]", exports: "list[Export]") -> int:
+    from fatui.cli.output import write_text
     from fatui.report.compose import compose
-    from fatui.report.html import to_html
-    from fatui.report.markdown import to_markdown
+    from fatui.report.document import to_html, to_markdown
 
     document = compose(reports)
     problems = [
         problem
-        for item in deliveries
+        for item in exports
         if (problem := write_text(item, to_html(document) if item.format == "html" else to_markdown(document)))
     ]
     for problem in problems:
-        messages.print_line(problem)
-    return messages.FAILED if problems else messages.DONE
+        cli.print_line(problem)
+    return cli.FAILED if problems else cli.DONE

@@ -1,106 +1,177 @@
-"""Run of a plan from start to exit code: exports, history, and the printed table."""
+"""Run of a plan from start to exit code: progress on stderr, signals, exports, history, and the printed table."""
 
 import asyncio
 import contextlib
 import signal
+import sys
+import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
 
+from attention.core import events as on
 from attention.core.plan import AnyPlan
+from attention.core.results import Report
 from attention.engine.record import AnyRecord
-from fatui.cli import messages
-from fatui.cli.progress import ProgressPrinter
-from fatui.engine_process import Engine
+from attention.implementations.autotune.tuning_events import log_line
+from fatui import cli, formatting
+from fatui.cli.output import Export, console, print_results, write_files
+from fatui.engine_process import Engine, Silence
+from fatui.reproduce import RunIdentity
+from fatui.storage.history import HistoryError, RunHistory
+from fatui.tui.view_models.journal import estimate_line
 
 if TYPE_CHECKING:
-    from attention.core.events import RunRefused
-    from attention.core.results import Report
-    from fatui.cli.exports import Export
+    from rich.progress import Progress
+
+REDRAW_S: Final = 0.25
+"""Minimum seconds between redraws; drawing more often would take time from the measurement."""
+BAR_WIDTH: Final = 30
+MAX_QUIET_S: Final = 10.0
+"""Without a bar, the current step is printed after this long without a line."""
 
 
-def run_plan(plan: "AnyPlan", command: str, preset: str | None, deliveries: "list[Export]") -> int:
+class ProgressPrinter:
+    """Reporter of a run's progress on stderr, from its events."""
+
+    def __init__(self, plan: AnyPlan) -> None:
+        self._plan = plan
+        self._bar = _bar() if sys.stderr.isatty() else None
+        self._task = self._bar.add_task("starting", total=1.0, left="…") if self._bar else None
+        self._drawn = 0.0
+        self._progress: on.Progress | None = None
+        self._progress_at = 0.0
+        self._told = ""
+        self._told_at = time.monotonic()
+        self._silence_told_s = 0.0
+
+    def __enter__(self) -> Self:
+        """Start the bar."""
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the bar, and leave stderr without a trace of it."""
+        if self._bar:
+            self._bar.stop()
+
+    def listen(self, event: on.AnyEvent) -> None:
+        """Handle one event."""
+        match event:
+            case on.Progress():
+                self._progress, self._progress_at = event, time.monotonic()
+                self._draw()
+            case on.CaseStarted() if self._bar is None:
+                label = self._plan.cases[event.case].label
+                self._print_once(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
+            case on.CaseTimeEstimated():
+                self._print_once(estimate_line(event))
+            case on.StepStarted(step="training") if self._bar is None:
+                self._print_once(f"{event.implementation}: training")
+            case on.RowEnded() if self._bar is None:
+                self._print_once(f"{event.implementation}: {event.status}")  # the reason is printed below the table
+            case on.Tuned() | on.Switched():
+                self._print_once(log_line(event))
+            case on.Message():
+                self._print_once(event.text if event.level == "info" else f"{event.level}: {event.text}")
+
+    def tick(self, silence: Silence) -> None:
+        """Update the time left; warn that the engine is silent, and again each time the silence has doubled."""
+        self._draw()
+        if self._bar is None and time.monotonic() - self._told_at >= MAX_QUIET_S:
+            self._print_once(self._progress.now if self._progress else "starting the engine")
+        if not silence.unexplained:
+            self._silence_told_s = 0.0
+        elif silence.seconds >= 2 * self._silence_told_s:
+            self._silence_told_s = silence.seconds
+            at = f" ({silence.step})" if silence.step else ""
+            lasted = formatting.duration(silence.seconds)
+            self._print_once(f"the engine has been silent for {lasted}{at}; ctrl+c stops it and keeps the results")
+
+    def _draw(self) -> None:
+        now, event = time.monotonic(), self._progress
+        if self._bar is None or self._task is None or event is None or now - self._drawn < REDRAW_S:
+            return
+        self._drawn = now
+        left = formatting.time_left(event.remaining_s - (now - self._progress_at))
+        self._bar.update(self._task, completed=event.done, description=event.now, left=left)
+        self._bar.refresh()
+
+    def _print_once(self, text: str) -> None:
+        """Print a line unless it repeats the last one, as when a restarted engine begins its case again."""
+        if text == self._told:
+            return
+        self._told, self._told_at = text, time.monotonic()
+        if self._bar:
+            self._bar.console.print(f"fatui: {text}", markup=False, highlight=False)
+        else:
+            cli.print_line(text)
+
+
+def _bar() -> "Progress":
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.table import Column
+
+    return Progress(
+        BarColumn(BAR_WIDTH),
+        TaskProgressColumn(),
+        TextColumn("· {task.fields[left]} ·"),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        console=console(sys.stderr),
+        auto_refresh=False,
+        transient=True,
+    )
+
+
+def run_plan(plan: AnyPlan, command: str, preset: str | None, exports: list[Export]) -> int:
     """Run a plan, export, store and print its results; return the exit code.
 
     Args:
         plan: what to run.
         command: the command that repeats the run.
         preset: the preset's name, if any.
-        deliveries: the exports.
+        exports: the exports.
     """
-    from fatui.reproduce import RunIdentity
-
     started = RunIdentity(command, preset)
     record, interrupted = run_headless(plan)
     report = record.report(started.run(interrupted))
     with signals_blocked():  # a second Ctrl+C must not lose what the first one kept
-        failures = write_files(report, deliveries)
+        failures = write_files(report, exports)
         _store_run(report)
-    print_results(report, deliveries)
+    print_results(report, exports)
     for failure in failures:
-        messages.print_line(failure)
+        cli.print_line(failure)
     return _exit_code(record, report, interrupted, failed=bool(failures))
 
 
-def write_files(report: "Report", deliveries: "list[Export]") -> list[str]:
-    """Write the exports that are files; return the error messages, one line each."""
-    from fatui.cli.exports import STDOUT, write_export
-
-    study = _study_as_data(report)
-    return [problem for item in deliveries if item.target != STDOUT and (problem := write_export(item, report, study))]
-
-
-def print_results(report: "Report", deliveries: "list[Export]") -> None:
-    """Print the table, or the export to stdout instead of it."""
-    from fatui.cli.exports import STDOUT, write_export
-
-    for item in deliveries:
-        if item.target == STDOUT:
-            write_export(item, report, _study_as_data(report))
-            return
-    if report.all_cases:
-        from fatui.cli.printing import results_width, show
-        from fatui.report.study import beside
-        from fatui.report.table import report_table
-
-        show(report_table(report, beside(report), results_width()))
-
-
-def _study_as_data(report: "Report") -> "dict[str, Any] | None":
-    from msgspec import to_builtins
-
-    from fatui.report.study import beside
-
-    study = beside(report)
-    return to_builtins(study) if study else None
-
-
-def _store_run(report: "Report") -> None:
-    from fatui.storage.history import HistoryError, RunHistory
-
+def _store_run(report: Report) -> None:
     history = RunHistory()
     try:
         if report.all_cases:
             history.add(report)
     except HistoryError as error:
-        messages.print_line(f"{error}; this run is not kept in the history")
+        cli.print_line(f"{error}; this run is not kept in the history")
     if history.notice:
-        messages.print_line(history.notice)
+        cli.print_line(history.notice)
 
 
-def _exit_code(record: "AnyRecord", report: "Report", interrupted: bool, failed: bool) -> int:
+def _exit_code(record: AnyRecord, report: Report, interrupted: bool, failed: bool) -> int:
     if record.refused and not interrupted:
         return _refused(record.refused)
     if interrupted:
-        messages.print_line("interrupted" + ("" if report.all_cases else "; nothing was measured"))
-        return messages.INTERRUPTED
+        cli.print_line("interrupted" + ("" if report.all_cases else "; nothing was measured"))
+        return cli.INTERRUPTED
     broken = any(row.status in ("failed", "inaccurate") for case in report.all_cases for row in case.rows)
-    return messages.FAILED if broken or failed else messages.DONE
+    return cli.FAILED if broken or failed else cli.DONE
 
 
-def _refused(refusal: "RunRefused") -> int:
+def _refused(refusal: on.RunRefused) -> int:
     for line in refusal.reason.splitlines():
-        messages.print_line(line)
-    return {"no backend": messages.NO_BACKEND, "cannot start": messages.FAILED}.get(refusal.kind, messages.WRONG_USAGE)
+        cli.print_line(line)
+    return {"no backend": cli.NO_BACKEND, "cannot start": cli.FAILED}.get(refusal.kind, cli.WRONG_USAGE)
 
 
 WATCH_S: Final = 1.0
@@ -113,17 +184,17 @@ def run_headless(plan: AnyPlan) -> tuple[AnyRecord, bool]:
     Returns:
         What was measured, and whether it was interrupted.
     """
-    with ProgressPrinter(plan) as narrator:
-        return asyncio.run(_run(plan, narrator))
+    with ProgressPrinter(plan) as progress:
+        return asyncio.run(_run(plan, progress))
 
 
-async def _run(plan: AnyPlan, narrator: ProgressPrinter) -> tuple[AnyRecord, bool]:
-    engine = Engine(plan, narrator.listen)
+async def _run(plan: AnyPlan, progress: ProgressPrinter) -> tuple[AnyRecord, bool]:
+    engine = Engine(plan, progress.listen)
     loop = asyncio.get_running_loop()
     for number in STOPPING:
         with contextlib.suppress(NotImplementedError, RuntimeError):
             loop.add_signal_handler(number, lambda: engine.kill() if engine.stopped else engine.stop())
-    watching = asyncio.create_task(_poll_silence(engine, narrator))
+    watching = asyncio.create_task(_poll_silence(engine, progress))
     try:
         await engine.run()
     finally:
@@ -131,11 +202,11 @@ async def _run(plan: AnyPlan, narrator: ProgressPrinter) -> tuple[AnyRecord, boo
     return engine.record, engine.stopped
 
 
-async def _poll_silence(engine: Engine, narrator: ProgressPrinter) -> None:
-    """Pass the time and the engine's silence to the narrator, once a second."""
+async def _poll_silence(engine: Engine, progress: ProgressPrinter) -> None:
+    """Report the time and the engine's silence, once a second."""
     while True:
         await asyncio.sleep(WATCH_S)
-        narrator.tick(engine.silence)
+        progress.tick(engine.silence)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 from attention.core.errors import UsageError
-from fatui.cli import messages
+from fatui import cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _seconds(text: str | None, usual: float) -> float:
-    from fatui.storage.preset_format import number_between
+    from fatui.storage.presets import number_between
 
     if text is None:
         return usual
@@ -91,22 +91,22 @@ def _print_event(event: "TuningEvent | Message") -> None:
     from attention.implementations.autotune.tuning_events import log_line
 
     if isinstance(event, Message | Tuned):
-        messages.print_line(log_line(event))
+        cli.print_line(log_line(event))
 
 
 def _each(cases: "list[Workload]", do: "Callable[[Workload], object]") -> int:
     """Call `do` for each case that fits in memory; return how many failed, and print why."""
     failed = 0
     for number, case in enumerate(cases, 1):
-        messages.print_line(f"case {number} of {len(cases)}: {case.label}")
+        cli.print_line(f"case {number} of {len(cases)}: {case.label}")
         try:
             refusal = _refusal(case)
             if refusal:
-                messages.print_line(f"refused: {refusal}")
+                cli.print_line(f"refused: {refusal}")
             else:
                 do(case)
         except (RuntimeError, ValueError) as error:
-            messages.print_line(f"failed: {error}")
+            cli.print_line(f"failed: {error}")
             failed += 1
     return failed
 
@@ -135,8 +135,8 @@ def _tune(cases: "list[Workload]", seconds: float) -> int:
     finally:
         _print(entries)
     if entries:
-        messages.print_line(f"demo uses these from now on; they are stored in {demo.store.path}")
-    return messages.FAILED if failed else messages.DONE
+        cli.print_line(f"demo uses these from now on; they are stored in {demo.store.path}")
+    return cli.FAILED if failed else cli.DONE
 
 
 def _tuned(demo: "Demo", case: "Workload") -> "TrialResult":
@@ -153,20 +153,20 @@ def _show() -> int:
     if entries:
         _print(entries)
     else:
-        messages.print_line(f"nothing is stored in {store.path}; `fatui tune PRESET` runs trials")
-    return messages.DONE
+        cli.print_line(f"nothing is stored in {store.path}; `fatui tune PRESET` runs trials")
+    return cli.DONE
 
 
 def _forget(word: str) -> int:
     store = _store()
     gone = [entry.workload for entry in store.entries() if word in entry.workload.label or word == entry.winner]
     if not gone:
-        messages.print_line(f"nothing {f'named with {word!r} ' if word else ''}is stored in {store.path}")
-        return messages.DONE
+        cli.print_line(f"nothing {f'named with {word!r} ' if word else ''}is stored in {store.path}")
+        return cli.DONE
     if not store.forget(gone):
-        return messages.FAILED
-    messages.print_line(f"forgot {len(gone)} of the choices stored in {store.path}")
-    return messages.DONE
+        return cli.FAILED
+    cli.print_line(f"forgot {len(gone)} of the choices stored in {store.path}")
+    return cli.DONE
 
 
 def _store() -> "Store":
@@ -184,7 +184,7 @@ def _print(entries: "list[TrialResult]") -> None:
     from attention.implementations.autotune.store import candidate_fingerprint
     from attention.implementations.autotune.trial import ratio_of
     from fatui import formatting
-    from fatui.cli.printing import show
+    from fatui.cli.output import show
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     table.add_column("class", overflow="fold")
@@ -202,7 +202,7 @@ def _print(entries: "list[TrialResult]") -> None:
         table.add_row(entry.workload.label, entry.winner + mark, call, entry.runner_up or "-", ahead, error)
     show(table)
     if any(entry.made_with != candidate_fingerprint() for entry in entries):
-        messages.print_line(
+        cli.print_line(
             f"{STALE.strip()} tried with other kernels than the current ones: will be tried again on next use"
         )
 
@@ -224,7 +224,7 @@ def _check(cases: "list[Workload]", seconds: float) -> int:
     checked: list[ChoiceCheck] = []
     failed = _each(cases, lambda case: checked.append(check_choice(demo, case, seconds)))
     if not checked:
-        return messages.FAILED
+        return cli.FAILED
     _print_checked(checked)
     least, found = worst(checked), sum(case.found for case in checked)
     print(
@@ -233,14 +233,14 @@ def _check(cases: "list[Workload]", seconds: float) -> int:
     )
     share = f"{found} of {len(checked)} cases ({found / len(checked):.0%})"
     print(f"it found the best, or one inside the noise floor, in {share}; {MIN_FOUND_SHARE:.0%} is required")
-    return messages.FAILED if failed or not holds(checked) else messages.DONE
+    return cli.FAILED if failed or not holds(checked) else cli.DONE
 
 
 def _print_checked(checked: "list[ChoiceCheck]") -> None:
     from rich.table import Table
 
     from fatui import formatting
-    from fatui.cli.printing import show
+    from fatui.cli.output import show
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     for head in ("case", "choice", "best", "demo / best", "noise floor", "found"):

@@ -6,10 +6,9 @@ from io import StringIO
 from typing import TYPE_CHECKING, Final
 
 from attention.core.results import FineTuningCase, Report
-from fatui.report import scaling
 from fatui.report.document import Chart
 from fatui.report.evidence import is_sound
-from fatui.report.trends import AXES, Sweep, sweeps
+from fatui.report.scaling import TREND_AXES, Sweep, curves_of, sweeps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,14 +133,14 @@ def sweep_charts(reports: Sequence[Report], names: Sequence[str]) -> list[Chart]
 
 
 def _throughput(sweep: Sweep, names: Sequence[str]) -> Chart | None:
-    curves = scaling.curves_of(sweep.cases, sweep.axis)
+    curves = curves_of(sweep.cases, sweep.axis)
     series = {
         name: [(float(point.at), point.rate, point.low, point.high) for point in points]
         for name, points in curves.items()
         if len(points) > 1
     }
-    title = f"Throughput by {AXES[sweep.axis]}, {sweep.elsewhere}"
-    return Chart(title, line_chart(series, AXES[sweep.axis], "tokens/s", names)) if series else None
+    title = f"Throughput by {TREND_AXES[sweep.axis]}, {sweep.elsewhere}"
+    return Chart(title, line_chart(series, TREND_AXES[sweep.axis], "tokens/s", names)) if series else None
 
 
 def _speedups(sweep: Sweep, names: Sequence[str]) -> Chart | None:
@@ -155,8 +154,8 @@ def _speedups(sweep: Sweep, names: Sequence[str]) -> Chart | None:
                 point = (float(sweep.at(case)), row.speedup.value, row.speedup.low, row.speedup.high)
                 series.setdefault(row.implementation, []).append(point)
     series = {name: points for name, points in series.items() if len(points) > 1}
-    title = f"Speedup over {reference} by {AXES[sweep.axis]}, {sweep.elsewhere}"
-    return Chart(title, line_chart(series, AXES[sweep.axis], f"times {reference}", names)) if series else None
+    title = f"Speedup over {reference} by {TREND_AXES[sweep.axis]}, {sweep.elsewhere}"
+    return Chart(title, line_chart(series, TREND_AXES[sweep.axis], f"times {reference}", names)) if series else None
 
 
 def loss_charts(cases: Sequence[FineTuningCase], names: Sequence[str]) -> list[Chart]:

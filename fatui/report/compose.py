@@ -20,27 +20,25 @@ from fatui.report.document import (
     section,
 )
 from fatui.report.evidence import Evidence, gather, is_sound, unsound, unsound_rows
-from fatui.report.origin import origin_blocks
+from fatui.report.scaling import effects
 from fatui.report.sections import (
+    RUN_BENCH,
     adopt,
     approach,
-    largest_saving,
-    memory_blocks,
-    model_blocks,
-    throughput_table,
-    tuning_blocks,
-)
-from fatui.report.speed import (
-    RUN_BENCH,
     choices,
     extremes,
+    largest_saving,
     leanest,
     mean_finding,
     mean_speedup,
+    memory_blocks,
+    model_blocks,
     peak_line,
     speedup_table,
+    throughput_table,
+    tuning_blocks,
 )
-from fatui.report.trends import effects
+from fatui.report.study import origin_blocks
 from fatui.untrusted_text import escape_all
 
 

@@ -11,7 +11,7 @@ from attention.core.results import AnyCase, Case, Report, Row
 from attention.core.workload import FineTuning, Generation
 from fatui import formatting
 from fatui.report.table import model_columns, model_notes
-from fatui.storage.preset_format import FIELDS
+from fatui.storage.presets import FIELDS
 from fatui.untrusted_text import escape_all, markdown, markdown_cell, markdown_code, spreadsheet
 
 FIGURES: Final = (

@@ -16,8 +16,8 @@ from msgspec import Struct, structs
 from attention.core.errors import suggestion
 from attention.core.files import make_folder
 from attention.core.results import Report
-from fatui import formatting
-from fatui.storage import paths, result_files
+from fatui import formatting, storage
+from fatui.storage import result_files
 from fatui.untrusted_text import escape_all, one_line
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class RunHistory:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or paths.data_dir() / FILE
+        self.path = path or storage.data_dir() / FILE
         self.notice: str | None = None
         self._seen: tuple[int, int] | None = None
 

@@ -1,19 +1,370 @@
-"""The presets on this machine: the bundled ones, and the user's own."""
+"""Presets: their format, read with all mistakes at once, and those on this machine, bundled and the user's own."""
 
+import math
 import re
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.core.errors import UsageError, suggestion
-from attention.core.files import expand_home, make_folder, read_bounded
-from fatui.storage import paths
-from fatui.storage.preset_format import Preset, parse, to_toml
+from attention.core.files import expand_home, make_folder, parse_toml, read_bounded
+from attention.core.plan import Plan, expand
+from attention.core.workload import DEFAULTS_FROM, MAX_SIZES, Workload
+from attention.implementations import check_name
+from fatui import storage
+from fatui.draft import DEFAULT_IMPLEMENTATIONS
+from fatui.quantities import parse_size, size_text
 
-__all__ = ["Preset", "PresetEntry", "delete", "list_presets", "load", "parse", "rename", "restore", "save", "to_toml"]
+SCHEMA: Final = 1
+FIELDS: Final = (*MAX_SIZES, "dtype", "mask", "pass")
+KEYS: Final = (
+    *("schema", "title", "summary", "implementations", "seconds", "precision", "memory_limit", "seed"),
+    *("workload", "sweep", "case"),
+)
+MAX_CASES: Final = 1_000
+MAX_SECONDS: Final = 3_600.0
+MIN_SECONDS: Final = 0.05
+Table = Mapping[str, Any]
+
+
+class Preset(Struct, frozen=True, kw_only=True):
+    """A named plan: what to measure, and its purpose."""
+
+    name: str
+    title: str = ""
+    summary: str = ""
+    source: Path | None = None
+    """The file it was read from."""
+    bundled: bool = False
+    """Whether it is bundled with fatui."""
+    cases: tuple[Workload, ...]
+    implementations: tuple[str, ...] = DEFAULT_IMPLEMENTATIONS
+    seconds: float = 6.0
+    """Seconds for the rounds of one case."""
+    precision: float = 0.01
+    memory_limit_bytes: int | None = None
+    seed: int = 0
+
+    def plan(self) -> Plan:
+        """Return the plan of this preset."""
+        return Plan(
+            cases=self.cases,
+            implementations=self.implementations,
+            seconds=self.seconds,
+            precision=self.precision,
+            memory_limit_bytes=self.memory_limit_bytes,
+            seed=self.seed,
+        )
+
+
+def parse(text: str, source: Path | None, *, bundled: bool = False) -> Preset:
+    """Parse a preset.
+
+    Args:
+        text: its TOML.
+        source: its file, for its name and for messages.
+        bundled: whether it is bundled with fatui.
+
+    Raises:
+        UsageError: with all mistakes, each naming the file and the key.
+    """
+    reader = _Reader(_document(text, source))
+    preset = reader.preset(source, bundled)
+    if reader.problems:
+        raise UsageError(*(f"{source or 'preset'}: {problem}" for problem in reader.problems))
+    return preset
+
+
+def _document(text: str, source: Path | None) -> dict[str, Any]:
+    try:
+        return parse_toml(text)
+    except ValueError as error:
+        raise UsageError(f"{source or 'preset'}: {error}") from error
+
+
+class _Reader:
+    """Reader of a document, key by key, which collects its problems."""
+
+    def __init__(self, document: Table) -> None:
+        self.document = document
+        self.problems: list[str] = []
+
+    def preset(self, source: Path | None, bundled: bool) -> Preset:
+        self._schema()
+        self._unknown(self.document, KEYS, "")
+        return Preset(
+            name=source.stem if source else "preset",
+            title=self._text("title"),
+            summary=self._text("summary"),
+            source=source,
+            bundled=bundled,
+            implementations=self._implementations(),
+            seconds=self._number("seconds", 6.0, MIN_SECONDS, MAX_SECONDS),
+            precision=self._number("precision", 0.01, 1e-6, 1.0),
+            memory_limit_bytes=self._memory_limit(),
+            seed=self._seed(),
+            cases=self._cases(),
+        )
+
+    def _schema(self) -> None:
+        got = self.document.get("schema")
+        if got is None:
+            self.problems.append(f"schema: missing; the file must say schema = {SCHEMA}")
+        elif type(got) is int and got > SCHEMA:
+            self.problems.append(f"schema: got {got}, of a newer fatui; this one reads schema = {SCHEMA}")
+        elif type(got) is not int or got != SCHEMA:
+            self.problems.append(f"schema: got {got!r}; it takes {SCHEMA}")
+
+    def _unknown(self, table: Table, known: tuple[str, ...], where: str) -> None:
+        for key in table:
+            if key not in known:
+                self.problems.append(
+                    f"{where}{key}: unknown key{suggestion(key, known) or '; known: ' + ', '.join(known)}"
+                )
+
+    def _text(self, key: str) -> str:
+        got = self.document.get(key, "")
+        if isinstance(got, str):
+            return got
+        self.problems.append(f"{key}: got {got!r}; it takes a quoted string")
+        return ""
+
+    def _number(self, key: str, default: float, least: float, most: float) -> float:
+        got = self.document.get(key, default)
+        try:
+            return number_between(got, key, least, most)
+        except UsageError as error:
+            self.problems.extend(error.problems)
+            return default
+
+    def _seed(self) -> int:
+        got = self.document.get("seed", 0)
+        if type(got) is int and 0 <= got < 2**63:
+            return got
+        self.problems.append(f"seed: got {got!r}; it takes a whole number from 0")
+        return 0
+
+    def _memory_limit(self) -> int | None:
+        if "memory_limit" not in self.document:
+            return None
+        try:
+            return parse_size(self.document["memory_limit"], "memory_limit")
+        except UsageError as error:
+            self.problems.extend(error.problems)
+            return None
+
+    def _implementations(self) -> tuple[str, ...]:
+        got = self.document.get("implementations", list(DEFAULT_IMPLEMENTATIONS))
+        if not isinstance(got, list) or not got or not all(isinstance(name, str) for name in got):
+            self.problems.append(f"implementations: got {got!r}; it takes a list of names, such as ['baseline', 'poc']")
+            return DEFAULT_IMPLEMENTATIONS
+        try:
+            return check_names(got)
+        except UsageError as error:
+            self.problems.extend(error.problems)
+            return DEFAULT_IMPLEMENTATIONS
+
+    def _table(self, key: str) -> Table:
+        got = self.document.get(key, {})
+        if not isinstance(got, dict):
+            self.problems.append(f"{key}: got {got!r}; it takes a table, [{key}]")
+            return {}
+        self._unknown(got, FIELDS, f"[{key}] ")
+        return {field: value for field, value in got.items() if field in FIELDS}
+
+    def _cases(self) -> tuple[Workload, ...]:
+        before = len(self.problems)
+        shared, sweep = self._table("workload"), self._table("sweep")
+        for field, value in shared.items():
+            if isinstance(value, list):
+                self.problems.append(f"[workload] {field}: got a list; several values belong in [sweep] or [[case]]")
+        for field, value in sweep.items():
+            if not isinstance(value, list):
+                self.problems.append(f"[sweep] {field}: got {value!r}; it takes a list of values")
+        if not any(key in self.document for key in ("workload", "sweep", "case")):
+            self.problems.append("nothing to measure: it takes a [workload], a [sweep] or [[case]] tables")
+        groups = [*([("[sweep] ", sweep)] if sweep else []), *self._explicit()]
+        wrong_kind = len(self.problems) > before and any(isinstance(value, list) for value in shared.values())
+        cases = (
+            []
+            if wrong_kind
+            else [case for where, table in groups or [("", {})] for case in self._group(shared, table, where)]
+        )
+        return tuple(dict.fromkeys(cases))
+
+    def _explicit(self) -> list[tuple[str, Table]]:
+        got = self.document.get("case", [])
+        if not isinstance(got, list) or not all(isinstance(table, dict) for table in got):
+            self.problems.append("case: it takes tables, each starting with [[case]]")
+            return []
+        groups: list[tuple[str, Table]] = []
+        for number, table in enumerate(got, start=1):
+            where = f"[[case]] {number} "
+            self._unknown(table, FIELDS, where)
+            groups.append((where, {field: value for field, value in table.items() if field in FIELDS}))
+        return groups
+
+    def _group(self, shared: Table, table: Table, where: str) -> tuple[Workload, ...]:
+        axes = {field: value for field, value in table.items() if isinstance(value, list)}
+        empty = [field for field, values in axes.items() if not values]
+        count = math.prod(len(values) for values in axes.values())
+        if empty:
+            self.problems.extend(f"{where}{field}: got an empty list; it takes at least one value" for field in empty)
+            return ()
+        if count > MAX_CASES:
+            self.problems.append(f"{where}makes {count:,} cases; at most {MAX_CASES:,} are taken")
+            return ()
+        try:
+            single = {field: value for field, value in table.items() if field not in axes}
+            return workloads({**shared, **single}, axes)
+        except UsageError as error:
+            for problem in error.problems:
+                located_problem = f"{where if problem.partition(':')[0] in table else '[workload] '}{problem}"
+                if located_problem not in self.problems:
+                    self.problems.append(located_problem)
+            return ()
+
+
+def workloads(shared: Table, axes: Mapping[str, Sequence[Any]]) -> tuple[Workload, ...]:
+    """Build the cases of a sweep; in a decode pass kv_seq alone may give the length of the cache.
+
+    Raises:
+        UsageError: with the mistakes of all combinations, each once.
+    """
+    given = {*shared, *axes}
+    if shared.get("pass") == "decode" and "kv_seq" in given and "seq" not in given:
+        shared = {**shared, "seq": 1}
+    return expand(shared, axes)
+
+
+def number_between(value: object, name: str, least: float, most: float) -> float:
+    """Return a finite number within limits.
+
+    Raises:
+        UsageError: naming the option, the value and the accepted range.
+    """
+    if type(value) in (int, float) and least <= value <= most:  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    raise UsageError(f"{name}: got {value!r}; it takes a number from {least:g} to {most:g}")
+
+
+def check_names(names: list[str]) -> tuple[str, ...]:
+    """Return the implementations' names without duplicates.
+
+    Raises:
+        UsageError: with one problem for each unknown name.
+    """
+    problems: list[str] = []
+    for name in dict.fromkeys(names):
+        try:
+            check_name(name)
+        except UsageError as error:
+            problems.extend(problem.replace("implementation:", "implementations:", 1) for problem in error.problems)
+    if problems:
+        raise UsageError(*problems)
+    return tuple(dict.fromkeys(names))
+
+
+Fields = dict[str, Any]
+MAX_ARRAY_WIDTH: Final = 100
+
+
+def to_toml(preset: Preset) -> str:
+    """Write a preset as TOML that parses to the same cases in the same order."""
+    document: Fields = {"schema": SCHEMA}
+    document.update({key: text for key in ("title", "summary") if (text := getattr(preset, key))})
+    document["implementations"] = list(preset.implementations)
+    document["seconds"] = preset.seconds
+    if preset.precision != _default_of("precision"):
+        document["precision"] = preset.precision
+    if preset.memory_limit_bytes is not None:
+        document["memory_limit"] = size_text(preset.memory_limit_bytes)
+    if preset.seed:
+        document["seed"] = preset.seed
+    document.update(_tables(preset.cases))
+    return _dumps(document)
+
+
+def _default_of(key: str) -> Any:
+    """Return the default value of a key of a preset."""
+    return next(field.default for field in structs.fields(Preset) if field.name == key)
+
+
+def given_fields(workload: Workload) -> Fields:
+    """Return the fields that define a workload, without those that follow from another field."""
+    fields = {name: getattr(workload, "pass_" if name == "pass" else name) for name in FIELDS}
+    if workload.pass_ == "decode":
+        del fields["seq"]
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in DEFAULTS_FROM or fields.get(DEFAULTS_FROM[name]) != value
+    }
+
+
+def factor_cases(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]] | None:
+    """Split cases into shared fields and axes whose product they are; return None if they are not a product."""
+    given = [given_fields(case) for case in cases]
+    shared = _shared(given)
+    varying = [name for name in FIELDS if any(name in fields for fields in given) and name not in shared]
+    if any(name not in fields for fields in given for name in varying):
+        return None
+    axes = {name: list(dict.fromkeys(fields[name] for fields in given)) for name in varying}
+    if math.prod(len(values) for values in axes.values()) != len(cases):
+        return None
+    try:
+        return (shared, axes) if workloads(shared, axes) == tuple(cases) else None
+    except UsageError:  # some combination is invalid, so that the cases are not all of them
+        return None
+
+
+def _shared(given: Sequence[Fields]) -> Fields:
+    first = given[0]
+    return {name: value for name, value in first.items() if all(fields.get(name) == value for fields in given)}
+
+
+def _tables(cases: Sequence[Workload]) -> Fields:
+    product = factor_cases(cases)
+    if product:
+        shared, axes = product
+        return {"workload": shared, **({"sweep": axes} if axes else {})}
+    given = [given_fields(case) for case in cases]
+    shared = _shared(given)
+    own = [{name: value for name, value in fields.items() if name not in shared} for fields in given]
+    return {"workload": shared, "case": own}
+
+
+def _dumps(document: Fields) -> str:
+    import tomli_w
+
+    return _short_arrays_on_one_line(tomli_w.dumps(document))
+
+
+def _short_arrays_on_one_line(text: str) -> str:
+    lines: list[str] = []
+    array: list[str] = []
+    for line in text.rstrip("\n").split("\n"):  # not splitlines, which also splits inside quoted texts
+        if array:
+            array.append(line.strip())
+            if line == "]":
+                lines.extend(_joined(array))
+                array = []
+        elif line.endswith(" = ["):
+            array = [line]
+        else:
+            lines.append(line)
+    return "\n".join([*lines, *array]) + "\n"
+
+
+def _joined(array: list[str]) -> list[str]:
+    head, *items, end = array
+    line = head + " ".join(items).removesuffix(",") + end
+    return [line] if len(line) <= MAX_ARRAY_WIDTH else [head, *(f"    {item}" for item in items), end]
+
 
 MAX_FILE_BYTES: Final = 2**20
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -33,8 +384,8 @@ class PresetEntry(Struct, frozen=True, kw_only=True):
 
 def list_presets() -> list[PresetEntry]:
     """Return all presets sorted by name; one of the user's own hides a bundled one of the same name."""
-    found = {path.stem: (path, True) for path in _files(paths.bundled_presets())}
-    found.update({path.stem: (path, False) for path in _files(paths.own_presets())})
+    found = {path.stem: (path, True) for path in _files(storage.bundled_presets())}
+    found.update({path.stem: (path, False) for path in _files(storage.own_presets())})
     return [_listed(*found[name]) for name in sorted(found)]
 
 
@@ -62,11 +413,13 @@ def load(name_or_path: str | Path) -> Preset:
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or text.endswith(".toml"):
         return _read(expand_home(name_or_path), bundled=False)
-    for folder, bundled in ((paths.own_presets(), False), (paths.bundled_presets(), True)):
+    for folder, bundled in ((storage.own_presets(), False), (storage.bundled_presets(), True)):
         path = folder / f"{text}.toml"
         if path in _files(folder):
             return _read(path, bundled)
-    names = sorted({path.stem for folder in (paths.own_presets(), paths.bundled_presets()) for path in _files(folder)})
+    names = sorted(
+        {path.stem for folder in (storage.own_presets(), storage.bundled_presets()) for path in _files(folder)}
+    )
     hint = suggestion(text, names) or f"; there are {', '.join(names)}"
     raise UsageError(f"preset: there is none named '{text}'{hint}")
 
@@ -98,7 +451,7 @@ def save(preset: Preset, name: str, overwrite: bool = False) -> Path:
     make_folder(target.parent)
     if target.exists():
         shutil.copy2(target, _backup_path(name))
-    paths.write_atomically(target, to_toml(preset))
+    storage.write_atomically(target, to_toml(preset))
     return target
 
 
@@ -144,19 +497,19 @@ def restore(path: Path) -> Path:
 def _own(name: str) -> Path:
     if not NAME.fullmatch(name) or name.endswith(".toml"):
         raise UsageError(f"preset: got the name '{name}'; it takes letters, digits, '.', '_' and '-', at most 64")
-    return paths.own_presets() / f"{name}.toml"
+    return storage.own_presets() / f"{name}.toml"
 
 
 def _existing(name: str) -> Path:
     path = _own(name)
     if not path.is_file():
-        bundled = (paths.bundled_presets() / path.name).is_file()
+        bundled = (storage.bundled_presets() / path.name).is_file()
         why = "is bundled and cannot be changed; save it under another name" if bundled else "is not one of your own"
         raise UsageError(f"preset: '{name}' {why}")
     return path
 
 
 def _backup_path(name: str) -> Path:
-    folder = paths.own_presets() / BACKUP_SUFFIX
+    folder = storage.own_presets() / BACKUP_SUFFIX
     make_folder(folder)
     return folder / f"{name}.{time.time_ns()}.toml"

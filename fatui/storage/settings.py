@@ -9,8 +9,8 @@ import msgspec
 
 from attention.core.errors import suggestion
 from attention.core.files import make_folder, parse_toml, read_bounded
+from fatui import storage
 from fatui.draft import Draft
-from fatui.storage import paths
 
 CONFIG_NAME: Final = "config.toml"
 STATE_NAME: Final = "app.json"
@@ -58,12 +58,12 @@ class SavedState(msgspec.Struct, kw_only=True):
 
 def config_path() -> Path:
     """Return the path of the config file."""
-    return paths.config_dir() / CONFIG_NAME
+    return storage.config_dir() / CONFIG_NAME
 
 
 def state_path() -> Path:
     """Return the path of the remembered state."""
-    return paths.data_dir() / STATE_NAME
+    return storage.data_dir() / STATE_NAME
 
 
 def read_settings(actions: Mapping[str, str], themes: tuple[str, ...]) -> Settings:
@@ -161,4 +161,4 @@ def write_state(remembered: SavedState) -> None:
     """
     path = state_path()
     make_folder(path.parent)
-    paths.write_atomically(path, msgspec.json.format(msgspec.json.encode(remembered), indent=2).decode())
+    storage.write_atomically(path, msgspec.json.format(msgspec.json.encode(remembered), indent=2).decode())

@@ -36,7 +36,7 @@ from fatui.untrusted_text import escape_controls
 if TYPE_CHECKING:
     from textual.dom import DOMNode
 
-    from fatui.storage.preset_format import Preset
+    from fatui.storage.presets import Preset
 
 
 def real_engine(plan: AnyPlan, listener: Listener) -> Drives:
@@ -370,7 +370,7 @@ def _exported(app: "FatuiApp", report: Report, target: tuple[Path, tuple[str, ..
 async def _write(app: "FatuiApp", report: Report, stem: Path, endings: tuple[str, ...]) -> None:
     from fatui.report import export as formats
     from fatui.report.compose import compose
-    from fatui.report.html import to_html
+    from fatui.report.document import to_html
     from fatui.tui.screens.dialogs import write_all
 
     picture = app.export_screenshot(title="fatui") if "svg" in endings else ""

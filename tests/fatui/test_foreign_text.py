@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from fatui import storage
 from fatui.cli.main import main
 from fatui.report.compose import compose
+from fatui.report.document import to_html
 from fatui.report.export import to_csv
-from fatui.report.html import to_html
-from fatui.storage import paths
 from fatui.storage.history import RunHistory
 from fatui.untrusted_text import escape_all, escape_controls, markdown_block, markdown_code, one_line, spreadsheet
 from tests.support import hostile
@@ -111,7 +111,7 @@ def test_no_cell_of_a_hostile_run_is_a_formula(kind):
 
 @pytest.fixture
 def presets_of_others():
-    folder = paths.own_presets()
+    folder = storage.own_presets()
     folder.mkdir(parents=True)
     (folder / "hostile.toml").write_text(hostile.PRESET)
     (folder / "broken.toml").write_text(hostile.BROKEN_PRESET)

@@ -16,11 +16,9 @@ from attention.core.files import expand_home
 from attention.core.plan import Plan
 from attention.core.results import Case, Row
 from fatui import formatting
-from fatui.storage import presets
-from fatui.storage.paths import own_presets
-from fatui.storage.preset_format import Preset
+from fatui.storage import own_presets, presets
+from fatui.storage.presets import Preset
 from fatui.tui.terminal import literal
-from fatui.tui.view_models.series import histogram
 from fatui.tui.widgets.choice import Choice
 
 ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n, enter[/b] {no}[/]"
@@ -156,7 +154,7 @@ def sample_lines(row: Row) -> list[str]:
     """Return the samples as a small histogram with its range."""
     low, high = min(row.samples), max(row.samples)
     left, right = formatting.seconds(low), formatting.seconds(high)
-    bars = histogram(row.samples, width=56, height=4)
+    bars = formatting.histogram(row.samples, width=56, height=4)
     return [*bars, f"{left}{'a call':^{max(6, 56 - len(left) - len(right))}}{right}"]
 
 
@@ -333,7 +331,7 @@ class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
 
 def write_all(stem: Path, writers: Writers) -> tuple[list[Path], list[str]]:
     """Write each text; return the files written and the error messages."""
-    from fatui.storage.paths import write_atomically
+    from fatui.storage import write_atomically
 
     written, problems = [], []
     for ending, make in writers.items():

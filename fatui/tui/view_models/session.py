@@ -19,12 +19,45 @@ from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run
 from attention.engine.record import INTERRUPTED, AnyRecord, summarise
 from fatui.engine_process import Silence
 from fatui.tui.view_models.journal import Log, estimate_line, event_line
-from fatui.tui.view_models.series import Series
 
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
 ENDED: Final = ("done", "stopped", "refused", "failed")
 KILL_AFTER_S: Final = 0.6
 """Seconds after a stop until an engine that has not stopped is killed."""
+
+
+MAX_POINTS: Final = 512
+
+
+class Series:
+    """A time series of a measured value in a bounded buffer; when it is full, its resolution halves.
+
+    Attributes:
+        points: the series so far, oldest first; each point is the mean of `per_point` values.
+        last, highest: the latest and the highest single value; None before the first.
+    """
+
+    def __init__(self, most: int = MAX_POINTS) -> None:
+        self.points: list[float] = []
+        self.per_point = 1
+        self.last: float | None = None
+        self.highest: float | None = None
+        self._max_points = most
+        self._sum = 0.0
+        self._count = 0
+
+    def add(self, value: float) -> None:
+        """Add a value."""
+        self.last = value
+        self.highest = value if self.highest is None else max(self.highest, value)
+        self._sum += value
+        self._count += 1
+        if self._count >= self.per_point:
+            self.points.append(self._sum / self._count)
+            self._sum, self._count = 0.0, 0
+        if len(self.points) >= self._max_points:
+            self.points = [(a + b) / 2 for a, b in zip(self.points[::2], self.points[1::2], strict=False)]
+            self.per_point *= 2
 
 
 class Drives(Protocol):

@@ -10,8 +10,7 @@ from attention.core.results import Report
 from fatui import formatting
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import estimate
-from fatui.tui.view_models.series import Series
-from fatui.tui.view_models.session import AnySession, Session
+from fatui.tui.view_models.session import AnySession, Series, Session
 from fatui.tui.view_models.table_lines import step_text
 from fatui.tui.view_models.telemetry import Reading, reading_text
 from fatui.tui.widgets.charts import Scale, Trend, TrendChart

@@ -3,9 +3,9 @@ import pytest
 from attention.core.errors import NoBackendError
 from attention.core.results import Peaks
 from attention.measure import device
-from fatui import diagnosis
+from fatui import diagnosis, storage
 from fatui.cli.main import main
-from fatui.storage import paths, settings
+from fatui.storage import settings
 
 
 @pytest.fixture(autouse=True)
@@ -103,15 +103,15 @@ def test_a_broken_config_file_is_found(content):
 
 
 def test_a_broken_preset_is_found():
-    paths.own_presets().mkdir(parents=True)
-    (paths.own_presets() / "mine.toml").write_text("schema = 1")
+    storage.own_presets().mkdir(parents=True)
+    (storage.own_presets() / "mine.toml").write_text("schema = 1")
     (finding,) = advised("presets")
     assert "mine.toml: nothing to measure" in finding.text
 
 
 def test_a_data_folder_that_is_a_file_is_found():
-    paths.data_dir().parent.mkdir(parents=True, exist_ok=True)
-    paths.data_dir().write_text("")
+    storage.data_dir().parent.mkdir(parents=True, exist_ok=True)
+    storage.data_dir().write_text("")
     assert "is not a folder" in advised("data")[0].text
     assert "Not a directory" in advised("history")[0].text
 

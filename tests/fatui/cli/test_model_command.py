@@ -18,7 +18,7 @@ from attention.core.route import Route
 from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
 from fatui.cli import main
-from fatui.cli.progress import MAX_QUIET_S, ProgressPrinter
+from fatui.cli.run import MAX_QUIET_S, ProgressPrinter
 from fatui.engine_process import Silence
 from fatui.report import export
 from fatui.report.table import report_table
@@ -162,7 +162,7 @@ def test_ten_seconds_without_a_line_are_the_most(now, monkeypatch, capsys):
     if now:
         narrator.listen(on.Progress(done=0.0, remaining_s=9.0, now=now))
     later = time.monotonic() + MAX_QUIET_S
-    monkeypatch.setattr("fatui.cli.progress.time.monotonic", lambda: later)
+    monkeypatch.setattr("fatui.cli.run.time.monotonic", lambda: later)
     for _ in range(2):
         narrator.tick(Silence(clock=lambda: 0.0))
     assert capsys.readouterr().err == f"fatui: {now or 'starting the engine'}\n"

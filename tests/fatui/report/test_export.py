@@ -11,8 +11,8 @@ import pytest
 
 from attention.core import events as on
 from attention.core.workload import Workload
+from fatui import storage
 from fatui.report import export
-from fatui.storage import paths
 from tests.support.sample_runs import plan_of, record_of, report_of, run_of
 
 ROOT = Path(__file__).parents[3]
@@ -74,7 +74,7 @@ def test_a_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
     target = tmp_path / "out.json"
     target.write_text("old")
     target.chmod(0o640)
-    paths.write_atomically(target, "new")
+    storage.write_atomically(target, "new")
     assert (target.read_text(), target.stat().st_mode & 0o777) == ("new", 0o640)
 
     def full(descriptor):
@@ -82,7 +82,7 @@ def test_a_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        paths.write_atomically(target, "newer")
+        storage.write_atomically(target, "newer")
     assert target.read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
@@ -90,7 +90,7 @@ def test_a_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "true").write_text("old")
     (tmp_path / "link").symlink_to("true")
-    paths.write_atomically(tmp_path / "link", "new")
+    storage.write_atomically(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "true").read_text() == "new"
 
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     target = tmp_path / "out.txt"
     target.write_text("old")
     program = (
-        "import signal, sys; from pathlib import Path; from fatui.storage.paths import write_atomically\n"
+        "import signal, sys; from pathlib import Path; from fatui.storage import write_atomically\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "try: write_atomically(Path(sys.argv[1]), 'x' * 100_000)\n"
         "except OSError as error: sys.exit(7)"

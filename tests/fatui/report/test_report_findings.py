@@ -8,10 +8,8 @@ from msgspec import structs
 from attention.core.results import Interval, NoiseFloor, Ratio
 from attention.core.workload import Workload
 from fatui.report.compose import compose
-from fatui.report.document import Chart, Claim, MissingData, Table
-from fatui.report.html import to_html
-from fatui.report.markdown import to_markdown
-from fatui.report.trends import fit, sweeps
+from fatui.report.document import Chart, Claim, MissingData, Table, to_html, to_markdown
+from fatui.report.scaling import fit, sweeps
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
 
 SWEEP = tuple(Workload(seq=seq) for seq in (128, 256, 512, 1024))

@@ -10,7 +10,7 @@ import pytest
 
 from attention.core.workload import Workload
 from fatui.report.compose import compose
-from fatui.report.html import to_html
+from fatui.report.document import to_html
 from tests.support.sample_runs import plan_of, report_of
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

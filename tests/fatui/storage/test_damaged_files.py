@@ -16,13 +16,14 @@ import pytest
 from attention.core.errors import UsageError
 from attention.core.files import parse_toml
 from attention.core.workload import Workload
+from fatui import storage
 from fatui.cli.main import main
 from fatui.report import charts, export
 from fatui.report.comparison import compare
 from fatui.report.compose import compose
-from fatui.report.markdown import to_markdown
+from fatui.report.document import to_markdown
 from fatui.report.table import report_table
-from fatui.storage import paths, presets, result_files, settings
+from fatui.storage import presets, result_files, settings
 from fatui.storage.history import HistoryError, RunHistory
 from fatui.tui.actions import SCOPES
 from tests.support import hostile
@@ -97,7 +98,7 @@ def mutated_bytes(content, draw):
 def shown(report):
     """Make everything that can be made from a report."""
     from fatui.cli.compare import comparison_table
-    from fatui.cli.printing import console
+    from fatui.cli.output import console
 
     with open(os.devnull, "w") as nothing:  # noqa: PTH123
         out = console(nothing)
@@ -140,9 +141,9 @@ def fuzz_results(rounds, seed):
 
 def fuzz_presets(rounds, seed):
     draw = random.Random(seed)
-    texts = [path.read_bytes() for path in sorted(paths.bundled_presets().glob("*.toml"))]
+    texts = [path.read_bytes() for path in sorted(storage.bundled_presets().glob("*.toml"))]
     texts += [hostile.PRESET.encode(), hostile.BROKEN_PRESET.encode()]
-    path = paths.own_presets() / "fuzzed.toml"
+    path = storage.own_presets() / "fuzzed.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(rounds):
         path.write_bytes(mutated_bytes(draw.choice(texts), draw))
@@ -348,8 +349,8 @@ def test_a_folder_in_a_home_that_does_not_exist_is_not_made(tmp_path, monkeypatc
 
 
 def test_a_data_folder_that_is_a_file_is_told(capsys):
-    paths.data_dir().parent.mkdir(parents=True, exist_ok=True)
-    paths.data_dir().write_text("")
+    storage.data_dir().parent.mkdir(parents=True, exist_ok=True)
+    storage.data_dir().write_text("")
     for command in (["history"], ["history", "show", "last"], ["report"], ["compare", "last", "last~1"]):
         assert main(command) == 1
         assert "Not a directory" in capsys.readouterr().err

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from attention.core.errors import UsageError
 from attention.core.workload import Workload
-from fatui.storage import paths, presets
-from fatui.storage.preset_format import Preset, parse
+from fatui import storage
+from fatui.storage import presets
+from fatui.storage.presets import Preset, parse
 
 GOOD = "schema = 1\n[workload]\nseq = 64\n"
 
@@ -170,7 +171,7 @@ def test_a_sweep_is_written_as_a_sweep():
 
 
 def own(name: str, text: str = GOOD) -> Path:
-    path = paths.own_presets() / f"{name}.toml"
+    path = storage.own_presets() / f"{name}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
@@ -210,7 +211,7 @@ def test_saving_never_overwrites_silently_and_keeps_a_backup():
         presets.save(preset, "mine")
     assert "by hand" in first.read_text()
     assert presets.load(presets.save(preset, "mine", overwrite=True)).cases == preset.cases
-    assert "by hand" in next((paths.own_presets() / ".deleted").iterdir()).read_text()
+    assert "by hand" in next((storage.own_presets() / ".deleted").iterdir()).read_text()
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a\n", "x" * 65, "mine.toml"])

@@ -7,7 +7,7 @@ import sys
 import time
 
 from attention.core import events as on
-from fatui.storage import paths
+from fatui import storage
 from tests.support.pty_app import PtyApp
 from tests.support.stage import on_stage
 
@@ -70,7 +70,7 @@ def test_a_run_that_is_refused_says_why():
 
 def test_a_newer_history_is_reported_and_the_report_stays():
     async def play(stage):
-        folder = paths.data_dir()
+        folder = storage.data_dir()
         folder.mkdir(parents=True)
         with sqlite3.connect(folder / "history.sqlite") as database:
             database.execute("PRAGMA user_version = 99")

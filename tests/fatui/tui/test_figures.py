@@ -8,12 +8,13 @@ from attention.core.results import Case, Environment, Interval, Peaks, Report, R
 from attention.core.workload import Workload
 from fatui import quantities
 from fatui.draft import Draft, draft_of
+from fatui.formatting import histogram
 from fatui.report.scaling import RatePoint, crossovers
 from fatui.storage.settings import RunSpeed
 from fatui.tui.terminal import plain
 from fatui.tui.view_models.estimate import estimate_s, learn
 from fatui.tui.view_models.journal import Log
-from fatui.tui.view_models.series import Series, histogram
+from fatui.tui.view_models.session import Series
 from fatui.tui.widgets.charts import resample
 from fatui.tui.widgets.live_pane import ceiling
 

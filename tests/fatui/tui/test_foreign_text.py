@@ -3,7 +3,8 @@
 import pytest
 
 from attention.core import events as on
-from fatui.storage import paths, settings
+from fatui import storage
+from fatui.storage import settings
 from fatui.storage.history import RunHistory
 from fatui.tui.widgets.row_table import RowTable
 from tests.support import hostile
@@ -51,7 +52,7 @@ def test_every_screen_shows_a_hostile_run(kind):
 
 
 def test_hostile_presets_settings_and_messages_are_shown():
-    folder = paths.own_presets()
+    folder = storage.own_presets()
     folder.mkdir(parents=True)
     (folder / "a.toml").write_text(hostile.PRESET)
     (folder / "b.toml").write_text(hostile.BROKEN_PRESET)

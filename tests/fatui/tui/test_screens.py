@@ -6,7 +6,8 @@ from pathlib import Path
 
 from textual.widgets import Input, Static
 
-from fatui.storage import paths, presets
+from fatui import storage
+from fatui.storage import presets
 from fatui.storage.history import RunHistory
 from fatui.tui import terminal
 from fatui.tui.screens.dialogs import RowDetails
@@ -48,7 +49,7 @@ def test_a_name_is_judged_while_it_is_typed():
         await stage.press(*"a b")
         assert "a name takes letters" in str(verdict.content)
         await stage.press("enter")
-        assert not presets._files(paths.own_presets())
+        assert not presets._files(storage.own_presets())
         stage.find("#name", Input).value = "quick"
         await stage.pilot.pause()
         assert "hides the bundled one" in str(verdict.content)
@@ -64,11 +65,11 @@ def test_presets_are_renamed_deleted_and_brought_back():
         await stage.press("n")
         stage.find("#rename", Input).value = "yours"
         await stage.press("enter")
-        assert {path.stem for path in presets._files(paths.own_presets())} == {"yours"}
+        assert {path.stem for path in presets._files(storage.own_presets())} == {"yours"}
         await stage.press("d")
-        assert not presets._files(paths.own_presets())
+        assert not presets._files(storage.own_presets())
         await stage.press("u")
-        assert {path.stem for path in presets._files(paths.own_presets())} == {"yours"}
+        assert {path.stem for path in presets._files(storage.own_presets())} == {"yours"}
 
     on_stage(play)
 
@@ -86,7 +87,7 @@ def test_escape_leaves_the_renaming_before_the_screen():
 
 def test_bundled_presets_stay_and_broken_ones_are_shown():
     async def play(stage):
-        folder = paths.own_presets()
+        folder = storage.own_presets()
         folder.mkdir(parents=True)
         (folder / "broken.toml").write_text("schema = 1\nsecnds = 3\n")
         await stage.press("p")
@@ -204,7 +205,7 @@ def test_an_export_that_fails_keeps_the_old_file_and_says_so(tmp_path, monkeypat
 
     async def play(stage):
         await stage.run_to_the_end()
-        monkeypatch.setattr(paths, "write_atomically", full)
+        monkeypatch.setattr("fatui.storage.write_atomically", full)
         await stage.press("e")
         stage.find("#name", Input).value = "out"
         await stage.press("enter")

@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_written_costs_the_layout_only(monkeypatch):
         raise OSError(28, "No space left on device")
 
     async def play(stage):
-        monkeypatch.setattr("fatui.storage.paths.write_atomically", full)
+        monkeypatch.setattr("fatui.storage.write_atomically", full)
         await stage.press("q")
         await stage.settle(lambda: stage.app._exit)
         assert "No space left on device" in stage.app.farewell

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fatui import storage
 from fatui.report.export import to_json
-from fatui.storage import paths
 from fatui.storage.history import RunHistory
 
 ROOT = Path(__file__).parents[3]
@@ -114,7 +114,7 @@ def test_a_person_runs_saves_loads_exports_and_quits(open_terminal, tmp_path):
     assert report == json.loads(to_json(RunHistory().get("last")))
     assert "my-quick" in (tmp_path / "out.svg").read_text()
     assert "case 1 of 1 complete" in (tmp_path / "out.log").read_text()
-    preset = tomllib.loads((paths.own_presets() / "my-quick.toml").read_text())
+    preset = tomllib.loads((storage.own_presets() / "my-quick.toml").read_text())
     assert preset["workload"]["seq"] == 128
 
 

@@ -21,7 +21,7 @@ from attention.kernels.common import cache
 from attention.kernels.cpu import build, library, selfcheck
 from attention.masks import Mask
 from attention.measure.device import probe
-from fatui.storage import paths
+from fatui import storage
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel")
 
@@ -433,4 +433,4 @@ def test_a_cache_folder_of_nobody_is_ignored(variable, value, monkeypatch):
     monkeypatch.setenv(variable, value)
     assert cache.folder() == usual
     assert cache.folder().is_absolute()
-    assert paths.cache_dir() == usual.parent
+    assert storage.cache_dir() == usual.parent

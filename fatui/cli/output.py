@@ -1,0 +1,170 @@
+"""Results of a command: exports, whose targets are checked before a run and written after it, and tables on stdout."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from msgspec import Struct, to_builtins
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from attention.core.errors import UsageError
+from attention.core.results import Report
+from fatui.report.export import to_csv, to_json, to_markdown
+from fatui.report.study import beside
+from fatui.report.table import report_table
+from fatui.storage import write_atomically
+from fatui.untrusted_text import MAX_SHOWN, escape_controls
+
+STDOUT: Final = "-"
+FORMATS: Final = ("json", "csv", "markdown")
+
+
+class Export(Struct, frozen=True):
+    """One export: its format, and its target, a file or "-" for stdout."""
+
+    format: str
+    target: str
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Add --json, --csv and --markdown."""
+    group = parser.add_argument_group("exports", "FILE is replaced as a whole; '-' is stdout, in place of the table")
+    for name in FORMATS:
+        group.add_argument(
+            f"--{name}", metavar="FILE", help=f"write the rows as {name.upper() if name != 'markdown' else 'Markdown'}"
+        )
+
+
+def requested_exports(arguments: argparse.Namespace, formats: Sequence[str] = FORMATS) -> list[Export]:
+    """Return the exports requested on the command line; a format is named as its option.
+
+    Raises:
+        UsageError: with one problem for each target that is not writable or is used twice.
+    """
+    exports = [Export(name, getattr(arguments, name)) for name in formats if getattr(arguments, name) is not None]
+    problems = [problem for export in exports if (problem := _problem(export))]
+    targets = [item.target if item.target == STDOUT else os.path.realpath(item.target) for item in exports]
+    for number, item in enumerate(exports):
+        if targets[number] in targets[:number]:
+            first = exports[targets.index(targets[number])].format
+            problems.append(f"--{item.format}: '{item.target}' is already the file of --{first}")
+    if problems:
+        raise UsageError(*problems)
+    return exports
+
+
+def _problem(export: Export) -> str | None:
+    option, path = f"--{export.format}", Path(export.target)
+    if export.target == STDOUT:
+        return None
+    folder = path.resolve().parent
+    if not export.target or path.is_dir():
+        return f"{option}: got '{export.target}'; it takes a file, or '-' for stdout"
+    if not folder.is_dir():
+        return f"{option}: {path} cannot be written: there is no folder {folder}"
+    replaceable = os.access(folder, os.W_OK | os.X_OK) if _is_replaced(path) else os.access(path, os.W_OK)
+    return None if replaceable else f"{option}: {path} cannot be written: no permission"
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether a path is written by replacing its file; devices and pipes are written to in place."""
+    return path.is_file() or not path.exists()
+
+
+def write_files(report: Report, exports: Sequence[Export]) -> list[str]:
+    """Write the exports that are files; return the error messages, one line each."""
+    problems = (write_text(export, _text(export.format, report)) for export in exports if export.target != STDOUT)
+    return [problem for problem in problems if problem]
+
+
+def print_results(report: Report, exports: Sequence[Export]) -> None:
+    """Print the table, or the export to stdout instead of it.
+
+    Raises:
+        OSError: stdout could not be written.
+    """
+    for export in exports:
+        if export.target == STDOUT:
+            write_text(export, _text(export.format, report))
+            return
+    if report.all_cases:
+        show(report_table(report, beside(report), results_width()))
+
+
+def write_text(export: Export, text: str) -> str | None:
+    """Write a text to an export's target; return an error message of one line, or None.
+
+    Raises:
+        OSError: stdout could not be written.
+    """
+    if export.target == STDOUT:
+        sys.stdout.write(text)
+        return None
+    path = Path(export.target)
+    try:
+        if _is_replaced(path):
+            write_atomically(path, text)
+        else:
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        kept = "; the existing file is unchanged" if path.is_file() else ""
+        return f"--{export.format}: {path} could not be written: {error.strerror or error}{kept}"
+    return None
+
+
+def _text(name: str, report: Report) -> str:
+    if name == "json":
+        study = beside(report)
+        return to_json(report, to_builtins(study) if study else None)
+    return to_csv(report) if name == "csv" else to_markdown(report)
+
+
+PIPED_WIDTH: Final = 100
+MAX_WIDTH: Final = 140
+
+
+class PlainConsole(Console):
+    """A console without markup, emoji names or escape codes, since table cells hold foreign text."""
+
+    def render_str(self, text: str, **layout: Any) -> Text:
+        """Return a string as plain text, with control characters replaced before its width is measured."""
+        given = {name: layout[name] for name in ("style", "justify", "overflow") if layout.get(name)}
+        return Text(escape_controls(text, MAX_SHOWN), **given)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as Rich does, and replace the control characters that are left in the segments."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text == "\n" or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(escape_controls(segment.text), segment.style)
+
+
+def console(stream: TextIO) -> PlainConsole:
+    """Return a console for a stream; NO_COLOR counts when it is set, even if empty."""
+    width = None if stream.isatty() else _columns() or PIPED_WIDTH
+    return PlainConsole(file=stream, width=width, no_color="NO_COLOR" in os.environ or None, highlight=False)
+
+
+def _columns() -> int | None:
+    text = os.environ.get("COLUMNS", "")
+    return int(text) if text.isascii() and text.isdigit() and 20 <= int(text) <= 1000 else None
+
+
+def results_width() -> int:
+    """Columns available to tables on stdout."""
+    return min(console(sys.stdout).width, MAX_WIDTH)
+
+
+def show(*renderables: RenderableType) -> None:
+    """Print renderables on stdout without trailing blanks."""
+    out = console(sys.stdout)
+    with out.capture() as captured:
+        for renderable in renderables:
+            out.print(renderable, width=min(out.width, MAX_WIDTH))
+    sys.stdout.write("\n".join(line.rstrip() for line in captured.get().split("\n")))
