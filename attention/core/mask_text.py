@@ -25,6 +25,7 @@ BLOCK: Final = 128
 """Rows and keys of a random tile."""
 MAX_LENGTH: Final = 16_777_216
 FORMS: Final = ("none", "causal", "window:N", "documents:N", "prefix:N", "strided:N,S", "blocks:DENSITY")
+ACCEPTED: Final = f"it takes {', '.join(FORMS)}, or several joined by +"
 BLOCK_SEED: Final = 0
 Choice = tuple[tuple[int, ...], ...]
 """The visible key tiles of each row tile of one head, ascending."""
@@ -69,26 +70,29 @@ class MaskSpec(Struct, frozen=True, kw_only=True):
 ALL_VISIBLE: Final = MaskSpec()
 
 
-@lru_cache(maxsize=1024)
-def parse_mask(text: str) -> MaskSpec:
+def parse_mask(text: object) -> MaskSpec:
     """Parse a mask string; parts that another one contains are dropped.
 
     Raises:
-        UsageError: names the string, what is wrong with it, and what is accepted.
+        UsageError: names the value, what is wrong with it, and what is accepted.
     """
-    parts = text.split("+") if isinstance(text, str) else []
+    if not isinstance(text, str):
+        raise _refusal(text, ACCEPTED)
+    return _parsed(text)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> MaskSpec:
     found: dict[str, MaskSpec] = {}
-    for part in parts:
+    for part in text.split("+"):
         name, colon, argument = part.strip().partition(":")
         if name in found:
             raise _refusal(text, f"{name} is there twice")
         read = _READERS.get(name)
         if read is None or bool(colon) == (name in ("none", "causal")):
             hint = suggestion(part, (*FORMS, *(form.partition(":")[0] for form in FORMS)))
-            raise _refusal(text, f"it takes {', '.join(FORMS)}, or several joined by +{hint}")
+            raise _refusal(text, ACCEPTED + hint)
         found[name] = read(text, argument)
-    if not found:
-        raise _refusal(text, f"it takes {', '.join(FORMS)}, or several joined by +")
     if "none" in found and len(found) > 1:
         raise _refusal(text, "none shows every key, so that nothing can be joined to it")
     return _simplified(found)
