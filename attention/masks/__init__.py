@@ -1,4 +1,4 @@
-"""What a query may see: the meaning of every mask, in one place."""
+"""What a query may see: masks as values (`causal()`, `window(n)`, `documents(...)`, ...) and the mask of a call."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -6,10 +6,35 @@ from msgspec import Struct, structs
 
 from attention.core.errors import UnsupportedError, UsageError
 from attention.core.workload import DTYPES, Workload
+from attention.masks.block_list import BlockList
+from attention.masks.pattern import Pattern
+from attention.masks.patterns import (
+    blocks,
+    causal,
+    dilated,
+    documents,
+    padding,
+    prefix,
+    where,
+    window,
+)
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
+__all__ = [
+    "BlockList",
+    "Mask",
+    "Pattern",
+    "blocks",
+    "causal",
+    "dilated",
+    "documents",
+    "padding",
+    "prefix",
+    "where",
+    "window",
+]
 Shape = tuple[int, int, int, int]
 SHIFTED: Final = (2.0**10, 2.0**30)
 """Range of magnitudes of a row's maximum that `shift` subtracts from an additive mask."""
@@ -27,6 +52,10 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
     """A query attends to the last `window` keys up to its own position; implies causal."""
     array: "mx.array | None" = None
     """Broadcastable to (B, H, Lq, Lk): bool, True where a query attends to a key, or added to the scores."""
+    pattern: Pattern | None = None
+    """The complete positional mask, if it is more than causal or a window, which are then unset."""
+    alibi: "mx.array | None" = None
+    """Slopes (H,), float32: slope * (key - position of the query) is added to the scaled and capped scores."""
 
     def __post_init__(self) -> None:
         """Reshape an array of fewer than two axes to the axes of queries and keys."""

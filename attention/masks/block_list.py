@@ -1,0 +1,333 @@
+"""Block lists: per tile of query rows, the tiles of keys with a visible pair, and packed bits of the partial ones."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+from msgspec import Struct
+
+from attention.masks.tiles import PARTIAL, Array, Candidates, Grid, Tiles, unpacked
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+MAX_CHUNK_PAIRS: Final = 1 << 22
+"""Pairs whose visibility is evaluated at once."""
+MAX_CACHED_BYTES: Final = 256 << 20
+PICTURE_COLUMNS: Final = 64
+
+
+class Expression(Protocol):
+    """What a block list is built from; a part that a tile still depends on is a bit in `needed`."""
+
+    def planes(self, batch: int, heads: int) -> tuple[int, int]:
+        """Return the number of planes along batch and heads: 1 where the mask is the same for all."""
+        ...
+
+    def candidates(self, grid: Grid) -> Candidates:
+        """Return tiles that include all with a visible pair."""
+        ...
+
+    def classify(self, tiles: Tiles) -> tuple[Array, Array]:
+        """Return the state of each tile, and for partial tiles the bits of the parts that decide them."""
+        ...
+
+    def signature(self, tiles: Tiles, needed: int) -> list[Array]:
+        """Return columns of integers; the needed parts have the same bits in tiles where all columns are equal."""
+        ...
+
+    def bits(self, tiles: Tiles, needed: int) -> Array:
+        """Return the packed bits (tiles, block_q, words) of the needed parts combined."""
+        ...
+
+
+class BlockLists(Struct, frozen=True, eq=False):
+    """Lists in compressed form: tile t of a plane has `entries[offsets[i]:offsets[i + 1]]`, i = plane * tiles + t."""
+
+    offsets: Array
+    """int32 (planes * tiles + 1,)."""
+    entries: Array
+    """int32 (n, 2): tile of the other axis, ascending, and index into `bits`, or -1 if all pairs are visible."""
+    _device: "list[tuple[mx.array, mx.array]]" = []
+
+    def arrays(self) -> "tuple[mx.array, mx.array]":
+        """Return offsets and entries as MLX arrays, made once."""
+        if not self._device:
+            import mlx.core as mx
+
+            self._device.append((mx.array(self.offsets), mx.array(self.entries.reshape(-1, 2))))
+        return self._device[0]
+
+
+class BlockList(Struct, frozen=True, eq=False):
+    """The tiles of a mask that have a visible pair, for one shape and tile size.
+
+    Rows beyond Lq and keys beyond Lk have unspecified bits; a tile at the edge is full if all its pairs within the
+    scores are visible.
+    """
+
+    block_q: int
+    block_k: int
+    batches: int
+    """Planes along the batch: 1 if all batches share their lists. Plane = batch * heads + head."""
+    heads: int
+    shape: tuple[int, int, int, int]
+    """(B, H, Lq, Lk)."""
+    rows: BlockLists
+    """For each row tile its key tiles."""
+    bits: Array
+    """uint32 (m, block_q, block_k / 32), at least one: bit j of word w is key 32 w + j of the tile."""
+    pairs: int
+    """Visible pairs of all batches and heads."""
+    _made: "dict[str, object]" = {}
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles along the query rows."""
+        return -(-self.shape[2] // self.block_q)
+
+    @property
+    def key_tiles(self) -> int:
+        """Tiles along the keys."""
+        return -(-self.shape[3] // self.block_k)
+
+    @property
+    def offsets(self) -> Array:
+        """int32 (batches * heads * row_tiles + 1,): where the entries of each row tile start."""
+        return self.rows.offsets
+
+    @property
+    def entries(self) -> Array:
+        """int32 (n, 2): (key tile, bits tile or -1), ascending by key tile within a row tile."""
+        return self.rows.entries
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the lists and bits on the host."""
+        return int(self.offsets.nbytes + self.entries.nbytes + self.bits.nbytes)
+
+    @property
+    def density(self) -> float:
+        """Share of the pairs that are visible."""
+        batch, heads, seq, kv_seq = self.shape
+        return self.pairs / (batch * heads * seq * kv_seq)
+
+    def arrays(self) -> "tuple[mx.array, mx.array, mx.array]":
+        """Return offsets, entries and bits as MLX arrays, made once."""
+        return (*self.rows.arrays(), self.device_bits())
+
+    def device_bits(self) -> "mx.array":
+        """Return the bits as an MLX array, made once."""
+        import mlx.core as mx
+
+        if "bits" not in self._made:
+            self._made["bits"] = mx.array(self.bits)
+        made = self._made["bits"]
+        assert isinstance(made, mx.array)
+        return made
+
+    def transposed(self) -> BlockLists:
+        """Return the same tiles as lists of row tiles for each key tile; bits stay as they are, [row][key]."""
+        if "transposed" not in self._made:
+            self._made["transposed"] = self._transposed()
+        made = self._made["transposed"]
+        assert isinstance(made, BlockLists)
+        return made
+
+    def _transposed(self) -> BlockLists:
+        plane, row = np.divmod(self._row_of_entry(), self.row_tiles)
+        key = plane * self.key_tiles + self.entries[:, 0]
+        planes = self.batches * self.heads * self.key_tiles
+        order = np.argsort(key.astype(np.uint16) if planes <= 1 << 16 else key, kind="stable")
+        entries = np.stack([row[order], self.entries[order, 1]], axis=1).astype(np.int32)
+        return BlockLists(_offsets(key, planes), entries, [])
+
+    def _row_of_entry(self) -> Array:
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    def dense(self) -> Array:
+        """Return the whole mask as bool (batches, heads, Lq, Lk); for tests and small shapes."""
+        shape = (self.batches * self.heads * self.row_tiles, self.key_tiles)
+        tiles = np.zeros((*shape, self.block_q, self.block_k), bool)
+        row, (key, index) = self._row_of_entry(), self.entries.T
+        tiles[row, key] = np.where(index[:, None, None] < 0, True, unpacked(self.bits)[index])
+        whole = tiles.swapaxes(1, 2).reshape(self.batches, self.heads, self.row_tiles * self.block_q, -1)
+        return whole[:, :, : self.shape[2], : self.shape[3]]
+
+    def picture(self, columns: int = PICTURE_COLUMNS, plane: int = 0) -> str:
+        """Draw the tiles of a plane, at most `columns` wide: `█` is full, `▒` partial, `·` not visited.
+
+        A character stands for a square of tiles if there are more than fit; it is full if they all are.
+        """
+        step = max(1, -(-max(self.key_tiles, self.row_tiles) // columns))
+        height, width = -(-self.row_tiles // step), -(-self.key_tiles // step)
+        begin, end = (int(self.offsets[(plane + n) * self.row_tiles]) for n in (0, 1))
+        row = self._row_of_entry()[begin:end] - plane * self.row_tiles
+        key, index = self.entries[begin:end].T
+        square = row // step * width + key // step
+        seen, full = (np.bincount(square[one], minlength=height * width) for one in (slice(None), index < 0))
+        tall, wide = (
+            np.minimum(np.arange(n) * step + step, whole) - np.arange(n) * step
+            for n, whole in ((height, self.row_tiles), (width, self.key_tiles))
+        )
+        drawn = np.where(seen == 0, "·", np.where(full == np.outer(tall, wide).ravel(), "█", "▒"))
+        return "\n".join("".join(line) for line in drawn.reshape(height, width))
+
+    def __str__(self) -> str:
+        batch, heads, seq, kv_seq = self.shape
+        partial = int((self.entries[:, 1] >= 0).sum())
+        head = (
+            f"{len(self.entries):,} of {self.batches * self.heads * self.row_tiles * self.key_tiles:,} tiles of "
+            f"{self.block_q} x {self.block_k}, {partial:,} of them partial ({len(self.bits):,} stored); "
+            f"{self.pairs:,} pairs, {self.density:.1%} of B={batch} H={heads} {seq} x {kv_seq}"
+        )
+        return f"{head}\n{self.picture()}"
+
+
+def build(mask: Expression, grid: Grid) -> BlockList:
+    """Build the block list of a mask."""
+    batches, heads = mask.planes(grid.batch, grid.heads)
+    tiles = mask.candidates(grid).tiles(batches, heads)
+    state, needed = mask.classify(tiles)
+    if not state.all():
+        kept = np.flatnonzero(state)
+        tiles, state, needed = tiles.take(kept), state[kept], needed[kept]
+    index = np.full(len(tiles), -1, np.int32)
+    visible = _capacity(grid)[_kinds(tiles)] if _has_edge(grid) else np.full(len(tiles), grid.block_q * grid.block_k)
+    bits = _resolve(mask, tiles, state, needed, index, visible)
+    if not visible.all():
+        kept = np.flatnonzero(visible)
+        tiles, index, visible = tiles.take(kept), index[kept], visible[kept]
+    entries = np.empty((len(tiles), 2), np.int32)
+    entries[:, 0], entries[:, 1] = tiles.j, index
+    repeated = (grid.batch // batches) * (grid.heads // heads)
+    return BlockList(
+        block_q=grid.block_q,
+        block_k=grid.block_k,
+        batches=batches,
+        heads=heads,
+        shape=(grid.batch, grid.heads, grid.seq, grid.kv_seq),
+        rows=BlockLists(_offsets(tiles.row, batches * heads * grid.row_tiles), entries, []),
+        bits=bits,
+        pairs=repeated * int(visible.sum()),
+        _made={},
+    )
+
+
+def _resolve(mask: Expression, tiles: Tiles, state: Array, needed: Array, index: Array, visible: Array) -> Array:
+    """Evaluate the partial tiles, set their bits tile and their number of visible pairs; return the bits.
+
+    Tiles that turn out to be full keep index -1; those without a visible pair get 0 pairs.
+    """
+    grid, stored, count = tiles.grid, [], 0
+    capacity = _capacity(grid)
+    partial = np.flatnonzero(state == PARTIAL)
+    for parts in np.unique(needed[partial]).tolist():
+        group = partial[needed[partial] == parts]
+        own = tiles.take(group)
+        first, which = _distinct(mask.signature(own, parts))
+        kinds = _kinds(own) if _has_edge(grid) else np.zeros(len(own), np.int64)
+        for chunk, bits in _evaluated(mask, own, parts, first):
+            pairs = _visible_pairs(bits, grid)
+            place = (
+                np.flatnonzero((which >= chunk.start) & (which < chunk.stop))
+                if len(chunk) < len(first)
+                else np.arange(len(own))
+            )
+            local = which[place] - chunk.start
+            seen = pairs[kinds[place], local]
+            mixed = (seen > 0) & (seen < capacity[kinds[place]])
+            used = np.zeros(len(bits), bool)
+            used[local[mixed]] = True
+            number = np.cumsum(used) - 1 + count
+            visible[group[place]] = seen
+            index[group[place]] = np.where(mixed, number[local], -1)
+            stored.append(bits[used])
+            count += int(used.sum())
+    return np.concatenate(stored) if count else np.zeros((1, grid.block_q, grid.words), np.uint32)
+
+
+def _evaluated(mask: Expression, tiles: Tiles, parts: int, first: Array) -> Iterator[tuple[range, Array]]:
+    size = max(1, MAX_CHUNK_PAIRS // (tiles.grid.block_q * tiles.grid.block_k))
+    for start in range(0, len(first), size):
+        chunk = first[start : start + size]
+        yield range(start, start + len(chunk)), mask.bits(tiles.take(chunk), parts)
+
+
+def _distinct(columns: list[Array]) -> tuple[Array, Array]:
+    """Return where each distinct row of columns is first found, and for each row the number of its distinct row."""
+    first, which = (x for x in np.unique(columns[0], return_index=True, return_inverse=True)[1:])
+    for column in columns[1:]:
+        second = np.unique(column, return_inverse=True)[1]
+        first, which = np.unique(which * (int(second.max()) + 1) + second, return_index=True, return_inverse=True)[1:]
+    return first, which
+
+
+def _has_edge(grid: Grid) -> bool:
+    return bool(grid.seq % grid.block_q or grid.kv_seq % grid.block_k)
+
+
+def _kinds(tiles: Tiles) -> Array:
+    """Return for each tile 0, plus 1 in the last row tile, plus 2 in the last key tile."""
+    grid = tiles.grid
+    kinds: Array = (tiles.i == grid.row_tiles - 1).astype(np.int64) + 2 * (tiles.j == grid.key_tiles - 1)
+    return kinds
+
+
+def _capacity(grid: Grid) -> Array:
+    """Return the number of pairs of a tile of each kind."""
+    rows, keys = grid.edge()
+    return np.array([grid.block_q * grid.block_k, rows * grid.block_k, grid.block_q * keys, rows * keys])
+
+
+def _visible_pairs(bits: Array, grid: Grid) -> Array:
+    """Return the number of visible pairs of tiles, if they were of each kind: (4, tiles)."""
+    if not _has_edge(grid):
+        counts: Array = np.bitwise_count(bits).sum(axis=(1, 2), dtype=np.int64)
+        return counts[None]
+    rows, keys = grid.edge()
+    inside = np.packbits(np.arange(grid.block_k) < keys, bitorder="little").view("<u4").astype(np.uint32)
+    whole, cut = (np.bitwise_count(one).sum(axis=2, dtype=np.int64) for one in (bits, bits & inside))
+    return np.stack([whole.sum(axis=1), whole[:, :rows].sum(axis=1), cut.sum(axis=1), cut[:, :rows].sum(axis=1)])
+
+
+def _offsets(row: Array, rows: int) -> Array:
+    offsets = np.zeros(rows + 1, np.int32)
+    np.cumsum(np.bincount(row, minlength=rows), out=offsets[1:])
+    return offsets
+
+
+class ListCache:
+    """The most recently used block lists, up to a number of bytes on the host; safe for threads."""
+
+    def __init__(self, max_bytes: int = MAX_CACHED_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._lists: OrderedDict[object, BlockList] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: object, make: Callable[[], BlockList]) -> BlockList:
+        """Return the list of a key, made if it is not kept."""
+        with self._lock:
+            if key in self._lists:
+                self._lists.move_to_end(key)
+                return self._lists[key]
+        made = make()
+        with self._lock:
+            if key not in self._lists:
+                self._lists[key] = made
+                self._bytes += made.nbytes
+            while self._bytes > self._max_bytes and len(self._lists) > 1:
+                self._bytes -= self._lists.popitem(last=False)[1].nbytes
+        return made
+
+    def clear(self) -> None:
+        """Drop all lists."""
+        with self._lock:
+            self._lists.clear()
+            self._bytes = 0
+
+
+cache: Final = ListCache()
