@@ -61,14 +61,13 @@ def attention(
         ForkedError: attention was computed before this process was forked; MLX would hang.
     """
     from attention.arguments import check_mask, check_numbers, check_shapes, find_implementation
-    from attention.implementations import call_hooks
 
     chosen = find_implementation(implementation)
+    from attention.implementations.calls import call_through_hooks  # imports MLX, which the line above checks
+
     check_shapes(q, k, v)
     factor, cap = check_numbers(scale, softcap, q.shape[-1])
-    return call_hooks.call_through_hooks(
-        chosen, q, k, v, scale=factor, mask=check_mask(mask, window, q, k), softcap=cap
-    )
+    return call_through_hooks(chosen, q, k, v, scale=factor, mask=check_mask(mask, window, q, k), softcap=cap)
 
 
 def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "ModelPatch":

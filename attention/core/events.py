@@ -1,6 +1,9 @@
-"""Events of a worker, one JSON line each."""
+"""Events of a worker, one JSON line each; and the delivery of tuning events to a run or to the log."""
 
-from typing import Literal, get_args
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Final, Literal, get_args
 
 import msgspec
 
@@ -316,3 +319,49 @@ def decode(line: bytes) -> AnyEvent:
         if kind in _KINDS:
             raise
         return Message(level="info", text=f"unknown event '{kind}' from the engine")
+
+
+TuningListener = Callable[[TuningEvent | Message], None]
+LOG_LEVELS: Final = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+_listeners: list[TuningListener] = []
+
+
+@contextlib.contextmanager
+def listening_to_tuning(listener: TuningListener) -> Iterator[None]:
+    """Send all tuning events of this process to a listener instead of the log."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def emit_tuning(event: TuningEvent | Message) -> None:
+    """Send a tuning event to all listeners; without any, log it as a line to the logger `attention`."""
+    for listener in _listeners:
+        listener(event)
+    if not _listeners:
+        level = event.level if isinstance(event, Message) else "info"
+        logging.getLogger("attention").log(LOG_LEVELS[level], "%s", tuning_log_line(event))
+
+
+def tuning_log_line(event: TuningEvent | Message) -> str:
+    """Return a tuning event as a line of a log."""
+    match event:
+        case TrialStarted():
+            return f"{event.implementation} tries {', '.join(event.candidates)} for {event.workload}"
+        case Tuned():
+            alone = "" if event.runner_up is None or event.ratio is None else _margin(event.ratio, event.runner_up)
+            return (
+                f"{event.implementation} takes {event.winner} for {event.workload}{alone}, after {event.seconds:.2g} s"
+            )
+        case Switched():
+            change = f"{event.implementation} goes from {event.before} to {event.after} for {event.workload}"
+            return f"{change}{_margin(event.ratio, event.before)}: {event.reason}"
+        case Message():
+            return event.text
+
+
+def _margin(ratio: Ratio, other: str) -> str:
+    return f", {ratio.value:.3g}x {other} ({ratio.low:.3g} to {ratio.high:.3g})"

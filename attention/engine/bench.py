@@ -10,9 +10,8 @@ from attention.core.route import validated_route
 from attention.core.workload import Workload
 from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
-from attention.measure.clock import shared_calls
 from attention.measure.device import Device, probe
-from attention.measure.rounds import Arm
+from attention.measure.rounds import Arm, shared_calls
 
 if TYPE_CHECKING:
     from attention.engine.prepare import CaseSetting
@@ -88,7 +87,7 @@ class Bench(CaseRunner[Plan]):
 
     def _setting(self, workload: Workload, device: Device, count: int) -> "CaseSetting":
         from attention.engine.prepare import CaseSetting, SharedInputs
-        from attention.implementations.runner import make_inputs
+        from attention.implementations.calls import make_inputs
         from attention.measure.accuracy import AccuracyChecker
 
         inputs = make_inputs(workload, self._plan.seed)

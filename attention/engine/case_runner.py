@@ -16,7 +16,6 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.route import Route, validated_route
 from attention.core.workload import Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
-from attention.implementations.autotune import tuning_events
 from attention.implementations.protocol import NeedsBuilding
 from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Arm, Limits, min_rounds_s, run_rounds, set_strides
@@ -56,7 +55,7 @@ class CaseRunner(ABC, Generic[P]):
         self._progress.mark_idle()
         self._progress.emit(on.RunStarted(environment=environment(device)))
         self._prepare_all(device)
-        with tuning_events.listening(self._on_tuning_event):
+        with on.listening_to_tuning(self._on_tuning_event):
             for case in range(self._assignment.first_case, len(self._plan.cases)):
                 self._progress.begin_case(case)
                 self._progress.end_case(self._run_case(case))

@@ -13,12 +13,11 @@ from attention.core.errors import InputsOverwrittenError
 from attention.core.route import Route, validated_route
 from attention.core.workload import Workload
 from attention.engine.progress import Progress
+from attention.implementations.calls import runner_for
 from attention.implementations.protocol import Implementation
-from attention.implementations.runner import runner_for
 from attention.measure.accuracy import AccuracyChecker
-from attention.measure.clock import Runner, latency, warm_up
 from attention.measure.device import Device
-from attention.measure.rounds import Arm
+from attention.measure.rounds import Arm, Runner, latency, warm_up
 
 SLOW_CALL_S: Final = 0.5
 """A call that takes this long needs no warm-up beyond the calls before it."""

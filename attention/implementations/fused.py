@@ -12,10 +12,9 @@ from msgspec import structs
 from attention.core.errors import KernelUnavailable
 from attention.core.route import NO_NEEDS, Needs, Route, fitted, unsupported
 from attention.core.workload import Workload
-from attention.implementations import call_hooks
 from attention.implementations.baseline import unfused_call_bytes, with_tf32
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.call_signature import call_signature, current_backend
+from attention.implementations.calls import call_signature, current_backend, record_path
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole, is_call_widened, is_unfused
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask
@@ -159,13 +158,13 @@ class Poc:
             except KernelUnavailable:
                 self._attends.clear()
             else:
-                call_hooks.record_path(path)
+                record_path(path)
                 return out
         if softcap is not None:
             out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
-            call_hooks.record_path(TO_PRACTICAL)
+            record_path(TO_PRACTICAL)
             return out
-        call_hooks.record_path(_sdpa_path(q, k, v, mask))
+        record_path(_sdpa_path(q, k, v, mask))
         return attend_whole(q, k, v, scale, mask, is_call_widened(q, k, v, mask))
 
     def _find_kernel(

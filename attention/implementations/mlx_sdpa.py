@@ -10,7 +10,7 @@ from attention.core.errors import UnsupportedError
 from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import ITEM_BYTES, Workload
 from attention.implementations.baseline import computes_in_float32, unfused_bytes, with_tf32
-from attention.implementations.call_signature import call_signature, current_backend
+from attention.implementations.calls import call_signature, current_backend
 from attention.implementations.transforms import vmap_rule, with_mask_gradient
 from attention.masks import Mask
 from attention.measure.device import Backend, Device

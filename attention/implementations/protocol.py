@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
-from attention.measure.clock import Runner
 from attention.measure.device import Device
+from attention.measure.rounds import Runner
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from attention import masks
 from attention.implementations.baseline import computes_in_float32
-from attention.implementations.call_signature import current_backend
+from attention.implementations.calls import current_backend
 from attention.masks import Mask
 
 MAX_QUANTIZED_ROWS: Final = 32

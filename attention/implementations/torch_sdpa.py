@@ -12,7 +12,7 @@ from attention import masks
 from attention.core.errors import UnsupportedError
 from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import Workload
-from attention.implementations.call_signature import current_backend
+from attention.implementations.calls import current_backend
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask, of_workload
 from attention.measure.device import Device

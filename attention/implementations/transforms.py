@@ -28,7 +28,7 @@ from attention.implementations.bounded.blockwise import (
     tile_scores,
 )
 from attention.implementations.bounded.memory import Chain, TileWriter
-from attention.implementations.call_signature import current_backend
+from attention.implementations.calls import current_backend
 from attention.masks import Mask
 
 Rule = Callable[[Any, Any], tuple[Any, Any]]

@@ -18,9 +18,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from msgspec import Struct, field
 
-from attention.measure.clock import Clock, Runner, take_sample
-from attention.measure.rounds import Arm
-from attention.mlx_lm.replacement import replace_attention
+from attention.measure.rounds import Arm, Clock, Runner, take_sample
+from attention.mlx_lm.patch import replace_attention
 from attention.monitoring import patch_points
 
 

@@ -26,7 +26,7 @@ from attention.engine.case_runner import CaseRunner
 from attention.measure.device import Device, probe
 from attention.mlx_lm import configuration, text
 from attention.mlx_lm.network import Network, StateChanged, digest
-from attention.mlx_lm.replacement import CallCounter, replace_attention
+from attention.mlx_lm.patch import CallCounter, replace_attention
 from attention.mlx_lm.text import Sequence
 
 SCALE: Final = 20.0

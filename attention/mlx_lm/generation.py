@@ -14,14 +14,13 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.workload import MIN_SIZES, Generation, Workload
 from attention.engine.case_runner import MAX_EXTENSION, CaseRunner
 from attention.engine.prepare import SLOW_CALL_S
-from attention.measure.clock import take_sample
 from attention.measure.device import Device, probe
-from attention.measure.rounds import Arm
+from attention.measure.rounds import Arm, take_sample
 from attention.mlx_lm import configuration
 from attention.mlx_lm.arms import Layers, ModelArm, Observer, SharedArm, SharedPass
 from attention.mlx_lm.configuration import Configuration
 from attention.mlx_lm.network import Network, StateChanged, copy_caches, digest_of_caches, digest_of_weights
-from attention.mlx_lm.replacement import CallCounter, replace_attention
+from attention.mlx_lm.patch import CallCounter, replace_attention
 
 PREFILL_STEP: Final = 2048
 """Maximum number of prompt tokens that mlx-lm processes at once."""

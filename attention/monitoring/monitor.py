@@ -1,5 +1,6 @@
 """Monitor attention in a user's own program: calls, shapes, paths, time and memory."""
 
+import random
 import threading
 import time
 import uuid
@@ -20,13 +21,104 @@ from attention.core.results import Case, Peaks, Report, Row, Run, Summary
 from attention.core.route import Needs, Route
 from attention.core.statistics import median_interval
 from attention.core.workload import Workload
-from attention.implementations import call_hooks, load_implementation
-from attention.implementations.call_signature import call_signature
+from attention.implementations import load_implementation
+from attention.implementations.calls import call_hooks, call_signature
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask
 from attention.measure.device import Device, environment, probe
+from attention.measure.rounds import Clock
 from attention.monitoring import patch_points
-from attention.monitoring.sampling_budget import MAX_GAP, CallStream, SamplingBudget, call_cost_s
+from attention.monitoring.patch_points import call_cost_s
+
+BUDGET_PART: Final = 0.375
+"""Part of the share for counting calls (uncounted ones included), and as much again for timing.
+
+The rest is a reserve for indirect costs: cold caches and extra synchronisation.
+"""
+MIN_COUNTING_PART: Final = 0.25
+"""Minimum share of the counting part that remains for counted calls, whatever uncounted ones cost."""
+MAX_STRIDE: Final = 1 << 12
+MAX_GAP: Final = 64
+"""Counted calls between two decisions whether one may be timed."""
+
+
+class SamplingBudget:
+    """Decide which calls are counted (every one, unless they come too fast) and which are timed.
+
+    Attributes:
+        stride: one in this many calls is counted, on average.
+        looks: number of calls counted.
+        spent_s: seconds that timed calls took, their own work included.
+    """
+
+    def __init__(self, share: float, sample_s: float, skip_s: float = 0.0, clock: Clock = time.perf_counter) -> None:
+        """Start now.
+
+        Args:
+            share: share of elapsed time that monitoring may take.
+            sample_s: seconds of overhead of a counted call.
+            skip_s: seconds of overhead of an uncounted call.
+            clock: in seconds.
+        """
+        self.stride = 1
+        self.spent_s = 0.0
+        self.sampled = 0
+        self._share, self._sample_s, self._skip_s, self._clock = share, sample_s, skip_s, clock
+        self._began = self._latest = clock()
+        self._sampled_then = 0
+        self._draw = random.Random(0)
+
+    def next_sample(self) -> int:
+        """Count a call; return the distance to the next one to count, drawn so as not to hit the same layer."""
+        self.sampled += 1
+        return 1 if self.stride == 1 else self._draw.randint(1, 2 * self.stride - 1)
+
+    def may_time(self, cost_s: float) -> bool:
+        """Return whether a call of about `call_cost_s` seconds may be timed now; adapts the stride."""
+        now = self._clock()
+        self._adapt(now)
+        return self.spent_s + cost_s <= BUDGET_PART * self._share * (now - self._began)
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds spent on monitoring, the work of timed calls included."""
+        return self.spent_s + self.sampled * self._sample_s
+
+    def _adapt(self, now: float) -> None:
+        """Choose the stride from the rate of calls since the last time."""
+        looks, passed = self.sampled - self._sampled_then, now - self._latest
+        if looks < MAX_GAP or passed <= 0:
+            return
+        call_s = passed / (looks * self.stride)
+        needed = self._sample_s / self._counting_budget_s(call_s) if self._share else MAX_STRIDE
+        self.stride = 1
+        while self.stride < min(needed, MAX_STRIDE):
+            self.stride *= 2
+        self._latest, self._sampled_then = now, self.sampled
+
+    def _counting_budget_s(self, call_s: float) -> float:
+        """Return the seconds per call that counting may take; uncounted calls alone may exceed it."""
+        part = BUDGET_PART * self._share * call_s
+        return part if self._skip_s > part else max(part - self._skip_s, MIN_COUNTING_PART * part)
+
+
+class CallStream:
+    """One stream of calls, of which some are counted.
+
+    Attributes:
+        turn: number of calls so far.
+        look_at: number of the next call to count.
+    """
+
+    def __init__(self) -> None:
+        """Start with no calls; the first one will be counted."""
+        self.seen = self.next_sample = self._last_sample = 0
+
+    def take_sample(self, budget: SamplingBudget) -> int:
+        """Return how many calls the counted call represents (those since the last), and choose the next one."""
+        passed, self._last_sample = self.seen - self._last_sample, self.seen
+        self.next_sample = self.seen + budget.next_sample()
+        return passed
 
 
 class CallKind(Struct):
@@ -126,7 +218,7 @@ class Monitor:
         """Start monitoring."""
         self._budget = SamplingBudget(self._share, self._sample_cost_s(), patch_points.PatchPoint.skip_cost_s())
         self._started = time.perf_counter()
-        call_hooks.hooks.append(self._on_implementation_call)
+        call_hooks.append(self._on_implementation_call)
         patch_points.fast_sdpa().add(observer=self._on_mlx_call)
         return self
 
@@ -135,7 +227,7 @@ class Monitor:
     ) -> None:
         """Stop monitoring."""
         patch_points.fast_sdpa().remove(observer=self._on_mlx_call)
-        call_hooks.hooks.remove(self._on_implementation_call)
+        call_hooks.remove(self._on_implementation_call)
         self._ended = time.perf_counter()
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
 

@@ -12,10 +12,9 @@ import mlx.core as mx
 from attention.kernels import cpu
 from attention.kernels.cpu import build
 from benchmarks import cpu as benchmarks_cpu
-from benchmarks.cpu import costs, rows
+from benchmarks.cpu import measure
 from benchmarks.cpu.claims import BenchReport, Claim, claims
-from benchmarks.cpu.rows import threads
-from benchmarks.cpu.shapes import DECODE, SHAPES, TYPES
+from benchmarks.cpu.measure import DECODE, SHAPES, TYPES, threads
 
 MAX_LOAD: Final = 0.5
 """Load average above which the table warns of other programs."""
@@ -30,7 +29,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _row_line(row: rows.BenchRow) -> str:
+def _row_line(row: measure.BenchRow) -> str:
     rate = row.flops / row.seconds["ours"] / 1e9
     share = f"{row.peak_share:4.0%} of peak" if row.dtype == "float32" else ""
     ratios = "  ".join(f"{name} {ratio:7.2f}x" for name, ratio in row.ratios.items())
@@ -38,7 +37,7 @@ def _row_line(row: rows.BenchRow) -> str:
     return f"{row.dtype:9} {passes:8}{row.shape:20} {rate:6.0f} GFLOP/s  {share:13} {ratios}"
 
 
-def _decode_line(row: rows.DecodeRow) -> str:
+def _decode_line(row: measure.DecodeRow) -> str:
     rates = f"{row.bytes_per_s / 1e9:.1f} GB/s of {row.plain_bytes_per_s / 1e9:.1f} ({row.share:.0%})"
     torch = f"  torch {row.against_torch:7.2f}x" if row.against_torch is not None else ""
     return f"{row.dtype:9} decode  {DECODE.name:20} {rates}{torch}"
@@ -57,15 +56,15 @@ def _measure(arguments: argparse.Namespace, report: BenchReport) -> None:
     for dtype in arguments.types:
         for backward in (False, True):
             for shape in SHAPES:
-                report.rows.append(rows.measure(shape, dtype, backward, arguments.rounds))
+                report.rows.append(measure.measure(shape, dtype, backward, arguments.rounds))
                 print(_row_line(report.rows[-1]), file=sys.stderr)
     for dtype in TYPES:
-        report.decode.append(rows.decode(dtype, arguments.rounds))
+        report.decode.append(measure.decode(dtype, arguments.rounds))
         print(_decode_line(report.decode[-1]), file=sys.stderr)
-    report.tiny = costs.tiny_call()
-    report.memory_per_thread = costs.memory_per_thread()
+    report.tiny = measure.tiny_call()
+    report.memory_per_thread = measure.memory_per_thread()
     if not arguments.no_start:
-        report.first_start_s, report.later_start_s = costs.start_times()
+        report.first_start_s, report.later_start_s = measure.start_times()
 
 
 def main() -> None:

@@ -3,9 +3,7 @@
 import statistics
 from dataclasses import dataclass, field
 
-from benchmarks.cpu.costs import TinyCall
-from benchmarks.cpu.rows import BenchRow, DecodeRow
-from benchmarks.cpu.shapes import LONG, SHAPES
+from benchmarks.cpu.measure import LONG, SHAPES, BenchRow, DecodeRow, TinyCall
 
 
 @dataclass

@@ -3,13 +3,14 @@
 Peers are PyTorch's FlashAttention 2 (its flash backend) and, with array masks, MLX's SDPA. Method: see timing.py.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 
-from attention.kernels.cuda import flash_attention
-from benchmarks.cuda.portable_only import portable_only
+from attention.kernels import cuda
+from attention.kernels.cuda import attend, choice, flash_attention, gradients
 from benchmarks.cuda.timing import (
     Run,
     in_torch,
@@ -21,6 +22,26 @@ from benchmarks.cuda.timing import (
     timed_torch,
     write_rows,
 )
+
+
+@contextlib.contextmanager
+def portable_only() -> Iterator[None]:
+    """Use the general kernels for every call, forward and backward, while the context is open."""
+    choice.set_portable_only(True)
+    _forget()
+    try:
+        yield
+    finally:
+        choice.set_portable_only(False)
+        _forget()
+
+
+def _forget() -> None:
+    """Clear the cached selections."""
+    cuda.forget_calls()
+    for kept in (attend.repeated_call, gradients._own_is_taken, gradients._general_is_taken):
+        kept.cache_clear()
+
 
 SHAPES = [(dim, causal, length) for dim in (64, 128) for causal in (False, True) for length in (2048, 8192)]
 OTHERS = [(dim, causal, 4096) for dim in (32, 80, 96, 192, 256) for causal in (False, True)]

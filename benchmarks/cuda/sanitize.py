@@ -69,7 +69,7 @@ def general_calls() -> None:
     from attention.kernels.cuda.attend import broadcast_mask
     from attention.kernels.cuda.runtime import selfcheck
     from attention.kernels.cuda.runtime.call import CallParams, CallShape
-    from benchmarks.cuda.portable_only import portable_only
+    from benchmarks.cuda.measure_portable import portable_only
 
     for (head_dim, value_dim), kind, (queries, keys) in GENERAL:
         shape = CallShape(1, 4, 2, queries, keys, head_dim, "bf16", value_dim)

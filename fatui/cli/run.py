@@ -13,7 +13,6 @@ from attention.core import events as on
 from attention.core.plan import AnyPlan
 from attention.core.results import Report
 from attention.engine.record import AnyRecord
-from attention.implementations.autotune.tuning_events import log_line
 from fatui import cli, formatting
 from fatui.cli.output import Export, console, print_results, write_files
 from fatui.engine_process import Engine, Silence
@@ -74,7 +73,7 @@ class ProgressPrinter:
             case on.RowEnded() if self._bar is None:
                 self._print_once(f"{event.implementation}: {event.status}")  # the reason is printed below the table
             case on.Tuned() | on.Switched():
-                self._print_once(log_line(event))
+                self._print_once(on.tuning_log_line(event))
             case on.Message():
                 self._print_once(event.text if event.level == "info" else f"{event.level}: {event.text}")
 

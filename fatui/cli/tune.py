@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.show or arguments.forget is not None) and arguments.presets:
         raise UsageError("tune: --show and --forget take no preset")
     seconds = _seconds(arguments.seconds, CHECK_S if arguments.check else BUDGET_S)
-    from attention.implementations.autotune import tuning_events
+    from attention.core import events
 
-    with tuning_events.listening(_print_event):
+    with events.listening_to_tuning(_print_event):
         if arguments.show:
             return _show()
         if arguments.forget is not None:
@@ -87,11 +87,10 @@ def _cases(presets: "Sequence[str]") -> "list[Workload]":
 
 
 def _print_event(event: "TuningEvent | Message") -> None:
-    from attention.core.events import Message, Tuned
-    from attention.implementations.autotune.tuning_events import log_line
+    from attention.core.events import Message, Tuned, tuning_log_line
 
     if isinstance(event, Message | Tuned):
-        cli.print_line(log_line(event))
+        cli.print_line(tuning_log_line(event))
 
 
 def _each(cases: "list[Workload]", do: "Callable[[Workload], object]") -> int:
@@ -141,7 +140,7 @@ def _tune(cases: "list[Workload]", seconds: float) -> int:
 
 def _tuned(demo: "Demo", case: "Workload") -> "TrialResult":
     from attention.implementations.autotune.trial import Task
-    from attention.implementations.runner import make_inputs
+    from attention.implementations.calls import make_inputs
     from attention.masks import of_workload
 
     return demo.tune(Task(workload=case, inputs=make_inputs(case, 0), scale=case.scale, mask=of_workload(case)))

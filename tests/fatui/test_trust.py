@@ -13,10 +13,10 @@ from attention.core.plan import Plan
 from attention.core.results import Case
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
-from attention.implementations.runner import MlxRunner, make_inputs
+from attention.implementations.calls import MlxRunner, make_inputs
 from attention.masks import Mask
-from attention.measure.clock import latency, take_sample
 from attention.measure.device import Device
+from attention.measure.rounds import latency, take_sample
 from fatui.engine_process import Engine
 from fatui.storage import presets
 

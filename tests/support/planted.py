@@ -16,7 +16,7 @@ from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
 from attention.engine.case_runner import CaseRunner
 from attention.implementations.baseline import Baseline
-from attention.implementations.runner import MlxRunner
+from attention.implementations.calls import MlxRunner
 from attention.masks import Mask
 from attention.measure.device import Device
 

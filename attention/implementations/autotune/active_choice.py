@@ -8,12 +8,11 @@ import mlx.core as mx
 from msgspec import Struct, field
 
 from attention.core import events as on
-from attention.implementations.autotune import tuning_events
 from attention.implementations.autotune.drift_detector import CALLS_PER_SAMPLE, MIN_GAIN, DriftDetector
 from attention.implementations.autotune.store import TrialResult, WorkloadClass
 from attention.implementations.autotune.trial import NAME
 from attention.implementations.protocol import Implementation
-from attention.measure.clock import Clock
+from attention.measure.rounds import Clock
 
 RETRY_CALLS: Final = 4
 """Calls until the next check whether another candidate may be tried."""
@@ -97,7 +96,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
             except Exception as error:
                 if name == self.name:
                     raise
-                tuning_events.emit(on.Message(level="warning", text=f"{NAME}: {name} is not tried again: {error}"))
+                on.emit_tuning(on.Message(level="warning", text=f"{NAME}: {name} is not tried again: {error}"))
                 self.drift.leave_out(name)
             took[name] = clock() - started
         if challenger not in results:
@@ -125,7 +124,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
         if challenger not in self.checked:
             _, wrong = judge(candidates[challenger])
             if wrong:
-                tuning_events.emit(
+                on.emit_tuning(
                     on.Message(level="warning", text=f"{NAME}: {challenger} is not taken: inaccurate: {wrong}")
                 )
                 self.drift.leave_out(challenger)
@@ -136,7 +135,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
             name: price for name, price in self.alternatives.items() if name != challenger
         }
         self.drift.on_switch(before)
-        tuning_events.emit(
+        on.emit_tuning(
             on.Switched(
                 implementation=NAME,
                 workload=self.workload.label,

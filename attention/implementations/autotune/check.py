@@ -10,14 +10,13 @@ from msgspec import Struct, structs
 from attention.core import statistics
 from attention.core.results import Ratio
 from attention.core.workload import Workload
+from attention.implementations.autotune.halving import Prescreen
 from attention.implementations.autotune.implementation import Demo
-from attention.implementations.autotune.prescreen import Prescreen
 from attention.implementations.autotune.trial import AccuracyCheck, BoundCall, Task, fitting_candidates
-from attention.implementations.runner import make_inputs
+from attention.implementations.calls import make_inputs
 from attention.masks import of_workload
-from attention.measure.clock import Clock, shared_calls
 from attention.measure.device import probe
-from attention.measure.rounds import Arm, Limits, run_rounds
+from attention.measure.rounds import Arm, Clock, Limits, run_rounds, shared_calls
 
 MIN_SPEED_SHARE: Final = 0.97
 """Required speed of demo relative to the best candidate."""

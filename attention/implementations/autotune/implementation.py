@@ -11,8 +11,6 @@ from msgspec import structs
 from attention.core import events as on
 from attention.core.route import NO_NEEDS, Needs, Route, fitted
 from attention.core.workload import Workload
-from attention.implementations import call_hooks
-from attention.implementations.autotune import tuning_events
 from attention.implementations.autotune.active_choice import (
     ActiveChoice,
     active_choice_of,
@@ -20,7 +18,7 @@ from attention.implementations.autotune.active_choice import (
     try_evaluate,
 )
 from attention.implementations.autotune.drift_detector import DriftDetector
-from attention.implementations.autotune.prescreen import MIN_TIME_S
+from attention.implementations.autotune.halving import MIN_TIME_S
 from attention.implementations.autotune.store import (
     Store,
     TrialResult,
@@ -39,12 +37,11 @@ from attention.implementations.autotune.trial import (
     candidates,
     fitting_candidates,
 )
-from attention.implementations.call_signature import call_signature, current_backend
+from attention.implementations.calls import MlxRunner, call_signature, current_backend, record_path
 from attention.implementations.protocol import Implementation, NeedsBuilding
-from attention.implementations.runner import MlxRunner
 from attention.masks import Mask, of_workload
-from attention.measure.clock import Clock
 from attention.measure.device import Device, probe
+from attention.measure.rounds import Clock
 
 SAMPLES_PER_CHECK: Final = 8
 """One in this many samples is observed by the tuner: a few microseconds in each sample would distort the result."""
@@ -181,7 +178,7 @@ class Demo:
             name, out = active.name, self._sampled_call(active, q, k, v, scale, mask, softcap)
         else:
             name, out = active.name, active.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
-        call_hooks.record_path(_path(name))
+        record_path(_path(name))
         return out
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
@@ -216,7 +213,7 @@ class Demo:
         task = task.with_informative_inputs(device.available_bytes // 2)
         for one in self._compiled_candidates():
             if one.needs_building(task.workload, device):
-                one.build(lambda text: tuning_events.emit(on.Message(level="info", text=text)))
+                one.build(lambda text: on.emit_tuning(on.Message(level="info", text=text)))
         names = self._fitting(task.workload, device, task.needs)
         workload = class_of(task.workload, device, task.needs)
         trial = Trial(workload, task, budget_s=self._budget_s, device=device, clock=self.clock, now=self.store.now)

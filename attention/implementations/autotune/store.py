@@ -18,7 +18,6 @@ from attention.core import events as on
 from attention.core.files import make_folder, parse_toml, read_bounded
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import MAX_SIZES, Workload
-from attention.implementations.autotune import tuning_events
 from attention.kernels.common import cache
 from attention.kernels.common.cache import code_fingerprint
 from attention.measure.device import Device
@@ -295,7 +294,7 @@ class Store:
     def _warn(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            tuning_events.emit(on.Message(level="warning", text=text))
+            on.emit_tuning(on.Message(level="warning", text=text))
 
 
 def _as_text(entries: dict[WorkloadClass, TrialResult]) -> str:

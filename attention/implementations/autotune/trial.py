@@ -15,22 +15,20 @@ from attention.core import events as on
 from attention.core.results import Ratio
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import Workload
-from attention.implementations.autotune import tuning_events
 from attention.implementations.autotune.halving import Halving, HalvingResult
 from attention.implementations.autotune.store import TrialResult, WorkloadClass, candidate_fingerprint
 from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.blocks import MIB
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.call_signature import needs_of
+from attention.implementations.calls import MlxRunner, make_inputs, needs_of
 from attention.implementations.fused import Poc, kernel_variants
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.implementations.protocol import Implementation
-from attention.implementations.runner import MlxRunner, make_inputs
 from attention.masks import Mask
 from attention.measure.accuracy import FORWARD_FACTOR, AccuracyChecker, choose_sample
-from attention.measure.clock import Clock
 from attention.measure.device import Device
 from attention.measure.reference import Rules, forward
+from attention.measure.rounds import Clock
 
 MAX_EQUAL: Final = 0.5
 """Maximum share of an input that may be a single value such as zero: one-hot rows exceed it."""
@@ -197,16 +195,14 @@ class Trial:
         Raises:
             RuntimeError: no candidate could be run.
         """
-        tuning_events.emit(
-            on.TrialStarted(implementation=NAME, workload=self._class.label, candidates=list(candidates))
-        )
+        on.emit_tuning(on.TrialStarted(implementation=NAME, workload=self._class.label, candidates=list(candidates)))
         started = self._clock()
         found = self._halving.run({name: BoundCall(each, self._task) for name, each in candidates.items()})
         for name, reason in found.failed.items():
             self._warn(f"{name} is out for {self._class.label}: {reason}")
         winner, error, inaccurate = self._accurate(found, candidates)
         entry = self._entry(found, winner, error, inaccurate)
-        tuning_events.emit(
+        on.emit_tuning(
             on.Tuned(
                 implementation=NAME,
                 workload=self._class.label,
@@ -254,7 +250,7 @@ class Trial:
 
     @staticmethod
     def _warn(text: str) -> None:
-        tuning_events.emit(on.Message(level="warning", text=f"{NAME}: {text}"))
+        on.emit_tuning(on.Message(level="warning", text=f"{NAME}: {text}"))
 
 
 def ratio_of(entry: TrialResult) -> Ratio | None:

@@ -11,7 +11,7 @@ from attention.core.errors import KernelUnavailable
 from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import Workload
 from attention.implementations.autotune.store import Store, candidate_fingerprint, class_of
-from attention.implementations.call_signature import call_signature, current_backend
+from attention.implementations.calls import call_signature, current_backend
 from attention.implementations.fused import MAX_KNOWN_CALLS, TO_PRACTICAL, TO_SDPA, Poc, _kernel
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask

@@ -10,7 +10,6 @@ from msgspec import structs
 from attention import masks
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import ITEM_BYTES, DType, Workload
-from attention.implementations import call_hooks
 from attention.implementations.baseline import computes_in_float32, unfused_call_bytes, with_tf32
 from attention.implementations.bounded import slicing
 from attention.implementations.bounded.blocks import Blocks, tile_bytes, visible_keys
@@ -27,7 +26,7 @@ from attention.implementations.bounded.policy import (
     slices_bytes,
 )
 from attention.implementations.bounded.slicing import SlicedParams
-from attention.implementations.call_signature import call_signature, current_backend
+from attention.implementations.calls import call_signature, current_backend, record_path
 from attention.implementations.mlx_sdpa import attend_whole, fused_bytes
 from attention.implementations.quantized_kv import KeyOrValue, QuantizedArray, attend_quantized
 from attention.implementations.transforms import with_mask_gradient
@@ -130,7 +129,7 @@ class Practical:
         simple = sinks is None and softcap is None and not isinstance(k, QuantizedArray)
         if simple and (known := self._whole_calls.get(key)) is not None:
             path, widened = known
-            call_hooks.record_path(path)
+            record_path(path)
             return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
         workload, needs = call_signature(q, k, v, mask, softcap)  # type: ignore[arg-type]
         needs = needs if sinks is None else structs.replace(needs, sinks=True)
@@ -142,9 +141,9 @@ class Practical:
             path = _whole_path(choice.kind, workload.dtype, backend)
             widened = _computes_in_float32(choice, q.dtype, backend)
             self._whole_calls[key] = path, widened
-            call_hooks.record_path(path)
+            record_path(path)
             return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
-        call_hooks.record_path(_forward_path(choice, workload, needs, backend, isinstance(k, QuantizedArray)))
+        record_path(_forward_path(choice, workload, needs, backend, isinstance(k, QuantizedArray)))
         if isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray):
             call, _ = self._calls(choice, backend, scale, mask, softcap, q.dtype)
             if sinks is None and softcap is None and choice.fits_forward:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attention.core import forking
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import check_bounds
+from attention.measure.device import check_not_forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,7 +124,7 @@ def flash_attention(
         KernelUnavailable: the kernel cannot run on this machine.
         ForkedError: attention was computed before this process was forked.
     """
-    forking.check()
+    check_not_forked()
     if _module is None:
         load()
     if window is not None or softcap is not None:
@@ -155,7 +155,7 @@ def flash_attention_with_logsumexp(
         KernelUnavailable: the kernel cannot run on this machine.
         ForkedError: attention was computed before this process was forked.
     """
-    forking.check()
+    check_not_forked()
     if _module is None:
         load()
     window, softcap = _bounds(window, softcap)

@@ -10,7 +10,6 @@ from msgspec import Struct
 
 from attention.core import events as on
 from attention.core.plan import AnyPlan
-from attention.implementations.autotune.tuning_events import log_line
 from fatui import formatting
 from fatui.untrusted_text import escape_controls
 
@@ -92,7 +91,7 @@ def event_line(event: on.AnyEvent, plan: AnyPlan) -> LeveledText:
         case on.WorkerUnusable():
             return "the device is in an unknown state; the engine is restarted", "warning"
         case on.TrialStarted() | on.Tuned() | on.Switched():
-            return log_line(event), "info"
+            return on.tuning_log_line(event), "info"
         case on.Progress():
             return UNLOGGED
         case _:

@@ -6,7 +6,7 @@ import pytest
 
 from attention.core.workload import Workload
 from attention.implementations import load_implementation
-from attention.implementations.runner import make_inputs, runner_for
+from attention.implementations.calls import make_inputs, runner_for
 from attention.measure.accuracy import AccuracyChecker, choose_sample
 from tests.support.attention_examples import INSTALLED
 

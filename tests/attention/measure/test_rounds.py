@@ -8,7 +8,7 @@ import pytest
 
 from attention.core.results import MIN_ROUNDS
 from attention.core.statistics import log_ratios
-from attention.measure import clock
+from attention.measure import rounds as measure_rounds
 from attention.measure.rounds import MIN_ROUNDS_FOR_PRECISION, Arm, Limits, run_rounds, set_strides
 from tests.support.tuning_examples import FakeTime
 
@@ -142,16 +142,16 @@ def test_a_lead_in_is_as_long_as_the_sample_and_untimed() -> None:
 
 
 def test_calls_of_a_sample_fill_its_time_within_memory() -> None:
-    assert clock.calls_for(0.001, 0.02, output_bytes=1) == 20
-    assert clock.calls_for(3.0, 0.02, output_bytes=1) == 1
-    assert clock.calls_for(1e-6, 0.02, output_bytes=1) == clock.MAX_CALLS
-    assert clock.calls_for(1e-6, 0.02, output_bytes=2**27) == 2
-    assert clock.calls_for(1e-6, 0.02, output_bytes=2**30) == 1
+    assert measure_rounds.calls_for(0.001, 0.02, output_bytes=1) == 20
+    assert measure_rounds.calls_for(3.0, 0.02, output_bytes=1) == 1
+    assert measure_rounds.calls_for(1e-6, 0.02, output_bytes=1) == measure_rounds.MAX_CALLS
+    assert measure_rounds.calls_for(1e-6, 0.02, output_bytes=2**27) == 2
+    assert measure_rounds.calls_for(1e-6, 0.02, output_bytes=2**30) == 1
 
 
 def test_runners_of_equal_speed_take_samples_of_as_many_calls() -> None:
-    assert clock.shared_calls([0.0030, 0.0036, 0.0004, 0.02], 0.005, output_bytes=1) == [2, 2, 12, 1]
-    assert clock.shared_calls([], 0.005, output_bytes=1) == []
+    assert measure_rounds.shared_calls([0.0030, 0.0036, 0.0004, 0.02], 0.005, output_bytes=1) == [2, 2, 12, 1]
+    assert measure_rounds.shared_calls([], 0.005, output_bytes=1) == []
 
 
 def test_warm_up_lasts_until_two_samples_agree_and_its_minimum() -> None:
@@ -161,7 +161,7 @@ def test_warm_up_lasts_until_two_samples_agree_and_its_minimum() -> None:
             super().wait(outputs)
 
     runner, began = Warming(0.004), NOW.now
-    settled = clock.warm_up(runner, call_s=0.004, least_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
+    settled = measure_rounds.warm_up(runner, call_s=0.004, least_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
     assert settled == pytest.approx(0.001)
     assert 0.02 <= NOW.now - began < 0.2
 
@@ -173,23 +173,23 @@ def test_warming_up_ends_where_nothing_settles() -> None:
             super().wait(outputs)
 
     began = NOW.now
-    clock.warm_up(Unsettled(0.001), call_s=0.001, least_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
+    measure_rounds.warm_up(Unsettled(0.001), call_s=0.001, least_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
     assert 0.2 <= NOW.now - began < 0.25
 
 
 def test_latency_is_of_single_calls() -> None:
     runner = Calls(0.001)
-    assert clock.latency(runner, seconds=0.02, clock=NOW) == pytest.approx(0.001)
+    assert measure_rounds.latency(runner, seconds=0.02, clock=NOW) == pytest.approx(0.001)
     assert runner.calls == 20
-    assert clock.latency(runner, seconds=0.0, clock=NOW) == pytest.approx(0.001)
+    assert measure_rounds.latency(runner, seconds=0.0, clock=NOW) == pytest.approx(0.001)
     assert runner.calls == 23
-    clock.latency(runner, seconds=9.0, clock=NOW)
-    assert runner.calls == 23 + clock.LATENCY_CALLS
+    measure_rounds.latency(runner, seconds=9.0, clock=NOW)
+    assert runner.calls == 23 + measure_rounds.LATENCY_CALLS
 
 
 def test_the_clock_is_the_machines_unless_another_is_given() -> None:
     started = time.perf_counter()
-    seconds = clock.take_sample(Sleeping(), 3)
+    seconds = measure_rounds.take_sample(Sleeping(), 3)
     assert 0.002 <= seconds <= (time.perf_counter() - started) / 3
 
 

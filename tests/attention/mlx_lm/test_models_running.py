@@ -10,13 +10,13 @@ from attention.core import events as on
 from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan
 from attention.core.workload import FineTuning, generations
 from attention.engine.record import record_of
-from attention.measure.clock import take_sample
+from attention.measure.rounds import take_sample
 from attention.mlx_lm import configuration
 from attention.mlx_lm.arms import SharedPass
 from attention.mlx_lm.fine_tuning import FineTuningBench
 from attention.mlx_lm.generation import GenerationBench, PrefillRun, Prompts
 from attention.mlx_lm.network import Network
-from attention.mlx_lm.replacement import replace_attention
+from attention.mlx_lm.patch import replace_attention
 from fatui.report.table import model_notes
 
 WRONG = f"{Path(__file__).parents[2] / 'support' / 'planted.py'}:Wrong"

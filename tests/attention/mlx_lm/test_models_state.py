@@ -19,7 +19,7 @@ from attention.mlx_lm.configuration import Configuration
 from attention.mlx_lm.fine_tuning import FineTuningBench
 from attention.mlx_lm.generation import DecodeRun, Prompts
 from attention.mlx_lm.network import Network, StateChanged, copy_caches, digest_of_caches, digest_of_weights
-from attention.mlx_lm.replacement import CallCounter, replace_attention
+from attention.mlx_lm.patch import CallCounter, replace_attention
 
 COMMON: dict[str, Any] = {
     "hidden_size": 32,

@@ -16,8 +16,7 @@ from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
 from attention.implementations.baseline import Baseline
 from attention.measure.device import Device
-from attention.monitoring.monitor import SHARE, Monitor
-from attention.monitoring.sampling_budget import MAX_GAP, SamplingBudget
+from attention.monitoring.monitor import MAX_GAP, SHARE, Monitor, SamplingBudget
 from tests.support.tuning_examples import FakeTime
 
 

@@ -12,15 +12,14 @@ from msgspec import structs
 from attention.core import events as on
 from attention.core.route import NO_NEEDS
 from attention.core.workload import Workload
-from attention.implementations.autotune import tuning_events
 from attention.implementations.autotune.implementation import Demo, _path
 from attention.implementations.autotune.store import Store
 from attention.implementations.autotune.trial import AccuracyCheck, Task, candidates, fitting_candidates
 from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.implementation import Practical
+from attention.implementations.calls import make_inputs, runner_for
 from attention.implementations.fused import _variant_path
 from attention.implementations.protocol import Implementation
-from attention.implementations.runner import make_inputs, runner_for
 from attention.kernels.common import cache
 from attention.masks import Mask
 from attention.measure.device import probe
@@ -34,7 +33,7 @@ Heard = list[on.TuningEvent | on.Message]
 @pytest.fixture
 def heard() -> Iterator[Heard]:
     events: Heard = []
-    with tuning_events.listening(events.append):
+    with on.listening_to_tuning(events.append):
         yield events
 
 

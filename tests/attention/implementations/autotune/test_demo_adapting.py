@@ -10,15 +10,14 @@ from msgspec import structs
 
 from attention.core import events as on
 from attention.core.workload import Workload
-from attention.implementations.autotune import tuning_events
 from attention.implementations.autotune.active_choice import active_choice_of
 from attention.implementations.autotune.drift_detector import MAX_PAIRS, DriftDetector
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
+from attention.implementations.calls import make_inputs
 from attention.implementations.mlx_sdpa import MlxSdpa
-from attention.implementations.runner import make_inputs
 from attention.masks import Mask
-from attention.measure.clock import Clock, take_sample
+from attention.measure.rounds import Clock, take_sample
 from tests.support.tuning_examples import FakeTime, Timed, Wrong, an_entry
 
 WORKLOAD = Workload(seq=16, heads=1, head_dim=4, dtype="float32")
@@ -27,7 +26,7 @@ WORKLOAD = Workload(seq=16, heads=1, head_dim=4, dtype="float32")
 @pytest.fixture
 def switches() -> Iterator[list[on.Switched]]:
     events: list[on.Switched] = []
-    with tuning_events.listening(lambda event: events.append(event) if isinstance(event, on.Switched) else None):
+    with on.listening_to_tuning(lambda event: events.append(event) if isinstance(event, on.Switched) else None):
         yield events
 
 

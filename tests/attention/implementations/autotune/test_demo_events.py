@@ -12,7 +12,6 @@ from attention.core.workload import Workload
 from attention.engine import bench
 from attention.engine.bench import Bench
 from attention.engine.record import Record
-from attention.implementations.autotune import tuning_events
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
 from attention.implementations.baseline import Baseline
@@ -109,4 +108,4 @@ def test_what_is_no_event_is_still_an_error(line: bytes) -> None:
 
 
 def test_words_are_the_same_for_logs_and_messages() -> None:
-    assert tuning_events.log_line(on.Message(level="info", text="as it is")) == "as it is"
+    assert on.tuning_log_line(on.Message(level="info", text="as it is")) == "as it is"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from attention.core import events as on
-from attention.implementations.autotune import store, tuning_events
+from attention.implementations.autotune import store
 from attention.implementations.autotune.store import Store
 from tests.support.tuning_examples import A_CLASS, an_entry, class_number
 
@@ -26,7 +26,7 @@ NOBODY = 65534
 @pytest.fixture
 def told() -> Iterator[list[str]]:
     lines: list[str] = []
-    with tuning_events.listening(lambda event: lines.append(tuning_events.log_line(event))):
+    with on.listening_to_tuning(lambda event: lines.append(on.tuning_log_line(event))):
         yield lines
 
 
@@ -282,5 +282,5 @@ def test_what_is_forgotten_is_gone_for_others_too(path: Path) -> None:
 
 
 def test_without_a_listener_the_log_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    tuning_events.emit(on.Message(level="warning", text="the file is damaged"))
+    on.emit_tuning(on.Message(level="warning", text="the file is damaged"))
     assert caplog.messages == ["the file is damaged"]

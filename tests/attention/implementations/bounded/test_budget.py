@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from attention.core.workload import DType, Workload
 from attention.implementations.bounded.blocks import MIB
 from attention.implementations.bounded.implementation import Practical
+from attention.implementations.calls import make_inputs, runner_for
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.implementations.protocol import Implementation
-from attention.implementations.runner import make_inputs, runner_for
 from attention.masks import Mask
 from attention.measure.device import Backend, probe
 

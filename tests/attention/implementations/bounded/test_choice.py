@@ -12,7 +12,7 @@ from msgspec import structs
 
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import Workload
-from attention.implementations import call_hooks
+from attention.implementations import calls
 from attention.implementations.bounded.blocks import (
     MAX_TINY_TILES,
     MIB,
@@ -34,9 +34,8 @@ from attention.implementations.bounded.policy import (
     slice_size,
     slices_bytes,
 )
-from attention.implementations.call_signature import call_signature
+from attention.implementations.calls import call_signature, make_inputs
 from attention.implementations.mlx_sdpa import fused_bytes
-from attention.implementations.runner import make_inputs
 from attention.masks import Mask
 from attention.measure.device import Backend
 from tests.support.attention_examples import CPU
@@ -279,6 +278,6 @@ def test_the_route_of_an_array_mask_is_the_path_that_runs(dtype: mx.Dtype, heads
     asked, needs = call_signature(q, k, v, mask, None)
     for kibibytes in range(500, 18_000, 700):
         practical = Practical(kibibytes * 1024)
-        call_hooks.take_path()
+        calls.take_path()
         mx.eval(practical(q, k, v, scale=0.25, mask=mask))
-        assert call_hooks.take_path() == practical.route(asked, CPU, needs).path, kibibytes
+        assert calls.take_path() == practical.route(asked, CPU, needs).path, kibibytes

@@ -9,8 +9,8 @@ from attention.core.workload import Workload
 from attention.implementations.bounded.blocks import MIB
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.bounded.memory import Fence, tile_order
+from attention.implementations.calls import MlxRunner, make_inputs
 from attention.implementations.quantized_kv import QuantizedArray
-from attention.implementations.runner import MlxRunner, make_inputs
 from attention.kernels.cuda.runtime import launcher
 from attention.masks import Mask, of_workload
 from attention.measure.device import probe

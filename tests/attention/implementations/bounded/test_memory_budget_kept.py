@@ -7,8 +7,8 @@ from attention.core.workload import Workload
 from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.blocks import MIB
 from attention.implementations.bounded.implementation import Practical
+from attention.implementations.calls import make_inputs, runner_for
 from attention.implementations.mlx_sdpa import MlxSdpa
-from attention.implementations.runner import make_inputs, runner_for
 from tests.support.attention_examples import CPU
 
 

@@ -7,8 +7,8 @@ import pytest
 from attention.core.route import NO_NEEDS
 from attention.core.workload import Workload
 from attention.implementations.autotune.trial import candidates, fitting_candidates
+from attention.implementations.calls import make_inputs
 from attention.implementations.fused import Poc, kernel_variants
-from attention.implementations.runner import make_inputs
 from attention.kernels import cpu
 from attention.kernels.cpu import path
 from attention.masks import Mask

@@ -12,7 +12,7 @@ from attention.core.workload import Workload
 from attention.kernels import cuda
 from attention.kernels.cuda import choice, gradients, path, requirements
 from attention.kernels.cuda.runtime import launcher
-from benchmarks.cuda.portable_only import portable_only
+from benchmarks.cuda.measure_portable import portable_only
 from tests.support.cuda_planted import planted, signature
 
 MASKED = Needs(array_mask=True)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from attention.kernels import cuda
 from attention.kernels.cuda.runtime.call import CallParams
 from attention.kernels.cuda.runtime.selfcheck import additive, exact, reference, reference_gradients
-from benchmarks.cuda.portable_only import portable_only
+from benchmarks.cuda.measure_portable import portable_only
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda
-from benchmarks.cuda.portable_only import portable_only
+from benchmarks.cuda.measure_portable import portable_only
 from tests.support import kernel_oracle
 from tests.support.cuda_case import KINDS, Case
 

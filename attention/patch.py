@@ -1,4 +1,7 @@
-"""Run an unmodified program inside a patch, with its own arguments, exit code and tracebacks."""
+"""`python -m attention.patch SCRIPT ...`: run an unmodified program with attention in mlx-lm's models replaced.
+
+The program keeps its arguments, exit code and tracebacks. In a program of one's own use `attention.patch_mlx_lm`.
+"""
 
 import atexit
 import runpy
@@ -114,5 +117,8 @@ def _show_own_frames_only() -> None:
 
 def _is_ours(trace: TracebackType) -> bool:
     names = trace.tb_frame.f_globals
-    spec = names.get("__spec__")
-    return names is globals() or names is vars(runpy) or getattr(spec, "name", "") == f"{__package__}.__main__"
+    return names is globals() or names is vars(runpy)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,18 +1,82 @@
-"""One row per shape: seconds of each implementation, ratios within rounds, and the share of the machine's peak."""
+"""Shapes, timing of the kernel and its peers on them, and the costs of a call apart from its arithmetic."""
 
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import mlx.core as mx
+import numpy as np
 
+from attention.core.statistics import noise_floor
 from attention.kernels import cpu
 from attention.kernels.cpu import library
 from attention.measure.device import usable_cores
-from benchmarks.cpu.shapes import DECODE, TYPES, BenchShape
+
+TYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class BenchShape:
+    """B/H/L/D of a square call, or of decoding with a cache of `keys` and fewer K/V heads."""
+
+    batch: int
+    heads: int
+    queries: int
+    head_dim: int
+    causal: bool = False
+    kv_heads: int = 0
+    keys: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name for the table."""
+        if self.keys:
+            return f"{self.batch}/{self.heads}({self.kv_heads})/1x{self.keys}/{self.head_dim}"
+        return f"{self.batch}/{self.heads}/{self.queries}/{self.head_dim}" + (" causal" if self.causal else "")
+
+    def flops(self, backward: bool) -> float:
+        """Return 4 B H P D with P the unmasked pairs; 3.5 times that with the backward pass."""
+        keys = self.keys or self.queries
+        pairs = self.queries * (self.queries + 1) // 2 if self.causal else self.queries * keys
+        return 4.0 * self.batch * self.heads * pairs * self.head_dim * (3.5 if backward else 1.0)
+
+    @property
+    def query_shape(self) -> tuple[int, int, int, int]:
+        """(B, H, Lq, D)."""
+        return (self.batch, self.heads, self.queries, self.head_dim)
+
+    @property
+    def key_shape(self) -> tuple[int, int, int, int]:
+        """(B, Hkv, Lk, D), also the shape of the values."""
+        return (self.batch, self.kv_heads or self.heads, self.keys or self.queries, self.head_dim)
+
+    def numbers(self) -> list[np.ndarray[Any, Any]]:
+        """Return random q, k, v and an output gradient, in float32."""
+        random = np.random.default_rng(0)
+        shapes = (self.query_shape, self.key_shape, self.key_shape, self.query_shape)
+        return [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
+
+
+SHAPES: Final = (
+    BenchShape(1, 8, 64, 32),
+    BenchShape(1, 8, 128, 64),
+    BenchShape(4, 8, 256, 32),
+    BenchShape(1, 8, 512, 64),
+    BenchShape(1, 8, 2048, 64),
+    BenchShape(1, 8, 2048, 64, causal=True),
+    BenchShape(1, 4, 4096, 128),
+    BenchShape(1, 4, 4096, 128, causal=True),
+)
+DECODE: Final = BenchShape(1, 32, 1, 128, kv_heads=8, keys=8192)
+LONG: Final = 2048
+"""Minimum length for the target of the share of the machine's peak."""
+
 
 Run = Callable[[], object]
 
@@ -189,3 +253,65 @@ def _plain_loop(k: mx.array, v: mx.array) -> Callable[[], float]:
     """Return a function that reads both arrays once on all threads and returns bytes/s."""
     module = library.load()
     return lambda: float(module.read_bandwidth(k, v))
+
+
+@dataclass
+class TinyCall:
+    """Median microseconds; the kernel's cost over mx.add's, and the noise of mx.add against itself."""
+
+    ours_us: float
+    add_us: float
+    ratio: float
+    floor: float
+
+
+def tiny_call(rounds: int = 40, calls: int = 200) -> TinyCall:
+    """Time one evaluated call on a 1/1/4/8 input and one evaluated mx.add, alternating."""
+    x = mx.zeros((1, 1, 4, 8))
+    mx.eval(x)
+    runs: dict[str, Run] = {
+        "ours": lambda: mx.eval(cpu.flash_attention(x, x, x, scale=1.0)),
+        "add": lambda: mx.eval(mx.add(x, x)),
+        "add again": lambda: mx.eval(mx.add(x, x)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in in_turn(runs, number):
+            start = time.perf_counter()
+            for _ in range(calls):
+                runs[name]()
+            times[name].append((time.perf_counter() - start) / calls * 1e6)
+    floor = noise_floor(times["add"], times["add again"])
+    return TinyCall(
+        statistics.median(times["ours"]),
+        statistics.median(times["add"]),
+        statistics.median(a / b for a, b in zip(times["ours"], times["add"], strict=True)),
+        floor.floor if floor else 0.0,
+    )
+
+
+_START = (
+    "import mlx.core, time; from attention.kernels import cpu; t = time.perf_counter(); cpu.load();"
+    "print(time.perf_counter() - t)"
+)
+
+
+def start_times() -> tuple[float, float]:
+    """Return the seconds until the kernel is loaded: first time (compiling), and a later process."""
+    with tempfile.TemporaryDirectory() as room:
+        environment = {**os.environ, "FATUI_CACHE_DIR": room}
+        command = [sys.executable, "-c", _START]
+        outputs = [subprocess.check_output(command, env=environment, text=True) for _ in range(6)]
+    first, *later = (float(text) for text in outputs)
+    return first, statistics.median(later)
+
+
+def memory_per_thread() -> float:
+    """Return the maximum bytes per thread above inputs and outputs, over all default shapes, dtypes and passes."""
+    sizes = [
+        cpu.workspace_bytes(shape.query_shape, shape.key_shape, shape.key_shape, dtype=dtype, training=training)
+        for shape in (*SHAPES, DECODE)
+        for dtype in TYPES.values()
+        for training in (False, True)
+    ]
+    return max(sizes) / threads()

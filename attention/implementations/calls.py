@@ -1,0 +1,206 @@
+"""Calls of implementations: signatures of their arrays, bound calls for timing, and the hooks around every call."""
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import mlx.core as mx
+
+from attention.core.errors import UnsupportedError, UsageError
+from attention.core.mask_text import MaskSpec
+from attention.core.route import Needs
+from attention.core.workload import DTYPES, DType, Workload
+from attention.implementations.protocol import Implementation, ProvidesRunner
+from attention.masks import Mask, as_4d, dtype_name, of_workload
+from attention.measure.device import Backend, check_not_forked
+from attention.measure.rounds import Runner
+
+
+def call_signature(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> tuple[Workload, Needs]:
+    """Return the workload of a call, as a forward pass, and the features that it does not describe.
+
+    Raises:
+        UnsupportedError: the query's dtype is not supported.
+    """
+    for name in DTYPES:
+        if q.dtype == getattr(mx, name):
+            workload = _workload(tuple(q.shape), tuple(k.shape), v.shape[3], name, mask.causal, mask.window)
+            return workload, needs_of(softcap is not None, mask.array)
+    raise UnsupportedError(f"q: got {q.dtype}; it takes {', '.join(DTYPES)}")
+
+
+def needs_of(softcap: bool, array: mx.array | None) -> Needs:
+    """Return the features that a workload does not describe: a softcap, an array mask and its size."""
+    if array is None:
+        return Needs(softcap=softcap)
+    batches, heads = as_4d(array).shape[:2]
+    dtype = dtype_name(array.dtype)
+    return Needs(softcap=softcap, array_mask=True, mask_batches=batches, mask_heads=heads, mask_dtype=dtype)
+
+
+def current_backend() -> Backend:
+    """Return the backend of MLX's current default device."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+@lru_cache(maxsize=1024)
+def _workload(
+    q: tuple[int, ...], k: tuple[int, ...], value_dim: int, dtype: DType, causal: bool, window: int | None
+) -> Workload:
+    try:
+        return _make_workload(Workload, q, k, value_dim, dtype, causal, window)
+    except UsageError:
+        return _make_workload(_UnlimitedWorkload, q, k, value_dim, dtype, causal, window)
+
+
+class _UnlimitedWorkload(Workload, frozen=True, kw_only=True):
+    """A workload without the benchmark's limits, which do not apply to `attention()`."""
+
+    def __post_init__(self) -> None:
+        """Skip validation: all fields come from validated arrays."""
+
+    @property
+    def mask_spec(self) -> MaskSpec:
+        """The parts of the mask; a window may be of any size."""
+        size = self.mask.removeprefix("window:")
+        return MaskSpec(window=int(size)) if size.isdigit() else MaskSpec(causal=self.mask == "causal")
+
+
+def _make_workload(
+    kind: type[Workload],
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    value_dim: int,
+    dtype: DType,
+    causal: bool,
+    window: int | None,
+) -> Workload:
+    return kind(
+        batch=q[0],
+        heads=q[1],
+        seq=q[2],
+        head_dim=q[3],
+        kv_heads=k[1],
+        kv_seq=k[2],
+        value_dim=value_dim,
+        dtype=dtype,
+        # a window of more than all keys is a causal mask
+        mask=f"window:{window}" if window is not None and window < k[2] else "causal" if causal or window else "none",
+    )
+
+
+class MlxRunner:
+    """Runner of an MLX implementation on one set of evaluated inputs."""
+
+    def __init__(
+        self, implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float
+    ) -> None:
+        """Bind the call.
+
+        Args:
+            implementation: the implementation to call.
+            workload: gives the mask, and whether gradients are computed.
+            inputs: q, k, v, and in training the output's gradient, evaluated.
+            scale: factor of the scores.
+        """
+        self._implementation = implementation
+        self._training = workload.pass_ == "training"
+        self._inputs = list(inputs)
+        self._scale = scale
+        self._mask = of_workload(workload)
+
+    def queue(self) -> list[mx.array]:
+        """Queue one call; return the output, and in training dQ, dK and dV, unevaluated."""
+        if not self._training:
+            return [self._attend(*self._inputs[:3])]
+        outputs, gradients = mx.vjp(self._attend, self._inputs[:3], self._inputs[3:4])
+        return [*outputs, *gradients]
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluate the outputs of all queued calls."""
+        mx.eval(cast("list[mx.array]", list(outputs)))
+
+    def results(self) -> list[mx.array]:
+        """Run one call and return its evaluated results."""
+        outputs = self.queue()
+        self.wait(outputs)
+        return outputs
+
+    def peak_bytes(self) -> int | None:
+        """Run one call with an empty cache and return MLX's peak memory above the memory active before, in bytes."""
+        mx.synchronize()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()  # sets the peak to 0, not to the active memory
+        self.results()
+        return max(0, mx.get_peak_memory() - before)
+
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return self._implementation(q, k, v, scale=self._scale, mask=self._mask)
+
+
+def make_inputs(workload: Workload, seed: int) -> list[mx.array]:
+    """Return normally distributed, evaluated inputs: q, k, v, and in training the output's gradient."""
+    shapes = [
+        (workload.batch, workload.heads, workload.seq, workload.head_dim),
+        (workload.batch, workload.kv_heads, workload.kv_seq, workload.head_dim),
+        (workload.batch, workload.kv_heads, workload.kv_seq, workload.value_dim),
+    ]
+    if workload.pass_ == "training":
+        shapes.append((workload.batch, workload.heads, workload.seq, workload.value_dim))
+    dtype = getattr(mx, workload.dtype)
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    inputs = []
+    for shape, key in zip(shapes, keys, strict=True):
+        inputs.append(mx.random.normal(shape, dtype=dtype, key=key))
+        mx.eval(inputs[-1])  # one by one, so that the generator's scratch is not needed four times at once
+    return inputs
+
+
+def runner_for(implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float) -> Runner:
+    """Bind an implementation to its inputs, with its own runner if it has one."""
+    if isinstance(implementation, ProvidesRunner):
+        return implementation.runner(workload, inputs, scale)
+    return MlxRunner(implementation, workload, inputs, scale)
+
+
+CallHook = Callable[..., mx.array]
+"""Called with the implementation and the arguments of a call; it must make that call exactly once."""
+call_hooks: list[CallHook] = []
+
+
+class _LatestPath(threading.local):
+    """The path of this thread's latest call."""
+
+    path: str | None = None
+
+
+_latest = _LatestPath()
+
+
+def record_path(path: str) -> None:
+    """Record the path that a call takes; called by implementations that choose among paths, after the choice."""
+    _latest.path = path
+
+
+def take_path() -> str | None:
+    """Return the path recorded last in this thread and clear it; None if none was recorded."""
+    path, _latest.path = _latest.path, None
+    return path
+
+
+def call_through_hooks(
+    implementation: Implementation, q: mx.array, k: Any, v: Any, *, scale: float, mask: Mask, **more: Any
+) -> mx.array:
+    """Call an implementation, through the most recent hook if there is one.
+
+    Raises:
+        ForkedError: attention was computed before this process was forked.
+    """
+    check_not_forked()
+    if call_hooks:
+        return call_hooks[-1](implementation, q, k, v, scale=scale, mask=mask, **more)
+    return implementation(q, k, v, scale=scale, mask=mask, **more)
