@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from attention.core.errors import UsageError, error_line
-from attention.core.workload import unmasked_pairs
 from attention.masks.pattern import DEFAULT_BLOCK, Pattern, Shape, Table
 from attention.masks.tiles import (
     EMPTY,
@@ -44,7 +43,9 @@ class _Band(Pattern, frozen=True):
         return None
 
     def pairs(self, shape: Shape) -> int:
-        return shape[0] * shape[1] * unmasked_pairs(shape[2], shape[3], True, self.reach)
+        last = np.arange(shape[2], dtype=np.int64) + 1 + shape[3] - shape[2]
+        first = 0 if self.reach is None else np.maximum(0, last - self.reach)
+        return shape[0] * shape[1] * int(np.maximum(0, last - first).sum())
 
     def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         return (k <= q) if self.reach is None else (k <= q) & (k > q - self.reach)
