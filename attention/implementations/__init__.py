@@ -34,7 +34,7 @@ CATALOGUE: Final = (
         "poc",
         "PoC, custom kernel",
         "the custom fused kernel if there is one for the device, otherwise MLX's SDPA",
-        "attention.implementations.autotune.tuned_fused:TunedPoc",
+        "attention.implementations.fused:TunedPoc",
     ),
     CatalogueEntry(
         "practical",

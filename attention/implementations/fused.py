@@ -1,9 +1,13 @@
-"""`poc`: the custom fused kernel of the device, if there is one."""
+"""`poc`: the custom fused kernel of the device, if there is one.
+
+`Poc` is what `demo` tries; `TunedPoc`, the one in the catalogue, also supports attention sinks and follows the results
+of `demo`'s trials.
+"""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Final, Protocol, cast, runtime_checkable
 
 import mlx.core as mx
@@ -12,13 +16,14 @@ from msgspec import structs
 from attention.core.errors import KernelUnavailable
 from attention.core.route import NO_NEEDS, Needs, Route, fitted, unsupported
 from attention.core.workload import Workload
+from attention.implementations.autotune.store import Store, candidate_fingerprint, class_of
 from attention.implementations.baseline import unfused_call_bytes, with_tf32
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.calls import call_signature, current_backend, record_path
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole, is_call_widened, is_unfused
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask
-from attention.measure.device import Backend, Device
+from attention.measure.device import Backend, Device, probe
 
 KERNELS: Final[dict[Backend, str]] = {
     "cpu": "attention.kernels.cpu.path",
@@ -102,16 +107,18 @@ class Poc:
                 return unsupported(f"'{self._variant}' changes nothing here")
             return structs.replace(own, path=_variant_path(own.path, self._variant))
         if needs.softcap:
-            behind = self._practical.route(workload, device, needs)
+            fallback = self._practical.route(workload, device, needs)
             path, reason = TO_PRACTICAL, f"{own.reason}, and {NO_SOFTCAP}"
         else:
-            behind = self._sdpa.route(workload, device, needs)
-            if not behind.fused:
-                behind = structs.replace(behind, predicted_bytes=unfused_call_bytes(workload, device.backend, needs))
-            path, reason = TO_SDPA, f"{own.reason}; {behind.reason}"
-        if not (behind.fused or needs.softcap):
+            fallback = self._sdpa.route(workload, device, needs)
+            if not fallback.fused:
+                fallback = structs.replace(
+                    fallback, predicted_bytes=unfused_call_bytes(workload, device.backend, needs)
+                )
+            path, reason = TO_SDPA, f"{own.reason}; {fallback.reason}"
+        if not (fallback.fused or needs.softcap):
             path = with_tf32(path, workload.dtype, device.backend)
-        return structs.replace(behind, path=path, reason=reason, fallback=True)
+        return structs.replace(fallback, path=path, reason=reason, fallback=True)
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Return whether the kernel supports the workload and has not been compiled on this machine yet."""
@@ -202,3 +209,113 @@ def _variant_for(kernel: Kernel, variant: str, workload: Workload) -> Attend | N
 @cache
 def _kernel(backend: Backend) -> Kernel:
     return cast("Kernel", importlib.import_module(KERNELS[backend]))
+
+
+@runtime_checkable
+class TakesSinks(Protocol):
+    """A kernel that supports attention sinks."""
+
+    def attend_with_sinks(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        *,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """As `Kernel.attend`, with `sinks` (H,): one extra logit per head in the softmax, without a value."""
+        ...
+
+
+class TunedPoc(Poc):
+    """The custom kernel; on Metal, MLX's fused kernel instead if a trial of `demo` found the custom one slower.
+
+    `demo` itself tries the plain `Poc`, so that the custom kernel can win again.
+    """
+
+    def __init__(self, store: Store | None = None) -> None:
+        """Create it with a store of trials; the user's file by default."""
+        super().__init__()
+        self._trials = store or Store()
+        self._routes: dict[tuple[Workload, Needs], Route] = {}
+
+    @property
+    def takes_sinks(self) -> bool:
+        """Whether the kernel of MLX's current device supports sinks; otherwise calls with sinks fall back."""
+        return isinstance(_kernel(current_backend()), TakesSinks)
+
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
+        """Return the kernel's route if it supports the workload and is preferred, otherwise the fallback's."""
+        if needs.sinks:
+            own = self._route_with_sinks(workload, device, needs)
+            if own.supported:
+                return own
+            fallback = self._practical.route(workload, device, needs)
+            reason = f"{own.reason}; {fallback.reason}"
+            return structs.replace(fallback, path=TO_PRACTICAL, reason=reason, fallback=True)
+        route = super().route(workload, device, needs)
+        if route.fallback or device.backend != "metal":
+            return route
+        entry = self._trials.get(class_of(workload, device, needs))
+        if entry is None or entry.made_with != candidate_fingerprint() or entry.winner.startswith(self.name):
+            return route
+        fallback = self._sdpa.route(workload, device, needs)
+        if not fallback.fused:
+            return route
+        reason = f"{fallback.reason} too, and `{entry.winner}` was the fastest in a trial of demo's here"
+        return structs.replace(fallback, path=TO_SDPA, reason=reason, fallback=True)
+
+    def __call__(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        *,
+        scale: float,
+        mask: Mask,
+        softcap: float | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Compute attention; shapes as in `Implementation.__call__`, `sinks` (H,) as in `practical`."""
+        if sinks is None:
+            may_be_slower = current_backend() == "metal" and softcap is None  # MLX's kernel takes no softcap
+            if may_be_slower and self._route_of(q, k, v, mask, softcap, sinks).fallback:
+                return self._sdpa(q, k, v, scale=scale, mask=mask)
+            return super().__call__(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        kernel = _kernel(current_backend())
+        if isinstance(kernel, TakesSinks) and not self._route_of(q, k, v, mask, softcap, sinks).fallback:
+            with suppress(KernelUnavailable):
+                attend = partial(kernel.attend_with_sinks, q, k, v, scale=scale, softcap=softcap, sinks=sinks)
+                return with_mask_gradient(
+                    lambda mask: attend(mask=mask), q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks
+                )
+            self._routes.clear()
+        return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks)
+
+    def _route_of(
+        self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None, sinks: mx.array | None
+    ) -> Route:
+        """Return the route of a call on Metal or of one with sinks; cached per kind of call."""
+        workload, plain = call_signature(q, k, v, mask, softcap)
+        needs = plain if sinks is None else structs.replace(plain, sinks=True)
+        found = self._routes.get((workload, needs))
+        if found is None:
+            if len(self._routes) >= MAX_KNOWN_CALLS:
+                self._routes.clear()
+            found = self._routes[workload, needs] = self.route(workload, _device(), needs)
+        return found
+
+    def _route_with_sinks(self, workload: Workload, device: Device, needs: Needs) -> Route:
+        kernel = _kernel(device.backend)
+        if not isinstance(kernel, TakesSinks):
+            return unsupported(f"the kernel for {device.backend} takes no attention sinks")
+        return kernel.route(workload, needs)
+
+
+@cache
+def _device() -> Device:
+    """Return MLX's device, probed once: its free memory does not matter here."""
+    return probe()

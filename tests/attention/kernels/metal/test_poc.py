@@ -10,7 +10,6 @@ from attention import implementations
 from attention.core.route import Needs
 from attention.core.workload import Workload
 from attention.implementations import fused, mlx_sdpa
-from attention.implementations.autotune import tuned_fused as tuned
 from attention.implementations.autotune.store import Store, TrialResult, candidate_fingerprint, class_of
 from attention.implementations.autotune.trial import candidates, fitting_candidates
 from attention.masks import Mask
@@ -27,9 +26,8 @@ SINKS = Needs(sinks=True)
 @pytest.fixture(autouse=True)
 def a_mac(monkeypatch, tmp_path):
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
-    for module in (fused, tuned):
-        monkeypatch.setattr(module, "current_backend", lambda: "metal")
-    monkeypatch.setattr(tuned, "_device", lambda: MAC)
+    monkeypatch.setattr(fused, "current_backend", lambda: "metal")
+    monkeypatch.setattr(fused, "_device", lambda: MAC)
 
 
 def arrays():
@@ -76,7 +74,7 @@ def mlx_is_fused(monkeypatch):
 )
 def test_the_kernel_is_used_and_tried_where_mlx_fuses_none(workload, needs):
     with on_a_mac(Device()):
-        route = tuned.TunedPoc().route(workload, MAC, needs)
+        route = fused.TunedPoc().route(workload, MAC, needs)
         assert route.fused
         assert not route.fallback
         assert "never measured" in route.reason
@@ -89,7 +87,7 @@ def test_the_kernel_is_used_and_tried_where_mlx_fuses_none(workload, needs):
 )
 def test_where_mlx_is_fused_too_a_trial_decides(monkeypatch, tmp_path, winner, path):
     mlx_is_fused(monkeypatch)
-    by_trial = tuned.TunedPoc(tried(tmp_path, winner, {winner: 1e-4, "baseline": 2e-4}))
+    by_trial = fused.TunedPoc(tried(tmp_path, winner, {winner: 1e-4, "baseline": 2e-4}))
     with on_a_mac(Device()) as device:
         route = by_trial.route(WORKLOAD, MAC)
         assert route.path == path
@@ -107,18 +105,18 @@ def test_where_mlx_is_fused_too_a_trial_decides(monkeypatch, tmp_path, winner, p
 def test_before_a_trial_the_kernel_is_used_where_mlx_fuses_too(monkeypatch, tmp_path):
     mlx_is_fused(monkeypatch)
     with on_a_mac(Device()):
-        assert tuned.TunedPoc(Store(tmp_path / "tuning.toml")).route(WORKLOAD, MAC).path == "Metal kernel"
+        assert fused.TunedPoc(Store(tmp_path / "tuning.toml")).route(WORKLOAD, MAC).path == "Metal kernel"
 
 
 def test_a_trial_of_other_kernels_than_todays_decides_nothing(monkeypatch, tmp_path):
     mlx_is_fused(monkeypatch)
-    by_trial = tuned.TunedPoc(tried(tmp_path, "mlx", {"mlx": 1e-4}, made_with="older kernels"))
+    by_trial = fused.TunedPoc(tried(tmp_path, "mlx", {"mlx": 1e-4}, made_with="older kernels"))
     with on_a_mac(Device()):
         assert by_trial.route(WORKLOAD, MAC).path == "Metal kernel"
 
 
 def test_where_mlx_is_not_fused_no_trial_takes_the_kernel_away(tmp_path):
-    by_trial = tuned.TunedPoc(tried(tmp_path, "practical", {"practical": 1e-4}))
+    by_trial = fused.TunedPoc(tried(tmp_path, "practical", {"practical": 1e-4}))
     with on_a_mac(Device()):
         assert by_trial.route(WORKLOAD, MAC).path == "Metal kernel"
 
@@ -138,7 +136,7 @@ def test_sinks_are_taken_and_get_a_gradient():
     sinks = mx.array([0.5, -1.0])
 
     def ours(q, sinks):
-        return tuned.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
+        return fused.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
 
     def plainly(q, sinks):
         scores = mx.where(mx.tri(40, 40).astype(mx.bool_), 0.2 * q @ k.swapaxes(-1, -2), -mx.inf)
@@ -146,7 +144,7 @@ def test_sinks_are_taken_and_get_a_gradient():
         return mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1)[..., :40] @ v
 
     with on_a_mac(Device()) as device:
-        assert "kernel" in tuned.TunedPoc().route(WORKLOAD, MAC, SINKS).path
+        assert "kernel" in fused.TunedPoc().route(WORKLOAD, MAC, SINKS).path
         assert close(ours(q, sinks), plainly(q, sinks))
         found, right = (mx.grad(lambda *a, f=f: (f(*a) * v).sum(), argnums=(0, 1))(q, sinks) for f in (ours, plainly))
         assert close(found[0], right[0])
@@ -162,9 +160,9 @@ def test_where_the_kernel_is_wrong_sinks_are_left_to_practical():
     q, k, v = arrays()
     sinks = mx.array([0.5, -1.0])
     with on_a_mac(Device(edit=wrong)):
-        found = tuned.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
+        found = fused.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
         assert close(found, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask="causal", sinks=sinks))
-        route = tuned.TunedPoc().route(WORKLOAD, MAC, SINKS)
+        route = fused.TunedPoc().route(WORKLOAD, MAC, SINKS)
         assert route.path == "falls back: practical"
         assert "forward float32 D=32 causal sinks: its output disagrees" in route.reason
 
@@ -174,14 +172,14 @@ def test_models_with_sinks_are_offered_to_it_on_metal_alone(monkeypatch):
     q, k, v = arrays()
     call = ModelCall(q, k, v, 0.2, "causal", mx.zeros(2))
     with on_a_mac(Device()):
-        assert ArgumentAdapter(tuned.TunedPoc()).adapt(call).path == "Metal kernel"
-    monkeypatch.setattr(tuned, "current_backend", lambda: "cpu")
-    assert not tuned.TunedPoc().takes_sinks
+        assert ArgumentAdapter(fused.TunedPoc()).adapt(call).path == "Metal kernel"
+    monkeypatch.setattr(fused, "current_backend", lambda: "cpu")
+    assert not fused.TunedPoc().takes_sinks
 
 
 def test_where_the_kernel_takes_no_sinks_practical_does(monkeypatch):
-    monkeypatch.setattr(tuned, "current_backend", lambda: "cpu")
+    monkeypatch.setattr(fused, "current_backend", lambda: "cpu")
     q, k, v = arrays()
     sinks = mx.array([0.5, -1.0])
-    found = tuned.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
+    found = fused.TunedPoc()(q, k, v, scale=0.2, mask=Mask(causal=True), sinks=sinks)
     assert close(found, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask="causal", sinks=sinks))
