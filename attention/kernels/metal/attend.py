@@ -20,6 +20,7 @@ from attention.kernels.metal.call import (
     specialisation,
 )
 from attention.kernels.metal.gradients import gradients
+from attention.kernels.metal.launch import Arrays
 
 Attend = Callable[..., Sequence[mx.array]]
 KEYS = 83
@@ -39,6 +40,7 @@ def attend(
     softcap: float | None,
     sinks: mx.array | None,
     with_logsumexp: bool,
+    slopes: mx.array | None = None,
 ) -> Sequence[mx.array]:
     """Return output and logsumexp; arguments as in `flash_attention`.
 
@@ -50,16 +52,15 @@ def attend(
     if sinks is not None and sinks.shape != (shape.heads,):
         raise ValueError(f"[flash_attention] sinks have shape ({shape.heads},); got {sinks.shape}.")
     kind = mask_kind(mask, shape)
-    call = normalize(scale, causal, window, softcap, shape.keys, kind, sinks is not None)
-    function = _function(shape, call, with_logsumexp)
-    of_mask = launch.placeholder(4) if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    of_sinks = launch.placeholder(1) if sinks is None else sinks.astype(mx.float32)
-    return function(q, k, v, of_mask, of_sinks)[:2]
+    if slopes is not None and slopes.shape != (shape.heads,):
+        raise ValueError(f"[flash_attention] alibi's slopes have shape ({shape.heads},); got {slopes.shape}.")
+    call = normalize(scale, causal, window, softcap, shape.keys, kind, sinks is not None, alibi=slopes is not None)
+    return _function(shape, call, with_logsumexp)(*launch.arrays_of(q, k, v, mask, sinks, slopes))[:2]
 
 
 def special_of(shape: CallShape, call: CallParams) -> Specialisation:
     """Return the specialisation of a call's forward kernel."""
-    return specialisation("decode" if shape.few else "forward", shape, call)
+    return specialisation("decode" if call.splits_keys(shape) else "forward", shape, call)
 
 
 @functools.lru_cache(maxsize=256)
@@ -69,14 +70,14 @@ def _function(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Atten
     check(shape, call)
 
     @mx.custom_function
-    def function(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array) -> launch.Forward:
-        return launch.forward(q, k, v, mask, sinks, shape, call)
+    def function(*arrays: mx.array) -> launch.Forward:
+        return launch.forward(Arrays(*arrays), shape, call)
 
     def pull_back(
         primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
     ) -> tuple[mx.array, ...]:
         d_lse = cotangents[1].astype(mx.float32) if with_logsumexp else None
-        return gradients(primals, cotangents[0].astype(primals[0].dtype), d_lse, outputs, shape, call)
+        return gradients(Arrays(*primals), cotangents[0].astype(primals[0].dtype), d_lse, outputs, shape, call)
 
     function.vjp(pull_back)
     function.jvp(metal_gradients.refuse_jvp)
@@ -96,7 +97,7 @@ def check(shape: CallShape, call: CallParams) -> None:
         for small in _small(shape, special):
             small_params = selfcheck.check_params(call, small)
             given = selfcheck.inputs(small, small_params)
-            output, logsumexp, _ = launch.forward(*given.arrays(small), small, small_params)
+            output, logsumexp, _ = launch.forward(given.arrays(small), small, small_params)
             wrong = selfcheck.disagreement(given, small_params, output, logsumexp)
             if wrong:
                 return wrong

@@ -6,6 +6,8 @@
 //   K, V  (BLOCK_K x D): threadgroup memory, loaded once
 //   Q, dO (BLOCK_Q x CHUNK): threadgroup memory, iterated over the queries of all heads that share the key head
 //   S' or dP' (8 x BLOCK_Q), dV or dK (8 x D): in registers; the weights are exchanged through threadgroup memory
+//
+// LISTS: the queries are those of the listed tiles, which differ between heads unless these share their lists.
   constexpr int THREADS = SIMDGROUPS * 32;
   constexpr int DIMS = D / 8;
   constexpr int QUERIES = BLOCK_Q / 8;
@@ -20,9 +22,19 @@
   const uint lane = thread_index_in_simdgroup;
   const int pair = int(simdgroup_index_in_threadgroup) / 2;
   const bool odd = simdgroup_index_in_threadgroup % 2 == 1;
-  const int batch = int(threadgroup_position_in_grid.z);
-  const int key_head = int(threadgroup_position_in_grid.y);
-  const int key0 = int(threadgroup_position_in_grid.x) * BLOCK_K;
+  int batch = int(threadgroup_position_in_grid.z);
+  int key_head = int(threadgroup_position_in_grid.y);
+  int key0 = int(threadgroup_position_in_grid.x) * BLOCK_K;
+  int list0 = 0;  // of the first head
+  int lists_per_head = 0;
+  if (LISTS) {
+    const Listed listed = scheduled(lists, key0 / LIST_K);
+    list0 = (listed.batch * lists_shape[1] * lists_shape[2] + listed.tile) * LIST_RECORD;
+    lists_per_head = lists_shape[1] > 1 ? lists_shape[2] * LIST_RECORD : 0;
+    batch = batch * lists_shape[0] + listed.batch;
+    key_head += listed.head;
+    key0 = listed.tile * LIST_K + key0 % LIST_K;
+  }
   const short fragment_r = fragment_row(lane);
   const short fragment_c = fragment_column(lane);
   const int key = key0 + pair * 8 + fragment_r;
@@ -49,15 +61,34 @@
   Fragment sums[DIMS];
   clear<DIMS>(sums);
   const int shift = keys - queries;
-  const int from = CAUSAL ? metal::max(0, key0 - shift) / BLOCK_Q * BLOCK_Q : 0;
-  const int end = WINDOW ? metal::min(queries, metal::min(key0 + BLOCK_K, keys) - 1 - shift + window) : queries;
+  int from = CAUSAL ? metal::max(0, key0 - shift) / BLOCK_Q * BLOCK_Q : 0;
+  int end = WINDOW ? metal::min(queries, metal::min(key0 + BLOCK_K, keys) - 1 - shift + window) : queries;
+  int entry0 = 0;
   for (int head = key_head * group; head < key_head * group + group; head++) {
     const device T* queries_at = q + batch * q_strides[0] + head * q_strides[1];
     const device T* upstream_at = d_o + batch * d_o_strides[0] + head * d_o_strides[1];
     const device float* lse_at = lse + batch * lse_strides[0] + head * lse_strides[1];
     const device float* rest_at = rest + batch * rest_strides[0] + head * rest_strides[1];
     const device float* delta_at = delta + batch * delta_strides[0] + head * delta_strides[1];
-    for (int query0 = from; query0 < end; query0 += BLOCK_Q) {
+    const float alibi = ALIBI ? slopes[head] : 0.0f;
+    if (LISTS) {
+      const int list = list0 + head * lists_per_head;
+      entry0 = lists[list];
+      from = 0;
+      end = key0 < keys ? (lists[list + 1] - entry0) * LIST_Q : 0;
+    }
+    for (int step = from; step < end; step += BLOCK_Q) {
+      int query0 = step;
+      uint seen = all_bits<BLOCK_K>();  // of a row per lane
+      if (LISTS) {
+        const int entry = (entry0 + step / LIST_Q) * 2;
+        query0 = entries[entry] * LIST_Q + step % LIST_Q;
+        seen = load_bits<LIST_Q, LIST_K, BLOCK_Q, BLOCK_K>(
+            bits, entries[entry + 1], step % LIST_Q, key0 % LIST_K, lane);
+        if (query0 >= queries || simd_or(seen) == 0) {  // for all simdgroups alike
+          continue;
+        }
+      }
       Fragment scores[QUERIES];
       clear<QUERIES>(scores);
       UNROLL
@@ -82,7 +113,7 @@
       }
       threadgroup float2* shared = weights + pair * QUERIES * 32 + int(lane);
       if (!odd) {
-        const bool is_whole = MASK == 0
+        const bool is_whole = MASK == 0 && (!LISTS || simd_and(seen) == all_bits<BLOCK_K>())
             && is_all_seen<CAUSAL, WINDOW>(
                 query0, query0 + BLOCK_Q - 1, key0, key0 + BLOCK_K - 1, queries, keys, window);
         UNROLL
@@ -91,6 +122,7 @@
           UNROLL
           for (int e = 0; e < 2; e++) {
             const int query = query0 + j * 8 + fragment_c + e;
+            const uint row_seen = LISTS && !is_whole ? simd_shuffle(seen, ushort(j * 8 + fragment_c + e)) : seen;
             float s = scores[j].thread_elements()[e] * scale;
             float slope = scale;
             if (SOFTCAP) {
@@ -98,7 +130,12 @@
               s = softcap * squashed;
               slope *= 1.0f - squashed * squashed;
             }
-            if (!is_whole && !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+            if (ALIBI) {
+              s = with_alibi(s, alibi, query, key, queries, keys);
+            }
+            if (!is_whole
+                && (!is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)
+                    || (LISTS && !has_bit(row_seen, pair * 8 + fragment_r)))) {
               s = -INFINITY;
             } else if (MASK != 0) {
               const int64_t at =

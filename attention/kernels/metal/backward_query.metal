@@ -5,6 +5,8 @@
 //   Q, dO (BLOCK_Q x D): threadgroup memory, loaded once; each simdgroup owns 8 of the rows
 //   K, V  (BLOCK_K x CHUNK): threadgroup memory, iterated over the keys; in chunks of the head dim if CHUNK < D
 //   S, dP (8 x BLOCK_K) and dQ (8 x D): in registers
+//
+// LISTS: the keys are those of the listed tiles.
   constexpr int THREADS = SIMDGROUPS * 32;
   constexpr int DIMS = D / 8;
   constexpr int KEYS = BLOCK_K / 8;
@@ -16,10 +18,18 @@
   const int heads = q_shape[1];
   const uint lane = thread_index_in_simdgroup;
   const int simdgroup_at = int(simdgroup_index_in_threadgroup);
-  const int batch = int(threadgroup_position_in_grid.z);
-  const int head = int(threadgroup_position_in_grid.y);
+  int batch = int(threadgroup_position_in_grid.z);
+  int head = int(threadgroup_position_in_grid.y);
+  int first_query = int(threadgroup_position_in_grid.x) * BLOCK_Q;
+  int list = 0;
+  if (LISTS) {
+    const Listed listed = scheduled(lists, first_query / LIST_Q);
+    list = ((listed.batch * lists_shape[1] + listed.head) * lists_shape[2] + listed.tile) * LIST_RECORD;
+    batch = batch * lists_shape[0] + listed.batch;
+    head += listed.head;
+    first_query = listed.tile * LIST_Q + first_query % LIST_Q;
+  }
   const int key_head = head / (heads / k_shape[1]);
-  const int first_query = int(threadgroup_position_in_grid.x) * BLOCK_Q;
   const short fragment_r = fragment_row(lane);
   const short fragment_c = fragment_column(lane);
   const int own = simdgroup_at * 8;
@@ -87,8 +97,26 @@
   Fragment sums[DIMS];
   clear<DIMS>(sums);
   const int last_query = metal::min(first_query + BLOCK_Q, queries) - 1;
-  const int end = key_end<CAUSAL>(last_query, queries, keys);
-  for (int key0 = first_key<WINDOW, BLOCK_K>(first_query, queries, keys, window); key0 < end; key0 += BLOCK_K) {
+  const float alibi = ALIBI ? slopes[head] : 0.0f;
+  const int entry0 = LISTS ? lists[list] : 0;
+  int from = first_key<WINDOW, BLOCK_K>(first_query, queries, keys, window);
+  int end = key_end<CAUSAL>(last_query, queries, keys);
+  if (LISTS) {
+    from = 0;
+    end = first_query < queries ? (lists[list + 1] - entry0) * LIST_K : 0;
+  }
+  for (int step = from; step < end; step += BLOCK_K) {
+    int key0 = step;
+    uint seen = all_bits<BLOCK_K>();  // of a row per lane
+    if (LISTS) {
+      const int entry = (entry0 + step / LIST_K) * 2;
+      key0 = entries[entry] * LIST_K + step % LIST_K;
+      seen = load_bits<LIST_Q, LIST_K, BLOCK_Q, BLOCK_K>(
+          bits, entries[entry + 1], first_query % LIST_Q, step % LIST_K, lane);
+      if (key0 >= keys || simd_or(seen) == 0) {  // for all simdgroups alike
+        continue;
+      }
+    }
     Fragment scores[KEYS];
     Fragment products[KEYS];
     clear<KEYS>(scores);
@@ -108,8 +136,9 @@
       multiply_in_parts<T, KEYS, CHUNK>(
           products, upstream_tile + own * PITCH + c * CHUNK, PITCH, value_tile, CHUNK_PITCH, fragment_r, fragment_c);
     }
-    const bool is_whole = MASK == 0
+    const bool is_whole = MASK == 0 && (!LISTS || simd_and(seen) == all_bits<BLOCK_K>())
         && is_all_seen<CAUSAL, WINDOW>(first_query, last_query, key0, key0 + BLOCK_K - 1, queries, keys, window);
+    const uint own_seen = LISTS ? simd_shuffle(seen, ushort(own + fragment_r)) : seen;
     UNROLL
     for (int j = 0; j < KEYS; j++) {
       UNROLL
@@ -122,7 +151,12 @@
           s = softcap * squashed;
           slope *= 1.0f - squashed * squashed;
         }
-        if (!is_whole && !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)) {
+        if (ALIBI) {
+          s = with_alibi(s, alibi, query, key, queries, keys);
+        }
+        if (!is_whole
+            && (!is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)
+                || (LISTS && !has_bit(own_seen, j * 8 + fragment_c + e)))) {
           s = -INFINITY;
         } else if (MASK != 0) {
           const int64_t at =

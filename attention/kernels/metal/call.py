@@ -52,6 +52,13 @@ class CallParams:
     softcap: float | None = None
     mask: MaskKind = "none"
     sinks: bool = False
+    lists: bool = False
+    """Whether block lists name the visible keys, in addition to causal, window and mask."""
+    alibi: bool = False
+
+    def splits_keys(self, shape: CallShape) -> bool:
+        """Whether the keys are split: there are few queries and no block lists."""
+        return shape.few and not self.lists
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Specialisation:
     sinks: bool
     logsumexp: bool = False
     """For backward kernels: whether the logsumexp has a cotangent."""
+    lists: bool = False
+    alibi: bool = False
 
     @property
     def name(self) -> str:
@@ -75,7 +84,8 @@ class Specialisation:
         words = [word for word, on in flags.items() if on]
         words += [f"{self.mask} mask"] if self.mask != "none" else []
         words += ["sinks"] if self.sinks else []
-        words += ["logsumexp"] if self.logsumexp else []
+        more = {"logsumexp": self.logsumexp, "block lists": self.lists, "alibi": self.alibi}
+        words += [word for word, on in more.items() if on]
         rows = f" {self.tile.block_q} rows" if self.tile.kind == "decode" else ""
         kind = self.tile.kind.partition("_")[0]  # the two backward kernels are checked together
         return " ".join([f"{kind} {self.dtype} D={self.tile.head_dim}{rows}", *words])
@@ -86,7 +96,9 @@ def specialisation(kind: Kind, shape: CallShape, call: CallParams, logsumexp: bo
     tile = tile_of(kind, shape.head_dim, shape.dtype, shape.group * shape.queries)
     sinks = call.sinks and kind in ("forward", "decode")
     window, softcap = call.window is not None, call.softcap is not None
-    return Specialisation(tile, shape.dtype, call.causal, window, softcap, call.mask, sinks, logsumexp)
+    return Specialisation(
+        tile, shape.dtype, call.causal, window, softcap, call.mask, sinks, logsumexp, call.lists, call.alibi
+    )
 
 
 def normalize(
@@ -97,6 +109,8 @@ def normalize(
     keys: int,
     mask: MaskKind = "none",
     sinks: bool = False,
+    lists: bool = False,
+    alibi: bool = False,
 ) -> CallParams:
     """Validate the keywords of a call and return their normal form.
 
@@ -107,7 +121,7 @@ def normalize(
         raise ValueError(f"[flash_attention] scale is finite; got {scale}.")
     check_bounds(window, softcap)
     narrow = window if window is not None and window < keys else None
-    return CallParams(float(scale), causal or window is not None, narrow, softcap, mask, sinks)
+    return CallParams(float(scale), causal or window is not None, narrow, softcap, mask, sinks, lists, alibi)
 
 
 def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:

@@ -1,4 +1,5 @@
-// Shared by all Metal kernels: fragments, row reductions, tiles and masking by position. Prepended to every kernel source.
+// Shared by all Metal kernels: fragments, row reductions, tiles, masking by position, and block lists. Prepended to every
+// kernel source.
 //
 // A fragment is an 8 x 8 simdgroup_matrix<float> whose elements are accessed individually, as in MLX's kernels. All matrix
 // operands are float32, so bfloat16 and float16 only need conversions. Lane l holds
@@ -178,4 +179,45 @@ METAL_FUNC int first_key(int first, int queries, int keys, int window) {
 template <bool CAUSAL>
 METAL_FUNC int key_end(int last, int queries, int keys) {
   return CAUSAL ? metal::min(keys, metal::max(0, last + keys - queries + 1)) : keys;
+}
+
+// Block lists. Tiles of LIST_Q queries by LIST_K keys in which no pair is visible are not listed; a kernel iterates over the
+// blocks of the listed ones.
+//
+//   lists (batches, heads, tiles, 8): for each tile of queries, or of keys in the kernel of dK and dV, where its entries begin
+//     and end; and in the i-th record, apart from that, which batch, head and tile the i-th threadgroup processes.
+//   entries (n, 2): a tile of the other side, and a tile of bits, or -1 if all pairs are visible.
+//   bits (m, LIST_Q, LIST_K / 32): bit j of word w of a row: key 32 w + j of the tile is visible.
+constant constexpr int LIST_RECORD = 8;
+
+struct Listed {
+  int batch;  // of the lists, as head is: 0 if they are shared
+  int head;
+  int tile;
+};
+
+template <typename Lists>
+METAL_FUNC Listed scheduled(Lists lists, int at) {
+  return {lists[at * LIST_RECORD + 2], lists[at * LIST_RECORD + 3], lists[at * LIST_RECORD + 4]};
+}
+
+// Mask of the first N bits.
+template <int N>
+METAL_FUNC constexpr uint all_bits() { return 0xffffffffu >> (32 - N); }
+
+METAL_FUNC bool has_bit(uint bits, int at) { return (bits >> at & 1) != 0; }
+
+// Loads the bits of ROWS rows of a tile from `row` on, for KEYS keys from `key` on: lane l holds row l % ROWS.
+template <int LIST_Q, int LIST_K, int ROWS, int KEYS, typename Bits>
+METAL_FUNC uint load_bits(Bits bits, int tile, int row, int key, uint lane) {
+  if (tile < 0) {
+    return all_bits<KEYS>();
+  }
+  const int64_t line = int64_t(tile) * LIST_Q + row + int(lane % ROWS);
+  return (uint(bits[line * (LIST_K / 32) + key / 32]) >> (key % 32)) & all_bits<KEYS>();
+}
+
+// Adds slope * (key - position of the query), rounded once, so that all kernels compute the same score.
+METAL_FUNC float with_alibi(float score, float slope, int query, int key, int queries, int keys) {
+  return metal::fma(slope, float(key - (query + keys - queries)), score);
 }

@@ -8,7 +8,7 @@
 //   +-------------+     +------------------------------------+
 //                       O (8 x D), maximum and sum of each row: in registers
 //
-// PACKED (GQA row packing): the rows are those of all query heads that share a key head, and each of several threadgroups
+// LISTS: the keys are those of the listed tiles. PACKED (GQA row packing): the rows are those of all query heads that share a key head, and each of several threadgroups
 // processes a span of the keys; join.metal combines their normalised outputs and logsumexps. There are then more than
 // BLOCK_Q / 8 simdgroups; the additional ones only load.
   constexpr int THREADS = SIMDGROUPS * 32;
@@ -23,11 +23,19 @@
   const int rows = packed * queries;
   const uint lane = thread_index_in_simdgroup;
   const int simdgroup_at = int(simdgroup_index_in_threadgroup);
-  const int batch = int(threadgroup_position_in_grid.z) / splits;
   const int split = int(threadgroup_position_in_grid.z) % splits;
-  const int plane = int(threadgroup_position_in_grid.y);
+  int batch = int(threadgroup_position_in_grid.z) / splits;
+  int plane = int(threadgroup_position_in_grid.y);
+  int first_row = int(threadgroup_position_in_grid.x) * BLOCK_Q;
+  int list = 0;
+  if (LISTS) {
+    const Listed own = scheduled(lists, first_row / LIST_Q);
+    list = ((own.batch * lists_shape[1] + own.head) * lists_shape[2] + own.tile) * LIST_RECORD;
+    batch = batch * lists_shape[0] + own.batch;
+    plane += own.head;
+    first_row = own.tile * LIST_Q + first_row % LIST_Q;
+  }
   const int key_head = PACKED ? plane : plane / group;
-  const int first_row = int(threadgroup_position_in_grid.x) * BLOCK_Q;
   const short fragment_r = fragment_row(lane);
   const short fragment_c = fragment_column(lane);
   const int row = first_row + simdgroup_at * 8 + fragment_r;
@@ -61,10 +69,27 @@
 
   const int first_query = PACKED ? 0 : first_row;
   const int last_query = PACKED ? queries - 1 : metal::min(first_row + BLOCK_Q, queries) - 1;
-  const int from = metal::max(first_key<WINDOW, BLOCK_K>(first_query, queries, keys, window), split * span);
-  const int end = metal::min(key_end<CAUSAL>(last_query, queries, keys), split * span + span);
+  const float alibi = ALIBI && is_row ? slopes[head] : 0.0f;
+  const int entry0 = LISTS ? lists[list] : 0;
+  int from = metal::max(first_key<WINDOW, BLOCK_K>(first_query, queries, keys, window), split * span);
+  int end = metal::min(key_end<CAUSAL>(last_query, queries, keys), split * span + span);
+  if (LISTS) {
+    from = 0;
+    end = first_row < queries ? (lists[list + 1] - entry0) * LIST_K : 0;
+  }
 
-  for (int key0 = from; key0 < end; key0 += BLOCK_K) {
+  for (int step = from; step < end; step += BLOCK_K) {
+    int key0 = step;
+    uint seen = all_bits<BLOCK_K>();  // of a row per lane
+    if (LISTS) {
+      const int entry = (entry0 + step / LIST_K) * 2;
+      key0 = entries[entry] * LIST_K + step % LIST_K;
+      seen = load_bits<LIST_Q, LIST_K, BLOCK_Q, BLOCK_K>(
+          bits, entries[entry + 1], first_row % LIST_Q, step % LIST_K, lane);
+      if (key0 >= keys || simd_or(seen) == 0) {  // for all simdgroups alike
+        continue;
+      }
+    }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: V is no longer read
     load_tile<T, BLOCK_K, D, PITCH, THREADS>(
         keys_at + key0 * k_strides[2], k_strides[2], k_strides[3], key_tile, keys - key0, thread_index_in_threadgroup);
@@ -82,8 +107,9 @@
 
     if (computes) {
       // Most tiles need no masking by position; rows past the end, which are not written, may attend to them too.
-      const bool is_whole = MASK == 0
+      const bool is_whole = MASK == 0 && (!LISTS || simd_and(seen) == all_bits<BLOCK_K>())
           && is_all_seen<CAUSAL, WINDOW>(first_query, last_query, key0, key0 + BLOCK_K - 1, queries, keys, window);
+      const uint own_seen = LISTS ? simd_shuffle(seen, ushort(simdgroup_at * 8 + fragment_r)) : seen;
       float now = largest;
       UNROLL
       for (int j = 0; j < KEYS; j++) {
@@ -94,7 +120,12 @@
           if (SOFTCAP) {
             s = softcap * metal::precise::tanh(s / softcap);
           }
-          if (!is_whole && (!is_row || !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window))) {
+          if (ALIBI) {
+            s = with_alibi(s, alibi, query, key, queries, keys);
+          }
+          if (!is_whole
+              && (!is_row || !is_seen<CAUSAL, WINDOW>(query, key, queries, keys, window)
+                  || (LISTS && !has_bit(own_seen, j * 8 + fragment_c + e)))) {
             s = -INFINITY;
           } else if (MASK != 0) {
             const int64_t at =

@@ -10,50 +10,49 @@ import mlx.core as mx
 from attention.core.errors import KernelUnavailable
 from attention.kernels.metal import launch, selfcheck, trust
 from attention.kernels.metal.call import CallParams, CallShape, specialisation
+from attention.kernels.metal.launch import Arrays
+from attention.kernels.metal.lists import visible_pairs
 from attention.masks import Mask
 
 
 def plain_gradients(
-    primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: CallParams
-) -> tuple[mx.array, ...]:
-    """Return the gradients of q, k, v, mask and sinks; arguments as in `gradients`."""
-    q, k, v, mask, sinks = primals
-
-    def attend(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> list[mx.array]:
-        return list(plain_attention(q, k, v, mask, sinks, call))
-
-    made = mx.vjp(attend, [q, k, v, sinks], [d_o, _of_logsumexp(d_lse, q)])[1]
-    return made[0], made[1], made[2], mask_gradient(primals, d_o, d_lse, call), made[3]
+    arrays: Arrays, d_o: mx.array, d_lse: mx.array | None, call: CallParams
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Return the gradients of q, k, v and sinks through the score matrix; arguments as in `gradients`."""
+    d_q, d_k, d_v, d_sinks = _through_scores(("q", "k", "v", "sinks"), arrays, d_o, d_lse, call)
+    return d_q, d_k, d_v, d_sinks
 
 
-def mask_gradient(primals: Sequence[mx.array], d_o: mx.array, d_lse: mx.array | None, call: CallParams) -> mx.array:
-    """Return the gradient of the mask, 0 unless it is additive; computed only if it is evaluated."""
-    q, k, v, mask, sinks = primals
-    if call.mask in ("none", "bool"):
-        return mx.zeros_like(mask)
+def _through_scores(
+    names: Sequence[str], arrays: Arrays, d_o: mx.array, d_lse: mx.array | None, call: CallParams
+) -> list[mx.array]:
+    """Return the gradients of some of the arrays, computed only if they are evaluated."""
 
-    def attend(mask: mx.array) -> list[mx.array]:
-        return list(plain_attention(q, k, v, mask, sinks, call))
+    def attend(*some: mx.array) -> list[mx.array]:
+        return list(plain_attention(arrays._replace(**dict(zip(names, some, strict=True))), call))
 
-    return mx.vjp(attend, [mask], [d_o, _of_logsumexp(d_lse, q)])[1][0]
-
-
-def _of_logsumexp(d_lse: mx.array | None, q: mx.array) -> mx.array:
-    return mx.zeros(q.shape[:3]) if d_lse is None else d_lse
+    d_lse = mx.zeros(arrays.q.shape[:3]) if d_lse is None else d_lse
+    return mx.vjp(attend, [getattr(arrays, name) for name in names], [d_o, d_lse])[1]
 
 
-def plain_attention(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, call: CallParams
-) -> tuple[mx.array, mx.array]:
+def plain_attention(arrays: Arrays, call: CallParams) -> tuple[mx.array, mx.array]:
     """Return output and logsumexp, computed in float32; fully masked rows give 0 and -inf."""
+    q, k, v, mask, sinks = arrays[:5]
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, dim).astype(mx.float32)
     scores = call.scale * (grouped @ k[:, :, None].swapaxes(-1, -2).astype(mx.float32))
     if call.softcap is not None:
         scores = call.softcap * mx.tanh(scores / call.softcap)
+    if call.alibi:
+        distance = mx.arange(keys) - (mx.arange(queries)[:, None] + keys - queries)
+        slopes = arrays.slopes.reshape(1, kv_heads, heads // kv_heads, 1, 1)
+        scores = scores + slopes * distance.astype(mx.float32)
     seen = Mask(causal=call.causal, window=call.window).materialize(queries, keys)
     seen = mx.ones((queries, keys), mx.bool_) if seen is None else seen
+    if call.lists:
+        listed = visible_pairs(arrays.lists, arrays.entries, arrays.bits, queries, keys)
+        seen = seen & mx.broadcast_to(listed, (batch, heads, queries, keys)).reshape(scores.shape)
     if call.mask != "none":
         by_group = mx.broadcast_to(mask, (batch, heads, queries, keys)).reshape(scores.shape)
         seen = seen & (by_group if call.mask == "bool" else ~mx.isneginf(by_group))
@@ -83,16 +82,17 @@ def _with_sink(weights: mx.array, logsumexp: mx.array, sink: mx.array, sees: mx.
 MASK: Final = 3
 """Index of the mask argument, whose batch may be 1."""
 SINKS: Final = 4
-"""Index of the sinks argument, which has no batch."""
+"""Index of the sinks argument, which has no batch, as those after it in `Arrays`."""
+SLOPES: Final = 5
 
 Function = Callable[..., Sequence[mx.array]]
 Rule = Callable[[Sequence[mx.array], Sequence[int | None]], tuple[list[mx.array], list[int]]]
 
 
 def vmap_rule(shape: CallShape, function_of: Callable[[CallShape], Function]) -> Rule:
-    """Return the vmap rule of a function of (q, k, v, mask, sinks, more ...): the mapped axis joins the batch.
+    """Return the vmap rule of a function of `Arrays` and more arrays: the mapped axis joins the batch.
 
-    If the sinks are mapped, each index is a separate call.
+    If the sinks or the slopes are mapped, each index is a separate call.
 
     Args:
         shape: of the arrays of one call.
@@ -101,7 +101,7 @@ def vmap_rule(shape: CallShape, function_of: Callable[[CallShape], Function]) ->
 
     def rule(inputs: Sequence[mx.array], axes: Sequence[int | None]) -> tuple[list[mx.array], list[int]]:
         size = next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis is not None)
-        if axes[SINKS] is not None:
+        if axes[SINKS] is not None or axes[SLOPES] is not None:
             one = function_of(shape)
             calls = [one(*(_at(x, axis, i) for x, axis in zip(inputs, axes, strict=True))) for i in range(size)]
             made = [mx.stack(list(each)) for each in zip(*calls, strict=True)]
@@ -112,7 +112,7 @@ def vmap_rule(shape: CallShape, function_of: Callable[[CallShape], Function]) ->
         return made, [0] * len(made)
 
     def _fold(at: int, x: mx.array, axis: int | None, size: int) -> mx.array:
-        if axis is None and (at == SINKS or (at == MASK and x.shape[0] == 1)):
+        if axis is None and (SINKS <= at < len(Arrays._fields) or (at == MASK and x.shape[0] == 1)):
             return x
         x = x[None] if axis is None else mx.moveaxis(x, axis, 0)
         return mx.broadcast_to(x, (size, shape.batch, *x.shape[2:])).reshape(size * shape.batch, *x.shape[2:])
@@ -140,30 +140,36 @@ def refusal(shape: CallShape, call: CallParams) -> str | None:
 
 
 def gradients(
-    primals: Sequence[mx.array],
+    arrays: Arrays,
     d_o: mx.array,
     d_lse: mx.array | None,
     outputs: Sequence[mx.array],
     shape: CallShape,
     call: CallParams,
 ) -> tuple[mx.array, ...]:
-    """Return the gradients of q, k, v, mask and sinks.
+    """Return the gradients of all arrays; those of a bool mask and of block lists are 0.
 
-    The gradient of an additive mask goes through the score matrix, and only if it is evaluated; that of a bool mask
-    is 0.
+    The gradients of an additive mask and of alibi's slopes go through the score matrix, and only if they are evaluated.
 
     Args:
-        primals: q, k, v, mask and sinks.
+        arrays: of the call.
         d_o: cotangent of the output, in the output's dtype.
         d_lse: cotangent of the logsumexp, if it was returned.
         outputs: outputs of the forward pass.
         shape: of the arrays.
         call: keywords of the call.
     """
-    if not _taken(shape, call, d_lse is not None):
-        return plain_gradients(primals, d_o, d_lse, call)
-    d_q, d_k, d_v, d_sinks = by_kernel(primals, d_o, d_lse, outputs, shape, call)
-    return d_q, d_k, d_v, mask_gradient(primals, d_o, d_lse, call), d_sinks
+    given = (arrays, d_o, d_lse)
+    if _taken(shape, call, d_lse is not None):
+        d_q, d_k, d_v, d_sinks = by_kernel(*given, outputs, shape, call)
+    else:
+        d_q, d_k, d_v, d_sinks = plain_gradients(*given, call)
+    made = [mx.zeros_like(array) for array in arrays]
+    if call.mask not in ("none", "bool"):
+        made[MASK] = _through_scores(("mask",), *given, call)[0]
+    if call.alibi:
+        made[SLOPES] = _through_scores(("slopes",), *given, call)[0]
+    return (d_q, d_k, d_v, made[MASK], d_sinks, *made[SLOPES:])
 
 
 @functools.lru_cache(maxsize=256)
@@ -176,29 +182,31 @@ def _taken(shape: CallShape, call: CallParams, logsumexp: bool) -> bool:
 
 
 def by_kernel(
-    primals: Sequence[mx.array],
+    arrays: Arrays,
     d_o: mx.array,
     d_lse: mx.array | None,
     outputs: Sequence[mx.array],
     shape: CallShape,
     call: CallParams,
-) -> tuple[mx.array, ...]:
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return the gradients of q, k, v and sinks by the Metal kernels; arguments as in `gradients`."""
     more = () if d_lse is None else (d_lse,)
-    d_q, d_k, d_v, delta = _backward(shape, call)(*primals, *outputs, d_o, *more)
-    sinks = primals[SINKS]
+    d_q, d_k, d_v, delta = _backward(shape, call)(*arrays, *outputs, d_o, *more)
+    sinks = arrays.sinks
     d_sinks = of_sinks(sinks, outputs, delta).sum(axis=(0, 2)) if call.sinks else mx.zeros_like(sinks)
     return d_q, d_k, d_v, d_sinks
 
 
 @functools.lru_cache(maxsize=256)
 def _backward(shape: CallShape, call: CallParams) -> Function:
-    """Return the backward kernels as a function of q, k, v, mask, sinks, the outputs and their cotangents."""
+    """Return the backward kernels as a function of `Arrays`, the outputs and their cotangents."""
 
     @mx.custom_function
-    def function(*arrays: mx.array) -> tuple[mx.array, ...]:
-        q, k, v, mask, _, o, lse, rest, d_o, *d_lse = arrays
-        return launch.backward((q, k, v), (o, lse, rest), d_o, d_lse[0] if d_lse else None, mask, shape, call)
+    def function(*given: mx.array) -> tuple[mx.array, ...]:
+        count = len(Arrays._fields)
+        o, lse, rest, d_o, *d_lse = given[count:]
+        arrays = Arrays(*given[:count])
+        return launch.backward(arrays, (o, lse, rest), d_o, d_lse[0] if d_lse else None, shape, call)
 
     function.vjp(refuse_second_derivative)
     function.jvp(refuse_second_derivative)
@@ -232,9 +240,9 @@ def check(shape: CallShape, call: CallParams, logsumexp: bool = False) -> None:
 
     def compare() -> str | None:
         given = selfcheck.inputs(small, small_params, logsumexp=logsumexp)
-        primals = given.arrays(small)
-        outputs = launch.forward(*primals, small, small_params)
-        made = by_kernel(primals, given.cotangent, given.logsumexp_cotangent, outputs, small, small_params)
+        arrays = given.arrays(small)
+        outputs = launch.forward(arrays, small, small_params)
+        made = by_kernel(arrays, given.cotangent, given.logsumexp_cotangent, outputs, small, small_params)
         return selfcheck.gradient_disagreement(given, small_params, made[: 4 if call.sinks else 3])
 
     trust.ensure(specialisation("backward_key", shape, call, logsumexp), compare)

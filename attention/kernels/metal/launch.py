@@ -3,19 +3,21 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import mlx.core as mx
 
 from attention.kernels.metal.call import CallParams, CallShape, Specialisation, specialisation
-from attention.kernels.metal.tiles import SIMD, Kind
+from attention.kernels.metal.lists import MIN_DEVICE_ELEMENTS, ListArrays
+from attention.kernels.metal.tiles import LIST_KEYS, LIST_QUERIES, SIMD, Kind
 
 FOLDER: Final = Path(__file__).parent
+POSITIONS: Final = ("mask", "slopes", "lists", "entries", "bits")
 SCALARS: Final = ("scale", "softcap", "window")
 INPUTS: Final = {
-    "forward": ("q", "k", "v", "mask", "sinks", *SCALARS, "span", "splits"),
-    "backward_query": ("q", "k", "v", "o", "lse", "rest", "d_o", "d_lse", "mask", *SCALARS),
-    "backward_key": ("q", "k", "v", "lse", "rest", "delta", "d_o", "mask", *SCALARS),
+    "forward": ("q", "k", "v", *POSITIONS, "sinks", *SCALARS, "span", "splits"),
+    "backward_query": ("q", "k", "v", "o", "lse", "rest", "d_o", "d_lse", *POSITIONS, *SCALARS),
+    "backward_key": ("q", "k", "v", "lse", "rest", "delta", "d_o", *POSITIONS, *SCALARS),
     "join": ("parts", "lses", "rests"),
 }
 """Names of the arrays of each source."""
@@ -30,12 +32,30 @@ SPLIT_KEYS: Final = 256
 MAX_SPLITS: Final = 32
 TARGET_THREADGROUPS: Final = 256
 """Number of threadgroups above which the keys of a call with few queries are not split further."""
-MIN_DEVICE_ELEMENTS: Final = 8
-"""Minimum number of elements for which MLX passes an array as device memory."""
 
 Kernel = Callable[..., list[mx.array]]
 Forward = tuple[mx.array, mx.array, mx.array]
 """Output, logsumexp, and its float32 rounding residual: both together are exact even with a mask of -1e9."""
+
+
+class Arrays(NamedTuple):
+    """The arrays of a call; those that it lacks are placeholders."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    mask: mx.array
+    sinks: mx.array
+    slopes: mx.array
+    """Of alibi, (H,)."""
+    lists: mx.array
+    """This and the following: `ListArrays`."""
+    entries: mx.array
+    bits: mx.array
+    key_lists: mx.array
+    key_entries: mx.array
+
+
 metal_kernel: Callable[..., Kernel] = cast("Callable[..., Kernel]", mx.fast.metal_kernel)
 """Creates a kernel from a source; the only access to Metal."""
 
@@ -80,6 +100,25 @@ def placeholder(axes: int) -> mx.array:
     return made
 
 
+def arrays_of(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    mask: mx.array | None = None,
+    sinks: mx.array | None = None,
+    slopes: mx.array | None = None,
+    lists: ListArrays | None = None,
+) -> Arrays:
+    """Return the arrays of a call; the mask gets four axes, sinks and slopes (H,) the dtype float32."""
+    return Arrays(
+        *(q, k, v),
+        placeholder(4) if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape),
+        placeholder(1) if sinks is None else sinks.astype(mx.float32),
+        placeholder(1) if slopes is None else slopes.astype(mx.float32),
+        *((placeholder(4), *[placeholder(1)] * 2, placeholder(4), placeholder(1)) if lists is None else lists),
+    )
+
+
 def in_device(array: mx.array) -> mx.array:
     """Return the array with a last axis that repeats it.
 
@@ -102,18 +141,20 @@ def constants(special: Specialisation) -> list[tuple[str, Any]]:
         ("WINDOW", special.window),
         ("SOFTCAP", special.softcap),
         ("MASK", {"none": 0, "bool": 1}.get(special.mask, 2)),
+        ("ALIBI", special.alibi),
+        ("LISTS", special.lists),
+        ("LIST_Q", LIST_QUERIES),
+        ("LIST_K", LIST_KEYS),
     ]
 
 
-def forward(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, sinks: mx.array, shape: CallShape, call: CallParams
-) -> Forward:
+def forward(arrays: Arrays, shape: CallShape, call: CallParams) -> Forward:
     """Compute the forward pass; the keys of a call with few queries are split and the parts joined."""
-    if not shape.few:
-        o, lse, rest = _attend("forward", (q, k, v, mask, sinks), shape, call, 1, shape.keys)
+    if not call.splits_keys(shape):
+        o, lse, rest = _attend("forward", arrays, shape, call, 1, shape.keys)
         return o[0], lse[0], rest[0]
     splits, span = key_split(shape, call)
-    parts, lses, rests = _attend("decode", (q, k, v, mask, sinks), shape, call, splits, span)
+    parts, lses, rests = _attend("decode", arrays, shape, call, splits, span)
     return (parts[0], lses[0], rests[0]) if splits == 1 else join(parts, lses, rests, shape)
 
 
@@ -126,27 +167,41 @@ def key_split(shape: CallShape, call: CallParams) -> tuple[int, int]:
     return _ceil(shape.keys, span), span
 
 
-def _attend(
-    kind: Kind, arrays: Sequence[mx.array], shape: CallShape, call: CallParams, splits: int, span: int
-) -> Forward:
+def _attend(kind: Kind, arrays: Arrays, shape: CallShape, call: CallParams, splits: int, span: int) -> Forward:
     """Return outputs (splits, B, H, Lq, D), and logsumexps and their residuals (splits, B, H, Lq)."""
     special = specialisation(kind, shape, call)
     tile, packed = special.tile, kind == "decode"
-    q, k, v, mask, sinks = arrays
-    out = mx.float32 if splits > 1 else q.dtype
-    rows, planes = (shape.group * shape.queries, shape.kv_heads) if packed else (shape.queries, shape.heads)
+    out = mx.float32 if splits > 1 else arrays.q.dtype
+    sinks = in_device(arrays.sinks) if call.sinks else arrays.sinks
     lines = (splits, shape.batch, shape.heads, shape.queries)
     own = [("PACKED", packed), ("SINKS", special.sinks), ("OUT", out)]
     o, lse, rest = queue(
         "forward",
-        [q, k, v, _of_mask(mask, shape, call), in_device(sinks) if call.sinks else sinks, *scalars(call, span, splits)],
+        [*arrays[:3], *_positions(arrays, shape, call), sinks, *scalars(call, span, splits)],
         output_shapes=[(*lines, shape.head_dim), lines, lines],
         output_dtypes=[out, mx.float32, mx.float32],
         template=constants(special) + own,
-        grid=(_ceil(rows, tile.block_q) * tile.threads, planes, shape.batch * splits),
+        grid=_grid_of_packed(special, shape, splits) if packed else _grid(special, arrays, shape),
         threadgroup=(tile.threads, 1, 1),
     )
     return o, lse, rest
+
+
+def _grid_of_packed(special: Specialisation, shape: CallShape, splits: int) -> tuple[int, int, int]:
+    blocks = _ceil(shape.group * shape.queries, special.tile.block_q)
+    return blocks * special.tile.threads, shape.kv_heads, shape.batch * splits
+
+
+def _grid(special: Specialisation, arrays: Arrays, shape: CallShape) -> tuple[int, int, int]:
+    """Return the threads of a kernel that owns blocks of rows, or of keys (dK and dV); with lists, in their order."""
+    tile, of_keys = special.tile, special.tile.kind == "backward_key"
+    block, heads = (tile.block_k, shape.kv_heads) if of_keys else (tile.block_q, shape.heads)
+    if not special.lists:
+        return _ceil(shape.keys if of_keys else shape.queries, block) * tile.threads, heads, shape.batch
+    batches, list_heads, tiles = (arrays.key_lists if of_keys else arrays.lists).shape[:3]
+    own_heads = heads if list_heads > 1 else 1
+    blocks = (LIST_KEYS if of_keys else LIST_QUERIES) // block
+    return batches * own_heads * tiles * blocks * tile.threads, heads // own_heads, shape.batch // batches
 
 
 def join(parts: mx.array, lses: mx.array, rests: mx.array, shape: CallShape) -> Forward:
@@ -165,26 +220,24 @@ def join(parts: mx.array, lses: mx.array, rests: mx.array, shape: CallShape) -> 
 
 
 def backward(
-    primals: Sequence[mx.array],
+    arrays: Arrays,
     outputs: Sequence[mx.array],
     d_o: mx.array,
     d_lse: mx.array | None,
-    mask: mx.array,
     shape: CallShape,
     call: CallParams,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return dQ, dK, dV and each row's delta (B, H, Lq); the second kernel reads the delta computed by the first."""
-    d_q, delta = _of_queries(primals, outputs, d_o, d_lse, mask, shape, call)
-    d_k, d_v = _of_keys(primals, outputs, delta, d_o, mask, shape, call)
+    d_q, delta = _of_queries(arrays, outputs, d_o, d_lse, shape, call)
+    d_k, d_v = _of_keys(arrays, outputs, delta, d_o, shape, call)
     return d_q, d_k, d_v, delta
 
 
 def _of_queries(
-    primals: Sequence[mx.array],
+    arrays: Arrays,
     outputs: Sequence[mx.array],
     d_o: mx.array,
     d_lse: mx.array | None,
-    mask: mx.array,
     shape: CallShape,
     call: CallParams,
 ) -> list[mx.array]:
@@ -194,23 +247,22 @@ def _of_queries(
     return queue(
         "backward_query",
         [
-            *(*primals, outputs[0], *map(in_device, outputs[1:]), d_o, by_sum),
-            *(_of_mask(mask, shape, call), *scalars(call)),
+            *(*arrays[:3], outputs[0], *map(in_device, outputs[1:]), d_o, by_sum),
+            *(*_positions(arrays, shape, call), *scalars(call)),
         ],
-        output_shapes=[primals[0].shape, outputs[1].shape],
-        output_dtypes=[primals[0].dtype, mx.float32],
+        output_shapes=[arrays.q.shape, outputs[1].shape],
+        output_dtypes=[arrays.q.dtype, mx.float32],
         template=[*constants(special), ("CHUNK", special.tile.chunk), ("LOGSUMEXP", d_lse is not None)],
-        grid=(_ceil(shape.queries, special.tile.block_q) * special.tile.threads, shape.heads, shape.batch),
+        grid=_grid(special, arrays, shape),
         threadgroup=(special.tile.threads, 1, 1),
     )
 
 
 def _of_keys(
-    primals: Sequence[mx.array],
+    arrays: Arrays,
     outputs: Sequence[mx.array],
     delta: mx.array,
     d_o: mx.array,
-    mask: mx.array,
     shape: CallShape,
     call: CallParams,
 ) -> list[mx.array]:
@@ -218,19 +270,27 @@ def _of_keys(
     special = specialisation("backward_key", shape, call)
     return queue(
         "backward_key",
-        [*primals, *map(in_device, (*outputs[1:], delta)), d_o, _of_mask(mask, shape, call), *scalars(call)],
-        output_shapes=[primals[1].shape, primals[2].shape],
-        output_dtypes=[primals[1].dtype, primals[2].dtype],
+        [
+            *(*arrays[:3], *map(in_device, (*outputs[1:], delta)), d_o),
+            *(*_positions(arrays, shape, call, of_keys=True), *scalars(call)),
+        ],
+        output_shapes=[arrays.k.shape, arrays.v.shape],
+        output_dtypes=[arrays.k.dtype, arrays.v.dtype],
         template=[*constants(special), ("CHUNK", special.tile.chunk)],
-        grid=(_ceil(shape.keys, special.tile.block_k) * special.tile.threads, shape.kv_heads, shape.batch),
+        grid=_grid(special, arrays, shape),
         threadgroup=(special.tile.threads, 1, 1),
     )
 
 
-def _of_mask(mask: mx.array, shape: CallShape, call: CallParams) -> mx.array:
-    if call.mask == "none":
-        return mask
-    return in_device(mx.broadcast_to(mask, (shape.batch, shape.heads, shape.queries, shape.keys)))
+def _positions(arrays: Arrays, shape: CallShape, call: CallParams, of_keys: bool = False) -> list[mx.array]:
+    """Return the arrays of `POSITIONS`; the lists are those of rows unless `of_keys`."""
+    mask, slopes = arrays.mask, arrays.slopes
+    if call.mask != "none":
+        mask = in_device(mx.broadcast_to(mask, (shape.batch, shape.heads, shape.queries, shape.keys)))
+    if call.alibi:  # contiguous, as the kernels have no buffer to spare for its strides
+        slopes = mx.contiguous(mx.pad(slopes, (0, MIN_DEVICE_ELEMENTS)))
+    of_lists = (arrays.key_lists, arrays.key_entries) if of_keys else (arrays.lists, arrays.entries)
+    return [mask, slopes, *of_lists, arrays.bits]
 
 
 def _ceil(n: int, of: int) -> int:

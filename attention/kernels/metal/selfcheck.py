@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.kernels.metal.call import CallParams, CallShape
-from attention.kernels.metal.launch import placeholder
+from attention.kernels.metal.launch import Arrays, arrays_of
+from attention.kernels.metal.lists import ListArrays
 from attention.masks import dtype_name
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 TOLERANCE = {"bfloat16": 1.2e-2, "float16": 1.5e-3, "float32": 2e-5}
 """Tolerance of a result relative to its norm: a few times the rounding error of its elements."""
 LOGSUMEXP_TOLERANCE = 1e-3
@@ -23,7 +25,7 @@ COVER = {"float32": -1e9, "bfloat16": -1e9, "float16": -6e4}
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of a self-check; `mask` and `sinks` if the call has them."""
+    """Inputs of a self-check; `mask` to `seen` if the call has them."""
 
     q: mx.array
     k: mx.array
@@ -32,12 +34,16 @@ class Inputs:
     mask: mx.array | None
     sinks: mx.array | None
     logsumexp_cotangent: mx.array | None = None
+    slopes: mx.array | None = None
+    lists: ListArrays | None = None
+    seen: Bools | None = None
+    """The visible pairs of the lists."""
 
-    def arrays(self, shape: CallShape) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
+    def arrays(self, shape: CallShape) -> Arrays:
         """Return the arguments of the forward kernel."""
         whole = (shape.batch, shape.heads, shape.queries, shape.keys)
-        mask = placeholder(4) if self.mask is None else mx.broadcast_to(self.mask, whole)
-        return self.q, self.k, self.v, mask, placeholder(1) if self.sinks is None else self.sinks
+        mask = None if self.mask is None else mx.broadcast_to(self.mask, whole)
+        return arrays_of(self.q, self.k, self.v, mask, self.sinks, self.slopes, self.lists)
 
 
 def check_params(call: CallParams, small: CallShape) -> CallParams:
@@ -72,7 +78,8 @@ def inputs(shape: CallShape, call: CallParams, seed: int = 7, logsumexp: bool = 
         mask = mx.array(seen) if call.mask == "bool" else mx.array(added).astype(getattr(mx, call.mask))
     sinks = mx.array(random.standard_normal(shape.heads, np.float32)) if call.sinks else None
     by_sum = mx.array(random.standard_normal((batch, shape.heads, shape.queries), np.float32)) if logsumexp else None
-    return Inputs(q[..., 4:-4], k.swapaxes(1, 2), v[..., ::2], cotangent.swapaxes(1, 2), mask, sinks, by_sum)
+    slopes = mx.array(0.1 * random.random(shape.heads, np.float32)) if call.alibi else None
+    return Inputs(q[..., 4:-4], k.swapaxes(1, 2), v[..., ::2], cotangent.swapaxes(1, 2), mask, sinks, by_sum, slopes)
 
 
 def exact(array: mx.array) -> Floats:
@@ -88,11 +95,15 @@ def weights(given: Inputs, call: CallParams) -> tuple[Floats, Floats, Floats]:
     if call.softcap is not None:
         squashed = np.tanh(scores / call.softcap)
         scores, slope = call.softcap * squashed, slope * (1 - squashed**2)
+    queries, keys = scores.shape[2:]
+    position, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
+    if given.slopes is not None:
+        scores = scores + exact(given.slopes)[:, None, None] * (key - position)
+    if given.seen is not None:
+        scores = np.where(given.seen, scores, -np.inf)
     if given.mask is not None:
         bool_mask = given.mask.dtype == mx.bool_
         scores = np.where(np.array(given.mask), scores, -np.inf) if bool_mask else scores + exact(given.mask)
-    queries, keys = scores.shape[2:]
-    position, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
     if call.causal:
         scores = np.where(key > position, -np.inf, scores)
     if call.window is not None:

@@ -26,6 +26,9 @@ BLOCKS: Final = ((32, 32), (32, 16), (16, 16), (16, 8), (8, 16), (8, 8))
 """Queries and keys per tile, in order of preference."""
 DECODE_SIMDGROUPS: Final = 4
 DECODE_ROWS: Final = (8, 16, 32)
+LIST_QUERIES: Final = 64
+LIST_KEYS: Final = 64
+"""Queries and keys of a listed tile: multiples of every tile. Blocks of it without a visible pair are skipped."""
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,15 @@ def plain_results(given: Inputs, call: CallParams) -> list[mx.array]:
     """Return output and gradients of plain attention in the inputs' own precision, in the order of `NAMES`."""
     group = given.q.shape[1] // given.k.shape[1]
     seen, sighted = _seen(given, call)
+    queries, keys = given.q.shape[2], given.k.shape[2]
+    distance = mx.arange(keys) - (mx.arange(queries)[:, None] + keys - queries)
 
     def attend_plainly(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> list[mx.array]:
         scores = (q * call.scale) @ mx.repeat(k, group, axis=1).swapaxes(-1, -2)
         if call.softcap is not None:
             scores = call.softcap * mx.tanh(scores / call.softcap)
+        if given.slopes is not None:
+            scores = scores + (given.slopes[:, None, None] * distance).astype(q.dtype)
         if given.mask is not None and given.mask.dtype != mx.bool_:
             scores = scores + mx.where(seen, cast_additive(given.mask, q.dtype), mx.zeros((), q.dtype))
         scores = mx.where(seen | ~sighted, scores, mx.array(-mx.inf, q.dtype))
@@ -61,6 +65,8 @@ def _seen(given: Inputs, call: CallParams) -> tuple[mx.array, mx.array]:
     """Return the keys that each query attends to, and the queries that attend to any; a sink is always attended to."""
     whole = Mask(causal=call.causal, window=call.window).materialize(given.q.shape[2], given.k.shape[2])
     seen = mx.ones((given.q.shape[2], given.k.shape[2]), mx.bool_) if whole is None else whole
+    if given.seen is not None:
+        seen = seen & mx.array(given.seen)
     if given.mask is not None:
         seen = seen & (given.mask if given.mask.dtype == mx.bool_ else ~mx.isneginf(given.mask))
     return seen, mx.ones((1, 1), mx.bool_) if call.sinks else seen.any(axis=-1, keepdims=True)

@@ -30,9 +30,9 @@ def test_on_a_mac_the_gpu_runs_the_kernels(monkeypatch):
     with on_a_mac(Device(is_reversed=True)) as device:
         assert problems(SHAPE, KINDS["full"])  # zeros are wrong
     assert seen == [
-        ("fatui_forward", 10, (128, 1, 1)),
-        ("fatui_backward_query", 12, (128, 1, 1)),
-        ("fatui_backward_key", 11, (256, 1, 1)),
+        ("fatui_forward", 14, (128, 1, 1)),
+        ("fatui_backward_query", 16, (128, 1, 1)),
+        ("fatui_backward_key", 15, (256, 1, 1)),
     ]
     assert [one.kernel for one in device.launches] == ["forward", "backward_query", "backward_key"]
 
@@ -41,7 +41,7 @@ def test_on_a_mac_the_gpu_runs_the_kernels(monkeypatch):
 def test_here_the_verifier_runs_them_and_counts():
     call = CallParams(1.0)
     with on_a_mac(Device()) as device:
-        launch.forward(*inputs(SHAPE, call).arrays(SHAPE), SHAPE, call)
+        launch.forward(inputs(SHAPE, call).arrays(SHAPE), SHAPE, call)
     (one,) = device.launches
     assert "[[kernel]] void custom_kernel_fatui_forward" in one.text
     assert one.counts.products > 0

@@ -55,6 +55,7 @@ def test_the_engines_own_judge_agrees(mask, dtype):
     sizes = ((1, 4, 70, 64), (1, 2, 83, 64), (1, 2, 83, 64), (1, 4, 70, 64))
     q, k, v, d_o = (mx.random.normal(size).astype(getattr(mx, dtype)) for size in sizes)
     with on_a_mac(Device()):
-        outputs = launch.forward(q, k, v, launch.placeholder(4), launch.placeholder(1), shape, call)
-        made = launch.backward((q, k, v), outputs, d_o, None, launch.placeholder(4), shape, call)
+        arrays = launch.arrays_of(q, k, v)
+        outputs = launch.forward(arrays, shape, call)
+        made = launch.backward(arrays, outputs, d_o, None, shape, call)
     assert AccuracyChecker(workload, [q, k, v, d_o]).check([outputs[0], *made[:3]]).accurate

@@ -78,6 +78,18 @@ T simd_min(T x, int line = __builtin_LINE()) {
   return told.of[0];
 }
 template <class T>
+T simd_and(T x, int line = __builtin_LINE()) {
+  Told<T> told(x, gpu::Together::reduce, line);
+  for (int i = 1; i < gpu::lanes(); i++) told.of[0] &= told.of[i];
+  return told.of[0];
+}
+template <class T>
+T simd_or(T x, int line = __builtin_LINE()) {
+  Told<T> told(x, gpu::Together::reduce, line);
+  for (int i = 1; i < gpu::lanes(); i++) told.of[0] |= told.of[i];
+  return told.of[0];
+}
+template <class T>
 T simd_prefix_exclusive_sum(T x, int line = __builtin_LINE()) {
   const Told<T> told(x, gpu::Together::reduce, line);
   T sum = T(0);

@@ -146,6 +146,10 @@ template <class T>
 T simd_max(T);
 template <class T>
 T simd_min(T);
+template <class T>
+T simd_and(T);
+template <class T>
+T simd_or(T);
 bool simd_any(bool);
 bool simd_all(bool);
 

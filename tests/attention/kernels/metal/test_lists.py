@@ -1,0 +1,115 @@
+"""Block lists: right and clean, exactly the dense kernels where the pairs are the same, and as few loads as tiles."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from attention.kernels.metal import launch, selfcheck
+from attention.kernels.metal.call import CallParams, CallShape
+from attention.kernels.metal.lists import RECORD, list_arrays, visible_pairs
+from attention.kernels.metal.tiles import HEAD_DIMS, LIST_KEYS, LIST_QUERIES, SIZES
+from tests.support.block_lists import lists_of, random_pairs
+from tests.support.metal.case import (
+    LISTED,
+    problems,
+    problems_of,
+    problems_of_lists_in_all_runs,
+    with_lists,
+)
+from tests.support.metal.device import Device, needs_verifier, on_a_mac
+
+SHAPE = CallShape(1, 4, 2, 100, 150, 64, "float16")
+CALL = LISTED["lists of heads"].call(64, "float16")
+
+
+@pytest.fixture
+def device():
+    with on_a_mac(Device()) as made:
+        yield made
+
+
+def results(given, shape, call):
+    """Return output, logsumexp and gradients."""
+    arrays = given.arrays(shape)
+    outputs = launch.forward(arrays, shape, call)
+    return [*outputs[:2], *launch.backward(arrays, outputs, given.cotangent, None, shape, call)[:3]]
+
+
+def test_forward_and_gradients_are_right_and_clean(device):
+    assert problems(SHAPE, LISTED["lists of heads"]) == []
+
+
+def test_lists_of_causal_pairs_are_bitwise_the_causal_kernel(device):
+    causal = CallParams(CALL.scale, causal=True)
+    given = selfcheck.inputs(SHAPE, causal)
+    positions = np.arange(SHAPE.queries)[:, None] + SHAPE.keys - SHAPE.queries
+    seen = np.arange(SHAPE.keys) <= positions
+    listed = replace(with_lists(given, seen[None, None]), slopes=mx.zeros(SHAPE.heads))
+    for ours, expected in zip(results(listed, SHAPE, CALL), results(given, SHAPE, causal), strict=True):
+        assert np.array_equal(np.array(ours), np.array(expected))
+
+
+def test_rows_and_keys_without_entries_give_zero(device):
+    given = with_lists(selfcheck.inputs(SHAPE, CALL), np.zeros((1, 1, SHAPE.queries, SHAPE.keys), np.bool_))
+    output, logsumexp, *gradients = results(given, SHAPE, CALL)
+    assert mx.all(mx.isneginf(logsumexp))
+    assert not any(np.any(np.array(each)) for each in (output, *gradients))
+
+
+@needs_verifier
+def test_keys_are_loaded_for_blocks_with_visible_pairs_alone(device):
+    seen = np.zeros((1, 1, 100, 150), np.bool_)
+    seen[..., 40:64, 64:96] = seen[..., 64:, 128:] = True  # the second half of a tile's rows, and a tile at both ends
+    assert problems_of(with_lists(selfcheck.inputs(SHAPE, CALL), seen), SHAPE, CALL) == []
+    reads = {one.kernel: one.counts.reads for one in device.launches}
+    of_keys = SHAPE.heads * SHAPE.head_dim * (1 * 32 + 2 * 22)
+    assert [reads["forward"][name] for name in "kv"] == [of_keys] * 2
+    assert [reads["backward_query"][name] for name in "kv"] == [of_keys] * 2
+    assert reads["backward_key"]["q"] == SHAPE.heads * SHAPE.head_dim * (32 + 36)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LISTED)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", SIZES)
+def test_every_specialisation_is_right_and_clean(dtype, head_dim, kind):
+    assert problems_of_lists_in_all_runs(head_dim, dtype, kind) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queries", [1, 7])
+def test_few_queries_with_lists_are_one_launch_without_split_keys(device, queries):
+    shape = CallShape(2, 4, 2, queries, 600, 64, "bfloat16")
+    assert problems(shape, LISTED["lists and all"], backward=False) == []
+    assert [one.kernel for one in device.launches] == ["forward"]
+
+
+@pytest.mark.parametrize("planes", [(1, 1), (2, 1), (1, 4), (2, 4)])
+def test_the_longest_lists_are_scheduled_first_and_each_once(planes):
+    seen = random_pairs((*planes, 200, 300), seed=1)
+    lists = lists_of(seen, LIST_QUERIES, LIST_KEYS)
+    made = list_arrays(lists, group=2)
+    for records, group in ((made.lists, 1), (made.key_lists, 2)):
+        shape = records.shape[:3]
+        lengths = np.array(records[..., 1] - records[..., 0])
+        assert lengths.sum() == len(lists.entries)
+        heads = max(1, shape[1] // group)
+        whole = lengths.reshape(shape[0], heads, -1, shape[2]).sum(axis=2)
+        places = np.array(records.reshape(-1, RECORD)[: whole.size, 2:5])
+        assert len({tuple(place) for place in places}) == whole.size
+        in_order = [whole[tuple(place)] for place in places]
+        assert in_order == sorted(in_order, reverse=True)
+
+
+@pytest.mark.parametrize("planes", [(1, 1), (2, 4)])
+def test_visible_pairs_of_the_arrays_are_those_of_the_mask(planes):
+    seen = random_pairs((*planes, 100, 150), seed=2)
+    made = list_arrays(lists_of(seen, LIST_QUERIES, LIST_KEYS), group=1)
+    assert np.array_equal(np.array(visible_pairs(made.lists, made.entries, made.bits, 100, 150)), seen)
+
+
+def test_visible_pairs_of_empty_lists_are_none():
+    made = list_arrays(lists_of(np.zeros((1, 1, 5, 9), np.bool_), LIST_QUERIES, LIST_KEYS), group=1)
+    assert not mx.any(visible_pairs(made.lists, made.entries, made.bits, 5, 9))
