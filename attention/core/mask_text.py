@@ -147,24 +147,22 @@ _READERS: Final = {
 }
 
 
-def tiles(length: int) -> int:
+def block_count(length: int) -> int:
     """Return the number of random tiles that cover a length."""
     return -(-length // BLOCK)
 
 
-@lru_cache(maxsize=8)
-def draw_blocks(density: float, seq: int, kv_seq: int, heads: int) -> tuple[Choice, ...]:
-    """Draw the visible key tiles of each head's row tiles: as many for each row tile, at least one, seeded."""
-    columns = tiles(kv_seq)
-    count = chosen_blocks(density, kv_seq)
-    draw = random.Random(BLOCK_SEED)
-    every = range(columns)
-    return tuple(tuple(tuple(sorted(draw.sample(every, count))) for _ in range(tiles(seq))) for _ in range(heads))
+@lru_cache(maxsize=256)
+def draw_blocks(density: float, seq: int, kv_seq: int, head: int) -> Choice:
+    """Draw the visible key tiles of a head's row tiles: as many for each row tile, at least one, seeded."""
+    draw = random.Random(f"{BLOCK_SEED} {head}")
+    every, count = range(block_count(kv_seq)), chosen_blocks(density, kv_seq)
+    return tuple(tuple(sorted(draw.sample(every, count))) for _ in range(block_count(seq)))
 
 
 def chosen_blocks(density: float, kv_seq: int) -> int:
     """Return the number of visible key tiles of each row tile."""
-    return max(1, round(density * tiles(kv_seq)))
+    return max(1, round(density * block_count(kv_seq)))
 
 
 @lru_cache(maxsize=1024)
@@ -293,8 +291,8 @@ def _pairs_with_blocks(spec: MaskSpec, density: float, seq: int, kv_seq: int, he
         return sum(high - low - rows.visible(row + kv_seq - seq, low, high) for row in run)
 
     total = 0 if alone else heads * rows.total()
-    for choice in draw_blocks(density, seq, kv_seq, heads):
-        for row_tile, key_tiles in enumerate(choice):
+    for head in range(heads):
+        for row_tile, key_tiles in enumerate(draw_blocks(density, seq, kv_seq, head)):
             for key_tile in key_tiles:
                 place = row_tile, key_tile
                 if place not in added:

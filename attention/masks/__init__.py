@@ -1,10 +1,14 @@
 """What a query may see: masks as values (`causal()`, `window(n)`, `documents(...)`, ...) and the mask of a call."""
 
+from functools import lru_cache, reduce
+from operator import or_
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 from msgspec import Struct, structs
 
-from attention.core.errors import UnsupportedError, UsageError
+from attention.core.errors import UsageError
+from attention.core.mask_text import BLOCK, MaskSpec, block_count, draw_blocks
 from attention.core.workload import DTYPES, Workload
 from attention.masks.block_list import BlockList
 from attention.masks.pattern import Pattern
@@ -108,14 +112,33 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
 
 
 def of_workload(workload: Workload) -> Mask:
-    """Return the mask of a workload.
+    """Return the mask of a workload: a pattern if it is structured, else bounds."""
+    if not workload.structured:
+        return Mask(causal=workload.causal, window=workload.window)
+    return Mask(pattern=_of_spec(workload.mask_spec, workload.seq, workload.kv_seq, workload.heads))
 
-    Raises:
-        UnsupportedError: the mask is structured.
-    """
-    if workload.structured:
-        raise UnsupportedError(f"mask {workload.mask}: structured masks have no values yet")
-    return Mask(causal=workload.causal, window=workload.window)
+
+@lru_cache(maxsize=64)
+def _of_spec(spec: MaskSpec, seq: int, kv_seq: int, heads: int) -> Pattern:
+    parts: list[Pattern] = []
+    if spec.prefix:
+        parts.append(prefix(spec.prefix))
+    if spec.causal:
+        parts.append(causal())
+    if spec.documents:
+        whole, rest = divmod(kv_seq, spec.documents)
+        parts.append(causal() & documents([spec.documents] * whole + [rest] * bool(rest)))
+    if spec.window:
+        parts.append(window(spec.window))
+    if spec.strided:
+        parts.append(dilated(*spec.strided))
+    if spec.blocks:
+        array = np.zeros((1, heads, block_count(seq), block_count(kv_seq)), np.bool_)
+        for head in range(heads):
+            choice = np.array(draw_blocks(spec.blocks, seq, kv_seq, head))
+            np.put_along_axis(array[0, head], choice, values=True, axis=1)
+        parts.append(blocks(array, BLOCK))
+    return reduce(or_, parts)
 
 
 def combine(allowed: "mx.array | None", array: "mx.array | None") -> "mx.array | None":

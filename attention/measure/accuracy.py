@@ -14,7 +14,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from attention.core.workload import Workload
-from attention.measure.reference import Rules, forward, gradients
+from attention.measure.reference import Rules, forward, gradients, visible
 
 FORWARD_FACTOR: Final = 2.0
 GRADIENT_FACTOR: Final = 3.0
@@ -127,9 +127,9 @@ class AccuracyChecker:
 
     def _of_group(self, inputs: Sequence[mx.array], group: tuple[int, int], scale: float) -> list[ReferenceTensor]:
         arrays = [self._cut(index, array, group) for index, array in enumerate(inputs)]
-        rules = Rules(scale=scale, causal=self.workload.causal, window=self.workload.window)
+        rules = self._rules(group, scale)
         exact = _exact([_numpy(x) for x in arrays], rules, self.sample.rows)
-        plain = _plain(arrays, scale, self._seen(), self.sample.rows)
+        plain = _plain(arrays, scale, self._seen(rules), self.sample.rows)
         return [
             ReferenceTensor(a, _largest(_numpy(b) - a), _rounding(a, b.dtype))
             for a, b in zip(exact, plain, strict=True)
@@ -146,11 +146,18 @@ class AccuracyChecker:
         part = result[group[0], group[1] * share : (group[1] + 1) * share]
         return _numpy(part[:, mx.array(self.sample.rows)] if index < 2 else part)
 
-    def _seen(self) -> mx.array:
-        position = mx.array(self.sample.rows)[:, None] + (self.workload.kv_seq - self.workload.seq)
-        key = mx.arange(self.workload.kv_seq)[None]
-        seen = (key <= position) if self.workload.causal else (key >= 0) | (position < 0)
-        return seen if self.workload.window is None else seen & (key > position - self.workload.window)
+    def _rules(self, group: tuple[int, int], scale: float) -> list[Rules]:
+        """Return the rules of each query head of a group."""
+        share = self.workload.heads // self.workload.kv_heads
+        spec = self.workload.mask_spec
+        heads = range(group[1] * share, (group[1] + 1) * share)
+        return [Rules(scale=scale, spec=spec, head=head) for head in heads]
+
+    def _seen(self, rules: Sequence[Rules]) -> mx.array:
+        """Return the visible pairs of a group's heads: (heads or 1, rows, Lk)."""
+        lengths = self.workload.seq, self.workload.kv_seq
+        own = rules if self.workload.mask_spec.per_head else rules[:1]
+        return mx.array(np.stack([visible(each.spec, self.sample.rows, *lengths, each.head) for each in own]))
 
 
 def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> SampledPart:
@@ -170,13 +177,13 @@ def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> Sample
     return SampledPart(tuple(pairs[i] for i in picked), chosen.astype(np.intp))
 
 
-def _exact(arrays: Sequence[Array], rules: Rules, rows: NDArray[np.intp]) -> list[Array]:
+def _exact(arrays: Sequence[Array], rules: Sequence[Rules], rows: NDArray[np.intp]) -> list[Array]:
     """Return output, and in training dQ, dK, dV, of the query heads of one group: (heads or 1, rows or Lk, width)."""
     q, k, v = arrays[0], arrays[1][0], arrays[2][0]
-    output = np.stack([forward(head, k, v, rules, rows).output for head in q])
+    output = np.stack([forward(head, k, v, own, rows).output for head, own in zip(q, rules, strict=True)])
     if len(arrays) < 4:
         return [output]
-    made = [gradients(head, k, v, upstream, rules, rows) for head, upstream in zip(q, arrays[3], strict=True)]
+    made = [gradients(head, k, v, upstream, own, rows) for head, upstream, own in zip(q, arrays[3], rules, strict=True)]
     d_q, d_k, d_v = (list(column) for column in zip(*made, strict=True))
     return [output, np.stack(d_q), np.sum(d_k, axis=0)[None], np.sum(d_v, axis=0)[None]]
 

@@ -10,6 +10,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from attention.core.mask_text import ALL_VISIBLE, BLOCK, MaskSpec, block_count, draw_blocks
+
 Array = NDArray[np.float64]
 
 
@@ -19,6 +21,10 @@ class Rules(Struct, frozen=True, kw_only=True):
     scale: float
     causal: bool = False
     window: int | None = None
+    spec: MaskSpec = ALL_VISIBLE
+    """The parts of a mask string."""
+    head: int = 0
+    """The head, which random blocks depend on."""
     mask: Any = None
     """(Lq, Lk) numpy array, bool or additive."""
     softcap: float | None = None
@@ -98,4 +104,33 @@ def _seen(rows: NDArray[np.intp], seq: int, kv_seq: int, rules: Rules) -> NDArra
         seen &= key <= position
     if rules.window is not None:
         seen &= key > position - rules.window
+    if rules.spec != ALL_VISIBLE:
+        seen &= visible(rules.spec, rows, seq, kv_seq, rules.head)
+    return seen
+
+
+def visible(spec: MaskSpec, rows: NDArray[np.intp], seq: int, kv_seq: int, head: int = 0) -> NDArray[np.bool_]:
+    """Return the pairs that a mask string shows to some query rows of a head: bool (rows, Lk).
+
+    It follows the definitions in `core.mask_text`, and shares nothing with `attention.masks` but the random blocks.
+    """
+    position, key = rows[:, None] + (kv_seq - seq), np.arange(kv_seq)[None, :]
+    seen = np.full((len(rows), kv_seq), spec == ALL_VISIBLE)
+    if spec.causal:
+        seen |= key <= position
+    if spec.window:
+        seen |= (key <= position) & (key > position - spec.window)
+    if spec.documents:
+        seen |= (key <= position) & (key // spec.documents == position // spec.documents)
+    if spec.strided:
+        count, stride = spec.strided
+        distance = position - key
+        seen |= (distance >= 0) & (distance % stride == 0) & (distance < count * stride)
+    if spec.prefix:
+        seen |= key < spec.prefix
+    if spec.blocks:
+        choice = draw_blocks(spec.blocks, seq, kv_seq, head)
+        shown = np.zeros((len(choice), block_count(kv_seq)), dtype=np.bool_)
+        np.put_along_axis(shown, np.array(choice), values=True, axis=1)
+        seen |= shown[rows // BLOCK].repeat(BLOCK, axis=1)[:, :kv_seq]
     return seen

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from attention import UsageError, masks
 from attention.core.mask_text import MaskSpec, visible_pairs
+from attention.core.workload import Workload
 from attention.masks import Mask
+from attention.measure.reference import visible
 
 lengths = st.integers(1, 24)
 windows = st.none() | st.integers(1, 30)
@@ -109,3 +111,18 @@ def test_arrays_that_broadcast_are_taken(shape: tuple[int, ...]) -> None:
     array = mx.zeros(shape)
     masks.check_array(array, (1, 2, 4, 5))
     assert mx.broadcast_to(array, (1, 2, 4, 5)).shape == (1, 2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "text", ["documents:100", "prefix:64+window:70", "strided:30,7", "blocks:0.3", "prefix:9+causal"]
+)
+@pytest.mark.parametrize(("seq", "kv_seq"), [(256, 256), (130, 300), (300, 130)])
+def test_a_mask_string_is_its_value(text: str, seq: int, kv_seq: int) -> None:
+    workload = Workload(mask=text, batch=2, heads=2, seq=seq, kv_seq=kv_seq)
+    pattern = masks.of_workload(workload).pattern
+    assert pattern is not None
+    shape = (2, 2, seq, kv_seq)
+    assert pattern.pairs(shape) == workload.pairs
+    found = np.broadcast_to(np.array(pattern.dense(shape)), shape)
+    for head in range(2):
+        np.testing.assert_array_equal(found[0, head], visible(workload.mask_spec, np.arange(seq), seq, kv_seq, head))
