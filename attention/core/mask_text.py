@@ -10,8 +10,10 @@ p = i + Lk - Lq among the Lk keys (lower-right alignment).
     strided:N,S   the N keys p, p - S, p - 2 S, ...
     prefix:N      the first N keys, for every query
     blocks:D      tiles of 128 x 128 drawn at random, seeded, for each head: D of the key tiles for each row tile
+    pattern:D     a mask of a program, of which only the share of visible pairs is known; it cannot be run again
 """
 
+import math
 import random
 from functools import lru_cache
 from itertools import pairwise
@@ -42,6 +44,8 @@ class MaskSpec(Struct, frozen=True, kw_only=True):
     prefix: int | None = None
     blocks: float | None = None
     """Share of the tiles that are visible, above 0 and at most 1."""
+    pattern: float | None = None
+    """Share of the pairs that a program's own mask shows."""
 
     @property
     def text(self) -> str:
@@ -53,13 +57,14 @@ class MaskSpec(Struct, frozen=True, kw_only=True):
             f"window:{self.window}" if self.window else "",
             f"strided:{self.strided[0]},{self.strided[1]}" if self.strided else "",
             f"blocks:{self.blocks:.6g}" if self.blocks else "",
+            f"pattern:{self.pattern:.6g}" if self.pattern is not None else "",
         ]
         return "+".join(part for part in parts if part) or "none"
 
     @property
     def structured(self) -> bool:
         """Whether it is more than the bounds of a causal mask or of a window."""
-        return bool(self.prefix or self.documents or self.strided or self.blocks)
+        return bool(self.prefix or self.documents or self.strided or self.blocks or self.pattern is not None)
 
     @property
     def per_head(self) -> bool:
@@ -93,17 +98,21 @@ def _parsed(text: str) -> MaskSpec:
             hint = suggestion(part, (*FORMS, *(form.partition(":")[0] for form in FORMS)))
             raise _refusal(text, ACCEPTED + hint)
         found[name] = read(text, argument)
-    if "none" in found and len(found) > 1:
-        raise _refusal(text, "none shows every key, so that nothing can be joined to it")
+    if len(found) > 1 and ("none" in found or "pattern" in found):
+        raise _refusal(text, f"nothing can be joined to {'none' if 'none' in found else 'pattern'}")
     return _simplified(found)
 
 
 def _simplified(found: dict[str, MaskSpec]) -> MaskSpec:
     """Join the parts, without those that another part contains."""
-    given = {name: value for part in found.values() for name, value in structs.asdict(part).items() if value}
-    if given.get("causal"):
+    given = {}
+    for part in found.values():
+        given |= {
+            name: value for name, value in structs.asdict(part).items() if value is not None and value is not False
+        }
+    if "causal" in given:
         given = {name: value for name, value in given.items() if name in ("causal", "prefix", "blocks")}
-    if given.get("documents", MAX_LENGTH) <= given.get("window", 0):
+    if "documents" in given and given["documents"] <= given.get("window", 0):
         del given["documents"]
     return MaskSpec(**given)
 
@@ -126,14 +135,26 @@ def _strided(text: str, argument: str) -> MaskSpec:
     return MaskSpec(strided=(_whole(text, "strided", count), _whole(text, "strided", stride)))
 
 
-def _blocks(text: str, argument: str) -> MaskSpec:
+def _density(argument: str) -> float:
+    """Return a density to six digits, which its spelling has; NaN if it is no number."""
     try:
-        density = float(f"{float(argument):.6g}")
+        return float(f"{float(argument):.6g}")
     except ValueError:
-        density = 0.0
+        return math.nan
+
+
+def _blocks(text: str, argument: str) -> MaskSpec:
+    density = _density(argument)
     if not 0 < density <= 1:
         raise _refusal(text, "blocks takes a density above 0 and at most 1, as in blocks:0.1")
     return MaskSpec(blocks=density)
+
+
+def _pattern(text: str, argument: str) -> MaskSpec:
+    density = _density(argument)
+    if not 0 <= density <= 1:
+        raise _refusal(text, "pattern takes a density from 0 to 1")
+    return MaskSpec(pattern=density)
 
 
 _READERS: Final = {
@@ -144,6 +165,7 @@ _READERS: Final = {
     "prefix": lambda text, argument: MaskSpec(prefix=_whole(text, "prefix", argument)),
     "strided": _strided,
     "blocks": _blocks,
+    "pattern": _pattern,
 }
 
 
@@ -167,7 +189,12 @@ def chosen_blocks(density: float, kv_seq: int) -> int:
 
 @lru_cache(maxsize=1024)
 def visible_pairs(spec: MaskSpec, seq: int, kv_seq: int, heads: int) -> int:
-    """Return the exact number of visible (query, key) pairs of one sequence, over all its heads."""
+    """Return the number of visible (query, key) pairs of one sequence, over all its heads.
+
+    It is exact, and to six digits for a program's own mask.
+    """
+    if spec.pattern is not None:
+        return round(heads * seq * kv_seq * spec.pattern)
     if spec.blocks is not None:
         return _pairs_with_blocks(spec, spec.blocks, seq, kv_seq, heads)
     return heads * (seq * kv_seq if spec == ALL_VISIBLE else _Rows(spec, seq, kv_seq).total())

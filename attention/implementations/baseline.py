@@ -79,6 +79,8 @@ def _mask_bytes(workload: Workload, needs: Needs, kept: int) -> int:
         arrays = 0  # one query at the end sees every key: nothing is masked
     if needs.array_mask:
         arrays += 2
+    if workload.structured:
+        arrays += 2 * (workload.heads if workload.mask_spec.per_head else 1)
     return workload.seq * workload.kv_seq * (arrays + kept if arrays else 0)
 
 

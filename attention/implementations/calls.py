@@ -1,5 +1,6 @@
 """Calls of implementations: signatures of their arrays, bound calls for timing, and the hooks around every call."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -8,11 +9,11 @@ from typing import Any, cast
 import mlx.core as mx
 
 from attention.core.errors import UnsupportedError, UsageError
-from attention.core.mask_text import MaskSpec
+from attention.core.mask_text import MaskSpec, parse_mask
 from attention.core.route import Needs
 from attention.core.workload import DTYPES, DType, Workload
 from attention.implementations.protocol import Implementation, ProvidesRunner
-from attention.masks import Mask, as_4d, dtype_name, of_workload
+from attention.masks import Mask, Pattern, as_4d, dtype_name, of_workload
 from attention.measure.device import Backend, check_not_forked
 from attention.measure.rounds import Runner
 
@@ -20,12 +21,16 @@ from attention.measure.rounds import Runner
 def call_signature(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> tuple[Workload, Needs]:
     """Return the workload of a call, as a forward pass, and the features that it does not describe.
 
+    A mask with a pattern gives "pattern:D", a structured mask with the pattern's share of visible pairs.
+
     Raises:
         UnsupportedError: the query's dtype is not supported.
     """
     for name in DTYPES:
         if q.dtype == getattr(mx, name):
-            workload = _workload(tuple(q.shape), tuple(k.shape), v.shape[3], name, mask.causal, mask.window)
+            workload = _workload(
+                tuple(q.shape), tuple(k.shape), v.shape[3], name, _bounds(mask, k.shape[2]), mask.pattern
+            )
             return workload, needs_of(softcap is not None, mask.array)
     raise UnsupportedError(f"q: got {q.dtype}; it takes {', '.join(DTYPES)}")
 
@@ -46,14 +51,36 @@ def current_backend() -> Backend:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def _bounds(mask: Mask, kv_seq: int) -> str:
+    """Return the bounds of a mask as a string; a window of more than all keys is a causal mask."""
+    if mask.window is not None and mask.window < kv_seq:
+        return f"window:{mask.window}"
+    return "causal" if mask.positional else "none"
+
+
 @lru_cache(maxsize=1024)
 def _workload(
-    q: tuple[int, ...], k: tuple[int, ...], value_dim: int, dtype: DType, causal: bool, window: int | None
+    q: tuple[int, ...], k: tuple[int, ...], value_dim: int, dtype: DType, bounds: str, pattern: Pattern | None
 ) -> Workload:
+    mask = bounds
+    if pattern is not None:
+        shape = q[0], q[1], q[2], k[2]
+        mask = f"pattern:{pattern.pairs(shape) / math.prod(shape)}"
+    fields: dict[str, Any] = {
+        "batch": q[0],
+        "heads": q[1],
+        "seq": q[2],
+        "head_dim": q[3],
+        "kv_heads": k[1],
+        "kv_seq": k[2],
+        "value_dim": value_dim,
+        "dtype": dtype,
+        "mask": mask,
+    }
     try:
-        return _make_workload(Workload, q, k, value_dim, dtype, causal, window)
+        return Workload(**fields)
     except UsageError:
-        return _make_workload(_UnlimitedWorkload, q, k, value_dim, dtype, causal, window)
+        return _UnlimitedWorkload(**fields)
 
 
 class _UnlimitedWorkload(Workload, frozen=True, kw_only=True):
@@ -65,31 +92,9 @@ class _UnlimitedWorkload(Workload, frozen=True, kw_only=True):
     @property
     def mask_spec(self) -> MaskSpec:
         """The parts of the mask; a window may be of any size."""
-        size = self.mask.removeprefix("window:")
-        return MaskSpec(window=int(size)) if size.isdigit() else MaskSpec(causal=self.mask == "causal")
-
-
-def _make_workload(
-    kind: type[Workload],
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    value_dim: int,
-    dtype: DType,
-    causal: bool,
-    window: int | None,
-) -> Workload:
-    return kind(
-        batch=q[0],
-        heads=q[1],
-        seq=q[2],
-        head_dim=q[3],
-        kv_heads=k[1],
-        kv_seq=k[2],
-        value_dim=value_dim,
-        dtype=dtype,
-        # a window of more than all keys is a causal mask
-        mask=f"window:{window}" if window is not None and window < k[2] else "causal" if causal or window else "none",
-    )
+        if self.mask.startswith("window:"):
+            return MaskSpec(window=int(self.mask.removeprefix("window:")))
+        return parse_mask(self.mask)
 
 
 class MlxRunner:

@@ -112,7 +112,13 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
 
 
 def of_workload(workload: Workload) -> Mask:
-    """Return the mask of a workload: a pattern if it is structured, else bounds."""
+    """Return the mask of a workload: a pattern if it is structured, else bounds.
+
+    Raises:
+        UsageError: it is a program's own mask, of which only the density is known.
+    """
+    if workload.mask_spec.pattern is not None:
+        raise UsageError(f"mask: got {workload.mask!r}, a program's own mask; only the program can make it")
     if not workload.structured:
         return Mask(causal=workload.causal, window=workload.window)
     return Mask(pattern=_of_spec(workload.mask_spec, workload.seq, workload.kv_seq, workload.heads))

@@ -89,7 +89,8 @@ def test_masks_have_one_spelling(text: str, canonical: str) -> None:
         ("blocks:0", "blocks takes a density above 0 and at most 1, as in blocks:0.1"),
         ("blocks:nan", "blocks takes a density"),
         ("window:4+window:8", "window is there twice"),
-        ("none+causal", "none shows every key"),
+        ("none+causal", "nothing can be joined to none"),
+        ("pattern:2", "pattern takes a density from 0 to 1"),
         ("", "it takes none, causal"),
     ],
 )
@@ -105,3 +106,8 @@ def test_structured_masks_have_no_bounds() -> None:
     assert (window.structured, window.causal, window.window) == (False, True, 8)
     assert structured.flops == 2 * structured.pairs * 128
     assert structured.density == structured.pairs / (2 * 16 * 16)
+
+
+def test_a_program_s_own_mask_keeps_its_density_alone() -> None:
+    own = Workload(mask="pattern:0.25", seq=64, heads=2)
+    assert (own.structured, own.pairs) == (True, 2048)

@@ -1,0 +1,31 @@
+"""The signature of a call."""
+
+import mlx.core as mx
+
+from attention.core.mask_text import MaskSpec
+from attention.core.workload import Workload
+from attention.implementations.calls import call_signature
+from attention.masks import Mask, of_workload
+
+KEYS = 300
+
+
+def signature(mask: Mask) -> Workload:
+    """Return the workload of a call with 256 queries, 300 keys and a mask."""
+    q, k = mx.zeros((1, 4, 256, 16)), mx.zeros((1, 2, KEYS, 16))
+    return call_signature(q, k, k, mask, None)[0]
+
+
+def test_bounds_are_the_workload_s_mask() -> None:
+    assert signature(Mask()).mask == "none"
+    assert signature(Mask(causal=True)).mask == "causal"
+    assert signature(Mask(window=9)).mask == "window:9"
+    assert signature(Mask(causal=True, window=KEYS)).mask == "causal"
+
+
+def test_a_pattern_is_structured_with_its_own_pairs() -> None:
+    asked = Workload(mask="prefix:40+documents:70", seq=256, kv_seq=KEYS, heads=4)
+    found = signature(of_workload(asked))
+    assert found.structured
+    assert abs(found.pairs - asked.pairs) <= asked.scores * 1e-6
+    assert found.mask_spec == MaskSpec(pattern=found.mask_spec.pattern)
