@@ -17,7 +17,7 @@ import math
 import random
 from functools import lru_cache
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct, structs
 
@@ -105,11 +105,9 @@ def _parsed(text: str) -> MaskSpec:
 
 def _simplified(found: dict[str, MaskSpec]) -> MaskSpec:
     """Join the parts, without those that another part contains."""
-    given = {}
+    given: dict[str, Any] = {}
     for part in found.values():
-        given |= {
-            name: value for name, value in structs.asdict(part).items() if value is not None and value is not False
-        }
+        given |= {name: own for name, own in structs.asdict(part).items() if own is not None and own is not False}
     if "causal" in given:
         given = {name: value for name, value in given.items() if name in ("causal", "prefix", "blocks")}
     if "documents" in given and given["documents"] <= given.get("window", 0):
