@@ -1,6 +1,6 @@
 """The screen that compares two runs."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -12,13 +12,11 @@ from attention.core.results import Report, Row
 from fatui import formatting
 from fatui.report import comparison
 from fatui.tui import actions
+from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
-
-if TYPE_CHECKING:
-    from fatui.tui.app import FatuiApp
 
 COLUMNS = (
     TableColumn(name="implementation", title="", right=False, widest=16),
@@ -38,7 +36,7 @@ class Compare(Screen[None]):
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings((actions.BACK,)), actions.closing("history_compare")]
-    app: "FatuiApp"
+    app: Lab
 
     def __init__(self, before: Report, after: Report) -> None:
         super().__init__(classes="list-screen")

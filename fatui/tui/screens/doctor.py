@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 import textwrap
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final
 
 import msgspec
 from textual.app import ComposeResult
@@ -15,10 +15,8 @@ from textual.widgets import Static
 
 from fatui.diagnosis import DiagnosisItem
 from fatui.tui import actions
+from fatui.tui.lab import Lab
 from fatui.tui.widgets.bars import KeyBar, StatusLine
-
-if TYPE_CHECKING:
-    from fatui.tui.app import FatuiApp
 
 TOPIC_WIDTH: Final = 16
 LINE_LIMIT: Final = 2**20
@@ -30,7 +28,7 @@ class Doctor(Screen[None]):
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.DOCTOR), actions.closing("doctor")]
-    app: "FatuiApp"
+    app: Lab
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")

@@ -1,7 +1,7 @@
 """The history screen: open, compare or delete past runs."""
 
 import asyncio
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
@@ -15,12 +15,10 @@ from fatui import formatting
 from fatui.storage.history import HistoryError, RunSummary
 from fatui.storage.history import RunHistory as Runs
 from fatui.tui import actions
+from fatui.tui.lab import Lab
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
-
-if TYPE_CHECKING:
-    from fatui.tui.app import FatuiApp
 
 FINDING = 72
 COLUMNS = (
@@ -41,7 +39,7 @@ class History(Screen[Report]):
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.HISTORY), actions.closing("history")]
-    app: "FatuiApp"
+    app: Lab
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")

@@ -1,19 +1,20 @@
-"""The texts of the status line."""
+"""The main screen: the implementations and the workload, the live run, the comparison, and the log."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from msgspec import structs
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
+from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Static
 
 from attention.core.workload import Workload
 from fatui import formatting
 from fatui.tui import actions
-from fatui.tui import app as tui_app
-from fatui.tui.app import MainView
+from fatui.tui.lab import Lab, command_of
 from fatui.tui.view_models import availability, estimate, table_lines
 from fatui.tui.view_models.session import AnySession
 from fatui.tui.view_models.telemetry import Reading
@@ -25,53 +26,6 @@ from fatui.tui.widgets.log_pane import LogPane
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
 from fatui.tui.widgets.workload_pane import WorkloadPane, shown_workload
-
-if TYPE_CHECKING:
-    from fatui.tui.app import FatuiApp
-
-
-def left_text(app: "FatuiApp") -> str:
-    """Format what is set up and on which machine: "quick · AMD EPYC, 2 cores · MLX 0.32.4"."""
-    parts = [app.session.preset or "unnamed" if app.session and app.session.active else app.draft.title()]
-    advice = app.advice
-    if advice.device is not None:
-        device = advice.device
-        parts += [f"{device.name}, {device.cores} cores" if device.backend == "cpu" else device.name]
-        parts += [f"MLX {device.mlx}"] if device.mlx else []
-    else:
-        parts.append(advice.problem.splitlines()[0] if advice.problem else "probing the device")
-    return " · ".join(parts)
-
-
-def right_text(app: "FatuiApp") -> str:
-    """Format the phase, the time, and the number of errors."""
-    errors = app.journal.errors
-    suffix = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
-    session, going = app.session, app.runs.going
-    if going is not None and going is not session:
-        left = estimate.remaining(going)
-        return f"{going.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{suffix}"
-    if session is None:
-        return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{suffix}"
-    elapsed = formatting.duration(session.elapsed_s)
-    if not session.active:
-        return f"{session.phase}, {elapsed}{suffix}"
-    turn = SPINNER[int(session.elapsed_s * 2) % len(SPINNER)]
-    if session.silent:
-        return f"engine silent for {formatting.duration(session.silent_s)}; {app.keys['stop']} stops it{suffix} {turn}"
-    return f"{_phase(session)}{suffix} {turn}"
-
-
-def _phase(session: AnySession) -> str:
-    left = estimate.remaining(session)
-    if session.phase != "running" or left is None:
-        return f"{session.phase}, {formatting.duration(session.elapsed_s)}"
-    if session.building:
-        return f"compiling {session.building} · {formatting.duration(session.elapsed_s)}"
-    many = len(session.plan.cases)
-    case = f" case {(session.case_number or 0) + 1} of {many}" if many > 1 else ""
-    return f"running{case} · {formatting.duration(session.elapsed_s)} · {left.words}"
-
 
 MIN_SIZE = (60, 16)
 MIN_WIDE_SIZE = (110, 32)
@@ -88,11 +42,11 @@ FOCUS = {
 """The widget to focus in each pane."""
 
 
-class MainScreen(MainView):
+class MainScreen(Screen[None]):
     """Main screen of the app's state; the only state of its own is the open tab."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MAIN)]
-    app: "FatuiApp"
+    app: Lab
 
     _model_ran = False
     """Whether a model run was active at the last tick, so that its end is shown too."""
@@ -195,10 +149,41 @@ class MainScreen(MainView):
         app = self.app
         errors = app.journal.errors
         alarm = errors > 0 or bool(app.session and app.session.silent)
-        self.query_one(StatusLine).show(left_text(app), right_text(app), alarm=alarm)
+        self.query_one(StatusLine).show(self._left_text(), self._right_text(), alarm=alarm)
         names = actions.RUNNING_BAR if app.runs.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
         by_name = {action.name: action for action in actions.ACTIONS}
         self.query_one(KeyBar).show(tuple((app.keys[name], by_name[name].label, by_name[name].does) for name in names))
+
+    def _left_text(self) -> str:
+        """Format what is set up and on which machine: "quick · AMD EPYC, 2 cores · MLX 0.32.4"."""
+        session, advice = self.app.session, self.app.advice
+        parts = [session.preset or "unnamed" if session and session.active else self.app.draft.title()]
+        if advice.device is not None:
+            device = advice.device
+            parts += [f"{device.name}, {device.cores} cores" if device.backend == "cpu" else device.name]
+            parts += [f"MLX {device.mlx}"] if device.mlx else []
+        else:
+            parts.append(advice.problem.splitlines()[0] if advice.problem else "probing the device")
+        return " · ".join(parts)
+
+    def _right_text(self) -> str:
+        """Format the phase, the time, and the number of errors."""
+        app, errors = self.app, self.app.journal.errors
+        suffix = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
+        session, going = app.session, app.runs.going
+        if going is not None and going is not session:
+            left = estimate.remaining(going)
+            return f"{going.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{suffix}"
+        if session is None:
+            return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{suffix}"
+        elapsed = formatting.duration(session.elapsed_s)
+        if not session.active:
+            return f"{session.phase}, {elapsed}{suffix}"
+        turn = SPINNER[int(session.elapsed_s * 2) % len(SPINNER)]
+        if session.silent:
+            silent = formatting.duration(session.silent_s)
+            return f"engine silent for {silent}; {app.keys['stop']} stops it{suffix} {turn}"
+        return f"{_phase(session)}{suffix} {turn}"
 
     @property
     def tab(self) -> str:
@@ -297,7 +282,37 @@ class MainScreen(MainView):
     @on(RowTable.Chosen, "#comparison-table")
     def _open_row(self, event: RowTable.Chosen) -> None:
         if event.key is not None:
-            tui_app.open_row(self.app, *table_lines.split_key(event.key))
+            self.open_row(*table_lines.split_key(event.key))
+
+    def open_row(self, index: int, implementation: str) -> None:
+        """Show the details of a row of a case."""
+        from fatui.tui.screens.dialogs import RowDetails
+
+        session, report = self.app.session, self.app.report
+        if session is not None:
+            case = session.case(index)
+            command = command_of(structs.replace(session.plan, cases=(case.workload,)), None)
+        elif report is not None and index < len(report.cases):
+            case = report.cases[index]
+            command = report.run.command  # its plan is not kept, so the command is the whole run's
+        else:
+            return
+        row = next((row for row in case.rows if row.implementation == implementation), None)
+        if row is None:
+            self.app.tell(f"{implementation} has no figures yet")
+        else:
+            self.app.push_screen(RowDetails(case, row, command))
+
+
+def _phase(session: AnySession) -> str:
+    left = estimate.remaining(session)
+    if session.phase != "running" or left is None:
+        return f"{session.phase}, {formatting.duration(session.elapsed_s)}"
+    if session.building:
+        return f"compiling {session.building} · {formatting.duration(session.elapsed_s)}"
+    many = len(session.plan.cases)
+    case = f" case {(session.case_number or 0) + 1} of {many}" if many > 1 else ""
+    return f"running{case} · {formatting.duration(session.elapsed_s)} · {left.words}"
 
 
 def _neighbour(names: list[str], here: str | None, count: int) -> str:

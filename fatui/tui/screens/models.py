@@ -1,7 +1,7 @@
 """The layout shared by the model screens: the setup at the top, the run below it, the table at the bottom."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final
 
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -19,16 +19,13 @@ from fatui import formatting
 from fatui.report.table import report_table
 from fatui.reproduce import finetune_command, model_command
 from fatui.tui import actions
+from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.session import ModelSession
 from fatui.tui.widgets.bars import SPINNER, KeyBar, StatusLine
 from fatui.tui.widgets.charts import Scale, Trend, TrendChart
 from fatui.tui.widgets.choice import Choice, Toggles
 from fatui.tui.widgets.live_pane import ceiling, progress_line, rate_trends
-
-if TYPE_CHECKING:
-    from fatui.tui.app import FatuiApp
-
 
 IDLE: Final = "{run} runs the setup above; a timed call then estimates the total, before the rounds start."
 ROOMY: Final = 34
@@ -43,7 +40,7 @@ class ModelScreen(Screen[None]):
     TITLE_TEXT: ClassVar[str]
     NAME: ClassVar[str]
     """The screen's name in the app's actions."""
-    app: "FatuiApp"
+    app: Lab
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")

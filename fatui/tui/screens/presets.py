@@ -1,7 +1,7 @@
 """The presets screen: bundled presets and the user's own, with a preview of each."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
@@ -13,13 +13,11 @@ from textual.widgets import Input, Static
 from attention.core.errors import UsageError
 from fatui.storage import presets
 from fatui.tui import actions
+from fatui.tui.lab import Lab
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
 from fatui.untrusted_text import escape_controls
-
-if TYPE_CHECKING:
-    from fatui.tui.app import FatuiApp
 
 COLUMNS = (
     TableColumn(name="name", title="preset", right=False, widest=28),
@@ -36,7 +34,7 @@ class Presets(Screen[str]):
 
     CSS_PATH: ClassVar = ["list.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.PRESETS), actions.closing("presets")]
-    app: "FatuiApp"
+    app: Lab
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")

@@ -1,6 +1,6 @@
 """How a sweep scales: a heat map of speedups over two axes, tokens/s over one, and the crossovers."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -11,12 +11,10 @@ from textual.widgets import Static
 from attention.core.results import Report
 from fatui.report import scaling
 from fatui.tui import actions
+from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.charts import ChartData, HeatData, HeatMap, LineChart, format_value
-
-if TYPE_CHECKING:
-    from fatui.tui.app import FatuiApp
 
 NO_SWEEP = "This run has one case. {sweep} on the main screen starts a sweep; the preset 'scaling' is one."
 NO_RUN = "No run yet. A sweep is drawn here once it has run or is opened from the history."
@@ -27,7 +25,7 @@ class Scaling(Screen[None]):
 
     CSS_PATH: ClassVar = ["list.tcss", "scaling.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.SCALING), actions.closing("scaling")]
-    app: "FatuiApp"
+    app: Lab
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")

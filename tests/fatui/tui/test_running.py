@@ -176,7 +176,7 @@ def test_a_run_that_is_opened_leaves_nothing_of_the_one_before():
         stage.app.set_draft(stage.app.draft.set_axis("seq", (64,)))
         await stage.run_to_the_end()
         assert "done after" in stage.seen()
-        stage.app.runs.open_report(past)
+        stage.app.open_report(past)
         await stage.pilot.pause()
         seen = stage.seen()
         assert "done after" not in seen and "L=64 " not in seen

@@ -10,7 +10,6 @@ from fatui.draft import DEFAULT_AXES, Draft
 from fatui.storage import presets
 from fatui.tui import actions
 from fatui.tui.advisor import AdviceRequest, answer
-from fatui.tui.app import load_preset
 from fatui.tui.screens.dialogs import FORMATS
 from fatui.tui.view_models.availability import needs_text
 from fatui.tui.widgets.choice import Choice
@@ -259,7 +258,7 @@ def test_bracket_keys_pass_over_a_hidden_pane():
 
 def test_a_sweep_of_one_value_is_still_the_preset():
     async def play(stage):
-        load_preset(stage.app, "quick")
+        stage.app.load_preset("quick")
         await stage.press("s")
         assert stage.app.draft.title() == "quick"
         await stage.press("r")
@@ -270,7 +269,7 @@ def test_a_sweep_of_one_value_is_still_the_preset():
 
 def test_a_reverted_change_restores_the_presets_name():
     async def play(stage):
-        load_preset(stage.app, "quick")
+        stage.app.load_preset("quick")
         stage.find("#axis-seq").focus()
         await stage.press("right")
         assert stage.app.draft.title() == "quick, changed"
@@ -313,7 +312,7 @@ def test_needs_of_a_sweep_are_those_of_its_largest_case():
 def test_a_deleted_presets_name_is_free_until_undo():
     async def play(stage):
         presets.save(structs.replace(presets.load("quick"), name="mine", bundled=False), "mine")
-        load_preset(stage.app, "mine")
+        stage.app.load_preset("mine")
         await stage.press("p", "d")
         assert stage.app.draft.title() == "unnamed"
         await stage.press("u")

@@ -1,0 +1,346 @@
+"""The app without its screens: the draft, the runs and the log, on which the screens act."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Final, Literal, Protocol
+
+from msgspec import structs
+from textual.app import App
+
+from attention.core.errors import UsageError
+from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
+from attention.core.results import Report
+from fatui.draft import Draft, draft_of
+from fatui.storage import settings
+from fatui.tui import actions
+from fatui.tui.advisor import Advice
+from fatui.tui.view_models import estimate
+from fatui.tui.view_models.availability import names_for
+from fatui.tui.view_models.journal import Level, Log
+from fatui.tui.view_models.session import AnySession, Drives, Listener, MakeEngine, ModelSession, Session
+from fatui.tui.view_models.telemetry import Reading
+from fatui.untrusted_text import escape_controls
+
+if TYPE_CHECKING:
+    from fatui.storage.presets import Preset
+
+Severity = Literal["information", "warning", "error"]
+SEVERITY: Final[dict[Level, Severity]] = {"info": "information", "warning": "warning", "error": "error"}
+
+MAX_NOTICE: Final = 400
+"""Maximum characters of a notification; the log has the whole text."""
+
+
+def real_engine(plan: AnyPlan, listener: Listener) -> Drives:
+    """Create the engine that runs a plan in a worker process."""
+    from fatui.engine_process import Engine
+
+    return Engine(plan, listener)
+
+
+def command_of(plan: Plan, preset: "Preset | None") -> str:
+    """Return the command that repeats a run, or a comment that says why there is none."""
+    from fatui.reproduce import command_for
+
+    try:
+        return command_for(plan, preset)
+    except UsageError as error:
+        return f"# {error}"
+
+
+class MainView(Protocol):
+    """The interface of the main screen that the app uses."""
+
+    @property
+    def is_mounted(self) -> bool:
+        """Whether it is on the screen stack and composed."""
+        ...
+
+    @property
+    def tab(self) -> str:
+        """The open tab."""
+        ...
+
+    @property
+    def hidden(self) -> list[str]:
+        """The names of the hidden panes."""
+        ...
+
+    def open_tab(self, tab: str) -> None:
+        """Open a tab."""
+
+    def show_draft(self) -> None:
+        """Draw the draft."""
+
+    def show_run(self) -> None:
+        """Draw the run."""
+
+    def show_reading(self, reading: Reading) -> None:
+        """Draw a reading of the machine."""
+
+
+class Lab(App[int]):
+    """The state of the app, and what its screens do with it.
+
+    Attributes:
+        draft: what is set up to run.
+        preset: the preset that the draft was made from, or None.
+        runs: the current run and its results.
+        journal: the log.
+        settings: the config file's settings.
+        remembered: the state kept from start to start.
+        keys: the key of every action, for display.
+        advice: the routes of the draft's workload.
+    """
+
+    REPAINT_S = 0.5
+    """Seconds between repaints of a run."""
+
+    def __init__(
+        self, *, make_engine: MakeEngine | None, clock: Callable[[], float], now: Callable[[], datetime]
+    ) -> None:
+        super().__init__()
+        self.journal = Log(now)
+        self.settings = settings.read_settings(actions.SCOPES, tuple(self.available_themes))
+        self.remembered, self.state_problem = settings.read_state()
+        self.draft: Draft = self.remembered.draft
+        self.preset: Preset | None = None
+        self.runs = RunController(self, make_engine or real_engine, clock, now)
+        self.keys = actions.shown_keys(self.settings.keys)
+        self.advice = Advice(self._advised)
+
+    @property
+    def main(self) -> MainView:
+        """The main screen, even when another is on top."""
+        raise NotImplementedError
+
+    @property
+    def session(self) -> Session | None:
+        """The current or last run."""
+        return self.runs.session
+
+    @property
+    def report(self) -> Report | None:
+        """The report that export, copy and the other screens use."""
+        return self.runs.report
+
+    @property
+    def device_name(self) -> str:
+        """The device's name, or an empty string until the advisor has reported it."""
+        return self.advice.device.name if self.advice.device else ""
+
+    def tell(self, text: str, level: Level = "info") -> None:
+        """Write a message to the log, and show it as a notification."""
+        self.journal.write(text, level)
+        shown = escape_controls(text, MAX_NOTICE)
+        self.notify(shown, severity=SEVERITY[level], timeout=6 if level == "info" else 12, markup=False)
+
+    def set_draft(self, draft: Draft) -> None:
+        """Set the draft, and request the routes of its workload.
+
+        The draft keeps its preset's name as long as it runs the same, even after changes that were reverted.
+        """
+        if self.preset is not None and draft.preset == self.preset.name:
+            draft = structs.replace(draft, changed=not draft.runs_as(self.preset.plan()))
+        self.draft = draft
+        self.ask_advice()
+        self.main.show_draft()
+
+    def load_preset(self, name: str) -> bool:
+        """Load a preset into the draft; show its problems and return False if it cannot be used."""
+        from fatui.storage.presets import load
+
+        try:
+            preset = load(name)
+        except UsageError as error:
+            for problem in error.problems:
+                self.tell(problem, "error")
+            return False
+        self.preset = preset
+        self.set_draft(draft_of(preset.plan(), preset.name))
+        return True
+
+    def follow_preset(self, name: str | None) -> None:
+        """Reload the preset that the draft was made from, under a name; without effect on a draft without one."""
+        from fatui.storage.presets import load
+
+        self.preset = None
+        if name is not None:
+            with contextlib.suppress(UsageError):
+                self.preset = load(name)
+        self.set_draft(structs.replace(self.draft, preset=self.preset and self.preset.name))
+
+    def ask_advice(self) -> None:
+        """Request the routes for the workload on the sliders, and the memory of all cases."""
+        with contextlib.suppress(UsageError):
+            first, *others = self.draft.workloads()
+            self.advice.ask(first, names_for(self.draft), tuple(others))
+
+    def _advised(self) -> None:
+        if self.is_running and self.main.is_mounted:
+            self.main.show_draft()
+
+
+class RunController:
+    """The runs of the app, one at a time.
+
+    Attributes:
+        session: the current or last run over attention shapes, or None.
+        report: the report that export, copy and the other screens use, or None.
+        models: the current or last run of each models screen, by the screen's name.
+        model_reports: the reports that those screens show, by screen name.
+        chosen: the values chosen on them, by screen name and choice.
+    """
+
+    def __init__(
+        self, app: Lab, make_engine: MakeEngine, clock: Callable[[], float], now: Callable[[], datetime]
+    ) -> None:
+        self.session: Session | None = None
+        self.report: Report | None = None
+        self.models: dict[str, ModelSession] = {}
+        self.model_reports: dict[str, Report] = {}
+        self.chosen: dict[str, dict[str, tuple[str, ...]]] = {}
+        self._app = app
+        self._make_engine, self._clock, self._now = make_engine, clock, now
+        self._going: AnySession | None = None
+        self._silence_reported = False
+        self._ended: asyncio.Event | None = None
+
+    @property
+    def going(self) -> AnySession | None:
+        """The active run, of any kind, or None."""
+        return self._going if self.active else None
+
+    @property
+    def active(self) -> bool:
+        """Whether a run of any kind is active."""
+        return self._going is not None and self._going.active
+
+    def start(self) -> None:
+        """Run the draft, unless a run is active or the draft cannot run."""
+        app = self._app
+        if self._refused():
+            return
+        try:
+            plan = app.draft.plan()
+        except UsageError as error:
+            app.tell(f"cannot run: {'; '.join(error.problems)}", "warning")
+            return
+        self.report = None
+        name = app.draft.preset if not app.draft.changed else None
+        self.session = Session(
+            plan,
+            app.journal,
+            self._make_engine,
+            command=command_of(plan, app.preset if name else None),
+            preset=name,
+            expected_s=estimate.estimate_s(plan, app.remembered.pace, app.device_name),
+            clock=self._clock,
+            now=self._now,
+        )
+        app.journal.write(f"run of {app.draft.title()}: {self.session.command}")
+        self._go(self.session)
+        app.main.open_tab("live")
+        app.main.show_run()
+
+    def start_model(self, screen: str, plan: GenerationPlan | FineTuningPlan, command: str) -> None:
+        """Run a plan of a models screen, unless a run is active."""
+        if self._refused():
+            return
+        self.model_reports.pop(screen, None)
+        session = ModelSession(
+            plan, self._app.journal, self._make_engine, command=command, clock=self._clock, now=self._now
+        )
+        self.models[screen] = session
+        self._app.journal.write(f"run of {plan.cases[0].model}: {command}")
+        self._go(session, screen)
+
+    def _refused(self) -> bool:
+        """Whether a run is active; if so, say so."""
+        if self.active:
+            self._app.tell(f"a run is in progress; {self._app.keys['stop']} stops it", "warning")
+        return self.active
+
+    def _go(self, session: AnySession, screen: str | None = None) -> None:
+        self._silence_reported = False
+        self._going, self._ended = session, asyncio.Event()
+        self._app.run_worker(self._run(session, self._ended, screen), name="run", exit_on_error=False)
+
+    async def _run(self, session: AnySession, ended: asyncio.Event, screen: str | None) -> None:
+        try:
+            await session.run()
+            await self._keep_results(session, screen)
+        finally:
+            ended.set()
+        if self._app.is_running and screen is None:
+            self._app.main.open_tab("results")
+            self._app.main.show_draft()
+            self._app.main.show_run()
+
+    async def _keep_results(self, session: AnySession, screen: str | None) -> None:
+        if self._going is session and session.any_rows:
+            report = await asyncio.to_thread(session.report)
+            if screen is None:
+                self.report = report
+            else:
+                self.model_reports[screen] = report
+            await self._store(report)
+            if session.phase == "done" and screen is None:
+                remembered = self._app.remembered
+                remembered.pace = estimate.learn(remembered.pace, report, session.rounds_s + session.once_s)
+        self._app.journal.write(session.finding or f"the run {session.phase}")
+
+    async def _store(self, report: Report) -> None:
+        """Store a report in the history; errors are shown, and the report stays on the screen."""
+        from fatui.storage.history import HistoryError, RunHistory
+
+        history = RunHistory()
+        try:
+            await asyncio.to_thread(history.add, report)
+        except HistoryError as error:
+            self._app.tell(f"not stored: {error}; {self._app.keys['export']} writes it to files", "error")
+        if history.notice:
+            self._app.tell(history.notice, "warning")
+
+    def stop(self) -> None:
+        """Stop the run."""
+        if self._going is None or not self.active:
+            self._app.tell("nothing runs")
+            return
+        self._going.stop()
+        self._app.main.show_run()
+
+    def watch_silence(self) -> None:
+        """Warn once if the engine has been silent for long."""
+        session = self._going
+        if session is None or not session.silent:
+            self._silence_reported = False
+        elif not self._silence_reported:
+            self._silence_reported = True
+            stop = self._app.keys["stop"]
+            text = f"the engine has been silent for {session.silent_s:.0f} s; {stop} stops it and keeps the results"
+            self._app.tell(text, "warning")
+
+    async def end(self) -> None:
+        """Stop the run, and wait until it has ended and is stored."""
+        if self._going is not None and self.active:
+            self._going.stop()
+        if self._ended is not None:
+            await self._ended.wait()
+
+    def kill(self) -> None:
+        """Kill the worker process and its children at once."""
+        if self._going is not None:
+            self._going.kill()
+
+    def show_past(self, report: Report) -> str:
+        """Show a past run instead of the latest; return the screen of its kind: "main", "models" or "finetuning"."""
+        screen = "models" if report.models else "finetuning" if report.fine_tunings else "main"
+        if screen == "main":
+            self.session, self.report = None, report
+        else:
+            self.models.pop(screen, None)
+            self.model_reports[screen] = report
+        return screen
