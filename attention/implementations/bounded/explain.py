@@ -45,12 +45,18 @@ def explain(practical: Practical, workload: Workload, device: Device) -> Iterato
         size_text(safe_unfused_bytes(training, device.backend)),
         "and in training: what is chosen has to hold for both",
     )
-    yield Explanation("way", choice.kind, choice.reason)
-    if choice.cuts_forward:
+    yield Explanation("way", strategy_text(choice), choice.reason)
+    if choice.forward.is_cut:
         yield from _of_parts(choice, workload, device, budget)
-    elif choice.kind not in ("fused", "whole"):
+    elif choice.backward.is_cut:
         yield Explanation("behind", "", "what is cut is the backward pass alone")
         yield from _of_parts(choice, training, device, budget)
+
+
+def strategy_text(choice: Strategy) -> str:
+    """Return the methods of a strategy in words; a backward method is named if it differs and is not MLX's."""
+    forward, backward = choice.forward, choice.backward
+    return f"{forward.value}, {backward.value} behind" if backward.is_cut and backward is not forward else forward.value
 
 
 def _of_parts(choice: Strategy, workload: Workload, device: Device, budget: int) -> Iterator[Explanation]:
@@ -59,7 +65,7 @@ def _of_parts(choice: Strategy, workload: Workload, device: Device, budget: int)
     if slices is not None:
         yield from _of_slices(slices, choice, workload, device)
     else:
-        yield from _of_tiles(choice.backward if is_training else choice.blocks, workload, device, budget)
+        yield from _of_tiles(choice.backward_blocks if is_training else choice.blocks, workload, device, budget)
 
 
 def _of_slices(slices: Blocks, choice: Strategy, workload: Workload, device: Device) -> Iterator[Explanation]:

@@ -19,6 +19,7 @@ from attention.implementations.bounded.memory import RESIDENT_TILES, UNORDERED, 
 from attention.implementations.bounded.policy import (
     NO_MASK_COPIES,
     MaskCopies,
+    Method,
     Strategy,
     choose_strategy,
     default_budget,
@@ -36,7 +37,7 @@ from attention.measure.device import Backend, Device, probe
 MAX_STRATEGIES: Final = 4096
 """Maximum number of cached strategies; a decoding loop needs a new one at each length."""
 MAX_PATHS: Final = 4096
-SDPA_PATHS: Final = {"fused": "MLX SDPA, fused", "whole": "MLX SDPA, unfused"}
+SDPA_PATHS: Final = {Method.FUSED: "MLX SDPA, fused", Method.WHOLE: "MLX SDPA, unfused"}
 QUANTIZED_PATH: Final = "packed keys and values"
 
 
@@ -56,20 +57,20 @@ class Practical:
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route: MLX's SDPA if it fits the budget, otherwise slices or blocks and their size."""
         choice = self.strategy(workload, device, needs)
-        whole, _, behind = choice.kind.partition(", ")
-        if not choice.cuts_forward and (not (behind or needs.sinks) or workload.pass_ != "training"):
-            fused = whole == "fused"
+        by_mlx = workload.pass_ != "training" or not (choice.backward.is_cut or needs.sinks)
+        if by_mlx and not choice.forward.is_cut:
+            fused = choice.forward is Method.FUSED
             needed = (fused_bytes if fused else unfused_call_bytes)(workload, device.backend, needs)
             return Route(
-                path=_whole_path(whole, workload.dtype, device.backend),
+                path=_whole_path(choice.forward, workload.dtype, device.backend),
                 fused=fused,
                 reason=choice.reason,
                 predicted_bytes=needed,
             )
-        kind, parts, needed = _parts(choice, workload, device, needs)
-        path = f"{whole} + {kind} {parts.rows}"
-        if choice.cuts_forward:
-            path = _cut_path(kind, parts, workload, device.backend)
+        method, parts, needed = _parts(choice, workload, device, needs)
+        path = f"{choice.forward.value} + {method.value} {parts.rows}"
+        if choice.forward.is_cut:
+            path = _cut_path(method, parts, workload, device.backend)
         return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
     def __call__(
@@ -135,10 +136,10 @@ class Practical:
         needs = needs if sinks is None else structs.replace(needs, sinks=True)
         backend = current_backend()
         choice = self._strategy(workload, backend, needs, self._budget_here())
-        if simple and choice.kind in ("fused", "whole"):
+        if simple and not choice.backward.is_cut:
             if len(self._whole_calls) >= MAX_STRATEGIES:
                 self._whole_calls.clear()
-            path = _whole_path(choice.kind, workload.dtype, backend)
+            path = _whole_path(choice.forward, workload.dtype, backend)
             widened = _computes_in_float32(choice, q.dtype, backend)
             self._whole_calls[key] = path, widened
             record_path(path)
@@ -160,7 +161,7 @@ class Practical:
         follow = tile_order(backend) if choice.waits else UNORDERED
 
         def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, _: Arrays) -> mx.array:
-            if choice.cuts_forward and choice.slices is not None:
+            if choice.forward.is_cut and choice.slices is not None:
                 return slicing.forward(q, k, v, SlicedParams(scale, mask.with_array(array), choice.slices, follow))
             return attend_whole(q, k, v, scale, mask.with_array(array), _computes_in_float32(choice, q.dtype, backend))
 
@@ -175,13 +176,13 @@ class Practical:
         follow = no_fence if backend == "cpu" else tile_order(backend).next
         shifted = dtype != mx.float32
         call = BlockwiseParams(scale, mask, softcap, choice.blocks, arithmetic_of(dtype, backend), follow, shifted)
-        return call, structs.replace(call, blocks=choice.backward)
+        return call, structs.replace(call, blocks=choice.backward_blocks)
 
     def _in_blocks(
         self, choice: Strategy, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
     ) -> Attend:
         call, backward = self._calls(choice, backend, scale, mask, softcap, dtype)
-        if choice.cuts_forward:
+        if choice.forward.is_cut:
             return blockwise(call, backward)
 
         def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, sinks: Arrays) -> mx.array:
@@ -216,7 +217,7 @@ class Practical:
 
 def _computes_in_float32(choice: Strategy, dtype: mx.Dtype, backend: Backend) -> bool:
     """Return whether the part that is computed as a whole is computed in float32."""
-    return choice.kind.startswith("whole") and computes_in_float32(masks.dtype_name(dtype), backend)
+    return choice.forward is Method.WHOLE and computes_in_float32(masks.dtype_name(dtype), backend)
 
 
 def _mask_copies(needs: Needs, dtype: DType, backend: Backend) -> MaskCopies:
@@ -239,30 +240,31 @@ def _forward_path(choice: Strategy, workload: Workload, needs: Needs, backend: B
     """Return the path of a forward pass that is not a plain call of MLX's SDPA."""
     if quantized:
         return QUANTIZED_PATH
-    if not choice.cuts_forward:
-        return _whole_path(choice.kind.partition(", ")[0], workload.dtype, backend)
+    if not choice.forward.is_cut:
+        return _whole_path(choice.forward, workload.dtype, backend)
     sliced = choice.slices is not None and not (needs.sinks or needs.softcap)
-    kind, parts = ("slices", choice.slices) if sliced and choice.slices else ("blocks", choice.blocks)
-    return _cut_path(kind, parts, workload, backend)
+    method, parts = (Method.SLICES, choice.slices) if sliced and choice.slices else (Method.BLOCKS, choice.blocks)
+    return _cut_path(method, parts, workload, backend)
 
 
-def _whole_path(whole: str, dtype: DType, backend: Backend) -> str:
+def _whole_path(method: Method, dtype: DType, backend: Backend) -> str:
     """Return the path of MLX's SDPA on all rows and heads; its fused kernels do not use TF32."""
-    return SDPA_PATHS[whole] if whole == "fused" else with_tf32(SDPA_PATHS[whole], dtype, backend)
+    path = SDPA_PATHS[method]
+    return path if method is Method.FUSED else with_tf32(path, dtype, backend)
 
 
-def _cut_path(kind: str, parts: Blocks, workload: Workload, backend: Backend) -> str:
-    path = f"{kind} {parts.rows} x {visible_keys(problem_size(workload), parts)}"
-    return with_tf32(path, workload.dtype, backend) if kind == "slices" else path
+def _cut_path(method: Method, parts: Blocks, workload: Workload, backend: Backend) -> str:
+    path = f"{method.value} {parts.rows} x {visible_keys(problem_size(workload), parts)}"
+    return with_tf32(path, workload.dtype, backend) if method is Method.SLICES else path
 
 
-def _parts(choice: Strategy, workload: Workload, device: Device, needs: Needs) -> tuple[str, Blocks, int]:
-    """Return the kind of a call's parts, their size, and their predicted bytes, outputs included."""
+def _parts(choice: Strategy, workload: Workload, device: Device, needs: Needs) -> tuple[Method, Blocks, int]:
+    """Return the method of a call that is cut, the size of a part, and the predicted bytes, outputs included."""
     slices = choice.backward_slices if workload.pass_ == "training" else choice.slices
     if slices is not None and not needs.sinks:
         size = slices_bytes(workload, slices, device.backend, needs)
         together = unfused_call_bytes(workload, device.backend, needs) - workload.output_bytes
-        return "slices", slices, workload.output_bytes + (size if choice.waits else min(size, together))
+        return Method.SLICES, slices, workload.output_bytes + (size if choice.waits else min(size, together))
     rows = workload.batch * workload.heads * workload.seq
     tiles = int(RESIDENT_TILES[device.backend] * tile_bytes(problem_size(workload), choice.blocks))
-    return "blocks", choice.blocks, workload.output_bytes + 4 * rows + tiles
+    return Method.BLOCKS, choice.blocks, workload.output_bytes + 4 * rows + tiles

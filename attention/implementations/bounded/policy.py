@@ -4,9 +4,10 @@ import subprocess
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import Final
 
 from msgspec import Struct, structs
 
@@ -249,26 +250,32 @@ UNFUSED_SAFETY_FACTOR: Final = 1.5
 """Safety factor on the predicted bytes of an unfused path, whose peak depends on MLX's evaluation order."""
 FUSED: Final = "MLX has a fused kernel for this shape, backward too"
 
-StrategyKind = Literal[
-    "fused",
-    "whole",
-    "fused, blocks behind",
-    "whole, blocks behind",
-    "fused, slices behind",
-    "whole, slices behind",
-    "slices",
-    "slices, blocks behind",
-    "blocks",
-]
+
+class Method(Enum):
+    """How a pass is computed."""
+
+    FUSED = "fused"
+    """By a fused kernel of MLX."""
+    WHOLE = "whole"
+    """By MLX with the whole score matrix in memory."""
+    SLICES = "slices"
+    BLOCKS = "blocks"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the pass is split into slices or blocks."""
+        return self in (Method.SLICES, Method.BLOCKS)
 
 
 class Strategy(Struct, frozen=True):
     """The strategy for a call."""
 
-    kind: StrategyKind
+    forward: Method
+    backward: Method
+    """A method that is not cut is the gradient of MLX's SDPA."""
     blocks: Blocks
     """Tile of blocks, used also for what slices cannot do."""
-    backward: Blocks
+    backward_blocks: Blocks
     """Tile of the backward pass."""
     reason: str
     fits_forward: bool = False
@@ -278,11 +285,6 @@ class Strategy(Struct, frozen=True):
     backward_slices: Blocks | None = None
     waits: bool = False
     """Whether slices must run one after another because they do not fit in memory together."""
-
-    @property
-    def cuts_forward(self) -> bool:
-        """Whether the forward pass is also split into slices or blocks."""
-        return self.kind.startswith(("slices", "blocks"))
 
 
 def choose_strategy(
@@ -297,8 +299,8 @@ def choose_strategy(
         budget: bytes above inputs and outputs.
         mask_copies: copies of an array mask that are passed to MLX's SDPA.
     """
-    ask = _cpu_strategy if backend == "cpu" or needs.softcap else _gpu_strategy
-    return ask(_StrategyInputs(workload, backend, needs, budget, mask_copies))
+    choose = _cpu_strategy if backend == "cpu" or needs.softcap else _gpu_strategy
+    return choose(_StrategyInputs(workload, backend, needs, budget, mask_copies))
 
 
 class _StrategyInputs:
@@ -307,13 +309,8 @@ class _StrategyInputs:
     def __init__(
         self, workload: Workload, backend: Backend, needs: Needs, budget: int, mask_copies: MaskCopies
     ) -> None:
-        self.workload, self.backend, self.needs, self.budget, self.mask_copies = (
-            workload,
-            backend,
-            needs,
-            budget,
-            mask_copies,
-        )
+        self.workload, self.backend, self.needs = workload, backend, needs
+        self.budget, self.mask_copies = budget, mask_copies
         # A call cannot know whether its gradient will be needed: the strategy must hold for both passes.
         self.forward, self.training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
         self.fits_forward = safe_unfused_bytes(self.forward, backend, needs) + mask_copies.size(workload) <= budget
@@ -321,25 +318,31 @@ class _StrategyInputs:
         self.refusal = None if needs.softcap else why_unfused(self.forward, backend, needs)
         self.training_refusal = self.refusal or (None if needs.softcap else why_unfused(self.training, backend, needs))
 
-    def strategy(self, kind: StrategyKind, reason: str, waits: bool = False) -> Strategy:
-        blocks, backward = (block_size(one, self.backend, self.budget) for one in (self.workload, self.training))
-        made = Strategy(kind, blocks, backward, reason, self.fits_forward, waits=waits)
-        if "slices" not in kind:
+    def strategy(self, forward: Method, backward: Method, reason: str, waits: bool = False) -> Strategy:
+        """Return a strategy with its sizes; blocks replace slices of which not even the smallest fits the budget."""
+        blocks, backward_blocks = (block_size(one, self.backend, self.budget) for one in (self.workload, self.training))
+        made = Strategy(forward, backward, blocks, backward_blocks, reason, self.fits_forward, waits=waits)
+        if Method.SLICES not in (forward, backward):
             return made
-        slices, behind = (
+        slices, backward_slices = (
             slice_size(one, self.backend, self.needs, self.budget, self.mask_copies)
             for one in (self.forward, self.training)
         )
-        if kind == "slices" and slices is None:
-            return structs.replace(made, kind="blocks", reason=f"{reason}, and no slice fits it")
-        if behind is None and not kind.startswith("fused") and in_tf32(self.workload.dtype, self.backend):
+        in_blocks = structs.replace(made, forward=Method.BLOCKS, backward=Method.BLOCKS)
+        if forward is Method.SLICES and slices is None:
+            return structs.replace(in_blocks, reason=f"{reason}, and no slice fits it")
+        if backward_slices is None and forward is not Method.FUSED and in_tf32(self.workload.dtype, self.backend):
             why = f"{reason}, and a gradient in blocks does not match an output in TF32"
-            return structs.replace(made, kind="blocks", reason=why)
-        if behind is None:
+            return structs.replace(in_blocks, reason=why)
+        if backward_slices is None:
             tighter = f"{reason}, and no slice of a backward pass fits it"
-            kind = cast("StrategyKind", f"{kind.partition(',')[0]}, blocks behind")
-            return structs.replace(made, kind=kind, reason=tighter, slices=slices)
-        return structs.replace(made, slices=slices, backward_slices=behind)
+            return structs.replace(made, backward=Method.BLOCKS, reason=tighter, slices=slices)
+        return structs.replace(made, slices=slices, backward_slices=backward_slices)
+
+    @property
+    def whole(self) -> Method:
+        """The method of MLX's SDPA on the whole forward pass."""
+        return Method.WHOLE if self.refusal else Method.FUSED
 
     @property
     def over_budget(self) -> str:
@@ -353,17 +356,18 @@ class _StrategyInputs:
 def _cpu_strategy(inputs: _StrategyInputs) -> Strategy:
     """Choose blocks with an online softmax, which suit a CPU's caches, unless the whole call is better."""
     if inputs.needs.softcap:
-        return inputs.strategy("blocks", "MLX's SDPA has no softcap")
+        return inputs.strategy(Method.BLOCKS, Method.BLOCKS, "MLX's SDPA has no softcap")
     if not inputs.training_refusal:
-        return inputs.strategy("fused", FUSED)
+        return inputs.strategy(Method.FUSED, Method.FUSED, FUSED)
     skipped = skipped_share(inputs.workload, block_size(inputs.workload, inputs.backend, inputs.budget))
     if inputs.refusal and skipped >= WORTHWHILE_SKIP:
-        return inputs.strategy("blocks", f"{inputs.refusal}; blocks skip {skipped:.0%} of the scores")
+        return inputs.strategy(
+            Method.BLOCKS, Method.BLOCKS, f"{inputs.refusal}; blocks skip {skipped:.0%} of the scores"
+        )
     if inputs.excess <= inputs.budget:
-        return inputs.strategy("whole" if inputs.refusal else "fused", inputs.within_budget)
-    return inputs.strategy(
-        "blocks" if inputs.refusal else "fused, blocks behind", f"{inputs.training_refusal}; {inputs.over_budget}"
-    )
+        return inputs.strategy(inputs.whole, Method.WHOLE, inputs.within_budget)
+    forward = Method.BLOCKS if inputs.refusal else Method.FUSED
+    return inputs.strategy(forward, Method.BLOCKS, f"{inputs.training_refusal}; {inputs.over_budget}")
 
 
 def _gpu_strategy(inputs: _StrategyInputs) -> Strategy:
@@ -374,21 +378,20 @@ def _gpu_strategy(inputs: _StrategyInputs) -> Strategy:
     )
     if not inputs.training_refusal:
         if max(forward, training) <= inputs.budget:
-            return inputs.strategy("fused", FUSED)
+            return inputs.strategy(Method.FUSED, Method.FUSED, FUSED)
         needed = f"MLX's fused kernels need {size_text(max(forward, training))}, with what they make of a mask"
         why = f"{needed}; the budget is {size_text(inputs.budget)}"
-        return inputs.strategy("fused, slices behind" if forward <= inputs.budget else "slices", why, waits=True)
+        method = Method.FUSED if forward <= inputs.budget else Method.SLICES
+        return inputs.strategy(method, Method.SLICES, why, waits=True)
     fits = max(forward, inputs.excess) <= inputs.budget
     scores = inputs.workload.scores * ITEM_BYTES[inputs.workload.dtype]
     uneven = inputs.backend == "cuda" and not inputs.refusal and inputs.workload.seq > ROW_MULTIPLE
     if fits and not (uneven and scores >= WORTHWHILE_BACKWARD_BYTES):
-        return inputs.strategy("whole" if inputs.refusal else "fused", inputs.within_budget)
+        return inputs.strategy(inputs.whole, Method.WHOLE, inputs.within_budget)
     why = f"{inputs.training_refusal}; {'slices of such rows have one' if fits else inputs.over_budget}"
     if forward <= inputs.budget:
-        return inputs.strategy(
-            "whole, slices behind" if inputs.refusal else "fused, slices behind", why, waits=not fits
-        )
-    return inputs.strategy("slices", why, waits=True)
+        return inputs.strategy(inputs.whole, Method.SLICES, why, waits=not fits)
+    return inputs.strategy(Method.SLICES, Method.SLICES, why, waits=True)
 
 
 def block_size(workload: Workload, backend: Backend, budget: int) -> Blocks:

@@ -16,7 +16,7 @@ from attention.implementations.autotune.implementation import Demo
 from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.blockwise_gradient import Attend
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.bounded.policy import Strategy, StrategyKind
+from attention.implementations.bounded.policy import Method, Strategy
 from attention.implementations.protocol import Implementation
 from attention.implementations.torch_sdpa import TorchSdpa
 from attention.masks import Mask
@@ -32,23 +32,30 @@ class InBlocks(Practical):
         self._tile = Blocks(batches=1, kv_heads=1, rows=16, keys=keys, sums_queries=sums_queries)
 
     def _strategy(self, *asked: Any) -> Strategy:
-        return structs.replace(super()._strategy(*asked), blocks=self._tile, backward=self._tile)
+        return structs.replace(super()._strategy(*asked), blocks=self._tile, backward_blocks=self._tile)
 
 
 class InSlices(Practical):
     """Practical, forced to use slices as on a GPU, each optionally waiting for the previous one."""
 
-    def __init__(self, way: StrategyKind, waits: bool = False) -> None:
+    def __init__(self, forward: Method, backward: Method, waits: bool = False) -> None:
         super().__init__()
-        self._way, self._waits = way, waits
+        self._methods, self._waits = (forward, backward), waits
         self._slice = Blocks(batches=1, kv_heads=1, rows=16, keys=1)
 
     def _strategy(self, workload: Workload, backend: Backend, needs: Needs, *more: Any) -> Strategy:
         made = super()._strategy(workload, backend, needs, *more)
         if needs.softcap:
             return made
-        behind = None if "blocks" in self._way else self._slice
-        return structs.replace(made, kind=self._way, slices=self._slice, backward_slices=behind, waits=self._waits)
+        forward, backward = self._methods
+        return structs.replace(
+            made,
+            forward=forward,
+            backward=backward,
+            slices=self._slice,
+            backward_slices=self._slice if backward is Method.SLICES else None,
+            waits=self._waits,
+        )
 
     def _in_slices(self, choice: Strategy, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
         return super()._in_slices(choice, "cuda", scale, mask, dtype)  # waits, where it waits, as there
@@ -60,10 +67,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "blocks of all keys": InBlocks(1000),
     "blocks of few keys": InBlocks(12),
     "blocks of few keys, seen once": InBlocks(12, sums_queries=True),
-    "slices": InSlices("slices"),
-    "slices that wait": InSlices("slices", waits=True),
-    "slices behind": InSlices("whole, slices behind"),
-    "slices, blocks behind": InSlices("slices, blocks behind"),
+    "slices": InSlices(Method.SLICES, Method.SLICES),
+    "slices that wait": InSlices(Method.SLICES, Method.SLICES, waits=True),
+    "slices behind": InSlices(Method.WHOLE, Method.SLICES),
+    "slices, blocks behind": InSlices(Method.SLICES, Method.BLOCKS),
 }
 DIFFERENTIABLE = [name for name in IMPLEMENTATIONS if name != "torch"]
 LARGE_GRAPHS = ("blocks of all keys", "blocks of few keys", "blocks of few keys, seen once", "slices, blocks behind")

@@ -142,7 +142,7 @@ def test_the_path_counted_is_the_path_that_ran(monkeypatch: pytest.MonkeyPatch) 
         ran = ["MLX SDPA, unfused"]
 
         def spied(self: Practical, choice: Any, *rest: Any, ran: list[str] = ran) -> mx.array:
-            if choice.cuts_forward:
+            if choice.forward.is_cut:
                 ran[0] = f"blocks {choice.blocks.rows} x {choice.blocks.keys}"
             return in_blocks(self, choice, *rest)
 

@@ -21,7 +21,7 @@ from attention.implementations.bounded.blocks import (
     tile_bytes,
     visible_tiles,
 )
-from attention.implementations.bounded.explain import explain
+from attention.implementations.bounded.explain import explain, strategy_text
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.bounded.memory import RESIDENT_TILES, UNORDERED, fence_on_completion, tile_order
 from attention.implementations.bounded.policy import (
@@ -80,7 +80,7 @@ def test_a_tiny_budget_gives_no_more_parts_than_a_graph_may_have(
 ) -> None:
     workload = Workload(batch=32, seq=1024, heads=32, head_dim=64, mask="causal", pass_=pass_)
     made = choose_strategy(workload, "cuda", NO_NEEDS, budget)
-    tile = made.backward if pass_ == "training" else made.blocks
+    tile = made.backward_blocks if pass_ == "training" else made.blocks
     assert visible_tiles(problem_size(workload), tile) <= 4096
     for size in (made.slices, made.backward_slices):
         parts = size and -(-32 // size.batches) * -(-32 // size.kv_heads) * -(-1024 // size.rows)
@@ -97,12 +97,12 @@ def plant(monkeypatch: pytest.MonkeyPatch, why_unfused: Callable[..., str | None
 
 
 def test_what_fits_is_left_to_mlx() -> None:
-    assert asked(structs.replace(LONG, seq=512, kv_seq=512), 2048).kind == "whole"
+    assert strategy_text(asked(structs.replace(LONG, seq=512, kv_seq=512), 2048)) == "whole"
 
 
 def test_slices_that_do_not_fit_together_wait() -> None:
     made = asked(LONG, 2560)
-    assert (made.kind, made.waits) == ("slices", True)
+    assert (strategy_text(made), made.waits) == ("slices", True)
     assert made.slices is not None
     assert made.slices.rows * made.slices.kv_heads < LONG.seq * LONG.heads
     assert "the budget is 2,560 MiB" in made.reason
@@ -110,12 +110,12 @@ def test_slices_that_do_not_fit_together_wait() -> None:
 
 def test_where_no_slice_fits_blocks_are_taken() -> None:
     made = asked(LONG, 64)  # less than the sums of dK and dV of one head
-    assert (made.kind, made.backward_slices) == ("slices, blocks behind", None)
+    assert (strategy_text(made), made.backward_slices) == ("slices, blocks behind", None)
     assert made.reason.endswith("the budget is 64 MiB, and no slice of a backward pass fits it")
     training = structs.replace(LONG, pass_="training")
     assert Practical(64 * MIB).route(LONG, GPU).path == "slices 384 x 16384"
     assert Practical(64 * MIB).route(training, GPU).path == "blocks 512 x 1024"
-    assert choose_strategy(LONG, "cuda", NO_NEEDS, 10_000).kind == "blocks"
+    assert strategy_text(choose_strategy(LONG, "cuda", NO_NEEDS, 10_000)) == "blocks"
 
 
 @pytest.mark.parametrize("pass_", ["forward", "training"])
@@ -140,18 +140,18 @@ def test_no_other_slices_would_be_fewer(mebibytes: int, pass_: Literal["forward"
 
 def test_where_only_the_gradient_is_too_large_it_is_sliced() -> None:
     made = asked(structs.replace(LONG, seq=8192, kv_seq=8192), 3000)
-    assert (made.kind, made.waits) == ("whole, slices behind", True)
+    assert (strategy_text(made), made.waits) == ("whole, slices behind", True)
 
 
 def test_what_fits_forward_is_not_sliced_for_its_mask() -> None:
     causal = structs.replace(LONG, seq=8192, kv_seq=8192, mask="causal")
     assert skipped_share(causal, Blocks(batches=1, kv_heads=1, rows=128, keys=1)) > 0.4
-    assert asked(causal, 30_000).kind == "whole"
-    assert asked(causal, 3000).kind == "whole, slices behind"
+    assert strategy_text(asked(causal, 30_000)) == "whole"
+    assert strategy_text(asked(causal, 3000)) == "whole, slices behind"
 
 
 def test_what_mlx_cannot_do_is_done_in_blocks_there_too() -> None:
-    assert asked(LONG, 2560, Needs(softcap=True)).kind == "blocks"
+    assert strategy_text(asked(LONG, 2560, Needs(softcap=True))) == "blocks"
 
 
 @pytest.mark.parametrize(("seq", "path"), [(8192, "whole + slices 8192"), (16384, "slices 8192 x 16384")])
@@ -186,9 +186,9 @@ def test_a_fused_gradient_beyond_the_budget_is_sliced(monkeypatch: pytest.Monkey
     few_keys = structs.replace(many, kv_seq=4)
     for workload in (many, few_keys):
         made = asked(workload, 512)
-        assert made.kind == "fused, slices behind"
+        assert strategy_text(made) == "fused, slices behind"
         assert made.reason.startswith("MLX's fused kernels need 520 MiB, with what they make of a mask; the budget")
-        assert asked(workload, 521).kind == "fused"
+        assert strategy_text(asked(workload, 521)) == "fused"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "metal"])
@@ -202,7 +202,7 @@ def test_arrays_beside_a_mask_of_every_head_count(
     converted = MaskCopies(batches=1, heads=8, pair_bytes=12)
     budget = converted.size(workload) - MIB
     made = choose_strategy(workload, backend, needs, budget, converted)
-    assert made.kind == "slices"
+    assert strategy_text(made) == "slices"
     assert made.slices is not None
     assert slices_bytes(workload, made.slices, backend, needs, converted) <= budget
 
@@ -254,10 +254,10 @@ def test_a_gradient_fused_for_few_rows_is_sliced_where_large(
     plant(monkeypatch, fuses_multiples_of_128)
     workload = Workload(batch=4, seq=2047, heads=16, head_dim=64, mask="causal")
     made = asked(workload, 8000)
-    assert (made.kind, made.waits) == ("fused, slices behind", False)
+    assert (strategy_text(made), made.waits) == ("fused, slices behind", False)
     assert made.reason == "2047 rows; slices of such rows have one"
-    assert asked(structs.replace(workload, batch=1, heads=2, kv_heads=2), 8000).kind == "fused"
-    assert asked(structs.replace(workload, seq=2048, kv_seq=2048), 8000).kind == "fused"
+    assert strategy_text(asked(structs.replace(workload, batch=1, heads=2, kv_heads=2), 8000)) == "fused"
+    assert strategy_text(asked(structs.replace(workload, seq=2048, kv_seq=2048), 8000)) == "fused"
 
 
 def test_a_large_size_is_said_in_a_unit_that_fits_it():

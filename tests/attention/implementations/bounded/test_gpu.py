@@ -9,6 +9,7 @@ from attention.core.workload import Workload
 from attention.implementations.bounded.blocks import MIB
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.bounded.memory import Fence, tile_order
+from attention.implementations.bounded.policy import Method
 from attention.implementations.calls import MlxRunner, make_inputs
 from attention.implementations.quantized_kv import QuantizedArray
 from attention.kernels.cuda.runtime import launcher
@@ -108,7 +109,7 @@ def test_a_softcap_and_sinks_stay_within_the_budget() -> None:
 
 def test_sums_of_key_gradients_stay_within_the_budget() -> None:
     workload = Workload(seq=256, kv_seq=12_000, heads=4, head_dim=512, dtype="bfloat16", pass_="training")
-    assert Practical(SMALL).strategy(workload, probe()).kind.endswith("blocks behind")
+    assert Practical(SMALL).strategy(workload, probe()).backward is Method.BLOCKS
     assert is_within(workload)
 
 
