@@ -22,6 +22,10 @@ class Needs(Struct, frozen=True, kw_only=True):
     """Type of the array mask; None is bool or the query's."""
     sinks: bool = False
     """Attention sinks: each head has an extra logit in the softmax, without a value."""
+    pattern: bool = False
+    """The mask has a pattern (`attention.masks`): block lists name the visible tiles."""
+    alibi: bool = False
+    """Slope * (key - position of the query) is added to the scores of each head."""
 
 
 NO_NEEDS: Final = Needs()

@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, cast
 
 import numpy as np
 from msgspec import Struct
@@ -13,6 +13,7 @@ from attention.masks.tiles import PARTIAL, Array, Candidates, Grid, Tiles, unpac
 if TYPE_CHECKING:
     import mlx.core as mx
 
+T = TypeVar("T")
 MAX_CHUNK_PAIRS: Final = 1 << 22
 """Pairs whose visibility is evaluated at once."""
 MAX_CACHED_BYTES: Final = 256 << 20
@@ -81,7 +82,7 @@ class BlockList(Struct, frozen=True, eq=False):
     """uint32 (m, block_q, block_k / 32), at least one: bit j of word w is key 32 w + j of the tile."""
     pairs: int
     """Visible pairs of all batches and heads."""
-    _made: "dict[str, object]" = {}
+    _made: "dict[object, object]" = {}
 
     @property
     def row_tiles(self) -> int:
@@ -122,19 +123,17 @@ class BlockList(Struct, frozen=True, eq=False):
         """Return the bits as an MLX array, made once."""
         import mlx.core as mx
 
-        if "bits" not in self._made:
-            self._made["bits"] = mx.array(self.bits)
-        made = self._made["bits"]
-        assert isinstance(made, mx.array)
-        return made
+        return self.derived("bits", lambda own: mx.array(own.bits))
+
+    def derived(self, key: object, make: Callable[["BlockList"], T]) -> T:
+        """Return what `make` returns for this list, made once per key and kept with the list."""
+        if key not in self._made:
+            self._made[key] = make(self)
+        return cast("T", self._made[key])
 
     def transposed(self) -> BlockLists:
         """Return the same tiles as lists of row tiles for each key tile; bits stay as they are, [row][key]."""
-        if "transposed" not in self._made:
-            self._made["transposed"] = self._transposed()
-        made = self._made["transposed"]
-        assert isinstance(made, BlockLists)
-        return made
+        return self.derived("transposed", BlockList._transposed)
 
     def _transposed(self) -> BlockLists:
         plane, row = np.divmod(self._row_of_entry(), self.row_tiles)

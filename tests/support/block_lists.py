@@ -1,42 +1,22 @@
 """Block lists of a dense bool mask, made independently of `attention.masks`; what they leave open is random."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attention.masks.block_list import BlockList, BlockLists
+
 Array = NDArray[Any]
 BITS = 32
 
 
-@dataclass(frozen=True)
-class Lists:
-    """The fields of `attention.masks.BlockList`."""
-
-    block_q: int
-    block_k: int
-    batches: int
-    heads: int
-    row_tiles: int
-    key_tiles: int
-    offsets: Array
-    entries: Array
-    bits: Array
-    pairs: int
-    turned: "Lists | None" = field(default=None, repr=False)
-
-    def transposed(self) -> "Lists":
-        """Return the lists of each key tile's row tiles."""
-        assert self.turned is not None
-        return self.turned
-
-
-def lists_of(seen: Array, block_q: int, block_k: int, seed: int = 0) -> Lists:
+def lists_of(seen: Array, block_q: int, block_k: int, seed: int = 0) -> BlockList:
     """Return the block lists of a bool mask (1 or B, 1 or H, Lq, Lk), True where a pair is visible.
 
     Bits of rows and keys past the ends are random, and such pairs do not keep a tile from being listed as full.
-    Tiles of bits are in random order, the first belongs to no tile, and equal ones are stored once.
+    Tiles of bits are in random order, the first belongs to no tile, and equal ones are stored once. The list's shape
+    and pairs are those of the mask before it is broadcast.
     """
     random = np.random.default_rng(seed)
     batches, heads, queries, keys = seen.shape
@@ -60,10 +40,17 @@ def lists_of(seen: Array, block_q: int, block_k: int, seed: int = 0) -> Lists:
                         bits[place] = _packed(tile, block_q, block_k, random)
                 by_row[plane * rows + row].append((column, place))
                 by_key[plane * columns + column].append((row, place))
-    shape = (block_q, block_k, batches, heads, rows, columns)
-    pairs = int(seen.sum())
-    turned = Lists(*shape, *_flat(by_key), bits, pairs)
-    return Lists(*shape, *_flat(by_row), bits, pairs, turned)
+    return BlockList(
+        block_q=block_q,
+        block_k=block_k,
+        batches=batches,
+        heads=heads,
+        shape=seen.shape,
+        rows=_flat(by_row),
+        bits=bits,
+        pairs=int(seen.sum()),
+        _made={"transposed": _flat(by_key)},
+    )
 
 
 def _packed(tile: Array, block_q: int, block_k: int, random: np.random.Generator) -> Array:
@@ -72,10 +59,10 @@ def _packed(tile: Array, block_q: int, block_k: int, random: np.random.Generator
     return np.packbits(whole, axis=-1, bitorder="little").view("<u4").astype(np.uint32)
 
 
-def _flat(lists: list[list[tuple[int, int]]]) -> tuple[Array, Array]:
+def _flat(lists: list[list[tuple[int, int]]]) -> BlockLists:
     offsets = np.cumsum([0, *map(len, lists)]).astype(np.int32)
     entries = [entry for entries in lists for entry in entries]
-    return offsets, np.array(entries, np.int32).reshape(-1, 2)
+    return BlockLists(offsets, np.array(entries, np.int32).reshape(-1, 2), [])
 
 
 def random_pairs(shape: tuple[int, int, int, int], block: int = 64, seed: int = 0) -> Array:

@@ -12,6 +12,8 @@ from attention.core.errors import KernelUnavailable
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from attention.masks import Pattern
+
 __all__ = ["KernelUnavailable", "availability", "flash_attention", "flash_attention_with_logsumexp"]
 
 
@@ -36,6 +38,8 @@ def flash_attention(
     mask: mx.array | None = None,
     softcap: float | None = None,
     sinks: mx.array | None = None,
+    pattern: Pattern | None = None,
+    alibi: mx.array | None = None,
 ) -> mx.array:
     """Compute softmax(softcap * tanh(q k' * scale / softcap) + mask) v without the score matrix (Dao et al., 2022).
 
@@ -49,18 +53,21 @@ def flash_attention(
         mask: bool (true = attend) or additive, broadcast to (B, H, Lq, Lk); may be combined with causal and window.
         softcap: bound of the scores, applied before the mask.
         sinks: (H,), one extra logit per head in the softmax, without a value.
+        pattern: of `attention.masks`, whose block lists name the visible tiles; may be combined with the others.
+        alibi: (H,), slopes: slope * (key - position of the query) is added to the scores after the softcap.
 
     Returns:
-        (B, H, Lq, D) in the dtype of q; fully masked rows are 0. It is differentiable in q, k, v, the sinks and
-        an additive mask, the last through the score matrix.
+        (B, H, Lq, D) in the dtype of q; fully masked rows are 0. It is differentiable in q, k, v, the sinks, the
+        slopes and an additive mask, the last two through the score matrix.
 
     Raises:
         ValueError: shapes, dtypes or values are invalid or unsupported.
+        UsageError: the pattern does not fit the shape.
         KernelUnavailable: there is no Metal device, or the kernel failed its self-check.
     """
     from attention.kernels.metal import attend
 
-    return attend.attend(q, k, v, scale, causal, window, mask, softcap, sinks, False)[0]
+    return attend.attend(q, k, v, scale, causal, window, mask, softcap, sinks, False, pattern, alibi)[0]
 
 
 def flash_attention_with_logsumexp(
@@ -74,6 +81,8 @@ def flash_attention_with_logsumexp(
     mask: mx.array | None = None,
     softcap: float | None = None,
     sinks: mx.array | None = None,
+    pattern: Pattern | None = None,
+    alibi: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Compute `flash_attention` and the natural logarithm of each row's sum of exponentials, sinks included.
 
@@ -87,5 +96,5 @@ def flash_attention_with_logsumexp(
     """
     from attention.kernels.metal import attend
 
-    output, logsumexp = attend.attend(q, k, v, scale, causal, window, mask, softcap, sinks, True)
+    output, logsumexp = attend.attend(q, k, v, scale, causal, window, mask, softcap, sinks, True, pattern, alibi)
     return output, logsumexp

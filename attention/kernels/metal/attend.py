@@ -21,10 +21,10 @@ from attention.kernels.metal.call import (
 )
 from attention.kernels.metal.gradients import gradients
 from attention.kernels.metal.launch import Arrays
+from attention.kernels.metal.lists import lists_of_pattern
+from attention.masks import Pattern
 
 Attend = Callable[..., Sequence[mx.array]]
-KEYS = 83
-"""Number of keys in a self-check."""
 SPLIT_KEYS = 523
 """Number of keys in a self-check of split keys."""
 
@@ -40,6 +40,7 @@ def attend(
     softcap: float | None,
     sinks: mx.array | None,
     with_logsumexp: bool,
+    pattern: Pattern | None = None,
     slopes: mx.array | None = None,
 ) -> Sequence[mx.array]:
     """Return output and logsumexp; arguments as in `flash_attention`.
@@ -54,8 +55,10 @@ def attend(
     kind = mask_kind(mask, shape)
     if slopes is not None and slopes.shape != (shape.heads,):
         raise ValueError(f"[flash_attention] alibi's slopes have shape ({shape.heads},); got {slopes.shape}.")
-    call = normalize(scale, causal, window, softcap, shape.keys, kind, sinks is not None, alibi=slopes is not None)
-    return _function(shape, call, with_logsumexp)(*launch.arrays_of(q, k, v, mask, sinks, slopes))[:2]
+    features = (sinks is not None, pattern is not None, slopes is not None)
+    call = normalize(scale, causal, window, softcap, shape.keys, kind, *features)
+    lists = None if pattern is None else lists_of_pattern(pattern, shape)
+    return _function(shape, call, with_logsumexp)(*launch.arrays_of(q, k, v, mask, sinks, slopes, lists))[:2]
 
 
 def special_of(shape: CallShape, call: CallParams) -> Specialisation:
@@ -110,5 +113,5 @@ def _small(shape: CallShape, special: Specialisation) -> list[CallShape]:
     """Return small shapes that run the same kernel: for few queries, one with split keys and one without."""
     if special.tile.kind == "decode":
         few = replace(shape, batch=1, heads=4, kv_heads=2, queries=special.tile.block_q // 2)
-        return [replace(few, keys=SPLIT_KEYS), replace(few, keys=KEYS)]
-    return [replace(shape, batch=1, heads=4, kv_heads=2, queries=70, keys=KEYS)]
+        return [replace(few, keys=SPLIT_KEYS), replace(few, keys=selfcheck.KEYS)]
+    return [selfcheck.small_shape(shape, special.lists)]

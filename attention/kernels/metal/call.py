@@ -137,8 +137,6 @@ def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
 
 def refusal_of_workload(workload: Workload) -> str | None:
     """Return why the kernels do not support a workload, in one line, or None if they do."""
-    if workload.structured:
-        return "the Metal kernels take no block lists"
     return refusal(workload.dtype, workload.head_dim, workload.value_dim)
 
 
@@ -148,7 +146,8 @@ def of_workload(workload: Workload, needs: Needs = NO_NEEDS) -> tuple[CallShape,
     shape = CallShape(w.batch, w.heads, w.kv_heads, w.seq, w.kv_seq, w.head_dim, w.dtype)
     softcap = 1.0 if needs.softcap else None
     mask: MaskKind = "bool" if needs.array_mask else "none"
-    return shape, normalize(w.scale, w.causal, w.window, softcap, w.kv_seq, mask, needs.sinks)
+    lists = w.structured or needs.pattern
+    return shape, normalize(w.scale, w.causal, w.window, softcap, w.kv_seq, mask, needs.sinks, lists, needs.alibi)
 
 
 def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> CallShape:

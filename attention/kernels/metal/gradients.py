@@ -235,7 +235,7 @@ def check(shape: CallShape, call: CallParams, logsumexp: bool = False) -> None:
     Raises:
         KernelUnavailable: a kernel cannot be compiled, or its results are wrong.
     """
-    small = replace(shape, batch=1, heads=4, kv_heads=2, queries=70, keys=83)
+    small = selfcheck.small_shape(shape, call.lists)
     small_params = selfcheck.check_params(call, small)
 
     def compare() -> str | None:

@@ -1,10 +1,14 @@
 """Block lists as the kernels read them."""
 
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+
+from attention.kernels.metal.call import CallShape
+from attention.kernels.metal.tiles import LIST_KEYS, LIST_QUERIES
+from attention.masks import BlockList, Pattern
 
 MIN_DEVICE_ELEMENTS: Final = 8
 """Minimum number of elements for which MLX passes an array as device memory."""
@@ -16,22 +20,6 @@ FULL: Final = -1
 """In place of a tile of bits: all pairs are visible."""
 ABSENT: Final = -2
 Ints = NDArray[np.int32]
-
-
-class BlockLists(Protocol):
-    """The tiles of queries and keys that contain visible pairs, as `Pattern.block_list` makes them."""
-
-    batches: int
-    heads: int
-    row_tiles: int
-    key_tiles: int
-    offsets: NDArray[Any]
-    entries: NDArray[Any]
-    bits: NDArray[Any]
-
-    def transposed(self) -> "BlockLists":
-        """Return the lists of each key tile's row tiles; the bits are the same."""
-        ...
 
 
 class ListArrays(NamedTuple):
@@ -50,17 +38,31 @@ class ListArrays(NamedTuple):
     """int32 (n, 2): row tile, and tile of bits or -1."""
 
 
-def list_arrays(lists: BlockLists, group: int) -> ListArrays:
-    """Return the arrays of block lists; `group` is the number of query heads per key head."""
+def list_arrays(lists: BlockList, group: int) -> ListArrays:
+    """Return the arrays of block lists, made once; `group` is the number of query heads per key head."""
+    return lists.derived(("metal", group), lambda lists: _list_arrays(lists, group))
+
+
+def _list_arrays(lists: BlockList, group: int) -> ListArrays:
     turned = lists.transposed()
     shape = (lists.batches, lists.heads)
     return ListArrays(
         mx.array(_records(lists.offsets, (*shape, lists.row_tiles), 1)),
         _at_least_device(lists.entries),
-        mx.array(lists.bits),
+        lists.device_bits(),
         mx.array(_records(turned.offsets, (*shape, lists.key_tiles), group)),
         _at_least_device(turned.entries),
     )
+
+
+def lists_of_pattern(pattern: Pattern, shape: CallShape) -> ListArrays:
+    """Return the block lists of a pattern for a call, made once.
+
+    Raises:
+        UsageError: the pattern does not fit the shape.
+    """
+    whole = (shape.batch, shape.heads, shape.queries, shape.keys)
+    return list_arrays(pattern.block_list(whole, LIST_QUERIES, LIST_KEYS), shape.group)
 
 
 def visible_pairs(lists: mx.array, entries: mx.array, bits: mx.array, queries: int, keys: int) -> mx.array:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from attention.kernels.metal.call import CallParams, CallShape
     from attention.masks import Mask
 
+LISTED: Final = "; with block lists the keys of a few queries are not split among threadgroups"
 UNKNOWN: Final = "how fast it is on a Mac was never measured by its authors; `demo` tries it beside MLX's own"
 
 
@@ -33,7 +34,7 @@ def route(workload: Workload, needs: Needs) -> Route:
     except KernelUnavailable as unavailable:
         return unsupported(str(unavailable))
     shape, call = of_workload(workload, needs)
-    special = specialisation("decode" if shape.few else "forward", shape, call)
+    special = specialisation("decode" if call.splits_keys(shape) else "forward", shape, call)
     distrusted = metal_trust.distrust_reason(special)
     if distrusted:
         return unsupported(f"the Metal kernel is not used, because of its check on first use: {distrusted}")
@@ -41,7 +42,9 @@ def route(workload: Workload, needs: Needs) -> Route:
     reason = f"flash attention in Metal, {state}; {UNKNOWN}"
     if workload.pass_ == "training":
         reason += _of_gradients(shape, call)
-    path = "Metal kernel, split K" if shape.few else "Metal kernel"
+    path = "Metal kernel, split K" if call.splits_keys(shape) else "Metal kernel"
+    if call.lists:
+        path, reason = "Metal kernel, lists", reason + LISTED if shape.few else reason
     return Route(path=path, fused=True, reason=reason, predicted_bytes=_predicted(workload, shape, call))
 
 
@@ -77,7 +80,15 @@ def attend_with_sinks(
     from attention.kernels import metal
 
     return metal.flash_attention(
-        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap, sinks=sinks
+        *(q, k, v),
+        scale=scale,
+        causal=mask.causal,
+        window=mask.window,
+        mask=mask.array,
+        softcap=softcap,
+        sinks=sinks,
+        pattern=mask.pattern,
+        alibi=mask.alibi,
     )
 
 
@@ -95,7 +106,7 @@ def _predicted(workload: Workload, shape: CallShape, call: CallParams) -> int | 
 
     rows = shape.batch * shape.heads * shape.queries
     made = workload.output_bytes + FLOAT_BYTES * rows
-    splits = key_split(shape, call)[0] if shape.few else 1
+    splits = key_split(shape, call)[0] if call.splits_keys(shape) else 1
     if splits > 1:
         made += FLOAT_BYTES * splits * rows * (shape.head_dim + 1)
     if workload.pass_ != "training":

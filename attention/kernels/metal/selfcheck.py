@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from attention.kernels.metal.call import CallParams, CallShape
 from attention.kernels.metal.launch import Arrays, arrays_of
-from attention.kernels.metal.lists import ListArrays
-from attention.masks import dtype_name
+from attention.kernels.metal.lists import ListArrays, lists_of_pattern
+from attention.kernels.metal.tiles import LIST_QUERIES
+from attention.masks import Pattern, blocks, dilated, dtype_name
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -19,6 +20,9 @@ TOLERANCE = {"bfloat16": 1.2e-2, "float16": 1.5e-3, "float32": 2e-5}
 """Tolerance of a result relative to its norm: a few times the rounding error of its elements."""
 LOGSUMEXP_TOLERANCE = 1e-3
 """Tolerance of a logsumexp, relative if it is larger than 1."""
+QUERIES, KEYS = 70, 83
+LISTED_QUERIES, LISTED_KEYS = 100, 150
+"""With block lists: two by three tiles, the last of them incomplete."""
 COVER = {"float32": -1e9, "bfloat16": -1e9, "float16": -6e4}
 """Large finite values of additive masks, by dtype."""
 
@@ -44,6 +48,24 @@ class Inputs:
         whole = (shape.batch, shape.heads, shape.queries, shape.keys)
         mask = None if self.mask is None else mx.broadcast_to(self.mask, whole)
         return arrays_of(self.q, self.k, self.v, mask, self.sinks, self.slopes, self.lists)
+
+
+def small_shape(shape: CallShape, lists: bool) -> CallShape:
+    """Return a small shape that runs the same kernels, unless these split the keys."""
+    queries, keys = (LISTED_QUERIES, LISTED_KEYS) if lists else (QUERIES, KEYS)
+    return replace(shape, batch=1, heads=4, kv_heads=2, queries=queries, keys=keys)
+
+
+def _pattern(shape: CallShape, random: np.random.Generator) -> Pattern:
+    """Return a pattern with full, partial and empty tiles, which differ between heads, and empty rows of tiles."""
+
+    def drawn(block: int, density: float) -> Pattern:
+        cells = random.random((1, shape.heads, -(-shape.queries // block), -(-shape.keys // block))) < density
+        if block == LIST_QUERIES:
+            cells[:, 0, -1] = False
+        return blocks(cells, block)
+
+    return drawn(LIST_QUERIES, 0.7) & (drawn(LIST_QUERIES, 0.3) | drawn(16, 0.3) | dilated(shape.keys, 3))
 
 
 def check_params(call: CallParams, small: CallShape) -> CallParams:
@@ -79,7 +101,13 @@ def inputs(shape: CallShape, call: CallParams, seed: int = 7, logsumexp: bool = 
     sinks = mx.array(random.standard_normal(shape.heads, np.float32)) if call.sinks else None
     by_sum = mx.array(random.standard_normal((batch, shape.heads, shape.queries), np.float32)) if logsumexp else None
     slopes = mx.array(0.1 * random.random(shape.heads, np.float32)) if call.alibi else None
-    return Inputs(q[..., 4:-4], k.swapaxes(1, 2), v[..., ::2], cotangent.swapaxes(1, 2), mask, sinks, by_sum, slopes)
+    arrays = (q[..., 4:-4], k.swapaxes(1, 2), v[..., ::2], cotangent.swapaxes(1, 2))
+    given = Inputs(*arrays, mask, sinks, by_sum, slopes)
+    if not call.lists:
+        return given
+    pattern = _pattern(shape, random)
+    seen = np.array(pattern.dense((batch, shape.heads, shape.queries, shape.keys)))
+    return replace(given, lists=lists_of_pattern(pattern, shape), seen=seen)
 
 
 def exact(array: mx.array) -> Floats:

@@ -6,10 +6,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from attention.kernels.metal import launch, selfcheck
+from attention.core.errors import UsageError
+from attention.core.route import NO_NEEDS
+from attention.core.workload import Workload
+from attention.kernels import metal
+from attention.kernels.metal import gradients, launch, selfcheck
 from attention.kernels.metal.call import CallParams, CallShape
 from attention.kernels.metal.lists import RECORD, list_arrays, visible_pairs
+from attention.kernels.metal.path import route
 from attention.kernels.metal.tiles import HEAD_DIMS, LIST_KEYS, LIST_QUERIES, SIZES
+from attention.kernels.metal.verdicts import known_results
+from attention.masks import causal, documents, padding, prefix, window
 from tests.support.block_lists import lists_of, random_pairs
 from tests.support.metal.case import (
     LISTED,
@@ -42,12 +49,11 @@ def test_forward_and_gradients_are_right_and_clean(device):
 
 
 def test_lists_of_causal_pairs_are_bitwise_the_causal_kernel(device):
-    causal = CallParams(CALL.scale, causal=True)
-    given = selfcheck.inputs(SHAPE, causal)
-    positions = np.arange(SHAPE.queries)[:, None] + SHAPE.keys - SHAPE.queries
-    seen = np.arange(SHAPE.keys) <= positions
-    listed = replace(with_lists(given, seen[None, None]), slopes=mx.zeros(SHAPE.heads))
-    for ours, expected in zip(results(listed, SHAPE, CALL), results(given, SHAPE, causal), strict=True):
+    shape, causal = replace(SHAPE, heads=2, kv_heads=1, queries=70, keys=100), CallParams(CALL.scale, causal=True)
+    given = selfcheck.inputs(shape, causal)
+    seen = np.arange(shape.keys) <= np.arange(shape.queries)[:, None] + shape.keys - shape.queries
+    listed = replace(with_lists(given, seen[None, None]), slopes=mx.zeros(shape.heads))
+    for ours, expected in zip(results(listed, shape, CALL), results(given, shape, causal), strict=True):
         assert np.array_equal(np.array(ours), np.array(expected))
 
 
@@ -113,3 +119,91 @@ def test_visible_pairs_of_the_arrays_are_those_of_the_mask(planes):
 def test_visible_pairs_of_empty_lists_are_none():
     made = list_arrays(lists_of(np.zeros((1, 1, 5, 9), np.bool_), LIST_QUERIES, LIST_KEYS), group=1)
     assert not mx.any(visible_pairs(made.lists, made.entries, made.bits, 5, 9))
+
+
+@pytest.fixture
+def checked(monkeypatch, tmp_path):
+    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
+
+
+def test_a_pattern_is_attended_after_its_own_self_check(device, checked):
+    mx.random.seed(4)
+    q, k, v = (mx.random.normal((1, heads, 90, 64)).astype(mx.float16) for heads in (4, 2, 2))
+    slopes = mx.array([0.0, 0.1, 0.2, 0.3])
+    pattern = documents([50, 40]) & causal() | prefix(3)
+
+    def ours(q, k, v):
+        return metal.flash_attention(q, k, v, scale=0.125, pattern=pattern, alibi=slopes)
+
+    def plainly(q, k, v):
+        bias = slopes[:, None, None] * (mx.arange(90) - mx.arange(90)[:, None])
+        mask = mx.where(pattern.dense((1, 4, 90, 90)), bias, -mx.inf)
+        return mx.fast.scaled_dot_product_attention(*(x.astype(mx.float32) for x in (q, k, v)), scale=0.125, mask=mask)
+
+    found, made = mx.vjp(ours, [q, k, v], [q])
+    right, expected = mx.vjp(plainly, [q, k, v], [q.astype(mx.float32)])
+    for a, b in zip((*found, *made), (*right, *expected), strict=True):
+        assert np.allclose(np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32)), atol=2e-2)
+    assert [verdict.name for verdict in known_results()] == [
+        "backward float16 D=64 block lists alibi",
+        "forward float16 D=64 block lists alibi",
+    ]
+
+
+@pytest.mark.slow
+def test_gradients_through_the_score_matrix_are_right(device):
+    shape = replace(SHAPE, dtype="float32")
+    given = selfcheck.inputs(shape, CALL)
+    made = gradients.plain_gradients(given.arrays(shape), given.cotangent, None, CALL)
+    assert selfcheck.gradient_disagreement(given, CALL, made[:3]) is None
+
+
+@pytest.mark.slow
+def test_the_gradient_of_the_slopes_is_that_of_the_score_matrix(device, checked):
+    q, k, v = (mx.random.normal((1, heads, 70, 64), key=mx.random.key(heads)).astype(mx.float16) for heads in (4, 2, 2))
+
+    def loss(slopes):
+        out = metal.flash_attention(q, k, v, scale=0.125, pattern=window(20) | prefix(2), alibi=slopes)
+        return out.astype(mx.float32).sum()
+
+    slopes, step = mx.array([0.0, 0.1, 0.2, 0.3]), mx.array([0.0, 1.0, 0.0, 0.0])
+    around = [loss(slopes + 0.02 * sign * step).item() for sign in (-1, 1)]
+    assert mx.grad(loss)(slopes)[1].item() == pytest.approx((around[1] - around[0]) / 0.04, rel=0.02)
+
+
+@pytest.mark.slow
+def test_vmap_folds_lists_that_differ_between_batches(device, checked):
+    pattern = padding([60, 35])
+    q = mx.random.normal((3, 2, 2, 60, 64), key=mx.random.key(1)).astype(mx.float16)
+    k, v = (mx.random.normal((2, 1, 60, 64), key=mx.random.key(at)).astype(mx.float16) for at in (2, 3))
+
+    def attend(q):
+        return metal.flash_attention(q, k, v, scale=0.125, pattern=pattern)
+
+    def gradient(q):
+        return mx.grad(lambda q: (attend(q) * q).sum())(q)
+
+    for each in (attend, gradient):
+        found, right = mx.vmap(each)(q), mx.stack([each(one) for one in q])
+        assert np.allclose(np.array(found), np.array(right), atol=2e-3)
+
+
+def test_a_pattern_that_does_not_fit_is_named(device):
+    q = mx.zeros((1, 1, 40, 64))
+    with pytest.raises(UsageError, match="documents"):
+        metal.flash_attention(q, q, q, scale=1.0, pattern=documents([30, 30]))
+
+
+@pytest.mark.parametrize(
+    ("workload", "path"),
+    [
+        (Workload(seq=512, head_dim=64, mask="documents:128"), "Metal kernel, lists"),
+        (Workload(seq=1, kv_seq=4096, head_dim=64, mask="documents:128"), "Metal kernel, lists"),
+        (Workload(seq=1, kv_seq=4096, head_dim=64), "Metal kernel, split K"),
+    ],
+    ids=str,
+)
+def test_the_route_names_the_lists(device, checked, workload, path):
+    made = route(workload, NO_NEEDS)
+    assert made.path == path
+    assert ("not split" in made.reason) == (path == "Metal kernel, lists" and workload.seq == 1)
