@@ -57,7 +57,7 @@ def diagnose(measure: bool = True) -> Iterator[DiagnosisItem]:
         device = probe()
     except NoBackendError as error:
         device = None
-        yield DiagnosisItem(topic="backend", text="none", advice=str(error))
+        yield DiagnosisItem(topic="backend", text="none", advice=formatting.problem_text(error))
     yield from _packages()
     if device:
         yield from _machine(device)
@@ -89,7 +89,7 @@ def _packages() -> Iterator[DiagnosisItem]:
         removal = f"pip uninstall {' '.join((*both, 'mlx'))}"
         advice = f"two backends overwrite each other's library: {removal}, then install one extra"
     elif not core:
-        advice = "pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fatui[cuda13]' on Linux, 'fatui' on macOS"
+        advice = formatting.INSTALL_BACKEND
     yield DiagnosisItem(topic="MLX", text=text, advice=advice)
 
 

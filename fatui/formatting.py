@@ -4,11 +4,20 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from attention.core.errors import NoBackendError, Remedy
+from attention.core.events import RunRefused
 from attention.core.results import AnyCase, Interval, Ratio, Report, Row, Share, Summary
 from attention.core.workload import PHASES, short_name
 from attention.engine.record import summarise
 
 UNKNOWN: Final = "n/a"
+INSTALL_BACKEND: Final = "pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fatui[cuda13]' on Linux, 'fatui' on macOS"
+REMEDIES: Final = {
+    None: "",
+    Remedy.INSTALL_BACKEND: f"; install one: {INSTALL_BACKEND}",
+    Remedy.INSTALL_MLX_LM: ": pip install 'fatui[models]'",
+}
+"""How each remedy of the engine continues what is wrong."""
 STAR: Final = "★"
 TUNED: Final = "tuned: "
 """Begins the path of an implementation that chose another one."""
@@ -18,6 +27,12 @@ WIDE: Final = 0.25
 DECIMAL: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"), (1.0, ""))
 BINARY: Final = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+
+
+def problem_text(problem: NoBackendError | RunRefused) -> str:
+    """Return what is wrong, what to do about it, and the cause."""
+    what = problem.reason if isinstance(problem, RunRefused) else problem.what
+    return f"{what}{REMEDIES[problem.remedy]}" + (f" ({problem.why})" if problem.why else "")
 
 
 def three(value: float) -> str:

@@ -1,6 +1,7 @@
 """Exceptions of the engine; each message is one line per problem."""
 
 from collections.abc import Iterable
+from enum import Enum
 from typing import Final
 
 MAX_REASON: Final = 300
@@ -23,8 +24,25 @@ class UnsupportedError(ValueError):
     """An implementation was called with arguments that it does not support, as its route says."""
 
 
+class Remedy(Enum):
+    """What resolves an error. An application puts it into words: it knows how it is installed."""
+
+    INSTALL_BACKEND = "install a backend of MLX"
+    INSTALL_MLX_LM = "install mlx-lm"
+
+
 class NoBackendError(RuntimeError):
-    """MLX is not installed or has no backend."""
+    """MLX or mlx-lm is not installed, or MLX has no backend.
+
+    Attributes:
+        what: what is missing.
+        why: the cause, such as the text of another exception; may be empty.
+        remedy: what resolves it; None if unknown.
+    """
+
+    def __init__(self, what: str, why: str = "", remedy: Remedy | None = None) -> None:
+        super().__init__(f"{what} ({why})" if why else what)
+        self.what, self.why, self.remedy = what, why, remedy
 
 
 class ForkedError(RuntimeError):

@@ -7,6 +7,7 @@ from typing import Final, Literal, get_args
 
 import msgspec
 
+from attention.core.errors import Remedy
 from attention.core.results import Environment, Peaks, Ratio
 from attention.core.route import Route
 
@@ -258,6 +259,9 @@ class RunRefused(Event, tag="run_refused"):
 
     kind: Literal["usage", "no backend", "cannot start"]
     reason: str
+    why: str = ""
+    """The cause of the reason, such as the text of an exception."""
+    remedy: Remedy | None = None
 
 
 RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | AccuracyChecked | MemoryMeasured | LatencyMeasured

@@ -39,7 +39,7 @@ def xdg(variable: str, fallback: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the cache: $FATUI_CACHE_DIR, $XDG_CACHE_HOME/fatui or ~/.cache/fatui; "~name" of nobody is ignored."""
+    """Return $FATUI_CACHE_DIR, or a folder in $XDG_CACHE_HOME or ~/.cache; "~name" without such a user is ignored."""
     given = expand_home(os.environ.get("FATUI_CACHE_DIR", ""))
     named = given.parts and not given.parts[0].startswith("~")
     return given if named else xdg("XDG_CACHE_HOME", ".cache") / "fatui"

@@ -40,7 +40,7 @@ def main() -> int:
     except UsageError as error:
         emit(on.RunRefused(kind="usage", reason=str(error)))
     except NoBackendError as error:
-        emit(on.RunRefused(kind="no backend", reason=str(error)))
+        emit(on.RunRefused(kind="no backend", reason=error.what, why=error.why, remedy=error.remedy))
     except DeviceStateUnknown:
         return 1
     return 0

@@ -9,12 +9,11 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
-from attention.core.errors import ForkedError, NoBackendError
+from attention.core.errors import ForkedError, NoBackendError, Remedy
 from attention.core.results import Environment
 
 Backend = Literal["cpu", "metal", "cuda"]
 NOT_MLX: Final = ("numpy", "scipy", "torch")
-INSTALL: Final = "install one: pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fatui[cuda13]' on Linux, 'fatui' on macOS"
 
 
 class Device(Struct, frozen=True, kw_only=True):
@@ -39,14 +38,14 @@ def probe() -> Device:
     """Return the device that MLX runs on.
 
     Raises:
-        NoBackendError: MLX is missing or has no backend; the message names what to install.
+        NoBackendError: MLX is missing or has no backend.
     """
     try:
         import mlx.core as mx
 
         default = mx.default_device()
     except (ImportError, OSError) as error:
-        raise NoBackendError(f"MLX has no backend on this machine; {INSTALL} ({error})") from error
+        raise NoBackendError("MLX has no backend on this machine", str(error), Remedy.INSTALL_BACKEND) from error
     info = mx.device_info(default)
     backend: Backend = "cpu"
     if default.type == mx.DeviceType.gpu:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from attention.core.errors import NoBackendError, UsageError, suggestion
+from attention.core.errors import NoBackendError, Remedy, UsageError, suggestion
 from attention.core.files import expand_home
 from attention.core.workload import ITEM_BYTES, DType, Pass, Workload
 
@@ -18,7 +18,6 @@ FILE: Final = Path(__file__).with_name("configurations.toml")
 SHAPES: Final = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 ALIASES: Final = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 """GPT-2's names of these fields."""
-INSTALL: Final = "models need mlx-lm, which is not installed: pip install 'fatui[models]'"
 
 
 class Configuration(Struct, frozen=True):
@@ -152,6 +151,6 @@ def _plain(arguments: Any) -> dict[str, Any]:
 
 
 def check_mlx_lm() -> None:
-    """Raise NoBackendError, with the way to install it, unless mlx-lm is installed."""
+    """Raise NoBackendError unless mlx-lm is installed."""
     if find_spec("mlx_lm") is None:
-        raise NoBackendError(INSTALL)
+        raise NoBackendError("models need mlx-lm, which is not installed", remedy=Remedy.INSTALL_MLX_LM)

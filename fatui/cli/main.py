@@ -106,7 +106,9 @@ def _code_of(error: Exception) -> int | None:
             print_line(problem)
         return WRONG_USAGE
     if isinstance(error, NoBackendError):
-        print_line(error)
+        from fatui.formatting import problem_text
+
+        print_line(problem_text(error))
         return NO_BACKEND
     if isinstance(error, HistoryError):
         print_line(error)

@@ -168,7 +168,7 @@ def _exit_code(record: AnyRecord, report: Report, interrupted: bool, failed: boo
 
 
 def _refused(refusal: on.RunRefused) -> int:
-    for line in refusal.reason.splitlines():
+    for line in formatting.problem_text(refusal).splitlines():
         cli.print_line(line)
     return {"no backend": cli.NO_BACKEND, "cannot start": cli.FAILED}.get(refusal.kind, cli.WRONG_USAGE)
 

@@ -9,7 +9,7 @@ from msgspec import structs
 from rich.console import Console
 
 from attention.core import events as on
-from attention.core.errors import UsageError
+from attention.core.errors import NoBackendError, Remedy, UsageError
 from attention.core.results import Interval, Ratio, Report
 from attention.core.workload import Workload
 from attention.engine.record import Record
@@ -235,3 +235,28 @@ def test_rows_of_the_same_implementation_share_a_star():
     other = structs.replace(case, rows=(base, poc, structs.replace(case.rows[2], path="MLX SDPA, unfused")))
     assert formatting.best_of(other) == ("demo",)
     assert formatting.same_paths(other) == []
+
+
+INSTALL = "pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fatui[cuda13]' on Linux, 'fatui' on macOS"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (NoBackendError("MLX cannot be imported"), "MLX cannot be imported"),
+        (
+            NoBackendError("MLX has no backend", "no libmlx.so", Remedy.INSTALL_BACKEND),
+            f"MLX has no backend; install one: {INSTALL} (no libmlx.so)",
+        ),
+        (NoBackendError("models need it", remedy=Remedy.INSTALL_MLX_LM), "models need it: pip install 'fatui[models]'"),
+    ],
+)
+def test_an_error_says_what_to_do_here_and_from_a_worker(error: NoBackendError, text: str) -> None:
+    refusal = on.RunRefused(kind="no backend", reason=error.what, why=error.why, remedy=error.remedy)
+    received = on.decode(on.encode(refusal))
+    assert isinstance(received, on.RunRefused)
+    assert formatting.problem_text(error) == formatting.problem_text(received) == text
+
+
+def test_every_remedy_has_words() -> None:
+    assert set(formatting.REMEDIES) == {None, *Remedy}

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from attention.core import events as on
+from attention.core.errors import Remedy
 from attention.core.plan import Plan
 from attention.engine.record import Record
 from tests.support.sample_runs import events_of
@@ -16,7 +17,7 @@ ENDINGS = {
     "inaccurate": on.AccuracyChecked(
         case=0, implementation="poc", max_error=0.03, rms_error=0.01, accurate=False, detail="output: 3e-2 of 1e-3"
     ),
-    "no backend": on.RunRefused(kind="no backend", reason="MLX has no backend here; pip install 'fatui[cpu]'"),
+    "no backend": on.RunRefused(kind="no backend", reason="MLX has no backend here", remedy=Remedy.INSTALL_BACKEND),
 }
 
 

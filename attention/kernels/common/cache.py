@@ -57,7 +57,7 @@ class KernelRecord(TypedDict, total=False):
 
 
 def folder() -> Path:
-    """Return the cache folder: `kernels` in `$FATUI_CACHE_DIR`, `$XDG_CACHE_HOME/fatui` or `~/.cache/fatui`."""
+    """Return the kernels' folder in the cache folder."""
     return cache_folder() / "kernels"
 
 

@@ -134,7 +134,8 @@ class ModelScreen(Screen[None]):
             check_mlx_lm()
             plan = self.plan()
         except (UsageError, NoBackendError) as error:
-            self.app.tell(f"cannot run: {'; '.join(str(error).splitlines())}", "warning")
+            text = formatting.problem_text(error) if isinstance(error, NoBackendError) else str(error)
+            self.app.tell(f"cannot run: {'; '.join(text.splitlines())}", "warning")
             return
         self.app.runs.start_model(self.NAME, plan, self.command(plan))
         self._show()

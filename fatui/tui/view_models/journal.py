@@ -85,7 +85,7 @@ def event_line(event: on.AnyEvent, plan: AnyPlan) -> LeveledText:
         case on.Message():
             return event.text, event.level
         case on.RunRefused():
-            return event.reason, "error"
+            return formatting.problem_text(event), "error"
         case on.RunDone():
             return "all cases complete", "info"
         case on.WorkerUnusable():

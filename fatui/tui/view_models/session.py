@@ -199,7 +199,9 @@ class RunSession(ABC, Generic[P, C]):
 
             self.finding = finding(self.report())
         elif record.refused:
-            self.finding = f"nothing could run: {record.refused.reason}"
+            from fatui.formatting import problem_text
+
+            self.finding = f"nothing could run: {problem_text(record.refused)}"
         elif stopped:
             self.finding = "stopped before anything was measured"
 

@@ -1,6 +1,6 @@
 import pytest
 
-from attention.core.errors import NoBackendError
+from attention.core.errors import NoBackendError, Remedy
 from attention.core.results import Peaks
 from attention.measure import device
 from fatui import diagnosis, storage
@@ -16,7 +16,7 @@ def at_once(monkeypatch):
 
 def test_without_a_backend_it_says_what_to_install(capsys, monkeypatch):
     def none() -> device.Device:
-        raise NoBackendError("MLX has no backend; pip install 'fatui[cpu]'")
+        raise NoBackendError("MLX has no backend", remedy=Remedy.INSTALL_BACKEND)
 
     monkeypatch.setattr(diagnosis, "probe", none)
     assert main(["doctor"]) == 3
