@@ -1,21 +1,20 @@
 """The draft of a run: the values on the sliders, or a preset's cases that the sliders cannot represent."""
 
+import math
 from typing import Any, Final
 
-from msgspec import Struct, field, structs
+from msgspec import field, structs
 
 from attention.core.errors import UsageError
-from attention.core.plan import Plan, expand
+from attention.core.plan import MAX_CASES, Plan, RunOptions, expand
 from attention.core.workload import DType, Pass, Workload
 
 AXES: Final = ("batch", "seq", "head_dim", "heads", "kv_heads")
-MAX_DRAFT_CASES: Final = 500
-DEFAULT_IMPLEMENTATIONS: Final = ("baseline", "poc", "practical", "demo")
 DEFAULT_AXES: Final = {"batch": (1,), "seq": (512,), "head_dim": (64,), "heads": (8,), "kv_heads": ()}
 SHARED: Final = ("dtype", "mask", "pass_")
 
 
-class Draft(Struct, frozen=True, kw_only=True):
+class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """An immutable draft of a plan; every change returns a new one."""
 
     axes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(DEFAULT_AXES))
@@ -32,12 +31,6 @@ class Draft(Struct, frozen=True, kw_only=True):
     """The values of dtype, mask and pass for which a sweep has more than one."""
     cases: tuple[Workload, ...] = ()
     """A preset's own list of cases; the sliders show the first. Empty once a slider was moved."""
-    implementations: tuple[str, ...] = DEFAULT_IMPLEMENTATIONS
-    seconds: float = 6.0
-    precision: float = 0.01
-    memory_limit_bytes: int | None = None
-    force: bool = False
-    seed: int = 0
     preset: str | None = None
     changed: bool = False
     """Whether it differs from the preset it was made from."""
@@ -102,11 +95,9 @@ class Draft(Struct, frozen=True, kw_only=True):
         """
         if self.cases:
             return self.cases
-        count = 1
-        for values in (*self.axes.values(), *self.several.values()):
-            count *= max(1, len(values))
-        if count > MAX_DRAFT_CASES:
-            raise UsageError(f"{count:,} cases; a sweep takes {MAX_DRAFT_CASES} at most")
+        count = math.prod(max(1, len(values)) for values in (*self.axes.values(), *self.several.values()))
+        if count > MAX_CASES:
+            raise UsageError(f"{count:,} cases; a sweep takes {MAX_CASES:,} at most")
         base = {name: getattr(self, name) for name in SHARED}
         base |= {name: getattr(self, name) for name in ("kv_seq", "value_dim") if getattr(self, name) is not None}
         return expand(base, {name: values for name, values in {**self.axes, **self.several}.items() if values})
@@ -119,15 +110,7 @@ class Draft(Struct, frozen=True, kw_only=True):
         """
         if not self.implementations:
             raise UsageError("no implementation is selected; space toggles the one under the cursor")
-        return Plan(
-            cases=self.workloads(),
-            implementations=self.implementations,
-            seconds=self.seconds,
-            precision=self.precision,
-            memory_limit_bytes=self.memory_limit_bytes,
-            force=self.force,
-            seed=self.seed,
-        )
+        return Plan(cases=self.workloads(), **self.options())
 
     def title(self) -> str:
         """Return the preset's name, marked if the draft has changed."""
@@ -139,10 +122,6 @@ class Draft(Struct, frozen=True, kw_only=True):
 def draft_of(plan: Plan, preset: str | None) -> Draft:
     """Make a draft of a plan; cases that do not form a full grid are kept as a list."""
     first = plan.cases[0]
-    limits = {
-        name: getattr(plan, name)
-        for name in ("implementations", "seconds", "precision", "memory_limit_bytes", "force", "seed")
-    }
     shown = Draft(
         axes={name: _values(first, name) for name in AXES},
         dtype=first.dtype,
@@ -151,7 +130,7 @@ def draft_of(plan: Plan, preset: str | None) -> Draft:
         kv_seq=first.kv_seq if first.kv_seq != first.seq and first.pass_ != "decode" else None,
         value_dim=first.value_dim if first.value_dim != first.head_dim else None,
         preset=preset,
-        **limits,
+        **plan.options(),
     )
     if len(plan.cases) == 1:
         return shown

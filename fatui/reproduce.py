@@ -63,7 +63,7 @@ def model_command(plan: GenerationPlan) -> str:
         "batch": ",".join(map(str, dict.fromkeys(case.batch for case in plan.cases))),
         "layers": first.measured_layers,
         "dtype": first.dtype,
-        **_limits(plan),
+        **_options(plan),
     }
     return _command(["fatui", "model", first.model], options)
 
@@ -72,18 +72,7 @@ def finetune_command(plan: FineTuningPlan) -> str:
     """Return the command that repeats a fine-tuning run."""
     case = plan.cases[0]
     options = {name: getattr(case, name) for name in ("iters", "seq", "batch", "rank", "dtype", "data")}
-    return _command(["fatui", "finetune", case.model], {**options, "lora-layers": case.tuned_layers, **_limits(plan)})
-
-
-def _limits(plan: RunOptions) -> dict[str, object]:
-    """Return the options that all commands that measure accept."""
-    limit = plan.memory_limit_bytes
-    return {
-        "impl": ",".join(plan.implementations),
-        "seconds": f"{plan.seconds:g}",
-        "memory-limit": None if limit is None else size_text(limit),
-        "force": plan.force,
-    }
+    return _command(["fatui", "finetune", case.model], {**options, "lora-layers": case.tuned_layers, **_options(plan)})
 
 
 def command_for(plan: Plan, preset: Preset | None = None) -> str:
@@ -108,17 +97,17 @@ def command_for(plan: Plan, preset: Preset | None = None) -> str:
         raise UsageError("these cases are not a sweep; save them as a preset to name them in a command")
     shared, axes = product
     values = {name: axes.get(name, [shared[name]] if name in shared else []) for name in FIELDS}
-    return bench_command(None, {name: several for name, several in values.items() if several}, _options(plan, None))
+    return bench_command(None, {name: several for name, several in values.items() if several}, _options(plan))
 
 
-def _options(plan: Plan, preset: Preset | None) -> dict[str, object]:
+def _options(plan: RunOptions, preset: Preset | None = None) -> dict[str, object]:
     """Return the options in which a plan differs from a preset, or all relevant ones without a preset."""
+    limit = plan.memory_limit_bytes
     options: dict[str, object] = {}
     if preset is None or plan.implementations != preset.implementations:
         options["impl"] = ",".join(plan.implementations)
     if preset is None or plan.seconds != preset.seconds:
         options["seconds"] = f"{plan.seconds:g}"
-    if plan.memory_limit_bytes is not None and (preset is None or plan.memory_limit_bytes != preset.memory_limit_bytes):
-        options["memory-limit"] = size_text(plan.memory_limit_bytes)
-    options["force"] = plan.force
-    return options
+    if limit is not None and (preset is None or limit != preset.memory_limit_bytes):
+        options["memory-limit"] = size_text(limit)
+    return {**options, "force": plan.force}

@@ -10,17 +10,18 @@ from attention.core.errors import UsageError
 from attention.core.results import Peaks
 from attention.core.workload import FineTuning, Generation, Workload
 
-REFERENCE = "baseline"
-GENERATION_SECONDS: Final = 10.0
-"""Default time limit of the rounds of one phase of a model at one prompt length, in seconds."""
-FINE_TUNING_SECONDS: Final = 300.0
-"""Default time limit of each fine-tuning, in seconds."""
+REFERENCE: Final = "baseline"
+MAX_CASES: Final = 1_000
+"""Maximum cases of a sweep."""
 
 
 class RunOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of every kind of run: the implementations and the limits."""
+    """Options of every kind of run, with their defaults: the implementations and the limits.
 
-    implementations: tuple[str, ...]
+    Plans, presets and the app's draft have them as fields; the command line overrides those of a preset or a plan.
+    """
+
+    implementations: tuple[str, ...] = ("baseline", "poc", "practical", "demo")
     """Names from the catalogue, or "FILE.py:NAME" and "package.module:NAME" for a plugin."""
     seconds: float = 6.0
     """Time limit of the rounds of one case, in seconds."""
@@ -38,6 +39,15 @@ class RunOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Return the implementations, the reference first."""
         return tuple(sorted(dict.fromkeys(self.implementations), key=lambda name: name != REFERENCE))
 
+    def options(self) -> dict[str, Any]:
+        """Return the options by name, as arguments of another plan, preset or draft."""
+        return {name: getattr(self, name) for name in RunOptions.__struct_fields__}
+
+
+DEFAULTS: Final = RunOptions()
+MODEL_IMPLEMENTATIONS: Final = ("baseline", "mlx", "practical", "poc", "demo")
+"""Default implementations of models' runs."""
+
 
 class Plan(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="attention"):
     """One run: every implementation on every case."""
@@ -51,13 +61,19 @@ class GenerationPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_field
 
     cases: tuple[Generation, ...]
     """All of one model, measured one after the other."""
+    implementations: tuple[str, ...] = MODEL_IMPLEMENTATIONS
+    seconds: float = 10.0
+    """Time limit of the rounds of one phase at one prompt length, in seconds."""
 
 
 class FineTuningPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fine-tuning"):
-    """One model fine-tuned with every implementation; `seconds` bounds each one's training."""
+    """One model fine-tuned with every implementation."""
 
     cases: tuple[FineTuning, ...]
     """All of one model, one after the other."""
+    implementations: tuple[str, ...] = MODEL_IMPLEMENTATIONS
+    seconds: float = 300.0
+    """Time limit of each fine-tuning, in seconds."""
 
 
 AnyPlan = Plan | GenerationPlan | FineTuningPlan

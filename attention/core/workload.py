@@ -212,8 +212,6 @@ def _choice_problems(workload: Workload) -> list[str]:
 
 Phase = Literal["prefill", "decode"]
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
-MODEL_DEFAULTS: Final = ("baseline", "mlx", "practical", "poc", "demo")
-"""The default implementations for models."""
 MAX_MODEL_SIZES: Final = {
     "batch": 4_096,
     "prompt": 1_048_576,

@@ -52,20 +52,10 @@ def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]
     mistakes = cli_options.Problems()
     preset = mistakes.catch(lambda: load(preset_name(arguments))) or load(DEFAULT_PRESET)
     cases = mistakes.catch(lambda: cli_options.with_overrides(preset.cases, cli_options.given_values(arguments)))
-    names = mistakes.catch(lambda: cli_options.implementations(arguments.impl, preset))
-    seconds = mistakes.catch(lambda: cli_options.seconds_of(arguments.seconds, preset.seconds))
-    limit = mistakes.catch(lambda: cli_options.limit_of(arguments.memory_limit, preset.memory_limit_bytes))
+    plan = cli_options.override_options(preset.plan(), arguments, mistakes)
     exports = mistakes.catch(lambda: requested_exports(arguments))
     mistakes.raise_all()
-    plan = structs.replace(
-        preset.plan(),
-        cases=cases,
-        implementations=names,
-        seconds=seconds,
-        memory_limit_bytes=limit,
-        force=arguments.force,
-    )
-    return plan, preset, exports or []
+    return structs.replace(plan, cases=cases), preset, exports or []
 
 
 def preset_name(arguments: argparse.Namespace) -> str:

@@ -33,26 +33,23 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: the request is wrong.
         NoBackendError: there is nothing to run on.
     """
+    from attention.implementations import NAMES
     from attention.measure.device import probe
-    from fatui.cli.options import given_values, implementations, with_overrides
+    from fatui.cli.options import given_values, parse_names, with_overrides
     from fatui.cli.output import show
     from fatui.storage.presets import load
 
     preset = load("quick" if arguments.preset is None else arguments.preset)
     cases = with_overrides(preset.cases, given_values(arguments))
-    names = implementations(arguments.impl, preset) if arguments.impl or arguments.preset else _all()
+    names = preset.implementations if arguments.preset else NAMES
+    if arguments.impl is not None:
+        names = parse_names(arguments.impl)
     device = probe()
     for case in cases:
         show(_explained(case, names, device), "")
         if "practical" in names:
             show(_chosen(case, device), "")
     return cli.DONE
-
-
-def _all() -> tuple[str, ...]:
-    from attention.implementations import NAMES
-
-    return NAMES
 
 
 def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "RenderableType":

@@ -25,7 +25,7 @@ Exit codes: 0 done, 1 a row failed or is inaccurate, 2 wrong usage, 3 no backend
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from attention.core.plan import FINE_TUNING_SECONDS
+    from attention.core.plan import FineTuningPlan
     from fatui.cli.options import add_limit_options, add_model_options
     from fatui.cli.output import add_export_options
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora-layers", metavar="N", default="16", help="the last layers are tuned (16, as mlx-lm)")
     parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
     parser.add_argument("--data", metavar="FILE", help="a text file to learn")
-    add_limit_options(parser, f"time limit of each fine-tuning ({FINE_TUNING_SECONDS:g})")
+    add_limit_options(parser, f"time limit of each fine-tuning ({FineTuningPlan(cases=()).seconds:g})")
     add_export_options(parser)
 
 
@@ -60,10 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Export]]":
     """Build the plan from the command line, and report all mistakes at once."""
-    from attention.core.plan import FINE_TUNING_SECONDS, FineTuningPlan
+    from attention.core.plan import FineTuningPlan
     from fatui.cli.options import model_plan
 
-    return model_plan(arguments, lambda: (_case(arguments),), FineTuningPlan, FINE_TUNING_SECONDS)
+    return model_plan(arguments, FineTuningPlan, lambda: (_case(arguments),))
 
 
 def _case(arguments: argparse.Namespace) -> "FineTuning":

@@ -25,7 +25,7 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backen
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from attention.core.plan import GENERATION_SECONDS
+    from attention.core.plan import GenerationPlan
     from fatui.cli.options import add_limit_options, add_model_options
     from fatui.cli.output import add_export_options
 
@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
     parser.add_argument("--layers", metavar="N", help="run only N layers, and estimate the whole model")
     parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
-    add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({GENERATION_SECONDS:g})")
+    seconds = GenerationPlan(cases=()).seconds
+    add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({seconds:g})")
     add_export_options(parser)
 
 
@@ -58,10 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Export]]":
     """Build the plan from the command line, and report all mistakes at once."""
-    from attention.core.plan import GENERATION_SECONDS, GenerationPlan
+    from attention.core.plan import GenerationPlan
     from fatui.cli.options import model_plan
 
-    return model_plan(arguments, lambda: _cases(arguments), GenerationPlan, GENERATION_SECONDS)
+    return model_plan(arguments, GenerationPlan, lambda: _cases(arguments))
 
 
 def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:

@@ -1,16 +1,19 @@
-"""Workload options, shared by the commands that take one; several values make a sweep."""
+"""Options shared by commands: workloads, of which several values make a sweep, and the options of a run."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from msgspec import structs
+
 from attention.core.errors import UsageError
+from attention.core.plan import MAX_CASES, MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, RunOptions
 from attention.core.workload import MAX_SIZES, Workload
-from fatui.quantities import parse_number
-from fatui.storage.presets import FIELDS, MAX_CASES, Preset, check_names, given_fields, workloads
+from fatui.quantities import parse_number, parse_size
+from fatui.storage.presets import FIELDS, MAX_SECONDS, MIN_SECONDS, check_names, given_fields, number_between, workloads
 
 if TYPE_CHECKING:
-    from attention.core.plan import FineTuningPlan, GenerationPlan
     from fatui.cli.output import Export
 
 
@@ -58,15 +61,6 @@ def _number_or_text(text: str, name: str) -> int | str:
         return shown
 
 
-def implementations(text: str | None, preset: Preset) -> tuple[str, ...]:
-    """Return the implementations of --impl, or the preset's.
-
-    Raises:
-        UsageError: with one problem for each unknown name.
-    """
-    return preset.implementations if text is None else check_names([part.strip() for part in text.split(",")])
-
-
 def with_overrides(cases: Sequence[Workload], values: Values) -> tuple[Workload, ...]:
     """Return a preset's cases with the given fields overridden.
 
@@ -95,9 +89,7 @@ def _one_overridden(case: Workload, values: Values) -> tuple[Workload, ...]:
         base["seq"] = base.pop("kv_seq")  # the length of the cache, under the name that all passes use
     if "kv_seq" in values and values.get("pass", [base["pass"]]) == ["decode"] and "seq" not in values:
         base.pop("seq", None)
-    count = 1
-    for several in values.values():
-        count *= len(several)
+    count = math.prod(len(several) for several in values.values())
     if count > MAX_CASES:
         raise UsageError(f"the options make {count:,} cases of each of the preset's; at most {MAX_CASES:,} are taken")
     single = {name: several[0] for name, several in values.items() if len(several) == 1}
@@ -105,7 +97,8 @@ def _one_overridden(case: Workload, values: Values) -> tuple[Workload, ...]:
 
 
 T = TypeVar("T")
-M = TypeVar("M", "GenerationPlan", "FineTuningPlan")
+P = TypeVar("P", bound=RunOptions)
+M = TypeVar("M", GenerationPlan, FineTuningPlan)
 
 
 class Problems:
@@ -140,76 +133,76 @@ def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
     parser.add_argument("--force", action="store_true", help="also run cases predicted not to fit in memory")
 
 
-def seconds_of(text: str | None, otherwise: float) -> float:
+def override_options(defaults: P, arguments: argparse.Namespace, problems: Problems) -> P:
+    """Return the options of a run as given on the command line, and otherwise as in the defaults.
+
+    Args:
+        defaults: a plan, or only its options.
+        arguments: the parsed command line with --impl, --seconds, --memory-limit and --force.
+        problems: collects what is wrong with them.
+    """
+    given: dict[str, Any] = {"force": arguments.force}
+    if arguments.impl is not None:
+        given["implementations"] = problems.catch(lambda: parse_names(arguments.impl))
+    if arguments.seconds is not None:
+        given["seconds"] = problems.catch(lambda: parse_seconds(arguments.seconds, MIN_SECONDS, MAX_SECONDS))
+    if arguments.memory_limit is not None:
+        given["memory_limit_bytes"] = problems.catch(lambda: parse_size(arguments.memory_limit, "--memory-limit"))
+    return structs.replace(defaults, **given)
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Parse the value of --impl.
+
+    Raises:
+        UsageError: with one problem for each unknown name.
+    """
+    return check_names([part.strip() for part in text.split(",")])
+
+
+def parse_seconds(text: str, least: float, most: float) -> float:
     """Parse the value of --seconds.
 
     Raises:
         UsageError: the text is not a number, or outside the accepted range.
     """
-    from fatui.storage.presets import MAX_SECONDS, MIN_SECONDS, number_between
-
-    if text is None:
-        return otherwise
     try:
         value: object = float(text)
     except ValueError:
         value = text
-    return number_between(value, "--seconds", MIN_SECONDS, MAX_SECONDS)
+    return number_between(value, "--seconds", least, most)
 
 
 def add_model_options(parser: argparse.ArgumentParser, example: str) -> None:
     """Add what commands on whole models have in common: the examples, the model and the implementations."""
-    from attention.core.workload import MODEL_DEFAULTS
     from attention.mlx_lm.configuration import bundled_names
 
     parser.epilog = example.format(models=", ".join(bundled_names()))
     parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
-    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MODEL_DEFAULTS)})")
+    parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MODEL_IMPLEMENTATIONS)})")
 
 
 def model_plan(
-    arguments: argparse.Namespace, read_cases: Callable[[], Sequence[Any]], kind: type[M], otherwise_s: float
+    arguments: argparse.Namespace, kind: type[M], read_cases: Callable[[], Sequence[Any]]
 ) -> "tuple[M, list[Export]]":
-    """Parse the options of a command that measures models, and report all mistakes at once.
+    """Build the plan of a command that measures models, and report all mistakes at once.
 
     Args:
         arguments: the parsed command line.
-        read_cases: builds the cases from the command line.
         kind: the type of the plan.
-        otherwise_s: seconds per case unless --seconds is given.
+        read_cases: builds the cases from the command line.
 
     Raises:
         UsageError: with every mistake.
     """
-    from attention.core.workload import MODEL_DEFAULTS
     from fatui.cli.output import requested_exports
 
     mistakes = Problems()
     cases = mistakes.catch(read_cases)
-    names = mistakes.catch(lambda: check_names(arguments.impl.split(",") if arguments.impl else list(MODEL_DEFAULTS)))
-    seconds = mistakes.catch(lambda: seconds_of(arguments.seconds, otherwise_s))
-    limit = mistakes.catch(lambda: limit_of(arguments.memory_limit))
+    plan = override_options(kind(cases=tuple(cases or ())), arguments, mistakes)
     exports = mistakes.catch(lambda: requested_exports(arguments))
     mistakes.raise_all()
-    plan = kind(
-        cases=tuple(cases or ()),
-        implementations=names or (),
-        seconds=seconds or otherwise_s,
-        memory_limit_bytes=limit,
-        force=arguments.force,
-    )
     return plan, exports or []
-
-
-def limit_of(text: str | None, otherwise: int | None = None) -> int | None:
-    """Parse the value of --memory-limit into bytes.
-
-    Raises:
-        UsageError: the text is not a size.
-    """
-    from fatui.quantities import parse_size
-
-    return otherwise if text is None else parse_size(text, "--memory-limit")
 
 
 def whole_numbers(text: str, option: str, *, single: bool = False) -> list[int]:

@@ -19,6 +19,7 @@ DEFAULT_PRESET: Final = "quick"
 BUDGET_S: Final = 0.5
 CHECK_S: Final = 2.0
 STALE: Final = " *"
+MIN_SECONDS: Final = 0.01
 MAX_SECONDS: Final = 600.0
 EXAMPLE: Final = """examples:
   fatui tune scaling                     try the candidates for each case, and store the best
@@ -53,8 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if (arguments.show or arguments.forget is not None) and arguments.presets:
         raise UsageError("tune: --show and --forget take no preset")
-    seconds = _seconds(arguments.seconds, CHECK_S if arguments.check else BUDGET_S)
     from attention.core import events
+    from fatui.cli.options import parse_seconds
+
+    usual = CHECK_S if arguments.check else BUDGET_S
+    seconds = usual if arguments.seconds is None else parse_seconds(arguments.seconds, MIN_SECONDS, MAX_SECONDS)
 
     with events.listening_to_tuning(_print_event):
         if arguments.show:
@@ -66,18 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
         probe()  # raises with what to install if there is no backend
         cases = _cases(arguments.presets or [DEFAULT_PRESET])
         return _check(cases, seconds) if arguments.check else _tune(cases, seconds)
-
-
-def _seconds(text: str | None, usual: float) -> float:
-    from fatui.storage.presets import number_between
-
-    if text is None:
-        return usual
-    try:
-        value: object = float(text)
-    except ValueError:
-        value = text
-    return number_between(value, "--seconds", 0.01, MAX_SECONDS)
 
 
 def _cases(presets: "Sequence[str]") -> "list[Workload]":

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from attention.core.errors import UsageError, suggestion
 from attention.core.files import expand_home, make_folder, parse_toml, read_bounded
-from attention.core.plan import Plan, expand
+from attention.core.plan import DEFAULTS, MAX_CASES, Plan, RunOptions, expand
 from attention.core.workload import DEFAULTS_FROM, MAX_SIZES, Workload
 from attention.implementations import check_name
 from fatui import storage
-from fatui.draft import DEFAULT_IMPLEMENTATIONS
 from fatui.quantities import parse_size, size_text
 
 SCHEMA: Final = 1
@@ -25,13 +24,12 @@ KEYS: Final = (
     *("schema", "title", "summary", "implementations", "seconds", "precision", "memory_limit", "seed"),
     *("workload", "sweep", "case"),
 )
-MAX_CASES: Final = 1_000
 MAX_SECONDS: Final = 3_600.0
 MIN_SECONDS: Final = 0.05
 Table = Mapping[str, Any]
 
 
-class Preset(Struct, frozen=True, kw_only=True):
+class Preset(RunOptions, frozen=True, kw_only=True):
     """A named plan: what to measure, and its purpose."""
 
     name: str
@@ -42,23 +40,10 @@ class Preset(Struct, frozen=True, kw_only=True):
     bundled: bool = False
     """Whether it is bundled with fatui."""
     cases: tuple[Workload, ...]
-    implementations: tuple[str, ...] = DEFAULT_IMPLEMENTATIONS
-    seconds: float = 6.0
-    """Seconds for the rounds of one case."""
-    precision: float = 0.01
-    memory_limit_bytes: int | None = None
-    seed: int = 0
 
     def plan(self) -> Plan:
         """Return the plan of this preset."""
-        return Plan(
-            cases=self.cases,
-            implementations=self.implementations,
-            seconds=self.seconds,
-            precision=self.precision,
-            memory_limit_bytes=self.memory_limit_bytes,
-            seed=self.seed,
-        )
+        return Plan(cases=self.cases, **self.options())
 
 
 def parse(text: str, source: Path | None, *, bundled: bool = False) -> Preset:
@@ -103,8 +88,8 @@ class _Reader:
             source=source,
             bundled=bundled,
             implementations=self._implementations(),
-            seconds=self._number("seconds", 6.0, MIN_SECONDS, MAX_SECONDS),
-            precision=self._number("precision", 0.01, 1e-6, 1.0),
+            seconds=self._number("seconds", DEFAULTS.seconds, MIN_SECONDS, MAX_SECONDS),
+            precision=self._number("precision", DEFAULTS.precision, 1e-6, 1.0),
             memory_limit_bytes=self._memory_limit(),
             seed=self._seed(),
             cases=self._cases(),
@@ -142,11 +127,11 @@ class _Reader:
             return default
 
     def _seed(self) -> int:
-        got = self.document.get("seed", 0)
+        got = self.document.get("seed", DEFAULTS.seed)
         if type(got) is int and 0 <= got < 2**63:
             return got
         self.problems.append(f"seed: got {got!r}; it takes a whole number from 0")
-        return 0
+        return DEFAULTS.seed
 
     def _memory_limit(self) -> int | None:
         if "memory_limit" not in self.document:
@@ -158,15 +143,15 @@ class _Reader:
             return None
 
     def _implementations(self) -> tuple[str, ...]:
-        got = self.document.get("implementations", list(DEFAULT_IMPLEMENTATIONS))
+        got = self.document.get("implementations", list(DEFAULTS.implementations))
         if not isinstance(got, list) or not got or not all(isinstance(name, str) for name in got):
             self.problems.append(f"implementations: got {got!r}; it takes a list of names, such as ['baseline', 'poc']")
-            return DEFAULT_IMPLEMENTATIONS
+            return DEFAULTS.implementations
         try:
             return check_names(got)
         except UsageError as error:
             self.problems.extend(error.problems)
-            return DEFAULT_IMPLEMENTATIONS
+            return DEFAULTS.implementations
 
     def _table(self, key: str) -> Table:
         got = self.document.get(key, {})
@@ -279,7 +264,7 @@ def to_toml(preset: Preset) -> str:
     document.update({key: text for key in ("title", "summary") if (text := getattr(preset, key))})
     document["implementations"] = list(preset.implementations)
     document["seconds"] = preset.seconds
-    if preset.precision != _default_of("precision"):
+    if preset.precision != DEFAULTS.precision:
         document["precision"] = preset.precision
     if preset.memory_limit_bytes is not None:
         document["memory_limit"] = size_text(preset.memory_limit_bytes)
@@ -287,11 +272,6 @@ def to_toml(preset: Preset) -> str:
         document["seed"] = preset.seed
     document.update(_tables(preset.cases))
     return _dumps(document)
-
-
-def _default_of(key: str) -> Any:
-    """Return the default value of a key of a preset."""
-    return next(field.default for field in structs.fields(Preset) if field.name == key)
 
 
 def given_fields(workload: Workload) -> Fields:

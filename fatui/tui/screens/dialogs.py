@@ -227,18 +227,7 @@ class SaveAs(ModalScreen[Preset]):
         name, title, summary = (
             self.query_one(f"#{field}", Input).value.strip() for field in ("name", "title", "summary")
         )
-        plan = self._plan
-        made = Preset(
-            name=name,
-            title=title,
-            summary=summary,
-            cases=plan.cases,
-            implementations=plan.implementations,
-            seconds=plan.seconds,
-            precision=plan.precision,
-            memory_limit_bytes=plan.memory_limit_bytes,
-            seed=plan.seed,
-        )
+        made = Preset(name=name, title=title, summary=summary, cases=self._plan.cases, **self._plan.options())
         try:
             presets.save(made, name, overwrite=True)
             self.dismiss(presets.load(name))

@@ -11,9 +11,9 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from attention.core.errors import NoBackendError, UsageError
-from attention.core.plan import FINE_TUNING_SECONDS, GENERATION_SECONDS, FineTuningPlan, GenerationPlan
+from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan
 from attention.core.results import Report
-from attention.core.workload import MODEL_DEFAULTS, FineTuning, generations
+from attention.core.workload import FineTuning, generations
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
 from fatui import formatting
 from fatui.report.table import report_table
@@ -53,7 +53,9 @@ class ModelScreen(Screen[None]):
             pane.border_title = self.TITLE_TEXT
             with Widget(id="choices"):
                 yield from (self._restored(choice, chosen) for choice in (self._model_choice(chosen), *self.choices()))
-            yield Toggles(MODEL_DEFAULTS, chosen.get("implementations", MODEL_DEFAULTS), id="implementations")
+            yield Toggles(
+                MODEL_IMPLEMENTATIONS, chosen.get("implementations", MODEL_IMPLEMENTATIONS), id="implementations"
+            )
             yield Input(placeholder=FOLDER, id="folder")
         with Vertical(classes="pane", id="live-pane") as pane:
             pane.border_title = "Live"
@@ -250,7 +252,7 @@ class Models(ModelScreen):
             measured_layers=None if layers == WHOLE else int(layers),
             dtype=self.chosen("dtype"),
         )
-        return GenerationPlan(cases=cases, implementations=self.implementations, seconds=GENERATION_SECONDS)
+        return GenerationPlan(cases=cases, implementations=self.implementations)
 
     def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
         """Return the command that runs a plan."""
@@ -303,7 +305,7 @@ class FineTunings(ModelScreen):
             batch=batch,
             rank=rank,
         )
-        return FineTuningPlan(cases=(case,), implementations=self.implementations, seconds=FINE_TUNING_SECONDS)
+        return FineTuningPlan(cases=(case,), implementations=self.implementations)
 
     def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
         """Return the command that runs a plan."""
