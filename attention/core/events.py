@@ -120,6 +120,8 @@ class RoundsDone(Event, tag="rounds_done"):
     """MLX's active memory after the last round."""
     peak_bytes: int
     """MLX's peak memory since the rounds began."""
+    dense: dict[str, list[float | None]] = {}
+    """Samples of implementations on the case's shape with every pair visible."""
 
 
 class WeightsLoaded(Event, tag="weights_made"):

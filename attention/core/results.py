@@ -68,6 +68,10 @@ class Row(Struct, frozen=True, kw_only=True):
     """Seconds of the very first call; kernels compiled before it are excluded."""
     speedup: Ratio | None = None
     """Relative to the case's reference."""
+    over_dense: Ratio | None = None
+    """Relative to the implementation's own time with every pair visible, paired; for structured masks and windows."""
+    dense_s: Interval | None = None
+    """Seconds per call with every pair visible."""
     flops_per_s: float | None = None
     efficiency: float | None = None
     """Achieved FLOP/s over the best rate measured in the same run; None above that rate, which is then not a peak."""
@@ -89,6 +93,9 @@ class Row(Struct, frozen=True, kw_only=True):
         """Drop values that fewer than MIN_ROUNDS samples cannot support, also in rows read from a file."""
         if self.too_few_rounds:
             structs.force_setattr(self, "speedup", None)
+            structs.force_setattr(self, "over_dense", None)
+            if self.dense_s is not None:
+                structs.force_setattr(self, "dense_s", Interval(median=self.dense_s.median))
             if self.call_s is not None:
                 structs.force_setattr(self, "call_s", Interval(median=self.call_s.median))
 

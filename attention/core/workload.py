@@ -110,6 +110,11 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         return not spec.structured and (spec.causal or spec.window is not None)
 
     @property
+    def dense(self) -> "Workload | None":
+        """The same shape with every pair visible, which a structured mask or a window is compared with; else None."""
+        return structs.replace(self, mask="none") if self.structured or self.window is not None else None
+
+    @property
     def scale(self) -> float:
         """Factor of the scores: 1 / sqrt(head_dim)."""
         return float(self.head_dim**-0.5)

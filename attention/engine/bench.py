@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Final
 
 from attention import implementations
 from attention.core import events as on
+from attention.core.errors import error_line
 from attention.core.plan import Plan
+from attention.core.results import MIN_ROUNDS
 from attention.core.route import validated_route
 from attention.core.workload import Workload
 from attention.engine.case_runner import CaseRunner
@@ -21,6 +23,8 @@ TARGET_ROUNDS: Final = 400
 MIN_SAMPLE_S: Final = 0.005
 MAX_SAMPLE_S: Final = 0.1
 PREVIEW_S: Final = 1.0
+MAX_DENSE_SHARE: Final = 4.0
+"""Calls with every pair visible are sampled if the fewest of them take at most this multiple of a case's time."""
 SHARE_OF_SLOWEST: Final = 0.05
 """Minimum length of fast calls' samples, as a share of the slowest call: cheap, and it reduces their noise."""
 
@@ -61,7 +65,11 @@ class Bench(CaseRunner[Plan]):
             self._measure_peaks(device)  # what was built may know a better one
             self._progress.begin_case(case)  # all are measured together, anew
         arms = self._arms(names, setting)
-        return self._run_rounds(arms, self._plan.seconds) if arms else "failed"
+        if not arms:
+            return "failed"
+        beside = self._dense_arms(arms, setting)
+        self._set_calls([*arms, *beside], setting)
+        return self._run_rounds(arms, self._plan.seconds, beside)
 
     def _admit(self, name: str, workload: Workload, device: Device) -> bool:
         """Query an implementation's route; end its row if the case is unsupported or will not fit in memory."""
@@ -79,6 +87,7 @@ class Bench(CaseRunner[Plan]):
         """Report provisional speeds of the ready implementations while the others compile; not part of the result."""
         arms = self._arms(ready, setting)
         if arms:
+            self._set_calls(arms, setting)
             self._run_rounds(arms, PREVIEW_S, min_rounds=1)
         seen = {arm.name: setting.workload.tokens / median(arm.valid_samples) for arm in arms if arm.valid_samples}
         if seen:
@@ -102,13 +111,54 @@ class Bench(CaseRunner[Plan]):
         )
 
     def _arms(self, names: list[str], setting: "CaseSetting") -> list[Arm]:
-        arms = [arm for name in names if (arm := self._prepare(name, setting)) is not None]
+        return [arm for name in names if (arm := self._prepare(name, setting)) is not None]
+
+    def _set_calls(self, arms: list[Arm], setting: "CaseSetting") -> None:
+        """Set the number of calls per sample of all arms that are sampled together."""
         slowest_s = max((arm.call_s for arm in arms), default=0.0)
         sample_s = max(setting.sample_s, min(SHARE_OF_SLOWEST * slowest_s, MAX_SAMPLE_S))
         numbers = shared_calls([arm.call_s for arm in arms], sample_s, setting.workload.output_bytes)
         for arm, calls in zip(arms, numbers, strict=True):
             arm.calls = calls
-        return arms
+
+    def _dense_arms(self, arms: list[Arm], setting: "CaseSetting") -> list[Arm]:
+        """Return the arms of a masked case on its shape with every pair visible, where that fits and is not too slow.
+
+        They are sampled in the same rounds, so that the speedup over dense is paired.
+        """
+        from attention.engine.prepare import prepare_dense
+
+        dense = setting.workload.dense
+        if dense is None:
+            return []
+        made = []
+        for arm in arms:
+            implementation = implementations.load_implementation(arm.name)
+            obstacle = self._dense_obstacle(arm, dense, setting)
+            if obstacle is None:
+                try:
+                    if self._needs_building(arm.name, dense, setting.device):
+                        self._build([arm.name], dense, setting.device)
+                    made.append(prepare_dense(arm.name, implementation, dense, setting))
+                except Exception as error:
+                    obstacle = error_line(error)
+            if obstacle is not None:
+                self._progress.log(f"{arm.name}: no speedup over dense: {obstacle}")
+        return made
+
+    def _dense_obstacle(self, arm: Arm, dense: Workload, setting: "CaseSetting") -> str | None:
+        """Return why an implementation is not measured with every pair visible, or None."""
+        route = validated_route(implementations.load_implementation(arm.name).route(dense, setting.device))
+        if not route.supported:
+            return route.reason
+        needed = dense.input_bytes + (route.predicted_bytes or 0)
+        limit = self._plan.memory_limit_bytes or setting.device.available_bytes
+        if needed > limit and not self._plan.force:
+            return f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}"
+        call_s = arm.call_s / setting.workload.density if route.fused else arm.call_s
+        if MIN_ROUNDS * call_s > MAX_DENSE_SHARE * self._plan.seconds and not self._plan.force:
+            return f"a call takes about {call_s:.2g} s, too long for the {self._plan.seconds:g} s of a case"
+        return None
 
     def _prepare(self, name: str, setting: "CaseSetting") -> Arm | None:
         from attention.engine.prepare import prepare

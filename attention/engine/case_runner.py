@@ -153,7 +153,7 @@ class CaseRunner(ABC, Generic[P]):
                 self._emit_arm_results(arm)
 
     def _mark_running(self, arm: Arm, rows: set[int]) -> None:
-        if id(arm) in rows:
+        if id(arm) in rows or arm.dense:
             self._progress.mark_running(arm.name)
         else:
             self._progress.mark_idle()
@@ -162,7 +162,8 @@ class CaseRunner(ABC, Generic[P]):
         if id(arm) in rows:
             self._fail(arm.name, error)
         else:
-            self._progress.log(f"{arm.name} could not be measured any further: {error_line(error)}")
+            which = f"{arm.name} with every pair visible" if arm.dense else arm.name
+            self._progress.log(f"{which} could not be measured any further: {error_line(error)}")
 
     def _emit_arm_results(self, arm: Arm) -> None:
         """Emit an arm's further results after the rounds."""
@@ -193,7 +194,7 @@ class SampleStream:
         self._progress = progress
         self._seconds, self._lasts_s, self._min_rounds = seconds, lasts_s, min_rounds
         self._began = time.perf_counter()
-        self._told: dict[str, int] = {}
+        self._told: dict[tuple[str, bool], int] = {}
         self._arms: list[Arm] = []
         self._last = time.perf_counter()
         mx.reset_peak_memory()
@@ -209,13 +210,23 @@ class SampleStream:
         import mlx.core as mx
 
         self._last = time.perf_counter()
-        fresh = {arm.name: _json_samples(arm.samples[self._told.get(arm.name, 0) :]) for arm in self._arms}
-        self._told = {arm.name: len(arm.samples) for arm in self._arms}
-        if any(fresh.values()):
+        fresh: dict[bool, dict[str, list[float | None]]] = {False: {}, True: {}}
+        for arm in self._arms:
+            known = self._told.get((arm.name, arm.dense), 0)
+            fresh[arm.dense][arm.name] = _json_samples(arm.samples[known:])
+        self._told = {(arm.name, arm.dense): len(arm.samples) for arm in self._arms}
+        if any(fresh[False].values()):
             rounds = max(self._told.values())
             active, peak = mx.get_active_memory(), mx.get_peak_memory()
-            event = on.RoundsDone(case=self._progress.case, samples=fresh, active_bytes=active, peak_bytes=peak)
-            self._progress.emit(event)
+            self._progress.emit(
+                on.RoundsDone(
+                    case=self._progress.case,
+                    samples=fresh[False],
+                    dense=fresh[True],
+                    active_bytes=active,
+                    peak_bytes=peak,
+                )
+            )
             self._progress.emit_progress(f"round {rounds}", self._left_s())
 
     def _left_s(self) -> float:

@@ -108,6 +108,25 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu")
 
 
+def prepare_dense(name: str, implementation: Implementation, dense: Workload, setting: CaseSetting) -> Arm:
+    """Warm up an implementation on the case's shape with every pair visible, and return its arm.
+
+    Raises:
+        Exception: whatever the implementation raises.
+    """
+    setting.progress.mark_running(name)
+    inputs = setting.inputs.views()
+    runner = runner_for(implementation, dense, inputs, dense.scale)
+    started = time.perf_counter()
+    _check_output(runner.results()[0], dense)
+    call_s = time.perf_counter() - started
+    setting.inputs.check(inputs)
+    if call_s < SLOW_CALL_S:
+        least_s = WARM_UP_S[setting.device.backend]
+        call_s = warm_up(runner, call_s, least_s, setting.sample_s, dense.output_bytes)
+    return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu", dense=True)
+
+
 def _bind_runner(implementation: Implementation, setting: CaseSetting, inputs: list[mx.array]) -> Runner:
     return runner_for(implementation, setting.workload, inputs, setting.workload.scale)
 

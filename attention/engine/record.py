@@ -51,6 +51,8 @@ class RowState(Struct):
     peak_bytes: int | None = None
     samples: list[float] = field(default_factory=list)
     """Seconds per call, one for each round; NaN for a round without a sample."""
+    dense_samples: list[float] = field(default_factory=list)
+    """The same with every pair visible."""
     losses: list[float | None] = field(default_factory=list)
     calls: on.CallsCounted | None = None
     layers: on.LayersTimed | None = None
@@ -59,7 +61,7 @@ class RowState(Struct):
     def forget_times(self) -> None:
         """Drop what a repeated case will measure again; a row that has ended is unchanged."""
         if self.ended is None:
-            self.step, self.samples, self.losses = None, [], []
+            self.step, self.samples, self.dense_samples, self.losses = None, [], [], []
 
 
 class CaseState(Struct):
@@ -142,6 +144,9 @@ class RunRecord(ABC, Generic[P, C]):
                 beside = {on.REPEATED_REFERENCE: case.repeated_reference, on.WITHOUT_ATTENTION: case.without_attention}
                 for name, samples in event.samples.items():
                     into = beside[name] if name in beside else case.rows[name].samples
+                    into.extend(math.nan if sample is None else sample for sample in samples)
+                for name, samples in event.dense.items():
+                    into = case.rows[name].dense_samples
                     into.extend(math.nan if sample is None else sample for sample in samples)
             case on.PassesShared():
                 case.shared_passes = True
@@ -248,8 +253,20 @@ def paired_rows(record: CaseState, tokens: int) -> tuple[NoiseFloor | None, list
         speedup = UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor)
         row = timed_row(measured, record, tokens=tokens, speedup=speedup, throttled=throttled)
         if row is not None:
-            rows.append((row, measured))
+            rows.append((_beside_dense(row, measured, floor), measured))
     return floor, rows
+
+
+def _beside_dense(row: Row, measured: RowState, floor: NoiseFloor | None) -> Row:
+    """Return the row with its time with every pair visible, if that was measured."""
+    dense = [sample for sample in measured.dense_samples if not math.isnan(sample)]
+    if not dense or measured.ended:
+        return row
+    return structs.replace(
+        row,
+        over_dense=statistics.speedup(measured.dense_samples, measured.samples, floor),
+        dense_s=statistics.median_interval(dense),
+    )
 
 
 def timed_row(

@@ -144,6 +144,8 @@ class Arm(Struct, kw_only=True, eq=False):
     samples: list[float] = field(default_factory=list)
     """Seconds per call, one for each round; NaN for a round without a sample."""
     clock: Clock = time.perf_counter
+    dense: bool = False
+    """Whether it runs the case's shape with every pair visible, beside the arm of the same name."""
 
     @property
     def valid_samples(self) -> list[float]:

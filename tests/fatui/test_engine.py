@@ -40,6 +40,17 @@ def row(case: Case, name: str) -> Row:
     return next(row for row in case.rows if row.implementation.endswith(name))
 
 
+def test_a_masked_case_is_measured_beside_its_dense_shape() -> None:
+    causal, window = (structs.replace(SMALL, mask=mask) for mask in ("causal", "window:8"))
+    engine = run(plan(cases=(causal, window), seconds=0.1))
+    first, second = (row(engine.record.case(index), "baseline") for index in (0, 1))
+    assert first.over_dense is None
+    assert first.dense_s is None
+    assert second.dense_s is not None
+    assert second.over_dense is not None
+    assert 0.1 < second.over_dense.value < 10
+
+
 @pytest.mark.parametrize(
     ("planted", "reason"),
     [

@@ -54,6 +54,25 @@ def test_a_complete_case_gives_its_rows_reference_first() -> None:
     assert (poc.status, poc.reason, poc.call_s) == ("refused", "needs 9 GiB of 1", None)
 
 
+def test_a_speedup_over_dense_is_paired_with_the_own_dense_time() -> None:
+    record = Record(PLAN)
+    record.apply(on.CaseStarted(case=0))
+    record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
+    base = [1.0, 1.5, 0.9, 1.0, 2.0, 1.0]  # drifts, which pairs do not see
+    samples = {"baseline": base, "mlx": base, on.REPEATED_REFERENCE: base}
+    dense = {"mlx": [4 * seconds for seconds in base]}
+    record.apply(on.RoundsDone(case=0, samples=samples, dense=dense, active_bytes=1, peak_bytes=2))
+    baseline, mlx = record.case(0).rows
+    assert baseline.over_dense is None
+    assert mlx.dense_s is not None
+    assert mlx.dense_s.median == pytest.approx(4)
+    assert mlx.over_dense is not None
+    assert (mlx.over_dense.low, mlx.over_dense.high) == (pytest.approx(4), pytest.approx(4))
+    assert mlx.over_dense.significant
+    record.apply(on.CaseStarted(case=0))
+    assert record.cases[0].rows["mlx"].dense_samples == []
+
+
 def test_a_report_survives_json() -> None:
     record = Record(PLAN)
     record.apply(on.RunStarted(environment=Environment(mlx="0.32.4")))
