@@ -1,8 +1,9 @@
-"""One cache folder for the whole session, so that the kernel is compiled once and the user's files are untouched.
+"""Settings of a session: one cache folder, so that the kernel is compiled once, and a quiet garbage collector.
 
 Compiled objects outlive the session, in pytest's own cache folder; their names are hashes of what they depend on.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -34,6 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
         kept = _kept(config)
         if kept:
             _copy_objects(kept, Path(config.stash[_made]) / "kernels")
+
+
+def pytest_collection_finish() -> None:
+    """Exempt modules and collected tests from garbage collection, whose full passes took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -5,6 +5,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def imports_of(name: str, path: Path, modules: dict[str, Path]) -> Iterator[Impo
                 yield Import(name, ours, node.lineno)
 
 
+@cache
 def all_imports(root: Path = ROOT) -> list[Import]:
     modules = sources(root)
     return [each for name, path in modules.items() for each in imports_of(name, path, modules) if each.imported != name]

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 import pytest
-from msgspec import structs
+from msgspec import Struct, structs
 
 from attention.core import events as on
 from attention.core.plan import FineTuningPlan, GenerationPlan, Plan
@@ -51,24 +51,30 @@ def test_a_masked_case_is_measured_beside_its_dense_shape() -> None:
     assert 0.1 < second.over_dense.value < 10
 
 
-@pytest.mark.parametrize(
-    ("planted", "reason"),
-    [
-        ("KilledAtOnce", "killed by signal 11 (SIGSEGV)"),
-        ("KilledInRounds", "killed by signal 9 (SIGKILL), as the system does when memory runs out"),
-        ("Leaves", "the engine ended with code 7: planted last words"),
-    ],
-)
-def test_a_worker_that_dies_costs_one_row_and_the_others_go_on(planted: str, reason: str) -> None:
-    engine = run(plan(planted, cases=(SMALL, Workload(seq=16, heads=2, head_dim=16, dtype="float32"))))
-    assert engine.record.done
+DYING = {
+    "KilledAtOnce": "killed by signal 11 (SIGSEGV)",
+    "KilledInRounds": "killed by signal 9 (SIGKILL), as the system does when memory runs out",
+    "Leaves": "the engine ended with code 7: planted last words",
+}
+
+
+@pytest.fixture(scope="module")
+def dying_run() -> Engine:
+    """One run whose worker is killed or exits three times in each of two cases."""
+    return run(plan(*DYING, cases=(SMALL, structs.replace(SMALL, seq=16))))
+
+
+@pytest.mark.parametrize(("planted", "reason"), DYING.items())
+def test_a_worker_that_dies_costs_one_row_and_the_others_go_on(dying_run: Engine, planted: str, reason: str) -> None:
+    assert dying_run.record.done
     for index in (0, 1):
-        case = engine.record.case(index)
+        case = dying_run.record.case(index)
         assert row(case, planted).status == "failed"
         assert row(case, planted).reason == reason
         assert row(case, "baseline").status == "ok"
         assert row(case, "baseline").stopped_by in ("precision", "time")
-    assert any("is restarted without it" in message.text for message in engine.record.log)
+    lines = [message.text for message in dying_run.record.log if "is restarted without it" in message.text]
+    assert any(planted in line for line in lines)
 
 
 FAILING = {
@@ -124,20 +130,40 @@ def test_a_broken_gpu_costs_one_row_and_a_new_process_goes_on() -> None:
     assert sum(isinstance(event, on.RunStarted) for event in heard) == 3  # a new process after each failure
 
 
-def test_writing_into_shared_memory_costs_the_writers_row_alone() -> None:
-    engine = run(plan("WritesIntoMemory", "Planted"))
-    case = engine.record.case(0)
+class Untidy(Struct):
+    """One run of one worker with all that leaves something behind: memory, children, text on stderr."""
+
+    engine: Engine
+    heard: list[on.AnyEvent]
+    seconds: float
+    orphan: int
+
+
+@pytest.fixture(scope="module")
+def untidy_run(tmp_path_factory: pytest.TempPathFactory) -> Untidy:
+    heard: list[on.AnyEvent] = []
+    noted = tmp_path_factory.mktemp("orphan") / "pid"
+    planted = plan("WritesIntoMemory", "LeavesAChild", "WritesALongLine", "LeavesAnOrphan", "Planted")
+    engine = Engine(planted, heard.append, peaks=PEAKS)
+    started = time.perf_counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLANTED_PID", str(noted))
+        asyncio.run(asyncio.wait_for(engine.run(), 60))
+    return Untidy(engine, heard, time.perf_counter() - started, int(noted.read_text()))
+
+
+def test_writing_into_shared_memory_costs_the_writers_row_alone(untidy_run: Untidy) -> None:
+    case = untidy_run.engine.record.case(0)
     assert row(case, "WritesIntoMemory").status == "failed"
     assert "it wrote into its inputs" in (row(case, "WritesIntoMemory").reason or "")
     assert [row(case, name).status for name in ("baseline", "Planted")] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("planted", ["LeavesAChild", "WritesALongLine"])
-def test_what_hangs_on_stderr_is_not_waited_for(planted: str) -> None:
-    started = time.perf_counter()
-    case = run(plan(planted)).record.case(0)
-    assert [each.status for each in case.rows] == ["ok", "ok"]
-    assert time.perf_counter() - started < 20
+def test_what_hangs_on_stderr_is_not_waited_for(untidy_run: Untidy, planted: str) -> None:
+    case = untidy_run.engine.record.case(0)
+    assert [row(case, name).status for name in ("baseline", planted)] == ["ok", "ok"]
+    assert untidy_run.seconds < 20
 
 
 @pytest.mark.gpu
@@ -252,13 +278,14 @@ def test_a_worker_killed_in_mid_run_is_reported_and_replaced() -> None:
 
 
 def test_a_hung_worker_is_ended_and_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "HUNG_S", 3.0)
+    monkeypatch.setattr(engine_module, "HUNG_S", 2.0)
     case = run(plan("IgnoresSignals")).record.case(0)
     assert row(case, "baseline").status == "ok"
     assert row(case, "IgnoresSignals").status == "failed"
     assert row(case, "IgnoresSignals").reason.startswith("was silent for ")
 
 
+@pytest.mark.slow
 def test_a_hung_call_in_a_model_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlx_lm")
 
@@ -292,10 +319,8 @@ def test_silence_in_a_model_is_bounded_around_the_estimate(work: Generation | Fi
     assert engine._longest_silence_s() == before
 
 
-def test_a_silence_in_the_rounds_names_them() -> None:
-    heard: list[on.AnyEvent] = []
-    engine = Engine(plan("Planted"), heard.append, peaks=PEAKS)
-    asyncio.run(asyncio.wait_for(engine.run(), 60))
+def test_a_silence_in_the_rounds_names_them(untidy_run: Untidy) -> None:
+    heard = untidy_run.heard
     begun = next(index for index, event in enumerate(heard) if isinstance(event, on.RoundsDone))
     silence = Silence()
     for event in heard[:begun]:
@@ -303,11 +328,8 @@ def test_a_silence_in_the_rounds_names_them() -> None:
     assert silence.step == "rounds"
 
 
-def test_a_child_in_a_session_of_its_own_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    noted = tmp_path / "pid"
-    monkeypatch.setenv("PLANTED_PID", str(noted))
-    run(plan("LeavesAnOrphan"))
-    child = int(noted.read_text())
+def test_a_child_in_a_session_of_its_own_ends_with_the_run(untidy_run: Untidy) -> None:
+    child = untidy_run.orphan
     deadline = time.monotonic() + 5
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline

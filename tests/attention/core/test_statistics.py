@@ -1,28 +1,37 @@
 """Coverage of the intervals, checked against scipy and by simulation."""
 
+import importlib
 import math
 import random
 from statistics import fmean
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from attention.core import statistics
 from attention.core.results import MIN_ROUNDS, NoiseFloor, Ratio
 
 QUIET = NoiseFloor(value=1, low=0.999, high=1.001, floor=0.005)
+
+
+@pytest.fixture(scope="module")
+def stats() -> ModuleType:
+    """Return scipy.stats, whose import takes two seconds."""
+    return importlib.import_module("scipy.stats")
+
+
 times = st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=50)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 30, 300])
 @pytest.mark.parametrize("probability", [0.9, 0.975, 0.995])
-def test_student_t_agrees_with_scipy(freedom: int, probability: float) -> None:
+def test_student_t_agrees_with_scipy(stats: ModuleType, freedom: int, probability: float) -> None:
     assert statistics.student_t(probability, freedom) == pytest.approx(stats.t.ppf(probability, freedom), rel=1e-3)
 
 
-def test_mean_interval_agrees_with_scipy() -> None:
+def test_mean_interval_agrees_with_scipy(stats: ModuleType) -> None:
     draw = random.Random(1)
     values = [draw.gauss(2, 1) for _ in range(12)]
     expected = stats.t.interval(0.95, 11, loc=fmean(values), scale=stats.sem(values))
@@ -62,7 +71,7 @@ def test_a_ratios_interval_covers_1_with_few_rounds(rounds: int) -> None:
 
 
 @pytest.mark.parametrize("count", [6, 9, 20, 60, 201, 5000])
-def test_median_interval_is_the_widest_that_the_binomial_needs(count: int) -> None:
+def test_median_interval_is_the_widest_that_the_binomial_needs(stats: ModuleType, count: int) -> None:
     interval = statistics.median_interval([float(i) for i in range(count)])
     rank = int(interval.low)
     inside = 1 - 2 * stats.binom.cdf(rank, count, 0.5)
@@ -143,7 +152,7 @@ def test_the_noise_floor_is_the_larger_side_of_its_interval() -> None:
     assert floor.floor == pytest.approx(max(1 / floor.low - 1, floor.high - 1))
 
 
-def test_an_unpaired_ratio_agrees_with_scipys_welch() -> None:
+def test_an_unpaired_ratio_agrees_with_scipys_welch(stats: ModuleType) -> None:
     draw = random.Random(5)
     before = [math.exp(draw.gauss(0.1, 0.1)) for _ in range(20)]
     after = [math.exp(draw.gauss(0, 0.2)) for _ in range(14)]

@@ -28,6 +28,7 @@ def test_scores_of_64_mib_stay_within_a_budget_of_4(pass_: str, mask: str) -> No
     assert excess(Practical(4 * MIB), workload) <= 4 * MIB
 
 
+@pytest.mark.slow
 def test_scores_of_256_mib_train_within_a_budget_of_16() -> None:
     workload = Workload(seq=8192, heads=1, head_dim=4, dtype="float32", mask="causal", pass_="training")
     assert workload.scores * 4 == 256 * MIB
@@ -70,6 +71,7 @@ def test_unfused_paths_take_the_memory_that_they_predict(
     assert abs(predicted / peak - 1) < 0.15
 
 
+@pytest.mark.slow
 def test_a_gradient_of_the_compiled_blocks_stays_bounded_too() -> None:
     workload = Workload(seq=2048, heads=4, head_dim=4, dtype="float32", pass_="training")
     q, k, v, _ = make_inputs(workload, 0)
