@@ -6,7 +6,7 @@ API := attention attention.implementations attention.measure attention.masks
 .PHONY: help venv test test-slow test-gpu fuzz lint format bench docs clean
 
 help:  ## list the tasks
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(BIN)/pytest  ## create .venv with everything that development needs
 
