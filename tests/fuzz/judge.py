@@ -117,10 +117,16 @@ class Judge:
             if name in PEERS:
                 return np.inf
             of_plain = 0.05 * largest + 0.05
-        dtype = self.problem.q.dtype
+        dtype = self._result_dtype(index)
         slack = (2e-6 if dtype == mx.float32 else 2e-3) * (largest + 1)
         slack += SCORE_ROUNDING * max(self.problem.largest_score, self.largest_on_gpu) * largest
         return (GRADIENT_FACTOR if index else OUTPUT_FACTOR) * of_plain + rounding(expected, dtype) + slack
+
+    def _result_dtype(self, index: int) -> mx.Dtype:
+        """Return the dtype that a result is rounded to; a mask's may have fewer bits than that of the inputs."""
+        mask, dtype = self.problem.mask, self.problem.q.dtype
+        is_of_mask = NAMES[index] == "dMask" and isinstance(mask, mx.array) and dtype == mx.float32
+        return mask.dtype if is_of_mask else dtype
 
 
 def _one_line(verdict: Verdict, error: Exception) -> Outcome:

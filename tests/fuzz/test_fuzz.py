@@ -54,6 +54,12 @@ def test_gradients_at_the_limits_are_right(number):
     assert failures("edges", "gradient", number) == []
 
 
+@pytest.mark.parametrize("case", [("broad", 942), ("broad", 1215), ("broad", 1910), ("edges", 124)], ids=str)
+def test_gradients_that_cancel_are_right(case):
+    family, number = case
+    assert failures(family, "gradient", number, 501) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("mode", "count"), [("forward", 400), ("gradient", 150), ("demo", 60)])

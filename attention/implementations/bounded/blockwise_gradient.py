@@ -230,7 +230,7 @@ def _tile(
     weights = _weights(scores.astype(mx.float32), row.statistics, call)
     d_weights = call.product(row.cotangent, side.value_t).astype(mx.float32)
     delta = row.delta
-    if call.arithmetic.startswith("wide") and call.mask.visible_keys(row.rows, *saved.lengths) == side.keys:
+    if call.mask.visible_keys(row.rows, *saved.lengths) == side.keys:
         # The tile has all keys of these rows: rowsum(P * dP) is rowsum(dO * O) without the rounding of the output.
         delta = (weights * d_weights).sum(axis=-1, keepdims=True)
         delta = delta if row.of_logsumexp is None else delta - row.of_logsumexp

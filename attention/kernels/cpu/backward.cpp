@@ -77,7 +77,9 @@ class FloatTiles {
                                   [&](float m) { return Coarse(p_).has(m); });
     if (fine) finish_in_double({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, {k, k_.stride},
                                {rows_->reference, rows_->fine});
-    score_gradients(t.keys, width, fine);
+    make_probabilities(t.keys, width, fine);
+    if (t.keys == p_.keys) take_sums_of_tile(t.item, t.keys, width);
+    make_score_gradients(t.keys, width);
     if (t.key_sums != nullptr) add_to_keys(t);
     if (t.query_sums != nullptr)
       multiply<Layout::rows_contiguous, Update::add>(
@@ -130,17 +132,45 @@ class FloatTiles {
         {score_gradients_, query_tile, q_.data, q_.stride, t.item.queries, t.key_sums, d_, nullptr}, t.keys, d_);
   }
 
-  // P' from S', and dS' from dP', in place.
-  void score_gradients(int64_t keys, int64_t width, bool subtracted) const {
-    const bool capped = p_.softcap > 0;
+  // P' from S', in place.
+  void make_probabilities(int64_t keys, int64_t width, bool subtracted) const {
     for (int64_t i = 0; i < width; i += lanes) {
       const Vector reference = subtracted ? Vector{} : load(rows_->reference + i);
+      for (int64_t j = 0; j < keys; j++) {
+        float* s = scores_ + j * query_tile + i;
+        store(s, exp2((load(s) - reference) * log2_e));
+      }
+    }
+  }
+
+  // With all keys in one tile, its own sums replace those of the forward pass, whose scores and outputs were rounded
+  // differently: P' is scaled to the row sum, and delta is rowsum(P dP), so that gradients that should cancel do.
+  void take_sums_of_tile(const Item& item, int64_t keys, int64_t width) const {
+    for (int64_t i = 0; i < width; i += lanes) {
+      Vector sum{}, product{};
+      for (int64_t j = 0; j < keys; j++) sum += load(scores_ + j * query_tile + i);
+      const Vector inverse = load(rows_->inverse + i), scaled = sum * inverse;
+      const Vector factor = scaled > 0.0f ? 1.0f / scaled : Vector{};
+      for (int64_t j = 0; j < keys; j++) {
+        const int64_t at = j * query_tile + i;
+        const Vector probability = load(scores_ + at) * factor;
+        store(scores_ + at, probability);
+        product = fused(product, probability, load(score_gradients_ + at));
+      }
+      store(rows_->delta + i, product * inverse);
+    }
+    for (int64_t i = 0; i < item.queries; i++)
+      rows_->delta[i] -= logsumexp_gradient(call_, item, i) * rows_->inverse[i];
+  }
+
+  // dS' from P' and dP', in place.
+  void make_score_gradients(int64_t keys, int64_t width) const {
+    const bool capped = p_.softcap > 0;
+    for (int64_t i = 0; i < width; i += lanes) {
       const Vector delta = load(rows_->delta + i);
       for (int64_t j = 0; j < keys; j++) {
         const int64_t at = j * query_tile + i;
-        const Vector probability = exp2((load(scores_ + at) - reference) * log2_e);
-        const Vector gradient = probability * (load(score_gradients_ + at) - delta);
-        store(scores_ + at, probability);
+        const Vector gradient = load(scores_ + at) * (load(score_gradients_ + at) - delta);
         store(score_gradients_ + at, capped ? gradient * load(slopes_ + at) : gradient);
       }
     }
