@@ -193,18 +193,24 @@ class RunRecord(ABC, Generic[P, C]):
             case on.LayersTimed():
                 row.layers = event
 
-    def shown_cases(self) -> tuple[C, ...]:
-        """Return the cases that have results so far."""
-        cases = (self.case(index) for index in range(len(self.cases)))
-        return tuple(case for case in cases if case.rows)
-
     @abstractmethod
     def case(self, index: int) -> C:
         """Return the rows of one case so far."""
 
+    def report(self, run: Run, cases: Sequence[C] | None = None) -> Report:
+        """Return the report so far; cases without results are omitted.
+
+        Args:
+            run: the run's identity.
+            cases: all cases of the plan, if their rows are known; by default they are computed.
+        """
+        cases = [self.case(index) for index in range(len(self.cases))] if cases is None else cases
+        shown = tuple(case for case in cases if case.rows)
+        return Report(run=run, environment=self.environment, peaks=self.peaks, **self._results(shown))
+
     @abstractmethod
-    def report(self, run: Run) -> Report:
-        """Return the report so far; cases without results are omitted."""
+    def _results(self, cases: tuple[C, ...]) -> dict[str, Any]:
+        """Return the fields of a report that hold these cases."""
 
 
 AnyRecord = RunRecord[Any, Any]
@@ -213,16 +219,8 @@ AnyRecord = RunRecord[Any, Any]
 class Record(RunRecord[Plan, Case]):
     """The state of a run over attention shapes."""
 
-    def report(self, run: Run) -> Report:
-        """Return the report so far; cases without results are omitted."""
-        cases = tuple(self.case(index) for index in range(len(self.cases)))
-        return Report(
-            run=run,
-            environment=self.environment,
-            peaks=self.peaks,
-            cases=tuple(case for case in cases if case.rows),
-            summary=summarise(cases, self.plan.ordered),
-        )
+    def _results(self, cases: tuple[Case, ...]) -> dict[str, Any]:
+        return {"cases": cases, "summary": summarise(cases, self.plan.ordered)}
 
     def case(self, index: int) -> Case:
         """Return the rows of one case so far."""
@@ -351,9 +349,8 @@ def record_of(plan: AnyPlan) -> AnyRecord:
 class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
     """The state of a generation run."""
 
-    def report(self, run: Run) -> Report:
-        """Return the report so far; cases without results are omitted."""
-        return Report(run=run, environment=self.environment, peaks=self.peaks, models=self.shown_cases())
+    def _results(self, cases: tuple[ModelCase, ...]) -> dict[str, Any]:
+        return {"models": cases}
 
     def case(self, index: int) -> ModelCase:
         """Return the rows of one case so far."""
@@ -417,9 +414,8 @@ def attention_share(times: Sequence[float], without: Sequence[float]) -> Share |
 class FineTuningRecord(RunRecord[FineTuningPlan, FineTuningCase]):
     """The state of a run of fine-tunings."""
 
-    def report(self, run: Run) -> Report:
-        """Return the report so far; cases without results are omitted."""
-        return Report(run=run, environment=self.environment, peaks=self.peaks, fine_tunings=self.shown_cases())
+    def _results(self, cases: tuple[FineTuningCase, ...]) -> dict[str, Any]:
+        return {"fine_tunings": cases}
 
     def case(self, index: int) -> FineTuningCase:
         """Return the rows of one case so far.

@@ -6,7 +6,6 @@ import os
 import secrets
 import signal
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar
@@ -16,7 +15,7 @@ from msgspec import structs
 from attention.core import events as on
 from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
 from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run
-from attention.engine.record import INTERRUPTED, AnyRecord, summarise
+from attention.engine.record import INTERRUPTED, AnyRecord
 from fatui.engine_process import Silence
 from fatui.tui.view_models.journal import Log, estimate_line, event_line
 
@@ -79,8 +78,8 @@ P = TypeVar("P", bound=AnyPlan)
 C = TypeVar("C")
 
 
-class RunSession(ABC, Generic[P, C]):
-    """A run from its start until another replaces it; subclasses define its cases.
+class RunSession(Generic[P, C]):
+    """A run from its start until another replaces it.
 
     Attributes:
         phase: the current phase.
@@ -224,9 +223,10 @@ class RunSession(ABC, Generic[P, C]):
         if value is not None:
             self.memory.setdefault(name, Series()).add(value)
 
-    @abstractmethod
     def case(self, index: int) -> C:
         """Return the rows of one case: final once it is complete, provisional while it runs."""
+        case: C = self._final.get(index) or self.record.case(index)
+        return case
 
     def is_final(self, index: int) -> bool:
         """Whether the rows of a case are final."""
@@ -237,9 +237,10 @@ class RunSession(ABC, Generic[P, C]):
         """Whether the finished run has any rows."""
         return bool(self._final)
 
-    @abstractmethod
     def report(self) -> Report:
-        """Return the report of the run, as stored in the history and in exports."""
+        """Return the report of the run so far, as stored in the history and in exports."""
+        cases = [self._final.get(index) or self.record.case(index) for index in range(len(self.record.cases))]
+        return self.record.report(self._run_info(), cases)
 
     def _run_info(self) -> Run:
         """Return the description of the run for the report."""
@@ -330,25 +331,13 @@ class Session(RunSession[Plan, Case]):
 
     def case(self, index: int) -> Case:
         """Return the rows of one case: final once it is complete, provisional while it runs."""
-        final = self._final.get(index)
-        if final:
-            return final
-        case: Case = self.record.case(index)
+        case = super().case(index)
+        if self.is_final(index):
+            return case
         going_on = (
             structs.replace(row, stopped_by=None) if row.stopped_by == INTERRUPTED else row for row in case.rows
         )
         return structs.replace(case, rows=tuple(going_on))
-
-    def report(self) -> Report:
-        """Return the report of the run, as stored in the history and in exports."""
-        cases = tuple(self._final.get(index) or self.record.case(index) for index in range(len(self.record.cases)))
-        return Report(
-            run=self._run_info(),
-            environment=self.record.environment,
-            peaks=self.record.peaks,
-            cases=tuple(case for case in cases if case.rows),
-            summary=summarise(cases, self.plan.ordered),
-        )
 
 
 class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineTuningCase]):
@@ -366,16 +355,6 @@ class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineT
         super()._start_clock()
         self.said = ""
         self.losses = {}
-
-    def case(self, index: int) -> ModelCase | FineTuningCase:
-        """Return the rows of one case."""
-        final = self._final.get(index)
-        made: ModelCase | FineTuningCase = final if final else self.record.case(index)
-        return made
-
-    def report(self) -> Report:
-        """Return the report of the run so far, as stored in the history and in exports."""
-        return self.record.report(self._run_info())
 
     def _begin_case(self, case: int) -> None:
         super()._begin_case(case)
