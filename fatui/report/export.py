@@ -17,7 +17,9 @@ from fatui.untrusted_text import escape_all, markdown, markdown_cell, markdown_c
 FIGURES: Final = (
     *("implementation", "status", "path", "fused", "reason", "tokens_per_second"),
     *("call_s_median", "call_s_low", "call_s_high", "latency_s", "first_call_s"),
-    *("speedup_value", "speedup_low", "speedup_high", "speedup_significant", "flops_per_s", "efficiency"),
+    *("speedup_value", "speedup_low", "speedup_high", "speedup_significant"),
+    *("over_dense_value", "over_dense_low", "over_dense_high", "over_dense_significant"),
+    *("dense_s_median", "dense_s_low", "dense_s_high", "flops_per_s", "efficiency"),
     *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "sample_count", "stopped_by", "throttled"),
 )
 ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device")
@@ -76,7 +78,7 @@ def _origin(report: Report) -> tuple[object, ...]:
 def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
     fields: dict[str, Any] = msgspec.to_builtins(row)
     samples = fields.pop("samples")
-    for name in ("call_s", "speedup", "attention_share"):
+    for name in ("call_s", "speedup", "over_dense", "dense_s", "attention_share"):
         parts = fields.pop(name, None) or {}
         fields.update({f"{name}_{part}": value for part, value in parts.items()})
     return {
