@@ -5,7 +5,7 @@ Importing this package imports neither MLX nor nanobind; the first call does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import check_bounds
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 __all__ = [
+    "LIST_TILE",
     "KernelUnavailable",
+    "Lists",
     "availability",
     "flash_attention",
     "flash_attention_with_logsumexp",
@@ -29,7 +31,38 @@ __all__ = [
     "workspace_bytes",
 ]
 
+LIST_TILE: Final = (64, 128)
+"""Queries and keys of a tile of the block lists that the kernel walks."""
+
 _module: Any = None
+
+
+class Lists(Protocol):
+    """Block lists of a structured mask, as `attention.masks.BlockList`."""
+
+    @property
+    def block_q(self) -> int:
+        """Queries of a tile."""
+        ...
+
+    @property
+    def block_k(self) -> int:
+        """Keys of a tile."""
+        ...
+
+    @property
+    def batches(self) -> int:
+        """Batch rows with lists of their own: 1 or B."""
+        ...
+
+    @property
+    def heads(self) -> int:
+        """Heads with lists of their own: 1 or H."""
+        ...
+
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Return offsets (batches * heads * row tiles + 1,), entries (n, 2) and bits (m, block_q, block_k / 32)."""
+        ...
 
 
 def availability() -> tuple[bool, str]:
@@ -90,6 +123,15 @@ def _bounds(window: int | None, softcap: float | None) -> tuple[int, float]:
     return window or 0, softcap or 0.0
 
 
+def _list_arguments(lists: Lists | None) -> tuple[object, ...]:
+    if lists is None:
+        return None, None, None, 0, 0
+    if (lists.block_q, lists.block_k) != LIST_TILE:
+        wanted, got = ("{} x {}".format(*tile) for tile in (LIST_TILE, (lists.block_q, lists.block_k)))
+        raise ValueError(f"lists: got tiles of {got}; the CPU kernel takes {wanted}")
+    return *lists.arrays(), lists.batches, lists.heads
+
+
 def flash_attention(
     q: mx.array,
     k: mx.array,
@@ -101,6 +143,8 @@ def flash_attention(
     mask: mx.array | None = None,
     softcap: float | None = None,
     items: int = 0,
+    lists: Lists | None = None,
+    alibi: mx.array | None = None,
 ) -> mx.array:
     """Compute softmax(softcap * tanh(q k' * scale / softcap) + mask) v without the score matrix (Dao et al., 2022).
 
@@ -115,6 +159,10 @@ def flash_attention(
         softcap: bound of the scores, applied before the mask.
         items: minimum number of work items that a call is split into if possible: few items are taller and read keys
             and values less often, many occupy more threads. 0 chooses by the shape.
+        lists: block lists in tiles of `LIST_TILE`, the whole positional mask of the call: instead of causal and window,
+            and beside mask if there is one. Only listed tiles are computed.
+        alibi: slopes (H,) in float32: slope * (key - position of the query) is added to the scores after the softcap,
+            with query row i at position i + Lk - Lq.
 
     Returns:
         (B, H, Lq, Dv) in the dtype of q; fully masked rows are 0. It is differentiable in q, k and v.
@@ -129,7 +177,8 @@ def flash_attention(
         load()
     if window is not None or softcap is not None:
         window, softcap = _bounds(window, softcap)
-    out: mx.array = _module.flash_attention(q, k, v, scale, causal, window or 0, softcap or 0.0, mask, items)
+    listed = () if lists is None and alibi is None else (alibi, *_list_arguments(lists))
+    out: mx.array = _module.flash_attention(q, k, v, scale, causal, window or 0, softcap or 0.0, mask, items, *listed)
     return out
 
 
@@ -143,6 +192,9 @@ def flash_attention_with_logsumexp(
     window: int | None = None,
     mask: mx.array | None = None,
     softcap: float | None = None,
+    items: int = 0,
+    lists: Lists | None = None,
+    alibi: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Compute `flash_attention` and the natural logarithm of each row's sum of exponentials.
 
@@ -160,7 +212,7 @@ def flash_attention_with_logsumexp(
         load()
     window, softcap = _bounds(window, softcap)
     both: tuple[mx.array, mx.array] = _module.flash_attention_with_logsumexp(
-        q, k, v, scale, causal, window, softcap, mask
+        q, k, v, scale, causal, window, softcap, mask, items, alibi, *_list_arguments(lists)
     )
     return both
 

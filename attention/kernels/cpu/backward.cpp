@@ -72,11 +72,11 @@ class FloatTiles {
         {v, v_.stride, gradient_turned_, query_tile, p_.value_dim, score_gradients_, query_tile, nullptr}, t.keys,
         width);
     if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, inside_cap(p_));
-    finish_scores({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, t.bounds);
+    const Scores scores{scores_, t.key, t.keys, 0, width, t.bounds.whole, t.bits};
+    finish_scores(scores, p_, t.item, t.bounds);
     const bool fine = std::any_of(rows_->reference, rows_->reference + t.item.queries,
                                   [&](float m) { return Coarse(p_).has(m); });
-    if (fine) finish_in_double({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, {k, k_.stride},
-                               {rows_->reference, rows_->fine});
+    if (fine) finish_in_double(scores, p_, t.item, {k, k_.stride}, {rows_->reference, rows_->fine});
     make_probabilities(t.keys, width, fine);
     if (t.keys == p_.keys) take_sums_of_tile(t.item, t.keys, width);
     make_score_gradients(t.keys, width);
@@ -188,19 +188,23 @@ class FloatTiles {
 };
 }  // namespace
 
+// As in the forward pass, lists are walked by the kernel for all dtypes.
+static bool in_pairs(const Problem& p) {
+  return bfloat16_pairs && p.query.element == Element::bfloat16 && !has_lists(p);
+}
+
 void backward(const BackwardCall& call) {
   const Problem& p = call.problem;
   if (p.batch * p.heads == 0) return;
   switch (p.query.element) {
     case Element::float16: return walk<float16_t, FloatTiles<float16_t>>(call);
-    case Element::bfloat16:
-      return bfloat16_pairs ? backward_bfloat16(call) : walk<bfloat16_t, FloatTiles<bfloat16_t>>(call);
+    case Element::bfloat16: return in_pairs(p) ? backward_bfloat16(call) : walk<bfloat16_t, FloatTiles<bfloat16_t>>(call);
     default: return walk<float, FloatTiles<float>>(call);
   }
 }
 
 int64_t backward_workspace(const Problem& p) {
-  if (bfloat16_pairs && p.query.element == Element::bfloat16) return backward_bfloat16_workspace(p);
+  if (in_pairs(p)) return backward_bfloat16_workspace(p);
   return BackwardPlan<FloatTiles<float>>(p).workspace(p, threads_for(p));
 }
 

@@ -22,6 +22,7 @@ struct TileStep {
   const Bounds& bounds;
   int64_t key, row, keys;  // first key; its row in the block; number of keys
   float *query_sums, *key_sums, *value_sums;  // dQ' [d][query], dK [key][d], dV [key][dv]; null if not requested
+  const uint64_t* bits = nullptr;             // as in Scores
 };
 
 // Decides whether one item can be a whole K/V head, and how many packed query tiles it can keep. Tiles is the class that

@@ -3,6 +3,8 @@
 // Fused, one item is a K/V head: dK and dV stay in the block, dQ' in scratch, five products. When the heads are fewer
 // than the threads, or dQ' would not fit, two passes compute seven: dK and dV by key block, then dQ by query tile. The order
 // of summation is the same either way, so that results do not depend on the number of threads.
+//
+// With block lists the loops visit only listed pairs of a key block and a query tile: a block is two tiles of the lists.
 #pragma once
 #include "backward.hpp"
 
@@ -11,8 +13,8 @@ namespace fatui {
 template <class T, class Tiles>
 class Walk {
  public:
-  Walk(const BackwardCall& call, int64_t slots, int64_t query_tiles)
-      : call_(call), p_(call.problem), d_(padded(p_.head_dim)), dv_(padded(p_.value_dim)),
+  Walk(const BackwardCall& call, const KeyLists& lists, int64_t slots, int64_t query_tiles)
+      : call_(call), p_(call.problem), lists_(lists), d_(padded(p_.head_dim)), dv_(padded(p_.value_dim)),
         key_sums_(scratch(BackwardPlan<Tiles>::floats(p_, slots, query_tiles) * sizeof(float))),
         value_sums_(key_sums_ + key_block * d_), query_sums_(value_sums_ + key_block * dv_),
         tiles_(call, slots, query_sums_ + query_tiles * query_tile * d_) {}
@@ -21,30 +23,32 @@ class Walk {
   void head(int64_t batch, int64_t kv_head) {
     const int64_t group = p_.heads / p_.kv_heads, tiles = ceil_div(p_.queries, query_tile);
     std::fill_n(query_sums_, group * tiles * query_tile * d_, 0.0f);
-    for (int64_t key = 0; key < p_.keys; key += key_block) {
-      open_keys(batch, kv_head, key, true);
-      for (int64_t t = 0; t < group * tiles; t++)
-        steps(query_item(batch, kv_head * group + t / tiles, t % tiles), t, query_sums(t), true);
-      close_keys(batch, kv_head);
-    }
+    for (int64_t key = 0; key < p_.keys; key += key_block)
+      block(batch, kv_head, key, [&](int64_t t) { return query_sums(t); });
     for (int64_t t = 0; t < group * tiles; t++)
       write_queries(query_item(batch, kv_head * group + t / tiles, t % tiles), query_sums(t));
   }
 
   // dK and dV of one block of keys.
   void keys(int64_t batch, int64_t kv_head, int64_t block) {
-    const int64_t group = p_.heads / p_.kv_heads, tiles = ceil_div(p_.queries, query_tile);
-    open_keys(batch, kv_head, block * key_block, true);
-    for (int64_t t = 0; t < group * tiles; t++)
-      steps(query_item(batch, kv_head * group + t / tiles, t % tiles), t, nullptr, true);
-    close_keys(batch, kv_head);
+    this->block(batch, kv_head, block * key_block, [](int64_t) { return nullptr; });
   }
 
   // dQ of one tile of queries.
   void queries(int64_t batch, int64_t head, int64_t tile) {
     const Item item = query_item(batch, head, tile);
     std::fill_n(query_sums_, query_tile * d_, 0.0f);
-    for (int64_t key = 0; key < p_.keys; key += key_block)
+    if (has_lists(p_)) {
+      const List list = list_of(p_, batch, head, tile);
+      for (const Listed* entry = list.begin; entry < list.end;) {
+        const int64_t block = entry->tile / tiles_of_block;
+        BlockSight sight;
+        for (; entry < list.end && entry->tile / tiles_of_block == block; entry++)
+          sight.bits[entry->tile % tiles_of_block] = entry->bits;
+        open_keys(batch, item.kv_head, block * key_block, false);
+        listed_steps(item, 0, query_sums_, false, sight);
+      }
+    } else for (int64_t key = 0; key < p_.keys; key += key_block)
       if (seen(item, key, key_block)) {
         open_keys(batch, item.kv_head, key, false);
         steps(item, 0, query_sums_, false);
@@ -53,6 +57,13 @@ class Walk {
   }
 
  private:
+  static constexpr int64_t tiles_of_block = key_block / key_tile;
+  static_assert(key_tile % step_keys == 0);
+
+  struct BlockSight {  // what a query tile sees of each tile of a block
+    int32_t bits[tiles_of_block] = {not_listed, not_listed};
+  };
+
   float* query_sums(int64_t tile) const { return query_sums_ + tile * query_tile * d_; }
 
   Item query_item(int64_t batch, int64_t head, int64_t tile) const {
@@ -65,6 +76,34 @@ class Walk {
   bool seen(const Item& item, int64_t key, int64_t keys) const {
     const Visible first = visible(p_, item.query), last = visible(p_, item.query + item.queries - 1);
     return key + keys > first.first && key <= last.last;
+  }
+
+  // One block of keys against all query tiles of a K/V head; sums_of(tile) is where dQ' of a query tile goes.
+  template <class Sums>
+  void block(int64_t batch, int64_t kv_head, int64_t key, const Sums& sums_of) {
+    const int64_t group = p_.heads / p_.kv_heads, tiles = ceil_div(p_.queries, query_tile);
+    open_keys(batch, kv_head, key, true);
+    for (int64_t h = 0; h < group; h++) {
+      const int64_t head = kv_head * group + h;
+      if (!has_lists(p_)) {
+        for (int64_t t = 0; t < tiles; t++)
+          steps(query_item(batch, head, t), h * tiles + t, sums_of(h * tiles + t), true);
+        continue;
+      }
+      List list[tiles_of_block] = {};
+      for (int64_t i = 0; i < tiles_of_block && key + i * key_tile < p_.keys; i++)
+        list[i] = lists_.of(batch, head, key / key_tile + i);
+      for (;;) {
+        int64_t t = tiles;
+        for (const List& l : list) if (l.begin < l.end) t = std::min<int64_t>(t, l.begin->tile);
+        if (t == tiles) break;
+        BlockSight sight;
+        for (int64_t i = 0; i < tiles_of_block; i++)
+          if (list[i].begin < list[i].end && list[i].begin->tile == t) sight.bits[i] = list[i].begin++->bits;
+        listed_steps(query_item(batch, head, t), h * tiles + t, sums_of(h * tiles + t), true, sight);
+      }
+    }
+    close_keys(batch, kv_head);
   }
 
   void open_keys(int64_t batch, int64_t kv_head, int64_t key, bool sums) {
@@ -91,6 +130,28 @@ class Walk {
     }
   }
 
+  [[gnu::noinline]] void listed_steps(const Item& item, int64_t tile, float* query_sums, bool sums,
+                                      const BlockSight& sight) {
+    tiles_.take_queries(item, tile);
+    const Bounds bounds = bounds_of(p_, item);
+    uint64_t bits[key_tile];
+    for (int64_t i = 0; i < tiles_of_block; i++) {
+      if (sight.bits[i] == not_listed) continue;
+      if (sight.bits[i] != all_visible) read_bits(p_, sight.bits[i], item.queries, bits);
+      const int64_t end = std::min(block_keys_, (i + 1) * key_tile);
+      for (int64_t row = i * key_tile; row < end; row += step_keys) {
+        KeyRange range{0, std::min(step_keys, end - row) - 1};
+        const uint64_t* seen = sight.bits[i] == all_visible ? nullptr : bits + row - i * key_tile;
+        if (seen != nullptr) range = keys_seen(seen, range.last + 1, row_bits(item.queries));
+        const int64_t first = row + range.first;
+        if (range.first <= range.last)
+          tiles_.step({item, bounds, block_ + first, first, range.last - range.first + 1, query_sums,
+                       sums ? key_sums_ + first * d_ : nullptr, sums ? value_sums_ + first * dv_ : nullptr,
+                       seen == nullptr ? nullptr : seen + range.first});
+      }
+    }
+  }
+
   void write(T* out, const float* sums, int64_t line, int64_t columns, float factor) const {
     for (int64_t j = 0; j < block_keys_; j++)
       for (int64_t d = 0; d < columns; d += lanes)
@@ -105,6 +166,7 @@ class Walk {
 
   const BackwardCall& call_;
   const Problem& p_;
+  const KeyLists& lists_;
   int64_t d_, dv_;
   float *key_sums_, *value_sums_, *query_sums_;
   Tiles tiles_;
@@ -116,18 +178,21 @@ void walk(const BackwardCall& call) {
   const Problem& p = call.problem;
   const BackwardPlan<Tiles> plan(p);
   const int threads = threads_for(p);
-  if (plan.fused(threads))
-    return parallel_for(p.batch * p.kv_heads, threads, [&](int64_t i) {
-      Walk<T, Tiles>(call, plan.slots, plan.query_tiles).head(i / p.kv_heads, i % p.kv_heads);
+  const KeyLists lists(p);
+  const BackwardItems items(p, lists, key_block / key_tile);
+  if (plan.fused(threads) && items.heads_are_even(threads))
+    return parallel_for(p.batch * p.kv_heads, threads, [&](int64_t index) {
+      const int64_t i = items.head(index);
+      Walk<T, Tiles>(call, lists, plan.slots, plan.query_tiles).head(i / p.kv_heads, i % p.kv_heads);
     });
   const int64_t key_blocks = ceil_div(p.keys, key_block), query_tiles = ceil_div(p.queries, query_tile);
-  parallel_for(p.batch * p.kv_heads * key_blocks, threads, [&](int64_t i) {
-    const int64_t head = i / key_blocks;
-    Walk<T, Tiles>(call, 1, 1).keys(head / p.kv_heads, head % p.kv_heads, i % key_blocks);
+  parallel_for(p.batch * p.kv_heads * key_blocks, threads, [&](int64_t index) {
+    const int64_t i = items.key_block(index), head = i / key_blocks;
+    Walk<T, Tiles>(call, lists, 1, 1).keys(head / p.kv_heads, head % p.kv_heads, i % key_blocks);
   });
-  parallel_for(p.batch * p.heads * query_tiles, threads, [&](int64_t i) {
-    const int64_t head = i / query_tiles;
-    Walk<T, Tiles>(call, 1, 1).queries(head / p.heads, head % p.heads, i % query_tiles);
+  parallel_for(p.batch * p.heads * query_tiles, threads, [&](int64_t index) {
+    const int64_t i = items.query_tile(index), head = i / query_tiles;
+    Walk<T, Tiles>(call, lists, 1, 1).queries(head / p.heads, head % p.heads, i % query_tiles);
   });
 }
 

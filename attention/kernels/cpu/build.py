@@ -154,7 +154,7 @@ def variant() -> str:
 
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
-KERNEL = ("forward", "forward_bfloat16", "backward", "backward_bfloat16", "scores", "pool", "measure")
+KERNEL = ("forward", "forward_bfloat16", "backward", "backward_bfloat16", "scores", "lists", "pool", "measure")
 BINDING = ("primitive", "operation", "module")
 ROOM_BYTES = 16 << 20
 """Maximum bytes written by a compilation: assembly of two sources at a time, objects and the library."""

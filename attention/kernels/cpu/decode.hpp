@@ -2,6 +2,8 @@
 // softmax. K and V are read once, in place, and each is prefetched while the other is processed, because the kernel is
 // bound by memory bandwidth.
 #pragma once
+#include <optional>
+
 #include "decode_products.hpp"
 #include "softmax.hpp"
 
@@ -32,6 +34,48 @@ inline bool whole_vectors(const Tensor& t, int64_t columns) { return t.stride[3]
 // How K and V are read: in place, in place as pairs of bfloat16, or from float32 copies.
 enum class Reading { in_place, pairs, copied };
 
+// Keys that an item reads, [begin, end), and what its rows see of them (null: all).
+struct KeyRun {
+  int64_t begin = 0, end = 0;
+  const uint64_t* bits = nullptr;
+
+  bool empty() const { return begin >= end; }
+};
+
+// The runs of an item's keys: a single one, or one for each listed tile.
+class KeyRuns {
+ public:
+  KeyRuns(const Problem& p, const Item& item, const Bounds& bounds) : p_(p), item_(item) {
+    if (has_lists(p)) walk_.emplace(p, item);
+    else
+      only_ = {std::max(item.key_begin, bounds.whole.any_first), std::min(item.key_end, bounds.whole.any_last + 1)};
+  }
+
+  // The next run, valid together with the one before; an empty one after the last.
+  KeyRun next() {
+    if (!walk_) return std::exchange(only_, {});
+    for (int64_t tile; (tile = walk_->next()) >= 0;) {
+      const int64_t key = tile * key_tile, keys = std::min(key_tile, p_.keys - key);
+      const uint64_t* bits = bits_[turn_];
+      const Sight sight = walk_->sight(0, bits_[turn_]);
+      if (sight == Sight::all) return {key, key + keys};
+      const KeyRange seen = keys_seen(bits, keys, row_bits(item_.rows()));
+      if (seen.first > seen.last) continue;
+      turn_ ^= 1;
+      return {key + seen.first, key + seen.last + 1, bits + seen.first};
+    }
+    return {};
+  }
+
+ private:
+  const Problem& p_;
+  const Item& item_;
+  KeyRun only_;
+  std::optional<ListWalk> walk_;
+  uint64_t bits_[2][key_tile];
+  int turn_ = 0;
+};
+
 // One item: its rows against the keys, tile by tile.
 template <class T, Reading reading>
 struct FewRows {
@@ -49,19 +93,26 @@ struct FewRows {
   int64_t rows = item.rows(), dv = round_up(p.value_dim, lanes);
   int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
 
-  void attend(int64_t begin, int64_t end) {
+  void attend(KeyRuns runs) {
     const int64_t tile = decode_keys<T>(p.head_dim);
-    if (begin < end && reading != Reading::copied)
-      Ahead(lines(p.key, begin, std::min(tile, end - begin), p.head_dim, key_length, key_copy)).ask_for_all();
+    KeyRun run = runs.next();
+    if (!run.empty() && reading != Reading::copied)
+      Ahead(lines(p.key, run.begin, std::min(tile, run.end - run.begin), p.head_dim, key_length, key_copy)).ask_for_all();
     read_queries();
     std::fill_n(output, rows * dv, 0.0f);
-    for (int64_t key = begin; key < end; key += tile) {
-      const int64_t count = std::min(tile, end - key);
-      const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
-      const Lines<Element> v = lines(p.value, key, count, p.value_dim, value_length, value_copy);
-      Lines<Element> next = k;  // the tile after this one
-      next.data += tile * k.stride, next.count = reading == Reading::copied ? 0 : std::min(tile, end - key - count);
-      step(k, v, next, key);
+    for (KeyRun after; !run.empty(); run = after) {
+      after = runs.next();
+      for (int64_t key = run.begin; key < run.end; key += tile) {
+        const int64_t count = std::min(tile, run.end - key);
+        const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
+        const Lines<Element> v = lines(p.value, key, count, p.value_dim, value_length, value_copy);
+        const bool last = key + count == run.end;
+        const int64_t first = last ? after.begin : key + count, end = last ? after.end : run.end;
+        Lines<Element> next = k;  // the tile after this one
+        next.data += (first - key) * k.stride;
+        next.count = reading == Reading::copied ? 0 : std::min(tile, end - first);
+        step(k, v, next, key, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
+      }
     }
     if constexpr (in_pairs) order_dims();
   }
@@ -89,12 +140,13 @@ struct FewRows {
     }
   }
 
-  void step(const Lines<Element>& k, const Lines<Element>& v, const Lines<Element>& next, int64_t key) {
+  void step(const Lines<Element>& k, const Lines<Element>& v, const Lines<Element>& next, int64_t key,
+            const uint64_t* bits) {
     Ahead values(v), keys(next);
     in_groups(rows, [&](int64_t row, auto group) {
       score_lines<group, numbers>(query + row * key_length, key_length, k, scores + row * score_line, values);
     });
-    const float factor = finished({turned, key, k.count, 0, round_up(rows, lanes), bounds.whole});
+    const float factor = finished({turned, key, k.count, 0, round_up(rows, lanes), bounds.whole, bits});
     for (int64_t r = 0; r < rows; r++) softmax(r, k.count, factor);
     constexpr int most = registers == 32 && !in_pairs ? 4 : 2;
     in_groups(rows, [&](int64_t row, auto group) {
@@ -106,7 +158,7 @@ struct FewRows {
 
   // Applies softcap and masks to the transposed scores, if there are any; returns the remaining factor of the scores.
   float finished(const Scores& tile) {
-    const bool plain = !(p.softcap > 0) && p.mask.data == nullptr && tile.all_seen();
+    const bool plain = only_scaled(tile, p);
     if constexpr (!in_pairs) if (plain) return 1.0f;
     if (plain && p.scale > 0) return p.scale;
     Rows<float> lines;

@@ -2,7 +2,7 @@
 //
 //                 64 queries (lanes)                     for each tile of 128 keys:
 //               +--------------------+                     S = K Q'            S[key][query]
-//        Q'     | D x 64, transposed |                     finish_scores       softcap, mask, bounds
+//        Q'     | D x 64, transposed |                     finish_scores       softcap, masks, bounds
 //               +--------------------+                     softmax_step        P, maximum, sum, correction
 //   +-------+   +--------------------+                     O' = O' * correction + V' P
 //   | K     | . |  S, then P         |                   and at the end O = (O' / sum), transposed
@@ -57,9 +57,10 @@ struct Panel {
     if (begin < end) turn(rows_of<T>(p.query, item), p.head_dim, width, room.query, p.scale);
   }
 
-  void step(const Problem& p, const Floats& k, const Floats& v, int64_t key) {
+  void step(const Problem& p, const Floats& k, const Floats& v, int64_t key, const uint64_t* bits) {
     if (key < begin || key >= end) return;
     const int64_t keys = std::min(key_tile, end - key);
+    if (bits != nullptr) return listed_step(p, k, v, key, keys, bits);
     const Scores whole{room.scores, key, keys, 0, width, bounds.whole};
     if (width <= half_tile || (whole.all_seen() && started[0] == started[1])) return part(p, k, v, whole);
     for (int64_t h = 0; h < 2; h++) {  // at the mask's edge each half skips the keys that none of its queries attends to
@@ -69,6 +70,19 @@ struct Panel {
       part(p, {k.data + (first - key) * k.stride, k.stride}, {v.data + (first - key) * v.stride, v.stride},
            {room.scores, first, last - first + 1, h * half_tile, std::min(width, (h + 1) * half_tile), seen});
     }
+  }
+
+  // As `step`, for a tile that the panel sees a part of: each half skips keys likewise, unless both see the same range.
+  void listed_step(const Problem& p, const Floats& k, const Floats& v, int64_t key, int64_t keys, const uint64_t* bits) {
+    const auto range = [&](const KeyRange& seen, int64_t from, int64_t to) {
+      if (seen.first <= seen.last)
+        part(p, {k.data + seen.first * k.stride, k.stride}, {v.data + seen.first * v.stride, v.stride},
+             {room.scores, key + seen.first, seen.last - seen.first + 1, from, to, bounds.whole, bits + seen.first});
+    };
+    const KeyRange half[2] = {keys_seen(bits, keys, row_bits(half_tile)), keys_seen(bits, keys, ~row_bits(half_tile))};
+    const bool same = half[0].first == half[1].first && half[0].last == half[1].last && started[0] == started[1];
+    if (same) return range(half[0], 0, width);
+    for (int64_t h = 0; h < 2; h++) range(half[h], h * half_tile, std::min(width, (h + 1) * half_tile));
   }
 
   // Outputs that no step reached are 0.
@@ -85,7 +99,7 @@ struct Panel {
                     tile.keys, tile.width());
     finish_scores(tile, p, item, bounds);
     softmax_step(tile, state, Coarse(p), [&](int64_t column, int64_t columns) {
-      finish_in_double({tile.s, tile.key, tile.keys, column, column + columns, tile.seen}, p, item, k,
+      finish_in_double({tile.s, tile.key, tile.keys, column, column + columns, tile.seen, tile.bits}, p, item, k,
                        {state.maximum, state.fine}, state.correction);
     });
     const Operands to_output{v.data,          v.stride,   room.scores + i,     query_tile, tile.keys,
@@ -98,13 +112,18 @@ struct Panel {
   }
 };
 
-// All panels of an item against one tile of keys.
+// All panels of an item against one tile of keys; the tile is the walk's current one, if there are lists.
 template <class T>
-void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys) {
+void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys,
+                ListWalk* walk = nullptr) {
   const Room& room = panel[0].room;
   const Floats k = floats_of<T>(p.key, item.batch, item.kv_head, key, keys, p.head_dim, room.key, room.d);
   const Floats v = floats_of<T>(p.value, item.batch, item.kv_head, key, keys, p.value_dim, room.value, room.dv);
-  for (int64_t i = 0; i < panels; i++) panel[i].step(p, k, v, key);
+  uint64_t bits[key_tile];
+  for (int64_t i = 0; i < panels; i++) {
+    const Sight sight = walk == nullptr ? Sight::all : walk->sight(i, bits);
+    if (sight != Sight::none) panel[i].step(p, k, v, key, sight == Sight::some ? bits : nullptr);
+  }
 }
 
 template <class T>
@@ -117,8 +136,14 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
     panel[i].open<T>(p, item, i);
     if (panel[i].begin < panel[i].end) begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
-  for (int64_t key = begin; key < end; key += key_tile)
-    share_tile<T>(p, item, panel, panels, key, std::min(key_tile, end - key));
+  if (has_lists(p)) {
+    ListWalk walk(p, item);
+    for (int64_t tile; (tile = walk.next()) >= 0;)
+      share_tile<T>(p, item, panel, panels, tile * key_tile, std::min(key_tile, p.keys - tile * key_tile), &walk);
+  } else {
+    for (int64_t key = begin; key < end; key += key_tile)
+      share_tile<T>(p, item, panel, panels, key, std::min(key_tile, end - key));
+  }
   for (int64_t i = 0; i < panels; i++) {
     panel[i].close(p.value_dim);
     finish<T>(call, panel[i].item, panel[i].room.output, panel[i].state, partials);
@@ -146,10 +171,11 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   Softmax state;
   state.reset();
   FewRows<T, reading> few{p, item, bounds, state, room.query, room.scores, spare.output, room.key, room.value};
-  few.attend(std::max(item.key_begin, bounds.whole.any_first), std::min(item.key_end, bounds.whole.any_last + 1));
+  few.attend(KeyRuns(p, item, bounds));
   if (wants_panels(call, item, state)) {
-    if constexpr (bfloat16_pairs && std::is_same_v<T, bfloat16_t>) return attend_bfloat16(call, item, partials);
-    else return attend_panels<T>(call, item, partials);
+    if constexpr (bfloat16_pairs && std::is_same_v<T, bfloat16_t>)
+      if (!has_lists(p)) return attend_bfloat16(call, item, partials);
+    return attend_panels<T>(call, item, partials);
   }
   Rows<float> rows;
   rows.stride = 1, rows.count = few.rows;
@@ -164,7 +190,7 @@ void attend(const ForwardCall& call, const Item& item, Partials& partials) {
   if (item.rows() > few_rows) return attend_panels<T>(call, item, partials);
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bfloat16_t>)
-    if (whole_words(p.key, p.head_dim) && whole_words(p.value, p.value_dim))
+    if (whole_words(p.key, p.head_dim) && whole_words(p.value, p.value_dim) && !has_lists(p))
       return attend_few<T, Reading::pairs>(call, item, partials);
 #endif
   if (whole_vectors(p.key, p.head_dim) && whole_vectors(p.value, p.value_dim))
@@ -176,17 +202,19 @@ template <class T>
 void run(const ForwardCall& call) {
   const Problem& p = call.problem;
   const Schedule schedule(p);
+  const ListedItems items(p, schedule);
   Partials partials(p, schedule);
   parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend<T>(call, schedule.item(p, index), partials); }, brief(p));
+               [&](int64_t index) { attend<T>(call, items.item(index), partials); }, brief(p));
   if (partials.wanted()) partials.combine<T>(call, schedule);
 }
 }  // namespace
 
-// Whether the CPU multiplies bfloat16 pairs, and the call has enough rows to amortise transposing V.
+// Whether the CPU multiplies bfloat16 pairs, and the call has enough rows to amortise transposing V. Lists are walked by the
+// kernel for all dtypes.
 static bool in_pairs(const Problem& p) {
   const Schedule schedule(p);
-  return bfloat16_pairs && schedule.heads_per_tile * p.queries > few_rows;
+  return bfloat16_pairs && !has_lists(p) && schedule.heads_per_tile * p.queries > few_rows;
 }
 
 void forward(const ForwardCall& call) {

@@ -20,9 +20,10 @@ void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partia
 
 // Estimated time of a call on one thread: the maximum of compute and reading K and V.
 inline double microseconds_alone(const Problem& p) {
+  const double share = has_lists(p) ? listed_share(p) : 1;
   const double width = double(p.head_dim + p.value_dim), pairs = double(p.batch * p.heads * p.queries) * double(p.keys);
   const double bytes = double(p.batch * p.kv_heads * p.keys) * width * (p.query.element == Element::float32 ? 4 : 2);
-  return std::max(2 * pairs * width / 2e5, bytes / 4e4);
+  return share * std::max(2 * pairs * width / 2e5, bytes / 4e4);
 }
 
 // A call too small to parallelise runs on the calling thread.

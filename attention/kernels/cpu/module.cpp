@@ -18,13 +18,20 @@ namespace {
 using MaybeArray = std::optional<mx::array>;
 
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, double scale, bool causal,
-                    int64_t window, float softcap, const MaybeArray& mask, int64_t items) {
-  return fatui::flash_attention(q, k, v, {scale, softcap, causal, window, items}, mask, false)[0];
+                    int64_t window, float softcap, const MaybeArray& mask, int64_t items, const MaybeArray& slopes,
+                    const MaybeArray& offsets, const MaybeArray& entries, const MaybeArray& bits, int64_t list_batches,
+                    int64_t list_heads) {
+  const fatui::Options options{scale, softcap, causal, window, items, list_batches, list_heads};
+  return fatui::flash_attention(q, k, v, options, {mask, offsets, entries, bits, slopes}, false)[0];
 }
 
 std::pair<mx::array, mx::array> with_logsumexp(const mx::array& q, const mx::array& k, const mx::array& v, double scale,
-                                               bool causal, int64_t window, float softcap, const MaybeArray& mask) {
-  auto out = fatui::flash_attention(q, k, v, {scale, softcap, causal, window}, mask, true);
+                                               bool causal, int64_t window, float softcap, const MaybeArray& mask,
+                                               int64_t items, const MaybeArray& slopes, const MaybeArray& offsets,
+                                               const MaybeArray& entries, const MaybeArray& bits, int64_t list_batches,
+                                               int64_t list_heads) {
+  const fatui::Options options{scale, softcap, causal, window, items, list_batches, list_heads};
+  auto out = fatui::flash_attention(q, k, v, options, {mask, offsets, entries, bits, slopes}, true);
   return {out[0], out[1]};
 }
 
@@ -47,9 +54,12 @@ int64_t workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t querie
 
 NB_MODULE(fatui_cpu_kernel, m) {
   m.def("flash_attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg().none(), nb::arg() = 0);
+        nb::arg().none(), nb::arg() = 0, nb::arg().none() = nb::none(), nb::arg().none() = nb::none(),
+        nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg() = 0, nb::arg() = 0);
   m.def("flash_attention_with_logsumexp", &with_logsumexp, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg().none());
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg() = 0, nb::arg().none() = nb::none(),
+        nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg() = 0,
+        nb::arg() = 0);
   m.def("workspace_bytes", &workspace, "Bytes above inputs and outputs, for shapes alone.");
   m.def("fma_peak", &fatui::fma_peak, "FLOP/s of multiply-adds in registers, float32, on all threads.");
   m.def("read_bandwidth", &read_bandwidth, "Bytes/s of a plain loop that reads two evaluated arrays, all threads.");

@@ -30,14 +30,23 @@ Tensor tensor_of(const mx::array& a) {
   return t;
 }
 
-Problem problem_of(const Options& options, const mx::array& q, const mx::array& k, const mx::array& v,
-                   const mx::array* mask) {
+// The optional inputs begin at `next`.
+Problem problem_of(const Options& options, const Arrays& inputs, size_t next) {
+  const mx::array &q = inputs[0], &k = inputs[1], &v = inputs[2];
   Problem p;
   p.query = tensor_of(q), p.key = tensor_of(k), p.value = tensor_of(v);
-  if (mask != nullptr) {
-    p.mask = tensor_of(*mask);
-    if (mask->shape(3) == 1) p.mask.stride[3] = 0;
+  if (options.masked) {
+    const mx::array& mask = inputs[next++];
+    p.mask = tensor_of(mask);
+    if (mask.shape(3) == 1) p.mask.stride[3] = 0;
   }
+  if (options.list_batches > 0) {
+    p.lists.offsets = inputs[next].data<int32_t>(), p.lists.entries = inputs[next + 1].data<int32_t>();
+    p.lists.bits = inputs[next + 2].data<uint32_t>();
+    p.lists.batches = options.list_batches, p.lists.heads = options.list_heads;
+    next += 3;
+  }
+  if (options.sloped) p.slopes = tensor_of(inputs[next]);
   p.batch = q.shape(0), p.heads = q.shape(1), p.queries = q.shape(2), p.head_dim = q.shape(3);
   p.kv_heads = k.shape(1), p.keys = k.shape(2), p.value_dim = v.shape(3);
   p.scale = options.scale, p.softcap = options.softcap, p.causal = options.causal, p.window = options.window;
@@ -73,10 +82,18 @@ int mapped_count(const Arrays& inputs, const std::vector<int>& axes) {
   return 1;
 }
 
-Arrays batched(const Arrays& inputs, const std::vector<int>& axes, int count, mx::Stream s) {
+// Lists stay as they are: their planes repeat over the batch. Slopes (1 or B, H) follow the batch.
+Arrays batched(const Arrays& inputs, const std::vector<int>& axes, int count, const Options& options, mx::Stream s) {
   const int batch = inputs[0].shape(axes[0] == 0 ? 1 : 0);
+  const size_t slopes = inputs.size() - (options.sloped ? 1 : 0), lists = slopes - (options.list_batches > 0 ? 3 : 0);
   Arrays out;
-  for (size_t i = 0; i < inputs.size(); i++) out.push_back(with_batch(inputs[i], axes[i], count, batch, s));
+  for (size_t i = 0; i < inputs.size(); i++) {
+    if (i < lists) out.push_back(with_batch(inputs[i], axes[i], count, batch, s));
+    else if (i >= slopes && axes[i] >= 0) out.push_back(with_batch(inputs[i], axes[i], count, batch, s));
+    else if (i >= slopes && inputs[i].shape(0) > 1) out.push_back(with_batch(inputs[i], -1, count, batch, s));
+    else if (i < slopes && axes[i] >= 0) throw std::invalid_argument("flash_attention has no vmap over block lists.");
+    else out.push_back(inputs[i]);
+  }
   return out;
 }
 
@@ -101,7 +118,7 @@ Arrays make_backward(const Arrays& inputs, const Options& options, mx::Stream s)
 
 void FlashForward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   ForwardCall call;
-  call.problem = problem_of(options_, inputs[0], inputs[1], inputs[2], inputs.size() > 3 ? &inputs[3] : nullptr);
+  call.problem = problem_of(options_, inputs, 3);
   call.output = allocate(outputs[0]);
   if (outputs.size() > 1) {
     call.logsumexp = static_cast<float*>(allocate(outputs[1]));
@@ -116,11 +133,13 @@ Arrays FlashForward::vjp(const Arrays& primals, const Arrays& cotangents, const 
                          const Arrays& outputs) {
   for (const int n : argnums)
     if (n > 2 && primals[n].dtype() != mx::bool_)
-      throw std::invalid_argument("flash_attention has no gradient for the mask; attention() has.");
+      throw std::invalid_argument(options_.sloped && n + 1 == int(primals.size())
+                                      ? "flash_attention has no gradient for the slopes of alibi."
+                                      : "flash_attention has no gradient for the mask; attention() has.");
   Arrays inputs(primals.begin(), primals.begin() + 3);
   inputs.insert(inputs.end(), {outputs[0], outputs[2], mx::astype(cotangents[0], outputs[0].dtype(), stream()),
                                mx::astype(cotangents[1], mx::float32, stream())});
-  if (primals.size() > 3) inputs.push_back(primals[3]);
+  inputs.insert(inputs.end(), primals.begin() + 3, primals.end());
   const Arrays gradients = make_backward(inputs, options_, stream());
   Arrays wanted;
   for (const int n : argnums) wanted.push_back(n > 2 ? mx::zeros_like(primals[n], stream()) : gradients[n]);
@@ -133,7 +152,7 @@ Arrays FlashForward::jvp(const Arrays&, const Arrays&, const std::vector<int>&) 
 
 std::pair<Arrays, std::vector<int>> FlashForward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   const int count = mapped_count(inputs, axes);
-  return unbatched(make_forward(batched(inputs, axes, count, stream()), options_, stream()), count, stream());
+  return unbatched(make_forward(batched(inputs, axes, count, options_, stream()), options_, stream()), count, stream());
 }
 
 bool FlashForward::is_equivalent(const mx::Primitive& other) const {
@@ -148,7 +167,7 @@ std::vector<mx::Shape> FlashForward::output_shapes(const Arrays& inputs) {
 
 void FlashBackward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   BackwardCall call;
-  call.problem = problem_of(options_, inputs[0], inputs[1], inputs[2], inputs.size() > 7 ? &inputs[7] : nullptr);
+  call.problem = problem_of(options_, inputs, 7);
   call.output = tensor_of(inputs[3]);
   call.statistics = tensor_of(inputs[4]);
   call.output_gradient = tensor_of(inputs[5]);
@@ -169,7 +188,7 @@ Arrays FlashBackward::jvp(const Arrays&, const Arrays&, const std::vector<int>&)
 
 std::pair<Arrays, std::vector<int>> FlashBackward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   const int count = mapped_count(inputs, axes);
-  return unbatched(make_backward(batched(inputs, axes, count, stream()), options_, stream()), count, stream());
+  return unbatched(make_backward(batched(inputs, axes, count, options_, stream()), options_, stream()), count, stream());
 }
 
 bool FlashBackward::is_equivalent(const mx::Primitive& other) const {

@@ -19,10 +19,19 @@ struct Options {
   float softcap = 0.0f;
   bool causal = false;
   int64_t window = 0, items = 0;
+  int64_t list_batches = 0, list_heads = 0;  // planes of the block lists; 0: there are none
+  bool masked = false, sloped = false;       // whether there is a mask array, and slopes
   bool operator==(const Options&) const = default;
 };
 
-// Inputs q, k, v and optionally a 4-D mask; outputs o and, if a gradient may be requested, logsumexp and statistics
+// Arrays that a call may have besides q, k and v.
+struct Extras {
+  std::optional<mx::array> mask;                   // broadcasts to (B, H, Lq, Lk)
+  std::optional<mx::array> offsets, entries, bits;  // block lists, as in BlockLists
+  std::optional<mx::array> slopes;                 // (H,)
+};
+
+// Inputs q, k, v and optionally a 4-D mask, three arrays of block lists, 2-D slopes; outputs o and, if a gradient may be requested, logsumexp and statistics
 // (B, H, Lq, 3), which only the backward pass uses.
 class FlashForward : public mx::Primitive {
  public:
@@ -43,7 +52,7 @@ class FlashForward : public mx::Primitive {
   Options options_;
 };
 
-// Inputs q, k, v, o, statistics, the gradients of o and logsumexp, and optionally the mask; outputs dq, dk, dv.
+// Inputs q, k, v, o, statistics, the gradients of o and logsumexp, and the optional ones of the forward pass; outputs dq, dk, dv.
 class FlashBackward : public mx::Primitive {
  public:
   FlashBackward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
@@ -66,6 +75,6 @@ class FlashBackward : public mx::Primitive {
 // The operation: validates shapes and dtypes (throws std::invalid_argument); returns {o, logsumexp, statistics}, or only {o}
 // if neither the logsumexp nor a gradient is requested.
 std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
-                                       const std::optional<mx::array>& mask, bool logsumexp);
+                                       const Extras& extras, bool logsumexp);
 
 }  // namespace fatui

@@ -16,8 +16,19 @@ struct Tensor {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
+// Block lists of a structured mask: which tiles of 128 keys each tile of 64 queries sees. A plane of lists serves one head of
+// one batch row; with fewer planes than heads or batch rows they repeat.
+struct BlockLists {
+  const int32_t* offsets = nullptr;  // null: no lists. Entries of query tile i of a plane: [offsets[i], offsets[i + 1])
+  const int32_t* entries = nullptr;  // pairs: key tile, ascending; index of its bits, or -1 if all of its pairs are visible
+  const uint32_t* bits = nullptr;    // [64 queries][4]: bit j of word w is key 32 w + j
+  int64_t batches = 1, heads = 1;
+};
+
 struct Problem {
   Tensor query, key, value, mask;  // mask.data is null when there is none; a boolean mask says true = attend
+  Tensor slopes;     // (B or 1, H) in float32: slope * (key - position of the query) is added to the scores; null when none
+  BlockLists lists;  // exclude causal and window
   int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
   double scale = 1.0;  // in double: the square root of a head dim in float32 is off by 2^-25
   float softcap = 0.0f;  // 0: none

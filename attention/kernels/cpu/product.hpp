@@ -36,20 +36,6 @@ FATUI_INLINE Vector spread(const float* p) {
   }
 }
 
-// c + a b with a single rounding if the CPU has FMA, independent of the compiler's contraction choices, so that equal terms
-// summed in the same order give equal sums.
-FATUI_INLINE Vector fused(Vector c, Vector a, Vector b) {
-#if defined(__AVX512F__)
-  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-  return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-  return c + a * b;
-#endif
-}
-
 template <Numbers numbers>
 FATUI_INLINE Vector multiply_add(Vector c, Vector a, Vector b) {
 #if defined(__AVX512BF16__)

@@ -28,6 +28,35 @@ void bound_scores(const Scores& t, const Bounds& b) {
   }
 }
 
+// Keeps the scores of the pairs whose bit is set.
+void select_scores(const Scores& t) {
+  const Words lane = (Words{} + 1u) << as<Words>(lane_numbers());
+  for (int64_t j = 0; j < t.keys; j++)
+    for (int64_t i = t.begin; i < t.end; i += lanes) {
+      const Words set = (Words{} + uint32_t(t.bits[j] >> i)) & lane;
+      store(t.at(j, i), set != 0u ? load(t.at(j, i)) : broadcast(-infinity));
+    }
+}
+
+float slope_of(const Problem& p, const Item& item, int64_t row) {
+  return static_cast<const float*>(p.slopes.data)[item.batch * p.slopes.stride[0] +
+                                                  (item.head + row / item.queries) * p.slopes.stride[1]];
+}
+int64_t position_of(const Problem& p, const Item& item, int64_t row) {
+  return item.query + row % item.queries + p.keys - p.queries;
+}
+
+void add_slopes(const Scores& t, const Problem& p, const Item& item) {
+  for (int64_t i = t.begin; i < t.end; i += lanes) {
+    Vector slope{}, distance{};  // of the tile's first key
+    for (int c = 0; c < lanes && i + c < item.rows(); c++) {
+      slope[c] = slope_of(p, item, i + c);
+      distance[c] = float(t.key - position_of(p, item, i + c));
+    }
+    for (int64_t j = 0; j < t.keys; j++) store(t.at(j, i), fused(load(t.at(j, i)), slope, distance + float(j)));
+  }
+}
+
 // A boolean mask selects instead of adding: a masked key may contain any value, NaN included.
 template <class T>
 FATUI_INLINE Vector masked(Vector score, Vector mask) {
@@ -61,12 +90,15 @@ void add_any_mask(const Scores& t, const Tensor& mask, const Item& item) {
 
 void finish_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b) {
   if (p.softcap > 0) cap_scores(t, inside_cap(p), p.softcap);
+  if (p.slopes.data != nullptr) add_slopes(t, p, item);
   if (p.mask.data != nullptr) add_any_mask(t, p.mask, item);
+  if (t.bits != nullptr) select_scores(t);
   if (!t.all_seen()) bound_scores(t, b);
 }
 
 float finish_raw_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b) {
-  if (!(p.softcap > 0) && p.mask.data == nullptr && p.scale > 0) {
+  if (!(p.softcap > 0) && p.mask.data == nullptr && p.slopes.data == nullptr && p.scale > 0) {
+    if (t.bits != nullptr) select_scores(t);
     if (!t.all_seen()) bound_scores(t, b);
     return p.scale;
   }
@@ -146,11 +178,13 @@ struct InDouble {
       for (int h = 0; h < halves; h++) scores[(j + n) * halves + h] = sum[n][h] * p.scale;
   }
 
-  // Softcap, mask array, causal and window of one score.
+  // Softcap, slope, mask array, bits, causal and window of one score.
   double finished(int64_t j, int64_t row, double score) const {
     const Visible seen = visible(p, item.query + row % item.queries);
     if (t.key + j < seen.first || t.key + j > seen.last) return -infinity;
+    if (t.bits != nullptr && (t.bits[j] >> row & 1) == 0) return -infinity;
     if (p.softcap > 0) score = std::tanh(score / p.softcap) * p.softcap;
+    if (p.slopes.data != nullptr) score += double(slope_of(p, item, row)) * double(t.key + j - position_of(p, item, row));
     if (p.mask.data == nullptr) return score;
     const double number = number_of(p.mask, at(p.mask, row) + (t.key + j) * p.mask.stride[3]);
     if (p.mask.element == Element::boolean) return number == 0 ? -infinity : score;

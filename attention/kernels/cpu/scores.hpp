@@ -1,7 +1,9 @@
-// Conversion of dot products to softmax inputs: scale, softcap, mask array, causal and window bounds.
+// Conversion of dot products to softmax inputs: scale, softcap, slopes, mask array, bits of block lists, causal and window
+// bounds.
 //
 // A tile of scores is S[key][query]: one row per key, one lane per query. Masked scores are -inf.
 #pragma once
+#include "lists.hpp"
 #include "tile.hpp"
 
 namespace fatui {
@@ -43,6 +45,7 @@ struct Scores {
   float* s;
   int64_t key, keys, begin, end;
   const Extent& seen;  // by its queries
+  const uint64_t* bits = nullptr;  // bit i of word j: query i sees key + j; null if the lists hide nothing
 
   int64_t width() const { return end - begin; }
   float* at(int64_t j, int64_t i) const { return s + j * query_tile + i; }
@@ -55,7 +58,12 @@ struct Scores {
 // 1 / softcap, finite for any softcap.
 inline float inside_cap(const Problem& p) { return std::min(1.0f / p.softcap, largest); }
 
-// Finishes a tile of dot products of pre-scaled queries: softcap, mask array, causal and window.
+// Whether scores of a tile only need the scale.
+inline bool only_scaled(const Scores& t, const Problem& p) {
+  return !(p.softcap > 0) && p.mask.data == nullptr && p.slopes.data == nullptr && t.bits == nullptr && t.all_seen();
+}
+
+// Finishes a tile of dot products of pre-scaled queries: softcap, slopes, mask array, bits, causal and window.
 void finish_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b);
 
 // Finishes a tile of dot products of unscaled queries (bfloat16 pairs); returns the remaining factor, 1 or the scale, which
@@ -72,7 +80,7 @@ struct Coarse {
   explicit Coarse(const Problem& p) {
     const bool added = p.mask.data != nullptr && p.mask.element != Element::boolean;
     const bool float32 = p.query.element == Element::float32;
-    from = float32 ? 0x1p6f : added ? 0x1p12f : infinity;
+    from = float32 ? 0x1p6f : added || p.slopes.data != nullptr ? 0x1p12f : infinity;
     to = float32 && added ? 0x1p20f : 0x1p30f;
   }
   bool has(float maximum) const { return std::abs(maximum) > from && std::abs(maximum) < to; }

@@ -73,6 +73,20 @@ FATUI_INLINE To as(From x) {
   return y;
 }
 
+// c + a b with a single rounding if the CPU has FMA, independent of the compiler's contraction choices, so that equal terms
+// summed in the same order give equal sums.
+FATUI_INLINE Vector fused(Vector c, Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return c + a * b;
+#endif
+}
+
 // 2^x for x <= 127 to about 1e-7, and exactly 0 below -126 (so 2^-inf = 0). NaN stays NaN.
 // x = n + f with n an integer; a polynomial (minimax on [-1/2, 1/2], exact at 0) gives 2^f; n goes to its exponent.
 FATUI_INLINE Vector exp2(Vector x) {
