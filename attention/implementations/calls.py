@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import mlx.core as mx
+from msgspec import structs
 
 from attention.core.errors import UnsupportedError, UsageError
 from attention.core.mask_text import MaskSpec, parse_mask
@@ -31,7 +32,10 @@ def call_signature(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: f
             workload = _workload(
                 tuple(q.shape), tuple(k.shape), v.shape[3], name, _bounds(mask, k.shape[2]), mask.pattern
             )
-            return workload, needs_of(softcap is not None, mask.array)
+            needs = needs_of(softcap is not None, mask.array)
+            if mask.pattern is not None or mask.alibi is not None:
+                needs = structs.replace(needs, pattern=mask.pattern is not None, alibi=mask.alibi is not None)
+            return workload, needs
     raise UnsupportedError(f"q: got {q.dtype}; it takes {', '.join(DTYPES)}")
 
 

@@ -13,7 +13,7 @@ from typing import Final, Protocol, cast, runtime_checkable
 import mlx.core as mx
 from msgspec import structs
 
-from attention.core.errors import KernelUnavailable
+from attention.core.errors import KernelUnavailable, UnsupportedError
 from attention.core.route import NO_NEEDS, Needs, Route, fitted, unsupported
 from attention.core.workload import Workload
 from attention.implementations.autotune.store import Store, candidate_fingerprint, class_of
@@ -106,6 +106,8 @@ class Poc:
             if _variant_for(_kernel(device.backend), self._variant, workload) is None:
                 return unsupported(f"'{self._variant}' changes nothing here")
             return structs.replace(own, path=_variant_path(own.path, self._variant))
+        if needs.alibi or workload.structured:
+            return own
         if needs.softcap:
             fallback = self._practical.route(workload, device, needs)
             path, reason = TO_PRACTICAL, f"{own.reason}, and {NO_SOFTCAP}"
@@ -151,6 +153,8 @@ class Poc:
             mask.causal,
             mask.window,
             mask.array is None,
+            mask.pattern is None,
+            mask.alibi is None,
             softcap is None,
             current_backend(),
         )
@@ -167,6 +171,9 @@ class Poc:
             else:
                 record_path(path)
                 return out
+        if mask.pattern is not None or mask.alibi is not None:
+            workload, needs = call_signature(q, k, v, mask, softcap)
+            raise UnsupportedError(f"poc: {_kernel(current_backend()).route(workload, needs).reason}")
         if softcap is not None:
             out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
             record_path(TO_PRACTICAL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from attention.core.route import Needs, Route, unsupported
+from attention.core.route import MAX_PATH_LENGTH, Needs, Route, unsupported
 from attention.core.workload import Workload
 from attention.kernels import cpu
 from attention.measure.device import usable_cores
@@ -34,16 +34,18 @@ def route(workload: Workload, needs: Needs) -> Route:
     width = max(workload.head_dim, workload.value_dim)
     if width > MAX_HEAD_DIM:
         return unsupported(f"the CPU kernel takes head dims to {MAX_HEAD_DIM}, not {width}")
-    if workload.structured:
-        return unsupported("the CPU kernel takes no block lists")
     usable, state = cpu.availability()
     if not usable:
         return unsupported(f"no CPU kernel: {state}")
     variant = cpu.variant()
+    path = f"CPU kernel {variant}"
+    if workload.structured:
+        path = next(name for name in (f"{path}, lists", f"CPU {variant}, lists") if len(name) <= MAX_PATH_LENGTH)
     when = "" if cpu.is_compiled() else "; it is compiled at first use, which takes about half a minute"
-    reason = f"flash attention in C++, for this processor's {variant}{when}"
+    lists = ", visiting the tiles of the mask's block lists" if workload.structured else ""
+    reason = f"flash attention in C++, for this processor's {variant}{lists}{when}"
     return Route(
-        path=f"CPU kernel {variant}",
+        path=path,
         fused=True,
         reason=reason,
         predicted_bytes=_predicted(workload),
@@ -71,8 +73,28 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
     Raises:
         KernelUnavailable: the kernel cannot be compiled or loaded, or failed its self-check.
     """
+    return _attend(q, k, v, scale, mask, softcap)
+
+
+def _attend(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None, items: int = 0
+) -> mx.array:
+    lists = None
+    if mask.pattern is not None:
+        batch, heads, queries, _ = q.shape
+        lists = mask.pattern.block_list((batch, heads, queries, k.shape[2]), *cpu.LIST_TILE)
     return cpu.flash_attention(
-        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap
+        q,
+        k,
+        v,
+        scale=scale,
+        causal=mask.causal,
+        window=mask.window,
+        mask=mask.array,
+        softcap=softcap,
+        items=items,
+        lists=lists,
+        alibi=mask.alibi,
     )
 
 
@@ -86,9 +108,7 @@ def variants(workload: Workload) -> dict[str, Attend]:
 
 
 def _attend_tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
-    return cpu.flash_attention(
-        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap, items=1
-    )
+    return _attend(q, k, v, scale, mask, softcap, items=1)
 
 
 def _predicted(workload: Workload) -> int:

@@ -30,6 +30,8 @@ def route(workload: Workload, needs: Needs) -> Route:
     refusal = cuda.supports(workload, needs)
     if refusal:
         return unsupported(refusal)
+    if needs.alibi:
+        return unsupported("the CUDA kernels take no alibi")
     from attention.kernels.cuda.choice import path_of
     from attention.kernels.cuda.requirements import shape_and_call
 
