@@ -16,7 +16,7 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.route import Route, validated_route
 from attention.core.workload import Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
-from attention.implementations.protocol import NeedsBuilding
+from attention.implementations.protocol import NeedsBuilding, NeedsBuildingPerCall
 from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Arm, Limits, min_rounds_s, run_rounds, set_strides
 
@@ -101,16 +101,21 @@ class CaseRunner(ABC, Generic[P]):
 
     def _needs_building(self, name: str, workload: Workload, device: Device) -> bool:
         implementation = implementations.load_implementation(name)
-        return isinstance(implementation, NeedsBuilding) and implementation.needs_building(workload, device)
+        if not isinstance(implementation, NeedsBuilding | NeedsBuildingPerCall):
+            return False
+        return implementation.needs_building(workload, device)
 
     def _build(self, names: Sequence[str], workload: Workload, device: Device) -> None:
         """Compile implementations, timed separately from the measurement."""
         for name in names:
             implementation = implementations.load_implementation(name)
-            assert isinstance(implementation, NeedsBuilding)
+            assert isinstance(implementation, NeedsBuilding | NeedsBuildingPerCall)
             self._progress.begin_step(name, "build")
             started = time.perf_counter()
-            implementation.build(self._progress.log)
+            if isinstance(implementation, NeedsBuilding):
+                implementation.build(self._progress.log)
+            else:
+                implementation.build_for(workload, self._progress.log)
             seconds = time.perf_counter() - started
             if implementation.needs_building(workload, device):
                 self._progress.log(f"{name}: built in {seconds:.0f} s, but it could not be kept")

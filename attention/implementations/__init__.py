@@ -60,6 +60,12 @@ CATALOGUE: Final = (
         "torch.nn.functional.scaled_dot_product_attention, if torch is installed",
         "attention.implementations.torch_sdpa:TorchSdpa",
     ),
+    CatalogueEntry(
+        "flex",
+        "torch FlexAttention",
+        "torch's flex_attention, compiled by torch.compile for each shape and mask",
+        "attention.implementations.flex:Flex",
+    ),
 )
 NAMES: Final = tuple(entry.name for entry in CATALOGUE)
 

@@ -57,6 +57,19 @@ class NeedsBuilding(Protocol):
 
 
 @runtime_checkable
+class NeedsBuildingPerCall(Protocol):
+    """An implementation that must be built for each kind of call, in each process."""
+
+    def needs_building(self, workload: Workload, device: Device) -> bool:
+        """Return whether a first call of the workload would have to build; quick."""
+        ...
+
+    def build_for(self, workload: Workload, tell: Callable[[str], None]) -> None:
+        """Build for the workload's calls; if it fails, they raise the reason."""
+        ...
+
+
+@runtime_checkable
 class ProvidesRunner(Protocol):
     """An implementation outside MLX with its own runner."""
 

@@ -3,7 +3,7 @@
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -57,17 +57,25 @@ class TorchSdpa:
         """
         if softcap is not None:
             raise UnsupportedError(f"torch: {NO_SOFTCAP}")
-        place = _place()
+        place = torch_place()
 
         def attend(mask: Mask) -> mx.array:
             bound = _computed(lambda: Bound(q.shape[2], k.shape[2], mask, place, q.dtype))
-            return _differentiable(bound, scale, place)(q, k, v)
+            return differentiable(bound, scale, place)(q, k, v)
 
         return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask)
 
     def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> "TorchRunner":
         """Convert the inputs and bind the call."""
         return TorchRunner(workload, inputs, scale)
+
+
+class TorchCall(Protocol):
+    """An attention of torch's, with everything but q, k and v bound."""
+
+    def attend(self, primals: Sequence[Tensor], scale: float) -> Tensor:
+        """Compute attention of q, k and v."""
+        ...
 
 
 class Bound:
@@ -89,7 +97,7 @@ class Bound:
 
     def attend(self, primals: Sequence[Tensor], scale: float) -> Tensor:
         """Call torch's SDPA; fully masked rows give 0."""
-        torch = _torch()
+        torch = import_torch()
         q, k, v = primals
         if scale < 0:  # torch's CPU flash kernel returns NaN for it under a causal mask
             q, scale = -q, -scale
@@ -101,15 +109,18 @@ class Bound:
 
 
 class TorchRunner:
-    """Runner of torch's SDPA on converted inputs."""
+    """Runner of an attention of torch's on converted inputs."""
 
-    def __init__(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> None:
-        """Convert the inputs: q, k, v, and in training the output's gradient."""
-        self._place = _place()
+    def __init__(
+        self, workload: Workload, inputs: Sequence[mx.array], scale: float, bound: TorchCall | None = None
+    ) -> None:
+        """Convert the inputs: q, k, v, and in training the output's gradient; `bound` is torch's SDPA by default."""
+        self._place = torch_place()
         self._inputs = [to_torch(x, self._place) for x in inputs]
         self._scale = scale
         self._training = workload.pass_ == "training"
-        self._bound = Bound(workload.seq, workload.kv_seq, of_workload(workload), self._place, inputs[0].dtype)
+        own = bound or Bound(workload.seq, workload.kv_seq, of_workload(workload), self._place, inputs[0].dtype)
+        self._bound: TorchCall = own
         for x in self._inputs[:3]:
             x.requires_grad_(self._training)
 
@@ -119,14 +130,14 @@ class TorchRunner:
         out = self._bound.attend(primals, self._scale)
         if not self._training:
             return [out]
-        return [out.detach(), *_torch().autograd.grad(out, primals, self._inputs[3])]
+        return [out.detach(), *import_torch().autograd.grad(out, primals, self._inputs[3])]
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Wait for the device."""
         if self._place == "cuda":
-            _torch().cuda.synchronize()
+            import_torch().cuda.synchronize()
         elif self._place == "mps":
-            _torch().mps.synchronize()
+            import_torch().mps.synchronize()
 
     def results(self) -> list[mx.array]:
         """Run one call and convert its results."""
@@ -138,7 +149,7 @@ class TorchRunner:
         """Run one call and return CUDA's peak memory above the inputs; None on other devices."""
         if self._place != "cuda":
             return None
-        torch = _torch()
+        torch = import_torch()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -149,21 +160,31 @@ class TorchRunner:
 T = TypeVar("T")
 
 
-def _differentiable(bound: Bound, scale: float, place: str) -> Callable[..., mx.array]:
-    """Return torch's SDPA as a function of q, k and v, evaluated eagerly, with torch's gradient."""
+def differentiable(
+    bound: TorchCall, scale: float, place: str, for_gradient: Callable[[], TorchCall] | None = None
+) -> Callable[..., mx.array]:
+    """Return an attention of torch's as a function of q, k and v, evaluated eagerly, with torch's gradient.
+
+    Args:
+        bound: the attention.
+        scale: factor of the scores.
+        place: torch's device.
+        for_gradient: makes the attention whose gradient is taken; `bound` by default.
+    """
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        with _torch().no_grad():
+        with import_torch().no_grad():
             return _computed(lambda: to_mlx(bound.attend([to_torch(x, place) for x in (q, k, v)], scale)))
 
     @mx.custom_function
     def pull(cotangent: mx.array, *inputs: mx.array) -> list[mx.array]:
         def gradients() -> list[mx.array]:
+            own = for_gradient() if for_gradient else bound
             primals = [to_torch(x, place).requires_grad_() for x in inputs]
-            with _torch().enable_grad():
-                out = bound.attend(primals, scale)
-            return [to_mlx(x) for x in _torch().autograd.grad(out, primals, to_torch(cotangent, place))]
+            with import_torch().enable_grad():
+                out = own.attend(primals, scale)
+            return [to_mlx(x) for x in import_torch().autograd.grad(out, primals, to_torch(cotangent, place))]
 
         return _computed(gradients)
 
@@ -193,7 +214,7 @@ def _computed(convert: Callable[[], T]) -> T:
 
 def to_torch(array: mx.array, place: str) -> Tensor:
     """Copy an MLX array to torch; bfloat16, which numpy lacks, by its bits."""
-    torch = _torch()
+    torch = import_torch()
     if array.dtype == mx.bfloat16:
         return torch.from_numpy(np.array(array.view(mx.int16))).view(torch.bfloat16).to(place)
     return torch.from_numpy(np.array(array)).to(place)
@@ -201,21 +222,23 @@ def to_torch(array: mx.array, place: str) -> Tensor:
 
 def to_mlx(tensor: Tensor) -> mx.array:
     """Copy a torch tensor to MLX."""
-    torch = _torch()
+    torch = import_torch()
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return mx.array(tensor.view(torch.int16).numpy()).view(mx.bfloat16)
     return mx.array(tensor.numpy())
 
 
-def _torch() -> Any:
+def import_torch() -> Any:
+    """Return torch; raises UnsupportedError if it is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise UnsupportedError(f"torch: {MISSING}")
     return importlib.import_module("torch")
 
 
-def _place() -> str:
-    torch, wanted = _torch(), TORCH_DEVICES[current_backend()]
+def torch_place() -> str:
+    """Return torch's device for MLX's current one; the CPU if torch lacks it."""
+    torch, wanted = import_torch(), TORCH_DEVICES[current_backend()]
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return wanted if has[wanted] else "cpu"
 

@@ -121,11 +121,12 @@ def of_workload(workload: Workload) -> Mask:
         raise UsageError(f"mask: got {workload.mask!r}, a program's own mask; only the program can make it")
     if not workload.structured:
         return Mask(causal=workload.causal, window=workload.window)
-    return Mask(pattern=_of_spec(workload.mask_spec, workload.seq, workload.kv_seq, workload.heads))
+    return Mask(pattern=pattern_of(workload.mask_spec, workload.seq, workload.kv_seq, workload.heads))
 
 
 @lru_cache(maxsize=64)
-def _of_spec(spec: MaskSpec, seq: int, kv_seq: int, heads: int) -> Pattern:
+def pattern_of(spec: MaskSpec, seq: int, kv_seq: int, heads: int) -> Pattern:
+    """Return the pattern of a mask string's parts, of which there is at least one."""
     parts: list[Pattern] = []
     if spec.prefix:
         parts.append(prefix(spec.prefix))

@@ -22,7 +22,7 @@ def test_importing_attention_imports_no_mlx_numpy_or_textual() -> None:
 
 
 def test_the_implementations_are_named() -> None:
-    assert NAMES == ("baseline", "poc", "practical", "demo", "mlx", "torch")
+    assert NAMES == ("baseline", "poc", "practical", "demo", "mlx", "torch", "flex")
 
 
 def test_the_shape_follows_q_and_v_and_the_type_follows_q() -> None:

@@ -14,7 +14,11 @@ from attention.masks import Mask
 from attention.measure.device import Device
 from attention.measure.reference import Rules, forward, gradients
 
-INSTALLED = tuple(name for name in NAMES if name != "torch" or importlib.util.find_spec("torch"))
+INSTALLED = tuple(
+    name
+    for name in NAMES
+    if name != "flex" and (name != "torch" or importlib.util.find_spec("torch"))  # flex compiles for each shape
+)
 """The implementations that can run here: all, except torch if it is not installed."""
 CPU = Device(backend="cpu", name="any", cores=2, memory_bytes=2**34, available_bytes=2**33)
 
