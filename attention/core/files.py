@@ -1,9 +1,11 @@
-"""Bounded reading of user files: of any size, of any file type, of any depth of TOML nesting."""
+"""User files: base folders, atomic writing, and reading of any size, file type and depth of TOML nesting."""
 
+import contextlib
 import errno
 import os
 import re
 import stat
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +57,28 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     if root in folder.parents and not root.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"there is no home folder {root}", os.fspath(folder))
     folder.mkdir(mode=mode, parents=True, exist_ok=True)
+
+
+def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a file atomically: a reader sees the old or the new contents, never a part.
+
+    On any error the old file is unchanged, and no temporary file is left.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+        raise
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -9,6 +9,7 @@ import numpy as np
 
 from attention.core.errors import KernelUnavailable
 from attention.core.results import Peaks
+from attention.core.workload import DTYPES
 from attention.kernels import cpu
 from attention.measure.device import Device
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 MATMUL_SIZES: Final = {"cpu": (128, 256, 512, 1024, 2048), "metal": (1024, 2048, 4096), "cuda": (2048, 4096, 8192)}
-MATMUL_TYPES: Final = ("float32", "float16", "bfloat16")
 COPY_BYTES: Final = {"cpu": 2**26, "metal": 2**28, "cuda": 2**30}
 NUMPY_SIZE: Final = 768
 NUMPY_REPEATS: Final = 20
@@ -44,16 +44,16 @@ def _best_matmul(device: Device, seconds: float) -> float:
     import mlx.core as mx
 
     best = 0.0
-    for name in MATMUL_TYPES:
+    for name in DTYPES:
         started = time.perf_counter()
         for size in MATMUL_SIZES[device.backend]:
             flops = 2 * size**3
-            if best and flops * (REPEATS + 1) / best > seconds / len(MATMUL_TYPES):
+            if best and flops * (REPEATS + 1) / best > seconds / len(DTYPES):
                 break
             a, b = (mx.random.normal((size, size)).astype(getattr(mx, name)) for _ in range(2))
             mx.eval(a, b)
             best = max(best, flops / _fastest_s(partial(_evaluate_product, a, b)))
-            if time.perf_counter() - started > seconds / len(MATMUL_TYPES):
+            if time.perf_counter() - started > seconds / len(DTYPES):
                 break
     return best
 

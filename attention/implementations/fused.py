@@ -13,6 +13,7 @@ from typing import Final, Protocol, cast, runtime_checkable
 import mlx.core as mx
 from msgspec import structs
 
+from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import KernelUnavailable, UnsupportedError
 from attention.core.route import NO_NEEDS, Needs, Route, fitted, unsupported
 from attention.core.workload import Workload
@@ -31,8 +32,6 @@ KERNELS: Final[dict[Backend, str]] = {
     "metal": "attention.kernels.metal.path",
 }
 """The kernel module of each backend; it satisfies `Kernel`."""
-MAX_KNOWN_CALLS: Final = 4096
-"""Maximum number of cached kinds of call; a decoding loop makes a new one at each length."""
 TO_PRACTICAL: Final = "falls back: practical"
 TO_SDPA: Final = "falls back: MLX SDPA"
 Attend = Callable[..., mx.array]
@@ -92,7 +91,7 @@ class Poc:
         self._variant = variant
         self._sdpa = MlxSdpa()
         self._practical = Practical()
-        self._attends: dict[object, tuple[Attend, str] | None] = {}
+        self._attends = BoundedDict[object, tuple[Attend, str] | None]()
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the kernel's route if it supports the workload, otherwise the fallback's, with the reason.
@@ -185,8 +184,6 @@ class Poc:
         self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
     ) -> tuple[Attend, str] | None:
         """Return the kernel's function and path for a kind of call, cached; None if the kernel does not support it."""
-        if len(self._attends) >= MAX_KNOWN_CALLS:
-            self._attends.clear()
         kernel = _kernel(current_backend())
         workload, needs = call_signature(q, k, v, mask, softcap)
         form = None if self._variant is None else _variant_for(kernel, self._variant, workload)
@@ -247,7 +244,7 @@ class TunedPoc(Poc):
         """Create it with a store of trials; the user's file by default."""
         super().__init__()
         self._trials = store or Store()
-        self._routes: dict[tuple[Workload, Needs], Route] = {}
+        self._routes = BoundedDict[tuple[Workload, Needs], Route]()
 
     @property
     def takes_sinks(self) -> bool:
@@ -310,8 +307,6 @@ class TunedPoc(Poc):
         needs = plain if sinks is None else structs.replace(plain, sinks=True)
         found = self._routes.get((workload, needs))
         if found is None:
-            if len(self._routes) >= MAX_KNOWN_CALLS:
-                self._routes.clear()
             found = self._routes[workload, needs] = self.route(workload, _device(), needs)
         return found
 

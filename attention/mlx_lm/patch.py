@@ -15,6 +15,7 @@ from msgspec import Struct, structs
 
 from attention import implementations
 from attention.arguments import check_mask, check_shapes, find_implementation
+from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import UnsupportedError, UsageError
 from attention.core.events import WITHOUT_ATTENTION, CallsCounted
 from attention.implementations.calls import call_signature, call_through_hooks, take_path
@@ -24,8 +25,6 @@ from attention.masks import Mask
 from attention.measure.device import probe
 from attention.monitoring import patch_points
 
-KNOWN_SHAPES = 4096
-"""Maximum number of kinds of call whose path is cached; a decoding loop makes a new one at each length."""
 device = lru_cache(maxsize=1)(probe)
 
 
@@ -67,7 +66,7 @@ class ArgumentAdapter:
         self._implementation = implementation
         self._takes_sinks = bool(getattr(implementation, "takes_sinks", False))
         self._takes_packed = bool(getattr(implementation, "takes_packed", False))
-        self._acceptances: dict[tuple[object, ...], Acceptance] = {}
+        self._acceptances = BoundedDict[tuple[object, ...], Acceptance]()
 
     def adapt(self, call: ModelCall) -> CallArguments:
         """Return the arguments for the implementation.
@@ -104,8 +103,6 @@ class ArgumentAdapter:
         key = (call.q.shape, k.shape, v.shape, types, array, isinstance(k, QuantizedArray), call.sinks is None)
         verdict = self._acceptances.get(key)
         if verdict is None:
-            if len(self._acceptances) >= KNOWN_SHAPES:
-                self._acceptances.clear()
             verdict = self._acceptances[key] = self._check(call, k, v)
         return verdict
 

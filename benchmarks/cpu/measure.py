@@ -14,11 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from attention.core.statistics import noise_floor
+from attention.core.workload import DTYPES
 from attention.kernels import cpu
 from attention.kernels.cpu import library
 from attention.measure.device import usable_cores
 
-TYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+TYPES: Final[dict[str, mx.Dtype]] = {name: getattr(mx, name) for name in DTYPES}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,10 @@
 """Files of the user: run history, presets, settings and result files; here their folders, and atomic replacement."""
 
-import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Final
 
-from attention.core.files import cache_folder, xdg
+from attention.core.files import cache_folder, replace_file, xdg
 
 NAME: Final = "fatui"
 NEW_FILE_MODE: Final = 0o666
@@ -50,19 +48,7 @@ def write_atomically(path: Path, text: str) -> None:
         OSError: the text could not be written.
     """
     target = path.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            os.fchmod(file.fileno(), _mode_for(target))
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    replace_file(target, text.encode(), _mode_for(target))
 
 
 def _mode_for(target: Path) -> int:

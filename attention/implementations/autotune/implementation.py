@@ -9,6 +9,7 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention.core import events as on
+from attention.core.bounded_dict import BoundedDict
 from attention.core.route import NO_NEEDS, Needs, Route, fitted
 from attention.core.workload import Workload
 from attention.implementations.autotune.active_choice import (
@@ -113,7 +114,6 @@ class DemoRunner(MlxRunner):
 TRIAL_S: Final = 0.5
 MIN_CALLS_IN_USE: Final = 64
 """Calls after which a class counts as in use: a neighbouring class then inherits its choice without a trial."""
-MAX_KNOWN_CALLS: Final = 4096
 
 
 class Demo:
@@ -148,7 +148,7 @@ class Demo:
         self._pass = pass_
         self._budget_s = budget_s
         self.clock = clock
-        self._keys: dict[object, ActiveChoice] = {}
+        self._keys = BoundedDict[object, ActiveChoice]()
         self._classes: dict[WorkloadClass, ActiveChoice] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
@@ -285,8 +285,6 @@ class Demo:
             if active is None:
                 return plain  # too large for a trial while tracing: the next call may find values to try with
             active = plain
-        if len(self._keys) >= MAX_KNOWN_CALLS:
-            self._keys.clear()
         self._keys[key] = active
         return active
 

@@ -3,8 +3,6 @@
 import contextlib
 import fcntl
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -15,7 +13,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from attention.core import events as on
-from attention.core.files import make_folder, parse_toml, read_bounded
+from attention.core.files import make_folder, parse_toml, read_bounded, replace_file
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import MAX_SIZES, Workload
 from attention.kernels.common import cache
@@ -272,7 +270,7 @@ class Store:
                 if state == "damaged":
                     self._set_aside()
                 changed = change(entries)
-                _replace(self.path, _as_text(changed))
+                replace_file(self.path, _as_text(changed).encode())
                 self._seen, self._on_file = self._file_state(), changed
         except TimeoutError:
             self._warn(f"{self.path}: another process holds it; choices are kept in this process only")
@@ -323,17 +321,3 @@ def _locked(path: Path) -> Iterator[None]:
                     raise TimeoutError(str(path)) from None
                 time.sleep(0.01)
         yield
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old or the new contents, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

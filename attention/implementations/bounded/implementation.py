@@ -1,6 +1,5 @@
 """Attention within a memory budget, forward and backward."""
 
-from collections import OrderedDict
 from functools import lru_cache
 from typing import Final
 
@@ -8,6 +7,7 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention import masks
+from attention.core.bounded_dict import BoundedDict
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import ITEM_BYTES, DType, Workload
 from attention.implementations.baseline import computes_in_float32, unfused_call_bytes, with_tf32
@@ -34,8 +34,6 @@ from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask
 from attention.measure.device import Backend, Device, probe
 
-MAX_STRATEGIES: Final = 4096
-"""Maximum number of cached strategies; a decoding loop needs a new one at each length."""
 MAX_PATHS: Final = 4096
 SDPA_PATHS: Final = {Method.FUSED: "MLX SDPA, fused", Method.WHOLE: "MLX SDPA, unfused"}
 QUANTIZED_PATH: Final = "packed keys and values"
@@ -51,8 +49,8 @@ class Practical:
     def __init__(self, budget_bytes: int | None = None) -> None:
         """Set the memory budget above inputs and outputs, in bytes; None derives it from the machine."""
         self.budget_bytes = budget_bytes
-        self._strategies: OrderedDict[tuple[Workload, Needs, Backend, int], Strategy] = OrderedDict()
-        self._whole_calls: dict[object, tuple[str, bool]] = {}
+        self._strategies = BoundedDict[tuple[Workload, Needs, Backend, int], Strategy]()
+        self._whole_calls = BoundedDict[object, tuple[str, bool]]()
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route: MLX's SDPA if it fits the budget, otherwise slices or blocks and their size."""
@@ -137,8 +135,6 @@ class Practical:
         backend = current_backend()
         choice = self._strategy(workload, backend, needs, self._budget_here())
         if simple and not choice.backward.is_cut:
-            if len(self._whole_calls) >= MAX_STRATEGIES:
-                self._whole_calls.clear()
             path = _whole_path(choice.forward, workload.dtype, backend)
             widened = _computes_in_float32(choice, q.dtype, backend)
             self._whole_calls[key] = path, widened
@@ -207,8 +203,6 @@ class Practical:
         """Return the strategy, cached; routes and calls with the same key get the same one."""
         key = (workload, needs, backend, budget)
         if key not in self._strategies:
-            if len(self._strategies) >= MAX_STRATEGIES:
-                self._strategies.popitem(last=False)
             self._strategies[key] = choose_strategy(
                 workload, backend, needs, budget, _mask_copies(needs, workload.dtype, backend)
             )

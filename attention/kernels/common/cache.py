@@ -26,7 +26,7 @@ from typing import Final, TypedDict
 import msgspec
 
 from attention.core.errors import KernelUnavailable
-from attention.core.files import cache_folder, make_folder
+from attention.core.files import cache_folder, make_folder, replace_file
 
 DAY_S: Final = 86400.0
 UNUSED_S: Final = 90 * DAY_S
@@ -145,7 +145,7 @@ def write_record(key: str, record: KernelRecord) -> None:
         OSError: the record cannot be written.
     """
     path = ensure_folder() / f"{key}.json"
-    _write(path, msgspec.json.encode(record))
+    replace_file(path, msgspec.json.encode(record))
     _unrecorded.pop(path, None)
     _remove_unused()
 
@@ -233,7 +233,7 @@ def read_code(key: str) -> bytes | None:
 def write_code(key: str, code: bytes) -> None:
     """Store machine code and its hash, if there is space; the record of older code under this key is replaced."""
     with contextlib.suppress(OSError):  # this process uses it anyway
-        _write(ensure_folder() / f"{key}.cubin", code)
+        replace_file(ensure_folder() / f"{key}.cubin", code)
         write_record(key, {"sha256": hashlib.sha256(code).hexdigest()})
 
 
@@ -290,18 +290,6 @@ def _lock_file(key: str) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file atomically: a reader sees the old or the new contents, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 KINDS: Final = frozenset({".py", ".cpp", ".hpp", ".cu", ".cuh", ".metal"})

@@ -5,8 +5,9 @@ Importing this package is cheap: MLX, NVRTC and the driver are loaded on the fir
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import KernelUnavailable
 from attention.core.route import NO_NEEDS, Needs
 
@@ -155,14 +156,11 @@ def _attend(
     known = _known.get(key)
     if known is None:
         known = _resolve_call(q, k, v, scale, causal, window, mask, softcap, with_logsumexp)
-        if len(_known) >= _MAX_KNOWN:
-            _known.clear()
         _known[key] = known
     return known(q, k, v) if mask is None else known(q, k, v, mask)
 
 
-_known: dict[object, Attend] = {}
-_MAX_KNOWN: Final = 256
+_known: BoundedDict[object, Attend] = BoundedDict(256)
 
 
 def _find_nothing(*_: object) -> mx.array | None:

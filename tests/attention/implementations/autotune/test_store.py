@@ -220,7 +220,7 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr("attention.core.files.os.fsync", full)
     Store(path).put(an_entry(class_number(32)))
     assert [entry.workload for entry in Store(path).entries()] == [A_CLASS]
     assert {each.name for each in path.parent.iterdir()} == {"tuning.toml", "tuning.lock"}

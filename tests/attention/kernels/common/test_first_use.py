@@ -93,7 +93,7 @@ def test_an_unrecorded_verdict_holds_for_this_process(monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "_write", refuse)
+    monkeypatch.setattr(cache, "replace_file", refuse)
     this = here()
     assert this.check(KEY, NAME, lambda: "off by 3") == this.distrust_reason(KEY) == "off by 3"
     assert here().verdict(KEY) is None
