@@ -3,7 +3,7 @@
 Importing this package imports neither MLX nor numpy; the first call does.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 from attention.core.errors import ForkedError, NoBackendError, UnsupportedError, UsageError
 from attention.core.workload import Workload
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from attention.implementations.protocol import Implementation
+    from attention.masks import Alibi, Pattern
     from attention.mlx_lm.patch import ModelPatch
     from attention.monitoring.monitor import Monitor
 
@@ -27,17 +28,51 @@ __all__ = [
 ]
 
 
+@overload
 def attention(
     q: "mx.array",
     k: "mx.array",
     v: "mx.array",
     *,
     scale: float | None = None,
-    mask: "str | mx.array | None" = None,
+    mask: "str | Pattern | mx.array | None" = None,
     window: int | None = None,
     softcap: float | None = None,
+    score_mod: "Alibi | None" = None,
+    return_lse: Literal[False] = False,
     implementation: "str | Implementation" = "practical",
-) -> "mx.array":
+) -> "mx.array": ...
+
+
+@overload
+def attention(
+    q: "mx.array",
+    k: "mx.array",
+    v: "mx.array",
+    *,
+    scale: float | None = None,
+    mask: "str | Pattern | mx.array | None" = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    score_mod: "Alibi | None" = None,
+    return_lse: Literal[True],
+    implementation: "str | Implementation" = "practical",
+) -> "tuple[mx.array, mx.array]": ...
+
+
+def attention(
+    q: "mx.array",
+    k: "mx.array",
+    v: "mx.array",
+    *,
+    scale: float | None = None,
+    mask: "str | Pattern | mx.array | None" = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    score_mod: "Alibi | None" = None,
+    return_lse: bool = False,
+    implementation: "str | Implementation" = "practical",
+) -> "mx.array | tuple[mx.array, mx.array]":
     """Compute softmax(mask(softcap(scale q k^T))) v.
 
     Args:
@@ -45,14 +80,19 @@ def attention(
         k: key (B, Hkv, Lk, D), Hkv a divisor of H.
         v: value (B, Hkv, Lk, Dv).
         scale: factor of the scores; 1 / sqrt(D) by default.
-        mask: None, "causal" (lower-right aligned), or an array that broadcasts to (B, H, Lq, Lk): bool, True where a
-            query attends to a key, or numbers added to the scores. An additive mask is differentiable.
+        mask: None; "causal" (lower-right aligned); a mask of `attention.masks`, as
+            `causal() & documents([512, 1536]) | prefix(4)`; or an array that broadcasts to (B, H, Lq, Lk): bool, True
+            where a query attends to a key, or numbers added to the scores. An additive mask is differentiable.
         window: each query attends to the last `window` keys up to its own position; implies causal.
         softcap: replaces scaled scores s by softcap * tanh(s / softcap), before the mask.
+        score_mod: a bias of the scores, added after the softcap: `attention.masks.alibi(slopes)`.
+        return_lse: return the logsumexp of each row's scores too.
         implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.
 
     Returns:
-        (B, H, Lq, Dv) in the query's dtype; fully masked rows are 0.
+        (B, H, Lq, Dv) in the query's dtype; fully masked rows are 0. With `return_lse` a pair: that array, and the
+        natural logarithm of the sum of the exponentials of each row's scores, (B, H, Lq) in float32, differentiable;
+        -inf for fully masked rows.
 
     Raises:
         UsageError: invalid arguments; one line each with the name, the value and what is accepted.
@@ -60,14 +100,31 @@ def attention(
         NoBackendError: MLX cannot be imported.
         ForkedError: attention was computed before this process was forked; MLX would hang.
     """
-    from attention.arguments import check_mask, check_numbers, check_shapes, find_implementation
+    from attention.arguments import (
+        check_mask,
+        check_numbers,
+        check_score_mod,
+        check_shapes,
+        check_support,
+        find_implementation,
+    )
 
     chosen = find_implementation(implementation)
-    from attention.implementations.calls import call_through_hooks  # imports MLX, which the line above checks
+    from attention.implementations.calls import (  # imports MLX, which the line above checks
+        call_through_hooks,
+        with_logsumexp,
+    )
 
     check_shapes(q, k, v)
     factor, cap = check_numbers(scale, softcap, q.shape[-1])
-    return call_through_hooks(chosen, q, k, v, scale=factor, mask=check_mask(mask, window, q, k), softcap=cap)
+    found = check_score_mod(score_mod, check_mask(mask, window, q, k), q.shape[1])
+    if found.pattern is not None or found.alibi is not None or return_lse:
+        check_support(chosen, found, return_lse)
+    called = with_logsumexp(chosen) if return_lse else chosen
+    made: mx.array | tuple[mx.array, mx.array] = call_through_hooks(
+        called, q, k, v, scale=factor, mask=found, softcap=cap
+    )
+    return made
 
 
 def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "ModelPatch":

@@ -3,12 +3,14 @@
 from functools import cache
 from typing import TYPE_CHECKING, Final, cast
 
+from msgspec import structs
+
 from attention import masks
-from attention.core.errors import NoBackendError, UsageError, suggestion
+from attention.core.errors import NoBackendError, UnsupportedError, UsageError, suggestion
 from attention.core.workload import DTYPES
 from attention.implementations import load_implementation
-from attention.implementations.protocol import Implementation
-from attention.masks import Mask, dtype_name
+from attention.implementations.protocol import Implementation, ReturnsLogsumexp
+from attention.masks import Alibi, Mask, Pattern, dtype_name
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -103,7 +105,7 @@ def check_numbers(scale: object, softcap: object, head_dim: int) -> tuple[float,
 
 
 def check_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> Mask:
-    """Return the mask of a call.
+    """Return the mask of a call; with a pattern, `window` limits what the pattern shows.
 
     Raises:
         UsageError: the mask's kind, dtype or shape is invalid, or the window is not a whole number from 1.
@@ -111,15 +113,20 @@ def check_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> Ma
     problems = []
     if window is not None and (type(window) is not int or window < 1):
         problems.append(f"window: got {_shown_value(window)}; it takes a whole number from 1, or None")
-    array = None if mask is None or isinstance(mask, str) else mask
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    array = None if mask is None or isinstance(mask, str | Pattern) else mask
     try:
         _check_kind(mask)
+        if isinstance(mask, Pattern):
+            mask.check(shape)
         if array is not None:
-            masks.check_array(array, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))  # type: ignore[arg-type]
+            masks.check_array(array, shape)  # type: ignore[arg-type]
     except UsageError as error:
         problems += error.problems
     if problems:
         raise UsageError(*problems)
+    if isinstance(mask, Pattern):
+        return masks.of_pattern(mask if window is None else mask & masks.window(window))  # type: ignore[arg-type]
     return Mask(causal=mask is not None and array is None, window=window, array=array)  # type: ignore[arg-type]
 
 
@@ -127,9 +134,41 @@ def _check_kind(mask: object) -> None:
     import mlx.core as mx
 
     if isinstance(mask, str) and mask != "causal":
-        raise UsageError(f"mask: got '{mask}'; it takes None, 'causal' or an array{suggestion(mask, ['causal'])}")
-    if mask is not None and not isinstance(mask, str | mx.array):
-        raise UsageError(f"mask: got {_kind(mask)}; it takes None, 'causal' or an mlx.core.array")
+        hint = suggestion(mask, ["causal"])
+        raise UsageError(f"mask: got '{mask}'; it takes None, 'causal', a mask of attention.masks or an array{hint}")
+    if mask is not None and not isinstance(mask, str | mx.array | Pattern):
+        raise UsageError(
+            f"mask: got {_kind(mask)}; it takes None, 'causal', a mask of attention.masks or an mlx.core.array"
+        )
+
+
+def check_score_mod(score_mod: object, mask: Mask, heads: int) -> Mask:
+    """Return the mask of a call with the bias of `score_mod`.
+
+    Raises:
+        UsageError: it is no `alibi(slopes)`, or has not one slope for each head.
+    """
+    if score_mod is None:
+        return mask
+    if not isinstance(score_mod, Alibi):
+        raise UsageError(f"score_mod: got {_kind(score_mod)}; it takes None or attention.masks.alibi(slopes)")
+    if score_mod.slopes.shape[0] != heads:
+        raise UsageError(
+            f"score_mod: alibi got {score_mod.slopes.shape[0]} slopes; it takes one for each of {heads} heads"
+        )
+    return structs.replace(mask, alibi=score_mod.slopes)
+
+
+def check_support(implementation: Implementation, mask: Mask, return_lse: bool) -> None:
+    """Raise UnsupportedError unless an implementation takes what a call has beyond bounds and an array."""
+    for needed, attribute, what in (
+        (mask.pattern is not None, "takes_patterns", "patterns of attention.masks"),
+        (mask.alibi is not None, "takes_alibi", "score_mod"),
+    ):
+        if needed and not getattr(implementation, attribute, False):
+            raise UnsupportedError(f"{implementation.name}: it takes no {what}; practical does")
+    if return_lse and not isinstance(implementation, ReturnsLogsumexp):
+        raise UnsupportedError(f"{implementation.name}: it does not return the logsumexp; practical does")
 
 
 @cache

@@ -15,17 +15,19 @@ class Needs(Struct, frozen=True, kw_only=True):
     array_mask: bool = False
     """The mask has a bool or additive array."""
     mask_batches: int = 1
-    """Batches of the array mask: 1 if it is the same for all."""
+    """Batches of the array mask or the pattern: 1 if it is the same for all."""
     mask_heads: int = 1
-    """Heads of the array mask."""
+    """Heads of the array mask or the pattern."""
     mask_dtype: str | None = None
     """Type of the array mask; None is bool or the query's."""
+    pattern: bool = False
+    """The mask is a pattern of `attention.masks` beyond causal and window."""
+    alibi: bool = False
+    """A bias proportional to the distance of query and key is added to the scores."""
+    logsumexp: bool = False
+    """The logsumexp of each row is returned beside the output."""
     sinks: bool = False
     """Attention sinks: each head has an extra logit in the softmax, without a value."""
-    pattern: bool = False
-    """The mask has a pattern (`attention.masks`): block lists name the visible tiles."""
-    alibi: bool = False
-    """Slope * (key - position of the query) is added to the scores of each head."""
 
 
 NO_NEEDS: Final = Needs()

@@ -1,6 +1,7 @@
 """Unfused attention in five MLX operations; materialises the score matrix."""
 
 import os
+from typing import Final
 
 import mlx.core as mx
 from msgspec import structs
@@ -8,8 +9,12 @@ from msgspec import structs
 from attention import masks
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import ITEM_BYTES, Workload
-from attention.masks import Mask
+from attention.implementations.calls import needs_with_mask
+from attention.masks import Mask, Shape
 from attention.measure.device import Backend, Device
+
+PATTERN_BYTES: Final = 4
+"""Bytes per pair of the steps in which a pattern is made dense."""
 
 
 def unfused_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
@@ -79,8 +84,10 @@ def _mask_bytes(workload: Workload, needs: Needs, kept: int) -> int:
         arrays = 0  # one query at the end sees every key: nothing is masked
     if needs.array_mask:
         arrays += 2
-    if workload.structured:
-        arrays += 2 * (workload.heads if workload.mask_spec.per_head else 1)
+    if needs.pattern:
+        arrays += PATTERN_BYTES * needs.mask_batches * needs.mask_heads
+    if needs.alibi:
+        arrays += 8 * workload.heads
     return workload.seq * workload.kv_seq * (arrays + kept if arrays else 0)
 
 
@@ -91,9 +98,11 @@ class Baseline:
     """
 
     name = "baseline"
+    takes_patterns = takes_alibi = returns_logsumexp = True
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route, which is the same for every workload."""
+        needs = needs_with_mask(workload, needs)
         return Route(
             path=with_tf32("manual, unfused", workload.dtype, device.backend),
             fused=False,
@@ -107,16 +116,29 @@ class Baseline:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`."""
-        shifted = q.dtype != mx.float32
-        if q.dtype == mx.float16:
-            wide_q, wide_k, wide_v = (x.astype(mx.float32) for x in (q, k, v))
-            return _attend(wide_q, wide_k, wide_v, scale, mask, softcap, shifted).astype(q.dtype)
+        return _widened(q, k, v, scale, mask, softcap, q.dtype != mx.float32)[0]
+
+    def with_logsumexp(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
+        return _widened(q, k, v, scale, mask, softcap, False)
+
+
+def _widened(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None, shifted: bool
+) -> tuple[mx.array, mx.array]:
+    """Return output and logsumexp; float16 is computed in float32."""
+    if q.dtype != mx.float16:
         return _attend(q, k, v, scale, mask, softcap, shifted)
+    wide_q, wide_k, wide_v = (x.astype(mx.float32) for x in (q, k, v))
+    out, logsumexp = _attend(wide_q, wide_k, wide_v, scale, mask, softcap, shifted)
+    return out.astype(q.dtype), logsumexp
 
 
 def _attend(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None, shifted: bool
-) -> mx.array:
+) -> tuple[mx.array, mx.array]:
     batch, heads, seq, _ = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]
     # Query heads that share a key head are stacked, so that K and V are never repeated.
@@ -125,19 +147,26 @@ def _attend(
     if softcap is not None:
         scores = softcap * mx.tanh(scores / softcap)
     scores = scores.reshape(batch, heads, seq, kv_seq)
-    allowed, seeing = _unmasked(mask, seq, kv_seq, scores.dtype, shifted)
-    weights = mx.softmax(masks.apply(scores, allowed), axis=-1, precise=True)
+    if mask.alibi is not None:
+        scores = scores + masks.alibi_bias(mask.alibi, range(seq), range(kv_seq), seq, kv_seq)
+    allowed, seeing = _unmasked(mask, (batch, heads, seq, kv_seq), scores.dtype, shifted)
+    scores = masks.apply(scores, allowed)
+    weights = mx.softmax(scores, axis=-1, precise=True).astype(v.dtype)
     out = weights.reshape(batch, kv_heads, heads // kv_heads, seq, kv_seq) @ v[:, :, None]
     out = out.reshape(batch, heads, seq, -1)
-    return out if seeing is None else mx.where(seeing, out, mx.zeros((), out.dtype))
+    logsumexp = mx.logsumexp(scores.astype(mx.float32), axis=-1)
+    if seeing is None:
+        return out, logsumexp
+    return (
+        mx.where(seeing, out, mx.zeros((), out.dtype)),
+        mx.where(masks.as_4d(seeing)[..., 0], logsumexp, mx.array(-mx.inf)),
+    )
 
 
-def _unmasked(
-    mask: Mask, seq: int, kv_seq: int, dtype: mx.Dtype, shifted: bool
-) -> tuple[mx.array | None, mx.array | None]:
+def _unmasked(mask: Mask, shape: Shape, dtype: mx.Dtype, shifted: bool) -> tuple[mx.array | None, mx.array | None]:
     """Return the mask with fully masked rows unmasked, and which rows are not fully masked (None if surely all)."""
-    whole = mask.materialize(seq, kv_seq)
-    if whole is None or (mask.array is None and not mask.empty_rows(seq, kv_seq)):
+    whole = mask.dense(shape)
+    if whole is None or (mask.array is None and mask.pattern is None and not mask.empty_rows(*shape[2:])):
         return whole, None
     opened, seeing = masks.opened(whole, shifted)
     return opened if opened.dtype == mx.bool_ else _differentiable(opened, dtype), seeing

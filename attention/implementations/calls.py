@@ -13,7 +13,7 @@ from attention.core.errors import UnsupportedError, UsageError
 from attention.core.mask_text import MaskSpec, parse_mask
 from attention.core.route import Needs
 from attention.core.workload import DTYPES, DType, Workload
-from attention.implementations.protocol import Implementation, ProvidesRunner
+from attention.implementations.protocol import Implementation, ProvidesRunner, ReturnsLogsumexp
 from attention.masks import Mask, Pattern, as_4d, dtype_name, of_workload
 from attention.measure.device import Backend, check_not_forked
 from attention.measure.rounds import Runner
@@ -32,20 +32,44 @@ def call_signature(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: f
             workload = _workload(
                 tuple(q.shape), tuple(k.shape), v.shape[3], name, _bounds(mask, k.shape[2]), mask.pattern
             )
-            needs = needs_of(softcap is not None, mask.array)
-            if mask.pattern is not None or mask.alibi is not None:
-                needs = structs.replace(needs, pattern=mask.pattern is not None, alibi=mask.alibi is not None)
-            return workload, needs
+            return workload, needs_of(softcap is not None, mask, (q.shape[0], q.shape[1]))
     raise UnsupportedError(f"q: got {q.dtype}; it takes {', '.join(DTYPES)}")
 
 
-def needs_of(softcap: bool, array: mx.array | None) -> Needs:
-    """Return the features that a workload does not describe: a softcap, an array mask and its size."""
-    if array is None:
+def needs_of(softcap: bool, mask: Mask, planes: tuple[int, int]) -> Needs:
+    """Return the features that a workload does not describe: a softcap, and what a mask has beyond its bounds.
+
+    Args:
+        softcap: whether there is one.
+        mask: the mask.
+        planes: batch and heads of the call.
+    """
+    if mask.bounds_only:
         return Needs(softcap=softcap)
-    batches, heads = as_4d(array).shape[:2]
-    dtype = dtype_name(array.dtype)
-    return Needs(softcap=softcap, array_mask=True, mask_batches=batches, mask_heads=heads, mask_dtype=dtype)
+    batches, heads = (1, 1) if mask.pattern is None else mask.pattern.planes(*planes)
+    dtype = None
+    if mask.array is not None:
+        own, dtype = as_4d(mask.array).shape, dtype_name(mask.array.dtype)
+        batches, heads = max(batches, own[0]), max(heads, own[1])
+    return Needs(
+        softcap=softcap,
+        array_mask=mask.array is not None,
+        mask_batches=batches,
+        mask_heads=heads,
+        mask_dtype=dtype,
+        pattern=mask.pattern is not None,
+        alibi=mask.alibi is not None,
+    )
+
+
+def needs_with_mask(workload: Workload, needs: Needs) -> Needs:
+    """Return the needs with those of a workload's own mask, if it is a pattern."""
+    if not workload.structured or needs.pattern:
+        return needs
+    if workload.mask_spec.pattern is not None:  # a program's own mask
+        return structs.replace(needs, pattern=True)
+    own = needs_of(False, of_workload(workload), (workload.batch, workload.heads))
+    return structs.replace(needs, pattern=own.pattern, mask_batches=own.mask_batches, mask_heads=own.mask_heads)
 
 
 def current_backend() -> Backend:
@@ -170,10 +194,35 @@ def make_inputs(workload: Workload, seed: int) -> list[mx.array]:
 
 
 def runner_for(implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float) -> Runner:
-    """Bind an implementation to its inputs, with its own runner if it has one."""
+    """Bind an implementation to its inputs, with its own runner if it has one.
+
+    Raises:
+        UnsupportedError: the workload's mask is a pattern, which the implementation does not take.
+    """
+    if workload.structured and not getattr(implementation, "takes_patterns", False):
+        raise UnsupportedError(f"{implementation.name}: it takes no patterns of attention.masks")
     if isinstance(implementation, ProvidesRunner):
         return implementation.runner(workload, inputs, scale)
     return MlxRunner(implementation, workload, inputs, scale)
+
+
+class _WithLogsumexp:
+    """An implementation whose calls return the logsumexp too, so that call hooks see them as its calls."""
+
+    def __init__(self, implementation: ReturnsLogsumexp) -> None:
+        self._implementation = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._implementation, name)
+
+    def __call__(self, *arrays: mx.array, **more: Any) -> Any:
+        """Return output and logsumexp."""
+        return self._implementation.with_logsumexp(*arrays, **more)
+
+
+def with_logsumexp(implementation: Any) -> Any:
+    """Return an implementation whose calls return a pair, output and logsumexp, as `ReturnsLogsumexp` describes."""
+    return _WithLogsumexp(implementation)
 
 
 CallHook = Callable[..., mx.array]
@@ -203,7 +252,7 @@ def take_path() -> str | None:
 
 def call_through_hooks(
     implementation: Implementation, q: mx.array, k: Any, v: Any, *, scale: float, mask: Mask, **more: Any
-) -> mx.array:
+) -> Any:
     """Call an implementation, through the most recent hook if there is one.
 
     Raises:

@@ -56,6 +56,7 @@ class Flex:
     """torch.nn.attention.flex_attention under torch.compile; nothing runs if it cannot be compiled."""
 
     name = "flex"
+    takes_patterns = True
 
     def __init__(self) -> None:
         self._compiled: OrderedDict[FlexCall, Compiled] = OrderedDict()

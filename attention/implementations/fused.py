@@ -14,13 +14,13 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention.core.bounded_dict import BoundedDict
-from attention.core.errors import KernelUnavailable, UnsupportedError
+from attention.core.errors import KernelUnavailable
 from attention.core.route import NO_NEEDS, Needs, Route, fitted, unsupported
 from attention.core.workload import Workload
 from attention.implementations.autotune.store import Store, candidate_fingerprint, class_of
 from attention.implementations.baseline import unfused_call_bytes, with_tf32
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.calls import call_signature, current_backend, record_path
+from attention.implementations.calls import call_signature, current_backend, needs_with_mask, record_path
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole, is_call_widened, is_unfused
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask
@@ -61,6 +61,28 @@ class Kernel(Protocol):
 
 
 @runtime_checkable
+class TakesMore(Protocol):
+    """A kernel that takes more than bounds, array masks and softcap."""
+
+    TAKES: frozenset[str]
+    """Among "pattern" (`Mask.pattern`, as block lists), "alibi" (`Mask.alibi`) and "logsumexp" (`with_logsumexp`)."""
+
+
+@runtime_checkable
+class KernelWithLogsumexp(Protocol):
+    """A kernel that can return the logsumexp of each row; "logsumexp" is in its `TAKES`."""
+
+    def with_logsumexp(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+    ) -> tuple[mx.array, mx.array]:
+        """Compute attention as `Kernel.attend`, and the logsumexp as in `ReturnsLogsumexp`."""
+        ...
+
+
+FEATURES: Final = {"pattern": "patterns", "alibi": "ALiBi", "logsumexp": "output of the logsumexp"}
+
+
+@runtime_checkable
 class HasVariants(Protocol):
     """A kernel with variants for the same call: other tiles, or another division of the work."""
 
@@ -79,12 +101,15 @@ def kernel_variants() -> Sequence[str]:
 
 
 class Poc:
-    """The custom kernel; unsupported calls fall back to MLX's SDPA, or to `practical` if they have a softcap.
+    """The custom kernel; unsupported calls fall back to MLX's SDPA, or to `practical` if MLX's would not take them.
+
+    These are calls with a softcap, a pattern, ALiBi or the logsumexp.
 
     The fallback computes in float32 if scores would overflow or lose accuracy in MLX's unfused half-precision path.
     """
 
     name = "poc"
+    takes_patterns = takes_alibi = True
 
     def __init__(self, variant: str | None = None) -> None:
         """Create the fallbacks; `variant` is one of `kernel_variants()`."""
@@ -98,18 +123,19 @@ class Poc:
 
         A variant that does not change the kernel for this workload is unsupported.
         """
-        own = _kernel(device.backend).route(workload, needs)
+        needs = needs_with_mask(workload, needs)
+        own = _kernel_route(device.backend, workload, needs)
         if own.supported:
             if self._variant is None:
                 return own
             if _variant_for(_kernel(device.backend), self._variant, workload) is None:
                 return unsupported(f"'{self._variant}' changes nothing here")
             return structs.replace(own, path=_variant_path(own.path, self._variant))
-        if needs.alibi or workload.structured:
-            return own
-        if needs.softcap:
+        if to_practical := _needs_practical(needs):
             fallback = self._practical.route(workload, device, needs)
-            path, reason = TO_PRACTICAL, f"{own.reason}, and {NO_SOFTCAP}"
+            path, reason = TO_PRACTICAL, f"{own.reason}; {fallback.reason}"
+            if needs.softcap:
+                reason = f"{own.reason}, and {NO_SOFTCAP}"
         else:
             fallback = self._sdpa.route(workload, device, needs)
             if not fallback.fused:
@@ -117,7 +143,7 @@ class Poc:
                     fallback, predicted_bytes=unfused_call_bytes(workload, device.backend, needs)
                 )
             path, reason = TO_SDPA, f"{own.reason}; {fallback.reason}"
-        if not (fallback.fused or needs.softcap):
+        if not (fallback.fused or to_practical):
             path = with_tf32(path, workload.dtype, device.backend)
         return structs.replace(fallback, path=path, reason=reason, fallback=True)
 
@@ -140,6 +166,24 @@ class Poc:
             return self._attend(q, k, v, scale, mask, softcap)
 
         return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap)
+
+    def with_logsumexp(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
+        backend = current_backend()
+        workload, needs = call_signature(q, k, v, mask, softcap)
+        route = _kernel_route(backend, workload, structs.replace(needs, logsumexp=True))
+        kernel = _kernel(backend)
+        plain = mask.array is None or mask.array.dtype == mx.bool_
+        if route.supported and plain and isinstance(kernel, KernelWithLogsumexp):
+            with suppress(KernelUnavailable):
+                found = kernel.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
+                record_path(route.path)
+                return found
+        found = self._practical.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        record_path(TO_PRACTICAL)
+        return found
 
     def _attend(
         self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
@@ -170,10 +214,7 @@ class Poc:
             else:
                 record_path(path)
                 return out
-        if mask.pattern is not None or mask.alibi is not None:
-            workload, needs = call_signature(q, k, v, mask, softcap)
-            raise UnsupportedError(f"poc: {_kernel(current_backend()).route(workload, needs).reason}")
-        if softcap is not None:
+        if softcap is not None or mask.pattern is not None or mask.alibi is not None:
             out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
             record_path(TO_PRACTICAL)
             return out
@@ -187,10 +228,25 @@ class Poc:
         kernel = _kernel(current_backend())
         workload, needs = call_signature(q, k, v, mask, softcap)
         form = None if self._variant is None else _variant_for(kernel, self._variant, workload)
-        route = kernel.route(workload, needs)
+        route = _kernel_route(current_backend(), workload, needs)
         path = route.path if form is None else _variant_path(route.path, self._variant)
         self._attends[key] = known = (form or kernel.attend, path) if route.supported else None
         return known
+
+
+def _needs_practical(needs: Needs) -> bool:
+    """Return whether MLX's SDPA would not take a call, or only with a mask as large as the scores."""
+    return needs.softcap or needs.pattern or needs.alibi or needs.logsumexp
+
+
+def _kernel_route(backend: Backend, workload: Workload, needs: Needs) -> Route:
+    """Return the route of a backend's kernel; unsupported if the call has a feature that it does not declare."""
+    kernel = _kernel(backend)
+    takes = kernel.TAKES if isinstance(kernel, TakesMore) else frozenset()
+    missing = [what for name, what in FEATURES.items() if getattr(needs, name) and name not in takes]
+    if missing:
+        return unsupported(f"the kernel for {backend} takes no {' and no '.join(missing)}")
+    return kernel.route(workload, needs)
 
 
 def _variant_path(path: str, variant: str | None) -> str:
@@ -261,7 +317,7 @@ class TunedPoc(Poc):
             reason = f"{own.reason}; {fallback.reason}"
             return structs.replace(fallback, path=TO_PRACTICAL, reason=reason, fallback=True)
         route = super().route(workload, device, needs)
-        if route.fallback or device.backend != "metal":
+        if route.fallback or device.backend != "metal" or _needs_practical(needs_with_mask(workload, needs)):
             return route
         entry = self._trials.get(class_of(workload, device, needs))
         if entry is None or entry.made_with != candidate_fingerprint() or entry.winner.startswith(self.name):
@@ -285,7 +341,9 @@ class TunedPoc(Poc):
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`, `sinks` (H,) as in `practical`."""
         if sinks is None:
-            may_be_slower = current_backend() == "metal" and softcap is None  # MLX's kernel takes no softcap
+            # MLX's kernel takes no softcap, pattern or ALiBi
+            plain = softcap is None and mask.pattern is None and mask.alibi is None
+            may_be_slower = current_backend() == "metal" and plain
             if may_be_slower and self._route_of(q, k, v, mask, softcap, sinks).fallback:
                 return self._sdpa(q, k, v, scale=scale, mask=mask)
             return super().__call__(q, k, v, scale=scale, mask=mask, softcap=softcap)

@@ -9,13 +9,14 @@ from attention import masks
 from attention.core.errors import UnsupportedError
 from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import ITEM_BYTES, Workload
-from attention.implementations.baseline import computes_in_float32, unfused_bytes, with_tf32
-from attention.implementations.calls import call_signature, current_backend
+from attention.implementations.baseline import PATTERN_BYTES, computes_in_float32, unfused_bytes, with_tf32
+from attention.implementations.calls import call_signature, current_backend, needs_with_mask
 from attention.implementations.transforms import vmap_rule, with_mask_gradient
 from attention.masks import Mask
 from attention.measure.device import Backend, Device
 
 NO_SOFTCAP = "MLX's SDPA has no softcap"
+NO_ALIBI = "MLX's SDPA has no ALiBi"
 FUSED_ROWS = 128
 """MLX's fused backward pass on CUDA requires a multiple of this many rows."""
 MATERIALIZED_MASK = 2.3
@@ -26,21 +27,24 @@ class MlxSdpa:
     """mx.fast.scaled_dot_product_attention, with fully masked rows set to 0 and a gradient for additive masks."""
 
     name = "mlx"
+    takes_patterns = True
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route according to MLX itself, queried with arrays that are never computed."""
-        if needs.softcap:
-            return unsupported(NO_SOFTCAP)
+        if needs.softcap or needs.alibi:
+            return unsupported(NO_SOFTCAP if needs.softcap else NO_ALIBI)
+        needs = needs_with_mask(workload, needs)
         refusal = why_unfused(workload, device.backend, needs)
+        path = "MLX SDPA, dense mask" if needs.pattern else "MLX SDPA, unfused" if refusal else "MLX SDPA, fused"
         if refusal:
             return Route(
-                path=with_tf32("MLX SDPA, unfused", workload.dtype, device.backend),
+                path=with_tf32(path, workload.dtype, device.backend),
                 fused=False,
                 reason=refusal,
                 predicted_bytes=unfused_bytes(workload, needs),
             )
         return Route(
-            path="MLX SDPA, fused",
+            path=path,
             fused=True,
             reason="MLX has a fused kernel for this shape",
             predicted_bytes=fused_bytes(workload, device.backend, needs),
@@ -52,10 +56,12 @@ class MlxSdpa:
         """Compute attention; shapes as in `Implementation.__call__`.
 
         Raises:
-            UnsupportedError: a softcap is given.
+            UnsupportedError: a softcap or a bias of ALiBi is given.
         """
         if softcap is not None:
             raise UnsupportedError(f"mlx: {NO_SOFTCAP}")
+        if mask.alibi is not None:
+            raise UnsupportedError(f"mlx: {NO_ALIBI}")
         return with_mask_gradient(lambda mask: sdpa(q, k, v, scale, mask), q, k, v, scale=scale, mask=mask)
 
 
@@ -67,7 +73,7 @@ def sdpa(
     `shifted`: subtract `masks.shift` from an additive mask. `sums_wide`: scores and an additive mask are added in
     float32, whatever their dtype.
     """
-    if mask.array is not None:
+    if not mask.bounds_only:
         return _with_array(q, k, v, scale, mask, shifted, sums_wide)
     seq, kv_seq = q.shape[2], k.shape[2]
     blind = mask.empty_rows(seq, kv_seq)
@@ -144,8 +150,8 @@ def is_unfused(workload: Workload, needs: Needs, backend: Backend) -> bool:
 def _with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
     """Call MLX's SDPA with attention sinks; rows that attend to the sinks alone give 0 without further measures."""
     lengths = q.shape[2], k.shape[2]
-    named = mask.causal and mask.window is None and mask.array is None and not mask.empty_rows(*lengths)
-    whole = "causal" if named else mask.materialize(*lengths)
+    named = mask.causal and mask.window is None and mask.bounds_only and not mask.empty_rows(*lengths)
+    whole = "causal" if named else mask.dense(masks.scores_shape(q, k))
     if isinstance(whole, mx.array) and whole.dtype != mx.bool_:
         whole = masks.cast_additive(whole, q.dtype)
     return _of_mlx(q, k, v, scale, whole, sinks.astype(q.dtype))
@@ -180,7 +186,7 @@ def _plain_mask(mask: Mask, seq: int, kv_seq: int) -> mx.array | str | None:
 def _with_array(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, shifted: bool, sums_wide: bool
 ) -> mx.array:
-    whole = mask.materialize(q.shape[2], k.shape[2])
+    whole = mask.dense(masks.scores_shape(q, k))
     assert whole is not None
     if whole.dtype != mx.bool_:
         whole = masks.cast_additive(whole, q.dtype, summed=not sums_wide)
@@ -197,15 +203,17 @@ def fused_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -
     """
     rows = workload.batch * workload.heads * workload.seq
     mask = workload.seq * workload.kv_seq * 2 if workload.window is not None else 0
+    if needs.pattern:
+        mask = workload.seq * workload.kv_seq * PATTERN_BYTES * needs.mask_batches * needs.mask_heads
     if materializes_mask(workload, backend, needs):
-        mask = int(MATERIALIZED_MASK * workload.scores * ITEM_BYTES[workload.dtype])
+        mask += int(MATERIALIZED_MASK * workload.scores * ITEM_BYTES[workload.dtype])
     scratch = rows * (8 + 4 * workload.head_dim) if workload.pass_ == "training" else 0
     return workload.output_bytes + mask + scratch
 
 
 def materializes_mask(workload: Workload, backend: Backend, needs: Needs) -> bool:
     """Return whether a fused call expands its mask to a number per score and head."""
-    return backend == "cuda" and (workload.window is not None or needs.array_mask)
+    return backend == "cuda" and (workload.window is not None or needs.array_mask or needs.pattern)
 
 
 def why_unfused(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> str | None:
@@ -236,7 +244,7 @@ def why_unfused(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -
 
 
 def _mask_of_workload(workload: Workload, needs: Needs) -> mx.array | str | None:
-    if workload.window is not None or needs.array_mask:
+    if workload.window is not None or needs.array_mask or needs.pattern:
         return mx.zeros((workload.seq, workload.kv_seq), mx.bool_)
     return "causal" if workload.causal else None
 

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Implementation(Protocol):
-    """An attention implementation. A plugin needs no more than this to be measured beside the others."""
+    """An attention implementation. A plugin needs no more than this to be measured beside the others.
+
+    Calls with `mask.pattern` or `mask.alibi` set are only made if it has an attribute `takes_patterns` or `takes_alibi`
+    that is true. `mask.dense` gives everything but the bias as one array.
+    """
 
     name: str
 
@@ -39,6 +43,21 @@ class Implementation(Protocol):
 
         Returns:
             (B, H, Lq, Dv) in the query's dtype; fully masked rows are 0.
+        """
+        ...
+
+
+@runtime_checkable
+class ReturnsLogsumexp(Protocol):
+    """An implementation that can return the logsumexp of each row."""
+
+    def with_logsumexp(
+        self, q: "mx.array", k: "mx.array", v: "mx.array", *, scale: float, mask: "Mask", softcap: float | None = None
+    ) -> "tuple[mx.array, mx.array]":
+        """Compute attention as `__call__`, and the logsumexp of the scores of each row.
+
+        The second array is (B, H, Lq) in float32, of the scaled, capped, biased and masked scores, -inf for fully
+        masked rows; it is differentiable.
         """
         ...
 

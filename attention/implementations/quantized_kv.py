@@ -70,7 +70,7 @@ def attend_quantized(q: mx.array, k: QuantizedArray, v: QuantizedArray, *, scale
     kv_heads, kv_seq = k.shape[1], k.shape[2]
     grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
     scores = k.with_query_axis().matmul(grouped, True).reshape(batch, heads, seq, kv_seq)
-    whole = mask.materialize(seq, kv_seq)
+    whole = mask.dense((batch, heads, seq, kv_seq))
     opened, seeing = whole, None
     if whole is not None and not (seq == 1 and mask.array is None):
         opened, seeing = masks.opened(whole)

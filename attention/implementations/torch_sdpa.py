@@ -12,12 +12,13 @@ from attention import masks
 from attention.core.errors import UnsupportedError
 from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import Workload
-from attention.implementations.calls import current_backend
+from attention.implementations.calls import current_backend, needs_with_mask
 from attention.implementations.transforms import with_mask_gradient
-from attention.masks import Mask, of_workload
+from attention.masks import Mask, Shape, of_workload
 from attention.measure.device import Device
 
 NO_SOFTCAP: Final = "torch's SDPA has no softcap"
+NO_ALIBI: Final = "torch's SDPA has no ALiBi"
 MISSING: Final = "torch is not installed: pip install torch"
 TORCH_DEVICES: Final = {"cpu": "cpu", "metal": "mps", "cuda": "cuda"}
 
@@ -28,23 +29,25 @@ class TorchSdpa:
     """torch.nn.functional.scaled_dot_product_attention, which chooses its own kernel."""
 
     name = "torch"
+    takes_patterns = True
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route; torch's kernels are fused if query and value have equal head dims."""
         if importlib.util.find_spec("torch") is None:
             return unsupported(MISSING)
-        if needs.softcap:
-            return unsupported(NO_SOFTCAP)
+        if needs.softcap or needs.alibi:
+            return unsupported(NO_SOFTCAP if needs.softcap else NO_ALIBI)
+        needs = needs_with_mask(workload, needs)
         version = importlib.metadata.version("torch")
         place = "CPU" if device.backend == "cpu" or version.endswith("+cpu") else TORCH_DEVICES[device.backend].upper()
         # torch's CPU flash kernel supports every dtype and mask, but only equal head dims of query and value.
         fused = place == "CPU" and workload.value_dim == workload.head_dim
         reason = "torch chooses its own kernel" if place != "CPU" else _cpu_reason(fused)
         return Route(
-            path=f"torch SDPA, {place}",
+            path="torch SDPA, dense mask" if needs.pattern else f"torch SDPA, {place}",
             fused=fused,
             reason=f"torch {version}; {reason}",
-            predicted_bytes=_predicted(workload, fused) if place == "CPU" else None,
+            predicted_bytes=_predicted(workload, fused, needs) if place == "CPU" else None,
         )
 
     def __call__(
@@ -57,10 +60,12 @@ class TorchSdpa:
         """
         if softcap is not None:
             raise UnsupportedError(f"torch: {NO_SOFTCAP}")
+        if mask.alibi is not None:
+            raise UnsupportedError(f"torch: {NO_ALIBI}")
         place = torch_place()
 
         def attend(mask: Mask) -> mx.array:
-            bound = _computed(lambda: Bound(q.shape[2], k.shape[2], mask, place, q.dtype))
+            bound = _computed(lambda: Bound(masks.scores_shape(q, k), mask, place, q.dtype))
             return differentiable(bound, scale, place)(q, k, v)
 
         return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask)
@@ -81,16 +86,17 @@ class TorchCall(Protocol):
 class Bound:
     """The arguments of torch's SDPA other than q, k and v, converted once."""
 
-    def __init__(self, seq: int, kv_seq: int, mask: Mask, place: str, dtype: mx.Dtype) -> None:
+    def __init__(self, shape: Shape, mask: Mask, place: str, dtype: mx.Dtype) -> None:
         """Convert the mask to none, torch's causal flag, or an array."""
         # torch's is_causal is upper-left aligned, which is equal only for square scores.
-        self.is_causal = mask.causal and mask.window is None and mask.array is None and seq == kv_seq
-        whole = None if self.is_causal else mask.materialize(seq, kv_seq)
+        seq, kv_seq = shape[2:]
+        self.is_causal = mask.causal and mask.window is None and mask.bounds_only and seq == kv_seq
+        whole = None if self.is_causal else mask.dense(shape)
         self.mask: Tensor = None
         self.seeing: Tensor = None
         if whole is None:
             return
-        if mask.array is not None or mask.empty_rows(seq, kv_seq):
+        if not mask.bounds_only or mask.empty_rows(seq, kv_seq):
             whole, seeing = masks.opened(whole)
             self.seeing = to_torch(masks.as_4d(seeing), place)
         self.mask = to_torch(whole if whole.dtype == mx.bool_ else masks.cast_additive(whole, dtype), place)
@@ -119,7 +125,8 @@ class TorchRunner:
         self._inputs = [to_torch(x, self._place) for x in inputs]
         self._scale = scale
         self._training = workload.pass_ == "training"
-        own = bound or Bound(workload.seq, workload.kv_seq, of_workload(workload), self._place, inputs[0].dtype)
+        shape = (workload.batch, workload.heads, workload.seq, workload.kv_seq)
+        own = bound or Bound(shape, of_workload(workload), self._place, inputs[0].dtype)
         self._bound: TorchCall = own
         for x in self._inputs[:3]:
             x.requires_grad_(self._training)
@@ -247,8 +254,9 @@ def _cpu_reason(fused: bool) -> str:
     return "its CPU flash kernel takes this" if fused else "its CPU flash kernel needs value_dim equal to head_dim"
 
 
-def _predicted(workload: Workload, fused: bool) -> int:
+def _predicted(workload: Workload, fused: bool, needs: Needs) -> int:
     """Return the bytes of outputs, of an explicit mask if needed, and, unfused, of float32 scores and probabilities."""
     explicit = workload.window is not None or (workload.causal and workload.seq != workload.kv_seq)
     scores = 0 if fused else 4 * workload.scores * (4 if workload.pass_ == "training" else 2)
-    return workload.output_bytes + scores + (4 * workload.seq * workload.kv_seq if explicit else 0)
+    masks_made = needs.mask_batches * needs.mask_heads if needs.pattern else int(explicit)
+    return workload.output_bytes + scores + 4 * workload.seq * workload.kv_seq * masks_made

@@ -9,7 +9,7 @@ since MLX is lazy, an unused gradient costs nothing.
 """
 
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -96,8 +96,11 @@ SLAB_ARRAYS: Final = 8
 Arrays = list[mx.array]
 
 
+Out = TypeVar("Out", mx.array, tuple[mx.array, mx.array])
+
+
 def with_mask_gradient(
-    attend: Callable[[Mask], mx.array],
+    attend: Callable[[Mask], Out],
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -107,11 +110,12 @@ def with_mask_gradient(
     softcap: float | None = None,
     sinks: mx.array | None = None,
     budget_bytes: int = SLAB_BYTES,
-) -> mx.array:
+) -> Out:
     """Compute attention; an additive mask gets its gradient.
 
     Args:
-        attend: computes attention of q, k and v with a mask; its own gradient of the mask is ignored.
+        attend: computes attention of q, k and v with a mask, or a pair of it and the logsumexp of its rows; its own
+            gradient of the mask is ignored.
         q: query (B, H, Lq, D).
         k: key (B, Hkv, Lk, D).
         v: value (B, Hkv, Lk, Dv).
@@ -130,22 +134,26 @@ def with_mask_gradient(
     backend = current_backend()
     arithmetic = arithmetic_of(q.dtype, backend) if backend == "cuda" else "exact"
     call = BlockwiseParams(scale, mask, softcap, slab, arithmetic, shifted=q.dtype != mx.float32)
-    return _node(call)(out, q, k, v, [masks.as_4d(mask.array)], [] if sinks is None else [sinks])
+    outs = [out] if isinstance(out, mx.array) else list(out)
+    given = _node(call)(outs, q, k, v, [masks.as_4d(mask.array)], [] if sinks is None else [sinks])
+    return given[0] if isinstance(out, mx.array) else (given[0], given[1])
 
 
-def _node(call: BlockwiseParams) -> Callable[..., mx.array]:
+def _node(call: BlockwiseParams) -> Callable[..., Arrays]:
     """Return a function that returns its first argument, and whose gradient of the mask argument is `mask_gradient`."""
 
     @mx.custom_function
-    def pass_on(out: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> mx.array:
-        return out
+    def pass_on(outs: Arrays, q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> Arrays:
+        return outs
 
     def pull_back(
-        inputs: tuple[mx.array, mx.array, mx.array, mx.array, Arrays, Arrays], cotangent: mx.array, out: mx.array
+        inputs: tuple[Arrays, mx.array, mx.array, mx.array, Arrays, Arrays], cotangents: Arrays, outs: Arrays
     ) -> Arrays:
         _, q, k, v, mask, sinks = inputs
-        of_mask = mask_gradient(q, k, v, cotangent, structs.replace(call, mask=call.mask.with_array(mask)), *sinks)
-        return [cotangent, *(mx.zeros_like(x) for x in (q, k, v)), of_mask, *(mx.zeros_like(x) for x in sinks)]
+        masked = structs.replace(call, mask=call.mask.with_array(mask))
+        of_logsumexp = cotangents[1] if len(cotangents) > 1 else None
+        of_mask = mask_gradient(q, k, v, cotangents[0], masked, next(iter(sinks), None), of_logsumexp)
+        return [*cotangents, *(mx.zeros_like(x) for x in (q, k, v)), of_mask, *(mx.zeros_like(x) for x in sinks)]
 
     def refuse(primals: object, tangents: object) -> None:
         raise UnsupportedError("under an additive mask only implementation='baseline' has jvp and second derivatives")
@@ -153,7 +161,7 @@ def _node(call: BlockwiseParams) -> Callable[..., mx.array]:
     pass_on.vjp(pull_back)
     pass_on.jvp(refuse)
     pass_on.vmap(vmap_rule(pass_on, masks_at=4))
-    return cast("Callable[..., mx.array]", pass_on)
+    return cast("Callable[..., Arrays]", pass_on)
 
 
 def mask_gradient(
@@ -163,8 +171,12 @@ def mask_gradient(
     cotangent: mx.array,
     call: BlockwiseParams,
     sinks: mx.array | None = None,
+    of_logsumexp: mx.array | None = None,
 ) -> mx.array:
-    """Return the gradient of the call's mask, a 4-D additive array, in the mask's shape and dtype."""
+    """Return the gradient of the call's mask, a 4-D additive array, in the mask's shape and dtype.
+
+    `of_logsumexp`: the gradient of the logsumexp of each row, (B, H, Lq).
+    """
     array = call.mask.array
     assert array is not None
     lengths = q.shape[2], k.shape[2]
@@ -186,7 +198,10 @@ def mask_gradient(
             sunk = None if sinks is None else heads.sinks(sinks, len(rows), shift)
             weights = _softmax(scores, call, sunk)
             # not rowsum(dO * O): the output may be rounded, and then the difference does not cancel
-            slab = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))
+            delta = (weights * d_weights).sum(axis=-1, keepdims=True)
+            if of_logsumexp is not None:
+                delta = delta - heads.rows(of_logsumexp[..., None], rows)
+            slab = weights * (d_weights - delta)
             slab = slab.reshape(len(heads.batches), -1, len(rows), len(keys))
             summed = [axis for axis in range(4) if array.shape[axis] == 1]
             slab = slab.sum(axis=summed, keepdims=True) if summed else slab

@@ -1,5 +1,6 @@
 """What a query may see: masks as values (`causal()`, `window(n)`, `documents(...)`, ...) and the mask of a call."""
 
+from collections.abc import Sequence
 from functools import lru_cache, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Final
@@ -7,11 +8,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from msgspec import Struct, structs
 
-from attention.core.errors import UsageError
+from attention.core.errors import UnsupportedError, UsageError
 from attention.core.mask_text import BLOCK, MaskSpec, block_count, draw_blocks
 from attention.core.workload import DTYPES, Workload
 from attention.masks.block_list import BlockList
-from attention.masks.pattern import Pattern
+from attention.masks.parts import band
+from attention.masks.pattern import Pattern, Shape
 from attention.masks.patterns import (
     blocks,
     causal,
@@ -27,9 +29,12 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 __all__ = [
+    "Alibi",
     "BlockList",
     "Mask",
     "Pattern",
+    "Shape",
+    "alibi",
     "blocks",
     "causal",
     "dilated",
@@ -39,7 +44,6 @@ __all__ = [
     "where",
     "window",
 ]
-Shape = tuple[int, int, int, int]
 SHIFTED: Final = (2.0**10, 2.0**30)
 """Range of magnitudes of a row's maximum that `shift` subtracts from an additive mask."""
 
@@ -69,6 +73,11 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
     def with_array(self, array: "list[mx.array]") -> "Mask":
         """Return the mask with its array replaced, if it has one."""
         return structs.replace(self, array=array[0]) if array else self
+
+    @property
+    def bounds_only(self) -> bool:
+        """Whether the mask is none, causal or a window: no array, pattern or bias."""
+        return self.array is None and self.pattern is None and self.alibi is None
 
     @property
     def positional(self) -> bool:
@@ -103,12 +112,82 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
         return seen if self.window is None else seen & (key > position - self.window)
 
     def empty_rows(self, seq: int, kv_seq: int) -> int:
-        """Return the number of leading query rows before the first key, which are fully masked."""
+        """Return the number of leading query rows before the first key, which are fully masked by causal or window."""
         return max(0, seq - kv_seq) if self.positional else 0
 
     def materialize(self, seq: int, kv_seq: int) -> "mx.array | None":
-        """Return all parts as one array that broadcasts to (B, H, Lq, Lk), bool or additive; None if all is visible."""
+        """Return bounds and array as one array that broadcasts to (B, H, Lq, Lk); None if all is visible.
+
+        Raises:
+            UnsupportedError: there is a pattern or a bias, for which `dense` needs batch and heads too.
+        """
+        if self.pattern is not None or self.alibi is not None:
+            raise UnsupportedError("mask: its dense form depends on the whole shape of the scores")
         return combine(self.tile(range(seq), range(kv_seq), seq, kv_seq), self.array)
+
+    def dense(self, shape: Shape) -> "mx.array | None":
+        """Return all parts but the bias as one array that broadcasts to (B, H, Lq, Lk), bool or additive, or None."""
+        seq, kv_seq = shape[2:]
+        if self.pattern is not None:
+            return combine(self.pattern.dense(shape), self.array)
+        return combine(self.tile(range(seq), range(kv_seq), seq, kv_seq), self.array)
+
+
+class Alibi(Struct, frozen=True, eq=False):
+    """The value of `alibi(slopes)`."""
+
+    slopes: "mx.array"
+    """(H,), float32."""
+
+    def __repr__(self) -> str:
+        return f"alibi({self.slopes.shape[0]} slopes)"
+
+
+def alibi(slopes: "mx.array | Sequence[float]") -> Alibi:
+    """Return a bias for `attention(..., score_mod=)`: slope[h] * (key - position of the query) is added to the scores.
+
+    The scores are scaled and capped before. Slopes are constants: they get no gradient.
+
+    Args:
+        slopes: one number per query head, (H,).
+
+    Raises:
+        UsageError: it is not one axis of numbers.
+    """
+    import mlx.core as mx
+
+    try:
+        found = slopes if isinstance(slopes, mx.array) else mx.array(list(slopes), mx.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"score_mod: alibi got slopes {slopes!r}; it takes one number per head") from error
+    if found.ndim != 1 or not mx.issubdtype(found.dtype, mx.floating):
+        raise UsageError(
+            f"score_mod: alibi got slopes of {dtype_name(found.dtype)}, shape {tuple(found.shape)}; "
+            "it takes one number per head"
+        )
+    return Alibi(mx.stop_gradient(found.astype(mx.float32)))
+
+
+def alibi_bias(slopes: "mx.array", rows: range, keys: range, seq: int, kv_seq: int) -> "mx.array":
+    """Return slope * (key - position) of a tile: (1, heads, len(rows), len(keys)), float32."""
+    import mlx.core as mx
+
+    position = mx.arange(rows.start + kv_seq - seq, rows.stop + kv_seq - seq, dtype=mx.float32)[:, None]
+    distance = mx.arange(keys.start, keys.stop, dtype=mx.float32)[None] - position
+    return slopes[None, :, None, None] * distance
+
+
+def scores_shape(q: "mx.array", k: "mx.array") -> Shape:
+    """Return (B, H, Lq, Lk) of a query and a key."""
+    return q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+
+
+def of_pattern(pattern: Pattern) -> Mask:
+    """Return the mask of a call with a pattern; causal and windows become bounds."""
+    reach = band(pattern)
+    if reach is None:
+        return Mask(pattern=pattern)
+    return Mask(causal=True) if reach == 0 else Mask(window=reach)
 
 
 def of_workload(workload: Workload) -> Mask:
@@ -121,7 +200,7 @@ def of_workload(workload: Workload) -> Mask:
         raise UsageError(f"mask: got {workload.mask!r}, a program's own mask; only the program can make it")
     if not workload.structured:
         return Mask(causal=workload.causal, window=workload.window)
-    return Mask(pattern=pattern_of(workload.mask_spec, workload.seq, workload.kv_seq, workload.heads))
+    return of_pattern(pattern_of(workload.mask_spec, workload.seq, workload.kv_seq, workload.heads))
 
 
 @lru_cache(maxsize=64)

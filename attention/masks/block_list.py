@@ -136,21 +136,22 @@ class BlockList(Struct, frozen=True, eq=False):
         return self.derived("transposed", BlockList._transposed)
 
     def _transposed(self) -> BlockLists:
-        plane, row = np.divmod(self._row_of_entry(), self.row_tiles)
+        plane, row = np.divmod(self.row_of_entry(), self.row_tiles)
         key = plane * self.key_tiles + self.entries[:, 0]
         planes = self.batches * self.heads * self.key_tiles
         order = np.argsort(key.astype(np.uint16) if planes <= 1 << 16 else key, kind="stable")
         entries = np.stack([row[order], self.entries[order, 1]], axis=1).astype(np.int32)
         return BlockLists(_offsets(key, planes), entries, [])
 
-    def _row_of_entry(self) -> Array:
+    def row_of_entry(self) -> Array:
+        """Return plane * row_tiles + row tile of each entry."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     def dense(self) -> Array:
         """Return the whole mask as bool (batches, heads, Lq, Lk); for tests and small shapes."""
         shape = (self.batches * self.heads * self.row_tiles, self.key_tiles)
         tiles = np.zeros((*shape, self.block_q, self.block_k), bool)
-        row, (key, index) = self._row_of_entry(), self.entries.T
+        row, (key, index) = self.row_of_entry(), self.entries.T
         tiles[row, key] = np.where(index[:, None, None] < 0, True, unpacked(self.bits)[index])
         whole = tiles.swapaxes(1, 2).reshape(self.batches, self.heads, self.row_tiles * self.block_q, -1)
         return whole[:, :, : self.shape[2], : self.shape[3]]
@@ -163,7 +164,7 @@ class BlockList(Struct, frozen=True, eq=False):
         step = max(1, -(-max(self.key_tiles, self.row_tiles) // columns))
         height, width = -(-self.row_tiles // step), -(-self.key_tiles // step)
         begin, end = (int(self.offsets[(plane + n) * self.row_tiles]) for n in (0, 1))
-        row = self._row_of_entry()[begin:end] - plane * self.row_tiles
+        row = self.row_of_entry()[begin:end] - plane * self.row_tiles
         key, index = self.entries[begin:end].T
         square = row // step * width + key // step
         seen, full = (np.bincount(square[one], minlength=height * width) for one in (slice(None), index < 0))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from attention.core.errors import UsageError, error_line
-from attention.masks.pattern import DEFAULT_BLOCK, Pattern, Shape, Table
+from attention.masks.pattern import DEFAULT_BLOCK, Both, Either, Lengths, Pattern, Shape, Table
 from attention.masks.tiles import (
     EMPTY,
     FULL,
@@ -47,7 +47,7 @@ class _Band(Pattern, frozen=True):
         first = 0 if self.reach is None else np.maximum(0, last - self.reach)
         return shape[0] * shape[1] * int(np.maximum(0, last - first).sum())
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         return (k <= q) if self.reach is None else (k <= q) & (k > q - self.reach)
 
     def candidates(self, grid: Grid) -> Candidates:
@@ -92,6 +92,22 @@ class Window(_Band, frozen=True):
         return f"window({self.n})"
 
 
+def band(pattern: Pattern) -> int | None:
+    """Return the keys up to its own that each query sees, 0 for all of them, if that is all that the pattern says."""
+    if isinstance(pattern, _Band):
+        return pattern.reach or 0
+    if not isinstance(pattern, Both | Either):
+        return None
+    each = [band(part) for part in pattern.parts]
+    reaches = [reach for reach in each if reach is not None]
+    if len(reaches) < len(each):
+        return None
+    bounded = [reach for reach in reaches if reach]
+    if isinstance(pattern, Both):
+        return min(bounded, default=0)
+    return 0 if len(bounded) < len(reaches) else max(bounded)
+
+
 class Prefix(Pattern, frozen=True):
     """The value of `prefix(n)`."""
 
@@ -100,7 +116,7 @@ class Prefix(Pattern, frozen=True):
     def __repr__(self) -> str:
         return f"prefix({self.n})"
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         return k < self.n
 
     def candidates(self, grid: Grid) -> Candidates:
@@ -146,11 +162,11 @@ class Padding(Pattern, frozen=True):
             else (kv_seq - lengths, np.full_like(lengths, kv_seq))
         )
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         import mlx.core as mx
 
-        lengths = mx.array(self.lengths)[b if len(self.lengths) > 1 else mx.zeros_like(b[:1])]
-        return k < lengths if self.side == "right" else k >= shape[3] - lengths
+        tokens = mx.array(self.lengths)[b if len(self.lengths) > 1 else mx.zeros_like(b[:1])]
+        return k < tokens if self.side == "right" else k >= lengths[1] - tokens
 
     def candidates(self, grid: Grid) -> Candidates:
         low, high = (x[:, None, None, None] for x in self._bounds(grid.kv_seq))
@@ -210,7 +226,7 @@ class Documents(Pattern, frozen=True):
         runs = np.where(self.hidden.array, -1, np.arange(len(self.hidden.array), dtype=np.int32))
         return Table(np.repeat(runs.astype(np.int32), np.diff(self.starts.array)).reshape(self.batches, -1))
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         return _same_id(self._ids, b, q, k)
 
     def _runs(self, position: Array) -> Array:
@@ -286,7 +302,7 @@ class Groups(Pattern, frozen=True):
     def planes(self, batch: int, heads: int) -> tuple[int, int]:
         return len(self.ids.array), 1
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         return _same_id(self.ids, b, q, k)
 
     def _batch(self, tiles: Tiles) -> Array:
@@ -328,7 +344,7 @@ class Dilated(Pattern, frozen=True):
     def _furthest(self) -> int:
         return (self.n - 1) * self.stride
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         return (k <= q) & (q - k <= self._furthest) & ((q - k) % self.stride == 0)
 
     def candidates(self, grid: Grid) -> Candidates:
@@ -375,12 +391,12 @@ class Blocks(Pattern, frozen=True):
     def planes(self, batch: int, heads: int) -> tuple[int, int]:
         return self.array.array.shape[0], self.array.array.shape[1]
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         import mlx.core as mx
 
         batches, heads = self.planes(0, 0)
         b, h = (x if own > 1 else mx.zeros_like(x[:1, :1]) for x, own in ((b, batches), (h, heads)))
-        rows = (q - (shape[3] - shape[2])) // self.block
+        rows = (q - (lengths[1] - lengths[0])) // self.block
         return self.array.mlx()[b, h, rows, k // self.block]
 
     def _aligned(self, grid: Grid) -> bool:
@@ -468,7 +484,7 @@ class Where(Pattern, frozen=True, eq=False):
     def planes(self, batch: int, heads: int) -> tuple[int, int]:
         return self._probe(batch, heads)
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         return self._call(b, h, q, k)
 
     def _call(self, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":

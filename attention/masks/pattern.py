@@ -1,5 +1,6 @@
 """A mask as a value: what all masks have in common, and their composition with `&` and `|`."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 Shape = tuple[int, int, int, int]
+"""(B, H, Lq, Lk)."""
+Lengths = tuple[int, int]
+"""(Lq, Lk)."""
 MAX_PARTS: Final = 62
 """Parts of a composed mask: each has a bit in an int64."""
 DEFAULT_BLOCK: Final = 128
@@ -97,20 +101,26 @@ class Pattern(Struct, frozen=True, dict=True):
 
     def dense(self, shape: Shape) -> "mx.array":
         """Return the mask as a bool array that broadcasts to (B, H, Lq, Lk), which it may be as large as."""
-        return self.part(shape, range(shape[0]), range(shape[1]), range(shape[2]), range(shape[3]))
+        batch, heads, *lengths = shape
+        return self.part((lengths[0], lengths[1]), range(batch), range(heads), range(lengths[0]), range(lengths[1]))
 
-    def part(self, shape: Shape, batches: range, heads: range, rows: range, keys: range) -> "mx.array":
+    def part(
+        self, lengths: Lengths, batches: Sequence[int], heads: Sequence[int], rows: range, keys: range
+    ) -> "mx.array":
         """Return a part of the dense mask; axes that the mask does not depend on may have length 1."""
         import mlx.core as mx
 
-        shift = shape[3] - shape[2]
-        b, h, q, k = (
-            mx.arange(at.start, at.stop, dtype=mx.int32).reshape([-1 if axis == n else 1 for n in range(4)])
-            for axis, at in enumerate((batches, heads, range(rows.start + shift, rows.stop + shift), keys))
-        )
-        return self.visible(shape, b, h, q, k)
+        shift = lengths[1] - lengths[0]
+        places = (batches, heads, range(rows.start + shift, rows.stop + shift), keys)
+        indices = [
+            (
+                mx.arange(at.start, at.stop, dtype=mx.int32) if isinstance(at, range) else mx.array(list(at), mx.int32)
+            ).reshape([-1 if axis == n else 1 for n in range(4)])
+            for axis, at in enumerate(places)
+        ]
+        return self.visible(lengths, *indices)
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         """Return whether queries at positions q attend to keys k: bool, of a shape to which the indices broadcast."""
         raise NotImplementedError
 
@@ -223,8 +233,8 @@ class Both(_Composed, frozen=True):
             first = first & other
         return first
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
-        first, *others = (part.visible(shape, b, h, q, k) for part in self.parts)
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+        first, *others = (part.visible(lengths, b, h, q, k) for part in self.parts)
         for other in others:
             first = first & other
         return first
@@ -252,8 +262,8 @@ class Either(_Composed, frozen=True):
             first = first | other
         return first
 
-    def visible(self, shape: Shape, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
-        first, *others = (part.visible(shape, b, h, q, k) for part in self.parts)
+    def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
+        first, *others = (part.visible(lengths, b, h, q, k) for part in self.parts)
         for other in others:
             first = first | other
         return first

@@ -297,7 +297,7 @@ class ModelPatch(CallCounts):
             offer = self._adapter.adapt(call)
             more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
             take_path()  # clear what an earlier call left
-            out = call_through_hooks(
+            out: mx.array = call_through_hooks(
                 self.implementation, call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask, **more
             )
         except UnsupportedError as error:

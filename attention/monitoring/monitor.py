@@ -303,7 +303,18 @@ class Monitor:
             stream.seen += 1
             if stream.seen < stream.next_sample:
                 return one(q, k, v, mask=mask, **more)
-            key = (one.name, q.shape, k.shape, v.shape, q.dtype, mask.causal, mask.window, mask.array is None)
+            key = (
+                one.name,
+                q.shape,
+                k.shape,
+                v.shape,
+                q.dtype,
+                mask.causal,
+                mask.window,
+                mask.array is None,
+                mask.pattern,
+                mask.alibi is None,
+            )
             kind = self._count_calls(one, key, stream.take_sample(self._budget), q, k, v, mask)
             if kind is None:
                 return one(q, k, v, mask=mask, **more)

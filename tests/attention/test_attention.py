@@ -57,8 +57,11 @@ def test_a_window_implies_causal() -> None:
         ({"softcap": True}, "softcap: got True"),
         ({"window": 0}, "window: got 0; it takes a whole number from 1"),
         ({"window": 2.5}, "window: got 2.5"),
-        ({"mask": "casual"}, "mask: got 'casual'; it takes None, 'causal' or an array (did you mean 'causal'?)"),
-        ({"mask": 3}, "mask: got int; it takes None, 'causal' or an mlx.core.array"),
+        (
+            {"mask": "casual"},
+            "mask: got 'casual'; it takes None, 'causal', a mask of attention.masks or an array (did you mean 'causal'?)",
+        ),
+        ({"mask": 3}, "mask: got int; it takes None, 'causal', a mask of attention.masks or an mlx.core.array"),
         ({"mask": mx.ones((5, 6))}, "mask: got shape (5, 6); it takes one that broadcasts"),
         ({"mask": mx.ones((5, 7), mx.int8)}, "mask: got an array of int8; it takes bool"),
         ({"implementation": "practicle"}, "implementation: got 'practicle'; it takes baseline,"),

@@ -38,7 +38,8 @@ from attention.implementations.autotune.trial import (
     candidates,
     fitting_candidates,
 )
-from attention.implementations.calls import MlxRunner, call_signature, current_backend, record_path
+from attention.implementations.calls import MlxRunner, call_signature, current_backend, record_path, take_path
+from attention.implementations.fused import Poc
 from attention.implementations.protocol import Implementation, NeedsBuilding
 from attention.masks import Mask, of_workload
 from attention.measure.device import Device, probe
@@ -124,6 +125,7 @@ class Demo:
     """
 
     name = NAME
+    takes_patterns = takes_alibi = True
 
     def __init__(
         self,
@@ -145,6 +147,7 @@ class Demo:
         """
         self.candidates = dict(candidates() if among is None else among)
         self.store = store or Store()
+        self._untried = Poc()
         self._pass = pass_
         self._budget_s = budget_s
         self.clock = clock
@@ -152,7 +155,13 @@ class Demo:
         self._classes: dict[WorkloadClass, ActiveChoice] = {}
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
-        """Return the route of the tuned choice; before a trial, the route used where no trial can be made."""
+        """Return the route of the tuned choice; before a trial, the route used where no trial can be made.
+
+        Patterns, ALiBi and the logsumexp are not tried: `poc` computes them.
+        """
+        if workload.structured or needs.pattern or needs.alibi or needs.logsumexp:
+            route = self._untried.route(workload, device, needs)
+            return structs.replace(route, path=fitted(f"untried: {route.path}"))
         active = self._stored_choice(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
         if active is None:
             route = self.candidates[self._default_candidate(workload, device, needs)].route(workload, device, needs)
@@ -169,6 +178,10 @@ class Demo:
         If the call is being traced and its class is not tuned yet, the trial runs during tracing, on random inputs.
         Traced calls are not timed.
         """
+        if mask.pattern is not None or mask.alibi is not None:
+            out = self._untried(q, k, v, scale=scale, mask=mask, softcap=softcap)
+            record_path(fitted(f"untried: {take_path()}"))
+            return out
         key = _key(q, k, v, mask, softcap)
         active = self._keys.get(key)
         if active is None:
@@ -180,6 +193,14 @@ class Demo:
             name, out = active.name, active.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
         record_path(_path(name))
         return out
+
+    def with_logsumexp(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
+        found = self._untried.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        record_path(fitted(f"untried: {take_path()}"))
+        return found
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Return whether a candidate has to be compiled before a trial is fair."""
@@ -198,8 +219,10 @@ class Demo:
         other._classes = self._classes
         return other
 
-    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> DemoRunner:
+    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> MlxRunner:
         """Return a bound call; a trial of the workload's pass, if needed, runs now, before anything is timed."""
+        if workload.structured:
+            return MlxRunner(self, workload, inputs, scale)
         task = Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload))
         return DemoRunner(self, task)
 

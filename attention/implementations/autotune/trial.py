@@ -49,7 +49,7 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
     @property
     def needs(self) -> Needs:
         """The features used that the workload does not describe."""
-        return needs_of(self.softcap is not None, self.mask.array)
+        return needs_of(self.softcap is not None, self.mask, (self.workload.batch, self.workload.heads))
 
     def with_cotangent(self) -> "Task":
         """Return the task with an output gradient added if one is needed and missing."""

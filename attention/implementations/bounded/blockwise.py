@@ -25,6 +25,7 @@ from msgspec import Struct
 from attention import masks
 from attention.implementations.baseline import in_tf32
 from attention.implementations.bounded.blocks import Blocks
+from attention.implementations.bounded.listed import TileMap
 from attention.implementations.bounded.memory import Chain, Fence, TileWriter, no_fence
 from attention.implementations.quantized_kv import MAX_QUANTIZED_ROWS, KeyOrValue, QuantizedArray
 from attention.masks import Mask
@@ -54,6 +55,29 @@ class BlockwiseParams(Struct, frozen=True, eq=False):
     """Ordering of successive tiles."""
     shifted: bool = False
     """Whether to subtract `masks.shift` from the rows of an additive mask, as for inputs in half precision."""
+    tiles: TileMap | None = None
+    """The states of the tiles, if the mask is a pattern; without them every tile is computed with its part of it."""
+
+    def visible_keys(self, heads: "HeadGroup", rows: range, lengths: tuple[int, int]) -> range:
+        """Return the smallest range of keys that contains all visible to the rows by position; may be empty."""
+        if self.tiles is None:
+            return self.mask.visible_keys(rows, *lengths)
+        blocks = self.tiles.key_blocks(heads.batches, heads.query_heads, rows)
+        return range(blocks[0].start, blocks[-1].stop) if blocks else range(0)
+
+    def key_blocks(self, heads: "HeadGroup", rows: range, lengths: tuple[int, int]) -> list[range]:
+        """Return the blocks of keys visible to any of the rows."""
+        if self.tiles is not None:
+            return self.tiles.key_blocks(heads.batches, heads.query_heads, rows)
+        seen = self.mask.visible_keys(rows, *lengths)
+        return [range(seen.start + b.start, seen.start + b.stop) for b in blocks_of(len(seen), self.blocks.keys)]
+
+    def seen_of(self, heads: "HeadGroup", rows: range, keys: range, lengths: tuple[int, int]) -> range:
+        """Return the part of a block of keys that the rows see any of."""
+        if self.tiles is not None:
+            return keys if self.tiles.sees(heads.batches, heads.query_heads, rows, keys) else range(0)
+        seen = self.mask.visible_keys(rows, *lengths)
+        return range(max(seen.start, keys.start), min(seen.stop, keys.stop))
 
     @property
     def factor(self) -> float:
@@ -159,9 +183,14 @@ class HeadGroup(Struct, frozen=True):
         return x.reshape(len(self.batches), len(self.kv_heads) * self.group, rows, x.shape[-1])
 
     @property
-    def heads(self) -> slice:
+    def query_heads(self) -> range:
         """The query heads."""
-        return slice(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
+        return range(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
+
+    @property
+    def heads(self) -> slice:
+        """The query heads, as a slice."""
+        return as_slice(self.query_heads)
 
 
 class OnlineSoftmax(Struct):
@@ -203,7 +232,7 @@ def forward(
             state = _row_block(q, k, v, call, heads, rows, sinks, chain)
             if state is None:
                 continue  # fully masked rows
-            tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
+            tiles = len(call.key_blocks(heads, rows, (q.shape[2], k.shape[2])))
             parts = [heads.split(part, len(rows)) for part in (_normalized_output(state), _row_statistics(state))]
             written = [
                 whole.write(heads.place(rows), part, tiles)
@@ -222,7 +251,7 @@ def row_statistics(q: mx.array, k: mx.array, call: BlockwiseParams, sinks: mx.ar
         for rows in blocks_of(q.shape[2], call.blocks.rows):
             state = _row_block(q, k, None, call, heads, rows, sinks, chain)
             if state is not None:
-                tiles = sum(1 for _ in key_blocks(call, rows, q.shape[2], k.shape[2]))
+                tiles = len(call.key_blocks(heads, rows, (q.shape[2], k.shape[2])))
                 part = heads.split(_row_statistics(state), len(rows))
                 chain.links = call.fence([statistics.write(heads.place(rows), part, tiles)])
     return chain.results(statistics.array)[0]
@@ -246,12 +275,6 @@ def blocks_of(length: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def key_blocks(call: BlockwiseParams, rows: range, seq: int, kv_seq: int) -> Iterator[range]:
-    """Return the blocks of keys visible to any of the rows."""
-    seen = call.mask.visible_keys(rows, seq, kv_seq)
-    return (range(seen.start + b.start, seen.start + b.stop) for b in blocks_of(len(seen), call.blocks.keys))
-
-
 def _row_block(
     q: mx.array,
     k: KeyOrValue,
@@ -265,7 +288,7 @@ def _row_block(
     state: OnlineSoftmax | None = None
     lengths = q.shape[2], k.shape[2]
     shift = row_shift(call, heads, rows, lengths)
-    for keys in key_blocks(call, rows, *lengths):
+    for keys in call.key_blocks(heads, rows, lengths):
         whole, *sides = chain.whole(q, *_arrays(k), *([] if v is None else _arrays(v)))
         query, cuts = heads.rows(whole, rows), [heads.keys(side, keys) for side in sides]
         key = _operand_of_tile(k, cuts[: len(_arrays(k))], query)
@@ -372,10 +395,20 @@ def tile_scores(
 
     `product` is the product of query and keys, times `call.factor`.
     """
-    if call.softcap is None:
-        return _masked(product, call, heads, rows, keys, lengths, shift), None
-    capped = mx.tanh(product)
-    return _masked(scaled(capped, call.softcap), call, heads, rows, keys, lengths, shift), capped
+    capped = None if call.softcap is None else mx.tanh(product)
+    scores = product if capped is None or call.softcap is None else scaled(capped, call.softcap)
+    if call.mask.alibi is not None:
+        scores = _biased(scores, call.mask.alibi, heads, rows, keys, lengths)
+    return _masked(scores, call, heads, rows, keys, lengths, shift), capped
+
+
+def _biased(
+    scores: mx.array, slopes: mx.array, heads: HeadGroup, rows: range, keys: range, lengths: tuple[int, int]
+) -> mx.array:
+    """Return the scores with the bias of ALiBi, in float32."""
+    bias = masks.alibi_bias(slopes[heads.heads], rows, keys, *lengths)
+    shape = (len(heads.batches), len(heads.query_heads), len(rows), len(keys))
+    return (scores.astype(mx.float32).reshape(shape) + bias).reshape(scores.shape)
 
 
 def row_shift(call: BlockwiseParams, heads: HeadGroup, rows: range, lengths: tuple[int, int]) -> mx.array | None:
@@ -386,7 +419,7 @@ def row_shift(call: BlockwiseParams, heads: HeadGroup, rows: range, lengths: tup
     array = call.mask.array
     if array is None or not call.shifted or not masks.has_shift(array):
         return None
-    tiles = [_mask_tile(call, heads, rows, keys, lengths) for keys in key_blocks(call, rows, *lengths)]
+    tiles = [_mask_tile(call, heads, rows, keys, lengths) for keys in call.key_blocks(heads, rows, lengths)]
     tops = [tile.max(axis=-1, keepdims=True) for tile in tiles if tile is not None]
     if len(tops) > 1:
         shape = mx.broadcast_arrays(*tops)[0].shape
@@ -416,7 +449,12 @@ def _mask_tile(
     call: BlockwiseParams, heads: HeadGroup, rows: range, keys: range, lengths: tuple[int, int]
 ) -> mx.array | None:
     """All parts of the mask for one tile, broadcastable to (batches, heads, rows, keys)."""
-    tile = call.mask.tile(rows, keys, *lengths)
+    if call.mask.pattern is None:
+        tile = call.mask.tile(rows, keys, *lengths)
+    elif call.tiles is None:
+        tile = call.mask.pattern.part(lengths, heads.batches, heads.query_heads, rows, keys)
+    else:
+        tile = call.tiles.tile(heads.batches, heads.query_heads, rows, keys)
     if call.mask.array is None:
         return tile
     given = masks.mask_tile(

@@ -23,7 +23,6 @@ from attention.implementations.bounded.blockwise import (
     blocks_of,
     forward,
     head_groups,
-    key_blocks,
     number,
     row_shift,
     row_statistics,
@@ -135,10 +134,10 @@ def _key_block(
     whole: KeyBlock | None = None
     tiles = 0
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
-        visible = call.mask.visible_keys(rows, *saved.lengths)
-        seen = _overlap(visible, keys)
+        seen = call.seen_of(heads, rows, keys, saved.lengths)
         if not seen:
             continue
+        visible = call.visible_keys(heads, rows, saved.lengths)
         tiles += 1
         row_side = _make_row_block(saved, call, heads, rows, chain)
         if len(seen) < len(keys):
@@ -173,7 +172,7 @@ def _query_pass(
     for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
         total: list[mx.array] = []
         tiles = 0
-        for keys in key_blocks(call, rows, *saved.lengths):
+        for keys in call.key_blocks(heads, rows, saved.lengths):
             row_side = _make_row_block(saved, call, heads, rows, chain)
             key_side = _make_key_block(saved, call, heads, keys, chain)
             _, d_scores = _tile(saved, call, heads, row_side, key_side)
@@ -230,7 +229,7 @@ def _tile(
     weights = _weights(scores.astype(mx.float32), row.statistics, call)
     d_weights = call.product(row.cotangent, side.value_t).astype(mx.float32)
     delta = row.delta
-    if call.mask.visible_keys(row.rows, *saved.lengths) == side.keys:
+    if call.visible_keys(heads, row.rows, saved.lengths) == side.keys:
         # The tile has all keys of these rows: rowsum(P * dP) is rowsum(dO * O) without the rounding of the output.
         delta = (weights * d_weights).sum(axis=-1, keepdims=True)
         delta = delta if row.of_logsumexp is None else delta - row.of_logsumexp
@@ -260,10 +259,6 @@ def _accumulated(sums: list[mx.array], shares: list[mx.array]) -> list[mx.array]
     return [a + b for a, b in zip(sums, shares, strict=True)] if sums else shares
 
 
-def _overlap(one: range, other: range) -> range:
-    return range(max(one.start, other.start), min(one.stop, other.stop))
-
-
 Attend = Callable[..., mx.array]
 Arrays = list[mx.array]
 Inputs = tuple[mx.array, mx.array, mx.array, Arrays, Arrays]
@@ -271,8 +266,8 @@ Inputs = tuple[mx.array, mx.array, mx.array, Arrays, Arrays]
 MASK_ARGUMENT: Final = 3
 
 
-def blockwise(call: BlockwiseParams, backward: BlockwiseParams) -> Attend:
-    """Return a function of `Inputs` that computes attention blockwise, forward and backward."""
+def blockwise(call: BlockwiseParams, backward: BlockwiseParams) -> Callable[..., tuple[mx.array, mx.array]]:
+    """Return a function of `Inputs` to output and row statistics, computed blockwise, forward and backward."""
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> tuple[mx.array, mx.array]:
@@ -283,7 +278,13 @@ def blockwise(call: BlockwiseParams, backward: BlockwiseParams) -> Attend:
 
     attend.vjp(pull_back)
     attend.vmap(vmap_rule(attend, MASK_ARGUMENT))
-    return lambda *inputs: cast("tuple[mx.array, mx.array]", attend(*inputs))[0]
+    return cast("Callable[..., tuple[mx.array, mx.array]]", attend)
+
+
+def logsumexp_of(statistics: mx.array) -> mx.array:
+    """Return the logsumexp of rows (B, H, Lq) from their statistics; -inf for fully masked rows."""
+    top, logarithm = statistics[..., 0], statistics[..., 1]
+    return mx.where(top == number(mx.inf, top), number(-mx.inf, top), top + logarithm)
 
 
 def with_blockwise_backward(whole: Attend, call: BlockwiseParams, backward: BlockwiseParams) -> Attend:

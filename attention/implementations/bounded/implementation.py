@@ -13,8 +13,15 @@ from attention.core.workload import ITEM_BYTES, DType, Workload
 from attention.implementations.baseline import computes_in_float32, unfused_call_bytes, with_tf32
 from attention.implementations.bounded import slicing
 from attention.implementations.bounded.blocks import Blocks, tile_bytes, visible_keys
-from attention.implementations.bounded.blockwise import BlockwiseParams, arithmetic_of, forward
-from attention.implementations.bounded.blockwise_gradient import Arrays, Attend, blockwise, with_blockwise_backward
+from attention.implementations.bounded.blockwise import Arithmetic, BlockwiseParams, arithmetic_of, forward
+from attention.implementations.bounded.blockwise_gradient import (
+    Arrays,
+    Attend,
+    blockwise,
+    logsumexp_of,
+    with_blockwise_backward,
+)
+from attention.implementations.bounded.listed import tile_map
 from attention.implementations.bounded.memory import RESIDENT_TILES, UNORDERED, no_fence, tile_order
 from attention.implementations.bounded.policy import (
     NO_MASK_COPIES,
@@ -23,20 +30,22 @@ from attention.implementations.bounded.policy import (
     Strategy,
     choose_strategy,
     default_budget,
+    listed_strategy,
     problem_size,
     slices_bytes,
 )
 from attention.implementations.bounded.slicing import SlicedParams
-from attention.implementations.calls import call_signature, current_backend, record_path
+from attention.implementations.calls import call_signature, current_backend, needs_with_mask, record_path
 from attention.implementations.mlx_sdpa import attend_whole, fused_bytes
 from attention.implementations.quantized_kv import KeyOrValue, QuantizedArray, attend_quantized
 from attention.implementations.transforms import with_mask_gradient
-from attention.masks import Mask
+from attention.masks import Mask, Pattern, of_workload
 from attention.measure.device import Backend, Device, probe
 
 MAX_PATHS: Final = 4096
 SDPA_PATHS: Final = {Method.FUSED: "MLX SDPA, fused", Method.WHOLE: "MLX SDPA, unfused"}
 QUANTIZED_PATH: Final = "packed keys and values"
+LISTED_PATH: Final = "blocks of a list"
 
 
 class Practical:
@@ -44,6 +53,7 @@ class Practical:
 
     name = "practical"
     takes_sinks = True
+    takes_patterns = takes_alibi = True
     takes_packed = True
 
     def __init__(self, budget_bytes: int | None = None) -> None:
@@ -54,6 +64,7 @@ class Practical:
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route: MLX's SDPA if it fits the budget, otherwise slices or blocks and their size."""
+        needs = needs_with_mask(workload, needs)
         choice = self.strategy(workload, device, needs)
         by_mlx = workload.pass_ != "training" or not (choice.backward.is_cut or needs.sinks)
         if by_mlx and not choice.forward.is_cut:
@@ -68,7 +79,7 @@ class Practical:
         method, parts, needed = _parts(choice, workload, device, needs)
         path = f"{choice.forward.value} + {method.value} {parts.rows}"
         if choice.forward.is_cut:
-            path = _cut_path(method, parts, workload, device.backend)
+            path = LISTED_PATH if needs.pattern else _cut_path(method, parts, workload, device.backend)
         return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
     def __call__(
@@ -103,6 +114,27 @@ class Practical:
             budget_bytes=self._budget_here(),
         )
 
+    def with_logsumexp(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Compute attention in blocks, and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
+        workload, needs = call_signature(q, k, v, mask, softcap)
+        needs = structs.replace(needs, logsumexp=True)
+        backend = current_backend()
+        choice = self._strategy(workload, backend, needs, self._budget_here(), mask.pattern)
+        record_path(_forward_path(choice, workload, needs, backend, False))
+
+        def attend(mask: Mask) -> tuple[mx.array, mx.array]:
+            # Without `masks.shift`, which would have to be added to the logsumexp again.
+            arithmetic = arithmetic_of(q.dtype, backend)
+            calls = self._calls(choice, backend, scale, mask, softcap, mx.float32, (q, k), arithmetic)
+            array = [] if mask.array is None else [masks.as_4d(mask.array)]
+            out, statistics = blockwise(*calls)(q, k, v, array, [])
+            return out, logsumexp_of(statistics)
+
+        budget = self._budget_here()
+        return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap, budget_bytes=budget)
+
     def _attend(
         self,
         q: mx.array,
@@ -125,7 +157,8 @@ class Practical:
             current_backend(),
             self.budget_bytes,
         )
-        simple = sinks is None and softcap is None and not isinstance(k, QuantizedArray)
+        bounds = mask.pattern is None and mask.alibi is None
+        simple = bounds and sinks is None and softcap is None and not isinstance(k, QuantizedArray)
         if simple and (known := self._whole_calls.get(key)) is not None:
             path, widened = known
             record_path(path)
@@ -133,7 +166,7 @@ class Practical:
         workload, needs = call_signature(q, k, v, mask, softcap)  # type: ignore[arg-type]
         needs = needs if sinks is None else structs.replace(needs, sinks=True)
         backend = current_backend()
-        choice = self._strategy(workload, backend, needs, self._budget_here())
+        choice = self._strategy(workload, backend, needs, self._budget_here(), mask.pattern)
         if simple and not choice.backward.is_cut:
             path = _whole_path(choice.forward, workload.dtype, backend)
             widened = _computes_in_float32(choice, q.dtype, backend)
@@ -142,14 +175,14 @@ class Practical:
             return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
         record_path(_forward_path(choice, workload, needs, backend, isinstance(k, QuantizedArray)))
         if isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray):
-            call, _ = self._calls(choice, backend, scale, mask, softcap, q.dtype)
-            if sinks is None and softcap is None and choice.fits_forward:
+            call, _ = self._calls(choice, backend, scale, mask, softcap, q.dtype, (q, k))
+            if bounds and sinks is None and softcap is None and choice.fits_forward:
                 return attend_quantized(q, k, v, scale=scale, mask=mask)
             return forward(q, k, v, call, sinks)[0]
         if simple and choice.slices is not None:
             made = self._in_slices(choice, backend, scale, mask, q.dtype)
         else:
-            made = self._in_blocks(choice, backend, scale, mask, softcap, q.dtype)
+            made = self._in_blocks(choice, backend, scale, mask, softcap, q.dtype, (q, k))
         array = [] if mask.array is None else [masks.as_4d(mask.array)]
         return made(q, k, v, array, [] if sinks is None else [sinks])
 
@@ -162,24 +195,50 @@ class Practical:
             return attend_whole(q, k, v, scale, mask.with_array(array), _computes_in_float32(choice, q.dtype, backend))
 
         if choice.backward_slices is None:
-            return with_blockwise_backward(whole, *self._calls(choice, backend, scale, mask, None, dtype))
+            return with_blockwise_backward(whole, *self._calls(choice, backend, scale, mask, None, dtype, None))
         return slicing.with_sliced_backward(whole, SlicedParams(scale, mask, choice.backward_slices, follow))
 
     def _calls(
-        self, choice: Strategy, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
+        self,
+        choice: Strategy,
+        backend: Backend,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+        dtype: mx.Dtype,
+        sides: tuple[mx.array, KeyOrValue] | None,
+        arithmetic: Arithmetic | None = None,
     ) -> tuple[BlockwiseParams, BlockwiseParams]:
-        """Return the parameters of the forward and the backward pass in blocks."""
+        """Return the parameters of the forward and the backward pass in blocks.
+
+        `sides`: query and key, for the tiles of a pattern.
+        """
         follow = no_fence if backend == "cpu" else tile_order(backend).next
         shifted = dtype != mx.float32
-        call = BlockwiseParams(scale, mask, softcap, choice.blocks, arithmetic_of(dtype, backend), follow, shifted)
-        return call, structs.replace(call, blocks=choice.backward_blocks)
+        arithmetic = arithmetic or arithmetic_of(dtype, backend)
+        call = BlockwiseParams(scale, mask, softcap, choice.blocks, arithmetic, follow, shifted)
+        backward = structs.replace(call, blocks=choice.backward_blocks)
+        if mask.pattern is None or sides is None:
+            return call, backward
+        q, k = sides
+        shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        made = (structs.replace(one, tiles=tile_map(mask.pattern, shape, one.blocks)) for one in (call, backward))
+        return next(made), next(made)
 
     def _in_blocks(
-        self, choice: Strategy, backend: Backend, scale: float, mask: Mask, softcap: float | None, dtype: mx.Dtype
+        self,
+        choice: Strategy,
+        backend: Backend,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+        dtype: mx.Dtype,
+        sides: tuple[mx.array, KeyOrValue],
     ) -> Attend:
-        call, backward = self._calls(choice, backend, scale, mask, softcap, dtype)
+        call, backward = self._calls(choice, backend, scale, mask, softcap, dtype, sides)
         if choice.forward.is_cut:
-            return blockwise(call, backward)
+            both = blockwise(call, backward)
+            return lambda *inputs: both(*inputs)[0]
 
         def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, sinks: Arrays) -> mx.array:
             return attend_whole(
@@ -190,7 +249,9 @@ class Practical:
 
     def strategy(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Strategy:
         """Return the strategy of a call on a device."""
-        return self._strategy(workload, device.backend, needs, self.budget(device))
+        known = workload.mask_spec.pattern is None  # else it is a program's own mask
+        pattern = of_workload(workload).pattern if known else None
+        return self._strategy(workload, device.backend, needs_with_mask(workload, needs), self.budget(device), pattern)
 
     def budget(self, device: Device) -> int:
         """Return the memory budget of a call above inputs and outputs on a device, in bytes."""
@@ -199,8 +260,15 @@ class Practical:
     def _budget_here(self) -> int:
         return self.budget_bytes or default_budget(current_backend(), _memory())
 
-    def _strategy(self, workload: Workload, backend: Backend, needs: Needs, budget: int) -> Strategy:
-        """Return the strategy, cached; routes and calls with the same key get the same one."""
+    def _strategy(
+        self, workload: Workload, backend: Backend, needs: Needs, budget: int, pattern: Pattern | None
+    ) -> Strategy:
+        """Return the strategy, cached; routes and calls with the same key get the same one.
+
+        A route that has only the needs of a call with a pattern gets the strategy for a pattern that shows everything.
+        """
+        if pattern is not None:
+            return listed_strategy(workload, backend, needs, budget, pattern)
         key = (workload, needs, backend, budget)
         if key not in self._strategies:
             self._strategies[key] = choose_strategy(
@@ -234,9 +302,12 @@ def _forward_path(choice: Strategy, workload: Workload, needs: Needs, backend: B
     """Return the path of a forward pass that is not a plain call of MLX's SDPA."""
     if quantized:
         return QUANTIZED_PATH
+    if needs.pattern:
+        return LISTED_PATH
     if not choice.forward.is_cut:
         return _whole_path(choice.forward, workload.dtype, backend)
-    sliced = choice.slices is not None and not (needs.sinks or needs.softcap)
+    by_slices = not (needs.sinks or needs.softcap or needs.alibi or needs.logsumexp)
+    sliced = by_slices and choice.slices is not None
     method, parts = (Method.SLICES, choice.slices) if sliced and choice.slices else (Method.BLOCKS, choice.blocks)
     return _cut_path(method, parts, workload, backend)
 

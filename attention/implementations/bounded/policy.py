@@ -5,7 +5,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -24,9 +24,10 @@ from attention.implementations.bounded.blocks import (
     raised,
 )
 from attention.implementations.bounded.blockwise import blocks_of
+from attention.implementations.bounded.listed import choose_listed_blocks, computed_share
 from attention.implementations.bounded.memory import RESIDENT_TILES
 from attention.implementations.mlx_sdpa import fused_bytes, materializes_mask, why_unfused
-from attention.masks import of_workload
+from attention.masks import Pattern, of_workload
 from attention.measure.device import Backend
 
 SLICE_SAFETY_FACTORS: Final = {"forward": 1.15, "training": 1.3, "decode": 1.15}
@@ -299,8 +300,29 @@ def choose_strategy(
         budget: bytes above inputs and outputs.
         mask_copies: copies of an array mask that are passed to MLX's SDPA.
     """
+    if needs.pattern or needs.alibi or needs.logsumexp:
+        inputs = _StrategyInputs(workload, backend, needs, budget, mask_copies)
+        return inputs.strategy(Method.BLOCKS, Method.BLOCKS, _only_blocks(needs))
     choose = _cpu_strategy if backend == "cpu" or needs.softcap else _gpu_strategy
     return choose(_StrategyInputs(workload, backend, needs, budget, mask_copies))
+
+
+def _only_blocks(needs: Needs) -> str:
+    if needs.pattern:
+        return "MLX's SDPA takes a pattern only as a mask as large as the scores"
+    return "MLX's SDPA has no ALiBi" if needs.alibi else "MLX's SDPA does not return the logsumexp"
+
+
+@lru_cache(maxsize=64)
+def listed_strategy(workload: Workload, backend: Backend, needs: Needs, budget: int, pattern: Pattern) -> Strategy:
+    """Return the strategy of a call with a pattern: blocks, without the tiles that have no visible pair."""
+    tiles = pattern.block_list((workload.batch, workload.heads, workload.seq, workload.kv_seq))
+    within, comfort = int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
+    training = structs.replace(workload, pass_="training")
+    blocks, backward = (choose_listed_blocks(problem_size(one), tiles, within, comfort) for one in (workload, training))
+    share = computed_share(tiles, blocks)
+    reason = f"{_only_blocks(needs)}; tiles of {blocks.rows} x {blocks.keys} skip {1 - share:.0%} of the scores"
+    return Strategy(Method.BLOCKS, Method.BLOCKS, blocks, backward, reason)
 
 
 class _StrategyInputs:
@@ -406,7 +428,11 @@ def safe_unfused_bytes(workload: Workload, backend: Backend, needs: Needs = NO_N
 
 def skipped_share(workload: Workload, blocks: Blocks) -> float:
     """Return the share of the score matrix in tiles that are skipped because they are fully masked."""
+    if workload.mask_spec.pattern is not None:  # a program's own mask, of which only the density is known
+        return 0.0
     mask, seq, kv_seq = of_workload(workload), workload.seq, workload.kv_seq
+    if mask.pattern is not None:
+        return 1 - computed_share(mask.pattern.block_list((workload.batch, workload.heads, seq, kv_seq)), blocks)
     computed = sum(len(rows) * len(mask.visible_keys(rows, seq, kv_seq)) for rows in blocks_of(seq, blocks.rows))
     return 1.0 - computed / (seq * kv_seq)
 

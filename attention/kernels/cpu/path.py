@@ -27,6 +27,8 @@ ROW_BYTES: Final = 16
 MAX_ITEM_ROWS, TARGET_ITEMS = 256, 64
 """Maximum rows per work item, and desired number of items per call; as in schedule.hpp."""
 VARIANTS: Final = ("tall",)
+TAKES: Final = frozenset({"pattern", "alibi"})
+"""What the kernel takes beyond bounds, array masks and softcap."""
 
 
 def route(workload: Workload, needs: Needs) -> Route:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from attention.kernels.metal.call import CallParams, CallShape
     from attention.masks import Mask
 
+TAKES: Final = frozenset({"pattern", "alibi"})
+"""What the kernels take beyond bounds, array masks and softcap."""
 LISTED: Final = "; with block lists the keys of a few queries are not split among threadgroups"
 UNKNOWN: Final = "how fast it is on a Mac was never measured by its authors; `demo` tries it beside MLX's own"
 
