@@ -28,6 +28,12 @@ def _kept(config: pytest.Config) -> Path | None:
     return cache.mkdir("kernels") if cache else None
 
 
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Run asynchronous tests and fixtures with asyncio, which Textual needs."""
+    return "asyncio"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Make the folder, unless one is given; workers find it in the environment that they inherit."""
     if FOLDER not in os.environ:

@@ -2,11 +2,12 @@
 
 import asyncio
 import random
-from contextlib import nullcontext
+from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
 from unittest.mock import patch
 
 from textual._compositor import Compositor
+from textual.css.stylesheet import Stylesheet
 
 from attention.core import events as on
 from attention.core.results import Environment, Peaks
@@ -187,32 +188,46 @@ def advise(app, **routes):
     app.advice._take(AdviceReply(number=app.advice._number, routes=routes, largest=largest, needs=needs))
 
 
-def not_painted(compositor, **options):
+def _not_painted(compositor, full=False, **options):
     """Skip the partial repaints of a headless app, about half of its time; `Stage.seen` renders the whole screen."""
     compositor._dirty_regions.clear()
+    return compositor.render_full_update(simplify=options.get("simplify", False)) if full else None
 
 
-def on_stage(play, size=(120, 40), paints=False, **options):
-    """Run an async function with a Stage, and quit the app as a user would.
+def unpainted():
+    """Repaint only on demand: `Stage.seen`, and the picture of a snapshot."""
+    return patch.object(Compositor, "render_update", _not_painted)
+
+
+_parsed = {}
+_parse_rules = Stylesheet._parse_rules
+
+
+def _parse_rules_once(stylesheet, *source, **options):
+    """Share parsed styles between apps: parsing them is a tenth of an app's start."""
+    key = (source, *sorted(options.items()), *sorted(stylesheet._variables.items()))
+    if key not in _parsed:
+        _parsed[key] = _parse_rules(stylesheet, *source, **options)
+    return _parsed[key]
+
+
+@asynccontextmanager
+async def on_stage(size=(120, 40), paints=False, **options):
+    """Start the app, give its Stage, and quit the app as a user would.
 
     Args:
-        play: called with the stage.
         size: columns and lines of the screen.
         paints: repaint on each change, as in a terminal; otherwise only `Stage.seen` renders, at least once.
         options: arguments of the app.
     """
-
-    async def go():
-        clock, engines = Clock(), []
-        app = make_app(clock, engines, **options)
+    clock, engines = Clock(), []
+    app = make_app(clock, engines, **options)
+    with nullcontext() if paints else unpainted(), patch.object(Stylesheet, "_parse_rules", _parse_rules_once):
         async with app.run_test(size=size) as pilot:
             await pilot.pause()
             stage = Stage(app, pilot, clock, engines)
-            await play(stage)
+            yield stage
             if app.is_running and not (paints or stage.is_rendered):
                 stage.seen()
             if app.runs.active:
                 await app.runs.end()
-
-    with nullcontext() if paints else patch.object(Compositor, "render_update", not_painted):
-        asyncio.run(go())

@@ -1,5 +1,7 @@
 import pytest
 
+from tests.support.stage import on_stage
+
 
 @pytest.fixture(autouse=True)
 def private_folders(tmp_path, monkeypatch):
@@ -9,3 +11,10 @@ def private_folders(tmp_path, monkeypatch):
     for name in ("NO_COLOR", "TMUX", "DISPLAY", "WAYLAND_DISPLAY", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+async def stage(private_folders):
+    """Start the app at its usual size; it ends with the test."""
+    async with on_stage() as stage:
+        yield stage

@@ -22,11 +22,10 @@ async def look(stage, *keys, shows=""):
 
 
 @pytest.mark.parametrize("kind", ["shapes", "model", "finetune"])
-def test_every_screen_shows_a_hostile_run(kind):
+async def test_every_screen_shows_a_hostile_run(kind):
     for number in (1, 2):
         RunHistory().add(hostile.report(kind, f"run{number}"))
-
-    async def play(stage):
+    async with on_stage() as stage:
         await stage.press("h")
         await stage.settle(lambda: len(stage.find("#runs", RowTable).lines) == 2)
         await look(stage, shows="[/x]")
@@ -48,17 +47,14 @@ def test_every_screen_shows_a_hostile_run(kind):
         await look(stage, "escape", "e")
         await look(stage, "escape", "question_mark")
 
-    on_stage(play)
 
-
-def test_hostile_presets_settings_and_messages_are_shown():
+async def test_hostile_presets_settings_and_messages_are_shown():
     folder = storage.own_presets()
     folder.mkdir(parents=True)
     (folder / "a.toml").write_text(hostile.PRESET)
     (folder / "b.toml").write_text(hostile.BROKEN_PRESET)
     settings.config_path().write_text('theme = "[/x]\\u001b"\n"[/y]\\u001b" = 1\n[keys]\nrun = "[/z]"\n')
-
-    async def play(stage):
+    async with on_stage(paints=True) as stage:
         await look(stage)
         await stage.press("p")
         await look(stage, "home", shows="a ")
@@ -71,11 +67,9 @@ def test_hostile_presets_settings_and_messages_are_shown():
         await look(stage, "ctrl+p")
         await look(stage, "escape")
 
-    on_stage(play, paints=True)
 
-
-def test_what_an_engine_says_is_shown():
-    async def play(stage):
+async def test_what_an_engine_says_is_shown():
+    async with on_stage(paints=True) as stage:
         await stage.press("r")
         stage.engine.begin()
         stage.engine.begin_case()
@@ -90,5 +84,3 @@ def test_what_an_engine_says_is_shown():
         await stage.settle(lambda: stage.app.report is not None)
         stage.find("#comparison-table", RowTable).focus()
         await look(stage, "down", "enter")
-
-    on_stage(play, paints=True)

@@ -5,74 +5,62 @@ import time
 from attention.core import events as on
 from attention.core.results import Ratio
 from fatui.tui.widgets.log_pane import LogView
-from tests.support.stage import on_stage
 
 
-def test_a_long_log_keeps_its_place_when_scrolled_up():
-    async def play(stage):
-        view = stage.find("#log-view", LogView)
-        for number in range(2000):
-            stage.app.journal.write(f"line {number}")
-        view.update_lines()
-        await stage.settle(lambda: "line 1999" in stage.seen())
-        view.scroll_to(y=100, animate=False, immediate=True)
-        await stage.pilot.pause()
-        for number in range(2000, 3000):
-            stage.app.journal.write(f"line {number}")
-        view.update_lines()
-        await stage.pilot.pause()
-        assert "line 100 " in stage.seen()
-        began = time.perf_counter()
-        for number in range(100_000):
-            stage.app.journal.write(f"more {number}")
-        view.update_lines()
-        assert time.perf_counter() - began < 3
-        assert len(view._lines) <= 10_000
-        view.action_follow()
-        await stage.settle(lambda: "more 99999" in stage.seen())
-
-    on_stage(play)
+async def test_a_long_log_keeps_its_place_when_scrolled_up(stage):
+    view = stage.find("#log-view", LogView)
+    for number in range(2000):
+        stage.app.journal.write(f"line {number}")
+    view.update_lines()
+    await stage.settle(lambda: "line 1999" in stage.seen())
+    view.scroll_to(y=100, animate=False, immediate=True)
+    await stage.pilot.pause()
+    for number in range(2000, 3000):
+        stage.app.journal.write(f"line {number}")
+    view.update_lines()
+    await stage.pilot.pause()
+    assert "line 100 " in stage.seen()
+    began = time.perf_counter()
+    for number in range(100_000):
+        stage.app.journal.write(f"more {number}")
+    view.update_lines()
+    assert time.perf_counter() - began < 3
+    assert len(view._lines) <= 10_000
+    view.action_follow()
+    await stage.settle(lambda: "more 99999" in stage.seen())
 
 
-def test_the_log_is_filtered_paused_and_goes_on():
-    async def play(stage):
-        stage.app.journal.write("apple")
-        stage.app.journal.write("pear", "error")
-        stage.app.main._tick()
-        await stage.press("slash", *"error:")
-        assert "pear" in stage.seen() and "apple" not in stage.seen()
-        await stage.press("escape")
-        assert "apple" in stage.seen()
-        await stage.press("l")
-        stage.app.journal.write("plum")
-        stage.app.main._tick()
-        await stage.pilot.pause()
-        assert "plum" not in stage.seen() and "paused, 1 held back" in stage.seen()
-        await stage.press("l")
-        assert "plum" in stage.seen()
-
-    on_stage(play)
+async def test_the_log_is_filtered_paused_and_goes_on(stage):
+    stage.app.journal.write("apple")
+    stage.app.journal.write("pear", "error")
+    stage.app.main._tick()
+    await stage.press("slash", *"error:")
+    assert "pear" in stage.seen() and "apple" not in stage.seen()
+    await stage.press("escape")
+    assert "apple" in stage.seen()
+    await stage.press("l")
+    stage.app.journal.write("plum")
+    stage.app.main._tick()
+    await stage.pilot.pause()
+    assert "plum" not in stage.seen() and "paused, 1 held back" in stage.seen()
+    await stage.press("l")
+    assert "plum" in stage.seen()
 
 
-def test_trials_and_switches_are_told_while_the_run_goes_on():
-    async def play(stage):
-        await stage.press("r")
-        stage.engine.begin()
-        stage.engine.begin_case()
-        where, ratio = {"implementation": "demo", "workload": "L≤512"}, Ratio(value=1.4, low=1.3, high=1.5)
-        stage.engine.tell(
-            on.TrialStarted(**where, candidates=["poc", "mlx"]),
-            on.Tuned(**where, winner="poc", runner_up="mlx", ratio=ratio, seconds=0.5),
-            on.Switched(
-                **where, before="poc", after="mlx", ratio=ratio, reason="its calls take 1.30 times what they did"
-            ),
-        )
-        stage.app.main.show_run()
-        await stage.pilot.pause()
-        seen = " ".join(stage.seen().split())
-        assert "demo tries poc, mlx for L≤512" in seen
-        assert "demo takes poc for L≤512, 1.4x mlx" in seen
-        assert "demo goes from poc to mlx for L≤512, 1.4x poc" in seen
-        assert stage.app.runs.active
-
-    on_stage(play)
+async def test_trials_and_switches_are_told_while_the_run_goes_on(stage):
+    await stage.press("r")
+    stage.engine.begin()
+    stage.engine.begin_case()
+    where, ratio = {"implementation": "demo", "workload": "L≤512"}, Ratio(value=1.4, low=1.3, high=1.5)
+    stage.engine.tell(
+        on.TrialStarted(**where, candidates=["poc", "mlx"]),
+        on.Tuned(**where, winner="poc", runner_up="mlx", ratio=ratio, seconds=0.5),
+        on.Switched(**where, before="poc", after="mlx", ratio=ratio, reason="its calls take 1.30 times what they did"),
+    )
+    stage.app.main.show_run()
+    await stage.pilot.pause()
+    seen = " ".join(stage.seen().split())
+    assert "demo tries poc, mlx for L≤512" in seen
+    assert "demo takes poc for L≤512, 1.4x mlx" in seen
+    assert "demo goes from poc to mlx for L≤512, 1.4x poc" in seen
+    assert stage.app.runs.active

@@ -62,113 +62,97 @@ async def finish(stage, screen):
     await stage.pilot.pause()
 
 
-def test_a_model_is_set_up_run_shown_kept_and_exported():
-    async def play(stage):
-        await stage.press("m")
-        assert isinstance(stage.app.screen, Models)
-        stage.find("#prompt", Choice).focus()
-        await stage.press("1", "2", "8")
-        stage.find("#layers", Choice).focus()
-        await stage.press("right", "r")
-        plan = stage.engine.record.plan
-        assert [(case.phase, case.prompt, case.measured_layers) for case in plan.cases] == [
-            ("prefill", 128, 2),
-            ("decode", 128, 2),
-        ]
-        assert "--layers 2" in stage.app.runs.models["models"].command
-        play_generation(stage.engine)
-        stage.app.screen._show()
-        await stage.pilot.pause()
-        assert "tokens/s" in stage.seen() and "poc" in stage.seen()
-        await finish(stage, "models")
-        assert "estimated from 2 of 22 layers" in stage.seen()
-        assert "2.00 ±" in stage.seen()
-        assert RunHistory().get("last").models[0].rows[0].attention_share.value > 0.5
-        await stage.press("e")
-        await stage.press("enter")
-        await stage.settle(lambda: list(Path().glob("*.json")))
-        (path,) = Path().glob("*.json")
-        assert len(json.loads(path.read_text())["models"]) == 2
-
-    on_stage(play)
+async def test_a_model_is_set_up_run_shown_kept_and_exported(stage):
+    await stage.press("m")
+    assert isinstance(stage.app.screen, Models)
+    stage.find("#prompt", Choice).focus()
+    await stage.press("1", "2", "8")
+    stage.find("#layers", Choice).focus()
+    await stage.press("right", "r")
+    plan = stage.engine.record.plan
+    assert [(case.phase, case.prompt, case.measured_layers) for case in plan.cases] == [
+        ("prefill", 128, 2),
+        ("decode", 128, 2),
+    ]
+    assert "--layers 2" in stage.app.runs.models["models"].command
+    play_generation(stage.engine)
+    stage.app.screen._show()
+    await stage.pilot.pause()
+    assert "tokens/s" in stage.seen() and "poc" in stage.seen()
+    await finish(stage, "models")
+    assert "estimated from 2 of 22 layers" in stage.seen()
+    assert "2.00 ±" in stage.seen()
+    assert RunHistory().get("last").models[0].rows[0].attention_share.value > 0.5
+    await stage.press("e")
+    await stage.press("enter")
+    await stage.settle(lambda: list(Path().glob("*.json")))
+    (path,) = Path().glob("*.json")
+    assert len(json.loads(path.read_text())["models"]) == 2
 
 
-def test_fine_tuning_shows_loss_curves_beside_rates():
-    async def play(stage):
-        await stage.press("f")
-        assert isinstance(stage.app.screen, FineTunings)
-        await stage.press("r")
-        stage.engine.begin()
-        stage.engine.tell(on.CaseStarted(case=0), on.ReferenceChosen(case=0, implementation="baseline"))
-        play_iterations(stage.engine, ["baseline", "mlx"], 6)
-        stage.app.screen._show()
-        await stage.pilot.pause()
-        rows = [line for line in stage.seen().splitlines() if line.count("baseline") >= 2]
-        assert any("4.500" in line and "5.750" in line and "20." in line for line in rows)
-        assert "waiting" in stage.seen()
-        play_iterations(stage.engine, ["practical", "poc", "demo", on.REPEATED_REFERENCE], 6)
-        stage.engine.tell(on.CaseDone(case=0, stopped_by="iterations"), on.RunDone())
-        await finish(stage, "finetuning")
-        assert "5.750 → 4.500" in stage.seen()
-
-    on_stage(play)
+async def test_fine_tuning_shows_loss_curves_beside_rates(stage):
+    await stage.press("f")
+    assert isinstance(stage.app.screen, FineTunings)
+    await stage.press("r")
+    stage.engine.begin()
+    stage.engine.tell(on.CaseStarted(case=0), on.ReferenceChosen(case=0, implementation="baseline"))
+    play_iterations(stage.engine, ["baseline", "mlx"], 6)
+    stage.app.screen._show()
+    await stage.pilot.pause()
+    rows = [line for line in stage.seen().splitlines() if line.count("baseline") >= 2]
+    assert any("4.500" in line and "5.750" in line and "20." in line for line in rows)
+    assert "waiting" in stage.seen()
+    play_iterations(stage.engine, ["practical", "poc", "demo", on.REPEATED_REFERENCE], 6)
+    stage.engine.tell(on.CaseDone(case=0, stopped_by="iterations"), on.RunDone())
+    await finish(stage, "finetuning")
+    assert "5.750 → 4.500" in stage.seen()
 
 
-def test_a_run_goes_on_without_its_screen_and_blocks_others():
-    async def play(stage):
-        await stage.press("f", "r")
-        await stage.press("escape")
-        assert stage.app.screen is stage.app.main
-        stage.app.main._tick()
-        await stage.pilot.pause()
-        status = stage.seen().splitlines()
-        assert "tinyllama-1.1b runs" in status[0] and "x Stop" in status[-1]
-        await stage.press("r")
-        assert stage.app.session is None, "one run at a time"
-        play_tuning(stage.engine)
-        stage.engine.end()
-        await stage.settle(lambda: "finetuning" in stage.app.runs.model_reports)
-        await stage.press("f")
-        assert "fastest" in stage.seen()
-
-    on_stage(play)
+async def test_a_run_goes_on_without_its_screen_and_blocks_others(stage):
+    await stage.press("f", "r")
+    await stage.press("escape")
+    assert stage.app.screen is stage.app.main
+    stage.app.main._tick()
+    await stage.pilot.pause()
+    status = stage.seen().splitlines()
+    assert "tinyllama-1.1b runs" in status[0] and "x Stop" in status[-1]
+    await stage.press("r")
+    assert stage.app.session is None, "one run at a time"
+    play_tuning(stage.engine)
+    stage.engine.end()
+    await stage.settle(lambda: "finetuning" in stage.app.runs.model_reports)
+    await stage.press("f")
+    assert "fastest" in stage.seen()
 
 
-def test_stopping_keeps_what_was_measured():
-    async def play(stage):
-        await stage.press("f", "r")
-        stage.engine.begin()
-        stage.engine.tell(on.CaseStarted(case=0), on.ReferenceChosen(case=0, implementation="baseline"))
-        play_iterations(stage.engine, ["baseline"], 5)
-        await stage.press("x")
-        await stage.settle(lambda: "finetuning" in stage.app.runs.model_reports)
-        kept = RunHistory().get("last")
-        assert kept.run.interrupted
-        assert len(kept.fine_tunings[0].rows[0].losses) == 5
-
-    on_stage(play)
+async def test_stopping_keeps_what_was_measured(stage):
+    await stage.press("f", "r")
+    stage.engine.begin()
+    stage.engine.tell(on.CaseStarted(case=0), on.ReferenceChosen(case=0, implementation="baseline"))
+    play_iterations(stage.engine, ["baseline"], 5)
+    await stage.press("x")
+    await stage.settle(lambda: "finetuning" in stage.app.runs.model_reports)
+    kept = RunHistory().get("last")
+    assert kept.run.interrupted
+    assert len(kept.fine_tunings[0].rows[0].losses) == 5
 
 
-def test_reopening_the_screen_restores_its_choices():
-    async def play(stage):
-        await stage.press("m")
-        stage.find("#model", Choice).focus()
-        await stage.press("right")
-        stage.find("#implementations", Toggles).focus()
-        await stage.press("right", "space")
-        await stage.press("escape", "m")
-        assert stage.find("#model", Choice).value == "qwen2.5-1.5b"
-        assert stage.find("#implementations", Toggles).chosen == ("baseline", "practical", "poc", "demo")
-
-    on_stage(play)
+async def test_reopening_the_screen_restores_its_choices(stage):
+    await stage.press("m")
+    stage.find("#model", Choice).focus()
+    await stage.press("right")
+    stage.find("#implementations", Toggles).focus()
+    await stage.press("right", "space")
+    await stage.press("escape", "m")
+    assert stage.find("#model", Choice).value == "qwen2.5-1.5b"
+    assert stage.find("#implementations", Toggles).chosen == ("baseline", "practical", "poc", "demo")
 
 
-def test_a_models_folder_is_accepted_and_another_refused(tmp_path):
+async def test_a_models_folder_is_accepted_and_another_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     fields = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     (tmp_path / "mine" / "config.json").write_text(json.dumps(fields))
-
-    async def play(stage):
+    async with on_stage() as stage:
         await stage.press("m", "n")
         stage.find("#folder", Input).value = str(tmp_path)
         await stage.press("enter")
@@ -179,50 +163,39 @@ def test_a_models_folder_is_accepted_and_another_refused(tmp_path):
         await stage.press("r")
         assert stage.engine.record.plan.cases[0].layers == 3
 
-    on_stage(play)
+
+async def test_a_model_says_how_long_it_takes_before_its_rounds(stage):
+    await stage.press("m", "r")
+    stage.engine.begin()
+    stage.engine.tell(
+        on.CaseStarted(case=0),
+        on.CaseTimeEstimated(case=0, seconds=2520, implementations=5),
+        on.Progress(done=0.1, remaining_s=32, now="a look at two layers"),
+    )
+    stage.app.screen._show()
+    await stage.pilot.pause()
+    seen = stage.seen()
+    assert "about 42 min 00 s for 5 implementations" in seen
+    assert "42 min 00 s left" in seen and "32 s left" not in seen
 
 
-def test_a_model_says_how_long_it_takes_before_its_rounds():
-    async def play(stage):
-        await stage.press("m", "r")
-        stage.engine.begin()
-        stage.engine.tell(
-            on.CaseStarted(case=0),
-            on.CaseTimeEstimated(case=0, seconds=2520, implementations=5),
-            on.Progress(done=0.1, remaining_s=32, now="a look at two layers"),
-        )
-        stage.app.screen._show()
-        await stage.pilot.pause()
-        seen = stage.seen()
-        assert "about 42 min 00 s for 5 implementations" in seen
-        assert "42 min 00 s left" in seen and "32 s left" not in seen
-
-    on_stage(play)
+async def test_what_cannot_run_is_told(stage):
+    await stage.press("m")
+    stage.find("#layers", Choice).focus()
+    await stage.press("1", "r")
+    assert "layers: got 1" in stage.app.journal.text()
+    assert "models" not in stage.app.runs.models
 
 
-def test_what_cannot_run_is_told():
-    async def play(stage):
-        await stage.press("m")
-        stage.find("#layers", Choice).focus()
-        await stage.press("1", "r")
-        assert "layers: got 1" in stage.app.journal.text()
-        assert "models" not in stage.app.runs.models
-
-    on_stage(play)
-
-
-def test_a_model_of_the_history_opens_on_its_own_screen():
-    async def play(stage):
-        await stage.press("m", "r")
-        play_generation(stage.engine)
-        await finish(stage, "models")
-        await stage.press("escape")
-        stage.app.runs.models.clear()
-        stage.app.runs.model_reports.clear()
-        await stage.press("h")
-        assert isinstance(stage.app.screen, HistoryScreen)
-        await stage.press("enter")
-        await stage.settle(lambda: isinstance(stage.app.screen, Models))
-        assert "prefill" in stage.seen()
-
-    on_stage(play)
+async def test_a_model_of_the_history_opens_on_its_own_screen(stage):
+    await stage.press("m", "r")
+    play_generation(stage.engine)
+    await finish(stage, "models")
+    await stage.press("escape")
+    stage.app.runs.models.clear()
+    stage.app.runs.model_reports.clear()
+    await stage.press("h")
+    assert isinstance(stage.app.screen, HistoryScreen)
+    await stage.press("enter")
+    await stage.settle(lambda: isinstance(stage.app.screen, Models))
+    assert "prefill" in stage.seen()

@@ -8,182 +8,142 @@ from fatui.storage.history import RunHistory
 from fatui.tui.screens.dialogs import Question
 from fatui.tui.view_models.estimate import estimate_s
 from fatui.tui.widgets.row_table import RowTable
-from tests.support.stage import on_stage
 
 
-def test_a_run_fills_the_table_says_its_finding_and_is_kept():
-    async def play(stage):
-        await stage.press("r")
-        stage.engine.begin()
-        stage.engine.begin_case()
-        stage.engine.rounds(4)
-        stage.app.main.show_run()
-        await stage.pilot.pause()
-        assert "CPU kernel avx512" in stage.seen()
-        stage.engine.finish()
-        await stage.settle(lambda: "poc is 49" in stage.seen())
-        assert stage.app.session.phase == "done"
-        await stage.settle(lambda: len(RunHistory().runs()) == 1)
-        assert not RunHistory().runs()[0].interrupted
-
-    on_stage(play)
+async def test_a_run_fills_the_table_says_its_finding_and_is_kept(stage):
+    await stage.press("r")
+    stage.engine.begin()
+    stage.engine.begin_case()
+    stage.engine.rounds(4)
+    stage.app.main.show_run()
+    await stage.pilot.pause()
+    assert "CPU kernel avx512" in stage.seen()
+    stage.engine.finish()
+    await stage.settle(lambda: "poc is 49" in stage.seen())
+    assert stage.app.session.phase == "done"
+    await stage.settle(lambda: len(RunHistory().runs()) == 1)
+    assert not RunHistory().runs()[0].interrupted
 
 
-def test_stop_keeps_what_was_measured():
-    async def play(stage):
-        await stage.press("r")
-        stage.engine.begin()
-        stage.engine.begin_case()
-        stage.engine.rounds(6)
-        await stage.press("x")
-        await stage.settle(lambda: stage.app.report is not None)
-        assert stage.app.session.phase == "stopped"
-        assert len(stage.app.report.cases[0].rows) == 4
-        assert stage.app.report.run.interrupted
-
-    on_stage(play)
+async def test_stop_keeps_what_was_measured(stage):
+    await stage.press("r")
+    stage.engine.begin()
+    stage.engine.begin_case()
+    stage.engine.rounds(6)
+    await stage.press("x")
+    await stage.settle(lambda: stage.app.report is not None)
+    assert stage.app.session.phase == "stopped"
+    assert len(stage.app.report.cases[0].rows) == 4
+    assert stage.app.report.run.interrupted
 
 
-def test_quit_in_mid_run_asks_once_and_stay_goes_on():
-    async def play(stage):
-        await stage.press("r", "q")
-        assert isinstance(stage.app.screen, Question)
-        await stage.press("n")
-        assert stage.app.runs.active
-        await stage.press("q", "y")
-        await stage.settle(lambda: not stage.app.is_running or not stage.app.runs.active)
-        assert stage.engine.stopped
-
-    on_stage(play)
+async def test_quit_in_mid_run_asks_once_and_stay_goes_on(stage):
+    await stage.press("r", "q")
+    assert isinstance(stage.app.screen, Question)
+    await stage.press("n")
+    assert stage.app.runs.active
+    await stage.press("q", "y")
+    await stage.settle(lambda: not stage.app.is_running or not stage.app.runs.active)
+    assert stage.engine.stopped
 
 
-def test_quit_without_a_run_does_not_ask():
-    async def play(stage):
-        await stage.press("q")
-        await stage.settle(lambda: stage.app._exit)
-        assert stage.app._exit
-
-    on_stage(play)
+async def test_quit_without_a_run_does_not_ask(stage):
+    await stage.press("q")
+    await stage.settle(lambda: stage.app._exit)
+    assert stage.app._exit
 
 
-def test_a_second_start_is_refused_in_words():
-    async def play(stage):
-        await stage.press("r", "r")
-        assert "a run is in progress" in stage.app.journal.text()
-
-    on_stage(play)
+async def test_a_second_start_is_refused_in_words(stage):
+    await stage.press("r", "r")
+    assert "a run is in progress" in stage.app.journal.text()
 
 
-def test_the_last_run_teaches_how_long_the_next_takes():
-    async def play(stage):
-        assert "known after the first run" in " ".join(stage.seen().replace("│", "").split())
-        await stage.run_to_the_end()
-        await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
-        stage.app.main.show_draft()
-        assert "judging by earlier runs" in " ".join(stage.seen().replace("│", "").split())
-
-    on_stage(play)
+async def test_the_last_run_teaches_how_long_the_next_takes(stage):
+    assert "known after the first run" in " ".join(stage.seen().replace("│", "").split())
+    await stage.run_to_the_end()
+    await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
+    stage.app.main.show_draft()
+    assert "judging by earlier runs" in " ".join(stage.seen().replace("│", "").split())
 
 
-def test_a_sweep_has_a_block_a_case_and_a_mean():
-    async def play(stage):
-        stage.app.set_draft(stage.app.draft.toggle_sweep().set_axis("seq", (64, 128)))
-        await stage.run_to_the_end()
-        seen = stage.seen()
-        assert "Geometric mean of the speedups, 2 cases complete" in seen
-        assert "1. B=1 L=64" in seen
-        assert stage.find("#comparison-table", RowTable).lines[-1].key == "1:demo"
-
-    on_stage(play)
+async def test_a_sweep_has_a_block_a_case_and_a_mean(stage):
+    stage.app.set_draft(stage.app.draft.toggle_sweep().set_axis("seq", (64, 128)))
+    await stage.run_to_the_end()
+    seen = stage.seen()
+    assert "Geometric mean of the speedups, 2 cases complete" in seen
+    assert "1. B=1 L=64" in seen
+    assert stage.find("#comparison-table", RowTable).lines[-1].key == "1:demo"
 
 
-def test_sorting_goes_through_columns_and_reverses():
-    async def play(stage):
-        await stage.run_to_the_end()
-        table = stage.find("#comparison-table", RowTable)
+async def test_sorting_goes_through_columns_and_reverses(stage):
+    await stage.run_to_the_end()
+    table = stage.find("#comparison-table", RowTable)
 
-        def names():
-            return [line.cells["implementation"] for line in table.lines]
+    def names():
+        return [line.cells["implementation"] for line in table.lines]
 
-        stage.app.main._sort("tokens/s", True)
-        assert names() == ["poc", "demo", "practical", "baseline"]
-        await stage.press("O")
-        assert names() == ["baseline", "practical", "demo", "poc"]
-
-    on_stage(play)
+    stage.app.main._sort("tokens/s", True)
+    assert names() == ["poc", "demo", "practical", "baseline"]
+    await stage.press("O")
+    assert names() == ["baseline", "practical", "demo", "poc"]
 
 
-def test_the_best_rows_have_a_star_also_without_colour():
-    async def play(stage):
-        await stage.run_to_the_end()
-        row = next(line for line in stage.seen().splitlines() if "CPU kernel avx512" in line and "★" in line)
-        assert "49" in row
-
-    on_stage(play)
+async def test_the_best_rows_have_a_star_also_without_colour(stage):
+    await stage.run_to_the_end()
+    row = next(line for line in stage.seen().splitlines() if "CPU kernel avx512" in line and "★" in line)
+    assert "49" in row
 
 
-def test_the_time_left_is_counted_down_between_events():
-    async def play(stage):
-        await stage.press("r")
-        stage.engine.begin()
-        stage.engine.tell(on.Progress(done=0.5, remaining_s=10, now="baseline: accuracy"))
-        stage.clock.at += 6
-        stage.app.main.show_run()
-        await stage.pilot.pause()
-        assert stage.seen().count("4 s left") == 2, "in the status line and beside the bar"
-        assert "60%" in stage.seen()
-        stage.clock.at += 9
-        stage.app.main.show_run()
-        await stage.pilot.pause()
-        assert stage.seen().count("5 s over the estimate") == 2
-
-    on_stage(play)
+async def test_the_time_left_is_counted_down_between_events(stage):
+    await stage.press("r")
+    stage.engine.begin()
+    stage.engine.tell(on.Progress(done=0.5, remaining_s=10, now="baseline: accuracy"))
+    stage.clock.at += 6
+    stage.app.main.show_run()
+    await stage.pilot.pause()
+    assert stage.seen().count("4 s left") == 2, "in the status line and beside the bar"
+    assert "60%" in stage.seen()
+    stage.clock.at += 9
+    stage.app.main.show_run()
+    await stage.pilot.pause()
+    assert stage.seen().count("5 s over the estimate") == 2
 
 
-def test_the_estimate_before_the_start_and_after_it_agree():
-    async def play(stage):
-        await stage.run_to_the_end()
-        await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
-        stage.app.main.show_draft()
-        seconds = estimate_s(stage.app.draft.plan(), stage.app.remembered.pace, "Test CPU")
-        await stage.press("r")
-        stage.engine.begin()
-        stage.engine.tell(on.Progress(done=0.0, remaining_s=2, now="baseline: accuracy"))
-        stage.app.main.show_run()
-        await stage.pilot.pause()
-        words = formatting.duration(seconds)
-        assert f"takes up to about {words}" in " ".join(stage.seen().split())
-        assert stage.seen().count(f"{words} left") == 2
-
-    on_stage(play)
+async def test_the_estimate_before_the_start_and_after_it_agree(stage):
+    await stage.run_to_the_end()
+    await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
+    stage.app.main.show_draft()
+    seconds = estimate_s(stage.app.draft.plan(), stage.app.remembered.pace, "Test CPU")
+    await stage.press("r")
+    stage.engine.begin()
+    stage.engine.tell(on.Progress(done=0.0, remaining_s=2, now="baseline: accuracy"))
+    stage.app.main.show_run()
+    await stage.pilot.pause()
+    words = formatting.duration(seconds)
+    assert f"takes up to about {words}" in " ".join(stage.seen().split())
+    assert stage.seen().count(f"{words} left") == 2
 
 
-def test_enter_stays_where_leaving_is_asked_about():
-    async def play(stage):
-        await stage.press("r", "q")
-        assert isinstance(stage.app.screen, Question)
-        await stage.press("enter")
-        assert stage.app.screen is stage.app.main and stage.app.runs.active
-        assert not stage.engine.stopped
-
-    on_stage(play)
+async def test_enter_stays_where_leaving_is_asked_about(stage):
+    await stage.press("r", "q")
+    assert isinstance(stage.app.screen, Question)
+    await stage.press("enter")
+    assert stage.app.screen is stage.app.main and stage.app.runs.active
+    assert not stage.engine.stopped
 
 
-def test_a_run_that_is_opened_leaves_nothing_of_the_one_before():
-    async def play(stage):
-        await stage.run_to_the_end()
-        past = stage.app.report
-        stage.app.set_draft(stage.app.draft.set_axis("seq", (64,)))
-        await stage.run_to_the_end()
-        assert "done after" in stage.seen()
-        stage.app.open_report(past)
-        await stage.pilot.pause()
-        seen = stage.seen()
-        assert "done after" not in seen and "L=64 " not in seen
-        assert f"run {past.run.id} is open" in seen and "it took" in seen
-        assert not str(stage.find("#telemetry").content)
-
-    on_stage(play)
+async def test_a_run_that_is_opened_leaves_nothing_of_the_one_before(stage):
+    await stage.run_to_the_end()
+    past = stage.app.report
+    stage.app.set_draft(stage.app.draft.set_axis("seq", (64,)))
+    await stage.run_to_the_end()
+    assert "done after" in stage.seen()
+    stage.app.open_report(past)
+    await stage.pilot.pause()
+    seen = stage.seen()
+    assert "done after" not in seen and "L=64 " not in seen
+    assert f"run {past.run.id} is open" in seen and "it took" in seen
+    assert not str(stage.find("#telemetry").content)
 
 
 def row_line(stage, name):
@@ -191,42 +151,33 @@ def row_line(stage, name):
     return next(line for line in table.lines if line.cells.get("implementation") == name)
 
 
-def test_the_path_stays_in_sight_when_a_speedup_gets_wider():
-    async def play(stage):
-        await stage.run_to_the_end()
-        table = stage.find("#comparison-table", RowTable)
-        row = row_line(stage, "poc")
-        wide = structs.replace(row, cells={**row.cells, "speedup": "1,234.56 to 2,345.67x"})
-        table.show([wide])
-        assert "path" in [column.name for column in table.shown_columns]
-        assert sum(table._fitted(table.shown_columns)) + 2 * (len(table.shown_columns) - 1) <= table._width
-
-    on_stage(play)
+async def test_the_path_stays_in_sight_when_a_speedup_gets_wider(stage):
+    await stage.run_to_the_end()
+    table = stage.find("#comparison-table", RowTable)
+    row = row_line(stage, "poc")
+    wide = structs.replace(row, cells={**row.cells, "speedup": "1,234.56 to 2,345.67x"})
+    table.show([wide])
+    assert "path" in [column.name for column in table.shown_columns]
+    assert sum(table._fitted(table.shown_columns)) + 2 * (len(table.shown_columns) - 1) <= table._width
 
 
-def test_the_hint_follows_the_page_and_names_a_hidden_sort():
-    async def play(stage):
-        await stage.run_to_the_end()
-        stage.app.main._sort("tokens/s", True)
-        table = stage.find("#comparison-table", RowTable)
-        table.focus()
-        await stage.press("right")
-        hint = str(stage.find("#comparison").border_subtitle)
-        assert "2 of" in hint and "sorted by tokens/s" in hint
-        await stage.press("o")
-        assert stage.find("#comparison").by in [column.name for column in table.shown_columns]
-
-    on_stage(play)
+async def test_the_hint_follows_the_page_and_names_a_hidden_sort(stage):
+    await stage.run_to_the_end()
+    stage.app.main._sort("tokens/s", True)
+    table = stage.find("#comparison-table", RowTable)
+    table.focus()
+    await stage.press("right")
+    hint = str(stage.find("#comparison").border_subtitle)
+    assert "2 of" in hint and "sorted by tokens/s" in hint
+    await stage.press("o")
+    assert stage.find("#comparison").by in [column.name for column in table.shown_columns]
 
 
-def test_a_stage_stands_under_verdict_and_not_under_path():
-    async def play(stage):
-        await stage.press("r")
-        stage.engine.begin()
-        stage.engine.tell(on.CaseStarted(case=0), on.StepStarted(case=0, implementation="poc", step="build"))
-        stage.app.main.show_run()
-        await stage.pilot.pause()
-        cells = row_line(stage, "poc").cells
-        assert cells["verdict"] == "compiling" and "path" not in cells
-
-    on_stage(play)
+async def test_a_stage_stands_under_verdict_and_not_under_path(stage):
+    await stage.press("r")
+    stage.engine.begin()
+    stage.engine.tell(on.CaseStarted(case=0), on.StepStarted(case=0, implementation="poc", step="build"))
+    stage.app.main.show_run()
+    await stage.pilot.pause()
+    cells = row_line(stage, "poc").cells
+    assert cells["verdict"] == "compiling" and "path" not in cells

@@ -23,171 +23,139 @@ async def save_as(stage, name):
     await stage.pilot.pause(0.1)
 
 
-def test_a_preset_is_saved_and_loaded_again():
-    async def play(stage):
-        stage.find("#axis-seq", Slider).focus()
-        await stage.press("end")
-        await save_as(stage, "long-one")
-        assert presets.load("long-one").cases[0].seq == 131_072
-        assert stage.app.draft.title() == "long-one"
-        await stage.press("home")
-        assert stage.app.draft.title() == "long-one, changed"
-        await stage.press("p")
-        stage.find("#preset-list", RowTable).go_to("long-one")
-        await stage.press("enter")
-        await stage.pilot.pause(0.1)
-        assert stage.app.draft.axes["seq"] == (131_072,)
-
-    on_stage(play)
+async def test_a_preset_is_saved_and_loaded_again(stage):
+    stage.find("#axis-seq", Slider).focus()
+    await stage.press("end")
+    await save_as(stage, "long-one")
+    assert presets.load("long-one").cases[0].seq == 131_072
+    assert stage.app.draft.title() == "long-one"
+    await stage.press("home")
+    assert stage.app.draft.title() == "long-one, changed"
+    await stage.press("p")
+    stage.find("#preset-list", RowTable).go_to("long-one")
+    await stage.press("enter")
+    await stage.pilot.pause(0.1)
+    assert stage.app.draft.axes["seq"] == (131_072,)
 
 
-def test_a_name_is_judged_while_it_is_typed():
-    async def play(stage):
-        await stage.press("w")
-        verdict = stage.find("#verdict", Static)
-        assert "a name is needed" in str(verdict.content)
-        await stage.press(*"a b")
-        assert "a name takes letters" in str(verdict.content)
-        await stage.press("enter")
-        assert not presets._files(storage.own_presets())
-        stage.find("#name", Input).value = "quick"
-        await stage.pilot.pause()
-        assert "hides the bundled one" in str(verdict.content)
-
-    on_stage(play)
+async def test_a_name_is_judged_while_it_is_typed(stage):
+    await stage.press("w")
+    verdict = stage.find("#verdict", Static)
+    assert "a name is needed" in str(verdict.content)
+    await stage.press(*"a b")
+    assert "a name takes letters" in str(verdict.content)
+    await stage.press("enter")
+    assert not presets._files(storage.own_presets())
+    stage.find("#name", Input).value = "quick"
+    await stage.pilot.pause()
+    assert "hides the bundled one" in str(verdict.content)
 
 
-def test_presets_are_renamed_deleted_and_brought_back():
-    async def play(stage):
-        await save_as(stage, "mine")
-        await stage.press("p")
-        stage.find("#preset-list", RowTable).go_to("mine")
-        await stage.press("n")
-        stage.find("#rename", Input).value = "yours"
-        await stage.press("enter")
-        assert {path.stem for path in presets._files(storage.own_presets())} == {"yours"}
-        await stage.press("d")
-        assert not presets._files(storage.own_presets())
-        await stage.press("u")
-        assert {path.stem for path in presets._files(storage.own_presets())} == {"yours"}
-
-    on_stage(play)
+async def test_presets_are_renamed_deleted_and_brought_back(stage):
+    await save_as(stage, "mine")
+    await stage.press("p")
+    stage.find("#preset-list", RowTable).go_to("mine")
+    await stage.press("n")
+    stage.find("#rename", Input).value = "yours"
+    await stage.press("enter")
+    assert {path.stem for path in presets._files(storage.own_presets())} == {"yours"}
+    await stage.press("d")
+    assert not presets._files(storage.own_presets())
+    await stage.press("u")
+    assert {path.stem for path in presets._files(storage.own_presets())} == {"yours"}
 
 
-def test_escape_leaves_the_renaming_before_the_screen():
-    async def play(stage):
-        await stage.press("p", "n", "escape")
-        assert not stage.app.screen.query("#rename")
-        assert stage.app.screen is not stage.app.main
-        await stage.press("escape")
-        assert stage.app.screen is stage.app.main
-
-    on_stage(play)
+async def test_escape_leaves_the_renaming_before_the_screen(stage):
+    await stage.press("p", "n", "escape")
+    assert not stage.app.screen.query("#rename")
+    assert stage.app.screen is not stage.app.main
+    await stage.press("escape")
+    assert stage.app.screen is stage.app.main
 
 
-def test_bundled_presets_stay_and_broken_ones_are_shown():
-    async def play(stage):
-        folder = storage.own_presets()
-        folder.mkdir(parents=True)
-        (folder / "broken.toml").write_text("schema = 1\nsecnds = 3\n")
-        await stage.press("p")
-        stage.find("#preset-list", RowTable).go_to("broken")
-        await stage.pilot.pause()
-        assert "This preset has mistakes" in stage.seen() and "secnds" in stage.seen()
-        await stage.press("enter")
-        assert "has mistakes" in stage.app.journal.text()
-        stage.find("#preset-list", RowTable).go_to("quick")
-        await stage.press("d")
-        assert "is bundled" in stage.app.journal.text()
-
-    on_stage(play)
+async def test_bundled_presets_stay_and_broken_ones_are_shown(stage):
+    folder = storage.own_presets()
+    folder.mkdir(parents=True)
+    (folder / "broken.toml").write_text("schema = 1\nsecnds = 3\n")
+    await stage.press("p")
+    stage.find("#preset-list", RowTable).go_to("broken")
+    await stage.pilot.pause()
+    assert "This preset has mistakes" in stage.seen() and "secnds" in stage.seen()
+    await stage.press("enter")
+    assert "has mistakes" in stage.app.journal.text()
+    stage.find("#preset-list", RowTable).go_to("quick")
+    await stage.press("d")
+    assert "is bundled" in stage.app.journal.text()
 
 
-def test_a_preset_given_at_the_start_is_loaded_and_run():
-    async def play(stage):
+async def test_a_preset_given_at_the_start_is_loaded_and_run():
+    async with on_stage(preset="seed-table", run=True) as stage:
         await stage.settle(lambda: stage.app.session is not None)
         assert stage.app.session.preset == "seed-table"
         assert stage.app.session.command == "fatui bench seed-table"
         assert len(stage.engine.record.cases) == 6
 
-    on_stage(play, preset="seed-table", run=True)
 
-
-def test_an_unknown_preset_is_reported_and_nothing_runs():
-    async def play(stage):
+async def test_an_unknown_preset_is_reported_and_nothing_runs():
+    async with on_stage(preset="quik", run=True) as stage:
         await stage.settle(lambda: "none named 'quik'" in stage.app.journal.text())
         assert stage.app.session is None
 
-    on_stage(play, preset="quik", run=True)
 
-
-def test_a_preset_of_odd_cases_says_that_a_slider_leaves_them():
-    async def play(stage):
+async def test_a_preset_of_odd_cases_says_that_a_slider_leaves_them():
+    async with on_stage(preset="seed-table") as stage:
         await stage.settle(lambda: stage.app.draft.preset == "seed-table")
         await stage.pilot.pause()
         assert "6 cases of the preset" in stage.seen()
 
-    on_stage(play, preset="seed-table")
+
+async def test_past_runs_are_opened_compared_deleted_and_brought_back(stage):
+    await stage.run_to_the_end()
+    await stage.run_to_the_end(lambda case: {"poc": 2.0})
+    await stage.settle(lambda: len(RunHistory().runs()) == 2)
+    await stage.press("h")
+    await stage.settle(lambda: len(stage.find("#runs", RowTable).lines) == 2)
+    await stage.press("space", "down", "c")
+    await stage.settle(lambda: "tokens/s before" in stage.seen())
+    assert "0.50" in stage.seen()
+    await stage.press("escape", "d")
+    await stage.settle(lambda: len(RunHistory().runs()) == 1)
+    await stage.press("u")
+    await stage.settle(lambda: len(RunHistory().runs()) == 2)
+    await stage.press("enter")
+    await stage.settle(lambda: stage.app.session is None)
+    assert "is open" in stage.seen()
 
 
-def test_past_runs_are_opened_compared_deleted_and_brought_back():
-    async def play(stage):
-        await stage.run_to_the_end()
-        await stage.run_to_the_end(lambda case: {"poc": 2.0})
-        await stage.settle(lambda: len(RunHistory().runs()) == 2)
-        await stage.press("h")
-        await stage.settle(lambda: len(stage.find("#runs", RowTable).lines) == 2)
-        await stage.press("space", "down", "c")
-        await stage.settle(lambda: "tokens/s before" in stage.seen())
-        assert "0.50" in stage.seen()
-        await stage.press("escape", "d")
-        await stage.settle(lambda: len(RunHistory().runs()) == 1)
-        await stage.press("u")
-        await stage.settle(lambda: len(RunHistory().runs()) == 2)
-        await stage.press("enter")
-        await stage.settle(lambda: stage.app.session is None)
-        assert "is open" in stage.seen()
-
-    on_stage(play)
+async def test_scaling_draws_a_map_a_chart_and_names_crossovers(stage):
+    draft = stage.app.draft.toggle_sweep().set_axis("seq", (64, 128, 256)).set_axis("batch", (1, 2))
+    stage.app.set_draft(draft)
+    await stage.run_to_the_end(lambda case: {"poc": 100.0} if case % 3 == 0 else None)
+    await stage.press("g")
+    seen = stage.seen()
+    assert "tokens/s over batch" in seen
+    await stage.press("a")
+    seen = stage.seen()
+    assert "Speedup of poc over baseline" in seen
+    assert "poc overtakes baseline between seq 64 and 128" in seen
+    assert "logarithmic" in stage.seen()
+    await stage.press("l", "i", "v")
+    assert "from 0" in stage.seen()
 
 
-def test_scaling_draws_a_map_a_chart_and_names_crossovers():
-    async def play(stage):
-        draft = stage.app.draft.toggle_sweep().set_axis("seq", (64, 128, 256)).set_axis("batch", (1, 2))
-        stage.app.set_draft(draft)
-        await stage.run_to_the_end(lambda case: {"poc": 100.0} if case % 3 == 0 else None)
-        await stage.press("g")
-        seen = stage.seen()
-        assert "tokens/s over batch" in seen
-        await stage.press("a")
-        seen = stage.seen()
-        assert "Speedup of poc over baseline" in seen
-        assert "poc overtakes baseline between seq 64 and 128" in seen
-        assert "logarithmic" in stage.seen()
-        await stage.press("l", "i", "v")
-        assert "from 0" in stage.seen()
-
-    on_stage(play)
+async def test_scaling_without_a_sweep_says_how_to_get_one(stage):
+    await stage.press("g")
+    assert "No run yet" in stage.seen()
 
 
-def test_scaling_without_a_sweep_says_how_to_get_one():
-    async def play(stage):
-        await stage.press("g")
-        assert "No run yet" in stage.seen()
-
-    on_stage(play)
-
-
-def test_export_writes_all_files_and_says_where(tmp_path):
-    async def play(stage):
+async def test_export_writes_all_files_and_says_where(tmp_path):
+    async with on_stage(paints=True) as stage:
         await stage.run_to_the_end()
         await stage.press("e")
         stage.find("#folder", Input).value = str(tmp_path)
         stage.find("#name", Input).value = "out"
         await stage.press("enter")
         await stage.settle(lambda: "wrote out.md" in stage.app.journal.text())
-
-    on_stage(play, paints=True)
     assert "| poc" in (tmp_path / "out.md").read_text()
     with (tmp_path / "out.csv").open() as file:
         assert [row["implementation"] for row in csv.DictReader(file)] == ["baseline", "poc", "practical", "demo"]
@@ -197,13 +165,13 @@ def test_export_writes_all_files_and_says_where(tmp_path):
     assert "case 1 of 1 complete" in (tmp_path / "out.log").read_text()
 
 
-def test_an_export_that_fails_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
+async def test_an_export_that_fails_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
     (tmp_path / "out.md").write_text("old")
 
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    async def play(stage):
+    async with on_stage() as stage:
         await stage.run_to_the_end()
         monkeypatch.setattr("fatui.storage.write_atomically", full)
         await stage.press("e")
@@ -211,36 +179,27 @@ def test_an_export_that_fails_keeps_the_old_file_and_says_so(tmp_path, monkeypat
         await stage.press("enter")
         await stage.settle(lambda: "No space left on device" in stage.app.journal.text())
         monkeypatch.undo()
-
-    on_stage(play)
     assert (tmp_path / "out.md").read_text() == "old"
 
 
-def test_export_judges_the_folder_while_it_is_typed():
-    async def play(stage):
-        await stage.run_to_the_end()
-        await stage.press("e")
-        stage.find("#folder", Input).value = "/no/such/folder"
-        await stage.pilot.pause()
-        assert "there is no folder /no/such/folder" in stage.seen()
-        await stage.press("escape")
-        assert not list(Path.cwd().glob("fatui-*"))
-
-    on_stage(play)
+async def test_export_judges_the_folder_while_it_is_typed(stage):
+    await stage.run_to_the_end()
+    await stage.press("e")
+    stage.find("#folder", Input).value = "/no/such/folder"
+    await stage.pilot.pause()
+    assert "there is no folder /no/such/folder" in stage.seen()
+    await stage.press("escape")
+    assert not list(Path.cwd().glob("fatui-*"))
 
 
-def test_export_without_a_run_says_so():
-    async def play(stage):
-        await stage.press("e")
-        assert "nothing was run yet" in stage.app.journal.text()
-
-    on_stage(play)
+async def test_export_without_a_run_says_so(stage):
+    await stage.press("e")
+    assert "nothing was run yet" in stage.app.journal.text()
 
 
-def test_copy_claims_success_only_where_a_program_took_it(monkeypatch):
+async def test_copy_claims_success_only_where_a_program_took_it(monkeypatch):
     taken = []
-
-    async def play(stage):
+    async with on_stage() as stage:
         await stage.run_to_the_end()
         monkeypatch.setattr(terminal, "copy", lambda text: None)
         await stage.press("c")
@@ -250,46 +209,35 @@ def test_copy_claims_success_only_where_a_program_took_it(monkeypatch):
         await stage.settle(lambda: "the table is on the clipboard" in stage.app.journal.text())
         assert "| poc" in taken[0]
 
-    on_stage(play)
+
+async def test_a_row_opens_with_its_samples_and_its_command(stage):
+    await stage.run_to_the_end()
+    stage.find("#comparison-table", RowTable).focus()
+    await stage.press("down", "enter")
+    assert isinstance(stage.app.screen, RowDetails)
+    seen = stage.seen()
+    session = stage.app.session
+    command = str(stage.app.screen.query(Static).last().render())
+    assert f"--impl {','.join(session.plan.implementations)} --seconds {session.plan.seconds:g}" in command
+    assert "of the best rate measured" in seen and "why poc" in seen
+    await stage.press("escape")
+    assert stage.app.screen is stage.app.main
 
 
-def test_a_row_opens_with_its_samples_and_its_command():
-    async def play(stage):
-        await stage.run_to_the_end()
-        stage.find("#comparison-table", RowTable).focus()
-        await stage.press("down", "enter")
-        assert isinstance(stage.app.screen, RowDetails)
-        seen = stage.seen()
-        session = stage.app.session
-        command = str(stage.app.screen.query(Static).last().render())
-        assert f"--impl {','.join(session.plan.implementations)} --seconds {session.plan.seconds:g}" in command
-        assert "of the best rate measured" in seen and "why poc" in seen
-        await stage.press("escape")
-        assert stage.app.screen is stage.app.main
-
-    on_stage(play)
+async def test_help_lists_the_keys_of_the_screen_it_is_opened_on(stage):
+    await stage.press("question_mark")
+    assert "Run what is set up" in stage.seen()
+    await stage.press("escape", "h")
+    await stage.press("question_mark")
+    assert "Mark the run for a comparison" in stage.seen()
 
 
-def test_help_lists_the_keys_of_the_screen_it_is_opened_on():
-    async def play(stage):
-        await stage.press("question_mark")
-        assert "Run what is set up" in stage.seen()
-        await stage.press("escape", "h")
-        await stage.press("question_mark")
-        assert "Mark the run for a comparison" in stage.seen()
-
-    on_stage(play)
-
-
-def test_the_palette_has_every_action():
-    async def play(stage):
-        titles = [command.title for command in stage.app.get_system_commands(stage.app.main)]
-        assert len(titles) == 22
-        assert "Run (r)" in titles and "Quit (q)" in titles
-        await stage.press("ctrl+p")
-        await stage.press(*"sweep")
-        await stage.pilot.pause(0.3)
-        await stage.press("enter")
-        await stage.settle(lambda: stage.app.draft.sweeping)
-
-    on_stage(play)
+async def test_the_palette_has_every_action(stage):
+    titles = [command.title for command in stage.app.get_system_commands(stage.app.main)]
+    assert len(titles) == 22
+    assert "Run (r)" in titles and "Quit (q)" in titles
+    await stage.press("ctrl+p")
+    await stage.press(*"sweep")
+    await stage.pilot.pause(0.3)
+    await stage.press("enter")
+    await stage.settle(lambda: stage.app.draft.sweeping)

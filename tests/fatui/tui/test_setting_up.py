@@ -14,65 +14,53 @@ from fatui.tui.screens.dialogs import FORMATS
 from fatui.tui.view_models.availability import needs_text
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
-from tests.support.stage import DEVICE, advise, on_stage
+from tests.support.stage import DEVICE, advise
 
 
-def test_a_slider_goes_by_stops_and_to_its_ends():
-    async def play(stage):
-        slider = stage.find("#axis-seq", Slider)
-        slider.focus()
-        await stage.press("right")
-        assert stage.app.draft.axes["seq"] == (1024,)
-        await stage.press("left", "left")
-        assert stage.app.draft.axes["seq"] == (256,)
-        await stage.press("pageup")
-        assert stage.app.draft.axes["seq"] == (2048,)
-        await stage.press("home")
-        assert stage.app.draft.axes["seq"] == (16,)
-        await stage.press("end")
-        assert stage.app.draft.axes["seq"] == (131_072,)
-
-    on_stage(play)
+async def test_a_slider_goes_by_stops_and_to_its_ends(stage):
+    slider = stage.find("#axis-seq", Slider)
+    slider.focus()
+    await stage.press("right")
+    assert stage.app.draft.axes["seq"] == (1024,)
+    await stage.press("left", "left")
+    assert stage.app.draft.axes["seq"] == (256,)
+    await stage.press("pageup")
+    assert stage.app.draft.axes["seq"] == (2048,)
+    await stage.press("home")
+    assert stage.app.draft.axes["seq"] == (16,)
+    await stage.press("end")
+    assert stage.app.draft.axes["seq"] == (131_072,)
 
 
-def test_a_typed_value_takes_any_legal_number():
-    async def play(stage):
-        stage.find("#axis-seq", Slider).focus()
-        await stage.press("7", "7", "7", "enter")
-        assert stage.app.draft.axes["seq"] == (777,)
-        await stage.press("right")
-        assert stage.app.draft.axes["seq"] == (1024,)
-        await stage.press("9", "escape")
-        assert stage.app.draft.axes["seq"] == (1024,)
-
-    on_stage(play)
+async def test_a_typed_value_takes_any_legal_number(stage):
+    stage.find("#axis-seq", Slider).focus()
+    await stage.press("7", "7", "7", "enter")
+    assert stage.app.draft.axes["seq"] == (777,)
+    await stage.press("right")
+    assert stage.app.draft.axes["seq"] == (1024,)
+    await stage.press("9", "escape")
+    assert stage.app.draft.axes["seq"] == (1024,)
 
 
-def test_a_typed_value_that_is_none_is_refused_in_words():
-    async def play(stage):
-        stage.find("#axis-heads", Slider).focus()
-        await stage.press("9", "9", "9", "9", "9", "enter")
-        assert stage.app.draft.axes["heads"] == (8,)
-        assert "heads takes a whole number from 1 to 4,096" in stage.app.journal.text()
-
-    on_stage(play)
+async def test_a_typed_value_that_is_none_is_refused_in_words(stage):
+    stage.find("#axis-heads", Slider).focus()
+    await stage.press("9", "9", "9", "9", "9", "enter")
+    assert stage.app.draft.axes["heads"] == (8,)
+    assert "heads takes a whole number from 1 to 4,096" in stage.app.journal.text()
 
 
-def test_a_slider_follows_click_drag_and_wheel():
-    async def play(stage):
-        slider = stage.find("#axis-seq", Slider)
-        await stage.pilot.click(slider, offset=(11, 0))
-        assert stage.app.draft.axes["seq"] == (16,)
-        await stage.pilot.mouse_down(slider, offset=(11, 0))
-        await stage.pilot.hover(slider, offset=(slider.size.width - 11, 0))
-        await stage.pilot.mouse_up(slider, offset=(slider.size.width - 11, 0))
-        assert stage.app.draft.axes["seq"] == (131_072,)
-        slider.action_step(-3)
-        stage.find("#axis-seq", Slider).on_mouse_scroll_up(Wheel())
-        await stage.pilot.pause()
-        assert stage.app.draft.axes["seq"] == (32_768,)
-
-    on_stage(play)
+async def test_a_slider_follows_click_drag_and_wheel(stage):
+    slider = stage.find("#axis-seq", Slider)
+    await stage.pilot.click(slider, offset=(11, 0))
+    assert stage.app.draft.axes["seq"] == (16,)
+    await stage.pilot.mouse_down(slider, offset=(11, 0))
+    await stage.pilot.hover(slider, offset=(slider.size.width - 11, 0))
+    await stage.pilot.mouse_up(slider, offset=(slider.size.width - 11, 0))
+    assert stage.app.draft.axes["seq"] == (131_072,)
+    slider.action_step(-3)
+    stage.find("#axis-seq", Slider).on_mouse_scroll_up(Wheel())
+    await stage.pilot.pause()
+    assert stage.app.draft.axes["seq"] == (32_768,)
 
 
 class Wheel:
@@ -83,148 +71,118 @@ class Wheel:
         pass
 
 
-def test_a_slider_ignores_letters_and_keeps_digits_to_itself():
-    async def play(stage):
-        stage.find("#axis-batch", Slider).focus()
-        await stage.press("6")
-        await stage.press("k")
-        assert stage.find("#axis-batch", Slider).typed == "6k"
-        await stage.press("tab")
-        assert stage.app.draft.axes["batch"] == (6144,)
-
-    on_stage(play)
+async def test_a_slider_ignores_letters_and_keeps_digits_to_itself(stage):
+    stage.find("#axis-batch", Slider).focus()
+    await stage.press("6")
+    await stage.press("k")
+    assert stage.find("#axis-batch", Slider).typed == "6k"
+    await stage.press("tab")
+    assert stage.app.draft.axes["batch"] == (6144,)
 
 
-def test_a_sweep_marks_several_values_and_says_how_many_cases():
-    async def play(stage):
-        await stage.press("s")
-        stage.find("#axis-seq", Slider).focus()
-        await stage.press("right", "space")
-        assert stage.app.draft.axes["seq"] == (512, 1024)
-        await stage.press("1", ".", ".", "4", "enter")
-        assert stage.app.draft.axes["seq"] == (1, 2, 4)
-        assert "3 cases: seq 1, 2, 4" in stage.seen()
-        await stage.press("s")
-        assert stage.app.draft.axes["seq"] == (1,)
-
-    on_stage(play)
+async def test_a_sweep_marks_several_values_and_says_how_many_cases(stage):
+    await stage.press("s")
+    stage.find("#axis-seq", Slider).focus()
+    await stage.press("right", "space")
+    assert stage.app.draft.axes["seq"] == (512, 1024)
+    await stage.press("1", ".", ".", "4", "enter")
+    assert stage.app.draft.axes["seq"] == (1, 2, 4)
+    assert "3 cases: seq 1, 2, 4" in stage.seen()
+    await stage.press("s")
+    assert stage.app.draft.axes["seq"] == (1,)
 
 
-def test_a_sweep_that_cannot_run_says_why_and_does_not_start():
-    async def play(stage):
-        await stage.press("s")
-        stage.app.set_draft(stage.app.draft.set_axis("heads", (8, 12)).set_axis("kv_heads", (8,)))
-        await stage.pilot.pause()
-        assert "cannot run: kv_heads" in stage.seen()
-        await stage.press("r")
-        assert stage.app.session is None
-
-    on_stage(play)
+async def test_a_sweep_that_cannot_run_says_why_and_does_not_start(stage):
+    await stage.press("s")
+    stage.app.set_draft(stage.app.draft.set_axis("heads", (8, 12)).set_axis("kv_heads", (8,)))
+    await stage.pilot.pause()
+    assert "cannot run: kv_heads" in stage.seen()
+    await stage.press("r")
+    assert stage.app.session is None
 
 
-def test_choices_turn_and_a_window_may_be_typed():
-    async def play(stage):
-        stage.find("#choice-mask", Choice).focus()
-        await stage.press("right")
-        assert stage.app.draft.mask == "causal"
-        await stage.press("3", "0", "0")
-        assert stage.app.draft.mask == "window:300"
-        stage.find("#choice-pass_", Choice).focus()
-        await stage.press("end")
-        assert stage.app.draft.pass_ == "decode"
-        assert stage.app.draft.workloads()[0].seq == 1
-
-    on_stage(play)
+async def test_choices_turn_and_a_window_may_be_typed(stage):
+    stage.find("#choice-mask", Choice).focus()
+    await stage.press("right")
+    assert stage.app.draft.mask == "causal"
+    await stage.press("3", "0", "0")
+    assert stage.app.draft.mask == "window:300"
+    stage.find("#choice-pass_", Choice).focus()
+    await stage.press("end")
+    assert stage.app.draft.pass_ == "decode"
+    assert stage.app.draft.workloads()[0].seq == 1
 
 
-def test_each_implementation_says_what_would_happen():
-    async def play(stage):
-        advise(
-            stage.app,
-            poc=Route(path="falls back: MLX SDPA", fused=False, reason="no Metal here"),
-            practical=Route(path="blocks", fused=False, reason="x", predicted_bytes=41 * 2**30),
-            demo=Route(path="-", fused=False, reason="softcap is not taken", supported=False),
-        )
-        await stage.pilot.pause()
-        seen = stage.seen()
-        assert "falls back: MLX SDPA" in seen
-        assert "will not fit: 41 GiB of 8" in seen
-        assert "cannot: softcap" in seen
-
-    on_stage(play)
+async def test_each_implementation_says_what_would_happen(stage):
+    advise(
+        stage.app,
+        poc=Route(path="falls back: MLX SDPA", fused=False, reason="no Metal here"),
+        practical=Route(path="blocks", fused=False, reason="x", predicted_bytes=41 * 2**30),
+        demo=Route(path="-", fused=False, reason="softcap is not taken", supported=False),
+    )
+    await stage.pilot.pause()
+    seen = stage.seen()
+    assert "falls back: MLX SDPA" in seen
+    assert "will not fit: 41 GiB of 8" in seen
+    assert "cannot: softcap" in seen
 
 
-def test_an_old_answer_is_marked_as_one_until_the_next_comes():
-    async def play(stage):
-        advise(stage.app)
-        stage.find("#axis-seq", Slider).focus()
-        await stage.press("right")
-        assert "manual, unfused …" in stage.seen()
-        advise(stage.app)
-        await stage.pilot.pause()
-        assert "manual, unfused …" not in stage.seen()
-
-    on_stage(play)
+async def test_an_old_answer_is_marked_as_one_until_the_next_comes(stage):
+    advise(stage.app)
+    stage.find("#axis-seq", Slider).focus()
+    await stage.press("right")
+    assert "manual, unfused …" in stage.seen()
+    advise(stage.app)
+    await stage.pilot.pause()
+    assert "manual, unfused …" not in stage.seen()
 
 
-def test_space_takes_an_implementation_out_and_none_cannot_run():
-    async def play(stage):
-        stage.find("#implementations").focus()
-        for _ in range(4):
-            await stage.press("space", "down")
-        assert stage.app.draft.implementations == ()
-        assert "no implementation is chosen" in stage.seen().replace("\n", " ") or stage.app.draft.implementations == ()
-        await stage.press("r")
-        assert stage.app.session is None
-
-    on_stage(play)
+async def test_space_takes_an_implementation_out_and_none_cannot_run(stage):
+    stage.find("#implementations").focus()
+    for _ in range(4):
+        await stage.press("space", "down")
+    assert stage.app.draft.implementations == ()
+    assert "no implementation is chosen" in stage.seen().replace("\n", " ") or stage.app.draft.implementations == ()
+    await stage.press("r")
+    assert stage.app.session is None
 
 
-def test_a_machine_without_a_backend_is_told_in_words():
-    async def play(stage):
-        stage.app.advice.device = None
-        stage.app.advice.problem = "MLX has no backend on this machine; install one"
-        stage.app.main.show_draft()
-        await stage.pilot.pause()
-        assert "MLX has no backend" in stage.seen()
-
-    on_stage(play)
+async def test_a_machine_without_a_backend_is_told_in_words(stage):
+    stage.app.advice.device = None
+    stage.app.advice.problem = "MLX has no backend on this machine; install one"
+    stage.app.main.show_draft()
+    await stage.pilot.pause()
+    assert "MLX has no backend" in stage.seen()
 
 
-def test_a_sweep_takes_several_types_masks_and_passes():
-    async def play(stage):
-        await stage.press("s")
-        stage.find("#choice-dtype", Choice).focus()
-        await stage.press("home")
-        assert stage.app.draft.choices("dtype") == ("float16",)
-        assert "┼float32" in stage.seen()
-        await stage.press("space")
-        assert stage.app.draft.choices("dtype") == ("float16", "float32")
-        stage.find("#choice-mask", Choice).focus()
-        await stage.press("right", "space", "3", "0", "0", "space")
-        assert stage.app.draft.choices("mask") == ("none", "causal", "window:300")
-        stage.find("#choice-pass_", Choice).focus()
-        await stage.press("end", "space")
-        assert len(stage.app.draft.workloads()) == 12
-        assert "12 cases: dtype float16, float32" in stage.seen() and "3 values" in stage.seen()
-        await stage.press("s")
-        assert [stage.app.draft.choices(name) for name in ("dtype", "mask")] == [("float16",), ("none",)]
-
-    on_stage(play)
+async def test_a_sweep_takes_several_types_masks_and_passes(stage):
+    await stage.press("s")
+    stage.find("#choice-dtype", Choice).focus()
+    await stage.press("home")
+    assert stage.app.draft.choices("dtype") == ("float16",)
+    assert "┼float32" in stage.seen()
+    await stage.press("space")
+    assert stage.app.draft.choices("dtype") == ("float16", "float32")
+    stage.find("#choice-mask", Choice).focus()
+    await stage.press("right", "space", "3", "0", "0", "space")
+    assert stage.app.draft.choices("mask") == ("none", "causal", "window:300")
+    stage.find("#choice-pass_", Choice).focus()
+    await stage.press("end", "space")
+    assert len(stage.app.draft.workloads()) == 12
+    assert "12 cases: dtype float16, float32" in stage.seen() and "3 values" in stage.seen()
+    await stage.press("s")
+    assert [stage.app.draft.choices(name) for name in ("dtype", "mask")] == [("float16",), ("none",)]
 
 
-def test_one_that_tries_says_what_its_last_trial_chose():
-    async def play(stage):
-        untried = Route(path="not tried yet", fused=True, reason="tries them on first use", predicted_bytes=1)
-        advise(stage.app, demo=untried)
-        await stage.pilot.pause()
-        assert "tries them in the run" in stage.seen()
-        await stage.run_to_the_end()
-        stage.app.main.show_draft()
-        await stage.pilot.pause()
-        assert "poc, tuned, last run" in stage.seen()
-
-    on_stage(play)
+async def test_one_that_tries_says_what_its_last_trial_chose(stage):
+    untried = Route(path="not tried yet", fused=True, reason="tries them on first use", predicted_bytes=1)
+    advise(stage.app, demo=untried)
+    await stage.pilot.pause()
+    assert "tries them in the run" in stage.seen()
+    await stage.run_to_the_end()
+    stage.app.main.show_draft()
+    await stage.pilot.pause()
+    assert "poc, tuned, last run" in stage.seen()
 
 
 async def focused_panes(stage, key, count):
@@ -235,90 +193,69 @@ async def focused_panes(stage, key, count):
     return seen
 
 
-def test_bracket_keys_go_through_all_panes_and_round_again():
-    async def play(stage):
-        stage.find("#implementations").focus()
-        order = ["workload", "live", "comparison", "log", "implementations-pane"]
-        assert await focused_panes(stage, "right_square_bracket", 5) == order
-        assert await focused_panes(stage, "left_square_bracket", 2) == ["log", "comparison"]
-
-    on_stage(play)
+async def test_bracket_keys_go_through_all_panes_and_round_again(stage):
+    stage.find("#implementations").focus()
+    order = ["workload", "live", "comparison", "log", "implementations-pane"]
+    assert await focused_panes(stage, "right_square_bracket", 5) == order
+    assert await focused_panes(stage, "left_square_bracket", 2) == ["log", "comparison"]
 
 
-def test_bracket_keys_pass_over_a_hidden_pane():
-    async def play(stage):
-        stage.find("#live").focus()
-        await stage.press("z")
-        assert "Live is hidden; z brings it back" in stage.app.journal.text()
-        stage.find("#axis-seq").focus()
-        assert await focused_panes(stage, "right_square_bracket", 1) == ["comparison"]
-
-    on_stage(play)
+async def test_bracket_keys_pass_over_a_hidden_pane(stage):
+    stage.find("#live").focus()
+    await stage.press("z")
+    assert "Live is hidden; z brings it back" in stage.app.journal.text()
+    stage.find("#axis-seq").focus()
+    assert await focused_panes(stage, "right_square_bracket", 1) == ["comparison"]
 
 
-def test_a_sweep_of_one_value_is_still_the_preset():
-    async def play(stage):
-        stage.app.load_preset("quick")
-        await stage.press("s")
-        assert stage.app.draft.title() == "quick"
-        await stage.press("r")
-        assert stage.app.session.preset == "quick"
-
-    on_stage(play)
+async def test_a_sweep_of_one_value_is_still_the_preset(stage):
+    stage.app.load_preset("quick")
+    await stage.press("s")
+    assert stage.app.draft.title() == "quick"
+    await stage.press("r")
+    assert stage.app.session.preset == "quick"
 
 
-def test_a_reverted_change_restores_the_presets_name():
-    async def play(stage):
-        stage.app.load_preset("quick")
-        stage.find("#axis-seq").focus()
-        await stage.press("right")
-        assert stage.app.draft.title() == "quick, changed"
-        await stage.press("left")
-        assert stage.app.draft.title() == "quick"
-
-    on_stage(play)
+async def test_a_reverted_change_restores_the_presets_name(stage):
+    stage.app.load_preset("quick")
+    stage.find("#axis-seq").focus()
+    await stage.press("right")
+    assert stage.app.draft.title() == "quick, changed"
+    await stage.press("left")
+    assert stage.app.draft.title() == "quick"
 
 
-def test_a_choice_in_a_sweep_shows_what_will_run():
-    async def play(stage):
-        await stage.press("s")
-        choice = stage.find("#choice-mask", Choice)
-        choice.focus()
-        await stage.press("right")
-        assert stage.app.draft.mask == "none"
-        assert "none ‹┼causal›" in stage.seen()
-        await stage.press("space")
-        assert "2 values ‹●causal›" in stage.seen()
-
-    on_stage(play)
+async def test_a_choice_in_a_sweep_shows_what_will_run(stage):
+    await stage.press("s")
+    choice = stage.find("#choice-mask", Choice)
+    choice.focus()
+    await stage.press("right")
+    assert stage.app.draft.mask == "none"
+    assert "none ‹┼causal›" in stage.seen()
+    await stage.press("space")
+    assert "2 values ‹●causal›" in stage.seen()
 
 
-def test_needs_of_a_sweep_are_those_of_its_largest_case():
-    async def play(stage):
-        cases = tuple(Workload(seq=seq) for seq in (64, 128, 256))
-        question = AdviceRequest(number=1, workload=cases[0], names=("baseline", "practical"), others=cases[1:])
-        made = answer(question, DEVICE)
-        largest = implementations.load_implementation("baseline").route(cases[2], DEVICE).predicted_bytes
-        assert made.largest["baseline"] == largest > made.routes["baseline"].predicted_bytes
-        stage.app.draft = Draft(axes={**DEFAULT_AXES, "seq": (64, 128, 256)}, implementations=("baseline",))
-        stage.app.advice.answer = made
-        assert needs_text(stage.app.draft, stage.app.advice) == f"needs up to baseline {formatting.size(largest)}"
-        limited = structs.replace(stage.app.draft, memory_limit_bytes=made.needs["baseline"][2] - 1)
-        assert "cases that will not fit: baseline 1 of 3" in needs_text(limited, stage.app.advice)
-
-    on_stage(play)
+async def test_needs_of_a_sweep_are_those_of_its_largest_case(stage):
+    cases = tuple(Workload(seq=seq) for seq in (64, 128, 256))
+    question = AdviceRequest(number=1, workload=cases[0], names=("baseline", "practical"), others=cases[1:])
+    made = answer(question, DEVICE)
+    largest = implementations.load_implementation("baseline").route(cases[2], DEVICE).predicted_bytes
+    assert made.largest["baseline"] == largest > made.routes["baseline"].predicted_bytes
+    stage.app.draft = Draft(axes={**DEFAULT_AXES, "seq": (64, 128, 256)}, implementations=("baseline",))
+    stage.app.advice.answer = made
+    assert needs_text(stage.app.draft, stage.app.advice) == f"needs up to baseline {formatting.size(largest)}"
+    limited = structs.replace(stage.app.draft, memory_limit_bytes=made.needs["baseline"][2] - 1)
+    assert "cases that will not fit: baseline 1 of 3" in needs_text(limited, stage.app.advice)
 
 
-def test_a_deleted_presets_name_is_free_until_undo():
-    async def play(stage):
-        presets.save(structs.replace(presets.load("quick"), name="mine", bundled=False), "mine")
-        stage.app.load_preset("mine")
-        await stage.press("p", "d")
-        assert stage.app.draft.title() == "unnamed"
-        await stage.press("u")
-        assert stage.app.draft.title() == "mine"
-
-    on_stage(play)
+async def test_a_deleted_presets_name_is_free_until_undo(stage):
+    presets.save(structs.replace(presets.load("quick"), name="mine", bundled=False), "mine")
+    stage.app.load_preset("mine")
+    await stage.press("p", "d")
+    assert stage.app.draft.title() == "unnamed"
+    await stage.press("u")
+    assert stage.app.draft.title() == "mine"
 
 
 def test_every_format_of_an_export_is_named_in_its_help():

@@ -15,10 +15,9 @@ def config(text):
     path.write_text(text)
 
 
-def test_keys_are_other_ones_where_the_config_file_says_so():
+async def test_keys_are_other_ones_where_the_config_file_says_so():
     config("[keys]\nrun = 'f5'\nhelp = 'f1'\n")
-
-    async def play(stage):
+    async with on_stage() as stage:
         assert "f5 Run" in stage.seen()
         await stage.press("r")
         assert stage.app.session is None
@@ -27,13 +26,10 @@ def test_keys_are_other_ones_where_the_config_file_says_so():
         await stage.press("f1")
         assert isinstance(stage.app.screen, Help)
 
-    on_stage(play)
 
-
-def test_config_errors_are_all_reported_and_the_rest_applies():
+async def test_config_errors_are_all_reported_and_the_rest_applies():
     config("theme = 'gruvbx'\nascii = 3\ncolour = 1\n[keys]\nrnu = 'r'\nrun = 7\nstop = 'f6'\n")
-
-    async def play(stage):
+    async with on_stage() as stage:
         told = stage.app.journal.text()
         for part in (
             "did you mean 'gruvbox'",
@@ -45,22 +41,17 @@ def test_config_errors_are_all_reported_and_the_rest_applies():
             assert part in told
         assert stage.app.keys["stop"] == "f6"
 
-    on_stage(play)
-
 
 @pytest.mark.parametrize("text", ["theme = [", "\xff\xfe", "keys = 3", "[keys]\nrun='a'\nstop='a'"])
-def test_the_app_starts_with_a_config_file_that_is_no_toml(text):
+async def test_the_app_starts_with_a_config_file_that_is_no_toml(text):
     config("")
     settings.config_path().write_bytes(text.encode("latin-1"))
-
-    async def play(stage):
+    async with on_stage() as stage:
         assert "config.toml" in stage.app.journal.text()
 
-    on_stage(play)
 
-
-def test_layout_theme_and_workload_come_back():
-    async def first(stage):
+async def test_layout_theme_and_workload_come_back():
+    async with on_stage() as stage:
         stage.find("#axis-seq", Slider).focus()
         await stage.press("end")
         stage.app.theme = "nord"
@@ -69,42 +60,34 @@ def test_layout_theme_and_workload_come_back():
         await stage.press("o", "q")
         await stage.settle(lambda: stage.app._exit)
 
-    async def second(stage):
+    async with on_stage() as stage:
         assert stage.app.draft.axes["seq"] == (131_072,)
         assert stage.app.theme == "nord"
         assert stage.app.main.hidden == ["log"]
         assert stage.app.remembered.sort == "path"
 
-    on_stage(first)
-    on_stage(second)
 
-
-def test_a_damaged_state_file_is_reported_and_replaced():
+async def test_a_damaged_state_file_is_reported_and_replaced():
     path = settings.state_path()
     path.parent.mkdir(parents=True)
     path.write_text('{"draft": {"axes": 3}}')
-
-    async def play(stage):
+    async with on_stage() as stage:
         assert "the app starts with its defaults" in stage.app.journal.text()
 
-    on_stage(play)
 
-
-def test_a_folder_that_cannot_be_written_costs_the_layout_only(monkeypatch):
+async def test_a_folder_that_cannot_be_written_costs_the_layout_only(monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    async def play(stage):
+    async with on_stage() as stage:
         monkeypatch.setattr("fatui.storage.write_atomically", full)
         await stage.press("q")
         await stage.settle(lambda: stage.app._exit)
         assert "No space left on device" in stage.app.farewell
 
-    on_stage(play)
 
-
-def test_below_60_by_16_it_says_what_it_needs_and_comes_back():
-    async def play(stage):
+async def test_below_60_by_16_it_says_what_it_needs_and_comes_back():
+    async with on_stage(size=(59, 15)) as stage:
         assert "fatui needs 60 x 16 characters" in stage.seen() and "59 x 15" in stage.seen()
         await stage.pilot.resize_terminal(80, 24)
         await stage.pilot.pause()
@@ -113,20 +96,16 @@ def test_below_60_by_16_it_says_what_it_needs_and_comes_back():
         await stage.pilot.pause()
         assert "Comparison" in stage.seen() and "[Set up]" not in stage.seen()
 
-    on_stage(play, size=(59, 15))
-
 
 @pytest.mark.parametrize("size", [(60, 16), (80, 24), (100, 30), (110, 32), (120, 40), (300, 100)])
-def test_every_size_shows_the_sliders_and_the_keys(size):
-    async def play(stage):
+async def test_every_size_shows_the_sliders_and_the_keys(size):
+    async with on_stage(size=size) as stage:
         assert "r Run" in stage.seen()
         assert size[1] < 20 or "K/V heads" in stage.seen()
 
-    on_stage(play, size=size)
 
-
-def test_a_narrow_terminal_follows_the_run_through_its_tabs():
-    async def play(stage):
+async def test_a_narrow_terminal_follows_the_run_through_its_tabs():
+    async with on_stage(size=(80, 24)) as stage:
         await stage.press("r")
         await stage.pilot.pause()
         assert "[Live]" in stage.seen()
@@ -136,15 +115,11 @@ def test_a_narrow_terminal_follows_the_run_through_its_tabs():
         await stage.press("right_square_bracket")
         assert "[Log]" in stage.seen()
 
-    on_stage(play, size=(80, 24))
 
-
-def test_ascii_draws_nothing_else():
-    async def play(stage):
+async def test_ascii_draws_nothing_else():
+    async with on_stage(ascii=True) as stage:
         await stage.run_to_the_end()
         assert stage.seen().replace("\n", "").isascii()
-
-    on_stage(play, ascii=True)
 
 
 def test_every_action_has_its_own_key():
@@ -152,10 +127,9 @@ def test_every_action_has_its_own_key():
     assert len(keys) == len(set(keys))
 
 
-def test_configured_keys_of_screens_work_and_show_in_help():
+async def test_configured_keys_of_screens_work_and_show_in_help():
     config("[keys]\npresets_delete = 'f8'\nhistory_delete = 'f8'\nback = 'f10'\npresets = 'f7'\n")
-
-    async def play(stage):
+    async with on_stage() as stage:
         assert not stage.app.settings.problems
         await stage.press("f7")
         assert "f8 Delete" in stage.seen() and "f10 Back" in stage.seen()
@@ -171,14 +145,9 @@ def test_configured_keys_of_screens_work_and_show_in_help():
         await stage.press("f7")
         assert stage.app.screen is stage.app.main
 
-    on_stage(play)
 
-
-def test_a_key_that_two_actions_of_one_screen_have_is_told():
+async def test_a_key_that_two_actions_of_one_screen_have_is_told():
     config("[keys]\npresets_undo = 'f8'\nhistory_undo = 'f8'\nquit = 'f8'\n")
-
-    async def play(stage):
+    async with on_stage() as stage:
         assert "keys.quit: 'f8' is also the key of presets_undo" in stage.app.journal.text()
         assert "keys.history_undo" not in stage.app.journal.text()
-
-    on_stage(play)
