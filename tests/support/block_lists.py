@@ -68,7 +68,7 @@ def _flat(lists: list[list[tuple[int, int]]]) -> BlockLists:
 def random_pairs(shape: tuple[int, int, int, int], block: int = 64, seed: int = 0) -> Array:
     """Return a bool mask whose blocks are empty, full, or a mixture of smaller ones, of which some are random.
 
-    The last block of rows and the second block of keys, if there are that many, are empty in the first plane.
+    In the first plane the last of three or more blocks of rows, and the second of four or more of keys, are empty.
     """
     random = np.random.default_rng(seed)
     batches, heads, queries, keys = shape
@@ -80,10 +80,11 @@ def random_pairs(shape: tuple[int, int, int, int], block: int = 64, seed: int = 
 
     coarse, fine = drawn(block, 0.3, 0.25, 0.45), drawn(8, 0.3, 0.3, 0.4)
     medium = drawn(block // 2, 0.3, 0.3, 0.4)
+    fine[random.random(whole[:3]) < 0.1] = 0
     fine = np.where(medium == 2, np.where(fine == 2, random.integers(0, 2, whole), fine), medium)
     seen = np.where(coarse == 2, fine, coarse) == 1
-    if whole[2] > block:
+    if whole[2] > 2 * block:
         seen[0, 0, -block:] = False
-    if whole[3] > block:
+    if whole[3] > 3 * block:
         seen[0, 0, :, block : 2 * block] = False
     return seen[:, :, :queries, :keys]

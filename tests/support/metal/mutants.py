@@ -11,6 +11,11 @@ FEW: Final = CallShape(1, 4, 2, 3, 600, 64, "float16")
 LONG: Final = CallShape(1, 1, 1, 64, 128, 64, "float16")
 SPLIT: Final = CallShape(1, 4, 2, 3, 523, 64, "float32")
 """Keys split into parts of unequal lengths."""
+TILES: Final = CallShape(2, 2, 1, 150, 230, 64, "float16")
+"""Several listed tiles along both axes."""
+KEY_HEADS: Final = CallShape(1, 2, 2, 100, 150, 64, "float16")
+WIDE_TILES: Final = CallShape(1, 2, 1, 150, 230, 128, "float16")
+"""With blocks of fewer than 32 keys."""
 WIDE: Final = CallShape(1, 1, 1, 20, 25, 256, "float32")
 """So wide that the backward kernels load tiles in chunks, and that float32 is summed in parts."""
 
@@ -137,3 +142,76 @@ BACKWARD: Final = (
     Mutant("dK, dV: too much threadgroup memory", "backward_key", "weights[BLOCK_K * BLOCK_Q / 2]", "weights[BLOCK_K * BLOCK_Q * 4]", "limit: threadgroup memory of 51200 bytes"),
 )  # fmt: skip
 MUTANTS: Final = (*BARRIERS, *FORWARD, *BACKWARD)
+OF_ROWS: Final = "own.batch * lists_shape[1] + own.head"
+OF_QUERIES: Final = "listed.batch * lists_shape[1] + listed.head"
+WHOLE_BY_BITS: Final = "simd_and(seen) == all_bits<BLOCK_K>()"
+LISTED: Final = (
+    Mutant("forward, lists: the first entry is skipped", "forward", "LISTS ? lists[list] : 0", "LISTS ? lists[list] + 1 : 0", "output", "lists", TILES),
+    Mutant("forward, lists: the entry before the first is added", "forward", "LISTS ? lists[list] : 0", "LISTS ? lists[list] - 1 : 0", "out-of-bounds: entries", "lists", TILES),
+    Mutant("forward, lists: the last entry is skipped", "forward", "(lists[list + 1] - entry0)", "(lists[list + 1] - entry0 - 1)", "output", "lists", TILES),
+    Mutant("forward, lists: the entry after the last is added", "forward", "(lists[list + 1] - entry0)", "(lists[list + 1] - entry0 + 1)", "output", "lists", TILES),
+    Mutant("forward, lists: the lists of the first head", "forward", OF_ROWS, "own.batch * lists_shape[1]", "output", "lists of heads", TILES),
+    Mutant("forward, lists: the lists of the first batch", "forward", OF_ROWS, "own.head", "output", "lists of batches", TILES),
+    Mutant("forward, lists: the head of the list is not added", "forward", "plane += own.head;", "", "race: o[", "lists of heads", TILES),
+    Mutant("forward, lists: shared lists are one head", "forward", "plane += own.head;", "plane = own.head;", "race: o[", "lists", TILES),
+    Mutant("forward, lists: the batch of the list is not added", "forward", "batch * lists_shape[0] + own.batch", "batch * lists_shape[0]", "race: o[", "lists of batches", TILES),
+    Mutant("forward, lists: shared lists are one batch", "forward", "batch * lists_shape[0] + own.batch", "own.batch", "race: o[", "lists", TILES),
+    Mutant("forward, lists: the tile is the head", "forward", "lists[at * LIST_RECORD + 4]", "lists[at * LIST_RECORD + 3]", "race: o[", "lists", TILES),
+    Mutant("forward, lists: tiles in order, not in that of the schedule", "forward", "own.tile * LIST_Q + first_row % LIST_Q", "first_row", "uninitialised read: output o", "lists of heads", TILES),
+    Mutant("forward, lists: blocks of a tile are one", "forward", "own.tile * LIST_Q + first_row % LIST_Q", "own.tile * LIST_Q", "race: o[", "lists", TILES),
+    Mutant("forward, lists: a record per block", "forward", "scheduled(lists, first_row / LIST_Q)", "scheduled(lists, first_row / BLOCK_Q)", "out-of-bounds: lists", "lists", TILES),
+    Mutant("forward, lists: the first block of a tile for all", "forward", "entries[entry] * LIST_K + step % LIST_K", "entries[entry] * LIST_K", "output", "lists", TILES),
+    Mutant("forward, lists: one block of a tile", "forward", "step += BLOCK_K", "step += LIST_K", "output", "lists", TILES),
+    Mutant("forward, lists: an entry per block", "forward", "(entry0 + step / LIST_K)", "(entry0 + step / BLOCK_K)", "output", "lists", TILES),
+    Mutant("forward, lists: a full tile has bits", "forward", "if (tile < 0) {", "if (false) {", "out-of-bounds: bits", "lists", TILES),
+    Mutant("forward, lists: partial tiles are full", "forward", "if (tile < 0) {", "if (true) {", "output", "lists", TILES),
+    Mutant("forward, lists: the bits of the next tile", "forward", "int64_t(tile) * LIST_Q", "int64_t(tile + 1) * LIST_Q", "output", "lists", TILES),
+    Mutant("forward, lists: tiles of bits as tall as a block", "forward", "int64_t(tile) * LIST_Q", "int64_t(tile) * ROWS", "output", "lists", TILES),
+    Mutant("forward, lists: bits of a tile's first rows", "forward", "+ row + int(lane % ROWS)", "+ int(lane % ROWS)", "output", "lists", TILES),
+    Mutant("forward, lists: bits of the next row", "forward", "int(lane % ROWS)", "int((lane + 1) % ROWS)", "output", "lists", TILES),
+    Mutant("forward, lists: the first word of a row", "forward", "(LIST_K / 32) + key / 32", "(LIST_K / 32)", "output", "lists", TILES),
+    Mutant("forward, lists: bits are not shifted", "forward", ">> (key % 32)", ">> 0", "output", "lists", WIDE_TILES),
+    Mutant("forward, lists: bits of other lanes' rows", "forward", "ushort(simdgroup_at * 8 + fragment_r)", "ushort(fragment_r)", "output", "lists", TILES),
+    Mutant("forward, lists: bits of one column of two", "forward", "has_bit(own_seen, j * 8 + fragment_c + e)", "has_bit(own_seen, j * 8 + fragment_c)", "output", "lists", TILES),
+    Mutant("forward, lists: a block with a hidden pair is skipped", "forward", "simd_or(seen) == 0", "simd_and(seen) == 0", "output", "lists", TILES),
+    Mutant("forward, lists: each lane skips by its own row", "forward", "simd_or(seen) == 0", "seen == 0", "divergence", "lists", TILES),
+    Mutant("forward, lists: a block with a visible pair in each column is whole", "forward", WHOLE_BY_BITS, "simd_or(seen) == all_bits<BLOCK_K>()", "output", "lists", TILES),
+    Mutant("forward, lists: keys past the end are seen", "forward", "key < keys && ", "", "output", "lists", TILES),
+    Mutant("forward, lists: no barrier B1", "forward", f"{BARRIER}B1:", "// B1:", "race: key_tile", "lists", TILES),
+    Mutant("forward, lists: no barrier B2", "forward", f"{BARRIER}B2:", "// B2:", "race: key_tile", "lists", TILES),
+    Mutant("forward, alibi: by rows, not positions", "forward", "key - (query + keys - queries)", "key - query", "logsumexp", "lists of heads", TILES),
+    Mutant("forward, alibi: the slope of the first head", "forward", "slopes[head]", "slopes[0]", "output", "lists of heads", TILES),
+    Mutant("forward, alibi: as for powers of 2", "forward", "metal::fma(slope,", "metal::fma(slope * LOG2_E,", "output", "lists of heads", TILES),
+    Mutant("dQ, lists: the first entry is skipped", "backward_query", "LISTS ? lists[list] : 0", "LISTS ? lists[list] + 1 : 0", "dQ", "lists", TILES),
+    Mutant("dQ, lists: the last entry is skipped", "backward_query", "(lists[list + 1] - entry0)", "(lists[list + 1] - entry0 - 1)", "dQ", "lists", TILES),
+    Mutant("dQ, lists: the lists of the first head", "backward_query", OF_QUERIES, "listed.batch * lists_shape[1]", "dQ", "lists of heads", TILES),
+    Mutant("dQ, lists: the head of the list is not added", "backward_query", "head += listed.head;", "", "race: d", "lists of heads", TILES),
+    Mutant("dQ, lists: the batch of the list is not added", "backward_query", "batch * lists_shape[0] + listed.batch", "batch * lists_shape[0]", "race: d", "lists of batches", TILES),
+    Mutant("dQ, lists: bits of a tile's first rows", "backward_query", "first_query % LIST_Q, step", "0, step", "dQ", "lists", TILES),
+    Mutant("dQ, lists: bits of other lanes' rows", "backward_query", "ushort(own + fragment_r)", "ushort(fragment_r)", "dQ", "lists", TILES),
+    Mutant("dQ, lists: bits are not looked at", "backward_query", "(LISTS && !has_bit(", "(false && !has_bit(", "dQ", "lists", TILES),
+    Mutant("dQ, lists: each lane skips by its own row", "backward_query", "simd_or(seen) == 0", "seen == 0", "divergence", "lists", TILES),
+    Mutant("dQ, lists: no barrier B2", "backward_query", f"{BARRIER}B2:", "// B2:", "race: ", "lists", TILES),
+    Mutant("dQ, alibi: none", "backward_query", "if (ALIBI) {", "if (false) {", "dQ", "lists of heads", TILES),
+    Mutant("dK, dV, lists: the first entry is skipped", "backward_key", "entry0 = lists[list];", "entry0 = lists[list] + 1;", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: the last entry is skipped", "backward_key", "(lists[list + 1] - entry0)", "(lists[list + 1] - entry0 - 1)", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: the lists of the first head", "backward_key", "list0 + head * lists_per_head", "list0", "dV", "lists of heads", TILES),
+    Mutant("dK, dV, lists: the lists of the group's first head", "backward_key", "list0 + head * lists_per_head", "list0 + key_head * group * lists_per_head", "dV", "lists of heads", TILES),
+    Mutant("dK, dV, lists: shared lists differ between heads", "backward_key", "lists_shape[1] > 1 ? lists_shape[2] * LIST_RECORD : 0", "lists_shape[2] * LIST_RECORD", "out-of-bounds: lists", "lists", TILES),
+    Mutant("dK, dV, lists: the key head of the list is not added", "backward_key", "key_head += listed.head;", "", "race: d_", "lists of heads", KEY_HEADS),
+    Mutant("dK, dV, lists: the batch of the list is not added", "backward_key", "batch * lists_shape[0] + listed.batch", "batch * lists_shape[0]", "race: d_", "lists of batches", TILES),
+    Mutant("dK, dV, lists: the lists of the first batch", "backward_key", "listed.batch * lists_shape[1] * lists_shape[2]", "0", "dV", "lists of batches", TILES),
+    Mutant("dK, dV, lists: the first block of a tile for all", "backward_key", "entries[entry] * LIST_Q + step % LIST_Q", "entries[entry] * LIST_Q", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: one block of a tile", "backward_key", "step += BLOCK_Q", "step += LIST_Q", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: bits transposed", "backward_key", "step % LIST_Q, key0 % LIST_K, lane", "key0 % LIST_K, step % LIST_Q, lane", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: bits of the rows' first lane", "backward_key", "ushort(j * 8 + fragment_c + e)", "ushort(j * 8 + fragment_c)", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: bits of the first keys", "backward_key", "has_bit(row_seen, pair * 8 + fragment_r)", "has_bit(row_seen, fragment_r)", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: bits are not looked at", "backward_key", "(LISTS && !has_bit(", "(false && !has_bit(", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: a block with a visible pair in each column is whole", "backward_key", WHOLE_BY_BITS, "simd_or(seen) == all_bits<BLOCK_K>()", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: a block with a hidden pair is skipped", "backward_key", "simd_or(seen) == 0", "simd_and(seen) == 0", "dV", "lists", TILES),
+    Mutant("dK, dV, lists: each lane skips by its own row", "backward_key", "simd_or(seen) == 0", "seen == 0", "divergence", "lists", TILES),
+    Mutant("dK, dV, lists: no barrier B1", "backward_key", f"{BARRIER}B1:", "// B1:", "race: ", "lists", TILES),
+    Mutant("dK, dV, lists: no barrier B3", "backward_key", f"{BARRIER}B3:", "// B3:", "race: weights", "lists", TILES),
+    Mutant("dK, dV, alibi: the slope of the first head", "backward_key", "slopes[head]", "slopes[0]", "dV", "lists of heads", TILES),
+)  # fmt: skip
+"""Faults in the iteration over block lists, and in alibi."""

@@ -4,11 +4,14 @@ import re
 
 import pytest
 
-from tests.support.metal.case import KINDS, problems
+from tests.support.metal.case import KINDS as PLAIN_KINDS
+from tests.support.metal.case import LISTED as LISTED_KINDS
+from tests.support.metal.case import problems
 from tests.support.metal.device import Device, needs_verifier, on_a_mac
-from tests.support.metal.mutants import BARRIERS, FEW, MANY, MUTANTS, Mutant
+from tests.support.metal.mutants import BARRIERS, FEW, LISTED, MANY, MUTANTS, Mutant
 
 pytestmark = needs_verifier
+KINDS = {**PLAIN_KINDS, **LISTED_KINDS}
 QUICK = MUTANTS[::9]
 """The few that every test run includes."""
 QUICK_PLACES = (("causal", MANY), ("full", FEW))
@@ -40,14 +43,28 @@ def test_a_planted_fault_is_found_for_its_own_reason(mutant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", [one for one in MUTANTS if one not in QUICK], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize(
+    "mutant", [one for one in (*MUTANTS, *LISTED) if one not in QUICK], ids=lambda mutant: mutant.name
+)
 def test_every_planted_fault_is_found_for_its_own_reason(mutant):
     assert is_found(mutant)
 
 
 def test_there_are_more_than_forty_and_no_two_are_the_same():
-    assert len({(mutant.kernel, mutant.old, mutant.new, mutant.shape) for mutant in MUTANTS}) == len(MUTANTS) > 40
+    assert are_different(MUTANTS)
+    assert len(MUTANTS) > 40
     assert {mutant.kernel for mutant in MUTANTS} == {"forward", "join", "backward_query", "backward_key"}
+
+
+def test_there_are_67_of_block_lists():
+    assert are_different(LISTED)
+    assert len(LISTED) == 67
+    assert {mutant.kernel for mutant in LISTED} == {"forward", "backward_query", "backward_key"}
+
+
+def are_different(mutants):
+    edits = {(mutant.kernel, mutant.old, mutant.new, mutant.shape, mutant.kind) for mutant in mutants}
+    return len(edits) == len({mutant.name for mutant in mutants}) == len(mutants)
 
 
 @pytest.mark.slow
@@ -62,7 +79,7 @@ def test_a_missing_barrier_is_reported_with_its_line():
     ("kind", "shape"),
     [
         pytest.param(*where, marks=() if where in QUICK_PLACES else pytest.mark.slow)
-        for where in dict.fromkeys((mutant.kind, mutant.shape) for mutant in MUTANTS)
+        for where in dict.fromkeys((mutant.kind, mutant.shape) for mutant in (*MUTANTS, *LISTED))
     ],
     ids=str,
 )
