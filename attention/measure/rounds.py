@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
-class Runner(Protocol):
-    """A call bound to converted inputs, which can be timed repeatedly."""
+class TimedCall(Protocol):
+    """A call bound to its inputs, which can be repeated."""
 
     def queue(self) -> object:
         """Queue one independent call and return its outputs, unevaluated."""
@@ -33,6 +33,10 @@ class Runner(Protocol):
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluate all outputs of the queued calls and wait for the device."""
         ...
+
+
+class Runner(TimedCall, Protocol):
+    """A call bound to converted inputs, which can be checked too."""
 
     def results(self) -> "list[mx.array]":
         """Run one call and return its evaluated results: the output, and in training dQ, dK and dV."""
@@ -55,7 +59,7 @@ Clock = Callable[[], float]
 """Returns seconds since an arbitrary start."""
 
 
-def take_sample(runner: Runner, calls: int, clock: Clock = time.perf_counter) -> float:
+def take_sample(runner: TimedCall, calls: int, clock: Clock = time.perf_counter) -> float:
     """Queue independent calls, evaluate every output, and return the seconds per call."""
     started = clock()
     runner.wait([runner.queue() for _ in range(calls)])
@@ -83,7 +87,7 @@ def shared_calls(call_s: Sequence[float], sample_s: float, output_bytes: int) ->
 
 
 def warm_up(
-    runner: Runner,
+    runner: TimedCall,
     call_s: float,
     least_s: float,
     sample_s: float,
@@ -113,7 +117,7 @@ def warm_up(
             return call_s
 
 
-def latency(runner: Runner, seconds: float, clock: Clock = time.perf_counter) -> float:
+def latency(runner: TimedCall, seconds: float, clock: Clock = time.perf_counter) -> float:
     """Return the median seconds of single calls, each evaluated before the next, within about `seconds`."""
     times: list[float] = []
     started = clock()
@@ -132,7 +136,7 @@ class Arm(Struct, kw_only=True, eq=False):
     """One implementation in the rounds."""
 
     name: str
-    runner: Runner
+    runner: TimedCall
     call_s: float
     """Seconds per call measured before the rounds."""
     calls: int = 1

@@ -45,7 +45,7 @@ def _decode_line(row: measure.DecodeRow) -> str:
 
 def _table(found: list[Claim]) -> str:
     words = {True: "yes", False: "NO", None: "n/a"}
-    lines = [("asked", "target", "measured", "holds")]
+    lines = [("what", "target", "measured", "holds")]
     lines += [(claim.what, claim.target, claim.measured, words[claim.holds]) for claim in found]
     widths = [*(max(len(line[i]) for line in lines) for i in range(3)), 0]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)

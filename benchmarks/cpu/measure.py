@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +18,8 @@ from attention.core.workload import DTYPES
 from attention.kernels import cpu
 from attention.kernels.cpu import library
 from attention.measure.device import usable_cores
+from attention.measure.rounds import Arm, TimedCall, calls_for, take_sample
+from benchmarks.rounds import EvaluatedCalls, MlxCalls, TorchCalls, sample
 
 TYPES: Final[dict[str, mx.Dtype]] = {name: getattr(mx, name) for name in DTYPES}
 
@@ -79,14 +81,12 @@ LONG: Final = 2048
 """Minimum length for the target of the share of the machine's peak."""
 
 
-Run = Callable[[], object]
-
 SETTLE_S: Final = 0.012
 """Torch's threads spin for 7 ms after a call, which would take half a processor from the next sample."""
 
 
-def ours(shape: BenchShape, dtype: str, backward: bool = False, fused: bool = True) -> Run:
-    """Return a call of the CPU kernel, or of MLX's own attention if `fused` is false."""
+def ours(shape: BenchShape, dtype: str, backward: bool = False, fused: bool = True) -> TimedCall:
+    """Return calls of the CPU kernel, or of MLX's own attention if `fused` is false."""
     q, k, v, cotangent = (mx.array(x).astype(TYPES[dtype]) for x in shape.numbers())
     mx.eval(q, k, v, cotangent)
     scale = shape.head_dim**-0.5
@@ -98,12 +98,12 @@ def ours(shape: BenchShape, dtype: str, backward: bool = False, fused: bool = Tr
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     if backward:
-        return lambda: mx.vjp(attend, [q, k, v], [cotangent])[1]
-    return lambda: attend(q, k, v)
+        return MlxCalls(lambda: mx.vjp(attend, [q, k, v], [cotangent])[1])
+    return MlxCalls(lambda: attend(q, k, v))
 
 
-def torchs(shape: BenchShape, dtype: str, backward: bool = False) -> Run | None:
-    """Return torch's call on as many threads, or None without torch."""
+def torchs(shape: BenchShape, dtype: str, backward: bool = False) -> TimedCall | None:
+    """Return torch's calls on as many threads, or None without torch."""
     try:
         import torch
     except ImportError:
@@ -113,9 +113,9 @@ def torchs(shape: BenchShape, dtype: str, backward: bool = False) -> Run | None:
     q, k, v, cotangent = (torch.tensor(x).to(getattr(torch, dtype)) for x in shape.numbers())
     shared: dict[str, Any] = {"enable_gqa": True} if shape.kv_heads else {}
     if not backward:
-        return lambda: attention(q, k, v, is_causal=shape.causal, **shared)
+        return TorchCalls(lambda: attention(q, k, v, is_causal=shape.causal, **shared))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    return lambda: torch.autograd.grad(attention(*inputs, is_causal=shape.causal), inputs, cotangent)
+    return TorchCalls(lambda: torch.autograd.grad(attention(*inputs, is_causal=shape.causal), inputs, cotangent))
 
 
 def threads() -> int:
@@ -123,43 +123,18 @@ def threads() -> int:
     return int(os.environ.get("FATUI_THREADS") or usable_cores())
 
 
-def sample(run: Run, calls: int) -> float:
-    """Return seconds per call, of several independent calls evaluated together."""
-    start = time.perf_counter()
-    outputs = [run() for _ in range(calls)]
-    first = outputs[0][0] if isinstance(outputs[0], list) else outputs[0]
-    if isinstance(first, mx.array):
-        mx.eval(outputs)
-    return (time.perf_counter() - start) / calls
-
-
-def settled_sample(run: Run, calls: int, lead_in: bool = True) -> float:
-    """Take a sample after other libraries' threads have gone to sleep, and after an untimed call."""
-    time.sleep(SETTLE_S)
-    if lead_in:
-        sample(run, 1)
-    return sample(run, calls)
-
-
-def calls_for(run: Run, seconds: float) -> int:
+def calls_per_sample(run: TimedCall, seconds: float) -> int:
     """Return the number of calls for a sample of about `seconds`; at least one."""
-    once = sample(run, 1)
-    return 1 if once > 4 * seconds else max(1, min(200, round(seconds / max(1e-6, sample(run, 2)))))
+    once = take_sample(run, 1)
+    return 1 if once > 4 * seconds else calls_for(take_sample(run, 2), seconds, 1)
 
 
-def in_turn(names: Iterable[str], number: int) -> list[str]:
-    """Return the names in the order of one round: each round begins with the next one."""
-    order = list(names)
-    first = number % len(order)
-    return order[first:] + order[:first]
+def let_threads_sleep(arm: Arm) -> None:
+    """Wait until other libraries' threads have gone to sleep."""
+    time.sleep(SETTLE_S)
 
 
-def one_round(runs: dict[str, Run], calls: int, number: int) -> dict[str, float]:
-    """Return seconds per call of each, measured in the order of the round."""
-    return {name: settled_sample(runs[name], calls) for name in in_turn(runs, number)}
-
-
-PASSES_OF_DECODE = 4
+CALLS_OF_DECODE: Final = 4
 
 
 @dataclass
@@ -195,15 +170,10 @@ def measure(shape: BenchShape, dtype: str, backward: bool, rounds: int, seconds:
     """Measure one shape in interleaved rounds, each with the machine's float32 peak; samples of about `seconds`."""
     run, torch_run = ours(shape, dtype, backward), torchs(shape, dtype, backward)
     runs = {"ours": run} if torch_run is None else {"ours": run, "torch": torch_run}
-    calls = calls_for(run, seconds)
-    for name in runs:
-        sample(runs[name], 1)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    peaks = []
-    for number in range(rounds):
-        for name, taken in one_round(runs, calls, number).items():
-            times[name].append(taken)
-        peaks.append(library.load().fma_peak())
+    calls = calls_per_sample(run, seconds)
+    arms = [_arm(name, each, calls) for name, each in runs.items()]
+    peaks: list[float] = []
+    times = sample(arms, rounds, let_threads_sleep, lambda: peaks.append(library.load().fma_peak()))
     row = BenchRow(shape.name, dtype, backward, shape.flops(backward))
     row.seconds = {name: statistics.median(t) for name, t in times.items()}
     row.ratios = {name: _ratio(t, times["ours"]) for name, t in times.items() if name != "ours"}
@@ -214,38 +184,42 @@ def measure(shape: BenchShape, dtype: str, backward: bool, rounds: int, seconds:
     return row
 
 
-def _against_mlx(row: BenchRow, shape: BenchShape, run: Run, calls: int, seconds: float) -> None:
+def _arm(name: str, run: TimedCall, calls: int, lead_in: bool = True) -> Arm:
+    return Arm(name=name, runner=run, call_s=take_sample(run, 1), calls=calls, lead_in=lead_in)
+
+
+def _against_mlx(row: BenchRow, shape: BenchShape, run: TimedCall, calls: int, seconds: float) -> None:
     """Measure against MLX's own attention, which is tens of times slower: few rounds, two for a long call."""
     mlx = ours(shape, row.dtype, fused=False)
-    mlx_calls = calls_for(mlx, seconds)
-    rounds = 2 if mlx_calls == 1 else 5
-    pairs = [(settled_sample(mlx, mlx_calls, lead_in=mlx_calls > 1), settled_sample(run, calls)) for _ in range(rounds)]
-    row.seconds["mlx"] = statistics.median(theirs for theirs, _ in pairs)
-    row.ratios["mlx"] = statistics.median(theirs / mine for theirs, mine in pairs)
+    mlx_calls = calls_per_sample(mlx, seconds)
+    arms = [_arm("ours", run, calls), _arm("mlx", mlx, mlx_calls, lead_in=mlx_calls > 1)]
+    times = sample(arms, 2 if mlx_calls == 1 else 5, let_threads_sleep)
+    row.seconds["mlx"] = statistics.median(times["mlx"])
+    row.ratios["mlx"] = _ratio(times["mlx"], times["ours"])
 
 
 def decode(dtype: str, rounds: int) -> DecodeRow:
     """Measure decoding, alternating with a plain loop that reads the same K and V."""
     q, k, v, _ = (mx.array(x).astype(TYPES[dtype]) for x in DECODE.numbers())
     mx.eval(q, k, v)
-    runs: dict[str, Run] = {"ours": lambda: cpu.flash_attention(q, k, v, scale=DECODE.head_dim**-0.5)}
+    runs: dict[str, TimedCall] = {"ours": MlxCalls(lambda: cpu.flash_attention(q, k, v, scale=DECODE.head_dim**-0.5))}
     torch_run = torchs(DECODE, dtype)
     if torch_run is not None:
         runs["torch"] = torch_run
     bytes_read = k.nbytes + v.nbytes
-    plain = _plain_loop(k, v)
-    times: dict[str, list[float]] = {name: [] for name in (*runs, "plain")}
-    for number in range(rounds + 1):
-        for name, taken in one_round(runs, PASSES_OF_DECODE, number).items():
-            times[name].append(taken)
-        plain()
-        times["plain"].append(statistics.fmean(bytes_read / plain() for _ in range(PASSES_OF_DECODE)))
-    times = {name: t[1:] for name, t in times.items()}  # the first round warms up
+    plain_loop = _plain_loop(k, v)
+    plain_loop()
+    plain: list[float] = []
+
+    def read() -> None:
+        plain.append(statistics.fmean(bytes_read / plain_loop() for _ in range(CALLS_OF_DECODE)))
+
+    times = sample([_arm(name, run, CALLS_OF_DECODE) for name, run in runs.items()], rounds, let_threads_sleep, read)
     return DecodeRow(
         dtype,
         bytes_read / statistics.median(times["ours"]),
-        bytes_read / statistics.median(times["plain"]),
-        _ratio(times["plain"], times["ours"]),
+        bytes_read / statistics.median(plain),
+        _ratio(plain, times["ours"]),
         _ratio(times["torch"], times["ours"]) if "torch" in times else None,
     )
 
@@ -267,26 +241,24 @@ class TinyCall:
 
 
 def tiny_call(rounds: int = 40, calls: int = 200) -> TinyCall:
-    """Time one evaluated call on a 1/1/4/8 input and one evaluated mx.add, alternating."""
+    """Time one evaluated call on a 1/1/4/8 input and one evaluated mx.add, in the same rounds."""
     x = mx.zeros((1, 1, 4, 8))
     mx.eval(x)
-    runs: dict[str, Run] = {
-        "ours": lambda: mx.eval(cpu.flash_attention(x, x, x, scale=1.0)),
-        "add": lambda: mx.eval(mx.add(x, x)),
-        "add again": lambda: mx.eval(mx.add(x, x)),
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in in_turn(runs, number):
-            start = time.perf_counter()
-            for _ in range(calls):
-                runs[name]()
-            times[name].append((time.perf_counter() - start) / calls * 1e6)
+
+    def attend() -> mx.array:
+        return cpu.flash_attention(x, x, x, scale=1.0)
+
+    def add() -> mx.array:
+        return mx.add(x, x)
+
+    runs = {"ours": attend, "add": add, "add again": add}
+    arms = [_arm(name, EvaluatedCalls(run), calls, lead_in=False) for name, run in runs.items()]
+    times = sample(arms, rounds)
     floor = noise_floor(times["add"], times["add again"])
     return TinyCall(
-        statistics.median(times["ours"]),
-        statistics.median(times["add"]),
-        statistics.median(a / b for a, b in zip(times["ours"], times["add"], strict=True)),
+        statistics.median(times["ours"]) * 1e6,
+        statistics.median(times["add"]) * 1e6,
+        _ratio(times["ours"], times["add"]),
         floor.floor if floor else 0.0,
     )
 

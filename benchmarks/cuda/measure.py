@@ -1,7 +1,7 @@
 """Benchmarks against MLX's SDPA and PyTorch's cuDNN, on a GPU: `python -m benchmarks.cuda.measure PART`.
 
-Parts: small, decode, training, prefill, dims; `--json PATH` writes the timings. Method: see timing.py. Each part ends
-with its target figures and whether they are met. Profiler counters: see profiling.py.
+Parts: small, decode, training, prefill, dims; `--json PATH` writes the timings. Each part ends with its target figures
+and whether they are met. Method: see benchmarks/rounds.py. Profiler counters: see profiling.py.
 """
 
 import functools
@@ -13,20 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from attention.kernels.cuda import flash_attention
-from benchmarks.cuda.timing import (
-    Run,
-    check_target,
-    cudnn,
-    in_torch,
-    medians,
-    one_at_a_time,
-    random_arrays,
-    report,
-    selected_parts,
-    timed_mlx,
-    timed_torch,
-    write_rows,
-)
+from attention.measure.rounds import TimedCall
+from benchmarks.cuda.harness import check_target, cudnn, in_torch, random_arrays, report, selected_parts, write_rows
+from benchmarks.rounds import MlxCalls, TorchCalls, medians, one_at_a_time
 
 Rows = list[dict[str, Any]]
 SEED_TABLE = [(1, 8, 64, 32), (1, 8, 64, 64), (1, 8, 128, 32), (1, 8, 128, 64), (2, 8, 128, 32), (4, 8, 256, 32)]
@@ -35,12 +24,12 @@ SMALL = [(1, 8, 64, 32), (1, 8, 64, 64), (4, 8, 256, 64), (1, 8, 512, 128), (1, 
 """Small shapes in bfloat16."""
 
 
-def ours_and_mlx(sets: Sequence[Sequence[mx.array]], causal: bool) -> dict[str, Run]:
+def ours_and_mlx(sets: Sequence[Sequence[mx.array]], causal: bool) -> dict[str, TimedCall]:
     """Return timed runs of this package's forward pass and MLX's SDPA, cycling through sets of q, k and v."""
     scale, mask = sets[0][0].shape[-1] ** -0.5, "causal" if causal else None
     ours = functools.partial(flash_attention, scale=scale, causal=causal)
     theirs = functools.partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
-    return {name: timed_mlx(*(functools.partial(f, *arrays) for arrays in sets)) for name, f in
+    return {name: MlxCalls(*(functools.partial(f, *arrays) for arrays in sets)) for name, f in
             (("ours", ours), ("mlx", theirs))}  # fmt: skip
 
 
@@ -111,7 +100,10 @@ def _copies() -> dict[str, Any]:
 
     source, there = random_arrays((2**29,))[0], torch.empty(2**29, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(there)
-    runs = {"ours": timed_mlx(lambda: source + 0), "torch": timed_torch(lambda: target.copy_(there))}
+    runs: dict[str, TimedCall] = {
+        "ours": MlxCalls(lambda: source + 0),
+        "torch": TorchCalls(lambda: target.copy_(there)),
+    }
     return report("copy of 1 GiB (ours: MLX's)", medians(runs), 2 * source.nbytes / 1e9, "GB/s")
 
 
@@ -204,15 +196,15 @@ def _training(batch: int, heads: int, length: int, dim: int, causal: bool) -> tu
     )
 
 
-def _passes(attend: Callable[..., mx.array], arrays: list[mx.array]) -> dict[str, Run]:
+def _passes(attend: Callable[..., mx.array], arrays: list[mx.array]) -> dict[str, TimedCall]:
     """Return timed runs of the forward pass under `vjp`, and of both passes."""
     return {
-        "forward": timed_mlx(lambda: mx.vjp(attend, arrays[:3], arrays[3:])[0]),
-        "both": timed_mlx(lambda: mx.vjp(attend, arrays[:3], arrays[3:])[1]),
+        "forward": MlxCalls(lambda: mx.vjp(attend, arrays[:3], arrays[3:])[0]),
+        "both": MlxCalls(lambda: mx.vjp(attend, arrays[:3], arrays[3:])[1]),
     }
 
 
-def _cudnn_passes(arrays: list[mx.array], causal: bool) -> dict[str, Run]:
+def _cudnn_passes(arrays: list[mx.array], causal: bool) -> dict[str, TimedCall]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -223,8 +215,8 @@ def _cudnn_passes(arrays: list[mx.array], causal: bool) -> dict[str, Run]:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    both = timed_torch(lambda: torch.autograd.grad(forward(), inputs, cotangent))
-    return {"forward": timed_torch(forward), "both": both}
+    both = TorchCalls(lambda: torch.autograd.grad(forward(), inputs, cotangent))
+    return {"forward": TorchCalls(forward), "both": both}
 
 
 PARTS = {"small": small, "decode": decode, "training": training, "prefill": prefill, "dims": dims}
@@ -234,7 +226,7 @@ def main() -> None:
     """Run the named parts, or all; `--json PATH` writes the timings."""
     words, path = selected_parts(PARTS)
     rows = [row for name in PARTS if name in words or not words for row in PARTS[name]()]
-    missed = [row["asked"] for row in rows if row.get("holds") is False]
+    missed = [row["target"] for row in rows if row.get("holds") is False]
     print(f"missed: {'; '.join(missed) or 'nothing'}")
     write_rows(rows, path)
 

@@ -5,7 +5,6 @@ Head dims and lengths as arguments (`64 256 2048`) restrict the table to them; `
 """
 
 import math
-import time
 from typing import Any
 
 import mlx.core as mx
@@ -13,39 +12,23 @@ import mlx.core as mx
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90.launch import forward_plan
-from benchmarks.cuda.timing import (
-    Run,
-    in_torch,
-    medians,
-    random_arrays,
-    report,
-    selected_parts,
-    timed_torch,
-    write_rows,
-)
+from attention.measure.rounds import TimedCall
+from benchmarks.cuda.harness import in_torch, random_arrays, report, selected_parts, write_rows
+from benchmarks.rounds import EagerMlxCalls, TorchCalls, medians
 
 DIMS, LENGTHS = (64, 128, 192, 256), (2048, 4096, 8192, 16384)
 
 
-def ours(arrays: list[mx.array], shape: CallShape, call: CallParams) -> Run:
+def ours(arrays: list[mx.array], shape: CallShape, call: CallParams) -> TimedCall:
     """Return a timed run of the three backward kernels; `arrays` are q, k, v and the cotangent of the output."""
     output, logsumexp = forward_plan(shape, call)(arrays[:3])[:2]
     given = [*arrays[:3], output, arrays[3], logsumexp, logsumexp]
     mx.eval(given)
     plan = gradient.make_plan_of_gradient(shape, call, False)
-
-    def run(count: int) -> float:
-        mx.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):  # evaluated one by one, so that memory does not exceed that of one call
-            mx.async_eval(plan(given)[:3])  # type: ignore[no-untyped-call]
-        mx.synchronize()
-        return (time.perf_counter() - start) / count
-
-    return run
+    return EagerMlxCalls(lambda: plan(given)[:3])
 
 
-def cudnn(arrays: list[mx.array], causal: bool) -> Run:
+def cudnn(arrays: list[mx.array], causal: bool) -> TimedCall:
     """Return a timed run of PyTorch's cuDNN backward pass on a retained graph."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,7 +37,7 @@ def cudnn(arrays: list[mx.array], causal: bool) -> Run:
     q, k, v = inputs = [x.requires_grad_() for x in (q, k, v)]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return timed_torch(lambda: torch.autograd.grad(output, inputs, cotangent, retain_graph=True))
+    return TorchCalls(lambda: torch.autograd.grad(output, inputs, cotangent, retain_graph=True))
 
 
 def measured(dim: int, length: int, causal: bool) -> dict[str, Any]:

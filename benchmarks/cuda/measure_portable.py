@@ -1,6 +1,7 @@
 """Benchmarks of the general kernels: `python -m benchmarks.cuda.measure_portable [forward backward masks]`.
 
-Peers are PyTorch's FlashAttention 2 (its flash backend) and, with array masks, MLX's SDPA. Method: see timing.py.
+Peers are PyTorch's FlashAttention 2 (its flash backend) and, with array masks, MLX's SDPA. Method: see
+benchmarks/rounds.py.
 """
 
 import contextlib
@@ -11,17 +12,9 @@ import mlx.core as mx
 
 from attention.kernels import cuda
 from attention.kernels.cuda import attend, choice, flash_attention, gradients
-from benchmarks.cuda.timing import (
-    Run,
-    in_torch,
-    medians,
-    random_arrays,
-    report,
-    selected_parts,
-    timed_mlx,
-    timed_torch,
-    write_rows,
-)
+from attention.measure.rounds import TimedCall
+from benchmarks.cuda.harness import in_torch, random_arrays, report, selected_parts, write_rows
+from benchmarks.rounds import MlxCalls, TorchCalls, medians
 
 
 @contextlib.contextmanager
@@ -47,7 +40,7 @@ SHAPES = [(dim, causal, length) for dim in (64, 128) for causal in (False, True)
 OTHERS = [(dim, causal, 4096) for dim in (32, 80, 96, 192, 256) for causal in (False, True)]
 
 
-def flash_2(arrays: list[mx.array], causal: bool) -> tuple[Run, Run]:
+def flash_2(arrays: list[mx.array], causal: bool) -> tuple[TimedCall, TimedCall]:
     """Return timed runs of PyTorch's flash backend: the forward pass, and the backward pass alone."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,7 +58,7 @@ def flash_2(arrays: list[mx.array], causal: bool) -> tuple[Run, Run]:
         with torch.no_grad():
             return attend()
 
-    return timed_torch(forward), timed_torch(lambda: torch.autograd.grad(output, inputs, cotangent, retain_graph=True))
+    return TorchCalls(forward), TorchCalls(lambda: torch.autograd.grad(output, inputs, cotangent, retain_graph=True))
 
 
 def _case(dim: int, causal: bool, length: int) -> tuple[tuple[int, ...], str, float]:
@@ -87,7 +80,7 @@ def forward() -> list[Any]:
         def ours(q: Any = q, k: Any = k, v: Any = v, scale: float = scale, causal: bool = causal) -> mx.array:
             return flash_attention(q, k, v, scale=scale, causal=causal)
 
-        runs = {"ours": timed_mlx(ours), "flash2": flash_2(arrays, causal)[0]}
+        runs = {"ours": MlxCalls(ours), "flash2": flash_2(arrays, causal)[0]}
         rows.append(report(label, medians(runs), 2 * work, "TFLOP/s"))
         mx.clear_cache()
     return rows
@@ -115,7 +108,7 @@ def backward() -> list[Any]:
         ) -> Any:
             return gradient.gradients(arrays[:3], arrays[3:], outputs, shape_of_call, call)
 
-        runs = {"ours": timed_mlx(ours), "flash2": flash_2(arrays, causal)[1]}
+        runs = {"ours": MlxCalls(ours), "flash2": flash_2(arrays, causal)[1]}
         rows.append(report(f"{label} backward", medians(runs), 5 * work, "TFLOP/s"))
         mx.clear_cache()
     return rows
@@ -158,7 +151,7 @@ def masks() -> list[Any]:
             def theirs(q: Any = q, k: Any = k, v: Any = v, mask: Any = mask, scale: float = scale) -> mx.array:
                 return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
-            runs = {"ours": timed_mlx(ours), "mlx": timed_mlx(theirs)}
+            runs = {"ours": MlxCalls(ours), "mlx": MlxCalls(theirs)}
             label = f"{shape} to {kv_heads} x {keys}, {name} {axes}"
             rows.append(report(label, medians(runs), 1e-3, "k calls/s"))
             mx.clear_cache()

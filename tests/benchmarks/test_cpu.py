@@ -56,24 +56,11 @@ def test_bfloat16_is_asked_only_of_processors_that_multiply_it():
     assert asked == ["bfloat16 forward against torch, geometric mean"]
 
 
-def test_each_round_begins_with_another(monkeypatch):
-    monkeypatch.setattr(measure, "SETTLE_S", 0)
-    order: list[str] = []
-    three = {name: lambda name=name: order.append(name) or [None] for name in "abc"}
-    for number in range(3):
-        assert set(measure.one_round(three, 1, number)) == set("abc")
-    assert order[::2] == [*"abc", *"bca", *"cab"]  # each has one call as a lead-in
-
-
 @pytest.mark.usefixtures("kernel")
 def test_a_row_has_a_rate_and_ratios(monkeypatch):
     monkeypatch.setattr(measure, "SETTLE_S", 0)
-    starts = []
-    one_round = measure.one_round
-    monkeypatch.setattr(measure, "one_round", lambda *a: starts.append(measure.in_turn(a[0], a[2])[0]) or one_round(*a))
     monkeypatch.setattr(measure, "torchs", lambda *_: measure.ours(SMALL, "float32", fused=False))
     row = measure.measure(SMALL, "float32", False, rounds=4, seconds=1e-4)
-    assert starts == ["ours", "torch", "ours", "torch"]
     assert set(row.seconds) == {"ours", "torch", "mlx"}
     assert row.ratios.keys() == {"torch", "mlx"}
     assert row.peak_share == pytest.approx(row.flops / row.seconds["ours"] / row.peak_flops_per_s, rel=1)
