@@ -155,7 +155,7 @@ def variant() -> str:
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
 KERNEL = ("forward", "forward_bfloat16", "backward", "backward_bfloat16", "scores", "lists", "pool", "measure")
-BINDING = ("primitive", "operation", "module")
+BINDING = ("module",)
 ROOM_BYTES = 16 << 20
 """Maximum bytes written by a compilation: assembly of two sources at a time, objects and the library."""
 _HASH_LENGTH = 24
@@ -255,9 +255,9 @@ def run(command: tuple[str, ...]) -> None:
 
 def _object_name(command: tuple[str, ...], text: Path, tools: Toolchain) -> str:
     """Return an object's cache name, made of its dependencies: a changed kernel does not recompile the binding."""
-    sha = hashlib.sha256("\0".join((*command, str(text))).encode())
-    sha.update(_common_dependencies(tools))
     own = text.parent == SOURCES
+    sha = hashlib.sha256("\0".join((*command, text.name if own else str(text))).encode())  # the same in any checkout
+    sha.update(_common_dependencies(tools))
     for path in [*sorted(SOURCES.glob("*.hpp")), text] if own else [text]:
         sha.update(path.read_bytes())
     return f"{text.stem}-{sha.hexdigest()[:24]}"

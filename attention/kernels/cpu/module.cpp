@@ -1,17 +1,371 @@
-// The Python module. It shares MLX's array type through the nanobind ABI and domain of mlx.core.
+// Attention as MLX primitives: lazy, on MLX's CPU stream, differentiable, without copies; and its Python module, which
+// shares MLX's array type through the nanobind ABI and domain of mlx.core. One file, as MLX's headers take seconds.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 
 #include <algorithm>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <typeinfo>
+#include <utility>
+#include <vector>
 
+#include <mlx/allocator.h>
 #include <mlx/array.h>
+#include <mlx/backend/cpu/encoder.h>
+#include <mlx/ops.h>
+#include <mlx/primitives.h>
 
 #include "measure.hpp"
-#include "primitive.hpp"
+#include "problem.hpp"
+#include "schedule.hpp"
 
-namespace nb = nanobind;
+namespace fatui {
+
 namespace mx = mlx::core;
+
+struct Options {
+  double scale = 1.0;
+  float softcap = 0.0f;
+  bool causal = false;
+  int64_t window = 0, items = 0;
+  int64_t list_batches = 0, list_heads = 0;  // planes of the block lists; 0: there are none
+  bool masked = false, sloped = false;       // whether there is a mask array, and slopes
+  bool operator==(const Options&) const = default;
+};
+
+// Arrays that a call may have besides q, k and v.
+struct Extras {
+  std::optional<mx::array> mask;                   // broadcasts to (B, H, Lq, Lk)
+  std::optional<mx::array> offsets, entries, bits;  // block lists, as in BlockLists
+  std::optional<mx::array> slopes;                 // (H,)
+};
+
+// Inputs q, k, v and optionally a 4-D mask, three arrays of block lists, 2-D slopes; outputs o and, if a gradient may be requested, logsumexp and statistics
+// (B, H, Lq, 3), which only the backward pass uses.
+class FlashForward : public mx::Primitive {
+ public:
+  FlashForward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
+                             const std::vector<int>& argnums) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override;
+  const char* name() const override { return "FatuiFlashAttention"; }
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  Options options_;
+};
+
+// Inputs q, k, v, o, statistics, the gradients of o and logsumexp, and the optional ones of the forward pass; outputs dq, dk, dv.
+class FlashBackward : public mx::Primitive {
+ public:
+  FlashBackward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
+                             const std::vector<int>& argnums) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override;
+  const char* name() const override { return "FatuiFlashAttentionGradient"; }
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  Options options_;
+};
+
+// The operation: validates shapes and dtypes (throws std::invalid_argument); returns {o, logsumexp, statistics}, or only {o}
+// if neither the logsumexp nor a gradient is requested.
+std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
+                                       const Extras& extras, bool logsumexp);
+
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+Element element_of(const mx::array& a) {
+  if (a.dtype() == mx::float32) return Element::float32;
+  if (a.dtype() == mx::float16) return Element::float16;
+  if (a.dtype() == mx::bfloat16) return Element::bfloat16;
+  return Element::boolean;
+}
+
+// Strides of an array; an axis of length one is a broadcast.
+Tensor tensor_of(const mx::array& a) {
+  Tensor t;
+  t.data = a.data<char>();
+  t.element = element_of(a);
+  for (size_t i = 0; i < a.ndim(); i++) t.stride[i] = a.shape(int(i)) == 1 ? 0 : a.strides()[i];
+  if (a.ndim() == 4 && a.shape(3) == 1) t.stride[3] = 1;
+  return t;
+}
+
+// The optional inputs begin at `next`.
+Problem problem_of(const Options& options, const Arrays& inputs, size_t next) {
+  const mx::array &q = inputs[0], &k = inputs[1], &v = inputs[2];
+  Problem p;
+  p.query = tensor_of(q), p.key = tensor_of(k), p.value = tensor_of(v);
+  if (options.masked) {
+    const mx::array& mask = inputs[next++];
+    p.mask = tensor_of(mask);
+    if (mask.shape(3) == 1) p.mask.stride[3] = 0;
+  }
+  if (options.list_batches > 0) {
+    p.lists.offsets = inputs[next].data<int32_t>(), p.lists.entries = inputs[next + 1].data<int32_t>();
+    p.lists.bits = inputs[next + 2].data<uint32_t>();
+    p.lists.batches = options.list_batches, p.lists.heads = options.list_heads;
+    next += 3;
+  }
+  if (options.sloped) p.slopes = tensor_of(inputs[next]);
+  p.batch = q.shape(0), p.heads = q.shape(1), p.queries = q.shape(2), p.head_dim = q.shape(3);
+  p.kv_heads = k.shape(1), p.keys = k.shape(2), p.value_dim = v.shape(3);
+  p.scale = options.scale, p.softcap = options.softcap, p.causal = options.causal, p.window = options.window;
+  p.items = options.items;
+  return p;
+}
+
+void* allocate(mx::array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.nbytes() > 0 && out.data<char>() == nullptr)  // MLX's allocator does not report the failure
+    throw std::runtime_error("[flash_attention] no memory for an array of " + std::to_string(out.nbytes()) + " bytes.");
+  return out.data<char>();
+}
+
+[[noreturn]] void refuse_gpu() { throw std::runtime_error("The CPU attention kernel runs on MLX's CPU stream only."); }
+
+[[noreturn]] void refuse_second_derivative() {
+  throw std::invalid_argument("flash_attention has no second derivative; implementation 'baseline' has.");
+}
+
+// vmap: the mapped axis becomes part of the batch.
+mx::array with_batch(const mx::array& a, int axis, int count, int batch, mx::Stream s) {
+  mx::array x = axis >= 0 ? mx::moveaxis(a, axis, 0, s) : mx::expand_dims(a, 0, s);
+  mx::Shape shape = x.shape();
+  if (axis < 0 && batch == 1 && shape[1] == 1 && a.ndim() == 4 && count == 1) return mx::flatten(x, 0, 1, s);
+  shape[0] = count, shape[1] = batch;
+  return mx::flatten(mx::broadcast_to(x, shape, s), 0, 1, s);
+}
+
+int mapped_count(const Arrays& inputs, const std::vector<int>& axes) {
+  for (size_t i = 0; i < inputs.size(); i++)
+    if (axes[i] >= 0) return inputs[i].shape(axes[i]);
+  return 1;
+}
+
+// Lists stay as they are: their planes repeat over the batch. Slopes (1 or B, H) follow the batch.
+Arrays batched(const Arrays& inputs, const std::vector<int>& axes, int count, const Options& options, mx::Stream s) {
+  const int batch = inputs[0].shape(axes[0] == 0 ? 1 : 0);
+  const size_t slopes = inputs.size() - (options.sloped ? 1 : 0), lists = slopes - (options.list_batches > 0 ? 3 : 0);
+  Arrays out;
+  for (size_t i = 0; i < inputs.size(); i++) {
+    if (i < lists) out.push_back(with_batch(inputs[i], axes[i], count, batch, s));
+    else if (i >= slopes && axes[i] >= 0) out.push_back(with_batch(inputs[i], axes[i], count, batch, s));
+    else if (i >= slopes && inputs[i].shape(0) > 1) out.push_back(with_batch(inputs[i], -1, count, batch, s));
+    else if (i < slopes && axes[i] >= 0) throw std::invalid_argument("flash_attention has no vmap over block lists.");
+    else out.push_back(inputs[i]);
+  }
+  return out;
+}
+
+std::pair<Arrays, std::vector<int>> unbatched(const Arrays& outputs, int count, mx::Stream s) {
+  Arrays out;
+  for (const auto& a : outputs) out.push_back(mx::unflatten(a, 0, {count, a.shape(0) / count}, s));
+  return {out, std::vector<int>(out.size(), 0)};
+}
+
+Arrays make_forward(const Arrays& inputs, const Options& options, mx::Stream s) {
+  auto primitive = std::make_shared<FlashForward>(s, options);
+  return mx::array::make_arrays(primitive->output_shapes(inputs), {inputs[0].dtype(), mx::float32, mx::float32},
+                                primitive, inputs);
+}
+
+Arrays make_backward(const Arrays& inputs, const Options& options, mx::Stream s) {
+  auto primitive = std::make_shared<FlashBackward>(s, options);
+  return mx::array::make_arrays(primitive->output_shapes(inputs),
+                                {inputs[0].dtype(), inputs[1].dtype(), inputs[2].dtype()}, primitive, inputs);
+}
+}  // namespace
+
+void FlashForward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  ForwardCall call;
+  call.problem = problem_of(options_, inputs, 3);
+  call.output = allocate(outputs[0]);
+  if (outputs.size() > 1) {
+    call.logsumexp = static_cast<float*>(allocate(outputs[1]));
+    call.statistics = static_cast<float*>(allocate(outputs[2]));
+  }
+  mx::cpu::get_command_encoder(stream()).dispatch([call] { forward(call); });
+}
+
+void FlashForward::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
+
+Arrays FlashForward::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+                         const Arrays& outputs) {
+  for (const int n : argnums)
+    if (n > 2 && primals[n].dtype() != mx::bool_)
+      throw std::invalid_argument(options_.sloped && n + 1 == int(primals.size())
+                                      ? "flash_attention has no gradient for the slopes of alibi."
+                                      : "flash_attention has no gradient for the mask; attention() has.");
+  Arrays inputs(primals.begin(), primals.begin() + 3);
+  inputs.insert(inputs.end(), {outputs[0], outputs[2], mx::astype(cotangents[0], outputs[0].dtype(), stream()),
+                               mx::astype(cotangents[1], mx::float32, stream())});
+  inputs.insert(inputs.end(), primals.begin() + 3, primals.end());
+  const Arrays gradients = make_backward(inputs, options_, stream());
+  Arrays wanted;
+  for (const int n : argnums) wanted.push_back(n > 2 ? mx::zeros_like(primals[n], stream()) : gradients[n]);
+  return wanted;
+}
+
+Arrays FlashForward::jvp(const Arrays&, const Arrays&, const std::vector<int>&) {
+  throw std::invalid_argument("flash_attention has no forward-mode derivative (jvp); implementation 'baseline' has.");
+}
+
+std::pair<Arrays, std::vector<int>> FlashForward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
+  const int count = mapped_count(inputs, axes);
+  return unbatched(make_forward(batched(inputs, axes, count, options_, stream()), options_, stream()), count, stream());
+}
+
+bool FlashForward::is_equivalent(const mx::Primitive& other) const {
+  return typeid(other) == typeid(*this) && static_cast<const FlashForward&>(other).options_ == options_;
+}
+
+std::vector<mx::Shape> FlashForward::output_shapes(const Arrays& inputs) {
+  const auto& q = inputs[0];
+  const mx::Shape rows{q.shape(0), q.shape(1), q.shape(2)};
+  return {{rows[0], rows[1], rows[2], inputs[2].shape(3)}, rows, {rows[0], rows[1], rows[2], 3}};
+}
+
+void FlashBackward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  BackwardCall call;
+  call.problem = problem_of(options_, inputs, 7);
+  call.output = tensor_of(inputs[3]);
+  call.statistics = tensor_of(inputs[4]);
+  call.output_gradient = tensor_of(inputs[5]);
+  call.logsumexp_gradient = tensor_of(inputs[6]);
+  call.query_gradient = allocate(outputs[0]);
+  call.key_gradient = allocate(outputs[1]);
+  call.value_gradient = allocate(outputs[2]);
+  mx::cpu::get_command_encoder(stream()).dispatch([call] { backward(call); });
+}
+
+void FlashBackward::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
+
+Arrays FlashBackward::vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) {
+  refuse_second_derivative();
+}
+
+Arrays FlashBackward::jvp(const Arrays&, const Arrays&, const std::vector<int>&) { refuse_second_derivative(); }
+
+std::pair<Arrays, std::vector<int>> FlashBackward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
+  const int count = mapped_count(inputs, axes);
+  return unbatched(make_backward(batched(inputs, axes, count, options_, stream()), options_, stream()), count, stream());
+}
+
+bool FlashBackward::is_equivalent(const mx::Primitive& other) const {
+  return typeid(other) == typeid(*this) && static_cast<const FlashBackward&>(other).options_ == options_;
+}
+
+std::vector<mx::Shape> FlashBackward::output_shapes(const Arrays& inputs) {
+  return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
+}
+
+// The operation called from Python: validation of shapes and dtypes, and its error messages.
+namespace {
+
+[[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument("[flash_attention] " + reason); }
+
+std::string text(const mx::Shape& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); i++) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + ")";
+}
+
+void check(const mx::array& q, const mx::array& k, const mx::array& v) {
+  if (q.ndim() != 4 || k.ndim() != 4 || v.ndim() != 4)
+    refuse("q, k and v have four dimensions; got " + text(q.shape()) + ", " + text(k.shape()) + ", " +
+           text(v.shape()) + ".");
+  const auto type = q.dtype();
+  if (k.dtype() != type || v.dtype() != type) refuse("q, k and v have one type.");
+  if (type != mx::float32 && type != mx::float16 && type != mx::bfloat16)
+    refuse("the type is float32, float16 or bfloat16.");
+  const bool agree = k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == v.shape(1) &&
+                     k.shape(2) == v.shape(2) && k.shape(3) == q.shape(3);
+  if (!agree)
+    refuse("shapes do not agree: q " + text(q.shape()) + ", k " + text(k.shape()) + ", v " + text(v.shape()) + ".");
+  if (k.shape(1) == 0 || q.shape(1) % k.shape(1) != 0) refuse("the heads of q are a multiple of those of k.");
+  for (const int dim : {q.shape(3), v.shape(3)})
+    if (dim < 1 || dim > 512) refuse("head dimensions go from 1 to 512; got " + std::to_string(dim) + ".");
+}
+
+mx::array four_dimensional(const mx::array& mask, const mx::Shape& scores, mx::Stream s) {
+  const bool known = mask.dtype() == mx::bool_ || mask.dtype() == mx::float32 || mask.dtype() == mx::float16 ||
+                     mask.dtype() == mx::bfloat16;
+  if (!known) refuse("a mask is boolean (true = attend) or of a floating type (added to the scores).");
+  mx::Shape shape(4 - std::min<size_t>(4, mask.ndim()), 1);
+  shape.insert(shape.end(), mask.shape().begin(), mask.shape().end());
+  bool fits = shape.size() == 4;
+  for (size_t i = 0; fits && i < 4; i++) fits = shape[i] == 1 || shape[i] == scores[i];
+  if (!fits) refuse("the mask " + text(mask.shape()) + " does not broadcast to " + text(scores) + ".");
+  return mask.ndim() == 4 ? mask : mx::reshape(mask, shape, s);
+}
+
+// The arrays of block lists; their values are not checked.
+void add_lists(std::vector<mx::array>& inputs, const Options& options, const Extras& extras, mx::Stream s) {
+  const auto& q = inputs[0];
+  const auto fits = [](int64_t planes, int size) { return planes == 1 || planes == size; };
+  if (!fits(options.list_batches, q.shape(0)) || !fits(options.list_heads, q.shape(1)))
+    refuse("block lists have planes for 1 or B batch rows and 1 or H heads; got " + std::to_string(options.list_batches) +
+           " and " + std::to_string(options.list_heads) + " for q " + text(q.shape()) + ".");
+  const auto &offsets = *extras.offsets, &entries = *extras.entries, &bits = *extras.bits;
+  const int64_t lists = options.list_batches * options.list_heads * ceil_div(q.shape(2), query_tile);
+  if (offsets.dtype() != mx::int32 || offsets.ndim() != 1 || offsets.shape(0) != lists + 1)
+    refuse("offsets of block lists are int32 (" + std::to_string(lists + 1) + "); got " + text(offsets.shape()) + ".");
+  if (entries.dtype() != mx::int32 || entries.ndim() != 2 || entries.shape(1) != 2)
+    refuse("entries of block lists are int32 (n, 2); got " + text(entries.shape()) + ".");
+  if (bits.dtype() != mx::uint32 || bits.ndim() != 3 || bits.shape(1) != query_tile || bits.shape(2) != key_tile / 32)
+    refuse("bits of block lists are uint32 (m, 64, 4); got " + text(bits.shape()) + ".");
+  if (options.causal || options.window > 0) refuse("block lists contain the whole positional mask: no causal, no window.");
+  for (const auto* a : {&offsets, &entries, &bits})
+    inputs.push_back(a->is_available() && a->flags().row_contiguous ? *a : mx::contiguous(*a, false, s));
+}
+}  // namespace
+
+std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
+                                       const Extras& extras, bool logsumexp) {
+  check(q, k, v);
+  const mx::Stream s = mx::default_stream(mx::Device::cpu);
+  std::vector<mx::array> inputs{q, k, v};
+  options.masked = extras.mask.has_value(), options.sloped = extras.slopes.has_value();
+  if (options.masked) inputs.push_back(four_dimensional(*extras.mask, {q.shape(0), q.shape(1), q.shape(2), k.shape(2)}, s));
+  if (options.list_batches > 0) add_lists(inputs, options, extras, s);
+  if (options.sloped) {
+    if (extras.slopes->dtype() != mx::float32 || extras.slopes->shape() != mx::Shape{q.shape(1)})
+      refuse("slopes are float32 (" + std::to_string(q.shape(1)) + "); got " + text(extras.slopes->shape()) + ".");
+    inputs.push_back(mx::reshape(*extras.slopes, {1, q.shape(1)}, s));
+  }
+  auto primitive = std::make_shared<FlashForward>(s, options);
+  if (logsumexp || q.is_tracer() || k.is_tracer() || v.is_tracer())  // a gradient may be requested
+    return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32, mx::float32}, primitive,
+                                  inputs);
+  const mx::Shape shape{q.shape(0), q.shape(1), q.shape(2), v.shape(3)};
+  return {mx::array(shape, q.dtype(), std::move(primitive), std::move(inputs))};
+}
+
+}  // namespace fatui
+
+namespace mx = mlx::core;
+namespace nb = nanobind;
 
 namespace {
 

@@ -56,6 +56,7 @@ def test_a_small_case_gives_rows_that_say_what_ran():
     assert document["peaks"]["matmul_flops_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_what_will_not_fit_is_refused_and_is_no_failure():
     done = bench("quick", *SMALL, "--impl", "baseline", "--memory-limit", "1KiB", "--seconds", "0.3")
     assert done.returncode == 0, done.stderr

@@ -54,7 +54,7 @@ async def test_hostile_presets_settings_and_messages_are_shown():
     (folder / "a.toml").write_text(hostile.PRESET)
     (folder / "b.toml").write_text(hostile.BROKEN_PRESET)
     settings.config_path().write_text('theme = "[/x]\\u001b"\n"[/y]\\u001b" = 1\n[keys]\nrun = "[/z]"\n')
-    async with on_stage(paints=True) as stage:
+    async with on_stage() as stage:
         await look(stage)
         await stage.press("p")
         await look(stage, "home", shows="a ")
@@ -69,7 +69,7 @@ async def test_hostile_presets_settings_and_messages_are_shown():
 
 
 async def test_what_an_engine_says_is_shown():
-    async with on_stage(paints=True) as stage:
+    async with on_stage() as stage:
         await stage.press("r")
         stage.engine.begin()
         stage.engine.begin_case()

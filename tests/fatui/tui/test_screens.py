@@ -149,7 +149,7 @@ async def test_scaling_without_a_sweep_says_how_to_get_one(stage):
 
 
 async def test_export_writes_all_files_and_says_where(tmp_path):
-    async with on_stage(paints=True) as stage:
+    async with on_stage() as stage:
         await stage.run_to_the_end()
         await stage.press("e")
         stage.find("#folder", Input).value = str(tmp_path)

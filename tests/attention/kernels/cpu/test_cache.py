@@ -33,10 +33,19 @@ def fresh(monkeypatch):
     monkeypatch.setattr(cpu, "_module", None)
 
 
+@pytest.fixture(scope="session")
+def objects(compiled_kernel):
+    """The compiled objects, made once where the cache folder has only the library."""
+    tools = build.find()
+    return [build._compile(command, text, tools) for command, text in build._jobs(tools)]
+
+
 @pytest.fixture
-def own_folder(fresh, tmp_path, monkeypatch):
+def own_folder(fresh, objects, tmp_path, monkeypatch):
     """A cache folder with compiled objects and nothing linked, so that a test links quickly."""
-    shutil.copytree(cache.folder(), tmp_path / "kernels", ignore=shutil.ignore_patterns("*.json", "*.so", ".*"))
+    (tmp_path / "kernels").mkdir(mode=0o700)
+    for path in objects:
+        shutil.copy2(path, tmp_path / "kernels")
     monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
     return tmp_path / "kernels"
 
@@ -278,12 +287,30 @@ def test_a_kernel_that_cannot_be_recorded_is_used_all_the_same(own_folder, monke
     assert "not kept for the next time: [Errno 28] No space left" in messages[1]
 
 
-def test_a_damaged_object_is_compiled_anew(own_folder):
+def test_a_damaged_object_is_compiled_anew(own_folder, objects, monkeypatch):
+    compiled, run = [], build.run
+
+    def copy_or_link(command):
+        if "-c" not in command:
+            return run(command)
+        compiled.append(Path(command[-3]).name)
+        return shutil.copy2(next(path for path in objects if path.stem.startswith("measure-")), command[-1])
+
+    monkeypatch.setattr(build, "run", copy_or_link)
     for path in own_folder.glob("measure-*.o"):
         path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
     cpu.load()
+    assert compiled == ["measure.cpp"]
     (path,) = [path for path in own_folder.glob("measure-*.o") if not path.read_bytes().endswith(b"damaged!")]
     assert path.stem.endswith(cache.digest(path)[:24])
+
+
+def test_objects_are_shared_between_checkouts(tmp_path, monkeypatch):
+    tools = build.find()
+    names = [build._object_name(*job, tools) for job in build._jobs(tools)]
+    shutil.copytree(build.SOURCES, tmp_path / "cpu")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "cpu")
+    assert [build._object_name(*job, tools) for job in build._jobs(tools)] == names
 
 
 def test_what_the_compiler_leaves_open_to_others_is_closed(own_folder):

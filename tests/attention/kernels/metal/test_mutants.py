@@ -12,7 +12,7 @@ from tests.support.metal.mutants import BARRIERS, FEW, LISTED, MANY, MUTANTS, Mu
 
 pytestmark = needs_verifier
 KINDS = {**PLAIN_KINDS, **LISTED_KINDS}
-QUICK = MUTANTS[::9]
+QUICK = MUTANTS[::15]
 """The few that every test run includes."""
 QUICK_PLACES = (("causal", MANY), ("full", FEW))
 """Where every test run checks the sources without a fault."""
