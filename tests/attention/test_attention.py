@@ -25,6 +25,16 @@ def test_the_implementations_are_named() -> None:
     assert NAMES == ("baseline", "poc", "practical", "demo", "mlx", "torch", "flex")
 
 
+def test_former_names_of_modules_still_import() -> None:
+    """As in implementations in files of their own, and in scripts, that were written for an earlier layout."""
+    from attention.core.route import Route
+    from attention.implementations import practical
+    from attention.route import Route as FormerRoute
+
+    assert FormerRoute is Route
+    assert practical.Practical.name == "practical"
+
+
 def test_the_shape_follows_q_and_v_and_the_type_follows_q() -> None:
     out = attention(Q.astype(mx.bfloat16), K.astype(mx.bfloat16), V.astype(mx.bfloat16))
     assert (out.shape, out.dtype) == ((2, 4, 5, 3), mx.bfloat16)
