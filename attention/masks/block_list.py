@@ -210,7 +210,7 @@ def build(mask: Expression, grid: Grid) -> BlockList:
         heads=heads,
         shape=(grid.batch, grid.heads, grid.seq, grid.kv_seq),
         rows=BlockLists(_offsets(tiles.row, batches * heads * grid.row_tiles), entries, []),
-        bits=bits,
+        bits=np.ascontiguousarray(bits),  # kernels read it row by row
         pairs=repeated * int(visible.sum()),
         _made={},
     )

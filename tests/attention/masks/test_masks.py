@@ -126,3 +126,8 @@ def test_a_mask_string_is_its_value(text: str, seq: int, kv_seq: int) -> None:
     found = np.broadcast_to(np.array(pattern.dense(shape)), shape)
     for head in range(2):
         np.testing.assert_array_equal(found[0, head], visible(workload.mask_spec, np.arange(seq), seq, kv_seq, head))
+
+
+@pytest.mark.parametrize("pattern", [masks.prefix(1), masks.causal(), masks.window(3) | masks.prefix(40)], ids=str)
+def test_bits_are_stored_row_by_row(pattern: masks.Pattern) -> None:
+    assert pattern.block_list((1, 1, 70, 90), 64, 64).bits.flags.c_contiguous
