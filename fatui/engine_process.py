@@ -52,7 +52,7 @@ class Silence:
     """Time since the worker's last event, and whether its current step accounts for it.
 
     Attributes:
-        heard: clock reading at the last event.
+        last_event_s: clock reading at the last event.
         step: the current step, as text.
         building: the implementation being compiled, or an empty string.
         expected_s: the worker's estimate of the current case; None before there is one.

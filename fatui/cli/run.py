@@ -40,9 +40,9 @@ class ProgressPrinter:
         self._drawn = 0.0
         self._progress: on.Progress | None = None
         self._progress_at = 0.0
-        self._told = ""
-        self._told_at = time.monotonic()
-        self._silence_told_s = 0.0
+        self._printed = ""
+        self._printed_at = time.monotonic()
+        self._silence_reported_s = 0.0
 
     def __enter__(self) -> Self:
         """Start the bar."""
@@ -80,12 +80,12 @@ class ProgressPrinter:
     def tick(self, silence: Silence) -> None:
         """Update the time left; warn that the engine is silent, and again each time the silence has doubled."""
         self._draw()
-        if self._bar is None and time.monotonic() - self._told_at >= MAX_QUIET_S:
+        if self._bar is None and time.monotonic() - self._printed_at >= MAX_QUIET_S:
             self._print_once(self._progress.now if self._progress else "starting the engine")
         if not silence.unexplained:
-            self._silence_told_s = 0.0
-        elif silence.seconds >= 2 * self._silence_told_s:
-            self._silence_told_s = silence.seconds
+            self._silence_reported_s = 0.0
+        elif silence.seconds >= 2 * self._silence_reported_s:
+            self._silence_reported_s = silence.seconds
             at = f" ({silence.step})" if silence.step else ""
             lasted = formatting.duration(silence.seconds)
             self._print_once(f"the engine has been silent for {lasted}{at}; ctrl+c stops it and keeps the results")
@@ -101,9 +101,9 @@ class ProgressPrinter:
 
     def _print_once(self, text: str) -> None:
         """Print a line unless it repeats the last one, as when a restarted engine begins its case again."""
-        if text == self._told:
+        if text == self._printed:
             return
-        self._told, self._told_at = text, time.monotonic()
+        self._printed, self._printed_at = text, time.monotonic()
         if self._bar:
             self._bar.console.print(f"fatui: {text}", markup=False, highlight=False)
         else:

@@ -1,8 +1,8 @@
 """Advisor process: reads questions (workloads) as JSON lines, and writes the route of each implementation.
 
 It is separate from the app, so that importing MLX does not delay the screen, and a crash does not end the app.
-Run as `python -m fatui.advisor`: one JSON line in per question, one out per answer, the device first;
-as `python -m fatui.advisor diagnose`: one JSON line per finding of the doctor.
+Run as `python -m fatui.tui.advisor`: one JSON line in per question, one out per answer, the device first;
+as `python -m fatui.tui.advisor diagnose`: one JSON line per finding of the doctor.
 """
 
 import asyncio
@@ -115,8 +115,8 @@ class Advice:
         self.problem = ""
         self.answer = AdviceReply()
         self._changed = changed
-        self._asked: AdviceRequest | None = None
-        self._wanted: AdviceRequest | None = None
+        self._pending: AdviceRequest | None = None
+        self._next: AdviceRequest | None = None
         self._number = 0
         self._process: asyncio.subprocess.Process | None = None
 
@@ -131,16 +131,16 @@ class Advice:
         An older question that was not sent yet is dropped.
         """
         self._number += 1
-        self._wanted = AdviceRequest(number=self._number, workload=workload, names=names, others=others)
+        self._next = AdviceRequest(number=self._number, workload=workload, names=names, others=others)
         self._send()
 
     def _send(self) -> None:
         process = self._process
-        if process is None or process.stdin is None or self._wanted is None or self._asked or self.device is None:
+        if process is None or process.stdin is None or self._next is None or self._pending or self.device is None:
             return
-        self._asked, self._wanted = self._wanted, None
+        self._pending, self._next = self._next, None
         with contextlib.suppress(ConnectionError, RuntimeError):
-            process.stdin.write(msgspec.json.encode(self._asked) + b"\n")
+            process.stdin.write(msgspec.json.encode(self._pending) + b"\n")
 
     async def run(self) -> None:
         """Keep an advisor running until cancelled; when a question crashes it, restart it without that question."""
@@ -148,9 +148,11 @@ class Advice:
             await self._run_once()
             if self.problem:
                 return
-            if self._asked is not None:
+            if self._pending is not None:
                 problem = "finding its route crashed the advisor process"
-                self._take(AdviceReply(number=self._asked.number, problems=dict.fromkeys(self._asked.names, problem)))
+                self._take(
+                    AdviceReply(number=self._pending.number, problems=dict.fromkeys(self._pending.names, problem))
+                )
             self.device = None
 
     async def _run_once(self) -> None:
@@ -179,7 +181,7 @@ class Advice:
         elif answer.problem:
             self.problem = answer.problem
         else:
-            self._asked, self.answer = None, answer
+            self._pending, self.answer = None, answer
         self._changed()
         self._send()
 

@@ -10,16 +10,17 @@ from msgspec import structs
 from textual.app import App
 
 from attention.core.errors import UsageError
-from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
+from attention.core.plan import FineTuningPlan, GenerationPlan, Plan
 from attention.core.results import Report
 from fatui.draft import Draft, draft_of
+from fatui.engine_process import Engine
 from fatui.storage import settings
 from fatui.tui import actions
 from fatui.tui.advisor import Advice
 from fatui.tui.view_models import estimate
 from fatui.tui.view_models.availability import names_for
 from fatui.tui.view_models.journal import Level, Log
-from fatui.tui.view_models.session import AnySession, Drives, Listener, MakeEngine, ModelSession, Session
+from fatui.tui.view_models.session import AnySession, MakeEngine, ModelSession, Session
 from fatui.tui.view_models.telemetry import Reading
 from fatui.untrusted_text import escape_controls
 
@@ -31,13 +32,6 @@ SEVERITY: Final[dict[Level, Severity]] = {"info": "information", "warning": "war
 
 MAX_NOTICE: Final = 400
 """Maximum characters of a notification; the log has the whole text."""
-
-
-def real_engine(plan: AnyPlan, listener: Listener) -> Drives:
-    """Create the engine that runs a plan in a worker process."""
-    from fatui.engine_process import Engine
-
-    return Engine(plan, listener)
 
 
 def command_of(plan: Plan, preset: "Preset | None") -> str:
@@ -107,7 +101,7 @@ class Lab(App[int]):
         self.remembered, self.state_problem = settings.read_state()
         self.draft: Draft = self.remembered.draft
         self.preset: Preset | None = None
-        self.runs = RunController(self, make_engine or real_engine, clock, now)
+        self.runs = RunController(self, make_engine or Engine, clock, now)
         self.keys = actions.shown_keys(self.settings.keys)
         self.advice = Advice(self._advised)
 
@@ -204,19 +198,19 @@ class RunController:
         self.chosen: dict[str, dict[str, tuple[str, ...]]] = {}
         self._app = app
         self._make_engine, self._clock, self._now = make_engine, clock, now
-        self._going: AnySession | None = None
+        self._current: AnySession | None = None
         self._silence_reported = False
         self._ended: asyncio.Event | None = None
 
     @property
-    def going(self) -> AnySession | None:
+    def active_session(self) -> AnySession | None:
         """The active run, of any kind, or None."""
-        return self._going if self.active else None
+        return self._current if self.active else None
 
     @property
     def active(self) -> bool:
         """Whether a run of any kind is active."""
-        return self._going is not None and self._going.active
+        return self._current is not None and self._current.active
 
     def start(self) -> None:
         """Run the draft, unless a run is active or the draft cannot run."""
@@ -265,7 +259,7 @@ class RunController:
 
     def _go(self, session: AnySession, screen: str | None = None) -> None:
         self._silence_reported = False
-        self._going, self._ended = session, asyncio.Event()
+        self._current, self._ended = session, asyncio.Event()
         self._app.run_worker(self._run(session, self._ended, screen), name="run", exit_on_error=False)
 
     async def _run(self, session: AnySession, ended: asyncio.Event, screen: str | None) -> None:
@@ -280,7 +274,7 @@ class RunController:
             self._app.main.show_run()
 
     async def _keep_results(self, session: AnySession, screen: str | None) -> None:
-        if self._going is session and session.any_rows:
+        if self._current is session and session.any_rows:
             report = await asyncio.to_thread(session.report)
             if screen is None:
                 self.report = report
@@ -306,15 +300,15 @@ class RunController:
 
     def stop(self) -> None:
         """Stop the run."""
-        if self._going is None or not self.active:
+        if self._current is None or not self.active:
             self._app.tell("nothing runs")
             return
-        self._going.stop()
+        self._current.stop()
         self._app.main.show_run()
 
     def watch_silence(self) -> None:
         """Warn once if the engine has been silent for long."""
-        session = self._going
+        session = self._current
         if session is None or not session.silent:
             self._silence_reported = False
         elif not self._silence_reported:
@@ -325,15 +319,15 @@ class RunController:
 
     async def end(self) -> None:
         """Stop the run, and wait until it has ended and is stored."""
-        if self._going is not None and self.active:
-            self._going.stop()
+        if self._current is not None and self.active:
+            self._current.stop()
         if self._ended is not None:
             await self._ended.wait()
 
     def kill(self) -> None:
         """Kill the worker process and its children at once."""
-        if self._going is not None:
-            self._going.kill()
+        if self._current is not None:
+            self._current.kill()
 
     def show_past(self, report: Report) -> str:
         """Show a past run instead of the latest; return the screen of its kind: "main", "models" or "finetuning"."""

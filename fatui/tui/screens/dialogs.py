@@ -193,7 +193,7 @@ class SaveAs(ModalScreen[Preset]):
 
     def on_mount(self) -> None:
         """Check the initial name."""
-        self._judge()
+        self._show_verdict()
 
     @property
     def problem(self) -> str:
@@ -206,7 +206,7 @@ class SaveAs(ModalScreen[Preset]):
         return ""
 
     @on(Input.Changed)
-    def _judge(self) -> None:
+    def _show_verdict(self) -> None:
         line = self.query_one("#verdict", Static)
         line.set_class(bool(self.problem), "problem")
         line.update(self.problem or self._outcome())

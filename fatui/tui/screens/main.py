@@ -106,22 +106,22 @@ class MainScreen(Screen[None]):
         app = self.app
         workload = shown_workload(app.draft)
         self.query_one(ImplementationPicker).show(
-            availability.make_picker_rows(app.draft, workload, app.advice, self._took(workload))
+            availability.make_picker_rows(app.draft, workload, app.advice, self._paths_taken(workload))
         )
         pane = self.query_one(WorkloadPane)
         if pane.draft is not app.draft:
             pane.show(app.draft)
         needs = availability.needs_text(app.draft, app.advice) if workload else ""
-        pane.show_words(needs, self._takes() if workload else "", app.keys)
+        pane.show_words(needs, self._estimate_text() if workload else "", app.keys)
         self._show_bars()
 
-    def _took(self, workload: Workload | None) -> dict[str, str]:
+    def _paths_taken(self, workload: Workload | None) -> dict[str, str]:
         """Return the path that each implementation took on the workload in the run shown."""
         cases = self.app.report.cases if self.app.report else ()
         rows = [row for case in cases if case.workload == workload for row in case.rows]
         return {row.implementation: row.path for row in rows if row.path and row.status == "ok"}
 
-    def _takes(self) -> str:
+    def _estimate_text(self) -> str:
         draft = self.app.draft
         if not draft.implementations:
             return "no implementation is selected; space selects one"
@@ -170,10 +170,10 @@ class MainScreen(Screen[None]):
         """Format the phase, the time, and the number of errors."""
         app, errors = self.app, self.app.journal.errors
         suffix = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
-        session, going = app.session, app.runs.going
-        if going is not None and going is not session:
-            left = estimate.remaining(going)
-            return f"{going.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{suffix}"
+        session, active = app.session, app.runs.active_session
+        if active is not None and active is not session:
+            left = estimate.remaining(active)
+            return f"{active.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{suffix}"
         if session is None:
             return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{suffix}"
         elapsed = formatting.duration(session.elapsed_s)

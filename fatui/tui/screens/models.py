@@ -190,8 +190,8 @@ class ModelScreen(Screen[None]):
     def _show(self) -> None:
         session, report = self.session, self.report
         if session is not None:
-            said = session.said if session.active else ""
-            self.query_one("#progress", Static).update("\n".join(filter(None, (progress_line(session), said))))
+            message = session.message if session.active else ""
+            self.query_one("#progress", Static).update("\n".join(filter(None, (progress_line(session), message))))
             self.draw(session)
             report = report or session.report()
             number = session.case_number

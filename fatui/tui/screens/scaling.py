@@ -73,7 +73,7 @@ class Scaling(Screen[None]):
             self.query_one("#words-pane").border_title = "Scaling"
             self.query_one("#map-pane").display = self.query_one("#chart-pane").display = False
             return
-        status.show(f"Scaling · {report.run.preset or 'unnamed'}", f"{len(report.cases)} cases over {_said(axes)}")
+        status.show(f"Scaling · {report.run.preset or 'unnamed'}", f"{len(report.cases)} cases over {_axes_text(axes)}")
         axis = axes[self._turns["axis"] % len(axes)]
         self._draw_chart(report, axis)
         self._draw_map(report, axis, axes)
@@ -87,7 +87,7 @@ class Scaling(Screen[None]):
         self.query_one(LineChart).show(ChartData(axis.rstrip("_"), values, lines, logarithmic))
         scale = "logarithmic" if logarithmic else "from 0"
         self.query_one("#chart-pane").border_title = literal(
-            f"tokens/s over {_said((axis,))}{' · ' + part if part else ''} · {scale}"
+            f"tokens/s over {_axes_text((axis,))}{' · ' + part if part else ''} · {scale}"
         )
         self.query_one("#words", Static).update("\n".join(_crossover_words(lines, axis)))
 
@@ -112,7 +112,7 @@ def _in_part(report: Report, axis: str, part: str, value: scaling.Value) -> bool
     return any(scaling.value(case.workload, axis) == value for case in scaling.cases_of(report, (axis,), part))
 
 
-def _said(axes: tuple[str, ...]) -> str:
+def _axes_text(axes: tuple[str, ...]) -> str:
     return ", ".join(axis.rstrip("_") for axis in axes)
 
 

@@ -37,7 +37,7 @@ def names_for(draft: Draft) -> tuple[str, ...]:
 
 
 def make_picker_rows(
-    draft: Draft, workload: Workload | None, advice: Advice, took: dict[str, str] | None = None
+    draft: Draft, workload: Workload | None, advice: Advice, paths_taken: dict[str, str] | None = None
 ) -> tuple[PickerRow, ...]:
     """Return one entry per implementation.
 
@@ -45,22 +45,22 @@ def make_picker_rows(
         draft: the draft.
         workload: the workload shown, or None if there is none.
         advice: the advisor's answers.
-        took: the paths that the latest run took on this workload.
+        paths_taken: the paths that the latest run took on this workload.
     """
-    made = (_offer(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft))
-    return tuple(_with_trial(offer, (took or {}).get(offer.name)) for offer in made)
+    made = (_picker_row(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft))
+    return tuple(_with_trial(row, (paths_taken or {}).get(row.name)) for row in made)
 
 
-def _with_trial(offer: PickerRow, took: str | None) -> PickerRow:
+def _with_trial(row: PickerRow, took: str | None) -> PickerRow:
     """For an implementation that tunes itself, show the result of its last trial, or that the run will try."""
-    if UNTRIED not in offer.path:
-        return offer
-    waiting = offer.path.endswith(WAITING)
+    if UNTRIED not in row.path:
+        return row
+    waiting = row.path.endswith(WAITING)
     path = f"{in_order(took)}, last run" if took else "tries them in the run"
-    return structs.replace(offer, path=f"{path} {WAITING}" if waiting else path)
+    return structs.replace(row, path=f"{path} {WAITING}" if waiting else path)
 
 
-def _offer(name: str, chosen: bool, workload: Workload | None, draft: Draft, advice: Advice) -> PickerRow:
+def _picker_row(name: str, chosen: bool, workload: Workload | None, draft: Draft, advice: Advice) -> PickerRow:
     route = advice.answer.routes.get(name)
     problem = advice.problem or advice.answer.problems.get(name, "")
     if problem:

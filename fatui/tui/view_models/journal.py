@@ -95,10 +95,10 @@ def event_line(event: on.AnyEvent, plan: AnyPlan) -> LeveledText:
         case on.Progress():
             return UNLOGGED
         case _:
-            return _narrate_case(event, plan)
+            return _case_line(event, plan)
 
 
-def _narrate_case(event: on.CaseEvent, plan: AnyPlan) -> LeveledText:
+def _case_line(event: on.CaseEvent, plan: AnyPlan) -> LeveledText:
     match event:
         case on.CaseStarted():
             return f"case {event.case + 1} of {len(plan.cases)}: {plan.cases[event.case].label}", "info"

@@ -16,7 +16,7 @@ from attention.core import events as on
 from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
 from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run
 from attention.engine.record import INTERRUPTED, AnyRecord
-from fatui.engine_process import Silence
+from fatui.engine_process import Listener, Silence
 from fatui.tui.view_models.journal import Log, estimate_line, event_line
 
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
@@ -72,7 +72,6 @@ class Drives(Protocol):
         """Stop the run."""
 
 
-Listener = Callable[[on.AnyEvent], None]
 MakeEngine = Callable[[AnyPlan, Listener], Drives]
 P = TypeVar("P", bound=AnyPlan)
 C = TypeVar("C")
@@ -126,7 +125,7 @@ class RunSession(Generic[P, C]):
 
     def _start_clock(self) -> None:
         """Reset everything that is timed."""
-        self._began = self._heard = self._step_began = self._case_began = self._progress_at = self._clock()
+        self._began = self._event_at = self._step_began = self._case_began = self._progress_at = self._clock()
         self._rounds_began: float | None = None
         self._ended: float | None = None
         self.rounds_s = self.once_s = 0.0
@@ -175,11 +174,11 @@ class RunSession(Generic[P, C]):
     async def run(self) -> None:
         """Run the engine to its end; exceptions are logged in the journal, and what was measured is kept."""
         finishing = asyncio.create_task(self._finish_cases())
-        broke = False
+        failed = False
         try:
             await self.engine.run()
         except Exception as error:
-            broke = True
+            failed = True
             self._journal.write(f"the engine's driver failed: {type(error).__name__}: {error}", "error")
         finally:
             finishing.cancel()
@@ -187,12 +186,12 @@ class RunSession(Generic[P, C]):
         with contextlib.suppress(asyncio.CancelledError):
             await finishing
         await asyncio.to_thread(self._finish_rest)
-        self._conclude(broke)
+        self._conclude(failed)
 
-    def _conclude(self, broke: bool) -> None:
+    def _conclude(self, failed: bool) -> None:
         record = self.record
         stopped = self.phase == "stopping"
-        self.phase = "failed" if broke else "refused" if record.refused else "done" if record.done else "stopped"
+        self.phase = "failed" if failed else "refused" if record.refused else "done" if record.done else "stopped"
         if self._final:
             from fatui.formatting import finding
 
@@ -255,18 +254,18 @@ class RunSession(Generic[P, C]):
 
     def _listen(self, event: on.AnyEvent) -> None:
         self._silence.record_event(event)
-        self._heard = self._silence.last_event_s
+        self._event_at = self._silence.last_event_s
         if self.phase == "starting":
             self.phase = "running"
-        self._narrate(event)
+        self._log_event(event)
         if isinstance(event, on.CaseStarted):
             self._begin_case(event.case)
         elif isinstance(event, on.StepStarted):
-            self._step_began = self._heard
+            self._step_began = self._event_at
             if event.step == "rounds" and self._rounds_began is None:
-                self._rounds_began = self._heard
+                self._rounds_began = self._event_at
         elif isinstance(event, on.Progress):
-            self._progress_at = self._heard
+            self._progress_at = self._event_at
         elif isinstance(event, on.CaseTimeEstimated):
             self.expected_s = self.elapsed_s - self.once_s + event.seconds
         elif isinstance(event, on.RoundsDone):
@@ -274,28 +273,28 @@ class RunSession(Generic[P, C]):
             self._follow(event)
         elif isinstance(event, on.CaseDone):
             self.expected_s = None
-            self.rounds_s += self._heard - self._rounds_began if self._rounds_began is not None else 0.0
+            self.rounds_s += self._event_at - self._rounds_began if self._rounds_began is not None else 0.0
             self._complete.put_nowait(event.case)
 
-    def _narrate(self, event: on.AnyEvent) -> None:
+    def _log_event(self, event: on.AnyEvent) -> None:
         """Log an event if it is worth a line; note a restarted case, and do not repeat routes."""
-        said = event_line(event, self.plan)
-        if said is None:
+        line = event_line(event, self.plan)
+        if line is None:
             return
         if isinstance(event, on.RouteFound):
-            if said[0] in self._routes:
+            if line[0] in self._routes:
                 return
-            self._routes.add(said[0])
+            self._routes.add(line[0])
         if isinstance(event, on.CaseStarted) and event.case == self.case_number:
-            said = f"case {event.case + 1} is restarted, to measure all of them together", "info"
-        self._journal.write(*said)
+            line = f"case {event.case + 1} is restarted, to measure all of them together", "info"
+        self._journal.write(*line)
 
     def _begin_case(self, case: int) -> None:
         if case == self.case_number:
-            self.once_s += self._heard - self._case_began
+            self.once_s += self._event_at - self._case_began
         else:
             self._routes.clear()
-        self.case_number, self._case_began = case, self._heard
+        self.case_number, self._case_began = case, self._event_at
         self.rates, self._rounds_began = {}, None
 
     def _follow(self, event: on.RoundsDone) -> None:
@@ -334,10 +333,10 @@ class Session(RunSession[Plan, Case]):
         case = super().case(index)
         if self.is_final(index):
             return case
-        going_on = (
+        unfinished = (
             structs.replace(row, stopped_by=None) if row.stopped_by == INTERRUPTED else row for row in case.rows
         )
-        return structs.replace(case, rows=tuple(going_on))
+        return structs.replace(case, rows=tuple(unfinished))
 
 
 class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineTuningCase]):
@@ -345,15 +344,15 @@ class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineT
 
     Attributes:
         losses: the training losses of each implementation so far.
-        said: the worker's latest message: the expected time of a case, or how to shorten it.
+        message: the worker's latest message: the expected time of a case, or how to shorten it.
     """
 
     losses: dict[str, Series]
-    said: str
+    message: str
 
     def _start_clock(self) -> None:
         super()._start_clock()
-        self.said = ""
+        self.message = ""
         self.losses = {}
 
     def _begin_case(self, case: int) -> None:
@@ -363,9 +362,9 @@ class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineT
     def _listen(self, event: on.AnyEvent) -> None:
         super()._listen(event)
         if isinstance(event, on.Message):
-            self.said = event.text
+            self.message = event.text
         elif isinstance(event, on.CaseTimeEstimated):
-            self.said = estimate_line(event)
+            self.message = estimate_line(event)
         if isinstance(event, on.IterationDone) and event.implementation != on.REPEATED_REFERENCE:
             tokens = self.plan.cases[event.case].tokens
             if event.number > 1:  # the first one compiles

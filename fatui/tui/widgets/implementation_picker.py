@@ -38,66 +38,66 @@ class ImplementationPicker(Widget, can_focus=True):
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
-        self.offers: tuple[PickerRow, ...] = ()
+        self.rows: tuple[PickerRow, ...] = ()
         self._cursor = 0
 
-    def show(self, offers: tuple[PickerRow, ...]) -> None:
+    def show(self, rows: tuple[PickerRow, ...]) -> None:
         """Set the list."""
-        if offers != self.offers:
-            self.offers = offers
+        if rows != self.rows:
+            self.rows = rows
             self.refresh(layout=False)
 
     def action_move(self, count: int) -> None:
         """Move the cursor; past either end, focus the next or previous widget."""
         target = self._cursor + count
-        if abs(count) == 1 and not 0 <= target < len(self.offers):
+        if abs(count) == 1 and not 0 <= target < len(self.rows):
             self.screen.focus_next() if count > 0 else self.screen.focus_previous()
             return
-        self._cursor = min(max(target, 0), len(self.offers) - 1)
+        self._cursor = min(max(target, 0), len(self.rows) - 1)
         self.refresh()
 
     def action_take(self) -> None:
         """Select or deselect the implementation under the cursor."""
-        if self.offers:
-            self.post_message(self.Toggled(self.offers[self._cursor].name))
+        if self.rows:
+            self.post_message(self.Toggled(self.rows[self._cursor].name))
 
     def on_click(self, event: events.Click) -> None:
         """Select or deselect the clicked implementation."""
-        if event.y < len(self.offers):
+        if event.y < len(self.rows):
             self._cursor = event.y
             self.refresh()
             self.action_take()
 
     def _reason_lines(self) -> list[str]:
         """Wrap the reason of the implementation under the cursor to the space left, cut with an ellipsis."""
-        if not self.offers:
+        if not self.rows:
             return []
         import textwrap
 
-        offer = self.offers[self._cursor]
-        room = self.size.height - len(self.offers)
-        lines = textwrap.wrap(f"{offer.name}: {offer.reason}", max(10, self.size.width)) if offer.reason else []
+        row = self.rows[self._cursor]
+        room = self.size.height - len(self.rows)
+        lines = textwrap.wrap(f"{row.name}: {row.reason}", max(10, self.size.width)) if row.reason else []
         if len(lines) > room > 0:
             lines = [*lines[: room - 1], clip(" ".join(lines[room - 1 :]), self.size.width)]
         return lines
 
     def render_line(self, y: int) -> Strip:
         """Draw one implementation, or a line of the reason below the list."""
-        if y < len(self.offers):
-            return self._offer(self.offers[y], y == self._cursor and self.has_focus)
+        if y < len(self.rows):
+            return self._row_strip(self.rows[y], y == self._cursor and self.has_focus)
         lines = self._reason_lines()
-        at = y - len(self.offers)
+        at = y - len(self.rows)
         text = lines[at] if at < len(lines) else ""
         return self._strip([Segment(text, self.get_component_rich_style("picker--reason"))])
 
-    def _offer(self, offer: PickerRow, at_cursor: bool) -> Strip:
-        name = f"{'✓' if offer.chosen else '·'} {clip(offer.name, NAME_WIDTH):<{NAME_WIDTH}} "
-        path = clip(offer.path, self.size.width - len(name))
+    def _row_strip(self, row: PickerRow, at_cursor: bool) -> Strip:
+        name = f"{'✓' if row.chosen else '·'} {clip(row.name, NAME_WIDTH):<{NAME_WIDTH}} "
+        path = clip(row.path, self.size.width - len(name))
         if at_cursor:
             style = self.get_component_rich_style("picker--cursor")
             return Strip([Segment(name + path, style)]).adjust_cell_length(self.size.width, style)
-        main = self.get_component_rich_style("picker--on" if offer.chosen else "picker--off")
-        other = self.get_component_rich_style("picker--path" if offer.able else "picker--unable")
+        main = self.get_component_rich_style("picker--on" if row.chosen else "picker--off")
+        other = self.get_component_rich_style("picker--path" if row.able else "picker--unable")
         return self._strip([Segment(name, main), Segment(path, other)])
 
     def _strip(self, segments: list[Segment]) -> Strip:

@@ -249,8 +249,8 @@ class RowTable(ScrollView, can_focus=True):
             return self._strip(self._head(), "head")
         index = y - 1 + self.scroll_offset.y
         if not self.lines:
-            said = textwrap.wrap(self.empty, max(10, width - 2))
-            return self._strip(f" {said[y]}" if y < len(said) else "", "dim")
+            message = textwrap.wrap(self.empty, max(10, width - 2))
+            return self._strip(f" {message[y]}" if y < len(message) else "", "dim")
         if index >= len(self.lines):
             return Strip.blank(width, self.rich_style)
         line = self.lines[index]
