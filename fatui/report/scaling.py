@@ -100,14 +100,10 @@ def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[RatePoint]]:
     """Return tokens/s of each implementation over cases sorted by an axis."""
     made: dict[str, list[RatePoint]] = {}
     for case in cases:
-        for row in case.rows:
-            if row.call_s is not None and row.tokens_per_second is not None and _sound(row):
+        for row in is_sound(case):
+            if row.call_s is not None and row.tokens_per_second is not None:
                 made.setdefault(row.implementation, []).append(_point(case, axis, row.call_s))
     return made
-
-
-def _sound(row: Row) -> bool:
-    return row.status == "ok" and not row.collecting
 
 
 def _point(case: Case, axis: str, call: Interval) -> RatePoint:
