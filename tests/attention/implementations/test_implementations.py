@@ -1,6 +1,7 @@
 """Every implementation against float64: either a correct result, or a route that declines."""
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -75,6 +76,25 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 DIFFERENTIABLE = [name for name in IMPLEMENTATIONS if name != "torch"]
 LARGE_GRAPHS = ("blocks of all keys", "blocks of few keys", "blocks of few keys, seen once", "slices, blocks behind")
 """Blocks make a large graph, which takes the C++ compiler seconds."""
+
+
+COMPILED = ("plain", "causal, more keys", "additive array", "half")
+"""Examples for which demo's trials compile: of each the C++ compiler takes a second."""
+
+
+@pytest.fixture(autouse=True)
+def few_compilations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run demo's compiled candidates uncompiled, except for a few examples."""
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    example = given.get("example")
+    if given.get("name") != "demo" or example is None or example.label in COMPILED:
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
 
 
 def labels(example: object) -> str:
