@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from attention.core.workload import Workload
     from attention.kernels.cuda.attend import Attend
+    from attention.masks import Pattern
 
 __all__ = [
     "KernelUnavailable",
@@ -82,6 +83,7 @@ def flash_attention(
     window: int | None = None,
     mask: mx.array | None = None,
     softcap: float | None = None,
+    pattern: Pattern | None = None,
 ) -> mx.array:
     """Compute softmax(softcap * tanh(q k' * scale / softcap) + mask) v without the score matrix (Dao et al., 2022).
 
@@ -96,6 +98,7 @@ def flash_attention(
         mask: broadcasts to (B, H, Lq, Lk): bool, true where a query attends to a key, or float16, bfloat16 or float32,
             added to the scores; read with its own strides. Combines with causal and window.
         softcap: bound of the scores, applied before the mask.
+        pattern: the pairs that are visible, instead of causal and window; only their tiles are computed.
 
     Returns:
         (B, H, Lq, Dv) in the dtype of q; fully masked rows are 0. Differentiable in q, k, v and an additive mask; only
@@ -105,14 +108,14 @@ def flash_attention(
         ValueError: shapes, dtypes or values are inconsistent or unsupported (`supports` checks a workload).
         KernelUnavailable: the kernel cannot run on this machine.
     """
-    if mask is None:
+    if mask is None and pattern is None:
         try:
             found = _find_call(q, k, v, scale, causal, window, softcap)
         except TypeError:  # an argument of the wrong type: reported by the checks of `_resolve_call`
             found = None
         if found is not None:
             return found
-    return _attend(q, k, v, scale, causal, window, mask, softcap, False)[0]
+    return _attend(q, k, v, scale, causal, window, mask, softcap, pattern, False)[0]
 
 
 def flash_attention_with_logsumexp(
@@ -125,6 +128,7 @@ def flash_attention_with_logsumexp(
     window: int | None = None,
     mask: mx.array | None = None,
     softcap: float | None = None,
+    pattern: Pattern | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Compute `flash_attention` and the logsumexp (natural logarithm) of each row of scores.
 
@@ -136,7 +140,7 @@ def flash_attention_with_logsumexp(
         ValueError: shapes, dtypes or values are inconsistent or unsupported.
         KernelUnavailable: the kernel cannot run on this machine.
     """
-    output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, True)[:2]
+    output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, pattern, True)[:2]
     return output, logsumexp
 
 
@@ -149,13 +153,15 @@ def _attend(
     window: int | None,
     mask: mx.array | None,
     softcap: float | None,
+    pattern: Pattern | None,
     with_logsumexp: bool,
 ) -> Sequence[mx.array]:
     kind = None if mask is None else (mask.dtype, mask.shape)
-    key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, scale, causal, window, kind, softcap, with_logsumexp)
+    shapes = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
+    key = (shapes, scale, causal, window, kind, softcap, pattern, with_logsumexp)
     known = _known.get(key)
     if known is None:
-        known = _resolve_call(q, k, v, scale, causal, window, mask, softcap, with_logsumexp)
+        known = _resolve_call(q, k, v, scale, causal, window, mask, softcap, pattern, with_logsumexp)
         _known[key] = known
     return known(q, k, v) if mask is None else known(q, k, v, mask)
 
@@ -189,6 +195,7 @@ def _resolve_call(
     window: int | None,
     mask: mx.array | None,
     softcap: float | None,
+    pattern: Pattern | None,
     with_logsumexp: bool,
 ) -> Attend:
     """Select the kernels of a call; a plan without mask or logsumexp is also added to the launcher's table."""
@@ -198,9 +205,9 @@ def _resolve_call(
 
     global _find_call  # noqa: PLW0603  the fast path of every call
     dtype, kind = check_arrays(q, k, v, mask)
-    call = normalize(scale, causal, window, softcap, k.shape[2], kind)
+    call = normalize(scale, causal, window, softcap, k.shape[2], kind, pattern)
     made = repeated_call(q.shape, k.shape, v.shape[3], dtype, call, with_logsumexp)
-    if mask is None and not with_logsumexp and launcher.is_plan(made):
+    if mask is None and pattern is None and not with_logsumexp and launcher.is_plan(made):
         launcher.module().keep_call(q, k, v, scale, causal, window, softcap, made)
         _find_call = launcher.module().find_call
     return made

@@ -67,7 +67,7 @@ def _compare(shape: CallShape, call: CallParams, path: KernelPath) -> str | None
     """Run the specialisation of a call on small inputs; return an error in its results, or None."""
     few = path == "decode" or (path == "general" and work_division(shape, call).kernel.packed)
     small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=shape.queries if few else 300, keys=523)
-    tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
+    tried = selfcheck.small_call(small, call)
     match path:
         case "forward":
             made = forward_stages(small, tried, kernel=sm90_launch.forward_kernel(shape, call))

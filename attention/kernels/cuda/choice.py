@@ -39,7 +39,7 @@ def candidates(shape: CallShape, call: CallParams) -> Iterator[KernelPath]:
     """Yield the paths that support a call, fastest first."""
     # the specialised kernels need tensor maps and serial numbers, which only the launcher provides
     if sm90_refusal(shape, call) is None and launcher.known_obstacle() is None:
-        if shape.group * shape.queries <= MAX_ROWS:
+        if shape.group * shape.queries <= MAX_ROWS and call.pattern is None:
             yield "decode"
         elif gpu().architecture == "sm_90a":
             yield "forward"

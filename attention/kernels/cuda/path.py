@@ -82,7 +82,15 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
     if softcap is not None and softcap > MAX_SOFTCAP:
         raise KernelUnavailable(f"the CUDA kernels take a softcap of up to {MAX_SOFTCAP:g}, not {softcap:g}")
     return cuda.flash_attention(
-        q, k, v, scale=scale, causal=mask.causal, window=mask.window, mask=mask.array, softcap=softcap
+        q,
+        k,
+        v,
+        scale=scale,
+        causal=mask.causal,
+        window=mask.window,
+        mask=mask.array,
+        softcap=softcap,
+        pattern=mask.pattern,
     )
 
 

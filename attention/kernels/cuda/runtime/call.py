@@ -12,6 +12,8 @@ from attention.kernels.cuda.runtime.program import Element
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from attention.masks import Pattern
+
 MAX_HEAD_DIM: Final = 256
 MIN_FLOAT, MAX_FLOAT = 2.0**-126, 2.0**126
 DIM_STEP: Final = 8
@@ -35,6 +37,8 @@ class CallParams:
     softcap: float | None
     mask: MaskKind | None = None
     """Dtype of the array mask (batch, heads, queries, keys): bool, or added to the scores; None without a mask."""
+    pattern: "Pattern | None" = None
+    """Mask by block lists; it then holds all of the mask by position."""
 
     @property
     def adds_mask(self) -> bool:
@@ -62,26 +66,39 @@ class CallShape:
         object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
 
     @property
+    def scores(self) -> tuple[int, int, int, int]:
+        """Shape of the scores."""
+        return self.batch, self.heads, self.queries, self.keys
+
+    @property
     def group(self) -> int:
         """Query heads that share one key and value head."""
         return self.heads // self.kv_heads
 
 
 def normalize(
-    scale: float, causal: bool, window: int | None, softcap: float | None, keys: int, mask: MaskKind | None = None
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    keys: int,
+    mask: MaskKind | None = None,
+    pattern: "Pattern | None" = None,
 ) -> CallParams:
     """Validate the keywords of a call and return them in normal form.
 
     Raises:
         ValueError: a keyword is invalid; the message names it.
     """
+    if pattern is not None and (causal or window is not None):
+        raise ValueError("[flash_attention] pattern holds the whole mask by position: causal and window are left out.")
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"[flash_attention] scale is positive; got {scale}.")
     check_bounds(window, softcap)
     if softcap is not None and softcap > MAX_SOFTCAP:
         raise ValueError(f"[flash_attention] softcap is at most {MAX_SOFTCAP:g}; got {softcap:g}.")
     narrow = window is not None and window < keys
-    return CallParams(float(scale), causal or window is not None, window if narrow else None, softcap, mask)
+    return CallParams(float(scale), causal or window is not None, window if narrow else None, softcap, mask, pattern)
 
 
 def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 from attention.kernels.cuda.runtime import launcher
 from attention.kernels.cuda.runtime.call import LOG2_E, CallParams, CallShape, float_bits
 from attention.kernels.cuda.runtime.program import Program, machine_code
+from attention.masks import Pattern
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,33 @@ def make_plan(
 
 def plan_label(kind: PlanKind, shape: CallShape, call: CallParams, with_logsumexp: bool) -> str:
     """Encode what the transformations of a plan need to rebuild it for another batch size, or to differentiate it."""
-    return json.dumps([kind, asdict(shape), asdict(call), with_logsumexp])
+    fields = {**vars(call), "pattern": None if call.pattern is None else _keep(call.pattern)}
+    return json.dumps([kind, asdict(shape), fields, with_logsumexp])
+
+
+_MAX_PATTERNS: Final = 256
+_patterns: dict[int, Pattern] = {}
+"""Patterns of the latest labels, by number."""
+
+
+def _keep(pattern: Pattern) -> int:
+    """Return the number of a pattern for a label."""
+    number = next((n for n, known in _patterns.items() if known == pattern), None)
+    if number is None:
+        number = max(_patterns, default=0) + 1
+        _patterns[number] = pattern
+        if len(_patterns) > _MAX_PATTERNS:
+            del _patterns[min(_patterns)]
+    return number
 
 
 def parse_label(label: str) -> tuple[PlanKind, CallShape, CallParams, bool]:
     """Decode the arguments of `plan_label`."""
     kind, shape, call, with_logsumexp = json.loads(label)
+    if call["pattern"] is not None:
+        if call["pattern"] not in _patterns:
+            raise ValueError(f"[flash_attention] A gradient comes after {_MAX_PATTERNS} calls with other patterns.")
+        call["pattern"] = _patterns[call["pattern"]]
     return kind, CallShape(**shape), CallParams(**call), with_logsumexp
 
 

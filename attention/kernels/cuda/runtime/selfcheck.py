@@ -3,12 +3,14 @@
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from attention import masks
 from attention.kernels.common.cache import code_fingerprint
 from attention.kernels.common.first_use import Check, SelfChecks
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
@@ -28,6 +30,18 @@ def inputs(shape: CallShape, seed: int = 7) -> list[mx.array]:
     dtype = mx.bfloat16 if shape.element == "bf16" else mx.float16
     shapes = ((*rows, shape.head_dim), (*keys, shape.head_dim), (*keys, shape.value_dim), (*rows, shape.value_dim))
     return [mx.array(random.standard_normal(size, np.float32)).astype(dtype) for size in shapes]
+
+
+def small_call(shape: CallShape, call: CallParams) -> CallParams:
+    """Return a call of the same kind for inputs of a small shape; a pattern has full, partial and missing tiles."""
+    window, pattern = (100 if call.window is not None else None), None
+    if call.pattern is not None:
+        blocks = (1, shape.heads, -(-shape.queries // 64), -(-shape.keys // 64))
+        cells = np.random.default_rng(7).random(blocks) < 0.4
+        cells[:, 0, 0] = False
+        documents = [shape.keys // 3, shape.keys // 4, shape.keys - shape.keys // 3 - shape.keys // 4]
+        pattern = (masks.causal() & masks.documents(documents)) | masks.blocks(cells, block=64)
+    return replace(call, scale=shape.head_dim**-0.5, window=window, pattern=pattern)
 
 
 def random_mask(shape: CallShape, call: CallParams, seed: int = 7) -> list[mx.array]:
@@ -57,6 +71,8 @@ def weights(q: Floats, k: Floats, call: CallParams, mask: Floats | None = None) 
         scores, slope = call.softcap * squashed, 1 - squashed**2
     if mask is not None:
         scores = scores + mask
+    if call.pattern is not None:
+        scores[~np.array(call.pattern.dense(scores.shape))] = -np.inf
     queries, keys = scores.shape[2:]
     position, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
     if call.causal:

@@ -17,6 +17,8 @@
 //
 //   otherwise  consumers take turns to issue wgmmas, P V of the current keys and S of the next, so that the softmax of one
 //              overlaps with the wgmmas of another; P reuses the registers of S, so that larger tiles fit
+//
+//   TURNS      consumers take turns; with OVERLAP too (FlashAttention-3's ping-pong), one issues S and P V in its turn
 
 // ---- a consumer --------------------------------------------------------------------------------------------------
 
@@ -50,6 +52,7 @@ struct Consumer {
   }
   DEVICE void release_query() const { release(memory.query_empty(work.query_buffer(index))); }
   DEVICE void release_keys() {
+    if constexpr (LISTS) __syncwarp();  // every lane has read what masks the tile
     release(memory.key_empty(keys.stage));
     keys.advance();
     if (n == work.first) release_query();  // after the last scores
@@ -59,10 +62,10 @@ struct Consumer {
     values.advance();
   }
   DEVICE void wait_turn() const {
-    if constexpr (!OVERLAP) named_sync(TURN_BARRIER + index, 2 * WARPGROUP);
+    if constexpr (TURNS) named_sync(TURN_BARRIER + index, 2 * WARPGROUP);
   }
   DEVICE void pass_turn() const {
-    if constexpr (!OVERLAP) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
+    if constexpr (TURNS) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
   }
   // Skips the key tiles that are masked for all queries of this consumer.
   DEVICE void pass_unseen() {
@@ -85,7 +88,7 @@ struct Consumer {
     barrier_wait(memory.query_full(buffer), work.query_parity());
     query = memory.query(buffer);
     asm volatile("" : "+r"(query));  // opaque, so that with a single buffer derived values do not stay in vector registers
-    n = problem.key_blocks_of_warpgroup(top(), work.first, work.end) - 1;
+    n = (LISTS ? work.end : problem.key_blocks_of_warpgroup(top(), work.first, work.end)) - 1;
     skips = work.end - 1 - n;
     return true;
   }
@@ -96,8 +99,9 @@ struct Consumer {
   DEVICE int row() const { return top() + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
   // Caps and masks the scores.
-  DEVICE void mask(Scores& scores, const Problem& problem) const {
+  DEVICE void mask(Scores& scores, const Problem& problem, const Listed& listed) const {
     if constexpr (SOFTCAP) cap_scores(scores, problem.into_cap);
+    if constexpr (LISTS) return mask_listed(scores, problem, listed, row());
     const int first_of_all = problem.first_seen_by(top() + WARPGROUP_ROWS - 1);
     if ((n + 1) * BLOCK_N > problem.last_seen_by(top()) || n * BLOCK_N < first_of_all) {
       mask_scores(scores, problem, row(), n * BLOCK_N);
@@ -107,10 +111,12 @@ struct Consumer {
   // Waits for the scores of tile `n`, with at most PENDING later wgmma groups in flight, and converts them to weights.
   template <int PENDING>
   DEVICE void weigh(Scores& scores, const Problem& problem, Rows& rows) {
+    Listed listed;
+    if constexpr (LISTS) listed.read(memory.listed(keys.stage), memory.bits(keys.stage) + index * (BITS_BYTES / CONSUMERS));
     wgmma_wait<PENDING>();
     settle(scores);
     release_keys();
-    mask(scores, problem);
+    mask(scores, problem, listed);
     softmax(scores, rows, problem.scale_log2);
   }
 
@@ -132,7 +138,10 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   consumer.pass_unseen();
   Scores scores;
   Weights weights;
-  start_scores(scores, consumer.query, consumer.await_keys());
+  const u32 first = consumer.await_keys();
+  consumer.wait_turn();
+  start_scores(scores, consumer.query, first);
+  consumer.pass_turn();
   consumer.weigh<0>(scores, problem, rows);
   u32 value = consumer.await_values();
   pack_weights(weights, scores);
@@ -140,8 +149,10 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   while (consumer.n > consumer.work.first) {
     --consumer.n;
     const u32 key = consumer.await_keys();
+    consumer.wait_turn();
     start_scores(scores, consumer.query, key);
     start_output(out, weights, value);
+    consumer.pass_turn();
     consumer.weigh<1>(scores, problem, rows);
     // Waiting for the next V here ends the basic block. Otherwise ptxas moves the wait for P V up, before the exponentials,
     // and the softmax no longer overlaps with the wgmmas.
@@ -216,7 +227,11 @@ DEVICE void init_barriers(const Memory& memory) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL_NAME(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
-                const __grid_constant__ TensorMap value, const int4* table, char* output, float* logsumexp,
+                const __grid_constant__ TensorMap value, const int4* table,
+#if LISTS
+                const int2* entries, const u32* bits,
+#endif
+                char* output, float* logsumexp,
                 float2* stats, float4* parts, u64* marks, int planes, int heads, int heads_per_key, int queries, int keys, int columns,
                 int scale_log2_bits, int into_cap_bits, int window, int rounds, u64 serial) {
   extern __shared__ __align__(1024) char shared[];
@@ -224,6 +239,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Problem problem{planes, heads, heads_per_key, queries, keys, columns, __int_as_float(scale_log2_bits),
                         __int_as_float(into_cap_bits), window};
   const Schedule schedule{table + 2 * rounds * blockIdx.x};
+#if LISTS
+  const Lists lists{entries, bits};
+#else
+  const Lists lists{};
+#endif
   if (threadIdx.x == 0) {
     prefetch(schedule.entry);  // the longest latency of the prologue
     prefetch_map(query), prefetch_map(key), prefetch_map(value);
@@ -233,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (threadIdx.x < WARPGROUP) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(memory, problem, schedule, query, key, value);
+    if (threadIdx.x == 0) produce(memory, problem, schedule, lists, query, key, value);
   } else {
     if constexpr (CONSUMERS == 1) give_registers<CONSUMER_REGISTERS>();
     else take_registers<CONSUMER_REGISTERS>();

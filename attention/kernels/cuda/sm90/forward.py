@@ -60,6 +60,10 @@ class Forward:
     query_stages: int = 1
     """Buffers for Q; with two, the next tile of queries is prefetched."""
     overlap: bool = True
+    lists: bool = False
+    """Whether the key tiles of a query tile are entries of a block list, not a range."""
+    paced: bool = False
+    """Whether consumers take turns beside `overlap`; without it they always do."""
 
     @property
     def block_m(self) -> int:
@@ -68,8 +72,9 @@ class Forward:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: 1 KiB of barriers, the Q buffers, and the K and V buffers."""
-        return 1024 + 2 * self.head_dim * (self.query_stages * self.block_m + 2 * self.stages * self.block_n)
+        """Bytes: 1 KiB of barriers, the Q buffers, the K and V buffers, and the bits of listed tiles."""
+        bits = self.stages * self.block_m * self.block_n // 8 if self.lists else 0
+        return 1024 + 2 * self.head_dim * (self.query_stages * self.block_m + 2 * self.stages * self.block_n) + bits
 
     @functools.cached_property
     def program(self) -> Program:
@@ -84,6 +89,8 @@ class Forward:
             "SOFTCAP": self.softcap,
             "QUERY_STAGES": self.query_stages,
             "OVERLAP": self.overlap,
+            "TURNS": self.paced or not self.overlap,
+            "LISTS": self.lists,
             "BFLOAT16": self.element == "bf16",
         }
         products = (
@@ -141,6 +148,24 @@ def specialise(head_dim: int, causal: bool, element: Element, window: bool = Fal
     if head_dim <= 256:
         return made(256, consumers=2, block_n=64 if softcap else 80)
     raise ValueError(f"head_dim is at most 256; got {head_dim}")
+
+
+@functools.cache
+def specialise_lists(head_dim: int, element: Element, softcap: bool = False, few: bool = False) -> Forward:
+    """Return the specialisation for block lists; with `few`, for small problems: smaller tiles, and more of them."""
+    width = next(width for width in (64, 128, 192, 256) if head_dim <= width)
+    narrow = width <= 128
+    return Forward(
+        width,
+        False,
+        element,
+        softcap=softcap,
+        consumers=1 if few else 2,
+        block_n=128 if narrow else 64,
+        query_stages=2 if narrow else 1,
+        lists=True,
+        paced=narrow and not few,
+    )
 
 
 def fewer_consumers(kernel: Forward) -> list[Forward]:

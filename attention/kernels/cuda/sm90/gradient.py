@@ -141,7 +141,7 @@ def finish_launch(shape: CallShape, call: CallParams) -> Launch:
 def check(shape: CallShape, call: CallParams) -> None:
     """Self-check the kernel of a call on this GPU, once; `refusal` returns a stored failure."""
     small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=200, keys=331)
-    tried = replace(call, scale=shape.head_dim**-0.5, window=100 if call.window is not None else None)
+    tried = selfcheck.small_call(small, call)
 
     def compare() -> str | None:
         q, k, v, cotangent = selfcheck.inputs(small)

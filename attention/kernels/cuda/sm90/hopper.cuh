@@ -40,6 +40,18 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
 #endif
 }
 
+// ---- ordinary accesses to shared memory ---------------------------------------------------------------------------
+
+DEVICE void store_word(u32 address, u32 word) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
+DEVICE u32 load_word(u32 address) {
+  u32 word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+DEVICE void load_two(u32* words, u32 address) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
+}
+
 // ---- named barriers among whole warps ----------------------------------------------------------------------------
 
 DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from attention.kernels.cuda.runtime import launch
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
@@ -23,14 +25,23 @@ from attention.kernels.cuda.runtime.launch import (
     scalars_of,
 )
 from attention.kernels.cuda.sm90.decode import LONG_KEYS, ROWS, Decode
-from attention.kernels.cuda.sm90.forward import WARPGROUP_ROWS, Forward, fewer_consumers, specialise
-from attention.kernels.cuda.sm90.schedule import make_works, makespan
+from attention.kernels.cuda.sm90.forward import (
+    WARPGROUP_ROWS,
+    Forward,
+    fewer_consumers,
+    specialise,
+    specialise_lists,
+)
+from attention.kernels.cuda.sm90.schedule import list_works, make_works, makespan
 
 
 @functools.lru_cache(maxsize=256)
 def forward_kernel(shape: CallShape, call: CallParams) -> Forward:
     """Return the Hopper specialisation for a call: the consumer count with the smallest estimated makespan."""
     window, softcap = call.window is not None, call.softcap is not None
+    if call.pattern is not None:
+        tiles = shape.batch * shape.heads * -(-shape.queries // (2 * WARPGROUP_ROWS))
+        return specialise_lists(shape.head_dim, shape.element, softcap, few=tiles < gpu().multiprocessors)
     largest = specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
 
     def time(kernel: Forward) -> float:
@@ -45,9 +56,22 @@ def forward_kernel(shape: CallShape, call: CallParams) -> Forward:
 def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
     """Return the launch of the Hopper kernel: writes output, logsumexp, stats, and tile parts with their flags."""
     planes = shape.batch * shape.heads
-    ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
-    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
+    if call.pattern is not None:
+        made = call.pattern.block_list(shape.scores, kernel.block_m, kernel.block_n)
+        table, parts = list_works(
+            gpu().multiprocessors,
+            made.offsets,
+            list_planes(shape, made.batches, made.heads),
+            made.row_tiles,
+            plane_bytes,
+            kernel.joining,
+        )
+        constants = on_device(table, made.entries, made.bits)
+    else:
+        ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
+        table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
+        constants = on_device(table)
     rows = (shape.batch, shape.heads, shape.queries)
     numbers, marks = kernel.part_shapes
     problem = [planes, shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
@@ -62,15 +86,25 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
             ((parts, *marks), mx.int64),
         ],
         [*problem, *scalars_of(call), call.window or 0, len(table[0])],
-        on_device(table),
+        constants,
     )
 
 
-def on_device(table: tuple[object, ...]) -> tuple[mx.array]:
-    """Return an int32 table in device memory; arrays built from Python lists are in managed memory."""
-    copy = mx.array(table, dtype=mx.int32) + 0
-    mx.eval(copy)
-    return (copy,)
+def list_planes(shape: CallShape, batches: int, heads: int) -> NDArray[np.int64]:
+    """Return the plane of the lists for each plane of queries; lists have 1 or all batches and heads."""
+    batch, head = np.divmod(np.arange(shape.batch * shape.heads), shape.heads)
+    return (batch if batches > 1 else 0) * heads + (head if heads > 1 else 0)
+
+
+def on_device(*tables: object) -> tuple[mx.array, ...]:
+    """Return int32 tables in device memory; arrays built from Python lists are in managed memory."""
+    copies = tuple(mx.array(table, dtype=mx.int32) + 0 for table in map(_as_int32, tables))
+    mx.eval(copies)
+    return copies
+
+
+def _as_int32(table: object) -> object:
+    return table.view(np.int32) if isinstance(table, np.ndarray) else table
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@
 //   consumer 0      64 queries    \  of the same BLOCK_M queries: all consumers use every K and V tile
 //   consumer 1, 2   64 queries    /
 //
-// Shared memory:  | barriers: 1 KiB | Q: QUERY_STAGES x consumers | K: STAGES tiles | V: STAGES tiles |
+// With LISTS, a work's key tiles are entries of a block list instead of a range: the producer reads the entries and, with each
+// K tile, leaves what the consumers need to mask it, so that these read nothing from device memory.
+//
+// Shared memory:  | barriers: 1 KiB | Q: QUERY_STAGES x consumers | K: STAGES tiles | V: STAGES tiles | bits: STAGES |
 
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 // A block starts with 255 registers per thread with one consumer, 168 with two, 128 with three; the consumers can allocate
@@ -14,6 +17,7 @@ constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (CONSUMERS + 1) * START_REGISTERS);
 constexpr int TURN_BARRIER = 1;  // first named barrier, one per consumer
+constexpr int BITS_BYTES = BLOCK_M * BLOCK_N / 8;  // visible pairs of a partially masked tile, with LISTS
 
 // Shared-memory layout: barriers in the first KiB, then the tiles.
 struct Memory {
@@ -28,9 +32,19 @@ struct Memory {
   DEVICE u32 query(int buffer) const { return base + 1024 + buffer * QueryTile::BYTES; }
   DEVICE u32 key(int stage) const { return query(QUERY_STAGES * CONSUMERS) + stage * KeyTile::BYTES; }
   DEVICE u32 value(int stage) const { return key(STAGES + stage); }
+  // With LISTS: the key tile in a K buffer, times two, plus one if it is partially masked; and then its bits.
+  DEVICE u32 listed(int stage) const { return base + 512 + 4 * stage; }
+  DEVICE u32 bits(int stage) const { return value(STAGES) + stage * BITS_BYTES; }
+};
+static_assert(8 * (2 * QUERY_STAGES * CONSUMERS + 4 * STAGES) <= 512);
+
+// Block lists: (key tile, bits tile or -1 if every pair is visible), and bits [query][key] of the bits tiles.
+struct Lists {
+  const int2* entries;
+  const u32* bits;
 };
 
-// A unit of work: a query tile against the key tiles [first, end).
+// A unit of work: a query tile against the key tiles, with LISTS the entries, [first, end).
 struct Work {
   int block = 0, first = 0, end = 0;
   int index = -1;  // index among the works of this block
@@ -71,22 +85,38 @@ DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap
   }
 }
 
+// Loads the K tile of an entry, with its bits.
+DEVICE void load_listed_key(const Memory& memory, int stage, const Lists& lists, int2 entry, const TensorMap& map, int head,
+                            int batch) {
+  const u32 full = memory.key_full(stage);
+  const bool partial = entry.y >= 0;
+  store_word(memory.listed(stage), 2 * entry.x + partial);
+  barrier_arrive_expecting(full, KeyTile::BYTES + (partial ? BITS_BYTES : 0));
+  load_tile_expected<BLOCK_N>(memory.key(stage), map, head, batch, entry.x * BLOCK_N, full);
+  if (partial) load_bytes(memory.bits(stage), lists.bits + static_cast<u64>(entry.y) * (BITS_BYTES / 4), BITS_BYTES, full);
+}
+
 // The producer, a single thread.
-DEVICE void produce(const Memory& memory, const Problem& problem, Schedule schedule, const TensorMap& query_map,
-                    const TensorMap& key_map, const TensorMap& value_map) {
+DEVICE void produce(const Memory& memory, const Problem& problem, Schedule schedule, const Lists& lists,
+                    const TensorMap& query_map, const TensorMap& key_map, const TensorMap& value_map) {
   Ring keys, values;
   Work work;
   while (schedule.next(work)) {
     const int batch = schedule.plane() / problem.heads, head = schedule.plane() % problem.heads;
     const int key_head = head / problem.heads_per_key;
+    if constexpr (LISTS) prefetch(schedule.entry);  // the next work
     auto load_key = [&](int n) {
+      int2 entry;
+      if constexpr (LISTS) entry = lists.entries[n];
       barrier_wait(memory.key_empty(keys.stage), keys.parity ^ 1);
-      load_tile<BLOCK_N>(memory.key(keys.stage), key_map, key_head, batch, n * BLOCK_N, memory.key_full(keys.stage));
+      if constexpr (LISTS) load_listed_key(memory, keys.stage, lists, entry, key_map, key_head, batch);
+      else load_tile<BLOCK_N>(memory.key(keys.stage), key_map, key_head, batch, n * BLOCK_N, memory.key_full(keys.stage));
       keys.advance();
     };
     auto load_value = [&](int n) {
+      const int tile = LISTS ? lists.entries[n].x : n;
       barrier_wait(memory.value_empty(values.stage), values.parity ^ 1);
-      load_tile<BLOCK_N>(memory.value(values.stage), value_map, key_head, batch, n * BLOCK_N,
+      load_tile<BLOCK_N>(memory.value(values.stage), value_map, key_head, batch, tile * BLOCK_N,
                          memory.value_full(values.stage));
       values.advance();
     };

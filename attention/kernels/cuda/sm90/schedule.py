@@ -3,7 +3,12 @@
 import bisect
 import functools
 import heapq
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[Any]
 
 L2_BYTES: Final = 32 * 2**20
 """Budget for the keys and values of heads in flight, of the H200's 60 MB of L2."""
@@ -11,6 +16,8 @@ TILE_OVERHEAD: Final = 1.2
 """Prologue and epilogue of a tile, in key tiles (from timings of short against long sequences)."""
 MAX_SHARES: Final = 8
 """Maximum number of blocks per split tile, on average."""
+MAX_PARTS: Final = 15
+"""Most parts of a tile, see `part_word`."""
 
 Piece = tuple[int, int, int, int]
 """Tile index over all planes, first and end key tile, and part (see `part_word`)."""
@@ -76,6 +83,79 @@ def make_works(
     return _table(lists, len(ranges)), 0
 
 
+def list_works(
+    blocks: int, offsets: Ints, planes: Ints, tiles: int, plane_bytes: int, joining: float
+) -> tuple[NDArray[np.int32], int]:
+    """Return the work table of block lists (blocks x rounds x 8), and the number of tile parts in it.
+
+    Works are ranges of entries. Planes are processed in groups whose keys and values fit in the L2 cache; within a group
+    the longest works come first, each assigned to the block that is free first. Lists longer than a block's share, or
+    those of the last round, are split into parts if that ends earlier.
+
+    Args:
+        blocks: concurrent blocks; fewer are used if there is less work.
+        offsets: first entry of each list, and the end of the last.
+        planes: plane of the lists for each plane of queries.
+        tiles: query tiles per plane.
+        plane_bytes: size of a plane's keys and values.
+        joining: cost of combining the parts of a tile, in key tiles.
+    """
+    lists = (planes[:, None] * tiles + np.arange(tiles)).ravel()
+    first, cost = offsets[lists].astype(np.int64), np.diff(offsets).astype(np.int64)[lists]
+    plane, tile = np.divmod(np.arange(len(lists)), tiles)
+    order = np.lexsort((plane, tile, -cost, plane // max(1, L2_BYTES // max(1, plane_bytes))))
+    plane, tile, first, cost = plane[order], tile[order], first[order], cost[order]
+    counts = [np.ones(len(order), np.int64)]
+    share = max(3 * joining, float(cost.sum()) / blocks + joining)
+    if cost.max() > share:
+        counts.append(np.minimum(np.ceil(cost / share).astype(np.int64).clip(1), MAX_PARTS))
+    left = len(order) % blocks
+    if left and cost[-left:].min() > 3 * joining:
+        counts.append(np.where(np.arange(len(order)) < len(order) - left, 1, min(MAX_PARTS, blocks // left)))
+    owner, index, block = min((_assign(blocks, cost, count, joining) for count in counts), key=lambda made: made[0])[1:]
+    return _list_table((plane, tile, first, cost), owner, index, block)
+
+
+def _assign(blocks: int, cost: Ints, counts: Ints, joining: float) -> tuple[float, Ints, Ints, Ints]:
+    """Return the makespan of works in `counts` parts, and of each part its work, its index and its block."""
+    owner = np.repeat(np.arange(len(cost)), counts)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    costs = cost[owner] / counts[owner] + TILE_OVERHEAD + joining * (counts[owner] > 1)
+    block, makespan = _by_load(min(blocks, len(owner)), costs)
+    return makespan, owner, index, block
+
+
+def _list_table(works: tuple[Ints, ...], owner: Ints, index: Ints, block: Ints) -> tuple[NDArray[np.int32], int]:
+    """Return the table of works (plane, tile, first entry, entries) in parts, and the number of parts."""
+    plane, tile, first, cost = (column[owner] for column in works)
+    counts = np.bincount(owner)
+    several = np.where(counts > 1, counts, 0)
+    count, earlier = counts[owner], (np.cumsum(several) - several)[owner]
+    word = np.where(count > 1, part_word(earlier, count, index), 0)
+    columns = (plane, tile, first + cost * index // count, first + cost * (index + 1) // count, word)
+    by_block, per_block = np.argsort(block, kind="stable"), np.bincount(block)
+    place = np.arange(len(block)) - np.repeat(np.cumsum(per_block) - per_block, per_block)
+    table = np.zeros((len(per_block), int(per_block.max()) + 1, len(NO_WORK)), np.int32)
+    table[:, :, 0] = NO_WORK[0]
+    table[block[by_block], place, : len(columns)] = np.stack(columns, axis=1)[by_block]
+    return table, int(several.sum())
+
+
+def _by_load(blocks: int, costs: NDArray[np.float64]) -> tuple[Ints, float]:
+    """Assign works to blocks in order, each to one with little load, many at once; return the blocks and the makespan.
+
+    A block takes part in a round if its load does not exceed the least by more than the next work's cost.
+    """
+    made, loads, done = np.empty(len(costs), np.int64), np.zeros(blocks), 0
+    while done < len(costs):
+        free = np.argsort(loads, kind="stable")
+        free = free[loads[free] <= loads[free[0]] + costs[done]][: len(costs) - done]
+        made[done : done + len(free)] = free
+        loads[free] += costs[done : done + len(free)]
+        done += len(free)
+    return made, float(loads.max())
+
+
 def _cost(keys: tuple[int, int]) -> int:
     return max(0, keys[1] - keys[0])
 
@@ -114,7 +194,7 @@ def makespan(blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], join
     return whole * costs[0] + (min(costs[0], shared) if left else 0.0)
 
 
-def part_word(first: int, count: int, index: int) -> int:
+def part_word(first: Any, count: Any, index: Any) -> Any:
     """Encode a part for join.cuh: the number of parts of all earlier tiles, the parts of this tile, and its index."""
     return first << 8 | count << 4 | index
 

@@ -84,6 +84,40 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int row, int fir
   }
 }
 
+// What a thread needs to mask a tile of a block list: the tile and, if some pairs are masked, the bits of the thread's rows,
+// shifted so that the bit of element i is at 8 * (i / 4) + i % 2.
+struct Listed {
+  static constexpr int WORDS = BLOCK_N / 32;
+  u32 word = 0;
+  u32 bits[2][WORDS];
+
+  // `rows` is the address of the bits of the warpgroup's rows.
+  DEVICE void read(u32 place, u32 rows) {
+    word = load_word(place);
+    if (!partial()) return;
+    const u32 own = rows + (threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4) * (4 * WORDS);
+#pragma unroll
+    for (int i = 0; i < 2 * WORDS; i += 2) load_two(&bits[i / WORDS][i % WORDS], own + (i / WORDS * 8 * WORDS + i % WORDS) * 4);
+#pragma unroll
+    for (int i = 0; i < 2 * WORDS; ++i) bits[i / WORDS][i % WORDS] >>= 2 * (threadIdx.x % 4);
+  }
+  DEVICE bool partial() const { return word & 1; }
+  DEVICE int tile() const { return word >> 1; }
+};
+
+// Masks the scores whose bits are 0, and those of keys beyond the end.
+DEVICE void mask_listed(Scores& scores, const Problem& problem, const Listed& listed, int row) {
+  if (listed.partial()) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i) {
+      const int key = 8 * (i / 4) + i % 2;
+      if (!(listed.bits[i / 2 % 2][key / 32] & 1u << key % 32)) scores[i] = MINUS_INFINITY;
+    }
+  }
+  const int first_key = listed.tile() * BLOCK_N;
+  if (first_key + BLOCK_N > problem.keys) mask_scores(scores, problem, row, first_key);
+}
+
 // Online softmax: converts scores to weights relative to the running row maximum; updates sum and rescale.
 DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
   float base[2], shift[2];
