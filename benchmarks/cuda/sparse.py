@@ -1,7 +1,7 @@
 """Checks and benchmarks of the kernels with block lists, on Hopper: `python -m benchmarks.cuda.sparse PART`.
 
-Parts: check, forward, backward; all without any. Every variant is compared with float64 first. Rates count visible pairs,
-and shares are of the dense kernel's time in the same run. `--json PATH` writes the results.
+Parts: check, forward, backward; all without any. Every variant is compared with float64 first. Rates count visible
+pairs, and shares are of the dense kernel's time in the same run. `--json PATH` writes the results.
 """
 
 import sys
@@ -77,7 +77,7 @@ def patterns(length: int) -> dict[str, Pattern]:
 
 
 def checked_patterns(shape: CallShape) -> dict[str, Pattern]:
-    """Return masks with full, partial and missing tiles, shared or not by batch and heads, and rows that see nothing."""
+    """Return masks with full, partial and missing tiles, shared by batch and heads or not, and with empty rows."""
     random = np.random.default_rng(3)
     size = (shape.batch, shape.heads, -(-shape.queries // 32), -(-shape.keys // 32))
     cells = random.random(size) < 0.3
@@ -115,8 +115,8 @@ def _checked(kernel: Forward) -> dict[str, Any]:
             reason = selfcheck.disagreement(shape, call, found[0], found[1], made)
             if reason:
                 wrong.append(f"{size} {name}: {reason}")
-    what = f"{kernel.head_dim} {kernel.element} consumers {kernel.consumers} overlap {kernel.overlap} paced {kernel.paced}"
-    print(f"check {what} softcap {kernel.softcap}: {'; '.join(wrong) or 'right'}", flush=True)
+    how = f"{kernel.consumers} consumers, overlap {kernel.overlap}, paced {kernel.paced}, softcap {kernel.softcap}"
+    print(f"check {kernel.head_dim} {kernel.element} {how}: {'; '.join(wrong) or 'right'}", flush=True)
     return {"check": str(kernel), "wrong": wrong}
 
 
@@ -154,7 +154,11 @@ def forward() -> Rows:
     return rows
 
 
-_DENSE: Final[tuple[tuple[bool, Any, bool], ...]] = ((False, "bf16", False), (True, "bf16", False), (True, "bf16", True))
+_DENSE: Final[tuple[tuple[bool, Any, bool], ...]] = (
+    (False, "bf16", False),
+    (True, "bf16", False),
+    (True, "bf16", True),
+)
 
 
 def _compared(arrays: list[mx.array], shape: CallShape, name: str, pattern: Pattern, whole: float) -> Rows:
@@ -189,7 +193,10 @@ def _pairs(call: CallParams, length: int) -> int:
 def _row(label: str, seconds: float, pairs: int, flops: int, whole: float | None) -> dict[str, Any]:
     rate = flops * pairs / seconds / 1e12
     share = None if whole is None else seconds / whole
-    print(f"{label:44} {1e3 * seconds:8.3f} ms {rate:6.1f} TFLOP/s{f'  {share:.4f} of dense' if share else ''}", flush=True)
+    print(
+        f"{label:44} {1e3 * seconds:8.3f} ms {rate:6.1f} TFLOP/s{f'  {share:.4f} of dense' if share else ''}",
+        flush=True,
+    )
     return {"label": label, "seconds": seconds, "rate": rate, "share": share}
 
 

@@ -93,7 +93,7 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
 def list_planes(shape: CallShape, batches: int, heads: int) -> NDArray[np.int64]:
     """Return the plane of the lists for each plane of queries; lists have 1 or all batches and heads."""
     batch, head = np.divmod(np.arange(shape.batch * shape.heads), shape.heads)
-    return (batch if batches > 1 else 0) * heads + (head if heads > 1 else 0)
+    return batch * heads * (batches > 1) + head * (heads > 1)
 
 
 def on_device(*tables: object) -> tuple[mx.array, ...]:

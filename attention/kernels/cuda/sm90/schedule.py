@@ -88,9 +88,9 @@ def list_works(
 ) -> tuple[NDArray[np.int32], int]:
     """Return the work table of block lists (blocks x rounds x 8), and the number of tile parts in it.
 
-    Works are ranges of entries. Planes are processed in groups whose keys and values fit in the L2 cache; within a group
-    the longest works come first, each assigned to the block that is free first. Lists longer than a block's share, or
-    those of the last round, are split into parts if that ends earlier.
+    Works are ranges of entries. Planes are processed in groups whose keys and values fit in the L2 cache; within a
+    group the longest works come first, each assigned to the block that is free first. Lists longer than a block's
+    share, or those of the last round, are split into parts if that ends earlier.
 
     Args:
         blocks: concurrent blocks; fewer are used if there is less work.
