@@ -1,7 +1,7 @@
 """Checks and benchmarks of the kernels with block lists, on Hopper: `python -m benchmarks.cuda.sparse PART`.
 
-Parts: check, forward, backward; all without any. Every variant is compared with float64 first. Rates count visible
-pairs, and shares are of the dense kernel's time in the same run. `--json PATH` writes the results.
+Parts: check, forward, check-backward, backward; all without any. Every variant is compared with float64 first. Rates
+count visible pairs, and shares are of the dense kernel's time in the same run. `--json PATH` writes the results.
 """
 
 import sys
@@ -19,8 +19,11 @@ from attention.kernels.cuda.runtime import selfcheck
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import INPUTS, OUTPUTS, make_plan
 from attention.kernels.cuda.runtime.program import machine_code
+from attention.kernels.cuda.sm90 import gradient
+from attention.kernels.cuda.sm90.backward import BLOCK_Q, Backward
+from attention.kernels.cuda.sm90.backward import specialise as specialise_backward
 from attention.kernels.cuda.sm90.forward import Forward, specialise, specialise_lists
-from attention.kernels.cuda.sm90.launch import forward_kernel, forward_stages
+from attention.kernels.cuda.sm90.launch import forward_kernel, forward_plan, forward_stages
 from attention.masks import Pattern
 from benchmarks.cuda.timing import Run, medians, random_arrays, selected_parts, timed_mlx, write_rows
 
@@ -104,6 +107,30 @@ def check() -> Rows:
     return [_checked(kernel) for kernel in kernels]
 
 
+def check_backward() -> Rows:
+    """Compare the gradients of every variant with float64 on small inputs."""
+    kernels = [specialise_backward(dim, False, element, softcap=softcap, lists=True) for dim in (64, 128, 192, 256)
+               for element, softcap in (("bf16", False), ("f16", True))]  # fmt: skip
+    compile_all(kernels)
+    return [_checked_backward(kernel) for kernel in kernels]
+
+
+def _checked_backward(kernel: Backward) -> dict[str, Any]:
+    wrong = []
+    for size in (*SIZES, (2, 6, 2, 190, 450)):
+        shape = CallShape(*size, kernel.head_dim, kernel.element)
+        *made, cotangent = selfcheck.inputs(shape)
+        for name, pattern in checked_patterns(shape).items():
+            call = CallParams(shape.head_dim**-0.5, False, None, 2.0 if kernel.softcap else None, pattern=pattern)
+            outputs = forward_plan(shape, call)(made)[: len(OUTPUTS)]
+            found = gradient.by_kernel(made, [cotangent], outputs, shape, call)
+            reason = selfcheck.gradient_disagreement(shape, call, found, [*made, cotangent])
+            if reason:
+                wrong.append(f"{size} {name}: {reason}")
+    print(f"check backward {kernel}: {'; '.join(wrong) or 'right'}", flush=True)
+    return {"check": str(kernel), "wrong": wrong}
+
+
 def _checked(kernel: Forward) -> dict[str, Any]:
     wrong = []
     for size in SIZES:
@@ -161,6 +188,54 @@ _DENSE: Final[tuple[tuple[bool, Any, bool], ...]] = (
 )
 
 
+def backward() -> Rows:
+    """Time the dense backward kernels and those with lists."""
+    rows: Rows = []
+    for dim in (128, 64):
+        shape = CallShape(1, HEADS, HEADS, LENGTH, LENGTH, dim, "bf16")
+        compile_all([specialise_backward(dim, *how, lists=lists) for how, lists in _BACKWARD])
+        arrays = random_arrays(*[(1, HEADS, LENGTH, dim)] * 4)
+        scale, whole = dim**-0.5, None
+        bounds = {"full": (False, None), "causal": (True, None), "window 1024": (True, 1024)}
+        for name, (causal, window) in bounds.items():
+            call = CallParams(scale, causal, window, None)
+            seconds = medians({name: _timed_backward(arrays, shape, call)})[name]
+            whole = whole or seconds
+            rows.append(_row(f"backward {dim} {name}, bounds", seconds, _pairs(call, LENGTH), 10 * dim, None))
+        for name, pattern in patterns(LENGTH).items():
+            if dim == 128 or name in ("window 1024", "documents 2048", "blocks 0.1"):
+                call = CallParams(scale, False, None, None, pattern=pattern)
+                seconds = medians({name: _timed_backward(arrays, shape, call)})[name]
+                pairs = pattern.block_list(shape.scores, BLOCK_Q, 128).pairs
+                rows.append(_row(f"backward {dim} {name}, lists", seconds, pairs, 10 * dim, whole))
+    return rows
+
+
+_BACKWARD: Final[tuple[tuple[tuple[Any, ...], bool], ...]] = (
+    ((False, "bf16"), False),
+    ((True, "bf16"), False),
+    ((True, "bf16", True), False),
+    ((False, "bf16"), True),
+)
+
+
+def _timed_backward(arrays: list[mx.array], shape: CallShape, call: CallParams) -> Run:
+    output, logsumexp, stats = forward_plan(shape, call)(arrays[:3])[:3]
+    given = [*arrays[:3], output, arrays[3], stats, logsumexp]
+    mx.eval(given)
+    plan = gradient.make_plan_of_gradient(shape, call, False)
+
+    def run(count: int) -> float:
+        mx.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):  # evaluated one by one, so that memory does not exceed that of one call
+            mx.async_eval(plan(given)[:3])  # type: ignore[no-untyped-call]
+        mx.synchronize()
+        return (time.perf_counter() - start) / count
+
+    return run
+
+
 def _compared(arrays: list[mx.array], shape: CallShape, name: str, pattern: Pattern, whole: float) -> Rows:
     """Time the variants with lists on one mask."""
     call, rows = CallParams(shape.head_dim**-0.5, False, None, None, pattern=pattern), []
@@ -200,7 +275,12 @@ def _row(label: str, seconds: float, pairs: int, flops: int, whole: float | None
     return {"label": label, "seconds": seconds, "rate": rate, "share": share}
 
 
-PARTS: Final[dict[str, Callable[[], Rows]]] = {"check": check, "forward": forward}
+PARTS: Final[dict[str, Callable[[], Rows]]] = {
+    "check": check,
+    "forward": forward,
+    "check-backward": check_backward,
+    "backward": backward,
+}
 
 
 def main() -> int:

@@ -28,6 +28,8 @@ class Backward:
     element: Element
     window: bool
     softcap: bool
+    lists: bool = False
+    """Whether the query tiles of a key tile are entries of a transposed block list, not a range."""
 
     @property
     def wide(self) -> bool:
@@ -46,9 +48,12 @@ class Backward:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: barriers, K and V, the ring of Q and dO, tiles of P or dS, and the row statistics."""
+        """Bytes: barriers, K and V, the ring of Q and dO, tiles of P or dS, the row statistics, and bits of lists."""
         rows = 2 * self.block_k + 2 * BLOCK_Q * STAGES
-        return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + 4 * ROW_NUMBERS * STAGES
+        numbers = 4 * ROW_NUMBERS * STAGES
+        if self.lists:  # the first row statistics are beside the barriers
+            numbers += BLOCK_Q * self.block_k // 8 * STAGES - 4 * ROW_NUMBERS
+        return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + numbers
 
     @functools.cached_property
     def program(self) -> Program:
@@ -62,6 +67,7 @@ class Backward:
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
+            "LISTS": self.lists,
             "BFLOAT16": self.element == "bf16",
         }
         layout = "sm90/backward_wide.cuh" if self.wide else "sm90/backward_narrow.cuh"
@@ -109,10 +115,12 @@ class Backward:
         return tuple(costs)
 
 
-def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Backward:
+def specialise(
+    head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False, lists: bool = False
+) -> Backward:
     """Return the specialisation for a call with these properties."""
     width = next(width for width in WIDTHS if head_dim <= width)
-    return Backward(width, causal, element, window, softcap)
+    return Backward(width, causal, element, window, softcap, lists)
 
 
 def query_tiles(queries: int) -> int:

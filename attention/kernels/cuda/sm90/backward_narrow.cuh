@@ -119,7 +119,8 @@ struct Consumer {
     else start_scores(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
     if constexpr (!AHEAD) load_rows(logsumexps, memory.rows(stage));
     if (based) rebase(scores, memory.rows(stage));
-    weigh<!LATE>(scores, weights, logsumexps, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q);
+    weigh<!LATE>(scores, weights, logsumexps, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q, memory.listed(stage),
+                 memory.bits(stage) + index * (WARPGROUP_ROWS / 8));
     if constexpr (!LATE) start_gradient(value_gradient, weights, memory.cotangent(stage));
     if constexpr (!FIRST) await_phase(memory.exchanged(last.index), last.parity);
     wgmma_wait<!LATE>();

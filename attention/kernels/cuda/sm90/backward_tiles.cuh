@@ -23,6 +23,23 @@ struct Problem {
   }
 };
 
+// Block lists by key tile: entries (query tile, bits tile or -1 if every pair is visible) of list l are from offsets[l] on,
+// l = plane * key tiles + key tile; bits [query][key] of the bits tiles. Planes may be shared by batch entries or heads.
+struct Lists {
+  const int* offsets;
+  const int2* entries;
+  const u32* bits;
+  int batch_step, head_step;
+  DEVICE int plane(int batch, int head) const { return batch * batch_step + head * head_step; }
+};
+
+#if LISTS
+// Steps of a consumer. The query tile of each is left in shared memory by the producer.
+struct Walk {
+  int left, tile = 0;
+  DEVICE void next() { --left; }
+};
+#else
 // Iterates over the query tiles of a key tile, head by head. Key tiles start at different query tiles, so that they do not
 // all add to the same rows of dQ at the same time.
 struct Walk {
@@ -40,6 +57,7 @@ struct Walk {
   }
   DEVICE u64 place(const Problem& problem) const { return static_cast<u64>(plane) * problem.query_tiles() + tile; }
 };
+#endif
 
 using Scores = float[SPAN / 2];
 using Operand = u32[SPAN / 16][4];  // scores as a left operand
@@ -110,6 +128,30 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int first_key, i
   }
 }
 
+// What the producer leaves about a listed query tile: its index over all planes, its index, and whether it is partially masked.
+DEVICE void leave_listed(u32 listed, u32 place, u32 tile, u32 partial) {
+  store_word(listed, place), store_word(listed + 4, tile), store_word(listed + 8, partial);
+}
+
+// Masks the scores of a listed tile whose bits are 0, and those of keys beyond the end. `bits` is the address of the bits of
+// the warpgroup's first key and query.
+DEVICE void mask_listed(Scores& scores, const Problem& problem, int first_key, u32 listed, u32 bits) {
+  if (load_word(listed + 8)) {
+    const int lane = threadIdx.x % 32, key = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const u32 own = bits + 2 * (lane % 4) * (BLOCK_K / 8) + key / 32 * 4;
+#pragma unroll
+    for (int i = 0; i < SPAN / 2; i += 4) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const u32 word = load_word(own + (2 * i + j) * (BLOCK_K / 8)) >> key % 32;
+        if (!(word & 1)) scores[i + j] = MINUS_INFINITY;
+        if (!(word & 256)) scores[i + j + 2] = MINUS_INFINITY;
+      }
+    }
+  }
+  mask_scores(scores, problem, first_key, 0);
+}
+
 // Replaces the scores by tanh(s / cap); the factor cap is applied with the weights.
 DEVICE void cap_scores(Scores& scores, float into_cap) {
   const float factor = 2 * 1.44269504f * into_cap;
@@ -136,9 +178,10 @@ DEVICE void rebase(Scores& scores, u32 rows) {
 // P^T = 2^((S^T - base) c - rest). The scores are replaced by the factor of dS^T: P^T or, with SOFTCAP, P^T (1 - tanh^2).
 template <bool PACK>
 DEVICE void weigh(Scores& scores, Operand& weights, const RowNumbers& logsumexps, const Problem& problem, int first_key,
-                  int first_query) {
+                  int first_query, u32 listed, u32 bits) {
   if constexpr (SOFTCAP) cap_scores(scores, problem.into_cap);
-  mask_scores(scores, problem, first_key, first_query);
+  if constexpr (LISTS) mask_listed(scores, problem, first_key, listed, bits);
+  else mask_scores(scores, problem, first_key, first_query);
 #pragma unroll
   for (int i = 0; i < SPAN / 2; i += 2) {
     const float even = exp2_fast(scores[i] * problem.scale_log2 - logsumexps[row_of(i)]);
@@ -220,7 +263,9 @@ DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
-// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: row statistics |
+// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: row statistics | with LISTS, ring: bits |
+// With LISTS the first row statistics are in the first KiB, or the bits would not fit at a head dim of 256.
+constexpr int BITS_BYTES = BLOCK_Q * BLOCK_K / 8;
 struct Memory {
   static constexpr int BUFFER_BYTES = BLOCK_K * BLOCK_Q * 2;
   u32 base;
@@ -234,8 +279,15 @@ struct Memory {
   DEVICE u32 query(int stage) const { return value() + KeyTile::BYTES + stage * 2 * QueryTile::BYTES; }
   DEVICE u32 cotangent(int stage) const { return query(stage) + QueryTile::BYTES; }
   DEVICE u32 buffer(int index) const { return query(STAGES) + index * BUFFER_BYTES; }
-  DEVICE u32 rows(int stage) const { return buffer(BUFFERS) + stage * ROWS_BYTES; }
+  DEVICE u32 rows(int stage) const {
+    if (LISTS) return stage == 0 ? base + 192 : buffer(BUFFERS) + (stage - 1) * ROWS_BYTES;
+    return buffer(BUFFERS) + stage * ROWS_BYTES;
+  }
+  DEVICE u32 listed(int stage) const { return base + 128 + 16 * stage; }  // see leave_listed
+  DEVICE u32 bits(int stage) const { return buffer(BUFFERS) + (STAGES - 1) * ROWS_BYTES + stage * BITS_BYTES; }
 };
+
+static_assert(16 + 8 * (2 * STAGES + BUFFERS) <= 128 && 128 + 16 * STAGES <= 192 && 192 + ROWS_BYTES <= 1024);
 
 // A position in the ring of buffers.
 struct BufferRing {

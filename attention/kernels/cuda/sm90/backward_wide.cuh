@@ -104,7 +104,8 @@ struct Consumer {
     const bool based = has_bases(memory.rows(stage));
     start_scores(weight_gradients, memory.value(), memory.cotangent(stage) + own_queries());
     if (based) rebase(scores, rows(stage));
-    weigh<true>(scores, packed, logsumexps, problem, key, tile * BLOCK_Q + index * SPAN);
+    weigh<true>(scores, packed, logsumexps, problem, key, tile * BLOCK_Q + index * SPAN, memory.listed(stage),
+                memory.bits(stage) + index * SPAN * (BLOCK_K / 8));
     store_operand(weight_tile, packed, first_unit);
     wgmma_wait<0>();
     settle(weight_gradients);

@@ -33,8 +33,8 @@ from attention.kernels.cuda.sm90.backward import (
     rows_program,
     specialise,
 )
-from attention.kernels.cuda.sm90.launch import forward_plan, on_device
-from attention.kernels.cuda.sm90.schedule import make_schedule
+from attention.kernels.cuda.sm90.launch import forward_plan, list_planes, on_device
+from attention.kernels.cuda.sm90.schedule import list_schedule, make_schedule
 
 L2_BYTES_OF_ELEMENT: Final = 16
 """L2 bytes per query element of a head in flight: Q, dO, and the float32 accumulator of dQ counted three times, because
@@ -50,11 +50,12 @@ def refusal(shape: CallShape, call: CallParams) -> str | None:
     return selfcheck.distrust_reason(kernel_of(shape, call).program)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def kernel_of(shape: CallShape, call: CallParams) -> Backward:
     """Return the specialisation for a call."""
     window, softcap = call.window is not None, call.softcap is not None
-    return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
+    lists = call.pattern is not None
+    return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap, lists=lists)
 
 
 def by_kernel(
@@ -117,14 +118,21 @@ def backward_launch(shape: CallShape, call: CallParams) -> Launch:
     """Return the main launch: reads q, k, v, cotangent, rows and sums; writes dK and dV."""
     kernel = kernel_of(shape, call)
     key_planes = shape.batch * shape.kv_heads
-    costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
-    blocks = min(key_planes * len(costs), gpu().multiprocessors)
     plane_bytes = L2_BYTES_OF_ELEMENT * shape.queries * shape.head_dim * shape.group
-    table = make_schedule(blocks, key_planes, costs, plane_bytes)
+    if call.pattern is not None:
+        made = call.pattern.block_list(shape.scores, BLOCK_Q, kernel.block_k)
+        lists, steps = made.transposed(), (made.heads * (made.batches > 1), int(made.heads > 1))
+        planes = list_planes(shape, made.batches, made.heads).reshape(key_planes, shape.group)
+        table = list_schedule(gpu().multiprocessors, lists.offsets, planes, made.key_tiles, plane_bytes)
+        blocks, constants = table.shape[2], on_device(table, lists.offsets, lists.entries, made.bits)
+    else:
+        costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
+        blocks, steps = min(key_planes * len(costs), gpu().multiprocessors), ()
+        constants = on_device(make_schedule(blocks, key_planes, costs, plane_bytes))
     keys = ((shape.batch, shape.kv_heads, shape.keys, shape.head_dim), dtype_of(shape))
     problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
-    scalars = [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0]
-    return prepare(kernel.program, blocks, [keys, keys], scalars, on_device(table))
+    scalars = [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0, *steps]
+    return prepare(kernel.program, blocks, [keys, keys], scalars, constants)
 
 
 @functools.lru_cache(maxsize=128)

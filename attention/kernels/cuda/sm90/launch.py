@@ -104,7 +104,9 @@ def on_device(*tables: object) -> tuple[mx.array, ...]:
 
 
 def _as_int32(table: object) -> object:
-    return table.view(np.int32) if isinstance(table, np.ndarray) else table
+    if not isinstance(table, np.ndarray):
+        return table
+    return table.view(np.int32) if table.size else np.zeros((1, *table.shape[1:]), np.int32)  # never a null pointer
 
 
 @dataclass(frozen=True)

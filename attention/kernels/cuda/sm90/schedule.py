@@ -116,6 +116,34 @@ def list_works(
     return _list_table((plane, tile, first, cost), owner, index, block)
 
 
+def list_schedule(blocks: int, offsets: Ints, planes: Ints, tiles: int, plane_bytes: int) -> NDArray[np.int32]:
+    """Return the table of the backward kernel (rounds x 2 x blocks): key tile over all planes, or -1, and its steps.
+
+    Args:
+        blocks: concurrent blocks; fewer are used if there is less work.
+        offsets: first entry of each list by key tile, and the end of the last.
+        planes: planes of the lists for each key plane, one for each query head of it.
+        tiles: key tiles per plane.
+        plane_bytes: size of what the query planes of a key plane keep in the L2 cache.
+    """
+    steps = np.diff(offsets).astype(np.int64).reshape(-1, tiles)[planes].sum(axis=1).ravel()
+    plane, tile = np.divmod(np.arange(len(steps)), tiles)
+    order = np.lexsort((plane, tile, -steps, plane // max(1, L2_BYTES // max(1, plane_bytes))))
+    block, _ = _by_load(min(blocks, len(order)), steps[order] + TILE_OVERHEAD)
+    by_block, place = _places(block)
+    table = np.zeros((int(place.max()) + 2, 2, int(block.max()) + 1), np.int32)
+    table[:, 0] = NO_WORK[0]
+    table[place, :, block[by_block]] = np.stack([order, steps[order]], axis=1)[by_block]
+    return table
+
+
+def _places(block: Ints) -> tuple[Ints, Ints]:
+    """Return the order of the works by block, and the position of each in its block's list."""
+    per_block = np.bincount(block)
+    place = np.arange(len(block)) - np.repeat(np.cumsum(per_block) - per_block, per_block)
+    return np.argsort(block, kind="stable"), place
+
+
 def _assign(blocks: int, cost: Ints, counts: Ints, joining: float) -> tuple[float, Ints, Ints, Ints]:
     """Return the makespan of works in `counts` parts, and of each part its work, its index and its block."""
     owner = np.repeat(np.arange(len(cost)), counts)
@@ -133,9 +161,8 @@ def _list_table(works: tuple[Ints, ...], owner: Ints, index: Ints, block: Ints) 
     count, earlier = counts[owner], (np.cumsum(several) - several)[owner]
     word = np.where(count > 1, part_word(earlier, count, index), 0)
     columns = (plane, tile, first + cost * index // count, first + cost * (index + 1) // count, word)
-    by_block, per_block = np.argsort(block, kind="stable"), np.bincount(block)
-    place = np.arange(len(block)) - np.repeat(np.cumsum(per_block) - per_block, per_block)
-    table = np.zeros((len(per_block), int(per_block.max()) + 1, len(NO_WORK)), np.int32)
+    by_block, place = _places(block)
+    table = np.zeros((int(block.max()) + 1, int(place.max()) + 2, len(NO_WORK)), np.int32)
     table[:, :, 0] = NO_WORK[0]
     table[block[by_block], place, : len(columns)] = np.stack(columns, axis=1)[by_block]
     return table, int(several.sum())
