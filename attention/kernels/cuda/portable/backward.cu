@@ -33,9 +33,11 @@ struct MaskPart {
 // rests from the first query on; with REBASE their bases are at offset BASES.
 constexpr int BASES = 2 * BLOCK_Q;
 
+using Listed = ListedTiles<BLOCK_Q, BLOCK_K>;
+
 template <bool REBASE>
-DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const MaskPart& mask, const float* numbers,
-                  int first_key, int first_query, bool whole) {
+DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const MaskPart& mask, const u32* bits,
+                  const float* numbers, int first_key, int first_query, bool whole) {
   const int key = first_key + threadIdx.x % 32 / 4, query = first_query + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int n = 0; n < SUB_Q / 8; ++n) {
@@ -45,6 +47,7 @@ DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int own = query + 8 * n + i, last = problem.last_seen_by(own) - key, first = problem.first_seen_by(own) - key;
+      const u32 shown = LISTS && bits != nullptr ? bits[(8 * n + i) * Listed::WORDS] >> key % 32 : ~0u;
 #pragma unroll
       for (int j = 0; j < 2 * BAND_TILES; ++j) {
         float& s = scores[j / 2][n][j % 2 * 2 + i];
@@ -53,7 +56,8 @@ DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const 
         if (MASK) s += mask_value(mask.elements[2 * n + i][j]);
         if (REBASE) s = rebased(s, i ? bases.y : bases.x);
         s = s * problem.exponent_factor() - (i ? rests.y : rests.x);
-        s = !whole && (8 * j >= last || (WINDOW && 8 * j < first)) ? 0 : exp2_fast(s);
+        const bool hidden = 8 * j >= last || (WINDOW && 8 * j < first) || (LISTS && !(shown & 1u << 8 * j));
+        s = !whole && hidden ? 0 : exp2_fast(s);
       }
     }
   }
@@ -119,12 +123,14 @@ struct Gradients {
 
 // Computes weights and dS of SUB_Q queries from `at` on, in a tile that begins at `first_query`, and adds to dK and dV.
 DEVICE void look_at_queries(Gradients& own, char* shared, int stage_at, const Warp& warp, const Problem& problem,
-                            const MaskPart& masked, int at, int first_query, int first_key) {
+                            const MaskPart& masked, const u32* bits, int at, int first_query, int first_key) {
   const u32 base = shared_address(shared), queries = base + stage_at, cotangents = queries + QueryTile::BYTES;
   const float* numbers = reinterpret_cast<float*>(shared + stage_at + NUMBERS_AT);
   const int from = first_query + at, last = min(problem.queries, from + SUB_Q) - 1;
   const bool whole = first_key + BLOCK_K <= problem.last_seen_by(from) &&
-                     (!WINDOW || first_key >= problem.first_seen_by(last));
+                     (!WINDOW || first_key >= problem.first_seen_by(last)) && (!LISTS || bits == nullptr);
+  // those of the lane's first key and query
+  if (LISTS && bits != nullptr) bits += (at + threadIdx.x % 4 * 2) * Listed::WORDS + warp.band_row / 32;
   Scores weights = {}, slopes, found;
   multiply_by_columns<KeyTile, QueryTile, HEAD_DIM>(weights, base + KeyTile::at(warp.band_row, 0),
                                                     queries + QueryTile::at(at, 0));
@@ -132,9 +138,9 @@ DEVICE void look_at_queries(Gradients& own, char* shared, int stage_at, const Wa
 #pragma unroll
   for (int i = threadIdx.x % 32; i < SUB_Q; i += 32) rebase = rebase || numbers[BASES + at + i] != 0;
   if (__builtin_expect(__any_sync(~0u, rebase), 0)) {
-    weigh<true>(weights, slopes, problem, masked, numbers + at, first_key + warp.band_row, from, whole);
+    weigh<true>(weights, slopes, problem, masked, bits, numbers + at, first_key + warp.band_row, from, whole);
   } else {
-    weigh<false>(weights, slopes, problem, masked, numbers + at, first_key + warp.band_row, from, whole);
+    weigh<false>(weights, slopes, problem, masked, bits, numbers + at, first_key + warp.band_row, from, whole);
   }
   if (EXCHANGE) leave_scores(shared + WEIGHTS_AT + ScoreTile::at(warp.band_row, at), weights);
   else multiply_from_registers<CotangentTile, VALUE_COLUMNS>(own.values, weights, cotangents + CotangentTile::at(at, 0));
@@ -178,6 +184,31 @@ DEVICE void hand_out(const Gradients& own, char* shared, const Warp& warp, float
 
 // Iteration of a block over all heads that share its keys, and over the query tiles that attend to any of them. Each block
 // starts at a different tile, so that blocks do not all add to the same rows of dQ at the same time.
+#if LISTS
+struct Walk {
+  const int* offsets;  // of the block's key tile in the lists of the first head
+  Listed listed;
+  int first_head, head_step, start, length = 0;
+
+  DEVICE Walk(const Problem& problem, int first_head, int key_tile, const int* offsets, const Listed& listed, int head_step)
+      : offsets(offsets), listed(listed), first_head(first_head), head_step(head_step), start(key_tile) {
+    for (int i = 0; i < problem.group; ++i) length += count(i);
+  }
+  DEVICE int count(int own) const { return offsets[own * head_step + 1] - offsets[own * head_step]; }
+  // Head and entry of step i.
+  DEVICE int2 step(int i) const {
+    int own = 0;
+    for (; i >= count(own); ++own) i -= count(own);
+    return make_int2(own, offsets[own * head_step] + (i + start) % count(own));
+  }
+  DEVICE int head(int i) const { return first_head + step(i).x; }
+  DEVICE int query(int i) const { return listed.entries[step(i).y].x * BLOCK_Q; }
+  DEVICE const u32* bits(int i) const {
+    const int tile = listed.entries[step(i).y].y;
+    return tile < 0 ? nullptr : listed.bits + static_cast<i64>(tile) * (BLOCK_Q * Listed::WORDS);
+  }
+};
+#else
 struct Walk {
   int first_head, first, count, start, length;
 
@@ -190,16 +221,25 @@ struct Walk {
   }
   DEVICE int head(int i) const { return first_head + i / count; }
   DEVICE int query(int i) const { return (first + (i % count + start) % count) * BLOCK_Q; }
+  DEVICE const u32* bits(int) const { return nullptr; }
 };
+#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
     KERNEL_NAME(const char* query, const char* key, const char* value, const char* cotangent, const float* rows,
 #if MASK
                 const MaskElement* mask,
 #endif
-                float* sums, char* d_key, char* d_value, int heads, int group, int queries, int keys, int columns,
-                int value_columns, int scale_bits, int score_factor_bits, int into_cap_bits, int window, Step query_batch,
-                Step query_head, Step query_row, Step key_batch, Step key_head, Step key_row, Step value_batch, Step value_head,
+                float* sums,
+#if LISTS
+                const int* order, const int* offsets, const int2* entries, const u32* bits,
+#endif
+                char* d_key, char* d_value, int heads, int group, int queries, int keys, int columns,
+                int value_columns, int scale_bits, int score_factor_bits, int into_cap_bits, int window,
+#if LISTS
+                int batch_step, int head_step,
+#endif
+                Step query_batch, Step query_head, Step query_row, Step key_batch, Step key_head, Step key_row, Step value_batch, Step value_head,
                 Step value_row, Step cotangent_batch, Step cotangent_head, Step cotangent_row
 #if MASK
                 , Step mask_batch, Step mask_head, Step mask_query, Step mask_key
@@ -208,10 +248,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
   extern __shared__ __align__(1024) char shared[];
   const Problem problem{heads, group, queries, keys, __int_as_float(score_factor_bits), __int_as_float(into_cap_bits), window};
   const int key_tiles = (keys + BLOCK_K - 1) / BLOCK_K, key_heads = heads / group;
-  const int plane = blockIdx.x / key_tiles, first_key = blockIdx.x % key_tiles * BLOCK_K;
+#if LISTS
+  const int work = order[blockIdx.x];
+#else
+  const int work = blockIdx.x;
+#endif
+  const int plane = work / key_tiles, first_key = work % key_tiles * BLOCK_K;
   const int batch = plane / key_heads, own_head = plane % key_heads;
   const i64 padded_queries = (queries + PADDED - 1) / PADDED * PADDED;
+#if LISTS
+  const Walk walk(problem, own_head * group, work % key_tiles,
+                  offsets + (batch * batch_step + own_head * group * head_step) * key_tiles + work % key_tiles,
+                  Listed{entries, bits}, head_step * key_tiles);
+#else
   const Walk walk(problem, own_head * group, first_key);
+#endif
   const Warp warp;
   const u32 base = shared_address(shared);
 
@@ -254,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
 #if MASK
       masked.read(array, problem, batch, head, first_query + sub * SUB_Q, first_key + warp.band_row);
 #endif
-      look_at_queries(own, shared, stage_at, warp, problem, masked, sub * SUB_Q, first_query, first_key);
+      look_at_queries(own, shared, stage_at, warp, problem, masked, walk.bits(i), sub * SUB_Q, first_query, first_key);
     }
     __syncthreads();  // dS is complete
     if (EXCHANGE) add_from_memory(own, base, stage_at, warp);

@@ -11,7 +11,7 @@
 //
 // With one buffer, the values of a tile are loaded during its score product, and the next keys during its softmax and second
 // product; with more, whole tiles are prefetched. With SPLIT the keys are split over several blocks, and portable/join.cu
-// combines their partial results.
+// combines their partial results. With LISTS a block's key tiles are entries of a block list, longest lists first.
 
 constexpr int WARP_ROWS = 16 * ROW_TILES, BLOCK_M = WARPS * WARP_ROWS;
 using QueryTile = Tile<BLOCK_M, HEAD_DIM>;
@@ -137,10 +137,19 @@ DEVICE void finish(char* shared, Output& out, Rows& rows, char* output, const Ro
                          row_count - first_row, columns);
 }
 
-// Work of a block: its rows, their first head, the head of their keys, and the range of keys.
+using Listed = ListedTiles<BLOCK_M, BLOCK_N>;
+
+// Work of a block: its rows, their first head, the head of their keys, and the range of keys, with LISTS of entries.
 struct Work {
   int batch, first_head, key_head, first_row, begin, end;
   int split, tiles;
+
+  // A listed work: plane, row tile, first and end entry.
+  DEVICE Work(const Problem& problem, int4 own, int splits) {
+    tiles = (problem.rows() + BLOCK_M - 1) / BLOCK_M, split = SPLIT ? blockIdx.x % splits : 0;
+    batch = own.x / problem.heads, first_head = own.x % problem.heads, key_head = first_head / problem.group;
+    first_row = own.y * BLOCK_M, begin = own.z, end = own.w;
+  }
 
   DEVICE Work(const Problem& problem, int first_key, int split_keys, int splits) {
     const int planes = PACK ? problem.heads / problem.group : problem.heads, work = SPLIT ? blockIdx.x / splits : blockIdx.x;
@@ -165,6 +174,7 @@ struct Reach {
     const int top = query_at(warp_row), bottom = query_at(warp_row + WARP_ROWS - 1);
     seen_by_any = warp_row < rows ? problem.last_seen_by(bottom) : 0, seen_by_all = problem.last_seen_by(top);
     unseen_by_any = problem.first_seen_by(top), unseen_by_some = problem.first_seen_by(bottom);
+    if (LISTS) first_block = work.begin, end_block = work.end;
   }
   // Whether the warp's rows attend to any, and to every, key of the tile that begins at a key.
   DEVICE bool any(int first) const { return first < seen_by_any && (!WINDOW || first + BLOCK_N > unseen_by_any); }
@@ -176,14 +186,17 @@ struct Ring {
   const char *keys, *values;
   int key_step, value_step, key_count, columns, value_columns, end_block;
   u32 place;
+  Listed listed;
+
+  DEVICE int first_key(int block) const { return (LISTS ? listed.entries[block].x : block) * BLOCK_N; }
 
   DEVICE void start_keys(int block, int stage) const {
     if (block >= end_block) return;
-    copy_tile<KeyTile>(place + stage * STAGE_BYTES, keys, key_step, block * BLOCK_N, key_count, columns);
+    copy_tile<KeyTile>(place + stage * STAGE_BYTES, keys, key_step, first_key(block), key_count, columns);
   }
   DEVICE void start_values(int block, int stage) const {
     if (block >= end_block) return;
-    copy_tile<ValueTile>(place + stage * STAGE_BYTES + KeyTile::BYTES, values, value_step, block * BLOCK_N, key_count,
+    copy_tile<ValueTile>(place + stage * STAGE_BYTES + KeyTile::BYTES, values, value_step, first_key(block), key_count,
                          value_columns);
   }
   DEVICE void start(int block, int stage) const { start_keys(block, stage), start_values(block, stage); }
@@ -193,6 +206,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     KERNEL_NAME(const char* query, const char* key, const char* value,
 #if MASK
                 const MaskElement* mask,
+#endif
+#if LISTS
+                const int4* works, const int2* entries, const u32* bits,
 #endif
                 char* output,
 #if !SPLIT
@@ -208,7 +224,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     ) {
   extern __shared__ __align__(1024) char shared[];
   const Problem problem{heads, group, queries, keys, __int_as_float(score_factor_bits), __int_as_float(into_cap_bits), window};
+#if LISTS
+  const Work work(problem, works[blockIdx.x], splits);
+  const Listed listed{entries, bits};
+#else
   const Work work(problem, first_key, split_keys, splits);
+  const Listed listed{};
+#endif
   const Reach reach(problem, work);
   const int rows = problem.rows(), first_row = work.first_row, end_block = reach.end_block;
   const int own_row = first_row + threadIdx.x / 32 * WARP_ROWS + threadIdx.x % 32 / 4;
@@ -216,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const Ring ring{key + (steps(work.batch, key_batch) + steps(work.key_head, key_head)) * 2,
                   value + (steps(work.batch, value_batch) + steps(work.key_head, value_head)) * 2,
                   static_cast<int>(key_row), static_cast<int>(value_row), keys, columns, value_columns, end_block,
-                  queries_at + FIRST_BYTES};
+                  queries_at + FIRST_BYTES, listed};
 
   const char* first_query = query + (steps(work.batch, query_batch) + steps(work.first_head, query_head)) * 2;
 #pragma unroll
@@ -245,7 +267,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #if MASK
   const MaskArray array{mask, mask_batch, mask_head, mask_query, mask_key};
   const auto read_mask = [&](int block) {
-    if (block < end_block) masked.read(array, problem, work.batch, work.first_head, own_row, block * BLOCK_N);
+    if (block >= end_block) return;
+    masked.read(array, problem, work.batch, work.first_head, own_row, ring.first_key(block));
   };
 #else
   const auto read_mask = [](int) {};
@@ -260,7 +283,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     else ring.start(block + STAGES - 1, (stage + STAGES - 1) % STAGES);
     commit_copies();
 
-    const int first = block * BLOCK_N;
+    const int first = ring.first_key(block);
+    BitRows shown;
+    bool whole = reach.all(first);
+    if (LISTS) {
+      const int tile = listed.entries[block].y;
+      whole = whole && tile < 0;
+      if (!whole) shown.read(listed, tile, own_row - first_row);
+    }
     const bool needed = reach.any(first);
     const u32 buffer = ring.place + stage * STAGE_BYTES;
     Scores scores;
@@ -272,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
       commit_copies();
     }
     if (needed) {
-      rule(scores, masked, problem, own_row, first, reach.all(first));
+      rule(scores, masked, shown, problem, own_row, first, whole);
       read_mask(block + 1);
       softmax(scores, state, out, problem.exponent_factor());
       add_values(out, scores, buffer + KeyTile::BYTES);

@@ -106,12 +106,14 @@ class Portable:
     softcap: bool
     mask: MaskKind | None
     element: Element
+    lists: bool
 
     @property
     def mask_constants(self) -> dict[str, int]:
         """Compile-time constants of mask.cuh."""
         kind = 0 if self.mask is None else 1 + MASK_KINDS.index(self.mask)
-        return {"CAUSAL": self.causal, "WINDOW": self.window, "SOFTCAP": self.softcap, "MASK": kind}
+        given = {"CAUSAL": self.causal, "WINDOW": self.window, "SOFTCAP": self.softcap, "LISTS": self.lists}
+        return {**given, "MASK": kind}
 
 
 @dataclass(frozen=True)

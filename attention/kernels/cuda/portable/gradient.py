@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from attention.kernels.cuda.portable.backward import PADDED, PortableBackward, backward_tiles_for, widths_of
 from attention.kernels.cuda.portable.launch import dense_strides
@@ -17,6 +18,8 @@ from attention.kernels.cuda.runtime.launch import (
     Stage,
     dtype_of,
     exponent_factor,
+    list_planes,
+    on_device,
     plan_label,
     prepare,
     run_of,
@@ -42,6 +45,7 @@ def _kernel(shape: CallShape, call: CallParams, narrow_steps: bool) -> PortableB
         softcap=call.softcap is not None,
         mask=call.mask,
         element=shape.element,
+        lists=call.pattern is not None,
         narrow_steps=narrow_steps,
         tiles=backward_tiles_for(*widths, gpu().shared_memory_limit),
         architecture=gpu().architecture,
@@ -120,10 +124,18 @@ def backward_launch(shape: CallShape, call: CallParams) -> Launch:
     outputs = [((*keys, dim), dtype_of(shape)) for dim in (shape.head_dim, shape.value_dim)]
     problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim, shape.value_dim]
     numbers = [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0]
+    key_tiles = math.ceil(shape.keys / kernel.tiles.block_k)
+    constants: tuple[mx.array, ...] = ()
+    if call.pattern is not None:
+        made = call.pattern.block_list(shape.scores, kernel.tiles.block_q, kernel.tiles.block_k)
+        lists, planes = made.transposed(), list_planes(shape, made.batches, made.heads)
+        steps = np.diff(lists.offsets).reshape(-1, key_tiles)[planes.reshape(-1, shape.group)].sum(axis=1)
+        order = np.argsort(-steps.ravel(), kind="stable").astype(np.int32)  # longest first
+        constants = on_device(order, lists.offsets, lists.entries, made.bits)
+        numbers += [made.heads * (made.batches > 1), int(made.heads > 1)]
     if kernel.narrow_steps:
         numbers += dense_strides(shape, call, "qkvo")
-    blocks = shape.batch * shape.kv_heads * math.ceil(shape.keys / kernel.tiles.block_k)
-    return prepare(kernel.program, blocks, outputs, numbers)
+    return prepare(kernel.program, shape.batch * shape.kv_heads * key_tiles, outputs, numbers, constants)
 
 
 @functools.lru_cache(maxsize=128)

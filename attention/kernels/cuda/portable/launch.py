@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.cuda.portable.forward import FEW_ROWS, PortableForward, split_keys, tiles_for, width_of
@@ -17,9 +19,12 @@ from attention.kernels.cuda.runtime.launch import (
     Stage,
     dtype_of,
     exponent_factor,
+    list_planes,
+    on_device,
     prepare,
     scalars_of,
 )
+from attention.masks import BlockList
 
 MAX_NARROW_STRIDE = 2**31 - 1
 
@@ -40,9 +45,9 @@ class WorkDivision:
 @functools.lru_cache(maxsize=1024)
 def division(shape: CallShape, call: CallParams, narrow_steps: bool) -> WorkDivision:
     """Return the specialisation and blocks of a call; the keys are split if the blocks do not fill the GPU."""
-    few = shape.group * shape.queries <= FEW_ROWS
+    packed = shape.group * shape.queries <= FEW_ROWS and call.pattern is None
     rows, planes = shape.queries, shape.batch * shape.heads
-    if few:
+    if packed:
         rows, planes = shape.group * shape.queries, shape.batch * shape.kv_heads
     widths = width_of(shape.head_dim), width_of(shape.value_dim)
     tiles = tiles_for(*widths, rows, call.mask is not None, gpu().shared_memory_limit)
@@ -53,7 +58,8 @@ def division(shape: CallShape, call: CallParams, narrow_steps: bool) -> WorkDivi
         softcap=call.softcap is not None,
         mask=call.mask,
         element=shape.element,
-        packed=few,
+        lists=call.pattern is not None,
+        packed=packed,
         split=False,
         narrow_steps=narrow_steps,
         tiles=tiles,
@@ -64,8 +70,26 @@ def division(shape: CallShape, call: CallParams, narrow_steps: bool) -> WorkDivi
     first_key = unseen // tiles.block_n * tiles.block_n
     key_tiles = -(-(shape.keys - first_key) // tiles.block_n)
     slots = tiles.blocks * gpu().multiprocessors
-    each = split_keys(key_tiles, blocks, slots) if few or 2 * blocks <= slots else key_tiles
+    if call.pattern is not None:  # the longest list, in entries
+        key_tiles = max(1, int(np.diff(_lists(shape, call, kernel).offsets).max()))
+    each = split_keys(key_tiles, blocks, slots) if packed or 2 * blocks <= slots else key_tiles
     return _divide(replace(kernel, split=each < key_tiles), blocks, first_key, key_tiles, each)
+
+
+def _lists(shape: CallShape, call: CallParams, kernel: PortableForward) -> BlockList:
+    assert call.pattern is not None
+    return call.pattern.block_list(shape.scores, kernel.tiles.block_m, kernel.tiles.block_n)
+
+
+def list_works(shape: CallShape, made: BlockList, splits: int) -> NDArray[np.int32]:
+    """Return the works of the blocks, longest lists first: plane, row tile, first and end entry of each split."""
+    lists = (list_planes(shape, made.batches, made.heads)[:, None] * made.row_tiles + np.arange(made.row_tiles)).ravel()
+    first, count = made.offsets[lists].astype(np.int64), np.diff(made.offsets)[lists].astype(np.int64)
+    order = np.argsort(-count, kind="stable")
+    plane, tile = np.divmod(order, made.row_tiles)
+    cuts = first[order, None] + count[order, None] * np.arange(splits + 1) // splits
+    columns = (np.repeat(plane, splits), np.repeat(tile, splits), cuts[:, :-1].ravel(), cuts[:, 1:].ravel())
+    return np.stack(columns, axis=1).astype(np.int32)
 
 
 def _divide(kernel: PortableForward, blocks: int, first_key: int, key_tiles: int, each: int) -> WorkDivision:
@@ -80,6 +104,8 @@ def same_kernel(wanted: WorkDivision, shape: CallShape, call: CallParams) -> Wor
     block_n = wanted.kernel.tiles.block_n
     first_key = other.first_key // block_n * block_n
     key_tiles = -(-(shape.keys - first_key) // block_n)
+    if call.pattern is not None:
+        first_key, key_tiles = 0, max(1, int(np.diff(_lists(shape, call, wanted.kernel).offsets).max()))
     each = -(-key_tiles // 3) if wanted.kernel.split else key_tiles
     return _divide(wanted.kernel, planes * wanted.kernel.blocks_of(rows), first_key, key_tiles, each)
 
@@ -96,7 +122,11 @@ def forward(shape: CallShape, call: CallParams, divided: WorkDivision) -> Launch
     numbers = [*problem, *scalars_of(call), call.window or 0, *keys]
     if divided.kernel.narrow_steps:
         numbers += dense_strides(shape, call, "qkv")
-    return prepare(divided.kernel.program, divided.blocks * divided.splits, outputs, numbers)
+    constants: tuple[mx.array, ...] = ()
+    if call.pattern is not None:
+        made = _lists(shape, call, divided.kernel)
+        constants = on_device(list_works(shape, made, divided.splits), made.entries, made.bits)
+    return prepare(divided.kernel.program, divided.blocks * divided.splits, outputs, numbers, constants)
 
 
 def stages(shape: CallShape, call: CallParams, divided: WorkDivision) -> list[Stage]:

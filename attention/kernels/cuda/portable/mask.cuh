@@ -1,4 +1,4 @@
-// Masking and problem parameters of the general kernels: causal, window and array masks.
+// Masking and problem parameters of the general kernels: causal, window and array masks, and block lists.
 //
 // The rows of a block are queries of one head or, with PACK, of all heads that share a key head: row r is query r / group of
 // head r % group, so that adjacent rows attend to nearly the same keys.
@@ -82,3 +82,16 @@ struct MaskArray {
 DEVICE float squash(float score, float into_cap) {
   return 1 - 2 * reciprocal_fast(1 + exp2_fast(2 * LOG2_E * into_cap * score));
 }
+
+// Tiles of a block list: (tile of the other axis, bits tile or -1 if every pair is visible), and bits [query][key] of the bits
+// tiles, TILE_ROWS x TILE_KEYS.
+template <int TILE_ROWS, int TILE_KEYS>
+struct ListedTiles {
+  static constexpr int WORDS = TILE_KEYS / 32;  // of a row
+  const int2* entries;
+  const u32* bits;
+
+  DEVICE u32 word(int tile, int row, int key) const {
+    return bits[(static_cast<i64>(tile) * TILE_ROWS + row) * WORDS + key / 32];
+  }
+};

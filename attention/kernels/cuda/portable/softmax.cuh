@@ -43,8 +43,26 @@ struct MaskTile {
   }
 };
 
+// Bits of a lane's rows in a listed tile, shifted so that those of its first two keys come first; all 1 in a full tile.
+struct BitRows {
+  u32 words[2 * ROW_TILES][BLOCK_N >= 32 ? BLOCK_N / 32 : 1];
+
+  template <class Tiles>
+  DEVICE void read(const Tiles& tiles, int tile, int first_row) {
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tiles::WORDS; ++j) {
+        words[i][j] = tile < 0 ? ~0u : tiles.word(tile, first_row + 8 * i, 32 * j) >> threadIdx.x % 4 * 2;
+      }
+    }
+  }
+  DEVICE bool visible(int row, int key) const { return words[row][key / 32] & 1u << key % 32; }
+};
+
 // Prepares scores for the softmax: capped, scaled if a mask is added, -inf where masked by position or by the array.
-DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, int first_row, int first_key, bool whole) {
+DEVICE void rule(Scores& scores, const MaskTile& mask, const BitRows& bits, const Problem& problem, int first_row,
+                 int first_key, bool whole) {
   const int column = first_key + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int t = 0; t < ROW_TILES; ++t) {
@@ -63,7 +81,7 @@ DEVICE void rule(Scores& scores, const MaskTile& mask, const Problem& problem, i
 #pragma unroll
       for (int i = 0; i < BLOCK_N / 4; ++i) {
         const int key = i / 2 * 8 + i % 2;
-        if (key >= last || (WINDOW && key < first)) scores[t][i / 2][2 * r + i % 2] = MINUS_INFINITY;
+        if (key >= last || (WINDOW && key < first) || (LISTS && !bits.visible(2 * t + r, key))) scores[t][i / 2][2 * r + i % 2] = MINUS_INFINITY;
       }
     }
   }

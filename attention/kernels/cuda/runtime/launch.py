@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, cast
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from attention.kernels.cuda.runtime import launcher
 from attention.kernels.cuda.runtime.call import LOG2_E, CallParams, CallShape, float_bits
@@ -70,6 +72,25 @@ def exponent_factor(call: CallParams) -> int:
 def dtype_of(shape: CallShape) -> mx.Dtype:
     """Return the MLX dtype of the inputs."""
     return mx.bfloat16 if shape.element == "bf16" else mx.float16
+
+
+def list_planes(shape: CallShape, batches: int, heads: int) -> NDArray[np.int64]:
+    """Return the plane of the lists for each plane of queries; lists have 1 or all batches and heads."""
+    batch, head = np.divmod(np.arange(shape.batch * shape.heads), shape.heads)
+    return batch * heads * (batches > 1) + head * (heads > 1)
+
+
+def on_device(*tables: object) -> tuple[mx.array, ...]:
+    """Return int32 tables in device memory; arrays built from Python lists are in managed memory."""
+    copies = tuple(mx.array(table, dtype=mx.int32) + 0 for table in map(_as_int32, tables))
+    mx.eval(copies)
+    return copies
+
+
+def _as_int32(table: object) -> object:
+    if not isinstance(table, np.ndarray):
+        return table
+    return table.view(np.int32) if table.size else np.zeros((1, *table.shape[1:]), np.int32)  # never a null pointer
 
 
 POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING = range(6)

@@ -72,7 +72,7 @@ def weights(q: Floats, k: Floats, call: CallParams, mask: Floats | None = None) 
     if mask is not None:
         scores = scores + mask
     if call.pattern is not None:
-        scores[~np.array(call.pattern.dense(scores.shape))] = -np.inf
+        scores[np.broadcast_to(~np.array(call.pattern.dense(scores.shape)), scores.shape)] = -np.inf
     queries, keys = scores.shape[2:]
     position, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
     if call.causal:

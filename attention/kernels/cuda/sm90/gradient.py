@@ -18,7 +18,9 @@ from attention.kernels.cuda.runtime.launch import (
     TensorBox,
     dtype_of,
     exponent_factor,
+    list_planes,
     make_plan,
+    on_device,
     plan_label,
     prepare,
     scalars_of,
@@ -33,7 +35,7 @@ from attention.kernels.cuda.sm90.backward import (
     rows_program,
     specialise,
 )
-from attention.kernels.cuda.sm90.launch import forward_plan, list_planes, on_device
+from attention.kernels.cuda.sm90.launch import forward_plan
 from attention.kernels.cuda.sm90.schedule import list_schedule, make_schedule
 
 L2_BYTES_OF_ELEMENT: Final = 16

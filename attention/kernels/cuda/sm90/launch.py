@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from attention.kernels.cuda.runtime import launch
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
@@ -20,7 +18,9 @@ from attention.kernels.cuda.runtime.launch import (
     Stage,
     TensorBox,
     dtype_of,
+    list_planes,
     make_plan,
+    on_device,
     prepare,
     scalars_of,
 )
@@ -88,25 +88,6 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
         [*problem, *scalars_of(call), call.window or 0, len(table[0])],
         constants,
     )
-
-
-def list_planes(shape: CallShape, batches: int, heads: int) -> NDArray[np.int64]:
-    """Return the plane of the lists for each plane of queries; lists have 1 or all batches and heads."""
-    batch, head = np.divmod(np.arange(shape.batch * shape.heads), shape.heads)
-    return batch * heads * (batches > 1) + head * (heads > 1)
-
-
-def on_device(*tables: object) -> tuple[mx.array, ...]:
-    """Return int32 tables in device memory; arrays built from Python lists are in managed memory."""
-    copies = tuple(mx.array(table, dtype=mx.int32) + 0 for table in map(_as_int32, tables))
-    mx.eval(copies)
-    return copies
-
-
-def _as_int32(table: object) -> object:
-    if not isinstance(table, np.ndarray):
-        return table
-    return table.view(np.int32) if table.size else np.zeros((1, *table.shape[1:]), np.int32)  # never a null pointer
 
 
 @dataclass(frozen=True)
