@@ -12,7 +12,7 @@ from attention.kernels.cuda.portable import launch as portable_launch
 from attention.kernels.cuda.runtime import launch, launcher, selfcheck
 from attention.kernels.cuda.runtime import program as runtime_program
 from attention.kernels.cuda.runtime.gpu import GpuProperties
-from attention.kernels.cuda.runtime.launch import NUMBER, POINTER, STRIDE
+from attention.kernels.cuda.runtime.launch import MAP, NUMBER, POINTER, SERIAL, STRIDE
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90 import launch as sm90_launch
 
@@ -97,7 +97,13 @@ def signature(program):
     """Return the kinds of a kernel's parameters, in order."""
     text, constants = program.source, dict(program.constants)
     parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
-    for condition, holds in (("MASK", constants.get("MASK")), ("!SPLIT", not constants.get("SPLIT"))):
+    conditions = {"MASK": constants.get("MASK"), "!SPLIT": not constants.get("SPLIT"), "LISTS": constants.get("LISTS")}
+    for condition, holds in conditions.items():
         block = rf"#if {condition}\n(.*?)#endif\n"
         parameters = re.sub(block, r"\1" if holds else "", parameters, flags=re.DOTALL)
-    return [POINTER if "*" in each else STRIDE if "Step" in each else NUMBER for each in parameters.split(",")]
+    return [_kind(each) for each in parameters.split(",")]
+
+
+def _kind(parameter):
+    kinds = {"TensorMap": MAP, "*": POINTER, "Step": STRIDE, "_stride": STRIDE, "u64 serial": SERIAL}
+    return next((kind for mark, kind in kinds.items() if mark in parameter), NUMBER)

@@ -1,0 +1,268 @@
+"""Block lists in the CUDA kernels: tables and launches on a simulated GPU, and results on a real one."""
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+import itertools
+
+from attention import masks
+from attention.kernels import cuda
+from attention.kernels.cuda import choice
+from attention.kernels.cuda import gradients as cuda_gradients
+from attention.kernels.cuda.portable import launch as portable_launch
+from attention.kernels.cuda.runtime import launch, selfcheck
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
+from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, list_planes
+from attention.kernels.cuda.sm90.schedule import NO_WORK, list_schedule, list_works
+from benchmarks.cuda.measure_portable import portable_only
+from tests.support import kernel_oracle
+from tests.support.cuda_planted import planted, signature
+
+BLOCKS = 132
+
+
+def patterns(shape):
+    """Masks that differ by head or batch, share lists, hide rows, and have long and short lists."""
+    random = np.random.default_rng(5)
+    cells = random.random((shape.batch, shape.heads, -(-shape.queries // 32), -(-shape.keys // 32))) < 0.3
+    cells[:, 0, :2] = False
+    lengths = [shape.keys // 3, 1, shape.keys - shape.keys // 3 - 1] if shape.keys > 3 else [shape.keys]
+    return {
+        "by head": masks.blocks(cells, block=32),
+        "documents": masks.causal() & masks.documents(lengths),
+        "prefix and window": masks.prefix(40) | masks.window(70),
+        "padding": masks.padding([max(0, shape.keys - 150 * i) for i in range(shape.batch)]),
+        "first row sees all": masks.where(lambda b, h, q, k: (q == q.min()) | (k == q))
+        if shape.keys > 3
+        else masks.causal(),
+    }
+
+
+SHAPES = [  # batch, heads, kv_heads, queries, keys
+    (1, 1, 1, 1, 1),
+    (2, 4, 2, 300, 300),
+    (1, 3, 1, 217, 433),
+    (2, 2, 2, 65, 31),
+    (3, 14, 2, 200, 190),
+    (1, 2, 1, 3, 900),
+    (1, 1, 1, 128, 9000),
+]
+NAMES = list(patterns(CallShape(1, 1, 1, 8, 8, 64, "bf16")))
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    for on in planted(monkeypatch):
+        yield on("H100").recorder
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def lists_of(size, name):
+    shape = CallShape(*size, 64, "bf16")
+    made = patterns(shape)[name].block_list(shape.scores, 128, 128)
+    return shape, made, list_planes(shape, made.batches, made.heads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", SHAPES)
+def test_every_entry_of_every_plane_is_one_blocks_work(size, name):
+    shape, made, planes = lists_of(size, name)
+    table, parts = list_works(BLOCKS, made.offsets, planes, made.row_tiles, 4 * shape.keys * 64, 4.0)
+    assert (table[:, -1, 0] == NO_WORK[0]).all()
+    works = table[table[:, :, 0] >= 0]
+    covered = {}
+    for plane, tile, first, end, word, *_ in works.tolist():
+        covered.setdefault((plane, tile), []).append((first, end, word))
+    assert covered.keys() == {(plane, tile) for plane in range(len(planes)) for tile in range(made.row_tiles)}
+    places = []
+    for (plane, tile), pieces in covered.items():
+        index = planes[plane] * made.row_tiles + tile
+        pieces.sort()
+        bounds = [first for first, _, _ in pieces] + [pieces[-1][1]]
+        assert bounds == [made.offsets[index], *(end for _, end, _ in pieces[:-1]), made.offsets[index + 1]]
+        words = [word for _, _, word in pieces]
+        if len(pieces) == 1:
+            assert words == [0]
+            continue
+        assert {(word >> 8, word >> 4 & 15) for word in words} == {(words[0] >> 8, len(pieces))}
+        assert sorted(word & 15 for word in words) == list(range(len(pieces)))
+        places += [(word >> 8) + (word & 15) for word in words]
+    assert sorted(places) == list(range(parts))
+
+
+def test_long_lists_are_shared_out_and_blocks_end_together():
+    offsets = np.cumsum([0, 2000, *[10] * 200])
+    table, parts = list_works(BLOCKS, offsets, np.zeros(1, int), 201, 1, 4.0)
+    loads = (table[:, :, 3] - table[:, :, 2]).sum(axis=1)
+    assert parts > 5
+    assert loads.max() < 200
+    equal, _ = list_works(BLOCKS, np.arange(0, 257 * 64, 64), np.zeros(4, int), 256, 1, 4.0)
+    loads = (equal[:, :, 3] - equal[:, :, 2]).sum(axis=1)
+    assert loads.max() <= 1.1 * loads.mean()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", SHAPES)
+def test_the_backward_table_has_every_key_tile_with_its_steps(size, name):
+    shape, made, planes = lists_of(size, name)
+    lists = made.transposed()
+    planes = planes.reshape(-1, shape.group)
+    table = list_schedule(BLOCKS, lists.offsets, planes, made.key_tiles, 1)
+    assert (table[-1, 0] == NO_WORK[0]).all()
+    found = dict(table.swapaxes(1, 2)[table[:, 0] >= 0].tolist())
+    steps = {}
+    for plane, own in enumerate(planes):
+        for tile in range(made.key_tiles):
+            lists_of_tile = [lists.offsets[p * made.key_tiles + tile : p * made.key_tiles + tile + 2] for p in own]
+            steps[plane * made.key_tiles + tile] = sum(int(end - begin) for begin, end in lists_of_tile)
+    assert found == steps
+
+
+# ---- launches on a simulated GPU ---------------------------------------------------------------------------------
+
+
+def called(pattern, queries=300, keys=300, dim=64, heads=4, **keywords):
+    q, k = mx.zeros((1, heads, queries, dim), mx.bfloat16), mx.zeros((1, 2, keys, dim), mx.bfloat16)
+    return (q, k, k), cuda.flash_attention(q, k, k, scale=0.125, pattern=pattern, **keywords)
+
+
+@pytest.mark.parametrize(("queries", "dim"), [(300, 64), (300, 128), (3, 128), (300, 256), (1, 64)])
+def test_a_call_with_a_pattern_gets_a_kernel_with_lists_and_its_parameters(recorder, queries, dim):
+    pattern = masks.prefix(40) | masks.window(70)
+    primals, output = called(pattern, queries, dim=dim)
+    forward = recorder.plans[-1]
+    outputs = [output, mx.zeros((1, 4, queries)), mx.zeros((1, 4, queries, 2))]
+    recorder.gradient(forward.label, list(primals), [output], outputs)
+    assert len(recorder.plans) == 3  # with and without a gradient, and the gradient
+    for plan in recorder.plans:
+        for _, program, *_, arguments in plan.steps:
+            kinds = [POINTER if argument[0] == NOTHING else argument[0] for argument in arguments]
+            assert kinds == signature(program), program.name
+            if "rows" not in program.name and "finish" not in program.name:
+                assert dict(program.constants)["LISTS"] == 1, program.name
+
+
+def test_equal_patterns_share_a_plan_and_others_do_not(recorder):
+    called(masks.prefix(40) | masks.window(70))
+    count = len(recorder.plans)
+    called(masks.prefix(40) | masks.window(70))
+    assert len(recorder.plans) == count
+    called(masks.prefix(41) | masks.window(70))
+    assert len(recorder.plans) > count
+
+
+def test_a_label_keeps_its_pattern():
+    shape, pattern = CallShape(1, 2, 2, 9, 9, 64, "bf16"), masks.prefix(3) | masks.window(2)
+    call = CallParams(0.5, False, None, None, pattern=pattern)
+    label = launch.plan_label("forward", shape, call, True)
+    assert launch.parse_label(label) == ("forward", shape, call, True)
+
+
+def test_causal_beside_a_pattern_is_refused(recorder):
+    with pytest.raises(ValueError, match="causal and window are left out"):
+        called(masks.causal(), causal=True)
+
+
+def test_a_pattern_beside_an_array_mask_takes_the_general_kernel(recorder):
+    called(masks.prefix(40), mask=mx.ones((300, 300), mx.bool_))
+    [(_, program, *_)] = recorder.plans[-1].steps
+    constants = dict(program.constants)
+    assert (program.name, constants["LISTS"], constants["MASK"]) == ("flash_general", 1, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_general_kernels_works_cover_every_entry_longest_first(name, splits):
+    shape, made, planes = lists_of((2, 4, 2, 300, 300), name)
+    works = portable_launch.list_works(shape, made, splits)
+    lengths = (works[:, 3] - works[:, 2]).reshape(-1, splits).sum(axis=1)
+    assert (np.diff(lengths) <= 0).all()
+    by_tile = works.reshape(-1, splits, 4)
+    assert {tuple(work[:2]) for work in works.tolist()} == {
+        (plane, tile) for plane in range(len(planes)) for tile in range(made.row_tiles)
+    }
+    for pieces in by_tile.tolist():
+        index = planes[pieces[0][0]] * made.row_tiles + pieces[0][1]
+        assert [pieces[0][2], pieces[-1][3]] == made.offsets[index : index + 2].tolist()
+        assert all(a[3] == b[2] for a, b in itertools.pairwise(pieces))
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+usable = pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])
+
+
+def checked(size, dim, dtype, name, general=False, softcap=None, seed=0):
+    """Check output, logsumexp and gradients of a call with a pattern by FlashAttention 3's rule."""
+    shape = CallShape(*size, dim, {"bfloat16": "bf16", "float16": "f16"}[dtype])
+    pattern, made = patterns(shape)[name], selfcheck.inputs(shape, seed)
+    seen = np.broadcast_to(np.array(pattern.dense(shape.scores)), shape.scores)
+    options = kernel_oracle.Options(dim**-0.5, softcap=softcap, mask=seen)
+    arrays, kind = [kernel_oracle.numbers(x) for x in made], kernel_oracle.DTYPES[dtype]
+    call = CallParams(dim**-0.5, False, None, softcap, pattern=pattern)
+
+    def attend(*given):
+        return cuda.flash_attention_with_logsumexp(*given, scale=dim**-0.5, softcap=softcap, pattern=pattern)
+
+    output, logsumexp = attend(*made[:3])
+    gradients = mx.vjp(lambda *given: attend(*given)[0], made[:3], made[3:])[1]
+    kernel_oracle.poison()
+    mx.eval(output, logsumexp, gradients)
+    assert choice.path_of(shape, call) == ("general" if general else "forward", [])
+    assert cuda_gradients.refusal(shape, call) is None
+    exact, right, _ = kernel_oracle.attention(*arrays[:3], options)
+    plain = kernel_oracle.plain_attention(*arrays[:3], options, kind)
+    kernel_oracle.assert_near(output, exact, plain, kind, 2, f"{size} {name}: output")
+    found = kernel_oracle.numbers(logsumexp)
+    assert np.array_equal(np.isneginf(found), np.isneginf(right))
+    with np.errstate(invalid="ignore"):
+        assert np.nanmax(np.abs(found - right), initial=0) < 1e-3
+    exact = kernel_oracle.gradients(*arrays, options)
+    plain = kernel_oracle.plain_gradients(*arrays, options, kind)
+    for what, own, wanted, rounded in zip(("dQ", "dK", "dV"), gradients, exact, plain, strict=True):
+        kernel_oracle.assert_near(own, wanted, rounded, kind, 3, f"{size} {name}: {what}")
+
+
+@gpu
+@usable
+@pytest.mark.skipif(cuda.variant() != "hopper", reason="only Hopper GPUs have kernels of their own for many queries")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("name", NAMES)
+def test_results_meet_flash_attention_3s_error_bound(name, dim, dtype):
+    for seed, size in enumerate(SHAPES):
+        checked(size, dim, dtype, name, seed=seed)
+
+
+@gpu
+@usable
+@pytest.mark.skipif(cuda.variant() != "hopper", reason="only Hopper GPUs have kernels of their own for many queries")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_softcaps_combine_with_lists(dim):
+    for name in NAMES:
+        checked((2, 4, 2, 300, 300), dim, "bfloat16", name, softcap=1.5)
+
+
+@gpu
+@usable
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_general_kernels_meet_the_bound_too(name, dim):
+    with portable_only():
+        for seed, size in enumerate(SHAPES):
+            checked(size, dim, "bfloat16", name, general=True, seed=seed)
+
+
+@gpu
+@usable
+def test_the_same_input_gives_the_same_bits():
+    shape = CallShape(1, 2, 1, 300, 9000, 128, "bf16")
+    pattern, made = patterns(shape)["first row sees all"], selfcheck.inputs(shape)
+    first = cuda.flash_attention(*made[:3], scale=0.1, pattern=pattern)
+    for _ in range(5):
+        assert mx.array_equal(first, cuda.flash_attention(*made[:3], scale=0.1, pattern=pattern)).item()
