@@ -128,17 +128,37 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
         The first outputs, with the vmapped axis first.
     """
     kind, shape, call, with_logsumexp = parse_label(label)
+
+    def plan_of(shape: CallShape) -> Run:
+        match kind:
+            case "forward":
+                return _differentiable_plan(shape, call, first_trusted(shape, call), with_logsumexp, None)
+            case "own gradient":
+                return gradient.make_plan_of_gradient(shape, call, with_logsumexp)
+            case _:
+                return portable_gradient.make_plan_of_gradient(shape, call, with_logsumexp)
+
+    if _differs_by_batch(shape, call):
+        return one_by_one(lambda arrays: plan_of(shape)(arrays)[:3], inputs, axes)
     count = vmapped_length(inputs, axes)
-    folded = folded_inputs(inputs, axes, shape, call)
-    wide = replace(shape, batch=count * shape.batch)
-    match kind:
-        case "forward":
-            run = _differentiable_plan(wide, call, first_trusted(wide, call), with_logsumexp, None)
-        case "own gradient":
-            run = gradient.make_plan_of_gradient(wide, call, with_logsumexp)
-        case _:
-            run = portable_gradient.make_plan_of_gradient(wide, call, with_logsumexp)
-    return [x.reshape(count, shape.batch, *x.shape[1:]) for x in run(folded)[:3]]
+    made = plan_of(replace(shape, batch=count * shape.batch))(folded_inputs(inputs, axes, shape, call))[:3]
+    return [x.reshape(count, shape.batch, *x.shape[1:]) for x in made]
+
+
+def _differs_by_batch(shape: CallShape, call: CallParams) -> bool:
+    """Return whether the pattern of a call differs by batch entry, so that no other axis can be folded into them."""
+    return call.pattern is not None and call.pattern.planes(shape.batch, shape.heads)[0] > 1
+
+
+def one_by_one(
+    run: Callable[[list[mx.array]], Sequence[mx.array]], inputs: Sequence[mx.array], axes: Sequence[int]
+) -> list[mx.array]:
+    """Run an operation for each index of the vmapped axis; return the results stacked along a first axis."""
+    made = [
+        run([x if axis < 0 else mx.take(x, i, axis) for x, axis in zip(inputs, axes, strict=True)])
+        for i in range(vmapped_length(inputs, axes))
+    ]
+    return [mx.stack(results) for results in zip(*made, strict=True)]
 
 
 def vmapped_length(inputs: Sequence[mx.array], axes: Sequence[int]) -> int:
@@ -236,6 +256,10 @@ def _differentiable(shape: CallShape, call: CallParams, path: KernelPath, with_l
         return tuple(gradients(primals, wanted, outputs, shape, call))
 
     def batched(inputs: Sequence[mx.array], axes: Sequence[int]) -> tuple[list[mx.array], list[int]]:
+        if _differs_by_batch(shape, call):
+            whole = [broadcast_mask(x, shape) if i > 2 and axes[i] < 0 else x for i, x in enumerate(inputs)]
+            stacked = one_by_one(lambda arrays: function(*arrays), whole, axes)
+            return stacked, [0] * len(stacked)
         count = vmapped_length(inputs, axes)
         wide = replace(shape, batch=count * shape.batch)
         wide_function = _differentiable(wide, call, first_trusted(wide, call), with_logsumexp)

@@ -14,7 +14,7 @@ from attention.kernels.cuda.runtime.call import LOG2_E, CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import dtype_of
 from attention.kernels.cuda.runtime.layout import laid_out, of_sdpa
 from attention.kernels.cuda.sm90 import gradient
-from attention.masks import Mask, apply, opened
+from attention.masks import Mask, apply, combine, opened
 
 
 def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: CallParams) -> list[mx.array]:
@@ -26,7 +26,8 @@ def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: CallP
         call: parameters of the call.
     """
     queries, keys = primals[0].shape[2], primals[1].shape[2]
-    blind = call.mask is not None or (call.causal and queries > keys)  # fully masked rows would be NaN in MLX's SDPA
+    # fully masked rows would be NaN in MLX's SDPA
+    blind = call.mask is not None or call.pattern is not None or (call.causal and queries > keys)
     plain = len(cotangents) > 1 or call.softcap is not None or blind
 
     def sdpa(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
@@ -52,6 +53,8 @@ def plain_attention(
     if call.softcap is not None:
         scores = call.softcap * mx.tanh(scores / call.softcap)
     whole = Mask(causal=call.causal, window=call.window, array=mask).materialize(queries, keys)
+    if call.pattern is not None:
+        whole = combine(call.pattern.dense((*q.shape[:3], keys)), whole)
     if whole is None:
         return (mx.softmax(scores, axis=-1) @ wide_v).astype(q.dtype), mx.logsumexp(scores, axis=-1)
     allowed, sees = opened(whole, shifted=False)  # a shift would be missing from the logsumexp

@@ -15,6 +15,7 @@ from attention.kernels.common import cache
 from attention.kernels.cuda.runtime import program
 from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, CallParams, CallShape, MaskKind, refusal_of_workload
 from attention.kernels.cuda.runtime.gpu import gpu
+from attention.masks import causal, of_workload
 
 MIN_CAPABILITY = (8, 0)
 
@@ -61,7 +62,10 @@ def _mlx_computes_on_cuda() -> bool:
 
 
 def shape_and_call(workload: Workload, needs: Needs = NO_NEEDS) -> tuple[CallShape, CallParams]:
-    """Return the shape and call of a workload: padded head dims; an array mask, of unknown dtype, counts as bool."""
+    """Return the shape and call of a workload: padded head dims; an array mask, of unknown dtype, counts as bool.
+
+    For a program's own pattern, which a workload does not describe, another one stands in.
+    """
     dims = [DIM_STEP * -(-dim // DIM_STEP) for dim in (workload.head_dim, workload.value_dim)]
     shape = CallShape(
         workload.batch,
@@ -75,7 +79,11 @@ def shape_and_call(workload: Workload, needs: Needs = NO_NEEDS) -> tuple[CallSha
     )
     window = workload.window if workload.window is not None and workload.window < workload.kv_seq else None
     softcap, mask = 1.0 if needs.softcap else None, "bool" if needs.array_mask else None
-    return shape, CallParams(workload.scale, workload.causal, window, softcap, cast("MaskKind | None", mask))
+    pattern = None
+    if needs.pattern or workload.structured:
+        pattern = causal() if workload.mask_spec.pattern is not None else of_workload(workload).pattern
+    kind = cast("MaskKind | None", mask)
+    return shape, CallParams(workload.scale, workload.causal, window, softcap, kind, pattern)
 
 
 def refusal_here(workload: Workload, needs: Needs = NO_NEEDS) -> str | None:

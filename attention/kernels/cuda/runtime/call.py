@@ -114,8 +114,6 @@ def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
 
 def refusal_of_workload(workload: Workload) -> str | None:
     """Return None if the kernels support the dtype and head dims of a workload, else a one-line reason."""
-    if workload.structured:
-        return "the CUDA kernels take no block lists"
     return refusal(workload.dtype, workload.head_dim, workload.value_dim)
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from attention.core.bounded_dict import BoundedDict
 from attention.kernels.cuda.runtime import launcher
 from attention.kernels.cuda.runtime.call import LOG2_E, CallParams, CallShape, float_bits
 from attention.kernels.cuda.runtime.program import Program, machine_code
@@ -77,17 +78,17 @@ def dtype_of(shape: CallShape) -> mx.Dtype:
 def list_planes(shape: CallShape, batches: int, heads: int) -> NDArray[np.int64]:
     """Return the plane of the lists for each plane of queries; lists have 1 or all batches and heads."""
     batch, head = np.divmod(np.arange(shape.batch * shape.heads), shape.heads)
-    return batch * heads * (batches > 1) + head * (heads > 1)
+    return np.asarray(batch * heads * (batches > 1) + head * (heads > 1))
 
 
 def on_device(*tables: object) -> tuple[mx.array, ...]:
     """Return int32 tables in device memory; arrays built from Python lists are in managed memory."""
-    copies = tuple(mx.array(table, dtype=mx.int32) + 0 for table in map(_as_int32, tables))
+    copies = tuple(mx.array(_as_int32(table), dtype=mx.int32) + 0 for table in tables)
     mx.eval(copies)
     return copies
 
 
-def _as_int32(table: object) -> object:
+def _as_int32(table: object) -> Any:
     if not isinstance(table, np.ndarray):
         return table
     return table.view(np.int32) if table.size else np.zeros((1, *table.shape[1:]), np.int32)  # never a null pointer
@@ -181,7 +182,7 @@ def plan_label(kind: PlanKind, shape: CallShape, call: CallParams, with_logsumex
 
 
 _MAX_PATTERNS: Final = 256
-_patterns: dict[int, Pattern] = {}
+_patterns: BoundedDict[int, Pattern] = BoundedDict(_MAX_PATTERNS)
 """Patterns of the latest labels, by number."""
 
 
@@ -191,8 +192,6 @@ def _keep(pattern: Pattern) -> int:
     if number is None:
         number = max(_patterns, default=0) + 1
         _patterns[number] = pattern
-        if len(_patterns) > _MAX_PATTERNS:
-            del _patterns[min(_patterns)]
     return number
 
 

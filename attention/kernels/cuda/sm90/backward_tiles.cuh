@@ -76,6 +76,14 @@ DEVICE void start_scores(Scores& scores, u32 left, u32 right) {
   wgmma_commit();
 }
 
+// Always true, but opaque to NVRTC: a branch on it ends the basic block, so that values computed from thread indices after
+// it do not occupy registers before it. ptxas removes the branch.
+DEVICE bool always() {
+  u32 one;
+  asm volatile("mov.u32 %0, 1;" : "=r"(one));
+  return one;
+}
+
 // ---- softmax and its derivative ----------------------------------------------------------------------------------
 
 // Row statistics: | 64 exponent rests | 64 deltas | 64 bases | whether any base is nonzero |. Each array is in the order of
@@ -136,7 +144,7 @@ DEVICE void leave_listed(u32 listed, u32 place, u32 tile, u32 partial) {
 // Masks the scores of a listed tile whose bits are 0, and those of keys beyond the end. `bits` is the address of the bits of
 // the warpgroup's first key and query.
 DEVICE void mask_listed(Scores& scores, const Problem& problem, int first_key, u32 listed, u32 bits) {
-  if (load_word(listed + 8)) {
+  if (load_word(listed + 8) && (!SOFTCAP || always())) {
     const int lane = threadIdx.x % 32, key = threadIdx.x / 32 % 4 * 16 + lane / 4;
     const u32 own = bits + 2 * (lane % 4) * (BLOCK_K / 8) + key / 32 * 4;
 #pragma unroll
@@ -306,14 +314,6 @@ DEVICE void await_phase(u32 barrier, u32 parity) {
 
 constexpr int BOTH = 1;  // the named barrier of both consumers
 DEVICE void meet() { named_sync(BOTH, CONSUMERS * WARPGROUP); }
-
-// Always true, but opaque to NVRTC: a branch on it ends the basic block, so that values computed from thread indices after
-// it do not occupy registers before it. ptxas removes the branch.
-DEVICE bool always() {
-  u32 one;
-  asm volatile("mov.u32 %0, 1;" : "=r"(one));
-  return one;
-}
 
 // Releases a buffer that was read with ordinary loads. Every lane arrives: one arrival after __syncwarp would suffice, but
 // racecheck does not recognise a __syncwarp that ptxas removes as unnecessary.

@@ -21,6 +21,10 @@ KERNELS = [
     specialise(dim, causal, "bf16", window=window, softcap=softcap)
     for dim, (causal, window), softcap in product((64, 128, 192, 256), MASKS, (False, True))
 ]
+KERNELS += [
+    specialise(dim, False, "bf16", softcap=softcap, lists=True)
+    for dim, softcap in product((64, 128, 192, 256), (False, True))
+]
 PASSES = [program(kernel) for kernel in KERNELS[::6] for program in (lambda k: rows_program(k, True), finish_program)]
 
 
@@ -33,12 +37,13 @@ def test_tiles_fit_shared_memory(kernel):
 @pytest.mark.parametrize("program", [*(kernel.program for kernel in KERNELS), *PASSES], ids=lambda p: p.name)
 def test_few_registers_are_spilled_and_products_overlap(program):
     found = report(program)
-    assert found.spilled <= 16, found.log  # compilers differ by a word or two
+    words = 7 if dict(program.constants).get("LISTS") else 4  # compilers differ by a word or two
+    assert found.spilled <= 4 * words, found.log
     assert "serialized" not in found.log
     assert found.registers * program.threads <= REGISTERS
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if not kernel.lists], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(300, 300), (77, 900), (65, 31), (1000, 1000), (1, 1)])
 def test_the_schedule_counts_the_tiles_that_see_a_key(kernel, queries, keys):
     window = 100 if kernel.window else 0

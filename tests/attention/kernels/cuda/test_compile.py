@@ -9,7 +9,7 @@ from attention.kernels.cuda import KernelUnavailable
 from attention.kernels.cuda.runtime import program as runtime_program
 from attention.kernels.cuda.runtime.program import SHARED_MEMORY_LIMIT, Program, machine_code
 from attention.kernels.cuda.sm90.decode import Decode
-from attention.kernels.cuda.sm90.forward import fewer_consumers, specialise
+from attention.kernels.cuda.sm90.forward import fewer_consumers, specialise, specialise_lists
 from tests.support.cuda_compiled import REGISTERS, needs_nvrtc, report
 
 KINDS = [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)]
@@ -17,6 +17,11 @@ MAX_PROGRAMS = [
     specialise(dim, causal, "bf16", window, softcap) for dim in (64, 128, 192, 256) for causal, window, softcap in KINDS
 ]
 FORWARD = [kernel for largest in MAX_PROGRAMS for kernel in (largest, *fewer_consumers(largest))]
+FORWARD += [
+    specialise_lists(dim, "bf16", softcap, few)
+    for dim in (64, 128, 192, 256)
+    for softcap, few in ((False, False), (True, False), (False, True))
+]
 SHARED = [
     Decode(dim, True, "f16", True, True, architecture, limit)
     for architecture, limit in (("sm_90a", 232_448), ("sm_80", 166_912), ("sm_89", 101_376))

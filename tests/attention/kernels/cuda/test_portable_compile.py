@@ -31,18 +31,27 @@ PAIRS = [*((width, width) for width in WIDTHS), (192, 128), (64, 256), (256, 64)
 
 
 def forward(
-    architecture, dims, mask=None, rows=4096, causal=True, window=False, softcap=False, split=False, element="bf16"
+    architecture,
+    dims,
+    mask=None,
+    rows=4096,
+    causal=True,
+    window=False,
+    softcap=False,
+    split=False,
+    element="bf16",
+    lists=False,
 ):
     tiles = tiles_for(*dims, rows, mask is not None, LIMITS[architecture])
-    few = rows <= portable_forward.FEW_ROWS
-    return PortableForward(*dims, causal, window, softcap, mask, element, few, split, False, tiles, architecture)
+    few = rows <= portable_forward.FEW_ROWS and not lists
+    return PortableForward(*dims, causal, window, softcap, mask, element, lists, few, split, False, tiles, architecture)
 
 
-def backward(architecture, dims, mask=None, causal=True, window=False, softcap=False, element="bf16"):
+def backward(architecture, dims, mask=None, causal=True, window=False, softcap=False, element="bf16", lists=False):
     widths = widths_of(*dims)
     tiles = backward_tiles_for(*widths, LIMITS[architecture])
     vectors = architecture not in ("sm_80", "sm_86", "sm_89")
-    return PortableBackward(*widths, causal, window, softcap, mask, element, False, tiles, architecture, vectors)
+    return PortableBackward(*widths, causal, window, softcap, mask, element, lists, False, tiles, architecture, vectors)
 
 
 ANY_PAIRS = list(product(WIDTHS, WIDTHS))
@@ -124,6 +133,9 @@ SAMPLE = [
     backward("sm_90a", (64, 64), causal=False, element="f16"),
     backward("sm_90a", (128, 128), mask="float32", softcap=True),
     backward("sm_100", (192, 128), window=True),
+    forward("sm_80", (128, 128), causal=False, lists=True),
+    forward("sm_80", (64, 64), rows=16, causal=False, split=True, lists=True),
+    backward("sm_80", (128, 128), causal=False, lists=True),
     replace(forward("sm_86", (96, 96), mask="float32"), narrow_steps=True),
     replace(backward("sm_80", (64, 64), mask="bool"), narrow_steps=True),
 ]
@@ -134,6 +146,10 @@ REST = [
     ),
     *(forward(a, dims, None, softcap=True, window=True) for a, dims in product(LIMITS, PAIRS)),
     *(backward(a, dims, mask, softcap=mask is not None) for a, dims, mask in product(LIMITS, PAIRS, MASKS)),
+    *(
+        made(a, dims, mask, causal=False, lists=True)
+        for made, a, dims, mask in product((forward, backward), ("sm_80", "sm_86", "sm_90a"), PAIRS, (None, "float32"))
+    ),
 ]
 
 
