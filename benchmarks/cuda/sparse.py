@@ -125,7 +125,9 @@ def check() -> Rows:
 
 def check_backward() -> Rows:
     """Compare the gradients of the Hopper and the general kernels with float64 on small inputs."""
-    kinds = [(dim, *kind) for dim in (64, 128, 192, 256) for kind in (("bf16", False), ("f16", True))]
+    kinds: list[tuple[int, Element, bool]] = []
+    for dim in (64, 128, 192, 256):
+        kinds += [(dim, "bf16", False), (dim, "f16", True)]
     compile_all([specialise_backward(dim, False, kind, softcap=cap, lists=True) for dim, kind, cap in kinds])
     rows = [_checked("backward", *kind, _backward, _gradient_error) for kind in kinds]
     return rows + [
@@ -216,7 +218,9 @@ def forward() -> Rows:
     rows: Rows = []
     for dim, names in ((128, None), (64, ("window 1024", "documents 2048", "blocks 0.1"))):
         shape = CallShape(1, HEADS, HEADS, LENGTH, LENGTH, dim, "bf16")
-        compile_all([*wide_variants(dim).values(), *(specialise(dim, *how) for how in _DENSE)])
+        compile_all(
+            [*wide_variants(dim).values(), *(specialise(dim, causal, "bf16", window) for causal, window in _BOUNDS)]
+        )
         arrays = random_arrays(*[(1, HEADS, LENGTH, dim)] * 3)
         dense = {
             "full": CallParams(dim**-0.5, False, None, None),
@@ -234,11 +238,8 @@ def forward() -> Rows:
     return rows
 
 
-_DENSE: Final[tuple[tuple[bool, Any, bool], ...]] = (
-    (False, "bf16", False),
-    (True, "bf16", False),
-    (True, "bf16", True),
-)
+_BOUNDS: Final = ((False, False), (True, False), (True, True))
+"""Causal and window of the kernels without lists."""
 
 
 def backward() -> Rows:
@@ -246,7 +247,8 @@ def backward() -> Rows:
     rows: Rows = []
     for dim in (128, 64):
         shape = CallShape(1, HEADS, HEADS, LENGTH, LENGTH, dim, "bf16")
-        compile_all([specialise_backward(dim, *how, lists=lists) for how, lists in _BACKWARD])
+        kernels = [specialise_backward(dim, causal, "bf16", window) for causal, window in _BOUNDS]
+        compile_all([*kernels, specialise_backward(dim, False, "bf16", lists=True)])
         arrays = random_arrays(*[(1, HEADS, LENGTH, dim)] * 4)
         scale, whole = dim**-0.5, None
         bounds = {"full": (False, None), "causal": (True, None), "window 1024": (True, 1024)}
@@ -262,14 +264,6 @@ def backward() -> Rows:
                 pairs = pattern.block_list(shape.scores, BLOCK_Q, 128).pairs
                 rows.append(_row(f"backward {dim} {name}, lists", seconds, pairs, 10 * dim, whole))
     return rows
-
-
-_BACKWARD: Final[tuple[tuple[tuple[Any, ...], bool], ...]] = (
-    ((False, "bf16"), False),
-    ((True, "bf16"), False),
-    ((True, "bf16", True), False),
-    ((False, "bf16"), True),
-)
 
 
 def _timed_backward(arrays: list[mx.array], shape: CallShape, call: CallParams) -> Run:

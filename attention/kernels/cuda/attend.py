@@ -158,7 +158,7 @@ def one_by_one(
         run([x if axis < 0 else mx.take(x, i, axis) for x, axis in zip(inputs, axes, strict=True)])
         for i in range(vmapped_length(inputs, axes))
     ]
-    return [mx.stack(results) for results in zip(*made, strict=True)]
+    return [mx.stack(list(results)) for results in zip(*made, strict=True)]
 
 
 def vmapped_length(inputs: Sequence[mx.array], axes: Sequence[int]) -> int:
@@ -258,7 +258,7 @@ def _differentiable(shape: CallShape, call: CallParams, path: KernelPath, with_l
     def batched(inputs: Sequence[mx.array], axes: Sequence[int]) -> tuple[list[mx.array], list[int]]:
         if _differs_by_batch(shape, call):
             whole = [broadcast_mask(x, shape) if i > 2 and axes[i] < 0 else x for i, x in enumerate(inputs)]
-            stacked = one_by_one(lambda arrays: function(*arrays), whole, axes)
+            stacked = one_by_one(lambda arrays: cast("Attend", function)(*arrays), whole, axes)
             return stacked, [0] * len(stacked)
         count = vmapped_length(inputs, axes)
         wide = replace(shape, batch=count * shape.batch)

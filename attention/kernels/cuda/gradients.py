@@ -54,7 +54,7 @@ def plain_attention(
         scores = call.softcap * mx.tanh(scores / call.softcap)
     whole = Mask(causal=call.causal, window=call.window, array=mask).materialize(queries, keys)
     if call.pattern is not None:
-        whole = combine(call.pattern.dense((*q.shape[:3], keys)), whole)
+        whole = combine(call.pattern.dense((q.shape[0], q.shape[1], queries, keys)), whole)
     if whole is None:
         return (mx.softmax(scores, axis=-1) @ wide_v).astype(q.dtype), mx.logsumexp(scores, axis=-1)
     allowed, sees = opened(whole, shifted=False)  # a shift would be missing from the logsumexp

@@ -123,13 +123,13 @@ def backward_launch(shape: CallShape, call: CallParams) -> Launch:
     plane_bytes = L2_BYTES_OF_ELEMENT * shape.queries * shape.head_dim * shape.group
     if call.pattern is not None:
         made = call.pattern.block_list(shape.scores, BLOCK_Q, kernel.block_k)
-        lists, steps = made.transposed(), (made.heads * (made.batches > 1), int(made.heads > 1))
+        lists, steps = made.transposed(), [made.heads * (made.batches > 1), int(made.heads > 1)]
         planes = list_planes(shape, made.batches, made.heads).reshape(key_planes, shape.group)
         table = list_schedule(gpu().multiprocessors, lists.offsets, planes, made.key_tiles, plane_bytes)
         blocks, constants = table.shape[2], on_device(table, lists.offsets, lists.entries, made.bits)
     else:
         costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
-        blocks, steps = min(key_planes * len(costs), gpu().multiprocessors), ()
+        blocks, steps = min(key_planes * len(costs), gpu().multiprocessors), []
         constants = on_device(make_schedule(blocks, key_planes, costs, plane_bytes))
     keys = ((shape.batch, shape.kv_heads, shape.keys, shape.head_dim), dtype_of(shape))
     problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]

@@ -59,7 +59,7 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
     if call.pattern is not None:
         made = call.pattern.block_list(shape.scores, kernel.block_m, kernel.block_n)
-        table, parts = list_works(
+        listed, parts = list_works(
             gpu().multiprocessors,
             made.offsets,
             list_planes(shape, made.batches, made.heads),
@@ -67,17 +67,18 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
             plane_bytes,
             kernel.joining,
         )
-        constants = on_device(table, made.entries, made.bits)
+        constants, rounds = on_device(listed, made.entries, made.bits), listed.shape[1]
+        blocks = len(listed)
     else:
         ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
         table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
-        constants = on_device(table)
+        constants, blocks, rounds = on_device(table), len(table), len(table[0])
     rows = (shape.batch, shape.heads, shape.queries)
     numbers, marks = kernel.part_shapes
     problem = [planes, shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
     return prepare(
         kernel.program,
-        len(table),
+        blocks,
         [
             ((*rows, shape.head_dim), dtype_of(shape)),
             (rows, mx.float32),
@@ -85,7 +86,7 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
             ((parts, *numbers), mx.float32),
             ((parts, *marks), mx.int64),
         ],
-        [*problem, *scalars_of(call), call.window or 0, len(table[0])],
+        [*problem, *scalars_of(call), call.window or 0, rounds],
         constants,
     )
 
