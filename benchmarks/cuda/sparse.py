@@ -30,7 +30,8 @@ from attention.kernels.cuda.sm90.backward import specialise as specialise_backwa
 from attention.kernels.cuda.sm90.forward import Forward, specialise, specialise_lists
 from attention.kernels.cuda.sm90.launch import forward_kernel, forward_plan, forward_stages
 from attention.masks import Pattern
-from benchmarks.cuda.timing import Run, medians, random_arrays, selected_parts, timed_mlx, write_rows
+from benchmarks.cuda.harness import random_arrays, selected_parts, write_rows
+from benchmarks.rounds import EagerMlxCalls, MlxCalls, medians
 
 Rows = list[dict[str, Any]]
 HEADS, LENGTH = 16, 32768
@@ -266,21 +267,13 @@ def backward() -> Rows:
     return rows
 
 
-def _timed_backward(arrays: list[mx.array], shape: CallShape, call: CallParams) -> Run:
+def _timed_backward(arrays: list[mx.array], shape: CallShape, call: CallParams) -> EagerMlxCalls:
     output, logsumexp, stats = forward_plan(shape, call)(arrays[:3])[:3]
     given = [*arrays[:3], output, arrays[3], stats, logsumexp]
     mx.eval(given)
     plan = gradient.make_plan_of_gradient(shape, call, False)
 
-    def run(count: int) -> float:
-        mx.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):  # evaluated one by one, so that memory does not exceed that of one call
-            mx.async_eval(plan(given)[:3])  # type: ignore[no-untyped-call]
-        mx.synchronize()
-        return (time.perf_counter() - start) / count
-
-    return run
+    return EagerMlxCalls(lambda: plan(given)[:3])
 
 
 def _compared(arrays: list[mx.array], shape: CallShape, name: str, pattern: Pattern, whole: float) -> Rows:
@@ -301,9 +294,9 @@ def _compared(arrays: list[mx.array], shape: CallShape, name: str, pattern: Patt
     return rows
 
 
-def _timed(arrays: list[mx.array], shape: CallShape, call: CallParams, kernel: Forward) -> Run:
+def _timed(arrays: list[mx.array], shape: CallShape, call: CallParams, kernel: Forward) -> MlxCalls:
     plan = make_plan(INPUTS, OUTPUTS[:1], forward_stages(shape, call, False, kernel))
-    return timed_mlx(lambda: plan(arrays)[0])
+    return MlxCalls(lambda: plan(arrays)[0])
 
 
 def _pairs(call: CallParams, length: int) -> int:
