@@ -30,15 +30,15 @@ struct Maps {
   const TensorMap &query, &key, &value, &cotangent;
 };
 
-// Loads a query tile and its row statistics; with LISTS also its bits, if it is partially masked (`bits` is not negative).
+// Loads a listed query tile, its row statistics, and its bits if it is partially masked (`bits` is not negative).
 DEVICE void load_queries(const Memory& memory, const Problem& problem, Ring& ring, const Maps& maps, const float* rows,
                          int plane, int batch, int tile, const Lists& lists, int bits) {
   const int head = plane % problem.heads, row = tile * BLOCK_Q;
   const u64 place = static_cast<u64>(plane) * problem.query_tiles() + tile;
   const u32 full = memory.full(ring.stage);
-  const bool partial = LISTS && bits >= 0;
+  const bool partial = bits >= 0;
   await_phase(memory.empty(ring.stage), ring.parity ^ 1);
-  if constexpr (LISTS) leave_listed(memory.listed(ring.stage), place, tile, partial);
+  leave_listed(memory.listed(ring.stage), place, tile, partial);
   barrier_arrive_expecting(full, 2 * QueryTile::BYTES + ROWS_BYTES + (partial ? BITS_BYTES : 0));
   load_tile_expected<BLOCK_Q>(memory.query(ring.stage), maps.query, head, batch, row, full);
   load_tile_expected<BLOCK_Q>(memory.cotangent(ring.stage), maps.cotangent, head, batch, row, full);
@@ -81,7 +81,14 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile,
     load_listed(memory, problem, ring, maps, rows, tile, batch, lists);
 #else
     for (Walk walk(problem, tile.plane, tile.key); walk.left > 0; walk.next()) {
-      load_queries(memory, problem, ring, maps, rows, walk.plane, batch, walk.tile, lists, -1);
+      const int head = walk.plane % problem.heads, row = walk.tile * BLOCK_Q;
+      const u32 full = memory.full(ring.stage);
+      await_phase(memory.empty(ring.stage), ring.parity ^ 1);
+      barrier_arrive_expecting(full, 2 * QueryTile::BYTES + ROWS_BYTES);
+      load_tile_expected<BLOCK_Q>(memory.query(ring.stage), maps.query, head, batch, row, full);
+      load_tile_expected<BLOCK_Q>(memory.cotangent(ring.stage), maps.cotangent, head, batch, row, full);
+      load_bytes(memory.rows(ring.stage), rows + walk.place(problem) * (ROWS_BYTES / 4), ROWS_BYTES, full);
+      ring.advance();
     }
 #endif
   }
