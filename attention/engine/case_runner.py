@@ -135,13 +135,13 @@ class CaseRunner(ABC, Generic[P]):
             self._progress.emit(on.StepStarted(case=self._progress.case, implementation=arm.name, step="rounds"))
         running = [reference, again, *arms[1:], *beside]
         set_strides(running, seconds)
-        lasts_s = max(seconds, min_rounds_s(running, min_rounds))
-        if lasts_s > MAX_EXTENSION * seconds:
+        estimated_s = max(seconds, min_rounds_s(running, min_rounds))
+        if estimated_s > MAX_EXTENSION * seconds:
             self._progress.log(
-                f"{min_rounds} rounds of these take about {lasts_s:.0f} s, longer than the {seconds:g} s of a case; "
-                "fewer would support no verdict"
+                f"{min_rounds} rounds of these take about {estimated_s:.0f} s, longer than the {seconds:g} s of a case"
+                "; fewer would support no verdict"
             )
-        stream = SampleStream(self._progress, seconds, lasts_s, min_rounds)
+        stream = SampleStream(self._progress, seconds, estimated_s, min_rounds)
         try:
             return run_rounds(
                 running,
@@ -185,21 +185,21 @@ class CaseRunner(ABC, Generic[P]):
 class SampleStream:
     """Collect the rounds' samples and emit them a few times a second, so that emitting does not disturb the timing."""
 
-    def __init__(self, progress: Progress, seconds: float, lasts_s: float, min_rounds: int = MIN_ROUNDS) -> None:
+    def __init__(self, progress: Progress, seconds: float, estimated_s: float, min_rounds: int = MIN_ROUNDS) -> None:
         """Create it at the start of the rounds; resets MLX's peak memory.
 
         Args:
             progress: the progress reporter.
             seconds: time limit of the rounds.
-            lasts_s: estimated seconds of the rounds, used until all implementations have a sample.
+            estimated_s: estimated seconds of the rounds, used until all implementations have a sample.
             min_rounds: samples that every implementation takes, however long that lasts.
         """
         import mlx.core as mx
 
         self._progress = progress
-        self._seconds, self._lasts_s, self._min_rounds = seconds, lasts_s, min_rounds
+        self._seconds, self._estimated_s, self._min_rounds = seconds, estimated_s, min_rounds
         self._began = time.perf_counter()
-        self._told: dict[tuple[str, bool], int] = {}
+        self._emitted: dict[tuple[str, bool], int] = {}
         self._arms: list[Arm] = []
         self._last = time.perf_counter()
         mx.reset_peak_memory()
@@ -217,11 +217,11 @@ class SampleStream:
         self._last = time.perf_counter()
         fresh: dict[bool, dict[str, list[float | None]]] = {False: {}, True: {}}
         for arm in self._arms:
-            known = self._told.get((arm.name, arm.dense), 0)
+            known = self._emitted.get((arm.name, arm.dense), 0)
             fresh[arm.dense][arm.name] = _json_samples(arm.samples[known:])
-        self._told = {(arm.name, arm.dense): len(arm.samples) for arm in self._arms}
+        self._emitted = {(arm.name, arm.dense): len(arm.samples) for arm in self._arms}
         if any(fresh[False].values()):
-            rounds = max(self._told.values())
+            rounds = max(self._emitted.values())
             active, peak = mx.get_active_memory(), mx.get_peak_memory()
             self._progress.emit(
                 on.RoundsDone(
@@ -239,7 +239,7 @@ class SampleStream:
         elapsed = self._last - self._began
         taken = min(len(arm.valid_samples) for arm in self._arms)
         missing = max(0, self._min_rounds - taken)
-        rounds_s = missing * elapsed / taken if taken else self._lasts_s - elapsed
+        rounds_s = missing * elapsed / taken if taken else self._estimated_s - elapsed
         return max(0.0, self._seconds - elapsed, rounds_s)
 
 

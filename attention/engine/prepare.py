@@ -122,8 +122,8 @@ def prepare_dense(name: str, implementation: Implementation, dense: Workload, se
     call_s = time.perf_counter() - started
     setting.inputs.check(inputs)
     if call_s < SLOW_CALL_S:
-        least_s = WARM_UP_S[setting.device.backend]
-        call_s = warm_up(runner, call_s, least_s, setting.sample_s, dense.output_bytes)
+        min_s = WARM_UP_S[setting.device.backend]
+        call_s = warm_up(runner, call_s, min_s, setting.sample_s, dense.output_bytes)
     return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu", dense=True)
 
 
@@ -159,15 +159,15 @@ def _check(name: str, implementation: Implementation, results: list[mx.array], s
     of_rows = (
         _bind_runner(implementation, setting, views_of(checker.row_inputs)).results() if checker.row_inputs else None
     )
-    judgement = checker.check(results, of_rows)
+    result = checker.check(results, of_rows)
     progress.emit(
         on.AccuracyChecked(
             case=progress.case,
             implementation=name,
-            max_error=_finite(judgement.max_error),
-            rms_error=_finite(judgement.rms_error),
-            accurate=judgement.accurate,
-            detail=judgement.detail,
+            max_error=_finite(result.max_error),
+            rms_error=_finite(result.rms_error),
+            accurate=result.accurate,
+            detail=result.detail,
         )
     )
 
@@ -188,8 +188,8 @@ def _warm_up_and_time(name: str, runner: Runner, call_s: float, setting: CaseSet
     """Warm up, measure latency, and return the seconds per call."""
     progress, workload = setting.progress, setting.workload
     progress.begin_step(name, "warm up")
-    least_s = WARM_UP_S[setting.device.backend]
-    call_s = warm_up(runner, call_s, least_s, setting.sample_s, workload.output_bytes)
+    min_s = WARM_UP_S[setting.device.backend]
+    call_s = warm_up(runner, call_s, min_s, setting.sample_s, workload.output_bytes)
     progress.begin_step(name, "latency")
     seconds = latency(runner, LATENCY_S)
     progress.emit(on.LatencyMeasured(case=progress.case, implementation=name, seconds=seconds))

@@ -76,11 +76,11 @@ def sdpa(
     if not mask.bounds_only:
         return _with_array(q, k, v, scale, mask, shifted, sums_wide)
     seq, kv_seq = q.shape[2], k.shape[2]
-    blind = mask.empty_rows(seq, kv_seq)
-    if blind:
-        q = q[:, :, blind:]
-    out = _of_mlx(q, k, v, scale, _plain_mask(mask, seq - blind, kv_seq))
-    return mx.pad(out, [(0, 0), (0, 0), (blind, 0), (0, 0)]) if blind else out
+    empty = mask.empty_rows(seq, kv_seq)
+    if empty:
+        q = q[:, :, empty:]
+    out = _of_mlx(q, k, v, scale, _plain_mask(mask, seq - empty, kv_seq))
+    return mx.pad(out, [(0, 0), (0, 0), (empty, 0), (0, 0)]) if empty else out
 
 
 def attend_whole(
@@ -103,7 +103,7 @@ def attend_whole(
         q, k, v = (x.astype(mx.float32) for x in (q, k, v))
     wide = dtype != mx.float32 and not widened and current_backend() == "cuda"  # cuDNN adds a mask in float32
     if wide and dtype == mx.float16 and q.shape[2] % FUSED_ROWS and sinks is None:
-        return _widened_behind(q, k, v, scale, mask)
+        return _with_widened_backward(q, k, v, scale, mask)
     out = (
         sdpa(q, k, v, scale, mask, widened and dtype != mx.float32, sums_wide=wide)
         if sinks is None
@@ -112,7 +112,7 @@ def attend_whole(
     return out.astype(dtype)
 
 
-def _widened_behind(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
+def _with_widened_backward(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
     """Call MLX's fused SDPA with a gradient computed in float32: MLX's own is unfused, and overflows in float16."""
 
     @mx.custom_function

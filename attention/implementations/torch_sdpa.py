@@ -185,7 +185,7 @@ def differentiable(
             return _computed(lambda: to_mlx(bound.attend([to_torch(x, place) for x in (q, k, v)], scale)))
 
     @mx.custom_function
-    def pull(cotangent: mx.array, *inputs: mx.array) -> list[mx.array]:
+    def gradients_of(cotangent: mx.array, *inputs: mx.array) -> list[mx.array]:
         def gradients() -> list[mx.array]:
             own = for_gradient() if for_gradient else bound
             primals = [to_torch(x, place).requires_grad_() for x in inputs]
@@ -197,12 +197,12 @@ def differentiable(
 
     @attend.vjp
     def pull_back(inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
-        return cast("list[mx.array]", pull(cotangent, *inputs))
+        return cast("list[mx.array]", gradients_of(cotangent, *inputs))
 
     def refuse(*_: object) -> list[mx.array]:
         raise UnsupportedError("torch: only first derivatives in reverse mode; implementation 'baseline' has all")
 
-    pull.vjp(refuse)
+    gradients_of.vjp(refuse)
     attend.jvp(refuse)
     return cast("Callable[..., mx.array]", attend)
 

@@ -195,8 +195,8 @@ def mask_gradient(
             shift = row_shift(call, heads, rows, lengths)
             scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
             d_weights = call.product(upstream, call.transposed(value))
-            sunk = None if sinks is None else heads.sinks(sinks, len(rows), shift)
-            weights = _softmax(scores, call, sunk)
+            sink_logits = None if sinks is None else heads.sinks(sinks, len(rows), shift)
+            weights = _softmax(scores, call, sink_logits)
             # not rowsum(dO * O): the output may be rounded, and then the difference does not cancel
             delta = (weights * d_weights).sum(axis=-1, keepdims=True)
             if of_logsumexp is not None:

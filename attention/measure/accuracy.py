@@ -191,20 +191,20 @@ def _exact(arrays: Sequence[Array], rules: Sequence[Rules], rows: NDArray[np.int
 def _plain(arrays: Sequence[mx.array], scale: float, seen: mx.array, rows: NDArray[np.intp]) -> list[mx.array]:
     """Return the same by unfused attention in the inputs' precision."""
     chosen = mx.array(rows)
-    sighted = seen.any(axis=-1, keepdims=True)
-    opened = seen | ~sighted
+    nonempty = seen.any(axis=-1, keepdims=True)
+    opened = seen | ~nonempty
 
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         scores = mx.where(opened, (q * scale) @ k.swapaxes(-1, -2), mx.array(-mx.inf, q.dtype))
         output = mx.softmax(scores, axis=-1, precise=True) @ v
-        return mx.where(sighted, output, mx.zeros((), output.dtype))
+        return mx.where(nonempty, output, mx.zeros((), output.dtype))
 
     primals = [arrays[0][:, chosen], arrays[1], arrays[2]]
     if len(arrays) < 4:
         made = [attend(*primals)]
     else:
-        outputs, pulled = mx.vjp(attend, primals, [arrays[3][:, chosen]])
-        made = [*outputs, *pulled]
+        outputs, gradients = mx.vjp(attend, primals, [arrays[3][:, chosen]])
+        made = [*outputs, *gradients]
     mx.eval(made)
     return made
 

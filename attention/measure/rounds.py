@@ -89,17 +89,17 @@ def shared_calls(call_s: Sequence[float], sample_s: float, output_bytes: int) ->
 def warm_up(
     runner: TimedCall,
     call_s: float,
-    least_s: float,
+    min_s: float,
     sample_s: float,
     output_bytes: int,
     clock: Clock = time.perf_counter,
 ) -> float:
-    """Repeat calls until two consecutive samples agree, for at least least_s and at most ten times as long.
+    """Repeat calls until two consecutive samples agree, for at least min_s and at most ten times as long.
 
     Args:
         runner: the bound call.
         call_s: seconds per call so far.
-        least_s: minimum seconds of warm-up.
+        min_s: minimum seconds of warm-up.
         sample_s: seconds of one sample.
         output_bytes: size of the output of one call.
         clock: in seconds.
@@ -113,7 +113,7 @@ def warm_up(
         call_s = take_sample(runner, calls_for(call_s, sample_s / 2, output_bytes), clock)
         elapsed = clock() - started
         settled = abs(call_s - before) <= SETTLED_TOLERANCE * before
-        if (settled and elapsed >= least_s) or elapsed >= 10 * least_s:
+        if (settled and elapsed >= min_s) or elapsed >= 10 * min_s:
             return call_s
 
 

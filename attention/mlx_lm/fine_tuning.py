@@ -207,7 +207,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
                 f"and {MIN_ROUNDS} more are needed; --iters {MIN_ROUNDS + 1} or more gives one"
             )
         self._compiling_s = 0.0
-        self._to_come = [work.iters] * len(names) + [_iterations_again(work)]
+        self._remaining_iterations = [work.iters] * len(names) + [_iterations_again(work)]
         self._warm_up(work)
         reference, complete = None, True
         for name in names:
@@ -234,12 +234,12 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         self._compiling_s, iteration_s = times[0], times[-1]
         seconds = self._left_s(iteration_s)
         self._progress.emit_progress(f"an iteration takes {iteration_s:.3g} s", seconds)
-        count = len(self._to_come) - 1
+        count = len(self._remaining_iterations) - 1
         self._progress.emit(on.CaseTimeEstimated(case=self._progress.case, seconds=seconds, implementations=count))
 
     def _left_s(self, iteration_s: float) -> float:
         """Estimate the seconds of the remaining fine-tunings; each one's time is limited after its first iteration."""
-        each = (min((iters - 1) * iteration_s, self._plan.seconds) for iters in self._to_come)
+        each = (min((iters - 1) * iteration_s, self._plan.seconds) for iters in self._remaining_iterations)
         return sum(self._compiling_s + seconds for seconds in each)
 
     def _train(self, name: str, work: FineTuning) -> bool | None:
@@ -271,7 +271,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
             self._progress.log(f"{reference} could not be repeated, so there is no noise floor: {error}")
 
     def _fine_tune(self, work: FineTuning, iters: int, on_iteration: Callable[[float, float], None]) -> bool:
-        data = text.sequences(self._tokens, work.seq, least=work.batch)
+        data = text.sequences(self._tokens, work.seq, min_count=work.batch)
         return fine_tune(
             self._network,
             work,
@@ -292,7 +292,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
 
     def _on_iteration(self, name: str, iters: int) -> Callable[[float, float], None]:
         count, times = 0, list[float]()
-        self._to_come.pop(0)
+        self._remaining_iterations.pop(0)
 
         def on_iteration(loss: float, seconds: float) -> None:
             nonlocal count

@@ -418,8 +418,8 @@ class GenerationBench(CaseRunner[GenerationPlan]):
     def _estimate_time(self, work: Generation, count: int) -> None:
         """Time two layers, of which a prefill completes one; if the case takes long, log a way to shorten it."""
         self._progress.emit_progress("a look at two layers")
-        look = PrefillRun(self._network, self._prompts(work), layers=2)
-        whole_s = take_sample(look, 1) * (work.layers - 1)
+        probe_run = PrefillRun(self._network, self._prompts(work), layers=2)
+        whole_s = take_sample(probe_run, 1) * (work.layers - 1)
         passes = 1 if self._takes_long(whole_s, count) else count + 2
         seconds = whole_s * (count + MIN_ROUNDS * passes)
         if seconds > LONG_CASE_S:

@@ -166,17 +166,17 @@ def digest(named: Iterable[tuple[str, object]]) -> str:
     The bits of an array are summed along its last axis, and the sums weighted by their position: one pass over the
     memory on the device that holds it, exact, and not moved by a row that went elsewhere.
     """
-    hashed = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     sums: list[mx.array] = []
     for name, value in named:
         if isinstance(value, mx.array):
-            hashed.update(f"{name} {value.shape} {value.dtype};".encode())
+            hasher.update(f"{name} {value.shape} {value.dtype};".encode())
             sums += [_bit_sum(value)] if value.size else []
         else:
-            hashed.update(f"{name} {value!r};".encode())
+            hasher.update(f"{name} {value!r};".encode())
     mx.eval(sums)
-    hashed.update(repr([each.item() for each in sums]).encode())
-    return hashed.hexdigest()
+    hasher.update(repr([each.item() for each in sums]).encode())
+    return hasher.hexdigest()
 
 
 def _bit_sum(array: mx.array) -> mx.array:

@@ -294,11 +294,11 @@ class ModelPatch(CallCounts):
         """Return the implementation's output, or None if it does not support the call."""
         before, _thread.in_implementation = _thread.in_implementation, True
         try:
-            offer = self._adapter.adapt(call)
+            arguments = self._adapter.adapt(call)
             more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
             take_path()  # clear what an earlier call left
             out: mx.array = call_through_hooks(
-                self.implementation, call.q, offer.k, offer.v, scale=call.scale, mask=offer.mask, **more
+                self.implementation, call.q, arguments.k, arguments.v, scale=call.scale, mask=arguments.mask, **more
             )
         except UnsupportedError as error:
             self.count_passed_on(str(error))
@@ -306,7 +306,7 @@ class ModelPatch(CallCounts):
         finally:
             _thread.in_implementation = before
         # An implementation with a single path records none: its route names what ran.
-        self.count_taken(take_path() or offer.path)
+        self.count_taken(take_path() or arguments.path)
         return out
 
     def _decorate_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:

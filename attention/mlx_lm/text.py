@@ -74,7 +74,7 @@ def read(data: str | None) -> str:
     return text
 
 
-def sequences(tokens: list[int], length: int, least: int) -> list[Sequence]:
+def sequences(tokens: list[int], length: int, min_count: int) -> list[Sequence]:
     """Split a text into at least `least` sequences of equal length; a short text overlaps or is repeated.
 
     Args:
@@ -85,7 +85,7 @@ def sequences(tokens: list[int], length: int, least: int) -> list[Sequence]:
     wanted = length + 1
     while len(tokens) < wanted:
         tokens = tokens + tokens
-    room = len(tokens) - wanted
-    count = max(least, len(tokens) // wanted)
-    starts = [round(room * index / max(count - 1, 1)) for index in range(count)]
+    last_start = len(tokens) - wanted
+    count = max(min_count, len(tokens) // wanted)
+    starts = [round(last_start * index / max(count - 1, 1)) for index in range(count)]
     return [(tokens[start : start + wanted], 0) for start in starts]

@@ -47,7 +47,7 @@ class SamplingBudget:
 
     Attributes:
         stride: one in this many calls is counted, on average.
-        looks: number of calls counted.
+        sampled: number of calls counted.
         spent_s: seconds that timed calls took, their own work included.
     """
 
@@ -86,10 +86,10 @@ class SamplingBudget:
 
     def _adapt(self, now: float) -> None:
         """Choose the stride from the rate of calls since the last time."""
-        looks, passed = self.sampled - self._sampled_then, now - self._latest
-        if looks < MAX_GAP or passed <= 0:
+        counted, passed = self.sampled - self._sampled_then, now - self._latest
+        if counted < MAX_GAP or passed <= 0:
             return
-        call_s = passed / (looks * self.stride)
+        call_s = passed / (counted * self.stride)
         needed = self._sample_s / self._counting_budget_s(call_s) if self._share else MAX_STRIDE
         self.stride = 1
         while self.stride < min(needed, MAX_STRIDE):
@@ -106,8 +106,8 @@ class CallStream:
     """One stream of calls, of which some are counted.
 
     Attributes:
-        turn: number of calls so far.
-        look_at: number of the next call to count.
+        seen: number of calls so far.
+        next_sample: number of the next call to count.
     """
 
     def __init__(self) -> None:
@@ -348,10 +348,10 @@ class Monitor:
         scratch._kinds[key] = CallKind(
             implementation="mlx", workload=Workload(seq=1), query_route=lambda: None, next_check=1 << 60
         )
-        watched = partial(scratch._on_mlx_call, lambda q, k, v, **more: q)
+        observed = partial(scratch._on_mlx_call, lambda q, k, v, **more: q)
 
         def call(*arrays: mx.array, **more: Any) -> mx.array:  # as a patch point does
-            return watched(*arrays, **more)
+            return observed(*arrays, **more)
 
         return call_cost_s(call, array)
 
@@ -387,8 +387,10 @@ class Monitor:
             workload = structs.replace(workload, pass_="decode")
         kind = self._seen.get((name, workload))  # several forms of a mask may be one
         if kind is None:
-            ask = partial(_route, by, workload, self._device, needs)
-            kind = self._seen[name, workload] = CallKind(implementation=name, workload=workload, query_route=ask)
+            query_route = partial(_route, by, workload, self._device, needs)
+            kind = self._seen[name, workload] = CallKind(
+                implementation=name, workload=workload, query_route=query_route
+            )
         return kind
 
 

@@ -50,7 +50,7 @@ class PatchPoint:
     Attributes:
         original: the original function.
         replacement: bound in its place while anything is registered.
-        watched: the original wrapped by the observers; interceptors pass calls on to it.
+        observed: the original wrapped by the observers; interceptors pass calls on to it.
     """
 
     def __init__(self, home: ModuleType, name: str) -> None:
@@ -112,11 +112,11 @@ class PatchPoint:
 
     def _compose(self) -> None:
         self._skipped = 0
-        watched = self.original
-        for watcher in self._observers:
-            watched = partial(watcher, watched)
-        self.observed = watched
-        self._call = self._interceptors[-1] if self._interceptors else watched
+        observed = self.original
+        for observer in self._observers:
+            observed = partial(observer, observed)
+        self.observed = observed
+        self._call = self._interceptors[-1] if self._interceptors else observed
 
 
 def _remove_latest(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[Function, ...]:

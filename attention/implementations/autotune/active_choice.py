@@ -59,7 +59,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
         return True
 
     def timed_call(
-        self, attempt: Attempt, judge: CheckAccuracy, candidates: Mapping[str, Implementation], clock: Clock
+        self, attempt: Attempt, check_accuracy: CheckAccuracy, candidates: Mapping[str, Implementation], clock: Clock
     ) -> Any:
         """Make a call, timed or paired with one of the challenger; return the result of the choice."""
         if self.drift.challenger is None:
@@ -69,13 +69,13 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
             self.warm.add(self.name)
             self.next_check = self.calls + (RETRY_CALLS if self.drift.trying else CALLS_PER_SAMPLE)
             return result
-        return self.timed_pair(self.drift.challenger, attempt, judge, candidates, clock)
+        return self.timed_pair(self.drift.challenger, attempt, check_accuracy, candidates, clock)
 
     def timed_pair(
         self,
         challenger: str,
         attempt: Attempt,
-        judge: CheckAccuracy,
+        check_accuracy: CheckAccuracy,
         candidates: Mapping[str, Implementation],
         clock: Clock,
         queued: bool = False,
@@ -105,7 +105,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
         if challenger in self.warm:
             known = not queued and {self.name, challenger} <= self.queue_overlap.keys()
             factor = math.exp(self.queue_overlap[self.name] - self.queue_overlap[challenger]) if known else 1.0
-            self._maybe_switch(challenger, took, factor, judge, candidates)
+            self._maybe_switch(challenger, took, factor, check_accuracy, candidates)
         self.warm |= results.keys()
         return result
 
@@ -114,7 +114,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
         challenger: str,
         took: dict[str, float],
         factor: float,
-        judge: CheckAccuracy,
+        check_accuracy: CheckAccuracy,
         candidates: Mapping[str, Implementation],
     ) -> None:
         reason = self.drift.reason
@@ -122,7 +122,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
         if ratio is None:
             return
         if challenger not in self.checked:
-            _, wrong = judge(candidates[challenger])
+            _, wrong = check_accuracy(candidates[challenger])
             if wrong:
                 on.emit_tuning(
                     on.Message(level="warning", text=f"{NAME}: {challenger} is not taken: inaccurate: {wrong}")

@@ -81,16 +81,16 @@ def _close_candidates(demo: Demo, task: Task, chosen: str) -> list[Arm]:
     """Return the choice and the accurate candidates close to the best."""
     device = probe()
     names = [chosen, *fitting_candidates(demo.candidates, task.workload, device, task.needs)]
-    sighting = Prescreen(math.inf, task.workload.output_bytes, device.backend != "cpu", demo.clock)
+    prescreen = Prescreen(math.inf, task.workload.output_bytes, device.backend != "cpu", demo.clock)
     runners = {name: BoundCall(demo.candidates[name], task) for name in names}
-    choice, *others = sighting.time_all(runners)
+    choice, *others = prescreen.time_all(runners)
     if choice.name != chosen:
-        raise RuntimeError(f"{chosen} cannot be run any more: {sighting.failed[chosen]}")
-    warm = sighting.warm_up_promising([choice, *others], SAMPLE_S)
+        raise RuntimeError(f"{chosen} cannot be run any more: {prescreen.failed[chosen]}")
+    warm = prescreen.warm_up_promising([choice, *others], SAMPLE_S)
     limit = MAX_SLOWDOWN * min((arm.call_s for arm in warm), default=math.inf)
-    right = AccuracyCheck(task)
-    near = [arm for arm in warm if arm is not choice and arm.call_s <= limit]
-    return [choice, *(arm for arm in near if not right.error(demo.candidates[arm.name])[1])]
+    accuracy = AccuracyCheck(task)
+    close = [arm for arm in warm if arm is not choice and arm.call_s <= limit]
+    return [choice, *(arm for arm in close if not accuracy.error(demo.candidates[arm.name])[1])]
 
 
 def _run(arms: list[Arm], workload: Workload, seconds: float, seed: int, clock: Clock) -> None:

@@ -92,11 +92,11 @@ class Prescreen:
         The time of a single short call, which includes the wait for it, predicts that poorly: short ones are dropped
         only after this.
         """
-        hopeful = _promising(arms, sample_s)
-        for arm in hopeful:
+        plausible = _promising(arms, sample_s)
+        for arm in plausible:
             if arm.call_s < sample_s:
                 self.attempt(arm, lambda arm=arm: self._warm_up(arm, sample_s))  # type: ignore[misc]
-        return _promising([arm for arm in hopeful if arm.name not in self.failed])
+        return _promising([arm for arm in plausible if arm.name not in self.failed])
 
     def attempt(self, arm: Arm, call: Callable[[], R]) -> R | None:
         """Run something with a candidate; None if it raises, and the error is recorded."""
@@ -117,9 +117,9 @@ class Prescreen:
         if self._on_gpu:
             self.spent.seconds = before
             arm.call_s = self.time_call(arm)
-        for look in range(WARM_CALLS):
-            dear = arm.call_s > MAX_CHEAP_S and (look > 0 or arm.call_s > MAX_SLOWDOWN * best)
-            if dear or self.spent.seconds + arm.call_s >= self._budget_s:
+        for number in range(WARM_CALLS):
+            costly = arm.call_s > MAX_CHEAP_S and (number > 0 or arm.call_s > MAX_SLOWDOWN * best)
+            if costly or self.spent.seconds + arm.call_s >= self._budget_s:
                 break
             arm.call_s = min(arm.call_s, self.time_call(arm))
         return True
@@ -130,10 +130,10 @@ class Prescreen:
             return max(take_sample(arm.runner, 1, self._clock), MIN_TIME_S)
 
     def _warm_up(self, arm: Arm, sample_s: float) -> bool:
-        least_s = MIN_WARM_UP_S[self._on_gpu]
+        min_s = MIN_WARM_UP_S[self._on_gpu]
         with self.spent.measure():
             # warm_up takes samples of half the length
-            took = warm_up(arm.runner, arm.call_s, least_s, 2 * sample_s, self._output_bytes, self._clock)
+            took = warm_up(arm.runner, arm.call_s, min_s, 2 * sample_s, self._output_bytes, self._clock)
         arm.call_s = max(took, MIN_TIME_S)
         return True
 
@@ -221,10 +221,10 @@ class Halving:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
             raise RuntimeError(f"none of {', '.join(runners)} could be run: {reasons}")
         best_s = _call_s(order[0])
-        behind = {arm.name: best_s * math.exp(_log_slowdown(arm, order[0])) for arm in order}
+        raced_s = {arm.name: best_s * math.exp(_log_slowdown(arm, order[0])) for arm in order}
         known = {arm.name for arm in seen} | failed.keys()
         return HalvingResult(
-            call_s=behind | {arm.name: arm.call_s for arm in sorted(rest, key=lambda arm: arm.call_s)},
+            call_s=raced_s | {arm.name: arm.call_s for arm in sorted(rest, key=lambda arm: arm.call_s)},
             alone_s=self._time_single_calls(order),
             pairs=log_ratios(order[1].samples, order[0].samples) if len(order) > 1 else [],
             untried=[name for name in runners if name not in known],
@@ -271,8 +271,8 @@ class Halving:
             self._eliminate(left)
         if len(left) < 2:
             return "decided"
-        looks = rounds >= 2 if over else rounds >= MIN_ROUNDS_TO_ELIMINATE and rounds % ROUNDS_PER_CHECK == 0
-        if looks and _possible_gain(left, CONFIDENCE if over else ELIMINATION_CONFIDENCE) <= IMMATERIAL:
+        is_checked = rounds >= 2 if over else rounds >= MIN_ROUNDS_TO_ELIMINATE and rounds % ROUNDS_PER_CHECK == 0
+        if is_checked and _possible_gain(left, CONFIDENCE if over else ELIMINATION_CONFIDENCE) <= IMMATERIAL:
             return "decided"
         return "time" if self._spent.seconds >= MAX_EXTENSION * self._budget_s else None
 

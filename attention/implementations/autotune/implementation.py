@@ -319,9 +319,9 @@ class Demo:
                 return None
             self.tune(stand_in)
             return self._classes[found]
-        for near in reversed(self._classes.values()):
-            if near.calls >= MIN_CALLS_IN_USE and near.name in fit and near.workload.next_to(found):
-                active = self._classes[found] = inherited_choice(near, found, fit)
+        for neighbour in reversed(self._classes.values()):
+            if neighbour.calls >= MIN_CALLS_IN_USE and neighbour.name in fit and neighbour.workload.next_to(found):
+                active = self._classes[found] = inherited_choice(neighbour, found, fit)
                 return active
         self.tune(task.with_cotangent())
         return self._classes[found]
@@ -344,14 +344,14 @@ class Demo:
             mx.eval(out)
             return out
 
-        def judge(candidate: Implementation) -> tuple[float, str]:
+        def check_accuracy(candidate: Implementation) -> tuple[float, str]:
             workload, _ = call_signature(q, k, v, mask, softcap)
             task = Task(workload=workload, inputs=[q, k, v], scale=scale, mask=mask, softcap=softcap)
             return AccuracyCheck(task).error(candidate)
 
         if not due or not try_evaluate(q, k, v, mask.array):
             return active.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
-        out: mx.array = active.timed_call(attempt, judge, self.candidates, self.clock)
+        out: mx.array = active.timed_call(attempt, check_accuracy, self.candidates, self.clock)
         return out
 
     def _default_candidate(self, workload: Workload, device: Device, needs: Needs) -> str:

@@ -185,7 +185,7 @@ class Store:
         self._on_file: dict[WorkloadClass, TrialResult] = {}
         """Contents of the file when its mark was `_seen`."""
         self._seen: tuple[int, int, int] | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._damage = ""
         """The error found in a damaged file."""
 
@@ -213,8 +213,8 @@ class Store:
 
     def _refresh(self) -> None:
         """Read the file if it has changed since; entries known only to this process stay."""
-        mark = self._file_state()
-        if mark is None or mark == self._seen:
+        version = self._file_state()
+        if version is None or version == self._seen:
             return
         state, entries = self._read()
         if state == "good":
@@ -232,11 +232,11 @@ class Store:
 
     def _read(self) -> tuple[State, dict[WorkloadClass, TrialResult]]:
         """Read the file; if it is unchanged since it was last read or written, do not parse it again."""
-        mark = self._file_state()
-        if self._on_file and mark == self._seen:
+        version = self._file_state()
+        if self._on_file and version == self._seen:
             return "good", self._on_file
         state, entries = self._parse()
-        self._seen, self._on_file = mark, entries if state == "good" else {}
+        self._seen, self._on_file = version, entries if state == "good" else {}
         return state, entries
 
     def _parse(self) -> tuple[State, dict[WorkloadClass, TrialResult]]:
@@ -290,8 +290,8 @@ class Store:
         self._warn(f"{self.path}: damaged; it is kept as {aside.name}, and a new one is begun ({self._damage})")
 
     def _warn(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             on.emit_tuning(on.Message(level="warning", text=text))
 
 

@@ -58,25 +58,25 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
         q, _, v = self.inputs
         return structs.replace(self, inputs=[*self.inputs, mx.ones((*q.shape[:3], v.shape[3]), q.dtype)])
 
-    def with_informative_inputs(self, most_bytes: int | None = None) -> "Task":
+    def with_informative_inputs(self, max_bytes: int | None = None) -> "Task":
         """Return a task on random inputs if these inputs are unsuitable for measuring accuracy and speed, else self.
 
         The inputs of a warm-up call are zeros or constants, for which wrong weights give the right output; infinities
         and NaN make every candidate wrong; and a GPU computes zeros faster than random values. If new inputs would
-        take more than most_bytes, the task stays as it is.
+        take more than max_bytes, the task stays as it is.
         """
-        if most_bytes is not None and self.workload.input_bytes > most_bytes:
+        if max_bytes is not None and self.workload.input_bytes > max_bytes:
             return self
         if all(_is_informative(array) for array in self.inputs[:3]):
             return self
         return structs.replace(self, inputs=make_inputs(self.workload, 0))
 
-    def synthetic(self, most_bytes: int) -> "Task | None":
+    def synthetic(self, max_bytes: int) -> "Task | None":
         """Return a task of the same shapes on random inputs, for a call being traced; None if too large.
 
         MLX can evaluate unrelated arrays during tracing. The stand-in for an array mask hides nothing.
         """
-        if self.workload.input_bytes > most_bytes:
+        if self.workload.input_bytes > max_bytes:
             return None
         array = self.mask.array
         if array is not None:
@@ -114,7 +114,7 @@ class AccuracyCheck:
     def __init__(self, task: Task) -> None:
         """Create it; unsuitable inputs are replaced by random ones, and the reference is computed on first use."""
         self._task = task.with_informative_inputs()
-        self._judge: AccuracyChecker | None = None
+        self._checker: AccuracyChecker | None = None
 
     def error(self, candidate: Implementation) -> tuple[float, str]:
         """Return a candidate's largest error and what is wrong with it, empty if it is accurate."""
@@ -122,12 +122,12 @@ class AccuracyCheck:
         results = BoundCall(candidate, task).results()
         if task.needs != NO_NEEDS:
             return _against_reference(task, results[0])
-        if self._judge is None:
-            self._judge = AccuracyChecker(task.workload, task.inputs, task.scale, scores=SCORES)
-        rows = self._judge.row_inputs
+        if self._checker is None:
+            self._checker = AccuracyChecker(task.workload, task.inputs, task.scale, scores=SCORES)
+        rows = self._checker.row_inputs
         of_rows = BoundCall(candidate, task, rows).results() if rows else None
-        judgement = self._judge.check(results, of_rows)
-        return judgement.max_error, "" if judgement.accurate else judgement.detail
+        result = self._checker.check(results, of_rows)
+        return result.max_error, "" if result.accurate else result.detail
 
 
 def _against_reference(task: Task, output: mx.array) -> tuple[float, str]:

@@ -59,24 +59,24 @@ class Blocks(Struct, frozen=True, kw_only=True):
     """Whether a backward pass keeps float32 sums of the tile's whole dQ, so that it computes each tile once."""
 
 
-def choose_blocks(shape: ProblemSize, budget_bytes: int, comfort_bytes: int | None = None) -> Blocks:
+def choose_blocks(shape: ProblemSize, budget_bytes: int, target_bytes: int | None = None) -> Blocks:
     """Choose a tile whose working memory fits the budget.
 
     The first candidate is one key head with all keys, which needs no second pass. If it is too large, rows and keys are
     halved; rows stay at MIN_ROWS or more while there are keys to halve. Then the tile grows to more heads, sequences
-    and rows, up to `comfort_bytes` (by default the budget): on a CPU a tile gains nothing from outgrowing the caches.
+    and rows, up to `target_bytes` (by default the budget): on a CPU a tile gains nothing from outgrowing the caches.
     If there would be hundreds of tiles, they are made as square as possible.
     A tile has at least one row and one key, so a budget below its `tile_bytes` is exceeded. So is one that would give
     too many tiles (`is_affordable`): their graph would need more memory than the tiles, and minutes to trace and
     compile. The budget is then exceeded by as little as possible; memory grows with the square root of the scores.
     """
-    allowed, comfort = budget_bytes, budget_bytes if comfort_bytes is None else min(comfort_bytes, budget_bytes)
+    allowed, target = budget_bytes, budget_bytes if target_bytes is None else min(target_bytes, budget_bytes)
     while True:
-        blocks = _fitting(shape, allowed, comfort)
+        blocks = _fitting(shape, allowed, target)
         count = visible_tiles(shape, blocks)
         if count <= 1 or is_affordable(count, allowed):
             return blocks
-        allowed, comfort = raised(allowed), raised(comfort)
+        allowed, target = raised(allowed), raised(target)
 
 
 def is_affordable(tiles: int, budget_bytes: int) -> bool:
@@ -91,7 +91,7 @@ def raised(budget_bytes: int) -> int:
     return min(2 * budget_bytes, TINY_BYTES) if budget_bytes < TINY_BYTES else budget_bytes + budget_bytes // 4
 
 
-def _fitting(shape: ProblemSize, budget_bytes: int, comfort_bytes: int) -> Blocks:
+def _fitting(shape: ProblemSize, budget_bytes: int, target_bytes: int) -> Blocks:
     """Return a tile for a budget, whatever the number of tiles."""
     blocks = Blocks(batches=1, kv_heads=1, rows=min(shape.seq, ROWS), keys=shape.kv_seq)
     blocks = _shrink(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
@@ -100,7 +100,7 @@ def _fitting(shape: ProblemSize, budget_bytes: int, comfort_bytes: int) -> Block
         blocks = _shrink(blocks, lambda candidate: tile_bytes(shape, candidate) <= budget_bytes)
     wholes = {"kv_heads": shape.kv_heads, "batches": shape.batch, "rows": shape.seq}
     for axis, whole in wholes.items():
-        blocks = _grow(blocks, axis, whole, lambda candidate: tile_bytes(shape, candidate) <= comfort_bytes)
+        blocks = _grow(blocks, axis, whole, lambda candidate: tile_bytes(shape, candidate) <= target_bytes)
     if visible_tiles(shape, blocks) > MAX_FLAT_TILES:
         blocks = min([blocks, *_square(shape, budget_bytes)], key=lambda one: visible_tiles(shape, one))
     return blocks

@@ -251,8 +251,8 @@ def _weights(scores: mx.array, statistics: mx.array, call: BlockwiseParams) -> m
 
 def _padded_share(share: mx.array, seen: range, keys: range) -> mx.array:
     """Zero-pad a share of dK or dV, which covers the visible keys, to all keys of the block."""
-    before, behind = seen.start - keys.start, keys.stop - seen.stop
-    return mx.pad(share, [(0, 0), (0, 0), (before, behind), (0, 0)]) if before or behind else share
+    before, after = seen.start - keys.start, keys.stop - seen.stop
+    return mx.pad(share, [(0, 0), (0, 0), (before, after), (0, 0)]) if before or after else share
 
 
 def _accumulated(sums: list[mx.array], shares: list[mx.array]) -> list[mx.array]:
@@ -321,13 +321,13 @@ def _blockwise_vjp(
         return SavedForBackward(q, k, v, *outputs, *cotangents)
 
     @mx.custom_function
-    def pull(*arrays: Any) -> Arrays:
+    def gradients_of(*arrays: Any) -> Arrays:
         return gradients(saved(*arrays), _with_array(call, arrays[MASK_ARGUMENT]))
 
-    pull.vmap(vmap_rule(pull, MASK_ARGUMENT))
+    gradients_of.vmap(vmap_rule(gradients_of, MASK_ARGUMENT))
     given = q, k, v, mask, list(outputs), list(cotangents)
     of_sinks = [sink_gradient(saved(*given), sink, _with_array(call, mask)) for sink in sinks]
-    return [*cast("Arrays", pull(*given)), *(mx.zeros_like(array) for array in mask), *of_sinks]
+    return [*cast("Arrays", gradients_of(*given)), *(mx.zeros_like(array) for array in mask), *of_sinks]
 
 
 def _with_array(call: BlockwiseParams, array: Arrays) -> BlockwiseParams:

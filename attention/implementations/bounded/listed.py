@@ -30,13 +30,13 @@ TILE_PAIRS: Final = 40_000
 """Pairs whose computation takes as long as queueing the operations of a tile."""
 
 
-def choose_listed_blocks(shape: ProblemSize, tiles: BlockList, budget_bytes: int, comfort_bytes: int | None) -> Blocks:
+def choose_listed_blocks(shape: ProblemSize, tiles: BlockList, budget_bytes: int, target_bytes: int | None) -> Blocks:
     """Choose the tile for a pattern: the least work of those within the budget whose graph is affordable.
 
     If none is, the budget is exceeded by as little as possible, as in `choose_blocks`.
     """
     while True:
-        found = _sizes(shape, tiles, budget_bytes, comfort_bytes or budget_bytes)
+        found = _sizes(shape, tiles, budget_bytes, target_bytes or budget_bytes)
         fitting = [one for one in found if is_affordable(one.count, budget_bytes)]
         if fitting:
             return min(fitting, key=lambda one: one.work).blocks
@@ -49,7 +49,7 @@ class _Size(Struct, frozen=True):
     work: float
 
 
-def _sizes(shape: ProblemSize, tiles: BlockList, budget: int, comfort: int) -> list[_Size]:
+def _sizes(shape: ProblemSize, tiles: BlockList, budget: int, target: int) -> list[_Size]:
     found: list[_Size] = []
     for side in SIDES:
         blocks = Blocks(batches=1, kv_heads=1, rows=min(side, shape.seq), keys=min(side, shape.kv_seq))
@@ -65,7 +65,7 @@ def _sizes(shape: ProblemSize, tiles: BlockList, budget: int, comfort: int) -> l
         for axis, whole, own in (("kv_heads", shape.kv_heads, tiles.heads), ("batches", shape.batch, tiles.batches)):
             while own == 1 and getattr(blocks, axis) < whole:
                 larger = structs.replace(blocks, **{axis: min(whole, 2 * getattr(blocks, axis))})
-                if tile_bytes(shape, larger) > min(comfort, budget):
+                if tile_bytes(shape, larger) > min(target, budget):
                     break
                 blocks = larger
         count = _count(shape, tiles, blocks)

@@ -97,14 +97,14 @@ def slice_size(
     return size
 
 
-def _fitting(workload: Workload, backend: Backend, needs: Needs, budget: int, handed: MaskCopies) -> Blocks | None:
+def _fitting(workload: Workload, backend: Backend, needs: Needs, budget: int, mask_copies: MaskCopies) -> Blocks | None:
     """Return the size that gives the fewest slices within a budget, or None if no size fits."""
     most = _initial_rows(workload, backend, needs)
     sizes = []
     for heads in _head_splits(workload):
 
         def fits(rows: int, heads: Blocks = heads) -> bool:
-            return slices_bytes(workload, structs.replace(heads, rows=rows), backend, needs, handed) <= budget
+            return slices_bytes(workload, structs.replace(heads, rows=rows), backend, needs, mask_copies) <= budget
 
         rows = most if fits(most) else _balanced_rows(_max_rows(fits, most), workload.seq)
         if rows:
@@ -317,9 +317,9 @@ def _only_blocks(needs: Needs) -> str:
 def listed_strategy(workload: Workload, backend: Backend, needs: Needs, budget: int, pattern: Pattern) -> Strategy:
     """Return the strategy of a call with a pattern: blocks, without the tiles that have no visible pair."""
     tiles = pattern.block_list((workload.batch, workload.heads, workload.seq, workload.kv_seq))
-    within, comfort = int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
+    within, target = int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
     training = structs.replace(workload, pass_="training")
-    blocks, backward = (choose_listed_blocks(problem_size(one), tiles, within, comfort) for one in (workload, training))
+    blocks, backward = (choose_listed_blocks(problem_size(one), tiles, within, target) for one in (workload, training))
     share = computed_share(tiles, blocks)
     reason = f"{_only_blocks(needs)}; tiles of {blocks.rows} x {blocks.keys} skip {1 - share:.0%} of the scores"
     return Strategy(Method.BLOCKS, Method.BLOCKS, blocks, backward, reason)

@@ -161,7 +161,7 @@ def test_warm_up_lasts_until_two_samples_agree_and_its_minimum() -> None:
             super().wait(outputs)
 
     runner, began = Warming(0.004), NOW.now
-    settled = measure_rounds.warm_up(runner, call_s=0.004, least_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
+    settled = measure_rounds.warm_up(runner, call_s=0.004, min_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
     assert settled == pytest.approx(0.001)
     assert 0.02 <= NOW.now - began < 0.2
 
@@ -173,7 +173,7 @@ def test_warming_up_ends_where_nothing_settles() -> None:
             super().wait(outputs)
 
     began = NOW.now
-    measure_rounds.warm_up(Unsettled(0.001), call_s=0.001, least_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
+    measure_rounds.warm_up(Unsettled(0.001), call_s=0.001, min_s=0.02, sample_s=0.01, output_bytes=1, clock=NOW)
     assert 0.2 <= NOW.now - began < 0.25
 
 

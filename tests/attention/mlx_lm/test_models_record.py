@@ -159,8 +159,8 @@ def test_bytes_are_tokens_and_come_back():
 
 
 def test_a_text_is_cut_into_enough_sequences_of_one_length():
-    cut = sequences(list(range(100)), length=9, least=4)
+    cut = sequences(list(range(100)), length=9, min_count=4)
     assert len(cut) == 10
     assert cut[0] == (list(range(10)), 0)
     assert cut[-1] == (list(range(90, 100)), 0)
-    assert [len(tokens) for tokens, _ in sequences([1, 2, 3], length=20, least=4)] == [21] * 4
+    assert [len(tokens) for tokens, _ in sequences([1, 2, 3], length=20, min_count=4)] == [21] * 4
