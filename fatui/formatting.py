@@ -255,6 +255,16 @@ def chosen_row(row: Row, case: AnyCase) -> Row | None:
     return next((other for other in case.rows if other.implementation == name and other.status == OK), None)
 
 
+def has_dense(cases: Sequence[AnyCase]) -> bool:
+    """Return whether a row was timed beside its dense shape, so that tables have a column "over dense"."""
+    return any(row.over_dense for case in cases for row in case.rows)
+
+
+def over_dense_text(row: Row) -> str:
+    """Format the speedup over the implementation's own dense time; "-" if that was not measured."""
+    return speedup_text(row.over_dense) if row.over_dense else "-"
+
+
 def same_paths(case: AnyCase) -> list[str]:
     """Format a note for each autotuned row whose implementation has a row with another median."""
     return [

@@ -27,10 +27,11 @@ HELP: Final = {
     "head_dim": "width of a query and of a key",
     "value_dim": "width of a value (as head-dim, unless given)",
     "dtype": "float32, float16 or bfloat16",
-    "mask": "none, causal or window:N",
+    "mask": "none, causal, window:N, documents:N, prefix:N, strided:N,S, blocks:DENSITY, or several joined by +; "
+    "blocks:0.5,0.25 is two masks",
     "pass": "forward, training or decode",
 }
-MAX_SHOWN: Final = 40
+MAX_SHOWN: Final = 80
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -48,11 +49,32 @@ def given_values(arguments: argparse.Namespace) -> Values:
 
 
 def _values(text: str, name: str) -> list[Any]:
+    if name == "mask":
+        return [_clipped(mask) for mask in split_masks(text)]
     return [_number_or_text(part.strip(), name) for part in text.split(",")]
 
 
+def split_masks(text: str) -> list[str]:
+    """Split masks at commas: blocks:0.5,0.25 is two masks, strided:256,4 one, and window:8,strided:9,2,causal three."""
+    masks: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        before = masks[-1] if masks else ""
+        own, colon, argument = before.rpartition(":")
+        if not part[:1].isdigit() or not colon:
+            masks.append(part)
+        elif own.rpartition("+")[2] == "strided" and "," not in argument:
+            masks[-1] = f"{before},{part}"
+        else:
+            masks.append(f"{own}:{part}")
+    return masks
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
 def _number_or_text(text: str, name: str) -> int | str:
-    shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+    shown = _clipped(text)
     try:
         if name in MAX_SIZES and text[-1:].lower() in ("k", "m"):
             return parse_number(text, name)  # 4k, as the app's sliders take it

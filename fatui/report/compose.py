@@ -38,6 +38,7 @@ from fatui.report.sections import (
     throughput_table,
     tuning_blocks,
 )
+from fatui.report.sparse import sparse_blocks
 from fatui.report.study import origin_blocks
 from fatui.untrusted_text import escape_all
 
@@ -60,6 +61,7 @@ def _sections(evidence: Evidence) -> list[Section]:
         *(section(f"Approach: {name}", approach(cases, name)) for name in names if cases),
         section("Speedups", _speedups(evidence)),
         section("Head dim, length and batch", effects(evidence.runs, names), _drawn(evidence)),
+        section("Sparse patterns", sparse_blocks(cases, names)),
         section("Memory", memory_blocks(cases, names)),
         section("Models", model_blocks(evidence.models)),
         section("Fine-tuning", tuning_blocks(evidence.fine_tunings), _losses(evidence)),

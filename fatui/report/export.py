@@ -132,7 +132,9 @@ def _case(case: AnyCase) -> str:
 
 def _rows(case: AnyCase) -> str:
     if isinstance(case, Case):
-        return _noted(_table(HEADS, [_cells(row, case) for row in case.rows]), formatting.same_paths(case))
+        masked = formatting.has_dense([case])
+        own = (*HEADS[:5], *(("over dense",) if masked else ()), *HEADS[5:])
+        return _noted(_table(own, [_cells(row, case, masked) for row in case.rows]), formatting.same_paths(case))
     columns = model_columns(case)
     lines = [
         (*cells[:-1], formatting.verdict(row, case))
@@ -146,13 +148,14 @@ def _noted(table: str, notes: Sequence[str]) -> str:
     return "\n\n".join([table, *(["\n".join(f"- {markdown(note)}" for note in notes)] if notes else [])])
 
 
-def _cells(row: Row, case: Case) -> tuple[str, ...]:
+def _cells(row: Row, case: Case, masked: bool) -> tuple[str, ...]:
     return (
         row.implementation,
         row.path or formatting.UNKNOWN,
         formatting.tokens_per_second(row.tokens_per_second),
         formatting.interval_text(row.call_s),
         formatting.speedup_text(row.speedup),
+        *((formatting.over_dense_text(row),) if masked else ()),
         formatting.teraflops(row.flops_per_s),
         formatting.percent(row.efficiency),
         formatting.size(row.peak_bytes),
@@ -177,6 +180,7 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
         "tokens/s",
         "per call",
         "speedup",
+        "over dense",
         "TFLOP/s",
         "efficiency",
         "peak memory",

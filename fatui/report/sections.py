@@ -179,15 +179,18 @@ def _throughput(found: Sequence[EvidenceRow], cases: Sequence[Case], name: str) 
 
 def throughput_table(cases: Sequence[Case], names: Sequence[str]) -> Table:
     """Build the table of tokens/s and time per call, one row per case and implementation."""
-    rows = []
+    rows, masked = [], formatting.has_dense(cases)
     for case in cases:
         for row in case.rows:
             if row.implementation in names:
                 rate, call = formatting.tokens_per_second(row.tokens_per_second), formatting.interval_text(row.call_s)
-                numbers = (rate, call, formatting.percent(row.efficiency), formatting.error(row.max_error))
+                numbers = (formatting.percent(row.efficiency), formatting.error(row.max_error))
+                dense = (formatting.over_dense_text(row),) if masked else ()
                 path = row.path or formatting.UNKNOWN
-                rows.append((case.workload.label, row.implementation, path, *numbers, formatting.word(row, case)))
-    heads = ("case", "implementation", "path", "tokens/s", "per call", "efficiency", "max error", "verdict")
+                who = case.workload.label, row.implementation, path
+                rows.append((*who, rate, call, *dense, *numbers, formatting.word(row, case)))
+    rates = ("tokens/s", "per call", *(("over dense",) if masked else ()))
+    heads = ("case", "implementation", "path", *rates, "efficiency", "max error", "verdict")
     return Table("Every row", heads, tuple(rows), frozenset({"implementation", "path", "verdict"}))
 
 

@@ -198,7 +198,8 @@ def report_table(report: Report, study: Study | None = None, width: int = WIDTH)
     cases, count = report.all_cases, len(report.all_cases)
     parts: list[RenderableType] = []
     unit = _rate_unit(cases)
-    layouts = [_columns(case, unit) if isinstance(case, Case) else model_columns(case) for case in cases]
+    masked = formatting.has_dense(cases)
+    layouts = [_columns(case, unit, masked) if isinstance(case, Case) else model_columns(case) for case in cases]
     for aligned in zip(*layouts, strict=True):
         widest = max(column.width for column in aligned)
         for column in aligned:
@@ -221,7 +222,12 @@ def _case(case: AnyCase, columns: list[TextColumn], number: int | None, count: i
     return Group(*parts)
 
 
-def _columns(case: Case, rate_unit: tuple[float, str]) -> list[TextColumn]:
+def _over_dense(rows: Sequence[Row], masked: bool) -> list[TextColumn]:
+    """Return the column of speedups over dense, in a report that has them."""
+    return [TextColumn("over dense", [formatting.over_dense_text(row) for row in rows])] if masked else []
+
+
+def _columns(case: Case, rate_unit: tuple[float, str], masked: bool) -> list[TextColumn]:
     rows, (factor, unit) = case.rows, rate_unit
     best = formatting.best_of(case)
     if len(best) == sum(row.status == formatting.OK for row in rows):
@@ -232,6 +238,7 @@ def _columns(case: Case, rate_unit: tuple[float, str]) -> list[TextColumn]:
         TextColumn("tokens/s", [starred(row, best) for row in rows]),
         TextColumn("per call", [formatting.interval_text(row.call_s) for row in rows]),
         TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
+        *_over_dense(rows, masked),
         TextColumn(unit, [formatting.per(row.flops_per_s, factor) for row in rows]),
         TextColumn("eff.", [formatting.percent(row.efficiency) for row in rows]),
         TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),

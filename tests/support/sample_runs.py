@@ -54,7 +54,15 @@ def events_of(plan: Plan, seed: int = 0, noise: float = 0.004) -> Iterator[on.An
             arms = {name: PATHS.get(name, ("", 1.0))[1] for name in plan.ordered} | {on.REPEATED_REFERENCE: 1.0}
             slow = workload.flops / 3e9
             times = {name: [slow * part * draw.gauss(1, noise) for _ in range(6)] for name, part in arms.items()}
-            yield on.RoundsDone(case=number, samples=times, active_bytes=2**20, peak_bytes=2**22)
+            dense = {}
+            if workload.dense:
+                whole = workload.dense.flops / 3e9
+                dense = {
+                    name: [whole * PATHS[name][1] * draw.gauss(1, noise) for _ in range(6)]
+                    for name in plan.ordered
+                    if name in PATHS
+                }
+            yield on.RoundsDone(case=number, samples=times, dense=dense, active_bytes=2**20, peak_bytes=2**22)
         yield on.CaseDone(case=number, stopped_by="precision")
     yield on.RunDone()
 

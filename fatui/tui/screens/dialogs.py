@@ -132,6 +132,7 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("tokens/s", formatting.tokens_per_second(row.tokens_per_second)),
         ("per call", f"{formatting.interval_text(row.call_s)}, the median and its 95 % interval"),
         ("speedup", f"{formatting.speedup_text(row.speedup)} over {case.reference or formatting.UNKNOWN}"),
+        *(_dense(row) if row.dense_s else ()),
         ("noise floor", formatting.percent(case.noise_floor.floor if case.noise_floor else None)),
         (
             "rate",
@@ -144,6 +145,11 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("samples", f"{len(row.samples)}, {ENDED_BY.get(row.stopped_by or '', row.stopped_by or formatting.UNKNOWN)}"),
     ]
     return [f"{name:<12}{text}" for name, text in pairs]
+
+
+def _dense(row: Row) -> list[tuple[str, str]]:
+    dense = formatting.interval_text(row.dense_s)
+    return [("over dense", f"{formatting.over_dense_text(row)}, {dense} per call with every pair visible")]
 
 
 def _fused(row: Row) -> str:

@@ -25,6 +25,8 @@ class TableColumn(Struct, frozen=True, kw_only=True):
     widest: int = 40
     narrowest: int | None = None
     """Width to which the column may shrink, cutting its texts, rather than leave the page; None: it keeps its width."""
+    optional: bool = False
+    """Whether the column is left out while all its cells are empty."""
 
 
 class TableLine(Struct, frozen=True, kw_only=True):
@@ -47,6 +49,7 @@ COLUMNS: Final = (
     TableColumn(name="tokens/s", title="tokens/s", rank=1, least=8),
     TableColumn(name="per call", title="per call", rank=5, least=7),
     TableColumn(name="speedup", title="speedup", rank=2, least=13),
+    TableColumn(name="over dense", title="over dense", rank=4, least=11, optional=True),
     TableColumn(name="efficiency", title="eff.", rank=7),
     TableColumn(name="verdict", title="verdict", right=False, rank=3, least=8, widest=19),
     TableColumn(name="memory", title="memory", rank=8),
@@ -65,6 +68,7 @@ SORT_FIGURES: Final[dict[str, Callable[[Row], float | str | None]]] = {
     "per call": lambda row: row.call_s.median if row.call_s else None,
     "interval": lambda row: row.call_s.relative_half_width if row.call_s else None,
     "speedup": lambda row: row.speedup.value if row.speedup else None,
+    "over dense": lambda row: row.over_dense.value if row.over_dense else None,
     "efficiency": lambda row: row.efficiency,
     "verdict": lambda row: row.status,
     "memory": lambda row: row.peak_bytes,
@@ -141,6 +145,7 @@ def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]
         "tokens/s": formatting.tokens_per_second(row.tokens_per_second) + (STAR if fastest else NO_STAR),
         "per call": formatting.seconds(row.call_s.median if row.call_s else None),
         "speedup": formatting.speedup_text(row.speedup) if row.speedup else "…",
+        "over dense": formatting.over_dense_text(row) if row.over_dense else "",
         "efficiency": formatting.percent(row.efficiency),
         "verdict": formatting.word(row, case) + (" !" if row.throttled else ""),
         "memory": formatting.size(row.peak_bytes) + (STAR if leanest else NO_STAR),

@@ -159,7 +159,8 @@ class RowTable(ScrollView, can_focus=True):
     @property
     def pages(self) -> list[tuple[TableColumn, ...]]:
         """The columns, grouped by rank into pages that fit; each page starts with the first column."""
-        first, rest = self.columns[0], sorted(self.columns[1:], key=lambda column: column.rank)
+        used = [each for each in self.columns[1:] if not each.optional or self._longest.get(each.name)]
+        first, rest = self.columns[0], sorted(used, key=lambda column: column.rank)
         groups, room = [[first]], self._width - self._width_of(first)
         for column in rest:
             width = self._width_of(column)

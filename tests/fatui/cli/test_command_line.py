@@ -12,6 +12,7 @@ import pytest
 from fatui.cli import main as cli_main
 from fatui.cli import run
 from fatui.cli.main import main
+from fatui.cli.options import split_masks
 from fatui.storage.history import RunHistory
 from tests.support.fake_engine import FakeEngine
 
@@ -317,3 +318,24 @@ def test_an_ascii_terminal_gets_a_table_too():
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
     assert out.isascii()
+
+
+@pytest.mark.parametrize(
+    ("text", "masks"),
+    [
+        ("causal", ["causal"]),
+        ("blocks:0.5,0.25, 0.1", ["blocks:0.5", "blocks:0.25", "blocks:0.1"]),
+        ("strided:256,4", ["strided:256,4"]),
+        ("window:8,16,none", ["window:8", "window:16", "none"]),
+        ("prefix:4+strided:9,2,causal", ["prefix:4+strided:9,2", "causal"]),
+        ("prefix:4+window:8,16", ["prefix:4+window:8", "prefix:4+window:16"]),
+        ("strided:8,2,9", ["strided:8,2", "strided:9"]),
+    ],
+)
+def test_commas_separate_masks(text, masks):
+    assert split_masks(text) == masks
+
+
+def test_an_option_takes_several_masks(capsys):
+    assert main(["bench", "--mask", "blocks:0.5,2", "--seconds", "x"]) == 2
+    assert told(capsys)[0] == "mask: got 'blocks:2'; blocks takes a density above 0 and at most 1, as in blocks:0.1"

@@ -11,7 +11,7 @@ import pytest
 
 from attention.core import events as on
 from attention.core.workload import Workload
-from fatui import storage
+from fatui import formatting, storage
 from fatui.report import export
 from tests.support.sample_runs import plan_of, record_of, report_of, run_of
 
@@ -68,6 +68,21 @@ def test_markdown_tables_have_as_many_cells_in_every_line():
     for table in tables:
         assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     assert "fatui bench quick" in text and "Geometric mean" in text
+
+
+def test_the_speedup_over_dense_is_a_column_of_masked_cases_alone():
+    masked = report_of(plan_of([Workload(seq=256, mask="window:32"), Workload(seq=256, mask="causal")]))
+    poc = masked.cases[0].rows[1]
+    assert poc.over_dense.value == pytest.approx(256 * 256 / masked.cases[0].workload.pairs * 8, rel=0.05)
+    first, second = (part.splitlines()[4:] for part in export.to_markdown(masked).split("## ")[1:3])
+    assert "| over dense |" in first[0]
+    assert f"| {formatting.speedup_text(poc.over_dense)} |" in first[3]
+    assert "over dense" not in second[0]
+    lines = list(csv.DictReader(io.StringIO(export.to_csv(masked))))
+    assert float(lines[1]["over_dense_value"]) == poc.over_dense.value
+    assert lines[5]["over_dense_value"] == ""
+    read = json.loads(export.to_json(masked))
+    assert read["cases"][0]["rows"][1]["over_dense"]["value"] == poc.over_dense.value
 
 
 def test_a_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from attention.core import events as on
 from attention.core.workload import Workload
+from fatui import formatting
 from fatui.report.study import beside, study
 from fatui.report.table import report_table
 from fatui.storage import presets
@@ -21,7 +22,7 @@ WIDE = Workload(
     head_dim=128,
     value_dim=64,
     dtype="bfloat16",
-    mask="window:4096",
+    mask="causal",
     pass_="training",
 )
 
@@ -53,6 +54,17 @@ def test_a_narrow_terminal_drops_columns_and_says_so(width):
     for head in ("tokens/s", "speedup", "verdict"):
         assert head in text
     assert "no room for" in text and "FLOP/s" in text
+
+
+@pytest.mark.parametrize("width", [100, 80])
+def test_the_speedup_over_dense_stays_in_a_narrow_table(width):
+    report = report_of(plan_of([Workload(seq=256, mask="window:32"), Workload(seq=256)]))
+    masked, dense = "\n".join(printed(report, width)).split("2 of 2 ·")
+    assert max(map(cell_len, printed(report, width))) <= width
+    assert "over dense" in masked
+    first = next(line for line in masked.splitlines() if line.startswith("poc"))
+    assert formatting.speedup_text(report.cases[0].rows[1].over_dense) in first
+    assert next(line for line in dense.splitlines() if line.startswith("poc")).count("x") == 1
 
 
 def test_the_title_names_the_reference_and_the_noise_floor():
