@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from attention.core.results import FineTuningCase, Report
 from fatui.report.document import Chart
-from fatui.report.evidence import is_sound
+from fatui.report.evidence import sound_rows
 from fatui.report.scaling import TREND_AXES, Sweep, curves_of, sweeps
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _speedups(sweep: Sweep, names: Sequence[str]) -> Chart | None:
         return None
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     for case in sweep.cases:
-        for row in is_sound(case):
+        for row in sound_rows(case):
             if row.speedup and row.implementation != reference:
                 point = (float(sweep.at(case)), row.speedup.value, row.speedup.low, row.speedup.high)
                 series.setdefault(row.implementation, []).append(point)

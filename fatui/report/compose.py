@@ -19,7 +19,7 @@ from fatui.report.document import (
     joined,
     section,
 )
-from fatui.report.evidence import Evidence, gather, is_sound, unsound, unsound_rows
+from fatui.report.evidence import Evidence, gather, sound_rows, unsound, unsound_rows
 from fatui.report.scaling import effects
 from fatui.report.sections import (
     RUN_BENCH,
@@ -111,7 +111,7 @@ def _throughput(evidence: Evidence) -> Claim | None:
     if not lines:
         return None
     top = max(lines, key=lambda each: each.row.tokens_per_second or 0.0)
-    names = formatting.best_of(top.case) or tuple(row.implementation for row in is_sound(top.case))
+    names = formatting.best_of(top.case) or tuple(row.implementation for row in sound_rows(top.case))
     rate = f"{formatting.tokens_per_second(top.row.tokens_per_second)} tokens/s on {top.case.workload.label}"
     return Claim(f"Highest throughput: {rate}, by {joined(names)}.")
 

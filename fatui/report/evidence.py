@@ -73,21 +73,21 @@ def newest(cases: Iterable[C]) -> tuple[C, ...]:
     return tuple(found.values())
 
 
-def is_sound(case: AnyCase) -> Iterator[Row]:
+def sound_rows(case: AnyCase) -> Iterator[Row]:
     """Yield the rows that can support a claim: accurate, and with enough rounds."""
     return (row for row in case.rows if row.status == "ok" and row.call_s is not None and not row.collecting)
 
 
-def sound_rows(cases: Sequence[AnyCase], name: str) -> list[EvidenceRow]:
+def evidence_rows(cases: Sequence[AnyCase], name: str) -> list[EvidenceRow]:
     """Return an implementation's sound rows."""
-    return [EvidenceRow(case, row) for case in cases for row in is_sound(case) if row.implementation == name]
+    return [EvidenceRow(case, row) for case in cases for row in sound_rows(case) if row.implementation == name]
 
 
 def compared(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]:
     """Return an implementation's speedups with their cases, without those in which it is the reference."""
     return [
         (line.case, line.row.speedup)
-        for line in sound_rows(cases, name)
+        for line in evidence_rows(cases, name)
         if line.row.speedup is not None and name != line.case.reference
     ]
 

@@ -12,7 +12,7 @@ from attention.core.results import Case, Interval, Report, Row
 from attention.core.statistics import CONFIDENCE, student_t
 from attention.core.workload import Workload
 from fatui.report.document import Block, Claim, MissingData, joined
-from fatui.report.evidence import is_sound
+from fatui.report.evidence import sound_rows
 
 AXES: Final = ("batch", "seq", "kv_seq", "heads", "kv_heads", "head_dim", "dtype", "mask", "pass_")
 MUCH: Final = 20
@@ -100,7 +100,7 @@ def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[RatePoint]]:
     """Return tokens/s of each implementation over cases sorted by an axis."""
     made: dict[str, list[RatePoint]] = {}
     for case in cases:
-        for row in is_sound(case):
+        for row in sound_rows(case):
             if row.call_s is not None and row.tokens_per_second is not None:
                 made.setdefault(row.implementation, []).append(_point(case, axis, row.call_s))
     return made
@@ -216,7 +216,7 @@ def time_law(sweep: Sweep, name: str) -> PowerLaw | None:
     points = [
         (sweep.at(case), row.call_s.median)
         for case in sweep.cases
-        for row in is_sound(case)
+        for row in sound_rows(case)
         if row.implementation == name and row.call_s
     ]
     return fit([x for x, _ in points], [y for _, y in points])
@@ -229,7 +229,7 @@ def speedup_law(sweep: Sweep, name: str) -> PowerLaw | None:
     points = [
         (sweep.at(case), row.speedup.value)
         for case in sweep.cases
-        for row in is_sound(case)
+        for row in sound_rows(case)
         if row.implementation == name and row.speedup
     ]
     return fit([x for x, _ in points], [y for _, y in points])

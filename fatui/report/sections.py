@@ -12,7 +12,7 @@ from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Rat
 from attention.implementations import CATALOGUE
 from fatui import formatting
 from fatui.report.document import Block, Claim, Code, MissingData, Paragraph, Table, counted, joined
-from fatui.report.evidence import EvidenceRow, compared, is_sound, sound_rows
+from fatui.report.evidence import EvidenceRow, compared, evidence_rows, sound_rows
 from fatui.report.table import model_columns
 
 RUN_BENCH = "fatui bench seed-table"
@@ -119,11 +119,11 @@ def choices(cases: Sequence[AnyCase], names: Sequence[str]) -> list[Block]:
 
 def leanest(cases: Sequence[AnyCase], names: Sequence[str]) -> Claim | None:
     """Return the implementation with the least memory in every case that has figures, or None."""
-    known = [case for case in cases if sum(row.peak_bytes is not None for row in is_sound(case)) > 1]
+    known = [case for case in cases if sum(row.peak_bytes is not None for row in sound_rows(case)) > 1]
     for name in names:
         wins = [case for case in known if _is_leanest(case, name)]
         if known and len(wins) == len(known):
-            line = max(sound_rows(known, name), key=lambda each: each.row.peak_bytes or 0)
+            line = max(evidence_rows(known, name), key=lambda each: each.row.peak_bytes or 0)
             peak = formatting.size(line.row.peak_bytes)
             part = f"at most {peak} above its inputs ({line.case.workload.label})"
             return Claim(
@@ -133,13 +133,13 @@ def leanest(cases: Sequence[AnyCase], names: Sequence[str]) -> Claim | None:
 
 
 def _is_leanest(case: AnyCase, name: str) -> bool:
-    peaks = {row.implementation: row.peak_bytes for row in is_sound(case) if row.peak_bytes is not None}
+    peaks = {row.implementation: row.peak_bytes for row in sound_rows(case) if row.peak_bytes is not None}
     return name in peaks and peaks[name] == min(peaks.values())
 
 
 def peak_line(cases: Sequence[AnyCase], name: str) -> EvidenceRow | None:
     """Return the row with the highest throughput."""
-    rated = [line for line in sound_rows(cases, name) if line.row.tokens_per_second is not None]
+    rated = [line for line in evidence_rows(cases, name) if line.row.tokens_per_second is not None]
     return max(rated, key=lambda each: each.row.tokens_per_second or 0.0, default=None)
 
 
@@ -147,7 +147,7 @@ def approach(cases: Sequence[Case], name: str) -> list[Block]:
     """Describe one implementation with its figures."""
     entry = next((entry for entry in CATALOGUE if entry.name == name), None)
     about = f"{entry.title}: {entry.summary}." if entry else "A user-defined implementation."
-    found = sound_rows(cases, name)
+    found = evidence_rows(cases, name)
     if not found:
         command = f"{RUN_BENCH} --impl {shlex.quote(name)}"
         return [Paragraph(about), MissingData(f"{name} has no accurate row with figures.", command)]
@@ -202,7 +202,7 @@ def memory_table(cases: Sequence[Case], names: Sequence[str]) -> Table:
     """Build the table of peaks above the inputs, outputs included, with their ratio to the inputs."""
     rows = []
     for case in cases:
-        peaks = {row.implementation: row.peak_bytes for row in is_sound(case)}
+        peaks = {row.implementation: row.peak_bytes for row in sound_rows(case)}
         held = case.workload.input_bytes
         cells = [_peak(peaks.get(name), held) for name in names]
         rows.append((case.workload.label, formatting.size(held), formatting.size(case.workload.output_bytes), *cells))
@@ -245,11 +245,11 @@ def _more(share: float) -> str:
 
 
 def _saved(case: AnyCase, name: str) -> list[tuple[float, EvidenceRow, int]]:
-    peaks = {row.implementation: row.peak_bytes for row in is_sound(case)}
+    peaks = {row.implementation: row.peak_bytes for row in sound_rows(case)}
     whole = peaks.get(case.reference) if case.reference and case.reference != name else None
     return [
         (1 - row.peak_bytes / whole, EvidenceRow(case, row), whole)
-        for row in is_sound(case)
+        for row in sound_rows(case)
         if row.implementation == name and row.peak_bytes is not None and whole
     ]
 
@@ -263,7 +263,7 @@ def largest_saving(cases: Sequence[AnyCase], names: Sequence[str]) -> Claim | No
 
 def memory_blocks(cases: Sequence[Case], names: Sequence[str]) -> list[Block]:
     """Return the memory table and its findings."""
-    if not any(row.peak_bytes is not None for case in cases for row in is_sound(case)):
+    if not any(row.peak_bytes is not None for case in cases for row in sound_rows(case)):
         return [MissingData("No run has measured memory.", "fatui bench seed-table")]
     found = [finding for name in names if (finding := savings(cases, name))]
     return [*found, memory_table(cases, names)]
@@ -296,7 +296,7 @@ def tuning_blocks(cases: Sequence[FineTuningCase]) -> list[Block]:
 def _blocks(cases: Sequence[ModelCase | FineTuningCase]) -> list[Block]:
     made: list[Block] = []
     for case in cases:
-        made += [found for row in is_sound(case) if (found := _gain(case, row.implementation))]
+        made += [found for row in sound_rows(case) if (found := _gain(case, row.implementation))]
         made.append(_table(case))
     return made
 

@@ -10,7 +10,7 @@ from attention.core.results import Case, Ratio, Row
 from attention.core.workload import Workload
 from fatui import formatting
 from fatui.report.document import Block, Claim, Paragraph, Table
-from fatui.report.evidence import is_sound
+from fatui.report.evidence import sound_rows
 
 
 class DensityPoint(Struct, frozen=True):
@@ -39,7 +39,7 @@ def density_points(cases: Iterable[Case], name: str) -> list[DensityPoint]:
     found = [
         DensityPoint(case.workload.density, case.workload, row, row.over_dense)
         for case in cases
-        for row in is_sound(case)
+        for row in sound_rows(case)
         if row.implementation == name and row.over_dense is not None
     ]
     return sorted(found, key=lambda point: point.density)

@@ -12,7 +12,7 @@ from attention.core.results import AnyCase, Case, Report, Row
 from attention.core.workload import DType, Workload
 from fatui import formatting
 from fatui.report.document import Block, Claim, MissingData, Paragraph, Table
-from fatui.report.evidence import Evidence, is_sound
+from fatui.report.evidence import Evidence, sound_rows
 
 PRESET: Final = "seed-table"
 """The preset whose cases are the study's rows."""
@@ -157,7 +157,7 @@ def _tunings(paper: Study, evidence: Evidence) -> list[Block]:
 
 
 def _row(case: AnyCase, name: str) -> Row | None:
-    return next((row for row in is_sound(case) if row.implementation == name), None)
+    return next((row for row in sound_rows(case) if row.implementation == name), None)
 
 
 def _table(pairs: Sequence[tuple[StudyRow, Case]]) -> Table:
@@ -179,7 +179,7 @@ def _rate(row: Row | None) -> str:
 def cold_start(pairs: Sequence[tuple[StudyRow, Case]]) -> list[Block]:
     """Return the speedup that would result from timing the baseline's first call against steady calls."""
     for old, case in pairs:
-        rows = {row.implementation: row for row in is_sound(case)}
+        rows = {row.implementation: row for row in sound_rows(case)}
         base, other = rows.get("baseline"), rows.get("practical")
         if not old.cold_start or base is None or other is None:
             continue
