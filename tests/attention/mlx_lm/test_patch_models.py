@@ -18,8 +18,6 @@ from attention.implementations.bounded.implementation import Practical
 from tests.support.tiny_models import LAYERS, tiny, tokens
 
 IMPLEMENTATIONS = ["baseline", "poc", "practical", "demo", "practical in blocks"]
-COMPILED = ("poc",)
-"""The ones whose compiled step is tested in every run."""
 LEFT_PADDING = [5, 0]
 CACHES: dict[str, Callable[[], Any]] = {
     "plain": KVCache,
@@ -140,9 +138,8 @@ def test_lora_training_gives_the_same_loss_curve_for_all(model_name: str, implem
     assert_same_curve(model_name, implementation, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "implementation", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in IMPLEMENTATIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_compiled_training_step_gives_the_same_losses(implementation: str) -> None:
     def curve() -> list[float]:
         model, optimizer, data = tiny("qwen2"), optim.SGD(learning_rate=0.1), tokens(2, 24)
