@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from attention.core.errors import KernelUnavailable
 from attention.core.route import Needs, Route, unsupported
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from attention.kernels.metal.call import CallParams, CallShape
     from attention.masks import Mask
 
-TAKES: Final = frozenset({"pattern", "alibi"})
+TAKES: Final = frozenset({"pattern", "alibi", "logsumexp"})
 """What the kernels take beyond bounds, array masks and softcap."""
 LISTED: Final = "; with block lists the keys of a few queries are not split among threadgroups"
 UNKNOWN: Final = "how fast it is on a Mac was never measured by its authors; `demo` tries it beside MLX's own"
@@ -81,17 +81,26 @@ def attend_with_sinks(
     """Compute attention with `sinks` (H,): one extra logit per head in the softmax, without a value."""
     from attention.kernels import metal
 
-    return metal.flash_attention(
-        *(q, k, v),
-        scale=scale,
-        causal=mask.causal,
-        window=mask.window,
-        mask=mask.array,
-        softcap=softcap,
-        sinks=sinks,
-        pattern=mask.pattern,
-        alibi=mask.alibi,
-    )
+    return metal.flash_attention(q, k, v, scale=scale, softcap=softcap, sinks=sinks, **_of_mask(mask))
+
+
+def with_logsumexp(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+) -> tuple[mx.array, mx.array]:
+    """Compute attention as `attend`, and the logsumexp (B, H, Lq) in float32, -inf for fully masked rows."""
+    from attention.kernels import metal
+
+    return metal.flash_attention_with_logsumexp(q, k, v, scale=scale, softcap=softcap, **_of_mask(mask))
+
+
+def _of_mask(mask: Mask) -> dict[str, Any]:
+    return {
+        "causal": mask.causal,
+        "window": mask.window,
+        "mask": mask.array,
+        "pattern": mask.pattern,
+        "alibi": mask.alibi,
+    }
 
 
 def _of_gradients(shape: CallShape, call: CallParams) -> str:

@@ -5,6 +5,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from attention.core.errors import UsageError
 from attention.core.route import NO_NEEDS
@@ -12,11 +15,11 @@ from attention.core.workload import Workload
 from attention.kernels import metal
 from attention.kernels.metal import gradients, launch, selfcheck
 from attention.kernels.metal.call import CallParams, CallShape
-from attention.kernels.metal.lists import RECORD, list_arrays, visible_pairs
+from attention.kernels.metal.lists import RECORD, list_arrays, lists_of_pattern, visible_pairs
 from attention.kernels.metal.path import route
 from attention.kernels.metal.tiles import HEAD_DIMS, LIST_KEYS, LIST_QUERIES, SIZES
 from attention.kernels.metal.verdicts import known_results
-from attention.masks import causal, documents, padding, prefix, window
+from attention.masks import blocks, causal, dilated, documents, padding, prefix, where, window
 from tests.support.block_lists import lists_of, random_pairs
 from tests.support.metal.case import (
     LISTED,
@@ -207,3 +210,58 @@ def test_the_route_names_the_lists(device, checked, workload, path):
     made = route(workload, NO_NEEDS)
     assert made.path == path
     assert ("not split" in made.reason) == (path == "Metal kernel, lists" and workload.seq == 1)
+
+
+@st.composite
+def parts(draw, batch, heads, queries, keys):
+    """Draw one part of a mask for a call of this shape."""
+    length = st.integers(1, keys)
+    random = np.random.default_rng(draw(st.integers(0, 2**16)))
+    block = draw(st.sampled_from([5, 16, 32, 64, 100]))
+    cells = (
+        draw(st.sampled_from([1, batch])),
+        draw(st.sampled_from([1, heads])),
+        -(-queries // block),
+        -(-keys // block),
+    )
+    cuts = np.sort(random.integers(0, keys + 1, (batch, 3)))
+    return draw(
+        st.one_of(
+            st.just(causal()),
+            length.map(window),
+            length.map(prefix),
+            st.builds(dilated, length, st.integers(1, 40)),
+            st.just(documents(ids=(np.arange(keys) >= cuts[:, :, None]).sum(axis=1) - 1)),
+            st.builds(
+                padding,
+                st.lists(st.integers(0, keys), min_size=batch, max_size=batch),
+                st.sampled_from(["left", "right"]),
+            ),
+            st.just(blocks(random.random(cells) < 0.5, block)),
+            st.just(where(lambda b, h, q, k: (q * 7 + k * 3 + h * 5 + b) % 11 < 6)),
+        )
+    )
+
+
+@st.composite
+def compositions(draw):
+    """Draw the shape of a call, and a mask of up to four parts."""
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]))
+    sizes = (draw(st.integers(1, 2)), heads, draw(st.integers(1, 140)), draw(st.integers(1, 160)))
+    pattern = draw(parts(*sizes))
+    for part in draw(st.lists(parts(*sizes), max_size=3)):
+        pattern = pattern & part if draw(st.booleans()) else pattern | part
+    shape = CallShape(sizes[0], heads, kv_heads, *sizes[2:], 64, draw(st.sampled_from(list(SIZES))))
+    return shape, pattern
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@for_all(compositions())
+def test_compositions_are_right_and_clean(drawn):
+    shape, pattern = drawn
+    call = LISTED["lists"].call(shape.head_dim, shape.dtype)
+    given = selfcheck.inputs(shape, replace(call, lists=False))
+    seen = np.array(pattern.dense((shape.batch, shape.heads, shape.queries, shape.keys)))
+    with on_a_mac(Device()):
+        assert problems_of(replace(given, lists=lists_of_pattern(pattern, shape), seen=seen), shape, call) == []

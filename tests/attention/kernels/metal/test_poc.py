@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from attention import implementations
+from attention import implementations, masks
 from attention.core.route import Needs
 from attention.core.workload import Workload
 from attention.implementations import fused, mlx_sdpa
@@ -150,6 +150,23 @@ def test_sinks_are_taken_and_get_a_gradient():
         assert close(found[0], right[0])
         assert close(found[1], right[1])
         assert {one.kernel for one in device.launches} == {"forward", "backward_query", "backward_key"}
+
+
+@pytest.mark.slow
+def test_patterns_alibi_and_the_logsumexp_are_the_kernels():
+    q, k, v = arrays()
+    slopes, pattern = mx.array([0.5, 0.1]), masks.documents([25, 15]) & masks.causal() | masks.prefix(2)
+    mask = Mask(pattern=pattern, alibi=slopes)
+    bias = slopes[:, None, None] * (mx.arange(40) - mx.arange(40)[:, None])
+    scores = mx.where(pattern.dense((1, 2, 40, 40)), 0.2 * q @ k.swapaxes(-1, -2) + bias, -mx.inf)
+    needs = Needs(pattern=True, alibi=True, logsumexp=True)
+    with on_a_mac(Device()) as device:
+        assert fused.TunedPoc().route(WORKLOAD, MAC, needs).path == "Metal kernel, lists"
+        found, logsumexp = fused.TunedPoc().with_logsumexp(q, k, v, scale=0.2, mask=mask)
+        assert close(found, mx.softmax(scores, axis=-1) @ v)
+        assert close(logsumexp, mx.logsumexp(scores, axis=-1))
+        assert np.array_equal(np.array(fused.TunedPoc()(q, k, v, scale=0.2, mask=mask)), np.array(found))
+        assert {one.kernel for one in device.launches} == {"forward"}
 
 
 @needs_verifier
