@@ -11,6 +11,7 @@ from attention.core.workload import Workload
 from fatui import formatting
 from fatui.report.document import Block, Claim, Paragraph, Table
 from fatui.report.evidence import sound_rows
+from fatui.report.scaling import RatePoint
 
 
 class DensityPoint(Struct, frozen=True):
@@ -80,6 +81,26 @@ def break_even_text(name: str, points: Sequence[DensityPoint]) -> str | None:
     low, high = (f"{point.density:.3g}" for point in (clear[0], clear[-1]))
     how = "faster" if clear[0].ratio.value > 1 else "slower"
     return f"{name} is {how} than dense with random blocks at every density measured, {low} to {high}"
+
+
+def density_curves(cases: Sequence[Case], names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[RatePoint]]]:
+    """Return the densities of random blocks and each implementation's time there, as a share of its own dense time.
+
+    Two lines are for comparison: dense itself, which is 1, and the pairs, the share reached at equal efficiency.
+    Nothing is returned for fewer than two densities.
+    """
+    points = {name: found for name in names if (found := random_blocks(density_points(cases, name)))}
+    densities = sorted({point.density for found in points.values() for point in found})
+    if len(densities) < 2:
+        return (), {}
+    at = {density: f"{density:.3g}" for density in densities}
+    lines = {
+        name: [RatePoint(at[p.density], 1 / p.ratio.value, 1 / p.ratio.high, 1 / p.ratio.low) for p in found]
+        for name, found in points.items()
+    }
+    lines["dense"] = [RatePoint(at[density], 1.0, 1.0, 1.0) for density in densities]
+    lines["pairs"] = [RatePoint(at[density], density, density, density) for density in densities]
+    return tuple(at.values()), lines
 
 
 def sparse_blocks(cases: Sequence[Case], names: Sequence[str]) -> list[Block]:

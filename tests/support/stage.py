@@ -101,7 +101,12 @@ class ScriptedEngine:
             for name in names
         }
         samples[on.REPEATED_REFERENCE] = [CALL_S["baseline"] * (1 + draw.gauss(0, 0.002)) for _ in range(count)]
-        self.tell(on.RoundsDone(case=case, samples=samples, active_bytes=48 * 2**20, peak_bytes=96 * 2**20))
+        dense = {}
+        if self.record.plan.cases[case].dense:
+            dense = {name: [2 * CALL_S[name] * (1 + draw.gauss(0, 0.002)) for _ in range(count)] for name in names}
+        self.tell(
+            on.RoundsDone(case=case, samples=samples, dense=dense, active_bytes=48 * 2**20, peak_bytes=96 * 2**20)
+        )
 
     def end_case(self, case=0):
         self.tell(on.CaseDone(case=case, stopped_by="precision"))

@@ -9,7 +9,8 @@ from textual.screen import Screen
 from textual.widgets import Static
 
 from attention.core.results import Report
-from fatui.report import scaling
+from fatui import formatting
+from fatui.report import scaling, sparse
 from fatui.tui import actions
 from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
@@ -73,10 +74,16 @@ class Scaling(Screen[None]):
             self.query_one("#words-pane").border_title = "Scaling"
             self.query_one("#map-pane").display = self.query_one("#chart-pane").display = False
             return
+        if _densities(report, scaling.slices(report, ("mask",))[0]):
+            axes = ("density", *axes)
         status.show(f"Scaling · {report.run.preset or 'unnamed'}", f"{len(report.cases)} cases over {_axes_text(axes)}")
         axis = axes[self._turns["axis"] % len(axes)]
-        self._draw_chart(report, axis)
-        self._draw_map(report, axis, axes)
+        swept = tuple(each for each in axes if each != "density")
+        if axis == "density":
+            self._draw_densities(report)
+        else:
+            self._draw_chart(report, axis)
+        self._draw_map(report, "mask" if axis == "density" else axis, swept)
 
     def _draw_chart(self, report: Report, axis: str) -> None:
         parts = scaling.slices(report, (axis,))
@@ -90,6 +97,22 @@ class Scaling(Screen[None]):
             f"tokens/s over {_axes_text((axis,))}{' · ' + part if part else ''} · {scale}"
         )
         self.query_one("#words", Static).update("\n".join(_crossover_words(lines, axis)))
+
+    def _draw_densities(self, report: Report) -> None:
+        parts = scaling.slices(report, ("mask",))
+        part = parts[self._turns["part"] % len(parts)]
+        cases, names = scaling.cases_of(report, ("mask",), part), _names(report)
+        values, lines = sparse.density_curves(cases, names)
+        logarithmic = bool(self._logarithmic)
+        chart = ChartData("density", values, lines, logarithmic, formatting.three)
+        self.query_one(LineChart).show(chart)
+        scale = "logarithmic" if logarithmic else "from 0"
+        self.query_one("#chart-pane").border_title = literal(
+            f"time of random blocks / own dense time, over density{' · ' + part if part else ''} · {scale}"
+        )
+        found = [sparse.break_even_text(name, sparse.density_points(cases, name)) for name in names]
+        words = [text for text in found if text] or ["No break-even with dense is supported by these densities."]
+        self.query_one("#words", Static).update("\n".join(words))
 
     def _draw_map(self, report: Report, axis: str, axes: tuple[str, ...]) -> None:
         pane = self.query_one("#map-pane")
@@ -106,6 +129,15 @@ class Scaling(Screen[None]):
         down = tuple(each for each in scaling.values_on(report, other) if any(each == key[1] for key in rows))
         self.query_one(HeatMap).show(HeatData((axis.rstrip("_"), across), (other.rstrip("_"), down), rows))
         pane.border_title = literal(f"Speedup of {name} over {report.cases[0].reference}{' · ' + part if part else ''}")
+
+
+def _names(report: Report) -> list[str]:
+    return [line.implementation for line in report.summary]
+
+
+def _densities(report: Report, part: str) -> tuple[str, ...]:
+    """Return the densities of random blocks in one slice of a run, if there are several."""
+    return sparse.density_curves(scaling.cases_of(report, ("mask",), part), _names(report))[0]
 
 
 def _in_part(report: Report, axis: str, part: str, value: scaling.Value) -> bool:

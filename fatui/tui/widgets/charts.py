@@ -1,7 +1,7 @@
 """Trends of several values on a common zero-based scale, each drawn in blocks with its figures beside it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import ClassVar, Final
 
@@ -217,6 +217,8 @@ class ChartData(Struct, frozen=True):
     values: tuple[Value, ...]
     lines: Mapping[str, Sequence[RatePoint]]
     logarithmic: bool = False
+    format: Callable[[float], str] = formatting.rate
+    """Formats the ends of the scale."""
 
 
 class LineChart(Widget):
@@ -312,7 +314,7 @@ class LineChart(Widget):
 
     def _rate_at(self, y: int, data: ChartData) -> str:
         low, high = self._scale(data)
-        return formatting.rate(high if y == 0 else low) if y == 0 or low else "0"
+        return data.format(high if y == 0 else low) if y == 0 or low else "0"
 
     def _line_style(self, number: int) -> Style:
         part = "chart--axis" if number < 0 else f"chart--line-{number % COLOURS}"

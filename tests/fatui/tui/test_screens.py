@@ -143,6 +143,19 @@ async def test_scaling_draws_a_map_a_chart_and_names_crossovers(stage):
     assert "from 0" in stage.seen()
 
 
+async def test_scaling_over_random_blocks_names_the_break_even(stage):
+    draft = stage.app.draft.toggle_sweep().set_choice("mask", ("blocks:1", "blocks:0.5", "blocks:0.1"))
+    stage.app.set_draft(draft.set_axis("seq", (1280,)))
+    await stage.run_to_the_end(lambda case: {"poc": (2.5, 1.0, 0.2)[case], "baseline": 1.0})
+    await stage.press("g")
+    seen = stage.seen()
+    assert "time of random blocks / own dense time, over density" in seen
+    assert "poc breaks even with dense at a density of about 0.83" in seen
+    assert "baseline is faster than dense with random blocks at every density measured, 0.1 to 1" in seen
+    await stage.press("a")
+    assert "tokens/s over mask" in stage.seen()
+
+
 async def test_scaling_without_a_sweep_says_how_to_get_one(stage):
     await stage.press("g")
     assert "No run yet" in stage.seen()
