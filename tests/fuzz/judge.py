@@ -14,6 +14,7 @@ import numpy as np
 
 from attention import UnsupportedError, UsageError, attention
 from attention.implementations.bounded.implementation import Practical
+from attention.masks import alibi
 from tests.fuzz import reference
 from tests.fuzz.problem import Floats, Mode, Problem, exact
 
@@ -157,6 +158,7 @@ def run(problem: Problem, implementation: Any) -> list[mx.array]:
             mask=mask[0] if mask else problem.mask,
             window=problem.window,
             softcap=problem.softcap,
+            score_mod=None if problem.slopes is None else alibi(problem.slopes),
             implementation=implementation,
         )
 

@@ -7,6 +7,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from attention.masks import Pattern
+
 Floats = NDArray[np.float64]
 Mode = Literal["forward", "gradient", "demo"]
 DTYPES: Final = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -20,7 +22,7 @@ class Problem:
     q: mx.array
     k: mx.array
     v: mx.array
-    mask: "mx.array | str | None"
+    mask: "mx.array | str | Pattern | None"
     scale: float | None
     window: int | None
     softcap: float | None
@@ -29,6 +31,10 @@ class Problem:
     transform: str = "plain"
     """One of `judge.TRANSFORMS`."""
     budgets: dict[str, int] = field(default_factory=lambda: {"practical64k": 65536, "practical1M": 1 << 20})
+    seen: "NDArray[np.bool_] | None" = None
+    """The pairs that a mask as a value shows, (B, H, Lq, Lk)."""
+    slopes: tuple[float, ...] | None = None
+    """Slopes of ALiBi, one per head."""
     has_mask_gradient: bool = False
     """Whether the gradient of the mask is checked too."""
     may_be_refused: bool = False

@@ -19,6 +19,10 @@ def visible(problem: Problem) -> tuple[np.ndarray, Floats | None]:
         keep &= key <= position
     if problem.window is not None:
         keep &= key > position - problem.window
+    if problem.seen is not None:
+        keep &= problem.seen
+    if problem.slopes is not None:
+        return keep, np.array(problem.slopes)[None, :, None, None] * (key - position)
     if not isinstance(problem.mask, mx.array):
         return keep, None
     if problem.mask.dtype == mx.bool_:

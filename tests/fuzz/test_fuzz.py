@@ -7,12 +7,12 @@ import pytest
 
 from attention import implementations as built_in
 from tests.fuzz import __main__ as program
-from tests.fuzz import cases, edges
+from tests.fuzz import cases, edges, patterns
 from tests.fuzz.__main__ import main
 from tests.fuzz.judge import FAILURES, PEERS, Judge, implementations
 from tests.fuzz.problem import exact, relaid
 
-FAMILIES = {"broad": cases, "edges": edges}
+FAMILIES = {"broad": cases, "edges": edges, "patterns": patterns}
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,12 @@ def test_calls_at_the_limits_are_right(uncompiled, number):
 @pytest.mark.parametrize("number", [11, 36, 26, 18], ids=theme)
 def test_gradients_at_the_limits_are_right(uncompiled, number):
     assert failures("edges", "gradient", number) == []
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("mode", ["forward", "gradient"])
+def test_calls_with_masks_as_values_are_right(mode, number):
+    assert failures("patterns", mode, number) == []
 
 
 @pytest.mark.parametrize("case", [("broad", 942), ("broad", 1215), ("broad", 1910), ("edges", 124)], ids=str)
