@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 
 
 class Rules(Struct, frozen=True, kw_only=True):
-    """Scale, mask and softcap of one head's scores."""
+    """Scale, mask, softcap and sink of one head's scores."""
 
     scale: float
     causal: bool = False
@@ -28,6 +28,8 @@ class Rules(Struct, frozen=True, kw_only=True):
     mask: Any = None
     """(Lq, Lk) numpy array, bool or additive."""
     softcap: float | None = None
+    sink: float | None = None
+    """An extra logit in the softmax of every row, without a value."""
 
 
 class Result(Struct, frozen=True):
@@ -39,6 +41,8 @@ class Result(Struct, frozen=True):
     """(rows, Lk)"""
     slope: Array | float
     """Derivative of the capped score with respect to the scaled one, (rows, Lk) or 1."""
+    logsumexp: Array
+    """(rows,), -inf in fully masked rows."""
 
 
 def forward(q: Array, k: Array, v: Array, rules: Rules, rows: NDArray[np.intp] | None = None) -> Result:
@@ -65,10 +69,14 @@ def forward(q: Array, k: Array, v: Array, rules: Rules, rows: NDArray[np.intp] |
         scores = np.where(chosen, scores, -np.inf) if chosen.dtype == np.bool_ else scores + chosen
     scores = np.where(_seen(rows, len(q), len(k), rules), scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
+    top = top if rules.sink is None else np.maximum(top, rules.sink)
+    finite_top = np.where(np.isneginf(top), 0.0, top)
+    weights = np.exp(scores - finite_top)
     total = weights.sum(axis=-1, keepdims=True)
+    total = total if rules.sink is None else total + np.exp(rules.sink - finite_top)
     probabilities = weights / np.where(total == 0.0, 1.0, total)
-    return Result(probabilities @ v, probabilities, slope)
+    with np.errstate(divide="ignore"):
+        return Result(probabilities @ v, probabilities, slope, (top + np.log(total))[:, 0])
 
 
 def gradients(
@@ -87,13 +95,43 @@ def gradients(
     Returns:
         dQ (rows, D), dK (Lk, D), dV (Lk, Dv).
     """
+    return all_gradients(q, k, v, cotangent, rules, rows=rows)[:3]
+
+
+def all_gradients(
+    q: Array,
+    k: Array,
+    v: Array,
+    cotangent: Array,
+    rules: Rules,
+    of_logsumexp: Array | None = None,
+    rows: NDArray[np.intp] | None = None,
+) -> tuple[Array, Array, Array, Array]:
+    """Differentiate sum(output * cotangent) + sum(logsumexp * of_logsumexp); arguments as in `gradients`.
+
+    Args:
+        q: (Lq, D).
+        k: (Lk, D).
+        v: (Lk, Dv).
+        cotangent: (Lq, Dv).
+        rules: scale, masks, softcap and sink.
+        of_logsumexp: (rows,), the cotangent of the logsumexp; 0 by default.
+        rows: the query rows whose cotangent is not zero; all by default.
+
+    Returns:
+        dQ (rows, D), dK (Lk, D), dV (Lk, Dv), and each row's contribution to the sink's gradient (rows,), 0 without a
+        sink.
+    """
     rows = np.arange(len(q)) if rows is None else rows
     result = forward(q, k, v, rules, rows)
     probabilities, upstream = result.probabilities, cotangent[rows]
     d_probabilities = upstream @ v.T
     mean = (d_probabilities * probabilities).sum(axis=-1, keepdims=True)
+    mean = mean if of_logsumexp is None else mean - of_logsumexp[:, None]
     d_scores = probabilities * (d_probabilities - mean) * result.slope * rules.scale
-    return d_scores @ k, d_scores.T @ q[rows], probabilities.T @ upstream
+    # a sink is a key with value 0: dP is 0
+    d_sink = np.zeros(len(rows)) if rules.sink is None else -np.exp(rules.sink - result.logsumexp) * mean[:, 0]
+    return d_scores @ k, d_scores.T @ q[rows], probabilities.T @ upstream, d_sink
 
 
 def _seen(rows: NDArray[np.intp], seq: int, kv_seq: int, rules: Rules) -> NDArray[np.bool_]:

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from attention import masks
+from attention.kernels.common.selfcheck import LOGSUMEXP_TOLERANCE, TOLERANCE, Floats, exact, relative_error
 from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.portable import launch as portable_launch
 from attention.kernels.cuda.runtime import selfcheck
@@ -29,7 +30,7 @@ from attention.kernels.cuda.sm90.backward import BLOCK_Q
 from attention.kernels.cuda.sm90.backward import specialise as specialise_backward
 from attention.kernels.cuda.sm90.forward import Forward, specialise, specialise_lists
 from attention.kernels.cuda.sm90.launch import forward_kernel, forward_plan, forward_stages
-from attention.masks import Pattern
+from attention.masks import Pattern, dtype_name
 from benchmarks.cuda.harness import random_arrays, selected_parts, write_rows
 from benchmarks.rounds import EagerMlxCalls, MlxCalls, medians
 
@@ -157,27 +158,27 @@ def _general_backward(shape: CallShape, call: CallParams, made: list[mx.array]) 
 
 def _output_error(shape: CallShape, call: CallParams, found: Sequence[mx.array], made: list[mx.array]) -> str | None:
     output, logsumexp = _expected(shape, call)
-    error, gap = selfcheck.relative_error(found[0], output), _gap(found[1], logsumexp)
-    right = error <= selfcheck.TOLERANCE[shape.element] and gap <= selfcheck.LOGSUMEXP_TOLERANCE
+    error, gap = relative_error(found[0], output), _gap(found[1], logsumexp)
+    right = error <= TOLERANCE[dtype_name(made[0].dtype)] and gap <= LOGSUMEXP_TOLERANCE
     return None if right else f"output {error:.2g}, logsumexp {gap:.2g}"
 
 
-def _gap(found: mx.array, expected: selfcheck.Floats) -> float:
+def _gap(found: mx.array, expected: Floats) -> float:
     """Return the largest difference of logsumexps; infinite unless the same rows are masked."""
-    values = selfcheck.exact(found)
+    values = exact(found)
     if not np.array_equal(np.isneginf(values), np.isneginf(expected)):
         return math.inf
     return float(np.nan_to_num(np.abs(values - expected), nan=0).max())
 
 
 @functools.lru_cache(maxsize=64)
-def _expected(shape: CallShape, call: CallParams) -> tuple[selfcheck.Floats, selfcheck.Floats]:
-    q, k, v = (selfcheck.exact(x) for x in selfcheck.inputs(shape)[:3])
+def _expected(shape: CallShape, call: CallParams) -> tuple[Floats, Floats]:
+    q, k, v = (exact(x) for x in selfcheck.inputs(shape)[:3])
     return selfcheck.reference(q, k, v, call)
 
 
 def _gradient_error(shape: CallShape, call: CallParams, found: Sequence[mx.array], made: list[mx.array]) -> str | None:
-    return selfcheck.gradient_disagreement(shape, call, found, made)
+    return selfcheck.gradient_disagreement(call, found, made)
 
 
 def _checked(

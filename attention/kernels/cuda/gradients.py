@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from attention.kernels.common.selfcheck import additive, exact
 from attention.kernels.cuda import choice
 from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.runtime import launcher, selfcheck
@@ -132,10 +133,10 @@ def _compare(shape: CallShape, call: CallParams) -> str | None:
     tried = selfcheck.small_call(small, call)
     made, mask = selfcheck.inputs(small), selfcheck.random_mask(small, tried)
     given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in made]  # in the layout that models pass
-    q, k, v = (selfcheck.exact(x) for x in made[:3])
-    output, logsumexp = selfcheck.reference(q, k, v, tried, selfcheck.additive(mask))
+    q, k, v = (exact(x) for x in made[:3])
+    output, logsumexp = selfcheck.reference(q, k, v, tried, additive(mask[0]) if mask else None)
     stats = np.stack([np.zeros_like(logsumexp), logsumexp * LOG2_E], axis=-1)
     outputs = [mx.array(output, dtype=mx.float32).astype(dtype_of(shape)), mx.array(logsumexp, dtype=mx.float32)]
     outputs.append(mx.array(stats, dtype=mx.float32))
     found = portable_gradient.gradients([*given[:3], *mask], given[3:], outputs, small, tried)
-    return selfcheck.gradient_disagreement(small, tried, found, made, mask)
+    return selfcheck.gradient_disagreement(tried, found, made, mask)

@@ -53,7 +53,10 @@ PREFIX: Final = "metal-"
 @once
 def key_of(special: Specialisation) -> str:
     """Return the key of a specialisation's record: its constants and the fingerprint of its code."""
-    return PREFIX + hashlib.sha256(f"{special}{code_fingerprint('kernels/metal')}".encode()).hexdigest()[:32]
+    return (
+        PREFIX
+        + hashlib.sha256(f"{special}{code_fingerprint('kernels/common', 'kernels/metal')}".encode()).hexdigest()[:32]
+    )
 
 
 def distrust_reason(special: Specialisation) -> str | None:

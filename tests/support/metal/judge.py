@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from attention.kernels.common.selfcheck import Floats, exact
 from attention.kernels.metal import selfcheck
 from attention.kernels.metal.call import CallParams
-from attention.kernels.metal.selfcheck import Floats, Inputs, exact
+from attention.kernels.metal.selfcheck import Inputs
 from attention.masks import Mask, cast_additive
 
 NAMES = ("output", "dQ", "dK", "dV", "rows of the sinks' gradient")

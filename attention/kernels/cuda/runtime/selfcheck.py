@@ -1,4 +1,4 @@
-"""Inputs and float64 reference of the first-use self-check."""
+"""Small inputs of the self-check on first use, the comparison of its results with float64, and the kept verdicts."""
 
 import functools
 import math
@@ -8,19 +8,18 @@ from importlib import metadata
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
+from msgspec import structs
 
 from attention import masks
+from attention.kernels.common import selfcheck
 from attention.kernels.common.cache import code_fingerprint
 from attention.kernels.common.first_use import Check, SelfChecks
+from attention.kernels.common.selfcheck import Floats, RulesOf, additive, exact
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.program import Program, machine_code
-
-Floats = NDArray[np.float64]
-TOLERANCE = {"bf16": 1.2e-2, "f16": 1.5e-3}
-"""Relative error of the output (by its norm): four times the error from rounding inputs and weights."""
-LOGSUMEXP_TOLERANCE = 1e-3
+from attention.masks import dtype_name
+from attention.measure.reference import Rules
 
 
 def inputs(shape: CallShape, seed: int = 7) -> list[mx.array]:
@@ -57,91 +56,39 @@ def random_mask(shape: CallShape, call: CallParams, seed: int = 7) -> list[mx.ar
     return [mx.array(added).astype(getattr(mx, call.mask))]
 
 
-def exact(array: mx.array) -> Floats:
-    """Convert an array to float64."""
-    return np.array(array.astype(mx.float32)).astype(np.float64)
-
-
-def weights(q: Floats, k: Floats, call: CallParams, mask: Floats | None = None) -> tuple[Floats, Floats, Floats]:
-    """Return the softmax weights, the logsumexp, and the derivative of the capped scores with respect to the scores."""
-    scores = q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(-1, -2) * call.scale
-    slope = np.ones_like(scores)
-    if call.softcap is not None:
-        squashed = np.tanh(scores / call.softcap)
-        scores, slope = call.softcap * squashed, 1 - squashed**2
-    if mask is not None:
-        scores = scores + mask
+def _rules(call: CallParams, q: Floats, k: Floats, mask: Floats | None) -> RulesOf:
+    """Return the rules of each head; an additive mask broadcasts to the scores."""
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    added = None if mask is None else np.broadcast_to(mask, shape)
     if call.pattern is not None:
-        scores[np.broadcast_to(~np.array(call.pattern.dense(scores.shape)), scores.shape)] = -np.inf
-    queries, keys = scores.shape[2:]
-    position, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
-    if call.causal:
-        scores[..., key > position] = -np.inf
-    if call.window is not None:
-        scores[..., key <= position - call.window] = -np.inf
-    largest = scores.max(axis=-1, keepdims=True)
-    made = np.exp(scores - np.where(np.isinf(largest), 0, largest))
-    total = made.sum(axis=-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        return made / np.where(total == 0, 1, total), (largest + np.log(total))[..., 0], slope
-
-
-def additive(mask: Sequence[mx.array]) -> Floats | None:
-    """Return a mask as an additive float64 array, or None without a mask."""
-    if not mask:
-        return None
-    return np.where(np.array(mask[0]), 0, -np.inf) if mask[0].dtype == mx.bool_ else exact(mask[0])
+        visible = np.broadcast_to(np.array(call.pattern.dense(shape)), shape)
+        added = np.where(visible, 0.0 if added is None else added, -np.inf)
+    plain = Rules(scale=call.scale, causal=call.causal, window=call.window, softcap=call.softcap)
+    return lambda b, h: plain if added is None else structs.replace(plain, mask=added[b, h])
 
 
 def reference(q: Floats, k: Floats, v: Floats, call: CallParams, mask: Floats | None = None) -> tuple[Floats, Floats]:
-    """Return output and logsumexp; fully masked rows are 0 and -inf."""
-    found, logsumexp, _ = weights(q, k, call, mask)
-    return found @ np.repeat(v, q.shape[1] // k.shape[1], axis=1), logsumexp
+    """Return output and logsumexp; fully masked rows are 0 and -inf. The mask is additive."""
+    return selfcheck.results(q, k, v, _rules(call, q, k, mask))
 
 
 def reference_gradients(
     q: Floats, k: Floats, v: Floats, cotangent: Floats, call: CallParams, mask: Floats | None = None
 ) -> list[Floats]:
     """Return the gradients of q, k and v."""
-    batch, kv_heads = k.shape[:2]
-    group = q.shape[1] // kv_heads
-    found, _, slope = weights(q, k, call, mask)
-    wide_k, wide_v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    by_weight = cotangent @ wide_v.swapaxes(-1, -2)
-    by_score = found * (by_weight - (found * by_weight).sum(axis=-1, keepdims=True)) * slope * call.scale
-
-    def summed(x: Floats) -> Floats:  # over the heads that share a key head
-        return np.asarray(x.reshape(batch, kv_heads, group, *x.shape[2:]).sum(axis=2))
-
-    by_key, by_value = by_score.swapaxes(-1, -2) @ q, found.swapaxes(-1, -2) @ cotangent
-    return [by_score @ wide_k, summed(by_key), summed(by_value)]
+    return selfcheck.gradients(q, k, v, cotangent, _rules(call, q, k, mask))[:3]
 
 
 def gradient_disagreement(
-    shape: CallShape,
-    call: CallParams,
-    found: Sequence[mx.array],
-    made: Sequence[mx.array],
-    mask: Sequence[mx.array] = (),
+    call: CallParams, found: Sequence[mx.array], made: Sequence[mx.array], mask: Sequence[mx.array] = ()
 ) -> str | None:
     """Compare the gradients of a call on `made` with the reference; return a one-line error, or None."""
     q, k, v, cotangent = (exact(x) for x in made)
-    expected = reference_gradients(q, k, v, cotangent, call, additive(mask))
-    for name, gradient, right in zip(("dQ", "dK", "dV"), found, expected, strict=True):
-        error = relative_error(gradient, right, floor=0.1)
-        if not error <= 2 * TOLERANCE[shape.element]:
-            return f"its {name} disagrees with the reference by {error:.2g}"
-    return None
-
-
-def relative_error(found: mx.array, expected: Floats, floor: float = 1e-30) -> float:
-    """Return ||found - expected|| / max(||expected||, floor * sqrt(size)); NaN if any element is NaN."""
-    whole = max(float(np.linalg.norm(expected)), floor * math.sqrt(expected.size))
-    return float(np.linalg.norm(exact(found) - expected)) / whole
+    expected = reference_gradients(q, k, v, cotangent, call, additive(mask[0]) if mask else None)
+    return selfcheck.gradient_disagreement(found, expected, dtype_name(made[0].dtype))
 
 
 def disagreement(
-    shape: CallShape,
     call: CallParams,
     output: mx.array,
     logsumexp: mx.array,
@@ -150,15 +97,8 @@ def disagreement(
 ) -> str | None:
     """Compare output and logsumexp of a call on `made` with the reference; return a one-line error, or None."""
     q, k, v = (exact(x) for x in made[:3])
-    expected, expected_logsumexp = reference(q, k, v, call, additive(mask))
-    error = relative_error(output, expected)
-    if not error <= TOLERANCE[shape.element]:
-        return f"its output disagrees with the reference by {error:.2g}"
-    found, unseen = exact(logsumexp), np.isneginf(expected_logsumexp)
-    gap = float(np.abs(np.where(unseen, 0, found) - np.where(unseen, 0, expected_logsumexp)).max())
-    if not gap <= LOGSUMEXP_TOLERANCE or not np.array_equal(np.isneginf(found), unseen):
-        return f"its logsumexp disagrees with the reference by {gap:.2g}"
-    return None
+    expected = reference(q, k, v, call, additive(mask[0]) if mask else None)
+    return selfcheck.disagreement(output, logsumexp, expected, dtype_name(made[0].dtype), relative_above=math.inf)
 
 
 def distrust_reason(program: Program) -> str | None:
@@ -184,7 +124,7 @@ def check(program: Program, check: Check) -> str | None:
 
 def machine_fingerprint() -> str:
     """Return the key of a verdict: GPU, driver, MLX version, and a fingerprint of the code in this package."""
-    return f"{gpu().fingerprint}, MLX {_mlx_version()}, code {code_fingerprint('kernels/cuda')}"
+    return f"{gpu().fingerprint}, MLX {_mlx_version()}, code {code_fingerprint('kernels/common', 'kernels/cuda')}"
 
 
 @functools.cache

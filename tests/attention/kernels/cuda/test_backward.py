@@ -7,6 +7,7 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda
+from attention.kernels.common.selfcheck import exact, relative_error
 from attention.kernels.cuda.runtime import selfcheck
 from attention.kernels.cuda.runtime.call import CallShape
 from attention.kernels.cuda.runtime.program import SHARED_MEMORY_LIMIT
@@ -115,7 +116,7 @@ def test_keys_and_values_get_the_same_bits_from_the_same_input(dim):
     for _ in range(5):
         again = gradients(call, made)
         assert all(mx.array_equal(a, b).item() for a, b in zip(first[1:], again[1:], strict=True))
-        assert selfcheck.relative_error(again[0], selfcheck.exact(first[0])) < 1e-3  # dQ is added up in no fixed order
+        assert relative_error(again[0], exact(first[0])) < 1e-3  # dQ is added up in no fixed order
 
 
 @gpu
@@ -126,7 +127,7 @@ def test_strided_arrays_are_read_as_they_lie(dim):
     strided = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in made]
     dense, found = gradients(call, made), gradients(call, strided)
     assert all(mx.array_equal(a, b).item() for a, b in zip(dense[1:], found[1:], strict=True))
-    assert selfcheck.relative_error(found[0], selfcheck.exact(dense[0])) < 1e-3
+    assert relative_error(found[0], exact(dense[0])) < 1e-3
 
 
 @gpu

@@ -8,8 +8,9 @@ mx = pytest.importorskip("mlx.core")
 from contextlib import nullcontext
 
 from attention.kernels import cuda
+from attention.kernels.common.selfcheck import additive, exact
 from attention.kernels.cuda.runtime.call import CallParams
-from attention.kernels.cuda.runtime.selfcheck import additive, exact, reference, reference_gradients
+from attention.kernels.cuda.runtime.selfcheck import reference, reference_gradients
 from benchmarks.cuda.measure_portable import portable_only
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])]
@@ -215,7 +216,7 @@ def test_a_mask_gets_its_gradient_without_being_stopped():
     mask = mx.random.normal((1, 2, 1, 70))
     _, [gradient] = mx.vjp(lambda m: found(made, call, m), [mask], made[3:])
     q, k, v, cotangent = (exact(x) for x in made)
-    scores = q @ k.swapaxes(-1, -2) * call.scale + additive([mask])
+    scores = q @ k.swapaxes(-1, -2) * call.scale + additive(mask)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     by_weight = cotangent @ v.swapaxes(-1, -2)

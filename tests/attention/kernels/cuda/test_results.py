@@ -5,6 +5,7 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda
+from attention.kernels.common.selfcheck import exact, relative_error
 from attention.kernels.cuda import gradients
 from attention.kernels.cuda.runtime import selfcheck
 from attention.kernels.cuda.runtime.call import CallShape
@@ -60,14 +61,14 @@ def test_repeated_calls_read_their_own_inputs(size):
     shape, call = CallShape(*size, 64, "f16"), CALLS["causal"]
     for seed in range(6):
         made = selfcheck.inputs(shape, seed)
-        assert selfcheck.disagreement(shape, call, *attend(shape, call, made), made) is None
+        assert selfcheck.disagreement(call, *attend(shape, call, made), made) is None
 
 
 def test_strided_inputs_are_taken():
     shape, call = CallShape(2, 4, 4, 100, 100, 64, "bf16"), CALLS["causal"]
     made = selfcheck.inputs(shape)
     strided = [mx.contiguous(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for x in made]
-    assert selfcheck.disagreement(shape, call, *attend(shape, call, strided), made) is None
+    assert selfcheck.disagreement(call, *attend(shape, call, strided), made) is None
 
 
 def test_calls_trace_under_compile_and_checkpoint():
@@ -97,7 +98,7 @@ def test_gradients_flow_through_the_logsumexp():
     ours = mx.grad(total(lambda *x: attend(shape, call, x)), argnums=(0, 1))(q, k, v)
     theirs = mx.grad(total(lambda *x: gradients.plain_attention(*x, call)), argnums=(0, 1))(q, k, v)
     for found, expected in zip(ours, theirs, strict=True):
-        assert selfcheck.relative_error(found, selfcheck.exact(expected)) < 5e-3
+        assert relative_error(found, exact(expected)) < 5e-3
 
 
 @pytest.mark.parametrize("size", [(1, 4, 2, 300, 300), (1, 4, 2, 5, 300)])
@@ -106,7 +107,7 @@ def test_repeated_gradients_read_their_own_inputs(size):
     for seed in range(6):
         made = selfcheck.inputs(shape, seed)
         _, found = mx.vjp(lambda *x: attend(shape, call, x)[0], made[:3], made[3:])
-        assert selfcheck.gradient_disagreement(shape, call, found, made) is None
+        assert selfcheck.gradient_disagreement(call, found, made) is None
 
 
 def test_gradients_trace_under_compile():
@@ -114,4 +115,4 @@ def test_gradients_trace_under_compile():
     made = selfcheck.inputs(shape)
     traced = mx.compile(lambda *x: mx.vjp(lambda *y: attend(shape, call, y)[0], x[:3], x[3:])[1])
     for _ in range(3):
-        assert selfcheck.gradient_disagreement(shape, call, traced(*made), made) is None
+        assert selfcheck.gradient_disagreement(call, traced(*made), made) is None

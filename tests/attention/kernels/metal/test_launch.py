@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from attention.kernels import metal
+from attention.kernels.common import selfcheck as comparison
 from attention.kernels.metal import gradients, launch, selfcheck
 from attention.kernels.metal.call import CallParams, CallShape, normalize
 from attention.measure import reference
@@ -27,7 +28,7 @@ def arrays(*shapes, seed=0):
 
 
 def exact(q, k, v, **rules):
-    q, k, v = (selfcheck.exact(x) for x in (q, k, v))
+    q, k, v = (comparison.exact(x) for x in (q, k, v))
     mask = rules.pop("mask", None)
     whole = None if mask is None else np.broadcast_to(np.array(mask), (*q.shape[:3], k.shape[2]))
     share = q.shape[1] // k.shape[1]

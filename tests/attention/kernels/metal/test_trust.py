@@ -159,14 +159,17 @@ def test_another_system_checks_for_itself(monkeypatch):
         assert metal_trust.is_trusted(special)
 
 
-@pytest.mark.parametrize("changed", ["forward.metal", "common.metal", "launch.py", "selfcheck.py"])
+@pytest.mark.parametrize(
+    "changed", ["metal/forward.metal", "metal/common.metal", "metal/launch.py", "common/selfcheck.py"]
+)
 def test_new_code_is_checked_anew(monkeypatch, tmp_path, changed):
     special = specialisation("forward", CallShape(1, 1, 1, 40, 40, 32, "float16"), CallParams(1.0))
-    folder = tmp_path / "kernels" / "metal"
-    shutil.copytree(Path(metal_trust.__file__).parent, folder)
+    folder = tmp_path / "kernels"
+    for name in ("common", "metal"):
+        shutil.copytree(Path(metal_trust.__file__).parents[1] / name, folder / name)
     before = key_in_a_new_process(special)
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "__file__", str(tmp_path / "kernels" / "common" / "cache.py"))
+        patch.setattr(cache, "__file__", str(folder / "common" / "cache.py"))
         assert key_in_a_new_process(special) == before
         with (folder / changed).open("a") as file:
             file.write("\n")
