@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar, cast
 import numpy as np
 from msgspec import Struct
 
-from attention.masks.tiles import PARTIAL, Array, Candidates, Grid, Tiles, unpacked
+from attention.masks.tiles import EMPTY, PARTIAL, Array, Candidates, Grid, Span, Tiles, unpacked
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -29,6 +29,14 @@ class Expression(Protocol):
 
     def candidates(self, grid: Grid) -> Candidates:
         """Return tiles that include all with a visible pair."""
+        ...
+
+    def whole_tiles(self, grid: Grid) -> tuple[Array, Array] | None:
+        """Return how many key tiles each row tile has, and these in order, if all are full; None if unknown."""
+        ...
+
+    def full_span(self, grid: Grid) -> Span | None:
+        """Return a range of key tiles of each row tile that are surely full; None if unknown."""
         ...
 
     def classify(self, tiles: Tiles) -> tuple[Array, Array]:
@@ -189,29 +197,56 @@ class BlockList(Struct, frozen=True, eq=False):
 def build(mask: Expression, grid: Grid) -> BlockList:
     """Build the block list of a mask."""
     batches, heads = mask.planes(grid.batch, grid.heads)
+    whole = None if _has_edge(grid) else mask.whole_tiles(grid)
+    if whole is not None:
+        counts, keys = whole
+        return _made_of(grid, batches, heads, np.cumsum(counts), keys, -1, _no_bits(grid), len(keys) * grid.pairs)
     tiles = mask.candidates(grid).tiles(batches, heads)
-    state, needed = mask.classify(tiles)
-    if not state.all():
-        kept = np.flatnonzero(state)
-        tiles, state, needed = tiles.take(kept), state[kept], needed[kept]
-    index = np.full(len(tiles), -1, np.int32)
-    visible = _capacity(grid)[_kinds(tiles)] if _has_edge(grid) else np.full(len(tiles), grid.block_q * grid.block_k)
-    bits = _resolve(mask, tiles, state, needed, index, visible)
+    opened = _not_surely_full(mask, tiles)
+    own = tiles if opened is None else tiles.take(opened)
+    state, needed = mask.classify(own)
+    index = np.full(len(own), -1, np.int32)
+    visible = (state != EMPTY) * (_capacity(grid)[_kinds(own)] if _has_edge(grid) else grid.pairs)
+    bits = _resolve(mask, own, state, needed, index, visible)
+    if opened is not None:
+        of_own, of_visible = index, visible
+        index = np.full(len(tiles), -1, np.int32)
+        visible = _capacity(grid)[_kinds(tiles)] if _has_edge(grid) else np.full(len(tiles), grid.pairs)
+        index[opened], visible[opened] = of_own, of_visible
     if not visible.all():
         kept = np.flatnonzero(visible)
         tiles, index, visible = tiles.take(kept), index[kept], visible[kept]
-    entries = np.empty((len(tiles), 2), np.int32)
-    entries[:, 0], entries[:, 1] = tiles.j, index
-    repeated = (grid.batch // batches) * (grid.heads // heads)
+    ends = np.cumsum(np.bincount(tiles.row, minlength=batches * heads * grid.row_tiles))
+    return _made_of(grid, batches, heads, ends, tiles.j, index, bits, int(visible.sum()))
+
+
+def _not_surely_full(mask: Expression, tiles: Tiles) -> Array | None:
+    """Return the index of the tiles that the mask does not show as full without a look at each; None for all."""
+    span = mask.full_span(tiles.grid)
+    if span is None:
+        return None
+    shape = (tiles.batches, tiles.heads, tiles.grid.row_tiles)
+    low, high = (np.broadcast_to(x, shape).ravel()[tiles.row] for x in span)
+    return np.flatnonzero((tiles.j < low) | (tiles.j >= high))
+
+
+def _made_of(
+    grid: Grid, batches: int, heads: int, ends: Array, keys: Array, index: "Array | int", bits: Array, pairs: int
+) -> BlockList:
+    """Return a list; `ends` is where the entries of each row tile end, `pairs` those of these planes."""
+    entries = np.empty((len(keys), 2), np.int32)
+    entries[:, 0], entries[:, 1] = keys, index
+    offsets = np.zeros(len(ends) + 1, np.int32)
+    offsets[1:] = ends
     return BlockList(
         block_q=grid.block_q,
         block_k=grid.block_k,
         batches=batches,
         heads=heads,
         shape=(grid.batch, grid.heads, grid.seq, grid.kv_seq),
-        rows=BlockLists(_offsets(tiles.row, batches * heads * grid.row_tiles), entries, []),
+        rows=BlockLists(offsets, entries, []),
         bits=np.ascontiguousarray(bits),  # kernels read it row by row
-        pairs=repeated * int(visible.sum()),
+        pairs=(grid.batch // batches) * (grid.heads // heads) * pairs,
         _made={},
     )
 
@@ -224,8 +259,10 @@ def _resolve(mask: Expression, tiles: Tiles, state: Array, needed: Array, index:
     grid, stored, count = tiles.grid, [], 0
     capacity = _capacity(grid)
     partial = np.flatnonzero(state == PARTIAL)
-    for parts in np.unique(needed[partial]).tolist():
-        group = partial[needed[partial] == parts]
+    of_partial = needed[partial]
+    same = not len(partial) or of_partial.min() == of_partial.max()
+    for parts in of_partial[:1].tolist() if same else np.unique(of_partial).tolist():
+        group = partial if same else partial[of_partial == parts]
         own = tiles.take(group)
         first, which = _distinct(mask.signature(own, parts))
         kinds = _kinds(own) if _has_edge(grid) else np.zeros(len(own), np.int64)
@@ -246,7 +283,11 @@ def _resolve(mask: Expression, tiles: Tiles, state: Array, needed: Array, index:
             index[group[place]] = np.where(mixed, number[local], -1)
             stored.append(bits[used])
             count += int(used.sum())
-    return np.concatenate(stored) if count else np.zeros((1, grid.block_q, grid.words), np.uint32)
+    return np.concatenate(stored) if count else _no_bits(grid)
+
+
+def _no_bits(grid: Grid) -> Array:
+    return np.zeros((1, grid.block_q, grid.words), np.uint32)
 
 
 def _evaluated(mask: Expression, tiles: Tiles, parts: int, first: Array) -> Iterator[tuple[range, Array]]:

@@ -18,9 +18,11 @@ from attention.masks.tiles import (
     Candidates,
     Grid,
     Listed,
+    Span,
     Spans,
     Tiles,
     everywhere,
+    inside,
     interval_bits,
     packed,
     states,
@@ -56,6 +58,12 @@ class _Band(Pattern, frozen=True):
         high = np.clip(last // grid.block_k + 1, 0, grid.key_tiles)
         low = np.zeros_like(high) if self.reach is None else np.clip((first - self.reach + 1) // grid.block_k, 0, high)
         return Spans(grid, low, high)
+
+    def full_span(self, grid: Grid) -> Span:
+        first = np.arange(grid.row_tiles)[None, None] * grid.block_q + grid.shift
+        last = np.minimum(first + grid.block_q, grid.kv_seq) - 1
+        low = np.zeros_like(first) if self.reach is None else np.maximum(last - self.reach + 1, 0)
+        return inside(grid, low, np.maximum(first + 1, 0))
 
     def state(self, tiles: Tiles) -> Array:
         least, most = tiles.first - tiles.last_key, tiles.last - tiles.first_key
@@ -123,6 +131,10 @@ class Prefix(Pattern, frozen=True):
         whole = everywhere(grid)
         return Spans(grid, whole.low, np.full_like(whole.high, min(-(-self.n // grid.block_k), grid.key_tiles)))
 
+    def full_span(self, grid: Grid) -> Span:
+        low = np.zeros((1, 1, grid.row_tiles), np.int64)
+        return inside(grid, low, low + self.n)
+
     def state(self, tiles: Tiles) -> Array:
         return states(tiles.first_key >= self.n, tiles.last_key < self.n)
 
@@ -173,6 +185,11 @@ class Padding(Pattern, frozen=True):
         shape = (len(self.lengths), 1, grid.row_tiles, 1)
         low, high = low // grid.block_k, np.where(high > low, -(-high // grid.block_k), low // grid.block_k)
         return Spans(grid, np.broadcast_to(low, shape), np.broadcast_to(high, shape))
+
+    def full_span(self, grid: Grid) -> Span:
+        shape = (len(self.lengths), 1, grid.row_tiles)
+        low, high = (np.broadcast_to(x[:, None, None], shape) for x in self._bounds(grid.kv_seq))
+        return inside(grid, low, high)
 
     def _of_tiles(self, tiles: Tiles) -> tuple[Array, Array]:
         plane = tiles.b if len(self.lengths) > 1 else np.zeros(len(tiles), np.int64)
@@ -232,6 +249,15 @@ class Documents(Pattern, frozen=True):
     def _runs(self, position: Array) -> Array:
         return np.searchsorted(self.starts.array, position, side="right") - 1
 
+    def _sides(self, grid: Grid) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """Return `_side` of rows and keys, kept for the last grid."""
+        known = self.__dict__.get("_latest")
+        if known is None or known[0] != grid:
+            rows = self._side(grid, grid.block_q, grid.shift, grid.row_tiles)
+            known = grid, rows, self._side(grid, grid.block_k, 0, grid.key_tiles)
+            self.__dict__["_latest"] = known
+        return known[1], known[2]
+
     def _side(self, grid: Grid, size: int, shift: int, count: int) -> tuple[Array, Array]:
         """Return the first and the last run in each tile of a side, (batches, count)."""
         first = np.arange(count) * size + shift
@@ -240,7 +266,7 @@ class Documents(Pattern, frozen=True):
         return self._runs(base + np.clip(first, 0, None)), self._runs(base + last)
 
     def candidates(self, grid: Grid) -> Candidates:
-        first, last = self._side(grid, grid.block_q, grid.shift, grid.row_tiles)
+        first, last = self._sides(grid)[0]
         base = np.arange(self.batches)[:, None] * grid.kv_seq
         low = (self.starts.array[first] - base) // grid.block_k
         high = -(-(self.starts.array[last + 1] - base) // grid.block_k)
@@ -249,10 +275,17 @@ class Documents(Pattern, frozen=True):
         high = np.where(nothing, low, high)
         return Spans(grid, low[:, None, :, None], high[:, None, :, None])
 
+    def full_span(self, grid: Grid) -> Span:
+        first, last = self._sides(grid)[0]
+        base = np.arange(self.batches)[:, None] * grid.kv_seq
+        rows = np.arange(grid.row_tiles) * grid.block_q + grid.shift
+        whole = (first == last) & ~self.hidden.array[first] & (rows >= 0)
+        low, high = inside(grid, self.starts.array[first] - base, self.starts.array[first + 1] - base)
+        return low[:, None], np.where(whole, high, low)[:, None]
+
     def _tile_runs(self, tiles: Tiles) -> tuple[Array, ...]:
         grid, b = tiles.grid, self._batch(tiles)
-        rows = self._side(grid, grid.block_q, grid.shift, grid.row_tiles)
-        keys = self._side(grid, grid.block_k, 0, grid.key_tiles)
+        rows, keys = self._sides(grid)
         i, j = tiles.i, tiles.j
         return rows[0][b, i], rows[1][b, i], keys[0][b, j], keys[1][b, j]
 
@@ -407,6 +440,25 @@ class Blocks(Pattern, frozen=True):
         row, j = np.divmod(np.flatnonzero(self._touched(grid)), grid.key_tiles)
         return Listed(Tiles(grid, batches, heads, row, j))
 
+    def whole_tiles(self, grid: Grid) -> tuple[Array, Array] | None:
+        if not self._aligned(grid):
+            return None
+        array, split = self.array.array, self.block // grid.block_q
+        if self.block > grid.block_k:
+            array = np.repeat(array, self.block // grid.block_k, axis=3)[..., : grid.key_tiles]
+        width = array.shape[3]
+        counts = np.count_nonzero(array, axis=3).ravel() if width % 8 else _bytes_set(array)
+        starts = np.cumsum(counts) - counts
+        keys = (np.flatnonzero(array) - np.repeat(np.arange(len(counts)) * width, counts)).astype(np.int32)
+        if split == 1:
+            return counts, keys
+        per_plane = self.array.array.shape[2]
+        block = np.arange(per_plane * split) // split
+        block = block[: grid.row_tiles]  # the last block may have fewer row tiles
+        planes = len(counts) // per_plane
+        run = (np.arange(planes)[:, None] * per_plane + block).ravel()
+        return counts[run], _runs_of(keys, starts[run], counts[run])
+
     def _touched(self, grid: Grid) -> Array:
         """Return which tiles have a visible block, (batches, heads, row tiles, key tiles)."""
         array = self.array.array
@@ -538,6 +590,19 @@ def _check_documents(batches: int, positions: int, shape: Shape) -> None:
         raise UsageError(f"mask: documents got {positions} positions in all; there are {shape[3]} keys")
     if batches not in (1, shape[0]):
         raise UsageError(f"mask: documents got {batches} sequences; the batch has {shape[0]}")
+
+
+def _bytes_set(array: Array) -> Array:
+    """Return the number of true values of each row of a bool array, whose length is a multiple of 8."""
+    counts: Array = np.bitwise_count(np.ascontiguousarray(array).view(np.uint64)).sum(axis=-1, dtype=np.int64)
+    return counts.ravel()
+
+
+def _runs_of(values: Array, starts: Array, counts: Array) -> Array:
+    """Return runs of values, given by their starts and lengths, one after another."""
+    ends = np.cumsum(counts)
+    index: Array = np.repeat(starts - ends + counts, counts)
+    return values[index + np.arange(len(index))]
 
 
 def _same_id(table: Table, b: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":

@@ -1,5 +1,6 @@
 """A mask as a value: what all masks have in common, and their composition with `&` and `|`."""
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, cast
 
@@ -9,7 +10,7 @@ from msgspec import Struct
 from attention.core.errors import UsageError
 from attention.masks import block_list as lists
 from attention.masks.block_list import BlockList
-from attention.masks.tiles import PARTIAL, Array, Candidates, Grid, Tiles, everywhere, intersection, union
+from attention.masks.tiles import PARTIAL, Array, Candidates, Grid, Span, Tiles, everywhere, intersection, union
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -137,6 +138,14 @@ class Pattern(Struct, frozen=True, dict=True):
         """Return tiles that include all with a visible pair."""
         return everywhere(grid)
 
+    def whole_tiles(self, grid: Grid) -> tuple[Array, Array] | None:
+        """Return how many key tiles each row tile has, and these in order, if all are full; None if unknown."""
+        return None
+
+    def full_span(self, grid: Grid) -> Span | None:
+        """Return a range of key tiles of each row tile that are surely full; None if unknown."""
+        return None
+
     def state(self, tiles: Tiles) -> Array:
         """Return the state of each tile; partial where it is not known without its pairs."""
         return np.full(len(tiles), PARTIAL, np.uint8)
@@ -224,6 +233,14 @@ class Both(_Composed, frozen=True):
             found = intersection(found, part.candidates(grid))
         return found
 
+    def full_span(self, grid: Grid) -> Span | None:
+        spans = [part.full_span(grid) for part in self.parts]
+        known = [span for span in spans if span is not None]
+        if len(known) < len(spans):
+            return None
+        lows, highs = zip(*known, strict=True)
+        return functools.reduce(np.maximum, lows), functools.reduce(np.minimum, highs)
+
     def _combined_state(self, a: Array, b: Array) -> Array:
         return np.minimum(a, b)
 
@@ -252,6 +269,16 @@ class Either(_Composed, frozen=True):
         for part in self.parts[1:]:
             found = union(found, part.candidates(grid), batches, heads)
         return found
+
+    def full_span(self, grid: Grid) -> Span | None:
+        spans = [span for span in (part.full_span(grid) for part in self.parts) if span is not None]
+        if not spans:
+            return None
+        low, high = spans[0]
+        for other_low, other_high in spans[1:]:  # the longer one of each row tile
+            longer = other_high - other_low > high - low
+            low, high = np.where(longer, other_low, low), np.where(longer, other_high, high)
+        return low, high
 
     def _combined_state(self, a: Array, b: Array) -> Array:
         return np.maximum(a, b)

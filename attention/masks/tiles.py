@@ -11,6 +11,8 @@ from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Span = tuple[Array, Array]
+"""Ranges of key tiles [low, high) of each row tile, (batches or 1, heads or 1, row_tiles)."""
 EMPTY, PARTIAL, FULL = 0, 1, 2
 """State of a tile: no pair is visible, some may be, all are. `and` is the minimum and `or` the maximum."""
 WORD: Final = 32
@@ -37,6 +39,11 @@ class Grid(Struct, frozen=True):
     def key_tiles(self) -> int:
         """Tiles along the keys."""
         return -(-self.kv_seq // self.block_k)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a whole tile."""
+        return self.block_q * self.block_k
 
     @property
     def shift(self) -> int:
@@ -219,6 +226,12 @@ def union(a: Candidates, b: Candidates, batches: int, heads: int) -> Candidates:
     return Listed(structs.replace(left, row=row, j=j))
 
 
+def inside(grid: Grid, low: Array, high: Array) -> Span:
+    """Return the tiles all of whose keys are in [low, high), given for each row tile."""
+    last = np.where(high >= grid.kv_seq, grid.key_tiles, high // grid.block_k)
+    return -(-low // grid.block_k), last
+
+
 def states(empty: Array, full: Array) -> Array:
     """Return the state of tiles of which some are surely empty and others surely full."""
     return np.where(empty, np.uint8(EMPTY), np.where(full, np.uint8(FULL), np.uint8(PARTIAL)))
@@ -232,10 +245,14 @@ def interval_bits(grid: Grid, low: Array, high: Array) -> Array:
         low: integers (tiles, block_q or 1).
         high: the same.
     """
-    start = np.arange(0, grid.block_k, WORD)
-    below = _BELOW[np.clip(high[..., None] - start, 0, WORD)]
-    bits = below & ~_BELOW[np.clip(low[..., None] - start, 0, WORD)]
+    bits = _below(grid, high) & ~_below(grid, low)
     return np.broadcast_to(bits, (len(bits), grid.block_q, grid.words))
+
+
+def _below(grid: Grid, end: Array) -> Array:
+    """Return words of the keys before `end`."""
+    end = np.clip(end, 0, grid.block_k).astype(np.int32)[..., None] - np.arange(0, grid.block_k, WORD, dtype=np.int32)
+    return _BELOW[np.minimum(np.maximum(end, 0), WORD)]
 
 
 def packed(visible: Array) -> Array:
