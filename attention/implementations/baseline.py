@@ -1,4 +1,4 @@
-"""Unfused attention in five MLX operations; materialises the score matrix."""
+"""`baseline`: unfused attention, and the memory that it takes."""
 
 import os
 from typing import Final
@@ -6,11 +6,11 @@ from typing import Final
 import mlx.core as mx
 from msgspec import structs
 
-from attention import masks
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import ITEM_BYTES, Workload
 from attention.implementations.calls import needs_with_mask
-from attention.masks import Mask, Shape
+from attention.kernels.common.unfused import attend
+from attention.masks import Mask
 from attention.measure.device import Backend, Device
 
 PATTERN_BYTES: Final = 4
@@ -130,52 +130,7 @@ def _widened(
 ) -> tuple[mx.array, mx.array]:
     """Return output and logsumexp; float16 is computed in float32."""
     if q.dtype != mx.float16:
-        return _attend(q, k, v, scale, mask, softcap, shifted)
+        return attend(q, k, v, scale=scale, mask=mask, softcap=softcap, shifted=shifted)
     wide_q, wide_k, wide_v = (x.astype(mx.float32) for x in (q, k, v))
-    out, logsumexp = _attend(wide_q, wide_k, wide_v, scale, mask, softcap, shifted)
+    out, logsumexp = attend(wide_q, wide_k, wide_v, scale=scale, mask=mask, softcap=softcap, shifted=shifted)
     return out.astype(q.dtype), logsumexp
-
-
-def _attend(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None, shifted: bool
-) -> tuple[mx.array, mx.array]:
-    batch, heads, seq, _ = q.shape
-    kv_heads, kv_seq = k.shape[1], k.shape[2]
-    # Query heads that share a key head are stacked, so that K and V are never repeated.
-    grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
-    scores = grouped @ k[:, :, None].swapaxes(-1, -2)
-    if softcap is not None:
-        scores = softcap * mx.tanh(scores / softcap)
-    scores = scores.reshape(batch, heads, seq, kv_seq)
-    if mask.alibi is not None:
-        scores = scores + masks.alibi_bias(mask.alibi, range(seq), range(kv_seq), seq, kv_seq)
-    allowed, seeing = _unmasked(mask, (batch, heads, seq, kv_seq), scores.dtype, shifted)
-    scores = masks.apply(scores, allowed)
-    weights = mx.softmax(scores, axis=-1, precise=True).astype(v.dtype)
-    out = weights.reshape(batch, kv_heads, heads // kv_heads, seq, kv_seq) @ v[:, :, None]
-    out = out.reshape(batch, heads, seq, -1)
-    logsumexp = mx.logsumexp(scores.astype(mx.float32), axis=-1)
-    if seeing is None:
-        return out, logsumexp
-    return (
-        mx.where(seeing, out, mx.zeros((), out.dtype)),
-        mx.where(masks.as_4d(seeing)[..., 0], logsumexp, mx.array(-mx.inf)),
-    )
-
-
-def _unmasked(mask: Mask, shape: Shape, dtype: mx.Dtype, shifted: bool) -> tuple[mx.array | None, mx.array | None]:
-    """Return the mask with fully masked rows unmasked, and which rows are not fully masked (None if surely all)."""
-    whole = mask.dense(shape)
-    if whole is None or (mask.array is None and mask.pattern is None and not mask.empty_rows(*shape[2:])):
-        return whole, None
-    opened, seeing = masks.opened(whole, shifted)
-    return opened if opened.dtype == mx.bool_ else _differentiable(opened, dtype), seeing
-
-
-def _differentiable(mask: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Convert an additive mask to a dtype; clipped values keep their gradient."""
-    clipped = masks.cast_additive(mask, dtype)
-    if clipped is mask:
-        return mask
-    moved = mx.where(mx.isinf(mask), mx.zeros((), mask.dtype), mask - mx.stop_gradient(mask))
-    return mx.stop_gradient(clipped) + moved.astype(dtype)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from attention.kernels.common.selfcheck import additive, exact
+from attention.kernels.common.unfused import attend
 from attention.kernels.cuda import choice
 from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.runtime import launcher, selfcheck
@@ -15,7 +16,7 @@ from attention.kernels.cuda.runtime.call import LOG2_E, CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import dtype_of
 from attention.kernels.cuda.runtime.layout import laid_out, of_sdpa
 from attention.kernels.cuda.sm90 import gradient
-from attention.masks import Mask, apply, combine, opened
+from attention.masks import Mask, combine
 
 
 def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: CallParams) -> list[mx.array]:
@@ -28,8 +29,8 @@ def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: CallP
     """
     queries, keys = primals[0].shape[2], primals[1].shape[2]
     # fully masked rows would be NaN in MLX's SDPA
-    blind = call.mask is not None or call.pattern is not None or (call.causal and queries > keys)
-    plain = len(cotangents) > 1 or call.softcap is not None or blind
+    may_be_empty = call.mask is not None or call.pattern is not None or (call.causal and queries > keys)
+    plain = len(cotangents) > 1 or call.softcap is not None or may_be_empty
 
     def sdpa(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
         window = Mask(window=call.window).materialize(queries, keys) if call.window else None
@@ -48,20 +49,11 @@ def plain_attention(
     q: mx.array, k: mx.array, v: mx.array, call: CallParams, mask: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """Return output and logsumexp from the whole score matrix, in float32; fully masked rows give 0 and -inf."""
-    group, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
-    wide_k, wide_v = (mx.repeat(x.astype(mx.float32), group, axis=1) for x in (k, v))
-    scores = call.scale * (q.astype(mx.float32) @ wide_k.swapaxes(-1, -2))
-    if call.softcap is not None:
-        scores = call.softcap * mx.tanh(scores / call.softcap)
-    whole = Mask(causal=call.causal, window=call.window, array=mask).materialize(queries, keys)
-    if call.pattern is not None:
-        whole = combine(call.pattern.dense((q.shape[0], q.shape[1], queries, keys)), whole)
-    if whole is None:
-        return (mx.softmax(scores, axis=-1) @ wide_v).astype(q.dtype), mx.logsumexp(scores, axis=-1)
-    allowed, sees = opened(whole, shifted=False)  # a shift would be missing from the logsumexp
-    scores = apply(scores, allowed)
-    out = mx.where(sees, mx.softmax(scores, axis=-1) @ wide_v, 0.0)
-    return out.astype(q.dtype), mx.where(sees[..., 0], mx.logsumexp(scores, axis=-1), -mx.inf)
+    positions = None if call.pattern is None else call.pattern.dense((q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    whole = Mask(causal=call.causal, window=call.window, array=combine(positions, mask))
+    wide_q, wide_k, wide_v = (x.astype(mx.float32) for x in (q, k, v))
+    out, logsumexp = attend(wide_q, wide_k, wide_v, scale=call.scale, mask=whole, softcap=call.softcap)
+    return out.astype(q.dtype), logsumexp
 
 
 def refusal(shape: CallShape, call: CallParams) -> str | None:

@@ -8,11 +8,12 @@ from typing import Any, Final, NoReturn, cast
 import mlx.core as mx
 
 from attention.core.errors import KernelUnavailable
+from attention.kernels.common.unfused import attend
 from attention.kernels.metal import launch, selfcheck, trust
 from attention.kernels.metal.call import CallParams, CallShape, specialisation
 from attention.kernels.metal.launch import Arrays
 from attention.kernels.metal.lists import visible_pairs
-from attention.masks import Mask
+from attention.masks import Mask, combine
 
 
 def plain_gradients(
@@ -37,46 +38,15 @@ def _through_scores(
 
 def plain_attention(arrays: Arrays, call: CallParams) -> tuple[mx.array, mx.array]:
     """Return output and logsumexp, computed in float32; fully masked rows give 0 and -inf."""
-    q, k, v, mask, sinks = arrays[:5]
-    batch, heads, queries, dim = q.shape
-    kv_heads, keys = k.shape[1:3]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, dim).astype(mx.float32)
-    scores = call.scale * (grouped @ k[:, :, None].swapaxes(-1, -2).astype(mx.float32))
-    if call.softcap is not None:
-        scores = call.softcap * mx.tanh(scores / call.softcap)
-    if call.alibi:
-        distance = mx.arange(keys) - (mx.arange(queries)[:, None] + keys - queries)
-        slopes = arrays.slopes.reshape(1, kv_heads, heads // kv_heads, 1, 1)
-        scores = scores + slopes * distance.astype(mx.float32)
-    seen = Mask(causal=call.causal, window=call.window).materialize(queries, keys)
-    seen = mx.ones((queries, keys), mx.bool_) if seen is None else seen
-    if call.lists:
-        listed = visible_pairs(arrays.lists, arrays.entries, arrays.bits, queries, keys)
-        seen = seen & mx.broadcast_to(listed, (batch, heads, queries, keys)).reshape(scores.shape)
-    if call.mask != "none":
-        by_group = mx.broadcast_to(mask, (batch, heads, queries, keys)).reshape(scores.shape)
-        seen = seen & (by_group if call.mask == "bool" else ~mx.isneginf(by_group))
-        added = mx.zeros_like(scores) if call.mask == "bool" else by_group.astype(mx.float32)
-        scores = mx.maximum(scores + mx.where(seen, added, 0.0), mx.finfo(mx.float32).min)
-    sees = mx.any(seen, axis=-1, keepdims=True)
-    scores = mx.where(seen, scores, mx.where(sees, -mx.inf, 0.0))  # fully masked rows: any finite value, set to 0 below
-    weights, logsumexp = mx.softmax(scores, axis=-1), mx.logsumexp(scores, axis=-1, keepdims=True)
-    weights, logsumexp = mx.where(sees, weights, 0.0), mx.where(sees, logsumexp, -mx.inf)
-    if call.sinks:
-        sink = sinks.reshape(1, kv_heads, heads // kv_heads, 1, 1)
-        weights, logsumexp = _with_sink(weights, logsumexp, sink, sees)
-    out = (weights @ v[:, :, None].astype(mx.float32)).reshape(batch, heads, queries, -1)
-    return out.astype(q.dtype), logsumexp.reshape(batch, heads, queries)
-
-
-def _with_sink(weights: mx.array, logsumexp: mx.array, sink: mx.array, sees: mx.array) -> tuple[mx.array, mx.array]:
-    """Return weights and logsumexp with a sink; `sees`: the rows that are not fully masked."""
-    some = sees | ~mx.isneginf(sink)
-    sink = mx.where(some, sink, 0.0)  # a fully masked row without a sink: any finite value, -inf below
-    whole = mx.logaddexp(mx.where(sees, logsumexp, sink), sink)
-    joined = mx.where(sees, whole, sink)
-    share = mx.where(sees, mx.exp(mx.where(sees, logsumexp, joined) - joined), 0.0)
-    return weights * share, mx.where(some, joined, -mx.inf)
+    queries, keys = arrays.q.shape[2], arrays.k.shape[2]
+    listed = visible_pairs(arrays.lists, arrays.entries, arrays.bits, queries, keys) if call.lists else None
+    array = combine(listed, None if call.mask == "none" else arrays.mask)
+    slopes = arrays.slopes if call.alibi else None
+    whole = Mask(causal=call.causal, window=call.window, array=array, alibi=slopes)
+    q, k, v = (x.astype(mx.float32) for x in arrays[:3])
+    sinks = arrays.sinks if call.sinks else None
+    out, logsumexp = attend(q, k, v, scale=call.scale, mask=whole, softcap=call.softcap, sinks=sinks)
+    return out.astype(arrays.q.dtype), logsumexp
 
 
 MASK: Final = 3

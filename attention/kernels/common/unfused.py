@@ -1,0 +1,84 @@
+"""Unfused attention in five MLX operations; materialises the score matrix.
+
+It is the baseline, and computes what the gradients of the kernels do not.
+"""
+
+import mlx.core as mx
+
+from attention import masks
+from attention.masks import Mask
+from attention.masks.pattern import Shape
+
+
+def attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: Mask,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    shifted: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """Return output (B, H, Lq, Dv) and logsumexp (B, H, Lq); fully masked rows give 0 and -inf.
+
+    Args:
+        q: query (B, H, Lq, D); its dtype is that of the scores.
+        k: key (B, Hkv, Lk, D).
+        v: value (B, Hkv, Lk, Dv).
+        scale: factor of the scores.
+        mask: the keys each query attends to. An additive array, and slopes of alibi, have gradients.
+        softcap: bound of the scores, applied before the mask.
+        sinks: (H,), an extra logit per head in the softmax of every row, without a value.
+        shifted: subtract the largest values of an additive mask's rows, which the logsumexp then lacks.
+    """
+    batch, heads, seq, _ = q.shape
+    kv_heads, kv_seq = k.shape[1], k.shape[2]
+    # Query heads that share a key head are stacked, so that K and V are never repeated.
+    grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
+    scores = grouped @ k[:, :, None].swapaxes(-1, -2)
+    if softcap is not None:
+        scores = softcap * mx.tanh(scores / softcap)
+    scores = scores.reshape(batch, heads, seq, kv_seq)
+    if mask.alibi is not None:
+        scores = scores + masks.alibi_bias(mask.alibi, range(seq), range(kv_seq), seq, kv_seq)
+    allowed, seeing = _unmasked(mask, (batch, heads, seq, kv_seq), scores.dtype, shifted)
+    scores = masks.apply(scores, allowed)
+    weights = mx.softmax(scores, axis=-1, precise=True).astype(v.dtype)
+    out = weights.reshape(batch, kv_heads, heads // kv_heads, seq, kv_seq) @ v[:, :, None]
+    out = out.reshape(batch, heads, seq, -1)
+    logsumexp = mx.logsumexp(scores.astype(mx.float32), axis=-1)
+    rows = None if seeing is None else masks.as_4d(seeing)[..., 0]
+    if rows is not None:
+        out = mx.where(rows[..., None], out, mx.zeros((), out.dtype))
+        logsumexp = mx.where(rows, logsumexp, mx.array(-mx.inf))
+    return (out, logsumexp) if sinks is None else _with_sinks(out, logsumexp, sinks)
+
+
+def _with_sinks(out: mx.array, logsumexp: mx.array, sinks: mx.array) -> tuple[mx.array, mx.array]:
+    """Return output and logsumexp with an extra logit per head: the weights of the keys shrink by one factor."""
+    empty = mx.isneginf(logsumexp)
+    known = mx.where(empty, 0.0, logsumexp)  # not -inf, of which a gradient would be NaN
+    sink = mx.broadcast_to(sinks[:, None], logsumexp.shape)
+    joined = mx.where(empty, sink, mx.logaddexp(known, sink))
+    share = mx.where(empty, 0.0, mx.exp(known - mx.where(empty, 0.0, joined)))
+    return out * share[..., None].astype(out.dtype), joined
+
+
+def _unmasked(mask: Mask, shape: Shape, dtype: mx.Dtype, shifted: bool) -> tuple[mx.array | None, mx.array | None]:
+    """Return the mask with fully masked rows unmasked, and which rows are not fully masked (None if surely all)."""
+    whole = mask.dense(shape)
+    if whole is None or (mask.array is None and mask.pattern is None and not mask.empty_rows(*shape[2:])):
+        return whole, None
+    opened, seeing = masks.opened(whole, shifted)
+    return opened if opened.dtype == mx.bool_ else _differentiable(opened, dtype), seeing
+
+
+def _differentiable(mask: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Convert an additive mask to a dtype; clipped values keep their gradient."""
+    clipped = masks.cast_additive(mask, dtype)
+    if clipped is mask:
+        return mask
+    moved = mx.where(mx.isinf(mask), mx.zeros((), mask.dtype), mask - mx.stop_gradient(mask))
+    return mx.stop_gradient(clipped) + moved.astype(dtype)
