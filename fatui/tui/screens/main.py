@@ -92,14 +92,23 @@ class MainScreen(Screen[None]):
 
     def on_resize(self) -> None:
         """Choose between panes, tabs, and the notice that the terminal is too small."""
-        width, height = self.app.size
-        small = width < MIN_SIZE[0] or height < MIN_SIZE[1]
-        wide = width >= MIN_WIDE_SIZE[0] and height >= MIN_WIDE_SIZE[1]
-        self.set_class(small, "-small")
-        self.set_class(not wide, "-narrow")
-        if small:
-            self.query_one("#too-small", Static).update(TOO_SMALL.format(*MIN_SIZE, width, height))
+        self._lay_out()
+        if self.has_class("-small"):
+            self.query_one("#too-small", Static).update(TOO_SMALL.format(*MIN_SIZE, *self.app.size))
         self.call_after_refresh(self.show_run)
+
+    def _lay_out(self) -> None:
+        """Set the classes that the layout depends on, all at once, as each change restyles every widget."""
+        width, height = self.app.size
+        narrow = width < MIN_WIDE_SIZE[0] or height < MIN_WIDE_SIZE[1]
+        wanted = {
+            "-small": width < MIN_SIZE[0] or height < MIN_SIZE[1],
+            "-narrow": narrow,
+            **{f"-{name}": narrow and name == self.tab for name, _ in TABS},
+        }
+        classes = (self.classes - wanted.keys()) | {name for name, is_set in wanted.items() if is_set}
+        if classes != self.classes:
+            self.set_classes(classes)
 
     def show_draft(self) -> None:
         """Draw the draft and the advice for it."""
@@ -192,9 +201,8 @@ class MainScreen(Screen[None]):
 
     def open_tab(self, tab: str) -> None:
         """Open a tab; without effect where all panes are visible."""
-        for name, _ in TABS:
-            self.set_class(name == tab, f"-{name}")
         self.query_one(PaneTabs).show(tab)
+        self._lay_out()
 
     @on(PaneTabs.Opened)
     def _open_clicked(self, event: PaneTabs.Opened) -> None:
