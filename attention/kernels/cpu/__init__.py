@@ -146,26 +146,16 @@ def flash_attention(
     lists: Lists | None = None,
     alibi: mx.array | None = None,
 ) -> mx.array:
-    """Compute softmax(softcap * tanh(q k' * scale / softcap) + mask) v without the score matrix (Dao et al., 2022).
+    """Compute attention on the CPU; arguments and results as in `kernels.common.FlashAttention`.
 
-    Args:
-        q: queries (B, H, Lq, D), D from 1 to 512, any strides; float32, float16 or bfloat16, as k and v.
-        k: keys (B, Hkv, Lk, D), H a multiple of Hkv.
-        v: values (B, Hkv, Lk, Dv), Dv from 1 to 512.
-        scale: factor of the dot products, usually D ** -0.5.
-        causal: query i attends to keys up to i + Lk - Lq (lower-right aligned).
-        window: a query attends to the last `window` of those keys only; implies causal.
-        mask: boolean (true = attend) or additive, broadcast to (B, H, Lq, Lk); may be combined with causal and window.
-        softcap: bound of the scores, applied before the mask.
-        items: minimum number of work items that a call is split into if possible: few items are taller and read keys
-            and values less often, many occupy more threads. 0 chooses by the shape.
-        lists: block lists in tiles of `LIST_TILE`, the whole positional mask of the call: instead of causal and window,
-            and beside mask if there is one. Only listed tiles are computed.
-        alibi: slopes (H,) in float32: slope * (key - position of the query) is added to the scores after the softcap,
-            with query row i at position i + Lk - Lq.
+    D and Dv are from 1 to 512, with any strides, in float32, float16 or bfloat16. Further keywords:
 
-    Returns:
-        (B, H, Lq, Dv) in the dtype of q; fully masked rows are 0. It is differentiable in q, k and v.
+    - `items`: minimum number of work items that a call is split into if possible: few items are taller and read keys
+      and values less often, many occupy more threads. 0 chooses by the shape.
+    - `lists`: block lists in tiles of `LIST_TILE`, the whole positional mask of the call: instead of causal and window,
+      and beside mask if there is one. Only listed tiles are computed.
+    - `alibi`: slopes (H,) in float32: slope * (key - position of the query) is added to the scores after the softcap,
+      with query row i at position i + Lk - Lq.
 
     Raises:
         ValueError: shapes, dtypes or values are invalid.

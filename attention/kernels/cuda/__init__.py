@@ -85,24 +85,12 @@ def flash_attention(
     softcap: float | None = None,
     pattern: Pattern | None = None,
 ) -> mx.array:
-    """Compute softmax(softcap * tanh(q k' * scale / softcap) + mask) v without the score matrix (Dao et al., 2022).
+    """Compute attention on an NVIDIA GPU; arguments and results as in `kernels.common.FlashAttention`.
 
-    Args:
-        q: queries (B, H, Lq, D), D up to 256; float16 or bfloat16, as k and v. Strided inputs are not copied if the
-            last axis is contiguous and the other strides are multiples of 8 elements.
-        k: keys (B, Hkv, Lk, D), H a multiple of Hkv.
-        v: values (B, Hkv, Lk, Dv), Dv up to 256.
-        scale: factor of the dot products, usually D ** -0.5; positive.
-        causal: query i attends to keys up to i + Lk - Lq (lower-right aligned).
-        window: a query attends to the last `window` of those keys only; implies causal.
-        mask: broadcasts to (B, H, Lq, Lk): bool, true where a query attends to a key, or float16, bfloat16 or float32,
-            added to the scores; read with its own strides. Combines with causal and window.
-        softcap: bound of the scores, applied before the mask.
-        pattern: the pairs that are visible, instead of causal and window; only their tiles are computed.
-
-    Returns:
-        (B, H, Lq, Dv) in the dtype of q; fully masked rows are 0. Differentiable in q, k, v and an additive mask; only
-        the gradient of the mask materialises the score matrix.
+    D and Dv are up to 256, in float16 or bfloat16, and the scale is positive. Strided inputs are not copied if the last
+    axis is contiguous and the other strides are multiples of 8 elements. An additive mask is float16, bfloat16 or
+    float32, is read with its own strides, and is differentiable: only its gradient materialises the score matrix.
+    `pattern` is the pairs that are visible, instead of causal and window; only their tiles are computed.
 
     Raises:
         ValueError: shapes, dtypes or values are inconsistent or unsupported (`supports` checks a workload).

@@ -41,24 +41,14 @@ def flash_attention(
     pattern: Pattern | None = None,
     alibi: mx.array | None = None,
 ) -> mx.array:
-    """Compute softmax(softcap * tanh(q k' * scale / softcap) + mask) v without the score matrix (Dao et al., 2022).
+    """Compute attention on an Apple GPU; arguments and results as in `kernels.common.FlashAttention`.
 
-    Args:
-        q: queries (B, H, Lq, D), any strides; D in 32, 64, 80, 96, 128, 192, 256; float32, float16 or bfloat16.
-        k: keys (B, Hkv, Lk, D), H a multiple of Hkv, in the dtype of q.
-        v: values (B, Hkv, Lk, D), in the dtype of q.
-        scale: factor of the dot products, usually D ** -0.5.
-        causal: query i attends to keys up to i + Lk - Lq (lower-right aligned).
-        window: a query attends to the last `window` of those keys only; implies causal.
-        mask: bool (true = attend) or additive, broadcast to (B, H, Lq, Lk); may be combined with causal and window.
-        softcap: bound of the scores, applied before the mask.
-        sinks: (H,), one extra logit per head in the softmax, without a value.
-        pattern: of `attention.masks`, whose block lists name the visible tiles; may be combined with the others.
-        alibi: (H,), slopes: slope * (key - position of the query) is added to the scores after the softcap.
+    D, which is Dv, is 32, 64, 80, 96, 128, 192 or 256, with any strides, in float32, float16 or bfloat16. An additive
+    mask is differentiable, and so are sinks and slopes; mask and slopes through the score matrix. Further keywords:
 
-    Returns:
-        (B, H, Lq, D) in the dtype of q; fully masked rows are 0. It is differentiable in q, k, v, the sinks, the
-        slopes and an additive mask, the last two through the score matrix.
+    - `sinks`: (H,), one extra logit per head in the softmax, without a value.
+    - `pattern`: of `attention.masks`, whose block lists name the visible tiles; may be combined with the others.
+    - `alibi`: (H,), slopes: slope * (key - position of the query) is added to the scores after the softcap.
 
     Raises:
         ValueError: shapes, dtypes or values are invalid or unsupported.
