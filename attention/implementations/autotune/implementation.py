@@ -38,7 +38,7 @@ from attention.implementations.autotune.trial import (
     candidates,
     fitting_candidates,
 )
-from attention.implementations.calls import MlxRunner, call_signature, current_backend, record_path, take_path
+from attention.implementations.calls import MlxRunner, call_signature, current_backend, record_path
 from attention.implementations.fused import Poc
 from attention.implementations.protocol import Implementation, NeedsBuilding
 from attention.masks import Mask, of_workload
@@ -161,7 +161,7 @@ class Demo:
         """
         if workload.structured or needs.pattern or needs.alibi or needs.logsumexp:
             route = self._untried.route(workload, device, needs)
-            return structs.replace(route, path=fitted(f"untried: {route.path}"))
+            return structs.replace(route, reason=f"patterns, ALiBi and the logsumexp are not tried; {route.reason}")
         active = self._stored_choice(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
         if active is None:
             route = self.candidates[self._default_candidate(workload, device, needs)].route(workload, device, needs)
@@ -179,9 +179,7 @@ class Demo:
         Traced calls are not timed.
         """
         if mask.pattern is not None or mask.alibi is not None:
-            out = self._untried(q, k, v, scale=scale, mask=mask, softcap=softcap)
-            record_path(fitted(f"untried: {take_path()}"))
-            return out
+            return self._untried(q, k, v, scale=scale, mask=mask, softcap=softcap)
         key = _key(q, k, v, mask, softcap)
         active = self._keys.get(key)
         if active is None:
@@ -198,9 +196,7 @@ class Demo:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> tuple[mx.array, mx.array]:
         """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
-        found = self._untried.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
-        record_path(fitted(f"untried: {take_path()}"))
-        return found
+        return self._untried.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Return whether a candidate has to be compiled before a trial is fair."""
