@@ -37,7 +37,13 @@ class Choice(Widget, can_focus=True):
             self.choice, self.values = choice, values
 
     def __init__(
-        self, label: str, options: tuple[str, ...], *, id: str, typed_option: Callable[[str], str] | None = None
+        self,
+        label: str,
+        options: tuple[str, ...],
+        *,
+        id: str,
+        typed_option: Callable[[str], str] | None = None,
+        say: Callable[[str], str] = str,
     ) -> None:
         super().__init__(id=id)
         self.label = label
@@ -46,6 +52,7 @@ class Choice(Widget, can_focus=True):
         self.sweeping = False
         self._cursor = options[0]
         self._typed_option = typed_option
+        self._say = say
         self._typed = ""
 
     @property
@@ -53,11 +60,14 @@ class Choice(Widget, can_focus=True):
         """The value, or the first of several."""
         return self.values[0]
 
-    def show(self, values: tuple[str, ...], *, sweeping: bool = False) -> None:
-        """Set the chosen options without posting a message."""
-        if (values, sweeping) == (self.values, self.sweeping):
+    def show(self, values: tuple[str, ...], *, sweeping: bool = False, options: tuple[str, ...] | None = None) -> None:
+        """Set the chosen options, and the options, without posting a message."""
+        options = options or self.options
+        if (values, sweeping, options) == (self.values, self.sweeping, self.options):
             return
-        self.values, self.sweeping = values, sweeping
+        if self._cursor in self.options and len(options) == len(self.options):
+            self._cursor = options[self.options.index(self._cursor)]
+        self.values, self.sweeping, self.options = values, sweeping, options
         if not sweeping or self._cursor not in (*values, *self.options):
             self._cursor = values[0]
         self.refresh()
@@ -137,11 +147,11 @@ class Choice(Widget, can_focus=True):
         """The text beside the label."""
         left, right = ("‹", "›") if self.has_focus else (" ", " ")
         if not self.sweeping:
-            return f"{left}{self.value}{right}"
-        chosen = self.value if len(self.values) == 1 else f"{len(self.values)} values"
+            return f"{left}{self._say(self.value)}{right}"
+        chosen = self._say(self.value) if len(self.values) == 1 else f"{len(self.values)} values"
         if not self.has_focus or self.values == (self._cursor,):
             return f"{left}{chosen}{right}"
-        cursor = f"{left}{'●' if self._cursor in self.values else '┼'}{self._cursor}{right}"
+        cursor = f"{left}{'●' if self._cursor in self.values else '┼'}{self._say(self._cursor)}{right}"
         room = self.size.width - len(self.label) - len(cursor) - 3
         return f" {clip(chosen, room)} {cursor}" if room > 0 else cursor
 

@@ -67,6 +67,11 @@ class Slider(Widget, can_focus=True):
         self._parse, self._say = parse, say
         self._dragging = False
 
+    def change(self, label: str, *, parse: Parse, say: Say) -> None:
+        """Set what the slider is for."""
+        self.label, self._parse, self._say = label, parse, say
+        self.refresh()
+
     def show(self, values: tuple[int, ...], *, stops: tuple[int, ...] | None = None, sweeping: bool = False) -> None:
         """Set the values without posting a message."""
         stops = stops or self.stops

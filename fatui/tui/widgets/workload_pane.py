@@ -16,12 +16,12 @@ from fatui import formatting
 from fatui.draft import AXES, Draft
 from fatui.quantities import STOPS, divisors, format_number, format_numbers, parse_number, parse_values
 from fatui.tui.terminal import literal
+from fatui.tui.view_models import mask_editor
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
 
 LABELS: Final = {"batch": "batch", "seq": "seq", "head_dim": "head dim", "heads": "heads", "kv_heads": "K/V heads"}
 CANNOT: Final = "cannot run"
-MASKS: Final = ("none", "causal", "window:256", "window:1024", "window:4096")
 BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
 
 
@@ -38,6 +38,7 @@ class WorkloadPane(Vertical):
     def __init__(self, draft: Draft, *, id: str) -> None:
         super().__init__(id=id, classes="pane")
         self.draft = draft
+        self._parameters: list[tuple[mask_editor.Parameter, tuple[int, ...]]] = []
         self.border_title = "Workload"
 
     def compose(self) -> ComposeResult:
@@ -47,8 +48,18 @@ class WorkloadPane(Vertical):
             yield Slider(LABELS[name], stops, parse=partial(self._parse, name), say=format_number, id=f"axis-{name}")
         with Container(id="choices"):
             yield Choice("dtype", DTYPES, id="choice-dtype")
-            yield Choice("mask", MASKS, id="choice-mask", typed_option=lambda digits: f"window:{digits}")
+            yield Choice(
+                "mask",
+                mask_editor.options(()),
+                id="choice-mask",
+                typed_option=lambda digits: f"window:{digits}",
+                say=mask_editor.say_mask,
+            )
             yield Choice("pass", PASSES, id="choice-pass_")
+        with Vertical(id="mask-editor"):
+            for index in range(mask_editor.MAX_PARAMETERS):
+                yield Slider("", (1,), parse=lambda text: (), id=f"mask-{index}")
+            yield Static(id="mask-picture", markup=False)
         for name in ("cases", "counts", "needs", "takes", "buttons"):
             yield Static(id=f"workload-{name}", markup=name == "buttons")
 
@@ -66,14 +77,37 @@ class WorkloadPane(Vertical):
             values = draft.kv_heads if name == "kv_heads" else draft.axes[name]
             stops = divisors(max(draft.axes["heads"])) if name == "kv_heads" else STOPS[name]
             self.query_one(f"#axis-{name}", Slider).show(values, stops=stops, sweeping=draft.sweeping)
-        for name in ("dtype", "mask", "pass_"):
+        for name in ("dtype", "pass_"):
             self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
+        self._show_mask(draft)
         self.border_title = literal(f"Workload · {draft.title()}")
         self.query_one("#choices").set_class(draft.sweeping, "-sweeping")
         cases = cases_text(draft)
         self._line("cases", cases)
         self.query_one("#workload-cases").set_class(cases.startswith(CANNOT), "-bad")
         self._line("counts", counts_text(draft))
+
+    def _show_mask(self, draft: Draft) -> None:
+        chosen = draft.choices("mask")
+        options = mask_editor.options(chosen)
+        self.query_one("#choice-mask", Choice).show(chosen, sweeping=draft.sweeping, options=options)
+        self._parameters = mask_editor.sliders(chosen)
+        for index, slider in enumerate(self.query("#mask-editor Slider").results(Slider)):
+            slider.display = index < len(self._parameters)
+            if slider.display:
+                parameter, values = self._parameters[index]
+                slider.change(parameter.label, parse=partial(self._parse_mask, parameter), say=parameter.say)
+                slider.show(values, stops=parameter.stops, sweeping=draft.sweeping)
+        workload = shown_workload(draft)
+        lines = mask_editor.mask_lines(workload) if workload else []
+        picture = self.query_one("#mask-picture", Static)
+        picture.set_class(not lines, "-empty")
+        picture.update("\n".join(lines))
+        self.query_one("#mask-editor").display = bool(lines or self._parameters)
+
+    def _parse_mask(self, parameter: mask_editor.Parameter, text: str) -> tuple[int, ...]:
+        texts = text.split(",") if self.draft.sweeping else [text]
+        return tuple(sorted({parameter.parse(each.strip()) for each in texts}))
 
     def show_words(self, needs: str, takes: str, keys: dict[str, str]) -> None:
         """Draw the memory and time estimates and the buttons."""
@@ -93,6 +127,11 @@ class WorkloadPane(Vertical):
     @on(Slider.Changed)
     def _take_axis(self, event: Slider.Changed) -> None:
         event.stop()
+        if (event.slider.id or "").startswith("mask-"):
+            parameter, _ = self._parameters[int((event.slider.id or "").removeprefix("mask-"))]
+            masks = mask_editor.with_values(self.draft.choices("mask"), parameter, event.values)
+            self._edit(self.draft.set_choice("mask", masks))
+            return
         self._edit(self.draft.set_axis((event.slider.id or "").removeprefix("axis-"), event.values))
 
     @on(Choice.Changed)

@@ -60,6 +60,11 @@ async def swept(app, pilot, engines, clock):
     await done(app, pilot, engines, clock)
 
 
+async def masked(app, pilot, engines, clock):
+    app.set_draft(app.draft.set_axis("seq", (2048,)).set_choice("mask", ("blocks:0.25",)))
+    await done(app, pilot, engines, clock)
+
+
 async def scaled(app, pilot, engines, clock):
     await swept(app, pilot, engines, clock)
     await pilot.press("g", "a")
@@ -81,6 +86,10 @@ def test_main_screen(snap_compare, size, steps):
 
 def test_a_sweep_at_120_x_40(snap_compare):
     picture(snap_compare, (120, 40), swept)
+
+
+def test_a_mask_at_120_x_40(snap_compare):
+    picture(snap_compare, (120, 40), masked)
 
 
 def test_scaling_at_120_x_40(snap_compare):

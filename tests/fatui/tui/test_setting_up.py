@@ -1,6 +1,7 @@
 """Setup: sliders, choices, implementations, sweeps."""
 
 from msgspec import structs
+from textual.containers import Vertical
 
 from attention import implementations
 from attention.core.route import Route
@@ -153,6 +154,38 @@ async def test_a_machine_without_a_backend_is_told_in_words(stage):
     stage.app.main.show_draft()
     await stage.pilot.pause()
     assert "MLX has no backend" in stage.seen()
+
+
+async def test_a_mask_has_sliders_and_a_picture_and_none_folds_them(stage):
+    stage.app.set_draft(stage.app.draft.set_axis("seq", (2048,)))
+    editor = stage.find("#mask-editor", Vertical)
+    assert not editor.display
+    stage.find("#choice-mask", Choice).focus()
+    await stage.press("end", "left")
+    assert stage.app.draft.mask == "blocks:0.25"
+    assert "density" in stage.seen() and "25 % of pairs" in stage.seen() and "dense: 4x" in stage.seen()
+    stage.find("#mask-0", Slider).focus()
+    await stage.press("left")
+    assert stage.app.draft.mask == "blocks:0.1"
+    await stage.press("1", "2", ".", "5", "enter")
+    assert stage.app.draft.mask == "blocks:0.125"
+    stage.find("#choice-mask", Choice).focus()
+    await stage.press("right")
+    assert stage.app.draft.mask == "strided:64,8"
+    assert "stride" in stage.seen()
+    await stage.press("home")
+    assert stage.app.draft.mask == "none"
+    assert not editor.display
+
+
+async def test_a_sweep_over_densities_is_marked_on_the_slider(stage):
+    stage.app.set_draft(stage.app.draft.set_choice("mask", ("blocks:0.25",)))
+    await stage.press("s")
+    stage.find("#mask-0", Slider).focus()
+    await stage.press("right", "space", "home", "space")
+    assert stage.app.draft.choices("mask") == ("blocks:0.01", "blocks:0.25", "blocks:0.5")
+    await stage.press("5", ",", "1", "0", "enter")
+    assert stage.app.draft.choices("mask") == ("blocks:0.05", "blocks:0.1")
 
 
 async def test_a_sweep_takes_several_types_masks_and_passes(stage):
