@@ -18,7 +18,7 @@ KEPT = b"""{"draft": {"axes": {"batch": [2], "seq": [512], "head_dim": [64], "he
 OPTIONS = {"implementations": ("baseline",), "seconds": 2.5, "precision": 0.02, "memory_limit_bytes": 5, "seed": 3}
 
 
-def test_the_state_of_an_earlier_or_later_version_keeps_its_options():
+def test_a_state_of_another_version_keeps_its_options():
     draft = msgspec.json.decode(KEPT, type=SavedState).draft
     assert draft.plan().options() == {**OPTIONS, "force": True}
 

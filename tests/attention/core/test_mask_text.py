@@ -52,7 +52,7 @@ def test_pairs_take_no_time_at_any_length() -> None:
         assert visible_pairs(parse_mask(text), 16_000_000, 16_000_001, 1) > 0
 
 
-def test_random_blocks_are_as_many_in_each_row_and_differ_by_head() -> None:
+def test_random_blocks_differ_by_head_and_are_as_many_in_a_row() -> None:
     first, second = (draw_blocks(0.25, 1024, 2048, head) for head in range(2))
     assert first != second
     assert {len(set(keys)) for keys in first} == {chosen_blocks(0.25, 2048)} == {4}

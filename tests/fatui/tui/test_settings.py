@@ -1,6 +1,7 @@
 """The config file, the state restored at the next start, and sizes."""
 
 import pytest
+from textual.css.stylesheet import Stylesheet
 
 from fatui.storage import settings
 from fatui.tui import actions
@@ -114,6 +115,21 @@ async def test_a_narrow_terminal_follows_the_run_through_its_tabs():
         await stage.settle(lambda: "[Results]" in stage.seen())
         await stage.press("right_square_bracket")
         assert "[Log]" in stage.seen()
+
+
+@pytest.mark.parametrize(("size", "times"), [((80, 24), 1), ((120, 40), 0)])
+async def test_a_tab_restyles_the_screen_at_most_once(monkeypatch, size, times):
+    async with on_stage(size=size) as stage:
+        restyled, update = [], Stylesheet.update_nodes
+
+        def count(stylesheet, nodes, **options):
+            restyled.append(stage.app.main in (nodes := list(nodes)))
+            update(stylesheet, nodes, **options)
+
+        monkeypatch.setattr(Stylesheet, "update_nodes", count)
+        stage.app.main.open_tab("log")
+        assert sum(restyled) == times
+        assert stage.app.main.tab == "log"
 
 
 async def test_ascii_draws_nothing_else():

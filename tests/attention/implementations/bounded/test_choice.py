@@ -75,7 +75,7 @@ def test_slices_fit_the_budget_wherever_any_slice_can(workload: Workload, mebiby
 
 @pytest.mark.parametrize("pass_", ["forward", "training"])
 @pytest.mark.parametrize("budget", [1 << 12, 1 << 16, 1 << 20])
-def test_a_tiny_budget_gives_no_more_parts_than_a_graph_may_have(
+def test_a_tiny_budget_gives_no_more_parts_than_a_graph_takes(
     budget: int, pass_: Literal["forward", "training"]
 ) -> None:
     workload = Workload(batch=32, seq=1024, heads=32, head_dim=64, mask="causal", pass_=pass_)

@@ -89,7 +89,7 @@ def test_every_specialisation_is_right_and_clean(dtype, head_dim, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("queries", [1, 7])
-def test_few_queries_with_lists_are_one_launch_without_split_keys(device, queries):
+def test_few_queries_with_lists_are_one_launch(device, queries):
     shape = CallShape(2, 4, 2, queries, 600, 64, "bfloat16")
     assert problems(shape, LISTED["lists and all"], backward=False) == []
     assert [one.kernel for one in device.launches] == ["forward"]
