@@ -1,7 +1,7 @@
 """Checks and benchmarks of the kernels with block lists, on Hopper: `python -m benchmarks.cuda.sparse PART`.
 
-Parts: check, forward, check-backward, backward; all without any. Every variant is compared with float64 first. Rates
-count visible pairs, and shares are of the dense kernel's time in the same run. `--json PATH` writes the results.
+Parts: check, forward, long, check-backward, backward; all without any. Rates count visible pairs. A share is of the
+time of the dense kernel, which is timed in the same rounds. `--json PATH` writes the results.
 """
 
 import functools
@@ -26,33 +26,17 @@ from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import INPUTS, OUTPUTS, make_plan, run_of
 from attention.kernels.cuda.runtime.program import Element, machine_code
 from attention.kernels.cuda.sm90 import gradient
-from attention.kernels.cuda.sm90.backward import BLOCK_Q
 from attention.kernels.cuda.sm90.backward import specialise as specialise_backward
 from attention.kernels.cuda.sm90.forward import Forward, specialise, specialise_lists
-from attention.kernels.cuda.sm90.launch import forward_kernel, forward_plan, forward_stages
+from attention.kernels.cuda.sm90.launch import forward_plan, forward_stages
 from attention.masks import Pattern, dtype_name
+from attention.measure.rounds import TimedCall
 from benchmarks.cuda.harness import random_arrays, selected_parts, write_rows
 from benchmarks.rounds import EagerMlxCalls, MlxCalls, medians
 
 Rows = list[dict[str, Any]]
 HEADS, LENGTH = 16, 32768
 BLOCK: Final = 128
-VARIANTS: Final[dict[str, dict[str, Any]]] = {
-    "paced": {"consumers": 2, "overlap": True, "paced": True},
-    "overlap": {"consumers": 2, "overlap": True, "paced": False},
-    "turns": {"consumers": 2, "overlap": False, "paced": False},
-}
-
-
-def variants(dim: int) -> dict[str, Forward]:
-    """Return the kernels compared at a head dim."""
-    return {name: replace(specialise_lists(dim, "bf16"), **how) for name, how in VARIANTS.items()}
-
-
-def wide_variants(dim: int) -> dict[str, Forward]:
-    """Return the kernels compared for masks without blocks of 128 rows."""
-    made = variants(dim)
-    return made if dim > 64 else {**made, "three": replace(made["overlap"], consumers=3)}
 
 
 def random_blocks(density: float, length: int, heads: int = HEADS, seed: int = 1) -> Pattern:
@@ -109,10 +93,9 @@ SIZES: Final = ((2, 4, 2, 300, 300), (1, 3, 1, 217, 433))
 
 
 def check() -> Rows:
-    """Compare the forward variants and the general kernel with float64 on small inputs."""
-    kernels = [kernel for dim in (64, 128) for kernel in wide_variants(dim).values()]
-    kernels += [specialise_lists(dim, "f16", softcap, few) for dim in (64, 128, 192, 256)
-                for softcap, few in ((False, False), (True, False), (False, True))]  # fmt: skip
+    """Compare the Hopper kernels and the general kernel with float64 on small inputs."""
+    kinds: tuple[tuple[Element, bool, bool], ...] = (("bf16", False, False), ("f16", True, False), ("f16", False, True))
+    kernels = [specialise_lists(dim, *kind) for dim in (64, 128, 192, 256) for kind in kinds]
     compile_all(kernels)
     rows = []
     for kernel in kernels:
@@ -120,8 +103,8 @@ def check() -> Rows:
         def run(shape: CallShape, call: CallParams, made: list[mx.array], kernel: Forward = kernel) -> list[mx.array]:
             return make_plan(INPUTS, OUTPUTS, forward_stages(shape, call, kernel=kernel))(made[:3])
 
-        how = f"{kernel.consumers} consumers, overlap {kernel.overlap}, paced {kernel.paced}"
-        rows.append(_checked(f"forward {how}", kernel.head_dim, kernel.element, kernel.softcap, run, _output_error))
+        what = f"forward, {kernel.consumers} consumers"
+        rows.append(_checked(what, kernel.head_dim, kernel.element, kernel.softcap, run, _output_error))
     return rows + [_checked("general forward", dim, "bf16", False, _general, _output_error) for dim in GENERAL_DIMS]
 
 
@@ -215,111 +198,101 @@ def compile_all(kernels: Sequence[Any]) -> None:
 # ---- timings -----------------------------------------------------------------------------------------------------
 
 
-def forward() -> Rows:
-    """Time the dense kernels and the variants with lists."""
-    rows: Rows = []
-    for dim, names in ((128, None), (64, ("window 1024", "documents 2048", "blocks 0.1"))):
-        shape = CallShape(1, HEADS, HEADS, LENGTH, LENGTH, dim, "bf16")
-        compile_all(
-            [*wide_variants(dim).values(), *(specialise(dim, causal, "bf16", window) for causal, window in _BOUNDS)]
-        )
-        arrays = random_arrays(*[(1, HEADS, LENGTH, dim)] * 3)
-        dense = {
-            "full": CallParams(dim**-0.5, False, None, None),
-            "causal": CallParams(dim**-0.5, True, None, None),
-            "window 1024": CallParams(dim**-0.5, True, 1024, None),
-        }
-        runs = {name: _timed(arrays, shape, call, forward_kernel(shape, call)) for name, call in dense.items()}
-        seconds = medians(runs)
-        for name, call in dense.items():
-            rows.append(_row(f"forward {dim} {name}, bounds", seconds[name], _pairs(call, LENGTH), 4 * dim, None))
-        whole = seconds["full"]
-        for name, pattern in patterns(LENGTH).items():
-            if names is None or name in names:
-                rows += _compared(arrays, shape, name, pattern, whole)
-    return rows
-
-
 _BOUNDS: Final = ((False, False), (True, False), (True, True))
 """Causal and window of the kernels without lists."""
+_FEW: Final = ("window 1024", "documents 2048", "documents mixed", "blocks 0.1")
+"""Masks that are timed at every head dim."""
+
+
+def forward() -> Rows:
+    """Time the forward kernels with bounds and with lists."""
+    return _forward(128, LENGTH, None) + _forward(64, LENGTH, _FEW)
+
+
+def long() -> Rows:
+    """Time random blocks at twice the length."""
+    return _forward(128, 2 * LENGTH, ("blocks 0.1",))
+
+
+def _forward(dim: int, length: int, names: tuple[str, ...] | None) -> Rows:
+    kernels = [specialise(dim, causal, "bf16", window) for causal, window in _BOUNDS]
+    compile_all([*kernels, specialise_lists(dim, "bf16")])
+    arrays = random_arrays(*[(1, HEADS, length, dim)] * 3)
+
+    def timed(shape: CallShape, call: CallParams) -> MlxCalls:
+        plan = make_plan(INPUTS, OUTPUTS[:1], forward_stages(shape, call, False))
+        return MlxCalls(lambda: plan(arrays)[0])
+
+    return _compared("forward", dim, length, 4 * dim, names, timed)
 
 
 def backward() -> Rows:
-    """Time the dense backward kernels and those with lists."""
-    rows: Rows = []
-    for dim in (128, 64):
-        shape = CallShape(1, HEADS, HEADS, LENGTH, LENGTH, dim, "bf16")
-        kernels = [specialise_backward(dim, causal, "bf16", window) for causal, window in _BOUNDS]
-        compile_all([*kernels, specialise_backward(dim, False, "bf16", lists=True)])
-        arrays = random_arrays(*[(1, HEADS, LENGTH, dim)] * 4)
-        scale, whole = dim**-0.5, None
-        bounds = {"full": (False, None), "causal": (True, None), "window 1024": (True, 1024)}
-        for name, (causal, window) in bounds.items():
-            call = CallParams(scale, causal, window, None)
-            seconds = medians({name: _timed_backward(arrays, shape, call)})[name]
-            whole = whole or seconds
-            rows.append(_row(f"backward {dim} {name}, bounds", seconds, _pairs(call, LENGTH), 10 * dim, None))
-        for name, pattern in patterns(LENGTH).items():
-            if dim == 128 or name in ("window 1024", "documents 2048", "blocks 0.1"):
-                call = CallParams(scale, False, None, None, pattern=pattern)
-                seconds = medians({name: _timed_backward(arrays, shape, call)})[name]
-                pairs = pattern.block_list(shape.scores, BLOCK_Q, 128).pairs
-                rows.append(_row(f"backward {dim} {name}, lists", seconds, pairs, 10 * dim, whole))
+    """Time the backward kernels with bounds and with lists."""
+    return _backward_pass(128, None) + _backward_pass(64, _FEW)
+
+
+def _backward_pass(dim: int, names: tuple[str, ...] | None) -> Rows:
+    kernels = [specialise_backward(dim, causal, "bf16", window) for causal, window in _BOUNDS]
+    compile_all([*kernels, specialise_backward(dim, False, "bf16", lists=True)])
+    arrays = random_arrays(*[(1, HEADS, LENGTH, dim)] * 4)
+
+    def timed(shape: CallShape, call: CallParams) -> EagerMlxCalls:
+        output, logsumexp, stats = forward_plan(shape, call)(arrays[:3])[:3]
+        given = [*arrays[:3], output, arrays[3], stats, logsumexp]
+        mx.eval(given)
+        plan = gradient.make_plan_of_gradient(shape, call, False)
+        return EagerMlxCalls(lambda: plan(given)[:3])
+
+    return _compared("backward", dim, LENGTH, 10 * dim, names, timed)
+
+
+def _compared(
+    what: str,
+    dim: int,
+    length: int,
+    flops: int,
+    names: tuple[str, ...] | None,
+    timed: Callable[[CallShape, CallParams], TimedCall],
+) -> Rows:
+    """Time the kernels on each mask, interleaved with the dense kernel; `flops` are per visible pair."""
+    shape, dense = CallShape(1, HEADS, HEADS, length, length, dim, "bf16"), CallParams(dim**-0.5, False, None, None)
+    whole, rows = timed(shape, dense), []
+    by_name: dict[str, dict[str, CallParams]] = {"causal": {"bounds": replace(dense, causal=True)}}
+    for name, pattern in patterns(length).items():
+        by_name[name] = {"lists": replace(dense, pattern=pattern)}
+    by_name["window 1024"]["bounds"] = replace(dense, causal=True, window=1024)
+    for name, calls in by_name.items():
+        if names is not None and name not in names:
+            continue
+        seconds = medians({"dense": whole} | {how: timed(shape, call) for how, call in calls.items()})
+        for how, call in calls.items():
+            label = f"{what} {dim}, {length} tokens, {name}, {how}"
+            rows.append(
+                _row(label, seconds[how], seconds["dense"], flops * _pairs(call, shape), flops * HEADS * length**2)
+            )
     return rows
 
 
-def _timed_backward(arrays: list[mx.array], shape: CallShape, call: CallParams) -> EagerMlxCalls:
-    output, logsumexp, stats = forward_plan(shape, call)(arrays[:3])[:3]
-    given = [*arrays[:3], output, arrays[3], stats, logsumexp]
-    mx.eval(given)
-    plan = gradient.make_plan_of_gradient(shape, call, False)
-
-    return EagerMlxCalls(lambda: plan(given)[:3])
-
-
-def _compared(arrays: list[mx.array], shape: CallShape, name: str, pattern: Pattern, whole: float) -> Rows:
-    """Time the variants with lists on one mask."""
-    call, rows = CallParams(shape.head_dim**-0.5, False, None, None, pattern=pattern), []
-    runs, pairs = {}, 0
-    kernels = (variants if name.startswith("blocks") else wide_variants)(shape.head_dim)
-    for variant, kernel in kernels.items():
-        start = time.perf_counter()
-        made = pattern.block_list(shape.scores, kernel.block_m, kernel.block_n)
-        listed = time.perf_counter() - start
-        pairs = made.pairs
-        runs[variant] = _timed(arrays, shape, call, kernel)
-        spent = time.perf_counter() - start - listed
-        print(f"  {name} {variant}: list {1e3 * listed:.1f} ms, launch {1e3 * spent:.1f} ms", flush=True)
-    for variant, seconds in medians(runs).items():
-        rows.append(_row(f"forward {shape.head_dim} {name}, {variant}", seconds, pairs, 4 * shape.head_dim, whole))
-    return rows
+def _pairs(call: CallParams, shape: CallShape) -> int:
+    """Return the visible pairs of all heads of a call."""
+    if call.pattern is not None:
+        return call.pattern.block_list(shape.scores, BLOCK, BLOCK).pairs
+    seen = np.minimum(np.arange(1, shape.keys + 1, dtype=np.int64), call.window or shape.keys)
+    return shape.heads * int(seen.sum())
 
 
-def _timed(arrays: list[mx.array], shape: CallShape, call: CallParams, kernel: Forward) -> MlxCalls:
-    plan = make_plan(INPUTS, OUTPUTS[:1], forward_stages(shape, call, False, kernel))
-    return MlxCalls(lambda: plan(arrays)[0])
-
-
-def _pairs(call: CallParams, length: int) -> int:
-    """Return the visible pairs of all heads of a call by bounds."""
-    rows = np.arange(1, length + 1, dtype=np.int64)
-    seen = np.minimum(rows, call.window or length) if call.causal else np.full(length, length)
-    return HEADS * int(seen.sum())
-
-
-def _row(label: str, seconds: float, pairs: int, flops: int, whole: float | None) -> dict[str, Any]:
-    rate = flops * pairs / seconds / 1e12
-    share = None if whole is None else seconds / whole
-    print(
-        f"{label:44} {1e3 * seconds:8.3f} ms {rate:6.1f} TFLOP/s{f'  {share:.4f} of dense' if share else ''}",
-        flush=True,
-    )
-    return {"label": label, "seconds": seconds, "rate": rate, "share": share}
+def _row(label: str, seconds: float, dense: float, work: int, dense_work: int) -> dict[str, Any]:
+    """Print and return a row; works are in FLOPs of visible pairs."""
+    rate, dense_rate = work / seconds / 1e12, dense_work / dense / 1e12
+    rates = f"{rate:6.1f} TFLOP/s (dense {dense_rate:.0f})"
+    print(f"{label:50} {1e3 * seconds:8.3f} ms {rates}, {seconds / dense:.4f} of dense", flush=True)
+    return {"label": label, "seconds": seconds, "rate": rate, "dense_rate": dense_rate, "share": seconds / dense}
 
 
 PARTS: Final[dict[str, Callable[[], Rows]]] = {
     "check": check,
     "forward": forward,
+    "long": long,
     "check-backward": check_backward,
     "backward": backward,
 }

@@ -17,8 +17,6 @@
 //
 //   otherwise  consumers take turns to issue wgmmas, P V of the current keys and S of the next, so that the softmax of one
 //              overlaps with the wgmmas of another; P reuses the registers of S, so that larger tiles fit
-//
-//   TURNS      consumers take turns; with OVERLAP too (FlashAttention-3's ping-pong), one issues S and P V in its turn
 
 // ---- a consumer --------------------------------------------------------------------------------------------------
 
@@ -62,10 +60,10 @@ struct Consumer {
     values.advance();
   }
   DEVICE void wait_turn() const {
-    if constexpr (TURNS) named_sync(TURN_BARRIER + index, 2 * WARPGROUP);
+    if constexpr (!OVERLAP) named_sync(TURN_BARRIER + index, 2 * WARPGROUP);
   }
   DEVICE void pass_turn() const {
-    if constexpr (TURNS) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
+    if constexpr (!OVERLAP) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
   }
   // Skips the key tiles that are masked for all queries of this consumer.
   DEVICE void pass_unseen() {
@@ -138,10 +136,7 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   consumer.pass_unseen();
   Scores scores;
   Weights weights;
-  const u32 first = consumer.await_keys();
-  consumer.wait_turn();
-  start_scores(scores, consumer.query, first);
-  consumer.pass_turn();
+  start_scores(scores, consumer.query, consumer.await_keys());
   consumer.weigh<0>(scores, problem, rows);
   u32 value = consumer.await_values();
   pack_weights(weights, scores);
@@ -149,10 +144,8 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   while (consumer.n > consumer.work.first) {
     --consumer.n;
     const u32 key = consumer.await_keys();
-    consumer.wait_turn();
     start_scores(scores, consumer.query, key);
     start_output(out, weights, value);
-    consumer.pass_turn();
     consumer.weigh<1>(scores, problem, rows);
     // Waiting for the next V here ends the basic block. Otherwise ptxas moves the wait for P V up, before the exponentials,
     // and the softmax no longer overlaps with the wgmmas.

@@ -62,8 +62,6 @@ class Forward:
     overlap: bool = True
     lists: bool = False
     """Whether the key tiles of a query tile are entries of a block list, not a range."""
-    paced: bool = False
-    """Whether consumers take turns beside `overlap`; without it they always do."""
 
     @property
     def block_m(self) -> int:
@@ -89,7 +87,6 @@ class Forward:
             "SOFTCAP": self.softcap,
             "QUERY_STAGES": self.query_stages,
             "OVERLAP": self.overlap,
-            "TURNS": self.paced or not self.overlap,
             "LISTS": self.lists,
             "BFLOAT16": self.element == "bf16",
         }
@@ -164,7 +161,6 @@ def specialise_lists(head_dim: int, element: Element, softcap: bool = False, few
         block_n=128 if narrow else 64,
         query_stages=2 if narrow else 1,
         lists=True,
-        paced=narrow and not few,
     )
 
 
