@@ -3,6 +3,7 @@
 import inspect
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,6 +41,55 @@ class ModelCall(NamedTuple):
     sinks: mx.array | None = None
     quantization: tuple[int, int] | None = None
     """Group size and bits of quantized keys and values."""
+    window: int | None = None
+    """Keys that a query attends to; the mask is then "causal"."""
+
+
+class _Bounds(NamedTuple):
+    """What an array of mlx-lm's `create_causal_mask` says."""
+
+    array: "weakref.ref[mx.array]"
+    rows: int
+    offset: int
+    """Keys before those of the rows."""
+    window: int | None
+
+
+class KnownMasks:
+    """Arrays made by `create_causal_mask` that are no more than bounds.
+
+    MLX is lazy: an array that no implementation reads is never computed, however large its shape.
+    """
+
+    def __init__(self) -> None:
+        self._bounds: dict[int, _Bounds] = {}
+
+    def create(
+        self,
+        N: int,  # noqa: N803
+        offset: int = 0,
+        window_size: int | None = None,
+        *padding: Any,
+        **more: Any,
+    ) -> mx.array:
+        """Replacement of mlx-lm's function, with the same arguments."""
+        made: mx.array = patch_points.models_causal_mask().observed(N, offset, window_size, *padding, **more)
+        plain = all(one is None for one in (*padding, *more.values()))
+        if plain and isinstance(offset, int) and (window_size is None or isinstance(window_size, int)):
+            place = id(made)
+            forget = weakref.ref(made, lambda _: self._bounds.pop(place, None))
+            self._bounds[place] = _Bounds(forget, N, offset, window_size)
+        return made
+
+    def as_bounds(self, call: ModelCall) -> ModelCall:
+        """Return the call with bounds instead of a known array that fits its lengths."""
+        known = self._bounds.get(id(call.mask)) if isinstance(call.mask, mx.array) else None
+        if known is None or known.array() is not call.mask:
+            return call
+        keys = call.k[0].shape[2] if call.quantization is not None else call.k.shape[2]
+        if (known.rows, known.rows + known.offset) != (call.q.shape[2], keys):
+            return call
+        return call._replace(mask="causal", window=known.window)
 
 
 class CallArguments(NamedTuple):
@@ -81,7 +131,7 @@ class ArgumentAdapter:
         if verdict.path is None:
             raise UnsupportedError(verdict.reason)
         array = None if isinstance(call.mask, str) else call.mask
-        mask = Mask(causal=isinstance(call.mask, str), array=array)
+        mask = Mask(causal=isinstance(call.mask, str), window=call.window, array=array)
         return CallArguments(k, v, mask, verdict.path)
 
     def _keys_and_values(self, call: ModelCall) -> tuple[Any, Any]:
@@ -98,7 +148,7 @@ class ArgumentAdapter:
     def _acceptance(self, call: ModelCall, k: Any, v: Any) -> Acceptance:
         """Return the verdict, cached per kind of call: in decoding every layer makes the same call."""
         mask = call.mask
-        array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else mask
+        array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else (mask, call.window)
         types = call.q.dtype, k.dtype, v.dtype
         key = (call.q.shape, k.shape, v.shape, types, array, isinstance(k, QuantizedArray), call.sinks is None)
         verdict = self._acceptances.get(key)
@@ -111,7 +161,7 @@ class ArgumentAdapter:
         try:
             if not packed:
                 check_shapes(call.q, k, v)
-            mask = check_mask(call.mask, None, call.q, k)
+            mask = check_mask(call.mask, call.window, call.q, k)
             route = self._implementation.route(*_route_arguments(call, k, v, mask))
         except UsageError as error:
             return Acceptance(None, _problem(error))
@@ -215,11 +265,13 @@ class ModelPatch(CallCounts):
         super().__init__()
         self.implementation = find_implementation(implementation)
         self._adapter = ArgumentAdapter(self.implementation)
+        self._masks = KnownMasks()
         self._entered = 0
 
     def __enter__(self) -> Self:
         """Replace the functions; raises UsageError if mlx-lm is missing."""
         models, fast = patch_points.models_sdpa(), patch_points.fast_sdpa()
+        patch_points.models_causal_mask().add(interceptor=self._masks.create)
         models.add(interceptor=self._attend)
         fast.add(interceptor=self._attend_directly)
         self._entered += 1
@@ -232,6 +284,7 @@ class ModelPatch(CallCounts):
         self._entered -= 1
         patch_points.fast_sdpa().remove(interceptor=self._attend_directly)
         patch_points.models_sdpa().remove(interceptor=self._attend)
+        patch_points.models_causal_mask().remove(interceptor=self._masks.create)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function, generator or coroutine: the patch is open while it runs."""
@@ -294,7 +347,7 @@ class ModelPatch(CallCounts):
         """Return the implementation's output, or None if it does not support the call."""
         before, _thread.in_implementation = _thread.in_implementation, True
         try:
-            arguments = self._adapter.adapt(call)
+            arguments = self._adapter.adapt(self._masks.as_bounds(call))
             more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
             take_path()  # clear what an earlier call left
             out: mx.array = call_through_hooks(

@@ -160,9 +160,23 @@ def models_sdpa() -> PatchPoint:
     Raises:
         UsageError: mlx-lm cannot be imported.
     """
+    return PatchPoint(_models_base(), "scaled_dot_product_attention")
+
+
+@cache
+def models_causal_mask() -> PatchPoint:
+    """`mlx_lm.models.base.create_causal_mask`, which makes the models' masks that are arrays.
+
+    Raises:
+        UsageError: mlx-lm cannot be imported.
+    """
+    return PatchPoint(_models_base(), "create_causal_mask")
+
+
+def _models_base() -> ModuleType:
     try:
         from mlx_lm.models import base
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(PACKAGE)
         raise UsageError(MLX_LM_MISSING if missing else f"mlx-lm cannot be imported: {error}") from error
-    return PatchPoint(base, "scaled_dot_product_attention")
+    return base
