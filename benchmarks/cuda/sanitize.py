@@ -3,16 +3,21 @@
 Exit code 0: nothing found; 1: errors found and printed; 3: no compute-sanitizer or no GPU.
 """
 
+from __future__ import annotations
+
 import functools
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from attention.kernels import cuda
 from attention.kernels.cuda.runtime.call import MaskKind
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 TOOLS: Final = ("memcheck", "racecheck")
 DIMS: Final = (64, 128, 192, 256)
@@ -60,6 +65,14 @@ def calls(dim: int) -> None:
             refusal = gradient.refusal(shape, normalize(0.1, causal, window, softcap, keys))
             if refusal:
                 raise RuntimeError(refusal)
+        mx.eval(mx.vjp(_listed, primals, [cotangent])[1])
+
+
+def _listed(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Compute attention with a pattern of full, partial and missing tiles."""
+    from attention import masks
+
+    return cuda.flash_attention(q, k, v, scale=0.1, pattern=masks.prefix(130) | masks.window(20))
 
 
 def general_calls() -> None:
@@ -83,6 +96,7 @@ def general_calls() -> None:
 
         with portable_only():
             mx.eval(mx.vjp(attend, primals, [cotangent])[1])
+            mx.eval(mx.vjp(_listed, primals, [cotangent])[1])
 
 
 def main() -> int:

@@ -139,7 +139,8 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
                 return portable_gradient.make_plan_of_gradient(shape, call, with_logsumexp)
 
     if _differs_by_batch(shape, call):
-        return one_by_one(lambda arrays: plan_of(shape)(arrays)[:3], inputs, axes)
+        run = plan_of(shape)
+        return one_by_one(lambda arrays: run(arrays)[:3], inputs, axes)
     count = vmapped_length(inputs, axes)
     made = plan_of(replace(shape, batch=count * shape.batch))(folded_inputs(inputs, axes, shape, call))[:3]
     return [x.reshape(count, shape.batch, *x.shape[1:]) for x in made]

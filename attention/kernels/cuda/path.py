@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from attention.core.errors import KernelUnavailable
 from attention.core.route import Needs, Route, unsupported
@@ -25,13 +25,17 @@ NAMES: Final = {
 }
 
 
+TAKES: Final = frozenset({"pattern", "logsumexp"})
+NO_ALIBI: Final = "the CUDA kernels take no alibi"
+
+
 def route(workload: Workload, needs: Needs) -> Route:
     """Return the route of a workload through the kernels, or an unsupported route with the reason; runs nothing."""
     refusal = cuda.supports(workload, needs)
     if refusal:
         return unsupported(refusal)
     if needs.alibi:
-        return unsupported("the CUDA kernels take no alibi")
+        return unsupported(NO_ALIBI)
     from attention.kernels.cuda.choice import path_of
     from attention.kernels.cuda.requirements import shape_and_call
 
@@ -75,23 +79,28 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
     """Compute attention. Shapes: see `Implementation.__call__`.
 
     Raises:
-        KernelUnavailable: the kernel cannot be compiled, fails its self-check, or the scale is not positive.
+        KernelUnavailable: the kernel cannot be compiled, fails its self-check, or does not take the scale, softcap or
+            mask.
     """
+    return cuda.flash_attention(q, k, v, scale=scale, softcap=softcap, **_checked(scale, mask, softcap))
+
+
+def with_logsumexp(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+) -> tuple[mx.array, mx.array]:
+    """Compute attention as `attend`, and the logsumexp (B, H, Lq) in float32, -inf for fully masked rows."""
+    return cuda.flash_attention_with_logsumexp(q, k, v, scale=scale, softcap=softcap, **_checked(scale, mask, softcap))
+
+
+def _checked(scale: float, mask: Mask, softcap: float | None) -> dict[str, Any]:
+    """Return the keywords of the mask, or raise KernelUnavailable if the kernels do not take the call."""
+    if mask.alibi is not None:
+        raise KernelUnavailable(NO_ALIBI)
     if not scale > 0:
         raise KernelUnavailable(f"the CUDA kernels take positive scales, not {scale}")
     if softcap is not None and softcap > MAX_SOFTCAP:
         raise KernelUnavailable(f"the CUDA kernels take a softcap of up to {MAX_SOFTCAP:g}, not {softcap:g}")
-    return cuda.flash_attention(
-        q,
-        k,
-        v,
-        scale=scale,
-        causal=mask.causal,
-        window=mask.window,
-        mask=mask.array,
-        softcap=softcap,
-        pattern=mask.pattern,
-    )
+    return {"causal": mask.causal, "window": mask.window, "mask": mask.array, "pattern": mask.pattern}
 
 
 def _predicted(workload: Workload, needs: Needs, backward_refusal: str | None) -> int | None:

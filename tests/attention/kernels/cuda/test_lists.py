@@ -8,9 +8,12 @@ mx = pytest.importorskip("mlx.core")
 import itertools
 
 from attention import masks
+from attention.core.route import Needs
+from attention.core.workload import Workload
 from attention.kernels import cuda
-from attention.kernels.cuda import choice
+from attention.kernels.cuda import KernelUnavailable, choice, path
 from attention.kernels.cuda import gradients as cuda_gradients
+from attention.kernels.cuda.gradients import plain_attention
 from attention.kernels.cuda.portable import launch as portable_launch
 from attention.kernels.cuda.runtime import launch, selfcheck
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
@@ -153,6 +156,44 @@ def test_equal_patterns_share_a_plan_and_others_do_not(recorder):
     assert len(recorder.plans) == count
     called(masks.prefix(41) | masks.window(70))
     assert len(recorder.plans) > count
+
+
+def test_poc_takes_patterns_through_the_kernels_and_names_what_they_do_not_take(recorder):
+    pattern, q = masks.prefix(40) | masks.window(70), mx.zeros((1, 4, 300, 64), mx.bfloat16)
+    assert "pattern" in path.TAKES
+    for mask in ("prefix:40+window:70", "pattern:0.3", "documents:128"):
+        workload = Workload(heads=4, seq=300, head_dim=64, dtype="bfloat16", mask=mask)
+        found = path.route(workload, Needs(pattern=True))
+        assert (found.supported, found.path) == (True, path.NAMES["forward"]), found.reason
+        assert "alibi" in path.route(workload, Needs(alibi=True)).reason
+    output, logsumexp = path.with_logsumexp(q, q, q, scale=0.1, mask=masks.Mask(pattern=pattern), softcap=None)
+    assert (output.shape, logsumexp.shape) == (q.shape, (1, 4, 300))
+    with pytest.raises(KernelUnavailable, match="no alibi"):
+        path.attend(q, q, q, scale=0.1, mask=masks.Mask(alibi=mx.zeros(4)), softcap=None)
+
+
+@pytest.mark.parametrize(("pattern", "batch"), [(masks.prefix(40), 10), (masks.padding([300, 170]), 2)])
+def test_under_vmap_a_pattern_that_differs_by_batch_is_not_folded(recorder, pattern, batch):
+    q, k = mx.zeros((2, 4, 300, 64), mx.bfloat16), mx.zeros((2, 2, 300, 64), mx.bfloat16)
+    cuda.flash_attention(q, k, k, scale=0.125, pattern=pattern)
+    label, before = recorder.plans[-1].label, len(recorder.plans)
+    wide = mx.zeros((2, 4, 5, 300, 64), mx.bfloat16)
+    output, logsumexp, _ = recorder.batched(label, [wide, k, k], [2, -1, -1])
+    assert (output.shape, logsumexp.shape) == ((5, 2, 4, 300, 64), (5, 2, 4, 300))
+    assert len(recorder.plans) - before == 1
+    assert recorder.plans[-1].shapes[0] == [batch, 4, 300, 64]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fallback_in_mlx_applies_the_pattern(name):
+    shape = CallShape(2, 4, 2, 30, 40, 16, "bf16")
+    pattern, (q, k, v, _) = patterns(shape)[name], selfcheck.inputs(shape)
+    output, logsumexp = plain_attention(q, k, v, CallParams(0.25, False, None, None, pattern=pattern))
+    seen = np.broadcast_to(np.array(pattern.dense(shape.scores)), shape.scores)
+    options = kernel_oracle.Options(0.25, mask=seen)
+    exact, right, _ = kernel_oracle.attention(*(kernel_oracle.numbers(x) for x in (q, k, v)), options)
+    assert np.abs(kernel_oracle.numbers(output) - exact).max() < 0.02
+    assert np.array_equal(np.isneginf(kernel_oracle.numbers(logsumexp)), np.isneginf(right))
 
 
 def test_a_label_keeps_its_pattern():
