@@ -129,7 +129,12 @@ class MlxRunner:
     """Runner of an MLX implementation on one set of evaluated inputs."""
 
     def __init__(
-        self, implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float
+        self,
+        implementation: Implementation,
+        workload: Workload,
+        inputs: Sequence[mx.array],
+        scale: float,
+        mask: Mask | None = None,
     ) -> None:
         """Bind the call.
 
@@ -138,12 +143,13 @@ class MlxRunner:
             workload: gives the mask, and whether gradients are computed.
             inputs: q, k, v, and in training the output's gradient, evaluated.
             scale: factor of the scores.
+            mask: the workload's by default.
         """
         self._implementation = implementation
         self._training = workload.pass_ == "training"
         self._inputs = list(inputs)
         self._scale = scale
-        self._mask = of_workload(workload)
+        self._mask = of_workload(workload) if mask is None else mask
 
     def queue(self) -> list[mx.array]:
         """Queue one call; return the output, and in training dQ, dK and dV, unevaluated."""

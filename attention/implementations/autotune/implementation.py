@@ -157,11 +157,11 @@ class Demo:
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route of the tuned choice; before a trial, the route used where no trial can be made.
 
-        Patterns, ALiBi and the logsumexp are not tried: `poc` computes them.
+        ALiBi and the logsumexp are not tried: `poc` computes them.
         """
-        if workload.structured or needs.pattern or needs.alibi or needs.logsumexp:
+        if needs.alibi or needs.logsumexp:
             route = self._untried.route(workload, device, needs)
-            return structs.replace(route, reason=f"patterns, ALiBi and the logsumexp are not tried; {route.reason}")
+            return structs.replace(route, reason=f"ALiBi and the logsumexp are not tried; {route.reason}")
         active = self._stored_choice(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
         if active is None:
             route = self.candidates[self._default_candidate(workload, device, needs)].route(workload, device, needs)
@@ -178,7 +178,7 @@ class Demo:
         If the call is being traced and its class is not tuned yet, the trial runs during tracing, on random inputs.
         Traced calls are not timed.
         """
-        if mask.pattern is not None or mask.alibi is not None:
+        if mask.alibi is not None:
             return self._untried(q, k, v, scale=scale, mask=mask, softcap=softcap)
         key = _key(q, k, v, mask, softcap)
         active = self._keys.get(key)
@@ -217,8 +217,6 @@ class Demo:
 
     def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> MlxRunner:
         """Return a bound call; a trial of the workload's pass, if needed, runs now, before anything is timed."""
-        if workload.structured:
-            return MlxRunner(self, workload, inputs, scale)
         task = Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload))
         return DemoRunner(self, task)
 
@@ -367,5 +365,5 @@ def _key(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | Non
     batch, heads, seq, head_dim = q.shape
     _, kv_heads, kv_seq, _ = k.shape
     lengths = (seq - 1).bit_length(), (kv_seq - 1).bit_length()
-    options = mask.causal, mask.window, mask.array is not None, softcap is not None
+    options = mask.causal, mask.window, mask.pattern, mask.array is not None, softcap is not None
     return (q.dtype, batch, heads, kv_heads, head_dim, v.shape[3], *lengths, *options, current_backend())

@@ -37,7 +37,7 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
     group: int
     """Query heads that share a key head."""
     mask: str
-    """"none", "causal" or "window:N", N a bucket; "+ array" where an array is given too."""
+    """"none", "causal", "window:N", N a bucket, or "pattern 1/N", the share of visible pairs; "+ array" beside one."""
     softcap: bool = False
     pass_: str
     """"forward" or "training"; a decode pass is a forward one of seq 1."""
@@ -76,9 +76,16 @@ def bucket(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def sparsity(density: float) -> int:
+    """Return the power of two nearest to the ratio of all pairs to the visible ones, by its logarithm."""
+    return 1 << round(-math.log2(max(density, 2.0**-MAX_SPARSITY)))
+
+
 def class_of(workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> WorkloadClass:
     """Return the class of a workload."""
     mask = workload.mask if workload.window is None else f"window:{bucket(workload.window)}"
+    if workload.structured:
+        mask = f"pattern 1/{sparsity(workload.density)}"
     if needs.array_mask:
         mask = "array" if mask == "none" else f"{mask} + array"
     return WorkloadClass(
@@ -106,6 +113,8 @@ def longest(workload: Workload) -> Workload:
     )
 
 
+MAX_SPARSITY: Final = 16
+"""Masks with less than 2^-16 of the pairs are one class."""
 SCHEMA: Final = 2
 OLDER_SCHEMA: Final = frozenset({1})
 """Older schemas whose entries can be read unchanged."""

@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 from attention import masks
 from attention.core import events as on
 from attention.core.results import Ratio
-from attention.core.route import NO_NEEDS, Needs
+from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import Workload
 from attention.implementations.autotune.halving import Halving, HalvingResult
 from attention.implementations.autotune.store import TrialResult, WorkloadClass, candidate_fingerprint
@@ -24,7 +24,7 @@ from attention.implementations.calls import MlxRunner, make_inputs, needs_of
 from attention.implementations.fused import Poc, kernel_variants
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.implementations.protocol import Implementation
-from attention.masks import Mask
+from attention.masks import Mask, Pattern
 from attention.measure.accuracy import FORWARD_FACTOR, AccuracyChecker, choose_sample
 from attention.measure.device import Device
 from attention.measure.reference import Rules, forward
@@ -100,8 +100,7 @@ class BoundCall(MlxRunner):
 
     def __init__(self, candidate: Implementation, task: Task, inputs: Sequence[mx.array] | None = None) -> None:
         """Bind the candidate; `inputs` of the same shapes replace the task's."""
-        super().__init__(candidate, task.workload, task.inputs if inputs is None else inputs, task.scale)
-        self._mask = task.mask
+        super().__init__(candidate, task.workload, task.inputs if inputs is None else inputs, task.scale, task.mask)
         self._softcap = task.softcap
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -120,7 +119,10 @@ class AccuracyCheck:
         """Return a candidate's largest error and what is wrong with it, empty if it is accurate."""
         task = self._task
         results = BoundCall(candidate, task).results()
-        if task.needs != NO_NEEDS:
+        own, plain = task.mask.pattern, task.softcap is None and task.mask.array is None
+        if own is not None and (not plain or task.workload.mask_spec.pattern is not None):
+            return _against_visible(task, own, results[0])
+        if not plain:
             return _against_reference(task, results[0])
         if self._checker is None:
             self._checker = AccuracyChecker(task.workload, task.inputs, task.scale, scores=SCORES)
@@ -157,6 +159,51 @@ def _against_reference(task: Task, output: mx.array) -> tuple[float, str]:
         peer = np.abs(_numpy(plain[head][rows]) - exact).max()
         worst = max(worst, float(own)) if np.isfinite(own) else float("inf")
         allowed = max(allowed, FORWARD_FACTOR * float(peer) + float(mx.finfo(output.dtype).eps))
+    return worst, "" if worst <= allowed else f"output: {worst:.2g} off, {allowed:.2g} allowed"
+
+
+def _visible_rows(
+    pattern: Pattern, lengths: tuple[int, int], batches: Sequence[int], heads: Sequence[int], rows: Sequence[int]
+) -> mx.array:
+    """Return the keys that a pattern shows to some query rows: bool, broadcasts to (batches, heads, rows, Lk)."""
+    positions = [row + lengths[1] - lengths[0] for row in rows]
+    index = [
+        mx.array(list(at), mx.int32).reshape([-1 if axis == n else 1 for n in range(4)])
+        for axis, at in enumerate((batches, heads, positions, range(lengths[1])))
+    ]
+    return pattern.visible(lengths, *index)
+
+
+def _against_visible(task: Task, pattern: Pattern, output: mx.array) -> tuple[float, str]:
+    """Apply the same rule with a pattern: on sampled rows of one group of heads, and on the output only."""
+    sample = choose_sample(task.workload, 0, SCORES)
+    batch, group = sample.groups[0]
+    share = task.workload.heads // task.workload.kv_heads
+    share = task.workload.heads // task.workload.kv_heads
+    lengths, rows = (task.workload.seq, task.workload.kv_seq), mx.array(sample.rows)
+    heads = slice(group * share, (group + 1) * share)
+    visible = _visible_rows(pattern, lengths, [batch], range(heads.start, heads.stop), sample.rows.tolist())
+    array = task.mask.array
+    if array is not None:
+        part = masks.mask_tile(masks.as_4d(array), slice(batch, batch + 1), heads, slice(None), slice(None))
+        combined = masks.combine(visible, part[:, :, rows] if part.shape[2] > 1 else part)
+        assert combined is not None
+        visible = combined
+    visible = mx.broadcast_to(visible, (1, share, len(sample.rows), lengths[1]))
+    q = task.inputs[0][batch, heads][:, rows]
+    k, v = task.inputs[1][batch, group], task.inputs[2][batch, group]
+    plain = Baseline()(
+        q[None], k[None, None], v[None, None], scale=task.scale, mask=Mask(array=visible), softcap=task.softcap
+    )[0]
+    found = output[batch, heads][:, rows]
+    worst, allowed = 0.0, 0.0
+    for head in range(share):
+        rules = Rules(scale=task.scale, mask=_numpy(visible[0, head]), softcap=task.softcap)
+        exact = forward(_numpy(q[head]), _numpy(k), _numpy(v), rules).output
+        own = float(np.abs(_numpy(found[head]) - exact).max())
+        worst = max(worst, own) if math.isfinite(own) else math.inf
+        peer = float(np.abs(_numpy(plain[head]) - exact).max())
+        allowed = max(allowed, FORWARD_FACTOR * peer + float(mx.finfo(output.dtype).eps))
     return worst, "" if worst <= allowed else f"output: {worst:.2g} off, {allowed:.2g} allowed"
 
 
@@ -267,7 +314,13 @@ BUDGETS: Final = (32 * MIB, 8 * MIB)
 
 
 class CompiledSdpa(MlxSdpa):
-    """MLX's SDPA inside mx.compile."""
+    """MLX's SDPA inside mx.compile; with a pattern it would be `mlx`, whose mask is an array."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
+        """Return the route of MLX's SDPA; a pattern is unsupported."""
+        if workload.structured or needs.pattern:
+            return unsupported("with a pattern it is MLX's SDPA")
+        return super().route(workload, device, needs)
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None

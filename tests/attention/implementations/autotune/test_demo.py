@@ -13,7 +13,7 @@ from attention.core import events as on
 from attention.core.route import NO_NEEDS
 from attention.core.workload import Workload
 from attention.implementations.autotune.implementation import Demo, _path
-from attention.implementations.autotune.store import Store
+from attention.implementations.autotune.store import Store, class_of
 from attention.implementations.autotune.trial import AccuracyCheck, Task, candidates, fitting_candidates
 from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.implementation import Practical
@@ -21,7 +21,7 @@ from attention.implementations.calls import make_inputs, runner_for
 from attention.implementations.fused import _variant_path
 from attention.implementations.protocol import Implementation
 from attention.kernels.common import cache
-from attention.masks import Mask
+from attention.masks import Mask, of_workload
 from attention.measure.device import probe
 from tests.support.attention_examples import CPU
 from tests.support.tuning_examples import Broken, FakeTime, Timed, Wrong
@@ -334,3 +334,44 @@ def test_a_path_of_many_letters_ends_in_an_ellipsis() -> None:
     assert _path("practical 1024 MiB") == "tuned: practical 1024…"
     assert _variant_path("CUDA kernel sm90", "two tiles") == "CUDA kernel sm90, two…"
     assert _path("poc") == "tuned: poc"
+
+
+PATTERN = Workload(mask="prefix:4+window:10", seq=130, heads=4, kv_heads=2, head_dim=16, dtype="float32")
+
+
+def test_a_pattern_is_tried_too_and_a_wrong_candidate_is_out(store: Store, heard: Heard) -> None:
+    among = {"wrong": Wrong("wrong", 0.0), "lists": Timed("lists", 0.01), "dense": Timed("dense", 0.05)}
+    demo = Demo(store=store, among=among, budget_s=0.5)
+    mask = of_workload(PATTERN)
+    out = call(demo, PATTERN, mask)
+    q, k, v = make_inputs(PATTERN, 0)[:3]
+    assert mx.allclose(out, Baseline()(q, k, v, scale=0.5, mask=mask), atol=1e-5)
+    assert demo.route(PATTERN, probe()).path == "tuned: lists"
+    assert any("wrong is out" in event.text for event in heard if isinstance(event, on.Message))
+    assert [entry.winner for entry in store.entries()] == ["lists"]
+
+
+def test_masks_of_one_density_are_one_class() -> None:
+    of_tool, other = PATTERN, structs.replace(PATTERN, mask=f"pattern:{PATTERN.density}")
+    assert class_of(of_tool, CPU).mask == class_of(other, CPU).mask == "pattern 1/8"
+    assert class_of(structs.replace(PATTERN, mask="blocks:1"), CPU).mask == "pattern 1/1"
+    assert class_of(structs.replace(PATTERN, mask="pattern:0"), CPU).mask == "pattern 1/65536"
+
+
+def test_with_a_pattern_mlx_is_no_candidate_twice() -> None:
+    fit = fitting_candidates(candidates(), PATTERN, probe(), NO_NEEDS)
+    assert "mlx" in fit and "practical" in fit
+    assert "mlx compiled" not in fit
+
+
+@pytest.mark.parametrize("array", [None, "bool", "additive"])
+def test_a_pattern_of_a_program_is_checked_against_float64(array: str | None) -> None:
+    workload = structs.replace(PATTERN, mask=f"pattern:{PATTERN.density}")
+    given = None
+    if array:
+        given = mx.random.uniform(shape=(1, 4, 130, 130)) > 0.3
+        given = given if array == "bool" else mx.where(given, 0.0, -1e9)
+    mask = structs.replace(of_workload(PATTERN), array=given)
+    check = AccuracyCheck(Task(workload=workload, inputs=make_inputs(PATTERN, 0), scale=0.25, mask=mask))
+    assert check.error(Baseline())[1] == ""
+    assert "off" in check.error(Wrong("wrong", 0.0))[1]
