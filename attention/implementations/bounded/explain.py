@@ -90,7 +90,7 @@ def _of_tiles(blocks: Blocks, workload: Workload, device: Device, budget: int) -
         room = f"takes in more heads and rows up to {size_text(limit)}, for the caches' sake"
     yield Explanation("tile", size_text(size), room)
     yield from _of_lengths(blocks, workload)
-    yield Explanation("keys", f"{blocks.keys:,}", f"of {workload.kv_seq:,}: {_why_keys(shape, blocks)}")
+    yield Explanation("keys", f"{blocks.keys:,}", f"of {workload.kv_seq:,}: {_why_keys(shape, blocks, workload)}")
     yield _skipped(blocks, workload)
 
 
@@ -115,7 +115,9 @@ def _why_budget(practical: Practical, device: Device) -> str:
     return f"{where}; above inputs and outputs"
 
 
-def _why_keys(shape: ProblemSize, blocks: Blocks) -> str:
+def _why_keys(shape: ProblemSize, blocks: Blocks, workload: Workload) -> str:
+    if workload.structured:
+        return "smaller tiles skip more, larger ones are fewer"
     if blocks.keys >= shape.kv_seq:
         return "no row needs a second look"
     if not shape.training:
