@@ -156,6 +156,19 @@ def test_a_bad_call_is_named(given, words):
     assert str(error.value) == words or words in str(error.value)
 
 
+@pytest.mark.parametrize("implementation", ["practical", "poc"])
+def test_heads_that_share_keys_have_blocks_of_their_own(implementation):
+    """A tile that one head sees whole, the other in part, and a third not at all."""
+    shape = (1, 4, 256, 256)
+    array = np.array([[[1, 0], [1, 1]], [[0, 0], [1, 0]], [[0, 1], [1, 0]], [[1, 1], [0, 1]]], bool)[None]
+    mask = masks.blocks(array, 128) & masks.causal() | masks.blocks(~array[:, :, ::-1], 128)
+    q = mx.random.normal((1, 4, 256, 16), key=mx.random.key(1))
+    k = mx.random.normal((1, 2, 256, 16), key=mx.random.key(2))
+    found = attention(q, k, k, mask=mask, implementation=implementation)
+    dense = mx.broadcast_to(mask.dense(shape), shape)
+    assert close(found, attention(q, k, k, mask=dense, implementation="baseline"))
+
+
 def test_a_window_limits_what_a_pattern_shows():
     found = attention(Q, K, V, mask=MASK, window=7)
     assert close(found, attention(Q, K, V, mask=MASK & masks.window(7), implementation="baseline"))

@@ -69,6 +69,24 @@ def test_the_dense_form_is_the_mask_pair_by_pair(shape, seed):
     np.testing.assert_array_equal(np.broadcast_to(np.array(mask.dense(shape)), shape), seen)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 128, 128), (1, 1, 100, 128), (1, 1, 128, 96)])
+def test_every_window_and_prefix_ends_in_its_tile(shape):
+    """Sizes at and beside a multiple of a tile's, which random ones seldom are."""
+    _, _, q, k = mask_values.places(shape)
+    for n in range(1, 132):
+        for mask, seen in ((masks.window(n), (q >= k) & (q - k < n)), (masks.prefix(n), (k < n) & (q == q))):
+            lists = mask.block_list(shape, 16, 32)
+            np.testing.assert_array_equal(expanded(lists)[0, 0], seen[0, 0], f"{mask}")
+
+
+def test_rows_before_the_first_key_share_no_bits_with_those_of_a_document():
+    shape = (1, 1, 106, 64)
+    seen = np.zeros((106, 64), bool)
+    seen[42:82, :40] = seen[82:, 40:] = True
+    lists = masks.documents([40, 24]).block_list(shape, 16, 32)
+    np.testing.assert_array_equal(expanded(lists)[0, 0], seen)
+
+
 def test_tiles_that_depend_on_the_distance_are_stored_once():
     window = masks.window(300).block_list((1, 4, 8192, 8192), 64, 64)
     assert len(window.bits) == 3  # at the diagonal, and two where the window ends, which 64 does not divide
