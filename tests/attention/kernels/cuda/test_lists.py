@@ -31,15 +31,14 @@ def patterns(shape):
     random = np.random.default_rng(5)
     cells = random.random((shape.batch, shape.heads, -(-shape.queries // 32), -(-shape.keys // 32))) < 0.3
     cells[:, 0, :2] = False
+    first = shape.keys - shape.queries
     lengths = [shape.keys // 3, 1, shape.keys - shape.keys // 3 - 1] if shape.keys > 3 else [shape.keys]
     return {
         "by head": masks.blocks(cells, block=32),
         "documents": masks.causal() & masks.documents(lengths),
         "prefix and window": masks.prefix(40) | masks.window(70),
         "padding": masks.padding([max(0, shape.keys - 150 * i) for i in range(shape.batch)]),
-        "first row sees all": masks.where(lambda b, h, q, k: (q == q.min()) | (k == q))
-        if shape.keys > 3
-        else masks.causal(),
+        "first row sees all": masks.where(lambda b, h, q, k: (q == first) | (k == q)),
     }
 
 
@@ -48,7 +47,7 @@ SHAPES = [  # batch, heads, kv_heads, queries, keys
     (2, 4, 2, 300, 300),
     (1, 3, 1, 217, 433),
     (2, 2, 2, 65, 31),
-    (3, 14, 2, 200, 190),
+    (3, 6, 2, 130, 100),
     (1, 2, 1, 3, 900),
     (1, 1, 1, 128, 9000),
 ]
@@ -272,8 +271,9 @@ def checked(size, dim, dtype, name, general=False, softcap=None, seed=0):
 @gpu
 @usable
 @pytest.mark.skipif(cuda.variant() != "hopper", reason="only Hopper GPUs have kernels of their own for many queries")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(64, "bfloat16"), (96, "float16"), (128, "bfloat16"), (192, "float16"), (256, "bfloat16")]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_results_meet_flash_attention_3s_error_bound(name, dim, dtype):
     for seed, size in enumerate(SHAPES):
@@ -291,11 +291,11 @@ def test_softcaps_combine_with_lists(dim):
 
 @gpu
 @usable
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 256])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_general_kernels_meet_the_bound_too(name, dim):
     with portable_only():
-        for seed, size in enumerate(SHAPES):
+        for seed, size in enumerate(SHAPES[2:6]):
             checked(size, dim, "bfloat16", name, general=True, seed=seed)
 
 
