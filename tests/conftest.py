@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two workers' BLAS threads wait for each other, spinning
+
 FOLDER = "FATUI_CACHE_DIR"
 _made = pytest.StashKey[str]()
 
