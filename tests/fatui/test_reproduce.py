@@ -31,6 +31,7 @@ def plan_from(command: str) -> Plan:
         (Workload(seq=64, pass_="decode"),),
         (Workload(seq=64, pass_="training"), Workload(seq=128, pass_="training")),
         tuple(Workload(batch=batch, seq=seq) for batch in (1, 2) for seq in (64, 128)),
+        tuple(Workload(mask=mask) for mask in ("strided:8,2", "prefix:4+strided:9,3", "blocks:0.5", "causal")),
     ],
 )
 def test_the_command_of_a_plan_makes_that_plan_again(cases):
