@@ -74,9 +74,9 @@ class Scaling(Screen[None]):
             self.query_one("#words-pane").border_title = "Scaling"
             self.query_one("#map-pane").display = self.query_one("#chart-pane").display = False
             return
+        status.show(f"Scaling · {report.run.preset or 'unnamed'}", f"{len(report.cases)} cases over {_axes_text(axes)}")
         if _densities(report, scaling.slices(report, ("mask",))[0]):
             axes = ("density", *axes)
-        status.show(f"Scaling · {report.run.preset or 'unnamed'}", f"{len(report.cases)} cases over {_axes_text(axes)}")
         axis = axes[self._turns["axis"] % len(axes)]
         swept = tuple(each for each in axes if each != "density")
         if axis == "density":

@@ -52,7 +52,9 @@ def test_without_a_slower_density_there_is_no_break_even() -> None:
     points = density_points(SWEEP[2:], "poc")
     assert break_even(points) is None
     text = break_even_text("poc", points)
-    assert text == "poc is faster than dense with random blocks at every density measured, 0.1 to 0.5"
+    assert text == "poc is faster than dense with random blocks at densities from 0.1 to 0.5"
+    unclear = density_points(SWEEP[1:], "poc")
+    assert break_even_text("poc", unclear) == f"{text}; at the other densities measured noise hides the difference"
 
 
 def test_noise_and_unsound_rows_support_nothing() -> None:
