@@ -4,7 +4,7 @@ Query row i of Lq has position i + Lk - Lq among the Lk keys (rows and keys are 
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -523,9 +523,10 @@ class Where(Pattern, frozen=True, eq=False):
         return f"where({getattr(self.f, '__name__', repr(self.f))})"
 
     def check(self, shape: Shape) -> None:
-        self._probe(shape[0], shape[1])
+        _planes_of(self, shape[0], shape[1])
 
-    def _probe(self, batch: int, heads: int) -> tuple[int, int]:
+    def probe(self, batch: int, heads: int) -> tuple[int, int]:
+        """Call the function with one query and key, check what it returns, and return its planes."""
         import mlx.core as mx
 
         b, h = mx.arange(batch).reshape(-1, 1, 1, 1), mx.arange(heads).reshape(1, -1, 1, 1)
@@ -534,7 +535,7 @@ class Where(Pattern, frozen=True, eq=False):
         return found[0], found[1]
 
     def planes(self, batch: int, heads: int) -> tuple[int, int]:
-        return self._probe(batch, heads)
+        return _planes_of(self, batch, heads)
 
     def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         return self._call(b, h, q, k)
@@ -590,6 +591,11 @@ def _check_documents(batches: int, positions: int, shape: Shape) -> None:
         raise UsageError(f"mask: documents got {positions} positions in all; there are {shape[3]} keys")
     if batches not in (1, shape[0]):
         raise UsageError(f"mask: documents got {batches} sequences; the batch has {shape[0]}")
+
+
+@lru_cache(maxsize=256)
+def _planes_of(mask: Where, batch: int, heads: int) -> tuple[int, int]:
+    return mask.probe(batch, heads)
 
 
 def _bytes_set(array: Array) -> Array:
