@@ -114,7 +114,8 @@ def prepare_dense(name: str, implementation: Implementation, dense: Workload, se
     Raises:
         Exception: whatever the implementation raises.
     """
-    setting.progress.mark_running(name)
+    setting.progress.begin_step(name, "warm up")
+    setting.progress.emit_progress(f"{name}: with every pair visible")
     inputs = setting.inputs.views()
     runner = runner_for(implementation, dense, inputs, dense.scale)
     started = time.perf_counter()
