@@ -144,12 +144,15 @@ class BlockList(Struct, frozen=True, eq=False):
         return self.derived("transposed", BlockList._transposed)
 
     def _transposed(self) -> BlockLists:
-        plane, row = np.divmod(self.row_of_entry(), self.row_tiles)
-        key = plane * self.key_tiles + self.entries[:, 0]
-        planes = self.batches * self.heads * self.key_tiles
-        order = np.argsort(key.astype(np.uint16) if planes <= 1 << 16 else key, kind="stable")
-        entries = np.stack([row[order], self.entries[order, 1]], axis=1).astype(np.int32)
-        return BlockLists(_offsets(key, planes), entries, [])
+        planes, counts = self.batches * self.heads, np.diff(self.offsets)
+        row = np.repeat(np.tile(np.arange(self.row_tiles, dtype=np.int32), planes), counts)
+        first_key = np.repeat(np.arange(planes, dtype=np.int32) * self.key_tiles, self.row_tiles)
+        key = np.repeat(first_key, counts) + self.entries[:, 0]
+        lists = planes * self.key_tiles
+        order = np.argsort(key.astype(np.uint16) if lists <= 1 << 16 else key, kind="stable")  # 16 bits: radix sort
+        entries = np.empty_like(self.entries)
+        entries[:, 0], entries[:, 1] = row[order], self.entries[order, 1]
+        return BlockLists(_offsets(key, lists), entries, [])
 
     def row_of_entry(self) -> Array:
         """Return plane * row_tiles + row tile of each entry."""
