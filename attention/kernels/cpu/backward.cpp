@@ -144,20 +144,27 @@ class FloatTiles {
   }
 
   // With all keys in one tile, its own sums replace those of the forward pass, whose scores and outputs were rounded
-  // differently: P' is scaled to the row sum, and delta is rowsum(P dP), so that gradients that should cancel do.
+  // differently: P' is scaled to the row sum, and delta is rowsum(P dP), so that gradients that should cancel do. A
+  // mean lies between the smallest and the largest dP: if all are equal, delta is exactly that.
   void take_sums_of_tile(const Item& item, int64_t keys, int64_t width) const {
     for (int64_t i = 0; i < width; i += lanes) {
       Vector sum{}, product{};
       for (int64_t j = 0; j < keys; j++) sum += load(scores_ + j * query_tile + i);
       const Vector inverse = load(rows_->inverse + i), scaled = sum * inverse;
       const Vector factor = scaled > 0.0f ? 1.0f / scaled : Vector{};
+      Vector low = Vector{} + infinity, high = Vector{} - infinity;
       for (int64_t j = 0; j < keys; j++) {
         const int64_t at = j * query_tile + i;
         const Vector probability = load(scores_ + at) * factor;
         store(scores_ + at, probability);
-        product = fused(product, probability, load(score_gradients_ + at));
+        const Vector gradient = load(score_gradients_ + at);
+        product = fused(product, probability, gradient);
+        low = probability > 0.0f && gradient < low ? gradient : low;
+        high = probability > 0.0f && gradient > high ? gradient : high;
       }
-      store(rows_->delta + i, product * inverse);
+      const Vector mean = product * inverse, above = mean > low ? mean : low;
+      const Vector within = above < high ? above : high;
+      store(rows_->delta + i, scaled > 0.0f ? within : mean);  // rows that see nothing have no dP
     }
     for (int64_t i = 0; i < item.queries; i++)
       rows_->delta[i] -= logsumexp_gradient(call_, item, i) * rows_->inverse[i];
