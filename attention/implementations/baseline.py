@@ -98,7 +98,7 @@ class Baseline:
     """
 
     name = "baseline"
-    takes_patterns = takes_alibi = returns_logsumexp = True
+    takes_patterns = takes_alibi = True
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route, which is the same for every workload."""

@@ -112,10 +112,9 @@ class TileMap:
         """Prepare the states; each row of tiles is computed when it is first needed."""
         self.pattern = pattern
         self._tiles = tiles
-        self._rows, self._keys = blocks.rows, blocks.keys
+        self._keys = blocks.keys
         self._known: dict[tuple[int, ...], tuple[Array, Array]] = {}
-        batch, heads, self.seq, self.kv_seq = tiles.shape
-        self._batch, self._heads = batch, heads
+        self._batch, _, self.seq, self.kv_seq = tiles.shape
 
     def key_blocks(self, batches: range, heads: range, rows: range) -> list[range]:
         """Return the blocks of keys of which a row of the heads sees any."""

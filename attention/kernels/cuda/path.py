@@ -44,12 +44,12 @@ def route(workload: Workload, needs: Needs) -> Route:
     if distrusted:
         reason = f"{reason}; this one for any call, since the faster one is not used: {'; '.join(distrusted)}"
     obstacle = launcher.known_obstacle()
-    behind = backward_refusal(workload, needs) if workload.pass_ == "training" else None
+    gradient_refusal = backward_refusal(workload, needs) if workload.pass_ == "training" else None
     if obstacle:
         reason = f"{reason}; launched kernel by kernel, since {obstacle}"
-    if behind:
-        reason = f"{reason}; gradients go through MLX's own path: {behind}"
-    predicted = _predicted(workload, needs, behind)
+    if gradient_refusal:
+        reason = f"{reason}; gradients go through MLX's own path: {gradient_refusal}"
+    predicted = _predicted(workload, needs, gradient_refusal)
     return Route(path=NAMES[path], fused=True, reason=reason, predicted_bytes=predicted)
 
 

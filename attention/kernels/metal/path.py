@@ -106,8 +106,8 @@ def _of_mask(mask: Mask) -> dict[str, Any]:
 def _of_gradients(shape: CallShape, call: CallParams) -> str:
     from attention.kernels.metal.gradients import refusal
 
-    behind = refusal(shape, call)
-    return f"; gradients go through the score matrix: {behind}" if behind else ""
+    gradient_refusal = refusal(shape, call)
+    return f"; gradients go through the score matrix: {gradient_refusal}" if gradient_refusal else ""
 
 
 def _predicted(workload: Workload, shape: CallShape, call: CallParams) -> int | None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal
 
+from attention.core.workload import ITEM_BYTES
+
 Kind = Literal["forward", "decode", "backward_query", "backward_key"]
 KINDS: Final[tuple[Kind, ...]] = ("forward", "decode", "backward_query", "backward_key")
 HEAD_DIMS: Final = (32, 64, 80, 96, 128, 192, 256)
-SIZES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+SIZES: Final = ITEM_BYTES
 """Bytes per element, by dtype."""
 THREADGROUP_BYTES: Final = 32768
 PAD_BYTES: Final = 16
