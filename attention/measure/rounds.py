@@ -227,7 +227,9 @@ def run_rounds(
     started = clock()
     late = False
     for count in _fresh_generation():
-        turns = [arm for arm in arms if arm is arms[0] or _takes_part(arm, count, late, limits)]
+        due = [arm for arm in arms if arm is arms[0] or _takes_part(arm, count, late, limits)]
+        paired = {arm.name for arm in due if arm.dense}  # a dense sample is a pair with the arm's own
+        turns = [arm for arm in arms if arm in due or arm.name in paired]
         for arm in arms:
             if arm not in turns:
                 arm.samples.append(math.nan)
