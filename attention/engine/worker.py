@@ -20,7 +20,7 @@ from attention.engine.progress import Emit
 def main() -> int:
     """Run one assignment; return 0 if it is complete, 1 if this process must not continue."""
     parser = argparse.ArgumentParser(prog="python -m attention.engine.worker", description=__doc__)
-    parser.add_argument("--mark", type=int, help="file descriptor that holds the number of who is at work")
+    parser.add_argument("--mark", type=int, help="file descriptor of the number of the running implementation")
     mark_file: int | None = parser.parse_args().mark
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

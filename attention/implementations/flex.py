@@ -79,9 +79,9 @@ class Flex:
         """Return whether the workload's kind of call has not been compiled in this process."""
         return _call_of(workload, torch_place()) not in self._compiled
 
-    def build_for(self, workload: Workload, tell: Callable[[str], None]) -> None:
+    def build_for(self, workload: Workload, on_message: Callable[[str], None]) -> None:
         """Compile the workload's kind of call; if that fails, calls raise the reason."""
-        tell(f"flex: torch.compile makes a kernel for {workload.label}")
+        on_message(f"flex: torch.compile makes a kernel for {workload.label}")
         self._of(_call_of(workload, torch_place()))
 
     def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> TorchRunner:

@@ -49,7 +49,7 @@ class Kernel(Protocol):
         """Return whether a call can run without compiling first."""
         ...
 
-    def build(self, tell: Callable[[str], None]) -> None:
+    def build(self, on_message: Callable[[str], None]) -> None:
         """Compile the kernel; raises KernelUnavailable."""
         ...
 
@@ -152,10 +152,10 @@ class Poc:
         kernel = _kernel(device.backend)
         return not kernel.is_built() and kernel.route(workload, NO_NEEDS).supported
 
-    def build(self, tell: Callable[[str], None]) -> None:
+    def build(self, on_message: Callable[[str], None]) -> None:
         """Compile the kernel; if that fails, calls fall back and the route has the reason."""
         with suppress(KernelUnavailable):
-            _kernel(current_backend()).build(tell)
+            _kernel(current_backend()).build(on_message)
 
     def __call__(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None

@@ -70,8 +70,8 @@ class NeedsBuilding(Protocol):
         """Return whether a first call would have to build; quick."""
         ...
 
-    def build(self, tell: Callable[[str], None]) -> None:
-        """Build; `tell` receives a line before long steps. If it fails, routes report the reason from then on."""
+    def build(self, on_message: Callable[[str], None]) -> None:
+        """Build; `on_message` receives a line before long steps. If it fails, routes report the reason from then on."""
         ...
 
 
@@ -83,7 +83,7 @@ class NeedsBuildingPerCall(Protocol):
         """Return whether a first call of the workload would have to build; quick."""
         ...
 
-    def build_for(self, workload: Workload, tell: Callable[[str], None]) -> None:
+    def build_for(self, workload: Workload, on_message: Callable[[str], None]) -> None:
         """Build for the workload's calls; if it fails, they raise the reason."""
         ...
 

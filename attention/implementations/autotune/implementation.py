@@ -202,10 +202,10 @@ class Demo:
         """Return whether a candidate has to be compiled before a trial is fair."""
         return any(one.needs_building(workload, device) for one in self._compiled_candidates())
 
-    def build(self, tell: Callable[[str], None]) -> None:
+    def build(self, on_message: Callable[[str], None]) -> None:
         """Compile what a trial would call."""
         for one in self._compiled_candidates():
-            one.build(tell)
+            one.build(on_message)
 
     def for_training(self) -> "Demo":
         """Return a tuner for training calls that shares the store and the choices of this one."""

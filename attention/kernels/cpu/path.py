@@ -60,13 +60,13 @@ def is_built() -> bool:
     return cpu.is_compiled()
 
 
-def build(tell: Callable[[str], None]) -> None:
+def build(on_message: Callable[[str], None]) -> None:
     """Compile and self-check the kernel if there is none for this machine.
 
     Raises:
         KernelUnavailable: the reason, which routes report from then on.
     """
-    cpu.load(tell)
+    cpu.load(on_message)
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:

@@ -66,13 +66,13 @@ def is_built() -> bool:
     return launcher.is_settled()
 
 
-def build(tell: Callable[[str], None]) -> None:
-    """Compile the launcher and check that kernels can be compiled; `tell` is called with progress messages.
+def build(on_message: Callable[[str], None]) -> None:
+    """Compile the launcher and check that kernels can be compiled; `on_message` is called with progress messages.
 
     Raises:
         KernelUnavailable: compilation is not possible; later routes report the reason.
     """
-    cuda.load(tell)
+    cuda.load(on_message)
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:

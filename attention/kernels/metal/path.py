@@ -55,7 +55,7 @@ def is_built() -> bool:
     return True
 
 
-def build(tell: Callable[[str], None]) -> None:
+def build(on_message: Callable[[str], None]) -> None:
     """Check that there is a Metal GPU to compile for.
 
     Raises:
@@ -63,7 +63,7 @@ def build(tell: Callable[[str], None]) -> None:
     """
     from attention.kernels.metal import trust as metal_trust
 
-    tell(f"The Metal kernels are compiled and checked at the first call of each kind ({metal_trust.describe()})")
+    on_message(f"The Metal kernels are compiled and checked at the first call of each kind ({metal_trust.describe()})")
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
