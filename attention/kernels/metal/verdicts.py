@@ -1,6 +1,6 @@
 """Results of the kernels' self-checks on this machine, for diagnostics and bug reports."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -9,7 +9,7 @@ from attention.core.errors import KernelUnavailable
 from attention.kernels.common import cache, first_use
 from attention.kernels.metal import trust as metal_trust
 from attention.kernels.metal.call import FEW_ROWS, CallParams, CallShape, specialisation
-from attention.kernels.metal.tiles import HEAD_DIMS, SIZES
+from attention.kernels.metal.tiles import HEAD_DIMS, SIZES, Kind
 
 UNKNOWN: Final = (
     "Never measured by the authors, who had no Mac: speed, registers and occupancy. "
@@ -54,7 +54,7 @@ def summary() -> tuple[str, str | None]:
 
 
 def check_all() -> Iterator[str]:
-    """Self-check a causal forward, decode and backward kernel of every head dim and dtype; yields each name first.
+    """Self-check the kernels of every head dim and dtype, causal and with block lists; yields each name first.
 
     Raises:
         KernelUnavailable: there is no Metal device.
@@ -66,12 +66,15 @@ def check_all() -> Iterator[str]:
         for head_dim in HEAD_DIMS:
             many = CallShape(1, 4, 2, FEW_ROWS + 1, 83, head_dim, dtype)
             few = CallShape(1, 4, 2, 1, 83, head_dim, dtype)
-            call = CallParams(head_dim**-0.5, causal=True)
-            for special, shape, check in (
-                (specialisation("forward", many, call), many, attend.check),
-                (specialisation("decode", few, call), few, attend.check),
-                (specialisation("backward_key", many, call), many, gradients.check),
-            ):
-                yield special.name
+            causal, listed = CallParams(head_dim**-0.5, causal=True), CallParams(head_dim**-0.5, lists=True)
+            checks: list[tuple[Kind, CallShape, CallParams, Callable[[CallShape, CallParams], None]]] = [
+                ("forward", many, causal, attend.check),
+                ("decode", few, causal, attend.check),
+                ("backward_key", many, causal, gradients.check),
+                ("forward", many, listed, attend.check),
+                ("backward_key", many, listed, gradients.check),
+            ]
+            for kind, shape, call, check in checks:
+                yield specialisation(kind, shape, call).name
                 with suppress(KernelUnavailable):  # stored with its reason, like one that passes
                     check(shape, call)

@@ -114,8 +114,8 @@ def test_a_report_checks_all_head_dims_and_hides_home_folders(monkeypatch, tmp_p
     monkeypatch.setattr(diagnosis, "diagnose", lambda measure: [])
     with on_a_mac(Refusing()):
         report = diagnosis.make(told.append, measure=True)
-    assert len(told) == 7 * 3 * 3
-    assert "0 of 63 checks passed" in report
+    assert len(told) == 7 * 3 * 5
+    assert "0 of 105 checks passed" in report
     assert diagnosis.without_home(f"{tmp_path}/x") == "~/x"
 
 
