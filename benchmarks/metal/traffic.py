@@ -74,9 +74,8 @@ def _of_queries(tile: Tile, shape: CallShape, call: CallParams, splits: int, spa
     packed = tile.kind == "decode"
     planes, rows = (shape.kv_heads, shape.group * shape.queries) if packed else (shape.heads, shape.queries)
     planes *= shape.batch
-    end = (
-        rows if seen is None else -(-rows // LIST_QUERIES) * LIST_QUERIES
-    )  # whole tiles, whose last blocks may be empty
+    # With lists, blocks fill whole tiles: the last may be past the end.
+    end = rows if seen is None else -(-rows // LIST_QUERIES) * LIST_QUERIES
     for first in range(0, end, tile.block_q):
         block = range(first, max(first, min(first + tile.block_q, rows)))
         queries = range(shape.queries) if packed else block
