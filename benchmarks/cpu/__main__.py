@@ -12,7 +12,7 @@ import mlx.core as mx
 from attention.kernels import cpu
 from attention.kernels.cpu import build
 from benchmarks import cpu as benchmarks_cpu
-from benchmarks.cpu import measure
+from benchmarks.cpu import measure, sparse
 from benchmarks.cpu.claims import BenchReport, Claim, claims
 from benchmarks.cpu.measure import DECODE, SHAPES, TYPES, threads
 
@@ -22,9 +22,14 @@ MAX_LOAD: Final = 0.5
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {benchmarks_cpu.__name__}", description=benchmarks_cpu.__doc__)
+    parser.add_argument(
+        "subject", nargs="?", choices=["dense", "sparse"], default="dense", help="sparse: block lists (default: dense)"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="of each row (default: 15)")
     parser.add_argument("--types", nargs="+", default=["float32", "bfloat16"], choices=list(TYPES))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--masks", nargs="+", metavar="MASK", help="sparse: these masks only")
+    parser.add_argument("--no-peers", action="store_true", help="sparse: leave out torch")
     parser.add_argument("--no-start", action="store_true", help="leave out the first use, which compiles")
     return parser.parse_args()
 
@@ -72,6 +77,9 @@ def main() -> None:
     arguments = _arguments()
     mx.set_default_device(mx.cpu)
     cpu.load(lambda message: print(message, file=sys.stderr))
+    if arguments.subject == "sparse":
+        sparse.main(arguments)
+        return
     report = BenchReport(build.cpu_name(), cpu.variant(), threads(), os.getloadavg()[0])
     _measure(arguments, report)
     found = claims(report)
