@@ -43,7 +43,7 @@ struct Panel {
   Softmax state;
   Room room;
   int64_t width, begin, end;
-  bool started[2] = {false, false};  // whether the output of each half is initialised
+  bool started[parts] = {};  // whether the output of each part is initialised
 
   template <class T>
   void open(const Problem& p, const Item& whole, int64_t index) {
@@ -60,40 +60,38 @@ struct Panel {
   void step(const Problem& p, const Floats& k, const Floats& v, int64_t key, const uint64_t* bits) {
     if (key < begin || key >= end) return;
     const int64_t keys = std::min(key_tile, end - key);
-    if (bits != nullptr) return listed_step(p, k, v, key, keys, bits);
     const Scores whole{room.scores, key, keys, 0, width, bounds.whole};
-    if (width <= half_tile || (whole.all_seen() && started[0] == started[1])) return part(p, k, v, whole);
-    for (int64_t h = 0; h < 2; h++) {  // at the mask's edge each half skips the keys that none of its queries attends to
-      const Extent& seen = bounds.half[h];
-      const int64_t first = std::max(key, seen.any_first), last = std::min(key + keys - 1, seen.any_last);
-      if (first > last) continue;
-      part(p, {k.data + (first - key) * k.stride, k.stride}, {v.data + (first - key) * v.stride, v.stride},
-           {room.scores, first, last - first + 1, h * half_tile, std::min(width, (h + 1) * half_tile), seen});
+    const bool alike = std::all_of(started, started + ceil_div(width, part_rows), [&](bool s) { return s == started[0]; });
+    if (bits == nullptr && alike && whole.all_seen()) return attend(p, k, v, whole);
+    // At the mask's edge each part skips the keys that none of its queries sees; parts that see the same keys stay together.
+    for (int64_t i = 0, next; i * part_rows < width; i = next) {
+      const KeyRange seen = range(i, key, keys, bits);
+      for (next = i + 1; bits != nullptr && next * part_rows < width && started[next] == started[i]; next++) {
+        const KeyRange other = range(next, key, keys, bits);
+        if (other.first != seen.first || other.last != seen.last) break;
+      }
+      if (seen.first > seen.last) continue;
+      attend(p, {k.data + seen.first * k.stride, k.stride}, {v.data + seen.first * v.stride, v.stride},
+             {room.scores, key + seen.first, seen.last - seen.first + 1, i * part_rows, std::min(width, next * part_rows),
+              bounds.part[i], bits == nullptr ? nullptr : bits + seen.first});
     }
-  }
-
-  // As `step`, for a tile that the panel sees a part of: each half skips keys likewise, unless both see the same range.
-  void listed_step(const Problem& p, const Floats& k, const Floats& v, int64_t key, int64_t keys, const uint64_t* bits) {
-    const auto range = [&](const KeyRange& seen, int64_t from, int64_t to) {
-      if (seen.first <= seen.last)
-        part(p, {k.data + seen.first * k.stride, k.stride}, {v.data + seen.first * v.stride, v.stride},
-             {room.scores, key + seen.first, seen.last - seen.first + 1, from, to, bounds.whole, bits + seen.first});
-    };
-    const KeyRange half[2] = {keys_seen(bits, keys, row_bits(half_tile)), keys_seen(bits, keys, ~row_bits(half_tile))};
-    const bool same = half[0].first == half[1].first && half[0].last == half[1].last && started[0] == started[1];
-    if (same) return range(half[0], 0, width);
-    for (int64_t h = 0; h < 2; h++) range(half[h], h * half_tile, std::min(width, (h + 1) * half_tile));
   }
 
   // Outputs that no step reached are 0.
   void close(int64_t dims) {
-    for (int64_t h = 0; h < 2; h++)
-      for (int64_t d = 0; d < dims && !started[h]; d++)
-        std::fill_n(room.output + d * query_tile + h * half_tile, half_tile, 0.0f);
+    for (int64_t i = 0; i < parts; i++)
+      for (int64_t d = 0; d < dims && !started[i]; d++)
+        std::fill_n(room.output + d * query_tile + i * part_rows, part_rows, 0.0f);
   }
 
  private:
-  void part(const Problem& p, const Floats& k, const Floats& v, const Scores& tile) {
+  // The keys of a tile that any query of a part sees, from its first one.
+  KeyRange range(int64_t i, int64_t key, int64_t keys, const uint64_t* bits) const {
+    if (bits != nullptr) return keys_seen(bits, keys, row_bits(part_rows) << i * part_rows);
+    return {std::max<int64_t>(0, bounds.part[i].any_first - key), std::min(keys - 1, bounds.part[i].any_last - key)};
+  }
+
+  void attend(const Problem& p, const Floats& k, const Floats& v, const Scores& tile) {
     const int64_t i = tile.begin;
     multiply_scores({k.data, k.stride, room.query + i, query_tile, p.head_dim, room.scores + i, query_tile, nullptr},
                     tile.keys, tile.width());
@@ -104,11 +102,11 @@ struct Panel {
     });
     const Operands to_output{v.data,          v.stride,   room.scores + i,     query_tile, tile.keys,
                              room.output + i, query_tile, state.correction + i};
-    if (started[i / half_tile])
+    if (started[i / part_rows])
       multiply<Layout::rows_contiguous, Update::rescale>(to_output, p.value_dim, tile.width());
     else
       multiply<Layout::rows_contiguous, Update::overwrite>(to_output, p.value_dim, tile.width());
-    for (int64_t h = tile.begin; h < tile.end; h += half_tile) started[h / half_tile] = true;
+    for (int64_t row = tile.begin; row < tile.end; row += part_rows) started[row / part_rows] = true;
   }
 };
 

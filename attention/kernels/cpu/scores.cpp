@@ -29,13 +29,16 @@ void bound_scores(const Scores& t, const Bounds& b) {
 }
 
 // Keeps the scores of the pairs whose bit is set.
-void select_scores(const Scores& t) {
+void select_scores(const Scores& t, int64_t rows) {
   const Words lane = (Words{} + 1u) << as<Words>(lane_numbers());
-  for (int64_t j = 0; j < t.keys; j++)
+  const uint64_t all = row_bits(std::min(t.end, rows)) & ~row_bits(t.begin);
+  for (int64_t j = 0; j < t.keys; j++) {
+    if ((t.bits[j] & all) == all) continue;
     for (int64_t i = t.begin; i < t.end; i += lanes) {
       const Words set = (Words{} + uint32_t(t.bits[j] >> i)) & lane;
       store(t.at(j, i), set != 0u ? load(t.at(j, i)) : broadcast(-infinity));
     }
+  }
 }
 
 float slope_of(const Problem& p, const Item& item, int64_t row) {
@@ -92,13 +95,13 @@ void finish_scores(const Scores& t, const Problem& p, const Item& item, const Bo
   if (p.softcap > 0) cap_scores(t, inside_cap(p), p.softcap);
   if (p.slopes.data != nullptr) add_slopes(t, p, item);
   if (p.mask.data != nullptr) add_any_mask(t, p.mask, item);
-  if (t.bits != nullptr) select_scores(t);
+  if (t.bits != nullptr) select_scores(t, item.rows());
   if (!t.all_seen()) bound_scores(t, b);
 }
 
 float finish_raw_scores(const Scores& t, const Problem& p, const Item& item, const Bounds& b) {
   if (!(p.softcap > 0) && p.mask.data == nullptr && p.slopes.data == nullptr && p.scale > 0) {
-    if (t.bits != nullptr) select_scores(t);
+    if (t.bits != nullptr) select_scores(t, item.rows());
     if (!t.all_seen()) bound_scores(t, b);
     return p.scale;
   }

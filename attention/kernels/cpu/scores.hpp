@@ -8,7 +8,8 @@
 
 namespace fatui {
 
-constexpr int64_t half_tile = query_tile / 2;
+// Queries of a tile that skip keys together at a mask's edge: whole register tiles.
+constexpr int64_t part_rows = lanes > 8 ? 32 : 16, parts = query_tile / part_rows;
 
 // Keys that any of a set of queries attends to, [any_first, any_last], and that all of them attend to.
 struct Extent {
@@ -21,21 +22,22 @@ struct Extent {
   }
 };
 
-struct Bounds {  // keys attended to by each query of the tile, by its halves, and by the whole tile
+struct Bounds {  // keys attended to by each query of the tile, by its parts, and by the whole tile
   alignas(64) int32_t first[query_tile], last[query_tile];
-  Extent whole, half[2];
+  Extent whole, part[parts];
 };
 
 inline Bounds bounds_of(const Problem& p, const Item& item) {
   Bounds b;
   if (!p.causal && p.window == 0) {  // then per-query bounds are not used
-    for (Extent* e : {&b.whole, &b.half[0], &b.half[1]}) e->take(visible(p, item.query));
+    b.whole.take(visible(p, item.query));
+    std::fill_n(b.part, parts, b.whole);
     return b;
   }
   for (int64_t r = 0; r < query_tile; r++) {
     const Visible v = visible(p, item.query + std::min(r, item.rows() - 1) % item.queries);
     b.first[r] = int32_t(v.first), b.last[r] = int32_t(v.last);
-    b.whole.take(v), b.half[r / half_tile].take(v);
+    b.whole.take(v), b.part[r / part_rows].take(v);
   }
   return b;
 }
