@@ -1,10 +1,10 @@
 """Block lists against the kernel's own dense call and against torch, in interleaved rounds.
 
-Predicted share of the dense time, for float32 at D = 64: the share of computed pairs (those of the listed tiles, less the
-keys that no query of half a tile sees) and of the call around them. A panel of 64 queries by 128 keys is 2 x 64 x 128 x 64
-multiply-adds: 65 thousand cycles of an AVX2 core. Per panel, loading Q and writing O take about 5 thousand; per partial
-tile, turning and applying the bits takes 5 thousand. K and V of a tile are 64 KiB, read once for the panels that list it:
-half a byte a cycle from the L3, so that lists do not make the call wait for memory.
+Predicted share of the dense time, for float32 at D = 64: the share of computed pairs (those of the listed tiles, less
+the keys that no query of a part of the panel sees) and of the call around them. A panel of 64 queries by 128 keys is
+2 x 64 x 128 x 64 multiply-adds: 65 thousand cycles of an AVX2 core. Per panel, loading Q and writing O take about 5
+thousand; per partial tile, turning and applying the bits takes up to 5 thousand. K and V of a tile are 64 KiB, read
+once for the panels that list it: half a byte a cycle from the L3, so that lists do not make the call wait for memory.
 """
 
 import argparse
@@ -117,7 +117,9 @@ def _torch_calls(names: tuple[str, ...], inputs: list[mx.array], pattern: Patter
     torch.set_num_threads(threads())
     length, dtype = inputs[0].shape[2], getattr(torch, str(inputs[0].dtype).removeprefix("mlx.core."))
     q, k, v, cotangent = (torch.from_numpy(np.array(x.astype(mx.float32))).to(dtype) for x in inputs)
-    dense = torch.from_numpy(np.array(mx.broadcast_to(pattern.dense((BATCH, HEADS, length, length)), (BATCH, HEADS, length, length))))
+    dense = torch.from_numpy(
+        np.array(mx.broadcast_to(pattern.dense((BATCH, HEADS, length, length)), (BATCH, HEADS, length, length)))
+    )
 
     def run(attend: Callable[..., Any]) -> Run:
         if not backward:
@@ -157,9 +159,7 @@ def measure(pairing: Pairing, dtype: str, backward: bool, rounds: int, with_peer
     for number in range(rounds):
         for name, taken in one_round(runs, 1, number).items():
             times[name].append(taken)
-    ratio = {
-        name: statistics.median(a / b for a, b in zip(times["lists"], times[name], strict=True)) for name in runs
-    }
+    ratio = {name: statistics.median(a / b for a, b in zip(times["lists"], times[name], strict=True)) for name in runs}
     planes, (q, k) = lists.batches * lists.heads, cpu.LIST_TILE
     row = SparseRow(
         pairing.name,
