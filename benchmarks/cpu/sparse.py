@@ -23,7 +23,9 @@ from attention import masks
 from attention.kernels import cpu
 from attention.kernels.cpu import build
 from attention.masks import Pattern
-from benchmarks.cpu.measure import TYPES, Run, one_round, sample, threads
+from attention.measure.rounds import Arm, TimedCall, take_sample
+from benchmarks.cpu.measure import TYPES, let_threads_sleep, threads
+from benchmarks.rounds import Call, MlxCalls, TorchCalls, sample
 
 BATCH, HEADS, HEAD_DIM = 1, 8, 64
 PEERS: Final = ("flex", "sdpa")
@@ -98,16 +100,18 @@ def _inputs(length: int, dtype: str) -> list[mx.array]:
     return made
 
 
-def _call(inputs: list[mx.array], backward: bool, **keywords: Any) -> Run:
+def _call(inputs: list[mx.array], backward: bool, **keywords: Any) -> TimedCall:
     q, k, v, cotangent = inputs
 
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return cpu.flash_attention(q, k, v, scale=HEAD_DIM**-0.5, **keywords)
 
-    return (lambda: mx.vjp(attend, [q, k, v], [cotangent])[1]) if backward else (lambda: attend(q, k, v))
+    return MlxCalls((lambda: mx.vjp(attend, [q, k, v], [cotangent])[1]) if backward else (lambda: attend(q, k, v)))
 
 
-def _torch_calls(names: tuple[str, ...], inputs: list[mx.array], pattern: Pattern, backward: bool) -> dict[str, Run]:
+def _torch_calls(
+    names: tuple[str, ...], inputs: list[mx.array], pattern: Pattern, backward: bool
+) -> dict[str, TimedCall]:
     """Return torch's calls with the same mask: FlexAttention compiled, and SDPA with a dense bool mask."""
     try:
         import torch
@@ -121,25 +125,26 @@ def _torch_calls(names: tuple[str, ...], inputs: list[mx.array], pattern: Patter
         np.array(mx.broadcast_to(pattern.dense((BATCH, HEADS, length, length)), (BATCH, HEADS, length, length)))
     )
 
-    def run(attend: Callable[..., Any]) -> Run:
+    def run(attend: Callable[..., Any]) -> Call:
         if not backward:
             return lambda: attend(q, k, v)
         given = [x.clone().requires_grad_() for x in (q, k, v)]
         return lambda: torch.autograd.grad(attend(*given), given, cotangent)
 
-    calls = {}
+    calls: dict[str, TimedCall] = {}
     if "sdpa" in names:
-        calls["sdpa"] = run(lambda *x: torch.nn.functional.scaled_dot_product_attention(*x, attn_mask=dense))
+        sdpa: Any = torch.nn.functional.scaled_dot_product_attention
+        calls["sdpa"] = TorchCalls(run(lambda *x: sdpa(*x, attn_mask=dense)))
     if "flex" in names:
         blocks = create_block_mask(lambda b, h, q, k: dense[b, h, q, k], BATCH, HEADS, length, length, device="cpu")
-        compiled = torch.compile(flex_attention)
+        compiled: Any = torch.compile(flex_attention)
         call = run(lambda *x: compiled(*x, block_mask=blocks))
         try:
             call()
         except Exception as error:  # what torch cannot compile on this CPU is left out, by name
             print(f"flex: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
-            calls["flex"] = call
+            calls["flex"] = TorchCalls(call)
     return calls
 
 
@@ -148,17 +153,13 @@ def measure(pairing: Pairing, dtype: str, backward: bool, rounds: int, with_peer
     shape = BATCH, HEADS, pairing.length, pairing.length
     lists = pairing.pattern.block_list(shape, *cpu.LIST_TILE)
     inputs = _inputs(pairing.length, dtype)
-    runs = {"dense": _call(inputs, backward), "lists": _call(inputs, backward, lists=lists)}
+    runs: dict[str, TimedCall] = {"dense": _call(inputs, backward), "lists": _call(inputs, backward, lists=lists)}
     if pairing.by_bounds:
         runs["bounds"] = _call(inputs, backward, **pairing.by_bounds)
     if with_peers:
         runs |= _torch_calls(pairing.peers, inputs, pairing.pattern, backward)
-    for run in runs.values():
-        sample(run, 1)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name, taken in one_round(runs, 1, number).items():
-            times[name].append(taken)
+    arms = [Arm(name=name, runner=run, call_s=take_sample(run, 1), lead_in=True) for name, run in runs.items()]
+    times = sample(arms, rounds, let_threads_sleep)
     ratio = {name: statistics.median(a / b for a, b in zip(times["lists"], times[name], strict=True)) for name in runs}
     planes, (q, k) = lists.batches * lists.heads, cpu.LIST_TILE
     row = SparseRow(
