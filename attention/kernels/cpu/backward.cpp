@@ -78,7 +78,9 @@ class FloatTiles {
                                   [&](float m) { return Coarse(p_).has(m); });
     if (fine) finish_in_double(scores, p_, t.item, {k, k_.stride}, {rows_->reference, rows_->fine});
     make_probabilities(t.keys, width, fine);
-    if (t.keys == p_.keys) take_sums_of_tile(t.item, t.keys, width);
+    const Extent& seen = t.bounds.whole;
+    if (seen.any_first >= t.key && std::min(seen.any_last, p_.keys - 1) < t.key + t.keys)
+      take_sums_of_tile(t.item, t.keys, width);
     make_score_gradients(t.keys, width);
     if (t.key_sums != nullptr) add_to_keys(t);
     if (t.query_sums != nullptr)
@@ -143,9 +145,9 @@ class FloatTiles {
     }
   }
 
-  // With all keys in one tile, its own sums replace those of the forward pass, whose scores and outputs were rounded
-  // differently: P' is scaled to the row sum, and delta is rowsum(P dP), so that gradients that should cancel do. A
-  // mean lies between the smallest and the largest dP: if all are equal, delta is exactly that.
+  // With all keys of the queries in one tile, its own sums replace those of the forward pass, whose scores and outputs
+  // were rounded differently: P' is scaled to the row sum, and delta is rowsum(P dP), so that gradients that should
+  // cancel do. A mean lies between the smallest and the largest dP: if all are equal, delta is exactly that.
   void take_sums_of_tile(const Item& item, int64_t keys, int64_t width) const {
     for (int64_t i = 0; i < width; i += lanes) {
       Vector sum{}, product{};
