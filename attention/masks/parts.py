@@ -3,9 +3,9 @@
 Query row i of Lq has position i + Lk - Lq among the Lk keys (rows and keys are aligned at their ends).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 
@@ -31,9 +31,15 @@ from attention.masks.tiles import (
 if TYPE_CHECKING:
     import mlx.core as mx
 
-Visible = Callable[["mx.array", "mx.array", "mx.array", "mx.array"], "mx.array"]
-"""f(b, h, q, k) of index arrays: bool, True where a query attends to a key."""
 MAX_SHOWN_NUMBERS: Final = 6
+
+
+class Visible(Protocol):
+    """A function of index arrays of batch, head, query position and key, which broadcast against each other."""
+
+    def __call__(self, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array", /) -> "mx.array":
+        """Return bool, True where a query attends to a key."""
+        ...
 
 
 class _Band(Pattern, frozen=True):
