@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import mlx.core as mx
 from msgspec import structs
@@ -72,9 +72,12 @@ def needs_with_mask(workload: Workload, needs: Needs) -> Needs:
     return structs.replace(needs, pattern=own.pattern, mask_batches=own.mask_batches, mask_heads=own.mask_heads)
 
 
+_CPU: Final = mx.Device(mx.cpu)
+
+
 def current_backend() -> Backend:
-    """Return the backend of MLX's current default device."""
-    if mx.default_device() == mx.Device(mx.cpu):
+    """Return the backend of MLX's current default device; part of every call, so it must be cheap."""
+    if mx.default_device() == _CPU:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
