@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -34,6 +35,7 @@ struct Options {
   int64_t window = 0, items = 0;
   int64_t list_batches = 0, list_heads = 0;  // planes of the block lists; 0: there are none
   bool masked = false, sloped = false;       // whether there is a mask array, and slopes
+  std::array<int64_t, 4> listed{};           // (B, H, Lq, Lk) that the block lists are for
   bool operator==(const Options&) const = default;
 };
 
@@ -148,6 +150,32 @@ void* allocate(mx::array& out) {
   throw std::invalid_argument("flash_attention has no second derivative; implementation 'baseline' has.");
 }
 
+// mx.compile(shapeless=True) runs with other shapes than those traced; what stays as it was traced must fit them, because
+// the kernel reads it by the shapes of q and k. The optional inputs begin at `next`.
+void check_traced(const Options& options, const Arrays& inputs, size_t next) {
+  const auto &q = inputs[0], &k = inputs[1];
+  const std::array<int64_t, 4> scores{q.shape(0), q.shape(1), q.shape(2), k.shape(2)};
+  const auto stop = [](const std::string& what) {
+    throw std::invalid_argument("[flash_attention] " + what + " of other lengths; mx.compile without shapeless traces each.");
+  };
+  if (options.masked) {
+    for (int i = 0; i < 4; i++)
+      if (inputs[next].shape(i) != 1 && inputs[next].shape(i) != scores[i]) stop("the mask is one");
+    next++;
+  }
+  if (options.list_batches > 0) {
+    if (options.listed != scores) stop("the block lists are those");
+    next += 3;
+  }
+  if (options.sloped && inputs[next].shape(1) != scores[1]) stop("the slopes are those");
+}
+
+// Options of a call mapped by vmap: its lists are for a larger batch.
+Options mapped(Options options, int count) {
+  options.listed[0] *= count;
+  return options;
+}
+
 // vmap: the mapped axis becomes part of the batch.
 mx::array with_batch(const mx::array& a, int axis, int count, int batch, mx::Stream s) {
   mx::array x = axis >= 0 ? mx::moveaxis(a, axis, 0, s) : mx::expand_dims(a, 0, s);
@@ -233,7 +261,8 @@ Arrays FlashForward::jvp(const Arrays&, const Arrays&, const std::vector<int>&) 
 
 std::pair<Arrays, std::vector<int>> FlashForward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   const int count = mapped_count(inputs, axes);
-  return unbatched(make_forward(batched(inputs, axes, count, options_, stream()), options_, stream()), count, stream());
+  const Arrays all = batched(inputs, axes, count, options_, stream());
+  return unbatched(make_forward(all, mapped(options_, count), stream()), count, stream());
 }
 
 bool FlashForward::is_equivalent(const mx::Primitive& other) const {
@@ -241,6 +270,7 @@ bool FlashForward::is_equivalent(const mx::Primitive& other) const {
 }
 
 std::vector<mx::Shape> FlashForward::output_shapes(const Arrays& inputs) {
+  check_traced(options_, inputs, 3);
   const auto& q = inputs[0];
   const mx::Shape rows{q.shape(0), q.shape(1), q.shape(2)};
   return {{rows[0], rows[1], rows[2], inputs[2].shape(3)}, rows, {rows[0], rows[1], rows[2], 3}};
@@ -269,7 +299,8 @@ Arrays FlashBackward::jvp(const Arrays&, const Arrays&, const std::vector<int>&)
 
 std::pair<Arrays, std::vector<int>> FlashBackward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   const int count = mapped_count(inputs, axes);
-  return unbatched(make_backward(batched(inputs, axes, count, options_, stream()), options_, stream()), count, stream());
+  const Arrays all = batched(inputs, axes, count, options_, stream());
+  return unbatched(make_backward(all, mapped(options_, count), stream()), count, stream());
 }
 
 bool FlashBackward::is_equivalent(const mx::Primitive& other) const {
@@ -277,6 +308,7 @@ bool FlashBackward::is_equivalent(const mx::Primitive& other) const {
 }
 
 std::vector<mx::Shape> FlashBackward::output_shapes(const Arrays& inputs) {
+  check_traced(options_, inputs, 7);
   return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
 }
 
@@ -348,7 +380,10 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
   std::vector<mx::array> inputs{q, k, v};
   options.masked = extras.mask.has_value(), options.sloped = extras.slopes.has_value();
   if (options.masked) inputs.push_back(four_dimensional(*extras.mask, {q.shape(0), q.shape(1), q.shape(2), k.shape(2)}, s));
-  if (options.list_batches > 0) add_lists(inputs, options, extras, s);
+  if (options.list_batches > 0) {
+    add_lists(inputs, options, extras, s);
+    options.listed = {q.shape(0), q.shape(1), q.shape(2), k.shape(2)};
+  }
   if (options.sloped) {
     if (extras.slopes->dtype() != mx::float32 || extras.slopes->shape() != mx::Shape{q.shape(1)})
       refuse("slopes are float32 (" + std::to_string(q.shape(1)) + "); got " + text(extras.slopes->shape()) + ".");

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attention import masks
+from attention import attention, masks
 from attention.core.workload import Workload
 from attention.implementations.calls import take_path
 from attention.implementations.fused import Poc
@@ -325,3 +325,16 @@ def test_routes_name_the_lists():
     assert route.supported
     assert route.path.endswith(", lists")
     assert "block lists" in route.reason
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [masks.dilated(50, 3), masks.padding(20), mx.ones((40, 40), mx.bool_)],
+    ids=["lists", "padding", "array"],
+)
+@pytest.mark.parametrize("queries", [20, 200])
+def test_a_graph_for_any_shape_does_not_take_the_mask_of_another(mask, queries):
+    attend = mx.compile(lambda q, k, v: attention(q, k, v, mask=mask, implementation="poc"), shapeless=True)
+    mx.eval(attend(*qkv(2, 2, 2, 40, 40, 16, 16, mx.float32)))
+    with pytest.raises(ValueError, match=r"other lengths; mx\.compile without shapeless"):
+        attend(*qkv(2, 2, 2, queries, 40, 16, 16, mx.float32))
