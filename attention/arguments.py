@@ -127,7 +127,8 @@ def check_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> Ma
         raise UsageError(*problems)
     if isinstance(mask, Pattern):
         return masks.of_pattern(mask if window is None else mask & masks.window(window))  # type: ignore[arg-type]
-    return Mask(causal=mask is not None and array is None, window=window, array=array)  # type: ignore[arg-type]
+    keys = min(window, masks.LONGEST) if isinstance(window, int) else None
+    return Mask(causal=mask is not None and array is None, window=keys, array=array)  # type: ignore[arg-type]
 
 
 def _check_kind(mask: object) -> None:

@@ -15,6 +15,7 @@ from attention.masks.block_list import BlockList
 from attention.masks.parts import band
 from attention.masks.pattern import Pattern, Shape
 from attention.masks.patterns import (
+    LONGEST,
     blocks,
     causal,
     dilated,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 __all__ = [
+    "LONGEST",
     "Alibi",
     "BlockList",
     "Mask",
@@ -157,7 +159,7 @@ def alibi(slopes: "mx.array | Sequence[float]") -> Alibi:
     import mlx.core as mx
 
     try:
-        found = slopes if isinstance(slopes, mx.array) else mx.array(list(slopes), mx.float32)
+        found = slopes if isinstance(slopes, mx.array) else mx.array([float(slope) for slope in slopes], mx.float32)
     except (TypeError, ValueError) as error:
         raise UsageError(f"score_mod: alibi got slopes {slopes!r}; it takes one number per head") from error
     if found.ndim != 1 or not mx.issubdtype(found.dtype, mx.floating):

@@ -449,9 +449,10 @@ class Blocks(Pattern, frozen=True):
     def whole_tiles(self, grid: Grid) -> tuple[Array, Array] | None:
         if not self._aligned(grid):
             return None
-        array, split = self.array.array, self.block // grid.block_q
+        array, split = self.array.array, min(self.block // grid.block_q, grid.row_tiles)
         if self.block > grid.block_k:
-            array = np.repeat(array, self.block // grid.block_k, axis=3)[..., : grid.key_tiles]
+            wide = min(self.block // grid.block_k, grid.key_tiles)
+            array = np.repeat(array, wide, axis=3)[..., : grid.key_tiles]
         width = array.shape[3]
         counts = np.count_nonzero(array, axis=3).ravel() if width % 8 else _bytes_set(array)
         starts = np.cumsum(counts) - counts
@@ -471,8 +472,13 @@ class Blocks(Pattern, frozen=True):
         if (self.block, self.block) == (grid.block_q, grid.block_k):
             return array
         if self._aligned(grid):
-            wide = np.repeat(array, self.block // grid.block_k, axis=3)[..., : grid.key_tiles]
-            return np.repeat(wide, self.block // grid.block_q, axis=2)[..., : grid.row_tiles, :]
+            # a block may be longer than the scores
+            tall, broad = (
+                min(self.block // grid.block_q, grid.row_tiles),
+                min(self.block // grid.block_k, grid.key_tiles),
+            )
+            wide = np.repeat(array, broad, axis=3)[..., : grid.key_tiles]
+            return np.repeat(wide, tall, axis=2)[..., : grid.row_tiles, :]
         return self._counts(grid)[0] > 0
 
     def _counts(self, grid: Grid) -> tuple[Array, Array]:

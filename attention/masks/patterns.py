@@ -5,7 +5,7 @@ of earlier keys the last row is the last key. With more rows than keys the first
 """
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from attention.masks.parts import (
 from attention.masks.pattern import DEFAULT_BLOCK, Pattern, Table
 from attention.masks.tiles import Array
 
+LONGEST: Final = 2**31 - 1
+"""The longest axis of an MLX array: larger numbers show the same pairs, and int32 positions cannot hold them."""
+
 
 def causal() -> Pattern:
     """Show each query the keys up to its own position."""
@@ -38,7 +41,7 @@ def window(n: int) -> Pattern:
     Raises:
         UsageError: n is not a whole number from 1.
     """
-    return Window(_whole("window", "n", n))
+    return Window(min(_whole("window", "n", n), LONGEST))
 
 
 def prefix(n: int) -> Pattern:
@@ -47,7 +50,7 @@ def prefix(n: int) -> Pattern:
     Raises:
         UsageError: n is not a whole number from 1.
     """
-    return Prefix(_whole("prefix", "n", n))
+    return Prefix(min(_whole("prefix", "n", n), LONGEST))
 
 
 def dilated(n: int, stride: int) -> Pattern:
@@ -56,8 +59,9 @@ def dilated(n: int, stride: int) -> Pattern:
     Raises:
         UsageError: n or stride is not a whole number from 1.
     """
-    _whole("dilated", "n", n)
-    return Window(n) if _whole("dilated", "stride", stride) == 1 else Dilated(n, stride)
+    count, apart = _whole("dilated", "n", n), min(_whole("dilated", "stride", stride), LONGEST)
+    count = min(count, LONGEST // apart + 1)
+    return window(count) if apart == 1 else Dilated(count, apart)
 
 
 def documents(lengths: object = None, *, ids: object = None) -> Pattern:
@@ -105,7 +109,9 @@ def _of_ids(ids: Array) -> Pattern:
     of_run, row = table.ravel()[starts], starts // table.shape[1]
     seen = of_run >= 0
     if len(np.unique(np.stack([row[seen], of_run[seen]]), axis=1).T) < seen.sum():
-        return Groups(Table(table.astype(np.int32)))
+        # numbered anew: ids may be larger than int32
+        numbers = np.unique(table, return_inverse=True)[1].reshape(table.shape)
+        return Groups(Table(np.where(table < 0, -1, numbers).astype(np.int32)))
     return Documents(Table(np.append(starts, table.size)), Table(~seen), len(table))
 
 
@@ -137,14 +143,17 @@ def blocks(array: object, block: int = DEFAULT_BLOCK) -> Pattern:
     Raises:
         UsageError: the array is not bool or not of 2 to 4 axes; the block is not a whole number from 1.
     """
-    _whole("blocks", "block", block)
-    found = np.asarray(array)
+    size = min(_whole("blocks", "block", block), LONGEST)
+    try:
+        found = np.asarray(array)
+    except ValueError:  # rows of different lengths
+        found = np.asarray(None)
     if found.dtype != bool or not 2 <= found.ndim <= 4 or not found.size:
         raise UsageError(
             f"mask: blocks got an array of {found.dtype} and shape {found.shape}; it takes bool, "
             "(B or 1, H or 1, row blocks, key blocks)"
         )
-    return Blocks(Table(found.reshape((1,) * (4 - found.ndim) + found.shape)), block)
+    return Blocks(Table(found.reshape((1,) * (4 - found.ndim) + found.shape)), size)
 
 
 def where(f: Visible) -> Pattern:
@@ -175,6 +184,7 @@ def _integers(function: str, name: str, value: object, axes: tuple[int, ...]) ->
         found = np.asarray(value)
     except ValueError:
         found = np.asarray(None)
-    if found.dtype.kind not in "iu" or found.ndim not in axes:
+    fits = found.dtype != np.uint64 or not found.size or found.max() < 2**63
+    if found.dtype.kind not in "iu" or found.ndim not in axes or not fits:
         raise UsageError(f"mask: {function} got {name} of {found.dtype}, shape {found.shape}; it takes whole numbers")
     return found.astype(np.int64)

@@ -137,6 +137,30 @@ def test_bounds_become_bounds():
     assert masks.of_pattern(masks.window(9) | masks.prefix(1)).pattern is not None
 
 
+@pytest.mark.parametrize("n", [2**31, 2**32 + 1, 2**63, 10**30])
+def test_numbers_beyond_every_length_show_all_there_is(n):
+    lengths = (1, 2, 40, 40)
+    distance = np.arange(40)[:, None] - np.arange(40)
+    for mask, shown in (
+        (masks.window(n) | masks.prefix(1), (distance >= 0) | (np.arange(40) < 1)),
+        (masks.prefix(n), distance == distance),
+        (masks.dilated(n, 3), (distance >= 0) & (distance % 3 == 0)),
+        (masks.dilated(2, n), distance == 0),
+        (masks.blocks([[True]], n), distance == distance),
+    ):
+        for found in (np.array(mask.dense(lengths)), mask.block_list(lengths, 64, 32).dense()):
+            assert (np.broadcast_to(found, lengths) == shown).all(), mask
+
+
+@pytest.mark.parametrize("large", [2**31, 2**32])
+def test_ids_beyond_int32_stay_apart(large):
+    ids = np.array([0, large, 0, large, -large, 1, -large])
+    mask, lengths = masks.documents(ids=ids), (1, 1, 7, 7)
+    shown = (ids[:, None] == ids) & (ids >= 0)
+    assert (np.array(mask.dense(lengths)) == shown).all()
+    assert (mask.block_list(lengths, 64, 32).dense() == shown).all()
+
+
 def test_a_picture_shows_full_partial_and_skipped_tiles():
     lists = (masks.causal() & masks.documents([64, 192])).block_list((1, 1, 256, 256), 64, 64)
     assert lists.picture() == "▒···\n·▒··\n·█▒·\n·██▒"
@@ -188,6 +212,8 @@ def test_a_function_is_evaluated_where_another_part_leaves_it_open():
         (lambda: masks.padding(3, side="top"), "mask: padding got side 'top'; it takes 'left' or 'right'"),
         (lambda: masks.blocks(np.ones((2, 2))), "mask: blocks got an array of float64 and shape (2, 2); it takes bool"),
         (lambda: masks.blocks(np.ones((2, 2), bool), 0), "mask: blocks got block 0"),
+        (lambda: masks.blocks([[True], [True, False]], 8), "mask: blocks got an array of object"),
+        (lambda: masks.documents(ids=np.array([2**63], np.uint64)), "mask: documents got ids of uint64"),
         (lambda: masks.where(3), "mask: where got int; it takes a function of (b, h, q, k)"),
         (lambda: masks.causal() & 3, "mask: got a mask combined with int"),
         (lambda: masks.alibi(3), "score_mod: alibi got slopes 3; it takes one number per head"),
