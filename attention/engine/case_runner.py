@@ -13,10 +13,10 @@ from attention.core import events as on
 from attention.core.errors import InputsOverwrittenError, error_line
 from attention.core.plan import AnyPlan, Assignment
 from attention.core.results import MIN_ROUNDS
-from attention.core.route import Route, validated_route
+from attention.core.route import Route, unsupported, validated_route
 from attention.core.workload import Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
-from attention.implementations.protocol import NeedsBuilding, NeedsBuildingPerCall
+from attention.implementations.protocol import TAKES_NO_PATTERNS, NeedsBuilding, NeedsBuildingPerCall
 from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Arm, Limits, min_rounds_s, run_rounds, set_strides
 
@@ -79,7 +79,11 @@ class CaseRunner(ABC, Generic[P]):
         """Emit and return an implementation's route; if it fails or is unsupported, end the row and return None."""
         self._progress.mark_running(name)
         try:
-            route = validated_route(implementations.load_implementation(name).route(workload, device))
+            implementation = implementations.load_implementation(name)
+            if workload.structured and not getattr(implementation, "takes_patterns", False):  # its route may not know
+                route = unsupported(TAKES_NO_PATTERNS)
+            else:
+                route = validated_route(implementation.route(workload, device))
         except BaseException as error:
             self._fail(name, error)
             return None

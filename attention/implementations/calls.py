@@ -13,7 +13,7 @@ from attention.core.errors import UnsupportedError, UsageError
 from attention.core.mask_text import MaskSpec, parse_mask
 from attention.core.route import Needs
 from attention.core.workload import DTYPES, DType, Workload
-from attention.implementations.protocol import Implementation, ProvidesRunner, ReturnsLogsumexp
+from attention.implementations.protocol import TAKES_NO_PATTERNS, Implementation, ProvidesRunner, ReturnsLogsumexp
 from attention.masks import Mask, Pattern, as_4d, dtype_name, of_workload
 from attention.measure.device import Backend, check_not_forked
 from attention.measure.rounds import Runner
@@ -209,7 +209,7 @@ def runner_for(implementation: Implementation, workload: Workload, inputs: Seque
         UnsupportedError: the workload's mask is a pattern, which the implementation does not take.
     """
     if workload.structured and not getattr(implementation, "takes_patterns", False):
-        raise UnsupportedError(f"{implementation.name}: it takes no patterns of attention.masks")
+        raise UnsupportedError(f"{implementation.name}: {TAKES_NO_PATTERNS}")
     if isinstance(implementation, ProvidesRunner):
         return implementation.runner(workload, inputs, scale)
     return MlxRunner(implementation, workload, inputs, scale)

@@ -1,7 +1,7 @@
 """Interfaces of implementations: name, route and call, and optional extensions."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from attention.masks import Mask
+
+TAKES_NO_PATTERNS: Final = "it takes no patterns of attention.masks"
 
 
 @runtime_checkable

@@ -51,6 +51,12 @@ def test_a_masked_case_is_measured_beside_its_dense_shape() -> None:
     assert 0.1 < second.over_dense.value < 10
 
 
+def test_an_implementation_that_knows_no_patterns_is_unsupported_with_one() -> None:
+    engine = run(plan("KnowsNoPatterns", cases=(structs.replace(SMALL, mask="prefix:8+window:4"),), seconds=0.1))
+    found = row(engine.record.case(0), "KnowsNoPatterns")
+    assert (found.status, found.reason) == ("unsupported", "it takes no patterns of attention.masks")
+
+
 DYING = {
     "KilledAtOnce": "killed by signal 11 (SIGSEGV)",
     "KilledInRounds": "killed by signal 9 (SIGKILL), as the system does when memory runs out",

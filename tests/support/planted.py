@@ -139,6 +139,12 @@ class Refuses(Planted):
         return Route(path="-", fused=False, reason="it takes nothing", supported=False)
 
 
+class KnowsNoPatterns(Planted):
+    """Its route does not look at the mask."""
+
+    takes_patterns = False
+
+
 class Hungry(Planted):
     """Predicts that it needs a tebibyte."""
 
