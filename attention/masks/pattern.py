@@ -71,6 +71,14 @@ class Pattern(Struct, frozen=True, dict=True):
     def __or__(self, other: "Pattern") -> "Pattern":
         return _composed(Either, self, other)
 
+    def __bool__(self) -> bool:
+        """Refuse `and`, `or` and `not`, which would drop one of two masks without a word.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError("mask: got a pattern as a truth value; patterns are combined by & and |")
+
     def pairs(self, shape: Shape) -> int:
         """Return the exact number of visible pairs of a call (B, H, Lq, Lk), over all batches and heads."""
         return self.block_list(shape).pairs

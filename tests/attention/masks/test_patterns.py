@@ -270,3 +270,8 @@ def test_a_function_of_traced_arrays_is_named():
 
     with pytest.raises(UsageError, match="its result cannot be computed"):
         mx.compile(traced)(mx.array(3))
+
+
+def test_and_instead_of_an_ampersand_is_refused() -> None:
+    with pytest.raises(UsageError, match="combined by & and"):
+        masks.causal() and masks.documents([4, 4])
