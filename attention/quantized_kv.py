@@ -1,0 +1,157 @@
+"""Quantized keys and values, as `mx.quantize` makes them and as mlx-lm's quantized caches keep them."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import mlx.core as mx
+from msgspec import Struct
+
+from attention.core.errors import UsageError
+from attention.core.kv_format import DEFAULT_GROUP, FIXED, Format, parse_format
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+class QuantizedArray(Struct, frozen=True, eq=False):
+    """An array (B, Hkv, Lk, D), quantized along D. Made by `quantized`.
+
+    Its values are those of exact arithmetic on its parts; `mx.dequantize` rounds them to a dtype.
+    """
+
+    numbers: mx.array
+    """(B, Hkv, Lk, D * bits / 32) in uint32."""
+    scales: mx.array
+    """(B, Hkv, Lk, D / group_size): a float dtype in mode affine, otherwise uint8."""
+    biases: mx.array | None
+    """As the scales, in mode affine; otherwise None."""
+    format: Format
+    dtype: mx.Dtype
+    """Dtype of the array that was quantized: that of the scales in mode affine."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * self.format.group_size)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self.scales.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.arrays)
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """Numbers and scales, and in mode affine biases."""
+        return (self.numbers, self.scales) if self.biases is None else (self.numbers, self.scales, self.biases)
+
+    def with_arrays(self, arrays: Sequence[mx.array]) -> "QuantizedArray":
+        """Return an array of the same format with other parts, as a slice along the keys."""
+        numbers, scales, *biases = arrays
+        return QuantizedArray(numbers, scales, biases[0] if biases else None, self.format, self.dtype)
+
+    def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
+        """Return the array (B, Hkv, Lk, D) in a dtype, by default its own."""
+        form = self.format
+        wanted = dtype or self.dtype
+        made = mx.dequantize(
+            self.numbers, self.scales, self.biases, form.group_size, form.bits, form.mode, dtype=wanted
+        )
+        return made.astype(wanted)
+
+
+def quantized(
+    x: "mx.array | Sequence[mx.array] | QuantizedArray",
+    format: str | Format | None = None,  # noqa: A002  as mx.quantize names it mode; a format is mode, bits and group
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    dtype: mx.Dtype | None = None,
+) -> QuantizedArray:
+    """Return keys or values that `attention` reads without dequantizing them in memory.
+
+    Args:
+        x: an array (B, Hkv, Lk, D), which is quantized; or what `mx.quantize` returned for one, as the caches of mlx-lm
+            keep it: (numbers, scales, biases), or (numbers, scales) in the modes without biases.
+        format: "int8", "int6", "int5", "int4", "int3", "int2", with groups of 64 values, or with a group size as in
+            "int4:32"; "mxfp8", "mxfp4", "nvfp4". Instead of it:
+        bits: as in `mx.quantize`; 4 by default in mode affine.
+        group_size: as in `mx.quantize`; 64 by default in mode affine.
+        mode: as in `mx.quantize`: "affine", "mxfp8", "mxfp4" or "nvfp4".
+        dtype: of the array that was quantized, if x is a pair without biases; bfloat16 by default.
+
+    Raises:
+        UsageError: no such format, a width that the group size does not divide, or parts of other shapes or dtypes.
+    """
+    if isinstance(x, QuantizedArray):
+        return x
+    form = _format(format, bits, group_size, mode)
+    if isinstance(x, mx.array):
+        return _quantize(x, form)
+    return _wrap(x, form, dtype)
+
+
+def _format(given: str | Format | None, bits: int | None, group_size: int | None, mode: str) -> Format:
+    if given is not None:
+        if bits is not None or group_size is not None or mode != "affine":
+            raise UsageError("format: got it together with bits, group_size or mode; it takes the place of all three")
+        return parse_format(given) if isinstance(given, str) else given
+    fixed = FIXED.get(mode, (4, DEFAULT_GROUP))
+    return Format(
+        mode,  # type: ignore[arg-type]  # checked by Format
+        fixed[0] if bits is None else bits,
+        fixed[1] if group_size is None else group_size,
+    )
+
+
+def _quantize(x: mx.array, form: Format) -> QuantizedArray:
+    if x.ndim != 4 or 0 in x.shape or x.dtype not in FLOATS:
+        raise UsageError(
+            f"x: got {x.dtype} of shape {tuple(x.shape)}; it takes float32, float16 or bfloat16 of shape "
+            "(batch, heads, length, width), none of them 0"
+        )
+    if x.shape[-1] % form.group_size:
+        raise UsageError(
+            f"x: got width {x.shape[-1]}; {form.text} takes multiples of its group size, {form.group_size}"
+        )
+    numbers, scales, *biases = mx.quantize(x, form.group_size, form.bits, form.mode)
+    return QuantizedArray(numbers, scales, biases[0] if biases else None, form, x.dtype)
+
+
+def _wrap(parts: Sequence[mx.array], form: Format, dtype: mx.Dtype | None) -> QuantizedArray:
+    wanted = ("numbers", "scales", "biases") if form.has_biases else ("numbers", "scales")
+    given = list(parts) if isinstance(parts, tuple | list) else None
+    if given is None or len(given) != len(wanted) or not all(isinstance(part, mx.array) for part in given):
+        got = type(parts).__name__ if given is None else f"{len(given)} parts"
+        raise UsageError(
+            f"x: got {got}; {form.text} takes an array, or the arrays ({', '.join(wanted)}) of mx.quantize"
+        )
+    numbers, scales = given[:2]
+    biases = given[2] if form.has_biases else None
+    problems = []
+    if numbers.dtype != mx.uint32 or numbers.ndim != 4:
+        problems.append(f"numbers: got {numbers.dtype} in {numbers.ndim} dimensions; it takes uint32 in 4")
+    if scales.dtype not in (FLOATS if form.has_biases else (mx.uint8,)):
+        accepted = "float32, float16, bfloat16" if form.has_biases else "uint8"
+        problems.append(f"scales: got {scales.dtype}; {form.text} takes {accepted}")
+    if not problems:
+        width = numbers.shape[-1] * 32 // form.bits
+        shape = (*numbers.shape[:-1], width // form.group_size)
+        if width * form.bits != numbers.shape[-1] * 32 or width % form.group_size or tuple(scales.shape) != shape:
+            problems.append(
+                f"scales: got shape {tuple(scales.shape)}; {form.text} takes {shape} for numbers of shape "
+                f"{tuple(numbers.shape)}"
+            )
+        if biases is not None and (biases.shape != scales.shape or biases.dtype != scales.dtype):
+            problems.append(
+                f"biases: got {biases.dtype} of shape {tuple(biases.shape)}; it takes those of the scales, "
+                f"{scales.dtype} of shape {tuple(scales.shape)}"
+            )
+    if problems:
+        raise UsageError(*problems)
+    own = scales.dtype if form.has_biases else dtype or mx.bfloat16
+    return QuantizedArray(numbers, scales, biases, form, cast("mx.Dtype", own))
