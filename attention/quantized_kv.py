@@ -65,7 +65,7 @@ class QuantizedArray(Struct, frozen=True, eq=False):
 
 def quantized(
     x: "mx.array | Sequence[mx.array] | QuantizedArray",
-    format: str | Format | None = None,  # noqa: A002  as mx.quantize names it mode; a format is mode, bits and group
+    format: str | Format | None = None,
     *,
     bits: int | None = None,
     group_size: int | None = None,
