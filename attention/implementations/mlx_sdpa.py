@@ -117,13 +117,13 @@ def _with_widened_backward(q: mx.array, k: mx.array, v: mx.array, scale: float, 
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array, array: list[mx.array]) -> mx.array:
-        return sdpa(q, k, v, scale, mask.with_array(array), sums_wide=True)
+        return sdpa(q, k, v, scale, mask.with_arrays(array), sums_wide=True)
 
     def pull_back(inputs: Any, cotangent: mx.array, output: mx.array) -> list[mx.array]:
         primals, array = list(inputs[:3]), inputs[3]
 
         def widened(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            return attend_whole(q, k, v, scale, mask.with_array(array), True)
+            return attend_whole(q, k, v, scale, mask.with_arrays(array), True)
 
         _, gradients = mx.vjp(widened, primals, [cotangent])
         return [*gradients, *(mx.zeros_like(x) for x in array)]

@@ -15,7 +15,6 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from msgspec import structs
 
-from attention import masks
 from attention.core.errors import UnsupportedError
 from attention.implementations.bounded.blocks import MIB, Blocks
 from attention.implementations.bounded.blockwise import (
@@ -37,11 +36,11 @@ Rule = Callable[[Any, Any], tuple[Any, Any]]
 def vmap_rule(function: Callable[..., Any], masks_at: int | None = None) -> Rule:
     """Return the vmap rule of a function from arrays (batch, ...) and lists of them to arrays (batch, ...).
 
-    If an array without a batch axis is mapped, such as sinks (H,), each index is a separate call.
+    If an array without a batch axis is mapped, such as sinks or slopes (H,), each index is a separate call.
 
     Args:
         function: takes at least two arguments, the first of them the query or a list beginning with it.
-        masks_at: index of the argument that is a list of masks, whose batch may be 1.
+        masks_at: index of the argument that is a list of masks, whose batch may be 1, and slopes (H,).
     """
 
     def rule(inputs: Any, axes: Any) -> tuple[Any, Any]:
@@ -55,6 +54,8 @@ def vmap_rule(function: Callable[..., Any], masks_at: int | None = None) -> Rule
         batch = query.shape[0 if its_axis is None or its_axis > 0 else 1]
 
         def fold(x: mx.array, axis: int | None) -> mx.array:
+            if axis is None and x.ndim == 1:
+                return x
             x = x[None] if axis is None else mx.moveaxis(x, axis, 0)
             return mx.broadcast_to(x, (size, batch, *x.shape[2:])).reshape(size * batch, *x.shape[2:])
 
@@ -135,7 +136,7 @@ def with_mask_gradient(
     arithmetic = arithmetic_of(q.dtype, backend) if backend == "cuda" else "exact"
     call = BlockwiseParams(scale, mask, softcap, slab, arithmetic, shifted=q.dtype != mx.float32)
     outs = [out] if isinstance(out, mx.array) else list(out)
-    given = _node(call)(outs, q, k, v, [masks.as_4d(mask.array)], [] if sinks is None else [sinks])
+    given = _node(call)(outs, q, k, v, mask.arrays, [] if sinks is None else [sinks])
     return given[0] if isinstance(out, mx.array) else (given[0], given[1])
 
 
@@ -150,10 +151,15 @@ def _node(call: BlockwiseParams) -> Callable[..., Arrays]:
         inputs: tuple[Arrays, mx.array, mx.array, mx.array, Arrays, Arrays], cotangents: Arrays, outs: Arrays
     ) -> Arrays:
         _, q, k, v, mask, sinks = inputs
-        masked = structs.replace(call, mask=call.mask.with_array(mask))
+        masked = structs.replace(call, mask=call.mask.with_arrays(mask))
         of_logsumexp = cotangents[1] if len(cotangents) > 1 else None
         of_mask = mask_gradient(q, k, v, cotangents[0], masked, next(iter(sinks), None), of_logsumexp)
-        return [*cotangents, *(mx.zeros_like(x) for x in (q, k, v)), of_mask, *(mx.zeros_like(x) for x in sinks)]
+        return [
+            *cotangents,
+            *(mx.zeros_like(x) for x in (q, k, v)),
+            of_mask,
+            *(mx.zeros_like(x) for x in (*mask[1:], *sinks)),
+        ]
 
     def refuse(primals: object, tangents: object) -> None:
         raise UnsupportedError("under an additive mask only implementation='baseline' has jvp and second derivatives")

@@ -46,6 +46,8 @@ __all__ = [
     "where",
     "window",
 ]
+MAX_SLOPE: Final = 1e28
+"""Largest magnitude of a slope of `alibi`: its product with any distance of int32 positions is finite in float32."""
 SHIFTED: Final = (2.0**10, 2.0**30)
 """Range of magnitudes of a row's maximum that `shift` subtracts from an additive mask."""
 
@@ -72,9 +74,18 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
         if self.array is not None and self.array.ndim < 2:
             structs.force_setattr(self, "array", self.array.reshape((1,) * (2 - self.array.ndim) + self.array.shape))
 
-    def with_array(self, array: "list[mx.array]") -> "Mask":
-        """Return the mask with its array replaced, if it has one."""
-        return structs.replace(self, array=array[0]) if array else self
+    @property
+    def arrays(self) -> "list[mx.array]":
+        """The arrays of the mask: that of four axes, and the slopes; those that there are."""
+        array = [] if self.array is None else [as_4d(self.array)]
+        return array if self.alibi is None else [*array, self.alibi]
+
+    def with_arrays(self, arrays: "list[mx.array]") -> "Mask":
+        """Return the mask with its `arrays` replaced, so that a transformation can pass its own."""
+        if not arrays:
+            return self
+        array = None if self.array is None else arrays[0]
+        return structs.replace(self, array=array, alibi=None if self.alibi is None else arrays[-1])
 
     @property
     def bounds_only(self) -> bool:
@@ -151,17 +162,23 @@ def alibi(slopes: "mx.array | Sequence[float]") -> Alibi:
     The scores are scaled and capped before. Slopes are constants: they get no gradient.
 
     Args:
-        slopes: one number per query head, (H,).
+        slopes: one finite number per query head, (H,). The values of an MLX array are not checked, as reading them
+            would wait for the device: a head whose slope is NaN or infinite has NaN as its output.
 
     Raises:
-        UsageError: it is not one axis of numbers.
+        UsageError: it is not one axis of finite numbers.
     """
     import mlx.core as mx
 
-    try:
-        found = slopes if isinstance(slopes, mx.array) else mx.array([float(slope) for slope in slopes], mx.float32)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"score_mod: alibi got slopes {slopes!r}; it takes one number per head") from error
+    if not isinstance(slopes, mx.array):
+        try:
+            numbers = np.array([float(slope) for slope in slopes])
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"score_mod: alibi got slopes {slopes!r}; it takes one number per head") from error
+        bad = numbers[~(np.abs(numbers) <= MAX_SLOPE)]
+        if bad.size:
+            raise UsageError(f"score_mod: alibi got a slope of {bad[0]:g}; it takes numbers to {MAX_SLOPE:g}")
+    found = slopes if isinstance(slopes, mx.array) else mx.array(numbers.astype(np.float32))
     if found.ndim != 1 or not mx.issubdtype(found.dtype, mx.floating):
         raise UsageError(
             f"score_mod: alibi got slopes of {dtype_name(found.dtype)}, shape {tuple(found.shape)}; "

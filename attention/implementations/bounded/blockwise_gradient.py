@@ -7,6 +7,9 @@ With P the probabilities of a tile, FlashAttention 2's equations:
 
 where dL is the gradient of a row's logsumexp, needed for derivatives of this backward pass. The gradient of a sink is
 that of a score whose value vector is 0: dsink = -sum(P_sink * (rowsum(dO * O) - dL)).
+
+rowsum(dO * O) is rowsum(P * dP) but for rounding. Where a row attends to almost only one key, dP minus it cancels as in
+plain attention only if it is the sum of those very dP: in float32 it is, see `_with_weighted_sums`.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,6 +48,8 @@ class SavedForBackward(Struct, frozen=True):
     cotangent: mx.array
     statistics_cotangent: mx.array | None = None
     """The gradient of the statistics, or None for zeros."""
+    weighted_sums: mx.array | None = None
+    """rowsum(P * dP), (B, H, Lq, 1) in float32; None to use rowsum(dO * O)."""
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -91,6 +96,8 @@ def gradients(saved: SavedForBackward, call: BlockwiseParams) -> list[mx.array]:
     no sum. Otherwise there are two passes over the tiles: one for dK and dV, one for dQ.
     """
     chain = Chain()
+    if saved.q.dtype == mx.float32 and call.blocks.keys < saved.k.shape[2]:
+        saved = _with_weighted_sums(saved, call, chain)
     sums = GradientSums(*(TileWriter(mx.zeros_like(x), chain) for x in (saved.q, saved.k, saved.v)))
     at_once = call.blocks.sums_queries or call.blocks.keys >= saved.k.shape[2]
     for heads in head_groups(saved.q, saved.k, call.blocks):
@@ -100,6 +107,26 @@ def gradients(saved: SavedForBackward, call: BlockwiseParams) -> list[mx.array]:
         if not at_once:
             _query_pass(saved, call, heads, sums, chain)
     return chain.results(sums.d_query.array, sums.d_key.array, sums.d_value.array)
+
+
+def _with_weighted_sums(saved: SavedForBackward, call: BlockwiseParams, chain: Chain) -> SavedForBackward:
+    """Return the inputs with rowsum(P * dP) of the rows whose keys are in several blocks: `_tile` sums those of one."""
+    sums = TileWriter(mx.zeros((*saved.q.shape[:3], 1)), chain)
+    for heads in head_groups(saved.q, saved.k, call.blocks):
+        for rows in blocks_of(saved.q.shape[2], call.blocks.rows):
+            seen = call.visible_keys(heads, rows, saved.lengths)
+            if not seen or seen.start // call.blocks.keys == (seen.stop - 1) // call.blocks.keys:
+                continue
+            total: list[mx.array] = []
+            for keys in (tiles := call.key_blocks(heads, rows, saved.lengths)):
+                row_side = _make_row_block(saved, call, heads, rows, chain)
+                key_side = _make_key_block(saved, call, heads, keys, chain)
+                weights, d_weights, _ = _weights_of_tile(call, heads, row_side, key_side, saved.lengths)
+                total = _accumulated(total, [(weights * d_weights).sum(axis=-1, keepdims=True)])
+                chain.links = call.fence(total)
+            chain.links = [sums.write(heads.place(rows), heads.split(total[0], len(rows)), len(tiles))]
+    (made,) = chain.results(sums.array)
+    return structs.replace(saved, weighted_sums=made)
 
 
 def sink_gradient(saved: SavedForBackward, sinks: mx.array, call: BlockwiseParams) -> mx.array:
@@ -203,9 +230,11 @@ def _of_rows(
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
     """Return query, cotangent, statistics, delta and dL of some rows, which `of` slices."""
     given = [] if saved.statistics_cotangent is None else [saved.statistics_cotangent]
-    wholes = chain.whole(saved.q, saved.cotangent, saved.output, saved.statistics, *given)
-    query, cotangent, output, statistics, *more = (of(x) for x in wholes)
-    delta = call.row_products(cotangent.astype(mx.float32), output.astype(mx.float32))
+    summed = saved.weighted_sums
+    wholes = chain.whole(saved.q, saved.cotangent, saved.output if summed is None else summed, saved.statistics, *given)
+    query, cotangent, delta, statistics, *more = (of(x) for x in wholes)
+    if summed is None:
+        delta = call.row_products(cotangent.astype(mx.float32), delta.astype(mx.float32))
     # Weights depend only on maximum + logarithm: the gradient of either is that of the logsumexp.
     of_logsumexp = more[0][..., 1:] if more else None
     return query, cotangent, statistics, delta if of_logsumexp is None else delta - of_logsumexp, of_logsumexp
@@ -224,10 +253,7 @@ def _tile(
     saved: SavedForBackward, call: BlockwiseParams, heads: HeadGroup, row: RowBlock, side: KeyBlock
 ) -> tuple[mx.array, mx.array]:
     """Compute P and dS of one tile, in the dtype of matrix products."""
-    product = call.scores(call.in_sum_type(row.query), side.key_t)
-    scores, capped = tile_scores(product, call, heads, row.rows, side.keys, saved.lengths, row.shift)
-    weights = _weights(scores.astype(mx.float32), row.statistics, call)
-    d_weights = call.product(row.cotangent, side.value_t).astype(mx.float32)
+    weights, d_weights, capped = _weights_of_tile(call, heads, row, side, saved.lengths)
     delta = row.delta
     if call.visible_keys(heads, row.rows, saved.lengths) == side.keys:
         # The tile has all keys of these rows: rowsum(P * dP) is rowsum(dO * O) without the rounding of the output.
@@ -238,6 +264,16 @@ def _tile(
         capped = capped.astype(mx.float32)
         d_scores = d_scores * (number(1.0, capped) - mx.square(capped))
     return weights.astype(row.query.dtype), d_scores.astype(row.query.dtype)
+
+
+def _weights_of_tile(
+    call: BlockwiseParams, heads: HeadGroup, row: RowBlock, side: KeyBlock, lengths: tuple[int, int]
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Compute P and dP of one tile in float32 and, with a softcap, the tanh of its scores."""
+    product = call.scores(call.in_sum_type(row.query), side.key_t)
+    scores, capped = tile_scores(product, call, heads, row.rows, side.keys, lengths, row.shift)
+    weights = _weights(scores.astype(mx.float32), row.statistics, call)
+    return weights, call.product(row.cotangent, side.value_t).astype(mx.float32), capped
 
 
 def _weights(scores: mx.array, statistics: mx.array, call: BlockwiseParams) -> mx.array:
@@ -262,7 +298,7 @@ def _accumulated(sums: list[mx.array], shares: list[mx.array]) -> list[mx.array]
 Attend = Callable[..., mx.array]
 Arrays = list[mx.array]
 Inputs = tuple[mx.array, mx.array, mx.array, Arrays, Arrays]
-"""q, k, v, the mask's array, the sinks."""
+"""q, k, v, the mask's arrays, the sinks."""
 MASK_ARGUMENT: Final = 3
 
 
@@ -331,4 +367,4 @@ def _blockwise_vjp(
 
 
 def _with_array(call: BlockwiseParams, array: Arrays) -> BlockwiseParams:
-    return structs.replace(call, mask=call.mask.with_array(array))
+    return structs.replace(call, mask=call.mask.with_arrays(array))

@@ -128,8 +128,7 @@ class Practical:
             # Without `masks.shift`, which would have to be added to the logsumexp again.
             arithmetic = arithmetic_of(q.dtype, backend)
             calls = self._calls(choice, backend, scale, mask, softcap, mx.float32, (q, k), arithmetic)
-            array = [] if mask.array is None else [masks.as_4d(mask.array)]
-            out, statistics = blockwise(*calls)(q, k, v, array, [])
+            out, statistics = blockwise(*calls)(q, k, v, mask.arrays, [])
             return out, logsumexp_of(statistics)
 
         budget = self._budget_here()
@@ -183,16 +182,15 @@ class Practical:
             made = self._in_slices(choice, backend, scale, mask, q.dtype)
         else:
             made = self._in_blocks(choice, backend, scale, mask, softcap, q.dtype, (q, k))
-        array = [] if mask.array is None else [masks.as_4d(mask.array)]
-        return made(q, k, v, array, [] if sinks is None else [sinks])
+        return made(q, k, v, mask.arrays, [] if sinks is None else [sinks])
 
     def _in_slices(self, choice: Strategy, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
         follow = tile_order(backend) if choice.waits else UNORDERED
 
         def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, _: Arrays) -> mx.array:
             if choice.forward.is_cut and choice.slices is not None:
-                return slicing.forward(q, k, v, SlicedParams(scale, mask.with_array(array), choice.slices, follow))
-            return attend_whole(q, k, v, scale, mask.with_array(array), _computes_in_float32(choice, q.dtype, backend))
+                return slicing.forward(q, k, v, SlicedParams(scale, mask.with_arrays(array), choice.slices, follow))
+            return attend_whole(q, k, v, scale, mask.with_arrays(array), _computes_in_float32(choice, q.dtype, backend))
 
         if choice.backward_slices is None:
             return with_blockwise_backward(whole, *self._calls(choice, backend, scale, mask, None, dtype, None))
@@ -242,7 +240,7 @@ class Practical:
 
         def whole(q: mx.array, k: mx.array, v: mx.array, array: Arrays, sinks: Arrays) -> mx.array:
             return attend_whole(
-                q, k, v, scale, mask.with_array(array), _computes_in_float32(choice, q.dtype, backend), *sinks
+                q, k, v, scale, mask.with_arrays(array), _computes_in_float32(choice, q.dtype, backend), *sinks
             )
 
         return with_blockwise_backward(whole, call, backward)

@@ -109,7 +109,7 @@ def with_sliced_backward(whole: Attend, call: SlicedParams) -> Attend:
 
     def pull_back(inputs: Inputs, cotangent: mx.array, output: mx.array) -> Arrays:
         q, k, v, mask, _ = inputs
-        backward = structs.replace(call, mask=call.mask.with_array(mask))
+        backward = structs.replace(call, mask=call.mask.with_arrays(mask))
         # The forward pass frees its memory first: a cotangent may be available before the output is computed.
         given = gradients(q, k, v, cotangent, backward, call.order.alone([output]))
         return [*given, *(mx.zeros_like(array) for array in mask)]

@@ -106,6 +106,26 @@ def test_a_mask_string_is_routed_as_a_pattern(name):
         assert route.predicted_bytes >= dense.predicted_bytes + 512 * 512
 
 
+@pytest.mark.parametrize("implementation", ["baseline", "poc", SMALL], ids=named)
+@pytest.mark.parametrize("axes", [(None, 0), (0, 0), (0, None)], ids=str)
+def test_slopes_are_mapped(implementation, axes):
+    given = [mx.stack([x, 0.5 * x]) if axis == 0 else x for x, axis in zip((Q, mx.array(SLOPES)), axes, strict=True)]
+
+    def attend(q, slopes):
+        return attention(q, K, V, mask=MASK, score_mod=masks.alibi(slopes), implementation=implementation)
+
+    def loss(q, slopes):
+        return (mx.vmap(attend, in_axes=axes)(q, slopes) ** 2).sum()
+
+    def one_by_one(q, slopes):
+        pairs = list(zip((q, slopes), axes, strict=True))
+        return mx.stack([attend(*(x if axis is None else x[i] for x, axis in pairs)) for i in (0, 1)])
+
+    assert close(mx.vmap(attend, in_axes=axes)(*given), one_by_one(*given))
+    wanted = mx.grad(lambda *x: (one_by_one(*x) ** 2).sum())(*given)
+    assert close(mx.grad(loss)(*given), wanted, 1e-4)
+
+
 def test_poc_hands_over_what_its_kernel_does_not_declare(monkeypatch):
     from attention.implementations import fused
 

@@ -217,6 +217,8 @@ def test_a_function_is_evaluated_where_another_part_leaves_it_open():
         (lambda: masks.where(3), "mask: where got int; it takes a function of (b, h, q, k)"),
         (lambda: masks.causal() & 3, "mask: got a mask combined with int"),
         (lambda: masks.alibi(3), "score_mod: alibi got slopes 3; it takes one number per head"),
+        (lambda: masks.alibi([0.5, float("nan")]), "score_mod: alibi got a slope of nan; it takes numbers to 1e+28"),
+        (lambda: masks.alibi([-1e300]), "score_mod: alibi got a slope of -1e+300; it takes numbers to 1e+28"),
         (lambda: masks.alibi(mx.zeros((2, 2))), "score_mod: alibi got slopes of float32, shape (2, 2)"),
     ],
 )

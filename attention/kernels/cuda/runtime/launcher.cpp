@@ -45,7 +45,9 @@ Transforms& transforms() {
 
 class Launches : public mx::Primitive {
  public:
-  Launches(mx::Stream stream, std::shared_ptr<const Plan> plan) : mx::Primitive(stream), plan_(std::move(plan)) {}
+  // `traced` are the shapes of the inputs if these are tracers, else empty.
+  Launches(mx::Stream stream, std::shared_ptr<const Plan> plan, std::vector<mx::Shape> traced)
+      : mx::Primitive(stream), plan_(std::move(plan)), traced_(std::move(traced)) {}
 
   void eval_cpu(const Arrays&, Arrays&) override {
     throw std::runtime_error("The CUDA attention kernels run on MLX's GPU streams only.");
@@ -92,7 +94,15 @@ class Launches : public mx::Primitive {
     const auto* same = dynamic_cast<const Launches*>(&other);
     return same != nullptr && same->plan_ == plan_;
   }
-  std::vector<mx::Shape> output_shapes(const Arrays&) override { return plan_->shapes; }
+  // mx.compile(shapeless=True) calls it for inputs of other shapes than those traced, but a plan's launches are for these.
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    for (size_t i = 0; i < traced_.size(); i++) {
+      if (inputs[i].shape() == traced_[i]) continue;
+      throw std::invalid_argument(
+          "[flash_attention] The kernels are prepared for arrays of the shapes traced; mx.compile without shapeless traces each.");
+    }
+    return plan_->shapes;
+  }
 
  private:
   static int64_t serial() {
@@ -128,6 +138,7 @@ class Launches : public mx::Primitive {
   }
 
   std::shared_ptr<const Plan> plan_;
+  std::vector<mx::Shape> traced_;
 };
 
 Arrays run(std::shared_ptr<const Plan> plan, Arrays inputs) {
@@ -135,8 +146,12 @@ Arrays run(std::shared_ptr<const Plan> plan, Arrays inputs) {
   if (stream.device != mx::Device::gpu) throw std::invalid_argument("[flash_attention] The default device is not a GPU.");
   const bool traced = std::any_of(inputs.begin(), inputs.end(), [](const mx::array& a) { return a.is_tracer(); });
   if (plan->untraced != nullptr && !traced) plan = plan->untraced;
+  std::vector<mx::Shape> shapes;
+  if (traced) {
+    for (const mx::array& a : inputs) shapes.push_back(a.shape());
+  }
   inputs.insert(inputs.end(), plan->constants.begin(), plan->constants.end());
-  return mx::array::make_arrays(plan->shapes, plan->types, std::make_shared<Launches>(stream, plan), inputs);
+  return mx::array::make_arrays(plan->shapes, plan->types, std::make_shared<Launches>(stream, plan, std::move(shapes)), inputs);
 }
 }  // namespace
 }  // namespace fatui
