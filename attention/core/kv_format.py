@@ -112,4 +112,7 @@ def parse_kv_format(text: str) -> KVFormat | None:
     if text == DENSE:
         return None
     key, plus, value = text.partition("+")
-    return KVFormat(parse_format(key), parse_format(value if plus else key))
+    try:
+        return KVFormat(parse_format(key), parse_format(value if plus else key))
+    except UsageError as error:
+        raise UsageError(*(f"{problem}; two as in int8+int4; none" for problem in error.problems)) from None

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, cast
 from msgspec import Struct, structs
 
 from attention.core.errors import UsageError, suggestion
+from attention.core.kv_format import DENSE, parse_kv_format
 from attention.core.mask_text import MaskSpec, parse_mask, visible_pairs
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -60,6 +61,8 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
     """The visible pairs: "none", "causal", "prefix:256+window:1024", "blocks:0.1" and others of `core.mask_text`."""
     pass_: Pass = "forward"
     """"forward", "training" (forward and backward) or "decode"."""
+    kv_format: str = DENSE
+    """How key and value are quantized: "none", "int8", "int4:32", "int8+int4", "mxfp4"; see `core.kv_format`."""
 
     def __post_init__(self) -> None:
         """Resolve the defaulted fields, then validate all fields."""
@@ -75,8 +78,30 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
             structs.force_setattr(self, "mask", parse_mask(self.mask).text)
         except UsageError as error:
             problems.extend(error.problems)
+        problems.extend(self._resolve_format(sizes_known=not problems))
         if problems:
             raise UsageError(*problems)
+
+    def _resolve_format(self, *, sizes_known: bool) -> list[str]:
+        """Write the format of keys and values as its canonical text; return what is wrong with it."""
+        try:
+            formats = parse_kv_format(str(self.kv_format))  # a preset may hold a number
+        except UsageError as error:
+            return [f"kv_format: {problem.removeprefix('format: ')}" for problem in error.problems]
+        if formats is None:
+            return []
+        structs.force_setattr(self, "kv_format", formats.text)
+        if self.pass_ == "training":
+            return [f"kv_format: got {formats.text}; a training pass needs gradients of keys and values: none"]
+        if not sizes_known:
+            return []
+        widths = {"head_dim": (self.head_dim, formats.key), "value_dim": (self.value_dim, formats.value)}
+        problems = {
+            f"{name}: got {width}; {form.text} takes multiples of its group size, {form.group_size}": None
+            for name, (width, form) in widths.items()
+            if width % form.group_size
+        }
+        return list(problems)[: 1 if self.value_dim == self.head_dim else 2]
 
     def _become_decode(self) -> None:
         """Use a seq without kv_seq as the length of the cache, with a query of one row."""
@@ -127,7 +152,8 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         mask = "" if self.mask == "none" else f" {self.mask}"
         work = "" if self.pass_ == "forward" else f" {self.pass_}"
-        return f"B={self.batch} L={seq} D={dim} H={heads} {self.dtype}{mask}{work}"
+        form = "" if self.kv_format == DENSE else f" K/V {self.kv_format}"
+        return f"B={self.batch} L={seq} D={dim} H={heads} {self.dtype}{form}{mask}{work}"
 
     @property
     def tokens(self) -> int:
@@ -164,7 +190,16 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
     @property
     def key_value_bytes(self) -> int:
         """Bytes of the key and the value together; shared heads count once."""
-        return self.batch * self.kv_heads * self.kv_seq * (self.head_dim + self.value_dim) * ITEM_BYTES[self.dtype]
+        return self.batch * self.kv_seq * self.kv_token_bytes
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, scales and biases included."""
+        item, formats = ITEM_BYTES[self.dtype], parse_kv_format(self.kv_format)
+        if formats is None:
+            return self.kv_heads * (self.head_dim + self.value_dim) * item
+        rows = formats.key.row_bytes(self.head_dim, item) + formats.value.row_bytes(self.value_dim, item)
+        return self.kv_heads * rows
 
     @property
     def result_bytes(self) -> int:
