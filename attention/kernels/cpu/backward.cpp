@@ -202,12 +202,23 @@ static bool in_pairs(const Problem& p) {
   return bfloat16_pairs && p.query.element == Element::bfloat16 && !has_lists(p);
 }
 
+// Whether the scores of a row are recomputed in double, which the products of pairs do not do.
+static bool any_coarse(const BackwardCall& call) {
+  const Problem& p = call.problem;
+  const Coarse coarse(p);
+  const auto* rows = static_cast<const RowStatistics*>(call.statistics.data);
+  return std::any_of(rows, rows + p.batch * p.heads * p.queries,
+                     [&](const RowStatistics& row) { return coarse.has(row.reference); });
+}
+
 void backward(const BackwardCall& call) {
   const Problem& p = call.problem;
   if (p.batch * p.heads == 0) return;
   switch (p.query.element) {
     case Element::float16: return walk<float16_t, FloatTiles<float16_t>>(call);
-    case Element::bfloat16: return in_pairs(p) ? backward_bfloat16(call) : walk<bfloat16_t, FloatTiles<bfloat16_t>>(call);
+    case Element::bfloat16:
+      if (in_pairs(p) && !any_coarse(call)) return backward_bfloat16(call);
+      return walk<bfloat16_t, FloatTiles<bfloat16_t>>(call);
     default: return walk<float, FloatTiles<float>>(call);
   }
 }

@@ -148,6 +148,14 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
   }
 }
 
+}  // namespace
+
+void attend_widened(const ForwardCall& call, const Item& item, Partials& partials) {
+  attend_panels<bfloat16_t>(call, item, partials);
+}
+
+namespace {
+
 // Scores beyond this have rounding errors that make probabilities depend on the order of summation.
 constexpr float largest_reordered = 0x1p12f;
 

@@ -17,6 +17,7 @@ void forward_bfloat16(const ForwardCall& call);
 int64_t bfloat16_workspace(const Problem& p);
 class Partials;
 void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partials);  // one item of work
+void attend_widened(const ForwardCall& call, const Item& item, Partials& partials);   // the same in float32 and double
 
 // Estimated time of a call on one thread: the maximum of compute and reading K and V.
 inline double microseconds_alone(const Problem& p) {

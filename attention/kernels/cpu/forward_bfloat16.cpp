@@ -5,6 +5,9 @@
 //     finish_raw_scores scale, softcap, mask, bounds
 //     softmax_pairs     PP, maximum, sum
 //     O' += VT PP       rescaled before, in the few steps where a maximum exceeds its reference
+//
+// If a maximum is in the range of Coarse, beside a mask or a slope that float32 sums lose scores to, the item is computed anew
+// by forward.cpp.
 #include "forward.hpp"
 #include "pair_product.hpp"
 
@@ -111,6 +114,12 @@ void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partia
     turn_rows(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), room.values,
               pair_keys / 2);
     for (int64_t i = 0; i < panels; i++) panel[i].step(p, k, key, room);
+  }
+  const Coarse coarse(p);
+  for (int64_t i = 0; i < panels; i++) {
+    const float* maximum = panel[i].state.maximum;
+    if (std::any_of(maximum, maximum + panel[i].item.rows(), [&](float m) { return coarse.has(m); }))
+      return attend_widened(call, item, partials);
   }
   for (int64_t i = 0; i < panels; i++)
     finish<bfloat16_t>(call, panel[i].item, panel[i].output, panel[i].state, partials);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from attention.core.route import MAX_PATH_LENGTH, Needs, Route, unsupported
 from attention.core.workload import Workload
@@ -27,7 +27,7 @@ ROW_BYTES: Final = 16
 MAX_ITEM_ROWS, TARGET_ITEMS = 256, 64
 """Maximum rows per work item, and desired number of items per call; as in schedule.hpp."""
 VARIANTS: Final = ("tall",)
-TAKES: Final = frozenset({"pattern", "alibi"})
+TAKES: Final = frozenset({"pattern", "alibi", "logsumexp"})
 """What the kernel takes beyond bounds, array masks and softcap."""
 
 
@@ -75,29 +75,30 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
     Raises:
         KernelUnavailable: the kernel cannot be compiled or loaded, or failed its self-check.
     """
-    return _attend(q, k, v, scale, mask, softcap)
+    return cpu.flash_attention(q, k, v, scale=scale, softcap=softcap, **_mask_arguments(q, k, mask))
 
 
-def _attend(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None, items: int = 0
-) -> mx.array:
+def with_logsumexp(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+) -> tuple[mx.array, mx.array]:
+    """Compute attention as `attend`, and the logsumexp (B, H, Lq) in float32, -inf for fully masked rows."""
+    arguments = _mask_arguments(q, k, mask)
+    return cpu.flash_attention_with_logsumexp(q, k, v, scale=scale, softcap=softcap, **arguments)
+
+
+def _mask_arguments(q: mx.array, k: mx.array, mask: Mask) -> dict[str, Any]:
+    """Return the parts of a mask as keywords of the kernel; a pattern as its block lists."""
     lists = None
     if mask.pattern is not None:
         batch, heads, queries, _ = q.shape
         lists = mask.pattern.block_list((batch, heads, queries, k.shape[2]), *cpu.LIST_TILE)
-    return cpu.flash_attention(
-        q,
-        k,
-        v,
-        scale=scale,
-        causal=mask.causal,
-        window=mask.window,
-        mask=mask.array,
-        softcap=softcap,
-        items=items,
-        lists=lists,
-        alibi=mask.alibi,
-    )
+    return {
+        "causal": mask.causal,
+        "window": mask.window,
+        "mask": mask.array,
+        "lists": lists,
+        "alibi": mask.alibi,
+    }
 
 
 def variants(workload: Workload) -> dict[str, Attend]:
@@ -110,7 +111,7 @@ def variants(workload: Workload) -> dict[str, Attend]:
 
 
 def _attend_tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
-    return _attend(q, k, v, scale, mask, softcap, items=1)
+    return cpu.flash_attention(q, k, v, scale=scale, softcap=softcap, items=1, **_mask_arguments(q, k, mask))
 
 
 def _predicted(workload: Workload) -> int:

@@ -314,6 +314,15 @@ def test_poc_takes_patterns(name, queries):
     assert take_path() == poc.route(_workload(queries), probe()).path
 
 
+@pytest.mark.parametrize("mask", [None, "causal", masks.window(50) | masks.prefix(3)], ids=str)
+def test_poc_returns_the_logsumexp_of_the_kernel(mask):
+    given = qkv(1, 4, 2, 70, 90, 16, 16, mx.float32)
+    found = attention(*given, mask=mask, return_lse=True, implementation="poc")
+    assert "CPU" in take_path()
+    for one, other in zip(found, attention(*given, mask=mask, return_lse=True, implementation="baseline"), strict=True):
+        assert mx.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def _workload(queries):
     return Workload(
         batch=2, heads=4, kv_heads=2, seq=queries, kv_seq=300, head_dim=32, dtype="float32", mask="documents:30"
