@@ -83,6 +83,11 @@ class KVFormat(Struct, frozen=True):
         """One name, or two joined by a plus: keys first."""
         return self.key.text if self.key == self.value else f"{self.key.text}+{self.value.text}"
 
+    @property
+    def shared_affine(self) -> Format | None:
+        """The format, if keys and values share one of mode affine: mlx-lm's own attention reads no others."""
+        return self.key if self.key == self.value and self.key.has_biases else None
+
 
 def parse_format(text: str) -> Format:
     """Return the format with a name such as "int4", "int8:32" or "mxfp4".

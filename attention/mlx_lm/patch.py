@@ -5,7 +5,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache, wraps
 from types import TracebackType
@@ -19,12 +19,14 @@ from attention.arguments import check_mask, check_shapes, find_implementation
 from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import UnsupportedError, UsageError
 from attention.core.events import WITHOUT_ATTENTION, CallsCounted
+from attention.core.kv_format import Format, KVFormat
 from attention.implementations.calls import call_signature, call_through_hooks, take_path
 from attention.implementations.protocol import Implementation, SupportsTraining
-from attention.implementations.quantized_kv import QuantizedArray
+from attention.implementations.quantized_kv import QuantizedArray as PackedArray
 from attention.masks import Mask
 from attention.measure.device import probe
 from attention.monitoring import patch_points
+from attention.quantized_kv import QuantizedArray, quantized
 
 device = lru_cache(maxsize=1)(probe)
 
@@ -34,15 +36,46 @@ class ModelCall(NamedTuple):
 
     q: mx.array
     k: Any
-    """(B, Hkv, Lk, D), or the three arrays of `mx.quantize`."""
+    """(B, Hkv, Lk, D), or the arrays of `mx.quantize`."""
     v: Any
     scale: float
     mask: mx.array | str | None
     sinks: mx.array | None = None
-    quantization: tuple[int, int] | None = None
-    """Group size and bits of quantized keys and values."""
+    kv_format: KVFormat | None = None
+    """Formats of quantized keys and values."""
     window: int | None = None
     """Keys that a query attends to; the mask is then "causal"."""
+
+    @property
+    def kv_seq(self) -> int:
+        """Number of keys."""
+        shape = self.k.shape if self.kv_format is None else self.k[0].shape
+        return int(shape[2])
+
+    def quantized_arrays(self) -> tuple[QuantizedArray, QuantizedArray]:
+        """Return quantized keys and values, without checking that their arrays fit together."""
+        assert self.kv_format is not None
+        return (
+            _with_format(self.k, self.kv_format.key, self.q.dtype),
+            _with_format(self.v, self.kv_format.value, self.q.dtype),
+        )
+
+    def dequantized(self) -> "ModelCall":
+        """Return the call with dense keys and values, of the query's dtype."""
+        if self.kv_format is None:
+            return self
+        k, v = (array.dequantized(self.q.dtype) for array in self.quantized_arrays())
+        return self._replace(k=k, v=v, kv_format=None)
+
+    @property
+    def is_readable_by_mlx_lm(self) -> bool:
+        """Whether mlx-lm's own function computes it."""
+        return self.kv_format is None or (self.kv_format.shared_affine is not None and self.sinks is None)
+
+
+def _with_format(arrays: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> QuantizedArray:
+    numbers, scales, *biases = arrays
+    return QuantizedArray(numbers, scales, biases[0] if biases else None, form, scales.dtype if biases else dtype)
 
 
 class _Bounds(NamedTuple):
@@ -86,8 +119,7 @@ class KnownMasks:
         known = self._bounds.get(id(call.mask)) if isinstance(call.mask, mx.array) else None
         if known is None or known.array() is not call.mask:
             return call
-        keys = call.k[0].shape[2] if call.quantization is not None else call.k.shape[2]
-        if (known.rows, known.rows + known.offset) != (call.q.shape[2], keys):
+        if (known.rows, known.rows + known.offset) != (call.q.shape[2], call.kv_seq):
             return call
         return call._replace(mask="causal", window=known.window)
 
@@ -99,6 +131,8 @@ class CallArguments(NamedTuple):
     v: Any
     mask: Mask
     path: str
+    dequantized: bool
+    """Whether keys and values are dense copies of quantized ones."""
 
 
 class Acceptance(Struct, frozen=True):
@@ -126,40 +160,41 @@ class ArgumentAdapter:
         """
         if call.sinks is not None and not self._takes_sinks:
             raise UnsupportedError("attention sinks")
-        k, v = (call.k, call.v) if call.quantization is None else self._keys_and_values(call)
-        verdict = self._acceptance(call, k, v)
+        verdict = self._acceptance(call)
         if verdict.path is None:
             raise UnsupportedError(verdict.reason)
+        k, v = self._keys_and_values(call)
         array = None if isinstance(call.mask, str) else call.mask
         mask = Mask(causal=isinstance(call.mask, str), window=call.window, array=array)
-        return CallArguments(k, v, mask, verdict.path)
+        return CallArguments(k, v, mask, verdict.path, dequantized=call.kv_format is not None and _is_dense(k))
 
     def _keys_and_values(self, call: ModelCall) -> tuple[Any, Any]:
-        """Return quantized keys and values unchanged, or dequantized to the query's dtype."""
-        assert call.quantization is not None
-        group_size, bits = call.quantization
-        (k, k_scales, k_biases), (v, v_scales, v_biases) = call.k, call.v
-        key = QuantizedArray(k, k_scales, k_biases, group_size, bits)
-        value = QuantizedArray(v, v_scales, v_biases, group_size, bits)
-        if self._takes_packed:
-            return key, value
-        return key.dequantized().astype(call.q.dtype), value.dequantized().astype(call.q.dtype)
+        """Return keys and values; quantized ones unchanged, or dequantized if the implementation does not take them."""
+        if call.kv_format is None:
+            return call.k, call.v
+        key, value = call.quantized_arrays()
+        if self._takes_packed and key.biases is not None and value.biases is not None:
+            return _packed(key), _packed(value)
+        return key.dequantized(call.q.dtype), value.dequantized(call.q.dtype)
 
-    def _acceptance(self, call: ModelCall, k: Any, v: Any) -> Acceptance:
+    def _acceptance(self, call: ModelCall) -> Acceptance:
         """Return the verdict, cached per kind of call: in decoding every layer makes the same call."""
         mask = call.mask
         array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else (mask, call.window)
-        types = call.q.dtype, k.dtype, v.dtype
-        key = (call.q.shape, k.shape, v.shape, types, array, isinstance(k, QuantizedArray), call.sinks is None)
+        kinds = _kind(call.q), _kind(call.k), _kind(call.v)
+        key = (kinds, call.kv_format, array, call.sinks is None)
         verdict = self._acceptances.get(key)
         if verdict is None:
-            verdict = self._acceptances[key] = self._check(call, k, v)
+            verdict = self._acceptances[key] = self._check(call)
         return verdict
 
-    def _check(self, call: ModelCall, k: Any, v: Any) -> Acceptance:
-        packed = isinstance(k, QuantizedArray)
+    def _check(self, call: ModelCall) -> Acceptance:
         try:
-            if not packed:
+            if call.kv_format is not None:
+                quantized(call.k, call.kv_format.key)
+                quantized(call.v, call.kv_format.value)
+            k, v = self._keys_and_values(call)
+            if _is_dense(k):
                 check_shapes(call.q, k, v)
             mask = check_mask(call.mask, call.window, call.q, k)
             route = self._implementation.route(*_route_arguments(call, k, v, mask))
@@ -169,7 +204,21 @@ class ArgumentAdapter:
             return Acceptance(None, str(error))
         if not route.supported:
             return Acceptance(None, route.reason)
-        return Acceptance("packed keys and values" if packed else route.path)
+        return Acceptance(route.path if _is_dense(k) else "packed keys and values")
+
+
+def _packed(array: QuantizedArray) -> PackedArray:
+    assert array.biases is not None
+    return PackedArray(array.numbers, array.scales, array.biases, array.format.group_size, array.format.bits)
+
+
+def _is_dense(array: object) -> bool:
+    return isinstance(array, mx.array)
+
+
+def _kind(array: Any) -> object:
+    """Return shape and dtype, of each array of quantized keys or values."""
+    return (array.shape, array.dtype) if isinstance(array, mx.array) else tuple(map(_kind, array))
 
 
 def _route_arguments(call: ModelCall, k: Any, v: Any, mask: Mask) -> tuple[Any, Any, Any]:
@@ -230,6 +279,8 @@ class CallCounts:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+DEQUANTIZED: Final = "dequantized K and V"
+"""Ends the path, or the reason, of a call for which quantized keys and values were copied to dense ones."""
 OWN_MODULES: Final = ("attention.mlx_lm.patch", "attention.monitoring.patch_points")
 
 
@@ -271,6 +322,9 @@ class ModelPatch(CallCounts):
     def __enter__(self) -> Self:
         """Replace the functions; raises UsageError if mlx-lm is missing."""
         models, fast = patch_points.models_sdpa(), patch_points.fast_sdpa()
+        from attention.mlx_lm.caches import rotating_conversion  # which imports mlx-lm
+
+        rotating_conversion.open()
         patch_points.models_causal_mask().add(interceptor=self._masks.create)
         models.add(interceptor=self._attend)
         fast.add(interceptor=self._attend_directly)
@@ -282,6 +336,9 @@ class ModelPatch(CallCounts):
     ) -> None:
         """Undo the latest enter."""
         self._entered -= 1
+        from attention.mlx_lm.caches import rotating_conversion
+
+        rotating_conversion.close()
         patch_points.fast_sdpa().remove(interceptor=self._attend_directly)
         patch_points.models_sdpa().remove(interceptor=self._attend)
         patch_points.models_causal_mask().remove(interceptor=self._masks.create)
@@ -322,12 +379,15 @@ class ModelPatch(CallCounts):
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Replacement of mlx-lm's function, with the same arguments."""
-        packing = (cache.group_size, cache.bits) if hasattr(cache, "bits") else None
-        call = ModelCall(queries, keys, values, scale, mask, sinks, packing)
+        call = ModelCall(queries, keys, values, scale, mask, sinks, _kv_format(cache))
         taken = self._try_attend(call)
         if taken is not None:
             return taken
-        return _call_original(patch_points.models_sdpa().original, queries, keys, values, cache, scale, mask, sinks)
+        original = patch_points.models_sdpa().original
+        if call.is_readable_by_mlx_lm:
+            return _call_original(original, queries, keys, values, cache, scale, mask, sinks)
+        call = call.dequantized()
+        return _call_original(original, queries, call.k, call.v, None, scale, mask, sinks)
 
     def _attend_directly(self, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
         """Replacement of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are intercepted."""
@@ -354,12 +414,13 @@ class ModelPatch(CallCounts):
                 self.implementation, call.q, arguments.k, arguments.v, scale=call.scale, mask=arguments.mask, **more
             )
         except UnsupportedError as error:
-            self.count_passed_on(str(error))
+            self.count_passed_on(str(error) if call.is_readable_by_mlx_lm else f"{error}, {DEQUANTIZED}")
             return None
         finally:
             _thread.in_implementation = before
         # An implementation with a single path records none: its route names what ran.
-        self.count_taken(take_path() or arguments.path)
+        path = take_path() or arguments.path
+        self.count_taken(f"{path}, {DEQUANTIZED}" if arguments.dequantized else path)
         return out
 
     def _decorate_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -386,6 +447,17 @@ class ModelPatch(CallCounts):
                     yield item
 
         return patched
+
+
+def _kv_format(cache: Any) -> KVFormat | None:
+    """Return the formats of a cache of `attention.mlx_lm.caches`, or of mlx-lm's own quantized one."""
+    own = getattr(cache, "kv_format", None)
+    if isinstance(own, KVFormat):
+        return own
+    if not hasattr(cache, "bits"):
+        return None
+    form = Format("affine", cache.bits, cache.group_size)
+    return KVFormat(form, form)
 
 
 def _call_original(function: Callable[..., mx.array], *args: Any) -> mx.array:

@@ -1,4 +1,4 @@
-"""mlx-lm models with a few thousand random weights: a Qwen2, a Llama, and a DeepSeek-V3 with dense layers."""
+"""mlx-lm models with a few thousand random weights: a Qwen2, a Llama, a DeepSeek-V3 with dense layers, a GPT-OSS."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from mlx_lm.models import deepseek_v3, llama, qwen2
+from mlx_lm.models import deepseek_v3, gpt_oss, llama, qwen2
 
 LAYERS = 2
 VOCABULARY = 101
@@ -32,13 +32,25 @@ LATENT: dict[str, Any] = {
 }
 """Multi-head latent attention, which passes its rotary scores to attention as an additive mask."""
 
+WITH_SINKS: dict[str, Any] = {
+    "head_dim": 32,
+    "sliding_window": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+"""Sinks, and a rotating cache in the first layer."""
+
 
 def tiny(name: str, dtype: mx.Dtype = mx.float32) -> Any:
     """Return a model with reproducible weights: 4 query heads, head_dim 32, and 2 key heads or latent keys."""
     mx.random.seed(7)
-    module = {"qwen2": qwen2, "llama": llama, "deepseek_v3": deepseek_v3}[name]
-    sizes = SIZES | LATENT if name == "deepseek_v3" else SIZES
+    module = {"qwen2": qwen2, "llama": llama, "deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss}[name]
+    sizes = SIZES | {"deepseek_v3": LATENT, "gpt_oss": WITH_SINKS}.get(name, {})
     model = module.Model(module.ModelArgs.from_dict({"model_type": name, **sizes}))
+    if name == "gpt_oss":  # whose sinks are made as zeros
+        for layer in model.layers:
+            layer.self_attn.sinks = mx.random.normal((SIZES["num_attention_heads"],))
     model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model
