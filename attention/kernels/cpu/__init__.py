@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     import mlx.core as mx
 
+    from attention.quantized_kv import QuantizedArray
+
 __all__ = [
     "LIST_TILE",
     "KernelUnavailable",
@@ -35,6 +37,7 @@ LIST_TILE: Final = (64, 128)
 """Queries and keys of a tile of the block lists that the kernel walks."""
 
 _module: Any = None
+_quantized_call: Any = None
 
 
 class Lists(Protocol):
@@ -113,8 +116,11 @@ def load(on_message: Callable[[str], None] | None = None) -> None:
     """
     from attention.kernels.cpu import library
 
-    global _module  # noqa: PLW0603  one library a process
+    global _module, _quantized_call  # noqa: PLW0603  one library a process
     if _module is None:
+        from attention.kernels.cpu import quantized_call
+
+        _quantized_call = quantized_call
         _module = library.load(on_message)
 
 
@@ -134,8 +140,8 @@ def _list_arguments(lists: Lists | None) -> tuple[object, ...]:
 
 def flash_attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: mx.array | QuantizedArray,
+    v: mx.array | QuantizedArray,
     *,
     scale: float,
     causal: bool = False,
@@ -148,7 +154,8 @@ def flash_attention(
 ) -> mx.array:
     """Compute attention on the CPU; arguments and results as in `kernels.common.FlashAttention`.
 
-    D and Dv are from 1 to 512, with any strides, in float32, float16 or bfloat16. Further keywords:
+    D and Dv are from 1 to 512, with any strides, in float32, float16 or bfloat16. Quantized k and v, of any formats,
+    are dequantized tile by tile; such a call has no gradient. Further keywords:
 
     - `items`: minimum number of work items that a call is split into if possible: few items are taller and read keys
       and values less often, many occupy more threads. 0 chooses by the shape.
@@ -168,14 +175,18 @@ def flash_attention(
     if window is not None or softcap is not None:
         window, softcap = _bounds(window, softcap)
     listed = () if lists is None and alibi is None else (alibi, *_list_arguments(lists))
+    if _quantized_call.is_quantized(k, v):
+        options = (scale, causal, window or 0, softcap or 0.0, mask, items)
+        attended: mx.array = _quantized_call.attend(_module, q, k, v, options, *([listed] if listed else []))[0]
+        return attended
     out: mx.array = _module.flash_attention(q, k, v, scale, causal, window or 0, softcap or 0.0, mask, items, *listed)
     return out
 
 
 def flash_attention_with_logsumexp(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: mx.array | QuantizedArray,
+    v: mx.array | QuantizedArray,
     *,
     scale: float,
     causal: bool = False,
@@ -190,7 +201,7 @@ def flash_attention_with_logsumexp(
 
     Returns:
         The output (B, H, Lq, Dv), and the logsumexp (B, H, Lq) in float32, -inf for a fully masked row. Both are
-        differentiable.
+        differentiable, unless k and v are quantized.
 
     Raises:
         ValueError: shapes, dtypes or values are invalid.
@@ -201,6 +212,11 @@ def flash_attention_with_logsumexp(
     if _module is None:
         load()
     window, softcap = _bounds(window, softcap)
+    if _quantized_call.is_quantized(k, v):
+        listed = (alibi, *_list_arguments(lists))
+        options = (scale, causal, window, softcap, mask, items)
+        found: tuple[mx.array, mx.array] = _quantized_call.attend(_module, q, k, v, options, listed, logsumexp=True)
+        return found
     both: tuple[mx.array, mx.array] = _module.flash_attention_with_logsumexp(
         q, k, v, scale, causal, window, softcap, mask, items, alibi, *_list_arguments(lists)
     )
@@ -214,6 +230,7 @@ def workspace_bytes(
     *,
     dtype: mx.Dtype,
     training: bool = False,
+    quantized: bool = False,
 ) -> int:
     """Return the bytes that a call allocates beyond inputs and outputs, all threads together.
 
@@ -221,8 +238,9 @@ def workspace_bytes(
         q_shape: (B, H, Lq, D).
         k_shape: (B, Hkv, Lk, D).
         v_shape: (B, Hkv, Lk, Dv).
-        dtype: of all three.
+        dtype: of all three; of the queries, if keys and values are quantized.
         training: the maximum of forward and backward; the 16 bytes kept per row are outputs and not counted.
+        quantized: whether keys and values are quantized; their shapes are those of the values.
 
     Raises:
         KernelUnavailable: the kernel cannot run on this machine.
@@ -234,4 +252,4 @@ def workspace_bytes(
     element = [mlx.core.float32, mlx.core.float16, mlx.core.bfloat16].index(dtype)
     batch, heads, queries, head_dim = q_shape
     sizes = (batch, heads, k_shape[1], queries, k_shape[2], head_dim, v_shape[3])
-    return int(_module.workspace_bytes(*sizes, element, training))
+    return int(_module.workspace_bytes(*sizes, element, training, quantized))

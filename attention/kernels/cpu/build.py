@@ -154,7 +154,10 @@ def variant() -> str:
 
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
-KERNEL = ("forward", "forward_bfloat16", "backward", "backward_bfloat16", "scores", "lists", "pool", "measure")
+KERNEL = (
+    *("forward", "forward_bfloat16", "backward", "backward_bfloat16"),
+    *("quantized", "scores", "lists", "pool", "measure"),
+)
 BINDING = ("module",)
 ROOM_BYTES = 16 << 20
 """Maximum bytes written by a compilation: assembly of two sources at a time, objects and the library."""

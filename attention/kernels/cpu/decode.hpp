@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "decode_products.hpp"
+#include "quantized.hpp"
 #include "softmax.hpp"
 
 namespace fatui {
@@ -13,10 +14,11 @@ constexpr int64_t few_rows = 8;  // maximum query rows per item for this kernel
 static_assert(score_line == query_tile && 2 * score_line <= key_tile);  // scores, transposed and not, fit in one tile
 
 // Keys per tile: K, V and the prefetched next K fit in an L1 of 48 KiB; half as many in float32, where memory bandwidth
-// leaves time for more tiles.
+// leaves time for more tiles, and where quantized ones are dequantized.
 template <class T>
-int64_t decode_keys(int64_t head_dim) {
-  return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : 8192) / head_dim / 16 * 16, 16, score_line);
+int64_t decode_keys(const Problem& p) {
+  const bool wide = sizeof(T) == 4 || is_quantized(p);
+  return std::clamp<int64_t>((wide ? 2048 : 8192) / p.head_dim / 16 * 16, 16, score_line);
 }
 
 // Calls f(row, R) for groups of 4, 2 and 1 rows.
@@ -94,18 +96,18 @@ struct FewRows {
   int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
 
   void attend(KeyRuns runs) {
-    const int64_t tile = decode_keys<T>(p.head_dim);
+    const int64_t tile = decode_keys<T>(p);
     KeyRun run = runs.next();
     if (!run.empty() && reading != Reading::copied)
-      Ahead(lines(p.key, run.begin, std::min(tile, run.end - run.begin), p.head_dim, key_length, key_copy)).ask_for_all();
+      Ahead(lines(p.key, p.key_packing, run.begin, std::min(tile, run.end - run.begin), p.head_dim, key_length, key_copy)).ask_for_all();
     read_queries();
     std::fill_n(output, rows * dv, 0.0f);
     for (KeyRun after; !run.empty(); run = after) {
       after = runs.next();
       for (int64_t key = run.begin; key < run.end; key += tile) {
         const int64_t count = std::min(tile, run.end - key);
-        const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
-        const Lines<Element> v = lines(p.value, key, count, p.value_dim, value_length, value_copy);
+        const Lines<Element> k = lines(p.key, p.key_packing, key, count, p.head_dim, key_length, key_copy);
+        const Lines<Element> v = lines(p.value, p.value_packing, key, count, p.value_dim, value_length, value_copy);
         const bool last = key + count == run.end;
         const int64_t first = last ? after.begin : key + count, end = last ? after.end : run.end;
         Lines<Element> next = k;  // the tile after this one
@@ -129,9 +131,10 @@ struct FewRows {
                 widen_strided(q.row[r] + c * q.stride, q.stride, p.head_dim - c) * float(p.scale));
   }
 
-  Lines<Element> lines(const Tensor& t, int64_t key, int64_t count, int64_t dim, int64_t length, float* copy) const {
+  Lines<Element> lines(const Tensor& t, const Packing& packing, int64_t key, int64_t count, int64_t dim, int64_t length,
+                       float* copy) const {
     if constexpr (reading == Reading::copied) {
-      const Floats f = floats_of<T>(t, item.batch, item.kv_head, key, count, dim, copy, length, length == dim);
+      const Floats f = floats_of<T>(t, packing, item.batch, item.kv_head, key, count, dim, copy, length, length == dim);
       return {f.data, f.stride, length, count};
     } else {
       const T* data = static_cast<const T*>(t.data) + item.batch * t.stride[0] + item.kv_head * t.stride[1];

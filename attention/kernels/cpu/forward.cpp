@@ -115,8 +115,10 @@ template <class T>
 void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys,
                 ListWalk* walk = nullptr) {
   const Room& room = panel[0].room;
-  const Floats k = floats_of<T>(p.key, item.batch, item.kv_head, key, keys, p.head_dim, room.key, room.d);
-  const Floats v = floats_of<T>(p.value, item.batch, item.kv_head, key, keys, p.value_dim, room.value, room.dv);
+  const Floats k =
+      floats_of<T>(p.key, p.key_packing, item.batch, item.kv_head, key, keys, p.head_dim, room.key, room.d);
+  const Floats v =
+      floats_of<T>(p.value, p.value_packing, item.batch, item.kv_head, key, keys, p.value_dim, room.value, room.dv);
   uint64_t bits[key_tile];
   for (int64_t i = 0; i < panels; i++) {
     const Sight sight = walk == nullptr ? Sight::all : walk->sight(i, bits);
@@ -180,7 +182,7 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   few.attend(KeyRuns(p, item, bounds));
   if (wants_panels(call, item, state)) {
     if constexpr (bfloat16_pairs && std::is_same_v<T, bfloat16_t>)
-      if (!has_lists(p)) return attend_bfloat16(call, item, partials);
+      if (!has_lists(p) && !is_quantized(p)) return attend_bfloat16(call, item, partials);
     return attend_panels<T>(call, item, partials);
   }
   Rows<float> rows;
@@ -194,6 +196,7 @@ template <class T>
 void attend(const ForwardCall& call, const Item& item, Partials& partials) {
   const Problem& p = call.problem;
   if (item.rows() > few_rows) return attend_panels<T>(call, item, partials);
+  if (is_quantized(p)) return attend_few<T, Reading::copied>(call, item, partials);
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bfloat16_t>)
     if (whole_words(p.key, p.head_dim) && whole_words(p.value, p.value_dim) && !has_lists(p))
@@ -216,11 +219,11 @@ void run(const ForwardCall& call) {
 }
 }  // namespace
 
-// Whether the CPU multiplies bfloat16 pairs, and the call has enough rows to amortise transposing V. Lists are walked by the
-// kernel for all dtypes.
+// Whether the CPU multiplies bfloat16 pairs, and the call has enough rows to amortise transposing V. Lists are walked, and
+// quantized keys and values read, by the kernel for all dtypes.
 static bool in_pairs(const Problem& p) {
   const Schedule schedule(p);
-  return bfloat16_pairs && !has_lists(p) && schedule.heads_per_tile * p.queries > few_rows;
+  return bfloat16_pairs && !has_lists(p) && !is_quantized(p) && schedule.heads_per_tile * p.queries > few_rows;
 }
 
 void forward(const ForwardCall& call) {

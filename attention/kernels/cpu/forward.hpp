@@ -23,7 +23,8 @@ void attend_widened(const ForwardCall& call, const Item& item, Partials& partial
 inline double microseconds_alone(const Problem& p) {
   const double share = has_lists(p) ? listed_share(p) : 1;
   const double width = double(p.head_dim + p.value_dim), pairs = double(p.batch * p.heads * p.queries) * double(p.keys);
-  const double bytes = double(p.batch * p.kv_heads * p.keys) * width * (p.query.element == Element::float32 ? 4 : 2);
+  const double element = is_quantized(p) ? p.key_packing.bits / 8.0 : p.query.element == Element::float32 ? 4 : 2;
+  const double bytes = double(p.batch * p.kv_heads * p.keys) * width * element;
   return share * std::max(2 * pairs * width / 2e5, bytes / 4e4);
 }
 

@@ -1,6 +1,7 @@
 // Attention as MLX primitives: lazy, on MLX's CPU stream, differentiable, without copies; and its Python module, which
 // shares MLX's array type through the nanobind ABI and domain of mlx.core. One file, as MLX's headers take seconds.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 
@@ -28,6 +29,16 @@ namespace fatui {
 
 namespace mx = mlx::core;
 
+// How keys or values are quantized; none, if they are not.
+struct Format {
+  Mode mode = Mode::none;
+  int32_t bits = 0, group = 0;
+  bool has_biases() const { return mode == Mode::affine; }
+  int parts() const { return mode == Mode::none ? 0 : has_biases() ? 2 : 1; }  // inputs besides the numbers
+  int64_t width(const mx::array& a) const { return mode == Mode::none ? a.shape(3) : int64_t(a.shape(3)) * 32 / bits; }
+  bool operator==(const Format&) const = default;
+};
+
 struct Options {
   double scale = 1.0;
   float softcap = 0.0f;
@@ -36,18 +47,24 @@ struct Options {
   int64_t list_batches = 0, list_heads = 0;  // planes of the block lists; 0: there are none
   bool masked = false, sloped = false;       // whether there is a mask array, and slopes
   std::array<int64_t, 4> listed{};           // (B, H, Lq, Lk) that the block lists are for
+  Format key, value;                         // both quantized, or neither
+  int parts() const { return key.parts() + value.parts(); }
   bool operator==(const Options&) const = default;
 };
 
+using MaybeArray = std::optional<mx::array>;
+
 // Arrays that a call may have besides q, k and v.
 struct Extras {
-  std::optional<mx::array> mask;                   // broadcasts to (B, H, Lq, Lk)
-  std::optional<mx::array> offsets, entries, bits;  // block lists, as in BlockLists
-  std::optional<mx::array> slopes;                 // (H,)
+  MaybeArray mask;                    // broadcasts to (B, H, Lq, Lk)
+  MaybeArray offsets, entries, bits;  // block lists, as in BlockLists
+  MaybeArray slopes;                  // (H,)
+  MaybeArray key_scales, key_biases, value_scales, value_biases;  // of quantized keys and values
 };
 
-// Inputs q, k, v and optionally a 4-D mask, three arrays of block lists, 2-D slopes; outputs o and, if a gradient may be requested, logsumexp and statistics
-// (B, H, Lq, 3), which only the backward pass uses.
+// Inputs q, k, v, the scales and biases of quantized k and v, and optionally a 4-D mask, three arrays of block lists, 2-D
+// slopes; outputs o and, if a gradient may be requested, logsumexp and statistics (B, H, Lq, 3), which only the backward pass
+// uses.
 class FlashForward : public mx::Primitive {
  public:
   FlashForward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
@@ -100,6 +117,7 @@ Element element_of(const mx::array& a) {
   if (a.dtype() == mx::float32) return Element::float32;
   if (a.dtype() == mx::float16) return Element::float16;
   if (a.dtype() == mx::bfloat16) return Element::bfloat16;
+  if (a.dtype() == mx::uint32) return Element::word;
   return Element::boolean;
 }
 
@@ -113,10 +131,19 @@ Tensor tensor_of(const mx::array& a) {
   return t;
 }
 
-// The optional inputs begin at `next`.
+Packing packing_of(const Format& format, const Arrays& inputs, size_t& next) {
+  Packing packing{format.mode, format.bits, format.group};
+  if (format.parts() > 0) packing.scales = tensor_of(inputs[next++]);
+  if (format.has_biases()) packing.biases = tensor_of(inputs[next++]);
+  return packing;
+}
+
+// The inputs after q, k and v, or after those of the backward pass, begin at `next`.
 Problem problem_of(const Options& options, const Arrays& inputs, size_t next) {
   const mx::array &q = inputs[0], &k = inputs[1], &v = inputs[2];
   Problem p;
+  p.key_packing = packing_of(options.key, inputs, next);
+  p.value_packing = packing_of(options.value, inputs, next);
   p.query = tensor_of(q), p.key = tensor_of(k), p.value = tensor_of(v);
   if (options.masked) {
     const mx::array& mask = inputs[next++];
@@ -131,7 +158,7 @@ Problem problem_of(const Options& options, const Arrays& inputs, size_t next) {
   }
   if (options.sloped) p.slopes = tensor_of(inputs[next]);
   p.batch = q.shape(0), p.heads = q.shape(1), p.queries = q.shape(2), p.head_dim = q.shape(3);
-  p.kv_heads = k.shape(1), p.keys = k.shape(2), p.value_dim = v.shape(3);
+  p.kv_heads = k.shape(1), p.keys = k.shape(2), p.value_dim = options.value.width(v);
   p.scale = options.scale, p.softcap = options.softcap, p.causal = options.causal, p.window = options.window;
   p.items = options.items;
   return p;
@@ -151,13 +178,16 @@ void* allocate(mx::array& out) {
 }
 
 // mx.compile(shapeless=True) runs with other shapes than those traced; what stays as it was traced must fit them, because
-// the kernel reads it by the shapes of q and k. The optional inputs begin at `next`.
+// the kernel reads it by the shapes of q and k. The inputs after q, k and v begin at `next`.
 void check_traced(const Options& options, const Arrays& inputs, size_t next) {
   const auto &q = inputs[0], &k = inputs[1];
   const std::array<int64_t, 4> scores{q.shape(0), q.shape(1), q.shape(2), k.shape(2)};
   const auto stop = [](const std::string& what) {
     throw std::invalid_argument("[flash_attention] " + what + " of other lengths; mx.compile without shapeless traces each.");
   };
+  for (const Format* format : {&options.key, &options.value})
+    for (int i = 0; i < format->parts(); i++, next++)
+      if (inputs[next].shape(2) != k.shape(2)) stop("the scales of quantized keys and values are those");
   if (options.masked) {
     for (int i = 0; i < 4; i++)
       if (inputs[next].shape(i) != 1 && inputs[next].shape(i) != scores[i]) stop("the mask is one");
@@ -240,6 +270,8 @@ void FlashForward::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
 
 Arrays FlashForward::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
                          const Arrays& outputs) {
+  if (options_.parts() > 0)
+    throw std::invalid_argument("flash_attention has no gradient for quantized keys and values; implementation 'baseline' has.");
   for (const int n : argnums)
     if (n > 2 && primals[n].dtype() != mx::bool_)
       throw std::invalid_argument(options_.sloped && n + 1 == int(primals.size())
@@ -273,7 +305,7 @@ std::vector<mx::Shape> FlashForward::output_shapes(const Arrays& inputs) {
   check_traced(options_, inputs, 3);
   const auto& q = inputs[0];
   const mx::Shape rows{q.shape(0), q.shape(1), q.shape(2)};
-  return {{rows[0], rows[1], rows[2], inputs[2].shape(3)}, rows, {rows[0], rows[1], rows[2], 3}};
+  return {{rows[0], rows[1], rows[2], int(options_.value.width(inputs[2]))}, rows, {rows[0], rows[1], rows[2], 3}};
 }
 
 void FlashBackward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
@@ -323,21 +355,51 @@ std::string text(const mx::Shape& shape) {
   return s + ")";
 }
 
-void check(const mx::array& q, const mx::array& k, const mx::array& v) {
+void check(const mx::array& q, const mx::array& k, const mx::array& v, const Format& key, const Format& value) {
   if (q.ndim() != 4 || k.ndim() != 4 || v.ndim() != 4)
     refuse("q, k and v have four dimensions; got " + text(q.shape()) + ", " + text(k.shape()) + ", " +
            text(v.shape()) + ".");
   const auto type = q.dtype();
-  if (k.dtype() != type || v.dtype() != type) refuse("q, k and v have one type.");
+  if (key.mode != Mode::none) {
+    if (k.dtype() != mx::uint32 || v.dtype() != mx::uint32) refuse("numbers of quantized k and v are uint32.");
+  } else if (k.dtype() != type || v.dtype() != type) {
+    refuse("q, k and v have one type.");
+  }
   if (type != mx::float32 && type != mx::float16 && type != mx::bfloat16)
     refuse("the type is float32, float16 or bfloat16.");
   const bool agree = k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == v.shape(1) &&
-                     k.shape(2) == v.shape(2) && k.shape(3) == q.shape(3);
-  if (!agree)
-    refuse("shapes do not agree: q " + text(q.shape()) + ", k " + text(k.shape()) + ", v " + text(v.shape()) + ".");
+                     k.shape(2) == v.shape(2) && key.width(k) == q.shape(3);
+  if (!agree) {
+    mx::Shape wide_k = k.shape(), wide_v = v.shape();
+    wide_k[3] = int(key.width(k)), wide_v[3] = int(value.width(v));
+    refuse("shapes do not agree: q " + text(q.shape()) + ", k " + text(wide_k) + ", v " + text(wide_v) + ".");
+  }
   if (k.shape(1) == 0 || q.shape(1) % k.shape(1) != 0) refuse("the heads of q are a multiple of those of k.");
-  for (const int dim : {q.shape(3), v.shape(3)})
+  for (const int64_t dim : {int64_t(q.shape(3)), value.width(v)})
     if (dim < 1 || dim > 512) refuse("head dimensions go from 1 to 512; got " + std::to_string(dim) + ".");
+}
+
+// Appends the scales and biases of keys or values.
+void add_parts(Arrays& inputs, const Format& format, const mx::array& numbers, const MaybeArray& scales,
+               const MaybeArray& biases, const std::string& name) {
+  if (format.mode == Mode::none) return;
+  mx::Shape shape = numbers.shape();
+  shape[3] = int(format.width(numbers) / format.group);
+  for (const auto& [part, what] : {std::pair(&scales, "scales"), std::pair(&biases, "biases")}) {
+    if (part == &biases && !format.has_biases()) break;
+    const auto refuse_part = [&](const std::string& got) {
+      refuse(std::string(what) + " of quantized " + name + " are " + text(shape) + " of " +
+             (format.has_biases() ? "one floating type" : "uint8") + "; got " + got + ".");
+    };
+    if (!part->has_value()) refuse_part("none");
+    const mx::array& a = **part;
+    const auto type = a.dtype();
+    const bool floating = type == mx::float32 || type == mx::float16 || type == mx::bfloat16;
+    const bool known = format.has_biases() ? floating && type == scales->dtype() : type == mx::uint8;
+    const bool whole = format.width(numbers) % format.group == 0 && numbers.shape(3) * 32 % format.bits == 0;
+    if (a.shape() != shape || !known || !whole) refuse_part(text(a.shape()));
+    inputs.push_back(a);
+  }
 }
 
 mx::array four_dimensional(const mx::array& mask, const mx::Shape& scores, mx::Stream s) {
@@ -375,9 +437,11 @@ void add_lists(std::vector<mx::array>& inputs, const Options& options, const Ext
 
 std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
                                        const Extras& extras, bool logsumexp) {
-  check(q, k, v);
+  check(q, k, v, options.key, options.value);
   const mx::Stream s = mx::default_stream(mx::Device::cpu);
   std::vector<mx::array> inputs{q, k, v};
+  add_parts(inputs, options.key, k, extras.key_scales, extras.key_biases, "k");
+  add_parts(inputs, options.value, v, extras.value_scales, extras.value_biases, "v");
   options.masked = extras.mask.has_value(), options.sloped = extras.slopes.has_value();
   if (options.masked) inputs.push_back(four_dimensional(*extras.mask, {q.shape(0), q.shape(1), q.shape(2), k.shape(2)}, s));
   if (options.list_batches > 0) {
@@ -390,10 +454,11 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
     inputs.push_back(mx::reshape(*extras.slopes, {1, q.shape(1)}, s));
   }
   auto primitive = std::make_shared<FlashForward>(s, options);
-  if (logsumexp || q.is_tracer() || k.is_tracer() || v.is_tracer())  // a gradient may be requested
+  const bool traced = q.is_tracer() || k.is_tracer() || v.is_tracer();
+  if (logsumexp || (traced && options.parts() == 0))  // a gradient may be requested
     return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32, mx::float32}, primitive,
                                   inputs);
-  const mx::Shape shape{q.shape(0), q.shape(1), q.shape(2), v.shape(3)};
+  const mx::Shape shape{q.shape(0), q.shape(1), q.shape(2), int(options.value.width(v))};
   return {mx::array(shape, q.dtype(), std::move(primitive), std::move(inputs))};
 }
 
@@ -404,7 +469,7 @@ namespace nb = nanobind;
 
 namespace {
 
-using MaybeArray = std::optional<mx::array>;
+using fatui::MaybeArray;
 
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, double scale, bool causal,
                     int64_t window, float softcap, const MaybeArray& mask, int64_t items, const MaybeArray& slopes,
@@ -424,6 +489,23 @@ std::pair<mx::array, mx::array> with_logsumexp(const mx::array& q, const mx::arr
   return {out[0], out[1]};
 }
 
+// Quantized keys and values: their numbers, scales and biases; formats as mode, bits and group size.
+std::pair<mx::array, MaybeArray> of_quantized(const mx::array& q, const mx::array& k, const mx::array& v, double scale,
+                                              bool causal, int64_t window, float softcap, const MaybeArray& mask,
+                                              int64_t items, const MaybeArray& slopes, const MaybeArray& offsets,
+                                              const MaybeArray& entries, const MaybeArray& bits, int64_t list_batches,
+                                              int64_t list_heads, const MaybeArray& key_scales,
+                                              const MaybeArray& key_biases, const MaybeArray& value_scales,
+                                              const MaybeArray& value_biases, const std::array<int32_t, 3>& key,
+                                              const std::array<int32_t, 3>& value, bool logsumexp) {
+  const auto format = [](const std::array<int32_t, 3>& f) { return fatui::Format{fatui::Mode(f[0]), f[1], f[2]}; };
+  fatui::Options options{scale, softcap, causal, window, items, list_batches, list_heads};
+  options.key = format(key), options.value = format(value);
+  const fatui::Extras extras{mask, offsets, entries, bits, slopes, key_scales, key_biases, value_scales, value_biases};
+  const auto out = fatui::flash_attention(q, k, v, options, extras, logsumexp);
+  return {out[0], logsumexp ? MaybeArray(out[1]) : std::nullopt};
+}
+
 double read_bandwidth(const mx::array& a, const mx::array& b) {
   const auto memory = [](const mx::array& x) {
     return fatui::Memory{x.data<char>(), int64_t(x.data_size() * x.itemsize())};
@@ -432,10 +514,11 @@ double read_bandwidth(const mx::array& a, const mx::array& b) {
 }
 
 int64_t workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t head_dim,
-                  int64_t value_dim, int element, bool training) {
+                  int64_t value_dim, int element, bool training, bool quantized) {
   fatui::Problem p;
   p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.queries = queries, p.keys = keys;
   p.head_dim = head_dim, p.value_dim = value_dim, p.query.element = fatui::Element(element);
+  if (quantized) p.key_packing.mode = fatui::Mode::affine;
   const int64_t forward = fatui::forward_workspace(p);
   return training ? std::max(forward, fatui::backward_workspace(p)) : forward;
 }
@@ -449,6 +532,7 @@ NB_MODULE(fatui_cpu_kernel, m) {
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg() = 0, nb::arg().none() = nb::none(),
         nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg() = 0,
         nb::arg() = 0);
+  m.def("flash_attention_quantized", &of_quantized);
   m.def("workspace_bytes", &workspace, "Bytes above inputs and outputs, for shapes alone.");
   m.def("fma_peak", &fatui::fma_peak, "FLOP/s of multiply-adds in registers, float32, on all threads.");
   m.def("read_bandwidth", &read_bandwidth, "Bytes/s of a plain loop that reads two evaluated arrays, all threads.");

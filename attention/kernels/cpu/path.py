@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from attention.core.kv_format import DENSE
 from attention.core.route import MAX_PATH_LENGTH, Needs, Route, unsupported
 from attention.core.workload import Workload
 from attention.kernels import cpu
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from attention.masks import Mask
+    from attention.quantized_kv import QuantizedArray
 
     Attend = Callable[..., mx.array]
+    KV = mx.array | QuantizedArray
 
 MAX_HEAD_DIM: Final = 512
 """Maximum supported head dim."""
@@ -27,7 +30,7 @@ ROW_BYTES: Final = 16
 MAX_ITEM_ROWS, TARGET_ITEMS = 256, 64
 """Maximum rows per work item, and desired number of items per call; as in schedule.hpp."""
 VARIANTS: Final = ("tall",)
-TAKES: Final = frozenset({"pattern", "alibi", "logsumexp"})
+TAKES: Final = frozenset({"pattern", "alibi", "logsumexp", "quantized"})
 """What the kernel takes beyond bounds, array masks and softcap."""
 
 
@@ -36,16 +39,21 @@ def route(workload: Workload, needs: Needs) -> Route:
     width = max(workload.head_dim, workload.value_dim)
     if width > MAX_HEAD_DIM:
         return unsupported(f"the CPU kernel takes head dims to {MAX_HEAD_DIM}, not {width}")
+    quantized = workload.kv_format != DENSE
+    if quantized and workload.pass_ == "training":
+        return unsupported("the CPU kernel has no gradients for quantized keys and values")
     usable, state = cpu.availability()
     if not usable:
         return unsupported(f"no CPU kernel: {state}")
     variant = cpu.variant()
     path = f"CPU kernel {variant}"
-    if workload.structured:
-        path = next(name for name in (f"{path}, lists", f"CPU {variant}, lists") if len(name) <= MAX_PATH_LENGTH)
+    kinds = ["lists"] if workload.structured else [workload.kv_format, "quant"] if quantized else []
+    names = [f"{start} {variant}, {kind}" for kind in kinds for start in ("CPU kernel", "CPU")]
+    path = next((name for name in names if len(name) <= MAX_PATH_LENGTH), path)
     when = "" if cpu.is_compiled() else "; it is compiled at first use, which takes about half a minute"
     lists = ", visiting the tiles of the mask's block lists" if workload.structured else ""
-    reason = f"flash attention in C++, for this processor's {variant}{lists}{when}"
+    packed = f", dequantizing {workload.kv_format} tile by tile" if quantized else ""
+    reason = f"flash attention in C++, for this processor's {variant}{packed}{lists}{when}"
     return Route(
         path=path,
         fused=True,
@@ -69,8 +77,8 @@ def build(on_message: Callable[[str], None]) -> None:
     cpu.load(on_message)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
-    """Compute attention; shapes as in `Implementation.__call__`.
+def attend(q: mx.array, k: KV, v: KV, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
+    """Compute attention; shapes as in `Implementation.__call__`. Keys and values may both be quantized.
 
     Raises:
         KernelUnavailable: the kernel cannot be compiled or loaded, or failed its self-check.
@@ -79,14 +87,14 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
 
 
 def with_logsumexp(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+    q: mx.array, k: KV, v: KV, *, scale: float, mask: Mask, softcap: float | None
 ) -> tuple[mx.array, mx.array]:
     """Compute attention as `attend`, and the logsumexp (B, H, Lq) in float32, -inf for fully masked rows."""
     arguments = _mask_arguments(q, k, mask)
     return cpu.flash_attention_with_logsumexp(q, k, v, scale=scale, softcap=softcap, **arguments)
 
 
-def _mask_arguments(q: mx.array, k: mx.array, mask: Mask) -> dict[str, Any]:
+def _mask_arguments(q: mx.array, k: KV, mask: Mask) -> dict[str, Any]:
     """Return the parts of a mask as keywords of the kernel; a pattern as its block lists."""
     lists = None
     if mask.pattern is not None:
@@ -107,10 +115,11 @@ def variants(workload: Workload) -> dict[str, Attend]:
     Tall items read keys and values less often; bfloat16, with fewer bytes to read, gains nothing.
     """
     few = workload.batch * workload.heads * (workload.seq // MAX_ITEM_ROWS) < TARGET_ITEMS
-    return {"tall": _attend_tall} if few and workload.seq >= MAX_ITEM_ROWS and workload.dtype != "bfloat16" else {}
+    in_pairs = workload.dtype == "bfloat16" and workload.kv_format == DENSE
+    return {"tall": _attend_tall} if few and workload.seq >= MAX_ITEM_ROWS and not in_pairs else {}
 
 
-def _attend_tall(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
+def _attend_tall(q: mx.array, k: KV, v: KV, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
     return cpu.flash_attention(q, k, v, scale=scale, softcap=softcap, items=1, **_mask_arguments(q, k, mask))
 
 
@@ -132,4 +141,5 @@ def _tiles(workload: Workload, training: bool) -> int:
         (workload.batch, workload.kv_heads, workload.kv_seq, workload.value_dim),
         dtype=getattr(mx, workload.dtype),
         training=training,
+        quantized=workload.kv_format != DENSE,
     )

@@ -8,12 +8,22 @@
 
 namespace fatui {
 
-enum class Element : int32_t { float32, float16, bfloat16, boolean };
+enum class Element : int32_t { float32, float16, bfloat16, boolean, word };
 
 struct Tensor {
   const void* data = nullptr;
   Element element = Element::float32;
   int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// How keys or values are quantized along their last axis, as by mx.quantize: numbers packed into 32-bit words, the first in the
+// lowest bits; the values of a group share a scale, and in mode affine a bias.
+enum class Mode : int32_t { none, affine, mxfp8, mxfp4, nvfp4 };
+
+struct Packing {
+  Mode mode = Mode::none;
+  int32_t bits = 0, group = 0;
+  Tensor scales, biases;  // (B, Hkv, Lk, width / group); scales are bytes except in mode affine
 };
 
 // Block lists of a structured mask: which tiles of 128 keys each tile of 64 queries sees. A plane of lists serves one head of
@@ -29,6 +39,7 @@ struct Problem {
   Tensor query, key, value, mask;  // mask.data is null when there is none; a boolean mask says true = attend
   Tensor slopes;     // (B or 1, H) in float32: slope * (key - position of the query) is added to the scores; null when none
   BlockLists lists;  // exclude causal and window
+  Packing key_packing, value_packing;  // of quantized keys and values, whose strides are in words
   int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
   double scale = 1.0;  // in double: the square root of a head dim in float32 is off by 2^-25
   float softcap = 0.0f;  // 0: none
@@ -36,6 +47,8 @@ struct Problem {
   int64_t window = 0;    // 0: none; N: only the last N of those
   int64_t items = 0;     // minimum number of work items, if the shape permits; 0: chosen by the kernel
 };
+
+inline bool is_quantized(const Problem& p) { return p.key_packing.mode != Mode::none; }
 
 struct ForwardCall {
   Problem problem;

@@ -7,8 +7,11 @@ import mlx.core as mx
 import numpy as np
 
 from attention.core.errors import KernelUnavailable
+from attention.core.kv_format import parse_kv_format
 from attention.kernels.common.selfcheck import exact, gradients, results
+from attention.kernels.cpu import quantized_call
 from attention.measure.reference import Rules
+from attention.quantized_kv import quantized
 
 RULES: Final = Rules(scale=0.2, causal=True)
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
@@ -30,8 +33,24 @@ def _disagreement(module: ModuleType, dtype: mx.Dtype) -> float:
     return max(float(np.abs(exact(a) - b).max()) for a, b in zip(found, expected, strict=True))
 
 
+_FORMATS: Final = ("int8", "int3:32", "int4+mxfp4", "mxfp8+nvfp4")
+
+
+def _disagreement_quantized(module: ModuleType, text: str, queries: int) -> float:
+    """Return the largest difference in the output of a causal call in float32 over quantized keys and values."""
+    kv = parse_kv_format(text)
+    assert kv is not None
+    keys = mx.random.split(mx.random.key(8), 3)
+    shapes = [(1, 4, queries, 64), (1, 2, 83, 64), (1, 2, 83, 64)]
+    q, *dense = (mx.random.normal(s, key=key) for s, key in zip(shapes, keys, strict=True))
+    k, v = (quantized(x, form) for x, form in zip(dense, (kv.key, kv.value), strict=True))
+    out, _ = quantized_call.attend(module, q, k, v, (RULES.scale, True, 0, 0.0, None, 0))
+    expected = results(exact(q), exact(k.dequantized()), exact(v.dequantized()), lambda b, h: RULES)[0]
+    return float(np.abs(exact(out) - expected).max())
+
+
 def run(module: ModuleType) -> None:
-    """Check a compiled kernel in all three dtypes.
+    """Check a compiled kernel in all three dtypes, and over quantized keys and values.
 
     Raises:
         KernelUnavailable: a result differs from the reference by more than rounding.
@@ -41,3 +60,8 @@ def run(module: ModuleType) -> None:
             error = _disagreement(module, dtype)
             if not error <= tolerance:
                 raise KernelUnavailable(f"the compiled kernel disagrees with the reference by {error:.2g} ({dtype})")
+        for text in _FORMATS:
+            for queries in (1, 37):
+                error = _disagreement_quantized(module, text, queries)
+                if not error <= _TOLERANCE[mx.float32]:
+                    raise KernelUnavailable(f"the compiled kernel disagrees with the reference by {error:.2g} ({text})")
