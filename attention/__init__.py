@@ -3,7 +3,7 @@
 Importing this package imports neither MLX nor numpy; the first call does.
 """
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from attention.core.errors import ForkedError, NoBackendError, UnsupportedError, UsageError
 from attention.core.workload import Workload
@@ -15,24 +15,39 @@ if TYPE_CHECKING:
     from attention.masks import Alibi, Pattern
     from attention.mlx_lm.patch import ModelPatch
     from attention.monitoring.monitor import Monitor
+    from attention.quantized_kv import QuantizedArray, quantized
 
 __all__ = [
     "ForkedError",
     "NoBackendError",
+    "QuantizedArray",
     "UnsupportedError",
     "UsageError",
     "Workload",
     "attention",
     "monitor",
     "patch_mlx_lm",
+    "quantized",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `quantized` and `QuantizedArray`, which import MLX, when they are first used."""
+    if name not in ("quantized", "QuantizedArray"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from attention import quantized_kv
+    except ImportError as error:
+        raise NoBackendError(f"MLX cannot be imported: {error}") from error
+    globals().update(quantized=quantized_kv.quantized, QuantizedArray=quantized_kv.QuantizedArray)
+    return globals()[name]
 
 
 @overload
 def attention(
     q: "mx.array",
-    k: "mx.array",
-    v: "mx.array",
+    k: "mx.array | QuantizedArray",
+    v: "mx.array | QuantizedArray",
     *,
     scale: float | None = None,
     mask: "str | Pattern | mx.array | None" = None,
@@ -47,8 +62,8 @@ def attention(
 @overload
 def attention(
     q: "mx.array",
-    k: "mx.array",
-    v: "mx.array",
+    k: "mx.array | QuantizedArray",
+    v: "mx.array | QuantizedArray",
     *,
     scale: float | None = None,
     mask: "str | Pattern | mx.array | None" = None,
@@ -62,8 +77,8 @@ def attention(
 
 def attention(
     q: "mx.array",
-    k: "mx.array",
-    v: "mx.array",
+    k: "mx.array | QuantizedArray",
+    v: "mx.array | QuantizedArray",
     *,
     scale: float | None = None,
     mask: "str | Pattern | mx.array | None" = None,
@@ -78,7 +93,8 @@ def attention(
     Args:
         q: query (B, H, Lq, D), in float32, float16 or bfloat16.
         k: key (B, Hkv, Lk, D), Hkv a divisor of H.
-        v: value (B, Hkv, Lk, Dv).
+        v: value (B, Hkv, Lk, Dv). Both may be quantized, each in a format of its own: `quantized(k, "int8")`; they
+            are then read packed, or a tile at a time, by all implementations but `baseline`.
         scale: factor of the scores; 1 / sqrt(D) by default.
         mask: None; "causal" (lower-right aligned); a mask of `attention.masks`, as
             `causal() & documents([512, 1536]) | prefix(4)`; or an array that broadcasts to (B, H, Lq, Lk): bool, True
@@ -115,11 +131,11 @@ def attention(
         with_logsumexp,
     )
 
-    check_shapes(q, k, v)
+    packed = check_shapes(q, k, v)
     factor, cap = check_numbers(scale, softcap, q.shape[-1])
     found = check_score_mod(score_mod, check_mask(mask, window, q, k), q.shape[1])
-    if found.pattern is not None or found.alibi is not None or return_lse:
-        check_support(chosen, found, return_lse)
+    if found.pattern is not None or found.alibi is not None or return_lse or packed:
+        check_support(chosen, found, return_lse, packed)
     called = with_logsumexp(chosen) if return_lse else chosen
     made: mx.array | tuple[mx.array, mx.array] = call_through_hooks(
         called, q, k, v, scale=factor, mask=found, softcap=cap

@@ -1,7 +1,7 @@
 """Validation of the arguments of `attention()`; each error names the argument, its value and what is accepted."""
 
 from functools import cache
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, TypeGuard, cast
 
 from msgspec import structs
 
@@ -14,6 +14,8 @@ from attention.masks import Alibi, Mask, Pattern, dtype_name
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    from attention.quantized_kv import QuantizedArray
 
 MAX_SCALE: Final = 1e38
 MIN_SOFTCAP, MAX_SOFTCAP = 1e-30, 1e30
@@ -47,26 +49,52 @@ def _is_implementation(given: object) -> bool:
     return callable(given) and hasattr(given, "name") and hasattr(given, "route")
 
 
-def check_shapes(q: object, k: object, v: object) -> None:
-    """Raise UsageError unless q, k and v are 4-D, of one floating dtype and of compatible shapes."""
+def check_shapes(q: object, k: object, v: object) -> bool:
+    """Check that q, k and v are 4-D, of compatible shapes, and dense ones of one floating dtype.
+
+    Returns:
+        Whether k and v are quantized; the dtype of their scales need not be q's.
+
+    Raises:
+        UsageError: they are not.
+    """
     import mlx.core as mx
 
     problems = []
+    packed = False
     for name, array in (("q", q), ("k", k), ("v", v)):
         if not isinstance(array, mx.array):
-            problems.append(f"{name}: got {_kind(array)}; it takes an mlx.core.array")
-        elif array.ndim != 4 or 0 in array.shape:
+            if name == "q" or not _is_quantized(array):
+                also = "" if name == "q" else ", or quantized(array)"
+                problems.append(f"{name}: got {_kind(array)}; it takes an mlx.core.array{also}")
+                continue
+            packed = True
+            problems += [f"{name}: {problem}" for problem in array.problems()]
+            accepted = array.ndim == 4
+        else:
+            accepted = array.dtype in _accepted_types()
+        if array.ndim != 4 or 0 in array.shape:
             problems.append(
                 f"{name}: got shape {tuple(array.shape)}; it takes (batch, heads, length, width), none of them 0"
             )
-        elif array.dtype not in _accepted_types():
+        elif not accepted:
             problems.append(f"{name}: got {dtype_name(array.dtype)}; it takes {', '.join(DTYPES)}")
-        elif name != "q" and isinstance(q, mx.array) and array.dtype != q.dtype:
+        elif name != "q" and isinstance(array, mx.array) and isinstance(q, mx.array) and array.dtype != q.dtype:
             problems.append(f"{name}: got {dtype_name(array.dtype)}; it takes q's type, {dtype_name(q.dtype)}")
+    if packed and not problems and isinstance(k, mx.array) != isinstance(v, mx.array):
+        dense, other = ("k", "v") if isinstance(k, mx.array) else ("v", "k")
+        problems.append(f"{dense}: got an mlx.core.array, and {other} is quantized; it takes quantized(array) too")
     if not problems:
         problems = _shape_problems(*(tuple(x.shape) for x in (q, k, v)))  # type: ignore[attr-defined]
     if problems:
         raise UsageError(*problems)
+    return packed
+
+
+def _is_quantized(value: object) -> "TypeGuard[QuantizedArray]":
+    from attention.quantized_kv import QuantizedArray
+
+    return isinstance(value, QuantizedArray)
 
 
 def _shape_problems(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> list[str]:
@@ -104,7 +132,7 @@ def check_numbers(scale: object, softcap: object, head_dim: int) -> tuple[float,
     return float(factor), None if softcap is None else float(softcap)  # type: ignore[arg-type]
 
 
-def check_mask(mask: object, window: object, q: "mx.array", k: "mx.array") -> Mask:
+def check_mask(mask: object, window: object, q: "mx.array", k: "mx.array | QuantizedArray") -> Mask:
     """Return the mask of a call; with a pattern, `window` limits what the pattern shows.
 
     Raises:
@@ -160,11 +188,15 @@ def check_score_mod(score_mod: object, mask: Mask, heads: int) -> Mask:
     return structs.replace(mask, alibi=score_mod.slopes)
 
 
-def check_support(implementation: Implementation, mask: Mask, return_lse: bool) -> None:
-    """Raise UnsupportedError unless an implementation takes what a call has beyond bounds and an array."""
+def check_support(implementation: Implementation, mask: Mask, return_lse: bool, packed: bool) -> None:
+    """Raise UnsupportedError unless an implementation takes what a call has beyond dense arrays, bounds and an array.
+
+    `packed`: keys and values are quantized.
+    """
     for needed, attribute, what in (
         (mask.pattern is not None, "takes_patterns", "patterns of attention.masks"),
         (mask.alibi is not None, "takes_alibi", "score_mod"),
+        (packed, "takes_quantized", "quantized keys and values"),
     ):
         if needed and not getattr(implementation, attribute, False):
             raise UnsupportedError(f"{implementation.name}: it takes no {what}; practical does")

@@ -1,13 +1,18 @@
 """Quantized keys and values, as `mx.quantize` makes them and as mlx-lm's quantized caches keep them."""
 
 from collections.abc import Sequence
-from typing import cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 from msgspec import Struct
 
 from attention.core.errors import UsageError
-from attention.core.kv_format import DEFAULT_GROUP, FIXED, Format, parse_format
+from attention.core.kv_format import DEFAULT_GROUP, DENSE, FIXED, Format, KVFormat, parse_format
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -38,6 +43,17 @@ class QuantizedArray(Struct, frozen=True, eq=False):
         """Number of axes."""
         return self.scales.ndim
 
+    def __getitem__(self, index: Any) -> "QuantizedArray":
+        """Index the axes before the last, as those of an array: `x[0]`, `x[:, :, 8:]`, `x[...]` for new views.
+
+        Raises:
+            IndexError: the index reaches the last axis, along which values share scales.
+        """
+        items = index if isinstance(index, tuple) else (index,)
+        if len([one for one in items if one is not None]) >= self.ndim or (len(items) > 1 and ... in items):
+            raise IndexError("a quantized array is indexed along the axes before its last one")
+        return self.with_arrays([part[index] for part in self.arrays])
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
@@ -54,13 +70,84 @@ class QuantizedArray(Struct, frozen=True, eq=False):
         return QuantizedArray(numbers, scales, biases[0] if biases else None, self.format, self.dtype)
 
     def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
-        """Return the array (B, Hkv, Lk, D) in a dtype, by default its own."""
+        """Return the array in a dtype, by default its own; each value is computed in float32, and rounded once."""
         form = self.format
-        wanted = dtype or self.dtype
-        made = mx.dequantize(
-            self.numbers, self.scales, self.biases, form.group_size, form.bits, form.mode, dtype=wanted
+        scales, biases = self.scales, self.biases
+        if biases is not None:  # otherwise MLX computes in the dtype of the scales, and rounds twice
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        made = mx.dequantize(self.numbers, scales, biases, form.group_size, form.bits, form.mode, dtype=mx.float32)
+        return made.astype(dtype or self.dtype)
+
+    def exact(self) -> "NDArray[np.float64]":
+        """Return the values in float64, which represents them exactly but for the sum with a bias."""
+        import numpy as np
+
+        if self.biases is None:  # a product of two small floats
+            return np.array(self.dequantized(mx.float32)).astype(np.float64)
+        form = self.format
+        ones = mx.ones(self.scales.shape)
+        numbers = mx.dequantize(self.numbers, ones, mx.zeros_like(ones), form.group_size, form.bits)
+        scales, biases = (
+            np.repeat(np.array(part.astype(mx.float32)).astype(np.float64), form.group_size, axis=-1)
+            for part in (self.scales, self.biases)
         )
-        return made.astype(wanted)
+        made: NDArray[np.float64] = np.array(numbers).astype(np.float64) * scales + biases
+        return made
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the parts: their dtypes, and shapes that do not fit each other."""
+        form, numbers, scales, biases = self.format, self.numbers, self.scales, self.biases
+        found = []
+        if numbers.dtype != mx.uint32 or numbers.ndim != 4:
+            found.append(f"numbers: got {numbers.dtype} in {numbers.ndim} dimensions; it takes uint32 in 4")
+        if scales.dtype not in (FLOATS if form.has_biases else (mx.uint8,)):
+            accepted = "float32, float16, bfloat16" if form.has_biases else "uint8"
+            found.append(f"scales: got {scales.dtype}; {form.text} takes {accepted}")
+        if found:
+            return found
+        width = numbers.shape[-1] * 32 // form.bits
+        shape = (*numbers.shape[:-1], width // form.group_size)
+        if width * form.bits != numbers.shape[-1] * 32 or width % form.group_size or tuple(scales.shape) != shape:
+            found.append(
+                f"scales: got shape {tuple(scales.shape)}; {form.text} takes {shape} for numbers of shape "
+                f"{tuple(numbers.shape)}"
+            )
+        if form.has_biases != (biases is not None):
+            found.append(
+                f"biases: got {'None' if biases is None else 'an array'}; {form.text} takes "
+                f"{'those of mx.quantize' if form.has_biases else 'none'}"
+            )
+        elif biases is not None and (biases.shape != scales.shape or biases.dtype != scales.dtype):
+            found.append(
+                f"biases: got {biases.dtype} of shape {tuple(biases.shape)}; it takes those of the scales, "
+                f"{scales.dtype} of shape {tuple(scales.shape)}"
+            )
+        return found
+
+
+KeyOrValue = mx.array | QuantizedArray
+
+
+def are_quantized(k: Any, v: Any) -> bool:
+    """Return whether keys and values are quantized."""
+    return isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)
+
+
+def arrays_of(*given: KeyOrValue | None) -> list[mx.array]:
+    """Return dense arrays and the parts of quantized ones in one list."""
+    return [part for x in given if x is not None for part in (x.arrays if isinstance(x, QuantizedArray) else (x,))]
+
+
+def kv_format_of(k: KeyOrValue, v: KeyOrValue) -> str:
+    """Return the format of keys and values as the text of a workload: "int8+int4", or "none" if they are dense."""
+    if isinstance(k, mx.array) or isinstance(v, mx.array):
+        return DENSE
+    return _text(k.format, v.format)
+
+
+@lru_cache(maxsize=256)
+def _text(key: Format, value: Format) -> str:
+    return KVFormat(key, value).text
 
 
 def quantized(
@@ -132,26 +219,8 @@ def _wrap(parts: Sequence[mx.array], form: Format, dtype: mx.Dtype | None) -> Qu
         )
     numbers, scales = given[:2]
     biases = given[2] if form.has_biases else None
-    problems = []
-    if numbers.dtype != mx.uint32 or numbers.ndim != 4:
-        problems.append(f"numbers: got {numbers.dtype} in {numbers.ndim} dimensions; it takes uint32 in 4")
-    if scales.dtype not in (FLOATS if form.has_biases else (mx.uint8,)):
-        accepted = "float32, float16, bfloat16" if form.has_biases else "uint8"
-        problems.append(f"scales: got {scales.dtype}; {form.text} takes {accepted}")
-    if not problems:
-        width = numbers.shape[-1] * 32 // form.bits
-        shape = (*numbers.shape[:-1], width // form.group_size)
-        if width * form.bits != numbers.shape[-1] * 32 or width % form.group_size or tuple(scales.shape) != shape:
-            problems.append(
-                f"scales: got shape {tuple(scales.shape)}; {form.text} takes {shape} for numbers of shape "
-                f"{tuple(numbers.shape)}"
-            )
-        if biases is not None and (biases.shape != scales.shape or biases.dtype != scales.dtype):
-            problems.append(
-                f"biases: got {biases.dtype} of shape {tuple(biases.shape)}; it takes those of the scales, "
-                f"{scales.dtype} of shape {tuple(scales.shape)}"
-            )
-    if problems:
-        raise UsageError(*problems)
     own = scales.dtype if form.has_biases else dtype or mx.bfloat16
-    return QuantizedArray(numbers, scales, biases, form, cast("mx.Dtype", own))
+    made = QuantizedArray(numbers, scales, biases, form, cast("mx.Dtype", own))
+    if problems := made.problems():
+        raise UsageError(*problems)
+    return made

@@ -113,6 +113,11 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         structs.force_setattr(self, "seq", 1)
 
     @property
+    def quantized(self) -> bool:
+        """Whether key and value are quantized."""
+        return self.kv_format != DENSE
+
+    @property
     def mask_spec(self) -> MaskSpec:
         """The parts of the mask."""
         return parse_mask(self.mask)

@@ -16,7 +16,7 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.route import Route, unsupported, validated_route
 from attention.core.workload import Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
-from attention.implementations.protocol import TAKES_NO_PATTERNS, NeedsBuilding, NeedsBuildingPerCall
+from attention.implementations.protocol import NeedsBuilding, NeedsBuildingPerCall, missing_feature
 from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Arm, Limits, min_rounds_s, run_rounds, set_strides
 
@@ -80,8 +80,8 @@ class CaseRunner(ABC, Generic[P]):
         self._progress.mark_running(name)
         try:
             implementation = implementations.load_implementation(name)
-            if workload.structured and not getattr(implementation, "takes_patterns", False):  # its route may not know
-                route = unsupported(TAKES_NO_PATTERNS)
+            if missing := missing_feature(implementation, workload):
+                route = unsupported(missing)
             else:
                 route = validated_route(implementation.route(workload, device))
         except BaseException as error:

@@ -6,12 +6,14 @@ from typing import Final
 import mlx.core as mx
 from msgspec import structs
 
+from attention.core.kv_format import DENSE
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import ITEM_BYTES, Workload
 from attention.implementations.calls import needs_with_mask
 from attention.kernels.common.unfused import attend
 from attention.masks import Mask
 from attention.measure.device import Backend, Device
+from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 PATTERN_BYTES: Final = 4
 """Bytes per pair of the steps in which a pattern is made dense."""
@@ -72,6 +74,18 @@ def float32_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     return unfused_bytes(wide, needs) + wide.query_bytes + wide.key_value_bytes + workload.output_bytes
 
 
+def dequantizing_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
+    """Return the peak bytes above the inputs of `baseline` with quantized keys and values.
+
+    These are dequantized as a whole, by way of float32, in the dtype of the computation.
+    """
+    widened = workload.dtype == "float16"
+    dense = structs.replace(workload, kv_format=DENSE, dtype="float32" if widened else workload.dtype)
+    float32 = structs.replace(dense, dtype="float32")
+    steps = 0 if dense.dtype == "float32" else float32.key_value_bytes
+    return unfused_bytes(dense, needs) + dense.key_value_bytes + steps + (dense.query_bytes if widened else 0)
+
+
 def _spread_bytes(workload: Workload) -> int:
     """Return the bytes of dK and dV per query head, before they are summed over heads that share a key head."""
     group = workload.heads // workload.kv_heads
@@ -98,11 +112,18 @@ class Baseline:
     """
 
     name = "baseline"
-    takes_patterns = takes_alibi = True
+    takes_patterns = takes_alibi = takes_quantized = True
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
-        """Return the route, which is the same for every workload."""
+        """Return the route, which is the same for every workload; quantized keys and values are dequantized first."""
         needs = needs_with_mask(workload, needs)
+        if workload.quantized:
+            return Route(
+                path=with_tf32("dequantize, unfused", workload.dtype, device.backend),
+                fused=False,
+                reason="dequantizes all keys and values, then separate steps, which build the whole score matrix",
+                predicted_bytes=dequantizing_bytes(workload, needs),
+            )
         return Route(
             path=with_tf32("manual, unfused", workload.dtype, device.backend),
             fused=False,
@@ -113,22 +134,24 @@ class Baseline:
         )
 
     def __call__(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Compute attention; shapes as in `Implementation.__call__`."""
+        """Compute attention; shapes as in `Implementation.__call__`. Quantized keys and values are dequantized."""
         return _widened(q, k, v, scale, mask, softcap, q.dtype != mx.float32)[0]
 
     def with_logsumexp(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> tuple[mx.array, mx.array]:
         """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
         return _widened(q, k, v, scale, mask, softcap, False)
 
 
 def _widened(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None, shifted: bool
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, scale: float, mask: Mask, softcap: float | None, shifted: bool
 ) -> tuple[mx.array, mx.array]:
     """Return output and logsumexp; float16 is computed in float32."""
+    dtype = mx.float32 if q.dtype == mx.float16 else q.dtype
+    k, v = (x.dequantized(dtype) if isinstance(x, QuantizedArray) else x for x in (k, v))
     if q.dtype != mx.float16:
         return attend(q, k, v, scale=scale, mask=mask, softcap=softcap, shifted=shifted)
     wide_q, wide_k, wide_v = (x.astype(mx.float32) for x in (q, k, v))

@@ -10,16 +10,20 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention.core.errors import UnsupportedError, UsageError
+from attention.core.kv_format import parse_kv_format
 from attention.core.mask_text import MaskSpec, parse_mask
 from attention.core.route import Needs
 from attention.core.workload import DTYPES, DType, Workload
-from attention.implementations.protocol import TAKES_NO_PATTERNS, Implementation, ProvidesRunner, ReturnsLogsumexp
+from attention.implementations.protocol import Implementation, ProvidesRunner, ReturnsLogsumexp, missing_feature
 from attention.masks import Mask, Pattern, as_4d, dtype_name, of_workload
 from attention.measure.device import Backend, check_not_forked
 from attention.measure.rounds import Runner
+from attention.quantized_kv import KeyOrValue, arrays_of, kv_format_of, quantized
 
 
-def call_signature(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> tuple[Workload, Needs]:
+def call_signature(
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask, softcap: float | None
+) -> tuple[Workload, Needs]:
     """Return the workload of a call, as a forward pass, and the features that it does not describe.
 
     A mask with a pattern gives "pattern:D", a structured mask with the pattern's share of visible pairs.
@@ -29,9 +33,9 @@ def call_signature(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: f
     """
     for name in DTYPES:
         if q.dtype == getattr(mx, name):
-            workload = _workload(
-                tuple(q.shape), tuple(k.shape), v.shape[3], name, _bounds(mask, k.shape[2]), mask.pattern
-            )
+            q_shape, k_shape = tuple(q.shape), tuple(k.shape)
+            bounds, kv_format = _bounds(mask, k_shape[2]), kv_format_of(k, v)
+            workload = _workload(q_shape, k_shape, v.shape[3], name, kv_format, bounds, mask.pattern)
             return workload, needs_of(softcap is not None, mask, (q.shape[0], q.shape[1]))
     raise UnsupportedError(f"q: got {q.dtype}; it takes {', '.join(DTYPES)}")
 
@@ -91,7 +95,13 @@ def _bounds(mask: Mask, kv_seq: int) -> str:
 
 @lru_cache(maxsize=1024)
 def _workload(
-    q: tuple[int, ...], k: tuple[int, ...], value_dim: int, dtype: DType, bounds: str, pattern: Pattern | None
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    value_dim: int,
+    dtype: DType,
+    kv_format: str,
+    bounds: str,
+    pattern: Pattern | None,
 ) -> Workload:
     mask = bounds
     if pattern is not None:
@@ -106,6 +116,7 @@ def _workload(
         "kv_seq": k[2],
         "value_dim": value_dim,
         "dtype": dtype,
+        "kv_format": kv_format,
         "mask": mask,
     }
     try:
@@ -135,7 +146,7 @@ class MlxRunner:
         self,
         implementation: Implementation,
         workload: Workload,
-        inputs: Sequence[mx.array],
+        inputs: Sequence[Any],
         scale: float,
         mask: Mask | None = None,
     ) -> None:
@@ -144,7 +155,7 @@ class MlxRunner:
         Args:
             implementation: the implementation to call.
             workload: gives the mask, and whether gradients are computed.
-            inputs: q, k, v, and in training the output's gradient, evaluated.
+            inputs: q, k, v (k and v may be quantized), and in training the output's gradient, evaluated.
             scale: factor of the scores.
             mask: the workload's by default.
         """
@@ -180,12 +191,15 @@ class MlxRunner:
         self.results()
         return max(0, mx.get_peak_memory() - before)
 
-    def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def _attend(self, q: mx.array, k: Any, v: Any) -> mx.array:
         return self._implementation(q, k, v, scale=self._scale, mask=self._mask)
 
 
-def make_inputs(workload: Workload, seed: int) -> list[mx.array]:
-    """Return normally distributed, evaluated inputs: q, k, v, and in training the output's gradient."""
+def make_inputs(workload: Workload, seed: int) -> list[Any]:
+    """Return normally distributed, evaluated inputs: q, k, v, and in training the output's gradient.
+
+    k and v are each a `QuantizedArray` if the workload has a `kv_format`.
+    """
     shapes = [
         (workload.batch, workload.heads, workload.seq, workload.head_dim),
         (workload.batch, workload.kv_heads, workload.kv_seq, workload.head_dim),
@@ -195,21 +209,25 @@ def make_inputs(workload: Workload, seed: int) -> list[mx.array]:
         shapes.append((workload.batch, workload.heads, workload.seq, workload.value_dim))
     dtype = getattr(mx, workload.dtype)
     keys = mx.random.split(mx.random.key(seed), len(shapes))
-    inputs = []
-    for shape, key in zip(shapes, keys, strict=True):
-        inputs.append(mx.random.normal(shape, dtype=dtype, key=key))
-        mx.eval(inputs[-1])  # one by one, so that the generator's scratch is not needed four times at once
+    kv = parse_kv_format(workload.kv_format)
+    formats = (None, None, None, None) if kv is None else (None, kv.key, kv.value, None)
+    inputs: list[KeyOrValue] = []
+    for shape, key, form in zip(shapes, keys, formats, strict=False):
+        made = mx.random.normal(shape, dtype=dtype, key=key)
+        inputs.append(made if form is None else quantized(made, form))
+        mx.eval(arrays_of(inputs[-1]))  # one by one, so that the generator's scratch is not needed four times at once
     return inputs
 
 
-def runner_for(implementation: Implementation, workload: Workload, inputs: Sequence[mx.array], scale: float) -> Runner:
+def runner_for(implementation: Implementation, workload: Workload, inputs: Sequence[Any], scale: float) -> Runner:
     """Bind an implementation to its inputs, with its own runner if it has one.
 
     Raises:
-        UnsupportedError: the workload's mask is a pattern, which the implementation does not take.
+        UnsupportedError: the workload's mask is a pattern, or it has a `kv_format`, which the implementation does not
+            take.
     """
-    if workload.structured and not getattr(implementation, "takes_patterns", False):
-        raise UnsupportedError(f"{implementation.name}: {TAKES_NO_PATTERNS}")
+    if missing := missing_feature(implementation, workload):
+        raise UnsupportedError(f"{implementation.name}: {missing}")
     if isinstance(implementation, ProvidesRunner):
         return implementation.runner(workload, inputs, scale)
     return MlxRunner(implementation, workload, inputs, scale)

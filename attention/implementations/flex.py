@@ -289,6 +289,8 @@ def _obstacle(workload: Workload, device: Device, needs: Needs) -> str | None:
         return f"torch.compile needs a C++ compiler: none of {', '.join(COMPILERS)} is installed"
     if device.backend == "cpu" and workload.pass_ == "training":
         return NO_CPU_GRADIENT
+    if workload.quantized:
+        return "FlexAttention takes no quantized keys and values"
     return _refused(needs)
 
 

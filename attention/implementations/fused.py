@@ -25,6 +25,7 @@ from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask
 from attention.measure.device import Backend, Device, probe
+from attention.quantized_kv import KeyOrValue, kv_format_of
 
 KERNELS: Final[dict[Backend, str]] = {
     "cpu": "attention.kernels.cpu.path",
@@ -54,7 +55,7 @@ class Kernel(Protocol):
         ...
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`. Raises KernelUnavailable."""
         ...
@@ -65,7 +66,8 @@ class TakesMore(Protocol):
     """A kernel that takes more than bounds, array masks and softcap."""
 
     TAKES: frozenset[str]
-    """Among "pattern" (`Mask.pattern`, as block lists), "alibi" (`Mask.alibi`) and "logsumexp" (`with_logsumexp`)."""
+    """Among "pattern" (`Mask.pattern`, as block lists), "alibi" (`Mask.alibi`), "logsumexp" (`with_logsumexp`) and
+    "quantized" (k and v a `QuantizedArray` each, wherever the kernel takes arrays)."""
 
 
 @runtime_checkable
@@ -73,13 +75,14 @@ class KernelWithLogsumexp(Protocol):
     """A kernel that can return the logsumexp of each row; "logsumexp" is in its `TAKES`."""
 
     def with_logsumexp(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None
     ) -> tuple[mx.array, mx.array]:
         """Compute attention as `Kernel.attend`, and the logsumexp as in `ReturnsLogsumexp`."""
         ...
 
 
 FEATURES: Final = {"pattern": "patterns", "alibi": "ALiBi", "logsumexp": "output of the logsumexp"}
+QUANTIZED: Final = "quantized keys and values"
 
 
 @runtime_checkable
@@ -103,13 +106,13 @@ def kernel_variants() -> Sequence[str]:
 class Poc:
     """The custom kernel; unsupported calls fall back to MLX's SDPA, or to `practical` if MLX's would not take them.
 
-    These are calls with a softcap, a pattern, ALiBi or the logsumexp.
+    These are calls with a softcap, a pattern, ALiBi, the logsumexp, or quantized keys and values.
 
     The fallback computes in float32 if scores would overflow or lose accuracy in MLX's unfused half-precision path.
     """
 
     name = "poc"
-    takes_patterns = takes_alibi = True
+    takes_patterns = takes_alibi = takes_quantized = True
 
     def __init__(self, variant: str | None = None) -> None:
         """Create the fallbacks; `variant` is one of `kernel_variants()`."""
@@ -131,7 +134,7 @@ class Poc:
             if _variant_for(_kernel(device.backend), self._variant, workload) is None:
                 return unsupported(f"'{self._variant}' changes nothing here")
             return structs.replace(own, path=_variant_path(own.path, self._variant))
-        if to_practical := _needs_practical(needs):
+        if to_practical := _needs_practical(workload, needs):
             fallback = self._practical.route(workload, device, needs)
             path, reason = TO_PRACTICAL, f"{own.reason}; {fallback.reason}"
             if needs.softcap:
@@ -158,9 +161,14 @@ class Poc:
             _kernel(current_backend()).build(on_message)
 
     def __call__(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`."""
+
+        if not isinstance(k, mx.array) or not isinstance(
+            v, mx.array
+        ):  # a kernel that takes quantized ones gives no gradient of a mask
+            return self._attend(q, k, v, scale, mask, softcap)
 
         def attend(mask: Mask) -> mx.array:
             return self._attend(q, k, v, scale, mask, softcap)
@@ -168,7 +176,7 @@ class Poc:
         return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap)
 
     def with_logsumexp(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> tuple[mx.array, mx.array]:
         """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
         backend = current_backend()
@@ -186,13 +194,14 @@ class Poc:
         return found
 
     def _attend(
-        self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, scale: float, mask: Mask, softcap: float | None
     ) -> mx.array:
         key = (
             q.shape,
             k.shape,
             v.shape,
             q.dtype,
+            kv_format_of(k, v),
             mask.causal,
             mask.window,
             mask.array is None,
@@ -214,7 +223,7 @@ class Poc:
             else:
                 record_path(path)
                 return out
-        if softcap is not None or mask.pattern is not None or mask.alibi is not None:
+        if not isinstance(k, mx.array) or not isinstance(v, mx.array) or not _is_plain(mask, softcap):
             out = self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap)
             record_path(TO_PRACTICAL)
             return out
@@ -222,7 +231,7 @@ class Poc:
         return attend_whole(q, k, v, scale, mask, is_call_widened(q, k, v, mask))
 
     def _find_kernel(
-        self, key: object, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None
+        self, key: object, q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask, softcap: float | None
     ) -> tuple[Attend, str] | None:
         """Return the kernel's function and path for a kind of call, cached; None if the kernel does not support it."""
         kernel = _kernel(current_backend())
@@ -234,9 +243,14 @@ class Poc:
         return known
 
 
-def _needs_practical(needs: Needs) -> bool:
+def _is_plain(mask: Mask, softcap: float | None) -> bool:
+    """Return whether a call has nothing that MLX's SDPA does not take but as a mask as large as the scores."""
+    return softcap is None and mask.pattern is None and mask.alibi is None
+
+
+def _needs_practical(workload: Workload, needs: Needs) -> bool:
     """Return whether MLX's SDPA would not take a call, or only with a mask as large as the scores."""
-    return needs.softcap or needs.pattern or needs.alibi or needs.logsumexp
+    return needs.softcap or needs.pattern or needs.alibi or needs.logsumexp or workload.quantized
 
 
 def _kernel_route(backend: Backend, workload: Workload, needs: Needs) -> Route:
@@ -244,6 +258,7 @@ def _kernel_route(backend: Backend, workload: Workload, needs: Needs) -> Route:
     kernel = _kernel(backend)
     takes = kernel.TAKES if isinstance(kernel, TakesMore) else frozenset()
     missing = [what for name, what in FEATURES.items() if getattr(needs, name) and name not in takes]
+    missing += [QUANTIZED] if workload.quantized and "quantized" not in takes else []
     if missing:
         return unsupported(f"the kernel for {backend} takes no {' and no '.join(missing)}")
     return kernel.route(workload, needs)
@@ -253,7 +268,7 @@ def _variant_path(path: str, variant: str | None) -> str:
     return fitted(f"{path}, {variant}")
 
 
-def _sdpa_path(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> str:
+def _sdpa_path(q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask) -> str:
     backend = current_backend()
     if backend != "cuda" or q.dtype != mx.float32:
         return TO_SDPA
@@ -278,8 +293,8 @@ class TakesSinks(Protocol):
     def attend_with_sinks(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: KeyOrValue,
+        v: KeyOrValue,
         *,
         scale: float,
         mask: Mask,
@@ -317,7 +332,7 @@ class TunedPoc(Poc):
             reason = f"{own.reason}; {fallback.reason}"
             return structs.replace(fallback, path=TO_PRACTICAL, reason=reason, fallback=True)
         route = super().route(workload, device, needs)
-        if route.fallback or device.backend != "metal" or _needs_practical(needs_with_mask(workload, needs)):
+        if route.fallback or device.backend != "metal" or _needs_practical(workload, needs_with_mask(workload, needs)):
             return route
         entry = self._trials.get(class_of(workload, device, needs))
         if entry is None or entry.made_with != candidate_fingerprint() or entry.winner.startswith(self.name):
@@ -331,8 +346,8 @@ class TunedPoc(Poc):
     def __call__(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: KeyOrValue,
+        v: KeyOrValue,
         *,
         scale: float,
         mask: Mask,
@@ -341,9 +356,7 @@ class TunedPoc(Poc):
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`, `sinks` (H,) as in `practical`."""
         if sinks is None:
-            # MLX's kernel takes no softcap, pattern or ALiBi
-            plain = softcap is None and mask.pattern is None and mask.alibi is None
-            may_be_slower = current_backend() == "metal" and plain
+            may_be_slower = current_backend() == "metal" and isinstance(k, mx.array) and _is_plain(mask, softcap)
             if may_be_slower and self._route_of(q, k, v, mask, softcap, sinks).fallback:
                 return self._sdpa(q, k, v, scale=scale, mask=mask)
             return super().__call__(q, k, v, scale=scale, mask=mask, softcap=softcap)
@@ -351,6 +364,8 @@ class TunedPoc(Poc):
         if isinstance(kernel, TakesSinks) and not self._route_of(q, k, v, mask, softcap, sinks).fallback:
             with suppress(KernelUnavailable):
                 attend = partial(kernel.attend_with_sinks, q, k, v, scale=scale, softcap=softcap, sinks=sinks)
+                if not isinstance(k, mx.array) or not isinstance(v, mx.array):
+                    return attend(mask=mask)
                 return with_mask_gradient(
                     lambda mask: attend(mask=mask), q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks
                 )
@@ -358,7 +373,7 @@ class TunedPoc(Poc):
         return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks)
 
     def _route_of(
-        self, q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None, sinks: mx.array | None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask, softcap: float | None, sinks: mx.array | None
     ) -> Route:
         """Return the route of a call on Metal or of one with sinks; cached per kind of call."""
         workload, plain = call_signature(q, k, v, mask, softcap)
@@ -372,7 +387,7 @@ class TunedPoc(Poc):
         kernel = _kernel(device.backend)
         if not isinstance(kernel, TakesSinks):
             return unsupported(f"the kernel for {device.backend} takes no attention sinks")
-        return kernel.route(workload, needs)
+        return _kernel_route(device.backend, workload, needs)
 
 
 @cache

@@ -11,9 +11,11 @@ from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import ITEM_BYTES, Workload
 from attention.implementations.baseline import PATTERN_BYTES, computes_in_float32, unfused_bytes, with_tf32
 from attention.implementations.calls import call_signature, current_backend, needs_with_mask
+from attention.implementations.quantized_kv import attend_packed, packed_bytes
 from attention.implementations.transforms import vmap_rule, with_mask_gradient
 from attention.masks import Mask
 from attention.measure.device import Backend, Device
+from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 NO_SOFTCAP = "MLX's SDPA has no softcap"
 NO_ALIBI = "MLX's SDPA has no ALiBi"
@@ -24,16 +26,27 @@ MATERIALIZED_MASK = 2.3
 
 
 class MlxSdpa:
-    """mx.fast.scaled_dot_product_attention, with fully masked rows set to 0 and a gradient for additive masks."""
+    """mx.fast.scaled_dot_product_attention, with fully masked rows set to 0 and a gradient for additive masks.
+
+    Quantized keys and values, which it does not take, are computed as mlx-lm does with a quantized cache.
+    """
 
     name = "mlx"
-    takes_patterns = True
+    takes_patterns = takes_quantized = True
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route according to MLX itself, queried with arrays that are never computed."""
         if needs.softcap or needs.alibi:
             return unsupported(NO_SOFTCAP if needs.softcap else NO_ALIBI)
         needs = needs_with_mask(workload, needs)
+        if workload.quantized:
+            return Route(
+                path="quantized_matmul twice",
+                fused=False,
+                reason="as mlx-lm with a quantized cache: two products with packed keys and values, "
+                "and the whole score matrix between them",
+                predicted_bytes=packed_bytes(workload, needs, widened=False),
+            )
         refusal = why_unfused(workload, device.backend, needs)
         path = "MLX SDPA, dense mask" if needs.pattern else "MLX SDPA, unfused" if refusal else "MLX SDPA, fused"
         if refusal:
@@ -51,9 +64,9 @@ class MlxSdpa:
         )
 
     def __call__(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
-        """Compute attention; shapes as in `Implementation.__call__`.
+        """Compute attention; shapes as in `Implementation.__call__`. Keys and values may be quantized.
 
         Raises:
             UnsupportedError: a softcap or a bias of ALiBi is given.
@@ -62,6 +75,9 @@ class MlxSdpa:
             raise UnsupportedError(f"mlx: {NO_SOFTCAP}")
         if mask.alibi is not None:
             raise UnsupportedError(f"mlx: {NO_ALIBI}")
+        if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
+            assert isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)
+            return attend_packed(q, k, v, scale=scale, mask=mask, widened=False)
         return with_mask_gradient(lambda mask: sdpa(q, k, v, scale, mask), q, k, v, scale=scale, mask=mask)
 
 

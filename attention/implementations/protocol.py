@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from attention.masks import Mask
 
 TAKES_NO_PATTERNS: Final = "it takes no patterns of attention.masks"
+TAKES_NO_QUANTIZED: Final = "it takes no quantized keys and values"
 
 
 @runtime_checkable
@@ -21,7 +22,8 @@ class Implementation(Protocol):
     """An attention implementation. A plugin needs no more than this to be measured beside the others.
 
     Calls with `mask.pattern` or `mask.alibi` set are only made if it has an attribute `takes_patterns` or `takes_alibi`
-    that is true. `mask.dense` gives everything but the bias as one array.
+    that is true. `mask.dense` gives everything but the bias as one array. Calls with keys and values that are a
+    `QuantizedArray` each, and workloads with a `kv_format`, need an attribute `takes_quantized`.
     """
 
     name: str
@@ -47,6 +49,15 @@ class Implementation(Protocol):
             (B, H, Lq, Dv) in the query's dtype; fully masked rows are 0.
         """
         ...
+
+
+def missing_feature(implementation: object, workload: Workload) -> str | None:
+    """Return what a workload has that an implementation does not declare to take, or None; its route may not know."""
+    if workload.structured and not getattr(implementation, "takes_patterns", False):
+        return TAKES_NO_PATTERNS
+    if workload.quantized and not getattr(implementation, "takes_quantized", False):
+        return TAKES_NO_QUANTIZED
+    return None
 
 
 @runtime_checkable

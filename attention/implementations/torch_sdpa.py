@@ -19,6 +19,7 @@ from attention.measure.device import Device
 
 NO_SOFTCAP: Final = "torch's SDPA has no softcap"
 NO_ALIBI: Final = "torch's SDPA has no ALiBi"
+NO_QUANTIZED: Final = "torch's SDPA takes no quantized keys and values"
 MISSING: Final = "torch is not installed: pip install torch"
 TORCH_DEVICES: Final = {"cpu": "cpu", "metal": "mps", "cuda": "cuda"}
 
@@ -35,6 +36,8 @@ class TorchSdpa:
         """Return the route; torch's kernels are fused if query and value have equal head dims."""
         if importlib.util.find_spec("torch") is None:
             return unsupported(MISSING)
+        if workload.quantized:
+            return unsupported(NO_QUANTIZED)
         if needs.softcap or needs.alibi:
             return unsupported(NO_SOFTCAP if needs.softcap else NO_ALIBI)
         needs = needs_with_mask(workload, needs)

@@ -1,12 +1,13 @@
 """Accuracy: FlashAttention 3's error rule against a float64 reference.
 
 A result o passes if max|o - ref| <= 2 max|o_pt - ref| + atol, where ref is exact, o_pt is plain attention in the same
-precision on the same inputs, and atol = 2 max|ref + 0.3 - 0.3 - ref| in that precision; for gradients 3 in place of the
-first 2 (hopper/test_flash_attn.py in Dao-AILab/flash-attention). NaN and infinity never pass.
+precision on the same inputs (quantized keys and values rounded to it), and atol = 2 max|ref + 0.3 - 0.3 - ref| in that
+precision; for gradients 3 in place of the first 2 (hopper/test_flash_attn.py in Dao-AILab/flash-attention). NaN and
+infinity never pass.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from attention.core.workload import Workload
 from attention.measure.reference import Rules, forward, gradients, visible
+from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 FORWARD_FACTOR: Final = 2.0
 GRADIENT_FACTOR: Final = 3.0
@@ -66,7 +68,7 @@ class AccuracyChecker:
     def __init__(
         self,
         workload: Workload,
-        inputs: Sequence[mx.array],
+        inputs: Sequence[Any],
         scale: float | None = None,
         seed: int = 0,
         scores: int = SCORES,
@@ -75,14 +77,14 @@ class AccuracyChecker:
 
         Args:
             workload: the case.
-            inputs: q, k, v, and in training the output's gradient.
+            inputs: q, k, v (k and v may be quantized), and in training the output's gradient.
             scale: factor of the scores, the workload's by default.
             seed: of the choice of rows and heads.
             scores: maximum number of scores the reference computes; it limits the rows compared.
         """
         self.workload = workload
         self.sample = choose_sample(workload, seed, scores)
-        self.row_inputs: list[mx.array] | None = None
+        self.row_inputs: list[Any] | None = None
         if workload.pass_ == "training" and len(self.sample.rows) < workload.seq:
             self.row_inputs = [*inputs[:3], _only_rows(inputs[3], self.sample.rows)]
         scale = workload.scale if scale is None else scale
@@ -125,17 +127,19 @@ class AccuracyChecker:
         differences = [(a - b.exact).ravel() for a, b in zip(found, expected, strict=True)]
         return np.concatenate(differences), _allowed(expected, FORWARD_FACTOR if index == 0 else GRADIENT_FACTOR)
 
-    def _of_group(self, inputs: Sequence[mx.array], group: tuple[int, int], scale: float) -> list[ReferenceTensor]:
+    def _of_group(self, inputs: Sequence[Any], group: tuple[int, int], scale: float) -> list[ReferenceTensor]:
         arrays = [self._cut(index, array, group) for index, array in enumerate(inputs)]
         rules = self._rules(group, scale)
         exact = _exact([_numpy(x) for x in arrays], rules, self.sample.rows)
-        plain = _plain(arrays, scale, self._seen(rules), self.sample.rows)
+        dtype = inputs[0].dtype
+        rounded = [x.dequantized(dtype) if isinstance(x, QuantizedArray) else x for x in arrays]
+        plain = _plain(rounded, scale, self._seen(rules), self.sample.rows)
         return [
             ReferenceTensor(a, _largest(_numpy(b) - a), _rounding(a, b.dtype))
             for a, b in zip(exact, plain, strict=True)
         ]
 
-    def _cut(self, index: int, array: mx.array, group: tuple[int, int]) -> mx.array:
+    def _cut(self, index: int, array: KeyOrValue, group: tuple[int, int]) -> KeyOrValue:
         """Return an input's part in a group: (query heads or 1, length, width)."""
         share = self.workload.heads // self.workload.kv_heads if index in (0, 3) else 1
         return array[group[0], group[1] * share : (group[1] + 1) * share]
@@ -233,5 +237,7 @@ def _largest(difference: Array) -> float:
     return float(np.max(np.abs(difference), initial=0.0))  # NaN if any is NaN
 
 
-def _numpy(array: mx.array) -> Array:
+def _numpy(array: KeyOrValue) -> Array:
+    if isinstance(array, QuantizedArray):
+        return array.exact()
     return np.asarray(np.array(array.astype(mx.float32)), dtype=np.float64)

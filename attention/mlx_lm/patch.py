@@ -22,7 +22,6 @@ from attention.core.events import WITHOUT_ATTENTION, CallsCounted
 from attention.core.kv_format import Format, KVFormat
 from attention.implementations.calls import call_signature, call_through_hooks, take_path
 from attention.implementations.protocol import Implementation, SupportsTraining
-from attention.implementations.quantized_kv import QuantizedArray as PackedArray
 from attention.masks import Mask
 from attention.measure.device import probe
 from attention.monitoring import patch_points
@@ -149,7 +148,7 @@ class ArgumentAdapter:
         """Create it for an implementation."""
         self._implementation = implementation
         self._takes_sinks = bool(getattr(implementation, "takes_sinks", False))
-        self._takes_packed = bool(getattr(implementation, "takes_packed", False))
+        self._takes_quantized = bool(getattr(implementation, "takes_quantized", False))
         self._acceptances = BoundedDict[tuple[object, ...], Acceptance]()
 
     def adapt(self, call: ModelCall) -> CallArguments:
@@ -173,8 +172,8 @@ class ArgumentAdapter:
         if call.kv_format is None:
             return call.k, call.v
         key, value = call.quantized_arrays()
-        if self._takes_packed and key.biases is not None and value.biases is not None:
-            return _packed(key), _packed(value)
+        if self._takes_quantized:
+            return key, value
         return key.dequantized(call.q.dtype), value.dequantized(call.q.dtype)
 
     def _acceptance(self, call: ModelCall) -> Acceptance:
@@ -205,11 +204,6 @@ class ArgumentAdapter:
         if not route.supported:
             return Acceptance(None, route.reason)
         return Acceptance(route.path if _is_dense(k) else "packed keys and values")
-
-
-def _packed(array: QuantizedArray) -> PackedArray:
-    assert array.biases is not None
-    return PackedArray(array.numbers, array.scales, array.biases, array.format.group_size, array.format.bits)
 
 
 def _is_dense(array: object) -> bool:

@@ -29,6 +29,7 @@ from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Clock
 from attention.monitoring import patch_points
 from attention.monitoring.patch_points import call_cost_s
+from attention.quantized_kv import QuantizedArray, arrays_of, kv_format_of
 
 BUDGET_PART: Final = 0.375
 """Part of the share for counting calls (uncounted ones included), and as much again for timing.
@@ -309,6 +310,7 @@ class Monitor:
                 k.shape,
                 v.shape,
                 q.dtype,
+                kv_format_of(k, v),
                 mask.causal,
                 mask.window,
                 mask.array is None,
@@ -357,7 +359,7 @@ class Monitor:
 
     def _timed_call(self, kind: CallKind, call: Callable[[], mx.array], arrays: tuple[Any, ...]) -> mx.array:
         try:
-            mx.eval([one for one in arrays if isinstance(one, mx.array)])
+            mx.eval(arrays_of(*(one for one in arrays if isinstance(one, mx.array | QuantizedArray))))
             mx.synchronize()
         except (RuntimeError, ValueError):
             return call()  # traced: there is nothing to evaluate

@@ -13,6 +13,7 @@ from attention.implementations.autotune.store import TrialResult, WorkloadClass
 from attention.implementations.autotune.trial import NAME
 from attention.implementations.protocol import Implementation
 from attention.measure.rounds import Clock
+from attention.quantized_kv import KeyOrValue, arrays_of
 
 RETRY_CALLS: Final = 4
 """Calls until the next check whether another candidate may be tried."""
@@ -182,10 +183,10 @@ def inherited_choice(neighbour: ActiveChoice, workload: WorkloadClass, fit: Sequ
     )
 
 
-def try_evaluate(*arrays: mx.array | None) -> bool:
+def try_evaluate(*arrays: KeyOrValue | None) -> bool:
     """Evaluate the inputs of a call; return False if they are being traced and have no values."""
     try:
-        mx.eval([array for array in arrays if array is not None])
+        mx.eval(arrays_of(*arrays))
     except (RuntimeError, ValueError):
         return False
     return True

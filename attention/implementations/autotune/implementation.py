@@ -44,6 +44,7 @@ from attention.implementations.protocol import Implementation, NeedsBuilding
 from attention.masks import Mask, of_workload
 from attention.measure.device import Device, probe
 from attention.measure.rounds import Clock
+from attention.quantized_kv import kv_format_of
 
 SAMPLES_PER_CHECK: Final = 8
 """One in this many samples is observed by the tuner: a few microseconds in each sample would distort the result."""
@@ -125,7 +126,7 @@ class Demo:
     """
 
     name = NAME
-    takes_patterns = takes_alibi = True
+    takes_patterns = takes_alibi = takes_quantized = True
 
     def __init__(
         self,
@@ -171,14 +172,17 @@ class Demo:
         return structs.replace(route, path=_path(active.name), reason=f"fastest in a trial; {route.reason}")
 
     def __call__(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+        self, q: mx.array, k: Any, v: Any, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Compute attention; shapes as in the protocol.
 
         If the call is being traced and its class is not tuned yet, the trial runs during tracing, on random inputs.
         Traced calls are not timed.
         """
-        if mask.alibi is not None:
+        untried = mask.alibi is not None
+        if not isinstance(k, mx.array):  # a training pass with quantized ones is no workload
+            untried |= self._pass == "training"
+        if untried:
             return self._untried(q, k, v, scale=scale, mask=mask, softcap=softcap)
         key = _key(q, k, v, mask, softcap)
         active = self._keys.get(key)
@@ -193,7 +197,7 @@ class Demo:
         return out
 
     def with_logsumexp(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+        self, q: mx.array, k: Any, v: Any, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> tuple[mx.array, mx.array]:
         """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
         return self._untried.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
@@ -215,7 +219,7 @@ class Demo:
         other._classes = self._classes
         return other
 
-    def runner(self, workload: Workload, inputs: Sequence[mx.array], scale: float) -> MlxRunner:
+    def runner(self, workload: Workload, inputs: Sequence[Any], scale: float) -> MlxRunner:
         """Return a bound call; a trial of the workload's pass, if needed, runs now, before anything is timed."""
         task = Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload))
         return DemoRunner(self, task)
@@ -282,7 +286,7 @@ class Demo:
         return self._classes.setdefault(workload, active_choice_of(entry, self.candidates))
 
     def _admit(
-        self, key: object, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float | None
+        self, key: object, q: mx.array, k: Any, v: Any, scale: float, mask: Mask, softcap: float | None
     ) -> ActiveChoice:
         """Find the choice for a kind of call not seen before; slow, done once per kind."""
         signature, needs = call_signature(q, k, v, mask, softcap)
@@ -324,8 +328,8 @@ class Demo:
         self,
         active: ActiveChoice,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: Any,
+        v: Any,
         scale: float,
         mask: Mask,
         softcap: float | None,
@@ -360,10 +364,21 @@ def _path(choice: str) -> str:
     return fitted(f"tuned: {choice}")
 
 
-def _key(q: mx.array, k: mx.array, v: mx.array, mask: Mask, softcap: float | None) -> object:
+def _key(q: mx.array, k: Any, v: Any, mask: Mask, softcap: float | None) -> object:
     """Return the properties of a call that determine its choice; computed at every call, so it must be cheap."""
     batch, heads, seq, head_dim = q.shape
     _, kv_heads, kv_seq, _ = k.shape
     lengths = (seq - 1).bit_length(), (kv_seq - 1).bit_length()
     options = mask.causal, mask.window, mask.pattern, mask.array is not None, softcap is not None
-    return (q.dtype, batch, heads, kv_heads, head_dim, v.shape[3], *lengths, *options, current_backend())
+    return (
+        q.dtype,
+        kv_format_of(k, v),
+        batch,
+        heads,
+        kv_heads,
+        head_dim,
+        v.shape[3],
+        *lengths,
+        *options,
+        current_backend(),
+    )

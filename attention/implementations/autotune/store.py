@@ -14,6 +14,7 @@ from msgspec import Struct, structs
 
 from attention.core import events as on
 from attention.core.files import make_folder, parse_toml, read_bounded, replace_file
+from attention.core.kv_format import DENSE
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import MAX_SIZES, Workload
 from attention.kernels.common import cache
@@ -38,6 +39,8 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
     """Query heads that share a key head."""
     mask: str
     """"none", "causal", "window:N", N a bucket, or "pattern 1/N", the share of visible pairs; "+ array" beside one."""
+    kv_format: str = DENSE
+    """As in `Workload`."""
     softcap: bool = False
     pass_: str
     """"forward" or "training"; a decode pass is a forward one of seq 1."""
@@ -61,6 +64,7 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
         seq = str(self.seq) if self.seq == self.kv_seq else f"{self.seq}x{self.kv_seq}"
         dim = str(self.head_dim) if self.head_dim == self.value_dim else f"{self.head_dim}/{self.value_dim}"
         parts = [f"BH≤{self.streams} L≤{seq} D={dim}", f"GQA {self.group}" if self.group > 1 else "", self.dtype]
+        parts += ["" if self.kv_format == DENSE else f"K/V {self.kv_format}"]
         parts += ["" if self.mask == "none" else self.mask, "softcap" if self.softcap else ""]
         return " ".join(part for part in [*parts, "training" if self.pass_ == "training" else ""] if part)
 
@@ -96,6 +100,7 @@ def class_of(workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Wor
         value_dim=workload.value_dim,
         group=workload.heads // workload.kv_heads,
         mask=mask,
+        kv_format=workload.kv_format,
         softcap=needs.softcap,
         pass_="training" if workload.pass_ == "training" else "forward",
         streams=bucket(workload.batch * workload.heads),
@@ -115,8 +120,8 @@ def longest(workload: Workload) -> Workload:
 
 MAX_SPARSITY: Final = 16
 """Masks with less than 2^-16 of the pairs are one class."""
-SCHEMA: Final = 2
-OLDER_SCHEMA: Final = frozenset({1})
+SCHEMA: Final = 3
+OLDER_SCHEMA: Final = frozenset({1, 2})
 """Older schemas whose entries can be read unchanged."""
 LOCK_WAIT_S: Final = 2.0
 """Seconds to wait for another process's lock on the file; after that the choice is kept in this process only."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +29,7 @@ from attention.measure.accuracy import FORWARD_FACTOR, AccuracyChecker, choose_s
 from attention.measure.device import Device
 from attention.measure.reference import Rules, forward
 from attention.measure.rounds import Clock
+from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 MAX_EQUAL: Final = 0.5
 """Maximum share of an input that may be a single value such as zero: one-hot rows exceed it."""
@@ -40,7 +41,7 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
     """A call and its inputs."""
 
     workload: Workload
-    inputs: Sequence[mx.array]
+    inputs: Sequence[Any]
     """q (B, H, L, D), k and v (B, Hkv, Lk, D), and in training the output's gradient, all evaluated."""
     scale: float
     mask: Mask
@@ -86,8 +87,11 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
         return structs.replace(self, inputs=make_inputs(self.workload, 0), mask=mask)
 
 
-def _is_informative(array: mx.array) -> bool:
+def _is_informative(array: KeyOrValue) -> bool:
     """Return whether an input (B, H, L, D) is finite, its rows differ, and no value fills more than half of it."""
+    if isinstance(array, QuantizedArray):
+        scaled = [part for part in array.arrays[1:] if part.dtype != mx.uint8]
+        return _is_informative(array.numbers) and all(bool(mx.isfinite(part).all()) for part in scaled)
     finite = mx.isfinite(array).all()
     differ = (array != array[:, :, :1]).any() if array.shape[2] > 1 else mx.array(True)
     mixed = mx.mean((array == array[:1, :1, :1, :1]).astype(mx.float32)) <= MAX_EQUAL
@@ -98,12 +102,12 @@ def _is_informative(array: mx.array) -> bool:
 class BoundCall(MlxRunner):
     """A candidate bound to a task's inputs."""
 
-    def __init__(self, candidate: Implementation, task: Task, inputs: Sequence[mx.array] | None = None) -> None:
+    def __init__(self, candidate: Implementation, task: Task, inputs: Sequence[Any] | None = None) -> None:
         """Bind the candidate; `inputs` of the same shapes replace the task's."""
         super().__init__(candidate, task.workload, task.inputs if inputs is None else inputs, task.scale, task.mask)
         self._softcap = task.softcap
 
-    def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def _attend(self, q: mx.array, k: Any, v: Any) -> mx.array:
         return self._implementation(q, k, v, scale=self._scale, mask=self._mask, softcap=self._softcap)
 
 
@@ -179,7 +183,6 @@ def _against_visible(task: Task, pattern: Pattern, output: mx.array) -> tuple[fl
     sample = choose_sample(task.workload, 0, SCORES)
     batch, group = sample.groups[0]
     share = task.workload.heads // task.workload.kv_heads
-    share = task.workload.heads // task.workload.kv_heads
     lengths, rows = (task.workload.seq, task.workload.kv_seq), mx.array(sample.rows)
     heads = slice(group * share, (group + 1) * share)
     visible = _visible_rows(pattern, lengths, [batch], range(heads.start, heads.stop), sample.rows.tolist())
@@ -207,7 +210,9 @@ def _against_visible(task: Task, pattern: Pattern, output: mx.array) -> tuple[fl
     return worst, "" if worst <= allowed else f"output: {worst:.2g} off, {allowed:.2g} allowed"
 
 
-def _numpy(array: mx.array) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+def _numpy(array: KeyOrValue) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+    if isinstance(array, QuantizedArray):
+        return array.exact()
     if array.dtype == mx.bool_:
         return np.array(array)
     return np.asarray(np.array(array.astype(mx.float32)), dtype=np.float64)
@@ -314,16 +319,21 @@ BUDGETS: Final = (32 * MIB, 8 * MIB)
 
 
 class CompiledSdpa(MlxSdpa):
-    """MLX's SDPA inside mx.compile; with a pattern it would be `mlx`, whose mask is an array."""
+    """MLX's SDPA inside mx.compile; with a pattern it would be `mlx`, whose mask is an array.
+
+    With quantized keys and values it is `mlx` too: compiling would save two of a dozen operations.
+    """
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
-        """Return the route of MLX's SDPA; a pattern is unsupported."""
+        """Return the route of MLX's SDPA; a pattern and quantized keys and values are unsupported."""
+        if workload.quantized:
+            return unsupported("with quantized keys and values it is `mlx`")
         if workload.structured or needs.pattern:
             return unsupported("with a pattern it is MLX's SDPA")
         return super().route(workload, device, needs)
 
     def __call__(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Compute attention; an array mask is an input of the compiled function, not a captured constant."""
         compiled = _compiled(scale, mask.causal, mask.window)

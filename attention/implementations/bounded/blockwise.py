@@ -27,9 +27,10 @@ from attention.implementations.baseline import in_tf32
 from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.listed import TileMap
 from attention.implementations.bounded.memory import Chain, Fence, TileWriter, no_fence
-from attention.implementations.quantized_kv import MAX_QUANTIZED_ROWS, KeyOrValue, QuantizedArray
+from attention.implementations.quantized_kv import MAX_PACKED_ROWS, packed_product
 from attention.masks import Mask
 from attention.measure.device import Backend
+from attention.quantized_kv import KeyOrValue, QuantizedArray, arrays_of
 
 LOG2E: Final = math.log2(math.e)
 MAX_CAPPED_FACTOR: Final = 1e18
@@ -289,10 +290,11 @@ def _row_block(
     lengths = q.shape[2], k.shape[2]
     shift = row_shift(call, heads, rows, lengths)
     for keys in call.key_blocks(heads, rows, lengths):
-        whole, *sides = chain.whole(q, *_arrays(k), *([] if v is None else _arrays(v)))
+        whole, *sides = chain.whole(q, *arrays_of(k, v))
         query, cuts = heads.rows(whole, rows), [heads.keys(side, keys) for side in sides]
-        key = _operand_of_tile(k, cuts[: len(_arrays(k))], query)
-        value = None if v is None else _operand_of_tile(v, cuts[len(_arrays(k)) :], query)
+        of_key = len(arrays_of(k))
+        key = _operand_of_tile(k, cuts[:of_key], query, call)
+        value = None if v is None else _operand_of_tile(v, cuts[of_key:], query, call)
         product = _product(call.in_sum_type(query), key, call)
         scores, _ = tile_scores(product, call, heads, rows, keys, lengths, shift)
         if state is None and sinks is not None:
@@ -304,21 +306,22 @@ def _row_block(
 
 def _product(query: mx.array, key: KeyOrValue, call: BlockwiseParams) -> mx.array:
     if isinstance(key, QuantizedArray):
-        return key.matmul(scaled(query, call.factor), True)
+        return packed_product(scaled(query, call.factor), key, True)
     return call.scores(query, call.transposed(call.in_sum_type(key)))
 
 
-def _arrays(x: KeyOrValue) -> list[mx.array]:
-    """Return the arrays that store keys or values."""
-    return list(x.arrays) if isinstance(x, QuantizedArray) else [x]
+def _operand_of_tile(x: KeyOrValue, arrays: list[mx.array], query: mx.array, call: BlockwiseParams) -> KeyOrValue:
+    """Reassemble a slice of keys or values; dequantize it if there are enough queries to pay for it.
 
-
-def _operand_of_tile(x: KeyOrValue, arrays: list[mx.array], query: mx.array) -> KeyOrValue:
-    """Reassemble a slice of keys or values; dequantize it if there are enough queries to pay for it."""
+    On CUDA it is always dequantized: float32 products with packed values may be in TF32.
+    """
     if not isinstance(x, QuantizedArray):
         return arrays[0]
-    packed = x.with_parts(*arrays)
-    return packed if query.shape[2] < MAX_QUANTIZED_ROWS else packed.dequantized()
+    packed = x.with_arrays(arrays)
+    if query.shape[2] < MAX_PACKED_ROWS and not call.arithmetic.startswith("wide"):
+        return packed
+    in_half = call.arithmetic == "native" and query.dtype != mx.float16
+    return packed.dequantized(query.dtype if in_half else mx.float32)
 
 
 def _state_of_sinks(sinks: mx.array, scores: mx.array, width: int | None) -> OnlineSoftmax:
@@ -369,7 +372,7 @@ def _accumulate(
 def _weighted_sum(weights: mx.array, value: KeyOrValue, call: BlockwiseParams) -> mx.array:
     """Return the weighted sum of values, in float32."""
     if isinstance(value, QuantizedArray):
-        return value.matmul(weights, False)
+        return packed_product(weights, value, False)
     return call.product(weights.astype(value.dtype), value).astype(mx.float32)
 
 

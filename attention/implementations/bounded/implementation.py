@@ -1,7 +1,7 @@
 """Attention within a memory budget, forward and backward."""
 
 from functools import lru_cache
-from typing import Final
+from typing import Final, cast
 
 import mlx.core as mx
 from msgspec import structs
@@ -15,6 +15,7 @@ from attention.implementations.bounded import slicing
 from attention.implementations.bounded.blocks import Blocks, tile_bytes, visible_keys
 from attention.implementations.bounded.blockwise import Arithmetic, BlockwiseParams, arithmetic_of, forward
 from attention.implementations.bounded.blockwise_gradient import (
+    MASK_ARGUMENT,
     Arrays,
     Attend,
     blockwise,
@@ -32,19 +33,21 @@ from attention.implementations.bounded.policy import (
     default_budget,
     listed_strategy,
     problem_size,
+    quantized_strategy,
     slices_bytes,
 )
 from attention.implementations.bounded.slicing import SlicedParams
 from attention.implementations.calls import call_signature, current_backend, needs_with_mask, record_path
 from attention.implementations.mlx_sdpa import attend_whole, fused_bytes
-from attention.implementations.quantized_kv import KeyOrValue, QuantizedArray, attend_quantized
-from attention.implementations.transforms import with_mask_gradient
+from attention.implementations.quantized_kv import MAX_PACKED_ROWS, PACKED_PATH, attend_packed, packed_bytes
+from attention.implementations.transforms import vmap_rule, with_mask_gradient
 from attention.masks import Mask, Pattern, of_workload
 from attention.measure.device import Backend, Device, probe
+from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 MAX_PATHS: Final = 4096
 SDPA_PATHS: Final = {Method.FUSED: "MLX SDPA, fused", Method.WHOLE: "MLX SDPA, unfused"}
-QUANTIZED_PATH: Final = "packed keys and values"
+DEQUANTIZED_PATH: Final = "dequantized in blocks"
 LISTED_PATH: Final = "blocks of a list"
 
 
@@ -54,7 +57,7 @@ class Practical:
     name = "practical"
     takes_sinks = True
     takes_patterns = takes_alibi = True
-    takes_packed = True
+    takes_quantized = True
 
     def __init__(self, budget_bytes: int | None = None) -> None:
         """Set the memory budget above inputs and outputs, in bytes; None derives it from the machine."""
@@ -66,6 +69,8 @@ class Practical:
         """Return the route: MLX's SDPA if it fits the budget, otherwise slices or blocks and their size."""
         needs = needs_with_mask(workload, needs)
         choice = self.strategy(workload, device, needs)
+        if workload.quantized:
+            return _quantized_route(choice, workload, device, needs)
         by_mlx = workload.pass_ != "training" or not (choice.backward.is_cut or needs.sinks)
         if by_mlx and not choice.forward.is_cut:
             fused = choice.forward is Method.FUSED
@@ -97,12 +102,9 @@ class Practical:
 
         `sinks` (H,) are extra logits, one per head, in the softmax of every row, without a value.
         """
-        if (
-            mask.array is None
-            or mask.array.dtype == mx.bool_
-            or isinstance(k, QuantizedArray)
-            or isinstance(v, QuantizedArray)
-        ):
+        if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
+            return self._attend_quantized(q, k, v, scale, mask, softcap, sinks)[0]
+        if mask.array is None or mask.array.dtype == mx.bool_:
             return self._attend(q, k, v, scale, mask, softcap, sinks)
         return with_mask_gradient(
             lambda mask: self._attend(q, k, v, scale, mask, softcap, sinks),
@@ -115,14 +117,17 @@ class Practical:
         )
 
     def with_logsumexp(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None = None
+        self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> tuple[mx.array, mx.array]:
         """Compute attention in blocks, and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
+        if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
+            out, statistics = self._attend_quantized(q, k, v, scale, mask, softcap, None, logsumexp=True)
+            return out, logsumexp_of(statistics)
         workload, needs = call_signature(q, k, v, mask, softcap)
         needs = structs.replace(needs, logsumexp=True)
         backend = current_backend()
         choice = self._strategy(workload, backend, needs, self._budget_here(), mask.pattern)
-        record_path(_forward_path(choice, workload, needs, backend, False))
+        record_path(_forward_path(choice, workload, needs, backend))
 
         def attend(mask: Mask) -> tuple[mx.array, mx.array]:
             # Without `masks.shift`, which would have to be added to the logsumexp again.
@@ -137,8 +142,8 @@ class Practical:
     def _attend(
         self,
         q: mx.array,
-        k: KeyOrValue,
-        v: KeyOrValue,
+        k: mx.array,
+        v: mx.array,
         scale: float,
         mask: Mask,
         softcap: float | None,
@@ -157,12 +162,12 @@ class Practical:
             self.budget_bytes,
         )
         bounds = mask.pattern is None and mask.alibi is None
-        simple = bounds and sinks is None and softcap is None and not isinstance(k, QuantizedArray)
+        simple = bounds and sinks is None and softcap is None
         if simple and (known := self._whole_calls.get(key)) is not None:
             path, widened = known
             record_path(path)
-            return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
-        workload, needs = call_signature(q, k, v, mask, softcap)  # type: ignore[arg-type]
+            return attend_whole(q, k, v, scale, mask, widened)
+        workload, needs = call_signature(q, k, v, mask, softcap)
         needs = needs if sinks is None else structs.replace(needs, sinks=True)
         backend = current_backend()
         choice = self._strategy(workload, backend, needs, self._budget_here(), mask.pattern)
@@ -171,18 +176,55 @@ class Practical:
             widened = _computes_in_float32(choice, q.dtype, backend)
             self._whole_calls[key] = path, widened
             record_path(path)
-            return attend_whole(q, k, v, scale, mask, widened)  # type: ignore[arg-type]
-        record_path(_forward_path(choice, workload, needs, backend, isinstance(k, QuantizedArray)))
-        if isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray):
-            call, _ = self._calls(choice, backend, scale, mask, softcap, q.dtype, (q, k))
-            if bounds and sinks is None and softcap is None and choice.fits_forward:
-                return attend_quantized(q, k, v, scale=scale, mask=mask)
-            return forward(q, k, v, call, sinks)[0]
+            return attend_whole(q, k, v, scale, mask, widened)
+        record_path(_forward_path(choice, workload, needs, backend))
         if simple and choice.slices is not None:
             made = self._in_slices(choice, backend, scale, mask, q.dtype)
         else:
             made = self._in_blocks(choice, backend, scale, mask, softcap, q.dtype, (q, k))
         return made(q, k, v, mask.arrays, [] if sinks is None else [sinks])
+
+    def _attend_quantized(
+        self,
+        q: mx.array,
+        k: KeyOrValue,
+        v: KeyOrValue,
+        scale: float,
+        mask: Mask,
+        softcap: float | None,
+        sinks: mx.array | None,
+        logsumexp: bool = False,
+    ) -> Arrays:
+        """Return the output, and the statistics of the rows if `logsumexp`; gradients are those of MLX's operations."""
+        assert isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)
+        workload, needs = call_signature(q, k, v, mask, softcap)
+        needs = structs.replace(needs, sinks=sinks is not None, logsumexp=logsumexp)
+        backend = current_backend()
+        choice = self._strategy(workload, backend, needs, self._budget_here(), mask.pattern)
+        record_path(_quantized_path(choice, workload, backend))
+        # With the logsumexp without `masks.shift`, which would have to be added to it again.
+        call, _ = self._calls(
+            choice,
+            backend,
+            scale,
+            mask,
+            softcap,
+            mx.float32 if logsumexp else q.dtype,
+            (q, k),
+            arithmetic_of(q.dtype, backend),
+        )
+
+        @mx.custom_function
+        def attend(q: mx.array, key: Arrays, value: Arrays, array: Arrays, sinks: Arrays) -> Arrays:
+            packed, masked = (k.with_arrays(key), v.with_arrays(value)), mask.with_arrays(array)
+            if choice.forward is Method.WHOLE:
+                widened = computes_in_float32(workload.dtype, backend)
+                return [attend_packed(q, *packed, scale=scale, mask=masked, widened=widened)]
+            return list(forward(q, *packed, structs.replace(call, mask=masked), *sinks))
+
+        attend.vmap(vmap_rule(attend, MASK_ARGUMENT))
+        given = list(k.arrays), list(v.arrays), mask.arrays, [] if sinks is None else [sinks]
+        return cast("Arrays", attend(q, *given))
 
     def _in_slices(self, choice: Strategy, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
         follow = tile_order(backend) if choice.waits else UNORDERED
@@ -265,6 +307,8 @@ class Practical:
 
         A route that has only the needs of a call with a pattern gets the strategy for a pattern that shows everything.
         """
+        if workload.quantized:
+            return quantized_strategy(workload, backend, needs, budget, pattern)
         if pattern is not None:
             return listed_strategy(workload, backend, needs, budget, pattern)
         key = (workload, needs, backend, budget)
@@ -296,10 +340,8 @@ def _memory() -> int:
 
 
 @lru_cache(maxsize=MAX_PATHS)
-def _forward_path(choice: Strategy, workload: Workload, needs: Needs, backend: Backend, quantized: bool) -> str:
+def _forward_path(choice: Strategy, workload: Workload, needs: Needs, backend: Backend) -> str:
     """Return the path of a forward pass that is not a plain call of MLX's SDPA."""
-    if quantized:
-        return QUANTIZED_PATH
     if needs.pattern:
         return LISTED_PATH
     if not choice.forward.is_cut:
@@ -308,6 +350,23 @@ def _forward_path(choice: Strategy, workload: Workload, needs: Needs, backend: B
     sliced = by_slices and choice.slices is not None
     method, parts = (Method.SLICES, choice.slices) if sliced and choice.slices else (Method.BLOCKS, choice.blocks)
     return _cut_path(method, parts, workload, backend)
+
+
+def _quantized_route(choice: Strategy, workload: Workload, device: Device, needs: Needs) -> Route:
+    """Return the route of a call with quantized keys and values."""
+    if choice.forward is Method.WHOLE:
+        needed = packed_bytes(workload, needs, computes_in_float32(workload.dtype, device.backend))
+    else:
+        needed = _parts(choice, workload, device, needs)[2]
+    path = _quantized_path(choice, workload, device.backend)
+    return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
+
+
+def _quantized_path(choice: Strategy, workload: Workload, backend: Backend) -> str:
+    if choice.forward is Method.WHOLE:
+        return PACKED_PATH
+    rows = choice.blocks.rows * workload.heads // workload.kv_heads
+    return PACKED_PATH if rows < MAX_PACKED_ROWS and backend != "cuda" else DEQUANTIZED_PATH
 
 
 def _whole_path(method: Method, dtype: DType, backend: Backend) -> str:

@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import ITEM_BYTES, Workload
-from attention.implementations.baseline import in_tf32, unfused_call_bytes
+from attention.implementations.baseline import computes_in_float32, in_tf32, unfused_call_bytes
 from attention.implementations.bounded.blocks import (
     DEFAULT_BUDGET_BYTES,
     MIB,
@@ -27,6 +27,7 @@ from attention.implementations.bounded.blockwise import blocks_of
 from attention.implementations.bounded.listed import choose_listed_blocks, computed_share
 from attention.implementations.bounded.memory import RESIDENT_TILES
 from attention.implementations.mlx_sdpa import fused_bytes, materializes_mask, why_unfused
+from attention.implementations.quantized_kv import MAX_PACKED_ROWS, packed_bytes
 from attention.masks import Pattern, of_workload
 from attention.measure.device import Backend
 
@@ -323,6 +324,30 @@ def listed_strategy(workload: Workload, backend: Backend, needs: Needs, budget: 
     share = computed_share(tiles, blocks)
     reason = f"{_only_blocks(needs)}; tiles of {blocks.rows} x {blocks.keys} skip {1 - share:.0%} of the scores"
     return Strategy(Method.BLOCKS, Method.BLOCKS, blocks, backward, reason)
+
+
+@lru_cache(maxsize=256)
+def quantized_strategy(
+    workload: Workload, backend: Backend, needs: Needs, budget: int, pattern: Pattern | None
+) -> Strategy:
+    """Return the strategy of a call with quantized keys and values: blocks, or for a few rows two packed products."""
+    widened = computes_in_float32(workload.dtype, backend)
+    more = needs.softcap or needs.alibi or needs.sinks or needs.logsumexp or needs.pattern
+    scores = int(UNFUSED_SAFETY_FACTOR * (packed_bytes(workload, needs, widened) - workload.output_bytes))
+    few = workload.seq * workload.heads // workload.kv_heads < MAX_PACKED_ROWS
+    if few and not more and scores <= budget:
+        blocks = block_size(workload, backend, budget)
+        reason = "few rows: each reads the keys and values packed, and the scores fit the budget"
+        return Strategy(Method.WHOLE, Method.WHOLE, blocks, blocks, reason, True)
+    if pattern is None:
+        blocks = block_size(workload, backend, budget)
+    else:
+        tiles = pattern.block_list((workload.batch, workload.heads, workload.seq, workload.kv_seq))
+        within, target = int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
+        blocks = choose_listed_blocks(problem_size(workload), tiles, within, target)
+    how = "read packed" if few and backend != "cuda" else "dequantized"
+    reason = f"keys and values are {how} a tile at a time, {blocks.rows} rows x {blocks.keys} keys"
+    return Strategy(Method.BLOCKS, Method.BLOCKS, blocks, blocks, reason)
 
 
 class _StrategyInputs:

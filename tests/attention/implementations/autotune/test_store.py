@@ -67,7 +67,7 @@ def test_an_entry_comes_back_in_another_process_as_it_was(path: Path) -> None:
 def test_the_file_is_readable_toml_with_its_schema(path: Path) -> None:
     Store(path).put(an_entry())
     document = tomllib.loads(path.read_text())
-    assert document["schema"] == 2
+    assert document["schema"] == 3
     assert document["class"][0]["winner"] == "poc"
     assert document["class"][0]["workload"]["pass"] == "forward"
     assert "fatui tune --show" in path.read_text().splitlines()[0]
@@ -145,7 +145,7 @@ def test_two_damaged_files_in_one_second_are_both_kept(path: Path, told: list[st
 
 def test_a_file_of_a_newer_version_is_left_alone(path: Path, told: list[str]) -> None:
     path.parent.mkdir()
-    newer = 'schema = 3\n[shape-of-things]\nto = "come"\n'
+    newer = 'schema = 4\n[shape-of-things]\nto = "come"\n'
     path.write_text(newer)
     kept = Store(path)
     kept.put(an_entry())
@@ -153,14 +153,14 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path, told: list[str]) ->
     kept.put(an_entry())
     assert path.read_text() == newer
     assert kept.get(A_CLASS) == an_entry()
-    assert [line for line in told if "written by a newer fatui (schema 3); it is left alone" in line] == told
+    assert [line for line in told if "written by a newer fatui (schema 4); it is left alone" in line] == told
     assert len(told) == 1
 
 
 def test_a_file_of_an_older_version_is_read_and_upgraded(path: Path, told: list[str]) -> None:
     Store(path).put(an_entry())
     of_today = path.read_text()
-    older = of_today.replace("schema = 2", "schema = 1").replace('made_with = ""\n', "")
+    older = of_today.replace("schema = 3", "schema = 1").replace('made_with = ""\n', "")
     older = older.replace("[class.alone_s]\n", "")
     assert "alone_s" not in older
     path.write_text(older)
@@ -168,7 +168,7 @@ def test_a_file_of_an_older_version_is_read_and_upgraded(path: Path, told: list[
     assert kept.get(A_CLASS) == an_entry()
     kept.put(an_entry(class_number(7)))
     assert Store(path).entries() == [an_entry(), an_entry(class_number(7))]
-    assert "schema = 2" in path.read_text()
+    assert "schema = 3" in path.read_text()
     assert told == []
 
 

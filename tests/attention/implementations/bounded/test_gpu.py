@@ -11,7 +11,6 @@ from attention.implementations.bounded.implementation import Practical
 from attention.implementations.bounded.memory import Fence, tile_order
 from attention.implementations.bounded.policy import Method
 from attention.implementations.calls import MlxRunner, make_inputs
-from attention.implementations.quantized_kv import QuantizedArray
 from attention.kernels.cuda.runtime import launcher
 from attention.masks import Mask, of_workload
 from attention.measure.device import probe
@@ -138,11 +137,8 @@ def test_ordered_tiles_are_in_memory_at_most_two_at_a_time(which: str, tiles: in
 
 
 def test_packed_keys_and_values_stay_within_the_budget() -> None:
-    workload = Workload(seq=2000, kv_seq=4000, heads=4, head_dim=128, dtype="bfloat16", mask="causal")
-    q, k, v = make_inputs(workload, 0)
-    packed = [QuantizedArray(*mx.quantize(x, group_size=64, bits=8), 64, 8) for x in (k, v)]
-    mx.eval(*(array for one in packed for array in one.arrays))
-    runner = Bound(Practical(SMALL), workload, [q, *packed], of_workload(workload))
+    workload = Workload(seq=2000, kv_seq=4000, heads=4, head_dim=128, dtype="bfloat16", mask="causal", kv_format="int8")
+    runner = Bound(Practical(SMALL), workload, make_inputs(workload, 0), of_workload(workload))
     runner.results()
     assert (runner.peak_bytes() or 0) - workload.output_bytes <= SMALL
 
