@@ -177,7 +177,7 @@ class PackedKVCache:
         damaged = "prompt cache: {}; the file is damaged, or its format was changed after it was saved"
         empty = {part.keys is None for part in self.parts}
         if len(self.parts) != self._count or len(empty) != 1:
-            raise UsageError(damaged.format(f"got {len(self.parts)} arrays, some of them empty"))
+            raise UsageError(damaged.format(f"got {len(self.parts)} arrays of {self._count}, or some of them empty"))
         if empty == {True}:
             return
         try:
@@ -189,7 +189,7 @@ class PackedKVCache:
         positions = {repr([*_position(part).items()]) for part in self.parts}
         first = self.parts[0]
         end = first._idx if hasattr(first, "_idx") else first.offset - getattr(first, "start_position", 0)
-        if len(positions) != 1 or not 0 <= end <= k.shape[2]:
+        if len(positions) != 1 or type(end) is not int or not 0 <= end <= k.shape[2]:
             raise UsageError(damaged.format(f"got {end} tokens in {k.shape[2]} rows"))
 
     @property
@@ -293,7 +293,10 @@ class PackedKVCache:
 
 def _load_part(layout: str, state: Any) -> Any:
     make: Any = LAYOUTS[layout].from_state
-    return make(state)
+    part = make(state)
+    for name in ("_lengths", "_right_padding"):  # of batches between prepare and finalize: no state has them
+        vars(part).setdefault(name, None)
+    return part
 
 
 def _position(part: Any) -> dict[str, Any]:
@@ -344,8 +347,7 @@ def to_quantized(cache: Any, kv_format: str | KVFormat = "int4") -> Any:
 
     Args:
         cache: of mlx-lm, dense or quantized in the same format already; a `CacheList` of such caches; or an
-            `ArraysCache`, which holds no keys and values and is returned itself. It shares no position with the
-            result, and is not changed.
+            `ArraysCache`, which holds no keys and values and is returned itself. It is not changed.
         kv_format: as in `attention.core.kv_format`: "int4", "int8:32", "mxfp4", or "int8+int4", keys first.
 
     Raises:
@@ -357,7 +359,10 @@ def to_quantized(cache: Any, kv_format: str | KVFormat = "int4") -> Any:
     if type(cache) is mlx_caches.ArraysCache:
         return cache
     if type(cache) is mlx_caches.QuantizedKVCache:
-        cache = QuantizedKVCache.from_state(cache.state)
+        keys, values, *rest = cache.state
+        # Arrays of one's own: both caches write into theirs in place.
+        own = (None if arrays is None else [mx.array(one) for one in arrays] for arrays in (keys, values))
+        cache = QuantizedKVCache.from_state((*own, *rest))
     if isinstance(cache, PackedKVCache):
         if cache.kv_format != formats:
             raise UsageError(f"cache: got one in {cache.kv_format.text}; to be in {formats.text} it must be dense")
