@@ -30,6 +30,12 @@ from attention.quantized_kv import QuantizedArray, quantized
 device = lru_cache(maxsize=1)(probe)
 
 
+DEQUANTIZED: Final = "dequantized K and V"
+"""Ends the path, or the reason, of a call for which quantized keys and values were copied to dense ones."""
+TO_PRACTICAL: Final = "mlx-lm does not take these quantized K and V either"
+"""Ends the reason of a call that practical got."""
+
+
 class ModelCall(NamedTuple):
     """The arguments of a model's attention call."""
 
@@ -130,8 +136,6 @@ class CallArguments(NamedTuple):
     v: Any
     mask: Mask
     path: str
-    dequantized: bool
-    """Whether keys and values are dense copies of quantized ones."""
 
 
 class Acceptance(Struct, frozen=True):
@@ -165,16 +169,17 @@ class ArgumentAdapter:
         k, v = self._keys_and_values(call)
         array = None if isinstance(call.mask, str) else call.mask
         mask = Mask(causal=isinstance(call.mask, str), window=call.window, array=array)
-        return CallArguments(k, v, mask, verdict.path, dequantized=call.kv_format is not None and _is_dense(k))
+        path = f"{verdict.path}, {DEQUANTIZED}" if self._must_dequantize(call) else verdict.path
+        return CallArguments(k, v, mask, path)
+
+    def _must_dequantize(self, call: ModelCall) -> bool:
+        return call.kv_format is not None and not self._takes_quantized
 
     def _keys_and_values(self, call: ModelCall) -> tuple[Any, Any]:
         """Return keys and values; quantized ones unchanged, or dequantized if the implementation does not take them."""
-        if call.kv_format is None:
-            return call.k, call.v
-        key, value = call.quantized_arrays()
-        if self._takes_quantized:
-            return key, value
-        return key.dequantized(call.q.dtype), value.dequantized(call.q.dtype)
+        if self._must_dequantize(call):
+            call = call.dequantized()
+        return (call.k, call.v) if call.kv_format is None else call.quantized_arrays()
 
     def _acceptance(self, call: ModelCall) -> Acceptance:
         """Return the verdict, cached per kind of call: in decoding every layer makes the same call."""
@@ -193,8 +198,7 @@ class ArgumentAdapter:
                 quantized(call.k, call.kv_format.key)
                 quantized(call.v, call.kv_format.value)
             k, v = self._keys_and_values(call)
-            if _is_dense(k):
-                check_shapes(call.q, k, v)
+            check_shapes(call.q, k, v)
             mask = check_mask(call.mask, call.window, call.q, k)
             route = self._implementation.route(*_route_arguments(call, k, v, mask))
         except UsageError as error:
@@ -203,11 +207,7 @@ class ArgumentAdapter:
             return Acceptance(None, str(error))
         if not route.supported:
             return Acceptance(None, route.reason)
-        return Acceptance(route.path if _is_dense(k) else "packed keys and values")
-
-
-def _is_dense(array: object) -> bool:
-    return isinstance(array, mx.array)
+        return Acceptance(route.path)
 
 
 def _kind(array: Any) -> object:
@@ -266,15 +266,17 @@ class CallCounts:
         if not (self.taken or self.handed):
             return [f"{name}: no call of mlx-lm's attention was seen"]
         taken = [f"{name} took {count:,} as {path}" for path, count in self.taken.most_common()]
-        handed = [f"MLX's own got {count:,}: {reason}" for reason, count in self.handed.most_common()]
+        handed = [f"{_heir(reason)} got {count:,}: {reason}" for reason, count in self.handed.most_common()]
         total = f"{name} took {self.calls_taken:,} of {self.calls_taken + self.calls_handed:,} calls of attention"
         return [total, *taken, *handed]
 
 
+def _heir(reason: str) -> str:
+    return "practical" if reason.endswith(TO_PRACTICAL) else "MLX's own"
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
-DEQUANTIZED: Final = "dequantized K and V"
-"""Ends the path, or the reason, of a call for which quantized keys and values were copied to dense ones."""
 OWN_MODULES: Final = ("attention.mlx_lm.patch", "attention.monitoring.patch_points")
 
 
@@ -288,6 +290,28 @@ class _ThreadState(threading.local):
 
 
 _thread = _ThreadState()
+
+
+def _attend_by(implementation: Implementation, adapter: ArgumentAdapter, call: ModelCall) -> tuple[mx.array, str]:
+    """Return an implementation's output, and the path that ran.
+
+    Raises:
+        UnsupportedError: it does not support the call.
+    """
+    arguments = adapter.adapt(call)
+    more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
+    take_path()  # clear what an earlier call left
+    out: mx.array = call_through_hooks(
+        implementation, call.q, arguments.k, arguments.v, scale=call.scale, mask=arguments.mask, **more
+    )
+    # An implementation with a single path records none: its route names what ran.
+    return out, take_path() or arguments.path
+
+
+@cache
+def _practical() -> tuple[Implementation, ArgumentAdapter]:
+    implementation = implementations.load_implementation("practical")
+    return implementation, ArgumentAdapter(implementation)
 
 
 class ModelPatch(CallCounts):
@@ -398,23 +422,29 @@ class ModelPatch(CallCounts):
         return cast("mx.array", patch_points.fast_sdpa().observed(q, k, v, **kwargs))
 
     def _try_attend(self, call: ModelCall) -> mx.array | None:
-        """Return the implementation's output, or None if it does not support the call."""
+        """Return the implementation's output, or practical's if mlx-lm has none; None if there is no support for it."""
         before, _thread.in_implementation = _thread.in_implementation, True
+        call = self._masks.as_bounds(call)
         try:
-            arguments = self._adapter.adapt(self._masks.as_bounds(call))
-            more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
-            take_path()  # clear what an earlier call left
-            out: mx.array = call_through_hooks(
-                self.implementation, call.q, arguments.k, arguments.v, scale=call.scale, mask=arguments.mask, **more
-            )
+            out, path = _attend_by(self.implementation, self._adapter, call)
         except UnsupportedError as error:
-            self.count_passed_on(str(error) if call.is_readable_by_mlx_lm else f"{error}, {DEQUANTIZED}")
-            return None
+            if call.is_readable_by_mlx_lm:
+                self.count_passed_on(str(error))
+                return None
+            return self._attend_by_practical(call, str(error))
         finally:
             _thread.in_implementation = before
-        # An implementation with a single path records none: its route names what ran.
-        path = take_path() or arguments.path
-        self.count_taken(f"{path}, {DEQUANTIZED}" if arguments.dequantized else path)
+        self.count_taken(path)
+        return out
+
+    def _attend_by_practical(self, call: ModelCall, reason: str) -> mx.array | None:
+        """Compute what neither the implementation nor mlx-lm does; None if it must be dequantized for MLX."""
+        try:
+            out, _ = _attend_by(*_practical(), call)
+        except UnsupportedError:
+            self.count_passed_on(f"{reason}; {DEQUANTIZED}")
+            return None
+        self.count_passed_on(f"{reason}; {TO_PRACTICAL}")
         return out
 
     def _decorate_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
