@@ -6,12 +6,13 @@ from typing import Any, Final
 from msgspec import field, structs
 
 from attention.core.errors import UsageError
+from attention.core.kv_format import DENSE
 from attention.core.plan import MAX_CASES, Plan, RunOptions, expand
 from attention.core.workload import DType, Pass, Workload
 
 AXES: Final = ("batch", "seq", "head_dim", "heads", "kv_heads")
 DEFAULT_AXES: Final = {"batch": (1,), "seq": (512,), "head_dim": (64,), "heads": (8,), "kv_heads": ()}
-SHARED: Final = ("dtype", "mask", "pass_")
+SHARED: Final = ("dtype", "kv_format", "mask", "pass_")
 
 
 class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
@@ -20,6 +21,7 @@ class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
     axes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(DEFAULT_AXES))
     """The values of each axis, one unless sweeping; no kv_heads means as many as heads."""
     dtype: DType = "float16"
+    kv_format: str = DENSE
     mask: str = "none"
     pass_: Pass = "forward"
     kv_seq: int | None = None
@@ -28,7 +30,7 @@ class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """Width of a value, if a preset has another than head_dim."""
     sweeping: bool = False
     several: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """The values of dtype, mask and pass for which a sweep has more than one."""
+    """The values of dtype, format of keys and values, mask and pass for which a sweep has more than one."""
     cases: tuple[Workload, ...] = ()
     """A preset's own list of cases; the sliders show the first. Empty once a slider was moved."""
     preset: str | None = None
@@ -50,11 +52,11 @@ class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
         return self.change(axes=axes, **forget)
 
     def choices(self, name: str) -> tuple[str, ...]:
-        """Return the values of dtype, mask or pass."""
+        """Return the values of one of SHARED."""
         return self.several.get(name) or (getattr(self, name),)
 
     def set_choice(self, name: str, values: tuple[str, ...]) -> "Draft":
-        """Return the draft with another dtype, mask or pass, or several of them."""
+        """Return the draft with another value of one of SHARED, or several."""
         several = {each: chosen for each, chosen in self.several.items() if each != name}
         if len(values) > 1:
             several[name] = values
@@ -125,6 +127,7 @@ def draft_of(plan: Plan, preset: str | None) -> Draft:
     shown = Draft(
         axes={name: _values(first, name) for name in AXES},
         dtype=first.dtype,
+        kv_format=first.kv_format,
         mask=first.mask,
         pass_=first.pass_,
         kv_seq=first.kv_seq if first.kv_seq != first.seq and first.pass_ != "decode" else None,

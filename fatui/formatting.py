@@ -7,7 +7,7 @@ from typing import Final
 from attention.core.errors import NoBackendError, Remedy
 from attention.core.events import RunRefused
 from attention.core.results import AnyCase, Interval, Ratio, Report, Row, Share, Summary
-from attention.core.workload import PHASES, short_name
+from attention.core.workload import COUNTERPARTS, PHASES, Counterpart, Workload, short_name
 from attention.engine.record import summarise
 
 UNKNOWN: Final = "n/a"
@@ -255,14 +255,44 @@ def chosen_row(row: Row, case: AnyCase) -> Row | None:
     return next((other for other in case.rows if other.implementation == name and other.status == OK), None)
 
 
-def has_dense(cases: Sequence[AnyCase]) -> bool:
-    """Return whether a row was timed beside its dense shape, so that tables have a column "over dense"."""
-    return any(row.over_dense for case in cases for row in case.rows)
+def counterparts_of(cases: Sequence[AnyCase]) -> tuple[Counterpart, ...]:
+    """Return the counterparts beside which a row was timed: tables have a column "over dense" or so for each."""
+    rows: list[Row] = [row for case in cases for row in case.rows]
+    return tuple(name for name in COUNTERPARTS if any(over(row, name) for row in rows))
 
 
-def over_dense_text(row: Row) -> str:
-    """Format the speedup over the implementation's own dense time; "-" if that was not measured."""
-    return speedup_text(row.over_dense) if row.over_dense else "-"
+def over(row: Row, counterpart: Counterpart) -> Ratio | None:
+    """Return the speedup over the implementation's own time on a counterpart of the case."""
+    return row.over_dense if counterpart == "dense" else row.over_unquantized
+
+
+def over_text(row: Row, counterpart: Counterpart) -> str:
+    """Format the speedup over the implementation's own time on a counterpart; "-" if that was not measured."""
+    ratio = over(row, counterpart)
+    return speedup_text(ratio) if ratio else "-"
+
+
+def has_kv_error(cases: Sequence[AnyCase]) -> bool:
+    """Return whether a row has an error of quantized keys and values, so that tables have a column for it."""
+    return any(row.kv_error is not None for case in cases for row in case.rows)
+
+
+def kv_error_text(row: Row) -> str:
+    """Format the error of quantized keys and values, relative to the unquantized output: "6.3 %"."""
+    return "-" if row.kv_error is None else percent(row.kv_error)
+
+
+def kv_text(workload: Workload) -> str | None:
+    """Format the bytes of quantized keys and values: "K/V in int4: 1.1 KiB per token, 2.2 MiB in all, ...".
+
+    None if they are not quantized.
+    """
+    before = workload.counterparts.get("unquantized")
+    if before is None:
+        return None
+    less = before.kv_token_bytes / workload.kv_token_bytes
+    sizes = f"{size(workload.kv_token_bytes)} per token, {size(workload.key_value_bytes)} in all"
+    return f"K/V in {workload.kv_format}: {sizes}, {three(less)}x less than in {workload.dtype}"
 
 
 def same_paths(case: AnyCase) -> list[str]:

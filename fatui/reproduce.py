@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from attention.core.errors import UsageError
+from attention.core.kv_format import DENSE
 from attention.core.plan import FineTuningPlan, GenerationPlan, Plan, RunOptions
 from attention.core.results import Run
 from fatui.quantities import size_text
@@ -57,12 +58,14 @@ def _command(words: list[str], options: Mapping[str, object]) -> str:
 def model_command(plan: GenerationPlan) -> str:
     """Return the command that repeats a model run."""
     first = plan.cases[0]
+    formats = [*dict.fromkeys(case.kv_format for case in plan.cases)]
     options = {
         "prompt": ",".join(map(str, dict.fromkeys(case.prompt for case in plan.cases))),
         "generate": first.generate,
         "batch": ",".join(map(str, dict.fromkeys(case.batch for case in plan.cases))),
         "layers": first.measured_layers,
         "dtype": first.dtype,
+        "kv-format": None if formats == [DENSE] else ",".join(formats),
         **_options(plan),
     }
     return _command(["fatui", "model", first.model], options)

@@ -10,6 +10,7 @@ import msgspec
 from attention.core.errors import Remedy
 from attention.core.results import Environment, Peaks, Ratio
 from attention.core.route import Route
+from attention.core.workload import Counterpart
 
 Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training"]
 Ending = Literal["failed", "refused", "unsupported"]
@@ -85,6 +86,10 @@ class AccuracyChecked(Event, tag="checked"):
     accurate: bool
     detail: str
     """The tensor with the largest error, and its tolerance."""
+    kv_error: float | None = None
+    """RMS difference from attention over the keys and values before they were quantized, relative to its RMS."""
+    kl_divergence: float | None = None
+    """Of the distribution of a model's next token from that with an unquantized cache, in nats."""
 
 
 class MemoryMeasured(Event, tag="memory_measured"):
@@ -120,8 +125,8 @@ class RoundsDone(Event, tag="rounds_done"):
     """MLX's active memory after the last round."""
     peak_bytes: int
     """MLX's peak memory since the rounds began."""
-    dense: dict[str, list[float | None]] = {}
-    """Samples of implementations on the case's shape with every pair visible."""
+    counterparts: dict[Counterpart, dict[str, list[float | None]]] = {}
+    """Samples of implementations on the case's counterparts."""
 
 
 class WeightsLoaded(Event, tag="weights_made"):
@@ -130,6 +135,16 @@ class WeightsLoaded(Event, tag="weights_made"):
     case: int
     weights_bytes: int
     """Size of the whole model, even if only some layers run."""
+
+
+class CacheMeasured(Event, tag="cache_measured"):
+    """The caches of a case's model after its prompts."""
+
+    case: int
+    kv_token_bytes: int
+    """Bytes of the keys and values of one token in all layers of the whole model."""
+    cache_bytes: int
+    """Bytes of the caches of all layers of the whole model, unused rows included."""
 
 
 class PassesShared(Event, tag="passes_shared"):
@@ -273,6 +288,7 @@ CaseEvent = (
     | ReferenceChosen
     | RoundsDone
     | WeightsLoaded
+    | CacheMeasured
     | PassesShared
     | CaseTimeEstimated
     | IterationDone

@@ -72,6 +72,10 @@ class Row(Struct, frozen=True, kw_only=True):
     """Relative to the implementation's own time with every pair visible, paired; for structured masks and windows."""
     dense_s: Interval | None = None
     """Seconds per call with every pair visible."""
+    over_unquantized: Ratio | None = None
+    """Relative to the implementation's own time with keys and values in the query's dtype, paired."""
+    unquantized_s: Interval | None = None
+    """Seconds per call with keys and values in the query's dtype."""
     flops_per_s: float | None = None
     efficiency: float | None = None
     """Achieved FLOP/s over the best rate measured in the same run; None above that rate, which is then not a peak."""
@@ -82,6 +86,8 @@ class Row(Struct, frozen=True, kw_only=True):
     max_error: float | None = None
     """Largest absolute difference from the float64 reference."""
     rms_error: float | None = None
+    kv_error: float | None = None
+    """RMS difference from float64 attention over keys and values before quantization, relative to the RMS of that."""
     samples: tuple[float, ...] = ()
     """Seconds per call, one sample per round, in the order taken."""
     stopped_by: str | None = None
@@ -92,12 +98,12 @@ class Row(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Drop values that fewer than MIN_ROUNDS samples cannot support, also in rows read from a file."""
         if self.too_few_rounds:
-            structs.force_setattr(self, "speedup", None)
-            structs.force_setattr(self, "over_dense", None)
-            if self.dense_s is not None:
-                structs.force_setattr(self, "dense_s", Interval(median=self.dense_s.median))
-            if self.call_s is not None:
-                structs.force_setattr(self, "call_s", Interval(median=self.call_s.median))
+            for name in ("speedup", "over_dense", "over_unquantized"):
+                structs.force_setattr(self, name, None)
+            for name in ("call_s", "dense_s", "unquantized_s"):
+                interval: Interval | None = getattr(self, name)
+                if interval is not None:
+                    structs.force_setattr(self, name, Interval(median=interval.median))
 
     @property
     def too_few_rounds(self) -> bool:
@@ -162,6 +168,8 @@ class ModelRow(Row, frozen=True, kw_only=True):
     """Calls that it does not support, computed by MLX's own function."""
     logits_error: float | None = None
     """RMS difference of the last logits from the reference's, relative to the RMS of the reference's."""
+    kl_divergence: float | None = None
+    """Kullback-Leibler divergence, in nats, of the next token's distribution from that with an unquantized cache."""
 
     def __post_init__(self) -> None:
         """Drop what fewer than MIN_ROUNDS samples cannot support."""
@@ -178,6 +186,10 @@ class ModelCase(CaseRows, frozen=True, kw_only=True):
     noise_floor: NoiseFloor | None = None
     weights_bytes: int | None = None
     """Size of the whole model; a row's `peak_bytes`, which includes the KV cache, is in addition."""
+    kv_token_bytes: int | None = None
+    """Bytes of the keys and values of one token in all layers, scales and biases included."""
+    cache_bytes: int | None = None
+    """Bytes of the caches of all layers after the prompts, unused rows included."""
     shared_passes: bool = False
     """Whether all rows attended in the same passes: their times share that of all else, and its noise."""
     rows: tuple[ModelRow, ...] = ()

@@ -9,7 +9,7 @@ from attention.core.errors import error_line
 from attention.core.plan import Plan
 from attention.core.results import MIN_ROUNDS
 from attention.core.route import validated_route
-from attention.core.workload import Workload
+from attention.core.workload import Counterpart, Workload
 from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
 from attention.measure.device import Device, probe
@@ -23,8 +23,8 @@ TARGET_ROUNDS: Final = 400
 MIN_SAMPLE_S: Final = 0.005
 MAX_SAMPLE_S: Final = 0.1
 PREVIEW_S: Final = 1.0
-MAX_DENSE_SHARE: Final = 4.0
-"""Calls with every pair visible are sampled if the fewest of them take at most this multiple of a case's time."""
+MAX_COUNTERPART_SHARE: Final = 4.0
+"""Calls on a counterpart are sampled if the fewest of them take at most this multiple of a case's time."""
 SHARE_OF_SLOWEST: Final = 0.05
 """Minimum length of fast calls' samples, as a share of the slowest call: cheap, and it reduces their noise."""
 
@@ -67,7 +67,7 @@ class Bench(CaseRunner[Plan]):
         arms = self._arms(names, setting)
         if not arms:
             return "failed"
-        beside = self._dense_arms(arms, setting)
+        beside = self._counterpart_arms(arms, setting)
         self._set_calls([*arms, *beside], setting)
         return self._run_rounds(arms, self._plan.seconds, beside)
 
@@ -76,12 +76,17 @@ class Bench(CaseRunner[Plan]):
         route = self._supported_route(name, workload, device)
         if route is None:
             return False
-        needed = workload.input_bytes + (route.predicted_bytes or 0)
+        needed = self._held_bytes(workload) + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or device.available_bytes
         if needed > limit and not self._plan.force:
             self._progress.end_row(name, "refused", f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}")
             return False
         return True
+
+    def _held_bytes(self, workload: Workload) -> int:
+        """Return the bytes of a case's inputs; those that were quantized stay in memory beside the result."""
+        before = workload.counterparts.get("unquantized")
+        return workload.input_bytes + (before.key_value_bytes if before else 0)
 
     def _preview(self, ready: list[str], setting: "CaseSetting") -> None:
         """Report provisional speeds of the ready implementations while the others compile; not part of the result."""
@@ -100,12 +105,15 @@ class Bench(CaseRunner[Plan]):
         from attention.measure.accuracy import AccuracyChecker
 
         inputs = make_inputs(workload, self._plan.seed)
+        before = workload.counterparts.get("unquantized")
+        unquantized = [inputs[0], *make_inputs(before, self._plan.seed)[1:]] if before else None
         sample_s = self._plan.seconds / (TARGET_ROUNDS * (count + 1))
         return CaseSetting(
             workload=workload,
             device=device,
             inputs=SharedInputs(inputs),
-            accuracy=AccuracyChecker(workload, inputs),
+            unquantized=SharedInputs(unquantized) if unquantized else None,
+            accuracy=AccuracyChecker(workload, inputs, unquantized=unquantized),
             sample_s=min(max(sample_s, MIN_SAMPLE_S), MAX_SAMPLE_S),
             progress=self._progress,
         )
@@ -121,42 +129,41 @@ class Bench(CaseRunner[Plan]):
         for arm, calls in zip(arms, numbers, strict=True):
             arm.calls = calls
 
-    def _dense_arms(self, arms: list[Arm], setting: "CaseSetting") -> list[Arm]:
-        """Return the arms of a masked case on its shape with every pair visible, where that fits and is not too slow.
+    def _counterpart_arms(self, arms: list[Arm], setting: "CaseSetting") -> list[Arm]:
+        """Return the arms of a case's counterparts, where they fit and are not too slow.
 
-        They are sampled in the same rounds, so that the speedup over dense is paired.
+        They are sampled in the same rounds, so that the speedups over dense and over unquantized are paired.
         """
-        from attention.engine.prepare import prepare_dense
+        from attention.engine.prepare import prepare_counterpart
 
-        dense = setting.workload.dense
-        if dense is None:
-            return []
         made = []
-        for arm in arms:
-            implementation = implementations.load_implementation(arm.name)
-            obstacle = self._dense_obstacle(arm, dense, setting)
-            if obstacle is None:
-                try:
-                    if self._needs_building(arm.name, dense, setting.device):
-                        self._build([arm.name], dense, setting.device)
-                    made.append(prepare_dense(arm.name, implementation, dense, setting))
-                except Exception as error:
-                    obstacle = error_line(error)
-            if obstacle is not None:
-                self._progress.log(f"{arm.name}: no speedup over dense: {obstacle}")
+        for counterpart, workload in setting.workload.counterparts.items():
+            for arm in arms:
+                implementation = implementations.load_implementation(arm.name)
+                obstacle = self._counterpart_obstacle(arm, counterpart, setting)
+                if obstacle is None:
+                    try:
+                        if self._needs_building(arm.name, workload, setting.device):
+                            self._build([arm.name], workload, setting.device)
+                        made.append(prepare_counterpart(arm.name, implementation, counterpart, setting))
+                    except Exception as error:
+                        obstacle = error_line(error)
+                if obstacle is not None:
+                    self._progress.log(f"{arm.name}: no speedup over {counterpart}: {obstacle}")
         return made
 
-    def _dense_obstacle(self, arm: Arm, dense: Workload, setting: "CaseSetting") -> str | None:
-        """Return why an implementation is not measured with every pair visible, or None."""
-        route = validated_route(implementations.load_implementation(arm.name).route(dense, setting.device))
+    def _counterpart_obstacle(self, arm: Arm, counterpart: Counterpart, setting: "CaseSetting") -> str | None:
+        """Return why an implementation is not measured on a counterpart, or None."""
+        workload = setting.workload.counterparts[counterpart]
+        route = validated_route(implementations.load_implementation(arm.name).route(workload, setting.device))
         if not route.supported:
             return route.reason
-        needed = dense.input_bytes + (route.predicted_bytes or 0)
+        needed = self._held_bytes(setting.workload) + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or setting.device.available_bytes
         if needed > limit and not self._plan.force:
             return f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}"
-        call_s = arm.call_s / setting.workload.density if route.fused else arm.call_s
-        if MIN_ROUNDS * call_s > MAX_DENSE_SHARE * self._plan.seconds and not self._plan.force:
+        call_s = arm.call_s * workload.pairs / max(1, setting.workload.pairs) if route.fused else arm.call_s
+        if MIN_ROUNDS * call_s > MAX_COUNTERPART_SHARE * self._plan.seconds and not self._plan.force:
             return f"a call takes about {call_s:.2g} s, too long for the {self._plan.seconds:g} s of a case"
         return None
 

@@ -14,7 +14,7 @@ from attention.core.errors import InputsOverwrittenError, error_line
 from attention.core.plan import AnyPlan, Assignment
 from attention.core.results import MIN_ROUNDS
 from attention.core.route import Route, unsupported, validated_route
-from attention.core.workload import Workload
+from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
 from attention.implementations.protocol import NeedsBuilding, NeedsBuildingPerCall, missing_feature
 from attention.measure.device import Device, environment, probe
@@ -162,7 +162,7 @@ class CaseRunner(ABC, Generic[P]):
                 self._emit_arm_results(arm)
 
     def _mark_running(self, arm: Arm, rows: set[int]) -> None:
-        if id(arm) in rows or arm.dense:
+        if id(arm) in rows or arm.counterpart:
             self._progress.mark_running(arm.name)
         else:
             self._progress.mark_idle()
@@ -171,7 +171,7 @@ class CaseRunner(ABC, Generic[P]):
         if id(arm) in rows:
             self._fail(arm.name, error)
         else:
-            which = f"{arm.name} with every pair visible" if arm.dense else arm.name
+            which = f"{arm.name} {COUNTERPARTS[arm.counterpart]}" if arm.counterpart else arm.name
             self._progress.log(f"{which} could not be measured any further: {error_line(error)}")
 
     def _emit_arm_results(self, arm: Arm) -> None:
@@ -203,7 +203,7 @@ class SampleStream:
         self._progress = progress
         self._seconds, self._estimated_s, self._min_rounds = seconds, estimated_s, min_rounds
         self._began = time.perf_counter()
-        self._emitted: dict[tuple[str, bool], int] = {}
+        self._emitted: dict[tuple[str, Counterpart | None], int] = {}
         self._arms: list[Arm] = []
         self._last = time.perf_counter()
         mx.reset_peak_memory()
@@ -219,19 +219,21 @@ class SampleStream:
         import mlx.core as mx
 
         self._last = time.perf_counter()
-        fresh: dict[bool, dict[str, list[float | None]]] = {False: {}, True: {}}
+        samples: dict[str, list[float | None]] = {}
+        counterparts: dict[Counterpart, dict[str, list[float | None]]] = {}
         for arm in self._arms:
-            known = self._emitted.get((arm.name, arm.dense), 0)
-            fresh[arm.dense][arm.name] = _json_samples(arm.samples[known:])
-        self._emitted = {(arm.name, arm.dense): len(arm.samples) for arm in self._arms}
-        if any(fresh[False].values()):
+            known = self._emitted.get((arm.name, arm.counterpart), 0)
+            into = counterparts.setdefault(arm.counterpart, {}) if arm.counterpart else samples
+            into[arm.name] = _json_samples(arm.samples[known:])
+        self._emitted = {(arm.name, arm.counterpart): len(arm.samples) for arm in self._arms}
+        if any(samples.values()):
             rounds = max(self._emitted.values())
             active, peak = mx.get_active_memory(), mx.get_peak_memory()
             self._progress.emit(
                 on.RoundsDone(
                     case=self._progress.case,
-                    samples=fresh[False],
-                    dense=fresh[True],
+                    samples=samples,
+                    counterparts=counterparts,
                     active_bytes=active,
                     peak_bytes=peak,
                 )

@@ -11,36 +11,39 @@ from msgspec import Struct
 from attention.core import events as on
 from attention.core.errors import InputsOverwrittenError
 from attention.core.route import Route, validated_route
-from attention.core.workload import Workload
+from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import Progress
 from attention.implementations.calls import runner_for
 from attention.implementations.protocol import Implementation
 from attention.measure.accuracy import AccuracyChecker
 from attention.measure.device import Device
 from attention.measure.rounds import Arm, Runner, latency, warm_up
+from attention.quantized_kv import KeyOrValue, arrays_of
 
 SLOW_CALL_S: Final = 0.5
 """A call that takes this long needs no warm-up beyond the calls before it."""
 WARM_UP_S: Final = {"cpu": 0.03, "metal": 0.25, "cuda": 0.25}
 LATENCY_S: Final = 0.1
+WORDS: Final = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}
+"""Dtype used to sum an array's bits, by item size in bytes."""
 
 
 class SharedInputs:
     """The inputs of a case in memory shared by all implementations, with fingerprints to detect changes.
 
     Attributes:
-        arrays: q, k, v, and in training the output's gradient, evaluated.
+        arrays: q, k, v (k and v may be quantized), and in training the output's gradient, evaluated.
     """
 
-    def __init__(self, arrays: list[mx.array]) -> None:
+    def __init__(self, arrays: list[KeyOrValue]) -> None:
         self.arrays = arrays
-        self._held = [_fingerprint(array) for array in arrays]
+        self._held = _fingerprints(arrays)
 
-    def views(self) -> list[mx.array]:
+    def views(self) -> list[KeyOrValue]:
         """Return new arrays on the same memory: `q *= scale` in an implementation then rebinds only its own array."""
         return views_of(self.arrays)
 
-    def check(self, views: Sequence[mx.array]) -> None:
+    def check(self, views: Sequence[KeyOrValue]) -> None:
         """Check that an implementation has not changed its views or the shared memory.
 
         Raises:
@@ -48,17 +51,21 @@ class SharedInputs:
             ValueError: only the views were changed.
         """
         text = "it wrote into its inputs; q, k and v must be left as they are"
-        if self._held != [_fingerprint(array) for array in self.arrays]:
+        if self._held != _fingerprints(self.arrays):
             raise InputsOverwrittenError(text)
-        if self._held != [_fingerprint(view) for view in views]:
+        if self._held != _fingerprints(views):
             raise ValueError(text)
 
 
-def views_of(arrays: Sequence[mx.array]) -> list[mx.array]:
+def views_of(arrays: Sequence[KeyOrValue]) -> list[KeyOrValue]:
     """Return new arrays on the same memory."""
     views = [array[...] for array in arrays]
-    mx.eval(views)
+    mx.eval(arrays_of(*views))
     return views
+
+
+def _fingerprints(arrays: Sequence[KeyOrValue]) -> list[tuple[int, int]]:
+    return [_fingerprint(array) for array in arrays_of(*arrays)]
 
 
 def _fingerprint(array: mx.array) -> tuple[int, int]:
@@ -66,7 +73,7 @@ def _fingerprint(array: mx.array) -> tuple[int, int]:
 
     Doubling every float32 adds 2^23 to each word: 512 of them leave the sum of words as it was, but not that of bytes.
     """
-    words = mx.view(array, mx.uint32 if array.dtype == mx.float32 else mx.uint16)
+    words = mx.view(array, WORDS[array.dtype.size])
     sums = mx.sum(words), mx.sum(mx.view(array, mx.uint8))
     mx.eval(sums)
     return cast("int", sums[0].item()), cast("int", sums[1].item())
@@ -78,6 +85,8 @@ class CaseSetting(Struct, frozen=True, kw_only=True, eq=False):
     workload: Workload
     device: Device
     inputs: "SharedInputs"
+    unquantized: "SharedInputs | None" = None
+    """The inputs before keys and values were quantized; None if they are not."""
     accuracy: AccuracyChecker
     sample_s: float
     """Seconds that one sample should last."""
@@ -113,27 +122,33 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu")
 
 
-def prepare_dense(name: str, implementation: Implementation, dense: Workload, setting: CaseSetting) -> Arm:
-    """Warm up an implementation on the case's shape with every pair visible, and return its arm.
+def prepare_counterpart(
+    name: str, implementation: Implementation, counterpart: Counterpart, setting: CaseSetting
+) -> Arm:
+    """Warm up an implementation on a counterpart of the case, and return its arm.
 
     Raises:
         Exception: whatever the implementation raises.
     """
+    workload = setting.workload.counterparts[counterpart]
     setting.progress.begin_step(name, "warm up")
-    setting.progress.emit_progress(f"{name}: with every pair visible")
-    inputs = setting.inputs.views()
-    runner = runner_for(implementation, dense, inputs, dense.scale)
+    setting.progress.emit_progress(f"{name}: {COUNTERPARTS[counterpart]}")
+    shared = setting.inputs if counterpart == "dense" else setting.unquantized
+    assert shared is not None
+    inputs = shared.views()
+    runner = runner_for(implementation, workload, inputs, workload.scale)
     started = time.perf_counter()
-    _check_output(runner.results()[0], dense)
+    _check_output(runner.results()[0], workload)
     call_s = time.perf_counter() - started
-    setting.inputs.check(inputs)
+    shared.check(inputs)
     if call_s < SLOW_CALL_S:
         min_s = WARM_UP_S[setting.device.backend]
-        call_s = warm_up(runner, call_s, min_s, setting.sample_s, dense.output_bytes)
-    return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu", dense=True)
+        call_s = warm_up(runner, call_s, min_s, setting.sample_s, workload.output_bytes)
+    lead_in = setting.device.backend != "cpu"
+    return Arm(name=name, runner=runner, call_s=call_s, lead_in=lead_in, counterpart=counterpart)
 
 
-def _bind_runner(implementation: Implementation, setting: CaseSetting, inputs: list[mx.array]) -> Runner:
+def _bind_runner(implementation: Implementation, setting: CaseSetting, inputs: list[KeyOrValue]) -> Runner:
     return runner_for(implementation, setting.workload, inputs, setting.workload.scale)
 
 
@@ -174,6 +189,7 @@ def _check(name: str, implementation: Implementation, results: list[mx.array], s
             rms_error=_finite(result.rms_error),
             accurate=result.accurate,
             detail=result.detail,
+            kv_error=None if result.kv_error is None else _finite(result.kv_error),
         )
     )
 

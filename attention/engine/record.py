@@ -30,6 +30,7 @@ from attention.core.results import (
     Summary,
 )
 from attention.core.route import Route
+from attention.core.workload import Counterpart
 
 LOG_LINES: Final = 10_000
 INTERRUPTED: Final = "interrupted"
@@ -51,8 +52,8 @@ class RowState(Struct):
     peak_bytes: int | None = None
     samples: list[float] = field(default_factory=list)
     """Seconds per call, one for each round; NaN for a round without a sample."""
-    dense_samples: list[float] = field(default_factory=list)
-    """The same with every pair visible."""
+    counterparts: dict[Counterpart, list[float]] = field(default_factory=dict)
+    """The same on the case's counterparts."""
     losses: list[float | None] = field(default_factory=list)
     calls: on.CallsCounted | None = None
     layers: on.LayersTimed | None = None
@@ -61,7 +62,7 @@ class RowState(Struct):
     def forget_times(self) -> None:
         """Drop what a repeated case will measure again; a row that has ended is unchanged."""
         if self.ended is None:
-            self.step, self.samples, self.dense_samples, self.losses = None, [], [], []
+            self.step, self.samples, self.counterparts, self.losses = None, [], {}, []
 
 
 class CaseState(Struct):
@@ -73,6 +74,7 @@ class CaseState(Struct):
     without_attention: list[float] = field(default_factory=list)
     """Samples of the model whose attention returns its query unchanged."""
     weights_bytes: int | None = None
+    cache: on.CacheMeasured | None = None
     shared_passes: bool = False
     stopped_by: str | None = None
     started: bool = False
@@ -145,13 +147,16 @@ class RunRecord(ABC, Generic[P, C]):
                 for name, samples in event.samples.items():
                     into = beside[name] if name in beside else case.rows[name].samples
                     into.extend(math.nan if sample is None else sample for sample in samples)
-                for name, samples in event.dense.items():
-                    into = case.rows[name].dense_samples
-                    into.extend(math.nan if sample is None else sample for sample in samples)
+                for counterpart, by_name in event.counterparts.items():
+                    for name, samples in by_name.items():
+                        into = case.rows[name].counterparts.setdefault(counterpart, [])
+                        into.extend(math.nan if sample is None else sample for sample in samples)
             case on.PassesShared():
                 case.shared_passes = True
             case on.WeightsLoaded():
                 case.weights_bytes = event.weights_bytes
+            case on.CacheMeasured():
+                case.cache = event
             case on.IterationDone():
                 self._take_iteration(event, case)
             case on.CaseDone():
@@ -251,20 +256,19 @@ def paired_rows(record: CaseState, tokens: int) -> tuple[NoiseFloor | None, list
         speedup = UNITY if name == record.reference else statistics.speedup(reference, measured.samples, floor)
         row = timed_row(measured, record, tokens=tokens, speedup=speedup, throttled=throttled)
         if row is not None:
-            rows.append((_beside_dense(row, measured, floor), measured))
+            rows.append((_beside_counterparts(row, measured, floor), measured))
     return floor, rows
 
 
-def _beside_dense(row: Row, measured: RowState, floor: NoiseFloor | None) -> Row:
-    """Return the row with its time with every pair visible, if that was measured."""
-    dense = [sample for sample in measured.dense_samples if not math.isnan(sample)]
-    if not dense or measured.ended:
-        return row
-    return structs.replace(
-        row,
-        over_dense=statistics.speedup(measured.dense_samples, measured.samples, floor),
-        dense_s=statistics.median_interval(dense),
-    )
+def _beside_counterparts(row: Row, measured: RowState, floor: NoiseFloor | None) -> Row:
+    """Return the row with its times on the case's counterparts, of those that were measured."""
+    fields: dict[str, Any] = {}
+    for counterpart, samples in measured.counterparts.items():
+        valid = [sample for sample in samples if not math.isnan(sample)]
+        if valid:
+            fields[f"over_{counterpart}"] = statistics.speedup(samples, measured.samples, floor)
+            fields[f"{counterpart}_s"] = statistics.median_interval(valid)
+    return row if measured.ended else structs.replace(row, **fields)
 
 
 def timed_row(
@@ -292,6 +296,7 @@ def timed_row(
         predicted_bytes=route.predicted_bytes if route else None,
         max_error=check.max_error if check else None,
         rms_error=check.rms_error if check else None,
+        kv_error=check.kv_error if check else None,
         samples=taken,
         stopped_by="failed" if ended else record.stopped_by or INTERRUPTED,
         throttled=throttled,
@@ -362,6 +367,8 @@ class GenerationRecord(RunRecord[GenerationPlan, ModelCase]):
             reference=record.reference,
             noise_floor=floor,
             weights_bytes=record.weights_bytes,
+            kv_token_bytes=record.cache.kv_token_bytes if record.cache else None,
+            cache_bytes=record.cache.cache_bytes if record.cache else None,
             shared_passes=record.shared_passes,
             rows=tuple(rows),
         )
@@ -377,6 +384,7 @@ def _model_row(row: Row, measured: RowState, record: CaseState) -> ModelRow:
         layer_s=layers.layer_s if layers else None,
         fixed_s=layers.fixed_s if layers else None,
         logits_error=check.rms_error if check else None,
+        kl_divergence=check.kl_divergence if check else None,
     )
 
 

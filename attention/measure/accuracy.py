@@ -39,6 +39,8 @@ class AccuracyResult(Struct, frozen=True, kw_only=True):
     accurate: bool
     detail: str
     """The tensor with the largest error relative to its tolerance, with both values."""
+    kv_error: float | None = None
+    """RMS difference from float64 attention over the keys and values before quantization, relative to its RMS."""
 
 
 class SampledPart(Struct, frozen=True):
@@ -72,6 +74,7 @@ class AccuracyChecker:
         scale: float | None = None,
         seed: int = 0,
         scores: int = SCORES,
+        unquantized: Sequence[mx.array] | None = None,
     ) -> None:
         """Choose the sample and compute its reference.
 
@@ -81,6 +84,7 @@ class AccuracyChecker:
             scale: factor of the scores, the workload's by default.
             seed: of the choice of rows and heads.
             scores: maximum number of scores the reference computes; it limits the rows compared.
+            unquantized: the inputs before keys and values were quantized, for `kv_error`.
         """
         self.workload = workload
         self.sample = choose_sample(workload, seed, scores)
@@ -89,6 +93,11 @@ class AccuracyChecker:
             self.row_inputs = [*inputs[:3], _only_rows(inputs[3], self.sample.rows)]
         scale = workload.scale if scale is None else scale
         self._expected = [self._of_group(inputs, group, scale) for group in self.sample.groups]
+        self._unquantized = (
+            None
+            if unquantized is None
+            else [self._exact_of_group(unquantized, group, scale)[0] for group in self.sample.groups]
+        )
 
     def check(self, results: Sequence[mx.array], row_results: Sequence[mx.array] | None = None) -> AccuracyResult:
         """Compare the results of an implementation.
@@ -118,7 +127,14 @@ class AccuracyChecker:
             rms_error=float(np.sqrt(np.mean(np.square(every)))),
             accurate=not broken and shares[worst] <= 1.0,
             detail=f"{', '.join(broken)}: NaN or infinity" if broken else details[worst] + unseen,
+            kv_error=None if self._unquantized is None else self._kv_error(results[0], self._unquantized),
         )
+
+    def _kv_error(self, output: mx.array, unquantized: Sequence[Array]) -> float | None:
+        exact = np.concatenate([each.ravel() for each in unquantized])
+        found = np.concatenate([self._part(0, output, group).ravel() for group in self.sample.groups])
+        size = np.sqrt(np.mean(np.square(exact)))
+        return float(np.sqrt(np.mean(np.square(found - exact))) / size) if size else None
 
     def _compare(self, index: int, result: mx.array) -> tuple[Array, float]:
         """Return the differences of one tensor's sample, and its tolerance."""
@@ -130,7 +146,7 @@ class AccuracyChecker:
     def _of_group(self, inputs: Sequence[Any], group: tuple[int, int], scale: float) -> list[ReferenceTensor]:
         arrays = [self._cut(index, array, group) for index, array in enumerate(inputs)]
         rules = self._rules(group, scale)
-        exact = _exact([_numpy(x) for x in arrays], rules, self.sample.rows)
+        exact = self._exact_of_group(inputs, group, scale)
         dtype = inputs[0].dtype
         rounded = [x.dequantized(dtype) if isinstance(x, QuantizedArray) else x for x in arrays]
         plain = _plain(rounded, scale, self._seen(rules), self.sample.rows)
@@ -138,6 +154,10 @@ class AccuracyChecker:
             ReferenceTensor(a, _largest(_numpy(b) - a), _rounding(a, b.dtype))
             for a, b in zip(exact, plain, strict=True)
         ]
+
+    def _exact_of_group(self, inputs: Sequence[Any], group: tuple[int, int], scale: float) -> list[Array]:
+        arrays = [_numpy(self._cut(index, array, group)) for index, array in enumerate(inputs)]
+        return _exact(arrays, self._rules(group, scale), self.sample.rows)
 
     def _cut(self, index: int, array: KeyOrValue, group: tuple[int, int]) -> KeyOrValue:
         """Return an input's part in a group: (query heads or 1, length, width)."""

@@ -18,6 +18,7 @@ from msgspec import Struct, field
 
 from attention.core.results import MIN_ROUNDS
 from attention.core.statistics import log_ratios, ratio_interval
+from attention.core.workload import Counterpart
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -148,8 +149,8 @@ class Arm(Struct, kw_only=True, eq=False):
     samples: list[float] = field(default_factory=list)
     """Seconds per call, one for each round; NaN for a round without a sample."""
     clock: Clock = time.perf_counter
-    dense: bool = False
-    """Whether it runs the case's shape with every pair visible, beside the arm of the same name."""
+    counterpart: Counterpart | None = None
+    """What it runs instead of the case, beside the arm of the same name."""
 
     @property
     def valid_samples(self) -> list[float]:
@@ -228,7 +229,7 @@ def run_rounds(
     late = False
     for count in _fresh_generation():
         due = [arm for arm in arms if arm is arms[0] or _takes_part(arm, count, late, limits)]
-        paired = {arm.name for arm in due if arm.dense}  # a dense sample is a pair with the arm's own
+        paired = {arm.name for arm in due if arm.counterpart}  # a sample of a counterpart is a pair with the arm's own
         turns = [arm for arm in arms if arm in due or arm.name in paired]
         for arm in arms:
             if arm not in turns:

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from attention.core.errors import NoBackendError, Remedy, UsageError, suggestion
 from attention.core.files import expand_home
+from attention.core.kv_format import DENSE, parse_kv_format
 from attention.core.workload import ITEM_BYTES, DType, Pass, Workload
 
 FILE: Final = Path(__file__).with_name("configurations.toml")
@@ -50,7 +51,9 @@ class Configuration(Struct, frozen=True):
         """Width of a head."""
         return int(self.fields.get("head_dim") or self.fields["hidden_size"] // self.heads)
 
-    def workload(self, pass_: Pass, dtype: DType, *, batch: int, seq: int, kv_seq: int | None = None) -> Workload:
+    def workload(
+        self, pass_: Pass, dtype: DType, *, batch: int, seq: int, kv_seq: int | None = None, kv_format: str = DENSE
+    ) -> Workload:
         """Return the attention workload of one layer."""
         return Workload(
             batch=batch,
@@ -62,11 +65,29 @@ class Configuration(Struct, frozen=True):
             dtype=dtype,
             mask="none" if pass_ == "decode" else "causal",
             pass_=pass_,
+            kv_format=kv_format,
         )
 
-    def cache_bytes(self, layers: int, batch: int, length: int, dtype: DType) -> int:
+    def check_kv_format(self, kv_format: str) -> None:
+        """Raise UsageError unless a cache of this model can have the format."""
+        formats = parse_kv_format(kv_format)
+        for form in () if formats is None else (formats.key, formats.value):
+            if self.head_dim % form.group_size:
+                raise UsageError(
+                    f"kv_format: got {form.text}, whose groups of {form.group_size} do not divide the heads of "
+                    f"{self.name}, which are {self.head_dim} wide"
+                )
+
+    def token_bytes(self, dtype: DType, kv_format: str = DENSE) -> int:
+        """Return the bytes of the keys and values of one token in one layer."""
+        formats, item = parse_kv_format(kv_format), ITEM_BYTES[dtype]
+        if formats is None:
+            return 2 * self.kv_heads * self.head_dim * item
+        return self.kv_heads * sum(form.row_bytes(self.head_dim, item) for form in (formats.key, formats.value))
+
+    def cache_bytes(self, layers: int, batch: int, length: int, dtype: DType, kv_format: str = DENSE) -> int:
         """Return the bytes of the KV cache."""
-        return 2 * layers * batch * self.kv_heads * length * self.head_dim * ITEM_BYTES[dtype]
+        return layers * batch * length * self.token_bytes(dtype, kv_format)
 
     def activation_bytes(self, tokens: int, dtype: DType) -> int:
         """Estimate the bytes of a layer's activations besides attention: three of the MLP and a few more."""

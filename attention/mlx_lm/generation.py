@@ -1,14 +1,18 @@
 """Benchmark generation with a model: every implementation at each phase and prompt length, reported as events."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import mlx.core as mx
+import numpy as np
 from msgspec import Struct, structs
+from numpy.typing import NDArray
 
 from attention.core import events as on
 from attention.core.errors import error_line
+from attention.core.kv_format import DENSE, parse_kv_format
 from attention.core.plan import GenerationPlan
 from attention.core.results import MIN_ROUNDS
 from attention.core.workload import MIN_SIZES, Generation, Workload
@@ -19,9 +23,19 @@ from attention.measure.rounds import Arm, take_sample
 from attention.mlx_lm import configuration
 from attention.mlx_lm.arms import Layers, ModelArm, Observer, SharedArm, SharedPass
 from attention.mlx_lm.configuration import Configuration
-from attention.mlx_lm.network import Network, StateChanged, copy_caches, digest_of_caches, digest_of_weights
-from attention.mlx_lm.patch import CallCounter, replace_attention
+from attention.mlx_lm.network import (
+    Network,
+    StateChanged,
+    bytes_of_caches,
+    copy_caches,
+    digest_of_caches,
+    digest_of_weights,
+)
+from attention.mlx_lm.patch import ORIGINAL, CallCounter, replace_attention
 
+FILLS_QUANTIZED: Final = "practical"
+"""The implementation that attends while a quantized cache is filled for decoding."""
+NOT_READ: Final = "mlx-lm's own attention reads caches of one int format for keys and values"
 PREFILL_STEP: Final = 2048
 """Maximum number of prompt tokens that mlx-lm processes at once."""
 Logits = mx.array
@@ -58,21 +72,29 @@ def _next_logits(model: Any, cache: list[Any], token: mx.array, observer: Observ
 
 
 class PrefillRun:
-    """Prefill of the prompts, with a new cache for each run."""
+    """Prefill of the prompts, with a new cache for each run.
+
+    Attributes:
+        cache_bytes: size of the latest run's cache.
+    """
 
     observer: Observer | None = None
+    cache_bytes = 0
 
-    def __init__(self, network: Network, prompts: Prompts, layers: int) -> None:
-        """Bind the model's first layers to the prompts."""
-        self._network, self._prompts, self._layers = network, prompts, layers
+    def __init__(self, network: Network, prompts: Prompts, layers: int, kv_format: str = DENSE) -> None:
+        """Bind the model's first layers to the prompts, and to a kind of cache."""
+        self._network, self._prompts, self._layers, self._kv_format = network, prompts, layers, kv_format
 
     def prepare(self) -> None:
         """Do nothing: each run makes a new cache."""
 
     def queue(self) -> list[mx.array]:
         """Evaluate all steps but the last, one by one, and queue the last."""
+        cache = self._network.cache(self._kv_format)
         with self._network.shortened(self._layers) as model:
-            return [self._prompts.prefill(model, self._network.cache(), self.observer)]
+            outputs = [self._prompts.prefill(model, cache, self.observer)]
+        self.cache_bytes = bytes_of_caches(cache)
+        return outputs
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluate the logits."""
@@ -93,6 +115,9 @@ class DecodeRun:
 
     Every run uses a copy of the caches filled by the prompts. mlx-lm can remove tokens from some kinds of caches only:
     not from a window that has wrapped, nor from a recurrent state.
+
+    Attributes:
+        cache_bytes: size of the filled caches.
     """
 
     observer: Observer | None = None
@@ -110,6 +135,7 @@ class DecodeRun:
         self._network, self._cache, self._token = network, cache, token
         self._steps, self._layers = steps, layers
         self._digest = digest_of_caches(self._cache)
+        self.cache_bytes = bytes_of_caches(self._cache)
         self._fresh: list[Any] | None = None
 
     def prepare(self) -> None:
@@ -187,9 +213,11 @@ class MemoryNeeds(Struct, frozen=True):
         """
         length = work.prompt + (work.generate if work.phase == "decode" else 0)
         weights = network.layer_bytes
-        cache = configuration.cache_bytes(1, work.batch, length, work.dtype)
+        cache = configuration.cache_bytes(1, work.batch, length, work.dtype, work.kv_format)
         if work.phase == "decode":
             cache *= 2  # every run uses a copy
+        if work.kv_format != DENSE:  # whose logits are compared with those of an unquantized one
+            cache = max(cache, configuration.cache_bytes(1, work.batch, length, work.dtype))
         working = (
             configuration.activation_bytes(work.batch * min(work.prompt, PREFILL_STEP), work.dtype) + attention_bytes
         )
@@ -232,6 +260,8 @@ class Setting(Struct, eq=False):
     """Digest of the weights in use."""
     logits: mx.array | None = None
     """Logits of the reference."""
+    unquantized: mx.array | None = None
+    """Logits with an unquantized cache, by mlx-lm's own attention; None if the case's is unquantized."""
 
 
 class GenerationBench(CaseRunner[GenerationPlan]):
@@ -275,12 +305,16 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         """Return the attention workload of a layer: the largest one of a prefill, the first token of a decode."""
         if work.phase == "decode":
             length = work.prompt + 1
-            return self._configuration.workload("decode", work.dtype, batch=work.batch, seq=1, kv_seq=length)
-        seq = min(work.prompt - 1, PREFILL_STEP)
-        return self._configuration.workload("forward", work.dtype, batch=work.batch, seq=seq, kv_seq=work.prompt - 1)
+            shape = {"batch": work.batch, "seq": 1, "kv_seq": length}
+            return self._configuration.workload("decode", work.dtype, **shape, kv_format=work.kv_format)
+        shape = {"batch": work.batch, "seq": min(work.prompt - 1, PREFILL_STEP), "kv_seq": work.prompt - 1}
+        return self._configuration.workload("forward", work.dtype, **shape, kv_format=work.kv_format)
 
     def _admit(self, name: str, work: Generation, device: Device) -> bool:
         """Query an implementation's route; end its row if the case is unsupported or will not fit in memory."""
+        if name == ORIGINAL and not read_by_mlx_lm(work.kv_format):
+            self._progress.end_row(name, "unsupported", NOT_READ)
+            return False
         route = self._supported_route(name, self._layer(work), device)
         if route is None:
             return False
@@ -299,30 +333,51 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         prompts = self._prompts(work)
         many = self._network.layers
         few = max(1, many // 2) if work.estimated else many
-        run = self._runs(work, prompts)
+        run, unquantized = self._runs(work, prompts)
         return Setting(
             case=work,
             layers=Layers(few, many, work.layers, unfinished=int(work.phase == "prefill")),
             run=run(many),
             short=run(few) if work.estimated else None,
             base_bytes=mx.get_active_memory(),
-            further_bytes=self._configuration.cache_bytes(work.layers - many, work.batch, work.prompt, work.dtype),
+            further_bytes=self._configuration.cache_bytes(
+                work.layers - many, work.batch, work.prompt, work.dtype, work.kv_format
+            ),
             lead_in=device.backend != "cpu" and work.phase == "prefill",
             weights=digest_of_weights(self._network.model),
+            unquantized=unquantized,
         )
 
     def _prompts(self, work: Generation) -> Prompts:
         return Prompts(work, int(self._configuration.fields.get("vocab_size", 256)), self._plan.seed)
 
-    def _runs(self, work: Generation, prompts: Prompts) -> Callable[[int], PrefillRun | DecodeRun]:
-        """Return a function that makes a run for a number of layers."""
-        if work.phase == "prefill":
-            return lambda layers: PrefillRun(self._network, prompts, layers)
-        self._progress.emit_progress("taking the prompt in")
-        cache = self._network.cache()
-        token = mx.argmax(prompts.prefill(self._network.model, cache), axis=-1)
-        mx.eval(token)
-        return lambda layers: DecodeRun(self._network, cache, token, work.generate, layers)
+    def _runs(
+        self, work: Generation, prompts: Prompts
+    ) -> tuple[Callable[[int], PrefillRun | DecodeRun], Logits | None]:
+        """Return a function that makes a run for a number of layers, and the logits with an unquantized cache."""
+        model, decodes = self._network.model, work.phase == "decode"
+        quantizes = work.kv_format != DENSE
+        token = unquantized = None
+        if decodes:
+            self._progress.emit_progress("taking the prompt in")
+            cache = self._network.cache(work.kv_format)
+            # mlx-lm's own attention reads few formats, and builds the score matrix of a whole step
+            with replace_attention(FILLS_QUANTIZED if quantizes else ORIGINAL):
+                token = mx.argmax(prompts.prefill(model, cache), axis=-1)
+                mx.eval(token)
+        if quantizes:
+            self._progress.emit_progress("taking the prompt into an unquantized cache")
+            dense = self._network.cache()
+            unquantized = prompts.prefill(model, dense)
+            if token is not None:
+                mx.eval(unquantized)
+                unquantized = _next_logits(model, dense, token)
+            mx.eval(unquantized)
+            del dense
+            mx.clear_cache()
+        if token is None:
+            return lambda layers: PrefillRun(self._network, prompts, layers, work.kv_format), unquantized
+        return lambda layers: DecodeRun(self._network, cache, token, work.generate, layers), unquantized
 
     def _prepare(self, name: str, setting: Setting) -> ModelArm | None:
         try:
@@ -344,6 +399,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
             call_s = time.perf_counter() - started
         progress.emit(on.FirstCall(case=progress.case, implementation=name, seconds=call_s))
         progress.emit(calls.event(progress.case, self._paths.get(name)))
+        self._emit_cache(setting)
         self._compare(name, logits, setting)
         # An autotuner knows its path only now.
         self._supported_route(name, self._layer(setting.case), probe())
@@ -358,6 +414,13 @@ class GenerationBench(CaseRunner[GenerationPlan]):
                 setting.run.wait(setting.run.queue())
                 call_s = time.perf_counter() - started
         return _arm(name, setting, call_s)
+
+    def _emit_cache(self, setting: Setting) -> None:
+        """Emit the size of the cache of the whole model, from that of the layers that ran."""
+        work = setting.case
+        token_bytes = work.layers * self._configuration.token_bytes(work.dtype, work.kv_format)
+        held = setting.run.cache_bytes * work.layers // self._network.layers
+        self._progress.emit(on.CacheMeasured(case=self._progress.case, kv_token_bytes=token_bytes, cache_bytes=held))
 
     def _takes_long(self, run_s: float, count: int) -> bool:
         """Return whether the minimum number of rounds takes too long if `count` implementations run separately.
@@ -412,6 +475,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
                 rms_error=rms if rms == rms else None,
                 accurate=rms <= allowed,
                 detail=f"logits: {rms:.2g} of their spread off the reference's, {allowed:g} allowed",
+                kl_divergence=None if setting.unquantized is None else kl_divergence(setting.unquantized, logits),
             )
         )
 
@@ -453,6 +517,28 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         if arm.short and arm.many_s:
             event = on.LayersTimed(case=case, implementation=arm.name, layer_s=arm.layer_s, fixed_s=arm.fixed_s)
             self._progress.emit(event)
+
+
+def kl_divergence(expected: mx.array, found: mx.array) -> float | None:
+    """Return the Kullback-Leibler divergence of softmax(found) from softmax(expected), in nats: the mean over the rows.
+
+    It is computed in float64 from logits (batch, vocabulary). None if it is not finite.
+    """
+    p, q = (_log_softmax(np.array(logits.astype(mx.float32)).astype(np.float64)) for logits in (expected, found))
+    mean = float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
+    return max(0.0, mean) if math.isfinite(mean) else None
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    made: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return made
+
+
+def read_by_mlx_lm(kv_format: str) -> bool:
+    """Return whether mlx-lm's own attention reads caches of a format."""
+    formats = parse_kv_format(kv_format)
+    return formats is None or formats.shared_affine is not None
 
 
 def _arm(name: str, setting: Setting, call_s: float) -> ModelArm:

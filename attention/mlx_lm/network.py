@@ -9,10 +9,12 @@ from typing import Any, Final
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache
 
 from attention.core.errors import UsageError
+from attention.core.kv_format import DENSE
 from attention.core.workload import DType
+from attention.mlx_lm.caches import make_prompt_cache
 from attention.mlx_lm.configuration import Configuration
 
 SEED: Final = 0
@@ -58,12 +60,12 @@ class Network:
         """Number of kept layers."""
         return len(self._holder[self._key])
 
-    def cache(self) -> list[Any]:
-        """Return an empty cache for each layer, as mlx-lm makes them for this model.
+    def cache(self, kv_format: str = DENSE) -> list[Any]:
+        """Return an empty cache for each layer, as mlx-lm makes them for this model, or with quantized keys and values.
 
         Gemma 3 builds its masks from the cache of its first full-attention layer, even if no such layer runs.
         """
-        made: list[Any] = make_prompt_cache(self.model)
+        made = make_prompt_cache(self.model, kv_format=kv_format)
         missing = getattr(self._holder, "sliding_window_pattern", 0) - len(made)
         return [*made, *(KVCache() for _ in range(missing))]  # type: ignore[no-untyped-call]
 
@@ -139,6 +141,11 @@ def copy_caches(cache: Any) -> Any:
 def digest_of_caches(caches: Any) -> str:
     """Return a digest of mlx-lm's caches: their arrays, lengths and positions."""
     return digest(_leaves(caches, ""))
+
+
+def bytes_of_caches(caches: Any) -> int:
+    """Return the bytes of the arrays in mlx-lm's caches, unused rows included."""
+    return sum(value.nbytes for _, value in _leaves(caches, "") if isinstance(value, mx.array))
 
 
 def digest_of_weights(model: Any) -> str:

@@ -538,12 +538,20 @@ def _without_attention() -> Iterator[None]:
             place.remove(interceptor=_query_only)
 
 
-def _query_only(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **named: Any) -> mx.array:
-    """Return the query (B, H, Lq, D) in the output's shape (B, H, Lq, Dv), depending on key and value."""
-    width = v.shape[3]
+def _query_only(q: mx.array, k: Any, v: Any, cache: Any = None, *rest: Any, **named: Any) -> mx.array:
+    """Return the query (B, H, Lq, D) in the output's shape (B, H, Lq, Dv), depending on key and value.
+
+    Quantized ones are the arrays of `mx.quantize`, whose group size the cache has.
+    """
+    width = v.shape[3] if isinstance(v, mx.array) else v[1].shape[3] * _value_group_size(cache)
     shaped = q if width == q.shape[3] else mx.broadcast_to(q[..., :1], (*q.shape[:3], width))
-    kept: mx.array = mx.depends(shaped, [k, v])
+    parts = [part for each in (k, v) for part in ([each] if isinstance(each, mx.array) else each)]
+    kept: mx.array = mx.depends(shaped, parts)
     return kept
+
+
+def _value_group_size(cache: Any) -> int:
+    return int(cache.kv_format.value.group_size if hasattr(cache, "kv_format") else cache.group_size)
 
 
 class CallCounter:

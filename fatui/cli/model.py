@@ -3,21 +3,29 @@
 import argparse
 from typing import TYPE_CHECKING, Any, Final
 
+from attention.core.kv_format import DENSE
+
 if TYPE_CHECKING:
     from attention.core.plan import GenerationPlan
     from fatui.cli.output import Export
 
 PROMPTS: Final = "512"
 GENERATE: Final = "64"
+KV_HELP: Final = (
+    "quantized caches: int8, int4, int8+int4, mxfp4 and others of `fatui bench`, none for unquantized (none)"
+)
 EXAMPLE: Final = """examples:
   fatui model tinyllama-1.1b --prompt 512,2048
   fatui model llama-7b-like --layers 4 --impl baseline,practical
   fatui model ~/models/Qwen2.5-1.5B --json qwen.json
+  fatui model tinyllama-1.1b --layers 4 --prompt 2048 --kv-format none,int8,int4
 
 Models without a folder have random weights and need no download: {models}.
 Prefill is the time from the prompt to the first token, in steps of 2048 tokens as mlx-lm takes them; decode makes
 tokens one after another. `mlx` is mlx-lm as it is; the others are patched in, and pay for that. The attention share
 is the part of the time that the same model is spared, in the same rounds, when attention returns its query at once.
+With a quantized cache `mlx` is mlx-lm's own quantized attention, and KL is the divergence (in nats) of the next token's
+distribution from that with an unquantized cache.
 With --layers fewer layers run, in two numbers, and the whole model is estimated from them; the table says so.
 It needs mlx-lm: pip install 'fatui[models]'.
 Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backend or no mlx-lm, 130 interrupted."""
@@ -35,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
     parser.add_argument("--layers", metavar="N", help="run only N layers, and estimate the whole model")
     parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
+    parser.add_argument("--kv-format", metavar="A,B", default=DENSE, help=KV_HELP)
     seconds = GenerationPlan(cases=()).seconds
     add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({seconds:g})")
     add_export_options(parser)
@@ -68,14 +77,20 @@ def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Export
 def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
     from attention.core.workload import generations
     from attention.mlx_lm.configuration import find_model
-    from fatui.cli.options import whole_numbers
+    from fatui.cli.options import MAX_SHOWN, whole_numbers
 
-    return generations(
-        find_model(arguments.model).layers,
+    configuration = find_model(arguments.model)
+    formats = [part.strip()[:MAX_SHOWN] for part in arguments.kv_format.split(",")]
+    cases = generations(
+        configuration.layers,
         model=arguments.model,
+        kv_formats=formats,
         prompts=whole_numbers(arguments.prompt, "--prompt"),
         batches=whole_numbers(arguments.batch, "--batch"),
         generate=whole_numbers(arguments.generate, "--generate", single=True)[0],
         measured_layers=whole_numbers(arguments.layers, "--layers", single=True)[0] if arguments.layers else None,
         dtype=arguments.dtype,
     )
+    for case in cases:
+        configuration.check_kv_format(case.kv_format)
+    return cases

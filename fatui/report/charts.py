@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Final
 
-from attention.core.results import FineTuningCase, Report
+from attention.core.kv_format import DENSE
+from attention.core.results import Case, FineTuningCase, Report
 from fatui.report.document import Chart
 from fatui.report.evidence import sound_rows
+from fatui.report.quantized import by_shape, format_points
 from fatui.report.scaling import TREND_AXES, Sweep, curves_of, sweeps
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def line_chart(series: Series, x: str, y: str, names: Sequence[str], *, logarithmic: bool = True) -> str:
+def line_chart(
+    series: Series, x: str, y: str, names: Sequence[str], *, logarithmic: bool = True, ticks: Sequence[str] = ()
+) -> str:
     """Draw lines with intervals and a legend, as SVG for an HTML page.
 
     Args:
@@ -43,6 +47,7 @@ def line_chart(series: Series, x: str, y: str, names: Sequence[str], *, logarith
         y: label of the vertical axis.
         names: all names with a line in any chart of the report, so that each has the same style in all of them.
         logarithmic: whether both axes are logarithmic; otherwise both are linear and the vertical one starts at 0.
+        ticks: words at 0, 1, ... on a linear horizontal axis, instead of numbers.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -62,6 +67,8 @@ def line_chart(series: Series, x: str, y: str, names: Sequence[str], *, logarith
         figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
         axes = figure.add_subplot()
         _scale(axes, series, logarithmic)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
         for name, points in series.items():
             _line(axes, names.index(name), name, points)
         axes.set_xlabel(x)
@@ -156,6 +163,36 @@ def _speedups(sweep: Sweep, names: Sequence[str]) -> Chart | None:
     series = {name: points for name, points in series.items() if len(points) > 1}
     title = f"Speedup over {reference} by {TREND_AXES[sweep.axis]}, {sweep.elsewhere}"
     return Chart(title, line_chart(series, TREND_AXES[sweep.axis], f"times {reference}", names)) if series else None
+
+
+def format_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
+    """Return two charts per shape with several formats of keys and values: speedups over unquantized, and errors."""
+    made = []
+    for shape, group in by_shape([case for case in cases if case.workload.kv_format != DENSE]).items():
+        points = {name: found for name in names if (found := format_points(group, name))}
+        formats = [
+            *dict.fromkeys((point.bits, point.workload.kv_format) for found in points.values() for point in found)
+        ]
+        formats.sort(key=lambda each: (-each[0], each[1]))
+        if len(formats) < 2:
+            continue
+        ticks = [f"{name}\n{bits:.3g} bits" for bits, name in formats]
+        place = {name: float(index) for index, (_, name) in enumerate(formats)}
+        speeds = {
+            name: [(place[p.workload.kv_format], p.ratio.value, p.ratio.low, p.ratio.high) for p in found]
+            for name, found in points.items()
+        }
+        errors = {
+            name: [(place[p.workload.kv_format], *(100 * (p.row.kv_error or 0.0),) * 3) for p in found]
+            for name, found in points.items()
+        }
+        for title, y, series in (
+            ("Speedup over unquantized keys and values", "times unquantized", speeds),
+            ("Error of quantized keys and values", "% of the output's RMS", errors),
+        ):
+            drawn = line_chart(series, "bits of a value, with scales", y, names, logarithmic=False, ticks=ticks)
+            made.append(Chart(f"{title}, {shape}", drawn))
+    return made
 
 
 def loss_charts(cases: Sequence[FineTuningCase], names: Sequence[str]) -> list[Chart]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from attention.core.results import AnyCase, Report
 from fatui import formatting
 from fatui.report import charts
-from fatui.report.charts import loss_charts, sweep_charts
+from fatui.report.charts import format_charts, loss_charts, sweep_charts
 from fatui.report.document import (
     Block,
     Chart,
@@ -20,6 +20,7 @@ from fatui.report.document import (
     section,
 )
 from fatui.report.evidence import Evidence, gather, sound_rows, unsound, unsound_rows
+from fatui.report.quantized import quantized_blocks
 from fatui.report.scaling import effects
 from fatui.report.sections import (
     RUN_BENCH,
@@ -62,6 +63,7 @@ def _sections(evidence: Evidence) -> list[Section]:
         section("Speedups", _speedups(evidence)),
         section("Head dim, length and batch", effects(evidence.runs, names), _drawn(evidence)),
         section("Sparse patterns", sparse_blocks(cases, names)),
+        section("Quantized attention", quantized_blocks(cases, evidence.models, names), _formats(evidence)),
         section("Memory", memory_blocks(cases, names)),
         section("Models", model_blocks(evidence.models)),
         section("Fine-tuning", tuning_blocks(evidence.fine_tunings), _losses(evidence)),
@@ -130,6 +132,11 @@ def _speedups(evidence: Evidence) -> list[Block]:
 
 def _drawn(evidence: Evidence) -> Sequence[Block]:
     return sweep_charts(evidence.runs, evidence.implementations) if charts.available() else [_no_charts()]
+
+
+def _formats(evidence: Evidence) -> Sequence[Block]:
+    drawn: Sequence[Chart] = format_charts(evidence.cases, evidence.implementations) if charts.available() else ()
+    return drawn
 
 
 def _losses(evidence: Evidence) -> Sequence[Block]:

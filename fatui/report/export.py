@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import msgspec
 
-from attention.core.results import AnyCase, Case, Report, Row
-from attention.core.workload import FineTuning, Generation
+from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Report, Row
+from attention.core.workload import COUNTERPARTS, FineTuning, Generation
 from fatui import formatting
-from fatui.report.table import model_columns, model_notes
+from fatui.report.table import KV_ERROR, FurtherColumns, further_columns, kv_notes, model_columns, model_notes
 from fatui.storage.presets import FIELDS
 from fatui.untrusted_text import escape_all, markdown, markdown_cell, markdown_code, spreadsheet
 
@@ -19,22 +19,39 @@ FIGURES: Final = (
     *("call_s_median", "call_s_low", "call_s_high", "latency_s", "first_call_s"),
     *("speedup_value", "speedup_low", "speedup_high", "speedup_significant"),
     *("over_dense_value", "over_dense_low", "over_dense_high", "over_dense_significant"),
-    *("dense_s_median", "dense_s_low", "dense_s_high", "flops_per_s", "efficiency"),
-    *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "sample_count", "stopped_by", "throttled"),
+    *("dense_s_median", "dense_s_low", "dense_s_high"),
+    *("over_unquantized_value", "over_unquantized_low", "over_unquantized_high", "over_unquantized_significant"),
+    *("unquantized_s_median", "unquantized_s_low", "unquantized_s_high", "flops_per_s", "efficiency"),
+    *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "kv_error"),
+    *("sample_count", "stopped_by", "throttled"),
 )
 ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device")
-COLUMNS: Final = (*ORIGIN, "case", *FIELDS, "reference", "noise_floor", *FIGURES)
+COLUMNS: Final = (*ORIGIN, "case", *FIELDS, "kv_token_bytes", "reference", "noise_floor", *FIGURES)
+INTERVALS: Final = (
+    *("call_s", "speedup", "over_dense", "dense_s", "over_unquantized", "unquantized_s"),
+    "attention_share",
+)
 SHARE: Final = tuple(f"attention_share_{part}" for part in ("value", "low", "high"))
 CALLS: Final = ("replaced_calls", "passed_on_calls")
 GENERATION_COLUMNS: Final = (
-    *(*ORIGIN, "case", *Generation.__struct_fields__, "weights_bytes", "reference", "noise_floor", *FIGURES),
-    *(*SHARE, "layer_s", "fixed_s", *CALLS, "logits_error"),
+    *(*ORIGIN, "case", *Generation.__struct_fields__, "weights_bytes", "kv_token_bytes", "cache_bytes"),
+    *("reference", "noise_floor", *FIGURES, *SHARE, "layer_s", "fixed_s", *CALLS, "logits_error", "kl_divergence"),
 )
 FINE_TUNING_COLUMNS: Final = (
     *(*ORIGIN, "case", *FineTuning.__struct_fields__, "weights_bytes", "reference", "noise_floor", *FIGURES),
     *("iterations_per_second", "losses", "loss_difference", *CALLS),
 )
-MODEL_FIGURES: Final = ("it/s", "to 1st token", "per token", "per iteration", "attention", "memory", "loss", "off")
+MODEL_FIGURES: Final = (
+    "it/s",
+    "to 1st token",
+    "per token",
+    "per iteration",
+    "attention",
+    "memory",
+    "loss",
+    "off",
+    "KL",
+)
 HEADS: Final = (
     *("implementation", "path", "tokens/s", "per call", "speedup", "TFLOP/s", "efficiency"),
     *("peak memory", "max error", "verdict"),
@@ -78,7 +95,7 @@ def _origin(report: Report) -> tuple[object, ...]:
 def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
     fields: dict[str, Any] = msgspec.to_builtins(row)
     samples = fields.pop("samples")
-    for name in ("call_s", "speedup", "over_dense", "dense_s", "attention_share"):
+    for name in INTERVALS:
         parts = fields.pop(name, None) or {}
         fields.update({f"{name}_{part}": value for part, value in parts.items()})
     return {
@@ -86,10 +103,20 @@ def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
         **msgspec.to_builtins(case.workload),
         "reference": case.reference,
         "noise_floor": case.noise_floor.floor if case.noise_floor else None,
-        **({} if isinstance(case, Case) else {"weights_bytes": case.weights_bytes}),
+        **_sizes(case),
         "sample_count": len(samples),
         **fields,
     }
+
+
+def _sizes(case: AnyCase) -> dict[str, object]:
+    match case:
+        case Case():
+            return {"kv_token_bytes": case.workload.kv_token_bytes}
+        case ModelCase():
+            return {name: getattr(case, name) for name in ("weights_bytes", "kv_token_bytes", "cache_bytes")}
+        case FineTuningCase():
+            return {"weights_bytes": case.weights_bytes}
 
 
 def _cell(value: object) -> object:
@@ -132,9 +159,10 @@ def _case(case: AnyCase) -> str:
 
 def _rows(case: AnyCase) -> str:
     if isinstance(case, Case):
-        masked = formatting.has_dense([case])
-        own = (*HEADS[:5], *(("over dense",) if masked else ()), *HEADS[5:])
-        return _noted(_table(own, [_cells(row, case, masked) for row in case.rows]), formatting.same_paths(case))
+        further = further_columns([case])
+        heads = (*HEADS[:5], *further, *HEADS[5:])
+        lines = [_cells(row, case, further) for row in case.rows]
+        return _noted(_table(heads, lines), [*kv_notes(case), *formatting.same_paths(case)])
     columns = model_columns(case)
     lines = [
         (*cells[:-1], formatting.verdict(row, case))
@@ -148,14 +176,14 @@ def _noted(table: str, notes: Sequence[str]) -> str:
     return "\n\n".join([table, *(["\n".join(f"- {markdown(note)}" for note in notes)] if notes else [])])
 
 
-def _cells(row: Row, case: Case, masked: bool) -> tuple[str, ...]:
+def _cells(row: Row, case: Case, further: FurtherColumns) -> tuple[str, ...]:
     return (
         row.implementation,
         row.path or formatting.UNKNOWN,
         formatting.tokens_per_second(row.tokens_per_second),
         formatting.interval_text(row.call_s),
         formatting.speedup_text(row.speedup),
-        *((formatting.over_dense_text(row),) if masked else ()),
+        *(cell(row) for cell in further.values()),
         formatting.teraflops(row.flops_per_s),
         formatting.percent(row.efficiency),
         formatting.size(row.peak_bytes),
@@ -180,7 +208,8 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
         "tokens/s",
         "per call",
         "speedup",
-        "over dense",
+        *(f"over {counterpart}" for counterpart in COUNTERPARTS),
+        KV_ERROR,
         "TFLOP/s",
         "efficiency",
         "peak memory",

@@ -13,7 +13,7 @@ from attention.implementations import CATALOGUE
 from fatui import formatting
 from fatui.report.document import Block, Claim, Code, MissingData, Paragraph, Table, counted, joined
 from fatui.report.evidence import EvidenceRow, compared, evidence_rows, sound_rows
-from fatui.report.table import model_columns
+from fatui.report.table import further_columns, model_columns
 
 RUN_BENCH = "fatui bench seed-table"
 
@@ -179,17 +179,17 @@ def _throughput(found: Sequence[EvidenceRow], cases: Sequence[Case], name: str) 
 
 def throughput_table(cases: Sequence[Case], names: Sequence[str]) -> Table:
     """Build the table of tokens/s and time per call, one row per case and implementation."""
-    rows, masked = [], formatting.has_dense(cases)
+    rows, further = [], further_columns(cases)
     for case in cases:
         for row in case.rows:
             if row.implementation in names:
                 rate, call = formatting.tokens_per_second(row.tokens_per_second), formatting.interval_text(row.call_s)
                 numbers = (formatting.percent(row.efficiency), formatting.error(row.max_error))
-                dense = (formatting.over_dense_text(row),) if masked else ()
+                own = (cell(row) for cell in further.values())
                 path = row.path or formatting.UNKNOWN
                 who = case.workload.label, row.implementation, path
-                rows.append((*who, rate, call, *dense, *numbers, formatting.word(row, case)))
-    rates = ("tokens/s", "per call", *(("over dense",) if masked else ()))
+                rows.append((*who, rate, call, *own, *numbers, formatting.word(row, case)))
+    rates = ("tokens/s", "per call", *further)
     heads = ("case", "implementation", "path", *rates, "efficiency", "max error", "verdict")
     return Table("Every row", heads, tuple(rows), frozenset({"implementation", "path", "verdict"}))
 

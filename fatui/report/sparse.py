@@ -106,7 +106,7 @@ def density_curves(cases: Sequence[Case], names: Sequence[str]) -> tuple[tuple[s
 
 def sparse_blocks(cases: Sequence[Case], names: Sequence[str]) -> list[Block]:
     """Return the section: findings of break-even, and the speedup over dense by shape and density."""
-    masked = [case for case in cases if formatting.has_dense([case])]
+    masked = [case for case in cases if "dense" in formatting.counterparts_of([case])]
     if not masked:
         return []
     blocks: list[Block] = [
@@ -148,7 +148,7 @@ def _table(cases: Sequence[Case], names: Sequence[str]) -> Table:
     rows = []
     for case in sorted(cases, key=lambda each: -each.workload.density):
         points = {name: density_points([case], name) for name in names}
-        cells = [formatting.over_dense_text(points[name][0].row) if points[name] else "-" for name in names]
+        cells = [formatting.over_text(points[name][0].row, "dense") if points[name] else "-" for name in names]
         rows.append((case.workload.label, formatting.percent(case.workload.density), _ideal(case.workload), *cells))
     heads = ("case", "visible pairs", "dense / visible", *names)
     return Table("Speedup over each implementation's own dense time", heads, tuple(rows))

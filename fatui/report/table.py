@@ -1,6 +1,7 @@
 """A report as tables for a terminal: they fit in 100 columns; a narrower one drops columns, with a note."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from msgspec import Struct
@@ -9,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from attention.core.kv_format import DENSE
 from attention.core.results import AnyCase, Case, FineTuningCase, FineTuningRow, ModelCase, ModelRow, Report, Row
 from attention.engine.record import NEVER_CALLED
 from fatui import formatting
@@ -46,6 +48,7 @@ def _add(table: Table, row: StudyRow, case: Case) -> None:
         )
 
 
+KV_ERROR: Final = "K/V error"
 MAX_NAME_LENGTH: Final = 14
 IMPLEMENTATION: Final = ""
 """The heading of the first column."""
@@ -81,12 +84,19 @@ BARS: Final = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH: Final = 40
 
 
-def model_columns(case: ModelCase | FineTuningCase) -> list[TextColumn]:
-    """Return the columns of a case."""
-    return _generation(case) if isinstance(case, ModelCase) else _fine_tuning(case)
+def has_divergence(case: AnyCase) -> bool:
+    """Return whether a model's cache is quantized, so that its rows diverge from those with an unquantized one."""
+    return isinstance(case, ModelCase) and case.workload.kv_format != DENSE
 
 
-def _generation(case: ModelCase) -> list[TextColumn]:
+def model_columns(case: ModelCase | FineTuningCase, diverges: bool | None = None) -> list[TextColumn]:
+    """Return the columns of a case; `diverges`: whether one is KL, by default if the case has a quantized cache."""
+    if isinstance(case, FineTuningCase):
+        return _fine_tuning(case)
+    return _generation(case, has_divergence(case) if diverges is None else diverges)
+
+
+def _generation(case: ModelCase, diverges: bool) -> list[TextColumn]:
     rows, best = case.rows, _stars(case)
     return [
         TextColumn(IMPLEMENTATION, [short_name(row.implementation) for row in rows]),
@@ -97,6 +107,7 @@ def _generation(case: ModelCase) -> list[TextColumn]:
         TextColumn("attention", [formatting.share_text(row.attention_share) for row in rows]),
         TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),
         TextColumn("off", [formatting.error(row.logits_error) for row in rows]),
+        *([TextColumn("KL", [formatting.error(row.kl_divergence) for row in rows])] if diverges else []),
         TextColumn("verdict", [formatting.word(row, case) for row in rows]),
     ]
 
@@ -134,6 +145,9 @@ def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
     if case.weights_bytes:
         notes.append(f"weights {formatting.size(case.weights_bytes)}; memory is on top of them")
     if isinstance(case, ModelCase):
+        if case.cache_bytes is not None and case.kv_token_bytes is not None:
+            each = formatting.size(case.kv_token_bytes)
+            notes.append(f"K/V cache {formatting.size(case.cache_bytes)} after the prompt, {each} per token")
         if case.shared_passes:
             notes.append("implementations shared passes: a time is that of its own attention and of the common rest")
         notes += _layer_notes(case)
@@ -198,8 +212,10 @@ def report_table(report: Report, study: Study | None = None, width: int = WIDTH)
     cases, count = report.all_cases, len(report.all_cases)
     parts: list[RenderableType] = []
     unit = _rate_unit(cases)
-    masked = formatting.has_dense(cases)
-    layouts = [_columns(case, unit, masked) if isinstance(case, Case) else model_columns(case) for case in cases]
+    further, diverges = further_columns(cases), any(map(has_divergence, cases))
+    layouts = [
+        _columns(case, unit, further) if isinstance(case, Case) else model_columns(case, diverges) for case in cases
+    ]
     for aligned in zip(*layouts, strict=True):
         widest = max(column.width for column in aligned)
         for column in aligned:
@@ -217,17 +233,32 @@ def _case(case: AnyCase, columns: list[TextColumn], number: int | None, count: i
     chosen, gap = _fitted(columns, width)
     dropped = [column.head for column in columns if column.head not in {kept.head for kept in chosen}]
     parts: list[RenderableType] = [_title(case, number, count), _grid(chosen, gap, case, width)]
-    notes = [*([] if isinstance(case, Case) else model_notes(case)), *_notes(case, dropped)]
+    notes = [*(kv_notes(case) if isinstance(case, Case) else model_notes(case)), *_notes(case, dropped)]
     parts += [Text(f"  {note}", style="dim") for note in notes]
     return Group(*parts)
 
 
-def _over_dense(rows: Sequence[Row], masked: bool) -> list[TextColumn]:
-    """Return the column of speedups over dense, in a report that has them."""
-    return [TextColumn("over dense", [formatting.over_dense_text(row) for row in rows])] if masked else []
+FurtherColumns = dict[str, Callable[[Row], str]]
 
 
-def _columns(case: Case, rate_unit: tuple[float, str], masked: bool) -> list[TextColumn]:
+def further_columns(cases: Sequence[AnyCase]) -> FurtherColumns:
+    """Return the columns that only masked or quantized cases have, each with what formats a cell."""
+    columns: FurtherColumns = {
+        f"over {counterpart}": partial(formatting.over_text, counterpart=counterpart)
+        for counterpart in formatting.counterparts_of(cases)
+    }
+    if formatting.has_kv_error(cases):
+        columns[KV_ERROR] = formatting.kv_error_text
+    return columns
+
+
+def kv_notes(case: Case) -> list[str]:
+    """Return a note on the bytes of quantized keys and values."""
+    text = formatting.kv_text(case.workload)
+    return [text] if text else []
+
+
+def _columns(case: Case, rate_unit: tuple[float, str], further: FurtherColumns) -> list[TextColumn]:
     rows, (factor, unit) = case.rows, rate_unit
     best = formatting.best_of(case)
     if len(best) == sum(row.status == formatting.OK for row in rows):
@@ -238,7 +269,7 @@ def _columns(case: Case, rate_unit: tuple[float, str], masked: bool) -> list[Tex
         TextColumn("tokens/s", [starred(row, best) for row in rows]),
         TextColumn("per call", [formatting.interval_text(row.call_s) for row in rows]),
         TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
-        *_over_dense(rows, masked),
+        *(TextColumn(head, [cell(row) for row in rows]) for head, cell in further.items()),
         TextColumn(unit, [formatting.per(row.flops_per_s, factor) for row in rows]),
         TextColumn("eff.", [formatting.percent(row.efficiency) for row in rows]),
         TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from attention.core.errors import UsageError, suggestion
 from attention.core.files import expand_home, make_folder, parse_toml, read_bounded
+from attention.core.kv_format import DENSE
 from attention.core.plan import DEFAULTS, MAX_CASES, Plan, RunOptions, expand
 from attention.core.workload import DEFAULTS_FROM, MAX_SIZES, Workload
 from attention.implementations import check_name
@@ -19,7 +20,7 @@ from fatui import storage
 from fatui.quantities import parse_size, size_text
 
 SCHEMA: Final = 1
-FIELDS: Final = (*MAX_SIZES, "dtype", "mask", "pass")
+FIELDS: Final = (*MAX_SIZES, "dtype", "kv_format", "mask", "pass")
 KEYS: Final = (
     *("schema", "title", "summary", "implementations", "seconds", "precision", "memory_limit", "seed"),
     *("workload", "sweep", "case"),
@@ -287,7 +288,10 @@ def given_fields(workload: Workload) -> Fields:
 
 
 def factor_cases(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]] | None:
-    """Split cases into shared fields and axes whose product they are; return None if they are not a product."""
+    """Split cases into shared fields and axes whose product they are; return None if they are not a product.
+
+    Keys and values that are not quantized have no field, unless other cases' are.
+    """
     given = [given_fields(case) for case in cases]
     shared = _shared(given)
     varying = [name for name in FIELDS if any(name in fields for fields in given) and name not in shared]
@@ -297,9 +301,13 @@ def factor_cases(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]
     if math.prod(len(values) for values in axes.values()) != len(cases):
         return None
     try:
-        return (shared, axes) if workloads(shared, axes) == tuple(cases) else None
+        return (_without_default(shared), axes) if workloads(shared, axes) == tuple(cases) else None
     except UsageError:  # some combination is invalid, so that the cases are not all of them
         return None
+
+
+def _without_default(shared: Fields) -> Fields:
+    return {name: value for name, value in shared.items() if (name, value) != ("kv_format", DENSE)}
 
 
 def _shared(given: Sequence[Fields]) -> Fields:
@@ -315,7 +323,7 @@ def _tables(cases: Sequence[Workload]) -> Fields:
     given = [given_fields(case) for case in cases]
     shared = _shared(given)
     own = [{name: value for name, value in fields.items() if name not in shared} for fields in given]
-    return {"workload": shared, "case": own}
+    return {"workload": _without_default(shared), "case": own}
 
 
 def _dumps(document: Fields) -> str:

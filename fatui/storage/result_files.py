@@ -138,7 +138,7 @@ def _limits(owner: object, name: str) -> tuple[float, float]:
             return -MAX_SECONDS, MAX_SECONDS
         case FineTuningRow(), "losses":
             return -MAX_FIGURE, MAX_FIGURE
-        case _, "efficiency" | "loss_difference" | "logits_error":
+        case _, "efficiency" | "loss_difference" | "logits_error" | "kv_error" | "kl_divergence":
             return 0, MAX_RATIO
         case _, "max_error" | "rms_error":
             return 0, float("inf")

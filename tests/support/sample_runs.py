@@ -28,6 +28,11 @@ PATHS = {
 }
 
 
+UNQUANTIZED = {"int8": 1.7, "int4": 2.5, "int3": 0.8}
+"""Time with unquantized keys and values, as a multiple of that in a format."""
+KV_ERRORS = {"int8": 0.006, "int4": 0.11, "int3": 0.24}
+
+
 def plan_of(cases: Sequence[Workload] = (Workload(seq=128),), names: Sequence[str] = tuple(PATHS)) -> Plan:
     """A plan over a few cases."""
     return Plan(cases=tuple(cases), implementations=tuple(names), seconds=1.0)
@@ -54,15 +59,18 @@ def events_of(plan: Plan, seed: int = 0, noise: float = 0.004) -> Iterator[on.An
             arms = {name: PATHS.get(name, ("", 1.0))[1] for name in plan.ordered} | {on.REPEATED_REFERENCE: 1.0}
             slow = workload.flops / 3e9
             times = {name: [slow * part * draw.gauss(1, noise) for _ in range(6)] for name, part in arms.items()}
-            dense = {}
-            if workload.dense:
-                whole = workload.dense.flops / 3e9
-                dense = {
-                    name: [whole * PATHS[name][1] * draw.gauss(1, noise) for _ in range(6)]
+            counterparts = {
+                counterpart: {
+                    name: [other.flops / 3e9 * PATHS[name][1] * factor * draw.gauss(1, noise) for _ in range(6)]
                     for name in plan.ordered
                     if name in PATHS
                 }
-            yield on.RoundsDone(case=number, samples=times, dense=dense, active_bytes=2**20, peak_bytes=2**22)
+                for counterpart, other in workload.counterparts.items()
+                for factor in [UNQUANTIZED.get(workload.kv_format, 1.0) if counterpart == "unquantized" else 1.0]
+            }
+            yield on.RoundsDone(
+                case=number, samples=times, counterparts=counterparts, active_bytes=2**20, peak_bytes=2**22
+            )
         yield on.CaseDone(case=number, stopped_by="precision")
     yield on.RunDone()
 
@@ -80,6 +88,7 @@ def preparation(number: int, workload: Workload, name: str) -> Iterator[on.AnyEv
         rms_error=2e-4,
         accurate=True,
         detail="output 1.2e-3 of 3e-3",
+        kv_error=KV_ERRORS.get(workload.kv_format),
     )
     yield on.MemoryMeasured(case=number, implementation=name, peak_bytes=workload.scores * 4)
     yield on.LatencyMeasured(case=number, implementation=name, seconds=0.001)

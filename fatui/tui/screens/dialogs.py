@@ -14,7 +14,8 @@ from textual.widgets import Input, Static
 from attention.core.errors import UsageError
 from attention.core.files import expand_home
 from attention.core.plan import Plan
-from attention.core.results import Case, Row
+from attention.core.results import Case, Interval, Row
+from attention.core.workload import COUNTERPARTS, Counterpart
 from fatui import formatting
 from fatui.storage import own_presets, presets
 from fatui.storage.presets import Preset
@@ -132,7 +133,7 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("tokens/s", formatting.tokens_per_second(row.tokens_per_second)),
         ("per call", f"{formatting.interval_text(row.call_s)}, the median and its 95 % interval"),
         ("speedup", f"{formatting.speedup_text(row.speedup)} over {case.reference or formatting.UNKNOWN}"),
-        *(_dense(row) if row.dense_s else ()),
+        *_counterparts(row),
         ("noise floor", formatting.percent(case.noise_floor.floor if case.noise_floor else None)),
         (
             "rate",
@@ -142,14 +143,28 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("first call", f"{formatting.seconds(row.first_call_s)}, including compilation"),
         ("memory", f"{formatting.size(row.peak_bytes)} at the peak, {formatting.size(row.predicted_bytes)} predicted"),
         ("error", f"{formatting.error(row.max_error)} at most, {formatting.error(row.rms_error)} rms, against float64"),
+        *_quantization(row, case),
         ("samples", f"{len(row.samples)}, {ENDED_BY.get(row.stopped_by or '', row.stopped_by or formatting.UNKNOWN)}"),
     ]
-    return [f"{name:<12}{text}" for name, text in pairs]
+    width = max(len(name) for name, _ in pairs) + 1
+    return [f"{name:<{max(12, width)}}{text}" for name, text in pairs]
 
 
-def _dense(row: Row) -> list[tuple[str, str]]:
-    dense = formatting.interval_text(row.dense_s)
-    return [("over dense", f"{formatting.over_dense_text(row)}, {dense} per call with every pair visible")]
+def _counterparts(row: Row) -> list[tuple[str, str]]:
+    times: dict[Counterpart, Interval | None] = {"dense": row.dense_s, "unquantized": row.unquantized_s}
+    return [
+        (f"over {name}", f"{formatting.over_text(row, name)}, {formatting.interval_text(call)} per call {words}")
+        for name, words in COUNTERPARTS.items()
+        if (call := times[name])
+    ]
+
+
+def _quantization(row: Row, case: Case) -> list[tuple[str, str]]:
+    text = formatting.kv_text(case.workload)
+    if text is None:
+        return []
+    off = f"{formatting.kv_error_text(row)} rms, relative to the output with unquantized keys and values"
+    return [("K/V error", off), ("K/V", text.partition(": ")[2])]
 
 
 def _fused(row: Row) -> str:

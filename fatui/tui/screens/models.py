@@ -21,6 +21,7 @@ from fatui.reproduce import finetune_command, model_command
 from fatui.tui import actions
 from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
+from fatui.tui.view_models import kv_format
 from fatui.tui.view_models.session import ModelSession
 from fatui.tui.widgets.bars import SPINNER, KeyBar, StatusLine
 from fatui.tui.widgets.charts import Scale, Trend, TrendChart
@@ -227,14 +228,18 @@ class Models(ModelScreen):
     NAME = "models"
 
     def choices(self) -> list[Choice]:
-        """Return the choices of prompt lengths, generated tokens, layers, batch and dtype; others can be typed."""
+        """Return the choices of prompt lengths, generated tokens, layers, batch, dtype and K/V; others can be typed."""
         return [
             Choice("prompt", ("512", "128", "2048", "8192", "512,2048", "2048,8192"), id="prompt", typed_option=str),
             Choice("generate", ("64", "8", "16", "256"), id="generate", typed_option=str),
             Choice("layers", (WHOLE, "2", "4", "8"), id="layers", typed_option=str),
             Choice("batch", ("1", "4", "16"), id="batch", typed_option=str),
             Choice("type", ("bfloat16", "float16", "float32"), id="dtype"),
+            Choice("K/V", kv_format.options(()), id="kv_format", typing=kv_format, say=self._say_format),
         ]
+
+    def _say_format(self, text: str) -> str:
+        return kv_format.say(text, self.query_one("#dtype", Choice).value)  # type: ignore[arg-type]  # one of its options
 
     def charts(self) -> list[Widget]:
         """Return the chart of the current phase's tokens/s."""
@@ -242,10 +247,12 @@ class Models(ModelScreen):
 
     def plan(self) -> GenerationPlan:
         """Build the plan from the choices."""
-        layers = self.chosen("layers")
+        layers, configuration = self.chosen("layers"), find_model(self.chosen("model"))
+        configuration.check_kv_format(self.chosen("kv_format"))
         cases = generations(
-            self.model_layers(),
+            configuration.layers,
             model=self.chosen("model"),
+            kv_formats=(self.chosen("kv_format"),),
             prompts=self.numbers("prompt"),
             batches=self.numbers("batch"),
             generate=self.numbers("generate")[0],

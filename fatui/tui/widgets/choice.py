@@ -1,7 +1,7 @@
 """A one-row choice among a few words; in a sweep several can be marked."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Final, Protocol
 
 from rich.segment import Segment
 from textual import events
@@ -12,9 +12,28 @@ from textual.widget import Widget
 
 from fatui.tui.widgets.row_table import clip
 
+MAX_TYPED: Final = 24
+
+
+class Typing(Protocol):
+    """How typed text makes options that are not in the list."""
+
+    def typed(self, present: str, text: str) -> str | None:
+        """Return the option that a text stands for, or None while it is incomplete.
+
+        Args:
+            present: the option chosen before the text.
+            text: what was typed.
+        """
+        ...
+
+    def continues(self, text: str, character: str) -> bool:
+        """Return whether a character can follow the text, or begin one."""
+        ...
+
 
 class Choice(Widget, can_focus=True):
-    """Choice of one option; with `typed_option`, typed digits make a further option.
+    """Choice of one option; with `typed_option`, typed digits make a further option, with `typing` a typed text.
 
     In a sweep it shows the marked options, and beside them the option under the cursor if it is another.
     """
@@ -43,6 +62,7 @@ class Choice(Widget, can_focus=True):
         *,
         id: str,
         typed_option: Callable[[str], str] | None = None,
+        typing: Typing | None = None,
         say: Callable[[str], str] = str,
     ) -> None:
         super().__init__(id=id)
@@ -52,6 +72,8 @@ class Choice(Widget, can_focus=True):
         self.sweeping = False
         self._cursor = options[0]
         self._typed_option = typed_option
+        self._typing = typing
+        self._before_typing = ""
         self._say = say
         self._typed = ""
 
@@ -102,7 +124,9 @@ class Choice(Widget, can_focus=True):
         self.refresh()
 
     def on_key(self, event: events.Key) -> None:
-        """Collect typed digits into an option; k after them multiplies by 1024."""
+        """Collect typed text into an option; digits may end in a k, which multiplies by 1024."""
+        if self._typing is not None:
+            self._type_text(event, self._typing)
         if self._typed_option is None:
             return
         if self._typed and event.character in ("k", "K"):
@@ -118,6 +142,23 @@ class Choice(Widget, can_focus=True):
         self._typed = (self._typed + (event.character or "")).lstrip("0")[:8]
         if self._typed:
             self._go_to(self._typed_option(self._typed))
+
+    def _type_text(self, event: events.Key, typing: Typing) -> None:
+        character = event.character or ""
+        if not character or not typing.continues(self._typed, character):
+            self._typed = ""
+            return
+        event.stop()
+        event.prevent_default()
+        if not self._typed:
+            self._before_typing = self._cursor
+        option = typing.typed(self._before_typing, self._typed + character)
+        if option is None and character.isdigit() and self._typed.isdigit():
+            self._typed, option = "", typing.typed(self._before_typing, character)  # another option, not a longer text
+        self._typed = (self._typed + character)[:MAX_TYPED]
+        if option is not None:
+            self._go_to(option)
+        self.refresh()
 
     def on_blur(self) -> None:
         """Finish the typed value."""
@@ -146,6 +187,8 @@ class Choice(Widget, can_focus=True):
     def value_text(self) -> str:
         """The text beside the label."""
         left, right = ("‹", "›") if self.has_focus else (" ", " ")
+        if self._typing is not None and self._typed:
+            return f"{left}{self._typed}▏"
         if not self.sweeping:
             return f"{left}{self._say(self.value)}{right}"
         chosen = self._say(self.value) if len(self.values) == 1 else f"{len(self.values)} values"

@@ -16,11 +16,12 @@ from fatui import formatting
 from fatui.draft import AXES, Draft
 from fatui.quantities import STOPS, divisors, format_number, format_numbers, parse_number, parse_values
 from fatui.tui.terminal import literal
-from fatui.tui.view_models import mask_editor
+from fatui.tui.view_models import kv_format, mask_editor
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
 
 LABELS: Final = {"batch": "batch", "seq": "seq", "head_dim": "head dim", "heads": "heads", "kv_heads": "K/V heads"}
+CHOICES: Final = {"dtype": "dtype", "mask": "mask", "pass_": "pass", "kv_format": "K/V"}
 CANNOT: Final = "cannot run"
 BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
 
@@ -56,6 +57,7 @@ class WorkloadPane(Vertical):
                 say=mask_editor.say_mask,
             )
             yield Choice("pass", PASSES, id="choice-pass_")
+            yield Choice("K/V", kv_format.options(()), id="choice-kv_format", typing=kv_format, say=self._say_format)
         with Vertical(id="mask-editor"):
             for index in range(mask_editor.MAX_PARAMETERS):
                 yield Slider("", (1,), parse=lambda text: (), id=f"mask-{index}")
@@ -79,6 +81,10 @@ class WorkloadPane(Vertical):
             self.query_one(f"#axis-{name}", Slider).show(values, stops=stops, sweeping=draft.sweeping)
         for name in ("dtype", "pass_"):
             self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
+        widths = draft.axes["head_dim"] if draft.value_dim is None else (*draft.axes["head_dim"], draft.value_dim)
+        self.query_one("#choice-kv_format", Choice).show(
+            draft.choices("kv_format"), sweeping=draft.sweeping, options=kv_format.options(widths)
+        )
         self._show_mask(draft)
         self.border_title = literal(f"Workload · {draft.title()}")
         self.query_one("#choices").set_class(draft.sweeping, "-sweeping")
@@ -86,6 +92,9 @@ class WorkloadPane(Vertical):
         self._line("cases", cases)
         self.query_one("#workload-cases").set_class(cases.startswith(CANNOT), "-bad")
         self._line("counts", counts_text(draft))
+
+    def _say_format(self, text: str) -> str:
+        return kv_format.say(text, self.draft.dtype)
 
     def _show_mask(self, draft: Draft) -> None:
         chosen = draft.choices("mask")
@@ -161,7 +170,7 @@ def cases_text(draft: Draft) -> str:
     if draft.cases:
         return f"{count} cases of the preset, the sliders show the first; moving one drops the others"
     parts = [f"{LABELS[name]} {format_numbers(values)}" for name, values in draft.axes.items() if len(values) > 1]
-    parts += [f"{name.rstrip('_')} {', '.join(values)}" for name, values in draft.several.items()]
+    parts += [f"{CHOICES[name]} {', '.join(values)}" for name, values in draft.several.items()]
     if draft.sweeping:
         swept = (
             " x ".join(parts) if parts else "space marks a value on a slider or a choice, or type 128,512 or 128..4k"

@@ -8,7 +8,7 @@ from attention.core.errors import UsageError
 from attention.core.plan import Assignment, Plan, expand
 from attention.core.results import Environment, Peaks, Report, Run
 from attention.core.route import Route
-from attention.core.workload import Workload
+from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.record import LOG_LINES, Record
 
 CASE = Workload(seq=64, head_dim=32)
@@ -54,23 +54,24 @@ def test_a_complete_case_gives_its_rows_reference_first() -> None:
     assert (poc.status, poc.reason, poc.call_s) == ("refused", "needs 9 GiB of 1", None)
 
 
-def test_a_speedup_over_dense_is_paired_with_the_own_dense_time() -> None:
+@pytest.mark.parametrize("counterpart", COUNTERPARTS)
+def test_a_speedup_over_a_counterpart_is_paired(counterpart: Counterpart) -> None:
     record = Record(PLAN)
     record.apply(on.CaseStarted(case=0))
     record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
     base = [1.0, 1.5, 0.9, 1.0, 2.0, 1.0]  # drifts, which pairs do not see
     samples = {"baseline": base, "mlx": base, on.REPEATED_REFERENCE: base}
-    dense = {"mlx": [4 * seconds for seconds in base]}
-    record.apply(on.RoundsDone(case=0, samples=samples, dense=dense, active_bytes=1, peak_bytes=2))
+    beside = {counterpart: {"mlx": [4 * seconds for seconds in base]}}
+    record.apply(on.RoundsDone(case=0, samples=samples, counterparts=beside, active_bytes=1, peak_bytes=2))  # type: ignore[arg-type]
     baseline, mlx = record.case(0).rows
-    assert baseline.over_dense is None
-    assert mlx.dense_s is not None
-    assert mlx.dense_s.median == pytest.approx(4)
-    assert mlx.over_dense is not None
-    assert (mlx.over_dense.low, mlx.over_dense.high) == (pytest.approx(4), pytest.approx(4))
-    assert mlx.over_dense.significant
+    assert getattr(baseline, f"over_{counterpart}") is None
+    assert getattr(mlx, f"{counterpart}_s").median == pytest.approx(4)
+    over = getattr(mlx, f"over_{counterpart}")
+    assert (over.low, over.high) == (pytest.approx(4), pytest.approx(4))
+    assert over.significant
+    assert {name for name in COUNTERPARTS if getattr(mlx, f"over_{name}")} == {counterpart}
     record.apply(on.CaseStarted(case=0))
-    assert record.cases[0].rows["mlx"].dense_samples == []
+    assert record.cases[0].rows["mlx"].counterparts == {}
 
 
 def test_a_report_survives_json() -> None:
