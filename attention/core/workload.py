@@ -151,7 +151,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         made: dict[Counterpart, Workload] = {}
         if self.structured or self.window is not None:
             made["dense"] = structs.replace(self, mask="none")
-        if self.kv_format != DENSE:
+        if self.quantized:
             made["unquantized"] = structs.replace(self, kv_format=DENSE)
         return made
 

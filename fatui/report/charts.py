@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Final
 
-from attention.core.kv_format import DENSE
 from attention.core.results import Case, FineTuningCase, Report
 from fatui.report.document import Chart
 from fatui.report.evidence import sound_rows
@@ -168,7 +167,7 @@ def _speedups(sweep: Sweep, names: Sequence[str]) -> Chart | None:
 def format_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
     """Return two charts per shape with several formats of keys and values: speedups over unquantized, and errors."""
     made = []
-    for shape, group in by_shape([case for case in cases if case.workload.kv_format != DENSE]).items():
+    for shape, group in by_shape([case for case in cases if case.workload.quantized]).items():
         points = {name: found for name in names if (found := format_points(group, name))}
         formats = [
             *dict.fromkeys((point.bits, point.workload.kv_format) for found in points.values() for point in found)

@@ -46,7 +46,7 @@ def planted(value: Any, count: "itertools.count[int] | None" = None) -> Any:
             changed[field.name] = planted(old, count)
         elif isinstance(old, tuple) and old and isinstance(old[0], Struct):
             changed[field.name] = tuple(planted(part, count) for part in old)
-        elif (kind is str or str in get_args(kind)) and field.name not in ("mask", "dtype"):
+        elif (kind is str or str in get_args(kind)) and field.name not in ("mask", "dtype", "kv_format"):
             changed[field.name] = f"{TEXT}{next(count)}"
     return structs.replace(value, **changed)
 
@@ -120,6 +120,7 @@ implementations = [{_toml(TEXT)}]
 [workload]
 {_toml(TEXT)} = 2
 mask = {_toml(TEXT)}
+kv_format = {_toml(TEXT)}
 dtype = {_toml(TEXT)}
 seq = {_toml(TEXT)}
 """

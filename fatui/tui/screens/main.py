@@ -30,6 +30,8 @@ from fatui.tui.widgets.workload_pane import WorkloadPane, shown_workload
 MIN_SIZE = (60, 16)
 MIN_WIDE_SIZE = (110, 32)
 """Minimum size at which all panes are shown side by side."""
+MIN_FOUR_CHOICES = 76
+"""Minimum columns at which all choices of the workload fit into one row."""
 TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
 PANES = {"implementations-pane": "setup", "workload": "setup", "live": "live", "comparison": "results", "log": "log"}
 FOCUS = {
@@ -104,6 +106,7 @@ class MainScreen(Screen[None]):
         wanted = {
             "-small": width < MIN_SIZE[0] or height < MIN_SIZE[1],
             "-narrow": narrow,
+            "-slim": width < MIN_FOUR_CHOICES,
             **{f"-{name}": narrow and name == self.tab for name, _ in TABS},
         }
         classes = (self.classes - wanted.keys()) | {name for name, is_set in wanted.items() if is_set}

@@ -4,13 +4,15 @@ from collections.abc import Iterable
 from typing import Final
 
 from attention.core.errors import UsageError
-from attention.core.kv_format import AFFINE_GROUPS, DEFAULT_GROUP, DENSE, FIXED, parse_kv_format
+from attention.core.kv_format import AFFINE_BITS, AFFINE_GROUPS, DEFAULT_GROUP, DENSE, FIXED, parse_kv_format
 from attention.core.workload import ITEM_BYTES, DType
 
 BITS: Final = (8, 6, 4, 3, 2)
 PREFIX: Final = "int"
-LETTERS: Final = "mxfpnv"
-"""The letters of the names that can follow a plus."""
+DENSE_TEXTS: Final = ("16", "32")
+TEXTS: Final = (*map(str, AFFINE_BITS), *(f"{bits}:{size}" for bits in AFFINE_BITS for size in AFFINE_GROUPS), *FIXED)
+"""The texts of all formats of one array."""
+STARTS: Final = ("+", ":", *"0123456789")
 
 
 def options(widths: Iterable[int]) -> tuple[str, ...]:
@@ -32,13 +34,12 @@ def typed(present: str, text: str) -> str | None:
     """Return the format that a typed text stands for, or None while it is incomplete.
 
     Args:
-        present: the format chosen before; a text that starts with a plus or a colon continues it.
-        text: as `say` returns it: "8", "4:32", "8+4", "+mxfp4".
+        present: the format chosen before the text.
+        text: as `say` returns it: "8", "4:32", "8+4"; or its end, "+mxfp4" or ":32", which continues the present one.
     """
-    if text in ("16", "32"):
+    if text in DENSE_TEXTS:
         return DENSE
-    whole = f"{present.partition('+')[0]}{text}" if text[:1] in ("+", ":") else text
-    parts = [PREFIX + part if part[:1].isdigit() else part for part in whole.split("+")]
+    parts = [f"{PREFIX}{part}" if part[:1].isdigit() else part for part in _whole(present, text).split("+")]
     try:
         formats = parse_kv_format("+".join(parts))
     except UsageError:
@@ -46,8 +47,20 @@ def typed(present: str, text: str) -> str | None:
     return formats.text if formats else None
 
 
-def continues(text: str, character: str) -> bool:
-    """Return whether a character can follow a typed text, or begin one if that is empty."""
-    if character in "+:0123456789":
-        return True
-    return bool(text) and character in LETTERS and text[-1] in f"+{LETTERS}"
+def begins(present: str, text: str) -> bool:
+    """Return whether a text is the begin of one that `typed` takes; a letter does so only after a plus."""
+    if text[:1] not in STARTS:
+        return False
+    key, plus, value = _whole(present, text).partition("+")
+    known = TEXTS if plus else (*TEXTS, *DENSE_TEXTS)
+    return (not plus or key in TEXTS) and any(each.startswith(value if plus else key) for each in known)
+
+
+def _whole(present: str, text: str) -> str:
+    """Return a text with the part of the present format that it continues."""
+    key, plus, value = "+".join(part.removeprefix(PREFIX) for part in present.split("+")).partition("+")
+    if text.startswith("+"):
+        return f"{key}{text}"
+    if text.startswith(":"):
+        return f"{key}+{value.partition(':')[0]}{text}" if plus else f"{key.partition(':')[0]}{text}"
+    return text

@@ -1,7 +1,7 @@
 """A one-row choice among a few words; in a sweep several can be marked."""
 
 from collections.abc import Callable
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Protocol
 
 from rich.segment import Segment
 from textual import events
@@ -11,8 +11,6 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from fatui.tui.widgets.row_table import clip
-
-MAX_TYPED: Final = 24
 
 
 class Typing(Protocol):
@@ -27,8 +25,8 @@ class Typing(Protocol):
         """
         ...
 
-    def continues(self, text: str, character: str) -> bool:
-        """Return whether a character can follow the text, or begin one."""
+    def begins(self, present: str, text: str) -> bool:
+        """Return whether a text is the begin of one that stands for an option."""
         ...
 
 
@@ -144,18 +142,20 @@ class Choice(Widget, can_focus=True):
             self._go_to(self._typed_option(self._typed))
 
     def _type_text(self, event: events.Key, typing: Typing) -> None:
+        """Add a character to the typed text, or begin another one with it; go to the option that it stands for."""
         character = event.character or ""
-        if not character or not typing.continues(self._typed, character):
+        present = self._before_typing if self._typed else self._cursor
+        text = self._typed + character
+        if not typing.begins(present, text):
+            present, text = self._cursor, character
+        if not character or not typing.begins(present, text):
             self._typed = ""
+            self.refresh()
             return
         event.stop()
         event.prevent_default()
-        if not self._typed:
-            self._before_typing = self._cursor
-        option = typing.typed(self._before_typing, self._typed + character)
-        if option is None and character.isdigit() and self._typed.isdigit():
-            self._typed, option = "", typing.typed(self._before_typing, character)  # another option, not a longer text
-        self._typed = (self._typed + character)[:MAX_TYPED]
+        self._typed, self._before_typing = text, present
+        option = typing.typed(present, text)
         if option is not None:
             self._go_to(option)
         self.refresh()
