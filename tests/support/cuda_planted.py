@@ -97,7 +97,8 @@ def signature(program):
     """Return the kinds of a kernel's parameters, in order."""
     text, constants = program.source, dict(program.constants)
     parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
-    conditions = {"MASK": constants.get("MASK"), "!SPLIT": not constants.get("SPLIT"), "LISTS": constants.get("LISTS")}
+    conditions = {name: constants.get(name) for name in ("MASK", "LISTS", "ALIBI")}
+    conditions["!SPLIT"] = not constants.get("SPLIT")
     for condition, holds in conditions.items():
         block = rf"#if {condition}\n(.*?)#endif\n"
         parameters = re.sub(block, r"\1" if holds else "", parameters, flags=re.DOTALL)
@@ -105,5 +106,12 @@ def signature(program):
 
 
 def _kind(parameter):
-    kinds = {"TensorMap": MAP, "*": POINTER, "Step": STRIDE, "_stride": STRIDE, "u64 serial": SERIAL}
+    kinds = {
+        "TensorMap": MAP,
+        "*": POINTER,
+        "Step": STRIDE,
+        "long long": STRIDE,
+        "_stride": STRIDE,
+        "u64 serial": SERIAL,
+    }
     return next((kind for mark, kind in kinds.items() if mark in parameter), NUMBER)

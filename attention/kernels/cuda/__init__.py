@@ -84,26 +84,28 @@ def flash_attention(
     mask: mx.array | None = None,
     softcap: float | None = None,
     pattern: Pattern | None = None,
+    alibi: mx.array | None = None,
 ) -> mx.array:
     """Compute attention on an NVIDIA GPU; arguments and results as in `kernels.common.FlashAttention`.
 
     D and Dv are up to 256, in float16 or bfloat16, and the scale is positive. Strided inputs are not copied if the last
     axis is contiguous and the other strides are multiples of 8 elements. An additive mask is float16, bfloat16 or
     float32, is read with its own strides, and is differentiable: only its gradient materialises the score matrix.
-    `pattern` is the pairs that are visible, instead of causal and window; only their tiles are computed.
+    `pattern` is the pairs that are visible, instead of causal and window; only their tiles are computed. `alibi` is
+    slopes (H,), float32: slope * (key - position of the query) is added to the scores after the softcap.
 
     Raises:
         ValueError: shapes, dtypes or values are inconsistent or unsupported (`supports` checks a workload).
         KernelUnavailable: the kernel cannot run on this machine.
     """
-    if mask is None and pattern is None:
+    if mask is None and pattern is None and alibi is None:
         try:
             found = _find_call(q, k, v, scale, causal, window, softcap)
         except TypeError:  # an argument of the wrong type: reported by the checks of `_resolve_call`
             found = None
         if found is not None:
             return found
-    return _attend(q, k, v, scale, causal, window, mask, softcap, pattern, False)[0]
+    return _attend(q, k, v, scale, causal, window, mask, softcap, pattern, alibi, False)[0]
 
 
 def flash_attention_with_logsumexp(
@@ -117,6 +119,7 @@ def flash_attention_with_logsumexp(
     mask: mx.array | None = None,
     softcap: float | None = None,
     pattern: Pattern | None = None,
+    alibi: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Compute `flash_attention` and the logsumexp (natural logarithm) of each row of scores.
 
@@ -128,7 +131,7 @@ def flash_attention_with_logsumexp(
         ValueError: shapes, dtypes or values are inconsistent or unsupported.
         KernelUnavailable: the kernel cannot run on this machine.
     """
-    output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, pattern, True)[:2]
+    output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, pattern, alibi, True)[:2]
     return output, logsumexp
 
 
@@ -142,16 +145,18 @@ def _attend(
     mask: mx.array | None,
     softcap: float | None,
     pattern: Pattern | None,
+    alibi: mx.array | None,
     with_logsumexp: bool,
 ) -> Sequence[mx.array]:
     kind = None if mask is None else (mask.dtype, mask.shape)
     shapes = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
-    key = (shapes, scale, causal, window, kind, softcap, pattern, with_logsumexp)
+    slopes = None if alibi is None else (alibi.dtype, alibi.shape)
+    key = (shapes, scale, causal, window, kind, softcap, pattern, slopes, with_logsumexp)
     known = _known.get(key)
     if known is None:
-        known = _resolve_call(q, k, v, scale, causal, window, mask, softcap, pattern, with_logsumexp)
+        known = _resolve_call(q, k, v, scale, causal, window, mask, softcap, pattern, alibi, with_logsumexp)
         _known[key] = known
-    return known(q, k, v) if mask is None else known(q, k, v, mask)
+    return known(q, k, v, *(x for x in (mask, alibi) if x is not None))
 
 
 _known: BoundedDict[object, Attend] = BoundedDict(256)
@@ -184,6 +189,7 @@ def _resolve_call(
     mask: mx.array | None,
     softcap: float | None,
     pattern: Pattern | None,
+    alibi: mx.array | None,
     with_logsumexp: bool,
 ) -> Attend:
     """Select the kernels of a call; a plan without mask or logsumexp is also added to the launcher's table."""
@@ -192,10 +198,10 @@ def _resolve_call(
     from attention.kernels.cuda.runtime.call import check_arrays, normalize
 
     global _find_call  # noqa: PLW0603  the fast path of every call
-    dtype, kind = check_arrays(q, k, v, mask)
-    call = normalize(scale, causal, window, softcap, k.shape[2], kind, pattern)
+    dtype, kind = check_arrays(q, k, v, mask, alibi)
+    call = normalize(scale, causal, window, softcap, k.shape[2], kind, pattern, alibi is not None)
     made = repeated_call(q.shape, k.shape, v.shape[3], dtype, call, with_logsumexp)
-    if mask is None and pattern is None and not with_logsumexp and launcher.is_plan(made):
+    if mask is None and pattern is None and alibi is None and not with_logsumexp and launcher.is_plan(made):
         launcher.module().keep_call(q, k, v, scale, causal, window, softcap, made)
         _find_call = launcher.module().find_call
     return made

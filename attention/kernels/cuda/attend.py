@@ -19,6 +19,7 @@ from attention.kernels.cuda.runtime.launch import (
     OUTPUTS,
     Run,
     Stage,
+    extra_inputs,
     make_plan,
     parse_label,
     plan_label,
@@ -33,7 +34,7 @@ TRACE_AFTER = 2
 """Calls of a shape before `mx.compile` traces it; a decode loop, whose key length grows, is never traced."""
 
 Attend = Callable[..., Sequence[mx.array]]
-"""A prepared call: takes q, k, v and, if the call has one, a mask (batch, heads, queries, keys)."""
+"""A prepared call: takes q, k, v, and a mask (batch, heads, queries, keys) and slopes (heads,) if the call has them."""
 
 
 def stages(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool = True) -> list[Stage]:
@@ -81,12 +82,13 @@ def _compare(shape: CallShape, call: CallParams, path: KernelPath) -> str | None
     given, mask = selfcheck.inputs(small), selfcheck.random_mask(small, tried)
     if path == "general":  # in the layout that models pass: (batch, rows, heads, columns), transposed
         given = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in given]
-    found = run_of(_inputs(call), OUTPUTS, made)([*given[:3], *(broadcast_mask(x, small) for x in mask)])
+    arrays = [*given[:3], *(broadcast_mask(x, small) for x in mask), *selfcheck.slopes(small, tried)]
+    found = run_of(_inputs(call), OUTPUTS, made)(arrays)
     return selfcheck.disagreement(tried, found[0], found[1], given, mask)
 
 
 def _inputs(call: CallParams) -> tuple[str, ...]:
-    return (*INPUTS, "mask") if call.mask else INPUTS
+    return *INPUTS, *extra_inputs(call)
 
 
 def broadcast_mask(mask: mx.array, shape: CallShape) -> mx.array:
@@ -138,7 +140,7 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
             case _:
                 return portable_gradient.make_plan_of_gradient(shape, call, with_logsumexp)
 
-    if _differs_by_batch(shape, call):
+    if _differs_by_batch(shape, call) or _maps_slopes(call, axes):
         run = plan_of(shape)
         return one_by_one(lambda arrays: run(arrays)[:3], inputs, axes)
     count = vmapped_length(inputs, axes)
@@ -149,6 +151,11 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
 def _differs_by_batch(shape: CallShape, call: CallParams) -> bool:
     """Return whether the pattern of a call differs by batch entry, so that no other axis can be folded into them."""
     return call.pattern is not None and call.pattern.planes(shape.batch, shape.heads)[0] > 1
+
+
+def _maps_slopes(call: CallParams, axes: Sequence[int]) -> bool:
+    """Return whether the slopes of a call, which have no batch axis, are vmapped."""
+    return call.alibi and axes[-1] >= 0
 
 
 def one_by_one(
@@ -170,13 +177,14 @@ def vmapped_length(inputs: Sequence[mx.array], axes: Sequence[int]) -> int:
 def folded_inputs(
     inputs: Sequence[mx.array], axes: Sequence[int], shape: CallShape, call: CallParams
 ) -> list[mx.array]:
-    """Fold the vmapped axis of a plan's inputs into the batch; a mask (the last input) stays broadcast if possible."""
+    """Fold the vmapped axis of a plan's inputs into the batch; a mask stays broadcast if possible, as slopes do."""
     count = vmapped_length(inputs, axes)
     folded = []
+    last = len(inputs) - 1
     for i, (x, axis) in enumerate(zip(inputs, axes, strict=True)):
         moved = x[None] if axis < 0 else mx.moveaxis(x, axis, 0)
-        is_mask = call.mask is not None and i == len(inputs) - 1
-        if is_mask and axis < 0 and x.shape[0] == 1:
+        is_mask = call.mask is not None and i == last - call.alibi
+        if (call.alibi and i == last) or (is_mask and axis < 0 and x.shape[0] == 1):
             folded.append(x)
         else:
             folded.append(mx.broadcast_to(moved, (count, shape.batch, *moved.shape[2:])).flatten(0, 1))
@@ -210,7 +218,7 @@ def repeated_call(
 
 
 def _with_mask(made: Attend, shape: CallShape, whole: bool) -> Attend:
-    return lambda q, k, v, mask: made(q, k, v, broadcast_mask(mask, shape) if whole else as_4d(mask))
+    return lambda q, k, v, mask, *slopes: made(q, k, v, broadcast_mask(mask, shape) if whole else as_4d(mask), *slopes)
 
 
 def _padded(made: Attend, dims: Sequence[int], value_dim: int) -> Attend:
@@ -219,8 +227,8 @@ def _padded(made: Attend, dims: Sequence[int], value_dim: int) -> Attend:
     def wide(x: mx.array, dim: int) -> mx.array:
         return x if x.shape[3] == dim else mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, dim - x.shape[3])])
 
-    def call(q: mx.array, k: mx.array, v: mx.array, *mask: mx.array) -> Sequence[mx.array]:
-        output, *others = made(wide(q, dims[0]), wide(k, dims[0]), wide(v, dims[1]), *mask)
+    def call(q: mx.array, k: mx.array, v: mx.array, *more: mx.array) -> Sequence[mx.array]:
+        output, *others = made(wide(q, dims[0]), wide(k, dims[0]), wide(v, dims[1]), *more)
         return output[..., :value_dim], *others
 
     return call
@@ -245,6 +253,7 @@ class RepeatedCall:
 def _differentiable(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool) -> Attend:
     """Return a call as a custom function with vjp and vmap; its logsumexp is always written, for the backward pass."""
     run = run_of(_inputs(call), OUTPUTS, stages(shape, call, path))
+    mask = len(INPUTS) if call.mask else None
 
     @mx.custom_function
     def function(*arrays: mx.array) -> tuple[mx.array, ...]:
@@ -257,15 +266,18 @@ def _differentiable(shape: CallShape, call: CallParams, path: KernelPath, with_l
         return tuple(gradients(primals, wanted, outputs, shape, call))
 
     def batched(inputs: Sequence[mx.array], axes: Sequence[int]) -> tuple[list[mx.array], list[int]]:
-        if _differs_by_batch(shape, call):
-            whole = [broadcast_mask(x, shape) if i > 2 and axes[i] < 0 else x for i, x in enumerate(inputs)]
+        if _differs_by_batch(shape, call) or _maps_slopes(call, axes):
+            whole = [broadcast_mask(x, shape) if i == mask and axes[i] < 0 else x for i, x in enumerate(inputs)]
             stacked = one_by_one(lambda arrays: cast("Attend", function)(*arrays), whole, axes)
             return stacked, [0] * len(stacked)
         count = vmapped_length(inputs, axes)
         wide = replace(shape, batch=count * shape.batch)
         wide_function = _differentiable(wide, call, first_trusted(wide, call), with_logsumexp)
         made = wide_function(
-            *(broadcast_mask(x, wide) if i > 2 else x for i, x in enumerate(folded_inputs(inputs, axes, shape, call)))
+            *(
+                broadcast_mask(x, wide) if i == mask else x
+                for i, x in enumerate(folded_inputs(inputs, axes, shape, call))
+            )
         )
         return [x.reshape(count, shape.batch, *x.shape[1:]) for x in made], [0] * len(made)
 

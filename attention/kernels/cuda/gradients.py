@@ -20,17 +20,17 @@ from attention.masks import Mask, combine
 
 
 def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: CallParams) -> list[mx.array]:
-    """Return the gradients of q, k and v, and of a mask, computed by MLX.
+    """Return the gradients of the primals, computed by MLX.
 
     Args:
-        primals: q, k, v, and a mask (batch, heads, queries, keys) if the call has one.
+        primals: q, k, v, a mask (batch, heads, queries, keys) and slopes (heads,), if the call has them.
         cotangents: cotangents of the output, and of the logsumexp if it was requested.
         call: parameters of the call.
     """
     queries, keys = primals[0].shape[2], primals[1].shape[2]
     # fully masked rows would be NaN in MLX's SDPA
     may_be_empty = call.mask is not None or call.pattern is not None or (call.causal and queries > keys)
-    plain = len(cotangents) > 1 or call.softcap is not None or may_be_empty
+    plain = len(cotangents) > 1 or call.softcap is not None or call.alibi or may_be_empty
 
     def sdpa(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
         window = Mask(window=call.window).materialize(queries, keys) if call.window else None
@@ -38,19 +38,23 @@ def through_mlx(primals: list[mx.array], cotangents: list[mx.array], call: CallP
         q, k, v = laid_out(q, k, v)
         return [of_sdpa(mx.fast.scaled_dot_product_attention(q, k, v, scale=call.scale, mask=mask))]
 
-    def unfused(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> list[mx.array]:
-        return list(plain_attention(q, k, v, call, mask))[: len(cotangents)]
+    def unfused(q: mx.array, k: mx.array, v: mx.array, *more: mx.array) -> list[mx.array]:
+        return list(plain_attention(q, k, v, call, *more))[: len(cotangents)]
 
     _, gradients = mx.vjp(unfused if plain else sdpa, primals, cotangents)
     return gradients
 
 
 def plain_attention(
-    q: mx.array, k: mx.array, v: mx.array, call: CallParams, mask: mx.array | None = None
+    q: mx.array, k: mx.array, v: mx.array, call: CallParams, *more: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Return output and logsumexp from the whole score matrix, in float32; fully masked rows give 0 and -inf."""
+    """Return output and logsumexp from the whole score matrix, in float32; fully masked rows give 0 and -inf.
+
+    `more`: the mask and the slopes of the call, if it has them.
+    """
+    mask, slopes = more[0] if call.mask else None, more[-1] if call.alibi else None
     positions = None if call.pattern is None else call.pattern.dense((q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
-    whole = Mask(causal=call.causal, window=call.window, array=combine(positions, mask))
+    whole = Mask(causal=call.causal, window=call.window, array=combine(positions, mask), alibi=slopes)
     wide_q, wide_k, wide_v = (x.astype(mx.float32) for x in (q, k, v))
     out, logsumexp = attend(wide_q, wide_k, wide_v, scale=call.scale, mask=whole, softcap=call.softcap)
     return out.astype(q.dtype), logsumexp
@@ -76,28 +80,29 @@ def gradients(
     shape: CallShape,
     call: CallParams,
 ) -> list[mx.array]:
-    """Return the gradients of q, k and v, and of a mask.
+    """Return the gradients of q, k and v, and of a mask; slopes are constants, and theirs is 0.
 
     Args:
-        primals: q, k, v, and a mask (batch, heads, queries, keys) if the call has one.
+        primals: q, k, v, a mask (batch, heads, queries, keys) and slopes (heads,), if the call has them.
         cotangents: cotangents of the output, and of the logsumexp if it was requested.
         outputs: outputs of the forward pass: output, logsumexp and stats.
         shape: shapes of the arrays.
         call: parameters of the call.
     """
+    of_slopes = [mx.zeros_like(primals[-1])] if call.alibi else []
     if _own_is_taken(shape, call):
-        return list(gradient.by_kernel(primals, cotangents, outputs, shape, call))
+        return [*gradient.by_kernel(primals, cotangents, outputs, shape, call), *of_slopes]
     if not _general_is_taken(shape, call):
-        return through_mlx(list(primals), list(cotangents), call)
+        return [*through_mlx(list(primals), list(cotangents), call)[: len(primals) - call.alibi], *of_slopes]
     made = portable_gradient.gradients(primals, cotangents, outputs, shape, call)
-    return [*made, *(_of_mask(primals, cotangents, call) if call.mask else ())]
+    return [*made, *(_of_mask(primals, cotangents, call) if call.mask else ()), *of_slopes]
 
 
 def _of_mask(primals: Sequence[mx.array], cotangents: Sequence[mx.array], call: CallParams) -> list[mx.array]:
     """Return the gradient of a mask, in MLX operations; they are lazy, so an unused gradient costs nothing."""
     if call.mask == "bool":
         return [mx.zeros_like(primals[3])]
-    return through_mlx(list(primals), list(cotangents), call)[3:]
+    return through_mlx(list(primals), list(cotangents), call)[3:4]
 
 
 def _refusal_of_own(shape: CallShape, call: CallParams) -> str | None:
@@ -130,5 +135,6 @@ def _compare(shape: CallShape, call: CallParams) -> str | None:
     stats = np.stack([np.zeros_like(logsumexp), logsumexp * LOG2_E], axis=-1)
     outputs = [mx.array(output, dtype=mx.float32).astype(dtype_of(shape)), mx.array(logsumexp, dtype=mx.float32)]
     outputs.append(mx.array(stats, dtype=mx.float32))
-    found = portable_gradient.gradients([*given[:3], *mask], given[3:], outputs, small, tried)
+    primals = [*given[:3], *mask, *selfcheck.slopes(small, tried)]
+    found = portable_gradient.gradients(primals, given[3:], outputs, small, tried)
     return selfcheck.gradient_disagreement(tried, found, made, mask)

@@ -25,8 +25,7 @@ NAMES: Final = {
 }
 
 
-TAKES: Final = frozenset({"pattern", "logsumexp"})
-NO_ALIBI: Final = "the CUDA kernels take no alibi"
+TAKES: Final = frozenset({"pattern", "alibi", "logsumexp"})
 
 
 def route(workload: Workload, needs: Needs) -> Route:
@@ -34,8 +33,6 @@ def route(workload: Workload, needs: Needs) -> Route:
     refusal = cuda.supports(workload, needs)
     if refusal:
         return unsupported(refusal)
-    if needs.alibi:
-        return unsupported(NO_ALIBI)
     from attention.kernels.cuda.choice import path_of
     from attention.kernels.cuda.requirements import shape_and_call
 
@@ -94,13 +91,17 @@ def with_logsumexp(
 
 def _checked(scale: float, mask: Mask, softcap: float | None) -> dict[str, Any]:
     """Return the keywords of the mask, or raise KernelUnavailable if the kernels do not take the call."""
-    if mask.alibi is not None:
-        raise KernelUnavailable(NO_ALIBI)
     if not scale > 0:
         raise KernelUnavailable(f"the CUDA kernels take positive scales, not {scale}")
     if softcap is not None and softcap > MAX_SOFTCAP:
         raise KernelUnavailable(f"the CUDA kernels take a softcap of up to {MAX_SOFTCAP:g}, not {softcap:g}")
-    return {"causal": mask.causal, "window": mask.window, "mask": mask.array, "pattern": mask.pattern}
+    return {
+        "causal": mask.causal,
+        "window": mask.window,
+        "mask": mask.array,
+        "pattern": mask.pattern,
+        "alibi": mask.alibi,
+    }
 
 
 def _predicted(workload: Workload, needs: Needs, backward_refusal: str | None) -> int | None:

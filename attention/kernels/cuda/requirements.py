@@ -83,7 +83,7 @@ def shape_and_call(workload: Workload, needs: Needs = NO_NEEDS) -> tuple[CallSha
     if needs.pattern or workload.structured:
         pattern = causal() if workload.mask_spec.pattern is not None else of_workload(workload).pattern
     kind = cast("MaskKind | None", mask)
-    return shape, CallParams(workload.scale, workload.causal, window, softcap, kind, pattern)
+    return shape, CallParams(workload.scale, workload.causal, window, softcap, kind, pattern, needs.alibi)
 
 
 def refusal_here(workload: Workload, needs: Needs = NO_NEEDS) -> str | None:

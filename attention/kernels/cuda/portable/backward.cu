@@ -37,7 +37,7 @@ using Listed = ListedTiles<BLOCK_Q, BLOCK_K>;
 
 template <bool REBASE>
 DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const MaskPart& mask, const u32* bits,
-                  const float* numbers, int first_key, int first_query, bool whole) {
+                  float bias_slope, const float* numbers, int first_key, int first_query, bool whole) {
   const int key = first_key + threadIdx.x % 32 / 4, query = first_query + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int n = 0; n < SUB_Q / 8; ++n) {
@@ -53,6 +53,7 @@ DEVICE void weigh(Scores& scores, Scores& slopes, const Problem& problem, const 
         float& s = scores[j / 2][n][j % 2 * 2 + i];
         if (SOFTCAP) s = squash(s, problem.into_cap), slopes[j / 2][n][j % 2 * 2 + i] = 1 - s * s;
         if (MASK_ADDED) s *= problem.score_factor;
+        if (ALIBI) s += bias_slope * static_cast<float>(key + 8 * j - problem.position_of(own));
         if (MASK) s += mask_value(mask.elements[2 * n + i][j]);
         if (REBASE) s = rebased(s, i ? bases.y : bases.x);
         s = s * problem.exponent_factor() - (i ? rests.y : rests.x);
@@ -123,7 +124,8 @@ struct Gradients {
 
 // Computes weights and dS of SUB_Q queries from `at` on, in a tile that begins at `first_query`, and adds to dK and dV.
 DEVICE void look_at_queries(Gradients& own, char* shared, int stage_at, const Warp& warp, const Problem& problem,
-                            const MaskPart& masked, const u32* bits, int at, int first_query, int first_key) {
+                            const MaskPart& masked, const u32* bits, float bias_slope, int at, int first_query,
+                            int first_key) {
   const u32 base = shared_address(shared), queries = base + stage_at, cotangents = queries + QueryTile::BYTES;
   const float* numbers = reinterpret_cast<float*>(shared + stage_at + NUMBERS_AT);
   const int from = first_query + at, last = min(problem.queries, from + SUB_Q) - 1;
@@ -138,9 +140,9 @@ DEVICE void look_at_queries(Gradients& own, char* shared, int stage_at, const Wa
 #pragma unroll
   for (int i = threadIdx.x % 32; i < SUB_Q; i += 32) rebase = rebase || numbers[BASES + at + i] != 0;
   if (__builtin_expect(__any_sync(~0u, rebase), 0)) {
-    weigh<true>(weights, slopes, problem, masked, bits, numbers + at, first_key + warp.band_row, from, whole);
+    weigh<true>(weights, slopes, problem, masked, bits, bias_slope, numbers + at, first_key + warp.band_row, from, whole);
   } else {
-    weigh<false>(weights, slopes, problem, masked, bits, numbers + at, first_key + warp.band_row, from, whole);
+    weigh<false>(weights, slopes, problem, masked, bits, bias_slope, numbers + at, first_key + warp.band_row, from, whole);
   }
   if (EXCHANGE) leave_scores(shared + WEIGHTS_AT + ScoreTile::at(warp.band_row, at), weights);
   else multiply_from_registers<CotangentTile, VALUE_COLUMNS>(own.values, weights, cotangents + CotangentTile::at(at, 0));
@@ -230,12 +232,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
 #if MASK
                 const MaskElement* mask,
 #endif
+#if ALIBI
+                const float* slopes,
+#endif
                 float* sums,
 #if LISTS
                 const int* order, const int* offsets, const int2* entries, const u32* bits,
 #endif
                 char* d_key, char* d_value, int heads, int group, int queries, int keys, int columns,
-                int value_columns, int scale_bits, int score_factor_bits, int into_cap_bits, int window,
+                int value_columns, int scale_bits, int score_factor_bits, int into_cap_bits,
+#if ALIBI
+                int slope_factor_bits,
+#endif
+                int window,
 #if LISTS
                 int batch_step, int head_step,
 #endif
@@ -246,7 +255,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
 #endif
     ) {
   extern __shared__ __align__(1024) char shared[];
-  const Problem problem{heads, group, queries, keys, __int_as_float(score_factor_bits), __int_as_float(into_cap_bits), window};
+#if ALIBI
+  const Slopes alibi{slopes, __int_as_float(slope_factor_bits)};
+#else
+  const Slopes alibi;
+#endif
+  const Problem problem{heads, group, queries, keys, __int_as_float(score_factor_bits), __int_as_float(into_cap_bits), window,
+                        alibi};
   const int key_tiles = (keys + BLOCK_K - 1) / BLOCK_K, key_heads = heads / group;
 #if LISTS
   const int work = order[blockIdx.x];
@@ -296,6 +311,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
   for (int i = 0; i < walk.length; ++i) {
     const int stage = STAGES > 1 ? i % 2 : 0, stage_at = RING_AT + stage * STAGE_BYTES;
     const int head = walk.head(i), first_query = walk.query(i);
+    const float bias_slope = ALIBI ? problem.slopes[head] : 0;
     wait_copies<0>();
     __syncthreads();  // the tile is loaded, and no warp reads the previous tile or its dS
     if (STAGES > 1) start_copies(i + 1, 1 - stage), commit_copies();
@@ -305,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_AT_ONCE)
 #if MASK
       masked.read(array, problem, batch, head, first_query + sub * SUB_Q, first_key + warp.band_row);
 #endif
-      look_at_queries(own, shared, stage_at, warp, problem, masked, walk.bits(i), sub * SUB_Q, first_query, first_key);
+      look_at_queries(own, shared, stage_at, warp, problem, masked, walk.bits(i), bias_slope, sub * SUB_Q, first_query, first_key);
     }
     __syncthreads();  // dS is complete
     if (EXCHANGE) add_from_memory(own, base, stage_at, warp);

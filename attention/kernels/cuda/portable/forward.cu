@@ -207,6 +207,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #if MASK
                 const MaskElement* mask,
 #endif
+#if ALIBI
+                const float* slopes,
+#endif
 #if LISTS
                 const int4* works, const int2* entries, const u32* bits,
 #endif
@@ -215,15 +218,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                 float* logsumexp,
 #endif
                 float2* stats, int heads, int group, int queries, int keys, int columns, int value_columns,
-                int score_factor_bits, int into_cap_bits, int window, int first_key, int split_keys,
-                int splits, Step query_batch, Step query_head, Step query_row, Step key_batch, Step key_head, Step key_row,
-                Step value_batch, Step value_head, Step value_row
+                int score_factor_bits, int into_cap_bits,
+#if ALIBI
+                int slope_factor_bits,
+#endif
+                int window, int first_key, int split_keys, int splits, Step query_batch, Step query_head, Step query_row,
+                Step key_batch, Step key_head, Step key_row, Step value_batch, Step value_head, Step value_row
 #if MASK
                 , Step mask_batch, Step mask_head, Step mask_query, Step mask_key
 #endif
     ) {
   extern __shared__ __align__(1024) char shared[];
-  const Problem problem{heads, group, queries, keys, __int_as_float(score_factor_bits), __int_as_float(into_cap_bits), window};
+#if ALIBI
+  const Slopes alibi{slopes, __int_as_float(slope_factor_bits)};
+#else
+  const Slopes alibi;
+#endif
+  const Problem problem{heads, group, queries, keys, __int_as_float(score_factor_bits), __int_as_float(into_cap_bits), window,
+                        alibi};
 #if LISTS
   const Work work(problem, works[blockIdx.x], splits);
   const Listed listed{entries, bits};
@@ -263,6 +275,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #pragma unroll
   for (int i = 0; i < 2 * ROW_TILES; ++i) state.max[i / 2][i % 2] = MINUS_INFINITY, state.sum[i / 2][i % 2] = 0;
 
+  RowSlopes biased;
+  if constexpr (ALIBI) biased.read(problem, work.first_head, own_row);
   MaskTile masked;
 #if MASK
   const MaskArray array{mask, mask_batch, mask_head, mask_query, mask_key};
@@ -302,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
       commit_copies();
     }
     if (needed) {
-      rule(scores, masked, shown, problem, own_row, first, whole);
+      rule(scores, masked, shown, biased, problem, own_row, first, whole);
       read_mask(block + 1);
       softmax(scores, state, out, problem.exponent_factor());
       add_values(out, scores, buffer + KeyTile::BYTES);

@@ -107,13 +107,14 @@ class Portable:
     mask: MaskKind | None
     element: Element
     lists: bool
+    alibi: bool
 
     @property
     def mask_constants(self) -> dict[str, int]:
         """Compile-time constants of mask.cuh."""
         kind = 0 if self.mask is None else 1 + MASK_KINDS.index(self.mask)
         given = {"CAUSAL": self.causal, "WINDOW": self.window, "SOFTCAP": self.softcap, "LISTS": self.lists}
-        return {**given, "MASK": kind}
+        return {**given, "ALIBI": self.alibi, "MASK": kind}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from attention.kernels.cuda.runtime.launch import (
     Stage,
     dtype_of,
     exponent_factor,
+    extra_inputs,
     list_planes,
     on_device,
     plan_label,
@@ -46,6 +47,7 @@ def _kernel(shape: CallShape, call: CallParams, narrow_steps: bool) -> PortableB
         mask=call.mask,
         element=shape.element,
         lists=call.pattern is not None,
+        alibi=call.alibi,
         narrow_steps=narrow_steps,
         tiles=backward_tiles_for(*widths, gpu().shared_memory_limit),
         architecture=gpu().architecture,
@@ -74,13 +76,13 @@ def make_plan_of_gradient(shape: CallShape, call: CallParams, with_logsumexp: bo
     The first launch zeroes the float32 accumulator of dQ; the second adds to it in place, although it is an input for
     MLX; the third depends on dK and rounds the accumulator to dQ. The accumulator is not visible outside.
     """
-    masks = ("mask",) if call.mask else ()
-    inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp", *masks)
+    masks, more = ("mask",) if call.mask else (), extra_inputs(call)
+    inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp", *more)
     made = (
         Stage(rows_launch(shape, call, with_logsumexp), inputs[3:7], ("rows", "sums"), strided=("cotangent",)),
         Stage(
             backward_launch(shape, call),
-            ("q", "k", "v", "cotangent", "rows", *masks, "sums"),
+            ("q", "k", "v", "cotangent", "rows", *more, "sums"),
             ("d_k", "d_v"),
             frozenset({"sums"}),
             strided=("q", "k", "v", "cotangent"),

@@ -19,6 +19,7 @@ from attention.kernels.cuda.runtime.launch import (
     Stage,
     dtype_of,
     exponent_factor,
+    extra_inputs,
     list_planes,
     on_device,
     prepare,
@@ -59,6 +60,7 @@ def division(shape: CallShape, call: CallParams, narrow_steps: bool) -> WorkDivi
         mask=call.mask,
         element=shape.element,
         lists=call.pattern is not None,
+        alibi=call.alibi,
         packed=packed,
         split=False,
         narrow_steps=narrow_steps,
@@ -132,7 +134,7 @@ def forward(shape: CallShape, call: CallParams, divided: WorkDivision) -> Launch
 def stages(shape: CallShape, call: CallParams, divided: WorkDivision) -> list[Stage]:
     """Return the launches of a call as plan stages."""
     made = forward(shape, call, divided)
-    reads, masks = (*INPUTS, "mask") if call.mask else INPUTS, ("mask",) if call.mask else ()
+    reads, masks = (*INPUTS, *extra_inputs(call)), ("mask",) if call.mask else ()
     if not divided.kernel.split:
         return [Stage(made, reads, OUTPUTS, strided=INPUTS, masks=masks)]
     parts = ("outputs", "maxima_and_sums")

@@ -18,6 +18,7 @@ struct Problem {
   float score_factor;   // softmax scale, with SOFTCAP the cap; times log2(e) unless a mask is added to the product
   float into_cap;       // with SOFTCAP: softmax scale / cap
   int window;           // with WINDOW: maximum number of keys that a row attends to
+  Slopes slopes;        // with ALIBI
 
   // Factor that turns scores, or scores with an added mask, into exponents of 2.
   DEVICE float exponent_factor() const { return MASK_ADDED ? LOG2_E : score_factor; }
@@ -25,6 +26,7 @@ struct Problem {
   DEVICE int rows() const { return PACK ? queries * group : queries; }
   DEVICE int query_of(int row) const { return PACK ? row / group : row; }
   DEVICE int head_of(int row) const { return PACK ? row % group : 0; }
+  DEVICE int position_of(int query) const { return query + keys - queries; }
 
   // Causal masks are lower-right aligned: the last query attends to every key. A query attends to the keys [first, last).
   DEVICE int last_seen_by(int query) const { return CAUSAL ? min(keys, query + 1 + keys - queries) : keys; }

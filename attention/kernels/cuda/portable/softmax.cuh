@@ -60,19 +60,33 @@ struct BitRows {
   DEVICE bool visible(int row, int key) const { return words[row][key / 32] & 1u << key % 32; }
 };
 
-// Prepares scores for the softmax: capped, scaled if a mask is added, -inf where masked by position or by the array.
-DEVICE void rule(Scores& scores, const MaskTile& mask, const BitRows& bits, const Problem& problem, int first_row,
-                 int first_key, bool whole) {
+// Slopes of a lane's rows, with ALIBI.
+struct RowSlopes {
+  float values[ROW_TILES][2];
+
+  DEVICE void read(const Problem& problem, int first_head, int first_row) {
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; ++i) {
+      values[i / 2][i % 2] = problem.slopes[first_head + problem.head_of(first_row + 8 * i)];
+    }
+  }
+};
+
+// Prepares scores for the softmax: capped, scaled if a mask is added, biased, -inf where masked by position or by the array.
+DEVICE void rule(Scores& scores, const MaskTile& mask, const BitRows& bits, const RowSlopes& slopes, const Problem& problem,
+                 int first_row, int first_key, bool whole) {
   const int column = first_key + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int t = 0; t < ROW_TILES; ++t) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const float distance = ALIBI ? column - problem.position_of(problem.query_of(first_row + 16 * t + 8 * r)) : 0;
 #pragma unroll
       for (int i = 0; i < BLOCK_N / 4; ++i) {
         float& s = scores[t][i / 2][2 * r + i % 2];
         if (SOFTCAP) s = squash(s, problem.into_cap);
         if (MASK_ADDED) s *= problem.score_factor;
+        if (ALIBI) s += slopes.values[t][r] * (distance + (i / 2 * 8 + i % 2));
         if (MASK) s += mask.value(2 * t + r, i);
       }
       if (whole) continue;

@@ -39,6 +39,8 @@ class CallParams:
     """Dtype of the array mask (batch, heads, queries, keys): bool, or added to the scores; None without a mask."""
     pattern: "Pattern | None" = None
     """Mask by block lists; it then holds all of the mask by position."""
+    alibi: bool = False
+    """Whether the last input is slopes (heads,): slope * (key - position of the query) is added after the softcap."""
 
     @property
     def adds_mask(self) -> bool:
@@ -84,6 +86,7 @@ def normalize(
     keys: int,
     mask: MaskKind | None = None,
     pattern: "Pattern | None" = None,
+    alibi: bool = False,
 ) -> CallParams:
     """Validate the keywords of a call and return them in normal form.
 
@@ -98,7 +101,9 @@ def normalize(
     if softcap is not None and softcap > MAX_SOFTCAP:
         raise ValueError(f"[flash_attention] softcap is at most {MAX_SOFTCAP:g}; got {softcap:g}.")
     narrow = window is not None and window < keys
-    return CallParams(float(scale), causal or window is not None, window if narrow else None, softcap, mask, pattern)
+    return CallParams(
+        float(scale), causal or window is not None, window if narrow else None, softcap, mask, pattern, alibi
+    )
 
 
 def refusal(dtype: str, head_dim: int, value_dim: int) -> str | None:
@@ -125,7 +130,9 @@ def float_bits(x: float) -> int:
     return int(struct.unpack("i", struct.pack("f", min(max(x, MIN_FLOAT), MAX_FLOAT)))[0])
 
 
-def check_arrays(q: "mx.array", k: "mx.array", v: "mx.array", mask: "mx.array | None") -> tuple[str, MaskKind | None]:
+def check_arrays(
+    q: "mx.array", k: "mx.array", v: "mx.array", mask: "mx.array | None", slopes: "mx.array | None" = None
+) -> tuple[str, MaskKind | None]:
     """Validate the arrays of a call; return the names of their dtype and of the mask's.
 
     Raises:
@@ -144,6 +151,10 @@ def check_arrays(q: "mx.array", k: "mx.array", v: "mx.array", mask: "mx.array | 
     reason = refusal(_name(q), q_shape[3], v_shape[3])
     if reason:
         raise ValueError(f"[flash_attention] {reason}.")
+    if slopes is not None and (slopes.shape != (q_shape[1],) or _name(slopes) != "float32"):
+        raise ValueError(
+            f"[flash_attention] alibi takes slopes ({q_shape[1]},) in float32; got {slopes.shape}, {_name(slopes)}."
+        )
     kind = None if mask is None else mask_kind(mask, (*q_shape[:3], k_shape[2]))
     return _name(q), kind
 

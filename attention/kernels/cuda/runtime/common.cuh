@@ -63,6 +63,20 @@ struct RowResults {
   }
 };
 
+// Slopes of ALiBi (Press et al., 2022), by query head: slope * (key - position of the query) is added to a score after the
+// softcap. `factor` converts them to the units of the scores, which the softmax multiplies by its own factor.
+struct Slopes {
+  const float* heads = nullptr;
+  float factor = 0;
+
+  // Bounded, so that the product with a distance is finite; NaN stays NaN.
+  DEVICE float operator[](int head) const {
+    constexpr float MAX_SLOPE = 1e28f;
+    const float slope = heads[head] * factor;
+    return fabsf(slope) > MAX_SLOPE ? copysignf(MAX_SLOPE, slope) : slope;
+  }
+};
+
 // Exponents of a row in the backward pass: the softmax weight of a score is 2^((score - base) * factor - rest). The base is
 // 0 unless the maximum is large, see LARGE_EXPONENT; `rest` is +inf for fully masked and padding rows.
 struct Exponents {

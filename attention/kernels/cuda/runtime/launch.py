@@ -54,15 +54,23 @@ def prepare(
     )
 
 
-def scalars_of(call: CallParams) -> tuple[int, int]:
-    """Return the score factor and `into_cap` of the kernels' Problem, as bits; with a softcap, it replaces the scale.
+def scalars_of(call: CallParams) -> tuple[int, ...]:
+    """Return the score factor and `into_cap` of the kernels' Problem and, with ALiBi, the factor of Slopes, as bits.
 
-    The score factor includes log2(e), so that scores are exponents of 2, unless a mask is added to the product.
+    With a softcap, it replaces the scale. The score factor includes log2(e), so that scores are exponents of 2, unless
+    a mask is added to the product. Slopes are in the units of what the score factor multiplies.
     """
     units = 1.0 if call.adds_mask else LOG2_E
-    if call.softcap is None:
-        return float_bits(call.scale * units), 0
-    return float_bits(call.softcap * units), float_bits(call.scale / call.softcap)
+    scale, into_cap = call.scale, 0
+    if call.softcap is not None:
+        scale, into_cap = call.softcap, float_bits(call.scale / call.softcap)
+    of_slopes = (float_bits(1.0 if call.adds_mask else 1 / scale),) if call.alibi else ()
+    return float_bits(scale * units), into_cap, *of_slopes
+
+
+def extra_inputs(call: CallParams) -> tuple[str, ...]:
+    """Return the names of a call's inputs besides q, k and v."""
+    return ("mask",) * (call.mask is not None) + ("slopes",) * call.alibi
 
 
 def exponent_factor(call: CallParams) -> int:

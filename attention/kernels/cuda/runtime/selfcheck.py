@@ -56,10 +56,24 @@ def random_mask(shape: CallShape, call: CallParams, seed: int = 7) -> list[mx.ar
     return [mx.array(added).astype(getattr(mx, call.mask))]
 
 
+def slopes(shape: CallShape, call: CallParams) -> list[mx.array]:
+    """Return the slopes of a call with ALiBi; empty without."""
+    return [mx.array(_slopes(shape.heads).astype(np.float32))] if call.alibi else []
+
+
+def _slopes(heads: int) -> Floats:
+    """Return another slope for each head, of either sign."""
+    return np.array([(-1) ** head * 2.0 ** -(head % 4 + 1) for head in range(heads)])
+
+
 def _rules(call: CallParams, q: Floats, k: Floats, mask: Floats | None) -> RulesOf:
-    """Return the rules of each head; an additive mask broadcasts to the scores."""
+    """Return the rules of each head; an additive mask broadcasts to the scores. ALiBi is of `slopes`."""
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     added = None if mask is None else np.broadcast_to(mask, shape)
+    if call.alibi:
+        position = np.arange(shape[2])[:, None] + shape[3] - shape[2]
+        bias = np.broadcast_to(_slopes(shape[1])[:, None, None] * (np.arange(shape[3]) - position), shape)
+        added = bias if added is None else added + bias
     if call.pattern is not None:
         visible = np.broadcast_to(np.array(call.pattern.dense(shape)), shape)
         added = np.where(visible, 0.0 if added is None else added, -np.inf)

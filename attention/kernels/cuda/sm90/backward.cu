@@ -39,6 +39,7 @@ DEVICE void load_queries(const Memory& memory, const Problem& problem, Ring& rin
   const bool partial = bits >= 0;
   await_phase(memory.empty(ring.stage), ring.parity ^ 1);
   leave_listed(memory.listed(ring.stage), place, tile, partial);
+  if constexpr (ALIBI) leave_slope(memory.listed(ring.stage), problem.slopes[head]);
   barrier_arrive_expecting(full, 2 * QueryTile::BYTES + ROWS_BYTES + (partial ? BITS_BYTES : 0));
   load_tile_expected<BLOCK_Q>(memory.query(ring.stage), maps.query, head, batch, row, full);
   load_tile_expected<BLOCK_Q>(memory.cotangent(ring.stage), maps.cotangent, head, batch, row, full);
@@ -84,6 +85,7 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile,
       const int head = walk.plane % problem.heads, row = walk.tile * BLOCK_Q;
       const u32 full = memory.full(ring.stage);
       await_phase(memory.empty(ring.stage), ring.parity ^ 1);
+      if constexpr (ALIBI) leave_slope(memory.listed(ring.stage), problem.slopes[head]);
       barrier_arrive_expecting(full, 2 * QueryTile::BYTES + ROWS_BYTES);
       load_tile_expected<BLOCK_Q>(memory.query(ring.stage), maps.query, head, batch, row, full);
       load_tile_expected<BLOCK_Q>(memory.cotangent(ring.stage), maps.cotangent, head, batch, row, full);
@@ -131,18 +133,30 @@ DEVICE void init_barriers(const Memory& memory) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL_NAME(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
                 const __grid_constant__ TensorMap value, const __grid_constant__ TensorMap cotangent, const float* rows,
+#if ALIBI
+                const float* slopes,
+#endif
                 float* query_gradient, const int* schedule,
 #if LISTS
                 const int* offsets, const int2* entries, const u32* bits,
 #endif
                 char* key_gradient, char* value_gradient, int heads, int heads_per_key, int queries, int keys, int columns,
-                int scale_bits, int scale_log2_bits, int into_cap_bits, int window
+                int scale_bits, int scale_log2_bits, int into_cap_bits,
+#if ALIBI
+                int slope_factor_bits,
+#endif
+                int window
 #if LISTS
                 , int batch_step, int head_step
 #endif
     ) {
   extern __shared__ __align__(1024) char shared[];
   const Memory memory{shared_address(shared)};
+#if ALIBI
+  const Slopes alibi{slopes, __int_as_float(slope_factor_bits)};
+#else
+  const Slopes alibi;
+#endif
   const Problem problem{heads,
                         heads_per_key,
                         queries,
@@ -151,7 +165,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         __int_as_float(scale_bits),
                         __int_as_float(scale_log2_bits),
                         __int_as_float(into_cap_bits),
-                        window};
+                        window,
+                        alibi};
 #if LISTS
   const Lists lists{offsets, entries, bits, batch_step, head_step};
 #else

@@ -30,6 +30,7 @@ class Backward:
     softcap: bool
     lists: bool = False
     """Whether the query tiles of a key tile are entries of a transposed block list, not a range."""
+    alibi: bool = False
 
     @property
     def wide(self) -> bool:
@@ -68,6 +69,7 @@ class Backward:
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
             "LISTS": self.lists,
+            "ALIBI": self.alibi,
             "BFLOAT16": self.element == "bf16",
         }
         layout = "sm90/backward_wide.cuh" if self.wide else "sm90/backward_narrow.cuh"
@@ -116,11 +118,17 @@ class Backward:
 
 
 def specialise(
-    head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False, lists: bool = False
+    head_dim: int,
+    causal: bool,
+    element: Element,
+    window: bool = False,
+    softcap: bool = False,
+    lists: bool = False,
+    alibi: bool = False,
 ) -> Backward:
     """Return the specialisation for a call with these properties."""
     width = next(width for width in WIDTHS if head_dim <= width)
-    return Backward(width, causal, element, window, softcap, lists)
+    return Backward(width, causal, element, window, softcap, lists, alibi)
 
 
 def query_tiles(queries: int) -> int:

@@ -20,7 +20,7 @@
 
 constexpr bool HELD = HEAD_DIM == 64;      // K and V stay in registers, as left operands
 constexpr bool LATE = HELD && !SOFTCAP;    // dV(n) is issued after dS(n)
-constexpr bool AHEAD = HELD || !SOFTCAP;   // registers suffice to prefetch the exponents of the next tile
+constexpr bool AHEAD = HELD || !(SOFTCAP || ALIBI);  // registers suffice to prefetch the exponents of the next tile
 using QueryGradient = float[QUERY_GRADIENTS];
 using KeyOperand = u32[HEAD_DIM / 16][4];  // 64 rows of K or V as a left operand
 
@@ -118,6 +118,9 @@ struct Consumer {
     if constexpr (HELD) start_scores(weight_gradients, held_value, memory.cotangent(stage));
     else start_scores(weight_gradients, memory.value() + own_rows(), memory.cotangent(stage));
     if constexpr (!AHEAD) load_rows(logsumexps, memory.rows(stage));
+    if constexpr (ALIBI) {
+      add_biases(scores, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q, memory.listed(stage));
+    }
     if (based) rebase(scores, memory.rows(stage));
     weigh<!LATE>(scores, weights, logsumexps, problem, key + index * WARPGROUP_ROWS, tile * BLOCK_Q, memory.listed(stage),
                  memory.bits(stage) + index * (WARPGROUP_ROWS / 8));

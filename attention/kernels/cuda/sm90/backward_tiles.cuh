@@ -11,6 +11,7 @@ struct Problem {
   float scale, scale_log2;  // softmax scale; scale * log2(e), with SOFTCAP cap * log2(e)
   float into_cap;           // with SOFTCAP: scale / cap
   int window;
+  Slopes slopes;            // with ALIBI
 
   DEVICE int shift() const { return keys - queries; }
   DEVICE int query_tiles() const { return (queries + BLOCK_Q - 1) / BLOCK_Q; }
@@ -136,9 +137,21 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int first_key, i
   }
 }
 
-// What the producer leaves about a listed query tile: its index over all planes, its index, and whether it is partially masked.
+// What the producer leaves about a query tile. If it is listed: its index over all planes, its index, and whether it is
+// partially masked. With ALIBI: the slope of its head.
 DEVICE void leave_listed(u32 listed, u32 place, u32 tile, u32 partial) {
   store_word(listed, place), store_word(listed + 4, tile), store_word(listed + 8, partial);
+}
+DEVICE void leave_slope(u32 listed, float slope) { store_word(listed + 12, __float_as_uint(slope)); }
+
+// Adds slope * (key - position of the query) to the scores.
+DEVICE void add_biases(Scores& scores, const Problem& problem, int first_key, int first_query, u32 listed) {
+  const float slope = __uint_as_float(load_word(listed + 12));
+  if constexpr (LISTS) first_query += load_word(listed + 4) * BLOCK_Q;
+  const int lane = threadIdx.x % 32, key = first_key + threadIdx.x / 32 % 4 * 16 + lane / 4;
+  const float distance = key - (first_query + 2 * (lane % 4) + problem.shift());
+#pragma unroll
+  for (int i = 0; i < SPAN / 2; ++i) scores[i] += slope * (distance + (8 * (i / 2 % 2) - 8 * (i / 4) - i % 2));
 }
 
 // Masks the scores of a listed tile whose bits are 0, and those of keys beyond the end. `bits` is the address of the bits of
@@ -169,6 +182,7 @@ DEVICE void cap_scores(Scores& scores, float into_cap) {
 
 // Whether any row of a tile has a nonzero base; never with SOFTCAP, because the cap is bounded (MAX_SOFTCAP in runtime/call.py).
 DEVICE bool has_bases(u32 rows) {
+  static_assert(!(SOFTCAP && ALIBI), "the derivative of the softcap is made of the scores after it");
   if constexpr (SOFTCAP) return false;
   u32 flag;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(flag) : "r"(rows + REBASE) : "memory");

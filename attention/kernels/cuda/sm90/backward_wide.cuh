@@ -103,8 +103,10 @@ struct Consumer {
     Half made;
     const bool based = has_bases(memory.rows(stage));
     start_scores(weight_gradients, memory.value(), memory.cotangent(stage) + own_queries());
+    const int first_query = tile * BLOCK_Q + index * SPAN;
+    if constexpr (ALIBI) add_biases(scores, problem, key, first_query, memory.listed(stage));
     if (based) rebase(scores, rows(stage));
-    weigh<true>(scores, packed, logsumexps, problem, key, tile * BLOCK_Q + index * SPAN, memory.listed(stage),
+    weigh<true>(scores, packed, logsumexps, problem, key, first_query, memory.listed(stage),
                 memory.bits(stage) + index * SPAN * (BLOCK_K / 8));
     store_operand(weight_tile, packed, first_unit);
     wgmma_wait<0>();

@@ -54,14 +54,16 @@ DEVICE void add_values(Output& out, const u32 (&weights)[4], u32 values) {
   }
 }
 
-// Caps and masks a row's scores of the keys from `key` on; returns the maximum of them and `largest`.
-DEVICE float limit(float (&scores)[2][4], int r, float largest, const Problem& problem, int row, int key) {
+// Caps, biases and masks a row's scores of the keys from `key` on; returns the maximum of them and the row's own.
+DEVICE float limit(float (&scores)[2][4], int r, const Rows& rows, const Problem& problem, int row, int key) {
   const int first = problem.first_seen_by(row), last = problem.last_seen_by(row);
+  float largest = rows.max[r];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float& s = scores[i / 2][2 * r + i % 2];
     const int column = key + i / 2 * 8 + 2 * (threadIdx.x % 4) + i % 2;
     if (SOFTCAP) s = 1 - 2 * reciprocal_fast(1 + exp2_fast(2 * 1.44269504f * problem.into_cap * s));
+    if (ALIBI) s += rows.slope[r] * static_cast<float>(column - problem.position_of(row));
     if (column >= last || (WINDOW && column < first)) s = MINUS_INFINITY;
     largest = fmaxf(largest, s);
   }
@@ -73,7 +75,7 @@ DEVICE float limit(float (&scores)[2][4], int r, float largest, const Problem& p
 DEVICE void softmax(float (&scores)[2][4], Rows& rows, Output& out, const Problem& problem, int first_row, int key) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float largest = limit(scores, r, rows.max[r], problem, first_row + threadIdx.x % 32 / 4 + 8 * r, key);
+    const float largest = limit(scores, r, rows, problem, first_row + threadIdx.x % 32 / 4 + 8 * r, key);
     const float base = largest == MINUS_INFINITY ? 0 : largest;
     const float rescale = exp2_fast((rows.max[r] - base) * problem.scale_log2);
     rows.max[r] = largest;
@@ -132,17 +134,30 @@ DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
-    KERNEL_NAME(const char* query, const char* key, const char* value, char* output, float* logsumexp, float2* stats,
+    KERNEL_NAME(const char* query, const char* key, const char* value,
+#if ALIBI
+                const float* slopes,
+#endif
+                char* output, float* logsumexp, float2* stats,
                 float* parts, u64* marks, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
-                int into_cap_bits, int window, int first_key, int split_keys, int splits, long long query_batch,
+                int into_cap_bits,
+#if ALIBI
+                int slope_factor_bits,
+#endif
+                int window, int first_key, int split_keys, int splits, long long query_batch,
                 long long query_head, long long query_row, long long key_batch, long long key_head, long long key_row,
                 long long value_batch, long long value_head, long long value_row, u64 serial) {
   extern __shared__ __align__(1024) char shared[];
-  const Problem problem{group, queries, keys, columns, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits),
-                        window};
-  const int row_tiles = (problem.rows() + ROWS - 1) / ROWS, warp = threadIdx.x / 32;
+  const int row_tiles = (group * queries + ROWS - 1) / ROWS, warp = threadIdx.x / 32;
   const int split = blockIdx.x % splits, tile = blockIdx.x / splits, first_row = tile % row_tiles * ROWS;
   const int plane = tile / row_tiles, batch = plane / (heads / group), head = plane % (heads / group);
+#if ALIBI
+  const Slopes alibi{slopes + head * group, __int_as_float(slope_factor_bits)};
+#else
+  const Slopes alibi;
+#endif
+  const Problem problem{group, queries, keys, columns, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits),
+                        window, alibi};
 
   const u32 queries_at = shared_address(shared), ring = queries_at + QUERY_BYTES + warp * STAGES * STAGE_BYTES;
   if (warp == 0) {
@@ -155,6 +170,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 
   Output out = {};
   Rows rows;
+  if constexpr (ALIBI) {
+    for (int r = 0; r < 2; ++r) rows.slope[r] = problem.slope_of(first_row + threadIdx.x % 32 / 4 + 8 * r);
+  }
   const int begin = first_key + split * split_keys;
   attend(problem, queries_at, ring,
          {key + (batch * key_batch + head * key_head) * 2, value + (batch * value_batch + head * value_head) * 2,

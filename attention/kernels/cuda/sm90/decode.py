@@ -35,6 +35,7 @@ class Decode:
     shared_memory_limit: int = 232_448
     resident_blocks: int = RESIDENT_BLOCKS
     max_warps: int = 4
+    alibi: bool = False
 
     @property
     def warps(self) -> int:
@@ -77,6 +78,7 @@ class Decode:
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
+            "ALIBI": self.alibi,
             "BFLOAT16": self.element == "bf16",
         }
         return Program(

@@ -7,9 +7,12 @@ struct Problem {
   int group, queries, keys, columns;
   float scale_log2, into_cap;
   int window;
+  Slopes slopes;  // with ALIBI: from the first head of the plane on
 
   DEVICE int rows() const { return group * queries; }
   DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row % queries + 1 + keys - queries) : keys; }
+  DEVICE int position_of(int row) const { return row % queries + keys - queries; }
+  DEVICE float slope_of(int row) const { return slopes[min(row, rows() - 1) / queries]; }
   DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row % queries + 1 + keys - queries - window) : 0; }
 };
 
@@ -20,4 +23,5 @@ using Output = float[HEAD_DIM / 8][4];
 struct Rows {
   float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
   float sum[2] = {0, 0};
+  float slope[2] = {0, 0};  // with ALIBI
 };

@@ -35,6 +35,7 @@ struct Consumer {
   Work work;
   u32 query = 0;
   int n = 0, skips = 0;  // skips: trailing key tiles of the work that are masked for all queries of this consumer
+  float slope = 0;       // with ALIBI: of the work's head
 
   DEVICE Consumer(const Memory& memory, int index, const Schedule& schedule)
       : memory(memory), index(index), schedule(schedule) {
@@ -88,6 +89,7 @@ struct Consumer {
     asm volatile("" : "+r"(query));  // opaque, so that with a single buffer derived values do not stay in vector registers
     n = (LISTS ? work.end : problem.key_blocks_of_warpgroup(top(), work.first, work.end)) - 1;
     skips = work.end - 1 - n;
+    if constexpr (ALIBI) slope = problem.slopes[schedule.plane() % problem.heads];
     return true;
   }
   DEVICE bool sees_nothing() const { return n < work.first; }
@@ -96,9 +98,10 @@ struct Consumer {
   DEVICE int top() const { return work.block * BLOCK_M + index * WARPGROUP_ROWS; }
   DEVICE int row() const { return top() + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
-  // Caps and masks the scores.
+  // Caps, biases and masks the scores.
   DEVICE void mask(Scores& scores, const Problem& problem, const Listed& listed) const {
     if constexpr (SOFTCAP) cap_scores(scores, problem.into_cap);
+    if constexpr (ALIBI) add_biases(scores, problem, slope, row(), (LISTS ? listed.tile() : n) * BLOCK_N);
     if constexpr (LISTS) return mask_listed(scores, problem, listed, row());
     const int first_of_all = problem.first_seen_by(top() + WARPGROUP_ROWS - 1);
     if ((n + 1) * BLOCK_N > problem.last_seen_by(top()) || n * BLOCK_N < first_of_all) {
@@ -220,17 +223,30 @@ DEVICE void init_barriers(const Memory& memory) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL_NAME(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
-                const __grid_constant__ TensorMap value, const int4* table,
+                const __grid_constant__ TensorMap value,
+#if ALIBI
+                const float* slopes,
+#endif
+                const int4* table,
 #if LISTS
                 const int2* entries, const u32* bits,
 #endif
                 char* output, float* logsumexp,
                 float2* stats, float4* parts, u64* marks, int planes, int heads, int heads_per_key, int queries, int keys, int columns,
-                int scale_log2_bits, int into_cap_bits, int window, int rounds, u64 serial) {
+                int scale_log2_bits, int into_cap_bits,
+#if ALIBI
+                int slope_factor_bits,
+#endif
+                int window, int rounds, u64 serial) {
   extern __shared__ __align__(1024) char shared[];
   const Memory memory{shared_address(shared)};
+#if ALIBI
+  const Slopes alibi{slopes, __int_as_float(slope_factor_bits)};
+#else
+  const Slopes alibi;
+#endif
   const Problem problem{planes, heads, heads_per_key, queries, keys, columns, __int_as_float(scale_log2_bits),
-                        __int_as_float(into_cap_bits), window};
+                        __int_as_float(into_cap_bits), window, alibi};
   const Schedule schedule{table + 2 * rounds * blockIdx.x};
 #if LISTS
   const Lists lists{entries, bits};

@@ -62,6 +62,7 @@ class Forward:
     overlap: bool = True
     lists: bool = False
     """Whether the key tiles of a query tile are entries of a block list, not a range."""
+    alibi: bool = False
 
     @property
     def block_m(self) -> int:
@@ -88,6 +89,7 @@ class Forward:
             "QUERY_STAGES": self.query_stages,
             "OVERLAP": self.overlap,
             "LISTS": self.lists,
+            "ALIBI": self.alibi,
             "BFLOAT16": self.element == "bf16",
         }
         products = (
@@ -131,9 +133,13 @@ class Forward:
 
 
 @functools.cache
-def specialise(head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False) -> Forward:
+def specialise(
+    head_dim: int, causal: bool, element: Element, window: bool = False, softcap: bool = False, alibi: bool = False
+) -> Forward:
     """Return the fastest specialisation for large problems, D <= 256 (see docs/experiments/cuda-hopper.md)."""
-    made = functools.partial(Forward, causal=causal or window, element=element, window=window, softcap=softcap)
+    made = functools.partial(
+        Forward, causal=causal or window, element=element, window=window, softcap=softcap, alibi=alibi
+    )
     if head_dim <= 128 and softcap:  # with three consumers the softcap would spill registers
         return made(64 if head_dim <= 64 else 128, consumers=2, block_n=128, query_stages=2)
     if head_dim <= 64:
@@ -148,7 +154,9 @@ def specialise(head_dim: int, causal: bool, element: Element, window: bool = Fal
 
 
 @functools.cache
-def specialise_lists(head_dim: int, element: Element, softcap: bool = False, few: bool = False) -> Forward:
+def specialise_lists(
+    head_dim: int, element: Element, softcap: bool = False, few: bool = False, alibi: bool = False
+) -> Forward:
     """Return the specialisation for block lists; with `few`, for small problems: smaller tiles, and more of them."""
     width = next(width for width in (64, 128, 192, 256) if head_dim <= width)
     narrow = width <= 128
@@ -161,6 +169,7 @@ def specialise_lists(head_dim: int, element: Element, softcap: bool = False, few
         block_n=128 if narrow else 64,
         query_stages=2 if narrow else 1,
         lists=True,
+        alibi=alibi,
     )
 
 

@@ -18,6 +18,7 @@ from attention.kernels.cuda.runtime.launch import (
     TensorBox,
     dtype_of,
     exponent_factor,
+    extra_inputs,
     list_planes,
     make_plan,
     on_device,
@@ -49,15 +50,23 @@ def refusal(shape: CallShape, call: CallParams) -> str | None:
         return "the backward kernel needs a Hopper GPU"
     if shape.head_dim > MAX_HEAD_DIM:
         return f"the backward kernel takes head dims up to {MAX_HEAD_DIM}, not {shape.head_dim}"
+    if call.softcap is not None and call.alibi:  # the derivative of the softcap is made of the scores after it
+        return "the Hopper backward kernel takes no softcap beside ALiBi"
     return selfcheck.distrust_reason(kernel_of(shape, call).program)
 
 
 @functools.lru_cache(maxsize=256)
 def kernel_of(shape: CallShape, call: CallParams) -> Backward:
     """Return the specialisation for a call."""
-    window, softcap = call.window is not None, call.softcap is not None
-    lists = call.pattern is not None
-    return specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap, lists=lists)
+    return specialise(
+        shape.head_dim,
+        call.causal,
+        shape.element,
+        window=call.window is not None,
+        softcap=call.softcap is not None,
+        lists=call.pattern is not None,
+        alibi=call.alibi,
+    )
 
 
 def by_kernel(
@@ -67,10 +76,10 @@ def by_kernel(
     shape: CallShape,
     call: CallParams,
 ) -> tuple[mx.array, ...]:
-    """Return the gradients of q, k and v. Arguments: see `gradients.gradients`, without a mask."""
+    """Return the gradients of q, k and v. Arguments: see `gradients.gradients`, without a mask; with slopes last."""
     cotangent = cotangents[0].astype(dtype_of(shape))
     of_logsumexp = cotangents[1].astype(mx.float32) if len(cotangents) > 1 else outputs[1]
-    arrays = [*primals, outputs[0], cotangent, outputs[2], of_logsumexp]
+    arrays = [*primals[:3], outputs[0], cotangent, outputs[2], of_logsumexp, *primals[3:]]
     d_q, d_k, d_v = make_plan_of_gradient(shape, call, len(cotangents) > 1)(arrays)[:3]
     return d_q, d_k, d_v
 
@@ -82,13 +91,14 @@ def make_plan_of_gradient(shape: CallShape, call: CallParams, with_logsumexp: bo
     The first launch zeroes the float32 accumulator of dQ; the second adds to it in place; the third depends on dK and
     rounds the accumulator to dQ. The accumulator is not visible outside.
     """
-    inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp")
+    slopes = extra_inputs(call)
+    inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp", *slopes)
     queries, keys = TensorBox(BLOCK_Q), TensorBox(kernel_of(shape, call).block_k)
     stages = (
-        Stage(rows_launch(shape, call, with_logsumexp), inputs[3:], ("rows", "sums"), strided=("cotangent",)),
+        Stage(rows_launch(shape, call, with_logsumexp), inputs[3:7], ("rows", "sums"), strided=("cotangent",)),
         Stage(
             backward_launch(shape, call),
-            ("q", "k", "v", "cotangent", "rows", "sums"),
+            ("q", "k", "v", "cotangent", "rows", *slopes, "sums"),
             ("d_k", "d_v"),
             frozenset({"sums"}),
             maps={"q": queries, "k": keys, "v": keys, "cotangent": queries},
@@ -155,8 +165,9 @@ def check(shape: CallShape, call: CallParams) -> None:
 
     def compare() -> str | None:
         q, k, v, cotangent = selfcheck.inputs(small)
-        outputs = forward_plan(small, tried)([q, k, v])[: len(OUTPUTS)]
-        found = by_kernel((q, k, v), (cotangent,), outputs, small, tried)
+        primals = [q, k, v, *selfcheck.slopes(small, tried)]
+        outputs = forward_plan(small, tried)(primals)[: len(OUTPUTS)]
+        found = by_kernel(primals, (cotangent,), outputs, small, tried)
         return selfcheck.gradient_disagreement(tried, found, [q, k, v, cotangent])
 
     selfcheck.check(kernel_of(shape, call).program, compare)

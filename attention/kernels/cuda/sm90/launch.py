@@ -18,6 +18,7 @@ from attention.kernels.cuda.runtime.launch import (
     Stage,
     TensorBox,
     dtype_of,
+    extra_inputs,
     list_planes,
     make_plan,
     on_device,
@@ -41,8 +42,9 @@ def forward_kernel(shape: CallShape, call: CallParams) -> Forward:
     window, softcap = call.window is not None, call.softcap is not None
     if call.pattern is not None:
         tiles = shape.batch * shape.heads * -(-shape.queries // (2 * WARPGROUP_ROWS))
-        return specialise_lists(shape.head_dim, shape.element, softcap, few=tiles < gpu().multiprocessors)
-    largest = specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap)
+        few = tiles < gpu().multiprocessors
+        return specialise_lists(shape.head_dim, shape.element, softcap, few=few, alibi=call.alibi)
+    largest = specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap, alibi=call.alibi)
 
     def time(kernel: Forward) -> float:
         ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
@@ -112,7 +114,16 @@ def make_key_split(shape: CallShape, call: CallParams) -> KeySplit:
     window, causal = call.window is not None and not alone, call.causal and not alone
     first_seen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
     softcap, found = call.softcap is not None, gpu()
-    kernel = Decode(width, causal, shape.element, window, softcap, found.architecture, found.shared_memory_limit)
+    kernel = Decode(
+        width,
+        causal,
+        shape.element,
+        window,
+        softcap,
+        found.architecture,
+        found.shared_memory_limit,
+        alibi=call.alibi,
+    )
     tiles = shape.batch * shape.kv_heads * math.ceil(shape.group * shape.queries / ROWS)
     splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
     if keys >= LONG_KEYS:
@@ -162,7 +173,7 @@ def forward_stages(
     return [
         Stage(
             made,
-            INPUTS,
+            (*INPUTS, *extra_inputs(call)),
             OUTPUT_NAMES,
             maps={"q": TensorBox(WARPGROUP_ROWS), "k": keys, "v": keys},
             omitted=_omitted(made, with_logsumexp),
@@ -174,13 +185,14 @@ def forward_stages(
 @functools.lru_cache(maxsize=256)
 def forward_plan(shape: CallShape, call: CallParams) -> Run:
     """Return the Hopper forward kernel as a plan without gradient: output, logsumexp and stats."""
-    return make_plan(INPUTS, OUTPUTS, forward_stages(shape, call))
+    return make_plan((*INPUTS, *extra_inputs(call)), OUTPUTS, forward_stages(shape, call))
 
 
 def decode_stages(shape: CallShape, call: CallParams, plan: KeySplit, with_logsumexp: bool = True) -> list[Stage]:
     """Return the launch of the split-K kernel with a given splitting."""
     made = decode(shape, call, plan)
-    return [Stage(made, INPUTS, OUTPUT_NAMES, strided=INPUTS, omitted=_omitted(made, with_logsumexp), serial=True)]
+    reads = (*INPUTS, *extra_inputs(call))
+    return [Stage(made, reads, OUTPUT_NAMES, strided=INPUTS, omitted=_omitted(made, with_logsumexp), serial=True)]
 
 
 def _omitted(made: launch.Launch, with_logsumexp: bool) -> frozenset[str]:

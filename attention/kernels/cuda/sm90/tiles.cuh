@@ -17,7 +17,9 @@ struct Problem {
   float scale_log2;     // softmax scale, with SOFTCAP the cap, times log2(e)
   float into_cap;       // with SOFTCAP: softmax scale / cap
   int window;           // with WINDOW: maximum number of keys that a row attends to
+  Slopes slopes;        // with ALIBI
 
+  DEVICE int position_of(int row) const { return row + keys - queries; }
   // Causal masks are lower-right aligned: the last query attends to every key. A row attends to the keys [first, last).
   DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row + 1 + keys - queries) : keys; }
   DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row + 1 + keys - queries - window) : 0; }
@@ -68,6 +70,17 @@ DEVICE void cap_scores(Scores& scores, float into_cap) {
   const float factor = 2 * 1.44269504f * into_cap;
 #pragma unroll
   for (int i = 0; i < BLOCK_N / 2; ++i) scores[i] = 1 - 2 * reciprocal_fast(1 + exp2_fast(scores[i] * factor));
+}
+
+// Adds slope * (key - position) to the scores of the thread's rows, `row` and `row` + 8. `first_key` is the first of the tile.
+DEVICE void add_biases(Scores& scores, const Problem& problem, float slope, int row, int first_key) {
+  const int column = first_key + 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float distance = column - problem.position_of(row + 8 * r);
+#pragma unroll
+    for (int i = 2 * r; i < BLOCK_N / 2; i += i % 2 ? 3 : 1) scores[i] += slope * (distance + (8 * (i / 4) + i % 2));
+  }
 }
 
 // Masks scores of the thread's rows, `row` and `row` + 8, by causality and window. `first_key` is the first of the tile.
@@ -134,7 +147,7 @@ DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
     shift[r] = base[r] * scale_log2;
   }
   const bool large = fmaxf(fabsf(shift[0]), fabsf(shift[1])) > LARGE_EXPONENT;
-  if (!SOFTCAP && __builtin_expect(__any_sync(~0u, large), 0)) {
+  if ((!SOFTCAP || ALIBI) && __builtin_expect(__any_sync(~0u, large), 0)) {
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; ++i) scores[i] -= base[i / 2 % 2];
     shift[0] = shift[1] = 0;

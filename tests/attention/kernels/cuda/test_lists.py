@@ -11,7 +11,7 @@ from attention import masks
 from attention.core.route import Needs
 from attention.core.workload import Workload
 from attention.kernels import cuda
-from attention.kernels.cuda import KernelUnavailable, choice, path
+from attention.kernels.cuda import choice, path
 from attention.kernels.cuda import gradients as cuda_gradients
 from attention.kernels.cuda.gradients import plain_attention
 from attention.kernels.cuda.portable import launch as portable_launch
@@ -164,11 +164,8 @@ def test_poc_takes_patterns_through_the_kernels_and_names_what_they_do_not_take(
         workload = Workload(heads=4, seq=300, head_dim=64, dtype="bfloat16", mask=mask)
         found = path.route(workload, Needs(pattern=True))
         assert (found.supported, found.path) == (True, path.NAMES["forward"]), found.reason
-        assert "alibi" in path.route(workload, Needs(alibi=True)).reason
     output, logsumexp = path.with_logsumexp(q, q, q, scale=0.1, mask=masks.Mask(pattern=pattern), softcap=None)
     assert (output.shape, logsumexp.shape) == (q.shape, (1, 4, 300))
-    with pytest.raises(KernelUnavailable, match="no alibi"):
-        path.attend(q, q, q, scale=0.1, mask=masks.Mask(alibi=mx.zeros(4)), softcap=None)
 
 
 @pytest.mark.parametrize(("pattern", "batch"), [(masks.prefix(40), 10), (masks.padding([300, 170]), 2)])

@@ -41,17 +41,30 @@ def forward(
     split=False,
     element="bf16",
     lists=False,
+    alibi=False,
 ):
     tiles = tiles_for(*dims, rows, mask is not None, LIMITS[architecture])
     few = rows <= portable_forward.FEW_ROWS and not lists
-    return PortableForward(*dims, causal, window, softcap, mask, element, lists, few, split, False, tiles, architecture)
+    kind = (causal, window, softcap, mask, element, lists, alibi)
+    return PortableForward(*dims, *kind, few, split, False, tiles, architecture)
 
 
-def backward(architecture, dims, mask=None, causal=True, window=False, softcap=False, element="bf16", lists=False):
+def backward(
+    architecture,
+    dims,
+    mask=None,
+    causal=True,
+    window=False,
+    softcap=False,
+    element="bf16",
+    lists=False,
+    alibi=False,
+):
     widths = widths_of(*dims)
     tiles = backward_tiles_for(*widths, LIMITS[architecture])
     vectors = architecture not in ("sm_80", "sm_86", "sm_89")
-    return PortableBackward(*widths, causal, window, softcap, mask, element, lists, False, tiles, architecture, vectors)
+    kind = (causal, window, softcap, mask, element, lists, alibi)
+    return PortableBackward(*widths, *kind, False, tiles, architecture, vectors)
 
 
 ANY_PAIRS = list(product(WIDTHS, WIDTHS))
