@@ -7,14 +7,14 @@ import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache, wraps
+from functools import cache, cached_property, lru_cache, wraps
 from types import TracebackType
-from typing import Any, Final, NamedTuple, ParamSpec, Self, TypeVar, cast
+from typing import Any, Final, Literal, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 import mlx.core as mx
 from msgspec import Struct, structs
 
-from attention import implementations
+from attention import implementations, masks
 from attention.arguments import check_mask, check_shapes, find_implementation
 from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import UnsupportedError, UsageError
@@ -22,8 +22,9 @@ from attention.core.events import WITHOUT_ATTENTION, CallsCounted
 from attention.core.kv_format import Format, KVFormat
 from attention.implementations.calls import call_signature, call_through_hooks, take_path
 from attention.implementations.protocol import Implementation, SupportsTraining
-from attention.masks import Mask
+from attention.masks import Mask, Pattern
 from attention.measure.device import probe
+from attention.mlx_lm import gemma2
 from attention.monitoring import patch_points
 from attention.quantized_kv import QuantizedArray, quantized
 
@@ -50,6 +51,9 @@ class ModelCall(NamedTuple):
     """Formats of quantized keys and values."""
     window: int | None = None
     """Keys that a query attends to; the mask is then "causal"."""
+    pattern: Pattern | None = None
+    """The mask as a value, instead of `mask`."""
+    softcap: float | None = None
 
     @property
     def kv_seq(self) -> int:
@@ -75,7 +79,9 @@ class ModelCall(NamedTuple):
     @property
     def is_readable_by_mlx_lm(self) -> bool:
         """Whether mlx-lm's own function computes it."""
-        return self.kv_format is None or (self.kv_format.shared_affine is not None and self.sinks is None)
+        return self.kv_format is None or (
+            self.kv_format.shared_affine is not None and self.sinks is None and self.softcap is None
+        )
 
 
 def _with_format(arrays: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> QuantizedArray:
@@ -83,50 +89,100 @@ def _with_format(arrays: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> Q
     return QuantizedArray(numbers, scales, biases[0] if biases else None, form, scales.dtype if biases else dtype)
 
 
-class _Bounds(NamedTuple):
-    """What an array of mlx-lm's `create_causal_mask` says."""
+MIN_PATTERN_ROWS: Final = 64
+"""Rows from which a mask of padding becomes a pattern; of fewer its array is not much larger than the keys."""
 
-    array: "weakref.ref[mx.array]"
-    rows: int
-    offset: int
-    """Keys before those of the rows."""
-    window: int | None
+
+class KnownMask:
+    """What an array of mlx-lm's `create_causal_mask` says.
+
+    Attributes:
+        rows: number of rows.
+        keys: number of keys.
+        window: keys that a row sees, or None for all up to its own.
+    """
+
+    def __init__(
+        self,
+        array: "weakref.ref[mx.array]",
+        rows: int,
+        offset: int,
+        window: int | None,
+        right_padding: mx.array | None = None,
+        left_padding: mx.array | None = None,
+    ) -> None:
+        self.array = array
+        self.rows, self.keys, self.window = rows, rows + offset, window
+        self._paddings = right_padding, left_padding
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the sequences of the batch have padding, possibly of length 0."""
+        return any(one is not None for one in self._paddings)
+
+    @cached_property
+    def pattern(self) -> Pattern | None:
+        """The mask as a value; None if its padding is traced by a transformation of MLX."""
+        seen = masks.causal() if self.window is None else masks.window(self.window)
+        sides: tuple[Literal["right", "left"], ...] = ("right", "left")
+        for side, padding in zip(sides, self._paddings, strict=True):
+            if padding is None:
+                continue
+            try:
+                lengths = [self.keys - one for one in cast("list[int]", padding.tolist())]
+            except ValueError:
+                return None
+            if any(length < self.keys for length in lengths):
+                seen &= masks.padding([max(0, min(length, self.keys)) for length in lengths], side)
+        return seen
 
 
 class KnownMasks:
-    """Arrays made by `create_causal_mask` that are no more than bounds.
+    """Arrays made by `create_causal_mask`: bounds, and padding of the sequences of a batch.
 
     MLX is lazy: an array that no implementation reads is never computed, however large its shape.
+
+    Attributes:
+        by_value: whether the implementation takes padding as a pattern.
     """
 
-    def __init__(self) -> None:
-        self._bounds: dict[int, _Bounds] = {}
+    def __init__(self, *, by_value: bool) -> None:
+        self.by_value = by_value
+        self._known: dict[int, KnownMask] = {}
 
     def create(
         self,
         N: int,  # noqa: N803
         offset: int = 0,
         window_size: int | None = None,
-        *padding: Any,
+        right_padding: mx.array | None = None,
+        left_padding: mx.array | None = None,
         **more: Any,
     ) -> mx.array:
         """Replacement of mlx-lm's function, with the same arguments."""
-        made: mx.array = patch_points.models_causal_mask().observed(N, offset, window_size, *padding, **more)
-        plain = all(one is None for one in (*padding, *more.values()))
+        made: mx.array = patch_points.models_causal_mask().observed(
+            N, offset, window_size, right_padding, left_padding, **more
+        )
+        paddings = right_padding, left_padding
+        plain = not more and all(one is None or one.ndim == 1 for one in paddings)
         if plain and isinstance(offset, int) and (window_size is None or isinstance(window_size, int)):
             place = id(made)
-            forget = weakref.ref(made, lambda _: self._bounds.pop(place, None))
-            self._bounds[place] = _Bounds(forget, N, offset, window_size)
+            forget = weakref.ref(made, lambda _: self._known.pop(place, None))
+            self._known[place] = KnownMask(forget, N, offset, window_size, *paddings)
         return made
 
-    def as_bounds(self, call: ModelCall) -> ModelCall:
-        """Return the call with bounds instead of a known array that fits its lengths."""
-        known = self._bounds.get(id(call.mask)) if isinstance(call.mask, mx.array) else None
+    def by_position(self, call: ModelCall) -> ModelCall:
+        """Return the call with bounds or a pattern instead of a known array that fits its lengths."""
+        known = self._known.get(id(call.mask)) if isinstance(call.mask, mx.array) else None
         if known is None or known.array() is not call.mask:
             return call
-        if (known.rows, known.rows + known.offset) != (call.q.shape[2], call.kv_seq):
+        if (known.rows, known.keys) != (call.q.shape[2], call.kv_seq):
             return call
-        return call._replace(mask="causal", window=known.window)
+        if not known.is_padded:
+            return call._replace(mask="causal", window=known.window)
+        if not self.by_value or known.rows < MIN_PATTERN_ROWS or known.pattern is None:
+            return call
+        return call._replace(mask=None, pattern=known.pattern)
 
 
 class CallArguments(NamedTuple):
@@ -167,9 +223,11 @@ class ArgumentAdapter:
         if verdict.path is None:
             raise UnsupportedError(verdict.reason)
         k, v = self._keys_and_values(call)
+        path = f"{verdict.path}, {DEQUANTIZED}" if self._must_dequantize(call) else verdict.path
+        if call.pattern is not None:
+            return CallArguments(k, v, masks.of_pattern(call.pattern), path)
         array = None if isinstance(call.mask, str) else call.mask
         mask = Mask(causal=isinstance(call.mask, str), window=call.window, array=array)
-        path = f"{verdict.path}, {DEQUANTIZED}" if self._must_dequantize(call) else verdict.path
         return CallArguments(k, v, mask, path)
 
     def _must_dequantize(self, call: ModelCall) -> bool:
@@ -186,7 +244,8 @@ class ArgumentAdapter:
         mask = call.mask
         array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else (mask, call.window)
         kinds = _kind(call.q), _kind(call.k), _kind(call.v)
-        key = (kinds, call.kv_format, array, call.sinks is None)
+        given = call.sinks is None, call.softcap is None, call.pattern is None
+        key = (kinds, call.kv_format, array, given)
         verdict = self._acceptances.get(key)
         if verdict is None:
             verdict = self._acceptances[key] = self._check(call)
@@ -199,7 +258,7 @@ class ArgumentAdapter:
                 quantized(call.v, call.kv_format.value)
             k, v = self._keys_and_values(call)
             check_shapes(call.q, k, v)
-            mask = check_mask(call.mask, call.window, call.q, k)
+            mask = check_mask(call.mask if call.pattern is None else call.pattern, call.window, call.q, k)
             route = self._implementation.route(*_route_arguments(call, k, v, mask))
         except UsageError as error:
             return Acceptance(None, _problem(error))
@@ -216,7 +275,7 @@ def _kind(array: Any) -> object:
 
 
 def _route_arguments(call: ModelCall, k: Any, v: Any, mask: Mask) -> tuple[Any, Any, Any]:
-    workload, needs = call_signature(call.q, k, v, mask, None)
+    workload, needs = call_signature(call.q, k, v, mask, call.softcap)
     return workload, device(), structs.replace(needs, sinks=call.sinks is not None)
 
 
@@ -299,7 +358,8 @@ def _attend_by(implementation: Implementation, adapter: ArgumentAdapter, call: M
         UnsupportedError: it does not support the call.
     """
     arguments = adapter.adapt(call)
-    more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
+    given = {"sinks": call.sinks, "softcap": call.softcap}
+    more = {name: value for name, value in given.items() if value is not None}
     take_path()  # clear what an earlier call left
     out: mx.array = call_through_hooks(
         implementation, call.q, arguments.k, arguments.v, scale=call.scale, mask=arguments.mask, **more
@@ -334,7 +394,7 @@ class ModelPatch(CallCounts):
         super().__init__()
         self.implementation = find_implementation(implementation)
         self._adapter = ArgumentAdapter(self.implementation)
-        self._masks = KnownMasks()
+        self._masks = KnownMasks(by_value=bool(getattr(self.implementation, "takes_patterns", False)))
         self._entered = 0
 
     def __enter__(self) -> Self:
@@ -346,6 +406,7 @@ class ModelPatch(CallCounts):
         patch_points.models_causal_mask().add(interceptor=self._masks.create)
         models.add(interceptor=self._attend)
         fast.add(interceptor=self._attend_directly)
+        patch_points.gemma2_attention().add(interceptor=self._attend_in_gemma2)
         self._entered += 1
         return self
 
@@ -357,6 +418,7 @@ class ModelPatch(CallCounts):
         from attention.mlx_lm.caches import rotating_conversion
 
         rotating_conversion.close()
+        patch_points.gemma2_attention().remove(interceptor=self._attend_in_gemma2)
         patch_points.fast_sdpa().remove(interceptor=self._attend_directly)
         patch_points.models_sdpa().remove(interceptor=self._attend)
         patch_points.models_causal_mask().remove(interceptor=self._masks.create)
@@ -407,6 +469,18 @@ class ModelPatch(CallCounts):
         call = call.dequantized()
         return _call_original(original, queries, call.k, call.v, None, scale, mask, sinks)
 
+    def _attend_in_gemma2(self, layer: Any, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        """Replacement of the call of mlx-lm's Gemma 2 attention, with the same arguments."""
+        queries, keys, values, offset = gemma2.projected(layer, x, cache)
+        softcap = float(layer.attn_logit_softcapping)
+        call = ModelCall(queries, keys, values, layer.scale, mask, None, _kv_format(cache), softcap=softcap)
+        taken = self._try_attend(call)
+        if taken is not None:
+            return gemma2.joined(layer, taken)
+        call = call.dequantized()
+        fetched = gemma2.FetchedCache(offset, call.k, call.v)
+        return cast("mx.array", patch_points.gemma2_attention().observed(layer, x, mask, fetched))
+
     def _attend_directly(self, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
         """Replacement of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are intercepted."""
         if _thread.in_implementation:
@@ -424,7 +498,7 @@ class ModelPatch(CallCounts):
     def _try_attend(self, call: ModelCall) -> mx.array | None:
         """Return the implementation's output, or practical's if mlx-lm has none; None if there is no support for it."""
         before, _thread.in_implementation = _thread.in_implementation, True
-        call = self._masks.as_bounds(call)
+        call = self._masks.by_position(call)
         try:
             out, path = _attend_by(self.implementation, self._adapter, call)
         except UnsupportedError as error:
@@ -528,14 +602,18 @@ def _patch(name: str, training: bool) -> ModelPatch:
 @contextmanager
 def _without_attention() -> Iterator[None]:
     """Make attention return its query unchanged; key and value are still computed."""
-    places = patch_points.models_sdpa(), patch_points.fast_sdpa()
-    for place in places:
-        place.add(interceptor=_query_only)
+    places = (
+        (patch_points.models_sdpa(), _query_only),
+        (patch_points.fast_sdpa(), _query_only),
+        (patch_points.gemma2_attention(), _gemma2_query_only),
+    )
+    for place, interceptor in places:
+        place.add(interceptor=interceptor)
     try:
         yield
     finally:
-        for place in places:
-            place.remove(interceptor=_query_only)
+        for place, interceptor in places:
+            place.remove(interceptor=interceptor)
 
 
 def _query_only(q: mx.array, k: Any, v: Any, cache: Any = None, *rest: Any, **named: Any) -> mx.array:
@@ -552,6 +630,15 @@ def _query_only(q: mx.array, k: Any, v: Any, cache: Any = None, *rest: Any, **na
 
 def _value_group_size(cache: Any) -> int:
     return int(cache.kv_format.value.group_size if hasattr(cache, "kv_format") else cache.group_size)
+
+
+def _gemma2_query_only(layer: Any, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+    queries, keys, values, _ = gemma2.projected(layer, x, cache)
+    return gemma2.joined(layer, _query_only(queries, keys, values))
+
+
+def _counted() -> tuple[patch_points.PatchPoint, ...]:
+    return patch_points.models_sdpa(), patch_points.fast_sdpa(), patch_points.gemma2_attention()
 
 
 class CallCounter:
@@ -571,7 +658,7 @@ class CallCounter:
         if self._patch:
             self._before, self._handed_before = self._patch.taken.copy(), self._patch.handed.copy()
         else:
-            for place in (patch_points.models_sdpa(), patch_points.fast_sdpa()):
+            for place in _counted():
                 place.add(observer=self._count)
         return self
 
@@ -580,7 +667,7 @@ class CallCounter:
     ) -> None:
         """Stop counting."""
         if self._patch is None:
-            for place in (patch_points.models_sdpa(), patch_points.fast_sdpa()):
+            for place in _counted():
                 place.remove(observer=self._count)
 
     def _count(self, call: Callable[..., Any], *args: Any, **named: Any) -> Any:

@@ -53,8 +53,8 @@ class PatchPoint:
         observed: the original wrapped by the observers; interceptors pass calls on to it.
     """
 
-    def __init__(self, home: ModuleType, name: str) -> None:
-        """Look up the function; nothing is replaced yet."""
+    def __init__(self, home: Any, name: str) -> None:
+        """Look up the function of a module; nothing is replaced yet."""
         self.original: Function = getattr(home, name)
         self._call = self.observed = self.original
         self._skipped = 0
@@ -68,8 +68,7 @@ class PatchPoint:
         """Register an interceptor or an observer; the first registration replaces the function."""
         with _lock:
             if not (self._interceptors or self._observers):
-                self._bound = [*_bindings(self.original, self._home, self._name)]
-                _bind(self._bound, self.replacement)
+                self._replace()
             self._interceptors += (interceptor,) if interceptor else ()
             self._observers += (observer,) if observer else ()
             self._compose()
@@ -81,10 +80,19 @@ class PatchPoint:
             self._observers = _remove_latest(self._observers, observer)
             self._compose()
             if not (self._interceptors or self._observers):
-                home = [(vars(self._home), self._name)]
-                here = [*home, *self._bound, *_bindings(self.replacement, self._home, self._name)]
-                _bind([(names, name) for names, name in here if names.get(name) is self.replacement], self.original)
-                self._bound = []
+                self._restore()
+
+    def _replace(self) -> None:
+        """Bind the replacement wherever the function is bound."""
+        self._bound = [*_bindings(self.original, self._home, self._name)]
+        _bind(self._bound, self.replacement)
+
+    def _restore(self) -> None:
+        """Bind the function wherever the replacement is bound."""
+        home = [(vars(self._home), self._name)]
+        here = [*home, *self._bound, *_bindings(self.replacement, self._home, self._name)]
+        _bind([(names, name) for names, name in here if names.get(name) is self.replacement], self.original)
+        self._bound = []
 
     def skip_calls(self, calls: int) -> int:
         """Skip the observer for the next `calls` calls, at almost no cost; returns 0 if it is not the only one."""
@@ -117,6 +125,17 @@ class PatchPoint:
             observed = partial(observer, observed)
         self.observed = observed
         self._call = self._interceptors[-1] if self._interceptors else observed
+
+
+class MethodPatchPoint(PatchPoint):
+    """A method of a class, which all instances call there, with the instance as first argument."""
+
+    def _replace(self) -> None:
+        setattr(self._home, self._name, self.replacement)
+
+    def _restore(self) -> None:
+        if getattr(self._home, self._name) is self.replacement:
+            setattr(self._home, self._name, self.original)
 
 
 def _remove_latest(all_of_them: tuple[Function, ...], one: Function | None) -> tuple[Function, ...]:
@@ -171,6 +190,19 @@ def models_causal_mask() -> PatchPoint:
         UsageError: mlx-lm cannot be imported.
     """
     return PatchPoint(_models_base(), "create_causal_mask")
+
+
+@cache
+def gemma2_attention() -> PatchPoint:
+    """The call of `mlx_lm.models.gemma2.Attention`, which attends by itself because of its softcap.
+
+    Raises:
+        UsageError: mlx-lm cannot be imported.
+    """
+    _models_base()
+    from mlx_lm.models import gemma2
+
+    return MethodPatchPoint(gemma2.Attention, "__call__")
 
 
 def _models_base() -> ModuleType:

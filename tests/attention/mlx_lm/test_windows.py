@@ -1,4 +1,4 @@
-"""Models with windows: their masks reach an implementation as bounds, and not as arrays as large as the scores."""
+"""Masks of models reach an implementation as bounds or patterns, not as arrays as large as the scores; and Gemma 2."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from mlx_lm.models import base, cache, gemma3_text, gpt_oss, llama
+from mlx_lm.models import base, cache, gemma2, gemma3_text, gpt_oss, llama
 
 import attention
 from attention.implementations import load_implementation
@@ -39,7 +39,8 @@ class Recorder:
     name = "recorder"
     takes_sinks = True
 
-    def __init__(self) -> None:
+    def __init__(self, takes_patterns: bool = False) -> None:
+        self.takes_patterns = takes_patterns
         self.masks: list[Any] = []
         self._by = load_implementation("practical")
 
@@ -111,7 +112,125 @@ def test_arrays_that_are_gone_are_forgotten():
     patch = attention.patch_mlx_lm("practical")
     with patch:
         mask = base.create_causal_mask(5)
-        assert len(patch._masks._bounds) == 1
+        assert len(patch._masks._known) == 1
         del mask
-        assert not patch._masks._bounds
+        assert not patch._masks._known
     assert base.create_causal_mask.__module__ == "mlx_lm.models.base"
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("rows", "offset"), [(80, 0), (70, 30), (3, 100)])
+@pytest.mark.parametrize(
+    "padding", [{"left_padding": [5, 0, 90]}, {"right_padding": [7, 0, 0]}, {"left_padding": [0] * 3}]
+)
+def test_padding_of_a_batch_is_a_pattern(padding, rows, offset, window):
+    q, k = (mx.random.normal((3, 2, n, 16), key=mx.random.key(n)) for n in (rows, rows + offset))
+    paddings = {side: mx.array(lengths) for side, lengths in padding.items()}
+    recorder = Recorder(takes_patterns=True)
+    with attention.patch_mlx_lm(recorder) as patch:
+        mask = base.create_causal_mask(rows, offset, window_size=window, **paddings)
+        found = base.scaled_dot_product_attention(q, k, k, None, 0.25, mask)
+    assert patch.calls_taken == 1
+    [given] = recorder.masks
+    assert (given.array is None) == (rows >= 64)
+    assert (given.pattern is not None) == (rows >= 64 and max(map(max, padding.values())) > 0)
+    wanted = attention.attention(q, k, k, scale=0.25, mask=mask)
+    np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-5)
+
+
+def test_padding_stays_an_array_for_who_takes_no_patterns():
+    q = mx.random.normal((2, 2, 80, 16), key=mx.random.key(0))
+    recorder = Recorder()
+    with attention.patch_mlx_lm(recorder):
+        base.scaled_dot_product_attention(
+            q, q, q, None, 0.25, base.create_causal_mask(80, left_padding=mx.array([5, 0]))
+        )
+    assert recorder.seen == [(False, None, False)]
+
+
+def test_padding_that_is_traced_stays_an_array():
+    q = mx.random.normal((2, 2, 80, 16), key=mx.random.key(0))
+
+    def attend(padding):
+        return base.scaled_dot_product_attention(q, q, q, None, 0.25, base.create_causal_mask(80, left_padding=padding))
+
+    padding = mx.array([5, 0])
+    with attention.patch_mlx_lm("practical"):
+        np.testing.assert_allclose(np.array(mx.compile(attend)(padding)), np.array(attend(padding)), atol=1e-5)
+
+
+def gemma2_model(key_heads=2):
+    more = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0}
+    mx.random.seed(3)
+    fields = SIZES | {"model_type": "gemma2", "num_key_value_heads": key_heads} | more
+    model = gemma2.Model(gemma2.ModelArgs.from_dict(fields))
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("name", ["practical", "poc"])
+def test_gemma_2_attends_by_the_implementation(name, key_heads):
+    model, tokens = gemma2_model(key_heads), mx.random.randint(0, 50, (1, 30), key=mx.random.key(1))
+
+    def logits():
+        held = [cache.KVCache() for _ in model.layers]
+        return [model(part, cache=held) for part in (tokens[:, :20], tokens[:, 20:29], tokens[:, 29:])] + [
+            model(tokens)
+        ]
+
+    wanted = logits()
+    with attention.patch_mlx_lm(name) as patch:
+        found = logits()
+    assert (patch.calls_taken, patch.calls_handed) == (8, 0), patch.summary()
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), atol=2e-4)
+    assert gemma2.Attention.__call__.__module__ == "mlx_lm.models.gemma2"
+
+
+def test_gemma_2_in_a_padded_batch_needs_no_array():
+    model, recorder = (
+        gemma2_model(key_heads=4),
+        Recorder(takes_patterns=True),
+    )  # with fewer mlx-lm mixes batch and heads
+    tokens, padding = mx.random.randint(0, 50, (2, 70), key=mx.random.key(1)), [0, 9]
+
+    def logits():
+        held = [cache.BatchKVCache(padding) for _ in model.layers]
+        return [model(tokens, cache=held), model(tokens[:, :1], cache=held)]
+
+    wanted = logits()
+    with attention.patch_mlx_lm(recorder) as patch:
+        found = logits()
+    assert patch.calls_handed == 0
+    assert [mask.array is None for mask in recorder.masks] == [True, True, False, False]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.array(one[0]), np.array(other[0]), atol=2e-4)
+        np.testing.assert_allclose(np.array(one[1, 9:]), np.array(other[1, 9:]), atol=2e-4)
+
+
+def test_gemma_2_attends_by_itself_for_who_takes_no_softcap():
+    model, tokens = gemma2_model(), mx.random.randint(0, 50, (1, 12), key=mx.random.key(1))
+
+    def logits():
+        held = [cache.KVCache() for _ in model.layers]
+        return [model(part, cache=held) for part in (tokens[:, :9], tokens[:, 9:])]
+
+    wanted = logits()
+    with attention.patch_mlx_lm("mlx") as patch:
+        found = logits()
+    assert (patch.calls_taken, patch.calls_handed) == (0, 4)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), atol=1e-6)
+
+
+def test_gemma_2_has_its_gradients():
+    model = gemma2_model()
+
+    def loss(x):
+        return (model.model.layers[0].self_attn(x, base.create_causal_mask(30)) ** 2).sum()
+
+    x = mx.random.normal((1, 30, 64), key=mx.random.key(2))
+    wanted = mx.grad(loss)(x)
+    with attention.patch_mlx_lm("poc"):
+        np.testing.assert_allclose(np.array(mx.grad(loss)(x)), np.array(wanted), rtol=1e-3, atol=1e-4)
