@@ -56,6 +56,7 @@ class Map {
     if (a.dtype() == mx::bfloat16) return 9;
     if (a.dtype() == mx::float16) return 6;
     if (a.dtype() == mx::float32) return 7;
+    if (a.dtype() == mx::uint8) return 0;
     throw std::invalid_argument("[flash_attention] There is no tensor map of this type.");
   }
 

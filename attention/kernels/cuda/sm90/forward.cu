@@ -207,20 +207,6 @@ DEVICE void consume(Consumer& consumer, const Problem& problem, const Results& r
 
 // ---- the kernel --------------------------------------------------------------------------------------------------
 
-DEVICE void init_barriers(const Memory& memory) {
-  for (int i = 0; i < CONSUMERS * QUERY_STAGES; ++i) {
-    barrier_init(memory.query_full(i), 1);
-    barrier_init(memory.query_empty(i), CONSUMER_WARPS);
-  }
-  for (int i = 0; i < STAGES; ++i) {
-    barrier_init(memory.key_full(i), 1);
-    barrier_init(memory.value_full(i), 1);
-    barrier_init(memory.key_empty(i), CONSUMERS * CONSUMER_WARPS);
-    barrier_init(memory.value_empty(i), CONSUMERS * CONSUMER_WARPS);
-  }
-  barrier_init_fence();
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL_NAME(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
                 const __grid_constant__ TensorMap value,

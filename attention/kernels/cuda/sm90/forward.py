@@ -12,15 +12,17 @@ def wgmma(
     """Return the source of `name(d, a, b, accumulate)`: d = a @ b, plus d if `accumulate`.
 
     `d` is 64 x `width` in float32; `a` (64 x 16) is four registers or a shared-memory descriptor; `b` (16 x `width`) is
-    a descriptor; `element` is "bf16" or "f16".
+    a descriptor; `element` is "bf16", "f16" or "e4m3". With e4m3 the contraction is 32 long and nothing is transposed.
     """
+    wide = element == "e4m3"
     count = width // 2
     a_operands = [f"%{count + i}" for i in range(4 if a_in_registers else 1)]
     b_operand, flag = f"%{count + len(a_operands)}", f"%{count + len(a_operands) + 1}"
     accumulators = ", ".join(f"%{i}" for i in range(count))
     a_text = "{" + ", ".join(a_operands) + "}" if a_in_registers else a_operands[0]
     # scale-d, scale-a, scale-b, then a transpose flag for each operand in shared memory
-    modifiers = ["p", "1", "1", *([] if a_in_registers else [str(int(transpose_a))]), str(int(transpose_b))]
+    transposes = [*([] if a_in_registers else [str(int(transpose_a))]), str(int(transpose_b))]
+    modifiers = ["p", "1", "1", *([] if wide else transposes)]
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     a_inputs = ", ".join(f'"r"(a[{i}])' for i in range(4)) if a_in_registers else '"l"(a)'
     a_parameter = "const u32 (&a)[4]" if a_in_registers else "u64 a"
@@ -28,7 +30,7 @@ def wgmma(
 DEVICE void {name}(float (&d)[{count}], {a_parameter}, u64 b, bool accumulate) {{
   asm volatile(
       "{{\\n .reg .pred p;\\n setp.ne.b32 p, {flag}, 0;\\n"
-      " wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{element}.{element} {{{accumulators}}}, {a_text}, {b_operand},"
+      " wgmma.mma_async.sync.aligned.m64n{width}k{32 if wide else 16}.f32.{element}.{element} {{{accumulators}}}, {a_text}, {b_operand},"
       " {", ".join(modifiers)};\\n}}"
       : {outputs}
       : {a_inputs}, "l"(b), "r"(static_cast<int>(accumulate)));

@@ -35,13 +35,37 @@ struct Memory {
   // With LISTS: the key tile in a K buffer, times two, plus one if it is partially masked; and then its bits.
   DEVICE u32 listed(int stage) const { return base + 512 + 4 * stage; }
   DEVICE u32 bits(int stage) const { return value(STAGES) + stage * BITS_BYTES; }
+  // With FP8: exponents of the scales of the tiles in the buffers.
+  DEVICE u32 key_exponent(int stage) const { return base + 512 + 4 * stage; }
+  DEVICE u32 value_exponent(int stage) const { return key_exponent(STAGES + stage); }
+  DEVICE u32 query_exponent(int buffer) const { return key_exponent(2 * STAGES + buffer); }
 };
 static_assert(8 * (2 * QUERY_STAGES * CONSUMERS + 4 * STAGES) <= 512);
+
+DEVICE void init_barriers(const Memory& memory) {
+  for (int i = 0; i < CONSUMERS * QUERY_STAGES; ++i) {
+    barrier_init(memory.query_full(i), 1);
+    barrier_init(memory.query_empty(i), CONSUMER_WARPS);
+  }
+  for (int i = 0; i < STAGES; ++i) {
+    barrier_init(memory.key_full(i), 1);
+    barrier_init(memory.value_full(i), 1);
+    barrier_init(memory.key_empty(i), CONSUMERS * CONSUMER_WARPS);
+    barrier_init(memory.value_empty(i), CONSUMERS * CONSUMER_WARPS);
+  }
+  barrier_init_fence();
+}
 
 // Block lists: (key tile, bits tile or -1 if every pair is visible), and bits [query][key] of the bits tiles.
 struct Lists {
   const int2* entries;
   const u32* bits;
+};
+
+// With FP8: exponents of the scales of 64 rows of Q, and of 128 keys of K and V (in this order).
+struct Scales {
+  const int* query;
+  const int2* key;
 };
 
 // A unit of work: a query tile against the key tiles, with LISTS the entries, [first, end).
@@ -75,13 +99,16 @@ struct Schedule {
 
 // ---- the producer ------------------------------------------------------------------------------------------------
 
-// Loads the queries of a work, once the buffers are free.
-DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap& map, int head, int batch) {
+// Loads the queries of a work, once the buffers are free. `exponents` are those of the plane.
+DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap& map, int head, int batch,
+                         const int* exponents, int queries) {
   for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
-    const int buffer = work.query_buffer(consumer);
+    const int buffer = work.query_buffer(consumer), row = work.block * BLOCK_M + consumer * WARPGROUP_ROWS;
+    int exponent = 0;
+    if constexpr (FP8) exponent = row < queries ? exponents[row / WARPGROUP_ROWS] : 0;
     barrier_wait(memory.query_empty(buffer), work.query_parity() ^ 1);
-    load_tile<WARPGROUP_ROWS>(memory.query(buffer), map, head, batch, work.block * BLOCK_M + consumer * WARPGROUP_ROWS,
-                              memory.query_full(buffer));
+    if constexpr (FP8) store_word(memory.query_exponent(buffer), exponent);
+    load_tile<WARPGROUP_ROWS>(memory.query(buffer), map, head, batch, row, memory.query_full(buffer));
   }
 }
 
@@ -96,33 +123,54 @@ DEVICE void load_listed_key(const Memory& memory, int stage, const Lists& lists,
   if (partial) load_bytes(memory.bits(stage), lists.bits + static_cast<u64>(entry.y) * (BITS_BYTES / 4), BITS_BYTES, full);
 }
 
+// Loads a V tile.
+DEVICE void load_value_tile(u32 tile, const TensorMap& map, int head, int batch, int key, u32 full) {
+#if FP8
+  barrier_arrive_expecting(full, ValueTile::BYTES);
+#pragma unroll
+  for (int chunk = 0; chunk < BLOCK_N / 128; ++chunk) {
+    load_box(tile + chunk * ValueTile::CHUNK_BYTES, map, key + chunk * 128, 0, head, batch, full);
+  }
+#else
+  load_tile<BLOCK_N>(tile, map, head, batch, key, full);
+#endif
+}
+
 // The producer, a single thread.
 DEVICE void produce(const Memory& memory, const Problem& problem, Schedule schedule, const Lists& lists,
-                    const TensorMap& query_map, const TensorMap& key_map, const TensorMap& value_map) {
+                    const TensorMap& query_map, const TensorMap& key_map, const TensorMap& value_map,
+                    const Scales& scales = {}) {
   Ring keys, values;
   Work work;
   while (schedule.next(work)) {
     const int batch = schedule.plane() / problem.heads, head = schedule.plane() % problem.heads;
     const int key_head = head / problem.heads_per_key;
+    const int2* key_scales = scales.key + (batch * (problem.heads / problem.heads_per_key) + key_head) * ((problem.keys + 127) / 128);
     if constexpr (LISTS) prefetch(schedule.entry);  // the next work
     auto load_key = [&](int n) {
       int2 entry;
       if constexpr (LISTS) entry = lists.entries[n];
+      int exponent = 0;
+      if constexpr (FP8) exponent = key_scales[n * BLOCK_N / 128].x;
       barrier_wait(memory.key_empty(keys.stage), keys.parity ^ 1);
+      if constexpr (FP8) store_word(memory.key_exponent(keys.stage), exponent);
       if constexpr (LISTS) load_listed_key(memory, keys.stage, lists, entry, key_map, key_head, batch);
       else load_tile<BLOCK_N>(memory.key(keys.stage), key_map, key_head, batch, n * BLOCK_N, memory.key_full(keys.stage));
       keys.advance();
     };
     auto load_value = [&](int n) {
       const int tile = LISTS ? lists.entries[n].x : n;
+      int exponent = 0;
+      if constexpr (FP8) exponent = key_scales[n * BLOCK_N / 128].y;
       barrier_wait(memory.value_empty(values.stage), values.parity ^ 1);
-      load_tile<BLOCK_N>(memory.value(values.stage), value_map, key_head, batch, tile * BLOCK_N,
-                         memory.value_full(values.stage));
+      if constexpr (FP8) store_word(memory.value_exponent(values.stage), exponent);
+      load_value_tile(memory.value(values.stage), value_map, key_head, batch, tile * BLOCK_N, memory.value_full(values.stage));
       values.advance();
     };
     const int last = work.end - 1;
     if (last >= work.first) load_key(last);
-    load_queries(memory, work, query_map, head, batch);
+    load_queries(memory, work, query_map, head, batch,
+                 scales.query + schedule.plane() * ((problem.queries + WARPGROUP_ROWS - 1) / WARPGROUP_ROWS), problem.queries);
     for (int n = last - 1; n >= work.first; --n) {  // in the order of the consumers
       if constexpr (OVERLAP) load_key(n), load_value(n + 1);
       else load_value(n + 1), load_key(n);

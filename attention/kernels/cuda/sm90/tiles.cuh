@@ -8,6 +8,15 @@
 constexpr int BLOCK_M = WARPGROUP_ROWS * CONSUMERS;
 using QueryTile = Tile<WARPGROUP_ROWS>;
 using KeyTile = Tile<BLOCK_N>;
+#if FP8
+struct ValueTile {  // transposed: chunks of 128 keys, each of HEAD_DIM x 128 bytes
+  static constexpr u32 CHUNK_BYTES = HEAD_DIM * 128;
+  static constexpr u32 BYTES = BLOCK_N / 128 * CHUNK_BYTES;
+};
+static_assert(BLOCK_N % 128 == 0 && ValueTile::BYTES <= KeyTile::BYTES);
+#else
+using ValueTile = KeyTile;
+#endif
 
 struct Problem {
   int planes, heads;    // batch * heads, and heads
@@ -46,7 +55,7 @@ DEVICE void start_scores(Scores& scores, u32 query, u32 key) {
   const u64 query_tile = matrix_descriptor(query, 0), key_tile = matrix_descriptor(key, 0);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+  for (int step = 0; step < HEAD_DIM * ELEMENT_BYTES / 32; ++step) {
     const int chunk = step / 4, offset = step % 4 * 32;
     wgmma_scores(scores, advance(query_tile, chunk * QueryTile::CHUNK_BYTES + offset),
                  advance(key_tile, chunk * KeyTile::CHUNK_BYTES + offset), step > 0);

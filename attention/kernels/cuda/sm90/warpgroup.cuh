@@ -3,13 +3,19 @@
 // A thread holds two rows, r = 0 and 1: row 16 * warp + lane / 4 + 8 r, and of every 8 columns the two at 2 * (lane % 4).
 // Element i of an accumulator belongs to row (i / 2) % 2 and column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
 //
-// Tiles in shared memory are CHUNKS column chunks of 64 elements, each of them ROWS x 128 bytes with the 128-byte
+// Tiles in shared memory are CHUNKS column chunks of 64 elements (FP8: 128), each of them ROWS x 128 bytes with the 128-byte
 // swizzle: the 16-byte unit u of row r is stored at unit u ^ (r % 8). Every chunk starts at a multiple of 1024 bytes.
 //
 //   Q, K:  chunk 0 [ROWS][64]   chunk 1 [ROWS][64]  ...      HEAD_DIM is the contraction: 4 steps of 16 in a chunk
 //   V:     as Q and K           the contraction runs down the rows: a step is 16 rows, 2048 bytes
 
-constexpr int CHUNKS = HEAD_DIM / 64;
+#ifndef FP8
+#define FP8 0
+#endif
+
+constexpr int ELEMENT_BYTES = FP8 ? 1 : 2;
+constexpr int CHUNK_COLUMNS = 128 / ELEMENT_BYTES;
+constexpr int CHUNKS = (HEAD_DIM + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;
 constexpr int WARPGROUP = 128;
 constexpr int WARPGROUP_ROWS = 64;
 
@@ -46,7 +52,7 @@ template <int ROWS>
 DEVICE void load_tile_expected(u32 tile, const TensorMap& map, int head, int batch, int row, u32 full) {
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    load_box(tile + chunk * Tile<ROWS>::CHUNK_BYTES, map, chunk * 64, row, head, batch, full);
+    load_box(tile + chunk * Tile<ROWS>::CHUNK_BYTES, map, chunk * CHUNK_COLUMNS, row, head, batch, full);
   }
 }
 

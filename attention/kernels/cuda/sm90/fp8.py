@@ -1,0 +1,85 @@
+"""Specialisations of the 8-bit Hopper kernels (fp8_quantize.cu, fp8_forward.cu). Compiling does not need MLX."""
+
+import functools
+from dataclasses import dataclass
+from typing import Final
+
+from attention.kernels.cuda.runtime.program import Element, Program
+from attention.kernels.cuda.sm90.forward import WARPGROUP_ROWS, Forward, wgmma
+
+QUANTIZED_ROWS: Final = 128
+"""Rows per block of the quantisation, and keys per scale of K and V."""
+THREADS: Final = 256
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A specialisation of fp8_quantize.cu."""
+
+    head_dim: int
+    """64 or 128; narrower inputs are zero-filled."""
+    element: Element
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The source of the kernel."""
+        constants = {"HEAD_DIM": self.head_dim, "BFLOAT16": self.element == "bf16"}
+        return Program(
+            name="flash_quantize_fp8",
+            architecture="sm_90a",
+            constants=tuple((name, int(value)) for name, value in constants.items()),
+            texts=("runtime/common.cuh", "sm90/fp8_quantize.cu"),
+            threads=THREADS,
+            shared_memory=max(64 + 128 * self.head_dim, 32 + 32 * THREADS + 4 * self.head_dim),
+        )
+
+
+@dataclass(frozen=True)
+class Fp8Forward(Forward):
+    """A specialisation of fp8_forward.cu; `element` is the output's."""
+
+    turns: bool = False
+    """Whether consumers take turns to issue wgmmas."""
+    polynomial: int = 0
+    """Of 8 pairs of columns, those whose exponentials are polynomials."""
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes: 1 KiB of barriers and scales, the Q buffers, the K and V buffers."""
+        return 1024 + max(128, self.head_dim) * (self.query_stages * self.block_m + 2 * self.stages * self.block_n)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The source of the kernel."""
+        constants = {
+            "FP8": True,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_N": self.block_n,
+            "CONSUMERS": self.consumers,
+            "STAGES": self.stages,
+            "CAUSAL": self.causal,
+            "WINDOW": self.window,
+            "SOFTCAP": False,
+            "QUERY_STAGES": self.query_stages,
+            "OVERLAP": self.overlap,
+            "TURNS": self.turns,
+            "POLYNOMIAL": self.polynomial,
+            "LISTS": False,
+            "BFLOAT16": self.element == "bf16",
+        }
+        products = (
+            wgmma("wgmma_scores", self.block_n, "e4m3", a_in_registers=False, transpose_b=False),
+            wgmma("wgmma_output", self.head_dim, "e4m3", a_in_registers=True, transpose_b=False),
+        )
+        texts = ("warpgroup.cuh", "tiles.cuh", "join.cuh", "pipeline.cuh", "fp8_forward.cu")
+        return Program(
+            name="flash_forward_fp8",
+            architecture="sm_90a",
+            constants=tuple((name, int(value)) for name, value in constants.items()),
+            texts=("runtime/common.cuh", "sm90/hopper.cuh", *products, *(f"sm90/{text}" for text in texts)),
+            threads=128 * (self.consumers + 1),
+            shared_memory=self.shared_memory,
+        )
+
+
+__all__ = ["QUANTIZED_ROWS", "WARPGROUP_ROWS", "Fp8Forward", "Quantize"]

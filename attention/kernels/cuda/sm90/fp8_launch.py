@@ -1,0 +1,119 @@
+"""Launches of the 8-bit Hopper kernels: quantisation, and forward attention on its results."""
+
+import functools
+from typing import Final
+
+import mlx.core as mx
+
+from attention.kernels.cuda.runtime.call import LOG2_E, CallParams, CallShape, float_bits
+from attention.kernels.cuda.runtime.gpu import gpu
+from attention.kernels.cuda.runtime.launch import (
+    INPUTS,
+    OUTPUTS,
+    Launch,
+    Run,
+    Stage,
+    TensorBox,
+    dtype_of,
+    make_plan,
+    on_device,
+    prepare,
+)
+from attention.kernels.cuda.sm90.fp8 import QUANTIZED_ROWS, WARPGROUP_ROWS, Fp8Forward, Quantize
+from attention.kernels.cuda.sm90.schedule import make_works
+
+QUANTIZED: Final = ("q8", "k8", "v8", "q_exponents", "kv_exponents")
+"""Arrays written by the quantisation: e4m3 as uint8, and the exponents of their scales."""
+WIDTHS: Final = (64, 128)
+"""Head dims of the kernels; narrower inputs are zero-filled."""
+
+
+def width_of(head_dim: int) -> int:
+    """Return the kernels' head dim for an input's."""
+    return next(width for width in WIDTHS if head_dim <= width)
+
+
+@functools.lru_cache(maxsize=256)
+def quantize(shape: CallShape, scale: float) -> Launch:
+    """Return the launch of the quantisation; it writes the arrays of `QUANTIZED`."""
+    width = width_of(shape.head_dim)
+    planes, key_planes = shape.batch * shape.heads, shape.batch * shape.kv_heads
+    query_blocks, key_blocks = -(-shape.queries // QUANTIZED_ROWS), -(-shape.keys // QUANTIZED_ROWS)
+    return prepare(
+        Quantize(width, shape.element).program,
+        planes * query_blocks + 2 * key_planes * key_blocks,
+        [
+            ((shape.batch, shape.heads, shape.queries, width), mx.uint8),
+            ((shape.batch, shape.kv_heads, shape.keys, width), mx.uint8),
+            ((shape.batch, shape.kv_heads, width, key_blocks * QUANTIZED_ROWS), mx.uint8),
+            ((planes, -(-shape.queries // WARPGROUP_ROWS)), mx.int32),
+            ((key_planes, key_blocks, 2), mx.int32),
+        ],
+        [
+            planes,
+            key_planes,
+            shape.heads,
+            shape.group,
+            shape.queries,
+            shape.keys,
+            shape.head_dim,
+            float_bits(scale * LOG2_E),
+        ],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def forward(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> Launch:
+    """Return the launch of the attention kernel: writes the output, and tile parts with their flags."""
+    planes = shape.batch * shape.heads
+    plane_bytes = 2 * shape.keys * kernel.head_dim // shape.group
+    ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
+    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
+    numbers, marks = kernel.part_shapes
+    return prepare(
+        kernel.program,
+        len(table),
+        [
+            ((shape.batch, shape.heads, shape.queries, shape.head_dim), dtype_of(shape)),
+            ((parts, *numbers), mx.float32),
+            ((parts, *marks), mx.int64),
+        ],
+        [
+            planes,
+            shape.heads,
+            shape.group,
+            shape.queries,
+            shape.keys,
+            shape.head_dim,
+            call.window or 0,
+            len(table[0]),
+        ],
+        on_device(table),
+    )
+
+
+def stages(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> list[Stage]:
+    """Return the launches of a call: quantisation, then attention."""
+    made = forward(shape, call, kernel)
+    parts = made.keywords["output_shapes"][1][0]
+    width = width_of(shape.head_dim)
+    return [
+        Stage(quantize(shape, call.scale), INPUTS, QUANTIZED, strided=INPUTS),
+        Stage(
+            made,
+            QUANTIZED,
+            (OUTPUTS[0], "parts", "marks"),
+            maps={
+                "q8": TensorBox(WARPGROUP_ROWS, 128),
+                "k8": TensorBox(kernel.block_n, 128),
+                "v8": TensorBox(width, 128),
+            },
+            omitted=frozenset() if parts else frozenset({"parts", "marks"}),
+            serial=True,
+        ),
+    ]
+
+
+def plan(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> Run:
+    """Return a call as one primitive, without gradient."""
+    return make_plan(INPUTS, OUTPUTS[:1], stages(shape, call, kernel))
