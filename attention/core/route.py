@@ -46,6 +46,8 @@ class Route(Struct, frozen=True, kw_only=True):
     """Whether the implementation supports the workload; if not, `reason` names what it does not support."""
     fallback: bool = False
     """Whether this is a fallback, because the implementation's own path cannot run."""
+    approximate: str | None = None
+    """Arithmetic coarser than the inputs' dtype, such as "fp8"; its error has a tolerance of its own."""
     predicted_bytes: int | None = None
     """Peak memory above the inputs during one call, outputs included; None if unknown."""
     scratch_bytes: int = 0

@@ -49,6 +49,12 @@ CATALOGUE: Final = (
         "attention.implementations.autotune.implementation:Demo",
     ),
     CatalogueEntry(
+        "poc-fp8",
+        "PoC, 8-bit arithmetic",
+        "the custom kernel with Q, K, V and weights in fp8, for prefill on Hopper; approximate",
+        "attention.implementations.fp8:PocFp8",
+    ),
+    CatalogueEntry(
         "mlx",
         "MLX SDPA",
         "mx.fast.scaled_dot_product_attention as it is",

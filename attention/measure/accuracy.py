@@ -4,9 +4,14 @@ A result o passes if max|o - ref| <= 2 max|o_pt - ref| + atol, where ref is exac
 precision on the same inputs (quantized keys and values rounded to it), and atol = 2 max|ref + 0.3 - 0.3 - ref| in that
 precision; for gradients 3 in place of the first 2 (hopper/test_flash_attn.py in Dao-AILab/flash-attention). NaN and
 infinity never pass.
+
+Results in fp8 arithmetic cannot pass that rule. They pass if RMS(o - ref) <= 3 RMS(o_8 - ref), where o_8 is the output
+of a published recipe for 8 bits on the same inputs (`eight_bit`).
 """
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Final
 
 import mlx.core as mx
@@ -15,10 +20,12 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from attention.core.workload import Workload
+from attention.measure.eight_bit import recipe_output
 from attention.measure.reference import Rules, forward, gradients, visible
 from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 FORWARD_FACTOR: Final = 2.0
+FP8_FACTOR: Final = 3.0
 GRADIENT_FACTOR: Final = 3.0
 SCORES: Final = 4_000_000
 """Maximum number of scores computed by the reference; about half a second in float64."""
@@ -39,6 +46,8 @@ class AccuracyResult(Struct, frozen=True, kw_only=True):
     accurate: bool
     detail: str
     """The tensor with the largest error relative to its tolerance, with both values."""
+    relative_error: float
+    """Root mean square difference of the output, relative to the root mean square of the reference."""
     kv_error: float | None = None
     """RMS difference from float64 attention over the keys and values before quantization, relative to its RMS."""
 
@@ -92,6 +101,7 @@ class AccuracyChecker:
         if workload.pass_ == "training" and len(self.sample.rows) < workload.seq:
             self.row_inputs = [*inputs[:3], _only_rows(inputs[3], self.sample.rows)]
         scale = workload.scale if scale is None else scale
+        self._inputs, self._scale = list(inputs[:3]), scale
         self._expected = [self._of_group(inputs, group, scale) for group in self.sample.groups]
         self._unquantized = (
             None
@@ -99,14 +109,22 @@ class AccuracyChecker:
             else [self._exact_of_group(unquantized, group, scale)[0] for group in self.sample.groups]
         )
 
-    def check(self, results: Sequence[mx.array], row_results: Sequence[mx.array] | None = None) -> AccuracyResult:
+    def check(
+        self,
+        results: Sequence[mx.array],
+        row_results: Sequence[mx.array] | None = None,
+        approximate: str | None = None,
+    ) -> AccuracyResult:
         """Compare the results of an implementation.
 
         Args:
             results: the output, and in training dQ, dK and dV, from the inputs.
             row_results: the same from `row_inputs`; without them dK and dV of a large case are only checked
                 for NaN and infinity, and the detail says so.
+            approximate: the route's `approximate`; only the output of an approximate result is compared.
         """
+        if approximate is not None:
+            return self._check_approximate(results[0], approximate)
         compared = list(results)
         unseen = ""
         if self.row_inputs is not None:
@@ -124,10 +142,11 @@ class AccuracyChecker:
         every = np.concatenate(errors)
         return AccuracyResult(
             max_error=_largest(every),
-            rms_error=float(np.sqrt(np.mean(np.square(every)))),
+            rms_error=_rms(every),
             accurate=not broken and shares[worst] <= 1.0,
             detail=f"{', '.join(broken)}: NaN or infinity" if broken else details[worst] + unseen,
             kv_error=None if self._unquantized is None else self._kv_error(results[0], self._unquantized),
+            relative_error=self._relative(_rms(errors[0])),
         )
 
     def _kv_error(self, output: mx.array, unquantized: Sequence[Array]) -> float | None:
@@ -135,6 +154,35 @@ class AccuracyChecker:
         found = np.concatenate([self._part(0, output, group).ravel() for group in self.sample.groups])
         size = np.sqrt(np.mean(np.square(exact)))
         return float(np.sqrt(np.mean(np.square(found - exact))) / size) if size else None
+
+    def _check_approximate(self, output: mx.array, arithmetic: str) -> AccuracyResult:
+        difference = self._compare(0, output)[0]
+        error, allowed = self._relative(_rms(difference)), FP8_FACTOR * self._recipe_error
+        finite = bool(mx.isfinite(output).all())
+        words = f"output: relative RMS error {error:.2g}, {allowed:.2g} allowed in {arithmetic}"
+        return AccuracyResult(
+            max_error=_largest(difference),
+            rms_error=_rms(difference),
+            accurate=finite and error <= allowed,
+            detail=words if finite else "output: NaN or infinity",
+            relative_error=error,
+        )
+
+    def _relative(self, rms: float) -> float:
+        """Return an RMS difference of the output relative to the RMS of the reference."""
+        whole = _rms(np.concatenate([group[0].exact.ravel() for group in self._expected]))
+        return rms / whole if whole else math.inf if rms else 0.0
+
+    @cached_property
+    def _recipe_error(self) -> float:
+        """The relative error of the published recipe for 8 bits."""
+        differences = []
+        for group, expected in zip(self.sample.groups, self._expected, strict=True):
+            q, k, v = (_numpy(self._cut(index, array, group)) for index, array in enumerate(self._inputs))
+            rules = self._rules(group, self._scale)
+            made = [recipe_output(head, k[0], v[0], own, self.sample.rows) for head, own in zip(q, rules, strict=True)]
+            differences.append((np.stack(made) - expected[0].exact).ravel())
+        return self._relative(_rms(np.concatenate(differences)))
 
     def _compare(self, index: int, result: mx.array) -> tuple[Array, float]:
         """Return the differences of one tensor's sample, and its tolerance."""
@@ -255,6 +303,10 @@ def _rounding(exact: Array, dtype: mx.Dtype) -> float:
 
 def _largest(difference: Array) -> float:
     return float(np.max(np.abs(difference), initial=0.0))  # NaN if any is NaN
+
+
+def _rms(difference: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(difference))))
 
 
 def _numpy(array: KeyOrValue) -> Array:

@@ -25,7 +25,7 @@ from attention.kernels.cuda.runtime.launch import (
     plan_label,
     run_of,
 )
-from attention.kernels.cuda.sm90 import gradient
+from attention.kernels.cuda.sm90 import fp8_launch, gradient
 from attention.kernels.cuda.sm90 import launch as sm90_launch
 from attention.kernels.cuda.sm90.launch import decode_stages, forward_stages
 from attention.masks import as_4d
@@ -117,6 +117,8 @@ def _gradients_of(
 ) -> list[mx.array]:
     """Compute the vjp of a plan (callback of launcher.cpp); an unrequested logsumexp has a cotangent of zeros."""
     kind, shape, call, with_logsumexp = parse_label(label)
+    if kind == "fp8":
+        raise ValueError("[flash_attention] poc-fp8 has no gradient; poc does.")
     if kind != "forward":
         raise ValueError("[flash_attention] There is no second derivative.")
     wanted = cotangents[: 2 if with_logsumexp else 1]
@@ -137,6 +139,8 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
                 return _differentiable_plan(shape, call, first_trusted(shape, call), with_logsumexp, None)
             case "own gradient":
                 return gradient.make_plan_of_gradient(shape, call, with_logsumexp)
+            case "fp8":
+                return fp8_plan(shape, call)
             case _:
                 return portable_gradient.make_plan_of_gradient(shape, call, with_logsumexp)
 
@@ -144,8 +148,15 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
         run = plan_of(shape)
         return one_by_one(lambda arrays: run(arrays)[:3], inputs, axes)
     count = vmapped_length(inputs, axes)
-    made = plan_of(replace(shape, batch=count * shape.batch))(folded_inputs(inputs, axes, shape, call))[:3]
+    outputs = 1 if kind == "fp8" else len(OUTPUTS)
+    made = plan_of(replace(shape, batch=count * shape.batch))(folded_inputs(inputs, axes, shape, call))[:outputs]
     return [x.reshape(count, shape.batch, *x.shape[1:]) for x in made]
+
+
+def fp8_plan(shape: CallShape, call: CallParams) -> Run:
+    """Return a call in 8 bits as one primitive: it can be vmapped, not differentiated."""
+    launcher.module().set_transforms(_gradients_of, _batched)
+    return fp8_launch.plan(shape, call, label=plan_label("fp8", shape, call, False))
 
 
 def _differs_by_batch(shape: CallShape, call: CallParams) -> bool:

@@ -105,7 +105,7 @@ def _as_int32(table: object) -> Any:
 POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING = range(6)
 """Argument kinds, numbered as in launcher.cpp."""
 
-PlanKind = Literal["forward", "own gradient", "general gradient"]
+PlanKind = Literal["forward", "fp8", "own gradient", "general gradient"]
 """Computation of a plan."""
 Run = Callable[..., list[mx.array]]
 """A prepared operation, called with arrays or with one list of them."""

@@ -15,6 +15,7 @@ def wgmma(
     a descriptor; `element` is "bf16", "f16" or "e4m3". With e4m3 the contraction is 32 long and nothing is transposed.
     """
     wide = element == "e4m3"
+    shape = f"m64n{width}k{32 if wide else 16}"
     count = width // 2
     a_operands = [f"%{count + i}" for i in range(4 if a_in_registers else 1)]
     b_operand, flag = f"%{count + len(a_operands)}", f"%{count + len(a_operands) + 1}"
@@ -30,7 +31,7 @@ def wgmma(
 DEVICE void {name}(float (&d)[{count}], {a_parameter}, u64 b, bool accumulate) {{
   asm volatile(
       "{{\\n .reg .pred p;\\n setp.ne.b32 p, {flag}, 0;\\n"
-      " wgmma.mma_async.sync.aligned.m64n{width}k{32 if wide else 16}.f32.{element}.{element} {{{accumulators}}}, {a_text}, {b_operand},"
+      " wgmma.mma_async.sync.aligned.{shape}.f32.{element}.{element} {{{accumulators}}}, {a_text}, {b_operand},"
       " {", ".join(modifiers)};\\n}}"
       : {outputs}
       : {a_inputs}, "l"(b), "r"(static_cast<int>(accumulate)));

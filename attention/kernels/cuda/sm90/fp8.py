@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from attention.kernels.cuda.runtime.program import Element, Program
-from attention.kernels.cuda.sm90.forward import WARPGROUP_ROWS, Forward, wgmma
+from attention.kernels.cuda.sm90.forward import Forward, wgmma
 
 QUANTIZED_ROWS: Final = 128
 """Rows per block of the quantisation, and keys per scale of K and V."""
 THREADS: Final = 256
+WIDTHS: Final = (64, 128)
+"""Head dims of the kernels; narrower inputs are zero-filled."""
 
 
 @dataclass(frozen=True)
@@ -82,4 +84,7 @@ class Fp8Forward(Forward):
         )
 
 
-__all__ = ["QUANTIZED_ROWS", "WARPGROUP_ROWS", "Fp8Forward", "Quantize"]
+@functools.cache
+def specialise(width: int, causal: bool, element: Element, window: bool) -> Fp8Forward:
+    """Return the fastest specialisation for large problems (see docs/experiments/cuda-hopper.md)."""
+    return Fp8Forward(width, causal, element, window=window, consumers=2, stages=4, turns=True)

@@ -1,6 +1,7 @@
 """Launches of the 8-bit Hopper kernels: quantisation, and forward attention on its results."""
 
 import functools
+import math
 from typing import Final
 
 import mlx.core as mx
@@ -19,13 +20,13 @@ from attention.kernels.cuda.runtime.launch import (
     on_device,
     prepare,
 )
-from attention.kernels.cuda.sm90.fp8 import QUANTIZED_ROWS, WARPGROUP_ROWS, Fp8Forward, Quantize
+from attention.kernels.cuda.runtime.program import Program
+from attention.kernels.cuda.sm90.forward import WARPGROUP_ROWS
+from attention.kernels.cuda.sm90.fp8 import QUANTIZED_ROWS, WIDTHS, Fp8Forward, Quantize, specialise
 from attention.kernels.cuda.sm90.schedule import make_works
 
 QUANTIZED: Final = ("q8", "k8", "v8", "q_exponents", "kv_exponents")
 """Arrays written by the quantisation: e4m3 as uint8, and the exponents of their scales."""
-WIDTHS: Final = (64, 128)
-"""Head dims of the kernels; narrower inputs are zero-filled."""
 
 
 def width_of(head_dim: int) -> int:
@@ -114,6 +115,23 @@ def stages(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> list[Stage
     ]
 
 
-def plan(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> Run:
-    """Return a call as one primitive, without gradient."""
-    return make_plan(INPUTS, OUTPUTS[:1], stages(shape, call, kernel))
+def plan(shape: CallShape, call: CallParams, kernel: Fp8Forward | None = None, label: str = "") -> Run:
+    """Return a call as one primitive, with a given specialisation or the one for the call."""
+    return make_plan(INPUTS, OUTPUTS[:1], stages(shape, call, kernel or forward_kernel(shape, call)), label)
+
+
+@functools.lru_cache(maxsize=256)
+def forward_kernel(shape: CallShape, call: CallParams) -> Fp8Forward:
+    """Return the specialisation of the attention kernel for a call."""
+    return specialise(width_of(shape.head_dim), call.causal, shape.element, call.window is not None)
+
+
+def programs(shape: CallShape, call: CallParams) -> tuple[Program, Program]:
+    """Return the programs of a call: quantisation and attention."""
+    return Quantize(width_of(shape.head_dim), shape.element).program, forward_kernel(shape, call).program
+
+
+def written_bytes(shape: CallShape, call: CallParams) -> int:
+    """Return the bytes of all arrays that a call writes, its output among them."""
+    written = [made for stage in stages(shape, call, forward_kernel(shape, call)) for made in stage.outputs.values()]
+    return sum(math.prod(size) * dtype.size for size, dtype in written)
