@@ -1,6 +1,6 @@
 """Error budgets: approximate results are compared with float64 on the inputs of the call itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import mlx.core as mx
@@ -13,9 +13,17 @@ from attention.measure.accuracy import AccuracyChecker
 SCORES: Final = 300_000
 """Scores of a comparison: some tens of milliseconds."""
 
+Compare = Callable[[Workload, Sequence[mx.array], float, mx.array, int], float]
+"""Returns the relative error of an output, see `relative_error`."""
+
 
 class BudgetExceededError(UnsupportedError):
     """An approximate result whose error is above the caller's budget, or cannot be measured."""
+
+
+def relative_error(workload: Workload, inputs: Sequence[mx.array], scale: float, output: mx.array, seed: int) -> float:
+    """Return the relative error of an output on rows chosen by a seed."""
+    return AccuracyChecker(workload, inputs, scale, seed=seed, scores=SCORES).check([output]).relative_error
 
 
 class ErrorBudget:
@@ -26,9 +34,10 @@ class ErrorBudget:
     the 2nd, 4th, 8th and so on, since other inputs of the same shape may have another error.
     """
 
-    def __init__(self, name: str, max_error: float) -> None:
+    def __init__(self, name: str, max_error: float, compare: Compare = relative_error) -> None:
         """Create it for an implementation's name; nothing has been measured."""
         self._name = name
+        self._compare = compare
         self._max_error = max_error
         self._calls = BoundedDict[Workload, int](256)
 
@@ -46,7 +55,7 @@ class ErrorBudget:
                 there are no values to measure it on.
         """
         calls = self._calls.get(workload) or 0
-        if calls and calls + 1 & calls:
+        if calls and (calls + 1) & calls:
             self._calls[workload] = calls + 1
             return
         if not has_values(*inputs):
@@ -55,7 +64,7 @@ class ErrorBudget:
                     f"{self._name}: its error cannot be measured while a call is traced; call it once before"
                 )
             return
-        error = AccuracyChecker(workload, inputs, scale, seed=calls, scores=SCORES).check([output]).relative_error
+        error = self._compare(workload, inputs, scale, output, calls)
         if not error <= self._max_error:
             self._calls.pop(workload, None)
             raise BudgetExceededError(

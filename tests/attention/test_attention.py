@@ -22,7 +22,7 @@ def test_importing_attention_imports_no_mlx_numpy_or_textual() -> None:
 
 
 def test_the_implementations_are_named() -> None:
-    assert NAMES == ("baseline", "poc", "practical", "demo", "mlx", "torch", "flex")
+    assert NAMES == ("baseline", "poc", "practical", "demo", "poc-fp8", "mlx", "torch", "flex")
 
 
 def test_former_names_of_modules_still_import() -> None:

@@ -70,13 +70,13 @@ def visible(queries, keys, causal=False, window=None):
     return shown
 
 
-def attend_quantized(q, k, v, shown, round_weights=e4m3):
+def attend_quantized(q, k, v, shown, round_weights=e4m3, round_maximum=np.ceil):
     """Return attention over quantised operands: tiles of keys from the last to the first, weights in e4m3."""
     scores = np.where(shown, q @ k.T, -np.inf)
     largest, total, out = np.full(len(q), -np.inf), np.zeros(len(q)), np.zeros((len(q), v.shape[1]))
     for first in reversed(range(0, len(k), BLOCK)):
         part = scores[:, first : first + BLOCK]
-        new = np.maximum(largest, np.ceil(part.max(axis=1)))
+        new = np.maximum(largest, round_maximum(part.max(axis=1)))
         base = np.where(np.isfinite(new), new, 0)
         weights = np.exp2(part - base[:, None]) * WEIGHT
         factor = np.exp2(largest - base)
@@ -110,7 +110,11 @@ def sage(q, k, v, scale, causal=False, window=None):
     step = np.maximum(np.abs(v).max(axis=0), 1e-30) / LARGEST
     v8 = e4m3(v / step) * step
     shown = visible(len(q), len(k), causal, window)
-    return attend_quantized(q8, k8, v8, shown, lambda weights: e4m3(weights * LARGEST / WEIGHT) * WEIGHT / LARGEST)
+
+    def round_weights(weights):
+        return e4m3(weights * LARGEST / WEIGHT) * WEIGHT / LARGEST
+
+    return attend_quantized(q8, k8, v8, shown, round_weights, lambda maximum: maximum)
 
 
 def exact(q, k, v, scale, causal=False, window=None):
