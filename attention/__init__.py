@@ -54,6 +54,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     score_mod: "Alibi | None" = None,
+    max_error: float | None = None,
     return_lse: Literal[False] = False,
     implementation: "str | Implementation" = "practical",
 ) -> "mx.array": ...
@@ -70,6 +71,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     score_mod: "Alibi | None" = None,
+    max_error: float | None = None,
     return_lse: Literal[True],
     implementation: "str | Implementation" = "practical",
 ) -> "tuple[mx.array, mx.array]": ...
@@ -85,6 +87,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     score_mod: "Alibi | None" = None,
+    max_error: float | None = None,
     return_lse: bool = False,
     implementation: "str | Implementation" = "practical",
 ) -> "mx.array | tuple[mx.array, mx.array]":
@@ -102,6 +105,11 @@ def attention(
         window: each query attends to the last `window` keys up to its own position; implies causal.
         softcap: replaces scaled scores s by softcap * tanh(s / softcap), before the mask.
         score_mod: a bias of the scores, added after the softcap: `attention.masks.alibi(slopes)`.
+        max_error: the largest relative error for which approximate arithmetic is acceptable: the root mean square
+            difference of the output from attention in float64, over the root mean square of the latter. It is measured
+            on rows of these inputs in the first call of their kind, and in the 2nd, 4th, 8th and so on. With it `demo`
+            also tries `poc-fp8`, and returns to the others if the error grows above it; `poc-fp8` itself raises
+            UnsupportedError. None: no error beyond rounding. The other implementations have none.
         return_lse: return the logsumexp of each row's scores too.
         implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.
 
@@ -118,6 +126,7 @@ def attention(
     """
     from attention.arguments import (
         check_mask,
+        check_max_error,
         check_numbers,
         check_score_mod,
         check_shapes,
@@ -137,8 +146,9 @@ def attention(
     if found.pattern is not None or found.alibi is not None or return_lse or packed:
         check_support(chosen, found, return_lse, packed)
     called = with_logsumexp(chosen) if return_lse else chosen
+    budget = {} if max_error is None else check_max_error(max_error, chosen, return_lse)
     made: mx.array | tuple[mx.array, mx.array] = call_through_hooks(
-        called, q, k, v, scale=factor, mask=found, softcap=cap
+        called, q, k, v, scale=factor, mask=found, softcap=cap, **budget
     )
     return made
 

@@ -1,5 +1,6 @@
 """Validation of the arguments of `attention()`; each error names the argument, its value and what is accepted."""
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING, Final, TypeGuard, cast
 
@@ -186,6 +187,18 @@ def check_score_mod(score_mod: object, mask: Mask, heads: int) -> Mask:
             f"score_mod: alibi got {score_mod.slopes.shape[0]} slopes; it takes one for each of {heads} heads"
         )
     return structs.replace(mask, alibi=score_mod.slopes)
+
+
+def check_max_error(max_error: object, implementation: Implementation, return_lse: bool) -> dict[str, float]:
+    """Return the error budget as a keyword of the call; exact implementations, and calls with a logsumexp, take none.
+
+    Raises:
+        UsageError: it is not a number above 0.
+    """
+    if not (_is_number(max_error) and 0 < max_error < math.inf):  # type: ignore[operator]
+        raise UsageError(f"max_error: got {_shown_value(max_error)}; it takes a number above 0, or None")
+    takes = getattr(implementation, "takes_max_error", False) and not return_lse
+    return {"max_error": float(max_error)} if takes else {}  # type: ignore[arg-type]
 
 
 def check_support(implementation: Implementation, mask: Mask, return_lse: bool, packed: bool) -> None:

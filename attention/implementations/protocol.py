@@ -23,7 +23,8 @@ class Implementation(Protocol):
 
     Calls with `mask.pattern` or `mask.alibi` set are only made if it has an attribute `takes_patterns` or `takes_alibi`
     that is true. `mask.dense` gives everything but the bias as one array. Calls with keys and values that are a
-    `QuantizedArray` each, and workloads with a `kv_format`, need an attribute `takes_quantized`.
+    `QuantizedArray` each, and workloads with a `kv_format`, need an attribute `takes_quantized`. If it has an attribute
+    `takes_max_error` that is true, calls with an error budget have the keyword `max_error`.
     """
 
     name: str

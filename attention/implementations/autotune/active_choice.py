@@ -59,6 +59,13 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
         self.last_check_s = now_s
         return True
 
+    def give_up(self, candidates: Mapping[str, Implementation], fallback: str) -> None:
+        """Replace the choice by the best alternative for good, or by `fallback` if there is none."""
+        self.drift.leave_out(self.name)
+        self.name = next(iter(self.alternatives), fallback)
+        self.call = candidates[self.name]
+        self.alternatives = {name: price for name, price in self.alternatives.items() if name != self.name}
+
     def timed_call(
         self, attempt: Attempt, check_accuracy: CheckAccuracy, candidates: Mapping[str, Implementation], clock: Clock
     ) -> Any:

@@ -29,6 +29,7 @@ from attention.implementations.autotune.store import (
     longest,
 )
 from attention.implementations.autotune.trial import (
+    APPROXIMATE,
     NAME,
     SMALLEST_CANDIDATE,
     AccuracyCheck,
@@ -39,6 +40,8 @@ from attention.implementations.autotune.trial import (
     fitting_candidates,
 )
 from attention.implementations.calls import MlxRunner, call_signature, current_backend, record_path
+from attention.implementations.error_budget import BudgetExceededError, ErrorBudget
+from attention.implementations.fp8 import PocFp8
 from attention.implementations.fused import Poc
 from attention.implementations.protocol import Implementation, NeedsBuilding
 from attention.masks import Mask, of_workload
@@ -126,7 +129,7 @@ class Demo:
     """
 
     name = NAME
-    takes_patterns = takes_alibi = takes_quantized = True
+    takes_patterns = takes_alibi = takes_quantized = takes_max_error = True
 
     def __init__(
         self,
@@ -136,6 +139,7 @@ class Demo:
         store: Store | None = None,
         budget_s: float = TRIAL_S,
         clock: Clock = time.perf_counter,
+        max_error: float | None = None,
     ) -> None:
         """Start with no workload tuned.
 
@@ -145,7 +149,11 @@ class Demo:
             store: where results of trials are stored; the user's file by default.
             budget_s: seconds of a trial.
             clock: in seconds.
+            max_error: error budget of all calls, see `attention()`; with one, approximate candidates are tried too.
         """
+        self._max_error = max_error
+        self._budget = None if max_error is None else ErrorBudget(APPROXIMATE, max_error)
+        self._within = BoundedDict[float, Demo](16)
         self.candidates = dict(candidates() if among is None else among)
         self.store = store or Store()
         self._untried = Poc()
@@ -163,7 +171,9 @@ class Demo:
         if needs.alibi or needs.logsumexp:
             route = self._untried.route(workload, device, needs)
             return structs.replace(route, reason=f"ALiBi and the logsumexp are not tried; {route.reason}")
-        active = self._stored_choice(class_of(workload, device, needs), lambda: self._fitting(workload, device, needs))
+        active = self._stored_choice(
+            self._class(workload, device, needs), lambda: self._fitting(workload, device, needs)
+        )
         if active is None:
             route = self.candidates[self._default_candidate(workload, device, needs)].route(workload, device, needs)
             names = ", ".join(self._fitting(workload, device, needs))
@@ -172,13 +182,23 @@ class Demo:
         return structs.replace(route, path=_path(active.name), reason=f"fastest in a trial; {route.reason}")
 
     def __call__(
-        self, q: mx.array, k: Any, v: Any, *, scale: float, mask: Mask, softcap: float | None = None
+        self,
+        q: mx.array,
+        k: Any,
+        v: Any,
+        *,
+        scale: float,
+        mask: Mask,
+        softcap: float | None = None,
+        max_error: float | None = None,
     ) -> mx.array:
-        """Compute attention; shapes as in the protocol.
+        """Compute attention; shapes as in the protocol, `max_error` as in `attention()`.
 
         If the call is being traced and its class is not tuned yet, the trial runs during tracing, on random inputs.
         Traced calls are not timed.
         """
+        if max_error is not None and max_error != self._max_error:
+            return self.within(max_error)(q, k, v, scale=scale, mask=mask, softcap=softcap)
         untried = mask.alibi is not None
         if not isinstance(k, mx.array):  # a training pass with quantized ones is no workload
             untried |= self._pass == "training"
@@ -193,8 +213,45 @@ class Demo:
             name, out = active.name, self._sampled_call(active, q, k, v, scale, mask, softcap)
         else:
             name, out = active.name, active.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        if name == APPROXIMATE and self._budget is not None:
+            name, out = self._checked(self._budget, active, out, q, k, v, scale, mask)
         record_path(_path(name))
         return out
+
+    def _checked(
+        self,
+        budget: ErrorBudget,
+        active: ActiveChoice,
+        out: mx.array,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        mask: Mask,
+    ) -> tuple[str, mx.array]:
+        """Return the approximate result, or that of the best exact candidate if its error is above the budget."""
+        workload, needs = call_signature(q, k, v, mask, None)
+        try:
+            budget.check(workload, (q, k, v), scale, out)
+        except BudgetExceededError as excess:
+            active.give_up(self.candidates, self._default_candidate(workload, probe(), needs))
+            text = f"{NAME} goes to {active.name} for {active.workload.label}: {excess}"
+            on.emit_tuning(on.Message(level="warning", text=text))
+            return active.name, active.call(q, k, v, scale=scale, mask=mask)
+        return APPROXIMATE, out
+
+    def within(self, max_error: float) -> "Demo":
+        """Return the tuner of calls with an error budget; it shares the store."""
+        if max_error not in self._within:
+            self._within[max_error] = Demo(
+                pass_=self._pass,
+                among=self.candidates | {APPROXIMATE: PocFp8()},
+                store=self.store,
+                budget_s=self._budget_s,
+                clock=self.clock,
+                max_error=max_error,
+            )
+        return self._within[max_error]
 
     def with_logsumexp(
         self, q: mx.array, k: Any, v: Any, *, scale: float, mask: Mask, softcap: float | None = None
@@ -236,7 +293,7 @@ class Demo:
             if one.needs_building(task.workload, device):
                 one.build(lambda text: on.emit_tuning(on.Message(level="info", text=text)))
         names = self._fitting(task.workload, device, task.needs)
-        workload = class_of(task.workload, device, task.needs)
+        workload = self._class(task.workload, device, task.needs)
         trial = Trial(workload, task, budget_s=self._budget_s, device=device, clock=self.clock, now=self.store.now)
         entry = trial.run({name: self.candidates[name] for name in names})
         self.store.put(entry)
@@ -247,7 +304,7 @@ class Demo:
     def active_choice(self, task: Task) -> ActiveChoice:
         """Return the choice for a task; runs a trial if there was none."""
         device = probe()
-        workload = class_of(task.workload, device, task.needs)
+        workload = self._class(task.workload, device, task.needs)
         known = self._stored_choice(workload, lambda: self._fitting(task.workload, device, task.needs))
         if known is None:
             self.tune(task)
@@ -264,6 +321,9 @@ class Demo:
 
     def _compiled_candidates(self) -> list[NeedsBuilding]:
         return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding)]
+
+    def _class(self, workload: Workload, device: Device, needs: Needs) -> WorkloadClass:
+        return class_of(workload, device, needs, self._max_error)
 
     def _fitting(self, workload: Workload, device: Device, needs: Needs) -> list[str]:
         """Return the candidates that fit the longest lengths of the workload's class."""
@@ -293,10 +353,17 @@ class Demo:
         workload = structs.replace(signature, pass_=self._pass)
         device = probe()
         fit = self._fitting(workload, device, needs)
-        found = class_of(workload, device, needs)
+        found = self._class(workload, device, needs)
         active = self._stored_choice(found, lambda: fit)
         if active is None:
-            task = Task(workload=workload, inputs=[q, k, v], scale=scale, mask=mask, softcap=softcap)
+            task = Task(
+                workload=workload,
+                inputs=[q, k, v],
+                scale=scale,
+                mask=mask,
+                softcap=softcap,
+                max_error=self._max_error,
+            )
             active = self._new_choice(found, task, fit, device)
         if active is None or active.name not in fit:
             name = self._default_candidate(workload, device, needs)
@@ -344,7 +411,14 @@ class Demo:
 
         def check_accuracy(candidate: Implementation) -> tuple[float, str]:
             workload, _ = call_signature(q, k, v, mask, softcap)
-            task = Task(workload=workload, inputs=[q, k, v], scale=scale, mask=mask, softcap=softcap)
+            task = Task(
+                workload=workload,
+                inputs=[q, k, v],
+                scale=scale,
+                mask=mask,
+                softcap=softcap,
+                max_error=self._max_error,
+            )
             return AccuracyCheck(task).error(candidate)
 
         if not due or not try_evaluate(q, k, v, mask.array):

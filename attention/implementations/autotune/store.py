@@ -42,6 +42,8 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
     kv_format: str = DENSE
     """As in `Workload`."""
     softcap: bool = False
+    max_error: float = 0.0
+    """The error budget of the calls, with which approximate candidates are tried; 0 without one."""
     pass_: str
     """"forward" or "training"; a decode pass is a forward one of seq 1."""
     streams: int
@@ -52,7 +54,9 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
     """A bucket."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a size that no workload has."""
+        """Raise ValueError for a size that no workload has, or an impossible budget."""
+        if not 0 <= self.max_error < math.inf:
+            raise ValueError(f"max_error: got {self.max_error}; it takes a finite number from 0")
         for name in ("head_dim", "value_dim", "group", "streams", "seq", "kv_seq"):
             size = getattr(self, name)
             if not 1 <= size <= MAX_BUCKET:
@@ -66,7 +70,8 @@ class WorkloadClass(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"},
         parts = [f"BH≤{self.streams} L≤{seq} D={dim}", f"GQA {self.group}" if self.group > 1 else "", self.dtype]
         parts += ["" if self.kv_format == DENSE else f"K/V {self.kv_format}"]
         parts += ["" if self.mask == "none" else self.mask, "softcap" if self.softcap else ""]
-        return " ".join(part for part in [*parts, "training" if self.pass_ == "training" else ""] if part)
+        parts += [f"error≤{self.max_error:g}" if self.max_error else "", "training" if self.pass_ == "training" else ""]
+        return " ".join(part for part in parts if part)
 
     def next_to(self, other: "WorkloadClass") -> bool:
         """Return whether the lengths are one bucket apart and all else is equal."""
@@ -85,8 +90,10 @@ def sparsity(density: float) -> int:
     return 1 << round(-math.log2(max(density, 2.0**-MAX_SPARSITY)))
 
 
-def class_of(workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> WorkloadClass:
-    """Return the class of a workload."""
+def class_of(
+    workload: Workload, device: Device, needs: Needs = NO_NEEDS, max_error: float | None = None
+) -> WorkloadClass:
+    """Return the class of a workload, of calls with an error budget if one is given."""
     mask = workload.mask if workload.window is None else f"window:{bucket(workload.window)}"
     if workload.structured:
         mask = f"pattern 1/{sparsity(workload.density)}"
@@ -102,6 +109,7 @@ def class_of(workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Wor
         mask=mask,
         kv_format=workload.kv_format,
         softcap=needs.softcap,
+        max_error=max_error or 0.0,
         pass_="training" if workload.pass_ == "training" else "forward",
         streams=bucket(workload.batch * workload.heads),
         seq=bucket(workload.seq),

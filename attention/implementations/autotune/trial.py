@@ -21,6 +21,7 @@ from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.blocks import MIB
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.calls import MlxRunner, make_inputs, needs_of
+from attention.implementations.fp8 import PocFp8
 from attention.implementations.fused import Poc, kernel_variants
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.implementations.protocol import Implementation
@@ -46,6 +47,8 @@ class Task(Struct, frozen=True, kw_only=True, eq=False):
     scale: float
     mask: Mask
     softcap: float | None = None
+    max_error: float | None = None
+    """The error budget: the largest relative error at which a result also counts as accurate."""
 
     @property
     def needs(self) -> Needs:
@@ -133,7 +136,8 @@ class AccuracyCheck:
         rows = self._checker.row_inputs
         of_rows = BoundCall(candidate, task, rows).results() if rows else None
         result = self._checker.check(results, of_rows)
-        return result.max_error, "" if result.accurate else result.detail
+        accurate = result.accurate or (task.max_error is not None and result.relative_error <= task.max_error)
+        return result.max_error, "" if accurate else result.detail
 
 
 def _against_reference(task: Task, output: mx.array) -> tuple[float, str]:
@@ -348,6 +352,10 @@ def _compiled(scale: float, causal: bool, window: int | None) -> Callable[..., m
         return sdpa(q, k, v, scale=scale, mask=Mask(causal=causal, window=window, array=array))
 
     return mx.compile(attend)
+
+
+APPROXIMATE: Final = PocFp8.name
+"""The candidate that is tried only within an error budget."""
 
 
 def candidates() -> dict[str, Implementation]:

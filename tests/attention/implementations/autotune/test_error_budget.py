@@ -1,0 +1,92 @@
+"""With an error budget the autotuner tries the approximate candidate too, and leaves it where its error is above."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from attention import UsageError, attention
+from attention.core import events as on
+from attention.core.workload import Workload
+from attention.implementations.autotune import implementation
+from attention.implementations.autotune.implementation import Demo
+from attention.implementations.autotune.store import Store
+from attention.implementations.calls import make_inputs, take_path
+from tests.support.tuning_examples import Timed
+
+WORKLOAD = Workload(seq=32, heads=2, head_dim=8, dtype="float32")
+
+
+class Approximate(Timed):
+    """A fast candidate with a relative error."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__("poc-fp8", 0.0)
+        self.error = error
+
+    def __call__(self, *arrays: mx.array, **more: object) -> mx.array:  # type: ignore[override]
+        return super().__call__(*arrays, **more) * (1 + self.error)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def approximate(monkeypatch: pytest.MonkeyPatch) -> Approximate:
+    made = Approximate(0.05)
+    monkeypatch.setattr(implementation, "PocFp8", lambda: made)
+    return made
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Demo:
+    exact = Timed("exact", 0.002)
+    return Demo(store=Store(tmp_path / "tuning.toml"), among={"exact": exact}, budget_s=0.1)
+
+
+def path(demo: Demo, **more: float) -> str | None:
+    q, k, v = make_inputs(WORKLOAD, 0)
+    attention(q, k, v, implementation=demo, **more)  # type: ignore[call-overload]
+    return take_path()
+
+
+@pytest.mark.parametrize(("max_error", "taken"), [(None, "exact"), (0.01, "exact"), (0.1, "poc-fp8")])
+def test_the_approximate_candidate_is_taken_within_its_budget(
+    demo: Demo, approximate: Approximate, max_error: float | None, taken: str
+) -> None:
+    assert path(demo, max_error=max_error) == f"tuned: {taken}"  # type: ignore[arg-type]
+    assert (approximate.calls > 0) == (max_error is not None)
+
+
+def test_calls_with_and_without_a_budget_have_choices_of_their_own(demo: Demo, approximate: Approximate) -> None:
+    taken = [path(demo, **more) for more in ({"max_error": 0.1}, {}, {"max_error": 0.1})]
+    assert taken == ["tuned: poc-fp8", "tuned: exact", "tuned: poc-fp8"]
+    assert [entry.workload.label[-9:] for entry in demo.store.entries()] == ["error≤0.1", "8 float32"]
+
+
+def test_an_error_that_grows_above_the_budget_ends_the_choice(demo: Demo, approximate: Approximate) -> None:
+    events: list[object] = []
+    with on.listening_to_tuning(events.append):
+        assert path(demo, max_error=0.1) == "tuned: poc-fp8"
+        approximate.error = 0.3
+        assert path(demo, max_error=0.1) == "tuned: exact"
+    assert "its error on these inputs is 0.3, above max_error 0.1" in events[-1].text  # type: ignore[attr-defined]
+    before = approximate.calls
+    assert path(demo, max_error=0.1) == "tuned: exact"
+    assert approximate.calls == before
+
+
+def test_another_process_measures_the_error_of_a_stored_choice(demo: Demo, approximate: Approximate) -> None:
+    path(demo, max_error=0.1)
+    approximate.error = 0.3
+    again = Demo(store=Store(demo.store.path), among=demo.candidates, budget_s=0.1)
+    assert path(again, max_error=0.1) == "tuned: exact"
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "0.1", True])
+def test_a_budget_is_a_number_above_0(value: object) -> None:
+    q, k, v = make_inputs(WORKLOAD, 0)
+    with pytest.raises(UsageError, match=r"max_error: got .*; it takes a number above 0, or None"):
+        attention(q, k, v, max_error=value)  # type: ignore[call-overload]
+
+
+def test_exact_implementations_have_no_error_to_bound() -> None:
+    q, k, v = make_inputs(WORKLOAD, 0)
+    assert mx.array_equal(attention(q, k, v, max_error=0.1), attention(q, k, v))
