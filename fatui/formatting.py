@@ -158,6 +158,11 @@ def error(value: float | None) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent and value else f"{value:g}"
 
 
+def row_error(row: Row) -> str:
+    """Format a row's largest error, with its arithmetic if that is approximate: "1.2e-2 fp8"."""
+    return f"{error(row.max_error)} {row.approximate}" if row.approximate else error(row.max_error)
+
+
 def interval_text(interval: Interval | None) -> str:
     """Format a time with its interval in the same unit: "36.2 ±0.3 ms".
 
@@ -354,7 +359,7 @@ def verdict(row: Row, case: AnyCase) -> str:
         return f"inaccurate: {error(row.max_error) if type(row) is Row else row.reason}"
     if row.status != OK:
         return f"{row.status}: {row.reason}" if row.reason else row.status
-    text = _standing(row, case)
+    text = _standing(row, case) + (f" in {row.approximate}" if row.approximate else "")
     return f"{text}, throttled" if row.throttled else text
 
 
@@ -439,7 +444,11 @@ def _accuracy(report: Report) -> list[str]:
         return [", ".join(counts)]
     if all(row.collecting for row in rows):
         return []
-    return ["all accurate so far" if report.run.interrupted else "all accurate"]
+    words = "all accurate so far" if report.run.interrupted else "all accurate"
+    coarse = dict.fromkeys(
+        f"{row.implementation} by the tolerance of {row.approximate}" for row in rows if row.approximate
+    )
+    return [", ".join([words, *coarse])]
 
 
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"

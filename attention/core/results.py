@@ -88,6 +88,8 @@ class Row(Struct, frozen=True, kw_only=True):
     rms_error: float | None = None
     kv_error: float | None = None
     """RMS difference from float64 attention over keys and values before quantization, relative to the RMS of that."""
+    approximate: str | None = None
+    """Arithmetic coarser than the inputs' dtype, such as "fp8", by whose own tolerance the row was judged."""
     samples: tuple[float, ...] = ()
     """Seconds per call, one sample per round, in the order taken."""
     stopped_by: str | None = None

@@ -180,7 +180,8 @@ def _check(name: str, implementation: Implementation, results: list[mx.array], s
     of_rows = (
         _bind_runner(implementation, setting, views_of(checker.row_inputs)).results() if checker.row_inputs else None
     )
-    result = checker.check(results, of_rows)
+    route = validated_route(implementation.route(setting.workload, setting.device))
+    result = checker.check(results, of_rows, route.approximate)
     progress.emit(
         on.AccuracyChecked(
             case=progress.case,

@@ -297,6 +297,7 @@ def timed_row(
         max_error=check.max_error if check else None,
         rms_error=check.rms_error if check else None,
         kv_error=check.kv_error if check else None,
+        approximate=route.approximate if route else None,
         samples=taken,
         stopped_by="failed" if ended else record.stopped_by or INTERRUPTED,
         throttled=throttled,
@@ -315,6 +316,8 @@ def _reason(measured: RowState) -> str | None:
         return measured.ended.reason
     if measured.accuracy and not measured.accuracy.accurate:
         return measured.accuracy.detail
+    if measured.accuracy and measured.route and measured.route.approximate:
+        return f"{measured.route.reason}; {measured.accuracy.detail}"
     return measured.route.reason if measured.route else None
 
 

@@ -22,7 +22,7 @@ FIGURES: Final = (
     *("dense_s_median", "dense_s_low", "dense_s_high"),
     *("over_unquantized_value", "over_unquantized_low", "over_unquantized_high", "over_unquantized_significant"),
     *("unquantized_s_median", "unquantized_s_low", "unquantized_s_high", "flops_per_s", "efficiency"),
-    *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "kv_error"),
+    *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "kv_error", "approximate"),
     *("sample_count", "stopped_by", "throttled"),
 )
 ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device")
@@ -187,7 +187,7 @@ def _cells(row: Row, case: Case, further: FurtherColumns) -> tuple[str, ...]:
         formatting.teraflops(row.flops_per_s),
         formatting.percent(row.efficiency),
         formatting.size(row.peak_bytes),
-        formatting.error(row.max_error),
+        formatting.row_error(row),
         formatting.verdict(row, case),
     )
 

@@ -184,7 +184,7 @@ def throughput_table(cases: Sequence[Case], names: Sequence[str]) -> Table:
         for row in case.rows:
             if row.implementation in names:
                 rate, call = formatting.tokens_per_second(row.tokens_per_second), formatting.interval_text(row.call_s)
-                numbers = (formatting.percent(row.efficiency), formatting.error(row.max_error))
+                numbers = (formatting.percent(row.efficiency), formatting.row_error(row))
                 own = (cell(row) for cell in further.values())
                 path = row.path or formatting.UNKNOWN
                 who = case.workload.label, row.implementation, path

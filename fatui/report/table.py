@@ -273,7 +273,7 @@ def _columns(case: Case, rate_unit: tuple[float, str], further: FurtherColumns) 
         TextColumn(unit, [formatting.per(row.flops_per_s, factor) for row in rows]),
         TextColumn("eff.", [formatting.percent(row.efficiency) for row in rows]),
         TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),
-        TextColumn("error", [formatting.error(row.max_error) for row in rows]),
+        TextColumn("error", [formatting.row_error(row) for row in rows]),
         TextColumn("verdict", [formatting.word(row, case) for row in rows]),
     ]
 
@@ -340,6 +340,7 @@ def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
         for row in case.rows
         if row.status in ("ok", "inaccurate") and short_name(row.implementation) != row.implementation
     ]
+    notes += [f"{row.implementation}: {row.reason}" for row in case.rows if row.status == "ok" and row.approximate]
     if change := formatting.reference_change(case):
         notes.insert(0, change)
     notes += formatting.same_paths(case)

@@ -37,6 +37,8 @@ def refusal(workload: Workload, needs: Needs) -> str | None:
         "logsumexp": needs.logsumexp,
         "attention sinks": needs.sinks,
     }
+    if workload.quantized:
+        return "fp8 arithmetic quantises keys and values itself; quantized ones go through poc"
     missing = [name for name, needed in features.items() if needed]
     if missing:
         return f"fp8 arithmetic has no {' and no '.join(missing)}; poc does"

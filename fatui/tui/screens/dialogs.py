@@ -142,7 +142,7 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("latency", f"{formatting.seconds(row.latency_s)} for one synchronised call"),
         ("first call", f"{formatting.seconds(row.first_call_s)}, including compilation"),
         ("memory", f"{formatting.size(row.peak_bytes)} at the peak, {formatting.size(row.predicted_bytes)} predicted"),
-        ("error", f"{formatting.error(row.max_error)} at most, {formatting.error(row.rms_error)} rms, against float64"),
+        ("error", f"{formatting.row_error(row)} at most, {formatting.error(row.rms_error)} rms, against float64"),
         *_quantization(row, case),
         ("samples", f"{len(row.samples)}, {ENDED_BY.get(row.stopped_by or '', row.stopped_by or formatting.UNKNOWN)}"),
     ]

@@ -158,7 +158,7 @@ def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]
         "efficiency": formatting.percent(row.efficiency),
         "verdict": formatting.word(row, case) + (" !" if row.throttled else ""),
         "memory": formatting.size(row.peak_bytes) + (STAR if leanest else NO_STAR),
-        "max error": formatting.error(row.max_error),
+        "max error": formatting.row_error(row),
         "interval": formatting.interval_text(row.call_s),
         "FLOP/s": formatting.UNKNOWN if row.flops_per_s is None else f"{formatting.flops(row.flops_per_s)}/s",
         "latency": formatting.seconds(row.latency_s),

@@ -87,4 +87,6 @@ class Fp8Forward(Forward):
 @functools.cache
 def specialise(width: int, causal: bool, element: Element, window: bool) -> Fp8Forward:
     """Return the fastest specialisation for large problems (see docs/experiments/cuda-hopper.md)."""
-    return Fp8Forward(width, causal, element, window=window, consumers=2, stages=4, turns=True)
+    if width <= 64:
+        return Fp8Forward(width, causal, element, window=window, consumers=2, stages=4, turns=True)
+    return Fp8Forward(width, causal, element, window=window, consumers=3, stages=4, overlap=False, turns=True)
