@@ -62,6 +62,7 @@ class Fp8Forward(Forward):
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": False,
+            "ALIBI": False,
             "QUERY_STAGES": self.query_stages,
             "OVERLAP": self.overlap,
             "TURNS": self.turns,
