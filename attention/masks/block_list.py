@@ -1,7 +1,6 @@
 """Block lists: per tile of query rows, the tiles of keys with a visible pair, and packed bits of the partial ones."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar, cast
 
@@ -349,22 +348,24 @@ class ListCache:
     def __init__(self, max_bytes: int = MAX_CACHED_BYTES) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._lists: OrderedDict[object, BlockList] = OrderedDict()
+        self._lists: dict[object, BlockList] = {}
+        """In the order of use: unlike OrderedDict, `dict.pop` compares a key once."""
         self._lock = threading.Lock()
 
     def get(self, key: object, make: Callable[[], BlockList]) -> BlockList:
         """Return the list of a key, made if it is not kept."""
         with self._lock:
-            if key in self._lists:
-                self._lists.move_to_end(key)
-                return self._lists[key]
+            found = self._lists.pop(key, None)
+            if found is not None:
+                self._lists[key] = found
+                return found
         made = make()
         with self._lock:
             if key not in self._lists:
                 self._lists[key] = made
                 self._bytes += made.nbytes
             while self._bytes > self._max_bytes and len(self._lists) > 1:
-                self._bytes -= self._lists.popitem(last=False)[1].nbytes
+                self._bytes -= self._lists.pop(next(iter(self._lists))).nbytes
         return made
 
     def clear(self) -> None:

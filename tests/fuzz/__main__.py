@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-FAMILIES: Final = ("broad", "edges", "patterns")
+FAMILIES: Final = ("broad", "edges", "patterns", "quantized")
 MODES: Final = ("forward", "gradient", "demo")
 MAX_SILENCE_S: Final = 300.0
 """Seconds without output after which a process counts as hung."""
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--family",
         choices=FAMILIES,
         default="broad",
-        help="which cases: random ones, those at the limits, or masks as values",
+        help="which cases: random ones, those at the limits, masks as values, or quantized keys and values",
     )
     add("--seed", type=int, default=1)
     add("--count", type=int, default=500, help="cases of the seed, from --first on")
@@ -221,13 +221,12 @@ def outcomes(options: argparse.Namespace, number: int) -> Any:
     """Yield what is about to run, and its outcome, for each implementation."""
     import mlx.core as mx
 
-    from tests.fuzz import cases, edges, patterns
+    from tests.fuzz import cases, edges, patterns, quantized
     from tests.fuzz.judge import Judge, implementations
 
     mx.set_default_device(mx.gpu if options.device == "gpu" else mx.cpu)
-    problem = {"broad": cases, "edges": edges, "patterns": patterns}[options.family].problem(
-        options.seed, number, options.mode
-    )
+    families = {"broad": cases, "edges": edges, "patterns": patterns, "quantized": quantized}
+    problem = families[options.family].problem(options.seed, number, options.mode)
     if problem is None:
         return
     if options.device == "gpu" and options.case is None and number % COMPILED_ON_GPU:

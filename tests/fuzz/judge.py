@@ -24,6 +24,8 @@ FAILURES: Final = ("inaccurate", "refused", "exception", "crashed")
 PEERS: Final = ("mlx", "torch")
 """Implementations that are tested unmodified: their errors are not the project's."""
 NAMES: Final = ("output", "dQ", "dK", "dV", "dMask")
+NAMES_PACKED: Final = ("output", "dQ", "dMask")
+"""Names of the results with quantized keys and values, whose gradients are not checked."""
 TRANSFORMS: Final = ("plain", "compile", "checkpoint", "vmap", "vmap_q", "vmap_grad", "grad_compile")
 """Transformations of a call. `vmap`: mapped, and then differentiated; `vmap_q`: with q alone mapped; `vmap_grad`: the
 gradient mapped; `grad_compile`: the gradient compiled."""
@@ -54,6 +56,8 @@ def implementations(problem: Problem, mode: Mode, with_torch: bool, chosen: str 
     if mode == "demo":
         return {"demo": "demo"}
     made: dict[str, Any] = {name: name for name in ("baseline", "poc", "practical", "mlx")}
+    if problem.packed and mode == "gradient":
+        del made["poc"]  # its kernels refuse it
     made |= {name: Practical(budget) for name, budget in problem.budgets.items()}
     if mode == "forward" and with_torch:
         made["torch"] = "torch"
@@ -67,6 +71,7 @@ class Judge:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        self._names = NAMES_PACKED if problem.packed else NAMES
         keep, added = reference.visible(problem)
         with np.errstate(all="ignore"):
             self.expected = reference.expected(problem, keep, added)
@@ -97,15 +102,16 @@ class Judge:
 
     def _judged(self, name: str, found: list[Floats]) -> Outcome:
         for i, (result, expected, plain) in enumerate(zip(found, self.expected, self.plain, strict=True)):
+            name_of = self._names[i]
             if result.shape != expected.shape:
-                return Outcome("inaccurate", f"{NAMES[i]}: shape {result.shape}, not {expected.shape}")
+                return Outcome("inaccurate", f"{name_of}: shape {result.shape}, not {expected.shape}")
             if not np.isfinite(expected).all():
                 continue
             allowed = self._allowed(name, i, expected, plain)
             error = float(np.abs(result - expected).max(initial=0))
             if not error <= allowed:
                 largest = float(np.abs(expected).max(initial=0))
-                return Outcome("inaccurate", f"{NAMES[i]}: {error:.3g} off, {allowed:.3g} allowed, max {largest:.3g}")
+                return Outcome("inaccurate", f"{name_of}: {error:.3g} off, {allowed:.3g} allowed, max {largest:.3g}")
         return Outcome("ok")
 
     def _allowed(self, name: str, index: int, expected: Floats, plain: Floats) -> float:
@@ -126,7 +132,7 @@ class Judge:
     def _result_dtype(self, index: int) -> mx.Dtype:
         """Return the dtype that a result is rounded to; a mask's may have fewer bits than that of the inputs."""
         mask, dtype = self.problem.mask, self.problem.q.dtype
-        is_of_mask = NAMES[index] == "dMask" and isinstance(mask, mx.array) and dtype == mx.float32
+        is_of_mask = self._names[index] == "dMask" and isinstance(mask, mx.array) and dtype == mx.float32
         return mask.dtype if is_of_mask else dtype
 
 
@@ -144,12 +150,13 @@ def rounding(expected: Floats, dtype: mx.Dtype) -> float:
 
 def run(problem: Problem, implementation: Any) -> list[mx.array]:
     """Return the output and, with a cotangent, the gradients, computed under the problem's transformation."""
-    primals = [problem.q, problem.k, problem.v]
+    primals = [problem.q, *(() if problem.packed else (problem.k, problem.v))]
     differentiable = problem.has_mask_gradient and isinstance(problem.mask, mx.array)
     if differentiable:
         primals.append(problem.mask)
 
-    def attend(q: mx.array, k: mx.array, v: mx.array, *mask: mx.array) -> mx.array:
+    def attend(q: mx.array, *given: mx.array) -> mx.array:
+        k, v, *mask = (problem.k, problem.v, *given) if problem.packed else given
         return attention(
             q,
             k,

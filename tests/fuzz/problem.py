@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.masks import Pattern
+from attention.quantized_kv import KeyOrValue, QuantizedArray
+from tests.support import quantized_values
 
 Floats = NDArray[np.float64]
 Mode = Literal["forward", "gradient", "demo"]
@@ -20,8 +22,9 @@ class Problem:
     """The arguments of a call, the transformation that it runs under, and the budgets given to `practical`."""
 
     q: mx.array
-    k: mx.array
-    v: mx.array
+    k: KeyOrValue
+    v: KeyOrValue
+    """k and v are both quantized, or neither is."""
     mask: "mx.array | str | Pattern | None"
     scale: float | None
     window: int | None
@@ -45,6 +48,16 @@ class Problem:
     """The parameters the case was drawn with, for the log."""
 
     @property
+    def packed(self) -> bool:
+        """Whether keys and values are quantized."""
+        return isinstance(self.k, QuantizedArray)
+
+    @property
+    def differentiated(self) -> int:
+        """How many of q, k and v have gradients that are checked."""
+        return 1 if self.packed else 3
+
+    @property
     def factor(self) -> float:
         """The scale of the scores."""
         return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -55,8 +68,11 @@ class Problem:
         return self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
 
 
-def exact(array: mx.array) -> Floats:
+def exact(array: KeyOrValue) -> Floats:
     """Return the values of an array in float64."""
+    if isinstance(array, QuantizedArray):
+        values: Floats = quantized_values.exact(array)
+        return values
     if array.dtype == mx.float64:
         return np.array(array)
     return np.array(array.astype(mx.float32)).astype(np.float64)

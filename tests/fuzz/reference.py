@@ -96,7 +96,7 @@ def expected(
 
     by_key = rounded(by_score).swapaxes(-1, -2) @ q
     by_value = rounded(weights).swapaxes(-1, -2) @ cotangent
-    made = [output, rounded(by_score) @ keys, of_shared(by_key), of_shared(by_value)]
+    made = [output, rounded(by_score) @ keys, of_shared(by_key), of_shared(by_value)][: 1 + problem.differentiated]
     if problem.has_mask_gradient and isinstance(problem.mask, mx.array):
         made.append(reduced(by_masked, problem.mask.shape))
     return made
@@ -115,11 +115,16 @@ def plain_results(problem: Problem, keep: np.ndarray, added: Floats | None) -> l
     shift = mx.zeros((), problem.q.dtype)
     if problem.has_mask_gradient and isinstance(problem.mask, mx.array):
         shift = mx.zeros(problem.mask.shape, problem.q.dtype)
-    primals = [problem.q, problem.k, problem.v, shift]
+    dtype = problem.q.dtype
+    keys, values = (
+        mx.array(exact(x).astype(np.float32)).astype(dtype) if problem.packed else x for x in (problem.k, problem.v)
+    )
+    primals = [problem.q, keys, values, shift]
     if problem.cotangent is None:
         return [exact(attend(*primals))]
     outputs, gradients = mx.vjp(attend, primals, [problem.cotangent])
-    return [exact(x) for x in (*outputs, *gradients[: 4 if problem.has_mask_gradient else 3])]
+    of_mask = gradients[3:] if problem.has_mask_gradient else []
+    return [exact(x) for x in (*outputs, *gradients[: problem.differentiated], *of_mask)]
 
 
 def _plain_attention(problem: Problem, keep: np.ndarray, added: Floats | None) -> Callable[..., mx.array]:

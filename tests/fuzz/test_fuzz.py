@@ -7,12 +7,12 @@ import pytest
 
 from attention import implementations as built_in
 from tests.fuzz import __main__ as program
-from tests.fuzz import cases, edges, patterns
+from tests.fuzz import cases, edges, patterns, quantized
 from tests.fuzz.__main__ import main
 from tests.fuzz.judge import FAILURES, PEERS, Judge, implementations
 from tests.fuzz.problem import exact, relaid
 
-FAMILIES = {"broad": cases, "edges": edges, "patterns": patterns}
+FAMILIES = {"broad": cases, "edges": edges, "patterns": patterns, "quantized": quantized}
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Attention within a memory budget, forward and backward."""
 
 from functools import lru_cache
-from typing import Final, cast
+from typing import Final
 
 import mlx.core as mx
 from msgspec import structs
@@ -15,7 +15,6 @@ from attention.implementations.bounded import slicing
 from attention.implementations.bounded.blocks import Blocks, tile_bytes, visible_keys
 from attention.implementations.bounded.blockwise import Arithmetic, BlockwiseParams, arithmetic_of, forward
 from attention.implementations.bounded.blockwise_gradient import (
-    MASK_ARGUMENT,
     Arrays,
     Attend,
     blockwise,
@@ -40,7 +39,7 @@ from attention.implementations.bounded.slicing import SlicedParams
 from attention.implementations.calls import call_signature, current_backend, needs_with_mask, record_path
 from attention.implementations.mlx_sdpa import attend_whole, fused_bytes
 from attention.implementations.quantized_kv import MAX_PACKED_ROWS, PACKED_PATH, attend_packed, packed_bytes
-from attention.implementations.transforms import vmap_rule, with_mask_gradient
+from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask, Pattern, of_workload
 from attention.measure.device import Backend, Device, probe
 from attention.quantized_kv import KeyOrValue, QuantizedArray
@@ -195,36 +194,20 @@ class Practical:
         sinks: mx.array | None,
         logsumexp: bool = False,
     ) -> Arrays:
-        """Return the output, and the statistics of the rows if `logsumexp`; gradients are those of MLX's operations."""
+        """Return the output, and with blocks the statistics of the rows; gradients are those of MLX's operations."""
         assert isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)
         workload, needs = call_signature(q, k, v, mask, softcap)
         needs = structs.replace(needs, sinks=sinks is not None, logsumexp=logsumexp)
         backend = current_backend()
         choice = self._strategy(workload, backend, needs, self._budget_here(), mask.pattern)
         record_path(_quantized_path(choice, workload, backend))
+        if choice.forward is Method.WHOLE:
+            widened = computes_in_float32(workload.dtype, backend)
+            return [attend_packed(q, k, v, scale=scale, mask=mask, widened=widened)]
         # With the logsumexp without `masks.shift`, which would have to be added to it again.
-        call, _ = self._calls(
-            choice,
-            backend,
-            scale,
-            mask,
-            softcap,
-            mx.float32 if logsumexp else q.dtype,
-            (q, k),
-            arithmetic_of(q.dtype, backend),
-        )
-
-        @mx.custom_function
-        def attend(q: mx.array, key: Arrays, value: Arrays, array: Arrays, sinks: Arrays) -> Arrays:
-            packed, masked = (k.with_arrays(key), v.with_arrays(value)), mask.with_arrays(array)
-            if choice.forward is Method.WHOLE:
-                widened = computes_in_float32(workload.dtype, backend)
-                return [attend_packed(q, *packed, scale=scale, mask=masked, widened=widened)]
-            return list(forward(q, *packed, structs.replace(call, mask=masked), *sinks))
-
-        attend.vmap(vmap_rule(attend, MASK_ARGUMENT))
-        given = list(k.arrays), list(v.arrays), mask.arrays, [] if sinks is None else [sinks]
-        return cast("Arrays", attend(q, *given))
+        arithmetic, rounded_to = arithmetic_of(q.dtype, backend), mx.float32 if logsumexp else q.dtype
+        call, _ = self._calls(choice, backend, scale, mask, softcap, rounded_to, (q, k), arithmetic)
+        return list(forward(q, k, v, call, sinks))
 
     def _in_slices(self, choice: Strategy, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
         follow = tile_order(backend) if choice.waits else UNORDERED

@@ -14,12 +14,13 @@ constexpr int64_t few_rows = 8;  // maximum query rows per item for this kernel
 static_assert(score_line == query_tile && 2 * score_line <= key_tile);  // scores, transposed and not, fit in one tile
 
 // Keys per tile: K, V and the prefetched next K fit in an L1 of 48 KiB; half as many in float32, where memory bandwidth
-// leaves time for more tiles, and where quantized ones are dequantized.
+// leaves time for more tiles, and in quantized keys, which are dequantized.
 template <class T>
 int64_t decode_keys(const Problem& p) {
   const bool wide = sizeof(T) == 4 || is_quantized(p);
   return std::clamp<int64_t>((wide ? 2048 : 8192) / p.head_dim / 16 * 16, 16, score_line);
 }
+static_assert(score_line <= most_quantized_rows);
 
 // Calls f(row, R) for groups of 4, 2 and 1 rows.
 template <class F>
@@ -29,6 +30,11 @@ FATUI_INLINE void in_groups(int64_t rows, const F& f) {
   for (; row + 2 <= rows; row += 2) f(row, std::integral_constant<int, 2>{});
   if (row < rows) f(row, std::integral_constant<int, 1>{});
 }
+
+// Largest number of a row over their mean with which the row is read as integers of 16 bits: their rounding is then at most
+// 2^-12, or 2^-9, of the mean, which is that of the type.
+template <class T>
+constexpr float most_share = std::is_same_v<T, bfloat16_t> ? 128 : 16;
 
 // Whether rows can be read in place in whole vectors.
 inline bool whole_vectors(const Tensor& t, int64_t columns) { return t.stride[3] == 1 && columns % lanes == 0; }
@@ -99,15 +105,18 @@ struct FewRows {
     const int64_t tile = decode_keys<T>(p);
     KeyRun run = runs.next();
     if (!run.empty() && reading != Reading::copied)
-      Ahead(lines(p.key, p.key_packing, run.begin, std::min(tile, run.end - run.begin), p.head_dim, key_length, key_copy)).ask_for_all();
+      Ahead(lines(p.key, run.begin, std::min(tile, run.end - run.begin), p.head_dim, key_length, key_copy)).ask_for_all();
     read_queries();
     std::fill_n(output, rows * dv, 0.0f);
+    if constexpr (reading == Reading::copied) {
+      if (is_quantized(p)) return attend_quantized(runs, run, tile);
+    }
     for (KeyRun after; !run.empty(); run = after) {
       after = runs.next();
       for (int64_t key = run.begin; key < run.end; key += tile) {
         const int64_t count = std::min(tile, run.end - key);
-        const Lines<Element> k = lines(p.key, p.key_packing, key, count, p.head_dim, key_length, key_copy);
-        const Lines<Element> v = lines(p.value, p.value_packing, key, count, p.value_dim, value_length, value_copy);
+        const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
+        const Lines<Element> v = lines(p.value, key, count, p.value_dim, value_length, value_copy);
         const bool last = key + count == run.end;
         const int64_t first = last ? after.begin : key + count, end = last ? after.end : run.end;
         Lines<Element> next = k;  // the tile after this one
@@ -131,10 +140,9 @@ struct FewRows {
                 widen_strided(q.row[r] + c * q.stride, q.stride, p.head_dim - c) * float(p.scale));
   }
 
-  Lines<Element> lines(const Tensor& t, const Packing& packing, int64_t key, int64_t count, int64_t dim, int64_t length,
-                       float* copy) const {
+  Lines<Element> lines(const Tensor& t, int64_t key, int64_t count, int64_t dim, int64_t length, float* copy) const {
     if constexpr (reading == Reading::copied) {
-      const Floats f = floats_of<T>(t, packing, item.batch, item.kv_head, key, count, dim, copy, length, length == dim);
+      const Floats f = floats_of<T>(t, item.batch, item.kv_head, key, count, dim, copy, length, length == dim);
       return {f.data, f.stride, length, count};
     } else {
       const T* data = static_cast<const T*>(t.data) + item.batch * t.stride[0] + item.kv_head * t.stride[1];
@@ -149,14 +157,59 @@ struct FewRows {
     in_groups(rows, [&](int64_t row, auto group) {
       score_lines<group, numbers>(query + row * key_length, key_length, k, scores + row * score_line, values);
     });
-    const float factor = finished({turned, key, k.count, 0, round_up(rows, lanes), bounds.whole, bits});
-    for (int64_t r = 0; r < rows; r++) softmax(r, k.count, factor);
+    softmax(key, k.count, bits);
     constexpr int most = registers == 32 && !in_pairs ? 4 : 2;
     in_groups(rows, [&](int64_t row, auto group) {
       int64_t c = 0;
       for (; c + most * lanes <= value_length; c += most * lanes) add<group, most>(row, v, c, keys);
       for (; c < value_length; c += lanes) add<group, 1>(row, v, c, keys);
     });
+  }
+
+  // Keys in integers where that is exact enough, else dequantized; values dequantized in registers.
+  void attend_quantized(KeyRuns& runs, KeyRun run, int64_t tile) {
+    IntegerQueries integers;
+    const bool in_integers = sizeof(T) == 2 && IntegerQueries::take(p.key_packing, p.head_dim) &&
+                             integers.read(query, key_length, rows, p.head_dim, p.key_packing, most_share<T>,
+                                           query + few_rows * key_length);
+    const int64_t padded = rows == 1 ? 1 : round_up(rows, rows_together);
+    std::fill_n(scores, few_rows * score_line, 0.0f);
+    std::fill_n(output, padded * dv, 0.0f);
+    if (in_integers) tile = score_line;
+    for (KeyRun after; !run.empty(); run = after) {
+      after = runs.next();
+      for (int64_t key = run.begin; key < run.end; key += tile) {
+        const int64_t count = std::min(tile, run.end - key);
+        const bool last = key + count == run.end;
+        const int64_t first = last ? after.begin : key + count, end = last ? after.end : run.end;
+        const QuantizedRows k = quantized(p.key, p.key_packing, key, count, p.head_dim);
+        const QuantizedRows v = quantized(p.value, p.value_packing, key, count, p.value_dim);
+        Ahead values(packed_lines(v)), keys(packed_lines(quantized(p.key, p.key_packing, first, std::min(tile, end - first), p.head_dim)));
+        if (in_integers) {
+          integers.scores(k, scores, score_line, values);
+        } else {
+          dequantize(k, key_copy, key_length);
+          const Lines<float> copied{key_copy, key_length, key_length, count};
+          in_groups(rows, [&](int64_t row, auto group) {
+            score_lines<group, numbers>(query + row * key_length, key_length, copied, scores + row * score_line, values);
+          });
+        }
+        softmax(key, count, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
+        add_quantized(v, scores, score_line, padded, output, dv, keys);
+      }
+    }
+  }
+
+  QuantizedRows quantized(const Tensor& t, const Packing& packing, int64_t key, int64_t count, int64_t dims) const {
+    return {t, packing, item.batch, item.kv_head, key, count, dims};
+  }
+  static Lines<uint8_t> packed_lines(const QuantizedRows& rows) {
+    return {rows.data(), rows.stride(), rows.bytes(), rows.rows};
+  }
+
+  void softmax(int64_t key, int64_t keys, const uint64_t* bits) {
+    const float factor = finished({turned, key, keys, 0, round_up(rows, lanes), bounds.whole, bits});
+    for (int64_t r = 0; r < rows; r++) softmax_row(r, keys, factor);
   }
 
   // Applies softcap and masks to the transposed scores, if there are any; returns the remaining factor of the scores.
@@ -179,7 +232,7 @@ struct FewRows {
 
   // Converts a row's scores, times the factor, to probabilities, in place or as bfloat16; lanes are keys. The reference of
   // the exponents, and with it the output, is rescaled only if the maximum exceeds it by more than a threshold.
-  void softmax(int64_t row, int64_t keys, float factor) {
+  void softmax_row(int64_t row, int64_t keys, float factor) {
     float* s = scores + row * score_line;
     const int64_t end = round_up(keys, lanes), last = end - lanes;
     store(s + last, lane_numbers() < int32_t(keys - last) ? load(s + last) : broadcast(-infinity));

@@ -7,6 +7,8 @@
 //   e4m3                      the bits of a float16 that is 2^-8 of it; times 2^8, times the scale
 #include "quantized.hpp"
 
+#include "decode_products.hpp"
+
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define FATUI_SHUFFLES 1
 #endif
@@ -15,7 +17,7 @@ namespace fatui {
 namespace {
 
 constexpr int chunk = 16, vectors = chunk / lanes;
-constexpr int64_t rows_at_once = 16, most_groups = 512 / chunk;
+constexpr int64_t most_groups = 512 / chunk;
 
 enum class Number { integer, e2m1, e4m3 };
 
@@ -71,16 +73,28 @@ FATUI_INLINE Vector table(std::integer_sequence<int, I...>) {
   else return Vector{float(I & ((1 << bits) - 1))...};
 }
 
+// Some bytes, up to eight, as the lowest ones of a word; in pieces that are loads, as a copy through memory would be waited for.
+template <int bytes>
+FATUI_INLINE uint64_t low_bytes(const uint8_t* p) {
+  uint64_t eight = 0;
+  uint32_t four = 0;
+  uint16_t two = 0;
+  uint8_t one = 0;
+  if constexpr (bytes == 8) std::memcpy(&eight, p, 8);
+  if constexpr (bytes & 4) std::memcpy(&four, p, 4);
+  if constexpr (bytes & 2) std::memcpy(&two, p + (bytes & 4), 2);
+  if constexpr (bytes & 1) std::memcpy(&one, p + (bytes & 6), 1);
+  return eight | four | uint64_t(two) << 8 * (bytes & 4) | uint64_t(one) << 8 * (bytes & 6);
+}
+
 #if defined(FATUI_SHUFFLES)
 // The 2 * bits bytes of 16 numbers.
 template <int bits>
 FATUI_INLINE __m128i packed(const uint8_t* p) {
   if constexpr (bits == 8) return _mm_loadu_si128((const __m128i*)p);
-  uint64_t low = 0, high = 0;
-  std::memcpy(&low, p, std::min(8, 2 * bits));
-  if constexpr (bits <= 4) return _mm_cvtsi64_si128(int64_t(low));
-  std::memcpy(&high, p + 8, std::max(0, 2 * bits - 8));
-  return _mm_set_epi64x(int64_t(high), int64_t(low));
+  const auto low = int64_t(low_bytes<std::min(8, 2 * bits)>(p));
+  if constexpr (bits <= 4) return _mm_cvtsi64_si128(low);
+  return _mm_set_epi64x(int64_t(low_bytes<std::clamp(2 * bits - 8, 0, 8)>(p + 8)), low);
 }
 
 // For each of lanes numbers: the two bytes that have it, and how far it is from their lowest bit.
@@ -107,14 +121,13 @@ FATUI_INLINE Words shifted(const uint8_t* p) {
 #if defined(__AVX512BW__)
 #if defined(__AVX512VBMI__)
   if constexpr (bits <= 4) {  // one byte of eight bits from any bit of a quadword; the other bytes are not used
-    uint64_t numbers = 0;
-    std::memcpy(&numbers, p, 2 * bits);
+    const auto numbers = int64_t(low_bytes<std::min(8, 2 * bits)>(p));
     static constexpr Places from = [] {
       Places all{};
       for (int i = 0; i < lanes; i++) all.bytes[4 * i] = uint8_t(bits * i);
       return all;
     }();
-    return (Words)_mm512_multishift_epi64_epi8(_mm512_load_si512(from.bytes), _mm512_set1_epi64(int64_t(numbers)));
+    return (Words)_mm512_multishift_epi64_epi8(_mm512_load_si512(from.bytes), _mm512_set1_epi64(numbers));
   }
 #endif
   const __m512i spread = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(packed<bits>(p)), _mm512_load_si512(at.bytes));
@@ -137,7 +150,8 @@ constexpr int looked_up = lanes == 16 ? 4 : 3;  // bits of an index of a registe
 
 template <int bits, int first>
 FATUI_INLINE Words integers(const uint8_t* p) {
-  return shifted<bits, first>(p) & ((1u << bits) - 1);
+  const Words x = shifted<bits, first>(p);
+  return bits == 8 ? x : x & ((1u << bits) - 1);
 }
 #else
 constexpr int looked_up = 0;
@@ -147,9 +161,7 @@ FATUI_INLINE Words integers(const uint8_t* p) {
   Words x;
   FATUI_UNROLL for (int i = 0; i < lanes; i++) {
     const int half = (first + i) / 8;  // eight numbers take `bits` bytes
-    uint64_t all = 0;
-    std::memcpy(&all, p + half * bits, bits);
-    x[i] = uint32_t(all >> (bits * (first + i - 8 * half))) & ((1u << bits) - 1);
+    x[i] = uint32_t(low_bytes<bits>(p + half * bits) >> (bits * (first + i - 8 * half))) & ((1u << bits) - 1);
   }
   return x;
 }
@@ -176,59 +188,289 @@ FATUI_INLINE Vector values_of(const uint8_t* p, Vector scale, Vector bias, [[may
   }
 }
 
-template <int bits, Number number, int first = 0>
-FATUI_INLINE void store_chunk(const uint8_t* p, Vector scale, Vector bias, Vector values, float* out) {
-  store(out + first, values_of<bits, number, first>(p, scale, bias, values));
-  if constexpr (first + lanes < chunk) store_chunk<bits, number, first + lanes>(p, scale, bias, values, out);
-}
+// How the values of a group are made of numbers.
+struct Group {
+  Vector scale, bias, values;
+};
 
 template <int bits, Number number>
-void expand(const uint8_t* p, int64_t groups, int64_t group, const float* scales, const float* biases, float* out) {
-  for (int64_t g = 0; g < groups; g++) {
-    const Vector scale = broadcast(scales[g]), bias = number == Number::integer ? broadcast(biases[g]) : Vector{};
-    const Vector values = fused(bias, table<bits, number>(std::make_integer_sequence<int, lanes>{}), scale);
-    for (int64_t i = 0; i < group; i += chunk, p += 2 * bits, out += chunk)
-      store_chunk<bits, number>(p, scale, bias, values, out);
+FATUI_INLINE Group group_of(const float* scale, const float* bias) {
+  Group g{broadcast(*scale), number == Number::integer ? broadcast(*bias) : Vector{}, {}};
+  g.values = fused(g.bias, table<bits, number>(std::make_integer_sequence<int, lanes>{}), g.scale);
+  return g;
+}
+
+template <int bits, Number number, int... I>
+FATUI_INLINE void chunk_of(const uint8_t* p, const Group& g, Vector (&x)[vectors], std::integer_sequence<int, I...>) {
+  ((x[I] = values_of<bits, number, I * lanes>(p, g.scale, g.bias, g.values)), ...);
+}
+template <int bits, Number number>
+FATUI_INLINE void chunk_of(const uint8_t* p, const Group& g, Vector (&x)[vectors]) {
+  chunk_of<bits, number>(p, g, x, std::make_integer_sequence<int, vectors>{});
+}
+
+// Rows of packed numbers, with their scales and biases in float32.
+struct Packed {
+  const uint8_t* data;
+  int64_t stride, rows, groups, group;
+  const float *scales, *biases;
+};
+
+template <int bits, Number number>
+struct Expand {
+  static void run(const Packed& from, float* out, int64_t line) {
+    for (int64_t r = 0; r < from.rows; r++) {
+      const uint8_t* p = from.data + r * from.stride;
+      float* to = out + r * line;
+      for (int64_t b = 0; b < from.groups * from.group * bits / 8; b += 64) __builtin_prefetch(p + from.rows * from.stride + b);
+      for (int64_t g = r * from.groups; g < (r + 1) * from.groups; g++) {
+        const Group group = group_of<bits, number>(from.scales + g, from.biases + g);
+        for (int64_t i = 0; i < from.group; i += chunk, p += 2 * bits, to += chunk) {
+          Vector x[vectors];
+          chunk_of<bits, number>(p, group, x);
+          FATUI_UNROLL for (int v = 0; v < vectors; v++) store(to + v * lanes, x[v]);
+        }
+      }
+    }
+  }
+};
+
+// Some chunks of the output at once, of R rows; at the end of a row the last chunk fills up their number.
+template <int R, int bits, Number number>
+struct Add {
+  static constexpr int chunks = registers == 32 ? 16 / vectors / 4 : 1;  // 16 accumulators of 32 registers, 8 of 16
+
+  template <bool one_group>
+  static void run(const Packed& from, const float* p, int64_t p_line, float* output, int64_t output_line, int64_t first,
+                  Ahead& ahead) {
+    Ahead next = ahead;
+    Vector c[R][chunks][vectors];
+    const uint8_t* data[chunks];
+    float* out[chunks];
+    int64_t group[chunks];
+    FATUI_UNROLL for (int i = 0; i < chunks; i++) {
+      const int64_t at = std::min(first + i, from.groups * from.group / chunk - 1);
+      data[i] = from.data + 2 * bits * at, out[i] = output + chunk * at, group[i] = at * chunk / from.group;
+      FATUI_UNROLL for (int r = 0; r < R; r++)
+        FATUI_UNROLL for (int v = 0; v < vectors; v++) c[r][i][v] = load(out[i] + r * output_line + v * lanes);
+    }
+    for (int64_t j = 0; j < from.rows; j++) {
+      if (j % std::max(1, 32 / bits / chunks) == 0) next.ask<1>();
+      Vector weight[R];
+      FATUI_UNROLL for (int r = 0; r < R; r++) weight[r] = in_register(broadcast(p[r * p_line + j]));
+      Group g;
+      FATUI_UNROLL for (int i = 0; i < chunks; i++) {
+        const int64_t at = j * from.groups + group[i];
+        if (i == 0 || !one_group) g = group_of<bits, number>(from.scales + at, from.biases + at);
+        Vector x[vectors];
+        chunk_of<bits, number>(data[i] + j * from.stride, g, x);
+        FATUI_UNROLL for (int v = 0; v < vectors; v++) {
+          x[v] = in_register(x[v]);
+          FATUI_UNROLL for (int r = 0; r < R; r++) c[r][i][v] += weight[r] * x[v];
+        }
+      }
+    }
+    FATUI_UNROLL for (int i = 0; i < chunks; i++)
+      FATUI_UNROLL for (int r = 0; r < R; r++)
+        FATUI_UNROLL for (int v = 0; v < vectors; v++) store(out[i] + r * output_line + v * lanes, c[r][i][v]);
+    ahead = next;
+  }
+
+  static void run(const Packed& from, const float* p, int64_t p_line, float* output, int64_t output_line, Ahead* next) {
+    const bool one_group = from.group % (chunks * chunk) == 0;
+    for (int64_t first = 0; first < from.groups * from.group / chunk; first += chunks)
+      if (one_group) run<true>(from, p, p_line, output, output_line, first, *next);
+      else run<false>(from, p, p_line, output, output_line, first, *next);
+  }
+};
+
+template <int bits, Number number>
+using AddFour = Add<rows_together, bits, number>;
+template <int bits, Number number>
+using AddOne = Add<1, bits, number>;
+
+// Runs the loop for a format.
+template <template <int, Number> class Loop, class... Arguments>
+void run_for(const Packing& packing, const Arguments&... arguments) {
+  if (packing.mode == Mode::mxfp8) return Loop<8, Number::e4m3>::run(arguments...);
+  if (packing.mode != Mode::affine) return Loop<4, Number::e2m1>::run(arguments...);
+  switch (packing.bits) {
+    case 2: return Loop<2, Number::integer>::run(arguments...);
+    case 3: return Loop<3, Number::integer>::run(arguments...);
+    case 4: return Loop<4, Number::integer>::run(arguments...);
+    case 5: return Loop<5, Number::integer>::run(arguments...);
+    case 6: return Loop<6, Number::integer>::run(arguments...);
+    default: return Loop<8, Number::integer>::run(arguments...);
   }
 }
 
-using Expand = void(const uint8_t*, int64_t, int64_t, const float*, const float*, float*);
-
-Expand* expansion(const Packing& packing) {
-  if (packing.mode == Mode::mxfp8) return expand<8, Number::e4m3>;
-  if (packing.mode != Mode::affine) return expand<4, Number::e2m1>;
-  switch (packing.bits) {
-    case 2: return expand<2, Number::integer>;
-    case 3: return expand<3, Number::integer>;
-    case 4: return expand<4, Number::integer>;
-    case 5: return expand<5, Number::integer>;
-    case 6: return expand<6, Number::integer>;
-    default: return expand<8, Number::integer>;
-  }
+// Reads the scales and biases of up to most_quantized_rows rows and calls f(packed rows). Rows whose words are not side by side are copied.
+template <class F>
+void with_packed(const QuantizedRows& q, const F& f) {
+  const Packing& packing = q.packing;
+  alignas(64) float scales[most_quantized_rows * most_groups + lanes], biases[most_quantized_rows * most_groups + lanes];
+  Packed packed{q.data(), q.stride(), q.rows, q.columns / packing.group, packing.group, scales, biases};
+  read_groups(packing.scales, packing.mode, q.at(packing.scales), q.rows, packed.groups, scales);
+  if (packing.mode == Mode::affine)
+    read_groups(packing.biases, packing.mode, q.at(packing.biases), q.rows, packed.groups, biases);
+  const int64_t row_bytes = q.bytes();
+  if (q.numbers.stride[3] == 1) return f(packed);
+  uint32_t words[most_quantized_rows * 512 / 4];
+  for (int64_t r = 0; r < q.rows; r++)
+    for (int64_t w = 0; w < row_bytes / 4; w++)
+      std::memcpy(words + r * row_bytes / 4 + w, packed.data + r * packed.stride + 4 * w * q.numbers.stride[3], 4);
+  packed.data = reinterpret_cast<const uint8_t*>(words), packed.stride = row_bytes;
+  f(packed);
 }
 }  // namespace
 
-void dequantize(const Tensor& numbers, const Packing& packing, int64_t batch, int64_t head, int64_t row, int64_t rows,
-                int64_t columns, float* out, int64_t line) {
-  const auto at = [&](const Tensor& t, int64_t r) { return batch * t.stride[0] + head * t.stride[1] + r * t.stride[2]; };
-  const int64_t groups = columns / packing.group, row_bytes = columns * packing.bits / 8, stride = 4 * numbers.stride[2];
-  const uint8_t* p = static_cast<const uint8_t*>(numbers.data) + 4 * at(numbers, row);
-  Expand* const expand_row = expansion(packing);
-  uint32_t words[512 / 4];  // a row whose words are not side by side
-  alignas(64) float scales[rows_at_once * most_groups + lanes], biases[rows_at_once * most_groups + lanes];
-  for (int64_t first = 0; first < rows; first += rows_at_once) {
-    const int64_t some = std::min(rows_at_once, rows - first);
-    read_groups(packing.scales, packing.mode, at(packing.scales, row + first), some, groups, scales);
-    if (packing.mode == Mode::affine)
-      read_groups(packing.biases, packing.mode, at(packing.biases, row + first), some, groups, biases);
-    for (int64_t r = 0; r < some; r++, p += stride, out += line) {
-      for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(p + rows * stride + b);  // the next tile
-      if (numbers.stride[3] != 1)
-        for (int64_t w = 0; w < row_bytes / 4; w++) std::memcpy(words + w, p + 4 * w * numbers.stride[3], 4);
-      const uint8_t* bytes = numbers.stride[3] == 1 ? p : reinterpret_cast<const uint8_t*>(words);
-      expand_row(bytes, groups, packing.group, scales + r * groups, biases + r * groups, out);
+void dequantize(const QuantizedRows& rows, float* out, int64_t line) {
+  for (int64_t first = 0; first < rows.rows; first += most_quantized_rows) {
+    QuantizedRows some = rows;
+    some.row += first, some.rows = std::min(most_quantized_rows, rows.rows - first);
+    with_packed(some, [&](const Packed& packed) { run_for<Expand>(rows.packing, packed, out + first * line, line); });
+  }
+}
+
+void add_quantized(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
+                   int64_t output_line, Ahead& next) {
+  with_packed(values, [&](const Packed& packed) {
+    if (count == 1) return run_for<AddOne>(values.packing, packed, p, p_line, output, output_line, &next);
+    for (int64_t row = 0; row < count; row += rows_together)
+      run_for<AddFour>(values.packing, packed, p + row * p_line, p_line, output + row * output_line, output_line, &next);
+  });
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+namespace {
+constexpr int64_t unit = 32;  // dims of two vectors
+constexpr float largest_integer = 127 * 256;
+
+// The two vectors of 32 numbers, each with the 16 bytes of its dims four times: once for each row.
+template <int bits, Number number>
+FATUI_INLINE void unit_of(const uint8_t* p, __m512i (&x)[2]) {
+  const __m512i first = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (bits == 8) {
+    x[0] = first, x[1] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(p + 16)));
+  } else {
+    const __m512i low = _mm512_set1_epi8(15);
+    x[0] = _mm512_and_si512(first, low), x[1] = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
+    if constexpr (number == Number::e2m1) {  // twice the number, plus 12
+      const __m512i shifted = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+      x[0] = _mm512_shuffle_epi8(shifted, x[0]), x[1] = _mm512_shuffle_epi8(shifted, x[1]);
     }
   }
 }
+
+// Four rows against all keys, four at a time.
+template <int bits, Number number>
+struct Scores4 {
+  static constexpr int together = 4;
+
+  static void run(const Packed& keys, const uint8_t* query, const float* sums, Vector units, float* s, int64_t line,
+                  Ahead& ahead) {
+    Ahead next = ahead;
+    for (int64_t j = 0; j < keys.rows; j += together) {
+      Vector total[together] = {};
+      const uint8_t* p[together];
+      int64_t at[together];
+      FATUI_UNROLL for (int n = 0; n < together; n++) {
+        const int64_t key = std::min(j + n, keys.rows - 1);
+        p[n] = keys.data + key * keys.stride, at[n] = key * keys.groups;
+      }
+      const uint8_t* q = query;
+      for (int64_t g = 0; g < keys.groups; g++) {
+        __m512i high[together] = {}, low[together] = {};
+        for (int64_t d = 0; d < keys.group; d += unit, q += 4 * 64) {
+          __m512i y[4];
+          FATUI_UNROLL for (int i = 0; i < 4; i++) y[i] = _mm512_load_si512(q + 64 * i);
+          next.ask<bits * together * unit / 8 / 64>();
+          FATUI_UNROLL for (int n = 0; n < together; n++) {
+            __m512i x[2];
+            unit_of<bits, number>(p[n], x);
+            high[n] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(high[n], x[0], y[0]), x[1], y[2]);
+            low[n] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(low[n], x[0], y[1]), x[1], y[3]);
+            p[n] += unit * bits / 8;
+          }
+        }
+        const Vector sum = load(sums + g * lanes);
+        FATUI_UNROLL for (int n = 0; n < together; n++) {
+          const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[n], 8), low[n]);
+          const Vector product = (Vector)_mm512_cvtepi32_ps(both);
+          const float scale = keys.scales[at[n] + g];
+          total[n] = fused(total[n], product, broadcast(number == Number::e2m1 ? 0.5f * scale : scale));
+          total[n] = fused(total[n], sum, broadcast(number == Number::e2m1 ? -6 * scale : keys.biases[at[n] + g]));
+        }
+      }
+      const Vector all = fold<together>(total) * units;
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+        std::memcpy(s + r * line + j, reinterpret_cast<const float*>(&all) + r * together, together * sizeof(float));
+    }
+    ahead = next;
+  }
+};
+}  // namespace
+
+bool IntegerQueries::take(const Packing& packing, int64_t columns) {
+  const bool known = packing.mode == Mode::mxfp4 || (packing.mode == Mode::affine && packing.bits % 4 == 0);
+  return known && columns % unit == 0;
+}
+
+bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing,
+                          float largest_share, float* room) {
+  const int64_t groups = columns / packing.group;
+  row_groups_ = ceil_div(rows, rows_together);
+  float *units = room, *sums = units + row_groups_ * lanes;
+  auto* bytes = reinterpret_cast<int8_t*>(sums + row_groups_ * groups * lanes);
+  units_ = units, sums_ = sums, bytes_ = reinterpret_cast<const uint8_t*>(bytes);
+  std::fill_n(room, row_groups_ * lanes * (1 + groups), 0.0f);
+  std::memset(bytes, 0, size_t(row_groups_ * rows_together * columns * 2));
+  for (int64_t r = 0; r < rows; r++) {
+    const float* q = query + r * line;
+    float largest = 0, mean = 0;  // of square roots, in which a few large numbers weigh less
+    for (int64_t d = 0; d < columns; d++) largest = std::max(largest, std::abs(q[d])), mean += std::sqrt(std::abs(q[d]));
+    mean /= float(columns);
+    if (!(largest <= largest_share * mean * mean) || largest > 0x1p100f) return false;
+    if (largest < 0x1p-100f) {
+      if (largest > 0) return false;
+      continue;
+    }
+    const int64_t four = r / rows_together, lane = r % rows_together * (lanes / rows_together);
+    const float inverse = largest_integer / largest;
+    std::fill_n(units + four * lanes + lane, lanes / rows_together, largest / largest_integer);
+    alignas(64) int32_t integers[512];
+    for (int64_t d = 0; d < columns; d++) integers[d] = int32_t(std::nearbyint(q[d] * inverse));
+    for (int64_t d = 0; d < columns; d++) sums[(four * groups + d / packing.group) * lanes + lane] += float(integers[d]);
+    int8_t* to = bytes + four * rows_together * columns * 2 + r % rows_together * chunk;
+    for (int64_t d = 0; d < columns; d += unit, to += 4 * 64)
+      for (int vector = 0; vector < 2; vector++)
+        for (int b = 0; b < chunk; b++) {
+          const int32_t number = integers[d + (packing.bits == 8 ? chunk * vector + b : 2 * b + vector)];
+          const int32_t high = (number + 128) >> 8;
+          to[128 * vector + b] = int8_t(high), to[128 * vector + 64 + b] = int8_t(number - 256 * high);
+        }
+  }
+  return true;
+}
+
+void IntegerQueries::scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const {
+  with_packed(keys, [&](const Packed& packed) {
+    const Packing& packing = keys.packing;
+    for (int64_t four = 0; four < row_groups_; four++) {
+      const auto* bytes = bytes_ + four * rows_together * keys.columns * 2;
+      const float* sums = sums_ + four * packed.groups * lanes;
+      float* to = s + four * rows_together * line;
+      const Vector units = load(units_ + four * lanes);
+      if (packing.mode != Mode::affine) Scores4<4, Number::e2m1>::run(packed, bytes, sums, units, to, line, next);
+      else if (packing.bits == 4) Scores4<4, Number::integer>::run(packed, bytes, sums, units, to, line, next);
+      else Scores4<8, Number::integer>::run(packed, bytes, sums, units, to, line, next);
+    }
+  });
+}
+#else
+bool IntegerQueries::take(const Packing&, int64_t) { return false; }
+bool IntegerQueries::read(const float*, int64_t, int64_t, int64_t, const Packing&, float, float*) { return false; }
+void IntegerQueries::scores(const QuantizedRows&, float*, int64_t, Ahead&) const {}
+#endif
 
 }  // namespace fatui

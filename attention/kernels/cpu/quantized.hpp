@@ -1,22 +1,71 @@
-// Quantized keys and values: a tile of rows is dequantized on its way to the products, into the tiles that rows of other types
-// are converted into. Formats differ in this step only.
+// Quantized keys and values. With many query rows a tile is dequantized on its way to the products, into the tiles that rows of
+// other types are converted into: formats differ in this step only. With few rows, which read each number once:
+//
+//   scores   dot products of bytes with queries of 16 bits, as two bytes, where the CPU has them (AVX-512 VNNI) and the format is
+//            one of 4 or 8 bits; elsewhere a tile is dequantized
+//   output   values are dequantized in registers
 #pragma once
 #include "tile.hpp"
 
 namespace fatui {
 
-// Writes rows [row, row + rows) of a head as float32 to out, `line` floats apart. A value is scale * number + bias, rounded once
-// (twice in mxfp8).
-void dequantize(const Tensor& numbers, const Packing& packing, int64_t batch, int64_t head, int64_t row, int64_t rows,
-                int64_t columns, float* out, int64_t line);
+// Rows [row, row + rows) of a head of quantized keys or values, of `columns` values.
+struct QuantizedRows {
+  const Tensor& numbers;
+  const Packing& packing;
+  int64_t batch, head, row, rows, columns;
+
+  int64_t at(const Tensor& t, int64_t r = 0) const {
+    return batch * t.stride[0] + head * t.stride[1] + (row + r) * t.stride[2];
+  }
+  const uint8_t* data() const { return static_cast<const uint8_t*>(numbers.data) + 4 * at(numbers); }
+  int64_t stride() const { return 4 * numbers.stride[2]; }
+  int64_t bytes() const { return columns * packing.bits / 8; }  // of a row
+};
+
+// Writes rows as float32 to out, `line` floats apart. A value is scale * number + bias, rounded once (twice in mxfp8).
+void dequantize(const QuantizedRows& rows, float* out, int64_t line);
 
 // Rows as float32, as `floats_of` gives them, of keys or values of either kind.
 template <class T>
 Floats floats_of(const Tensor& t, const Packing& packing, int64_t batch, int64_t head, int64_t row, int64_t rows,
                  int64_t columns, float* room, int64_t padded, bool in_place = true) {
   if (packing.mode == Mode::none) return floats_of<T>(t, batch, head, row, rows, columns, room, padded, in_place);
-  dequantize(t, packing, batch, head, row, rows, columns, room, padded);
+  dequantize({t, packing, batch, head, row, rows, columns}, room, padded);
   return {room, padded};
 }
+
+class Ahead;  // asks for what is read next
+
+constexpr int64_t rows_together = 4;       // query rows of the products with few rows, which are padded to a multiple
+constexpr int64_t most_quantized_rows = 64;  // keys or values of a tile
+
+// O[row][d] += P[row][key] V[key][d] of `count` rows, their lines padded to a multiple of rows_together (1 stays 1).
+void add_quantized(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
+                   int64_t output_line, Ahead& next);
+
+// Query rows as integers, q = unit * (256 high + low), with high and low bytes in the order of the packed numbers:
+//
+//   a vector: 4 rows x 16 dims; 32 dims are two vectors of high bytes and two of low ones
+class IntegerQueries {
+ public:
+  // Whether scores over such keys can be computed in integers.
+  static bool take(const Packing& packing, int64_t columns);
+
+  static int64_t floats(int64_t rows, int64_t columns) { return round_up(rows, rows_together) * (columns + 16); }
+
+  // Reads rows, `line` floats apart, into `room`, 64-byte aligned. False if a number is so large beside the others of its row
+  // that integers would lose those.
+  bool read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing, float largest_share,
+            float* room);
+
+  // S[row][key], `line` floats apart. Rows are padded to a multiple of rows_together, keys to one of 4.
+  void scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const;
+
+ private:
+  int64_t row_groups_ = 0;
+  const uint8_t* bytes_ = nullptr;  // [4 rows][32 dims][vector][high, low][64]
+  const float *sums_ = nullptr, *units_ = nullptr;  // [4 rows][group of dims][16]: in the first lane of each row; [4 rows][16]
+};
 
 }  // namespace fatui

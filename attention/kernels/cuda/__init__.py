@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from attention.core.workload import Workload
     from attention.kernels.cuda.attend import Attend
     from attention.masks import Pattern
+    from attention.quantized_kv import QuantizedArray
 
 __all__ = [
     "KernelUnavailable",
     "availability",
     "flash_attention",
+    "flash_attention_quantized",
     "flash_attention_with_logsumexp",
     "load",
     "supports",
@@ -133,6 +135,46 @@ def flash_attention_with_logsumexp(
     """
     output, logsumexp = _attend(q, k, v, scale, causal, window, mask, softcap, pattern, alibi, True)[:2]
     return output, logsumexp
+
+
+def flash_attention_quantized(
+    q: mx.array,
+    k: QuantizedArray,
+    v: QuantizedArray,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    logsumexp: bool = False,
+) -> Sequence[mx.array]:
+    """Compute `flash_attention` of quantized keys and values, which are dequantized in registers.
+
+    Keys and values may have other formats. The parts are read in place if their last axis is contiguous. There is no
+    gradient.
+
+    Returns:
+        The output (B, H, Lq, D) and, with `logsumexp`, the logsumexp (B, H, Lq) in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or values are inconsistent or unsupported, or a gradient is requested.
+        KernelUnavailable: the kernel does not take the call, or cannot run on this machine.
+    """
+    key = (
+        q.shape, q.dtype, k.numbers.shape, k.format, k.scales.dtype, v.numbers.shape, v.format, v.scales.dtype,
+        scale, causal, window, softcap, logsumexp,
+    )  # fmt: skip
+    known = _known.get(key)
+    if known is None:
+        from attention.kernels.cuda.attend import repeated_packed_call
+        from attention.kernels.cuda.quantized.formats import PackedKV, check_packed
+        from attention.kernels.cuda.runtime.call import normalize
+
+        dtype = check_packed(q, k, v)
+        call = normalize(scale, causal, window, softcap, k.shape[2])
+        known = repeated_packed_call(q.shape, k.shape[1], k.shape[2], dtype, call, PackedKV.of(k, v), logsumexp)
+        _known[key] = known
+    return known([q, *k.arrays, *v.arrays])
 
 
 def _attend(

@@ -12,6 +12,8 @@ from attention.kernels.cuda.choice import KernelPath, candidates, program_of, wo
 from attention.kernels.cuda.gradients import gradients
 from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.portable import launch as portable_launch
+from attention.kernels.cuda.quantized import launch as packed_launch
+from attention.kernels.cuda.quantized.formats import NO_GRADIENT, PackedKV
 from attention.kernels.cuda.runtime import launcher, selfcheck
 from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import (
@@ -20,6 +22,7 @@ from attention.kernels.cuda.runtime.launch import (
     Run,
     Stage,
     extra_inputs,
+    formats_of,
     make_plan,
     parse_label,
     plan_label,
@@ -29,6 +32,7 @@ from attention.kernels.cuda.sm90 import fp8_launch, gradient
 from attention.kernels.cuda.sm90 import launch as sm90_launch
 from attention.kernels.cuda.sm90.launch import decode_stages, forward_stages
 from attention.masks import as_4d
+from attention.quantized_kv import quantized
 
 TRACE_AFTER = 2
 """Calls of a shape before `mx.compile` traces it; a decode loop, whose key length grows, is never traced."""
@@ -119,6 +123,8 @@ def _gradients_of(
     kind, shape, call, with_logsumexp = parse_label(label)
     if kind == "fp8":
         raise ValueError("[flash_attention] poc-fp8 has no gradient; poc does.")
+    if kind == "packed":
+        raise ValueError(f"[flash_attention] {NO_GRADIENT}.")
     if kind != "forward":
         raise ValueError("[flash_attention] There is no second derivative.")
     wanted = cotangents[: 2 if with_logsumexp else 1]
@@ -137,6 +143,8 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
         match kind:
             case "forward":
                 return _differentiable_plan(shape, call, first_trusted(shape, call), with_logsumexp, None)
+            case "packed":
+                return _packed_plan(shape, call, PackedKV.of_texts(*formats_of(label)), with_logsumexp)
             case "own gradient":
                 return gradient.make_plan_of_gradient(shape, call, with_logsumexp)
             case "fp8":
@@ -226,6 +234,58 @@ def repeated_call(
         made = RepeatedCall(shape, call, path, with_logsumexp)
     masked = _with_mask(made, shape, launcher.unavailable_reason() is not None) if call.mask else made
     return masked if dims == [q[3], value_dim] else _padded(masked, dims, value_dim)
+
+
+def _packed_plan(shape: CallShape, call: CallParams, packed: PackedKV, with_logsumexp: bool) -> Run:
+    """Return a call with quantized keys and values as one MLX primitive, which has no gradient."""
+    outputs = OUTPUTS[: 2 if with_logsumexp else 1]
+    label = plan_label("packed", shape, call, with_logsumexp, packed.texts)
+    return make_plan(
+        packed_launch.inputs(packed), outputs, packed_launch.stages(shape, call, packed, with_logsumexp), label
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def repeated_packed_call(
+    q: tuple[int, ...], kv_heads: int, keys: int, dtype: str, call: CallParams, packed: PackedKV, with_logsumexp: bool
+) -> Run:
+    """Select, check and cache the kernel for a shape of q, and quantized keys and values.
+
+    Returns:
+        A plan of q and the parts of keys and values: returns the output and, if requested, the logsumexp.
+
+    Raises:
+        KernelUnavailable: no kernel supports the call, or its self-check failed.
+    """
+    shape = CallShape(q[0], q[1], kv_heads, q[2], keys, q[3], ELEMENTS[dtype])
+    reason = packed_launch.refusal(shape, call)
+    if reason:
+        raise KernelUnavailable(reason)
+    launcher.module().set_transforms(_gradients_of, _batched)
+    program = packed_launch.make_key_split(shape, call, packed).kernel.program
+    reason = selfcheck.check(program, functools.partial(_compare_packed, shape, call, packed))
+    if reason:
+        raise KernelUnavailable(f"{program.name}: {reason}")
+    return _packed_plan(shape, call, packed, with_logsumexp)
+
+
+def _compare_packed(shape: CallShape, call: CallParams, packed: PackedKV) -> str | None:
+    """Run the specialisation of a call with quantized keys and values on small inputs; return an error, or None."""
+    small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, keys=523)
+    tried = selfcheck.small_call(small, call)
+    q, k, v = selfcheck.inputs(small)[:3]
+    parts = [
+        quantized(x if scale == "uint8" else x.astype(getattr(mx, scale)), form)
+        for x, form, scale in (
+            (k, packed.format.key, packed.key_scale),
+            (v, packed.format.value, packed.value_scale),
+        )
+    ]
+    plan = packed_launch.same_kernel(packed_launch.make_key_split(shape, call, packed), small, tried, packed)
+    run = run_of(packed_launch.inputs(packed), OUTPUTS[:2], packed_launch.stages(small, tried, packed, plan=plan))
+    found = run([q, *(array for part in parts for array in part.arrays)])
+    exact = [part.dequantized(mx.float32) for part in parts]
+    return selfcheck.disagreement(tried, found[0], found[1], [q, *exact])
 
 
 def _with_mask(made: Attend, shape: CallShape, whole: bool) -> Attend:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from attention.core.errors import KernelUnavailable
+from attention.core.errors import KernelUnavailable, UsageError
+from attention.core.kv_format import DENSE
 from attention.core.route import Needs, Route, unsupported
 from attention.core.workload import Workload
 from attention.kernels import cuda
 from attention.kernels.cuda.runtime import launcher
 from attention.kernels.cuda.runtime.call import MAX_SOFTCAP
+from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import mlx.core as mx
 
@@ -22,10 +24,11 @@ NAMES: Final = {
     "forward": "CUDA kernel, Hopper",
     "decode": "CUDA kernel, split K",
     "general": "CUDA kernel, general",
+    "packed": "CUDA, quantized K/V",
 }
 
 
-TAKES: Final = frozenset({"pattern", "alibi", "logsumexp"})
+TAKES: Final = frozenset({"pattern", "alibi", "logsumexp", "quantized"})
 
 
 def route(workload: Workload, needs: Needs) -> Route:
@@ -33,6 +36,8 @@ def route(workload: Workload, needs: Needs) -> Route:
     refusal = cuda.supports(workload, needs)
     if refusal:
         return unsupported(refusal)
+    if workload.kv_format != DENSE:
+        return _packed_route(workload, needs)
     from attention.kernels.cuda.choice import path_of
     from attention.kernels.cuda.requirements import shape_and_call
 
@@ -48,6 +53,19 @@ def route(workload: Workload, needs: Needs) -> Route:
         reason = f"{reason}; gradients go through MLX's own path: {gradient_refusal}"
     predicted = _predicted(workload, needs, gradient_refusal)
     return Route(path=NAMES[path], fused=True, reason=reason, predicted_bytes=predicted)
+
+
+def _packed_route(workload: Workload, needs: Needs) -> Route:
+    """Return the route of a supported workload with quantized keys and values."""
+    from attention.kernels.cuda.requirements import workspace_bytes
+
+    return Route(
+        path=NAMES["packed"],
+        fused=True,
+        reason=f"flash attention in CUDA C++ that dequantizes {workload.kv_format} in registers; a kind of call "
+        "compiles at its first use, in about a second",
+        predicted_bytes=workload.output_bytes + workspace_bytes(workload, needs),
+    )
 
 
 def backward_refusal(workload: Workload, needs: Needs) -> str | None:
@@ -72,21 +90,38 @@ def build(on_message: Callable[[str], None]) -> None:
     cuda.load(on_message)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
-    """Compute attention. Shapes: see `Implementation.__call__`.
+def attend(q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
+    """Compute attention. Shapes: see `Implementation.__call__`. Keys and values may be quantized, both.
 
     Raises:
         KernelUnavailable: the kernel cannot be compiled, fails its self-check, or does not take the scale, softcap or
             mask.
     """
+    if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
+        return _attend_packed(q, k, v, scale, mask, softcap, logsumexp=False)[0]
     return cuda.flash_attention(q, k, v, scale=scale, softcap=softcap, **_checked(scale, mask, softcap))
 
 
 def with_logsumexp(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None
 ) -> tuple[mx.array, mx.array]:
     """Compute attention as `attend`, and the logsumexp (B, H, Lq) in float32, -inf for fully masked rows."""
+    if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
+        output, logsumexp = _attend_packed(q, k, v, scale, mask, softcap, logsumexp=True)
+        return output, logsumexp
     return cuda.flash_attention_with_logsumexp(q, k, v, scale=scale, softcap=softcap, **_checked(scale, mask, softcap))
+
+
+def _attend_packed(
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, scale: float, mask: Mask, softcap: float | None, logsumexp: bool
+) -> Sequence[mx.array]:
+    if not (isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)):
+        raise UsageError("k, v: got one quantized and one not; both are, or neither")
+    keywords = _checked(scale, mask, softcap)
+    for name in ("mask", "pattern", "alibi"):
+        if keywords.pop(name) is not None:
+            raise KernelUnavailable(f"the CUDA kernels take no {name} with quantized keys and values")
+    return cuda.flash_attention_quantized(q, k, v, scale=scale, softcap=softcap, logsumexp=logsumexp, **keywords)
 
 
 def _checked(scale: float, mask: Mask, softcap: float | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import cast
 from msgspec import structs
 
 from attention.core.errors import KernelUnavailable
+from attention.core.kv_format import DENSE
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import Workload
 from attention.kernels.common import cache
@@ -91,6 +92,8 @@ def refusal_here(workload: Workload, needs: Needs = NO_NEEDS) -> str | None:
     reason = refusal_of_workload(workload)
     if reason:
         return reason
+    if workload.kv_format != DENSE:
+        return _packed_refusal(workload, needs)
     try:
         describe()
         from attention.kernels.cuda.choice import path_of
@@ -99,6 +102,33 @@ def refusal_here(workload: Workload, needs: Needs = NO_NEEDS) -> str | None:
     except KernelUnavailable as unavailable:
         return str(unavailable)
     return None
+
+
+def _packed_refusal(workload: Workload, needs: Needs) -> str | None:
+    """Return None if the kernels support a workload with quantized keys and values on this machine, else the reason."""
+    from attention.kernels.cuda.quantized.formats import NO_GRADIENT, width_refusal
+
+    reason = NO_GRADIENT if workload.pass_ == "training" else width_refusal(workload.head_dim, workload.value_dim)
+    if reason:
+        return reason
+    try:
+        describe()
+    except KernelUnavailable as unavailable:
+        return str(unavailable)
+    from attention.kernels.cuda.quantized import launch as packed_launch
+    from attention.kernels.cuda.quantized.formats import PackedKV
+    from attention.kernels.cuda.runtime import launcher, selfcheck
+
+    shape, call = shape_and_call(workload, needs)
+    reason = packed_launch.refusal(shape, call)
+    if reason:
+        return reason
+    obstacle = launcher.known_obstacle()
+    if obstacle:
+        return f"the CUDA kernels for quantized keys and values need the launcher: {obstacle}"
+    packed = PackedKV.of_text(workload.kv_format, workload.dtype)
+    distrusted = selfcheck.distrust_reason(packed_launch.make_key_split(shape, call, packed).kernel.program)
+    return f"the CUDA kernel for quantized keys and values is not used: {distrusted}" if distrusted else None
 
 
 def workspace_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
@@ -114,7 +144,13 @@ def workspace_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     from attention.kernels.cuda.choice import path_of
 
     shape, call = shape_and_call(workload, needs)
-    made = stages(shape, call, path_of(shape, call)[0])
+    if workload.kv_format != DENSE:
+        from attention.kernels.cuda.quantized import launch as packed_launch
+        from attention.kernels.cuda.quantized.formats import PackedKV
+
+        made = packed_launch.stages(shape, call, PackedKV.of_text(workload.kv_format, workload.dtype))
+    else:
+        made = stages(shape, call, path_of(shape, call)[0])
     written = sum(math.prod(size) * dtype.size for stage in made for size, dtype in stage.outputs.values())
     wide = structs.replace(workload, head_dim=shape.head_dim, value_dim=shape.value_dim)
     copies = 0 if wide == workload else wide.input_bytes

@@ -82,7 +82,7 @@ struct Slopes {
 struct Exponents {
   float base = 0, rest = -MINUS_INFINITY;
 
-  DEVICE Exponents() = default;
+  Exponents() = default;
   DEVICE Exponents(float2 stats, float factor) {
     const float shift = stats.x * factor;
     if (stats.y == MINUS_INFINITY) return;

@@ -105,8 +105,8 @@ def _as_int32(table: object) -> Any:
 POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING = range(6)
 """Argument kinds, numbered as in launcher.cpp."""
 
-PlanKind = Literal["forward", "fp8", "own gradient", "general gradient"]
-"""Computation of a plan."""
+PlanKind = Literal["forward", "fp8", "own gradient", "general gradient", "packed"]
+"""Computation of a plan; "packed" is a forward pass with quantized keys and values."""
 Run = Callable[..., list[mx.array]]
 """A prepared operation, called with arrays or with one list of them."""
 
@@ -138,6 +138,8 @@ class Stage:
     """Arrays passed as a tensor map (`const __grid_constant__`, 128 bytes) instead of an address."""
     strided: tuple[str, ...] = ()
     """Arrays passed with their strides. Mapped and strided arrays are not made contiguous."""
+    alignments: Mapping[str, int] = field(default_factory=dict)
+    """Bytes to which the rows of a strided array are aligned, if fewer than 16."""
     masks: tuple[str, ...] = ()
     """Arrays of any layout, passed with the strides of all four axes, after those of `strided`."""
     omitted: frozenset[str] = frozenset()
@@ -183,10 +185,15 @@ def make_plan(
     return cast("Run", planned)
 
 
-def plan_label(kind: PlanKind, shape: CallShape, call: CallParams, with_logsumexp: bool) -> str:
-    """Encode what the transformations of a plan need to rebuild it for another batch size, or to differentiate it."""
+def plan_label(
+    kind: PlanKind, shape: CallShape, call: CallParams, with_logsumexp: bool, formats: Sequence[str] = ()
+) -> str:
+    """Encode what the transformations of a plan need to rebuild it for another batch size, or to differentiate it.
+
+    `formats` are those of quantized keys and values.
+    """
     fields = {**vars(call), "pattern": None if call.pattern is None else _keep(call.pattern)}
-    return json.dumps([kind, asdict(shape), fields, with_logsumexp])
+    return json.dumps([kind, asdict(shape), fields, with_logsumexp, list(formats)])
 
 
 _MAX_PATTERNS: Final = 256
@@ -205,12 +212,17 @@ def _keep(pattern: Pattern) -> int:
 
 def parse_label(label: str) -> tuple[PlanKind, CallShape, CallParams, bool]:
     """Decode the arguments of `plan_label`."""
-    kind, shape, call, with_logsumexp = json.loads(label)
+    kind, shape, call, with_logsumexp, _ = json.loads(label)
     if call["pattern"] is not None:
         if call["pattern"] not in _patterns:
             raise ValueError(f"[flash_attention] A gradient comes after {_MAX_PATTERNS} calls with other patterns.")
         call["pattern"] = _patterns[call["pattern"]]
     return kind, CallShape(**shape), CallParams(**call), with_logsumexp
+
+
+def formats_of(label: str) -> list[str]:
+    """Decode the formats of quantized keys and values from a label."""
+    return list(json.loads(label)[4])
 
 
 def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object, ...]:
@@ -220,7 +232,10 @@ def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object
     taken += [[POINTER, constant + i] for i in range(len(stage.launch.constants))]
     taken += [_argument(stage, name, place) for name in stage.writes]
     taken += [[NUMBER, number] for number in keywords["scalars"]]
-    taken += [[STRIDE, place[name], axis] for name in stage.strided for axis in range(3)]
+    for name in stage.strided:
+        alignment = [stage.alignments[name]] if name in stage.alignments else []
+        strides = ([STRIDE, place[name], axis, *alignment] for axis in range(3) if name not in stage.omitted)
+        taken += list(strides) or [[NUMBER, 0]] * 3
     taken += [[STRIDE, place[name], axis] for name in stage.masks for axis in range(4)]
     if stage.serial:
         taken.append([SERIAL])

@@ -14,20 +14,24 @@ inline char* pointer(const mx::array& a) {
   return static_cast<char*>(static_cast<mx::cu::CudaBuffer*>(buffer.ptr())->data) + a.offset();
 }
 
-inline bool is_aligned(const mx::array& a) { return reinterpret_cast<uintptr_t>(pointer(a)) % ALIGNMENT == 0; }
-
-// Layout requirements of a kernel on an array, in increasing order: none; contiguous rows, each aligned to ALIGNMENT; for a
-// tensor map also no stride of 0; contiguous. An array that does not satisfy them is copied.
+// Layout requirements of a kernel on an array, in increasing order: none; contiguous rows, each aligned; for a tensor map also
+// no stride of 0; contiguous. An array that does not satisfy them is copied.
 enum class Layout { ANY, STRIDED, MAPPED, DENSE };
 
-inline bool complies(const mx::array& a, Layout layout) {
-  if (layout == Layout::ANY) return true;
-  if (layout == Layout::DENSE) return a.flags().row_contiguous && (a.nbytes() < ALIGNMENT || is_aligned(a));
-  if (a.ndim() != 4 || (a.shape(3) > 1 && a.strides(3) != 1) || !is_aligned(a)) return false;
-  const int64_t least = layout == Layout::MAPPED ? ALIGNMENT : 0;
+struct Requirement {
+  Layout layout = Layout::ANY;
+  int alignment = ALIGNMENT;  // bytes
+};
+
+inline bool complies(const mx::array& a, const Requirement& required) {
+  if (required.layout == Layout::ANY) return true;
+  const bool aligned = reinterpret_cast<uintptr_t>(pointer(a)) % required.alignment == 0;
+  if (required.layout == Layout::DENSE) return a.flags().row_contiguous && (a.nbytes() < ALIGNMENT || aligned);
+  if (a.ndim() != 4 || (a.shape(3) > 1 && a.strides(3) != 1) || !aligned) return false;
+  const int64_t least = required.layout == Layout::MAPPED ? required.alignment : 0;
   for (int axis = 0; axis < 3; axis++) {
     const int64_t bytes = a.strides(axis) * int64_t(a.itemsize());
-    if (a.shape(axis) > 1 && (bytes < least || bytes % ALIGNMENT != 0)) return false;
+    if (a.shape(axis) > 1 && (bytes < least || bytes % required.alignment != 0)) return false;
   }
   return true;
 }

@@ -17,7 +17,7 @@ namespace nb = nanobind;
 using Arrays = std::vector<mx::array>;
 
 constexpr int MAX_DYNAMIC_SHARED_SIZE = 8;  // CUfunction_attribute value
-constexpr size_t MAX_ARGUMENTS = 48, MAX_MAPS = 8;
+constexpr size_t MAX_ARGUMENTS = 64, MAX_MAPS = 8;
 
 // A kernel of a cubin, loaded once per process and cached by name.
 inline CUfunc_st* load(const std::string& name, const char* code, int shared) {
@@ -43,6 +43,7 @@ struct Argument {
   Kind kind;
   int64_t value;  // index of the array (inputs first, then outputs), or the number
   int axis;
+  int alignment;  // of the rows of an array whose strides are passed, in bytes
   std::shared_ptr<Map> map;
 };
 
@@ -56,7 +57,7 @@ struct Step {
 // Launches for arrays of given shapes; `label` identifies the plan in the Python callbacks for gradient and vmap.
 struct Plan {
   std::vector<Step> steps;
-  std::vector<Layout> layouts;  // layouts required of the inputs
+  std::vector<Requirement> layouts;  // of the inputs
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> types;
   Arrays constants;  // inputs appended to the caller's
@@ -71,8 +72,9 @@ using StepText = std::tuple<std::string, nb::bytes, int, int, int, std::vector<i
                             std::vector<ArgumentText>>;
 
 inline Argument argument(const ArgumentText& text) {
-  Argument made{Kind(text.at(0)), text.size() > 1 ? text[1] : 0, 0, nullptr};
+  Argument made{Kind(text.at(0)), text.size() > 1 ? text[1] : 0, 0, ALIGNMENT, nullptr};
   if (made.kind == STRIDE) made.axis = int(text.at(2));
+  if (made.kind == STRIDE && text.size() > 3) made.alignment = int(text[3]);
   if (made.kind == MAP) made.map = std::make_shared<Map>(Box{int(text.at(2)), int(text.at(3)), int(text.at(4))});
   return made;
 }
@@ -89,8 +91,8 @@ inline Step step(const StepText& text) {
 }
 
 // Layout that the steps require of each input. A pointer without strides requires a contiguous array.
-inline std::vector<Layout> layouts_of(const std::vector<Step>& steps, size_t inputs) {
-  std::vector<Layout> layouts(inputs, Layout::ANY);
+inline std::vector<Requirement> layouts_of(const std::vector<Step>& steps, size_t inputs) {
+  std::vector<Requirement> required(inputs, {Layout::ANY, 1});
   for (const Step& step : steps) {
     for (size_t i = 0; i < inputs; i++) {
       const auto has = [&](Kind kind) {
@@ -101,10 +103,15 @@ inline std::vector<Layout> layouts_of(const std::vector<Step>& steps, size_t inp
         return a.kind == STRIDE && size_t(a.value) == i && a.axis == 3;  // a kernel that takes the stride of the last axis too
       });
       const Layout needed = has(MAP) ? Layout::MAPPED : any ? Layout::ANY : has(STRIDE) ? Layout::STRIDED : Layout::DENSE;
-      if (has(MAP) || has(POINTER)) layouts[i] = std::max(layouts[i], needed);
+      if (!has(MAP) && !has(POINTER)) continue;
+      int alignment = ALIGNMENT;
+      for (const Argument& a : step.arguments) {
+        if (a.kind == STRIDE && size_t(a.value) == i) alignment = a.alignment;
+      }
+      required[i] = {std::max(required[i].layout, needed), std::max(required[i].alignment, alignment)};
     }
   }
-  return layouts;
+  return required;
 }
 
 inline std::shared_ptr<Plan> make_plan(const std::vector<StepText>& steps, size_t inputs,

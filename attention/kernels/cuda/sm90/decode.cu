@@ -10,11 +10,22 @@
 // is bound by the bytes in flight. In the epilogue the partial results of the warps are combined in shared memory. With one
 // split that is the output; with several, the last block to finish combines the splits: see sm90/decode_join.cuh.
 
+static_assert(ROWS == 16);
 constexpr int STEP = 16;  // keys per step of a warp
 constexpr int QUERY_BYTES = ROWS * HEAD_DIM * 2;
 constexpr int TILE_BYTES = STEP * HEAD_DIM * 2;
 constexpr int STAGE_BYTES = 2 * TILE_BYTES;
 constexpr int LANE_COPIES = STEP * ROW_UNITS / 32;
+
+// A lane holds rows lane / 4 and lane / 4 + 8 and, of every 8 columns, the two at 2 * (lane % 4).
+using Output = float[HEAD_DIM / 8][4];
+
+// Softmax state of a lane's rows; `sum` covers only the lane's columns until the epilogue.
+struct Rows {
+  float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
+  float sum[2] = {0, 0};
+  float slope[2] = {0, 0};  // with ALIBI
+};
 
 // Starts an asynchronous copy of 16 rows to a tile, to the addresses given by `place`; elements beyond `rows_left` or
 // `columns` are zero-filled.
@@ -133,6 +144,27 @@ DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys
   wait_copies<0>();
 }
 
+// Writes a warp's result of `count` rows to shared memory: output [ROWS][HEAD_DIM], then maxima and sums.
+DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + 8 * r;
+    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
+    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
+    if (row >= count) continue;
+    if (lane % 4 == 0) {
+      place[ROWS * HEAD_DIM + row] = rows.max[r];
+      place[ROWS * HEAD_DIM + ROWS + row] = rows.sum[r];
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+      *reinterpret_cast<float2*>(place + row * HEAD_DIM + i * 8 + lane % 4 * 2) =
+          make_float2(out[i][2 * r], out[i][2 * r + 1]);
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     KERNEL_NAME(const char* query, const char* key, const char* value,
 #if ALIBI
@@ -181,5 +213,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const u64 place = static_cast<u64>(plane) * problem.rows() + first_row;
   const Results results{output + place * columns * 2, RowResults{logsumexp, stats}.from(place), problem.scale_log2, columns,
                         min(ROWS, problem.rows() - first_row)};
-  join_warps(out, rows, reinterpret_cast<float*>(shared), results, {parts, marks, serial, tile * splits, split, splits});
+  float* left = reinterpret_cast<float*>(shared);
+  __syncthreads();  // no warp reads its ring any more
+  leave_warp(left + warp * WARP_RESULT, out, rows, results.rows);
+  join_block(left, results, {parts, marks, serial, tile * splits, split, splits});
 }

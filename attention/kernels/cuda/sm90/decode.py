@@ -72,6 +72,7 @@ class Decode:
         """The source of the kernel."""
         constants = {
             "HEAD_DIM": self.head_dim,
+            "ROWS": ROWS,
             "WARPS": self.warps,
             "STAGES": self.stages,
             "BLOCKS_AT_ONCE": self.resident_blocks,

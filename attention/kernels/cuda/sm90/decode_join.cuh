@@ -11,7 +11,7 @@
 // is unique, and then checks whether those of all parts are present. At least one block finds them all; if two do, both
 // write the same result.
 
-constexpr int WARP_RESULT = ROWS * (HEAD_DIM + 2);  // floats of a warp's partial result
+constexpr int WARP_RESULT = ROWS * (HEAD_DIM + 2);  // floats of a warp's partial result: output, then maxima and sums
 constexpr int LANE_VECTORS = (HEAD_DIM + 127) / 128;
 
 // Output of a tile's rows, and the factor of their scores.
@@ -32,27 +32,6 @@ struct Parts {
   DEVICE float* part(int i) const { return numbers + static_cast<u64>(first + i) * ROWS * (HEAD_DIM + 2); }
   DEVICE float2* maxima_and_sums(int i) const { return reinterpret_cast<float2*>(part(i) + ROWS * HEAD_DIM); }
 };
-
-// Writes a warp's result of `count` rows to shared memory: output [ROWS][HEAD_DIM], then maxima and sums.
-DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = lane / 4 + 8 * r;
-    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
-    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
-    if (row >= count) continue;
-    if (lane % 4 == 0) {
-      place[ROWS * HEAD_DIM + row] = rows.max[r];
-      place[ROWS * HEAD_DIM + ROWS + row] = rows.sum[r];
-    }
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) {
-      *reinterpret_cast<float2*>(place + row * HEAD_DIM + i * 8 + lane % 4 * 2) =
-          make_float2(out[i][2 * r], out[i][2 * r + 1]);
-    }
-  }
-}
 
 // Combines the warps' results of two columns of a row, and writes them to the output or to this split's part.
 DEVICE void join_pair(const float* warps, int row, int column, const Results& results, const Parts& parts) {
@@ -143,10 +122,8 @@ DEVICE void join_row(int row, float2* factors, const Results& results, const Par
   if (lane == 0) results.row_results.write(row, found.x, found.y, results.scale_log2);
 }
 
-// Combines the warps of a block through shared memory and, in the last block of a tile, the parts of the tile.
-DEVICE void join_warps(const Output& out, Rows& rows, float* shared, const Results& results, const Parts& parts) {
-  __syncthreads();  // no warp reads its ring any more
-  leave_warp(shared + threadIdx.x / 32 * WARP_RESULT, out, rows, results.rows);
+// Combines the warps' results in shared memory and, in the last block of a tile, the parts of the tile.
+DEVICE void join_block(float* shared, const Results& results, const Parts& parts) {
   __syncthreads();
   for (int i = threadIdx.x; i < results.rows * HEAD_DIM / 2; i += THREADS) {
     const int row = i / (HEAD_DIM / 2), column = i % (HEAD_DIM / 2) * 2;

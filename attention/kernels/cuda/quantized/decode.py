@@ -1,0 +1,134 @@
+"""Specialisations of the split-K kernel for quantized keys and values (quantized/decode.cu)."""
+
+import functools
+from dataclasses import dataclass
+from typing import Final
+
+from attention.core.kv_format import Format, KVFormat
+from attention.kernels.cuda.runtime.program import Element, Program
+
+STEP: Final = 16
+"""Keys per tile of a warp."""
+QUERY_ROWS: Final = 8
+"""Query rows per tile of the tensor cores."""
+MAX_ROWS: Final = 64
+"""Largest number of rows (queries times heads that share a key head) for this kernel."""
+MAX_SPLITS: Final = 128
+_OVERHEAD: Final = 3.0
+"""Prologue and epilogue of a block, in rounds of its warps; an assumption, not measured."""
+_JOIN: Final = 2.0
+"""Combining the splits, in rounds of a block's warps; an assumption, not measured."""
+KINDS: Final = {"affine": 0, "mxfp4": 1, "nvfp4": 1, "mxfp8": 2}
+"""Numbers of a mode, as in quantized/numbers.cuh."""
+SCALES: Final = {"float32": 0, "float16": 1, "bfloat16": 2, "mxfp8": 3, "mxfp4": 3, "nvfp4": 4}
+"""Dtypes of the scales, or the mode that sets them, as in quantized/numbers.cuh."""
+
+
+@dataclass(frozen=True)
+class QuantizedDecode:
+    """A specialisation of quantized/decode.cu."""
+
+    head_dim: int
+    """64, 128 or 256; narrower inputs are zero-filled on load."""
+    query_tiles: int
+    """Tiles of 8 query rows of a block."""
+    causal: bool
+    element: Element
+    """Of queries and output."""
+    window: bool
+    softcap: bool
+    architecture: str
+    format: KVFormat
+    key_scale: str
+    """Dtype of the scales of the keys, if their mode leaves a choice."""
+    value_scale: str
+    whole: bool = True
+    """Whether the inputs are as wide as `head_dim`."""
+    warps: int = 8
+    resident_blocks: int = 1
+    buffers: int = 1
+    """Tiles of a warp in registers: with two, one is loaded while the other is used."""
+    prefetch: int = 3
+    """Tiles ahead that a warp asks for in the L2 cache; 0 for none."""
+
+    @property
+    def rows(self) -> int:
+        """Query rows per block."""
+        return QUERY_ROWS * self.query_tiles
+
+    @property
+    def round_keys(self) -> int:
+        """Keys per round of all warps of a block; a split is a multiple of it."""
+        return STEP * self.warps
+
+    @property
+    def part_floats(self) -> int:
+        """Floats of the partial result of a split: output, maximum and sum of each row of a tile."""
+        return self.rows * (self.head_dim + 2)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes: the partial results of the warps, or the weights of the splits."""
+        return self.warps * max(self.part_floats * 4, MAX_SPLITS * 8)
+
+    def splits(self, tiles: int, keys: int, multiprocessors: int) -> tuple[int, int]:
+        """Return the number of splits and the keys per split that minimise the rounds of a multiprocessor.
+
+        Args:
+            tiles: blocks without splitting.
+            keys: keys per plane.
+            multiprocessors: multiprocessors of the GPU.
+        """
+        most = max(1, -(-keys // self.round_keys))
+        slots = multiprocessors * self.resident_blocks
+
+        def rounds(splits: int) -> float:
+            waves = -(-tiles * splits // slots)
+            return waves * (-(-most // splits) + _OVERHEAD) + (_JOIN if splits > 1 else 0.0)
+
+        best = min(range(1, min(most, MAX_SPLITS) + 1), key=rounds)
+        size = -(-most // best) * self.round_keys
+        return max(1, -(-keys // size)), size
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The source of the kernel."""
+        constants = {
+            "HEAD_DIM": self.head_dim,
+            "QUERY_TILES": self.query_tiles,
+            "ROWS": self.rows,
+            "WARPS": self.warps,
+            "BUFFERS": self.buffers,
+            "PREFETCH": self.prefetch,
+            "WHOLE": self.whole,
+            "BLOCKS_AT_ONCE": self.resident_blocks,
+            "CAUSAL": self.causal,
+            "WINDOW": self.window,
+            "SOFTCAP": self.softcap,
+            "BFLOAT16": self.element == "bf16",
+            **_numbers_of("KEY", self.format.key, self.key_scale),
+            **_numbers_of("VALUE", self.format.value, self.value_scale),
+        }
+        return Program(
+            name="flash_decode_quantized",
+            architecture=self.architecture,
+            constants=tuple((name, int(value)) for name, value in constants.items()),
+            texts=(
+                "runtime/common.cuh",
+                "sm90/decode_tiles.cuh",
+                "sm90/decode_join.cuh",
+                "quantized/numbers.cuh",
+                "quantized/decode.cu",
+            ),
+            threads=32 * self.warps,
+            shared_memory=self.shared_memory,
+        )
+
+
+def _numbers_of(name: str, form: Format, scale: str) -> dict[str, int]:
+    return {
+        f"{name}_BITS": form.bits,
+        f"{name}_KIND": KINDS[form.mode],
+        f"{name}_GROUP": form.group_size,
+        f"{name}_SCALE": SCALES[scale if form.has_biases else form.mode],
+    }

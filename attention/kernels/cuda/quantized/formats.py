@@ -1,0 +1,109 @@
+"""Formats of a call's keys and values as the kernels see them: dtypes of the scales, alignment of rows, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from attention.core.kv_format import Format, KVFormat, parse_kv_format
+from attention.kernels.cuda.runtime.call import refusal
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from attention.quantized_kv import QuantizedArray
+
+SCALE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+NO_GRADIENT: Final = "the CUDA kernels have no gradients with quantized keys and values"
+
+
+@dataclass(frozen=True)
+class PackedKV:
+    """Formats of keys and values, and names of the dtypes of their scales."""
+
+    format: KVFormat
+    key_scale: str
+    value_scale: str
+
+    @staticmethod
+    def of(k: QuantizedArray, v: QuantizedArray) -> PackedKV:
+        """Return the formats of keys and values."""
+        return PackedKV(KVFormat(k.format, v.format), _name(k.scales.dtype), _name(v.scales.dtype))
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """The formats as a label of a plan has them; arguments of `of_texts`."""
+        return self.format.text, self.key_scale, self.value_scale
+
+    @staticmethod
+    def of_texts(formats: str, key_scale: str, value_scale: str) -> PackedKV:
+        """Return the formats with a text as in `Workload.kv_format`."""
+        return PackedKV(_parsed(formats), key_scale, value_scale)
+
+    @staticmethod
+    def of_text(text: str, dtype: str) -> PackedKV:
+        """Return the formats with a text as in `Workload.kv_format`, quantized from a dtype."""
+        found = _parsed(text)
+        scales = [dtype if form.has_biases else "uint8" for form in (found.key, found.value)]
+        return PackedKV(found, *scales)
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Inputs of the kernels that a format has not."""
+        without = {"k_biases": self.format.key, "v_biases": self.format.value}
+        return frozenset(name for name, form in without.items() if not form.has_biases)
+
+    @property
+    def alignments(self) -> dict[str, int]:
+        """Bytes to which the rows of each input are aligned: those of a lane's numbers, or of a scale."""
+        keys, values = SCALE_BYTES[self.key_scale], SCALE_BYTES[self.value_scale]
+        return {
+            "k": _alignment(self.format.key),
+            "v": _alignment(self.format.value),
+            "k_scales": keys,
+            "k_biases": keys,
+            "v_scales": values,
+            "v_biases": values,
+        }
+
+
+def _parsed(text: str) -> KVFormat:
+    found = parse_kv_format(text)
+    if found is None:
+        raise ValueError(f"format: got {text!r}; quantized keys and values have another one")
+    return found
+
+
+def check_packed(q: mx.array, k: QuantizedArray, v: QuantizedArray) -> str:
+    """Validate the arrays of a call; return the name of the queries' dtype.
+
+    Raises:
+        ValueError: shapes or dtypes are inconsistent or unsupported.
+    """
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(q_shape) != 4:
+        raise ValueError(f"[flash_attention] q has 4 axes; got {len(q_shape)}.")
+    fits = q_shape[0] == k_shape[0] and q_shape[3] == k_shape[3] and v_shape[:3] == k_shape[:3]
+    if not fits or not k_shape[1] or q_shape[1] % k_shape[1] or 0 in q_shape or 0 in v_shape:
+        raise ValueError(f"[flash_attention] shapes do not fit: q {q_shape}, k {k_shape}, v {v_shape}.")
+    reason = refusal(_name(q.dtype), k_shape[3], v_shape[3]) or width_refusal(k_shape[3], v_shape[3])
+    if reason:
+        raise ValueError(f"[flash_attention] {reason}.")
+    return _name(q.dtype)
+
+
+def width_refusal(head_dim: int, value_dim: int) -> str | None:
+    """Return why the kernels do not take quantized keys and values of these widths, or None."""
+    if head_dim != value_dim:
+        return f"the CUDA kernels take quantized values as wide as the keys, {head_dim}, not {value_dim}"
+    return None
+
+
+def _alignment(form: Format) -> int:
+    """Return the largest power of two that divides the bytes of 16 numbers, from the 4 of a word to 16."""
+    row = 2 * form.bits
+    return max(4, min(16, row & -row))
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

@@ -1,0 +1,130 @@
+"""Launches of the kernels for quantized keys and values."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Final
+
+import mlx.core as mx
+
+from attention.kernels.cuda.quantized.decode import MAX_ROWS, QUERY_ROWS, QuantizedDecode
+from attention.kernels.cuda.quantized.formats import PackedKV
+from attention.kernels.cuda.runtime.call import CallParams, CallShape
+from attention.kernels.cuda.runtime.gpu import gpu
+from attention.kernels.cuda.runtime.launch import OUTPUTS, Launch, Stage, dtype_of, prepare, scalars_of
+
+PARTS: Final = ("parts", "marks")
+READS: Final = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases")
+TOO_MANY_ROWS: Final = (
+    f"the CUDA kernel for quantized keys and values takes up to {MAX_ROWS} rows: queries, times the heads that share a "
+    "key head"
+)
+
+
+def inputs(packed: PackedKV) -> tuple[str, ...]:
+    """Return the names of the arrays of a call, in order: q, and the parts of keys and values."""
+    return tuple(name for name in READS if name not in packed.missing)
+
+
+def refusal(shape: CallShape, call: CallParams) -> str | None:
+    """Return why no kernel takes a call with quantized keys and values, or None."""
+    if call.mask is not None:
+        return "the CUDA kernels take no array mask with quantized keys and values"
+    if call.pattern is not None:
+        return "the CUDA kernels take no pattern with quantized keys and values"
+    if call.alibi:
+        return "the CUDA kernels take no ALiBi with quantized keys and values"
+    if shape.group * shape.queries > MAX_ROWS:
+        return f"{TOO_MANY_ROWS}, not {shape.group * shape.queries}"
+    return None
+
+
+@dataclass(frozen=True)
+class KeySplit:
+    """Split of the keys of a call with few queries."""
+
+    kernel: QuantizedDecode
+    tiles: int
+    """Row tiles of all planes."""
+    first_key: int
+    splits: int
+    split_keys: int
+
+
+@functools.lru_cache(maxsize=1024)
+def make_key_split(
+    shape: CallShape, call: CallParams, packed: PackedKV, tuning: tuple[tuple[str, int], ...] = ()
+) -> KeySplit:
+    """Return the split-K specialisation for a call, and its splits; `tuning` replaces fields of the specialisation."""
+    width = next(width for width in (64, 128, 256) if shape.head_dim <= width)
+    # a single query attends to all keys up to the last: the window is applied by the first key, without masking
+    alone = shape.queries == 1
+    first_seen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
+    found, rows = gpu(), shape.group * shape.queries
+    query_tiles = 1 if rows <= QUERY_ROWS or width > 128 else 2
+    kernel = QuantizedDecode(
+        width,
+        query_tiles=query_tiles,
+        causal=call.causal and not alone,
+        element=shape.element,
+        window=call.window is not None and not alone,
+        softcap=call.softcap is not None,
+        architecture=found.architecture,
+        format=packed.format,
+        key_scale=packed.key_scale,
+        value_scale=packed.value_scale,
+        whole=shape.head_dim == width,
+        warps=12 if width <= 128 and query_tiles == 1 else 8,
+    )
+    kernel = replace(kernel, **dict(tuning))  # type: ignore[arg-type]  # whole numbers
+    tiles = shape.batch * shape.kv_heads * math.ceil(rows / kernel.rows)
+    splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
+    return KeySplit(kernel, tiles, first_seen, splits, keys)
+
+
+def same_kernel(plan: KeySplit, shape: CallShape, call: CallParams, packed: PackedKV) -> KeySplit:
+    """Return the splitting of a call with the kernel of another one, in three splits."""
+    other = make_key_split(shape, call, packed)
+    keys, round_keys = shape.keys - other.first_key, plan.kernel.round_keys
+    split_keys = round_keys * math.ceil(keys / 3 / round_keys)
+    return KeySplit(plan.kernel, other.tiles, other.first_key, -(-keys // split_keys), split_keys)
+
+
+@functools.lru_cache(maxsize=256)
+def decode(shape: CallShape, call: CallParams, plan: KeySplit) -> Launch:
+    """Return the launch of the split-K kernel: writes output, logsumexp, stats, and partial results with flags."""
+    rows = (shape.batch, shape.heads, shape.queries)
+    parts = plan.tiles * plan.splits if plan.splits > 1 else 0
+    outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
+    outputs += [((parts, plan.kernel.part_floats), mx.float32), ((parts,), mx.int64)]
+    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
+    keys = [plan.first_key, plan.split_keys, plan.splits]
+    return prepare(
+        plan.kernel.program,
+        plan.tiles * plan.splits,
+        outputs,
+        [*problem, *scalars_of(call), call.window or 0, *keys],
+    )
+
+
+def stages(
+    shape: CallShape, call: CallParams, packed: PackedKV, with_logsumexp: bool = True, plan: KeySplit | None = None
+) -> list[Stage]:
+    """Return the launch of the split-K kernel, with a given splitting or the one for the call."""
+    plan = plan or make_key_split(shape, call, packed)
+    omitted = set(packed.missing) | {OUTPUTS[2]}
+    if not with_logsumexp:
+        omitted.add(OUTPUTS[1])
+    if plan.splits == 1:
+        omitted |= set(PARTS)
+    return [
+        Stage(
+            decode(shape, call, plan),
+            READS,
+            (*OUTPUTS, *PARTS),
+            strided=READS,
+            alignments=packed.alignments,
+            omitted=frozenset(omitted),
+            serial=True,
+        )
+    ]

@@ -1,0 +1,236 @@
+// Formats of quantized keys and values, as `mx.quantize` packs them, and their conversion to float16 in registers.
+//
+// A lane works on 16 consecutive values of a row: they share a scale, because groups have 16 values or more. A word of packed
+// numbers, seen as two halves of 16 bits, has F = 16 / BITS fields in each; field f of both halves becomes one pair of float16:
+//
+//   4 bits    | h3 h2 h1 h0 | l3 l2 l1 l0 |        pair f = (l_f, h_f), f = 0 .. 3
+//                  |             |   & 0x000f000f  pair 0: as float16 these are n * 2^-24, subnormal and exact
+//                  |             |   & 0x00f000f0  pair 1: n * 2^-20, whose scale is divided by 16
+//                                    >> 8          pairs 2 and 3 likewise
+//
+// so that an integer costs half an instruction to unpack, and half of one to scale: pair * (s, s) + (b, b), rounded once. The
+// halves are those of one word (keys: two columns of a key), or the same halves of two words (values: a column of two keys).
+// Small floats become float16 by moving their bits, times a power of two.
+//
+// Scales and biases are multiplied by a power of two, the factor of a lane, which keeps them in the range of float16.
+
+enum Kind { INTEGER, E2M1, E4M3 };               // of the numbers
+enum Scale { FLOAT32, FLOAT16, BFLOAT, E8M0, SCALE_E4M3 };  // of the scales
+
+template <int BITS_, int KIND, int GROUP_, int SCALE>
+struct Format {
+  static constexpr int BITS = BITS_, GROUP = GROUP_;
+  static constexpr bool BIASED = KIND == INTEGER;
+  static constexpr bool STREAM = BITS == 3 || BITS == 5 || BITS == 6;  // fields that straddle halves and words
+  static constexpr int FIELDS = STREAM ? 8 : 16 / BITS;                // pairs of a word
+  static constexpr int SHIFTS = STREAM || BITS == 8 ? 1 : 8 / BITS;    // fields of a byte, each with a scale of its own
+  static constexpr int UNIT = KIND == INTEGER ? 24 : KIND == E2M1 ? 14 : 8;  // a number is converted times 2^-UNIT
+  static constexpr int SCALE_BYTES = SCALE == FLOAT32 ? 4 : SCALE >= E8M0 ? 1 : 2;
+
+  // Converts a scale or a bias.
+  static DEVICE float scale(u32 raw) {
+    if constexpr (SCALE == FLOAT32) return __uint_as_float(raw);
+    if constexpr (SCALE == FLOAT16) return from_half(raw);
+    if constexpr (SCALE == BFLOAT) return __uint_as_float(raw << 16);
+    if constexpr (SCALE == E8M0) return __uint_as_float(raw << 23);
+    return from_half((raw & 0x80) << 8 | (raw & 0x7f) << 7) * 256;
+  }
+
+  // Converts the fields of both halves of a word, in order, times 2^-UNIT and, for field f, times 2^(BITS * (f % SHIFTS)).
+  static DEVICE void expand(u32 (&pairs)[FIELDS], u32 word) {
+    if constexpr (KIND == E4M3) {
+      pairs[0] = word << 8 & 0x80008000 | word << 7 & 0x3f803f80;
+      pairs[1] = word & 0x80008000 | word >> 1 & 0x3f803f80;
+    } else if constexpr (KIND == E2M1) {
+      const u32 even = word << 4 & 0x80808080 | word << 1 & 0x0e0e0e0e;  // the upper byte of each float16, in bytes
+      const u32 odd = word & 0x80808080 | word >> 3 & 0x0e0e0e0e;
+      pairs[0] = even << 8 & 0xff00ff00, pairs[1] = odd << 8 & 0xff00ff00;
+      pairs[2] = even & 0xff00ff00, pairs[3] = odd & 0xff00ff00;
+    } else {
+      constexpr u32 MASK = (1u << BITS) - 1;
+#pragma unroll
+      for (int f = 0; f < FIELDS; ++f) {
+        const u32 from = f < SHIFTS ? word : word >> 8;
+        pairs[f] = from & (MASK | MASK << 16) << BITS * (f % SHIFTS);
+      }
+    }
+  }
+  static constexpr DEVICE int field_shift(int f) { return KIND == INTEGER ? BITS * (f % SHIFTS) : 0; }
+
+  // Column, of the 16 of a lane, of the first or second half of pair i of a key.
+  static constexpr DEVICE int key_column(int i, int half) { return i / FIELDS * 2 * FIELDS + i % FIELDS + half * FIELDS; }
+};
+
+// ---- packed numbers of a lane ------------------------------------------------------------------------------------
+
+// COUNT consecutive numbers of a row.
+template <int BITS, int COUNT>
+struct Packed {
+  static constexpr int BYTES = BITS * COUNT / 8;
+  static constexpr int WORDS = (BYTES + 3) / 4;
+  u32 words[WORDS];
+
+  // `place` is aligned to the largest power of two that divides BYTES, at most 16.
+  DEVICE void load(const char* place) {
+    if constexpr (BYTES % 16 == 0) {
+      asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "l"(place));
+    } else if constexpr (BYTES % 8 == 0) {
+      asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(words[0]), "=r"(words[1])
+                   : "l"(place));
+    } else if constexpr (BYTES % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(words[i]) : "l"(place + 4 * i));
+    } else {
+      constexpr int STEP = BYTES % 2 == 0 ? 2 : 1;
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) words[i] = 0;
+#pragma unroll
+      for (int i = 0; i < BYTES; i += STEP) {
+        const u32 x = STEP == 2 ? *reinterpret_cast<const unsigned short*>(place + i) : *reinterpret_cast<const unsigned char*>(place + i);
+        words[i / 4] |= x << i % 4 * 8;
+      }
+    }
+  }
+  DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) words[i] = 0;
+  }
+  // Number i of a bit stream.
+  DEVICE u32 number(int i) const {
+    const int bit = BITS * i, word = bit / 32, shift = bit % 32;
+    u32 x = words[word] >> shift;
+    if (shift + BITS > 32) x |= words[word + 1] << (32 - shift);
+    return x & ((1u << BITS) - 1);
+  }
+};
+
+// Scale and bias of a lane's 16 values, as loaded; zero for values that do not exist.
+template <typename F>
+struct RawScale {
+  u32 scale, bias;
+
+  static DEVICE u32 one(const char* place) {
+    u32 x;
+    if constexpr (F::SCALE_BYTES == 4) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(place));
+    if constexpr (F::SCALE_BYTES == 2) asm volatile("{.reg .u16 h; ld.global.nc.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x) : "l"(place));
+    if constexpr (F::SCALE_BYTES == 1) asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(x) : "l"(place));
+    return x;
+  }
+  DEVICE void load(const char* scales, const char* biases, i64 offset) {
+    scale = one(scales + offset);
+    if constexpr (F::BIASED) bias = one(biases + offset);
+  }
+  DEVICE void clear() { scale = bias = 0; }
+};
+
+// ---- scaling -----------------------------------------------------------------------------------------------------
+
+DEVICE u32 pack_half(float low, float high) {
+  u32 word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+DEVICE u32 multiply_half(u32 a, u32 b) {
+  u32 word;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+DEVICE u32 multiply_add_half(u32 a, u32 b, u32 c) {
+  u32 word;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+  return word;
+}
+DEVICE u32 join_halves(u32 a, u32 b, u32 selector) {
+  u32 word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(selector));
+  return word;
+}
+constexpr u32 LOWER = 0x5410, UPPER = 0x7632;  // selectors: lower halves of both words, upper halves
+
+DEVICE int exponent_of(float x) { return static_cast<int>(__float_as_uint(x) >> 23 & 255) - 127; }
+DEVICE float power_of_two(int exponent) { return __uint_as_float(static_cast<u32>(exponent + 127) << 23); }
+
+// Power of two by which scales are multiplied, so that the largest so far, or bias * 2^-UNIT, is below 2^15.
+struct Factor {
+  static constexpr float NONE = 0x1p100f, LIMIT = 32768;
+  float value = NONE;
+
+  // Returns the ratio of the new factor to the old one; `largest` is the largest magnitude among the lanes that share it.
+  DEVICE float fit(float largest) {
+    if (!(largest * value > LIMIT)) return 1;
+    const float old = inverse();
+    value = power_of_two(14 - exponent_of(largest));
+    return value * old;
+  }
+  DEVICE float inverse() const { return __uint_as_float((254u << 23) - __float_as_uint(value)); }
+};
+
+// Scales and biases of two values in float16, and scales for each field of a byte. What float16 loses of float32 scales and
+// biases is kept apart.
+template <typename F>
+struct Scales {
+  static constexpr bool SPLIT = F::SCALE_BYTES == 4;
+  u32 scale[F::SHIFTS], bias;
+  u32 scale_rest[SPLIT ? F::SHIFTS : 1], bias_rest;
+
+  DEVICE Scales(float s0, float s1, float b0, float b1) {
+    fill(scale, pack_half(s0, s1));
+    if constexpr (F::BIASED) bias = pack_half(b0, b1);
+    if constexpr (SPLIT) {
+      fill(scale_rest, pack_half(s0 - from_half(scale[0]), s1 - from_half(scale[0] >> 16)));
+      bias_rest = pack_half(b0 - from_half(bias), b1 - from_half(bias >> 16));
+    }
+  }
+  static DEVICE void fill(u32 (&scales)[F::SHIFTS], u32 first) {
+    scales[0] = first;
+#pragma unroll
+    for (int i = 1; i < F::SHIFTS; ++i) {
+      scales[i] = multiply_half(first, (0x3c00u - (F::field_shift(i) << 10)) * 0x10001u);  // 2^-shift
+    }
+  }
+  DEVICE u32 apply(u32 pair, int field) const {
+    const int i = F::BIASED ? field % F::SHIFTS : 0;
+    if constexpr (!F::BIASED) return multiply_half(pair, scale[i]);
+    const u32 x = multiply_add_half(pair, scale[i], bias);
+    if constexpr (!SPLIT) return x;
+    return multiply_add_half(x, 0x3c003c00, multiply_add_half(pair, scale_rest[i], bias_rest));
+  }
+};
+
+// Dequantizes 16 values of a key: 8 pairs, whose columns are F::key_column.
+template <typename F>
+DEVICE void dequantize_key(u32 (&pairs)[8], const Packed<F::BITS, 16>& packed, const Scales<F>& scales) {
+  if constexpr (F::STREAM) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) pairs[i] = scales.apply(packed.number(i) | packed.number(i + 8) << 16, 0);
+  } else {
+#pragma unroll
+    for (int word = 0; word < 8 / F::FIELDS; ++word) {
+      u32 fields[F::FIELDS];
+      F::expand(fields, packed.words[word]);
+#pragma unroll
+      for (int f = 0; f < F::FIELDS; ++f) pairs[word * F::FIELDS + f] = scales.apply(fields[f], f);
+    }
+  }
+}
+
+// Dequantizes COUNT values of two keys: pair i has column i of both.
+template <typename F, int COUNT>
+DEVICE void dequantize_values(u32 (&pairs)[COUNT], const Packed<F::BITS, COUNT>& a, const Packed<F::BITS, COUNT>& b,
+                              const Scales<F>& scales) {
+  if constexpr (F::STREAM) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) pairs[i] = scales.apply(a.number(i) | b.number(i) << 16, 0);
+  } else {
+#pragma unroll
+    for (int half = 0; half < COUNT / F::FIELDS; ++half) {
+      u32 fields[F::FIELDS];
+      F::expand(fields, join_halves(a.words[half / 2], b.words[half / 2], half % 2 ? UPPER : LOWER));
+#pragma unroll
+      for (int f = 0; f < F::FIELDS; ++f) pairs[half * F::FIELDS + f] = scales.apply(fields[f], f);
+    }
+  }
+}
