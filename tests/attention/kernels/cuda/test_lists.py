@@ -7,7 +7,7 @@ mx = pytest.importorskip("mlx.core")
 
 import itertools
 
-from attention import masks
+from attention import attention, masks
 from attention.core.route import Needs
 from attention.core.workload import Workload
 from attention.kernels import cuda
@@ -294,6 +294,31 @@ def test_the_general_kernels_meet_the_bound_too(name, dim):
     with portable_only():
         for seed, size in enumerate(SHAPES[2:6]):
             checked(size, dim, "bfloat16", name, general=True, seed=seed)
+
+
+@gpu
+@usable
+@pytest.mark.slow
+@pytest.mark.parametrize("windowed", [False, True], ids=["documents", "window"])
+def test_memory_does_not_grow_with_the_scores_of_a_million_keys(windowed):
+    length, window = 1 << 20, 4096
+    mask = masks.window(window) if windowed else masks.causal() & masks.documents([window] * (length // window))
+    q, k, v = (mx.random.normal((1, 2, length, 64), key=mx.random.key(n)).astype(mx.bfloat16) for n in range(3))
+    last = slice(-300, None)
+
+    def attend(*given, mask):
+        return attention(*given, mask=mask, implementation="poc")
+
+    mx.eval(q, k, v)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    out, gradients = mx.vjp(lambda *given: attend(*given, mask=mask), [q, k, v], [q])
+    mx.eval(out, gradients)
+    assert mx.get_peak_memory() - before < 10 * q.nbytes  # the scores would take 8,192 times as much
+    near = attend(q[:, :, last], k[:, :, -2 * window :], v[:, :, -2 * window :], mask=masks.window(window))
+    if windowed:
+        assert mx.allclose(out[0][:, :, last], near, atol=2e-2, rtol=2e-2).item()
 
 
 @gpu
