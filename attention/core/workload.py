@@ -98,7 +98,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
             return []
         structs.force_setattr(self, "kv_format", formats.text)
         if self.pass_ == "training":
-            return [f"kv_format: got {formats.text}; a training pass needs gradients of keys and values: none"]
+            return [f"kv_format: got {formats.text} in a training pass, which has gradients of both; it takes none"]
         if not sizes_known:
             return []
         widths = {"head_dim": (self.head_dim, formats.key), "value_dim": (self.value_dim, formats.value)}
@@ -227,6 +227,12 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         """Bytes of a call's inputs: query, key, value, and in training the output's gradient."""
         gradient = self.result_bytes if self.pass_ == "training" else 0
         return self.query_bytes + self.key_value_bytes + gradient
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of a measured case's inputs: quantized keys and values are beside those that they were made of."""
+        before = self.counterparts.get("unquantized")
+        return self.input_bytes + (before.key_value_bytes if before else 0)
 
     @property
     def output_bytes(self) -> int:

@@ -76,17 +76,12 @@ class Bench(CaseRunner[Plan]):
         route = self._supported_route(name, workload, device)
         if route is None:
             return False
-        needed = self._held_bytes(workload) + (route.predicted_bytes or 0)
+        needed = workload.held_bytes + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or device.available_bytes
         if needed > limit and not self._plan.force:
             self._progress.end_row(name, "refused", f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}")
             return False
         return True
-
-    def _held_bytes(self, workload: Workload) -> int:
-        """Return the bytes of a case's inputs; those that were quantized stay in memory beside the result."""
-        before = workload.counterparts.get("unquantized")
-        return workload.input_bytes + (before.key_value_bytes if before else 0)
 
     def _preview(self, ready: list[str], setting: "CaseSetting") -> None:
         """Report provisional speeds of the ready implementations while the others compile; not part of the result."""
@@ -158,7 +153,7 @@ class Bench(CaseRunner[Plan]):
         route = validated_route(implementations.load_implementation(arm.name).route(workload, setting.device))
         if not route.supported:
             return route.reason
-        needed = self._held_bytes(setting.workload) + (route.predicted_bytes or 0)
+        needed = setting.workload.held_bytes + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or setting.device.available_bytes
         if needed > limit and not self._plan.force:
             return f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}"

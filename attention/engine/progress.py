@@ -34,7 +34,9 @@ def case_s(call_s: Sequence[float], seconds: float) -> float:
 
 def timing_group(case: object) -> str:
     """Return a key of cases whose call times predict each other: "float16 forward"; one key for all other cases."""
-    return f"{case.dtype} {case.pass_}" if isinstance(case, Workload) else ""
+    if not isinstance(case, Workload):
+        return ""
+    return f"{case.dtype} {case.pass_} {case.kv_format}" if case.quantized else f"{case.dtype} {case.pass_}"
 
 
 class Forecast:

@@ -59,7 +59,7 @@ def answer(question: AdviceRequest, device: Device) -> AdviceReply:
             made.problems[name] = str(error) or type(error).__name__
             continue
         known = [
-            (case.input_bytes, route.predicted_bytes)
+            (case.held_bytes, route.predicted_bytes)
             for case, route in [(question.workload, made.routes[name]), *cases]
             if route.supported and route.predicted_bytes is not None
         ]

@@ -51,6 +51,24 @@ def test_a_masked_case_is_measured_beside_its_dense_shape() -> None:
     assert 0.1 < second.over_dense.value < 10
 
 
+def test_quantized_keys_and_values_are_measured_beside_the_unquantized() -> None:
+    engine = run(
+        plan(
+            cases=(structs.replace(SMALL, head_dim=32, value_dim=32, kv_format="int4:32", mask="window:8"),),
+            seconds=0.1,
+        )
+    )
+    found = row(engine.record.case(0), "baseline")
+    assert found.status == "ok"
+    assert found.over_dense is not None
+    assert found.over_unquantized is not None
+    assert 0.1 < found.over_unquantized.value < 10
+    assert found.kv_error is not None
+    assert found.max_error is not None
+    assert 0.01 < found.kv_error < 0.3, "that of the format"
+    assert found.max_error < 0.01, "against float64 over what the format keeps"
+
+
 def test_an_implementation_that_knows_no_patterns_is_unsupported_with_one() -> None:
     engine = run(plan("KnowsNoPatterns", cases=(structs.replace(SMALL, mask="prefix:8+window:4"),), seconds=0.1))
     found = row(engine.record.case(0), "KnowsNoPatterns")

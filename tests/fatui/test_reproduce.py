@@ -4,11 +4,11 @@ import pytest
 from msgspec import structs
 
 from attention.core.errors import UsageError
-from attention.core.plan import Plan
-from attention.core.workload import Workload
+from attention.core.plan import GenerationPlan, Plan
+from attention.core.workload import Workload, generations
 from fatui.cli import bench
 from fatui.cli.main import Parser
-from fatui.reproduce import RunIdentity, bench_command, command_for
+from fatui.reproduce import RunIdentity, bench_command, command_for, model_command
 from fatui.storage import presets
 
 NAMES = ("baseline", "poc")
@@ -31,6 +31,7 @@ def plan_from(command: str) -> Plan:
         (Workload(seq=64, pass_="decode"),),
         (Workload(seq=64, pass_="training"), Workload(seq=128, pass_="training")),
         tuple(Workload(batch=batch, seq=seq) for batch in (1, 2) for seq in (64, 128)),
+        tuple(Workload(kv_format=each) for each in ("none", "int4", "int8:32+mxfp4")),
         tuple(Workload(mask=mask) for mask in ("strided:8,2", "prefix:4+strided:9,3", "blocks:0.5", "causal")),
     ],
 )
@@ -45,6 +46,17 @@ def test_a_preset_is_named_with_what_differs_from_it():
     plan = structs.replace(preset.plan(), implementations=NAMES, seconds=1.0)
     assert command_for(plan, preset) == "fatui bench scaling --impl baseline,poc --seconds 1"
     assert plan_from(command_for(plan, preset)) == plan
+
+
+def test_unquantized_keys_and_values_are_no_option():
+    plan = Plan(cases=(Workload(seq=64), Workload(seq=128)), implementations=NAMES)
+    assert "kv-format" not in command_for(plan)
+
+
+def test_the_command_of_a_model_names_its_formats():
+    cases = generations(4, model="tiny-llama", prompts=[8], batches=[1], kv_formats=["none", "int8:32"])
+    assert "--kv-format none,int8:32" in model_command(GenerationPlan(cases=cases))
+    assert "--kv-format" not in model_command(GenerationPlan(cases=cases[:1]))
 
 
 def test_cases_that_are_no_sweep_need_a_preset():

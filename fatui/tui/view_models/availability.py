@@ -78,7 +78,7 @@ def availability(route: Route, workload: Workload, device: Device | None, draft:
         return f"cannot: {route.reason}", False
     most = _memory(draft, device)
     if route.predicted_bytes is not None and most is not None:
-        needed = route.predicted_bytes + workload.input_bytes
+        needed = route.predicted_bytes + workload.held_bytes
         if needed > most:
             return f"will not fit: {_of(formatting.size(needed), formatting.size(most))}", draft.force
     path = in_order(route.path)

@@ -79,6 +79,25 @@ def test_both_phases_are_measured_with_every_implementation():
     assert record.case(1).rows[0].tokens_per_second == pytest.approx(2 / record.case(1).rows[0].call_s.median)
 
 
+def test_a_quantized_cache_is_measured_with_its_divergence():
+    formats = ["int8:32", "mxfp4+int8:32"]
+    work = {"generate": 2, "measured_layers": 2, "dtype": "float32"}
+    cases = generations(4, model="tiny-llama", prompts=[12], batches=[2], kv_formats=formats, **work)
+    record = run(GenerationBench, GenerationPlan(cases=cases, implementations=("baseline", "mlx"), seconds=0.1))
+    for index, kv_format in enumerate(formats * 2):
+        case = record.case(index)
+        baseline, ours = case.rows
+        assert case.workload.kv_format == kv_format
+        row_bytes = {"int8:32": 32 + 8, "mxfp4": 16 + 1}  # a scale and a bias in float32, or one byte
+        key, _, value = kv_format.partition("+")
+        assert case.kv_token_bytes == 4 * 2 * (row_bytes[key] + row_bytes[value or key])
+        assert case.cache_bytes >= 2 * 12 * case.kv_token_bytes
+        assert baseline.status == "ok"
+        assert 0 < baseline.kl_divergence < 0.1
+        assert ours.status == ("unsupported" if "+" in kv_format else "ok")
+    assert record.case(0).rows[0].kl_divergence < record.case(1).rows[0].kl_divergence
+
+
 def test_what_will_not_fit_is_refused_before_weights_are_made():
     cases = generations(22, model="tinyllama-1.1b", prompts=[16], batches=[1], dtype="bfloat16")
     plan = GenerationPlan(cases=cases, implementations=("baseline",), memory_limit_bytes=2**30)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from attention.core import events as on
 from attention.core.plan import FineTuningPlan, GenerationPlan
@@ -46,8 +47,9 @@ def shown(report: Report, width: int = 100) -> str:
     return out.getvalue()
 
 
-def generation_report() -> Report:
-    plan = GenerationPlan(cases=GENERATIONS, implementations=("baseline", "poc"))
+def generation_report(kv_format: str = "none") -> Report:
+    cases = tuple(structs.replace(case, kv_format=kv_format) for case in GENERATIONS)
+    plan = GenerationPlan(cases=cases, implementations=("baseline", "poc"))
     record = record_of(plan)
     record.apply(on.RunStarted(environment=ENVIRONMENT))
     wave = [1 + 0.002 * (index % 5) for index in range(15)]
@@ -60,6 +62,10 @@ def generation_report() -> Report:
             record.apply(on.RouteFound(case=case, implementation=name, route=route))
             record.apply(on.LayersTimed(case=case, implementation=name, layer_s=0.01, fixed_s=-0.002))
         record.apply(on.CallsCounted(case=case, implementation="poc", replaced=3, passed_on=1))
+        if kv_format != "none":
+            record.apply(on.CacheMeasured(case=case, kv_token_bytes=12_800, cache_bytes=5 * 2**20))
+            error = {"max_error": 0.1, "rms_error": 0.01, "accurate": True, "detail": "logits", "kl_divergence": 0.0025}
+            record.apply(on.AccuracyChecked(case=case, implementation="poc", **error))
         times = {name: [speed * each for each in wave] for name, speed in SPEED.items()}
         record.apply(on.RoundsDone(case=case, samples=times, active_bytes=0, peak_bytes=0))
         record.apply(on.CaseDone(case=case, stopped_by="time"))
@@ -90,6 +96,11 @@ def tuning_report(off: float = 0.0) -> Report:
         (["model", "tiny-llama", "--prompt", "12x"], "--prompt: got '12x'; it takes comma-separated whole numbers"),
         (["model", "tiny-llama", "--layers", "1"], "layers: got 1; it takes a whole number from 2"),
         (["model", "tiny-llama", "--impl", "basline"], "did you mean 'baseline'?"),
+        (["model", "tiny-llama", "--kv-format", "int7"], "kv_format: got 'int7'; it takes int8, int6"),
+        (["model", "tiny-llama", "--kv-format", "int4"], "do not divide the heads of tiny-llama, which are 32 wide"),
+        (["bench", "--kv-format", "int4", "--head-dim", "80"], "head_dim: got 80; int4 takes multiples of"),
+        (["bench", "--kv-format", "int4", "--pass", "training"], "kv_format: got int4 in a training pass"),
+        (["explain", "--kv-format", "int8+"], "kv_format: got ''; it takes int8"),
         (["finetune", "tiny-llama", "--iters", "1,2"], "--iters: got '1,2'; it takes one whole number"),
         (["finetune", "tiny-llama", "--data", "nowhere.txt"], "data: nowhere.txt cannot be read"),
         (["finetune", "tiny-llama", "--rank", "0"], "rank: got 0"),
@@ -125,6 +136,19 @@ def test_the_table_marks_estimates_and_attentions_share():
     assert "the rest takes: baseline too little to measure" in text
     assert "poc: 1 of 4 calls went to MLX's own" in text
     assert "tinyllama-1.1b prefill: poc is 2.00 ±" in text
+
+
+def test_a_quantized_cache_has_its_bytes_and_divergence():
+    report = generation_report(kv_format="int4")
+    text = " ".join(shown(report).split())
+    assert "bfloat16 K/V int4, estimated" in text
+    assert "K/V cache 5 MiB after the prompt, 12.5 KiB per token" in text
+    line = next(line for line in shown(report).splitlines() if line.startswith("poc"))
+    assert "2.5e-3" in line
+    row = next(each for each in csv.DictReader(io.StringIO(export.to_csv(report))) if each["implementation"] == "poc")
+    assert (row["kl_divergence"], row["cache_bytes"], row["kv_format"]) == ("0.0025", str(5 * 2**20), "int4")
+    assert "| KL |" in export.to_markdown(report)
+    assert "KL" not in shown(generation_report())
 
 
 def test_the_table_shows_losses_and_marks_those_that_differ():

@@ -85,6 +85,25 @@ def test_the_speedup_over_dense_is_a_column_of_masked_cases_alone():
     assert read["cases"][0]["rows"][1]["over_dense"]["value"] == poc.over_dense.value
 
 
+def test_quantized_keys_and_values_have_columns_of_their_own():
+    report = report_of(plan_of([Workload(seq=256, kv_format="int4"), Workload(seq=256)]))
+    poc = report.cases[0].rows[1]
+    assert poc.over_unquantized.value == pytest.approx(2.5, rel=0.02)
+    first, second = export.to_markdown(report).split("## ")[1:3]
+    assert "| over unquantized | K/V error |" in first
+    assert f"| {formatting.speedup_text(poc.over_unquantized)} | 11 % |" in first
+    assert "- K/V in int4: 576 B per token" in first
+    assert "unquantized" not in second
+    lines = list(csv.DictReader(io.StringIO(export.to_csv(report))))
+    assert (lines[1]["kv_format"], lines[1]["kv_token_bytes"], lines[1]["kv_error"]) == ("int4", "576", "0.11")
+    assert float(lines[1]["unquantized_s_median"]) == poc.unquantized_s.median
+    assert (lines[5]["kv_format"], lines[5]["kv_token_bytes"], lines[5]["over_unquantized_value"]) == (
+        "none",
+        "2048",
+        "",
+    )
+
+
 def test_a_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
     target = tmp_path / "out.json"
     target.write_text("old")

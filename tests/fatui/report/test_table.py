@@ -67,6 +67,19 @@ def test_the_speedup_over_dense_stays_in_a_narrow_table(width):
     assert next(line for line in dense.splitlines() if line.startswith("poc")).count("x") == 1
 
 
+@pytest.mark.parametrize("width", [100, 80])
+def test_quantized_cases_have_speedup_error_and_bytes(width):
+    report = report_of(plan_of([Workload(seq=256, kv_format="int4"), Workload(seq=256)]))
+    quantized, plain = "\n".join(printed(report, width)).split("2 of 2 ·")
+    assert max(map(cell_len, printed(report, width))) <= width
+    assert "over unquantized" in quantized
+    first = next(line for line in quantized.splitlines() if line.startswith("poc"))
+    assert f"{formatting.speedup_text(report.cases[0].rows[1].over_unquantized)}" in first
+    assert "11 %" in first
+    assert "K/V in int4: 576 B per token, 144 KiB in all, 3.56x less than in float16" in quantized
+    assert "K/V in" not in plain
+
+
 def test_the_title_names_the_reference_and_the_noise_floor():
     assert "speedup over baseline, noise floor 0.5 %" in printed(report_of(), 100)[0]
 

@@ -49,6 +49,23 @@ def test_a_models_preset_has_its_heads_in_prefill_and_decode(name, heads, kv_hea
     assert {case.pass_ for case in cases} == {"forward", "decode"}
 
 
+def test_formats_of_keys_and_values_are_read_and_written() -> None:
+    text = GOOD + 'kv_format = "int4"\n[sweep]\nhead_dim = [64, 128]\n[[case]]\nkv_format = ["none", "mxfp8+int4:32"]\n'
+    made = parse(text, None)
+    assert [case.kv_format for case in made.cases] == ["int4", "int4", "none", "mxfp8+int4:32"]
+    assert parse(presets.to_toml(made), None).cases == made.cases
+    assert "kv_format" not in presets.to_toml(parse(GOOD, None))
+    assert problems(GOOD + 'kv_format = "int7"\n')[0].startswith(
+        "mine.toml: [workload] kv_format: got 'int7'; it takes"
+    )
+
+
+def test_the_quantized_preset_is_a_decode_beside_the_unquantized() -> None:
+    made = presets.load("quantized")
+    assert {case.kv_format for case in made.cases} == {"none", "int8", "int4", "mxfp4"}
+    assert {(case.pass_, case.heads, case.kv_heads, case.head_dim) for case in made.cases} == {("decode", 32, 8, 128)}
+
+
 def test_scaling_moves_one_axis_at_a_time():
     cases = presets.load("scaling").cases
     middle = Workload(batch=1, seq=512, heads=8, head_dim=64, dtype="float16", mask="causal")
