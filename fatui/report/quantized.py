@@ -90,18 +90,18 @@ def formats_text(name: str, points: Sequence[FormatPoint]) -> str | None:
     parts = []
     if faster:
         best = max(faster, key=lambda point: point.ratio.value)
-        words = f"{_gain(best)} with {best.workload.kv_format}"
         rest = [point.workload.kv_format for point in faster if point is not best]
-        parts.append(f"is fastest {words}" + (f", faster too with {joined(rest)}" if rest else ""))
+        parts.append(f"gains most with {best.workload.kv_format}, {_gain(best)}")
+        parts += [f"gains too with {joined(rest)}"] if rest else []
     if slower:
         parts.append(f"loses with {joined([point.workload.kv_format for point in slower])}")
-    return f"{name} {joined(parts)}" if parts else None
+    return f"{name} {'; it '.join(parts)}" if parts else None
 
 
 def _gain(point: FormatPoint) -> str:
     error = f", {formatting.kv_error_text(point.row)} off" if point.row.kv_error is not None else ""
-    less = formatting.three(_saving(point.workload))
-    return f"({formatting.speedup_text(point.ratio)} its time with {point.workload.dtype}, {less}x less memory{error})"
+    less, speed = formatting.three(_saving(point.workload)), formatting.speedup_text(point.ratio)
+    return f"{speed} as fast as with {point.workload.dtype}, {less}x less memory{error}"
 
 
 def _saving(workload: Workload) -> float:
@@ -121,7 +121,8 @@ def quantized_blocks(cases: Sequence[Case], models: Sequence[ModelCase], names: 
             )
         )
         blocks += [Claim(f"{text} ({shape}).") for shape, text in _findings(found, names)]
-        blocks.append(_table(found, names))
+        shown = [name for name in names if any(row.implementation == name for case in found for row in case.rows)]
+        blocks.append(_table(found, shown))
     quantized = [case for case in models if case.workload.kv_format != DENSE]
     if quantized:
         blocks.append(_models_table(models, quantized))
