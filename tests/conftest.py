@@ -1,4 +1,4 @@
-"""Settings of a session: one cache folder, so that the kernel is compiled once, and a quiet garbage collector.
+"""Settings of a session: one cache folder, so that the kernel is compiled once; little garbage collection; no compiler.
 
 Compiled objects outlive the session, in pytest's own cache folder; their names are hashes of what they depend on.
 """
@@ -14,6 +14,8 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two workers' BLAS threads wait for each other, spinning
 
 FOLDER = "FATUI_CACHE_DIR"
+COMPILING = ("compiles", "slow", "gpu")
+"""Markers of tests in which `mx.compile` compiles."""
 _made = pytest.StashKey[str]()
 
 
@@ -50,6 +52,21 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let `mx.compile` compile only in tests marked for it: on a CPU each graph takes the C++ compiler half a second.
+
+    Elsewhere compiled functions run uncompiled, also in processes that a test starts.
+    """
+    import mlx.core as mx
+
+    if any(map(item.get_closest_marker, COMPILING)):
+        mx.enable_compile()
+        os.environ.pop("MLX_DISABLE_COMPILE", None)
+    else:
+        mx.disable_compile()
+        os.environ["MLX_DISABLE_COMPILE"] = "1"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -23,14 +23,6 @@ def on_the_cpu():
     mx.set_default_device(before)
 
 
-@pytest.fixture
-def uncompiled():
-    """Run compiled calls uncompiled: each takes the C++ compiler seconds, and the fuzzing of .ci/run compiles them."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 def failures(family: str, mode: str, number: int, seed: int = 1) -> list[str]:
     problem = FAMILIES[family].problem(seed, number, mode)
     judge = Judge(problem)
@@ -44,7 +36,7 @@ def failures(family: str, mode: str, number: int, seed: int = 1) -> list[str]:
 
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
-def test_random_calls_are_right(uncompiled, mode, number):
+def test_random_calls_are_right(mode, number):
     assert failures("broad", mode, number) == []
 
 
@@ -53,18 +45,18 @@ def theme(number: int) -> str:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 25, 4, 5, 39, 7, 8, 9, 10], ids=theme)
-def test_calls_at_the_limits_are_right(uncompiled, number):
+def test_calls_at_the_limits_are_right(number):
     assert failures("edges", "forward", number) == []
 
 
 @pytest.mark.parametrize("number", [11, 36, 26, 18], ids=theme)
-def test_gradients_at_the_limits_are_right(uncompiled, number):
+def test_gradients_at_the_limits_are_right(number):
     assert failures("edges", "gradient", number) == []
 
 
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
-def test_calls_with_masks_as_values_are_right(uncompiled, mode, number):
+def test_calls_with_masks_as_values_are_right(mode, number):
     assert failures("patterns", mode, number) == []
 
 
@@ -72,7 +64,7 @@ CANCELLING = [("broad", 942, 501), ("broad", 1215, 501), ("broad", 1910, 501), (
 
 
 @pytest.mark.parametrize("case", CANCELLING, ids=str)
-def test_gradients_that_cancel_are_right(uncompiled, case):
+def test_gradients_that_cancel_are_right(case):
     family, number, seed = case
     assert failures(family, "gradient", number, seed) == []
 

@@ -103,6 +103,7 @@ def test_vmap_of_gradients_gives_each_its_own(budget: int | None) -> None:
 
 
 @pytest.mark.parametrize("mode", ["compile", "gradient"])
+@pytest.mark.compiles
 def test_the_depth_of_a_graph_does_not_grow_with_its_tiles(mode: str) -> None:
     q, k, v = (mx.zeros((1, 1, 2048, 8)) for _ in range(3))
 
@@ -180,6 +181,7 @@ def test_torch_has_its_gradients_and_signs(scale: float, kind: str | None) -> No
 
 
 @pytest.mark.parametrize("transform", ["compile", "vmap", "jvp", "second"])
+@pytest.mark.compiles
 def test_torch_refuses_what_it_cannot_do_in_one_line(transform: str) -> None:
     pytest.importorskip("torch")
     q = normal(1, 1, 2, 4, 8)

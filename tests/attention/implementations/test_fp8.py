@@ -85,6 +85,7 @@ def test_after_an_excess_the_next_call_is_compared() -> None:
     assert counted.compared == 2
 
 
+@pytest.mark.compiles
 def test_a_first_traced_call_is_refused() -> None:
     counted = Counted()
 

@@ -266,6 +266,7 @@ def test_a_bad_tile_is_named(q, k, words):
         masks.causal().block_list((1, 1, 8, 8), q, k)
 
 
+@pytest.mark.compiles
 def test_a_function_of_traced_arrays_is_named():
     def traced(limit):
         return masks.where(lambda b, h, q, k: k < limit).block_list((1, 1, 64, 64)).arrays()[0]

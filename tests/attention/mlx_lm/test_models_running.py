@@ -23,14 +23,6 @@ WRONG = f"{Path(__file__).parents[2] / 'support' / 'planted.py'}:Wrong"
 NAMES = ("baseline", "mlx", WRONG)
 
 
-@pytest.fixture
-def uncompiled():
-    """Disable compilation of training steps: it takes seconds on a CPU and does not affect these tests."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 def run(bench, plan):
     return watched(bench, plan)[0]
 
@@ -125,7 +117,7 @@ def test_decoding_leaves_the_cache_as_it_found_it():
     assert mx.allclose(first, decode.results()[0])
 
 
-def test_every_implementation_learns_the_same(uncompiled):
+def test_every_implementation_learns_the_same():
     work = FineTuning(model="tiny-llama", seq=8, batch=1, iters=7, rank=2, layers=4, tuned_layers=1, dtype="float32")
     record, told = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=NAMES, seconds=60))
     (estimate,) = estimates_before(told, on.IterationDone).values()
@@ -144,7 +136,7 @@ def test_every_implementation_learns_the_same(uncompiled):
     assert baseline.peak_bytes > 0 and case.noise_floor
 
 
-def test_a_fine_tuning_ends_with_its_time(uncompiled):
+def test_a_fine_tuning_ends_with_its_time():
     work = FineTuning(model="tiny-llama", seq=8, batch=1, iters=500, layers=4, tuned_layers=1, dtype="float32")
     record = run(FineTuningBench, FineTuningPlan(cases=(work,), implementations=("mlx",), seconds=0.1))
     (row,) = record.case(0).rows
@@ -152,7 +144,7 @@ def test_a_fine_tuning_ends_with_its_time(uncompiled):
     assert row.stopped_by == "time"
 
 
-def test_demo_is_tuned_for_training_by_the_step_that_trains(uncompiled):
+def test_demo_is_tuned_for_training_by_the_step_that_trains():
     work = FineTuning(model="tiny-llama", seq=24, batch=2, iters=2, rank=2, layers=4, tuned_layers=2, dtype="float32")
     record, told = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=("mlx", "demo"), seconds=60))
     texts = [event.text for event in told if isinstance(event, on.Message)]

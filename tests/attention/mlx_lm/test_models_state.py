@@ -1,6 +1,5 @@
 """Every run of a model starts from the same state, whatever its caches and layers; one that would not fails."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -66,15 +65,6 @@ def decoding(name: str) -> tuple[DecodeRun, list[Any]]:
     return DecodeRun(network, cache, token, steps=5, layers=4), cache
 
 
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """Do without `mx.compile`, for which a C++ compiler runs on the CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", ["mlx", "poc"])
 def test_calls_of_a_model_that_attends_by_itself_are_counted(name: str) -> None:
     fields = COMMON | {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16}
@@ -87,7 +77,6 @@ def test_calls_of_a_model_that_attends_by_itself_are_counted(name: str) -> None:
     assert event.path
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_decode_run_starts_from_the_prompts_state(name: str) -> None:
     run, cache = decoding(name)
@@ -162,11 +151,7 @@ def tuned_experts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run() -> Any:
         record = record_of(plan)
-        mx.disable_compile()
-        try:
-            FineTuningBench(Assignment(plan=plan), plan, record.apply).run()
-        finally:
-            mx.enable_compile()
+        FineTuningBench(Assignment(plan=plan), plan, record.apply).run()
         return record.case(0).rows
 
     return run

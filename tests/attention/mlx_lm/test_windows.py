@@ -148,6 +148,7 @@ def test_padding_stays_an_array_for_who_takes_no_patterns():
     assert recorder.seen == [(False, None, False)]
 
 
+@pytest.mark.compiles
 def test_padding_that_is_traced_stays_an_array():
     q = mx.random.normal((2, 2, 80, 16), key=mx.random.key(0))
 

@@ -127,6 +127,7 @@ def test_timed_calls_have_time_and_memory() -> None:
     assert row.peak_bytes >= 2 * 64 * 64 * 4
 
 
+@pytest.mark.compiles
 def test_calls_that_are_traced_are_counted_and_not_timed() -> None:
     q, k, v = arrays()
     with attention.monitor(share=1e9) as monitor:

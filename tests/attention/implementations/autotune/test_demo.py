@@ -205,6 +205,7 @@ def test_the_code_mark_changes_with_a_kernel(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     "array", [mx.float32, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, mx.bool_))], ids=str
 )
+@pytest.mark.compiles
 def test_tracing_before_any_trial_runs_one_on_own_inputs(store: Store, array: mx.Dtype | None) -> None:
     slow, fast = Timed("slow", 0.004), Timed("fast", 0.001)
     demo = make(store, slow=slow, fast=fast)
@@ -223,6 +224,7 @@ def test_tracing_before_any_trial_runs_one_on_own_inputs(store: Store, array: mx
     assert entry.workload.mask == ("none" if array is None else "array")
 
 
+@pytest.mark.compiles
 def test_tracing_a_training_step_runs_a_trial_of_both_passes(store: Store) -> None:
     demo = make(store).for_training()
     q, k, v = make_inputs(WORKLOAD, 0)
@@ -245,6 +247,7 @@ def test_what_was_tried_for_training_shows_in_the_route(store: Store) -> None:
     assert demo.route(WORKLOAD, probe()).path == "not tried yet"
 
 
+@pytest.mark.compiles
 def test_without_memory_for_own_inputs_the_routes_decide(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = make(store, practical=Practical(), other=Timed("other", 0.0))
     tight = structs.replace(probe(), available_bytes=2 * WORKLOAD.input_bytes - 1)
@@ -254,6 +257,7 @@ def test_without_memory_for_own_inputs_the_routes_decide(store: Store, monkeypat
     assert store.entries() == []
 
 
+@pytest.mark.compiles
 def test_a_function_traced_later_gets_the_tuned_choice(store: Store) -> None:
     call(make(store, slow=Timed("slow", 0.004), fast=Timed("fast", 0.0)))
     slow, fast = Timed("slow", 0.0), Timed("fast", 0.0)
@@ -264,6 +268,7 @@ def test_a_function_traced_later_gets_the_tuned_choice(store: Store) -> None:
     assert (fast.calls, slow.calls) == (1, 0)
 
 
+@pytest.mark.compiles
 def test_tracing_many_layers_never_looks(store: Store) -> None:
     fast, slow = Timed("fast", 0.0), Timed("slow", 0.003)
     demo = make(store, fast=fast, slow=slow)

@@ -47,7 +47,7 @@ def test_no_shape_takes_more_than_its_budget(workload: Workload, mebibytes: int)
     assert excess(Practical(mebibytes * MIB), workload) <= mebibytes * MIB
 
 
-@pytest.mark.parametrize("mebibytes", [4, 20])
+@pytest.mark.parametrize("mebibytes", [1, 5])
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("query_type", ["float32", "float16"])
 @pytest.mark.parametrize("dtype", [mx.bool_, mx.float32, mx.float16], ids=str)
@@ -56,9 +56,9 @@ def test_an_array_mask_for_every_head_stays_within_the_budget(
 ) -> None:
     # decided as for a GPU, computed here: without waiting, the memory use is at least as large
     monkeypatch.setattr("attention.implementations.bounded.implementation.current_backend", lambda: backend)
-    workload = Workload(seq=900, heads=4, head_dim=16, dtype=query_type)
+    workload = Workload(seq=450, heads=4, head_dim=16, dtype=query_type)
     q, k, v = make_inputs(workload, 0)
-    drawn = mx.random.uniform(shape=(1, 4, 900, 900), key=mx.random.key(2)) > 0.3
+    drawn = mx.random.uniform(shape=(1, 4, 450, 450), key=mx.random.key(2)) > 0.3
     array = drawn if dtype == mx.bool_ else mx.where(drawn, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))
     mx.eval(array)
     del drawn
@@ -69,14 +69,14 @@ def test_an_array_mask_for_every_head_stays_within_the_budget(
     assert mx.get_peak_memory() - before - workload.output_bytes <= mebibytes * MIB
 
 
-@pytest.mark.parametrize("mebibytes", [4, 20, 40])
+@pytest.mark.parametrize("mebibytes", [1, 5, 10])
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_sinks_stay_within_the_budget(
     dtype: DType, backend: Backend, mebibytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("attention.implementations.bounded.implementation.current_backend", lambda: backend)
-    workload = Workload(seq=900, heads=4, head_dim=16, dtype=dtype)
+    workload = Workload(seq=450, heads=4, head_dim=16, dtype=dtype)
     q, k, v = make_inputs(workload, 0)
     sinks = mx.zeros((4,))
     mx.eval(sinks)

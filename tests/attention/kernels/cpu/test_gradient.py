@@ -151,6 +151,7 @@ def test_the_logsumexp_has_a_gradient():
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, mx.compile, mx.checkpoint], ids=["eager", "compile", "checkpoint"])
+@pytest.mark.compiles
 def test_value_and_grad_agree_with_mlx(transform):
     q, k, v, _ = inputs(2, 4, 2, 70, 90, 32, 32)
     value, got = mx.value_and_grad(transform(loss), (0, 1, 2))(q, k, v)
@@ -158,6 +159,7 @@ def test_value_and_grad_agree_with_mlx(transform):
     assert_same([value, *got], [exact, *expected], 2e-4)
 
 
+@pytest.mark.compiles
 def test_a_compiled_training_step_agrees_with_mlx():
     q, k, v, _ = inputs(1, 4, 4, 33, 33, 16, 16)
     step = mx.compile(mx.value_and_grad(loss, (0, 1, 2)))
@@ -187,6 +189,7 @@ def test_vmap_takes_a_mask_along():
     assert_same([got], [mx.stack([cpu.flash_attention(q, k, v, scale=1.0, mask=m) for m in masks])])
 
 
+@pytest.mark.compiles
 def test_calls_that_differ_are_not_merged_by_compile():
     q, k, v, _ = inputs(1, 2, 2, 30, 30, 16, 16)
 

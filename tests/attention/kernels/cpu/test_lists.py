@@ -209,6 +209,7 @@ def test_the_number_of_items_changes_only_roundings():
 
 
 @pytest.mark.parametrize("transform", [mx.compile, mx.checkpoint], ids=["compile", "checkpoint"])
+@pytest.mark.compiles
 def test_transformations_keep_lists_and_alibi(transform):
     q, k, v = qkv(2, 4, 2, 70, 300, 32, 32, mx.float32)
     loss = listed_loss(lists_of(mask_of("tiles", (2, 1, 70, 300))), alibi=slopes_of(4))
@@ -230,6 +231,7 @@ def test_vmap_repeats_planes_over_what_it_maps():
         assert mx.allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.compiles
 def test_lists_that_compile_cannot_tell_apart_are_not_merged():
     q, k, v = qkv(1, 1, 1, 64, 256, 16, 16, mx.float32)
     masks_ = [np.arange(256)[None, None, None].repeat(64, 2) // 128 == n for n in (0, 1)]
@@ -342,6 +344,7 @@ def test_routes_name_the_lists():
     ids=["lists", "padding", "array"],
 )
 @pytest.mark.parametrize("queries", [20, 200])
+@pytest.mark.compiles
 def test_a_graph_for_any_shape_does_not_take_the_mask_of_another(mask, queries):
     attend = mx.compile(lambda q, k, v: attention(q, k, v, mask=mask, implementation="poc"), shapeless=True)
     mx.eval(attend(*qkv(2, 2, 2, 40, 40, 16, 16, mx.float32)))

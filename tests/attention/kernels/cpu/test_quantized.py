@@ -203,6 +203,7 @@ def test_vmap_is_folded_into_the_batch():
     assert mx.allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.compiles
 def test_compile_keeps_formats_apart():
     q, k, v = call_of()
     as_four = k.with_arrays((mx.concatenate([k.numbers] * 2, 3), *(mx.concatenate([x] * 2, 3) for x in k.arrays[1:])))
@@ -212,6 +213,7 @@ def test_compile_keeps_formats_apart():
         assert mx.allclose(out, cpu.flash_attention(*each, scale=0.2), atol=1e-6)
 
 
+@pytest.mark.compiles
 def test_shapeless_compile_takes_a_growing_cache():
     _, k, v = call_of()
     q = normal(0, 2, 4, 1, 64)
@@ -226,6 +228,7 @@ def test_shapeless_compile_takes_a_growing_cache():
         assert mx.allclose(compiled(q, *parts), attend(q, *parts), atol=1e-6)
 
 
+@pytest.mark.compiles
 def test_shapeless_compile_refuses_parts_of_other_lengths():
     q, k, v = call_of()
     frozen = k.arrays[1:]
