@@ -42,12 +42,15 @@ def row(case: Case, name: str) -> Row:
     return next(row for row in case.rows if row.implementation.endswith(name))
 
 
-MASKED = ("causal", "window:8", "prefix:8+window:4")
+MASKED = (
+    *(structs.replace(SMALL, mask=mask) for mask in ("causal", "window:8", "prefix:8+window:4")),
+    structs.replace(SMALL, head_dim=32, value_dim=32, kv_format="int4:32", mask="window:8"),
+)
 
 
 @pytest.fixture(scope="module")
 def masked_run() -> Engine:
-    return run(plan("KnowsNoPatterns", cases=tuple(structs.replace(SMALL, mask=mask) for mask in MASKED)))
+    return run(plan("KnowsNoPatterns", cases=MASKED))
 
 
 def test_a_masked_case_is_measured_beside_its_dense_shape(masked_run: Engine) -> None:
@@ -59,14 +62,8 @@ def test_a_masked_case_is_measured_beside_its_dense_shape(masked_run: Engine) ->
     assert 0.1 < second.over_dense.value < 10
 
 
-def test_quantized_keys_and_values_are_measured_beside_the_unquantized() -> None:
-    engine = run(
-        plan(
-            cases=(structs.replace(SMALL, head_dim=32, value_dim=32, kv_format="int4:32", mask="window:8"),),
-            seconds=0.1,
-        )
-    )
-    found = row(engine.record.case(0), "baseline")
+def test_quantized_keys_and_values_are_measured_beside_the_unquantized(masked_run: Engine) -> None:
+    found = row(masked_run.record.case(3), "baseline")
     assert found.status == "ok"
     assert found.over_dense is not None
     assert found.over_unquantized is not None
