@@ -12,7 +12,6 @@ of them. A chunk of a prompt is quantized when it arrives; no other keys and val
 """
 
 import copy
-import threading
 from collections.abc import Sequence
 from typing import Any, Final, Self
 
@@ -408,38 +407,14 @@ def quantize_prompt_cache(caches: Sequence[Any], kv_format: str | KVFormat = "in
     return made
 
 
-class RotatingConversion:
-    """Makes `RotatingKVCache.to_quantized` of mlx-lm, which raises NotImplementedError, work while it is open.
+def quantize_rotating(cache: Any, group_size: int = DEFAULT_GROUP, bits: int = 4) -> PackedKVCache:
+    """Return `to_quantized` of a rotating cache, with the arguments of mlx-lm's method.
 
-    `mlx_lm.generate` calls it if it is given `kv_bits` and `max_kv_size`, or a model with a sliding window.
+    `mlx_lm.generate` calls that if it is given `kv_bits` and `max_kv_size`, or a model with a sliding window.
     """
-
-    def __init__(self) -> None:
-        """Replace nothing yet."""
-        self._lock = threading.Lock()
-        self._opened = 0
-        self._place: Any = mlx_caches.RotatingKVCache
-        self._original = self._place.to_quantized
-
-    def open(self) -> None:
-        """Replace the method, the first time."""
-        with self._lock:
-            self._opened += 1
-            self._place.to_quantized = _quantize_rotating
-
-    def close(self) -> None:
-        """Restore the method, the last time."""
-        with self._lock:
-            self._opened -= 1
-            if not self._opened:
-                self._place.to_quantized = self._original
-
-
-def _quantize_rotating(cache: Any, group_size: int = DEFAULT_GROUP, bits: int = 4) -> PackedKVCache:
     form = Format("affine", bits, group_size)
     made: PackedKVCache = to_quantized(cache, KVFormat(form, form))
     return made
 
 
-rotating_conversion: Final = RotatingConversion()
 setattr(mlx_caches, PackedKVCache.__name__, PackedKVCache)  # where load_prompt_cache looks up a file's classes

@@ -192,6 +192,8 @@ class CallArguments(NamedTuple):
     v: Any
     mask: Mask
     path: str
+    dequantized: bool
+    """Whether keys and values are dense copies of quantized ones."""
 
 
 class Acceptance(Struct, frozen=True):
@@ -223,12 +225,12 @@ class ArgumentAdapter:
         if verdict.path is None:
             raise UnsupportedError(verdict.reason)
         k, v = self._keys_and_values(call)
-        path = f"{verdict.path}, {DEQUANTIZED}" if self._must_dequantize(call) else verdict.path
         if call.pattern is not None:
-            return CallArguments(k, v, masks.of_pattern(call.pattern), path)
-        array = None if isinstance(call.mask, str) else call.mask
-        mask = Mask(causal=isinstance(call.mask, str), window=call.window, array=array)
-        return CallArguments(k, v, mask, path)
+            mask = masks.of_pattern(call.pattern)
+        else:
+            array = None if isinstance(call.mask, str) else call.mask
+            mask = Mask(causal=isinstance(call.mask, str), window=call.window, array=array)
+        return CallArguments(k, v, mask, verdict.path, self._must_dequantize(call))
 
     def _must_dequantize(self, call: ModelCall) -> bool:
         return call.kv_format is not None and not self._takes_quantized
@@ -365,7 +367,8 @@ def _attend_by(implementation: Implementation, adapter: ArgumentAdapter, call: M
         implementation, call.q, arguments.k, arguments.v, scale=call.scale, mask=arguments.mask, **more
     )
     # An implementation with a single path records none: its route names what ran.
-    return out, take_path() or arguments.path
+    path = take_path() or arguments.path
+    return out, f"{path}, {DEQUANTIZED}" if arguments.dequantized else path
 
 
 @cache
@@ -400,13 +403,13 @@ class ModelPatch(CallCounts):
     def __enter__(self) -> Self:
         """Replace the functions; raises UsageError if mlx-lm is missing."""
         models, fast = patch_points.models_sdpa(), patch_points.fast_sdpa()
-        from attention.mlx_lm.caches import rotating_conversion  # which imports mlx-lm
+        from attention.mlx_lm.caches import quantize_rotating  # which imports mlx-lm
 
-        rotating_conversion.open()
         patch_points.models_causal_mask().add(interceptor=self._masks.create)
         models.add(interceptor=self._attend)
         fast.add(interceptor=self._attend_directly)
         patch_points.gemma2_attention().add(interceptor=self._attend_in_gemma2)
+        patch_points.rotating_to_quantized().add(interceptor=quantize_rotating)
         self._entered += 1
         return self
 
@@ -414,10 +417,10 @@ class ModelPatch(CallCounts):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Undo the latest enter."""
-        self._entered -= 1
-        from attention.mlx_lm.caches import rotating_conversion
+        from attention.mlx_lm.caches import quantize_rotating
 
-        rotating_conversion.close()
+        self._entered -= 1
+        patch_points.rotating_to_quantized().remove(interceptor=quantize_rotating)
         patch_points.gemma2_attention().remove(interceptor=self._attend_in_gemma2)
         patch_points.fast_sdpa().remove(interceptor=self._attend_directly)
         patch_points.models_sdpa().remove(interceptor=self._attend)

@@ -205,6 +205,19 @@ def gemma2_attention() -> PatchPoint:
     return MethodPatchPoint(gemma2.Attention, "__call__")
 
 
+@cache
+def rotating_to_quantized() -> PatchPoint:
+    """`RotatingKVCache.to_quantized` of mlx-lm, which raises NotImplementedError.
+
+    Raises:
+        UsageError: mlx-lm cannot be imported.
+    """
+    _models_base()
+    from mlx_lm.models.cache import RotatingKVCache
+
+    return MethodPatchPoint(RotatingKVCache, "to_quantized")
+
+
 def _models_base() -> ModuleType:
     try:
         from mlx_lm.models import base

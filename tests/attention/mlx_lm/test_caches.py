@@ -1,24 +1,37 @@
 """Quantized caches compute what mlx-lm's dense caches of the same layout do, if those hold the dequantized values."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models import cache as mlx_caches
 from mlx_lm.models.cache import (
+    ArraysCache,
     BatchKVCache,
     BatchRotatingKVCache,
+    CacheList,
     KVCache,
+    QuantizedKVCache,
     RotatingKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
 )
 
 import attention
+from attention.core.errors import UsageError
 from attention.core.kv_format import Format, parse_kv_format
+from attention.implementations.bounded.implementation import Practical
 from attention.mlx_lm import caches
 from tests.support.tiny_models import LAYERS, tiny, tokens
 
 WINDOW = 24
+LONGEST = 340
 LEFT_PADDING = [5, 0]
 LAYOUTS: dict[str, Callable[[], Any]] = {
     "plain": KVCache,
@@ -29,6 +42,9 @@ LAYOUTS: dict[str, Callable[[], Any]] = {
 }
 FORMATS = ["int8:32", "int4:32", "int8:32+int4:32", "mxfp4", "mxfp4+int6:32", "nvfp4"]
 TOLERANCE = {mx.float32: 2e-5, mx.bfloat16: 1e-1}
+OTHER_NUMBER = 1e-2
+"""By how much logits may move if a last bit makes a number in the second layer's cache the next one; a format's own
+rounding moves them by 0.02 (int8) to 0.6 (mxfp4)."""
 Chunks = list[int]
 CHUNKS: Chunks = [29, 11, *[1] * 6, 13, *[1] * 3]
 """Lengths of a model's calls: around the window there are chunks, single tokens, and a chunk after them."""
@@ -53,28 +69,58 @@ def packed(layout: str, kv_format: str) -> Any:
     return caches.to_quantized(LAYOUTS[layout](), kv_format)
 
 
+def next_logits(model: Any, cache: list[Any]) -> mx.array:
+    """Return the logits after one more token."""
+    with attention.patch_mlx_lm("practical"):
+        out: mx.array = model(tokens(2, 1), cache=cache)
+        mx.eval(out)
+    return out
+
+
+def filled(model: Any, layout: str, kv_format: str, chunks: Chunks | None = None) -> list[Any]:
+    cache = [packed(layout, kv_format) for _ in range(LAYERS)]
+    with attention.patch_mlx_lm("practical"):
+        logits(model, cache, chunks or [29, 1])
+    return cache
+
+
 def logits(model: Any, cache: list[Any], chunks: Chunks) -> np.ndarray:
     """Return the logits of two sequences, without padding positions."""
-    ids = tokens(2, sum(chunks))
+    ids = tokens(2, LONGEST)
     ends = np.cumsum(chunks).tolist()
     parts = [model(ids[:, end - size : end], cache=cache) for end, size in zip(ends, chunks, strict=True)]
     return np.array(mx.concatenate(parts, axis=1).astype(mx.float32))[:, max(LEFT_PADDING) :]
 
 
-def assert_same(model_name: str, layout: str, kv_format: str, chunks: Chunks, dtype: mx.Dtype = mx.float32) -> None:
-    model = tiny(model_name, dtype)
-    wanted = logits(model, [dense(layout, kv_format) for _ in range(LAYERS)], chunks)
-    with attention.patch_mlx_lm("practical") as patch:
-        got = logits(model, [packed(layout, kv_format) for _ in range(LAYERS)], chunks)
-    assert patch.calls_taken == len(chunks) * LAYERS
-    np.testing.assert_allclose(got, wanted, atol=TOLERANCE[dtype])
+def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
+    """The logits of two layers agree but for numbers of the second layer's cache that a last bit moved."""
+    np.testing.assert_allclose(got, wanted, atol=OTHER_NUMBER)
+    assert np.median(np.abs(got - wanted)) <= TOLERANCE[mx.float32]
+
+
+def assert_same(model: Any, layout: str, kv_format: str, chunks: Chunks, implementation: str = "practical") -> None:
+    """The logits are those of mlx-lm's own dense cache of rounded values, exactly if there is one layer."""
+    layers = len(model.layers)
+    wanted = logits(model, [dense(layout, kv_format) for _ in range(layers)], chunks)
+    with attention.patch_mlx_lm(implementation) as patch:
+        got = logits(model, [packed(layout, kv_format) for _ in range(layers)], chunks)
+    assert patch.calls_taken == len(chunks) * layers
+    if layers == 1:
+        np.testing.assert_allclose(got, wanted, atol=TOLERANCE[model.model.embed_tokens.weight.dtype])
+    else:
+        assert_close(got, wanted)
 
 
 @pytest.mark.parametrize(
     ("layout", "kv_format"), [*zip(LAYOUTS, FORMATS, strict=False), ("rotating", "nvfp4"), ("batch", "int3:32")]
 )
 def test_logits_are_those_of_the_dequantized_cache(layout: str, kv_format: str) -> None:
-    assert_same("qwen2", layout, kv_format, CHUNKS)
+    assert_same(tiny("qwen2", layers=1), layout, kv_format, CHUNKS)
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2"])
+def test_logits_of_two_layers_agree(model: str) -> None:
+    assert_same(tiny(model), "rotating, 4 kept", "int8:32+int4:32", CHUNKS)
 
 
 @pytest.mark.slow
@@ -82,18 +128,264 @@ def test_logits_are_those_of_the_dequantized_cache(layout: str, kv_format: str) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kv_format", FORMATS)
 def test_logits_agree_over_300_steps(model: str, layout: str, kv_format: str) -> None:
-    assert_same(model, layout, kv_format, [40, *[1] * 300])
+    assert_same(tiny(model, layers=1), layout, kv_format, [40, *[1] * 300])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["poc", "baseline", "demo", "mlx"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_every_implementation_reads_the_caches(implementation: str, layout: str, kv_format: str) -> None:
+    assert_same(tiny("qwen2", layers=1), layout, kv_format, CHUNKS, implementation)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_agree_in_bfloat16(layout: str) -> None:
-    assert_same("llama", layout, "int8:32+int4:32", CHUNKS, mx.bfloat16)
+    assert_same(tiny("llama", mx.bfloat16, layers=1), layout, "int8:32+int4:32", CHUNKS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mlx_lms_own_attention_reads_one_affine_format(layout: str) -> None:
-    model = tiny("llama")
-    wanted = logits(model, [dense(layout, "int6:32") for _ in range(LAYERS)], CHUNKS)
-    got = logits(model, [packed(layout, "int6:32") for _ in range(LAYERS)], CHUNKS)
+    model = tiny("llama", layers=1)
+    wanted = logits(model, [dense(layout, "int6:32")], CHUNKS)
+    np.testing.assert_allclose(logits(model, [packed(layout, "int6:32")], CHUNKS), wanted, atol=TOLERANCE[mx.float32])
+
+
+@pytest.mark.parametrize(("window", "keep", "chunk"), [(8, 0, 25), (8, 4, 25), (24, 4, 24), (5, 4, 1), (1, 0, 7)])
+def test_a_window_may_be_smaller_than_a_chunk(
+    window: int, keep: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LAYOUTS, "small", lambda: RotatingKVCache(window, keep))
+    assert_same(tiny("qwen2", layers=1), "small", "int8:32", [chunk, chunk, *[1] * 10, chunk])
+
+
+@pytest.mark.parametrize("chunks", [[8, 1], [7, 1, 1], [11, 5, 1], [16, 1], [1] * 9], ids=str)
+def test_chunks_may_end_where_the_buffer_does(chunks: Chunks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVCache, "step", 8)
+    assert_same(tiny("qwen2", layers=1), "plain", "int8:32", chunks)
+
+
+@pytest.mark.parametrize("kv_format", ["int8:32", "mxfp4+int8:32"])
+def test_a_model_with_sinks_takes_a_quantized_cache(kv_format: str) -> None:
+    model, chunks = tiny("gpt_oss"), [29, 11, *[1] * 5]
+    wanted = logits(model, [dense(layout, kv_format) for layout in ("rotating", "plain")], chunks)
+    with attention.patch_mlx_lm("practical") as patch:
+        got = logits(model, caches.make_prompt_cache(model, kv_format=kv_format), chunks)
+    assert not patch.handed
+    assert_close(got, wanted)
+
+
+@pytest.mark.slow
+def test_sinks_agree_over_300_steps() -> None:
+    model, chunks = tiny("gpt_oss"), [40, *[1] * 300]
+    wanted = logits(model, [dense(layout, "int4:32") for layout in ("rotating", "plain")], chunks)
+    with attention.patch_mlx_lm("practical"):
+        got = logits(model, caches.make_prompt_cache(model, kv_format="int4:32"), chunks)
+    np.testing.assert_allclose(got, wanted, atol=OTHER_NUMBER)
+
+
+def test_what_nobody_else_takes_practical_computes() -> None:
+    model = tiny("gpt_oss")
+    wanted = logits(model, [dense(layout, "mxfp8") for layout in ("rotating", "plain")], [29, 1])
+    with attention.patch_mlx_lm("baseline") as patch:  # which takes no sinks
+        got = logits(model, caches.make_prompt_cache(model, kv_format="mxfp8"), [29, 1])
+    assert patch.calls_handed == 2 * LAYERS
+    assert "practical got 4: attention sinks; mlx-lm does not take these quantized K and V" in patch.summary()
+    assert_close(got, wanted)
+
+
+def test_dense_copies_for_an_implementation_are_counted() -> None:
+    class Dense(Practical):
+        takes_quantized = False
+
+    model = tiny("qwen2", layers=1)
+    wanted = logits(model, [dense("plain", "nvfp4")], [29, 1])
+    with attention.patch_mlx_lm(Dense()) as patch:
+        got = logits(model, [packed("plain", "nvfp4")], [29, 1])
+    assert patch.taken == {"MLX SDPA, unfused, dequantized K and V": 2}
     np.testing.assert_allclose(got, wanted, atol=TOLERANCE[mx.float32])
+
+
+@pytest.mark.parametrize("model_name", ["qwen2", "gpt_oss"])
+def test_generate_quantizes_rotating_caches_in_the_patch(model_name: str) -> None:
+    model, prompt = tiny(model_name), tokens(40)
+    options: dict[str, Any] = {"max_tokens": 3, "kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 20}
+    made = make_prompt_cache(model, WINDOW)
+    with attention.patch_mlx_lm("practical"):
+        list(generate_step(prompt, model, prompt_cache=made, prefill_step_size=16, **options))
+    rotating = [one for one in made if getattr(one, "layout", "") == "RotatingKVCache"]
+    assert len(rotating) == (LAYERS if model_name == "qwen2" else 1)
+    assert all(one.offset == 40 + 3 and one.bits == 8 for one in rotating)
+    with pytest.raises(NotImplementedError):
+        RotatingKVCache(WINDOW).to_quantized()
+
+
+PROMPTS = [3, 30, 17, 40, 1]
+"""Lengths of the prompts of a batch."""
+
+
+def batched_tokens(model: Any, make: Callable[[], list[Any]]) -> tuple[list[list[int]], list[list[Any]]]:
+    """Return what mlx-lm's BatchGenerator makes of uneven prompts, two of five at a time, and their caches."""
+    generator = BatchGenerator(model, max_tokens=6, completion_batch_size=2, prefill_batch_size=2, prefill_step_size=16)
+    ids = tokens(40).tolist()
+    uids = generator.insert([ids[:length] for length in PROMPTS], caches=[make() for _ in PROMPTS])
+    made: dict[int, list[int]] = {uid: [] for uid in uids}
+    left: dict[int, list[Any]] = {}
+    while len(left) < len(uids):
+        for response in generator.next()[1]:
+            made[response.uid].append(response.token)
+            if response.finish_reason:
+                left[response.uid] = response.prompt_cache
+    return [made[uid] for uid in uids], [left[uid] for uid in uids]
+
+
+@pytest.mark.parametrize(("model_name", "max_kv_size"), [("qwen2", WINDOW), ("gpt_oss", None)])
+def test_batches_of_uneven_prompts_agree(model_name: str, max_kv_size: int | None) -> None:
+    model, form = tiny(model_name), Format("affine", 8, 32)
+    with attention.patch_mlx_lm("practical"):
+        with pytest.MonkeyPatch.context() as patched:
+            for kind in (KVCache, RotatingKVCache, BatchKVCache, BatchRotatingKVCache):
+                store: Any = kind.update_and_fetch
+                rounding = lambda self, k, v, store=store: store(self, rounded(k, form), rounded(v, form))  # noqa: E731
+                patched.setattr(kind, "update_and_fetch", rounding)
+            wanted, _ = batched_tokens(model, lambda: make_prompt_cache(model, max_kv_size))
+        got, left = batched_tokens(model, lambda: caches.make_prompt_cache(model, max_kv_size, "int8:32"))
+    assert got == wanted
+    assert [[one.offset for one in each] for each in left] == [[length + 6] * LAYERS for length in PROMPTS]
+
+
+def test_a_batch_takes_one_format() -> None:
+    caches_of_two = [caches.to_quantized(KVCache(), kv_format) for kv_format in ("int8", "mxfp8")]
+    with pytest.raises(UsageError, match="got int8 in a KVCache, mxfp8 in a KVCache; a batch takes caches of one kind"):
+        caches_of_two[0].merge(caches_of_two)
+    with pytest.raises(UsageError, match="got int8 in a KVCache, KVCache; a batch"):
+        caches_of_two[0].merge([caches_of_two[0], KVCache()])
+
+
+@pytest.mark.parametrize("kv_format", ["int8:32", "mxfp4+int8:32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_and_copies_continue_where_the_cache_was(layout: str, kv_format: str, tmp_path: Path) -> None:
+    model = tiny("qwen2")
+    cache = filled(model, layout, kv_format)
+    copied = copy.deepcopy(cache)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    loaded = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert sum(one.nbytes for one in loaded) == sum(one.nbytes for one in cache)
+    wanted = [next_logits(model, cache) for _ in range(3)][-1]
+    assert mx.array_equal(wanted, [next_logits(model, copied) for _ in range(3)][-1])
+    assert mx.array_equal(wanted, [next_logits(model, loaded) for _ in range(3)][-1])
+
+
+def test_mlx_lm_reads_our_files_and_we_read_its(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = tiny("qwen2"), str(tmp_path / "cache.safetensors")
+    ours = filled(model, "plain", "int8:32")
+    save_prompt_cache(path, ours)
+    monkeypatch.delattr(mlx_caches, "PackedKVCache")  # as in a process without this package
+    theirs = load_prompt_cache(path)
+    assert all(type(one) is QuantizedKVCache and (one.bits, one.group_size) == (8, 32) for one in theirs)
+    save_prompt_cache(path, theirs)
+    back = caches.quantize_prompt_cache(load_prompt_cache(path), "int8:32")
+    wanted = model(tokens(2, 1), cache=ours)
+    np.testing.assert_allclose(model(tokens(2, 1), cache=theirs), wanted, atol=TOLERANCE[mx.float32])
+    np.testing.assert_allclose(model(tokens(2, 1), cache=back), wanted, atol=TOLERANCE[mx.float32])
+
+
+def test_an_empty_cache_can_be_saved(tmp_path: Path) -> None:
+    path = str(tmp_path / "cache.safetensors")
+    save_prompt_cache(path, [packed("rotating", "mxfp4")])
+    (loaded,) = load_prompt_cache(path)
+    assert (loaded.empty(), loaded.nbytes, loaded.offset, loaded.keys) == (True, 0, 0, None)
+
+
+TEXT = {name: mx.array([ord(letter) for letter in name]) for name in ("mxfp8", "int4", "int9", "Other")}
+DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "another width of numbers": (
+        {"0.2": TEXT["mxfp8"]},
+        "mxfp8 takes .*; the file is damaged, or",
+    ),
+    "another number of arrays": ({"0.2": TEXT["int4"]}, "got 2 arrays of 3"),
+    "an unknown format": ({"0.2": TEXT["int9"]}, "its state is not one of a PackedKVCache; the file is damaged"),
+    "an unknown layout": ({"0.1": TEXT["Other"]}, "its state is not one of a PackedKVCache"),
+    "other lengths": ({"0.0.0.2": mx.array(7)}, "got 7 tokens in 256 rows"),
+    "more tokens than rows": ({f"0.0.{i}.2": mx.array(999) for i in range(2)}, "got 999 tokens in 256 rows"),
+    "half a token": ({f"0.0.{i}.2": mx.array(2.5) for i in range(2)}, "got 2.5 tokens"),
+    "scales of another dtype": ({"0.0.1.0": mx.zeros((2, 2, 256, 1))}, "scales: got mlx.core.float32"),
+    "fewer scales": ({"0.0.1.1": mx.zeros((2, 2, 9, 1), mx.uint8)}, r"scales: got shape \(2, 2, 9, 1\)"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_one_clear_line(damage: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "cache.safetensors")
+    save_prompt_cache(path, filled(tiny("qwen2"), "plain", "mxfp4"))
+    arrays, metadata = mx.load(path, return_metadata=True)
+    replaced, line = DAMAGES[damage]
+    mx.save_safetensors(path, {name: mx.array(array) for name, array in arrays.items()} | replaced, metadata)
+    with pytest.raises(UsageError, match=line) as caught:
+        load_prompt_cache(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_mlx_lm_cannot_read_names_the_patch() -> None:
+    model = tiny("qwen2")
+    with pytest.raises(UsageError, match=r"cannot read int8:32\+mxfp4; .* inside attention.patch_mlx_lm"):
+        logits(model, [packed("plain", "int8:32+mxfp4") for _ in range(LAYERS)], [3])
+
+
+@pytest.mark.parametrize("make", [lambda: RotatingKVCache(WINDOW, keep=4), lambda: QuantizedKVCache(32, 8)])
+def test_a_quantized_copy_leaves_the_cache_alone(make: Callable[[], Any]) -> None:
+    model = tiny("qwen2")
+    cache = [make() for _ in range(LAYERS)]
+    logits(model, cache, [29, 1])
+    untouched = copy.deepcopy(cache)
+    made = caches.quantize_prompt_cache(cache, "int8:32")
+    assert [one.offset for one in made] == [30] * LAYERS
+    found = next_logits(model, made)
+    np.testing.assert_allclose(found, next_logits(model, untouched), atol=0.05)
+    untouched = copy.deepcopy(cache)
+    assert mx.array_equal(next_logits(model, cache), next_logits(model, untouched))
+    assert [one.offset for one in made] == [31] * LAYERS
+
+
+def test_the_end_can_be_trimmed() -> None:
+    model = tiny("qwen2")
+    cache, shorter = filled(model, "plain", "nvfp4", [29, 5]), filled(model, "plain", "nvfp4", [29])
+    assert [one.trim(5) for one in cache] == [5, 5]
+    np.testing.assert_allclose(next_logits(model, cache), next_logits(model, shorter), atol=TOLERANCE[mx.float32])
+    assert [one.trim(999) for one in cache] == [30, 30]
+    assert cache[0].size() == 0
+    assert not filled(model, "rotating", "nvfp4")[0].is_trimmable()
+
+
+def test_layers_without_keys_keep_their_caches() -> None:
+    state = ArraysCache(2)
+    (listed,) = caches.quantize_prompt_cache([CacheList(KVCache(), state)], "mxfp8")
+    assert listed[0].kv_format.text == "mxfp8"
+    assert listed[1] is state
+
+
+def test_mistakes_are_one_clear_line() -> None:
+    model = tiny("qwen2")
+    for line, mistake in {
+        "keys: got heads of width 32; a cache in int4 takes multiples of its group size, 64": lambda: logits(
+            model, caches.make_prompt_cache(model), [3]
+        ),
+        "got 'int7'; it takes int8, ": lambda: caches.make_prompt_cache(model, kv_format="int7"),
+        "max_kv_size: got 0; it takes a whole number from 1": lambda: caches.make_prompt_cache(model, 0),
+        "deepseek_v3 caches latent vectors instead of keys": lambda: caches.make_prompt_cache(tiny("deepseek_v3")),
+        "got one in int8:32; to be in int4:32 it must be": lambda: caches.quantize_prompt_cache(
+            filled(model, "plain", "int8:32"), "int4:32"
+        ),
+        "caches: got none that holds keys and values": lambda: caches.quantize_prompt_cache([ArraysCache(2)]),
+        "cache: got int; it takes KVCache, ": lambda: caches.to_quantized(3),
+        "kv_format: got 'none'; it takes the name of a": lambda: caches.to_quantized(KVCache(), "none"),
+    }.items():
+        with pytest.raises(UsageError) as caught:
+            mistake()
+        assert line in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_no_format_gives_mlx_lms_own_caches() -> None:
+    assert type(caches.make_prompt_cache(tiny("qwen2"), WINDOW, "none")[0]) is RotatingKVCache
