@@ -42,12 +42,15 @@ WITH_SINKS: dict[str, Any] = {
 """Sinks, and a rotating cache in the first layer."""
 
 
-def tiny(name: str, dtype: mx.Dtype = mx.float32, layers: int = LAYERS) -> Any:
-    """Return a model with reproducible weights: 4 query heads, head_dim 32, and 2 key heads or latent keys."""
+def tiny(name: str, dtype: mx.Dtype = mx.float32, **sizes: Any) -> Any:
+    """Return a model with reproducible weights: 4 query heads, head_dim 32, and 2 key heads or latent keys.
+
+    `sizes` replace fields of its configuration.
+    """
     mx.random.seed(7)
     module = {"qwen2": qwen2, "llama": llama, "deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss}[name]
-    sizes = SIZES | {"deepseek_v3": LATENT, "gpt_oss": WITH_SINKS}.get(name, {}) | {"num_hidden_layers": layers}
-    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **sizes}))
+    fields = SIZES | {"deepseek_v3": LATENT, "gpt_oss": WITH_SINKS}.get(name, {}) | sizes
+    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **fields}))
     if name == "gpt_oss":  # whose sinks are made as zeros
         for layer in model.layers:
             layer.self_attn.sinks = mx.random.normal((SIZES["num_attention_heads"],))

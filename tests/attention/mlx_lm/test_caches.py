@@ -1,7 +1,7 @@
 """Quantized caches compute what mlx-lm's dense caches of the same layout do, if those hold the dequantized values."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ rounding moves them by 0.02 (int8) to 0.6 (mxfp4)."""
 Chunks = list[int]
 CHUNKS: Chunks = [29, 11, *[1] * 6, 13, *[1] * 3]
 """Lengths of a model's calls: around the window there are chunks, single tokens, and a chunk after them."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_the_cpp_compiler() -> Iterator[None]:
+    """Run what mlx-lm's models compile as it is: the compiler takes seconds for each of their functions."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 def rounded(x: mx.array, form: Format) -> mx.array:
@@ -115,7 +123,7 @@ def assert_same(model: Any, layout: str, kv_format: str, chunks: Chunks, impleme
     ("layout", "kv_format"), [*zip(LAYOUTS, FORMATS, strict=False), ("rotating", "nvfp4"), ("batch", "int3:32")]
 )
 def test_logits_are_those_of_the_dequantized_cache(layout: str, kv_format: str) -> None:
-    assert_same(tiny("qwen2", layers=1), layout, kv_format, CHUNKS)
+    assert_same(tiny("qwen2", num_hidden_layers=1), layout, kv_format, CHUNKS)
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen2"])
@@ -128,7 +136,7 @@ def test_logits_of_two_layers_agree(model: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kv_format", FORMATS)
 def test_logits_agree_over_300_steps(model: str, layout: str, kv_format: str) -> None:
-    assert_same(tiny(model, layers=1), layout, kv_format, [40, *[1] * 300])
+    assert_same(tiny(model, num_hidden_layers=1), layout, kv_format, [40, *[1] * 300])
 
 
 @pytest.mark.slow
@@ -136,18 +144,18 @@ def test_logits_agree_over_300_steps(model: str, layout: str, kv_format: str) ->
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kv_format", FORMATS)
 def test_every_implementation_reads_the_caches(implementation: str, layout: str, kv_format: str) -> None:
-    assert_same(tiny("qwen2", layers=1), layout, kv_format, CHUNKS, implementation)
+    assert_same(tiny("qwen2", num_hidden_layers=1), layout, kv_format, CHUNKS, implementation)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_agree_in_bfloat16(layout: str) -> None:
-    assert_same(tiny("llama", mx.bfloat16, layers=1), layout, "int8:32+int4:32", CHUNKS)
+    assert_same(tiny("llama", mx.bfloat16, num_hidden_layers=1), layout, "int8:32+int4:32", CHUNKS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mlx_lms_own_attention_reads_one_affine_format(layout: str) -> None:
-    model = tiny("llama", layers=1)
+    model = tiny("llama", num_hidden_layers=1)
     wanted = logits(model, [dense(layout, "int6:32")], CHUNKS)
     np.testing.assert_allclose(logits(model, [packed(layout, "int6:32")], CHUNKS), wanted, atol=TOLERANCE[mx.float32])
 
@@ -157,13 +165,13 @@ def test_a_window_may_be_smaller_than_a_chunk(
     window: int, keep: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(LAYOUTS, "small", lambda: RotatingKVCache(window, keep))
-    assert_same(tiny("qwen2", layers=1), "small", "int8:32", [chunk, chunk, *[1] * 10, chunk])
+    assert_same(tiny("qwen2", num_hidden_layers=1), "small", "int8:32", [chunk, chunk, *[1] * 10, chunk])
 
 
 @pytest.mark.parametrize("chunks", [[8, 1], [7, 1, 1], [11, 5, 1], [16, 1], [1] * 9], ids=str)
 def test_chunks_may_end_where_the_buffer_does(chunks: Chunks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KVCache, "step", 8)
-    assert_same(tiny("qwen2", layers=1), "plain", "int8:32", chunks)
+    assert_same(tiny("qwen2", num_hidden_layers=1), "plain", "int8:32", chunks)
 
 
 @pytest.mark.parametrize("kv_format", ["int8:32", "mxfp4+int8:32"])
@@ -199,7 +207,7 @@ def test_dense_copies_for_an_implementation_are_counted() -> None:
     class Dense(Practical):
         takes_quantized = False
 
-    model = tiny("qwen2", layers=1)
+    model = tiny("qwen2", num_hidden_layers=1)
     wanted = logits(model, [dense("plain", "nvfp4")], [29, 1])
     with attention.patch_mlx_lm(Dense()) as patch:
         got = logits(model, [packed("plain", "nvfp4")], [29, 1])
@@ -355,6 +363,42 @@ def test_the_end_can_be_trimmed() -> None:
     assert [one.trim(999) for one in cache] == [30, 30]
     assert cache[0].size() == 0
     assert not filled(model, "rotating", "nvfp4")[0].is_trimmable()
+
+
+def prefill_peak(model: Any, cache: list[Any], length: int, step: int) -> int:
+    """Return the peak of MLX's memory above the weights, as `mlx_lm.generate` takes a prompt."""
+    prompt = tokens(1, length)
+    mx.eval(prompt)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for start in range(0, length, step):
+        model(prompt[:, start : start + step], cache=cache)
+        mx.eval([one.state for one in cache])
+    return mx.get_peak_memory() - before
+
+
+def assert_small(model: Any, implementation: Any, length: int, step: int) -> None:
+    """A prompt into an int4 cache takes that cache and an eighth of what mlx-lm takes in bfloat16 today."""
+    today = prefill_peak(model, make_prompt_cache(model), length, step)
+    cache = caches.make_prompt_cache(model, kv_format="int4:32")
+    with attention.patch_mlx_lm(implementation) as patch:
+        peak = prefill_peak(model, cache, length, step)
+    assert not patch.handed
+    rows = -(-length // KVCache.step) * KVCache.step
+    assert sum(one.nbytes for one in cache) == LAYERS * 2 * 2 * rows * (32 // 2 + 2 * 2)
+    assert peak <= sum(one.nbytes for one in cache) + today / 8
+
+
+def test_a_prompt_takes_no_more_memory_than_the_cache_and_a_chunk() -> None:
+    model = tiny("llama", mx.bfloat16, hidden_size=64, intermediate_size=128, num_attention_heads=8, head_dim=32)
+    assert_small(model, Practical(1 << 20), 1536, 512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["poc", Practical(16 << 20)], ids=["poc", "practical"])
+def test_a_prompt_of_16384_tokens_takes_little_memory(implementation: Any) -> None:
+    assert_small(tiny("qwen2", mx.bfloat16), implementation, 16384, 2048)
 
 
 def test_layers_without_keys_keep_their_caches() -> None:
