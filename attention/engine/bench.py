@@ -12,6 +12,7 @@ from attention.core.route import validated_route
 from attention.core.workload import Counterpart, Workload
 from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
+from attention.engine.progress import MAX_COUNTERPART_SHARE
 from attention.measure.device import Device, probe
 from attention.measure.rounds import Arm, shared_calls
 
@@ -23,8 +24,6 @@ TARGET_ROUNDS: Final = 400
 MIN_SAMPLE_S: Final = 0.005
 MAX_SAMPLE_S: Final = 0.1
 PREVIEW_S: Final = 1.0
-MAX_COUNTERPART_SHARE: Final = 4.0
-"""Calls on a counterpart are sampled if the fewest of them take at most this multiple of a case's time."""
 SHARE_OF_SLOWEST: Final = 0.05
 """Minimum length of fast calls' samples, as a share of the slowest call: cheap, and it reduces their noise."""
 

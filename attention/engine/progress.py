@@ -15,21 +15,42 @@ PREPARATION_SHARE: Final = 0.6
 """Assumed time of a case outside calls and rounds, as a share of its rounds, until a case has been measured."""
 CALLS_OUTSIDE_ROUNDS: Final = 8
 """Calls of an implementation on a case outside its rounds: first, accuracy, memory, warm-up, latency."""
+COUNTERPART_CALLS_OUTSIDE_ROUNDS: Final = 2
+"""The same on a counterpart of the case: first, warm-up."""
+MAX_COUNTERPART_SHARE: Final = 4.0
+"""Calls on a counterpart are sampled if the fewest of them take at most this multiple of a case's time."""
 
 
-def rounds_s(call_s: Sequence[float], seconds: float) -> float:
+def counterpart_calls(call_s: Sequence[float], case: object, seconds: float) -> list[float]:
+    """Return the seconds of the calls on a case's counterparts that are sampled in its rounds, from their pairs.
+
+    Args:
+        call_s: seconds per call of each implementation on the case.
+        case: the case; only workloads of attention have counterparts.
+        seconds: time limit of the rounds.
+    """
+    if not isinstance(case, Workload):
+        return []
+    factors = [workload.pairs / max(1, case.pairs) for workload in case.counterparts.values()]
+    beside = [each * factor for factor in factors for each in call_s]
+    return [each for each in beside if MIN_ROUNDS * each <= MAX_COUNTERPART_SHARE * seconds]
+
+
+def rounds_s(call_s: Sequence[float], seconds: float, beside_s: Sequence[float] = ()) -> float:
     """Estimate the seconds of a case's rounds; the reference (the first) is sampled twice in each."""
-    return max(seconds, MIN_ROUNDS * (sum(call_s) + sum(call_s[:1])))
+    return max(seconds, MIN_ROUNDS * (sum(call_s) + sum(call_s[:1]) + sum(beside_s)))
 
 
-def case_s(call_s: Sequence[float], seconds: float) -> float:
+def case_s(call_s: Sequence[float], seconds: float, beside_s: Sequence[float] = ()) -> float:
     """Estimate the seconds of a case's calls: those before its rounds, and the rounds.
 
     Args:
         call_s: seconds per call of each implementation; the first is the reference.
         seconds: time limit of the rounds; at least MIN_ROUNDS are made however long they take.
+        beside_s: seconds per call on the case's counterparts, see `counterpart_calls`.
     """
-    return CALLS_OUTSIDE_ROUNDS * sum(call_s) + rounds_s(call_s, seconds)
+    outside = CALLS_OUTSIDE_ROUNDS * sum(call_s) + COUNTERPART_CALLS_OUTSIDE_ROUNDS * sum(beside_s)
+    return outside + rounds_s(call_s, seconds, beside_s)
 
 
 def timing_group(case: object) -> str:
@@ -59,7 +80,7 @@ class Forecast:
 
     def record_case(self, case: int, seconds: float) -> None:
         """Record the time of a case."""
-        self._overhead_s.append(seconds - case_s(self._calls(case), self._plan.seconds))
+        self._overhead_s.append(seconds - self._calls_s(case))
 
     def drop(self, case: int, name: str) -> None:
         """Record that an implementation has left a case."""
@@ -68,11 +89,16 @@ class Forecast:
     def case_s(self, case: int) -> float:
         """Return the estimated seconds of a case."""
         further = self._overhead_s or [PREPARATION_SHARE * self._plan.seconds]
-        return max(0.0, case_s(self._calls(case), self._plan.seconds) + sum(further) / len(further))
+        return max(0.0, self._calls_s(case) + sum(further) / len(further))
 
     def rounds_s(self, case: int) -> float:
         """Return the estimated seconds of a case's rounds."""
-        return rounds_s(self._calls(case), self._plan.seconds)
+        calls, seconds = self._calls(case), self._plan.seconds
+        return rounds_s(calls, seconds, counterpart_calls(calls, self._plan.cases[case], seconds))
+
+    def _calls_s(self, case: int) -> float:
+        calls, seconds = self._calls(case), self._plan.seconds
+        return case_s(calls, seconds, counterpart_calls(calls, self._plan.cases[case], seconds))
 
     def _calls(self, case: int) -> list[float]:
         """Return the seconds of a call of each implementation; an unknown one counts as the mean of the others."""

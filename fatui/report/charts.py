@@ -10,6 +10,7 @@ from fatui.report.document import Chart
 from fatui.report.evidence import sound_rows
 from fatui.report.quantized import by_shape, format_points
 from fatui.report.scaling import TREND_AXES, Sweep, curves_of, sweeps
+from fatui.report.sparse import break_even, density_curves, density_points, random_blocks, shapes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,14 @@ def available() -> bool:
 
 
 def line_chart(
-    series: Series, x: str, y: str, names: Sequence[str], *, logarithmic: bool = True, ticks: Sequence[str] = ()
+    series: Series,
+    x: str,
+    y: str,
+    names: Sequence[str],
+    *,
+    logarithmic: bool = True,
+    ticks: Sequence[str] = (),
+    marks: Mapping[str, float] | None = None,
 ) -> str:
     """Draw lines with intervals and a legend, as SVG for an HTML page.
 
@@ -47,6 +55,7 @@ def line_chart(
         names: all names with a line in any chart of the report, so that each has the same style in all of them.
         logarithmic: whether both axes are logarithmic; otherwise both are linear and the vertical one starts at 0.
         ticks: words at 0, 1, ... on a linear horizontal axis, instead of numbers.
+        marks: where names break even on the horizontal axis: a vertical line each.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -70,6 +79,9 @@ def line_chart(
             axes.set_xticks(range(len(ticks)), ticks)
         for name, points in series.items():
             _line(axes, names.index(name), name, points)
+        for name, at in (marks or {}).items():
+            colour = INKS[names.index(name) % len(INKS)]
+            axes.axvline(at, color=colour, linestyle=":", label=f"{name} breaks even: {at:.2g}")
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.spines[["top", "right"]].set_visible(False)
@@ -191,6 +203,29 @@ def format_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
         ):
             drawn = line_chart(series, "bits of a value, with scales", y, names, logarithmic=False, ticks=ticks)
             made.append(Chart(f"{title}, {shape}", drawn))
+    return made
+
+
+def density_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
+    """Return one chart per shape with random blocks of several densities: the time over each one's own dense time.
+
+    Where a line crosses that of dense, a vertical one names the density at which the implementation breaks even.
+    """
+    made = []
+    for shape, group in shapes_of(cases).items():
+        densities, lines = density_curves(group, names)
+        if not densities:
+            continue
+        series = {
+            name: [(float(point.at), point.rate, point.low, point.high) for point in points]
+            for name, points in lines.items()
+        }
+        marks = {
+            name: found.density for name in names if (found := break_even(random_blocks(density_points(group, name))))
+        }
+        styles = [*names, *(name for name in series if name not in names)]
+        drawn = line_chart(series, "density", "times dense", styles, logarithmic=False, marks=marks)
+        made.append(Chart(f"Time of random blocks over dense time by density, {shape}", drawn))
     return made
 
 

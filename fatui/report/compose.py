@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from attention.core.results import AnyCase, Report
 from fatui import formatting
 from fatui.report import charts
-from fatui.report.charts import format_charts, loss_charts, sweep_charts
+from fatui.report.charts import density_charts, format_charts, loss_charts, sweep_charts
 from fatui.report.document import (
     Block,
     Chart,
@@ -62,7 +62,7 @@ def _sections(evidence: Evidence) -> list[Section]:
         *(section(f"Approach: {name}", approach(cases, name)) for name in names if cases),
         section("Speedups", _speedups(evidence)),
         section("Head dim, length and batch", effects(evidence.runs, names), _drawn(evidence)),
-        section("Sparse patterns", sparse_blocks(cases, names)),
+        section("Sparse patterns", sparse_blocks(cases, names), _densities(evidence)),
         section("Quantized attention", quantized_blocks(cases, evidence.models, names), _formats(evidence)),
         section("Memory", memory_blocks(cases, names)),
         section("Models", model_blocks(evidence.models)),
@@ -136,6 +136,11 @@ def _drawn(evidence: Evidence) -> Sequence[Block]:
 
 def _formats(evidence: Evidence) -> Sequence[Block]:
     drawn: Sequence[Chart] = format_charts(evidence.cases, evidence.implementations) if charts.available() else ()
+    return drawn
+
+
+def _densities(evidence: Evidence) -> Sequence[Block]:
+    drawn: Sequence[Chart] = density_charts(evidence.cases, evidence.implementations) if charts.available() else ()
     return drawn
 
 

@@ -115,7 +115,7 @@ def sparse_blocks(cases: Sequence[Case], names: Sequence[str]) -> list[Block]:
             "implementation's own. At equal efficiency it is 1 / density."
         )
     ]
-    for shape, group in _by_shape(masked).items():
+    for shape, group in shapes_of(masked).items():
         for name in names:
             text = break_even_text(name, density_points(group, name))
             if text:
@@ -126,7 +126,8 @@ def sparse_blocks(cases: Sequence[Case], names: Sequence[str]) -> list[Block]:
     return [*blocks, _table(masked, names)]
 
 
-def _by_shape(cases: Sequence[Case]) -> dict[str, list[Case]]:
+def shapes_of(cases: Sequence[Case]) -> dict[str, list[Case]]:
+    """Return the cases by the label of their dense shape."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         groups.setdefault(structs.replace(case.workload, mask="none").label, []).append(case)

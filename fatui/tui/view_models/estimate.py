@@ -8,7 +8,7 @@ from msgspec import Struct, structs
 from attention.core.plan import Plan
 from attention.core.results import Report
 from attention.core.workload import Workload
-from attention.engine.progress import case_s
+from attention.engine.progress import case_s, counterpart_calls
 from attention.engine.progress import timing_group as kind_of_case
 from fatui import formatting
 from fatui.storage.settings import RunSpeed
@@ -40,7 +40,8 @@ def estimate_s(plan: Plan, pace: RunSpeed, device: str) -> float | None:
             return None
         mean = sum(calls) / len(calls)  # used for the unknown ones
         calls = [mean if seconds is None else seconds for seconds in known]
-        total += case_s(calls, plan.seconds) + pace.set_up_s * len(plan.implementations)
+        beside = counterpart_calls(calls, case, plan.seconds)
+        total += case_s(calls, plan.seconds, beside) + pace.set_up_s * len(plan.implementations)
     return total
 
 

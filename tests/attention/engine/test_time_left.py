@@ -6,7 +6,7 @@ from attention.core import events as on
 from attention.core.plan import Plan
 from attention.core.workload import Workload
 from attention.engine.case_runner import SampleStream
-from attention.engine.progress import Forecast, Progress, case_s
+from attention.engine.progress import Forecast, Progress, case_s, counterpart_calls
 from attention.measure.rounds import Arm
 
 SMALL = Workload(seq=128)
@@ -82,3 +82,15 @@ def test_rounds_go_by_their_own_pace(pace: float, monkeypatch: pytest.MonkeyPatc
         stream.collect(arms)
         left = [event.remaining_s for event in told if isinstance(event, on.Progress)][-1]
         assert left == pytest.approx((6 - count) * 10 * pace)
+
+
+def test_calls_on_a_dense_counterpart_count_by_their_pairs() -> None:
+    case = Workload(seq=1024, heads=2, head_dim=16, dtype="float32", mask="window:64")
+    dense = 1024 * 1024 / (64 * 1024 - 64 * 63 / 2)
+    assert counterpart_calls([0.01, 0.05], case, 1.0) == pytest.approx([0.01 * dense])  # the other takes too long
+    assert counterpart_calls([0.01], SMALL, 1.0) == []
+    assert case_s([0.01], 0.5, [0.2]) == pytest.approx(8 * 0.01 + 2 * 0.2 + 6 * (0.02 + 0.2))
+    forecast = Forecast(plan_of(case, seconds=0.1))
+    for name in ("baseline", "poc"):
+        forecast.record_call(0, name, 0.004)
+    assert forecast.rounds_s(0) == pytest.approx(6 * 0.004 * (3 + 2 * dense))

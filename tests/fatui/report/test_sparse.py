@@ -74,3 +74,16 @@ def test_the_section_has_claims_and_a_table_by_density() -> None:
     assert [row[0].rpartition(" ")[2] for row in table.rows] == masks
     assert table.rows[2][1:] == ("50 %", "2.00", "1.60 ±0.02x", "-")
     assert sparse_blocks([case("causal", None)], ["poc"]) == []
+
+
+def test_the_report_draws_the_time_by_density_and_names_the_break_even() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from fatui.report.charts import density_charts
+
+    [chart] = density_charts(SWEEP, ["poc", "mlx"])
+    assert chart.title == "Time of random blocks over dense time by density, B=1 L=1280 D=64 H=2 float16"
+    for words in ("poc breaks even: 0.8", "pairs", "times dense"):
+        assert words in chart.svg
+    assert density_charts(SWEEP[:1], ["poc"]) == []
+    [without] = density_charts(SWEEP[2:], ["poc"])
+    assert "breaks even" not in without.svg
