@@ -266,6 +266,10 @@ def counterparts_of(cases: Sequence[AnyCase]) -> tuple[Counterpart, ...]:
     return tuple(name for name in COUNTERPARTS if any(over(row, name) for row in rows))
 
 
+OVER: Final[dict[Counterpart, str]] = {"dense": "over dense", "unquantized": "K/V speedup"}
+"""Headings of the speedups over the counterparts of a case."""
+
+
 def over(row: Row, counterpart: Counterpart) -> Ratio | None:
     """Return the speedup over the implementation's own time on a counterpart of the case."""
     return row.over_dense if counterpart == "dense" else row.over_unquantized
@@ -287,17 +291,16 @@ def kv_error_text(row: Row) -> str:
     return "-" if row.kv_error is None else percent(row.kv_error)
 
 
-def kv_text(workload: Workload) -> str | None:
-    """Format the bytes of quantized keys and values: "K/V in int4: 1.1 KiB per token, 2.2 MiB in all, ...".
+def kv_sizes(workload: Workload) -> str | None:
+    """Format the bytes of quantized keys and values: "1.12 KiB a token, 2.25 MiB in all, 3.56x less".
 
     None if they are not quantized.
     """
     before = workload.counterparts.get("unquantized")
     if before is None:
         return None
-    less = before.kv_token_bytes / workload.kv_token_bytes
-    sizes = f"{size(workload.kv_token_bytes)} per token, {size(workload.key_value_bytes)} in all"
-    return f"K/V in {workload.kv_format}: {sizes}, {three(less)}x less than in {workload.dtype}"
+    less = three(before.kv_token_bytes / workload.kv_token_bytes)
+    return f"{size(workload.kv_token_bytes)} a token, {size(workload.key_value_bytes)} in all, {less}x less"
 
 
 def same_paths(case: AnyCase) -> list[str]:

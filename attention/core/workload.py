@@ -218,6 +218,11 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         return self.kv_heads * rows
 
     @property
+    def value_bits(self) -> float:
+        """Bits of one number of keys and values, with its share of scales and biases."""
+        return 8 * self.kv_token_bytes / (self.kv_heads * (self.head_dim + self.value_dim))
+
+    @property
     def result_bytes(self) -> int:
         """Bytes of one attention output."""
         return self.batch * self.heads * self.seq * self.value_dim * ITEM_BYTES[self.dtype]

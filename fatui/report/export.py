@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Report, Row
-from attention.core.workload import COUNTERPARTS, FineTuning, Generation
+from attention.core.workload import FineTuning, Generation
 from fatui import formatting
 from fatui.report.table import KV_ERROR, FurtherColumns, further_columns, kv_notes, model_columns, model_notes
 from fatui.storage.presets import FIELDS
@@ -208,7 +208,7 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
         "tokens/s",
         "per call",
         "speedup",
-        *(f"over {counterpart}" for counterpart in COUNTERPARTS),
+        *formatting.OVER.values(),
         KV_ERROR,
         "TFLOP/s",
         "efficiency",

@@ -24,7 +24,7 @@ class FormatPoint(Struct, frozen=True):
     @property
     def bits(self) -> float:
         """Bits of a value, with its share of scales and biases."""
-        return value_bits(self.workload)
+        return self.workload.value_bits
 
 
 class LengthBreakEven(Struct, frozen=True):
@@ -34,11 +34,6 @@ class LengthBreakEven(Struct, frozen=True):
     """The most keys at which they are slower beyond noise, of those below `faster`."""
     faster: int
     """The next number of keys that was measured at which they are faster beyond noise."""
-
-
-def value_bits(workload: Workload) -> float:
-    """Return the mean bits of a key's or a value's number, with its share of scales and biases."""
-    return 8 * workload.kv_token_bytes / (workload.kv_heads * (workload.head_dim + workload.value_dim))
 
 
 def format_points(cases: Iterable[Case], name: str) -> list[FormatPoint]:
@@ -116,7 +111,7 @@ def quantized_blocks(cases: Sequence[Case], models: Sequence[ModelCase], names: 
         blocks.append(
             Paragraph(
                 "Each case was also timed with unquantized keys and values, in the same rounds: the speedup over "
-                "unquantized is an implementation's own. Off is the RMS difference of the output from float64 "
+                "them is an implementation's own. Off is the RMS difference of the output from float64 "
                 "attention over the unquantized ones, relative to the RMS of that; inputs are normally distributed."
             )
         )
@@ -164,12 +159,12 @@ def _label_without_length(workload: Workload) -> str:
 def _table(cases: Sequence[Case], names: Sequence[str]) -> Table:
     rows = []
     for shape, group in by_shape(cases).items():
-        for case in sorted(group, key=lambda each: (-value_bits(each.workload), each.workload.kv_format)):
+        for case in sorted(group, key=lambda each: (-each.workload.value_bits, each.workload.kv_format)):
             work = case.workload
             over = [formatting.over_text(row, "unquantized") if row else "-" for row in _rows(case, names)]
             errors = [row.kv_error for row in sound_rows(case) if row.kv_error is not None]
             cells = (
-                formatting.three(value_bits(work)),
+                formatting.three(work.value_bits),
                 formatting.size(work.kv_token_bytes),
                 formatting.size(work.key_value_bytes),
                 f"{formatting.three(_saving(work))}x",

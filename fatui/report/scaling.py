@@ -53,8 +53,10 @@ def swept_axes(report: Report) -> tuple[str, ...]:
 
 
 def values_on(report: Report, axis: str) -> tuple[Value, ...]:
-    """Return the values of an axis, sorted."""
-    found = {value(case.workload, axis) for case in report.cases}
+    """Return the values of an axis, sorted; formats of keys and values by their bits, most first."""
+    found = {value(case.workload, axis): case.workload.value_bits for case in report.cases}
+    if axis == "kv_format":
+        return tuple(sorted(found, key=lambda each: (-found[each], each)))
     return tuple(sorted(found, key=lambda each: (isinstance(each, str), each)))
 
 

@@ -244,7 +244,7 @@ FurtherColumns = dict[str, Callable[[Row], str]]
 def further_columns(cases: Sequence[AnyCase]) -> FurtherColumns:
     """Return the columns that only masked or quantized cases have, each with what formats a cell."""
     columns: FurtherColumns = {
-        f"over {counterpart}": partial(formatting.over_text, counterpart=counterpart)
+        formatting.OVER[counterpart]: partial(formatting.over_text, counterpart=counterpart)
         for counterpart in formatting.counterparts_of(cases)
     }
     if formatting.has_kv_error(cases):
@@ -254,8 +254,8 @@ def further_columns(cases: Sequence[AnyCase]) -> FurtherColumns:
 
 def kv_notes(case: Case) -> list[str]:
     """Return a note on the bytes of quantized keys and values."""
-    text = formatting.kv_text(case.workload)
-    return [text] if text else []
+    sizes, work = formatting.kv_sizes(case.workload), case.workload
+    return [f"K/V in {work.kv_format}: {sizes} than {work.dtype}"] if sizes else []
 
 
 def _columns(case: Case, rate_unit: tuple[float, str], further: FurtherColumns) -> list[TextColumn]:

@@ -146,25 +146,29 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         *_quantization(row, case),
         ("samples", f"{len(row.samples)}, {ENDED_BY.get(row.stopped_by or '', row.stopped_by or formatting.UNKNOWN)}"),
     ]
-    width = max(len(name) for name, _ in pairs) + 1
-    return [f"{name:<{max(12, width)}}{text}" for name, text in pairs]
+    return [f"{name:<12}{text}" for name, text in pairs]
 
 
 def _counterparts(row: Row) -> list[tuple[str, str]]:
     times: dict[Counterpart, Interval | None] = {"dense": row.dense_s, "unquantized": row.unquantized_s}
     return [
-        (f"over {name}", f"{formatting.over_text(row, name)}, {formatting.interval_text(call)} per call {words}")
-        for name, words in COUNTERPARTS.items()
+        (
+            formatting.OVER[name],
+            f"{formatting.over_text(row, name)}, {name} takes {formatting.interval_text(call)} per call",
+        )
+        for name in COUNTERPARTS
         if (call := times[name])
     ]
 
 
 def _quantization(row: Row, case: Case) -> list[tuple[str, str]]:
-    text = formatting.kv_text(case.workload)
-    if text is None:
+    sizes = formatting.kv_sizes(case.workload)
+    if sizes is None:
         return []
-    off = f"{formatting.kv_error_text(row)} rms, relative to the output with unquantized keys and values"
-    return [("K/V error", off), ("K/V", text.partition(": ")[2])]
+    return [
+        ("K/V error", f"{formatting.kv_error_text(row)} rms of the output, against unquantized K and V"),
+        ("K/V", sizes),
+    ]
 
 
 def _fused(row: Row) -> str:

@@ -7,7 +7,6 @@ from typing import Final
 from msgspec import Struct
 
 from attention.core.results import Case, Row, Summary
-from attention.core.workload import COUNTERPARTS
 from fatui import formatting
 from fatui.report.document import counted
 
@@ -51,7 +50,7 @@ COLUMNS: Final = (
     TableColumn(name="per call", title="per call", rank=5, least=7),
     TableColumn(name="speedup", title="speedup", rank=2, least=13),
     TableColumn(name="over dense", title="over dense", rank=4, least=11, optional=True),
-    TableColumn(name="over unquantized", title="over unquantized", rank=4, least=16, optional=True),
+    TableColumn(name="K/V speedup", title="K/V speedup", rank=4, least=11, optional=True),
     TableColumn(name="K/V error", title="K/V error", rank=4, optional=True),
     TableColumn(name="efficiency", title="eff.", rank=7),
     TableColumn(name="verdict", title="verdict", right=False, rank=3, least=8, widest=19),
@@ -72,7 +71,7 @@ SORT_FIGURES: Final[dict[str, Callable[[Row], float | str | None]]] = {
     "interval": lambda row: row.call_s.relative_half_width if row.call_s else None,
     "speedup": lambda row: row.speedup.value if row.speedup else None,
     "over dense": lambda row: row.over_dense.value if row.over_dense else None,
-    "over unquantized": lambda row: row.over_unquantized.value if row.over_unquantized else None,
+    "K/V speedup": lambda row: row.over_unquantized.value if row.over_unquantized else None,
     "K/V error": lambda row: row.kv_error,
     "efficiency": lambda row: row.efficiency,
     "verdict": lambda row: row.status,
@@ -151,8 +150,8 @@ def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]
         "per call": formatting.seconds(row.call_s.median if row.call_s else None),
         "speedup": formatting.speedup_text(row.speedup) if row.speedup else "…",
         **{
-            f"over {name}": formatting.over_text(row, name) if formatting.over(row, name) else ""
-            for name in COUNTERPARTS
+            head: formatting.over_text(row, name) if formatting.over(row, name) else ""
+            for name, head in formatting.OVER.items()
         },
         "K/V error": "" if row.kv_error is None else formatting.kv_error_text(row),
         "efficiency": formatting.percent(row.efficiency),

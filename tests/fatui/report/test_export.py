@@ -90,9 +90,9 @@ def test_quantized_keys_and_values_have_columns_of_their_own():
     poc = report.cases[0].rows[1]
     assert poc.over_unquantized.value == pytest.approx(2.5, rel=0.02)
     first, second = export.to_markdown(report).split("## ")[1:3]
-    assert "| over unquantized | K/V error |" in first
+    assert "| K/V speedup | K/V error |" in first
     assert f"| {formatting.speedup_text(poc.over_unquantized)} | 11 % |" in first
-    assert "- K/V in int4: 576 B per token" in first
+    assert "- K/V in int4: 576 B a token" in first
     assert "unquantized" not in second
     lines = list(csv.DictReader(io.StringIO(export.to_csv(report))))
     assert (lines[1]["kv_format"], lines[1]["kv_token_bytes"], lines[1]["kv_error"]) == ("int4", "576", "0.11")

@@ -14,7 +14,6 @@ from fatui.report.quantized import (
     format_points,
     formats_text,
     quantized_blocks,
-    value_bits,
 )
 
 
@@ -47,7 +46,7 @@ def test_points_go_by_bits_with_their_scales() -> None:
     assert [(point.workload.kv_format, point.bits) for point in points] == [
         *(("int8", 8.5), ("int4", 4.5), ("nvfp4", 4.5), ("int3", 3.5))
     ]
-    assert value_bits(FORMATS[2].workload) == 16
+    assert FORMATS[2].workload.value_bits == 16
 
 
 def test_formats_are_told_by_gain_and_loss() -> None:

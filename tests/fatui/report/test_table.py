@@ -72,11 +72,11 @@ def test_quantized_cases_have_speedup_error_and_bytes(width):
     report = report_of(plan_of([Workload(seq=256, kv_format="int4"), Workload(seq=256)]))
     quantized, plain = "\n".join(printed(report, width)).split("2 of 2 ·")
     assert max(map(cell_len, printed(report, width))) <= width
-    assert "over unquantized" in quantized
+    assert "K/V speedup" in quantized
     first = next(line for line in quantized.splitlines() if line.startswith("poc"))
     assert f"{formatting.speedup_text(report.cases[0].rows[1].over_unquantized)}" in first
     assert "11 %" in first
-    assert "K/V in int4: 576 B per token, 144 KiB in all, 3.56x less than in float16" in quantized
+    assert "K/V in int4: 576 B a token, 144 KiB in all, 3.56x less than float16" in quantized
     assert "K/V in" not in plain
 
 

@@ -65,6 +65,13 @@ async def masked(app, pilot, engines, clock):
     await done(app, pilot, engines, clock)
 
 
+async def quantized(app, pilot, engines, clock):
+    app.set_draft(app.draft.toggle_sweep().set_axis("seq", (2048,)).set_choice("pass_", ("decode",)))
+    app.set_draft(app.draft.set_choice("kv_format", ("none", "int4", "int8+int4")))
+    await done(app, pilot, engines, clock)
+    app.main.open_row(1, "poc")
+
+
 async def scaled(app, pilot, engines, clock):
     await swept(app, pilot, engines, clock)
     await pilot.press("g", "a")
@@ -90,6 +97,10 @@ def test_a_sweep_at_120_x_40(snap_compare):
 
 def test_a_mask_at_120_x_40(snap_compare):
     picture(snap_compare, (120, 40), masked)
+
+
+def test_quantized_keys_and_values_at_120_x_40(snap_compare):
+    picture(snap_compare, (120, 40), quantized)
 
 
 def test_scaling_at_120_x_40(snap_compare):
