@@ -94,7 +94,7 @@ MIN_PATTERN_ROWS: Final = 64
 
 
 class KnownMask:
-    """What an array of mlx-lm's `create_causal_mask` says.
+    """What an array says that mlx-lm makes as a mask.
 
     Attributes:
         rows: number of rows.
@@ -113,7 +113,8 @@ class KnownMask:
     ) -> None:
         self.array = array
         self.rows, self.keys, self.window = rows, rows + offset, window
-        self._paddings = right_padding, left_padding
+        # copies, as mlx-lm's caches change their padding in place
+        self._paddings = tuple(None if each is None else mx.array(each) for each in (right_padding, left_padding))
 
     @property
     def is_padded(self) -> bool:
@@ -138,7 +139,7 @@ class KnownMask:
 
 
 class KnownMasks:
-    """Arrays made by `create_causal_mask`: bounds, and padding of the sequences of a batch.
+    """Masks made by mlx-lm as arrays: bounds, and padding of the sequences of a batch.
 
     MLX is lazy: an array that no implementation reads is never computed, however large its shape.
 
@@ -159,17 +160,33 @@ class KnownMasks:
         left_padding: mx.array | None = None,
         **more: Any,
     ) -> mx.array:
-        """Replacement of mlx-lm's function, with the same arguments."""
+        """Replacement of mlx-lm's `create_causal_mask`, with the same arguments."""
         made: mx.array = patch_points.models_causal_mask().observed(
             N, offset, window_size, right_padding, left_padding, **more
         )
-        paddings = right_padding, left_padding
-        plain = not more and all(one is None or one.ndim == 1 for one in paddings)
+        plain = not more and all(one is None or one.ndim == 1 for one in (right_padding, left_padding))
         if plain and isinstance(offset, int) and (window_size is None or isinstance(window_size, int)):
-            place = id(made)
-            forget = weakref.ref(made, lambda _: self._known.pop(place, None))
-            self._known[place] = KnownMask(forget, N, offset, window_size, *paddings)
+            self._keep(made, N, offset, window_size, right_padding, left_padding)
         return made
+
+    def create_rotating(
+        self,
+        cache: Any,
+        N: int,  # noqa: N803
+        window_size: int | None = None,
+        return_array: bool = False,
+    ) -> mx.array:
+        """Replacement of `make_mask` of mlx-lm's BatchRotatingKVCache, with the same arguments."""
+        made: mx.array = patch_points.rotating_batch_mask().observed(cache, N, window_size, return_array)
+        if N >= MIN_PATTERN_ROWS:  # as mlx-lm has it for more than one row, which are in the order of time
+            offset, trimmed = min(cache.max_size - 1, cache._offset), max(0, cache._idx - cache.max_size + 1)
+            self._keep(made, N, offset, window_size or cache.max_size, None, cache.left_padding - trimmed)
+        return made
+
+    def _keep(self, made: mx.array, *said: Any) -> None:
+        place = id(made)
+        forget = weakref.ref(made, lambda _: self._known.pop(place, None))
+        self._known[place] = KnownMask(forget, *said)
 
     def by_position(self, call: ModelCall) -> ModelCall:
         """Return the call with bounds or a pattern instead of a known array that fits its lengths."""
@@ -406,6 +423,7 @@ class ModelPatch(CallCounts):
         from attention.mlx_lm.caches import quantize_rotating  # which imports mlx-lm
 
         patch_points.models_causal_mask().add(interceptor=self._masks.create)
+        patch_points.rotating_batch_mask().add(interceptor=self._masks.create_rotating)
         models.add(interceptor=self._attend)
         fast.add(interceptor=self._attend_directly)
         patch_points.gemma2_attention().add(interceptor=self._attend_in_gemma2)
@@ -424,6 +442,7 @@ class ModelPatch(CallCounts):
         patch_points.gemma2_attention().remove(interceptor=self._attend_in_gemma2)
         patch_points.fast_sdpa().remove(interceptor=self._attend_directly)
         patch_points.models_sdpa().remove(interceptor=self._attend)
+        patch_points.rotating_batch_mask().remove(interceptor=self._masks.create_rotating)
         patch_points.models_causal_mask().remove(interceptor=self._masks.create)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:

@@ -218,6 +218,19 @@ def rotating_to_quantized() -> PatchPoint:
     return MethodPatchPoint(RotatingKVCache, "to_quantized")
 
 
+@cache
+def rotating_batch_mask() -> PatchPoint:
+    """`make_mask` of mlx-lm's BatchRotatingKVCache, which makes the masks of padded batches with windows.
+
+    Raises:
+        UsageError: mlx-lm cannot be imported.
+    """
+    _models_base()
+    from mlx_lm.models.cache import BatchRotatingKVCache
+
+    return MethodPatchPoint(BatchRotatingKVCache, "make_mask")
+
+
 def _models_base() -> ModuleType:
     try:
         from mlx_lm.models import base

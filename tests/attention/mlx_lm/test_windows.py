@@ -235,3 +235,28 @@ def test_gemma_2_has_its_gradients():
     wanted = mx.grad(loss)(x)
     with attention.patch_mlx_lm("poc"):
         np.testing.assert_allclose(np.array(mx.grad(loss)(x)), np.array(wanted), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [(70, 90, 1), (200, 80, 1, 100), (3, 66)], ids=str)
+def test_rotating_caches_of_a_padded_batch_are_windows_with_padding(parts):
+    window, padding, recorder = 40, [7, 0, 30], Recorder(takes_patterns=True)
+    given = [[mx.random.normal((3, 2, n, 16), key=mx.random.key(10 * n + part)) for part in range(3)] for n in parts]
+
+    def outputs():
+        held, made = cache.BatchRotatingKVCache(window, padding), []
+        for queries, key, value in given:
+            mask = held.make_mask(queries.shape[2], window_size=window)
+            keys, values = held.update_and_fetch(key, value)
+            made.append(base.scaled_dot_product_attention(queries, keys, values, held, 0.25, mask))
+        return made
+
+    wanted = outputs()
+    with attention.patch_mlx_lm(recorder) as patch:
+        found = outputs()
+    assert patch.calls_taken == len(parts)
+    assert [mask.array is None for mask in recorder.masks] == [n >= 64 for n in parts]
+    before = 0
+    for n, one, other in zip(parts, found, wanted, strict=True):
+        rows = slice(max(0, max(padding) - before), None)  # MLX has no zeros for rows of padding
+        np.testing.assert_allclose(np.array(one[:, :, rows]), np.array(other[:, :, rows]), atol=1e-4)
+        before += n
