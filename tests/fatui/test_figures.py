@@ -260,3 +260,21 @@ def test_an_error_says_what_to_do_here_and_from_a_worker(error: NoBackendError, 
 
 def test_every_remedy_has_words() -> None:
     assert set(formatting.REMEDIES) == {None, *Remedy}
+
+
+def test_an_approximate_row_is_marked_wherever_its_accuracy_is_told() -> None:
+    report = report_of(plan_of(names=("baseline", "mlx")))
+    (case,) = report.cases
+    plain, coarse = (
+        case.rows[0],
+        structs.replace(case.rows[1], approximate="fp8", max_error=0.012, reason="8 bits; so far off"),
+    )
+    case = structs.replace(case, rows=(plain, coarse))
+    report = structs.replace(report, cases=(case,))
+    assert formatting.row_error(coarse) == "1.2e-2 fp8"
+    assert formatting.verdict(coarse, case).endswith(" in fp8")
+    assert formatting.finding(report).endswith(f"all accurate, {coarse.implementation} by the tolerance of fp8")
+    out = io.StringIO()
+    Console(file=out, width=200).print(report_table(report))
+    assert "8 bits; so far off" in out.getvalue()
+    assert all("1.2e-2 fp8" in text for text in (out.getvalue(), to_markdown(report)))

@@ -70,8 +70,11 @@ def visible(queries, keys, causal=False, window=None):
     return shown
 
 
-def attend_quantized(q, k, v, shown, round_weights=e4m3, round_maximum=np.ceil):
-    """Return attention over quantised operands: tiles of keys from the last to the first, weights in e4m3."""
+def attend_quantized(q, k, v, shown, round_weights=e4m3, round_maximum=np.ceil, sum_rounded=True):
+    """Return attention over quantised operands: tiles of keys from the last to the first, weights in e4m3.
+
+    The kernels round maxima up to integers and divide by the sum of the rounded weights.
+    """
     scores = np.where(shown, q @ k.T, -np.inf)
     largest, total, out = np.full(len(q), -np.inf), np.zeros(len(q)), np.zeros((len(q), v.shape[1]))
     for first in reversed(range(0, len(k), BLOCK)):
@@ -79,9 +82,10 @@ def attend_quantized(q, k, v, shown, round_weights=e4m3, round_maximum=np.ceil):
         new = np.maximum(largest, round_maximum(part.max(axis=1)))
         base = np.where(np.isfinite(new), new, 0)
         weights = np.exp2(part - base[:, None]) * WEIGHT
+        rounded = round_weights(weights)
         factor = np.exp2(largest - base)
-        total = total * factor + weights.sum(axis=1)
-        out = out * factor[:, None] + round_weights(weights) @ v[first : first + BLOCK]
+        total = total * factor + (rounded if sum_rounded else weights).sum(axis=1)
+        out = out * factor[:, None] + rounded @ v[first : first + BLOCK]
         largest = new
     return np.divide(out, total[:, None], out=np.zeros_like(out), where=total[:, None] > 0)
 
@@ -114,7 +118,7 @@ def sage(q, k, v, scale, causal=False, window=None):
     def round_weights(weights):
         return e4m3(weights * LARGEST / WEIGHT) * WEIGHT / LARGEST
 
-    return attend_quantized(q8, k8, v8, shown, round_weights, lambda maximum: maximum)
+    return attend_quantized(q8, k8, v8, shown, round_weights, lambda maximum: maximum, sum_rounded=False)
 
 
 def exact(q, k, v, scale, causal=False, window=None):

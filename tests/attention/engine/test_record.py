@@ -209,3 +209,12 @@ def test_a_round_that_was_sat_out_gives_no_sample_and_no_pair() -> None:
     assert mlx.speedup is not None
     assert mlx.speedup.value == pytest.approx(0.25)
     assert mlx.speedup.significant
+
+
+def test_an_approximate_row_says_by_what_it_was_judged() -> None:
+    record = Record(PLAN)
+    measured(record)
+    route = Route(path="fp8 kernel", fused=True, reason="8 bits", approximate="fp8")
+    record.apply(on.RouteFound(case=0, implementation="mlx", route=route))
+    row = record.case(0).rows[1]
+    assert (row.status, row.approximate, row.reason) == ("ok", "fp8", "8 bits; output")

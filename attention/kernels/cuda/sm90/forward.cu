@@ -26,87 +26,22 @@ struct Results {
   Parts parts;
 };
 
-// A consumer's position in the rings and in its work: key tile `n`, counted down to `first`.
-struct Consumer {
-  const Memory memory;
-  const int index;
-  Ring keys, values;
-  Schedule schedule;
-  Work work;
-  u32 query = 0;
-  int n = 0, skips = 0;  // skips: trailing key tiles of the work that are masked for all queries of this consumer
-  float slope = 0;       // with ALIBI: of the work's head
+struct Consumer : Position {
+  float slope = 0;  // with ALIBI: of the work's head
 
-  DEVICE Consumer(const Memory& memory, int index, const Schedule& schedule)
-      : memory(memory), index(index), schedule(schedule) {
-    if (index == CONSUMERS - 1) pass_turn();  // the first is consumer 0's
-  }
-  DEVICE u32 await_keys() const {
-    barrier_wait(memory.key_full(keys.stage), keys.parity);
-    return memory.key(keys.stage);
-  }
-  DEVICE u32 await_values() const {
-    barrier_wait(memory.value_full(values.stage), values.parity);
-    return memory.value(values.stage);
-  }
-  DEVICE void release_query() const { release(memory.query_empty(work.query_buffer(index))); }
-  DEVICE void release_keys() {
-    if constexpr (LISTS) __syncwarp();  // every lane has read what masks the tile
-    release(memory.key_empty(keys.stage));
-    keys.advance();
-    if (n == work.first) release_query();  // after the last scores
-  }
-  DEVICE void release_values() {
-    release(memory.value_empty(values.stage));
-    values.advance();
-  }
-  DEVICE void wait_turn() const {
-    if constexpr (!OVERLAP) named_sync(TURN_BARRIER + index, 2 * WARPGROUP);
-  }
-  DEVICE void pass_turn() const {
-    if constexpr (!OVERLAP) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
-  }
-  // Skips the key tiles that are masked for all queries of this consumer.
-  DEVICE void pass_unseen() {
-#pragma unroll 1
-    for (int i = 0; i < skips; ++i) {
-      pass_turn();
-      await_keys();
-      release(memory.key_empty(keys.stage));
-      keys.advance();
-      await_values();
-      release_values();
-      wait_turn();
-    }
-  }
-
-  // Starts the next work once its queries are loaded; returns false at the end of the list.
+  using Position::Position;
   DEVICE bool next_work(const Problem& problem) {
-    if (!schedule.next(work)) return false;
-    const int buffer = work.query_buffer(index);
-    barrier_wait(memory.query_full(buffer), work.query_parity());
-    query = memory.query(buffer);
-    asm volatile("" : "+r"(query));  // opaque, so that with a single buffer derived values do not stay in vector registers
-    n = (LISTS ? work.end : problem.key_blocks_of_warpgroup(top(), work.first, work.end)) - 1;
-    skips = work.end - 1 - n;
+    if (!Position::next_work(problem)) return false;
     if constexpr (ALIBI) slope = problem.slopes[schedule.plane() % problem.heads];
     return true;
   }
-  DEVICE bool sees_nothing() const { return n < work.first; }
-
-  // First row of this consumer, and of this thread.
-  DEVICE int top() const { return work.block * BLOCK_M + index * WARPGROUP_ROWS; }
-  DEVICE int row() const { return top() + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
   // Caps, biases and masks the scores.
   DEVICE void mask(Scores& scores, const Problem& problem, const Listed& listed) const {
     if constexpr (SOFTCAP) cap_scores(scores, problem.into_cap);
     if constexpr (ALIBI) add_biases(scores, problem, slope, row(), (LISTS ? listed.tile() : n) * BLOCK_N);
     if constexpr (LISTS) return mask_listed(scores, problem, listed, row());
-    const int first_of_all = problem.first_seen_by(top() + WARPGROUP_ROWS - 1);
-    if ((n + 1) * BLOCK_N > problem.last_seen_by(top()) || n * BLOCK_N < first_of_all) {
-      mask_scores(scores, problem, row(), n * BLOCK_N);
-    }
+    mask_bounds(scores, problem);
   }
 
   // Waits for the scores of tile `n`, with at most PENDING later wgmma groups in flight, and converts them to weights.

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from attention.kernels.cuda.runtime.program import Element, Program
 
@@ -39,7 +40,7 @@ DEVICE void {name}(float (&d)[{count}], {a_parameter}, u64 b, bool accumulate) {
 """
 
 
-TEXTS = ("sm90/tiles.cuh", "sm90/join.cuh", "sm90/pipeline.cuh", "sm90/forward.cu")
+TEXTS = ("sm90/tiles.cuh", "sm90/join.cuh", "sm90/pipeline.cuh", "sm90/consumer.cuh", "sm90/forward.cu")
 WARPGROUP_ROWS = 64
 """Queries per consumer warpgroup."""
 
@@ -176,6 +177,9 @@ def specialise_lists(
     )
 
 
-def fewer_consumers(kernel: Forward) -> list[Forward]:
+ForwardKernel = TypeVar("ForwardKernel", bound=Forward)
+
+
+def fewer_consumers(kernel: ForwardKernel) -> list[ForwardKernel]:
     """Return the variants with fewer consumers, for small problems: smaller tiles, and more of them."""
     return [replace(kernel, consumers=count, overlap=True) for count in range(1, kernel.consumers)]

@@ -23,6 +23,7 @@ from attention.kernels.cuda.runtime.launch import (
 from attention.kernels.cuda.runtime.program import Program
 from attention.kernels.cuda.sm90.forward import WARPGROUP_ROWS
 from attention.kernels.cuda.sm90.fp8 import QUANTIZED_ROWS, WIDTHS, Fp8Forward, Quantize, specialise
+from attention.kernels.cuda.sm90.launch import least_makespan
 from attention.kernels.cuda.sm90.schedule import make_works
 
 QUANTIZED: Final = ("q8", "k8", "v8", "q_exponents", "kv_exponents")
@@ -123,7 +124,8 @@ def plan(shape: CallShape, call: CallParams, kernel: Fp8Forward | None = None, l
 @functools.lru_cache(maxsize=256)
 def forward_kernel(shape: CallShape, call: CallParams) -> Fp8Forward:
     """Return the specialisation of the attention kernel for a call."""
-    return specialise(width_of(shape.head_dim), call.causal, shape.element, call.window is not None)
+    largest = specialise(width_of(shape.head_dim), call.causal, shape.element, call.window is not None)
+    return least_makespan(largest, shape, call)
 
 
 def programs(shape: CallShape, call: CallParams) -> tuple[Program, Program]:

@@ -29,6 +29,7 @@ from attention.kernels.cuda.sm90.decode import LONG_KEYS, ROWS, Decode
 from attention.kernels.cuda.sm90.forward import (
     WARPGROUP_ROWS,
     Forward,
+    ForwardKernel,
     fewer_consumers,
     specialise,
     specialise_lists,
@@ -45,8 +46,13 @@ def forward_kernel(shape: CallShape, call: CallParams) -> Forward:
         few = tiles < gpu().multiprocessors
         return specialise_lists(shape.head_dim, shape.element, softcap, few=few, alibi=call.alibi)
     largest = specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap, alibi=call.alibi)
+    return least_makespan(largest, shape, call)
 
-    def time(kernel: Forward) -> float:
+
+def least_makespan(largest: ForwardKernel, shape: CallShape, call: CallParams) -> ForwardKernel:
+    """Return the variant of a kernel with as many consumers or fewer that ends first by the estimate."""
+
+    def time(kernel: ForwardKernel) -> float:
         ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
         steps = makespan(gpu().multiprocessors, shape.batch * shape.heads, ranges, kernel.joining)
         return steps * kernel.step_time

@@ -31,7 +31,7 @@ struct Memory {
   DEVICE u32 value_empty(int stage) const { return key_full(3 * STAGES + stage); }
   DEVICE u32 query(int buffer) const { return base + 1024 + buffer * QueryTile::BYTES; }
   DEVICE u32 key(int stage) const { return query(QUERY_STAGES * CONSUMERS) + stage * KeyTile::BYTES; }
-  DEVICE u32 value(int stage) const { return key(STAGES + stage); }
+  DEVICE u32 value(int stage) const { return key(STAGES) + stage * ValueTile::BUFFER_BYTES; }
   // With LISTS: the key tile in a K buffer, times two, plus one if it is partially masked; and then its bits.
   DEVICE u32 listed(int stage) const { return base + 512 + 4 * stage; }
   DEVICE u32 bits(int stage) const { return value(STAGES) + stage * BITS_BYTES; }
@@ -127,10 +127,7 @@ DEVICE void load_listed_key(const Memory& memory, int stage, const Lists& lists,
 DEVICE void load_value_tile(u32 tile, const TensorMap& map, int head, int batch, int key, u32 full) {
 #if FP8
   barrier_arrive_expecting(full, ValueTile::BYTES);
-#pragma unroll
-  for (int chunk = 0; chunk < BLOCK_N / 128; ++chunk) {
-    load_box(tile + chunk * ValueTile::CHUNK_BYTES, map, key + chunk * 128, 0, head, batch, full);
-  }
+  load_box(tile, map, key, 0, head, batch, full);
 #else
   load_tile<BLOCK_N>(tile, map, head, batch, key, full);
 #endif

@@ -9,13 +9,14 @@ constexpr int BLOCK_M = WARPGROUP_ROWS * CONSUMERS;
 using QueryTile = Tile<WARPGROUP_ROWS>;
 using KeyTile = Tile<BLOCK_N>;
 #if FP8
-struct ValueTile {  // transposed: chunks of 128 keys, each of HEAD_DIM x 128 bytes
-  static constexpr u32 CHUNK_BYTES = HEAD_DIM * 128;
-  static constexpr u32 BYTES = BLOCK_N / 128 * CHUNK_BYTES;
+struct ValueTile {  // transposed: HEAD_DIM rows of 128 keys, then 8 rows of ones in the buffer
+  static constexpr u32 BYTES = HEAD_DIM * 128, BUFFER_BYTES = BYTES + 8 * 128;
 };
-static_assert(BLOCK_N % 128 == 0 && ValueTile::BYTES <= KeyTile::BYTES);
+static_assert(BLOCK_N == 128);
 #else
-using ValueTile = KeyTile;
+struct ValueTile : KeyTile {
+  static constexpr u32 BUFFER_BYTES = KeyTile::BYTES;
+};
 #endif
 
 struct Problem {
@@ -63,6 +64,7 @@ DEVICE void start_scores(Scores& scores, u32 query, u32 key) {
   wgmma_commit();
 }
 
+#if !FP8
 DEVICE void start_output(Output& output, const Weights& weights, u32 value) {
   const u64 value_tile = matrix_descriptor(value, KeyTile::CHUNK_BYTES);
   wgmma_fence();
@@ -72,6 +74,7 @@ DEVICE void start_output(Output& output, const Weights& weights, u32 value) {
   }
   wgmma_commit();
 }
+#endif
 
 // Softcap: scores become tanh(s / cap); the softmax applies the factor cap. The hardware tanh is accurate to 11 bits only,
 // too few for float16.

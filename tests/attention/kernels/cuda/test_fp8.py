@@ -7,15 +7,19 @@ import pytest
 
 from attention.kernels import cuda
 from attention.kernels.cuda.runtime.program import SHARED_MEMORY_LIMIT
+from attention.kernels.cuda.sm90.forward import fewer_consumers
 from attention.kernels.cuda.sm90.fp8 import Quantize, specialise
 from tests.support import fp8_model
 from tests.support.cuda_compiled import REGISTERS, needs_nvrtc, report
 
 on_hopper = pytest.mark.skipif(cuda.variant() != "hopper", reason="only Hopper GPUs have these kernels")
-PROGRAMS = [Quantize(width, "bf16").program for width in (64, 128)] + [
-    specialise(width, causal, "bf16", window).program
+FORWARD = [
+    specialise(width, causal, "bf16", window)
     for width in (64, 128)
     for causal, window in ((False, False), (True, False), (True, True))
+]
+PROGRAMS = [Quantize(width, "bf16").program for width in (64, 128)] + [
+    kernel.program for largest in FORWARD for kernel in (largest, *fewer_consumers(largest))
 ]
 SIZES = [  # batch, heads, kv_heads, queries, keys
     (1, 2, 2, 128, 128),
@@ -53,6 +57,9 @@ def arrays(size, dim, kind="normal"):
         q *= 4
     if kind == "growing values":
         v *= np.exp(np.arange(keys) / 100)[:, None]
+    if kind == "a sink":  # the scores of all other keys are negative
+        q, k = np.abs(q), k * 0.05
+        k[..., 0, :] = 10
     if kind == "an empty block":
         v[..., 128:256, :] = k[..., 128:256, :] = 0
     return [(x.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float64) for x in (q, k, v)]
@@ -103,10 +110,26 @@ def test_outputs_are_those_of_the_recipe(mask, dim):
 
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.parametrize("consumers", [1, 2, 3])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_variants_with_fewer_consumers_agree_and_split_tiles(dim, consumers):
+    from attention.kernels.cuda.runtime.call import CallShape, normalize
+    from attention.kernels.cuda.sm90 import fp8_launch
+
+    made = arrays((1, 1, 1, 300, 5000), dim)  # few tiles with many keys, which are split over blocks
+    shape, call = CallShape(1, 1, 1, 300, 5000, dim, "bf16"), normalize(dim**-0.5, False, None, None, 5000)
+    largest = specialise(dim, False, "bf16", False)
+    kernel = next(each for each in (largest, *fewer_consumers(largest)) if each.consumers == consumers)
+    found = numbers(fp8_launch.plan(shape, call, kernel)(*on_device(made))[0])
+    assert fp8_model.relative_rmse(found, by_head(made, fp8_model.kernel_recipe, None)) < 0.02
+
+
+@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("mask", [None, "causal"])
 @pytest.mark.parametrize(
     "kind",
-    ["normal", "constant outliers", "outlier channels", "large scores", "growing values", "an empty block"],
+    ["normal", "constant outliers", "outlier channels", "large scores", "growing values", "an empty block", "a sink"],
 )
 def test_errors_are_at_most_three_times_the_published_recipes(kind, mask):
     made = arrays((1, 2, 1, 1024, 1024), 128, kind)
