@@ -70,8 +70,10 @@ def check_shapes(q: object, k: object, v: object) -> bool:
                 problems.append(f"{name}: got {_kind(array)}; it takes an mlx.core.array{also}")
                 continue
             packed = True
-            problems += [f"{name}: {problem}" for problem in array.problems()]
-            accepted = array.ndim == 4
+            if of_parts := array.problems():
+                problems += [f"{name}: {problem}" for problem in of_parts]
+                continue
+            accepted = True
         else:
             accepted = array.dtype in _accepted_types()
         if array.ndim != 4 or 0 in array.shape:

@@ -112,11 +112,9 @@ class QuantizedArray(Struct, frozen=True, eq=False):
                 f"scales: got shape {tuple(scales.shape)}; {form.text} takes {shape} for numbers of shape "
                 f"{tuple(numbers.shape)}"
             )
-        if form.has_biases != (biases is not None):
-            found.append(
-                f"biases: got {'None' if biases is None else 'an array'}; {form.text} takes "
-                f"{'those of mx.quantize' if form.has_biases else 'none'}"
-            )
+        elif form.has_biases != (biases is not None):
+            got, takes = ("None", "those of mx.quantize") if biases is None else ("an array", "none")
+            found.append(f"biases: got {got}; {form.text} takes {takes}")
         elif biases is not None and (biases.shape != scales.shape or biases.dtype != scales.dtype):
             found.append(
                 f"biases: got {biases.dtype} of shape {tuple(biases.shape)}; it takes those of the scales, "

@@ -6,7 +6,7 @@ from typing import Final
 import mlx.core as mx
 from msgspec import structs
 
-from attention.core.kv_format import DENSE
+from attention.core.kv_format import DENSE, parse_kv_format
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import ITEM_BYTES, Workload
 from attention.implementations.calls import needs_with_mask
@@ -74,16 +74,34 @@ def float32_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     return unfused_bytes(wide, needs) + wide.query_bytes + wide.key_value_bytes + workload.output_bytes
 
 
-def dequantizing_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
+def dequantizing_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> int:
     """Return the peak bytes above the inputs of `baseline` with quantized keys and values.
 
     These are dequantized as a whole, by way of float32, in the dtype of the computation.
     """
     widened = workload.dtype == "float16"
     dense = structs.replace(workload, kv_format=DENSE, dtype="float32" if widened else workload.dtype)
-    float32 = structs.replace(dense, dtype="float32")
-    steps = 0 if dense.dtype == "float32" else float32.key_value_bytes
-    return unfused_bytes(dense, needs) + dense.key_value_bytes + steps + (dense.query_bytes if widened else 0)
+    rows = workload.batch * workload.kv_heads * workload.kv_seq
+    largest = 4 * rows * max(workload.head_dim, workload.value_dim)
+    copies = unpacking_arrays(workload, backend) + (0 if dense.dtype == "float32" else 2)
+    own = unfused_bytes(dense, needs) + dense.key_value_bytes + (dense.query_bytes if widened else 0)
+    return own + int(copies * largest)
+
+
+UNPACKING_ARRAYS: Final = {"affine": 2.0, "mxfp8": 0.5, "mxfp4": 2.7, "nvfp4": 2.7}
+UNPACKING_ODD_BITS: Final = 6.0
+"""Float32 arrays of the result's size that MLX's CPU backend makes beside it while it dequantizes an array, measured:
+for 8, 4 and 2 bits, and for numbers that straddle words. GPU kernels make none."""
+
+
+def unpacking_arrays(workload: Workload, backend: Backend) -> float:
+    """Return how many arrays of the size of dequantized keys, in float32, are made to dequantize keys or values."""
+    kv = parse_kv_format(workload.kv_format)
+    if kv is None or backend != "cpu":
+        return 0.0
+    return max(
+        UNPACKING_ODD_BITS if form.bits in (3, 5, 6) else UNPACKING_ARRAYS[form.mode] for form in (kv.key, kv.value)
+    )
 
 
 def _spread_bytes(workload: Workload) -> int:
@@ -122,7 +140,7 @@ class Baseline:
                 path=with_tf32("dequantize, unfused", workload.dtype, device.backend),
                 fused=False,
                 reason="dequantizes all keys and values, then separate steps, which build the whole score matrix",
-                predicted_bytes=dequantizing_bytes(workload, needs),
+                predicted_bytes=dequantizing_bytes(workload, device.backend, needs),
             )
         return Route(
             path=with_tf32("manual, unfused", workload.dtype, device.backend),

@@ -45,7 +45,7 @@ class MlxSdpa:
                 fused=False,
                 reason="as mlx-lm with a quantized cache: two products with packed keys and values, "
                 "and the whole score matrix between them",
-                predicted_bytes=packed_bytes(workload, needs, widened=False),
+                predicted_bytes=packed_bytes(workload, needs, widened=False, repeated=device.backend == "cpu"),
             )
         refusal = why_unfused(workload, device.backend, needs)
         path = "MLX SDPA, dense mask" if needs.pattern else "MLX SDPA, unfused" if refusal else "MLX SDPA, fused"
@@ -77,7 +77,7 @@ class MlxSdpa:
             raise UnsupportedError(f"mlx: {NO_ALIBI}")
         if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
             assert isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)
-            return attend_packed(q, k, v, scale=scale, mask=mask, widened=False)
+            return attend_packed(q, k, v, scale=scale, mask=mask, widened=False, by_axis=True)
         return with_mask_gradient(lambda mask: sdpa(q, k, v, scale, mask), q, k, v, scale=scale, mask=mask)
 
 

@@ -15,7 +15,9 @@ from attention.core.kv_format import parse_kv_format
 from attention.core.route import Needs
 from attention.core.workload import ITEM_BYTES, Workload
 from attention.implementations.baseline import unfused_bytes
+from attention.implementations.calls import current_backend
 from attention.masks import Mask
+from attention.measure.device import Backend
 from attention.quantized_kv import QuantizedArray
 
 MAX_PACKED_ROWS: Final = 32
@@ -23,47 +25,81 @@ MAX_PACKED_ROWS: Final = 32
 PACKED_PATH: Final = "packed keys and values"
 
 
+def reads_packed(workload: Workload, backend: Backend) -> bool:
+    """Return whether keys and values are read packed by every row, and not dequantized a tile at a time.
+
+    On CUDA they are not where products are in float32: MLX's with packed values may be in TF32.
+    """
+    few = workload.seq * workload.heads // workload.kv_heads < MAX_PACKED_ROWS
+    return few and (backend != "cuda" or workload.dtype == "bfloat16")
+
+
 def packed_product(x: mx.array, packed: QuantizedArray, transpose: bool) -> mx.array:
     """Return the product of x and quantized values, or their transpose, in x's dtype.
 
-    Scales in a dtype other than x's are multiplied in float32: in x's they could overflow.
+    Scales in a dtype other than x's are multiplied in float32: in x's they could overflow. On CUDA, where MLX takes
+    contiguous parts only, views of longer buffers are copied, packed.
     """
-    form, scales, biases = packed.format, packed.scales, packed.biases
-    made = mx.quantized_matmul(x, packed.numbers, scales, biases, transpose, form.group_size, form.bits, form.mode)
+    if current_backend() == "cuda":
+        packed = packed.with_arrays([mx.contiguous(part) for part in packed.arrays])
+    form = packed.format
+    made = mx.quantized_matmul(
+        x, packed.numbers, packed.scales, packed.biases, transpose, form.group_size, form.bits, form.mode
+    )
     return made.astype(x.dtype)
 
 
 def attend_packed(
-    q: mx.array, k: QuantizedArray, v: QuantizedArray, *, scale: float, mask: Mask, widened: bool
+    q: mx.array, k: QuantizedArray, v: QuantizedArray, *, scale: float, mask: Mask, widened: bool, by_axis: bool = False
 ) -> mx.array:
-    """Compute attention in two products with packed keys and values; `widened`: in float32."""
+    """Compute attention in two products with packed keys and values.
+
+    Args:
+        q: query (B, H, Lq, D).
+        k: key (B, Hkv, Lk, D).
+        v: value (B, Hkv, Lk, Dv).
+        scale: factor of the scores.
+        mask: the keys each query attends to; not a bias.
+        widened: compute in float32.
+        by_axis: give query heads that share a key head an axis of their own, as mlx-lm does, along which MLX repeats
+            packed keys and values on the CPU; otherwise their rows are stacked.
+    """
     if widened and q.dtype != mx.float32:
-        return attend_packed(q.astype(mx.float32), k, v, scale=scale, mask=mask, widened=False).astype(q.dtype)
+        wide = q.astype(mx.float32)
+        return attend_packed(wide, k, v, scale=scale, mask=mask, widened=False, by_axis=by_axis).astype(q.dtype)
     batch, heads, seq, _ = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]
-    # an axis for the query heads that share a key head
-    grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
-    scores = packed_product(grouped, k[:, :, None], True).reshape(batch, heads, seq, kv_seq)
+    share = heads // kv_heads
+    rows: tuple[int, ...] = (share * seq,)
+    if by_axis:
+        rows, k, v = (share, seq), k[:, :, None], v[:, :, None]
+    scores = packed_product((q * scale).reshape(batch, kv_heads, *rows, -1), k, True)
+    scores = scores.reshape(batch, heads, seq, kv_seq)
     whole = mask.dense((batch, heads, seq, kv_seq))
     opened, seeing = whole, None
     if whole is not None and not (seq == 1 and mask.array is None and mask.pattern is None):
         opened, seeing = masks.opened(whole)
     weights = mx.softmax(masks.apply(scores, opened), axis=-1, precise=True)
-    weights = weights.reshape(*grouped.shape[:-1], kv_seq)
-    out = packed_product(weights, v[:, :, None], False).reshape(batch, heads, seq, -1)
+    out = packed_product(weights.reshape(batch, kv_heads, *rows, kv_seq), v, False).reshape(batch, heads, seq, -1)
     return out if seeing is None else mx.where(masks.as_4d(seeing), out, mx.zeros((), out.dtype))
 
 
-def packed_bytes(workload: Workload, needs: Needs, widened: bool) -> int:
-    """Return the peak bytes above the inputs of `attend_packed`: the score matrix, and scales converted to float32."""
-    dtype = "float32" if widened else workload.dtype
-    kv = parse_kv_format(workload.kv_format)
+def packed_bytes(workload: Workload, needs: Needs, widened: bool, repeated: bool = False) -> int:
+    """Return the peak bytes above the inputs of `attend_packed`: the score matrix, and scales converted to float32.
+
+    `repeated`: packed keys and values are repeated for the query heads that share them, as `by_axis` does on the CPU.
+    """
+    kv, item = parse_kv_format(workload.kv_format), ITEM_BYTES[workload.dtype]
     assert kv is not None
-    scales = sum(
-        2 * width // form.group_size if form.has_biases else 0
+    share = workload.heads // workload.kv_heads
+    copies = share * workload.key_value_bytes if repeated and share > 1 else 0
+    if not widened or workload.dtype == "float32":
+        return unfused_bytes(workload, needs) + copies
+    groups = sum(
+        2 * width // form.group_size
         for form, width in ((kv.key, workload.head_dim), (kv.value, workload.value_dim))
+        if form.has_biases
     )
-    converted = 4 * scales * workload.batch * workload.kv_heads * workload.kv_seq if dtype == "float32" else 0
-    own = unfused_bytes(structs.replace(workload, dtype=dtype), needs)
-    wide_query = workload.query_bytes * 4 // ITEM_BYTES[workload.dtype] if widened else 0
-    return own + converted + wide_query + (workload.output_bytes if widened else 0)
+    scales = 4 * groups * workload.batch * workload.kv_heads * workload.kv_seq
+    wide = structs.replace(workload, dtype="float32")
+    return unfused_bytes(wide, needs) + scales + workload.query_bytes * 4 // item + workload.output_bytes + copies

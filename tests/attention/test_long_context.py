@@ -50,8 +50,8 @@ def tiles(seq: int, practical: Practical, **size: int) -> dict[str, int]:
     )
     made = practical.strategy(forward, probe())
     return {
-        "forward": visible_tiles(problem_size(forward), made.blocks),
-        "gradient": visible_tiles(problem_size(training), made.backward_blocks),
+        "forward": visible_tiles(problem_size(forward, "cpu"), made.blocks),
+        "gradient": visible_tiles(problem_size(training, "cpu"), made.backward_blocks),
     }
 
 

@@ -46,6 +46,8 @@ class ProblemSize(Struct, frozen=True, kw_only=True):
     window: int | None = None
     """Maximum number of keys that a row attends to; None without a window."""
     training: bool = False
+    unpacking: float = 0.0
+    """Further float32 arrays of a tile's keys and values while these are dequantized."""
 
 
 class Blocks(Struct, frozen=True, kw_only=True):
@@ -149,7 +151,8 @@ def tile_bytes(shape: ProblemSize, blocks: Blocks) -> int:
     # forward: K, its transpose and V; backward: those, V's transpose, dK and dV summed over all keys of the block, and
     # the four slices of a query-side array; both: a few finished blocks not yet written
     sides = 4 * seen + 12 * blocks.keys + 14 * rows if shape.training else 4 * seen + 6 * rows
-    scratch = blocks.batches * blocks.kv_heads * (rows * seen * shape.score_bytes + sides * width)
+    unpacked = int(shape.unpacking * seen * width / 2)  # of keys or of values
+    scratch = blocks.batches * blocks.kv_heads * (rows * seen * shape.score_bytes + sides * width + unpacked)
     return scratch + (query_sum_bytes(shape, blocks) if blocks.sums_queries else 0)
 
 

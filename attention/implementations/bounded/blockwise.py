@@ -27,7 +27,7 @@ from attention.implementations.baseline import in_tf32
 from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.listed import TileMap
 from attention.implementations.bounded.memory import Chain, Fence, TileWriter, no_fence
-from attention.implementations.quantized_kv import MAX_PACKED_ROWS, packed_product
+from attention.implementations.quantized_kv import packed_product
 from attention.masks import Mask
 from attention.measure.device import Backend
 from attention.quantized_kv import KeyOrValue, QuantizedArray, arrays_of
@@ -56,6 +56,8 @@ class BlockwiseParams(Struct, frozen=True, eq=False):
     """Ordering of successive tiles."""
     shifted: bool = False
     """Whether to subtract `masks.shift` from the rows of an additive mask, as for inputs in half precision."""
+    packed: bool = False
+    """Whether quantized keys and values are read packed by every row; otherwise a tile of them is dequantized."""
     tiles: TileMap | None = None
     """The states of the tiles, if the mask is a pattern; without them every tile is computed with its part of it."""
 
@@ -311,17 +313,15 @@ def _product(query: mx.array, key: KeyOrValue, call: BlockwiseParams) -> mx.arra
 
 
 def _operand_of_tile(x: KeyOrValue, arrays: list[mx.array], query: mx.array, call: BlockwiseParams) -> KeyOrValue:
-    """Reassemble a slice of keys or values; dequantize it if there are enough queries to pay for it.
-
-    On CUDA it is always dequantized: float32 products with packed values may be in TF32.
-    """
+    """Reassemble a slice of keys or values; dequantize it unless the call reads it packed."""
     if not isinstance(x, QuantizedArray):
         return arrays[0]
-    packed = x.with_arrays(arrays)
-    if query.shape[2] < MAX_PACKED_ROWS and not call.arithmetic.startswith("wide"):
-        return packed
+    if call.packed:
+        # Integers have no gradient; without this MLX would look for one, since every array of the chain depends on q.
+        integers = (mx.uint32, mx.uint8)
+        return x.with_arrays([mx.stop_gradient(part) if part.dtype in integers else part for part in arrays])
     in_half = call.arithmetic == "native" and query.dtype != mx.float16
-    return packed.dequantized(query.dtype if in_half else mx.float32)
+    return x.with_arrays(arrays).dequantized(query.dtype if in_half else mx.float32)
 
 
 def _state_of_sinks(sinks: mx.array, scores: mx.array, width: int | None) -> OnlineSoftmax:

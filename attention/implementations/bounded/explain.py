@@ -78,7 +78,7 @@ def _of_slices(slices: Blocks, choice: Strategy, workload: Workload, device: Dev
 
 
 def _of_tiles(blocks: Blocks, workload: Workload, device: Device, budget: int) -> Iterator[Explanation]:
-    shape, limit = problem_size(workload), tile_target_bytes(device.backend)
+    shape, limit = problem_size(workload, device.backend), tile_target_bytes(device.backend)
     size = tile_bytes(shape, blocks)
     if RESIDENT_TILES[device.backend] * size > budget:
         room = "more than the budget: tiles within it would be too many for a graph"

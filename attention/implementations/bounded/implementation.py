@@ -38,7 +38,7 @@ from attention.implementations.bounded.policy import (
 from attention.implementations.bounded.slicing import SlicedParams
 from attention.implementations.calls import call_signature, current_backend, needs_with_mask, record_path
 from attention.implementations.mlx_sdpa import attend_whole, fused_bytes
-from attention.implementations.quantized_kv import MAX_PACKED_ROWS, PACKED_PATH, attend_packed, packed_bytes
+from attention.implementations.quantized_kv import PACKED_PATH, attend_packed, packed_bytes, reads_packed
 from attention.implementations.transforms import with_mask_gradient
 from attention.masks import Mask, Pattern, of_workload
 from attention.measure.device import Backend, Device, probe
@@ -200,14 +200,14 @@ class Practical:
         needs = structs.replace(needs, sinks=sinks is not None, logsumexp=logsumexp)
         backend = current_backend()
         choice = self._strategy(workload, backend, needs, self._budget_here(), mask.pattern)
-        record_path(_quantized_path(choice, workload, backend))
+        record_path(_quantized_path(workload, backend))
         if choice.forward is Method.WHOLE:
             widened = computes_in_float32(workload.dtype, backend)
             return [attend_packed(q, k, v, scale=scale, mask=mask, widened=widened)]
         # With the logsumexp without `masks.shift`, which would have to be added to it again.
         arithmetic, rounded_to = arithmetic_of(q.dtype, backend), mx.float32 if logsumexp else q.dtype
         call, _ = self._calls(choice, backend, scale, mask, softcap, rounded_to, (q, k), arithmetic)
-        return list(forward(q, k, v, call, sinks))
+        return list(forward(q, k, v, structs.replace(call, packed=reads_packed(workload, backend)), sinks))
 
     def _in_slices(self, choice: Strategy, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
         follow = tile_order(backend) if choice.waits else UNORDERED
@@ -341,15 +341,12 @@ def _quantized_route(choice: Strategy, workload: Workload, device: Device, needs
         needed = packed_bytes(workload, needs, computes_in_float32(workload.dtype, device.backend))
     else:
         needed = _parts(choice, workload, device, needs)[2]
-    path = _quantized_path(choice, workload, device.backend)
+    path = _quantized_path(workload, device.backend)
     return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
 
-def _quantized_path(choice: Strategy, workload: Workload, backend: Backend) -> str:
-    if choice.forward is Method.WHOLE:
-        return PACKED_PATH
-    rows = choice.blocks.rows * workload.heads // workload.kv_heads
-    return PACKED_PATH if rows < MAX_PACKED_ROWS and backend != "cuda" else DEQUANTIZED_PATH
+def _quantized_path(workload: Workload, backend: Backend) -> str:
+    return PACKED_PATH if reads_packed(workload, backend) else DEQUANTIZED_PATH
 
 
 def _whole_path(method: Method, dtype: DType, backend: Backend) -> str:
@@ -359,7 +356,7 @@ def _whole_path(method: Method, dtype: DType, backend: Backend) -> str:
 
 
 def _cut_path(method: Method, parts: Blocks, workload: Workload, backend: Backend) -> str:
-    path = f"{method.value} {parts.rows} x {visible_keys(problem_size(workload), parts)}"
+    path = f"{method.value} {parts.rows} x {visible_keys(problem_size(workload, backend), parts)}"
     return with_tf32(path, workload.dtype, backend) if method is Method.SLICES else path
 
 
@@ -371,5 +368,5 @@ def _parts(choice: Strategy, workload: Workload, device: Device, needs: Needs) -
         together = unfused_call_bytes(workload, device.backend, needs) - workload.output_bytes
         return Method.SLICES, slices, workload.output_bytes + (size if choice.waits else min(size, together))
     rows = workload.batch * workload.heads * workload.seq
-    tiles = int(RESIDENT_TILES[device.backend] * tile_bytes(problem_size(workload), choice.blocks))
+    tiles = int(RESIDENT_TILES[device.backend] * tile_bytes(problem_size(workload, device.backend), choice.blocks))
     return Method.BLOCKS, choice.blocks, workload.output_bytes + 4 * rows + tiles

@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import ITEM_BYTES, Workload
-from attention.implementations.baseline import computes_in_float32, in_tf32, unfused_call_bytes
+from attention.implementations.baseline import computes_in_float32, in_tf32, unfused_call_bytes, unpacking_arrays
 from attention.implementations.bounded.blocks import (
     DEFAULT_BUDGET_BYTES,
     MIB,
@@ -27,7 +27,7 @@ from attention.implementations.bounded.blockwise import blocks_of
 from attention.implementations.bounded.listed import choose_listed_blocks, computed_share
 from attention.implementations.bounded.memory import RESIDENT_TILES
 from attention.implementations.mlx_sdpa import fused_bytes, materializes_mask, why_unfused
-from attention.implementations.quantized_kv import MAX_PACKED_ROWS, packed_bytes
+from attention.implementations.quantized_kv import packed_bytes, reads_packed
 from attention.masks import Pattern, of_workload
 from attention.measure.device import Backend
 
@@ -320,7 +320,9 @@ def listed_strategy(workload: Workload, backend: Backend, needs: Needs, budget: 
     tiles = pattern.block_list((workload.batch, workload.heads, workload.seq, workload.kv_seq))
     within, target = int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
     training = structs.replace(workload, pass_="training")
-    blocks, backward = (choose_listed_blocks(problem_size(one), tiles, within, target) for one in (workload, training))
+    blocks, backward = (
+        choose_listed_blocks(problem_size(one, backend), tiles, within, target) for one in (workload, training)
+    )
     share = computed_share(tiles, blocks)
     reason = f"{_only_blocks(needs)}; tiles of {blocks.rows} x {blocks.keys} skip {1 - share:.0%} of the scores"
     return Strategy(Method.BLOCKS, Method.BLOCKS, blocks, backward, reason)
@@ -331,21 +333,18 @@ def quantized_strategy(
     workload: Workload, backend: Backend, needs: Needs, budget: int, pattern: Pattern | None
 ) -> Strategy:
     """Return the strategy of a call with quantized keys and values: blocks, or for a few rows two packed products."""
-    widened = computes_in_float32(workload.dtype, backend)
+    widened, packed = computes_in_float32(workload.dtype, backend), reads_packed(workload, backend)
     more = needs.softcap or needs.alibi or needs.sinks or needs.logsumexp or needs.pattern
     scores = int(UNFUSED_SAFETY_FACTOR * (packed_bytes(workload, needs, widened) - workload.output_bytes))
-    few = workload.seq * workload.heads // workload.kv_heads < MAX_PACKED_ROWS
-    if few and not more and scores <= budget:
-        blocks = block_size(workload, backend, budget)
+    blocks = block_size(workload, backend, budget)
+    if packed and not more and scores <= budget:
         reason = "few rows: each reads the keys and values packed, and the scores fit the budget"
         return Strategy(Method.WHOLE, Method.WHOLE, blocks, blocks, reason, True)
-    if pattern is None:
-        blocks = block_size(workload, backend, budget)
-    else:
+    if pattern is not None:
         tiles = pattern.block_list((workload.batch, workload.heads, workload.seq, workload.kv_seq))
         within, target = int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
-        blocks = choose_listed_blocks(problem_size(workload), tiles, within, target)
-    how = "read packed" if few and backend != "cuda" else "dequantized"
+        blocks = choose_listed_blocks(problem_size(workload, backend), tiles, within, target)
+    how = "read packed" if packed else "dequantized"
     reason = f"keys and values are {how} a tile at a time, {blocks.rows} rows x {blocks.keys} keys"
     return Strategy(Method.BLOCKS, Method.BLOCKS, blocks, blocks, reason)
 
@@ -443,7 +442,9 @@ def _gpu_strategy(inputs: _StrategyInputs) -> Strategy:
 
 def block_size(workload: Workload, backend: Backend, budget: int) -> Blocks:
     """Return the tile size of blocks for a workload."""
-    return choose_blocks(problem_size(workload), int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend))
+    return choose_blocks(
+        problem_size(workload, backend), int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
+    )
 
 
 def safe_unfused_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> int:
@@ -462,7 +463,7 @@ def skipped_share(workload: Workload, blocks: Blocks) -> float:
     return 1.0 - computed / (seq * kv_seq)
 
 
-def problem_size(workload: Workload) -> ProblemSize:
+def problem_size(workload: Workload, backend: Backend) -> ProblemSize:
     """Return the sizes that block sizes depend on."""
     training = workload.pass_ == "training"
     return ProblemSize(
@@ -477,6 +478,7 @@ def problem_size(workload: Workload) -> ProblemSize:
         causal=workload.causal,
         window=workload.window,
         training=training,
+        unpacking=unpacking_arrays(workload, backend) if workload.quantized else 0.0,
     )
 
 

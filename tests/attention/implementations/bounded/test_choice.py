@@ -81,7 +81,7 @@ def test_a_tiny_budget_gives_no_more_parts_than_a_graph_takes(
     workload = Workload(batch=32, seq=1024, heads=32, head_dim=64, mask="causal", pass_=pass_)
     made = choose_strategy(workload, "cuda", NO_NEEDS, budget)
     tile = made.backward_blocks if pass_ == "training" else made.blocks
-    assert visible_tiles(problem_size(workload), tile) <= 4096
+    assert visible_tiles(problem_size(workload, "cuda"), tile) <= 4096
     for size in (made.slices, made.backward_slices):
         parts = size and -(-32 // size.batches) * -(-32 // size.kv_heads) * -(-1024 // size.rows)
         assert not parts or parts <= 4096
@@ -166,7 +166,7 @@ def test_sinks_are_told_as_the_blocks_that_take_them() -> None:
     assert practical.route(LONG, GPU).path.startswith("slices ")
     told = practical.route(LONG, GPU, Needs(sinks=True))
     assert told.path == "blocks 256 x 16384"
-    tile = tile_bytes(problem_size(LONG), practical.strategy(LONG, GPU).blocks)
+    tile = tile_bytes(problem_size(LONG, "cuda"), practical.strategy(LONG, GPU).blocks)
     assert told.predicted_bytes == LONG.output_bytes + 4 * LONG.heads * LONG.seq + int(RESIDENT_TILES["cuda"] * tile)
 
 
