@@ -12,7 +12,7 @@ import mlx.core as mx
 from attention.kernels import cpu
 from attention.kernels.cpu import build
 from benchmarks import cpu as benchmarks_cpu
-from benchmarks.cpu import measure, sparse
+from benchmarks.cpu import measure, quantized, sparse
 from benchmarks.cpu.claims import BenchReport, Claim, claims
 from benchmarks.cpu.measure import DECODE, SHAPES, TYPES, threads
 
@@ -23,13 +23,23 @@ MAX_LOAD: Final = 0.5
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {benchmarks_cpu.__name__}", description=benchmarks_cpu.__doc__)
     parser.add_argument(
-        "subject", nargs="?", choices=["dense", "sparse"], default="dense", help="sparse: block lists (default: dense)"
+        "subject",
+        nargs="?",
+        choices=["dense", "sparse", "quantized"],
+        default="dense",
+        help="sparse: block lists; quantized: quantized keys and values (default: dense)",
     )
     parser.add_argument("--rounds", type=int, default=15, help="of each row (default: 15)")
-    parser.add_argument("--types", nargs="+", default=["float32", "bfloat16"], choices=list(TYPES))
+    parser.add_argument(
+        "--types",
+        nargs="+",
+        choices=list(TYPES),
+        help="(default: float32 bfloat16; of queries over quantized keys and values: float16 bfloat16)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--masks", nargs="+", metavar="MASK", help="sparse: these masks only")
-    parser.add_argument("--no-peers", action="store_true", help="sparse: leave out torch")
+    parser.add_argument("--formats", nargs="+", metavar="FORMAT", help="quantized: these formats only")
+    parser.add_argument("--no-peers", action="store_true", help="sparse, quantized: leave out torch or mlx-lm")
     parser.add_argument("--no-start", action="store_true", help="leave out the first use, which compiles")
     return parser.parse_args()
 
@@ -77,6 +87,10 @@ def main() -> None:
     arguments = _arguments()
     mx.set_default_device(mx.cpu)
     cpu.load(lambda message: print(message, file=sys.stderr))
+    if arguments.subject == "quantized":
+        quantized.main(arguments)
+        return
+    arguments.types = arguments.types or ["float32", "bfloat16"]
     if arguments.subject == "sparse":
         sparse.main(arguments)
         return

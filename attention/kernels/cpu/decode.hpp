@@ -172,7 +172,8 @@ struct FewRows {
     const bool in_integers = sizeof(T) == 2 && IntegerQueries::take(p.key_packing, p.head_dim) &&
                              integers.read(query, key_length, rows, p.head_dim, p.key_packing, most_share<T>,
                                            query + few_rows * key_length);
-    const int64_t padded = rows == 1 ? 1 : round_up(rows, rows_together);
+    const bool sums_in_integers = sizeof(T) == 2 && IntegerSums::take(p.value_packing, p.value_dim);
+    const int64_t padded = rows == 1 && !sums_in_integers ? 1 : round_up(rows, rows_together);
     std::fill_n(scores, few_rows * score_line, 0.0f);
     std::fill_n(output, padded * dv, 0.0f);
     if (in_integers) tile = score_line;
@@ -195,9 +196,11 @@ struct FewRows {
           });
         }
         softmax(key, count, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
-        add_quantized(v, scores, score_line, padded, output, dv, keys);
+        if (sums_in_integers) IntegerSums::add(v, scores, score_line, rows, output, dv, keys);
+        else add_quantized(v, scores, score_line, padded, output, dv, keys);
       }
     }
+    for (int64_t r = 0; r < rows && sums_in_integers; r++) IntegerSums::order(p.value_packing, p.value_dim, output + r * dv);
   }
 
   QuantizedRows quantized(const Tensor& t, const Packing& packing, int64_t key, int64_t count, int64_t dims) const {

@@ -5,9 +5,8 @@
 //   other integers            bytes, shifts and a mask; scale * number + bias
 //   e2m1                      looked up, too
 //   e4m3                      the bits of a float16 that is 2^-8 of it; times 2^8, times the scale
-#include "quantized.hpp"
-
 #include "decode_products.hpp"
+#include "packed.hpp"
 
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define FATUI_SHUFFLES 1
@@ -16,10 +15,7 @@
 namespace fatui {
 namespace {
 
-constexpr int chunk = 16, vectors = chunk / lanes;
-constexpr int64_t most_groups = 512 / chunk;
-
-enum class Number { integer, e2m1, e4m3 };
+constexpr int vectors = chunk / lanes;
 
 struct e4m3_t { uint8_t bits; };
 struct e8m0_t { uint8_t bits; };  // a power of two
@@ -45,22 +41,14 @@ template <class T>
 void read_groups(const Tensor& t, int64_t at, int64_t rows, int64_t groups, float* out) {
   const T* from = static_cast<const T*>(t.data) + at;
   if (t.stride[2] == groups && t.stride[3] == 1) groups *= rows, rows = 1;
-  for (int64_t r = 0; r < rows; r++, from += t.stride[2], out += groups)
-    for (int64_t g = 0; g < groups; g += lanes) {
+  for (int64_t r = 0; r < rows; r++, from += t.stride[2], out += groups) {
+    int64_t g = 0;
+    for (; g + lanes <= groups && t.stride[3] == 1; g += lanes) store(out + g, widen(from + g));
+    for (; g < groups; g += lanes) {
       alignas(64) T some[lanes] = {};
-      const bool whole = g + lanes <= groups && t.stride[3] == 1;
-      for (int64_t i = 0; i < lanes && g + i < groups && !whole; i++) some[i] = from[(g + i) * t.stride[3]];
-      store(out + g, widen(whole ? from + g : some));
+      for (int64_t i = 0; i < lanes && g + i < groups; i++) some[i] = from[(g + i) * t.stride[3]];
+      store(out + g, widen(some));
     }
-}
-
-void read_groups(const Tensor& t, Mode mode, int64_t at, int64_t rows, int64_t groups, float* out) {
-  if (mode == Mode::nvfp4) return read_groups<e4m3_t>(t, at, rows, groups, out);
-  if (mode != Mode::affine) return read_groups<e8m0_t>(t, at, rows, groups, out);
-  switch (t.element) {
-    case Element::float16: return read_groups<float16_t>(t, at, rows, groups, out);
-    case Element::bfloat16: return read_groups<bfloat16_t>(t, at, rows, groups, out);
-    default: return read_groups<float>(t, at, rows, groups, out);
   }
 }
 
@@ -209,13 +197,6 @@ FATUI_INLINE void chunk_of(const uint8_t* p, const Group& g, Vector (&x)[vectors
   chunk_of<bits, number>(p, g, x, std::make_integer_sequence<int, vectors>{});
 }
 
-// Rows of packed numbers, with their scales and biases in float32.
-struct Packed {
-  const uint8_t* data;
-  int64_t stride, rows, groups, group;
-  const float *scales, *biases;
-};
-
 template <int bits, Number number>
 struct Expand {
   static void run(const Packed& from, float* out, int64_t line) {
@@ -304,25 +285,17 @@ void run_for(const Packing& packing, const Arguments&... arguments) {
   }
 }
 
-// Reads the scales and biases of up to most_quantized_rows rows and calls f(packed rows). Rows whose words are not side by side are copied.
-template <class F>
-void with_packed(const QuantizedRows& q, const F& f) {
-  const Packing& packing = q.packing;
-  alignas(64) float scales[most_quantized_rows * most_groups + lanes], biases[most_quantized_rows * most_groups + lanes];
-  Packed packed{q.data(), q.stride(), q.rows, q.columns / packing.group, packing.group, scales, biases};
-  read_groups(packing.scales, packing.mode, q.at(packing.scales), q.rows, packed.groups, scales);
-  if (packing.mode == Mode::affine)
-    read_groups(packing.biases, packing.mode, q.at(packing.biases), q.rows, packed.groups, biases);
-  const int64_t row_bytes = q.bytes();
-  if (q.numbers.stride[3] == 1) return f(packed);
-  uint32_t words[most_quantized_rows * 512 / 4];
-  for (int64_t r = 0; r < q.rows; r++)
-    for (int64_t w = 0; w < row_bytes / 4; w++)
-      std::memcpy(words + r * row_bytes / 4 + w, packed.data + r * packed.stride + 4 * w * q.numbers.stride[3], 4);
-  packed.data = reinterpret_cast<const uint8_t*>(words), packed.stride = row_bytes;
-  f(packed);
-}
 }  // namespace
+
+void read_groups(const Tensor& t, Mode mode, int64_t at, int64_t rows, int64_t groups, float* out) {
+  if (mode == Mode::nvfp4) return read_groups<e4m3_t>(t, at, rows, groups, out);
+  if (mode != Mode::affine) return read_groups<e8m0_t>(t, at, rows, groups, out);
+  switch (t.element) {
+    case Element::float16: return read_groups<float16_t>(t, at, rows, groups, out);
+    case Element::bfloat16: return read_groups<bfloat16_t>(t, at, rows, groups, out);
+    default: return read_groups<float>(t, at, rows, groups, out);
+  }
+}
 
 void dequantize(const QuantizedRows& rows, float* out, int64_t line) {
   for (int64_t first = 0; first < rows.rows; first += most_quantized_rows) {
@@ -340,137 +313,5 @@ void add_quantized(const QuantizedRows& values, const float* p, int64_t p_line, 
       run_for<AddFour>(values.packing, packed, p + row * p_line, p_line, output + row * output_line, output_line, &next);
   });
 }
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-namespace {
-constexpr int64_t unit = 32;  // dims of two vectors
-constexpr float largest_integer = 127 * 256;
-
-// The two vectors of 32 numbers, each with the 16 bytes of its dims four times: once for each row.
-template <int bits, Number number>
-FATUI_INLINE void unit_of(const uint8_t* p, __m512i (&x)[2]) {
-  const __m512i first = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
-  if constexpr (bits == 8) {
-    x[0] = first, x[1] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(p + 16)));
-  } else {
-    const __m512i low = _mm512_set1_epi8(15);
-    x[0] = _mm512_and_si512(first, low), x[1] = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
-    if constexpr (number == Number::e2m1) {  // twice the number, plus 12
-      const __m512i shifted = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-      x[0] = _mm512_shuffle_epi8(shifted, x[0]), x[1] = _mm512_shuffle_epi8(shifted, x[1]);
-    }
-  }
-}
-
-// Four rows against all keys, four at a time.
-template <int bits, Number number>
-struct Scores4 {
-  static constexpr int together = 4;
-
-  static void run(const Packed& keys, const uint8_t* query, const float* sums, Vector units, float* s, int64_t line,
-                  Ahead& ahead) {
-    Ahead next = ahead;
-    for (int64_t j = 0; j < keys.rows; j += together) {
-      Vector total[together] = {};
-      const uint8_t* p[together];
-      int64_t at[together];
-      FATUI_UNROLL for (int n = 0; n < together; n++) {
-        const int64_t key = std::min(j + n, keys.rows - 1);
-        p[n] = keys.data + key * keys.stride, at[n] = key * keys.groups;
-      }
-      const uint8_t* q = query;
-      for (int64_t g = 0; g < keys.groups; g++) {
-        __m512i high[together] = {}, low[together] = {};
-        for (int64_t d = 0; d < keys.group; d += unit, q += 4 * 64) {
-          __m512i y[4];
-          FATUI_UNROLL for (int i = 0; i < 4; i++) y[i] = _mm512_load_si512(q + 64 * i);
-          next.ask<bits * together * unit / 8 / 64>();
-          FATUI_UNROLL for (int n = 0; n < together; n++) {
-            __m512i x[2];
-            unit_of<bits, number>(p[n], x);
-            high[n] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(high[n], x[0], y[0]), x[1], y[2]);
-            low[n] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(low[n], x[0], y[1]), x[1], y[3]);
-            p[n] += unit * bits / 8;
-          }
-        }
-        const Vector sum = load(sums + g * lanes);
-        FATUI_UNROLL for (int n = 0; n < together; n++) {
-          const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[n], 8), low[n]);
-          const Vector product = (Vector)_mm512_cvtepi32_ps(both);
-          const float scale = keys.scales[at[n] + g];
-          total[n] = fused(total[n], product, broadcast(number == Number::e2m1 ? 0.5f * scale : scale));
-          total[n] = fused(total[n], sum, broadcast(number == Number::e2m1 ? -6 * scale : keys.biases[at[n] + g]));
-        }
-      }
-      const Vector all = fold<together>(total) * units;
-      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
-        std::memcpy(s + r * line + j, reinterpret_cast<const float*>(&all) + r * together, together * sizeof(float));
-    }
-    ahead = next;
-  }
-};
-}  // namespace
-
-bool IntegerQueries::take(const Packing& packing, int64_t columns) {
-  const bool known = packing.mode == Mode::mxfp4 || (packing.mode == Mode::affine && packing.bits % 4 == 0);
-  return known && columns % unit == 0;
-}
-
-bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing,
-                          float largest_share, float* room) {
-  const int64_t groups = columns / packing.group;
-  row_groups_ = ceil_div(rows, rows_together);
-  float *units = room, *sums = units + row_groups_ * lanes;
-  auto* bytes = reinterpret_cast<int8_t*>(sums + row_groups_ * groups * lanes);
-  units_ = units, sums_ = sums, bytes_ = reinterpret_cast<const uint8_t*>(bytes);
-  std::fill_n(room, row_groups_ * lanes * (1 + groups), 0.0f);
-  std::memset(bytes, 0, size_t(row_groups_ * rows_together * columns * 2));
-  for (int64_t r = 0; r < rows; r++) {
-    const float* q = query + r * line;
-    float largest = 0, mean = 0;  // of square roots, in which a few large numbers weigh less
-    for (int64_t d = 0; d < columns; d++) largest = std::max(largest, std::abs(q[d])), mean += std::sqrt(std::abs(q[d]));
-    mean /= float(columns);
-    if (!(largest <= largest_share * mean * mean) || largest > 0x1p100f) return false;
-    if (largest < 0x1p-100f) {
-      if (largest > 0) return false;
-      continue;
-    }
-    const int64_t four = r / rows_together, lane = r % rows_together * (lanes / rows_together);
-    const float inverse = largest_integer / largest;
-    std::fill_n(units + four * lanes + lane, lanes / rows_together, largest / largest_integer);
-    alignas(64) int32_t integers[512];
-    for (int64_t d = 0; d < columns; d++) integers[d] = int32_t(std::nearbyint(q[d] * inverse));
-    for (int64_t d = 0; d < columns; d++) sums[(four * groups + d / packing.group) * lanes + lane] += float(integers[d]);
-    int8_t* to = bytes + four * rows_together * columns * 2 + r % rows_together * chunk;
-    for (int64_t d = 0; d < columns; d += unit, to += 4 * 64)
-      for (int vector = 0; vector < 2; vector++)
-        for (int b = 0; b < chunk; b++) {
-          const int32_t number = integers[d + (packing.bits == 8 ? chunk * vector + b : 2 * b + vector)];
-          const int32_t high = (number + 128) >> 8;
-          to[128 * vector + b] = int8_t(high), to[128 * vector + 64 + b] = int8_t(number - 256 * high);
-        }
-  }
-  return true;
-}
-
-void IntegerQueries::scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const {
-  with_packed(keys, [&](const Packed& packed) {
-    const Packing& packing = keys.packing;
-    for (int64_t four = 0; four < row_groups_; four++) {
-      const auto* bytes = bytes_ + four * rows_together * keys.columns * 2;
-      const float* sums = sums_ + four * packed.groups * lanes;
-      float* to = s + four * rows_together * line;
-      const Vector units = load(units_ + four * lanes);
-      if (packing.mode != Mode::affine) Scores4<4, Number::e2m1>::run(packed, bytes, sums, units, to, line, next);
-      else if (packing.bits == 4) Scores4<4, Number::integer>::run(packed, bytes, sums, units, to, line, next);
-      else Scores4<8, Number::integer>::run(packed, bytes, sums, units, to, line, next);
-    }
-  });
-}
-#else
-bool IntegerQueries::take(const Packing&, int64_t) { return false; }
-bool IntegerQueries::read(const float*, int64_t, int64_t, int64_t, const Packing&, float, float*) { return false; }
-void IntegerQueries::scores(const QuantizedRows&, float*, int64_t, Ahead&) const {}
-#endif
 
 }  // namespace fatui

@@ -52,7 +52,7 @@ class IntegerQueries {
   // Whether scores over such keys can be computed in integers.
   static bool take(const Packing& packing, int64_t columns);
 
-  static int64_t floats(int64_t rows, int64_t columns) { return round_up(rows, rows_together) * (columns + 16); }
+  
 
   // Reads rows, `line` floats apart, into `room`, 64-byte aligned. False if a number is so large beside the others of its row
   // that integers would lose those.
@@ -65,7 +65,20 @@ class IntegerQueries {
  private:
   int64_t row_groups_ = 0;
   const uint8_t* bytes_ = nullptr;  // [4 rows][32 dims][vector][high, low][64]
-  const float *sums_ = nullptr, *units_ = nullptr;  // [4 rows][group of dims][16]: in the first lane of each row; [4 rows][16]
+  const float *sums_ = nullptr, *units_ = nullptr;  // [4 rows][group of dims][16]: in the first of a row's four lanes; [4 rows][16]
+};
+
+// O[row][d] += P[row][key] V[key][d], with the products p * scale as integers of 16 bits, whose unit is 2^-15 of the tile's
+// largest. The dims of the output are in another order until the end.
+struct IntegerSums {
+  static bool take(const Packing& packing, int64_t columns);
+
+  // Rows are padded to a multiple of rows_together.
+  static void add(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
+                  int64_t output_line, Ahead& next);
+
+  // Puts the dims of a row in order.
+  static void order(const Packing& packing, int64_t columns, float* output);
 };
 
 }  // namespace fatui

@@ -9,7 +9,7 @@ import pytest
 
 from attention.kernels.cpu import build as cpu_build
 
-TESTS = ["forward", "gradient", "lists", "threads", "onnx", "variants"]
+TESTS = ["forward", "gradient", "lists", "quantized", "threads", "onnx", "variants"]
 
 
 def runtime(name: str) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from attention.kernels.cpu import build
-from tests.support import kernel_oracle
+from attention.quantized_kv import QuantizedArray
+from tests.support import kernel_oracle, quantized_values
 
 pytestmark = pytest.mark.slow
 
@@ -99,8 +100,8 @@ def raw(x: mx.array, rows_first: bool = False) -> bytes:
     return np.array(x.view(mx.uint16) if x.dtype in (mx.float16, mx.bfloat16) else x).tobytes()
 
 
-def run(core, folder, arrays, options, dtype_name, rows_first):
-    q, k, v, _ = arrays
+def run(core, folder, arrays, options, dtype_name, rows_first, formats=()):
+    q, k, v, *_ = arrays
     mask = (
         None
         if options.mask is None
@@ -110,8 +111,12 @@ def run(core, folder, arrays, options, dtype_name, rows_first):
     mask_element = -1 if options.mask is None else ELEMENTS[options.mask.dtype.name]
     numbers = [q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], ELEMENTS[dtype_name]]
     numbers += [options.causal, options.window or 0, mask_element, *strides, rows_first]
+    modes = ("none", "affine", "mxfp8", "mxfp4", "nvfp4")
+    packings = [n for form in formats for n in (modes.index(form.mode), form.bits, form.group_size)]
+    numbers += packings or [0] * 6
     case = np.array(numbers, np.int64).tobytes() + np.array([options.scale, options.softcap or 0.0]).tobytes()
-    case += b"".join(raw(x, rows_first) for x in arrays) + (b"" if options.mask is None else options.mask.tobytes())
+    parts = [part for x in arrays for part in (x.arrays if isinstance(x, QuantizedArray) else [x])]
+    case += b"".join(raw(x, rows_first) for x in parts) + (b"" if options.mask is None else options.mask.tobytes())
     (folder / "case").write_bytes(case)
     subprocess.run([*core, str(folder / "case"), str(folder / "result")], check=True, timeout=300)
     return (folder / "result").read_bytes()
@@ -158,6 +163,34 @@ def test_results_meet_flash_attention_3s_error_bound(core, case, dtype_name, tmp
     )
     for name, got, one, other in zip(("dq", "dk", "dv"), gradients, exacts, plains, strict=True):
         kernel_oracle.assert_near(got, one, other, dtype, 3, name, floor)
+
+
+QUANTIZED = {
+    "decode": ((1, 8, 2, 1, 1300, 128, 128), {"causal": True}, ("int8", "int4")),
+    "decode-4": ((1, 3, 1, 1, 700, 128, 64), {}, ("int4:32", "int8:32")),
+    "decode-small-floats": ((1, 4, 2, 2, 300, 64, 96), {"softcap": 3.0}, ("mxfp4", "mxfp8")),
+    "decode-odd": ((1, 5, 1, 1, 200, 128, 48), {"window": 90}, ("int3", "nvfp4")),
+    "tiles": ((1, 2, 1, 150, 300, 64, 128), {"causal": True, "window": 33}, ("int6", "int5:32")),
+    "more-tiles": ((1, 4, 2, 70, 130, 64, 32), {"causal": True}, ("int2", "mxfp4")),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+@pytest.mark.parametrize("dtype_name", kernel_oracle.DTYPES)
+def test_quantized_keys_and_values_meet_the_bound(core, case, dtype_name, tmp_path):
+    (b, h, hkv, lq, lk, d, dv), keywords, texts = QUANTIZED[case]
+    dtype, options = kernel_oracle.DTYPES[dtype_name], kernel_oracle.Options(scale=d**-0.5, **keywords)
+    q = mx.array(np.random.default_rng(1).standard_normal((b, h, lq, d)).astype(np.float32)).astype(dtype)
+    k, v = (
+        quantized_values.normal(i, (b, hkv, lk, width), mx.float32, text)
+        for i, (width, text) in enumerate(zip((d, dv), texts, strict=True))
+    )
+    rows_first = case in ("decode-4", "tiles")
+    result = run(core, tmp_path, [q, k, v], options, dtype_name, rows_first, (k.format, v.format))
+    o, _ = split(result, [(b, h, lq, dv), (b, h, lq)], [dtype, mx.float32])
+    arrays = [kernel_oracle.numbers(q), quantized_values.exact(k), quantized_values.exact(v)]
+    exact, plain = kernel_oracle.attention(*arrays, options)[0], kernel_oracle.plain_attention(*arrays, options, dtype)
+    kernel_oracle.assert_near(o, exact, plain, dtype, 2, "output", 2**-21 * float(np.abs(arrays[2]).max()))
 
 
 def test_clang_builds_the_library_and_its_self_check_passes(tmp_path):

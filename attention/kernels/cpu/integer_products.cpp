@@ -1,0 +1,418 @@
+// Products of few query rows with packed numbers in integers.
+//
+//   scores   A vector has four bytes of 16 dims for each of 4 rows, so that a key's bytes, repeated for each row, give the sums of
+//            all rows at once:
+//
+//              q   row 0, dims 0..15 | row 1, dims 0..15 | row 2 | row 3       S += scale (256 q_high n + q_low n) + bias sum(q)
+//              n   dims 0..15        | dims 0..15        | ...   | ...
+//
+//   output   Words of two adjacent keys, as 16-bit numbers: lane i of vector v is dim v of word i. The weights p * scale of a
+//            tile's keys are integers of 16 bits, too, of a unit of their own for each row and group:
+//
+//              n   dim v of word 0, keys j and j + 1 | of word 1 | ...         O[row] += unit (w n) + sum of p * bias
+//              w   keys j and j + 1                  | the same  | ...
+#include "decode_products.hpp"
+#include "packed.hpp"
+
+namespace fatui {
+
+#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+namespace {
+
+typedef uint16_t Shorts __attribute__((vector_size(lanes * 4)));
+typedef int16_t SignedShorts __attribute__((vector_size(lanes * 4)));
+typedef int16_t HalfShorts __attribute__((vector_size(lanes * 2)));
+
+constexpr int row_vectors = 16 / lanes, rows_of_vector = lanes / 4;  // of four query rows
+constexpr float largest_integer = 127 * 256;                         // its high and low byte are between -128 and 127
+
+// c + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] in lane i.
+FATUI_INLINE Integers dot_pairs(Integers c, Words a, Words b) {
+#if defined(__AVX512VNNI__)
+  return (Integers)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return c + (Integers)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (Integers)_mm256_dpwssd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b);
+#else
+  return c + (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+// Field i of each 16-bit number, from 0 on; and as a signed number.
+template <int bits>
+FATUI_INLINE Words field_of(Words x, int i) {
+  const auto moved = as<Shorts>(x) >> (bits * i);
+  return as<Words>(bits * (i + 1) == 16 ? moved : moved & uint16_t((1 << bits) - 1));
+}
+template <int bits>
+FATUI_INLINE Words signed_field_of(Words x, int i) {
+  return as<Words>(as<SignedShorts>(as<Shorts>(x) << (16 - bits * (i + 1))) >> (16 - bits));
+}
+
+#if defined(__AVX512VNNI__)
+constexpr int64_t unit = 32;  // dims of two vectors
+
+// The two vectors of 32 numbers, each with the 16 bytes of its dims four times: once for each row.
+template <int bits, Number number>
+FATUI_INLINE void unit_of(const uint8_t* p, __m512i (&x)[2]) {
+  const __m512i first = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (bits == 8) {
+    x[0] = first, x[1] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(p + 16)));
+  } else {
+    const __m512i low = _mm512_set1_epi8(15);
+    x[0] = _mm512_and_si512(first, low), x[1] = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
+    if constexpr (number == Number::e2m1) {  // twice the number, plus 12
+      const __m512i shifted = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+      x[0] = _mm512_shuffle_epi8(shifted, x[0]), x[1] = _mm512_shuffle_epi8(shifted, x[1]);
+    }
+  }
+}
+
+// Four rows against all keys, four at a time.
+template <int bits, Number number>
+struct Scores4 {
+  static constexpr int together = 4;
+
+  static void run(const Packed& keys, const uint8_t* query, const float* sums, const float* units, float* s, int64_t line,
+                  Ahead& ahead) {
+    Ahead next = ahead;
+    for (int64_t j = 0; j < keys.rows; j += together) {
+      Vector total[together] = {};
+      const uint8_t* p[together];
+      int64_t at[together];
+      FATUI_UNROLL for (int n = 0; n < together; n++) {
+        const int64_t key = std::min(j + n, keys.rows - 1);
+        p[n] = keys.data + key * keys.stride, at[n] = key * keys.groups;
+      }
+      const uint8_t* q = query;
+      for (int64_t g = 0; g < keys.groups; g++) {
+        __m512i high[together] = {}, low[together] = {};
+        for (int64_t d = 0; d < keys.group; d += unit, q += 4 * 64) {
+          __m512i y[4];
+          FATUI_UNROLL for (int i = 0; i < 4; i++) y[i] = _mm512_load_si512(q + 64 * i);
+          next.ask<bits * together * unit / 8 / 64>();
+          FATUI_UNROLL for (int n = 0; n < together; n++) {
+            __m512i x[2];
+            unit_of<bits, number>(p[n], x);
+            high[n] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(high[n], x[0], y[0]), x[1], y[2]);
+            low[n] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(low[n], x[0], y[1]), x[1], y[3]);
+            p[n] += unit * bits / 8;
+          }
+        }
+        const Vector sum = load(sums + g * lanes);
+        FATUI_UNROLL for (int n = 0; n < together; n++) {
+          const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[n], 8), low[n]);
+          const Vector product = (Vector)_mm512_cvtepi32_ps(both);
+          const float scale = keys.scales[at[n] + g];
+          total[n] = fused(total[n], product, broadcast(number == Number::e2m1 ? 0.5f * scale : scale));
+          total[n] = fused(total[n], sum, broadcast(number == Number::e2m1 ? -6 * scale : keys.biases[at[n] + g]));
+        }
+      }
+      const Vector all = fold<together>(total) * load(units);
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+        std::memcpy(s + r * line + j, reinterpret_cast<const float*>(&all) + r * together, together * sizeof(float));
+    }
+    ahead = next;
+  }
+};
+// Integers of a row as high and low bytes.
+void place(const int32_t* integers, int64_t row, int64_t columns, int bits, uint8_t* query) {
+  uint8_t* to = query + row * 16;
+  for (int64_t d = 0; d < columns; d += unit, to += 4 * 64)
+    for (int vector = 0; vector < 2; vector++)
+      for (int b = 0; b < 16; b++) {
+        const int32_t number = integers[d + (bits == 8 ? 16 * vector + b : 2 * b + vector)], high = (number + 128) >> 8;
+        to[128 * vector + b] = uint8_t(high), to[128 * vector + 64 + b] = uint8_t(number - 256 * high);
+      }
+}
+constexpr bool takes_e2m1 = true;
+#else
+FATUI_INLINE Words repeated(const uint8_t* p) {
+#if defined(__AVX512BW__)
+  return (Words)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+#else
+  return (Words)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+FATUI_INLINE Words load_words(const uint8_t* p) { return as<Words>(load(reinterpret_cast<const float*>(p))); }
+
+// Four rows against all keys, four at a time. 16 bytes of a key are 8 words for each row: as many vectors as a word has numbers.
+template <int bits, Number>
+struct Scores4 {
+  static constexpr int together = 4, at_once = 2, fields = 16 / bits;
+
+  static void run(const Packed& keys, const uint8_t* query, const float* sums, const float* units, float* s, int64_t line,
+                  Ahead& ahead) {
+    Ahead next = ahead;
+    for (int64_t j = 0; j < keys.rows; j += together) {
+      Vector total[row_vectors][together];
+      for (int n = 0; n < together; n += at_once) {
+        const int64_t key[at_once] = {std::min(j + n, keys.rows - 1), std::min(j + n + 1, keys.rows - 1)};
+        const uint8_t* p[at_once] = {keys.data + key[0] * keys.stride, keys.data + key[1] * keys.stride};
+        const uint8_t* q = query;
+        Vector t[at_once][row_vectors] = {};
+        for (int64_t g = 0; g < keys.groups; g++) {
+          Integers sum[at_once][row_vectors] = {};
+          for (int64_t d = 0; d < keys.group; d += 128 / bits, q += fields * 64) {
+            if (d % 32 == 0) next.ask<bits / 4>();
+            FATUI_UNROLL for (int i = 0; i < at_once; i++, p[i - 1] += 16) {
+              const Words x = repeated(p[i]);
+              FATUI_UNROLL for (int f = 0; f < fields; f++)
+                FATUI_UNROLL for (int v = 0; v < row_vectors; v++)
+                  sum[i][v] = dot_pairs(sum[i][v], field_of<bits>(x, f), load_words(q + (f * row_vectors + v) * lanes * 4));
+            }
+          }
+          FATUI_UNROLL for (int i = 0; i < at_once; i++)
+            FATUI_UNROLL for (int v = 0; v < row_vectors; v++) {
+              const Vector product = __builtin_convertvector(sum[i][v], Vector);
+              t[i][v] = fused(t[i][v], product, broadcast(keys.scales[key[i] * keys.groups + g]));
+              t[i][v] = fused(t[i][v], load(sums + (g * row_vectors + v) * lanes), broadcast(keys.biases[key[i] * keys.groups + g]));
+            }
+        }
+        FATUI_UNROLL for (int i = 0; i < at_once; i++)
+          FATUI_UNROLL for (int v = 0; v < row_vectors; v++) total[v][n + i] = t[i][v];
+      }
+      FATUI_UNROLL for (int v = 0; v < row_vectors; v++) {
+        const Vector all = fold<together>(total[v]) * load(units + v * lanes);
+        FATUI_UNROLL for (int r = 0; r < rows_of_vector; r++)
+          std::memcpy(s + (v * rows_of_vector + r) * line + j, reinterpret_cast<const float*>(&all) + r * together,
+                      together * sizeof(float));
+      }
+    }
+    ahead = next;
+  }
+};
+
+// Integers of a row as 16-bit numbers.
+void place(const int32_t* integers, int64_t row, int64_t columns, int bits, uint8_t* query) {
+  const int64_t fields = 16 / bits;
+  uint8_t* to = query + row * 16;  // eight words; the rows of a vector are side by side, and so are the vectors
+  for (int64_t d = 0; d < columns; d += 8 * fields)
+    for (int64_t f = 0; f < fields; f++, to += 64)
+      for (int64_t w = 0; w < 8; w++) {
+        const auto number = int16_t(integers[d + w * fields + f]);
+        std::memcpy(to + 2 * w, &number, sizeof number);
+      }
+}
+constexpr bool takes_e2m1 = false;
+#endif
+}  // namespace
+
+bool IntegerQueries::take(const Packing& packing, int64_t columns) {
+  const bool known = (takes_e2m1 && packing.mode == Mode::mxfp4) || (packing.mode == Mode::affine && packing.bits % 4 == 0);
+  return known && columns % 32 == 0;
+}
+
+bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing,
+                          float largest_share, float* room) {
+  const int64_t groups = columns / packing.group;
+  row_groups_ = ceil_div(rows, rows_together);
+  float *units = room, *sums = units + row_groups_ * 16;
+  auto* bytes = reinterpret_cast<uint8_t*>(sums + row_groups_ * groups * 16);
+  units_ = units, sums_ = sums, bytes_ = bytes;
+  std::fill_n(room, row_groups_ * 16 * (1 + groups), 0.0f);
+  std::memset(bytes, 0, size_t(row_groups_ * rows_together * columns * 2));
+  for (int64_t r = 0; r < rows; r++) {
+    const float* q = query + r * line;
+    float largest = 0, mean = 0;  // of square roots, in which a few large numbers weigh less
+    for (int64_t d = 0; d < columns; d++) largest = std::max(largest, std::abs(q[d])), mean += std::sqrt(std::abs(q[d]));
+    mean /= float(columns);
+    if (!(largest <= largest_share * mean * mean) || largest > 0x1p100f) return false;
+    if (largest < 0x1p-100f) {
+      if (largest > 0) return false;
+      continue;
+    }
+    const int64_t four = r / rows_together, lane = r % rows_together * 4;  // of 16, in one vector or in two
+    const float inverse = largest_integer / largest;
+    std::fill_n(units + four * 16 + lane, 4, largest / largest_integer);
+    alignas(64) int32_t integers[512];
+    for (int64_t d = 0; d < columns; d++) integers[d] = int32_t(std::nearbyint(q[d] * inverse));
+    for (int64_t d = 0; d < columns; d++) sums[(four * groups + d / packing.group) * 16 + lane] += float(integers[d]);
+    place(integers, r % rows_together, columns, packing.bits, bytes + four * rows_together * columns * 2);
+  }
+  return true;
+}
+
+void IntegerQueries::scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const {
+  with_packed(keys, [&](const Packed& packed) {
+    const Packing& packing = keys.packing;
+    for (int64_t four = 0; four < row_groups_; four++) {
+      const auto* bytes = bytes_ + four * rows_together * keys.columns * 2;
+      const float *sums = sums_ + four * packed.groups * 16, *units = units_ + four * 16;
+      float* to = s + four * rows_together * line;
+      if (packing.mode != Mode::affine) Scores4<4, Number::e2m1>::run(packed, bytes, sums, units, to, line, next);
+      else if (packing.bits == 4) Scores4<4, Number::integer>::run(packed, bytes, sums, units, to, line, next);
+      else Scores4<8, Number::integer>::run(packed, bytes, sums, units, to, line, next);
+    }
+  });
+}
+namespace {
+
+template <int... I>
+FATUI_INLINE Vector every_second(Vector a, Vector b, int64_t first, std::integer_sequence<int, I...>) {
+  return first == 0 ? __builtin_shufflevector(a, b, (2 * I)...) : __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+constexpr int64_t most_value_groups = 512 / 32;
+constexpr float largest_weight = 32767;
+
+// The weights p * scale of a tile: 4 rows, groups, keys; their units; and the sums of p * bias. Numbers are read as signed, from
+// -centre on, which leaves less to the rounding of the weights; the biases are those of the number at the centre.
+struct Weights {
+  alignas(64) int16_t number[rows_together][most_value_groups][most_quantized_rows];
+  float unit[rows_together][most_value_groups], offset[rows_together][most_value_groups];
+
+  void read(const Packed& values, float centre, const float* p, int64_t p_line, int64_t rows) {
+    for (int64_t g = 0; g < values.groups; g++) {
+      alignas(64) float scale[most_quantized_rows], bias[most_quantized_rows];
+      of_group(values.scales, g, values.groups, values.rows, scale);
+      of_group(values.biases, g, values.groups, values.rows, bias);
+      read(g, centre, scale, bias, p, p_line, rows, round_up(values.rows, lanes));
+    }
+  }
+
+ private:
+  // Every `groups`-th number, and zeros up to whole vectors.
+  static void of_group(const float* x, int64_t g, int64_t groups, int64_t keys, float* out) {
+    const int64_t end = round_up(keys, lanes);
+    std::fill(out + keys, out + end, 0.0f);
+    int64_t j = 0;
+    for (; groups == 2 && j + lanes <= keys; j += lanes)
+      store(out + j, every_second(load(x + 2 * j), load(x + 2 * j + lanes), g, std::make_integer_sequence<int, lanes>{}));
+    for (; j < keys; j++) out[j] = x[j * groups + g];
+  }
+
+  void read(int64_t g, float centre, const float* scale, const float* bias, const float* p, int64_t p_line, int64_t rows,
+            int64_t keys) {
+    Vector top[rows_together] = {}, sum[rows_together] = {};
+    const float* row[rows_together];  // of rows that are not there, the first one is read
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++) row[r] = p + (r < rows ? r : 0) * p_line;
+    for (int64_t j = 0; j < keys; j += lanes) {
+      const Vector s = load(scale + j), at_centre = fused(load(bias + j), s, broadcast(centre));
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+        const Vector weight = load(row[r] + j);
+        top[r] = larger(magnitude(weight * s), top[r]), sum[r] = fused(sum[r], weight, at_centre);
+      }
+    }
+    Vector inverse[rows_together];
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+      const float largest = max_of(top[r]);
+      inverse[r] = broadcast(largest > 0x1p-100f ? largest_weight / largest : 0.0f);
+      unit[r][g] = largest / largest_weight, offset[r][g] = sum_of(sum[r]);
+    }
+    for (int64_t j = 0; j < keys; j += lanes) {
+      const Vector s = load(scale + j), shifter = broadcast(12582912.0f);  // adding it rounds to an integer, in the low bits
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+        const Vector shifted = fused(shifter, load(row[r] + j) * s, inverse[r]);
+        const HalfShorts numbers = __builtin_convertvector(as<Integers>(shifted), HalfShorts);
+        std::memcpy(number[r][g] + j, &numbers, sizeof numbers);
+      }
+    }
+  }
+};
+
+// Lanes [i lanes / groups, (i + 1) lanes / groups) are those of x[i * stride].
+template <int groups>
+FATUI_INLINE Words by_groups(const void* x, int64_t stride) {
+  Words all{};
+  FATUI_UNROLL for (int i = 0; i < groups; i++) {
+    uint32_t word;
+    std::memcpy(&word, static_cast<const char*>(x) + i * stride, sizeof word);
+    const Words one = Words{} + word;
+    all = i == 0 ? one : lane_numbers() >= i * (lanes / groups) ? one : all;
+  }
+  return all;
+}
+
+// Some vectors of a block of `lanes` words: 4 rows x 4 vectors, or x 2 with 16 registers.
+template <int bits, int first, int groups>
+struct Block {
+  static constexpr int count = registers == 32 ? 4 : 2, fields = 16 / bits;
+  static constexpr bool low = first < fields, high = first + count > fields;
+
+  static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& ahead) {
+    Ahead next = ahead;
+    const uint8_t* p = values.data + block * lanes * 4;
+    const int64_t group = block * lanes * (32 / bits) / values.group;
+    Integers sum[rows_together][count] = {};
+    for (int64_t j = 0; j < values.rows; j += 2) {
+      if constexpr (first == 0) next.ask<lanes / 8>();
+      Words a, b, halves[2], weight[rows_together];
+      std::memcpy(&a, p + j * values.stride, sizeof a);
+      std::memcpy(&b, p + std::min(j + 1, values.rows - 1) * values.stride, sizeof b);
+      constexpr uint32_t tops = bits == 4 ? 0x88888888u : 0x80808080u;  // n - centre: the top bit becomes a sign
+      if constexpr (low) halves[0] = ((a & 0xffffu) | (b << 16)) ^ tops;
+      if constexpr (high) halves[1] = ((a >> 16) | (b & 0xffff0000u)) ^ tops;
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+        weight[r] = by_groups<groups>(weights.number[r][group] + j, sizeof weights.number[r][group]);
+      FATUI_UNROLL for (int v = 0; v < count; v++) {
+        const Words x = signed_field_of<bits>(halves[(first + v) / fields], (first + v) % fields);
+        FATUI_UNROLL for (int r = 0; r < rows_together; r++) sum[r][v] = dot_pairs(sum[r][v], x, weight[r]);
+      }
+    }
+    float* out = output + block * lanes * (32 / bits) + first * lanes;
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+      const Vector unit = as<Vector>(by_groups<groups>(weights.unit[r] + group, sizeof(float)));
+      const Vector offset = as<Vector>(by_groups<groups>(weights.offset[r] + group, sizeof(float)));
+      FATUI_UNROLL for (int v = 0; v < count; v++) {
+        float* to = out + r * line + v * lanes;
+        store(to, load(to) + fused(offset, __builtin_convertvector(sum[r][v], Vector), unit));
+      }
+    }
+    ahead = next;
+  }
+
+  static void all(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& next) {
+    run(values, weights, block, output, line, next);
+    if constexpr (first + count < 32 / bits)
+      Block<bits, first + count, groups>::all(values, weights, block, output, line, next);
+  }
+};
+
+template <int bits>
+void add_blocks(const Packed& values, const Weights& weights, float* output, int64_t line, Ahead& next) {
+  constexpr int dims = lanes * 32 / bits;
+  for (int64_t block = 0; block < values.groups * values.group / dims; block++)
+    if (values.group >= dims) Block<bits, 0, 1>::all(values, weights, block, output, line, next);
+    else if (values.group == dims / 2) Block<bits, 0, 2>::all(values, weights, block, output, line, next);
+    else if constexpr (dims > 64) Block<bits, 0, 4>::all(values, weights, block, output, line, next);
+}
+}  // namespace
+
+bool IntegerSums::take(const Packing& packing, int64_t columns) {
+  return packing.mode == Mode::affine && packing.bits % 4 == 0 && columns % (lanes * 32 / packing.bits) == 0;
+}
+
+void IntegerSums::add(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
+                      int64_t output_line, Ahead& next) {
+  with_packed(values, [&](const Packed& packed) {
+    Weights weights;
+    for (int64_t row = 0; row < count; row += rows_together) {
+      weights.read(packed, float(1 << (values.packing.bits - 1)), p + row * p_line, p_line, count - row);
+      float* to = output + row * output_line;
+      if (values.packing.bits == 4) add_blocks<4>(packed, weights, to, output_line, next);
+      else add_blocks<8>(packed, weights, to, output_line, next);
+    }
+  });
+}
+
+void IntegerSums::order(const Packing& packing, int64_t columns, float* output) {
+  const int64_t vectors = 32 / packing.bits, dims = vectors * lanes;
+  for (float* block = output; block < output + columns; block += dims) {
+    float ordered[8 * lanes];
+    for (int64_t v = 0; v < vectors; v++)
+      for (int64_t i = 0; i < lanes; i++) ordered[i * vectors + v] = block[v * lanes + i];
+    std::copy_n(ordered, dims, block);
+  }
+}
+#else
+bool IntegerQueries::take(const Packing&, int64_t) { return false; }
+bool IntegerQueries::read(const float*, int64_t, int64_t, int64_t, const Packing&, float, float*) { return false; }
+void IntegerQueries::scores(const QuantizedRows&, float*, int64_t, Ahead&) const {}
+bool IntegerSums::take(const Packing&, int64_t) { return false; }
+void IntegerSums::add(const QuantizedRows&, const float*, int64_t, int64_t, float*, int64_t, Ahead&) {}
+void IntegerSums::order(const Packing&, int64_t, float*) {}
+#endif
+
+}  // namespace fatui
