@@ -213,11 +213,10 @@ class MemoryNeeds(Struct, frozen=True):
         """
         length = work.prompt + (work.generate if work.phase == "decode" else 0)
         weights = network.layer_bytes
-        cache = configuration.cache_bytes(1, work.batch, length, work.dtype, work.kv_format)
-        if work.phase == "decode":
-            cache *= 2  # every run uses a copy
-        if work.kv_format != DENSE:  # whose logits are compared with those of an unquantized one
-            cache = max(cache, configuration.cache_bytes(1, work.batch, length, work.dtype))
+        copies = 2 if work.phase == "decode" else 1  # every run uses a copy
+        cache = copies * configuration.cache_bytes(1, work.batch, length, work.dtype, work.kv_format)
+        if work.kv_format != DENSE:  # beside which the unquantized one is run
+            cache += copies * configuration.cache_bytes(1, work.batch, length, work.dtype)
         working = (
             configuration.activation_bytes(work.batch * min(work.prompt, PREFILL_STEP), work.dtype) + attention_bytes
         )
@@ -246,6 +245,14 @@ LONG_CASE_S: Final = 120.0
 ADVISED_LAYERS: Final = 4
 
 
+class Unquantized(Struct, frozen=True, eq=False):
+    """The runs of a case with an unquantized cache, and their logits by mlx-lm's own attention."""
+
+    run: PrefillRun | DecodeRun
+    short: PrefillRun | DecodeRun | None
+    logits: Logits
+
+
 class Setting(Struct, eq=False):
     """State shared by all implementations of a case."""
 
@@ -260,8 +267,8 @@ class Setting(Struct, eq=False):
     """Digest of the weights in use."""
     logits: mx.array | None = None
     """Logits of the reference."""
-    unquantized: mx.array | None = None
-    """Logits with an unquantized cache, by mlx-lm's own attention; None if the case's is unquantized."""
+    unquantized: Unquantized | None = None
+    """What a quantized cache is compared with; None if the case's is unquantized."""
 
 
 class GenerationBench(CaseRunner[GenerationPlan]):
@@ -296,10 +303,32 @@ class GenerationBench(CaseRunner[GenerationPlan]):
                 self._emit_estimate(arm, len(names), left=len(names) - index - 1, first=len(arms) == 1)
         if not arms:
             return "failed"
-        beside = _arm(on.WITHOUT_ATTENTION, setting, arms[0].call_s)
-        if self._takes_long(arms[0].sample_s, len(arms)):
-            *arms, beside = self._sharing([*arms, beside], setting)
-        return self._run_rounds(arms, self._plan.seconds, beside=[beside])
+        without = _arm(on.WITHOUT_ATTENTION, setting, arms[0].call_s)
+        shared = self._takes_long(arms[0].sample_s, len(arms))
+        unquantized = self._unquantized_arms(arms, setting, shared)
+        if shared:
+            *arms, without = self._sharing([*arms, without], setting.run, setting.short)
+        return self._run_rounds(arms, self._plan.seconds, beside=[without, *unquantized])
+
+    def _unquantized_arms(self, arms: list[ModelArm], setting: Setting, shared: bool) -> list[ModelArm]:
+        """Return arms with an unquantized cache, sampled in the same rounds; none if the case has one, or they fail."""
+        beside = setting.unquantized
+        if beside is None:
+            return []
+        fields: dict[str, Any] = {"runner": beside.run, "short": beside.short, "counterpart": "unquantized"}
+        made = [ModelArm(**{**structs.asdict(arm), **fields, "samples": []}) for arm in arms]
+        if shared:
+            return self._sharing(made, beside.run, beside.short)
+        for arm in made:
+            self._progress.emit_progress(f"{arm.name}: with an unquantized cache")
+            try:
+                with replace_attention(arm.implementation):
+                    beside.run.prepare()
+                    beside.run.wait(beside.run.queue())
+            except Exception as error:
+                self._progress.log(f"no K/V speedup: {arm.name} with an unquantized cache: {error_line(error)}")
+                return []
+        return made
 
     def _layer(self, work: Generation) -> Workload:
         """Return the attention workload of a layer: the largest one of a prefill, the first token of a decode."""
@@ -333,7 +362,8 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         prompts = self._prompts(work)
         many = self._network.layers
         few = max(1, many // 2) if work.estimated else many
-        run, unquantized = self._runs(work, prompts)
+        run, token = self._runs(work, prompts, work.kv_format)
+        unquantized = self._unquantized(work, prompts, token, few, many)
         return Setting(
             case=work,
             layers=Layers(few, many, work.layers, unfinished=int(work.phase == "prefill")),
@@ -352,32 +382,39 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         return Prompts(work, int(self._configuration.fields.get("vocab_size", 256)), self._plan.seed)
 
     def _runs(
-        self, work: Generation, prompts: Prompts
-    ) -> tuple[Callable[[int], PrefillRun | DecodeRun], Logits | None]:
-        """Return a function that makes a run for a number of layers, and the logits with an unquantized cache."""
-        model, decodes = self._network.model, work.phase == "decode"
-        quantizes = work.kv_format != DENSE
-        token = unquantized = None
-        if decodes:
-            self._progress.emit_progress("taking the prompt in")
-            cache = self._network.cache(work.kv_format)
-            # mlx-lm's own attention reads few formats, and builds the score matrix of a whole step
-            with replace_attention(FILLS_QUANTIZED if quantizes else ORIGINAL):
-                token = mx.argmax(prompts.prefill(model, cache), axis=-1)
-                mx.eval(token)
-        if quantizes:
-            self._progress.emit_progress("taking the prompt into an unquantized cache")
-            dense = self._network.cache()
-            unquantized = prompts.prefill(model, dense)
-            if token is not None:
-                mx.eval(unquantized)
-                unquantized = _next_logits(model, dense, token)
-            mx.eval(unquantized)
-            del dense
-            mx.clear_cache()
-        if token is None:
-            return lambda layers: PrefillRun(self._network, prompts, layers, work.kv_format), unquantized
-        return lambda layers: DecodeRun(self._network, cache, token, work.generate, layers), unquantized
+        self, work: Generation, prompts: Prompts, kv_format: str, token: mx.array | None = None
+    ) -> tuple[Callable[[int], PrefillRun | DecodeRun], mx.array | None]:
+        """Return a function that makes a run for a number of layers, and a decode's first input token.
+
+        Args:
+            work: the case.
+            prompts: of the case.
+            kv_format: of the caches.
+            token: first input token of a decode; by default the most probable one after the prompt.
+        """
+        if work.phase == "prefill":
+            return lambda layers: PrefillRun(self._network, prompts, layers, kv_format), None
+        quantized = kv_format != DENSE
+        self._progress.emit_progress(f"taking the prompt in{f', into a cache in {kv_format}' if quantized else ''}")
+        cache = self._network.cache(kv_format)
+        # mlx-lm's own attention reads few formats, and builds the score matrix of a whole step of a quantized prompt
+        with replace_attention(FILLS_QUANTIZED if quantized else ORIGINAL):
+            following = mx.argmax(prompts.prefill(self._network.model, cache), axis=-1)
+            mx.eval(following)
+        first = following if token is None else token
+        return lambda layers: DecodeRun(self._network, cache, first, work.generate, layers), first
+
+    def _unquantized(
+        self, work: Generation, prompts: Prompts, token: mx.array | None, few: int, many: int
+    ) -> Unquantized | None:
+        """Return the runs with an unquantized cache of a case with a quantized one; None for other cases."""
+        if work.kv_format == DENSE:
+            return None
+        make, _ = self._runs(work, prompts, DENSE, token)
+        run = make(many)
+        run.prepare()
+        logits = run.results()[0]
+        return Unquantized(run, make(few) if work.estimated else None, logits.astype(mx.float32))
 
     def _prepare(self, name: str, setting: Setting) -> ModelArm | None:
         try:
@@ -429,12 +466,15 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         """
         return self._backend == "cpu" and MIN_ROUNDS * run_s * (count + 2) > MAX_EXTENSION * self._plan.seconds
 
-    def _sharing(self, arms: list[ModelArm], setting: Setting) -> list[ModelArm]:
+    def _sharing(
+        self, arms: list[ModelArm], run: PrefillRun | DecodeRun, short: PrefillRun | DecodeRun | None
+    ) -> list[ModelArm]:
         """Return arms that share their passes, warmed up; the given arms if the model does not support that."""
         self._progress.emit_progress("a pass that all implementations share")
-        runs = {"many": setting.run, **({"few": setting.short} if setting.short else {})}
+        runs = {"many": run, **({"few": short} if short else {})}
         names = {arm.name: arm.implementation for arm in arms}
-        names = {arms[0].name: arms[0].implementation, on.REPEATED_REFERENCE: arms[0].implementation, **names}
+        if arms[0].counterpart is None:
+            names = {arms[0].name: arms[0].implementation, on.REPEATED_REFERENCE: arms[0].implementation, **names}
         shared = SharedPass(runs, names, seed=self._plan.seed, at_work=self._attends)
         try:
             shared.warm_up()
@@ -475,7 +515,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
                 rms_error=rms if rms == rms else None,
                 accurate=rms <= allowed,
                 detail=f"logits: {rms:.2g} of their spread off the reference's, {allowed:g} allowed",
-                kl_divergence=None if setting.unquantized is None else kl_divergence(setting.unquantized, logits),
+                kl_divergence=kl_divergence(setting.unquantized.logits, logits) if setting.unquantized else None,
             )
         )
 

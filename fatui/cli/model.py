@@ -24,8 +24,8 @@ Models without a folder have random weights and need no download: {models}.
 Prefill is the time from the prompt to the first token, in steps of 2048 tokens as mlx-lm takes them; decode makes
 tokens one after another. `mlx` is mlx-lm as it is; the others are patched in, and pay for that. The attention share
 is the part of the time that the same model is spared, in the same rounds, when attention returns its query at once.
-With a quantized cache `mlx` is mlx-lm's own quantized attention, and KL is the divergence (in nats) of the next token's
-distribution from that with an unquantized cache.
+With a quantized cache `mlx` is mlx-lm's own quantized attention, K/V speedup is over the same implementation with an
+unquantized cache, and KL the divergence (in nats) of the next token's distribution from that with one.
 With --layers fewer layers run, in two numbers, and the whole model is estimated from them; the table says so.
 It needs mlx-lm: pip install 'fatui[models]'.
 Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backend or no mlx-lm, 130 interrupted."""

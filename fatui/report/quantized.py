@@ -190,6 +190,7 @@ def _models_table(models: Sequence[ModelCase], quantized: Sequence[ModelCase]) -
             case.workload.label,
             row.implementation,
             formatting.tokens_per_second(row.tokens_per_second),
+            formatting.over_text(row, "unquantized"),
             formatting.size(case.cache_bytes),
             formatting.size(case.kv_token_bytes),
             formatting.error(row.kl_divergence) if case.workload.kv_format != DENSE else "-",
@@ -201,6 +202,6 @@ def _models_table(models: Sequence[ModelCase], quantized: Sequence[ModelCase]) -
     caption = (
         "Caches of models: after the prompt, and per token in all layers; KL is the divergence of the next token's"
     )
-    heads = ("case", "implementation", "tokens/s", "cache", "bytes per token", "KL")
+    heads = ("case", "implementation", "tokens/s", formatting.OVER["unquantized"], "cache", "bytes per token", "KL")
     caption = f"{caption} distribution from that with an unquantized cache, in nats"
     return Table(caption, heads, tuple(rows), frozenset({"implementation"}))

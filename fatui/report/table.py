@@ -107,8 +107,16 @@ def _generation(case: ModelCase, diverges: bool) -> list[TextColumn]:
         TextColumn("attention", [formatting.share_text(row.attention_share) for row in rows]),
         TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),
         TextColumn("off", [formatting.error(row.logits_error) for row in rows]),
-        *([TextColumn("KL", [formatting.error(row.kl_divergence) for row in rows])] if diverges else []),
+        *(_quantization(rows) if diverges else []),
         TextColumn("verdict", [formatting.word(row, case) for row in rows]),
+    ]
+
+
+def _quantization(rows: Sequence[ModelRow]) -> list[TextColumn]:
+    """Return the columns of speedups over unquantized caches, and of divergences from them."""
+    return [
+        TextColumn(formatting.OVER["unquantized"], [formatting.over_text(row, "unquantized") for row in rows]),
+        TextColumn("KL", [formatting.error(row.kl_divergence) for row in rows]),
     ]
 
 

@@ -1,5 +1,6 @@
 """Small models that really run: their measurements, and detection of wrong implementations."""
 
+import math
 from pathlib import Path
 from statistics import median
 
@@ -14,7 +15,7 @@ from attention.measure.rounds import take_sample
 from attention.mlx_lm import configuration
 from attention.mlx_lm.arms import SharedPass
 from attention.mlx_lm.fine_tuning import FineTuningBench
-from attention.mlx_lm.generation import GenerationBench, PrefillRun, Prompts
+from attention.mlx_lm.generation import GenerationBench, PrefillRun, Prompts, kl_divergence, read_by_mlx_lm
 from attention.mlx_lm.network import Network
 from attention.mlx_lm.patch import replace_attention
 from fatui.report.table import model_notes
@@ -71,23 +72,32 @@ def test_both_phases_are_measured_with_every_implementation():
     assert record.case(1).rows[0].tokens_per_second == pytest.approx(2 / record.case(1).rows[0].call_s.median)
 
 
-def test_a_quantized_cache_is_measured_with_its_divergence():
-    formats = ["int8:32", "mxfp4+int8:32"]
-    work = {"generate": 2, "measured_layers": 2, "dtype": "float32"}
-    cases = generations(4, model="tiny-llama", prompts=[12], batches=[2], kv_formats=formats, **work)
+def test_a_quantized_cache_is_measured_beside_an_unquantized_one():
+    work = {"generate": 2, "measured_layers": 2, "dtype": "float32", "kv_formats": ["int8:32"]}
+    cases = generations(4, model="tiny-llama", prompts=[12], batches=[1], **work)
     record = run(GenerationBench, GenerationPlan(cases=cases, implementations=("baseline", "mlx"), seconds=0.1))
-    for index, kv_format in enumerate(formats * 2):
-        case = record.case(index)
-        baseline, ours = case.rows
-        assert case.workload.kv_format == kv_format
-        row_bytes = {"int8:32": 32 + 8, "mxfp4": 16 + 1}  # a scale and a bias in float32, or one byte
-        key, _, value = kv_format.partition("+")
-        assert case.kv_token_bytes == 4 * 2 * (row_bytes[key] + row_bytes[value or key])
-        assert case.cache_bytes >= 2 * 12 * case.kv_token_bytes
-        assert baseline.status == "ok"
-        assert 0 < baseline.kl_divergence < 0.1
-        assert ours.status == ("unsupported" if "+" in kv_format else "ok")
-    assert record.case(0).rows[0].kl_divergence < record.case(1).rows[0].kl_divergence
+    for case in (record.case(0), record.case(1)):
+        assert case.kv_token_bytes == 4 * 2 * 2 * (32 + 8), "of 4 layers, 2 heads: 32 numbers, a scale and a bias"
+        assert case.cache_bytes >= 12 * case.kv_token_bytes
+        for row in case.rows:
+            assert row.status == "ok"
+            assert 0 < row.kl_divergence < 0.1
+            assert 0.05 < row.over_unquantized.value < 20
+            assert len(row.samples) >= 6
+
+
+def test_mlx_lm_reads_one_int_format_alone():
+    read = [text for text in ("none", "int4", "int8:32", "int8+int4", "mxfp4", "mxfp4+int8") if read_by_mlx_lm(text)]
+    assert read == ["none", "int4", "int8:32"]
+
+
+def test_the_divergence_is_that_of_distributions():
+    first = mx.log(mx.array([[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]))
+    second = mx.log(mx.array([[0.25, 0.5, 0.25], [0.2, 0.4, 0.4]]))
+    expected = (0.5 * math.log(2) + 0.25 * math.log(0.5)) / 2
+    assert kl_divergence(first, second + 7.0) == pytest.approx(expected, rel=1e-5)
+    assert kl_divergence(first, first) == 0.0
+    assert kl_divergence(first, second * mx.nan) is None
 
 
 def test_what_will_not_fit_is_refused_before_weights_are_made():

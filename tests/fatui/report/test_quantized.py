@@ -100,6 +100,7 @@ def test_models_caches_are_beside_the_unquantized_one() -> None:
             call_s=Interval(median=0.02, low=0.02, high=0.02),
             samples=(0.02,) * 8,
             kl_divergence=None if kv_format == "none" else 0.0012,
+            over_unquantized=FORMATS[1].rows[0].over_unquantized if kv_format != "none" else None,
         )
         work = Generation(model="m", phase=phase, prompt=8, layers=2, kv_format=kv_format)  # type: ignore[arg-type]
         return ModelCase(workload=work, reference="poc", rows=(row,), kv_token_bytes=1024, cache_bytes=2**20)
@@ -107,8 +108,8 @@ def test_models_caches_are_beside_the_unquantized_one() -> None:
     (table,) = quantized_blocks([], [model("none"), model("int4"), model("none", "prefill")], ["poc"])
     assert isinstance(table, Table)
     assert [row[1:] for row in table.rows] == [
-        ("poc", "50.0", "1 MiB", "1 KiB", "-"),
-        ("poc", "50.0", "1 MiB", "1 KiB", "1.2e-3"),
+        ("poc", "50.0", "-", "1 MiB", "1 KiB", "-"),
+        ("poc", "50.0", "1.50 ±0.02x", "1 MiB", "1 KiB", "1.2e-3"),
     ]
 
 
