@@ -10,7 +10,7 @@ from textual.widgets import Static
 
 from attention.core.results import Report
 from fatui import formatting
-from fatui.report import scaling, sparse
+from fatui.report import quantized, scaling, sparse
 from fatui.tui import actions
 from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
@@ -96,7 +96,8 @@ class Scaling(Screen[None]):
         self.query_one("#chart-pane").border_title = literal(
             f"tokens/s over {_axes_text((axis,))}{' · ' + part if part else ''} · {scale}"
         )
-        self.query_one("#words", Static).update("\n".join(_crossover_words(lines, axis)))
+        words = [*_crossover_words(lines, axis), *_quantized_words(report, axis, part)]
+        self.query_one("#words", Static).update("\n".join(words))
 
     def _draw_densities(self, report: Report) -> None:
         parts = scaling.slices(report, ("mask",))
@@ -138,6 +139,14 @@ def _names(report: Report) -> list[str]:
 def _densities(report: Report, part: str) -> tuple[str, ...]:
     """Return the densities of random blocks in one slice of a run, if there are several."""
     return sparse.density_curves(scaling.cases_of(report, ("mask",), part), _names(report))[0]
+
+
+def _quantized_words(report: Report, axis: str, part: str) -> list[str]:
+    """Return the findings on quantized keys and values: which formats gain, or the length from which one does."""
+    find = {"kv_format": quantized.formats_text, "seq": quantized.break_even_text, "kv_seq": quantized.break_even_text}
+    cases = scaling.cases_of(report, (axis,), part)
+    found = [find[axis](name, quantized.format_points(cases, name)) for name in _names(report) if axis in find]
+    return [text for text in found if text]
 
 
 def _in_part(report: Report, axis: str, part: str, value: scaling.Value) -> bool:

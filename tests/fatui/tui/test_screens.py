@@ -6,6 +6,7 @@ from pathlib import Path
 
 from textual.widgets import Input, Static
 
+from attention.core.workload import Workload
 from fatui import storage
 from fatui.storage import presets
 from fatui.storage.history import RunHistory
@@ -13,6 +14,7 @@ from fatui.tui import terminal
 from fatui.tui.screens.dialogs import RowDetails
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
+from tests.support.sample_runs import plan_of, report_of
 from tests.support.stage import on_stage
 
 
@@ -154,6 +156,16 @@ async def test_scaling_over_random_blocks_names_the_break_even(stage):
     assert "baseline is faster than dense with random blocks at densities from 0.1 to 1" in seen
     await stage.press("a")
     assert "tokens/s over mask" in stage.seen()
+
+
+async def test_scaling_over_formats_names_those_that_gain(stage):
+    formats = tuple(Workload(seq=256, kv_format=each) for each in ("none", "int4", "int8", "int3"))
+    stage.app.runs.show_past(report_of(plan_of(formats)))
+    await stage.press("g")
+    seen = stage.seen()
+    assert seen.index(" none ") < seen.index(" int8 ") < seen.index(" int4 ") < seen.index(" int3 "), "by bits"
+    assert "poc gains most with int4, 2.5" in seen
+    assert "it loses with int3" in seen
 
 
 async def test_scaling_without_a_sweep_says_how_to_get_one(stage):
