@@ -66,6 +66,7 @@ def calls(dim: int) -> None:
             if refusal:
                 raise RuntimeError(refusal)
         mx.eval(mx.vjp(_listed, primals, [cotangent])[1])
+        mx.eval(mx.vjp(_sloped, primals, [cotangent])[1])
 
 
 def _listed(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -73,6 +74,13 @@ def _listed(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     from attention import masks
 
     return cuda.flash_attention(q, k, v, scale=0.1, pattern=masks.prefix(130) | masks.window(20))
+
+
+def _sloped(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Compute causal attention with ALiBi."""
+    import mlx.core as mx
+
+    return cuda.flash_attention(q, k, v, scale=0.1, causal=True, alibi=mx.array([0.5, 0.25, 0.1, 0.0], mx.float32))
 
 
 def general_calls() -> None:
@@ -95,8 +103,8 @@ def general_calls() -> None:
             return cuda.flash_attention(q, k, v, scale=call.scale, causal=call.causal, mask=mask)
 
         with portable_only():
-            mx.eval(mx.vjp(attend, primals, [cotangent])[1])
-            mx.eval(mx.vjp(_listed, primals, [cotangent])[1])
+            for function in (attend, _listed, _sloped):
+                mx.eval(mx.vjp(function, primals, [cotangent])[1])
 
 
 def main() -> int:
