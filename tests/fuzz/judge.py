@@ -190,7 +190,10 @@ def _forward(transform: str, attend: Callable[..., mx.array], primals: list[mx.a
 def _with_gradients(
     transform: str, attend: Callable[..., mx.array], primals: list[mx.array], cotangent: mx.array
 ) -> list[mx.array]:
-    argnums = tuple(range(len(primals)))
+
+    def gradient_of(function: Callable[..., mx.array]) -> Callable[..., list[mx.array]]:
+        made = mx.grad(function, argnums=tuple(range(len(primals))))
+        return made if len(primals) > 1 else lambda *given: [made(*given)]  # MLX returns an only gradient itself
 
     def loss(*given: mx.array) -> mx.array:
         return (attend(*given).astype(mx.float32) * cotangent.astype(mx.float32)).sum()
@@ -200,16 +203,16 @@ def _with_gradients(
 
     if transform == "vmap":
         pairs = _pairs(primals)
-        return [mx.vmap(attend)(*pairs)[0], *(x[0] for x in mx.grad(loss_of_pairs, argnums=argnums)(*pairs))]
+        return [mx.vmap(attend)(*pairs)[0], *(x[0] for x in gradient_of(loss_of_pairs)(*pairs))]
     if transform == "vmap_grad":
-        return [attend(*primals), *(x[0] for x in mx.vmap(mx.grad(loss, argnums=argnums))(*_pairs(primals)))]
+        return [attend(*primals), *(x[0] for x in mx.vmap(gradient_of(loss))(*_pairs(primals)))]
     if transform == "vmap_q":
         q = mx.stack([primals[0], primals[0] * 0.5])
         axes = (0, *(None for _ in primals[1:]))
-        mapped = mx.vmap(mx.grad(loss, argnums=argnums), in_axes=axes)(q, *primals[1:])
+        mapped = mx.vmap(gradient_of(loss), in_axes=axes)(q, *primals[1:])
         return [attend(*primals), *(x[0] for x in mapped)]
     if transform == "grad_compile":
-        return [attend(*primals), *mx.compile(mx.grad(loss, argnums=argnums))(*primals)]
+        return [attend(*primals), *mx.compile(gradient_of(loss))(*primals)]
     function = {"compile": mx.compile, "checkpoint": mx.checkpoint}.get(transform, lambda f: f)(attend)
     outputs, gradients = mx.vjp(function, primals, [cotangent])
     return [*outputs, *gradients]

@@ -478,7 +478,7 @@ def problem_size(workload: Workload, backend: Backend) -> ProblemSize:
         causal=workload.causal,
         window=workload.window,
         training=training,
-        unpacking=unpacking_arrays(workload, backend) if workload.quantized else 0.0,
+        unpacking=0.0 if reads_packed(workload, backend) else unpacking_arrays(workload, backend),
     )
 
 

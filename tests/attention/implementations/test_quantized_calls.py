@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 import attention as package
 from attention import attention, masks, quantized
@@ -18,6 +19,7 @@ from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
 from attention.implementations.autotune.trial import CompiledSdpa, candidates, fitting_candidates
 from attention.implementations.baseline import Baseline
+from attention.implementations.bounded.explain import explain
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.calls import MlxRunner, call_signature, make_inputs, take_path
 from attention.implementations.mlx_sdpa import MlxSdpa
@@ -265,6 +267,15 @@ def test_unfused_paths_predict_what_they_need(form, dtype):
         peak = MlxRunner(implementation, workload, make_inputs(workload, 0), workload.scale).peak_bytes()
         predicted = implementation.route(workload, probe()).predicted_bytes
         assert 0.5 * predicted <= peak <= 1.05 * predicted
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "metal"])
+@pytest.mark.parametrize("seq", [1, 512])
+def test_what_practical_chose_is_explained(seq, backend):
+    workload = Workload(seq=seq, kv_seq=4096, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16", kv_format="int4")
+    found = {one.what: one for one in explain(Practical(), workload, structs.replace(probe(), backend=backend))}
+    assert found["way"].value == ("packed" if seq == 1 else "blocks")
+    assert ("tile" in found) == (seq > 1)
 
 
 def test_demo_tries_candidates_that_read_quantized_ones(tmp_path: Path):
