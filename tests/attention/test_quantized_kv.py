@@ -1,7 +1,9 @@
 """Quantized keys and values as arguments: what `quantized` makes, its exact values, and what is refused."""
 
+import doctest
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -157,3 +159,11 @@ def test_importing_attention_imports_no_mlx():
     assert "quantized" in package.__all__
     with pytest.raises(AttributeError, match="has no attribute 'quantised'"):
         package.quantised  # noqa: B018
+
+
+def test_the_examples_of_the_page_run():
+    page = Path(__file__).parents[2] / "docs" / "quantized.md"
+    text = page.read_text(encoding="utf-8").partition("## Caches")[0]
+    runner = doctest.DocTestRunner()
+    runner.run(doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0))
+    assert (runner.failures, runner.tries > 5) == (0, True)

@@ -1,11 +1,16 @@
 """Formats of quantized keys and values: their texts, their bytes, and what is no format."""
 
+import re
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
 from attention import UsageError
 from attention.core.kv_format import FORMAT_NAMES, Format, KVFormat, parse_format, parse_kv_format
 from tests.support.quantized_values import FORMATS
+
+PAGE = Path(__file__).parents[3] / "docs" / "quantized.md"
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -21,6 +26,19 @@ def test_a_row_takes_the_bytes_of_its_parts(text, dtype):
     form = parse_format(text)
     parts = mx.quantize(mx.zeros((1, 256), dtype), form.group_size, form.bits, form.mode)
     assert form.row_bytes(256, dtype.size) == sum(part.nbytes for part in parts)
+
+
+def test_the_sizes_on_the_page_are_right():
+    rows = re.findall(
+        r"^\| `(\S+)` \| (\d+).*? \| (\d+) \| ([\d.]+) \| ([\d,]+) \| 1/([\d.]+) \|$", PAGE.read_text(), re.M
+    )
+    assert {name for name, *_ in rows} >= set(FORMAT_NAMES)
+    for name, bits, group, value_bits, token, share in rows:
+        form = parse_format(name)
+        row = form.row_bytes(128, 2)
+        assert (form.bits, form.group_size) == (int(bits), int(group))
+        assert (row * 8 / 128, 2 * 8 * row) == (float(value_bits), int(token.replace(",", "")))
+        assert f"{256 / row:.2f}" == share
 
 
 def test_keys_and_values_may_differ():
