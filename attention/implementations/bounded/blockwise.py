@@ -316,12 +316,13 @@ def _operand_of_tile(x: KeyOrValue, arrays: list[mx.array], query: mx.array, cal
     """Reassemble a slice of keys or values; dequantize it unless the call reads it packed."""
     if not isinstance(x, QuantizedArray):
         return arrays[0]
+    # Integers have no gradient; without this MLX would look for one, since every array of the chain depends on q.
+    integers = (mx.uint32, mx.uint8)
+    tile = x.with_arrays([mx.stop_gradient(part) if part.dtype in integers else part for part in arrays])
     if call.packed:
-        # Integers have no gradient; without this MLX would look for one, since every array of the chain depends on q.
-        integers = (mx.uint32, mx.uint8)
-        return x.with_arrays([mx.stop_gradient(part) if part.dtype in integers else part for part in arrays])
+        return tile
     in_half = call.arithmetic == "native" and query.dtype != mx.float16
-    return x.with_arrays(arrays).dequantized(query.dtype if in_half else mx.float32)
+    return tile.dequantized(query.dtype if in_half else mx.float32)
 
 
 def _state_of_sinks(sinks: mx.array, scores: mx.array, width: int | None) -> OnlineSoftmax:

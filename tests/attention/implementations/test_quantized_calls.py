@@ -126,9 +126,9 @@ def test_sinks_are_an_extra_weight(name, form, seq):
 
 
 @pytest.mark.parametrize("name", ["baseline", "practical", "in tiles", "mlx"])
-@pytest.mark.parametrize("seq", [1, 40])
-def test_gradients_of_the_query_and_of_the_mask_are_right(name, seq):
-    q, k, v = arrays(seq)
+@pytest.mark.parametrize(("seq", "form"), [(1, "int8:32+int4"), (40, "int8:32+int4"), (40, "mxfp8"), (1, "nvfp4")])
+def test_gradients_of_the_query_and_of_the_mask_are_right(name, seq, form):
+    q, k, v = arrays(seq, form=form)
     dense = [mx.array(exact(x).astype(np.float32)) for x in (k, v)]
     added = mx.random.normal((4, seq, 90), key=mx.random.key(5))
 
