@@ -3,9 +3,11 @@
 from abc import abstractmethod
 from typing import ClassVar, Final
 
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Vertical, VerticalScroll
+from textual.events import Mount
 from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Input, Static
@@ -237,6 +239,19 @@ class Models(ModelScreen):
             Choice("type", ("bfloat16", "float16", "float32"), id="dtype"),
             Choice("K/V", kv_format.options(()), id="kv_format", typing=kv_format, say=self._say_format),
         ]
+
+    @on(Mount)
+    @on(Choice.Changed)
+    def _offer_formats(self) -> None:
+        """Offer formats of keys and values whose groups divide the heads of the model."""
+        choice = self.query_one("#kv_format", Choice)
+        try:
+            offered = kv_format.options((find_model(self.chosen("model")).head_dim,))
+        except UsageError:  # its folder is gone: reported when it is run
+            return
+        if offered != choice.options:
+            same = dict(zip(choice.options, offered, strict=True))
+            choice.show(tuple(same.get(value, value) for value in choice.values), options=offered)
 
     def _say_format(self, text: str) -> str:
         return kv_format.say(text, self.query_one("#dtype", Choice).value)  # type: ignore[arg-type]  # one of its options

@@ -199,3 +199,26 @@ async def test_a_model_of_the_history_opens_on_its_own_screen(stage):
     await stage.press("enter")
     await stage.settle(lambda: isinstance(stage.app.screen, Models))
     assert "prefill" in stage.seen()
+
+
+async def test_a_quantized_cache_is_chosen_in_groups_that_fit_the_model():
+    async with on_stage() as stage:
+        await stage.press("m")
+        model, formats = stage.find("#model", Choice), stage.find("#kv_format", Choice)
+        formats.focus()
+        await stage.press("right")
+        assert formats.value == "int8"
+        model.focus()
+        await stage.press("end")
+        assert (model.value, formats.value) == ("tiny-llama", "int8:32")
+        formats.focus()
+        await stage.press("4", "r")
+        assert "do not divide the heads of tiny-llama" in stage.app.journal.text()
+        await stage.press("4", ":", "3", "2", "r")
+        assert [case.kv_format for case in stage.engine.record.plan.cases] == ["int4:32", "int4:32"]
+        assert stage.app.runs.models["models"].command.endswith(
+            "--kv-format int4:32 --impl baseline,mlx,practical,poc,demo --seconds 10"
+        )
+        play_generation(stage.engine)
+        await finish(stage, "models")
+        assert "K/V int4:32" in stage.seen()
