@@ -157,7 +157,8 @@ def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "Model
     """Replace attention in every mlx-lm model, loaded now or later, while the context is open.
 
     A context manager and a decorator. Entering it returns an object with counters: `calls_taken` and `taken` (by path),
-    `calls_handed` and `handed` (calls passed to MLX's own function, by reason), and `summary()` as text.
+    `calls_handed` and `handed` (calls passed to MLX's own function, by reason), and `summary()` as text. Quantized
+    keys and values that neither the implementation nor mlx-lm supports are among these, and go to `practical`.
     Functions traced by `mx.compile` in the meantime keep what was traced.
 
     Args:

@@ -305,13 +305,13 @@ def _problem(error: UsageError) -> str:
 
 
 class CallCounts:
-    """Counters of calls computed by an implementation, by path, and of calls passed on to MLX, by reason.
+    """Counters of calls computed by an implementation, by path, and of calls passed on, by reason.
 
     Only calls in Python count: a function compiled by `mx.compile` runs again without one.
 
     Attributes:
         taken: calls computed by the implementation, by path.
-        handed: calls passed on to MLX's own function, by reason.
+        handed: calls passed on, by reason: to practical if it ends in `TO_PRACTICAL`, otherwise to MLX's own function.
     """
 
     def __init__(self) -> None:
@@ -325,7 +325,7 @@ class CallCounts:
             self.taken[path] += 1
 
     def count_passed_on(self, reason: str) -> None:
-        """Count a call passed on to MLX's own function."""
+        """Count a call passed on."""
         with self._lock:
             self.handed[reason] += 1
 
@@ -336,7 +336,7 @@ class CallCounts:
 
     @property
     def calls_handed(self) -> int:
-        """Number of calls passed on to MLX's own function."""
+        """Number of calls passed on."""
         return self.handed.total()
 
     def lines(self, name: str) -> list[str]:
@@ -398,7 +398,8 @@ class ModelPatch(CallCounts):
     """Context manager and decorator that replaces attention in mlx-lm's models.
 
     It applies to the whole process, whichever thread enters it. If several patches are open, the one entered last
-    gets the calls; a patch may be entered more than once. Unsupported calls are passed on to MLX's own function.
+    gets the calls; a patch may be entered more than once. Unsupported calls are passed on to MLX's own function, or to
+    `practical` if keys and values are quantized and mlx-lm does not support them either.
 
     Attributes:
         implementation: the implementation that computes the calls.

@@ -26,6 +26,7 @@ from mlx_lm.models.cache import (
 import attention
 from attention.core.errors import UsageError
 from attention.core.kv_format import Format, parse_kv_format
+from attention.core.route import Route, unsupported
 from attention.implementations.bounded.implementation import Practical
 from attention.mlx_lm import caches
 from tests.support.tiny_models import LAYERS, tiny, tokens
@@ -77,10 +78,10 @@ def packed(layout: str, kv_format: str) -> Any:
     return caches.to_quantized(LAYOUTS[layout](), kv_format)
 
 
-def next_logits(model: Any, cache: list[Any]) -> mx.array:
+def next_logits(model: Any, cache: list[Any], token: int = 0) -> mx.array:
     """Return the logits after one more token."""
     with attention.patch_mlx_lm("practical"):
-        out: mx.array = model(tokens(2, 1), cache=cache)
+        out: mx.array = model(tokens(2, LONGEST)[:, token : token + 1], cache=cache)
         mx.eval(out)
     return out
 
@@ -203,6 +204,20 @@ def test_what_nobody_else_takes_practical_computes() -> None:
     assert_close(got, wanted)
 
 
+@pytest.mark.parametrize(("kv_format", "heir"), [("int8:32", "MLX's own"), ("int8:32+int4:32", "practical")])
+def test_mlx_lm_gets_what_it_can_read(kv_format: str, heir: str) -> None:
+    class Refusing(Practical):
+        def route(self, *_: Any, **__: Any) -> Route:
+            return unsupported("a test")
+
+    model = tiny("qwen2", num_hidden_layers=1)
+    wanted = logits(model, [dense("plain", kv_format)], [29, 1])
+    with attention.patch_mlx_lm(Refusing()) as patch:
+        got = logits(model, [packed("plain", kv_format)], [29, 1])
+    assert f"{heir} got 2: a test" in patch.summary()
+    np.testing.assert_allclose(got, wanted, atol=TOLERANCE[mx.float32])
+
+
 def test_dense_copies_for_an_implementation_are_counted() -> None:
     class Dense(Practical):
         takes_quantized = False
@@ -261,6 +276,65 @@ def test_batches_of_uneven_prompts_agree(model_name: str, max_kv_size: int | Non
         got, left = batched_tokens(model, lambda: caches.make_prompt_cache(model, max_kv_size, "int8:32"))
     assert got == wanted
     assert [[one.offset for one in each] for each in left] == [[length + 6] * LAYERS for length in PROMPTS]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_order_of_operations_leaves_the_same_rows(layout: str) -> None:
+    kv_format, random = "int8:32+nvfp4", np.random.default_rng(11)
+    formats = parse_kv_format(kv_format)
+    assert formats is not None
+
+    def store(both: list[Any], length: int) -> None:
+        k, v = (mx.array(random.standard_normal((batch, 2, length, 32)).astype(np.float32)) for _ in range(2))
+        both[0].update_and_fetch(rounded(k, formats.key), rounded(v, formats.value))
+        both[1].update_and_fetch(k, v)
+
+    def rows(x: tuple[mx.array, ...], form: Format) -> mx.array:
+        made: mx.array = caches.quantized(x, form).dequantized(mx.float32)
+        return made
+
+    batch = 2
+    both = [LAYOUTS[layout](), packed(layout, kv_format)]
+    if "batch" in layout:
+        for one in both:
+            one.prepare(left_padding=[1, 2])
+    store(both, 7)
+    for _ in range(40):
+        choice = random.integers(7)
+        if choice == 0 and both[0].is_trimmable() and np.array(both[0].offset).min() >= 3:
+            assert both[0].trim(3) == both[1].trim(3)
+        elif choice == 1:
+            both = copy.deepcopy(both)
+        elif choice == 2:
+            both = [both[0], type(both[1]).from_state(both[1].state)]
+        elif choice == 3 and "batch" in layout:
+            keep = random.permutation(batch)[: max(1, batch - 1)].tolist()
+            batch = len(keep)
+            for one in both:
+                one.filter(keep)
+        elif choice == 4 and "batch" in layout:
+            further = [LAYOUTS[layout](), packed(layout, kv_format)]
+            own, batch = batch, 2
+            store(further, int(random.integers(1, 30)))
+            batch = own + 2
+            for one, other in zip(both, further, strict=True):
+                one.extend(other)
+        elif choice == 5 and "batch" in layout:
+            padding = random.integers(0, 4, batch).tolist()
+            for one in both:
+                one.prepare(lengths=[5 - pad for pad in padding], right_padding=padding)
+            store(both, 5)
+            for one in both:
+                one.finalize()
+        else:
+            store(both, int(random.choice([1, 1, 1, 2, 17])))
+        wanted, got = both
+        assert np.array_equal(wanted.offset, got.offset)
+        assert wanted.size() == got.size()
+        assert mx.array_equal(wanted.keys, rows(got.keys, formats.key))
+        assert mx.array_equal(wanted.values, rows(got.values, formats.value))
+        masks = [one.make_mask(3, return_array=True, window_size=None) for one in both]
+        assert mx.array_equal(*masks)
 
 
 def test_a_batch_takes_one_format() -> None:
@@ -348,11 +422,12 @@ def test_a_quantized_copy_leaves_the_cache_alone(make: Callable[[], Any]) -> Non
     untouched = copy.deepcopy(cache)
     made = caches.quantize_prompt_cache(cache, "int8:32")
     assert [one.offset for one in made] == [30] * LAYERS
-    found = next_logits(model, made)
-    np.testing.assert_allclose(found, next_logits(model, untouched), atol=0.05)
-    untouched = copy.deepcopy(cache)
-    assert mx.array_equal(next_logits(model, cache), next_logits(model, untouched))
-    assert [one.offset for one in made] == [31] * LAYERS
+    expected = copy.deepcopy(made)
+    np.testing.assert_allclose(next_logits(model, made), next_logits(model, copy.deepcopy(cache)), atol=0.05)
+    # Each writes a token of its own behind the 30.
+    np.testing.assert_array_equal(next_logits(model, cache, token=1), next_logits(model, untouched, token=1))
+    next_logits(model, expected)
+    np.testing.assert_array_equal(next_logits(model, made), next_logits(model, expected))
 
 
 def test_the_end_can_be_trimmed() -> None:
