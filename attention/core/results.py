@@ -141,6 +141,8 @@ class Case(CaseRows, frozen=True, kw_only=True):
     reference: str | None = None
     """The reference of speedups: the baseline, or the first implementation that ran if the baseline could not."""
     noise_floor: NoiseFloor | None = None
+    kv_token_bytes: int | None = None
+    """Bytes of the keys and values of one token, scales and biases included."""
     rows: tuple[Row, ...] = ()
 
 

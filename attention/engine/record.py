@@ -232,7 +232,13 @@ class Record(RunRecord[Plan, Case]):
         workload, record = self.plan.cases[index], self.cases[index]
         floor, made = paired_rows(record, workload.tokens)
         rows = tuple(_with_rates(row, workload.flops, self.peaks) for row, _ in made)
-        return Case(workload=workload, reference=record.reference, noise_floor=floor, rows=rows)
+        return Case(
+            workload=workload,
+            reference=record.reference,
+            noise_floor=floor,
+            kv_token_bytes=workload.kv_token_bytes,
+            rows=rows,
+        )
 
 
 def _with_rates(row: Row, flops: int, peaks: Peaks) -> Row:

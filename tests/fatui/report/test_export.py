@@ -97,6 +97,7 @@ def test_quantized_keys_and_values_have_columns_of_their_own():
     lines = list(csv.DictReader(io.StringIO(export.to_csv(report))))
     assert (lines[1]["kv_format"], lines[1]["kv_token_bytes"], lines[1]["kv_error"]) == ("int4", "576", "0.11")
     assert float(lines[1]["unquantized_s_median"]) == poc.unquantized_s.median
+    assert json.loads(export.to_json(report))["cases"][0]["kv_token_bytes"] == 576
     assert (lines[5]["kv_format"], lines[5]["kv_token_bytes"], lines[5]["over_unquantized_value"]) == (
         "none",
         "2048",
