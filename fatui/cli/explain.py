@@ -62,6 +62,8 @@ def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "R
 
     title = Text(case.label, style="bold")
     facts = f" · {formatting.flops(case.flops)} · {formatting.size(case.bytes_moved)} in and out"
+    if sizes := formatting.kv_sizes(case):
+        facts += f" · K/V {sizes}"
     title.append(f"{facts} · {formatting.size(device.available_bytes)} free", style="not bold dim")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     for head in ("", "path", "kernel"):

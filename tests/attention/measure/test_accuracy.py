@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from msgspec import structs
 
 from attention.core.workload import Workload
 from attention.implementations import load_implementation
@@ -68,3 +69,23 @@ def test_a_sample_holds_first_and_last_row_and_is_bounded() -> None:
     assert {0, 131071} <= set(sample.rows.tolist())
     assert len(sample.rows) * len(sample.groups) * 8 * 131072 <= 8 * 131072 * 2 + 4_000_000
     assert len(np.unique(sample.rows)) == len(sample.rows)
+
+
+def test_the_error_of_quantization_is_apart_from_the_verdict() -> None:
+    quantized = Workload(seq=8, kv_seq=40, heads=4, kv_heads=2, head_dim=32, dtype="float32", kv_format="int3:32")
+    plain = structs.replace(quantized, kv_format="none")
+    inputs, before = make_inputs(quantized, 0), make_inputs(plain, 0)
+    q, k, v = (np.array(array).astype(np.float64) for array in before)
+    weights = np.exp(q @ k.repeat(2, axis=1).swapaxes(-1, -2) / np.sqrt(32))
+    exact = (weights / weights.sum(axis=-1, keepdims=True)) @ v.repeat(2, axis=1)
+    checker = AccuracyChecker(quantized, inputs, unquantized=before)
+    found = runner_for(load_implementation("baseline"), quantized, inputs, quantized.scale).results()
+    result = checker.check(found)
+    off = np.array(found[0]).astype(np.float64) - exact
+    assert result.accurate, "against what the three bits stand for"
+    assert result.kv_error == pytest.approx(np.sqrt(np.mean(off**2) / np.mean(exact**2)), rel=1e-6)
+    assert 0.05 < result.kv_error < 0.5
+    unquantized = checker.check([mx.array(exact.astype(np.float32))])
+    assert not unquantized.accurate, "it is not what the three bits stand for"
+    assert unquantized.kv_error is not None
+    assert unquantized.kv_error < 1e-6
