@@ -107,6 +107,21 @@ def general_calls() -> None:
                 mx.eval(mx.vjp(function, primals, [cotangent])[1])
 
 
+def fp8_calls() -> None:
+    """Run calls of the kernels in 8 bits: partial tiles, tiles split over blocks, every mask."""
+    import mlx.core as mx
+
+    from attention.kernels.cuda import fp8
+    from attention.kernels.cuda.runtime import selfcheck
+    from attention.kernels.cuda.runtime.call import CallShape
+    from attention.masks import Mask
+
+    for dim, (queries, keys) in ((64, (150, 170)), (96, (300, 2900)), (128, (330, 523))):
+        inputs = selfcheck.inputs(CallShape(1, 4, 2, queries, keys, dim, "bf16"))[:3]
+        for mask in (Mask(), Mask(causal=True), Mask(causal=True, window=70)):
+            mx.eval(fp8.attend(*inputs, scale=0.1, mask=mask))
+
+
 def main() -> int:
     """Run every tool on the general kernels and, on Hopper, on the Hopper kernels at every head dimension."""
     usable, reason = cuda.availability()
@@ -116,7 +131,7 @@ def main() -> int:
             reason if not usable else "compute-sanitizer is not on the PATH; the CUDA toolkit has it", file=sys.stderr
         )
         return 3
-    parts = (*(map(str, DIMS) if cuda.variant() == "hopper" else ()), "general")
+    parts = (*((*map(str, DIMS), "fp8") if cuda.variant() == "hopper" else ()), "general")
     with ThreadPoolExecutor(len(parts)) as pool:  # under a sanitizer a process leaves most of the GPU idle
         return max(pool.map(functools.partial(sanitized, sanitizer), parts))
 
@@ -138,6 +153,7 @@ def sanitized(sanitizer: str, part: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        general_calls() if sys.argv[1] == "general" else calls(int(sys.argv[1]))
+        named = {"general": general_calls, "fp8": fp8_calls}
+        named[sys.argv[1]]() if sys.argv[1] in named else calls(int(sys.argv[1]))
     else:
         sys.exit(main())

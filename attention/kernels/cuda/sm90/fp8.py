@@ -9,7 +9,6 @@ from attention.kernels.cuda.sm90.forward import Forward, wgmma
 
 QUANTIZED_ROWS: Final = 128
 """Rows per block of the quantisation, and keys per scale of K and V."""
-THREADS: Final = 256
 WIDTHS: Final = (64, 128)
 """Head dims of the kernels; narrower inputs are zero-filled."""
 
@@ -31,8 +30,8 @@ class Quantize:
             architecture="sm_90a",
             constants=tuple((name, int(value)) for name, value in constants.items()),
             texts=("runtime/common.cuh", "sm90/fp8_quantize.cu"),
-            threads=THREADS,
-            shared_memory=max(64 + 128 * self.head_dim, 32 + 32 * THREADS + 4 * self.head_dim),
+            threads=4 * self.head_dim,
+            shared_memory=64 + 132 * self.head_dim,
         )
 
 

@@ -1,4 +1,4 @@
-// Quantisation of Q, K and V to fp8 (e4m3) for fp8_forward.cu: one block of 256 threads for 128 rows of a head.
+// Quantisation of Q, K and V to fp8 (e4m3) for fp8_forward.cu: one block for 128 rows of a head.
 //
 //   Q   [row][column]   times softmax scale and log2(e)            one power of two for 64 rows
 //   K   [key][column]   minus the mean over sampled keys           one power of two for 128 keys
@@ -12,13 +12,13 @@
 // 8 j + 2 t + 1 of S, and as left operand 4 t to 4 t + 3 of every 16. Position 4 t + b of 16 therefore holds key
 // 2 t + 8 (b / 2) + b % 2.
 
-constexpr int ROWS = 128;      // rows per block
-constexpr int QUERY_ROWS = 64; // rows of Q per scale: those of a consumer warpgroup
-constexpr int THREADS = 256;
-constexpr int GROUPS = HEAD_DIM / 8;  // 16-byte groups of columns
-constexpr int LANES = THREADS / GROUPS;
-constexpr int STEPS = ROWS / LANES;  // rows per thread
-constexpr int SAMPLE = 64;           // keys that the mean is taken from
+constexpr int ROWS = 128;       // rows per block
+constexpr int QUERY_ROWS = 64;  // rows of Q per scale: those of a consumer warpgroup
+constexpr int THREADS = 4 * HEAD_DIM;
+constexpr int GROUPS = HEAD_DIM / 8;     // 16-byte groups of columns
+constexpr int LANES = THREADS / GROUPS;  // rows at a time
+constexpr int SAMPLE = 32;               // keys that the mean is taken from
+static_assert(LANES == SAMPLE);
 constexpr float LARGEST = 448;
 constexpr int MIN_EXPONENT = -30, MAX_EXPONENT = 60;
 
@@ -88,66 +88,72 @@ DEVICE float block_max(float x, float* room) {
 
 struct Shared {
   float maxima[THREADS / 32];
-  float sums[THREADS * 8];
+  float sample[SAMPLE][HEAD_DIM];
   float mean[HEAD_DIM];
 };
 
-// Mean of the sampled keys, the 8 columns of this thread's group.
-DEVICE void sample_mean(float (&mean)[8], const Rows& keys, Shared& shared) {
+// Computes the mean of the sampled keys in `shared.mean`. They are spread over equal parts of the sequence, at another place in
+// each, since rotary embeddings are periodic.
+DEVICE void sample_mean(const Rows& keys, Shared& shared) {
   const int group = threadIdx.x % GROUPS, lane = threadIdx.x / GROUPS;
   const int sampled = min(keys.count, SAMPLE);
-  float sum[8] = {};
-  for (int i = lane; i < sampled; i += LANES) {
-    float x[8];
-    unpack(x, keys.load(static_cast<i64>(i) * keys.count / sampled, group));
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum[j] += x[j];
+  float x[8] = {};
+  if (lane < sampled) {
+    const i64 place = SAMPLE * lane + lane * 19 % SAMPLE;  // of SAMPLE * SAMPLE
+    unpack(x, keys.load(sampled < SAMPLE ? lane : place * keys.count / (SAMPLE * SAMPLE), group));
   }
 #pragma unroll
-  for (int j = 0; j < 8; ++j) shared.sums[lane * HEAD_DIM + 8 * group + j] = sum[j];
+  for (int j = 0; j < 8; ++j) shared.sample[lane][8 * group + j] = x[j];
   __syncthreads();
-  for (int column = threadIdx.x; column < HEAD_DIM; column += THREADS) {
+  if (threadIdx.x < HEAD_DIM) {
     float total = 0;
-    for (int i = 0; i < LANES; ++i) total += shared.sums[i * HEAD_DIM + column];
-    shared.mean[column] = total / sampled;
+#pragma unroll
+    for (int i = 0; i < SAMPLE; ++i) total += shared.sample[i][threadIdx.x];
+    shared.mean[threadIdx.x] = total / sampled;
   }
   __syncthreads();
-#pragma unroll
-  for (int j = 0; j < 8; ++j) mean[j] = shared.mean[8 * group + j];
 }
 
-// Quantises rows of Q or K: (x - mean) * factor.
+// The 8 elements of a row as they are quantised, before scaling: of Q times a factor, of K minus the mean.
+template <bool QUERY>
+DEVICE void prepare(float (&x)[8], const uint4& words, float factor, const float* mean) {
+  unpack(x, words);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x[j] = QUERY ? x[j] * factor : x[j] - mean[j];
+}
+
+// Quantises ROWS rows of Q or K; `exponents` are the first and, of Q, the second of their scales.
 template <bool QUERY>
 DEVICE void quantize_rows(u32* to, int* exponents, const Rows& rows, int first, float factor, Shared& shared) {
+  constexpr int STEPS = ROWS / LANES, PARTS = QUERY ? ROWS / QUERY_ROWS : 1, PART_STEPS = STEPS / PARTS;
   const int group = threadIdx.x % GROUPS, lane = threadIdx.x / GROUPS;
+  const float* mean = shared.mean + 8 * group;
   uint4 words[STEPS];
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) words[i] = rows.load(first + lane + i * LANES, group);
-  float mean[8] = {};
-  if constexpr (!QUERY) sample_mean(mean, rows, shared);
-  constexpr int PARTS = QUERY ? ROWS / QUERY_ROWS : 1, PART_STEPS = STEPS / PARTS;
+  if constexpr (!QUERY) sample_mean(rows, shared);
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
     float largest = 0;
 #pragma unroll
     for (int i = part * PART_STEPS; i < (part + 1) * PART_STEPS; ++i) {
       float x[8];
-      unpack(x, words[i]);
+      prepare<QUERY>(x, words[i], factor, mean);
       const bool inside = first + lane + i * LANES < rows.count;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, inside ? fabsf((x[j] - mean[j]) * factor) : 0);
+      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, inside ? fabsf(x[j]) : 0);
     }
     const int exponent = exponent_for(block_max(largest, shared.maxima));
     if (threadIdx.x == 0 && first + part * QUERY_ROWS < rows.count) exponents[part] = exponent;
-    const float by = power_of_two(-exponent) * factor;
+    const float by = power_of_two(-exponent);
 #pragma unroll
     for (int i = part * PART_STEPS; i < (part + 1) * PART_STEPS; ++i) {
       float x[8];
-      unpack(x, words[i]);
+      prepare<QUERY>(x, words[i], factor, mean);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) x[j] = (x[j] - mean[j]) * by;
-      const int row = lane + i * LANES;
-      if (first + row < rows.count) {
+      for (int j = 0; j < 8; ++j) x[j] *= by;
+      const int row = first + lane + i * LANES;
+      if (row < rows.count) {
         *reinterpret_cast<uint2*>(to + (static_cast<i64>(row) * HEAD_DIM + 8 * group) / 4) =
             make_uint2(to_fp8(x[0], x[1], x[2], x[3]), to_fp8(x[4], x[5], x[6], x[7]));
       }
@@ -158,39 +164,31 @@ DEVICE void quantize_rows(u32* to, int* exponents, const Rows& rows, int first, 
 // Quantises 128 keys of V, transposed: `to` is the first of them in column 0, of rows of `stride` bytes.
 DEVICE void quantize_transposed(char* to, i64 stride, int* exponent_to, const Rows& rows, int first, Shared& shared,
                                 u32* tile) {
-  constexpr int UNITS = GROUPS * ROWS / 4 / THREADS;  // of 4 keys and 8 columns
-  uint4 words[UNITS][4];
+  // a thread has 4 keys and 8 columns
+  const int group = threadIdx.x % GROUPS, four = threadIdx.x / GROUPS;
+  uint4 words[4];
+#pragma unroll
+  for (int b = 0; b < 4; ++b) words[b] = rows.load(first + four / 4 * 16 + four % 4 * 2 + b / 2 * 8 + b % 2, group);
   float largest = 0;
 #pragma unroll
-  for (int i = 0; i < UNITS; ++i) {
-    const int unit = threadIdx.x + i * THREADS, group = unit % GROUPS, four = unit / GROUPS;
+  for (int b = 0; b < 4; ++b) {
+    float x[8];
+    unpack(x, words[b]);
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const int key = four / 4 * 16 + four % 4 * 2 + b / 2 * 8 + b % 2;
-      words[i][b] = rows.load(first + key, group);
-      float x[8];
-      unpack(x, words[i][b]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(x[j]));
-    }
+    for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(x[j]));
   }
   const int exponent = exponent_for(block_max(largest, shared.maxima));
   if (threadIdx.x == 0) *exponent_to = exponent;
   const float by = power_of_two(-exponent);
   // tile [column][32 words of 4 keys], the word at `four` ^ 2 (column / 8), so that neither stores nor loads conflict
+  float x[4][8];
 #pragma unroll
-  for (int i = 0; i < UNITS; ++i) {
-    const int unit = threadIdx.x + i * THREADS, group = unit % GROUPS, four = unit / GROUPS;
-    float x[4][8];
+  for (int b = 0; b < 4; ++b) unpack(x[b], words[b]);
 #pragma unroll
-    for (int b = 0; b < 4; ++b) unpack(x[b], words[i][b]);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      tile[(8 * group + j) * 32 + (four ^ 2 * group % 32)] = to_fp8(x[0][j] * by, x[1][j] * by, x[2][j] * by, x[3][j] * by);
-    }
+  for (int j = 0; j < 8; ++j) {
+    tile[(8 * group + j) * 32 + (four ^ 2 * group % 32)] = to_fp8(x[0][j] * by, x[1][j] * by, x[2][j] * by, x[3][j] * by);
   }
   __syncthreads();
-#pragma unroll
   for (int i = threadIdx.x; i < HEAD_DIM * 16; i += THREADS) {
     const int column = i / 16, pair = i % 16;
     *reinterpret_cast<uint2*>(to + column * stride + 8 * pair) =
@@ -198,7 +196,7 @@ DEVICE void quantize_transposed(char* to, i64 stride, int* exponent_to, const Ro
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     KERNEL_NAME(const char* query, const char* key, const char* value, u32* query8, u32* key8, char* value8,
                 int* query_exponents, int2* key_exponents, int planes, int key_planes, int heads, int heads_per_key,
                 int queries, int keys, int columns, int factor_bits, i64 query_batch, i64 query_head, i64 query_row,
@@ -211,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int plane = index / query_blocks, first = index % query_blocks * ROWS;
     const Rows of_plane{query + (plane / heads * query_batch + plane % heads * query_head) * 2, query_row, queries, columns};
     const int scales = (queries + QUERY_ROWS - 1) / QUERY_ROWS;
-    quantize_rows<true>(query8 + (static_cast<i64>(plane) * queries + first) * (HEAD_DIM / 4),
+    quantize_rows<true>(query8 + static_cast<i64>(plane) * queries * (HEAD_DIM / 4),
                         query_exponents + static_cast<i64>(plane) * scales + first / QUERY_ROWS, of_plane, first,
                         __int_as_float(factor_bits), shared);
     return;
@@ -229,6 +227,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                         reinterpret_cast<u32*>(room + 64));
   } else {
     const Rows of_plane{key + (batch * key_batch + head * key_head) * 2, key_row, keys, columns};
-    quantize_rows<false>(key8 + (static_cast<i64>(plane) * keys + first) * (HEAD_DIM / 4), exponents, of_plane, first, 1, shared);
+    quantize_rows<false>(key8 + static_cast<i64>(plane) * keys * (HEAD_DIM / 4), exponents, of_plane, first, 1, shared);
   }
 }
