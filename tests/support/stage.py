@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from datetime import datetime
 from unittest.mock import patch
 
@@ -158,10 +158,11 @@ class Stage:
 
     async def settle(self, until=lambda: True, seconds=5.0):
         """Let the app run until a condition holds."""
+        await self.pilot.pause()
         for _ in range(int(seconds / 0.02)):
-            await self.pilot.pause(0.02)
             if until():
                 return
+            await self.pilot.pause(0.02)
         raise AssertionError("it did not come to that")
 
     async def run_to_the_end(self, factor=None):
@@ -214,6 +215,36 @@ def unpainted():
     return patch.object(Compositor, "render_update", _not_painted)
 
 
+IDLE_S = 0.002
+"""Seconds without anything to do after which an app is idle; timers and threads may go on later."""
+
+
+def _has_update(app):
+    """Whether the screen is to be drawn at the next frame, and callbacks wait for that."""
+    stack = app.screen_stack
+    return bool(stack) and stack[-1].is_running and stack[-1]._update_timer._active.is_set()
+
+
+@contextmanager
+def impatient(app):
+    """Continue as soon as no task can go on; Textual waits 20 ms and more, until the process uses little of a core."""
+
+    async def until_idle(*_times):
+        loop = asyncio.get_running_loop()
+        idle = False
+        while not idle:
+            while loop._ready:
+                await asyncio.sleep(0)
+            if _has_update(app):
+                app.screen._on_timer_update()
+                continue
+            await asyncio.sleep(IDLE_S)
+            idle = not (loop._ready or _has_update(app))
+
+    with patch("textual.pilot.wait_for_idle", until_idle), patch("textual.app.wait_for_idle", until_idle):
+        yield
+
+
 _parsed = {}
 _parse_rules = Stylesheet._parse_rules
 
@@ -237,7 +268,8 @@ async def on_stage(size=(120, 40), paints=False, **options):
     """
     clock, engines = Clock(), []
     app = make_app(clock, engines, **options)
-    with nullcontext() if paints else unpainted(), patch.object(Stylesheet, "_parse_rules", _parse_rules_once):
+    parsed_once = patch.object(Stylesheet, "_parse_rules", _parse_rules_once)
+    with impatient(app), parsed_once, nullcontext() if paints else unpainted():
         async with app.run_test(size=size) as pilot:
             await pilot.pause()
             stage = Stage(app, pilot, clock, engines)

@@ -14,7 +14,6 @@ from tests.support.stage import on_stage
 async def look(stage, *keys, shows=""):
     """Press keys, wait until a text is visible, and check that no control character is."""
     await stage.press(*keys)
-    await stage.pilot.pause(0.05)
     await stage.settle(lambda: shows in stage.seen())
     seen = stage.seen()
     assert shows in seen
