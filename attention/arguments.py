@@ -2,7 +2,7 @@
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Final, TypeGuard, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from msgspec import structs
 
@@ -61,25 +61,23 @@ def check_shapes(q: object, k: object, v: object) -> bool:
     """
     import mlx.core as mx
 
-    problems = []
-    packed = False
+    problems: list[str] = []
+    packed, shapes = False, []
     for name, array in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(array, mx.array):
-            if name == "q" or not _is_quantized(array):
-                also = "" if name == "q" else ", or quantized(array)"
-                problems.append(f"{name}: got {_kind(array)}; it takes an mlx.core.array{also}")
-                continue
-            packed = True
+        if isinstance(array, mx.array):
+            accepted = array.dtype in _accepted_types()
+        elif name == "q" or not isinstance(array, _quantized_type()):
+            also = "" if name == "q" else ", or quantized(array)"
+            problems.append(f"{name}: got {_kind(array)}; it takes an mlx.core.array{also}")
+            continue
+        else:
+            packed = accepted = True
             if of_parts := array.problems():
                 problems += [f"{name}: {problem}" for problem in of_parts]
                 continue
-            accepted = True
-        else:
-            accepted = array.dtype in _accepted_types()
-        if array.ndim != 4 or 0 in array.shape:
-            problems.append(
-                f"{name}: got shape {tuple(array.shape)}; it takes (batch, heads, length, width), none of them 0"
-            )
+        shapes.append(shape := array.shape)
+        if len(shape) != 4 or 0 in shape:
+            problems.append(f"{name}: got shape {tuple(shape)}; it takes (batch, heads, length, width), none of them 0")
         elif not accepted:
             problems.append(f"{name}: got {dtype_name(array.dtype)}; it takes {', '.join(DTYPES)}")
         elif name != "q" and isinstance(array, mx.array) and isinstance(q, mx.array) and array.dtype != q.dtype:
@@ -88,16 +86,17 @@ def check_shapes(q: object, k: object, v: object) -> bool:
         dense, other = ("k", "v") if isinstance(k, mx.array) else ("v", "k")
         problems.append(f"{dense}: got an mlx.core.array, and {other} is quantized; it takes quantized(array) too")
     if not problems:
-        problems = _shape_problems(*(tuple(x.shape) for x in (q, k, v)))  # type: ignore[attr-defined]
+        problems = _shape_problems(*shapes)
     if problems:
         raise UsageError(*problems)
     return packed
 
 
-def _is_quantized(value: object) -> "TypeGuard[QuantizedArray]":
+@cache
+def _quantized_type() -> "type[QuantizedArray]":
     from attention.quantized_kv import QuantizedArray
 
-    return isinstance(value, QuantizedArray)
+    return QuantizedArray
 
 
 def _shape_problems(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> list[str]:
@@ -109,7 +108,7 @@ def _shape_problems(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) 
     if k[3] != q[3]:
         problems.append(f"k: got width {k[3]}; it takes q's width, {q[3]}")
     if v[:3] != k[:3]:
-        problems.append(f"v: got batch, heads and length {v[:3]}; it takes k's, {k[:3]}")
+        problems.append(f"v: got batch, heads and length {tuple(v[:3])}; it takes k's, {tuple(k[:3])}")
     return problems
 
 
