@@ -5,6 +5,7 @@
 The whole score matrix is between the two products; K and V are never dequantized in memory.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import mlx.core as mx
@@ -26,12 +27,21 @@ PACKED_PATH: Final = "packed keys and values"
 
 
 def reads_packed(workload: Workload, backend: Backend) -> bool:
-    """Return whether keys and values are read packed by every row, and not dequantized a tile at a time.
+    """Return whether `practical` lets every row read keys and values packed; otherwise it dequantizes parts of them.
 
-    On CUDA they are not where products are in float32: MLX's with packed values may be in TF32.
+    It never does on CUDA: MLX compiles its packed products for each kind of call, which takes half a minute there, and
+    then dequantizing is no slower.
     """
-    few = workload.seq * workload.heads // workload.kv_heads < MAX_PACKED_ROWS
-    return few and (backend != "cuda" or workload.dtype == "bfloat16")
+    return backend != "cuda" and workload.seq * workload.heads // workload.kv_heads < MAX_PACKED_ROWS
+
+
+def part_of(x: QuantizedArray, arrays: Sequence[mx.array]) -> QuantizedArray:
+    """Return a part of keys or values whose arrays are computed after other parts.
+
+    Integers have no gradient; without this MLX would look for one, since every array of a `Chain` depends on the query.
+    """
+    integers = (mx.uint32, mx.uint8)
+    return x.with_arrays([mx.stop_gradient(array) if array.dtype in integers else array for array in arrays])
 
 
 def packed_product(x: mx.array, packed: QuantizedArray, transpose: bool) -> mx.array:

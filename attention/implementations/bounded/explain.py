@@ -35,7 +35,7 @@ def explain(practical: Practical, workload: Workload, device: Device) -> Iterato
     choice, budget = practical.strategy(workload, device), practical.budget(device)
     yield Explanation("budget", size_text(budget), _why_budget(practical, device))
     if workload.quantized:  # forward only, and MLX's SDPA has no part in it
-        yield Explanation("way", "blocks" if choice.forward.is_cut else "packed", choice.reason)
+        yield Explanation("way", choice.forward.value if choice.forward.is_cut else "packed", choice.reason)
         if choice.forward.is_cut:
             yield from _of_parts(choice, workload, device, budget)
         return

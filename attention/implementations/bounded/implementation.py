@@ -47,6 +47,7 @@ from attention.quantized_kv import KeyOrValue, QuantizedArray
 MAX_PATHS: Final = 4096
 SDPA_PATHS: Final = {Method.FUSED: "MLX SDPA, fused", Method.WHOLE: "MLX SDPA, unfused"}
 DEQUANTIZED_PATH: Final = "dequantized in blocks"
+DEQUANTIZED_SLICES_PATH: Final = "dequantized in slices"
 LISTED_PATH: Final = "blocks of a list"
 
 
@@ -200,10 +201,12 @@ class Practical:
         needs = structs.replace(needs, sinks=sinks is not None, logsumexp=logsumexp)
         backend = current_backend()
         choice = self._strategy(workload, backend, needs, self._budget_here(), mask.pattern)
-        record_path(_quantized_path(workload, backend))
+        record_path(_quantized_path(choice, workload, backend))
         if choice.forward is Method.WHOLE:
             widened = computes_in_float32(workload.dtype, backend)
             return [attend_packed(q, k, v, scale=scale, mask=mask, widened=widened)]
+        if choice.slices is not None:
+            return [slicing.forward(q, k, v, SlicedParams(scale, mask, choice.slices, tile_order(backend)))]
         # With the logsumexp without `masks.shift`, which would have to be added to it again.
         arithmetic, rounded_to = arithmetic_of(q.dtype, backend), mx.float32 if logsumexp else q.dtype
         call, _ = self._calls(choice, backend, scale, mask, softcap, rounded_to, (q, k), arithmetic)
@@ -291,7 +294,8 @@ class Practical:
         A route that has only the needs of a call with a pattern gets the strategy for a pattern that shows everything.
         """
         if workload.quantized:
-            return quantized_strategy(workload, backend, needs, budget, pattern)
+            copies = _mask_copies(needs, workload.dtype, backend)
+            return quantized_strategy(workload, backend, needs, budget, pattern, copies)
         if pattern is not None:
             return listed_strategy(workload, backend, needs, budget, pattern)
         key = (workload, needs, backend, budget)
@@ -341,11 +345,13 @@ def _quantized_route(choice: Strategy, workload: Workload, device: Device, needs
         needed = packed_bytes(workload, needs, computes_in_float32(workload.dtype, device.backend))
     else:
         needed = _parts(choice, workload, device, needs)[2]
-    path = _quantized_path(workload, device.backend)
+    path = _quantized_path(choice, workload, device.backend)
     return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
 
 
-def _quantized_path(workload: Workload, backend: Backend) -> str:
+def _quantized_path(choice: Strategy, workload: Workload, backend: Backend) -> str:
+    if choice.slices is not None:
+        return DEQUANTIZED_SLICES_PATH
     return PACKED_PATH if reads_packed(workload, backend) else DEQUANTIZED_PATH
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from msgspec import Struct, structs
 
+from attention.core.kv_format import DENSE
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import ITEM_BYTES, Workload
 from attention.implementations.baseline import computes_in_float32, in_tf32, unfused_call_bytes, unpacking_arrays
@@ -43,6 +44,10 @@ KEY_MULTIPLE: Final = 16
 """Slices have a multiple of this many keys if possible: rows of scores are then aligned for matrix products."""
 UNALIGNED_BYTES: Final = 32 * MIB
 """Upper bound of the workspace of CUDA's matrix products for unaligned rows of scores; measured up to 25 MiB."""
+
+
+DEQUANTIZED_BYTES: Final = 256 * MIB
+"""Upper bound of slices with dequantized keys and values, however large the budget: packed ones are to save memory."""
 
 
 class MaskCopies(Struct, frozen=True):
@@ -169,6 +174,13 @@ def _own_bytes(
     """Return the bytes of a slice of `rows` rows, with its output and its gradients."""
     group = workload.heads // workload.kv_heads
     keys = workload.kv_seq
+    dequantized = 0
+    if workload.quantized:
+        workload = structs.replace(workload, kv_format=DENSE)
+        rows_of_keys = blocks.batches * blocks.kv_heads * keys
+        width = workload.head_dim + workload.value_dim
+        steps = 0 if workload.dtype == "float32" else 4  # by way of float32
+        dequantized = rows_of_keys * width * (ITEM_BYTES[workload.dtype] + steps)
     if workload.window is not None:
         keys = min(keys, -(-(rows + workload.window - 1) // KEY_MULTIPLE) * KEY_MULTIPLE)
     part = structs.replace(
@@ -179,9 +191,8 @@ def _own_bytes(
         seq=min(rows, workload.seq),
         kv_seq=keys,
     )
-    return (
-        sdpa_workspace_bytes(part, backend, needs, why_unfused(part, backend, needs), mask_copies) + part.output_bytes
-    )
+    own = sdpa_workspace_bytes(part, backend, needs, why_unfused(part, backend, needs), mask_copies)
+    return own + part.output_bytes + dequantized
 
 
 def _initial_rows(workload: Workload, backend: Backend, needs: Needs) -> int:
@@ -330,16 +341,31 @@ def listed_strategy(workload: Workload, backend: Backend, needs: Needs, budget: 
 
 @lru_cache(maxsize=256)
 def quantized_strategy(
-    workload: Workload, backend: Backend, needs: Needs, budget: int, pattern: Pattern | None
+    workload: Workload,
+    backend: Backend,
+    needs: Needs,
+    budget: int,
+    pattern: Pattern | None,
+    mask_copies: MaskCopies = NO_MASK_COPIES,
 ) -> Strategy:
-    """Return the strategy of a call with quantized keys and values: blocks, or for a few rows two packed products."""
+    """Return the strategy of a call with quantized keys and values, arguments as of `choose_strategy`.
+
+    Few rows: two packed products. Otherwise on a GPU slices of heads, whose keys and values are dequantized for MLX's
+    fused SDPA, where it has one; otherwise blocks.
+    """
     widened, packed = computes_in_float32(workload.dtype, backend), reads_packed(workload, backend)
-    more = needs.softcap or needs.alibi or needs.sinks or needs.logsumexp or needs.pattern
+    simple = not (needs.softcap or needs.alibi or needs.sinks or needs.logsumexp or needs.pattern)
     scores = int(UNFUSED_SAFETY_FACTOR * (packed_bytes(workload, needs, widened) - workload.output_bytes))
     blocks = block_size(workload, backend, budget)
-    if packed and not more and scores <= budget:
+    if packed and simple and scores <= budget:
         reason = "few rows: each reads the keys and values packed, and the scores fit the budget"
         return Strategy(Method.WHOLE, Method.WHOLE, blocks, blocks, reason, True)
+    if not packed and simple and backend != "cpu":
+        slices = _dequantized_slices(workload, backend, needs, budget, mask_copies)
+        if slices is not None:
+            heads = f"{slices.batches} x {slices.kv_heads} heads"
+            reason = f"keys and values of {heads} at a time are dequantized for MLX's fused SDPA"
+            return Strategy(Method.SLICES, Method.SLICES, blocks, blocks, reason, False, slices, slices, waits=True)
     if pattern is not None:
         tiles = pattern.block_list((workload.batch, workload.heads, workload.seq, workload.kv_seq))
         within, target = int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
@@ -347,6 +373,21 @@ def quantized_strategy(
     how = "read packed" if packed else "dequantized"
     reason = f"keys and values are {how} a tile at a time, {blocks.rows} rows x {blocks.keys} keys"
     return Strategy(Method.BLOCKS, Method.BLOCKS, blocks, blocks, reason)
+
+
+def _dequantized_slices(
+    workload: Workload, backend: Backend, needs: Needs, budget: int, mask_copies: MaskCopies
+) -> Blocks | None:
+    """Return the most heads, with all rows, whose dequantized keys and values fit; None without a fused SDPA."""
+    if why_unfused(workload, backend, needs) is not None:
+        return None
+    sizes = [structs.replace(heads, rows=workload.seq) for heads in _head_splits(workload)]
+    fitting = [
+        size
+        for size in sizes
+        if slices_bytes(workload, size, backend, needs, mask_copies) <= min(budget, DEQUANTIZED_BYTES)
+    ]
+    return fitting[0] if fitting else None
 
 
 class _StrategyInputs:

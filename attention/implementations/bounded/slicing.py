@@ -22,7 +22,9 @@ from attention.implementations.bounded.blockwise_gradient import Arrays, Attend,
 from attention.implementations.bounded.memory import Chain, TileOrder, TileWriter
 from attention.implementations.bounded.policy import KEY_MULTIPLE, ROW_MULTIPLE
 from attention.implementations.mlx_sdpa import attend_whole, is_call_widened
+from attention.implementations.quantized_kv import part_of
 from attention.masks import Mask
+from attention.quantized_kv import KeyOrValue, QuantizedArray, arrays_of
 
 FORWARD_NODES, BACKWARD_NODES = 2, 4
 """Depth of a slice's graph, in tiles as counted by `TileWriter`."""
@@ -65,16 +67,24 @@ class Slice(Struct, frozen=True):
         return structs.replace(mask, array=part)
 
 
-def forward(q: mx.array, k: mx.array, v: mx.array, call: SlicedParams) -> mx.array:
-    """Compute attention in slices; shapes as in `Implementation.__call__`."""
+def forward(q: mx.array, k: KeyOrValue, v: KeyOrValue, call: SlicedParams) -> mx.array:
+    """Compute attention in slices, for which quantized keys and values are dequantized; shapes as in the protocol."""
     chain = Chain()
     output = TileWriter(mx.zeros((*q.shape[:3], v.shape[3]), q.dtype), chain)
     for heads in head_groups(q, k, call.blocks):
         for each in slices_of(heads, q.shape[2], k.shape[2], call):
-            query, key, value = chain.whole(q, k, v)
-            part = _attend(call, each, chain)(each.of_queries(query), each.of_keys(key), each.of_keys(value))
+            query, *sides = chain.whole(q, *arrays_of(k, v))
+            cuts = [each.of_keys(side) for side in sides]
+            of_key = len(arrays_of(k))
+            key, value = _dense(k, cuts[:of_key], q.dtype), _dense(v, cuts[of_key:], q.dtype)
+            part = _attend(call, each, chain)(each.of_queries(query), key, value)
             chain.links = call.order.next([output.write(heads.place(each.rows), part, FORWARD_NODES)])
     return chain.results(output.array)[0]
+
+
+def _dense(x: KeyOrValue, arrays: list[mx.array], dtype: mx.Dtype) -> mx.array:
+    """Return a slice of keys or values, dequantized."""
+    return part_of(x, arrays).dequantized(dtype) if isinstance(x, QuantizedArray) else arrays[0]
 
 
 def gradients(

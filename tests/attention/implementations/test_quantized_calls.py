@@ -21,6 +21,7 @@ from attention.implementations.autotune.trial import CompiledSdpa, candidates, f
 from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.explain import explain
 from attention.implementations.bounded.implementation import Practical
+from attention.implementations.bounded.policy import quantized_strategy
 from attention.implementations.calls import MlxRunner, call_signature, make_inputs, take_path
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.kernels.cpu import path as cpu_path
@@ -34,6 +35,20 @@ from tests.support.quantized_values import FORMATS
 SMALL = Practical(1 << 19)
 """Of a budget that gives several tiles."""
 BY = {"baseline": "baseline", "practical": "practical", "in tiles": SMALL, "poc": "poc", "mlx": "mlx"}
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Return a function that sets whether MLX has a fused kernel."""
+
+    def planted(refusal):
+        monkeypatch.setattr("attention.implementations.bounded.policy.why_unfused", lambda *asked: refusal)
+        quantized_strategy.cache_clear()
+
+    yield planted
+    quantized_strategy.cache_clear()
+
+
 SINKS = mx.array([0.5, -1.0, 2.0, 0.0])
 
 
@@ -259,6 +274,51 @@ def test_practical_stays_within_its_budget(seq):
         assert peak <= predicted
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "added"])
+@pytest.mark.parametrize("form", ["int4+int8", "mxfp8"])
+def test_slices_for_a_gpu_are_right(plant, monkeypatch, form, mask):
+    """With a planted fused kernel of MLX's, on the CPU; in a budget for one head at a time, and for all."""
+    plant(None)
+    monkeypatch.setattr("attention.implementations.bounded.implementation.current_backend", lambda: "metal")
+    q, k, v = arrays(seq=70, form=form)
+    added = np.random.default_rng(0).standard_normal((4, 70, 90)).astype(np.float32) if mask == "added" else None
+    options = kernel_oracle.Options(scale=1 / 8, causal=mask == "causal", mask=added)
+    given_mask = mx.array(added) if mask == "added" else None if mask == "none" else mask
+    for budget in (1 << 23, 1 << 28):
+        practical = Practical(budget)
+        out = attention(q, k, v, mask=given_mask, implementation=practical)
+        assert take_path() == "dequantized in slices"
+        assert_right(out, q, k, v, options)
+    gradient = mx.grad(lambda q: (attention(q, k, v, mask=given_mask, implementation=practical) ** 2).sum())(q)
+    wanted = mx.grad(lambda q: (attention(q, k, v, mask=given_mask, implementation="baseline") ** 2).sum())(q)
+    assert near(gradient, wanted)
+
+
+@pytest.mark.parametrize(
+    ("backend", "seq", "fused", "path"),
+    [
+        ("cuda", 1, True, "dequantized in slices"),
+        ("cuda", 2048, True, "dequantized in slices"),
+        ("cuda", 1, False, "dequantized in blocks"),
+        ("metal", 1, True, "packed keys and values"),
+        ("metal", 2048, True, "dequantized in slices"),
+        ("cpu", 1, False, "packed keys and values"),
+        ("cpu", 2048, True, "dequantized in blocks"),
+    ],
+)
+def test_backends_have_their_own_ways(plant, backend, seq, fused, path):
+    """On CUDA nothing is read packed by MLX, which compiles for half a minute for each kind of call."""
+    plant(None if fused else "no fused kernel")
+    workload = Workload(seq=seq, kv_seq=8192, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", kv_format="int4")
+    route = Practical().route(workload, structs.replace(probe(), backend=backend))
+    assert route.path == path
+    if path == "dequantized in slices":
+        assert route.predicted_bytes - workload.output_bytes <= 256 << 20
+        assert route.reason.startswith("keys and values of 1 x ")
+    softcapped = Practical().route(workload, structs.replace(probe(), backend=backend), Needs(softcap=True))
+    assert softcapped.path != "dequantized in slices"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("form", ["int4", "mxfp8"])
 def test_unfused_paths_predict_what_they_need(form, dtype):
@@ -274,8 +334,9 @@ def test_unfused_paths_predict_what_they_need(form, dtype):
 def test_what_practical_chose_is_explained(seq, backend):
     workload = Workload(seq=seq, kv_seq=4096, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16", kv_format="int4")
     found = {one.what: one for one in explain(Practical(), workload, structs.replace(probe(), backend=backend))}
-    assert found["way"].value == ("packed" if seq == 1 else "blocks")
-    assert ("tile" in found) == (seq > 1)
+    packed = seq == 1 and backend != "cuda"
+    assert found["way"].value == ("packed" if packed else "blocks")
+    assert ("tile" in found) != packed
 
 
 def test_demo_tries_candidates_that_read_quantized_ones(tmp_path: Path):
