@@ -34,6 +34,8 @@ LAYOUTS: Final = {
     )
 }
 """Caches of mlx-lm that place one array of keys and one of values; a file names them."""
+KEPT: Final = 4
+"""First tokens that the rotating caches of mlx-lm's `make_prompt_cache` keep."""
 NOT_READ_BY_MLX_LM: Final = (
     "cache: mlx-lm's own attention cannot read {format}; it takes one int format for keys and values, "
     "or a model run inside attention.patch_mlx_lm(...)"
@@ -107,16 +109,16 @@ class PackedKVCache:
 
     @property
     def bits(self) -> int:
-        """Bits of a number; mlx-lm's own attention, which looks for them, takes no other difference of formats.
+        """Bits of a number; mlx-lm's own attention recognises a quantized cache by them.
 
         Raises:
-            UsageError: mlx-lm's own attention would misread the cache.
+            UsageError: that attention would misread the cache: it knows one pair of bits and group size.
         """
         return self._format_for_mlx_lm().bits
 
     @property
     def group_size(self) -> int:
-        """Group size, of which the same is true."""
+        """Group size; errors as those of `bits`."""
         return self._format_for_mlx_lm().group_size
 
     def _format_for_mlx_lm(self) -> Format:
@@ -380,12 +382,15 @@ def make_prompt_cache(model: Any, max_kv_size: int | None = None, kv_format: str
         kv_format: as in `to_quantized`; "none" gives mlx-lm's own caches.
 
     Raises:
-        UsageError: no such format; max_kv_size is not a whole number from 1; or the model keeps something else than
-            keys and values.
+        UsageError: no such format; max_kv_size is not a whole number above `KEPT`; or the model keeps something else
+            than keys and values.
     """
     formats = parse_kv_format(kv_format)
-    if max_kv_size is not None and (type(max_kv_size) is not int or max_kv_size < 1):
-        raise UsageError(f"max_kv_size: got {max_kv_size!r}; it takes a whole number from 1, or None")
+    if max_kv_size is not None and (type(max_kv_size) is not int or max_kv_size <= KEPT):
+        raise UsageError(
+            f"max_kv_size: got {max_kv_size!r}; it takes a whole number from {KEPT + 1}, since the first {KEPT} tokens "
+            "are kept, or None"
+        )
     made: list[Any] = mlx_caches.make_prompt_cache(model, max_kv_size)
     if formats is None:
         return made

@@ -490,7 +490,7 @@ def test_mistakes_are_one_clear_line() -> None:
             model, caches.make_prompt_cache(model), [3]
         ),
         "got 'int7'; it takes int8, ": lambda: caches.make_prompt_cache(model, kv_format="int7"),
-        "max_kv_size: got 0; it takes a whole number from 1": lambda: caches.make_prompt_cache(model, 0),
+        "max_kv_size: got 4; it takes a whole number from 5": lambda: caches.make_prompt_cache(model, 4),
         "deepseek_v3 caches latent vectors instead of keys": lambda: caches.make_prompt_cache(tiny("deepseek_v3")),
         "got one in int8:32; to be in int4:32 it must be": lambda: caches.quantize_prompt_cache(
             filled(model, "plain", "int8:32"), "int4:32"
@@ -503,6 +503,15 @@ def test_mistakes_are_one_clear_line() -> None:
             mistake()
         assert line in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_smallest_rotating_cache_keeps_four_tokens() -> None:
+    (cache,) = caches.make_prompt_cache(tiny("qwen2", num_hidden_layers=1), caches.KEPT + 1, "mxfp8")
+    k = mx.arange(9)[None, None, :, None] * mx.ones((1, 1, 1, 32))
+    for token in range(9):
+        cache.update_and_fetch(k[:, :, token : token + 1], k[:, :, token : token + 1])
+    kept = caches.quantized(cache.keys, "mxfp8").dequantized()[0, 0, :, 0]
+    assert kept.tolist() == [0, 1, 2, 3, 8]
 
 
 def test_no_format_gives_mlx_lms_own_caches() -> None:
