@@ -44,7 +44,7 @@ def test_without_a_backend_it_says_what_to_install_and_exits_3(tmp_path):
 
 
 def test_a_small_case_gives_rows_that_say_what_ran():
-    done = bench("quick", *SMALL, "--impl", "baseline,mlx", "--seconds", "0.5", "--json", "-")
+    done = bench("quick", *SMALL, "--impl", "baseline,mlx", "--seconds", "0.1", "--json", "-")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     (case,) = document["cases"]
@@ -95,7 +95,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path):
         assert process.stderr is not None
         while "case 1 of 1" not in process.stderr.readline():
             pass
-        time.sleep(1)
+        time.sleep(0.5)
         workers = workers_of(process)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)

@@ -43,7 +43,14 @@ def store(tmp_path: Path) -> Store:
 
 
 def make(store: Store, **among: Implementation) -> Demo:
-    return Demo(store=store, among=among or None, budget_s=0.1)
+    """Make a tuner; if all its candidates take a planted time, that is all the time that passes."""
+    clock = FakeTime()
+    timed = [each for each in among.values() if isinstance(each, Timed)]
+    if not timed or len(timed) < len(among):
+        return Demo(store=store, among=among or None, budget_s=0.1)
+    for each in timed:
+        each.seconds, each._clock = each.seconds or 1e-5, clock
+    return Demo(store=store, among=among, budget_s=0.1, clock=clock)
 
 
 def call(demo: Demo, workload: Workload = WORKLOAD, mask: Mask | None = None) -> mx.array:
