@@ -360,7 +360,8 @@ def quantized_strategy(
     if packed and simple and scores <= budget:
         reason = "few rows: each reads the keys and values packed, and the scores fit the budget"
         return Strategy(Method.WHOLE, Method.WHOLE, blocks, blocks, reason, True)
-    if not packed and simple and backend != "cpu":
+    added = needs.array_mask and needs.mask_dtype != "bool"  # MLX's fused SDPA may lack its gradient
+    if not packed and simple and not added and backend != "cpu":
         slices = _dequantized_slices(workload, backend, needs, budget, mask_copies)
         if slices is not None:
             heads = f"{slices.batches} x {slices.kv_heads} heads"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 import attention as package
-from attention import attention, masks, quantized
+from attention import UnsupportedError, attention, masks, quantized
 from attention.core.kv_format import parse_format
 from attention.core.route import Needs
 from attention.core.workload import Workload
@@ -22,7 +22,7 @@ from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.explain import explain
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.bounded.policy import quantized_strategy
-from attention.implementations.calls import MlxRunner, call_signature, make_inputs, take_path
+from attention.implementations.calls import MlxRunner, call_signature, make_inputs, runner_for, take_path
 from attention.implementations.mlx_sdpa import MlxSdpa
 from attention.kernels.cpu import path as cpu_path
 from attention.masks import Mask
@@ -274,16 +274,16 @@ def test_practical_stays_within_its_budget(seq):
         assert peak <= predicted
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "added"])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool"])
 @pytest.mark.parametrize("form", ["int4+int8", "mxfp8"])
 def test_slices_for_a_gpu_are_right(plant, monkeypatch, form, mask):
     """With a planted fused kernel of MLX's, on the CPU; in a budget for one head at a time, and for all."""
     plant(None)
     monkeypatch.setattr("attention.implementations.bounded.implementation.current_backend", lambda: "metal")
     q, k, v = arrays(seq=70, form=form)
-    added = np.random.default_rng(0).standard_normal((4, 70, 90)).astype(np.float32) if mask == "added" else None
-    options = kernel_oracle.Options(scale=1 / 8, causal=mask == "causal", mask=added)
-    given_mask = mx.array(added) if mask == "added" else None if mask == "none" else mask
+    seen = np.random.default_rng(0).random((4, 70, 90)) < 0.7 if mask == "bool" else None
+    options = kernel_oracle.Options(scale=1 / 8, causal=mask == "causal", mask=seen)
+    given_mask = mx.array(seen) if mask == "bool" else None if mask == "none" else mask
     for budget in (1 << 23, 1 << 28):
         practical = Practical(budget)
         out = attention(q, k, v, mask=given_mask, implementation=practical)
@@ -292,6 +292,8 @@ def test_slices_for_a_gpu_are_right(plant, monkeypatch, form, mask):
     gradient = mx.grad(lambda q: (attention(q, k, v, mask=given_mask, implementation=practical) ** 2).sum())(q)
     wanted = mx.grad(lambda q: (attention(q, k, v, mask=given_mask, implementation="baseline") ** 2).sum())(q)
     assert near(gradient, wanted)
+    attention(q, k, v, mask=mx.zeros((70, 90)), implementation=practical)
+    assert take_path() == "dequantized in blocks"  # whose additive mask has a gradient
 
 
 @pytest.mark.parametrize(
@@ -397,3 +399,34 @@ def test_a_monitor_tells_formats_apart():
         attention(q, quantized(k.dequantized(), "int4"), v)
     counted = {case.workload.kv_format: case.rows[0].reason.split(" calls")[0] for case in monitor.report().cases}
     assert counted == {"int8": "2", "int4+int8": "1"}
+
+
+class Plugin:
+    name = "plugin"
+
+    def route(self, workload, device, needs=None):
+        return load_implementation("baseline").route(workload, device)
+
+    def __call__(self, q, k, v, **more):
+        raise AssertionError("it is not called")
+
+
+def test_a_plugin_that_declares_nothing_gets_none():
+    q, k, v = arrays(form="int8")
+    with pytest.raises(UnsupportedError, match=r"^plugin: it takes no quantized keys and values; practical does$"):
+        attention(q, k, v, implementation=Plugin())
+    workload, _ = call_signature(q, k, v, Mask(), None)
+    with pytest.raises(UnsupportedError, match=r"^plugin: it takes no quantized keys and values$"):
+        runner_for(Plugin(), workload, [q, k, v], 1.0)
+    runner_for(Plugin(), structs.replace(workload, kv_format="none"), [q, k, v], 1.0)
+
+
+def test_a_traced_call_is_tuned_on_packed_inputs(tmp_path: Path):
+    demo = Demo(store=Store(tmp_path / "t.toml"), among={"practical": Practical(), "mlx": MlxSdpa()}, budget_s=0.02)
+    q, k, v = arrays(form="mxfp8")
+
+    def attend(q, *parts):
+        return attention(q, k.with_arrays(parts), v, implementation=demo)
+
+    assert near(mx.compile(attend)(q, *k.arrays), attention(q, k, v, implementation="baseline"))
+    assert [entry.workload.kv_format for entry in demo.store.entries()] == ["mxfp8"]
