@@ -183,10 +183,16 @@ class Poc:
         workload, needs = call_signature(q, k, v, mask, softcap)
         route = _kernel_route(backend, workload, structs.replace(needs, logsumexp=True))
         kernel = _kernel(backend)
-        plain = mask.array is None or mask.array.dtype == mx.bool_
-        if route.supported and plain and isinstance(kernel, KernelWithLogsumexp):
+        if route.supported and isinstance(kernel, KernelWithLogsumexp):
+
+            def attend(mask: Mask) -> tuple[mx.array, mx.array]:
+                return kernel.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
+
             with suppress(KernelUnavailable):
-                found = kernel.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
+                if isinstance(k, mx.array) and isinstance(v, mx.array):
+                    found = with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap)
+                else:
+                    found = attend(mask)
                 record_path(route.path)
                 return found
         found = self._practical.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)

@@ -316,9 +316,10 @@ def test_poc_takes_patterns(name, queries):
     assert take_path() == poc.route(_workload(queries), probe()).path
 
 
-@pytest.mark.parametrize("mask", [None, "causal", masks.window(50) | masks.prefix(3)], ids=str)
+@pytest.mark.parametrize("mask", [None, "causal", masks.window(50) | masks.prefix(3), "added"], ids=str)
 def test_poc_returns_the_logsumexp_of_the_kernel(mask):
     given = qkv(1, 4, 2, 70, 90, 16, 16, mx.float32)
+    mask = mx.random.normal((4, 70, 90), key=mx.random.key(5)) if mask == "added" else mask
     found = attention(*given, mask=mask, return_lse=True, implementation="poc")
     assert "CPU" in take_path()
     for one, other in zip(found, attention(*given, mask=mask, return_lse=True, implementation="baseline"), strict=True):
