@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from attention.core.results import Case, FineTuningCase, Report
 from fatui.report.document import Chart
 from fatui.report.evidence import sound_rows
-from fatui.report.quantized import by_shape, format_points
+from fatui.report.quantized import by_length, by_shape, format_points
 from fatui.report.scaling import TREND_AXES, Sweep, curves_of, sweeps
 from fatui.report.sparse import break_even, density_curves, density_points, random_blocks, shapes_of
 
@@ -24,6 +24,8 @@ INK: Final = "#010203"
 """Placeholder of the page's text colour in the drawing, replaced in the SVG."""
 INKS: Final = ("#11a101", "#11a102", "#11a103", "#11a104", "#11a105", "#11a106")
 """Placeholders of the page's six series colours."""
+UNQUANTIZED: Final = "unquantized"
+"""Name of the line of unquantized keys and values, which is 1."""
 MARKERS: Final = "os^Dvp"
 DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 WIDTH_IN, HEIGHT_IN = 7.0, 3.6
@@ -177,9 +179,14 @@ def _speedups(sweep: Sweep, names: Sequence[str]) -> Chart | None:
 
 
 def format_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
-    """Return two charts per shape with several formats of keys and values: speedups over unquantized, and errors."""
+    """Return the charts of quantized keys and values.
+
+    Two for each shape with several formats: speedups over unquantized, and errors. Then for each implementation that
+    was measured at several lengths: speedups over unquantized by the number of keys, with a line for each format.
+    """
+    quantized = [case for case in cases if case.workload.quantized]
     made = []
-    for shape, group in by_shape([case for case in cases if case.workload.quantized]).items():
+    for shape, group in by_shape(quantized).items():
         points = {name: found for name in names if (found := format_points(group, name))}
         formats = [
             *dict.fromkeys((point.bits, point.workload.kv_format) for found in points.values() for point in found)
@@ -197,12 +204,33 @@ def format_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
             name: [(place[p.workload.kv_format], *(100 * (p.row.kv_error or 0.0),) * 3) for p in found]
             for name, found in points.items()
         }
+        speeds[UNQUANTIZED] = [(float(index), 1.0, 1.0, 1.0) for index in range(len(formats))]
+        styles = [*names, UNQUANTIZED]
         for title, y, series in (
             ("Speedup over unquantized keys and values", "times unquantized", speeds),
             ("Error of quantized keys and values", "% of the output's RMS", errors),
         ):
-            drawn = line_chart(series, "bits of a value, with scales", y, names, logarithmic=False, ticks=ticks)
+            drawn = line_chart(series, "bits of a value, with scales", y, styles, logarithmic=False, ticks=ticks)
             made.append(Chart(f"{title}, {shape}", drawn))
+    return [*made, *_length_charts(quantized, names)]
+
+
+def _length_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
+    made = []
+    for shape, by_format in by_length(cases).items():
+        for name in names:
+            found = {kv_format: format_points(group, name) for kv_format, group in by_format.items()}
+            series = {
+                kv_format: [(float(p.workload.kv_seq), p.ratio.value, p.ratio.low, p.ratio.high) for p in points]
+                for kv_format, points in found.items()
+                if len(points) > 1
+            }
+            if not series:
+                continue
+            lengths = sorted({point[0] for points in series.values() for point in points})
+            series[UNQUANTIZED] = [(length, 1.0, 1.0, 1.0) for length in lengths]
+            drawn = line_chart(series, "keys", "times unquantized", [*series])
+            made.append(Chart(f"Speedup of {name} over unquantized keys and values by length, {shape}", drawn))
     return made
 
 

@@ -129,13 +129,11 @@ def _findings(cases: Sequence[Case], names: Sequence[str]) -> Iterable[tuple[str
         for name in names:
             if text := formats_text(name, format_points(group, name)):
                 yield shape, text
-    lengths: dict[Workload, list[Case]] = {}
-    for case in cases:
-        lengths.setdefault(_at_one_length(case.workload), []).append(case)
-    for workload, group in lengths.items():
-        for name in names:
-            if len(group) > 1 and (text := break_even_text(name, format_points(group, name))):
-                yield _label_without_length(workload), text
+    for shape, formats in by_length(cases).items():
+        for group in formats.values():
+            for name in names:
+                if len(group) > 1 and (text := break_even_text(name, format_points(group, name))):
+                    yield shape, text
 
 
 def by_shape(cases: Sequence[Case]) -> dict[str, list[Case]]:
@@ -146,14 +144,16 @@ def by_shape(cases: Sequence[Case]) -> dict[str, list[Case]]:
     return groups
 
 
-def _at_one_length(workload: Workload) -> Workload:
-    follows = workload.seq == workload.kv_seq and workload.pass_ != "decode"
-    return structs.replace(workload, kv_seq=1, seq=1 if follows else workload.seq)
-
-
-def _label_without_length(workload: Workload) -> str:
-    words = structs.replace(workload, kv_format=DENSE).label.split()
-    return " ".join(word for word in words if not word.startswith("L="))
+def by_length(cases: Sequence[Case]) -> dict[str, dict[str, list[Case]]]:
+    """Return quantized cases by what they have in common beside format and number of keys, and then by format."""
+    groups: dict[str, dict[str, list[Case]]] = {}
+    for case in sorted(cases, key=lambda each: (-each.workload.value_bits, each.workload.kv_format)):
+        work = case.workload
+        words = structs.replace(work, kv_format=DENSE).label.split()
+        rows = [] if work.seq in (1, work.kv_seq) else [f"L={work.seq}"]
+        shape = " ".join([*rows, *(word for word in words if not word.startswith("L="))])
+        groups.setdefault(shape, {}).setdefault(work.kv_format, []).append(case)
+    return groups
 
 
 def _table(cases: Sequence[Case], names: Sequence[str]) -> Table:

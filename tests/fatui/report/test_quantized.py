@@ -122,6 +122,13 @@ def test_charts_show_speed_and_error_over_the_formats() -> None:
     assert format_charts(FORMATS[:1], ["poc"]) == []
 
 
+@pytest.mark.skipif(not charts.available(), reason="matplotlib is not installed")
+def test_a_chart_shows_speed_over_the_length_with_a_line_of_unquantized_ones() -> None:
+    (chart,) = format_charts(LENGTHS, ["poc"])
+    assert chart.title.startswith("Speedup of poc over unquantized keys and values by length, B=1 D=64 H=8 float16")
+    assert all(word in chart.svg for word in ("int4", "unquantized", "4096"))
+
+
 def test_cases_of_two_shapes_are_apart() -> None:
     wide = structs.replace(FORMATS[0], workload=structs.replace(FORMATS[0].workload, heads=16, kv_heads=16))
     claims = [block for block in quantized_blocks([FORMATS[3], wide], [], ["poc"]) if isinstance(block, Claim)]
