@@ -19,6 +19,7 @@ from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 NO_SOFTCAP = "MLX's SDPA has no softcap"
 NO_ALIBI = "MLX's SDPA has no ALiBi"
+SLOW_FIRST_CALL = "; MLX compiles them at the first call of a kind, which may take half a minute"
 FUSED_ROWS = 128
 """MLX's fused backward pass on CUDA requires a multiple of this many rows."""
 MATERIALIZED_MASK = 2.3
@@ -40,11 +41,12 @@ class MlxSdpa:
             return unsupported(NO_SOFTCAP if needs.softcap else NO_ALIBI)
         needs = needs_with_mask(workload, needs)
         if workload.quantized:
+            start = SLOW_FIRST_CALL if device.backend == "cuda" else ""
             return Route(
                 path="quantized_matmul twice",
                 fused=False,
                 reason="as mlx-lm with a quantized cache: two products with packed keys and values, "
-                "and the whole score matrix between them",
+                f"and the whole score matrix between them{start}",
                 predicted_bytes=packed_bytes(workload, needs, widened=False, repeated=device.backend == "cpu"),
             )
         refusal = why_unfused(workload, device.backend, needs)

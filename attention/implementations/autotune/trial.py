@@ -380,7 +380,8 @@ def fitting_candidates(
 
     If none fits, the list holds the leanest alone. Candidates that would fall back are left out, because the fallback
     is itself a candidate, and so are duplicates of another candidate's path: smaller budgets that change nothing, and
-    `practical` where it is MLX's SDPA.
+    `practical` where it is MLX's SDPA. With quantized keys and values `mlx` is no candidate on CUDA, where MLX compiles
+    its packed products for half a minute.
     """
     routes = {name: candidate.route(workload, device, needs) for name, candidate in all_of_them.items()}
     fit = [
@@ -388,6 +389,8 @@ def fitting_candidates(
         for name, route in routes.items()
         if route.supported and not route.fallback and (route.predicted_bytes or 0) <= device.available_bytes
     ]
+    if workload.quantized and device.backend == "cuda":
+        fit = [name for name in fit if name != "mlx"]
     known = {(routes["mlx"].path, routes["mlx"].predicted_bytes)} if "mlx" in fit else set()
     chosen = []
     for name in fit:

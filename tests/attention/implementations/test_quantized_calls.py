@@ -377,6 +377,10 @@ def test_every_candidate_has_a_route_for_quantized_ones():
     found = fitting_candidates(candidates(), workload, probe(), Needs())
     assert {"poc", "practical", "mlx", "baseline"} <= set(found)
     assert "mlx compiled" not in found
+    on_cuda = structs.replace(probe(), backend="cuda", name="a GPU")
+    among = {"practical": Practical(), "mlx": MlxSdpa(), "baseline": Baseline()}
+    assert fitting_candidates(among, workload, on_cuda, Needs()) == ["practical", "baseline"]
+    assert "at the first call" in MlxSdpa().route(workload, on_cuda).reason
 
 
 def test_the_accuracy_check_is_over_the_values_of_the_parts():
