@@ -40,7 +40,8 @@ class BenchShape:
     def name(self) -> str:
         """Name for the table."""
         if self.keys:
-            return f"{self.batch}/{self.heads}({self.kv_heads})/1x{self.keys}/{self.head_dim}"
+            causal = " causal" if self.causal else ""
+            return f"{self.batch}/{self.heads}({self.kv_heads})/{self.queries}x{self.keys}/{self.head_dim}{causal}"
         return f"{self.batch}/{self.heads}/{self.queries}/{self.head_dim}" + (" causal" if self.causal else "")
 
     def flops(self, backward: bool) -> float:

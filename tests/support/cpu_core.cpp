@@ -56,7 +56,7 @@ int main(int count, char** arguments) {
       at += n[0] * n[2] * n[4] * count * bytes;
       return t;
     };
-    numbers = part(Element::word, columns * packing.bits / 32, 4);
+    numbers = part(Element::boolean, columns * packing.bits / 32, 4);
     const bool affine = packing.mode == Mode::affine;
     packing.scales = part(affine ? Element::float32 : Element::boolean, columns / packing.group, affine ? 4 : 1);
     if (affine) packing.biases = part(Element::float32, columns / packing.group, 4);

@@ -117,7 +117,6 @@ Element element_of(const mx::array& a) {
   if (a.dtype() == mx::float32) return Element::float32;
   if (a.dtype() == mx::float16) return Element::float16;
   if (a.dtype() == mx::bfloat16) return Element::bfloat16;
-  if (a.dtype() == mx::uint32) return Element::word;
   return Element::boolean;
 }
 

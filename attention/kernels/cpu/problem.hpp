@@ -8,7 +8,7 @@
 
 namespace fatui {
 
-enum class Element : int32_t { float32, float16, bfloat16, boolean, word };
+enum class Element : int32_t { float32, float16, bfloat16, boolean };
 
 struct Tensor {
   const void* data = nullptr;

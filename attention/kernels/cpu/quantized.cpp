@@ -21,12 +21,19 @@ struct e4m3_t { uint8_t bits; };
 struct e8m0_t { uint8_t bits; };  // a power of two
 
 FATUI_INLINE Vector widen(const e4m3_t* p) {
+#if defined(__AVX512BW__)
+  const __m256i number = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  const __m256i half = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(number, 8), 1), _mm256_set1_epi16(short(0xbf80)));
+  const __m256i seven = _mm256_set1_epi16(0x7f), nan = _mm256_cmpeq_epi16(_mm256_and_si256(number, seven), seven);
+  return (Vector)_mm512_cvtph_ps(_mm256_or_si256(half, nan)) * 0x1p8f;
+#else
   Bytes bytes;
   std::memcpy(&bytes, p, sizeof bytes);
   const Halves number = __builtin_convertvector(bytes, Halves);
   const Halves half = ((number & 0x7f) << 7) | ((number & 0x80) << 8);
   const Halves bits = (number & 0x7f) == 0x7f ? Halves{} + uint16_t(0x7e00) : half;  // NaN
   return fatui::widen(reinterpret_cast<const float16_t*>(&bits)) * 0x1p8f;
+#endif
 }
 FATUI_INLINE Vector widen(const e8m0_t* p) {
   Bytes bytes;
