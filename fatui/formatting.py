@@ -6,7 +6,7 @@ from typing import Final
 
 from attention.core.errors import NoBackendError, Remedy
 from attention.core.events import RunRefused
-from attention.core.results import AnyCase, Interval, Ratio, Report, Row, Share, Summary
+from attention.core.results import AnyCase, Case, Interval, Ratio, Report, Row, Share, Summary
 from attention.core.workload import COUNTERPARTS, PHASES, Counterpart, Workload, short_name
 from attention.engine.record import summarise
 
@@ -386,7 +386,7 @@ def _standing(row: Row, case: AnyCase) -> str:
 def finding(report: Report) -> str:
     """Summarise a run in one line: "poc is 49.6 ±0.4x baseline; memory 7 instead of 41 MiB; all accurate"."""
     if report.cases:
-        return "; ".join([*_of_cases(report.cases, report.summary), *_accuracy(report)])
+        return "; ".join([*_of_cases(report.cases, report.summary), *_of_quantized(report.cases), *_accuracy(report)])
     phases: dict[str, Sequence[AnyCase]] = {
         name: [case for case in report.models if case.workload.phase == name] for name in PHASES
     }
@@ -434,6 +434,18 @@ def _of_one(case: AnyCase) -> list[str]:
     if row.peak_bytes is not None and reference.peak_bytes is not None:
         parts.append(f"memory {size(row.peak_bytes)} instead of {size(reference.peak_bytes)}")
     return parts
+
+
+def _of_quantized(cases: Sequence[Case]) -> list[str]:
+    """Format the largest speedup over unquantized keys and values, if one is significant."""
+    gains = [
+        (row.over_unquantized, row.implementation, case.workload.kv_format)
+        for case in cases
+        for row in case.rows
+        if row.status == OK and row.over_unquantized and row.over_unquantized.significant
+    ]
+    best = max((each for each in gains if each[0].value > 1), key=lambda each: each[0].value, default=None)
+    return [f"{best[1]} is {speedup_text(best[0])} itself with K/V in {best[2]}"] if best else []
 
 
 def _accuracy(report: Report) -> list[str]:
