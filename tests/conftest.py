@@ -47,6 +47,16 @@ def pytest_configure(config: pytest.Config) -> None:
             _copy_objects(kept, Path(config.stash[_made]) / "kernels")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that need a CUDA device where there is none; skipping a thousand takes seconds."""
+    import mlx.core as mx
+
+    if not mx.cuda.is_available():
+        needing = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=needing)
+
+
 def pytest_collection_finish() -> None:
     """Collect garbage rarely, and never what collection made: it took a fifth of the app's tests."""
     gc.collect()

@@ -198,5 +198,5 @@ def test_a_run_ends_soon_after_its_time(tmp_path, capsys, monkeypatch):
         "    def __call__(self, *a, **more): time.sleep(600)\n"
     )
     monkeypatch.setattr(program, "MAX_OVERTIME_S", 1.0)
-    assert main(["--count", "1", "--seconds", "5", "--impl", f"{plugin}:Slow"]) == 0
+    assert main(["--count", "1", "--seconds", "3", "--impl", f"{plugin}:Slow"]) == 0
     assert "still running when the time was up" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_a_switch_in_a_run_is_told_with_the_new_path(tmp_path: Path, monkeypatch
     monkeypatch.setattr(
         bench.implementations, "load_implementation", {"baseline": Baseline(), "demo": demo}.__getitem__
     )
-    plan = msgspec.structs.replace(PLAN, seconds=1.5, precision=0.0)
+    plan = msgspec.structs.replace(PLAN, seconds=0.6, precision=0.0)
     Bench(Assignment(plan=plan, peaks=Peaks()), plan, heard).run()
     place = next(number for number, event in enumerate(events) if isinstance(event, on.Switched))
     after = events[place + 1]

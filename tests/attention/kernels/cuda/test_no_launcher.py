@@ -66,6 +66,7 @@ def test_kernels_get_their_signatures_parameters(launched, queries, masked):
         assert len(kinds) == each.arrays + len(each.scalars), each.program.name
 
 
+@pytest.mark.compiles
 def test_a_shape_is_replayed_from_its_third_call_on(launched):
     q, k, v, _ = arrays_of(300)
     for calls in (1, 2, 3, 3, 3):

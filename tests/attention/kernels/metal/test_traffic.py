@@ -15,7 +15,7 @@ from tests.support.metal.device import Device, Launched, needs_verifier, on_a_ma
 pytestmark = needs_verifier
 SHAPES = {"many queries": (2, 4, 2, 45, 70), "few queries": (1, 4, 2, 2, 530)}
 """Batch, heads, key heads, queries, keys."""
-WINDOW_AND_MASK = Kind(causal=True, window=21, mask="bool")
+WINDOW_AND_MASK = KINDS["all at once"]
 
 
 def check(one: Launched, shape: CallShape, call: CallParams, seen: selfcheck.Bools | None = None) -> None:
