@@ -32,6 +32,8 @@ def problem(seed: int, number: int, mode: Mode) -> Problem | None:
         return None
     if case.content in ("huge", "denormal"):
         case.content = "normal"
+    if case.content == "big":  # scores whose rounding in float32 depends on the order of sums
+        case.scale = None
     case.layouts = (case.layouts[0], 0, 0)
     q, k, v = cases.arrays(random, case)
     packed = [_packed(random, x, form) for x, form in zip((k, v), forms, strict=True)]

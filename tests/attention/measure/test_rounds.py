@@ -205,7 +205,7 @@ class Sleeping(Calls):
 
 def test_an_arm_and_its_dense_shape_have_enough_rounds_in_common() -> None:
     masked, dense = arm("b", 0.03), arm("b", 0.02)
-    dense.dense, masked.stride, dense.stride = True, 3, 2
+    dense.counterpart, masked.stride, dense.stride = "dense", 3, 2
     rounds([arm("a", 0.001), masked, dense], seconds=0.3, precision=0)
     assert len(log_ratios(dense.samples, masked.samples)) >= MIN_ROUNDS
     assert len(masked.samples) == len(dense.samples)
