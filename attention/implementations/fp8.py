@@ -60,10 +60,11 @@ class PocFp8:
         Raises:
             UnsupportedError: the route refuses the call, or its error is above the budget.
         """
-        workload, needs = call_signature(q, k, v, mask, softcap)
-        key = (workload, needs, current_backend())
+        own = (mask.causal, mask.window, mask.array is None, mask.pattern is None, mask.alibi is None, softcap is None)
+        key = (q.shape, k.shape, v.shape, q.dtype, *own, current_backend())
         route = self._routes.get(key)
         if route is None:
+            workload, needs = call_signature(q, k, v, mask, softcap)
             route = self._routes[key] = _route(workload, current_backend(), needs)
         if not route.supported:
             raise UnsupportedError(f"{self.name}: {route.reason}")
@@ -72,7 +73,7 @@ class PocFp8:
         if budget is not None:
             if budget not in self._budgets:
                 self._budgets[budget] = ErrorBudget(self.name, budget)
-            self._budgets[budget].check(workload, (q, k, v), scale, out)
+            self._budgets[budget].check(call_signature(q, k, v, mask, softcap)[0], (q, k, v), scale, out)
         record_path(route.path)
         return out
 
