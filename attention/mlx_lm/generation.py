@@ -464,7 +464,19 @@ class GenerationBench(CaseRunner[GenerationPlan]):
 
         Passes are shared only on a device that runs one operation at a time.
         """
-        return self._backend == "cpu" and MIN_ROUNDS * run_s * (count + 2) > MAX_EXTENSION * self._plan.seconds
+        separate_s = MIN_ROUNDS * run_s * (self._kinds_of_cache * count + 2)
+        return self._backend == "cpu" and separate_s > MAX_EXTENSION * self._plan.seconds
+
+    @property
+    def _kinds_of_cache(self) -> int:
+        """Kinds of caches in the rounds of the current case: 2 if the unquantized one runs beside a quantized one."""
+        return 1 if self._plan.cases[self._progress.case].kv_format == DENSE else 2
+
+    def _passes(self, run_s: float, count: int) -> int:
+        """Return the passes of the model in a round of `count` implementations whose runs take `run_s`."""
+        if self._takes_long(run_s, count):
+            return self._kinds_of_cache  # shared by all implementations
+        return self._kinds_of_cache * count + 2
 
     def _sharing(
         self, arms: list[ModelArm], run: PrefillRun | DecodeRun, short: PrefillRun | DecodeRun | None
@@ -524,8 +536,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         self._progress.emit_progress("a look at two layers")
         probe_run = PrefillRun(self._network, self._prompts(work), layers=2)
         whole_s = take_sample(probe_run, 1) * (work.layers - 1)
-        passes = 1 if self._takes_long(whole_s, count) else count + 2
-        seconds = whole_s * (count + MIN_ROUNDS * passes)
+        seconds = whole_s * (count + MIN_ROUNDS * self._passes(whole_s, count))
         if seconds > LONG_CASE_S:
             text = f"the whole model takes {seconds / 60:.0f} minutes or more for this prompt"
             self._progress.log(f"{text}; --layers {ADVISED_LAYERS} would estimate it sooner")
@@ -541,8 +552,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         """
         layers = arm.layers
         shorter = (layers.few - layers.unfinished) / (layers.many - layers.unfinished) if arm.short else 0.0
-        share = self._takes_long(arm.sample_s, count)
-        a_round = arm.sample_s * (1 + shorter) * (1 if share else count + 2)
+        a_round = arm.sample_s * (1 + shorter) * self._passes(arm.sample_s, count)
         # The preparation of an implementation is its first call and, unless that was slow, a second one to warm up.
         seconds = 2 * arm.call_s * left + max(self._plan.seconds, MIN_ROUNDS * a_round)
         self._progress.emit_progress(f"{arm.name}: {arm.call_s:.3g} s", seconds)
