@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from attention.core.errors import NoBackendError, Remedy
-from attention.core.events import RunRefused
+from attention.core.events import CaseTimeEstimated, RunRefused
 from attention.core.results import AnyCase, Case, Interval, Ratio, Report, Row, Share, Summary
 from attention.core.workload import COUNTERPARTS, PHASES, Counterpart, Workload, short_name
 from attention.engine.record import summarise
@@ -115,6 +115,12 @@ def duration(value: float) -> str:
 def time_left(value: float) -> str:
     """Format the seconds to the estimated end: "9 s left", or if negative, "5 s over the estimate"."""
     return f"{duration(value)} left" if value >= 0 else f"{duration(-value)} over the estimate"
+
+
+def estimate_text(event: CaseTimeEstimated) -> str:
+    """Format an estimate: "about 4 min 20 s for 5 implementations"."""
+    count = event.implementations
+    return f"about {duration(event.seconds)} for {count} implementation{'s' if count > 1 else ''}"
 
 
 def size(value: float | None) -> str:

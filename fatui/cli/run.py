@@ -18,7 +18,6 @@ from fatui.cli.output import Export, console, print_results, write_files
 from fatui.engine_process import Engine, Silence
 from fatui.reproduce import RunIdentity
 from fatui.storage.history import HistoryError, RunHistory
-from fatui.tui.view_models.journal import estimate_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -67,7 +66,7 @@ class ProgressPrinter:
                 label = self._plan.cases[event.case].label
                 self._print_once(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
             case on.CaseTimeEstimated():
-                self._print_once(estimate_line(event))
+                self._print_once(formatting.estimate_text(event))
             case on.StepStarted(step="training") if self._bar is None:
                 self._print_once(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:

@@ -105,7 +105,7 @@ def _case_line(event: on.CaseEvent, plan: AnyPlan) -> LeveledText:
         case on.RouteFound():
             return f"{event.implementation}: {event.route.path}; {event.route.reason}", "info"
         case on.CaseTimeEstimated():
-            return estimate_line(event), "info"
+            return formatting.estimate_text(event), "info"
         case on.RowEnded():
             level: Level = "error" if event.status == "failed" else "warning"
             return f"{event.implementation}: {event.status}: {event.reason}", level
@@ -120,9 +120,3 @@ def _case_line(event: on.CaseEvent, plan: AnyPlan) -> LeveledText:
         case on.CaseDone():
             return f"case {event.case + 1} of {len(plan.cases)} complete, stopped by {event.stopped_by}", "info"
     return UNLOGGED
-
-
-def estimate_line(event: on.CaseTimeEstimated) -> str:
-    """Format an estimate: "about 4 min 20 s for 5 implementations"."""
-    count = event.implementations
-    return f"about {formatting.duration(event.seconds)} for {count} implementation{'s' if count > 1 else ''}"

@@ -16,8 +16,9 @@ from attention.core import events as on
 from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
 from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run
 from attention.engine.record import INTERRUPTED, AnyRecord
+from fatui import formatting
 from fatui.engine_process import Listener, Silence
-from fatui.tui.view_models.journal import Log, estimate_line, event_line
+from fatui.tui.view_models.journal import Log, event_line
 
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
 ENDED: Final = ("done", "stopped", "refused", "failed")
@@ -364,7 +365,7 @@ class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineT
         if isinstance(event, on.Message):
             self.message = event.text
         elif isinstance(event, on.CaseTimeEstimated):
-            self.message = estimate_line(event)
+            self.message = formatting.estimate_text(event)
         if isinstance(event, on.IterationDone) and event.implementation != on.REPEATED_REFERENCE:
             tokens = self.plan.cases[event.case].tokens
             if event.number > 1:  # the first one compiles
